@@ -1,0 +1,10 @@
+"""LSTM for PyTorch on NVIDIA GPUs: a drop-in for torch.nn.LSTM, with lengths, resets and stacks of any sizes."""
+
+from . import compat, functional
+from .backends import Backend, backend
+from .convert import convert
+from .modules import LSTM, LSTMCell, StackedLSTM
+
+__version__ = "0.1.0"
+
+__all__ = ["LSTM", "LSTMCell", "StackedLSTM", "Backend", "backend", "compat", "convert", "functional"]

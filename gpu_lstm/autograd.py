@@ -1,0 +1,151 @@
+"""One layer in one direction on a backend with kernels of its own: what is saved, backward, double backward.
+
+The kernels do only the recurrence. The input product and every weight gradient are products over all steps at
+once, outside the time loop.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import ops, reference
+from .sequences import states_before, valid_steps
+
+
+def lstm_layer(
+    x: Tensor,  # [T, B, I]
+    h0: Tensor,  # [B, P]
+    c0: Tensor,  # [B, H]
+    weight_ih: Tensor,  # [4H, I]
+    weight_hh: Tensor,  # [4H, P]
+    bias_ih: Tensor | None,  # [4H]
+    bias_hh: Tensor | None,  # [4H]
+    weight_hr: Tensor | None,  # [P, H]
+    lengths: Tensor | None,  # [B]
+    resets: Tensor | None,  # [T, B]
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h [T, B, P], h_n [B, P] and c_n [B, H], differentiable to any order."""
+    tensors = (x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    # Asked here, since autograd is off inside Function.forward.
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not save:
+        gates = _input_product(x, weight_ih, bias_ih, bias_hh)
+        return ops.layer_forward(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, False, backend)[:3]
+    return LSTMLayerFunction.apply(*tensors, lengths, resets, reverse, backend)[:3]
+
+
+def _input_product(x: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor:
+    bias = None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
+    return F.linear(x, weight_ih, bias).contiguous()  # [T, B, 4H]
+
+
+class LSTMLayerFunction(torch.autograd.Function):
+    """Forward saves the activated gates (over the input product) and the cell states; backward reads them.
+
+    A gradient of a gradient goes through reference.py, which is differentiable to any order.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        weight_hr: Tensor | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        reverse: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        gates = _input_product(x, weight_ih, bias_ih, bias_hh)
+        h, h_n, c_n, c = ops.layer_forward(
+            gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, True, backend
+        )
+        return h, h_n, c_n, gates, c
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        *tensors, reverse, backend = inputs
+        h, _, _, gates, c = output
+        ctx.mark_non_differentiable(gates, c)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, h, gates, c)
+        ctx.reverse, ctx.backend = reverse, backend
+
+    @staticmethod
+    def backward(ctx, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
+        *tensors, h, gates, c = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gradients = _differentiable_gradients(ctx, tensors, (dh, dh_n, dc_n))
+        else:
+            gradients = _fused_gradients(ctx, tensors, h, gates, c, dh, dh_n, dc_n)
+        return *gradients, None, None, None, None
+
+
+def _fused_gradients(
+    ctx,
+    tensors: list[Tensor | None],
+    h: Tensor,  # [T, B, P]
+    gates: Tensor,  # [T, B, 4H] activated
+    c: Tensor,  # [T, B, H] float32
+    dh: Tensor | None,  # [T, B, P]
+    dh_n: Tensor | None,  # [B, P]
+    dc_n: Tensor | None,  # [B, H]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr; None where none is needed."""
+    x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, resets = tensors
+    need_x, need_h0, need_c0, need_ih, need_hh, need_bias_ih, need_bias_hh, need_hr = ctx.needs_input_grad[:8]
+    dgates, dh0, dc0, dh_total = ops.layer_backward(
+        dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, ctx.reverse, ctx.backend
+    )
+    over_steps = dgates.flatten(0, 1)  # [TB, 4H]
+    dx = dgates @ weight_ih if need_x else None
+    dweight_ih = dweight_hh = dweight_hr = dbias = None
+    if need_ih:
+        valid = valid_steps(x.shape[0], lengths)
+        # dgates is zero in padding, but zero times the NaN that may stand there is not.
+        inside = x if valid is None else torch.where(valid[:, :, None], x, 0)
+        dweight_ih = over_steps.T @ inside.flatten(0, 1)
+    if need_hh:
+        h_prev = states_before(h, h0, lengths, resets, ctx.reverse)
+        dweight_hh = over_steps.T @ h_prev.flatten(0, 1)
+    if need_bias_ih or need_bias_hh:
+        dbias = over_steps.sum(0)
+    if need_hr:
+        m = gates[:, :, -c.shape[2] :] * c.tanh().to(gates.dtype)  # [T, B, H]
+        valid = valid_steps(x.shape[0], lengths)
+        m = m if valid is None else torch.where(valid[:, :, None], m, 0)  # nothing was saved in padding
+        dweight_hr = dh_total.flatten(0, 1).T @ m.flatten(0, 1)
+    return (
+        dx,
+        dh0 if need_h0 else None,
+        dc0 if need_c0 else None,
+        dweight_ih,
+        dweight_hh,
+        dbias if need_bias_ih else None,
+        dbias if need_bias_hh else None,
+        dweight_hr,
+    )
+
+
+def _differentiable_gradients(
+    ctx,
+    tensors: list[Tensor | None],
+    output_gradients: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The same gradients, themselves differentiable: the layer is taken again through reference.py."""
+    *inputs, lengths, resets = tensors
+    outputs = reference.lstm_layer(*inputs, lengths, resets, ctx.reverse)
+    wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad) if needed]
+    given = [(output, g) for output, g in zip(outputs, output_gradients) if g is not None]
+    gradients = iter(
+        torch.autograd.grad(
+            [output for output, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True
+        )
+    )
+    return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad[:8])

@@ -1,0 +1,126 @@
+"""Which code runs an LSTM: the backends, what each needs, and how one is chosen."""
+
+import contextlib
+import enum
+import functools
+import importlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+
+ENVIRONMENT_VARIABLE = "GPU_LSTM_BACKEND"
+
+
+class Backend(enum.Enum):
+    """The backends, by the name a user gives."""
+
+    AUTO = "auto"  # triton for CUDA tensors where it can, else torch
+    TRITON = "triton"  # fused Triton kernels
+    CUPY = "cupy"  # fused CUDA C++ kernels, for where Triton cannot run
+    TORCH = "torch"  # torch's own LSTM: ATen on the CPU, cuDNN on CUDA
+    REFERENCE = "reference"  # a plain loop: any device, any dtype, differentiable to any order
+
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_chosen: ContextVar[Backend | None] = ContextVar("gpu_lstm_backend", default=None)
+
+
+def parse(name: "str | Backend") -> Backend:
+    """The Backend called `name`.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    try:
+        return Backend(name)
+    except ValueError:
+        known = ", ".join(repr(b.value) for b in Backend)
+        raise ValueError(f"unknown backend {name!r}; expected one of {known}") from None
+
+
+@contextlib.contextmanager
+def backend(name: "str | Backend") -> Iterator[None]:
+    """Choose the backend within a `with` block, for every module and function that was not given one itself.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    token = _chosen.set(parse(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def requested(argument: "str | Backend | None") -> Backend:
+    """What the user asked for: by argument, else by `with backend(...)`, else by environment variable, else auto."""
+    if argument is not None:
+        return parse(argument)
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
+    return parse(os.environ.get(ENVIRONMENT_VARIABLE, Backend.AUTO.value))
+
+
+def select(argument: "str | Backend | None", device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend that will run tensors of this device and dtype: never AUTO.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        ImportError, RuntimeError, TypeError: an explicitly chosen backend cannot run, and why.
+    """
+    choice = requested(argument)
+    if choice is Backend.AUTO:
+        if device.type == "cuda" and obstacle(Backend.TRITON, device, dtype) is None:
+            return Backend.TRITON
+        return Backend.TORCH
+    problem = obstacle(choice, device, dtype)
+    if problem is not None:
+        raise problem
+    return choice
+
+
+def obstacle(choice: Backend, device: torch.device, dtype: torch.dtype) -> Exception | None:
+    """Why `choice` cannot run tensors of this device and dtype; None if it can."""
+    match choice:
+        case Backend.TRITON:
+            return _triton_obstacle(device, dtype)
+        case Backend.CUPY:
+            return ImportError("backend 'cupy' is not part of this version of gpu_lstm yet")
+        case _:
+            return None
+
+
+@functools.cache
+def triton_import_problem() -> str | None:
+    """Why the Triton kernels cannot be imported; None if they can."""
+    try:
+        importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
+    if dtype not in KERNEL_DTYPES:
+        return TypeError(f"backend 'triton' takes float16, bfloat16 and float32, got {dtype}")
+    problem = triton_import_problem()
+    if problem is not None:
+        return ImportError(f"backend 'triton' cannot be imported: {problem}")
+    launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
+    if launch.INTERPRETED:
+        if dtype is torch.bfloat16:
+            return TypeError("backend 'triton': Triton's interpreter computes wrong bfloat16 products; use float32")
+        return None
+    if device.type != "cuda":
+        return RuntimeError(
+            f"backend 'triton' takes CUDA tensors, got {device}; "
+            "with TRITON_INTERPRET=1 in the environment it runs CPU tensors in Triton's interpreter"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return RuntimeError(f"backend 'triton' needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}")
+    return None

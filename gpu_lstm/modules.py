@@ -1,0 +1,466 @@
+"""The modules: LSTM and LSTMCell stand in for torch's own, StackedLSTM stacks layers of different sizes."""
+
+import numbers
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, _VF, nn
+from torch.nn.modules.rnn import LSTM as TorchLSTM
+from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn.utils.rnn import PackedSequence
+
+from . import native
+from .backends import Backend, parse, select
+from .functional import State, check_tensors, compute_dtype, lstm_stack
+from .sequences import Batch
+from .weights import Weights
+
+# torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
+
+
+class LSTM(RNNBase):
+    """A drop-in for torch.nn.LSTM: the same arguments, parameters, initial weights, results and errors.
+
+    Each layer computes, at every step, with gates in the order i, f, g, o::
+
+        i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)      f, o alike
+        g = tanh   (W_ig x + b_ig + W_hg h + b_hg)
+        c' = f c + i g          h' = o tanh(c'), or W_hr (o tanh(c')) if proj_size > 0
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        num_layers: layers on top of each other, L. Default: 1
+        bias: whether there are bias_ih and bias_hh. Default: True
+        batch_first: input and output are (N, T, features), not (T, N, features); states are not affected, and
+            neither is unbatched input. Default: False
+        dropout: probability of zeroing an element of the output of every layer but the last, when training.
+            Default: 0
+        bidirectional: a second direction runs from the end to the start; D = 2. Default: False
+        proj_size: if > 0, h has this many features. Default: 0
+        device, dtype: of the parameters.
+        backend: "auto", "triton", "cupy", "torch" or "reference". Default: as chosen by `gpu_lstm.backend` or the
+            environment variable GPU_LSTM_BACKEND, else "auto".
+
+    Shapes, with P = proj_size or, if 0, H:
+        input: (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
+        hx: (h_0, c_0), (D*L, N, P) and (D*L, N, H), unbatched without N. Default: zeros.
+        lengths: (N,), unbatched (). int32 or int64 on the input's device, each from 0 to T, in any order. Default: T.
+        resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
+        output: as the input, with D*P features; zero past the end of a sequence.
+        h_n, c_n: as h_0 and c_0; the states after the last step of each sequence.
+
+    ``lengths`` takes the place of packing: nothing is sorted or copied, and what stands past the end of a sequence,
+    NaN included, reaches neither a result nor a gradient. ``resets`` zeroes the states before the steps where it is
+    True, as at the end of an episode; a reset at t separates time t from time t - 1, for both directions.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as torch.nn.LSTM, in its words. ValueError for lengths or resets of a
+            wrong shape, dtype or value (on CUDA values are asserted on the device), or lengths beside a
+            PackedSequence.
+
+    Example::
+
+        lstm = gpu_lstm.LSTM(10, 20, num_layers=2)
+        output, (h_n, c_n) = lstm(torch.randn(5, 3, 10), lengths=torch.tensor([5, 2, 4]))
+    """
+
+    backend: str | None = None  # on the class, so that it is there in pickles of older modules
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        # Not super(): in compat.LSTM torch.nn.LSTM comes next, whose __init__ names the mode itself.
+        RNNBase.__init__(
+            self, "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+            device, dtype,
+        )  # fmt: skip
+        if backend is not None:
+            self.backend = parse(backend).value
+
+    # RNNBase caches the weights here. They are read from the module at every call instead, so that replacing one
+    # in any way (functional_call, weight_norm, pruning, assignment) just works.
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Tensor | None]) -> None:
+        pass
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """See the class."""
+        if not isinstance(input, PackedSequence):
+            _check_rank(input, "LSTM")
+            if hx is not None:
+                _check_state_ranks(input, hx)
+        elif lengths is None and resets is None and self._select(input.data) is Backend.TORCH:
+            return self._torch_packed(input, hx)
+        batch = Batch.of(input, lengths, resets, self.batch_first)
+        x = batch.x  # [T, B, I]
+        if hx is None:
+            hx = self._zero_states(x, x.shape[1])
+        else:
+            hx = batch.state_in(hx[0]), batch.state_in(hx[1])
+        self.check_forward_args(x.transpose(0, 1) if self.batch_first else x, hx, None)
+        backend = self._select(x)
+        layers = self._layers()
+        if backend is not Backend.TORCH or batch.lengths is not None or batch.resets is not None:
+            check_tensors(x, hx, [tensor for layer in layers for weights in layer for tensor in weights.present()])
+
+        directions = len(layers[0])
+        y, states = lstm_stack(
+            x, list(zip(hx[0].split(directions), hx[1].split(directions))), layers,
+            lengths=batch.lengths, resets=batch.resets, backend=backend, dropout=self.dropout, training=self.training,
+        )  # fmt: skip
+        h_n, c_n = (torch.cat(state) for state in zip(*states))
+        return batch.output(y), (batch.state_out(h_n), batch.state_out(c_n))
+
+    def _torch_packed(self, input: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+        """torch's own LSTM takes a PackedSequence as it is."""
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if hx is None:
+            hx = self._zero_states(data, int(batch_sizes[0]))
+        else:
+            hx = self.permute_hidden(hx, sorted_indices)
+        y, h_n, c_n = native.lstm(data, *hx, self._layers(), batch_sizes, self.dropout, self.training)
+        output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        return output, self.permute_hidden((h_n, c_n), unsorted_indices)
+
+    def _select(self, x: Tensor) -> Backend:
+        return select(self.backend, x.device, compute_dtype(x))
+
+    def _layers(self) -> list[list[Weights]]:
+        """The weights, [L][D], as the module has them now."""
+        suffixes = ("", "_reverse") if self.bidirectional else ("",)
+        return [[self._weights(f"_l{k}{suffix}") for suffix in suffixes] for k in range(self.num_layers)]
+
+    def _weights(self, suffix: str) -> Weights:
+        return Weights(
+            getattr(self, "weight_ih" + suffix),
+            getattr(self, "weight_hh" + suffix),
+            getattr(self, "bias_ih" + suffix) if self.bias else None,
+            getattr(self, "bias_hh" + suffix) if self.bias else None,
+            getattr(self, "weight_hr" + suffix) if self.proj_size else None,
+        )
+
+    def _zero_states(self, x: Tensor, batch: int) -> State:
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        h_0 = x.new_zeros(rows, batch, self.proj_size or self.hidden_size)
+        return h_0, x.new_zeros(rows, batch, self.hidden_size)
+
+    # The rest of torch.nn.LSTM's public methods, which RNNBase has for a single state only.
+
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """The size of c_0 for `input`."""
+        rows, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return rows, batch, self.hidden_size
+
+    def check_forward_args(self, input: Tensor, hidden: State, batch_sizes: Tensor | None) -> None:  # type: ignore[override]
+        """Raise unless input, h_0 and c_0 have the right dtype and sizes."""
+        self.check_input(input, batch_sizes)
+        expected = (
+            self.get_expected_hidden_size(input, batch_sizes),
+            self.get_expected_cell_size(input, batch_sizes),
+        )
+        for i in range(2):
+            self.check_hidden_size(hidden[i], expected[i], f"Expected hidden[{i}] size {{}}, got {{}}")
+
+    def permute_hidden(self, hx: State, permutation: Tensor | None) -> State:  # type: ignore[override]
+        """Both states with their batch in another order."""
+        if permutation is None:
+            return hx
+        return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
+
+    def extra_repr(self) -> str:
+        """As torch.nn.LSTM, and the backend if one was chosen."""
+        return super().extra_repr() + _backend_repr(self)
+
+    def __prepare_scriptable__(self) -> TorchLSTM:
+        return as_torch(self)
+
+
+class StackedLSTM(nn.Module):
+    """LSTM layers of different sizes on top of each other, with one pair of states a layer.
+
+    Layer k has hidden_sizes[k] units and takes the output of layer k - 1. A stack of equal sizes gives the numbers
+    of LSTM, and its parameters have the same names.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_sizes: hidden units of each layer, H_k.
+        bias, batch_first, dropout, bidirectional, device, dtype, backend: as for LSTM.
+        residual: add a layer's input to its output wherever both have the same number of features (before dropout).
+            At least one layer must allow it. Default: False
+
+    Shapes:
+        input, lengths, resets: as for LSTM.
+        hx: [(h, c), ...], a pair a layer, each (N, H_k), or (2, N, H_k) if bidirectional; unbatched without N.
+            Default: zeros.
+        output: as the input, with D * H_k features of the last layer; zero past the end of a sequence.
+        returned states: as hx.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as LSTM.
+
+    Example::
+
+        stack = gpu_lstm.StackedLSTM(6, [32, 16], batch_first=True)
+        output, [(h1, c1), (h2, c2)] = stack(torch.randn(2, 3, 6))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_sizes: Sequence[int],
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        residual: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_sizes = list(hidden_sizes)
+        if not hidden_sizes:
+            raise ValueError("hidden_sizes must have at least one layer")
+        directions = 2 if bidirectional else 1
+        layer_inputs = [input_size, *(directions * size for size in hidden_sizes[:-1])]
+        outputs = [directions * size for size in hidden_sizes]
+        if residual and not any(i == o for i, o in zip(layer_inputs, outputs)):
+            raise ValueError(
+                "residual=True needs a layer whose output is as wide as its input, "
+                f"got inputs of {layer_inputs} and outputs of {outputs} features"
+            )
+        if isinstance(dropout, bool) or not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1:
+            raise ValueError(
+                "dropout should be a number in range [0, 1] "
+                "representing the probability of an element being zeroed"
+            )
+        if dropout > 0 and len(hidden_sizes) == 1:
+            warnings.warn(
+                "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
+                f"num_layers greater than 1, but got dropout={dropout} and num_layers=1",
+                stacklevel=2,
+            )
+        self.input_size = input_size
+        self.hidden_sizes = hidden_sizes
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.residual = residual
+        self.backend = None if backend is None else parse(backend).value
+        self.layers = nn.ModuleList(
+            LSTM(features, size, bias=bias, bidirectional=bidirectional, device=device, dtype=dtype)
+            for features, size in zip(layer_inputs, hidden_sizes)
+        )
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Sequence[State] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, list[State]]:
+        """See the class."""
+        if not isinstance(input, PackedSequence):
+            _check_rank(input, "StackedLSTM")
+        batch = Batch.of(input, lengths, resets, self.batch_first)
+        x = batch.x  # [T, B, I]
+        self.layers[0].check_input(x, None)
+        states = self._states(x, batch, hx)
+        layers = [layer._layers()[0] for layer in self.layers]
+        tensors = [tensor for layer in layers for weights in layer for tensor in weights.present()]
+        for state in states:
+            check_tensors(x, state, tensors)
+        y, states = lstm_stack(
+            x, states, layers, lengths=batch.lengths, resets=batch.resets,
+            backend=select(self.backend, x.device, compute_dtype(x)),
+            dropout=self.dropout, training=self.training, residual=self.residual,
+        )  # fmt: skip
+        return batch.output(y), [
+            tuple(batch.state_out(s if self.bidirectional else s.squeeze(0)) for s in state) for state in states
+        ]
+
+    def _states(self, x: Tensor, batch: Batch, hx: Sequence[State] | None) -> list[State]:
+        """A user's states, checked, or zeros: (h, c) of each layer, [D, B, H_k]."""
+        directions = 2 if self.bidirectional else 1
+        sizes = [(directions, x.shape[1], hidden) for hidden in self.hidden_sizes]
+        if hx is None:
+            return [(x.new_zeros(size), x.new_zeros(size)) for size in sizes]
+        if len(hx) != len(sizes):
+            raise RuntimeError(f"Expected hx of {len(sizes)} pairs, one a layer, got {len(hx)}")
+        states = []
+        for k, (pair, size) in enumerate(zip(hx, sizes)):
+            rank = (3 if self.bidirectional else 2) - (0 if batch.batched else 1)
+            for name, state in zip("hc", pair, strict=True):
+                if state.dim() != rank:
+                    raise RuntimeError(f"Expected {name} of layer {k} to be {rank}-D, got {state.dim()}-D")
+            h, c = (batch.state_in(state) for state in pair)
+            h, c = (h, c) if self.bidirectional else (h.unsqueeze(0), c.unsqueeze(0))
+            for name, state in zip("hc", (h, c)):
+                if state.shape != size:
+                    raise RuntimeError(f"Expected {name} of layer {k} of size {list(size)}, got {list(state.shape)}")
+            states.append((h, c))
+        return states
+
+    def extra_repr(self) -> str:
+        """The arguments that were not left at their defaults."""
+        parts = [f"{self.input_size}, {self.hidden_sizes}"]
+        defaults = dict(bias=True, batch_first=False, dropout=0.0, bidirectional=False, residual=False, backend=None)
+        parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
+        return ", ".join(parts)
+
+
+class LSTMCell(RNNCellBase):
+    """A drop-in for torch.nn.LSTMCell: one step of one layer, with the same parameters, results and errors.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        bias: whether there are bias_ih and bias_hh. Default: True
+        device, dtype: of the parameters.
+        backend: as for LSTM.
+
+    Shapes:
+        input: (N, I) or (I,).
+        hx: (h, c), each (N, H) or (H,). Default: zeros.
+        returns: (h', c'), as hx.
+
+    Raises:
+        ValueError, RuntimeError: as torch.nn.LSTMCell, in its words.
+
+    Example::
+
+        cell = gpu_lstm.LSTMCell(10, 20)
+        h, c = cell(torch.randn(3, 10))
+    """
+
+    backend: str | None = None  # on the class, so that it is there in pickles of older modules
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        if backend is not None:
+            self.backend = parse(backend).value
+
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
+        """See the class."""
+        if input.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        for i, state in enumerate(hx or ()):
+            if state.dim() not in (1, 2):
+                raise ValueError(f"LSTMCell: Expected hx[{i}] to be 1D or 2D, got {state.dim()}D instead")
+        batched = input.dim() == 2
+        x = input if batched else input.unsqueeze(0)  # [B, I]
+        if hx is None:
+            zeros = x.new_zeros(x.shape[0], self.hidden_size)
+            h, c = zeros, zeros
+        else:
+            h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+
+        weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        backend = select(self.backend, x.device, compute_dtype(x))
+        if backend is Backend.TORCH:
+            h, c = _VF.lstm_cell(x, (h, c), *weights[:4])
+        else:
+            self._check_sizes(x, h, c)
+            check_tensors(x[None], (h, c), weights.present())
+            _, ((h, c),) = lstm_stack(
+                x[None], [(h[None], c[None])], [[weights]],
+                lengths=None, resets=None, backend=backend, dropout=0.0, training=self.training,
+            )  # fmt: skip
+            h, c = h[0], c[0]
+        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+
+    def _check_sizes(self, x: Tensor, h: Tensor, c: Tensor) -> None:
+        if x.shape[1] != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
+        for i, state in enumerate((h, c)):
+            if state.shape[0] != x.shape[0]:
+                raise RuntimeError(
+                    f"Input batch size {x.shape[0]} doesn't match hidden{i} batch size {state.shape[0]}"
+                )
+            if state.shape[1] != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{i} has inconsistent hidden_size: got {state.shape[1]}, expected {self.hidden_size}"
+                )
+
+    def extra_repr(self) -> str:
+        """As torch.nn.LSTMCell, and the backend if one was chosen."""
+        return super().extra_repr() + _backend_repr(self)
+
+    def __prepare_scriptable__(self) -> TorchLSTMCell:
+        return as_torch(self)
+
+
+def as_torch(module: LSTM | LSTMCell) -> TorchLSTM | TorchLSTMCell:
+    """A torch.nn.LSTM or LSTMCell that shares the parameters, hooks and flags of `module`."""
+    return recast(module, TorchLSTM if isinstance(module, LSTM) else TorchLSTMCell)
+
+
+def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """`module` as an instance of `cls`, which has the same parameters: the same Parameter objects, hooks, flags."""
+    twin = cls.__new__(cls)
+    state = module.__dict__.copy()
+    state.pop("_flat_weights", None)  # torch's cache; ours has none
+    state.pop("backend", None)  # ours
+    for own in ("_parameters", "_buffers", "_modules"):
+        state[own] = state[own].copy()
+    twin.__dict__.update(state)
+    if isinstance(module, RNNBase):
+        twin._init_flat_weights()
+    return twin
+
+
+def _check_rank(input: Tensor, name: str) -> None:
+    if input.dim() not in (2, 3):
+        raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+
+
+def _check_state_ranks(input: Tensor, hx: State) -> None:
+    rank = input.dim()
+    if hx[0].dim() != rank or hx[1].dim() != rank:
+        kind = "batched" if rank == 3 else "unbatched"
+        raise RuntimeError(
+            f"For {kind} {rank}-D input, hx and cx should also be {rank}-D "
+            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+        )
+
+
+def _backend_repr(module: LSTM | LSTMCell) -> str:
+    return "" if module.backend is None else f", backend={module.backend!r}"

@@ -1,0 +1,22 @@
+"""How products of float32 tensors are taken inside the kernels.
+
+The recurrent product obeys the switch that torch.nn.LSTM itself obeys on CUDA, cuDNN's: TF32 unless the user
+turned it off (``torch.backends.cudnn.allow_tf32`` or ``torch.backends.cudnn.rnn.fp32_precision``). Products over
+all steps go through torch.matmul and obey ``torch.backends.cuda.matmul``.
+"""
+
+import torch
+import torch.backends.cudnn.rnn as cudnn_rnn
+
+
+def recurrent_precision(dtype: torch.dtype) -> str:
+    """Triton's `input_precision` for the recurrent product in `dtype`: "tf32" or "ieee"."""
+    if dtype is torch.float32 and _cudnn_takes_tf32():
+        return "tf32"
+    return "ieee"
+
+
+def _cudnn_takes_tf32() -> bool:
+    if hasattr(cudnn_rnn, "fp32_precision"):  # torch 2.9 and newer: a switch for each kind of operator
+        return cudnn_rnn.fp32_precision == "tf32"
+    return torch.backends.cudnn.allow_tf32

@@ -1,0 +1,72 @@
+"""The readable oracle: one LSTM layer in plain torch. Any device, any dtype, differentiable to any order.
+
+Every other backend is held to these numbers. Half-precision inputs are computed in float32 and rounded once.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .sequences import positions_of_steps, resets_before_steps, valid_steps
+
+
+def lstm_layer(
+    x: Tensor,  # [T, B, I]
+    h0: Tensor,  # [B, P]
+    c0: Tensor,  # [B, H]
+    weight_ih: Tensor,  # [4H, I]
+    weight_hh: Tensor,  # [4H, P]
+    bias_ih: Tensor | None,  # [4H]
+    bias_hh: Tensor | None,  # [4H]
+    weight_hr: Tensor | None,  # [P, H]
+    lengths: Tensor | None,  # [B]
+    resets: Tensor | None,  # [T, B]
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer, one direction, step by step.
+
+    With gates in the order i, f, g, o, as torch.nn.LSTM states them:
+
+        z = W_ih x + b_ih + W_hh h + b_hh       i, f, g, o = sigmoid(z_i), sigmoid(z_f), tanh(z_g), sigmoid(z_o)
+        c' = f c + i g                          h' = o tanh(c'), or W_hr (o tanh(c')) with a projection
+
+    Returns:
+        h [T, B, P], h_n [B, P] and c_n [B, H], in the dtype of x.
+    """
+    dtype = x.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        x, h0, c0, weight_ih, weight_hh = (t.float() for t in (x, h0, c0, weight_ih, weight_hh))
+        bias_ih, bias_hh, weight_hr = (None if t is None else t.float() for t in (bias_ih, bias_hh, weight_hr))
+
+    steps, batch, _ = x.shape
+    position = positions_of_steps(steps, batch, lengths, reverse, x.device)  # [T, B]
+    valid = valid_steps(steps, lengths)  # [T, B] or None
+    afresh = resets_before_steps(resets, position, valid, reverse)  # [T, B] or None
+    if valid is not None:
+        # In padding steps and positions are the same, and what stands there, NaN included, is left out.
+        x = torch.where(valid[:, :, None], x, 0)
+    x = x.gather(0, position[:, :, None].expand_as(x))  # in the order of steps
+
+    h, c = h0, c0
+    outputs = []
+    for t in range(steps):
+        h_prev, c_prev = h, c
+        if afresh is not None:
+            h_prev = torch.where(afresh[t, :, None], 0, h)
+            c_prev = torch.where(afresh[t, :, None], 0, c)
+        z = F.linear(x[t], weight_ih, bias_ih) + F.linear(h_prev, weight_hh, bias_hh)  # [B, 4H]
+        i, f, g, o = z.chunk(4, dim=1)
+        c_next = f.sigmoid() * c_prev + i.sigmoid() * g.tanh()  # [B, H]
+        h_next = o.sigmoid() * c_next.tanh()
+        if weight_hr is not None:
+            h_next = F.linear(h_next, weight_hr)  # [B, P]
+        if valid is None:
+            h, c = h_next, c_next
+            outputs.append(h)
+        else:
+            h = torch.where(valid[t, :, None], h_next, h)
+            c = torch.where(valid[t, :, None], c_next, c)
+            outputs.append(torch.where(valid[t, :, None], h_next, 0))
+    output = torch.stack(outputs)
+    output = output.gather(0, position[:, :, None].expand_as(output))  # back to the order of time
+    return output.to(dtype), h.to(dtype), c.to(dtype)

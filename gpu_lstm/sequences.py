@@ -1,0 +1,203 @@
+"""Sequences of different lengths and with resets inside: checks, index arithmetic, PackedSequence.
+
+A *step* counts in the order of processing. For a sequence of length L in a batch padded to T, the forward
+direction visits time s at step s and the reverse direction time L - 1 - s; steps s >= L visit time s, in padding.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+
+def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise unless `lengths` is an int tensor of `shape` on `device` with values from 0 to `steps`.
+
+    On CUDA the values are asserted on the device, without a synchronisation; elsewhere at once.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: wrong dtype, shape, device or values.
+    """
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths should be a tensor, got: {type(lengths).__name__}")
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lengths should be of dtype torch.int32 or torch.int64, got {lengths.dtype}")
+    if lengths.shape != shape:
+        raise ValueError(f"Expected lengths of shape {list(shape)}, got {list(lengths.shape)}")
+    if lengths.device != device:
+        raise ValueError(f"Expected lengths on {device}, where the input is, got {lengths.device}")
+    fits = ((lengths >= 0) & (lengths <= steps)).all()
+    if lengths.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(fits, f"Expected lengths from 0 to {steps}, the number of steps")
+    elif not lengths.is_meta and not fits:
+        raise ValueError(
+            f"Expected lengths from 0 to {steps}, the number of steps, "
+            f"got lengths from {int(lengths.min())} to {int(lengths.max())}"
+        )
+
+
+def check_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise unless `resets` is a bool tensor of `shape` on `device`.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: wrong dtype, shape or device.
+    """
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"resets should be a tensor, got: {type(resets).__name__}")
+    if resets.dtype != torch.bool:
+        raise ValueError(f"resets should be of dtype torch.bool, got {resets.dtype}")
+    if resets.shape != shape:
+        raise ValueError(f"Expected resets of shape {list(shape)}, got {list(resets.shape)}")
+    if resets.device != device:
+        raise ValueError(f"Expected resets on {device}, where the input is, got {resets.device}")
+
+
+def valid_steps(steps: int, lengths: Tensor | None) -> Tensor | None:
+    """Bool [T, B], True before the end of each sequence: in time and in steps alike. None: everywhere."""
+    if lengths is None:
+        return None
+    return torch.arange(steps, device=lengths.device)[:, None] < lengths
+
+
+def positions_of_steps(
+    steps: int, batch: int, lengths: Tensor | None, reverse: bool, device: torch.device
+) -> Tensor:
+    """int64 [T, B]: the time that each sequence visits at each step. Its own inverse."""
+    step = torch.arange(steps, device=device)[:, None].expand(steps, batch)
+    if not reverse:
+        return step
+    if lengths is None:
+        return steps - 1 - step
+    return torch.where(step < lengths, lengths - 1 - step, step)
+
+
+def resets_before_steps(
+    resets: Tensor | None,  # bool [T, B], in time
+    position: Tensor,  # [T, B]
+    valid: Tensor | None,  # [T, B]
+    reverse: bool,
+) -> Tensor | None:
+    """Bool [T, B]: where the state is zeroed before a step. A reset at t separates time t from time t - 1."""
+    if resets is None:
+        return None
+    if not reverse:
+        return resets if valid is None else resets & valid
+    # Step s came from time position + 1, but step 0 from no time at all.
+    afresh = resets.gather(0, (position + 1).clamp(max=len(position) - 1))
+    afresh = torch.cat([torch.zeros_like(afresh[:1]), afresh[1:]])
+    return afresh if valid is None else afresh & valid
+
+
+def states_before(
+    h: Tensor,  # [T, B, P], zeros in padding
+    h0: Tensor,  # [B, P]
+    lengths: Tensor | None,  # [B]
+    resets: Tensor | None,  # [T, B]
+    reverse: bool,
+) -> Tensor:
+    """[T, B, P]: the hidden state that the step at each time started from; anything finite in padding."""
+    steps, batch = h.shape[:2]
+    if not reverse:
+        before = torch.cat([h0[None], h[:-1]])
+    elif lengths is None:
+        before = torch.cat([h[1:], h0[None]])
+    else:
+        time = torch.arange(steps, device=h.device)[:, None, None]
+        before = torch.cat([h[1:], h.new_zeros(1, *h.shape[1:])])
+        before = torch.where(time == lengths[:, None] - 1, h0, before)
+    if resets is None:
+        return before
+    if not reverse:
+        return before.masked_fill(resets[:, :, None], 0)
+    # Seen from time t, the reverse direction came from t + 1; from the last valid time it came from h0.
+    separated = torch.cat([resets[1:], torch.zeros_like(resets[:1])])
+    if lengths is not None:
+        separated = separated & (torch.arange(steps, device=h.device)[:, None] < lengths - 1)
+    return before.masked_fill(separated[:, :, None], 0)
+
+
+class Batch(NamedTuple):
+    """A user's input in time-major form, and what is needed to hand results back in the form that came."""
+
+    x: Tensor  # [T, B, I]
+    lengths: Tensor | None  # [B]
+    resets: Tensor | None  # [T, B]
+    batched: bool
+    batch_first: bool
+    packed: PackedSequence | None
+    rows: Tensor | None  # [N] of a PackedSequence: row time * B + batch of each of its rows
+
+    @classmethod
+    def of(
+        cls, input: Tensor | PackedSequence, lengths: Tensor | None, resets: Tensor | None, batch_first: bool
+    ) -> "Batch":
+        """The batch of a padded, unbatched (2-D) or packed input.
+
+        Raises:
+            ValueError, TypeError: wrong lengths or resets, see `check_lengths` and `check_resets`.
+        """
+        if isinstance(input, PackedSequence):
+            return cls._of_packed(input, lengths, resets, batch_first)
+        batched = input.dim() == 3
+        if not batched:
+            x = input.unsqueeze(1)
+        else:
+            x = input.transpose(0, 1) if batch_first else input
+        steps, batch, _ = x.shape
+        if lengths is not None:
+            check_lengths(lengths, steps, (batch,) if batched else (), x.device)
+            lengths = lengths.reshape(batch)
+        if resets is not None:
+            check_resets(resets, tuple(input.shape[:-1]), x.device)
+            if not batched:
+                resets = resets.unsqueeze(1)
+            elif batch_first:
+                resets = resets.T
+        return cls(x, lengths, resets, batched, batch_first, None, None)
+
+    @classmethod
+    def _of_packed(
+        cls, input: PackedSequence, lengths: Tensor | None, resets: Tensor | None, batch_first: bool
+    ) -> "Batch":
+        if lengths is not None:
+            raise ValueError("lengths should not be given together with a PackedSequence, which has its own")
+        data, batch_sizes, sorted_indices, _ = input
+        steps, batch = len(batch_sizes), int(batch_sizes[0])
+        inside = torch.arange(batch) < batch_sizes[:, None]  # [T, B], on the CPU as batch_sizes
+        rows = inside.flatten().nonzero().squeeze(1).to(data.device)  # [N]
+        x = data.new_zeros(steps * batch, data.shape[1]).index_copy(0, rows, data)
+        if resets is not None:
+            check_resets(resets, (batch, steps) if batch_first else (steps, batch), data.device)
+            resets = resets.T if batch_first else resets
+            resets = resets if sorted_indices is None else resets.index_select(1, sorted_indices)
+        lengths = inside.sum(0).to(data.device)
+        return cls(x.view(steps, batch, -1), lengths, resets, True, batch_first, input, rows)
+
+    def output(self, y: Tensor) -> Tensor | PackedSequence:
+        """Output [T, B, F] in the form of the input."""
+        if self.packed is not None:
+            _, batch_sizes, sorted_indices, unsorted_indices = self.packed
+            packed = y.flatten(0, 1).index_select(0, self.rows)
+            return PackedSequence(packed, batch_sizes, sorted_indices, unsorted_indices)
+        if not self.batched:
+            return y.squeeze(1)
+        return y.transpose(0, 1) if self.batch_first else y
+
+    def state_in(self, state: Tensor) -> Tensor:
+        """A user's state, [*, B, H] or unbatched [*, H], as [*, B, H] in the batch's order."""
+        if not self.batched:
+            return state.unsqueeze(-2)
+        if self.packed is not None and self.packed.sorted_indices is not None:
+            return state.index_select(-2, self.packed.sorted_indices)
+        return state
+
+    def state_out(self, state: Tensor) -> Tensor:
+        """The reverse of `state_in`."""
+        if not self.batched:
+            return state.squeeze(-2)
+        if self.packed is not None and self.packed.unsorted_indices is not None:
+            return state.index_select(-2, self.packed.unsorted_indices)
+        return state

@@ -1,0 +1,19 @@
+"""The tensors of one layer in one direction, named as in torch.nn.LSTM."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Weights(NamedTuple):
+    """One layer, one direction. H hidden units, I input features, P projected features (H without projection)."""
+
+    weight_ih: Tensor  # [4H, I]
+    weight_hh: Tensor  # [4H, P]
+    bias_ih: Tensor | None = None  # [4H]
+    bias_hh: Tensor | None = None  # [4H]
+    weight_hr: Tensor | None = None  # [P, H]
+
+    def present(self) -> list[Tensor]:
+        """Those that are there, in torch's order."""
+        return [tensor for tensor in self if tensor is not None]

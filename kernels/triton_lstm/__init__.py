@@ -1,0 +1,1 @@
+"""The Triton backend: `launch.layer_forward` and `launch.layer_backward` are its two entry points."""

@@ -1,0 +1,57 @@
+"""The LSTM cell on a tile of [rows, units], in float32. Every kernel family computes it here.
+
+Gate order i, f, g, o, as in torch. Equations: Hochreiter & Schmidhuber (1997) with the forget gate of
+Gers, Schmidhuber & Cummins (2000), as torch.nn.LSTM states them:
+
+    i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)
+    c = f * c_prev + i * g                                  m = o * tanh(c)
+
+m is the hidden state h, or what the projection W_hr takes to h where there is one.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(x):
+    # exp overflows to inf for x << 0, and 1 / inf is the right limit.
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """tanh to 2 units in the last place, finite for every finite x. (libdevice's is not in the interpreter.)"""
+    # Near 0, where 1 - 2 / (exp(2x) + 1) cancels: x + x^3 P(x^2), a Chebyshev fit on |x| < 0.6.
+    u = x * x
+    p = (((-0.005893945 * u + 0.020794617) * u - 0.053783294) * u + 0.13331915) * u - 0.333333
+    away = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.6, x + x * u * p, tl.where(x < 0, -away, away))
+
+
+@triton.jit
+def activate(z_i, z_f, z_g, z_o):
+    """Pre-activations -> gates, each [rows, units]."""
+    return sigmoid(z_i), sigmoid(z_f), tanh(z_g), sigmoid(z_o)
+
+
+@triton.jit
+def cell_forward(i, f, g, o, c_prev):
+    """Gates and the cell state before the step -> (c, m), each [rows, units]."""
+    c = f * c_prev + i * g
+    return c, o * tanh(c)
+
+
+@triton.jit
+def cell_backward(i, f, g, o, c, c_prev, dm, dc):
+    """Gradients of m and (from the next step) of c -> (dz_i, dz_f, dz_g, dz_o, dc_prev), each [rows, units].
+
+    dz is the gradient of a pre-activation: sigmoid' = s (1 - s), tanh' = 1 - t^2.
+    """
+    t = tanh(c)
+    dc += dm * o * (1.0 - t * t)
+    dz_i = dc * g * i * (1.0 - i)
+    dz_f = dc * c_prev * f * (1.0 - f)
+    dz_g = dc * i * (1.0 - g * g)
+    dz_o = dm * t * o * (1.0 - o)
+    return dz_i, dz_f, dz_g, dz_o, dc * f
