@@ -7,4 +7,4 @@ from .modules import LSTM, LSTMCell, StackedLSTM
 
 __version__ = "0.1.0"
 
-__all__ = ["LSTM", "LSTMCell", "StackedLSTM", "Backend", "backend", "compat", "convert", "functional"]
+__all__ = ["LSTM", "Backend", "LSTMCell", "StackedLSTM", "backend", "compat", "convert", "functional"]

@@ -4,6 +4,8 @@ The kernels do only the recurrence. The input product and every weight gradient 
 once, outside the time loop.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -63,9 +65,7 @@ class LSTMLayerFunction(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, ...]:
         gates = _input_product(x, weight_ih, bias_ih, bias_hh)
-        h, h_n, c_n, c = ops.layer_forward(
-            gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, True, backend
-        )
+        h, h_n, c_n, c = ops.layer_forward(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, True, backend)
         return h, h_n, c_n, gates, c
 
     @staticmethod
@@ -79,50 +79,61 @@ class LSTMLayerFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
-        *tensors, h, gates, c = ctx.saved_tensors
+        saved = Saved(*ctx.saved_tensors)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = _differentiable_gradients(ctx, tensors, (dh, dh_n, dc_n))
+            gradients = _differentiable_gradients(ctx, saved, (dh, dh_n, dc_n))
         else:
-            gradients = _fused_gradients(ctx, tensors, h, gates, c, dh, dh_n, dc_n)
+            gradients = _fused_gradients(ctx, saved, dh, dh_n, dc_n)
         return *gradients, None, None, None, None
+
+
+class Saved(NamedTuple):
+    """What backward reads: the inputs, and what forward left."""
+
+    x: Tensor  # [T, B, I]
+    h0: Tensor  # [B, P]
+    c0: Tensor  # [B, H]
+    weight_ih: Tensor  # [4H, I]
+    weight_hh: Tensor  # [4H, P]
+    bias_ih: Tensor | None  # [4H]
+    bias_hh: Tensor | None  # [4H]
+    weight_hr: Tensor | None  # [P, H]
+    lengths: Tensor | None  # [B]
+    resets: Tensor | None  # [T, B]
+    h: Tensor  # [T, B, P]
+    gates: Tensor  # [T, B, 4H] activated; anything in padding
+    c: Tensor  # [T, B, H] float32; zero in padding
 
 
 def _fused_gradients(
     ctx,
-    tensors: list[Tensor | None],
-    h: Tensor,  # [T, B, P]
-    gates: Tensor,  # [T, B, 4H] activated
-    c: Tensor,  # [T, B, H] float32
+    saved: Saved,
     dh: Tensor | None,  # [T, B, P]
     dh_n: Tensor | None,  # [B, P]
     dc_n: Tensor | None,  # [B, H]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr; None where none is needed."""
-    x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, resets = tensors
     need_x, need_h0, need_c0, need_ih, need_hh, need_bias_ih, need_bias_hh, need_hr = ctx.needs_input_grad[:8]
     dgates, dh0, dc0, dh_total = ops.layer_backward(
-        dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, ctx.reverse, ctx.backend
-    )
-    over_steps = dgates.flatten(0, 1)  # [TB, 4H]
-    dx = dgates @ weight_ih if need_x else None
+        dh, dh_n, dc_n, saved.gates, saved.c, saved.weight_hh, saved.weight_hr, saved.h0, saved.c0, saved.lengths,
+        saved.resets, ctx.reverse, ctx.backend,
+    )  # fmt: skip
+    over_steps = dgates.flatten(0, 1)  # [TB, 4H]; zero in padding, but zero times the NaN that may stand there is not
+
     dweight_ih = dweight_hh = dweight_hr = dbias = None
     if need_ih:
-        valid = valid_steps(x.shape[0], lengths)
-        # dgates is zero in padding, but zero times the NaN that may stand there is not.
-        inside = x if valid is None else torch.where(valid[:, :, None], x, 0)
-        dweight_ih = over_steps.T @ inside.flatten(0, 1)
+        dweight_ih = over_steps.T @ _without_padding(saved.x, saved.lengths).flatten(0, 1)
     if need_hh:
-        h_prev = states_before(h, h0, lengths, resets, ctx.reverse)
+        h_prev = states_before(saved.h, saved.h0, saved.lengths, saved.resets, ctx.reverse)
         dweight_hh = over_steps.T @ h_prev.flatten(0, 1)
     if need_bias_ih or need_bias_hh:
         dbias = over_steps.sum(0)
     if need_hr:
-        m = gates[:, :, -c.shape[2] :] * c.tanh().to(gates.dtype)  # [T, B, H]
-        valid = valid_steps(x.shape[0], lengths)
-        m = m if valid is None else torch.where(valid[:, :, None], m, 0)  # nothing was saved in padding
+        output_gate = saved.gates[:, :, -saved.c.shape[2] :]
+        m = _without_padding(output_gate * saved.c.tanh().to(output_gate.dtype), saved.lengths)  # [T, B, H]
         dweight_hr = dh_total.flatten(0, 1).T @ m.flatten(0, 1)
     return (
-        dx,
+        dgates @ saved.weight_ih if need_x else None,
         dh0 if need_h0 else None,
         dc0 if need_c0 else None,
         dweight_ih,
@@ -133,19 +144,29 @@ def _fused_gradients(
     )
 
 
+def _without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:
+    """t [T, B, F] with zeros past the end of each sequence."""
+    valid = valid_steps(t.shape[0], lengths)
+    return t if valid is None else torch.where(valid[:, :, None], t, 0)
+
+
 def _differentiable_gradients(
     ctx,
-    tensors: list[Tensor | None],
+    saved: Saved,
     output_gradients: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
     """The same gradients, themselves differentiable: the layer is taken again through reference.py."""
-    *inputs, lengths, resets = tensors
-    outputs = reference.lstm_layer(*inputs, lengths, resets, ctx.reverse)
-    wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad) if needed]
-    given = [(output, g) for output, g in zip(outputs, output_gradients) if g is not None]
+    inputs = saved[:8]
+    outputs = reference.lstm_layer(*inputs, saved.lengths, saved.resets, ctx.reverse)
+    needed = ctx.needs_input_grad[:8]
+    given = [(output, gradient) for output, gradient in zip(outputs, output_gradients) if gradient is not None]
     gradients = iter(
         torch.autograd.grad(
-            [output for output, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True
+            [output for output, _ in given],
+            [tensor for tensor, need in zip(inputs, needed) if need and tensor is not None],
+            [gradient for _, gradient in given],
+            create_graph=True,
+            allow_unused=True,
         )
     )
-    return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad[:8])
+    return tuple(next(gradients) if need else None for need in needed)

@@ -6,7 +6,6 @@ import functools
 import importlib
 import os
 from collections.abc import Iterator
-from contextvars import ContextVar
 
 import torch
 
@@ -25,7 +24,7 @@ class Backend(enum.Enum):
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_chosen: ContextVar[Backend | None] = ContextVar("gpu_lstm_backend", default=None)
+_chosen: Backend | None = None  # by `with backend(...)`; a plain global, which torch.compile guards on
 
 
 def parse(name: "str | Backend") -> Backend:
@@ -45,23 +44,25 @@ def parse(name: "str | Backend") -> Backend:
 def backend(name: "str | Backend") -> Iterator[None]:
     """Choose the backend within a `with` block, for every module and function that was not given one itself.
 
+    It holds for the whole process, as torch.backends' flags do.
+
     Raises:
         ValueError: there is no backend of that name.
     """
-    token = _chosen.set(parse(name))
+    global _chosen
+    before, _chosen = _chosen, parse(name)
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen = before
 
 
 def requested(argument: "str | Backend | None") -> Backend:
     """What the user asked for: by argument, else by `with backend(...)`, else by environment variable, else auto."""
     if argument is not None:
         return parse(argument)
-    chosen = _chosen.get()
-    if chosen is not None:
-        return chosen
+    if _chosen is not None:
+        return _chosen
     return parse(os.environ.get(ENVIRONMENT_VARIABLE, Backend.AUTO.value))
 
 
@@ -74,13 +75,18 @@ def select(argument: "str | Backend | None", device: torch.device, dtype: torch.
     """
     choice = requested(argument)
     if choice is Backend.AUTO:
-        if device.type == "cuda" and obstacle(Backend.TRITON, device, dtype) is None:
-            return Backend.TRITON
-        return Backend.TORCH
-    problem = obstacle(choice, device, dtype)
-    if problem is not None:
+        return Backend.TRITON if device.type == "cuda" and can_run(Backend.TRITON, device, dtype) else Backend.TORCH
+    if not can_run(choice, device, dtype):
+        problem = obstacle(choice, device, dtype)
+        assert problem is not None
         raise problem
     return choice
+
+
+@torch.compiler.assume_constant_result
+def can_run(choice: Backend, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `choice` can run tensors of this device and dtype. Fixed while a process lives: not to be traced."""
+    return obstacle(choice, device, dtype) is None
 
 
 def obstacle(choice: Backend, device: torch.device, dtype: torch.dtype) -> Exception | None:
@@ -122,5 +128,7 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
         )
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
-        return RuntimeError(f"backend 'triton' needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}")
+        return RuntimeError(
+            f"backend 'triton' needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
+        )
     return None

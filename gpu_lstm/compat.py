@@ -9,5 +9,5 @@ from torch.nn.modules.rnn import LSTM as TorchLSTM
 from . import modules
 
 
-class LSTM(modules.LSTM, TorchLSTM):
+class LSTM(modules.LSTM, TorchLSTM):  # type: ignore[misc]  # its forward takes lengths and resets too
     """gpu_lstm.LSTM that is an instance of torch.nn.LSTM as well. Arguments, shapes and errors as there."""

@@ -24,7 +24,7 @@ def convert(model: nn.Module) -> nn.Module:
     swapped: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if type(child) in _OURS:
+            if child is not None and type(child) in _OURS:
                 if child not in swapped:
                     swapped[child] = recast(child, _OURS[type(child)])
                 parent._modules[name] = swapped[child]

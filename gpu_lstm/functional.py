@@ -3,7 +3,7 @@
 Here a backend, once chosen, is handed its work.
 """
 
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ State = tuple[Tensor, Tensor]
 
 def lstm_layer(
     x: Tensor,
-    weights: Weights | tuple[Tensor | None, ...],
+    weights: Weights | Sequence[Tensor | None],
     hx: State | None = None,
     *,
     lengths: Tensor | None = None,
@@ -50,7 +50,7 @@ def lstm_layer(
         ValueError: wrong lengths or resets; an unknown backend.
         ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
     """
-    weights = Weights(*weights)
+    weights = Weights(*weights)  # type: ignore[arg-type]
     if x.dim() != 3:
         raise RuntimeError(f"input must have 3 dimensions, got {x.dim()}")
     steps, batch, features = x.shape
@@ -73,14 +73,14 @@ def _checked_sizes(weights: Weights, features: int) -> tuple[int, int]:
     """(H, P) of weights whose shapes agree."""
     hidden = weights.weight_hh.shape[0] // 4
     projected = hidden if weights.weight_hr is None else weights.weight_hr.shape[0]
-    expected = Weights(
-        weight_ih=(4 * hidden, features),
-        weight_hh=(4 * hidden, projected),
-        bias_ih=(4 * hidden,),
-        bias_hh=(4 * hidden,),
-        weight_hr=(projected, hidden),
-    )
-    for name, tensor, shape in zip(Weights._fields, weights, expected):
+    expected = {
+        "weight_ih": (4 * hidden, features),
+        "weight_hh": (4 * hidden, projected),
+        "bias_ih": (4 * hidden,),
+        "bias_hh": (4 * hidden,),
+        "weight_hr": (projected, hidden),
+    }
+    for (name, shape), tensor in zip(expected.items(), weights):
         if tensor is not None and tensor.shape != shape:
             raise RuntimeError(f"Expected {name} size {shape}, got {list(tensor.shape)}")
     if (weights.bias_ih is None) != (weights.bias_hh is None):
@@ -134,32 +134,24 @@ def lstm_stack(
 
     With `residual`, a layer whose output is as wide as its input adds the two. Arguments are not checked.
     """
-    steps, batch, _ = x.shape
-    directions = len(layers[0])
-    groups = [[layer] for layer in layers]
-    ragged = lengths is not None or resets is not None
-    if backend is not Backend.TORCH:
-        run = partial(_one_layer, lengths=lengths, resets=resets, backend=backend)
+    plain = backend is Backend.TORCH and lengths is None and resets is None
+    if plain and not residual and _same_sizes(layers):
+        groups = [layers]  # torch's own LSTM takes them all in one call, dropout included
     else:
-        if not residual and _same_sizes(layers):
-            groups = [layers]  # one call for all, dropout included
-        if ragged:
-            pieces = native.Pieces(steps, batch, lengths, resets, x.device)
-            x = pieces.pack(x)
-            run = partial(native.lstm_in_pieces, pieces=pieces, dropout=dropout, training=training)
-        else:
-            run = partial(native.lstm, batch_sizes=None, dropout=dropout, training=training)
-
+        groups = [[layer] for layer in layers]
     finals: list[State] = []
     for group in groups:
-        h0, c0 = (torch.cat(state) for state in zip(*states[len(finals) : len(finals) + len(group)]))
-        y, h_n, c_n = run(x, h0, c0, group)
-        finals += zip(h_n.split(directions), c_n.split(directions))
+        h0, c0 = (torch.cat(state) for state in zip(*states[len(finals) : len(finals) + len(group)]))  # [L*D, B, *]
+        if plain:
+            y, h_n, c_n = native.lstm(x, h0, c0, group, dropout=dropout, training=training)
+        else:
+            y, h_n, c_n = _one_layer(x, h0, c0, group[0], lengths, resets, backend)
+        finals += zip(h_n.split(len(group[0])), c_n.split(len(group[0])))
         if residual and y.shape == x.shape:
-            valid = None if x.dim() == 2 else valid_steps(steps, lengths)  # packed: there is no padding
+            valid = valid_steps(x.shape[0], lengths)
             y = y + (x if valid is None else torch.where(valid[:, :, None], x, 0))
         x = F.dropout(y, dropout, training) if len(finals) < len(layers) else y
-    return pieces.unpack(x) if backend is Backend.TORCH and ragged else x, finals
+    return x, finals
 
 
 def _same_sizes(layers: list[list[Weights]]) -> bool:
@@ -170,15 +162,14 @@ def _one_layer(
     x: Tensor,  # [T, B, I]
     h0: Tensor,  # [D, B, P]
     c0: Tensor,  # [D, B, H]
-    group: list[list[Weights]],  # [1][D]
+    layer: list[Weights],  # [D]
     lengths: Tensor | None,
     resets: Tensor | None,
     backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All directions of one layer: [T, B, D*P], [D, B, P], [D, B, H]."""
     results = [
-        _one_direction(x, h0[d], c0[d], weights, lengths, resets, d == 1, backend)
-        for d, weights in enumerate(group[0])
+        _one_direction(x, h0[d], c0[d], weights, lengths, resets, d == 1, backend) for d, weights in enumerate(layer)
     ]
     h, h_n, c_n = zip(*results)
     return torch.cat(h, dim=-1) if len(h) > 1 else h[0], torch.stack(h_n), torch.stack(c_n)
@@ -199,7 +190,7 @@ def _one_direction(
         return native.lstm_layer(x, h0, c0, weights, lengths, resets, reverse)
     dtype = compute_dtype(x)
     x, h0, c0 = x.to(dtype), h0.to(dtype), c0.to(dtype)
-    weights = Weights(*(None if w is None else w.to(dtype) for w in weights))
+    weights = weights.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         if backend is Backend.REFERENCE:
             return reference.lstm_layer(x, h0, c0, *weights, lengths, resets, reverse)

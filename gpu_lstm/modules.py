@@ -3,9 +3,10 @@
 import numbers
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-from torch import Tensor, _VF, nn
+from torch import _VF, Tensor, nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
@@ -197,8 +198,8 @@ class LSTM(RNNBase):
         """As torch.nn.LSTM, and the backend if one was chosen."""
         return super().extra_repr() + _backend_repr(self)
 
-    def __prepare_scriptable__(self) -> TorchLSTM:
-        return as_torch(self)
+    def __prepare_scriptable__(self) -> nn.Module:
+        return recast(self, TorchLSTM)
 
 
 class StackedLSTM(nn.Module):
@@ -258,8 +259,7 @@ class StackedLSTM(nn.Module):
             )
         if isinstance(dropout, bool) or not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1:
             raise ValueError(
-                "dropout should be a number in range [0, 1] "
-                "representing the probability of an element being zeroed"
+                "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
             )
         if dropout > 0 and len(hidden_sizes) == 1:
             warnings.warn(
@@ -293,9 +293,10 @@ class StackedLSTM(nn.Module):
             _check_rank(input, "StackedLSTM")
         batch = Batch.of(input, lengths, resets, self.batch_first)
         x = batch.x  # [T, B, I]
-        self.layers[0].check_input(x, None)
+        modules = cast(list[LSTM], list(self.layers))
+        modules[0].check_input(x, None)
         states = self._states(x, batch, hx)
-        layers = [layer._layers()[0] for layer in self.layers]
+        layers = [module._layers()[0] for module in modules]
         tensors = [tensor for layer in layers for weights in layer for tensor in weights.present()]
         for state in states:
             check_tensors(x, state, tensors)
@@ -304,9 +305,9 @@ class StackedLSTM(nn.Module):
             backend=select(self.backend, x.device, compute_dtype(x)),
             dropout=self.dropout, training=self.training, residual=self.residual,
         )  # fmt: skip
-        return batch.output(y), [
-            tuple(batch.state_out(s if self.bidirectional else s.squeeze(0)) for s in state) for state in states
-        ]
+        if not self.bidirectional:
+            states = [(h.squeeze(0), c.squeeze(0)) for h, c in states]
+        return batch.output(y), [(batch.state_out(h), batch.state_out(c)) for h, c in states]
 
     def _states(self, x: Tensor, batch: Batch, hx: Sequence[State] | None) -> list[State]:
         """A user's states, checked, or zeros: (h, c) of each layer, [D, B, H_k]."""
@@ -412,9 +413,7 @@ class LSTMCell(RNNCellBase):
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
         for i, state in enumerate((h, c)):
             if state.shape[0] != x.shape[0]:
-                raise RuntimeError(
-                    f"Input batch size {x.shape[0]} doesn't match hidden{i} batch size {state.shape[0]}"
-                )
+                raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{i} batch size {state.shape[0]}")
             if state.shape[1] != self.hidden_size:
                 raise RuntimeError(
                     f"hidden{i} has inconsistent hidden_size: got {state.shape[1]}, expected {self.hidden_size}"
@@ -424,13 +423,8 @@ class LSTMCell(RNNCellBase):
         """As torch.nn.LSTMCell, and the backend if one was chosen."""
         return super().extra_repr() + _backend_repr(self)
 
-    def __prepare_scriptable__(self) -> TorchLSTMCell:
-        return as_torch(self)
-
-
-def as_torch(module: LSTM | LSTMCell) -> TorchLSTM | TorchLSTMCell:
-    """A torch.nn.LSTM or LSTMCell that shares the parameters, hooks and flags of `module`."""
-    return recast(module, TorchLSTM if isinstance(module, LSTM) else TorchLSTMCell)
+    def __prepare_scriptable__(self) -> nn.Module:
+        return recast(self, TorchLSTMCell)
 
 
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
@@ -442,7 +436,7 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     for own in ("_parameters", "_buffers", "_modules"):
         state[own] = state[own].copy()
     twin.__dict__.update(state)
-    if isinstance(module, RNNBase):
+    if isinstance(twin, RNNBase):
         twin._init_flat_weights()
     return twin
 

@@ -58,9 +58,7 @@ def _layer_forward_fake(gates, weight_hh, weight_hr, h0, c0, lengths, resets, re
     return h, torch.empty_like(h0), torch.empty_like(c0), gates.new_empty(c_shape, dtype=torch.float32)
 
 
-def _layer_backward(
-    dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend
-):
+def _layer_backward(dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend):
     dh, dh_n, dc_n, weight_hh, weight_hr, h0, c0, lengths, resets = _contiguous(
         dh, dh_n, dc_n, weight_hh, weight_hr, h0, c0, lengths, resets
     )
@@ -70,9 +68,7 @@ def _layer_backward(
     )  # fmt: skip
 
 
-def _layer_backward_fake(
-    dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend
-):
+def _layer_backward_fake(dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend):
     dh_total = gates.new_empty((0,) if weight_hr is None else (*gates.shape[:2], h0.shape[1]))
     return torch.empty_like(gates), torch.empty_like(h0), torch.empty_like(c0), dh_total
 

@@ -62,9 +62,7 @@ def valid_steps(steps: int, lengths: Tensor | None) -> Tensor | None:
     return torch.arange(steps, device=lengths.device)[:, None] < lengths
 
 
-def positions_of_steps(
-    steps: int, batch: int, lengths: Tensor | None, reverse: bool, device: torch.device
-) -> Tensor:
+def positions_of_steps(steps: int, batch: int, lengths: Tensor | None, reverse: bool, device: torch.device) -> Tensor:
     """int64 [T, B]: the time that each sequence visits at each step. Its own inverse."""
     step = torch.arange(steps, device=device)[:, None].expand(steps, batch)
     if not reverse:
@@ -92,22 +90,21 @@ def resets_before_steps(
 
 
 def states_before(
-    h: Tensor,  # [T, B, P], zeros in padding
+    h: Tensor,  # [T, B, P], zero in padding
     h0: Tensor,  # [B, P]
     lengths: Tensor | None,  # [B]
     resets: Tensor | None,  # [T, B]
     reverse: bool,
 ) -> Tensor:
     """[T, B, P]: the hidden state that the step at each time started from; anything finite in padding."""
-    steps, batch = h.shape[:2]
+    time = torch.arange(h.shape[0], device=h.device)[:, None]  # [T, 1]
     if not reverse:
         before = torch.cat([h0[None], h[:-1]])
     elif lengths is None:
         before = torch.cat([h[1:], h0[None]])
     else:
-        time = torch.arange(steps, device=h.device)[:, None, None]
         before = torch.cat([h[1:], h.new_zeros(1, *h.shape[1:])])
-        before = torch.where(time == lengths[:, None] - 1, h0, before)
+        before = torch.where((time == lengths - 1)[:, :, None], h0, before)
     if resets is None:
         return before
     if not reverse:
@@ -115,7 +112,7 @@ def states_before(
     # Seen from time t, the reverse direction came from t + 1; from the last valid time it came from h0.
     separated = torch.cat([resets[1:], torch.zeros_like(resets[:1])])
     if lengths is not None:
-        separated = separated & (torch.arange(steps, device=h.device)[:, None] < lengths - 1)
+        separated = separated & (time < lengths - 1)
     return before.masked_fill(separated[:, :, None], 0)
 
 
@@ -142,10 +139,9 @@ class Batch(NamedTuple):
         if isinstance(input, PackedSequence):
             return cls._of_packed(input, lengths, resets, batch_first)
         batched = input.dim() == 3
-        if not batched:
-            x = input.unsqueeze(1)
-        else:
-            x = input.transpose(0, 1) if batch_first else input
+        x = input if batched else input.unsqueeze(1)
+        if batched and batch_first:
+            x = x.transpose(0, 1)
         steps, batch, _ = x.shape
         if lengths is not None:
             check_lengths(lengths, steps, (batch,) if batched else (), x.device)
@@ -178,7 +174,7 @@ class Batch(NamedTuple):
 
     def output(self, y: Tensor) -> Tensor | PackedSequence:
         """Output [T, B, F] in the form of the input."""
-        if self.packed is not None:
+        if self.packed is not None and self.rows is not None:
             _, batch_sizes, sorted_indices, unsorted_indices = self.packed
             packed = y.flatten(0, 1).index_select(0, self.rows)
             return PackedSequence(packed, batch_sizes, sorted_indices, unsorted_indices)

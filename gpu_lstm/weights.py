@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -17,3 +18,7 @@ class Weights(NamedTuple):
     def present(self) -> list[Tensor]:
         """Those that are there, in torch's order."""
         return [tensor for tensor in self if tensor is not None]
+
+    def to(self, dtype: torch.dtype) -> "Weights":
+        """The same in another dtype."""
+        return Weights(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]

@@ -16,16 +16,20 @@ import triton.language as tl
 def load_lengths(lengths_ptr, batch, in_batch, T):
     """Lengths of the rows `batch`, T where there are none given."""
     if lengths_ptr is None:
-        return tl.zeros_like(batch) + T
-    return tl.load(lengths_ptr + batch, mask=in_batch, other=0).to(tl.int32)
+        length = tl.zeros_like(batch) + T
+    else:
+        length = tl.load(lengths_ptr + batch, mask=in_batch, other=0).to(tl.int32)
+    return length
 
 
 @triton.jit
 def time_of(step, length, REVERSE: tl.constexpr):
     """The time that each row visits at `step`."""
     if REVERSE:
-        return tl.where(step < length, length - 1 - step, step)
-    return tl.zeros_like(length) + step
+        time = tl.where(step < length, length - 1 - step, step)
+    else:
+        time = tl.zeros_like(length) + step
+    return time
 
 
 @triton.jit
@@ -48,9 +52,11 @@ def starts_afresh(resets_ptr, time, length, batch, B, in_batch, REVERSE: tl.cons
     A reset at t separates time t from time t - 1, either way round; the reverse direction comes from time + 1.
     """
     if resets_ptr is None:
-        return time < 0
-    later = time + 1 if REVERSE else time  # of the two times that a reset may separate
-    return tl.load(resets_ptr + row_of(later, batch, B), mask=in_batch & (later < length), other=0) != 0
+        afresh = time < 0
+    else:
+        later = time + 1 if REVERSE else time  # of the two times that a reset may separate
+        afresh = tl.load(resets_ptr + row_of(later, batch, B), mask=in_batch & (later < length), other=0) != 0
+    return afresh
 
 
 @triton.jit

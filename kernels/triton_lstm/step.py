@@ -87,9 +87,7 @@ def lstm_step_forward_kernel(
     # Product: all four gates of the program's units, [BB, 4 BH].
     column, column_unit = gate_columns(unit_start, H, BLOCK_H)
     z = tl.zeros((BLOCK_B, 4 * BLOCK_H), tl.float32)
-    z = product(
-        z, h_prev_ptr, row_prev, carried, weight_hh_ptr, column * P, column_unit < H, 1, P, BLOCK_K, PRECISION
-    )
+    z = product(z, h_prev_ptr, row_prev, carried, weight_hh_ptr, column * P, column_unit < H, 1, P, BLOCK_K, PRECISION)
     z_i, z_f, z_g, z_o = split_gates(z, BLOCK_B, BLOCK_H)
 
     # Gates.
@@ -99,8 +97,8 @@ def lstm_step_forward_kernel(
     # Cell.
     c_row_prev = row_prev if SAVE else batch
     c_row = row if SAVE else batch
-    c_at = c_prev_ptr + c_row_prev[:, None] * H + unit[None, :]
-    c_prev = tl.load(c_at, mask=carried[:, None] & (unit < H)[None, :], other=0.0)
+    c_prev_at = c_prev_ptr + c_row_prev[:, None] * H + unit[None, :]
+    c_prev = tl.load(c_prev_at, mask=carried[:, None] & (unit < H)[None, :], other=0.0)
     c, m = cell_forward(i, f, g, o, c_prev)
 
     # Store. Padding gets zeros; the last valid step gives the final states.
@@ -110,7 +108,11 @@ def lstm_step_forward_kernel(
     final_at = batch[:, None] * H + unit[None, :]
     h_row = batch if PROJECT else row
     tl.store(h_ptr + h_row[:, None] * H + unit[None, :], m, mask=in_tile)
-    tl.store(c_ptr + c_row[:, None] * H + unit[None, :], c, mask=here)
+    c_at = c_ptr + c_row[:, None] * H + unit[None, :]
+    if SAVE:
+        tl.store(c_at, tl.where(here, c, 0.0), mask=in_tile)
+    else:
+        tl.store(c_at, c, mask=here)  # the state of a sequence that has ended stays
     tl.store(c_n_ptr + final_at, c.to(c_n_ptr.dtype.element_ty), mask=last)
     if not PROJECT:
         tl.store(h_n_ptr + final_at, m, mask=last)

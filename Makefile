@@ -1,0 +1,32 @@
+# make demo and make test set up .venv by themselves; a second call does not install again.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test bench lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/weather.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto $(PYTEST)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m bench
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "gpu_lstm needs Python 3.10 to 3.13; name one by make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' || { echo "Python's venv is missing: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,171 @@
+"""Forecast tomorrow's maximum temperature in Seattle with a stack of two LSTM layers.
+
+Run it from the root of the repository; the data comes with the package vega_datasets, nothing is downloaded::
+
+    pip install -e ".[examples]"
+    python examples/weather.py
+
+It trains gpu_lstm.StackedLSTM on 2012 to 2014 and forecasts each day of 2015 from the 30 days before it, on the GPU
+if there is one. It prints the errors beside those of two simple forecasts, draws the forecasts in out/weather.png,
+and prints how long a training step takes.
+"""
+
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.dates import ConciseDateFormatter
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from vega_datasets import data
+
+import gpu_lstm
+
+# The settings were chosen by training on 2012 and 2013 and judging on 2014.
+TEST_YEAR = 2015
+WINDOW = 30  # T, the days that a forecast sees
+HIDDEN_SIZES = [32, 16]
+DROPOUT = 0.5  # between the layers
+BATCH = 64  # N, the windows in a training step
+
+
+class Errors(NamedTuple):
+    """How far a forecast of the test year is off, in °C."""
+
+    mae: float
+    rmse: float
+
+
+def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, Errors]:
+    """Load, train, judge, plot and time; returns the errors by the name of the forecast."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)  # more do not help so small a model, and slow it down where other work shares the cores
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    # Load: one row a day, of four measurements (°C, °C, mm, m/s) and the time of year as a point on a circle. The
+    # measurements are normalised by their mean and deviation in the training years.
+    weather = data.seattle_weather()
+    split = int((weather["date"].dt.year < TEST_YEAR).sum())  # the days before it are for training
+    temp_max = weather["temp_max"].to_numpy()  # [days]
+    measured = weather[["temp_max", "temp_min", "precipitation", "wind"]].to_numpy()  # [days, 4]
+    measured = (measured - measured[:split].mean(axis=0)) / measured[:split].std(axis=0)
+    day_of_year = weather["date"].dt.day_of_year.to_numpy()  # [days]
+    angle = 2 * np.pi * day_of_year / 365.25
+    features = np.column_stack([measured, np.sin(angle), np.cos(angle)])  # [days, 6]
+
+    # Windows: window k holds the days k to k + T - 1. What to forecast is how much warmer the day after them is than
+    # the last of them, so that a model that knows nothing forecasts no change.
+    series = torch.tensor(features, dtype=torch.float32, device=device)
+    windows = series.unfold(0, WINDOW, 1)[:-1].transpose(1, 2).contiguous()  # [days - T, T, 6]
+    changes = series[WINDOW:, 0] - series[WINDOW - 1 : -1, 0]  # [days - T]
+    x, x_test = windows[: split - WINDOW], windows[split - WINDOW :]  # [training windows, T, 6], [test days, T, 6]
+    y = changes[: split - WINDOW]  # [training windows]
+
+    # Train: in every epoch each training window once, in batches.
+    model = Forecaster(gpu_lstm.StackedLSTM(6, HIDDEN_SIZES, batch_first=True, dropout=DROPOUT)).to(device)
+    optimiser = torch.optim.Adam(model.parameters())
+    for _ in track(range(epochs), description="Training"):
+        for batch in torch.randperm(len(x)).to(device).split(BATCH):
+            training_step(model, optimiser, x[batch], y[batch])
+
+    # Judge, all [test days] in °C: beside the model, the value of the day before, and the day-of-year mean, which is
+    # taken over the training days that are at most 15 days of the year away.
+    model.eval()
+    with torch.no_grad():
+        change = model(x_test).cpu().numpy() * temp_max[:split].std()
+    truth, yesterday = temp_max[split:], temp_max[split - 1 : -1]
+    apart = np.abs(day_of_year[split:, None] - day_of_year[:split])  # [test days, training days]
+    near = np.minimum(apart, 366 - apart) <= 15
+    mean = near @ temp_max[:split] / near.sum(axis=1)
+    forecasts = {"StackedLSTM": yesterday + change, "yesterday's value": yesterday, "day-of-year mean": mean}
+    table = Table("forecast", "MAE (°C)", "RMSE (°C)", title=f"Daily maximum temperature, Seattle, {TEST_YEAR}")
+    errors = {}
+    for name, forecast in forecasts.items():
+        off = forecast - truth
+        errors[name] = Errors(mae=np.abs(off).mean(), rmse=np.sqrt((off**2).mean()))
+        table.add_row(name, f"{errors[name].mae:.2f}", f"{errors[name].rmse:.2f}")
+    Console().print(table)
+
+    # Plot.
+    plot(weather["date"].to_numpy()[split:], forecasts["StackedLSTM"], truth, out / "weather.png")
+
+    # Time: StackedLSTM, and the same layers made of torch.nn.LSTM.
+    torch_stack = TorchStack(nn.LSTM(i, h, batch_first=True) for i, h in pairwise([6, *HIDDEN_SIZES]))
+    ours, theirs = step_times([model.train(), Forecaster(torch_stack).to(device)], x[:BATCH], y[:BATCH])
+    backend = gpu_lstm.backends.select(None, device, x.dtype).value
+    print(
+        f"Backend {backend} on {device}; a training step, median: "
+        f"StackedLSTM {ours:.2f} ms, torch.nn.LSTM {theirs:.2f} ms"
+    )
+    return errors
+
+
+class Forecaster(nn.Module):
+    """From windows of days to the change of temp_max after them, normalised."""
+
+    def __init__(self, stack: nn.Module) -> None:
+        super().__init__()
+        self.stack = stack
+        self.head = nn.Linear(HIDDEN_SIZES[-1], 1)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        output, _ = self.stack(windows)  # [N, T, 6] -> [N, T, 16]
+        return self.head(output[:, -1]).squeeze(-1)  # [N], from the last day
+
+
+class TorchStack(nn.ModuleList):
+    """Layers of torch.nn.LSTM on top of each other, with dropout between them."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        for k, layer in enumerate(self):
+            x, _ = layer(nn.functional.dropout(x, DROPOUT, self.training) if k > 0 else x)
+        return x, None
+
+
+def training_step(model: nn.Module, optimiser: torch.optim.Optimizer, windows: Tensor, changes: Tensor) -> None:
+    """Forward, backward, optimiser: windows [N, T, 6], changes [N]."""
+    loss = nn.functional.mse_loss(model(windows), changes)
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+
+def plot(dates: np.ndarray, forecast: np.ndarray, truth: np.ndarray, path: Path) -> None:
+    """Draw the test year and, enlarged, its June and July; all [test days]."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for axes, days in zip(figure.subplots(2), (slice(None), slice(151, 212)), strict=True):
+        axes.plot(dates[days], truth[days], "o-", color="0.6", markersize=3.5, linewidth=0.8, label="measured")
+        axes.plot(dates[days], forecast[days], color="black", linewidth=1.4, label="forecast the day before")
+        axes.set_ylabel("maximum temperature (°C)")
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator(), show_offset=False))
+        axes.grid(color="0.9")
+        axes.margins(x=0.01)
+    figure.suptitle(f"Daily maximum temperature in Seattle, {TEST_YEAR}; below, its June and July")
+    figure.axes[0].legend(loc="upper left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    print(f"Plot: {path}")
+
+
+def step_times(models: list[nn.Module], windows: Tensor, changes: Tensor, steps: int = 50) -> np.ndarray:
+    """The median time of a training step of each model, in ms; the models take turns."""
+    pairs = [(model, torch.optim.Adam(model.parameters())) for model in models]
+    times = []
+    for _ in range(5 + steps):  # the first 5 warm up
+        for model, optimiser in pairs:
+            start = time.perf_counter()
+            training_step(model, optimiser, windows, changes)
+            if windows.is_cuda:
+                torch.cuda.synchronize()
+            times.append(1000 * (time.perf_counter() - start))
+    return np.median(np.reshape(times, (5 + steps, len(models)))[5:], axis=0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Problems, and the comparison of a backend with the float64 oracle."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import oracle
+import torch
+from torch import Tensor
+
+from gpu_lstm.functional import lstm_layer
+
+NAMES = ("h", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dweight_hr")
+
+
+@dataclass
+class Problem:
+    """One layer, one direction: float64 inputs, output gradients, and what the oracle says of them."""
+
+    tensors: list[Tensor | None]  # x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
+    lengths: Tensor | None
+    resets: Tensor | None
+    reverse: bool
+    output_gradients: list[Tensor]  # of h, h_n, c_n
+
+    def rounded(self, dtype: torch.dtype) -> "Problem":
+        """The same problem with all its numbers representable in `dtype`."""
+
+        def through(t):
+            return None if t is None else t.to(dtype).double()
+
+        return Problem(
+            [through(t) for t in self.tensors], self.lengths, self.resets, self.reverse,
+            [through(t) for t in self.output_gradients],
+        )  # fmt: skip
+
+    def truth(self) -> list[np.ndarray | None]:
+        """Results and gradients in the order of NAMES, from the NumPy oracle."""
+        inputs = [None if t is None else t.numpy() for t in self.tensors]
+        *results, tape = oracle.layer(*inputs, lengths=self.lengths, resets=self.resets, reverse=self.reverse)
+        dh, dh_n, dc_n = (g.numpy() for g in self.output_gradients)
+        return [*results, *oracle.layer_gradients(*inputs, tape=tape, dh=dh, dh_n=dh_n, dc_n=dc_n)]
+
+    def run(self, backend: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor | None]:
+        """The same from gpu_lstm, in `dtype` on `device`."""
+        tensors = [None if t is None else t.to(device, dtype).requires_grad_() for t in self.tensors]
+        x, h0, c0, *weights = tensors
+        lengths = None if self.lengths is None else self.lengths.to(device)
+        resets = None if self.resets is None else self.resets.to(device)
+        h, (h_n, c_n) = lstm_layer(
+            x, weights, (h0, c0), lengths=lengths, resets=resets, reverse=self.reverse, backend=backend
+        )
+        gradients = [g.to(device, dtype) for g in self.output_gradients]
+        torch.autograd.backward([h, h_n, c_n], gradients)
+        return [h, h_n, c_n, *(None if t is None else t.grad for t in tensors)]
+
+
+def problem(
+    T: int, B: int, I: int, H: int, P: int = 0, *, bias=True, ragged=False, resets=0.0, reverse=False, seed=0
+) -> Problem:
+    """A random problem. `ragged`: lengths from 0 to T, both among them where B allows; `resets`: their rate."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+    width = P or H
+    tensors = [
+        normal(T, B, I), normal(B, width), normal(B, H),
+        normal(4 * H, I, scale=I**-0.5), normal(4 * H, width, scale=width**-0.5),
+        normal(4 * H) if bias else None, normal(4 * H) if bias else None,
+        normal(P, H, scale=H**-0.5) if P else None,
+    ]  # fmt: skip
+    lengths = None
+    if ragged:
+        lengths = torch.randint(0, T + 1, (B,), generator=generator)
+        lengths[0] = 0
+        lengths[-1] = T
+    reset_mask = torch.rand(T, B, generator=generator) < resets if resets else None
+    return Problem(tensors, lengths, reset_mask, reverse, [normal(T, B, width), normal(B, width), normal(B, H)])
+
+
+def assert_as_good_as_torch(
+    make_problem: Callable[[int], Problem], backend: str, dtype: torch.dtype, device: str = "cpu", seeds: int = 3
+) -> None:
+    """Every result and gradient: its RMS error is at most twice that of torch's own LSTM in the same dtype.
+
+    Both are held against the oracle, over `seeds` problems, so that one lucky rounding of torch's decides nothing;
+    an RMS below the unit in the last place of the largest element counts as that unit.
+    """
+    errors: dict[str, list[tuple[np.ndarray, np.ndarray, float]]] = {}
+    for seed in range(seeds):
+        problem = make_problem(seed).rounded(dtype)
+        results = zip(NAMES, problem.truth(), problem.run(backend, dtype, device), problem.run("torch", dtype, device))
+        for name, true, our, their in results:
+            if true is not None:
+                our_error, their_error = (t.detach().double().cpu().numpy() - true for t in (our, their))
+                assert np.isfinite(our_error).all(), f"{name}: not finite at {np.argwhere(~np.isfinite(our_error))[0]}"
+                errors.setdefault(name, []).append((our_error, their_error, np.abs(true).max(initial=0.0)))
+    for name, pairs in errors.items():
+        ours, theirs = (_rms(np.concatenate([pair[i].ravel() for pair in pairs])) for i in range(2))
+        allowed = 2 * max(theirs, torch.finfo(dtype).eps * max(pair[2] for pair in pairs))
+        worst = max((pair[0] for pair in pairs), key=lambda error: np.abs(error).max(initial=0.0))
+        where = tuple(map(int, np.unravel_index(np.abs(worst).argmax(), worst.shape)))
+        assert ours <= allowed, (
+            f"{name}: RMS error {ours:.3g}, allowed {allowed:.3g} (torch's own {theirs:.3g}); "
+            f"worst {worst[where]:.3g} at {where} of {worst.shape}"
+        )
+
+
+def _rms(error: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(error**2))) if error.size else 0.0

@@ -1,0 +1,35 @@
+"""Options and the environment of the tests."""
+
+import os
+
+# Where there is no GPU the Triton kernels run in Triton's interpreter; it is chosen when triton is first imported.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--require-gpu", action="store_true", help="fail, rather than skip, what needs a GPU")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            if config.getoption("--require-gpu"):
+                item.add_marker(pytest.mark.usefixtures("no_gpu_is_an_error"))
+            else:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def no_gpu_is_an_error():
+    pytest.fail("needs a CUDA device, and --require-gpu was given")
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the kernels run: CUDA if there is one, else the CPU, by the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,77 @@
+"""An LSTM layer in NumPy, float64, written from the formulas: one sequence and one step after another.
+
+Independent of everything it judges: no torch, no shared index arithmetic, gradients by hand.
+"""
+
+import numpy as np
+
+
+def sigmoid(x):
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, *, lengths=None, resets=None,
+          reverse=False):  # fmt: skip
+    """One layer, one direction: (h [T, B, P], h_n [B, P], c_n [B, H], tape for `layer_gradients`)."""
+    T, B, _ = x.shape
+    P = h0.shape[1]
+    out = np.zeros((T, B, P))
+    h_n, c_n = h0.copy(), c0.copy()
+    tape = []
+    for b in range(B):
+        length = T if lengths is None else int(lengths[b])
+        h, c = h0[b], c0[b]
+        previous_time = None
+        for t in reversed(range(length)) if reverse else range(length):
+            # A reset at r separates time r from time r - 1.
+            boundary = t + 1 if reverse else t
+            at_start = previous_time is None
+            reset = resets is not None and (not at_start or not reverse) and bool(resets[boundary, b])
+            h_prev, c_prev = (np.zeros_like(h), np.zeros_like(c)) if reset else (h, c)
+            z = weight_ih @ x[t, b] + weight_hh @ h_prev
+            if bias_ih is not None:
+                z = z + bias_ih + bias_hh
+            zi, zf, zg, zo = np.split(z, 4)
+            i, f, g, o = sigmoid(zi), sigmoid(zf), np.tanh(zg), sigmoid(zo)
+            c = f * c_prev + i * g
+            m = o * np.tanh(c)
+            h = m if weight_hr is None else weight_hr @ m
+            out[t, b] = h
+            tape.append((b, t, reset, h_prev, c_prev, i, f, g, o, c, m))
+            previous_time = t
+        h_n[b], c_n[b] = h, c
+    return out, h_n, c_n, tape
+
+
+def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, *, tape, dh, dh_n,
+                    dc_n):  # fmt: skip
+    """Gradients of x, h0, c0 and the weights (None where there is none), by backpropagation through time."""
+    inputs = (x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr = (None if a is None else np.zeros(a.shape) for a in inputs)
+    into_h, into_c = dh_n.copy(), dc_n.copy()  # [B, *] gradient of each sequence's state after the step in hand
+    for b, t, reset, h_prev, c_prev, i, f, g, o, c, m in reversed(tape):
+        grad_h = dh[t, b] + into_h[b]
+        grad_m = grad_h
+        if weight_hr is not None:
+            dw_hr += np.outer(grad_h, m)
+            grad_m = weight_hr.T @ grad_h
+        tanh_c = np.tanh(c)
+        grad_c = into_c[b] + grad_m * o * (1 - tanh_c**2)
+        dz = np.concatenate(
+            [
+                grad_c * g * i * (1 - i),
+                grad_c * c_prev * f * (1 - f),
+                grad_c * i * (1 - g**2),
+                grad_m * tanh_c * o * (1 - o),
+            ]
+        )
+        dx[t, b] = weight_ih.T @ dz
+        dw_ih += np.outer(dz, x[t, b])
+        dw_hh += np.outer(dz, h_prev)
+        if bias_ih is not None:
+            db_ih += dz
+            db_hh += dz
+        into_h[b] = 0 if reset else weight_hh.T @ dz
+        into_c[b] = 0 if reset else grad_c * f
+    dh0, dc0 = into_h, into_c  # where there was no step at all, the final state is the initial one
+    return dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr

@@ -1,0 +1,57 @@
+"""The Triton kernels against the float64 oracle: every result and every gradient.
+
+Without a GPU they run in Triton's interpreter, where bfloat16 products are wrong; so bfloat16 is for the GPU.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from comparing import assert_as_good_as_torch, problem
+
+VARIANTS = {
+    "plain": {},
+    "reverse": dict(reverse=True),
+    "ragged": dict(ragged=True),
+    "ragged reverse": dict(ragged=True, reverse=True),
+    "resets": dict(resets=0.3),
+    "ragged resets reverse": dict(ragged=True, resets=0.3, reverse=True),
+    "no bias": dict(bias=False, ragged=True, resets=0.3),
+}
+SIZES = [  # (T, B, I, H), and how many problems of that size: more of the small, whose rounding errors vary more
+    ((1, 1, 3, 1), 24),
+    ((2, 3, 4, 5), 8),
+    ((9, 3, 1, 5), 6),
+    ((1, 17, 5, 33), 3),
+    ((9, 17, 6, 33), 1),
+    ((2, 1, 2, 130), 3),
+]
+
+
+def _problem(size, variant, seed):
+    return problem(*size, **VARIANTS[variant], seed=seed)
+
+
+@pytest.mark.parametrize(("size", "problems"), SIZES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float32(size, problems, variant, device):
+    assert_as_good_as_torch(partial(_problem, size, variant), "triton", torch.float32, device, problems)
+
+
+@pytest.mark.parametrize("projected", [1, 7, 32])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_projection(projected, variant, device):
+    assert_as_good_as_torch(partial(_problem, (5, 4, 3, 33, projected), variant), "triton", torch.float32, device)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float16(variant, device):
+    assert_as_good_as_torch(partial(_problem, (6, 5, 8, 40), variant), "triton", torch.float16, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", [(64, 32, 128, 256), (33, 70, 100, 513)], ids=str)
+def test_on_a_gpu(size, variant, dtype):
+    assert_as_good_as_torch(partial(_problem, size, variant), "triton", dtype, "cuda")

@@ -1,0 +1,57 @@
+"""The operators as torch.library sees them: schemas, fakes, and use under torch.compile."""
+
+import pytest
+import torch
+from comparing import problem
+
+from gpu_lstm import ops
+
+VARIANTS = [dict(P=0), dict(P=2, ragged=True, resets=0.4, reverse=True)]
+
+
+def _arguments(variant, device):
+    """(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse) of a small problem."""
+    given = problem(3, 2, 3, 5, **variant)
+    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr = (
+        None if t is None else t.to(device, torch.float32) for t in given.tensors
+    )
+    lengths, resets = (None if t is None else t.to(device) for t in (given.lengths, given.resets))
+    return x @ weight_ih.T, weight_hh, weight_hr, h0, c0, lengths, resets, given.reverse
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_layer_forward(variant, save, device):
+    torch.library.opcheck(ops.layer_forward, (*_arguments(variant, device), save, "triton"))
+
+
+@pytest.mark.parametrize("which", ["all", "output", "states"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_layer_backward(variant, which, device):
+    gates, *rest = _arguments(variant, device)
+    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton")
+    dh, dh_n, dc_n = (torch.ones_like(t) for t in (h, h_n, c_n))
+    gradients = {"all": (dh, dh_n, dc_n), "output": (dh, None, None), "states": (None, dh_n, dc_n)}[which]
+    torch.library.opcheck(ops.layer_backward, (*gradients, gates, c, *rest, "triton"))
+
+
+def test_backward_leaves_what_was_saved_alone(device):
+    gates, *rest = _arguments(VARIANTS[1], device)
+    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton")
+    # In padding nothing was ever written, so NaN stands for whatever the memory held.
+    saved = gates.nan_to_num(), c.nan_to_num()
+    first = ops.layer_backward(h, h_n, c_n, gates, c, *rest, "triton")
+    second = ops.layer_backward(h, h_n, c_n, gates, c, *rest, "triton")
+    assert torch.equal(gates.nan_to_num(), saved[0])
+    assert torch.equal(c.nan_to_num(), saved[1])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_stride_of_zero_in_the_gradient(device):
+    """sum() hands back an expanded gradient; it means the same as a contiguous one."""
+    gates, *rest = _arguments(VARIANTS[0], device)
+    h, *_, c = ops.layer_forward(gates, *rest, True, "triton")
+    one = torch.ones((), device=device)
+    expanded = ops.layer_backward(one.expand_as(h), None, None, gates, c, *rest, "triton")
+    contiguous = ops.layer_backward(torch.ones_like(h), None, None, gates, c, *rest, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(expanded, contiguous, strict=True))
