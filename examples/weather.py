@@ -5,9 +5,9 @@ Run it from the root of the repository; the data comes with the package vega_dat
     pip install -e ".[examples]"
     python examples/weather.py
 
-It trains gpu_lstm.StackedLSTM on 2012 to 2014 and forecasts each day of 2015 from the 30 days before it, on the GPU
-if there is one. It prints the errors beside those of two simple forecasts, draws the forecasts in out/weather.png,
-and prints how long a training step takes.
+It trains gpu_lstm.StackedLSTM on 2012 to 2014, on the GPU if there is one, and forecasts each day of 2015 from the 30
+days before it. It prints the errors beside those of two simple forecasts, and how long a training step takes, and
+draws the forecasts in out/weather.png.
 """
 
 import time
@@ -55,8 +55,8 @@ def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, 
     temp_max = weather["temp_max"].to_numpy()  # [days]
     measured = weather[["temp_max", "temp_min", "precipitation", "wind"]].to_numpy()  # [days, 4]
     measured = (measured - measured[:split].mean(axis=0)) / measured[:split].std(axis=0)
-    day_of_year = weather["date"].dt.day_of_year.to_numpy()  # [days]
-    angle = 2 * np.pi * day_of_year / 365.25
+    day = weather["date"].dt.day_of_year.to_numpy()  # [days]
+    angle = 2 * np.pi * day / 365.25
     features = np.column_stack([measured, np.sin(angle), np.cos(angle)])  # [days, 6]
 
     # Windows: window k holds the days k to k + T - 1. What to forecast is how much warmer the day after them is than
@@ -64,8 +64,7 @@ def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, 
     series = torch.tensor(features, dtype=torch.float32, device=device)
     windows = series.unfold(0, WINDOW, 1)[:-1].transpose(1, 2).contiguous()  # [days - T, T, 6]
     changes = series[WINDOW:, 0] - series[WINDOW - 1 : -1, 0]  # [days - T]
-    x, x_test = windows[: split - WINDOW], windows[split - WINDOW :]  # [training windows, T, 6], [test days, T, 6]
-    y = changes[: split - WINDOW]  # [training windows]
+    x, y = windows[: split - WINDOW], changes[: split - WINDOW]  # [training windows, T, 6], [training windows]
 
     # Train: in every epoch each training window once, in batches.
     model = Forecaster(gpu_lstm.StackedLSTM(6, HIDDEN_SIZES, batch_first=True, dropout=DROPOUT)).to(device)
@@ -78,9 +77,9 @@ def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, 
     # taken over the training days that are at most 15 days of the year away.
     model.eval()
     with torch.no_grad():
-        change = model(x_test).cpu().numpy() * temp_max[:split].std()
+        change = model(windows[split - WINDOW :]).cpu().numpy() * temp_max[:split].std()
     truth, yesterday = temp_max[split:], temp_max[split - 1 : -1]
-    apart = np.abs(day_of_year[split:, None] - day_of_year[:split])  # [test days, training days]
+    apart = np.abs(day[split:, None] - day[:split])  # [test days, training days]
     near = np.minimum(apart, 366 - apart) <= 15
     mean = near @ temp_max[:split] / near.sum(axis=1)
     forecasts = {"StackedLSTM": yesterday + change, "yesterday's value": yesterday, "day-of-year mean": mean}
@@ -92,17 +91,14 @@ def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, 
         table.add_row(name, f"{errors[name].mae:.2f}", f"{errors[name].rmse:.2f}")
     Console().print(table)
 
-    # Plot.
     plot(weather["date"].to_numpy()[split:], forecasts["StackedLSTM"], truth, out / "weather.png")
 
     # Time: StackedLSTM, and the same layers made of torch.nn.LSTM.
     torch_stack = TorchStack(nn.LSTM(i, h, batch_first=True) for i, h in pairwise([6, *HIDDEN_SIZES]))
     ours, theirs = step_times([model.train(), Forecaster(torch_stack).to(device)], x[:BATCH], y[:BATCH])
     backend = gpu_lstm.backends.select(None, device, x.dtype).value
-    print(
-        f"Backend {backend} on {device}; a training step, median: "
-        f"StackedLSTM {ours:.2f} ms, torch.nn.LSTM {theirs:.2f} ms"
-    )
+    times = f"StackedLSTM {ours:.2f} ms, torch.nn.LSTM {theirs:.2f} ms"
+    print(f"Backend {backend} on {device}; median training step: {times}")
     return errors
 
 
@@ -153,18 +149,18 @@ def plot(dates: np.ndarray, forecast: np.ndarray, truth: np.ndarray, path: Path)
     print(f"Plot: {path}")
 
 
-def step_times(models: list[nn.Module], windows: Tensor, changes: Tensor, steps: int = 50) -> np.ndarray:
-    """The median time of a training step of each model, in ms; the models take turns."""
+def step_times(models: list[nn.Module], windows: Tensor, changes: Tensor) -> np.ndarray:
+    """The median time of a training step of each model in ms; the models take turns."""
     pairs = [(model, torch.optim.Adam(model.parameters())) for model in models]
     times = []
-    for _ in range(5 + steps):  # the first 5 warm up
+    for _ in range(55):
         for model, optimiser in pairs:
             start = time.perf_counter()
             training_step(model, optimiser, windows, changes)
             if windows.is_cuda:
                 torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - start))
-    return np.median(np.reshape(times, (5 + steps, len(models)))[5:], axis=0)
+    return np.median(np.reshape(times, (-1, len(models)))[5:], axis=0)  # without the first 5, which warm up
 
 
 if __name__ == "__main__":
