@@ -205,8 +205,8 @@ class LSTM(RNNBase):
 class StackedLSTM(nn.Module):
     """LSTM layers of different sizes on top of each other, with one pair of states a layer.
 
-    Layer k has hidden_sizes[k] units and takes the output of layer k - 1. A stack of equal sizes gives the numbers
-    of LSTM, and its parameters have the same names.
+    Layer k, an LSTM of its own in ``layers``, has hidden_sizes[k] units and takes the output of layer k - 1. A stack
+    of equal sizes gives the numbers of an LSTM with the same weights.
 
     Args:
         input_size: features of the input, I.

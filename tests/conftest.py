@@ -5,6 +5,8 @@ import os
 # Where there is no GPU the Triton kernels run in Triton's interpreter; it is chosen when triton is first imported.
 import torch
 
+torch.set_num_threads(1)  # the tests run side by side, a process a core
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -1,0 +1,79 @@
+"""A check that cannot fail is no check: faults are planted in the kernels, and the comparison must see each.
+
+Only in the interpreter, where a device function is looked up by its name at every call.
+"""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from comparing import assert_as_good_as_torch, problem
+
+from gpu_lstm.kernels.triton_lstm import cell, indexing, launch, step
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernels hold their device functions")
+
+
+@triton.jit
+def gates_i_and_f_swapped(z_i, z_f, z_g, z_o):
+    return cell.sigmoid(z_f), cell.sigmoid(z_i), cell.tanh(z_g), cell.sigmoid(z_o)
+
+
+@triton.jit
+def resets_ignored(resets_ptr, time, length, batch, B, in_batch, REVERSE: tl.constexpr):
+    return time < 0
+
+
+@triton.jit
+def always_forward(step, length, REVERSE: tl.constexpr):
+    return tl.zeros_like(length) + step
+
+
+@triton.jit
+def lengths_ignored(lengths_ptr, batch, in_batch, T):
+    return tl.zeros_like(batch) + T
+
+
+@triton.jit
+def previous_row_off_by_one(step, time, batch, B, REVERSE: tl.constexpr):
+    return tl.where(step == 0, batch.to(tl.int64), indexing.row_of(time, batch, B))
+
+
+@triton.jit
+def cell_gradient_not_carried(i, f, g, o, c, c_prev, dm, dc):
+    dz_i, dz_f, dz_g, dz_o, _ = cell.cell_backward(i, f, g, o, c, c_prev, dm, dc)
+    return dz_i, dz_f, dz_g, dz_o, dc * 0.0
+
+
+@triton.jit
+def output_gate_slope_missing(i, f, g, o, c, c_prev, dm, dc):
+    dz_i, dz_f, dz_g, dz_o, dc_prev = cell.cell_backward(i, f, g, o, c, c_prev, dm, dc)
+    return dz_i, dz_f, dz_g, dz_o / (1.0 - o), dc_prev
+
+
+FAULTS = {
+    "activate": [gates_i_and_f_swapped],
+    "starts_afresh": [resets_ignored],
+    "time_of": [always_forward],
+    "load_lengths": [lengths_ignored],
+    "row_before": [previous_row_off_by_one],
+    "cell_backward": [cell_gradient_not_carried, output_gate_slope_missing],
+}
+
+
+def _problem(seed):
+    return problem(5, 3, 3, 6, ragged=True, resets=0.4, reverse=True, seed=seed)
+
+
+def test_without_a_fault():
+    assert_as_good_as_torch(_problem, "triton", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [pytest.param(name, fault, id=fault.fn.__name__) for name, faults in FAULTS.items() for fault in faults],
+)
+def test_a_planted_fault_is_seen(monkeypatch, name, fault):
+    monkeypatch.setattr(step, name, fault)
+    with pytest.raises(AssertionError):
+        assert_as_good_as_torch(_problem, "triton", torch.float32)
