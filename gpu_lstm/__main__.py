@@ -91,7 +91,7 @@ def _kernels(as_json: bool) -> int:
     rows = []
     if not as_json:
         print(f"{'kernel':<36}{'problem':<44}{'sm':>4}{'regs':>6}{'spills':>8}{'shared':>8}  tensor core")
-    for row in compile_.reports():
+    for row in compile_.step_reports():
         rows.append(row)
         if not as_json:
             print(

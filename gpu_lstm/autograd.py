@@ -34,7 +34,10 @@ def lstm_layer(
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not save:
         gates = _input_product(x, weight_ih, bias_ih, bias_hh)
-        return ops.layer_forward(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, False, backend)[:3]
+        h, h_n, c_n, _ = ops.layer_forward(
+            gates, weight_hh, weight_hr, h0, c0.float(), lengths, resets, reverse, False, backend
+        )
+        return h, h_n, c_n.to(c0.dtype)
     return LSTMLayerFunction.apply(*tensors, lengths, resets, reverse, backend)[:3]
 
 
@@ -65,8 +68,10 @@ class LSTMLayerFunction(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, ...]:
         gates = _input_product(x, weight_ih, bias_ih, bias_hh)
-        h, h_n, c_n, c = ops.layer_forward(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, True, backend)
-        return h, h_n, c_n, gates, c
+        h, h_n, c_n, c = ops.layer_forward(
+            gates, weight_hh, weight_hr, h0, c0.float(), lengths, resets, reverse, True, backend
+        )
+        return h, h_n, c_n.to(c0.dtype), gates, c
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -115,8 +120,8 @@ def _fused_gradients(
     """Gradients of x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr; None where none is needed."""
     need_x, need_h0, need_c0, need_ih, need_hh, need_bias_ih, need_bias_hh, need_hr = ctx.needs_input_grad[:8]
     dgates, dh0, dc0, dh_total = ops.layer_backward(
-        dh, dh_n, dc_n, saved.gates, saved.c, saved.weight_hh, saved.weight_hr, saved.h0, saved.c0, saved.lengths,
-        saved.resets, ctx.reverse, ctx.backend,
+        dh, dh_n, None if dc_n is None else dc_n.float(), saved.gates, saved.c, saved.weight_hh, saved.weight_hr,
+        saved.h0, saved.c0.float(), saved.lengths, saved.resets, ctx.reverse, ctx.backend,
     )  # fmt: skip
     over_steps = dgates.flatten(0, 1)  # [TB, 4H]; zero in padding, but zero times the NaN that may stand there is not
 
@@ -135,7 +140,7 @@ def _fused_gradients(
     return (
         dgates @ saved.weight_ih if need_x else None,
         dh0 if need_h0 else None,
-        dc0 if need_c0 else None,
+        dc0.to(saved.c0.dtype) if need_c0 else None,
         dweight_ih,
         dweight_hh,
         dbias if need_bias_ih else None,

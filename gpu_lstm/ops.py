@@ -1,7 +1,8 @@
 """The operators gpu_lstm::layer_forward and gpu_lstm::layer_backward, as torch.library knows them.
 
 The recurrence of one layer in one direction, on the backends that have kernels of their own. Shapes and meanings
-are those of the launchers, e.g. kernels/triton_lstm/launch.py; this is the one place where a launcher is chosen.
+are those of the launchers, e.g. kernels/triton_lstm/launch.py; cell states and their gradients are float32. This is
+the one place where a launcher is chosen.
 torch.compile sees the operators and their fakes, and never the launchers.
 """
 
@@ -46,16 +47,16 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _layer_forward(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend):
     weight_hh, weight_hr, h0, c0, lengths, resets = _contiguous(weight_hh, weight_hr, h0, c0, lengths, resets)
+    precision = recurrent_precision(gates.dtype)
     return _launcher(backend).layer_forward(
-        gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, recurrent_precision(gates.dtype)
+        gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, precision, save=save
     )
 
 
 def _layer_forward_fake(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend):
-    steps, batch, _ = gates.shape
-    h = gates.new_empty(steps, batch, h0.shape[1])
-    c_shape = (steps, *c0.shape) if save else c0.shape
-    return h, torch.empty_like(h0), torch.empty_like(c0), gates.new_empty(c_shape, dtype=torch.float32)
+    h = gates.new_empty(*gates.shape[:2], h0.shape[1])
+    c = c0.new_empty((gates.shape[0], *c0.shape) if save else 0)
+    return h, torch.empty_like(h0), torch.empty_like(c0), c
 
 
 def _layer_backward(dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend):

@@ -24,7 +24,7 @@ PLACES = {
     "triton": dict(dtype=torch.float32, device=DEVICE),  # without a GPU in Triton's interpreter
 }
 BACKENDS = tuple(PLACES)
-T, B, I, H = 4, 3, 3, 4  # noqa: E741
+T, B, I, H = 4, 3, 3, 4
 
 
 @pytest.fixture(autouse=True)
@@ -618,7 +618,7 @@ def compiled():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_whole_it_computes_the_same(backend, compiled):
-    _, ours = pair(backend, num_layers=2, bidirectional=True)
+    _, ours = pair(backend, bidirectional=True)
     ours = ours.float()
     x, hx = random_inputs(ours)
     assert_same(results(ours, x, hx, call=compiled(ours)), results(ours, x, hx))
@@ -638,7 +638,7 @@ def test_compiled_with_an_input_that_needs_no_gradient(backend, compiled):
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_compiled_whole_with_lengths_and_resets(backend, compiled):
-    _, ours = pair(backend, num_layers=2, bidirectional=True)
+    _, ours = pair(backend, bidirectional=True)
     x, hx = random_inputs(ours)
     ragged = dict(
         lengths=torch.tensor([4, 0, 2], device=ours.weight_ih_l0.device),

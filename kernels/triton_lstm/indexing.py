@@ -60,10 +60,32 @@ def starts_afresh(resets_ptr, time, length, batch, B, in_batch, REVERSE: tl.cons
 
 
 @triton.jit
-def gate_columns(unit_start, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Columns of a product that yields all four gates of BLOCK_H units side by side.
+def step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE: tl.constexpr):
+    """(row of the step after this one, whether it started from this one's state), each [BB]."""
+    exists = in_batch & (step + 1 < length)
+    time = time_of(step + 1, length, REVERSE)
+    flows_back = exists & ~starts_afresh(resets_ptr, time, length, batch, B, in_batch, REVERSE)
+    return row_of(time, batch, B), flows_back
 
-    Returns (index into 4H, unit), each [4 * BLOCK_H]: column n is gate n % 4 of unit n // 4.
+
+@triton.jit
+def cell_before(
+    c_ptr, c0_ptr, step, time, batch, B, unit, carried, H: tl.constexpr, REVERSE: tl.constexpr
+):
+    """The cell state that `step` started from, [units, batch] float32: c0 at step 0, nothing where not `carried`."""
+    at = row_before(step, time, batch, B, REVERSE)[None, :] * H + unit[:, None]
+    mask = (unit < H)[:, None] & carried[None, :]
+    at_start = ((tl.zeros_like(time) + step) == 0)[None, :]
+    first = tl.load(c0_ptr + at, mask=mask & at_start, other=0.0)
+    later = tl.load(c_ptr + at, mask=mask & ~at_start, other=0.0)
+    return first + later
+
+
+@triton.jit
+def interleaved_gates(unit_start, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The order in which one product yields all four gates of BLOCK_H units: number n is gate n % 4 of unit n // 4.
+
+    Returns (index into 4H, unit), each [4 * BLOCK_H].
     """
     n = tl.arange(0, 4 * BLOCK_H)
     unit = unit_start + n // 4
@@ -71,30 +93,44 @@ def gate_columns(unit_start, H: tl.constexpr, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
-def split_gates(z, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    """A product over gate_columns [BLOCK_B, 4 * BLOCK_H] -> (i, f, g, o), each [BLOCK_B, BLOCK_H]."""
-    ig, fo = tl.split(tl.reshape(z, (BLOCK_B, BLOCK_H, 2, 2)))
+def split_gate_columns(z, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """[ROWS, 4 * BLOCK_H] with interleaved columns -> (i, f, g, o), each [ROWS, BLOCK_H]."""
+    ig, fo = tl.split(tl.reshape(z, (ROWS, BLOCK_H, 2, 2)))
     i, g = tl.split(ig)
     f, o = tl.split(fo)
     return i, f, g, o
 
 
 @triton.jit
-def load_gates(gates_ptr, row, unit, mask, H: tl.constexpr):
-    """The four gates of units `unit` in rows `row` of a [rows, 4H] tensor, each [rows, units] float32."""
-    at = gates_ptr + row[:, None] * (4 * H) + unit[None, :]
-    i = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    f = tl.load(at + H, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(at + 2 * H, mask=mask, other=0.0).to(tl.float32)
-    o = tl.load(at + 3 * H, mask=mask, other=0.0).to(tl.float32)
+def split_gate_rows(z, BLOCK_H: tl.constexpr, COLUMNS: tl.constexpr):
+    """[4 * BLOCK_H, COLUMNS] with interleaved rows -> (i, f, g, o), each [BLOCK_H, COLUMNS]."""
+    ig, fo = tl.split(tl.permute(tl.reshape(z, (BLOCK_H, 2, 2, COLUMNS)), (0, 3, 1, 2)))
+    i, g = tl.split(ig)
+    f, o = tl.split(fo)
     return i, f, g, o
 
 
 @triton.jit
-def store_gates(gates_ptr, row, unit, mask, i, f, g, o, H: tl.constexpr):
+def join_gate_rows(i, f, g, o, BLOCK_H: tl.constexpr, COLUMNS: tl.constexpr):
+    """The reverse of split_gate_rows."""
+    z = tl.join(tl.join(i, g), tl.join(f, o))  # [BLOCK_H, COLUMNS, 2, 2]
+    return tl.reshape(tl.permute(z, (0, 2, 3, 1)), (4 * BLOCK_H, COLUMNS))
+
+
+@triton.jit
+def load_gates(gates_ptr, at, mask, H: tl.constexpr):
+    """The four gates of a tile of a [rows, 4H] tensor, float32; `at` is the tile's offsets for gate i."""
+    i = tl.load(gates_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    f = tl.load(gates_ptr + at + H, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gates_ptr + at + 2 * H, mask=mask, other=0.0).to(tl.float32)
+    o = tl.load(gates_ptr + at + 3 * H, mask=mask, other=0.0).to(tl.float32)
+    return i, f, g, o
+
+
+@triton.jit
+def store_gates(gates_ptr, at, mask, i, f, g, o, H: tl.constexpr):
     """The reverse of load_gates, rounded to the tensor's dtype."""
-    at = gates_ptr + row[:, None] * (4 * H) + unit[None, :]
-    tl.store(at, i.to(gates_ptr.dtype.element_ty), mask=mask)
-    tl.store(at + H, f.to(gates_ptr.dtype.element_ty), mask=mask)
-    tl.store(at + 2 * H, g.to(gates_ptr.dtype.element_ty), mask=mask)
-    tl.store(at + 3 * H, o.to(gates_ptr.dtype.element_ty), mask=mask)
+    tl.store(gates_ptr + at, i.to(gates_ptr.dtype.element_ty), mask=mask)
+    tl.store(gates_ptr + at + H, f.to(gates_ptr.dtype.element_ty), mask=mask)
+    tl.store(gates_ptr + at + 2 * H, g.to(gates_ptr.dtype.element_ty), mask=mask)
+    tl.store(gates_ptr + at + 3 * H, o.to(gates_ptr.dtype.element_ty), mask=mask)

@@ -1,25 +1,165 @@
-"""Tile sizes for a problem: pure Python, so that it is tested and compiled ahead of time without a GPU."""
+"""Which kernel family runs a problem, with which tiles: pure Python, so that it is tested without a GPU.
 
-from typing import NamedTuple
+A plan is a proposal. Registers depend on the Triton version, so the launcher takes the first plan of a list whose
+kernel compiles without spills on the Triton and card at hand; the step family comes last and always works.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from math import ceil
+
+import torch
 
 
-class StepTiles(NamedTuple):
-    """Tiles of a step kernel: rows, columns (hidden units or projected features), and the K of one product."""
+class Family(Enum):
+    """How the time loop is run."""
 
-    rows: int
-    columns: int
-    k: int
+    RESIDENT = "resident"  # one launch; a program walks the whole sequence alone
+    COOPERATIVE = "cooperative"  # one launch; programs share W_hh and exchange h
+    STEP = "step"  # one launch a step
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer in one direction: T steps, B sequences, H units, P projected features (0 without projection)."""
+
+    steps: int
+    batch: int
+    hidden: int
+    dtype: torch.dtype
+    projected: int = 0
+    precision: str = "ieee"  # of float32 products
+    directions: int = 1  # that run side by side and share the card
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Device:
+    """What planning needs to know of a card. The rates are ceilings, for the expected bound of a step."""
+
+    name: str
+    architecture: int  # compute capability, 90 for 9.0
+    multiprocessors: int
+    shared: int  # bytes of shared memory a block may have
+    clock: float  # Hz
+    memory: float  # bytes a second
+    half: float  # multiply-adds * 2 a second on tensor cores, float16 and bfloat16, float32 accumulation
+    tf32: float
+    single: float  # float32 without tensor cores
+
+
+KB = 1024
+# Data sheets and CUDA C++ Programming Guide (shared memory a block: table of compute capabilities).
+DEVICES = {
+    "h100": Device("NVIDIA H100 SXM", 90, 132, 227 * KB, 1.755e9, 3.35e12, 989e12, 494e12, 67e12),
+    "a100": Device("NVIDIA A100 SXM 80 GB", 80, 108, 163 * KB, 1.41e9, 2.04e12, 312e12, 156e12, 19.5e12),
+    "l4": Device("NVIDIA L4", 89, 58, 99 * KB, 2.04e9, 0.3e12, 121e12, 60e12, 30.3e12),
+    "rtx4090": Device("NVIDIA GeForce RTX 4090", 89, 128, 99 * KB, 2.52e9, 1.008e12, 165e12, 82.6e12, 82.6e12),
+    "b200": Device("NVIDIA B200", 100, 148, 227 * KB, 1.85e9, 8.0e12, 2250e12, 1100e12, 80e12),
+}
+INTERPRETER = Device("Triton's interpreter", 0, 0, 227 * KB, 0, 0, 0, 0, 0)
+"""It runs programs one after another: there are no multiprocessors for programs that wait for each other."""
+
+
+
+def shared_memory_of(architecture: int) -> int:
+    """Bytes of shared memory that a block may have."""
+    return {80: 163 * KB, 87: 163 * KB, 90: 227 * KB, 100: 227 * KB, 103: 227 * KB}.get(architecture, 99 * KB)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A family with its tiles."""
+
+    family: Family
+    rows: int  # batch tile
+    columns: int  # hidden units of a program
+    k: int  # inner dimension of one product
+    k_split: int  # parts of k that different warps take (cooperative)
+    programs: int  # that share W_hh
+    groups: int  # batch tiles that one launch takes
     num_warps: int
     num_stages: int
+    shared: int  # bytes a block is expected to take
+    why: str
+    flagged: bool = True  # cooperative: data as its own flag, else a counter
 
 
-def step_tiles(batch: int, bytes_per_element: int, *, gates: int) -> StepTiles:
-    """Tiles for a step over `batch` sequences whose product has `gates` columns a unit (4 forward, 1 backward).
+def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
+    """A real card. Its rates are left at zero: planning does not use them."""
+    architecture = properties.major * 10 + properties.minor
+    shared = shared_memory_of(architecture)
+    return Device(properties.name, architecture, properties.multi_processor_count, shared, 0, 0, 0, 0, 0)
 
-    The product of a step is small, so what counts is that many programs share it: the narrowest tiles that
-    still fill tensor-core instructions.
+
+def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
+    """What to try, best first (expected, until it is measured); the step family last."""
+    if problem.steps == 1:
+        return [step_plan(problem, backward)]  # holding W_hh on chip pays from the second step on
+    return [*_resident(problem, device, backward), *_cooperative(problem, device, backward), step_plan(problem, backward)]
+
+
+def step_plan(problem: Problem, backward: bool) -> Plan:
+    """One launch a step: works for every problem.
+
+    The product of a step is small, so what counts is that many programs share it: the narrowest tiles that still
+    fill tensor-core instructions.
     """
-    rows = 16 if batch <= 16 else 32 if batch <= 32 else 64
-    columns = 16 if gates == 4 else 32
-    k = 128 // bytes_per_element  # 128 bytes of each row at a time
-    return StepTiles(rows, columns, k, num_warps=4, num_stages=3)
+    rows = 16 if problem.batch <= 16 else 32 if problem.batch <= 32 else 64
+    columns = 32 if backward else 16  # a unit has four columns in the forward product
+    k = 128 // problem.size  # 128 bytes of each row at a time
+    stage = (rows + columns * (1 if backward else 4)) * k * problem.size
+    return Plan(
+        Family.STEP, rows, columns, k, 1, ceil(problem.hidden / columns), ceil(problem.batch / rows), 4, 3, 2 * stage,
+        "a projection runs step by step" if problem.projected else "W_hh is read from L2 at every step",
+    )  # fmt: skip
+
+
+def _resident(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
+    if problem.projected or problem.batch == 0:
+        return
+    units = max(16, _power_of_two(problem.hidden))
+    weights = 4 * units * units * problem.size
+    for rows in _batch_tiles(problem.batch):
+        gates = 4 * units * rows * 4  # they change places through shared memory, backward twice
+        shared = weights + (2 * gates + 10 * KB if backward else gates)
+        if shared <= device.shared and 4 * units * rows <= 8192:
+            yield Plan(
+                Family.RESIDENT, rows, units, units, 1, 1, ceil(problem.batch / rows), 8 if units >= 64 else 4, 1,
+                shared, f"W_hh ({weights // KB} KB) fits one block, so that no exchange is needed",
+            )  # fmt: skip
+
+
+def _cooperative(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
+    if problem.projected or problem.batch == 0:
+        return
+    k = min(256, max(64, _power_of_two(problem.hidden)))
+    k_tiles = ceil(problem.hidden / k)
+    for columns in (8, 16, 32):
+        # Forward a program holds four gates of its units; backward one gate for the units of its team of four.
+        programs = 4 * ceil(problem.hidden / (4 * columns)) if backward else ceil(problem.hidden / columns)
+        weights = 4 * columns * k_tiles * k * problem.size
+        for rows in _batch_tiles(problem.batch):
+            shared = weights + k * rows * problem.size + 4 * columns * rows * 4 * 4
+            groups = min(ceil(problem.batch / rows), device.multiprocessors // (programs * problem.directions))
+            if groups and shared <= device.shared and 4 * columns * rows <= 4096:
+                yield Plan(
+                    Family.COOPERATIVE, rows, columns, k, 4, programs, groups, 8, 1, shared,
+                    f"{programs} programs hold W_hh, {weights // KB} KB each, and exchange "
+                    + ("dgates" if backward else "h"),
+                )  # fmt: skip
+
+
+def _batch_tiles(batch: int) -> list[int]:
+    """Batch tiles worth trying: as narrow as holds the batch, at most 64 rows."""
+    fitting = [rows for rows in (8, 16, 32, 64) if rows >= batch]
+    return [fitting[0]] if fitting else [64, 32, 16]
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

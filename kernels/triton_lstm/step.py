@@ -10,13 +10,14 @@ import triton.language as tl
 
 from .cell import activate, cell_backward, cell_forward
 from .indexing import (
-    gate_columns,
+    interleaved_gates,
     load_gates,
     load_lengths,
     row_before,
     row_of,
-    split_gates,
+    split_gate_columns,
     starts_afresh,
+    step_after,
     store_gates,
     time_of,
 )
@@ -56,7 +57,7 @@ def lstm_step_forward_kernel(
     h_ptr,  # [T*B, P]; with a projection m [B, H] of this step
     c_ptr,  # float32 [T*B, H] if SAVE, else [B, H], updated in place
     h_n_ptr,  # [B, P], None with a projection
-    c_n_ptr,  # [B, H]
+    c_n_ptr,  # [B, H] float32
     lengths_ptr,  # [B] or None
     resets_ptr,  # [T*B] or None
     step,
@@ -85,13 +86,13 @@ def lstm_step_forward_kernel(
     here = valid[:, None] & (unit < H)[None, :]  # [BB, BH]
 
     # Product: all four gates of the program's units, [BB, 4 BH].
-    column, column_unit = gate_columns(unit_start, H, BLOCK_H)
+    column, column_unit = interleaved_gates(unit_start, H, BLOCK_H)
     z = tl.zeros((BLOCK_B, 4 * BLOCK_H), tl.float32)
     z = product(z, h_prev_ptr, row_prev, carried, weight_hh_ptr, column * P, column_unit < H, 1, P, BLOCK_K, PRECISION)
-    z_i, z_f, z_g, z_o = split_gates(z, BLOCK_B, BLOCK_H)
+    z_i, z_f, z_g, z_o = split_gate_columns(z, BLOCK_B, BLOCK_H)
 
     # Gates.
-    x_i, x_f, x_g, x_o = load_gates(gates_ptr, row, unit, here, H)
+    x_i, x_f, x_g, x_o = load_gates(gates_ptr, row[:, None] * (4 * H) + unit[None, :], here, H)
     i, f, g, o = activate(x_i + z_i, x_f + z_f, x_g + z_g, x_o + z_o)
 
     # Cell.
@@ -113,11 +114,11 @@ def lstm_step_forward_kernel(
         tl.store(c_at, tl.where(here, c, 0.0), mask=in_tile)
     else:
         tl.store(c_at, c, mask=here)  # the state of a sequence that has ended stays
-    tl.store(c_n_ptr + final_at, c.to(c_n_ptr.dtype.element_ty), mask=last)
+    tl.store(c_n_ptr + final_at, c, mask=last)
     if not PROJECT:
         tl.store(h_n_ptr + final_at, m, mask=last)
     if SAVE:
-        store_gates(gates_ptr, row, unit, here, i, f, g, o, H)
+        store_gates(gates_ptr, row[:, None] * (4 * H) + unit[None, :], here, i, f, g, o, H)
 
 
 @triton.jit(do_not_specialize=["step", "T", "B"])
@@ -186,15 +187,6 @@ def hidden_gradient(
         last = here & (step == length - 1)[:, None]
         dh += tl.load(dh_n_ptr + batch[:, None] * P + p[None, :], mask=last, other=0.0).to(tl.float32)
     return dh
-
-
-@triton.jit
-def step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE: tl.constexpr):
-    """(row of the step after this one, whether it started from this one's state), each [BB]."""
-    exists = in_batch & (step + 1 < length)
-    time = time_of(step + 1, length, REVERSE)
-    flows_back = exists & ~starts_afresh(resets_ptr, time, length, batch, B, in_batch, REVERSE)
-    return row_of(time, batch, B), flows_back
 
 
 @triton.jit(do_not_specialize=["step", "T", "B"])
@@ -283,7 +275,7 @@ def lstm_step_backward_kernel(
         )  # fmt: skip
 
     # Cell.
-    i, f, g, o = load_gates(gates_ptr, row, unit, here, H)
+    i, f, g, o = load_gates(gates_ptr, row[:, None] * (4 * H) + unit[None, :], here, H)
     c = tl.load(c_ptr + row[:, None] * H + unit[None, :], mask=here, other=0.0)
     c_prev = tl.load(c_prev_ptr + row_prev[:, None] * H + unit[None, :], mask=carried[:, None] & in_units, other=0.0)
     state_at = batch[:, None] * H + unit[None, :]
@@ -291,5 +283,6 @@ def lstm_step_backward_kernel(
     dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(i, f, g, o, c, c_prev, dm, dc)
 
     # Store. In padding every factor was loaded as zero, so its gradients are zero.
-    store_gates(dgates_ptr, row, unit, in_batch[:, None] & in_units, dz_i, dz_f, dz_g, dz_o, H)
+    gates_at = row[:, None] * (4 * H) + unit[None, :]
+    store_gates(dgates_ptr, gates_at, in_batch[:, None] & in_units, dz_i, dz_f, dz_g, dz_o, H)
     tl.store(dc_ptr + state_at, tl.where(carried[:, None], dc_prev, 0.0), mask=here)

@@ -1,0 +1,162 @@
+"""The resident family: the whole sequence in one launch, W_hh on chip, no exchange between programs.
+
+A program owns BLOCK_B sequences and all hidden units. It reads W_hh once and walks every step with h and c in
+registers. For hidden sizes whose W_hh fits one block. Tiles are [units, batch], gates first, so that a batch tile of 8
+or 16 fills a tensor-core instruction.
+"""
+
+import triton
+import triton.language as tl
+
+from .cell import activate, cell_backward, cell_forward
+from .indexing import (
+    cell_before,
+    interleaved_gates,
+    join_gate_rows,
+    load_gates,
+    load_lengths,
+    row_of,
+    split_gate_rows,
+    starts_afresh,
+    store_gates,
+    time_of,
+)
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def lstm_resident_forward_kernel(
+    gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
+    weight_hh_ptr,  # [4H, H]
+    h0_ptr,  # [B, H]
+    c0_ptr,  # [B, H] float32
+    h_ptr,  # [T*B, H]
+    c_ptr,  # [T*B, H] float32, None without SAVE
+    h_n_ptr,  # [B, H]
+    c_n_ptr,  # [B, H] float32
+    lengths_ptr,  # [B] or None
+    resets_ptr,  # [T*B] or None
+    T,
+    B,
+    H: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,  # at least H
+):
+    batch = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BB]
+    unit = tl.arange(0, BLOCK_H)  # [BH]
+    in_batch = batch < B
+    in_units = (unit < H)[:, None]
+    in_tile = in_units & in_batch[None, :]  # [BH, BB]
+    length = load_lengths(lengths_ptr, batch, in_batch, T)
+    state_at = batch[None, :] * H + unit[:, None]
+
+    # W_hh once, [4 BH, BH].
+    gate_row, gate_unit = interleaved_gates(0, H, BLOCK_H)
+    weight_at = weight_hh_ptr + gate_row[:, None] * H + unit[None, :]
+    weight = tl.load(weight_at, mask=(gate_unit < H)[:, None] & (unit < H)[None, :], other=0.0)
+
+    h = tl.load(h0_ptr + state_at, mask=in_tile, other=0.0)
+    c = tl.load(c0_ptr + state_at, mask=in_tile, other=0.0)
+    for step in range(0, T):
+        time = time_of(step, length, REVERSE)
+        valid = in_batch & (step < length)
+        afresh = starts_afresh(resets_ptr, time, length, batch, B, in_batch, REVERSE)
+        row = row_of(time, batch, B)
+        here = in_units & valid[None, :]
+
+        # Load, before the product, which hides its latency.
+        gates_at = row[None, :] * (4 * H) + unit[:, None]
+        x_i, x_f, x_g, x_o = load_gates(gates_ptr, gates_at, here, H)
+
+        # Product: all four gates of all units, [4 BH, BB].
+        h = tl.where(afresh[None, :], 0.0, h).to(h.dtype)
+        c = tl.where(afresh[None, :], 0.0, c)
+        z_i, z_f, z_g, z_o = split_gate_rows(tl.dot(weight, h, input_precision=PRECISION), BLOCK_H, BLOCK_B)
+
+        # Gates and cell.
+        i, f, g, o = activate(x_i + z_i, x_f + z_f, x_g + z_g, x_o + z_o)
+        c_next, h_next = cell_forward(i, f, g, o, c)
+        h_next = h_next.to(h.dtype)
+
+        # Store. The state of a sequence that has ended stays; its padding gets zeros.
+        h = tl.where(here, h_next, h)
+        c = tl.where(here, c_next, c)
+        at = row[None, :] * H + unit[:, None]
+        tl.store(h_ptr + at, tl.where(here, h_next, 0.0), mask=in_tile)
+        if SAVE:
+            store_gates(gates_ptr, gates_at, here, i, f, g, o, H)
+            tl.store(c_ptr + at, tl.where(here, c_next, 0.0), mask=in_tile)
+    tl.store(h_n_ptr + state_at, h, mask=in_tile)
+    tl.store(c_n_ptr + state_at, c, mask=in_tile)
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def lstm_resident_backward_kernel(
+    dh_ptr,  # [T*B, H] or None
+    dh_n_ptr,  # [B, H] or None
+    gates_ptr,  # [T*B, 4H] activated
+    c_ptr,  # [T*B, H] float32
+    c0_ptr,  # [B, H] float32
+    weight_hh_ptr,  # [4H, H]
+    dgates_ptr,  # [T*B, 4H] out
+    dc_ptr,  # [B, H] float32, in: gradient of c_n; out: of c0
+    lengths_ptr,  # [B] or None
+    resets_ptr,  # [T*B] or None
+    T,
+    B,
+    H: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,  # at least H
+):
+    batch = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BB]
+    unit = tl.arange(0, BLOCK_H)  # [BH]
+    in_batch = batch < B
+    in_units = (unit < H)[:, None]
+    in_tile = in_units & in_batch[None, :]  # [BH, BB]
+    length = load_lengths(lengths_ptr, batch, in_batch, T)
+    state_at = batch[None, :] * H + unit[:, None]
+
+    # W_hh^T once, [BH, 4 BH].
+    gate_row, gate_unit = interleaved_gates(0, H, BLOCK_H)
+    weight_at = weight_hh_ptr + gate_row[None, :] * H + unit[:, None]
+    weight = tl.load(weight_at, mask=(gate_unit < H)[None, :] & in_units, other=0.0)
+
+    # Gradients of the state after the step in hand: at a sequence's last step, those of the final state.
+    dh = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
+    dc = tl.load(dc_ptr + state_at, mask=in_tile, other=0.0)
+    if dh_n_ptr is not None:
+        dh += tl.load(dh_n_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
+    for back in range(0, T):
+        step = T - 1 - back
+        time = time_of(step, length, REVERSE)
+        valid = in_batch & (step < length)
+        carried = valid & ~starts_afresh(resets_ptr, time, length, batch, B, in_batch, REVERSE)
+        row = row_of(time, batch, B)
+        here = in_units & valid[None, :]
+
+        # Load.
+        gates_at = row[None, :] * (4 * H) + unit[:, None]
+        at = row[None, :] * H + unit[:, None]
+        i, f, g, o = load_gates(gates_ptr, gates_at, here, H)
+        c = tl.load(c_ptr + at, mask=here, other=0.0)
+        c_prev = cell_before(c_ptr, c0_ptr, step, time, batch, B, unit, carried, H, REVERSE)
+        dm = tl.where(here, dh, 0.0)
+        if dh_ptr is not None:
+            dm += tl.load(dh_ptr + at, mask=here, other=0.0).to(tl.float32)
+
+        # Cell.
+        dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(i, f, g, o, c, c_prev, dm, tl.where(here, dc, 0.0))
+
+        # Store, rounded as the product will read it.
+        store_gates(dgates_ptr, gates_at, in_tile, dz_i, dz_f, dz_g, dz_o, H)
+
+        # Product: the gradient of the state before the step, [BH, BB]; none flows past a reset.
+        dz = join_gate_rows(dz_i, dz_f, dz_g, dz_o, BLOCK_H, BLOCK_B).to(weight.dtype)
+        dh_prev = tl.dot(weight, dz, input_precision=PRECISION)
+        dh = tl.where(valid[None, :], tl.where(carried[None, :], dh_prev, 0.0), dh)
+        dc = tl.where(valid[None, :], tl.where(carried[None, :], dc_prev, 0.0), dc)
+    tl.store(dc_ptr + state_at, dc, mask=in_tile)

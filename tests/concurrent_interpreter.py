@@ -1,0 +1,296 @@
+"""Triton's interpreter with the programs of a grid side by side, each in a thread of its own.
+
+The stock interpreter runs one program after another, so a kernel whose programs wait for each other would never end.
+Here they run concurrently, in the same memory, and whatever a GPU may do at a memory operation happens now and then:
+
+    a program pauses, so that others run ahead of it;
+    a tile is loaded or stored in two parts, with a pause between them;
+    a store becomes visible to others only after the program's next memory operation, unless that one releases, or
+    touches the same memory.
+
+So a missing wait, a missing release, and a flag that stands for less than it should give wrong results. What cannot
+be seen here: loads that move before a wait that does not acquire, and what the threads inside one program do to each
+other (a missing debug_barrier).
+"""
+
+import itertools
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import triton
+from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
+
+SWITCH_INTERVAL = 1e-4  # seconds a thread may run before another one gets its turn; Python's own is 5e-3
+LONGEST_PAUSE = 1e-3  # seconds; most pauses are far shorter
+TIME_TO_STOP = 10.0  # seconds for a program to come to its next operation, where it ends
+
+
+def _check_internals() -> None:
+    """Raise if Triton's interpreter is not built as this file takes it to be: as in Triton 3.4 to 3.9."""
+
+    def uses(method: str, name: str) -> bool:
+        return name in interpreter.InterpreterBuilder.__dict__[method].__code__.co_names
+
+    try:
+        fits = (
+            type(interpreter.interpreter_builder) is interpreter.InterpreterBuilder
+            and {"binary_op", "create_atomic_rmw", "create_atomic_cas"} <= vars(interpreter.InterpreterBuilder).keys()
+            and {"rewrite", "__call__"} <= vars(interpreter.InterpretedFunction).keys()
+            and callable(interpreter._patch_lang)
+            and uses("create_get_program_id", "grid_idx")
+            and uses("create_get_num_programs", "grid_dim")
+            and uses("create_load", "create_masked_load")
+            and uses("create_store", "create_masked_store")
+        )
+    except (AttributeError, KeyError) as error:
+        raise RuntimeError(f"the interpreter of Triton {triton.__version__} has no {error}") from error
+    if not fits:
+        raise RuntimeError(f"the interpreter of Triton {triton.__version__} is not built like that of 3.4 to 3.9")
+
+
+_check_internals()
+
+
+class ConcurrentRun:
+    """Launches interpreted kernels, to be used in place of `launch.run`.
+
+    Args:
+        seed: of the order in which programs start, and of everything that happens to them. The threads themselves
+            are scheduled by the system, so a seed makes a failure likely to come again, not certain.
+        yield_rate: how likely each of the things above is at a memory operation.
+        timeout: seconds that a launch may take.
+    """
+
+    def __init__(self, seed: int = 0, yield_rate: float = 0.05, timeout: float = 60.0) -> None:
+        self.seed = seed
+        self.yield_rate = yield_rate
+        self.timeout = timeout
+        self.launches = 0
+
+    def __call__(self, kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> None:
+        """Launch `kernel` and wait for its end.
+
+        Raises:
+            InterpreterError: a program raised; the others were stopped.
+            TimeoutError: the programs it names were still running; they were stopped.
+        """
+        if not isinstance(kernel, interpreter.InterpretedFunction):
+            raise TypeError(f"expected a kernel in the interpreter (TRITON_INTERPRET=1), got {type(kernel).__name__}")
+        launches = self.launches
+
+        def run_all(arguments: dict[str, Any]) -> tuple[int, ...]:
+            """The grid as Triton's launcher sees it: called when arguments are converted and the language patched."""
+            self.launches += 1
+            self._run_all(kernel.__name__, tuple(grid), partial(kernel.rewrite(), **arguments))
+            return (0,)  # nothing is left to be run one after another
+
+        kernel[run_all](*args, **constants)
+        if self.launches == launches:
+            raise RuntimeError(f"the interpreter of Triton {triton.__version__} did not ask for the grid")
+
+    def _run_all(self, name: str, grid: tuple[int, ...], body: Callable[[], None]) -> None:
+        grid += (1,) * (3 - len(grid))
+        indices = list(itertools.product(*map(range, grid)))
+        np.random.default_rng([self.seed, self.launches]).shuffle(indices)
+        errors: list[tuple[tuple[int, ...], BaseException]] = []
+        stop = threading.Event()
+        programs = [
+            _Program(index, body, np.random.default_rng([self.seed, self.launches, *index]), self.yield_rate,
+                     stop, errors)
+            for index in indices
+        ]  # fmt: skip
+        late = {}
+        with _concurrent_builder(grid):
+            try:
+                deadline = time.monotonic() + self.timeout
+                for program in programs:
+                    program.start()
+                for program in programs:
+                    program.join(max(0.0, deadline - time.monotonic()))
+                late = {program.index: program.line() for program in programs if program.is_alive()}
+            finally:
+                stop.set()
+                for program in programs:
+                    if program.is_alive():
+                        program.join(TIME_TO_STOP)
+        if errors:
+            index, error = errors[0]
+            raise InterpreterError(f"{name}, program {index}: {error!r}") from error
+        if late:
+            where = ", ".join(f"{index} in line {line}" for index, line in sorted(late.items()))
+            raise TimeoutError(f"{name}: after {self.timeout} s still running, of {len(programs)} programs: {where}")
+
+
+class _Stopped(BaseException):
+    """Ends a program from within. Not an Exception, which the interpreter would wrap in its own."""
+
+
+class _Program(threading.Thread):
+    """One program of the grid, and what happens to it at its memory operations."""
+
+    def __init__(
+        self,
+        index: tuple[int, ...],
+        body: Callable[[], None],
+        rng: np.random.Generator,
+        yield_rate: float,
+        stop: threading.Event,
+        errors: list[tuple[tuple[int, ...], BaseException]],
+    ) -> None:
+        super().__init__(daemon=True)
+        self.index = index
+        self.body = body
+        self.rng = rng
+        self.yield_rate = yield_rate
+        self.stop = stop
+        self.errors = errors
+        self.held: tuple[np.ndarray, Callable[[], None]] | None = None  # a store not yet visible: where, and do it
+
+    def run(self) -> None:
+        try:
+            self.body()
+            self.perform_held()
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self.errors.append((self.index, error))
+            self.stop.set()
+
+    def line(self) -> int | None:
+        """The line of the kernel at which the program is."""
+        frame = sys._current_frames().get(self.ident)
+        file = self.body.func.__code__.co_filename
+        lines = [entry.lineno for entry in traceback.extract_stack(frame) if entry.filename == file]
+        return lines[-1] if frame and lines else None
+
+    def end_if_told(self) -> None:
+        if self.stop.is_set():
+            raise _Stopped
+
+    def happens(self) -> bool:
+        return self.rng.random() < self.yield_rate
+
+    def pause(self) -> None:
+        time.sleep(LONGEST_PAUSE * self.rng.random() ** 4)
+
+    def perform_held(self) -> None:
+        if self.held:
+            self.held[1]()
+            self.held = None
+
+    @contextmanager
+    def operation(self, ptrs: interpreter.TensorHandle, releases: bool = False) -> Iterator[None]:
+        """Around a memory operation: a store that was held back is performed after it, or before it if it must be."""
+        self.end_if_told()
+        if self.held and (releases or np.isin(_chunks(ptrs), self.held[0]).any()):
+            self.perform_held()
+        if self.happens():
+            self.pause()
+        held, self.held = self.held, None
+        yield
+        if held:
+            self.pause()
+            held[1]()
+
+    def parts(self, mask: interpreter.TensorHandle) -> Iterator[interpreter.TensorHandle]:
+        """The mask of a load or store, at times in two parts."""
+        if mask.data.size == 1 or not self.happens():
+            yield mask
+        else:
+            half = self.rng.random(mask.data.shape) < 0.5
+            yield interpreter.TensorHandle(mask.data & half, mask.dtype)
+            self.pause()
+            yield interpreter.TensorHandle(mask.data & ~half, mask.dtype)
+
+
+def _chunks(ptrs: interpreter.TensorHandle) -> np.ndarray:
+    """The 16-byte chunks that are pointed at, the same for pointers of different types to the same memory."""
+    return ptrs.data >> np.uint64(4)
+
+
+def _releases(sem: Any) -> bool:
+    return "RELEASE" in sem.name
+
+
+class _ConcurrentBuilder(interpreter.InterpreterBuilder):
+    """The interpreter's builder while programs run side by side, called from their threads."""
+
+    grid_idx = property(lambda self: threading.current_thread().index)
+
+    def binary_op(self, *args: Any) -> interpreter.TensorHandle:
+        threading.current_thread().end_if_told()  # a loop without end need not touch memory
+        return super().binary_op(*args)
+
+    def create_masked_load(
+        self, ptrs: Any, mask: Any, other: Any, *policy: Any, **named_policy: Any
+    ) -> interpreter.TensorHandle:
+        program = threading.current_thread()
+        with program.operation(ptrs):
+            for part in program.parts(mask):
+                other = super().create_masked_load(ptrs, part, other, *policy, **named_policy)
+        return other
+
+    def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *policy: Any) -> None:
+        program = threading.current_thread()
+        store = super().create_masked_store
+        with program.operation(ptrs):
+            if program.happens():
+                program.held = _chunks(ptrs), lambda: store(ptrs, value, mask, *policy)
+            else:
+                for part in program.parts(mask):
+                    store(ptrs, value, part, *policy)
+
+    def create_atomic_store(self, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> None:  # since Triton 3.9
+        if _releases(sem):
+            threading.current_thread().perform_held()
+        super().create_atomic_store(ptr, val, mask, sem, scope)
+
+    def create_atomic_rmw(
+        self, rmw_op: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any
+    ) -> interpreter.TensorHandle:
+        with threading.current_thread().operation(ptr, _releases(sem)):
+            return super().create_atomic_rmw(rmw_op, ptr, val, mask, sem, scope)
+
+    def create_atomic_cas(self, ptr: Any, cmp: Any, val: Any, sem: Any, scope: Any) -> interpreter.TensorHandle:
+        with threading.current_thread().operation(ptr, _releases(sem)):
+            return super().create_atomic_cas(ptr, cmp, val, sem, scope)
+
+
+@contextmanager
+def _concurrent_builder(grid: tuple[int, int, int]) -> Iterator[None]:
+    """Make the interpreter fit for several threads, and put everything back."""
+    lock = threading.Lock()
+    bodies: dict[Callable, Callable] = {}
+
+    def call_device_function(function: interpreter.InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
+        """InterpretedFunction.__call__, but the first calls, which walk and fill their module's globals, in turn."""
+        with lock:
+            if function.fn not in bodies:
+                interpreter._patch_lang(function.fn)
+                bodies[function.fn] = function.rewrite()
+        try:
+            return bodies[function.fn](*args, **kwargs)
+        except Exception as error:
+            raise InterpreterError(repr(error)) from error
+
+    builder = interpreter.interpreter_builder  # many hold this object, so it changes its class and not its identity
+    call = interpreter.InterpretedFunction.__call__
+    switch_interval = sys.getswitchinterval()
+    builder.set_grid_dim(*grid)
+    try:
+        builder.__class__ = _ConcurrentBuilder
+        interpreter.InterpretedFunction.__call__ = call_device_function
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        yield
+    finally:
+        sys.setswitchinterval(switch_interval)
+        interpreter.InterpretedFunction.__call__ = call
+        builder.__class__ = interpreter.InterpreterBuilder
