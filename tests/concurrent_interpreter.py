@@ -29,7 +29,8 @@ from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
 SWITCH_INTERVAL = 1e-4  # seconds a thread may run before another one gets its turn; Python's own is 5e-3
-LONGEST_PAUSE = 1e-3  # seconds; most pauses are far shorter
+LONGEST_PAUSE = 1e-3  # seconds between two operations, or the parts of one; most pauses are far shorter
+LONGEST_DELAY = 5e-3  # seconds from a store to its being visible, long enough for the others to come and look
 TIME_TO_STOP = 10.0  # seconds for a program to come to its next operation, where it ends
 
 
@@ -51,7 +52,7 @@ def _check_internals() -> None:
             and uses("create_store", "create_masked_store")
         )
     except (AttributeError, KeyError) as error:
-        raise RuntimeError(f"the interpreter of Triton {triton.__version__} has no {error}") from error
+        raise RuntimeError(f"the interpreter of Triton {triton.__version__} lacks something: {error}") from error
     if not fits:
         raise RuntimeError(f"the interpreter of Triton {triton.__version__} is not built like that of 3.4 to 3.9")
 
@@ -197,7 +198,7 @@ class _Program(threading.Thread):
         held, self.held = self.held, None
         yield
         if held:
-            self.pause()
+            time.sleep(LONGEST_DELAY * self.rng.random())
             held[1]()
 
     def parts(self, mask: interpreter.TensorHandle) -> Iterator[interpreter.TensorHandle]:
@@ -248,7 +249,7 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
                 for part in program.parts(mask):
                     store(ptrs, value, part, *policy)
 
-    def create_atomic_store(self, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> None:  # since Triton 3.9
+    def create_atomic_store(self, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> None:  # newer than Triton 3.6
         if _releases(sem):
             threading.current_thread().perform_held()
         super().create_atomic_store(ptr, val, mask, sem, scope)

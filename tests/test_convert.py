@@ -270,6 +270,7 @@ def test_a_parametrized_lstm_is_a_class_of_its_own_and_left_alone(x):
     assert torch.equal(run(model, x), before)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 def test_moves_after_conversion_reach_the_weights(x):
     model = gpu_lstm.convert(tagger()).float()
     assert run(model, x.float()).dtype == torch.float32

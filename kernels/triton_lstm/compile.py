@@ -4,18 +4,45 @@ The launches are recorded from the backend's own entry points, so that what is c
 the same tiles, constants and argument types.
 """
 
+import itertools
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from .binary import Launch, compile_for, fits, resources_of
 from .launch import INTERPRETED, recorded_launches
-from .planning import Family, Plan, Problem, shared_memory_of, step_plan
+from .planning import DEVICES, KB, Device, Family, Plan, Problem, plans, shared_memory_of, step_plan
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+STEP_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 PRECISIONS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+
+SEQUENCE_DEVICES = (
+    DEVICES["a100"],
+    DEVICES["h100"],
+    DEVICES["b200"],
+    Device("NVIDIA GeForce RTX 5090", 120, 170, 99 * KB, 0, 0, 0, 0, 0),
+)
+HIDDEN = (64, 128, 256, 512, 768, 1024, 1536)
+BATCHES = (8, 16, 64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem in one direction of derivation on one card."""
+
+    problem: Problem
+    backward: bool
+    device: Device
+    ragged: bool = False  # with lengths and resets, in reverse
+
+    def __str__(self) -> str:
+        p = self.problem
+        name = str(p.dtype).removeprefix("torch.") + f" {p.precision}" * (p.dtype is torch.float32)
+        return f"{name} B={p.batch} H={p.hidden}" + f" P={p.projected}" * bool(p.projected) + " ragged" * self.ragged
 
 
 @dataclass(frozen=True)
@@ -23,12 +50,14 @@ class Report:
     """What one kernel became on one architecture."""
 
     kernel: str
-    problem: str
+    case: str
     architecture: int
+    plan: Plan
     registers: int  # a thread
     spills: int  # bytes of stack a thread
     shared: int  # bytes a block
     tensor_core: str  # the PTX instruction, or "" if there is none
+    weight_loads: int  # of W_hh inside the time loop
 
     @property
     def fits(self) -> bool:
@@ -36,32 +65,63 @@ class Report:
         return fits(self, shared_memory_of(self.architecture))
 
 
-def report(launch: Launch, problem: str, architecture: int) -> Report:
-    """Compile a launch for `architecture` and look at what came out."""
-    compiled = compile_for(launch, architecture)
-    tensor_core = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])
-    instruction = tensor_core[1] if tensor_core else ""
-    return Report(launch.kernel.__name__, problem, architecture, *resources_of(compiled), instruction)
+def step_cases() -> list[Case]:
+    """Every dtype, precision and architecture; with a projection and without."""
+    devices = [Device("", sm, 1, shared_memory_of(sm), 0, 0, 0, 0, 0) for sm in STEP_ARCHITECTURES]
+    shapes = ((16, 768, 0, False), (64, 130, 33, True))
+    return [
+        Case(Problem(2, batch, hidden, dtype, projected, precision), backward, device, ragged)
+        for (dtype, precision), (batch, hidden, projected, ragged), backward, device in itertools.product(
+            PRECISIONS, shapes, (False, True), devices
+        )
+    ]
 
 
-def step_reports() -> Iterator[Report]:
-    """The step family: every kernel, dtype, precision and architecture."""
+def sequence_cases() -> list[Case]:
+    """Hidden sizes and batches for the families that walk the sequence in one launch."""
+    return [
+        Case(Problem(2, batch, hidden, dtype, 0, precision), backward, device)
+        for (dtype, precision), hidden, batch, backward, device in itertools.product(
+            PRECISIONS[:3], HIDDEN, BATCHES, (False, True), SEQUENCE_DEVICES
+        )
+    ]
+
+
+def reports(cases: Iterable[Case]) -> Iterator[Report]:
+    """The kernels of each case under the plan that the launcher would choose, compiled on all cores."""
     if INTERPRETED:
         raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET=1 in the environment")
-    for dtype, precision in PRECISIONS:
-        for batch, hidden, projected, ragged in ((16, 768, 0, False), (64, 130, 33, True)):
-            problem = Problem(2, batch, hidden, dtype, projected, precision)
-            name = describe(problem) + " ragged reverse" * ragged
-            for backward in (False, True):
-                plan = step_plan(problem, backward)
-                for launch in recorded_launches(problem, backward, plan, ragged, ragged):
-                    for architecture in ARCHITECTURES:
-                        yield report(launch, name, architecture)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for rows in pool.map(_reports_of, cases):
+            yield from rows
 
 
-def describe(problem: Problem) -> str:
-    """A problem in few words."""
-    name = str(problem.dtype).removeprefix("torch.")
-    if problem.dtype is torch.float32:
-        name += f" {problem.precision}"
-    return f"{name} B={problem.batch} H={problem.hidden}" + f" P={problem.projected}" * bool(problem.projected)
+def _reports_of(case: Case) -> list[Report]:
+    """As the launcher chooses: the first plan whose kernels fit, else the step family."""
+    if case.ragged or case.device.name == "":
+        candidates = [step_plan(case.problem, case.backward)]
+    else:
+        candidates = plans(case.problem, case.device, case.backward)
+    rows: list[Report] = []
+    for plan in candidates:
+        launches = recorded_launches(case.problem, case.backward, plan, case.ragged, case.ragged)
+        rows = [report(launch, case, plan) for launch in launches]
+        if all(row.fits for row in rows):
+            break
+    return rows
+
+
+def report(launch: Launch, case: Case, plan: Plan) -> Report:
+    """Compile a launch and look at what came out."""
+    architecture = case.device.architecture
+    compiled = compile_for(launch, architecture)
+    tensor_core = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])
+    return Report(
+        launch.kernel.__name__,
+        str(case),
+        architecture,
+        plan,
+        *resources_of(compiled),
+        tensor_core=tensor_core[1] if tensor_core else "",
+        weight_loads=_loads_in_loop(compiled.asm["ttgir"], "weight") if plan.family is not Family.STEP else 0,
+    )

@@ -27,7 +27,7 @@ from .indexing import (
     interleaved_gates,
     load_gates,
     load_lengths,
-    row_before,
+    row_in_history,
     row_of,
     split_gate_rows,
     starts_afresh,
@@ -38,32 +38,54 @@ from .indexing import (
 
 
 @triton.jit
-def k_of_tile(tile: tl.constexpr, BLOCK_K: tl.constexpr, K_SPLIT: tl.constexpr):
-    """Indices into K, [K_SPLIT, BLOCK_K / K_SPLIT]."""
-    each: tl.constexpr = BLOCK_K // K_SPLIT
-    return tile * BLOCK_K + tl.arange(0, K_SPLIT)[:, None] * each + tl.arange(0, each)[None, :]
+def k_indices(BLOCK_K: tl.constexpr, K_SPLIT: tl.constexpr):
+    """Indices of the first tile of K, [K_SPLIT, BLOCK_K / K_SPLIT]."""
+    EACH: tl.constexpr = BLOCK_K // K_SPLIT
+    return tl.arange(0, K_SPLIT)[:, None] * EACH + tl.arange(0, EACH)[None, :]
 
 
 @triton.jit
-def load_weight_tiles(
-    at, stride_k, row_mask, H: tl.constexpr, K_TILES: tl.constexpr, BLOCK_K: tl.constexpr, K_SPLIT: tl.constexpr
+def load_weights(
+    at,  # [M] pointers at k = 0 of each row
+    row_mask,  # [M]
+    k,  # [K_SPLIT, BLOCK_K / K_SPLIT]
+    stride_k,
+    K: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """A tuple of K_TILES tiles [K_SPLIT, M, BLOCK_K / K_SPLIT]; `at` [M] points at k = 0 of each row."""
+    """A tuple of TILES tiles [K_SPLIT, M, BLOCK_K / K_SPLIT], which stays on chip."""
     weights = ()
-    for tile in tl.static_range(K_TILES):
-        k = k_of_tile(tile, BLOCK_K, K_SPLIT)[:, None, :]
-        mask = row_mask[None, :, None] & (k < H)
-        weights = weights + (tl.load(at[None, :, None] + k * stride_k, mask=mask, other=0.0),)  # noqa: RUF005
+    for tile in tl.static_range(TILES):
+        k_of_tile = k[:, None, :] + tile * BLOCK_K
+        mask = row_mask[None, :, None] & (k_of_tile < K)
+        weights = weights + (tl.load(at[None, :, None] + k_of_tile * stride_k, mask=mask, other=0.0),)  # noqa: RUF005
     return weights
+
+
+@triton.jit
+def product(
+    weights,  # TILES tiles [K_SPLIT, M, k]
+    x,  # TILES tiles [K_SPLIT, k, N]
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TILES: tl.constexpr,
+    K_SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """W x, [M, N] float32."""
+    acc = tl.zeros((K_SPLIT, M, N), tl.float32)
+    for tile in tl.static_range(TILES):
+        acc = tl.dot(weights[tile], x[tile], acc, input_precision=PRECISION)
+    return tl.sum(acc, axis=0)
 
 
 @triton.jit(do_not_specialize=["T", "B", "batch_start"])
 def lstm_cooperative_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
     weight_hh_ptr,  # [4H, H]
-    h0_ptr,  # [B, H]
     c0_ptr,  # [B, H] float32
-    h_ptr,  # [T*B, H] out, and the exchange; filled beforehand if FLAGGED
+    h_ptr,  # [B + T*B, H]: h0, then h of every step, out and the exchange; filled beforehand if FLAGGED
     c_ptr,  # [T*B, H] float32 out, None without SAVE
     h_n_ptr,  # [B, H] out where a sequence has a step
     c_n_ptr,  # [B, H] float32 out where a sequence has a step
@@ -98,9 +120,10 @@ def lstm_cooperative_forward_kernel(
     state_at = batch[None, :] * H + unit[:, None]
 
     # The rows of W_hh that belong to the program's units, once.
-    K_TILES: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    TILES: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    k = k_indices(BLOCK_K, K_SPLIT)
     gate_row, gate_unit = interleaved_gates(unit_start, H, BLOCK_H)
-    weights = load_weight_tiles(weight_hh_ptr + gate_row * H, 1, gate_unit < H, H, K_TILES, BLOCK_K, K_SPLIT)
+    weights = load_weights(weight_hh_ptr + gate_row * H, gate_unit < H, k, 1, H, TILES, BLOCK_K)
 
     c = tl.load(c0_ptr + state_at, mask=in_tile, other=0.0)
     time = time_of(0, length, REVERSE)
@@ -111,30 +134,25 @@ def lstm_cooperative_forward_kernel(
         valid = in_batch & (step < length)
         carried = valid & ~starts_afresh(resets_ptr, time, length, batch, B, in_batch, REVERSE)
         row = row_of(time, batch, B)
-        row_prev = row_before(step, time, batch, B, REVERSE)
+        row_prev = row_in_history(step - 1, time_of(step - 1, length, REVERSE), batch, B)
         here = in_units & valid[None, :]
 
-        # Load what the group published at the step before, and multiply, tile by tile of K.
+        # Load what the group published at the step before, and multiply: the gates of the program's units, [4 BH, BB].
         patience = wait(arrivals_ptr, group, members * step, patience, error_ptr, step, FLAGGED)
-        z = tl.zeros((K_SPLIT, 4 * BLOCK_H, BLOCK_B), tl.float32)
-        for tile in tl.static_range(K_TILES):
-            k = k_of_tile(tile, BLOCK_K, K_SPLIT)[:, :, None]
-            h_at = row_prev[None, None, :] * H + k
-            mask = carried[None, None, :] & (k < H)
-            if step == 0:
-                h_prev = tl.load(h0_ptr + h_at, mask=mask, other=0.0)
-            else:
-                h_prev, patience = collect(h_ptr + h_at, mask, patience, error_ptr, step, FLAGGED)
-            z = tl.dot(weights[tile], h_prev, z, input_precision=PRECISION)
-        z_i, z_f, z_g, z_o = split_gate_rows(tl.sum(z, axis=0), BLOCK_H, BLOCK_B)
+        h_at = row_prev[None, None, :] * H + k[:, :, None]
+        h_prev, patience = collect(
+            h_ptr, h_at, k[:, :, None], carried[None, None, :], patience, error_ptr, step, H, TILES, BLOCK_K, FLAGGED
+        )
+        z = product(weights, h_prev, 4 * BLOCK_H, BLOCK_B, TILES, K_SPLIT, PRECISION)
+        z_i, z_f, z_g, z_o = split_gate_rows(z, BLOCK_H, BLOCK_B)
 
         # Gates and cell.
         i, f, g, o = activate(x_i + z_i, x_f + z_f, x_g + z_g, x_o + z_o)
         c_next, h = cell_forward(i, f, g, o, tl.where(carried[None, :], c, 0.0))
 
         # Publish first: the others wait for it. Padding gets zeros.
-        at = row[None, :] * H + unit[:, None]
-        publish(h_ptr + at, tl.where(here, h, 0.0), in_tile)
+        h_row = row_in_history(step, time, batch, B)
+        publish(h_ptr + h_row[None, :] * H + unit[:, None], tl.where(here, h, 0.0), in_tile)
         announce(arrivals_ptr, group, FLAGGED)
 
         # Load the next step's inputs; they arrive while this program waits.
@@ -149,7 +167,7 @@ def lstm_cooperative_forward_kernel(
         tl.store(c_n_ptr + state_at, c_next, mask=last)
         if SAVE:
             store_gates(gates_ptr, gates_at, here, i, f, g, o, H)
-            tl.store(c_ptr + at, tl.where(here, c_next, 0.0), mask=in_tile)
+            tl.store(c_ptr + row[None, :] * H + unit[:, None], tl.where(here, c_next, 0.0), mask=in_tile)
         c = c_next
         time = time_next
         gates_at = gates_at_next
@@ -190,6 +208,7 @@ def lstm_cooperative_backward_kernel(
     team, gate = tl.program_id(0) // 4, tl.program_id(0) % 4
     team_unit = team * (4 * BLOCK_H) + tl.arange(0, 4 * BLOCK_H)  # [4 BH]
     unit = team * (4 * BLOCK_H) + gate * BLOCK_H + tl.arange(0, BLOCK_H)  # [BH]
+    part = tl.arange(0, 4)
     in_batch = batch < B
     in_units = (unit < H)[:, None]
     in_tile = in_units & in_batch[None, :]  # [BH, BB]
@@ -198,10 +217,10 @@ def lstm_cooperative_backward_kernel(
     state_at = batch[None, :] * H + unit[:, None]
 
     # W_hh^T of the program's gate for its team's units, once.
-    K_TILES: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
-    weights = load_weight_tiles(
-        weight_hh_ptr + gate * (H * H) + team_unit, H, team_unit < H, H, K_TILES, BLOCK_K, K_SPLIT
-    )
+    TILES: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    k = k_indices(BLOCK_K, K_SPLIT)
+    weight_at = weight_hh_ptr + gate * (H * H) + team_unit
+    weights = load_weights(weight_at, team_unit < H, k, H, H, TILES, BLOCK_K)
 
     dc = tl.load(dc_ptr + state_at, mask=in_tile, other=0.0)
     for back in range(0, T):
@@ -228,23 +247,24 @@ def lstm_cooperative_backward_kernel(
 
         # Product: this gate's part of dh for the team's units, [4 BH, BB].
         patience = wait(arrivals_ptr, dgates_arrived, members * back, patience, error_ptr, step, FLAGGED)
-        partial = tl.zeros((K_SPLIT, 4 * BLOCK_H, BLOCK_B), tl.float32)
-        for tile in tl.static_range(K_TILES):
-            k = k_of_tile(tile, BLOCK_K, K_SPLIT)[:, :, None]
-            dgates_at = row_next[None, None, :] * (4 * H) + gate * H + k
-            mask = flows_back[None, None, :] & (k < H)
-            dz, patience = collect(dgates_ptr + dgates_at, mask, patience, error_ptr, step, FLAGGED)
-            partial = tl.dot(weights[tile], dz, partial, input_precision=PRECISION)
+        dgates_at = row_next[None, None, :] * (4 * H) + gate * H + k[:, :, None]
+        dz, patience = collect(
+            dgates_ptr, dgates_at, k[:, :, None], flows_back[None, None, :], patience, error_ptr, step,
+            H, TILES, BLOCK_K, FLAGGED,
+        )  # fmt: skip
+        partial = product(weights, dz, 4 * BLOCK_H, BLOCK_B, TILES, K_SPLIT, PRECISION)
         partial_at = row[None, :] * (4 * H) + gate * H + team_unit[:, None]
-        publish(partials_ptr + partial_at, tl.sum(partial, axis=0), in_team)
+        publish(partials_ptr + partial_at, partial, in_team)
         announce(arrivals_ptr, partials_arrived, FLAGGED)
 
         # Add up the team's four parts for the program's own units.
         patience = wait(arrivals_ptr, partials_arrived, members * (back + 1), patience, error_ptr, step, FLAGGED)
-        for part in tl.static_range(4):
-            part_at = partials_ptr + row[None, :] * (4 * H) + part * H + unit[:, None]
-            summand, patience = collect(part_at, here, patience, error_ptr, step, FLAGGED)
-            dm += summand
+        part_at = (row[None, :] * (4 * H) + unit[:, None])[None, :, :] + part[:, None, None] * H
+        parts, patience = collect(
+            partials_ptr, part_at, unit[None, :, None], valid[None, None, :], patience, error_ptr, step,
+            H, 1, BLOCK_H, FLAGGED,
+        )  # fmt: skip
+        dm += tl.sum(parts[0], axis=0)
 
         # Cell.
         dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(i, f, g, o, c, c_prev, dm, tl.where(here, dc, 0.0))

@@ -55,20 +55,58 @@ def wait(arrivals_ptr, counter, expected, patience, error_ptr, step, FLAGGED: tl
 
 
 @triton.jit
-def collect(at, mask, patience, error_ptr, step, FLAGGED: tl.constexpr):
-    """Load what other programs published, 0 where not `mask`; with the patience that is left."""
+def collect(
+    ptr,
+    at,  # [A, B, N] offsets of the first tile
+    k,  # [A, B, 1] index of the first tile's elements in a dimension of size K
+    mask,  # [1, 1, N]
+    patience,
+    error_ptr,
+    step,
+    K: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    FLAGGED: tl.constexpr,
+):
+    """Load what other programs published: TILES tiles [A, B, N], each BLOCK_K further on; with the patience left.
+
+    Elements where not `mask`, or past K, are zero. All tiles are asked for before any is looked at.
+    """
+    tiles = load_published(ptr, at, k, mask, K, TILES, BLOCK_K, FLAGGED)
     if FLAGGED:
-        tile = tl.load(at, mask=mask, other=0.0, volatile=True)
-        missing = tl.sum(is_missing(tile).to(tl.int32))
+        missing = count_missing(tiles, TILES)
         turns = 0
         while (missing > 0) & (turns < patience):
-            tile = tl.load(at, mask=mask, other=0.0, volatile=True)
-            missing = tl.sum(is_missing(tile).to(tl.int32))
+            tiles = load_published(ptr, at, k, mask, K, TILES, BLOCK_K, FLAGGED)
+            missing = count_missing(tiles, TILES)
             turns += 1
         patience = give_up(missing > 0, patience, error_ptr, step)
-    else:
-        tile = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")  # from L2, where the others' stores are
-    return tile, patience
+    return tiles, patience
+
+
+@triton.jit
+def load_published(
+    ptr, at, k, mask, K: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, FLAGGED: tl.constexpr
+):
+    """The tiles of `collect`, as they are now; from L2, where the others' stores are, never from L1."""
+    tiles = ()
+    for tile in tl.static_range(TILES):
+        tile_at = ptr + at + tile * BLOCK_K
+        tile_mask = mask & (k + tile * BLOCK_K < K)
+        if FLAGGED:
+            tiles = tiles + (tl.load(tile_at, mask=tile_mask, other=0.0, volatile=True),)  # noqa: RUF005
+        else:
+            tiles = tiles + (tl.load(tile_at, mask=tile_mask, other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def count_missing(tiles, TILES: tl.constexpr):
+    """How many elements of the tiles still hold the fill."""
+    missing = 0
+    for tile in tl.static_range(TILES):
+        missing += tl.sum(is_missing(tiles[tile]).to(tl.int32))
+    return missing
 
 
 @triton.jit

@@ -46,6 +46,12 @@ def row_before(step, time, batch, B, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def row_in_history(step, time, batch, B):
+    """Row of the state after `step` in [B + T * B, width], where the initial state, after step -1, comes first."""
+    return tl.where(step < 0, batch.to(tl.int64), B + row_of(time, batch, B))
+
+
+@triton.jit
 def starts_afresh(resets_ptr, time, length, batch, B, in_batch, REVERSE: tl.constexpr):
     """Where the state is zeroed before the step at `time`.
 

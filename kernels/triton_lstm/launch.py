@@ -56,7 +56,8 @@ def layer_forward(
     r = Recurrence(*recurrence)
     run = run or launch_kernel
     steps, batch, _ = gates.shape
-    h = gates.new_empty(steps, batch, r.h0.shape[1])
+    history = gates.new_empty(steps + 1, batch, r.h0.shape[1])  # h0, then h of every step
+    h = history[1:]
     h_n, c_n = r.h0.clone(), r.c0.clone()  # what a sequence of length 0 ends with
     c = r.c0.new_empty((steps, *r.c0.shape) if save else 0)
     if batch == 0:
@@ -67,7 +68,7 @@ def layer_forward(
         case Family.RESIDENT:
             _resident_forward(run, plan, gates, r, h, c if save else None, h_n, c_n)
         case Family.COOPERATIVE:
-            _cooperative_forward(run, plan, gates, r, h, c if save else None, h_n, c_n)
+            _cooperative_forward(run, plan, gates, r, history, c if save else None, h_n, c_n)
         case Family.STEP:
             _step_forward(run, plan, gates, r, h, c if save else None, h_n, c_n)
     return h, h_n, c_n, c
@@ -242,7 +243,7 @@ def _resident_forward(run: Run, plan: Plan, gates, r: Recurrence, h, c, h_n, c_n
         resident.lstm_resident_forward_kernel, (ceil(batch / plan.rows),),
         gates, r.weight_hh, r.h0, r.c0, h, c, h_n, c_n, r.lengths, r.resets, steps, batch,
         H=r.c0.shape[1], REVERSE=r.reverse, SAVE=c is not None, PRECISION=r.precision,
-        BLOCK_B=plan.rows, BLOCK_H=plan.columns, num_warps=plan.num_warps,
+        BLOCK_B=plan.rows, BLOCK_H=plan.columns, num_warps=plan.num_warps, maxnreg=plan.registers,
     )  # fmt: skip
 
 
@@ -252,21 +253,22 @@ def _resident_backward(run: Run, plan: Plan, dh, dh_n, gates, c, r: Recurrence, 
         resident.lstm_resident_backward_kernel, (ceil(batch / plan.rows),),
         dh, dh_n, gates, c, r.c0, r.weight_hh, dgates, dc, r.lengths, r.resets, steps, batch,
         H=r.c0.shape[1], REVERSE=r.reverse, PRECISION=r.precision,
-        BLOCK_B=plan.rows, BLOCK_H=plan.columns, num_warps=plan.num_warps,
+        BLOCK_B=plan.rows, BLOCK_H=plan.columns, num_warps=plan.num_warps, maxnreg=plan.registers,
     )  # fmt: skip
 
 
 # The cooperative family.
 
 
-def _cooperative_forward(run: Run, plan: Plan, gates, r: Recurrence, h, c, h_n, c_n) -> None:
+def _cooperative_forward(run: Run, plan: Plan, gates, r: Recurrence, history, c, h_n, c_n) -> None:
     steps, batch, _ = gates.shape
     if plan.flagged:
-        _fill(h)
+        _fill(history)
+    history[0] = torch.where(r.h0.isnan(), float("nan"), r.h0)  # whatever NaN it was: the fill is one, too
     for start, groups in _batches(batch, plan):
         run(
             cooperative.lstm_cooperative_forward_kernel, (plan.programs, groups),
-            gates, r.weight_hh, r.h0, r.c0, h, c, h_n, c_n, r.lengths, r.resets,
+            gates, r.weight_hh, r.c0, history, c, h_n, c_n, r.lengths, r.resets,
             _counters(gates, plan, groups), _error_word(gates.device, 0), steps, batch, start,
             H=r.c0.shape[1], REVERSE=r.reverse, SAVE=c is not None, **_cooperative_constants(plan, r),
         )  # fmt: skip
@@ -290,7 +292,8 @@ def _cooperative_backward(run: Run, plan: Plan, dh, dh_n, gates, c, r: Recurrenc
 def _cooperative_constants(plan: Plan, r: Recurrence) -> dict[str, Any]:
     return dict(
         FLAGGED=plan.flagged, PATIENCE=PATIENCE, PRECISION=r.precision, BLOCK_B=plan.rows, BLOCK_H=plan.columns,
-        BLOCK_K=plan.k, K_SPLIT=plan.k_split, num_warps=plan.num_warps, launch_cooperative_grid=True,
+        BLOCK_K=plan.k, K_SPLIT=plan.k_split, num_warps=plan.num_warps, maxnreg=plan.registers,
+        launch_cooperative_grid=True,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ A plan is a proposal. Registers depend on the Triton version, so the launcher ta
 kernel compiles without spills on the Triton and card at hand; the step family comes last and always works.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -89,6 +90,15 @@ class Plan:
     why: str
     flagged: bool = True  # cooperative: data as its own flag, else a counter
 
+    def launches(self, batch: int) -> int:
+        """How many launches one after another a batch takes: more than one where its tiles are too many at once."""
+        return ceil(ceil(batch / self.rows) / self.groups)
+
+    @property
+    def registers(self) -> int:
+        """The most that a thread may take, where a block has a multiprocessor to itself."""
+        return min(255, 65536 // (32 * self.num_warps))
+
 
 def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
     """A real card. Its rates are left at zero: planning does not use them."""
@@ -126,8 +136,10 @@ def _resident(problem: Problem, device: Device, backward: bool) -> Iterator[Plan
     units = max(16, _power_of_two(problem.hidden))
     weights = 4 * units * units * problem.size
     for rows in _batch_tiles(problem.batch):
-        gates = 4 * units * rows * 4  # they change places through shared memory, backward twice
-        shared = weights + (2 * gates + 10 * KB if backward else gates)
+        gates = 4 * units * rows * 4  # they change places through shared memory
+        if backward:
+            gates = gates * (13 if device.architecture >= 100 else 8) // 4 + 10 * KB
+        shared = weights + gates
         if shared <= device.shared and 4 * units * rows <= 8192:
             yield Plan(
                 Family.RESIDENT, rows, units, units, 1, 1, ceil(problem.batch / rows), 8 if units >= 64 else 4, 1,
@@ -139,26 +151,85 @@ def _cooperative(problem: Problem, device: Device, backward: bool) -> Iterator[P
     if problem.projected or problem.batch == 0:
         return
     k = min(256, max(64, _power_of_two(problem.hidden)))
-    k_tiles = ceil(problem.hidden / k)
-    for columns in (8, 16, 32):
+    tiles = ceil(problem.hidden / k)
+    candidates = []
+    for columns, rows in itertools.product((8, 16, 32), _batch_tiles(problem.batch)):
         # Forward a program holds four gates of its units; backward one gate for the units of its team of four.
         programs = 4 * ceil(problem.hidden / (4 * columns)) if backward else ceil(problem.hidden / columns)
-        weights = 4 * columns * k_tiles * k * problem.size
-        for rows in _batch_tiles(problem.batch):
-            shared = weights + k * rows * problem.size + 4 * columns * rows * 4 * 4
-            groups = min(ceil(problem.batch / rows), device.multiprocessors // (programs * problem.directions))
-            if groups and shared <= device.shared and 4 * columns * rows <= 4096:
-                yield Plan(
-                    Family.COOPERATIVE, rows, columns, k, 4, programs, groups, 8, 1, shared,
-                    f"{programs} programs hold W_hh, {weights // KB} KB each, and exchange "
-                    + ("dgates" if backward else "h"),
-                )  # fmt: skip
+        weights = 4 * columns * tiles * k * problem.size
+        exchanged = k * rows * problem.size
+        summed = 4 * 4 * columns * rows * 4  # the parts of K that different warps took
+        shared = weights + max(exchanged, summed) + KB
+        batch_tiles = ceil(problem.batch / rows)
+        groups = min(batch_tiles, device.multiprocessors // (programs * problem.directions))
+        if groups and shared <= device.shared:
+            why = f"{programs} programs hold W_hh, {weights // KB} KB each, and exchange " + (
+                "dgates" if backward else "h"
+            )
+            candidates.append(
+                Plan(Family.COOPERATIVE, rows, columns, k, 4, programs, groups, 8, 1, shared, why)
+            )
+    # In one launch if possible; then, on as many multiprocessors as possible.
+    candidates.sort(key=lambda plan: (plan.launches(problem.batch), -plan.programs * plan.groups, plan.rows))
+    yield from candidates
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The least time that a step can take, seconds: every term is a ceiling of the card, and the largest bounds."""
+
+    terms: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Of the term that bounds."""
+        return max(self.terms.values())
+
+    @property
+    def by(self) -> str:
+        """The name of the term that bounds."""
+        return max(self.terms, key=self.terms.__getitem__)
+
+
+SHARED_BYTES_PER_CLOCK = 128  # of one multiprocessor (CUDA C++ Programming Guide)
+L2_BYTES_PER_CLOCK = 30  # that each multiprocessor gets when all read from L2 at once; measured on an H100 by others
+L2_LATENCY_CLOCKS = 300  # measured on an H100 by others, 260 to 410
+LAUNCH_SECONDS = 2e-6  # of a kernel in a CUDA graph
+
+
+def expected_bound(problem: Problem, device: Device, plan: Plan, backward: bool) -> Bound:
+    """What bounds a step of `plan`, from bytes and operations over the card's ceilings. Expected, not measured."""
+    hidden, batch, size = problem.hidden, problem.batch, problem.size
+    width = problem.projected or hidden
+    rate = device.half if size == 2 else device.tf32 if problem.precision == "tf32" else device.single
+    launches = plan.launches(batch)
+    blocks = plan.programs * ceil(batch / plan.rows)
+    busy = min(blocks, device.multiprocessors)
+    # Through memory: x W_ih^T and h, c and the gates forward; the gates, c twice, dh and dgates backward.
+    moved = batch * hidden * (13 * size + 8 if backward else 9 * size + 4)
+    terms = {
+        "memory: gates, states": moved / device.memory,
+        "tensor cores: recurrent product": 8 * hidden * width * batch / (rate * busy / device.multiprocessors),
+    }
+    weights = 4 * hidden * width * size
+    if plan.family is Family.STEP:
+        read = weights * ceil(batch / plan.rows) + blocks * plan.rows * width * size * (4 if backward else 1)
+        terms["L2: weights, states"] = read / (busy * L2_BYTES_PER_CLOCK * device.clock)
+        terms["launch of a kernel"] = LAUNCH_SECONDS
+    else:
+        held = weights / plan.programs
+        terms["shared memory: weights"] = launches * held / (SHARED_BYTES_PER_CLOCK * device.clock)
+    if plan.family is Family.COOPERATIVE:
+        read = plan.rows * hidden * size + (16 * plan.columns * plan.rows if backward else 0)  # a program, a step
+        terms["L2: exchange"] = launches * read / (L2_BYTES_PER_CLOCK * device.clock)
+        exchanges = 2 if backward else 1
+        terms["latency: exchange"] = launches * exchanges * 2 * L2_LATENCY_CLOCKS / device.clock
+    return Bound(terms)
 
 
 def _batch_tiles(batch: int) -> list[int]:
-    """Batch tiles worth trying: as narrow as holds the batch, at most 64 rows."""
-    fitting = [rows for rows in (8, 16, 32, 64) if rows >= batch]
-    return [fitting[0]] if fitting else [64, 32, 16]
+    """Batch tiles worth trying: none that is more than half empty."""
+    return [rows for rows in (64, 32, 16, 8) if rows < 2 * batch or rows == 8]
 
 
 def _power_of_two(n: int) -> int:

@@ -1,0 +1,222 @@
+"""The concurrent interpreter: kernels whose programs wait for each other end, faults in their waiting are seen.
+
+The toy kernels exchange what the cooperative kernels exchange, in the two ways they do it.
+"""
+
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from concurrent_interpreter import ConcurrentRun
+from torch import Tensor
+from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
+
+STEPS, WIDTH = 4, 8
+OFTEN = 0.3  # a yield_rate at which something happens at most steps
+
+
+@triton.jit
+def who_kernel(out_ptr, READINGS: tl.constexpr):
+    """out[program] = the sum of READINGS readings of the program's number, from 1 on."""
+    for _ in range(READINGS):
+        number = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+        at = out_ptr + number
+        tl.store(at, tl.load(at) + number + 1)
+
+
+pytestmark = pytest.mark.skipif(isinstance(who_kernel, triton.JITFunction), reason="kernels are compiled")
+
+
+@triton.jit
+def atomics_kernel(counts_ptr, float_ptr, swapped_ptr, lock_ptr, guarded_ptr, TIMES: tl.constexpr, N: tl.constexpr):
+    """Count to TIMES times the number of programs, in four ways."""
+    for _ in range(TIMES):
+        tl.atomic_add(counts_ptr + tl.arange(0, N), 1, sem="relaxed")
+        tl.atomic_add(float_ptr, 1.0, sem="relaxed")
+
+        seen = tl.load(swapped_ptr)
+        while tl.atomic_cas(swapped_ptr, seen, seen + 1, sem="relaxed") != seen:
+            seen = tl.load(swapped_ptr, volatile=True)
+
+        while tl.atomic_cas(lock_ptr, 0, 1, sem="acquire") != 0:
+            pass
+        tl.store(guarded_ptr, tl.load(guarded_ptr) + 1)
+        tl.atomic_xchg(lock_ptr, 0, sem="release")
+
+
+@triton.jit
+def next_tile(tile, q):
+    return tile * (q + 1)
+
+
+@triton.jit
+def counter_kernel(x_ptr, arrivals_ptr, T, N: tl.constexpr, WAIT: tl.constexpr, SEM: tl.constexpr):
+    """x[t+1, p] = (sum over q of (q+1) x[t, q] + p) mod 97, waiting for a counter; x is [T+1, programs, N]."""
+    p = tl.program_id(0)
+    programs = tl.num_programs(0)
+    n = tl.arange(0, N)
+    for t in range(T):
+        if WAIT:
+            while tl.atomic_add(arrivals_ptr, 0, sem="acquire") < programs * t:
+                pass
+        tile = tl.zeros((N,), tl.float32) + p
+        for q in range(programs):
+            tile += next_tile(tl.load(x_ptr + (t * programs + q) * N + n), q)
+        tl.store(x_ptr + ((t + 1) * programs + p) * N + n, tile % 97.0)
+        tl.atomic_add(arrivals_ptr, 1, sem=SEM)
+
+
+@triton.jit
+def flagged_kernel(x_ptr, T, N: tl.constexpr, FLAGS: tl.constexpr):
+    """The same, where the data is its own flag: x is filled with the NaN whose bits are all one.
+
+    FLAGS: how many of a tile's elements are looked at; right are all N.
+    """
+    p = tl.program_id(0)
+    programs = tl.num_programs(0)
+    n = tl.arange(0, N)
+    for t in range(T):
+        tile = tl.zeros((N,), tl.float32) + p
+        for q in range(programs):
+            at = x_ptr + (t * programs + q) * N + n
+            x = tl.load(at, volatile=True)
+            while tl.max(((x.to(tl.int32, bitcast=True) == -1) & (n < FLAGS)).to(tl.int32), axis=0) > 0:
+                x = tl.load(at, volatile=True)
+            tile += next_tile(x, q)
+        tl.store(x_ptr + ((t + 1) * programs + p) * N + n, tile % 97.0)
+
+
+@triton.jit
+def one_never_comes_kernel(arrivals_ptr):
+    """Program 0 ends; the others wait for one arrival more than there are programs."""
+    tl.atomic_add(arrivals_ptr, 1)
+    if tl.program_id(0) > 0:
+        while tl.load(arrivals_ptr, volatile=True) <= tl.num_programs(0):
+            pass
+
+
+@triton.jit
+def endless_kernel(x_ptr):
+    x = tl.load(x_ptr)
+    while x >= 0:
+        x = x * 1
+
+
+@triton.jit
+def refuse(p):
+    assert p != 1, "not for program 1"
+    return p
+
+
+@triton.jit
+def failing_kernel(arrivals_ptr):
+    """All wait for all, and program 1 fails."""
+    refuse(tl.program_id(0))
+    tl.atomic_add(arrivals_ptr, 1)
+    while tl.atomic_add(arrivals_ptr, 0) < tl.num_programs(0):
+        pass
+
+
+def _exchange(run: ConcurrentRun, programs: int, *, flags=None, wait=True, sem="release") -> tuple[Tensor, Tensor]:
+    """What a toy kernel makes of x [T+1, programs, N], and what it should make; `flags` chooses the flagged one."""
+    x = torch.full((STEPS + 1, programs, WIDTH), -1, dtype=torch.int32).view(torch.float32)
+    x[0] = torch.arange(programs * WIDTH).view(programs, WIDTH) % 89
+    truth = x.clone()
+    p = torch.arange(programs)[:, None]
+    for t in range(STEPS):
+        truth[t + 1] = (((p + 1) * truth[t]).sum(0) + p) % 97
+    if flags:
+        run(flagged_kernel, (programs,), x, STEPS, N=WIDTH, FLAGS=flags)
+    else:
+        run(counter_kernel, (programs,), x, _zeros(), STEPS, N=WIDTH, WAIT=wait, SEM=sem)
+    return x, truth
+
+
+def _zeros(count: int = 1, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.zeros(count, dtype=dtype)
+
+
+def test_program_ids():
+    out = _zeros(12)
+    ConcurrentRun()(who_kernel, (2, 3, 2), out, READINGS=20)
+    assert out.tolist() == [20 * number for number in range(1, 13)]
+
+
+def test_a_launch_takes_what_a_stock_launch_takes():
+    out = _zeros(3)
+    ConcurrentRun()(who_kernel, [3], out_ptr=out, READINGS=1, num_warps=4, num_stages=2, launch_cooperative_grid=True)
+    assert out.tolist() == [1, 2, 3]
+
+
+def test_atomics_and_locks():
+    counts, floats, swapped, lock, guarded = _zeros(16), _zeros(1, torch.float32), _zeros(), _zeros(), _zeros()
+    ConcurrentRun()(atomics_kernel, (6,), counts, floats, swapped, lock, guarded, TIMES=10, N=16)
+    assert {*counts.tolist(), *floats.tolist(), *swapped.tolist(), *guarded.tolist()} == {60}
+
+
+@pytest.mark.parametrize("flags", [None, WIDTH], ids=["counter", "flagged"])
+@pytest.mark.parametrize("programs", [2, 3, 8])
+@pytest.mark.parametrize("rate", [0.0, 0.05, OFTEN])
+def test_exchange(programs, flags, rate):
+    for seed in range(3):
+        x, truth = _exchange(ConcurrentRun(seed, rate), programs, flags=flags)
+        assert torch.equal(x, truth), f"seed {seed}"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(dict(wait=False), id="no wait"),
+        pytest.param(dict(sem="relaxed"), id="no release"),
+        pytest.param(dict(flags=1), id="one flag for a tile"),
+    ],
+)
+def test_a_planted_race_is_seen(fault):
+    def wrong(seed: int) -> bool:
+        return not torch.equal(*_exchange(ConcurrentRun(seed, OFTEN), 3, **fault))
+
+    assert any(map(wrong, range(30)))
+
+
+@pytest.mark.parametrize("kernel", [one_never_comes_kernel, endless_kernel], ids=["deadlock", "endless loop"])
+def test_what_does_not_end_is_ended(kernel):
+    threads, start = threading.active_count(), time.monotonic()
+    with pytest.raises(TimeoutError) as caught:
+        ConcurrentRun(timeout=0.3)(kernel, (3,), _zeros())
+    assert time.monotonic() - start < 5
+    assert threading.active_count() == threads
+    message = str(caught.value)
+    assert kernel.__name__ in message
+    assert [f"({p}, 0, 0) in line" in message for p in range(3)] == [kernel is endless_kernel, True, True]
+
+
+def test_an_exception_stops_all_programs():
+    threads = threading.active_count()
+    with pytest.raises(InterpreterError, match=r"failing_kernel, program \(1, 0, 0\).*not for program 1"):
+        ConcurrentRun()(failing_kernel, (4,), _zeros())
+    assert threading.active_count() == threads
+
+
+def test_a_kernel_that_is_not_interpreted_is_refused():
+    with pytest.raises(TypeError, match="TRITON_INTERPRET"):
+        ConcurrentRun()(print, (1,))
+
+
+@pytest.mark.parametrize("kernel", [who_kernel, one_never_comes_kernel, failing_kernel], ids=lambda k: k.__name__)
+def test_the_stock_interpreter_is_as_before(kernel):
+    call, interval = interpreter.InterpretedFunction.__call__, sys.getswitchinterval()
+    try:
+        ConcurrentRun(timeout=0.2)(kernel, (2,), _zeros(2), **(dict(READINGS=1) if kernel is who_kernel else {}))
+    except (TimeoutError, InterpreterError):
+        assert kernel is not who_kernel
+    assert type(interpreter.interpreter_builder) is interpreter.InterpreterBuilder
+    assert interpreter.InterpretedFunction.__call__ is call
+    assert sys.getswitchinterval() == interval
+    out = _zeros(12)
+    who_kernel[2, 3, 2](out, READINGS=2)
+    assert out.tolist() == [2 * number for number in range(1, 13)]
