@@ -1,7 +1,8 @@
-"""python -m gpu_lstm: the doctor, and what the kernels compile to."""
+"""python -m gpu_lstm: the doctor, the plan for a problem, and what the kernels compile to."""
 
 import argparse
 import dataclasses
+import enum
 import importlib
 import importlib.metadata
 import json
@@ -9,6 +10,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -23,12 +25,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("doctor", help="versions, devices, and which backends can run (the default)")
     commands.add_parser("kernels", help="compile every kernel for every architecture, without a GPU, and report")
+    plan = commands.add_parser("plan", help="which kernels a problem takes on a card, and what bounds a step (expected)")
+    plan.add_argument("--hidden", type=int, required=True, help="hidden units")
+    plan.add_argument("--batch", type=int, required=True, help="sequences")
+    plan.add_argument("--steps", type=int, default=1024, help="time steps")
+    plan.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the tensors; tf32 and fp32 are float32")
+    plan.add_argument("--directions", type=int, choices=(1, 2), default=1, help="that run side by side")
+    plan.add_argument("--device", required=True, help="h100, a100, l4, rtx4090, b200")
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     options = parser.parse_args(arguments)
-    if options.command == "kernels":
-        return _kernels(options.json)
-    return _doctor(options.json)
+    match options.command:
+        case "kernels":
+            return _kernels(options.json)
+        case "plan":
+            return _plan(options)
+        case _:
+            return _doctor(options.json)
+
+
+_DTYPES = {
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+}
 
 
 def _doctor(as_json: bool) -> int:
@@ -86,22 +107,81 @@ def _diagnosis_of(device: torch.device) -> dict:
 
 
 def _kernels(as_json: bool) -> int:
-    """A row for each kernel and architecture. Exit status 1 if one spills or does not fit."""
+    """A row for each case and kernel. Exit status 1 if one spills or does not fit."""
     compile_ = importlib.import_module("gpu_lstm.kernels.triton_lstm.compile")
-    rows = []
+    line = "{:<34}{:<40}{:>4}{:>6}{:>8}{:>8}  {:<18}{}"
     if not as_json:
-        print(f"{'kernel':<36}{'problem':<44}{'sm':>4}{'regs':>6}{'spills':>8}{'shared':>8}  tensor core")
-    for row in compile_.step_reports():
+        print(line.format("kernel", "case", "sm", "regs", "spills", "shared", "tensor core", "tiles"))
+    rows = []
+    for row in compile_.reports([*compile_.step_cases(), *compile_.sequence_cases()]):
         rows.append(row)
         if not as_json:
+            tiles = f"{row.plan.rows}x{row.plan.columns}, {row.plan.programs} programs"
+            note = "" if row.fits else ", DOES NOT FIT"
             print(
-                f"{row.kernel:<36}{row.problem:<44}{row.architecture:>4}{row.registers:>6}{row.spills:>8}"
-                f"{row.shared:>8}  {row.tensor_core or '-'}{'' if row.fits else '  does not fit'}",
+                line.format(
+                    row.kernel.removesuffix("_kernel"), row.case, row.architecture, row.registers, row.spills,
+                    row.shared, row.tensor_core or "-", tiles + note,
+                ),
                 flush=True,
-            )
+            )  # fmt: skip
     if as_json:
-        print(json.dumps([dataclasses.asdict(row) | {"fits": row.fits} for row in rows], indent=1))
+        print(json.dumps([_as_json(row) | {"fits": row.fits} for row in rows], indent=1))
     return 0 if all(row.fits for row in rows) else 1
+
+
+def _plan(options: argparse.Namespace) -> int:
+    """The plans of a problem, forward and backward, and the expected bound of a step."""
+    planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
+    device = planning.DEVICES.get(options.device)
+    if device is None:
+        known = ", ".join(planning.DEVICES)
+        print(f"unknown device {options.device!r}; known: {known}", file=sys.stderr)
+        return 2
+    dtype, precision = _DTYPES[options.dtype]
+    problem = planning.Problem(
+        options.steps, options.batch, options.hidden, dtype, precision=precision, directions=options.directions
+    )
+    passes = {}
+    for name, backward in (("forward", False), ("backward", True)):
+        plan, *others = planning.plans(problem, device, backward)
+        bound = planning.expected_bound(problem, device, plan, backward)
+        passes[name] = (plan, others, bound)
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    name: {"plan": _as_json(plan), "expected_bound_seconds": bound.terms, "bounded_by": bound.by}
+                    for name, (plan, _, bound) in passes.items()
+                },
+                indent=2,
+            )
+        )
+        return 0
+    print(f"{device.name}: T={options.steps} B={options.batch} H={options.hidden} {options.dtype}")
+    for name, (plan, others, bound) in passes.items():
+        print(f"\n{name}: {plan.family.value}, {plan.why}")
+        print(f"  tiles    {plan.rows} sequences x {plan.columns} units, K by {plan.k} split {plan.k_split} ways")
+        print(
+            f"  grid     {plan.programs} programs x {plan.groups} batch tiles, {plan.num_warps} warps each, "
+            f"{plan.launches(options.batch)} launch(es) after one another"
+        )
+        print(f"  shared   {plan.shared / 1024:.0f} KB a program, of {device.shared / 1024:.0f} KB")
+        print(f"  a step   {bound.seconds * 1e6:.2f} us at least (expected, not measured), bounded by {bound.by}:")
+        for term, seconds in sorted(bound.terms.items(), key=lambda item: -item[1]):
+            print(f"           {seconds * 1e6:6.2f} us  {term}")
+        if others:
+            print(f"  else     {', '.join(f'{p.family.value} {p.rows}x{p.columns}' for p in others)}")
+    return 0
+
+
+def _as_json(row: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values."""
+
+    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: value.value if isinstance(value, enum.Enum) else value for key, value in items}
+
+    return dataclasses.asdict(row, dict_factory=plain)
 
 
 if __name__ == "__main__":

@@ -123,5 +123,24 @@ def report(launch: Launch, case: Case, plan: Plan) -> Report:
         plan,
         *resources_of(compiled),
         tensor_core=tensor_core[1] if tensor_core else "",
-        weight_loads=_loads_in_loop(compiled.asm["ttgir"], "weight") if plan.family is not Family.STEP else 0,
+        weight_loads=_weight_loads_in_loops(compiled.asm["ttgir"]),
     )
+
+
+def _weight_loads_in_loops(ttgir: str) -> int:
+    """Loads inside a loop from pointers that come from an argument named weight_*, in Triton's GPU dialect."""
+    depth, loops, loads = 0, [], 0
+    of_weights = {f"%{name}" for name in re.findall(r"%(weight_\w+): !tt.ptr", ttgir)}
+    for line in ttgir.splitlines():
+        names = set(re.findall(r"%[\w#]+", line.split(" loc(")[0]))
+        result = re.match(r"\s*(%[\w]+)(?::\d+)? = (\S+)", line)
+        if result and result[2] in ("tt.splat", "tt.addptr", "tt.broadcast", "ttg.convert_layout") and names & of_weights:
+            of_weights.add(result[1])
+        if loops and "tt.load" in line and names & of_weights:
+            loads += 1
+        if "scf.for" in line or "scf.while" in line:
+            loops.append(depth)
+        depth += line.count("{") - line.count("}")
+        while loops and depth <= loops[-1]:
+            loops.pop()
+    return loads

@@ -117,7 +117,7 @@ def lstm_cooperative_forward_kernel(
     in_units = (unit < H)[:, None]
     in_tile = in_units & in_batch[None, :]  # [BH, BB]
     length = load_lengths(lengths_ptr, batch, in_batch, T)
-    state_at = batch[None, :] * H + unit[:, None]
+    state_at = batch[None, :].to(tl.int64) * H + unit[:, None]
 
     # The rows of W_hh that belong to the program's units, once.
     TILES: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
@@ -214,7 +214,7 @@ def lstm_cooperative_backward_kernel(
     in_tile = in_units & in_batch[None, :]  # [BH, BB]
     in_team = (team_unit < H)[:, None] & in_batch[None, :]  # [4 BH, BB]
     length = load_lengths(lengths_ptr, batch, in_batch, T)
-    state_at = batch[None, :] * H + unit[:, None]
+    state_at = batch[None, :].to(tl.int64) * H + unit[:, None]
 
     # W_hh^T of the program's gate for its team's units, once.
     TILES: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K

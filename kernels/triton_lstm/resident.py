@@ -50,7 +50,7 @@ def lstm_resident_forward_kernel(
     in_units = (unit < H)[:, None]
     in_tile = in_units & in_batch[None, :]  # [BH, BB]
     length = load_lengths(lengths_ptr, batch, in_batch, T)
-    state_at = batch[None, :] * H + unit[:, None]
+    state_at = batch[None, :].to(tl.int64) * H + unit[:, None]
 
     # W_hh once, [4 BH, BH].
     gate_row, gate_unit = interleaved_gates(0, H, BLOCK_H)
@@ -118,7 +118,7 @@ def lstm_resident_backward_kernel(
     in_units = (unit < H)[:, None]
     in_tile = in_units & in_batch[None, :]  # [BH, BB]
     length = load_lengths(lengths_ptr, batch, in_batch, T)
-    state_at = batch[None, :] * H + unit[:, None]
+    state_at = batch[None, :].to(tl.int64) * H + unit[:, None]
 
     # W_hh^T once, [BH, 4 BH].
     gate_row, gate_unit = interleaved_gates(0, H, BLOCK_H)

@@ -96,8 +96,8 @@ def lstm_step_forward_kernel(
     i, f, g, o = activate(x_i + z_i, x_f + z_f, x_g + z_g, x_o + z_o)
 
     # Cell.
-    c_row_prev = row_prev if SAVE else batch
-    c_row = row if SAVE else batch
+    c_row_prev = row_prev if SAVE else batch.to(tl.int64)
+    c_row = row if SAVE else batch.to(tl.int64)
     c_prev_at = c_prev_ptr + c_row_prev[:, None] * H + unit[None, :]
     c_prev = tl.load(c_prev_at, mask=carried[:, None] & (unit < H)[None, :], other=0.0)
     c, m = cell_forward(i, f, g, o, c_prev)
@@ -106,8 +106,8 @@ def lstm_step_forward_kernel(
     m = tl.where(here, m, 0.0).to(h_ptr.dtype.element_ty)
     in_tile = in_batch[:, None] & (unit < H)[None, :]
     last = in_tile & (step == length - 1)[:, None]
-    final_at = batch[:, None] * H + unit[None, :]
-    h_row = batch if PROJECT else row
+    final_at = batch[:, None].to(tl.int64) * H + unit[None, :]
+    h_row = batch.to(tl.int64) if PROJECT else row
     tl.store(h_ptr + h_row[:, None] * H + unit[None, :], m, mask=in_tile)
     c_at = c_ptr + c_row[:, None] * H + unit[None, :]
     if SAVE:
@@ -148,12 +148,12 @@ def lstm_step_project_kernel(
     valid = in_batch & (step < length)
 
     h = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
-    h = product(h, m_ptr, batch, valid, weight_hr_ptr, p * H, p < P, 1, H, BLOCK_K, PRECISION)
+    h = product(h, m_ptr, batch.to(tl.int64), valid, weight_hr_ptr, p * H, p < P, 1, H, BLOCK_K, PRECISION)
 
     h = h.to(h_ptr.dtype.element_ty)
     in_tile = in_batch[:, None] & (p < P)[None, :]
     tl.store(h_ptr + row[:, None] * P + p[None, :], h, mask=in_tile)
-    tl.store(h_n_ptr + batch[:, None] * P + p[None, :], h, mask=in_tile & (step == length - 1)[:, None])
+    tl.store(h_n_ptr + batch[:, None].to(tl.int64) * P + p[None, :], h, mask=in_tile & (step == length - 1)[:, None])
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def hidden_gradient(
         dh += tl.load(dh_ptr + row[:, None] * P + p[None, :], mask=here, other=0.0).to(tl.float32)
     if dh_n_ptr is not None:
         last = here & (step == length - 1)[:, None]
-        dh += tl.load(dh_n_ptr + batch[:, None] * P + p[None, :], mask=last, other=0.0).to(tl.float32)
+        dh += tl.load(dh_n_ptr + batch[:, None].to(tl.int64) * P + p[None, :], mask=last, other=0.0).to(tl.float32)
     return dh
 
 
@@ -278,7 +278,7 @@ def lstm_step_backward_kernel(
     i, f, g, o = load_gates(gates_ptr, row[:, None] * (4 * H) + unit[None, :], here, H)
     c = tl.load(c_ptr + row[:, None] * H + unit[None, :], mask=here, other=0.0)
     c_prev = tl.load(c_prev_ptr + row_prev[:, None] * H + unit[None, :], mask=carried[:, None] & in_units, other=0.0)
-    state_at = batch[:, None] * H + unit[None, :]
+    state_at = batch[:, None].to(tl.int64) * H + unit[None, :]
     dc = tl.load(dc_ptr + state_at, mask=here, other=0.0)
     dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(i, f, g, o, c, c_prev, dm, dc)
 

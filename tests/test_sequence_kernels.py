@@ -1,0 +1,193 @@
+"""The families that walk the whole sequence in one launch: every result and gradient against the float64 oracle.
+
+The cooperative kernels run with a thread for each program, started in shuffled order, with random pauses and with
+stores that become visible late. Outputs are NaN before a launch.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from comparing import assert_as_good_as_torch, problem
+from concurrent_interpreter import ConcurrentRun
+
+from gpu_lstm.functional import lstm_layer
+from gpu_lstm.kernels.triton_lstm import cooperative, exchange, launch
+from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family, Plan, plans
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU test_kernels.py runs what is chosen there")
+
+VARIANTS = {
+    "plain": {},
+    "ragged": {"ragged": True},
+    "resets": {"resets": 0.3},
+    "ragged resets reverse": {"ragged": True, "resets": 0.3, "reverse": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory(monkeypatch):
+    """New tensors hold NaN, so that a result which no kernel wrote is seen."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+    def filled(create):
+        def call(*args, **options):
+            tensor = create(*args, **options)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", filled(empty))
+    monkeypatch.setattr(torch, "empty_like", filled(empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled(new_empty))
+
+
+def _problem(size, variant, seed):
+    return problem(*size, **VARIANTS[variant], seed=seed)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 3, 1), (5, 3, 4, 6), (7, 17, 3, 33), (9, 2, 3, 60)], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resident(monkeypatch, size, variant):
+    def resident(problem, device, backward):
+        problem = replace(problem, steps=2)  # a single step is planned otherwise
+        return next(plan for plan in plans(problem, INTERPRETER, backward) if plan.family is Family.RESIDENT)
+
+    monkeypatch.setattr(launch, "choose_plan", resident)
+    assert_as_good_as_torch(partial(_problem, size, variant), "triton", torch.float32, seeds=12 if size[3] < 10 else 2)
+
+
+def _cooperate(monkeypatch, columns, rows, flagged, k=16, k_split=2, groups=8, yield_rate=0.05):
+    """Have every launch be cooperative, with `columns` units a program and `rows` sequences a batch tile."""
+    seeds = iter(range(1_000_000))
+
+    def cooperative_plan(problem, device, backward):
+        programs = -(-problem.hidden // columns)
+        if backward:
+            programs = 4 * -(-problem.hidden // (4 * columns))
+        groups_ = min(groups, -(-problem.batch // rows))
+        return Plan(Family.COOPERATIVE, rows, columns, k, k_split, programs, groups_, 4, 1, 0, "", flagged)
+
+    def run(kernel, grid, *args, **constants):
+        ConcurrentRun(seed=next(seeds), yield_rate=yield_rate)(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(launch, "choose_plan", cooperative_plan)
+    monkeypatch.setattr(launch, "launch_kernel", run)
+
+
+COOPERATIONS = [  # (T, B, I, H), units a program, batch tile: programs forward, backward; batch tiles
+    ((6, 3, 3, 8), 4, 4),  # 2, 4; 1
+    ((5, 5, 3, 20), 8, 4),  # 3, 4; 2
+    ((3, 3, 3, 30), 4, 2),  # 8, 8; 2
+    ((40, 2, 2, 6), 4, 2),  # 2, 4; 1
+]
+
+
+@pytest.mark.parametrize("flagged", [True, False], ids=["flagged", "counter"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("size", "columns", "rows"), COOPERATIONS, ids=str)
+def test_cooperative(monkeypatch, size, columns, rows, variant, flagged):
+    _cooperate(monkeypatch, columns, rows, flagged)
+    assert_as_good_as_torch(partial(_problem, size, variant), "triton", torch.float32, seeds=2)
+
+
+def test_batch_tiles_that_do_not_fit_at_once_are_launched_one_after_another(monkeypatch):
+    _cooperate(monkeypatch, columns=8, rows=2, flagged=True, groups=2)
+    assert_as_good_as_torch(partial(_problem, (3, 7, 3, 8), "ragged resets reverse"), "triton", torch.float32, seeds=2)
+
+
+@pytest.mark.parametrize("flagged", [True, False], ids=["flagged", "counter"])
+def test_the_same_bits_every_run(monkeypatch, flagged):
+    _cooperate(monkeypatch, columns=4, rows=4, flagged=flagged, yield_rate=0.3)
+    given = problem(6, 3, 3, 20, ragged=True, resets=0.3)
+    first, second = (given.run("triton", torch.float32) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second) if a is not None)
+
+
+@pytest.mark.parametrize("pattern", [-1, 0x7FC00000], ids=["the fill's", "the usual"])
+def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, pattern):
+    """A NaN is data, also one with the bit pattern that stands for data which is not there."""
+    _cooperate(monkeypatch, columns=4, rows=4, flagged=True)
+    nan = torch.tensor(pattern, dtype=torch.int32).view(torch.float32)
+    given = problem(4, 3, 3, 8)
+    x, h0, c0, *weights = (None if t is None else t.float() for t in given.tensors)
+    h0[0, 0], x[1, 1, 0] = nan, nan
+    ours, _ = lstm_layer(x, weights, (h0, c0), backend="triton")
+    theirs, _ = lstm_layer(x, weights, (h0, c0), backend="torch")
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert not ours[:, 2].isnan().any()
+
+
+# A broken exchange must be seen.
+
+
+@triton.jit
+def announce_early(at, value, mask):
+    tl.store(at, tl.zeros_like(value).to(at.dtype.element_ty), mask=mask)  # the data come later
+    tl.debug_barrier()
+    exchange.publish(at, value, mask)
+
+
+@triton.jit
+def relaxed_announce(arrivals_ptr, counter, FLAGGED: tl.constexpr):
+    tl.atomic_add(arrivals_ptr + counter, 1, sem="relaxed")
+
+
+@triton.jit
+def no_wait(arrivals_ptr, counter, expected, patience, error_ptr, step, FLAGGED: tl.constexpr):
+    return patience
+
+
+@triton.jit
+def collect_without_repeating(
+    ptr, at, k, mask, patience, error_ptr, step,
+    K: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, FLAGGED: tl.constexpr,
+):  # fmt: skip
+    return exchange.load_published(ptr, at, k, mask, K, TILES, BLOCK_K, FLAGGED), patience
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "flagged"),
+    [
+        ("publish", announce_early, True),
+        ("announce", relaxed_announce, False),
+        ("wait", no_wait, False),
+        ("collect", collect_without_repeating, True),
+    ],
+    ids=["published before the data", "announced before the data", "no wait", "no repeated load"],
+)
+def test_a_broken_exchange_is_seen(monkeypatch, name, fault, flagged):
+    _cooperate(monkeypatch, columns=4, rows=4, flagged=flagged, yield_rate=0.3)
+    given = partial(problem, 8, 3, 3, 12)
+    assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", torch.float32, seeds=2)
+    monkeypatch.setattr(cooperative, name, fault)
+    with pytest.raises(AssertionError):
+        assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", torch.float32, seeds=12)
+
+
+@triton.jit
+def never_announce(arrivals_ptr, counter, FLAGGED: tl.constexpr):
+    pass
+
+
+@triton.jit
+def never_publish(at, value, mask):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "flagged"), [("announce", never_announce, False), ("publish", never_publish, True)]
+)
+def test_waiting_in_vain_ends_and_is_reported(monkeypatch, name, fault, flagged):
+    _cooperate(monkeypatch, columns=4, rows=4, flagged=flagged)
+    monkeypatch.setattr(launch, "PATIENCE", 20)
+    monkeypatch.setattr(cooperative, name, fault)
+    x, h0, c0, *weights = (None if t is None else t.float() for t in problem(5, 3, 3, 8).tensors)
+    lstm_layer(x, weights, (h0, c0), backend="triton")
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match=r"lstm_cooperative_forward_kernel gave up at step \d"):
+        lstm_layer(x, weights, (h0, c0), backend="triton")
+    lstm_layer(x, weights, (h0, c0), backend="triton")  # reported once
