@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("doctor", help="versions, devices, and which backends can run (the default)")
     commands.add_parser("kernels", help="compile every kernel for every architecture, without a GPU, and report")
-    plan = commands.add_parser("plan", help="which kernels a problem takes on a card, and what bounds a step (expected)")
+    plan = commands.add_parser(
+        "plan", help="which kernels a problem takes on a card, and what bounds a step (expected)"
+    )
     plan.add_argument("--hidden", type=int, required=True, help="hidden units")
     plan.add_argument("--batch", type=int, required=True, help="sequences")
     plan.add_argument("--steps", type=int, default=1024, help="time steps")

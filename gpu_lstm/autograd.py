@@ -27,8 +27,12 @@ def lstm_layer(
     resets: Tensor | None,  # [T, B]
     reverse: bool,
     backend: str,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h [T, B, P], h_n [B, P] and c_n [B, H], differentiable to any order."""
+    """h [T, B, P], h_n [B, P] and c_n [B, H] in the dtype of c0, differentiable to any order.
+
+    For backward the activated gates are kept, [T, B, 4H]; with `recompute` they are taken again from x and h.
+    """
     tensors = (x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
     # Asked here, since autograd is off inside Function.forward.
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -38,7 +42,7 @@ def lstm_layer(
             gates, weight_hh, weight_hr, h0, c0.float(), lengths, resets, reverse, False, backend
         )
         return h, h_n, c_n.to(c0.dtype)
-    return LSTMLayerFunction.apply(*tensors, lengths, resets, reverse, backend)[:3]
+    return LSTMLayerFunction.apply(*tensors, lengths, resets, reverse, backend, recompute)[:3]
 
 
 def _input_product(x: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor:
@@ -66,16 +70,17 @@ class LSTMLayerFunction(torch.autograd.Function):
         resets: Tensor | None,
         reverse: bool,
         backend: str,
+        recompute: bool,
     ) -> tuple[Tensor, ...]:
         gates = _input_product(x, weight_ih, bias_ih, bias_hh)
         h, h_n, c_n, c = ops.layer_forward(
             gates, weight_hh, weight_hr, h0, c0.float(), lengths, resets, reverse, True, backend
         )
-        return h, h_n, c_n.to(c0.dtype), gates, c
+        return h, h_n, c_n.to(c0.dtype), gates.new_empty(0) if recompute else gates, c
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        *tensors, reverse, backend = inputs
+        *tensors, reverse, backend, _ = inputs
         h, _, _, gates, c = output
         ctx.mark_non_differentiable(gates, c)
         ctx.set_materialize_grads(False)
@@ -89,7 +94,7 @@ class LSTMLayerFunction(torch.autograd.Function):
             gradients = _differentiable_gradients(ctx, saved, (dh, dh_n, dc_n))
         else:
             gradients = _fused_gradients(ctx, saved, dh, dh_n, dc_n)
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 class Saved(NamedTuple):
@@ -106,7 +111,7 @@ class Saved(NamedTuple):
     lengths: Tensor | None  # [B]
     resets: Tensor | None  # [T, B]
     h: Tensor  # [T, B, P]
-    gates: Tensor  # [T, B, 4H] activated; anything in padding
+    gates: Tensor  # [T, B, 4H] activated, anything in padding; empty if they are to be taken again
     c: Tensor  # [T, B, H] float32; zero in padding
 
 
@@ -119,8 +124,14 @@ def _fused_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr; None where none is needed."""
     need_x, need_h0, need_c0, need_ih, need_hh, need_bias_ih, need_bias_hh, need_hr = ctx.needs_input_grad[:8]
+    again = saved.gates.numel() < saved.c.numel()
+    h_prev = gates = saved.gates
+    if again or need_hh:
+        h_prev = states_before(saved.h, saved.h0, saved.lengths, saved.resets, ctx.reverse)  # [T, B, P]
+    if again:
+        gates = _gates_again(saved, h_prev)
     dgates, dh0, dc0, dh_total = ops.layer_backward(
-        dh, dh_n, None if dc_n is None else dc_n.float(), saved.gates, saved.c, saved.weight_hh, saved.weight_hr,
+        dh, dh_n, None if dc_n is None else dc_n.float(), gates, saved.c, saved.weight_hh, saved.weight_hr,
         saved.h0, saved.c0.float(), saved.lengths, saved.resets, ctx.reverse, ctx.backend,
     )  # fmt: skip
     over_steps = dgates.flatten(0, 1)  # [TB, 4H]; zero in padding, but zero times the NaN that may stand there is not
@@ -129,12 +140,11 @@ def _fused_gradients(
     if need_ih:
         dweight_ih = over_steps.T @ _without_padding(saved.x, saved.lengths).flatten(0, 1)
     if need_hh:
-        h_prev = states_before(saved.h, saved.h0, saved.lengths, saved.resets, ctx.reverse)
         dweight_hh = over_steps.T @ h_prev.flatten(0, 1)
     if need_bias_ih or need_bias_hh:
         dbias = over_steps.sum(0)
     if need_hr:
-        output_gate = saved.gates[:, :, -saved.c.shape[2] :]
+        output_gate = gates[:, :, -saved.c.shape[2] :]
         m = _without_padding(output_gate * saved.c.tanh().to(output_gate.dtype), saved.lengths)  # [T, B, H]
         dweight_hr = dh_total.flatten(0, 1).T @ m.flatten(0, 1)
     return (
@@ -147,6 +157,17 @@ def _fused_gradients(
         dbias if need_bias_hh else None,
         dweight_hr,
     )
+
+
+def _gates_again(saved: Saved, h_prev: Tensor) -> Tensor:
+    """The activated gates [T, B, 4H] once more: all h are known by now, so that one product does for all steps."""
+    gates = _input_product(saved.x, saved.weight_ih, saved.bias_ih, saved.bias_hh)
+    gates.flatten(0, 1).addmm_(h_prev.flatten(0, 1), saved.weight_hh.T)
+    i_f, g, o = gates.tensor_split((2 * saved.c.shape[2], 3 * saved.c.shape[2]), dim=2)
+    i_f.sigmoid_()
+    g.tanh_()
+    o.sigmoid_()
+    return gates
 
 
 def _without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ class Backend(enum.Enum):
     REFERENCE = "reference"  # a plain loop: any device, any dtype, differentiable to any order
 
 
+KERNEL_BACKENDS = (Backend.TRITON, Backend.CUPY)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _chosen: Backend | None = None  # by `with backend(...)`; a plain global, which torch.compile guards on

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import autograd, native, reference
-from .backends import Backend, select
+from . import autograd, native, pipeline, reference
+from .backends import KERNEL_BACKENDS, Backend, select
 from .sequences import check_lengths, check_resets, valid_steps
 from .weights import Weights
 
@@ -129,11 +129,21 @@ def lstm_stack(
     dropout: float,
     training: bool,
     residual: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, list[State]]:
     """Layers on top of each other, dropout between them: output [T, B, D*P] and the final states, one pair a layer.
 
-    With `residual`, a layer whose output is as wide as its input adds the two. Arguments are not checked.
+    With `residual`, a layer whose output is as wide as its input adds the two. With `recompute`, a backend with kernels
+    of its own keeps less for backward. Arguments are not checked.
     """
+    if backend in KERNEL_BACKENDS:
+        dtype = compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return pipeline.lstm_stack(
+                x.to(dtype), [(h.to(dtype), c.to(dtype)) for h, c in states],
+                [[weights.to(dtype) for weights in layer] for layer in layers],
+                lengths, resets, backend.value, dropout if training else 0.0, residual, recompute,
+            )  # fmt: skip
     plain = backend is Backend.TORCH and lengths is None and resets is None
     if plain and not residual and _same_sizes(layers):
         groups = [layers]  # torch's own LSTM takes them all in one call, dropout included
@@ -189,8 +199,7 @@ def _one_direction(
     if backend is Backend.TORCH:  # which knows autocast by itself
         return native.lstm_layer(x, h0, c0, weights, lengths, resets, reverse)
     dtype = compute_dtype(x)
-    x, h0, c0 = x.to(dtype), h0.to(dtype), c0.to(dtype)
-    weights = weights.to(dtype)
+    x, h0, c0, weights = x.to(dtype), h0.to(dtype), c0.to(dtype), weights.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         if backend is Backend.REFERENCE:
             return reference.lstm_layer(x, h0, c0, *weights, lengths, resets, reverse)

@@ -44,6 +44,8 @@ class LSTM(RNNBase):
         device, dtype: of the parameters.
         backend: "auto", "triton", "cupy", "torch" or "reference". Default: as chosen by `gpu_lstm.backend` or the
             environment variable GPU_LSTM_BACKEND, else "auto".
+        recompute: for backward keep only h and c, and take the gates again with one product over all steps: about a
+            third of the memory. On the backends with kernels of their own. Default: False
 
     Shapes, with P = proj_size or, if 0, H:
         input: (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
@@ -68,7 +70,9 @@ class LSTM(RNNBase):
         output, (h_n, c_n) = lstm(torch.randn(5, 3, 10), lengths=torch.tensor([5, 2, 4]))
     """
 
-    backend: str | None = None  # on the class, so that it is there in pickles of older modules
+    # On the class, so that they are there in pickles of older modules.
+    backend: str | None = None
+    recompute: bool = False
 
     def __init__(
         self,
@@ -84,6 +88,7 @@ class LSTM(RNNBase):
         dtype: torch.dtype | None = None,
         *,
         backend: str | None = None,
+        recompute: bool = False,
     ) -> None:
         # Not super(): in compat.LSTM torch.nn.LSTM comes next, whose __init__ names the mode itself.
         RNNBase.__init__(
@@ -92,6 +97,7 @@ class LSTM(RNNBase):
         )  # fmt: skip
         if backend is not None:
             self.backend = parse(backend).value
+        self.recompute = recompute
 
     # RNNBase caches the weights here. They are read from the module at every call instead, so that replacing one
     # in any way (functional_call, weight_norm, pruning, assignment) just works.
@@ -134,6 +140,7 @@ class LSTM(RNNBase):
         y, states = lstm_stack(
             x, list(zip(hx[0].split(directions), hx[1].split(directions))), layers,
             lengths=batch.lengths, resets=batch.resets, backend=backend, dropout=self.dropout, training=self.training,
+            recompute=self.recompute,
         )  # fmt: skip
         h_n, c_n = (torch.cat(state) for state in zip(*states))
         return batch.output(y), (batch.state_out(h_n), batch.state_out(c_n))
@@ -196,7 +203,7 @@ class LSTM(RNNBase):
 
     def extra_repr(self) -> str:
         """As torch.nn.LSTM, and the backend if one was chosen."""
-        return super().extra_repr() + _backend_repr(self)
+        return super().extra_repr() + _backend_repr(self) + (", recompute=True" if self.recompute else "")
 
     def __prepare_scriptable__(self) -> nn.Module:
         return recast(self, TorchLSTM)
@@ -211,7 +218,7 @@ class StackedLSTM(nn.Module):
     Args:
         input_size: features of the input, I.
         hidden_sizes: hidden units of each layer, H_k.
-        bias, batch_first, dropout, bidirectional, device, dtype, backend: as for LSTM.
+        bias, batch_first, dropout, bidirectional, device, dtype, backend, recompute: as for LSTM.
         residual: add a layer's input to its output wherever both have the same number of features (before dropout).
             At least one layer must allow it. Default: False
 
@@ -244,6 +251,7 @@ class StackedLSTM(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         backend: str | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         hidden_sizes = list(hidden_sizes)
@@ -275,6 +283,7 @@ class StackedLSTM(nn.Module):
         self.bidirectional = bidirectional
         self.residual = residual
         self.backend = None if backend is None else parse(backend).value
+        self.recompute = recompute
         self.layers = nn.ModuleList(
             LSTM(features, size, bias=bias, bidirectional=bidirectional, device=device, dtype=dtype)
             for features, size in zip(layer_inputs, hidden_sizes)
@@ -303,7 +312,7 @@ class StackedLSTM(nn.Module):
         y, states = lstm_stack(
             x, states, layers, lengths=batch.lengths, resets=batch.resets,
             backend=select(self.backend, x.device, compute_dtype(x)),
-            dropout=self.dropout, training=self.training, residual=self.residual,
+            dropout=self.dropout, training=self.training, residual=self.residual, recompute=self.recompute,
         )  # fmt: skip
         if not self.bidirectional:
             states = [(h.squeeze(0), c.squeeze(0)) for h, c in states]
@@ -334,7 +343,10 @@ class StackedLSTM(nn.Module):
     def extra_repr(self) -> str:
         """The arguments that were not left at their defaults."""
         parts = [f"{self.input_size}, {self.hidden_sizes}"]
-        defaults = dict(bias=True, batch_first=False, dropout=0.0, bidirectional=False, residual=False, backend=None)
+        defaults = dict(
+            bias=True, batch_first=False, dropout=0.0, bidirectional=False, residual=False, backend=None,
+            recompute=False,
+        )  # fmt: skip
         parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
         return ", ".join(parts)
 
@@ -432,7 +444,8 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     twin = cls.__new__(cls)
     state = module.__dict__.copy()
     state.pop("_flat_weights", None)  # torch's cache; ours has none
-    state.pop("backend", None)  # ours
+    for ours in ("backend", "recompute"):
+        state.pop(ours, None)
     for own in ("_parameters", "_buffers", "_modules"):
         state[own] = state[own].copy()
     twin.__dict__.update(state)

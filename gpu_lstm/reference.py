@@ -31,9 +31,9 @@ def lstm_layer(
         c' = f c + i g                          h' = o tanh(c'), or W_hr (o tanh(c')) with a projection
 
     Returns:
-        h [T, B, P], h_n [B, P] and c_n [B, H], in the dtype of x.
+        h [T, B, P], h_n [B, P] and c_n [B, H], in the dtypes of x, h0 and c0.
     """
-    dtype = x.dtype
+    dtype, cell_dtype = x.dtype, c0.dtype
     if dtype in (torch.float16, torch.bfloat16):
         x, h0, c0, weight_ih, weight_hh = (t.float() for t in (x, h0, c0, weight_ih, weight_hh))
         bias_ih, bias_hh, weight_hr = (None if t is None else t.float() for t in (bias_ih, bias_hh, weight_hr))
@@ -69,4 +69,4 @@ def lstm_layer(
             outputs.append(torch.where(valid[t, :, None], h_next, 0))
     output = torch.stack(outputs)
     output = output.gather(0, position[:, :, None].expand_as(output))  # back to the order of time
-    return output.to(dtype), h.to(dtype), c.to(dtype)
+    return output.to(dtype), h.to(dtype), c.to(cell_dtype)

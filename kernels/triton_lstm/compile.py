@@ -15,7 +15,7 @@ import torch
 
 from .binary import Launch, compile_for, fits, resources_of
 from .launch import INTERPRETED, recorded_launches
-from .planning import DEVICES, KB, Device, Family, Plan, Problem, plans, shared_memory_of, step_plan
+from .planning import DEVICES, KB, Device, Plan, Problem, plans, shared_memory_of, step_plan
 
 STEP_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 PRECISIONS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
@@ -134,7 +134,11 @@ def _weight_loads_in_loops(ttgir: str) -> int:
     for line in ttgir.splitlines():
         names = set(re.findall(r"%[\w#]+", line.split(" loc(")[0]))
         result = re.match(r"\s*(%[\w]+)(?::\d+)? = (\S+)", line)
-        if result and result[2] in ("tt.splat", "tt.addptr", "tt.broadcast", "ttg.convert_layout") and names & of_weights:
+        if (
+            result
+            and result[2] in ("tt.splat", "tt.addptr", "tt.broadcast", "ttg.convert_layout")
+            and names & of_weights
+        ):
             of_weights.add(result[1])
         if loops and "tt.load" in line and names & of_weights:
             loads += 1

@@ -130,7 +130,7 @@ def lstm_cooperative_forward_kernel(
     here = in_units & (in_batch & (length > 0))[None, :]
     gates_at = row_of(time, batch, B)[None, :] * (4 * H) + unit[:, None]
     x_i, x_f, x_g, x_o = load_gates(gates_ptr, gates_at, here, H)
-    for step in range(0, T):
+    for step in range(T):
         valid = in_batch & (step < length)
         carried = valid & ~starts_afresh(resets_ptr, time, length, batch, B, in_batch, REVERSE)
         row = row_of(time, batch, B)
@@ -223,7 +223,7 @@ def lstm_cooperative_backward_kernel(
     weights = load_weights(weight_at, team_unit < H, k, H, H, TILES, BLOCK_K)
 
     dc = tl.load(dc_ptr + state_at, mask=in_tile, other=0.0)
-    for back in range(0, T):
+    for back in range(T):
         step = T - 1 - back
         time = time_of(step, length, REVERSE)
         valid = in_batch & (step < length)

@@ -75,9 +75,7 @@ def step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE: tl.constex
 
 
 @triton.jit
-def cell_before(
-    c_ptr, c0_ptr, step, time, batch, B, unit, carried, H: tl.constexpr, REVERSE: tl.constexpr
-):
+def cell_before(c_ptr, c0_ptr, step, time, batch, B, unit, carried, H: tl.constexpr, REVERSE: tl.constexpr):
     """The cell state that `step` started from, [units, batch] float32: c0 at step 0, nothing where not `carried`."""
     at = row_before(step, time, batch, B, REVERSE)[None, :] * H + unit[:, None]
     mask = (unit < H)[:, None] & carried[None, :]

@@ -192,7 +192,7 @@ def _step_forward(run: Run, plan: Plan, gates, r: Recurrence, h, c, h_n, c_n) ->
     m = gates.new_empty(batch, hidden) if project else h
     constants = dict(
         H=hidden, P=projected, REVERSE=r.reverse, PRECISION=r.precision, BLOCK_B=plan.rows, BLOCK_K=plan.k,
-        num_warps=plan.num_warps, num_stages=plan.num_stages,
+        num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.registers,
     )  # fmt: skip
     rows = ceil(batch / plan.rows)
     h_prev, c_prev = r.h0, r.c0 if save else state
@@ -216,7 +216,7 @@ def _step_backward(run: Run, plan: Plan, dh, dh_n, gates, c, r: Recurrence, dgat
     project = r.weight_hr is not None
     constants = dict(
         H=hidden, P=projected, REVERSE=r.reverse, PRECISION=r.precision, BLOCK_B=plan.rows, BLOCK_K=plan.k,
-        num_warps=plan.num_warps, num_stages=plan.num_stages,
+        num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.registers,
     )  # fmt: skip
     rows = ceil(batch / plan.rows)
     for s in reversed(range(steps)):

@@ -67,7 +67,6 @@ INTERPRETER = Device("Triton's interpreter", 0, 0, 227 * KB, 0, 0, 0, 0, 0)
 """It runs programs one after another: there are no multiprocessors for programs that wait for each other."""
 
 
-
 def shared_memory_of(architecture: int) -> int:
     """Bytes of shared memory that a block may have."""
     return {80: 163 * KB, 87: 163 * KB, 90: 227 * KB, 100: 227 * KB, 103: 227 * KB}.get(architecture, 99 * KB)
@@ -111,7 +110,11 @@ def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     """What to try, best first (expected, until it is measured); the step family last."""
     if problem.steps == 1:
         return [step_plan(problem, backward)]  # holding W_hh on chip pays from the second step on
-    return [*_resident(problem, device, backward), *_cooperative(problem, device, backward), step_plan(problem, backward)]
+    return [
+        *_resident(problem, device, backward),
+        *_cooperative(problem, device, backward),
+        step_plan(problem, backward),
+    ]
 
 
 def step_plan(problem: Problem, backward: bool) -> Plan:
@@ -166,9 +169,7 @@ def _cooperative(problem: Problem, device: Device, backward: bool) -> Iterator[P
             why = f"{programs} programs hold W_hh, {weights // KB} KB each, and exchange " + (
                 "dgates" if backward else "h"
             )
-            candidates.append(
-                Plan(Family.COOPERATIVE, rows, columns, k, 4, programs, groups, 8, 1, shared, why)
-            )
+            candidates.append(Plan(Family.COOPERATIVE, rows, columns, k, 4, programs, groups, 8, 1, shared, why))
     # In one launch if possible; then, on as many multiprocessors as possible.
     candidates.sort(key=lambda plan: (plan.launches(problem.batch), -plan.programs * plan.groups, plan.rows))
     yield from candidates

@@ -59,7 +59,7 @@ def lstm_resident_forward_kernel(
 
     h = tl.load(h0_ptr + state_at, mask=in_tile, other=0.0)
     c = tl.load(c0_ptr + state_at, mask=in_tile, other=0.0)
-    for step in range(0, T):
+    for step in range(T):
         time = time_of(step, length, REVERSE)
         valid = in_batch & (step < length)
         afresh = starts_afresh(resets_ptr, time, length, batch, B, in_batch, REVERSE)
@@ -130,7 +130,7 @@ def lstm_resident_backward_kernel(
     dc = tl.load(dc_ptr + state_at, mask=in_tile, other=0.0)
     if dh_n_ptr is not None:
         dh += tl.load(dh_n_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
-    for back in range(0, T):
+    for back in range(T):
         step = T - 1 - back
         time = time_of(step, length, REVERSE)
         valid = in_batch & (step < length)
