@@ -182,8 +182,9 @@ def _differentiable_gradients(
     output_gradients: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
     """The same gradients, themselves differentiable: the layer is taken again through reference.py."""
-    inputs = saved[:8]
-    outputs = reference.lstm_layer(*inputs, saved.lengths, saved.resets, ctx.reverse)
+    # Aliases, since inputs may be one tensor or depend on each other, and each has a gradient of its own.
+    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in saved[:8]]
+    outputs = reference.lstm_layer(*inputs, saved.lengths, saved.resets, ctx.reverse)  # type: ignore[arg-type, call-arg]
     needed = ctx.needs_input_grad[:8]
     given = [(output, gradient) for output, gradient in zip(outputs, output_gradients) if gradient is not None]
     gradients = iter(

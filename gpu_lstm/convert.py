@@ -19,13 +19,11 @@ def convert(model: nn.Module) -> nn.Module:
     Returns:
         `model`; where it is itself one of these classes, a new module that shares its parameters.
     """
-    if type(model) in _OURS:
-        return recast(model, _OURS[type(model)])
     swapped: dict[nn.Module, nn.Module] = {}
-    for parent in list(model.modules()):
+    for parent in reversed(list(model.modules())):  # children before their parents
         for name, child in parent._modules.items():
             if child is not None and type(child) in _OURS:
                 if child not in swapped:
                     swapped[child] = recast(child, _OURS[type(child)])
                 parent._modules[name] = swapped[child]
-    return model
+    return recast(model, _OURS[type(model)]) if type(model) in _OURS else model

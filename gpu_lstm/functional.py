@@ -3,6 +3,7 @@
 Here a backend, once chosen, is handed its work.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -95,7 +96,7 @@ def check_tensors(x: Tensor, hx: State, weights: list[Tensor]) -> None:
     """
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    mixed_allowed = torch.is_autocast_enabled(x.device.type)
+    mixed_allowed = _autocasts(x)
     for kind, tensors in (("parameter", weights), ("hidden", hx)):
         for tensor in tensors:
             if tensor.device != x.device:
@@ -112,10 +113,18 @@ def check_tensors(x: Tensor, hx: State, weights: list[Tensor]) -> None:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a layer computes x in: x's own or, for float32 and narrower, autocast's where that is on."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
-        return torch.get_autocast_dtype(device)
+    if _autocasts(x) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else contextlib.nullcontext()
 
 
 def lstm_stack(
@@ -138,7 +147,7 @@ def lstm_stack(
     """
     if backend in KERNEL_BACKENDS:
         dtype = compute_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             return pipeline.lstm_stack(
                 x.to(dtype), [(h.to(dtype), c.to(dtype)) for h, c in states],
                 [[weights.to(dtype) for weights in layer] for layer in layers],
@@ -200,7 +209,7 @@ def _one_direction(
         return native.lstm_layer(x, h0, c0, weights, lengths, resets, reverse)
     dtype = compute_dtype(x)
     x, h0, c0, weights = x.to(dtype), h0.to(dtype), c0.to(dtype), weights.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         if backend is Backend.REFERENCE:
             return reference.lstm_layer(x, h0, c0, *weights, lengths, resets, reverse)
         return autograd.lstm_layer(x, h0, c0, *weights, lengths, resets, reverse, backend.value)

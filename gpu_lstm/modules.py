@@ -121,7 +121,7 @@ class LSTM(RNNBase):
         if not isinstance(input, PackedSequence):
             _check_rank(input, "LSTM")
             if hx is not None:
-                _check_state_ranks(input, hx)
+                _check_states(input, hx)
         elif lengths is None and resets is None and self._select(input.data) is Backend.TORCH:
             return self._torch_packed(input, hx)
         batch = Batch.of(input, lengths, resets, self.batch_first)
@@ -265,6 +265,8 @@ class StackedLSTM(nn.Module):
                 "residual=True needs a layer whose output is as wide as its input, "
                 f"got inputs of {layer_inputs} and outputs of {outputs} features"
             )
+        if not isinstance(batch_first, bool):
+            raise TypeError(f"batch_first should be of type bool, got: {type(batch_first).__name__}")
         if isinstance(dropout, bool) or not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1:
             raise ValueError(
                 "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
@@ -320,24 +322,20 @@ class StackedLSTM(nn.Module):
 
     def _states(self, x: Tensor, batch: Batch, hx: Sequence[State] | None) -> list[State]:
         """A user's states, checked, or zeros: (h, c) of each layer, [D, B, H_k]."""
-        directions = 2 if self.bidirectional else 1
-        sizes = [(directions, x.shape[1], hidden) for hidden in self.hidden_sizes]
+        directions, batch_size = (2 if self.bidirectional else 1), x.shape[1]
         if hx is None:
+            sizes = [(directions, batch_size, hidden) for hidden in self.hidden_sizes]
             return [(x.new_zeros(size), x.new_zeros(size)) for size in sizes]
-        if len(hx) != len(sizes):
-            raise RuntimeError(f"Expected hx of {len(sizes)} pairs, one a layer, got {len(hx)}")
+        if len(hx) != len(self.hidden_sizes):
+            raise RuntimeError(f"Expected hx of {len(self.hidden_sizes)} pairs, one a layer, got {len(hx)}")
         states = []
-        for k, (pair, size) in enumerate(zip(hx, sizes)):
-            rank = (3 if self.bidirectional else 2) - (0 if batch.batched else 1)
+        for k, (pair, hidden) in enumerate(zip(hx, self.hidden_sizes)):
+            expected = [2] * self.bidirectional + [batch_size] * batch.batched + [hidden]
             for name, state in zip("hc", pair, strict=True):
-                if state.dim() != rank:
-                    raise RuntimeError(f"Expected {name} of layer {k} to be {rank}-D, got {state.dim()}-D")
+                if list(state.shape) != expected:
+                    raise RuntimeError(f"Expected {name} of layer {k} of size {expected}, got {list(state.shape)}")
             h, c = (batch.state_in(state) for state in pair)
-            h, c = (h, c) if self.bidirectional else (h.unsqueeze(0), c.unsqueeze(0))
-            for name, state in zip("hc", (h, c)):
-                if state.shape != size:
-                    raise RuntimeError(f"Expected {name} of layer {k} of size {list(size)}, got {list(state.shape)}")
-            states.append((h, c))
+            states.append((h, c) if self.bidirectional else (h.unsqueeze(0), c.unsqueeze(0)))
         return states
 
     def extra_repr(self) -> str:
@@ -395,15 +393,18 @@ class LSTMCell(RNNCellBase):
         """See the class."""
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        for i, state in enumerate(hx or ()):
-            if state.dim() not in (1, 2):
-                raise ValueError(f"LSTMCell: Expected hx[{i}] to be 1D or 2D, got {state.dim()}D instead")
+        if hx is not None:
+            for i, state in enumerate(hx):
+                if state.dim() not in (1, 2):
+                    raise ValueError(f"LSTMCell: Expected hx[{i}] to be 1D or 2D, got {state.dim()}D instead")
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)  # [B, I]
         if hx is None:
             zeros = x.new_zeros(x.shape[0], self.hidden_size)
             h, c = zeros, zeros
         else:
+            if batched and len(hx) != 2:
+                raise RuntimeError("lstm_cell expects two hidden states")
             h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
 
         weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
@@ -444,6 +445,7 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     twin = cls.__new__(cls)
     state = module.__dict__.copy()
     state.pop("_flat_weights", None)  # torch's cache; ours has none
+    state.pop("_compiled_call_impl", None)  # of Module.compile(): it would go on calling `module`
     for ours in ("backend", "recompute"):
         state.pop(ours, None)
     for own in ("_parameters", "_buffers", "_modules"):
@@ -459,7 +461,7 @@ def _check_rank(input: Tensor, name: str) -> None:
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
 
 
-def _check_state_ranks(input: Tensor, hx: State) -> None:
+def _check_states(input: Tensor, hx: State) -> None:
     rank = input.dim()
     if hx[0].dim() != rank or hx[1].dim() != rank:
         kind = "batched" if rank == 3 else "unbatched"
@@ -467,6 +469,8 @@ def _check_state_ranks(input: Tensor, hx: State) -> None:
             f"For {kind} {rank}-D input, hx and cx should also be {rank}-D "
             f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
         )
+    if rank == 3 and len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
 
 
 def _backend_repr(module: LSTM | LSTMCell) -> str:

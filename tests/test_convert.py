@@ -192,6 +192,15 @@ def test_a_module_used_at_several_places_stays_one_module():
     assert model["g"] is model["c"]["f"]
 
 
+def test_an_lstm_inside_an_lstm_that_is_used_at_two_places_is_swapped():
+    lstm = nn.LSTM(3, 4)
+    lstm.head = nn.LSTM(4, 2)
+    model = gpu_lstm.convert(nn.Sequential(nn.Sequential(lstm), nn.Sequential(lstm)))
+    assert model[0][0] is model[1][0]
+    assert type(model[0][0].head) is gpu_lstm.LSTM
+    assert type(gpu_lstm.convert(lstm).head) is gpu_lstm.LSTM
+
+
 def test_modules_that_share_a_weight_still_do():
     first, second = nn.LSTM(4, 4), nn.LSTM(4, 4)
     second.weight_hh_l0 = first.weight_hh_l0

@@ -416,6 +416,17 @@ def test_to_another_dtype(backend, dtype):
     assert_same(got, results(theirs, x, hx))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype):
+    _, ours = pair("reference", bidirectional=True, proj_size=2)
+    x, hx = random_inputs(ours)
+    with torch.no_grad():
+        rounded = ours.to(dtype)(x.to(dtype), tuple(t.to(dtype) for t in hx))
+        exact = ours.float()(x.to(dtype).float(), tuple(t.to(dtype).float() for t in hx))
+    for a, b in zip((rounded[0], *rounded[1]), (exact[0], *exact[1]), strict=True):
+        assert torch.equal(a, b.to(dtype))
+
+
 def test_meta_device():
     theirs, _ = pair("torch", num_layers=2)
     ours = gpu_lstm.LSTM(I, H, 2, device="meta", dtype=torch.float64)
@@ -690,6 +701,17 @@ def test_cpu_autocast_gives_the_dtypes_of_torch(backend, configuration):
         assert [t.dtype for t in got[0]] == [t.dtype for t in got[1]]
         for our, their in zip(got[0][:3], got[1][:3], strict=True):
             torch.testing.assert_close(our.float(), their.float(), rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_cpu_autocast_of_the_reference_is_its_run_in_bfloat16():
+    _, ours = pair("reference", num_layers=2)
+    x, hx = random_inputs(ours.float())
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            got = ours(x, hx)
+        expected = ours.bfloat16()(x.bfloat16(), tuple(t.bfloat16() for t in hx))
+    for a, b in zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -91,7 +91,8 @@ COOPERATIONS = [  # (T, B, I, H), units a program, batch tile: programs forward,
 @pytest.mark.parametrize(("size", "columns", "rows"), COOPERATIONS, ids=str)
 def test_cooperative(monkeypatch, size, columns, rows, variant, flagged):
     _cooperate(monkeypatch, columns, rows, flagged)
-    assert_as_good_as_torch(partial(_problem, size, variant), "triton", torch.float32, seeds=2)
+    seeds = 1 if size[0] == 40 else 3
+    assert_as_good_as_torch(partial(_problem, size, variant), "triton", torch.float32, seeds=seeds)
 
 
 def test_batch_tiles_that_do_not_fit_at_once_are_launched_one_after_another(monkeypatch):

@@ -1,0 +1,122 @@
+"""Layers, directions and chunks of time side by side change no number; what is kept for backward is bounded."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import gpu_lstm
+from gpu_lstm import pipeline
+
+STACKS = {
+    "one layer": {},
+    "two layers": {"num_layers": 2},
+    "both directions": {"num_layers": 2, "bidirectional": True},
+    "projection": {"num_layers": 2, "proj_size": 3},
+}
+RAGGED = {
+    "lengths": torch.tensor([7, 3, 0]),
+    "resets": torch.rand(7, 3, generator=torch.Generator().manual_seed(0)) < 0.4,
+}
+
+
+def _results(lstm, x, **ragged):
+    """Output, states and every gradient."""
+    x = x.clone().requires_grad_()
+    y, (h, c) = lstm(x, **ragged)
+    torch.autograd.backward([y, h, c], [torch.ones_like(t) for t in (y, h, c)])
+    gradients = [x.grad, *(p.grad for p in lstm.parameters())]
+    for parameter in lstm.parameters():
+        parameter.grad = None
+    return [y.detach(), h.detach(), c.detach(), *gradients]
+
+
+def _stack(device, **options):
+    torch.manual_seed(0)
+    return gpu_lstm.LSTM(4, 6, device=device, backend="triton", **options)
+
+
+@pytest.mark.parametrize("ragged", [{}, RAGGED], ids=["plain", "ragged"])
+@pytest.mark.parametrize("options", STACKS.values(), ids=STACKS)
+def test_chunks_give_the_numbers_of_the_whole(monkeypatch, device, options, ragged):
+    lstm, x = _stack(device, **options), torch.randn(7, 3, 4, device=device)
+    ragged = {name: tensor.to(device) for name, tensor in ragged.items()}
+    with torch.no_grad():
+        whole = lstm(x, **ragged)
+        monkeypatch.setattr(pipeline, "WORKSPACE", 2 * 3 * 24 * 4)  # two steps
+        chunks = lstm(x, **ragged)
+    for a, b in zip((chunks[0], *chunks[1]), (whole[0], *whole[1])):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=5e-7)  # the input product may be blocked otherwise
+
+
+@pytest.mark.parametrize("ragged", [{}, RAGGED], ids=["plain", "ragged"])
+@pytest.mark.parametrize("options", STACKS.values(), ids=STACKS)
+def test_recompute_gives_the_same_gradients(monkeypatch, device, options, ragged):
+    x = torch.randn(7, 3, 4, device=device)
+    ragged = {name: tensor.to(device) for name, tensor in ragged.items()}
+    kept = _results(_stack(device, **options), x, **ragged)
+    again = _results(_stack(device, recompute=True, **options), x, **ragged)
+    monkeypatch.setattr(pipeline, "WORKSPACE", 2 * 3 * 24 * 4)
+    in_chunks = _results(_stack(device, recompute=True, **options), x, **ragged)
+    for other in (again, in_chunks):
+        for a, b in zip(kept, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+
+
+def _kept_elements(lstm, x) -> int:
+    """Elements that autograd keeps, beside the input and the parameters; a float32 of a half-precision layer is one."""
+    known = {t.untyped_storage().data_ptr() for t in (x, *lstm.parameters())}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        lstm(x)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_is_kept_for_backward(device, dtype):
+    steps, batch, inputs, hidden = 20, 3, 8, 16
+    x = torch.randn(steps, batch, inputs, dtype=dtype, device=device, requires_grad=True)
+    for recompute, elements in ((False, 6 * hidden), (True, 2 * hidden)):
+        lstm = gpu_lstm.LSTM(inputs, hidden, dtype=dtype, device=device, backend="triton", recompute=recompute)
+        kept = _kept_elements(lstm, x)
+        states = 4 * batch * hidden + 64  # h0 and c0
+        assert elements * steps * batch <= kept <= elements * steps * batch + states
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of each new tensor, largest first."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.sizes[id(tensor)] = tensor.untyped_storage().nbytes()
+        return result
+
+    def largest_first(self) -> list[int]:
+        return sorted(self.sizes.values(), reverse=True)
+
+
+@pytest.mark.parametrize("options", STACKS.values(), ids=STACKS)
+def test_a_long_sequence_takes_a_fixed_workspace(monkeypatch, device, options):
+    """Without autograd only one chunk's pre-activations are there: beside outputs no tensor exceeds the workspace."""
+    monkeypatch.setattr(pipeline, "WORKSPACE", 8 * 1024)
+    lstm, x = _stack(device, **options), torch.randn(900, 1, 4, device=device)
+    with torch.no_grad(), Allocations() as allocations:
+        y, _ = lstm(x)
+    output = y.numel() * y.element_size()
+    outputs = lstm.num_layers if lstm.bidirectional else 1
+    largest = allocations.largest_first()
+    assert largest[:outputs] == [output] * outputs
+    assert largest[outputs] <= pipeline.WORKSPACE < output
