@@ -4,6 +4,7 @@ from . import compat, functional
 from .backends import Backend, backend
 from .convert import convert
 from .modules import LSTM, LSTMCell, StackedLSTM
+from .tuning import autotune
 
 __version__ = "0.1.0"
 

@@ -2,15 +2,13 @@
 
 import os
 
-# Where there is no GPU the Triton kernels run in Triton's interpreter; it is chosen when triton is first imported.
+import pytest
 import torch
 
 torch.set_num_threads(1)  # the tests run side by side, a process a core
-
 if not torch.cuda.is_available():
+    # The Triton kernels run in Triton's interpreter, which is chosen when triton is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-import pytest
 
 
 def pytest_addoption(parser):

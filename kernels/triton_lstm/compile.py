@@ -140,7 +140,7 @@ def _weight_loads_in_loops(ttgir: str) -> int:
             and names & of_weights
         ):
             of_weights.add(result[1])
-        if loops and "tt.load" in line and names & of_weights:
+        if loops and re.search(r"tt\.load|ttg\.async_copy", line) and names & of_weights:
             loads += 1
         if "scf.for" in line or "scf.while" in line:
             loops.append(depth)

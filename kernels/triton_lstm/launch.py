@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import cooperative, resident, step
+from . import cooperative, resident, step, tuning
 from .binary import Launch, fits, resources
 from .planning import INTERPRETER, Device, Family, Plan, Problem, device_of, plans
 
@@ -129,7 +129,47 @@ def choose_plan(problem: Problem, device: torch.device, backward: bool) -> Plan:
         # The interpreter runs programs one after another, so that none may wait for another.
         return plans(problem, INTERPRETER, backward)[0]
     problem = dataclasses.replace(problem, steps=min(problem.steps, 2))  # more steps take the same kernel
-    return _fitting_plan(problem, device_of(torch.cuda.get_device_properties(device)), backward)
+    card = device_of(torch.cuda.get_device_properties(device))
+    return tuning.remembered(problem, card, backward) or _fitting_plan(problem, card, backward)
+
+
+def autotune(problem: Problem, device: torch.device) -> dict[str, Plan]:
+    """Time the plans of a problem on `device`, forward and backward, and remember the fastest of each.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    tuning.refuse_capture()
+    card = device_of(torch.cuda.get_device_properties(device))
+    fastest = {}
+    for name, backward in (("forward", False), ("backward", True)):
+        seconds = {}
+        for plan in tuning.candidates(plans(problem, card, backward)):
+            launches = recorded_launches(problem, backward, plan)
+            if all(fits(resources(launch, card.architecture), card.shared) for launch in launches):
+                seconds[plan] = time_plan(problem, plan, backward, device)
+        fastest[name] = min(seconds, key=seconds.__getitem__)
+        tuning.remember(dataclasses.replace(problem, steps=2), card, backward, fastest[name])
+    return fastest
+
+
+def time_plan(problem: Problem, plan: Plan, backward: bool, device: torch.device) -> float:
+    """Milliseconds that a plan takes for the recurrence of a random problem, the median of many runs."""
+    steps, batch, hidden = problem.steps, problem.batch, problem.hidden
+    width = problem.projected or hidden
+    with torch.cuda.device(device):
+        options = {"dtype": problem.dtype, "device": device}
+        gates = torch.randn(steps, batch, 4 * hidden, **options)
+        weight_hh = torch.randn(4 * hidden, width, **options) / width**0.5
+        weight_hr = torch.randn(width, hidden, **options) / hidden**0.5 if problem.projected else None
+        h0, c0 = torch.zeros(batch, width, **options), torch.zeros(batch, hidden, device=device)
+        r = Recurrence(weight_hh, weight_hr, h0, c0, None, None, False, problem.precision)
+        if not backward:
+            return triton.testing.do_bench(lambda: layer_forward(gates, *r, save=True, plan=plan), return_mode="median")
+        h, _, _, c = layer_forward(gates, *r, save=True)
+        return triton.testing.do_bench(
+            lambda: layer_backward(h, None, None, gates, c, *r, plan=plan), return_mode="median"
+        )
 
 
 @functools.cache

@@ -125,6 +125,8 @@ def step_plan(problem: Problem, backward: bool) -> Plan:
     """
     rows = 16 if problem.batch <= 16 else 32 if problem.batch <= 32 else 64
     columns = 32 if backward else 16  # a unit has four columns in the forward product
+    if problem.dtype is torch.float32 and problem.precision == "ieee":
+        rows, columns = min(rows, 32), 16  # without tensor cores a product takes more registers
     k = 128 // problem.size  # 128 bytes of each row at a time
     stage = (rows + columns * (1 if backward else 4)) * k * problem.size
     return Plan(
@@ -141,7 +143,7 @@ def _resident(problem: Problem, device: Device, backward: bool) -> Iterator[Plan
     for rows in _batch_tiles(problem.batch):
         gates = 4 * units * rows * 4  # they change places through shared memory
         if backward:
-            gates = gates * (13 if device.architecture >= 100 else 8) // 4 + 10 * KB
+            gates = gates * (20 if problem.size == 4 else 13 if device.architecture >= 100 else 8) // 4 + 10 * KB
         shared = weights + gates
         if shared <= device.shared and 4 * units * rows <= 8192:
             yield Plan(

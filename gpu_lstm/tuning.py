@@ -1,0 +1,48 @@
+"""Measure which kernels are fastest here, once, and remember it."""
+
+import importlib
+
+import torch
+
+from .backends import Backend, obstacle
+from .precision import recurrent_precision
+
+
+def autotune(
+    hidden_size: int,
+    batch: int,
+    *,
+    steps: int = 256,
+    dtype: torch.dtype = torch.float32,
+    proj_size: int = 0,
+    device: torch.device | str = "cuda",
+) -> dict[str, str]:
+    """Time the Triton kernels that a layer could run, on the GPU at hand, and remember the fastest.
+
+    It takes seconds to minutes, most of them for compiling. What it finds is written to gpu_lstm/plans.json in the
+    user's cache folder, by card and version of Triton, and is used from then on for layers of this size and batch.
+
+    Args:
+        hidden_size, proj_size: of the layer.
+        batch: sequences, B.
+        steps: time steps to measure with, T.
+        dtype: float16, bfloat16 or float32.
+        device: a CUDA device.
+
+    Returns:
+        For "forward" and "backward" the fastest family of kernels and why it was proposed.
+
+    Raises:
+        ImportError, RuntimeError, TypeError: the Triton kernels cannot run on this device or dtype, and why.
+        RuntimeError: a CUDA graph is being captured.
+    """
+    device = torch.device(device)
+    problem = obstacle(Backend.TRITON, device, dtype)
+    if problem is not None:
+        raise problem
+    launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
+    if launch.INTERPRETED:
+        raise RuntimeError("autotune times compiled kernels: TRITON_INTERPRET=1 is in the environment")
+    layer = launch.Problem(steps, batch, hidden_size, dtype, proj_size, recurrent_precision(dtype))
+    fastest = launch.autotune(layer, device)
+    return {name: f"{plan.family.value}: {plan.why}" for name, plan in fastest.items()}
