@@ -1,6 +1,6 @@
 """The Triton kernels against the float64 oracle: every result and every gradient.
 
-Without a GPU they run in Triton's interpreter, where bfloat16 products are wrong; so bfloat16 is for the GPU.
+Without a GPU they run in Triton's interpreter, where bfloat16 products are wrong; so bfloat16 is in test_gpu.py.
 """
 
 from functools import partial
@@ -47,11 +47,3 @@ def test_projection(projected, variant, device):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float16(variant, device):
     assert_as_good_as_torch(partial(_problem, (6, 5, 8, 40), variant), "triton", torch.float16, device)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("size", [(64, 32, 128, 256), (33, 70, 100, 513)], ids=str)
-def test_on_a_gpu(size, variant, dtype):
-    assert_as_good_as_torch(partial(_problem, size, variant), "triton", dtype, "cuda")

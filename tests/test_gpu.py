@@ -1,0 +1,137 @@
+"""What only a GPU can show: the compiled kernels, streams, graphs."""
+
+from functools import partial
+
+import pytest
+import torch
+from comparing import assert_as_good_as_torch, problem
+
+import gpu_lstm
+from gpu_lstm.kernels.triton_lstm import launch
+from gpu_lstm.kernels.triton_lstm.planning import Family
+from gpu_lstm.kernels.triton_lstm.tuning import candidates
+
+pytestmark = pytest.mark.gpu
+
+VARIANTS = {
+    "plain": {},
+    "reverse": {"reverse": True},
+    "ragged resets": {"ragged": True, "resets": 0.1},
+    "ragged resets reverse": {"ragged": True, "resets": 0.1, "reverse": True},
+}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def _problem(size, variant, seed):
+    return problem(*size, **VARIANTS[variant], seed=seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", [(32, 16, 64, 64), (32, 16, 64, 128), (24, 17, 100, 513), (16, 70, 64, 768)], ids=str)
+def test_what_is_chosen_is_right(size, variant, dtype):
+    assert_as_good_as_torch(partial(_problem, size, variant), "triton", dtype, "cuda", seeds=1)
+
+
+@pytest.mark.parametrize("family", Family)
+@pytest.mark.parametrize("flagged", [True, False], ids=["flagged", "counter"])
+@pytest.mark.parametrize("hidden", [100, 300])
+def test_every_family_and_exchange(monkeypatch, family, flagged, hidden):
+    if family is not Family.COOPERATIVE and not flagged:
+        pytest.skip("there is no exchange")
+    if family is Family.RESIDENT and hidden > 128:
+        pytest.skip("W_hh does not fit one block")
+
+    def plan_of_family(problem, device, backward):
+        card = launch.device_of(torch.cuda.get_device_properties(device))
+        proposed = candidates(launch.plans(problem, card, backward))
+        return next(plan for plan in proposed if plan.family is family and plan.flagged is flagged)
+
+    monkeypatch.setattr(launch, "choose_plan", plan_of_family)
+    size = (20, 9, 32, hidden)
+    assert_as_good_as_torch(partial(_problem, size, "ragged resets reverse"), "triton", torch.float16, "cuda", seeds=1)
+    launch.raise_if_gave_up()
+
+
+@pytest.mark.parametrize("options", [{"num_layers": 3}, {"num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_and_directions_side_by_side(options, recompute):
+    """Streams hand tensors to each other: the numbers are those of one after another, run after run."""
+    torch.manual_seed(0)
+    ours = gpu_lstm.LSTM(64, 96, device="cuda", backend="triton", recompute=recompute, **options)
+    theirs = gpu_lstm.LSTM(64, 96, device="cuda", backend="reference", **options).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(400, 8, 64, device="cuda")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for _ in range(5):
+            results = []
+            for lstm, given in ((ours, x), (theirs, x.double())):
+                given = given.clone().requires_grad_()
+                y, _ = lstm(given)
+                y.square().mean().backward()
+                results.append([y, given.grad, *(p.grad for p in lstm.parameters())])
+                lstm.zero_grad()
+            for a, b in zip(*results):
+                torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x)[0].double(), theirs(x.double())[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [64, 512])
+def test_the_same_bits_every_run(hidden):
+    lstm = gpu_lstm.LSTM(32, hidden, 2, device="cuda", dtype=torch.bfloat16, backend="triton")
+    x = torch.randn(200, 16, 32, device="cuda", dtype=torch.bfloat16)
+
+    def run():
+        lstm.zero_grad()
+        y, _ = lstm(x)
+        y.sum().backward()
+        return [y, *(p.grad.clone() for p in lstm.parameters())]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+
+@pytest.mark.parametrize("hidden", [64, 512, 2048])
+def test_a_captured_graph_replays(hidden):
+    lstm = gpu_lstm.LSTM(32, hidden, device="cuda", dtype=torch.float16, backend="triton")
+    x = torch.randn(30, 4, 32, device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        lstm(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, _ = lstm(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, lstm(x)[0])
+
+
+def test_more_than_65535_steps():
+    lstm = gpu_lstm.LSTM(4, 16, device="cuda", backend="triton")
+    x = torch.randn(70_000, 2, 4, device="cuda", requires_grad=True)
+    y, _ = lstm(x)
+    y[-1].sum().backward()
+    with torch.no_grad(), gpu_lstm.backend("torch"):
+        theirs, _ = torch.nn.utils.stateless.functional_call(
+            gpu_lstm.LSTM(4, 16, device="cuda"), dict(lstm.named_parameters()), (x,)
+        )
+    torch.testing.assert_close(y, theirs, rtol=1e-3, atol=1e-3)  # torch's takes TF32 by default, and so does ours
+    assert x.grad[-50:].abs().sum() > 0
+
+
+def test_a_long_sequence_takes_a_fixed_workspace():
+    lstm = gpu_lstm.LSTM(256, 256, device="cuda", dtype=torch.bfloat16, backend="triton")
+    x = torch.randn(200_000, 1, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        lstm(x[:1000])
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y, _ = lstm(x)
+        output = y.numel() * y.element_size()
+        assert torch.cuda.max_memory_allocated() - before <= output + 3 * gpu_lstm.pipeline.WORKSPACE
+
+
+def test_auto_takes_the_triton_kernels_and_the_doctor_says_so(capsys):
+    from gpu_lstm.__main__ import main
+
+    assert main(["--json"]) == 0
+    assert '"auto": "triton"' in capsys.readouterr().out
