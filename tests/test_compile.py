@@ -124,3 +124,19 @@ if __name__ == "__main__":
     title, row = _run(tmp_path, script).splitlines()
     assert title.split()[:6] == ["kernel", "case", "sm", "regs", "spills", "shared"]
     assert row.startswith("lstm_step_forward")
+
+
+def test_the_numbers_of_steps_and_sequences_are_never_specialised(tmp_path):
+    """A kernel compiled for one T and B serves all: their values change no key of the compile cache."""
+    script = """
+from gpu_lstm.kernels.triton_lstm import cooperative, resident, step
+for module in (cooperative, resident, step):
+    for name, kernel in vars(module).items():
+        if name.endswith("_kernel"):
+            print(name, *(p.name for p in kernel.params if not p.is_constexpr and p.do_not_specialize))
+"""
+    numbers = {line.split()[0]: set(line.split()[1:]) for line in _run(tmp_path, script).splitlines()}
+    assert len(numbers) == 8
+    for name, free in numbers.items():
+        expected = {"T", "B"} | ({"step"} if "step" in name else set())
+        assert expected | ({"batch_start"} if "cooperative" in name else set()) == free
