@@ -15,7 +15,7 @@ ENVIRONMENT_VARIABLE = "GPU_LSTM_BACKEND"
 class Backend(enum.Enum):
     """The backends, by the name a user gives."""
 
-    AUTO = "auto"  # triton for CUDA tensors where it can, else torch
+    AUTO = "auto"  # for CUDA tensors triton where it can, else cupy where it can; else torch
     TRITON = "triton"  # fused Triton kernels
     CUPY = "cupy"  # fused CUDA C++ kernels, for where Triton cannot run
     TORCH = "torch"  # torch's own LSTM: ATen on the CPU, cuDNN on CUDA
@@ -64,7 +64,7 @@ def requested(argument: "str | Backend | None") -> Backend:
         return parse(argument)
     if _chosen is not None:
         return _chosen
-    return parse(os.environ.get(ENVIRONMENT_VARIABLE, Backend.AUTO.value))
+    return parse(os.environ.get(ENVIRONMENT_VARIABLE) or Backend.AUTO)
 
 
 def select(argument: "str | Backend | None", device: torch.device, dtype: torch.dtype) -> Backend:
@@ -76,7 +76,8 @@ def select(argument: "str | Backend | None", device: torch.device, dtype: torch.
     """
     choice = requested(argument)
     if choice is Backend.AUTO:
-        return Backend.TRITON if device.type == "cuda" and can_run(Backend.TRITON, device, dtype) else Backend.TORCH
+        fused = KERNEL_BACKENDS if device.type == "cuda" else ()
+        return next((b for b in fused if can_run(b, device, dtype)), Backend.TORCH)
     if not can_run(choice, device, dtype):
         problem = obstacle(choice, device, dtype)
         assert problem is not None
@@ -96,7 +97,7 @@ def obstacle(choice: Backend, device: torch.device, dtype: torch.dtype) -> Excep
         case Backend.TRITON:
             return _triton_obstacle(device, dtype)
         case Backend.CUPY:
-            return ImportError("backend 'cupy' is not part of this version of gpu_lstm yet")
+            return _cupy_obstacle(device, dtype)
         case _:
             return None
 
@@ -132,4 +133,27 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
         return RuntimeError(
             f"backend 'triton' needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
         )
+    return None
+
+
+@functools.cache
+def cupy_import_problem() -> str | None:
+    """Why the kernels in CUDA C++ cannot be compiled: CuPy or NVRTC is absent; None if they can."""
+    try:
+        importlib.import_module("cupy")
+        importlib.import_module("cupy.cuda.compiler").nvrtc.getVersion()
+    except (ImportError, RuntimeError) as error:  # CuPy looks for NVRTC when it is first called
+        return str(error)
+    return None
+
+
+def _cupy_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
+    if dtype not in KERNEL_DTYPES:
+        return TypeError(f"backend 'cupy' takes float16, bfloat16 and float32, got {dtype}")
+    problem = cupy_import_problem()
+    if problem is not None:
+        extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
+        return ImportError(f'backend \'cupy\' needs CuPy and NVRTC: pip install "gpu-lstm[{extra}]" ({problem})')
+    if device.type != "cuda":
+        return RuntimeError(f"backend 'cupy' takes CUDA tensors, got {device}")
     return None

@@ -19,11 +19,14 @@ def convert(model: nn.Module) -> nn.Module:
     Returns:
         `model`; where it is itself one of these classes, a new module that shares its parameters.
     """
+    if type(model) in _OURS:
+        model = recast(model, _OURS[type(model)])
     swapped: dict[nn.Module, nn.Module] = {}
-    for parent in reversed(list(model.modules())):  # children before their parents
+    for module in list(model.modules()):
+        parent = swapped.get(module, module)  # a module that was swapped has a list of children of its own
         for name, child in parent._modules.items():
             if child is not None and type(child) in _OURS:
                 if child not in swapped:
                     swapped[child] = recast(child, _OURS[type(child)])
                 parent._modules[name] = swapped[child]
-    return recast(model, _OURS[type(model)]) if type(model) in _OURS else model
+    return model

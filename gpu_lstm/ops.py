@@ -36,6 +36,8 @@ def _launcher(backend: str) -> ModuleType:
     match Backend(backend):
         case Backend.TRITON:
             return importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
+        case Backend.CUPY:
+            return importlib.import_module("gpu_lstm.kernels.cupy_lstm.launch")
         case other:
             raise AssertionError(f"backend {other.value!r} has no kernels of its own")
 

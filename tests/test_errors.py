@@ -290,13 +290,14 @@ every_callable = pytest.mark.parametrize("call", CALLABLES.values(), ids=CALLABL
 NO_FLOAT64 = "^backend 'triton' takes float16, bfloat16 and float32, got torch.float64$"
 
 
+@pytest.mark.parametrize("backend", ["triton", "cupy", gpu_lstm.Backend.TRITON, gpu_lstm.Backend.CUPY])
 @every_callable
-def test_explicit_triton_takes_no_float64(call, monkeypatch):
+def test_backends_with_kernels_take_no_float64(call, backend, monkeypatch):
     monkeypatch.delenv("GPU_LSTM_BACKEND", raising=False)
-    with pytest.raises(TypeError, match=NO_FLOAT64):
-        call(backend="triton")
-    with pytest.raises(TypeError, match=NO_FLOAT64):
-        call(backend=gpu_lstm.Backend.TRITON)
+    name = gpu_lstm.Backend(backend).value
+    text = f"backend '{name}' takes float16, bfloat16 and float32, got torch.float64"
+    with pytest.raises(TypeError, match=f"^{text}$"):
+        call(backend=backend)
 
 
 @every_callable
@@ -367,16 +368,17 @@ def test_unknown_backends(name, monkeypatch):
                 cls(3, 4, backend=name)
         with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
             gpu_lstm.StackedLSTM(3, [4], backend=name)
-    if isinstance(name, str):
+    if isinstance(name, str) and name:  # an empty variable counts as unset
         monkeypatch.setenv("GPU_LSTM_BACKEND", name)
         with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
             gpu_lstm.LSTM(3, 4)(torch.zeros(5, 2, 3))
 
 
-@every_callable
-def test_cupy_is_not_there_yet(call):
-    with pytest.raises(ImportError, match=r"^backend 'cupy' is not part of this version"):
-        call(backend="cupy")
+@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.LSTMCell])
+def test_explicit_cupy_on_cpu_tensors_says_why_it_cannot_run(cls):
+    """Without CuPy it names what to install, with CuPy it asks for CUDA tensors."""
+    with pytest.raises((ImportError, RuntimeError), match=r"^backend 'cupy' (needs CuPy and NVRTC|takes CUDA tensors)"):
+        cls(3, 4, backend="cupy")(torch.zeros(2, 3))
 
 
 # What needs an interpreter of its own
@@ -430,10 +432,13 @@ def test_without_triton_and_cupy_everything_else_works():
                 gpu_lstm.LSTMCell(3, 4)(x[0])
                 (output.sum() + ragged.sum() + stacked.sum()).backward()
             torch.testing.assert_close(output, expected)
-        try:
-            gpu_lstm.LSTM(3, 4, backend="triton")(x)
-        except ImportError as error:
-            assert str(error).startswith("backend 'triton' cannot be imported: "), error
-        else:
-            raise AssertionError("no error")
+        for backend, text in (
+            ("triton", "backend 'triton' cannot be imported: "), ("cupy", "backend 'cupy' needs CuPy and NVRTC: "),
+        ):
+            try:
+                gpu_lstm.LSTM(3, 4, backend=backend)(x)
+            except ImportError as error:
+                assert str(error).startswith(text), error
+            else:
+                raise AssertionError("no error")
     """)

@@ -126,7 +126,7 @@ def assert_same(got: dict[str, Tensor], true: dict[str, Tensor], backend: str, e
     for name, expected in true.items():
         scale = max(1.0, expected.nan_to_num().abs().max().item() if expected.numel() else 0.0)
         torch.testing.assert_close(
-            got[name], expected, rtol=0, atol=16 * torch.finfo(PLACES[backend]["dtype"]).eps * scale,
+            got[name], expected, rtol=0, atol=8 * torch.finfo(PLACES[backend]["dtype"]).eps * scale,
             equal_nan=equal_nan, msg=lambda text, name=name: f"{name}: {text}",
         )  # fmt: skip
 

@@ -105,7 +105,7 @@ def assert_same(got: dict[str, Tensor], true: dict[str, Tensor], backend: str) -
     for name, expected in true.items():
         scale = max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
         torch.testing.assert_close(
-            got[name], expected, rtol=0, atol=16 * torch.finfo(PLACES[backend]["dtype"]).eps * scale,
+            got[name], expected, rtol=0, atol=8 * torch.finfo(PLACES[backend]["dtype"]).eps * scale,
             msg=lambda text, name=name: f"{name}: {text}",
         )  # fmt: skip
 

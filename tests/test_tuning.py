@@ -7,6 +7,7 @@ import torch
 
 import gpu_lstm
 from gpu_lstm.kernels.triton_lstm import launch, tuning
+from gpu_lstm.kernels.triton_lstm.binary import Resources
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem, plans
 
 PROBLEM = Problem(256, 16, 768, torch.bfloat16)
@@ -20,7 +21,7 @@ def an_h100(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: None)
     monkeypatch.setattr(launch, "device_of", lambda properties: H100)
-    monkeypatch.setattr(launch, "resources", lambda recorded, architecture: launch.Resources(64, 0, 1024))
+    monkeypatch.setattr(launch, "resources", lambda recorded, architecture: Resources(64, 0, 1024))
 
 
 def _slowest_plan_fastest(problem, plan, backward, device):

@@ -85,7 +85,7 @@ def lstm_cooperative_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
     weight_hh_ptr,  # [4H, H]
     c0_ptr,  # [B, H] float32
-    h_ptr,  # [B + T*B, H]: h0, then h of every step, out and the exchange; filled beforehand if FLAGGED
+    h_ptr,  # [T*B + B, H]: h of every step, out and the exchange, filled beforehand if FLAGGED; then h0
     c_ptr,  # [T*B, H] float32 out, None without SAVE
     h_n_ptr,  # [B, H] out where a sequence has a step
     c_n_ptr,  # [B, H] float32 out where a sequence has a step
@@ -134,7 +134,7 @@ def lstm_cooperative_forward_kernel(
         valid = in_batch & (step < length)
         carried = valid & ~starts_afresh(resets_ptr, time, length, batch, B, in_batch, REVERSE)
         row = row_of(time, batch, B)
-        row_prev = row_in_history(step - 1, time_of(step - 1, length, REVERSE), batch, B)
+        row_prev = row_in_history(step - 1, time_of(step - 1, length, REVERSE), batch, T, B)
         here = in_units & valid[None, :]
 
         # Load what the group published at the step before, and multiply: the gates of the program's units, [4 BH, BB].
@@ -151,8 +151,8 @@ def lstm_cooperative_forward_kernel(
         c_next, h = cell_forward(i, f, g, o, tl.where(carried[None, :], c, 0.0))
 
         # Publish first: the others wait for it. Padding gets zeros.
-        h_row = row_in_history(step, time, batch, B)
-        publish(h_ptr + h_row[None, :] * H + unit[:, None], tl.where(here, h, 0.0), in_tile)
+        at = row[None, :] * H + unit[:, None]
+        publish(h_ptr + at, tl.where(here, h, 0.0), in_tile)
         announce(arrivals_ptr, group, FLAGGED)
 
         # Load the next step's inputs; they arrive while this program waits.
@@ -167,7 +167,7 @@ def lstm_cooperative_forward_kernel(
         tl.store(c_n_ptr + state_at, c_next, mask=last)
         if SAVE:
             store_gates(gates_ptr, gates_at, here, i, f, g, o, H)
-            tl.store(c_ptr + row[None, :] * H + unit[:, None], tl.where(here, c_next, 0.0), mask=in_tile)
+            tl.store(c_ptr + at, tl.where(here, c_next, 0.0), mask=in_tile)
         c = c_next
         time = time_next
         gates_at = gates_at_next

@@ -46,9 +46,9 @@ def row_before(step, time, batch, B, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def row_in_history(step, time, batch, B):
-    """Row of the state after `step` in [B + T * B, width], where the initial state, after step -1, comes first."""
-    return tl.where(step < 0, batch.to(tl.int64), B + row_of(time, batch, B))
+def row_in_history(step, time, batch, T, B):
+    """Row of the state after `step` in [T * B + B, width], where the initial state, after step -1, comes last."""
+    return tl.where(step < 0, row_of(tl.zeros_like(time) + T, batch, B), row_of(time, batch, B))
 
 
 @triton.jit

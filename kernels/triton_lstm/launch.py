@@ -56,8 +56,8 @@ def layer_forward(
     r = Recurrence(*recurrence)
     run = run or launch_kernel
     steps, batch, _ = gates.shape
-    history = gates.new_empty(steps + 1, batch, r.h0.shape[1])  # h0, then h of every step
-    h = history[1:]
+    history = gates.new_empty(steps + 1, batch, r.h0.shape[1])  # h of every step, then h0
+    h = history[:-1]
     h_n, c_n = r.h0.clone(), r.c0.clone()  # what a sequence of length 0 ends with
     c = r.c0.new_empty((steps, *r.c0.shape) if save else 0)
     if batch == 0:
@@ -304,7 +304,7 @@ def _cooperative_forward(run: Run, plan: Plan, gates, r: Recurrence, history, c,
     steps, batch, _ = gates.shape
     if plan.flagged:
         _fill(history)
-    history[0] = torch.where(r.h0.isnan(), float("nan"), r.h0)  # whatever NaN it was: the fill is one, too
+    history[-1] = torch.where(r.h0.isnan(), float("nan"), r.h0)  # whatever NaN it was: the fill is one, too
     for start, groups in _batches(batch, plan):
         run(
             cooperative.lstm_cooperative_forward_kernel, (plan.programs, groups),

@@ -1,0 +1,302 @@
+"""lstm.cu against the float64 oracle: every result and every gradient.
+
+Without a GPU the very same source is compiled by g++ (host_cuda.py) and driven by the backend's own launcher. On a GPU:
+
+    pytest tests/test_cupy_kernels.py --require-gpu
+    compute-sanitizer --tool memcheck   python -m pytest tests/test_cupy_kernels.py -k cuda
+    compute-sanitizer --tool racecheck  python -m pytest tests/test_cupy_kernels.py -k "cuda and sequence"
+"""
+
+import re
+from collections.abc import Iterator
+from functools import partial
+
+import host_cuda
+import pytest
+import torch
+from comparing import assert_as_good_as_torch, problem
+from torch import Tensor, nn
+
+import gpu_lstm
+from gpu_lstm import backends
+from gpu_lstm.functional import lstm_layer
+from gpu_lstm.kernels.cupy_lstm import launch
+from gpu_lstm.kernels.cupy_lstm.launch import STEP_PLAN, sequence_plan, shared_limit
+
+VARIANTS = {
+    "plain": {},
+    "reverse": {"reverse": True},
+    "ragged": {"ragged": True},
+    "ragged reverse": {"ragged": True, "reverse": True},
+    "resets": {"resets": 0.3},
+    "ragged resets reverse": {"ragged": True, "resets": 0.3, "reverse": True},
+    "no bias": {"bias": False, "ragged": True, "resets": 0.3},
+}
+SIZES = [  # (T, B, I, H), and how many problems of that size: more of the small, whose rounding errors vary more
+    ((1, 1, 3, 1), 24),
+    ((2, 3, 4, 5), 8),
+    ((9, 1, 3, 5), 8),
+    ((9, 3, 1, 16), 3),
+    ((2, 17, 5, 33), 2),
+]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch) -> Iterator[str]:
+    """Where the kernels run. On the CPU, memory from torch.empty is full of NaN."""
+    if request.param == "cuda":
+        yield "cuda"
+        return
+    monkeypatch.setattr(backends, "_cupy_obstacle", lambda device, dtype: None)
+    monkeypatch.setattr(launch, "launch_kernel", host_cuda.compiled_launcher())
+    torch.use_deterministic_algorithms(True)
+    yield "cpu"
+    torch.use_deterministic_algorithms(False)
+
+
+def _problem(size, variant, seed):
+    return problem(*size, **VARIANTS[variant], seed=seed)
+
+
+def _by_steps(r, dtype, backward):
+    return STEP_PLAN
+
+
+def _by_sequence(r, dtype, backward):
+    plan = sequence_plan(r.c0.shape[1], dtype, shared_limit(r.c0.device), backward)
+    assert plan is not None
+    return plan
+
+
+FAMILIES = {"step": _by_steps, "sequence": _by_sequence}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "problems"), SIZES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_result_and_gradient(monkeypatch, family, size, problems, variant, dtype, device):
+    monkeypatch.setattr(launch, "choose_plan", FAMILIES[family])
+    assert_as_good_as_torch(partial(_problem, size, variant), "cupy", dtype, device, problems)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("projected", [1, 7, 32])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_projection(projected, variant, dtype, device):
+    assert_as_good_as_torch(partial(_problem, (5, 4, 3, 33, projected), variant), "cupy", dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("blocks", launch.CLUSTER_SIZES)
+@pytest.mark.parametrize("variant", ["plain", "ragged resets reverse"])
+def test_clusters(monkeypatch, blocks, variant, dtype, device):
+    if device == "cuda" and torch.cuda.get_device_capability()[0] != 9 and blocks == 16:
+        pytest.skip("clusters of 16 blocks are for sm_90")
+    if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("there are no clusters before sm_90")
+
+    def choose(r, dtype, backward):
+        if backward:
+            return _by_sequence(r, dtype, backward)
+        return sequence_plan(r.c0.shape[1], dtype, shared_limit(r.c0.device), blocks=blocks)
+
+    monkeypatch.setattr(launch, "choose_plan", choose)
+    assert_as_good_as_torch(partial(_problem, (5, 5, 3, 18), variant), "cupy", dtype, device, seeds=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", [(64, 32, 128, 256), (33, 70, 100, 513), (100, 33, 64, 128)], ids=str)
+def test_larger_sizes_on_a_gpu(size, variant, dtype):
+    assert_as_good_as_torch(partial(_problem, size, variant), "cupy", dtype, "cuda")
+
+
+def _layer(device: str, dtype=torch.float32, T=4, B=3, H=8) -> tuple[Tensor, tuple]:
+    """Arguments of layer_forward."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    recurrence = (normal(4 * H, H), None, normal(B, H), normal(B, H, dtype=torch.float32), None, None, False, "ieee")
+    return normal(T, B, 4 * H), recurrence
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_that_are_not_aligned_give_the_same_bits(monkeypatch, device, dtype):
+    def moved(t: Tensor) -> Tensor:
+        """The same, an element past an address that is a multiple of 16 bytes."""
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    monkeypatch.setattr(launch, "choose_plan", _by_steps)
+    gates, r = _layer(device, dtype)
+    expected_gates = gates.clone()
+    *expected, c = launch.layer_forward(expected_gates, *r, save=True)
+    expected += launch.layer_backward(expected[0], expected[1], None, expected_gates, c, *r)
+    moved_gates = moved(gates)
+    moved_r = [moved(a) if isinstance(a, Tensor) else a for a in r]
+    *results, c = launch.layer_forward(moved_gates, *moved_r, save=True)
+    results += launch.layer_backward(moved(results[0]), moved(results[1]), None, moved_gates, moved(c), *moved_r)
+    assert torch.equal(moved_gates, expected_gates)
+    assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_is_zero_and_its_gates_are_left_alone(monkeypatch, family, device):
+    monkeypatch.setattr(launch, "choose_plan", FAMILIES[family])
+    gates, (weight, _, h0, c0, *_) = _layer(device)
+    gates[2:, 1] = float("nan")
+    lengths = torch.tensor([4, 2, 0], device=device)
+    gates[:, 2] = float("nan")
+    h, h_n, c_n, c = launch.layer_forward(gates, weight, None, h0, c0, lengths, None, True, "ieee", save=True)
+    for past_the_end in (h[2:, 1], h[:, 2], c[2:, 1], c[:, 2]):
+        assert (past_the_end == 0).all()
+    assert gates[2:, 1].isnan().all()
+    assert torch.equal(h_n[2], h0[2])
+    assert torch.equal(c_n[2], c0[2])
+    dgates, dh0, dc0, _ = launch.layer_backward(
+        h, h_n, c_n, gates, c, weight, None, h0, c0, lengths, None, True, "ieee"
+    )
+    assert (dgates[2:, 1] == 0).all()
+    assert (dgates[:, 2] == 0).all()
+    assert torch.equal(dh0[2], h_n[2])
+    assert torch.equal(dc0[2], c_n[2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_but_h_without_save(monkeypatch, family, device):
+    monkeypatch.setattr(launch, "choose_plan", FAMILIES[family])
+    gates, r = _layer(device)
+    saved = launch.layer_forward(gates.clone(), *r, save=True)
+    untouched = gates.clone()
+    h, h_n, c_n, c = launch.layer_forward(gates, *r, save=False)
+    assert c.numel() == 0
+    assert torch.equal(gates, untouched)
+    assert all(map(torch.equal, (h, h_n, c_n), saved))
+
+
+def test_an_empty_batch(device):
+    gates, r = _layer(device, B=0)
+    h, h_n, c_n, c = launch.layer_forward(gates, *r, save=True)
+    assert (h.shape, h_n.shape, c_n.shape, c.shape) == ((4, 0, 8), (0, 8), (0, 8), (4, 0, 8))
+    assert launch.layer_backward(h, None, None, gates, c, *r)[0].shape == gates.shape
+
+
+def test_more_steps_than_a_grid_has_rows(monkeypatch, device):
+    monkeypatch.setattr(launch, "choose_plan", _by_steps)
+    gates, (weight, _, h0, c0, *_) = _layer(device, T=66_000, B=1, H=1)
+    h, h_n, *_ = launch.layer_forward(gates, weight, None, h0, c0, None, None, False, "ieee", save=False)
+    assert torch.equal(h[-1], h_n)
+    assert h.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_elements_than_32_bits_count(monkeypatch, family):
+    monkeypatch.setattr(launch, "choose_plan", FAMILIES[family])
+    T, B, H = 70_000, 64, 128
+    gates = torch.zeros(T, B, 4 * H, dtype=torch.float16, device="cuda")  # 2.3e9 elements
+    gates[-1, -1] = 1
+    _, (weight, _, h0, c0, *_) = _layer("cuda", torch.float16, 1, B, H)
+    h, *_ = launch.layer_forward(gates, 0 * weight, None, 0 * h0, 0 * c0, None, None, False, "ieee", save=False)
+    one = torch.ones((), device="cuda")
+    last = one.sigmoid() * (one.sigmoid() * one.tanh()).tanh()
+    torch.testing.assert_close(h[-1, -1], last.half().expand(H), rtol=1e-3, atol=1e-3)
+    assert (h[-1, :-1] == 0).all()
+
+
+def test_modules(device):
+    torch.manual_seed(0)
+    theirs = nn.LSTM(3, 5, 2, bidirectional=True).to(device)
+    ours = gpu_lstm.LSTM(3, 5, 2, bidirectional=True, backend="cupy").to(device)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(6, 2, 3, device=device)
+    (y, _), (expected, _) = ours(x), theirs(x)
+    torch.testing.assert_close(y, expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    for our, their in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(our.grad, their.grad)
+
+
+def test_double_backward(device):
+    def penalty(backend: str) -> list[Tensor]:
+        given = problem(4, 2, 3, 5, ragged=True, resets=0.3, reverse=True)
+        tensors = [None if t is None else t.to(device, torch.float32).requires_grad_() for t in given.tensors]
+        x, h0, c0, *weights = tensors
+        y, _ = lstm_layer(
+            x, weights, (h0, c0), lengths=given.lengths.to(device), resets=given.resets.to(device), reverse=True,
+            backend=backend,
+        )  # fmt: skip
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        dx.square().sum().backward()
+        return [t.grad for t in tensors if t is not None]
+
+    for ours, theirs in zip(penalty("cupy"), penalty("reference")):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_compiled_by_torch(device):
+    torch.manual_seed(0)
+    module = gpu_lstm.LSTM(3, 5, backend="cupy").to(device)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 2, 3, device=device)
+    torch.testing.assert_close(compiled(x)[0], module(x)[0])
+
+
+# A check that cannot fail is no check: faults are planted in lstm.cu, and the comparison must see each.
+
+FAULTS = {  # the text that is replaced, and by what
+    "gates f and i swapped": ("cell.i = sigmoid(z_i);\n        cell.f = sigmoid(z_f);",
+                              "cell.i = sigmoid(z_f);\n        cell.f = sigmoid(z_i);"),
+    "cell gradient not carried": ("d.c_prev = dc * f;", "d.c_prev = 0.0f;"),
+    "resets ignored": ("return resets != nullptr &&", "return false &&"),
+    "always forward": ("return reverse && step < length ?", "return false ?"),
+    "lengths ignored": ("lengths == nullptr ? T", "true ? T"),
+    "row before is off by one": ("reverse ? time + 1 : time - 1", "time"),
+}  # fmt: skip
+SOURCE = launch.SOURCE.read_text()
+BARRIERS = [match.start() for match in re.finditer(r"__syncthreads\(\);|__cluster_barrier_wait\(\);", SOURCE)]
+
+
+def _caught(monkeypatch, source: str, make_problem, families=tuple(FAMILIES.values())) -> list[bool]:
+    """Whether the comparison sees the fault, by each family."""
+    monkeypatch.setattr(backends, "_cupy_obstacle", lambda device, dtype: None)
+    monkeypatch.setattr(launch, "launch_kernel", host_cuda.launcher(source, torch.float32))
+    caught = []
+    for family in families:
+        monkeypatch.setattr(launch, "choose_plan", family)
+        try:
+            assert_as_good_as_torch(make_problem, "cupy", torch.float32)
+            caught.append(False)
+        except AssertionError:
+            caught.append(True)
+    return caught
+
+
+@pytest.mark.parametrize(("text", "fault"), FAULTS.values(), ids=FAULTS)
+def test_a_planted_fault_is_seen(monkeypatch, text, fault):
+    assert SOURCE.count(text) == 1
+    make_problem = partial(_problem, (5, 3, 3, 6), "ragged resets reverse")
+    assert _caught(monkeypatch, SOURCE.replace(text, fault), make_problem) == [True, True]
+
+
+def test_without_a_fault_none_is_seen(monkeypatch):
+    make_problem = partial(_problem, (5, 3, 3, 6), "ragged resets reverse")
+    assert _caught(monkeypatch, SOURCE, make_problem) == [False, False]
+
+
+@pytest.mark.parametrize("barrier", BARRIERS, ids=lambda at: f"line {SOURCE.count(chr(10), 0, at) + 1}")
+def test_a_missing_barrier_is_seen(monkeypatch, barrier):
+    """The comparison sees that one __syncthreads, or the barrier of a cluster, is gone."""
+    statement = SOURCE[barrier : SOURCE.index(";", barrier) + 1]
+    source = SOURCE[:barrier] + SOURCE[barrier + len(statement) :]
+
+    def by_cluster(r, dtype, backward):
+        return sequence_plan(r.c0.shape[1], dtype, 48 * 1024, backward, 1 if backward else 8)
+
+    family = by_cluster if "cluster" in statement else _by_sequence
+    assert _caught(monkeypatch, source, partial(_problem, (6, 4, 3, 9), "plain"), [family]) == [True]
