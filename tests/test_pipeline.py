@@ -94,18 +94,18 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.sizes = {}
+        self.sizes = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.sizes[id(tensor)] = tensor.untyped_storage().nbytes()
+                self.sizes.append(tensor.untyped_storage().nbytes())
         return result
 
     def largest_first(self) -> list[int]:
-        return sorted(self.sizes.values(), reverse=True)
+        return sorted(self.sizes, reverse=True)
 
 
 @pytest.mark.parametrize("options", STACKS.values(), ids=STACKS)

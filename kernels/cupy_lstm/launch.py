@@ -1,6 +1,6 @@
 """The CuPy backend's two entry points. One layer, one direction; the input product is already in `gates`.
 
-The kernels are in lstm.cu, compiled at first use. CuPy is imported then, and not before; memory and products are torch's.
+The kernels are in lstm.cu, compiled at first use; CuPy is imported then, not before. Memory and products are torch's.
 """
 
 import contextlib
@@ -201,7 +201,7 @@ def _step_forward(plan: Plan, gates, r: Recurrence, h, h_n, c, c_n) -> None:
                 s, steps, batch, hidden, r.reverse,
             )  # fmt: skip
             if r.weight_hr is not None:
-                hidden_product = m @ r.weight_hr.T
+                hidden_product = m @ r.weight_hr.T  # [B, P]
                 _launch_step(
                     plan, "lstm_step_project_forward", gates, projected,
                     hidden_product, h, h_n, r.lengths, s, steps, batch, projected, r.reverse,
@@ -306,8 +306,6 @@ def launch_kernel(
     device = next(a.device for a in args if isinstance(a, Tensor))
     with torch.cuda.device(device):
         kernel = _kernel(device, name, dtype)
-        if shared_bytes > kernel.max_dynamic_shared_size_bytes:
-            kernel.max_dynamic_shared_size_bytes = shared_bytes
         with _stream(device):
             kernel((grid,), (block,), tuple(by_value(a) for a in args), shared_mem=shared_bytes)
 
@@ -338,6 +336,7 @@ def _kernel(device: torch.device, name: str, dtype: torch.dtype) -> Any:
 
     major, minor = torch.cuda.get_device_capability(device)
     kernel = _module(10 * major + minor, dtype, OPTIONS).get_function(name_expression(name, dtype))
+    kernel.max_dynamic_shared_size_bytes = shared_limit(device)
     if name in CLUSTER_KERNELS:
         non_portable_cluster_size_allowed = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
         cupy.cuda.driver.funcSetAttribute(kernel.kernel.ptr, non_portable_cluster_size_allowed, 1)

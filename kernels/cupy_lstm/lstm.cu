@@ -10,7 +10,6 @@
 //     sequence  one launch for all steps: a block walks BATCH_TILE sequences, with W_hh in its shared memory.
 //     cluster   the same, where a cluster of blocks shares W_hh, and h through distributed shared memory. sm_90.
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -373,11 +372,13 @@ __device__ inline uint4* shared_memory() {
 struct Thread {
     int slice, gate, unit;  // in a product
     int sequence;           // in the cell, with the same unit
-    int packs;              // of weights of a thread
-    int K;                  // H rounded up to a whole number of packs in every slice
+    int slices;
+    int packs;  // of weights of a thread
+    int K;      // H rounded up to a whole number of packs in every slice
 
     __device__ Thread(int H, int units, int pack_size) {
-        const int width = GATES * units, slices = blockDim.x / width;
+        const int width = GATES * units;
+        slices = blockDim.x / width;
         slice = threadIdx.x / width;
         gate = sequence = threadIdx.x % width / units;
         unit = threadIdx.x % units;
@@ -410,6 +411,7 @@ __device__ void multiply(float (&y)[BATCH_TILE], const Pack<E>* weights, int pac
     constexpr int N = Pack<E>::SIZE;
 #pragma unroll
     for (int b = 0; b < BATCH_TILE; ++b) y[b] = 0.0f;
+#pragma unroll 2
     for (int p = 0; p < packs; ++p) {
         const auto w = Pack<E>::read(weights + p * blockDim.x);
 #pragma unroll
@@ -438,11 +440,14 @@ template <int SIZE>
 struct Cluster {
     static constexpr int BLOCKS = SIZE;
 
-    __device__ static int rank() { return cooperative_groups::this_cluster().block_rank(); }
+    __device__ static int rank() { return __clusterRelativeBlockRank(); }
     __device__ static float* of_block(float* p, int block) {
-        return cooperative_groups::this_cluster().map_shared_rank(p, block);
+        return static_cast<float*>(__cluster_map_shared_rank(p, block));
     }
-    __device__ static void sync() { cooperative_groups::this_cluster().sync(); }
+    __device__ static void sync() {
+        __cluster_barrier_arrive();
+        __cluster_barrier_wait();
+    }
 };
 #endif
 
@@ -458,9 +463,9 @@ __device__ void walk_forward(E* gates, const E* weight_hh, E* h, E* h_n, float* 
     const bool has_cell = my.has_cell() && batch < B && unit < H;
     const long long state_at = static_cast<long long>(batch) * H + unit;
 
-    auto* const weights = reinterpret_cast<Pack<E>*>(shared_memory());                     // [packs, threads]
-    auto* const h_prev = reinterpret_cast<float*>(weights + my.packs * blockDim.x);        // [2, BATCH_TILE, K]
-    float* const sums = h_prev + 2 * BATCH_TILE * my.K;                                    // [slices, GATES, BATCH_TILE, units]
+    auto* const weights = reinterpret_cast<Pack<E>*>(shared_memory());               // [packs, threads]
+    auto* const h_prev = reinterpret_cast<float*>(weights + my.packs * blockDim.x);  // [2, BATCH_TILE, K]
+    auto* const sums = h_prev + 2 * BATCH_TILE * my.K;  // [slices, GATES, BATCH_TILE, units]
     float* const my_sums = sums + (my.slice * GATES + my.gate) * BATCH_TILE * units + my.unit;
     const int first = my.slice * my.packs * N;  // k of the slice
 
@@ -483,6 +488,7 @@ __device__ void walk_forward(E* gates, const E* weight_hh, E* h, E* h_n, float* 
         E* const my_gates = gates + at.row * 4 * H + unit;
         float z[GATES] = {};
         if (has_cell && at.valid)
+#pragma unroll
             for (int gate = I; gate < GATES; ++gate) z[gate] = to_float(my_gates[gate * H]);
 
         // Product.
@@ -495,9 +501,10 @@ __device__ void walk_forward(E* gates, const E* weight_hh, E* h, E* h_n, float* 
         // Gates and cell; publish h to all blocks, before anything else is stored.
         Cell cell;
         if (has_cell && at.valid) {
-            if (at.carried)
-                for (int part = 0; part < blockDim.x / units; ++part)  // slice * GATES + gate
-                    z[part % GATES] += sums[(part * BATCH_TILE + my.sequence) * units + my.unit];
+            for (int slice = 0; slice < (at.carried ? my.slices : 0); ++slice)
+#pragma unroll
+                for (int gate = I; gate < GATES; ++gate)
+                    z[gate] += sums[((slice * GATES + gate) * BATCH_TILE + my.sequence) * units + my.unit];
             cell = Cell::forward(z[I], z[F], z[G], z[O], at.carried ? c_state : 0.0f);
             c_state = cell.c;
             round_to(h_state, cell.m);
@@ -508,10 +515,7 @@ __device__ void walk_forward(E* gates, const E* weight_hh, E* h, E* h_n, float* 
 
         // Store. Padding gets zeros, but its gates nothing.
         if (has_cell) {
-            if (at.valid)
-                h[at.row * H + unit] = h_state;
-            else
-                round_to(h[at.row * H + unit], 0.0f);
+            round_to(h[at.row * H + unit], at.valid ? to_float(h_state) : 0.0f);
             if (c != nullptr) {
                 c[at.row * H + unit] = at.valid ? c_state : 0.0f;
                 if (at.valid) {
@@ -530,7 +534,7 @@ __device__ void walk_forward(E* gates, const E* weight_hh, E* h, E* h_n, float* 
 }
 
 template <typename E>
-__global__ void __launch_bounds__(MAX_THREADS) lstm_sequence_forward(
+__global__ void __launch_bounds__(MAX_THREADS, 1) lstm_sequence_forward(
     E* gates,            // [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, where c is given: activated gates
     const E* weight_hh,  // [4H, H]
     E* h,                // [T*B, H] out
@@ -545,7 +549,7 @@ __global__ void __launch_bounds__(MAX_THREADS) lstm_sequence_forward(
 
 #if __CUDA_ARCH__ >= 900
 template <typename E, int BLOCKS>
-__global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(MAX_THREADS) lstm_cluster_forward(
+__global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(MAX_THREADS, 1) lstm_cluster_forward(
     E* gates,            // [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, where c is given: activated gates
     const E* weight_hh,  // [4H, H]
     E* h,                // [T*B, H] out
@@ -561,7 +565,7 @@ __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(MAX_THREADS) ls
 
 // All steps backward.
 template <typename E>
-__global__ void __launch_bounds__(MAX_THREADS) lstm_sequence_backward(
+__global__ void __launch_bounds__(MAX_THREADS, 1) lstm_sequence_backward(
     const E* dh,         // [T*B, H] or null
     const E* dh_n,       // [B, H] or null
     const E* gates,      // [T*B, 4H] activated
@@ -580,9 +584,9 @@ __global__ void __launch_bounds__(MAX_THREADS) lstm_sequence_backward(
     const bool has_cell = my.has_cell() && batch < B;
     const long long state_at = static_cast<long long>(batch) * H + my.unit;
 
-    auto* const weights = reinterpret_cast<Pack<E>*>(shared_memory());              // [packs, threads]
-    auto* const dz = reinterpret_cast<float*>(weights + my.packs * blockDim.x);     // [BATCH_TILE, GATES, K]
-    float* const sums = dz + BATCH_TILE * GATES * my.K;                             // [slices, GATES, BATCH_TILE, H]
+    auto* const weights = reinterpret_cast<Pack<E>*>(shared_memory());           // [packs, threads]
+    auto* const dz = reinterpret_cast<float*>(weights + my.packs * blockDim.x);  // [BATCH_TILE, GATES, K]
+    auto* const sums = dz + BATCH_TILE * GATES * my.K;                           // [slices, GATES, BATCH_TILE, H]
     float* const my_sums = sums + (my.slice * GATES + my.gate) * BATCH_TILE * H + my.unit;
     const int first = my.slice * my.packs * N;  // k of the slice, which here counts the units of one gate
 
@@ -632,7 +636,7 @@ __global__ void __launch_bounds__(MAX_THREADS) lstm_sequence_backward(
         // Store.
         if (has_cell) {
             handed_back = 0.0f;
-            for (int part = 0; part < blockDim.x / H; ++part)  // slice * GATES + gate
+            for (int part = 0; part < my.slices * GATES; ++part)
                 handed_back += sums[(part * BATCH_TILE + my.sequence) * H + my.unit];
             round_to(dgates[gates_at + I * H], d.i);
             round_to(dgates[gates_at + F * H], d.f);
