@@ -101,6 +101,13 @@ def test_batch_tiles_that_do_not_fit_at_once_are_launched_one_after_another(monk
 
 
 @pytest.mark.parametrize("flagged", [True, False], ids=["flagged", "counter"])
+def test_backward_in_several_launches_of_some_steps_each(monkeypatch, flagged):
+    _cooperate(monkeypatch, columns=8, rows=4, flagged=flagged)
+    monkeypatch.setattr(launch, "PARTIALS_WORKSPACE", 2 * 16 * 3 * 8)  # two steps of B=3, H=8
+    assert_as_good_as_torch(partial(_problem, (7, 3, 3, 8), "ragged resets reverse"), "triton", torch.float32, seeds=3)
+
+
+@pytest.mark.parametrize("flagged", [True, False], ids=["flagged", "counter"])
 def test_the_same_bits_every_run(monkeypatch, flagged):
     _cooperate(monkeypatch, columns=4, rows=4, flagged=flagged, yield_rate=0.3)
     given = problem(6, 3, 3, 20, ragged=True, resets=0.3)

@@ -173,7 +173,7 @@ def lstm_cooperative_forward_kernel(
         gates_at = gates_at_next
 
 
-@triton.jit(do_not_specialize=["T", "B", "batch_start"])
+@triton.jit(do_not_specialize=["T", "B", "batch_start", "first", "turns"])
 def lstm_cooperative_backward_kernel(
     dh_ptr,  # [T*B, H] or None
     dh_n_ptr,  # [B, H] or None
@@ -182,8 +182,8 @@ def lstm_cooperative_backward_kernel(
     c0_ptr,  # [B, H] float32
     weight_hh_ptr,  # [4H, H]
     dgates_ptr,  # [T*B, 4H] out, and the exchange; filled beforehand if FLAGGED
-    partials_ptr,  # [T*B, 4, H] float32, the second exchange; filled beforehand if FLAGGED
-    dc_ptr,  # [B, H] float32, in: gradient of c_n; out: of c0
+    partials_ptr,  # [turns*B, 4, H] float32, the second exchange; filled beforehand if FLAGGED
+    dc_ptr,  # [B, H] float32, in: gradient of c after the first of these steps taken; out: of c before the last
     lengths_ptr,  # [B] or None
     resets_ptr,  # [T*B] or None
     arrivals_ptr,  # [batch tiles, 2] int32 zeros, None if FLAGGED
@@ -191,6 +191,8 @@ def lstm_cooperative_backward_kernel(
     T,
     B,
     batch_start,  # of this launch's first batch tile
+    first,  # how many steps were taken by earlier launches, from the end
+    turns,  # how many steps this launch takes
     H: tl.constexpr,
     REVERSE: tl.constexpr,
     FLAGGED: tl.constexpr,
@@ -223,8 +225,8 @@ def lstm_cooperative_backward_kernel(
     weights = load_weights(weight_at, team_unit < H, k, H, H, TILES, BLOCK_K)
 
     dc = tl.load(dc_ptr + state_at, mask=in_tile, other=0.0)
-    for back in range(T):
-        step = T - 1 - back
+    for turn in range(turns):
+        step = T - 1 - first - turn
         time = time_of(step, length, REVERSE)
         valid = in_batch & (step < length)
         carried = valid & ~starts_afresh(resets_ptr, time, length, batch, B, in_batch, REVERSE)
@@ -246,20 +248,21 @@ def lstm_cooperative_backward_kernel(
             dm += tl.load(dh_n_ptr + state_at, mask=last, other=0.0).to(tl.float32)
 
         # Product: this gate's part of dh for the team's units, [4 BH, BB].
-        patience = wait(arrivals_ptr, dgates_arrived, members * back, patience, error_ptr, step, FLAGGED)
+        patience = wait(arrivals_ptr, dgates_arrived, members * turn, patience, error_ptr, step, FLAGGED)
         dgates_at = row_next[None, None, :] * (4 * H) + gate * H + k[:, :, None]
         dz, patience = collect(
             dgates_ptr, dgates_at, k[:, :, None], flows_back[None, None, :], patience, error_ptr, step,
             H, TILES, BLOCK_K, FLAGGED,
         )  # fmt: skip
         partial = product(weights, dz, 4 * BLOCK_H, BLOCK_B, TILES, K_SPLIT, PRECISION)
-        partial_at = row[None, :] * (4 * H) + gate * H + team_unit[:, None]
+        partial_row = row_of(tl.zeros_like(batch) + turn, batch, B)
+        partial_at = partial_row[None, :] * (4 * H) + gate * H + team_unit[:, None]
         publish(partials_ptr + partial_at, partial, in_team)
         announce(arrivals_ptr, partials_arrived, FLAGGED)
 
         # Add up the team's four parts for the program's own units.
-        patience = wait(arrivals_ptr, partials_arrived, members * (back + 1), patience, error_ptr, step, FLAGGED)
-        part_at = (row[None, :] * (4 * H) + unit[:, None])[None, :, :] + part[:, None, None] * H
+        patience = wait(arrivals_ptr, partials_arrived, members * (turn + 1), patience, error_ptr, step, FLAGGED)
+        part_at = (partial_row[None, :] * (4 * H) + unit[:, None])[None, :, :] + part[:, None, None] * H
         parts, patience = collect(
             partials_ptr, part_at, unit[None, :, None], valid[None, None, :], patience, error_ptr, step,
             H, 1, BLOCK_H, FLAGGED,

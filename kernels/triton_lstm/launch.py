@@ -19,6 +19,8 @@ INTERPRETED = not isinstance(step.lstm_step_forward_kernel, triton.JITFunction)
 
 PATIENCE = 1 << 22  # turns that a program waits for others before it gives up: seconds, where a step takes microseconds
 
+PARTIALS_WORKSPACE = 256 << 20  # bytes for the partial sums that cooperative programs exchange backward
+
 Run = Callable[..., None]
 
 
@@ -316,17 +318,21 @@ def _cooperative_forward(run: Run, plan: Plan, gates, r: Recurrence, history, c,
 
 def _cooperative_backward(run: Run, plan: Plan, dh, dh_n, gates, c, r: Recurrence, dgates, dc) -> None:
     steps, batch, _ = gates.shape
-    partials = torch.empty_like(gates, dtype=torch.float32)  # [T, B, 4, H]
+    turns = min(steps, max(1, PARTIALS_WORKSPACE // (16 * dc.numel())))  # of one launch
+    partials = gates.new_empty(turns, *gates.shape[1:], dtype=torch.float32)  # [turns, B, 4H]
     if plan.flagged:
         _fill(dgates)
-        _fill(partials)
-    for start, groups in _batches(batch, plan):
-        run(
-            cooperative.lstm_cooperative_backward_kernel, (plan.programs, groups),
-            dh, dh_n, gates, c, r.c0, r.weight_hh, dgates, partials, dc, r.lengths, r.resets,
-            _counters(gates, plan, 2 * groups), _error_word(gates.device, 1), steps, batch, start,
-            H=r.c0.shape[1], REVERSE=r.reverse, **_cooperative_constants(plan, r),
-        )  # fmt: skip
+    for first in range(0, steps, turns):
+        if plan.flagged:
+            _fill(partials)
+        for start, groups in _batches(batch, plan):
+            run(
+                cooperative.lstm_cooperative_backward_kernel, (plan.programs, groups),
+                dh, dh_n, gates, c, r.c0, r.weight_hh, dgates, partials, dc, r.lengths, r.resets,
+                _counters(gates, plan, 2 * groups), _error_word(gates.device, 1), steps, batch, start,
+                first, min(turns, steps - first),
+                H=r.c0.shape[1], REVERSE=r.reverse, **_cooperative_constants(plan, r),
+            )  # fmt: skip
 
 
 def _cooperative_constants(plan: Plan, r: Recurrence) -> dict[str, Any]:
