@@ -8,4 +8,14 @@ from .tuning import autotune
 
 __version__ = "0.1.0"
 
-__all__ = ["LSTM", "Backend", "LSTMCell", "StackedLSTM", "backend", "compat", "convert", "functional"]
+__all__ = [
+    "LSTM",
+    "Backend",
+    "LSTMCell",
+    "StackedLSTM",
+    "autotune",
+    "backend",
+    "compat",
+    "convert",
+    "functional",
+]

@@ -109,27 +109,31 @@ def _diagnosis_of(device: torch.device) -> dict:
 
 
 def _kernels(as_json: bool) -> int:
-    """A row for each case and kernel. Exit status 1 if one spills or does not fit."""
-    compile_ = importlib.import_module("gpu_lstm.kernels.triton_lstm.compile")
-    line = "{:<34}{:<40}{:>4}{:>6}{:>8}{:>8}  {:<18}{}"
+    """A row for each case and kernel of both kernel backends. Exit status 1 if one spills or does not fit."""
+    triton = importlib.import_module("gpu_lstm.kernels.triton_lstm.compile")
+    cupy = importlib.import_module("gpu_lstm.kernels.cupy_lstm.compile")
+    reports = {
+        "triton": triton.reports([*triton.step_cases(), *triton.sequence_cases()]),
+        "cupy": cupy.reports(),
+    }
+    line = "{:<7}{:<34}{:<40}{:>4}{:>6}{:>8}{:>8}  {}"
     if not as_json:
-        print(line.format("kernel", "case", "sm", "regs", "spills", "shared", "tensor core", "tiles"))
+        print(line.format("", "kernel", "case", "sm", "regs", "spills", "shared", "tiles"))
     rows = []
-    for row in compile_.reports([*compile_.step_cases(), *compile_.sequence_cases()]):
-        rows.append(row)
+    for backend, row in ((backend, row) for backend, those in reports.items() for row in those):
+        rows.append(_as_json(row) | {"backend": backend, "fits": row.fits})
         if not as_json:
-            tiles = f"{row.plan.rows}x{row.plan.columns}, {row.plan.programs} programs"
             note = "" if row.fits else ", DOES NOT FIT"
             print(
                 line.format(
-                    row.kernel.removesuffix("_kernel"), row.case, row.architecture, row.registers, row.spills,
-                    row.shared, row.tensor_core or "-", tiles + note,
+                    backend, row.kernel.removesuffix("_kernel"), row.case, row.architecture, row.registers,
+                    row.spills, row.shared, row.tiles + note,
                 ),
                 flush=True,
             )  # fmt: skip
     if as_json:
-        print(json.dumps([_as_json(row) | {"fits": row.fits} for row in rows], indent=1))
-    return 0 if all(row.fits for row in rows) else 1
+        print(json.dumps(rows, indent=1))
+    return 0 if all(row["fits"] for row in rows) else 1
 
 
 def _plan(options: argparse.Namespace) -> int:

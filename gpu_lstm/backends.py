@@ -140,8 +140,7 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
 def cupy_import_problem() -> str | None:
     """Why the kernels in CUDA C++ cannot be compiled: CuPy or NVRTC is absent; None if they can."""
     try:
-        importlib.import_module("cupy")
-        importlib.import_module("cupy.cuda.compiler").nvrtc.getVersion()
+        importlib.import_module("cupy").cuda.nvrtc.getVersion()
     except (ImportError, RuntimeError) as error:  # CuPy looks for NVRTC when it is first called
         return str(error)
     return None
@@ -153,7 +152,7 @@ def _cupy_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None
     problem = cupy_import_problem()
     if problem is not None:
         extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
-        return ImportError(f'backend \'cupy\' needs CuPy and NVRTC: pip install "gpu-lstm[{extra}]" ({problem})')
+        return ImportError(f"backend 'cupy' needs CuPy and NVRTC: pip install \"gpu-lstm[{extra}]\" ({problem})")
     if device.type != "cuda":
         return RuntimeError(f"backend 'cupy' takes CUDA tensors, got {device}")
     return None

@@ -1,9 +1,9 @@
 """The backends with kernels of their own: layers, directions and chunks of time, side by side.
 
 The kernels take one layer in one direction over one chunk of time; states are handed on, cell states in float32, so
-that chunks change nothing in the recurrence. Chunks bound the memory for pre-activations, and let a layer work on one chunk while the
-layer above works on the chunk before: a wavefront, with a CUDA stream for each layer. The two directions of a layer
-have a stream each.
+that chunks change nothing in the recurrence. Chunks bound the memory for pre-activations, and let a layer work on one
+chunk while the layer above works on the chunk before: a wavefront, with a CUDA stream for each layer. The two
+directions of a layer have a stream each.
 """
 
 import contextlib

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("lstm.cu")
-OPTIONS = ("--std=c++17",)
+OPTIONS = ("-std=c++17",)
 ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
 KERNELS = (

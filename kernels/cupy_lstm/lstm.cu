@@ -209,6 +209,7 @@ __global__ void lstm_step_forward(
     if (own.count == 0) return;
     const Position at(step, own.batch, lengths, resets, T, B, reverse);
     const long long state_at = static_cast<long long>(own.batch) * H + own.column;
+    const long long product_at = static_cast<long long>(own.batch) * 4 * H + own.column;
     const long long gates_at = at.row * 4 * H + own.column;
     const int here = at.valid ? own.count : 0;
     const int carried = at.carried ? own.count : 0;
@@ -216,7 +217,7 @@ __global__ void lstm_step_forward(
     // Load. What does not count is zero.
     float z[GATES][N], zh[GATES][N], c_prev[N];
     load_gates(z, gates + gates_at, H, here);
-    load_gates(zh, product + 4 * (state_at - own.column) + own.column, H, carried);
+    load_gates(zh, product + product_at, H, carried);
     load(c_prev, c_n + state_at, carried);
 
     // Cell.
@@ -320,6 +321,7 @@ __global__ void lstm_step_backward(
     if (own.count == 0) return;
     const Position at(step, own.batch, lengths, resets, T, B, reverse);
     const long long state_at = static_cast<long long>(own.batch) * H + own.column;
+    const long long dz_at = static_cast<long long>(own.batch) * 4 * H + own.column;
     const long long output_at = at.row * H + own.column;
     const long long gates_at = at.row * 4 * H + own.column;
     const int here = at.valid ? own.count : 0;
@@ -349,7 +351,7 @@ __global__ void lstm_step_backward(
     for (int gate = I; gate < GATES; ++gate)
 #pragma unroll
         for (int n = 0; n < N; ++n) z[gate][n] = at.carried ? z[gate][n] : 0.0f;
-    store_gates(dz + 4 * (state_at - own.column) + own.column, z, H, own.count);
+    store_gates(dz + dz_at, z, H, own.count);
 }
 
 // -------------------------------------------------------------------------------------- sequence kernels

@@ -64,6 +64,12 @@ class Report:
         """No spills, and no more shared memory than a block may have."""
         return fits(self, shared_memory_of(self.architecture))
 
+    @property
+    def tiles(self) -> str:
+        """The plan and the kind of product, in few words."""
+        plan = self.plan
+        return f"{plan.rows}x{plan.columns}, {plan.programs} programs, {self.tensor_core or 'no tensor core'}"
+
 
 def step_cases() -> list[Case]:
     """Every dtype, precision and architecture; with a projection and without."""

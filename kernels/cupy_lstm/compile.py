@@ -1,0 +1,176 @@
+"""The compile report of lstm.cu: what every kernel becomes on every architecture, by NVRTC, without a GPU or CuPy.
+
+NVRTC comes from NVIDIA's wheel; CUDA's headers and cuobjdump are the ones that the triton wheel brings along.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .launch import (
+    CLUSTER_KERNELS,
+    CLUSTER_SIZES,
+    ELEMENTS,
+    OPTIONS,
+    SOURCE,
+    STEP_PLAN,
+    Plan,
+    kernels_of,
+    name_expression,
+    sequence_plan,
+)
+
+SHARED = {60: 48, 70: 96, 75: 64, 80: 163, 90: 227, 100: 227, 120: 99}
+"""KB of shared memory that a block may have (CUDA C++ Programming Guide, table of compute capabilities)."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one kernel became on one architecture."""
+
+    kernel: str
+    case: str  # the dtype, and for whole sequences the most hidden units that a block or cluster holds
+    architecture: int
+    registers: int  # a thread
+    spills: int  # bytes of stack a thread
+    shared: int  # bytes a block
+    threads: int  # a block
+
+    @property
+    def fits(self) -> bool:
+        """No spills, and no more registers and shared memory than a block may have."""
+        registers = -(-self.registers // 8) * 8 * self.threads  # a warp gets them by 256
+        return self.spills == 0 and registers <= 65536 and self.shared <= SHARED[self.architecture] * 1024
+
+    @property
+    def tiles(self) -> str:
+        """The block, in few words."""
+        return f"{self.threads} threads"
+
+
+@dataclass(frozen=True)
+class Binary:
+    """lstm.cu for one architecture and dtype."""
+
+    cubin: bytes
+    symbols: dict[str, str]  # of each kernel
+    log: str  # the compiler's warnings, other than of old architectures
+
+
+def reports() -> Iterator[Report]:
+    """A row for every kernel, dtype and architecture."""
+    for architecture, dtype in itertools.product(architectures(), ELEMENTS):
+        binary = compile_for(architecture, dtype)
+        usage = _resource_usage(binary.cubin)
+        for kernel in kernels_of(architecture):
+            hidden, plan = _largest(kernel, architecture, dtype)
+            case = str(dtype).removeprefix("torch.") + f" H={hidden}" * bool(hidden)
+            yield Report(kernel, case, architecture, *usage[binary.symbols[kernel]], plan.shared, plan.threads)
+
+
+def _largest(kernel: str, architecture: int, dtype: torch.dtype) -> tuple[int, Plan]:
+    """The most hidden units that a kernel can hold on an architecture, and its plan; 0 where there is no bound."""
+    if kernel.startswith("lstm_step"):
+        return 0, STEP_PLAN
+    blocks = CLUSTER_SIZES[CLUSTER_KERNELS.index(kernel)] if kernel in CLUSTER_KERNELS else 1
+    limit = SHARED[architecture] * 1024
+    held = ((n, sequence_plan(n, dtype, limit, kernel.endswith("backward"), blocks)) for n in itertools.count(1))
+    *_, largest = itertools.takewhile(lambda n_and_plan: n_and_plan[1] is not None, held)
+    return largest
+
+
+def architectures() -> list[int]:
+    """Those of SHARED that the NVRTC at hand knows; from CUDA 13 on it knows none before sm_75."""
+    count = ctypes.c_int()
+    _nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    known = (ctypes.c_int * count.value)()
+    _nvrtc().nvrtcGetSupportedArchs(known)
+    return [architecture for architecture in SHARED if architecture in known]
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    """NVRTC out of NVIDIA's wheel; the oldest there is, which knows the most architectures.
+
+    Raises:
+        ImportError: there is no such wheel.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    found = [path for folder in folders for path in Path(folder).glob("*/lib/libnvrtc.so.*")]
+    if not found:
+        raise ImportError("NVRTC is missing: pip install nvidia-cuda-nvrtc-cu12")
+    return ctypes.CDLL(str(min(found, key=lambda path: path.name)))
+
+
+def _headers() -> Path:
+    """CUDA's headers, as the triton wheel brings them along."""
+    import triton.backends.nvidia
+
+    return Path(triton.backends.nvidia.__path__[0], "include")
+
+
+@functools.cache
+def compile_for(architecture: int, dtype: torch.dtype) -> Binary:
+    """lstm.cu for an architecture and a dtype, every kernel of it.
+
+    Raises:
+        ImportError: NVRTC is missing.
+        RuntimeError: lstm.cu does not compile, with the compiler's messages.
+    """
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+
+    def check(status: int) -> None:
+        if status:
+            raise RuntimeError(f"NVRTC failed with status {status}\n{log() if program else ''}")
+
+    def text(size_of: str, get: str) -> bytes:
+        size = ctypes.c_size_t()
+        check(getattr(nvrtc, size_of)(program, ctypes.byref(size)))
+        buffer = ctypes.create_string_buffer(size.value)
+        check(getattr(nvrtc, get)(program, buffer))
+        return buffer.raw
+
+    def log() -> str:
+        lines = text("nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0").decode().splitlines()
+        return "\n".join(line for line in lines if not re.match("nvrtc: warning: Architectures prior to", line))
+
+    def symbol(expression: str) -> str:
+        name = ctypes.c_char_p()
+        check(nvrtc.nvrtcGetLoweredName(program, expression.encode(), ctypes.byref(name)))
+        assert name.value is not None
+        return name.value.decode()
+
+    expressions = {kernel: name_expression(kernel, dtype) for kernel in kernels_of(architecture)}
+    options = [o.encode() for o in (*OPTIONS, f"--gpu-architecture=sm_{architecture}", f"-I{_headers()}")]
+    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), SOURCE.read_bytes(), SOURCE.name.encode(), 0, None, None))
+    try:
+        for expression in expressions.values():
+            check(nvrtc.nvrtcAddNameExpression(program, expression.encode()))
+        check(nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)))
+        symbols = {kernel: symbol(expression) for kernel, expression in expressions.items()}
+        return Binary(text("nvrtcGetCUBINSize", "nvrtcGetCUBIN"), symbols, log())
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _resource_usage(cubin: bytes) -> dict[str, tuple[int, int]]:
+    """(registers, bytes of stack) of each symbol, read by the cuobjdump that Triton brings along."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage)
+    return {name: (int(registers), int(stack)) for name, registers, stack in found}
