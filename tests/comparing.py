@@ -10,6 +10,14 @@ from torch import Tensor
 
 from gpu_lstm.functional import lstm_layer
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PLACES = {  # of a module's parameters, by backend
+    "torch": {"dtype": torch.float64, "device": "cpu"},
+    "reference": {"dtype": torch.float64, "device": "cpu"},
+    "triton": {"dtype": torch.float32, "device": DEVICE},  # without a GPU in Triton's interpreter
+}
+BACKENDS = tuple(PLACES)
+
 NAMES = ("h", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dweight_hr")
 
 
@@ -110,3 +118,20 @@ def assert_as_good_as_torch(
 
 def _rms(error: np.ndarray) -> float:
     return float(np.sqrt(np.mean(error**2))) if error.size else 0.0
+
+
+def assert_same(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], backend: str | None = None, equal_nan: bool = False
+) -> None:
+    """Equal but for rounding: a few units in the last place of the larger of 1 and the largest element.
+
+    The last place is that of the dtype which `backend` computed in, by default that of our result.
+    """
+    assert list(ours) == list(theirs)
+    for name, true in theirs.items():
+        scale = max(1.0, true.nan_to_num().abs().max().item() if true.numel() else 0.0)
+        dtype = ours[name].dtype if backend is None else PLACES[backend]["dtype"]
+        torch.testing.assert_close(
+            ours[name].double().cpu(), true.double().cpu(), rtol=0, atol=8 * torch.finfo(dtype).eps * scale,
+            equal_nan=equal_nan, msg=lambda text, name=name: f"{name}: {text}",
+        )  # fmt: skip

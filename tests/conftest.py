@@ -33,3 +33,11 @@ def no_gpu_is_an_error():
 def device() -> str:
     """Where the kernels run: CUDA if there is one, else the CPU, by the interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def exact_float32_products():
+    """Kernels take float32 products exactly, not in TF32, so that results can be held to float64's."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("gpu_lstm.precision._cudnn_takes_tf32", lambda: False)
+        yield

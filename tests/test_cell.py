@@ -6,23 +6,13 @@ import pickle
 
 import pytest
 import torch
+from comparing import BACKENDS, DEVICE, PLACES, assert_same
 from torch import Tensor, nn
 
 import gpu_lstm
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PLACES = {
-    "torch": dict(dtype=torch.float64),
-    "reference": dict(dtype=torch.float64),
-    "triton": dict(dtype=torch.float32, device=DEVICE),  # without a GPU in Triton's interpreter
-}
-BACKENDS = tuple(PLACES)
+pytestmark = pytest.mark.usefixtures("exact_float32_products")
 B, I, H = 3, 3, 4
-
-
-@pytest.fixture(autouse=True)
-def exact_float32_products(monkeypatch):
-    monkeypatch.setattr("gpu_lstm.precision._cudnn_takes_tf32", lambda: False)
 
 
 def pair(backend: str, bias: bool = True) -> tuple[nn.LSTMCell, gpu_lstm.LSTMCell]:
@@ -50,17 +40,6 @@ def results(cell, x, hx=None, call=None) -> dict[str, Tensor]:
     gradients = torch.autograd.grad(states, [*inputs, *parameters.values()], weights)
     names = ["h", "c", "dx", *(["dh0", "dc0"] if hx else []), *(f"d{name}" for name in parameters)]
     return dict(zip(names, (t.detach() for t in (*states, *gradients)), strict=True))
-
-
-def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Equal but for rounding: a few units in the last place of the larger of 1 and the largest element."""
-    assert list(ours) == list(theirs)
-    for name, true in theirs.items():
-        scale = max(1.0, true.abs().max().item() if true.numel() else 0.0)
-        torch.testing.assert_close(
-            ours[name].double().cpu(), true.double().cpu(), rtol=0, atol=8 * torch.finfo(ours[name].dtype).eps * scale,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )  # fmt: skip
 
 
 # Numbers

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from comparing import BACKENDS, PLACES, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,21 +17,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import gpu_lstm
 
-PLACES = {
-    "torch": dict(dtype=torch.float64, device="cpu"),
-    "reference": dict(dtype=torch.float64, device="cpu"),
-    # without a GPU in Triton's interpreter
-    "triton": dict(dtype=torch.float32, device="cuda" if torch.cuda.is_available() else "cpu"),
-}
-BACKENDS = tuple(PLACES)
+pytestmark = pytest.mark.usefixtures("exact_float32_products")
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exact_float32_products():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("gpu_lstm.precision._cudnn_takes_tf32", lambda: False)
-        yield
 
 
 def numbers(*shape: int) -> Tensor:
@@ -118,17 +106,6 @@ def truth(module, x, hx, gradients, lengths=None, resets=None) -> dict[str, Tens
 
 
 WEIGHT_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-
-
-def assert_same(got: dict[str, Tensor], true: dict[str, Tensor], backend: str, equal_nan: bool = False) -> None:
-    """Equal but for rounding: a few units in the last place of the larger of 1 and the largest element."""
-    assert list(got) == list(true)
-    for name, expected in true.items():
-        scale = max(1.0, expected.nan_to_num().abs().max().item() if expected.numel() else 0.0)
-        torch.testing.assert_close(
-            got[name], expected, rtol=0, atol=8 * torch.finfo(PLACES[backend]["dtype"]).eps * scale,
-            equal_nan=equal_nan, msg=lambda text, name=name: f"{name}: {text}",
-        )  # fmt: skip
 
 
 def assert_identical(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -9,28 +9,18 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from comparing import BACKENDS, PLACES, assert_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import gpu_lstm
 
-PLACES = {
-    "torch": dict(dtype=torch.float64, device="cpu"),
-    "reference": dict(dtype=torch.float64, device="cpu"),
-    # without a GPU in Triton's interpreter
-    "triton": dict(dtype=torch.float32, device="cuda" if torch.cuda.is_available() else "cpu"),
-}
-BACKENDS = tuple(PLACES)
+pytestmark = pytest.mark.usefixtures("exact_float32_products")
 SIZES = [4, 2, 3]
 T, B, I = 4, 3, 3
 LENGTHS = torch.tensor([2, 4, 0])
 RESETS = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 1, 1], [1, 0, 1]]).bool()  # [T, B]
-
-
-@pytest.fixture(autouse=True)
-def exact_float32_products(monkeypatch):
-    monkeypatch.setattr("gpu_lstm.precision._cudnn_takes_tf32", lambda: False)
 
 
 def stacked(backend: str, sizes=SIZES, **kwargs) -> gpu_lstm.StackedLSTM:
@@ -97,17 +87,6 @@ def results(module, x, hx=None, call=None, pack=None, **ragged) -> dict[str, Ten
     ]
     names += [f"d{name}" for name in parameters]
     return dict(zip(names, (t.detach().cpu().double() for t in (*outputs, *found)), strict=True))
-
-
-def assert_same(got: dict[str, Tensor], true: dict[str, Tensor], backend: str) -> None:
-    """Equal but for rounding: a few units in the last place of the larger of 1 and the largest element."""
-    assert list(got) == list(true)
-    for name, expected in true.items():
-        scale = max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
-        torch.testing.assert_close(
-            got[name], expected, rtol=0, atol=8 * torch.finfo(PLACES[backend]["dtype"]).eps * scale,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )  # fmt: skip
 
 
 def zero_states(hx):
