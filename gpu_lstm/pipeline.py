@@ -69,7 +69,7 @@ def _wavefront(
     streams = _streams(x.device, len(layers)) if side_by_side else (None,) * len(layers)
 
     states = [(h[0], c[0].float()) for h, c in states]
-    outputs = _Outputs(x, length, directions=1)
+    outputs = _Outputs(x, length, 1, states[top][0].shape[-1])
     for start in range(0, steps, length):
         y = x[start : start + length]
         for k, (weights,) in enumerate(layers):
@@ -93,7 +93,7 @@ def _both_directions(
     """Both directions of one layer: [T, B, 2P] and the final ([2, B, P], [2, B, H])."""
     length = _chunk_length(x, layer[0], recompute)
     streams = _streams(x.device, 2) if _has_streams(x) else (None, None)
-    outputs = _Outputs(x, length, directions=2)
+    outputs = _Outputs(x, length, 2, state[0].shape[-1])
     finals = []
     for d, weights in enumerate(layer):
         starts = range(0, len(x), length)
@@ -164,21 +164,20 @@ class _Outputs:
     Without autograd they are copied into place as they come, so that no second output is ever held.
     """
 
-    def __init__(self, x: Tensor, length: int, directions: int) -> None:
-        self._steps, self._directions = len(x), directions
-        self._copy = not torch.is_grad_enabled() and length < len(x)
+    def __init__(self, x: Tensor, length: int, directions: int, width: int) -> None:
         self._parts: list[list[tuple[int, Tensor]]] = [[] for _ in range(directions)]
         self._whole: Tensor | None = None
+        if not torch.is_grad_enabled() and length < len(x):
+            # Made here, on the stream that all others wait for, since several of them write to it.
+            self._whole = x.new_empty(*x.shape[:2], directions * width)
 
     def add(self, h: Tensor, start: int, direction: int) -> None:
         """One chunk of one direction, [t, B, P]."""
-        if not self._copy:
-            self._parts[direction].append((start, h))
-            return
-        width = h.shape[2]
         if self._whole is None:
-            self._whole = h.new_empty(self._steps, h.shape[1], self._directions * width)
-        self._whole[start : start + len(h), :, direction * width : (direction + 1) * width] = h
+            self._parts[direction].append((start, h))
+        else:
+            width = h.shape[2]
+            self._whole[start : start + len(h), :, direction * width : (direction + 1) * width] = h
 
     def parts(self) -> list[Tensor]:
         """All tensors held."""
