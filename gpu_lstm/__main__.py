@@ -74,8 +74,10 @@ def _doctor(as_json: bool) -> int:
 
 def diagnosis() -> dict:
     """Versions, environment and, for each device, the backends: None where available, else why not."""
-    packages = ("torch", "triton", "numpy", "cupy-cuda12x", "cupy-cuda13x")
-    versions: dict[str, str | None] = {"gpu_lstm": __version__, "python": platform.python_version()}
+    packages = ("triton", "numpy", "cupy-cuda12x", "cupy-cuda13x")
+    versions: dict[str, str | None] = {
+        "gpu_lstm": __version__, "python": platform.python_version(), "torch": torch.__version__,
+    }  # fmt: skip
     versions |= {package: _installed(package) for package in packages}
     versions["CUDA of torch"] = torch.version.cuda
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]

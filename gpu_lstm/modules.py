@@ -412,7 +412,7 @@ class LSTMCell(RNNCellBase):
         if backend is Backend.TORCH:
             h, c = _VF.lstm_cell(x, (h, c), *weights[:4])
         else:
-            self._check_sizes(x, h, c)
+            self._check_sizes(x, h, c, weights)
             check_tensors(x[None], (h, c), weights.present())
             _, ((h, c),) = lstm_stack(
                 x[None], [(h[None], c[None])], [[weights]],
@@ -421,16 +421,11 @@ class LSTMCell(RNNCellBase):
             h, c = h[0], c[0]
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
-    def _check_sizes(self, x: Tensor, h: Tensor, c: Tensor) -> None:
-        if x.shape[1] != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
-        for i, state in enumerate((h, c)):
-            if state.shape[0] != x.shape[0]:
-                raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{i} batch size {state.shape[0]}")
-            if state.shape[1] != self.hidden_size:
-                raise RuntimeError(
-                    f"hidden{i} has inconsistent hidden_size: got {state.shape[1]}, expected {self.hidden_size}"
-                )
+    def _check_sizes(self, x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> None:
+        expected = x.shape[0], self.hidden_size
+        if x.shape[1] != self.input_size or h.shape != expected or c.shape != expected:
+            _VF.lstm_cell(x, (h, c), *weights[:4])  # raises, in the words of the torch at hand
+            raise RuntimeError(f"Expected hx of size {expected}, got {list(h.shape)} and {list(c.shape)}")
 
     def extra_repr(self) -> str:
         """As torch.nn.LSTMCell, and the backend if one was chosen."""
