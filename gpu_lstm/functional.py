@@ -119,8 +119,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _autocasts(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _knows_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+@torch.compiler.assume_constant_result
+def _knows_autocast(device_type: str) -> bool:
+    """Whether there is autocast for a type of device (for "meta" there is none). Not to be traced: torch 2.8 cannot."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
