@@ -1,0 +1,86 @@
+"""The function of the flashrnn package, written against flashrnn 1.0.8: its fused CUDA and its fused Triton kernels.
+
+It takes pre-activations Wx [B, T, 4, heads, H], R [4, heads, H, H], one bias [4, heads, H] and states
+[2, B, 1, heads, H], gates in torch's order; all with one head here. It leaves the input's product to its caller.
+"""
+
+import importlib
+import shutil
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..problem import Problem
+from .engine import Engine, Unable, states
+from .installed import missing, release
+
+BACKENDS = {"flashrnn-cuda": "cuda_fused", "flashrnn-triton": "triton_fused"}
+NAMES = tuple(BACKENDS)
+EVERYWHERE = ()
+
+TILE = 16  # units of a tile of the CUDA kernels
+MOST_UNITS = 64  # of the Triton kernels, as their documentation says
+
+
+def absent(name: str, device: str) -> str | None:
+    """It needs CUDA and, for its CUDA kernels, which are compiled when they are first called, a compiler."""
+    if not device.startswith("cuda"):
+        return "flashrnn needs CUDA"
+    problem = missing("flashrnn", "pip install flashrnn")
+    if problem is not None:
+        return problem
+    if BACKENDS[name] == "cuda_fused":
+        home = importlib.import_module("torch.utils.cpp_extension").CUDA_HOME
+        if home is None or not shutil.which("ninja"):
+            return "flashrnn's CUDA kernels are compiled here, which needs nvcc and ninja"
+    elif release("flashrnn") <= (1, 0, 8) and release("triton") >= (3, 9):
+        return "flashrnn's Triton kernels have block pointers, which are gone: pip install 'triton<3.9'"
+    return None
+
+
+def build(name: str, problem: Problem) -> Engine:
+    """The input's product, then one call of flashrnn for all steps."""
+    case, backend = problem.case, BACKENDS[name]
+    H = case.hidden
+    if case.layers * case.directions > 1 or case != case.plain():
+        raise Unable("one layer, one direction, no lengths, no resets")
+    if case.dtype == "fp32":
+        raise Unable("takes products of float32 tensors in TF32")
+    if backend == "cuda_fused" and H % TILE:
+        raise Unable(f"H is no multiple of {TILE}")
+    if backend == "triton_fused" and (H & (H - 1) or not 16 <= H <= MOST_UNITS):
+        raise Unable(f"H is no power of two from 16 to {MOST_UNITS}")
+    flashrnn = importlib.import_module("flashrnn").flashrnn
+
+    # The CUDA kernels keep the four gates of a unit side by side, [H, 4]; given so, nothing is copied for them.
+    gates = 1 if backend == "cuda_fused" else 0
+    training = case.run == "training"
+
+    def leaf(parameter: Tensor) -> Tensor:
+        """[4H, *] to [4, H, *] or [H, 4, *]."""
+        moved = parameter.detach().unflatten(0, (4, H)).movedim(0, gates)
+        return moved.clone(memory_format=torch.contiguous_format).requires_grad_(training)
+
+    weight_ih, weight_hh, bias_ih, bias_hh = problem.weights.values()
+    parameters = {"weight_ih_l0": leaf(weight_ih), "weight_hh_l0": leaf(weight_hh), "bias_l0": leaf(bias_ih + bias_hh)}
+    W, R, b = parameters.values()
+    h0, c0 = states(problem)
+
+    def call(x):
+        gates_x = F.linear(x, W.flatten(0, 1)).unflatten(2, W.shape[:2])  # [T, B, *gates and units]
+        state, last = flashrnn(
+            gates_x.movedim(2 + gates, 2).transpose(0, 1)[:, :, :, None],
+            R.movedim(gates, 0)[:, None],
+            b.movedim(gates, 0)[:, None],
+            states=torch.stack([h0[0], c0[0]])[:, :, None, None],
+            function="lstm", backend=backend, dtype=str(case.torch_dtype).removeprefix("torch."),
+        )  # fmt: skip
+        return state[0, :, :, 0].transpose(0, 1), last[0, :, :, 0].transpose(0, 1), last[1, :, :, 0].transpose(0, 1)
+
+    def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """[4H, *] again; the bias's gradient is that of either of torch's."""
+        dW, dR, db = (gradient.movedim(gates, 0).flatten(0, 1) for gradient in gradients.values())
+        return {"weight_ih_l0": dW, "weight_hh_l0": dR, "bias_ih_l0": db, "bias_hh_l0": db}
+
+    return Engine(call, parameters, h0, c0, to_torch=to_torch)

@@ -1,0 +1,196 @@
+"""The workflows, the action and docs/ci.md: valid, and every command, file and input that they name is there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bench.__main__ import main as bench_main
+from gpu_lstm.__main__ import main as gpu_lstm_main
+
+ROOT = Path(__file__).parent.parent
+ACTION = ROOT / ".github/actions/gpu-lstm/action.yml"
+PAGE = (ROOT / "docs/ci.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """Of the page, between ```language and ```."""
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+WORKFLOWS = {path.name: path.read_text() for path in sorted((ROOT / ".github/workflows").glob("*.yml"))}
+WORKFLOWS |= {f"docs-{number}.yml": text for number, text in enumerate(blocks("yaml"))}
+
+
+def jobs(text: str) -> list[dict]:
+    return list(yaml.safe_load(text)["jobs"].values())
+
+
+STEPS = [step for text in WORKFLOWS.values() for job in jobs(text) for step in job["steps"]]
+STEPS += yaml.safe_load(ACTION.read_text())["runs"]["steps"]
+SCRIPTS = [step["run"] for step in STEPS if "run" in step]
+COMMANDS = "\n".join([*SCRIPTS, *blocks(""), *re.findall(r"`([^`\n]+)`", PAGE)])
+
+
+def run(*command: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def test_all_are_found():
+    assert {"ci.yml", "gpu.yml", "docs-0.yml", "docs-1.yml"} == set(WORKFLOWS)
+
+
+@pytest.mark.parametrize("schema", ["vendor.github-workflows", "custom.github-workflows-require-timeout"])
+def test_workflows_are_valid(schema, tmp_path):
+    paths = []
+    for name, text in WORKFLOWS.items():
+        paths.append(tmp_path / name)
+        paths[-1].write_text(text)
+    done = run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *map(str, paths))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_action_is_valid():
+    done = run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-actions", str(ACTION))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflows_may_only_read_and_do_not_pile_up(name):
+    workflow = yaml.safe_load(WORKFLOWS[name])
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "group" in workflow["concurrency"]
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_no_pull_request_runs_on_a_self_hosted_runner(name):
+    triggers = yaml.safe_load(WORKFLOWS[name])[True]  # `on` is a boolean in YAML 1.1
+    self_hosted = any("self-hosted" in job["runs-on"] for job in jobs(WORKFLOWS[name]))
+    assert self_hosted is ("pull_request" not in triggers)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_bash_and_take_no_expressions(script):
+    assert "${{" not in script  # what it says would be run as code; it comes by the environment
+    assert run("bash", "-n", "-c", script).returncode == 0
+
+
+def test_actions_of_this_repository_and_their_inputs_exist():
+    used = [step for step in STEPS if re.match(r"\./|OWNER/gpu_lstm/", step.get("uses", ""))]
+    assert len(used) == 2
+    for step in used:
+        folder = step["uses"].removeprefix("OWNER/gpu_lstm/").split("@")[0]
+        inputs = yaml.safe_load((ROOT / folder / "action.yml").read_text())["inputs"]
+        assert set(step["with"]) <= set(inputs)
+    commented = re.findall(r"^ +# ([\w-]+):", PAGE, flags=re.MULTILINE)
+    assert commented
+    assert set(commented) <= set(inputs)
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"\bmake ([\w.-]+)", COMMANDS)
+    assert {"test", "lint"} <= set(targets)
+    for target in targets:
+        assert run("make", "-n", target).returncode == 0, target
+
+
+def test_commands_and_their_options_exist(capsys):
+    mains = {"bench": bench_main, "gpu_lstm": gpu_lstm_main}
+    named = re.findall(r"python -m (bench|gpu_lstm)(?: ([a-z]\w*))?([^\n]*)", COMMANDS)
+    assert {("bench", "gpu"), ("bench", "compare"), ("gpu_lstm", "")} <= {(module, word) for module, word, _ in named}
+    for module, word, rest in named:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            mains[module]([*[word] * bool(word), "--help"])
+        usage = capsys.readouterr().out
+        for option in re.findall(r"(?<!\S)--[\w-]+", rest):
+            assert re.search(rf"{option}\b", usage), f"{module} {word} {option}"
+
+
+def test_files_that_are_named_exist():
+    folders = "|".join(re.escape(path.name) for path in ROOT.iterdir() if path.is_dir() and path.name != "out")
+    named = re.findall(rf"(?<![\w/.$])(?:{folders})/[\w./-]*", "\n".join(SCRIPTS))
+    named += re.findall(r"cache-dependency-path: (\S+)", "\n".join(WORKFLOWS.values()))
+    named += [f"docs/{link}" for link in re.findall(r"\]\(([^)]+)\)", PAGE)]
+    assert {"pyproject.toml", "docs/../bench/compare.py"} <= set(named)
+    for name in named:
+        made = name.startswith((".venv/", "bench/results/"))  # by the workflow; by whoever stores a run
+        assert made or (ROOT / name).exists(), name
+
+
+@pytest.fixture
+def comparing(tmp_path):
+    """Run the action's comparison on a card of its own naming: its exit status, what it ran, and the summary."""
+    (script,) = (script for script in SCRIPTS if "bench compare" in script)
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(
+        """#!/bin/bash\nif [ "$1" = -c ]; then echo "NVIDIA H100 80GB HBM3"; else echo "$@"; exit $STATUS; fi\n"""
+    )
+    python.chmod(0o755)
+    (tmp_path / "gpu-lstm").mkdir()
+
+    def compare(status: int = 0, baseline: str = "") -> tuple[int, str, str]:
+        summary = tmp_path / "summary"
+        summary.write_text("")
+        environment = {
+            "PATH": f"{python.parent}:/usr/bin:/bin", "STATUS": str(status), "BASELINE": baseline, "FAIL_UNDER": "0.9",
+            "GITHUB_WORKSPACE": "/project", "GITHUB_STEP_SUMMARY": str(summary), "RUNNER_TEMP": str(tmp_path),
+        }  # fmt: skip
+        command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout, summary.read_text()
+
+    return compare
+
+
+def test_the_action_says_so_where_it_has_nothing_to_compare_with(comparing):
+    status, said, summary = comparing(status=1)
+    assert status == 0
+    assert said == summary
+    assert "no earlier run on NVIDIA H100 80GB HBM3, no bench/results/nvidia-h100-80gb-hbm3.csv" in summary
+
+
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_the_action_ends_as_the_comparison_does(comparing, tmp_path, status):
+    stored = "bench/results/nvidia-h100-80gb-hbm3.csv"
+    (tmp_path / stored).parent.mkdir(parents=True)
+    (tmp_path / stored).touch()
+    for baseline, path in (("", stored), ("ci/mine.csv", "/project/ci/mine.csv")):
+        ended, said, summary = comparing(status, baseline)
+        assert ended == status
+        assert said == f"-m bench compare {path} {tmp_path}/gpu-lstm/results.csv --fail-under 0.9\n"
+        assert summary == f"```\n{said}```\n"
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A user's, with the page's conftest.py and test, and one that needs a GPU."""
+    conftest, test = blocks("python")
+    (tmp_path / "conftest.py").write_text(conftest)
+    (tmp_path / "test_lstm.py").write_text(test)
+    gpu = "import pytest\n@pytest.mark.gpu\ndef test_gpu(): import torch; assert torch.zeros(1, device='cuda') == 0\n"
+    (tmp_path / "test_gpu.py").write_text(gpu)
+
+    def pytest_(*arguments, **environment):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), *arguments]
+        path = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(command, cwd=tmp_path, env=path | environment, capture_output=True, text=True)
+
+    return pytest_
+
+
+@pytest.mark.parametrize(("backend", "interpret"), [("torch", "0"), ("triton", "1")])
+def test_the_pages_tests_pass_without_a_gpu(project, backend, interpret):
+    done = project(GPU_LSTM_BACKEND=backend, TRITON_INTERPRET=interpret)
+    assert "1 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_required_gpu_and_a_chosen_backend_fail_where_they_cannot_run(project):
+    done = project("--require-gpu", GPU_LSTM_BACKEND="triton", TRITON_INTERPRET="0")
+    assert done.returncode == 1
+    assert "needs a CUDA device" in done.stdout
+    assert "backend 'triton' takes CUDA tensors" in done.stdout
+    assert "passed" not in done.stdout
