@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from rich import box
 from rich.console import Group
@@ -92,26 +93,25 @@ def headline(rows: list[Row]) -> Group:
     return Group(done, notes, Text(f"{error}\n{origin(all_rows(cases))}", style="dim"))
 
 
-def expected(rows: list[Row]) -> Table:
-    """What plans expect of GPUs that are not here; empty without such rows."""
+def expected(rows: list[Row]) -> Group:
+    """What plans expect of GPUs that are not here, a table each; empty without such rows."""
     chosen = [row for row in rows if row.status == "expected"]
-    table = _table("Expected, not measured")
-    _columns(table, left=("pass", "case"))
-    table.add_column("GPU")
-    table.add_column("kernels")
-    _columns(table, right=("launches", "host us\na call", "expected\nus a step"))
-    for row in chosen:
-        table.add_row(
-            row.run,
-            sizes(row),
-            _tail(row.device),
-            _tail(row.note or ""),
-            "" if row.launches is None else str(row.launches),
-            _scaled(row.host_s, 1e6),
-            _scaled(row.expected_us_per_step, 1),
-        )
-    table.caption = Text(origin(chosen))
-    return table
+    tables = []
+    for device, run in dict.fromkeys((row.device, row.run) for row in chosen):
+        table = _table(f"Expected, not measured: {run}, {device}")
+        _columns(table, left=("case", "kernels"), right=("launches", "host us", "us a step"))
+        for row in (row for row in chosen if (row.device, row.run) == (device, run)):
+            table.add_row(
+                sizes(row),
+                row.note or "",
+                "" if row.launches is None else str(row.launches),
+                _scaled(row.host_s, 1e6),
+                _scaled(row.expected_us_per_step, 1),
+            )
+        tables.append(table)
+    if chosen:
+        tables[-1].caption = Text(origin([replace(row, device="") for row in chosen]))
+    return Group(*tables)
 
 
 def by_case(rows: Iterable[Row]) -> Cases:

@@ -4,6 +4,7 @@ from . import compat, functional
 from .backends import Backend, backend
 from .convert import convert
 from .modules import LSTM, LSTMCell, StackedLSTM
+from .trace import trace
 from .tuning import autotune
 
 __version__ = "0.1.0"
@@ -18,4 +19,5 @@ __all__ = [
     "compat",
     "convert",
     "functional",
+    "trace",
 ]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from . import autograd, native, pipeline, reference
 from .backends import KERNEL_BACKENDS, Backend, select
+from .reference import Gates
 from .sequences import check_lengths, check_resets, valid_steps
 from .weights import Weights
 
@@ -144,11 +145,13 @@ def lstm_stack(
     training: bool,
     residual: bool = False,
     recompute: bool = False,
+    record: list[Gates] | None = None,
 ) -> tuple[Tensor, list[State]]:
     """Layers on top of each other, dropout between them: output [T, B, D*P] and the final states, one pair a layer.
 
     With `residual`, a layer whose output is as wide as its input adds the two. With `recompute`, a backend with kernels
-    of its own keeps less for backward. Arguments are not checked.
+    of its own keeps less for backward. The reference appends the gates of every layer and direction to `record`, if
+    there is one. Arguments are not checked.
     """
     if backend in KERNEL_BACKENDS:
         dtype = compute_dtype(x)
@@ -169,7 +172,7 @@ def lstm_stack(
         if plain:
             y, h_n, c_n = native.lstm(x, h0, c0, group, dropout=dropout, training=training)
         else:
-            y, h_n, c_n = _one_layer(x, h0, c0, group[0], lengths, resets, backend)
+            y, h_n, c_n = _one_layer(x, h0, c0, group[0], lengths, resets, backend, record)
         finals += zip(h_n.split(len(group[0])), c_n.split(len(group[0])))
         if residual and y.shape == x.shape:
             valid = valid_steps(x.shape[0], lengths)
@@ -190,10 +193,12 @@ def _one_layer(
     lengths: Tensor | None,
     resets: Tensor | None,
     backend: Backend,
+    record: list[Gates] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All directions of one layer: [T, B, D*P], [D, B, P], [D, B, H]."""
     results = [
-        _one_direction(x, h0[d], c0[d], weights, lengths, resets, d == 1, backend) for d, weights in enumerate(layer)
+        _one_direction(x, h0[d], c0[d], weights, lengths, resets, d == 1, backend, record)
+        for d, weights in enumerate(layer)
     ]
     h, h_n, c_n = zip(*results)
     return torch.cat(h, dim=-1) if len(h) > 1 else h[0], torch.stack(h_n), torch.stack(c_n)
@@ -208,6 +213,7 @@ def _one_direction(
     resets: Tensor | None,
     reverse: bool,
     backend: Backend,
+    record: list[Gates] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer, one direction, on a chosen backend: h [T, B, P], h_n [B, P], c_n [B, H]."""
     if backend is Backend.TORCH:  # which knows autocast by itself
@@ -216,5 +222,5 @@ def _one_direction(
     x, h0, c0, weights = x.to(dtype), h0.to(dtype), c0.to(dtype), weights.to(dtype)
     with _without_autocast(x):
         if backend is Backend.REFERENCE:
-            return reference.lstm_layer(x, h0, c0, *weights, lengths, resets, reverse)
+            return reference.lstm_layer(x, h0, c0, *weights, lengths, resets, reverse, record)
         return autograd.lstm_layer(x, h0, c0, *weights, lengths, resets, reverse, backend.value)

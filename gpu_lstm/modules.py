@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import native
 from .backends import Backend, parse, select
 from .functional import State, check_tensors, compute_dtype, lstm_stack
+from .reference import Gates
 from .sequences import Batch
 from .weights import Weights
 
@@ -118,11 +119,22 @@ class LSTM(RNNBase):
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """See the class."""
+        return self._forward(input, hx, lengths, resets)
+
+    def _forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        record: list[Gates] | None = None,
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """forward, or if there is a `record`, by the reference, which keeps there the gates of layers and directions."""
         if not isinstance(input, PackedSequence):
             _check_rank(input, "LSTM")
             if hx is not None:
                 _check_states(input, hx)
-        elif lengths is None and resets is None and self._select(input.data) is Backend.TORCH:
+        elif lengths is resets is record is None and self._select(input.data) is Backend.TORCH:
             return self._torch_packed(input, hx)
         batch = Batch.of(input, lengths, resets, self.batch_first)
         x = batch.x  # [T, B, I]
@@ -131,7 +143,7 @@ class LSTM(RNNBase):
         else:
             hx = batch.state_in(hx[0]), batch.state_in(hx[1])
         self.check_forward_args(x.transpose(0, 1) if self.batch_first else x, hx, None)
-        backend = self._select(x)
+        backend = self._select(x) if record is None else Backend.REFERENCE
         layers = self._layers()
         if backend is not Backend.TORCH or batch.lengths is not None or batch.resets is not None:
             check_tensors(x, hx, [tensor for layer in layers for weights in layer for tensor in weights.present()])
@@ -140,7 +152,7 @@ class LSTM(RNNBase):
         y, states = lstm_stack(
             x, list(zip(hx[0].split(directions), hx[1].split(directions))), layers,
             lengths=batch.lengths, resets=batch.resets, backend=backend, dropout=self.dropout, training=self.training,
-            recompute=self.recompute,
+            recompute=self.recompute, record=record,
         )  # fmt: skip
         h_n, c_n = (torch.cat(state) for state in zip(*states))
         return batch.output(y), (batch.state_out(h_n), batch.state_out(c_n))
@@ -300,6 +312,17 @@ class StackedLSTM(nn.Module):
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, list[State]]:
         """See the class."""
+        return self._forward(input, hx, lengths, resets)
+
+    def _forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Sequence[State] | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        record: list[Gates] | None = None,
+    ) -> tuple[Tensor | PackedSequence, list[State]]:
+        """As LSTM._forward."""
         if not isinstance(input, PackedSequence):
             _check_rank(input, "StackedLSTM")
         batch = Batch.of(input, lengths, resets, self.batch_first)
@@ -313,8 +336,9 @@ class StackedLSTM(nn.Module):
             check_tensors(x, state, tensors)
         y, states = lstm_stack(
             x, states, layers, lengths=batch.lengths, resets=batch.resets,
-            backend=select(self.backend, x.device, compute_dtype(x)),
+            backend=select(self.backend, x.device, compute_dtype(x)) if record is None else Backend.REFERENCE,
             dropout=self.dropout, training=self.training, residual=self.residual, recompute=self.recompute,
+            record=record,
         )  # fmt: skip
         if not self.bidirectional:
             states = [(h.squeeze(0), c.squeeze(0)) for h, c in states]

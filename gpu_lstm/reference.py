@@ -3,11 +3,24 @@
 Every other backend is held to these numbers. Half-precision inputs are computed in float32 and rounded once.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .sequences import positions_of_steps, resets_before_steps, valid_steps
+
+
+class Gates(NamedTuple):
+    """What one layer computes in one direction, at every step; zero past the end of a sequence."""
+
+    input: Tensor  # [T, B, H] i, from 0 to 1
+    forget: Tensor  # [T, B, H] f, from 0 to 1
+    output: Tensor  # [T, B, H] o, from 0 to 1
+    candidate: Tensor  # [T, B, H] g, from -1 to 1
+    cell: Tensor  # [T, B, H] c, after the step
+    hidden: Tensor  # [T, B, P] h, after the step; P = H without a projection
 
 
 def lstm_layer(
@@ -22,8 +35,9 @@ def lstm_layer(
     lengths: Tensor | None,  # [B]
     resets: Tensor | None,  # [T, B]
     reverse: bool,
+    record: list[Gates] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer, one direction, step by step.
+    """One layer, one direction, step by step. The gates of all steps are appended to `record`, if there is one.
 
     With gates in the order i, f, g, o, as torch.nn.LSTM states them:
 
@@ -49,6 +63,7 @@ def lstm_layer(
 
     h, c = h0, c0
     outputs = []
+    gates = []
     for t in range(steps):
         h_prev, c_prev = h, c
         if afresh is not None:
@@ -56,10 +71,13 @@ def lstm_layer(
             c_prev = torch.where(afresh[t, :, None], 0, c)
         z = F.linear(x[t], weight_ih, bias_ih) + F.linear(h_prev, weight_hh, bias_hh)  # [B, 4H]
         i, f, g, o = z.chunk(4, dim=1)
-        c_next = f.sigmoid() * c_prev + i.sigmoid() * g.tanh()  # [B, H]
-        h_next = o.sigmoid() * c_next.tanh()
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        c_next = f * c_prev + i * g  # [B, H]
+        h_next = o * c_next.tanh()
         if weight_hr is not None:
             h_next = F.linear(h_next, weight_hr)  # [B, P]
+        if record is not None:
+            gates.append((i, f, o, g, c_next, h_next))
         if valid is None:
             h, c = h_next, c_next
             outputs.append(h)
@@ -67,6 +85,13 @@ def lstm_layer(
             h = torch.where(valid[t, :, None], h_next, h)
             c = torch.where(valid[t, :, None], c_next, c)
             outputs.append(torch.where(valid[t, :, None], h_next, 0))
-    output = torch.stack(outputs)
-    output = output.gather(0, position[:, :, None].expand_as(output))  # back to the order of time
-    return output.to(dtype), h.to(dtype), c.to(cell_dtype)
+
+    def in_time(steps_: list[Tensor]) -> Tensor:
+        """From the order of steps to that of time."""
+        stacked = torch.stack(steps_)
+        return stacked.gather(0, position[:, :, None].expand_as(stacked)).to(dtype)
+
+    if record is not None:
+        kept = [in_time(list(every)) for every in zip(*gates)]
+        record.append(Gates(*(t if valid is None else torch.where(valid[:, :, None], t, 0) for t in kept)))
+    return in_time(outputs), h.to(dtype), c.to(cell_dtype)

@@ -178,9 +178,9 @@ def test_what_is_expected_says_so(width):
         *pair(),
     ]  # fmt: skip
     text = printed(tables.expected(rows), width)
-    assert text.startswith("Expected, not measured")
-    (line,) = (line for line in text.splitlines() if line.startswith("training"))
-    assert re.search(r"bf16 T1024 B16 H768 +H100 +cooperative.* +5 +250 +1.75$", line.rstrip())
+    assert text.startswith("Expected, not measured: training, H100")
+    (line,) = (line for line in text.splitlines() if line.startswith("bf16"))
+    assert re.search(r"bf16 T1024 B16 H768 +cooperative / step +5 +250 +1.75$", line.rstrip())
     assert "H100" not in printed(tables.summary(rows))
 
 
