@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from . import ops, reference
 from .sequences import states_before, valid_steps
+from .transforms import gradients_are_differentiated
 
 
 def lstm_layer(
@@ -90,10 +91,11 @@ class LSTMLayerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
         saved = Saved(*ctx.saved_tensors)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if gradients_are_differentiated([*saved, dh, dh_n, dc_n]):
             gradients = _differentiable_gradients(ctx, saved, (dh, dh_n, dc_n))
         else:
-            gradients = _fused_gradients(ctx, saved, dh, dh_n, dc_n)
+            with torch.no_grad():
+                gradients = _fused_gradients(ctx, saved, dh, dh_n, dc_n)
         return *gradients, None, None, None, None, None
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .transforms import need_the_reference
+
 ENVIRONMENT_VARIABLE = "GPU_LSTM_BACKEND"
 
 
@@ -70,6 +72,8 @@ def requested(argument: "str | Backend | None") -> Backend:
 def select(argument: "str | Backend | None", device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend that will run tensors of this device and dtype: never AUTO.
 
+    Within torch.func.vmap and forward-mode derivatives it is the reference, whatever was chosen and can run.
+
     Raises:
         ValueError: there is no backend of that name.
         ImportError, RuntimeError, TypeError: an explicitly chosen backend cannot run, and why.
@@ -77,12 +81,12 @@ def select(argument: "str | Backend | None", device: torch.device, dtype: torch.
     choice = requested(argument)
     if choice is Backend.AUTO:
         fused = KERNEL_BACKENDS if device.type == "cuda" else ()
-        return next((b for b in fused if can_run(b, device, dtype)), Backend.TORCH)
-    if not can_run(choice, device, dtype):
+        choice = next((b for b in fused if can_run(b, device, dtype)), Backend.TORCH)
+    elif not can_run(choice, device, dtype):
         problem = obstacle(choice, device, dtype)
         assert problem is not None
         raise problem
-    return choice
+    return Backend.REFERENCE if need_the_reference() else choice
 
 
 @torch.compiler.assume_constant_result

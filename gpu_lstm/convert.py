@@ -1,12 +1,18 @@
-"""Swap torch's LSTMs inside a model for ours."""
+"""Swap torch's LSTMs inside a model for ours and back, and read the weights of Haste's."""
 
-from torch import nn
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
-from .modules import LSTM, LSTMCell, recast
+from . import compat
+from .modules import LSTM, LSTMCell, StackedLSTM, recast
 
-_OURS = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell}
+_OURS: dict[type[nn.Module], type[nn.Module]] = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell}
+_THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, compat.LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}
+_REGULARIZERS = ("recurrent_dropout", "zoneout", "weight_drop")  # attributes of ours that torch's have not
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -19,14 +25,85 @@ def convert(model: nn.Module) -> nn.Module:
     Returns:
         `model`; where it is itself one of these classes, a new module that shares its parameters.
     """
-    if type(model) in _OURS:
-        model = recast(model, _OURS[type(model)])
+    return _swap(model, _OURS)
+
+
+def to_torch(model: nn.Module) -> nn.Module:
+    """Swap every gpu_lstm.LSTM, gpu_lstm.compat.LSTM and gpu_lstm.LSTMCell in `model`, in place, for torch.nn's.
+
+    The way back from `convert`, with the same promises. The backend and `recompute` are dropped: they change no
+    result. Code that calls a module with lengths or resets finds that torch.nn.LSTM takes neither.
+
+    Returns:
+        `model`; where it is itself one of these classes, a new module that shares its parameters.
+
+    Raises:
+        TypeError: there is a StackedLSTM.
+        ValueError: an LSTM has a regularizer that torch.nn.LSTM has not. Either way nothing was swapped.
+    """
+    for path, module in model.named_modules():
+        where = repr(path) if path else "the model itself"
+        if isinstance(module, StackedLSTM):
+            raise TypeError(
+                f"{where} is a StackedLSTM of sizes {module.hidden_sizes}, with a pair of states a layer; a "
+                "torch.nn.LSTM has layers of one size, and one pair of states for all"
+            )
+        if type(module) in _THEIRS:
+            for name in _REGULARIZERS:
+                if getattr(module, name, 0.0):
+                    raise ValueError(f"{where} has {name}={getattr(module, name)}, which torch.nn.LSTM has not")
+    return _swap(model, _THEIRS)
+
+
+def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:
+    if type(model) in classes:
+        model = recast(model, classes[type(model)])
     swapped: dict[nn.Module, nn.Module] = {}
     for module in list(model.modules()):
         parent = swapped.get(module, module)  # a module that was swapped has a list of children of its own
         for name, child in parent._modules.items():
-            if child is not None and type(child) in _OURS:
+            if child is not None and type(child) in classes:
                 if child not in swapped:
-                    swapped[child] = recast(child, _OURS[type(child)])
+                    swapped[child] = recast(child, classes[type(child)])
                 parent._modules[name] = swapped[child]
     return model
+
+
+def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
+    """A gpu_lstm.LSTM with the weights of a haste_pytorch.LSTM, on their device and in their dtype.
+
+    Args:
+        source: the module, which gives batch_first and the training flag too, or its state_dict: kernel [I, 4H],
+            recurrent_kernel [H, 4H] and bias [4H], with gates in the order i, g, f, o.
+
+    Haste's one bias becomes bias_ih; bias_hh is zero. Its forget_bias needs no place: it is where that bias started.
+
+    Raises:
+        ValueError: other names or sizes than these, or a module with zoneout or dropout (of the recurrent weights).
+    """
+    state = source.state_dict() if isinstance(source, nn.Module) else source
+    expected = ["bias", "kernel", "recurrent_kernel"]
+    if sorted(state) != expected:
+        raise ValueError(f"expected the parameters {expected} of a haste_pytorch.LSTM, got {sorted(state)}")
+    kernel, recurrent_kernel, bias = state["kernel"], state["recurrent_kernel"], state["bias"]
+    shapes = [list(tensor.shape) for tensor in (kernel, recurrent_kernel, bias)]
+    hidden = len(recurrent_kernel)
+    if shapes != [[len(kernel), 4 * hidden], [hidden, 4 * hidden], [4 * hidden]]:
+        raise ValueError(f"expected sizes [I, 4H], [H, 4H] and [4H] of kernel, recurrent_kernel and bias, got {shapes}")
+    for name in ("zoneout", "dropout"):
+        if getattr(source, name, 0.0):
+            raise ValueError(f"the module has {name}={getattr(source, name)}, which gpu_lstm.LSTM cannot take over")
+
+    lstm = LSTM(
+        len(kernel), hidden, batch_first=getattr(source, "batch_first", False), device=kernel.device, dtype=kernel.dtype
+    )
+    bias = _of_haste(bias)
+    weights = _of_haste(kernel), _of_haste(recurrent_kernel), bias, bias.new_zeros(bias.shape)
+    lstm.load_state_dict(dict(zip(lstm.state_dict(), weights, strict=True)))
+    return lstm.train(getattr(source, "training", True))
+
+
+def _of_haste(weight: Tensor) -> Tensor:
+    """With the gates in front, in the order i, f, g, o."""
+    i, g, f, o = weight.chunk(4, dim=-1)
+    return torch.cat([i, f, g, o], dim=-1).t()

@@ -34,6 +34,9 @@ def lstm(
         # AOTAutograd (torch 2.13) cannot save what oneDNN's LSTM hands it where the input needs no gradient. So here
         # it needs one: the same numbers, by way of a weight.
         x = torch.where(torch.ones((), dtype=torch.bool), x, flat[0].flatten()[0])
+    if not training:
+        dropout = 0.0
+        training = x.is_cuda and torch.is_grad_enabled()  # to cuDNN this says whether there will be a backward
     if batch_sizes is None:
         return _VF.lstm(x, (h0, c0), flat, bias, len(layers), dropout, training, bidirectional, False)
     return _VF.lstm(x, batch_sizes, (h0, c0), flat, bias, len(layers), dropout, training, bidirectional)

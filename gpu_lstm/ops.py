@@ -81,3 +81,17 @@ for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("layer_backward", _layer_backward, _key)
 torch.library.register_fake("gpu_lstm::layer_forward", _layer_forward_fake, lib=_LIBRARY)
 torch.library.register_fake("gpu_lstm::layer_backward", _layer_backward_fake, lib=_LIBRARY)
+
+
+def _layer_backward_vmap(info, in_dims, *arguments):
+    """One launch after another, for Jacobians row by row."""
+    each = []
+    for k in range(info.batch_size):
+        chosen = (
+            a.select(dim, k) if isinstance(a, Tensor) and dim is not None else a for a, dim in zip(arguments, in_dims)
+        )
+        each.append(layer_backward(*chosen))
+    return tuple(torch.stack(results) for results in zip(*each)), (0, 0, 0, 0)
+
+
+torch.library.register_vmap("gpu_lstm::layer_backward", _layer_backward_vmap, lib=_LIBRARY)

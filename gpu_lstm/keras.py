@@ -1,0 +1,320 @@
+"""To Keras 3 and back, with equal numbers; and Keras's initial values for any LSTM.
+
+Keras and torch have the gates in the same order, i, f, g, o. Keras's matrices are the other way round, and it has one
+bias where torch has two. Only from_keras and to_keras import Keras.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.rnn import LSTM as TorchLSTM
+from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
+
+from .modules import LSTM, LSTMCell, StackedLSTM, recast
+from .sequences import check_lengths, positions_of_steps
+from .weights import Weights
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class GoBackwards(nn.Module):
+    """Runs an LSTM or StackedLSTM from the end of each sequence to its start, as Keras's go_backwards=True.
+
+    ``output`` is in the order in which the steps were taken: ``output[:, 0]`` belongs to the last time. With
+    ``lengths`` its zeros come first, since Keras turns the mask round together with the input. ``output.flip(1)`` is
+    in the order of time, with the zeros past the end.
+
+    Args:
+        lstm: one direction, batch_first=True. Its weights are those of a forward LSTM.
+
+    Shapes:
+        input, hx, lengths, output, returned states: as for `lstm`, batched.
+
+    Raises:
+        ValueError: an LSTM that is bidirectional or not batch_first; input that is not batched.
+    """
+
+    def __init__(self, lstm: LSTM | StackedLSTM) -> None:
+        super().__init__()
+        if lstm.bidirectional or not lstm.batch_first:
+            raise ValueError(
+                "Expected an LSTM with bidirectional=False and batch_first=True, "
+                f"got bidirectional={lstm.bidirectional} and batch_first={lstm.batch_first}"
+            )
+        self.lstm = lstm
+
+    def forward(self, input: Tensor, hx: Any = None, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
+        """See the class."""
+        if input.dim() != 3:
+            raise ValueError(f"Expected input of 3 dimensions (N, T, I), got {input.dim()}")
+        if lengths is None:
+            return self.lstm(input.flip(1), hx)
+        batch, steps, _ = input.shape
+        check_lengths(lengths, steps, (batch,), input.device)
+        # Each sequence is turned round inside its length, and the output back.
+        position = positions_of_steps(steps, batch, lengths, True, input.device).T[:, :, None]  # [N, T, 1]
+        output, states = self.lstm(input.take_along_dim(position, 1), hx, lengths=lengths)
+        return output.take_along_dim(position, 1).flip(1), states
+
+
+def from_keras(
+    layer: Any, *, freeze_second_bias: bool = True, backend: str | None = None
+) -> LSTM | StackedLSTM | GoBackwards:
+    """The module that computes what a built Keras layer computes, with a copy of its weights.
+
+    =============================================  ==========================
+    LSTM, RNN(LSTMCell)                            LSTM
+    Bidirectional of these, merge_mode="concat"    LSTM, bidirectional=True
+    RNN([LSTMCell, ...]), RNN(StackedRNNCells)     StackedLSTM
+    any of these but Bidirectional, go_backwards   GoBackwards of the module
+    =============================================  ==========================
+
+    The module is batch_first, as Keras is, and has the dtype of the layer's variables. It always returns the whole
+    output and the states, whatever the layer's return_sequences and return_state say. Regularizers and constraints
+    are matters of training, and are not taken along.
+
+    Args:
+        layer: from any backend of Keras.
+        freeze_second_bias: bias_ih is Keras's bias and bias_hh is zero. If True, bias_hh gets requires_grad=False, so
+            that the bias moves as Keras's in training and not twice as fast.
+        backend: of the module, as for LSTM.
+
+    Raises:
+        ValueError: a layer that is not built, or an argument of it that has no counterpart here.
+        TypeError: another kind of layer, or a subclass, which may compute anything.
+        ImportError: Keras is not installed.
+    """
+    keras = _import_keras()
+    both = type(layer) is keras.layers.Bidirectional
+    rnns = [layer.forward_layer, layer.backward_layer] if both else [layer]
+    for rnn in rnns:
+        if type(rnn) not in (keras.layers.LSTM, keras.layers.RNN):
+            raise TypeError(f"from_keras takes an LSTM, RNN or Bidirectional layer, got {type(rnn).__name__}")
+        _refuse("stateful", rnn.stateful, "; give the states of one call to the next as hx")
+    if both:
+        if layer.merge_mode != "concat":
+            raise ValueError(f"merge_mode={layer.merge_mode!r} has no counterpart; expected 'concat'")
+        _refuse("go_backwards", rnns[0].go_backwards, " in the forward layer of a Bidirectional")
+    stacked = not both and type(layer.cell) is keras.layers.StackedRNNCells
+    cells = layer.cell.cells if stacked else [rnn.cell for rnn in rnns]
+    for cell in cells:
+        _check_cell(keras, cell)
+
+    sizes = [cell.units for cell in cells]
+    bias = _same("use_bias", [cell.use_bias for cell in cells])
+    dtype = getattr(torch, _same("dtype", [cell.kernel.dtype for cell in cells]))
+    inputs = cells[0].kernel.shape[0]
+    lstm: LSTM | StackedLSTM
+    if stacked:
+        lstm = StackedLSTM(inputs, sizes, bias, batch_first=True, dtype=dtype, backend=backend)
+    else:
+        units = _same("units", sizes)
+        lstm = LSTM(inputs, units, 1, bias, batch_first=True, bidirectional=both, dtype=dtype, backend=backend)
+    with torch.no_grad():
+        for weights, cell in zip(_weights(lstm), cells):
+            weights.weight_ih.copy_(_tensor(keras, cell.kernel).T)
+            weights.weight_hh.copy_(_tensor(keras, cell.recurrent_kernel).T)
+            for tensor in weights.present():
+                tensor.requires_grad_(cell.trainable)
+            if weights.bias_ih is not None and weights.bias_hh is not None:
+                weights.bias_ih.copy_(_tensor(keras, cell.bias))
+                weights.bias_hh.zero_().requires_grad_(cell.trainable and not freeze_second_bias)
+    return GoBackwards(lstm) if not both and layer.go_backwards else lstm
+
+
+def to_keras(lstm: nn.Module) -> Any:
+    """The built Keras layer that computes what a module computes, with a copy of its weights.
+
+    One layer becomes keras.layers.LSTM or Bidirectional, several become RNN(StackedRNNCells); GoBackwards becomes
+    go_backwards=True. The layer takes (N, T, I) whatever batch_first says, has return_sequences=True and
+    return_state=True, and returns (output, h, c), (output, h, c, h_reverse, c_reverse), or (output, [h, c], ...) with
+    a pair a layer. Its bias is bias_ih + bias_hh.
+
+    Args:
+        lstm: an LSTM, StackedLSTM, GoBackwards or torch.nn.LSTM.
+
+    Raises:
+        ValueError: an argument of the module that has no counterpart in Keras: proj_size, residual, and for several
+            layers dropout and bidirectional.
+        TypeError: another kind of module.
+        ImportError: Keras is not installed.
+    """
+    backwards = isinstance(lstm, GoBackwards)
+    if isinstance(lstm, GoBackwards):
+        lstm = lstm.lstm
+    elif type(lstm) is TorchLSTM:
+        lstm = recast(lstm, LSTM)
+    if not isinstance(lstm, LSTM | StackedLSTM):
+        raise TypeError(f"to_keras takes an LSTM, StackedLSTM or GoBackwards, got {type(lstm).__name__}")
+    keras = _import_keras()
+    layers = len(lstm.layers) if isinstance(lstm, StackedLSTM) else lstm.num_layers
+    for name in ("proj_size", "residual", "recurrent_dropout"):
+        _refuse(name, getattr(lstm, name, None), " in Keras")
+    if layers > 1:
+        _refuse("dropout", lstm.dropout, " in Keras; set it to 0 for the numbers of eval()")
+        _refuse("bidirectional", lstm.bidirectional, f" in Keras with {layers} layers")
+
+    weights = _weights(lstm)
+    dtype = str(weights[0].weight_ih.dtype).removeprefix("torch.")
+    sizes = [w.weight_hh.shape[1] for w in weights]
+    options = dict(return_sequences=True, return_state=True, go_backwards=backwards, dtype=dtype)
+    if layers > 1:
+        cells = [keras.layers.LSTMCell(units, use_bias=lstm.bias, dtype=dtype) for units in sizes]
+        layer = keras.layers.RNN(cells, **options)
+    else:
+        layer = keras.layers.LSTM(sizes[0], use_bias=lstm.bias, **options)
+        cells = [layer.cell]
+    if lstm.bidirectional:
+        layer = keras.layers.Bidirectional(layer, dtype=dtype)
+        cells = [layer.forward_layer.cell, layer.backward_layer.cell]
+    layer.build((None, None, lstm.input_size))
+    for cell, w in zip(cells, weights):
+        cell.kernel.assign(_array(w.weight_ih.T))
+        cell.recurrent_kernel.assign(_array(w.weight_hh.T))
+        if w.bias_ih is not None and w.bias_hh is not None:
+            cell.bias.assign(_array(w.bias_ih) + _array(w.bias_hh))
+    layer.trainable = any(parameter.requires_grad for parameter in lstm.parameters())
+    return layer
+
+
+def lengths_of(mask: Tensor) -> Tensor:
+    """The lengths [N], int64, that say what a Keras mask [N, T], bool, says: True up to a length and False after it.
+
+    Raises:
+        ValueError: a mask that is not bool or not [N, T], or a row of it with a False before a True.
+    """
+    if mask.dim() != 2 or mask.dtype is not torch.bool:
+        raise ValueError(f"Expected a mask [N, T] of dtype torch.bool, got {list(mask.shape)} of {mask.dtype}")
+    lengths = mask.sum(1)
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    gaps = (mask != (steps < lengths[:, None])).any(1).nonzero()
+    if len(gaps):
+        row = int(gaps[0])
+        raise ValueError(
+            f"Expected a mask that is True up to the end of each sequence and False after it; row {row} has a gap: "
+            f"step {int(mask[row].int().argmin())} is masked, but a later one is not"
+        )
+    return lengths
+
+
+@torch.no_grad()
+def keras_init(module: Module) -> Module:
+    """Give every LSTM in `module`, in place, initial values as Keras draws them.
+
+    weight_ih is glorot_uniform: uniform within sqrt(6 / (I + 4H)) of zero. weight_hh is orthogonal: its columns, for
+    all gates together, are orthonormal. Biases are zero but for a forget gate's, which is 1 (see forget_bias).
+    weight_hr, which Keras does not have, is glorot_uniform too.
+
+    Args:
+        module: an LSTM, StackedLSTM or LSTMCell, torch's own, or a module that holds some.
+
+    Returns:
+        `module`.
+
+    Raises:
+        TypeError: there is no LSTM in `module`.
+    """
+    for lstm in _lstms(module):
+        for name, parameter in lstm.named_parameters(recurse=False):
+            if name.startswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.startswith("weight_hh"):
+                nn.init.orthogonal_(parameter)
+            else:
+                nn.init.xavier_uniform_(parameter)
+        if lstm.bias:
+            forget_bias(lstm)
+    return module
+
+
+@torch.no_grad()
+def forget_bias(module: Module, value: float = 1.0) -> Module:
+    """Set the forget gates' bias of every LSTM in `module`, in place: `value` in bias_ih, zero in bias_hh.
+
+    A network whose forget gates start open remembers from the first step of training on.
+
+    Args:
+        module: as for keras_init.
+        value: of the bias; the two biases add up to it.
+
+    Returns:
+        `module`.
+
+    Raises:
+        TypeError: there is no LSTM in `module`.
+        ValueError: an LSTM with bias=False.
+    """
+    for lstm in _lstms(module):
+        if not lstm.bias:
+            raise ValueError("Expected an LSTM with a bias, got bias=False")
+        for name, parameter in lstm.named_parameters(recurse=False):
+            if name.startswith("bias"):
+                forget = slice(lstm.hidden_size, 2 * lstm.hidden_size)
+                parameter[forget] = value if name.startswith("bias_ih") else 0.0
+    return module
+
+
+def _import_keras() -> ModuleType:
+    try:
+        return importlib.import_module("keras")
+    except ImportError as error:
+        raise ImportError(
+            f"this needs Keras 3 and a backend of it ({error}): pip install 'gpu-lstm[keras]', and to let Keras run on "
+            "torch set KERAS_BACKEND=torch in the environment before it is imported"
+        ) from error
+
+
+def _check_cell(keras: ModuleType, cell: Any) -> None:
+    """Raise unless `cell` has weights and does what an LSTM here does."""
+    if type(cell) is not keras.layers.LSTMCell:
+        raise TypeError(f"Expected cells of type LSTMCell, got {type(cell).__name__}")
+    if not cell.built:
+        raise ValueError("the layer has no weights yet: build it first, by layer.build((None, None, features))")
+    for name, expected in (("activation", "tanh"), ("recurrent_activation", "sigmoid")):
+        function = getattr(cell, name)
+        if function not in (getattr(keras.activations, expected), getattr(keras.ops, expected)):
+            actual = getattr(function, "__name__", function)
+            raise ValueError(f"{name}={actual!r} has no counterpart; expected {expected!r}")
+    for name in ("dropout", "recurrent_dropout"):
+        _refuse(name, getattr(cell, name), "; set it to 0 in the layer's cell for the numbers of inference")
+
+
+def _refuse(argument: str, value: Any, hint: str) -> None:
+    """Raise unless `value` is false."""
+    if value:
+        raise ValueError(f"{argument}={value!r} has no counterpart{hint}")
+
+
+def _same(name: str, values: list) -> Any:
+    """The one value of all cells."""
+    if len(set(values)) > 1:
+        raise ValueError(f"Expected the same {name} in all cells, got {values}")
+    return values[0]
+
+
+def _weights(lstm: LSTM | StackedLSTM) -> list[Weights]:
+    """Layer by layer, direction by direction."""
+    modules = cast(list[LSTM], list(lstm.layers)) if isinstance(lstm, StackedLSTM) else [lstm]
+    return [weights for module in modules for layer in module._layers() for weights in layer]
+
+
+def _lstms(module: nn.Module) -> list[LSTM | LSTMCell | TorchLSTM | TorchLSTMCell]:
+    lstms = [child for child in module.modules() if isinstance(child, LSTM | LSTMCell | TorchLSTM | TorchLSTMCell)]
+    if not lstms:
+        raise TypeError(f"Expected an LSTM or a module that holds one, got {type(module).__name__}")
+    return lstms
+
+
+# Numbers go through float64, which holds those of every other dtype, also where NumPy does not know the dtype.
+
+
+def _tensor(keras: ModuleType, variable: Any) -> Tensor:
+    return torch.from_numpy(keras.ops.convert_to_numpy(variable).astype("float64"))
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().double().numpy()

@@ -1,0 +1,46 @@
+"""Which of torch's function transforms are at work, and what of them the fused kernels can carry.
+
+torch.func.grad and vjp run through the fused kernels. vmap and forward-mode derivatives need an LSTM that is written in
+torch's own operators, which the reference is.
+"""
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
+
+_ONLY_BY_REFERENCE = (_functorch.TransformType.Vmap, _functorch.TransformType.Jvp)
+
+
+def need_the_reference() -> bool:
+    """Whether the call at hand is inside vmap or a forward-mode derivative."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    return any(interpreter.key() in _ONLY_BY_REFERENCE for interpreter in _interpreters())
+
+
+def gradients_are_differentiated(tensors: list[Tensor | None]) -> bool:
+    """In backward: whether somebody may differentiate the gradients, which are made from `tensors`.
+
+    torch.func.grad always asks for a graph. It is of use only if it is inside another transform, or if a tensor below
+    it takes part in plain autograd.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    interpreters = _interpreters()
+    if len(interpreters) != 1:
+        return True
+    return any(_functorch.get_unwrapped(t).requires_grad for t in tensors if t is not None and _is_wrapped(t))
+
+
+def _interpreters() -> list:
+    if _functorch.peek_interpreter_stack() is None:
+        return []
+    return retrieve_all_functorch_interpreters()
+
+
+def _is_wrapped(t: Tensor) -> bool:
+    return _functorch.is_functorch_wrapped_tensor(t)
