@@ -4,6 +4,7 @@ from . import compat, functional
 from .backends import Backend, backend
 from .convert import convert
 from .modules import LSTM, LSTMCell, StackedLSTM
+from .stream import Stream
 from .trace import trace
 from .tuning import autotune
 
@@ -14,6 +15,7 @@ __all__ = [
     "Backend",
     "LSTMCell",
     "StackedLSTM",
+    "Stream",
     "autotune",
     "backend",
     "compat",

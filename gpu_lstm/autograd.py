@@ -184,18 +184,17 @@ def _differentiable_gradients(
     output_gradients: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
     """The same gradients, themselves differentiable: the layer is taken again through reference.py."""
-    # Aliases, since inputs may be one tensor or depend on each other, and each has a gradient of its own.
-    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in saved[:8]]
-    outputs = reference.lstm_layer(*inputs, saved.lengths, saved.resets, ctx.reverse)  # type: ignore[arg-type, call-arg]
-    needed = ctx.needs_input_grad[:8]
-    given = [(output, gradient) for output, gradient in zip(outputs, output_gradients) if gradient is not None]
-    gradients = iter(
-        torch.autograd.grad(
-            [output for output, _ in given],
-            [tensor for tensor, need in zip(inputs, needed) if need and tensor is not None],
-            [gradient for _, gradient in given],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return tuple(next(gradients) if need else None for need in needed)
+    needed = [k for k, need in enumerate(ctx.needs_input_grad[:8]) if need]
+    given = [k for k, gradient in enumerate(output_gradients) if gradient is not None]
+
+    def layer(*tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = list(saved[:8])
+        for k, tensor in zip(needed, tensors):
+            inputs[k] = tensor
+        outputs = reference.lstm_layer(*inputs, saved.lengths, saved.resets, ctx.reverse)  # type: ignore[arg-type]
+        return tuple(outputs[k] for k in given)
+
+    # torch.func.vjp, not autograd.grad: inputs may be one tensor or depend on each other, and be those of a transform.
+    _, pull = torch.func.vjp(layer, *(saved[k] for k in needed))
+    gradients = dict(zip(needed, pull(tuple(output_gradients[k] for k in given))))
+    return tuple(gradients.get(k) for k in range(8))

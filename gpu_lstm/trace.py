@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from .functional import State
 from .modules import LSTM, StackedLSTM, recast
@@ -31,12 +30,15 @@ class Trace:
 
         Raises:
             IndexError: there is no such sequence in the batch.
+            ValueError: it has no steps.
         """
         from matplotlib.figure import Figure  # an extra of the package, and slow to import
 
         batch = self.layers[0][0].cell.shape[1]
         if not 0 <= sequence < batch:
             raise IndexError(f"sequence {sequence} of a batch of {batch}")
+        if self.lengths is not None and self.lengths[sequence] == 0:
+            raise ValueError(f"sequence {sequence} has no steps")
         steps = None if self.lengths is None else int(self.lengths[sequence])
         rows = [
             (f"layer {k}" + ", reverse" * d, gates)
@@ -49,12 +51,12 @@ class Trace:
             panel.set_title(field, fontsize=10)
         for row, (name, gates) in zip(axes, rows):
             for panel, (field, values) in zip(row, gates._asdict().items()):
-                shown = values[:steps, sequence].detach().float().cpu().T  # [H, T]
+                shown = values[:steps, sequence].detach().float().cpu().T.numpy()  # [H, T]
                 # i, f and o go from 0 to 1; g, h, and mostly c, around 0.
                 if field in ("input", "forget", "output"):
                     limits, colours = (0.0, 1.0), "viridis"
                 else:
-                    most = max(1.0, shown.abs().max().item()) if shown.numel() else 1.0
+                    most = max(1.0, abs(shown).max(initial=0.0))
                     limits, colours = (-most, most), "RdBu_r"
                 image = panel.imshow(
                     shown, aspect="auto", interpolation="nearest", vmin=limits[0], vmax=limits[1], cmap=colours
@@ -107,5 +109,7 @@ def trace(
     directions = 2 if lstm.bidirectional else 1
     layers = [record[k : k + directions] for k in range(0, len(record), directions)]
     if isinstance(x, PackedSequence):
-        lengths = torch.nn.utils.rnn.pad_packed_sequence(x)[1].to(x.data.device)
+        lengths = pad_packed_sequence(x)[1].to(x.data.device)
+        if x.unsorted_indices is not None:  # inside, sequences went by length
+            layers = [[Gates(*(t[:, x.unsorted_indices] for t in gates)) for gates in layer] for layer in layers]
     return Trace(output, states, layers, None if lengths is None else lengths.reshape(-1))

@@ -25,15 +25,12 @@ def need_the_reference() -> bool:
 def gradients_are_differentiated(tensors: list[Tensor | None]) -> bool:
     """In backward: whether somebody may differentiate the gradients, which are made from `tensors`.
 
-    torch.func.grad always asks for a graph. It is of use only if it is inside another transform, or if a tensor below
-    it takes part in plain autograd.
+    torch.func.grad and vjp always ask for a graph. It is of use only inside another transform, or if a tensor below
+    takes part in plain autograd.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    interpreters = _interpreters()
-    if len(interpreters) != 1:
-        return True
-    return any(_functorch.get_unwrapped(t).requires_grad for t in tensors if t is not None and _is_wrapped(t))
+    return len(_interpreters()) > 1 or any(_below(t).requires_grad for t in tensors if t is not None)
 
 
 def _interpreters() -> list:
@@ -42,5 +39,6 @@ def _interpreters() -> list:
     return retrieve_all_functorch_interpreters()
 
 
-def _is_wrapped(t: Tensor) -> bool:
-    return _functorch.is_functorch_wrapped_tensor(t)
+def _below(t: Tensor) -> Tensor:
+    """The tensor that a transform has wrapped."""
+    return _functorch.get_unwrapped(t) if _functorch.is_functorch_wrapped_tensor(t) else t

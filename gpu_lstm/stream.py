@@ -1,0 +1,185 @@
+"""An LSTM that is fed as its input comes: one step or one chunk at a time, the state held between calls."""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .functional import State
+from .modules import LSTM, StackedLSTM
+
+States = State | list[State]
+
+
+class Stream:
+    """Runs `lstm` on a batch of sequences without end; its outputs are those of the whole sequence in one call.
+
+    They are the same but for rounding, since a product of another size may be summed in another order. In float16 and
+    bfloat16 the cell state is held in float32. Inference only: nothing is recorded for backward.
+
+    On CUDA one step is captured in a graph when it is first taken, and replayed from then on. The graph is taken anew
+    if a parameter is replaced; parameters that are changed in place are seen as they are.
+
+    Args:
+        lstm: an LSTM or a StackedLSTM, in eval() if it has dropout; one direction.
+        batch: sequences, N.
+        hx: the states to begin with, as `lstm` takes them for a batch. Default: zeros
+
+    Raises:
+        TypeError: `lstm` is no gpu_lstm.LSTM or StackedLSTM.
+        ValueError: it is bidirectional: its reverse direction begins at an end that a stream does not have.
+
+    Example::
+
+        stream = gpu_lstm.Stream(lstm.eval(), batch=1)
+        for x in sensor:        # each (1, I)
+            y = stream(x)       # (1, H)
+    """
+
+    def __init__(self, lstm: LSTM | StackedLSTM, batch: int, hx: States | None = None) -> None:
+        if not isinstance(lstm, LSTM | StackedLSTM):
+            raise TypeError(f"Stream takes an LSTM or a StackedLSTM, got {type(lstm).__name__}")
+        if lstm.bidirectional:
+            raise ValueError("Stream takes one direction, got bidirectional=True: the reverse one begins at the end")
+        self.lstm = lstm
+        self.batch = batch
+        self._state: list[State] = self._zeros()
+        if hx is not None:
+            self._update(self._as_list(hx))
+        self._graph: _StepGraph | None = None
+
+    @property
+    def state(self) -> States:
+        """The state after the last step, as `lstm` takes and returns it; cell states of half precision in float32."""
+        return self._as_given(_copied(self._state))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Take one step, x (N, I), or a chunk of T steps, (T, N, I) or with batch_first (N, T, I).
+
+        Returns:
+            The output, (N, P) for a step, else as the chunk; P features, H without a projection.
+
+        Raises:
+            ValueError: x has another rank or batch; the LSTM is in training mode and has dropout.
+            RuntimeError: as `lstm`, for another number of features, dtype or device.
+        """
+        batch_axis = 0 if x.dim() == 2 or self.lstm.batch_first else 1
+        if x.dim() not in (2, 3) or x.shape[batch_axis] != self.batch:
+            expected = "(N, T, I)" if self.lstm.batch_first else "(T, N, I)"
+            raise ValueError(f"expected (N, I) or {expected} with N = {self.batch}, got {tuple(x.shape)}")
+        if self.lstm.training and self.lstm.dropout:
+            raise ValueError("the LSTM drops out in training mode; call eval() on it first")
+        with torch.no_grad():
+            if x.dim() == 3:
+                y, state = self._call(x, self._state)
+                self._update(state)
+                return y
+            time_axis = 1 if self.lstm.batch_first else 0
+            if not on_cuda(x):
+                y, state = self._call(x.unsqueeze(time_axis), self._state)
+                self._update(state)
+                return y.squeeze(time_axis)
+            if self._graph is None or not self._graph.fits(self.lstm, x):
+                self._graph = _StepGraph(self, x, time_axis)
+            return self._graph(x)
+
+    def reset(self, which: Tensor | None = None) -> None:
+        """Begin anew with zero states: all sequences, or those where `which`, bool (N,), is True.
+
+        Raises:
+            ValueError: `which` has another shape or dtype.
+        """
+        if which is not None and (which.shape != (self.batch,) or which.dtype is not torch.bool):
+            raise ValueError(f"expected bool of shape ({self.batch},), got {which.dtype} {tuple(which.shape)}")
+        for state in self._state:
+            for tensor in state:  # [1, N, *] or [N, *]
+                if which is None:
+                    tensor.zero_()
+                else:
+                    tensor.masked_fill_(which[:, None], 0)
+
+    def _call(self, x: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
+        y, after = self.lstm(x, self._as_given(state))
+        return y, self._as_list(after)
+
+    def _update(self, state: list[State]) -> None:
+        """In place, where a graph finds them."""
+        for held, new in zip(self._state, state, strict=True):
+            for ours, theirs in zip(held, new, strict=True):
+                ours.copy_(theirs)
+
+    def _zeros(self) -> list[State]:
+        like = next(self.lstm.parameters())
+        half = like.dtype in (torch.float16, torch.bfloat16)
+
+        def pair(h: tuple[int, ...], c: tuple[int, ...]) -> State:
+            return like.new_zeros(h), like.new_zeros(c, dtype=torch.float32 if half else like.dtype)
+
+        if isinstance(self.lstm, StackedLSTM):
+            return [pair((self.batch, size), (self.batch, size)) for size in self.lstm.hidden_sizes]
+        rows, hidden = (self.lstm.num_layers, self.batch), self.lstm.hidden_size
+        return [pair((*rows, self.lstm.proj_size or hidden), (*rows, hidden))]
+
+    def _as_given(self, state: list[State]) -> States:
+        return state if isinstance(self.lstm, StackedLSTM) else state[0]
+
+    def _as_list(self, states: States) -> list[State]:
+        return cast(list[State], states if isinstance(self.lstm, StackedLSTM) else [states])
+
+
+class _StepGraph:
+    """One step as a CUDA graph, which reads x and reads and writes the stream's states where they are."""
+
+    def __init__(self, stream: Stream, x: Tensor, time_axis: int) -> None:
+        self._key = _key(stream.lstm, x)
+        self._x = x.clone()
+
+        def step() -> Tensor:
+            y, state = stream._call(self._x.unsqueeze(time_axis), stream._state)
+            stream._update(state)
+            return y.squeeze(time_axis)
+
+        before = _copied(stream._state)
+        self._replay = captured(step)
+        stream._update(before)  # the steps that were taken for warming up do not count
+
+    def fits(self, lstm: LSTM | StackedLSTM, x: Tensor) -> bool:
+        """Whether the parameters and the kind of input are those it was captured with."""
+        return self._key == _key(lstm, x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self._x.copy_(x)
+        return self._replay().clone()
+
+
+def on_cuda(x: Tensor) -> bool:
+    """Whether steps are replayed; beside `captured`, for tests."""
+    return x.is_cuda
+
+
+def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`step` as a replay of a CUDA graph: the seam at which a test can run it plainly."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # kernels are compiled and workspaces made before the capture
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return y
+
+    return replay
+
+
+def _key(lstm: LSTM | StackedLSTM, x: Tensor) -> tuple:
+    return x.shape, x.dtype, lstm.training, tuple(parameter.data_ptr() for parameter in lstm.parameters())
+
+
+def _copied(states: list[State]) -> list[State]:
+    return [(h.detach().clone(), c.detach().clone()) for h, c in states]

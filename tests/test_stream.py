@@ -1,0 +1,177 @@
+"""Streams: steps and chunks, one after another, are the whole sequence at once."""
+
+import pytest
+import torch
+from comparing import BACKENDS, PLACES
+
+import gpu_lstm
+from gpu_lstm import stream as stream_module
+from gpu_lstm.stream import Stream
+
+T, B, I, H = 9, 3, 4, 5
+
+KINDS = {
+    "LSTM": lambda **kwargs: gpu_lstm.LSTM(I, H, 2, **kwargs),
+    "projection": lambda **kwargs: gpu_lstm.LSTM(I, H, 2, proj_size=3, **kwargs),
+    "StackedLSTM": lambda **kwargs: gpu_lstm.StackedLSTM(I, [H, 3], **kwargs),
+}
+
+
+@pytest.fixture(params=KINDS)
+def build(request):
+    def of(backend="reference", **kwargs):
+        torch.manual_seed(0)
+        return KINDS[request.param](backend=backend, **PLACES[backend], **kwargs).eval()
+
+    return of
+
+
+def random_input(lstm, steps=T):
+    torch.manual_seed(1)
+    return torch.randn(steps, B, I).to(next(lstm.parameters()))
+
+
+def flat(states):
+    return [t for state in states for t in ((state,) if isinstance(state, torch.Tensor) else state)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pieces", [[1] * T, [4, 1, 1, 3], [T]], ids=str)
+def test_pieces_are_the_whole(build, backend, pieces):
+    lstm = build(backend)
+    x = random_input(lstm)
+    whole, states = lstm(x)
+    stream = Stream(lstm, B)
+    # A step is (N, I); a chunk, of one step too, (T, N, I).
+    parts = [stream(part[0])[None] if len(part) == 1 else stream(part) for part in x.split(pieces)]
+    accuracy = {"rtol": 0, "atol": 4 * torch.finfo(whole.dtype).eps}
+    torch.testing.assert_close(torch.cat(parts), whole, **accuracy)
+    for held, true in zip(flat(stream.state), flat(states)):
+        torch.testing.assert_close(held, true, **accuracy)
+
+
+def test_batch_first(build):
+    lstm = build(batch_first=True)
+    x = random_input(lstm)
+    whole, _ = lstm(x.transpose(0, 1))
+    stream = Stream(lstm, B)
+    parts = [stream(x[0])[:, None], stream(x[1:6].transpose(0, 1)), stream(x[6:].transpose(0, 1))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+
+
+def test_it_begins_with_the_states_it_is_given_and_leaves_them_alone(build):
+    lstm = build()
+    x = random_input(lstm)
+    _, states = lstm(x)
+    before = [t.clone() for t in flat(states)]
+    stream = Stream(lstm, B, states)
+    torch.testing.assert_close(stream(x), lstm(x, states)[0])
+    assert all(torch.equal(a, b) for a, b in zip(flat(states), before))
+    taken = flat(stream.state)
+    stream(x)
+    assert not torch.equal(taken[0], flat(stream.state)[0])  # what was handed out is a copy
+
+
+def test_reset_is_the_whole_sequence_with_resets(build):
+    lstm = build()
+    x = random_input(lstm)
+    resets = torch.zeros(T, B, dtype=torch.bool)
+    resets[4, 1] = resets[6] = True
+    whole, _ = lstm(x, resets=resets)
+    stream = Stream(lstm, B)
+    parts = []
+    for x_t, done in zip(x, resets):
+        stream.reset() if done.all() else stream.reset(done)
+        parts.append(stream(x_t))
+    torch.testing.assert_close(torch.stack(parts), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_the_cell_in_float32(dtype):
+    """A cell state that is rounded after every step drifts away from that of the whole sequence."""
+    torch.manual_seed(0)
+    lstm = gpu_lstm.LSTM(I, H, 2, dtype=dtype, backend="reference").eval()
+    x = torch.randn(200, B, I, dtype=dtype)
+    stream = Stream(lstm, B)
+    steps = torch.stack([stream(x_t) for x_t in x])
+    assert flat(stream.state)[1].dtype is torch.float32
+    whole, _ = lstm(x)
+    assert (steps - whole).abs().max() <= 4 * torch.finfo(dtype).eps
+
+
+def test_nothing_is_recorded_for_backward(build):
+    lstm = build()
+    assert not Stream(lstm, B)(random_input(lstm)).requires_grad
+
+
+def test_a_step_is_captured_once_and_again_when_a_parameter_is_replaced(build, monkeypatch):
+    lstm = build()
+    x = random_input(lstm)
+    captures = []
+
+    def captured(step):
+        captures.append(step)
+        for _ in range(3):  # as warming up for a capture does
+            step()
+        static = step()  # where the graph writes
+
+        def replay():
+            static.copy_(step())
+            return static
+
+        return replay
+
+    monkeypatch.setattr(stream_module, "captured", captured)
+    monkeypatch.setattr(stream_module, "on_cuda", lambda x: True)
+    stream = Stream(lstm, B)
+    whole, _ = lstm(x)
+    torch.testing.assert_close(torch.stack([stream(x_t) for x_t in x]), whole)
+    assert len(captures) == 1
+    stream.reset()
+    stream(x[:4])  # a chunk goes by without the graph and leaves the state where the graph finds it
+    torch.testing.assert_close(torch.stack([stream(x_t) for x_t in x[4:]]), whole[4:])
+    assert len(captures) == 1
+    with torch.no_grad():
+        next(lstm.parameters()).mul_(2.0)  # in place: seen as it is
+    stream.reset()
+    torch.testing.assert_close(stream(x[0]), lstm(x[:1])[0][0])
+    assert len(captures) == 1
+    name, parameter = next(iter(lstm.named_parameters()))
+    *path, last = name.split(".")
+    owner = lstm.get_submodule(".".join(path))
+    setattr(owner, last, torch.nn.Parameter(parameter.detach().clone() * 3.0))
+    stream.reset()
+    torch.testing.assert_close(stream(x[0]), lstm(x[:1])[0][0])
+    assert len(captures) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [64, 512])
+def test_a_step_is_replayed_from_a_graph(hidden):
+    lstm = gpu_lstm.LSTM(32, hidden, 2, device="cuda", dtype=torch.bfloat16, backend="triton").eval()
+    x = torch.randn(50, 4, 32, device="cuda", dtype=torch.bfloat16)
+    stream = Stream(lstm, 4)
+    steps = torch.stack([stream(x_t) for x_t in x])
+    torch.testing.assert_close(steps, lstm(x)[0], rtol=0, atol=8 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_mistakes(build):
+    lstm = build()
+    with pytest.raises(TypeError, match="Stream takes an LSTM or a StackedLSTM, got Linear"):
+        Stream(torch.nn.Linear(2, 3), 1)
+    with pytest.raises(ValueError, match="Stream takes one direction, got bidirectional=True"):
+        Stream(gpu_lstm.LSTM(I, H, bidirectional=True), 1)
+    stream = Stream(lstm, B)
+    x = random_input(lstm)
+    with pytest.raises(ValueError, match=rf"expected \(N, I\) or \(T, N, I\) with N = 3, got \(9, 2, {I}\)"):
+        stream(x[:, :2])
+    with pytest.raises(ValueError, match=r"with N = 3, got \(4,\)"):
+        stream(x[0, 0])
+    with pytest.raises(RuntimeError, match=f"[Ee]xpected {I}, got 2"):
+        stream(x[..., :2])
+    with pytest.raises(ValueError, match=r"expected bool of shape \(3,\), got torch.bool \(2,\)"):
+        stream.reset(torch.ones(2, dtype=torch.bool))
+    dropping = gpu_lstm.LSTM(I, H, 2, dropout=0.5)
+    with pytest.raises(ValueError, match=r"drops out in training mode; call eval\(\)"):
+        Stream(dropping, B)(x.float())
+    assert all((t == 0).all() for t in flat(stream.state))  # and nothing has changed
