@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import cases, compare, gpu, grid, host, plots, providers, readme, results, tables
+from . import cases, compare, gpu, grid, host, plots, ppo_update, providers, readme, results, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,11 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on_gpu = commands.add_parser("gpu", help="doctor, tests, grid, plots and a table, for a CUDA machine")
     on_gpu.add_argument("--minutes", type=float, default=8.0, help="for all of it together")
     on_gpu.add_argument("--out", type=Path, required=True, help="folder for all it finds")
+    ppo_update.add_arguments(commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop"))
     commands.add_parser("readme", help="write the performance section of README.md from bench/results/*.csv")
     options = parser.parse_args(arguments)
     match options.command:
         case "compare":
             return compare.run(options)
+        case "ppo":
+            return ppo_update.run(options)
         case "readme":
             readme.update(ROOT / "README.md", sorted((ROOT / "bench" / "results").glob("*.csv")))
             return 0

@@ -1,0 +1,170 @@
+"""python -m bench ppo: an update of recurrent PPO, in one call over all steps and in a loop over them.
+
+What is timed is the training step of examples/recurrent_ppo.py: forward, loss, backward, clipping, optimiser. Its LSTM
+is called once with `resets`; the loop calls torch.nn.LSTM for every step, and multiplies the state by 1 - start before,
+as recurrent PPO is commonly written. Both have the same weights and batch, and are timed only after their loss and
+gradients were found equal.
+"""
+
+import argparse
+import functools
+import importlib.util
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import gpu_lstm
+
+from . import results, timing
+from .run import float32_products
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "recurrent_ppo.py"
+SIZES = [(128, N, H) for H in (128, 256) for N in (8, 64)]  # T, N, H
+EPISODE = 50  # steps of one, in the mean
+SECONDS = 4.0  # of timing, a size
+TOLERANCE = 1e-4  # by which loss and gradients may differ, relative to their norm
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds a training step, for every round."""
+
+    steps: int  # T
+    environments: int  # N
+    hidden: int  # H
+    one_call: list[float]
+    loop: list[float]
+
+    @property
+    def speed(self) -> tuple[float, float, float]:
+        """The loop's time over that of one call, both of one round: median, 20th and 80th percentile."""
+        return timing.percentiles([loop / one for loop, one in zip(self.loop, self.one_call)])
+
+
+def measure(device: str, sizes: Sequence[tuple[int, int, int]] = SIZES, seconds: float = SECONDS) -> list[Measured]:
+    """Check and time the training step at every size (T, N, H), in float32.
+
+    Raises:
+        ImportError: what the example needs is not installed.
+        RuntimeError: loss or gradients of the two differ.
+    """
+    example, rows = load_example(), []
+    with float32_products("fp32"):
+        for T, N, H in sizes:
+            agents = {"one_call": example.Agent(H).to(device), "loop": example.Agent(H).to(device)}
+            agents["loop"].lstm = StepLoop(H, H, device=device)
+            agents["loop"].load_state_dict(agents["one_call"].state_dict())
+            batch = random_batch(example, T, N, H, device)
+            check(example.loss, batch, agents["one_call"], agents["loop"])
+            runs = {name: _training(example, agent, batch) for name, agent in agents.items()}
+            rows.append(Measured(T, N, H, **timing.interleaved(runs, device, seconds)))
+    return rows
+
+
+class StepLoop(nn.LSTM):
+    """torch.nn.LSTM called for every step, with its state multiplied by 1 - reset before."""
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor], resets: Tensor) -> Any:  # type: ignore[override]
+        outputs = []
+        for x_t, reset in zip(x, resets.to(x.dtype)):
+            keep = (1 - reset)[None, :, None]
+            y, state = super().forward(x_t[None], (keep * state[0], keep * state[1]))
+            outputs.append(y)
+        return torch.cat(outputs), state
+
+
+@functools.cache
+def load_example() -> Any:
+    """examples/recurrent_ppo.py as a module.
+
+    Raises:
+        ImportError: what it needs is not installed.
+    """
+    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def random_batch(example: Any, T: int, N: int, H: int, device: str) -> Any:
+    """A rollout of random numbers, the same wherever it is made."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    starts = (torch.rand(T, N, generator=generator) < 1 / EPISODE).to(device)
+    actions = torch.randint(2, (T, N), generator=generator).to(device)
+    log_probs = torch.full((T, N), math.log(0.5), device=device)  # an untrained policy's, nearly
+    state = normal(1, N, H).tanh(), normal(1, N, H)
+    return example.Rollout(normal(T, N, 2), starts, actions, log_probs, normal(T, N), normal(T, N), state)
+
+
+def check(loss: Any, batch: Any, one_call: nn.Module, loop: nn.Module) -> None:
+    """Raise unless two agents have the same loss and gradients.
+
+    Raises:
+        RuntimeError: they have not; the first that differs, and by how much.
+    """
+    found, expected = ({"loss": loss(agent, batch)} for agent in (one_call, loop))
+    for agent, values in ((one_call, found), (loop, expected)):
+        gradients = torch.autograd.grad(values["loss"], list(agent.parameters()))
+        values |= {f"gradient of {name}": each for (name, _), each in zip(agent.named_parameters(), gradients)}
+    for name, value in expected.items():
+        difference = ((found[name] - value).norm() / value.norm()).item()
+        if not difference <= TOLERANCE:
+            raise RuntimeError(f"{name}: one call and the loop differ by {difference:.2g}, expected {TOLERANCE:g}")
+
+
+def table(rows: Sequence[Measured], device: str) -> Table:
+    """A line a size."""
+    backend = gpu_lstm.backends.select(None, torch.device(device), torch.float32).value
+    shown = Table(title="An update of recurrent PPO, float32", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("T", "N", "H", "loop ms", "one call ms", "times as fast", "p20-p80"):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        speed, low, high = row.speed
+        times = (f"{1e3 * statistics.median(each):.2f}" for each in (row.loop, row.one_call))
+        sizes = map(str, (row.steps, row.environments, row.hidden))
+        shown.add_row(*sizes, *times, f"{speed:.2f}", f"{low:.2f}-{high:.2f}")
+    shown.caption = f"one call by {backend}; {results.provenance(device)['device']}, torch {torch.__version__}"
+    return shown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the subcommand."""
+    known = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=known, default=known[0], help="default: %(default)s")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and print. Exit status: 0, or 2 if the example cannot be loaded.
+
+    Raises:
+        RuntimeError: loss or gradients of the two differ.
+    """
+    try:
+        rows = measure(options.device)
+    except ImportError as error:
+        print(f'python -m bench ppo: {error}; pip install ".[examples]"', file=sys.stderr)
+        return 2
+    Console().print(table(rows, options.device))
+    return 0
+
+
+def _training(example: Any, agent: nn.Module, batch: Any) -> timing.Run:
+    """The training step, which leaves the weights as they are: the learning rate is zero."""
+    optimiser = torch.optim.Adam(agent.parameters(), lr=0.0)
+    return lambda call: example.training_step(agent, optimiser, batch)
