@@ -1,8 +1,8 @@
 """LSTM for PyTorch on NVIDIA GPUs: a drop-in for torch.nn.LSTM, with lengths, resets and stacks of any sizes."""
 
-from . import compat, functional
+from . import compat, functional, keras
 from .backends import Backend, backend
-from .convert import convert
+from .convert import convert, from_haste, to_torch
 from .modules import LSTM, LSTMCell, StackedLSTM
 from .stream import Stream
 from .trace import trace
@@ -20,6 +20,9 @@ __all__ = [
     "backend",
     "compat",
     "convert",
+    "from_haste",
     "functional",
+    "keras",
+    "to_torch",
     "trace",
 ]

@@ -138,8 +138,8 @@ def to_keras(lstm: nn.Module) -> Any:
         lstm: an LSTM, StackedLSTM, GoBackwards or torch.nn.LSTM.
 
     Raises:
-        ValueError: an argument of the module that has no counterpart in Keras: proj_size, residual, and for several
-            layers dropout and bidirectional.
+        ValueError: an argument of the module that has no counterpart in Keras: proj_size, residual, recurrent_dropout,
+            zoneout, weight_drop, and for several layers dropout and bidirectional.
         TypeError: another kind of module.
         ImportError: Keras is not installed.
     """
@@ -152,7 +152,7 @@ def to_keras(lstm: nn.Module) -> Any:
         raise TypeError(f"to_keras takes an LSTM, StackedLSTM or GoBackwards, got {type(lstm).__name__}")
     keras = _import_keras()
     layers = len(lstm.layers) if isinstance(lstm, StackedLSTM) else lstm.num_layers
-    for name in ("proj_size", "residual", "recurrent_dropout"):
+    for name in ("proj_size", "residual", "recurrent_dropout", "zoneout", "weight_drop"):
         _refuse(name, getattr(lstm, name, None), " in Keras")
     if layers > 1:
         _refuse("dropout", lstm.dropout, " in Keras; set it to 0 for the numbers of eval()")
@@ -161,12 +161,15 @@ def to_keras(lstm: nn.Module) -> Any:
     weights = _weights(lstm)
     dtype = str(weights[0].weight_ih.dtype).removeprefix("torch.")
     sizes = [w.weight_hh.shape[1] for w in weights]
-    options = dict(return_sequences=True, return_state=True, go_backwards=backwards, dtype=dtype)
+    of_cell = dict(use_bias=lstm.bias, dtype=dtype)
+    if dtype in ("float16", "bfloat16"):
+        of_cell["recurrent_initializer"] = "glorot_uniform"  # building draws values, and torch has no QR in half
+    of_layer = dict(return_sequences=True, return_state=True, go_backwards=backwards)
     if layers > 1:
-        cells = [keras.layers.LSTMCell(units, use_bias=lstm.bias, dtype=dtype) for units in sizes]
-        layer = keras.layers.RNN(cells, **options)
+        cells = [keras.layers.LSTMCell(units, **of_cell) for units in sizes]
+        layer = keras.layers.RNN(cells, dtype=dtype, **of_layer)
     else:
-        layer = keras.layers.LSTM(sizes[0], use_bias=lstm.bias, **options)
+        layer = keras.layers.LSTM(sizes[0], **of_cell, **of_layer)
         cells = [layer.cell]
     if lstm.bidirectional:
         layer = keras.layers.Bidirectional(layer, dtype=dtype)
@@ -223,7 +226,8 @@ def keras_init(module: Module) -> Module:
             if name.startswith("bias"):
                 nn.init.zeros_(parameter)
             elif name.startswith("weight_hh"):
-                nn.init.orthogonal_(parameter)
+                wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))  # torch has no QR in half
+                parameter.copy_(nn.init.orthogonal_(wide))
             else:
                 nn.init.xavier_uniform_(parameter)
         if lstm.bias:
@@ -313,7 +317,7 @@ def _lstms(module: nn.Module) -> list[LSTM | LSTMCell | TorchLSTM | TorchLSTMCel
 
 
 def _tensor(keras: ModuleType, variable: Any) -> Tensor:
-    return torch.from_numpy(keras.ops.convert_to_numpy(variable).astype("float64"))
+    return torch.from_numpy(keras.ops.convert_to_numpy(variable.value).astype("float64"))
 
 
 def _array(tensor: Tensor) -> np.ndarray:

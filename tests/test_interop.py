@@ -1,0 +1,209 @@
+"""convert and to_torch on models of other packages (the extra `interop`), two of them with the weights they ship.
+
+Each model is taken as the package builds it, with inputs of its own kind. The truth is the model before conversion.
+"""
+# ruff: noqa: RUF001  (phonemes look like other letters)
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from comparing import DEVICE
+from torch import Tensor, nn
+
+import gpu_lstm
+from gpu_lstm.convert import to_torch
+
+Built = tuple[nn.Module, Callable[[], Tensor]]  # a model, and a call of it that depends on all its LSTMs
+
+
+def phonemes() -> Built:
+    """g2p-fa: Persian words into phonemes, pretrained; an encoder, and a decoder that is called step by step."""
+    from g2p_fa import G2P_Fa
+    from g2p_fa.utils import IPA2tensor, word2tensor
+
+    model = G2P_Fa().model
+    words = torch.stack([word2tensor(word, 9) for word in ("سلام", "کتاب")], dim=1).to(DEVICE)
+    sounds = torch.stack([IPA2tensor(sounds, 9) for sounds in ("sælɒːm", "ketɒːb")], dim=1).to(DEVICE)
+    return model, lambda: model(words, sounds, teacher_forcing_ratio=1)
+
+
+def language() -> Built:
+    """LanguageIdentifier: the language of a sentence from its characters, pretrained; bidirectional."""
+    from LanguageIdentifier.LanguageIdentifier import lid
+
+    model = copy.deepcopy(lid.model)
+    sentence = model.prepare_single_sentence("de quelle langue")
+    return model, lambda: model(sentence)
+
+
+def tokenizer() -> Built:
+    """stanza's tokenizer: bidirectional, over packed sequences, twice."""
+    from stanza.models.tokenization.model import Tokenizer
+
+    settings = dict(feat_dim=2, rnn_layers=2, conv_res=None, hierarchical=True, use_mwt=True, hier_invtemp=0.5,
+                    tok_noise=0.02)  # fmt: skip
+    model = Tokenizer(settings, nchars=20, emb_dim=4, hidden_dim=5, dropout=0.33, feat_dropout=0.05).to(DEVICE)
+    units, features = torch.randint(1, 20, (3, 7), device=DEVICE), torch.rand(3, 7, 2, device=DEVICE)
+    return model, lambda: model(units, features, [7, 4, 2])
+
+
+def graph() -> Built:
+    """PyTorch Geometric's GraphSAGE: LSTMs over neighbours, and a bidirectional one over the layers."""
+    from torch_geometric.nn import GraphSAGE
+
+    model = GraphSAGE(3, 4, num_layers=2, aggr="lstm", jk="lstm").to(DEVICE)
+    model.jk.att.bias.requires_grad_(False)  # a softmax cancels it; its gradient is nothing but rounding
+    x = torch.randn(5, 3, device=DEVICE)
+    edges = torch.tensor([[1, 2, 3, 0, 4, 2, 0], [0, 0, 0, 1, 2, 3, 4]], device=DEVICE)  # sorted by their target
+    return model, lambda: model(x, edges)
+
+
+def policy() -> Built:
+    """sb3-contrib's recurrent policy: an LSTM for the actions and one for the value; episodes start midway."""
+    from gymnasium.spaces import Box, Discrete
+    from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+    from sb3_contrib.common.recurrent.type_aliases import RNNStates
+
+    model = RecurrentActorCriticPolicy(Box(-1, 1, (3,)), Discrete(2), lambda progress: 1e-3, lstm_hidden_size=4)
+    model.features_extractor.register_forward_hook(lambda module, args, y: y.to(torch.get_default_dtype()))
+    x, actions = torch.randn(2 * 6, 3, device=DEVICE), torch.randint(0, 2, (2 * 6,), device=DEVICE)
+    starts = (torch.rand(2 * 6, device=DEVICE) < 0.3).to(x.dtype)
+    states = RNNStates(*torch.randn(2, 2, 1, 2, 4, device=DEVICE).unbind())
+
+    def call() -> Tensor:
+        values, log_probabilities, _ = model.evaluate_actions(x, actions, states, starts)
+        return torch.stack([values.flatten(), log_probabilities])
+
+    return model.to(DEVICE), call
+
+
+MODELS = {build.__name__: build for build in (phonemes, language, tokenizer, graph, policy)}
+pytestmark = [
+    pytest.mark.usefixtures("exact_float32_products"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # of the packages
+]
+
+
+@pytest.fixture(params=[torch.float32], ids=str)
+def dtype(request):
+    """The dtype of weights and inputs, and torch's default: some models make tensors of that by themselves."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def built(request, dtype) -> Built:
+    """The model of that name, without dropout."""
+    torch.manual_seed(0)
+    model, call = MODELS[request.param]()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.LSTM):
+            module.dropout = 0.0
+    return model.to(dtype), call
+
+
+def results(model: nn.Module, call: Callable[[], Tensor], backend: str = "torch") -> dict[str, Tensor]:
+    """The output, and the gradient of every parameter that is not frozen."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with gpu_lstm.backend(backend), torch.backends.cudnn.flags(allow_tf32=False):
+        output = call()
+        gradients = torch.autograd.grad(output.square().sum(), list(parameters.values()))
+    return {"output": output.detach(), **dict(zip(parameters, gradients, strict=True))}
+
+
+def assert_close(found: dict[str, Tensor], true: dict[str, Tensor], tolerance: float) -> None:
+    """Within `tolerance` of the largest element of each."""
+    assert found.keys() == true.keys()
+    for name, tensor in true.items():
+        assert tensor.any(), f"{name} is zero, and tells nothing"
+        error = (found[name] - tensor).abs().max() / tensor.abs().max()
+        assert error <= tolerance, f"{name}: {error}"
+
+
+def kinds(model: nn.Module) -> list[type[nn.Module]]:
+    return [type(module) for module in model.modules()]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("built", MODELS, indirect=True)
+def test_there_and_back(built, training):
+    model, call = built
+    model.train(training)
+    before, kinds_before, keys = results(model, call), kinds(model), list(model.state_dict())
+
+    assert gpu_lstm.convert(model) is model
+    assert kinds(model) == [gpu_lstm.LSTM if kind is nn.LSTM else kind for kind in kinds_before]
+    assert kinds(model) != kinds_before
+    assert list(model.state_dict()) == keys
+    assert_close(results(model, call), before, 1e-6)
+
+    assert to_torch(model) is model
+    assert kinds(model) == kinds_before
+    assert list(model.state_dict()) == keys
+    assert_close(results(model, call), before, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str, indirect=True)
+@pytest.mark.parametrize("built", MODELS, indirect=True)
+def test_the_reference_gives_the_same_in_float64(built):
+    model, call = built
+    before = results(model, call)
+    gpu_lstm.convert(model)
+    assert_close(results(model, call, "reference"), before, 1e-12)
+
+
+@pytest.mark.parametrize("built", ["tokenizer", "graph", "policy"], indirect=True)
+def test_the_kernels_give_the_same(built):
+    model, call = built
+    before = results(model, call)
+    gpu_lstm.convert(model)
+    assert_close(results(model, call, "triton"), before, 1e-5)
+
+
+def test_pretrained_phonemes_stay_the_same():
+    from g2p_fa import G2P_Fa
+
+    speaker = G2P_Fa()
+    speaker.model.eval()
+    words = ["سلام", "کتاب", "ایران", "آب", "دانشگاه"]
+    before = [speaker(word) for word in words]
+    assert before[:3] == ["sælɒːm", "kʰætʰɒːb", "ʔiːɾɒːn"]
+    gpu_lstm.convert(speaker.model)
+    assert [speaker(word) for word in words] == before
+
+
+def test_pretrained_languages_stay_the_same():
+    from LanguageIdentifier.LanguageIdentifier import lid
+
+    model = copy.deepcopy(lid.model)
+    sentences = {
+        "de": "ich habe heute morgen lange geschlafen",
+        "en": "where are the keys of the house",
+        "es": "donde estan las llaves de la casa",
+        "fr": "je ne sais pas quelle heure il est",
+    }
+    before = {sentence: dict(model.rank(sentence)) for sentence in sentences.values()}
+    gpu_lstm.convert(model)
+    for language, sentence in sentences.items():
+        assert model.predict(sentence) == language
+        assert dict(model.rank(sentence)) == pytest.approx(before[sentence], abs=1e-3)
+
+
+def test_an_agent_learns_the_same():
+    from sb3_contrib import RecurrentPPO
+
+    learned = []
+    for swap in (lambda policy: policy, gpu_lstm.convert):
+        agent = RecurrentPPO("MlpLstmPolicy", "CartPole-v1", policy_kwargs=dict(lstm_hidden_size=8), n_steps=64,
+                             batch_size=32, n_epochs=2, seed=0, device="cpu")  # fmt: skip
+        start = copy.deepcopy(agent.policy.state_dict())
+        swap(agent.policy)  # after its optimizer was made
+        end = agent.learn(128).policy.state_dict()
+        learned.append({name: end[name] - start[name] for name in start})
+    assert_close(learned[1], learned[0], 1e-6)
