@@ -1,0 +1,226 @@
+"""Balance a pole whose velocity is hidden: PPO with a recurrent policy.
+
+Run it from the root of the repository::
+
+    pip install -e ".[examples]"
+    python examples/recurrent_ppo.py
+
+Of CartPole-v1's observations it keeps the cart's position and the pole's angle. How fast they change is hidden, so an
+agent has to remember. Two agents with the same network learn, on the GPU if there is one; the second forgets all before
+every step. Their returns are printed, and drawn in out/recurrent_ppo.png.
+
+Episodes end anywhere within a rollout. gpu_lstm.LSTM takes the steps at which they start as `resets`, so the update is
+one call over the whole rollout, with no loop over its steps.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.distributions import Categorical
+
+import gpu_lstm
+
+ENVIRONMENTS = 16  # N
+STEPS = 128  # T, that each environment takes between updates
+HIDDEN = 64  # H
+EPOCHS = 4  # that a rollout is learned from
+MINIBATCHES = 4  # of an epoch, each all steps of some environments
+LEARNING_RATE = 2.5e-3  # at first; it falls to zero
+DISCOUNT = 0.99
+TRACE = 0.95  # lambda, by which later errors count for an advantage
+CLIP = 0.2  # beyond 1 +- this, a change of an action's probability gains nothing
+ENTROPY = 0.01  # what the policy's entropy is worth
+MAX_NORM = 0.5  # of the gradient
+
+State = tuple[Tensor, Tensor]
+"""h and c, each [1, N, H]."""
+
+
+def main(updates: int = 60, seed: int = 0, out: Path = Path("out")) -> dict[str, float]:
+    """Let both agents learn, print and plot; returns the mean return of each one's last 100 episodes."""
+    torch.set_num_threads(1)  # more do not help so small a model, and slow it down where other work shares the cores
+    curves = {name: learn(updates, seed, name) for name in ("remembers", "forgets")}
+    table = Table("agent", "episodes", "mean return of the last 100", "seconds", title="CartPole-v1 without velocities")
+    for name, curve in curves.items():
+        table.add_row(name, str(curve.episodes), f"{curve.averages[-1]:.0f}", f"{curve.seconds:.0f}")
+    Console().print(table)
+    plot(curves, out / "recurrent_ppo.png")
+    return {name: curve.averages[-1] for name, curve in curves.items()}
+
+
+class Curve(NamedTuple):
+    """How an agent learned."""
+
+    averages: list[float]  # after each rollout, of the returns of the last 100 episodes
+    episodes: int
+    seconds: float
+
+
+def learn(updates: int, seed: int, name: str) -> Curve:
+    """Train the agent that `name`s: "remembers" or "forgets"."""
+    torch.manual_seed(seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    agent = Agent(remembers=name == "remembers").to(device)
+    optimiser = torch.optim.Adam(agent.parameters(), eps=1e-5)
+    returns, averages, began = [], [], time.perf_counter()
+    collected = rollouts(agent, cartpoles(), seed)
+    for update in track(range(updates), description=f"The agent that {name}"):
+        rollout, ended = next(collected)
+        returns += ended
+        averages.append(float(np.mean(returns[-100:])))
+        optimiser.param_groups[0]["lr"] = LEARNING_RATE * (1 - update / updates)
+        for _ in range(EPOCHS):
+            for chosen in torch.randperm(ENVIRONMENTS).to(device).chunk(MINIBATCHES):
+                training_step(agent, optimiser, rollout.of(chosen))
+    return Curve(averages, len(returns), time.perf_counter() - began)
+
+
+def cartpoles(**options: int) -> VectorEnv:
+    """The environments. A step that ends an episode returns the first observation of the next, not its own."""
+    autoreset = {"autoreset_mode": AutoresetMode.SAME_STEP}
+    return gymnasium.make_vec("CartPole-v1", ENVIRONMENTS, "sync", autoreset, [WithoutVelocities], **options)
+
+
+class WithoutVelocities(gymnasium.ObservationWrapper):
+    """The cart's position and the pole's angle, each 1 where it ends the episode."""
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        self.limits = np.array([env.unwrapped.x_threshold, env.unwrapped.theta_threshold_radians], np.float32)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        return observation[[0, 2]] / self.limits
+
+
+class Agent(nn.Module):
+    """Policy and values. The same call acts, one step at a time, and learns, from all steps of a rollout."""
+
+    def __init__(self, hidden: int = HIDDEN, remembers: bool = True) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(2, hidden), nn.Tanh())
+        self.lstm = gpu_lstm.LSTM(hidden, hidden)
+        self.actor = nn.Linear(hidden, 2)
+        self.critic = nn.Linear(hidden, 1)
+        self.remembers = remembers
+        nn.init.orthogonal_(self.actor.weight, 0.01)  # so that at first all actions are as likely
+
+    def forward(self, observations: Tensor, state: State, starts: Tensor) -> tuple[Categorical, Tensor, State]:
+        """From observations [T, N, 2] and where episodes start, [T, N]: policy and values, [T, N], and the state."""
+        resets = starts if self.remembers else torch.ones_like(starts)
+        y, state = self.lstm(self.encoder(observations), state, resets=resets)  # [T, N, H]
+        return Categorical(logits=self.actor(y)), self.critic(y).squeeze(-1), state
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments. All but observations and state are [T, N]."""
+
+    observations: Tensor  # [T, N, 2]
+    starts: Tensor  # bool: an episode starts with this observation
+    actions: Tensor
+    log_probs: Tensor  # of the actions, as the policy was when it took them
+    advantages: Tensor
+    returns: Tensor  # what the values should be
+    state: State  # before the first step
+
+    def of(self, chosen: Tensor) -> "Rollout":
+        """Some environments, with all of their steps."""
+        h, c = self.state
+        return Rollout(*(field[:, chosen] for field in self[:-1]), (h[:, chosen], c[:, chosen]))
+
+
+def rollouts(agent: Agent, envs: VectorEnv, seed: int) -> Iterator[tuple[Rollout, list[float]]]:
+    """Act without end: rollouts, each with the returns of the episodes that ended in it.
+
+    Where a step is the last of its episode, the next step starts another: done at t is `starts` at t + 1. State and
+    `starts` go on from one rollout to the next.
+    """
+    N, device = envs.num_envs, agent.actor.weight.device
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.as_tensor(array, device=device)[None]  # a step, [1, N, ...]
+
+    observation = tensor(envs.reset(seed=seed)[0])
+    start, never = tensor(np.ones(N, dtype=bool)), tensor(np.zeros(N, dtype=bool))
+    h = c = torch.zeros(1, N, agent.lstm.hidden_size, device=device)
+    so_far = np.zeros(N)
+    while True:
+        first, kept, ended = (h, c), [], []
+        with torch.no_grad():
+            for _ in range(STEPS):
+                policy, value, (h, c) = agent(observation, (h, c), start)
+                action = policy.sample()
+                seen, earned, terminated, truncated, info = envs.step(action[0].cpu().numpy())
+                reward = tensor((1 - DISCOUNT) * earned.astype(np.float32))  # so that values are at most 1
+                if truncated.any():  # ended by the clock, so what would have come counts
+                    last = seen.copy()
+                    last[truncated] = np.stack(info["final_obs"][truncated])
+                    reward += DISCOUNT * tensor(truncated) * agent(tensor(last), (h, c), never)[1]
+                kept.append((observation, start, action, policy.log_prob(action), value, reward))
+                done = terminated | truncated
+                observation, start = tensor(seen), tensor(done)
+                so_far += earned
+                ended += so_far[done].tolist()
+                so_far[done] = 0
+            _, value, _ = agent(observation, (h, c), start)
+        observations, starts, actions, log_probs, values, rewards = map(torch.cat, zip(*kept))
+        advantages = estimate(rewards, torch.cat([values, value]), torch.cat([starts, start]))
+        yield Rollout(observations, starts, actions, log_probs, advantages, advantages + values, first), ended
+
+
+def estimate(rewards: Tensor, values: Tensor, starts: Tensor) -> Tensor:
+    """Generalised advantages [T, N], from rewards [T, N], and values and starts [T + 1, N]."""
+    factors = DISCOUNT * ~starts[1:]  # of what comes after a step, which is nothing at the end of an episode
+    errors = rewards + factors * values[1:] - values[:-1]
+    advantages = torch.zeros_like(values)
+    for t in reversed(range(len(errors))):
+        advantages[t] = errors[t] + TRACE * factors[t] * advantages[t + 1]
+    return advantages[:-1]
+
+
+def training_step(agent: Agent, optimiser: torch.optim.Optimizer, batch: Rollout) -> None:
+    """Forward, backward, clipping, optimiser."""
+    optimiser.zero_grad()
+    loss(agent, batch).backward()
+    nn.utils.clip_grad_norm_(agent.parameters(), MAX_NORM)
+    optimiser.step()
+
+
+def loss(agent: Agent, batch: Rollout) -> Tensor:
+    """Of PPO: the clipped objective, the error of the values and the entropy, from all steps at once."""
+    policy, values, _ = agent(batch.observations, batch.state, batch.starts)
+    advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
+    ratio = (policy.log_prob(batch.actions) - batch.log_probs).exp()
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages).mean()
+    return -gain + nn.functional.mse_loss(values, batch.returns) / 2 - ENTROPY * policy.entropy().mean()
+
+
+def plot(curves: dict[str, Curve], path: Path) -> None:
+    """Draw the mean return of the last 100 episodes over the steps taken."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (name, curve), colour in zip(curves.items(), ("black", "0.6"), strict=True):
+        steps = STEPS * ENVIRONMENTS * np.arange(1, len(curve.averages) + 1)
+        axes.plot(steps, curve.averages, color=colour, label=f"the agent that {name}")
+    axes.set(xlabel="steps", ylabel="mean return of the last 100 episodes", title="CartPole-v1 without velocities")
+    axes.grid(color="0.9")
+    axes.margins(x=0.01)
+    axes.legend(loc="upper left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    print(f"Plot: {path}")
+
+
+if __name__ == "__main__":
+    main()

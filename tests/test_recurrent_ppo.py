@@ -1,0 +1,209 @@
+"""The example of recurrent PPO learns, its update is that of a loop over steps, and so is what the benchmark times."""
+
+import argparse
+import copy
+import itertools
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench import ppo_update
+
+example = ppo_update.load_example()
+LIMITS = torch.tensor([2.4, 0.2095])  # position and angle, in m and rad, at which CartPole-v1 ends an episode
+
+
+@pytest.fixture
+def batch():
+    """A random rollout of 24 steps in 5 environments, float64; an episode starts within each."""
+    batch = ppo_update.random_batch(example, 24, 5, 16, "cpu")
+    batch.starts[[7, 3, 0, 15, 23], torch.arange(5)] = True
+    fields = (field.double() if field.is_floating_point() else field for field in batch[:-1])
+    return example.Rollout(*fields, tuple(each.double() for each in batch.state))
+
+
+@pytest.fixture
+def agent():
+    """In float64, with a policy so decided that some of the batch is clipped."""
+    torch.manual_seed(0)
+    agent = example.Agent(16).double()
+    with torch.no_grad():
+        agent.actor.weight.mul_(100)
+    return agent
+
+
+class Steps(torch.nn.LSTM):
+    """By torch.lstm_cell, step by step; zeros take the place of the state where an episode starts."""
+
+    def forward(self, x, state, resets):
+        (h,), (c,) = state
+        outputs = []
+        for x_t, reset in zip(x, resets):
+            h, c = (torch.where(reset[:, None], 0.0, each) for each in (h, c))
+            h, c = torch.lstm_cell(x_t, (h, c), *self.all_weights[0])
+            outputs.append(h)
+        return torch.stack(outputs), (h[None], c[None])
+
+
+def _by_steps(agent):
+    twin = copy.deepcopy(agent)
+    twin.lstm = Steps(16, 16).double()
+    twin.load_state_dict(agent.state_dict())
+    return twin
+
+
+def _loss_and_gradients(agent, batch):
+    names, parameters = zip(*agent.named_parameters())
+    loss = example.loss(agent, batch)
+    return {"loss": loss, **dict(zip(names, torch.autograd.grad(loss, parameters)))}
+
+
+def _differing(found, expected):
+    """The names of what differs by more than 1e-10 of its largest element."""
+    assert set(found) == set(expected)
+    return {name for name, value in expected.items() if (found[name] - value).abs().max() > 1e-10 * value.abs().max()}
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_the_update_in_one_call_is_that_of_a_loop_over_steps(agent, batch, backend):
+    expected = _loss_and_gradients(_by_steps(agent), batch)
+    assert all(value.abs().max() > 1e-6 for value in expected.values())
+    agent.lstm.backend = backend
+    assert not _differing(_loss_and_gradients(agent, batch), expected)
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_resets_a_step_late_or_early_make_every_gradient_another(agent, batch, shift):
+    expected = _loss_and_gradients(_by_steps(agent), batch)
+    shifted = batch._replace(starts=batch.starts.roll(shift, dims=0))
+    assert _differing(_loss_and_gradients(agent, shifted), expected) == set(expected)
+
+
+def test_a_minibatch_takes_the_states_of_its_environments(agent, batch):
+    chosen = torch.tensor([3, 1])
+    part = batch.of(chosen)
+    _, values, _ = agent(batch.observations, batch.state, batch.starts)
+    _, values_of_part, _ = agent(part.observations, part.state, part.starts)
+    torch.testing.assert_close(values_of_part, values[:, chosen])
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_a_rollout_at_once_gives_what_the_agent_did_step_by_step(remembers):
+    torch.manual_seed(0)
+    agent = example.Agent(remembers=remembers)
+    with torch.no_grad():
+        agent.actor.weight.mul_(100)
+    _, rollout = _rollouts(agent, 2)  # the second begins amid episodes
+    assert not rollout.starts[0].all()
+    assert _log_prob_error(agent, rollout) < 1e-5
+    shifted = rollout._replace(starts=rollout.starts.roll(1, dims=0))
+    assert (_log_prob_error(agent, shifted) > 1e-3) == remembers
+    stateless = rollout._replace(state=tuple(map(torch.zeros_like, rollout.state)))
+    assert (_log_prob_error(agent, stateless) > 1e-3) == remembers
+
+
+def _rollouts(agent, count, **options):
+    return [rollout for rollout, _ in itertools.islice(example.rollouts(agent, example.cartpoles(**options), 0), count)]
+
+
+def _log_prob_error(agent, rollout):
+    policy, _, _ = agent(rollout.observations, rollout.state, rollout.starts)
+    return (policy.log_prob(rollout.actions) - rollout.log_probs).abs().max()
+
+
+def test_an_episode_starts_where_the_pole_is_put_upright():
+    torch.manual_seed(0)
+    rollout, returns = next(example.rollouts(example.Agent(), example.cartpoles(), 0))
+    assert rollout.starts[0].all()
+    assert (rollout.observations[rollout.starts].abs() * LIMITS < 0.05 + 1e-4).all()  # as CartPole puts it
+    moves = rollout.observations.diff(dim=0)[..., 1].abs()
+    starts = rollout.starts[1:]
+    assert moves[starts].min() > 0.5  # of the angle that ends an episode
+    assert moves[~starts].max() < 0.3
+
+    # A return is the length of its episode: from one start to the next.
+    ends = sorted((int(t) + 1, int(n)) for t, n in starts.nonzero())
+    begun, lengths = [0] * starts.shape[1], []
+    for t, n in ends:
+        lengths.append(t - begun[n])
+        begun[n] = t
+    assert returns[: len(lengths)] == lengths
+
+
+def test_an_episode_that_the_clock_ends_is_worth_what_would_have_come():
+    agent = example.Agent()
+    with torch.no_grad():
+        agent.critic.weight.zero_()
+        agent.critic.bias.fill_(0.5)
+    (cut,) = _rollouts(agent, 1, max_episode_steps=5)  # before a pole can fall
+    (fallen,) = _rollouts(agent, 1)
+    assert (cut.starts == (torch.arange(len(cut.starts)) % 5 == 0)[:, None]).all()
+    for rollout, worth in ((cut, 0.01 + 0.99 * 0.5), (fallen, 0.01)):
+        last = rollout.returns[:-1][rollout.starts[1:]]  # of an episode
+        torch.testing.assert_close(last, torch.full_like(last, worth))
+
+
+def test_advantages_are_the_discounted_errors_up_to_the_end_of_the_episode():
+    torch.manual_seed(0)
+    rewards, values, starts = torch.randn(6, 3), torch.randn(7, 3), torch.rand(7, 3) < 0.4
+    expected = torch.zeros(6, 3)
+    for first, n in itertools.product(range(6), range(3)):
+        for t in range(first, 6):
+            ended = bool(starts[t + 1, n])
+            error = rewards[t, n] + 0.99 * (0.0 if ended else values[t + 1, n]) - values[t, n]
+            expected[first, n] += (0.99 * 0.95) ** (t - first) * error
+            if ended:
+                break
+    torch.testing.assert_close(example.estimate(rewards, values, starts), expected)
+
+
+def test_it_learns_and_only_with_memory(tmp_path):
+    returns = example.main(updates=20, seed=0, out=tmp_path)
+    assert returns["remembers"] > 150  # 217 to 258 with seeds 0 to 4, from about 20
+    assert returns["forgets"] < 80  # 46 to 53
+    assert (tmp_path / "recurrent_ppo.png").stat().st_size > 10_000
+
+
+def test_the_benchmark_times_both_and_prints_a_line_a_size():
+    rows = ppo_update.measure("cpu", [(6, 2, 8), (4, 3, 16)], seconds=0.01)
+    assert [(row.steps, row.environments, row.hidden) for row in rows] == [(6, 2, 8), (4, 3, 16)]
+    for row in rows:
+        assert len(row.one_call) == len(row.loop) >= 9
+        assert min(row.one_call + row.loop) > 0
+    console = Console(width=120)
+    with console.capture() as printed:
+        console.print(ppo_update.table(rows, "cpu"))
+    assert "one call by torch" in printed.get()
+    line = next(line for line in printed.get().splitlines() if line.split()[:3] == ["4", "3", "16"])
+    assert line.split()[5] == f"{rows[1].speed[0]:.2f}"
+
+
+def test_the_speed_is_the_loop_over_one_call():
+    row = ppo_update.Measured(4, 3, 16, one_call=[1.0, 2.0, 4.0], loop=[3.0, 6.0, 12.0])
+    assert row.speed == (3.0, 3.0, 3.0)
+
+
+def test_the_benchmark_times_nothing_that_differs(monkeypatch):
+    forward = ppo_update.StepLoop.forward
+    late = lambda self, x, state, resets: forward(self, x, state, resets.roll(1, dims=0))  # noqa: E731
+    monkeypatch.setattr(ppo_update.StepLoop, "forward", late)
+    monkeypatch.setattr(ppo_update.timing, "interleaved", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(RuntimeError, match=r"the loop differ by .*, expected 0\.0001"):
+        ppo_update.measure("cpu", [(24, 5, 16)])
+
+
+def test_the_benchmark_as_a_command(monkeypatch, capsys):
+    parser = argparse.ArgumentParser()
+    ppo_update.add_arguments(parser)
+    monkeypatch.setattr(ppo_update, "measure", lambda device: [ppo_update.Measured(4, 3, 16, [1.0, 1.0], [2.0, 2.0])])
+    assert ppo_update.run(parser.parse_args(["--device", "cpu"])) == 0
+    assert "2.00" in capsys.readouterr().out
+
+
+def test_without_gymnasium_the_command_says_what_to_install(monkeypatch, capsys):
+    ppo_update.load_example.cache_clear()
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    assert ppo_update.run(argparse.Namespace(device="cpu")) == 2
+    assert "gymnasium" in capsys.readouterr().err
