@@ -4,16 +4,17 @@ Where both runs used the same torch, `speed` is compared: torch.nn.LSTM's time o
 so that a drift of the machine cancels. Torch's own rows, and all rows of runs with different versions of torch, are
 compared in seconds. Nothing cancels there, and a change must go beyond the threshold by another 10 %.
 
-A change counts if its ratio is beyond the threshold and the two intervals from the 20th to the 80th percentile of all
-rounds lie apart. Fewer rounds than 20 estimate those poorly: the intervals are widened by sqrt(20 / rounds).
+A change counts if its ratio is beyond the threshold and the two medians are further apart than chance puts them: each
+has an interval that reaches as far as its rounds' 20th and 80th percentile at 20 rounds, which is three standard errors
+of the median, and less far with more rounds, by sqrt(20 / rounds).
 
 What that sees, in simulations with independent noise of 3 % in every round of torch and provider, a drift of 5 % of
 each whole run, and a threshold of 0.95 (tests/test_bench_compare.py has them in short):
 
-- Two runs of the same code: of 1,000 pairs of files with 50 rows of gpu_lstm and 20 to 40 rounds none shows a
-  regression. With 9 rounds, the least that is taken, one pair in 80 does; in seconds one in 50, by drift alone.
-- One case slower by 10 %: found in 94 % of all runs at 20 rounds, in 97 % at 30, in 58 % at 9. By 15 %: always, and
-  in 94 % at 9. By 7 %: in every other run. By 3 %: never.
+- Two runs of the same code: of 650 pairs of files with 50 rows of gpu_lstm and 20 to 100 rounds none shows a
+  regression. With 9 rounds, the least that is taken, one pair in 100 does; in seconds, with 25 rows, one in 30.
+- One case slower by 10 %: found in 93 % of all runs at 20 rounds, in 99 % at 30, always at 60, in 59 % at 9. By 15 %:
+  always from 20 rounds on. By 7 %: in 94 % at 60 rounds, in every other run at 20. By 3 %: in one of 70.
 - In seconds 10 % is lost in the drift.
 
 What it cannot see, or takes for a change: noise that hits whole processes and no single rounds, such as a plan tuned
@@ -43,7 +44,7 @@ from .tables import OURS, YARDSTICK, contender
 
 FAIL_UNDER = 0.95
 IN_SECONDS = 0.9  # of the threshold, where the drift of the machine does not cancel
-ENOUGH = 20  # rounds for percentiles to be taken as they are
+ROUNDS = 20  # at which three standard errors of a median reach as far as the percentiles do, 3 * 1.253 / 0.842 / 20**0.5
 
 MEASURES = {  # columns, the slowest first
     "speed": ("speed_p20", "speed", "speed_p80"),
@@ -238,8 +239,8 @@ def _interval(row: Row, measure: str) -> Interval:
     rounds, low, middle, high = (_positive(row, column) for column in ("runs", *MEASURES[measure]))
     if measure == "seconds":
         low, middle, high = 1 / low, 1 / middle, 1 / high
-    wider = max(1.0, math.sqrt(ENOUGH / rounds))
-    return Interval(middle - wider * (middle - low), middle, middle + wider * (high - middle))
+    scale = math.sqrt(ROUNDS / rounds)
+    return Interval(middle - scale * (middle - low), middle, middle + scale * (high - middle))
 
 
 def _positive(row: Row, column: str) -> float:

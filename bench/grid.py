@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import cases as all_cases
@@ -29,6 +30,8 @@ def measure(
         FileExistsError: there is such a file.
     """
     results.write(file, [])
+    if device == "cpu":
+        torch.set_num_threads(1)  # several stall each other, by a factor of 100, where anything else wants a core
     headline = all_cases.grid("cpu" if device == "cpu" else "cuda")["headline"]
     rows: list[Row] = []
     worker = None if device == "cpu" else Worker(device)

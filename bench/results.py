@@ -211,4 +211,5 @@ def _processor() -> str:
     if cpuinfo.exists():
         models = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = " ".join(models[0].split()) if models else name
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"

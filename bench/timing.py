@@ -16,7 +16,7 @@ Run = Callable[[int], object]
 
 WARM_UP = 3  # calls
 SHORTEST = 1e-3  # seconds of a sample; quicker calls are repeated within it
-ROUNDS = (9, 60)  # at least, at most
+ROUNDS = (9, 100)  # at least, at most
 
 
 def interleaved(runs: Mapping[Name, Run], device: str, seconds: float) -> dict[Name, list[float]]:
