@@ -44,7 +44,7 @@ from .tables import OURS, YARDSTICK, contender
 
 FAIL_UNDER = 0.95
 IN_SECONDS = 0.9  # of the threshold, where the drift of the machine does not cancel
-ROUNDS = 20  # at which three standard errors of a median reach as far as the percentiles do, 3 * 1.253 / 0.842 / 20**0.5
+ROUNDS = 20  # at which three standard errors of a median reach as far as these percentiles: 3 * 1.253 = 0.842 * 20**0.5
 
 MEASURES = {  # columns, the slowest first
     "speed": ("speed_p20", "speed", "speed_p80"),

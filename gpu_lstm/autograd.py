@@ -4,13 +4,14 @@ The kernels do only the recurrence. The input product and every weight gradient 
 once, outside the time loop.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import ops, reference
+from .noise import NO_NOISE, Noise
 from .sequences import states_before, valid_steps
 from .transforms import gradients_are_differentiated
 
@@ -29,6 +30,7 @@ def lstm_layer(
     reverse: bool,
     backend: str,
     recompute: bool = False,
+    noise: Noise = NO_NOISE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h [T, B, P], h_n [B, P] and c_n [B, H] in the dtype of c0, differentiable to any order.
 
@@ -40,10 +42,10 @@ def lstm_layer(
     if not save:
         gates = _input_product(x, weight_ih, bias_ih, bias_hh)
         h, h_n, c_n, _ = ops.layer_forward(
-            gates, weight_hh, weight_hr, h0, c0.float(), lengths, resets, reverse, False, backend
+            gates, weight_hh, weight_hr, h0, c0.float(), lengths, resets, reverse, False, backend, *noise
         )
         return h, h_n, c_n.to(c0.dtype)
-    return LSTMLayerFunction.apply(*tensors, lengths, resets, reverse, backend, recompute)[:3]
+    return LSTMLayerFunction.apply(*tensors, lengths, resets, *noise, reverse, backend, recompute)[:3]
 
 
 def _input_product(x: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor:
@@ -69,14 +71,18 @@ class LSTMLayerFunction(torch.autograd.Function):
         weight_hr: Tensor | None,
         lengths: Tensor | None,
         resets: Tensor | None,
+        mask_h: Tensor | None,
+        zone_h: Tensor | None,
+        zone_c: Tensor | None,
         reverse: bool,
         backend: str,
         recompute: bool,
     ) -> tuple[Tensor, ...]:
         gates = _input_product(x, weight_ih, bias_ih, bias_hh)
         h, h_n, c_n, c = ops.layer_forward(
-            gates, weight_hh, weight_hr, h0, c0.float(), lengths, resets, reverse, True, backend
-        )
+            gates, weight_hh, weight_hr, h0, c0.float(), lengths, resets, reverse, True, backend,
+            mask_h, zone_h, zone_c,
+        )  # fmt: skip
         return h, h_n, c_n.to(c0.dtype), gates.new_empty(0) if recompute else gates, c
 
     @staticmethod
@@ -96,7 +102,7 @@ class LSTMLayerFunction(torch.autograd.Function):
         else:
             with torch.no_grad():
                 gradients = _fused_gradients(ctx, saved, dh, dh_n, dc_n)
-        return *gradients, None, None, None, None, None
+        return *gradients, *(None,) * 8
 
 
 class Saved(NamedTuple):
@@ -112,9 +118,16 @@ class Saved(NamedTuple):
     weight_hr: Tensor | None  # [P, H]
     lengths: Tensor | None  # [B]
     resets: Tensor | None  # [T, B]
+    mask_h: Tensor | None  # [B, P]
+    zone_h: Tensor | None  # [T, B, P] or []
+    zone_c: Tensor | None  # [T, B, H] or []
     h: Tensor  # [T, B, P]
     gates: Tensor  # [T, B, 4H] activated, anything in padding; empty if they are to be taken again
     c: Tensor  # [T, B, H] float32; zero in padding
+
+    @property
+    def noise(self) -> Noise:
+        return Noise(self.mask_h, self.zone_h, self.zone_c)
 
 
 def _fused_gradients(
@@ -129,12 +142,12 @@ def _fused_gradients(
     again = saved.gates.numel() < saved.c.numel()
     h_prev = gates = saved.gates
     if again or need_hh:
-        h_prev = states_before(saved.h, saved.h0, saved.lengths, saved.resets, ctx.reverse)  # [T, B, P]
+        h_prev = _taken_by_weight_hh(saved, ctx.reverse)
     if again:
         gates = _gates_again(saved, h_prev)
     dgates, dh0, dc0, dh_total = ops.layer_backward(
         dh, dh_n, None if dc_n is None else dc_n.float(), gates, saved.c, saved.weight_hh, saved.weight_hr,
-        saved.h0, saved.c0.float(), saved.lengths, saved.resets, ctx.reverse, ctx.backend,
+        saved.h0, saved.c0.float(), saved.lengths, saved.resets, ctx.reverse, ctx.backend, *saved.noise,
     )  # fmt: skip
     over_steps = dgates.flatten(0, 1)  # [TB, 4H]; zero in padding, but zero times the NaN that may stand there is not
 
@@ -147,7 +160,8 @@ def _fused_gradients(
         dbias = over_steps.sum(0)
     if need_hr:
         output_gate = gates[:, :, -saved.c.shape[2] :]
-        m = _without_padding(output_gate * saved.c.tanh().to(output_gate.dtype), saved.lengths)  # [T, B, H]
+        c = saved.c if saved.zone_c is None else _cells_before_zoneout(saved, gates, ctx.reverse)
+        m = _without_padding(output_gate * c.tanh().to(output_gate.dtype), saved.lengths)  # [T, B, H]
         dweight_hr = dh_total.flatten(0, 1).T @ m.flatten(0, 1)
     return (
         dgates @ saved.weight_ih if need_x else None,
@@ -161,6 +175,12 @@ def _fused_gradients(
     )
 
 
+def _taken_by_weight_hh(saved: Saved, reverse: bool) -> Tensor:
+    """The hidden states [T, B, P] that each step's recurrent product took; anything finite in padding."""
+    h_prev = states_before(saved.h, saved.h0, saved.lengths, saved.resets, reverse)
+    return h_prev if saved.mask_h is None else saved.mask_h * h_prev
+
+
 def _gates_again(saved: Saved, h_prev: Tensor) -> Tensor:
     """The activated gates [T, B, 4H] once more: all h are known by now, so that one product does for all steps."""
     gates = _input_product(saved.x, saved.weight_ih, saved.bias_ih, saved.bias_hh)
@@ -170,6 +190,13 @@ def _gates_again(saved: Saved, h_prev: Tensor) -> Tensor:
     g.tanh_()
     o.sigmoid_()
     return gates
+
+
+def _cells_before_zoneout(saved: Saved, gates: Tensor, reverse: bool) -> Tensor:
+    """f c + i g of every step, [T, B, H] float32; anything in padding."""
+    c_prev = states_before(saved.c, saved.c0.float(), saved.lengths, saved.resets, reverse)
+    i, f, g, _ = gates.chunk(4, dim=2)
+    return f * c_prev + i.float() * g
 
 
 def _without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:
@@ -188,13 +215,14 @@ def _differentiable_gradients(
     given = [k for k, gradient in enumerate(output_gradients) if gradient is not None]
 
     def layer(*tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs = list(saved[:8])
+        inputs: list[Any] = list(saved[:8])
         for k, tensor in zip(needed, tensors):
             inputs[k] = tensor
-        outputs = reference.lstm_layer(*inputs, saved.lengths, saved.resets, ctx.reverse)  # type: ignore[arg-type]
+        ragged = saved.lengths, saved.resets, ctx.reverse
+        outputs = reference.lstm_layer(*inputs, *ragged, noise=saved.noise)  # type: ignore[misc, call-arg]
         return tuple(outputs[k] for k in given)
 
     # torch.func.vjp, not autograd.grad: inputs may be one tensor or depend on each other, and be those of a transform.
-    _, pull = torch.func.vjp(layer, *(saved[k] for k in needed))
+    _, pull = torch.func.vjp(layer, *(saved[k] for k in needed))[:2]
     gradients = dict(zip(needed, pull(tuple(output_gradients[k] for k in given))))
     return tuple(gradients.get(k) for k in range(8))

@@ -17,7 +17,7 @@ ENVIRONMENT_VARIABLE = "GPU_LSTM_BACKEND"
 class Backend(enum.Enum):
     """The backends, by the name a user gives."""
 
-    AUTO = "auto"  # for CUDA tensors triton where it can, else cupy where it can; else torch
+    AUTO = "auto"  # for CUDA tensors triton where it can, else cupy where it can; else torch. See `select` for noise
     TRITON = "triton"  # fused Triton kernels
     CUPY = "cupy"  # fused CUDA C++ kernels, for where Triton cannot run
     TORCH = "torch"  # torch's own LSTM: ATen on the CPU, cuDNN on CUDA
@@ -25,6 +25,7 @@ class Backend(enum.Enum):
 
 
 KERNEL_BACKENDS = (Backend.TRITON, Backend.CUPY)
+TAKE_NOISE = (Backend.TRITON, Backend.REFERENCE)  # recurrent dropout and zoneout
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _chosen: Backend | None = None  # by `with backend(...)`; a plain global, which torch.compile guards on
@@ -69,19 +70,28 @@ def requested(argument: "str | Backend | None") -> Backend:
     return parse(os.environ.get(ENVIRONMENT_VARIABLE) or Backend.AUTO)
 
 
-def select(argument: "str | Backend | None", device: torch.device, dtype: torch.dtype) -> Backend:
+def select(
+    argument: "str | Backend | None", device: torch.device, dtype: torch.dtype, noise: str | None = None
+) -> Backend:
     """The backend that will run tensors of this device and dtype: never AUTO.
+
+    `noise` names what regularises the recurrence, if anything does. AUTO then takes triton where it can, else the
+    reference.
 
     Within torch.func.vmap and forward-mode derivatives it is the reference, whatever was chosen and can run.
 
     Raises:
-        ValueError: there is no backend of that name.
+        ValueError: there is no backend of that name, or an explicitly chosen one does not take `noise`.
         ImportError, RuntimeError, TypeError: an explicitly chosen backend cannot run, and why.
     """
     choice = requested(argument)
     if choice is Backend.AUTO:
         fused = KERNEL_BACKENDS if device.type == "cuda" else ()
-        choice = next((b for b in fused if can_run(b, device, dtype)), Backend.TORCH)
+        able = [b for b in (*fused, Backend.TORCH, Backend.REFERENCE) if noise is None or b in TAKE_NOISE]
+        choice = next(b for b in able if can_run(b, device, dtype))
+    elif noise is not None and choice not in TAKE_NOISE:
+        takers = " or ".join(repr(b.value) for b in TAKE_NOISE)
+        raise ValueError(f"backend {choice.value!r} takes no {noise}; use {takers}")
     elif not can_run(choice, device, dtype):
         problem = obstacle(choice, device, dtype)
         assert problem is not None

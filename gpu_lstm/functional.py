@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from . import autograd, native, pipeline, reference
 from .backends import KERNEL_BACKENDS, Backend, select
+from .noise import NO_NOISE, Noise, draw
+from .precision import is_exact
 from .reference import Gates
 from .sequences import check_lengths, check_resets, valid_steps
 from .weights import Weights
@@ -93,7 +95,7 @@ def _checked_sizes(weights: Weights, features: int) -> tuple[int, int]:
 def check_tensors(x: Tensor, hx: State, weights: list[Tensor]) -> None:
     """Raise, in torch's own words, unless all tensors are of one device and dtype and there is a step to take.
 
-    Under autocast dtypes may differ.
+    Under autocast dtypes may differ, and a cell state may be float32 beside half precision.
     """
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -105,7 +107,7 @@ def check_tensors(x: Tensor, hx: State, weights: list[Tensor]) -> None:
                     f"Input and {kind} tensors are not at the same device, "
                     f"found input tensor at {x.device} and {kind} tensor at {tensor.device}"
                 )
-            if tensor.dtype != x.dtype and not mixed_allowed:
+            if tensor.dtype != x.dtype and not mixed_allowed and not (tensor is hx[1] and is_exact(tensor, x)):
                 raise RuntimeError(
                     f"Input and {kind} tensors are not the same dtype, "
                     f"found input tensor with {x.dtype} and {kind} tensor with {tensor.dtype}"
@@ -146,20 +148,25 @@ def lstm_stack(
     residual: bool = False,
     recompute: bool = False,
     record: list[Gates] | None = None,
+    recurrent_dropout: float = 0.0,
+    zoneout: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Tensor, list[State]]:
     """Layers on top of each other, dropout between them: output [T, B, D*P] and the final states, one pair a layer.
 
     With `residual`, a layer whose output is as wide as its input adds the two. With `recompute`, a backend with kernels
     of its own keeps less for backward. The reference appends the gates of every layer and direction to `record`, if
-    there is one. Arguments are not checked.
+    there is one. `recurrent_dropout` and `zoneout` of (h, c) are for the Triton backend and the reference. Arguments
+    are not checked.
     """
+    steps, batch, _ = x.shape
+    noise = draw(layers, steps, batch, compute_dtype(x), recurrent_dropout, zoneout, training)  # [L][D]
     if backend in KERNEL_BACKENDS:
         dtype = compute_dtype(x)
         with _without_autocast(x):
             return pipeline.lstm_stack(
-                x.to(dtype), [(h.to(dtype), c.to(dtype)) for h, c in states],
+                x.to(dtype), [(h.to(dtype), _cell_state(c, x, dtype)) for h, c in states],
                 [[weights.to(dtype) for weights in layer] for layer in layers],
-                lengths, resets, backend.value, dropout if training else 0.0, residual, recompute,
+                lengths, resets, backend.value, dropout if training else 0.0, residual, recompute, noise,
             )  # fmt: skip
     plain = backend is Backend.TORCH and lengths is None and resets is None
     if plain and not residual and _same_sizes(layers):
@@ -172,13 +179,18 @@ def lstm_stack(
         if plain:
             y, h_n, c_n = native.lstm(x, h0, c0, group, dropout=dropout, training=training)
         else:
-            y, h_n, c_n = _one_layer(x, h0, c0, group[0], lengths, resets, backend, record)
+            y, h_n, c_n = _one_layer(x, h0, c0, group[0], lengths, resets, backend, record, noise[len(finals)])
         finals += zip(h_n.split(len(group[0])), c_n.split(len(group[0])))
         if residual and y.shape == x.shape:
             valid = valid_steps(x.shape[0], lengths)
             y = y + (x if valid is None else torch.where(valid[:, :, None], x, 0))
         x = F.dropout(y, dropout, training) if len(finals) < len(layers) else y
     return x, finals
+
+
+def _cell_state(c: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """c in the dtype that x is computed in; in float32 where it was given so beside an x of half precision."""
+    return c if is_exact(c, x) else c.to(dtype)
 
 
 def _same_sizes(layers: list[list[Weights]]) -> bool:
@@ -194,10 +206,11 @@ def _one_layer(
     resets: Tensor | None,
     backend: Backend,
     record: list[Gates] | None,
+    noise: list[Noise],  # [D]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All directions of one layer: [T, B, D*P], [D, B, P], [D, B, H]."""
     results = [
-        _one_direction(x, h0[d], c0[d], weights, lengths, resets, d == 1, backend, record)
+        _one_direction(x, h0[d], c0[d], weights, lengths, resets, d == 1, backend, record, noise[d])
         for d, weights in enumerate(layer)
     ]
     h, h_n, c_n = zip(*results)
@@ -214,13 +227,14 @@ def _one_direction(
     reverse: bool,
     backend: Backend,
     record: list[Gates] | None = None,
+    noise: Noise = NO_NOISE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer, one direction, on a chosen backend: h [T, B, P], h_n [B, P], c_n [B, H]."""
     if backend is Backend.TORCH:  # which knows autocast by itself
         return native.lstm_layer(x, h0, c0, weights, lengths, resets, reverse)
     dtype = compute_dtype(x)
-    x, h0, c0, weights = x.to(dtype), h0.to(dtype), c0.to(dtype), weights.to(dtype)
+    x, h0, c0, weights = x.to(dtype), h0.to(dtype), _cell_state(c0, x, dtype), weights.to(dtype)
     with _without_autocast(x):
         if backend is Backend.REFERENCE:
-            return reference.lstm_layer(x, h0, c0, *weights, lengths, resets, reverse, record)
-        return autograd.lstm_layer(x, h0, c0, *weights, lengths, resets, reverse, backend.value)
+            return reference.lstm_layer(x, h0, c0, *weights, lengths, resets, reverse, record, noise)
+        return autograd.lstm_layer(x, h0, c0, *weights, lengths, resets, reverse, backend.value, noise=noise)

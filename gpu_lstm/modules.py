@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import _VF, Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
@@ -47,6 +48,14 @@ class LSTM(RNNBase):
             environment variable GPU_LSTM_BACKEND, else "auto".
         recompute: for backward keep only h and c, and take the gates again with one product over all steps: about a
             third of the memory. On the backends with kernels of their own. Default: False
+        recurrent_dropout: when training, probability of zeroing an element of h where W_hh takes it, the same for all
+            gates and steps of a call (Gal & Ghahramani, 2016). Default: 0
+        zoneout: probability that an element of a state stays as it was before the step, drawn anew for every step
+            (Krueger et al., 2017): a pair for h and c, or one for both. In eval() the expectation. Default: 0
+        weight_drop: when training, probability of zeroing an element of W_hh, the same for all steps of a call
+            (Merity et al., 2018). Default: 0
+
+    Recurrent dropout and zoneout run on the backends "triton" and "reference"; "auto" chooses between these two.
 
     Shapes, with P = proj_size or, if 0, H:
         input: (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
@@ -54,7 +63,8 @@ class LSTM(RNNBase):
         lengths: (N,), unbatched (). int32 or int64 on the input's device, each from 0 to T, in any order. Default: T.
         resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
         output: as the input, with D*P features; zero past the end of a sequence.
-        h_n, c_n: as h_0 and c_0; the states after the last step of each sequence.
+        h_n, c_n: as h_0 and c_0; the states after the last step of each sequence. In half precision c_0 may be
+            float32, as the kernels keep it, and then c_n is: a sequence in pieces is that of the whole.
 
     ``lengths`` takes the place of packing: nothing is sorted or copied, and what stands past the end of a sequence,
     NaN included, reaches neither a result nor a gradient. ``resets`` zeroes the states before the steps where it is
@@ -62,8 +72,8 @@ class LSTM(RNNBase):
 
     Raises:
         ValueError, RuntimeError, TypeError: as torch.nn.LSTM, in its words. ValueError for lengths or resets of a
-            wrong shape, dtype or value (on CUDA values are asserted on the device), or lengths beside a
-            PackedSequence.
+            wrong shape, dtype or value (on CUDA values are asserted on the device), lengths beside a PackedSequence,
+            or a chosen backend that does not take recurrent dropout or zoneout.
 
     Example::
 
@@ -74,6 +84,9 @@ class LSTM(RNNBase):
     # On the class, so that they are there in pickles of older modules.
     backend: str | None = None
     recompute: bool = False
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    weight_drop: float = 0.0
 
     def __init__(
         self,
@@ -90,6 +103,9 @@ class LSTM(RNNBase):
         *,
         backend: str | None = None,
         recompute: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        weight_drop: float = 0.0,
     ) -> None:
         # Not super(): in compat.LSTM torch.nn.LSTM comes next, whose __init__ names the mode itself.
         RNNBase.__init__(
@@ -99,6 +115,7 @@ class LSTM(RNNBase):
         if backend is not None:
             self.backend = parse(backend).value
         self.recompute = recompute
+        _set_regularisation(self, recurrent_dropout, zoneout, weight_drop)
 
     # RNNBase caches the weights here. They are read from the module at every call instead, so that replacing one
     # in any way (functional_call, weight_norm, pruning, assignment) just works.
@@ -129,7 +146,7 @@ class LSTM(RNNBase):
         resets: Tensor | None,
         record: list[Gates] | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
-        """forward, or if there is a `record`, by the reference, which keeps there the gates of layers and directions."""
+        """forward, or if there is a `record` by the reference, which keeps there the gates of layers and directions."""
         if not isinstance(input, PackedSequence):
             _check_rank(input, "LSTM")
             if hx is not None:
@@ -144,15 +161,17 @@ class LSTM(RNNBase):
             hx = batch.state_in(hx[0]), batch.state_in(hx[1])
         self.check_forward_args(x.transpose(0, 1) if self.batch_first else x, hx, None)
         backend = self._select(x) if record is None else Backend.REFERENCE
-        layers = self._layers()
-        if backend is not Backend.TORCH or batch.lengths is not None or batch.resets is not None:
-            check_tensors(x, hx, [tensor for layer in layers for weights in layer for tensor in weights.present()])
-
+        layers = _with_weight_drop(self, self._layers())
+        if backend is Backend.TORCH and batch.lengths is None and batch.resets is None:
+            y, h_n, c_n = native.lstm(x, *hx, layers, dropout=self.dropout, training=self.training)
+            return batch.output(y), (batch.state_out(h_n), batch.state_out(c_n))
+        check_tensors(x, hx, [tensor for layer in layers for weights in layer for tensor in weights.present()])
         directions = len(layers[0])
         y, states = lstm_stack(
             x, list(zip(hx[0].split(directions), hx[1].split(directions))), layers,
             lengths=batch.lengths, resets=batch.resets, backend=backend, dropout=self.dropout, training=self.training,
-            recompute=self.recompute, record=record,
+            recompute=self.recompute, record=record, recurrent_dropout=self.recurrent_dropout,
+            zoneout=_of_h_and_c(self.zoneout),
         )  # fmt: skip
         h_n, c_n = (torch.cat(state) for state in zip(*states))
         return batch.output(y), (batch.state_out(h_n), batch.state_out(c_n))
@@ -164,12 +183,13 @@ class LSTM(RNNBase):
             hx = self._zero_states(data, int(batch_sizes[0]))
         else:
             hx = self.permute_hidden(hx, sorted_indices)
-        y, h_n, c_n = native.lstm(data, *hx, self._layers(), batch_sizes, self.dropout, self.training)
+        layers = _with_weight_drop(self, self._layers())
+        y, h_n, c_n = native.lstm(data, *hx, layers, batch_sizes, self.dropout, self.training)
         output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
         return output, self.permute_hidden((h_n, c_n), unsorted_indices)
 
     def _select(self, x: Tensor) -> Backend:
-        return select(self.backend, x.device, compute_dtype(x))
+        return select(self.backend, x.device, compute_dtype(x), _noise_of(self))
 
     def _layers(self) -> list[list[Weights]]:
         """The weights, [L][D], as the module has them now."""
@@ -214,10 +234,18 @@ class LSTM(RNNBase):
         return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
 
     def extra_repr(self) -> str:
-        """As torch.nn.LSTM, and the backend if one was chosen."""
-        return super().extra_repr() + _backend_repr(self) + (", recompute=True" if self.recompute else "")
+        """As torch.nn.LSTM, and those of our own arguments that were not left at their defaults."""
+        parts = [super().extra_repr() + _backend_repr(self) + (", recompute=True" if self.recompute else "")]
+        parts += [f"{name}={getattr(self, name)!r}" for name in _REGULARISERS if getattr(self, name)]
+        return ", ".join(parts)
 
     def __prepare_scriptable__(self) -> nn.Module:
+        for name in _REGULARISERS:
+            if getattr(self, name):
+                raise ValueError(
+                    f"the LSTM has {name}={getattr(self, name)!r}, and would be scripted as a torch.nn.LSTM, which "
+                    "takes none"
+                )
         return recast(self, TorchLSTM)
 
 
@@ -230,7 +258,8 @@ class StackedLSTM(nn.Module):
     Args:
         input_size: features of the input, I.
         hidden_sizes: hidden units of each layer, H_k.
-        bias, batch_first, dropout, bidirectional, device, dtype, backend, recompute: as for LSTM.
+        bias, batch_first, dropout, bidirectional, device, dtype, backend, recompute, recurrent_dropout, zoneout,
+            weight_drop: as for LSTM.
         residual: add a layer's input to its output wherever both have the same number of features (before dropout).
             At least one layer must allow it. Default: False
 
@@ -250,6 +279,11 @@ class StackedLSTM(nn.Module):
         output, [(h1, c1), (h2, c2)] = stack(torch.randn(2, 3, 6))
     """
 
+    # On the class, so that they are there in pickles of older modules.
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    weight_drop: float = 0.0
+
     def __init__(
         self,
         input_size: int,
@@ -264,6 +298,9 @@ class StackedLSTM(nn.Module):
         *,
         backend: str | None = None,
         recompute: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        weight_drop: float = 0.0,
     ) -> None:
         super().__init__()
         hidden_sizes = list(hidden_sizes)
@@ -279,7 +316,7 @@ class StackedLSTM(nn.Module):
             )
         if not isinstance(batch_first, bool):
             raise TypeError(f"batch_first should be of type bool, got: {type(batch_first).__name__}")
-        if isinstance(dropout, bool) or not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1:
+        if not _is_probability(dropout):
             raise ValueError(
                 "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
             )
@@ -298,6 +335,7 @@ class StackedLSTM(nn.Module):
         self.residual = residual
         self.backend = None if backend is None else parse(backend).value
         self.recompute = recompute
+        _set_regularisation(self, recurrent_dropout, zoneout, weight_drop)
         self.layers = nn.ModuleList(
             LSTM(features, size, bias=bias, bidirectional=bidirectional, device=device, dtype=dtype)
             for features, size in zip(layer_inputs, hidden_sizes)
@@ -330,19 +368,22 @@ class StackedLSTM(nn.Module):
         modules = cast(list[LSTM], list(self.layers))
         modules[0].check_input(x, None)
         states = self._states(x, batch, hx)
-        layers = [module._layers()[0] for module in modules]
+        layers = _with_weight_drop(self, [module._layers()[0] for module in modules])
         tensors = [tensor for layer in layers for weights in layer for tensor in weights.present()]
         for state in states:
             check_tensors(x, state, tensors)
         y, states = lstm_stack(
             x, states, layers, lengths=batch.lengths, resets=batch.resets,
-            backend=select(self.backend, x.device, compute_dtype(x)) if record is None else Backend.REFERENCE,
+            backend=self._select(x) if record is None else Backend.REFERENCE,
             dropout=self.dropout, training=self.training, residual=self.residual, recompute=self.recompute,
-            record=record,
+            record=record, recurrent_dropout=self.recurrent_dropout, zoneout=_of_h_and_c(self.zoneout),
         )  # fmt: skip
         if not self.bidirectional:
             states = [(h.squeeze(0), c.squeeze(0)) for h, c in states]
         return batch.output(y), [(batch.state_out(h), batch.state_out(c)) for h, c in states]
+
+    def _select(self, x: Tensor) -> Backend:
+        return select(self.backend, x.device, compute_dtype(x), _noise_of(self))
 
     def _states(self, x: Tensor, batch: Batch, hx: Sequence[State] | None) -> list[State]:
         """A user's states, checked, or zeros: (h, c) of each layer, [D, B, H_k]."""
@@ -367,7 +408,7 @@ class StackedLSTM(nn.Module):
         parts = [f"{self.input_size}, {self.hidden_sizes}"]
         defaults = dict(
             bias=True, batch_first=False, dropout=0.0, bidirectional=False, residual=False, backend=None,
-            recompute=False,
+            recompute=False, **dict.fromkeys(_REGULARISERS, 0.0),
         )  # fmt: skip
         parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
         return ", ".join(parts)
@@ -460,12 +501,16 @@ class LSTMCell(RNNCellBase):
 
 
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """`module` as an instance of `cls`, which has the same parameters: the same Parameter objects, hooks, flags."""
+    """`module` as an instance of `cls`, which has the same parameters: the same Parameter objects, hooks, flags.
+
+    What torch's classes have not is left behind, regularisers only where they are off.
+    """
     twin = cls.__new__(cls)
     state = module.__dict__.copy()
     state.pop("_flat_weights", None)  # torch's cache; ours has none
     state.pop("_compiled_call_impl", None)  # of Module.compile(): it would go on calling `module`
-    for ours in ("backend", "recompute"):
+    off = [name for name in _REGULARISERS if not state.get(name)]
+    for ours in ("backend", "recompute", *off):
         state.pop(ours, None)
     for own in ("_parameters", "_buffers", "_modules"):
         state[own] = state[own].copy()
@@ -473,6 +518,58 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     if isinstance(twin, RNNBase):
         twin._init_flat_weights()
     return twin
+
+
+_REGULARISERS = ("recurrent_dropout", "zoneout", "weight_drop")
+
+
+def _set_regularisation(
+    module: "LSTM | StackedLSTM",
+    recurrent_dropout: float,
+    zoneout: float | tuple[float, float],
+    weight_drop: float,
+) -> None:
+    """The arguments as attributes, checked; zoneout as one number where it is the same for h and c."""
+    for name, value in (("recurrent_dropout", recurrent_dropout), ("weight_drop", weight_drop)):
+        if not _is_probability(value):
+            raise ValueError(
+                f"{name} should be a number in range [0, 1] representing the probability of an element being zeroed, "
+                f"got {value!r}"
+            )
+    pair = _of_h_and_c(zoneout)
+    if len(pair) != 2 or not all(map(_is_probability, pair)):
+        raise ValueError(
+            "zoneout should be a number in range [0, 1] representing the probability of an element staying as it was, "
+            f"or a pair of them for h and c, got {zoneout!r}"
+        )
+    h, c = map(float, pair)
+    module.recurrent_dropout, module.weight_drop = float(recurrent_dropout), float(weight_drop)
+    module.zoneout = h if h == c else (h, c)
+
+
+def _is_probability(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
+
+
+def _of_h_and_c(zoneout: float | tuple[float, float]) -> tuple[float, float]:
+    return zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
+
+
+def _noise_of(module: "LSTM | StackedLSTM") -> str | None:
+    """The name of what regularises the recurrence of a call."""
+    if any(_of_h_and_c(module.zoneout)):
+        return "zoneout"
+    return "recurrent_dropout" if module.training and module.recurrent_dropout else None
+
+
+def _with_weight_drop(module: "LSTM | StackedLSTM", layers: list[list[Weights]]) -> list[list[Weights]]:
+    """The weights [L][D] of a call: DropConnect on W_hh, when training."""
+    if not module.training or not module.weight_drop:
+        return layers
+    return [
+        [weights._replace(weight_hh=F.dropout(weights.weight_hh, module.weight_drop)) for weights in layer]
+        for layer in layers
+    ]
 
 
 def _check_rank(input: Tensor, name: str) -> None:

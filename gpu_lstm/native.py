@@ -13,6 +13,7 @@ import torch
 from torch import _VF, Tensor
 
 from . import reference
+from .precision import is_exact
 from .sequences import positions_of_steps, resets_before_steps, valid_steps
 from .weights import Weights
 
@@ -37,9 +38,13 @@ def lstm(
     if not training:
         dropout = 0.0
         training = x.is_cuda and torch.is_grad_enabled()  # to cuDNN this says whether there will be a backward
+    exact = is_exact(c0, x)
+    hx = h0, c0.to(x.dtype) if exact else c0
     if batch_sizes is None:
-        return _VF.lstm(x, (h0, c0), flat, bias, len(layers), dropout, training, bidirectional, False)
-    return _VF.lstm(x, batch_sizes, (h0, c0), flat, bias, len(layers), dropout, training, bidirectional)
+        y, h_n, c_n = _VF.lstm(x, hx, flat, bias, len(layers), dropout, training, bidirectional, False)
+    else:
+        y, h_n, c_n = _VF.lstm(x, batch_sizes, hx, flat, bias, len(layers), dropout, training, bidirectional)
+    return y, h_n, c_n.float() if exact else c_n
 
 
 def lstm_layer(

@@ -18,12 +18,14 @@ from .precision import recurrent_precision
 _LIBRARY = torch.library.Library("gpu_lstm", "DEF")
 _LIBRARY.define(
     "layer_forward(Tensor(a!) gates, Tensor weight_hh, Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, "
-    "Tensor? resets, bool reverse, bool save, str backend) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor c)",
+    "Tensor? resets, bool reverse, bool save, str backend, Tensor? mask_h=None, Tensor? zone_h=None, "
+    "Tensor? zone_c=None) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor c)",
     tags=(torch.Tag.needs_exact_strides,),
 )
 _LIBRARY.define(
     "layer_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor gates, Tensor c, Tensor weight_hh, "
-    "Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, Tensor? resets, bool reverse, str backend) "
+    "Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, Tensor? resets, bool reverse, str backend, "
+    "Tensor? mask_h=None, Tensor? zone_h=None, Tensor? zone_c=None) "
     "-> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh_total)",
     tags=(torch.Tag.needs_exact_strides,),
 )
@@ -47,31 +49,33 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
-def _layer_forward(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend):
+def _layer_forward(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend, *noise):
     weight_hh, weight_hr, h0, c0, lengths, resets = _contiguous(weight_hh, weight_hr, h0, c0, lengths, resets)
     precision = recurrent_precision(gates.dtype)
     return _launcher(backend).layer_forward(
-        gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, precision, save=save
+        gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, precision, *_contiguous(*noise), save=save
     )
 
 
-def _layer_forward_fake(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend):
+def _layer_forward_fake(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend, *noise):
     h = gates.new_empty(*gates.shape[:2], h0.shape[1])
     c = c0.new_empty((gates.shape[0], *c0.shape) if save else 0)
     return h, torch.empty_like(h0), torch.empty_like(c0), c
 
 
-def _layer_backward(dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend):
+def _layer_backward(dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend, *noise):
     dh, dh_n, dc_n, weight_hh, weight_hr, h0, c0, lengths, resets = _contiguous(
         dh, dh_n, dc_n, weight_hh, weight_hr, h0, c0, lengths, resets
     )
     return _launcher(backend).layer_backward(
         dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse,
-        recurrent_precision(gates.dtype),
+        recurrent_precision(gates.dtype), *_contiguous(*noise),
     )  # fmt: skip
 
 
-def _layer_backward_fake(dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend):
+def _layer_backward_fake(
+    dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend, *noise
+):
     dh_total = gates.new_empty((0,) if weight_hr is None else (*gates.shape[:2], h0.shape[1]))
     return torch.empty_like(gates), torch.empty_like(h0), torch.empty_like(c0), dh_total
 

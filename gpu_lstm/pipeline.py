@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import autograd
+from .noise import Noise
 from .sequences import valid_steps
 from .weights import Weights
 
@@ -37,15 +38,16 @@ def lstm_stack(
     dropout: float,
     residual: bool,
     recompute: bool,
+    noise: list[list[Noise]],  # [L][D]
 ) -> tuple[Tensor, list[State]]:
     """Output [T, B, D*P] and the final states, one pair a layer, in the dtype of x."""
     run = partial(_chunk, steps=len(x), lengths=lengths, resets=resets, backend=backend, recompute=recompute)
     connect = partial(_connect, lengths=lengths, residual=residual)
     if len(layers[0]) == 1:
-        return _wavefront(run, connect, x, states, layers, dropout, recompute)
+        return _wavefront(run, connect, x, states, layers, dropout, recompute, noise)
     finals = []
     for k, (layer, state) in enumerate(zip(layers, states)):
-        y, final = _both_directions(run, x, state, layer, recompute)
+        y, final = _both_directions(run, x, state, layer, recompute, noise[k])
         x = connect(x, y, start=0, dropout=dropout if k + 1 < len(layers) else 0.0)
         finals.append(final)
     return x, finals
@@ -59,6 +61,7 @@ def _wavefront(
     layers: list[list[Weights]],  # [L][1]
     dropout: float,
     recompute: bool,
+    noise: list[list[Noise]],  # [L][1]
 ) -> tuple[Tensor, list[State]]:
     """A stack in the forward direction, chunk by chunk through all layers."""
     steps, top = len(x), len(layers) - 1
@@ -68,19 +71,21 @@ def _wavefront(
         length = min(length, max(SHORTEST, ceil(steps / WAVEFRONT)))
     streams = _streams(x.device, len(layers)) if side_by_side else (None,) * len(layers)
 
+    cell_dtype = states[0][1].dtype
     states = [(h[0], c[0].float()) for h, c in states]
     outputs = _Outputs(x, length, 1, states[top][0].shape[-1])
     for start in range(0, steps, length):
         y = x[start : start + length]
         for k, (weights,) in enumerate(layers):
-            with _on(streams[k], after=streams[k - 1] if k else None, reads=(y, *states[k])):
-                h, *final = run(y, *states[k], weights, start=start, reverse=False)
+            (own,) = noise[k]
+            with _on(streams[k], after=streams[k - 1] if k else None, reads=(y, *states[k], *own.present())):
+                h, *final = run(y, *states[k], weights, own, start=start, reverse=False)
                 y = connect(y, h, start=start, dropout=dropout if k < top else 0.0)
                 states[k] = (final[0], final[1])
                 if k == top:
                     outputs.add(y, start, 0)
     _join(streams, [*outputs.parts(), *(tensor for state in states for tensor in state)])
-    return outputs.whole(), [(h[None], c.to(x.dtype)[None]) for h, c in states]
+    return outputs.whole(), [(h[None], c.to(cell_dtype)[None]) for h, c in states]
 
 
 def _both_directions(
@@ -89,23 +94,24 @@ def _both_directions(
     state: State,  # ([2, B, P], [2, B, H])
     layer: list[Weights],  # [2]
     recompute: bool,
+    noise: list[Noise],  # [2]
 ) -> tuple[Tensor, State]:
     """Both directions of one layer: [T, B, 2P] and the final ([2, B, P], [2, B, H])."""
     length = _chunk_length(x, layer[0], recompute)
     streams = _streams(x.device, 2) if _has_streams(x) else (None, None)
     outputs = _Outputs(x, length, 2, state[0].shape[-1])
     finals = []
-    for d, weights in enumerate(layer):
+    for d, (weights, own) in enumerate(zip(layer, noise)):
         starts = range(0, len(x), length)
         h_n, c_n = state[0][d], state[1][d].float()
-        with _on(streams[d], after=None, reads=(x, h_n, c_n)):
+        with _on(streams[d], after=None, reads=(x, h_n, c_n, *own.present())):
             for start in reversed(starts) if d else starts:
-                h, h_n, c_n = run(x[start : start + length], h_n, c_n, weights, start=start, reverse=bool(d))
+                h, h_n, c_n = run(x[start : start + length], h_n, c_n, weights, own, start=start, reverse=bool(d))
                 outputs.add(h, start, d)
         finals.append((h_n, c_n))
     _join(streams, [*outputs.parts(), *(tensor for final in finals for tensor in final)])
     h_n, c_n = (torch.stack(tensors) for tensors in zip(*finals))
-    return outputs.whole(), (h_n, c_n.to(x.dtype))
+    return outputs.whole(), (h_n, c_n.to(state[1].dtype))
 
 
 def _chunk(
@@ -113,6 +119,7 @@ def _chunk(
     h: Tensor,  # [B, P]
     c: Tensor,  # [B, H] float32
     weights: Weights,
+    noise: Noise,  # of the whole sequence
     *,
     start: int,
     reverse: bool,
@@ -130,7 +137,8 @@ def _chunk(
         h, c = (torch.where(separated[:, None], 0, state) for state in (h, c))
     lengths = None if lengths is None else (lengths - start).clamp(0, len(x))
     resets = None if resets is None else resets[start:stop]
-    return autograd.lstm_layer(x, h, c, *weights, lengths, resets, reverse, backend, recompute)
+    noise = noise.within(start, stop)
+    return autograd.lstm_layer(x, h, c, *weights, lengths, resets, reverse, backend, recompute, noise)
 
 
 def _connect(

@@ -1,4 +1,4 @@
-"""How products of float32 tensors are taken inside the kernels.
+"""How products of float32 tensors are taken inside the kernels, and cell states that are kept in float32.
 
 The recurrent product obeys the switch that torch.nn.LSTM itself obeys on CUDA, cuDNN's: TF32 unless the user
 turned it off (``torch.backends.cudnn.allow_tf32`` or ``torch.backends.cudnn.rnn.fp32_precision``). Products over
@@ -7,6 +7,7 @@ all steps go through torch.matmul and obey ``torch.backends.cuda.matmul``.
 
 import torch
 import torch.backends.cudnn.rnn as cudnn_rnn
+from torch import Tensor
 
 
 def recurrent_precision(dtype: torch.dtype) -> str:
@@ -20,3 +21,8 @@ def _cudnn_takes_tf32() -> bool:
     if hasattr(cudnn_rnn, "fp32_precision"):  # torch 2.9 and newer: a switch for each kind of operator
         return cudnn_rnn.fp32_precision == "tf32"
     return torch.backends.cudnn.allow_tf32
+
+
+def is_exact(c: Tensor, x: Tensor) -> bool:
+    """Whether a cell state is float32 beside an input of half precision: not rounded, as kernels keep it."""
+    return c.dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16)

@@ -68,7 +68,8 @@ class Stream:
         if x.dim() not in (2, 3) or x.shape[batch_axis] != self.batch:
             expected = "(N, T, I)" if self.lstm.batch_first else "(T, N, I)"
             raise ValueError(f"expected (N, I) or {expected} with N = {self.batch}, got {tuple(x.shape)}")
-        if self.lstm.training and self.lstm.dropout:
+        drawn = (getattr(self.lstm, name) for name in ("dropout", "recurrent_dropout", "zoneout", "weight_drop"))
+        if self.lstm.training and any(drawn):
             raise ValueError("the LSTM drops out in training mode; call eval() on it first")
         with torch.no_grad():
             if x.dim() == 3:

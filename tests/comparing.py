@@ -1,14 +1,17 @@
 """Problems, and the comparison of a backend with the float64 oracle."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import oracle
 import torch
 from torch import Tensor
 
-from gpu_lstm.functional import lstm_layer
+from gpu_lstm.backends import Backend
+from gpu_lstm.functional import _one_direction, lstm_layer
+from gpu_lstm.noise import NO_NOISE, Noise
+from gpu_lstm.weights import Weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLACES = {  # of a module's parameters, by backend
@@ -30,6 +33,7 @@ class Problem:
     resets: Tensor | None
     reverse: bool
     output_gradients: list[Tensor]  # of h, h_n, c_n
+    noise: Noise = NO_NOISE
 
     def rounded(self, dtype: torch.dtype) -> "Problem":
         """The same problem with all its numbers representable in `dtype`."""
@@ -37,17 +41,25 @@ class Problem:
         def through(t):
             return None if t is None else t.to(dtype).double()
 
-        return Problem(
-            [through(t) for t in self.tensors], self.lengths, self.resets, self.reverse,
-            [through(t) for t in self.output_gradients],
-        )  # fmt: skip
+        return replace(
+            self,
+            tensors=[through(t) for t in self.tensors],
+            output_gradients=[through(t) for t in self.output_gradients],
+            noise=self.noise._replace(mask_h=through(self.noise.mask_h)),
+        )
 
     def truth(self) -> list[np.ndarray | None]:
         """Results and gradients in the order of NAMES, from the NumPy oracle."""
         inputs = [None if t is None else t.numpy() for t in self.tensors]
-        *results, tape = oracle.layer(*inputs, lengths=self.lengths, resets=self.resets, reverse=self.reverse)
+        steps = len(self.tensors[0])
+        sizes = self.tensors[1].shape, (steps, *self.tensors[1].shape), (steps, *self.tensors[2].shape)
+        noise = {
+            name: None if t is None else np.broadcast_to(t.double().numpy(), size)
+            for (name, t), size in zip(self.noise._asdict().items(), sizes)
+        }
+        *results, tape = oracle.layer(*inputs, lengths=self.lengths, resets=self.resets, reverse=self.reverse, **noise)
         dh, dh_n, dc_n = (g.numpy() for g in self.output_gradients)
-        return [*results, *oracle.layer_gradients(*inputs, tape=tape, dh=dh, dh_n=dh_n, dc_n=dc_n)]
+        return [*results, *oracle.layer_gradients(*inputs, tape=tape, dh=dh, dh_n=dh_n, dc_n=dc_n, **noise)]
 
     def run(self, backend: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor | None]:
         """The same from gpu_lstm, in `dtype` on `device`."""
@@ -55,9 +67,16 @@ class Problem:
         x, h0, c0, *weights = tensors
         lengths = None if self.lengths is None else self.lengths.to(device)
         resets = None if self.resets is None else self.resets.to(device)
-        h, (h_n, c_n) = lstm_layer(
-            x, weights, (h0, c0), lengths=lengths, resets=resets, reverse=self.reverse, backend=backend
-        )
+        if not self.noise.present():
+            h, (h_n, c_n) = lstm_layer(
+                x, weights, (h0, c0), lengths=lengths, resets=resets, reverse=self.reverse, backend=backend
+            )
+        else:  # users give probabilities, and to modules only
+            mask_h, *zones = (None if t is None else t.to(device) for t in self.noise)
+            noise = Noise(None if mask_h is None else mask_h.to(dtype), *zones)
+            h, h_n, c_n = _one_direction(
+                x, h0, c0, Weights(*weights), lengths, resets, self.reverse, Backend(backend), noise=noise
+            )
         gradients = [g.to(device, dtype) for g in self.output_gradients]
         torch.autograd.backward([h, h_n, c_n], gradients)
         return [h, h_n, c_n, *(None if t is None else t.grad for t in tensors)]
@@ -89,17 +108,24 @@ def problem(
 
 
 def assert_as_good_as_torch(
-    make_problem: Callable[[int], Problem], backend: str, dtype: torch.dtype, device: str = "cpu", seeds: int = 3
+    make_problem: Callable[[int], Problem],
+    backend: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seeds: int = 3,
+    yardstick: str = "torch",
 ) -> None:
     """Every result and gradient: its RMS error is at most twice that of torch's own LSTM in the same dtype.
 
-    Both are held against the oracle, over `seeds` problems, so that one lucky rounding of torch's decides nothing;
-    an RMS below the unit in the last place of the largest element counts as that unit.
+    Or that of another backend, the `yardstick`, where torch's LSTM does not take the problem. Both are held against the
+    oracle, over `seeds` problems, so that one lucky rounding of theirs decides nothing; an RMS below the unit in the
+    last place of the largest element counts as that unit.
     """
     errors: dict[str, list[tuple[np.ndarray, np.ndarray, float]]] = {}
     for seed in range(seeds):
         problem = make_problem(seed).rounded(dtype)
-        results = zip(NAMES, problem.truth(), problem.run(backend, dtype, device), problem.run("torch", dtype, device))
+        runs = (problem.run(name, dtype, device) for name in (backend, yardstick))
+        results = zip(NAMES, problem.truth(), *runs)
         for name, true, our, their in results:
             if true is not None:
                 our_error, their_error = (t.detach().double().cpu().numpy() - true for t in (our, their))
@@ -111,7 +137,7 @@ def assert_as_good_as_torch(
         worst = max((pair[0] for pair in pairs), key=lambda error: np.abs(error).max(initial=0.0))
         where = tuple(map(int, np.unravel_index(np.abs(worst).argmax(), worst.shape)))
         assert ours <= allowed, (
-            f"{name}: RMS error {ours:.3g}, allowed {allowed:.3g} (torch's own {theirs:.3g}); "
+            f"{name}: RMS error {ours:.3g}, allowed {allowed:.3g} ({yardstick}'s own {theirs:.3g}); "
             f"worst {worst[where]:.3g} at {where} of {worst.shape}"
         )
 

@@ -11,8 +11,12 @@ def sigmoid(x):
 
 
 def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, *, lengths=None, resets=None,
-          reverse=False):  # fmt: skip
-    """One layer, one direction: (h [T, B, P], h_n [B, P], c_n [B, H], tape for `layer_gradients`)."""
+          reverse=False, mask_h=None, zone_h=None, zone_c=None):  # fmt: skip
+    """One layer, one direction: (h [T, B, P], h_n [B, P], c_n [B, H], tape for `layer_gradients`).
+
+    mask_h [B, P] multiplies h in the recurrent product; zone_h [T, B, P] and zone_c [T, B, H] are the shares of the
+    states that stay as they were before the step.
+    """
     T, B, _ = x.shape
     P = h0.shape[1]
     out = np.zeros((T, B, P))
@@ -28,35 +32,43 @@ def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr
             at_start = previous_time is None
             reset = resets is not None and (not at_start or not reverse) and bool(resets[boundary, b])
             h_prev, c_prev = (np.zeros_like(h), np.zeros_like(c)) if reset else (h, c)
-            z = weight_ih @ x[t, b] + weight_hh @ h_prev
+            h_in = h_prev if mask_h is None else h_prev * mask_h[b]
+            z = weight_ih @ x[t, b] + weight_hh @ h_in
             if bias_ih is not None:
                 z = z + bias_ih + bias_hh
             zi, zf, zg, zo = np.split(z, 4)
             i, f, g, o = sigmoid(zi), sigmoid(zf), np.tanh(zg), sigmoid(zo)
-            c = f * c_prev + i * g
+            c_new = c = f * c_prev + i * g
             m = o * np.tanh(c)
             h = m if weight_hr is None else weight_hr @ m
+            if zone_h is not None:
+                h = zone_h[t, b] * h_prev + (1 - zone_h[t, b]) * h
+            if zone_c is not None:
+                c = zone_c[t, b] * c_prev + (1 - zone_c[t, b]) * c
             out[t, b] = h
-            tape.append((b, t, reset, h_prev, c_prev, i, f, g, o, c, m))
+            tape.append((b, t, reset, h_in, c_prev, i, f, g, o, c_new, m))
             previous_time = t
         h_n[b], c_n[b] = h, c
     return out, h_n, c_n, tape
 
 
 def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, *, tape, dh, dh_n,
-                    dc_n):  # fmt: skip
+                    dc_n, mask_h=None, zone_h=None, zone_c=None):  # fmt: skip
     """Gradients of x, h0, c0 and the weights (None where there is none), by backpropagation through time."""
     inputs = (x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
     dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr = (None if a is None else np.zeros(a.shape) for a in inputs)
     into_h, into_c = dh_n.copy(), dc_n.copy()  # [B, *] gradient of each sequence's state after the step in hand
-    for b, t, reset, h_prev, c_prev, i, f, g, o, c, m in reversed(tape):
+    for b, t, reset, h_in, c_prev, i, f, g, o, c_new, m in reversed(tape):
+        factors = 1.0 if mask_h is None else mask_h[b]
+        stays_h = 0.0 if zone_h is None else zone_h[t, b]
+        stays_c = 0.0 if zone_c is None else zone_c[t, b]
         grad_h = dh[t, b] + into_h[b]
-        grad_m = grad_h
+        grad_m = grad_h_new = (1 - stays_h) * grad_h
         if weight_hr is not None:
-            dw_hr += np.outer(grad_h, m)
-            grad_m = weight_hr.T @ grad_h
-        tanh_c = np.tanh(c)
-        grad_c = into_c[b] + grad_m * o * (1 - tanh_c**2)
+            dw_hr += np.outer(grad_h_new, m)
+            grad_m = weight_hr.T @ grad_h_new
+        tanh_c = np.tanh(c_new)
+        grad_c = (1 - stays_c) * into_c[b] + grad_m * o * (1 - tanh_c**2)
         dz = np.concatenate(
             [
                 grad_c * g * i * (1 - i),
@@ -67,11 +79,11 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
         )
         dx[t, b] = weight_ih.T @ dz
         dw_ih += np.outer(dz, x[t, b])
-        dw_hh += np.outer(dz, h_prev)
+        dw_hh += np.outer(dz, h_in)
         if bias_ih is not None:
             db_ih += dz
             db_hh += dz
-        into_h[b] = 0 if reset else weight_hh.T @ dz
-        into_c[b] = 0 if reset else grad_c * f
+        into_h[b] = 0 if reset else factors * (weight_hh.T @ dz) + stays_h * grad_h
+        into_c[b] = 0 if reset else grad_c * f + stays_c * into_c[b]
     dh0, dc0 = into_h, into_c  # where there was no step at all, the final state is the initial one
     return dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr

@@ -99,6 +99,29 @@ def test_half_precision_keeps_the_cell_in_float32(dtype):
     assert (steps - whole).abs().max() <= 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}], ids=str)
+def test_a_cell_state_in_float32_beside_half_precision(backend, options):
+    torch.manual_seed(0)
+    lstm = gpu_lstm.LSTM(I, H, dtype=torch.float16, device=PLACES[backend]["device"], backend=backend, **options)
+    x = random_input(lstm)
+    rows = lstm.num_layers * (2 if lstm.bidirectional else 1)
+    h_0, c_0 = (torch.randn(2, rows, B, H) * 0.5).to(x.device)
+    y, (h_n, c_n) = lstm(x, (h_0.half(), c_0))
+    assert (y.dtype, h_n.dtype, c_n.dtype) == (torch.float16, torch.float16, torch.float32)
+    _, (_, c_rounded) = lstm(x, (h_0.half(), c_0.half()))
+    assert c_rounded.dtype is torch.float16
+    torch.testing.assert_close(c_n.half(), c_rounded, rtol=0, atol=4e-3)
+    for wrong in ((h_0, c_0), (h_0.half(), c_0.double())):
+        with pytest.raises(RuntimeError, match="dtype"):  # in torch's words, which on its backend depend on the device
+            lstm(x, wrong)
+    if backend == "triton" and not lstm.bidirectional:  # which hands on h in half precision, too
+        first, state = lstm(x[:4], (h_0.half(), c_0))
+        second, state = lstm(x[4:], state)
+        assert torch.equal(torch.cat([first, second]), y)
+        assert torch.equal(state[1], c_n)
+
+
 def test_nothing_is_recorded_for_backward(build):
     lstm = build()
     assert not Stream(lstm, B)(random_input(lstm)).requires_grad

@@ -47,6 +47,9 @@ class Recurrence(NamedTuple):
     resets: Tensor | None  # [T, B]
     reverse: bool
     precision: str  # of float32 products: "tf32" or "ieee"
+    mask_h: None = None  # recurrent dropout and zoneout, which these kernels do not take
+    zone_h: None = None
+    zone_c: None = None
 
 
 class Family(enum.Enum):
@@ -86,6 +89,7 @@ def layer_forward(
 
     Raises:
         TypeError: a dtype that the kernels do not take.
+        ValueError: recurrent dropout or zoneout.
     """
     r = _checked(gates, recurrence)
     steps, batch, _ = gates.shape
@@ -124,6 +128,7 @@ def layer_backward(
 
     Raises:
         TypeError: a dtype that the kernels do not take.
+        ValueError: recurrent dropout or zoneout.
     """
     r = _checked(gates, recurrence)
     batch = gates.shape[1]
@@ -147,6 +152,8 @@ def _checked(gates: Tensor, recurrence: tuple[Any, ...]) -> Recurrence:
     r = Recurrence(*recurrence)
     if gates.dtype not in ELEMENTS:
         raise TypeError(f"backend 'cupy' takes float16, bfloat16 and float32, got {gates.dtype}")
+    if not r.mask_h is r.zone_h is r.zone_c is None:
+        raise ValueError("backend 'cupy' takes neither recurrent dropout nor zoneout")
     return r if r.lengths is None else r._replace(lengths=r.lengths.int())
 
 

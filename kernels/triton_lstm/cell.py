@@ -6,7 +6,8 @@ Gers, Schmidhuber & Cummins (2000), as torch.nn.LSTM states them:
     i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)
     c = f * c_prev + i * g                                  m = o * tanh(c)
 
-m is the hidden state h, or what the projection W_hr takes to h where there is one.
+m is the hidden state h, or what the projection W_hr takes to h where there is one. With zoneout (Krueger et al., 2017)
+a share of each state, all or nothing in training, stays as it was before the step.
 """
 
 import triton
@@ -55,3 +56,15 @@ def cell_backward(i, f, g, o, c, c_prev, dm, dc):
     dz_g = dc * i * (1.0 - g * g)
     dz_o = dm * t * o * (1.0 - o)
     return dz_i, dz_f, dz_g, dz_o, dc * f
+
+
+@triton.jit
+def zoneout(zone, before, new):
+    """A state before the step and as the step computed it -> after zoneout. `zone` is the share that stays."""
+    return zone * before + (1.0 - zone) * new
+
+
+@triton.jit
+def zoneout_backward(zone, d):
+    """Gradient of a state after zoneout -> (of the state before the step, of the one that the step computed)."""
+    return zone * d, (1.0 - zone) * d

@@ -38,11 +38,13 @@ class Case:
     backward: bool
     device: Device
     ragged: bool = False  # with lengths and resets, in reverse
+    training: bool = True  # of a regularised problem: with masks, not probabilities
 
     def __str__(self) -> str:
         p = self.problem
         name = str(p.dtype).removeprefix("torch.") + f" {p.precision}" * (p.dtype is torch.float32)
-        return f"{name} B={p.batch} H={p.hidden}" + f" P={p.projected}" * bool(p.projected) + " ragged" * self.ragged
+        name += f" B={p.batch} H={p.hidden}" + f" P={p.projected}" * bool(p.projected) + " ragged" * self.ragged
+        return name + (" masks" if self.training else " rates") * p.regularised
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,23 @@ class Report:
 
 
 def step_cases() -> list[Case]:
-    """Every dtype, precision and architecture; with a projection and without."""
+    """Every dtype, precision and architecture; with a projection and without; regularised and not."""
     devices = [Device("", sm, 1, shared_memory_of(sm), 0, 0, 0, 0, 0) for sm in STEP_ARCHITECTURES]
-    shapes = ((16, 768, 0, False), (64, 130, 33, True))
+    kinds = (  # B, H, P, ragged; whether regularised, and in training
+        (16, 768, 0, False, False, True),
+        (64, 130, 33, True, False, True),
+        (64, 130, 0, True, True, True),
+        (64, 130, 33, True, True, True),
+        (64, 130, 0, True, True, False),
+    )
     return [
-        Case(Problem(2, batch, hidden, dtype, projected, precision), backward, device, ragged)
-        for (dtype, precision), (batch, hidden, projected, ragged), backward, device in itertools.product(
-            PRECISIONS, shapes, (False, True), devices
+        Case(
+            Problem(2, batch, hidden, dtype, projected, precision, regularised=regularised),
+            backward, device, ragged, training,
         )
-    ]
+        for (dtype, precision), (batch, hidden, projected, ragged, regularised, training), backward, device
+        in itertools.product(PRECISIONS, kinds, (False, True), devices)
+    ]  # fmt: skip
 
 
 def sequence_cases() -> list[Case]:
@@ -110,7 +120,7 @@ def _reports_of(case: Case) -> list[Report]:
         candidates = plans(case.problem, case.device, case.backward)
     rows: list[Report] = []
     for plan in candidates:
-        launches = recorded_launches(case.problem, case.backward, plan, case.ragged, case.ragged)
+        launches = recorded_launches(case.problem, case.backward, plan, case.ragged, case.ragged, case.training)
         rows = [report(launch, case, plan) for launch in launches]
         if all(row.fits for row in rows):
             break

@@ -122,6 +122,16 @@ def join_gate_rows(i, f, g, o, BLOCK_H: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def load_zone(zone_ptr, at, mask):
+    """The share of the previous state that stays: of a tile of a mask, or one float32 for all of it."""
+    if zone_ptr.dtype.element_ty == tl.float32:
+        zone = tl.load(zone_ptr)
+    else:
+        zone = tl.load(zone_ptr + at, mask=mask, other=0).to(tl.float32)
+    return zone
+
+
+@triton.jit
 def load_gates(gates_ptr, at, mask, H: tl.constexpr):
     """The four gates of a tile of a [rows, 4H] tensor, float32; `at` is the tile's offsets for gate i."""
     i = tl.load(gates_ptr + at, mask=mask, other=0.0).to(tl.float32)

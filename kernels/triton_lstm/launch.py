@@ -35,6 +35,14 @@ class Recurrence(NamedTuple):
     resets: Tensor | None  # [T, B]
     reverse: bool
     precision: str  # of float32 products, as tl.dot's input_precision
+    mask_h: Tensor | None = None  # [B, P] factors of h in the recurrent product
+    zone_h: Tensor | None = None  # the share of h that stays as it was: bool [T, B, P], or one float32 for all
+    zone_c: Tensor | None = None  # of c: bool [T, B, H], or one float32 for all
+
+    @property
+    def regularised(self) -> bool:
+        """Whether there is anything that only the step family takes."""
+        return not self.mask_h is self.zone_h is self.zone_c is None
 
 
 def layer_forward(
@@ -66,6 +74,7 @@ def layer_forward(
         return h, h_n, c_n, c
     raise_if_gave_up()
     plan = plan or choose_plan(_problem(gates, r), gates.device, False)
+    assert plan.family is Family.STEP or not r.regularised
     match plan.family:
         case Family.RESIDENT:
             _resident_forward(run, plan, gates, r, h, c if save else None, h_n, c_n)
@@ -95,7 +104,7 @@ def layer_backward(
 
     Returns:
         dgates [T, B, 4H], gradient of the pre-activations; dh0 [B, P]; dc0 float32 [B, H]; and, with a projection,
-        the whole gradient of h [T, B, P] (without one, an empty tensor), from which dW_hr is taken.
+        the whole gradient of W_hr m [T, B, P] (without one, an empty tensor), from which dW_hr is taken.
 
     Raises:
         RuntimeError: programs of an earlier launch waited in vain for each other.
@@ -105,19 +114,21 @@ def layer_backward(
     batch = gates.shape[1]
     dgates = torch.empty_like(gates)
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # [B, H], of c_n; the kernels make it that of c0
+    dh_held = None if r.zone_h is None else torch.zeros_like(r.h0, dtype=torch.float32)  # [B, P], by zoneout
     dh_total = gates.new_empty(0 if r.weight_hr is None else (*gates.shape[:2], r.h0.shape[1]))
     if batch == 0:
         return dgates, torch.zeros_like(r.h0), dc, dh_total
     raise_if_gave_up()
     plan = plan or choose_plan(_problem(gates, r), gates.device, True)
+    assert plan.family is Family.STEP or not r.regularised
     match plan.family:
         case Family.RESIDENT:
             _resident_backward(run, plan, dh, dh_n, gates, c, r, dgates, dc)
         case Family.COOPERATIVE:
             _cooperative_backward(run, plan, dh, dh_n, gates, c, r, dgates, dc)
         case Family.STEP:
-            _step_backward(run, plan, dh, dh_n, gates, c, r, dgates, dc, dh_total)
-    return dgates, _initial_hidden_gradient(dgates, dh_n, r), dc, dh_total
+            _step_backward(run, plan, dh, dh_n, gates, c, r, dgates, dc, dh_total, dh_held)
+    return dgates, _initial_hidden_gradient(dgates, dh_n, dh_held, r), dc, dh_total
 
 
 def launch_kernel(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> None:
@@ -185,9 +196,12 @@ def _fitting_plan(problem: Problem, device: Device, backward: bool) -> Plan:
 
 
 def recorded_launches(
-    problem: Problem, backward: bool, plan: Plan, ragged: bool = False, reverse: bool = False
+    problem: Problem, backward: bool, plan: Plan, ragged: bool = False, reverse: bool = False, training: bool = True
 ) -> list[Launch]:
-    """The distinct launches that a plan makes, everything saved and every gradient given, without making them."""
+    """The distinct launches that a plan makes, everything saved and every gradient given, without making them.
+
+    A problem that is regularised has masks in training, else zoneout's probabilities.
+    """
     launches: dict[str, Launch] = {}
 
     def record(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> None:
@@ -200,6 +214,12 @@ def recorded_launches(
     width = problem.projected or hidden
     gates, h, h0 = meta(steps, batch, 4 * hidden), meta(steps, batch, width), meta(batch, width)
     c, c0 = meta(steps, batch, hidden, dtype=torch.float32), meta(batch, hidden, dtype=torch.float32)
+    noise: tuple[Tensor | None, ...] = (None, None, None)
+    if problem.regularised and training:
+        zones = (meta(steps, batch, features, dtype=torch.bool) for features in (width, hidden))
+        noise = (meta(batch, width), *zones)
+    elif problem.regularised:
+        noise = (None, meta(dtype=torch.float32), meta(dtype=torch.float32))
     r = Recurrence(
         meta(4 * hidden, width),
         meta(width, hidden) if problem.projected else None,
@@ -209,6 +229,7 @@ def recorded_launches(
         meta(steps, batch, dtype=torch.bool) if ragged else None,
         reverse,
         problem.precision,
+        *noise,
     )
     if backward:
         layer_backward(h, h0, c0, gates, c, *r, plan=plan, run=record)
@@ -220,7 +241,7 @@ def recorded_launches(
 def _problem(gates: Tensor, r: Recurrence) -> Problem:
     steps, batch, _ = gates.shape
     projected = 0 if r.weight_hr is None else r.weight_hr.shape[0]
-    return Problem(steps, batch, r.c0.shape[1], gates.dtype, projected, r.precision)
+    return Problem(steps, batch, r.c0.shape[1], gates.dtype, projected, r.precision, regularised=r.regularised)
 
 
 # The step family.
@@ -242,17 +263,19 @@ def _step_forward(run: Run, plan: Plan, gates, r: Recurrence, h, c, h_n, c_n) ->
         run(
             step.lstm_step_forward_kernel, (rows, ceil(hidden / plan.columns)),
             gates, r.weight_hh, h_prev, c_prev, m, state, None if project else h_n, c_n, r.lengths, r.resets,
-            s, steps, batch, SAVE=save, PROJECT=project, BLOCK_H=plan.columns, **constants,
+            r.mask_h, None if project else r.zone_h, r.zone_c, s, steps, batch,
+            SAVE=save, PROJECT=project, BLOCK_H=plan.columns, **constants,
         )  # fmt: skip
         if project:
             run(
                 step.lstm_step_project_kernel, (rows, ceil(projected / plan.columns)),
-                m, r.weight_hr, h, h_n, r.lengths, s, steps, batch, BLOCK_P=plan.columns, **constants,
+                m, r.weight_hr, h_prev, h, h_n, r.lengths, r.resets, r.zone_h, s, steps, batch,
+                BLOCK_P=plan.columns, **constants,
             )  # fmt: skip
         h_prev, c_prev = h, state
 
 
-def _step_backward(run: Run, plan: Plan, dh, dh_n, gates, c, r: Recurrence, dgates, dc, dh_total) -> None:
+def _step_backward(run: Run, plan: Plan, dh, dh_n, gates, c, r: Recurrence, dgates, dc, dh_total, dh_held) -> None:
     steps, batch, _ = gates.shape
     hidden, projected = r.c0.shape[1], r.h0.shape[1]
     project = r.weight_hr is not None
@@ -265,14 +288,15 @@ def _step_backward(run: Run, plan: Plan, dh, dh_n, gates, c, r: Recurrence, dgat
         if project:
             run(
                 step.lstm_step_project_backward_kernel, (rows, ceil(projected / plan.columns)),
-                dh, dh_n, dgates, r.weight_hh, dh_total, r.lengths, r.resets, s, steps, batch,
-                BLOCK_P=plan.columns, **constants,
+                dh, dh_n, dgates, r.weight_hh, dh_total, r.lengths, r.resets, r.mask_h, r.zone_h, dh_held,
+                s, steps, batch, BLOCK_P=plan.columns, **constants,
             )  # fmt: skip
         run(
             step.lstm_step_backward_kernel, (rows, ceil(hidden / plan.columns)),
             dh_total if project else dh, None if project else dh_n, gates, c, c if s else r.c0,
-            r.weight_hr if project else r.weight_hh, dgates, dc, r.lengths, r.resets, s, steps, batch,
-            PROJECT=project, BLOCK_H=plan.columns, **constants,
+            r.weight_hr if project else r.weight_hh, dgates, dc, r.lengths, r.resets,
+            *((None, None, r.zone_c, None) if project else (r.mask_h, r.zone_h, r.zone_c, dh_held)),
+            s, steps, batch, PROJECT=project, BLOCK_H=plan.columns, **constants,
         )  # fmt: skip
 
 
@@ -392,6 +416,7 @@ def raise_if_gave_up() -> None:
 def _initial_hidden_gradient(
     dgates: Tensor,  # [T, B, 4H]
     dh_n: Tensor | None,  # [B, P]
+    dh_held: Tensor | None,  # [B, P] float32
     r: Recurrence,
 ) -> Tensor:
     """dh0 [B, P]: through the first step, unless a reset stands before it; dh_n where there is no step at all."""
@@ -403,6 +428,10 @@ def _initial_hidden_gradient(
     if r.resets is not None and not r.reverse:
         first = first.masked_fill(r.resets[0, :, None], 0)
     dh0 = first @ r.weight_hh
+    if r.mask_h is not None:
+        dh0 = r.mask_h * dh0
+    if dh_held is not None:
+        dh0 = dh0 + dh_held.to(dh0.dtype)
     if r.lengths is not None and dh_n is not None:
         dh0 = torch.where((r.lengths == 0)[:, None], dh_n, dh0)
     return dh0

@@ -32,6 +32,7 @@ class Problem:
     projected: int = 0
     precision: str = "ieee"  # of float32 products
     directions: int = 1  # that run side by side and share the card
+    regularised: bool = False  # by recurrent dropout or zoneout
 
     @property
     def size(self) -> int:
@@ -108,7 +109,7 @@ def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
 
 def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     """What to try, best first (expected, until it is measured); the step family last."""
-    if problem.steps == 1:
+    if problem.steps == 1 or problem.regularised:
         return [step_plan(problem, backward)]  # holding W_hh on chip pays from the second step on
     return [
         *_resident(problem, device, backward),
@@ -125,13 +126,23 @@ def step_plan(problem: Problem, backward: bool) -> Plan:
     """
     rows = 16 if problem.batch <= 16 else 32 if problem.batch <= 32 else 64
     columns = 32 if backward else 16  # a unit has four columns in the forward product
-    if problem.dtype is torch.float32 and problem.precision == "ieee":
-        rows, columns = min(rows, 32), 16  # without tensor cores a product takes more registers
+    most, stages = (32, 2) if problem.regularised else (64, 3)  # masks take registers
+    no_tensor_cores = problem.dtype is torch.float32 and problem.precision == "ieee"
+    if no_tensor_cores:
+        most, columns = most // 2, 16  # and so do products without them
+    rows = min(rows, most)
+    warps = 8 if no_tensor_cores and problem.regularised else 4
     k = 128 // problem.size  # 128 bytes of each row at a time
     stage = (rows + columns * (1 if backward else 4)) * k * problem.size
+    if problem.regularised:
+        why = "recurrent dropout and zoneout run step by step"
+    elif problem.projected:
+        why = "a projection runs step by step"
+    else:
+        why = "W_hh is read from L2 at every step"
     return Plan(
-        Family.STEP, rows, columns, k, 1, ceil(problem.hidden / columns), ceil(problem.batch / rows), 4, 3, 2 * stage,
-        "a projection runs step by step" if problem.projected else "W_hh is read from L2 at every step",
+        Family.STEP, rows, columns, k, 1, ceil(problem.hidden / columns), ceil(problem.batch / rows), warps,
+        stages, 2 * stage, why,
     )  # fmt: skip
 
 

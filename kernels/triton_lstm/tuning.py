@@ -54,7 +54,7 @@ def candidates(plans: list[Plan]) -> list[Plan]:
 def _key(problem: Problem, device: Device, backward: bool) -> str:
     fields = (FORMAT, triton.__version__, device.name, problem.batch, problem.hidden, problem.projected)
     kind = (str(problem.dtype), problem.precision, problem.directions, "backward" if backward else "forward")
-    return " | ".join(map(str, (*fields, *kind)))
+    return " | ".join(map(str, (*fields, *kind, *["regularised"] * problem.regularised)))
 
 
 def _read(path: Path) -> dict[str, dict]:
