@@ -87,8 +87,8 @@ def select(
     choice = requested(argument)
     if choice is Backend.AUTO:
         fused = KERNEL_BACKENDS if device.type == "cuda" else ()
-        able = [b for b in (*fused, Backend.TORCH, Backend.REFERENCE) if noise is None or b in TAKE_NOISE]
-        choice = next(b for b in able if can_run(b, device, dtype))
+        able = (b for b in fused if (noise is None or b in TAKE_NOISE) and can_run(b, device, dtype))
+        choice = next(able, Backend.TORCH if noise is None else Backend.REFERENCE)
     elif noise is not None and choice not in TAKE_NOISE:
         takers = " or ".join(repr(b.value) for b in TAKE_NOISE)
         raise ValueError(f"backend {choice.value!r} takes no {noise}; use {takers}")

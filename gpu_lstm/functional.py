@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from . import autograd, native, pipeline, reference
 from .backends import KERNEL_BACKENDS, Backend, select
 from .noise import NO_NOISE, Noise, draw
-from .precision import is_exact
+from .precision import autocasts, is_exact
 from .reference import Gates
 from .sequences import check_lengths, check_resets, valid_steps
 from .weights import Weights
@@ -99,7 +99,7 @@ def check_tensors(x: Tensor, hx: State, weights: list[Tensor]) -> None:
     """
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    mixed_allowed = _autocasts(x)
+    mixed_allowed = autocasts(x)
     for kind, tensors in (("parameter", weights), ("hidden", hx)):
         for tensor in tensors:
             if tensor.device != x.device:
@@ -116,23 +116,13 @@ def check_tensors(x: Tensor, hx: State, weights: list[Tensor]) -> None:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a layer computes x in: x's own or, for float32 and narrower, autocast's where that is on."""
-    if _autocasts(x) and x.dtype is not torch.float64:
+    if autocasts(x) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
-def _autocasts(x: Tensor) -> bool:
-    return _knows_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
-
-
-@torch.compiler.assume_constant_result
-def _knows_autocast(device_type: str) -> bool:
-    """Whether there is autocast for a type of device (for "meta" there is none). Not to be traced: torch 2.8 cannot."""
-    return torch.amp.is_autocast_available(device_type)
-
-
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
 
 
 def lstm_stack(

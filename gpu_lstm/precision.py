@@ -25,4 +25,15 @@ def _cudnn_takes_tf32() -> bool:
 
 def is_exact(c: Tensor, x: Tensor) -> bool:
     """Whether a cell state is float32 beside an input of half precision: not rounded, as kernels keep it."""
-    return c.dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
+    return c.dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16) and not autocasts(x)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    return _knows_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+@torch.compiler.assume_constant_result
+def _knows_autocast(device_type: str) -> bool:
+    """Whether there is autocast for a type of device (for "meta" there is none). Not to be traced: torch 2.8 cannot."""
+    return torch.amp.is_autocast_available(device_type)
