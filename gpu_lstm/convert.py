@@ -9,10 +9,10 @@ from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
 from . import compat
 from .modules import LSTM, LSTMCell, StackedLSTM, recast
+from .noise import REGULARISERS
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell}
 _THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, compat.LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}
-_REGULARIZERS = ("recurrent_dropout", "zoneout", "weight_drop")  # attributes of ours that torch's have not
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -49,7 +49,7 @@ def to_torch(model: nn.Module) -> nn.Module:
                 "torch.nn.LSTM has layers of one size, and one pair of states for all"
             )
         if type(module) in _THEIRS:
-            for name in _REGULARIZERS:
+            for name in REGULARISERS:
                 if getattr(module, name, 0.0):
                     raise ValueError(f"{where} has {name}={getattr(module, name)}, which torch.nn.LSTM has not")
     return _swap(model, _THEIRS)

@@ -1,13 +1,11 @@
 """The modules: LSTM and LSTMCell stand in for torch's own, StackedLSTM stacks layers of different sizes."""
 
-import numbers
 import warnings
 from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import _VF, Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
@@ -16,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import native
 from .backends import Backend, parse, select
 from .functional import State, check_tensors, compute_dtype, lstm_stack
+from .noise import REGULARISERS, is_probability, noise_of, of_h_and_c, set_regularisation, with_weight_drop
 from .reference import Gates
 from .sequences import Batch
 from .weights import Weights
@@ -115,7 +114,7 @@ class LSTM(RNNBase):
         if backend is not None:
             self.backend = parse(backend).value
         self.recompute = recompute
-        _set_regularisation(self, recurrent_dropout, zoneout, weight_drop)
+        set_regularisation(self, recurrent_dropout, zoneout, weight_drop)
 
     # RNNBase caches the weights here. They are read from the module at every call instead, so that replacing one
     # in any way (functional_call, weight_norm, pruning, assignment) just works.
@@ -161,7 +160,7 @@ class LSTM(RNNBase):
             hx = batch.state_in(hx[0]), batch.state_in(hx[1])
         self.check_forward_args(x.transpose(0, 1) if self.batch_first else x, hx, None)
         backend = self._select(x) if record is None else Backend.REFERENCE
-        layers = _with_weight_drop(self, self._layers())
+        layers = with_weight_drop(self, self._layers())
         if backend is Backend.TORCH and batch.lengths is None and batch.resets is None:
             y, h_n, c_n = native.lstm(x, *hx, layers, dropout=self.dropout, training=self.training)
             return batch.output(y), (batch.state_out(h_n), batch.state_out(c_n))
@@ -171,7 +170,7 @@ class LSTM(RNNBase):
             x, list(zip(hx[0].split(directions), hx[1].split(directions))), layers,
             lengths=batch.lengths, resets=batch.resets, backend=backend, dropout=self.dropout, training=self.training,
             recompute=self.recompute, record=record, recurrent_dropout=self.recurrent_dropout,
-            zoneout=_of_h_and_c(self.zoneout),
+            zoneout=of_h_and_c(self.zoneout),
         )  # fmt: skip
         h_n, c_n = (torch.cat(state) for state in zip(*states))
         return batch.output(y), (batch.state_out(h_n), batch.state_out(c_n))
@@ -183,13 +182,13 @@ class LSTM(RNNBase):
             hx = self._zero_states(data, int(batch_sizes[0]))
         else:
             hx = self.permute_hidden(hx, sorted_indices)
-        layers = _with_weight_drop(self, self._layers())
+        layers = with_weight_drop(self, self._layers())
         y, h_n, c_n = native.lstm(data, *hx, layers, batch_sizes, self.dropout, self.training)
         output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
         return output, self.permute_hidden((h_n, c_n), unsorted_indices)
 
     def _select(self, x: Tensor) -> Backend:
-        return select(self.backend, x.device, compute_dtype(x), _noise_of(self))
+        return select(self.backend, x.device, compute_dtype(x), noise_of(self))
 
     def _layers(self) -> list[list[Weights]]:
         """The weights, [L][D], as the module has them now."""
@@ -236,11 +235,11 @@ class LSTM(RNNBase):
     def extra_repr(self) -> str:
         """As torch.nn.LSTM, and those of our own arguments that were not left at their defaults."""
         parts = [super().extra_repr() + _backend_repr(self) + (", recompute=True" if self.recompute else "")]
-        parts += [f"{name}={getattr(self, name)!r}" for name in _REGULARISERS if getattr(self, name)]
+        parts += [f"{name}={getattr(self, name)!r}" for name in REGULARISERS if getattr(self, name)]
         return ", ".join(parts)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        for name in _REGULARISERS:
+        for name in REGULARISERS:
             if getattr(self, name):
                 raise ValueError(
                     f"the LSTM has {name}={getattr(self, name)!r}, and would be scripted as a torch.nn.LSTM, which "
@@ -316,7 +315,7 @@ class StackedLSTM(nn.Module):
             )
         if not isinstance(batch_first, bool):
             raise TypeError(f"batch_first should be of type bool, got: {type(batch_first).__name__}")
-        if not _is_probability(dropout):
+        if not is_probability(dropout):
             raise ValueError(
                 "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
             )
@@ -335,7 +334,7 @@ class StackedLSTM(nn.Module):
         self.residual = residual
         self.backend = None if backend is None else parse(backend).value
         self.recompute = recompute
-        _set_regularisation(self, recurrent_dropout, zoneout, weight_drop)
+        set_regularisation(self, recurrent_dropout, zoneout, weight_drop)
         self.layers = nn.ModuleList(
             LSTM(features, size, bias=bias, bidirectional=bidirectional, device=device, dtype=dtype)
             for features, size in zip(layer_inputs, hidden_sizes)
@@ -368,7 +367,7 @@ class StackedLSTM(nn.Module):
         modules = cast(list[LSTM], list(self.layers))
         modules[0].check_input(x, None)
         states = self._states(x, batch, hx)
-        layers = _with_weight_drop(self, [module._layers()[0] for module in modules])
+        layers = with_weight_drop(self, [module._layers()[0] for module in modules])
         tensors = [tensor for layer in layers for weights in layer for tensor in weights.present()]
         for state in states:
             check_tensors(x, state, tensors)
@@ -376,14 +375,14 @@ class StackedLSTM(nn.Module):
             x, states, layers, lengths=batch.lengths, resets=batch.resets,
             backend=self._select(x) if record is None else Backend.REFERENCE,
             dropout=self.dropout, training=self.training, residual=self.residual, recompute=self.recompute,
-            record=record, recurrent_dropout=self.recurrent_dropout, zoneout=_of_h_and_c(self.zoneout),
+            record=record, recurrent_dropout=self.recurrent_dropout, zoneout=of_h_and_c(self.zoneout),
         )  # fmt: skip
         if not self.bidirectional:
             states = [(h.squeeze(0), c.squeeze(0)) for h, c in states]
         return batch.output(y), [(batch.state_out(h), batch.state_out(c)) for h, c in states]
 
     def _select(self, x: Tensor) -> Backend:
-        return select(self.backend, x.device, compute_dtype(x), _noise_of(self))
+        return select(self.backend, x.device, compute_dtype(x), noise_of(self))
 
     def _states(self, x: Tensor, batch: Batch, hx: Sequence[State] | None) -> list[State]:
         """A user's states, checked, or zeros: (h, c) of each layer, [D, B, H_k]."""
@@ -408,7 +407,7 @@ class StackedLSTM(nn.Module):
         parts = [f"{self.input_size}, {self.hidden_sizes}"]
         defaults = dict(
             bias=True, batch_first=False, dropout=0.0, bidirectional=False, residual=False, backend=None,
-            recompute=False, **dict.fromkeys(_REGULARISERS, 0.0),
+            recompute=False, **dict.fromkeys(REGULARISERS, 0.0),
         )  # fmt: skip
         parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
         return ", ".join(parts)
@@ -509,7 +508,7 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     state = module.__dict__.copy()
     state.pop("_flat_weights", None)  # torch's cache; ours has none
     state.pop("_compiled_call_impl", None)  # of Module.compile(): it would go on calling `module`
-    off = [name for name in _REGULARISERS if not state.get(name)]
+    off = [name for name in REGULARISERS if not state.get(name)]
     for ours in ("backend", "recompute", *off):
         state.pop(ours, None)
     for own in ("_parameters", "_buffers", "_modules"):
@@ -518,58 +517,6 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     if isinstance(twin, RNNBase):
         twin._init_flat_weights()
     return twin
-
-
-_REGULARISERS = ("recurrent_dropout", "zoneout", "weight_drop")
-
-
-def _set_regularisation(
-    module: "LSTM | StackedLSTM",
-    recurrent_dropout: float,
-    zoneout: float | tuple[float, float],
-    weight_drop: float,
-) -> None:
-    """The arguments as attributes, checked; zoneout as one number where it is the same for h and c."""
-    for name, value in (("recurrent_dropout", recurrent_dropout), ("weight_drop", weight_drop)):
-        if not _is_probability(value):
-            raise ValueError(
-                f"{name} should be a number in range [0, 1] representing the probability of an element being zeroed, "
-                f"got {value!r}"
-            )
-    pair = _of_h_and_c(zoneout)
-    if len(pair) != 2 or not all(map(_is_probability, pair)):
-        raise ValueError(
-            "zoneout should be a number in range [0, 1] representing the probability of an element staying as it was, "
-            f"or a pair of them for h and c, got {zoneout!r}"
-        )
-    h, c = map(float, pair)
-    module.recurrent_dropout, module.weight_drop = float(recurrent_dropout), float(weight_drop)
-    module.zoneout = h if h == c else (h, c)
-
-
-def _is_probability(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
-
-
-def _of_h_and_c(zoneout: float | tuple[float, float]) -> tuple[float, float]:
-    return zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
-
-
-def _noise_of(module: "LSTM | StackedLSTM") -> str | None:
-    """The name of what regularises the recurrence of a call."""
-    if any(_of_h_and_c(module.zoneout)):
-        return "zoneout"
-    return "recurrent_dropout" if module.training and module.recurrent_dropout else None
-
-
-def _with_weight_drop(module: "LSTM | StackedLSTM", layers: list[list[Weights]]) -> list[list[Weights]]:
-    """The weights [L][D] of a call: DropConnect on W_hh, when training."""
-    if not module.training or not module.weight_drop:
-        return layers
-    return [
-        [weights._replace(weight_hh=F.dropout(weights.weight_hh, module.weight_drop)) for weights in layer]
-        for layer in layers
-    ]
 
 
 def _check_rank(input: Tensor, name: str) -> None:

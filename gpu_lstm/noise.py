@@ -1,16 +1,19 @@
-"""What regularises the recurrence: recurrent dropout and zoneout. Drawn here, once a call, whatever the backend.
+"""What regularises the recurrence: recurrent dropout, zoneout, weight drop. Drawn here, once a call, for all backends.
 
 Torch's own generator draws, for one layer and direction after another, so that a seed means the same noise on every
 backend.
 """
 
-from typing import NamedTuple
+import numbers
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .weights import Weights
+
+REGULARISERS = ("recurrent_dropout", "zoneout", "weight_drop")  # attributes of the modules
 
 
 class Noise(NamedTuple):
@@ -62,3 +65,52 @@ def draw(
         return Noise(mask(width), zone(zoneout[0], width), zone(zoneout[1], rows // 4))
 
     return [[of_direction(weights) for weights in layer] for layer in layers]
+
+
+def set_regularisation(
+    module: Any,
+    recurrent_dropout: float,
+    zoneout: float | tuple[float, float],
+    weight_drop: float,
+) -> None:
+    """The arguments as attributes, checked; zoneout as one number where it is the same for h and c."""
+    for name, value in (("recurrent_dropout", recurrent_dropout), ("weight_drop", weight_drop)):
+        if not is_probability(value):
+            raise ValueError(
+                f"{name} should be a number in range [0, 1] representing the probability of an element being zeroed, "
+                f"got {value!r}"
+            )
+    pair = of_h_and_c(zoneout)
+    if len(pair) != 2 or not all(map(is_probability, pair)):
+        raise ValueError(
+            "zoneout should be a number in range [0, 1] representing the probability of an element staying as it was, "
+            f"or a pair of them for h and c, got {zoneout!r}"
+        )
+    h, c = map(float, pair)
+    module.recurrent_dropout, module.weight_drop = float(recurrent_dropout), float(weight_drop)
+    module.zoneout = h if h == c else (h, c)
+
+
+def is_probability(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
+
+
+def of_h_and_c(zoneout: float | tuple[float, float]) -> tuple[float, float]:
+    return zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
+
+
+def noise_of(module: Any) -> str | None:
+    """The name of what regularises the recurrence of a call."""
+    if any(of_h_and_c(module.zoneout)):
+        return "zoneout"
+    return "recurrent_dropout" if module.training and module.recurrent_dropout else None
+
+
+def with_weight_drop(module: Any, layers: list[list[Weights]]) -> list[list[Weights]]:
+    """The weights [L][D] of a call: DropConnect on W_hh, when training."""
+    if not module.training or not module.weight_drop:
+        return layers
+    return [
+        [weights._replace(weight_hh=F.dropout(weights.weight_hh, module.weight_drop)) for weights in layer]
+        for layer in layers
+    ]

@@ -179,7 +179,7 @@ def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def _key(lstm: LSTM | StackedLSTM, x: Tensor) -> tuple:
-    return x.shape, x.dtype, lstm.training, tuple(parameter.data_ptr() for parameter in lstm.parameters())
+    return x.shape, x.dtype, lstm.training, lstm.zoneout, tuple(parameter.data_ptr() for parameter in lstm.parameters())
 
 
 def _copied(states: list[State]) -> list[State]:
