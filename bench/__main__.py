@@ -31,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return compare.run(options)
         case "ppo":
             return ppo_update.run(options)
-        case "readme":
+    try:
+        if options.command == "readme":
             readme.update(ROOT / "README.md", sorted((ROOT / "bench" / "results").glob("*.csv")))
             return 0
-    try:
         out = _checked(options)
     except (ValueError, OSError) as error:
         print(f"python -m bench: {error}", file=sys.stderr)

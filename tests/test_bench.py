@@ -333,6 +333,17 @@ def test_mistakes_are_answered_with_what_is_known(capsys, monkeypatch, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_broken_file_of_results_leaves_the_readme_as_it_is(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(command_line, "ROOT", tmp_path)
+    text = "a\n<!-- bench: begin -->\nb\n<!-- bench: end -->\n"
+    (tmp_path / "README.md").write_text(text)
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "bench" / "results" / "a.csv").write_text("schema,date\n1,now\n")
+    assert command_line.main(["readme"]) == 2
+    assert "a.csv:1: not the columns of schema 1" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == text
+
+
 def test_bench_gpu_says_so_where_there_is_none(capsys, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
