@@ -110,7 +110,4 @@ def with_weight_drop(module: Any, layers: list[list[Weights]]) -> list[list[Weig
     """The weights [L][D] of a call: DropConnect on W_hh, when training."""
     if not module.training or not module.weight_drop:
         return layers
-    return [
-        [weights._replace(weight_hh=F.dropout(weights.weight_hh, module.weight_drop)) for weights in layer]
-        for layer in layers
-    ]
+    return [[w.with_weight_hh(F.dropout(w.weight_hh, module.weight_drop)) for w in layer] for layer in layers]

@@ -22,3 +22,13 @@ class Weights(NamedTuple):
     def to(self, dtype: torch.dtype) -> "Weights":
         """The same in another dtype."""
         return Weights(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
+
+    # Not by _replace, which torch 2.8 does not trace.
+
+    def with_weight_ih(self, weight_ih: Tensor) -> "Weights":
+        """The same with another weight_ih."""
+        return Weights(weight_ih, *self[1:])
+
+    def with_weight_hh(self, weight_hh: Tensor) -> "Weights":
+        """The same with another weight_hh."""
+        return Weights(self.weight_ih, weight_hh, *self[2:])
