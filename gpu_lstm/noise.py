@@ -4,6 +4,8 @@ Torch's own generator draws, for one layer and direction after another, so that 
 backend.
 """
 
+from __future__ import annotations  # torch 2.8 does not trace a function whose annotations it has to evaluate
+
 import numbers
 from typing import Any, NamedTuple
 
@@ -23,10 +25,10 @@ class Noise(NamedTuple):
     zone_h: Tensor | None = None  # bool [T, B, P], in time: where h stays as it was; in eval() the probability, []
     zone_c: Tensor | None = None  # bool [T, B, H] or [], alike for c
 
-    def within(self, start: int, stop: int) -> "Noise":
+    def within(self, start: int, stop: int) -> Noise:
         """That of the times from `start` to `stop`."""
-        zones = (None if zone is None else zone[start:stop] if zone.dim() else zone for zone in self[1:])
-        return Noise(self.mask_h, *zones)
+        zones = [zone[start:stop] if zone is not None and zone.dim() else zone for zone in (self.zone_h, self.zone_c)]
+        return Noise(self.mask_h, zones[0], zones[1])
 
     def present(self) -> list[Tensor]:
         """The tensors that are there."""

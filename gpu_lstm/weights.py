@@ -23,12 +23,12 @@ class Weights(NamedTuple):
         """The same in another dtype."""
         return Weights(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
 
-    # Not by _replace, which torch 2.8 does not trace.
+    # By every field, since torch 2.8 traces neither _replace nor a slice.
 
     def with_weight_ih(self, weight_ih: Tensor) -> "Weights":
         """The same with another weight_ih."""
-        return Weights(weight_ih, *self[1:])
+        return Weights(weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.weight_hr)
 
     def with_weight_hh(self, weight_hh: Tensor) -> "Weights":
         """The same with another weight_hh."""
-        return Weights(self.weight_ih, weight_hh, *self[2:])
+        return Weights(self.weight_ih, weight_hh, self.bias_ih, self.bias_hh, self.weight_hr)
