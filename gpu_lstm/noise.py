@@ -94,10 +94,12 @@ def set_regularisation(
 
 
 def is_probability(value: object) -> bool:
+    """Whether it is a number from 0 to 1."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 
 def of_h_and_c(zoneout: float | tuple[float, float]) -> tuple[float, float]:
+    """The module's attribute as a pair."""
     return zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
 
 
