@@ -141,13 +141,18 @@ def read(path: Path) -> list[Row]:
             found = dict(zip(header, cells)).get("schema", str(SCHEMA))
             if found != str(SCHEMA):
                 raise ValueError(f"{where}: schema {found!r}; this version reads schema {SCHEMA}")
-            if tuple(header) != COLUMNS:
-                strange = sorted(set(header) ^ set(COLUMNS)) or ["their order"]
-                raise ValueError(f"{path}:1: not the columns of schema {SCHEMA}; different: {', '.join(strange)}")
+            _check_header(path, header)
             if len(cells) != len(COLUMNS):
                 raise ValueError(f"{where}: {len(cells)} cells, expected {len(COLUMNS)}")
             rows.append(_row(where, cells))
+        _check_header(path, header)  # also where there is no row
         return rows
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    if tuple(header) != COLUMNS:
+        strange = sorted(set(header) ^ set(COLUMNS)) or ["their order"]
+        raise ValueError(f"{path}:1: not the columns of schema {SCHEMA}; different: {', '.join(strange)}")
 
 
 def _row(where: str, cells: list[str]) -> Row:

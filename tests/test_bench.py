@@ -222,6 +222,7 @@ def test_nothing_is_overwritten(tmp_path, row):
     ("damage", "said"),
     [
         (lambda lines: [], r"a.csv:1: no header"),
+        (lambda lines: ["no such file of results"], r"a.csv:1: not the columns of schema 1"),
         (lambda lines: [lines[0], lines[1].replace("1,", "99,", 1)], r"a.csv:2: schema '99'; this version reads sch"),
         (lambda lines: [lines[0].replace("case", "cause"), lines[1]], r"a.csv:1: .*different: case, cause"),
         (lambda lines: [lines[0], lines[1], lines[1][:40]], r"a.csv:3: \d+ cells, expected \d+"),
@@ -230,7 +231,7 @@ def test_nothing_is_overwritten(tmp_path, row):
         (lambda lines: [lines[0], lines[1].replace(",5,", ",five,", 1)], r"a.csv:2: steps is 'five', expected int"),
         (lambda lines: [lines[0], lines[1].replace("measured", "guessed")], r"a.csv:2: status is 'guessed', expected"),
     ],
-    ids=["empty", "schema", "column", "cut", "blank", "bool", "int", "status"],
+    ids=["empty", "header", "schema", "column", "cut", "blank", "bool", "int", "status"],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path, row, damage, said):
     path = tmp_path / "a.csv"
