@@ -9,7 +9,7 @@ from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
 from . import compat
 from .modules import LSTM, LSTMCell, StackedLSTM, recast
-from .noise import REGULARISERS
+from .settings import REGULARISERS
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell}
 _THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, compat.LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}

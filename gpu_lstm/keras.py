@@ -15,7 +15,7 @@ from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
 from .modules import LSTM, LSTMCell, StackedLSTM, recast
-from .sequences import check_lengths, positions_of_steps
+from .sequences import check_lengths, times_of_steps
 from .weights import Weights
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -56,9 +56,9 @@ class GoBackwards(nn.Module):
         batch, steps, _ = input.shape
         check_lengths(lengths, steps, (batch,), input.device)
         # Each sequence is turned round inside its length, and the output back.
-        position = positions_of_steps(steps, batch, lengths, True, input.device).T[:, :, None]  # [N, T, 1]
-        output, states = self.lstm(input.take_along_dim(position, 1), hx, lengths=lengths)
-        return output.take_along_dim(position, 1).flip(1), states
+        time = times_of_steps(steps, batch, lengths, True, input.device).T[:, :, None]  # [N, T, 1]
+        output, states = self.lstm(input.take_along_dim(time, 1), hx, lengths=lengths)
+        return output.take_along_dim(time, 1).flip(1), states
 
 
 def from_keras(
@@ -303,7 +303,7 @@ def _same(name: str, values: list) -> Any:
 def _weights(lstm: LSTM | StackedLSTM) -> list[Weights]:
     """Layer by layer, direction by direction."""
     modules = cast(list[LSTM], list(lstm.layers)) if isinstance(lstm, StackedLSTM) else [lstm]
-    return [weights for module in modules for layer in module._layers() for weights in layer]
+    return [weights for module in modules for layer in module._weights() for weights in layer]
 
 
 def _lstms(module: nn.Module) -> list[LSTM | LSTMCell | TorchLSTM | TorchLSTMCell]:

@@ -13,11 +13,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import native
 from .backends import Backend, parse, select
-from .functional import State, check_tensors, compute_dtype, lstm_stack
-from .noise import REGULARISERS, is_probability, noise_of, of_h_and_c, set_regularisation, with_weight_drop
+from .functional import check_tensors
+from .layers import compute_dtype, one_direction, stack
+from .noise import with_weight_drop
 from .reference import Gates
-from .sequences import Batch
-from .weights import Weights
+from .sequences import Batch, Traversal
+from .settings import REGULARISERS, Settings, is_probability, regulariser_of, set_regularisers
+from .weights import State, Weights
 
 # torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
 
@@ -114,7 +116,7 @@ class LSTM(RNNBase):
         if backend is not None:
             self.backend = parse(backend).value
         self.recompute = recompute
-        set_regularisation(self, recurrent_dropout, zoneout, weight_drop)
+        set_regularisers(self, recurrent_dropout, zoneout, weight_drop)
 
     # RNNBase caches the weights here. They are read from the module at every call instead, so that replacing one
     # in any way (functional_call, weight_norm, pruning, assignment) just works.
@@ -150,7 +152,7 @@ class LSTM(RNNBase):
             _check_rank(input, "LSTM")
             if hx is not None:
                 _check_states(input, hx)
-        elif lengths is resets is record is None and self._select(input.data) is Backend.TORCH:
+        elif lengths is resets is record is None and _backend_for(self, input.data) is Backend.TORCH:
             return self._torch_packed(input, hx)
         batch = Batch.of(input, lengths, resets, self.batch_first)
         x = batch.x  # [T, B, I]
@@ -159,21 +161,16 @@ class LSTM(RNNBase):
         else:
             hx = batch.state_in(hx[0]), batch.state_in(hx[1])
         self.check_forward_args(x.transpose(0, 1) if self.batch_first else x, hx, None)
-        backend = self._select(x) if record is None else Backend.REFERENCE
-        layers = with_weight_drop(self, self._layers())
-        if backend is Backend.TORCH and batch.lengths is None and batch.resets is None:
-            y, h_n, c_n = native.lstm(x, *hx, layers, dropout=self.dropout, training=self.training)
-            return batch.output(y), (batch.state_out(h_n), batch.state_out(c_n))
-        check_tensors(x, hx, [tensor for layer in layers for weights in layer for tensor in weights.present()])
-        directions = len(layers[0])
-        y, states = lstm_stack(
-            x, list(zip(hx[0].split(directions), hx[1].split(directions))), layers,
-            lengths=batch.lengths, resets=batch.resets, backend=backend, dropout=self.dropout, training=self.training,
-            recompute=self.recompute, record=record, recurrent_dropout=self.recurrent_dropout,
-            zoneout=of_h_and_c(self.zoneout),
-        )  # fmt: skip
-        h_n, c_n = (torch.cat(state) for state in zip(*states))
-        return batch.output(y), (batch.state_out(h_n), batch.state_out(c_n))
+        weights, backend = with_weight_drop(self, self._weights()), _backend_for(self, x, record)
+        if backend is Backend.TORCH and batch.traversal.is_plain:
+            y, hx = native.stack(x, hx, weights, self.dropout, self.training)
+        else:
+            directions = 2 if self.bidirectional else 1
+            states = list(zip(hx[0].split(directions), hx[1].split(directions)))
+            y, states = _through_layers(self, batch, states, weights, backend, record)
+            h_n, c_n = (torch.cat(state) for state in zip(*states))
+            hx = h_n, c_n
+        return batch.output(y), (batch.state_out(hx[0]), batch.state_out(hx[1]))
 
     def _torch_packed(self, input: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
         """torch's own LSTM takes a PackedSequence as it is."""
@@ -182,20 +179,17 @@ class LSTM(RNNBase):
             hx = self._zero_states(data, int(batch_sizes[0]))
         else:
             hx = self.permute_hidden(hx, sorted_indices)
-        layers = with_weight_drop(self, self._layers())
-        y, h_n, c_n = native.lstm(data, *hx, layers, batch_sizes, self.dropout, self.training)
+        weights = with_weight_drop(self, self._weights())
+        y, hx = native.stack(data, hx, weights, self.dropout, self.training, batch_sizes)
         output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
-        return output, self.permute_hidden((h_n, c_n), unsorted_indices)
+        return output, self.permute_hidden(hx, unsorted_indices)
 
-    def _select(self, x: Tensor) -> Backend:
-        return select(self.backend, x.device, compute_dtype(x), noise_of(self))
-
-    def _layers(self) -> list[list[Weights]]:
-        """The weights, [L][D], as the module has them now."""
+    def _weights(self) -> list[list[Weights]]:
+        """[L][D], as the module has them now."""
         suffixes = ("", "_reverse") if self.bidirectional else ("",)
-        return [[self._weights(f"_l{k}{suffix}") for suffix in suffixes] for k in range(self.num_layers)]
+        return [[self._weights_of(f"_l{k}{suffix}") for suffix in suffixes] for k in range(self.num_layers)]
 
-    def _weights(self, suffix: str) -> Weights:
+    def _weights_of(self, suffix: str) -> Weights:
         return Weights(
             getattr(self, "weight_ih" + suffix),
             getattr(self, "weight_hh" + suffix),
@@ -334,7 +328,7 @@ class StackedLSTM(nn.Module):
         self.residual = residual
         self.backend = None if backend is None else parse(backend).value
         self.recompute = recompute
-        set_regularisation(self, recurrent_dropout, zoneout, weight_drop)
+        set_regularisers(self, recurrent_dropout, zoneout, weight_drop)
         self.layers = nn.ModuleList(
             LSTM(features, size, bias=bias, bidirectional=bidirectional, device=device, dtype=dtype)
             for features, size in zip(layer_inputs, hidden_sizes)
@@ -363,26 +357,14 @@ class StackedLSTM(nn.Module):
         if not isinstance(input, PackedSequence):
             _check_rank(input, "StackedLSTM")
         batch = Batch.of(input, lengths, resets, self.batch_first)
-        x = batch.x  # [T, B, I]
         modules = cast(list[LSTM], list(self.layers))
-        modules[0].check_input(x, None)
-        states = self._states(x, batch, hx)
-        layers = with_weight_drop(self, [module._layers()[0] for module in modules])
-        tensors = [tensor for layer in layers for weights in layer for tensor in weights.present()]
-        for state in states:
-            check_tensors(x, state, tensors)
-        y, states = lstm_stack(
-            x, states, layers, lengths=batch.lengths, resets=batch.resets,
-            backend=self._select(x) if record is None else Backend.REFERENCE,
-            dropout=self.dropout, training=self.training, residual=self.residual, recompute=self.recompute,
-            record=record, recurrent_dropout=self.recurrent_dropout, zoneout=of_h_and_c(self.zoneout),
-        )  # fmt: skip
+        modules[0].check_input(batch.x, None)
+        states = self._states(batch.x, batch, hx)
+        weights = with_weight_drop(self, [module._weights()[0] for module in modules])
+        y, states = _through_layers(self, batch, states, weights, _backend_for(self, batch.x, record), record)
         if not self.bidirectional:
             states = [(h.squeeze(0), c.squeeze(0)) for h, c in states]
         return batch.output(y), [(batch.state_out(h), batch.state_out(c)) for h, c in states]
-
-    def _select(self, x: Tensor) -> Backend:
-        return select(self.backend, x.device, compute_dtype(x), noise_of(self))
 
     def _states(self, x: Tensor, batch: Batch, hx: Sequence[State] | None) -> list[State]:
         """A user's states, checked, or zeros: (h, c) of each layer, [D, B, H_k]."""
@@ -477,12 +459,8 @@ class LSTMCell(RNNCellBase):
             h, c = _VF.lstm_cell(x, (h, c), *weights[:4])
         else:
             self._check_sizes(x, h, c, weights)
-            check_tensors(x[None], (h, c), weights.present())
-            _, ((h, c),) = lstm_stack(
-                x[None], [(h[None], c[None])], [[weights]],
-                lengths=None, resets=None, backend=backend, dropout=0.0, training=self.training,
-            )  # fmt: skip
-            h, c = h[0], c[0]
+            check_tensors(x[None], [(h, c)], weights.present())
+            _, (h, c) = one_direction(x[None], (h, c), weights, Traversal(), backend)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
     def _check_sizes(self, x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> None:
@@ -497,6 +475,25 @@ class LSTMCell(RNNCellBase):
 
     def __prepare_scriptable__(self) -> nn.Module:
         return recast(self, TorchLSTMCell)
+
+
+def _backend_for(module: "LSTM | StackedLSTM", x: Tensor, record: list[Gates] | None = None) -> Backend:
+    if record is not None:
+        return Backend.REFERENCE
+    return select(module.backend, x.device, compute_dtype(x), regulariser_of(module))
+
+
+def _through_layers(
+    module: "LSTM | StackedLSTM",
+    batch: Batch,
+    states: list[State],  # [L] of ([D, B, P], [D, B, H])
+    weights: list[list[Weights]],  # [L][D]
+    backend: Backend,
+    record: list[Gates] | None,
+) -> tuple[Tensor, list[State]]:
+    """The layers of a module, as its arguments say: output [T, B, D*P] and the final states."""
+    check_tensors(batch.x, states, [tensor for layer in weights for one in layer for tensor in one.present()])
+    return stack(batch.x, states, weights, batch.traversal, backend, Settings.of(module), record)
 
 
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:

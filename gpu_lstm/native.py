@@ -14,20 +14,20 @@ from torch import _VF, Tensor
 
 from . import reference
 from .precision import is_exact
-from .sequences import positions_of_steps, resets_before_steps, valid_steps
-from .weights import Weights
+from .sequences import Traversal
+from .weights import State, Weights
 
 
-def lstm(
+def stack(
     x: Tensor,  # [T, B, I]; packed [N, I] with batch_sizes
-    h0: Tensor,  # [L*D, B, P]
-    c0: Tensor,  # [L*D, B, H]
+    state: State,  # ([L*D, B, P], [L*D, B, H])
     layers: list[list[Weights]],  # [L][D], all of one size
-    batch_sizes: Tensor | None = None,  # as in a PackedSequence
     dropout: float = 0.0,
     training: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """torch's own LSTM over layers of one size: output [T, B, D*P] (packed [N, D*P]), h_n, c_n."""
+    batch_sizes: Tensor | None = None,  # as in a PackedSequence
+) -> tuple[Tensor, State]:
+    """torch's own LSTM over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
+    h0, c0 = state
     flat = [tensor for layer in layers for weights in layer for tensor in weights.present()]
     bias = layers[0][0].bias_ih is not None
     bidirectional = len(layers[0]) == 2
@@ -44,59 +44,56 @@ def lstm(
         y, h_n, c_n = _VF.lstm(x, hx, flat, bias, len(layers), dropout, training, bidirectional, False)
     else:
         y, h_n, c_n = _VF.lstm(x, batch_sizes, hx, flat, bias, len(layers), dropout, training, bidirectional)
-    return y, h_n, c_n.float() if exact else c_n
+    return y, (h_n, c_n.float() if exact else c_n)
 
 
-def lstm_layer(
+def layer(
     x: Tensor,  # [T, B, I]
-    h0: Tensor,  # [B, P]
-    c0: Tensor,  # [B, H]
+    state: State,  # ([B, P], [B, H])
     weights: Weights,
-    lengths: Tensor | None,  # [B]
-    resets: Tensor | None,  # [T, B]
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer, one direction, in one call: h [T, B, P], h_n [B, P], c_n [B, H].
+    traversal: Traversal,
+) -> tuple[Tensor, State]:
+    """One layer, one direction, in one call: h [T, B, P] and (h_n [B, P], c_n [B, H]).
 
-    torch has the reverse direction only beside the forward one, so for `reverse` time is turned round and back.
+    torch has the reverse direction only beside the forward one, so for that one time is turned round and back.
     """
+    h0, c0 = state
     steps, batch, _ = x.shape
-    position = positions_of_steps(steps, batch, lengths, reverse, x.device)  # [T, B]
-    valid = valid_steps(steps, lengths)  # [T, B] or None
-    afresh = resets_before_steps(resets, position, valid, reverse)  # [T, B] or None
+    lengths = traversal.lengths
+    time, valid, reset = traversal.steps(x)  # [T, B] each, or None
     if valid is None:
-        valid = torch.ones_like(position, dtype=torch.bool)
+        valid = torch.ones_like(time, dtype=torch.bool)
 
     # Each step goes behind the clearing steps before it; S is the number of steps with them.
     place = torch.arange(steps, device=x.device)[:, None].expand(steps, batch)
     extended = steps
-    if afresh is not None:
-        place = place + afresh.cumsum(0)
-        extended += int(afresh.sum(0).max()) if batch else 0
+    if reset is not None:
+        place = place + reset.cumsum(0)
+        extended += int(reset.sum(0).max()) if batch else 0
     clears = torch.zeros(extended, batch, dtype=torch.bool, device=x.device)
-    if afresh is not None:
-        clears = clears.scatter(0, (place - 1).clamp(min=0), afresh)
+    if reset is not None:
+        clears = clears.scatter(0, (place - 1).clamp(min=0), reset)
     holds = torch.ones_like(clears).scatter(0, place, ~valid) & ~clears
-    place = place.gather(0, position)  # of each time
+    place = place.gather(0, time)  # of each time
 
     inside = torch.where(valid[:, :, None], x, 0)
     gates_shut = torch.stack([holds, clears], dim=2).to(x.dtype)  # [S, B, 2]
     x_extended = x.new_zeros(extended, *x.shape[1:]).scatter(0, place[:, :, None].expand_as(x), inside)
     weight_ih = torch.cat([weights.weight_ih, _shut_gates(weights.weight_ih)], dim=1)  # [4H, I + 2]
-    y, _, c_n = lstm(
-        torch.cat([x_extended, gates_shut], dim=2), h0[None], c0[None], [[weights.with_weight_ih(weight_ih)]]
+    y, (_, c_n) = stack(
+        torch.cat([x_extended, gates_shut], dim=2), (h0[None], c0[None]), [[weights.with_weight_ih(weight_ih)]]
     )  # [S, B, P], [1, B, H]
-    if afresh is not None and bool((y[clears] != 0).any()):
+    if reset is not None and bool((y[clears] != 0).any()):
         # A NaN is not cleared by multiplying it with zero. It is cleared where there is a choice at every step.
-        return reference.lstm_layer(x, h0, c0, *weights, lengths, resets, reverse)
+        return reference.layer(x, state, weights, traversal)
 
     h = y.gather(0, place[:, :, None].expand(-1, -1, y.shape[2]))
     h = torch.where(valid[:, :, None], h, 0)
-    last_time = position[-1] if lengths is None else position.gather(0, (lengths[None].long() - 1).clamp(min=0))[0]
+    last_time = time[-1] if lengths is None else time.gather(0, (lengths[None].long() - 1).clamp(min=0))[0]
     h_n = h.gather(0, last_time[None, :, None].expand(1, -1, h.shape[2]))[0]
     if lengths is not None:
         h_n = torch.where((lengths == 0)[:, None], h0.to(h_n.dtype), h_n)  # dtypes differ under autocast
-    return h, h_n, c_n[0]
+    return h, (h_n, c_n[0])
 
 
 def _shut_gates(weight_ih: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Sequences of different lengths and with resets inside: checks, index arithmetic, PackedSequence.
 
-A *step* counts in the order of processing. For a sequence of length L in a batch padded to T, the forward
-direction visits time s at step s and the reverse direction time L - 1 - s; steps s >= L visit time s, in padding.
+A *step* counts in the order of processing. For a sequence of length L in a batch padded to T, the forward direction
+visits time s at step s, and the reverse direction time L - 1 - s. Steps s >= L are padding; both directions visit
+time s there.
 """
 
 from typing import NamedTuple
@@ -66,7 +67,7 @@ def valid_steps(steps: int, lengths: Tensor | None) -> Tensor | None:
     return torch.arange(steps, device=lengths.device)[:, None] < lengths
 
 
-def positions_of_steps(steps: int, batch: int, lengths: Tensor | None, reverse: bool, device: torch.device) -> Tensor:
+def times_of_steps(steps: int, batch: int, lengths: Tensor | None, reverse: bool, device: torch.device) -> Tensor:
     """int64 [T, B]: the time that each sequence visits at each step. Its own inverse."""
     step = torch.arange(steps, device=device)[:, None].expand(steps, batch)
     if not reverse:
@@ -76,56 +77,88 @@ def positions_of_steps(steps: int, batch: int, lengths: Tensor | None, reverse: 
     return torch.where(step < lengths, lengths - 1 - step, step)
 
 
-def resets_before_steps(
-    resets: Tensor | None,  # bool [T, B], in time
-    position: Tensor,  # [T, B]
-    valid: Tensor | None,  # [T, B]
-    reverse: bool,
-) -> Tensor | None:
-    """Bool [T, B]: where the state is zeroed before a step. A reset at t separates time t from time t - 1."""
-    if resets is None:
-        return None
-    if not reverse:
-        return resets if valid is None else resets & valid
-    # Step s came from time position + 1, but step 0 from no time at all.
-    afresh = resets.gather(0, (position + 1).clamp(max=len(position) - 1))
-    afresh = torch.cat([torch.zeros_like(afresh[:1]), afresh[1:]])
-    return afresh if valid is None else afresh & valid
+class Traversal(NamedTuple):
+    """How one layer goes through a batch: how many steps, where the state is zeroed, from which end.
 
+    A reset at t separates time t from time t - 1, for both directions.
+    """
 
-def states_before(
-    h: Tensor,  # [T, B, P], zero in padding
-    h0: Tensor,  # [B, P]
-    lengths: Tensor | None,  # [B]
-    resets: Tensor | None,  # [T, B]
-    reverse: bool,
-) -> Tensor:
-    """[T, B, P]: the hidden state that the step at each time started from; anything finite in padding."""
-    time = torch.arange(h.shape[0], device=h.device)[:, None]  # [T, 1]
-    if not reverse:
-        before = torch.cat([h0[None], h[:-1]])
-    elif lengths is None:
-        before = torch.cat([h[1:], h0[None]])
-    else:
-        before = torch.cat([h[1:], h.new_zeros(1, *h.shape[1:])])
-        before = torch.where((time == lengths - 1)[:, :, None], h0, before)
-    if resets is None:
-        return before
-    if not reverse:
-        return before.masked_fill(resets[:, :, None], 0)
-    # Seen from time t, the reverse direction came from t + 1; from the last valid time it came from h0.
-    separated = torch.cat([resets[1:], torch.zeros_like(resets[:1])])
-    if lengths is not None:
-        separated = separated & (time < lengths - 1)
-    return before.masked_fill(separated[:, :, None], 0)
+    lengths: Tensor | None = None  # [B]; None: all have T steps
+    resets: Tensor | None = None  # bool [T, B]
+    reverse: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all sequences have T steps and no reset."""
+        return self.lengths is None and self.resets is None
+
+    def backwards(self) -> "Traversal":
+        """The same batch from the other end."""
+        return Traversal(self.lengths, self.resets, not self.reverse)
+
+    def within(self, start: int, stop: int) -> "Traversal":
+        """That of the times from `start` to `stop` alone."""
+        lengths = None if self.lengths is None else (self.lengths - start).clamp(0, stop - start)
+        return Traversal(lengths, None if self.resets is None else self.resets[start:stop], self.reverse)
+
+    def separated_at(self, time: int) -> Tensor | None:
+        """Bool [B]: whether a reset separates `time` from `time` - 1, inside the sequence. None: nowhere."""
+        if self.resets is None:
+            return None
+        return self.resets[time] if self.lengths is None else self.resets[time] & (self.lengths > time)
+
+    def steps(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of each step of x [T, B, *], in the order of processing, each [T, B].
+
+        Returns:
+            The time that it visits, int64; whether it is inside the sequence (None: all are); whether the state is
+            zeroed before it (None: nowhere).
+        """
+        steps, batch, _ = x.shape
+        time = times_of_steps(steps, batch, self.lengths, self.reverse, x.device)
+        valid = valid_steps(steps, self.lengths)
+        return time, valid, self._resets_before(time, valid)
+
+    def _resets_before(self, time: Tensor, valid: Tensor | None) -> Tensor | None:
+        if self.resets is None:
+            return None
+        reset = self.resets
+        if self.reverse:
+            # The step at a time came from time + 1, and the first step from no time at all.
+            reset = reset.gather(0, (time + 1).clamp(max=len(time) - 1))
+            reset = torch.cat([torch.zeros_like(reset[:1]), reset[1:]])
+        return reset if valid is None else reset & valid
+
+    def states_before(
+        self,
+        states: Tensor,  # [T, B, F] h or c of every time; zero in padding
+        initial: Tensor,  # [B, F]
+    ) -> Tensor:
+        """[T, B, F]: the state that the step at each time started from; anything finite in padding."""
+        time = torch.arange(states.shape[0], device=states.device)[:, None]  # [T, 1]
+        if not self.reverse:
+            before = torch.cat([initial[None], states[:-1]])
+        elif self.lengths is None:
+            before = torch.cat([states[1:], initial[None]])
+        else:
+            before = torch.cat([states[1:], states.new_zeros(1, *states.shape[1:])])
+            before = torch.where((time == self.lengths - 1)[:, :, None], initial, before)
+        if self.resets is None:
+            return before
+        if not self.reverse:
+            return before.masked_fill(self.resets[:, :, None], 0)
+        # The reverse direction came to time t from t + 1, and to the last valid time from the initial state.
+        separated = torch.cat([self.resets[1:], torch.zeros_like(self.resets[:1])])
+        if self.lengths is not None:
+            separated = separated & (time < self.lengths - 1)
+        return before.masked_fill(separated[:, :, None], 0)
 
 
 class Batch(NamedTuple):
     """A user's input in time-major form, and what is needed to hand results back in the form that came."""
 
     x: Tensor  # [T, B, I]
-    lengths: Tensor | None  # [B]
-    resets: Tensor | None  # [T, B]
+    traversal: Traversal
     batched: bool
     batch_first: bool
     packed: PackedSequence | None
@@ -156,7 +189,7 @@ class Batch(NamedTuple):
                 resets = resets.unsqueeze(1)
             elif batch_first:
                 resets = resets.T
-        return cls(x, lengths, resets, batched, batch_first, None, None)
+        return cls(x, Traversal(lengths, resets), batched, batch_first, None, None)
 
     @classmethod
     def _of_packed(
@@ -174,7 +207,7 @@ class Batch(NamedTuple):
             resets = resets.T if batch_first else resets
             resets = resets if sorted_indices is None else resets.index_select(1, sorted_indices)
         lengths = inside.sum(0).to(data.device)
-        return cls(x.view(steps, batch, -1), lengths, resets, True, batch_first, input, rows)
+        return cls(x.view(steps, batch, -1), Traversal(lengths, resets), True, batch_first, input, rows)
 
     def output(self, y: Tensor) -> Tensor | PackedSequence:
         """Output [T, B, F] in the form of the input."""

@@ -6,8 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .functional import State
 from .modules import LSTM, StackedLSTM
+from .weights import State
 
 States = State | list[State]
 

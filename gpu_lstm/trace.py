@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from .functional import State
 from .modules import LSTM, StackedLSTM, recast
 from .reference import Gates
+from .weights import State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

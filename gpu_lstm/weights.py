@@ -1,9 +1,12 @@
-"""The tensors of one layer in one direction, named as in torch.nn.LSTM."""
+"""The tensors of one layer, named as in torch.nn.LSTM."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+State = tuple[Tensor, Tensor]
+"""(h, c): [B, P] and [B, H] of one direction, [D, B, P] and [D, B, H] of a layer with D directions."""
 
 
 class Weights(NamedTuple):

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from gpu_lstm.backends import Backend
-from gpu_lstm.functional import _one_direction, lstm_layer
+from gpu_lstm.functional import lstm_layer
+from gpu_lstm.layers import one_direction
 from gpu_lstm.noise import NO_NOISE, Noise
+from gpu_lstm.sequences import Traversal
 from gpu_lstm.weights import Weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,7 +47,7 @@ class Problem:
             self,
             tensors=[through(t) for t in self.tensors],
             output_gradients=[through(t) for t in self.output_gradients],
-            noise=self.noise._replace(mask_h=through(self.noise.mask_h)),
+            noise=self.noise._replace(dropout_h=through(self.noise.dropout_h)),
         )
 
     def truth(self) -> list[np.ndarray | None]:
@@ -72,11 +74,10 @@ class Problem:
                 x, weights, (h0, c0), lengths=lengths, resets=resets, reverse=self.reverse, backend=backend
             )
         else:  # users give probabilities, and to modules only
-            mask_h, *zones = (None if t is None else t.to(device) for t in self.noise)
-            noise = Noise(None if mask_h is None else mask_h.to(dtype), *zones)
-            h, h_n, c_n = _one_direction(
-                x, h0, c0, Weights(*weights), lengths, resets, self.reverse, Backend(backend), noise=noise
-            )
+            dropout_h, *zoneouts = (None if t is None else t.to(device) for t in self.noise)
+            noise = Noise(None if dropout_h is None else dropout_h.to(dtype), *zoneouts)
+            traversal = Traversal(lengths, resets, self.reverse)
+            h, (h_n, c_n) = one_direction(x, (h0, c0), Weights(*weights), traversal, Backend(backend), noise)
         gradients = [g.to(device, dtype) for g in self.output_gradients]
         torch.autograd.backward([h, h_n, c_n], gradients)
         return [h, h_n, c_n, *(None if t is None else t.grad for t in tensors)]

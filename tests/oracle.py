@@ -11,10 +11,10 @@ def sigmoid(x):
 
 
 def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, *, lengths=None, resets=None,
-          reverse=False, mask_h=None, zone_h=None, zone_c=None):  # fmt: skip
+          reverse=False, dropout_h=None, zoneout_h=None, zoneout_c=None):  # fmt: skip
     """One layer, one direction: (h [T, B, P], h_n [B, P], c_n [B, H], tape for `layer_gradients`).
 
-    mask_h [B, P] multiplies h in the recurrent product; zone_h [T, B, P] and zone_c [T, B, H] are the shares of the
+    dropout_h [B, P] multiplies h in the recurrent product; zoneout_h [T, B, P] and zoneout_c [T, B, H] are the shares of the
     states that stay as they were before the step.
     """
     T, B, _ = x.shape
@@ -32,7 +32,7 @@ def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr
             at_start = previous_time is None
             reset = resets is not None and (not at_start or not reverse) and bool(resets[boundary, b])
             h_prev, c_prev = (np.zeros_like(h), np.zeros_like(c)) if reset else (h, c)
-            h_in = h_prev if mask_h is None else h_prev * mask_h[b]
+            h_in = h_prev if dropout_h is None else h_prev * dropout_h[b]
             z = weight_ih @ x[t, b] + weight_hh @ h_in
             if bias_ih is not None:
                 z = z + bias_ih + bias_hh
@@ -41,10 +41,10 @@ def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr
             c_new = c = f * c_prev + i * g
             m = o * np.tanh(c)
             h = m if weight_hr is None else weight_hr @ m
-            if zone_h is not None:
-                h = zone_h[t, b] * h_prev + (1 - zone_h[t, b]) * h
-            if zone_c is not None:
-                c = zone_c[t, b] * c_prev + (1 - zone_c[t, b]) * c
+            if zoneout_h is not None:
+                h = zoneout_h[t, b] * h_prev + (1 - zoneout_h[t, b]) * h
+            if zoneout_c is not None:
+                c = zoneout_c[t, b] * c_prev + (1 - zoneout_c[t, b]) * c
             out[t, b] = h
             tape.append((b, t, reset, h_in, c_prev, i, f, g, o, c_new, m))
             previous_time = t
@@ -53,15 +53,15 @@ def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr
 
 
 def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, *, tape, dh, dh_n,
-                    dc_n, mask_h=None, zone_h=None, zone_c=None):  # fmt: skip
+                    dc_n, dropout_h=None, zoneout_h=None, zoneout_c=None):  # fmt: skip
     """Gradients of x, h0, c0 and the weights (None where there is none), by backpropagation through time."""
     inputs = (x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
     dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr = (None if a is None else np.zeros(a.shape) for a in inputs)
     into_h, into_c = dh_n.copy(), dc_n.copy()  # [B, *] gradient of each sequence's state after the step in hand
     for b, t, reset, h_in, c_prev, i, f, g, o, c_new, m in reversed(tape):
-        factors = 1.0 if mask_h is None else mask_h[b]
-        stays_h = 0.0 if zone_h is None else zone_h[t, b]
-        stays_c = 0.0 if zone_c is None else zone_c[t, b]
+        factors = 1.0 if dropout_h is None else dropout_h[b]
+        stays_h = 0.0 if zoneout_h is None else zoneout_h[t, b]
+        stays_c = 0.0 if zoneout_c is None else zoneout_c[t, b]
         grad_h = dh[t, b] + into_h[b]
         grad_m = grad_h_new = (1 - stays_h) * grad_h
         if weight_hr is not None:

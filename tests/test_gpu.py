@@ -127,7 +127,7 @@ def test_a_long_sequence_takes_a_fixed_workspace():
         before = torch.cuda.memory_allocated()
         y, _ = lstm(x)
         output = y.numel() * y.element_size()
-        assert torch.cuda.max_memory_allocated() - before <= output + 3 * gpu_lstm.pipeline.WORKSPACE
+        assert torch.cuda.max_memory_allocated() - before <= output + 3 * gpu_lstm.chunks.WORKSPACE
 
 
 def test_auto_takes_the_triton_kernels_and_the_doctor_says_so(capsys):
