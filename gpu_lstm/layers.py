@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import chunks, fused, native, reference, streams
 from .backends import KERNEL_BACKENDS, Backend
-from .chunks import Outputs, Schedule
+from .chunks import Outputs, Schedule, cut
 from .noise import NO_NOISE, Noise, draw, dropped
 from .precision import autocasts, is_exact
 from .reference import Gates
@@ -39,10 +39,14 @@ def one_direction(
     if backend is Backend.TORCH:  # which knows autocast by itself
         return native.layer(x, state, weights, traversal)
     x, state, weights = _computed(x, state, weights)
-    with torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext():
+    with _without_autocast(x):
         if backend is Backend.REFERENCE:
             return reference.layer(x, state, weights, traversal, noise, record)
         return fused.layer(x, state, weights, traversal, backend, noise, recompute)
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
 
 
 def _computed(x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State, Weights]:
@@ -77,34 +81,17 @@ def stack(
     plain = backend is Backend.TORCH and traversal.is_plain
     if plain and not settings.residual and _same_sizes(weights):
         return _in_one_call(x, states, weights, settings)
-    noise, kept = draw(weights, x, compute_dtype(x), settings)
-    has_kernels = backend in KERNEL_BACKENDS
-    schedule = chunks.in_one_piece(weights)
-    if has_kernels:
-        # In the dtype that x is computed in once, and not for every chunk of time.
-        computed = [[_computed(x, state, one) for one in layer] for layer, state in zip(weights, states)]
-        weights = [[one for *_, one in layer] for layer in computed]
-        x, states = computed[0][0][0], [layer[0][1] for layer in computed]
-        schedule = chunks.schedule(x, weights, settings.recompute)
-    cell_dtypes = [c.dtype for _, c in states]
-    if has_kernels:
-        states = [(h, c.float()) for h, c in states]
-
-    run_direction = partial(one_direction, backend=backend, recompute=settings.recompute, record=record)
+    layers = [Layer(*parts) for parts in zip(weights, *draw(weights, x, compute_dtype(x), settings))]
     connect = partial(_connect, residual=settings.residual, dropout=settings.dropout)
-    layers = [Layer(*parts) for parts in zip(weights, noise, kept)]
-    if len(weights[0]) == 1 and not plain:
-        x, finals = _wavefront(run_direction, connect, x, states, layers, traversal, schedule)
+    if backend in KERNEL_BACKENDS:
+        run_direction = partial(fused.layer, backend=backend, recompute=settings.recompute)
+        return _by_kernels(run_direction, connect, x, states, layers, traversal, settings.recompute)
+    if plain:
+        run_layer = partial(_by_torch, training=settings.training)
     else:
-        finals = []
-        for layer, state in zip(layers, states):
-            if plain:
-                y, final = native.stack(x, state, [layer.weights], training=settings.training)
-            else:
-                y, final = _both_directions(run_direction, x, state, layer, traversal, schedule)
-            x = connect(x, y, traversal.lengths, layer.kept)
-            finals.append(final)
-    return x, [(h, c.to(dtype)) for (h, c), dtype in zip(finals, cell_dtypes)] if has_kernels else finals
+        run_direction = partial(one_direction, backend=backend, record=record)
+        run_layer = partial(_directions, run_direction, schedule=chunks.in_one_piece(weights))
+    return _layer_by_layer(run_layer, connect, x, states, layers, traversal)
 
 
 def _same_sizes(weights: list[list[Weights]]) -> bool:
@@ -121,6 +108,50 @@ def _in_one_call(
     return y, list(zip(h_n.split(directions), c_n.split(directions)))
 
 
+def _by_torch(x: Tensor, state: State, layer: Layer, traversal: Traversal, *, training: bool) -> tuple[Tensor, State]:
+    return native.stack(x, state, [layer.weights], training=training)
+
+
+def _by_kernels(
+    run_direction: partial,
+    connect: partial,
+    x: Tensor,  # [T, B, I]
+    states: list[State],  # [L]
+    layers: list[Layer],
+    traversal: Traversal,
+    recompute: bool,
+) -> tuple[Tensor, list[State]]:
+    """All in the dtype that x is computed in, once and not for every chunk; c goes from chunk to chunk in float32."""
+    computed = [[_computed(x, state, one) for one in layer.weights] for layer, state in zip(layers, states)]
+    layers = [Layer([one for *_, one in each], layer.noise, layer.kept) for each, layer in zip(computed, layers)]
+    x, states = computed[0][0][0], [state for (_, state, _), *_ in computed]
+    exact = [(h, c.float()) for h, c in states]
+    schedule = chunks.schedule(x, [layer.weights for layer in layers], recompute)
+    with _without_autocast(x):
+        if len(layers[0].weights) == 1:
+            y, finals = _wavefront(run_direction, connect, x, exact, layers, traversal, schedule)
+        else:
+            run_layer = partial(_directions, run_direction, schedule=schedule)
+            y, finals = _layer_by_layer(run_layer, connect, x, exact, layers, traversal)
+    return y, [(h, c.to(c0.dtype)) for (h, c), (_, c0) in zip(finals, states)]
+
+
+def _layer_by_layer(
+    run_layer: partial,
+    connect: partial,
+    x: Tensor,  # [T, B, I]
+    states: list[State],  # [L]
+    layers: list[Layer],
+    traversal: Traversal,
+) -> tuple[Tensor, list[State]]:
+    finals = []
+    for layer, state in zip(layers, states):
+        y, final = run_layer(x, state, layer, traversal)
+        x = connect(x, y, traversal.lengths, layer.kept)
+        finals.append(final)
+    return x, finals
+
+
 def _wavefront(
     run_direction: partial,
     connect: partial,
@@ -135,48 +166,44 @@ def _wavefront(
     Where each has a stream, a layer takes a chunk while the layer above takes the chunk before.
     """
     states, top = [(h[0], c[0]) for h, c in states], len(layers) - 1
-    spans = schedule.spans(x)
-    outputs = Outputs(x, len(spans), 1, states[top][0].shape[1])
-    for start, stop in spans:
-        y, part = x[start:stop], traversal.within(start, stop)
+    outputs = Outputs(x, schedule.spans, 1, states[top][0].shape[1])
+    for span in schedule.spans:
+        y, part = cut(x, span), traversal.within(span)
         for k, layer in enumerate(layers):
-            noise = layer.noise[0].within(start, stop)
-            kept = [] if layer.kept is None else [layer.kept[start:stop]]
+            noise = layer.noise[0].within(span)
+            kept = [] if layer.kept is None else [cut(layer.kept, span)]
             below = schedule.streams[k - 1] if k else None
             with streams.on(schedule.streams[k], below, (y, *states[k], *noise.present(), *kept)):
                 h, states[k] = run_direction(y, states[k], layer.weights[0], part, noise=noise)
                 y = connect(y, h, part.lengths, *kept)
                 if k == top:
-                    outputs.add(y, start, 0)
+                    outputs.add(y, span, 0)
     streams.join(schedule.streams, [*outputs.parts(), *(tensor for state in states for tensor in state)])
     return outputs.whole(), [(h[None], c[None]) for h, c in states]
 
 
-def _both_directions(
+def _directions(
     run_direction: partial,
     x: Tensor,  # [T, B, I]
-    state: State,  # ([2, B, P], [2, B, H])
+    state: State,  # ([D, B, P], [D, B, H])
     layer: Layer,
     traversal: Traversal,
+    *,
     schedule: Schedule,
 ) -> tuple[Tensor, State]:
-    """Both directions of one layer, side by side: [T, B, 2P] and the final state."""
-    spans = schedule.spans(x)
-    outputs = Outputs(x, len(spans), 2, state[0].shape[2])
+    """All directions of one layer, side by side where there are streams: [T, B, D*P] and the final state."""
+    outputs = Outputs(x, schedule.spans, len(layer.weights), state[0].shape[2])
     finals: list[State] = []
     for d, (weights, noise) in enumerate(zip(layer.weights, layer.noise)):
         h, c = state[0][d], state[1][d]
         with streams.on(schedule.streams[d], None, (x, h, c, *noise.present())):
-            for start, stop in reversed(spans) if d else spans:
-                if d and stop < len(x):  # this chunk continues a later one
-                    separated = traversal.separated_at(stop)  # [B]
-                    if separated is not None:
-                        h, c = (torch.where(separated[:, None], 0, s) for s in (h, c))
-                part = traversal.within(start, stop)
-                y, (h, c) = run_direction(
-                    x[start:stop], (h, c), weights, part.backwards() if d else part, noise=noise.within(start, stop)
-                )
-                outputs.add(y, start, d)
+            for span in reversed(schedule.spans) if d else schedule.spans:
+                part = traversal.within(span)
+                if d:
+                    part = part.backwards()
+                    h, c = traversal.reset_at_end_of(span, h, c)
+                y, (h, c) = run_direction(cut(x, span), (h, c), weights, part, noise=noise.within(span))
+                outputs.add(y, span, d)
         finals.append((h, c))
     streams.join(schedule.streams, [*outputs.parts(), *(tensor for final in finals for tensor in final)])
     h_n, c_n = (torch.stack(tensors) for tensors in zip(*finals))

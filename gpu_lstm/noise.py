@@ -23,9 +23,11 @@ class Noise(NamedTuple):
     zoneout_h: Tensor | None = None  # bool [T, B, P], in time: where h stays as it was; in eval() the probability, []
     zoneout_c: Tensor | None = None  # bool [T, B, H] or [], alike for c
 
-    def within(self, start: int, stop: int) -> Noise:
-        """That of the times from `start` to `stop`."""
-        h, c = (t[start:stop] if t is not None and t.dim() else t for t in (self.zoneout_h, self.zoneout_c))
+    def within(self, span: slice | None) -> Noise:
+        """That of the times of a span alone; None: of all."""
+        if span is None:
+            return self
+        h, c = (t[span] if t is not None and t.dim() else t for t in (self.zoneout_h, self.zoneout_c))
         return Noise(self.dropout_h, h, c)
 
     def present(self) -> list[Tensor]:

@@ -96,16 +96,24 @@ class Traversal(NamedTuple):
         """The same batch from the other end."""
         return Traversal(self.lengths, self.resets, not self.reverse)
 
-    def within(self, start: int, stop: int) -> "Traversal":
-        """That of the times from `start` to `stop` alone."""
-        lengths = None if self.lengths is None else (self.lengths - start).clamp(0, stop - start)
-        return Traversal(lengths, None if self.resets is None else self.resets[start:stop], self.reverse)
+    def within(self, span: slice | None) -> "Traversal":
+        """That of the times of a span alone; None: of all."""
+        if span is None:
+            return self
+        lengths = None if self.lengths is None else (self.lengths - span.start).clamp(0, span.stop - span.start)
+        return Traversal(lengths, None if self.resets is None else self.resets[span], self.reverse)
 
-    def separated_at(self, time: int) -> Tensor | None:
-        """Bool [B]: whether a reset separates `time` from `time` - 1, inside the sequence. None: nowhere."""
-        if self.resets is None:
-            return None
-        return self.resets[time] if self.lengths is None else self.resets[time] & (self.lengths > time)
+    def reset_at_end_of(self, span: slice | None, *states: Tensor) -> list[Tensor]:
+        """States [B, *] of the reverse direction, which comes to a span from the times after it.
+
+        Zeroed where a reset separates the two.
+        """
+        if self.resets is None or span is None or span.stop == len(self.resets):
+            return list(states)
+        separated = self.resets[span.stop]  # [B]
+        if self.lengths is not None:
+            separated = separated & (self.lengths > span.stop)
+        return [torch.where(separated[:, None], 0, state) for state in states]
 
     def steps(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of each step of x [T, B, *], in the order of processing, each [T, B].
