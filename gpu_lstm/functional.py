@@ -47,7 +47,9 @@ def lstm_layer(
     if x.dim() != 3:
         raise RuntimeError(f"input must have 3 dimensions, got {x.dim()}")
     steps, batch, features = x.shape
-    hidden, projected = _checked_sizes(weights, features)
+    hidden = weights.weight_hh.shape[0] // 4
+    projected = hidden if weights.weight_hr is None else weights.weight_hr.shape[0]
+    weights.check_sizes(features, hidden, projected)
     h0, c0 = (x.new_zeros(batch, projected), x.new_zeros(batch, hidden)) if hx is None else hx
     for i, (state, size) in enumerate(((h0, projected), (c0, hidden))):
         if state.shape != (batch, size):
@@ -59,25 +61,6 @@ def lstm_layer(
         check_resets(resets, (steps, batch), x.device)
     chosen = select(backend, x.device, compute_dtype(x))
     return one_direction(x, (h0, c0), weights, Traversal(lengths, resets, reverse), chosen)
-
-
-def _checked_sizes(weights: Weights, features: int) -> tuple[int, int]:
-    """(H, P) of weights whose shapes agree."""
-    hidden = weights.weight_hh.shape[0] // 4
-    projected = hidden if weights.weight_hr is None else weights.weight_hr.shape[0]
-    expected = {
-        "weight_ih": (4 * hidden, features),
-        "weight_hh": (4 * hidden, projected),
-        "bias_ih": (4 * hidden,),
-        "bias_hh": (4 * hidden,),
-        "weight_hr": (projected, hidden),
-    }
-    for (name, shape), tensor in zip(expected.items(), weights):
-        if tensor is not None and tensor.shape != shape:
-            raise RuntimeError(f"Expected {name} size {shape}, got {list(tensor.shape)}")
-    if (weights.bias_ih is None) != (weights.bias_hh is None):
-        raise RuntimeError("bias_ih and bias_hh should be given together")
-    return hidden, projected
 
 
 def check_tensors(x: Tensor, states: Sequence[State], weights: Sequence[Tensor]) -> None:

@@ -185,9 +185,17 @@ class LSTM(RNNBase):
         return output, self.permute_hidden(hx, unsorted_indices)
 
     def _weights(self) -> list[list[Weights]]:
-        """[L][D], as the module has them now."""
-        suffixes = ("", "_reverse") if self.bidirectional else ("",)
-        return [[self._weights_of(f"_l{k}{suffix}") for suffix in suffixes] for k in range(self.num_layers)]
+        """[L][D], as the module has them now, checked: whatever was assigned since is what the kernels will read."""
+        directions = 2 if self.bidirectional else 1
+        hidden, width = self.hidden_size, self.proj_size or self.hidden_size
+        weights = []
+        for k in range(self.num_layers):
+            features = self.input_size if k == 0 else directions * width
+            layer = [self._weights_of(f"_l{k}{suffix}") for suffix in ("", "_reverse")[:directions]]
+            for one in layer:
+                one.check_sizes(features, hidden, width)
+            weights.append(layer)
+        return weights
 
     def _weights_of(self, suffix: str) -> Weights:
         return Weights(
@@ -454,6 +462,7 @@ class LSTMCell(RNNCellBase):
             h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
 
         weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        weights.check_sizes(self.input_size, self.hidden_size, self.hidden_size)
         backend = select(self.backend, x.device, compute_dtype(x))
         if backend is Backend.TORCH:
             h, c = _VF.lstm_cell(x, (h, c), *weights[:4])

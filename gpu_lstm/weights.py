@@ -22,6 +22,20 @@ class Weights(NamedTuple):
         """Those that are there, in torch's order."""
         return [tensor for tensor in self if tensor is not None]
 
+    def check_sizes(self, features: int, hidden: int, projected: int) -> None:
+        """Raise unless every tensor has the size of a layer with I, H and P as given.
+
+        Raises:
+            RuntimeError: one has not.
+        """
+        rows = 4 * hidden
+        sizes = (rows, features), (rows, projected), (rows,), (rows,), (projected, hidden)
+        for name, tensor, size in zip(self._fields, self, sizes):
+            if tensor is not None and tensor.shape != size:
+                raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}")
+        if (self.bias_ih is None) != (self.bias_hh is None):
+            raise RuntimeError("bias_ih and bias_hh should be given together")
+
     def to(self, dtype: torch.dtype) -> "Weights":
         """The same in another dtype."""
         return Weights(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
