@@ -5,7 +5,9 @@ import enum
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -28,7 +30,9 @@ KERNEL_BACKENDS = (Backend.TRITON, Backend.CUPY)
 TAKE_NOISE = (Backend.TRITON, Backend.REFERENCE)  # recurrent dropout and zoneout
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_chosen: Backend | None = None  # by `with backend(...)`; a plain global, which torch.compile guards on
+_chosen: Backend | None = None  # by the youngest block of `backend(...)`; a plain global, which torch.compile guards on
+_blocks: list[list[Backend]] = []  # all that are open, of all threads, each in a list of its own to be told apart
+_blocks_lock = threading.Lock()
 
 
 def parse(name: "str | Backend") -> Backend:
@@ -48,17 +52,27 @@ def parse(name: "str | Backend") -> Backend:
 def backend(name: "str | Backend") -> Iterator[None]:
     """Choose the backend within a `with` block, for every module and function that was not given one itself.
 
-    It holds for the whole process, as torch.backends' flags do.
+    It holds for the whole process, as torch.backends' flags do. Of blocks that are open in several threads at once the
+    youngest counts; when all are closed, none leaves anything behind.
 
     Raises:
         ValueError: there is no backend of that name.
     """
-    global _chosen
-    before, _chosen = _chosen, parse(name)
+    block = [parse(name)]
+    with _blocks_lock:
+        _blocks.append(block)
+        _choose_youngest()
     try:
         yield
     finally:
-        _chosen = before
+        with _blocks_lock:
+            _blocks[:] = [other for other in _blocks if other is not block]
+            _choose_youngest()
+
+
+def _choose_youngest() -> None:
+    global _chosen
+    _chosen = _blocks[-1][0] if _blocks else None
 
 
 def requested(argument: "str | Backend | None") -> Backend:
@@ -107,6 +121,8 @@ def can_run(choice: Backend, device: torch.device, dtype: torch.dtype) -> bool:
 
 def obstacle(choice: Backend, device: torch.device, dtype: torch.dtype) -> Exception | None:
     """Why `choice` cannot run tensors of this device and dtype; None if it can."""
+    if choice in KERNEL_BACKENDS and torch.version.hip is not None:
+        return RuntimeError(f"backend {choice.value!r} takes NVIDIA GPUs; this torch is built for AMD's (ROCm)")
     match choice:
         case Backend.TRITON:
             return _triton_obstacle(device, dtype)
@@ -119,10 +135,26 @@ def obstacle(choice: Backend, device: torch.device, dtype: torch.dtype) -> Excep
 @functools.cache
 def triton_import_problem() -> str | None:
     """Why the Triton kernels cannot be imported; None if they can."""
+    return _problem_with("Triton", lambda: importlib.import_module("gpu_lstm.kernels.triton_lstm.launch"))
+
+
+@functools.cache
+def cupy_import_problem() -> str | None:
+    """Why the kernels in CUDA C++ cannot be compiled: CuPy or NVRTC is absent or broken; None if they can."""
+    # CuPy looks for NVRTC when it is first called.
+    return _problem_with("CuPy", lambda: importlib.import_module("cupy").cuda.nvrtc.getVersion())
+
+
+def _problem_with(package: str, load: Callable[[], object]) -> str | None:
+    """What `load` raises: an optional package that is missing or broken stops nobody who did not ask for it."""
     try:
-        importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
+        load()
     except ImportError as error:
         return str(error)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        warnings.warn(f"{package} is installed, but fails, and is not used: {problem}", stacklevel=2)
+        return problem
     return None
 
 
@@ -147,16 +179,6 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
         return RuntimeError(
             f"backend 'triton' needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
         )
-    return None
-
-
-@functools.cache
-def cupy_import_problem() -> str | None:
-    """Why the kernels in CUDA C++ cannot be compiled: CuPy or NVRTC is absent; None if they can."""
-    try:
-        importlib.import_module("cupy").cuda.nvrtc.getVersion()
-    except (ImportError, RuntimeError) as error:  # CuPy looks for NVRTC when it is first called
-        return str(error)
     return None
 
 
