@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test test-quick bench lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/weather.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto $(PYTEST)
+
+test-quick: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench
