@@ -52,8 +52,8 @@ def lstm_resident_forward_kernel(
     BLOCK_H: tl.constexpr,  # at least H
 ):
     """All steps of a batch tile."""
-    batch, in_batch, length = sequences_from(tl.program_id(0) * BLOCK_B, lengths_ptr, T, B, BLOCK_B)
     unit = tl.arange(0, BLOCK_H)  # [BH]
+    batch, in_batch, length = sequences_from(tl.program_id(0) * BLOCK_B, lengths_ptr, T, B, BLOCK_B)
     in_units = (unit < H)[:, None]
     in_tile = in_units & in_batch[None, :]  # [BH, BB]
     state_at = batch[None, :].to(tl.int64) * H + unit[:, None]
@@ -117,8 +117,8 @@ def lstm_resident_backward_kernel(
     BLOCK_H: tl.constexpr,  # at least H
 ):
     """All steps of a batch tile, from the last to the first."""
-    batch, in_batch, length = sequences_from(tl.program_id(0) * BLOCK_B, lengths_ptr, T, B, BLOCK_B)
     unit = tl.arange(0, BLOCK_H)  # [BH]
+    batch, in_batch, length = sequences_from(tl.program_id(0) * BLOCK_B, lengths_ptr, T, B, BLOCK_B)
     in_units = (unit < H)[:, None]
     in_tile = in_units & in_batch[None, :]  # [BH, BB]
     state_at = batch[None, :].to(tl.int64) * H + unit[:, None]

@@ -17,14 +17,17 @@ from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backward
 from .indexing import (
     interleaved_gates,
+    is_reset,
     load_gates,
     load_zoneout,
     position,
     row_before,
+    row_of,
     sequences_from,
     split_gate_columns,
     step_after,
     store_gates,
+    time_of,
 )
 from .initial_gradient import initial_hidden_gradient
 from .planning import Family, Launch, Plan, Problem
@@ -90,13 +93,12 @@ def lstm_step_forward_kernel(
 ):
     """One step: the recurrent product, the gates and the cell; h as well unless a projection follows."""
     batch, in_batch, length = sequences_from(tl.program_id(0) * BLOCK_B, lengths_ptr, T, B, BLOCK_B)
-    time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
-    row_prev = row_before(step, time, batch, B, REVERSE)
     unit_start = tl.program_id(1) * BLOCK_H
     unit = unit_start + tl.arange(0, BLOCK_H)  # [BH]
+    time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
+    row_prev = row_before(step, time, batch, B, REVERSE)
     in_units = (unit < H)[None, :]
-    in_tile = in_batch[:, None] & in_units  # [BB, BH]
-    valid_tile = valid[:, None] & in_units
+    valid_tile = valid[:, None] & in_units  # [BB, BH]
 
     # Product: all four gates of the program's units, [BB, 4 BH].
     column, column_unit = interleaved_gates(unit_start, H, BLOCK_H)
@@ -128,6 +130,7 @@ def lstm_step_forward_kernel(
 
     # Store. Padding gets zeros; the last valid step gives the final states.
     m = tl.where(valid_tile, m, 0.0).to(h_ptr.dtype.element_ty)
+    in_tile = in_batch[:, None] & in_units
     last = in_tile & (step == length - 1)[:, None]
     final_at = batch[:, None].to(tl.int64) * H + unit[None, :]
     h_row = batch.to(tl.int64) if PROJECT else row
@@ -167,15 +170,18 @@ def lstm_step_project_kernel(
 ):
     """h = W_hr m at one step, or with zoneout what it makes of that."""
     batch, in_batch, length = sequences_from(tl.program_id(0) * BLOCK_B, lengths_ptr, T, B, BLOCK_B)
-    time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BP]
-    in_tile = in_batch[:, None] & (p < P)[None, :]  # [BB, BP]
+    time = time_of(step, length, REVERSE)
+    row = row_of(time, batch, B)
+    valid = in_batch & (step < length)
 
     h = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
     h = product(h, m_ptr, batch.to(tl.int64), valid, None, batch, weight_hr_ptr, p * H, p < P, 1, H, BLOCK_K, PRECISION)
 
     at = row[:, None] * P + p[None, :]
+    in_tile = in_batch[:, None] & (p < P)[None, :]  # [BB, BP]
     if zoneout_h_ptr is not None:
+        continues = valid & ~is_reset(resets_ptr, time, length, batch, B, in_batch, REVERSE)
         row_prev = row_before(step, time, batch, B, REVERSE)
         h_prev_at = h_prev_ptr + row_prev[:, None] * P + p[None, :]
         h_prev = tl.load(h_prev_at, mask=continues[:, None] & in_tile, other=0.0).to(tl.float32)
@@ -216,10 +222,10 @@ def hidden_gradient(
         dh, dgates_ptr, row_next, next_continues, None, row_next, weight_hh_ptr, p, p < P, P, 4 * H, BLOCK_K, PRECISION
     )
     valid_tile = valid[:, None] & (p < P)[None, :]
-    at = row[:, None] * P + p[None, :]
     state_at = batch[:, None].to(tl.int64) * P + p[None, :]
     if dropout_h_ptr is not None:
         dh *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
+    at = row[:, None] * P + p[None, :]
     if dh_ptr is not None:
         dh += tl.load(dh_ptr + at, mask=valid_tile, other=0.0).to(tl.float32)
     if dh_n_ptr is not None:
@@ -257,8 +263,8 @@ def lstm_step_project_backward_kernel(
 ):
     """The whole gradient of W_hr m at one step, where a projection stands between h and the cell."""
     batch, in_batch, length = sequences_from(tl.program_id(0) * BLOCK_B, lengths_ptr, T, B, BLOCK_B)
-    _, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BP]
+    _, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
     row_next, next_continues = step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE)
 
     dh = hidden_gradient(
@@ -301,10 +307,10 @@ def lstm_step_backward_kernel(
 ):
     """One step backward: the product with the dgates of the step after, and the cell."""
     batch, in_batch, length = sequences_from(tl.program_id(0) * BLOCK_B, lengths_ptr, T, B, BLOCK_B)
+    unit = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)  # [BH]
     time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
     row_prev = row_before(step, time, batch, B, REVERSE)
     row_next, next_continues = step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE)
-    unit = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)  # [BH]
     in_units = (unit < H)[None, :]
     valid_tile = valid[:, None] & in_units  # [BB, BH]
 
