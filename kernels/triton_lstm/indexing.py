@@ -80,9 +80,10 @@ def position(step, length, resets_ptr, batch, B, in_batch, REVERSE: tl.constexpr
     valid: the step is one of the sequence's, not padding. continues: and its state before is not zeroed by a reset.
     """
     time = time_of(step, length, REVERSE)
+    row = row_of(time, batch, B)
     valid = in_batch & (step < length)
     continues = valid & ~is_reset(resets_ptr, time, length, batch, B, in_batch, REVERSE)
-    return time, row_of(time, batch, B), valid, continues
+    return time, row, valid, continues
 
 
 @triton.jit

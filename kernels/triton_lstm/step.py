@@ -225,15 +225,15 @@ def hidden_gradient(
     state_at = batch[:, None].to(tl.int64) * P + p[None, :]
     if dropout_h_ptr is not None:
         dh *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
-    at = row[:, None] * P + p[None, :]
     if dh_ptr is not None:
-        dh += tl.load(dh_ptr + at, mask=valid_tile, other=0.0).to(tl.float32)
+        dh += tl.load(dh_ptr + row[:, None] * P + p[None, :], mask=valid_tile, other=0.0).to(tl.float32)
     if dh_n_ptr is not None:
         last = valid_tile & (step == length - 1)[:, None]
         dh += tl.load(dh_n_ptr + state_at, mask=last, other=0.0).to(tl.float32)
     if zoneout_h_ptr is not None:
         dh += tl.load(dh_from_zoneout_ptr + state_at, mask=valid_tile, other=0.0)
-        dh_prev, dh = zoneout_backward(load_zoneout(zoneout_h_ptr, at, valid_tile), dh)
+        share = load_zoneout(zoneout_h_ptr, row[:, None] * P + p[None, :], valid_tile)
+        dh_prev, dh = zoneout_backward(share, dh)
         tl.store(dh_from_zoneout_ptr + state_at, tl.where(continues[:, None], dh_prev, 0.0), mask=valid_tile)
     return dh
 
