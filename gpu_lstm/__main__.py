@@ -149,6 +149,7 @@ def _kernels(as_json: bool) -> int:
 def _plan(options: argparse.Namespace) -> int:
     """The plans of a problem, forward and backward, and the expected bound of a step."""
     planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
+    families = importlib.import_module("gpu_lstm.kernels.triton_lstm.families")
     device = planning.DEVICES.get(options.device)
     if device is None:
         known = ", ".join(planning.DEVICES)
@@ -160,7 +161,7 @@ def _plan(options: argparse.Namespace) -> int:
     )
     passes = {}
     for name, backward in (("forward", False), ("backward", True)):
-        plan, *others = planning.plans(problem, device, backward)
+        plan, *others = families.plans(problem, device, backward)
         bound = planning.expected_bound(problem, device, plan, backward)
         passes[name] = (plan, others, bound)
     if options.json:

@@ -1,9 +1,9 @@
 """The operators gpu_lstm::layer_forward and gpu_lstm::layer_backward, as torch.library knows them.
 
 The recurrence of one layer in one direction, on the backends that have kernels of their own. Shapes and meanings
-are those of the launchers, e.g. kernels/triton_lstm/launch.py; cell states and their gradients are float32. This is
-the one place where a launcher is chosen.
-torch.compile sees the operators and their fakes, and never the launchers.
+are those of kernels/recurrence.py and of the launchers, e.g. kernels/triton_lstm/launch.py; cell states and their
+gradients are float32. This is the one place where a launcher is chosen. torch.compile sees the operators and their
+fakes, and never the launchers. Schemas are flat, so only here does a recurrence travel as its fields.
 """
 
 import importlib
@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
+from .kernels.recurrence import Recurrence
 from .precision import recurrent_precision
 
 _LIBRARY = torch.library.Library("gpu_lstm", "DEF")
 _LIBRARY.define(
     "layer_forward(Tensor(a!) gates, Tensor weight_hh, Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, "
-    "Tensor? resets, bool reverse, bool save, str backend, Tensor? mask_h=None, Tensor? zone_h=None, "
-    "Tensor? zone_c=None) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor c)",
+    "Tensor? resets, bool reverse, bool save, str backend, Tensor? dropout_h=None, Tensor? zoneout_h=None, "
+    "Tensor? zoneout_c=None) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor c)",
     tags=(torch.Tag.needs_exact_strides,),
 )
 _LIBRARY.define(
     "layer_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor gates, Tensor c, Tensor weight_hh, "
     "Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, Tensor? resets, bool reverse, str backend, "
-    "Tensor? mask_h=None, Tensor? zone_h=None, Tensor? zone_c=None) "
+    "Tensor? dropout_h=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None) "
     "-> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh_total)",
     tags=(torch.Tag.needs_exact_strides,),
 )
@@ -44,38 +45,73 @@ def _launcher(backend: str) -> ModuleType:
             raise AssertionError(f"backend {other.value!r} has no kernels of its own")
 
 
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _contiguous(t: Tensor | None) -> Tensor | None:
     # The kernels take contiguous tensors. Gradients often come expanded: sum() hands back stride 0.
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+    return None if t is None else t.contiguous()
 
 
-def _layer_forward(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend, *noise):
-    weight_hh, weight_hr, h0, c0, lengths, resets = _contiguous(weight_hh, weight_hr, h0, c0, lengths, resets)
-    precision = recurrent_precision(gates.dtype)
-    return _launcher(backend).layer_forward(
-        gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, precision, *_contiguous(*noise), save=save
+def _recurrence(
+    dtype: torch.dtype,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reverse: bool,
+    dropout_h: Tensor | None,
+    zoneout_h: Tensor | None,
+    zoneout_c: Tensor | None,
+) -> Recurrence:
+    return Recurrence(
+        weight_hh=weight_hh.contiguous(),
+        weight_hr=_contiguous(weight_hr),
+        h0=h0.contiguous(),
+        c0=c0.contiguous(),
+        lengths=_contiguous(lengths),
+        resets=_contiguous(resets),
+        reverse=reverse,
+        precision=recurrent_precision(dtype),
+        dropout_h=_contiguous(dropout_h),
+        zoneout_h=_contiguous(zoneout_h),
+        zoneout_c=_contiguous(zoneout_c),
     )
 
 
-def _layer_forward_fake(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend, *noise):
+def _layer_forward(
+    gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend,
+    dropout_h=None, zoneout_h=None, zoneout_c=None,
+):  # fmt: skip
+    recurrence = _recurrence(
+        gates.dtype, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, dropout_h, zoneout_h, zoneout_c
+    )
+    return _launcher(backend).layer_forward(gates, recurrence, save=save)
+
+
+def _layer_forward_fake(
+    gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend,
+    dropout_h=None, zoneout_h=None, zoneout_c=None,
+):  # fmt: skip
     h = gates.new_empty(*gates.shape[:2], h0.shape[1])
     c = c0.new_empty((gates.shape[0], *c0.shape) if save else 0)
     return h, torch.empty_like(h0), torch.empty_like(c0), c
 
 
-def _layer_backward(dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend, *noise):
-    dh, dh_n, dc_n, weight_hh, weight_hr, h0, c0, lengths, resets = _contiguous(
-        dh, dh_n, dc_n, weight_hh, weight_hr, h0, c0, lengths, resets
+def _layer_backward(
+    dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend,
+    dropout_h=None, zoneout_h=None, zoneout_c=None,
+):  # fmt: skip
+    recurrence = _recurrence(
+        gates.dtype, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, dropout_h, zoneout_h, zoneout_c
     )
-    return _launcher(backend).layer_backward(
-        dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse,
-        recurrent_precision(gates.dtype), *_contiguous(*noise),
-    )  # fmt: skip
+    dh, dh_n, dc_n = map(_contiguous, (dh, dh_n, dc_n))
+    return _launcher(backend).layer_backward(dh, dh_n, dc_n, gates, c, recurrence)
 
 
 def _layer_backward_fake(
-    dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend, *noise
-):
+    dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend,
+    dropout_h=None, zoneout_h=None, zoneout_c=None,
+):  # fmt: skip
     dh_total = gates.new_empty((0,) if weight_hr is None else (*gates.shape[:2], h0.shape[1]))
     return torch.empty_like(gates), torch.empty_like(h0), torch.empty_like(c0), dh_total
 

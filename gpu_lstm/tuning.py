@@ -43,6 +43,7 @@ def autotune(
     launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
     if launch.INTERPRETED:
         raise RuntimeError("autotune times compiled kernels: TRITON_INTERPRET=1 is in the environment")
-    layer = launch.Problem(steps, batch, hidden_size, dtype, proj_size, recurrent_precision(dtype))
-    fastest = launch.autotune(layer, device)
+    planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
+    layer = planning.Problem(steps, batch, hidden_size, dtype, proj_size, recurrent_precision(dtype))
+    fastest = importlib.import_module("gpu_lstm.kernels.triton_lstm.autotune").autotune(layer, device)
     return {name: f"{plan.family.value}: {plan.why}" for name, plan in fastest.items()}

@@ -61,7 +61,7 @@ _check_internals()
 
 
 class ConcurrentRun:
-    """Launches interpreted kernels, to be used in place of `launch.run`.
+    """Launches interpreted kernels, to be used in place of `launch.launch_kernel`.
 
     Args:
         seed: of the order in which programs start, and of everything that happens to them. The threads themselves
@@ -76,7 +76,7 @@ class ConcurrentRun:
         self.timeout = timeout
         self.launches = 0
 
-    def __call__(self, kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> None:
+    def __call__(self, kernel: Any, grid: Sequence[int], **arguments: Any) -> None:
         """Launch `kernel` and wait for its end.
 
         Raises:
@@ -87,13 +87,13 @@ class ConcurrentRun:
             raise TypeError(f"expected a kernel in the interpreter (TRITON_INTERPRET=1), got {type(kernel).__name__}")
         launches = self.launches
 
-        def run_all(arguments: dict[str, Any]) -> tuple[int, ...]:
+        def run_all(converted: dict[str, Any]) -> tuple[int, ...]:
             """The grid as Triton's launcher sees it: called when arguments are converted and the language patched."""
             self.launches += 1
-            self._run_all(kernel.__name__, tuple(grid), partial(kernel.rewrite(), **arguments))
+            self._run_all(kernel.__name__, tuple(grid), partial(kernel.rewrite(), **converted))
             return (0,)  # nothing is left to be run one after another
 
-        kernel[run_all](*args, **constants)
+        kernel[run_all](**arguments)
         if self.launches == launches:
             raise RuntimeError(f"the interpreter of Triton {triton.__version__} did not ask for the grid")
 

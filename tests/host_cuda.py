@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpu_lstm.kernels.cupy_lstm import launch
+from gpu_lstm.kernels.cupy_lstm.planning import Plan
+from gpu_lstm.kernels.cupy_lstm.source import ELEMENTS, SOURCE, in_order, kernels_of, name_expression
 
 HEADER = Path(__file__).with_name("host_cuda.h")
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-pthread", "-w")
@@ -20,7 +21,7 @@ FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-pthr
 
 def library(source: str, *dtypes: torch.dtype) -> ctypes.CDLL:
     """A version of lstm.cu as a library with a function for each kernel and dtype; kept for the next process."""
-    entries = "\n".join(_entry(kernel, dtype) for kernel in launch.kernels_of(90) for dtype in dtypes)
+    entries = "\n".join(_entry(kernel, dtype) for kernel in kernels_of(90) for dtype in dtypes)
     text = "\n".join((HEADER.read_text(), '#line 1 "lstm.cu"', source, entries))
     digest = hashlib.sha256("\0".join((text, *FLAGS)).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir(), f"gpu_lstm_host_cuda_{os.getuid()}")
@@ -42,14 +43,12 @@ def launcher(source: str, *dtypes: torch.dtype) -> Callable[..., None]:
     """A stand-in for launch.launch_kernel, for some dtypes."""
     kernels = library(source, *dtypes)
 
-    def launch_kernel(
-        name: str, dtype: torch.dtype, grid: int, block: int, shared_bytes: int, args: tuple[Tensor | int | None, ...]
-    ) -> None:
-        values = [_by_value(a) for a in args]
+    def launch_kernel(kernel: str, dtype: torch.dtype, grid: int, plan: Plan, **arguments: Tensor | int | None) -> None:
+        values = [_by_value(a) for a in in_order(kernel, arguments)]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        function = getattr(kernels, _symbol(name, dtype))
+        function = getattr(kernels, _symbol(kernel, dtype))
         function.restype = ctypes.c_bool
-        assert function(grid, block, shared_bytes, addresses), f"{name} wrote past its {shared_bytes} shared bytes"
+        assert function(grid, plan.threads, plan.shared, addresses), f"{kernel} wrote past its {plan.shared} bytes"
 
     return launch_kernel
 
@@ -57,7 +56,7 @@ def launcher(source: str, *dtypes: torch.dtype) -> Callable[..., None]:
 @functools.cache
 def compiled_launcher() -> Callable[..., None]:
     """That of lstm.cu as it is."""
-    return launcher(launch.SOURCE.read_text(), *launch.ELEMENTS)
+    return launcher(SOURCE.read_text(), *ELEMENTS)
 
 
 def _by_value(argument: Tensor | int | None) -> ctypes._SimpleCData:
@@ -75,7 +74,7 @@ def _by_value(argument: Tensor | int | None) -> ctypes._SimpleCData:
 
 def _entry(kernel: str, dtype: torch.dtype) -> str:
     """A C function that launches a kernel."""
-    function = launch.name_expression(kernel, dtype)
+    function = name_expression(kernel, dtype)
     blocks = int(kernel.partition("<")[2].rstrip(">") or 1)  # of a cluster, which run side by side
     return (
         f'extern "C" bool {_symbol(kernel, dtype)}(int grid, int threads, int shared, void** args) '
@@ -84,4 +83,4 @@ def _entry(kernel: str, dtype: torch.dtype) -> str:
 
 
 def _symbol(kernel: str, dtype: torch.dtype) -> str:
-    return f"{kernel.replace('<', '_').replace('>', '')}_{launch.ELEMENTS[dtype]}"
+    return f"{kernel.replace('<', '_').replace('>', '')}_{ELEMENTS[dtype]}"

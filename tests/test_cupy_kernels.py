@@ -9,6 +9,7 @@ Without a GPU the very same source is compiled by g++ (host_cuda.py) and driven 
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import host_cuda
@@ -20,8 +21,11 @@ from torch import Tensor, nn
 import gpu_lstm
 from gpu_lstm import backends
 from gpu_lstm.functional import lstm_layer
-from gpu_lstm.kernels.cupy_lstm import launch
-from gpu_lstm.kernels.cupy_lstm.launch import STEP_PLAN, sequence_plan, shared_limit
+from gpu_lstm.kernels.cupy_lstm import launch, source
+from gpu_lstm.kernels.cupy_lstm.planning import shared_limit
+from gpu_lstm.kernels.cupy_lstm.sequence import sequence_plan
+from gpu_lstm.kernels.cupy_lstm.step import STEP_PLAN
+from gpu_lstm.kernels.recurrence import Recurrence
 
 VARIANTS = {
     "plain": {},
@@ -64,9 +68,14 @@ def _by_steps(r, dtype, backward):
 
 
 def _by_sequence(r, dtype, backward):
-    plan = sequence_plan(r.c0.shape[1], dtype, shared_limit(r.c0.device), backward)
+    plan = sequence_plan(r.hidden, dtype, shared_limit(r.c0.device), backward)
     assert plan is not None
     return plan
+
+
+def _by_cluster(r, dtype, backward, blocks=8):
+    """Forward; there is none backward."""
+    return sequence_plan(r.hidden, dtype, shared_limit(r.c0.device), backward, 1 if backward else blocks)
 
 
 FAMILIES = {"step": _by_steps, "sequence": _by_sequence}
@@ -89,20 +98,13 @@ def test_projection(projected, variant, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("blocks", launch.CLUSTER_SIZES)
+@pytest.mark.parametrize("blocks", source.CLUSTER_SIZES)
 @pytest.mark.parametrize("variant", ["plain", "ragged resets reverse"])
 def test_clusters(monkeypatch, blocks, variant, dtype, device):
-    if device == "cuda" and torch.cuda.get_device_capability()[0] != 9 and blocks == 16:
-        pytest.skip("clusters of 16 blocks are for sm_90")
-    if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("there are no clusters before sm_90")
-
-    def choose(r, dtype, backward):
-        if backward:
-            return _by_sequence(r, dtype, backward)
-        return sequence_plan(r.c0.shape[1], dtype, shared_limit(r.c0.device), blocks=blocks)
-
-    monkeypatch.setattr(launch, "choose_plan", choose)
+    major = torch.cuda.get_device_capability()[0] if device == "cuda" else 9
+    if major < 9 or (blocks == 16 and major > 9):
+        pytest.skip("there are no clusters before sm_90, and those of 16 blocks are for sm_90 alone")
+    monkeypatch.setattr(launch, "choose_plan", partial(_by_cluster, blocks=blocks))
     assert_as_good_as_torch(partial(_problem, (5, 5, 3, 18), variant), "cupy", dtype, device, seeds=2)
 
 
@@ -114,14 +116,14 @@ def test_larger_sizes_on_a_gpu(size, variant, dtype):
     assert_as_good_as_torch(partial(_problem, size, variant), "cupy", dtype, "cuda")
 
 
-def _layer(device: str, dtype=torch.float32, T=4, B=3, H=8) -> tuple[Tensor, tuple]:
-    """Arguments of layer_forward."""
+def _layer(device: str, dtype=torch.float32, T=4, B=3, H=8) -> tuple[Tensor, Recurrence]:
+    """gates and recurrence of layer_forward."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, dtype=dtype):
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    recurrence = (normal(4 * H, H), None, normal(B, H), normal(B, H, dtype=torch.float32), None, None, False, "ieee")
+    recurrence = Recurrence(weight_hh=normal(4 * H, H), h0=normal(B, H), c0=normal(B, H, dtype=torch.float32))
     return normal(T, B, 4 * H), recurrence
 
 
@@ -134,12 +136,12 @@ def test_tensors_that_are_not_aligned_give_the_same_bits(monkeypatch, device, dt
     monkeypatch.setattr(launch, "choose_plan", _by_steps)
     gates, r = _layer(device, dtype)
     expected_gates = gates.clone()
-    *expected, c = launch.layer_forward(expected_gates, *r, save=True)
-    expected += launch.layer_backward(expected[0], expected[1], None, expected_gates, c, *r)
+    *expected, c = launch.layer_forward(expected_gates, r, save=True)
+    expected += launch.layer_backward(expected[0], expected[1], None, expected_gates, c, r)
     moved_gates = moved(gates)
-    moved_r = [moved(a) if isinstance(a, Tensor) else a for a in r]
-    *results, c = launch.layer_forward(moved_gates, *moved_r, save=True)
-    results += launch.layer_backward(moved(results[0]), moved(results[1]), None, moved_gates, moved(c), *moved_r)
+    moved_r = replace(r, weight_hh=moved(r.weight_hh), h0=moved(r.h0), c0=moved(r.c0))
+    *results, c = launch.layer_forward(moved_gates, moved_r, save=True)
+    results += launch.layer_backward(moved(results[0]), moved(results[1]), None, moved_gates, moved(c), moved_r)
     assert torch.equal(moved_gates, expected_gates)
     assert all(map(torch.equal, results, expected))
 
@@ -147,19 +149,17 @@ def test_tensors_that_are_not_aligned_give_the_same_bits(monkeypatch, device, dt
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_is_zero_and_its_gates_are_left_alone(monkeypatch, family, device):
     monkeypatch.setattr(launch, "choose_plan", FAMILIES[family])
-    gates, (weight, _, h0, c0, *_) = _layer(device)
+    gates, r = _layer(device)
     gates[2:, 1] = float("nan")
-    lengths = torch.tensor([4, 2, 0], device=device)
     gates[:, 2] = float("nan")
-    h, h_n, c_n, c = launch.layer_forward(gates, weight, None, h0, c0, lengths, None, True, "ieee", save=True)
+    r = replace(r, lengths=torch.tensor([4, 2, 0], device=device), reverse=True)
+    h, h_n, c_n, c = launch.layer_forward(gates, r, save=True)
     for past_the_end in (h[2:, 1], h[:, 2], c[2:, 1], c[:, 2]):
         assert (past_the_end == 0).all()
     assert gates[2:, 1].isnan().all()
-    assert torch.equal(h_n[2], h0[2])
-    assert torch.equal(c_n[2], c0[2])
-    dgates, dh0, dc0, _ = launch.layer_backward(
-        h, h_n, c_n, gates, c, weight, None, h0, c0, lengths, None, True, "ieee"
-    )
+    assert torch.equal(h_n[2], r.h0[2])
+    assert torch.equal(c_n[2], r.c0[2])
+    dgates, dh0, dc0, _ = launch.layer_backward(h, h_n, c_n, gates, c, r)
     assert (dgates[2:, 1] == 0).all()
     assert (dgates[:, 2] == 0).all()
     assert torch.equal(dh0[2], h_n[2])
@@ -170,9 +170,9 @@ def test_padding_is_zero_and_its_gates_are_left_alone(monkeypatch, family, devic
 def test_nothing_but_h_without_save(monkeypatch, family, device):
     monkeypatch.setattr(launch, "choose_plan", FAMILIES[family])
     gates, r = _layer(device)
-    saved = launch.layer_forward(gates.clone(), *r, save=True)
+    saved = launch.layer_forward(gates.clone(), r, save=True)
     untouched = gates.clone()
-    h, h_n, c_n, c = launch.layer_forward(gates, *r, save=False)
+    h, h_n, c_n, c = launch.layer_forward(gates, r, save=False)
     assert c.numel() == 0
     assert torch.equal(gates, untouched)
     assert all(map(torch.equal, (h, h_n, c_n), saved))
@@ -180,15 +180,14 @@ def test_nothing_but_h_without_save(monkeypatch, family, device):
 
 def test_an_empty_batch(device):
     gates, r = _layer(device, B=0)
-    h, h_n, c_n, c = launch.layer_forward(gates, *r, save=True)
+    h, h_n, c_n, c = launch.layer_forward(gates, r, save=True)
     assert (h.shape, h_n.shape, c_n.shape, c.shape) == ((4, 0, 8), (0, 8), (0, 8), (4, 0, 8))
-    assert launch.layer_backward(h, None, None, gates, c, *r)[0].shape == gates.shape
+    assert launch.layer_backward(h, None, None, gates, c, r)[0].shape == gates.shape
 
 
 def test_more_steps_than_a_grid_has_rows(monkeypatch, device):
     monkeypatch.setattr(launch, "choose_plan", _by_steps)
-    gates, (weight, _, h0, c0, *_) = _layer(device, T=66_000, B=1, H=1)
-    h, h_n, *_ = launch.layer_forward(gates, weight, None, h0, c0, None, None, False, "ieee", save=False)
+    h, h_n, *_ = launch.layer_forward(*_layer(device, T=66_000, B=1, H=1), save=False)
     assert torch.equal(h[-1], h_n)
     assert h.isfinite().all()
 
@@ -200,8 +199,9 @@ def test_more_elements_than_32_bits_count(monkeypatch, family):
     T, B, H = 70_000, 64, 128
     gates = torch.zeros(T, B, 4 * H, dtype=torch.float16, device="cuda")  # 2.3e9 elements
     gates[-1, -1] = 1
-    _, (weight, _, h0, c0, *_) = _layer("cuda", torch.float16, 1, B, H)
-    h, *_ = launch.layer_forward(gates, 0 * weight, None, 0 * h0, 0 * c0, None, None, False, "ieee", save=False)
+    r = _layer("cuda", torch.float16, 1, B, H)[1]
+    zeros = replace(r, weight_hh=0 * r.weight_hh, h0=0 * r.h0, c0=0 * r.c0)
+    h, *_ = launch.layer_forward(gates, zeros, save=False)
     one = torch.ones((), device="cuda")
     last = one.sigmoid() * (one.sigmoid() * one.tanh()).tanh()
     torch.testing.assert_close(h[-1, -1], last.half().expand(H), rtol=1e-3, atol=1e-3)
@@ -258,14 +258,14 @@ FAULTS = {  # the text that is replaced, and by what
     "lengths ignored": ("lengths == nullptr ? T", "true ? T"),
     "row before is off by one": ("reverse ? time + 1 : time - 1", "time"),
 }  # fmt: skip
-SOURCE = launch.SOURCE.read_text()
+SOURCE = source.SOURCE.read_text()
 BARRIERS = [match.start() for match in re.finditer(r"__syncthreads\(\);|__cluster_barrier_wait\(\);", SOURCE)]
 
 
-def _caught(monkeypatch, source: str, make_problem, *families) -> list[bool]:
+def _caught(monkeypatch, text: str, make_problem, *families) -> list[bool]:
     """Whether the comparison sees a fault, by each family."""
     monkeypatch.setattr(backends, "_cupy_obstacle", lambda device, dtype: None)
-    monkeypatch.setattr(launch, "launch_kernel", host_cuda.launcher(source, torch.float32))
+    monkeypatch.setattr(launch, "launch_kernel", host_cuda.launcher(text, torch.float32))
     caught = []
     for family in families:
         monkeypatch.setattr(launch, "choose_plan", family)
@@ -277,26 +277,18 @@ def _caught(monkeypatch, source: str, make_problem, *families) -> list[bool]:
     return caught
 
 
-@pytest.mark.parametrize(("text", "fault"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(("text", "fault"), [*FAULTS.values(), ("", "")], ids=[*FAULTS, "none"])
 def test_a_planted_fault_is_seen(monkeypatch, text, fault):
-    assert SOURCE.count(text) == 1
+    assert not text or SOURCE.count(text) == 1
     make_problem = partial(_problem, (5, 3, 3, 6), "ragged resets reverse")
-    assert _caught(monkeypatch, SOURCE.replace(text, fault), make_problem, *FAMILIES.values()) == [True, True]
-
-
-def test_without_a_fault_none_is_seen(monkeypatch):
-    make_problem = partial(_problem, (5, 3, 3, 6), "ragged resets reverse")
-    assert _caught(monkeypatch, SOURCE, make_problem, *FAMILIES.values()) == [False, False]
+    caught = _caught(monkeypatch, SOURCE.replace(text, fault), make_problem, *FAMILIES.values())
+    assert caught == [bool(text)] * 2
 
 
 @pytest.mark.parametrize("barrier", BARRIERS, ids=lambda at: f"line {SOURCE.count(chr(10), 0, at) + 1}")
 def test_a_missing_barrier_is_seen(monkeypatch, barrier):
     """The comparison sees that one __syncthreads, or the barrier of a cluster, is gone."""
     statement = SOURCE[barrier : SOURCE.index(";", barrier) + 1]
-    source = SOURCE[:barrier] + SOURCE[barrier + len(statement) :]
-
-    def by_cluster(r, dtype, backward):
-        return sequence_plan(r.c0.shape[1], dtype, 48 * 1024, backward, 1 if backward else 8)
-
-    family = by_cluster if "cluster" in statement else _by_sequence
-    assert _caught(monkeypatch, source, partial(_problem, (6, 4, 3, 9), "plain"), family) == [True]
+    text = SOURCE[:barrier] + SOURCE[barrier + len(statement) :]
+    family = _by_cluster if "cluster" in statement else _by_sequence
+    assert _caught(monkeypatch, text, partial(_problem, (6, 4, 3, 9), "plain"), family) == [True]

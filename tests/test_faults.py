@@ -3,6 +3,8 @@
 Only in the interpreter, where a device function is looked up by its name at every call.
 """
 
+import contextlib
+
 import pytest
 import torch
 import triton
@@ -10,7 +12,8 @@ import triton.language as tl
 from comparing import assert_as_good_as_torch, problem
 
 from gpu_lstm.kernels.triton_lstm import cell, indexing, launch, resident, step
-from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, plans
+from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernels hold their device functions")
 
@@ -41,7 +44,7 @@ def previous_row_off_by_one(step, time, batch, B, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def cell_gradient_not_carried(i, f, g, o, c, c_prev, dm, dc):
+def cell_gradient_lost(i, f, g, o, c, c_prev, dm, dc):
     dz_i, dz_f, dz_g, dz_o, _ = cell.cell_backward(i, f, g, o, c, c_prev, dm, dc)
     return dz_i, dz_f, dz_g, dz_o, dc * 0.0
 
@@ -54,11 +57,11 @@ def output_gate_slope_missing(i, f, g, o, c, c_prev, dm, dc):
 
 FAULTS = {
     "activate": [gates_i_and_f_swapped],
-    "starts_afresh": [resets_ignored],
+    "is_reset": [resets_ignored],
     "time_of": [always_forward],
     "load_lengths": [lengths_ignored],
     "row_before": [previous_row_off_by_one],
-    "cell_backward": [cell_gradient_not_carried, output_gate_slope_missing],
+    "cell_backward": [cell_gradient_lost, output_gate_slope_missing],
 }
 
 
@@ -87,8 +90,38 @@ def test_without_a_fault(family):
     [pytest.param(name, fault, id=fault.fn.__name__) for name, faults in FAULTS.items() for fault in faults],
 )
 def test_a_planted_fault_is_seen(monkeypatch, family, name, fault):
-    if name == "row_before" and family is resident:
-        name, family = "row_before", indexing  # where cell_before asks for it
-    monkeypatch.setattr(family, name, fault)
+    for module in (family, indexing):  # wherever the family's kernels find it
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, fault)
     with pytest.raises(AssertionError):
         assert_as_good_as_torch(_problem, "triton", torch.float32)
+
+
+SWAPS = [
+    ("forward", "h_n_ptr", "c_n_ptr"),
+    ("backward", "gates_ptr", "dgates_ptr"),
+    ("backward", "dc_ptr", "dh_n_ptr"),
+]
+
+
+@pytest.mark.parametrize(("direction", "one", "other"), SWAPS)
+def test_two_pointers_that_change_places_are_seen(monkeypatch, family, direction, one, other):
+    """The order of the arguments means nothing, a wrong name is refused, and a wrong value under a name is seen."""
+    run = launch.launch_kernel
+
+    def reordered(kernel, grid, **arguments):
+        run(kernel, grid, **dict(reversed(arguments.items())))
+
+    def renamed(kernel, grid, **arguments):
+        names = {one: "a_" + one} if direction in kernel.__name__ else {}
+        run(kernel, grid, **{names.get(name, name): value for name, value in arguments.items()})
+
+    def swapped(kernel, grid, **arguments):
+        if direction in kernel.__name__:
+            arguments[one], arguments[other] = arguments[other], arguments[one]
+        run(kernel, grid, **arguments)
+
+    for fault, error in ((reordered, None), (renamed, TypeError), (swapped, AssertionError)):
+        monkeypatch.setattr(launch, "launch_kernel", fault)
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            assert_as_good_as_torch(_problem, "triton", torch.float32)

@@ -8,8 +8,9 @@ from comparing import assert_as_good_as_torch, problem
 
 import gpu_lstm
 from gpu_lstm.kernels.triton_lstm import launch
+from gpu_lstm.kernels.triton_lstm.autotune import candidates
+from gpu_lstm.kernels.triton_lstm.families import plans
 from gpu_lstm.kernels.triton_lstm.planning import Family
-from gpu_lstm.kernels.triton_lstm.tuning import candidates
 
 pytestmark = pytest.mark.gpu
 
@@ -44,7 +45,7 @@ def test_every_family_and_exchange(monkeypatch, family, flagged, hidden):
 
     def plan_of_family(problem, device, backward):
         card = launch.device_of(torch.cuda.get_device_properties(device))
-        proposed = candidates(launch.plans(problem, card, backward))
+        proposed = candidates(plans(problem, card, backward))
         return next(plan for plan in proposed if plan.family is family and plan.flagged is flagged)
 
     monkeypatch.setattr(launch, "choose_plan", plan_of_family)

@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from gpu_lstm.__main__ import main
-from gpu_lstm.kernels.triton_lstm.planning import (
-    DEVICES,
-    INTERPRETER,
-    Family,
-    Problem,
-    expected_bound,
-    plans,
-    step_plan,
-)
+from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family, Problem, expected_bound
+from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 PROBLEMS = [
     Problem(steps, batch, hidden, dtype, precision="tf32", directions=directions)
@@ -39,7 +33,7 @@ def test_every_plan_covers_the_problem_and_fits_the_card(device, backward):
             if plan.family is Family.COOPERATIVE:
                 at_once = plan.programs * plan.groups * problem.directions
                 assert at_once <= device.multiprocessors, "programs that wait for each other are resident at once"
-                assert plan.programs % 4 == 0 or not backward, "backward, programs come in teams of four"
+                assert plan.programs % 4 == 0 or not backward, "backward, programs come in quartets"
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,12 @@ from concurrent_interpreter import ConcurrentRun
 
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels.triton_lstm import cooperative, exchange, launch
-from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family, Plan, plans
+from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family, Plan
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU test_kernels.py runs what is chosen there")
 
+BOTH_EXCHANGES = pytest.mark.parametrize("flagged", [True, False], ids=["flagged", "counter"])
 VARIANTS = {
     "plain": {},
     "ragged": {"ragged": True},
@@ -71,22 +73,22 @@ def _cooperate(monkeypatch, columns, rows, flagged, k=16, k_split=2, groups=8, y
         groups_ = min(groups, -(-problem.batch // rows))
         return Plan(Family.COOPERATIVE, rows, columns, k, k_split, programs, groups_, 4, 1, 0, "", flagged)
 
-    def run(kernel, grid, *args, **constants):
-        ConcurrentRun(seed=next(seeds), yield_rate=yield_rate)(kernel, grid, *args, **constants)
+    def launch_concurrently(kernel, grid, **arguments):
+        ConcurrentRun(seed=next(seeds), yield_rate=yield_rate)(kernel, grid, **arguments)
 
     monkeypatch.setattr(launch, "choose_plan", cooperative_plan)
-    monkeypatch.setattr(launch, "launch_kernel", run)
+    monkeypatch.setattr(launch, "launch_kernel", launch_concurrently)
 
 
 COOPERATIONS = [  # (T, B, I, H), units a program, batch tile: programs forward, backward; batch tiles
     ((6, 3, 3, 8), 4, 4),  # 2, 4; 1
     ((5, 5, 3, 20), 8, 4),  # 3, 4; 2
-    ((3, 3, 3, 30), 4, 2),  # 8, 8; 2
-    ((40, 2, 2, 6), 4, 2),  # 2, 4; 1
+    pytest.param((3, 3, 3, 30), 4, 2, marks=pytest.mark.slow),  # 8, 8; 2
+    pytest.param((40, 2, 2, 6), 4, 2, marks=pytest.mark.slow),  # 2, 4; 1
 ]
 
 
-@pytest.mark.parametrize("flagged", [True, False], ids=["flagged", "counter"])
+@BOTH_EXCHANGES
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("size", "columns", "rows"), COOPERATIONS, ids=str)
 def test_cooperative(monkeypatch, size, columns, rows, variant, flagged):
@@ -100,14 +102,14 @@ def test_batch_tiles_that_do_not_fit_at_once_are_launched_one_after_another(monk
     assert_as_good_as_torch(partial(_problem, (3, 7, 3, 8), "ragged resets reverse"), "triton", torch.float32, seeds=2)
 
 
-@pytest.mark.parametrize("flagged", [True, False], ids=["flagged", "counter"])
+@BOTH_EXCHANGES
 def test_backward_in_several_launches_of_some_steps_each(monkeypatch, flagged):
     _cooperate(monkeypatch, columns=8, rows=4, flagged=flagged)
-    monkeypatch.setattr(launch, "PARTIALS_WORKSPACE", 2 * 16 * 3 * 8)  # two steps of B=3, H=8
+    monkeypatch.setattr(cooperative, "PARTIALS_WORKSPACE", 2 * 16 * 3 * 8)  # two steps of B=3, H=8
     assert_as_good_as_torch(partial(_problem, (7, 3, 3, 8), "ragged resets reverse"), "triton", torch.float32, seeds=3)
 
 
-@pytest.mark.parametrize("flagged", [True, False], ids=["flagged", "counter"])
+@BOTH_EXCHANGES
 def test_the_same_bits_every_run(monkeypatch, flagged):
     _cooperate(monkeypatch, columns=4, rows=4, flagged=flagged, yield_rate=0.3)
     given = problem(6, 3, 3, 20, ragged=True, resets=0.3)
@@ -157,15 +159,15 @@ def collect_without_repeating(
     return exchange.load_published(ptr, at, k, mask, K, TILES, BLOCK_K, FLAGGED), patience
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fault", "flagged"),
     [
-        ("publish", announce_early, True),
-        ("announce", relaxed_announce, False),
-        ("wait", no_wait, False),
-        ("collect", collect_without_repeating, True),
+        pytest.param("publish", announce_early, True, id="published before the data"),
+        pytest.param("announce", relaxed_announce, False, id="announced before the data"),
+        pytest.param("wait", no_wait, False, id="no wait"),
+        pytest.param("collect", collect_without_repeating, True, id="no repeated load"),
     ],
-    ids=["published before the data", "announced before the data", "no wait", "no repeated load"],
 )
 def test_a_broken_exchange_is_seen(monkeypatch, name, fault, flagged):
     _cooperate(monkeypatch, columns=4, rows=4, flagged=flagged, yield_rate=0.3)
@@ -191,7 +193,7 @@ def never_publish(at, value, mask):
 )
 def test_waiting_in_vain_ends_and_is_reported(monkeypatch, name, fault, flagged):
     _cooperate(monkeypatch, columns=4, rows=4, flagged=flagged)
-    monkeypatch.setattr(launch, "PATIENCE", 20)
+    monkeypatch.setattr(cooperative, "PATIENCE", 20)
     monkeypatch.setattr(cooperative, name, fault)
     x, h0, c0, *weights = (None if t is None else t.float() for t in problem(5, 3, 3, 8).tensors)
     lstm_layer(x, weights, (h0, c0), backend="triton")

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import gpu_lstm
-from gpu_lstm.kernels.triton_lstm import launch, tuning
-from gpu_lstm.kernels.triton_lstm.binary import Resources
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem, plans
+from gpu_lstm.kernels.report import Resources
+from gpu_lstm.kernels.triton_lstm import autotune, launch, plan_cache, trial
+from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
 
 PROBLEM = Problem(256, 16, 768, torch.bfloat16)
 H100 = DEVICES["h100"]
@@ -20,8 +21,9 @@ def an_h100(monkeypatch, tmp_path):
     """As if a card were here: its properties, and the kernels' resources."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: None)
-    monkeypatch.setattr(launch, "device_of", lambda properties: H100)
-    monkeypatch.setattr(launch, "resources", lambda recorded, architecture: Resources(64, 0, 1024))
+    for module in (launch, autotune):
+        monkeypatch.setattr(module, "device_of", lambda properties: H100)
+    monkeypatch.setattr(trial, "resources", lambda recorded, architecture: Resources(64, 0, 1024))
 
 
 def _slowest_plan_fastest(problem, plan, backward, device):
@@ -31,28 +33,28 @@ def _slowest_plan_fastest(problem, plan, backward, device):
 
 def test_the_fastest_plan_is_found_and_used_from_then_on(an_h100, monkeypatch):
     before = launch.choose_plan(PROBLEM, CUDA, False)
-    monkeypatch.setattr(launch, "time_plan", _slowest_plan_fastest)
-    fastest = launch.autotune(PROBLEM, CUDA)
+    monkeypatch.setattr(autotune, "time_plan", _slowest_plan_fastest)
+    fastest = autotune.autotune(PROBLEM, CUDA)
     assert set(fastest) == {"forward", "backward"}
     assert fastest["forward"] == min(
-        tuning.candidates(plans(PROBLEM, H100, False)), key=lambda plan: _slowest_plan_fastest(None, plan, None, None)
+        autotune.candidates(plans(PROBLEM, H100, False)), key=lambda plan: _slowest_plan_fastest(None, plan, None, None)
     )
     assert fastest["forward"] != before
-    tuning._entries.cache_clear()  # as another process would: read the file
+    plan_cache._entries.cache_clear()  # as another process would: read the file
     assert launch.choose_plan(dataclasses.replace(PROBLEM, steps=77), CUDA, False) == fastest["forward"]
     assert launch.choose_plan(PROBLEM, CUDA, True) == fastest["backward"]
 
 
 @pytest.mark.parametrize("change", ["card", "triton", "problem"])
 def test_what_was_measured_elsewhere_is_not_used(an_h100, monkeypatch, change):
-    monkeypatch.setattr(launch, "time_plan", _slowest_plan_fastest)
-    fastest = launch.autotune(PROBLEM, CUDA)["forward"]
+    monkeypatch.setattr(autotune, "time_plan", _slowest_plan_fastest)
+    fastest = autotune.autotune(PROBLEM, CUDA)["forward"]
     problem = PROBLEM
     match change:
         case "card":
             monkeypatch.setattr(launch, "device_of", lambda properties: dataclasses.replace(H100, name="another"))
         case "triton":
-            monkeypatch.setattr(tuning.triton, "__version__", "0.0")
+            monkeypatch.setattr(plan_cache.triton, "__version__", "0.0")
         case "problem":
             problem = dataclasses.replace(PROBLEM, batch=17)
     assert launch.choose_plan(problem, CUDA, False) != fastest
@@ -62,7 +64,7 @@ def test_not_while_a_graph_is_captured(an_h100, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
-        launch.autotune(PROBLEM, CUDA)
+        autotune.autotune(PROBLEM, CUDA)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

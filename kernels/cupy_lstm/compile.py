@@ -8,53 +8,20 @@ import functools
 import importlib.util
 import itertools
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .launch import (
-    CLUSTER_KERNELS,
-    CLUSTER_SIZES,
-    ELEMENTS,
-    OPTIONS,
-    SOURCE,
-    STEP_PLAN,
-    Plan,
-    kernels_of,
-    name_expression,
-    sequence_plan,
-)
+from ..architectures import shared_memory_of
+from ..report import Report, Resources, usage
+from .planning import Plan
+from .sequence import sequence_plan
+from .source import CLUSTER_KERNELS, CLUSTER_SIZES, ELEMENTS, OPTIONS, SOURCE, kernels_of, name_expression
+from .step import STEP_PLAN
 
-SHARED = {60: 48, 70: 96, 75: 64, 80: 163, 90: 227, 100: 227, 120: 99}
-"""KB of shared memory that a block may have (CUDA C++ Programming Guide, table of compute capabilities)."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one kernel became on one architecture."""
-
-    kernel: str
-    case: str  # the dtype, and for whole sequences the most hidden units that a block or cluster holds
-    architecture: int
-    registers: int  # a thread
-    spills: int  # bytes of stack a thread
-    shared: int  # bytes a block
-    threads: int  # a block
-
-    @property
-    def fits(self) -> bool:
-        """No spills, and no more registers and shared memory than a block may have."""
-        registers = -(-self.registers // 8) * 8 * self.threads  # a warp gets them by 256
-        return self.spills == 0 and registers <= 65536 and self.shared <= SHARED[self.architecture] * 1024
-
-    @property
-    def tiles(self) -> str:
-        """The block, in few words."""
-        return f"{self.threads} threads"
+ARCHITECTURES = (60, 70, 75, 80, 90, 100, 120)
 
 
 @dataclass(frozen=True)
@@ -70,11 +37,19 @@ def reports() -> Iterator[Report]:
     """A row for every kernel, dtype and architecture."""
     for architecture, dtype in itertools.product(architectures(), ELEMENTS):
         binary = compile_for(architecture, dtype)
-        usage = _resource_usage(binary.cubin)
+        taken = usage(binary.cubin)
         for kernel in kernels_of(architecture):
             hidden, plan = _largest(kernel, architecture, dtype)
-            case = str(dtype).removeprefix("torch.") + f" H={hidden}" * bool(hidden)
-            yield Report(kernel, case, architecture, *usage[binary.symbols[kernel]], plan.shared, plan.threads)
+            yield Report(
+                kernel=kernel,
+                # For whole sequences, the most hidden units that a block or cluster holds.
+                case=str(dtype).removeprefix("torch.") + f" H={hidden}" * bool(hidden),
+                architecture=architecture,
+                plan=plan,
+                threads=plan.threads,
+                tiles=f"{plan.threads} threads",
+                **Resources(*taken[binary.symbols[kernel]], plan.shared)._asdict(),
+            )
 
 
 def _largest(kernel: str, architecture: int, dtype: torch.dtype) -> tuple[int, Plan]:
@@ -82,19 +57,19 @@ def _largest(kernel: str, architecture: int, dtype: torch.dtype) -> tuple[int, P
     if kernel.startswith("lstm_step"):
         return 0, STEP_PLAN
     blocks = CLUSTER_SIZES[CLUSTER_KERNELS.index(kernel)] if kernel in CLUSTER_KERNELS else 1
-    limit = SHARED[architecture] * 1024
+    limit = shared_memory_of(architecture)
     held = ((n, sequence_plan(n, dtype, limit, kernel.endswith("backward"), blocks)) for n in itertools.count(1))
     *_, largest = itertools.takewhile(lambda n_and_plan: n_and_plan[1] is not None, held)
     return largest
 
 
 def architectures() -> list[int]:
-    """Those of SHARED that the NVRTC at hand knows; from CUDA 13 on it knows none before sm_75."""
+    """Those of ARCHITECTURES that the NVRTC at hand knows; from CUDA 13 on it knows none before sm_75."""
     count = ctypes.c_int()
     _nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count))
     known = (ctypes.c_int * count.value)()
     _nvrtc().nvrtcGetSupportedArchs(known)
-    return [architecture for architecture in SHARED if architecture in known]
+    return [architecture for architecture in ARCHITECTURES if architecture in known]
 
 
 @functools.cache
@@ -161,16 +136,3 @@ def compile_for(architecture: int, dtype: torch.dtype) -> Binary:
         return Binary(text("nvrtcGetCUBINSize", "nvrtcGetCUBIN"), symbols, log())
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-def _resource_usage(cubin: bytes) -> dict[str, tuple[int, int]]:
-    """(registers, bytes of stack) of each symbol, read by the cuobjdump that Triton brings along."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage)
-    return {name: (int(registers), int(stack)) for name, registers, stack in found}

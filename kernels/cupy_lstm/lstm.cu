@@ -3,8 +3,8 @@
 //     i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)      z = gates_x + W_hh h_prev
 //     c = f * c_prev + i * g                                  m = o * tanh(c)    h = m, or W_hr m with a projection
 //
-// Gate order i, f, g, o, as in torch. Elements E are float, __half or __nv_bfloat16; arithmetic and cell states are
-// float32; a row of a [T*B, *] tensor is time * B + batch.
+// m is named as by Sak, Senior & Beaufays (2014). Gate order i, f, g, o, as in torch. Elements E are float, __half or
+// __nv_bfloat16; arithmetic and cell states are float32; a row of a [T*B, *] tensor is time * B + batch.
 //
 //     step      one launch a step. cuBLAS takes the recurrent product into a buffer, and the kernel does the rest.
 //     sequence  one launch for all steps: a block walks BATCH_TILE sequences, with W_hh in its shared memory.
@@ -82,9 +82,10 @@ enum Gate { I, F, G, O, GATES };
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
+// The cell after a step. With a projection m is what W_hr takes.
 struct Cell {
     float i, f, g, o;  // gates
-    float c, m;        // after the step
+    float c, m;
 
     // From the pre-activations and the cell state before the step.
     __device__ static Cell forward(float z_i, float z_f, float z_g, float z_o, float c_prev) {
@@ -97,18 +98,17 @@ struct Cell {
         cell.m = cell.o * tanhf(cell.c);
         return cell;
     }
-};
 
-struct CellGradient {
-    float i, f, g, o;  // of the pre-activations: sigmoid' = s (1 - s), tanh' = 1 - t^2
-    float c_prev;
+    struct Gradient {
+        float i, f, g, o;  // of the pre-activations: sigmoid' = s (1 - s), tanh' = 1 - t^2
+        float c_prev;
+    };
 
-    // From what the step left, and the gradients of m and (from the step after) of c.
-    __device__ static CellGradient backward(float i, float f, float g, float o, float c, float c_prev, float dm,
-                                            float dc) {
+    // From the gradients of m and (from the step after) of c. Of the cell it takes all but m.
+    __device__ Gradient backward(float c_prev, float dm, float dc) const {
         const float t = tanhf(c);
         dc += dm * o * (1.0f - t * t);
-        CellGradient d;
+        Gradient d;
         d.i = dc * g * i * (1.0f - i);
         d.f = dc * c_prev * f * (1.0f - f);
         d.g = dc * i * (1.0f - g * g);
@@ -131,14 +131,14 @@ __device__ inline int time_of(int step, int length, bool reverse) {
 
 __device__ inline long long row_of(int time, int batch, int B) { return static_cast<long long>(time) * B + batch; }
 
-// Row of the state that `step` starts from: in c0 [B, H] at step 0, in c [T*B, H] after.
+// Row of the state before `step`: in c0 [B, H] at step 0, in c [T*B, H] after.
 __device__ inline long long row_before(int step, int time, int batch, int B, bool reverse) {
     return step == 0 ? batch : row_of(reverse ? time + 1 : time - 1, batch, B);
 }
 
 // Whether the state is zeroed before the step at `time`. A reset at t separates time t from time t - 1, either way
 // round; the reverse direction comes from time + 1.
-__device__ inline bool starts_afresh(const bool* resets, int time, int length, int batch, int B, bool reverse) {
+__device__ inline bool is_reset(const bool* resets, int time, int length, int batch, int B, bool reverse) {
     const int later = reverse ? time + 1 : time;  // of the two times that a reset may separate
     return resets != nullptr && later < length && resets[row_of(later, batch, B)];
 }
@@ -146,9 +146,9 @@ __device__ inline bool starts_afresh(const bool* resets, int time, int length, i
 // Where one sequence is at one step.
 struct Position {
     long long row;       // in [T*B, *]
-    long long row_prev;  // in c0 or c
+    long long row_prev;  // in c0 or c, of the state before
     bool valid;          // not in the padding, nor past the batch
-    bool carried;        // valid, and the state before is what the step starts from
+    bool continues;      // valid, and the step starts from the state before, not from zeros
     bool last;           // the final states are those after this step
 
     __device__ Position(int step, int batch, const int* lengths, const bool* resets, int T, int B, bool reverse) {
@@ -157,7 +157,7 @@ struct Position {
         row = row_of(time, batch, B);
         row_prev = row_before(step, time, batch, B, reverse);
         valid = step < length;
-        carried = valid && !starts_afresh(resets, time, length, batch, B, reverse);
+        continues = valid && !is_reset(resets, time, length, batch, B, reverse);
         last = step == length - 1;
     }
 };
@@ -211,14 +211,14 @@ __global__ void lstm_step_forward(
     const long long state_at = static_cast<long long>(own.batch) * H + own.column;
     const long long product_at = static_cast<long long>(own.batch) * 4 * H + own.column;
     const long long gates_at = at.row * 4 * H + own.column;
-    const int here = at.valid ? own.count : 0;
-    const int carried = at.carried ? own.count : 0;
+    const int valid_count = at.valid ? own.count : 0;
+    const int continues_count = at.continues ? own.count : 0;
 
     // Load. What does not count is zero.
     float z[GATES][N], zh[GATES][N], c_prev[N];
-    load_gates(z, gates + gates_at, H, here);
-    load_gates(zh, product + product_at, H, carried);
-    load(c_prev, c_n + state_at, carried);
+    load_gates(z, gates + gates_at, H, valid_count);
+    load_gates(zh, product + product_at, H, continues_count);
+    load(c_prev, c_n + state_at, continues_count);
 
     // Cell.
     float c_next[N], m_next[N];
@@ -232,12 +232,12 @@ __global__ void lstm_step_forward(
     }
 
     // Store. Padding gets zeros, but its gates nothing.
-    store(m + state_at, m_next, here);
-    store(c_n + state_at, c_next, here);
+    store(m + state_at, m_next, valid_count);
+    store(c_n + state_at, c_next, valid_count);
     if (h != nullptr) store(h + at.row * H + own.column, m_next, own.count);
     if (c != nullptr) {
         store(c + at.row * H + own.column, c_next, own.count);
-        store_gates(gates + gates_at, z, H, here);
+        store_gates(gates + gates_at, z, H, valid_count);
     }
 }
 
@@ -253,12 +253,12 @@ __global__ void lstm_step_project_forward(
     if (own.count == 0) return;
     const Position at(step, own.batch, lengths, nullptr, T, B, reverse);
     const long long state_at = static_cast<long long>(own.batch) * P + own.column;
-    const int here = at.valid ? own.count : 0;
+    const int valid_count = at.valid ? own.count : 0;
 
     float x[Pack<E>::SIZE];
-    load(x, product + state_at, here);
+    load(x, product + state_at, valid_count);
     store(h + at.row * P + own.column, x, own.count);
-    store(h_n + state_at, x, here);
+    store(h_n + state_at, x, valid_count);
 }
 
 // The whole gradient of h at one step: from the output, from the final state, and from the step after.
@@ -324,33 +324,33 @@ __global__ void lstm_step_backward(
     const long long dz_at = static_cast<long long>(own.batch) * 4 * H + own.column;
     const long long output_at = at.row * H + own.column;
     const long long gates_at = at.row * 4 * H + own.column;
-    const int here = at.valid ? own.count : 0;
-    const int carried = at.carried ? own.count : 0;
+    const int valid_count = at.valid ? own.count : 0;
+    const int continues_count = at.continues ? own.count : 0;
 
     // Load. In padding all is zero, and so are the gradients.
-    float z[GATES][N], dm[N], c_here[N], c_before[N], dc_here[N];
+    float z[GATES][N], dm[N], c_after[N], c_before[N], dc_state[N];
     load_hidden_gradient(dm, dh, dh_n, product, at, output_at, state_at, own.count);
-    load_gates(z, gates + gates_at, H, here);
-    load(c_here, c + output_at, here);
-    load(c_before, c_prev + at.row_prev * H + own.column, carried);
-    load(dc_here, dc + state_at, here);
+    load_gates(z, gates + gates_at, H, valid_count);
+    load(c_after, c + output_at, valid_count);
+    load(c_before, c_prev + at.row_prev * H + own.column, continues_count);
+    load(dc_state, dc + state_at, valid_count);
 
     // Cell.
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-        const CellGradient d = CellGradient::backward(z[I][n], z[F][n], z[G][n], z[O][n], c_here[n], c_before[n],
-                                                      dm[n], dc_here[n]);
+        const Cell cell = {z[I][n], z[F][n], z[G][n], z[O][n], c_after[n]};
+        const Cell::Gradient d = cell.backward(c_before[n], dm[n], dc_state[n]);
         z[I][n] = d.i, z[F][n] = d.f, z[G][n] = d.g, z[O][n] = d.o;
-        dc_here[n] = at.carried ? d.c_prev : 0.0f;
+        dc_state[n] = at.continues ? d.c_prev : 0.0f;
     }
 
     // Store. Nothing flows back into a state that was zeroed.
     store_gates(dgates + gates_at, z, H, own.count);
-    store(dc + state_at, dc_here, here);
+    store(dc + state_at, dc_state, valid_count);
 #pragma unroll
     for (int gate = I; gate < GATES; ++gate)
 #pragma unroll
-        for (int n = 0; n < N; ++n) z[gate][n] = at.carried ? z[gate][n] : 0.0f;
+        for (int n = 0; n < N; ++n) z[gate][n] = at.continues ? z[gate][n] : 0.0f;
     store_gates(dz + dz_at, z, H, own.count);
 }
 
@@ -429,7 +429,7 @@ __device__ void multiply(float (&y)[BATCH_TILE], const Pack<E>* weights, int pac
 
 // The blocks that share W_hh: one alone ...
 struct Alone {
-    static constexpr int BLOCKS = 1;
+    static constexpr int COUNT = 1;
 
     __device__ static int rank() { return 0; }
     __device__ static float* of_block(float* p, int) { return p; }
@@ -440,7 +440,7 @@ struct Alone {
 // ... or a cluster, whose blocks write to each other's shared memory.
 template <int SIZE>
 struct Cluster {
-    static constexpr int BLOCKS = SIZE;
+    static constexpr int COUNT = SIZE;
 
     __device__ static int rank() { return __clusterRelativeBlockRank(); }
     __device__ static float* of_block(float* p, int block) {
@@ -454,14 +454,14 @@ struct Cluster {
 #endif
 
 // All steps forward. h_n and c_n hold the initial states going in, the final ones coming out.
-template <typename Team, typename E>
+template <typename Blocks, typename E>
 __device__ void walk_forward(E* gates, const E* weight_hh, E* h, E* h_n, float* c, float* c_n, const int* lengths,
                              const bool* resets, int T, int B, int H, bool reverse) {
     constexpr int N = Pack<E>::SIZE;
-    const int units = (H + Team::BLOCKS - 1) / Team::BLOCKS;
+    const int units = (H + Blocks::COUNT - 1) / Blocks::COUNT;
     const Thread my(H, units, N);
-    const int tile = blockIdx.x / Team::BLOCKS * BATCH_TILE, batch = tile + my.sequence;
-    const int unit = Team::rank() * units + my.unit;
+    const int tile = blockIdx.x / Blocks::COUNT * BATCH_TILE, batch = tile + my.sequence;
+    const int unit = Blocks::rank() * units + my.unit;
     const bool has_cell = my.has_cell() && batch < B && unit < H;
     const long long state_at = static_cast<long long>(batch) * H + unit;
 
@@ -482,7 +482,7 @@ __device__ void walk_forward(E* gates, const E* weight_hh, E* h, E* h_n, float* 
     float c_state = has_cell ? c_n[state_at] : 0.0f;
     E h_state;
     if (has_cell) h_state = h_n[state_at];
-    Team::sync();
+    Blocks::sync();
 
     for (int step = 0; step < T; ++step) {
         // Load what does not wait for the product.
@@ -503,17 +503,17 @@ __device__ void walk_forward(E* gates, const E* weight_hh, E* h, E* h_n, float* 
         // Gates and cell; publish h to all blocks, before anything else is stored.
         Cell cell;
         if (has_cell && at.valid) {
-            for (int slice = 0; slice < (at.carried ? my.slices : 0); ++slice)
+            for (int slice = 0; slice < (at.continues ? my.slices : 0); ++slice)
 #pragma unroll
                 for (int gate = I; gate < GATES; ++gate)
                     z[gate] += sums[((slice * GATES + gate) * BATCH_TILE + my.sequence) * units + my.unit];
-            cell = Cell::forward(z[I], z[F], z[G], z[O], at.carried ? c_state : 0.0f);
+            cell = Cell::forward(z[I], z[F], z[G], z[O], at.continues ? c_state : 0.0f);
             c_state = cell.c;
             round_to(h_state, cell.m);
             float* const h_next = h_prev + ((step + 1) % 2 * BATCH_TILE + my.sequence) * my.K + unit;
-            for (int block = 0; block < Team::BLOCKS; ++block) *Team::of_block(h_next, block) = to_float(h_state);
+            for (int block = 0; block < Blocks::COUNT; ++block) *Blocks::of_block(h_next, block) = to_float(h_state);
         }
-        Team::sync();
+        Blocks::sync();
 
         // Store. Padding gets zeros, but its gates nothing.
         if (has_cell) {
@@ -605,26 +605,25 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) lstm_sequence_backward(
         const long long output_at = at.row * H + my.unit, gates_at = at.row * 4 * H + my.unit;
 
         // Load, and cell.
-        CellGradient d = {};
+        Cell::Gradient d = {};
         if (has_cell && at.valid) {
             float dm = handed_back;
             if (dh != nullptr) dm += to_float(dh[output_at]);
             if (dh_n != nullptr && at.last) dm += to_float(dh_n[state_at]);
             const float* const c_prev = step == 0 ? c0 : c;
-            d = CellGradient::backward(to_float(gates[gates_at + I * H]), to_float(gates[gates_at + F * H]),
-                                       to_float(gates[gates_at + G * H]), to_float(gates[gates_at + O * H]),
-                                       c[output_at], at.carried ? c_prev[at.row_prev * H + my.unit] : 0.0f, dm,
-                                       dc_state);
-            dc_state = at.carried ? d.c_prev : 0.0f;
+            const Cell cell = {to_float(gates[gates_at + I * H]), to_float(gates[gates_at + F * H]),
+                               to_float(gates[gates_at + G * H]), to_float(gates[gates_at + O * H]), c[output_at]};
+            d = cell.backward(at.continues ? c_prev[at.row_prev * H + my.unit] : 0.0f, dm, dc_state);
+            dc_state = at.continues ? d.c_prev : 0.0f;
         }
 
         // Publish. Nothing flows back into a state that was zeroed.
         if (has_cell) {
             float* const my_dz = dz + my.sequence * GATES * my.K + my.unit;
-            my_dz[I * my.K] = at.carried ? d.i : 0.0f;
-            my_dz[F * my.K] = at.carried ? d.f : 0.0f;
-            my_dz[G * my.K] = at.carried ? d.g : 0.0f;
-            my_dz[O * my.K] = at.carried ? d.o : 0.0f;
+            my_dz[I * my.K] = at.continues ? d.i : 0.0f;
+            my_dz[F * my.K] = at.continues ? d.f : 0.0f;
+            my_dz[G * my.K] = at.continues ? d.g : 0.0f;
+            my_dz[O * my.K] = at.continues ? d.o : 0.0f;
         }
         __syncthreads();
 

@@ -1,16 +1,14 @@
 """A kernel launch as a compiled binary, for any architecture, without a GPU: registers, spills, shared memory."""
 
-import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+
+from ..report import Resources, usage
 
 _POINTER = {
     torch.float32: "*fp32",
@@ -23,31 +21,25 @@ _POINTER = {
 
 
 @dataclass(frozen=True)
-class Launch:
+class RecordedLaunch:
     """One kernel launch as the launcher would make it."""
 
     kernel: Any
     grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    constants: dict[str, Any]
+    arguments: dict[str, Any]  # by the names of the kernel's parameters, and Triton's options
 
 
-class Resources(NamedTuple):
-    """What a kernel takes."""
+def compile_for(launch: RecordedLaunch, architecture: int) -> CompiledKernel:
+    """The compiled kernel of a launch. Pointers count as aligned to 16 bytes, as torch's allocator gives them.
 
-    registers: int  # a thread
-    spills: int  # bytes of stack a thread
-    shared: int  # bytes a block
-
-
-def compile_for(launch: Launch, architecture: int) -> CompiledKernel:
-    """The compiled kernel of a launch. Pointers count as aligned to 16 bytes, as torch's allocator gives them."""
+    Raises:
+        KeyError: an argument of the kernel is missing.
+    """
     kernel = launch.kernel
     names = kernel.arg_names
-    values = dict(zip(names, launch.args)) | {k: v for k, v in launch.constants.items() if k in names}
     signature, constants, aligned = {}, {}, {}
     for i, name in enumerate(names):
-        value = values[name]
+        value = launch.arguments[name]
         if isinstance(value, torch.Tensor):
             signature[name] = _POINTER[value.dtype]
             aligned[(i,)] = [["tt.divisibility", 16]]
@@ -56,29 +48,17 @@ def compile_for(launch: Launch, architecture: int) -> CompiledKernel:
             constants[(i,)] = value
         else:
             signature[name] = "i32"
-    options = {k: v for k, v in launch.constants.items() if k not in names}
+    options = {k: v for k, v in launch.arguments.items() if k not in names}
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def resources(launch: Launch, architecture: int) -> Resources:
+def resources(launch: RecordedLaunch, architecture: int) -> Resources:
     """What the kernel of a launch takes on `architecture`."""
     return resources_of(compile_for(launch, architecture))
 
 
 def resources_of(compiled: CompiledKernel) -> Resources:
-    """What a compiled kernel takes, read by the cuobjdump that Triton brings along."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if usage is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
-    return Resources(int(usage[1]), int(usage[2]), compiled.metadata.shared)
-
-
-def fits(taken: Resources, shared_limit: int) -> bool:
-    """No spills, and no more shared memory than a block may have."""
-    return taken.spills == 0 and taken.shared <= shared_limit
+    """What a compiled kernel takes."""
+    ((registers, spills),) = usage(compiled.asm["cubin"]).values()
+    return Resources(registers, spills, compiled.metadata.shared)

@@ -6,8 +6,8 @@ Gers, Schmidhuber & Cummins (2000), as torch.nn.LSTM states them:
     i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)
     c = f * c_prev + i * g                                  m = o * tanh(c)
 
-m is the hidden state h, or what the projection W_hr takes to h where there is one. With zoneout (Krueger et al., 2017)
-a share of each state, all or nothing in training, stays as it was before the step.
+m is the cell's output, named as by Sak, Senior & Beaufays (2014): with a projection h = W_hr m, without one h = m. With
+zoneout (Krueger et al., 2017) a share of each state, all or nothing in training, stays as it was before the step.
 """
 
 import triton
@@ -26,8 +26,8 @@ def tanh(x):
     # Near 0, where 1 - 2 / (exp(2x) + 1) cancels: x + x^3 P(x^2), a Chebyshev fit on |x| < 0.6.
     u = x * x
     p = (((-0.005893945 * u + 0.020794617) * u - 0.053783294) * u + 0.13331915) * u - 0.333333
-    away = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.6, x + x * u * p, tl.where(x < 0, -away, away))
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.6, x + x * u * p, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -59,12 +59,12 @@ def cell_backward(i, f, g, o, c, c_prev, dm, dc):
 
 
 @triton.jit
-def zoneout(zone, before, new):
-    """A state before the step and as the step computed it -> after zoneout. `zone` is the share that stays."""
-    return zone * before + (1.0 - zone) * new
+def zoneout(share, before, new):
+    """A state before the step, and as the step computed it -> after zoneout. `share` of it stays as before."""
+    return share * before + (1.0 - share) * new
 
 
 @triton.jit
-def zoneout_backward(zone, d):
+def zoneout_backward(share, d):
     """Gradient of a state after zoneout -> (of the state before the step, of the one that the step computed)."""
-    return zone * d, (1.0 - zone) * d
+    return share * d, (1.0 - share) * d

@@ -13,9 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .binary import Launch, compile_for, fits, resources_of
-from .launch import INTERPRETED, recorded_launches
-from .planning import DEVICES, KB, Device, Plan, Problem, plans, shared_memory_of, step_plan
+from ..architectures import shared_memory_of
+from ..report import Report
+from .binary import RecordedLaunch, compile_for, resources_of
+from .families import plans
+from .launch import INTERPRETED
+from .planning import DEVICES, Device, Plan, Problem
+from .step import step_plan
+from .trial import recorded_launches
 
 STEP_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 PRECISIONS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
@@ -24,7 +29,7 @@ SEQUENCE_DEVICES = (
     DEVICES["a100"],
     DEVICES["h100"],
     DEVICES["b200"],
-    Device("NVIDIA GeForce RTX 5090", 120, 170, 99 * KB, 0, 0, 0, 0, 0),
+    Device("NVIDIA GeForce RTX 5090", 120, 170, shared_memory_of(120), 0, 0, 0, 0, 0),
 )
 HIDDEN = (64, 128, 256, 512, 768, 1024, 1536)
 BATCHES = (8, 16, 64)
@@ -45,32 +50,6 @@ class Case:
         name = str(p.dtype).removeprefix("torch.") + f" {p.precision}" * (p.dtype is torch.float32)
         name += f" B={p.batch} H={p.hidden}" + f" P={p.projected}" * bool(p.projected) + " ragged" * self.ragged
         return name + (" masks" if self.training else " rates") * p.regularised
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one kernel became on one architecture."""
-
-    kernel: str
-    case: str
-    architecture: int
-    plan: Plan
-    registers: int  # a thread
-    spills: int  # bytes of stack a thread
-    shared: int  # bytes a block
-    tensor_core: str  # the PTX instruction, or "" if there is none
-    weight_loads: int  # of W_hh inside the time loop
-
-    @property
-    def fits(self) -> bool:
-        """No spills, and no more shared memory than a block may have."""
-        return fits(self, shared_memory_of(self.architecture))
-
-    @property
-    def tiles(self) -> str:
-        """The plan and the kind of product, in few words."""
-        plan = self.plan
-        return f"{plan.rows}x{plan.columns}, {plan.programs} programs, {self.tensor_core or 'no tensor core'}"
 
 
 def step_cases() -> list[Case]:
@@ -127,18 +106,20 @@ def _reports_of(case: Case) -> list[Report]:
     return rows
 
 
-def report(launch: Launch, case: Case, plan: Plan) -> Report:
+def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
     """Compile a launch and look at what came out."""
-    architecture = case.device.architecture
-    compiled = compile_for(launch, architecture)
-    tensor_core = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])
+    compiled = compile_for(launch, case.device.architecture)
+    found = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])
+    tensor_core = found[1] if found else ""
     return Report(
-        launch.kernel.__name__,
-        str(case),
-        architecture,
-        plan,
-        *resources_of(compiled),
-        tensor_core=tensor_core[1] if tensor_core else "",
+        kernel=launch.kernel.__name__,
+        case=str(case),
+        architecture=case.device.architecture,
+        plan=plan,
+        threads=plan.threads,
+        tiles=f"{plan.rows}x{plan.columns}, {plan.programs} programs, {tensor_core or 'no tensor core'}",
+        **resources_of(compiled)._asdict(),
+        tensor_core=tensor_core,
         weight_loads=_weight_loads_in_loops(compiled.asm["ttgir"]),
     )
 

@@ -8,8 +8,8 @@ and nothing is reset inside a launch. Two exchanges behind one interface, chosen
     flagged   the data is its own flag: the buffer is filled beforehand with a NaN bit pattern that `publish` never
               writes, and a reader repeats its load until no element holds it. One write and one read a step.
 
-Waiting is bounded: `patience` counts the turns that may still be taken. When it is gone, the error word is set to
-step + 1 and no later step waits, so that the launch ends.
+Waiting is bounded. A poll is one look at a counter or at the data, and `patience` is how many polls one wait may take.
+When that was not enough, the error word is set to step + 1 and no later step waits, so that the launch ends.
 """
 
 import triton
@@ -34,7 +34,7 @@ def publish(at, value, mask):
 
 @triton.jit
 def announce(arrivals_ptr, counter, FLAGGED: tl.constexpr):
-    """Say, on one of the counters, that everything that was published is there."""
+    """Count up one of the counters: everything that this program published is there. Not needed if FLAGGED."""
     if not FLAGGED:
         tl.debug_barrier()  # every thread's stores come before the one thread's release
         tl.atomic_add(arrivals_ptr + counter, 1, sem="release")
@@ -42,13 +42,13 @@ def announce(arrivals_ptr, counter, FLAGGED: tl.constexpr):
 
 @triton.jit
 def wait(arrivals_ptr, counter, expected, patience, error_ptr, step, FLAGGED: tl.constexpr):
-    """Wait until `expected` announcements were made on a counter; the patience that is left."""
+    """Wait until `expected` announcements were made on a counter; returns the patience that is left."""
     if not FLAGGED:
-        turns = 0
+        polls = 0
         arrived = tl.atomic_add(arrivals_ptr + counter, 0, sem="acquire")
-        while (arrived < expected) & (turns < patience):
+        while (arrived < expected) & (polls < patience):
             arrived = tl.atomic_add(arrivals_ptr + counter, 0, sem="acquire")
-            turns += 1
+            polls += 1
         tl.debug_barrier()  # nobody reads before the one thread's acquire
         patience = give_up(arrived < expected, patience, error_ptr, step)
     return patience
@@ -57,9 +57,9 @@ def wait(arrivals_ptr, counter, expected, patience, error_ptr, step, FLAGGED: tl
 @triton.jit
 def collect(
     ptr,
-    at,  # [A, B, N] offsets of the first tile
-    k,  # [A, B, 1] index of the first tile's elements in a dimension of size K
-    mask,  # [1, 1, N]
+    at,  # [PARTS, BLOCK, COLUMNS] offsets of the first tile
+    k,  # [PARTS, BLOCK, 1] where the first tile's elements are in a dimension of size K
+    mask,  # [1, 1, COLUMNS]
     patience,
     error_ptr,
     step,
@@ -68,18 +68,19 @@ def collect(
     BLOCK_K: tl.constexpr,
     FLAGGED: tl.constexpr,
 ):
-    """Load what other programs published: TILES tiles [A, B, N], each BLOCK_K further on; with the patience left.
+    """Load what other programs published: TILES tiles [PARTS, BLOCK, COLUMNS], each BLOCK_K further on.
 
-    Elements where not `mask`, or past K, are zero. All tiles are asked for before any is looked at.
+    Elements where not `mask`, or past K, are zero. All tiles are loaded before any is looked at.
+    Returns (tiles, patience that is left).
     """
     tiles = load_published(ptr, at, k, mask, K, TILES, BLOCK_K, FLAGGED)
     if FLAGGED:
         missing = count_missing(tiles, TILES)
-        turns = 0
-        while (missing > 0) & (turns < patience):
+        polls = 0
+        while (missing > 0) & (polls < patience):
             tiles = load_published(ptr, at, k, mask, K, TILES, BLOCK_K, FLAGGED)
             missing = count_missing(tiles, TILES)
-            turns += 1
+            polls += 1
         patience = give_up(missing > 0, patience, error_ptr, step)
     return tiles, patience
 
@@ -88,7 +89,7 @@ def collect(
 def load_published(
     ptr, at, k, mask, K: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, FLAGGED: tl.constexpr
 ):
-    """The tiles of `collect`, as they are now; from L2, where the others' stores are, never from L1."""
+    """The tiles of `collect` as they are now: from L2, where others store, not from L1, which may hold older data."""
     tiles = ()
     for tile in tl.static_range(TILES):
         tile_at = ptr + at + tile * BLOCK_K

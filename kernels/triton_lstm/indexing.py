@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def load_lengths(lengths_ptr, batch, in_batch, T):
-    """Lengths of the rows `batch`, T where there are none given."""
+    """Lengths of the sequences `batch`, T where there are none given."""
     if lengths_ptr is None:
         length = tl.zeros_like(batch) + T
     else:
@@ -23,8 +23,16 @@ def load_lengths(lengths_ptr, batch, in_batch, T):
 
 
 @triton.jit
+def sequences_from(first, lengths_ptr, T, B, BLOCK_B: tl.constexpr):
+    """A batch tile from sequence `first` on: (batch, whether there is such a sequence, its length), each [BB]."""
+    batch = first + tl.arange(0, BLOCK_B)
+    in_batch = batch < B
+    return batch, in_batch, load_lengths(lengths_ptr, batch, in_batch, T)
+
+
+@triton.jit
 def time_of(step, length, REVERSE: tl.constexpr):
-    """The time that each row visits at `step`."""
+    """The time that each sequence visits at `step`."""
     if REVERSE:
         time = tl.where(step < length, length - 1 - step, step)
     else:
@@ -46,39 +54,50 @@ def row_before(step, time, batch, B, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def row_in_history(step, time, batch, T, B):
-    """Row of the state after `step` in [T * B + B, width], where the initial state, after step -1, comes last."""
+def row_in_h_then_h0(step, time, batch, T, B):
+    """Row of h after `step` in [T * B + B, H]: h of every step, and last h0, which is h after step -1."""
     return tl.where(step < 0, row_of(tl.zeros_like(time) + T, batch, B), row_of(time, batch, B))
 
 
 @triton.jit
-def starts_afresh(resets_ptr, time, length, batch, B, in_batch, REVERSE: tl.constexpr):
+def is_reset(resets_ptr, time, length, batch, B, in_batch, REVERSE: tl.constexpr):
     """Where the state is zeroed before the step at `time`.
 
     A reset at t separates time t from time t - 1, either way round; the reverse direction comes from time + 1.
     """
     if resets_ptr is None:
-        afresh = time < 0
+        reset = time < 0
     else:
         later = time + 1 if REVERSE else time  # of the two times that a reset may separate
-        afresh = tl.load(resets_ptr + row_of(later, batch, B), mask=in_batch & (later < length), other=0) != 0
-    return afresh
+        reset = tl.load(resets_ptr + row_of(later, batch, B), mask=in_batch & (later < length), other=0) != 0
+    return reset
+
+
+@triton.jit
+def position(step, length, resets_ptr, batch, B, in_batch, REVERSE: tl.constexpr):
+    """Where each sequence is at `step`: (time, row, valid, continues), each [BB].
+
+    valid: the step is one of the sequence's, not padding. continues: and its state before is not zeroed by a reset.
+    """
+    time = time_of(step, length, REVERSE)
+    row = row_of(time, batch, B)
+    valid = in_batch & (step < length)
+    continues = valid & ~is_reset(resets_ptr, time, length, batch, B, in_batch, REVERSE)
+    return time, row, valid, continues
 
 
 @triton.jit
 def step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE: tl.constexpr):
     """(row of the step after this one, whether it started from this one's state), each [BB]."""
-    exists = in_batch & (step + 1 < length)
-    time = time_of(step + 1, length, REVERSE)
-    flows_back = exists & ~starts_afresh(resets_ptr, time, length, batch, B, in_batch, REVERSE)
-    return row_of(time, batch, B), flows_back
+    _, row, _, continues = position(step + 1, length, resets_ptr, batch, B, in_batch, REVERSE)
+    return row, continues
 
 
 @triton.jit
-def cell_before(c_ptr, c0_ptr, step, time, batch, B, unit, carried, H: tl.constexpr, REVERSE: tl.constexpr):
-    """The cell state that `step` started from, [units, batch] float32: c0 at step 0, nothing where not `carried`."""
+def cell_before(c_ptr, c0_ptr, step, time, batch, B, unit, continues, H: tl.constexpr, REVERSE: tl.constexpr):
+    """The cell state that `step` started from, [units, batch] float32: c0 at step 0, zero where not `continues`."""
     at = row_before(step, time, batch, B, REVERSE)[None, :] * H + unit[:, None]
-    mask = (unit < H)[:, None] & carried[None, :]
+    mask = (unit < H)[:, None] & continues[None, :]
     at_start = ((tl.zeros_like(time) + step) == 0)[None, :]
     first = tl.load(c0_ptr + at, mask=mask & at_start, other=0.0)
     later = tl.load(c_ptr + at, mask=mask & ~at_start, other=0.0)
@@ -89,7 +108,7 @@ def cell_before(c_ptr, c0_ptr, step, time, batch, B, unit, carried, H: tl.conste
 def interleaved_gates(unit_start, H: tl.constexpr, BLOCK_H: tl.constexpr):
     """The order in which one product yields all four gates of BLOCK_H units: number n is gate n % 4 of unit n // 4.
 
-    Returns (index into 4H, unit), each [4 * BLOCK_H].
+    Returns (index into 4H, unit), each [4 * BLOCK_H]. So a thread holds all four gates of its units.
     """
     n = tl.arange(0, 4 * BLOCK_H)
     unit = unit_start + n // 4
@@ -122,13 +141,13 @@ def join_gate_rows(i, f, g, o, BLOCK_H: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def load_zone(zone_ptr, at, mask):
-    """The share of the previous state that stays: of a tile of a mask, or one float32 for all of it."""
-    if zone_ptr.dtype.element_ty == tl.float32:
-        zone = tl.load(zone_ptr)
+def load_zoneout(zoneout_ptr, at, mask):
+    """The share of the state before that stays, for `cell.zoneout`: a tile of a mask, or one float32 for all."""
+    if zoneout_ptr.dtype.element_ty == tl.float32:
+        share = tl.load(zoneout_ptr)
     else:
-        zone = tl.load(zone_ptr + at, mask=mask, other=0).to(tl.float32)
-    return zone
+        share = tl.load(zoneout_ptr + at, mask=mask, other=0).to(tl.float32)
+    return share
 
 
 @triton.jit

@@ -1,16 +1,20 @@
-"""Which kernel family runs a problem, with which tiles: pure Python, so that it is tested without a GPU.
+"""Problems, cards and plans: what every kernel family proposes in. Pure Python, so that it is tested without a GPU.
 
 A plan is a proposal. Registers depend on the Triton version, so the launcher takes the first plan of a list whose
 kernel compiles without spills on the Triton and card at hand; the step family comes last and always works.
 """
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from math import ceil
 
 import torch
+
+from ..architectures import KB, REGISTERS, shared_memory_of
+
+Launch = Callable[..., None]
+"""launch(kernel, grid, **arguments), every argument by the name of the kernel's parameter: `launch.launch_kernel`."""
 
 
 class Family(Enum):
@@ -55,7 +59,6 @@ class Device:
     single: float  # float32 without tensor cores
 
 
-KB = 1024
 # Data sheets and CUDA C++ Programming Guide (shared memory a block: table of compute capabilities).
 DEVICES = {
     "h100": Device("NVIDIA H100 SXM", 90, 132, 227 * KB, 1.755e9, 3.35e12, 989e12, 494e12, 67e12),
@@ -66,11 +69,6 @@ DEVICES = {
 }
 INTERPRETER = Device("Triton's interpreter", 0, 0, 227 * KB, 0, 0, 0, 0, 0)
 """It runs programs one after another: there are no multiprocessors for programs that wait for each other."""
-
-
-def shared_memory_of(architecture: int) -> int:
-    """Bytes of shared memory that a block may have."""
-    return {80: 163 * KB, 87: 163 * KB, 90: 227 * KB, 100: 227 * KB, 103: 227 * KB}.get(architecture, 99 * KB)
 
 
 @dataclass(frozen=True)
@@ -95,9 +93,14 @@ class Plan:
         return ceil(ceil(batch / self.rows) / self.groups)
 
     @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.num_warps
+
+    @property
     def registers(self) -> int:
         """The most that a thread may take, where a block has a multiprocessor to itself."""
-        return min(255, 65536 // (32 * self.num_warps))
+        return min(255, REGISTERS // self.threads)
 
 
 def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
@@ -107,85 +110,14 @@ def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
     return Device(properties.name, architecture, properties.multi_processor_count, shared, 0, 0, 0, 0, 0)
 
 
-def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
-    """What to try, best first (expected, until it is measured); the step family last."""
-    if problem.steps == 1 or problem.regularised:
-        return [step_plan(problem, backward)]  # holding W_hh on chip pays from the second step on
-    return [
-        *_resident(problem, device, backward),
-        *_cooperative(problem, device, backward),
-        step_plan(problem, backward),
-    ]
+def batch_tiles(batch: int) -> list[int]:
+    """Batch tiles worth trying: none that is more than half empty."""
+    return [rows for rows in (64, 32, 16, 8) if rows < 2 * batch or rows == 8]
 
 
-def step_plan(problem: Problem, backward: bool) -> Plan:
-    """One launch a step: works for every problem.
-
-    The product of a step is small, so what counts is that many programs share it: the narrowest tiles that still
-    fill tensor-core instructions.
-    """
-    rows = 16 if problem.batch <= 16 else 32 if problem.batch <= 32 else 64
-    columns = 32 if backward else 16  # a unit has four columns in the forward product
-    most, stages = (32, 2) if problem.regularised else (64, 3)  # masks take registers
-    no_tensor_cores = problem.dtype is torch.float32 and problem.precision == "ieee"
-    if no_tensor_cores:
-        most, columns = most // 2, 16  # and so do products without them
-    rows = min(rows, most)
-    warps = 8 if no_tensor_cores and problem.regularised else 4
-    k = 128 // problem.size  # 128 bytes of each row at a time
-    stage = (rows + columns * (1 if backward else 4)) * k * problem.size
-    if problem.regularised:
-        why = "recurrent dropout and zoneout run step by step"
-    elif problem.projected:
-        why = "a projection runs step by step"
-    else:
-        why = "W_hh is read from L2 at every step"
-    return Plan(
-        Family.STEP, rows, columns, k, 1, ceil(problem.hidden / columns), ceil(problem.batch / rows), warps,
-        stages, 2 * stage, why,
-    )  # fmt: skip
-
-
-def _resident(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
-    if problem.projected or problem.batch == 0:
-        return
-    units = max(16, _power_of_two(problem.hidden))
-    weights = 4 * units * units * problem.size
-    for rows in _batch_tiles(problem.batch):
-        gates = 4 * units * rows * 4  # they change places through shared memory
-        if backward:
-            gates = gates * (20 if problem.size == 4 else 13 if device.architecture >= 100 else 8) // 4 + 10 * KB
-        shared = weights + gates
-        if shared <= device.shared and 4 * units * rows <= 8192:
-            yield Plan(
-                Family.RESIDENT, rows, units, units, 1, 1, ceil(problem.batch / rows), 8 if units >= 64 else 4, 1,
-                shared, f"W_hh ({weights // KB} KB) fits one block, so that no exchange is needed",
-            )  # fmt: skip
-
-
-def _cooperative(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
-    if problem.projected or problem.batch == 0:
-        return
-    k = min(256, max(64, _power_of_two(problem.hidden)))
-    tiles = ceil(problem.hidden / k)
-    candidates = []
-    for columns, rows in itertools.product((8, 16, 32), _batch_tiles(problem.batch)):
-        # Forward a program holds four gates of its units; backward one gate for the units of its team of four.
-        programs = 4 * ceil(problem.hidden / (4 * columns)) if backward else ceil(problem.hidden / columns)
-        weights = 4 * columns * tiles * k * problem.size
-        exchanged = k * rows * problem.size
-        summed = 4 * 4 * columns * rows * 4  # the parts of K that different warps took
-        shared = weights + max(exchanged, summed) + KB
-        batch_tiles = ceil(problem.batch / rows)
-        groups = min(batch_tiles, device.multiprocessors // (programs * problem.directions))
-        if groups and shared <= device.shared:
-            why = f"{programs} programs hold W_hh, {weights // KB} KB each, and exchange " + (
-                "dgates" if backward else "h"
-            )
-            candidates.append(Plan(Family.COOPERATIVE, rows, columns, k, 4, programs, groups, 8, 1, shared, why))
-    # In one launch if possible; then, on as many multiprocessors as possible.
-    candidates.sort(key=lambda plan: (plan.launches(problem.batch), -plan.programs * plan.groups, plan.rows))
-    yield from candidates
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -239,12 +171,3 @@ def expected_bound(problem: Problem, device: Device, plan: Plan, backward: bool)
         exchanges = 2 if backward else 1
         terms["latency: exchange"] = launches * exchanges * 2 * L2_LATENCY_CLOCKS / device.clock
     return Bound(terms)
-
-
-def _batch_tiles(batch: int) -> list[int]:
-    """Batch tiles worth trying: none that is more than half empty."""
-    return [rows for rows in (64, 32, 16, 8) if rows < 2 * batch or rows == 8]
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

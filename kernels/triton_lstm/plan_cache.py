@@ -1,16 +1,14 @@
-"""Measured plans: candidates are timed on the card at hand, and the fastest is remembered in a file.
+"""Measured plans, remembered in a file from one process to the next.
 
 An entry holds for one card, one version of Triton and one of this file's format; anything else is not looked at.
 """
 
 import dataclasses
 import functools
-import itertools
 import json
 import os
 from pathlib import Path
 
-import torch
 import triton
 
 from .planning import Device, Family, Plan, Problem
@@ -41,16 +39,6 @@ def remember(problem: Problem, device: Device, backward: bool, plan: Plan) -> No
     _entries.cache_clear()
 
 
-def candidates(plans: list[Plan]) -> list[Plan]:
-    """What is worth timing: every plan, and the cooperative ones with both exchanges."""
-    both = (True, False)
-    return [
-        dataclasses.replace(plan, flagged=flagged)
-        for plan, flagged in itertools.product(plans, both)
-        if flagged or plan.family is Family.COOPERATIVE
-    ]
-
-
 def _key(problem: Problem, device: Device, backward: bool) -> str:
     fields = (FORMAT, triton.__version__, device.name, problem.batch, problem.hidden, problem.projected)
     kind = (str(problem.dtype), problem.precision, problem.directions, "backward" if backward else "forward")
@@ -65,13 +53,3 @@ def _read(path: Path) -> dict[str, dict]:
 def _entries(path: Path) -> dict[str, Plan]:
     return {key: Plan(**entry | {"family": Family(entry["family"])}) for key, entry in _read(path).items()
             if key.startswith(f"{FORMAT} | ")}  # fmt: skip
-
-
-def refuse_capture() -> None:
-    """Raise while a CUDA graph is captured: timing would become part of the graph.
-
-    Raises:
-        RuntimeError: a graph is being captured on the current stream.
-    """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("autotune cannot time kernels while a CUDA graph is captured; call it before the capture")

@@ -1,0 +1,45 @@
+"""What every backend is given: the recurrence of one layer in one direction."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recurrence:
+    """Weights, initial states and everything else but the input product. Tensors are contiguous.
+
+    Regularisation is recurrent dropout and zoneout; only Triton's step family takes it.
+    """
+
+    weight_hh: Tensor  # [4H, P]
+    weight_hr: Tensor | None = None  # [P, H]; None without projection, then P = H
+    h0: Tensor  # [B, P]
+    c0: Tensor  # [B, H] float32
+    lengths: Tensor | None = None  # [B]
+    resets: Tensor | None = None  # [T, B] bool
+    reverse: bool = False
+    precision: str = "ieee"  # of float32 products: "tf32" or "ieee"
+    dropout_h: Tensor | None = None  # [B, P] factors of h in the recurrent product
+    zoneout_h: Tensor | None = None  # the share of h that stays as it was: bool [T, B, P], or float32 [] for all
+    zoneout_c: Tensor | None = None  # of c: bool [T, B, H], or float32 [] for all
+
+    @property
+    def hidden(self) -> int:
+        """H, the number of hidden units."""
+        return self.c0.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Features of h: P with a projection, else H."""
+        return self.h0.shape[1]
+
+    @property
+    def projected(self) -> bool:
+        """Whether h is W_hr m rather than m."""
+        return self.weight_hr is not None
+
+    @property
+    def regularised(self) -> bool:
+        """Whether there is recurrent dropout or zoneout."""
+        return not self.dropout_h is self.zoneout_h is self.zoneout_c is None

@@ -1,0 +1,64 @@
+"""What a kernel became when it was compiled, for the launchers and for the tables of `python -m gpu_lstm kernels`."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .architectures import REGISTERS, shared_memory_of
+
+
+class Resources(NamedTuple):
+    """What a kernel takes."""
+
+    registers: int  # a thread
+    spills: int  # bytes of stack a thread
+    shared: int  # bytes a block
+
+    def fit(self, threads: int, shared_limit: int) -> bool:
+        """No spills, and no more than a block of so many threads may have."""
+        registers = -(-self.registers // 8) * 8 * threads  # a warp gets them by 256
+        return self.spills == 0 and registers <= REGISTERS and self.shared <= shared_limit
+
+
+@dataclass(frozen=True)
+class Report:
+    """A row of the table: what one kernel became on one architecture."""
+
+    kernel: str
+    case: str  # what it was compiled for: dtype and sizes
+    architecture: int  # compute capability, 90 for 9.0
+    plan: Any  # the backend's own
+    threads: int  # a block
+    tiles: str  # the plan in few words
+    registers: int  # a thread
+    spills: int  # bytes of stack a thread
+    shared: int  # bytes a block
+    tensor_core: str = ""  # the PTX instruction, or "" if there is none
+    weight_loads: int = 0  # of W_hh inside the time loop
+
+    @property
+    def fits(self) -> bool:
+        """No spills, and no more registers and shared memory than a block may have."""
+        taken = Resources(self.registers, self.spills, self.shared)
+        return taken.fit(self.threads, shared_memory_of(self.architecture))
+
+
+def usage(cubin: bytes) -> dict[str, tuple[int, int]]:
+    """(registers, bytes of stack) of each kernel in a binary, read by the cuobjdump that Triton brings along.
+
+    Raises:
+        RuntimeError: cuobjdump printed nothing of the kind.
+    """
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", text)
+    if not found:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    return {name: (int(registers), int(stack)) for name, registers, stack in found}

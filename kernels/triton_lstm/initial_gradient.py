@@ -1,0 +1,31 @@
+"""The gradient of h0, which every family takes after its time loop."""
+
+import torch
+from torch import Tensor
+
+from ..recurrence import Recurrence
+
+
+def initial_hidden_gradient(
+    dgates: Tensor,  # [T, B, 4H]
+    dh_n: Tensor | None,  # [B, P]
+    dh_from_zoneout: Tensor | None,  # [B, P] float32, handed back past the first step
+    recurrence: Recurrence,
+) -> Tensor:
+    """dh0 [B, P]: through the first step, unless a reset stands before it; dh_n where there is no step at all."""
+    r = recurrence
+    if r.reverse and r.lengths is not None:
+        first_time = (r.lengths.long() - 1).clamp(min=0)  # [B]
+        first = dgates.gather(0, first_time[None, :, None].expand(1, -1, dgates.shape[2]))[0]
+    else:
+        first = dgates[-1 if r.reverse else 0]  # [B, 4H]; zero where length is 0
+    if r.resets is not None and not r.reverse:
+        first = first.masked_fill(r.resets[0, :, None], 0)
+    dh0 = first @ r.weight_hh
+    if r.dropout_h is not None:
+        dh0 = r.dropout_h * dh0
+    if dh_from_zoneout is not None:
+        dh0 = dh0 + dh_from_zoneout.to(dh0.dtype)
+    if r.lengths is not None and dh_n is not None:
+        dh0 = torch.where((r.lengths == 0)[:, None], dh_n, dh0)
+    return dh0
