@@ -13,6 +13,7 @@ matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "gpu_lstm", "fon
 FOLDER = Path(__file__).with_name("drawings")
 INK, FAINT = "#22303c", "#8a97a3"
 PYTHON, TORCH, KERNEL, MEMORY = "#dbe9f6", "#ececec", "#fde3c8", "#dcefdc"
+HANDED_OVER = {"arrowstyle": "-|>", "color": "#c0392b", "lw": 0.6, "alpha": 0.55}
 PRODUCT, CELL, STORE, WAIT = "#f6b26b", "#93c47d", "#9fc5e8", "#ffffff"
 
 
@@ -45,17 +46,20 @@ def data_flow() -> Figure:
     """One call, from the module to the kernels."""
     figure, axes = canvas(92, 67)
     box(axes, 20, 1, (52, 7), "modules.py, functional.py",
-        "LSTM, StackedLSTM, LSTMCell; lstm_layer\ncheck the input, read weights and arguments, ask backends.select", PYTHON)  # fmt: skip
+        "LSTM, StackedLSTM, LSTMCell; lstm_layer\n"
+        "check the input, read weights and arguments, ask backends.select", PYTHON)  # fmt: skip
     arrow(axes, (46, 8), (46, 12), "x [T, B, I], states, weights, Traversal (lengths, resets, direction), Settings")
     box(axes, 20, 12, (52, 8.5), "layers.stack",
         "draws the noise of the call; layer on layer, dropout, residual\n"
-        "chunks.py cuts time where memory is to be bounded\nstreams.py runs layers or directions side by side", PYTHON)  # fmt: skip
+        "chunks.py cuts time where memory is to be bounded\n"
+        "streams.py runs layers or directions side by side", PYTHON)  # fmt: skip
     arrow(axes, (30, 20.5), (15, 25))
     arrow(axes, (46, 20.5), (46, 25), "one direction of\none layer")
     arrow(axes, (62, 20.5), (77, 25))
     box(axes, 1, 25, (26, 7), "native.layer", "torch's own LSTM\n(ATen on CPU, cuDNN on CUDA)", TORCH)
     box(axes, 32, 25, (28, 7), "fused.layer", "save for backward?\ngates_x = x W_ih^T + b: one GEMM", PYTHON)
-    box(axes, 65, 25, (26, 7), "reference.layer", "a plain loop: any device and dtype,\ndifferentiable to any order", TORCH)
+    box(axes, 65, 25, (26, 7), "reference.layer",
+        "a plain loop: any device and dtype,\ndifferentiable to any order", TORCH)  # fmt: skip
     arrow(axes, (46, 32), (46, 36), "gates_x [T, B, 4H]")
     box(axes, 22, 36, (48, 7), "autograd.py, ops.py",
         "what is saved; weight gradients as GEMMs over all steps\n"
@@ -64,11 +68,15 @@ def data_flow() -> Figure:
     arrow(axes, (38, 43), (25, 48), "Recurrence ", side=-1)
     arrow(axes, (54, 43), (67, 48))
     box(axes, 1, 48, (46, 8), "kernels/triton_lstm/launch.py",
-        "the first plan that fits the card\nstep.py    resident.py    cooperative.py\none launch a step | one program, all steps | many programs", KERNEL)  # fmt: skip
-    box(axes, 51, 48, (40, 8), "kernels/cupy_lstm/launch.py", "lstm.cu, where Triton cannot run\nstep    sequence    cluster", KERNEL)
+        "the first plan that fits the card\nstep.py    resident.py    cooperative.py\n"
+        "one launch a step | one program, all steps | many programs", KERNEL)  # fmt: skip
+    box(axes, 51, 48, (40, 8), "kernels/cupy_lstm/launch.py",
+        "lstm.cu, where Triton cannot run\nstep    sequence    cluster", KERNEL)  # fmt: skip
     arrow(axes, (24, 56), (24, 60))
     arrow(axes, (67, 56), (67, 60))
-    box(axes, 1, 60, (90, 6), "GPU memory", "in: gates_x, W_hh, h0, c0      out: h, h_n, c_n; for backward the activated gates (over gates_x) and c", MEMORY)
+    box(axes, 1, 60, (90, 6), "GPU memory",
+        "in: gates_x, W_hh, h0, c0      out: h, h_n, c_n; for backward the activated gates (over gates_x) and c",
+        MEMORY)  # fmt: skip
     return figure
 
 
@@ -97,8 +105,8 @@ def exchange() -> Figure:
             for other in lanes:
                 if other != lane:
                     end = other + (4 if other < lane else 0)
-                    axes.annotate("", (ready, end), (published[number], lane + (4 if other > lane else 0)),
-                                  arrowprops={"arrowstyle": "-|>", "color": "#c0392b", "lw": 0.6, "alpha": 0.55})  # fmt: skip
+                    start = published[number], lane + (4 if other > lane else 0)
+                    axes.annotate("", (ready, end), start, arrowprops=HANDED_OVER)
             starts[number] = max(ready, published[number] + 8)
         axes.text(min(published), lanes[0] - 1.6, f"h of step {step} published", size=6.8, color="#c0392b", ha="center")
     axes.annotate("", (90, 33), (13, 33), arrowprops={"arrowstyle": "-|>", "color": FAINT})
