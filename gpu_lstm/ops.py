@@ -6,6 +6,7 @@ gradients are float32. This is the one place where a launcher is chosen. torch.c
 fakes, and never the launchers. Schemas are flat, so only here does a recurrence travel as its fields.
 """
 
+import contextlib
 import importlib
 from types import ModuleType
 
@@ -43,6 +44,11 @@ def _launcher(backend: str) -> ModuleType:
             return importlib.import_module("gpu_lstm.kernels.cupy_lstm.launch")
         case other:
             raise AssertionError(f"backend {other.value!r} has no kernels of its own")
+
+
+def _on_the_device_of(t: Tensor) -> contextlib.AbstractContextManager:
+    # Triton launches on the current device, and torch sets none for operators that are written in Python.
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
@@ -85,7 +91,8 @@ def _layer_forward(
     recurrence = _recurrence(
         gates.dtype, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, dropout_h, zoneout_h, zoneout_c
     )
-    return _launcher(backend).layer_forward(gates, recurrence, save=save)
+    with _on_the_device_of(gates):
+        return _launcher(backend).layer_forward(gates, recurrence, save=save)
 
 
 def _layer_forward_fake(
@@ -105,7 +112,8 @@ def _layer_backward(
         gates.dtype, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, dropout_h, zoneout_h, zoneout_c
     )
     dh, dh_n, dc_n = map(_contiguous, (dh, dh_n, dc_n))
-    return _launcher(backend).layer_backward(dh, dh_n, dc_n, gates, c, recurrence)
+    with _on_the_device_of(gates):
+        return _launcher(backend).layer_backward(dh, dh_n, dc_n, gates, c, recurrence)
 
 
 def _layer_backward_fake(

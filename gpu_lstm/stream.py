@@ -142,7 +142,7 @@ class _StepGraph:
             return y.squeeze(time_axis)
 
         before = _copied(stream._state)
-        self._replay = captured(step)
+        self._replay = captured(step, x.device)
         stream._update(before)  # the steps that were taken for warming up do not count
 
     def fits(self, lstm: LSTM | StackedLSTM, x: Tensor) -> bool:
@@ -159,17 +159,18 @@ def on_cuda(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`step` as a replay of a CUDA graph: the seam at which a test can run it plainly."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # kernels are compiled and workspaces made before the capture
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = step()
+def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """`step` on a CUDA device as a replay of a graph: the seam at which a test can run it plainly."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # kernels are compiled and workspaces made before the capture
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = step()
 
     def replay() -> Tensor:
         graph.replay()

@@ -14,8 +14,8 @@ def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr
           reverse=False, dropout_h=None, zoneout_h=None, zoneout_c=None):  # fmt: skip
     """One layer, one direction: (h [T, B, P], h_n [B, P], c_n [B, H], tape for `layer_gradients`).
 
-    dropout_h [B, P] multiplies h in the recurrent product; zoneout_h [T, B, P] and zoneout_c [T, B, H] are the shares of
-    the states that stay as they were before the step.
+    dropout_h [B, P] multiplies h in the recurrent product; zoneout_h [T, B, P] and zoneout_c [T, B, H] are the shares
+    of the states that stay as they were before the step.
     """
     T, B, _ = x.shape
     P = h0.shape[1]

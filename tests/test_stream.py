@@ -132,7 +132,7 @@ def test_a_step_is_captured_once_and_again_when_a_parameter_is_replaced(build, m
     x = random_input(lstm)
     captures = []
 
-    def captured(step):
+    def captured(step, device):
         captures.append(step)
         for _ in range(3):  # as warming up for a capture does
             step()

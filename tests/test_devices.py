@@ -1,0 +1,110 @@
+"""Which CUDA device is current when a kernel is launched, seen by a driver that is stubbed: tensors are fake.
+
+Triton launches on the current device. A module on cuda:1 must work while cuda:0 is current.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gpu_lstm import ops, stream
+from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
+from gpu_lstm.kernels.cupy_lstm.step import STEP_PLAN
+from gpu_lstm.kernels.triton_lstm import launch as triton_launch
+from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
+
+T, B, H = 3, 2, 16
+
+
+class Driver:
+    """What torch.cuda asks the driver for; it knows which device is current."""
+
+    current = 0
+
+    def exchange(self, device: int) -> int:
+        before, self.current = self.current, device if device >= 0 else self.current
+        return before
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    driver = Driver()
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(torch.cuda, name, driver.exchange)
+    return driver
+
+
+def _launches(driver, monkeypatch, backend: str, choose_plan, device: str) -> list[int]:
+    """The current device at each launch of forward and backward of a layer on `device`."""
+    current: list[int] = []
+    launcher = {"triton": triton_launch, "cupy": cupy_launch}[backend]
+    monkeypatch.setattr(launcher, "choose_plan", choose_plan)
+    monkeypatch.setattr(launcher, "launch_kernel", lambda *_, **__: current.append(driver.current))
+    monkeypatch.setattr(triton_launch, "raise_if_gave_up", lambda: None)
+    # Python's own indexing of a CUDA tensor asks the real driver.
+    monkeypatch.setattr(
+        torch.Tensor,
+        "__getitem__",
+        lambda t, k: t.narrow(0, 0, t.shape[0] - 1) if isinstance(k, slice) else t.select(0, k),
+    )
+    monkeypatch.setattr(torch.Tensor, "__setitem__", lambda *_: None)
+    with FakeTensorMode():
+
+        def empty(*shape):
+            return torch.empty(*shape, device=device)
+
+        gates, weight_hh, h0, c0 = empty(T, B, 4 * H), empty(4 * H, H), empty(B, H), empty(B, H)
+        given = weight_hh, None, h0, c0, None, None, False
+        h, _, _, c = ops._layer_forward(gates, *given, True, backend)
+        ops._layer_backward(h, None, None, gates, c, *given, backend)
+    return current
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+@pytest.mark.parametrize("family", Family)
+def test_triton_launches_on_the_device_of_the_tensors(driver, monkeypatch, family, device):
+    def choose_plan(problem, _, backward):
+        return next(plan for plan in plans(problem, DEVICES["h100"], backward) if plan.family is family)
+
+    current = _launches(driver, monkeypatch, "triton", choose_plan, device)
+    assert len(current) == (2 * T if family is Family.STEP else 2)
+    assert set(current) == {torch.device(device).index}
+    assert driver.current == 0, "and afterwards it is the one before"
+
+
+def test_cupy_launches_on_the_device_of_the_tensors(driver, monkeypatch):
+    current = _launches(driver, monkeypatch, "cupy", lambda *_, **__: STEP_PLAN, "cuda:1")
+    assert current == [1] * (2 * T)
+    assert driver.current == 0
+
+
+def test_a_step_of_a_stream_is_captured_on_the_device_of_its_input(driver, monkeypatch):
+    """torch.cuda.Stream() and CUDAGraph() belong to the device that is current when they are made."""
+    made: list[tuple[str, int]] = []
+
+    class Queue:
+        def wait_stream(self, _): ...
+
+    class Within:
+        def __init__(self, *_): ...
+        def __enter__(self): ...
+        def __exit__(self, *_): ...
+
+    def maker(name, result):
+        def make(*_):
+            made.append((name, driver.current))
+            return result()
+
+        return make
+
+    monkeypatch.setattr(torch.cuda, "Stream", maker("stream", Queue))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", maker("graph", object))
+    monkeypatch.setattr(torch.cuda, "current_stream", Queue)
+    monkeypatch.setattr(torch.cuda, "stream", Within)
+    monkeypatch.setattr(torch.cuda, "graph", Within)
+    steps: list[int] = []
+    stream.captured(lambda: steps.append(driver.current), torch.device("cuda", 1))
+    assert made == [("stream", 1), ("graph", 1)]
+    assert set(steps) == {1}
+    assert driver.current == 0
