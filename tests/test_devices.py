@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gpu_lstm import ops, stream
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
 from gpu_lstm.kernels.cupy_lstm.step import STEP_PLAN
+from gpu_lstm.kernels.triton_lstm import cooperative
 from gpu_lstm.kernels.triton_lstm import launch as triton_launch
 from gpu_lstm.kernels.triton_lstm.families import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
@@ -42,6 +43,7 @@ def _launches(driver, monkeypatch, backend: str, choose_plan, device: str) -> li
     monkeypatch.setattr(launcher, "choose_plan", choose_plan)
     monkeypatch.setattr(launcher, "launch_kernel", lambda *_, **__: current.append(driver.current))
     monkeypatch.setattr(triton_launch, "raise_if_gave_up", lambda: None)
+    monkeypatch.setattr(cooperative, "_error_word", lambda device, kernel: None)  # it is made once a process
     # Python's own indexing of a CUDA tensor asks the real driver.
     monkeypatch.setattr(
         torch.Tensor,
