@@ -3,6 +3,7 @@
 from . import compat, functional, keras
 from .backends import Backend, backend
 from .convert import convert, from_haste, to_torch
+from .health import check
 from .modules import LSTM, LSTMCell, StackedLSTM
 from .stream import Stream
 from .trace import trace
@@ -18,6 +19,7 @@ __all__ = [
     "Stream",
     "autotune",
     "backend",
+    "check",
     "compat",
     "convert",
     "from_haste",

@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .health import raise_if_gave_up
 from .modules import LSTM, StackedLSTM
 from .weights import State
 
@@ -83,6 +84,7 @@ class Stream:
                 return y.squeeze(time_axis)
             if self._graph is None or not self._graph.fits(self.lstm, x):
                 self._graph = _StepGraph(self, x, time_axis)
+            raise_if_gave_up(x.device)  # in the replays so far
             return self._graph(x)
 
     def reset(self, which: Tensor | None = None) -> None:

@@ -40,7 +40,7 @@ def test_the_fastest_plan_is_found_and_used_from_then_on(an_h100, monkeypatch):
         autotune.candidates(plans(PROBLEM, H100, False)), key=lambda plan: _slowest_plan_fastest(None, plan, None, None)
     )
     assert fastest["forward"] != before
-    plan_cache._entries.cache_clear()  # as another process would: read the file
+    plan_cache._read.cache_clear()  # as another process would: read the file
     assert launch.choose_plan(dataclasses.replace(PROBLEM, steps=77), CUDA, False) == fastest["forward"]
     assert launch.choose_plan(PROBLEM, CUDA, True) == fastest["backward"]
 

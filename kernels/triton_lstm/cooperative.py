@@ -16,7 +16,6 @@ dimension of a product, comes in tiles of BLOCK_K (held as a tuple, so that the 
 split K_SPLIT ways over the warps.
 """
 
-import functools
 import itertools
 from collections.abc import Iterator
 from math import ceil
@@ -31,6 +30,7 @@ from ..architectures import KB
 from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward
 from .exchange import announce, collect, publish, wait
+from .giving_up import error_word
 from .indexing import (
     cell_before,
     interleaved_gates,
@@ -331,7 +331,7 @@ def forward(
             lstm_cooperative_forward_kernel, (plan.programs, groups),
             gates_ptr=gates, weight_hh_ptr=r.weight_hh, c0_ptr=r.c0, h_then_h0_ptr=h_then_h0, c_ptr=c if save else None,
             h_n_ptr=h_n, c_n_ptr=c_n, arrivals_ptr=_counters(gates, plan, groups),
-            error_ptr=_error_word(gates.device, 0), batch_start=batch_start, SAVE=save,
+            error_ptr=error_word(gates.device, 0), batch_start=batch_start, SAVE=save,
             **_shared_arguments(plan, gates, r),
         )  # fmt: skip
     return h_then_h0[:-1], h_n, c_n, c
@@ -365,7 +365,7 @@ def backward(
                 lstm_cooperative_backward_kernel, (plan.programs, groups),
                 dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, weight_hh_ptr=r.weight_hh,
                 dgates_ptr=dgates, partials_ptr=partials, dc_ptr=dc, arrivals_ptr=_counters(gates, plan, 2 * groups),
-                error_ptr=_error_word(gates.device, 1), batch_start=batch_start, steps_before=steps_before,
+                error_ptr=error_word(gates.device, 1), batch_start=batch_start, steps_before=steps_before,
                 steps_now=min(most, steps - steps_before), **_shared_arguments(plan, gates, r),
             )  # fmt: skip
     return dgates, initial_hidden_gradient(dgates, dh_n, None, r), dc, gates.new_empty(0)
@@ -395,34 +395,3 @@ def _fill(t: Tensor) -> None:
 
 def _counters(like: Tensor, plan: Plan, count: int) -> Tensor | None:
     return None if plan.flagged else torch.zeros(count, dtype=torch.int32, device=like.device)
-
-
-_KERNELS = ("lstm_cooperative_forward_kernel", "lstm_cooperative_backward_kernel")
-
-
-@functools.cache
-def _error_words() -> Tensor:
-    """int32 [kernels]: the step + 1 at which a kernel gave up waiting; in memory that the host reads without waiting
-    for the device."""
-    return torch.zeros(len(_KERNELS), dtype=torch.int32, pin_memory=torch.cuda.is_available())
-
-
-def _error_word(device: torch.device, kernel: int) -> Tensor:
-    words = _error_words()
-    return words.to("meta")[kernel:] if device.type == "meta" else words[kernel:]
-
-
-def raise_if_gave_up() -> None:
-    """Raise if programs of an earlier launch waited in vain for each other.
-
-    Raises:
-        RuntimeError: with the kernel and the step.
-    """
-    words = _error_words()
-    for kernel, word in zip(_KERNELS, words.tolist()):
-        if word:
-            words.zero_()
-            raise RuntimeError(
-                f"{kernel} gave up at step {word - 1}: its programs waited in vain for each other, so that they were "
-                "not all resident at once; the results of that launch are wrong"
-            )

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..recurrence import Recurrence
 from . import plan_cache, step
-from .cooperative import raise_if_gave_up
 from .families import FAMILIES, plans
+from .giving_up import raise_if_gave_up
 from .planning import INTERPRETER, Family, Launch, Plan, Problem, device_of
 from .trial import fitting_plan
 
@@ -36,7 +36,7 @@ def layer_forward(
     Raises:
         RuntimeError: programs of an earlier launch waited in vain for each other.
     """
-    raise_if_gave_up()
+    raise_if_gave_up(gates.device)
     plan = plan or choose_plan(_problem(gates, recurrence), gates.device, False)
     assert plan.family is Family.STEP or not recurrence.regularised
     return FAMILIES[plan.family].forward(gates, recurrence, save=save, plan=plan, launch=launch or launch_kernel)
@@ -67,7 +67,7 @@ def layer_backward(
     Raises:
         RuntimeError: programs of an earlier launch waited in vain for each other.
     """
-    raise_if_gave_up()
+    raise_if_gave_up(gates.device)
     plan = plan or choose_plan(_problem(gates, recurrence), gates.device, True)
     assert plan.family is Family.STEP or not recurrence.regularised
     return FAMILIES[plan.family].backward(

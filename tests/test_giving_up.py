@@ -1,0 +1,66 @@
+"""A kernel that gave up waiting is never silent: the next call, backward, check() and the end of the program tell."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import gpu_lstm
+from gpu_lstm.kernels.triton_lstm import giving_up, launch
+
+CPU = torch.device("cpu")
+EXPECTED = r"lstm_cooperative_backward_kernel gave up at step 7 on cpu: .* the results of that launch are wrong"
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="error words of the CPU")
+
+
+def _give_up() -> None:
+    """What a kernel does."""
+    giving_up.error_word(CPU, 1)[0] = 8
+
+
+def _calls():
+    lstm = gpu_lstm.LSTM(3, 4, backend="triton")
+    x = torch.zeros(2, 1, 3)
+    y, _ = lstm(x)
+    stream = gpu_lstm.Stream(gpu_lstm.LSTM(3, 4, backend="triton").eval(), 1)
+    return {"call": lambda: lstm(x), "backward": lambda: y.sum().backward(), "check": gpu_lstm.check,
+            "stream": lambda: stream(x[0])}  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["call", "backward", "check", "stream"])
+def test_who_tells(who):
+    call = _calls()[who]
+    _give_up()
+    with pytest.raises(RuntimeError, match=EXPECTED):
+        call()
+    gpu_lstm.check()  # told once
+
+
+def test_the_end_of_the_program_tells():
+    script = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from gpu_lstm.kernels.triton_lstm import giving_up
+giving_up.error_word(torch.device("cpu"), 1)[0] = 8
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "gave up at step 7 on cpu" in ended.stderr
+
+
+def test_devices_do_not_share_words_and_kernels_stand_16_bytes_apart():
+    first, second = (giving_up.error_word(CPU, kernel) for kernel in range(2))
+    assert second.data_ptr() - first.data_ptr() == 16
+    other = torch.device("meta", 0)
+    assert giving_up.error_word(other, 0).device.type == "meta"
+    giving_up.raise_if_gave_up(torch.device("cuda", 5))  # never launched on: nothing to tell
+    _give_up()
+    giving_up.raise_if_gave_up(torch.device("cuda", 5))
+    with pytest.raises(RuntimeError, match=EXPECTED):
+        giving_up.check()
+
+
+def test_nothing_is_imported_in_order_to_check():
+    script = "import sys, gpu_lstm; gpu_lstm.check(); assert 'gpu_lstm.kernels.triton_lstm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)

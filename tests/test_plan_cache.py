@@ -1,0 +1,119 @@
+"""Measured plans on disk: what is broken there stops no call, and nobody loses what another wrote."""
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_lstm.kernels.triton_lstm import plan_cache
+from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
+
+H100 = DEVICES["h100"]
+PROBLEM = Problem(2, 16, 768, torch.bfloat16)
+PLAN = plans(PROBLEM, H100, False)[0]
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plan_cache._read.cache_clear()
+    plan_cache._warn.cache_clear()
+    return tmp_path / "gpu_lstm" / "plans"
+
+
+def _write(text: str) -> None:
+    """In the place of PROBLEM's entry."""
+    plan_cache.remember(PROBLEM, H100, False, PLAN)
+    (file,) = plan_cache.cache_folder().glob("*.json")
+    file.write_bytes(text.encode(errors="surrogateescape"))
+
+
+def _entry(**changes) -> str:
+    fields = dataclasses.asdict(PLAN) | {"family": PLAN.family.value} | changes
+    return json.dumps({"key": plan_cache._key(PROBLEM, H100, False), "plan": fields})
+
+
+def test_what_is_remembered_comes_back():
+    assert plan_cache.remembered(PROBLEM, H100, False) is None
+    plan_cache.remember(PROBLEM, H100, False, PLAN)
+    assert plan_cache.remembered(PROBLEM, H100, False) == PLAN
+    assert plan_cache.remembered(PROBLEM, H100, True) is None
+
+
+def _without(field: str) -> str:
+    entry = json.loads(_entry())
+    del entry["plan"][field]
+    return json.dumps(entry)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", _entry()[:-40], "[]", "null", "7", "{}", '{"key": 1, "plan": {}}', "\udcff\udcfe",
+        _entry(surprise=1), _without("rows"), _entry(rows="16"), _entry(rows=16.0), _entry(rows=True),
+        _entry(family="odd"), _entry(flagged=1), _entry().replace("768", "769"),
+    ],
+)  # fmt: skip
+def test_a_broken_entry_is_ignored_with_a_warning_and_written_anew(text):
+    _write(text)
+    with pytest.warns(UserWarning, match="a measured plan is ignored"):
+        assert plan_cache.remembered(PROBLEM, H100, False) is None
+    plan_cache.remember(PROBLEM, H100, False, PLAN)
+    assert plan_cache.remembered(PROBLEM, H100, False) == PLAN
+
+
+def test_a_folder_that_is_a_file_stops_nobody_and_is_named_once(folder):
+    folder.parent.mkdir()
+    folder.write_text("")
+    with pytest.warns(UserWarning, match="a measured plan is not remembered"):
+        plan_cache.remember(PROBLEM, H100, False, PLAN)
+    with pytest.warns(UserWarning, match="a measured plan is ignored"):
+        assert plan_cache.remembered(PROBLEM, H100, False) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan_cache.remember(PROBLEM, H100, False, PLAN)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_a_folder_without_permissions_stops_nobody(folder):
+    plan_cache.remember(PROBLEM, H100, False, PLAN)
+    folder.chmod(0)
+    with pytest.warns(UserWarning, match="ignored"):
+        assert plan_cache.remembered(PROBLEM, H100, False) is None
+    folder.chmod(0o700)
+
+
+def test_a_user_without_a_home_computes_all_the_same(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert plan_cache.remembered(PROBLEM, H100, False) is None
+    with pytest.warns(UserWarning, match="no home directory"):
+        plan_cache.remember(PROBLEM, H100, False, PLAN)
+
+
+def _remember_many(first: int) -> None:
+    for batch in range(first, first + 15):
+        plan_cache.remember(dataclasses.replace(PROBLEM, batch=batch), H100, False, PLAN)
+
+
+@pytest.mark.parametrize("pool", [concurrent.futures.ThreadPoolExecutor, concurrent.futures.ProcessPoolExecutor])
+def test_many_who_write_at_once_lose_nothing(folder, pool):
+    options = (
+        {} if pool is concurrent.futures.ThreadPoolExecutor else {"mp_context": multiprocessing.get_context("fork")}
+    )
+    with pool(6, **options) as executor:
+        list(executor.map(_remember_many, range(0, 90, 15)))
+    plan_cache._read.cache_clear()
+    found = [plan_cache.remembered(dataclasses.replace(PROBLEM, batch=batch), H100, False) for batch in range(90)]
+    assert found == [PLAN] * 90
+    assert list(folder.glob("*.unfinished")) == []
