@@ -153,9 +153,14 @@ def _problem_with(package: str, load: Callable[[], object]) -> str | None:
         return str(error)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-        warnings.warn(f"{package} is installed, but fails, and is not used: {problem}", stacklevel=2)
+        _say_once(f"{package} is installed, but fails, and is not used: {problem}")
         return problem
     return None
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    warnings.warn(f"gpu_lstm: {text}", stacklevel=2)
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
@@ -179,6 +184,11 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
         return RuntimeError(
             f"backend 'triton' needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
         )
+    problem = launch.compile_problem(10 * capability[0] + capability[1])
+    if problem is not None:
+        text = f"Triton compiles nothing for {device}, compute capability {capability[0]}.{capability[1]}: {problem}"
+        _say_once(f"{text}. Backend 'auto' does without it.")
+        return RuntimeError(f"backend 'triton': {text}")
     return None
 
 

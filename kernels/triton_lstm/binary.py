@@ -1,5 +1,8 @@
 """A kernel launch as a compiled binary, for any architecture, without a GPU: registers, spills, shared memory."""
 
+import contextlib
+import functools
+import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from ..report import Resources, usage
+from .features import OPTIONS
 
 _POINTER = {
     torch.float32: "*fp32",
@@ -53,12 +57,25 @@ def compile_for(launch: RecordedLaunch, architecture: int) -> CompiledKernel:
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def resources(launch: RecordedLaunch, architecture: int) -> Resources:
-    """What the kernel of a launch takes on `architecture`."""
-    return resources_of(compile_for(launch, architecture))
-
-
 def resources_of(compiled: CompiledKernel) -> Resources:
     """What a compiled kernel takes."""
     ((registers, spills),) = usage(compiled.asm["cubin"]).values()
     return Resources(registers, spills, compiled.metadata.shared)
+
+
+@triton.jit
+def empty_kernel():
+    pass
+
+
+@functools.cache
+def compile_problem(architecture: int) -> str | None:
+    """Why the Triton at hand compiles nothing for an architecture, as for one newer than its ptxas. None: it does."""
+    target = GPUTarget("cuda", architecture, 32)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # on which Triton would print all of the kernel
+            triton.compile(ASTSource(empty_kernel, {}), target=target, options=OPTIONS)
+    except Exception as error:  # of many kinds: from LLVM, ptxas, or the folder of Triton's cache
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return next((line for line in lines if "fatal" in line), f"{type(error).__name__}: {lines[0] if lines else ''}")
+    return None

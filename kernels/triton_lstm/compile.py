@@ -10,17 +10,19 @@ import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..architectures import shared_memory_of
+from ..recurrence import Recurrence
 from ..report import Report
 from .binary import RecordedLaunch, compile_for, resources_of
-from .families import plans
+from .families import FAMILIES, plans
 from .launch import INTERPRETED
 from .planning import DEVICES, Device, Plan, Problem
 from .step import step_plan
-from .trial import recorded_launches
 
 STEP_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 PRECISIONS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
@@ -145,3 +147,50 @@ def _weight_loads_in_loops(ttgir: str) -> int:
         while loops and depth <= loops[-1]:
             loops.pop()
     return loads
+
+
+def recorded_launches(
+    problem: Problem, backward: bool, plan: Plan, ragged: bool = False, reverse: bool = False, training: bool = True
+) -> list[RecordedLaunch]:
+    """The distinct launches that a plan makes, everything saved and every gradient given, without making them.
+
+    A problem that is regularised has masks in training, else zoneout's probabilities.
+    """
+    launches: dict[str, RecordedLaunch] = {}
+
+    def record(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        launches.setdefault(kernel.__name__, RecordedLaunch(kernel, grid, arguments))
+
+    def meta(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    steps, batch, hidden = problem.steps, problem.batch, problem.hidden
+    width = problem.projected or hidden
+    gates, h, h0 = meta(steps, batch, 4 * hidden), meta(steps, batch, width), meta(batch, width)
+    c, c0 = meta(steps, batch, hidden, dtype=torch.float32), meta(batch, hidden, dtype=torch.float32)
+    noise: dict[str, Tensor] = {}
+    if problem.regularised and training:
+        noise = dict(
+            dropout_h=meta(batch, width),
+            zoneout_h=meta(steps, batch, width, dtype=torch.bool),
+            zoneout_c=meta(steps, batch, hidden, dtype=torch.bool),
+        )
+    elif problem.regularised:
+        noise = dict(zoneout_h=meta(dtype=torch.float32), zoneout_c=meta(dtype=torch.float32))
+    recurrence = Recurrence(
+        weight_hh=meta(4 * hidden, width),
+        weight_hr=meta(width, hidden) if problem.projected else None,
+        h0=h0,
+        c0=c0,
+        lengths=meta(batch, dtype=torch.int64) if ragged else None,
+        resets=meta(steps, batch, dtype=torch.bool) if ragged else None,
+        reverse=reverse,
+        precision=problem.precision,
+        **noise,
+    )
+    family = FAMILIES[plan.family]
+    if backward:
+        family.backward(h, h0, c0, gates, c, recurrence, plan=plan, launch=record)
+    else:
+        family.forward(gates, recurrence, save=True, plan=plan, launch=record)
+    return list(launches.values())

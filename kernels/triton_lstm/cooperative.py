@@ -30,6 +30,7 @@ from ..architectures import KB
 from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward
 from .exchange import announce, collect, publish, wait
+from .features import OPTIONS, SMALLEST_TILE
 from .giving_up import error_word
 from .indexing import (
     cell_before,
@@ -298,7 +299,7 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
     k = min(256, max(64, power_of_two(problem.hidden)))
     tiles = ceil(problem.hidden / k)
     candidates = []
-    for columns, rows in itertools.product((8, 16, 32), batch_tiles(problem.batch)):
+    for columns, rows in itertools.product((8, 16, 32), batch_tiles(problem.batch, SMALLEST_TILE)):
         # Forward a program holds four gates of its units; backward one gate for the units of its quartet.
         programs = 4 * ceil(problem.hidden / (4 * columns)) if backward else ceil(problem.hidden / columns)
         weights = 4 * columns * tiles * k * problem.size
@@ -378,7 +379,7 @@ def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any
         lengths_ptr=r.lengths, resets_ptr=r.resets, T=steps, B=batch, H=r.hidden, REVERSE=r.reverse,
         FLAGGED=plan.flagged, PATIENCE=PATIENCE, PRECISION=r.precision,
         BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k, K_SPLIT=plan.k_split,
-        num_warps=plan.num_warps, maxnreg=plan.registers, launch_cooperative_grid=True,
+        num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS, launch_cooperative_grid=True,
     )  # fmt: skip
 
 

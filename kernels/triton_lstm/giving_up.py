@@ -60,8 +60,8 @@ def _report(device: torch.device) -> str | None:
         if step:
             words.zero_()
             return (
-                f"{name} gave up at step {step - 1} on {device}: its programs waited in vain for each other, so that they "
-                "were not all resident at once; the results of that launch are wrong"
+                f"{name} gave up at step {step - 1} on {device}: its programs waited in vain for each other, so that "
+                "they were not all resident at once; the results of that launch are wrong"
             )
     return None
 

@@ -12,7 +12,7 @@ from . import plan_cache, step
 from .families import FAMILIES, plans
 from .giving_up import raise_if_gave_up
 from .planning import INTERPRETER, Family, Launch, Plan, Problem, device_of
-from .trial import fitting_plan
+from .trial import Attempt, first_that_fits
 
 INTERPRETED = not isinstance(step.lstm_step_forward_kernel, triton.JITFunction)
 """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when triton was imported."""
@@ -37,9 +37,13 @@ def layer_forward(
         RuntimeError: programs of an earlier launch waited in vain for each other.
     """
     raise_if_gave_up(gates.device)
-    plan = plan or choose_plan(_problem(gates, recurrence), gates.device, False)
-    assert plan.family is Family.STEP or not recurrence.regularised
-    return FAMILIES[plan.family].forward(gates, recurrence, save=save, plan=plan, launch=launch or launch_kernel)
+
+    def attempt(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert plan.family is Family.STEP or not recurrence.regularised
+        return FAMILIES[plan.family].forward(gates, recurrence, save=save, plan=plan, launch=launch)
+
+    plan = plan or choose_plan(_problem(gates, recurrence), gates.device, False, _variant(recurrence, save), attempt)
+    return attempt(plan, launch or launch_kernel)
 
 
 def layer_backward(
@@ -68,11 +72,14 @@ def layer_backward(
         RuntimeError: programs of an earlier launch waited in vain for each other.
     """
     raise_if_gave_up(gates.device)
-    plan = plan or choose_plan(_problem(gates, recurrence), gates.device, True)
-    assert plan.family is Family.STEP or not recurrence.regularised
-    return FAMILIES[plan.family].backward(
-        dh, dh_n, dc_n, gates, c, recurrence, plan=plan, launch=launch or launch_kernel
-    )
+
+    def attempt(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert plan.family is Family.STEP or not recurrence.regularised
+        return FAMILIES[plan.family].backward(dh, dh_n, dc_n, gates, c, recurrence, plan=plan, launch=launch)
+
+    variant = (*_variant(recurrence, True), dh is None, dh_n is None)
+    plan = plan or choose_plan(_problem(gates, recurrence), gates.device, True, variant, attempt)
+    return attempt(plan, launch or launch_kernel)
 
 
 def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -84,17 +91,38 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         kernel[grid](**arguments)
 
 
-def choose_plan(problem: Problem, device: torch.device, backward: bool) -> Plan:
-    """The best plan whose kernel compiles without spills for the device, found once for each kind of problem."""
+def choose_plan(problem: Problem, device: torch.device, backward: bool, variant: tuple, attempt: Attempt) -> Plan:
+    """The best plan whose kernels the device can take, found once for each kind of problem and call.
+
+    Args:
+        problem, device, backward: what is to be run.
+        variant: what else tells one compiled kernel from another.
+        attempt: the call itself, by a plan.
+
+    Raises:
+        RuntimeError: no kernel can be compiled.
+    """
     if device.type != "cuda":
         # The interpreter runs programs one after another, so that none may wait for another.
         return plans(problem, INTERPRETER, backward)[0]
     problem = dataclasses.replace(problem, steps=min(problem.steps, 2))  # more steps take the same kernel
-    card = device_of(torch.cuda.get_device_properties(device))
-    return plan_cache.remembered(problem, card, backward) or fitting_plan(problem, card, backward)
+    key = problem, device, backward, variant
+    if key not in _chosen:
+        card = device_of(torch.cuda.get_device_properties(device))
+        measured = plan_cache.remembered(problem, card, backward)
+        proposed = plans(problem, card, backward)
+        _chosen[key] = first_that_fits([*([measured] if measured else []), *proposed], attempt)
+    return _chosen[key]
+
+
+_chosen: dict[tuple, Plan] = {}
 
 
 def _problem(gates: Tensor, r: Recurrence) -> Problem:
     steps, batch, _ = gates.shape
     projected = r.width if r.projected else 0
     return Problem(steps, batch, r.hidden, gates.dtype, projected, r.precision, regularised=r.regularised)
+
+
+def _variant(r: Recurrence, save: bool) -> tuple:
+    return save, r.reverse, *(t is None for t in (r.lengths, r.resets, r.dropout_h, r.zoneout_h, r.zoneout_c))

@@ -110,9 +110,9 @@ def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
     return Device(properties.name, architecture, properties.multi_processor_count, shared, 0, 0, 0, 0, 0)
 
 
-def batch_tiles(batch: int) -> list[int]:
+def batch_tiles(batch: int, smallest: int) -> list[int]:
     """Batch tiles worth trying: none that is more than half empty."""
-    return [rows for rows in (64, 32, 16, 8) if rows < 2 * batch or rows == 8]
+    return [rows for rows in (64, 32, 16, 8) if rows >= smallest and (rows < 2 * batch or rows == smallest)]
 
 
 def power_of_two(n: int) -> int:

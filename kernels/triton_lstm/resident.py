@@ -16,6 +16,7 @@ from torch import Tensor
 from ..architectures import KB
 from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward
+from .features import OPTIONS, SMALLEST_TILE
 from .indexing import (
     cell_before,
     interleaved_gates,
@@ -168,7 +169,7 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
         return
     units = max(16, power_of_two(problem.hidden))
     weights = 4 * units * units * problem.size
-    for rows in batch_tiles(problem.batch):
+    for rows in batch_tiles(problem.batch, SMALLEST_TILE):
         gates = 4 * units * rows * 4  # they change places through shared memory
         if backward:
             gates = gates * (20 if problem.size == 4 else 13 if device.architecture >= 100 else 8) // 4 + 10 * KB
@@ -195,7 +196,7 @@ def forward(
         gates_ptr=gates, weight_hh_ptr=r.weight_hh, h0_ptr=r.h0, c0_ptr=r.c0, h_ptr=h, c_ptr=c if save else None,
         h_n_ptr=h_n, c_n_ptr=c_n, lengths_ptr=r.lengths, resets_ptr=r.resets, T=steps, B=batch,
         H=r.hidden, REVERSE=r.reverse, SAVE=save, PRECISION=r.precision,
-        BLOCK_B=plan.rows, BLOCK_H=plan.columns, num_warps=plan.num_warps, maxnreg=plan.registers,
+        BLOCK_B=plan.rows, BLOCK_H=plan.columns, num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS,
     )  # fmt: skip
     return h, h_n, c_n, c
 
@@ -222,6 +223,6 @@ def backward(
         dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, weight_hh_ptr=r.weight_hh,
         dgates_ptr=dgates, dc_ptr=dc, lengths_ptr=r.lengths, resets_ptr=r.resets, T=steps, B=batch,
         H=r.hidden, REVERSE=r.reverse, PRECISION=r.precision,
-        BLOCK_B=plan.rows, BLOCK_H=plan.columns, num_warps=plan.num_warps, maxnreg=plan.registers,
+        BLOCK_B=plan.rows, BLOCK_H=plan.columns, num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS,
     )  # fmt: skip
     return dgates, initial_hidden_gradient(dgates, dh_n, None, r), dc, gates.new_empty(0)

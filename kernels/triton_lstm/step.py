@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backward
+from .features import OPTIONS
 from .indexing import (
     interleaved_gates,
     is_reset,
@@ -452,5 +453,5 @@ def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any
     return dict(
         lengths_ptr=r.lengths, resets_ptr=r.resets, T=steps, B=batch, H=r.hidden, P=r.width, REVERSE=r.reverse,
         PRECISION=r.precision, BLOCK_B=plan.rows, BLOCK_K=plan.k,
-        num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.registers,
+        num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.registers, **OPTIONS,
     )  # fmt: skip

@@ -1,74 +1,88 @@
-"""Plans tried without launching anything: which launches they would make, and whether their kernels fit a card."""
+"""Which of the plans of a call its card can take: the kernels are compiled with the call's own arguments, and loaded.
 
-import functools
+What is compiled here is what is launched afterwards: Triton keeps it.
+"""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..recurrence import Recurrence
-from .binary import RecordedLaunch, resources
-from .families import FAMILIES, plans
-from .planning import Device, Plan, Problem
+from .planning import Launch, Plan
+
+MOST = 3  # plans that a first call compiles, before it takes the one that comes last
+SLOW_S = 2.0  # after which a log line says what is going on
+
+logger = logging.getLogger("gpu_lstm")
+
+Attempt = Callable[[Plan, Launch], object]
+"""attempt(plan, launch): the call by a plan, with `launch` in the place of every launch."""
 
 
-def recorded_launches(
-    problem: Problem, backward: bool, plan: Plan, ragged: bool = False, reverse: bool = False, training: bool = True
-) -> list[RecordedLaunch]:
-    """The distinct launches that a plan makes, everything saved and every gradient given, without making them.
+class DoesNotFit(Exception):
+    """A kernel compiles to more than a thread or a block may have."""
 
-    A problem that is regularised has masks in training, else zoneout's probabilities.
+
+def first_that_fits(plans: Sequence[Plan], attempt: Attempt) -> Plan:
+    """The first of a call's plans whose kernels compile without spills and load on the current device.
+
+    Raises:
+        RuntimeError: none does, and why not.
     """
-    launches: dict[str, RecordedLaunch] = {}
-
-    def record(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        launches.setdefault(kernel.__name__, RecordedLaunch(kernel, grid, arguments))
-
-    def meta(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    steps, batch, hidden = problem.steps, problem.batch, problem.hidden
-    width = problem.projected or hidden
-    gates, h, h0 = meta(steps, batch, 4 * hidden), meta(steps, batch, width), meta(batch, width)
-    c, c0 = meta(steps, batch, hidden, dtype=torch.float32), meta(batch, hidden, dtype=torch.float32)
-    noise: dict[str, Tensor] = {}
-    if problem.regularised and training:
-        noise = dict(
-            dropout_h=meta(batch, width),
-            zoneout_h=meta(steps, batch, width, dtype=torch.bool),
-            zoneout_c=meta(steps, batch, hidden, dtype=torch.bool),
-        )
-    elif problem.regularised:
-        noise = dict(zoneout_h=meta(dtype=torch.float32), zoneout_c=meta(dtype=torch.float32))
-    recurrence = Recurrence(
-        weight_hh=meta(4 * hidden, width),
-        weight_hr=meta(width, hidden) if problem.projected else None,
-        h0=h0,
-        c0=c0,
-        lengths=meta(batch, dtype=torch.int64) if ragged else None,
-        resets=meta(steps, batch, dtype=torch.bool) if ragged else None,
-        reverse=reverse,
-        precision=problem.precision,
-        **noise,
-    )
-    family = FAMILIES[plan.family]
-    if backward:
-        family.backward(h, h0, c0, gates, c, recurrence, plan=plan, launch=record)
-    else:
-        family.forward(gates, recurrence, save=True, plan=plan, launch=record)
-    return list(launches.values())
+    *proposed, last = plans
+    with _a_line_if_it_takes_long():
+        refused = []
+        for plan in (*proposed[:MOST], last):
+            reason = obstacle(plan, attempt)
+            if reason is None:
+                return plan
+            refused.append(f"{plan.family.value} {plan.rows}x{plan.columns}: {reason}")
+            logger.info("a plan does not fit: %s", refused[-1])
+    raise RuntimeError(f"no Triton kernel can be compiled for this layer and card: {'; '.join(refused)}")
 
 
-def fits(problem: Problem, device: Device, backward: bool, plan: Plan) -> bool:
-    """Whether every kernel of a plan compiles for the device without spills, and takes no more than a block may."""
-    return all(
-        resources(launch, device.architecture).fit(plan.threads, device.shared)
-        for launch in recorded_launches(problem, backward, plan)
-    )
+def obstacle(plan: Plan, attempt: Attempt) -> str | None:
+    """Why a plan cannot run a call; None if it can."""
+    compiled: set[str] = set()
+
+    def prepare(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        if kernel.__name__ not in compiled:  # a family may launch one kernel many times
+            compiled.add(kernel.__name__)
+            load(kernel, grid, arguments)
+
+    try:
+        attempt(plan, prepare)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many kinds: from Triton's front end, LLVM, ptxas, the driver
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
-@functools.cache
-def fitting_plan(problem: Problem, device: Device, backward: bool) -> Plan:
-    """The first plan that fits; the step family's is not asked."""
-    *tried, last = plans(problem, device, backward)
-    return next((plan for plan in tried if fits(problem, device, backward, plan)), last)
+def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """Compile and load a kernel for the current device: the seam at which a test can be a driver.
+
+    Raises:
+        DoesNotFit: it spills.
+        Exception: it cannot be compiled, or takes more shared memory than a block may have.
+    """
+    binary = kernel.warmup(grid=grid, **arguments)
+    binary._init_handles()
+    if binary.n_spills:
+        raise DoesNotFit(f"{kernel.__name__} spills {4 * binary.n_spills} bytes a thread")
+
+
+@contextlib.contextmanager
+def _a_line_if_it_takes_long() -> Iterator[None]:
+    """Kernels take seconds to compile, once for a kind of layer: somebody who waits wants to know."""
+    text = "compiling the kernels of a layer; this happens once for each kind of layer, and Triton keeps the result"
+    timer = threading.Timer(SLOW_S, logger.warning, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,11 @@
+"""What depends on Triton's version: probed here, and nowhere else."""
+
+import triton
+
+_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+
+SMALLEST_TILE = 8 if _VERSION >= (3, 5) else 16
+"""The least columns of a product: Triton 3.4 refuses fewer than 16."""
+
+OPTIONS = {"enable_fp_fusion": True}
+"""Of every launch. A multiplication and an addition become one instruction, whatever a version's default is."""
