@@ -184,7 +184,8 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
         return RuntimeError(
             f"backend 'triton' needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
         )
-    problem = launch.compile_problem(10 * capability[0] + capability[1])
+    binary = importlib.import_module("gpu_lstm.kernels.triton_lstm.binary")
+    problem = binary.compile_problem(10 * capability[0] + capability[1])
     if problem is not None:
         text = f"Triton compiles nothing for {device}, compute capability {capability[0]}.{capability[1]}: {problem}"
         _say_once(f"{text}. Backend 'auto' does without it.")
