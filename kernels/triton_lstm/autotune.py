@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import torch
 import triton
@@ -50,7 +51,7 @@ def time_plan(problem: Problem, plan: Plan, backward: bool, device: torch.device
     steps, batch, hidden = problem.steps, problem.batch, problem.hidden
     width = problem.projected or hidden
     with torch.cuda.device(device):
-        options = {"dtype": problem.dtype, "device": device}
+        options: Any = {"dtype": problem.dtype, "device": device}
         gates = torch.randn(steps, batch, 4 * hidden, **options)
         recurrence = Recurrence(
             weight_hh=torch.randn(4 * hidden, width, **options) / width**0.5,
