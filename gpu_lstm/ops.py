@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
-from .kernels.recurrence import Recurrence
+from .kernels.recurrence import Recurrence  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .precision import recurrent_precision
 
 _LIBRARY = torch.library.Library("gpu_lstm", "DEF")

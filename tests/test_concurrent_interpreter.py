@@ -92,17 +92,17 @@ def flagged_kernel(x_ptr, T, N: tl.constexpr, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def one_never_comes_kernel(arrivals_ptr):
+def one_never_comes_kernel(out_ptr):
     """Program 0 ends; the others wait for one arrival more than there are programs."""
-    tl.atomic_add(arrivals_ptr, 1)
+    tl.atomic_add(out_ptr, 1)
     if tl.program_id(0) > 0:
-        while tl.load(arrivals_ptr, volatile=True) <= tl.num_programs(0):
+        while tl.load(out_ptr, volatile=True) <= tl.num_programs(0):
             pass
 
 
 @triton.jit
-def endless_kernel(x_ptr):
-    x = tl.load(x_ptr)
+def endless_kernel(out_ptr):
+    x = tl.load(out_ptr)
     while x >= 0:
         x = x * 1
 
@@ -114,11 +114,11 @@ def refuse(p):
 
 
 @triton.jit
-def failing_kernel(arrivals_ptr):
+def failing_kernel(out_ptr):
     """All wait for all, and program 1 fails."""
     refuse(tl.program_id(0))
-    tl.atomic_add(arrivals_ptr, 1)
-    while tl.atomic_add(arrivals_ptr, 0) < tl.num_programs(0):
+    tl.atomic_add(out_ptr, 1)
+    while tl.atomic_add(out_ptr, 0) < tl.num_programs(0):
         pass
 
 
@@ -131,9 +131,9 @@ def _exchange(run: ConcurrentRun, programs: int, *, flags=None, wait=True, sem="
     for t in range(STEPS):
         truth[t + 1] = (((p + 1) * truth[t]).sum(0) + p) % 97
     if flags:
-        run(flagged_kernel, (programs,), x, STEPS, N=WIDTH, FLAGS=flags)
+        run(flagged_kernel, (programs,), x_ptr=x, T=STEPS, N=WIDTH, FLAGS=flags)
     else:
-        run(counter_kernel, (programs,), x, _zeros(), STEPS, N=WIDTH, WAIT=wait, SEM=sem)
+        run(counter_kernel, (programs,), x_ptr=x, arrivals_ptr=_zeros(), T=STEPS, N=WIDTH, WAIT=wait, SEM=sem)
     return x, truth
 
 
@@ -141,26 +141,20 @@ def _zeros(count: int = 1, dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.zeros(count, dtype=dtype)
 
 
-def test_program_ids():
-    out = _zeros(12)
-    ConcurrentRun()(who_kernel, (2, 3, 2), out, READINGS=20)
+def test_program_ids_and_the_options_of_a_stock_launch():
+    out, options = _zeros(12), dict(num_warps=4, num_stages=2, launch_cooperative_grid=True)
+    ConcurrentRun()(who_kernel, (2, 3, 2), out_ptr=out, READINGS=20, **options)
     assert out.tolist() == [20 * number for number in range(1, 13)]
 
 
-def test_a_launch_takes_what_a_stock_launch_takes():
-    out = _zeros(3)
-    ConcurrentRun()(who_kernel, [3], out_ptr=out, READINGS=1, num_warps=4, num_stages=2, launch_cooperative_grid=True)
-    assert out.tolist() == [1, 2, 3]
-
-
 def test_atomics_and_locks():
-    counts, floats, swapped, lock, guarded = _zeros(16), _zeros(1, torch.float32), _zeros(), _zeros(), _zeros()
-    ConcurrentRun()(atomics_kernel, (6,), counts, floats, swapped, lock, guarded, TIMES=10, N=16)
-    assert {*counts.tolist(), *floats.tolist(), *swapped.tolist(), *guarded.tolist()} == {60}
+    counts = dict(counts_ptr=_zeros(16), float_ptr=_zeros(1, torch.float32), swapped_ptr=_zeros(), guarded_ptr=_zeros())
+    ConcurrentRun()(atomics_kernel, (6,), lock_ptr=_zeros(), TIMES=10, N=16, **counts)
+    assert {number for count in counts.values() for number in count.tolist()} == {60}
 
 
 @pytest.mark.parametrize("flags", [None, WIDTH], ids=["counter", "flagged"])
-@pytest.mark.parametrize("programs", [2, 3, 8])
+@pytest.mark.parametrize("programs", [2, 3, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rate", [0.0, 0.05, OFTEN])
 def test_exchange(programs, flags, rate):
     for seed in range(3):
@@ -187,7 +181,7 @@ def test_a_planted_race_is_seen(fault):
 def test_what_does_not_end_is_ended(kernel):
     threads, start = threading.active_count(), time.monotonic()
     with pytest.raises(TimeoutError) as caught:
-        ConcurrentRun(timeout=0.3)(kernel, (3,), _zeros())
+        ConcurrentRun(timeout=0.3)(kernel, (3,), out_ptr=_zeros())
     assert time.monotonic() - start < 5
     assert threading.active_count() == threads
     message = str(caught.value)
@@ -198,7 +192,7 @@ def test_what_does_not_end_is_ended(kernel):
 def test_an_exception_stops_all_programs():
     threads = threading.active_count()
     with pytest.raises(InterpreterError, match=r"failing_kernel, program \(1, 0, 0\).*not for program 1"):
-        ConcurrentRun()(failing_kernel, (4,), _zeros())
+        ConcurrentRun()(failing_kernel, (4,), out_ptr=_zeros())
     assert threading.active_count() == threads
 
 
@@ -211,7 +205,7 @@ def test_a_kernel_that_is_not_interpreted_is_refused():
 def test_the_stock_interpreter_is_as_before(kernel):
     call, interval = interpreter.InterpretedFunction.__call__, sys.getswitchinterval()
     try:
-        ConcurrentRun(timeout=0.2)(kernel, (2,), _zeros(2), **(dict(READINGS=1) if kernel is who_kernel else {}))
+        ConcurrentRun(timeout=0.2)(kernel, (2,), out_ptr=_zeros(2), **({"READINGS": 1} if kernel is who_kernel else {}))
     except (TimeoutError, InterpreterError):
         assert kernel is not who_kernel
     assert type(interpreter.interpreter_builder) is interpreter.InterpreterBuilder

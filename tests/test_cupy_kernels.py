@@ -135,15 +135,13 @@ def test_tensors_that_are_not_aligned_give_the_same_bits(monkeypatch, device, dt
 
     monkeypatch.setattr(launch, "choose_plan", _by_steps)
     gates, r = _layer(device, dtype)
-    expected_gates = gates.clone()
-    *expected, c = launch.layer_forward(expected_gates, r, save=True)
-    expected += launch.layer_backward(expected[0], expected[1], None, expected_gates, c, r)
-    moved_gates = moved(gates)
     moved_r = replace(r, weight_hh=moved(r.weight_hh), h0=moved(r.h0), c0=moved(r.c0))
-    *results, c = launch.layer_forward(moved_gates, moved_r, save=True)
-    results += launch.layer_backward(moved(results[0]), moved(results[1]), None, moved_gates, moved(c), moved_r)
-    assert torch.equal(moved_gates, expected_gates)
-    assert all(map(torch.equal, results, expected))
+
+    def results(gates, r, move):
+        h, h_n, c_n, c = launch.layer_forward(gates, r, save=True)
+        return gates, h, h_n, c_n, *launch.layer_backward(move(h), move(h_n), None, gates, move(c), r)
+
+    assert all(map(torch.equal, results(moved(gates), moved_r, moved), results(gates.clone(), r, torch.clone)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -213,9 +211,11 @@ def test_modules(device):
     theirs = nn.LSTM(3, 5, 2, bidirectional=True).to(device)
     ours = gpu_lstm.LSTM(3, 5, 2, bidirectional=True, backend="cupy").to(device)
     ours.load_state_dict(theirs.state_dict())
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     x = torch.randn(6, 2, 3, device=device)
     (y, _), (expected, _) = ours(x), theirs(x)
     torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(compiled(x)[0], expected)
     y.square().sum().backward()
     expected.square().sum().backward()
     for our, their in zip(ours.parameters(), theirs.parameters()):
@@ -237,14 +237,6 @@ def test_double_backward(device):
 
     for ours, theirs in zip(penalty("cupy"), penalty("reference")):
         torch.testing.assert_close(ours, theirs)
-
-
-def test_compiled_by_torch(device):
-    torch.manual_seed(0)
-    module = gpu_lstm.LSTM(3, 5, backend="cupy").to(device)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    x = torch.randn(4, 2, 3, device=device)
-    torch.testing.assert_close(compiled(x)[0], module(x)[0])
 
 
 # A check that cannot fail is no check: faults are planted in lstm.cu, and the comparison must see each.

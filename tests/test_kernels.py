@@ -24,7 +24,7 @@ SIZES = [  # (T, B, I, H), and how many problems of that size: more of the small
     ((9, 3, 1, 5), 6),
     ((1, 17, 5, 33), 3),
     ((9, 17, 6, 33), 1),
-    ((2, 1, 2, 130), 3),
+    pytest.param((2, 1, 2, 130), 3, marks=pytest.mark.slow),
 ]
 
 
@@ -38,7 +38,7 @@ def test_float32(size, problems, variant, device):
     assert_as_good_as_torch(partial(_problem, size, variant), "triton", torch.float32, device, problems)
 
 
-@pytest.mark.parametrize("projected", [1, 7, 32])
+@pytest.mark.parametrize("projected", [1, 7, pytest.param(32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_projection(projected, variant, device):
     assert_as_good_as_torch(partial(_problem, (5, 4, 3, 33, projected), variant), "triton", torch.float32, device)

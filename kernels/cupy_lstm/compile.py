@@ -58,9 +58,10 @@ def _largest(kernel: str, architecture: int, dtype: torch.dtype) -> tuple[int, P
         return 0, STEP_PLAN
     blocks = CLUSTER_SIZES[CLUSTER_KERNELS.index(kernel)] if kernel in CLUSTER_KERNELS else 1
     limit = shared_memory_of(architecture)
-    held = ((n, sequence_plan(n, dtype, limit, kernel.endswith("backward"), blocks)) for n in itertools.count(1))
-    *_, largest = itertools.takewhile(lambda n_and_plan: n_and_plan[1] is not None, held)
-    return largest
+    held, plan = 0, STEP_PLAN
+    while (larger := sequence_plan(held + 1, dtype, limit, kernel.endswith("backward"), blocks)) is not None:
+        held, plan = held + 1, larger
+    return held, plan
 
 
 def architectures() -> list[int]:

@@ -36,7 +36,7 @@ def forward(
                 gates=gates, product=product, h=None if r.projected else h, m=m, c=c if save else None, c_n=c_n,
                 resets=r.resets, step=s, H=r.hidden, **sequences,
             )  # fmt: skip
-            if r.projected:
+            if r.weight_hr is not None:
                 launch(
                     "lstm_step_project_forward", gates.dtype, _grid(plan, gates, r.width), plan,
                     product=m @ r.weight_hr.T, h=h, h_n=h_n, step=s, P=r.width, **sequences,
@@ -75,8 +75,8 @@ def backward(
             launch(
                 "lstm_step_backward", gates.dtype, _grid(plan, gates, r.hidden), plan,
                 dh=None if r.projected else dh, dh_n=None if r.projected else dh_n,
-                product=dh_step @ r.weight_hr if r.projected else dh0, gates=gates, c=c, c_prev=c if s else r.c0,
-                dgates=dgates, dz=dz, dc=dc, resets=r.resets, step=s, H=r.hidden, **sequences,
+                product=dh0 if r.weight_hr is None else dh_step @ r.weight_hr, gates=gates, c=c,
+                c_prev=c if s else r.c0, dgates=dgates, dz=dz, dc=dc, resets=r.resets, step=s, H=r.hidden, **sequences,
             )  # fmt: skip
             torch.mm(dz, r.weight_hh, out=dh0)
     return dgates, dh0, dc, dh_total
@@ -91,6 +91,7 @@ def _grid(plan: Plan, gates: Tensor, width: int) -> int:
 def _products_in(precision: str) -> Iterator[None]:
     """Products of float32 tensors by cuBLAS in `precision`, whatever torch's switch for the others says."""
     matmul = torch.backends.cuda.matmul
+    value: str | bool
     if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer
         switch, value = "fp32_precision", precision
     else:

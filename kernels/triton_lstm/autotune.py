@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import torch
 import triton
@@ -56,7 +57,7 @@ def _call(problem: Problem, backward: bool, device: torch.device) -> Attempt:
     """The recurrence of a random problem by a plan, all saved and the gradient of every h given."""
     steps, batch, hidden = problem.steps, problem.batch, problem.hidden
     width = problem.projected or hidden
-    options = {"dtype": problem.dtype, "device": device}
+    options: Any = {"dtype": problem.dtype, "device": device}
     gates = torch.randn(steps, batch, 4 * hidden, **options)
     recurrence = Recurrence(
         weight_hh=torch.randn(4 * hidden, width, **options) / width**0.5,

@@ -128,7 +128,8 @@ def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
 
 def _weight_loads_in_loops(ttgir: str) -> int:
     """Loads inside a loop from pointers that come from an argument named weight_*, in Triton's GPU dialect."""
-    depth, loops, loads = 0, [], 0
+    depth, loads = 0, 0
+    loops: list[int] = []  # the depth outside each that is open
     of_weights = {f"%{name}" for name in re.findall(r"%(weight_\w+): !tt.ptr", ttgir)}
     for line in ttgir.splitlines():
         names = set(re.findall(r"%[\w#]+", line.split(" loc(")[0]))

@@ -2,7 +2,7 @@
 
 Works for every H, B and GPU. A program owns BLOCK_B sequences and BLOCK_H hidden units, and reads the rows of
 W_hh that belong to its units from L2 at every step. With a projection (h = W_hr m) a second, small kernel
-follows in the same step. Tiles are [batch, units].
+follows in the same step; m is the output of the cell, see cell.py. Tiles are [batch, units].
 """
 
 from math import ceil
