@@ -67,7 +67,6 @@ def policy() -> Built:
     from sb3_contrib.common.recurrent.type_aliases import RNNStates
 
     model = RecurrentActorCriticPolicy(Box(-1, 1, (3,)), Discrete(2), lambda progress: 1e-3, lstm_hidden_size=4)
-    model.features_extractor.register_forward_hook(lambda module, args, y: y.to(torch.get_default_dtype()))
     x, actions = torch.randn(2 * 6, 3, device=DEVICE), torch.randint(0, 2, (2 * 6,), device=DEVICE)
     starts = (torch.rand(2 * 6, device=DEVICE) < 0.3).to(x.dtype)
     states = RNNStates(*torch.randn(2, 2, 1, 2, 4, device=DEVICE).unbind())
@@ -80,32 +79,12 @@ def policy() -> Built:
 
 
 MODELS = {build.__name__: build for build in (phonemes, language, tokenizer, graph, policy)}
+TOO_LARGE = ("phonemes", "language")  # for the kernels in Triton's interpreter
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("exact_float32_products"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # of the packages
 ]
-
-
-@pytest.fixture(params=[torch.float32], ids=str)
-def dtype(request):
-    """The dtype of weights and inputs, and torch's default: some models make tensors of that by themselves."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(request.param)
-    yield request.param
-    torch.set_default_dtype(before)
-
-
-@pytest.fixture
-def built(request, dtype) -> Built:
-    """The model of that name, without dropout."""
-    torch.manual_seed(0)
-    model, call = MODELS[request.param]()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(module, nn.LSTM):
-            module.dropout = 0.0
-    return model.to(dtype), call
 
 
 def results(model: nn.Module, call: Callable[[], Tensor], backend: str = "torch") -> dict[str, Tensor]:
@@ -131,10 +110,15 @@ def kinds(model: nn.Module) -> list[type[nn.Module]]:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("built", MODELS, indirect=True)
-def test_there_and_back(built, training):
-    model, call = built
-    model.train(training)
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back(name, training):
+    torch.manual_seed(0)
+    model, call = MODELS[name]()
+    for module in model.train(training).modules():  # without dropout
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.LSTM):
+            module.dropout = 0.0
     before, kinds_before, keys = results(model, call), kinds(model), list(model.state_dict())
 
     assert gpu_lstm.convert(model) is model
@@ -142,28 +126,14 @@ def test_there_and_back(built, training):
     assert kinds(model) != kinds_before
     assert list(model.state_dict()) == keys
     assert_close(results(model, call), before, 1e-6)
+    assert_close(results(model, call, "reference"), before, 1e-5)
+    if name not in TOO_LARGE:
+        assert_close(results(model, call, "triton"), before, 1e-5)
 
     assert to_torch(model) is model
     assert kinds(model) == kinds_before
     assert list(model.state_dict()) == keys
     assert_close(results(model, call), before, 0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64], ids=str, indirect=True)
-@pytest.mark.parametrize("built", MODELS, indirect=True)
-def test_the_reference_gives_the_same_in_float64(built):
-    model, call = built
-    before = results(model, call)
-    gpu_lstm.convert(model)
-    assert_close(results(model, call, "reference"), before, 1e-12)
-
-
-@pytest.mark.parametrize("built", ["tokenizer", "graph", "policy"], indirect=True)
-def test_the_kernels_give_the_same(built):
-    model, call = built
-    before = results(model, call)
-    gpu_lstm.convert(model)
-    assert_close(results(model, call, "triton"), before, 1e-5)
 
 
 def test_pretrained_phonemes_stay_the_same():
