@@ -9,7 +9,7 @@ import oracle
 import torch
 from comparing import PLACES
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gpu_lstm
@@ -22,27 +22,21 @@ RESETS = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 1, 1], [1, 0, 1]]).bool()  # [T
 
 
 class Chain(nn.Module):
-    """torch.nn.LSTM layers, each fed the output of the one before, called as a StackedLSTM is; lengths above zero."""
+    """torch.nn.LSTM layers, each fed the output of the one before, called as a StackedLSTM is."""
 
-    def __init__(self, input_size, hidden_sizes, bias=True, bidirectional=False, residual=False) -> None:
+    def __init__(self, input_size, hidden_sizes, bias=True, bidirectional=False) -> None:
         super().__init__()
         inputs = [input_size, *((1 + bidirectional) * size for size in hidden_sizes)]
         self.layers = nn.ModuleList(
             nn.LSTM(features, size, bias=bias, bidirectional=bidirectional)
             for features, size in zip(inputs, hidden_sizes)
         )
-        self.hidden_sizes, self.bidirectional, self.residual = hidden_sizes, bidirectional, residual
+        self.hidden_sizes, self.bidirectional = hidden_sizes, bidirectional
 
-    def forward(self, x: Tensor, hx: list | None = None, lengths: Tensor | None = None) -> tuple[Tensor, list]:
+    def forward(self, x: Tensor, hx: list | None = None) -> tuple[Tensor, list]:
         states = []
         for k, layer in enumerate(self.layers):
-            state = None if hx is None else hx[k] if self.bidirectional else tuple(s[None] for s in hx[k])
-            if lengths is None:
-                y, state = layer(x, state)
-            else:
-                y, state = layer(pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False), state)
-                y, _ = pad_packed_sequence(y, total_length=len(x))
-            x = x + y if self.residual and x.shape == y.shape else y
+            x, state = layer(x, hx and (hx[k] if self.bidirectional else [s[None] for s in hx[k]]))
             states.append(state if self.bidirectional else tuple(s[0] for s in state))
         return x, states
 
@@ -98,35 +92,38 @@ def weighing(found: list) -> list[Tensor]:
     return [torch.randn(tuple(t.shape)).to(t if isinstance(t, Tensor) else torch.float64) for t in found]
 
 
-def truth(module, x, hx=None, *, lengths=None, resets=None) -> dict[str, Tensor]:
-    """What `results` of an LSTM or StackedLSTM, batched, should be: by the oracle."""
+def truth(module, x, hx=None, *, lengths=None, resets=None, noises=None) -> dict[str, Tensor]:
+    """What `results` of an LSTM or StackedLSTM, batched, should be: by the oracle, with `noises` [L][D] of a call."""
     names, layers = weights_of(module)
 
     def turned(t):  # between the user's layout and time-major
         return t.swapaxes(0, 1) if module.batch_first else t
 
     x = turned(x.double().numpy())
-    zeros = [
-        [(np.zeros((x.shape[1], w[1].shape[1])), np.zeros((x.shape[1], w[1].shape[0] // 4))) for w in layer]
-        for layer in layers
-    ]
-    states = zeros if hx is None else rows_of(module, [t.double().numpy() for t in tree_leaves(hx)])
-    resets = None if resets is None else turned(resets)
-    y, finals, tapes = oracle.stack(x, states, layers, lengths=lengths, resets=resets)
+    states = zeros_for(layers, x.shape[1])
+    if hx is not None:
+        states = rows_of(module, [t.double().numpy() for t in tree_leaves(hx)])
+    y, finals, tapes = oracle.stack(
+        x, states, layers, lengths=lengths, resets=None if resets is None else turned(resets), noises=noises,
+        residual=getattr(module, "residual", False),
+    )  # fmt: skip
     found = [turned(y), *leaves_of(module, finals)]
     dy, *dfinals = (t.numpy() for t in weighing(found))
     dx, dstates, dweights = oracle.stack_gradients(tapes, turned(dy), rows_of(module, dfinals))
 
-    pairs = [f"{s}{k}" for k in range(len(found) // 2) for s in "hc"]
-    named = dict(zip(["output", *pairs], found)) | {"dx": turned(dx)}
+    of_states = [f"{s}{k}" for k in range(len(found) // 2) for s in "hc"]
+    named = dict(zip(["output", *of_states, "dx"], [*found, turned(dx)]))
     if hx is not None:
-        named |= dict(zip((f"d{name}" for name in pairs), leaves_of(module, dstates)))
-    of_weights = zip(
-        (n for layer in names for d in layer for n in d), (g for layer in dweights for d in layer for g in d)
-    )
-    of_weights = dict(of_weights)
+        named |= {f"d{name}": t for name, t in zip(of_states, leaves_of(module, dstates))}
+    flat_names, flat = ([t for layer in every for row in layer for t in row] for every in (names, dweights))
+    of_weights = dict(zip(flat_names, flat))
     named |= {f"d{name}": of_weights[name] for name, _ in module.named_parameters()}
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in named.items()}
+
+
+def zeros_for(layers: list, batch: int) -> list[list[tuple]]:
+    """The states (h0, c0) [L][D] that layers of these weights [L][D] begin with by default."""
+    return [[(np.zeros((batch, w[1].shape[1])), np.zeros((batch, len(w[1]) // 4))) for w in layer] for layer in layers]
 
 
 def weights_of(module: nn.Module) -> tuple[list, list]:

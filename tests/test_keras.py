@@ -18,42 +18,31 @@ from gpu_lstm.keras import GoBackwards, forget_bias, from_keras, keras_init, len
 N, T, I, H = 3, 5, 6, 4
 LENGTHS = torch.tensor([3, 5, 0])
 MASK = torch.arange(T) < LENGTHS[:, None]
-EVERYTHING = {"return_sequences": True, "return_state": True}
 
 
-def lstm(cell, **options):
-    return keras.layers.LSTM(H, **cell, **options)
-
-
-def rnn(cell, **options):
-    return keras.layers.RNN(keras.layers.LSTMCell(H, **cell), dtype=cell["dtype"], **options)
-
-
-def bidirectional(cell, **options):
-    return keras.layers.Bidirectional(lstm(cell, **options), dtype=cell["dtype"])
-
-
-def bidirectional_rnn(cell, **options):
-    return keras.layers.Bidirectional(rnn(cell, **options), dtype=cell["dtype"])
-
-
-def cells(cell, *, sizes=(H, H + 1), **options):
+def many(cell, sizes, **options):
     return keras.layers.RNN([keras.layers.LSTMCell(n, **cell) for n in sizes], dtype=cell["dtype"], **options)
 
 
-def one_cell(cell, **options):
-    return cells(cell, sizes=(H,), **options)
-
-
-def stacked_cells(cell, **options):
+def stacked(cell, **options):
     stack = keras.layers.StackedRNNCells([keras.layers.LSTMCell(n, **cell) for n in (H, H, H + 2)], dtype=cell["dtype"])
     return keras.layers.RNN(stack, dtype=cell["dtype"], **options)
 
 
-TWO_WAYS = (bidirectional, bidirectional_rnn)
-ONE_WAY = (lstm, rnn, cells, one_cell, stacked_cells)
-KINDS = (*ONE_WAY, *TWO_WAYS)
-MASKED = [kind for kind in KINDS if kind is not one_cell]  # a stack of one cell fails in Keras when it has a mask
+ONE_WAY = {
+    "LSTM": lambda cell, **options: keras.layers.LSTM(H, **cell, **options),
+    "RNN": lambda cell, **options: keras.layers.RNN(keras.layers.LSTMCell(H, **cell), dtype=cell["dtype"], **options),
+    "cells": lambda cell, **options: many(cell, (H, H + 1), **options),
+    "one cell": lambda cell, **options: many(cell, (H,), **options),
+    "StackedRNNCells": stacked,
+}
+KINDS = ONE_WAY | {
+    f"Bidirectional {name}": lambda cell, make=ONE_WAY[name], **options: keras.layers.Bidirectional(
+        make(cell, **options), dtype=cell["dtype"]
+    )
+    for name in ("LSTM", "RNN")
+}
+MASKED = [kind for kind in KINDS if kind != "one cell"]  # a stack of one cell fails in Keras when it has a mask
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2
@@ -67,7 +56,7 @@ def on_the_cpu():
 
 def build(kind, dtype="float32", use_bias=True, **options):
     """A layer of `kind` with random weights, biases too."""
-    layer = kind({"dtype": dtype, "use_bias": use_bias}, **EVERYTHING, **options)
+    layer = KINDS[kind]({"dtype": dtype, "use_bias": use_bias}, return_sequences=True, return_state=True, **options)
     layer.build((None, None, I))
     random = np.random.default_rng(0)
     layer.set_weights([random.normal(scale=0.5, size=weights.shape) for weights in layer.get_weights()])
@@ -186,10 +175,8 @@ def test_masks_that_repeat_the_output(kind):
     assert not module(inputs(torch.float64), lengths=LENGTHS)[0][0, 3].any()
 
 
-@pytest.mark.parametrize("kind", [lstm, stacked_cells])
-@pytest.mark.parametrize("go_backwards", [True, False])
-def test_what_stands_in_padding_does_not_count(kind, go_backwards):
-    module = from_keras(build(kind, go_backwards=go_backwards))
+def test_what_stands_in_padding_does_not_count():
+    module = from_keras(build("StackedRNNCells", go_backwards=True))
     x = inputs(torch.float32)
     expected = in_keras_order(*module(x, lengths=LENGTHS))
     x[~MASK] = torch.nan
@@ -198,7 +185,7 @@ def test_what_stands_in_padding_does_not_count(kind, go_backwards):
 
 def test_what_a_layer_returns_and_how_it_runs_does_not_matter():
     for options in (dict(unroll=True), dict(activation=keras.ops.tanh, recurrent_activation=keras.activations.sigmoid)):
-        layer = build(lstm, **options)
+        layer = build("LSTM", **options)
         check(layer, from_keras(layer))
     for return_sequences in (True, False):
         layer = keras.layers.LSTM(H, return_sequences=return_sequences)
@@ -209,14 +196,14 @@ def test_what_a_layer_returns_and_how_it_runs_does_not_matter():
 
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 def test_backend(backend):
-    layer = build(lstm)
+    layer = build("LSTM")
     module = from_keras(layer, backend=backend)
-    assert module.backend == from_keras(build(cells), backend=backend).backend == backend
+    assert module.backend == from_keras(build("cells"), backend=backend).backend == backend
     if backend != "triton" or not torch.cuda.is_available():
         check(layer, module)
 
 
-@pytest.mark.parametrize("kind", [lstm, bidirectional, cells])
+@pytest.mark.parametrize("kind", ["LSTM", "Bidirectional LSTM", "cells"])
 def test_what_is_trained_is_a_copy_and_the_second_bias_only_if_asked(kind):
     layer = build(kind)
     before = [k.detach().clone() for k in kernels(layer)]
@@ -230,7 +217,7 @@ def test_what_is_trained_is_a_copy_and_the_second_bias_only_if_asked(kind):
 
 
 def test_what_is_not_trained_there_is_not_trained_here_and_back():
-    layer = build(cells)
+    layer = build("cells")
     layer.cell.cells[0].trainable = False
     module = from_keras(layer, freeze_second_bias=False)
     assert not any(p.requires_grad for p in module.layers[0].parameters())
@@ -292,7 +279,7 @@ LSTM, RNN, BOTH, CELL = keras.layers.LSTM, keras.layers.RNN, keras.layers.Bidire
     (lambda: built(keras.layers.GRU, H), TypeError, "got GRU"),
     (lambda: built(RNN, [CELL(H), keras.layers.GRUCell(H)]), TypeError, "got GRUCell"),
     (lambda: built(BOTH, RNN([CELL(H)])), TypeError, "got StackedRNNCells"),
-    *((lambda kind=kind: kind({"dtype": "float32"}), ValueError, "build it first") for kind in KINDS),
+    *((lambda kind=kind: KINDS[kind]({"dtype": "float32"}), ValueError, "build it first") for kind in KINDS),
 ], ids=lambda value: str(value)[:30] if isinstance(value, str) else "")  # fmt: skip
 def test_layers_that_cannot_be_converted(layer, error, message):
     layer = layer()
@@ -339,23 +326,11 @@ def test_bad_calls(call, error, message):
         call()
 
 
-def test_go_backwards_is_the_reverse_direction():
-    both = gpu_lstm.LSTM(I, H, batch_first=True, bidirectional=True)
-    module = GoBackwards(gpu_lstm.LSTM(I, H, batch_first=True))
-    reverse = {n.removesuffix("_reverse"): p for n, p in both.state_dict().items() if n.endswith("_reverse")}
-    module.lstm.load_state_dict(reverse)
-    x = inputs(torch.float32)
-    for options in ({}, {"lengths": LENGTHS}):
-        output, (h_n, c_n) = both(x, **options)
-        actual, states = module(x, **options)
-        assert_equal([actual.flip(1), *states], [output[:, :, H:], h_n[1:], c_n[1:]])
-
-
-@pytest.mark.parametrize("mask", [MASK, torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.bool)])
-def test_lengths_of(mask):
-    lengths = lengths_of(mask)
-    assert lengths.dtype == torch.int64
-    assert lengths.tolist() == [sum(row) for row in mask.tolist()]
+def test_lengths_of():
+    for mask in (MASK, torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.bool)):
+        lengths = lengths_of(mask)
+        assert lengths.dtype == torch.int64
+        assert lengths.tolist() == [sum(row) for row in mask.tolist()]
 
 
 MODULES = {

@@ -6,16 +6,13 @@ One layer in one direction, with its masks given, is in test_layer.
 import pickle
 from functools import partial
 
-import numpy as np
-import oracle
 import pytest
 import torch
 from comparing import PLACES, assert_same
-from pairs import LENGTHS, RESETS, B, I, T, assert_identical, leaves_of, random_inputs, results, weights_of
+from pairs import LENGTHS, RESETS, B, I, T, assert_identical, random_inputs, results, truth, weights_of
 from torch import nn
 from torch.nn.functional import dropout
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from torch.utils._pytree import tree_leaves
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import gpu_lstm
 from gpu_lstm.backends import Backend, select
@@ -66,57 +63,28 @@ def test_another_seed_means_another_noise():
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @every_taker
-@pytest.mark.parametrize("stacked", [False, True], ids=["LSTM, packed", "StackedLSTM, residual"])
-def test_a_module_is_a_chain_of_oracles(backend, training, stacked):
-    if stacked:
-        ours = gpu_lstm.StackedLSTM(I, [I, I], residual=True, backend=backend, **PLACES[backend], **ALL)
-    else:
-        ours = gpu_lstm.LSTM(
-            I, 4, 2, batch_first=True, bidirectional=True, proj_size=2, backend=backend, **PLACES[backend], **ALL
-        )
-    ours.train(training)
-    x, _ = random_inputs(ours, B)
-    like, lengths = next(ours.parameters()), torch.tensor([2, 4, 1])
-    order = lengths.argsort(descending=True)  # of the packed batch, in which the noise is
+@pytest.mark.parametrize(("cls", "arguments"), [
+    (gpu_lstm.LSTM, dict(hidden_size=4, num_layers=2, bidirectional=True, proj_size=2)),
+    (gpu_lstm.StackedLSTM, dict(hidden_sizes=[I, I], residual=True)),
+], ids=["LSTM", "StackedLSTM"])  # fmt: skip
+def test_a_module_is_a_chain_of_oracles(backend, training, cls, arguments):
+    ours = cls(I, **arguments, backend=backend, recurrent_dropout=0.3, zoneout=(0.2, 0.4), **PLACES[backend])
+    x, hx = random_inputs(ours.train(training), B)
+    got = results(ours, x, hx, seed=5, **RAGGED)
+    like = next(ours.parameters())
+    shapes = [[Weights(*(like.new_empty(w.shape) for w in ws[:2])) for ws in layer] for layer in weights_of(ours)[1]]
     torch.manual_seed(5)
-    if stacked:
-        output, states = ours(x.to(like), resets=RESETS.to(like.device))
-        ragged = dict(resets=RESETS)
-    else:
-        packed = pack_padded_sequence(x.to(like), lengths, batch_first=True, enforce_sorted=False)
-        output, states = ours(packed, resets=RESETS.T.to(like.device))
-        output = pad_packed_sequence(output, batch_first=True)[0].transpose(0, 1)[:, order]
-        states = [s[:, order] for s in states]
-        x = x.transpose(0, 1)[:, order]
-        ragged = dict(lengths=lengths[order], resets=RESETS[:, order])
-
-    _, layers = weights_of(ours)
-    torch.manual_seed(5)
-    for layer in layers:
-        for weights in layer:
-            if training:
-                weights[1] = dropout(torch.from_numpy(weights[1]).to(like), ALL["weight_drop"]).double().cpu().numpy()
-    tensors = [
-        [Weights(*(None if w is None else torch.from_numpy(w).to(like) for w in ws)) for ws in layer]
-        for layer in layers
-    ]
-    noises = [
-        [{name: as_numpy(t, name, weights) for name, t in noise._asdict().items()} for noise, weights in zip(*layer)]
-        for layer in zip(draw(tensors, T, B, like.dtype, 0.3, (0.2, 0.4), training), tensors)
-    ]
-    zeros = [
-        [(np.zeros((B, w.weight_hh.shape[1])), np.zeros((B, len(w.weight_hh) // 4))) for w in ws] for ws in tensors
-    ]
-    y, finals, _ = oracle.stack(x.double().numpy(), zeros, layers, **ragged, noises=noises, residual=stacked)
-    found = dict(enumerate(t.detach() for t in (output, *tree_leaves(states))))
-    assert_same(found, dict(enumerate(map(torch.from_numpy, (y, *leaves_of(ours, finals))))))
+    noises = draw(shapes, T, B, like.dtype, 0.3, (0.2, 0.4), training)
+    noises = [[in_full(noise, weights) for noise, weights in zip(*layer)] for layer in zip(noises, shapes)]
+    assert_same(got, truth(ours, x, hx, **RAGGED, noises=noises))
 
 
-def as_numpy(t, name, weights):
-    """One of the masks and zones in full."""
-    width = len(weights.weight_hh) // 4 if name == "zone_c" else weights.weight_hh.shape[1]
-    size = (B, width) if name == "mask_h" else (T, B, width)
-    return None if t is None else t.double().cpu().expand(size).numpy()
+def in_full(noise, weights) -> dict:
+    """The masks and zones as the oracle takes them."""
+    width, hidden = weights.weight_hh.shape[1], len(weights.weight_hh) // 4
+    sizes = (B, width), (T, B, width), (T, B, hidden)
+    tensors = (None if t is None else t.double().cpu().expand(size).numpy() for t, size in zip(noise, sizes))
+    return dict(zip(Noise._fields, tensors))
 
 
 # What the probabilities mean
@@ -202,18 +170,20 @@ def test_in_eval_dropout_of_any_kind_changes_no_bit(backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", *TAKERS])
-def test_weight_drop_runs_everywhere(backend, device):
+@every_class
+def test_weight_drop_runs_everywhere(make, backend, device):
     """As an LSTM whose weight_hh has what a seed leaves of it; gradients pass what was left only."""
     torch.manual_seed(0)
-    lstm = gpu_lstm.LSTM(I, 4, backend=backend, device=device, weight_drop=0.5)
-    plain = gpu_lstm.LSTM(I, 4, backend="reference", device=device)
+    lstm = make(I, 4, backend=backend, device=device, weight_drop=0.5)
+    plain = make(I, 4, backend="reference", device=device)
     plain.load_state_dict(lstm.state_dict())
+    name, weight_hh = next((n, p) for n, p in plain.named_parameters() if "weight_hh" in n)
     torch.manual_seed(5)
-    factors = dropout(torch.ones_like(plain.weight_hh_l0), 0.5)
+    factors = dropout(torch.ones_like(weight_hh), 0.5)
     with torch.no_grad():
-        plain.weight_hh_l0 *= factors
+        weight_hh *= factors
     got, expected = call_of(lstm), call_of(plain)
-    expected["dweight_hh_l0"] *= factors
+    expected[f"d{name}"] *= factors
     assert_same(got, expected)
     packed = pack_padded_sequence(torch.randn(4, 4, I, device=device), torch.tensor([4, 3, 3, 1]))
     torch.manual_seed(5)

@@ -1,11 +1,10 @@
 """Looking inside: gates and states of every step against the NumPy oracle, and their picture."""
 
-import numpy as np
 import oracle
 import pytest
 import torch
 from comparing import BACKENDS
-from pairs import weights_of
+from pairs import weights_of, zeros_for
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -35,10 +34,10 @@ def test_gates_are_the_oracles(backend, ragged, proj_size):
     lstm = gpu_lstm.LSTM(I, H, 2, bidirectional=True, proj_size=proj_size, backend=backend).double()
     x = inputs()
     traced = gpu_lstm.trace(lstm, x, **ragged)
-    zeros = [[(np.zeros((B, proj_size or H)), np.zeros((B, H)))] * 2] * 2
-    y, _, tapes = oracle.stack(x.numpy(), zeros, weights_of(lstm)[1], **ragged)
-    for layer, taken in zip(traced.layers, tapes, strict=True):
-        for gates, (_, tape) in zip(layer, taken, strict=True):
+    _, layers = weights_of(lstm)
+    y, _, tapes = oracle.stack(x.numpy(), zeros_for(layers, B), layers, **ragged)
+    for layer, (_, taken) in zip(traced.layers, tapes, strict=True):
+        for gates, (_, _, tape) in zip(layer, taken, strict=True):
             expected = {field: torch.zeros(T, B, H).double() for field in Gates._fields if field != "hidden"}
             for b, t, _, _, _, i, f, g, o, c, _ in tape:
                 for field, value in zip(("input", "forget", "candidate", "output", "cell"), (i, f, g, o, c)):
