@@ -80,16 +80,6 @@ def test_there_and_back_in_place_nothing_else_changes(x):
         assert ours is (b"gpu_lstm" in pickle.dumps(model))
 
 
-def test_the_chosen_backend_runs_what_was_converted(x):
-    model = tagger()
-    before = run(model, x)
-    gpu_lstm.convert(model)
-    with gpu_lstm.backend("triton"), pytest.raises(TypeError, match="backend 'triton' takes"):
-        run(model, x)
-    with gpu_lstm.backend("reference"):
-        torch.testing.assert_close(run(model, x), before, rtol=0, atol=1e-14)
-
-
 def test_an_optimizer_built_before_keeps_working(x):
     plain, model = tagger(), tagger()
     optimizers = [torch.optim.Adam(m.parameters(), lr=0.1) for m in (plain, model)]

@@ -43,68 +43,45 @@ def states(h, c=None, **kwargs):
     return zeros(h, **kwargs), zeros(h if c is None else c, **kwargs)
 
 
-# Bad calls: the class, its arguments after input_size=3 and hidden_size=4, and a call on the device that is default.
-
+# Bad calls of LSTM(3, 4, ...): its other arguments, and the shapes of x, h and c.
+FIRST, DEEP, BOTH, PROJECTED = dict(batch_first=True), dict(num_layers=2), dict(bidirectional=True), dict(proj_size=2)
+LSTM_SHAPES = [
+    # the rank of x, its features, no steps
+    ({}, (3,)), ({}, (5, 2, 1, 3)), ({}, (5, 2, 4)), ({}, (5, 4)), (FIRST, (2, 5, 2)),
+    ({}, (0, 2, 3)), (FIRST, (2, 0, 3)), ({}, (0, 3)), (DEEP, (0, 0, 3)),
+    # the rank of states
+    ({}, (5, 2, 3), (2, 4), (2, 4)), ({}, (5, 2, 3), (1, 2, 4), (2, 4)), ({}, (5, 3), (1, 1, 4), (1, 1, 4)),
+    # their widths and batch
+    ({}, (5, 2, 3), (1, 2, 5), (1, 2, 4)), ({}, (5, 2, 3), (1, 2, 4), (1, 2, 5)),
+    ({}, (5, 2, 3), (1, 3, 4), (1, 2, 4)), ({}, (5, 2, 3), (1, 2, 4), (1, 3, 4)),
+    (FIRST, (2, 5, 3), (2, 1, 4), (2, 1, 4)), (FIRST, (2, 5, 3), (1, 5, 4), (1, 5, 4)),
+    ({}, (5, 3), (2, 4), (1, 4)), (FIRST, (5, 3), (1, 4), (1, 5)),
+    # states of one layer, of one direction, h not projected, c projected
+    (DEEP, (5, 2, 3), (1, 2, 4), (1, 2, 4)), (BOTH, (5, 2, 3), (1, 2, 4), (1, 2, 4)),
+    (PROJECTED, (5, 2, 3), (1, 2, 4), (1, 2, 4)), (PROJECTED, (5, 2, 3), (1, 2, 2), (1, 2, 2)),
+    # other than two states
+    ({}, (5, 2, 3), (1, 2, 4)), ({}, (5, 2, 3), (1, 2, 4), (1, 2, 4), (1, 2, 4)),
+]  # fmt: skip
 LSTM_CALLS = {
-    "input 1-D": ({}, lambda: (zeros(3),)),
-    "input 4-D": ({}, lambda: (zeros(5, 2, 1, 3),)),
-    "input None": ({}, lambda: (None,)),
-    "input a list": ({}, lambda: ([[1.0, 2.0, 3.0]],)),
-    "features": ({}, lambda: (zeros(5, 2, 4),)),
-    "features unbatched": ({}, lambda: (zeros(5, 4),)),
-    "features batch_first": (dict(batch_first=True), lambda: (zeros(2, 5, 2),)),
-    "float64 input": ({}, lambda: (zeros(5, 2, 3, dtype=F64),)),
-    "float16 input": ({}, lambda: (zeros(5, 2, 3, dtype=F16),)),
-    "int64 input": ({}, lambda: (zeros(5, 2, 3, dtype=INT),)),
-    "no steps": ({}, lambda: (zeros(0, 2, 3),)),
-    "no steps batch_first": (dict(batch_first=True), lambda: (zeros(2, 0, 3),)),
-    "no steps unbatched": ({}, lambda: (zeros(0, 3),)),
-    "no steps nor sequences": (dict(num_layers=2), lambda: (zeros(0, 0, 3),)),
-    "hx 2-D": ({}, lambda: (zeros(5, 2, 3), states((2, 4)))),
-    "c 2-D": ({}, lambda: (zeros(5, 2, 3), states((1, 2, 4), (2, 4)))),
-    "hx 3-D unbatched": ({}, lambda: (zeros(5, 3), states((1, 1, 4)))),
-    "h width": ({}, lambda: (zeros(5, 2, 3), states((1, 2, 5), (1, 2, 4)))),
-    "c width": ({}, lambda: (zeros(5, 2, 3), states((1, 2, 4), (1, 2, 5)))),
-    "h batch": ({}, lambda: (zeros(5, 2, 3), states((1, 3, 4), (1, 2, 4)))),
-    "c batch": ({}, lambda: (zeros(5, 2, 3), states((1, 2, 4), (1, 3, 4)))),
-    "hx batch_first": (dict(batch_first=True), lambda: (zeros(2, 5, 3), states((2, 1, 4)))),
-    "hx of time": (dict(batch_first=True), lambda: (zeros(2, 5, 3), states((1, 5, 4)))),
-    "hx of one layer": (dict(num_layers=2), lambda: (zeros(5, 2, 3), states((1, 2, 4)))),
-    "hx of one direction": (dict(bidirectional=True), lambda: (zeros(5, 2, 3), states((1, 2, 4)))),
-    "h not projected": (dict(proj_size=2), lambda: (zeros(5, 2, 3), states((1, 2, 4)))),
-    "c projected": (dict(proj_size=2), lambda: (zeros(5, 2, 3), states((1, 2, 2)))),
-    "hx unbatched rows": ({}, lambda: (zeros(5, 3), states((2, 4), (1, 4)))),
-    "hx unbatched width": (dict(batch_first=True), lambda: (zeros(5, 3), states((1, 4), (1, 5)))),
-    "hx of one tensor": ({}, lambda: (zeros(5, 2, 3), (zeros(1, 2, 4),))),
-    "hx of three tensors": ({}, lambda: (zeros(5, 2, 3), (zeros(1, 2, 4),) * 3)),
-    "hx a tensor": ({}, lambda: (zeros(5, 2, 3), zeros(1, 2, 4))),
-    "hx of None": ({}, lambda: (zeros(5, 2, 3), (None, None))),
-    "meta input": ({}, lambda: (zeros(5, 2, 3, device=META),)),
-    "meta hx": ({}, lambda: (zeros(5, 2, 3), states((1, 2, 4), device=META))),
-    "meta h": ({}, lambda: (zeros(5, 2, 3), (zeros(1, 2, 4, device=META), zeros(1, 2, 4)))),
-    "meta c": ({}, lambda: (zeros(5, 2, 3), (zeros(1, 2, 4), zeros(1, 2, 4, device=META)))),
-    "meta weights": (dict(device=META), lambda: (zeros(5, 2, 3),)),
-}
-CELL_CALLS = {
-    "input 3-D": lambda: (zeros(2, 1, 3),),
-    "input 0-D": lambda: (zeros(()),),
     "input None": lambda: (None,),
-    "features": lambda: (zeros(2, 5),),
-    "features unbatched": lambda: (zeros(5),),
-    "h 3-D": lambda: (zeros(2, 3), states((1, 2, 4), (2, 4))),
-    "c 0-D": lambda: (zeros(2, 3), states((2, 4), ())),
-    "h batch": lambda: (zeros(2, 3), states((3, 4), (2, 4))),
-    "c batch": lambda: (zeros(2, 3), states((2, 4), (3, 4))),
-    "h width": lambda: (zeros(2, 3), states((2, 5), (2, 4))),
-    "c width": lambda: (zeros(2, 3), states((2, 4), (2, 5))),
-    "hx width unbatched": lambda: (zeros(3), states(5)),
-    "hx batched, input not": lambda: (zeros(3), states((2, 4))),
-    "hx unbatched, input batched": lambda: (zeros(2, 3), states(4)),
-    "c unbatched, input batched": lambda: (zeros(2, 3), states((2, 4), 4)),
-    "hx empty": lambda: (zeros(2, 3), ()),
-    "hx of one tensor": lambda: (zeros(2, 3), (zeros(2, 4),)),
-    "hx of three tensors": lambda: (zeros(2, 3), (zeros(2, 4),) * 3),
+    "input a list": lambda: ([[1.0, 2.0, 3.0]],),
+    "float64 input": lambda: (zeros(5, 2, 3, dtype=F64),),
+    "float16 input": lambda: (zeros(5, 2, 3, dtype=F16),),
+    "int64 input": lambda: (zeros(5, 2, 3, dtype=INT),),
+    "hx a tensor": lambda: (zeros(5, 2, 3), zeros(1, 2, 4)),
+    "hx of None": lambda: (zeros(5, 2, 3), (None, None)),
+    "meta input": lambda: (zeros(5, 2, 3, device=META),),
+    "meta hx": lambda: (zeros(5, 2, 3), states((1, 2, 4), device=META)),
+    "meta h": lambda: (zeros(5, 2, 3), (zeros(1, 2, 4, device=META), zeros(1, 2, 4))),
+    "meta c": lambda: (zeros(5, 2, 3), (zeros(1, 2, 4), zeros(1, 2, 4, device=META))),
 }
+# Of LSTMCell(3, 4): the rank of x and its features, the rank of states, batch and widths, unbatched, other than two.
+CELL_SHAPES = [
+    ((2, 1, 3),), ((),), ((2, 5),), ((5,),), ((2, 3), (1, 2, 4), (2, 4)), ((2, 3), (2, 4), ()),
+    ((2, 3), (3, 4), (2, 4)), ((2, 3), (2, 4), (3, 4)), ((2, 3), (2, 5), (2, 4)), ((2, 3), (2, 4), (2, 5)),
+    ((3,), (5,), (5,)), ((3,), (2, 4), (2, 4)), ((2, 3), (4,), (4,)), ((2, 3), (2, 4), (4,)),
+    ((2, 3), (2, 4)), ((2, 3), (2, 4), (2, 4), (2, 4)),
+]  # fmt: skip
 # For these torch's text is that of the library that computes, or of a product deep inside.
 BADLY_WORDED_CALLS = {
     **{f"LSTM {name} {dtype}": (nn.LSTM, lambda name=name, dtype=dtype: (zeros(5, 2, 3), tuple(
@@ -116,8 +93,18 @@ BADLY_WORDED_CALLS = {
     "cell meta input": (nn.LSTMCell, lambda: (zeros(2, 3, device=META),)),
     "cell meta hx": (nn.LSTMCell, lambda: (zeros(2, 3), states((2, 4), device=META))),
 }  # fmt: skip
-BAD_CALLS = {f"LSTM {name}": (nn.LSTM, *call) for name, call in LSTM_CALLS.items()}
-BAD_CALLS |= {f"cell {name}": (nn.LSTMCell, {}, call) for name, call in CELL_CALLS.items()}
+
+
+def call_of(x, *hx):
+    """The arguments of a call, by their shapes."""
+    return lambda: (zeros(x), tuple(map(zeros, hx))) if hx else (zeros(x),)
+
+
+BAD_CALLS = {f"LSTM {shapes}": (nn.LSTM, shapes[0], call_of(*shapes[1:])) for shapes in LSTM_SHAPES}
+BAD_CALLS |= {f"LSTM {name}": (nn.LSTM, {}, call) for name, call in LSTM_CALLS.items()}
+BAD_CALLS |= {"LSTM meta weights": (nn.LSTM, dict(device=META), call_of((5, 2, 3)))}
+BAD_CALLS |= {f"cell {shapes}": (nn.LSTMCell, {}, call_of(*shapes)) for shapes in CELL_SHAPES}
+BAD_CALLS |= {"cell None": (nn.LSTMCell, {}, lambda: (None,)), "cell ()": (nn.LSTMCell, {}, lambda: (zeros(2, 3), ()))}
 
 
 def errors(cls, arguments, call, backend, device):
@@ -169,7 +156,9 @@ def test_a_module_is_unchanged_after_errors(backend, device):
         ours = gpu_lstm.LSTM(3, 4, num_layers=2, backend=backend)
         x, keys, parameters = torch.randn(3, 2, 3), set(ours.__dict__), list(ours.parameters())
         weights, before = [p.detach().clone() for p in parameters], ours(x)[0]
-        refused = [error_of(ours, *call())[0] for arguments, call in LSTM_CALLS.values() if not arguments]
+        refused = [
+            error_of(ours, *call())[0] for cls, given, call in BAD_CALLS.values() if cls is nn.LSTM and not given
+        ]
         refused.append(error_of(ours, x, lengths=tensor([9, 1]))[0])
         assert None not in refused
         assert set(ours.__dict__) == keys
@@ -240,32 +229,24 @@ def test_bad_calls_of_a_layer(text, call):
 PROBABILITY = "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
 
 
-@pytest.mark.parametrize("bad", [
-    dict(dropout=1.5, num_layers=2), dict(dropout=-0.1, num_layers=2), dict(dropout=True, num_layers=2),
-    dict(dropout="0.5", num_layers=2), dict(dropout="half", num_layers=2), dict(dropout=None),
-    dict(bias=1), dict(bias=None), dict(batch_first=1), dict(batch_first=None),
-    dict(input_size=3.0), dict(input_size=0), dict(input_size=-1), dict(input_size="3"),
-    dict(hidden_size=4.0), dict(hidden_size=0), dict(hidden_size=-1), dict(hidden_size=None),
-    dict(num_layers=0), dict(num_layers=-1), dict(num_layers=1.5), dict(num_layers="2"),
-    dict(proj_size=-1), dict(proj_size=4), dict(proj_size=5), dict(proj_size=1.5), dict(proj_size="1"),
-    dict(dtype=INT), dict(dtype="float32"), dict(device="nowhere"),
-], ids=str)  # fmt: skip
-def test_bad_arguments_of_an_lstm_raise_what_torch_raises(bad):
-    arguments = dict(input_size=3, hidden_size=4) | bad
-    theirs = error_of(nn.LSTM, **arguments)
-    assert theirs[0] is not None
-    assert error_of(gpu_lstm.LSTM, **arguments) == error_of(gpu_lstm.compat.LSTM, **arguments) == theirs
+OF_LSTM = dict(
+    dropout=(1.5, -0.1, True, "0.5", "half", None), bias=(1, None), batch_first=(1, None), input_size=(3.0, 0, -1, "3"),
+    hidden_size=(4.0, 0, -1, None), num_layers=(0, -1, 1.5, "2"), proj_size=(-1, 4, 5, 1.5, "1"),
+    dtype=(INT, "float32"), device=("nowhere",),
+)  # fmt: skip
+OF_CELL = dict(input_size=(3.0, -1), hidden_size=("4", -4), dtype=(INT,), units=(4,))
 
 
-@pytest.mark.parametrize("bad", [
-    dict(input_size=3.0), dict(input_size=-1), dict(hidden_size="4"), dict(hidden_size=-4), dict(dtype=INT),
-    dict(units=4),
+@pytest.mark.parametrize(("cls", "name", "value"), [
+    (cls, name, value) for cls, wrong in ((nn.LSTM, OF_LSTM), (nn.LSTMCell, OF_CELL)) for name in wrong
+    for value in wrong[name]
 ], ids=str)  # fmt: skip
-def test_bad_arguments_of_a_cell_raise_what_torch_raises(bad):
-    arguments = dict(input_size=3, hidden_size=4) | bad
-    theirs = error_of(nn.LSTMCell, **arguments)
+def test_bad_arguments_raise_what_torch_raises(cls, name, value):
+    arguments = dict(input_size=3, hidden_size=4) | ({} if cls is nn.LSTMCell else dict(num_layers=2)) | {name: value}
+    theirs = error_of(cls, **arguments)
     assert theirs[0] is not None
-    assert error_of(gpu_lstm.LSTMCell, **arguments) == theirs
+    assert error_of(getattr(gpu_lstm, cls.__name__), **arguments) == theirs
+    assert cls is not nn.LSTM or error_of(gpu_lstm.compat.LSTM, **arguments) == theirs
 
 
 @pytest.mark.parametrize("bad", [dict(input_size=3), dict(input_size=3, hidden_size=4, hidden=5)], ids=str)

@@ -33,22 +33,10 @@ def agent():
     return agent
 
 
-class Steps(torch.nn.LSTM):
-    """By torch.lstm_cell, step by step; zeros take the place of the state where an episode starts."""
-
-    def forward(self, x, state, resets):
-        (h,), (c,) = state
-        outputs = []
-        for x_t, reset in zip(x, resets):
-            h, c = (torch.where(reset[:, None], 0.0, each) for each in (h, c))
-            h, c = torch.lstm_cell(x_t, (h, c), *self.all_weights[0])
-            outputs.append(h)
-        return torch.stack(outputs), (h[None], c[None])
-
-
 def _by_steps(agent):
+    """With torch.nn.LSTM called for every step."""
     twin = copy.deepcopy(agent)
-    twin.lstm = Steps(16, 16).double()
+    twin.lstm = ppo_update.StepLoop(16, 16).double()
     twin.load_state_dict(agent.state_dict())
     return twin
 
