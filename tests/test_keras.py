@@ -410,17 +410,27 @@ def test_keras_init(name):
     assert keras_init(module) is module
     for path, parameter in module.named_parameters():
         assert parameter is before[path]
-        name = path.split(".")[-1]
-        rows = parameter.shape[0]
-        if name.startswith("weight_hh"):
+        kind, rows = path.split(".")[-1], len(parameter)
+        if kind.startswith("weight_hh"):
             identity = torch.eye(parameter.shape[1], dtype=torch.float64)
             torch.testing.assert_close(parameter.T @ parameter, identity, rtol=0, atol=1e-12)
-        elif name.startswith(("weight_ih", "weight_hr")):
+        elif kind.startswith(("weight_ih", "weight_hr")):
             assert_uniform(parameter.detach(), (6 / (rows + parameter.shape[1])) ** 0.5)
-        elif name.startswith("bias_ih"):
+        elif kind.startswith("bias_ih"):
             assert parameter.tolist() == [0.0] * (rows // 4) + [1.0] * (rows // 4) + [0.0] * (rows // 2)
-        elif name.startswith("bias_hh"):
+        elif kind.startswith("bias_hh"):
             assert not parameter.any()
+
+
+@pytest.mark.parametrize("name", [name for name in INITIALIZED if name != "no bias"])
+def test_forget_bias(name):
+    module = INITIALIZED[name]()
+    expected = {path: p.detach().clone() for path, p in module.named_parameters()}
+    assert forget_bias(module, 2.5) is module
+    for path, parameter in module.named_parameters():
+        if "bias_" in path:
+            expected[path][len(parameter) // 4 : len(parameter) // 2] = 2.5 if "bias_ih" in path else 0.0
+        assert torch.equal(parameter, expected[path])
 
 
 def test_keras_init_is_keras_own():
@@ -452,19 +462,6 @@ def test_keras_init_is_reproducible_and_has_half_precision():
     assert not torch.equal(one[1], other[1])
     weight_hh = drawn(1, torch.bfloat16)[1].float()
     torch.testing.assert_close(weight_hh.T @ weight_hh, torch.eye(64), rtol=0, atol=2e-2)
-
-
-@pytest.mark.parametrize("name", [name for name in INITIALIZED if name != "no bias"])
-def test_forget_bias(name):
-    module = INITIALIZED[name]()
-    before = {path: p.detach().clone() for path, p in module.named_parameters()}
-    assert forget_bias(module, 2.5) is module
-    for path, parameter in module.named_parameters():
-        expected = before[path]
-        if "bias_" in path:
-            hidden = len(expected) // 4
-            expected[hidden : 2 * hidden] = 2.5 if "bias_ih" in path else 0.0
-        assert torch.equal(parameter, expected)
 
 
 def test_keras_is_imported_when_needed():

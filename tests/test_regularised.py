@@ -104,39 +104,6 @@ def test_dropping_all_of_h_is_an_lstm_without_recurrent_weights(backend):
         assert all((got[n] == 0).all() for n in got if n.startswith("dweight_hh"))
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@every_taker
-def test_holding_everything_leaves_the_states_as_they_were(backend, training, device):
-    lstm = gpu_lstm.LSTM(I, 4, backend=backend, device=device, zoneout=1.0).train(training)
-    x, (h0, c0) = (t.to(device) if torch.is_tensor(t) else [s.to(device) for s in t] for t in random_inputs(lstm, B))
-    output, (h_n, c_n) = lstm(x, (h0, c0), lengths=LENGTHS.to(device))
-    inside = (torch.arange(T)[:, None] < LENGTHS).to(device)
-    assert torch.equal(output, torch.where(inside[:, :, None], h0, 0))
-    assert torch.equal(h_n, h0)
-    assert torch.equal(c_n, c0)
-
-
-@every_taker
-def test_zoneout_holds_anew_at_every_step_what_recurrent_dropout_drops_for_a_whole_call(backend, device):
-    torch.manual_seed(0)
-    steps, batch, hidden, rate = 12, 16, 32, 0.3
-    lstm = gpu_lstm.LSTM(3, hidden, backend=backend, device=device, zoneout=(rate, 0.0))
-    output, _ = lstm(torch.randn(steps, batch, 3, device=device))
-    held = output[1:] == output[:-1]  # [T - 1, B, H]
-    assert abs(held.float().mean() - rate) < 0.03
-    assert abs((held[1:] & held[:-1]).float().mean() - rate**2) < 0.03  # as if tossed twice
-
-    lstm = gpu_lstm.LSTM(1, hidden, backend=backend, device=device, recurrent_dropout=rate, bias=False)
-    with torch.no_grad():  # each unit feeds itself alone, and starts from 1
-        lstm.weight_ih_l0.zero_()
-        lstm.weight_hh_l0.copy_(torch.eye(hidden).repeat(4, 1))
-    h0, c0 = torch.ones(1, batch, hidden, device=device), torch.zeros(1, batch, hidden, device=device)
-    output, _ = lstm(torch.zeros(steps, batch, 1, device=device), (h0, c0))
-    dropped = output == 0
-    assert (dropped == dropped[0]).all()  # g = tanh(0) at every step, or at none
-    assert abs(dropped[0].float().mean() - rate) < 0.06
-
-
 def test_the_statistics_of_what_is_drawn():
     torch.manual_seed(0)
     weights = [[Weights(torch.empty(80, 3), torch.empty(80, 10))] * 2] * 3

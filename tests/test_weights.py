@@ -224,24 +224,6 @@ def test_weights_are_read_at_every_call(backend, change):
 
 
 @every_backend
-def test_a_plain_tensor_set_before_each_call(backend):
-    """Weight drop as in fastai: the raw weight is a parameter."""
-    theirs, ours = pair("LSTM", backend)
-    x, _ = random_inputs(ours, B)
-    gradients = []
-    for module in (ours, theirs):
-        raw = nn.Parameter(module.weight_hh_l0.detach())
-        del module.weight_hh_l0
-        for seed in (1, 2):
-            torch.manual_seed(seed)
-            module.weight_hh_l0 = raw * (torch.rand(4 * H, H) < 0.5).to(raw)
-            module(x.to(raw))[0].square().sum().backward()
-        gradients.append({"raw": raw.grad, **{name: p.grad for name, p in module.named_parameters()}})
-    assert gradients[0]["raw"].count_nonzero() > 0
-    assert_same(*gradients)
-
-
-@every_backend
 @every_kind
 def test_functional_call(backend, kind):
     theirs, ours = pair(kind, backend)
