@@ -22,7 +22,7 @@ RAGGED = dict(lengths=torch.tensor([2, 1]), resets=torch.tensor([[0, 1], [1, 0]]
 
 
 @pytest.mark.parametrize(("arguments", "ragged"), [
-    ({}, {}), (dict(bidirectional=True), RAGGED), (dict(proj_size=1), {}),
+    ({}, {}), pytest.param(dict(bidirectional=True), RAGGED, marks=pytest.mark.slow), (dict(proj_size=1), {}),
 ], ids=["plain", "both directions, ragged", "projection"])  # fmt: skip
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_derivatives_by_finite_differences(backend, arguments, ragged):
@@ -200,6 +200,7 @@ def bits(backend, dtype):
 """
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_in_every_process():
     calls = [f"bits({backend!r}, {place['dtype']})" for backend, place in PLACES.items()]
     names: dict = {}

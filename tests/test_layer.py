@@ -75,6 +75,7 @@ def test_derivatives_of_the_reference_by_finite_differences(projected, variant, 
 # The kernels with noise: more than one tile of 16 sequences and of 32 units, the last of them not full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "noise"),
     [*((variant, "masks") for variant in VARIANTS), *(("ragged resets reverse", noise) for noise in list(NOISES)[2:])],

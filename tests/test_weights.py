@@ -66,26 +66,20 @@ def test_a_stack_has_the_initial_values_of_a_deep_lstm_and_takes_device_and_dtyp
     assert {(p.device.type, p.dtype) for p in stack.parameters()} == {("meta", torch.float64)}
 
 
-@pytest.mark.parametrize(("module", "text"), [
-    (gpu_lstm.LSTM(3, 4, 2, backend="reference", recompute=True),
-     "LSTM(3, 4, num_layers=2, backend='reference', recompute=True)"),
-    (gpu_lstm.LSTMCell(3, 4, bias=False, backend="torch"), "LSTMCell(3, 4, bias=False, backend='torch')"),
-    (gpu_lstm.LSTM(3, 4, zoneout=(0.0, 0.0)), "LSTM(3, 4)"),
-    (gpu_lstm.LSTM(3, 4, recurrent_dropout=0.3, zoneout=(0.2, 0.4), weight_drop=0.25),
-     "LSTM(3, 4, recurrent_dropout=0.3, zoneout=(0.2, 0.4), weight_drop=0.25)"),
-])  # fmt: skip
-def test_what_is_not_default_is_shown(module, text):
-    assert repr(module) == text
+def test_what_is_not_default_is_shown():
+    noise = dict(recurrent_dropout=0.3, zoneout=(0.2, 0.4), weight_drop=0.25)
+    ours = dict(backend="reference", recompute=True, **noise)
+    torchs = dict(bias=False, batch_first=True, dropout=0.5, bidirectional=True)
 
+    def shown(arguments):
+        return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
-def test_a_stack_shows_what_is_not_default():
+    assert repr(gpu_lstm.LSTM(3, 4, 2, **ours)) == f"LSTM(3, 4, num_layers=2, {shown(ours)})"
+    assert repr(gpu_lstm.LSTM(3, 4, zoneout=(0.0, 0.0))) == "LSTM(3, 4)"
+    assert repr(gpu_lstm.LSTMCell(3, 4, bias=False, backend="torch")) == "LSTMCell(3, 4, bias=False, backend='torch')"
     assert gpu_lstm.StackedLSTM(3, [4, 2]).extra_repr() == "3, [4, 2]"
-    changed = dict(
-        bias=False, batch_first=True, dropout=0.5, bidirectional=True, residual=True, backend="reference",
-        recompute=True, recurrent_dropout=0.3, zoneout=0.1, weight_drop=0.25,
-    )  # fmt: skip
-    shown = ", ".join(f"{name}={value!r}" for name, value in changed.items())
-    assert gpu_lstm.StackedLSTM(8, (4, 2, 2), **changed).extra_repr() == f"8, [4, 2, 2], {shown}"
+    every = torchs | dict(residual=True) | ours
+    assert gpu_lstm.StackedLSTM(8, (4, 2, 2), **every).extra_repr() == f"8, [4, 2, 2], {shown(every)}"
 
 
 @every_backend
@@ -248,15 +242,6 @@ def test_a_missing_weight_is_named():
 # Classes
 
 
-def test_what_is_an_instance_of_what():
-    ours, compatible = gpu_lstm.LSTM(I, H), gpu_lstm.compat.LSTM(I, H)
-    assert isinstance(ours, nn.RNNBase)
-    assert not isinstance(ours, nn.LSTM)
-    assert isinstance(compatible, nn.LSTM)
-    assert isinstance(compatible, gpu_lstm.LSTM)
-    assert type(compatible).__name__ == type(ours).__name__ == "LSTM"
-
-
 def scaled(base):
     """A subclass with a forward of its own."""
 
@@ -272,6 +257,8 @@ def scaled(base):
     (gpu_lstm.compat.LSTM, nn.LSTM), (scaled(gpu_lstm.LSTM), scaled(nn.LSTM)),
 ], ids=["compat", "subclass"])  # fmt: skip
 def test_classes_around_compute_the_same(backend, cls, of_torch):
+    assert issubclass(cls, gpu_lstm.LSTM)
+    assert (issubclass(cls, nn.LSTM), issubclass(cls, nn.RNNBase)) == (cls is gpu_lstm.compat.LSTM, True)
     theirs = of_torch(I, H, num_layers=2, bidirectional=True, proj_size=2).double()
     ours = cls(I, H, num_layers=2, bidirectional=True, proj_size=2, backend=backend, **PLACES[backend])
     ours.load_state_dict(theirs.state_dict())
