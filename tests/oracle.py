@@ -87,3 +87,41 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
         into_c[b] = 0 if reset else grad_c * f + stays_c * into_c[b]
     dh0, dc0 = into_h, into_c  # where there was no step at all, the final state is the initial one
     return dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr
+
+
+def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual=False):
+    """Layers on top of each other: (y [T, B, D*P], final states [L][D], tapes [L] for `stack_gradients`).
+
+    For every layer and direction, [L][D]: `states` (h0, c0), `layers` the weights, `noises` the masks and zones.
+    """
+    valid = np.arange(len(x))[:, None] < (len(x) if lengths is None else np.asarray(lengths))  # [T, B] or [T, 1]
+    finals, tapes = [], []
+    for k, directions in enumerate(layers):
+        outputs, taken = [], []
+        for d, weights in enumerate(directions):
+            noise = {} if noises is None else noises[k][d]
+            inputs = (x, *states[k][d], *weights)
+            h, h_n, c_n, tape = layer(*inputs, lengths=lengths, resets=resets, reverse=d == 1, **noise)
+            outputs.append((h, (h_n, c_n)))
+            taken.append((inputs, noise, tape))
+        y = np.concatenate([h for h, _ in outputs], axis=2)
+        passed = valid[:, :, None] * (residual and x.shape == y.shape)  # the share of x that is added to y
+        x = passed * x + y if passed.any() else y
+        finals.append([final for _, final in outputs])
+        tapes.append((passed, taken))
+    return x, finals, tapes
+
+
+def stack_gradients(tapes, dy, dfinals):
+    """Gradients of x, of the states [L][D] and of the weights [L][D]."""
+    dstates, dweights = [], []
+    for (passed, taken), dfinal in zip(reversed(tapes), reversed(dfinals)):
+        found = [
+            layer_gradients(*inputs, tape=tape, dh=dh, dh_n=dh_n, dc_n=dc_n, **noise)
+            for (inputs, noise, tape), dh, (dh_n, dc_n) in zip(taken, np.split(dy, len(taken), axis=2), dfinal)
+        ]
+        dx = sum(dx for dx, *_ in found)
+        dy = dx + passed * dy if passed.any() else dx
+        dstates.insert(0, [(dh0, dc0) for _, dh0, dc0, *_ in found])
+        dweights.insert(0, [weights for _, _, _, *weights in found])
+    return dy, dstates, dweights

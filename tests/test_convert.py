@@ -12,6 +12,10 @@ from torch import nn
 import gpu_lstm
 from gpu_lstm.convert import from_haste, to_torch
 
+SWAPS = {gpu_lstm.convert: {nn.LSTM: gpu_lstm.LSTM, nn.LSTMCell: gpu_lstm.LSTMCell}}
+SWAPS[to_torch] = {ours: theirs for theirs, ours in SWAPS[gpu_lstm.convert].items()}
+both_ways = pytest.mark.parametrize("swap", SWAPS, ids=lambda swap: swap.__name__)
+
 
 def tagger() -> nn.Module:
     """A model with LSTMs at several depths, float64."""
@@ -20,10 +24,12 @@ def tagger() -> nn.Module:
         dict(
             embed=nn.Linear(3, 5),
             encoders=nn.ModuleList([nn.LSTM(5, 4, batch_first=True), nn.Sequential(nn.LSTM(4, 6, proj_size=2))]),
-            cell=nn.LSTMCell(2, 4),
+            cell=nn.LSTMCell(2, 4, bias=False),
             out=nn.Linear(4, 1),
         )
     )
+    model["encoders"][1].eval()
+    model["encoders"][0].weight_hh_l0.requires_grad_(False)
     return model.double()
 
 
@@ -36,63 +42,50 @@ def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return model["out"](h[0])
 
 
+def kinds(model: nn.Module) -> dict[str, type[nn.Module]]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
 @pytest.fixture
 def x():
     torch.manual_seed(1)
     return torch.randn(2, 4, 3, dtype=torch.float64)
 
 
-def test_lstms_and_cells_are_swapped_in_place_at_any_depth():
+def test_there_and_back_in_place_nothing_else_changes(x):
     model = tagger()
-    assert gpu_lstm.convert(model) is model
-    kinds = {name: type(module) for name, module in model.named_modules()}
-    assert kinds["encoders.0"] is kinds["encoders.1.0"] is gpu_lstm.LSTM
-    assert kinds["cell"] is gpu_lstm.LSTMCell
-    assert kinds["embed"] is kinds["out"] is nn.Linear
-    assert list(kinds) == [name for name, _ in tagger().named_modules()]
+    text, before, classes = repr(model), dict(model.named_parameters()), kinds(model)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    flags = [module.training for module in model.modules()]
 
+    def outputs():
+        output = run(model, x)
+        return output, *torch.autograd.grad(output.square().sum(), wanted)
 
-@pytest.mark.parametrize("training", [True, False])
-def test_outputs_and_gradients_stay_the_same(x, training):
-    model = tagger().train(training)
-    before = run(model, x)
-    before_gradients = torch.autograd.grad(before.square().sum(), list(model.parameters()))
-    gpu_lstm.convert(model)
-    after = run(model, x)
-    assert torch.equal(before, after)
-    after_gradients = torch.autograd.grad(after.square().sum(), list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(before_gradients, after_gradients, strict=True))
-
-
-def test_the_chosen_backend_runs_what_was_converted(x):
-    model = tagger()
-    before = run(model, x)
-    gpu_lstm.convert(model)
-    with gpu_lstm.backend("triton"), pytest.raises(TypeError, match="backend 'triton' takes"):
-        run(model, x)
-    with gpu_lstm.backend("reference"):
-        torch.testing.assert_close(run(model, x), before, rtol=0, atol=1e-14)
-
-
-def test_parameters_are_the_very_same_objects_under_the_same_names():
-    model = tagger()
-    before = dict(model.named_parameters())
-    gpu_lstm.convert(model)
-    after = dict(model.named_parameters())
-    assert list(before) == list(after)
-    assert all(before[name] is after[name] for name in before)
-    assert list(model.state_dict()) == list(tagger().state_dict())
-    model.load_state_dict(tagger().state_dict())
-    lstm = model["encoders"][0]
-    assert all(a is b for a, b in zip(lstm._flat_weights, lstm.parameters(), strict=True))
+    expected = outputs()
+    for swap, ours in ((gpu_lstm.convert, True), (to_torch, False)):
+        assert swap(model) is model
+        modules = list(model.modules())
+        swap(model)  # once more is nothing
+        assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+        assert kinds(model) == {name: SWAPS[swap].get(kind, kind) if ours else kind for name, kind in classes.items()}
+        assert repr(model) == text
+        assert [module.training for module in model.modules()] == flags
+        assert list(model.state_dict()) == list(before)
+        assert all(p is before[name] for name, p in model.named_parameters())
+        assert [p for p in model.parameters() if p.requires_grad] == wanted
+        lstm = model["encoders"][0]
+        assert all(a is b for a, b in zip(lstm._flat_weights, lstm.parameters(), strict=True))
+        assert all(map(torch.equal, outputs(), expected))
+        assert ours is (b"gpu_lstm" in pickle.dumps(model))
 
 
 def test_an_optimizer_built_before_keeps_working(x):
     plain, model = tagger(), tagger()
     optimizers = [torch.optim.Adam(m.parameters(), lr=0.1) for m in (plain, model)]
-    for step in range(4):
-        if step == 1:
-            gpu_lstm.convert(model)
+    for swap in (None, gpu_lstm.convert, None, to_torch, None):
+        if swap is not None:
+            swap(model)
         for m, optimizer in zip((plain, model), optimizers, strict=True):
             optimizer.zero_grad()
             run(m, x).square().sum().backward()
@@ -101,64 +94,35 @@ def test_an_optimizer_built_before_keeps_working(x):
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), model.parameters(), strict=True))
 
 
-def test_frozen_parameters_stay_frozen():
-    model = tagger()
-    model["encoders"][0].weight_hh_l0.requires_grad_(False)
-    gpu_lstm.convert(model)
-    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["encoders.0.weight_hh_l0"]
-
-
-def test_hooks_stay_and_can_still_be_removed():
-    lstm = nn.LSTM(3, 4)
-    calls = []
+@both_ways
+def test_hooks_and_what_a_user_put_on_a_module_stay(swap):
+    source, goal = next(iter(SWAPS[swap].items()))
+    lstm, calls = source(3, 4), []
     handles = [
         lstm.register_forward_pre_hook(lambda module, args: calls.append("before")),
         lstm.register_forward_hook(lambda module, args, kwargs, result: calls.append("after"), with_kwargs=True),
         lstm.register_full_backward_hook(lambda module, grad_input, grad_output: calls.append("backward")),
         lstm.register_state_dict_post_hook(lambda module, state, prefix, metadata: calls.append("state_dict")),
     ]
-    model = gpu_lstm.convert(nn.Sequential(lstm))
+    lstm.note, lstm.head = "mine", source(4, 2)
+    lstm.register_buffer("mask", torch.ones(4))
+    model = swap(nn.Sequential(lstm))
+    assert (model[0].note, model[0].mask is lstm.mask, type(model[0].head)) == ("mine", True, goal)
     x = torch.randn(5, 2, 3, requires_grad=True)
-    model(x)[0].sum().backward()
-    model.state_dict()
+
+    def use():
+        model(x)[0].sum().backward()
+        model.state_dict()
+
+    use()
     assert calls == ["before", "after", "backward", "state_dict"]
     for handle in handles:
         handle.remove()
-    model(x)[0].sum().backward()
-    model.state_dict()
-    assert len(calls) == 4
-
-
-def test_a_hook_added_afterwards_is_removed_by_its_own_handle():
-    model = gpu_lstm.convert(nn.Sequential(nn.LSTM(3, 4)))
-    calls = []
     handle = model[0].register_forward_hook(lambda module, args, result: calls.append(type(module)))
-    model(torch.zeros(5, 2, 3))
+    use()
     handle.remove()
-    model(torch.zeros(5, 2, 3))
-    assert calls == [gpu_lstm.LSTM]
-
-
-def test_training_flags_and_configuration_stay():
-    model = nn.ModuleList([
-        nn.LSTM(3, 4, 2, bias=False, batch_first=True, dropout=0.5, bidirectional=True, proj_size=2).eval(),
-        nn.LSTM(3, 4), nn.LSTMCell(3, 4, bias=False).eval(), nn.LSTMCell(3, 4),
-    ])  # fmt: skip
-    text = repr(model)
-    gpu_lstm.convert(model)
-    assert [module.training for module in model] == [False, True, False, True]
-    assert repr(model) == text
-
-
-def test_what_a_user_put_on_a_module_stays():
-    lstm = nn.LSTM(3, 4)
-    lstm.note = "mine"
-    lstm.register_buffer("mask", torch.ones(4))
-    lstm.head = nn.LSTM(4, 2)
-    model = gpu_lstm.convert(nn.Sequential(lstm))
-    assert model[0].note == "mine"
-    assert model[0].mask is lstm.mask
-    assert type(model[0].head) is gpu_lstm.LSTM
+    use()
+    assert calls[4:] == [goal]
 
 
 class MyLSTM(nn.LSTM):
@@ -169,93 +133,86 @@ class MyCell(nn.LSTMCell):
     pass
 
 
-def test_subclasses_and_other_modules_are_left_alone():
-    mine = [MyLSTM(3, 4), MyCell(3, 4), nn.GRU(3, 4), nn.RNN(3, 4), nn.GRUCell(3, 4), gpu_lstm.LSTM(3, 4),
-            gpu_lstm.compat.LSTM(3, 4), gpu_lstm.StackedLSTM(3, [4])]  # fmt: skip
-    model = gpu_lstm.convert(nn.ModuleList(mine))
+class Ours(gpu_lstm.LSTM):
+    pass
+
+
+def parametrized(module: nn.Module) -> nn.Module:
+    """Of a class of its own."""
+    return nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+
+
+@both_ways
+def test_subclasses_and_other_modules_are_left_alone_but_what_is_inside_them_is_swapped(swap):
+    classes = SWAPS[swap]
+    ours_only = [gpu_lstm.compat.LSTM(3, 4), gpu_lstm.StackedLSTM(3, [4])] if swap is gpu_lstm.convert else []
+    mine = [MyLSTM(3, 4), MyCell(3, 4), Ours(3, 4), nn.GRU(3, 4), nn.RNN(3, 4), nn.GRUCell(3, 4),
+            *(parametrized(cls(3, 4)) for cls in (nn.LSTM, gpu_lstm.LSTM)), *(cls(3, 4) for cls in classes.values()),
+            *ours_only]  # fmt: skip
+    source, goal = next(iter(classes.items()))
+    for module in mine[:4]:
+        module.inner = source(3, 4)
+    model = swap(nn.ModuleList(mine))
     assert all(a is b for a, b in zip(model, mine, strict=True))
-    assert gpu_lstm.convert(mine[0]) is mine[0]
+    assert all(swap(module) is module for module in mine)
+    assert {type(module.inner) for module in mine[:4]} == {goal}
 
 
-def test_an_lstm_inside_a_subclass_of_lstm_is_swapped():
-    mine = MyLSTM(3, 4)
-    mine.inner = nn.LSTM(3, 4)
-    model = gpu_lstm.convert(nn.Sequential(mine))
-    assert model[0] is mine
-    assert type(mine.inner) is gpu_lstm.LSTM
+@both_ways
+def test_what_is_shared_stays_shared(swap):
+    (lstm_class, goal), (cell_class, cell_goal) = SWAPS[swap].items()
+    lstm, cell, twin = lstm_class(4, 4), cell_class(4, 4), lstm_class(4, 4)
+    lstm.head, twin.weight_hh_l0 = lstm_class(4, 2), lstm.weight_hh_l0
+    inner = nn.ModuleDict(dict(d=lstm, e=lstm, f=cell))
+    model = swap(nn.ModuleDict(dict(a=lstm, b=nn.Sequential(lstm), c=inner, g=cell, h=twin)))
+    assert (type(model["a"]), type(model["g"]), type(model["h"])) == (goal, cell_goal, goal)
+    assert model["a"] is model["b"][0] is inner["d"] is inner["e"]
+    assert model["g"] is inner["f"]
+    assert type(model["a"].head) is goal
+    assert type(swap(lstm).head) is goal
+    assert model["h"].weight_hh_l0 is model["a"].weight_hh_l0
 
 
-def test_a_module_used_at_several_places_stays_one_module():
-    lstm, cell = nn.LSTM(4, 4), nn.LSTMCell(4, 4)
-    model = nn.ModuleDict(dict(a=lstm, b=nn.Sequential(lstm), c=nn.ModuleDict(dict(d=lstm, e=lstm, f=cell)), g=cell))
-    gpu_lstm.convert(model)
-    assert type(model["a"]) is gpu_lstm.LSTM
-    assert model["a"] is model["b"][0] is model["c"]["d"] is model["c"]["e"]
-    assert type(model["g"]) is gpu_lstm.LSTMCell
-    assert model["g"] is model["c"]["f"]
-
-
-def test_an_lstm_inside_an_lstm_that_is_used_at_two_places_is_swapped():
-    lstm = nn.LSTM(3, 4)
-    lstm.head = nn.LSTM(4, 2)
-    model = gpu_lstm.convert(nn.Sequential(nn.Sequential(lstm), nn.Sequential(lstm)))
-    assert model[0][0] is model[1][0]
-    assert type(model[0][0].head) is gpu_lstm.LSTM
-    assert type(gpu_lstm.convert(lstm).head) is gpu_lstm.LSTM
-
-
-def test_modules_that_share_a_weight_still_do():
-    first, second = nn.LSTM(4, 4), nn.LSTM(4, 4)
-    second.weight_hh_l0 = first.weight_hh_l0
-    model = gpu_lstm.convert(nn.Sequential(first, second))
-    assert model[0].weight_hh_l0 is model[1].weight_hh_l0
-    assert len(list(model.parameters())) == 7
-
-
-@pytest.mark.parametrize(("theirs", "ours"), [(nn.LSTM, gpu_lstm.LSTM), (nn.LSTMCell, gpu_lstm.LSTMCell)])
-def test_a_model_that_is_itself_one_gives_a_new_module_with_its_parameters(theirs, ours):
-    model = theirs(3, 4)
-    converted = gpu_lstm.convert(model)
-    assert type(model) is theirs
-    assert type(converted) is ours
-    assert all(a is b for a, b in zip(converted.parameters(), model.parameters(), strict=True))
-    x = torch.randn(2, 3)
-    assert torch.equal(converted(x)[0], model(x)[0])
-
-
-def test_the_old_module_is_not_touched_by_what_happens_to_the_new():
-    old = nn.LSTM(3, 4)
-    new = gpu_lstm.convert(old)
-    x = torch.randn(5, 2, 3)
-    before = old(x)[0]
-    new.weight_hh_l0 = nn.Parameter(torch.zeros(16, 4))
-    new.head = nn.Linear(4, 1)
-    del new.bias_ih_l0
-    assert torch.equal(old(x)[0], before)
-    assert list(old.state_dict()) == list(nn.LSTM(3, 4).state_dict())
-
-
-def test_converting_twice_is_converting_once():
-    model = gpu_lstm.convert(tagger())
-    modules = list(model.modules())
-    gpu_lstm.convert(model)
-    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+@pytest.mark.parametrize(("old", "expected"), [
+    (nn.LSTM(3, 4), gpu_lstm.LSTM(3, 4)),
+    (nn.LSTMCell(3, 4), gpu_lstm.LSTMCell(3, 4)),
+    (gpu_lstm.LSTM(3, 4, 2, bias=False, batch_first=True, dropout=0.5, bidirectional=True, proj_size=2, recompute=True,
+                   backend="reference"),
+     nn.LSTM(3, 4, 2, bias=False, batch_first=True, dropout=0.5, bidirectional=True, proj_size=2)),
+    (gpu_lstm.compat.LSTM(3, 4, backend="torch"), nn.LSTM(3, 4)),
+    (gpu_lstm.LSTMCell(3, 4, bias=False, backend="reference"), nn.LSTMCell(3, 4, bias=False)),
+], ids=lambda module: f"{type(module).__module__}.{type(module).__name__}")  # fmt: skip
+def test_a_model_that_is_itself_one_gives_a_new_module_with_its_parameters(old, expected):
+    kind, x = type(old), torch.randn(5, 3)
+    new = gpu_lstm.convert(old) if kind.__module__.startswith("torch") else to_torch(old)
+    assert (type(old), type(new)) == (kind, type(expected))
+    assert repr(new) == repr(expected)
+    assert kind.__module__.startswith("torch") or new.__dict__.keys() == expected.__dict__.keys()
+    assert all(a is b for a, b in zip(new.parameters(), old.parameters(), strict=True))
+    expected.load_state_dict(old.state_dict())
+    outputs = []
+    for module in (new, expected, old):
+        torch.manual_seed(0)
+        outputs.append(module(x)[0])
+    assert torch.equal(*outputs[:2])
+    names = list(old.state_dict())  # what happens to the new one does not touch the old
+    new.weight_hh_l0, new.head = nn.Parameter(torch.zeros(16, 4)), nn.Linear(4, 1)
+    delattr(new, names[0])
+    torch.manual_seed(0)
+    assert torch.equal(old(x)[0], outputs[2])
+    assert list(old.state_dict()) == names
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
                          ids=["deepcopy", "pickle"])  # fmt: skip
-def test_a_converted_model_can_be_copied(x, copied):
+def test_copies_before_and_after(x, copied):
+    expected = run(tagger(), x)
+    assert torch.equal(run(gpu_lstm.convert(copied(tagger())), x), expected)
     model = gpu_lstm.convert(tagger())
     twin = copied(model)
     assert type(twin["encoders"][0]) is gpu_lstm.LSTM
-    assert torch.equal(run(twin, x), run(model, x))
+    assert torch.equal(run(twin, x), expected)
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
-
-
-def test_a_model_loaded_from_a_pickle_of_torch_can_be_converted(x):
-    model = pickle.loads(pickle.dumps(tagger()))
-    before = run(model, x)
-    assert torch.equal(run(gpu_lstm.convert(model), x), before)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -273,136 +230,30 @@ def test_weight_norm_put_on_before(x):
     assert torch.equal(run(models[0], x), run(models[1], x))
 
 
-def test_a_parametrized_lstm_is_a_class_of_its_own_and_left_alone(x):
-    model = tagger()
-    nn.utils.parametrizations.weight_norm(model["encoders"][0], "weight_hh_l0")
-    before, kind = run(model, x), type(model["encoders"][0])
-    gpu_lstm.convert(model)
-    assert type(model["encoders"][0]) is kind
-    assert torch.equal(run(model, x), before)
-
-
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
-def test_moves_after_conversion_reach_the_weights(x):
+def test_moves_after_conversion_reach_the_weights_and_compiled_ones_do_not_call_the_old(x):
     model = gpu_lstm.convert(tagger()).float()
     assert run(model, x.float()).dtype == torch.float32
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-
-
-def test_an_lstm_that_was_compiled_in_place_does_not_go_on_calling_the_old_one():
     lstm = nn.LSTM(3, 4)
     lstm.compile(backend="eager")
-    converted = gpu_lstm.convert(nn.Sequential(lstm))[0]
-    output, _ = converted(torch.ones(5, 2, 3), lengths=torch.tensor([5, 3]))
+    output, _ = gpu_lstm.convert(nn.Sequential(lstm))[0](torch.ones(5, 2, 3), lengths=torch.tensor([5, 3]))
     assert (output[3:, 1] == 0).all()
 
 
-# to_torch
-
-
-def kinds(model: nn.Module) -> list[type[nn.Module]]:
-    return [type(module) for module in model.modules()]
-
-
-def test_to_torch_undoes_convert(x):
-    model = gpu_lstm.convert(tagger())
-    parameters, before = dict(model.named_parameters()), run(model, x)
-    assert to_torch(model) is model
-    assert kinds(model) == kinds(tagger())
-    assert repr(model) == repr(tagger())
-    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
-    assert torch.equal(run(model, x), before)
-
-
-def test_what_comes_back_needs_no_gpu_lstm_to_be_loaded():
-    assert b"gpu_lstm" in pickle.dumps(gpu_lstm.convert(tagger()))
-    assert b"gpu_lstm" not in pickle.dumps(to_torch(gpu_lstm.convert(tagger())))
-
-
-@pytest.mark.parametrize(("ours", "theirs"), [
-    (gpu_lstm.LSTM(3, 4, 2, bias=False, batch_first=True, dropout=0.5, bidirectional=True, proj_size=2, recompute=True,
-                   backend="reference"),
-     nn.LSTM(3, 4, 2, bias=False, batch_first=True, dropout=0.5, bidirectional=True, proj_size=2)),
-    (gpu_lstm.compat.LSTM(3, 4, backend="torch"), nn.LSTM(3, 4)),
-    (gpu_lstm.LSTMCell(3, 4, bias=False, backend="reference"), nn.LSTMCell(3, 4, bias=False)),
-], ids=["LSTM", "compat", "LSTMCell"])  # fmt: skip
-def test_every_class_of_ours_becomes_what_it_stands_in_for(ours, theirs):
-    got = to_torch(ours)
-    assert type(got) is type(theirs)
-    assert repr(got) == repr(theirs)
-    assert got.__dict__.keys() == theirs.__dict__.keys()
-    assert all(a is b for a, b in zip(got.parameters(), ours.parameters(), strict=True))
-    x = torch.randn(5, 3)
-    theirs.load_state_dict(ours.state_dict())
-    torch.manual_seed(0)
-    result = got(x)[0]
-    torch.manual_seed(0)
-    assert torch.equal(result, theirs(x)[0])
-
-
-def test_hooks_flags_and_sharing_stay_on_the_way_back():
-    lstm, cell = gpu_lstm.LSTM(3, 4).eval(), gpu_lstm.LSTMCell(3, 4)
-    lstm.note = "mine"
-    calls = []
-    handle = lstm.register_forward_hook(lambda module, args, result: calls.append(type(module)))
-    model = to_torch(nn.ModuleDict(dict(a=lstm, b=nn.Sequential(lstm), c=cell, d=nn.ModuleList([cell]))))
-    assert model["a"] is model["b"][0]
-    assert model["c"] is model["d"][0]
-    assert (model["a"].training, model["c"].training, model["a"].note) == (False, True, "mine")
-    model["a"](torch.zeros(5, 2, 3))
-    handle.remove()
-    model["a"](torch.zeros(5, 2, 3))
-    assert calls == [nn.LSTM]
-
-
-def test_an_optimizer_built_before_keeps_working_on_the_way_back(x):
-    model = gpu_lstm.convert(tagger())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before = run(to_torch(model), x)
-    before.square().sum().backward()
-    optimizer.step()
-    after = run(model, x)
-    assert not torch.equal(after, before)
-    assert torch.equal(run(gpu_lstm.convert(model), x), after)
-
-
-class Ours(gpu_lstm.LSTM):
-    pass
-
-
-def test_subclasses_of_ours_are_left_alone():
-    mine = [Ours(3, 4), nn.GRU(3, 4), nn.LSTM(3, 4), nn.LSTMCell(3, 4)]
-    mine.append(nn.utils.parametrizations.weight_norm(gpu_lstm.LSTM(3, 4), "weight_hh_l0"))
-    assert all(a is b for a, b in zip(to_torch(nn.ModuleList(mine)), mine, strict=True))
-
-
-def nested(module: nn.Module) -> nn.Module:
-    """A model that has an LSTM before `module`."""
-    return nn.ModuleDict(dict(first=gpu_lstm.LSTM(3, 4), second=nn.Sequential(module)))
-
-
-def test_a_stack_of_several_sizes_is_refused_and_nothing_is_swapped():
-    model = nested(gpu_lstm.StackedLSTM(3, [4, 5]))
+@pytest.mark.parametrize(("module", "error", "text"), [
+    (gpu_lstm.StackedLSTM(3, [4, 5]), TypeError, "is a StackedLSTM of sizes [4, 5], with a pair of states a layer; a "
+     "torch.nn.LSTM has layers of one size, and one pair of states for all"),
+    *((gpu_lstm.LSTM(3, 4, **{name: 0.25}), ValueError, f"has {name}=0.25, which torch.nn.LSTM has not")
+      for name in ("recurrent_dropout", "zoneout", "weight_drop")),
+], ids=["stack", "recurrent_dropout", "zoneout", "weight_drop"])  # fmt: skip
+def test_what_torch_has_not_is_refused_and_nothing_is_swapped(module, error, text):
+    model = nn.ModuleDict(dict(first=gpu_lstm.LSTM(3, 4), second=nn.Sequential(module)))
     before = list(model.modules())
-    with pytest.raises(
-        TypeError, match=r"'second\.0' is a StackedLSTM of sizes \[4, 5\], with a pair of states a layer"
-    ):
-        to_torch(model)
+    for given, path in ((model, "'second.0'"), (module, "the model itself")):
+        with pytest.raises(error) as refused:
+            to_torch(given)
+        assert str(refused.value) == f"{path} {text}"
     assert all(a is b for a, b in zip(model.modules(), before, strict=True))
-    with pytest.raises(TypeError, match="the model itself is a StackedLSTM"):
-        to_torch(model["second"][0])
-
-
-@pytest.mark.parametrize("name", ["recurrent_dropout", "zoneout", "weight_drop"])
-def test_what_torch_cannot_regularize_is_refused_and_nothing_is_swapped(name):
-    model = nested(gpu_lstm.LSTM(3, 4))
-    setattr(model["second"][0], name, 0.25)
-    before = list(model.modules())
-    with pytest.raises(ValueError, match=rf"'second\.0' has {name}=0\.25, which torch\.nn\.LSTM has not"):
-        to_torch(model)
-    assert all(a is b for a, b in zip(model.modules(), before, strict=True))
-    setattr(model["second"][0], name, 0.0)
-    assert kinds(to_torch(model)).count(nn.LSTM) == 2
 
 
 # ONNX, quantization, TorchScript
@@ -423,10 +274,11 @@ class Reader(nn.Module):
         return self.cell(y[:, -1])[0]
 
 
-OPTIONS = [dict(num_layers=2), dict(bidirectional=True)]
+every_option = pytest.mark.parametrize("options", [dict(num_layers=2), dict(bidirectional=True)], ids=str)
 TEXTS = [torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[8, 1], [1, 8], [0, 0]])]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_onnx_computes_the_same_for_any_size(tmp_path):
     model = Reader(num_layers=2, bidirectional=True).eval()
@@ -442,7 +294,7 @@ def test_onnx_computes_the_same_for_any_size(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@every_option
 def test_dynamic_quantization_finds_the_lstm(options):
     model = Reader(**options).eval()
     expected = model(TEXTS[0])
@@ -453,43 +305,30 @@ def test_dynamic_quantization_finds_the_lstm(options):
     assert 0 < error < 0.02
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("kind", [gpu_lstm.LSTM, gpu_lstm.compat.LSTM])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_nested_model_is_scripted_as_it_is(tmp_path, kind, options):
+@every_option
+def test_a_model_is_scripted_and_traced_as_it_is(tmp_path, kind, options):
     model = Reader(kind, **options)
     expected = [model(text) for text in TEXTS]
     torch.jit.script(copy.deepcopy(model)).save(tmp_path / "model.pt")
-    scripted = torch.jit.load(tmp_path / "model.pt")
-    assert all(torch.equal(scripted(text), true) for text, true in zip(TEXTS, expected, strict=True))
+    scripted, traced = torch.jit.load(tmp_path / "model.pt"), torch.jit.trace(model, (TEXTS[0],))
+    for text, true in zip(TEXTS, expected, strict=True):
+        assert torch.equal(scripted(text), true)
+        assert torch.equal(traced(text), true)
     assert not any("gpu_lstm" in module.code for module in scripted.modules() if hasattr(module, "code"))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_model_is_traced_as_it_is(options):
-    model = Reader(**options)
-    traced = torch.jit.trace(model, (TEXTS[0],))
-    assert all(torch.equal(traced(text), model(text)) for text in TEXTS)
+def test_lengths_are_traced():
+    lstm = gpu_lstm.LSTM(3, 4).requires_grad_(False)
 
+    def call(x, lengths):
+        return lstm(x, lengths=lengths)[0]
 
-class Ragged(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = gpu_lstm.LSTM(3, 4)
-
-    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        return self.lstm(x, lengths=lengths)[0]
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_lengths_are_traced_but_not_scripted():
-    model = Ragged()
-    traced = torch.jit.trace(model, (torch.randn(5, 3, 3), torch.tensor([5, 2, 0])))
+    traced = torch.jit.trace(call, (torch.randn(5, 3, 3), torch.tensor([5, 2, 0])))
     x, lengths = torch.randn(7, 2, 3), torch.tensor([3, 7])
-    assert torch.equal(traced(x, lengths), model(x, lengths))
-    with pytest.raises(RuntimeError, match="Keyword argument lengths unknown"):
-        torch.jit.script(model)
+    assert torch.equal(traced(x, lengths), call(x, lengths))
 
 
 # from_haste
@@ -518,47 +357,38 @@ def haste(x, h, c, kernel, recurrent_kernel, bias):
     return np.stack(outputs), h, c
 
 
-@pytest.fixture
-def theirs():
-    torch.manual_seed(0)
-    return Haste(3, 4).double()
-
-
-@pytest.mark.parametrize("of", ["module", "state_dict"])
-def test_haste_weights_give_hastes_numbers(theirs, of):
-    ours = from_haste(theirs if of == "module" else theirs.state_dict())
+def test_haste_weights_give_hastes_numbers():
+    theirs = Haste(3, 4).double()
     x, h, c = (torch.randn(*size, dtype=torch.float64) for size in ((5, 2, 3), (2, 4), (2, 4)))
-    y, (h_n, c_n) = ours(x, (h[None], c[None]))
     expected = haste(*(t.detach().numpy() for t in (x, h, c, theirs.kernel, theirs.recurrent_kernel, theirs.bias)))
-    for found, true in zip((y, h_n[0], c_n[0]), expected, strict=True):
-        np.testing.assert_allclose(found.detach().numpy(), true, rtol=0, atol=1e-14)
-
-
-def test_from_haste_takes_the_modules_settings_and_leaves_the_module(theirs):
     before = copy.deepcopy(theirs.state_dict())
+    for source in (theirs, theirs.state_dict()):
+        ours = from_haste(source)
+        y, (h_n, c_n) = ours(x, (h[None], c[None]))
+        for found, true in zip((y, h_n[0], c_n[0]), expected, strict=True):
+            np.testing.assert_allclose(found.detach().numpy(), true, rtol=0, atol=1e-14)
+        assert (ours.batch_first, ours.training) == (False, True)
+        assert all(parameter.requires_grad and parameter.is_leaf for parameter in ours.parameters())
+        with torch.no_grad():
+            for parameter in ours.parameters():
+                parameter.zero_()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in theirs.state_dict().items())
     theirs.batch_first = True
     ours = from_haste(theirs.eval())
     assert (ours.batch_first, ours.training, ours.weight_ih_l0.dtype) == (True, False, torch.float64)
-    assert all(parameter.requires_grad and parameter.is_leaf for parameter in ours.parameters())
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.zero_()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in theirs.state_dict().items())
-    ours = from_haste(before)
-    assert (ours.batch_first, ours.training) == (False, True)
 
 
-@pytest.mark.parametrize("name", ["zoneout", "dropout"])
-def test_a_regularized_haste_module_is_refused(name):
-    with pytest.raises(ValueError, match=f"the module has {name}=0.1"):
-        from_haste(Haste(3, 4, **{name: 0.1}))
+STATE = Haste(3, 4).state_dict()
 
 
-def test_other_weights_than_hastes_are_refused(theirs):
-    state = theirs.state_dict()
-    with pytest.raises(ValueError, match=r"expected the parameters .*recurrent_kernel.* got \['bias', 'kernel'\]"):
-        from_haste({name: state[name] for name in ("kernel", "bias")})
-    with pytest.raises(ValueError, match=r"got .*weight_ih_l0"):
-        from_haste(nn.LSTM(3, 4))
-    with pytest.raises(ValueError, match=r"expected sizes \[I, 4H\].* got \[\[16, 3\], \[4, 16\], \[16\]\]"):
-        from_haste({**state, "kernel": state["kernel"].T})
+@pytest.mark.parametrize(("source", "text"), [
+    (Haste(3, 4, zoneout=0.1), "the module has zoneout=0.1"),
+    (Haste(3, 4, dropout=0.1), "the module has dropout=0.1"),
+    ({name: STATE[name] for name in ("kernel", "bias")},
+     r"expected the parameters .*recurrent_kernel.* got \['bias', 'kernel'\]"),
+    (nn.LSTM(3, 4), r"got .*weight_ih_l0"),
+    (STATE | {"kernel": STATE["kernel"].T}, r"expected sizes \[I, 4H\].* got \[\[16, 3\], \[4, 16\], \[16\]\]"),
+], ids=lambda value: value[:25] if isinstance(value, str) else "")  # fmt: skip
+def test_other_modules_and_weights_than_hastes_are_refused(source, text):
+    with pytest.raises(ValueError, match=text):
+        from_haste(source)

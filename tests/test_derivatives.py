@@ -1,104 +1,133 @@
-"""torch.func's transforms, and the same bits every run. Derivatives are held to torch.nn.LSTM's in float64.
-
-gradcheck, gradgradcheck and create_graph are in test_lstm_transforms.py.
-"""
+"""Gradients of gradients, torch.func, and the same bits every run. The truth is torch's own modules in float64."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES
-from torch import nn
+from comparing import BACKENDS, PLACES, assert_same
+from pairs import B, I, T, pair, random_inputs
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
-from gpu_lstm import autograd
 
-T, B, I, H = 4, 3, 2, 3
+pytestmark = pytest.mark.usefixtures("exact_float32_products")
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+# Gradients of gradients by torch.autograd
+
+RAGGED = dict(lengths=torch.tensor([2, 1]), resets=torch.tensor([[0, 1], [1, 0]]).bool())
+
+
+@pytest.mark.parametrize(("arguments", "ragged"), [
+    ({}, {}), pytest.param(dict(bidirectional=True), RAGGED, marks=pytest.mark.slow), (dict(proj_size=1), {}),
+], ids=["plain", "both directions, ragged", "projection"])  # fmt: skip
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_derivatives_by_finite_differences(backend, arguments, ragged):
+    torch.manual_seed(4)
+    ours = gpu_lstm.LSTM(2, 2, dtype=torch.float64, backend=backend, **arguments)
+    rows = 1 + ours.bidirectional
+    inputs = [torch.randn(2, 2, 2), torch.randn(rows, 2, ours.proj_size or 2), torch.randn(rows, 2, 2)]
+    inputs = [t.double().requires_grad_() for t in inputs] + list(ours.parameters())
+    names = [name for name, _ in ours.named_parameters()]
+
+    def call(x, h0, c0, *weights):
+        output, states = functional_call(ours, dict(zip(names, weights, strict=True)), (x, (h0, c0)), ragged)
+        return output, *states
+
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@every_backend
+@pytest.mark.parametrize(("kind", "arguments"), [
+    ("LSTM", {}), ("LSTM", dict(bidirectional=True, proj_size=2)), ("LSTMCell", {}), ("StackedLSTM", {}),
+], ids=str)  # fmt: skip
+def test_gradient_penalty(backend, kind, arguments):
+    """Gradients of (|d loss / d inputs| - 1)^2."""
+    found = []
+    for module in pair(kind, backend, **arguments)[::-1]:
+        like = next(module.parameters())
+        x, hx = tree_map(lambda t: t.to(like).requires_grad_(), random_inputs(module, B))  # noqa: B023
+        inputs = [x, *tree_leaves(hx)]
+        loss = sum(t.square().sum() for t in tree_leaves(module(x, hx)))
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        penalty = (torch.cat([g.flatten() for g in first]).norm() - 1).square()
+        second = torch.autograd.grad(penalty, [*inputs, *module.parameters()])
+        found.append(dict(enumerate([penalty.detach(), *second])))
+    assert_same(*found)
+
+
+# torch.func, on one layer
 
 
 @pytest.fixture(params=BACKENDS)
-def pair(request, exact_float32_products):
-    """torch.nn.LSTM in float64 and ours on one backend, with the same weights; and what rounding may change."""
-    torch.manual_seed(0)
-    theirs = nn.LSTM(I, H).double()
-    ours = gpu_lstm.LSTM(I, H, backend=request.param, **PLACES[request.param])
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
+def lstms(request):
+    return pair("LSTM", request.param)
 
 
-def inputs(module, *shape):
-    torch.manual_seed(1)
+def inputs(module, *shape, seed=1):
+    torch.manual_seed(seed)
     return torch.randn(*shape or (T, B, I), dtype=torch.float64).to(next(module.parameters()))
 
 
 def assert_close(ours, theirs):
-    ours, theirs = (torch.utils._pytree.tree_leaves(found) for found in (ours, theirs))
-    assert len(ours) == len(theirs) > 0
-    for mine, true in zip(ours, theirs):
-        accuracy = 32 * torch.finfo(mine.dtype).eps * max(1.0, true.abs().max().item())
-        torch.testing.assert_close(mine.double().cpu(), true, rtol=0, atol=accuracy)
+    ours, theirs = (dict(enumerate(tree_leaves(found))) for found in (ours, theirs))
+    assert ours
+    for k in ours:
+        accuracy = 32 * torch.finfo(ours[k].dtype).eps * max(1.0, theirs[k].abs().max().item())
+        torch.testing.assert_close(ours[k].double().cpu(), theirs[k], rtol=0, atol=accuracy)
+    assert len(ours) == len(theirs)
 
 
 def parameters(module):
     return {name: p.detach() for name, p in module.named_parameters()}
 
 
-def call(module, parameters, x):
-    return functional_call(module, parameters, (x,))[0]
-
-
 def gradients(module, loss):
-    return dict(zip(dict(module.named_parameters()), torch.autograd.grad(loss, list(module.parameters()))))
+    return dict(zip(parameters(module), torch.autograd.grad(loss, list(module.parameters()))))
 
 
-def test_func_grad(pair):
-    theirs, ours = pair
-    found = grad(lambda p: call(ours, p, inputs(ours)).square().sum())(parameters(ours))
+def test_grad_and_vjp(lstms):
+    theirs, ours = lstms
+    found = grad(lambda p: functional_call(ours, p, (inputs(ours),))[0].square().sum())(parameters(ours))
     assert_close(found, gradients(theirs, theirs(inputs(theirs))[0].square().sum()))
-
-
-def test_vjp(pair):
-    theirs, ours = pair
-    x, dy = inputs(theirs).requires_grad_(), torch.randn(T, B, H, dtype=torch.float64)
+    x = inputs(theirs).requires_grad_()
+    y, _ = theirs(x)
+    dy = inputs(theirs, *y.shape, seed=2)
     _, pull = vjp(lambda x: ours(x)[0], inputs(ours))
-    assert_close(pull(dy.to(inputs(ours))), torch.autograd.grad(theirs(x)[0], x, dy))
+    assert_close(pull(dy.to(inputs(ours))), torch.autograd.grad(y, x, dy))
 
 
-def test_jacobians_both_ways(pair):
-    theirs, ours = pair
+def test_jacobians_both_ways_and_forward_mode(lstms):
+    theirs, ours = lstms
     true = torch.autograd.functional.jacobian(lambda x: theirs(x)[0][-1], inputs(theirs))
     for way in (jacrev, jacfwd):
         assert_close(way(lambda x: ours(x)[0][-1])(inputs(ours)), true)
-
-
-def test_forward_mode(pair):
-    theirs, ours = pair
-    x, direction = inputs(theirs), inputs(theirs, T, B, I).flip(0)
-    _, true = torch.autograd.functional.jvp(lambda x: theirs(x)[0], x, direction)
-    _, found = jvp(lambda x: ours(x)[0], (inputs(ours),), (direction.to(inputs(ours)),))
-    assert_close(found, true)
+    x, direction = inputs(ours), inputs(ours, seed=2)
+    _, true = torch.autograd.functional.jvp(lambda x: theirs(x)[0], inputs(theirs), inputs(theirs, seed=2))
+    assert_close(jvp(lambda x: ours(x)[0], (x,), (direction,))[1], true)
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(inputs(ours), direction.to(inputs(ours)))
-        found = torch.autograd.forward_ad.unpack_dual(ours(dual)[0]).tangent
-    assert_close(found, true)
+        dual = torch.autograd.forward_ad.make_dual(x, direction)
+        assert_close(torch.autograd.forward_ad.unpack_dual(ours(dual)[0]).tangent, true)
 
 
-def test_second_derivatives(pair):
-    theirs, ours = pair
-    true = torch.autograd.functional.hessian(lambda x: theirs(x)[0][-1].square().sum(), inputs(theirs, T, 1, I))
+def test_second_derivatives(lstms):
+    theirs, ours = lstms
+    true = torch.autograd.functional.hessian(lambda x: theirs(x)[0][-1].square().sum(), inputs(theirs, 2, 1, I))
 
     def loss(x):
         return ours(x)[0][-1].square().sum()
 
     for way in (hessian, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(grad(f)), lambda f: jacrev(grad(f))):
-        assert_close(way(loss)(inputs(ours, T, 1, I)), true)
+        assert_close(way(loss)(inputs(ours, 2, 1, I)), true)
 
 
-def test_func_grad_inside_plain_autograd(pair):
+def test_grad_inside_plain_autograd(lstms):
     """A gradient penalty with the inner gradient by torch.func, on one level of it only."""
-    theirs, ours = pair
+    theirs, ours = lstms
     x = inputs(theirs).requires_grad_()
     (dx,) = torch.autograd.grad(theirs(x)[0].square().sum(), x, create_graph=True)
     true = gradients(theirs, dx.square().sum())
@@ -106,16 +135,17 @@ def test_func_grad_inside_plain_autograd(pair):
     assert_close(gradients(ours, dx.square().sum()), true)
 
 
-def test_an_ensemble(pair):
-    theirs, ours = pair
-    members = [ours]
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        member = gpu_lstm.LSTM(I, H, backend=ours.backend).to(inputs(ours))
-        members.append(member)
+def test_an_ensemble(lstms):
+    theirs, ours = lstms
+    torch.manual_seed(1)
+    members = [ours, gpu_lstm.LSTM(I, ours.hidden_size, backend=ours.backend).to(inputs(ours))]
     stacked, _ = stack_module_state(members)
     x = inputs(ours)
-    outputs, pull = vjp(lambda p: vmap(lambda p: call(ours, p, x))(p), {k: v.detach() for k, v in stacked.items()})
+
+    def every(p):
+        return vmap(lambda p: functional_call(ours, p, (x,))[0])(p)
+
+    outputs, pull = vjp(every, {name: t.detach() for name, t in stacked.items()})
     (found,) = pull(torch.ones_like(outputs))
     for k, member in enumerate(members):
         theirs.load_state_dict(member.state_dict())
@@ -125,71 +155,58 @@ def test_an_ensemble(pair):
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_per_sample_gradients(pair, ragged):
-    theirs, ours = pair
-    lengths = torch.tensor([4, 1, 3])
+def test_per_sample_gradients(lstms, ragged):
+    theirs, ours = lstms
+    x, lengths = inputs(ours), torch.tensor([4, 1, 3])
 
     def loss(p, x, length):
-        options = {"lengths": length} if ragged else {}
-        return functional_call(ours, p, (x,), options)[0].square().sum()
+        return functional_call(ours, p, (x,), {"lengths": length} if ragged else {})[0].square().sum()
 
-    x = inputs(ours)
     found = vmap(grad(loss), in_dims=(None, 1, 0))(parameters(ours), x, lengths.to(x.device))
     for b in range(B):
-        steps = int(lengths[b]) if ragged else T
-        y, _ = theirs(inputs(theirs)[:steps, b])
+        y, _ = theirs(inputs(theirs)[: int(lengths[b]) if ragged else T, b])
         assert_close({name: g[b] for name, g in found.items()}, gradients(theirs, y.square().sum()))
 
 
-def test_func_grad_goes_through_the_fused_kernels_and_vmap_does_not(monkeypatch):
-    taken = []
-
-    def spy(name):
-        original = getattr(autograd, name)
-        monkeypatch.setattr(autograd, name, lambda *a: (taken.append(name), original(*a))[1])
-
-    spy("_fused_gradients")
-    spy("_differentiable_gradients")
-    ours = gpu_lstm.LSTM(I, H, backend="triton", **PLACES["triton"]).requires_grad_(False)
+def test_grad_goes_through_the_kernels_and_what_cannot_does_not():
+    _, ours = pair("LSTM", "triton")
+    ours.requires_grad_(False)
     x = inputs(ours)
-    grad(lambda x: ours(x)[0].sum())(x)
-    assert taken == ["_fused_gradients"]
-    taken.clear()
-    grad(lambda x: grad(lambda x: ours(x)[0].sum())(x).square().sum())(x)
-    assert taken[0] == "_differentiable_gradients"
-    taken.clear()
-    vmap(grad(lambda x: ours(x)[0].sum()), in_dims=1)(x)
-    assert taken == []
+
+    def backward_kernels(call):
+        with torch.profiler.profile() as profile:
+            call(x)
+        return sum(event.count for event in profile.key_averages() if event.key == "gpu_lstm::layer_backward")
+
+    once = grad(lambda x: ours(x)[0].sum())
+    assert backward_kernels(once) == 1
+    assert backward_kernels(grad(lambda x: once(x).square().sum())) == 0
+    assert backward_kernels(vmap(once, in_dims=1)) == 0
 
 
-# The same bits.
+# The same bits
 
-STEP = """
+BITS = """
 import torch
 import gpu_lstm
 
-def step():
+def bits(backend, dtype):
     torch.manual_seed(7)
-    lstm = gpu_lstm.LSTM(3, 4, 3, dropout=0.5, bidirectional=True, backend=backend, dtype=dtype)
-    x = torch.randn(6, 2, 3, dtype=dtype, requires_grad=True)
-    y, (h, c) = lstm(x, lengths=torch.tensor([6, 4]), resets=torch.rand(6, 2) < 0.3)
-    loss = y.square().mean() + h.mean() + c.mean()
-    return [y, h, c, *torch.autograd.grad(loss, [x, *lstm.parameters()])]
-
-def bits(tensors):
-    return b"".join(t.detach().numpy().tobytes() for t in tensors).hex()
+    lstm = gpu_lstm.LSTM(3, 4, 2, dropout=0.5, bidirectional=True, backend=backend, dtype=dtype)
+    x = torch.randn(4, 2, 3, dtype=dtype, requires_grad=True)
+    y, (h, c) = lstm(x, lengths=torch.tensor([4, 3]), resets=torch.rand(4, 2) < 0.3)
+    gradients = torch.autograd.grad(y.square().mean() + h.mean() + c.mean(), [x, *lstm.parameters()])
+    return b"".join(t.detach().numpy().tobytes() for t in [y, h, c, *gradients]).hex()
 """
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_same_seed_gives_the_same_bits_in_every_process(backend):
-    names = {"backend": backend, "dtype": PLACES[backend]["dtype"]}
-    exec(STEP, names)
-    here = names["bits"](names["step"]())
-    assert here == names["bits"](names["step"]())
-    settings = f"backend, dtype = {backend!r}, {names['dtype']}; torch.set_num_threads(1)"
-    program = STEP.replace("import gpu_lstm", f"import gpu_lstm\n{settings}")
-    said = subprocess.run(
-        [sys.executable, "-c", program + "\nprint(bits(step()))"], capture_output=True, text=True, check=True
-    )
-    assert said.stdout.strip() == here
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_bits_in_every_process():
+    calls = [f"bits({backend!r}, {place['dtype']})" for backend, place in PLACES.items()]
+    names: dict = {}
+    exec(BITS, names)
+    here = [eval(call, names) for call in calls]
+    assert here == [eval(call, names) for call in calls]
+    program = "\n".join([BITS, "torch.set_num_threads(1)", *(f"print({call})" for call in calls)])
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == here

@@ -1,191 +1,351 @@
-"""gpu_lstm.LSTM in the place of torch.nn.LSTM: the same results and gradients."""
+"""LSTM, LSTMCell and StackedLSTM compute what torch's modules compute: results, gradients, dtypes, compiled or not."""
 
 import itertools
 
 import pytest
 import torch
 from comparing import BACKENDS, PLACES, assert_same
-from lstm_pair import B, H, T, pair, random_inputs, results
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from pairs import KINDS, LENGTHS, RESETS, B, H, I, T, pair, random_inputs, results, truth
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import gpu_lstm
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+OFF_ON = (False, True)
 
 
-# Numbers
+def moved(module, *inputs):
+    """Inputs where the module is, in its dtype."""
+    return tree_map_only(torch.Tensor, lambda t: t.to(next(module.parameters())), inputs)
+
+
+# Every configuration
 
 FACTORS = ("num_layers", "bidirectional", "no_bias", "batch_first", "proj_size", "unbatched", "hx")
-EVERY = list(itertools.product((False, True), repeat=7))
 # The interpreter is slow: of the 128, eight in which any two factors take all four values.
-PAIRWISE = [(a, b, a ^ b, c, a ^ c, b ^ c, a ^ b ^ c) for a, b, c in itertools.product((False, True), repeat=3)]
-
-
-def _cases():
-    for backend in BACKENDS:
-        for case in PAIRWISE if backend == "triton" else EVERY:
-            name = ", ".join(factor for factor, on in zip(FACTORS, case, strict=True) if on) or "plain"
-            yield pytest.param(backend, *case, id=f"{backend}: {name}")
+PAIRWISE = [(a, b, a ^ b, c, a ^ c, b ^ c, a ^ b ^ c) for a, b, c in itertools.product(OFF_ON, repeat=3)]
+CASES = {
+    f"{backend}: {', '.join(factor for factor, on in zip(FACTORS, case) if on)}": (backend, *case)
+    for backend in BACKENDS
+    for case in (PAIRWISE if backend == "triton" else itertools.product(OFF_ON, repeat=7))
+}
 
 
 @pytest.mark.parametrize(
-    ("backend", "deep", "bidirectional", "no_bias", "batch_first", "project", "unbatched", "given"), list(_cases())
-)
-def test_results_and_gradients(backend, deep, bidirectional, no_bias, batch_first, project, unbatched, given):
+    ("backend", "deep", "bidirectional", "no_bias", "batch_first", "project", "unbatched", "given"),
+    CASES.values(), ids=CASES,
+)  # fmt: skip
+def test_an_lstm(backend, deep, bidirectional, no_bias, batch_first, project, unbatched, given):
     theirs, ours = pair(
-        backend, num_layers=1 + deep, bidirectional=bidirectional, bias=not no_bias, batch_first=batch_first,
-        proj_size=2 if project else 0, dropout=0.0,
+        "LSTM", backend, num_layers=1 + deep, bidirectional=bidirectional, bias=not no_bias, batch_first=batch_first,
+        proj_size=2 * project,
     )  # fmt: skip
-    x, hx = random_inputs(theirs, batched=not unbatched)
+    x, hx = random_inputs(theirs, *[B] * (not unbatched))
     hx = hx if given else None
     assert_same(results(ours, x, hx), results(theirs, x, hx))
 
 
-def _packed_cases():
-    for backend in BACKENDS:
-        for a, b, c, d, e in itertools.product((False, True), repeat=5):
-            if backend != "triton" or (d == a ^ b and e == a ^ c):
-                yield backend, a, b, c, d, e
+@every_backend
+@pytest.mark.parametrize(
+    ("kind", "arguments"), [("LSTMCell", {}), ("StackedLSTM", {}), ("StackedLSTM", dict(bidirectional=True))], ids=str
+)
+@pytest.mark.parametrize(("no_bias", "unbatched", "given"), [(a, b, a == b) for a in OFF_ON for b in OFF_ON])
+def test_a_cell_and_a_stack(backend, kind, arguments, no_bias, unbatched, given):
+    theirs, ours = pair(kind, backend, bias=not no_bias, **arguments)
+    x, hx = random_inputs(ours, *[B] * (not unbatched))
+    hx = hx if given else None
+    assert_same(results(ours, x, hx), results(theirs, x, hx))
 
 
-@pytest.mark.parametrize(("backend", "is_sorted", "given", "deep", "project", "batch_first"), list(_packed_cases()))
-def test_packed_sequence(backend, is_sorted, given, deep, project, batch_first):
+@every_backend
+@pytest.mark.parametrize("is_sorted", OFF_ON)
+@pytest.mark.parametrize(("given", "deep", "project"), [(a, b, a == b) for a in OFF_ON for b in OFF_ON])
+def test_a_packed_sequence(backend, is_sorted, given, deep, project):
+    batch_first = given == is_sorted
     theirs, ours = pair(
-        backend, num_layers=1 + deep, bidirectional=deep, proj_size=2 if project else 0, batch_first=batch_first
+        "LSTM", backend, num_layers=1 + deep, bidirectional=deep, proj_size=2 * project, batch_first=batch_first
     )
-    x, hx = random_inputs(theirs)
-    hx = hx if given else None
+    x, hx = random_inputs(theirs, B)
     lengths = [4, 2, 1] if is_sorted else [2, 1, 4]  # sorting and its inverse differ
+    outputs = []
 
-    def pack(x):
-        return pack_padded_sequence(x, lengths, batch_first=batch_first, enforce_sorted=is_sorted)
+    def packed(module):
+        def call(x, *hx):
+            packed = pack_padded_sequence(x, lengths, batch_first=batch_first, enforce_sorted=is_sorted)
+            output, states = module(packed, *hx)
+            outputs.append(output)
+            return output, states
 
-    assert_same(results(ours, x, hx, pack), results(theirs, x, hx, pack))
+        return call
 
-
-@pytest.mark.parametrize("is_sorted", [True, False])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_output_keeps_batch_sizes_and_indices(backend, is_sorted):
-    theirs, ours = pair(backend)
-    x, _ = random_inputs(theirs)
-    packed = pack_padded_sequence(x, [4, 2, 1] if is_sorted else [2, 1, 4], enforce_sorted=is_sorted)
-    output, _ = ours(packed.to(**PLACES[backend]))
-    expected, _ = theirs(packed.double())
-    assert isinstance(output, PackedSequence)
-    assert torch.equal(output.batch_sizes, expected.batch_sizes)
-    if is_sorted:
-        assert output.sorted_indices is None
-        assert output.unsorted_indices is None
-    else:
-        assert torch.equal(output.sorted_indices.cpu(), expected.sorted_indices)
-        assert torch.equal(output.unsorted_indices.cpu(), expected.unsorted_indices)
+    got, true = (results(m, x, hx if given else None, call=packed(m)) for m in (ours, theirs))
+    assert_same(got, true)
+    for our, their in zip(outputs[0][1:], outputs[1][1:]):
+        assert their is our is None or torch.equal(our.cpu(), their)
 
 
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_empty_batch(backend, given):
-    theirs, ours = pair(backend, num_layers=2, bidirectional=True)
-    x, hx = random_inputs(theirs)
-    x, hx = x[:, :0], tuple(t[:, :0] for t in hx) if given else None
+@every_backend
+@pytest.mark.parametrize("sizes", [[3, 3, 2, 2], [3, 3]], ids=str)
+def test_residual_connections_where_widths_are_equal(backend, sizes):
+    arguments = dict(bidirectional=len(sizes) == 2, residual=True, backend=backend)
+    ours = gpu_lstm.StackedLSTM(I, sizes, **arguments, **PLACES[backend])
+    x, hx = random_inputs(ours, B)
+    assert_same(results(ours, x, hx), truth(ours, x, hx))
+
+
+@pytest.mark.parametrize("sizes", [[4], [4, 5]], ids=str)
+def test_the_cases_that_teach(sizes):
+    x = torch.tensor([
+        [[1.0, 2, 3, 4, 3, 2], [1, 2, 1, 1, 1, 2], [1, 2, 2, 2, 2, 2]],
+        [[1.0, 2, 3, 4, 3, 2], [3, 2, 2, 1, 1, 2], [0, 0, 0, 0, 3, 2]],
+    ])  # (N = 2, T = 3, 6)  # fmt: skip
+    if len(sizes) == 1:
+        x = torch.tensor([[[3.0, 2, 2, 2, 2, 2]]])  # (1, 1, 6)
+    stack = gpu_lstm.StackedLSTM(6, sizes, batch_first=True)
+    output, states = stack(x)
+    assert output.shape == (*x.shape[:2], sizes[-1])
+    assert [t.shape for pair in states for t in pair] == [(len(x), size) for size in sizes for _ in "hc"]
+    assert_same(results(stack, x), truth(stack, x))
+    lstm = gpu_lstm.LSTM(6, 4, batch_first=True)
+    assert [t.shape for t in tree_leaves(lstm(x))] == [(*x.shape[:2], 4), (1, len(x), 4), (1, len(x), 4)]
+    assert_same(results(lstm, x), truth(lstm, x))
+
+
+# Inputs at the edge
+
+
+@every_backend
+@every_kind
+def test_an_empty_batch(backend, kind):
+    theirs, ours = pair(kind, backend, **{} if kind == "LSTMCell" else dict(bidirectional=True))
+    x, hx = random_inputs(ours, 0)
     assert_same(results(ours, x, hx), results(theirs, x, hx))
+    assert_same(results(ours, x), results(theirs, x))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in Triton's interpreter
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_and_inf_appear_where_torch_has_them(backend):
-    theirs, ours = pair(backend, bidirectional=True)
-    x, (h0, c0) = random_inputs(theirs)
-    x[1, 0, 0], x[3, 1, 1], x[0, 1, 2] = float("nan"), float("inf"), float("-inf")
-    c0[0, 2, 3], c0[0, 2, 0], h0[1, 2, 1] = float("inf"), float("-inf"), float("nan")
+@every_backend
+@every_kind
+def test_nan_and_inf_appear_where_torch_has_them(backend, kind):
+    theirs, ours = pair(kind, backend)
+    x, hx = random_inputs(ours, B)
+    h, c = tree_leaves(hx)[:2]
+    x.view(-1)[1], x.view(-1)[-1] = float("nan"), float("inf")
+    c[..., 1, 2], c[..., 1, 3], h[..., 2, 0] = float("inf"), float("-inf"), float("inf")
     with torch.no_grad():
-        y, states = ours(x.to(**PLACES[backend]), tuple(t.to(**PLACES[backend]) for t in (h0, c0)))
-        y_true, states_true = theirs(x.double(), (h0.double(), c0.double()))
-    for name, our, true in zip(("output", "h_n", "c_n"), (y, *states), (y_true, *states_true), strict=True):
-        assert true.isnan().any(), name
+        got, true = (tree_leaves(module(*moved(module, x, hx))) for module in (ours, theirs))
+    assert true[0].isnan().any()
+    assert any(t.isinf().any() for t in true)
+    for our, their in zip(got, true, strict=True):
         atol = 16 * torch.finfo(our.dtype).eps
-        torch.testing.assert_close(our.double().cpu(), true, rtol=0, atol=atol, equal_nan=True)
-    assert states_true[1].isinf().any()
+        torch.testing.assert_close(our.double().cpu(), their, rtol=0, atol=atol, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_two_runs_give_the_same_bits(backend):
-    _, ours = pair(backend, num_layers=2, bidirectional=True)
-    x, hx = random_inputs(ours)
-    first, second = results(ours, x, hx), results(ours, x, hx)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+@every_backend
+def test_states_in_lists_and_those_of_a_cell_in_one_tensor(backend):
+    for kind, form in (("LSTMCell", list), ("StackedLSTM", lambda hx: tuple(map(list, hx)))):
+        _, ours = pair(kind, backend)
+        x, hx = moved(ours, *random_inputs(ours, B))
+        assert all(map(torch.equal, tree_leaves(ours(x, form(hx))), tree_leaves(ours(x, hx))))
+    _, ours = pair("LSTMCell", backend)
+    x, hx = moved(ours, *random_inputs(ours))
+    assert all(map(torch.equal, ours(x, torch.stack(hx)), ours(x, hx)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_backward_works_in_eval(backend):
-    theirs, ours = pair(backend, num_layers=2)
-    x, hx = random_inputs(theirs)
-    assert_same(results(ours.eval(), x, hx), results(theirs.eval(), x, hx))
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@every_kind
+def test_shapes_of_meta_tensors(backend, kind):
+    theirs, ours = (module.to("meta") for module in pair(kind, backend))
+    x = random_inputs(ours, B)[0].to("meta", torch.float64)
+    got = tree_leaves(ours(x))
+    assert [t.shape for t in got] == [t.shape for t in tree_leaves(theirs(x))]
+    assert all(t.is_meta for t in got)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_graph_retained_gives_the_same_gradients_twice(backend):
-    _, ours = pair(backend, num_layers=2, proj_size=2)
-    x, _ = random_inputs(ours)
-    x = x.to(**PLACES[backend]).requires_grad_()
-    loss = ours(x)[0].square().sum()
-    wanted = [x, *ours.parameters()]
-    first = torch.autograd.grad(loss, wanted, retain_graph=True)
-    second = torch.autograd.grad(loss, wanted)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+# Gradients
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("used", ["output", "h_n", "c_n"])
-def test_gradients_of_one_result_alone(backend, used):
-    theirs, ours = pair(backend)
-    x, _ = random_inputs(theirs)
-    gradients = []
-    for module in (ours, theirs):
-        output, (h_n, c_n) = module(x.to(next(module.parameters())))
-        {"output": output, "h_n": h_n, "c_n": c_n}[used].sum().backward()
-        gradients.append({name: p.grad for name, p in module.named_parameters()})
-    assert_same(*gradients)
+@every_backend
+def test_gradients_of_one_result_alone_twice_from_one_graph(backend):
+    theirs, ours = pair("LSTM", backend, proj_size=2)
+    for k in range(3):
+        gradients = []
+        for module in (ours, theirs):
+            loss, weights = (
+                tree_leaves(module(*moved(module, random_inputs(module, B)[0])))[k].sum(),
+                [*module.parameters()],
+            )
+            gradients.append(torch.autograd.grad(loss, weights, retain_graph=True))
+            assert all(map(torch.equal, gradients[-1], torch.autograd.grad(loss, weights)))
+        assert_same(*(dict(enumerate(found)) for found in gradients))
+
+
+@every_backend
+def test_gradients_of_tensors_that_are_one_or_depend_on_each_other(backend):
+    """Once, and under create_graph, where they are taken another way."""
+    theirs, ours = pair("LSTM", backend)
+    cells = pair("LSTMCell", backend)
+    for create_graph in OFF_ON:
+        got = []
+        for lstm, cell in ((ours, cells[1]), (theirs, cells[0])):
+            lstm.bias_hh_l0 = lstm.bias_ih_l0  # one parameter
+            x, (h0, c0) = moved(lstm, *random_inputs(lstm, B))
+            h0.requires_grad_()
+            of_lstm = lstm(x + h0[..., :I].tanh(), (h0, c0 + h0))[0].square().sum()
+            of_cell = cell(x[0], (h0[0], h0[0]))[0].square().sum()
+            weights = list(lstm.parameters())
+            found = torch.autograd.grad(of_lstm + of_cell, [h0, *weights], create_graph=create_graph)
+            if lstm is ours:
+                weights = [*weights, lstm.bias_ih_l0]
+                output, _ = gpu_lstm.functional.lstm_layer(x, weights, (h0[0], h0[0]), backend=backend)
+            else:
+                output, _ = lstm(x, (h0, h0))
+            found += torch.autograd.grad(output.square().sum(), [h0], create_graph=create_graph)
+            got.append({str(k): t.detach() for k, t in enumerate(found)})
+        assert_same(*got)
 
 
 # Dropout
 
 
 def test_dropout_with_the_same_seed_gives_the_numbers_of_torch():
-    theirs, ours = pair("torch", num_layers=3, bidirectional=True, dropout=0.4)
-    x, hx = (t.double() if isinstance(t, Tensor) else tuple(s.double() for s in t) for t in random_inputs(theirs))
-    outputs = []
-    for module in (ours, theirs):
-        torch.manual_seed(5)
-        outputs.append(module(x, hx)[0])
-    assert torch.equal(*outputs)
-    torch.manual_seed(6)
-    assert not torch.equal(outputs[0], ours(x, hx)[0])
-
-
-def test_dropout_in_a_packed_sequence_gives_the_numbers_of_torch():
-    theirs, ours = pair("torch", num_layers=2, dropout=0.4)
-    x, _ = random_inputs(theirs)
-    packed = pack_padded_sequence(x.double(), [2, 1, 4], enforce_sorted=False)
+    theirs, ours = pair("LSTM", "torch", num_layers=3, dropout=0.4)
+    stack = gpu_lstm.StackedLSTM(I, [H] * 3, dropout=0.4, backend="torch").double()
+    stack.load_state_dict(dict(zip(stack.state_dict(), ours.state_dict().values(), strict=True)))
+    x = random_inputs(ours, B)[0].double()
+    packed = pack_padded_sequence(x, [2, 1, 4], enforce_sorted=False)
     for training in (True, False):
-        outputs = []
-        for module in (ours.train(training), theirs.train(training)):
-            torch.manual_seed(5)
-            outputs.append(module(packed)[0].data)
-        assert torch.equal(*outputs)
+        for modules, given in (((theirs, ours, stack), x), ((theirs, ours), packed)):
+            outputs = []
+            for module in modules:
+                torch.manual_seed(5)
+                output = module.train(training)(given)[0]
+                outputs.append(output if given is x else output.data)
+            assert all(torch.equal(output, outputs[0]) for output in outputs)
+    torch.manual_seed(6)
+    assert not torch.equal(outputs[0], ours.train()(packed)[0].data)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_dropout_of_everything_leaves_the_second_layer_without_input(backend):
-    theirs, ours = pair(backend, num_layers=2, dropout=1.0)
-    x, _ = random_inputs(theirs)
-    second = nn.LSTM(H, H).double()
-    second.load_state_dict({name[:-1] + "0": w for name, w in theirs.state_dict().items() if name.endswith("1")})
-    expected, _ = second(torch.zeros(T, B, H, dtype=torch.float64))
-    output, _ = ours(x.to(**PLACES[backend]))
-    assert_same({"output": output.detach()}, {"output": expected.detach()})
+    """Also with a residual connection: what it adds is dropped with the rest."""
+    chain, stack = pair("StackedLSTM", backend, hidden_sizes=[3, 3])
+    residual = gpu_lstm.StackedLSTM(3, [3, 3], residual=True, backend=backend, **PLACES[backend])
+    residual.load_state_dict(stack.state_dict())
+    _, lstm = pair("LSTM", backend, hidden_size=3, num_layers=2)
+    lstm.load_state_dict(dict(zip(lstm.state_dict(), chain.state_dict().values(), strict=True)))
+    x, _ = random_inputs(chain, B)
+    h = chain.layers[0](x.double())[0][-1]
+    expected = dict(output=chain.layers[1](torch.zeros(T, B, 3).double())[0].detach(), h=h.detach())
+    for module in (stack, residual, lstm):
+        module.dropout = 1.0
+        output, states = module(*moved(module, x))
+        assert_same(dict(output=output.detach(), h=tree_leaves(states)[0].view(-1, B, 3)[0].detach()), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout_is_off_in_eval(backend):
-    theirs, ours = pair(backend, num_layers=2, dropout=0.9)
-    x, hx = random_inputs(theirs)
-    assert_same(results(ours.eval(), x, hx), results(theirs.eval(), x, hx))
+@every_backend
+@pytest.mark.parametrize(("kind", "arguments"), [("LSTM", dict(num_layers=2)), ("StackedLSTM", {})], ids=str)
+def test_dropout_is_off_in_eval(backend, kind, arguments):
+    theirs, ours = pair(kind, backend, **arguments)
+    ours.eval().dropout = 0.9
+    x, hx = random_inputs(ours, B)
+    assert_same(results(ours, x, hx), results(theirs, x, hx))
+
+
+# Half precision, autocast
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [
+    ("torch", torch.float32), ("reference", torch.float32), ("reference", torch.float16), ("triton", torch.float16),
+])  # fmt: skip
+def test_another_dtype(backend, dtype):
+    theirs, ours = pair("LSTM", backend, num_layers=2)
+    ours, theirs = ours.to(dtype), theirs.to(dtype).double()
+    x, hx = tree_map_only(torch.Tensor, lambda t: t.to(dtype), random_inputs(ours, B))
+    got = results(ours, x, hx)
+    assert {t.dtype for t in got.values()} == {dtype}
+    assert_same(got, results(theirs, x, hx))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype):
+    _, ours = pair("LSTM", "reference", bidirectional=True, proj_size=2)
+    inputs = moved(ours.to(dtype), *random_inputs(ours, B))
+    ragged = dict(lengths=LENGTHS, resets=RESETS)
+    with torch.no_grad():
+        rounded = tree_leaves(ours(*inputs, **ragged))
+        exact = tree_leaves(ours.float()(*moved(ours, *inputs), **ragged))
+        assert all(torch.equal(a, b.to(dtype)) for a, b in zip(rounded, exact, strict=True))
+        if dtype is torch.bfloat16:  # under autocast alike
+            with torch.autocast("cpu", dtype):
+                cast = tree_leaves(ours(*moved(ours, *inputs), **ragged))
+            assert all(map(torch.equal, cast, rounded))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.parametrize(("kind", "backend", "arguments"), [
+    ("LSTM", "torch", {}), ("LSTM", "torch", dict(num_layers=2, bidirectional=True)),
+    ("LSTM", "torch", dict(proj_size=2)), ("LSTM", "reference", dict(num_layers=2, bidirectional=True)),
+    ("LSTMCell", "torch", {}),
+], ids=str)  # fmt: skip
+def test_cpu_autocast_gives_the_dtypes_of_torch(kind, backend, arguments):
+    theirs, ours = (module.float() for module in pair(kind, backend, **arguments))
+    x, hx = random_inputs(ours, B)
+    atol = 4 * torch.finfo(torch.bfloat16).eps
+    for given in ((x,), (x, hx)):
+        got = []
+        for module in (ours, theirs):
+            with torch.autocast("cpu", torch.bfloat16):
+                found = tree_leaves(module(*given))
+            gradients = torch.autograd.grad(found[0].float().square().sum(), list(module.parameters()))
+            got.append([*found, *gradients])
+        assert [t.dtype for t in got[0]] == [t.dtype for t in got[1]]
+        for our, their in zip(got[0][: len(found)], found, strict=True):
+            torch.testing.assert_close(our.float(), their.float(), rtol=0, atol=atol)
+    if kind == "LSTM":
+        ragged = dict(lengths=torch.full((B,), T), resets=torch.zeros(T, B, dtype=torch.bool))
+        with torch.autocast("cpu", torch.bfloat16):
+            plain, ragged = (tree_leaves(ours(x, hx, **kwargs)) for kwargs in ({}, ragged))
+        for a, b in zip(plain, ragged, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=atol)
+
+
+# torch.compile, TorchScript
+
+
+@every_backend
+@pytest.mark.parametrize(("kind", "arguments"), [
+    pytest.param("LSTM", dict(bidirectional=True), marks=pytest.mark.slow), ("LSTMCell", {}),
+    pytest.param("StackedLSTM", {}, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
+def test_compiled_whole_it_computes_the_same(backend, kind, arguments):
+    _, ours = pair(kind, backend, **arguments)
+    x, hx = random_inputs(ours, B)
+    ragged = dict(lengths=LENGTHS, resets=RESETS) if kind == "LSTM" and backend != "torch" else {}
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    assert_same(results(ours, x, hx, call=compiled, **ragged), results(ours, x, hx, **ragged))
+    (x,) = moved(ours.float(), x)  # which needs no gradient
+    weights = list(ours.parameters())
+    found = (torch.autograd.grad(tree_leaves(call(x))[0].square().sum(), weights) for call in (compiled, ours))
+    assert_same(*(dict(enumerate(gradients)) for gradients in found))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize(("kind", "arguments"), [
+    ("LSTM", dict(num_layers=2, batch_first=True)), ("LSTM", dict(bidirectional=True)), ("LSTMCell", {}),
+], ids=str)  # fmt: skip
+def test_scripted_it_computes_the_same_with_the_same_weights(kind, arguments):
+    theirs, ours = pair(kind, "torch", **arguments)
+    scripted = torch.jit.script(nn.Sequential(ours))
+    x = random_inputs(ours, B)[0].double()
+    for _ in range(2):
+        assert torch.equal(scripted(x)[0], theirs(x)[0])
+        with torch.no_grad():
+            for module in (ours, theirs):
+                next(module.parameters()).mul_(0.5)

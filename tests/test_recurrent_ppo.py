@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from rich.console import Console
 
 from bench import ppo_update
 
@@ -34,22 +33,10 @@ def agent():
     return agent
 
 
-class Steps(torch.nn.LSTM):
-    """By torch.lstm_cell, step by step; zeros take the place of the state where an episode starts."""
-
-    def forward(self, x, state, resets):
-        (h,), (c,) = state
-        outputs = []
-        for x_t, reset in zip(x, resets):
-            h, c = (torch.where(reset[:, None], 0.0, each) for each in (h, c))
-            h, c = torch.lstm_cell(x_t, (h, c), *self.all_weights[0])
-            outputs.append(h)
-        return torch.stack(outputs), (h[None], c[None])
-
-
 def _by_steps(agent):
+    """With torch.nn.LSTM called for every step."""
     twin = copy.deepcopy(agent)
-    twin.lstm = Steps(16, 16).double()
+    twin.lstm = ppo_update.StepLoop(16, 16).double()
     twin.load_state_dict(agent.state_dict())
     return twin
 
@@ -66,19 +53,15 @@ def _differing(found, expected):
     return {name for name, value in expected.items() if (found[name] - value).abs().max() > 1e-10 * value.abs().max()}
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_the_update_in_one_call_is_that_of_a_loop_over_steps(agent, batch, backend):
+def test_the_update_in_one_call_is_that_of_a_loop_over_steps(agent, batch):
     expected = _loss_and_gradients(_by_steps(agent), batch)
     assert all(value.abs().max() > 1e-6 for value in expected.values())
-    agent.lstm.backend = backend
-    assert not _differing(_loss_and_gradients(agent, batch), expected)
-
-
-@pytest.mark.parametrize("shift", [1, -1])
-def test_resets_a_step_late_or_early_make_every_gradient_another(agent, batch, shift):
-    expected = _loss_and_gradients(_by_steps(agent), batch)
-    shifted = batch._replace(starts=batch.starts.roll(shift, dims=0))
-    assert _differing(_loss_and_gradients(agent, shifted), expected) == set(expected)
+    for backend in ("torch", "reference"):
+        agent.lstm.backend = backend
+        assert not _differing(_loss_and_gradients(agent, batch), expected)
+    for shift in (1, -1):  # a step late or early makes every gradient another
+        shifted = batch._replace(starts=batch.starts.roll(shift, dims=0))
+        assert _differing(_loss_and_gradients(agent, shifted), expected) == set(expected)
 
 
 def test_a_minibatch_takes_the_states_of_its_environments(agent, batch):
@@ -159,6 +142,7 @@ def test_advantages_are_the_discounted_errors_up_to_the_end_of_the_episode():
     torch.testing.assert_close(example.estimate(rewards, values, starts), expected)
 
 
+@pytest.mark.slow
 def test_it_learns_and_only_with_memory(tmp_path):
     returns = example.main(updates=20, seed=0, out=tmp_path)
     assert returns["remembers"] > 150  # 217 to 258 with seeds 0 to 4, from about 20
@@ -166,21 +150,25 @@ def test_it_learns_and_only_with_memory(tmp_path):
     assert (tmp_path / "recurrent_ppo.png").stat().st_size > 10_000
 
 
-def test_the_benchmark_times_both_and_prints_a_line_a_size():
-    rows = ppo_update.measure("cpu", [(6, 2, 8), (4, 3, 16)], seconds=0.01)
-    assert [(row.steps, row.environments, row.hidden) for row in rows] == [(6, 2, 8), (4, 3, 16)]
-    for row in rows:
+def test_the_benchmark_times_both_and_prints_a_line_a_size(monkeypatch, capsys):
+    measure, rows = ppo_update.measure, []
+
+    def quick(device):
+        rows.extend(measure(device, [(6, 2, 8), (4, 3, 16)], seconds=0.01))
+        return rows
+
+    monkeypatch.setattr(ppo_update, "measure", quick)
+    monkeypatch.setenv("COLUMNS", "120")
+    parser = argparse.ArgumentParser()
+    ppo_update.add_arguments(parser)
+    assert ppo_update.run(parser.parse_args(["--device", "cpu"])) == 0
+    printed = capsys.readouterr().out
+    assert "one call by torch" in printed
+    for row, sizes in zip(rows, ["6 2 8", "4 3 16"], strict=True):
         assert len(row.one_call) == len(row.loop) >= 9
         assert min(row.one_call + row.loop) > 0
-    console = Console(width=120)
-    with console.capture() as printed:
-        console.print(ppo_update.table(rows, "cpu"))
-    assert "one call by torch" in printed.get()
-    line = next(line for line in printed.get().splitlines() if line.split()[:3] == ["4", "3", "16"])
-    assert line.split()[5] == f"{rows[1].speed[0]:.2f}"
-
-
-def test_the_speed_is_the_loop_over_one_call():
+        (line,) = (line.split() for line in printed.splitlines() if line.split()[:3] == sizes.split())
+        assert line[5] == f"{row.speed[0]:.2f}"
     row = ppo_update.Measured(4, 3, 16, one_call=[1.0, 2.0, 4.0], loop=[3.0, 6.0, 12.0])
     assert row.speed == (3.0, 3.0, 3.0)
 
@@ -192,14 +180,6 @@ def test_the_benchmark_times_nothing_that_differs(monkeypatch):
     monkeypatch.setattr(ppo_update.timing, "interleaved", lambda *_: pytest.fail("it was timed"))
     with pytest.raises(RuntimeError, match=r"the loop differ by .*, expected 0\.0001"):
         ppo_update.measure("cpu", [(24, 5, 16)])
-
-
-def test_the_benchmark_as_a_command(monkeypatch, capsys):
-    parser = argparse.ArgumentParser()
-    ppo_update.add_arguments(parser)
-    monkeypatch.setattr(ppo_update, "measure", lambda device: [ppo_update.Measured(4, 3, 16, [1.0, 1.0], [2.0, 2.0])])
-    assert ppo_update.run(parser.parse_args(["--device", "cpu"])) == 0
-    assert "2.00" in capsys.readouterr().out
 
 
 def test_without_gymnasium_the_command_says_what_to_install(monkeypatch, capsys):

@@ -36,27 +36,25 @@ def flat(states):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("pieces", [[1] * T, [4, 1, 1, 3], [T]], ids=str)
-def test_pieces_are_the_whole(build, backend, pieces):
-    lstm = build(backend)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_pieces_are_the_whole(build, backend, batch_first):
+    lstm = build(backend, batch_first=batch_first)
     x = random_input(lstm)
-    whole, states = lstm(x)
+
+    def turned(t):
+        return t.transpose(0, 1) if batch_first else t
+
+    whole, states = lstm(turned(x))
+    assert whole.requires_grad
     stream = Stream(lstm, B)
-    # A step is (N, I); a chunk, of one step too, (T, N, I).
-    parts = [stream(part[0])[None] if len(part) == 1 else stream(part) for part in x.split(pieces)]
+    # A step is (N, I); a chunk, of one step too, (T, N, I) or (N, T, I).
+    parts = [stream(turned(x[:4])), turned(stream(x[4])[None]), turned(stream(x[5])[None]), stream(turned(x[6:7])),
+             stream(turned(x[7:]))]  # fmt: skip
     accuracy = {"rtol": 0, "atol": 4 * torch.finfo(whole.dtype).eps}
-    torch.testing.assert_close(torch.cat(parts), whole, **accuracy)
-    for held, true in zip(flat(stream.state), flat(states)):
-        torch.testing.assert_close(held, true, **accuracy)
-
-
-def test_batch_first(build):
-    lstm = build(batch_first=True)
-    x = random_input(lstm)
-    whole, _ = lstm(x.transpose(0, 1))
-    stream = Stream(lstm, B)
-    parts = [stream(x[0])[:, None], stream(x[1:6].transpose(0, 1)), stream(x[6:].transpose(0, 1))]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+    torch.testing.assert_close(torch.cat(parts, dim=int(batch_first)), whole.detach(), **accuracy)
+    assert not any(part.requires_grad for part in parts)
+    for held, true in zip(flat(stream.state), flat(states), strict=True):
+        torch.testing.assert_close(held, true.detach(), **accuracy)
 
 
 def test_it_begins_with_the_states_it_is_given_and_leaves_them_alone(build):
@@ -66,7 +64,7 @@ def test_it_begins_with_the_states_it_is_given_and_leaves_them_alone(build):
     before = [t.clone() for t in flat(states)]
     stream = Stream(lstm, B, states)
     torch.testing.assert_close(stream(x), lstm(x, states)[0])
-    assert all(torch.equal(a, b) for a, b in zip(flat(states), before))
+    assert all(map(torch.equal, flat(states), before))
     taken = flat(stream.state)
     stream(x)
     assert not torch.equal(taken[0], flat(stream.state)[0])  # what was handed out is a copy
@@ -122,21 +120,15 @@ def test_a_cell_state_in_float32_beside_half_precision(backend, options):
         assert torch.equal(state[1], c_n)
 
 
-def test_nothing_is_recorded_for_backward(build):
-    lstm = build()
-    assert not Stream(lstm, B)(random_input(lstm)).requires_grad
-
-
 def test_a_step_is_captured_once_and_again_when_a_parameter_is_replaced(build, monkeypatch):
     lstm = build()
     x = random_input(lstm)
     captures = []
 
     def captured(step, device):
+        """As a CUDA graph: steps to warm up, one for the capture, and replays that write where it wrote."""
         captures.append(step)
-        for _ in range(3):  # as warming up for a capture does
-            step()
-        static = step()  # where the graph writes
+        static = [step() for _ in range(4)][-1]
 
         def replay():
             static.copy_(step())
@@ -180,21 +172,23 @@ def test_a_step_is_replayed_from_a_graph(hidden):
 
 def test_mistakes(build):
     lstm = build()
-    with pytest.raises(TypeError, match="Stream takes an LSTM or a StackedLSTM, got Linear"):
-        Stream(torch.nn.Linear(2, 3), 1)
-    with pytest.raises(ValueError, match="Stream takes one direction, got bidirectional=True"):
-        Stream(gpu_lstm.LSTM(I, H, bidirectional=True), 1)
-    stream = Stream(lstm, B)
+    stream, first = Stream(lstm, B), Stream(build(batch_first=True), B)
     x = random_input(lstm)
-    with pytest.raises(ValueError, match=rf"expected \(N, I\) or \(T, N, I\) with N = 3, got \(9, 2, {I}\)"):
-        stream(x[:, :2])
-    with pytest.raises(ValueError, match=r"with N = 3, got \(4,\)"):
-        stream(x[0, 0])
-    with pytest.raises(RuntimeError, match=f"[Ee]xpected {I}, got 2"):
-        stream(x[..., :2])
-    with pytest.raises(ValueError, match=r"expected bool of shape \(3,\), got torch.bool \(2,\)"):
-        stream.reset(torch.ones(2, dtype=torch.bool))
-    dropping = gpu_lstm.LSTM(I, H, 2, dropout=0.5)
-    with pytest.raises(ValueError, match=r"drops out in training mode; call eval\(\)"):
-        Stream(dropping, B)(x.float())
+    for call, error, text in (
+        (lambda: Stream(torch.nn.Linear(2, 3), 1), TypeError, "Stream takes an LSTM or a StackedLSTM, got Linear"),
+        (lambda: Stream(gpu_lstm.LSTM(I, H, bidirectional=True), 1), ValueError,
+         "Stream takes one direction, got bidirectional=True"),
+        (lambda: stream(x[:, :2]), ValueError, rf"expected \(N, I\) or \(T, N, I\) with N = 3, got \({T}, 2, {I}\)"),
+        (lambda: first(x), ValueError, rf"expected \(N, I\) or \(N, T, I\) with N = 3, got \({T}, 3, {I}\)"),
+        (lambda: stream(x[0, 0]), ValueError, r"with N = 3, got \(4,\)"),
+        (lambda: stream(x[..., :2]), RuntimeError, f"[Ee]xpected {I}, got 2"),
+        (lambda: stream.reset(torch.ones(2, dtype=torch.bool)), ValueError,
+         r"expected bool of shape \(3,\), got torch.bool \(2,\)"),
+        (lambda: stream.reset(torch.ones(3)), ValueError, r"expected bool of shape \(3,\), got torch.float32 \(3,\)"),
+        *((lambda regularised=regularised: Stream(gpu_lstm.LSTM(I, H, 2, **regularised), B)(x.float()), ValueError,
+           r"drops out in training mode; call eval\(\)") for regularised in (dict(dropout=0.5), dict(weight_drop=0.5),
+           dict(zoneout=0.5), dict(recurrent_dropout=0.5))),
+    ):  # fmt: skip
+        with pytest.raises(error, match=text):
+            call()
     assert all((t == 0).all() for t in flat(stream.state))  # and nothing has changed

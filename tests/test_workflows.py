@@ -39,43 +39,34 @@ def run(*command: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
 
 
-def test_all_are_found():
+@pytest.mark.slow
+def test_all_are_found_and_valid(tmp_path):
     assert {"ci.yml", "gpu.yml", "docs-0.yml", "docs-1.yml"} == set(WORKFLOWS)
-
-
-@pytest.mark.parametrize("schema", ["vendor.github-workflows", "custom.github-workflows-require-timeout"])
-def test_workflows_are_valid(schema, tmp_path):
-    paths = []
     for name, text in WORKFLOWS.items():
-        paths.append(tmp_path / name)
-        paths[-1].write_text(text)
-    done = run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *map(str, paths))
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_the_action_is_valid():
-    done = run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-actions", str(ACTION))
-    assert done.returncode == 0, done.stdout + done.stderr
+        (tmp_path / name).write_text(text)
+    paths = [str(tmp_path / name) for name in WORKFLOWS]
+    for schema, files in (
+        ("vendor.github-workflows", paths), ("custom.github-workflows-require-timeout", paths),
+        ("vendor.github-actions", [str(ACTION)]),
+    ):  # fmt: skip
+        done = run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *files)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_workflows_may_only_read_and_do_not_pile_up(name):
+def test_workflows_only_read_do_not_pile_up_and_run_no_pull_request_on_a_self_hosted_runner(name):
     workflow = yaml.safe_load(WORKFLOWS[name])
     assert workflow["permissions"] == {"contents": "read"}
     assert "group" in workflow["concurrency"]
-
-
-@pytest.mark.parametrize("name", WORKFLOWS)
-def test_no_pull_request_runs_on_a_self_hosted_runner(name):
-    triggers = yaml.safe_load(WORKFLOWS[name])[True]  # `on` is a boolean in YAML 1.1
+    triggers = workflow[True]  # `on` is a boolean in YAML 1.1
     self_hosted = any("self-hosted" in job["runs-on"] for job in jobs(WORKFLOWS[name]))
     assert self_hosted is ("pull_request" not in triggers)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_are_bash_and_take_no_expressions(script):
-    assert "${{" not in script  # what it says would be run as code; it comes by the environment
-    assert run("bash", "-n", "-c", script).returncode == 0
+def test_scripts_are_bash_and_take_no_expressions():
+    for script in SCRIPTS:
+        assert "${{" not in script  # what it says would be run as code; it comes by the environment
+        assert run("bash", "-n", "-c", script).returncode == 0, script
 
 
 def test_actions_of_this_repository_and_their_inputs_exist():
@@ -165,32 +156,23 @@ def test_the_action_ends_as_the_comparison_does(comparing, tmp_path, status):
         assert summary == f"```\n{said}```\n"
 
 
-@pytest.fixture
-def project(tmp_path):
-    """A user's, with the page's conftest.py and test, and one that needs a GPU."""
+@pytest.mark.slow
+def test_the_pages_conftest_and_test_do_as_it_says(tmp_path):
+    """In a user's project: pass without a GPU, and fail where one or a chosen backend is required and cannot run."""
     conftest, test = blocks("python")
     (tmp_path / "conftest.py").write_text(conftest)
     (tmp_path / "test_lstm.py").write_text(test)
     gpu = "import pytest\n@pytest.mark.gpu\ndef test_gpu(): import torch; assert torch.zeros(1, device='cuda') == 0\n"
     (tmp_path / "test_gpu.py").write_text(gpu)
 
-    def pytest_(*arguments, **environment):
+    def said(backend, interpret, *arguments):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), *arguments]
-        path = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(command, cwd=tmp_path, env=path | environment, capture_output=True, text=True)
+        environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "GPU_LSTM_BACKEND": backend,
+                       "TRITON_INTERPRET": interpret}  # fmt: skip
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
 
-    return pytest_
-
-
-@pytest.mark.parametrize(("backend", "interpret"), [("torch", "0"), ("triton", "1")])
-def test_the_pages_tests_pass_without_a_gpu(project, backend, interpret):
-    done = project(GPU_LSTM_BACKEND=backend, TRITON_INTERPRET=interpret)
-    assert "1 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
-
-
-def test_a_required_gpu_and_a_chosen_backend_fail_where_they_cannot_run(project):
-    done = project("--require-gpu", GPU_LSTM_BACKEND="triton", TRITON_INTERPRET="0")
-    assert done.returncode == 1
-    assert "needs a CUDA device" in done.stdout
-    assert "backend 'triton' takes CUDA tensors" in done.stdout
-    assert "passed" not in done.stdout
+    assert "1 passed, 1 skipped" in said("triton", "1")
+    required = said("triton", "0", "--require-gpu")
+    assert "1 failed, 1 error" in required
+    assert "needs a CUDA device" in required
+    assert "backend 'triton' takes CUDA tensors" in required

@@ -1,0 +1,114 @@
+"""README, pages, examples and the lesson run, do what they say, and link to what is there."""
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES, README, PAGES = ROOT / "examples", ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
+LESSON = EXAMPLES / "lstm_explained.ipynb"
+
+
+def run_examples(page: Path, names: dict) -> int:
+    """One after another; how many."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{page.name}, example {number}", "exec"), names)
+    return len(blocks)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "ci.md"],  # which has tests of its own
+                         ids=lambda page: page.stem)  # fmt: skip
+def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    assert run_examples(page, {}) > 0
+
+
+def test_the_examples_of_the_readme_run():
+    names = {"model": torch.nn.Sequential(torch.nn.LSTM(3, 4))}
+    assert run_examples(README, names) >= 5
+    found = [names[name] for name in ("output", "h1", "c1", "h2", "c2")]  # of the last example, as its comment says
+    assert [tuple(t.shape) for t in found] == [(2, 3, 5), (2, 4), (2, 4), (2, 5), (2, 5)]
+    assert type(names["model"][0]) is names["gpu_lstm"].LSTM
+
+
+@pytest.mark.slow
+def test_weather_beats_both_baselines_on_the_held_out_year(tmp_path):
+    spec = importlib.util.spec_from_file_location("weather", EXAMPLES / "weather.py")
+    weather = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(weather)
+    errors = weather.main(out=tmp_path)
+    ours = errors.pop("StackedLSTM")
+    assert set(errors) == {"yesterday's value", "day-of-year mean"}
+    for baseline in errors.values():
+        assert ours.mae < baseline.mae
+        assert ours.rmse < baseline.rmse
+    assert (tmp_path / "weather.png").stat().st_size > 10_000
+
+
+def links(text: str) -> list[str]:
+    """The files that Markdown links to, but for its examples."""
+    text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+    return re.findall(r"\]\((?!https?:)([^)#]+)", text)
+
+
+def test_every_page_is_linked_from_the_readme_and_every_link_leads_somewhere():
+    assert {f"docs/{page.name}" for page in PAGES} <= set(links(README.read_text()))
+    texts = [(page, page.read_text()) for page in (README, *PAGES)]
+    markdown = (cell.source for cell in lesson().cells if cell.cell_type == "markdown")
+    texts.append((LESSON, "\n".join(markdown)))
+    assert "../docs/looking_inside.md" in links(texts[-1][1])
+    for page, text in texts:
+        for path in links(text):
+            assert (page.parent / path).exists(), (page.name, path)
+
+
+# The lesson
+
+
+def lesson():
+    return nbformat.read(LESSON, as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def kinds(cell):
+    """What a cell put out: "stdout", or the formats in which something was displayed."""
+    return {output["name"] if output.output_type == "stream" else frozenset(output.data) for output in cell.outputs}
+
+
+@pytest.mark.slow
+def test_every_cell_of_the_lesson_runs_and_its_kinds_of_output_are_stored(tmp_path, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # a kernel chooses its own
+    examples = shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("out", "__pycache__"))
+    executed = lesson()
+    for cell in code(executed):
+        cell.outputs = []
+    NotebookClient(executed, timeout=300, kernel_name="python3", resources={"metadata": {"path": examples}}).execute()
+    for ran, kept in zip(code(executed), code(lesson()), strict=True):
+        assert kinds(ran) == kinds(kept), ran.source
+
+
+def test_the_lesson_is_stored_of_one_run_without_errors_and_without_the_machine_that_ran_it():
+    stored = lesson()
+    nbformat.validate(stored)
+    cells = code(stored)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        assert all(output.output_type != "error" for output in cell.outputs), cell.source
+        assert "stderr" not in kinds(cell), cell.source
+        texts = [output.get("text") or output.data["text/plain"] for output in cell.outputs]
+        assert not any(re.search(r"/(tmp|home|root|Users)/|site-packages", text) for text in texts), cell.source
+    assert sum("image/png" in kind for cell in cells for kind in kinds(cell)) >= 6
+    assert LESSON.stat().st_size < 600_000
+    assert set(stored.metadata) == {"kernelspec", "language_info"}
+    assert all(not cell.metadata for cell in stored.cells)  # among them times of execution

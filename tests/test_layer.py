@@ -1,0 +1,141 @@
+"""One layer in one direction, plain and with noise: the reference and the kernels against the NumPy oracle.
+
+Noise is what recurrent dropout and zoneout draw for a call. The kernels without it are in test_kernels.
+"""
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from comparing import NAMES, PLACES, Problem, assert_as_good_as_torch, problem
+
+from gpu_lstm import ops, reference
+from gpu_lstm.kernels.cupy_lstm import launch as cupy
+from gpu_lstm.kernels.triton_lstm import launch, tuning
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, plans
+from gpu_lstm.noise import Noise
+
+pytestmark = pytest.mark.usefixtures("exact_float32_products")
+NOISES = {"none": (False, False, False), "masks": (True, True, True), "dropout": (True, False, False),
+          "h": (False, True, False), "c": (False, False, True), "expected": None}  # fmt: skip
+RAGGED = dict(ragged=True, resets=0.4)
+VARIANTS = {
+    "plain": {},
+    "reverse": dict(reverse=True),
+    "ragged resets": RAGGED,
+    "ragged resets reverse": dict(**RAGGED, reverse=True),
+    "no bias": dict(bias=False, **RAGGED),
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def noisy(size, variant, noise, seed=0) -> Problem:
+    """A random problem with masks of which each element is a coin toss, or with expectations."""
+    given = problem(*size, **VARIANTS[variant], seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    steps, (batch, width), hidden = len(given.tensors[0]), given.tensors[1].shape, given.tensors[2].shape[1]
+
+    def tosses(*shape, heads):
+        return torch.rand(*shape, generator=generator) < heads
+
+    if NOISES[noise] is None:
+        return dataclasses.replace(given, noise=Noise(None, torch.tensor(0.3), torch.tensor(0.45)))
+    drawn = tosses(batch, width, heads=0.7).double() / 0.7, tosses(steps, batch, width, heads=0.3)
+    drawn = (*drawn, tosses(steps, batch, hidden, heads=0.45))
+    return dataclasses.replace(given, noise=Noise(*(t if there else None for t, there in zip(drawn, NOISES[noise]))))
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("size", [(6, 4, 3, 5, 0), (6, 4, 3, 5, 2), (1, 1, 1, 3, 0)], ids=str)
+@every_variant
+def test_the_reference_equals_the_oracle(variant, size, noise):
+    given = noisy(size, variant, noise)
+    for name, true, our in zip(NAMES, given.truth(), given.run("reference", torch.float64), strict=True):
+        if true is not None:
+            torch.testing.assert_close(our.detach(), torch.from_numpy(true), rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("noise", ["none", "masks", "expected"])
+@pytest.mark.parametrize(("projected", "variant"), [(0, "no bias"), (2, "ragged resets reverse")])
+def test_derivatives_of_the_reference_by_finite_differences(projected, variant, noise):
+    given = noisy((2, 2, 2, 3, projected), variant, noise)
+    present = [t is not None for t in given.tensors]
+
+    def layer(*tensors):
+        remaining = iter(tensors)
+        arguments = [next(remaining) if there else None for there in present]
+        return reference.lstm_layer(*arguments, given.lengths, given.resets, given.reverse, noise=given.noise)
+
+    inputs = [t.requires_grad_() for t in given.tensors if t is not None]
+    assert torch.autograd.gradcheck(layer, inputs)
+    assert torch.autograd.gradgradcheck(layer, inputs)
+
+
+# The kernels with noise: more than one tile of 16 sequences and of 32 units, the last of them not full
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "noise"),
+    [*((variant, "masks") for variant in VARIANTS), *(("ragged resets reverse", noise) for noise in list(NOISES)[2:])],
+)
+@pytest.mark.parametrize("size", [(3, 17, 3, 33), (4, 4, 3, 33, 7)], ids=str)
+def test_the_kernels_are_as_good_as_the_reference(size, variant, noise, device):
+    assert_as_good_as_torch(
+        partial(noisy, size, variant, noise), "triton", torch.float32, device, 1, yardstick="reference"
+    )
+
+
+@pytest.mark.parametrize("noise", ["masks", "expected"])
+def test_the_kernels_in_float16(noise, device):
+    make = partial(noisy, (4, 3, 4, 20, 7), "ragged resets reverse", noise)
+    assert_as_good_as_torch(make, "triton", torch.float16, device, yardstick="reference")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in Triton's interpreter
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_nan_passes_neither_a_reset_nor_out_of_the_padding(backend):
+    given = noisy((5, 3, 3, 4, 2), "plain", "masks")
+    given.tensors[0][:2, 0], given.tensors[1][1] = float("nan"), float("nan")
+    given.tensors[0][3:, 2], given.output_gradients[0][3:, 2] = float("nan"), float("nan")
+    given.lengths, given.resets = torch.tensor([5, 5, 3]), torch.zeros(5, 3, dtype=torch.bool)
+    given.resets[2, 0], given.resets[0, 1] = True, True
+    h, h_n, c_n, dx, *_ = given.run(backend, PLACES[backend]["dtype"], PLACES[backend]["device"])
+    assert h.isnan().any(2).T.tolist() == [[True, True, False, False, False], [False] * 5, [False] * 5]
+    assert not any(t.isnan().any() for t in (h_n, c_n, dx[2:]))
+    assert (dx[3:, 2] == 0).all()
+
+
+def test_the_operators(device):
+    given = noisy((2, 2, 3, 5, 2), "ragged resets reverse", "masks")
+    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr = (
+        None if t is None else t.to(device, torch.float32) for t in given.tensors
+    )
+    noise = [(t if t.dtype is torch.bool else t.float()).to(device) for t in given.noise]
+    gates = x @ weight_ih.T
+    rest = (weight_hh, weight_hr, h0, c0, given.lengths.to(device), given.resets.to(device), True)
+    torch.library.opcheck(ops.layer_forward, (gates, *rest, True, "triton", *noise))
+    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", *noise)
+    torch.library.opcheck(ops.layer_backward, (h, h_n, c_n, gates, c, *rest, "triton", *noise))
+
+
+def test_the_kernels_of_cupy_refuse_noise():
+    gates, h0, weight_hh = torch.zeros(2, 1, 16), torch.zeros(1, 4), torch.zeros(16, 4)
+    recurrence = (weight_hh, None, h0, h0, None, None, False, "ieee")
+    for noise in ((h0, None, None), (None, torch.tensor(0.1), None), (None, None, torch.tensor(0.1))):
+        with pytest.raises(ValueError, match=r"^backend 'cupy' takes neither recurrent dropout nor zoneout$"):
+            cupy.layer_forward(gates, *recurrence, *noise, save=True)
+        with pytest.raises(ValueError, match=r"^backend 'cupy' takes neither"):
+            cupy.layer_backward(None, None, None, gates, gates[..., :4], *recurrence, *noise)
+
+
+def test_planning_takes_the_step_family_for_noise():
+    plain = launch.Problem(128, 16, 128, torch.bfloat16)
+    regularised = dataclasses.replace(plain, regularised=True)
+    for backward in (False, True):
+        (plan,) = plans(regularised, DEVICES["h100"], backward)
+        assert plan.family is Family.STEP
+        assert plan.why == "recurrent dropout and zoneout run step by step"
+        keys = {tuning._key(p, DEVICES["h100"], backward) for p in (plain, regularised)}
+        assert len(keys) == 2, "a measured plan of the one is not taken for the other"

@@ -1,0 +1,283 @@
+"""The modules as holders of weights: torch's names and initial values, copies, and weights that come from elsewhere."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from comparing import BACKENDS, PLACES, assert_same
+from pairs import KINDS, B, H, I, T, assert_identical, pair, random_inputs, results
+from torch import nn
+from torch.nn.utils import prune
+
+import gpu_lstm
+
+pytestmark = pytest.mark.usefixtures("exact_float32_products")
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def same_weights(a, b) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+# As torch has them
+
+CONFIGURATIONS = [
+    (nn.LSTM, {}),
+    (nn.LSTM, dict(num_layers=2, bidirectional=True)),
+    (nn.LSTM, dict(bias=False, batch_first=True)),
+    (nn.LSTM, dict(num_layers=2, bidirectional=True, proj_size=2, dropout=0.3)),
+    (nn.LSTM, dict(bias=False, proj_size=1)),
+    (nn.LSTMCell, {}),
+    (nn.LSTMCell, dict(bias=False)),
+]
+
+
+@pytest.mark.parametrize(("cls", "arguments"), CONFIGURATIONS, ids=str)
+def test_names_values_and_repr_are_those_of_torch(cls, arguments):
+    torch.manual_seed(7)
+    theirs = cls(I, H, **arguments)
+    for ours in (getattr(gpu_lstm, cls.__name__), *([gpu_lstm.compat.LSTM] if cls is nn.LSTM else [])):
+        torch.manual_seed(7)
+        module = ours(I, H, **arguments)
+        assert list(module.state_dict()) == list(theirs.state_dict())
+        assert same_weights(module, theirs)
+        assert repr(module) == repr(theirs)
+        module.load_state_dict(cls(I, H, **arguments).state_dict())
+        assert not same_weights(module, theirs)
+        torch.manual_seed(7)
+        module.reset_parameters()
+        assert same_weights(module, theirs)
+        if cls is nn.LSTM:
+            shapes = [[[w.shape for w in layer] for layer in m.all_weights] for m in (module, theirs)]
+            assert shapes[0] == shapes[1]
+            flat = [w for layer in module.all_weights for w in layer]
+            assert all(a is b is c for a, b, c in zip(flat, module._flat_weights, module.parameters(), strict=True))
+
+
+def test_a_stack_has_the_initial_values_of_a_deep_lstm_and_takes_device_and_dtype():
+    torch.manual_seed(3)
+    deep = nn.LSTM(I, H, num_layers=3, bidirectional=True)
+    torch.manual_seed(3)
+    assert same_weights(gpu_lstm.StackedLSTM(I, [H, H, H], bidirectional=True), deep)
+    stack = gpu_lstm.StackedLSTM(I, [4, 2], device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in stack.parameters()} == {("meta", torch.float64)}
+
+
+def test_what_is_not_default_is_shown():
+    noise = dict(recurrent_dropout=0.3, zoneout=(0.2, 0.4), weight_drop=0.25)
+    ours = dict(backend="reference", recompute=True, **noise)
+    torchs = dict(bias=False, batch_first=True, dropout=0.5, bidirectional=True)
+
+    def shown(arguments):
+        return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+    assert repr(gpu_lstm.LSTM(3, 4, 2, **ours)) == f"LSTM(3, 4, num_layers=2, {shown(ours)})"
+    assert repr(gpu_lstm.LSTM(3, 4, zoneout=(0.0, 0.0))) == "LSTM(3, 4)"
+    assert repr(gpu_lstm.LSTMCell(3, 4, bias=False, backend="torch")) == "LSTMCell(3, 4, bias=False, backend='torch')"
+    assert gpu_lstm.StackedLSTM(3, [4, 2]).extra_repr() == "3, [4, 2]"
+    every = torchs | dict(residual=True) | ours
+    assert gpu_lstm.StackedLSTM(8, (4, 2, 2), **every).extra_repr() == f"8, [4, 2, 2], {shown(every)}"
+
+
+@every_backend
+def test_flat_weights_are_harmless(backend):
+    theirs, ours = pair("LSTM", backend, num_layers=2)
+    x, hx = random_inputs(ours, B)
+    assert ours.flatten_parameters() is None
+    ours.flatten_parameters = lambda *args, **kwargs: None  # as fastai does
+    ours = ours.to(**PLACES[backend])
+    ours._flat_weights = [torch.zeros_like(w) for w in ours._flat_weights]
+    assert_same(results(ours, x, hx), results(theirs, x, hx))
+
+
+# Copies, pickles, moves
+
+
+def _through_pickle(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def _through_torch_save(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = dict(pickle=_through_pickle, deepcopy=copy.deepcopy, torch_save=_through_torch_save)
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize(("kind", "backend", "arguments"), [
+    *(("LSTM", backend, dict(bidirectional=True, proj_size=2)) for backend in BACKENDS), ("LSTMCell", "triton", {}),
+    ("StackedLSTM", "reference", dict(bias=False)),
+], ids=str)  # fmt: skip
+def test_copies_compute_the_same_with_weights_of_their_own(kind, backend, arguments, copied):
+    _, ours = pair(kind, backend, **arguments)
+    x, hx = random_inputs(ours, B)
+    before = results(ours, x, hx)
+    for around in (gpu_lstm.compat.LSTM, nn.LSTM):
+        assert type(COPIES[copied](around(I, H))) is around
+    twin = COPIES[copied](ours)
+    assert type(twin) is type(ours)
+    assert repr(twin) == repr(ours)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.zero_()
+    assert_identical(results(twin, x, hx), before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("age", ["of today", "without proj_size", "all_weights of parameters"])
+def test_states_of_pickled_torch_modules(age, bias):
+    theirs = nn.LSTM(I, H, num_layers=2, bidirectional=True, bias=bias)
+    state = theirs.__getstate__()
+    if age != "of today":
+        del state["proj_size"]
+    if age == "all_weights of parameters":
+        del state["_flat_weights"], state["_flat_weights_names"], state["_all_weights"]
+        state["all_weights"] = theirs.all_weights
+    for cls in (nn.LSTM, gpu_lstm.LSTM):  # it is a state that torch itself takes
+        restored = cls.__new__(cls)
+        restored.__setstate__(state.copy())
+        assert restored.proj_size == 0
+        assert restored._flat_weights_names == list(state["_parameters"])
+        assert all(a is b for a, b in zip(restored._flat_weights, state["_parameters"].values(), strict=True))
+    x, hx = random_inputs(theirs, B)
+    expected = results(theirs, x, hx)
+    assert_same(results(restored, x, hx), expected)
+    assert_same(results(_through_pickle(restored), x, hx), expected)
+
+    theirs, cell = nn.LSTMCell(I, H), gpu_lstm.LSTMCell.__new__(gpu_lstm.LSTMCell)
+    cell.__setstate__(theirs.__getstate__())
+    x, hx = random_inputs(theirs, B)
+    assert_same(results(cell, x, hx), results(theirs, x, hx))
+
+
+def test_from_the_meta_device():
+    theirs, _ = pair("LSTM", "torch", num_layers=2)
+    ours = gpu_lstm.LSTM(I, H, 2, device="meta", dtype=torch.float64)
+    assigned = copy.deepcopy(ours)
+    assigned.load_state_dict(theirs.state_dict(), assign=True)
+    ours.to_empty(device="cpu").load_state_dict(theirs.state_dict())
+    x, hx = random_inputs(theirs, B)
+    for module in (ours, assigned):
+        assert_same(results(module, x, hx), results(theirs, x, hx))
+
+
+# Weights that come from elsewhere: what is done to ours and to torch's alike
+
+
+def weight_norm(put_on):
+    def change(module):
+        for name in ("weight_hh_l0", "weight_ih_l1"):
+            put_on(module, name)
+        yield
+        with torch.no_grad():  # the weights move with their parameters
+            for parameter in module.parameters():
+                parameter.mul_(1.5)
+        yield
+
+    return change
+
+
+def pruning(module):
+    prune.l1_unstructured(module, "weight_hh_l0", amount=0.5)
+    prune.l1_unstructured(module, "bias_ih_l0", amount=3)
+    yield
+    prune.remove(module, "weight_hh_l0")
+    yield
+
+
+def replaced(module):
+    new = torch.linspace(-1, 1, 4 * H * H).view(4 * H, H).to(module.weight_hh_l0)
+    module.weight_hh_l0 = nn.Parameter(new)
+    module.bias_hh_l0.data = torch.ones_like(module.bias_hh_l0)
+    yield
+    del module.weight_hh_l0
+    module.register_parameter("weight_hh_l0", nn.Parameter(-new))
+    yield
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@every_backend
+@pytest.mark.parametrize("change", [
+    weight_norm(nn.utils.weight_norm), weight_norm(nn.utils.parametrizations.weight_norm), pruning, replaced,
+], ids=["old weight_norm", "weight_norm", "pruning", "replaced"])  # fmt: skip
+def test_weights_are_read_at_every_call(backend, change):
+    theirs, ours = pair("LSTM", backend, num_layers=2)
+    x, hx = random_inputs(ours, B)
+    before = results(theirs, x, hx)["output"]
+    for _ in zip(change(ours), change(theirs), strict=True):
+        true = results(theirs, x, hx)
+        assert_same(results(ours, x, hx), true)
+    assert not torch.equal(true["output"], before)
+
+
+@every_backend
+@every_kind
+def test_functional_call(backend, kind):
+    theirs, ours = pair(kind, backend)
+    x, _ = random_inputs(ours, B)
+    before, got = results(ours, x), []
+    for module in (ours, theirs):
+        others = {name: (p * 2).detach().requires_grad_() for name, p in module.named_parameters()}
+        output, _ = torch.func.functional_call(module, others, (x.to(next(module.parameters())),))
+        gradients = torch.autograd.grad(output.square().sum(), list(others.values()))
+        got.append({"output": output.detach(), **dict(zip(others, gradients, strict=True))})
+    assert_same(*got)
+    assert_identical(results(ours, x), before)
+
+
+def test_a_missing_weight_is_named():
+    ours = gpu_lstm.LSTM(I, H)
+    del ours.weight_hh_l0
+    with pytest.raises(AttributeError, match="weight_hh_l0"):
+        ours(torch.zeros(T, B, I))
+
+
+# Classes
+
+
+def scaled(base):
+    """A subclass with a forward of its own."""
+
+    def forward(self, input, hx=None):
+        output, states = base.forward(self, input * 2, hx)
+        return output + 1, states
+
+    return type("Scaled", (base,), dict(forward=forward))
+
+
+@every_backend
+@pytest.mark.parametrize(("cls", "of_torch"), [
+    (gpu_lstm.compat.LSTM, nn.LSTM), (scaled(gpu_lstm.LSTM), scaled(nn.LSTM)),
+], ids=["compat", "subclass"])  # fmt: skip
+def test_classes_around_compute_the_same(backend, cls, of_torch):
+    assert issubclass(cls, gpu_lstm.LSTM)
+    assert (issubclass(cls, nn.LSTM), issubclass(cls, nn.RNNBase)) == (cls is gpu_lstm.compat.LSTM, True)
+    theirs = of_torch(I, H, num_layers=2, bidirectional=True, proj_size=2).double()
+    ours = cls(I, H, num_layers=2, bidirectional=True, proj_size=2, backend=backend, **PLACES[backend])
+    ours.load_state_dict(theirs.state_dict())
+    x, hx = random_inputs(theirs, B)
+    assert_same(results(ours, x, hx), results(theirs, x, hx))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_torch_nn_lstm_replaced_before_a_model_is_built(monkeypatch):
+    theirs = nn.LSTM(I, H, num_layers=2, batch_first=True).double()
+    x, hx = random_inputs(theirs, B)
+    expected = results(theirs, x, hx)
+    monkeypatch.setattr(torch.nn, "LSTM", gpu_lstm.LSTM)
+    model = nn.Sequential(torch.nn.LSTM(I, H, num_layers=2, batch_first=True)).double()
+    assert type(model[0]) is gpu_lstm.LSTM
+    assert isinstance(model[0], torch.nn.LSTM)
+    model[0].load_state_dict(theirs.state_dict())
+    assert_same(results(copy.deepcopy(model)[0], x, hx), expected)
+    assert isinstance(gpu_lstm.compat.LSTM(I, H), type(theirs))
+    assert type(gpu_lstm.convert(nn.Sequential(copy.deepcopy(theirs)))[0]) is gpu_lstm.LSTM
+    scripted = torch.jit.script(model)
+    assert torch.equal(scripted(x.double())[0], theirs(x.double())[0])
