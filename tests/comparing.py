@@ -1,4 +1,4 @@
-"""Problems, and the comparison of a backend with the float64 oracle."""
+"""Examples, and the comparison of a backend with the float64 oracle."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ NAMES = ("h", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih", "dweight_hh", "dbi
 
 
 @dataclass
-class Problem:
+class Example:
     """One layer, one direction: float64 inputs, output gradients, and what the oracle says of them."""
 
     tensors: list[Tensor | None]  # x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
@@ -37,8 +37,8 @@ class Problem:
     output_gradients: list[Tensor]  # of h, h_n, c_n
     noise: Noise = NO_NOISE
 
-    def rounded(self, dtype: torch.dtype) -> "Problem":
-        """The same problem with all its numbers representable in `dtype`."""
+    def rounded(self, dtype: torch.dtype) -> "Example":
+        """The same example with all its numbers representable in `dtype`."""
 
         def through(t):
             return None if t is None else t.to(dtype).double()
@@ -83,10 +83,10 @@ class Problem:
         return [h, h_n, c_n, *(None if t is None else t.grad for t in tensors)]
 
 
-def problem(
+def example(
     T: int, B: int, I: int, H: int, P: int = 0, *, bias=True, ragged=False, resets=0.0, reverse=False, seed=0
-) -> Problem:
-    """A random problem. `ragged`: lengths from 0 to T, both among them where B allows; `resets`: their rate."""
+) -> Example:
+    """A random example. `ragged`: lengths from 0 to T, both among them where B allows; `resets`: their rate."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
@@ -105,11 +105,11 @@ def problem(
         lengths[0] = 0
         lengths[-1] = T
     reset_mask = torch.rand(T, B, generator=generator) < resets if resets else None
-    return Problem(tensors, lengths, reset_mask, reverse, [normal(T, B, width), normal(B, width), normal(B, H)])
+    return Example(tensors, lengths, reset_mask, reverse, [normal(T, B, width), normal(B, width), normal(B, H)])
 
 
 def assert_as_good_as_torch(
-    make_problem: Callable[[int], Problem],
+    make_example: Callable[[int], Example],
     backend: str,
     dtype: torch.dtype,
     device: str = "cpu",
@@ -118,15 +118,15 @@ def assert_as_good_as_torch(
 ) -> None:
     """Every result and gradient: its RMS error is at most twice that of torch's own LSTM in the same dtype.
 
-    Or that of another backend, the `yardstick`, where torch's LSTM does not take the problem. Both are held against the
-    oracle, over `seeds` problems, so that one lucky rounding of theirs decides nothing; an RMS below the unit in the
+    Or that of another backend, the `yardstick`, where torch's LSTM does not take the example. Both are held against the
+    oracle, over `seeds` examples, so that one lucky rounding of theirs decides nothing; an RMS below the unit in the
     last place of the largest element counts as that unit.
     """
     errors: dict[str, list[tuple[np.ndarray, np.ndarray, float]]] = {}
     for seed in range(seeds):
-        problem = make_problem(seed).rounded(dtype)
-        runs = (problem.run(name, dtype, device) for name in (backend, yardstick))
-        results = zip(NAMES, problem.truth(), *runs)
+        given = make_example(seed).rounded(dtype)
+        runs = (given.run(name, dtype, device) for name in (backend, yardstick))
+        results = zip(NAMES, given.truth(), *runs)
         for name, true, our, their in results:
             if true is not None:
                 our_error, their_error = (t.detach().double().cpu().numpy() - true for t in (our, their))

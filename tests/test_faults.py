@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from comparing import assert_as_good_as_torch, problem
+from comparing import assert_as_good_as_torch, example
 
 from gpu_lstm.kernels.triton_lstm import cell, indexing, launch, resident, step
 from gpu_lstm.kernels.triton_lstm.families import plans
@@ -65,8 +65,8 @@ FAULTS = {
 }
 
 
-def _problem(seed):
-    return problem(5, 3, 3, 6, ragged=True, resets=0.4, reverse=True, seed=seed)
+def _example(seed):
+    return example(5, 3, 3, 6, ragged=True, resets=0.4, reverse=True, seed=seed)
 
 
 @pytest.fixture(params=[step, resident], ids=["step", "resident"])
@@ -74,7 +74,7 @@ def family(request, monkeypatch):
     """The module of a kernel family, whose plans every launch takes."""
     name = request.param.__name__.rpartition(".")[2]
 
-    def plan(problem, device, backward):
+    def plan(problem, device, backward, *_):
         return next(p for p in plans(problem, INTERPRETER, backward) if p.family.value == name)
 
     monkeypatch.setattr(launch, "choose_plan", plan)
@@ -82,7 +82,7 @@ def family(request, monkeypatch):
 
 
 def test_without_a_fault(family):
-    assert_as_good_as_torch(_problem, "triton", torch.float32)
+    assert_as_good_as_torch(_example, "triton", torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_planted_fault_is_seen(monkeypatch, family, name, fault):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, fault)
     with pytest.raises(AssertionError):
-        assert_as_good_as_torch(_problem, "triton", torch.float32)
+        assert_as_good_as_torch(_example, "triton", torch.float32)
 
 
 SWAPS = [
@@ -124,4 +124,4 @@ def test_two_pointers_that_change_places_are_seen(monkeypatch, family, direction
     for fault, error in ((reordered, None), (renamed, TypeError), (swapped, AssertionError)):
         monkeypatch.setattr(launch, "launch_kernel", fault)
         with pytest.raises(error) if error else contextlib.nullcontext():
-            assert_as_good_as_torch(_problem, "triton", torch.float32)
+            assert_as_good_as_torch(_example, "triton", torch.float32)

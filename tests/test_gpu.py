@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from comparing import assert_as_good_as_torch, problem
+from comparing import assert_as_good_as_torch, example
 
 import gpu_lstm
 from gpu_lstm.kernels.triton_lstm import launch
@@ -23,15 +23,15 @@ VARIANTS = {
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def _problem(size, variant, seed):
-    return problem(*size, **VARIANTS[variant], seed=seed)
+def _example(size, variant, seed):
+    return example(*size, **VARIANTS[variant], seed=seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", [(32, 16, 64, 64), (32, 16, 64, 128), (24, 17, 100, 513), (16, 70, 64, 768)], ids=str)
 def test_what_is_chosen_is_right(size, variant, dtype):
-    assert_as_good_as_torch(partial(_problem, size, variant), "triton", dtype, "cuda", seeds=1)
+    assert_as_good_as_torch(partial(_example, size, variant), "triton", dtype, "cuda", seeds=1)
 
 
 @pytest.mark.parametrize("family", Family)
@@ -43,14 +43,14 @@ def test_every_family_and_exchange(monkeypatch, family, flagged, hidden):
     if family is Family.RESIDENT and hidden > 128:
         pytest.skip("W_hh does not fit one block")
 
-    def plan_of_family(problem, device, backward):
+    def plan_of_family(problem, device, backward, *_):
         card = launch.device_of(torch.cuda.get_device_properties(device))
         proposed = candidates(plans(problem, card, backward))
         return next(plan for plan in proposed if plan.family is family and plan.flagged is flagged)
 
     monkeypatch.setattr(launch, "choose_plan", plan_of_family)
     size = (20, 9, 32, hidden)
-    assert_as_good_as_torch(partial(_problem, size, "ragged resets reverse"), "triton", torch.float16, "cuda", seeds=1)
+    assert_as_good_as_torch(partial(_example, size, "ragged resets reverse"), "triton", torch.float16, "cuda", seeds=1)
     gpu_lstm.check()
 
 

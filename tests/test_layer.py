@@ -8,13 +8,17 @@ from functools import partial
 
 import pytest
 import torch
-from comparing import NAMES, PLACES, Problem, assert_as_good_as_torch, problem
+from comparing import NAMES, PLACES, Example, assert_as_good_as_torch, example
 
 from gpu_lstm import ops, reference
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
-from gpu_lstm.kernels.triton_lstm import launch, tuning
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, plans
+from gpu_lstm.kernels.recurrence import Recurrence
+from gpu_lstm.kernels.triton_lstm import plan_cache
+from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
 from gpu_lstm.noise import Noise
+from gpu_lstm.sequences import Traversal
+from gpu_lstm.weights import Weights
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 NOISES = {"none": (False, False, False), "masks": (True, True, True), "dropout": (True, False, False),
@@ -30,9 +34,9 @@ VARIANTS = {
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def noisy(size, variant, noise, seed=0) -> Problem:
+def noisy(size, variant, noise, seed=0) -> Example:
     """A random problem with masks of which each element is a coin toss, or with expectations."""
-    given = problem(*size, **VARIANTS[variant], seed=seed)
+    given = example(*size, **VARIANTS[variant], seed=seed)
     generator = torch.Generator().manual_seed(seed)
     steps, (batch, width), hidden = len(given.tensors[0]), given.tensors[1].shape, given.tensors[2].shape[1]
 
@@ -65,7 +69,10 @@ def test_derivatives_of_the_reference_by_finite_differences(projected, variant, 
     def layer(*tensors):
         remaining = iter(tensors)
         arguments = [next(remaining) if there else None for there in present]
-        return reference.lstm_layer(*arguments, given.lengths, given.resets, given.reverse, noise=given.noise)
+        x, h0, c0, *weights = arguments
+        traversal = Traversal(given.lengths, given.resets, given.reverse)
+        h, state = reference.layer(x, (h0, c0), Weights(*weights), traversal, given.noise)
+        return h, *state
 
     inputs = [t.requires_grad_() for t in given.tensors if t is not None]
     assert torch.autograd.gradcheck(layer, inputs)
@@ -122,20 +129,20 @@ def test_the_operators(device):
 
 def test_the_kernels_of_cupy_refuse_noise():
     gates, h0, weight_hh = torch.zeros(2, 1, 16), torch.zeros(1, 4), torch.zeros(16, 4)
-    recurrence = (weight_hh, None, h0, h0, None, None, False, "ieee")
-    for noise in ((h0, None, None), (None, torch.tensor(0.1), None), (None, None, torch.tensor(0.1))):
+    for noise in (dict(dropout_h=h0), dict(zoneout_h=torch.tensor(0.1)), dict(zoneout_c=torch.tensor(0.1))):
+        recurrence = Recurrence(weight_hh=weight_hh, h0=h0, c0=h0, **noise)
         with pytest.raises(ValueError, match=r"^backend 'cupy' takes neither recurrent dropout nor zoneout$"):
-            cupy.layer_forward(gates, *recurrence, *noise, save=True)
+            cupy.layer_forward(gates, recurrence, save=True)
         with pytest.raises(ValueError, match=r"^backend 'cupy' takes neither"):
-            cupy.layer_backward(None, None, None, gates, gates[..., :4], *recurrence, *noise)
+            cupy.layer_backward(None, None, None, gates, gates[..., :4], recurrence)
 
 
 def test_planning_takes_the_step_family_for_noise():
-    plain = launch.Problem(128, 16, 128, torch.bfloat16)
+    plain = Problem(128, 16, 128, torch.bfloat16)
     regularised = dataclasses.replace(plain, regularised=True)
     for backward in (False, True):
         (plan,) = plans(regularised, DEVICES["h100"], backward)
         assert plan.family is Family.STEP
         assert plan.why == "recurrent dropout and zoneout run step by step"
-        keys = {tuning._key(p, DEVICES["h100"], backward) for p in (plain, regularised)}
+        keys = {plan_cache._key(p, DEVICES["h100"], backward) for p in (plain, regularised)}
         assert len(keys) == 2, "a measured plan of the one is not taken for the other"

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import gpu_lstm
 from gpu_lstm.backends import Backend, select
 from gpu_lstm.noise import NO_NOISE, Noise, draw
+from gpu_lstm.settings import Settings
 from gpu_lstm.weights import Weights
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
@@ -74,13 +75,19 @@ def test_a_module_is_a_chain_of_oracles(backend, training, cls, arguments):
     like = next(ours.parameters())
     shapes = [[Weights(*(like.new_empty(w.shape) for w in ws[:2])) for ws in layer] for layer in weights_of(ours)[1]]
     torch.manual_seed(5)
-    noises = draw(shapes, T, B, like.dtype, 0.3, (0.2, 0.4), training)
+    noises = drawn(shapes, T, B, like.dtype, 0.3, (0.2, 0.4), training)
     noises = [[in_full(noise, weights) for noise, weights in zip(*layer)] for layer in zip(noises, shapes)]
     assert_same(got, truth(ours, x, hx, **RAGGED, noises=noises))
 
 
+def drawn(weights, steps, batch, dtype, recurrent_dropout, zoneout, training) -> list[list[Noise]]:
+    """The noise that a call with these settings would have."""
+    settings = Settings(training, recurrent_dropout=recurrent_dropout, zoneout=zoneout)
+    return draw(weights, torch.empty(steps, batch, 1), dtype, settings)[0]
+
+
 def in_full(noise, weights) -> dict:
-    """The masks and zones as the oracle takes them."""
+    """The masks of dropout and zoneout as the oracle takes them."""
     width, hidden = weights.weight_hh.shape[1], len(weights.weight_hh) // 4
     sizes = (B, width), (T, B, width), (T, B, hidden)
     tensors = (None if t is None else t.double().cpu().expand(size).numpy() for t, size in zip(noise, sizes))
@@ -107,13 +114,13 @@ def test_dropping_all_of_h_is_an_lstm_without_recurrent_weights(backend):
 def test_the_statistics_of_what_is_drawn():
     torch.manual_seed(0)
     weights = [[Weights(torch.empty(80, 3), torch.empty(80, 10))] * 2] * 3
-    noises = draw(weights, 30, 40, torch.float32, 0.2, (0.1, 0.4), True)
+    noises = drawn(weights, 30, 40, torch.float32, 0.2, (0.1, 0.4), True)
     assert [len(layer) for layer in noises] == [2, 2, 2]
     noises = [noise for layer in noises for noise in layer]
     assert [t.shape for t in noises[0]] == [(40, 10), (30, 40, 10), (30, 40, 20)]
     assert [t.dtype for t in noises[0]] == [torch.float32, torch.bool, torch.bool]
-    assert noises[0].mask_h.unique().tolist() == [0, 1.25]
-    rates = [(n.mask_h == 0, n.zone_h, n.zone_c) for n in noises]
+    assert noises[0].dropout_h.unique().tolist() == [0, 1.25]
+    rates = [(n.dropout_h == 0, n.zoneout_h, n.zoneout_c) for n in noises]
     for masks, rate in zip(zip(*rates), (0.2, 0.1, 0.4)):
         for mask in masks:
             assert abs(mask.double().mean() - rate) < 4 * (rate * (1 - rate) / mask.numel()) ** 0.5
@@ -124,9 +131,9 @@ def test_the_statistics_of_what_is_drawn():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_eval_has_only_the_expectation_of_zoneout(dtype):
     weights = [[Weights(torch.empty(80, 3), torch.empty(80, 10))]]
-    ((noise,),) = draw(weights, 30, 40, dtype, 0.2, (0.1, 0.0), False)
+    ((noise,),) = drawn(weights, 30, 40, dtype, 0.2, (0.1, 0.0), False)
     assert noise == Noise(None, torch.tensor(0.1, dtype=torch.promote_types(dtype, torch.float32)), None)
-    assert draw(weights, 30, 40, dtype, 0.2, (0.0, 0.0), False) == [[NO_NOISE]]
+    assert drawn(weights, 30, 40, dtype, 0.2, (0.0, 0.0), False) == [[NO_NOISE]]
 
 
 @pytest.mark.parametrize("backend", ["torch", *TAKERS])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from comparing import assert_as_good_as_torch, problem
+from comparing import assert_as_good_as_torch, example
 from concurrent_interpreter import ConcurrentRun
 
 from gpu_lstm.functional import lstm_layer
@@ -47,26 +47,26 @@ def nan_in_fresh_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", filled(new_empty))
 
 
-def _problem(size, variant, seed):
-    return problem(*size, **VARIANTS[variant], seed=seed)
+def _example(size, variant, seed):
+    return example(*size, **VARIANTS[variant], seed=seed)
 
 
 @pytest.mark.parametrize("size", [(1, 1, 3, 1), (5, 3, 4, 6), (7, 17, 3, 33), (9, 2, 3, 60)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resident(monkeypatch, size, variant):
-    def resident(problem, device, backward):
+    def resident(problem, device, backward, *_):
         problem = replace(problem, steps=2)  # a single step is planned otherwise
         return next(plan for plan in plans(problem, INTERPRETER, backward) if plan.family is Family.RESIDENT)
 
     monkeypatch.setattr(launch, "choose_plan", resident)
-    assert_as_good_as_torch(partial(_problem, size, variant), "triton", torch.float32, seeds=12 if size[3] < 10 else 2)
+    assert_as_good_as_torch(partial(_example, size, variant), "triton", torch.float32, seeds=12 if size[3] < 10 else 2)
 
 
 def _cooperate(monkeypatch, columns, rows, flagged, k=16, k_split=2, groups=8, yield_rate=0.05):
     """Have every launch be cooperative, with `columns` units a program and `rows` sequences a batch tile."""
     seeds = iter(range(1_000_000))
 
-    def cooperative_plan(problem, device, backward):
+    def cooperative_plan(problem, device, backward, *_):
         programs = -(-problem.hidden // columns)
         if backward:
             programs = 4 * -(-problem.hidden // (4 * columns))
@@ -94,7 +94,7 @@ COOPERATIONS = [  # (T, B, I, H), units a program, batch tile: programs forward,
 def test_cooperative(monkeypatch, size, columns, rows, variant, flagged):
     _cooperate(monkeypatch, columns, rows, flagged)
     seeds = 1 if size[0] == 40 else 3
-    assert_as_good_as_torch(partial(_problem, size, variant), "triton", torch.float32, seeds=seeds)
+    assert_as_good_as_torch(partial(_example, size, variant), "triton", torch.float32, seeds=seeds)
 
 
 @BOTH_EXCHANGES
@@ -102,13 +102,13 @@ def test_in_several_launches(monkeypatch, flagged):
     """For batch tiles that do not fit at once, and backward for two steps each."""
     _cooperate(monkeypatch, columns=8, rows=2, flagged=flagged, groups=2)
     monkeypatch.setattr(cooperative, "PARTIALS_WORKSPACE", 2 * 16 * 7 * 8)  # two steps of B=7, H=8
-    assert_as_good_as_torch(partial(_problem, (5, 7, 3, 8), "ragged resets reverse"), "triton", torch.float32, seeds=2)
+    assert_as_good_as_torch(partial(_example, (5, 7, 3, 8), "ragged resets reverse"), "triton", torch.float32, seeds=2)
 
 
 @BOTH_EXCHANGES
 def test_the_same_bits_every_run(monkeypatch, flagged):
     _cooperate(monkeypatch, columns=4, rows=4, flagged=flagged, yield_rate=0.3)
-    given = problem(6, 3, 3, 20, ragged=True, resets=0.3)
+    given = example(6, 3, 3, 20, ragged=True, resets=0.3)
     first, second = (given.run("triton", torch.float32) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second) if a is not None)
 
@@ -118,7 +118,7 @@ def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, pattern):
     """A NaN is data, also one with the bit pattern that stands for data which is not there."""
     _cooperate(monkeypatch, columns=4, rows=4, flagged=True)
     nan = torch.tensor(pattern, dtype=torch.int32).view(torch.float32)
-    given = problem(4, 3, 3, 8)
+    given = example(4, 3, 3, 8)
     x, h0, c0, *weights = (None if t is None else t.float() for t in given.tensors)
     h0[0, 0], x[1, 1, 0] = nan, nan
     ours, _ = lstm_layer(x, weights, (h0, c0), backend="triton")
@@ -167,7 +167,7 @@ def collect_without_repeating(
 )
 def test_a_broken_exchange_is_seen(monkeypatch, name, fault, flagged):
     _cooperate(monkeypatch, columns=4, rows=4, flagged=flagged, yield_rate=0.3)
-    given = partial(problem, 8, 3, 3, 12)
+    given = partial(example, 8, 3, 3, 12)
     assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", torch.float32, seeds=2)
     monkeypatch.setattr(cooperative, name, fault)
     with pytest.raises(AssertionError):
@@ -191,7 +191,7 @@ def test_waiting_in_vain_ends_and_is_reported(monkeypatch, name, fault, flagged)
     _cooperate(monkeypatch, columns=4, rows=4, flagged=flagged)
     monkeypatch.setattr(cooperative, "PATIENCE", 20)
     monkeypatch.setattr(cooperative, name, fault)
-    x, h0, c0, *weights = (None if t is None else t.float() for t in problem(5, 3, 3, 8).tensors)
+    x, h0, c0, *weights = (None if t is None else t.float() for t in example(5, 3, 3, 8).tensors)
     lstm_layer(x, weights, (h0, c0), backend="triton")
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match=r"lstm_cooperative_forward_kernel gave up at step \d"):

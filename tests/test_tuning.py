@@ -1,12 +1,12 @@
 """Autotuning picks the fastest plan, remembers it by card and version, and stays out of graph captures."""
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
 
 import gpu_lstm
-from gpu_lstm.kernels.report import Resources
 from gpu_lstm.kernels.triton_lstm import autotune, launch, plan_cache, trial
 from gpu_lstm.kernels.triton_lstm.families import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
@@ -18,31 +18,40 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def an_h100(monkeypatch, tmp_path):
-    """As if a card were here: its properties, and the kernels' resources."""
+    """As if a card were here: its properties, and kernels that all fit."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: None)
     for module in (launch, autotune):
         monkeypatch.setattr(module, "device_of", lambda properties: H100)
-    monkeypatch.setattr(trial, "resources", lambda recorded, architecture: Resources(64, 0, 1024))
+    monkeypatch.setattr(trial, "load", lambda kernel, grid, arguments: None)
+    monkeypatch.setattr(autotune, "_call", lambda problem, backward, device: lambda plan, launch: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "_chosen", {})
 
 
-def _slowest_plan_fastest(problem, plan, backward, device):
+def _chosen(problem, backward):
+    launch._chosen.clear()  # as another process would
+    plan_cache._read.cache_clear()
+    return launch.choose_plan(problem, CUDA, backward, (), lambda plan, launch: None)
+
+
+def _slowest_plan_fastest(plan, attempt=None):
     """As if the counter exchange with the narrowest tiles were the fastest."""
     return plan.rows + plan.columns + 100 * plan.flagged + 1000 * (plan.family is Family.STEP)
 
 
 def test_the_fastest_plan_is_found_and_used_from_then_on(an_h100, monkeypatch):
-    before = launch.choose_plan(PROBLEM, CUDA, False)
+    before = _chosen(PROBLEM, False)
     monkeypatch.setattr(autotune, "time_plan", _slowest_plan_fastest)
     fastest = autotune.autotune(PROBLEM, CUDA)
     assert set(fastest) == {"forward", "backward"}
-    assert fastest["forward"] == min(
-        autotune.candidates(plans(PROBLEM, H100, False)), key=lambda plan: _slowest_plan_fastest(None, plan, None, None)
-    )
+    assert fastest["forward"] == min(autotune.candidates(plans(PROBLEM, H100, False)), key=_slowest_plan_fastest)
     assert fastest["forward"] != before
-    plan_cache._read.cache_clear()  # as another process would: read the file
-    assert launch.choose_plan(dataclasses.replace(PROBLEM, steps=77), CUDA, False) == fastest["forward"]
-    assert launch.choose_plan(PROBLEM, CUDA, True) == fastest["backward"]
+    assert launch.choose_plan(PROBLEM, CUDA, False, (), lambda plan, launch: None) == fastest["forward"], (
+        "in this process, too"
+    )
+    assert _chosen(dataclasses.replace(PROBLEM, steps=77), False) == fastest["forward"]
+    assert _chosen(PROBLEM, True) == fastest["backward"]
 
 
 @pytest.mark.parametrize("change", ["card", "triton", "problem"])
@@ -57,7 +66,7 @@ def test_what_was_measured_elsewhere_is_not_used(an_h100, monkeypatch, change):
             monkeypatch.setattr(plan_cache.triton, "__version__", "0.0")
         case "problem":
             problem = dataclasses.replace(PROBLEM, batch=17)
-    assert launch.choose_plan(problem, CUDA, False) != fastest
+    assert _chosen(problem, False) != fastest
 
 
 def test_not_while_a_graph_is_captured(an_h100, monkeypatch):

@@ -118,6 +118,11 @@ def choose_plan(problem: Problem, device: torch.device, backward: bool, variant:
 _chosen: dict[tuple, Plan] = {}
 
 
+def choose_anew() -> None:
+    """Forget what was chosen, since more has been measured."""
+    _chosen.clear()
+
+
 def _problem(gates: Tensor, r: Recurrence) -> Problem:
     steps, batch, _ = gates.shape
     projected = r.width if r.projected else 0
