@@ -259,6 +259,7 @@ def scaled(base):
 def test_classes_around_compute_the_same(backend, cls, of_torch):
     assert issubclass(cls, gpu_lstm.LSTM)
     assert (issubclass(cls, nn.LSTM), issubclass(cls, nn.RNNBase)) == (cls is gpu_lstm.compat.LSTM, True)
+    torch.manual_seed(0)
     theirs = of_torch(I, H, num_layers=2, bidirectional=True, proj_size=2).double()
     ours = cls(I, H, num_layers=2, bidirectional=True, proj_size=2, backend=backend, **PLACES[backend])
     ours.load_state_dict(theirs.state_dict())
