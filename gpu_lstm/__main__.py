@@ -157,7 +157,7 @@ def _plan(options: argparse.Namespace) -> int:
         return 2
     dtype, precision = _DTYPES[options.dtype]
     problem = planning.Problem(
-        options.steps, options.batch, options.hidden, dtype, precision=precision, directions=options.directions
+        options.steps, options.batch, options.hidden, dtype, precision=precision, side_by_side=options.directions
     )
     passes = {}
     for name, backward in (("forward", False), ("backward", True)):

@@ -63,22 +63,23 @@ class LSTMLayerFunction(torch.autograd.Function):
         reverse: bool,
         backend: str,
         recompute: bool,
+        side_by_side: int,
     ) -> tuple[Tensor, ...]:
         gates = input_product(x, weight_ih, bias_ih, bias_hh)
         h, h_n, c_n, c = ops.layer_forward(
             gates, weight_hh, weight_hr, h0, c0.float(), lengths, resets, reverse, True, backend,
-            dropout_h, zoneout_h, zoneout_c,
+            dropout_h, zoneout_h, zoneout_c, side_by_side,
         )  # fmt: skip
         return h, h_n, c_n.to(c0.dtype), gates.new_empty(0) if recompute else gates, c
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        *tensors, reverse, backend, _ = inputs
+        *tensors, reverse, backend, _, side_by_side = inputs
         h, _, _, gates, c = output
         ctx.mark_non_differentiable(gates, c)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, h, gates, c)
-        ctx.reverse, ctx.backend, ctx.inputs = reverse, backend, len(inputs)
+        ctx.reverse, ctx.backend, ctx.side_by_side, ctx.inputs = reverse, backend, side_by_side, len(inputs)
 
     @staticmethod
     def backward(ctx, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
@@ -136,7 +137,7 @@ def _fused_gradients(
         gates = _gates_again(saved, h_prev)
     dgates, dh0, dc0, dh_total = ops.layer_backward(
         dh, dh_n, None if dc_n is None else dc_n.float(), gates, saved.c, saved.weight_hh, saved.weight_hr,
-        saved.h0, saved.c0.float(), *traversal, ctx.backend, *saved.noise(),
+        saved.h0, saved.c0.float(), *traversal, ctx.backend, *saved.noise(), ctx.side_by_side,
     )  # fmt: skip
     over_steps = dgates.flatten(0, 1)  # [TB, 4H]; zero in padding, but zero times the NaN that may stand there is not
 

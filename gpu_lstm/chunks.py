@@ -34,6 +34,11 @@ class Schedule(NamedTuple):
     spans: list[Span]  # of the chunks, in time
     streams: Streams  # one for each layer, or, of layers with two directions, for each direction
 
+    @property
+    def side_by_side(self) -> int:
+        """How many layers or directions run at once."""
+        return max(1, sum(stream is not None for stream in self.streams))
+
 
 def in_one_piece(weights: list[list[Weights]]) -> Schedule:
     """All steps at once, nothing side by side."""

@@ -19,6 +19,7 @@ def layer(
     backend: Backend,
     noise: Noise = NO_NOISE,
     recompute: bool = False,
+    side_by_side: int = 1,  # as many such layers or directions run at once, on streams of their own
 ) -> tuple[Tensor, State]:
     """h [T, B, P], and h_n [B, P] and c_n [B, H] in the dtypes of h0 and c0; differentiable to any order.
 
@@ -29,12 +30,21 @@ def layer(
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
     if save:
         h, h_n, c_n, *_ = LSTMLayerFunction.apply(
-            x, h0, c0, *weights, *noise, *traversal, backend.value, recompute
-        )  # fmt: skip
+            x, h0, c0, *weights, *noise, *traversal, backend.value, recompute, side_by_side
+        )
     else:
         gates = input_product(x, weights.weight_ih, weights.bias_ih, weights.bias_hh)
         h, h_n, c_n, _ = ops.layer_forward(
-            gates, weights.weight_hh, weights.weight_hr, h0, c0.float(), *traversal, False, backend.value, *noise
+            gates,
+            weights.weight_hh,
+            weights.weight_hr,
+            h0,
+            c0.float(),
+            *traversal,
+            False,
+            backend.value,
+            *noise,
+            side_by_side,
         )
         c_n = c_n.to(c0.dtype)
     return h, (h_n, c_n)

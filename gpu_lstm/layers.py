@@ -127,6 +127,7 @@ def _by_kernels(
     x, states = computed[0][0][0], [state for (_, state, _), *_ in computed]
     exact = [(h, c.float()) for h, c in states]
     schedule = chunks.schedule(x, [layer.weights for layer in layers], recompute)
+    run_direction = partial(run_direction, side_by_side=schedule.side_by_side)
     with _without_autocast(x):
         if len(layers[0].weights) == 1:
             y, finals = _wavefront(run_direction, connect, x, exact, layers, traversal, schedule)

@@ -21,14 +21,14 @@ _LIBRARY = torch.library.Library("gpu_lstm", "DEF")
 _LIBRARY.define(
     "layer_forward(Tensor(a!) gates, Tensor weight_hh, Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, "
     "Tensor? resets, bool reverse, bool save, str backend, Tensor? dropout_h=None, Tensor? zoneout_h=None, "
-    "Tensor? zoneout_c=None) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor c)",
+    "Tensor? zoneout_c=None, int side_by_side=1) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor c)",
     tags=(torch.Tag.needs_exact_strides,),
 )
 _LIBRARY.define(
     "layer_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor gates, Tensor c, Tensor weight_hh, "
     "Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, Tensor? resets, bool reverse, str backend, "
-    "Tensor? dropout_h=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None) "
-    "-> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh_total)",
+    "Tensor? dropout_h=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None, "
+    "int side_by_side=1) -> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh_total)",
     tags=(torch.Tag.needs_exact_strides,),
 )
 
@@ -68,6 +68,7 @@ def _recurrence(
     dropout_h: Tensor | None,
     zoneout_h: Tensor | None,
     zoneout_c: Tensor | None,
+    side_by_side: int,
 ) -> Recurrence:
     return Recurrence(
         weight_hh=weight_hh.contiguous(),
@@ -81,15 +82,27 @@ def _recurrence(
         dropout_h=_contiguous(dropout_h),
         zoneout_h=_contiguous(zoneout_h),
         zoneout_c=_contiguous(zoneout_c),
+        side_by_side=side_by_side,
     )
 
 
 def _layer_forward(
     gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend,
-    dropout_h=None, zoneout_h=None, zoneout_c=None,
+    dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1,
 ):  # fmt: skip
     recurrence = _recurrence(
-        gates.dtype, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, dropout_h, zoneout_h, zoneout_c
+        gates.dtype,
+        weight_hh,
+        weight_hr,
+        h0,
+        c0,
+        lengths,
+        resets,
+        reverse,
+        dropout_h,
+        zoneout_h,
+        zoneout_c,
+        side_by_side,
     )
     with _on_the_device_of(gates):
         return _launcher(backend).layer_forward(gates, recurrence, save=save)
@@ -97,7 +110,7 @@ def _layer_forward(
 
 def _layer_forward_fake(
     gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend,
-    dropout_h=None, zoneout_h=None, zoneout_c=None,
+    dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1,
 ):  # fmt: skip
     h = gates.new_empty(*gates.shape[:2], h0.shape[1])
     c = c0.new_empty((gates.shape[0], *c0.shape) if save else 0)
@@ -106,10 +119,21 @@ def _layer_forward_fake(
 
 def _layer_backward(
     dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend,
-    dropout_h=None, zoneout_h=None, zoneout_c=None,
+    dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1,
 ):  # fmt: skip
     recurrence = _recurrence(
-        gates.dtype, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, dropout_h, zoneout_h, zoneout_c
+        gates.dtype,
+        weight_hh,
+        weight_hr,
+        h0,
+        c0,
+        lengths,
+        resets,
+        reverse,
+        dropout_h,
+        zoneout_h,
+        zoneout_c,
+        side_by_side,
     )
     dh, dh_n, dc_n = map(_contiguous, (dh, dh_n, dc_n))
     with _on_the_device_of(gates):
@@ -118,7 +142,7 @@ def _layer_backward(
 
 def _layer_backward_fake(
     dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend,
-    dropout_h=None, zoneout_h=None, zoneout_c=None,
+    dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1,
 ):  # fmt: skip
     dh_total = gates.new_empty((0,) if weight_hr is None else (*gates.shape[:2], h0.shape[1]))
     return torch.empty_like(gates), torch.empty_like(h0), torch.empty_like(c0), dh_total

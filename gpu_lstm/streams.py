@@ -16,8 +16,11 @@ Streams = tuple[torch.cuda.Stream | None, ...]
 
 
 def for_work_on(x: Tensor, count: int) -> Streams:
-    """`count` streams on the device of x; None for all of them where there are no streams, or one would do."""
-    if count == 1 or not x.is_cuda or torch.compiler.is_compiling():
+    """`count` streams on the device of x; None for all of them where there are no streams, or one would do.
+
+    Nor while a graph is captured: launches of several streams are kept apart by what ran before the capture, too.
+    """
+    if count == 1 or not x.is_cuda or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return (None,) * count
     return _streams(x.device, count)
 

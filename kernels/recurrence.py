@@ -23,6 +23,7 @@ class Recurrence:
     dropout_h: Tensor | None = None  # [B, P] factors of h in the recurrent product
     zoneout_h: Tensor | None = None  # the share of h that stays as it was: bool [T, B, P], or float32 [] for all
     zoneout_c: Tensor | None = None  # of c: bool [T, B, H], or float32 [] for all
+    side_by_side: int = 1  # as many such layers or directions run at once, on streams of their own
 
     @property
     def hidden(self) -> int:

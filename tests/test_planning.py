@@ -11,7 +11,7 @@ from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family, 
 from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 PROBLEMS = [
-    Problem(steps, batch, hidden, dtype, precision="tf32", directions=directions)
+    Problem(steps, batch, hidden, dtype, precision="tf32", side_by_side=directions)
     for steps in (1, 128)
     for batch in (1, 7, 16, 100, 256)
     for hidden in (1, 33, 64, 128, 200, 768, 1024, 1800, 4096)
@@ -31,7 +31,8 @@ def test_every_plan_covers_the_problem_and_fits_the_card(device, backward):
             assert plan.programs * plan.columns >= problem.hidden, "every unit has a program"
             assert plan.rows * plan.groups * plan.launches(problem.batch) >= problem.batch, "every sequence has a tile"
             if plan.family is Family.COOPERATIVE:
-                at_once = plan.programs * plan.groups * problem.directions
+                assert plan.side_by_side in (1, problem.side_by_side)
+                at_once = plan.programs * plan.groups * plan.side_by_side
                 assert at_once <= device.multiprocessors, "programs that wait for each other are resident at once"
                 assert plan.programs % 4 == 0 or not backward, "backward, programs come in quartets"
 

@@ -306,11 +306,16 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
         exchanged = k * rows * problem.size
         summed = 4 * 4 * columns * rows * 4  # the parts of K that different warps took
         shared = weights + max(exchanged, summed) + KB
-        groups = min(ceil(problem.batch / rows), device.multiprocessors // (programs * problem.directions))
+        groups = min(ceil(problem.batch / rows), device.multiprocessors // (programs * problem.side_by_side))
         if groups and shared <= device.shared:
             what = "dgates" if backward else "h"
             why = f"{programs} programs hold W_hh, {weights // KB} KB each, and exchange {what}"
-            candidates.append(Plan(Family.COOPERATIVE, rows, columns, k, 4, programs, groups, 8, 1, shared, why))
+            candidates.append(
+                Plan(
+                    Family.COOPERATIVE, rows, columns, k, 4, programs, groups, 8, 1, shared, why,
+                    side_by_side=problem.side_by_side,
+                )
+            )  # fmt: skip
     candidates.sort(key=lambda plan: (plan.launches(problem.batch), -plan.programs * plan.groups, plan.rows))
     yield from candidates
 

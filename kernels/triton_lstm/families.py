@@ -1,5 +1,6 @@
 """The families of kernels, and what they propose for a problem."""
 
+import dataclasses
 from types import ModuleType
 
 from . import cooperative, resident, step
@@ -18,4 +19,7 @@ def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     last = step.step_plan(problem, backward)
     if problem.steps == 1 or problem.regularised:
         return [last]  # holding W_hh on chip pays from the second step on
-    return [*resident.plans(problem, device, backward), *cooperative.plans(problem, device, backward), last]
+    shared = list(cooperative.plans(problem, device, backward))
+    if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
+        shared = list(cooperative.plans(dataclasses.replace(problem, side_by_side=1), device, backward))
+    return [*resident.plans(problem, device, backward), *shared, last]

@@ -11,6 +11,7 @@ from ..recurrence import Recurrence
 from . import plan_cache, step
 from .families import FAMILIES, plans
 from .giving_up import raise_if_gave_up
+from .ordering import await_others
 from .planning import INTERPRETER, Family, Launch, Plan, Problem, device_of
 from .trial import Attempt, first_that_fits
 
@@ -43,6 +44,7 @@ def layer_forward(
         return FAMILIES[plan.family].forward(gates, recurrence, save=save, plan=plan, launch=launch)
 
     plan = plan or choose_plan(_problem(gates, recurrence), gates.device, False, _variant(recurrence, save), attempt)
+    await_others(plan, gates.device)
     return attempt(plan, launch or launch_kernel)
 
 
@@ -79,6 +81,7 @@ def layer_backward(
 
     variant = (*_variant(recurrence, True), dh is None, dh_n is None)
     plan = plan or choose_plan(_problem(gates, recurrence), gates.device, True, variant, attempt)
+    await_others(plan, gates.device)
     return attempt(plan, launch or launch_kernel)
 
 
@@ -126,7 +129,9 @@ def choose_anew() -> None:
 def _problem(gates: Tensor, r: Recurrence) -> Problem:
     steps, batch, _ = gates.shape
     projected = r.width if r.projected else 0
-    return Problem(steps, batch, r.hidden, gates.dtype, projected, r.precision, regularised=r.regularised)
+    return Problem(
+        steps, batch, r.hidden, gates.dtype, projected, r.precision, r.side_by_side, regularised=r.regularised
+    )
 
 
 def _variant(r: Recurrence, save: bool) -> tuple:

@@ -54,7 +54,7 @@ def remember(problem: Problem, device: Device, backward: bool, plan: Plan) -> No
 
 def _key(problem: Problem, device: Device, backward: bool) -> str:
     fields = (FORMAT, triton.__version__, device.name, problem.batch, problem.hidden, problem.projected)
-    kind = (str(problem.dtype), problem.precision, problem.directions, "backward" if backward else "forward")
+    kind = (str(problem.dtype), problem.precision, problem.side_by_side, "backward" if backward else "forward")
     return " | ".join(map(str, (*fields, *kind, *["regularised"] * problem.regularised)))
 
 

@@ -35,7 +35,7 @@ class Problem:
     dtype: torch.dtype
     projected: int = 0
     precision: str = "ieee"  # of float32 products
-    directions: int = 1  # that run side by side and share the card
+    side_by_side: int = 1  # such layers or directions run at once, and share the card
     regularised: bool = False  # by recurrent dropout or zoneout
 
     @property
@@ -87,6 +87,7 @@ class Plan:
     shared: int  # bytes a block is expected to take
     why: str
     flagged: bool = True  # cooperative: data as its own flag, else a counter
+    side_by_side: int = 1  # launches of this plan that fit the card at once
 
     def launches(self, batch: int) -> int:
         """How many launches one after another a batch takes: more than one where its tiles are too many at once."""

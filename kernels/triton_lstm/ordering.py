@@ -1,0 +1,48 @@
+"""Cooperative launches of several streams: which may run at once.
+
+The programs of a cooperative launch wait for each other, so all of them must be resident. CUDA checks that a launch
+fits an empty card; nothing promises that two launches of different streams become resident one whole grid after the
+other. Two grids of which each holds half the card would wait for ever. So launches run at once only if they were
+planned to share the card; all others wait for those before them, whatever streams they are on.
+
+Not within a graph that is being captured: there all work of gpu_lstm goes to one stream. Replaying two graphs with
+cooperative launches on two streams at once is for the user to avoid.
+"""
+
+import threading
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+
+from .planning import Family, Plan
+
+
+@dataclass
+class _Launched:
+    """What was launched on a device."""
+
+    group: Hashable = None  # of the latest launch
+    streams: set[torch.cuda.Stream] = field(default_factory=set)  # that the group's launches went to
+    before: list[torch.cuda.Event] = field(default_factory=list)  # after the groups before it
+
+
+_launched: dict[torch.device, _Launched] = {}
+_lock = threading.Lock()
+
+
+def await_others(plan: Plan, device: torch.device) -> None:
+    """Have the current stream wait for launches on other streams that must not run beside this plan's."""
+    if plan.family is not Family.COOPERATIVE or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return
+    stream = torch.cuda.current_stream(device)
+    group = stream if plan.side_by_side == 1 else plan.side_by_side
+    with _lock:
+        latest = _launched.setdefault(device, _Launched())
+        if group != latest.group:
+            latest.before = [earlier.record_event() for earlier in latest.streams if earlier != stream]
+            latest.group, latest.streams = group, set()
+        if stream not in latest.streams:
+            latest.streams.add(stream)
+            for event in latest.before:
+                stream.wait_event(event)
