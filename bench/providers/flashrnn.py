@@ -6,31 +6,25 @@ It takes pre-activations Wx [B, T, 4, heads, H], R [4, heads, H, H], one bias [4
 
 import importlib
 import shutil
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..problem import Problem
-from .engine import Engine, Unable, states
-from .installed import missing, release
-
-BACKENDS = {"flashrnn-cuda": "cuda_fused", "flashrnn-triton": "triton_fused"}
-NAMES = tuple(BACKENDS)
-EVERYWHERE = ()
+from ..inputs import Inputs
+from .engine import Engine, Provider, Unable, expect, needs, release
 
 TILE = 16  # units of a tile of the CUDA kernels
 MOST_UNITS = 64  # of the Triton kernels, as their documentation says
 
 
-def absent(name: str, device: str) -> str | None:
+def absent(backend: str, device: str) -> str | None:
     """It needs CUDA and, for its CUDA kernels, which are compiled when they are first called, a compiler."""
-    if not device.startswith("cuda"):
-        return "flashrnn needs CUDA"
-    problem = missing("flashrnn", "pip install flashrnn")
+    problem = needs("flashrnn", "pip install flashrnn", cuda=True)(device)
     if problem is not None:
         return problem
-    if BACKENDS[name] == "cuda_fused":
+    if backend == "cuda_fused":
         home = importlib.import_module("torch.utils.cpp_extension").CUDA_HOME
         if home is None or not shutil.which("ninja"):
             return "flashrnn's CUDA kernels are compiled here, which needs nvcc and ninja"
@@ -39,12 +33,10 @@ def absent(name: str, device: str) -> str | None:
     return None
 
 
-def build(name: str, problem: Problem) -> Engine:
+def build(backend: str, inputs: Inputs) -> Engine:
     """The input's product, then one call of flashrnn for all steps."""
-    case, backend = problem.case, BACKENDS[name]
-    H = case.hidden
-    if case.layers * case.directions > 1 or case != case.plain():
-        raise Unable("one layer, one direction, no lengths, no resets")
+    expect(inputs.case)
+    case, H = inputs.case, inputs.case.hidden_size
     if case.dtype == "fp32":
         raise Unable("takes products of float32 tensors in TF32")
     if backend == "cuda_fused" and H % TILE:
@@ -55,19 +47,16 @@ def build(name: str, problem: Problem) -> Engine:
 
     # The CUDA kernels keep the four gates of a unit side by side, [H, 4]; given so, nothing is copied for them.
     gates = 1 if backend == "cuda_fused" else 0
-    training = case.run == "training"
 
     def leaf(parameter: Tensor) -> Tensor:
         """[4H, *] to [4, H, *] or [H, 4, *]."""
         moved = parameter.detach().unflatten(0, (4, H)).movedim(0, gates)
-        return moved.clone(memory_format=torch.contiguous_format).requires_grad_(training)
+        return moved.clone(memory_format=torch.contiguous_format).requires_grad_(case.training)
 
-    weight_ih, weight_hh, bias_ih, bias_hh = problem.weights.values()
-    parameters = {"weight_ih_l0": leaf(weight_ih), "weight_hh_l0": leaf(weight_hh), "bias_l0": leaf(bias_ih + bias_hh)}
-    W, R, b = parameters.values()
-    h0, c0 = states(problem)
+    weight_ih, weight_hh, bias_ih, bias_hh = inputs.weights.values()
+    W, R, b = map(leaf, (weight_ih, weight_hh, bias_ih + bias_hh))
 
-    def call(x):
+    def call(x, h0, c0):
         gates_x = F.linear(x, W.flatten(0, 1)).unflatten(2, W.shape[:2])  # [T, B, *gates and units]
         state, last = flashrnn(
             gates_x.movedim(2 + gates, 2).transpose(0, 1)[:, :, :, None],
@@ -83,4 +72,10 @@ def build(name: str, problem: Problem) -> Engine:
         dW, dR, db = (gradient.movedim(gates, 0).flatten(0, 1) for gradient in gradients.values())
         return {"weight_ih_l0": dW, "weight_hh_l0": dR, "bias_ih_l0": db, "bias_hh_l0": db}
 
-    return Engine(call, parameters, h0, c0, to_torch=to_torch)
+    return Engine(call, {"W": W, "R": R, "b": b}, to_torch)
+
+
+PROVIDERS = {
+    f"flashrnn-{kind}": Provider(partial(build, f"{kind}_fused"), partial(absent, f"{kind}_fused"))
+    for kind in ("cuda", "triton")
+}

@@ -10,25 +10,21 @@ import argparse
 import functools
 import importlib.util
 import math
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import gpu_lstm
+from . import internals, report, results, timing
+from .isolated import ROOT
 
-from . import results, timing
-from .run import float32_products
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "recurrent_ppo.py"
 SIZES = [(128, N, H) for H in (128, 256) for N in (8, 64)]  # T, N, H
 EPISODE = 50  # steps of one, in the mean
 SECONDS = 4.0  # of timing, a size
@@ -42,32 +38,34 @@ class Measured:
     steps: int  # T
     environments: int  # N
     hidden: int  # H
-    one_call: list[float]
-    loop: list[float]
+    one_call: Sequence[float]
+    loop: Sequence[float]
 
     @property
-    def speed(self) -> tuple[float, float, float]:
+    def speed(self) -> tuple[float, ...]:
         """The loop's time over that of one call, both of one round: median, 20th and 80th percentile."""
-        return timing.percentiles([loop / one for loop, one in zip(self.loop, self.one_call)])
+        return timing.percentiles(np.divide(self.loop, self.one_call))
 
 
 def measure(device: str, sizes: Sequence[tuple[int, int, int]] = SIZES, seconds: float = SECONDS) -> list[Measured]:
     """Check and time the training step at every size (T, N, H), in float32.
 
-    Raises:
-        ImportError: what the example needs is not installed.
-        RuntimeError: loss or gradients of the two differ.
+    Raises ImportError where what the example needs is not installed, RuntimeError where loss or gradients differ.
     """
     example, rows = load_example(), []
-    with float32_products("fp32"):
+    with timing.float32_products("fp32"):
         for T, N, H in sizes:
             agents = {"one_call": example.Agent(H).to(device), "loop": example.Agent(H).to(device)}
             agents["loop"].lstm = StepLoop(H, H, device=device)
             agents["loop"].load_state_dict(agents["one_call"].state_dict())
             batch = random_batch(example, T, N, H, device)
             check(example.loss, batch, agents["one_call"], agents["loop"])
-            runs = {name: _training(example, agent, batch) for name, agent in agents.items()}
-            rows.append(Measured(T, N, H, **timing.interleaved(runs, device, seconds)))
+            # The weights stay as they are: the learning rate is zero.
+            steps = {name: (agent, torch.optim.Adam(agent.parameters(), lr=0.0)) for name, agent in agents.items()}
+            calls: dict[str, timing.Call] = {
+                name: lambda _, step=step: example.training_step(*step, batch) for name, step in steps.items()
+            }
+            rows.append(Measured(T, N, H, **timing.interleaved(calls, device, seconds)))
     return rows
 
 
@@ -85,14 +83,9 @@ class StepLoop(nn.LSTM):
 
 @functools.cache
 def load_example() -> Any:
-    """examples/recurrent_ppo.py as a module.
-
-    Raises:
-        ImportError: what it needs is not installed.
-    """
-    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
+    """examples/recurrent_ppo.py as a module; ImportError where what it needs is not installed."""
+    spec = importlib.util.spec_from_file_location("recurrent_ppo", ROOT / "examples" / "recurrent_ppo.py")
+    assert spec is not None and spec.loader is not None  # noqa: PT018
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -113,11 +106,7 @@ def random_batch(example: Any, T: int, N: int, H: int, device: str) -> Any:
 
 
 def check(loss: Any, batch: Any, one_call: nn.Module, loop: nn.Module) -> None:
-    """Raise unless two agents have the same loss and gradients.
-
-    Raises:
-        RuntimeError: they have not; the first that differs, and by how much.
-    """
+    """Raise RuntimeError unless two agents have the same loss and gradients: the first that differs, by how much."""
     found, expected = ({"loss": loss(agent, batch)} for agent in (one_call, loop))
     for agent, values in ((one_call, found), (loop, expected)):
         gradients = torch.autograd.grad(values["loss"], list(agent.parameters()))
@@ -130,17 +119,14 @@ def check(loss: Any, batch: Any, one_call: nn.Module, loop: nn.Module) -> None:
 
 def table(rows: Sequence[Measured], device: str) -> Table:
     """A line a size."""
-    backend = gpu_lstm.backends.select(None, torch.device(device), torch.float32).value
-    shown = Table(title="An update of recurrent PPO, float32", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("T", "N", "H", "loop ms", "one call ms", "times as fast", "p20-p80"):
-        shown.add_column(column, justify="right")
-    for row in rows:
-        speed, low, high = row.speed
-        times = (f"{1e3 * statistics.median(each):.2f}" for each in (row.loop, row.one_call))
-        sizes = map(str, (row.steps, row.environments, row.hidden))
-        shown.add_row(*sizes, *times, f"{speed:.2f}", f"{low:.2f}-{high:.2f}")
-    shown.caption = f"one call by {backend}; {results.provenance(device)['device']}, torch {torch.__version__}"
-    return shown
+    cells = pd.DataFrame([
+        [*map(str, (row.steps, row.environments, row.hidden)),
+         *(f"{1e3 * np.median(each):.2f}" for each in (row.loop, row.one_call)), "{:.2f} {:.2f}-{:.2f}".format(*row.speed)]
+        for row in rows
+    ], columns=["T", "N", "H", "loop ms", "one call ms", "times as fast, p20-p80"])  # fmt: skip
+    backend = internals.backend_of(None, torch.device(device), torch.float32)
+    where = f"{results.provenance(device)['device']}, torch {torch.__version__}"
+    return report.table(cells, "An update of recurrent PPO, float32", f"one call by {backend}; {where}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,11 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and print. Exit status: 0, or 2 if the example cannot be loaded.
-
-    Raises:
-        RuntimeError: loss or gradients of the two differ.
-    """
+    """Measure and print. Exit status: 0, or 2 if the example cannot be loaded. RuntimeError if the two differ."""
     try:
         rows = measure(options.device)
     except ImportError as error:
@@ -162,9 +144,3 @@ def run(options: argparse.Namespace) -> int:
         return 2
     Console().print(table(rows, options.device))
     return 0
-
-
-def _training(example: Any, agent: nn.Module, batch: Any) -> timing.Run:
-    """The training step, which leaves the weights as they are: the learning rate is zero."""
-    optimiser = torch.optim.Adam(agent.parameters(), lr=0.0)
-    return lambda call: example.training_step(agent, optimiser, batch)

@@ -1,0 +1,124 @@
+"""The tensors of a case, the same for every provider, and what float64 says of them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from .cases import Case
+
+CACHE_BYTES = 64 << 20  # more than the last-level cache of the cards and processors at hand
+MOST_SETS = 8  # of x
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+Batch = Tensor | PackedSequence
+"""Time-major: [T, B, *], or in "packed" cases packed."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every provider of a case is given. Weights by torch.nn.LSTM's names; D*L = R rows of states."""
+
+    case: Case
+    weights: dict[str, Tensor]
+    xs: list[Tensor]  # each [T, B, I]; several where one would stay in the cache from call to call
+    h0: Tensor  # [R, B, H]
+    c0: Tensor  # [R, B, H]
+    lengths: Tensor | None  # [B]
+    resets: Tensor | None  # [T, B] bool
+    dy: Tensor  # [T, B, D*H], gradient of the output
+
+    @classmethod
+    def of(cls, case: Case, device: str) -> "Inputs":
+        """Random tensors, the same for the same case wherever it runs."""
+        T, B, I, H, D = case.steps, case.batch, case.input_size, case.hidden_size, case.directions
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=generator) * scale).to(device, case.torch_dtype)
+
+        weights = {}
+        for layer in range(case.layers):
+            features = D * H if layer else I
+            for place in (f"l{layer}{suffix}" for suffix in ("", "_reverse")[:D]):
+                weights[f"weight_ih_{place}"] = normal(4 * H, features, scale=features**-0.5)
+                weights[f"weight_hh_{place}"] = normal(4 * H, H, scale=H**-0.5)
+                weights[f"bias_ih_{place}"] = normal(4 * H, scale=0.1)
+                weights[f"bias_hh_{place}"] = normal(4 * H, scale=0.1)
+        lengths = resets = None
+        if case.sequences != "full":
+            lengths = torch.randint(1, T + 1, (B,), generator=generator).to(device)
+            lengths[0] = T
+        if case.reset_rate:
+            resets = (torch.rand(T, B, generator=generator) < case.reset_rate).to(device)
+        sets = min(MOST_SETS, math.ceil(CACHE_BYTES / (T * B * I * case.torch_dtype.itemsize)))
+        xs = [normal(T, B, I) for _ in range(sets)]
+        h0, c0 = (normal(case.layers * D, B, H, scale=0.5) for _ in range(2))
+        return cls(case, weights, xs, h0, c0, lengths, resets, dy=normal(T, B, D * H))
+
+    def plain(self) -> "Inputs":
+        """Without lengths and resets."""
+        return replace(self, case=self.case.plain(), lengths=None, resets=None)
+
+    def as_given(self, t: Tensor) -> Batch:
+        """t [T, B, *] in the form of the case: as it is, or packed."""
+        if self.case.sequences != "packed":
+            return t
+        assert self.lengths is not None
+        return pack_padded_sequence(t, self.lengths.cpu(), enforce_sorted=False)
+
+    def padded(self, batch: Batch) -> Tensor:
+        """[T, B, *] again."""
+        packed = isinstance(batch, PackedSequence)
+        return pad_packed_sequence(batch, total_length=self.case.steps)[0] if packed else batch
+
+
+def data_of(batch: Batch) -> Tensor:
+    """The tensor that holds the elements of a batch."""
+    return batch.data if isinstance(batch, PackedSequence) else batch
+
+
+def results_in(dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
+    """Output, final states and, for training, every gradient of the first x, by torch.lstm_cell step by step.
+
+    In float64 it is the truth, in the dtype of the case torch's own rounding. The inputs are those of the case, as
+    they are; nothing of gpu_lstm takes part.
+    """
+    leaves = {"x": inputs.xs[0], "h0": inputs.h0, "c0": inputs.c0, **inputs.weights}
+    leaves = {name: t.detach().to(dtype).requires_grad_(inputs.case.training) for name, t in leaves.items()}
+    y, rows, finals = leaves["x"], zip(leaves["h0"], leaves["c0"]), []
+    for layer in range(inputs.case.layers):
+        outputs = []
+        for suffix in ("", "_reverse")[: inputs.case.directions]:
+            weights = [leaves[f"{kind}_l{layer}{suffix}"] for kind in WEIGHTS]
+            h, final = _direction(inputs, y, *next(rows), weights, reverse=suffix == "_reverse")
+            outputs.append(h)
+            finals.append(final)
+        y = torch.cat(outputs, dim=2)
+    h_n, c_n = (torch.stack(state) for state in zip(*finals))
+    results = {"output": y, "h_n": h_n, "c_n": c_n}
+    if inputs.case.training:
+        gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy.to(dtype))
+        results |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients)}
+    return {name: t.detach() for name, t in results.items()}
+
+
+def _direction(
+    inputs: Inputs, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], reverse: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Outputs [T, B, H] and final states of a layer in one direction."""
+    steps, lengths, outputs = len(x), inputs.lengths, [x] * len(x)  # of which every one is replaced
+    for t in reversed(range(steps)) if reverse else range(steps):
+        boundary = t + 1 if reverse else t  # a reset there separates this step from the one taken before
+        if inputs.resets is not None and boundary < steps:
+            afresh = inputs.resets[boundary] & (True if lengths is None else boundary < lengths)
+            h, c = (torch.where(afresh[:, None], 0, state) for state in (h, c))
+        valid = None if lengths is None else (t < lengths)[:, None]
+        h_next, c_next = torch.lstm_cell(x[t], (h, c), *weights)
+        outputs[t] = h_next if valid is None else torch.where(valid, h_next, 0)
+        h = h_next if valid is None else torch.where(valid, h_next, h)
+        c = c_next if valid is None else torch.where(valid, c_next, c)
+    return torch.stack(outputs), (h, c)
