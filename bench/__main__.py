@@ -10,40 +10,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import cases, compare, expected, gpu, internals, measure, ppo, report, results
+from . import cases, compare, expected, gpu, measure, plots, ppo, report, results
 from .isolated import ROOT, checkout
 from .providers import OURS, PROVIDERS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status: 0 fine, 1 something is wrong or slower, 2 a mistake of the user's."""
-    devices = ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    add = parser.add_argument
-    add("--cases", nargs="+", metavar="NAME", help="groups or single cases; default: all")
-    add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="who is measured beside torch.nn.LSTM")
-    add("--device", choices=devices, default=devices[0], help="default here: %(default)s")
-    add("--out", type=Path, help="a new folder; default: out/bench-DATE-TIME")
-    add("--base", metavar="REV", help="measure a commit, too, case by case in turn, and compare; default: ours only")
-    add(
-        "--expect", nargs="*", choices=internals.cards(), default=["h100", "a100", "rtx4090"], metavar="GPU",
-        help="on a CPU: cards that plans are shown for (expected, not measured)",
-    )  # fmt: skip
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    to_compare = commands.add_parser("compare", help="what a run has faster and slower than another")
-    to_compare.add_argument("old", type=Path, help="CSV of the run before")
-    to_compare.add_argument("new", type=Path, help="CSV of the run now, on the same device")
-    to_compare.add_argument(
-        "--fail-under", type=float, default=compare.FAIL_UNDER, metavar="RATIO",
-        help="fail where the speed is less than this fraction of that before (default %(default)s)",
-    )  # fmt: skip
-    on_gpu = commands.add_parser("gpu", help="doctor, tests, grid, plots and a table, for a CUDA machine")
-    on_gpu.add_argument("--minutes", type=float, default=8.0, help="for all of it together")
-    on_gpu.add_argument("--out", type=Path, required=True, help="folder for all it finds")
-    ppo.add_arguments(commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop"))
-    commands.add_parser("readme", help="write the performance section of README.md from bench/results/*.csv")
-    options = parser.parse_args(arguments)
-    out = options.out if "out" in options else None
+    options = _parser().parse_args(arguments)
     with contextlib.ExitStack() as stack:
         try:
             match options.command:
@@ -52,36 +26,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 case "readme":
                     report.update_readme(ROOT / "README.md", list((ROOT / "bench" / "results").glob("*.csv")))
                     return 0
-                case "gpu" if devices == ["cpu"]:
+                case "ppo":
+                    return ppo.run(options)
+                case "gpu" if not torch.cuda.is_available():
                     raise ValueError("there is no CUDA device here")
-                case None:
-                    chosen = cases.choose(torch.device(options.device).type, options.cases)
-                    base = stack.enter_context(checkout(options.base)) if options.base else None
-                    out = options.out or ROOT / "out" / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-            if out is not None:
-                out.mkdir(parents=True)
+            now = datetime.datetime.now()
+            out = options.out or ROOT / "out" / f"bench-{now:%Y%m%d-%H%M%S}"
+            if options.command != "gpu":
+                chosen = cases.choose(torch.device(options.device).type, options.cases)
+                base = stack.enter_context(checkout(options.base)) if options.base else None
+            out.mkdir(parents=True)
         except (ValueError, OSError) as error:
             print(f"python -m bench: {error}", file=sys.stderr)
             return 2
-        match options.command:
-            case "gpu":
-                return gpu.run(options.minutes, out)
-            case "ppo":
-                return ppo.run(options)
-        return _run(options, chosen, out, base)
+        file = out / "results.csv"
+        if options.command == "gpu":
+            failures = gpu.run(options.minutes, out)
+            return show(file) or int(failures > 0)
+        if base is not None:
+            old = out / "base.csv"
+            measure.measure(chosen, options.providers or [OURS], options.device, {old: base, file: None})
+            return compare.show(results.read(old), results.read(file), compare.FAIL_UNDER)
+        measure.measure(chosen, options.providers, options.device, {file: None})
+        for row in expected.rows(options.expect) if options.device == "cpu" and options.cases is None else []:
+            results.append(file, row)
+        return show(file)
 
 
-def _run(options: argparse.Namespace, chosen: list[cases.Case], out: Path, base: Path | None) -> int:
-    """Measure, and print the tables; or, beside another commit, the comparison."""
-    file, device = out / "results.csv", options.device
-    if base is not None:
-        old = out / "base.csv"
-        measure.measure(chosen, options.providers or [OURS], device, {old: base, file: None})
-        return compare.show(results.read(old), results.read(file), compare.FAIL_UNDER)
-    measure.measure(chosen, options.providers, device, {file: None})
-    for row in expected.rows(options.expect) if device == "cpu" and options.cases is None else []:
-        results.append(file, row)
-    return gpu.show(file, Console())
+def show(file: Path) -> int:
+    """Plots beside a file of results, and its tables, the summary last. 1 if a row of ours is wrong or failed."""
+    rows, console = results.read(file), Console()
+    drawn = plots.draw(rows, file.parent)
+    wrong = rows[report.is_ours(rows) & rows["status"].isin(results.BROKEN)]
+    console.print(*report.expected(rows), *report.headline(rows), sep="\n")
+    console.print(f"{file} and {len(drawn)} plots beside it", markup=False, highlight=False)
+    for row in wrong.itertuples():
+        console.print(f"{row.status.upper()} {row.case} {row.provider}: {row.note}", markup=False, highlight=False)
+    console.print(report.summary(rows))
+    return int(len(wrong) > 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    devices = ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    add, cards = parser.add_argument, expected.known_cards()
+    add("--cases", nargs="+", metavar="NAME", help="groups or single cases; default: all")
+    add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="who is measured beside torch.nn.LSTM")
+    add("--device", choices=devices, default=devices[0], help="default here: %(default)s")
+    add("--out", type=Path, help="a new folder; default: out/bench-DATE-TIME")
+    add("--base", metavar="REV", help="measure gpu_lstm in this commit, too, in turns, and compare")
+    expect = "on a CPU: cards that plans are shown for (expected, not measured)"
+    add("--expect", nargs="*", choices=cards, default=["h100", "a100", "rtx4090"], metavar="GPU", help=expect)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    add = commands.add_parser("compare", help="what a run has faster and slower than another").add_argument
+    add("old", type=Path, help="CSV of the run before")
+    add("new", type=Path, help="CSV of the run now, on the same device")
+    fail = "fail where the speed is less than this fraction of that before (default %(default)s)"
+    add("--fail-under", type=float, default=compare.FAIL_UNDER, metavar="RATIO", help=fail)
+    add = commands.add_parser("gpu", help="doctor, tests, grid, plots and a table, for a CUDA machine").add_argument
+    add("--minutes", type=float, default=8.0, help="for all of it together")
+    add("--out", type=Path, required=True, help="folder for all it finds")
+    ppo.add_arguments(commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop"))
+    commands.add_parser("readme", help="write the performance section of README.md from bench/results/*.csv")
+    return parser
 
 
 if __name__ == "__main__":

@@ -27,12 +27,10 @@ class Case:
     @property
     def name(self) -> str:
         """What tells it from every other case, in the order of the fields."""
-        beyond = {
-            f"L{self.layers}": self.layers > 1, "both-directions": self.directions > 1,
-            self.sequences: self.sequences != "full", f"resets-{self.reset_rate:.1%}": self.reset_rate > 0,
-        }  # fmt: skip
-        sizes = f"T{self.steps}-B{self.batch}-I{self.input_size}-H{self.hidden_size}"
-        return "-".join([self.mode, self.dtype, sizes, *(part for part, is_asked in beyond.items() if is_asked)])
+        resets = f"-resets-{self.reset_rate:.1%}" * (self.reset_rate > 0)
+        name = f"{self.mode}-{self.dtype}-T{self.steps}-B{self.batch}-I{self.input_size}-H{self.hidden_size}"
+        name += f"-L{self.layers}" * (self.layers > 1) + "-both-directions" * (self.directions > 1)
+        return name + f"-{self.sequences}" * (self.sequences != "full") + resets
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -50,7 +48,9 @@ class Case:
 
     def operations(self) -> int:
         """Floating-point operations of the products, 2 a multiply-add; backward takes twice those of forward."""
-        return self.steps * self.batch * 2 * self._matrix_elements() * (3 if self.training else 1)
+        H, D = self.hidden_size, self.directions
+        elements = 4 * H * D * ((self.input_size + H) + (self.layers - 1) * (D * H + H))  # of the matrices
+        return 2 * self.steps * self.batch * elements * (3 if self.training else 1)
 
     def bytes_moved(self) -> int:
         """The least that goes through memory: every input read once, every result written once.
@@ -58,35 +58,26 @@ class Case:
         Training also hands in the output's gradient, hands out those of input and weights, and between the two
         passes writes and reads the four gates and c (float32) of every unit and step.
         """
-        size, cells, units = self.torch_dtype.itemsize, self.steps * self.batch, self.hidden_size * self.directions
-        weights = self._matrix_elements() + 8 * units * self.layers
-        states = cells * units * self.layers
-        moved = size * (weights + cells * (self.input_size + units))
-        return 2 * (moved + size * 4 * states + 4 * states) if self.training else moved
-
-    def _matrix_elements(self) -> int:
-        H, D = self.hidden_size, self.directions
-        return 4 * H * D * ((self.input_size + H) + (self.layers - 1) * (D * H + H))
+        size, cells, units = DTYPES[self.dtype].itemsize, self.steps * self.batch, self.hidden_size * self.directions
+        weights = replace(self, mode="forward").operations() // (2 * cells) + 8 * units * self.layers
+        once, states = size * (weights + cells * (self.input_size + units)), cells * units * self.layers
+        return 2 * (once + size * 4 * states + 4 * states) if self.training else once
 
 
-HEADLINES = {  # the middle of each grid
-    "cuda": Case("training", "bf16", steps=1024, batch=16, input_size=768, hidden_size=768),
-    "cpu": Case("training", "fp32", steps=128, batch=16, input_size=128, hidden_size=128),
-}
-VARIED: dict[str, dict[str, tuple[Any, ...]]] = {  # around it
-    "cuda": {
+GRIDS: dict[str, tuple[Case, dict[str, tuple[Any, ...]]]] = {  # the headline of each, and what is varied around it
+    "cuda": (Case("training", "bf16", steps=1024, batch=16, input_size=768, hidden_size=768), {
         "hidden_size": (128, 512, 1024, 64, 129, 256, 1536, 2048), "batch": (1, 64, 4, 256, 12), "steps": (128, 4096),
         "dtype": ("fp16", "tf32", "fp32"), "reset_rate": (0.02, 0.005, 0.1),
-    },
-    "cpu": {
+    }),
+    "cpu": (Case("training", "fp32", steps=128, batch=16, input_size=128, hidden_size=128), {
         "hidden_size": (32, 256, 512), "batch": (1, 64), "steps": (32, 512), "dtype": (), "reset_rate": (0.02, 0.1),
-    },
+    }),
 }  # fmt: skip
 
 
 def grid(kind: str) -> dict[str, list[Case]]:
     """The cases for a kind of device, "cuda" or "cpu": groups by name, groups and cases in order of importance."""
-    headline, varied = HEADLINES[kind], VARIED[kind]
+    headline, varied = GRIDS[kind]
 
     def both(**changes) -> list[Case]:
         return [replace(headline, mode=mode, **changes) for mode in ("training", "forward")]
@@ -110,10 +101,8 @@ def grid(kind: str) -> dict[str, list[Case]]:
 def choose(kind: str, names: list[str] | None) -> list[Case]:
     """The cases of groups or of single cases by name; the whole grid if None. ValueError for a name that is neither."""
     groups = grid(kind)
-    single = {case.name: [case] for cases in groups.values() for case in cases}
+    known = groups | {case.name: [case] for cases in groups.values() for case in cases}
     for name in names or groups:
-        if name not in groups | single:
-            raise ValueError(
-                f"unknown case {name!r}; known groups: {', '.join(groups)}; known cases: {', '.join(single)}"
-            )
-    return list(dict.fromkeys(case for name in names or groups for case in (groups | single)[name]))
+        if name not in known:
+            raise ValueError(f"unknown case {name!r}; known groups: {', '.join(groups)}; known: {', '.join(known)}")
+    return list(dict.fromkeys(case for name in names or groups for case in known[name]))

@@ -20,13 +20,11 @@ FAIL_UNDER = 0.95
 IN_SECONDS = 0.9  # of the threshold, where the drift of the machine does not cancel
 ROUNDS = 20  # at which three standard errors of a median reach as far as p20 and p80: 3 * 1.253 = 0.842 * 20**0.5
 KEY = ["case", "provider", "graph"]
-SLOWER, LOST, FASTER, MISSING, NEW = (
-    "slower", "right before, not now", "faster", "timed before, not now", "timed now, not before",
-)  # fmt: skip
+VERDICTS = ["slower", "broken", "faster", "not timed now", "not timed before"]
 
 
 def compare(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> pd.DataFrame:
-    """The rows that were timed in either run, the worst first: `verdict`, and `ratio`, below 1 where it is slower now.
+    """The rows timed in either run: `verdict` of VERDICTS or "", `ratio` below 1 where slower now, if `is_regression`.
 
     Raises ValueError for fail_under outside (0, 1]; rows of several devices; a row that is there twice, or timed
     without its times; nothing of gpu_lstm that was timed before and is timed or broken now.
@@ -34,8 +32,8 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> pd.DataF
     if not 0 < fail_under <= 1:
         raise ValueError(f"--fail-under is {fail_under:g}, expected more than 0 and at most 1")
     report.measured(pd.concat([old, new]))  # raises unless they are of one device
-    old, new = (rows[rows["status"] != "expected"] for rows in (old, new))
     same_torch = set(old["torch"]) == set(new["torch"])
+    old, new = (rows[rows["status"] != "expected"] for rows in (old, new))
     replayed = new[~new["status"].isin(TIMED)].assign(graph=True)  # what was not timed has no row of its own for that
     try:
         rows = old.merge(pd.concat([new, replayed]), "outer", KEY, suffixes=("_old", "_new"), validate="one_to_one")
@@ -47,29 +45,30 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> pd.DataF
         rows["status_new"].isin(TIMED),
         rows["status_new"].isin(BROKEN),
     )
-    if not (report.is_ours(rows) & before & (now | broken)).any():
+    ours = report.is_ours(rows)
+    if not (ours & before & (now | broken)).any():
         raise ValueError("nothing to compare: no case of gpu_lstm was timed in both runs")
 
     without_speed = rows[["speed_old", "speed_new"]].isna().any(axis=1)
     in_seconds = (rows["provider"] == YARDSTICK) | without_speed | (not same_torch)
-    low_old, middle_old, high_old = _interval(rows, "old", in_seconds)
-    low_new, middle_new, high_new = _interval(rows, "new", in_seconds)
+    (low_old, middle_old, high_old), (low_new, middle_new, high_new) = (
+        _interval(rows.filter(regex=f"_{side}$"), in_seconds) for side in ("old", "new")
+    )
     unsound = before & now & ~np.isfinite(low_old + high_old + low_new + high_new)
     if unsound.any():
         case, provider = rows.loc[unsound, ["case", "provider"]].values[0]
         raise ValueError(f"{provider} at {case} was timed, expected positive times and rounds")
     ratio, threshold = middle_new / middle_old, fail_under * np.where(in_seconds, IN_SECONDS, 1)
-    verdicts = {
-        LOST: before & broken, MISSING: before & ~now, NEW: ~before,
-        SLOWER: (ratio < threshold) & (high_new < low_old), FASTER: (ratio > 1 / threshold) & (high_old < low_new),
-    }  # fmt: skip
-    figures = {"ratio": ratio, "in_seconds": in_seconds, "old": middle_old, "new": middle_new}
-    return rows.assign(verdict=np.select(list(verdicts.values()), list(verdicts), ""), **figures).sort_values("ratio")
+    slower, faster = (ratio < threshold) & (high_new < low_old), (ratio > 1 / threshold) & (high_old < low_new)
+    verdict = np.select([slower, before & broken, faster, before & ~now, ~before], VERDICTS, "")
+    regression = ours & (slower | before & broken)
+    figures = {"ratio": ratio, "in_seconds": in_seconds, "before": middle_old, "now": middle_new}
+    return rows.assign(verdict=verdict, is_regression=regression, **figures).sort_values("ratio")
 
 
-def _interval(rows: pd.DataFrame, side: str, in_seconds: pd.Series) -> tuple[pd.Series, pd.Series, pd.Series]:
+def _interval(rows: pd.DataFrame, in_seconds: pd.Series) -> tuple[pd.Series, pd.Series, pd.Series]:
     """A median between the ends of three standard errors, of speeds or of calls a second: more is faster."""
-    rows = rows.filter(regex=f"_{side}$").rename(columns=lambda name: name.removesuffix(f"_{side}"))
+    rows = rows.rename(columns=lambda name: name.rpartition("_")[0])
     rows = rows.where(rows[["rounds", "median_s", "p20_s", "p80_s"]].gt(0).all(axis=1))  # NaN where there are no times
     low, middle, high = (
         rows[speed].where(~in_seconds, 1 / rows[seconds])
@@ -82,23 +81,21 @@ def _interval(rows: pd.DataFrame, side: str, in_seconds: pd.Series) -> tuple[pd.
 def show(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> int:
     """Print what `compare` finds. 1 if gpu_lstm itself is slower, wrong or failed, else 0; the others fail nothing."""
     rows, console = compare(old, new, fail_under), Console()
-    console.print(f"torch {'/'.join(set(old['torch']))} before, {'/'.join(set(new['torch']))} now; x: against nn.LSTM")
-    for verdict in (SLOWER, LOST, FASTER, MISSING, NEW):
-        its = rows[rows["verdict"] == verdict]
-        cells = pd.DataFrame(
-            {"case": its["case"], "provider": its["provider"] + its["graph"].map({True: " (graph)"}).fillna("")}
-        )
-        if verdict in (SLOWER, FASTER):
-            for side, name in (("old", "before"), ("new", "now")):
-                seconds = (1e3 / its[side]).map("{:.3g} ms".format)
-                cells[name] = its[side].map("{:.3g}x".format).where(~its["in_seconds"], seconds)
-            cells["ratio"] = its["ratio"].map("{:.2f}".format)
-        elif verdict != NEW:
-            cells["why"] = its["status_new"].fillna("not in the new file") + (": " + its["note_new"]).fillna("")
-        if len(its):
-            console.print(report.table(cells[::-1] if verdict == FASTER else cells, verdict, folded=("case", "why")))
+    told = rows[rows["verdict"] != ""].sort_values(
+        "verdict", key=lambda verdicts: verdicts.map(VERDICTS.index), kind="stable"
+    )
+    values = {name: told[name].map("{:.3g}x".format).where(~told["in_seconds"], (1e3 / told[name]).map("{:.3g} ms".format))
+              for name in ("before", "now")}  # fmt: skip
+    why = told["status_new"].fillna("not run") + (": " + told["note_new"]).fillna("")
+    timed = told["ratio"].notna()
+    cells = pd.DataFrame({
+        "case": told["case"], "provider": told["provider"].where(~told["graph"], told["provider"] + " (graph)"), **values,
+        "ratio": told["ratio"].map("{:.2f}".format), "verdict": told["verdict"] + (": " + why).where(~timed, ""),
+    }).replace(r"nanx?|nan ms", "", regex=True)  # fmt: skip
+    title = f"torch {'/'.join(set(old['torch']))} before, {'/'.join(set(new['torch']))} now; x: times as fast as its nn.LSTM"
+    console.print(report.table(cells, title, folded=("case", "verdict")))
     console.print(f"within the noise or the threshold: {(rows['verdict'] == '').sum()}")
-    regressions = (report.is_ours(rows) & rows["verdict"].isin([SLOWER, LOST])).sum()
-    text = f"regressions of gpu_lstm: {regressions}, at --fail-under {fail_under:g}"
-    console.print(Text(text, style="bold red" if regressions else "bold green"))
-    return int(regressions > 0)
+    count = rows["is_regression"].sum()
+    style = "bold red" if count else "bold green"
+    console.print(Text(f"regressions of gpu_lstm: {count}, at --fail-under {fail_under:g}", style=style))
+    return int(count > 0)

@@ -41,23 +41,18 @@ class Inputs:
             return (torch.randn(*shape, generator=generator) * scale).to(device, case.torch_dtype)
 
         weights = {}
-        for layer in range(case.layers):
-            features = D * H if layer else I
-            for place in (f"l{layer}{suffix}" for suffix in ("", "_reverse")[:D]):
-                weights[f"weight_ih_{place}"] = normal(4 * H, features, scale=features**-0.5)
-                weights[f"weight_hh_{place}"] = normal(4 * H, H, scale=H**-0.5)
-                weights[f"bias_ih_{place}"] = normal(4 * H, scale=0.1)
-                weights[f"bias_hh_{place}"] = normal(4 * H, scale=0.1)
-        lengths = resets = None
-        if case.sequences != "full":
-            lengths = torch.randint(1, T + 1, (B,), generator=generator).to(device)
-            lengths[0] = T
-        if case.reset_rate:
-            resets = (torch.rand(T, B, generator=generator) < case.reset_rate).to(device)
+        for place in (f"l{layer}{suffix}" for layer in range(case.layers) for suffix in ("", "_reverse")[:D]):
+            features = I if place.startswith("l0") else D * H
+            weights[f"weight_ih_{place}"] = normal(4 * H, features, scale=features**-0.5)
+            weights[f"weight_hh_{place}"] = normal(4 * H, H, scale=H**-0.5)
+            weights |= {f"{bias}_{place}": normal(4 * H, scale=0.1) for bias in ("bias_ih", "bias_hh")}
+        lengths = torch.randint(1, T + 1, (B,), generator=generator).index_fill(0, torch.tensor(0), T).to(device)
+        resets = (torch.rand(T, B, generator=generator) < case.reset_rate).to(device)
         sets = min(MOST_SETS, math.ceil(CACHE_BYTES / (T * B * I * case.torch_dtype.itemsize)))
         xs = [normal(T, B, I) for _ in range(sets)]
         h0, c0 = (normal(case.layers * D, B, H, scale=0.5) for _ in range(2))
-        return cls(case, weights, xs, h0, c0, lengths, resets, dy=normal(T, B, D * H))
+        ragged = None if case.sequences == "full" else lengths
+        return cls(case, weights, xs, h0, c0, ragged, resets if case.reset_rate else None, dy=normal(T, B, D * H))
 
     def plain(self) -> "Inputs":
         """Without lengths and resets."""
@@ -76,11 +71,6 @@ class Inputs:
         return pad_packed_sequence(batch, total_length=self.case.steps)[0] if packed else batch
 
 
-def data_of(batch: Batch) -> Tensor:
-    """The tensor that holds the elements of a batch."""
-    return batch.data if isinstance(batch, PackedSequence) else batch
-
-
 def results_in(dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
     """Output, final states and, for training, every gradient of the first x, by torch.lstm_cell step by step.
 
@@ -94,7 +84,7 @@ def results_in(dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
         outputs = []
         for suffix in ("", "_reverse")[: inputs.case.directions]:
             weights = [leaves[f"{kind}_l{layer}{suffix}"] for kind in WEIGHTS]
-            h, final = _direction(inputs, y, *next(rows), weights, reverse=suffix == "_reverse")
+            h, *final = _direction(inputs, y, *next(rows), weights, reverse=suffix == "_reverse")
             outputs.append(h)
             finals.append(final)
         y = torch.cat(outputs, dim=2)
@@ -108,7 +98,7 @@ def results_in(dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
 
 def _direction(
     inputs: Inputs, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], reverse: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs [T, B, H] and final states of a layer in one direction."""
     steps, lengths, outputs = len(x), inputs.lengths, [x] * len(x)  # of which every one is replaced
     for t in reversed(range(steps)) if reverse else range(steps):
@@ -116,9 +106,16 @@ def _direction(
         if inputs.resets is not None and boundary < steps:
             afresh = inputs.resets[boundary] & (True if lengths is None else boundary < lengths)
             h, c = (torch.where(afresh[:, None], 0, state) for state in (h, c))
-        valid = None if lengths is None else (t < lengths)[:, None]
-        h_next, c_next = torch.lstm_cell(x[t], (h, c), *weights)
-        outputs[t] = h_next if valid is None else torch.where(valid, h_next, 0)
-        h = h_next if valid is None else torch.where(valid, h_next, h)
-        c = c_next if valid is None else torch.where(valid, c_next, c)
-    return torch.stack(outputs), (h, c)
+        before = h, c
+        h, c = torch.lstm_cell(x[t], before, *weights)
+        outputs[t] = h
+        if lengths is not None:
+            valid = (t < lengths)[:, None]
+            outputs[t] = torch.where(valid, h, 0)
+            h, c = (torch.where(valid, *states) for states in zip((h, c), before))
+    return torch.stack(outputs), h, c
+
+
+def data_of(batch: Batch) -> Tensor:
+    """The tensor that holds the elements of a batch."""
+    return batch.data if isinstance(batch, PackedSequence) else batch

@@ -22,10 +22,6 @@ LIMIT_S = 90.0  # without a sign of life; compiling kernels takes most of it
 class ProviderFailed(Exception):
     """A provider raised, hung, or took its process along: its name, and what happened."""
 
-    def __init__(self, provider: str, text: str) -> None:
-        super().__init__(provider, text)  # both, so that it survives pickling
-        self.provider, self.text = provider, text
-
 
 class Worker:
     """Calls a function of a module in another process. By its argument `tell` the function says whose turn it is.
@@ -35,14 +31,8 @@ class Worker:
 
     def __init__(self, function: Callable[..., Any], path: Path | None = None, limit_s: float = LIMIT_S) -> None:
         self._function, self._path, self._limit_s = function, path, limit_s
-        self._process: multiprocessing.process.BaseProcess | None = None
+        self._process: Any = None
         self._connection: Connection
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
 
     def __call__(self, *arguments: Any) -> Any:
         """What the function returns. ProviderFailed if it raises that, or if its process dies or says nothing."""
@@ -57,13 +47,14 @@ class Worker:
                 if kind == "returned":
                     return value
                 if kind == "raised":
-                    self._close()
-                    raise value
+                    raise ProviderFailed(*value)
                 turn, limit_s = value, self._limit_s
+            raise ProviderFailed(turn, f"hung: no sign for {limit_s:.0f} s")
+        except ProviderFailed:
+            self.close()
+            raise
         except (EOFError, ConnectionError):
-            raise ProviderFailed(turn, f"its process died, exit code {self._close()}") from None
-        self._close()
-        raise ProviderFailed(turn, f"hung: no sign for {limit_s:.0f} s")
+            raise ProviderFailed(turn, f"its process died, exit code {self.close()}") from None
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -77,16 +68,16 @@ class Worker:
             sys.path[:] = before
         theirs.close()
 
-    def _close(self) -> int | None:
+    def close(self) -> int | None:
         """End the process, if there is one; its exit code."""
-        if self._process is None:
+        process, self._process = self._process, None
+        if process is None:
             return None
-        self._process.join(1)  # one that dies by itself has a second to leave its exit code
-        self._process.kill()
-        self._process.join()
-        exit_code, self._process = self._process.exitcode, None
+        process.join(1)  # one that dies by itself has a second to leave its exit code
+        process.kill()
+        process.join()
         self._connection.close()
-        return exit_code
+        return process.exitcode
 
 
 def _serve(connection: Connection, function: Callable[..., Any]) -> None:
@@ -101,7 +92,7 @@ def _serve(connection: Connection, function: Callable[..., Any]) -> None:
         try:
             connection.send(("returned", function(*arguments, tell=tell)))
         except ProviderFailed as error:
-            connection.send(("raised", error))
+            connection.send(("raised", error.args))
 
 
 @contextlib.contextmanager
@@ -112,14 +103,11 @@ def checkout(commit: str) -> Iterator[Path]:
     ValueError if there is no such commit, or no gpu_lstm in it.
     """
     with tempfile.TemporaryDirectory(prefix="gpu-lstm-base-") as folder:
-        tree, path = Path(folder) / "tree", Path(folder) / "path"
-        git = ["git", "-C", str(ROOT), "worktree"]
+        tree, path, git = Path(folder) / "tree", Path(folder) / "path", ["git", "-C", str(ROOT), "worktree"]
         try:
             added = subprocess.run([*git, "add", "--detach", tree, commit], capture_output=True, text=True)
-            if added.returncode:
-                raise ValueError(f"no commit {commit!r} to compare with: {added.stderr.strip().splitlines()[-1]}")
-            if not (tree / "gpu_lstm" / "__init__.py").exists():
-                raise ValueError(f"there is no gpu_lstm in commit {commit!r}")
+            if added.returncode or not (tree / "gpu_lstm" / "__init__.py").exists():
+                raise ValueError(f"no commit {commit!r} with a gpu_lstm in it: {added.stderr.strip()}")
             path.mkdir()
             (path / "gpu_lstm").symlink_to(tree / "gpu_lstm")
             (tree / "gpu_lstm" / "kernels").symlink_to(tree / "kernels")  # where packaging puts it

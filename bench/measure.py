@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,47 +31,45 @@ Row = dict[str, Any]
 def measure(
     cases: list[Case], names: list[str] | None, device: str, sides: dict[Path, Path | None], deadline: float = math.inf
 ) -> list[Case]:
-    """Run `cases` one after another, every row in its file before the next starts; those there was no time for.
+    """Run `cases` in this order, every row in its file before the next case starts; those there was no time for.
 
-    Args:
-        cases: what to run, in this order.
-        names: who takes part; None for all in the headline, and in the other cases those that say so.
-        device: "cpu", or a CUDA device, where cases run in a process of their own.
-        sides: new files, and for each the folder to import gpu_lstm from; None for the gpu_lstm that is imported here.
-            Several sides take turns case by case, each in a process of its own.
-        deadline: by time.monotonic(); no case is begun after it.
+    Those take part who are named, by default all in the headline and elsewhere those that say so. On a CUDA `device`,
+    cases run in a process of their own. `sides` are new files, and for each the folder to import gpu_lstm from: None
+    for the one imported here. Several sides take turns case by case, each in a process of its own. No case is begun
+    after `deadline`, by time.monotonic().
     """
     for file in sides:
         results.create(file)
     torch.set_num_threads(1)  # several stall each other, by a factor of 100, where anything else wants a core
     headline = grid("cpu" if device == "cpu" else "cuda")["headline"]
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with contextlib.ExitStack() as stack:
-        run: dict[Path, Callable[..., list[Row]]] = dict.fromkeys(sides, run_case)
+        run: dict[Path, Any] = dict.fromkeys(sides, run_case)
         if device != "cpu" or len(sides) > 1:
-            run = {file: stack.enter_context(Worker(run_case, path)) for file, path in sides.items()}
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            run = {
+                file: stack.enter_context(contextlib.closing(Worker(run_case, path))) for file, path in sides.items()
+            }
         bar = stack.enter_context(Progress(*columns, transient=True))
         task = bar.add_task("", total=len(cases))
         for number, case in enumerate(cases):
             if time.monotonic() > deadline:
                 return cases[number:]
-            bar.update(task, description=case.name)
+            bar.update(task, description=case.name, completed=number)
             for file in list(sides)[:: -1 if number % 2 else 1]:  # now the one side first, now the other
-                for row in _rows(case, taking_part(names, case in headline), device, run[file]):
+                for row in rows_of(case, taking_part(names, case in headline), device, run[file]):
                     results.append(file, row)
-            bar.advance(task)
     return []
 
 
-def _rows(case: Case, names: list[str], device: str, run: Callable[..., list[Row]]) -> list[Row]:
-    """Of one case. Providers that fail are named as failed, and the others run without them."""
+def rows_of(case: Case, names: list[str], device: str, run: Callable[..., list[Row]]) -> list[Row]:
+    """What `run` gives for one case. Providers that fail are named as failed, and the others run without them."""
     failed: dict[str, str] = {}
     while set(failed) != set(names):
         try:
             return run(case, names, device, failed)
         except ProviderFailed as error:
-            blamed = [error.provider] if error.provider in names else names  # where nobody in particular: everybody
-            failed |= {name: error.text for name in blamed}
+            provider, text = error.args
+            failed |= dict.fromkeys([provider] if provider in names else names, text)  # nobody in particular: all
     return [_row(case, name, device, status="failed", note=text) for name, text in failed.items()]
 
 
@@ -86,35 +84,32 @@ def run_case(
     """
     torch.set_num_threads(1)  # as in `measure`: this may be a process of its own
     outcomes: dict[str, Row] = {name: {"status": "failed", "note": text} for name, text in failed.items()}
-    trials: dict[str, Trial] = {}
     calls: dict[tuple[str, bool], timing.Call] = {}
     with timing.float32_products(case.dtype):
         inputs, gate = Inputs.of(case, device), Gate()
         for name in (name for name in names if name not in failed):
-            with _blaming(name, tell):
+            tell(name)
+            try:
                 if (reason := PROVIDERS[name].absent(device)) is not None:
                     outcomes[name] = {"status": "absent", "note": reason}
                     continue
-                try:
-                    trial = Trial(name, inputs)
-                except Unable as error:
-                    outcomes[name] = {"status": "unable", "note": str(error)}
-                    continue
+                trial = Trial(name, inputs)
                 outcomes[name] = gate.judge(trial)
                 if outcomes[name]["status"] in results.TIMED:
-                    trials[name] = trial
+                    outcomes[name] |= trial.memory(device)
+                    calls[name, False] = trial.call
+                    if device != "cpu" and PROVIDERS[name].graphed:
+                        calls[name, True] = timing.captured(trial.call)
+            except Unable as error:
+                outcomes[name] = {"status": "unable", "note": str(error)}
+            except Exception as error:
+                raise ProviderFailed(name, f"{type(error).__name__}: {error}") from error
         del gate  # and what it knows from float64
-        for name, trial in trials.items():
-            with _blaming(name, tell):
-                outcomes[name] |= trial.memory(device)
-                calls[name, False] = trial.call
-                if device != "cpu" and PROVIDERS[name].graphed:
-                    calls[name, True] = timing.captured(trial.call)
         tell("all, timed in turn")
         copy, product = timing.ceilings(case.dtype, device)
         seconds = timing.interleaved(calls, device, SECONDS)
 
-    rows = [_row(case, name, device, **outcomes[name]) for name in names if name not in trials]
+    rows = [_row(case, name, device, **outcomes[name]) for name in names if (name, False) not in calls]
     bound = max(case.operations() / product, case.bytes_moved() / copy)
     ceilings = {"bound_s": bound, "copy_bytes_per_s": copy, "product_flops_per_s": product}
     for (name, graph), mine in seconds.items():
@@ -126,47 +121,42 @@ def run_case(
     return rows
 
 
-def _row(case: Case, provider: str, device: str, **columns: Any) -> Row:
-    given = {"case": case.name, **asdict(case), "provider": provider, "graph": False}
-    return {**results.provenance(device), **given, **columns}
-
-
-@contextlib.contextmanager
-def _blaming(provider: str, tell: Callable[[str], None]) -> Iterator[None]:
-    """What is raised within the block is this provider's fault."""
-    tell(provider)
-    try:
-        yield
-    except Exception as error:
-        raise ProviderFailed(provider, f"{type(error).__name__}: {error}") from error
+def _row(case: Case, provider: str, device: str, graph: bool = False, **columns: Any) -> Row:
+    given = {"case": case.name, **asdict(case), "provider": provider, "graph": graph}
+    return results.provenance(device) | given | columns
 
 
 class Trial:
     """A provider's engine, and the leaves that gradients are taken of. Raises Unable; the yardstick does its best."""
 
     def __init__(self, name: str, inputs: Inputs) -> None:
-        self.name, self.status, self.inputs = name, "measured", inputs
+        self.name, self.status, self.training = name, "measured", inputs.case.training
         try:
             self.engine = PROVIDERS[name].build(inputs)
         except Unable:
             if name != YARDSTICK:
                 raise
-            self.status, self.inputs = "yardstick", inputs.plain()
-            self.engine = PROVIDERS[name].build(self.inputs)
-        self.training = inputs.case.training
-        h0, c0, *self.xs = (
-            t.detach().clone().requires_grad_(self.training)
-            for t in (inputs.h0, inputs.c0, *(data_of(self.inputs.as_given(x)) for x in inputs.xs))
-        )
-        self.states, self.given = (h0, c0), self.inputs.as_given(inputs.xs[0])  # the latter for its form
-        self.dy = data_of(self.inputs.as_given(inputs.dy))
+            self.status, inputs = "yardstick", inputs.plain()
+            self.engine = PROVIDERS[name].build(inputs)
+        self.inputs, self.dy = inputs, data_of(inputs.as_given(inputs.dy))
+        self.states = [self._with_leaf(state) for state in (inputs.h0, inputs.c0)]
+        self.batches = [self._with_leaf(inputs.as_given(x)) for x in inputs.xs]
+
+    def _with_leaf(self, batch: Any) -> Any:
+        leaf = data_of(batch).detach().clone().requires_grad_(self.training)
+        return batch._replace(data=leaf) if isinstance(batch, PackedSequence) else leaf
+
+    def leaves(self, number: int) -> list[Tensor]:
+        """What a call takes gradients of: x, h0, c0 and the parameters."""
+        x = data_of(self.batches[number % len(self.batches)])
+        return [x, *self.states, *self.engine.parameters.values()]
 
     def call(self, number: int) -> tuple[Any, tuple[Tensor, ...]]:
         """One call, with backward if the case has it: (output, h_n, c_n) and the gradients of all leaves."""
         with self.engine.within(), torch.set_grad_enabled(self.training):
-            found = self._forward(number)
-            gradients = torch.autograd.grad(data_of(found[0]), self._leaves(number), self.dy) if self.training else ()
-            return found, gradients
+            found = self.engine.call(self.batches[number % len(self.batches)], *self.states)
+            gradients = torch.autograd.grad(data_of(found[0]), self.leaves(number), self.dy) if self.training else ()
+        return found, gradients
 
     def results(self) -> dict[str, Tensor]:
         """Output, final states and, for training, every gradient, by the names that `inputs.results_in` gives."""
@@ -174,25 +164,15 @@ class Trial:
         found = {"output": self.inputs.padded(y), "h_n": h_n, "c_n": c_n}
         if self.training:
             dx, dh0, dc0, *others = gradients
-            parameters = self.engine.to_torch(dict(zip(self.engine.parameters, others)))
-            found |= {"dx": self.inputs.padded(self._batch(dx)), "dh0": dh0, "dc0": dc0}
-            found |= {f"d{name}": gradient for name, gradient in parameters.items()}
+            x = self.batches[0]
+            found["dx"] = self.inputs.padded(x._replace(data=dx) if isinstance(x, PackedSequence) else dx)
+            found |= {"dh0": dh0, "dc0": dc0, **{f"d{name}": each for name, each in self.engine.named(others).items()}}
         return found
 
     def memory(self, device: str) -> Row:
         """Peak bytes of a call and, for training, the bytes kept between forward and backward."""
-        with self.engine.within():
-            kept = timing.kept_bytes(lambda: self._forward(0), self._leaves(0)) if self.training else None
+        kept = timing.kept_bytes(lambda: self.call(0), self.leaves(0)) if self.training else None
         return {"peak_bytes": timing.peak_bytes(self.call, device), "kept_bytes": kept}
-
-    def _batch(self, data: Tensor) -> Any:
-        return self.given._replace(data=data) if isinstance(self.given, PackedSequence) else data
-
-    def _forward(self, number: int) -> Any:
-        return self.engine.call(self._batch(self.xs[number % len(self.xs)]), *self.states)
-
-    def _leaves(self, number: int) -> list[Tensor]:
-        return [self.xs[number % len(self.xs)], *self.states, *self.engine.parameters.values()]
 
 
 class Gate:
@@ -225,10 +205,8 @@ class Gate:
 
 def _errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
     """Of every true result, relative, by the Euclidean norm; absolute where it is zero; NaN where none was found."""
-
-    def error(result: Tensor | None, truth: Tensor) -> float:
-        if result is None or result.shape != truth.shape:
-            return math.nan
-        return (result.double() - truth).norm().item() / (truth.norm().item() or 1.0)
-
-    return {name: error(found.get(name), truth) for name, truth in true.items()}
+    same = {name: name in found and found[name].shape == truth.shape for name, truth in true.items()}
+    errors = {
+        name: (found[name].double() - truth).norm() / (truth.norm() or 1) for name, truth in true.items() if same[name]
+    }
+    return {name: float(errors.get(name, math.nan)) for name in true}

@@ -1,7 +1,6 @@
 """Rows as pictures: every provider at the headline, time and memory against each size, the speed at every case."""
 
 import itertools
-import math
 import re
 import textwrap
 from dataclasses import replace
@@ -11,7 +10,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -20,7 +18,7 @@ from . import report
 from .cases import Case
 from .providers import OURS, YARDSTICK
 from .report import MIB, digits
-from .results import BROKEN
+from .results import BROKEN, CASE
 
 MODES = ("training", "forward")  # a panel each
 AXES = {  # sizes: title, label, letter
@@ -32,18 +30,16 @@ MEMORY = {"peak_bytes": "allocated at most during a call (MiB)", "kept_bytes": "
 MOST_TICKS = 7  # with numbers, on an axis
 STRONGEST = 4.0  # a speed of this, or of its inverse, has the last colour
 BARS = "Medians; bars from the 20th to the 80th percentile."
-DASH = (
-    "Cases are named by what differs from the first: T steps, B batch, H hidden, L layers, D directions. "
-    "A dash: the provider does not do this case."
-)
+DASH = """Cases are named by what differs from the first: T steps, B batch, H hidden, L layers, D directions. \
+A dash: the provider does not do this case."""
 # Okabe and Ito's colours without yellow. Their number, the markers' and the lines' have no common divisor.
-COLOURS, MARKERS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"), ("^", "D", "v", "P", "X", "<", ">")
+COLOURS, MARKERS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"), "^DvPX<>"
 DASHES: tuple[Any, ...] = ("-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (9, 2)))
 LOOK: Any = {
-    "font.size": 8, "axes.titlesize": 8.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
-    "figure.titlesize": 10, "figure.titleweight": "bold", "legend.frameon": False, "figure.constrained_layout.use": True,
-    "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": "0.9", "grid.linewidth": 0.6,
+    "font.size": 8, "axes.titlesize": 8.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "legend.frameon": False,
+    "figure.titlesize": 10, "figure.titleweight": "bold", "figure.constrained_layout.use": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "0.9", "grid.linewidth": 0.6,
 }  # fmt: skip
 
 
@@ -78,7 +74,7 @@ def figures(rows: pd.DataFrame) -> dict[str, Figure]:
 def headline_figure(rows: pd.DataFrame) -> Figure | None:
     """The time of every provider at the headline, the fastest on top."""
     base, styles = report.headline_of(rows), _styles(rows)
-    panels = {mode: _along(rows, replace(base, mode=mode)).sort_values("median_s") for mode in MODES}
+    panels = {mode: _along(rows, replace(base, mode=mode), "median_s") for mode in MODES}
     panels = {mode: its for mode, its in panels.items() if len(its) > 1}
     if not panels:
         return None
@@ -95,7 +91,7 @@ def headline_figure(rows: pd.DataFrame) -> Figure | None:
         for label, provider in zip(axes.get_yticklabels(), its["provider"]):
             label.set_fontweight("bold" if provider == OURS else "normal")
         axes.set(title=mode, xscale="log", xlabel="time a call (ms)", ylim=(longest - 0.3, -0.7))
-        _plain_ticks(axes, "x")
+        _plain_ticks(axes.xaxis)
         lowest, highest = axes.xaxis.get_data_interval()
         axes.set_xlim(lowest / 1.3, highest * (highest / lowest) ** 0.25)  # room for the last number
     figure.suptitle(f"Every provider at {report.sizes(base)}")
@@ -112,20 +108,17 @@ def lines_figure(rows: pd.DataFrame, panels: Any, memory: str | None = None) -> 
     figure = Figure(figsize=(7.2 if len(taken) > 1 else 4.4, 3.5))
     for axes, ((mode, size), lines) in zip(figure.subplots(1, len(taken), squeeze=False)[0], taken.items()):
         for contender, its in lines.items():
-            values, bars = its[memory] / MIB if memory else None, None
-            if values is None:
-                low, values, high = (1e6 * its[column] / its["steps"] for column in ("p20_s", "median_s", "p80_s"))
-                bars = np.array([values - low, high - values])
+            low, time, high = (1e6 * its[column] / its["steps"] for column in ("p20_s", "median_s", "p80_s"))
+            values, bars = (its[memory] / MIB, None) if memory else (time, np.array([time - low, high - time]))
             legend[contender] = axes.errorbar(its[size], values, bars, elinewidth=1, capsize=2, **styles[contender])
         _, label, letter = AXES[size]
         follows = size == "hidden_size" and base.input_size == base.hidden_size
         fixed = " ".join(part for part in report.sizes(base).split() if not part.startswith(letter))
         axes.set_xscale("log", base=2)
-        axes.set(
-            yscale="log", title=f"{mode}, {fixed}", xlabel=label.replace("H", "H = input size I") if follows else label
-        )
+        axes.set(yscale="log", title=f"{mode}, {fixed}")
+        axes.set_xlabel(label.replace("H", "H = input size I") if follows else label)
         axes.xaxis.set_major_formatter("{x:g}")
-        _plain_ticks(axes, "y")
+        _plain_ticks(axes.yaxis)
     figure.axes[0].set_ylabel(MEMORY[memory] if memory else "time a step (µs)")
     names = sorted(legend, key=lambda name: not name.startswith(OURS))
     figure.legend(
@@ -133,9 +126,8 @@ def lines_figure(rows: pd.DataFrame, panels: Any, memory: str | None = None) -> 
         handlelength=4, columnspacing=1.5, title_fontproperties={"weight": "bold", "size": 10},
         title="Memory of training" if memory else f"Time a step against {AXES[size][0]}",
     )  # fmt: skip
-    return _described(
-        figure, pd.concat([its for lines in taken.values() for its in lines.values()]), "" if memory else BARS
-    )
+    drawn = pd.concat([its for lines in taken.values() for its in lines.values()])
+    return _described(figure, drawn, "" if memory else BARS)
 
 
 def _lines(rows: pd.DataFrame, memory: str | None) -> dict[str, pd.DataFrame]:
@@ -155,9 +147,8 @@ def speed_figure(rows: pd.DataFrame) -> Figure | None:
     for title, modes in {"training": ["training"], "forward": ["forward", "step"]}.items():
         its = rows[rows["mode"].isin(modes)]
         timed = its.groupby("contender", sort=False)["shown"].count()
-        columns = sorted(
-            timed.index[(timed > 1) & (timed.index != YARDSTICK)], key=lambda name: not name.startswith(OURS)
-        )
+        columns = timed.index[(timed > 1) & (timed.index != YARDSTICK)]
+        columns = sorted(columns, key=lambda name: not name.startswith(OURS))
         if columns:
             panels[title] = columns, its.set_index(["place", "contender"])
     if not panels:
@@ -192,13 +183,13 @@ def speed_figure(rows: pd.DataFrame) -> Figure | None:
     return _described(figure, rows[rows["median_s"].notna()], DASH)
 
 
-def _along(rows: pd.DataFrame, base: Case, size: str | None = None) -> pd.DataFrame:
-    """The timed rows that differ from a case in nothing, or in one size; inputs follow the hidden size."""
+def _along(rows: pd.DataFrame, base: Case, size: str) -> pd.DataFrame:
+    """The timed rows that differ from a case in one size, from small to large; inputs follow the hidden size."""
     wanted = rows.assign(**{field: value for field, value in vars(base).items() if field != size})
     if base.input_size == base.hidden_size:
         wanted["input_size"] = wanted["hidden_size"]
-    same = (rows[list(vars(base))] == wanted[list(vars(base))]).all(axis=1)
-    return rows[same & rows["median_s"].notna()].sort_values(size or "case", kind="stable")
+    same = (rows[CASE] == wanted[CASE]).all(axis=1)
+    return rows[same & rows["median_s"].notna()].sort_values(size, kind="stable")
 
 
 def _styles(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -214,23 +205,21 @@ def _styles(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return {row.contender: looks[row.provider] | (hollow if row.graph else {}) for row in rows.itertuples()}
 
 
-def _plain_ticks(axes: Axes, which: str) -> None:
+def _plain_ticks(axis: Any) -> None:
     """On a logarithmic axis, numbers without exponents, and one beyond the values at either end."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axis.get_data_interval()
-    every = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
-    ticks = [max(tick for tick in every if tick <= low), *(tick for tick in every if low < tick < high)]
-    ticks.append(min(tick for tick in every if tick >= high))
-    labelled = ticks if len(ticks) <= MOST_TICKS else [tick for tick in ticks if round(math.log10(tick), 6) % 1 == 0]
+    every = np.outer(10.0 ** np.arange(-9, 10), (1, 2, 5)).ravel()
+    ticks = every[np.searchsorted(every, low, "right") - 1 : np.searchsorted(every, high) + 1]
+    labelled = ticks if len(ticks) <= MOST_TICKS else [tick for tick in ticks if f"{tick:e}".startswith("1")]
     axis.set_ticks(labelled, labels=[f"{tick:.10g}" for tick in labelled])
     axis.set_ticks([tick for tick in ticks if tick not in labelled], minor=True)
     axis.set_minor_formatter(NullFormatter())
-    axes.set(**{f"{which}lim": (ticks[0] * 0.95, ticks[-1] * 1.05)})
+    axis.axes.set(**{f"{axis.axis_name}lim": (ticks[0] * 0.95, ticks[-1] * 1.05)})
 
 
 def _described(figure: Figure, rows: pd.DataFrame, words: str) -> Figure:
     """With a caption that says where the figures come from."""
     parts, width = filter(None, (words, report.origin(rows))), int(figure.get_figwidth() * 21)
-    caption = "\n".join(line for part in parts for line in textwrap.wrap(part, width))
+    caption = "\n".join(textwrap.fill(part, width) for part in parts)
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=6.5, color="0.35")
     return figure

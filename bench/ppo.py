@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from . import internals, report, results, timing
+from . import expected, report, results, timing
 from .isolated import ROOT
+from .providers.loops import StepLoop
 
 SIZES = [(128, N, H) for H in (128, 256) for N in (8, 64)]  # T, N, H
 EPISODE = 50  # steps of one, in the mean
@@ -69,18 +70,6 @@ def measure(device: str, sizes: Sequence[tuple[int, int, int]] = SIZES, seconds:
     return rows
 
 
-class StepLoop(nn.LSTM):
-    """torch.nn.LSTM called for every step, with its state multiplied by 1 - reset before."""
-
-    def forward(self, x: Tensor, state: tuple[Tensor, Tensor], resets: Tensor) -> Any:  # type: ignore[override]
-        outputs = []
-        for x_t, reset in zip(x, resets.to(x.dtype)):
-            keep = (1 - reset)[None, :, None]
-            y, state = super().forward(x_t[None], (keep * state[0], keep * state[1]))
-            outputs.append(y)
-        return torch.cat(outputs), state
-
-
 @functools.cache
 def load_example() -> Any:
     """examples/recurrent_ppo.py as a module; ImportError where what it needs is not installed."""
@@ -124,7 +113,7 @@ def table(rows: Sequence[Measured], device: str) -> Table:
          *(f"{1e3 * np.median(each):.2f}" for each in (row.loop, row.one_call)), "{:.2f} {:.2f}-{:.2f}".format(*row.speed)]
         for row in rows
     ], columns=["T", "N", "H", "loop ms", "one call ms", "times as fast, p20-p80"])  # fmt: skip
-    backend = internals.backend_of(None, torch.device(device), torch.float32)
+    backend = expected.backend_of(None, torch.device(device), torch.float32)
     where = f"{results.provenance(device)['device']}, torch {torch.__version__}"
     return report.table(cells, "An update of recurrent PPO, float32", f"one call by {backend}; {where}")
 

@@ -27,13 +27,11 @@ BROKEN = (
     "wrong",  # results too far from float64's; not timed
     "failed",  # it raised, died or hung; not timed
 )
-STATUSES = (
-    *TIMED, *BROKEN,
+OTHERS = (
     "absent",  # the provider is not installed or cannot run here
     "unable",  # the provider does not do such cases
     "expected",  # not timed: what a plan expects of a named GPU, with what the host does for it
-)  # fmt: skip
-
+)
 CASE = [field.name for field in fields(Case)]
 PROVENANCE = [
     "date",  # UTC, ISO 8601
@@ -55,14 +53,14 @@ FIGURES = [
 # row that was cut off has none.
 COLUMNS = [*PROVENANCE, "case", *CASE, "provider", "graph", "status", "note", *FIGURES, "schema"]
 REQUIRED = ["date", "device", "gpu_lstm", "torch", "case", *CASE, "provider", "graph", "status", "schema"]
+NUMBERS = [*(field.name for field in fields(Case) if field.type is not str), *FIGURES]
 
 
 @functools.cache
 def provenance(device: str) -> dict[str, Any]:
     """The columns that are the same for a whole run on `device`, "cpu" or a CUDA device."""
-    cuda, threads = device.startswith("cuda"), torch.get_num_threads()
+    cuda, threads, cpuinfo = device != "cpu", torch.get_num_threads(), Path("/proc/cpuinfo")
     versions = {each.metadata["Name"].lower(): each.version for each in importlib.metadata.distributions()}
-    cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     cpu = " ".join((names or [platform.processor() or platform.machine()])[0].split())
     git = "git", "-C", str(Path(gpu_lstm.__file__).parent)
@@ -71,15 +69,13 @@ def provenance(device: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit and commit + "+" * bool(_said(*git, "status", "--porcelain", "--untracked-files=no")),
         "device": torch.cuda.get_device_name(device) if cuda else f"{cpu}, {threads} thread{'s' * (threads > 1)}",
-        "gpu_lstm": gpu_lstm.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "gpu_lstm": gpu_lstm.__version__, "python": platform.python_version(), "torch": torch.__version__,
         "triton": versions.get("triton"),
         "cupy": versions.get("cupy-cuda13x") or versions.get("cupy-cuda12x") or versions.get("cupy"),
         "cuda": torch.version.cuda if cuda else None,
         "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "schema": SCHEMA,
-    }
+    }  # fmt: skip
 
 
 def _said(*command: str) -> str | None:
@@ -109,19 +105,16 @@ def read(path: Path) -> pd.DataFrame:
     try:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], skip_blank_lines=False)
         schemas = set(rows["schema"].dropna()) if "schema" in rows else {"none"}
-        if schemas - {str(SCHEMA)}:
-            raise ValueError(f"schema {', '.join(sorted(schemas))}; this version reads schema {SCHEMA}")
-        if list(rows) != COLUMNS:
-            strange = sorted(set(rows) ^ set(COLUMNS)) or ["their order"]
-            raise ValueError(f"not the columns of schema {SCHEMA}; different: {', '.join(strange)}")
-        rows["status"] = rows["status"].where(rows["status"].isin(STATUSES))
+        if schemas - {str(SCHEMA)} or list(rows) != COLUMNS:
+            strange = f"schema {', '.join(sorted(schemas))}, and other columns: {sorted(set(rows) ^ set(COLUMNS))}"
+            raise ValueError(f"{strange}; this version reads schema {SCHEMA}")
+        rows["status"] = rows["status"].where(rows["status"].isin([*TIMED, *BROKEN, *OTHERS]))
         rows["graph"] = rows["graph"].map({"True": True, "False": False})
         broken = rows[REQUIRED].isna()
         if broken.any(axis=None):
             line = broken.any(axis=1).idxmax()
             raise ValueError(f"line {line + 2} has no {broken.loc[line].idxmax()}, or one that is not known")
-        numbers = [name for name in (*CASE, *FIGURES) if name not in ("mode", "dtype", "sequences")]
-        rows[numbers] = rows[numbers].apply(pd.to_numeric)
+        rows[NUMBERS] = rows[NUMBERS].apply(pd.to_numeric)
         return rows.astype({"graph": bool})
     except ValueError as error:  # pandas' own among them
         raise ValueError(f"{path}: {error}") from error

@@ -1,11 +1,11 @@
-"""Time and memory of calls: interleaved rounds, so that a drift of the machine hits all alike; the device's ceilings."""
+"""Time and memory of calls, in interleaved rounds, so that a drift of the machine hits all; the device's ceilings."""
 
 import contextlib
 import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .cases import DTYPES
 
-Name = TypeVar("Name")
 Call = Callable[[int], object]
 """Something to time; the number tells calls apart, so that each may take another set of inputs."""
 
@@ -25,22 +24,17 @@ PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
 CEILING_SECONDS = 1.0  # for both together
 
 
-def interleaved(calls: Mapping[Name, Call], device: str, seconds: float) -> dict[Name, np.ndarray]:
+def interleaved(calls: Mapping[Any, Call], device: str, seconds: float) -> dict[Any, np.ndarray]:
     """Seconds a call, for each of `calls` and every round. Each round takes all of them, in an order of its own.
 
     `device` is "cpu", or a CUDA device, where events measure. All rounds together should take `seconds`, besides the
     warm-up.
     """
-    estimates = {}
-    for name, call in calls.items():
-        for number in range(WARM_UP):
-            estimates[name] = _sample(call, number, 1, device)
+    estimates = {name: [_sample(call, n, 1, device) for n in range(WARM_UP)][-1] for name, call in calls.items()}
     repeats = {name: max(1, round(SHORTEST / estimate)) for name, estimate in estimates.items()}
     a_round = sum(estimates[name] * repeats[name] for name in calls)
     rounds = min(max(ROUNDS[0], int(seconds / a_round)), ROUNDS[1])
-
-    shuffle, order = random.Random(0), list(calls)
-    taken = {name: np.empty(rounds) for name in calls}
+    shuffle, order, taken = random.Random(0), list(calls), {name: np.empty(rounds) for name in calls}
     for number in range(rounds):
         shuffle.shuffle(order)
         for name in order:
@@ -64,9 +58,9 @@ def _sample(call: Call, first: int, repeats: int, device: str) -> float:
     return begin.elapsed_time(end) / 1e3 / repeats
 
 
-def percentiles(values: np.ndarray) -> tuple[float, ...]:
+def percentiles(values: np.ndarray) -> list[float]:
     """Median, 20th and 80th percentile."""
-    return tuple(np.quantile(values, (0.5, 0.2, 0.8)).tolist())
+    return np.quantile(values, (0.5, 0.2, 0.8)).tolist()
 
 
 @functools.cache
@@ -75,8 +69,7 @@ def ceilings(dtype: str, device: str) -> tuple[float, float]:
     kind = torch.device(device).type
     source, size = torch.ones(COPY_BYTES[kind] // 4, device=device), PRODUCT_SIZE[kind]
     target = torch.empty_like(source)
-    a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
-    product = torch.empty_like(a)
+    a, b, product = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(3))
     calls: dict[str, Call] = {"copy": lambda _: target.copy_(source), "product": lambda _: torch.mm(a, b, out=product)}
     taken = interleaved(calls, device, CEILING_SECONDS)  # of which the best counts: no ceiling is exceeded
     return 2 * COPY_BYTES[kind] / float(taken["copy"].min()), 2 * size**3 / float(taken["product"].min())
@@ -125,9 +118,10 @@ def kept_bytes(forward: Callable[[], object], but: Sequence[Tensor]) -> int:
 @contextlib.contextmanager
 def float32_products(dtype: str) -> Iterator[None]:
     """Products of float32 tensors in TF32 within the block, or exactly, as a DTYPE says."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = dtype == "tf32"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        matmul.allow_tf32, cudnn.allow_tf32 = before

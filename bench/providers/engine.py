@@ -5,7 +5,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,11 @@ class Engine:
     to_torch: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # gradients, to torch's names and layout
     within: Callable[[], AbstractContextManager] = contextlib.nullcontext  # of every call and its backward
     kernels: str | None = None  # which kernels run, if there is more than one kind
+
+    def named(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
+        """The gradients of the parameters by torch's names; that of an only bias is that of either of torch's."""
+        found = self.to_torch(dict(zip(self.parameters, gradients)))
+        return {name.replace("bias_l", f"bias_{of}_l"): found[name] for name in found for of in ("ih", "hh")}
 
 
 @dataclass(frozen=True)
@@ -60,26 +65,22 @@ def module_like_torchs(kind: Callable[..., nn.Module], inputs: Inputs, **options
     return module.requires_grad_(case.training)
 
 
-def needs(package: str, install: str, oldest: tuple[int, ...] = (), cuda: bool = False) -> Callable[[str], str | None]:
-    """What `Provider.absent` is for somebody else's package: why it cannot be used, and how to install it."""
-
-    def absent(device: str) -> str | None:
-        if cuda and not device.startswith("cuda"):
-            return f"{package} needs CUDA for this"
-        if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed: {install}"
-        if release(package) < oldest:
-            return f"{package} is too old: {install}"
-        try:
-            importlib.import_module(package)
-        except (ImportError, OSError) as error:  # most often an extension built for another torch
-            return f"{package} is installed but cannot be imported: {error}"
-        return None
-
-    return absent
+def absence(package: str, install: str, device: str, cuda: bool = True, oldest: tuple[int, ...] = ()) -> str | None:
+    """Why somebody else's package cannot be used on a device, and how to install it; None if it can."""
+    if cuda and not device.startswith("cuda"):
+        return f"{package} needs CUDA for this"
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed: {install}"
+    if oldest and release(package) < oldest:
+        return f"{package} is too old: {install}"
+    try:
+        importlib.import_module(package)
+    except (ImportError, OSError) as error:  # most often an extension built for another torch
+        return f"{package} is installed but cannot be imported: {error}"
+    return None
 
 
 def release(package: str) -> tuple[int, ...]:
     """The numbers of its version, to compare: (3, 9, 0)."""
-    version = importlib.metadata.version(package)
-    return tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", version)[0])))
+    version = re.match(r"[\d.]*\d", importlib.metadata.version(package))
+    return tuple(map(int, version[0].split("."))) if version else ()

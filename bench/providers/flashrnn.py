@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..inputs import Inputs
-from .engine import Engine, Provider, Unable, expect, needs, release
+from .engine import Engine, Provider, Unable, absence, expect, release
 
 TILE = 16  # units of a tile of the CUDA kernels
 MOST_UNITS = 64  # of the Triton kernels, as their documentation says
@@ -21,7 +21,7 @@ MOST_UNITS = 64  # of the Triton kernels, as their documentation says
 
 def absent(backend: str, device: str) -> str | None:
     """It needs CUDA and, for its CUDA kernels, which are compiled when they are first called, a compiler."""
-    problem = needs("flashrnn", "pip install flashrnn", cuda=True)(device)
+    problem = absence("flashrnn", "pip install flashrnn", device)
     if problem is not None:
         return problem
     if backend == "cuda_fused":
@@ -41,15 +41,13 @@ def build(backend: str, inputs: Inputs) -> Engine:
         raise Unable("takes products of float32 tensors in TF32")
     if backend == "cuda_fused" and H % TILE:
         raise Unable(f"H is no multiple of {TILE}")
-    if backend == "triton_fused" and (H & (H - 1) or not 16 <= H <= MOST_UNITS):
+    if backend == "triton_fused" and H not in (16, 32, MOST_UNITS):
         raise Unable(f"H is no power of two from 16 to {MOST_UNITS}")
     flashrnn = importlib.import_module("flashrnn").flashrnn
-
     # The CUDA kernels keep the four gates of a unit side by side, [H, 4]; given so, nothing is copied for them.
     gates = 1 if backend == "cuda_fused" else 0
 
-    def leaf(parameter: Tensor) -> Tensor:
-        """[4H, *] to [4, H, *] or [H, 4, *]."""
+    def leaf(parameter: Tensor) -> Tensor:  # [4H, *] to [4, H, *] or [H, 4, *]
         moved = parameter.detach().unflatten(0, (4, H)).movedim(0, gates)
         return moved.clone(memory_format=torch.contiguous_format).requires_grad_(case.training)
 
@@ -67,12 +65,10 @@ def build(backend: str, inputs: Inputs) -> Engine:
         )  # fmt: skip
         return state[0, :, :, 0].transpose(0, 1), last[0, :, :, 0].transpose(0, 1), last[1, :, :, 0].transpose(0, 1)
 
-    def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """[4H, *] again; the bias's gradient is that of either of torch's."""
-        dW, dR, db = (gradient.movedim(gates, 0).flatten(0, 1) for gradient in gradients.values())
-        return {"weight_ih_l0": dW, "weight_hh_l0": dR, "bias_ih_l0": db, "bias_hh_l0": db}
+    def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:  # [4H, *] again
+        return {name: gradient.movedim(gates, 0).flatten(0, 1) for name, gradient in gradients.items()}
 
-    return Engine(call, {"W": W, "R": R, "b": b}, to_torch)
+    return Engine(call, {"weight_ih_l0": W, "weight_hh_l0": R, "bias_l0": b}, to_torch)
 
 
 PROVIDERS = {

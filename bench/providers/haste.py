@@ -5,12 +5,13 @@ order i, g, f, o. Its lengths only choose the final states; they do not mask the
 """
 
 import importlib
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..inputs import Inputs
-from .engine import Engine, Provider, Unable, expect, needs
+from .engine import Engine, Provider, Unable, absence, expect
 
 
 def build(inputs: Inputs) -> Engine:
@@ -31,15 +32,11 @@ def build(inputs: Inputs) -> Engine:
 
 
 def _to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gates in the order i, f, g, o, then transposed; the bias's gradient is that of either of torch's."""
+    """Gates in the order i, f, g, o, and matrices transposed."""
+    names = {"weight_ih_l0": "kernel", "weight_hh_l0": "recurrent_kernel", "bias_l0": "bias"}
+    gates = {name: gradients[theirs].movedim(-1, 0).unflatten(0, (4, -1)) for name, theirs in names.items()}
+    return {name: gradient[[0, 2, 1, 3]].flatten(0, 1) for name, gradient in gates.items()}
 
-    names, order = ("kernel", "recurrent_kernel", "bias"), [0, 2, 1, 3]
-    dW, dR, db = (gradients[name].unflatten(-1, (4, -1))[..., order, :].flatten(-2) for name in names)
-    return {"weight_ih_l0": dW.T, "weight_hh_l0": dR.T, "bias_ih_l0": db, "bias_hh_l0": db}
 
-
-PROVIDERS = {
-    "haste": Provider(
-        build, needs("haste_pytorch", "pip install --no-build-isolation haste_pytorch, with nvcc", cuda=True)
-    )
-}
+INSTALL = "pip install --no-build-isolation haste_pytorch, with nvcc"
+PROVIDERS = {"haste": Provider(build, partial(absence, "haste_pytorch", INSTALL))}

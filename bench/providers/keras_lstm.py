@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import WEIGHTS, Inputs
-from .engine import Engine, Provider, expect, needs
+from .engine import Engine, Provider, absence, expect
 
 
 def absent(device: str) -> str | None:
@@ -20,7 +20,7 @@ def absent(device: str) -> str | None:
     if backend not in (None, "torch"):
         return f"keras's backend is {backend}: set KERAS_BACKEND=torch"
     os.environ["KERAS_BACKEND"] = "torch"  # Keras reads it once, when it is first imported
-    return needs("keras", "pip install 'keras>=3'", oldest=(3,))(device)
+    return absence("keras", "pip install 'keras>=3'", device, cuda=False, oldest=(3,))
 
 
 def build(inputs: Inputs) -> Engine:
@@ -60,16 +60,10 @@ def build(inputs: Inputs) -> Engine:
             finals += last
         return y.transpose(0, 1), torch.stack(finals[::2]), torch.stack(finals[1::2])
 
-    return Engine(call, parameters, _to_torch, within=lambda: keras.device(device))
+    def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: gradient.T if gradient.dim() == 2 else gradient for name, gradient in gradients.items()}
 
-
-def _to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights transposed; the bias's gradient is that of either of torch's."""
-    weights = {name: gradient.T for name, gradient in gradients.items() if not name.startswith("bias")}
-    biases = {name: gradient for name, gradient in gradients.items() if name.startswith("bias")}
-    return weights | {
-        name.replace("bias", kind): gradient for name, gradient in biases.items() for kind in ("bias_ih", "bias_hh")
-    }
+    return Engine(call, parameters, to_torch, within=lambda: keras.device(device))
 
 
 PROVIDERS = {"keras": Provider(build, absent)}

@@ -21,9 +21,8 @@ def cell_loop(inputs: Inputs) -> Engine:
     cell.requires_grad_(case.training)
 
     def call(x, h0, c0):
-        h, c = h0[0], c0[0]
-        outputs = []
-        for x_t in x.unbind():
+        (h,), (c,), outputs = h0, c0, []
+        for x_t in x:
             h, c = cell(x_t, (h, c))
             outputs.append(h)
         return torch.stack(outputs), h[None], c[None]
@@ -31,20 +30,28 @@ def cell_loop(inputs: Inputs) -> Engine:
     return Engine(call, {f"{name}_l0": tensor for name, tensor in cell.named_parameters()})
 
 
+class StepLoop(nn.LSTM):
+    """torch.nn.LSTM called for every step, with its state masked by `resets` [T, B], as in recurrent PPO."""
+
+    def forward(self, x, state, resets):  # type: ignore[override]
+        """x [T, B, I] and state to output [T, B, H] and the last state."""
+        outputs = []
+        for x_t, keep in zip(x.split(1), (~resets).to(x.dtype)[:, None, :, None]):  # [1, B, I], [1, B, 1]
+            y, state = super().forward(x_t, (keep * state[0], keep * state[1]))
+            outputs.append(y)
+        return torch.cat(outputs), state
+
+
 def cleanrl_loop(inputs: Inputs) -> Engine:
-    """torch.nn.LSTM called step by step with its state masked by `dones`, as recurrent PPO is commonly written."""
+    """StepLoop, as CleanRL has it."""
     expect(inputs.case, "layers", "resets")
     if inputs.resets is None:
         raise Unable("only for batches with resets")
-    lstm = module_like_torchs(nn.LSTM, inputs)
-    keep = (~inputs.resets).to(inputs.case.torch_dtype)[:, None, :, None]  # [T, 1, B, 1]
+    lstm = module_like_torchs(StepLoop, inputs)
 
-    def call(x, h, c):
-        outputs = []
-        for x_t, keep_t in zip(x.split(1), keep.unbind()):
-            y, (h, c) = lstm(x_t, (keep_t * h, keep_t * c))
-            outputs.append(y)
-        return torch.cat(outputs), h, c
+    def call(x, h0, c0):
+        y, (h_n, c_n) = lstm(x, (h0, c0), inputs.resets)
+        return y, h_n, c_n
 
     return Engine(call, dict(lstm.named_parameters()))
 
@@ -60,8 +67,7 @@ def compiled_loop(inputs: Inputs) -> Engine:
     steps = torch.compile(_steps, fullgraph=True, dynamic=False)
 
     def call(x, h0, c0):
-        h, c = h0[0], c0[0]
-        outputs = []
+        (h,), (c,), outputs = h0, c0, []
         for gates_x in F.linear(x, weight_ih, bias_ih + bias_hh).split(CHUNK):
             y, h, c = steps(gates_x, h, c, weight_hh)
             outputs.append(y)
@@ -82,13 +88,12 @@ def _steps(gates_x: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor) -> tuple[Te
 
 
 def _no_compiler(device: str) -> str | None:
-    """Inductor needs a C++ compiler on the CPU."""
     here = device != "cpu" or shutil.which("g++") or shutil.which("clang++")
     return None if here else "torch.compile needs a C++ compiler here"
 
 
 PROVIDERS = {
     "cell-loop": Provider(cell_loop),
-    "compiled-loop": Provider(compiled_loop, absent=_no_compiler),
+    "compiled-loop": Provider(compiled_loop, _no_compiler),
     "cleanrl-loop": Provider(cleanrl_loop, everywhere=True),
 }

@@ -1,12 +1,13 @@
 """gpu_lstm.LSTM: as it chooses for itself, and by each backend and each family of Triton kernels."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 import gpu_lstm
 
-from .. import internals
+from .. import expected
 from ..inputs import Inputs
 from .engine import Engine, Provider, Unable, module_like_torchs
 
@@ -22,10 +23,10 @@ def absent(backend: str, device: str) -> str | None:
 
 
 def no_families(device: str) -> str | None:
-    """Which family of kernels runs can be chosen for a GPU only, and in this checkout only."""
+    """A family is chosen inside of gpu_lstm, as it is in this checkout, and for a GPU."""
     if device == "cpu":
         return "a family of kernels is planned for a GPU"
-    return absent("triton", device) if internals.KNOWN else "no family can be chosen in another commit"
+    return absent("triton", device) if expected.INSIDE_IS_KNOWN else "no family can be chosen in another commit"
 
 
 def build(backend: str | None, inputs: Inputs) -> Engine:
@@ -37,26 +38,26 @@ def build(backend: str | None, inputs: Inputs) -> Engine:
         y, (h_n, c_n) = lstm(x, (h0, c0), lengths=lengths, resets=inputs.resets)
         return y, h_n, c_n
 
-    kernels = internals.chosen_families(backend, inputs.case, inputs.h0.device) if internals.KNOWN else None
-    return Engine(call, dict(lstm.named_parameters()), kernels=kernels)
+    device, plans = inputs.h0.device, None
+    if expected.INSIDE_IS_KNOWN and expected.backend_of(backend, device, inputs.case.torch_dtype) == "triton":
+        plans = expected.chosen_plans(inputs.case, device)
+    return Engine(call, dict(lstm.named_parameters()), kernels=plans and expected.families(plans))
 
 
 def build_family(family: str, inputs: Inputs) -> Engine:
     """The module on Triton kernels of one family, forward and backward."""
-    plans = internals.plans_of(family, inputs.case, inputs.h0.device)
+    plans = expected.chosen_plans(inputs.case, inputs.h0.device, family)
     if plans is None:
         raise Unable(f"no {family} kernel fits this card")
-    engine = build("triton", inputs)
-    return Engine(engine.call, engine.parameters, within=lambda: internals.running(plans))
+    return replace(build("triton", inputs), kernels=None, within=lambda: expected.running(plans))
 
 
 PROVIDERS = {
     "ours": Provider(partial(build, None), everywhere=True, graphed=True),
     "ours-triton": Provider(partial(build, "triton"), partial(absent, "triton"), graphed=True),
-    **{
-        f"ours-{family}": Provider(partial(build_family, family), no_families, graphed=True)
-        for family in ("resident", "cooperative", "step")
-    },
+    "ours-resident": Provider(partial(build_family, "resident"), no_families, graphed=True),
+    "ours-cooperative": Provider(partial(build_family, "cooperative"), no_families, graphed=True),
+    "ours-step": Provider(partial(build_family, "step"), no_families, graphed=True),
     "ours-cupy": Provider(partial(build, "cupy"), partial(absent, "cupy"), graphed=True),
     "ours-torch": Provider(partial(build, "torch"), graphed=True),
     "ours-reference": Provider(partial(build, "reference")),

@@ -24,14 +24,13 @@ def packed(inputs: Inputs) -> Engine:
     expect(inputs.case, "layers", "directions", "ragged")
     if inputs.lengths is None:
         raise Unable("only for padded batches with lengths")
-    lstm = module_like_torchs(nn.LSTM, inputs)
-    lengths = inputs.lengths.cpu()  # where packing wants them
+    engine, lengths = plain(inputs.plain()), inputs.lengths.cpu()  # where packing wants them
 
     def call(x, h0, c0):
-        y, (h_n, c_n) = lstm(pack_padded_sequence(x, lengths, enforce_sorted=False), (h0, c0))
+        y, h_n, c_n = engine.call(pack_padded_sequence(x, lengths, enforce_sorted=False), h0, c0)
         return pad_packed_sequence(y, total_length=inputs.case.steps)[0], h_n, c_n
 
-    return Engine(call, dict(lstm.named_parameters()))
+    return Engine(call, engine.parameters)
 
 
 PROVIDERS = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..inputs import Inputs
-from .engine import Engine, Provider, Unable, expect, module_like_torchs, needs
+from .engine import Engine, Provider, Unable, absence, expect, module_like_torchs
 
 
 def build(backend: str, inputs: Inputs) -> Engine:
@@ -50,11 +50,9 @@ def build(backend: str, inputs: Inputs) -> Engine:
     return Engine(call, dict(lstm.named_parameters()))
 
 
-OLDEST = (0, 13)  # the first with backends to choose from
-INSTALL = f"pip install 'torchrl>={OLDEST[0]}.{OLDEST[1]}'"
+# Version 0.13 is the first with backends to choose from.
+usable = partial(absence, "torchrl", "pip install 'torchrl>=0.13'", oldest=(0, 13))
 PROVIDERS = {
-    f"torchrl-{backend}": Provider(
-        partial(build, backend), needs("torchrl", INSTALL, OLDEST, cuda=backend == "triton"), everywhere=True
-    )
-    for backend in ("pad", "triton")
+    "torchrl-pad": Provider(partial(build, "pad"), partial(usable, cuda=False), everywhere=True),
+    "torchrl-triton": Provider(partial(build, "triton"), usable, everywhere=True),
 }
