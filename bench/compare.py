@@ -63,7 +63,10 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> pd.DataF
     verdict = np.select([slower, before & broken, faster, before & ~now, ~before], VERDICTS, "")
     regression = ours & (slower | before & broken)
     figures = {"ratio": ratio, "in_seconds": in_seconds, "before": middle_old, "now": middle_new}
-    return rows.assign(verdict=verdict, is_regression=regression, **figures).sort_values("ratio")
+    rows = rows.assign(verdict=verdict, is_regression=regression, **figures)
+    return rows.sort_values(
+        "ratio", key=lambda ratios: -np.abs(np.log(ratios)), kind="stable"
+    )  # what changed most first
 
 
 def _interval(rows: pd.DataFrame, in_seconds: pd.Series) -> tuple[pd.Series, pd.Series, pd.Series]:
@@ -81,20 +84,20 @@ def _interval(rows: pd.DataFrame, in_seconds: pd.Series) -> tuple[pd.Series, pd.
 def show(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> int:
     """Print what `compare` finds. 1 if gpu_lstm itself is slower, wrong or failed, else 0; the others fail nothing."""
     rows, console = compare(old, new, fail_under), Console()
-    told = rows[rows["verdict"] != ""].sort_values(
-        "verdict", key=lambda verdicts: verdicts.map(VERDICTS.index), kind="stable"
-    )
-    values = {name: told[name].map("{:.3g}x".format).where(~told["in_seconds"], (1e3 / told[name]).map("{:.3g} ms".format))
-              for name in ("before", "now")}  # fmt: skip
+    order = rows.loc[rows["verdict"] != "", "verdict"].map(VERDICTS.index)
+    told = rows.loc[order.sort_values(kind="stable").index]
+    ms, timed = {name: (1e3 / told[name]).map("{:.3g} ms".format) for name in ("before", "now")}, told["ratio"].notna()
     why = told["status_new"].fillna("not run") + (": " + told["note_new"]).fillna("")
-    timed = told["ratio"].notna()
     cells = pd.DataFrame({
-        "case": told["case"], "provider": told["provider"].where(~told["graph"], told["provider"] + " (graph)"), **values,
-        "ratio": told["ratio"].map("{:.2f}".format), "verdict": told["verdict"] + (": " + why).where(~timed, ""),
-    }).replace(r"nanx?|nan ms", "", regex=True)  # fmt: skip
-    title = f"torch {'/'.join(set(old['torch']))} before, {'/'.join(set(new['torch']))} now; x: times as fast as its nn.LSTM"
-    console.print(report.table(cells, title, folded=("case", "verdict")))
-    console.print(f"within the noise or the threshold: {(rows['verdict'] == '').sum()}")
+        "case": told["case"], "provider": told["provider"].where(~told["graph"], told["provider"] + " (graph)"),
+        **{name: told[name].map("{:.3g}x".format).where(~told["in_seconds"], ms[name]).where(timed, "") for name in ms},
+        "ratio": told["ratio"].map("{:.2f}".format).where(timed, ""),
+        "verdict": told["verdict"] + (": " + why).where(~timed & (told["verdict"] != VERDICTS[-1]), ""),
+    })  # fmt: skip
+    if len(told):
+        console.print(report.table(cells, "Changes (x: times as fast as torch.nn.LSTM)", folded=("case", "verdict")))
+    versions = [", ".join(sorted(set(side["torch"]))) for side in (old, new)]
+    console.print(f"torch {versions[0]} before, {versions[1]} now; within the noise: {(rows['verdict'] == '').sum()}")
     count = rows["is_regression"].sum()
     style = "bold red" if count else "bold green"
     console.print(Text(f"regressions of gpu_lstm: {count}, at --fail-under {fail_under:g}", style=style))

@@ -61,13 +61,15 @@ def measure(device: str, sizes: Sequence[tuple[int, int, int]] = SIZES, seconds:
             agents["loop"].load_state_dict(agents["one_call"].state_dict())
             batch = random_batch(example, T, N, H, device)
             check(example.loss, batch, agents["one_call"], agents["loop"])
-            # The weights stay as they are: the learning rate is zero.
-            steps = {name: (agent, torch.optim.Adam(agent.parameters(), lr=0.0)) for name, agent in agents.items()}
-            calls: dict[str, timing.Call] = {
-                name: lambda _, step=step: example.training_step(*step, batch) for name, step in steps.items()
-            }
+            calls: dict[str, timing.Call] = {name: _training(example, agent, batch) for name, agent in agents.items()}
             rows.append(Measured(T, N, H, **timing.interleaved(calls, device, seconds)))
     return rows
+
+
+def _training(example: Any, agent: nn.Module, batch: Any) -> timing.Call:
+    """The training step, which leaves the weights as they are: the learning rate is zero."""
+    optimiser = torch.optim.Adam(agent.parameters(), lr=0.0)
+    return lambda number: example.training_step(agent, optimiser, batch)
 
 
 @functools.cache
@@ -109,10 +111,13 @@ def check(loss: Any, batch: Any, one_call: nn.Module, loop: nn.Module) -> None:
 def table(rows: Sequence[Measured], device: str) -> Table:
     """A line a size."""
     cells = pd.DataFrame([
-        [*map(str, (row.steps, row.environments, row.hidden)),
-         *(f"{1e3 * np.median(each):.2f}" for each in (row.loop, row.one_call)), "{:.2f} {:.2f}-{:.2f}".format(*row.speed)]
+        {
+            "T": str(row.steps), "N": str(row.environments), "H": str(row.hidden),
+            "loop ms": f"{1e3 * np.median(row.loop):.2f}", "one call ms": f"{1e3 * np.median(row.one_call):.2f}",
+            "times as fast": f"{row.speed[0]:.2f}", "p20-p80": f"{row.speed[1]:.2f}-{row.speed[2]:.2f}",
+        }
         for row in rows
-    ], columns=["T", "N", "H", "loop ms", "one call ms", "times as fast, p20-p80"])  # fmt: skip
+    ])  # fmt: skip
     backend = expected.backend_of(None, torch.device(device), torch.float32)
     where = f"{results.provenance(device)['device']}, torch {torch.__version__}"
     return report.table(cells, "An update of recurrent PPO, float32", f"one call by {backend}; {where}")

@@ -22,7 +22,7 @@ BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NO_GPU = "No figure has been taken on a GPU yet."
 CPU_LINES = 8  # in the README: a CPU is not what this is for
 TOGETHER = {"input_size": "hidden_size", "directions": "layers"}  # sizes that vary together
-LEFT = ("mode", "case", "provider", "kernels", "status", "note", "best other", "why")
+LEFT = ("mode", "case", "provider", "kernels", "status", "note", "best other", "verdict")
 CUT = ("note", "best other")  # where the terminal ends
 STYLES = dict.fromkeys(("slower", "wrong", "failed"), "bold red") | {"faster": "bold green"}  # by a cell's last word
 
