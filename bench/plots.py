@@ -166,7 +166,7 @@ def speed_figure(rows: pd.DataFrame) -> Figure | None:
         image = axes.pcolormesh(speeds, **shades)
         for (y, place), (x, name) in itertools.product(enumerate(places), enumerate(columns)):
             speed, text = speeds.loc[place, name], status.loc[place, name]
-            text = digits(speed) or ("" if pd.isna(text) else text if text in BROKEN else "-")
+            text = digits(speed) if speed > 0 else "" if pd.isna(text) else text if text in BROKEN else "-"
             look: Any = {"color": "white" if speed < 1 else "black", "fontweight": "bold" if name == OURS else "normal"}
             axes.text(x + 0.5, y + 0.52, text, fontsize=7, ha="center", va="center", **look)
         axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=40, ha="left", rotation_mode="anchor")

@@ -3,9 +3,11 @@
 import math
 import os
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 from rich import box
 from rich.table import Table
@@ -72,13 +74,13 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
     for provider in (YARDSTICK, OURS):
         its = rows[rows["provider"] == provider].sort_values("graph", kind="stable").drop_duplicates("case")
         its = its.set_index("case").reindex(lines.index)
-        times = (1e3 * its["median_s"]).map(digits) + its["status"].eq("yardstick").map({True: "*", False: ""})
+        times = texts(1e3 * its["median_s"]) + its["status"].eq("yardstick").map({True: "*", False: ""})
         lines[f"{provider} ms"] = times.where(its["median_s"].notna(), its["status"]).fillna("-")
-    lines["speed"], lines["times as fast"] = its["speed"], its.apply(verdict, axis=1)
-    lines["bound"] = (its["bound_s"] / its["median_s"]).map("{:.0%}".format, na_action="ignore").fillna("")
+    lines["speed"], lines["times as fast"] = its["speed"], verdicts(its)
+    lines["bound"] = texts(its["bound_s"] / its["median_s"], "{:.0%}".format)
     others = rows[(rows["status"] == "measured") & (rows["contender"] != YARDSTICK) & ~is_ours(rows)]
     best = others.sort_values("speed", ascending=False, kind="stable").drop_duplicates("case").set_index("case")
-    lines["best other"] = best["speed"].map(digits) + " " + best["contender"]
+    lines["best other"] = texts(best["speed"]) + " " + best["contender"]
     return lines.sort_values(["group", *(n for n in results.CASE if lines[n].dtype.kind in "if")], kind="stable")
 
 
@@ -98,11 +100,14 @@ def summary(rows: pd.DataFrame) -> Table:
     if (rows["status"] == "yardstick").any():
         notes.append("* torch.nn.LSTM without the lengths and resets, which it does not take")
     broken = rows[rows["status"].isin(results.BROKEN)].groupby(["status", "contender"], sort=False).size()
-    notes += [f"{status}: {name} in {count} of {len(lines)} cases" for (status, name), count in broken.items()]
+    told = [f"{status}: {name} in {count} of {len(lines)} cases" for (status, name), count in broken.items()]
     title = "gpu_lstm and torch.nn.LSTM (T steps, B batch, H hidden, L layers, D directions)"
     cells = shown.assign(case=[sizes(case, base) for case in shown["object"]])
     columns = ["mode", "case", "torch ms", "ours ms", "times as fast", "bound", "best other"]
-    done, left_out = table(cells[columns], title, "\n".join(notes), shown["group"]), lines.drop(shown.index)
+    done, left_out = (
+        table(cells[columns], title, "\n".join([*notes, "; ".join(told)]).strip(), shown["group"]),
+        lines.drop(shown.index),
+    )
     if len(left_out):
         done.add_row("more", f"{len(left_out)} cases", "", "", spread(left_out), "", "")
     return done
@@ -114,12 +119,12 @@ def headline(rows: pd.DataFrame) -> list[Table]:
     base, memory = headline_of(rows), memory_column(rows)
     rows = rows[rows["object"] == base].sort_values("median_s", kind="stable")  # those without a time last
     timed = rows[rows["median_s"].notna()]
-    ms = {name: (1e3 * timed[f"{name}_s"]).map(digits) for name in ("median", "p20", "p80")}
+    ms = {name: texts(1e3 * timed[f"{name}_s"]) for name in ("median", "p20", "p80")}
     cells = pd.DataFrame({
         "provider": timed["contender"], "ms": ms["median"], "p20-p80": ms["p20"] + "-" + ms["p80"],
-        "us a step": (1e6 * timed["median_s"] / base.steps).map(digits),
-        f"{memory.removesuffix('_bytes')} MiB": (timed[memory] / MIB).map(digits),
-        "times as fast": timed.apply(verdict, axis=1), "error": timed["error"].map(digits),
+        "us a step": texts(1e6 * timed["median_s"] / base.steps),
+        f"{memory.removesuffix('_bytes')} MiB": texts(timed[memory] / MIB),
+        "times as fast": verdicts(timed), "error": texts(timed["error"]),
     })  # fmt: skip
     footnotes = ["error: the largest of results and gradients over what is allowed; 1 is the most", origin(rows)]
     for copy, product in timed[["copy_bytes_per_s", "product_flops_per_s"]].dropna().values[:1] / 1e9:
@@ -136,8 +141,8 @@ def expected(rows: pd.DataFrame) -> list[Table]:
     rows = rows[rows["status"] == "expected"]
     cells = pd.DataFrame({
         "case": [sizes(case) for case in objects(rows)], "kernels": rows["note"],
-        "launches": rows["launches"].map("{:.0f}".format), "kept MiB": (rows["kept_bytes"] / MIB).map(digits),
-        "host us": (rows["host_s"] * 1e6).map(digits), "us a step": rows["expected_us_per_step"].map(digits),
+        "launches": texts(rows["launches"], "{:.0f}".format), "kept MiB": texts(rows["kept_bytes"] / MIB),
+        "host us": texts(1e6 * rows["host_s"]), "us a step": texts(rows["expected_us_per_step"]),
     })  # fmt: skip
     title, devices = "Expected, not measured: training, {}", rows.groupby("device", sort=False)
     return [table(cells.loc[its.index], title.format(device), origin(its)) for device, its in devices]
@@ -178,7 +183,12 @@ def _section(name: str, rows: pd.DataFrame, on_gpu: bool) -> str:
     written.append("| case | torch.nn.LSTM, ms | gpu_lstm, ms | times as fast | of the bound |")
     written.append("|------|------------------:|-------------:|--------------:|-------------:|")
     for _, line in shown.replace("-", "not run").iterrows():
-        times = line["torch ms"].replace("*", r"\*"), line["ours ms"], digits(line["speed"]), line["bound"]
+        times = (
+            line["torch ms"].replace("*", r"\*"),
+            line["ours ms"],
+            line["times as fast"].split(" ")[0],
+            line["bound"],
+        )
         written.append(f"| {line['mode']} {sizes(line['object'])} | {' | '.join(times)} |")
     return "\n".join(written)
 
@@ -195,13 +205,20 @@ def sizes(case: Case, base: Case | None = None) -> str:
     return " ".join(changed or (part for part in parts(case) if part not in ("L1", "D1", "full", "resets 0%")))
 
 
-def verdict(row: pd.Series) -> str:
-    """The speed and what to think of it: faster or slower only where the spread of the rounds allows no doubt."""
-    if pd.isna(row["speed"]):
-        return ""
-    itself = row["speed_p20"] == row["speed_p80"] == 1
-    word = "faster" if row["speed_p20"] > 1 + EVEN else "slower" if row["speed_p80"] < 1 - EVEN else "even"
-    return f"{digits(row['speed'])} {'' if itself else word:6}"
+def texts(values: pd.Series, write: Callable[[float], str] | None = None) -> pd.Series:
+    """Numbers with three digits, or as `write` has them; nothing for NaN."""
+    return pd.Series(
+        ["" if pd.isna(value) else (write or digits)(value) for value in values], values.index, dtype=object
+    )
+
+
+def verdicts(rows: pd.DataFrame) -> pd.Series:
+    """Speeds and what to think of them: faster or slower only where the spread of the rounds allows no doubt."""
+    words = np.select(
+        [rows["speed_p20"] > 1 + EVEN, rows["speed_p80"] < 1 - EVEN, rows["contender"] == YARDSTICK, rows["speed"].notna()],
+        ["faster", "slower", " " * 6, "even  "], "",
+    )  # fmt: skip
+    return texts(rows["speed"]) + " " + words
 
 
 def spread(lines: pd.DataFrame) -> str:
@@ -226,9 +243,9 @@ def memory_column(rows: pd.DataFrame) -> str:
 
 
 def digits(value: float) -> str:
-    """A number with three digits that count, or all before the point if there are more; nothing for NaN."""
-    if pd.isna(value) or not value:
-        return "" if pd.isna(value) else "0"
+    """A number with three digits that count, or all before the point if there are more."""
+    if not value:
+        return "0"
     before_point = math.floor(math.log10(float(f"{value:.2e}")))  # rounded first: 9.999 is 10.0
     return f"{value:.{max(0, 2 - before_point)}f}"
 
