@@ -69,7 +69,7 @@ def show(file: Path) -> int:
 def _parser() -> argparse.ArgumentParser:
     devices = ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    add, cards = parser.add_argument, expected.known_cards()
+    add, cards = parser.add_argument, expected.inside(expected.PLANNING).DEVICES
     add("--cases", nargs="+", metavar="NAME", help="groups or single cases; default: all")
     add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="who is measured beside torch.nn.LSTM")
     add("--device", choices=devices, default=devices[0], help="default here: %(default)s")

@@ -19,7 +19,7 @@ from .results import BROKEN, TIMED
 FAIL_UNDER = 0.95
 IN_SECONDS = 0.9  # of the threshold, where the drift of the machine does not cancel
 ROUNDS = 20  # at which three standard errors of a median reach as far as p20 and p80: 3 * 1.253 = 0.842 * 20**0.5
-KEY = ["case", "provider", "graph"]
+KEY, STATUS = ["case", "provider", "graph"], ["status_old", "status_new"]
 VERDICTS = ["slower", "broken", "faster", "not timed now", "not timed before"]
 
 
@@ -39,12 +39,8 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> pd.DataF
         rows = old.merge(pd.concat([new, replayed]), "outer", KEY, suffixes=("_old", "_new"), validate="one_to_one")
     except pd.errors.MergeError as error:
         raise ValueError(f"a row is there twice, expected one run a file: {error}") from None
-    rows = rows[rows["status_old"].isin(TIMED) | rows["status_new"].isin(TIMED)]
-    before, now, broken = (
-        rows["status_old"].isin(TIMED),
-        rows["status_new"].isin(TIMED),
-        rows["status_new"].isin(BROKEN),
-    )
+    rows = rows[rows[STATUS].isin(TIMED).any(axis=1)]
+    (before, now), broken = (rows[side].isin(TIMED) for side in STATUS), rows["status_new"].isin(BROKEN)
     ours = report.is_ours(rows)
     if not (ours & before & (now | broken)).any():
         raise ValueError("nothing to compare: no case of gpu_lstm was timed in both runs")
@@ -64,9 +60,7 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> pd.DataF
     regression = ours & (slower | before & broken)
     figures = {"ratio": ratio, "in_seconds": in_seconds, "before": middle_old, "now": middle_new}
     rows = rows.assign(verdict=verdict, is_regression=regression, **figures)
-    return rows.sort_values(
-        "ratio", key=lambda ratios: -np.abs(np.log(ratios)), kind="stable"
-    )  # what changed most first
+    return rows.sort_values("ratio", key=lambda ratio: -np.abs(np.log(ratio)), kind="stable")  # the most changed first
 
 
 def _interval(rows: pd.DataFrame, in_seconds: pd.Series) -> tuple[pd.Series, pd.Series, pd.Series]:

@@ -6,16 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from .cases import Case
 
 CACHE_BYTES = 64 << 20  # more than the last-level cache of the cards and processors at hand
 MOST_SETS = 8  # of x
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-Batch = Tensor | PackedSequence
-"""Time-major: [T, B, *], or in "packed" cases packed."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +51,14 @@ class Inputs:
         ragged = None if case.sequences == "full" else lengths
         return cls(case, weights, xs, h0, c0, ragged, resets if case.reset_rate else None, dy=normal(T, B, D * H))
 
-    def plain(self) -> "Inputs":
-        """Without lengths and resets."""
-        return replace(self, case=self.case.plain(), lengths=None, resets=None)
-
-    def as_given(self, t: Tensor) -> Batch:
-        """t [T, B, *] in the form of the case: as it is, or packed."""
-        if self.case.sequences != "packed":
-            return t
+    def packed(self, t: Tensor) -> PackedSequence:
+        """t [T, B, *] with the lengths, packed."""
         assert self.lengths is not None
         return pack_padded_sequence(t, self.lengths.cpu(), enforce_sorted=False)
 
-    def padded(self, batch: Batch) -> Tensor:
-        """[T, B, *] again."""
-        packed = isinstance(batch, PackedSequence)
-        return pad_packed_sequence(batch, total_length=self.case.steps)[0] if packed else batch
+    def plain(self) -> "Inputs":
+        """Without lengths and resets."""
+        return replace(self, case=self.case.plain(), lengths=None, resets=None)
 
 
 def results_in(dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
@@ -114,8 +104,3 @@ def _direction(
             outputs[t] = torch.where(valid, h, 0)
             h, c = (torch.where(valid, *states) for states in zip((h, c), before))
     return torch.stack(outputs), h, c
-
-
-def data_of(batch: Batch) -> Tensor:
-    """The tensor that holds the elements of a batch."""
-    return batch.data if isinstance(batch, PackedSequence) else batch

@@ -24,7 +24,7 @@ class ProviderFailed(Exception):
 
 
 class Worker:
-    """Calls a function of a module in another process. By its argument `tell` the function says whose turn it is.
+    """Calls a function of a module in another process, to which it `tell`s whose turn it is.
 
     The process imports from the folder `path` before all others, and may say nothing for `limit_s` seconds.
     """

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import pad_packed_sequence
 
 from . import results, timing
 from .cases import Case, grid
-from .inputs import Inputs, data_of, results_in
+from .inputs import Inputs, results_in
 from .isolated import ProviderFailed, Worker
 from .providers import PROVIDERS, YARDSTICK, taking_part
 from .providers.engine import Unable
@@ -138,35 +138,43 @@ class Trial:
                 raise
             self.status, inputs = "yardstick", inputs.plain()
             self.engine = PROVIDERS[name].build(inputs)
-        self.inputs, self.dy = inputs, data_of(inputs.as_given(inputs.dy))
-        self.states = [self._with_leaf(state) for state in (inputs.h0, inputs.c0)]
-        self.batches = [self._with_leaf(inputs.as_given(x)) for x in inputs.xs]
+        self.inputs, self.form = inputs, inputs.packed(inputs.dy) if inputs.case.sequences == "packed" else None
+        h0, c0, *self.xs = (
+            t.detach().clone().requires_grad_(self.training)
+            for t in (inputs.h0, inputs.c0, *(self._elements(x) for x in inputs.xs))
+        )
+        self.states, self.dy = (h0, c0), self._elements(inputs.dy)
 
-    def _with_leaf(self, batch: Any) -> Any:
-        leaf = data_of(batch).detach().clone().requires_grad_(self.training)
-        return batch._replace(data=leaf) if isinstance(batch, PackedSequence) else leaf
+    def _elements(self, t: Tensor) -> Tensor:
+        """Of t [T, B, *], as a provider is given them: all, or packed [N, *]."""
+        return t if self.form is None else self.inputs.packed(t).data
+
+    def _padded(self, elements: Tensor) -> Tensor:
+        """[T, B, *] again."""
+        packed = self.form and self.form._replace(data=elements)
+        return pad_packed_sequence(packed, total_length=self.inputs.case.steps)[0] if packed else elements
 
     def leaves(self, number: int) -> list[Tensor]:
         """What a call takes gradients of: x, h0, c0 and the parameters."""
-        x = data_of(self.batches[number % len(self.batches)])
-        return [x, *self.states, *self.engine.parameters.values()]
+        return [self.xs[number % len(self.xs)], *self.states, *self.engine.parameters.values()]
 
     def call(self, number: int) -> tuple[Any, tuple[Tensor, ...]]:
         """One call, with backward if the case has it: (output, h_n, c_n) and the gradients of all leaves."""
+        leaves = self.leaves(number)
         with self.engine.within(), torch.set_grad_enabled(self.training):
-            found = self.engine.call(self.batches[number % len(self.batches)], *self.states)
-            gradients = torch.autograd.grad(data_of(found[0]), self.leaves(number), self.dy) if self.training else ()
-        return found, gradients
+            x = leaves[0] if self.form is None else self.form._replace(data=leaves[0])
+            y, *finals = self.engine.call(x, *self.states)
+            y = y if self.form is None else y.data
+            return (y, *finals), torch.autograd.grad(y, leaves, self.dy) if self.training else ()
 
     def results(self) -> dict[str, Tensor]:
         """Output, final states and, for training, every gradient, by the names that `inputs.results_in` gives."""
         (y, h_n, c_n), gradients = self.call(0)
-        found = {"output": self.inputs.padded(y), "h_n": h_n, "c_n": c_n}
+        found = {"output": self._padded(y), "h_n": h_n, "c_n": c_n}
         if self.training:
             dx, dh0, dc0, *others = gradients
-            x = self.batches[0]
-            found["dx"] = self.inputs.padded(x._replace(data=dx) if isinstance(x, PackedSequence) else dx)
-            found |= {"dh0": dh0, "dc0": dc0, **{f"d{name}": each for name, each in self.engine.named(others).items()}}
+            found |= {"dx": self._padded(dx), "dh0": dh0, "dc0": dc0}
+            found |= {f"d{name}": gradient for name, gradient in self.engine.named(others).items()}
         return found
 
     def memory(self, device: str) -> Row:
@@ -199,14 +207,14 @@ class Gate:
             return {"status": "wrong", "note": note, "error": over[worst]}
         if trial.name == YARDSTICK:
             self._torchs = errors
-        note = "without the lengths and resets" if trial.status == "yardstick" else trial.engine.kernels
-        return {"status": trial.status, "note": note, "error": over[worst]}
+        kernels = "without the lengths and resets" if trial.status == "yardstick" else trial.engine.kernels
+        return {"status": trial.status, "note": kernels, "error": over[worst]}
 
 
 def _errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
     """Of every true result, relative, by the Euclidean norm; absolute where it is zero; NaN where none was found."""
-    same = {name: name in found and found[name].shape == truth.shape for name, truth in true.items()}
-    errors = {
-        name: (found[name].double() - truth).norm() / (truth.norm() or 1) for name, truth in true.items() if same[name]
-    }
-    return {name: float(errors.get(name, math.nan)) for name in true}
+    errors = dict.fromkeys(true, math.nan)
+    for name, truth in true.items():
+        if name in found and found[name].shape == truth.shape:
+            errors[name] = (found[name].detach().double() - truth).norm().item() / (truth.norm().item() or 1.0)
+    return errors

@@ -1,9 +1,8 @@
 """python -m bench ppo: an update of recurrent PPO, in one call over all steps and in a loop over them.
 
-What is timed is the training step of examples/recurrent_ppo.py: forward, loss, backward, clipping, optimiser. Its LSTM
-is called once with `resets`; the loop calls torch.nn.LSTM for every step, and multiplies the state by 1 - start before,
-as recurrent PPO is commonly written. Both have the same weights and batch, and are timed only after their loss and
-gradients were found equal.
+What is timed is the training step of examples/recurrent_ppo.py, forward to optimiser. Its LSTM is called once with
+`resets`; the loop is StepLoop. Both have the same weights and batch, and are timed only after their loss and gradients
+were found equal.
 """
 
 import argparse
@@ -39,13 +38,13 @@ class Measured:
     steps: int  # T
     environments: int  # N
     hidden: int  # H
-    one_call: Sequence[float]
-    loop: Sequence[float]
+    one_call: Any  # a sequence
+    loop: Any
 
     @property
     def speed(self) -> tuple[float, ...]:
         """The loop's time over that of one call, both of one round: median, 20th and 80th percentile."""
-        return timing.percentiles(np.divide(self.loop, self.one_call))
+        return tuple(timing.percentiles(np.divide(self.loop, self.one_call)))
 
 
 def measure(device: str, sizes: Sequence[tuple[int, int, int]] = SIZES, seconds: float = SECONDS) -> list[Measured]:
@@ -56,12 +55,12 @@ def measure(device: str, sizes: Sequence[tuple[int, int, int]] = SIZES, seconds:
     example, rows = load_example(), []
     with timing.float32_products("fp32"):
         for T, N, H in sizes:
-            agents = {"one_call": example.Agent(H).to(device), "loop": example.Agent(H).to(device)}
-            agents["loop"].lstm = StepLoop(H, H, device=device)
-            agents["loop"].load_state_dict(agents["one_call"].state_dict())
+            one_call, loop = (example.Agent(H).to(device) for _ in range(2))
+            loop.lstm = StepLoop(H, H, device=device)
+            loop.load_state_dict(one_call.state_dict())
             batch = random_batch(example, T, N, H, device)
-            check(example.loss, batch, agents["one_call"], agents["loop"])
-            calls: dict[str, timing.Call] = {name: _training(example, agent, batch) for name, agent in agents.items()}
+            check(example.loss, batch, one_call, loop)
+            calls = {name: _training(example, agent, batch) for name, agent in (("one_call", one_call), ("loop", loop))}
             rows.append(Measured(T, N, H, **timing.interleaved(calls, device, seconds)))
     return rows
 
@@ -74,9 +73,8 @@ def _training(example: Any, agent: nn.Module, batch: Any) -> timing.Call:
 
 @functools.cache
 def load_example() -> Any:
-    """examples/recurrent_ppo.py as a module; ImportError where what it needs is not installed."""
-    spec = importlib.util.spec_from_file_location("recurrent_ppo", ROOT / "examples" / "recurrent_ppo.py")
-    assert spec is not None and spec.loader is not None  # noqa: PT018
+    """examples/recurrent_ppo.py as a module."""
+    spec: Any = importlib.util.spec_from_file_location("recurrent_ppo", ROOT / "examples" / "recurrent_ppo.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -98,27 +96,27 @@ def random_batch(example: Any, T: int, N: int, H: int, device: str) -> Any:
 
 def check(loss: Any, batch: Any, one_call: nn.Module, loop: nn.Module) -> None:
     """Raise RuntimeError unless two agents have the same loss and gradients: the first that differs, by how much."""
-    found, expected = ({"loss": loss(agent, batch)} for agent in (one_call, loop))
-    for agent, values in ((one_call, found), (loop, expected)):
-        gradients = torch.autograd.grad(values["loss"], list(agent.parameters()))
-        values |= {f"gradient of {name}": each for (name, _), each in zip(agent.named_parameters(), gradients)}
-    for name, value in expected.items():
-        difference = ((found[name] - value).norm() / value.norm()).item()
+    losses = [loss(agent, batch) for agent in (one_call, loop)]
+    found, expected_ = (
+        (each, *torch.autograd.grad(each, list(agent.parameters()))) for each, agent in zip(losses, (one_call, loop))
+    )
+    names = ["loss", *(f"gradient of {name}" for name, _ in loop.named_parameters())]
+    for name, value, true in zip(names, found, expected_):
+        difference = ((value - true).norm() / true.norm()).item()
         if not difference <= TOLERANCE:
             raise RuntimeError(f"{name}: one call and the loop differ by {difference:.2g}, expected {TOLERANCE:g}")
 
 
 def table(rows: Sequence[Measured], device: str) -> Table:
     """A line a size."""
-    cells = pd.DataFrame([
-        {
-            "T": str(row.steps), "N": str(row.environments), "H": str(row.hidden),
-            "loop ms": f"{1e3 * np.median(row.loop):.2f}", "one call ms": f"{1e3 * np.median(row.one_call):.2f}",
-            "times as fast": f"{row.speed[0]:.2f}", "p20-p80": f"{row.speed[1]:.2f}-{row.speed[2]:.2f}",
-        }
-        for row in rows
-    ])  # fmt: skip
-    backend = expected.backend_of(None, torch.device(device), torch.float32)
+    cells = pd.DataFrame({
+        "T": [str(row.steps) for row in rows], "N": [str(row.environments) for row in rows],
+        "H": [str(row.hidden) for row in rows], "loop ms": [f"{1e3 * np.median(row.loop):.2f}" for row in rows],
+        "one call ms": [f"{1e3 * np.median(row.one_call):.2f}" for row in rows],
+        "times as fast": [f"{row.speed[0]:.2f}" for row in rows],
+        "p20-p80": ["{:.2f}-{:.2f}".format(*row.speed[1:]) for row in rows],
+    })  # fmt: skip
+    backend = expected.inside("backends").select(None, torch.device(device), torch.float32).value
     where = f"{results.provenance(device)['device']}, torch {torch.__version__}"
     return report.table(cells, "An update of recurrent PPO, float32", f"one call by {backend}; {where}")
 

@@ -104,11 +104,8 @@ def summary(rows: pd.DataFrame) -> Table:
     title = "gpu_lstm and torch.nn.LSTM (T steps, B batch, H hidden, L layers, D directions)"
     cells = shown.assign(case=[sizes(case, base) for case in shown["object"]])
     columns = ["mode", "case", "torch ms", "ours ms", "times as fast", "bound", "best other"]
-    done, left_out = (
-        table(cells[columns], title, "\n".join([*notes, "; ".join(told)]).strip(), shown["group"]),
-        lines.drop(shown.index),
-    )
-    if len(left_out):
+    done = table(cells[columns], title, "\n".join([*notes, "; ".join(told)]).strip(), shown["group"])
+    if len(left_out := lines.drop(shown.index)):
         done.add_row("more", f"{len(left_out)} cases", "", "", spread(left_out), "", "")
     return done
 
@@ -157,12 +154,13 @@ def update_readme(readme: Path, files: list[Path]) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{readme}: no {END if begin else BEGIN}; expected {BEGIN} on a line before {END}")
-    on_gpus, on_cpus, no_gpu = [], [], [NO_GPU]
+    on_gpus: list[str] = []
+    on_cpus: list[str] = []
+    no_gpu = [NO_GPU]
     for path in sorted(files):
-        rows = results.read(path)
+        rows, name = results.read(path), Path(os.path.relpath(path, readme.parent)).as_posix()
         for _, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
             on_gpu = its["cuda"].notna().any()
-            name = Path(os.path.relpath(path, readme.parent)).as_posix()
             (on_gpus if on_gpu else on_cpus).append(_section(name, measured(its), on_gpu))
             no_gpu = [] if on_gpu and (its["status"] == "measured").any() else no_gpu
     readme.write_text(f"{before}{BEGIN}\n" + "\n\n".join([*no_gpu, *on_gpus, *on_cpus]) + f"\n{END}{after}")
@@ -175,13 +173,13 @@ def _section(name: str, rows: pd.DataFrame, on_gpu: bool) -> str:
     text = f"{'GPU' if on_gpu else 'CPU, not a GPU'}: {origin(rows)}; from [{name}]({name})."
     if len(shown) < len(lines):
         text += f" {len(shown)} of {len(lines)} cases."
-        if over_all := spread(lines):
-            text += f" Over all that were timed, gpu_lstm is {over_all} times as fast."
+        text += f" Over all that were timed, gpu_lstm is {spread(lines)} times as fast."
     if shown["torch ms"].str.endswith("*").any():
         text += " Where torch.nn.LSTM's time has a star, it ran without the lengths or resets, which it does not take."
-    written = [textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False), ""]
-    written.append("| case | torch.nn.LSTM, ms | gpu_lstm, ms | times as fast | of the bound |")
-    written.append("|------|------------------:|-------------:|--------------:|-------------:|")
+    written = [textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + """
+
+| case | torch.nn.LSTM, ms | gpu_lstm, ms | times as fast | of the bound |
+|------|------------------:|-------------:|--------------:|-------------:|"""]  # fmt: skip
     for _, line in shown.replace("-", "not run").iterrows():
         times = (
             line["torch ms"].replace("*", r"\*"),
@@ -207,18 +205,15 @@ def sizes(case: Case, base: Case | None = None) -> str:
 
 def texts(values: pd.Series, write: Callable[[float], str] | None = None) -> pd.Series:
     """Numbers with three digits, or as `write` has them; nothing for NaN."""
-    return pd.Series(
-        ["" if pd.isna(value) else (write or digits)(value) for value in values], values.index, dtype=object
-    )
+    written = ["" if pd.isna(value) else (write or digits)(value) for value in values]
+    return pd.Series(written, values.index, dtype=object)
 
 
 def verdicts(rows: pd.DataFrame) -> pd.Series:
     """Speeds and what to think of them: faster or slower only where the spread of the rounds allows no doubt."""
-    words = np.select(
-        [rows["speed_p20"] > 1 + EVEN, rows["speed_p80"] < 1 - EVEN, rows["contender"] == YARDSTICK, rows["speed"].notna()],
-        ["faster", "slower", " " * 6, "even  "], "",
-    )  # fmt: skip
-    return texts(rows["speed"]) + " " + words
+    itself, timed = rows["contender"] == YARDSTICK, rows["speed"].notna()
+    doubtless = [rows["speed_p20"] > 1 + EVEN, rows["speed_p80"] < 1 - EVEN]
+    return texts(rows["speed"]) + np.select([*doubtless, itself, timed], [" faster", " slower", " " * 7, " even  "], "")
 
 
 def spread(lines: pd.DataFrame) -> str:
@@ -229,12 +224,14 @@ def spread(lines: pd.DataFrame) -> str:
 
 def origin(rows: pd.DataFrame) -> str:
     """Device, versions, commit and date of rows; of each all that occur."""
-    names = {"gpu_lstm": "gpu_lstm ", "torch": "torch ", "triton": "triton ", "cuda": "CUDA ", "driver": "driver "}
-    names |= {"device": "", "commit": "commit "}
-    found = {column: "/".join(map(str, rows[column].dropna().unique())) for column in names}
-    device, commit, *versions = (found[n] and names[n] + found[n] for n in ("device", "commit", *list(names)[:5]))
+
+    def every(column: str, name: str = "") -> str:
+        return (name and name + " ") + "/".join(found) if (found := rows[column].dropna().unique().tolist()) else ""
+
+    named = {"gpu_lstm": "gpu_lstm", "torch": "torch", "triton": "triton", "cuda": "CUDA", "driver": "driver"}
+    versions = ", ".join(filter(None, (every(column, name) for column, name in named.items())))
     dates = "/".join(sorted(rows["date"].str[:10].unique()))
-    return "; ".join(filter(None, (device, ", ".join(filter(None, versions)), commit, dates)))
+    return "; ".join(filter(None, (every("device"), versions, every("commit", "commit"), dates)))
 
 
 def memory_column(rows: pd.DataFrame) -> str:

@@ -5,7 +5,7 @@ import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .cases import DTYPES
 
+Name = TypeVar("Name")
 Call = Callable[[int], object]
 """Something to time; the number tells calls apart, so that each may take another set of inputs."""
 
@@ -24,7 +25,7 @@ PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
 CEILING_SECONDS = 1.0  # for both together
 
 
-def interleaved(calls: Mapping[Any, Call], device: str, seconds: float) -> dict[Any, np.ndarray]:
+def interleaved(calls: Mapping[Name, Call], device: str, seconds: float) -> dict[Name, np.ndarray]:
     """Seconds a call, for each of `calls` and every round. Each round takes all of them, in an order of its own.
 
     `device` is "cpu", or a CUDA device, where events measure. All rounds together should take `seconds`, besides the
@@ -93,11 +94,9 @@ def peak_bytes(call: Call, device: str) -> int | None:
     """What a call allocates at most, above what was there before; None on the CPU, which does not count."""
     if device == "cpu":
         return None
-    torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     call(0)
-    torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
 

@@ -2,9 +2,7 @@
 
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
-import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..cases import Case
-from ..inputs import Batch, Inputs
+from ..inputs import Inputs
 
 
 class Unable(Exception):
@@ -24,8 +22,8 @@ class Unable(Exception):
 class Engine:
     """An LSTM with the weights of the inputs: something to call, and leaves that have gradients to show."""
 
-    # x [T, B, I], h0 and c0 [R, B, H] to output [T, B, D*H], packed if x is, and h_n, c_n [R, B, H]
-    call: Callable[[Batch, Tensor, Tensor], tuple[Batch, Tensor, Tensor]]
+    # x [T, B, I], h0 and c0 [R, B, H] to output [T, B, D*H] and h_n, c_n [R, B, H]; output is a PackedSequence if x is
+    call: Callable[[Any, Tensor, Tensor], tuple[Any, Tensor, Tensor]]
     parameters: dict[str, Tensor]  # leaves, in the layout of the engine
     to_torch: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # gradients, to torch's names and layout
     within: Callable[[], AbstractContextManager] = contextlib.nullcontext  # of every call and its backward
@@ -49,11 +47,10 @@ class Provider:
 
 def expect(case: Case, *features: str) -> None:
     """Raise Unable unless a case has none but these of "layers", "directions", "ragged", "packed" and "resets"."""
-    asked = {"layers": case.layers > 1, "directions": case.directions > 1, "resets": case.reset_rate > 0}
-    asked[case.sequences] = case.sequences != "full"
-    beyond = [feature for feature, is_asked in asked.items() if is_asked and feature not in features]
+    asked = ["layers"] * (case.layers > 1) + ["directions"] * (case.directions > 1) + ["resets"] * (case.reset_rate > 0)
+    beyond = {*asked, case.sequences} - {*features, "full"}
     if beyond:
-        raise Unable(f"does not do {' or '.join(beyond)}")
+        raise Unable(f"does not do {' or '.join(sorted(beyond))}")
 
 
 def module_like_torchs(kind: Callable[..., nn.Module], inputs: Inputs, **options: Any) -> nn.Module:
@@ -65,22 +62,14 @@ def module_like_torchs(kind: Callable[..., nn.Module], inputs: Inputs, **options
     return module.requires_grad_(case.training)
 
 
-def absence(package: str, install: str, device: str, cuda: bool = True, oldest: tuple[int, ...] = ()) -> str | None:
+def absence(package: str, install: str, device: str, cuda: bool = True) -> str | None:
     """Why somebody else's package cannot be used on a device, and how to install it; None if it can."""
     if cuda and not device.startswith("cuda"):
         return f"{package} needs CUDA for this"
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed: {install}"
-    if oldest and release(package) < oldest:
-        return f"{package} is too old: {install}"
     try:
         importlib.import_module(package)
     except (ImportError, OSError) as error:  # most often an extension built for another torch
         return f"{package} is installed but cannot be imported: {error}"
     return None
-
-
-def release(package: str) -> tuple[int, ...]:
-    """The numbers of its version, to compare: (3, 9, 0)."""
-    version = re.match(r"[\d.]*\d", importlib.metadata.version(package))
-    return tuple(map(int, version[0].split("."))) if version else ()

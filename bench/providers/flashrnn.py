@@ -5,7 +5,6 @@ It takes pre-activations Wx [B, T, 4, heads, H], R [4, heads, H, H], one bias [4
 """
 
 import importlib
-import shutil
 from functools import partial
 
 import torch
@@ -13,24 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..inputs import Inputs
-from .engine import Engine, Provider, Unable, absence, expect, release
-
-TILE = 16  # units of a tile of the CUDA kernels
-MOST_UNITS = 64  # of the Triton kernels, as their documentation says
-
-
-def absent(backend: str, device: str) -> str | None:
-    """It needs CUDA and, for its CUDA kernels, which are compiled when they are first called, a compiler."""
-    problem = absence("flashrnn", "pip install flashrnn", device)
-    if problem is not None:
-        return problem
-    if backend == "cuda_fused":
-        home = importlib.import_module("torch.utils.cpp_extension").CUDA_HOME
-        if home is None or not shutil.which("ninja"):
-            return "flashrnn's CUDA kernels are compiled here, which needs nvcc and ninja"
-    elif release("flashrnn") <= (1, 0, 8) and release("triton") >= (3, 9):
-        return "flashrnn's Triton kernels have block pointers, which are gone: pip install 'triton<3.9'"
-    return None
+from .engine import Engine, Provider, Unable, absence, expect
 
 
 def build(backend: str, inputs: Inputs) -> Engine:
@@ -39,10 +21,10 @@ def build(backend: str, inputs: Inputs) -> Engine:
     case, H = inputs.case, inputs.case.hidden_size
     if case.dtype == "fp32":
         raise Unable("takes products of float32 tensors in TF32")
-    if backend == "cuda_fused" and H % TILE:
-        raise Unable(f"H is no multiple of {TILE}")
-    if backend == "triton_fused" and H not in (16, 32, MOST_UNITS):
-        raise Unable(f"H is no power of two from 16 to {MOST_UNITS}")
+    if backend == "cuda_fused" and H % 16:
+        raise Unable("H is no multiple of 16, the units of a tile of the CUDA kernels")
+    if backend == "triton_fused" and H not in (16, 32, 64):
+        raise Unable("H is not 16, 32 or 64, as the documentation of the Triton kernels says")
     flashrnn = importlib.import_module("flashrnn").flashrnn
     # The CUDA kernels keep the four gates of a unit side by side, [H, 4]; given so, nothing is copied for them.
     gates = 1 if backend == "cuda_fused" else 0
@@ -71,7 +53,9 @@ def build(backend: str, inputs: Inputs) -> Engine:
     return Engine(call, {"weight_ih_l0": W, "weight_hh_l0": R, "bias_l0": b}, to_torch)
 
 
+# The CUDA kernels are compiled when they are first called, by nvcc and ninja; the Triton kernels need triton<3.9.
+absent = partial(absence, "flashrnn", "pip install flashrnn")
 PROVIDERS = {
-    f"flashrnn-{kind}": Provider(partial(build, f"{kind}_fused"), partial(absent, f"{kind}_fused"))
-    for kind in ("cuda", "triton")
+    "flashrnn-cuda": Provider(partial(build, "cuda_fused"), absent),
+    "flashrnn-triton": Provider(partial(build, "triton_fused"), absent),
 }

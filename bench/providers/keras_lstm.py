@@ -20,7 +20,7 @@ def absent(device: str) -> str | None:
     if backend not in (None, "torch"):
         return f"keras's backend is {backend}: set KERAS_BACKEND=torch"
     os.environ["KERAS_BACKEND"] = "torch"  # Keras reads it once, when it is first imported
-    return absence("keras", "pip install 'keras>=3'", device, cuda=False, oldest=(3,))
+    return absence("keras", "pip install 'keras>=3'", device, cuda=False)
 
 
 def build(inputs: Inputs) -> Engine:

@@ -1,7 +1,5 @@
 """Loops over the steps, as people write them where torch.nn.LSTM does not do what they need."""
 
-import shutil
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -87,13 +85,8 @@ def _steps(gates_x: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor) -> tuple[Te
     return torch.stack(outputs), h, c
 
 
-def _no_compiler(device: str) -> str | None:
-    here = device != "cpu" or shutil.which("g++") or shutil.which("clang++")
-    return None if here else "torch.compile needs a C++ compiler here"
-
-
 PROVIDERS = {
     "cell-loop": Provider(cell_loop),
-    "compiled-loop": Provider(compiled_loop, _no_compiler),
+    "compiled-loop": Provider(compiled_loop),
     "cleanrl-loop": Provider(cleanrl_loop, everywhere=True),
 }

@@ -38,18 +38,23 @@ def build(backend: str | None, inputs: Inputs) -> Engine:
         y, (h_n, c_n) = lstm(x, (h0, c0), lengths=lengths, resets=inputs.resets)
         return y, h_n, c_n
 
-    device, plans = inputs.h0.device, None
-    if expected.INSIDE_IS_KNOWN and expected.backend_of(backend, device, inputs.case.torch_dtype) == "triton":
-        plans = expected.chosen_plans(inputs.case, device)
-    return Engine(call, dict(lstm.named_parameters()), kernels=plans and expected.families(plans))
+    device, kernels = inputs.h0.device, None
+    if expected.INSIDE_IS_KNOWN:
+        runs = expected.inside("backends").select(backend, device, inputs.case.torch_dtype).value
+        kernels = expected.families(inputs.case, device) if runs == "triton" else None
+    return Engine(call, dict(lstm.named_parameters()), kernels=kernels)
 
 
 def build_family(family: str, inputs: Inputs) -> Engine:
     """The module on Triton kernels of one family, forward and backward."""
-    plans = expected.chosen_plans(inputs.case, inputs.h0.device, family)
-    if plans is None:
-        raise Unable(f"no {family} kernel fits this card")
-    return replace(build("triton", inputs), kernels=None, within=lambda: expected.running(plans))
+
+    def choose(*problem):
+        plan = expected.first_plan(family, *problem)
+        if plan is None:
+            raise Unable(f"no {family} kernel fits this card")
+        return plan
+
+    return replace(build("triton", inputs), kernels=None, within=lambda: expected.running(choose))
 
 
 PROVIDERS = {

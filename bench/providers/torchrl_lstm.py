@@ -50,9 +50,8 @@ def build(backend: str, inputs: Inputs) -> Engine:
     return Engine(call, dict(lstm.named_parameters()))
 
 
-# Version 0.13 is the first with backends to choose from.
-usable = partial(absence, "torchrl", "pip install 'torchrl>=0.13'", oldest=(0, 13))
+absent = partial(absence, "torchrl", "pip install 'torchrl>=0.13'")  # the first with backends to choose from
 PROVIDERS = {
-    "torchrl-pad": Provider(partial(build, "pad"), partial(usable, cuda=False), everywhere=True),
-    "torchrl-triton": Provider(partial(build, "triton"), usable, everywhere=True),
+    "torchrl-pad": Provider(partial(build, "pad"), partial(absent, cuda=False), everywhere=True),
+    "torchrl-triton": Provider(partial(build, "triton"), absent, everywhere=True),
 }
