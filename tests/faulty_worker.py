@@ -29,9 +29,9 @@ def run_case(case, names, device, failed, tell):
 
     timing.COPY_BYTES["cpu"], timing.PRODUCT_SIZE["cpu"], timing.CEILING_SECONDS = 1 << 20, 64, 0.01
     measure.SECONDS = 0.4
-    providers.PROVIDERS["raises"] = providers.Provider(build=_raise)
+    providers.PROVIDERS["raises"] = providers.Provider(build=raise_)
     return measure.run_case(case, names, device, failed, tell=tell)
 
 
-def _raise(inputs):
+def raise_(inputs):
     raise MemoryError("too large")
