@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from .cases import Case
@@ -31,25 +31,22 @@ class Inputs:
     @classmethod
     def of(cls, case: Case, device: str) -> "Inputs":
         """Random tensors, the same for the same case wherever it runs."""
-        T, B, I, H, D = case.steps, case.batch, case.input_size, case.hidden_size, case.directions
-        generator = torch.Generator().manual_seed(0)
+        T, B, H, D = case.steps, case.batch, case.hidden_size, case.directions
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * scale).to(device, case.torch_dtype)
+            return (torch.randn(*shape) * scale).to(device, case.torch_dtype)
 
-        weights = {}
-        for place in (f"l{layer}{suffix}" for layer in range(case.layers) for suffix in ("", "_reverse")[:D]):
-            features = I if place.startswith("l0") else D * H
-            weights[f"weight_ih_{place}"] = normal(4 * H, features, scale=features**-0.5)
-            weights[f"weight_hh_{place}"] = normal(4 * H, H, scale=H**-0.5)
-            weights |= {f"{bias}_{place}": normal(4 * H, scale=0.1) for bias in ("bias_ih", "bias_hh")}
-        lengths = torch.randint(1, T + 1, (B,), generator=generator).index_fill(0, torch.tensor(0), T).to(device)
-        resets = (torch.rand(T, B, generator=generator) < case.reset_rate).to(device)
-        sets = min(MOST_SETS, math.ceil(CACHE_BYTES / (T * B * I * case.torch_dtype.itemsize)))
-        xs = [normal(T, B, I) for _ in range(sets)]
-        h0, c0 = (normal(case.layers * D, B, H, scale=0.5) for _ in range(2))
-        ragged = None if case.sequences == "full" else lengths
-        return cls(case, weights, xs, h0, c0, ragged, resets if case.reset_rate else None, dy=normal(T, B, D * H))
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            lstm = nn.LSTM(case.input_size, H, case.layers, bidirectional=D == 2).to(device, case.torch_dtype)
+            lengths = torch.randint(1, T + 1, (B,)).index_fill(0, torch.tensor(0), T).to(device)
+            resets = (torch.rand(T, B) < case.reset_rate).to(device)
+            sets = min(MOST_SETS, math.ceil(CACHE_BYTES / (T * B * case.input_size * case.torch_dtype.itemsize)))
+            xs = [normal(T, B, case.input_size) for _ in range(sets)]
+            h0, c0 = (normal(case.layers * D, B, H, scale=0.5) for _ in range(2))
+            ragged = None if case.sequences == "full" else lengths
+            weights = lstm.requires_grad_(False).state_dict()
+            return cls(case, weights, xs, h0, c0, ragged, resets if case.reset_rate else None, normal(T, B, D * H))
 
     def packed(self, t: Tensor) -> PackedSequence:
         """t [T, B, *] with the lengths, packed."""

@@ -1,7 +1,7 @@
 """Calls in a process of their own: a kernel that hangs or crashes takes nothing else along.
 
-The process serves call after call until one fails in it. Then it is thrown away, since a device that has seen a fault
-cannot be trusted, and the next call gets a new one. It may import gpu_lstm from another commit of this project.
+The process serves calls until one fails. Then it is thrown away, since a device that has seen a fault cannot be
+trusted, and the next call gets a new one. It may import gpu_lstm from another commit of this project.
 """
 
 import contextlib
@@ -38,8 +38,15 @@ class Worker:
         """What the function returns. ProviderFailed if it raises that, or if its process dies or says nothing."""
         turn, limit_s = "start", self._limit_s
         if self._process is None:
-            self._start()
-            limit_s = START_S
+            limit_s, context, before = START_S, multiprocessing.get_context("spawn"), sys.path.copy()
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
+            sys.path[:0] = [] if self._path is None else [str(self._path)]  # which a new process is handed
+            try:
+                self._process.start()
+            finally:
+                sys.path[:] = before
+            theirs.close()
         try:
             self._connection.send(arguments)
             while self._connection.poll(limit_s):
@@ -55,18 +62,6 @@ class Worker:
             raise
         except (EOFError, ConnectionError):
             raise ProviderFailed(turn, f"its process died, exit code {self.close()}") from None
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
-        before = sys.path.copy()
-        sys.path[:0] = [] if self._path is None else [str(self._path)]  # which a new process is handed
-        try:
-            self._process.start()
-        finally:
-            sys.path[:] = before
-        theirs.close()
 
     def close(self) -> int | None:
         """End the process, if there is one; its exit code."""
@@ -97,10 +92,9 @@ def _serve(connection: Connection, function: Callable[..., Any]) -> None:
 
 @contextlib.contextmanager
 def checkout(commit: str) -> Iterator[Path]:
-    """A folder to import gpu_lstm from as it is in a commit, in a git worktree that is removed afterwards.
+    """A folder to import gpu_lstm from as it is in a commit, and nothing else, so that the benchmark is this one's.
 
-    Nothing else can be imported from the folder, so that both sides of a comparison are measured by the same code.
-    ValueError if there is no such commit, or no gpu_lstm in it.
+    It is of a git worktree that is removed afterwards. ValueError if there is no such commit, or no gpu_lstm in it.
     """
     with tempfile.TemporaryDirectory(prefix="gpu-lstm-base-") as folder:
         tree, path, git = Path(folder) / "tree", Path(folder) / "path", ["git", "-C", str(ROOT), "worktree"]

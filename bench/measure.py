@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,11 @@ Row = dict[str, Any]
 def measure(
     cases: list[Case], names: list[str] | None, device: str, sides: dict[Path, Path | None], deadline: float = math.inf
 ) -> list[Case]:
-    """Run `cases` in this order, every row in its file before the next case starts; those there was no time for.
+    """Run `cases`, each row in its file before the next case starts; those there was no time for before `deadline`.
 
-    Those take part who are named, by default all in the headline and elsewhere those that say so. On a CUDA `device`,
-    cases run in a process of their own. `sides` are new files, and for each the folder to import gpu_lstm from: None
-    for the one imported here. Several sides take turns case by case, each in a process of its own. No case is begun
-    after `deadline`, by time.monotonic().
+    All take part in the headline, elsewhere those that say so; or those who are named. On a CUDA `device` a case runs
+    in a process of its own. `sides` are new files, and for each the folder to import gpu_lstm from, None for the one
+    imported here: several take turns case by case, each in its process. The deadline is by time.monotonic().
     """
     for file in sides:
         results.create(file)
@@ -78,9 +78,8 @@ def run_case(
 ) -> list[Row]:
     """Rows of a case, one or more for each provider of `names`, of whom the yardstick is the first.
 
-    Those that `failed` before, and how, are not tried again. `tell` is called with the name of the provider in hand,
-    so that whoever waits knows which one hangs. Raises ProviderFailed where one raises; the device may be unusable
-    from then on.
+    Those that `failed` before, and how, are not tried again. Whoever waits is told by `tell` whose turn it is. Raises
+    ProviderFailed where a provider raises; the device may be unusable from then on.
     """
     torch.set_num_threads(1)  # as in `measure`: this may be a process of its own
     outcomes: dict[str, Row] = {name: {"status": "failed", "note": text} for name, text in failed.items()}
@@ -96,7 +95,8 @@ def run_case(
                 trial = Trial(name, inputs)
                 outcomes[name] = gate.judge(trial)
                 if outcomes[name]["status"] in results.TIMED:
-                    outcomes[name] |= trial.memory(device)
+                    kept = timing.kept_bytes(partial(trial.call, 0), trial.leaves(0)) if case.training else None
+                    outcomes[name] |= {"peak_bytes": timing.peak_bytes(trial.call, device), "kept_bytes": kept}
                     calls[name, False] = trial.call
                     if device != "cpu" and PROVIDERS[name].graphed:
                         calls[name, True] = timing.captured(trial.call)
@@ -177,11 +177,6 @@ class Trial:
             found |= {f"d{name}": gradient for name, gradient in self.engine.named(others).items()}
         return found
 
-    def memory(self, device: str) -> Row:
-        """Peak bytes of a call and, for training, the bytes kept between forward and backward."""
-        kept = timing.kept_bytes(lambda: self.call(0), self.leaves(0)) if self.training else None
-        return {"peak_bytes": timing.peak_bytes(self.call, device), "kept_bytes": kept}
-
 
 class Gate:
     """Tells who is right: against float64, with at most ALLOWED times torch's own error in the dtype of the case."""
@@ -195,9 +190,9 @@ class Gate:
         case, dtype = trial.inputs.case, trial.inputs.case.torch_dtype
         if case not in self._truths:
             true = results_in(torch.float64, trial.inputs)
-            self._truths[case] = true, _errors(results_in(dtype, trial.inputs), true)
+            self._truths[case] = true, relative_errors(results_in(dtype, trial.inputs), true)
         true, cells = self._truths[case]
-        errors = _errors(trial.results(), true)
+        errors = relative_errors(trial.results(), true)
         factor, torchs = (SANITY, {}) if trial.name == YARDSTICK else (ALLOWED, self._torchs)
         least = torch.finfo(dtype).eps / ALLOWED  # an error that nothing can be blamed for
         over = {name: errors[name] / (factor * max(cells[name], torchs.get(name, 0.0), least)) for name in errors}
@@ -211,7 +206,7 @@ class Gate:
         return {"status": trial.status, "note": kernels, "error": over[worst]}
 
 
-def _errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
+def relative_errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
     """Of every true result, relative, by the Euclidean norm; absolute where it is zero; NaN where none was found."""
     errors = dict.fromkeys(true, math.nan)
     for name, truth in true.items():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import expected, report, results, timing
 from .isolated import ROOT
+from .measure import relative_errors
 from .providers.loops import StepLoop
 
 SIZES = [(128, N, H) for H in (128, 256) for N in (8, 64)]  # T, N, H
@@ -59,7 +60,10 @@ def measure(device: str, sizes: Sequence[tuple[int, int, int]] = SIZES, seconds:
             loop.lstm = StepLoop(H, H, device=device)
             loop.load_state_dict(one_call.state_dict())
             batch = random_batch(example, T, N, H, device)
-            check(example.loss, batch, one_call, loop)
+            found, true = (values_of(example, agent, batch) for agent in (one_call, loop))
+            for name, error in relative_errors(found, {name: value.double() for name, value in true.items()}).items():
+                if not error <= TOLERANCE:
+                    raise RuntimeError(f"{name}: one call and the loop differ by {error:.2g}, expected {TOLERANCE:g}")
             calls = {name: _training(example, agent, batch) for name, agent in (("one_call", one_call), ("loop", loop))}
             rows.append(Measured(T, N, H, **timing.interleaved(calls, device, seconds)))
     return rows
@@ -94,17 +98,13 @@ def random_batch(example: Any, T: int, N: int, H: int, device: str) -> Any:
     return example.Rollout(normal(T, N, 2), starts, actions, log_probs, normal(T, N), normal(T, N), state)
 
 
-def check(loss: Any, batch: Any, one_call: nn.Module, loop: nn.Module) -> None:
-    """Raise RuntimeError unless two agents have the same loss and gradients: the first that differs, by how much."""
-    losses = [loss(agent, batch) for agent in (one_call, loop)]
-    found, expected_ = (
-        (each, *torch.autograd.grad(each, list(agent.parameters()))) for each, agent in zip(losses, (one_call, loop))
-    )
-    names = ["loss", *(f"gradient of {name}" for name, _ in loop.named_parameters())]
-    for name, value, true in zip(names, found, expected_):
-        difference = ((value - true).norm() / true.norm()).item()
-        if not difference <= TOLERANCE:
-            raise RuntimeError(f"{name}: one call and the loop differ by {difference:.2g}, expected {TOLERANCE:g}")
+def values_of(example: Any, agent: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """The loss and all gradients."""
+    loss = example.loss(agent, batch)
+    gradients = torch.autograd.grad(loss, list(agent.parameters()))
+    return {"loss": loss} | {
+        f"gradient of {name}": each for (name, _), each in zip(agent.named_parameters(), gradients)
+    }
 
 
 def table(rows: Sequence[Measured], device: str) -> Table:

@@ -17,45 +17,35 @@ from bench.providers.engine import Unable
 PLAIN = Case("training", "fp32", steps=16, batch=3, input_size=5, hidden_size=16)
 SHORT = replace(PLAIN, steps=6)
 CASES = {
-    "plain": PLAIN,
-    "layers": replace(SHORT, layers=2),
-    "directions": replace(SHORT, layers=2, directions=2),
-    "ragged": replace(SHORT, sequences="ragged"),
+    "plain": PLAIN, "layers": replace(SHORT, layers=2), "directions": replace(SHORT, layers=2, directions=2),
+    "ragged": replace(SHORT, sequences="ragged"), "packed": replace(SHORT, sequences="packed"),
     "ragged-directions": replace(SHORT, layers=2, directions=2, sequences="ragged"),
-    "packed": replace(SHORT, sequences="packed"),
-    "resets": replace(SHORT, reset_rate=0.2),
-    "resets-layers": replace(SHORT, layers=2, reset_rate=0.3),
-}
+    "resets": replace(SHORT, reset_rate=0.2), "resets-layers": replace(SHORT, layers=2, reset_rate=0.3),
+}  # fmt: skip
 DONE = {  # which cases a provider does; it is unable to do the others
-    "torch": ("plain", "layers", "directions", "packed"),
-    "torch-packed": ("ragged", "ragged-directions"),
-    "cell-loop": ("plain",),
-    "compiled-loop": ("plain",),
-    "cleanrl-loop": ("resets", "resets-layers"),
-    "flashrnn-cuda": (),  # "plain", but in TF32
-    "flashrnn-triton": (),
-    "haste": ("plain",),
-    "torchrl-pad": ("plain", "layers", "resets", "resets-layers"),
-    "torchrl-triton": ("plain", "layers", "resets", "resets-layers"),
-    "keras": ("plain", "layers", "directions", "ragged", "ragged-directions"),
-} | {name: tuple(CASES) for name in PROVIDERS if name.startswith("ours")}
+    "torch": "plain layers directions packed", "torch-packed": "ragged ragged-directions", "cell-loop": "plain",
+    "compiled-loop": "plain", "cleanrl-loop": "resets resets-layers", "haste": "plain", "flashrnn-cuda": "",
+    "flashrnn-triton": "",  # nothing in fp32
+    "torchrl-pad": "plain layers resets resets-layers", "torchrl-triton": "plain layers resets resets-layers",
+    "keras": "plain layers directions ragged ragged-directions",
+} | {name: " ".join(CASES) for name in PROVIDERS if name.startswith("ours")}  # fmt: skip
 
 
 def assert_right(name: str, inputs: Inputs) -> None:
     """All results and gradients are those of float64."""
     found, truth = Trial(name, inputs).results(), results_in(torch.float64, inputs)
     assert found.keys() == truth.keys()
-    for name, true in truth.items():
-        assert found[name].shape == true.shape, name
-        error = (found[name].double() - true).norm() / true.norm()
-        assert error < 1e-5, f"{name}: {error}"
+    for result, true in truth.items():
+        assert found[result].shape == true.shape, result
+        error = (found[result].double() - true).norm() / true.norm()
+        assert error < 1e-5, f"{result}: {error}"
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", PROVIDERS)
 def test_results_and_gradients(monkeypatch, name, case):
     inputs = Inputs.of(CASES[case], "cpu")
-    if case not in DONE[name]:
+    if case not in DONE[name].split():
         with pytest.raises(Unable):
             PROVIDERS[name].build(inputs)
         return
@@ -66,14 +56,7 @@ def test_results_and_gradients(monkeypatch, name, case):
     assert_right(name, inputs)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", [name for name in PROVIDERS if not name.startswith("ours")])
-def test_absence_is_explained_in_one_line(name, device):
-    reason = PROVIDERS[name].absent(device)
-    assert reason is None or (reason and "\n" not in reason)
-
-
-def test_a_package_that_is_not_there(tmp_path, monkeypatch):
+def test_a_package_that_is_not_there_is_explained_in_one_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken_peer.py").write_text("raise OSError('undefined symbol: f')")
     (tmp_path / "faulty_peer.py").write_text("raise RuntimeError('no matter of installing')")
@@ -83,10 +66,9 @@ def test_a_package_that_is_not_there(tmp_path, monkeypatch):
     assert engine.absence("broken_peer", "", "cuda").endswith("installed but cannot be imported: undefined symbol: f")
     with pytest.raises(RuntimeError, match="no matter of installing"):
         engine.absence("faulty_peer", "", "cuda")
-    monkeypatch.setattr("importlib.metadata.version", lambda package: "3.10.0rc1+cu130")
-    assert engine.release("torch") == (3, 10, 0)
-    assert engine.absence("torch", "pip it", "cuda", oldest=(3, 11)) == "torch is too old: pip it"
-    assert engine.absence("torch", "pip it", "cuda", oldest=(3, 9)) is None
+    reasons = [provider.absent("cpu") for provider in PROVIDERS.values()]
+    assert all(reason is None or "\n" not in reason for reason in reasons)
+    assert "backend 'cupy' needs CuPy" in PROVIDERS["ours-cupy"].absent("cpu")
 
 
 def test_keras_on_another_backend_is_absent(monkeypatch):
@@ -141,7 +123,7 @@ class HasteLSTM(nn.Module):
 
     def forward(self, x, state):
         assert self.training
-        (h,), (c,), outputs = *state, []
+        ((h,), (c,)), outputs = state, []
         for x_t in x:
             i, g, f, o = (x_t @ self.kernel + h @ self.recurrent_kernel + self.bias).split(self.hidden_size, dim=1)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -158,8 +140,7 @@ def test_haste(monkeypatch):
 class LSTMModule(nn.Module):
     """Batch first; where `is_init` is set, the state of that step, [B, T, L, H], is the one to go on from."""
 
-    def __init__(self, lstm, in_keys, out_keys, default_recurrent_mode, recurrent_backend, recurrent_compute_dtype,
-                 recurrent_matmul_precision):  # fmt: skip
+    def __init__(self, lstm, in_keys, out_keys, default_recurrent_mode, recurrent_backend, **precision):
         super().__init__()
         assert lstm.batch_first
         assert default_recurrent_mode
@@ -171,22 +152,14 @@ class LSTMModule(nn.Module):
         assert tensordict.batch_size == list(x.shape[:2]) == list(is_init.shape[:2])
         if self.triton:
             assert {t.dtype for t in (x, h_given, c_given, *self.lstm.parameters())} == {torch.float32}
-        ys, hs, cs = [], [], []
-        h, c = h_given[:, 0].unbind(1), c_given[:, 0].unbind(1)
+        given, found = (h_given.transpose(0, 2), c_given.transpose(0, 2)), []  # [L, T, B, H]
+        state = [each[:, 0] for each in given]
         for t in range(x.shape[1]):
-            y, states = x[:, t], []
-            for layer, last in enumerate(zip(h, c)):
-                given = h_given[:, t, layer], c_given[:, t, layer]
-                last = [torch.where(is_init[:, t], *pair) for pair in zip(given, last)]
-                states.append(torch.lstm_cell(y, last, *self.lstm.all_weights[layer]))
-                y = states[-1][0]
-            h, c = zip(*states)
-            ends = is_init[:, t + 1, :, None] if t + 1 < x.shape[1] else torch.tensor(True)
-            ys.append(y)
-            hs.append(torch.where(ends, torch.stack(h, 1), 0))
-            cs.append(torch.where(ends, torch.stack(c, 1), 0))
-        tensordict |= zip(self.out_keys, (torch.stack(each, 1) for each in (ys, hs, cs)))
-        return tensordict
+            state = [torch.where(is_init[:, t], each[:, t], last).contiguous() for each, last in zip(given, state)]
+            y, state = self.lstm(x[:, t : t + 1], tuple(state))
+            ends = is_init[:, t + 1] if t + 1 < x.shape[1] else torch.tensor(True)
+            found.append((y[:, 0], *(torch.where(ends, last, 0).transpose(0, 1) for last in state)))
+        return tensordict | dict(zip(self.out_keys, (torch.stack(each, 1) for each in zip(*found))))
 
 
 class TensorDict(dict):
@@ -195,18 +168,16 @@ class TensorDict(dict):
         self.batch_size = batch_size
 
 
-@pytest.mark.parametrize("case", [*DONE["torchrl-pad"], "bf16"])
+@pytest.mark.parametrize("case", DONE["torchrl-pad"].split())
 @pytest.mark.parametrize("name", ["torchrl-pad", "torchrl-triton"])
 def test_torchrl(monkeypatch, name, case):
     stand_in(monkeypatch, "torchrl.modules", LSTMModule=LSTMModule)
     stand_in(monkeypatch, "tensordict", TensorDict=TensorDict)
-    inputs = Inputs.of(CASES.get(case, replace(PLAIN, dtype="bf16")), "cpu")
+    inputs = Inputs.of(CASES[case], "cpu")
     if inputs.resets is not None:
         inputs.resets[0, 0] = True  # the given state is not used there
-    if case != "bf16":
-        assert_right(name, inputs)
-        return
-    found, truth = Trial(name, inputs).results(), results_in(torch.float64, inputs)
+    assert_right(name, inputs)
+    inputs = Inputs.of(replace(CASES[case], dtype="bf16"), "cpu")
+    found, truth = Trial("torchrl-triton", inputs).results(), results_in(torch.float64, inputs)
     assert found["output"].dtype == torch.bfloat16
-    for result, allowed in (("output", 5e-3), ("h_n", 5e-3 if name == "torchrl-pad" else 1e-5)):
-        assert (found[result] - truth[result]).norm() < allowed * truth[result].norm()
+    assert (found["h_n"] - truth["h_n"]).norm() < 1e-5 * truth["h_n"].norm()  # taken in float32

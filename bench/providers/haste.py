@@ -28,14 +28,12 @@ def build(inputs: Inputs) -> Engine:
         y, (h_n, c_n) = lstm(x, (h0, c0))
         return y, h_n, c_n
 
-    return Engine(call, dict(lstm.named_parameters()), _to_torch)
+    def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:  # gates in the order i, f, g, o; transposed
+        names = {"weight_ih_l0": "kernel", "weight_hh_l0": "recurrent_kernel", "bias_l0": "bias"}
+        gates = {name: gradients[theirs].movedim(-1, 0).unflatten(0, (4, -1)) for name, theirs in names.items()}
+        return {name: gradient[[0, 2, 1, 3]].flatten(0, 1) for name, gradient in gates.items()}
 
-
-def _to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gates in the order i, f, g, o, and matrices transposed."""
-    names = {"weight_ih_l0": "kernel", "weight_hh_l0": "recurrent_kernel", "bias_l0": "bias"}
-    gates = {name: gradients[theirs].movedim(-1, 0).unflatten(0, (4, -1)) for name, theirs in names.items()}
-    return {name: gradient[[0, 2, 1, 3]].flatten(0, 1) for name, gradient in gates.items()}
+    return Engine(call, dict(lstm.named_parameters()), to_torch)
 
 
 INSTALL = "pip install --no-build-isolation haste_pytorch, with nvcc"
