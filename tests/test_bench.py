@@ -177,7 +177,7 @@ def test_interleaved_rounds_tell_what_is_slower_each_in_an_order_of_its_own():
         time.sleep({"a": 0.001, "b": 0.002}[name])
 
     taken = timing.interleaved({name: lambda number, name=name: call(name, number) for name in "ab"}, "cpu", 0.1)
-    (once, p20, p80), (twice, *_) = (timing.percentiles(taken[name]) for name in "ab")
+    (once, *_), (twice, *_) = (timing.percentiles(taken[name]) for name in "ab")
     assert len(taken["a"]) == len(taken["b"]) >= timing.ROUNDS[0]
     assert 1.5 < twice / once < 2.5
     assert numbers[: timing.WARM_UP] == [0, 1, 2]
@@ -313,9 +313,8 @@ def test_a_commit_is_checked_out_beside_this_one_and_removed(tmp_path, monkeypat
     for folder in ("gpu_lstm", "kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("kernels", "__pycache__"))
     (tmp_path / "bench.py").write_text("raise ImportError('the benchmark is that of this checkout')")
-    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "with"], ["rm", "-rq", "gpu_lstm"], ["commit", "-qm", ""
-                      "without"]):  # fmt: skip
-        git(tmp_path, *arguments)
+    for command in ("init -q", "add .", "commit -qm with", "rm -rq gpu_lstm", "commit -qm without"):
+        git(tmp_path, *command.split())
     monkeypatch.setattr(isolated, "ROOT", tmp_path)
     for error in (None, RuntimeError, KeyboardInterrupt):
         with contextlib.suppress(RuntimeError, KeyboardInterrupt), isolated.checkout("HEAD~1") as path:
@@ -409,18 +408,8 @@ def test_a_run_ends_with_the_table_and_fails_where_ours_is_wrong(capsys, tmp_pat
         return replace(engine, call=lambda *leaves: [(1 + wrong) * result for result in engine.call(*leaves)])
 
     monkeypatch.setitem(providers.PROVIDERS, "ours", replace(providers.PROVIDERS["ours"], build=build))
-    arguments = [
-        "--device",
-        "cpu",
-        "--cases",
-        "headline",
-        "--providers",
-        "ours",
-        "cell-loop",
-        "--out",
-        str(tmp_path / "a"),
-    ]
-    assert command_line.main(arguments) == wrong
+    options = "--device cpu --cases headline --providers ours cell-loop --out"
+    assert command_line.main([*options.split(), str(tmp_path / "a")]) == wrong
     said = capsys.readouterr().out
     assert said.index("All providers") < said.index("gpu_lstm and torch.nn.LSTM")
     assert ("WRONG training-fp32" in said) == wrong
@@ -431,10 +420,8 @@ def test_bench_gpu_rehearsed_on_a_cpu(capsys, tmp_path, monkeypatch):
     """All parts in their order; what would ask the device is stubbed. A test fails; then all hang."""
     asked = []
     failed = "FAILED tests/test_gpu.py::test_b - AssertionError\n1 failed, 1 passed in 3 s", 1
-    for said, minutes, tests in (
-        (failed, 1.0, ["FAILED tests/test_gpu.py", "pytest ended with 1"]),
-        (("", None), 0.2, ["HUNG"]),
-    ):
+    named = ["FAILED tests/test_gpu.py", "pytest ended with 1"]
+    for said, minutes, tests in ((failed, 1.0, named), (("", None), 0.2, ["HUNG"])):
         answers = iter([("gpu_lstm 0.1.0", 0), said])
         monkeypatch.setattr(gpu, "command", lambda *asking, answers=answers: asked.append(asking) or next(answers))
         (out := tmp_path / str(minutes)).mkdir()
