@@ -1,87 +1,110 @@
-"""Cases in a process of their own: a kernel that hangs or crashes takes nothing else along.
+"""Calls in a process of their own: a kernel that hangs or crashes takes nothing else along.
 
-The process serves case after case until a provider fails in it. Then it is thrown away, since a device that has seen a
-fault cannot be trusted, and the next case gets a new one.
+The process serves calls until one fails. Then it is thrown away, since a device that has seen a fault cannot be
+trusted, and the next call gets a new one. It may import gpu_lstm from another commit of this project.
 """
 
+import contextlib
 import multiprocessing
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
-from .cases import Case
-from .results import Row
-from .run import ProviderFailed, run_case
-
+ROOT = Path(__file__).parent.parent
 START_S = 120.0  # for a process to import what it needs
 LIMIT_S = 90.0  # without a sign of life; compiling kernels takes most of it
 
 
-class Worker:
-    """Runs cases on one device, each by `run.run_case` in another process."""
+class ProviderFailed(Exception):
+    """A provider raised, hung, or took its process along: its name, and what happened."""
 
-    def __init__(self, device: str, limit_s: float = LIMIT_S, serve: "Callable[[Connection, str], None] | None" = None):
-        self._device, self._limit_s, self._serve = device, limit_s, serve or serve_cases
-        self._process: multiprocessing.process.BaseProcess | None = None
+
+class Worker:
+    """Calls a function of a module in another process, to which it `tell`s whose turn it is.
+
+    The process imports from the folder `path` before all others, and may say nothing for `limit_s` seconds.
+    """
+
+    def __init__(self, function: Callable[..., Any], path: Path | None = None, limit_s: float = LIMIT_S) -> None:
+        self._function, self._path, self._limit_s = function, path, limit_s
+        self._process: Any = None
         self._connection: Connection
 
-    def run_case(self, case: Case, names: list[str], failed: dict[str, str]) -> list[Row]:
-        """As `run.run_case`.
-
-        Raises:
-            ProviderFailed: a provider raised, or its process died or gave no sign for `limit_s` seconds.
-        """
+    def __call__(self, *arguments: Any) -> Any:
+        """What the function returns. ProviderFailed if it raises that, or if its process dies or says nothing."""
+        turn, limit_s = "start", self._limit_s
         if self._process is None:
-            self._start()
-        self._connection.send((case, names, failed))
-        doing = "start"
-        while True:
-            if not self._connection.poll(self._limit_s):
-                self.close()
-                raise ProviderFailed(doing, f"hung: no sign for {self._limit_s:.0f} s")
+            limit_s, context, before = START_S, multiprocessing.get_context("spawn"), sys.path.copy()
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
+            sys.path[:0] = [] if self._path is None else [str(self._path)]  # which a new process is handed
             try:
+                self._process.start()
+            finally:
+                sys.path[:] = before
+            theirs.close()
+        try:
+            self._connection.send(arguments)
+            while self._connection.poll(limit_s):
                 kind, value = self._connection.recv()
-            except EOFError:
-                exit_code = self.close()
-                raise ProviderFailed(doing, f"its process died, exit code {exit_code}") from None
-            match kind:
-                case "doing":
-                    doing = value
-                case "rows":
+                if kind == "returned":
                     return value
-                case "failed":
-                    self.close()
-                    raise value
+                if kind == "raised":
+                    raise ProviderFailed(*value)
+                turn, limit_s = value, self._limit_s
+            raise ProviderFailed(turn, f"hung: no sign for {limit_s:.0f} s")
+        except ProviderFailed:
+            self.close()
+            raise
+        except (EOFError, ConnectionError):
+            raise ProviderFailed(turn, f"its process died, exit code {self.close()}") from None
 
     def close(self) -> int | None:
         """End the process, if there is one; its exit code."""
-        if self._process is None:
+        process, self._process = self._process, None
+        if process is None:
             return None
-        self._process.join(1)  # one that dies by itself has a second to leave its exit code
-        self._process.kill()
-        self._process.join()
-        exit_code, self._process = self._process.exitcode, None
+        process.join(1)  # one that dies by itself has a second to leave its exit code
+        process.kill()
+        process.join()
         self._connection.close()
-        return exit_code
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=self._serve, args=(theirs, self._device), daemon=True)
-        self._process.start()
-        theirs.close()
-        if not self._connection.poll(START_S):
-            raise RuntimeError(f"a process for benchmarks did not start within {START_S:.0f} s")
-        self._connection.recv()
+        return process.exitcode
 
 
-def serve_cases(connection: Connection, device: str) -> None:
-    """The other process: take cases, say what is in hand, send rows."""
-    connection.send("ready")
+def _serve(connection: Connection, function: Callable[..., Any]) -> None:
+    """The other process: take arguments, say whose turn it is, send results."""
+
+    def tell(provider: str) -> None:
+        connection.send(("turn", provider))
+
+    tell("start")
     while True:
-        case, names, failed = connection.recv()
+        arguments = connection.recv()
         try:
-            rows = run_case(case, names, device, failed, tell=lambda provider: connection.send(("doing", provider)))
+            connection.send(("returned", function(*arguments, tell=tell)))
         except ProviderFailed as error:
-            connection.send(("failed", error))
-        else:
-            connection.send(("rows", rows))
+            connection.send(("raised", error.args))
+
+
+@contextlib.contextmanager
+def checkout(commit: str) -> Iterator[Path]:
+    """A folder to import gpu_lstm from as it is in a commit, and nothing else, so that the benchmark is this one's.
+
+    It is of a git worktree that is removed afterwards. ValueError if there is no such commit, or no gpu_lstm in it.
+    """
+    with tempfile.TemporaryDirectory(prefix="gpu-lstm-base-") as folder:
+        tree, path, git = Path(folder) / "tree", Path(folder) / "path", ["git", "-C", str(ROOT), "worktree"]
+        try:
+            added = subprocess.run([*git, "add", "--detach", tree, commit], capture_output=True, text=True)
+            if added.returncode or not (tree / "gpu_lstm" / "__init__.py").exists():
+                raise ValueError(f"no commit {commit!r} with a gpu_lstm in it: {added.stderr.strip()}")
+            path.mkdir()
+            (path / "gpu_lstm").symlink_to(tree / "gpu_lstm")
+            (tree / "gpu_lstm" / "kernels").symlink_to(tree / "kernels")  # where packaging puts it
+            yield path
+        finally:
+            subprocess.run([*git, "remove", "--force", tree], capture_output=True)

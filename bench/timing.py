@@ -1,114 +1,126 @@
-"""Time and memory of calls: interleaved rounds, so that a drift of the machine hits all alike."""
+"""Time and memory of calls, in interleaved rounds, so that a drift of the machine hits all; the device's ceilings."""
 
 import contextlib
+import functools
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .cases import DTYPES
+
 Name = TypeVar("Name")
-Run = Callable[[int], object]
-"""One call; the number tells calls apart, so that each may take another set of inputs."""
+Call = Callable[[int], object]
+"""Something to time; the number tells calls apart, so that each may take another set of inputs."""
 
 WARM_UP = 3  # calls
 SHORTEST = 1e-3  # seconds of a sample; quicker calls are repeated within it
 ROUNDS = (9, 100)  # at least, at most
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
+PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
+CEILING_SECONDS = 1.0  # for both together
 
 
-def interleaved(runs: Mapping[Name, Run], device: str, seconds: float) -> dict[Name, list[float]]:
-    """Seconds a call, for each of `runs` and every round. Each round takes all of them, in an order of its own.
+def interleaved(calls: Mapping[Name, Call], device: str, seconds: float) -> dict[Name, np.ndarray]:
+    """Seconds a call, for each of `calls` and every round. Each round takes all of them, in an order of its own.
 
-    Args:
-        runs: what to time.
-        device: "cpu", or a CUDA device; there events measure.
-        seconds: that all rounds together should take, warm-up not counted.
+    `device` is "cpu", or a CUDA device, where events measure. All rounds together should take `seconds`, besides the
+    warm-up.
     """
-    estimates = {}
-    for name, run in runs.items():
-        for call in range(WARM_UP):
-            estimates[name] = _sample(run, call, 1, device)
+    estimates = {name: [_sample(call, n, 1, device) for n in range(WARM_UP)][-1] for name, call in calls.items()}
     repeats = {name: max(1, round(SHORTEST / estimate)) for name, estimate in estimates.items()}
-    a_round = sum(estimates[name] * repeats[name] for name in runs)
+    a_round = sum(estimates[name] * repeats[name] for name in calls)
     rounds = min(max(ROUNDS[0], int(seconds / a_round)), ROUNDS[1])
-
-    shuffle = random.Random(0)
-    taken: dict[Name, list[float]] = {name: [] for name in runs}
-    order = list(runs)
+    shuffle, order, taken = random.Random(0), list(calls), {name: np.empty(rounds) for name in calls}
     for number in range(rounds):
         shuffle.shuffle(order)
         for name in order:
-            taken[name].append(_sample(runs[name], number * repeats[name], repeats[name], device))
+            taken[name][number] = _sample(calls[name], number * repeats[name], repeats[name], device)
     return taken
 
 
-def _sample(run: Run, first: int, repeats: int, device: str) -> float:
+def _sample(call: Call, first: int, repeats: int, device: str) -> float:
     """Seconds a call, over some of them."""
     if device == "cpu":
         start = time.perf_counter()
-        for call in range(first, first + repeats):
-            run(call)
+        for number in range(first, first + repeats):
+            call(number)
         return (time.perf_counter() - start) / repeats
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    for call in range(first, first + repeats):
-        run(call)
+    for number in range(first, first + repeats):
+        call(number)
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3 / repeats
 
 
-def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+def percentiles(values: np.ndarray) -> list[float]:
     """Median, 20th and 80th percentile."""
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
-    return statistics.median(values), tenths[1], tenths[7]
+    return np.quantile(values, (0.5, 0.2, 0.8)).tolist()
 
 
-def captured(run: Run) -> Run:
-    """`run` as a replay of a CUDA graph, with the first set of inputs for ever."""
+@functools.cache
+def ceilings(dtype: str, device: str) -> tuple[float, float]:
+    """What the device can do at most: bytes a second of a copy, read and written; operations a second of a product."""
+    kind = torch.device(device).type
+    source, size = torch.ones(COPY_BYTES[kind] // 4, device=device), PRODUCT_SIZE[kind]
+    target = torch.empty_like(source)
+    a, b, product = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(3))
+    calls: dict[str, Call] = {"copy": lambda _: target.copy_(source), "product": lambda _: torch.mm(a, b, out=product)}
+    taken = interleaved(calls, device, CEILING_SECONDS)  # of which the best counts: no ceiling is exceeded
+    return 2 * COPY_BYTES[kind] / float(taken["copy"].min()), 2 * size**3 / float(taken["product"].min())
+
+
+def captured(call: Call) -> Call:
+    """`call` as a replay of a CUDA graph, with the first set of inputs for ever."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
-            run(0)
+            call(0)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(0)
-    return lambda call: graph.replay()
+        call(0)
+    return lambda number: graph.replay()
 
 
-def peak_bytes(run: Run, device: str) -> int | None:
+def peak_bytes(call: Call, device: str) -> int | None:
     """What a call allocates at most, above what was there before; None on the CPU, which does not count."""
     if device == "cpu":
         return None
-    torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    run(0)
-    torch.cuda.synchronize(device)
+    call(0)
     return torch.cuda.max_memory_allocated(device) - before
 
 
-@contextlib.contextmanager
-def kept_for_backward(but: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
-    """Count the bytes that autograd keeps within the block, besides the tensors `but`: each storage once."""
+def kept_bytes(forward: Callable[[], object], but: Sequence[Tensor]) -> int:
+    """The bytes that autograd keeps of a forward pass, besides the tensors `but`: each storage once."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storages[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def count() -> int:
-        given = {_storage(tensor) for tensor in but}
-        return sum(size for storage, size in storages.items() if storage not in given)
-
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield count
+        forward()
+    given = {tensor.untyped_storage()._cdata for tensor in but}
+    return sum(size for storage, size in storages.items() if storage not in given)
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+@contextlib.contextmanager
+def float32_products(dtype: str) -> Iterator[None]:
+    """Products of float32 tensors in TF32 within the block, or exactly, as a DTYPE says."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = dtype == "tf32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -1,30 +1,37 @@
-"""The other process of a benchmark, in which providers misbehave: by name, "hangs", "dies" and "raises"."""
+"""What other processes run in the tests of the benchmark: functions that misbehave, and a benchmark that is quick."""
 
 import os
 import time
-from multiprocessing.connection import Connection
-from types import SimpleNamespace
-
-from bench import ceilings, isolated, providers, run
-from bench.providers import torch_lstm
 
 
-def serve(connection: Connection, device: str) -> None:
-    """As isolated.serve_cases, with three more providers."""
-    for name, build in {"hangs": _hang, "dies": _die, "raises": _raise}.items():
-        providers.PROVIDERS[name] = SimpleNamespace(NAMES=(name,), absent=torch_lstm.absent, build=build)
-    ceilings.COPY_BYTES["cpu"], ceilings.PRODUCT_SIZE["cpu"] = 1 << 20, 64  # what takes time here is not the point
-    run.SECONDS = 0.01
-    isolated.serve_cases(connection, device)
-
-
-def _hang(name, problem):
+def hang(tell):
+    tell("hangs")
     time.sleep(60)
 
 
-def _die(name, problem):
+def die(tell):
+    tell("dies")
     os._exit(7)
 
 
-def _raise(name, problem):
+def places(tell):
+    """Where the process has gpu_lstm, its kernels and the benchmark from."""
+    import bench
+    import gpu_lstm
+    import gpu_lstm.kernels
+
+    return [os.path.realpath(module.__file__) for module in (gpu_lstm, gpu_lstm.kernels, bench)]
+
+
+def run_case(case, names, device, failed, tell):
+    """bench.measure.run_case, where a provider "raises" and what takes time is not the point."""
+    from bench import measure, providers, timing
+
+    timing.COPY_BYTES["cpu"], timing.PRODUCT_SIZE["cpu"], timing.CEILING_SECONDS = 1 << 20, 64, 0.01
+    measure.SECONDS = 0.4
+    providers.PROVIDERS["raises"] = providers.Provider(build=raise_)
+    return measure.run_case(case, names, device, failed, tell=tell)
+
+
+def raise_(inputs):
     raise MemoryError("too large")

@@ -1,402 +1,452 @@
-"""The benchmark: cases, results as files, the check before the timing, isolation, the command line."""
+"""The benchmark: cases, the check before the timing, results as files, other processes, the command line."""
 
-import dataclasses
+import contextlib
+import re
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import faulty_worker
+import numpy as np
 import oracle
 import pytest
 import torch
 from torch import nn
 
 from bench import __main__ as command_line
-from bench import cases, gpu, grid, host, isolated, problem, providers, results, run, timing
+from bench import cases, expected, gpu, inputs, isolated, measure, providers, report, results, timing
 from bench.cases import Case
-from bench.problem import Problem, results_in
-from bench.providers import torch_lstm
+from bench.inputs import Inputs, results_in
+from bench.providers import Provider, torch_lstm
 
-SMALL = Case("training", "fp32", steps=5, batch=3, inputs=4, hidden=6)
+ROOT = Path(__file__).parent.parent
+SMALL = Case("training", "fp32", steps=5, batch=3, input_size=4, hidden_size=6)
+FORWARD = replace(SMALL, mode="forward")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """What is timed is not what these tests are about."""
-    monkeypatch.setattr(run, "SECONDS", 0.01)
-    monkeypatch.setattr(timing, "SHORTEST", 1e-5)
-    monkeypatch.setattr(run.ceilings, "COPY_BYTES", {"cpu": 1 << 20})
-    monkeypatch.setattr(run.ceilings, "PRODUCT_SIZE", {"cpu": 64})
-    monkeypatch.setattr(run.ceilings, "SECONDS", 0.01)
+    """A grid of two small cases; what is timed is not what these tests are about."""
+    for module in (cases, measure):
+        monkeypatch.setattr(module, "grid", lambda kind: {"headline": [SMALL, FORWARD]})
+    monkeypatch.setattr(measure, "SECONDS", 0.01)
+    for name, value in {"SHORTEST": 1e-5, "COPY_BYTES": {"cpu": 1 << 20}, "PRODUCT_SIZE": {"cpu": 64},
+                        "CEILING_SECONDS": 0.01}.items():  # fmt: skip
+        monkeypatch.setattr(timing, name, value)
 
 
-# Cases.
+def run_case(case, *names):
+    return {row["provider"]: row for row in measure.run_case(case, list(names), "cpu", {})}
+
+
+# Cases, inputs and their truth.
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
-def test_every_case_has_a_name_of_its_own(kind):
+def test_every_case_has_a_name_of_its_own(monkeypatch, kind):
+    monkeypatch.undo()
     every = [case for group in cases.grid(kind).values() for case in group]
     assert len({case.name for case in every}) == len(set(every)) == len(every)
     assert cases.choose(kind, None) == every
     assert cases.choose(kind, ["step", every[0].name]) == [*cases.grid(kind)["step"], every[0]]
 
 
-def test_an_unknown_case_is_answered_with_the_known_ones():
-    with pytest.raises(
-        ValueError, match=r"unknown case 'hiden'; known groups: headline, hidden, .*; known cases: trai"
-    ):
-        cases.choose("cpu", ["headline", "hiden"])
-
-
 def test_operations_and_bytes_are_those_of_the_tensors():
-    case = Case("forward", "bf16", steps=7, batch=2, inputs=3, hidden=4, layers=2, directions=2)
-    lstm = nn.LSTM(3, 4, 2, bidirectional=True)
-    matrices = sum(p.numel() for p in lstm.parameters() if p.dim() == 2)
-    assert case.operations() == 2 * 7 * 2 * matrices
-    parameters = sum(p.numel() for p in lstm.parameters())
-    assert case.bytes_moved() == 2 * (parameters + 7 * 2 * (3 + 8))
-    training = dataclasses.replace(case, run="training")
+    case = Case("forward", "bf16", steps=7, batch=2, input_size=3, hidden_size=4, layers=2, directions=2)
+    parameters, training = list(nn.LSTM(3, 4, 2, bidirectional=True).parameters()), replace(case, mode="training")
+    assert case.operations() == 2 * 7 * 2 * sum(p.numel() for p in parameters if p.dim() == 2)
+    assert case.bytes_moved() == 2 * (sum(p.numel() for p in parameters) + 7 * 2 * (3 + 8))
     assert training.operations() == 3 * case.operations()
     saved = 7 * 2 * 2 * 2 * 4  # T B L D H
     assert training.bytes_moved() == 2 * case.bytes_moved() + 2 * (2 * 4 * saved) + 2 * 4 * saved
 
 
-# Problems and their truth.
-
-
 @pytest.mark.parametrize("changes", [{}, {"sequences": "ragged"}, {"reset_rate": 0.3},
                                      {"sequences": "packed", "reset_rate": 0.3}], ids=str)  # fmt: skip
-@pytest.mark.parametrize("directions", [1, 2])
-def test_the_truth_is_the_oracles(changes, directions):
-    given = Problem.of(dataclasses.replace(SMALL, directions=directions, **changes), "cpu")
-    truth = results_in(torch.float64, given)
-    h, tapes = [], []
-    for d, suffix in enumerate(("", "_reverse")[:directions]):
-        weights = [given.weights[f"{w}_l0{suffix}"].double().numpy()
-                   for w in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]  # fmt: skip
-        inputs = [given.xs[0].double().numpy(), given.h0[d].double().numpy(), given.c0[d].double().numpy(), *weights]
-        y, h_n, c_n, tape = oracle.layer(*inputs, lengths=given.lengths, resets=given.resets, reverse=d == 1)
-        h.append(torch.from_numpy(y))
-        tapes.append((inputs, tape, h_n, c_n))
-        torch.testing.assert_close(truth["h_n"][d], torch.from_numpy(h_n))
-        torch.testing.assert_close(truth["c_n"][d], torch.from_numpy(c_n))
-    torch.testing.assert_close(truth["output"], torch.cat(h, dim=2))
-    dx = 0
-    for d, (inputs, tape, h_n, c_n) in enumerate(tapes):
+def test_the_truth_is_the_oracles(changes):
+    given = Inputs.of(replace(SMALL, directions=2, **changes), "cpu")
+    truth, outputs, dx = results_in(torch.float64, given), [], 0
+    for d, suffix in enumerate(("", "_reverse")):
+        tensors = [given.xs[0], given.h0[d], given.c0[d], *(given.weights[f"{w}_l0{suffix}"] for w in inputs.WEIGHTS)]
+        tensors = [tensor.double().numpy() for tensor in tensors]
+        y, h_n, c_n, tape = oracle.layer(*tensors, lengths=given.lengths, resets=given.resets, reverse=d == 1)
         dy = given.dy[:, :, d * 6 : (d + 1) * 6].double().numpy()
-        gradients = oracle.layer_gradients(*inputs, tape=tape, dh=dy, dh_n=0 * h_n, dc_n=0 * c_n)
-        dx = dx + gradients[0]
-        names = [f"d{w}_l0{('', '_reverse')[d]}" for w in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        for name, gradient in zip(names, gradients[3:7]):
-            torch.testing.assert_close(truth[name], torch.from_numpy(gradient))
-        torch.testing.assert_close(truth["dh0"][d], torch.from_numpy(gradients[1]))
-        torch.testing.assert_close(truth["dc0"][d], torch.from_numpy(gradients[2]))
-    torch.testing.assert_close(truth["dx"], torch.as_tensor(dx))
+        gradients = oracle.layer_gradients(*tensors, tape=tape, dh=dy, dh_n=0 * h_n, dc_n=0 * c_n)
+        outputs, dx = [*outputs, y], dx + gradients[0]
+        found = [
+            *(truth[name][d] for name in ("h_n", "c_n", "dh0", "dc0")),
+            *(truth[f"d{w}_l0{suffix}"] for w in inputs.WEIGHTS),
+        ]
+        for value, true in zip(found, (h_n, c_n, *gradients[1:7])):
+            np.testing.assert_allclose(value, true, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(truth["output"], np.concatenate(outputs, axis=2), rtol=1e-9)
+    np.testing.assert_allclose(truth["dx"], dx, rtol=1e-9, atol=1e-12)
 
 
 def test_inputs_that_would_stay_in_the_cache_are_several(monkeypatch):
-    assert len(Problem.of(SMALL, "cpu").xs) == problem.MOST_SETS
-    monkeypatch.setattr(problem, "CACHE_BYTES", 1)
-    assert len(Problem.of(SMALL, "cpu").xs) == 1
+    assert len(Inputs.of(SMALL, "cpu").xs) == inputs.MOST_SETS
+    monkeypatch.setattr(inputs, "CACHE_BYTES", 1)
+    assert len(Inputs.of(SMALL, "cpu").xs) == 1
 
 
 # A case is timed only if it is right.
 
 
-@pytest.mark.parametrize("changes", [{}, {"run": "forward"}, {"sequences": "ragged"}, {"sequences": "packed"},
+@pytest.mark.parametrize("changes", [{}, {"mode": "forward"}, {"sequences": "ragged"}, {"sequences": "packed"},
                                      {"reset_rate": 0.2}, {"layers": 2, "directions": 2}], ids=str)  # fmt: skip
 def test_rows_have_figures_or_a_reason(changes):
-    case = dataclasses.replace(SMALL, **changes)
-    names = ["torch", "ours", "ours-cupy", "ours-reference", "torch-packed", "cell-loop", "cleanrl-loop"]
-    rows = {row.provider: row for row in run.run_case(case, names, "cpu", {})}
-    assert set(rows) == set(names)
+    case = replace(SMALL, **changes)
+    rows = run_case(case, "torch", "ours", "ours-cupy", "ours-reference", "torch-packed", "cell-loop", "cleanrl-loop")
+    assert len(rows) == 7
     for row in rows.values():
-        assert (row.case, row.steps, row.schema) == (case.name, 5, results.SCHEMA)
-        if row.status in ("measured", "yardstick"):
-            assert 0 < row.p20_s <= row.median_s <= row.p80_s
-            assert row.us_per_step == pytest.approx(row.median_s / 5 * 1e6)
-            assert row.bound_fraction == pytest.approx(row.bound_s / row.median_s)
-            assert row.error <= 1
-        else:
-            assert row.status in ("absent", "unable")
-            assert row.note
-            assert row.median_s is None
-    assert rows["ours"].status == rows["ours-reference"].status == "measured"
+        assert (row["case"], row["steps"], row["schema"]) == (case.name, 5, results.SCHEMA)
+        if row["status"] not in results.TIMED:
+            assert row["status"] in ("absent", "unable")
+            assert row["note"]
+            assert "median_s" not in row
+            continue
+        assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
+        assert 0 < row["speed_p20"] <= row["speed"] <= row["speed_p80"]
+        moved, computed = case.bytes_moved() / row["copy_bytes_per_s"], case.operations() / row["product_flops_per_s"]
+        assert row["bound_s"] == max(moved, computed)
+        assert 0 < row["error"] <= 1
+        assert (row["kept_bytes"] or 0) > 0 or not case.training
+    assert rows["ours"]["status"] == rows["ours-reference"]["status"] == "measured"
     plain = case == case.plain() or case.sequences == "packed"
-    assert rows["torch"].status == ("measured" if plain else "yardstick")
-    assert rows["torch"].speed == 1
+    assert rows["torch"]["status"] == ("measured" if plain else "yardstick")
+    assert rows["torch"]["speed"] == rows["torch"]["speed_p20"] == 1
 
 
-@pytest.mark.parametrize("fault", ["output", "h_n", "dx", "dweight_hh_l0", "nan", "shape"])
+@pytest.mark.parametrize("fault", [*results_in(torch.float64, Inputs.of(SMALL, "cpu")), "nan", "shape", "missing"])
 def test_a_provider_that_is_wrong_is_named_and_not_timed(monkeypatch, fault):
-    def build(name, given):
-        engine = torch_lstm.build(name, given)
+    def faulty(given):
+        engine = torch_lstm.plain(given)
 
-        def call(x):
-            y, h_n, c_n = engine.call(x)
-            match fault:
-                case "output":
-                    y = y + 1e-5 * y.detach()
-                case "h_n":
-                    h_n = h_n + 1e-5
-                case "dx":
-                    y = y + 1e-5 * (x - x.detach()).sum()
-                case "nan":
-                    c_n = c_n / 0
-                case "shape":
-                    h_n = h_n[0]
-            return y, h_n, c_n
+        def call(x, h0, c0):
+            y, h_n, c_n = engine.call(x, h0, c0)
+            for name, leaf in (("dx", x), ("dh0", h0), ("dc0", c0)):
+                y = y + 1e-4 * (name == fault) * (leaf - leaf.detach()).sum()  # only the gradient is another
+            y, h_n, c_n = y + 1e-5 * (fault == "output"), h_n + 1e-5 * (fault == "h_n"), c_n + 1e-5 * (fault == "c_n")
+            return y, h_n[0] if fault == "shape" else h_n, c_n / (fault != "nan")
 
         def to_torch(gradients):
-            return gradients | {"weight_hh_l0": gradients["weight_hh_l0"] * (1.0001 if fault == "dweight_hh_l0" else 1)}
+            named = {name: gradient * (1.0001 if f"d{name}" == fault else 1) for name, gradient in gradients.items()}
+            return {name: each for name, each in named.items() if (name, fault) != ("bias_hh_l0", "missing")}
 
-        return dataclasses.replace(engine, call=call, to_torch=to_torch)
+        return replace(engine, call=call, to_torch=to_torch)
 
-    faulty = SimpleNamespace(NAMES=("faulty",), EVERYWHERE=(), absent=torch_lstm.absent, build=build)
-    monkeypatch.setitem(providers.PROVIDERS, "faulty", faulty)
-    rows = {row.provider: row for row in run.run_case(SMALL, ["torch", "faulty"], "cpu", {})}
-    assert rows["torch"].status == "measured"
-    assert rows["faulty"].status == "wrong"
-    assert rows["faulty"].median_s is None
-    assert {"nan": "c_n", "shape": "h_n"}.get(fault, fault) in rows["faulty"].note
+    monkeypatch.setitem(providers.PROVIDERS, "faulty", Provider(faulty))
+    rows = run_case(SMALL, "torch", "faulty")
+    assert (rows["torch"]["status"], rows["faulty"]["status"]) == ("measured", "wrong")
+    assert "median_s" not in rows["faulty"]
+    named = {"nan": "c_n", "shape": "h_n", "missing": "dbias_hh_l0"}.get(fault, fault)
+    assert f"error of {named} is" in rows["faulty"]["note"]
 
 
-def test_a_provider_that_raises_is_named():
-    with pytest.raises(run.ProviderFailed, match="KeyError") as raised:
-        run.run_case(SMALL, ["torch", "nobody"], "cpu", {})
-    assert raised.value.provider == "nobody"
-    rows = run.run_case(SMALL, ["torch", "nobody"], "cpu", {"nobody": "KeyError: it is not there"})
-    assert [(row.provider, row.status) for row in rows] == [("nobody", "failed"), ("torch", "measured")]
+@pytest.mark.parametrize(("error", "status"), [(1.9, "measured"), (2.1, "wrong")])
+def test_at_most_twice_torchs_own_error_is_allowed_which_is_held_to_its_cell(monkeypatch, error, status):
+    given = Inputs.of(SMALL, "cpu")
+    true, trials = results_in(torch.float64, given), [measure.Trial(name, given) for name in ("torch", "ours")]
+
+    def off(by):
+        return {name: result * (1 + by) for name, result in true.items()}
+
+    monkeypatch.setattr(measure, "results_in", lambda dtype, _: true if dtype == torch.float64 else off(1e-6))
+    for torchs, expected_ in ((1.01 * measure.SANITY * 1e-6, "wrong"), (2e-6, "measured")):  # of torch.lstm_cell's 1e-6
+        gate, (torch_, ours) = measure.Gate(), trials
+        monkeypatch.setattr(torch_, "results", lambda by=torchs: off(by))
+        assert gate.judge(torch_)["status"] == expected_
+        allowed = 2e-6 if expected_ == "measured" else 1e-6  # what is wrong is no measure
+        monkeypatch.setattr(ours, "results", lambda by=error * allowed: off(by))
+        judged = gate.judge(ours)
+        assert (judged["status"], judged["error"]) == (status, pytest.approx(error / 2, rel=1e-6))
 
 
 # Timing and memory.
 
 
-def test_interleaved_rounds_tell_what_is_slower():
-    runs = {"once": lambda call: time.sleep(0.001), "twice": lambda call: time.sleep(0.002)}
-    taken = timing.interleaved(runs, "cpu", 0.1)
-    once, twice = (timing.percentiles(taken[name])[0] for name in runs)
-    assert len(taken["once"]) == len(taken["twice"]) >= timing.ROUNDS[0]
+def test_interleaved_rounds_tell_what_is_slower_each_in_an_order_of_its_own():
+    order, numbers = [], []
+
+    def call(name, number):
+        order.append(name)
+        numbers.append(number)
+        time.sleep({"a": 0.001, "b": 0.002}[name])
+
+    taken = timing.interleaved({name: lambda number, name=name: call(name, number) for name in "ab"}, "cpu", 0.1)
+    (once, *_), (twice, *_) = (timing.percentiles(taken[name]) for name in "ab")
+    assert len(taken["a"]) == len(taken["b"]) >= timing.ROUNDS[0]
     assert 1.5 < twice / once < 2.5
-
-
-def test_calls_are_numbered_so_that_inputs_change():
-    calls = []
-    timing.interleaved({"": calls.append}, "cpu", 0.0)
-    assert calls[: timing.WARM_UP] == list(range(timing.WARM_UP))
-    assert calls[timing.WARM_UP :] == list(range(len(calls) - timing.WARM_UP))
+    assert numbers[: timing.WARM_UP] == [0, 1, 2]
+    rounds = ["".join(pair) for pair in zip(order[6::2], order[7::2])]
+    assert set(rounds) == {"ab", "ba"}
+    assert numbers[6:] == [number for number in range(len(rounds)) for _ in "ab"]  # calls take other inputs
+    assert timing.percentiles(np.arange(11.0)) == [5, 2, 8]
 
 
 def test_bytes_kept_for_backward_count_each_storage_once():
-    a, b = torch.randn(10, 10, requires_grad=True), torch.randn(10, 10, requires_grad=True)
-    with timing.kept_for_backward([a, b]) as kept:
-        c = a @ b
-        (c * c) * c.T
-    assert kept() == 2 * 400  # c, and the product of two
+    a, b = (torch.randn(10, 10, requires_grad=True) for _ in range(2))
+    c = a @ b
+    assert timing.kept_bytes(lambda: (c * c) * c.T, [a, b]) == 2 * 400  # c, and the product of two
 
 
 # Results as files.
 
 
 @pytest.fixture
-def row() -> results.Row:
-    return run.run_case(SMALL, ["torch"], "cpu", {})[0]
+def row():
+    return run_case(SMALL, "torch")["torch"]
 
 
-def test_rows_come_back_as_they_were(tmp_path, row):
-    strange = dataclasses.replace(row, note='a "note", of\ntwo lines', graph=True, error=None, kept_bytes=0)
-    results.write(tmp_path / "a.csv", [row, strange])
-    assert results.read(tmp_path / "a.csv") == [row, strange]
+def write(path, *rows):
+    results.create(path)
+    for each in rows:
+        results.append(path, each)
+    return path
 
 
-def test_nothing_is_overwritten(tmp_path, row):
-    results.write(tmp_path / "a.csv", [row])
+def test_rows_come_back_as_they_were_and_no_file_is_overwritten(tmp_path, row):
+    strange = row | {"note": 'a "note", of\ntwo lines', "graph": True, "error": None, "kept_bytes": 0, "commit": "1e5"}
+    path = write(tmp_path / "a.csv", row, strange)
     with pytest.raises(FileExistsError):
-        results.write(tmp_path / "a.csv", [])
-    assert results.read(tmp_path / "a.csv") == [row]
+        results.create(path)
+    with pytest.raises(ValueError, match="seconds"):
+        results.append(path, row | {"seconds": 1})
+    read = results.read(path).astype(object)
+    for found, given in zip(read.where(read.notna(), None).to_dict("records"), (row, strange), strict=True):
+        given = {name: given.get(name) for name in results.COLUMNS} | {"schema": str(results.SCHEMA)}
+        assert found == given | {"note": given["note"] and 'a "note", of two lines'}
+    assert (row["torch"], row["cuda"], row["driver"]) == (torch.__version__, None, None)
+    assert row["device"].endswith((", 1 thread", " threads"))
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda lines: [], r"a.csv:1: no header"),
-        (lambda lines: ["no such file of results"], r"a.csv:1: not the columns of schema 1"),
-        (lambda lines: [lines[0], lines[1].replace("1,", "99,", 1)], r"a.csv:2: schema '99'; this version reads sch"),
-        (lambda lines: [lines[0].replace("case", "cause"), lines[1]], r"a.csv:1: .*different: case, cause"),
-        (lambda lines: [lines[0], lines[1], lines[1][:40]], r"a.csv:3: \d+ cells, expected \d+"),
-        (lambda lines: [lines[0], lines[1], "", lines[1]], r"a.csv:3: 0 cells, expected \d+"),
-        (lambda lines: [lines[0], lines[1].replace("False", "perhaps")], r"a.csv:2: graph is 'perhaps', expected bool"),
-        (lambda lines: [lines[0], lines[1].replace(",5,", ",five,", 1)], r"a.csv:2: steps is 'five', expected int"),
-        (lambda lines: [lines[0], lines[1].replace("measured", "guessed")], r"a.csv:2: status is 'guessed', expected"),
-    ],
-    ids=["empty", "header", "schema", "column", "cut", "blank", "bool", "int", "status"],
-)
-def test_a_broken_file_is_named_with_its_line(tmp_path, row, damage, said):
-    path = tmp_path / "a.csv"
-    results.write(path, [row])
-    path.write_text("\n".join(damage(path.read_text().splitlines())))
+@pytest.mark.parametrize(("damage", "said"), {
+    "empty": (lambda header, row: [], "a.csv: No columns"),
+    "header": (lambda header, row: ["no such file of results"], "a.csv: schema none"),
+    "schema": (lambda header, row: [header, row[: row.rindex(",")] + ",99"], "a.csv: schema 99.*reads schema 2"),
+    "column": (lambda header, row: [header.replace("case", "cause"), row], r"other columns: \['case', 'cause'\]"),
+    "cut": (lambda header, row: [header, row, row[:-2]], "a.csv: line 3 has no schema"),
+    "blank": (lambda header, row: [header, row, "", row], "a.csv: line 3 has no date"),
+    "cells": (lambda header, row: [header, row, row + ",1"], "a.csv: .*line 3"),
+    "bool": (lambda header, row: [header, row.replace("False", "perhaps")], "a.csv: line 2 has no graph"),
+    "int": (lambda header, row: [header, row.replace(",5,", ",five,", 1)], "a.csv: .*five"),
+    "status": (lambda header, row: [header, row.replace("measured", "guessed")], "a.csv: line 2 has no status"),
+}.values())  # fmt: skip
+def test_a_broken_file_is_named(tmp_path, row, damage, said):
+    path = write(tmp_path / "a.csv", row)
+    path.write_text("\n".join(damage(*path.read_text().splitlines())))
     with pytest.raises(ValueError, match=said):
         results.read(path)
 
 
-def test_provenance_names_the_versions(row):
-    assert row.torch == torch.__version__
-    assert row.device.endswith(("thread", "threads"))
-    assert row.cuda is None and row.driver is None  # noqa: PT018
+# Many cases, and other processes.
 
 
-# Grids, and processes of their own.
+def test_a_stopped_run_keeps_what_it_has_and_no_case_is_begun_after_the_deadline(tmp_path, monkeypatch):
+    run, (a, b, c) = measure.run_case, (tmp_path / name for name in "abc")
 
+    def stopped(case, *arguments):
+        return run(case, *arguments) if case == SMALL else exec("raise KeyboardInterrupt")
 
-def test_a_stopped_run_keeps_what_it_has(tmp_path, monkeypatch):
-    first, second = SMALL, dataclasses.replace(SMALL, run="forward")
-
-    def stopped(case, *args):
-        if case == second:
-            raise KeyboardInterrupt
-        return run.run_case(case, *args)
-
-    monkeypatch.setattr(grid, "run_case", stopped)
+    assert measure.measure([SMALL], ["ours"], "cpu", {a: None}, deadline=time.monotonic() - 1) == [SMALL]
+    assert results.read(a).empty
+    assert measure.measure([FORWARD], ["ours"], "cpu", {b: None}, deadline=time.monotonic() + 60) == []
+    monkeypatch.setattr(measure, "run_case", stopped)
     with pytest.raises(KeyboardInterrupt):
-        grid.measure([first, second], ["ours"], "cpu", tmp_path / "a.csv")
-    assert {row.case for row in results.read(tmp_path / "a.csv")} == {first.name}
-
-
-def test_no_case_is_begun_after_the_deadline(tmp_path):
-    rows, left_out = grid.measure([SMALL], ["ours"], "cpu", tmp_path / "a.csv", deadline=time.monotonic() - 1)
-    assert rows == [] and left_out == [SMALL]  # noqa: PT018
-    assert results.read(tmp_path / "a.csv") == []
+        measure.measure([SMALL, FORWARD], ["ours"], "cpu", {c: None})
+    assert set(results.read(c)["case"]) == {SMALL.name}
 
 
 def test_in_the_headline_all_take_part_elsewhere_those_for_every_case():
     assert providers.taking_part(None, headline=True) == list(providers.PROVIDERS)
-    elsewhere = providers.taking_part(None, headline=False)
-    assert "ours" in elsewhere and "ours-reference" not in elsewhere  # noqa: PT018
+    elsewhere = ["torch", "torch-packed", "ours", "cleanrl-loop", "torchrl-pad", "torchrl-triton"]
+    assert providers.taking_part(None, headline=False) == elsewhere
     assert providers.taking_part(["cell-loop"], headline=False) == ["torch", "cell-loop"]
 
 
-def test_what_hangs_dies_or_raises_takes_nothing_else_along(monkeypatch):
-    worker = isolated.Worker("cpu", limit_s=10.0, serve=faulty_worker.serve)
-    try:
-        rows = grid._rows(SMALL, ["torch", "hangs", "ours"], "cpu", worker)
-    finally:
-        worker.close()
-    assert {row.provider: row.status for row in rows} == {"hangs": "failed", "torch": "measured", "ours": "measured"}
-    assert rows[0].note == "hung: no sign for 10 s"
-
-    worker = isolated.Worker("cpu", limit_s=30.0, serve=faulty_worker.serve)
-    try:
-        rows = grid._rows(SMALL, ["torch", "dies", "raises"], "cpu", worker)
-    finally:
-        worker.close()
-    assert {row.provider: row.note for row in rows[:2]} == {
-        "dies": "its process died, exit code 7", "raises": "MemoryError: too large",
-    }  # fmt: skip
-    assert rows[2].status == "measured"
+@pytest.mark.parametrize(("function", "limit_s", "args"), [
+    (faulty_worker.hang, 1.0, ("hangs", "hung: no sign for 1 s")),
+    (faulty_worker.die, 60.0, ("dies", "its process died, exit code 7")),
+])  # fmt: skip
+def test_what_hangs_or_dies_is_named(function, limit_s, args):
+    worker = isolated.Worker(function, limit_s=limit_s)
+    for _ in range(2):  # the second in a new process
+        with pytest.raises(isolated.ProviderFailed) as raised:
+            worker()
+        assert raised.value.args == args
 
 
-# What can be told without a GPU.
+def test_a_provider_that_fails_takes_no_other_along(monkeypatch):
+    def run(case, names, device, failed):
+        if "a" not in failed:
+            raise isolated.ProviderFailed("a", "hung")
+        if nobodys:
+            raise isolated.ProviderFailed("start", "died")
+        return [failed]
+
+    nobodys = False
+    assert measure.rows_of(SMALL, ["torch", "a", "b"], "cpu", run) == [{"a": "hung"}]
+    nobodys = True
+    rows = measure.rows_of(SMALL, ["torch", "a", "b"], "cpu", run)
+    assert [(row["status"], row["note"]) for row in rows] == [("failed", "died")] * 3
+    monkeypatch.setitem(providers.PROVIDERS, "raises", Provider(faulty_worker.raise_))
+    rows = measure.rows_of(SMALL, ["torch", "raises", "ours"], "cpu", measure.run_case)
+    assert [(row["provider"], row["status"]) for row in rows] == [
+        ("raises", "failed"), ("torch", "measured"), ("ours", "measured"),
+    ]  # fmt: skip
+    assert rows[0]["note"] == "MemoryError: too large"
 
 
-def test_what_is_expected_of_a_card():
-    rows = host.expected(["h100"])
-    assert {row.status for row in rows} == {"expected"}
-    by_hidden = {row.hidden: row for row in rows}
-    assert by_hidden[768].note == "cooperative / cooperative"
-    assert by_hidden[768].launches == 2
-    assert by_hidden[2048].launches == 2 * 1024  # one a step
-    assert by_hidden[2048].host_s > 0
-    assert all(row.median_s is None and row.expected_us_per_step > 0 for row in rows)
+# Beside another commit.
+
+
+def git(folder, *arguments):
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_commit_is_checked_out_beside_this_one_and_removed(tmp_path, monkeypatch, capsys):
+    """Of a small repository, with gpu_lstm in its first commit and none in the second."""
+    for folder in ("gpu_lstm", "kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("kernels", "__pycache__"))
+    (tmp_path / "bench.py").write_text("raise ImportError('the benchmark is that of this checkout')")
+    for command in ("init -q", "add .", "commit -qm with", "rm -rq gpu_lstm", "commit -qm without"):
+        git(tmp_path, *command.split())
+    monkeypatch.setattr(isolated, "ROOT", tmp_path)
+    for error in (None, RuntimeError, KeyboardInterrupt):
+        with contextlib.suppress(RuntimeError, KeyboardInterrupt), isolated.checkout("HEAD~1") as path:
+            tree = (path.parent / "tree").resolve()
+            if error is not None:
+                raise error
+            worker = isolated.Worker(faulty_worker.places, path)
+            assert worker() == [str(tree / "gpu_lstm" / "__init__.py"), str(tree / "kernels" / "__init__.py"),
+                                str(ROOT / "bench" / "__init__.py")]  # fmt: skip
+            worker.close()
+        assert not path.parent.exists()
+        assert len(git(tmp_path, "worktree", "list").splitlines()) == 1
+    for unknown in ("HEAD", "no-such-commit"):  # the first has no gpu_lstm
+        assert command_line.main(["--base", unknown, "--out", str(tmp_path / "out")]) == 2
+        assert f"no commit {unknown!r}" in capsys.readouterr().err
+        assert len(git(tmp_path, "worktree", "list").splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_slower_than_another_commit_is_told_and_nothing_else(monkeypatch, tmp_path, capsys):
+    """Here 7 units take 2 ms longer than in the other commit, and 8 units are as they were."""
+    for side, units in (("here", 7), ("there", 0)):
+        shutil.copytree(ROOT / "gpu_lstm", tmp_path / side / "gpu_lstm", symlinks=True)
+        path, line = tmp_path / side / "gpu_lstm" / "native.py", "    exact = is_exact(c0, x)\n    hx"
+        slow = f"    __import__('time').sleep(0.002 * (h0.shape[2] == {units}))\n{line}"
+        path.write_text(path.read_text().replace(line, slow))
+        assert "sleep" in path.read_text()
+    monkeypatch.syspath_prepend(tmp_path / "here")  # which new processes get, too; "there" goes before it
+    monkeypatch.setattr(command_line, "checkout", lambda commit: contextlib.nullcontext(tmp_path / commit))
+    monkeypatch.setattr(measure, "run_case", faulty_worker.run_case)
+    sizes = [Case("forward", "fp32", 64, 8, 16, hidden) for hidden in (7, 8)]
+    for module in (cases, measure):
+        monkeypatch.setattr(module, "grid", lambda kind: {"headline": sizes})
+    monkeypatch.setenv("COLUMNS", "120")
+    assert command_line.main(["--base", "there", "--device", "cpu", "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().out
+    assert "regressions of gpu_lstm: 1," in said
+    (line,) = (line for line in said.splitlines() if " ours " in line)
+    assert line.split()[0] == sizes[0].name
+    assert line.split()[-1] == "slower"
+    for file in ("base.csv", "results.csv"):
+        assert list(results.read(tmp_path / "out" / file)["provider"]) == ["torch", "ours"] * 2
+
+
+# What can be told without a GPU, and the command line.
+
+
+def test_what_is_expected_of_a_card(monkeypatch):
+    monkeypatch.undo()
+    rows = {row["hidden_size"]: row for row in expected.rows(["h100"])}
+    assert {row["status"] for row in rows.values()} == {"expected"}
+    assert (rows[768]["note"], rows[768]["launches"]) == ("cooperative / cooperative", 2)
+    assert rows[2048]["launches"] == 2 * 1024  # one a step
+    assert all(row["host_s"] > 0 and row["expected_us_per_step"] > 0 and "median_s" not in row for row in rows.values())
     cells = 1024 * 16 * 768  # T B H
-    assert by_hidden[768].kept_bytes == pytest.approx(cells * (4 * 2 + 4 + 2), rel=0.01)  # gates, float32 c, h
+    assert rows[768]["kept_bytes"] == pytest.approx(cells * (4 * 2 + 4 + 2), rel=0.01)  # gates, float32 c, h
 
 
-# The command line.
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--cases", "hiden"], "unknown case 'hiden'; known groups: headline"),
-        (["--providers", "cudnn"], "unknown provider 'cudnn'; known: torch, ours"),
-        (["--device", "cuda:77"], "unknown device 'cuda:77'; known here: cpu"),
-        (["--expect", "h1000"], "unknown device 'h1000'; known: h100"),
-        (["--out", "."], "exists"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--cases", "hiden"], "unknown case 'hiden'; known groups: headline"),
+    (["--providers", "cudnn"], "invalid choice: 'cudnn' (choose from"), (["--out", "."], "exists"),
+    (["--device", "cuda:77"], "invalid choice: 'cuda:77' (choose from"),
+    (["--expect", "h1000"], "invalid choice: 'h1000' (choose from"),
+    (["gpu", "--out", "a"], "there is no CUDA device here"), (["readme"], "a.csv: schema 1"),
+    (["compare", "bench/results/a.csv", "bench/results/a.csv"], "a.csv: schema 1"),
+    (["compare", "none.csv", "none.csv"], "none.csv"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_mistakes_are_answered_with_what_is_known(capsys, monkeypatch, tmp_path, arguments, said):
-    monkeypatch.setattr(command_line, "ROOT", tmp_path)
-    assert command_line.main(arguments) == 2
-    assert said in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_broken_file_of_results_leaves_the_readme_as_it_is(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(command_line, "ROOT", tmp_path)
-    text = "a\n<!-- bench: begin -->\nb\n<!-- bench: end -->\n"
+    if torch.cuda.is_available() and "CUDA" in said:
+        pytest.skip("there is a GPU")
+    text = f"{report.BEGIN}\nb\n{report.END}\n"
     (tmp_path / "README.md").write_text(text)
     (tmp_path / "bench" / "results").mkdir(parents=True)
     (tmp_path / "bench" / "results" / "a.csv").write_text("schema,date\n1,now\n")
-    assert command_line.main(["readme"]) == 2
-    assert "a.csv:1: not the columns of schema 1" in capsys.readouterr().err
+    monkeypatch.setattr(command_line, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = command_line.main(arguments)
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == 2
+    assert said in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "bench"}
     assert (tmp_path / "README.md").read_text() == text
 
 
-def test_bench_gpu_says_so_where_there_is_none(capsys, tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    assert command_line.main(["gpu", "--out", str(tmp_path / "a")]) == 2
-    assert "unknown device 'cuda'; known here: cpu" in capsys.readouterr().err
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_run_ends_with_the_table_and_fails_where_ours_is_wrong(capsys, tmp_path, monkeypatch, wrong):
+    def build(given):
+        engine = torch_lstm.plain(given)
+        return replace(engine, call=lambda *leaves: [(1 + wrong) * result for result in engine.call(*leaves)])
 
-
-def test_a_run_ends_with_the_table(capsys, tmp_path, monkeypatch):
-    small = {"headline": [SMALL, dataclasses.replace(SMALL, run="forward")]}
-    monkeypatch.setattr(cases, "grid", lambda kind: small)
-    assert command_line.main(["--device", "cpu", "--cases", "headline", "--out", str(tmp_path / "a")]) == 0
-    printed = capsys.readouterr().out
-    assert printed.index("All providers") < printed.index("gpu_lstm and torch.nn.LSTM")
-    assert results.read(tmp_path / "a" / "results.csv")
+    monkeypatch.setitem(providers.PROVIDERS, "ours", replace(providers.PROVIDERS["ours"], build=build))
+    options = "--device cpu --cases headline --providers ours cell-loop --out"
+    assert command_line.main([*options.split(), str(tmp_path / "a")]) == wrong
+    said = capsys.readouterr().out
+    assert said.index("All providers") < said.index("gpu_lstm and torch.nn.LSTM")
+    assert ("WRONG training-fp32" in said) == wrong
+    assert {path.suffix for path in (tmp_path / "a").iterdir()} == {".csv", ".png"}
 
 
 def test_bench_gpu_rehearsed_on_a_cpu(capsys, tmp_path, monkeypatch):
-    """All parts in their order; what would ask the device is stubbed, and one test file hangs."""
-    monkeypatch.setattr(cases, "grid", lambda kind: {"headline": [SMALL]})
+    """All parts in their order; what would ask the device is stubbed. A test fails; then all hang."""
     asked = []
-
-    def command(words, limit_s, log):
-        asked.append((words, limit_s))
-        if "gpu_lstm" in words:
-            return "gpu_lstm 0.1.0", 0
-        if "--collect-only" in words:
-            return "tests/test_gpu.py::test_a\ntests/test_gpu.py::test_b\ntests/test_more.py::test_c\n\n3 tests", 0
-        if "tests/test_more.py" in words:
-            return "", None
-        return "FAILED tests/test_gpu.py::test_b - AssertionError\n1 failed, 1 passed in 3 s", 1
-
-    monkeypatch.setattr(gpu, "command", command)
-    (tmp_path / "a").mkdir()
-    assert gpu.run(minutes=1.0, out=tmp_path / "a", device="cpu") == 1
-    assert [("--require-gpu" in words) for words, _ in asked] == [False, False, True, True]
-    share = 60 * gpu.TESTS_SHARE  # of which the first file leaves what it does not take
-    assert [limit for _, limit in asked[2:]] == pytest.approx([share / 2, share], rel=0.1)
-    printed = capsys.readouterr().out
-    assert printed.index("gpu_lstm 0.1.0") < printed.index("FAILED tests/test_gpu.py::test_b")
-    assert printed.index("HUNG tests/test_more.py") < printed.index("gpu_lstm and torch.nn.LSTM")  # the table is last
-    assert {row.provider for row in results.read(tmp_path / "a" / "results.csv")} == set(providers.PROVIDERS)
+    failed = "FAILED tests/test_gpu.py::test_b - AssertionError\n1 failed, 1 passed in 3 s", 1
+    named = ["FAILED tests/test_gpu.py", "pytest ended with 1"]
+    for said, minutes, tests in ((failed, 1.0, named), (("", None), 0.2, ["HUNG"])):
+        answers = iter([("gpu_lstm 0.1.0", 0), said])
+        monkeypatch.setattr(gpu, "command", lambda *asking, answers=answers: asked.append(asking) or next(answers))
+        (out := tmp_path / str(minutes)).mkdir()
+        assert gpu.run(minutes, out, device="cpu") == len(tests)
+        printed = capsys.readouterr().out
+        assert all(printed.index("gpu_lstm 0.1.0") < printed.index(test) for test in tests)
+        rows = results.read(out / "results.csv")
+        if minutes == 1.0:
+            assert set(rows["provider"]) == set(providers.PROVIDERS)
+        else:  # no time is left for the grid
+            assert rows.empty
+            assert f"no time was left for 2 cases: {SMALL.name}, {FORWARD.name}" in printed
+    assert [asking[0][0] for asking in asked] == ["gpu_lstm", "pytest"] * 2
+    assert {"--require-gpu", "gpu"} <= set(asked[1][0])
+    assert asked[1][1] == 60 * gpu.TESTS_SHARE
 
 
 def test_a_command_that_hangs_is_stopped(tmp_path):
-    said, code = gpu.command([sys.executable, "-c", "print(1, flush=True); import time; time.sleep(60)"], 2.0,
-                             tmp_path / "log")  # fmt: skip
-    assert (said, code) == ("1\n", None)
+    start = time.monotonic()
+    assert gpu.command(["timeit", "-n", "1", "import time; time.sleep(60)"], 0.5, tmp_path / "log")[1] is None
+    assert gpu.command(["platform"], 60.0, tmp_path / "log")[1] == 0
+    assert time.monotonic() - start < 30
 
 
 def test_the_module_runs_as_a_program():
-    root = Path(__file__).parent.parent
-    said = subprocess.run([sys.executable, "-m", "bench", "--help"], cwd=root, capture_output=True, text=True)
+    said = subprocess.run([sys.executable, "-m", "bench", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert said.returncode == 0
-    for word in ("compare", "gpu", "readme", "--cases", "--providers"):
-        assert word in said.stdout
+    assert {"compare", "gpu", "ppo", "readme", "--cases", "--base"} <= set(re.split(r"[\s,\[]+", said.stdout))

@@ -1,6 +1,5 @@
 """What the benchmark's providers build: results and gradients, in torch's layout, are those of float64."""
 
-import importlib.util
 import sys
 import types
 from dataclasses import replace
@@ -8,110 +7,75 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
 
 from bench.cases import Case
-from bench.problem import Problem, results_in
-from bench.providers import PROVIDERS, installed
-from bench.providers.engine import Engine, Unable
+from bench.inputs import Inputs, results_in
+from bench.measure import Trial
+from bench.providers import PROVIDERS, engine
+from bench.providers.engine import Unable
 
-PLAIN = Case("training", "fp32", steps=16, batch=3, inputs=5, hidden=16)
+PLAIN = Case("training", "fp32", steps=16, batch=3, input_size=5, hidden_size=16)
 SHORT = replace(PLAIN, steps=6)
 CASES = {
-    "plain": PLAIN,
-    "layers": replace(SHORT, layers=2),
-    "directions": replace(SHORT, layers=2, directions=2),
-    "ragged": replace(SHORT, sequences="ragged"),
+    "plain": PLAIN, "layers": replace(SHORT, layers=2), "directions": replace(SHORT, layers=2, directions=2),
+    "ragged": replace(SHORT, sequences="ragged"), "packed": replace(SHORT, sequences="packed"),
     "ragged-directions": replace(SHORT, layers=2, directions=2, sequences="ragged"),
-    "packed": replace(SHORT, sequences="packed"),
-    "resets": replace(SHORT, reset_rate=0.3),
-    "resets-layers": replace(SHORT, layers=2, reset_rate=0.3),
-}
+    "resets": replace(SHORT, reset_rate=0.2), "resets-layers": replace(SHORT, layers=2, reset_rate=0.3),
+}  # fmt: skip
 DONE = {  # which cases a provider does; it is unable to do the others
-    "torch": ("plain", "layers", "directions", "packed"),
-    "torch-packed": ("ragged", "ragged-directions"),
-    "cell-loop": ("plain",),
-    "compiled-loop": ("plain",),
-    "cleanrl-loop": ("resets", "resets-layers"),
-    "flashrnn-cuda": (),  # "plain", but in TF32
-    "flashrnn-triton": (),
-    "haste": ("plain",),
-    "torchrl-pad": ("plain", "layers", "resets", "resets-layers"),
-    "torchrl-triton": ("plain", "layers", "resets", "resets-layers"),
-    "keras": ("plain", "layers", "directions", "ragged", "ragged-directions"),
-} | {name: tuple(CASES) for name in PROVIDERS if name.startswith("ours")}
-FORCED = ("ours-resident", "ours-cooperative", "ours-step")  # families, chosen for a GPU
+    "torch": "plain layers directions packed", "torch-packed": "ragged ragged-directions", "cell-loop": "plain",
+    "compiled-loop": "plain", "cleanrl-loop": "resets resets-layers", "haste": "plain", "flashrnn-cuda": "",
+    "flashrnn-triton": "",  # nothing in fp32
+    "torchrl-pad": "plain layers resets resets-layers", "torchrl-triton": "plain layers resets resets-layers",
+    "keras": "plain layers directions ragged ragged-directions",
+} | {name: " ".join(CASES) for name in PROVIDERS if name.startswith("ours")}  # fmt: skip
 
 
-def assert_right(engine: Engine, problem: Problem) -> None:
+def assert_right(name: str, inputs: Inputs) -> None:
     """All results and gradients are those of float64."""
-    leaf, given = problem.given(problem.xs[0])
-    leaves = {"x": leaf, "h0": engine.h0, "c0": engine.c0, **engine.parameters}
-    with engine.within():
-        y, h_n, c_n = engine.call(given)
-        assert type(y) is type(given)
-        packed = isinstance(y, PackedSequence)
-        dy = problem.packed(problem.dy).data if packed else problem.dy
-        gradients = dict(zip(leaves, torch.autograd.grad(y.data if packed else y, list(leaves.values()), dy)))
-    dx, dh0, dc0 = (gradients.pop(name) for name in ("x", "h0", "c0"))
-    found = {"output": problem.padded(y), "h_n": h_n, "c_n": c_n, "dh0": dh0, "dc0": dc0}
-    found["dx"] = problem.padded(given._replace(data=dx)) if packed else dx
-    found |= {f"d{name}": gradient for name, gradient in engine.to_torch(gradients).items()}
-
-    truth = results_in(torch.float64, problem)
+    found, truth = Trial(name, inputs).results(), results_in(torch.float64, inputs)
     assert found.keys() == truth.keys()
-    for name, true in truth.items():
-        assert found[name].shape == true.shape, name
-        error = (found[name].double() - true).norm() / true.norm()
-        assert error < 1e-5, f"{name}: {error}"
+    for result, true in truth.items():
+        assert found[result].shape == true.shape, result
+        error = (found[result].double() - true).norm() / true.norm()
+        assert error < 1e-5, f"{result}: {error}"
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", PROVIDERS)
 def test_results_and_gradients(monkeypatch, name, case):
-    problem = Problem.of(CASES[case], "cpu")
-    if case not in DONE[name]:
+    inputs = Inputs.of(CASES[case], "cpu")
+    if case not in DONE[name].split():
         with pytest.raises(Unable):
-            PROVIDERS[name].build(name, problem)
+            PROVIDERS[name].build(inputs)
         return
-    if name in FORCED:
-        pytest.skip("plans for a GPU")
-    reason = PROVIDERS[name].absent(name, "cpu")
+    reason = PROVIDERS[name].absent("cpu")
     if reason is not None:
         pytest.skip(reason)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # which takes long, and is not ours
-    assert_right(PROVIDERS[name].build(name, problem), problem)
+    assert_right(name, inputs)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", PROVIDERS)
-def test_absence_is_explained_in_one_line(name, device):
-    reason = PROVIDERS[name].absent(name, device)
-    assert reason is None or (reason and "\n" not in reason)
-
-
-def test_a_package_that_is_not_there(tmp_path, monkeypatch):
+def test_a_package_that_is_not_there_is_explained_in_one_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken_peer.py").write_text("raise OSError('undefined symbol: f')")
     (tmp_path / "faulty_peer.py").write_text("raise RuntimeError('no matter of installing')")
-    assert installed.missing("no_such_peer", "pip install it") == "no_such_peer is not installed: pip install it"
-    assert (
-        installed.missing("broken_peer", "") == "broken_peer is installed but cannot be imported: undefined symbol: f"
-    )
-    assert installed.missing("torch", "") is None
-    monkeypatch.setattr("importlib.metadata.version", lambda package: "3.10.0rc1+cu130")
-    assert (3, 9) < installed.release("torch") == (3, 10, 0)
+    assert engine.absence("torch", "", "cpu") == "torch needs CUDA for this"
+    assert engine.absence("torch", "", "cuda:0") is engine.absence("torch", "", "cpu", cuda=False) is None
+    assert engine.absence("no_such_peer", "pip it", "cuda") == "no_such_peer is not installed: pip it"
+    assert engine.absence("broken_peer", "", "cuda").endswith("installed but cannot be imported: undefined symbol: f")
     with pytest.raises(RuntimeError, match="no matter of installing"):
-        installed.missing("faulty_peer", "")
+        engine.absence("faulty_peer", "", "cuda")
+    reasons = [provider.absent("cpu") for provider in PROVIDERS.values()]
+    assert all(reason is None or "\n" not in reason for reason in reasons)
+    assert "backend 'cupy' needs CuPy" in PROVIDERS["ours-cupy"].absent("cpu")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="keras is not installed")
 def test_keras_on_another_backend_is_absent(monkeypatch):
-    monkeypatch.delitem(sys.modules, "keras", raising=False)
+    pytest.importorskip("keras")
+    monkeypatch.delitem(sys.modules, "keras")
     monkeypatch.setenv("KERAS_BACKEND", "jax")
-    assert "KERAS_BACKEND=torch" in PROVIDERS["keras"].absent("keras", "cpu")
-    monkeypatch.delenv("KERAS_BACKEND")
-    assert PROVIDERS["keras"].absent("keras", "cpu") is None
+    assert "KERAS_BACKEND=torch" in PROVIDERS["keras"].absent("cpu")
 
 
 # Peers that need CUDA, by stand-ins of the same interface and layout, written from their documentation.
@@ -126,12 +90,10 @@ def stand_in(monkeypatch, name: str, **members) -> None:
 def flashrnn(Wx, R, b, states, function, backend, dtype):
     """Wx [B, T, 4, N, D], R [4, N, D, D previous], b [4, N, D], states [2, B, 1, N, D]; gates i, f, z, o."""
     assert (function, dtype) == ("lstm", "float32")
-    inner = {"cuda_fused": (1, 0, 3, 4, 2), "triton_fused": (0, 1, 2, 3, 4)}[backend]
     if backend == "cuda_fused":
-        assert Wx.permute(inner).is_contiguous()  # [T, B, N, D, 4]
+        assert Wx.permute(1, 0, 3, 4, 2).is_contiguous()  # [T, B, N, D, 4]
         assert R.permute(1, 2, 0, 3).is_contiguous()  # [N, D, 4, D previous]
-    h, c = states[:, :, 0]
-    seen = []
+    (h, c), seen = states[:, :, 0], []
     for t in range(Wx.shape[1]):
         z = Wx[:, t] + torch.einsum("gndp,bnp->bgnd", R, h) + b
         c = torch.sigmoid(z[:, 1]) * c + torch.sigmoid(z[:, 0]) * torch.tanh(z[:, 2])
@@ -143,8 +105,7 @@ def flashrnn(Wx, R, b, states, function, backend, dtype):
 @pytest.mark.parametrize("name", ["flashrnn-cuda", "flashrnn-triton"])
 def test_flashrnn(monkeypatch, name):
     stand_in(monkeypatch, "flashrnn", flashrnn=flashrnn)
-    problem = Problem.of(replace(PLAIN, dtype="tf32"), "cpu")
-    assert_right(PROVIDERS[name].build(name, problem), problem)
+    assert_right(name, Inputs.of(replace(PLAIN, dtype="tf32"), "cpu"))
 
 
 class HasteLSTM(nn.Module):
@@ -162,8 +123,7 @@ class HasteLSTM(nn.Module):
 
     def forward(self, x, state):
         assert self.training
-        h, c = state[0][0], state[1][0]
-        outputs = []
+        ((h,), (c,)), outputs = state, []
         for x_t in x:
             i, g, f, o = (x_t @ self.kernel + h @ self.recurrent_kernel + self.bias).split(self.hidden_size, dim=1)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -174,15 +134,13 @@ class HasteLSTM(nn.Module):
 
 def test_haste(monkeypatch):
     stand_in(monkeypatch, "haste_pytorch", LSTM=HasteLSTM)
-    problem = Problem.of(PLAIN, "cpu")
-    assert_right(PROVIDERS["haste"].build("haste", problem), problem)
+    assert_right("haste", Inputs.of(PLAIN, "cpu"))
 
 
 class LSTMModule(nn.Module):
     """Batch first; where `is_init` is set, the state of that step, [B, T, L, H], is the one to go on from."""
 
-    def __init__(self, lstm, in_keys, out_keys, default_recurrent_mode, recurrent_backend, recurrent_compute_dtype,
-                 recurrent_matmul_precision):  # fmt: skip
+    def __init__(self, lstm, in_keys, out_keys, default_recurrent_mode, recurrent_backend, **precision):
         super().__init__()
         assert lstm.batch_first
         assert default_recurrent_mode
@@ -194,24 +152,14 @@ class LSTMModule(nn.Module):
         assert tensordict.batch_size == list(x.shape[:2]) == list(is_init.shape[:2])
         if self.triton:
             assert {t.dtype for t in (x, h_given, c_given, *self.lstm.parameters())} == {torch.float32}
-        weights = self.lstm.all_weights
-        ys, hs, cs = [], [], []
-        h, c = h_given[:, 0].unbind(1), c_given[:, 0].unbind(1)
+        given, found = (h_given.transpose(0, 2), c_given.transpose(0, 2)), []  # [L, T, B, H]
+        state = [each[:, 0] for each in given]
         for t in range(x.shape[1]):
-            y, states = x[:, t], []
-            for layer, (h_last, c_last) in enumerate(zip(h, c)):
-                afresh = is_init[:, t]
-                h_last = torch.where(afresh, h_given[:, t, layer], h_last)
-                c_last = torch.where(afresh, c_given[:, t, layer], c_last)
-                states.append(torch.lstm_cell(y, (h_last, c_last), *weights[layer]))
-                y = states[-1][0]
-            h, c = zip(*states)
-            ends = is_init[:, t + 1, :, None] if t + 1 < x.shape[1] else torch.tensor(True)
-            ys.append(y)
-            hs.append(torch.where(ends, torch.stack(h, 1), 0))
-            cs.append(torch.where(ends, torch.stack(c, 1), 0))
-        tensordict |= zip(self.out_keys, (torch.stack(each, 1) for each in (ys, hs, cs)))
-        return tensordict
+            state = [torch.where(is_init[:, t], each[:, t], last).contiguous() for each, last in zip(given, state)]
+            y, state = self.lstm(x[:, t : t + 1], tuple(state))
+            ends = is_init[:, t + 1] if t + 1 < x.shape[1] else torch.tensor(True)
+            found.append((y[:, 0], *(torch.where(ends, last, 0).transpose(0, 1) for last in state)))
+        return tensordict | dict(zip(self.out_keys, (torch.stack(each, 1) for each in zip(*found))))
 
 
 class TensorDict(dict):
@@ -220,23 +168,16 @@ class TensorDict(dict):
         self.batch_size = batch_size
 
 
-@pytest.mark.parametrize("case", DONE["torchrl-pad"])
+@pytest.mark.parametrize("case", DONE["torchrl-pad"].split())
 @pytest.mark.parametrize("name", ["torchrl-pad", "torchrl-triton"])
 def test_torchrl(monkeypatch, name, case):
     stand_in(monkeypatch, "torchrl.modules", LSTMModule=LSTMModule)
     stand_in(monkeypatch, "tensordict", TensorDict=TensorDict)
-    problem = Problem.of(CASES[case], "cpu")
-    if problem.resets is not None:
-        problem.resets[0, 0] = True  # the given state is not used there
-    assert_right(PROVIDERS[name].build(name, problem), problem)
-
-
-def test_torchrl_takes_a_bfloat16_batch_in_float32(monkeypatch):
-    stand_in(monkeypatch, "torchrl.modules", LSTMModule=LSTMModule)
-    stand_in(monkeypatch, "tensordict", TensorDict=TensorDict)
-    problem = Problem.of(replace(PLAIN, dtype="bf16"), "cpu")
-    y, h_n, _ = PROVIDERS["torchrl-triton"].build("torchrl-triton", problem).call(problem.xs[0])
-    truth = results_in(torch.float64, problem)
-    assert y.dtype == torch.bfloat16
-    assert (y - truth["output"]).norm() < 5e-3 * truth["output"].norm()
-    assert (h_n - truth["h_n"]).norm() < 1e-5 * truth["h_n"].norm()
+    inputs = Inputs.of(CASES[case], "cpu")
+    if inputs.resets is not None:
+        inputs.resets[0, 0] = True  # the given state is not used there
+    assert_right(name, inputs)
+    inputs = Inputs.of(replace(CASES[case], dtype="bf16"), "cpu")
+    found, truth = Trial("torchrl-triton", inputs).results(), results_in(torch.float64, inputs)
+    assert found["output"].dtype == torch.bfloat16
+    assert (found["h_n"] - truth["h_n"]).norm() < 1e-5 * truth["h_n"].norm()  # taken in float32

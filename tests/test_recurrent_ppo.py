@@ -8,16 +8,16 @@ import sys
 import pytest
 import torch
 
-from bench import ppo_update
+from bench import ppo
 
-example = ppo_update.load_example()
+example = ppo.load_example()
 LIMITS = torch.tensor([2.4, 0.2095])  # position and angle, in m and rad, at which CartPole-v1 ends an episode
 
 
 @pytest.fixture
 def batch():
     """A random rollout of 24 steps in 5 environments, float64; an episode starts within each."""
-    batch = ppo_update.random_batch(example, 24, 5, 16, "cpu")
+    batch = ppo.random_batch(example, 24, 5, 16, "cpu")
     batch.starts[[7, 3, 0, 15, 23], torch.arange(5)] = True
     fields = (field.double() if field.is_floating_point() else field for field in batch[:-1])
     return example.Rollout(*fields, tuple(each.double() for each in batch.state))
@@ -36,7 +36,7 @@ def agent():
 def _by_steps(agent):
     """With torch.nn.LSTM called for every step."""
     twin = copy.deepcopy(agent)
-    twin.lstm = ppo_update.StepLoop(16, 16).double()
+    twin.lstm = ppo.StepLoop(16, 16).double()
     twin.load_state_dict(agent.state_dict())
     return twin
 
@@ -151,17 +151,17 @@ def test_it_learns_and_only_with_memory(tmp_path):
 
 
 def test_the_benchmark_times_both_and_prints_a_line_a_size(monkeypatch, capsys):
-    measure, rows = ppo_update.measure, []
+    measure, rows = ppo.measure, []
 
     def quick(device):
         rows.extend(measure(device, [(6, 2, 8), (4, 3, 16)], seconds=0.01))
         return rows
 
-    monkeypatch.setattr(ppo_update, "measure", quick)
+    monkeypatch.setattr(ppo, "measure", quick)
     monkeypatch.setenv("COLUMNS", "120")
     parser = argparse.ArgumentParser()
-    ppo_update.add_arguments(parser)
-    assert ppo_update.run(parser.parse_args(["--device", "cpu"])) == 0
+    ppo.add_arguments(parser)
+    assert ppo.run(parser.parse_args(["--device", "cpu"])) == 0
     printed = capsys.readouterr().out
     assert "one call by torch" in printed
     for row, sizes in zip(rows, ["6 2 8", "4 3 16"], strict=True):
@@ -169,21 +169,21 @@ def test_the_benchmark_times_both_and_prints_a_line_a_size(monkeypatch, capsys):
         assert min(row.one_call + row.loop) > 0
         (line,) = (line.split() for line in printed.splitlines() if line.split()[:3] == sizes.split())
         assert line[5] == f"{row.speed[0]:.2f}"
-    row = ppo_update.Measured(4, 3, 16, one_call=[1.0, 2.0, 4.0], loop=[3.0, 6.0, 12.0])
+    row = ppo.Measured(4, 3, 16, one_call=[1.0, 2.0, 4.0], loop=[3.0, 6.0, 12.0])
     assert row.speed == (3.0, 3.0, 3.0)
 
 
 def test_the_benchmark_times_nothing_that_differs(monkeypatch):
-    forward = ppo_update.StepLoop.forward
+    forward = ppo.StepLoop.forward
     late = lambda self, x, state, resets: forward(self, x, state, resets.roll(1, dims=0))  # noqa: E731
-    monkeypatch.setattr(ppo_update.StepLoop, "forward", late)
-    monkeypatch.setattr(ppo_update.timing, "interleaved", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(ppo.StepLoop, "forward", late)
+    monkeypatch.setattr(ppo.timing, "interleaved", lambda *_: pytest.fail("it was timed"))
     with pytest.raises(RuntimeError, match=r"the loop differ by .*, expected 0\.0001"):
-        ppo_update.measure("cpu", [(24, 5, 16)])
+        ppo.measure("cpu", [(24, 5, 16)])
 
 
 def test_without_gymnasium_the_command_says_what_to_install(monkeypatch, capsys):
-    ppo_update.load_example.cache_clear()
+    ppo.load_example.cache_clear()
     monkeypatch.setitem(sys.modules, "gymnasium", None)
-    assert ppo_update.run(argparse.Namespace(device="cpu")) == 2
+    assert ppo.run(argparse.Namespace(device="cpu")) == 2
     assert "gymnasium" in capsys.readouterr().err

@@ -1,21 +1,17 @@
-"""What a provider builds: something that is called as an LSTM and has gradients to show."""
+"""What a provider is, and what building one takes."""
 
 import contextlib
-from collections.abc import Callable
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..problem import Given, Problem
-
-Call = Callable[[Given], tuple[Given, Tensor, Tensor]]
-"""Input [T, B, I] to output [T, B, D*H], packed if the input is, and h_n, c_n [R, B, H]."""
-
-
-def as_they_are(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """For parameters that are laid out and named as torch.nn.LSTM's."""
-    return gradients
+from ..cases import Case
+from ..inputs import Inputs
 
 
 class Unable(Exception):
@@ -24,25 +20,56 @@ class Unable(Exception):
 
 @dataclass(frozen=True)
 class Engine:
-    """An LSTM with the weights and states of a problem."""
+    """An LSTM with the weights of the inputs: something to call, and leaves that have gradients to show."""
 
-    call: Call
+    # x [T, B, I], h0 and c0 [R, B, H] to output [T, B, D*H] and h_n, c_n [R, B, H]; output is a PackedSequence if x is
+    call: Callable[[Any, Tensor, Tensor], tuple[Any, Tensor, Tensor]]
     parameters: dict[str, Tensor]  # leaves, in the layout of the engine
-    h0: Tensor | None  # the leaves that stand for the problem's states; None where they are always zero
-    c0: Tensor | None
-    to_torch: Callable[[dict[str, Tensor]], dict[str, Tensor]] = as_they_are  # gradients, to torch's names and layout
+    to_torch: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # gradients, to torch's names and layout
     within: Callable[[], AbstractContextManager] = contextlib.nullcontext  # of every call and its backward
-    kernels: str | None = None  # which kernels run, if there is more than one kind
+    kernels: Callable[[], str | None] = lambda: None  # after a call, which kernels ran, if there is more than one kind
+
+    def named(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
+        """The gradients of the parameters by torch's names; that of an only bias is that of either of torch's."""
+        found = self.to_torch(dict(zip(self.parameters, gradients)))
+        return {name.replace("bias_l", f"bias_{of}_l"): found[name] for name in found for of in ("ih", "hh")}
 
 
-def load(module: nn.Module, problem: Problem) -> dict[str, Tensor]:
-    """Give a module with torch.nn.LSTM's parameters the weights of the problem; its parameters."""
-    module.load_state_dict(problem.weights)
-    module.requires_grad_(problem.case.run == "training")
-    return dict(module.named_parameters())
+@dataclass(frozen=True)
+class Provider:
+    """Whose LSTM is measured."""
+
+    build: Callable[[Inputs], Engine]  # raises Unable where it does not do such a case
+    absent: Callable[[str], str | None] = lambda device: None  # why it cannot run on a device at all; None if it can
+    everywhere: bool = False  # takes part in every case; the others only in the headline, or if asked for
+    graphed: bool = False  # on CUDA also replayed from a graph
 
 
-def states(problem: Problem) -> tuple[Tensor, Tensor]:
-    """h0 and c0 of the problem [R, B, H], as leaves."""
-    training = problem.case.run == "training"
-    return problem.h0.detach().clone().requires_grad_(training), problem.c0.detach().clone().requires_grad_(training)
+def expect(case: Case, *features: str) -> None:
+    """Raise Unable unless a case has none but these of "layers", "directions", "ragged", "packed" and "resets"."""
+    asked = ["layers"] * (case.layers > 1) + ["directions"] * (case.directions > 1) + ["resets"] * (case.reset_rate > 0)
+    beyond = {*asked, case.sequences} - {*features, "full"}
+    if beyond:
+        raise Unable(f"does not do {' or '.join(sorted(beyond))}")
+
+
+def module_like_torchs(kind: Callable[..., nn.Module], inputs: Inputs, **options: Any) -> nn.Module:
+    """A module that is made as torch.nn.LSTM is and has its parameters, with the weights of the inputs."""
+    case = inputs.case
+    options = {"device": inputs.h0.device, "dtype": case.torch_dtype, **options}
+    module = kind(case.input_size, case.hidden_size, case.layers, bidirectional=case.directions == 2, **options)
+    module.load_state_dict(inputs.weights)
+    return module.requires_grad_(case.training)
+
+
+def absence(package: str, install: str, device: str, cuda: bool = True) -> str | None:
+    """Why somebody else's package cannot be used on a device, and how to install it; None if it can."""
+    if cuda and not device.startswith("cuda"):
+        return f"{package} needs CUDA for this"
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed: {install}"
+    try:
+        importlib.import_module(package)
+    except (ImportError, OSError) as error:  # most often an extension built for another torch
+        return f"{package} is installed but cannot be imported: {error}"
+    return None

@@ -5,69 +5,38 @@ It takes pre-activations Wx [B, T, 4, heads, H], R [4, heads, H, H], one bias [4
 """
 
 import importlib
-import shutil
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..problem import Problem
-from .engine import Engine, Unable, states
-from .installed import missing, release
-
-BACKENDS = {"flashrnn-cuda": "cuda_fused", "flashrnn-triton": "triton_fused"}
-NAMES = tuple(BACKENDS)
-EVERYWHERE = ()
-
-TILE = 16  # units of a tile of the CUDA kernels
-MOST_UNITS = 64  # of the Triton kernels, as their documentation says
+from ..inputs import Inputs
+from .engine import Engine, Provider, Unable, absence, expect
 
 
-def absent(name: str, device: str) -> str | None:
-    """It needs CUDA and, for its CUDA kernels, which are compiled when they are first called, a compiler."""
-    if not device.startswith("cuda"):
-        return "flashrnn needs CUDA"
-    problem = missing("flashrnn", "pip install flashrnn")
-    if problem is not None:
-        return problem
-    if BACKENDS[name] == "cuda_fused":
-        home = importlib.import_module("torch.utils.cpp_extension").CUDA_HOME
-        if home is None or not shutil.which("ninja"):
-            return "flashrnn's CUDA kernels are compiled here, which needs nvcc and ninja"
-    elif release("flashrnn") <= (1, 0, 8) and release("triton") >= (3, 9):
-        return "flashrnn's Triton kernels have block pointers, which are gone: pip install 'triton<3.9'"
-    return None
-
-
-def build(name: str, problem: Problem) -> Engine:
+def build(backend: str, inputs: Inputs) -> Engine:
     """The input's product, then one call of flashrnn for all steps."""
-    case, backend = problem.case, BACKENDS[name]
-    H = case.hidden
-    if case.layers * case.directions > 1 or case != case.plain():
-        raise Unable("one layer, one direction, no lengths, no resets")
+    expect(inputs.case)
+    case, H = inputs.case, inputs.case.hidden_size
     if case.dtype == "fp32":
         raise Unable("takes products of float32 tensors in TF32")
-    if backend == "cuda_fused" and H % TILE:
-        raise Unable(f"H is no multiple of {TILE}")
-    if backend == "triton_fused" and (H & (H - 1) or not 16 <= H <= MOST_UNITS):
-        raise Unable(f"H is no power of two from 16 to {MOST_UNITS}")
+    if backend == "cuda_fused" and H % 16:
+        raise Unable("H is no multiple of 16, the units of a tile of the CUDA kernels")
+    if backend == "triton_fused" and H not in (16, 32, 64):
+        raise Unable("H is not 16, 32 or 64, as the documentation of the Triton kernels says")
     flashrnn = importlib.import_module("flashrnn").flashrnn
-
     # The CUDA kernels keep the four gates of a unit side by side, [H, 4]; given so, nothing is copied for them.
     gates = 1 if backend == "cuda_fused" else 0
-    training = case.run == "training"
 
-    def leaf(parameter: Tensor) -> Tensor:
-        """[4H, *] to [4, H, *] or [H, 4, *]."""
+    def leaf(parameter: Tensor) -> Tensor:  # [4H, *] to [4, H, *] or [H, 4, *]
         moved = parameter.detach().unflatten(0, (4, H)).movedim(0, gates)
-        return moved.clone(memory_format=torch.contiguous_format).requires_grad_(training)
+        return moved.clone(memory_format=torch.contiguous_format).requires_grad_(case.training)
 
-    weight_ih, weight_hh, bias_ih, bias_hh = problem.weights.values()
-    parameters = {"weight_ih_l0": leaf(weight_ih), "weight_hh_l0": leaf(weight_hh), "bias_l0": leaf(bias_ih + bias_hh)}
-    W, R, b = parameters.values()
-    h0, c0 = states(problem)
+    weight_ih, weight_hh, bias_ih, bias_hh = inputs.weights.values()
+    W, R, b = map(leaf, (weight_ih, weight_hh, bias_ih + bias_hh))
 
-    def call(x):
+    def call(x, h0, c0):
         gates_x = F.linear(x, W.flatten(0, 1)).unflatten(2, W.shape[:2])  # [T, B, *gates and units]
         state, last = flashrnn(
             gates_x.movedim(2 + gates, 2).transpose(0, 1)[:, :, :, None],
@@ -78,9 +47,15 @@ def build(name: str, problem: Problem) -> Engine:
         )  # fmt: skip
         return state[0, :, :, 0].transpose(0, 1), last[0, :, :, 0].transpose(0, 1), last[1, :, :, 0].transpose(0, 1)
 
-    def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """[4H, *] again; the bias's gradient is that of either of torch's."""
-        dW, dR, db = (gradient.movedim(gates, 0).flatten(0, 1) for gradient in gradients.values())
-        return {"weight_ih_l0": dW, "weight_hh_l0": dR, "bias_ih_l0": db, "bias_hh_l0": db}
+    def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:  # [4H, *] again
+        return {name: gradient.movedim(gates, 0).flatten(0, 1) for name, gradient in gradients.items()}
 
-    return Engine(call, parameters, h0, c0, to_torch=to_torch)
+    return Engine(call, {"weight_ih_l0": W, "weight_hh_l0": R, "bias_l0": b}, to_torch)
+
+
+# The CUDA kernels are compiled when they are first called, by nvcc and ninja; the Triton kernels need triton<3.9.
+absent = partial(absence, "flashrnn", "pip install flashrnn")
+PROVIDERS = {
+    "flashrnn-cuda": Provider(partial(build, "cuda_fused"), absent),
+    "flashrnn-triton": Provider(partial(build, "triton_fused"), absent),
+}

@@ -5,56 +5,36 @@ order i, g, f, o. Its lengths only choose the final states; they do not mask the
 """
 
 import importlib
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..problem import Problem
-from .engine import Engine, Unable, states
-from .installed import missing
-
-NAMES = ("haste",)
-EVERYWHERE = ()
+from ..inputs import Inputs
+from .engine import Engine, Provider, Unable, absence, expect
 
 
-def absent(name: str, device: str) -> str | None:
-    """It needs CUDA, also to be installed."""
-    if not device.startswith("cuda"):
-        return "haste needs CUDA"
-    return missing("haste_pytorch", "pip install --no-build-isolation haste_pytorch, with nvcc")
-
-
-def build(name: str, problem: Problem) -> Engine:
-    """The module with the problem's weights."""
-    case = problem.case
-    if case.layers * case.directions > 1 or case != case.plain():
-        raise Unable("one layer, one direction, no masked lengths, no resets")
+def build(inputs: Inputs) -> Engine:
+    """The module with the weights of the inputs."""
+    expect(inputs.case)
+    case = inputs.case
     if case.torch_dtype != torch.float32:
         raise Unable("float32 only")
-    training = case.run == "training"
-    lstm = importlib.import_module("haste_pytorch").LSTM(case.inputs, case.hidden)
-    lstm.from_native_weights(*problem.weights.values())  # which makes new parameters, on the weights' device
-    lstm.train(training).requires_grad_(training)
-    h0, c0 = states(problem)
+    lstm = importlib.import_module("haste_pytorch").LSTM(case.input_size, case.hidden_size)
+    lstm.from_native_weights(*inputs.weights.values())  # which makes new parameters, on the weights' device
+    lstm.train(case.training).requires_grad_(case.training)
 
-    def call(x):
+    def call(x, h0, c0):
         y, (h_n, c_n) = lstm(x, (h0, c0))
         return y, h_n, c_n
 
-    return Engine(call, dict(lstm.named_parameters()), h0, c0, to_torch=_to_torch)
+    def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:  # gates in the order i, f, g, o; transposed
+        names = {"weight_ih_l0": "kernel", "weight_hh_l0": "recurrent_kernel", "bias_l0": "bias"}
+        gates = {name: gradients[theirs].movedim(-1, 0).unflatten(0, (4, -1)) for name, theirs in names.items()}
+        return {name: gradient[[0, 2, 1, 3]].flatten(0, 1) for name, gradient in gates.items()}
+
+    return Engine(call, dict(lstm.named_parameters()), to_torch)
 
 
-def _to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gates in the order i, f, g, o, then transposed; the bias's gradient is that of either of torch's."""
-
-    def reordered(gradient: Tensor) -> Tensor:
-        i, g, f, o = gradient.chunk(4, dim=-1)
-        return torch.cat([i, f, g, o], dim=-1)
-
-    bias = reordered(gradients["bias"])
-    return {
-        "weight_ih_l0": reordered(gradients["kernel"]).T,
-        "weight_hh_l0": reordered(gradients["recurrent_kernel"]).T,
-        "bias_ih_l0": bias,
-        "bias_hh_l0": bias,
-    }
+INSTALL = "pip install --no-build-isolation haste_pytorch, with nvcc"
+PROVIDERS = {"haste": Provider(build, partial(absence, "haste_pytorch", INSTALL))}

@@ -1,32 +1,39 @@
-"""torch.nn.LSTM: ATen on the CPU, cuDNN on CUDA. The yardstick."""
+"""torch.nn.LSTM: ATen on the CPU, cuDNN on CUDA. The yardstick; and with lengths in the way that PyTorch offers."""
 
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ..problem import Problem
-from .engine import Engine, Unable, load, states
-
-NAMES = ("torch",)
-EVERYWHERE = NAMES
+from ..inputs import Inputs
+from .engine import Engine, Provider, Unable, expect, module_like_torchs
 
 
-def absent(name: str, device: str) -> str | None:
-    """It is always there."""
-    return None
+def plain(inputs: Inputs) -> Engine:
+    """The module."""
+    expect(inputs.case, "layers", "directions", "packed")
+    lstm = module_like_torchs(nn.LSTM, inputs)
 
-
-def build(name: str, problem: Problem) -> Engine:
-    """The module with the problem's weights."""
-    case = problem.case
-    if case.reset_rate or case.sequences == "ragged":
-        raise Unable("takes lengths only packed, and no resets")
-    lstm = nn.LSTM(
-        case.inputs, case.hidden, case.layers, bidirectional=case.directions == 2,
-        device=problem.h0.device, dtype=case.torch_dtype,
-    )  # fmt: skip
-    parameters, (h0, c0) = load(lstm, problem), states(problem)
-
-    def call(x):
+    def call(x, h0, c0):
         y, (h_n, c_n) = lstm(x, (h0, c0))
         return y, h_n, c_n
 
-    return Engine(call, parameters, h0, c0)
+    return Engine(call, dict(lstm.named_parameters()))
+
+
+def packed(inputs: Inputs) -> Engine:
+    """For a padded batch: pack, run, pad again, all of it part of the call."""
+    expect(inputs.case, "layers", "directions", "ragged")
+    if inputs.lengths is None:
+        raise Unable("only for padded batches with lengths")
+    engine, lengths = plain(inputs.plain()), inputs.lengths.cpu()  # where packing wants them
+
+    def call(x, h0, c0):
+        y, h_n, c_n = engine.call(pack_padded_sequence(x, lengths, enforce_sorted=False), h0, c0)
+        return pad_packed_sequence(y, total_length=inputs.case.steps)[0], h_n, c_n
+
+    return Engine(call, engine.parameters)
+
+
+PROVIDERS = {
+    "torch": Provider(plain, everywhere=True, graphed=True),
+    "torch-packed": Provider(packed, everywhere=True),
+}

@@ -6,56 +6,34 @@ takes the batch first, and states for every step: those at resets, and at first,
 """
 
 import importlib
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..problem import Problem
-from .engine import Engine, Unable, load, states
-from .installed import missing, release
-
-BACKENDS = {"torchrl-pad": "pad", "torchrl-triton": "triton"}
-NAMES = tuple(BACKENDS)
-EVERYWHERE = NAMES
-
-OLDEST = (0, 13)  # the first with backends to choose from
+from ..inputs import Inputs
+from .engine import Engine, Provider, Unable, absence, expect, module_like_torchs
 
 
-def absent(name: str, device: str) -> str | None:
-    """TorchRL is not installed, or too old; its Triton kernels need CUDA."""
-    if BACKENDS[name] == "triton" and not device.startswith("cuda"):
-        return "torchrl's Triton kernels need CUDA"
-    install = f"pip install 'torchrl>={OLDEST[0]}.{OLDEST[1]}'"
-    problem = missing("torchrl", install)
-    if problem is None and release("torchrl") < OLDEST:
-        return f"torchrl is too old: {install}"
-    return problem
-
-
-def build(name: str, problem: Problem) -> Engine:
-    """The module in recurrent mode with the problem's weights, states and resets."""
-    case, backend = problem.case, BACKENDS[name]
-    if case.directions > 1 or case.sequences != "full":
-        raise Unable("one direction, no lengths")
+def build(backend: str, inputs: Inputs) -> Engine:
+    """The module in recurrent mode with the weights and resets of the inputs."""
+    expect(inputs.case, "layers", "resets")
+    case = inputs.case
     if backend == "triton" and case.dtype == "fp16":
         raise Unable("its Triton kernels take float32, and bfloat16 in the recurrent product")
     modules, tensordict = importlib.import_module("torchrl.modules"), importlib.import_module("tensordict")
-
     dtype = torch.float32 if backend == "triton" else case.torch_dtype
+    lstm = module_like_torchs(nn.LSTM, inputs, batch_first=True, dtype=dtype)
     module = modules.LSTMModule(
-        lstm=nn.LSTM(
-            case.inputs, case.hidden, case.layers, batch_first=True, device=problem.h0.device, dtype=dtype,
-        ),
-        in_keys=["x", "h", "c"], out_keys=["y", ("next", "h"), ("next", "c")], default_recurrent_mode=True,
+        lstm=lstm, in_keys=["x", "h", "c"], out_keys=["y", ("next", "h"), ("next", "c")], default_recurrent_mode=True,
         recurrent_backend=backend,
         recurrent_compute_dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32,
         recurrent_matmul_precision="ieee" if case.dtype == "fp32" else "tf32",
     )  # fmt: skip
-    parameters, (h0, c0) = load(module.lstm, problem), states(problem)
-    resets = problem.resets
+    resets = inputs.resets
     if resets is None:
-        resets = torch.zeros(case.steps, case.batch, dtype=torch.bool, device=problem.h0.device)
+        resets = torch.zeros(case.steps, case.batch, dtype=torch.bool, device=inputs.h0.device)
     is_init = resets.T[:, :, None].contiguous()  # [B, T, 1]
 
     def for_every_step(state: Tensor) -> Tensor:
@@ -63,10 +41,17 @@ def build(name: str, problem: Problem) -> Engine:
         first = torch.where(is_init[:, 0, :, None], 0, state.transpose(0, 1)).to(dtype)
         return F.pad(first[:, None], (0, 0, 0, 0, 0, case.steps - 1))
 
-    def call(x):
+    def call(x, h0, c0):
         given = {"x": x.transpose(0, 1).to(dtype), "h": for_every_step(h0), "c": for_every_step(c0)}
         done = module(tensordict.TensorDict({**given, "is_init": is_init}, [case.batch, case.steps]))
         h_n, c_n = (done["next", state][:, -1].transpose(0, 1) for state in ("h", "c"))
         return done["y"].transpose(0, 1).to(case.torch_dtype), h_n, c_n
 
-    return Engine(call, parameters, h0, c0)
+    return Engine(call, dict(lstm.named_parameters()))
+
+
+absent = partial(absence, "torchrl", "pip install 'torchrl>=0.13'")  # the first with backends to choose from
+PROVIDERS = {
+    "torchrl-pad": Provider(partial(build, "pad"), partial(absent, cuda=False), everywhere=True),
+    "torchrl-triton": Provider(partial(build, "triton"), absent, everywhere=True),
+}

@@ -1,0 +1,215 @@
+"""Cases by all their providers: built, found right against float64, and only then timed, in turn."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_packed_sequence
+
+from . import results, timing
+from .cases import Case, grid
+from .inputs import Inputs, results_in
+from .isolated import ProviderFailed, Worker
+from .providers import PROVIDERS, YARDSTICK, taking_part
+from .providers.engine import Unable
+
+SECONDS = 8.0  # of timing, a case
+ALLOWED = 2.0  # times torch's own error in the same dtype
+SANITY = 8.0  # times the error of torch.lstm_cell, for torch.nn.LSTM itself, whose error is the measure of the rest
+
+Row = dict[str, Any]
+"""Columns of results.COLUMNS; those without a value may be left out."""
+
+
+def measure(
+    cases: list[Case], names: list[str] | None, device: str, sides: dict[Path, Path | None], deadline: float = math.inf
+) -> list[Case]:
+    """Run `cases`, each row in its file before the next case starts; those there was no time for before `deadline`.
+
+    All take part in the headline, elsewhere those that say so; or those who are named. On a CUDA `device` a case runs
+    in a process of its own. `sides` are new files, and for each the folder to import gpu_lstm from, None for the one
+    imported here: several take turns case by case, each in its process. The deadline is by time.monotonic().
+    """
+    for file in sides:
+        results.create(file)
+    torch.set_num_threads(1)  # several stall each other, by a factor of 100, where anything else wants a core
+    headline = grid("cpu" if device == "cpu" else "cuda")["headline"]
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with contextlib.ExitStack() as stack:
+        run: dict[Path, Any] = dict.fromkeys(sides, run_case)
+        if device != "cpu" or len(sides) > 1:
+            run = {
+                file: stack.enter_context(contextlib.closing(Worker(run_case, path))) for file, path in sides.items()
+            }
+        bar = stack.enter_context(Progress(*columns, transient=True))
+        task = bar.add_task("", total=len(cases))
+        for number, case in enumerate(cases):
+            if time.monotonic() > deadline:
+                return cases[number:]
+            bar.update(task, description=case.name, completed=number)
+            for file in list(sides)[:: -1 if number % 2 else 1]:  # now the one side first, now the other
+                for row in rows_of(case, taking_part(names, case in headline), device, run[file]):
+                    results.append(file, row)
+    return []
+
+
+def rows_of(case: Case, names: list[str], device: str, run: Callable[..., list[Row]]) -> list[Row]:
+    """What `run` gives for one case. Providers that fail are named as failed, and the others run without them."""
+    failed: dict[str, str] = {}
+    while set(failed) != set(names):
+        try:
+            return run(case, names, device, failed)
+        except ProviderFailed as error:
+            provider, text = error.args
+            failed |= dict.fromkeys([provider] if provider in names else names, text)  # nobody in particular: all
+    return [_row(case, name, device, status="failed", note=text) for name, text in failed.items()]
+
+
+def run_case(
+    case: Case, names: list[str], device: str, failed: dict[str, str], tell: Callable[[str], None] = lambda name: None
+) -> list[Row]:
+    """Rows of a case, one or more for each provider of `names`, of whom the yardstick is the first.
+
+    Those that `failed` before, and how, are not tried again. Whoever waits is told by `tell` whose turn it is. Raises
+    ProviderFailed where a provider raises; the device may be unusable from then on.
+    """
+    torch.set_num_threads(1)  # as in `measure`: this may be a process of its own
+    outcomes: dict[str, Row] = {name: {"status": "failed", "note": text} for name, text in failed.items()}
+    calls: dict[tuple[str, bool], timing.Call] = {}
+    with timing.float32_products(case.dtype):
+        inputs, gate = Inputs.of(case, device), Gate()
+        for name in (name for name in names if name not in failed):
+            tell(name)
+            try:
+                if (reason := PROVIDERS[name].absent(device)) is not None:
+                    outcomes[name] = {"status": "absent", "note": reason}
+                    continue
+                trial = Trial(name, inputs)
+                outcomes[name] = gate.judge(trial)
+                if outcomes[name]["status"] in results.TIMED:
+                    kept = timing.kept_bytes(partial(trial.call, 0), trial.leaves(0)) if case.training else None
+                    outcomes[name] |= {"peak_bytes": timing.peak_bytes(trial.call, device), "kept_bytes": kept}
+                    calls[name, False] = trial.call
+                    if device != "cpu" and PROVIDERS[name].graphed:
+                        calls[name, True] = timing.captured(trial.call)
+            except Unable as error:
+                outcomes[name] = {"status": "unable", "note": str(error)}
+            except Exception as error:
+                raise ProviderFailed(name, f"{type(error).__name__}: {error}") from error
+        del gate  # and what it knows from float64
+        tell("all, timed in turn")
+        copy, product = timing.ceilings(case.dtype, device)
+        seconds = timing.interleaved(calls, device, SECONDS)
+
+    rows = [_row(case, name, device, **outcomes[name]) for name in names if (name, False) not in calls]
+    bound = max(case.operations() / product, case.bytes_moved() / copy)
+    ceilings = {"bound_s": bound, "copy_bytes_per_s": copy, "product_flops_per_s": product}
+    for (name, graph), mine in seconds.items():
+        figures = dict(zip(("median_s", "p20_s", "p80_s"), timing.percentiles(mine)))
+        if (YARDSTICK, False) in seconds:
+            speeds = timing.percentiles(seconds[YARDSTICK, False] / mine)
+            figures |= zip(("speed", "speed_p20", "speed_p80"), speeds)
+        rows.append(_row(case, name, device, graph=graph, rounds=len(mine), **figures, **ceilings, **outcomes[name]))
+    return rows
+
+
+def _row(case: Case, provider: str, device: str, graph: bool = False, **columns: Any) -> Row:
+    given = {"case": case.name, **asdict(case), "provider": provider, "graph": graph}
+    return results.provenance(device) | given | columns
+
+
+class Trial:
+    """A provider's engine, and the leaves that gradients are taken of. Raises Unable; the yardstick does its best."""
+
+    def __init__(self, name: str, inputs: Inputs) -> None:
+        self.name, self.status, self.training = name, "measured", inputs.case.training
+        try:
+            self.engine = PROVIDERS[name].build(inputs)
+        except Unable:
+            if name != YARDSTICK:
+                raise
+            self.status, inputs = "yardstick", inputs.plain()
+            self.engine = PROVIDERS[name].build(inputs)
+        self.inputs, self.form = inputs, inputs.packed(inputs.dy) if inputs.case.sequences == "packed" else None
+        h0, c0, *self.xs = (
+            t.detach().clone().requires_grad_(self.training)
+            for t in (inputs.h0, inputs.c0, *(self._elements(x) for x in inputs.xs))
+        )
+        self.states, self.dy = (h0, c0), self._elements(inputs.dy)
+
+    def _elements(self, t: Tensor) -> Tensor:
+        """Of t [T, B, *], as a provider is given them: all, or packed [N, *]."""
+        return t if self.form is None else self.inputs.packed(t).data
+
+    def _padded(self, elements: Tensor) -> Tensor:
+        """[T, B, *] again."""
+        packed = self.form and self.form._replace(data=elements)
+        return pad_packed_sequence(packed, total_length=self.inputs.case.steps)[0] if packed else elements
+
+    def leaves(self, number: int) -> list[Tensor]:
+        """What a call takes gradients of: x, h0, c0 and the parameters."""
+        return [self.xs[number % len(self.xs)], *self.states, *self.engine.parameters.values()]
+
+    def call(self, number: int) -> tuple[Any, tuple[Tensor, ...]]:
+        """One call, with backward if the case has it: (output, h_n, c_n) and the gradients of all leaves."""
+        leaves = self.leaves(number)
+        with self.engine.within(), torch.set_grad_enabled(self.training):
+            x = leaves[0] if self.form is None else self.form._replace(data=leaves[0])
+            y, *finals = self.engine.call(x, *self.states)
+            y = y if self.form is None else y.data
+            return (y, *finals), torch.autograd.grad(y, leaves, self.dy) if self.training else ()
+
+    def results(self) -> dict[str, Tensor]:
+        """Output, final states and, for training, every gradient, by the names that `inputs.results_in` gives."""
+        (y, h_n, c_n), gradients = self.call(0)
+        found = {"output": self._padded(y), "h_n": h_n, "c_n": c_n}
+        if self.training:
+            dx, dh0, dc0, *others = gradients
+            found |= {"dx": self._padded(dx), "dh0": dh0, "dc0": dc0}
+            found |= {f"d{name}": gradient for name, gradient in self.engine.named(others).items()}
+        return found
+
+
+class Gate:
+    """Tells who is right: against float64, with at most ALLOWED times torch's own error in the dtype of the case."""
+
+    def __init__(self) -> None:
+        self._truths: dict[Case, tuple[dict[str, Tensor], dict[str, float]]] = {}  # and the errors of torch.lstm_cell
+        self._torchs: dict[str, float] = {}  # errors of torch.nn.LSTM
+
+    def judge(self, trial: Trial) -> Row:
+        """Status, note and error of a provider."""
+        case, dtype = trial.inputs.case, trial.inputs.case.torch_dtype
+        if case not in self._truths:
+            true = results_in(torch.float64, trial.inputs)
+            self._truths[case] = true, relative_errors(results_in(dtype, trial.inputs), true)
+        true, cells = self._truths[case]
+        errors = relative_errors(trial.results(), true)
+        factor, torchs = (SANITY, {}) if trial.name == YARDSTICK else (ALLOWED, self._torchs)
+        least = torch.finfo(dtype).eps / ALLOWED  # an error that nothing can be blamed for
+        over = {name: errors[name] / (factor * max(cells[name], torchs.get(name, 0.0), least)) for name in errors}
+        worst = max(over, key=lambda name: (math.isnan(over[name]), over[name]))
+        if not over[worst] <= 1:
+            note = f"error of {worst} is {over[worst]:.2g} times what is allowed"
+            return {"status": "wrong", "note": note, "error": over[worst]}
+        if trial.name == YARDSTICK:
+            self._torchs = errors
+        kernels = "without the lengths and resets" if trial.status == "yardstick" else trial.engine.kernels()
+        return {"status": trial.status, "note": kernels, "error": over[worst]}
+
+
+def relative_errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
+    """Of every true result, relative, by the Euclidean norm; absolute where it is zero; NaN where none was found."""
+    errors = dict.fromkeys(true, math.nan)
+    for name, truth in true.items():
+        if name in found and found[name].shape == truth.shape:
+            errors[name] = (found[name].detach().double() - truth).norm().item() / (truth.norm().item() or 1.0)
+    return errors

@@ -1,0 +1,270 @@
+"""Rows in words: tables for a terminal (all cases, all providers, what is expected of other GPUs), the README."""
+
+import math
+import os
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from . import results
+from .cases import Case
+from .providers import OURS, YARDSTICK
+
+LINES = 32  # that the summary has for cases and for the rules between their groups
+EVEN = 0.02  # a time that differs by less is called even
+MIB = 2**20
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+NO_GPU = "No figure has been taken on a GPU yet."
+CPU_LINES = 8  # in the README: a CPU is not what this is for
+TOGETHER = {"input_size": "hidden_size", "directions": "layers"}  # sizes that vary together
+LEFT = ("mode", "case", "provider", "kernels", "status", "note", "best other", "verdict")
+CUT = ("note", "best other")  # where the terminal ends
+STYLES = dict.fromkeys(("slower", "wrong", "failed"), "bold red") | {"faster": "bold green"}  # by a cell's last word
+
+
+def measured(rows: pd.DataFrame) -> pd.DataFrame:
+    """All but expected rows, the last of each case and `contender`: a provider, and whether it is a replayed graph.
+
+    Raises ValueError where there is none, or where they are of several devices.
+    """
+    rows = rows[rows["status"] != "expected"]
+    devices = rows["device"].unique()
+    if len(devices) != 1:
+        raise ValueError(f"expected rows of one device, got {len(devices)}: {', '.join(devices)}")
+    contenders = rows["provider"].where(~rows["graph"], rows["provider"] + " (graph)")
+    return rows.assign(contender=contenders, object=objects(rows)).drop_duplicates(["object", "contender"], keep="last")
+
+
+def objects(rows: pd.DataFrame) -> list[Case]:
+    """The case of each row."""
+    return [Case(**fields) for fields in rows[results.CASE].to_dict("records")]
+
+
+def headline_of(rows: pd.DataFrame) -> Case:
+    """The case with most contenders, the first of those."""
+    return rows["object"].value_counts(sort=False).idxmax()
+
+
+def is_ours(rows: pd.DataFrame) -> pd.Series:
+    """Which rows are gpu_lstm's own, on whatever backend."""
+    return rows["provider"].str.split("-").str[0] == OURS
+
+
+def by_case(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line for each case, in the groups that differ from the headline in the same, each from small to large.
+
+    `rank` is the place in the `group` before sorting; `speed` is ours. The columns that are not rows' are text.
+    """
+    base = headline_of(rows)
+
+    def group(case: Case) -> str:
+        changed = {TOGETHER.get(name, name) for name in results.CASE if getattr(case, name) != getattr(base, name)}
+        return case.mode if case.mode == "step" else " ".join(sorted(changed - {"mode"}))
+
+    lines = rows.drop_duplicates("case").set_index("case")[["object", *results.CASE]]
+    lines["group"] = pd.factorize(lines["object"].map(group))[0]
+    lines["rank"] = lines.groupby("group").cumcount()
+    for provider in (YARDSTICK, OURS):
+        its = rows[rows["provider"] == provider].sort_values("graph", kind="stable").drop_duplicates("case")
+        its = its.set_index("case").reindex(lines.index)
+        times = texts(1e3 * its["median_s"]) + its["status"].eq("yardstick").map({True: "*", False: ""})
+        lines[f"{provider} ms"] = times.where(its["median_s"].notna(), its["status"]).fillna("-")
+    lines["speed"], lines["times as fast"] = its["speed"], verdicts(its)
+    lines["bound"] = texts(its["bound_s"] / its["median_s"], "{:.0%}".format)
+    others = rows[(rows["status"] == "measured") & (rows["contender"] != YARDSTICK) & ~is_ours(rows)]
+    best = others.sort_values("speed", ascending=False, kind="stable").drop_duplicates("case").set_index("case")
+    lines["best other"] = texts(best["speed"]) + " " + best["contender"]
+    return lines.sort_values(["group", *(n for n in results.CASE if lines[n].dtype.kind in "if")], kind="stable")
+
+
+def telling(lines: pd.DataFrame, room: int) -> pd.DataFrame:
+    """At most `room` lines: the headline, where ours is slower or has no figure, then the first of every group."""
+    fine = (lines["ours ms"] == "-") | (lines["speed"] >= 1 - EVEN)
+    order = lines.assign(later=lines["group"] > 0, fine=fine).sort_values(["later", "fine", "rank", "group"])
+    return lines[lines.index.isin(order.index[:room])]
+
+
+def summary(rows: pd.DataFrame) -> Table:
+    """A line a case: torch.nn.LSTM, ours and the best other. Where there are too many, those left out are counted."""
+    rows = measured(rows)
+    lines, base, notes = by_case(rows), headline_of(rows), [origin(rows)]
+    rules = lines["group"].nunique() - 1
+    shown = lines if len(lines) + rules <= LINES else telling(lines, LINES - rules - 2)
+    if (rows["status"] == "yardstick").any():
+        notes.append("* torch.nn.LSTM without the lengths and resets, which it does not take")
+    broken = rows[rows["status"].isin(results.BROKEN)].groupby(["status", "contender"], sort=False).size()
+    told = [f"{status}: {name} in {count} of {len(lines)} cases" for (status, name), count in broken.items()]
+    title = "gpu_lstm and torch.nn.LSTM (T steps, B batch, H hidden, L layers, D directions)"
+    cells = shown.assign(case=[sizes(case, base) for case in shown["object"]])
+    columns = ["mode", "case", "torch ms", "ours ms", "times as fast", "bound", "best other"]
+    done = table(cells[columns], title, "\n".join([*notes, "; ".join(told)]).strip(), shown["group"])
+    if len(left_out := lines.drop(shown.index)):
+        done.add_row("more", f"{len(left_out)} cases", "", "", spread(left_out), "", "")
+    return done
+
+
+def headline(rows: pd.DataFrame) -> list[Table]:
+    """Every provider at the case that most of them have, the fastest first; which kernels ran, or why none did."""
+    rows = measured(rows)
+    base, memory = headline_of(rows), memory_column(rows)
+    rows = rows[rows["object"] == base].sort_values("median_s", kind="stable")  # those without a time last
+    timed = rows[rows["median_s"].notna()]
+    ms = {name: texts(1e3 * timed[f"{name}_s"]) for name in ("median", "p20", "p80")}
+    cells = pd.DataFrame({
+        "provider": timed["contender"], "ms": ms["median"], "p20-p80": ms["p20"] + "-" + ms["p80"],
+        "us a step": texts(1e6 * timed["median_s"] / base.steps),
+        f"{memory.removesuffix('_bytes')} MiB": texts(timed[memory] / MIB),
+        "times as fast": verdicts(timed), "error": texts(timed["error"]),
+    })  # fmt: skip
+    footnotes = ["error: the largest of results and gradients over what is allowed; 1 is the most", origin(rows)]
+    for copy, product in timed[["copy_bytes_per_s", "product_flops_per_s"]].dropna().values[:1] / 1e9:
+        reached = f"bytes over {digits(copy)} GB/s, operations over {digits(product)} GFLOP/s, as measured here"
+        footnotes.insert(1, f"bound: {reached}")
+    others = rows[rows["median_s"].isna() | (rows["note"].notna() & ~rows["graph"])]
+    status = others["status"].where(others["median_s"].isna(), "kernels")
+    notes = pd.DataFrame({"provider": others["contender"], "status": status, "note": others["note"]})
+    return [table(cells, f"All providers: {base.mode} {sizes(base)}"), table(notes, "", "\n".join(footnotes))]
+
+
+def expected(rows: pd.DataFrame) -> list[Table]:
+    """What plans expect of GPUs that are not here, a table each."""
+    rows = rows[rows["status"] == "expected"]
+    cells = pd.DataFrame({
+        "case": [sizes(case) for case in objects(rows)], "kernels": rows["note"],
+        "launches": texts(rows["launches"], "{:.0f}".format), "kept MiB": texts(rows["kept_bytes"] / MIB),
+        "host us": texts(1e6 * rows["host_s"]), "us a step": texts(rows["expected_us_per_step"]),
+    })  # fmt: skip
+    title, devices = "Expected, not measured: training, {}", rows.groupby("device", sort=False)
+    return [table(cells.loc[its.index], title.format(device), origin(its)) for device, its in devices]
+
+
+def update_readme(readme: Path, files: list[Path]) -> None:
+    """Write what the files of results say between the two markers of `readme`, GPUs first; the rest stays as it is.
+
+    Raises ValueError where a marker is missing, or a file of results is broken.
+    """
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{readme}: no {END if begin else BEGIN}; expected {BEGIN} on a line before {END}")
+    on_gpus: list[str] = []
+    on_cpus: list[str] = []
+    no_gpu = [NO_GPU]
+    for path in sorted(files):
+        rows, name = results.read(path), Path(os.path.relpath(path, readme.parent)).as_posix()
+        for _, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
+            on_gpu = its["cuda"].notna().any()
+            (on_gpus if on_gpu else on_cpus).append(_section(name, measured(its), on_gpu))
+            no_gpu = [] if on_gpu and (its["status"] == "measured").any() else no_gpu
+    readme.write_text(f"{before}{BEGIN}\n" + "\n\n".join([*no_gpu, *on_gpus, *on_cpus]) + f"\n{END}{after}")
+
+
+def _section(name: str, rows: pd.DataFrame, on_gpu: bool) -> str:
+    """Where the figures come from, and a table of them."""
+    lines = by_case(rows)
+    shown = lines if on_gpu else telling(lines, CPU_LINES)
+    text = f"{'GPU' if on_gpu else 'CPU, not a GPU'}: {origin(rows)}; from [{name}]({name})."
+    if len(shown) < len(lines):
+        text += f" {len(shown)} of {len(lines)} cases."
+        text += f" Over all that were timed, gpu_lstm is {spread(lines)} times as fast."
+    if shown["torch ms"].str.endswith("*").any():
+        text += " Where torch.nn.LSTM's time has a star, it ran without the lengths or resets, which it does not take."
+    written = [textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + """
+
+| case | torch.nn.LSTM, ms | gpu_lstm, ms | times as fast | of the bound |
+|------|------------------:|-------------:|--------------:|-------------:|"""]  # fmt: skip
+    for _, line in shown.replace("-", "not run").iterrows():
+        times = (
+            line["torch ms"].replace("*", r"\*"),
+            line["ours ms"],
+            line["times as fast"].split(" ")[0],
+            line["bound"],
+        )
+        written.append(f"| {line['mode']} {sizes(line['object'])} | {' | '.join(times)} |")
+    return "\n".join(written)
+
+
+def sizes(case: Case, base: Case | None = None) -> str:
+    """What a case is, without its mode; only what differs from `base`, if anything does."""
+
+    def parts(case: Case) -> list[str]:
+        size = f"{'' if case.input_size == case.hidden_size else f'I{case.input_size} '}H{case.hidden_size}"
+        rest = [f"L{case.layers}", f"D{case.directions}", case.sequences, f"resets {100 * case.reset_rate:.3g}%"]
+        return [case.dtype, f"T{case.steps}", f"B{case.batch}", size, *rest]
+
+    changed = [part for part, same in zip(parts(case), parts(base)) if part != same] if base else []
+    return " ".join(changed or (part for part in parts(case) if part not in ("L1", "D1", "full", "resets 0%")))
+
+
+def texts(values: pd.Series, write: Callable[[float], str] | None = None) -> pd.Series:
+    """Numbers with three digits, or as `write` has them; nothing for NaN."""
+    written = ["" if pd.isna(value) else (write or digits)(value) for value in values]
+    return pd.Series(written, values.index, dtype=object)
+
+
+def verdicts(rows: pd.DataFrame) -> pd.Series:
+    """Speeds and what to think of them: faster or slower only where the spread of the rounds allows no doubt."""
+    itself, timed = rows["contender"] == YARDSTICK, rows["speed"].notna()
+    doubtless = [rows["speed_p20"] > 1 + EVEN, rows["speed_p80"] < 1 - EVEN]
+    return texts(rows["speed"]) + np.select([*doubtless, itself, timed], [" faster", " slower", " " * 7, " even  "], "")
+
+
+def spread(lines: pd.DataFrame) -> str:
+    """The least and the greatest speed of ours."""
+    speeds = lines["speed"].dropna()
+    return f"{digits(speeds.min())} to {digits(speeds.max())}" if len(speeds) else ""
+
+
+def origin(rows: pd.DataFrame) -> str:
+    """Device, versions, commit and date of rows; of each all that occur."""
+
+    def every(column: str, name: str = "") -> str:
+        return (name and name + " ") + "/".join(found) if (found := rows[column].dropna().unique().tolist()) else ""
+
+    named = {"gpu_lstm": "gpu_lstm", "torch": "torch", "triton": "triton", "cuda": "CUDA", "driver": "driver"}
+    versions = ", ".join(filter(None, (every(column, name) for column, name in named.items())))
+    dates = "/".join(sorted(rows["date"].str[:10].unique()))
+    return "; ".join(filter(None, (every("device"), versions, every("commit", "commit"), dates)))
+
+
+def memory_column(rows: pd.DataFrame) -> str:
+    """Which column says what memory a call takes: what was allocated at most, if that was measured."""
+    return "peak_bytes" if rows["peak_bytes"].notna().any() else "kept_bytes"
+
+
+def digits(value: float) -> str:
+    """A number with three digits that count, or all before the point if there are more."""
+    if not value:
+        return "0"
+    before_point = math.floor(math.log10(float(f"{value:.2e}")))  # rounded first: 9.999 is 10.0
+    return f"{value:.{max(0, 2 - before_point)}f}"
+
+
+def table(
+    cells: pd.DataFrame, title: str, caption: str = "", groups: pd.Series | None = None, folded: tuple[str, ...] = ()
+) -> Table:
+    """Cells of text, with rules between groups. Where the terminal is too narrow, some columns are folded or CUT."""
+
+    def cell(column: str, text: str) -> Text:
+        cut: Any = {"no_wrap": True, "overflow": "ellipsis"} if column in CUT else {}
+        return Text(text, style=STYLES.get(text.strip().split(" ")[-1], ""), **cut)
+
+    done = Table(
+        title=Text(title, style="bold"), title_justify="left", caption=Text(caption), caption_justify="left",
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True,
+    )  # fmt: skip
+    for name in cells:
+        justify: Any = "left" if name in LEFT else "right"
+        done.add_column(cell(name, name), justify=justify, no_wrap=name not in (*CUT, *folded), overflow="fold")
+    for _, group in cells.fillna("").groupby([0] * len(cells) if groups is None else groups):
+        for line in group.values:
+            done.add_row(*map(cell, cells, line))
+        done.add_section()
+    return done
