@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -259,7 +260,7 @@ def built(kind, *args, **kwargs):
 LSTM, RNN, BOTH, CELL = keras.layers.LSTM, keras.layers.RNN, keras.layers.Bidirectional, keras.layers.LSTMCell
 
 
-@pytest.mark.parametrize(("layer", "error", "message"), [
+LAYERS = [
     (lambda: built(LSTM, H, activation="relu"), ValueError, "activation='relu'"),
     (lambda: built(LSTM, H, activation=None), ValueError, "activation='linear'"),
     (lambda: built(RNN, CELL(H, recurrent_activation="hard_sigmoid")), ValueError,
@@ -280,14 +281,8 @@ LSTM, RNN, BOTH, CELL = keras.layers.LSTM, keras.layers.RNN, keras.layers.Bidire
     (lambda: built(RNN, [CELL(H), keras.layers.GRUCell(H)]), TypeError, "got GRUCell"),
     (lambda: built(BOTH, RNN([CELL(H)])), TypeError, "got StackedRNNCells"),
     *((lambda kind=kind: KINDS[kind]({"dtype": "float32"}), ValueError, "build it first") for kind in KINDS),
-], ids=lambda value: str(value)[:30] if isinstance(value, str) else "")  # fmt: skip
-def test_layers_that_cannot_be_converted(layer, error, message):
-    layer = layer()
-    with pytest.raises(error, match=message):
-        from_keras(layer)
-
-
-@pytest.mark.parametrize(("module", "error", "message"), [
+]  # fmt: skip
+MODULES = [
     (gpu_lstm.LSTM(I, H, proj_size=2), ValueError, "proj_size=2"),
     (gpu_lstm.LSTM(I, H, num_layers=2, dropout=0.5), ValueError, "dropout=0.5"),
     (gpu_lstm.LSTM(I, H, num_layers=2, bidirectional=True), ValueError, "bidirectional=True"),
@@ -299,16 +294,9 @@ def test_layers_that_cannot_be_converted(layer, error, message):
     (gpu_lstm.StackedLSTM(I, [H, 2], bidirectional=True), ValueError, "bidirectional=True"),
     (nn.GRU(I, H), TypeError, "got GRU"),
     (gpu_lstm.LSTMCell(I, H), TypeError, "got LSTMCell"),
-])  # fmt: skip
-def test_modules_that_cannot_be_converted(module, error, message):
-    with pytest.raises(error, match=message):
-        to_keras(module)
-
-
+]  # fmt: skip
 BACKWARDS = GoBackwards(gpu_lstm.LSTM(I, H, batch_first=True))
-
-
-@pytest.mark.parametrize(("call", "error", "message"), [
+CALLS = [
     (lambda: GoBackwards(gpu_lstm.LSTM(I, H, batch_first=True, bidirectional=True)), ValueError, "bidirectional=True"),
     (lambda: GoBackwards(gpu_lstm.LSTM(I, H)), ValueError, "batch_first=False"),
     (lambda: BACKWARDS(torch.randn(T, I)), ValueError, "3 dimensions"),
@@ -318,10 +306,15 @@ BACKWARDS = GoBackwards(gpu_lstm.LSTM(I, H, batch_first=True))
     (lambda: lengths_of(torch.ones(2, 3)), ValueError, "torch.float32"),
     (lambda: lengths_of(torch.ones(3, dtype=torch.bool)), ValueError, r"got \[3\]"),
     (lambda: forget_bias(gpu_lstm.LSTM(I, H, bias=False)), ValueError, "bias=False"),
-    *((lambda function=function, module=module: function(module), TypeError, f"got {type(module).__name__}")
+    *((partial(function, module), TypeError, f"got {type(module).__name__}")
       for function in (keras_init, forget_bias) for module in (nn.GRU(I, H), nn.Linear(I, H))),
-], ids=lambda value: str(value)[:30] if isinstance(value, str) else "")  # fmt: skip
-def test_bad_calls(call, error, message):
+    *((lambda make=make: from_keras(make()), error, message) for make, error, message in LAYERS),
+    *((partial(to_keras, module), error, message) for module, error, message in MODULES),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CALLS, ids=[message[:30] for _, _, message in CALLS])
+def test_what_has_no_counterpart_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
@@ -333,7 +326,7 @@ def test_lengths_of():
         assert lengths.tolist() == [sum(row) for row in mask.tolist()]
 
 
-MODULES = {
+OURS = {
     "one layer": lambda: gpu_lstm.LSTM(I, H),
     "three layers": lambda: gpu_lstm.LSTM(I, H, num_layers=3),
     "bidirectional": lambda: gpu_lstm.LSTM(I, H, bidirectional=True),
@@ -348,10 +341,10 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", OURS)
 def test_to_keras(name):
     torch.manual_seed(0)
-    module = MODULES[name]().double()
+    module = OURS[name]().double()
     layer, x = to_keras(module), inputs(torch.float64)
     if getattr(module, "batch_first", True):
         output, states = module(x)
