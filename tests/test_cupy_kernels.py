@@ -16,6 +16,7 @@ import host_cuda
 import pytest
 import torch
 from comparing import assert_as_good_as_torch, example
+from test_kernels import VARIANTS, example_of
 from torch import Tensor, nn
 
 import gpu_lstm
@@ -27,15 +28,6 @@ from gpu_lstm.kernels.cupy_lstm.sequence import sequence_plan
 from gpu_lstm.kernels.cupy_lstm.step import STEP_PLAN
 from gpu_lstm.kernels.recurrence import Recurrence
 
-VARIANTS = {
-    "plain": {},
-    "reverse": {"reverse": True},
-    "ragged": {"ragged": True},
-    "ragged reverse": {"ragged": True, "reverse": True},
-    "resets": {"resets": 0.3},
-    "ragged resets reverse": {"ragged": True, "resets": 0.3, "reverse": True},
-    "no bias": {"bias": False, "ragged": True, "resets": 0.3},
-}
 SIZES = [  # (T, B, I, H), and how many problems of that size: more of the small, whose rounding errors vary more
     ((1, 1, 3, 1), 24),
     ((2, 3, 4, 5), 8),
@@ -57,10 +49,6 @@ def device(request, monkeypatch) -> Iterator[str]:
     torch.use_deterministic_algorithms(True)
     yield "cpu"
     torch.use_deterministic_algorithms(False)
-
-
-def _example(size, variant, seed):
-    return example(*size, **VARIANTS[variant], seed=seed)
 
 
 def _by_steps(r, dtype, backward):
@@ -87,14 +75,14 @@ FAMILIES = {"step": _by_steps, "sequence": _by_sequence}
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_result_and_gradient(monkeypatch, family, size, problems, variant, dtype, device):
     monkeypatch.setattr(launch, "choose_plan", FAMILIES[family])
-    assert_as_good_as_torch(partial(_example, size, variant), "cupy", dtype, device, problems)
+    assert_as_good_as_torch(partial(example_of, size, variant), "cupy", dtype, device, problems)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("projected", [1, 7, 32])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_projection(projected, variant, dtype, device):
-    assert_as_good_as_torch(partial(_example, (5, 4, 3, 33, projected), variant), "cupy", dtype, device)
+    assert_as_good_as_torch(partial(example_of, (5, 4, 3, 33, projected), variant), "cupy", dtype, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -105,7 +93,7 @@ def test_clusters(monkeypatch, blocks, variant, dtype, device):
     if major < 9 or (blocks == 16 and major > 9):
         pytest.skip("there are no clusters before sm_90, and those of 16 blocks are for sm_90 alone")
     monkeypatch.setattr(launch, "choose_plan", partial(_by_cluster, blocks=blocks))
-    assert_as_good_as_torch(partial(_example, (5, 5, 3, 18), variant), "cupy", dtype, device, seeds=2)
+    assert_as_good_as_torch(partial(example_of, (5, 5, 3, 18), variant), "cupy", dtype, device, seeds=2)
 
 
 @pytest.mark.gpu
@@ -113,7 +101,7 @@ def test_clusters(monkeypatch, blocks, variant, dtype, device):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", [(64, 32, 128, 256), (33, 70, 100, 513), (100, 33, 64, 128)], ids=str)
 def test_larger_sizes_on_a_gpu(size, variant, dtype):
-    assert_as_good_as_torch(partial(_example, size, variant), "cupy", dtype, "cuda")
+    assert_as_good_as_torch(partial(example_of, size, variant), "cupy", dtype, "cuda")
 
 
 def _layer(device: str, dtype=torch.float32, T=4, B=3, H=8) -> tuple[Tensor, Recurrence]:
@@ -254,7 +242,7 @@ SOURCE = source.SOURCE.read_text()
 BARRIERS = [match.start() for match in re.finditer(r"__syncthreads\(\);|__cluster_barrier_wait\(\);", SOURCE)]
 
 
-def _caught(monkeypatch, text: str, make_problem, *families) -> list[bool]:
+def _caught(monkeypatch, text: str, make_example, *families) -> list[bool]:
     """Whether the comparison sees a fault, by each family."""
     monkeypatch.setattr(backends, "_cupy_obstacle", lambda device, dtype: None)
     monkeypatch.setattr(launch, "launch_kernel", host_cuda.launcher(text, torch.float32))
@@ -262,7 +250,7 @@ def _caught(monkeypatch, text: str, make_problem, *families) -> list[bool]:
     for family in families:
         monkeypatch.setattr(launch, "choose_plan", family)
         try:
-            assert_as_good_as_torch(make_problem, "cupy", torch.float32)
+            assert_as_good_as_torch(make_example, "cupy", torch.float32)
             caught.append(False)
         except AssertionError:
             caught.append(True)
@@ -272,8 +260,8 @@ def _caught(monkeypatch, text: str, make_problem, *families) -> list[bool]:
 @pytest.mark.parametrize(("text", "fault"), [*FAULTS.values(), ("", "")], ids=[*FAULTS, "none"])
 def test_a_planted_fault_is_seen(monkeypatch, text, fault):
     assert not text or SOURCE.count(text) == 1
-    make_problem = partial(_example, (5, 3, 3, 6), "ragged resets reverse")
-    caught = _caught(monkeypatch, SOURCE.replace(text, fault), make_problem, *FAMILIES.values())
+    make_example = partial(example_of, (5, 3, 3, 6), "ragged resets reverse")
+    caught = _caught(monkeypatch, SOURCE.replace(text, fault), make_example, *FAMILIES.values())
     assert caught == [bool(text)] * 2
 
 
@@ -283,4 +271,4 @@ def test_a_missing_barrier_is_seen(monkeypatch, barrier):
     statement = SOURCE[barrier : SOURCE.index(";", barrier) + 1]
     text = SOURCE[:barrier] + SOURCE[barrier + len(statement) :]
     family = _by_cluster if "cluster" in statement else _by_sequence
-    assert _caught(monkeypatch, text, partial(_example, (6, 4, 3, 9), "plain"), family) == [True]
+    assert _caught(monkeypatch, text, partial(example_of, (6, 4, 3, 9), "plain"), family) == [True]

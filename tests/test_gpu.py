@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from comparing import assert_as_good_as_torch, example
+from comparing import assert_as_good_as_torch
+from test_kernels import example_of
 
 import gpu_lstm
 from gpu_lstm.kernels.triton_lstm import launch
@@ -14,24 +15,15 @@ from gpu_lstm.kernels.triton_lstm.planning import Family
 
 pytestmark = pytest.mark.gpu
 
-VARIANTS = {
-    "plain": {},
-    "reverse": {"reverse": True},
-    "ragged resets": {"ragged": True, "resets": 0.1},
-    "ragged resets reverse": {"ragged": True, "resets": 0.1, "reverse": True},
-}
+VARIANTS = ("plain", "reverse", "no bias", "ragged resets reverse")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def _example(size, variant, seed):
-    return example(*size, **VARIANTS[variant], seed=seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", [(32, 16, 64, 64), (32, 16, 64, 128), (24, 17, 100, 513), (16, 70, 64, 768)], ids=str)
 def test_what_is_chosen_is_right(size, variant, dtype):
-    assert_as_good_as_torch(partial(_example, size, variant), "triton", dtype, "cuda", seeds=1)
+    assert_as_good_as_torch(partial(example_of, size, variant), "triton", dtype, "cuda", seeds=1)
 
 
 @pytest.mark.parametrize("family", Family)
@@ -50,7 +42,9 @@ def test_every_family_and_exchange(monkeypatch, family, flagged, hidden):
 
     monkeypatch.setattr(launch, "choose_plan", plan_of_family)
     size = (20, 9, 32, hidden)
-    assert_as_good_as_torch(partial(_example, size, "ragged resets reverse"), "triton", torch.float16, "cuda", seeds=1)
+    assert_as_good_as_torch(
+        partial(example_of, size, "ragged resets reverse"), "triton", torch.float16, "cuda", seeds=1
+    )
     gpu_lstm.check()
 
 

@@ -28,22 +28,22 @@ SIZES = [  # (T, B, I, H), and how many problems of that size: more of the small
 ]
 
 
-def _example(size, variant, seed):
+def example_of(size, variant, seed):
     return example(*size, **VARIANTS[variant], seed=seed)
 
 
 @pytest.mark.parametrize(("size", "problems"), SIZES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float32(size, problems, variant, device):
-    assert_as_good_as_torch(partial(_example, size, variant), "triton", torch.float32, device, problems)
+    assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float32, device, problems)
 
 
 @pytest.mark.parametrize("projected", [1, 7, pytest.param(32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_projection(projected, variant, device):
-    assert_as_good_as_torch(partial(_example, (5, 4, 3, 33, projected), variant), "triton", torch.float32, device)
+    assert_as_good_as_torch(partial(example_of, (5, 4, 3, 33, projected), variant), "triton", torch.float32, device)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float16(variant, device):
-    assert_as_good_as_torch(partial(_example, (6, 5, 8, 40), variant), "triton", torch.float16, device)
+    assert_as_good_as_torch(partial(example_of, (6, 5, 8, 40), variant), "triton", torch.float16, device)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from comparing import assert_as_good_as_torch, example
 from concurrent_interpreter import ConcurrentRun
+from test_kernels import example_of
 
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels.triton_lstm import cooperative, exchange, launch
@@ -22,12 +23,7 @@ from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family, Plan
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU test_kernels.py runs what is chosen there")
 
 BOTH_EXCHANGES = pytest.mark.parametrize("flagged", [True, False], ids=["flagged", "counter"])
-VARIANTS = {
-    "plain": {},
-    "ragged": {"ragged": True},
-    "resets": {"resets": 0.3},
-    "ragged resets reverse": {"ragged": True, "resets": 0.3, "reverse": True},
-}
+VARIANTS = ("plain", "ragged", "resets", "ragged resets reverse")
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +43,6 @@ def nan_in_fresh_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", filled(new_empty))
 
 
-def _example(size, variant, seed):
-    return example(*size, **VARIANTS[variant], seed=seed)
-
-
 @pytest.mark.parametrize("size", [(1, 1, 3, 1), (5, 3, 4, 6), (7, 17, 3, 33), (9, 2, 3, 60)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resident(monkeypatch, size, variant):
@@ -59,7 +51,9 @@ def test_resident(monkeypatch, size, variant):
         return next(plan for plan in plans(problem, INTERPRETER, backward) if plan.family is Family.RESIDENT)
 
     monkeypatch.setattr(launch, "choose_plan", resident)
-    assert_as_good_as_torch(partial(_example, size, variant), "triton", torch.float32, seeds=12 if size[3] < 10 else 2)
+    assert_as_good_as_torch(
+        partial(example_of, size, variant), "triton", torch.float32, seeds=12 if size[3] < 10 else 2
+    )
 
 
 def _cooperate(monkeypatch, columns, rows, flagged, k=16, k_split=2, groups=8, yield_rate=0.05):
@@ -94,7 +88,7 @@ COOPERATIONS = [  # (T, B, I, H), units a program, batch tile: programs forward,
 def test_cooperative(monkeypatch, size, columns, rows, variant, flagged):
     _cooperate(monkeypatch, columns, rows, flagged)
     seeds = 1 if size[0] == 40 else 3
-    assert_as_good_as_torch(partial(_example, size, variant), "triton", torch.float32, seeds=seeds)
+    assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float32, seeds=seeds)
 
 
 @BOTH_EXCHANGES
@@ -102,7 +96,9 @@ def test_in_several_launches(monkeypatch, flagged):
     """For batch tiles that do not fit at once, and backward for two steps each."""
     _cooperate(monkeypatch, columns=8, rows=2, flagged=flagged, groups=2)
     monkeypatch.setattr(cooperative, "PARTIALS_WORKSPACE", 2 * 16 * 7 * 8)  # two steps of B=7, H=8
-    assert_as_good_as_torch(partial(_example, (5, 7, 3, 8), "ragged resets reverse"), "triton", torch.float32, seeds=2)
+    assert_as_good_as_torch(
+        partial(example_of, (5, 7, 3, 8), "ragged resets reverse"), "triton", torch.float32, seeds=2
+    )
 
 
 @BOTH_EXCHANGES
