@@ -1,5 +1,11 @@
 """LSTM for PyTorch on NVIDIA GPUs: a drop-in for torch.nn.LSTM, with lengths, resets and stacks of any sizes."""
 
+from pathlib import Path
+
+# Installed, the kernels are in this folder. In a checkout they stand beside it, and it works without an installation.
+if not Path(__file__).with_name("kernels").exists():
+    __path__.append(str(Path(__file__).parents[1]))
+
 from . import compat, functional, keras
 from .backends import Backend, backend
 from .convert import convert, from_haste, to_torch
