@@ -1,5 +1,7 @@
-"""All that a CUDA machine is asked in one command: doctor, the tests that need a GPU, the grid, plots, a table."""
+"""All that a CUDA machine is asked in one command, the most telling first: docs/first_gpu_run.md says what for."""
 
+import os
+import re
 import subprocess
 import sys
 import time
@@ -9,33 +11,60 @@ from . import cases, measure
 from .isolated import ROOT
 
 DOCTOR_S = 120.0
-TESTS_SHARE = 0.4  # of the time
 LAST_S = 20.0  # for plots and tables
-TESTS = ["pytest", "-v", "-n", "4", "-m", "gpu", "--require-gpu", "-rfE"]  # 4 processes compile kernels side by side
+FIRST = "tests/test_gpu.py"
+PYTEST = ["pytest", "-v", "-m", "gpu", "--require-gpu", "-rfE"]
+SIDE_BY_SIDE = ["-n", "4"]  # processes, which compile kernels at once
+HEADLINE = ("headline", [FIRST, "-k", "headline"], 0.15)  # one problem, alone: a fault in it explains all others
+FAMILIES = ("families", [FIRST, "-k", "not headline", *SIDE_BY_SIDE], 0.35)
+OTHERS = ("others", ["--ignore", FIRST, *SIDE_BY_SIDE], 1.0)
+GRID_UNTIL = 0.75  # of the time
+THREADS = {f"{library}_NUM_THREADS": "2" for library in ("OMP", "MKL", "OPENBLAS")}  # of each process of the tests
 
 
 def run(minutes: float, out: Path, device: str = "cuda") -> int:
-    """Doctor, tests and grid within about `minutes`, into the folder `out`. How many tests failed, in lines."""
-    start = time.monotonic()
+    """All parts within about `minutes`, into the folder `out`. How many tests failed, in lines."""
+    start, whole_s = time.monotonic(), 60 * minutes - LAST_S
     said, _ = command(["gpu_lstm"], DOCTOR_S, out / "doctor.txt")
     print(said)
-    limit_s = 60 * minutes * TESTS_SHARE
-    said, code = command(TESTS, limit_s, out / "tests.txt")
-    failures = [line for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    if code != 0:
-        failures.append(f"HUNG: stopped after {limit_s:.0f} s" if code is None else f"pytest ended with {code}")
+    failures = []
+    for name, arguments, until in (HEADLINE, FAMILIES):
+        failures += tests(name, arguments, start + until * whole_s, out)
     chosen, file = cases.choose(device.partition(":")[0], None), out / "results.csv"
-    left_out = measure.measure(chosen, None, device, {file: None}, deadline=start + 60 * minutes - LAST_S)
+    left_out = measure.measure(chosen, None, device, {file: None}, deadline=start + GRID_UNTIL * whole_s)
     if left_out:
         print(f"no time was left for {len(left_out)} cases: {', '.join(case.name for case in left_out)}")
-    print("\n".join([said.rstrip().rpartition("\n")[2], *failures]))
+    name, arguments, until = OTHERS
+    failures += tests(name, arguments, start + until * whole_s, out)
+    print("\n".join(failures))
     return len(failures)
+
+
+def tests(name: str, arguments: list[str], deadline: float, out: Path) -> list[str]:
+    """Run tests until `deadline`, by time.monotonic(), and print how they ended; a line for each failure.
+
+    Those that take too long are stopped, and the line says what they had done.
+    """
+    limit_s = max(1.0, deadline - time.monotonic())
+    said, code = command([*PYTEST, *arguments], limit_s, out / f"tests-{name}.txt")
+    failures = [line for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    last = said.rstrip().rpartition("\n")[2]
+    print(f"{name}: {last}")
+    if code is None:
+        done = [re.findall(rf"\b{outcome}\b", said) for outcome in ("PASSED", "FAILED")]
+        counts = f"{len(done[0])} passed and {len(done[1])} failed before"
+        failures.append(f"HUNG {name}: stopped after {limit_s:.0f} s; {counts}; the last line was: {last}")
+    elif code:
+        failures.append(f"{name}: pytest ended with {code}")
+    return failures
 
 
 def command(module: list[str], limit_s: float, log: Path) -> tuple[str, int | None]:
     """Run a module in the checkout; what it wrote, also to `log`, and its exit code: None if it took too long."""
     with log.open("w") as file:
-        done = subprocess.Popen([sys.executable, "-m", *module], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.Popen(
+            [sys.executable, "-m", *module], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ | THREADS
+        )
         try:
             code = done.wait(limit_s)
         except subprocess.TimeoutExpired:

@@ -29,7 +29,8 @@ PROVENANCE = [
     "date",  # UTC, ISO 8601
     "commit",  # of gpu_lstm's checkout, "+" where it has changes
     "device",  # the card's or processor's name
-    "gpu_lstm", "python", "torch", "triton", "cupy", "cuda", "driver",  # versions; cuda is torch's
+    "clock_mhz",  # of the card's multiprocessors, at most
+    "gpu_lstm", "python", "torch", "triton", "cupy", "cuda", "cudnn", "driver",  # versions; cuda is torch's
 ]  # fmt: skip
 FIGURES = [
     "error",  # the largest of all results and gradients, over what is allowed; 1 is the most
@@ -65,9 +66,15 @@ def provenance(device: str) -> dict[str, Any]:
         "triton": versions.get("triton"),
         "cupy": versions.get("cupy-cuda13x") or versions.get("cupy-cuda12x") or versions.get("cupy"),
         "cuda": torch.version.cuda if cuda else None,
-        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "driver": _of_card("driver_version") if cuda else None,
+        "clock_mhz": _of_card("clocks.max.sm") if cuda else None,
         "schema": SCHEMA,
     }  # fmt: skip
+
+
+def _of_card(what: str) -> str | None:
+    return _said("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits")
 
 
 def _said(*command: str) -> str | None:

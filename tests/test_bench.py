@@ -420,23 +420,49 @@ def test_bench_gpu_rehearsed_on_a_cpu(capsys, tmp_path, monkeypatch):
     """All parts in their order; what would ask the device is stubbed. A test fails; then all hang."""
     asked = []
     failed = "FAILED tests/test_gpu.py::test_b - AssertionError\n1 failed, 1 passed in 3 s", 1
-    named = ["FAILED tests/test_gpu.py", "pytest ended with 1"]
-    for said, minutes, tests in ((failed, 1.0, named), (("", None), 0.2, ["HUNG"])):
-        answers = iter([("gpu_lstm 0.1.0", 0), said])
+    hung = "tests/test_gpu.py::test_a PASSED\ntests/test_gpu.py::test_b", None
+    counted = "1 passed and 0 failed before; the last line was: tests/test_gpu.py::test_b"
+    for said, minutes, lines in (
+        (failed, 1.0, ["FAILED tests/test_gpu", "pytest ended with 1"]),
+        (hung, 0.4, [counted]),
+    ):
+        answers = iter([("gpu_lstm 0.1.0", 0), *[said] * 3])
         monkeypatch.setattr(gpu, "command", lambda *asking, answers=answers: asked.append(asking) or next(answers))
         (out := tmp_path / str(minutes)).mkdir()
-        assert gpu.run(minutes, out, device="cpu") == len(tests)
+        assert gpu.run(minutes, out, device="cpu") == 3 * len(lines)
         printed = capsys.readouterr().out
-        assert all(printed.index("gpu_lstm 0.1.0") < printed.index(test) for test in tests)
+        assert all(printed.index("gpu_lstm 0.1.0") < printed.index(line) for line in lines)
+        assert all(printed.count(line) == 3 for line in lines)
         rows = results.read(out / "results.csv")
         if minutes == 1.0:
             assert set(rows["provider"]) == set(providers.PROVIDERS)
         else:  # no time is left for the grid
             assert rows.empty
             assert f"no time was left for 2 cases: {SMALL.name}, {FORWARD.name}" in printed
-    assert [asking[0][0] for asking in asked] == ["gpu_lstm", "pytest"] * 2
-    assert {"--require-gpu", "gpu"} <= set(asked[1][0])
-    assert asked[1][1] == 60 * gpu.TESTS_SHARE
+    assert [asking[0][0] for asking in asked] == ["gpu_lstm", "pytest", "pytest", "pytest"] * 2
+    _, headline, families, others = (asking[0] for asking in asked[:4])
+    assert headline[-3:] == ["tests/test_gpu.py", "-k", "headline"]
+    assert "not headline" in families
+    assert others[others.index("--ignore") + 1] == "tests/test_gpu.py"
+    assert all({"--require-gpu", "gpu"} <= set(words) for words in (headline, families, others))
+    limits = [asking[1] for asking in asked[1:4]]
+    assert limits[0] == pytest.approx(gpu.HEADLINE[2] * 40, abs=1)
+    assert all(limit >= 1 for limit in limits)
+
+
+def test_every_test_that_needs_a_gpu_is_in_one_part_of_it():
+    """As pytest collects them: the first part has one test, the headline's, and no test is left out."""
+
+    def collected(*arguments):
+        words = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", *arguments]
+        said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout
+        return {line for line in said.splitlines() if "::" in line}
+
+    parts = [collected(*(word for word in arguments if word not in gpu.SIDE_BY_SIDE))
+             for _, arguments, _ in (gpu.HEADLINE, gpu.FAMILIES, gpu.OTHERS)]  # fmt: skip
+    assert {test.partition("[")[0] for test in parts[0]} == {"tests/test_gpu.py::test_the_headline"}
+    assert set.union(*parts) == collected()
+    assert sum(map(len, parts)) == len(collected())
 
 
 def test_a_command_that_hangs_is_stopped(tmp_path):

@@ -15,6 +15,15 @@ from gpu_lstm.kernels.triton_lstm.planning import Family
 
 pytestmark = pytest.mark.gpu
 
+
+def test_the_headline():
+    """H=768, B=16 in bfloat16, all steps in one cooperative launch: first of all, and alone."""
+    assert_as_good_as_torch(partial(example_of, (64, 16, 256, 768), "plain"), "triton", torch.bfloat16, "cuda", seeds=1)
+    gpu_lstm.check()
+    families = {plan.family for (problem, *_), plan in launch._chosen.items() if problem.hidden == 768}
+    assert families == {Family.COOPERATIVE}
+
+
 VARIANTS = ("plain", "reverse", "no bias", "ragged resets reverse")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -70,6 +79,25 @@ def test_layers_and_directions_side_by_side(options, recompute):
                 torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(ours(x)[0].double(), theirs(x.double())[0], rtol=1e-4, atol=1e-5)
+
+
+def test_two_grids_at_once():
+    """Two models of which each fills the card, on two streams, and a layer whose directions share it: nobody waits in
+    vain, and the numbers are those of one after another."""
+    models = [gpu_lstm.LSTM(64, 1024, device="cuda", dtype=torch.float16, backend="triton") for _ in range(2)]
+    models.append(gpu_lstm.LSTM(64, 512, bidirectional=True, device="cuda", dtype=torch.float16, backend="triton"))
+    x = torch.randn(200, 16, 64, device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        alone = [model(x)[0] for model in models]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in models]
+        for _ in range(20):
+            together = []
+            for model, stream in zip(models, streams):
+                with torch.cuda.stream(stream):
+                    together.append(model(x)[0])
+            gpu_lstm.check()
+            assert all(torch.equal(a, b) for a, b in zip(alone, together))
 
 
 @pytest.mark.parametrize("hidden", [64, 512])
