@@ -424,7 +424,7 @@ def test_bench_gpu_rehearsed_on_a_cpu(capsys, tmp_path, monkeypatch):
     counted = "1 passed and 0 failed before; the last line was: tests/test_gpu.py::test_b"
     for said, minutes, lines in (
         (failed, 1.0, ["FAILED tests/test_gpu", "pytest ended with 1"]),
-        (hung, 0.4, [counted]),
+        (hung, 0.2, [counted]),
     ):
         answers = iter([("gpu_lstm 0.1.0", 0), *[said] * 3])
         monkeypatch.setattr(gpu, "command", lambda *asking, answers=answers: asked.append(asking) or next(answers))
