@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if base is not None:
             old = out / "base.csv"
             measure.measure(chosen, options.providers or [OURS], options.device, {old: base, file: None})
-            return compare.show(results.read(old), results.read(file), compare.FAIL_UNDER)
+            return main(["compare", str(old), str(file)])
         measure.measure(chosen, options.providers, options.device, {file: None})
         for row in expected.rows(options.expect) if options.device == "cpu" and options.cases is None else []:
             results.append(file, row)

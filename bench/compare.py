@@ -39,11 +39,12 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> pd.DataF
         rows = old.merge(pd.concat([new, replayed]), "outer", KEY, suffixes=("_old", "_new"), validate="one_to_one")
     except pd.errors.MergeError as error:
         raise ValueError(f"a row is there twice, expected one run a file: {error}") from None
+    others = pd.concat(rows.loc[report.is_ours(rows), f"note_{side}"] for side in ("old", "new")).dropna().unique()
     rows = rows[rows[STATUS].isin(TIMED).any(axis=1)]
     (before, now), broken = (rows[side].isin(TIMED) for side in STATUS), rows["status_new"].isin(BROKEN)
     ours = report.is_ours(rows)
     if not (ours & before & (now | broken)).any():
-        raise ValueError("nothing to compare: no case of gpu_lstm was timed in both runs")
+        raise ValueError(f"nothing to compare: no case of gpu_lstm was timed in both runs; {'; '.join(others)}")
 
     without_speed = rows[["speed_old", "speed_new"]].isna().any(axis=1)
     in_seconds = (rows["provider"] == YARDSTICK) | without_speed | (not same_torch)
@@ -81,12 +82,14 @@ def show(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> int:
     order = rows.loc[rows["verdict"] != "", "verdict"].map(VERDICTS.index)
     told = rows.loc[order.sort_values(kind="stable").index]
     ms, timed = {name: (1e3 / told[name]).map("{:.3g} ms".format) for name in ("before", "now")}, told["ratio"].notna()
-    why = told["status_new"].fillna("not run") + (": " + told["note_new"]).fillna("")
+    why_old, why = (
+        told[f"status_{side}"].fillna("not run") + (": " + told[f"note_{side}"]).fillna("") for side in ("old", "new")
+    )
     cells = pd.DataFrame({
         "case": told["case"], "provider": told["provider"].where(~told["graph"], told["provider"] + " (graph)"),
         **{name: told[name].map("{:.3g}x".format).where(~told["in_seconds"], ms[name]).where(timed, "") for name in ms},
         "ratio": told["ratio"].map("{:.2f}".format).where(timed, ""),
-        "verdict": told["verdict"] + (": " + why).where(~timed & (told["verdict"] != VERDICTS[-1]), ""),
+        "verdict": told["verdict"] + (": " + why.where(told["status_old"].isin(TIMED), why_old)).where(~timed, ""),
     })  # fmt: skip
     if len(told):
         console.print(report.table(cells, "Changes (x: times as fast as torch.nn.LSTM)", folded=("case", "verdict")))

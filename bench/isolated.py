@@ -101,7 +101,8 @@ def checkout(commit: str) -> Iterator[Path]:
         try:
             added = subprocess.run([*git, "add", "--detach", tree, commit], capture_output=True, text=True)
             if added.returncode or not (tree / "gpu_lstm" / "__init__.py").exists():
-                raise ValueError(f"no commit {commit!r} with a gpu_lstm in it: {added.stderr.strip()}")
+                said = added.stderr.strip().splitlines()[-1]
+                raise ValueError(f"no commit {commit!r} with a gpu_lstm in it: {said}")
             path.mkdir()
             (path / "gpu_lstm").symlink_to(tree / "gpu_lstm")
             (tree / "gpu_lstm" / "kernels").symlink_to(tree / "kernels")  # where packaging puts it

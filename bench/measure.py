@@ -1,9 +1,9 @@
 """Cases by all their providers: built, found right against float64, and only then timed, in turn."""
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -43,12 +43,10 @@ def measure(
     torch.set_num_threads(1)  # several stall each other, by a factor of 100, where anything else wants a core
     headline = grid("cpu" if device == "cpu" else "cuda")["headline"]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         run: dict[Path, Any] = dict.fromkeys(sides, run_case)
         if device != "cpu" or len(sides) > 1:
-            run = {
-                file: stack.enter_context(contextlib.closing(Worker(run_case, path))) for file, path in sides.items()
-            }
+            run = {file: stack.enter_context(closing(Worker(run_case, path))) for file, path in sides.items()}
         bar = stack.enter_context(Progress(*columns, transient=True))
         task = bar.add_task("", total=len(cases))
         for number, case in enumerate(cases):
@@ -95,8 +93,11 @@ def run_case(
                 trial = Trial(name, inputs)
                 outcomes[name] = gate.judge(trial)
                 if outcomes[name]["status"] in results.TIMED:
-                    kept = timing.kept_bytes(partial(trial.call, 0), trial.leaves(0)) if case.training else None
-                    outcomes[name] |= {"peak_bytes": timing.peak_bytes(trial.call, device), "kept_bytes": kept}
+                    outcomes[name]["peak_bytes"] = timing.peak_bytes(trial.call, device)
+                    if case.training:
+                        with trial.engine.within():
+                            kept = timing.kept_bytes(partial(trial.forward, 0), trial.leaves(0))
+                        outcomes[name]["kept_bytes"] = kept
                     calls[name, False] = trial.call
                     if device != "cpu" and PROVIDERS[name].graphed:
                         calls[name, True] = timing.captured(trial.call)
@@ -139,10 +140,8 @@ class Trial:
             self.status, inputs = "yardstick", inputs.plain()
             self.engine = PROVIDERS[name].build(inputs)
         self.inputs, self.form = inputs, inputs.packed(inputs.dy) if inputs.case.sequences == "packed" else None
-        h0, c0, *self.xs = (
-            t.detach().clone().requires_grad_(self.training)
-            for t in (inputs.h0, inputs.c0, *(self._elements(x) for x in inputs.xs))
-        )
+        given = inputs.h0, inputs.c0, *map(self._elements, inputs.xs)
+        h0, c0, *self.xs = (t.detach().clone().requires_grad_(self.training) for t in given)
         self.states, self.dy = (h0, c0), self._elements(inputs.dy)
 
     def _elements(self, t: Tensor) -> Tensor:
@@ -160,12 +159,15 @@ class Trial:
 
     def call(self, number: int) -> tuple[Any, tuple[Tensor, ...]]:
         """One call, with backward if the case has it: (output, h_n, c_n) and the gradients of all leaves."""
-        leaves = self.leaves(number)
         with self.engine.within(), torch.set_grad_enabled(self.training):
-            x = leaves[0] if self.form is None else self.form._replace(data=leaves[0])
-            y, *finals = self.engine.call(x, *self.states)
+            y, *finals = self.forward(number)
             y = y if self.form is None else y.data
-            return (y, *finals), torch.autograd.grad(y, leaves, self.dy) if self.training else ()
+            return (y, *finals), torch.autograd.grad(y, self.leaves(number), self.dy) if self.training else ()
+
+    def forward(self, number: int) -> tuple[Any, Tensor, Tensor]:
+        """Of a call: output, h_n, c_n."""
+        x = self.xs[number % len(self.xs)]
+        return self.engine.call(x if self.form is None else self.form._replace(data=x), *self.states)
 
     def results(self) -> dict[str, Tensor]:
         """Output, final states and, for training, every gradient, by the names that `inputs.results_in` gives."""

@@ -121,9 +121,8 @@ def speed_figure(rows: pd.DataFrame) -> Figure | None:
     """How many times as fast as torch.nn.LSTM each contender is at each case: a number, and a colour."""
     base, lines = report.headline_of(rows), report.by_case(rows)
     names = {case.name: f"{case.mode} {report.sizes(case, base)}" for case in lines["object"]}
-    cells = rows.assign(speed=rows["speed"].where(rows["status"] == "measured")).pivot(
-        index="case", columns="contender"
-    )
+    known = rows.assign(speed=rows["speed"].where(rows["status"] == "measured"))
+    cells = known.pivot(index="case", columns="contender")
     timed = cells["speed"].count()
     columns = [name for name in rows["contender"].unique() if timed[name] > 1 and name != YARDSTICK]
     if not columns:
@@ -162,26 +161,16 @@ def _along(rows: pd.DataFrame, base: Case, size: str) -> pd.DataFrame:
 
 def _looks(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """One for each contender in all figures of a device; a replayed graph is its provider's, hollow and dotted."""
-    others = rows["provider"][rows["median_s"].notna() & ~rows["provider"].isin([OURS, YARDSTICK])].unique()
+    rows, thin = rows[rows["median_s"].notna()], {"linewidth": 1.2, "elinewidth": 1}
+    others = [name for name in rows["provider"].unique() if name not in (OURS, YARDSTICK)]
     looks: dict[str, dict[str, Any]] = {
-        provider: {"color": colour, "marker": marker, "linewidth": 1.2, "elinewidth": 1}
-        for provider, colour, marker in zip(others, itertools.cycle(COLOURS), itertools.cycle(MARKERS))
+        OURS: {"color": "black", "marker": "o", "linewidth": 2.4, "elinewidth": 1, "zorder": 4},
+        YARDSTICK: thin | {"color": "#d55e00", "marker": "s", "linestyle": "--", "zorder": 5},
     }
-    looks[OURS] = {"color": "black", "marker": "o", "linewidth": 2.4, "elinewidth": 1, "zorder": 4}
-    looks[YARDSTICK] = {
-        "color": "#d55e00",
-        "marker": "s",
-        "linestyle": "--",
-        "linewidth": 1.2,
-        "elinewidth": 1,
-        "zorder": 5,
-    }
+    for name, colour, marker in zip(others, itertools.cycle(COLOURS), itertools.cycle(MARKERS)):
+        looks[name] = thin | {"color": colour, "marker": marker}
     hollow = {"markerfacecolor": "white", "linestyle": ":", "linewidth": 1.2}
-    return {
-        row.contender: looks[row.provider] | (hollow if row.graph else {})
-        for row in rows.itertuples()
-        if row.provider in looks
-    }
+    return {row.contender: looks[row.provider] | (hollow if row.graph else {}) for row in rows.itertuples()}
 
 
 def _plain_ticks(axis: Any) -> None:
@@ -195,8 +184,7 @@ def _plain_ticks(axis: Any) -> None:
 def _described(figure: Figure, title: str, rows: pd.DataFrame, words: str) -> Figure:
     """With a title, and a caption that says where the figures come from."""
     parts, width = filter(None, (words, report.origin(rows))), int(figure.get_figwidth() * 21)
+    caption = "\n".join(textwrap.fill(part, width) for part in parts)
     figure.suptitle(title, fontsize=10)
-    figure.supxlabel(
-        "\n".join(textwrap.fill(part, width) for part in parts), x=0.01, ha="left", fontsize=6.5, color="0.35"
-    )
+    figure.supxlabel(caption, x=0.01, ha="left", fontsize=6.5, color="0.35")
     return figure

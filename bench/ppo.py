@@ -54,6 +54,7 @@ def measure(device: str, sizes: Sequence[tuple[int, int, int]] = SIZES, seconds:
     Raises ImportError where what the example needs is not installed, RuntimeError where loss or gradients differ.
     """
     example, rows = load_example(), []
+    torch.set_num_threads(1)  # as in `measure`
     with timing.float32_products("fp32"):
         for T, N, H in sizes:
             one_call, loop = (example.Agent(H).to(device) for _ in range(2))

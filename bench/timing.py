@@ -34,7 +34,7 @@ def interleaved(calls: Mapping[Name, Call], device: str, seconds: float) -> dict
     estimates = {name: [_sample(call, n, 1, device) for n in range(WARM_UP)][-1] for name, call in calls.items()}
     repeats = {name: max(1, round(SHORTEST / estimate)) for name, estimate in estimates.items()}
     a_round = sum(estimates[name] * repeats[name] for name in calls)
-    rounds = min(max(ROUNDS[0], int(seconds / a_round)), ROUNDS[1])
+    rounds = min(max(ROUNDS[0], int(seconds / (a_round or 1))), ROUNDS[1])
     shuffle, order, taken = random.Random(0), list(calls), {name: np.empty(rounds) for name in calls}
     for number in range(rounds):
         shuffle.shuffle(order)
