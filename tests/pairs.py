@@ -18,7 +18,7 @@ T, B, I, H = 4, 3, 3, 4
 SIZES = [4, 2]  # of a StackedLSTM
 KINDS = ("LSTM", "LSTMCell", "StackedLSTM")
 LENGTHS = torch.tensor([2, 0, 4])
-RESETS = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 1, 1], [1, 0, 1]]).bool()  # [T, B]
+RESETS = torch.tensor([[0, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 1]]).bool()  # [T, B], some in the padding
 
 
 class Chain(nn.Module):

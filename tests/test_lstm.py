@@ -307,6 +307,9 @@ def test_cpu_autocast_gives_the_dtypes_of_torch(kind, backend, arguments):
         for our, their in zip(got[0][: len(found)], found, strict=True):
             torch.testing.assert_close(our.float(), their.float(), rtol=0, atol=atol)
     if kind == "LSTM":
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # which lets dtypes differ
+            layer = gpu_lstm.functional.lstm_layer(x.bfloat16(), [torch.ones(4 * H, I), torch.ones(4 * H, H)])
+        assert {t.dtype for t in tree_leaves(layer)} == {torch.bfloat16}
         ragged = dict(lengths=torch.full((B,), T), resets=torch.zeros(T, B, dtype=torch.bool))
         with torch.autocast("cpu", torch.bfloat16):
             plain, ragged = (tree_leaves(ours(x, hx, **kwargs)) for kwargs in ({}, ragged))
