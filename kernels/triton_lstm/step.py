@@ -179,8 +179,10 @@ def lstm_step_project_kernel(
     valid = in_batch & (step < length)
 
     h = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
-    column = p.to(tl.int64) * H
-    h = product(h, m_ptr, batch.to(tl.int64), valid, None, batch, weight_hr_ptr, column, p < P, 1, H, BLOCK_K, PRECISION)
+    h = product(
+        h, m_ptr, batch.to(tl.int64), valid, None, batch,
+        weight_hr_ptr, p.to(tl.int64) * H, p < P, 1, H, BLOCK_K, PRECISION,
+    )  # fmt: skip
 
     at = row[:, None] * P + p[None, :]
     in_tile = in_batch[:, None] & (p < P)[None, :]  # [BB, BP]
