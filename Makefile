@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-quick bench lint clean
+.PHONY: demo test test-quick test-versions bench lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/weather.py
@@ -13,6 +13,9 @@ test: $(INSTALLED)
 
 test-quick: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST)
+
+test-versions: $(INSTALLED)
+	$(BIN)/python tests/versions.py $(PYTEST)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench
@@ -32,4 +35,4 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv out
+	rm -rf .venv .venv-versions out

@@ -129,7 +129,7 @@ def _fused_gradients(
     """By the kernels; None where none is needed."""
     need = Gradients(*ctx.needs_input_grad[:DIFFERENTIABLE])
     traversal = saved.traversal(ctx.reverse)
-    gates_were_dropped = saved.gates.numel() < saved.c.numel()
+    gates_were_dropped = saved.gates.dim() < saved.c.dim()  # not fewer elements: a batch of none has none
     h_prev = gates = saved.gates
     if gates_were_dropped or need.weight_hh:
         h_prev = _taken_by_weight_hh(saved, traversal)

@@ -40,7 +40,8 @@ def lstm_layer(
 
     Raises:
         RuntimeError: a tensor of the wrong shape, device or dtype; T = 0.
-        ValueError: wrong lengths or resets; an unknown backend.
+        ValueError: wrong lengths or resets; H = 0 or P = 0; more steps, sequences or units than the backend's kernels
+            can count to; an unknown backend.
         ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
     """
     weights = Weights(*weights)  # type: ignore[arg-type]
@@ -50,6 +51,9 @@ def lstm_layer(
     hidden = weights.weight_hh.shape[0] // 4
     projected = hidden if weights.weight_hr is None else weights.weight_hr.shape[0]
     weights.check_sizes(features, hidden, projected)
+    for name, size in (("hidden_size", hidden), ("proj_size", projected)):
+        if size == 0:
+            raise ValueError(f"{name} must be greater than zero")
     h0, c0 = (x.new_zeros(batch, projected), x.new_zeros(batch, hidden)) if hx is None else hx
     for i, (state, size) in enumerate(((h0, projected), (c0, hidden))):
         if state.shape != (batch, size):

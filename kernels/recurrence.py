@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+MOST = 2**31 - 2**16
+"""Steps, sequences, gates of all units: kernels count them in int32, and past the last one to the end of a tile."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recurrence:
@@ -44,3 +47,14 @@ class Recurrence:
     def regularised(self) -> bool:
         """Whether there is recurrent dropout or zoneout."""
         return not self.dropout_h is self.zoneout_h is self.zoneout_c is None
+
+
+def check_counts(gates: Tensor) -> None:
+    """Raise unless T, B and 4H of `gates` [T, B, 4H] are numbers that kernels can count to.
+
+    Raises:
+        ValueError: one is larger than MOST.
+    """
+    for name, count in zip(("steps", "sequences", "gates of all units"), gates.shape):
+        if count > MOST:
+            raise ValueError(f"expected at most {MOST} {name}, got {count}")

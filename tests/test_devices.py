@@ -65,7 +65,7 @@ def _launches(driver, monkeypatch, backend: str, choose_plan, device: str) -> li
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
 @pytest.mark.parametrize("family", Family)
 def test_triton_launches_on_the_device_of_the_tensors(driver, monkeypatch, family, device):
-    def choose_plan(problem, _, backward):
+    def choose_plan(problem, _, backward, *key):
         return next(plan for plan in plans(problem, DEVICES["h100"], backward) if plan.family is family)
 
     current = _launches(driver, monkeypatch, "triton", choose_plan, device)

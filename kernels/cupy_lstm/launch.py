@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..recurrence import Recurrence
+from ..recurrence import Recurrence, check_counts
 from . import sequence, step
 from .planning import Family, Launch, Plan, shared_limit
 from .source import CLUSTER_KERNELS, ELEMENTS, OPTIONS, SOURCE, in_order, kernels_of, name_expression
@@ -34,7 +34,7 @@ def layer_forward(
 
     Raises:
         TypeError: a dtype that the kernels do not take.
-        ValueError: recurrent dropout or zoneout.
+        ValueError: recurrent dropout or zoneout; T, B or H is more than the kernels can count to.
     """
     r = _checked(gates, recurrence)
     plan = plan or choose_plan(r, gates.dtype, backward=False)
@@ -65,7 +65,7 @@ def layer_backward(
 
     Raises:
         TypeError: a dtype that the kernels do not take.
-        ValueError: recurrent dropout or zoneout.
+        ValueError: recurrent dropout or zoneout; T, B or H is more than the kernels can count to.
     """
     r = _checked(gates, recurrence)
     plan = plan or choose_plan(r, gates.dtype, backward=True)
@@ -99,6 +99,7 @@ def _checked(gates: Tensor, r: Recurrence) -> Recurrence:
         raise TypeError(f"backend 'cupy' takes float16, bfloat16 and float32, got {gates.dtype}")
     if r.regularised:
         raise ValueError("backend 'cupy' takes neither recurrent dropout nor zoneout")
+    check_counts(gates)
     return r if r.lengths is None else dataclasses.replace(r, lengths=r.lengths.int())
 
 

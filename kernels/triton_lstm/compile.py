@@ -122,15 +122,19 @@ def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
         tiles=f"{plan.rows}x{plan.columns}, {plan.programs} programs, {tensor_core or 'no tensor core'}",
         **resources_of(compiled)._asdict(),
         tensor_core=tensor_core,
-        weight_loads=_weight_loads_in_loops(compiled.asm["ttgir"]),
+        weight_loads=_weight_loads_in_loops(compiled.asm["ttgir"], launch),
     )
 
 
-def _weight_loads_in_loops(ttgir: str) -> int:
+def _weight_loads_in_loops(ttgir: str, launch: RecordedLaunch) -> int:
     """Loads inside a loop from pointers that come from an argument named weight_*, in Triton's GPU dialect."""
     depth, loads = 0, 0
     loops: list[int] = []  # the depth outside each that is open
-    of_weights = {f"%{name}" for name in re.findall(r"%(weight_\w+): !tt.ptr", ttgir)}
+    # By their places, since Triton 3.4 does not keep the names. Constants and None are no arguments there.
+    given = [p.name for p in launch.kernel.params if not p.is_constexpr and launch.arguments[p.name] is not None]
+    (function,) = (line for line in ttgir.splitlines() if "tt.func public" in line)
+    arguments = re.findall(r"(%\w+): (?:!tt\.ptr|i32)", function)
+    of_weights = {argument for argument, name in zip(arguments, given, strict=True) if name.startswith("weight_")}
     for line in ttgir.splitlines():
         names = set(re.findall(r"%[\w#]+", line.split(" loc(")[0]))
         result = re.match(r"\s*(%[\w]+)(?::\d+)? = (\S+)", line)

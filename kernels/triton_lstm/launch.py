@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..recurrence import Recurrence
+from ..recurrence import Recurrence, check_counts
 from . import plan_cache, step
 from .families import FAMILIES, plans
 from .giving_up import raise_if_gave_up
@@ -36,8 +36,10 @@ def layer_forward(
 
     Raises:
         RuntimeError: programs of an earlier launch waited in vain for each other.
+        ValueError: T, B, H or P is more than the kernels can count to.
     """
     raise_if_gave_up(gates.device)
+    check_counts(gates)
 
     def attempt(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         assert plan.family is Family.STEP or not recurrence.regularised

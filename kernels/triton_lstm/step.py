@@ -33,6 +33,8 @@ from .indexing import (
 from .initial_gradient import initial_hidden_gradient
 from .planning import Family, Launch, Plan, Problem
 
+LARGEST_GRID_Y = 65_535  # of any GPU (CUDA C++ Programming Guide); x, where the batch is, has 2^31 - 1
+
 
 @triton.jit
 def product(
@@ -51,15 +53,15 @@ def product(
     PRECISION: tl.constexpr,
 ):
     """acc + (scale * a)[rows] @ w[:, columns], over K in tiles."""
+    w_at = w_ptr + w_column[None, :] + tl.arange(0, BLOCK_K)[:, None] * w_stride_k
     for k_start in range(0, K, BLOCK_K):
         k = k_start + tl.arange(0, BLOCK_K)
         a = tl.load(a_ptr + a_row[:, None] * K + k[None, :], mask=a_mask[:, None] & (k < K)[None, :], other=0.0)
         if scale_ptr is not None:
             scale_at = scale_ptr + scale_row[:, None] * K + k[None, :]
             a *= tl.load(scale_at, mask=a_mask[:, None] & (k < K)[None, :], other=0.0)
-        w = tl.load(
-            w_ptr + w_column[None, :] + k[:, None] * w_stride_k, mask=(k < K)[:, None] & w_mask[None, :], other=0.0
-        )
+        w_start = tl.cast(k_start, tl.int64) * w_stride_k  # K w_stride_k may be more than int32 holds
+        w = tl.load(w_at + w_start, mask=(k < K)[:, None] & w_mask[None, :], other=0.0)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
     return acc
 
@@ -106,7 +108,7 @@ def lstm_step_forward_kernel(
     z = tl.zeros((BLOCK_B, 4 * BLOCK_H), tl.float32)
     z = product(
         z, h_prev_ptr, row_prev, continues, dropout_h_ptr, batch.to(tl.int64),
-        weight_hh_ptr, column * P, column_unit < H, 1, P, BLOCK_K, PRECISION,
+        weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, P, BLOCK_K, PRECISION,
     )  # fmt: skip
     z_i, z_f, z_g, z_o = split_gate_columns(z, BLOCK_B, BLOCK_H)
 
@@ -177,7 +179,10 @@ def lstm_step_project_kernel(
     valid = in_batch & (step < length)
 
     h = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
-    h = product(h, m_ptr, batch.to(tl.int64), valid, None, batch, weight_hr_ptr, p * H, p < P, 1, H, BLOCK_K, PRECISION)
+    h = product(
+        h, m_ptr, batch.to(tl.int64), valid, None, batch,
+        weight_hr_ptr, p.to(tl.int64) * H, p < P, 1, H, BLOCK_K, PRECISION,
+    )  # fmt: skip
 
     at = row[:, None] * P + p[None, :]
     in_tile = in_batch[:, None] & (p < P)[None, :]  # [BB, BP]
@@ -351,6 +356,9 @@ def step_plan(problem: Problem, backward: bool) -> Plan:
 
     The product of a step is small, so what counts is that many programs share it: the narrowest tiles that still
     fill tensor-core instructions.
+
+    Raises:
+        ValueError: more hidden units or projected features than a grid has programs for.
     """
     rows = 16 if problem.batch <= 16 else 32 if problem.batch <= 32 else 64
     columns = 32 if backward else 16  # a unit has four columns in the forward product
@@ -359,6 +367,9 @@ def step_plan(problem: Problem, backward: bool) -> Plan:
     if no_tensor_cores:
         most, columns = most // 2, 16  # and so do products without them
     rows = min(rows, most)
+    widest = max(problem.hidden, problem.projected)
+    if widest > LARGEST_GRID_Y * columns:
+        raise ValueError(f"expected at most {LARGEST_GRID_Y * columns} units or projected features, got {widest}")
     warps = 8 if no_tensor_cores and problem.regularised else 4
     k = 128 // problem.size  # 128 bytes of each row at a time
     stage = (rows + columns * (1 if backward else 4)) * k * problem.size

@@ -1,0 +1,271 @@
+"""Nothing to do, and more than fits into 32 bits: batches of none, sizes of 0, offsets and grids of huge problems.
+
+What is too large for any memory is launched on tensors without any: in the interpreter, where every address that a
+kernel touches is held against the tensors that it was given.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from comparing import BACKENDS, PLACES
+from torch import Tensor, zeros
+from torch.nn.functional import pad
+from triton.runtime import interpreter
+
+import gpu_lstm
+from gpu_lstm.functional import lstm_layer
+from gpu_lstm.kernels import recurrence
+from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
+from gpu_lstm.kernels.triton_lstm import indexing, launch, step
+from gpu_lstm.kernels.triton_lstm.compile import recorded_launches
+from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
+
+T, I, H = 3, 3, 4
+
+EMPTY = {
+    "plain": lambda **k: gpu_lstm.LSTM(I, H, **k),
+    "layers and directions": lambda **k: gpu_lstm.LSTM(I, H, 2, bidirectional=True, **k),
+    "projection": lambda **k: gpu_lstm.LSTM(I, H, proj_size=2, **k),
+    "stack": lambda **k: gpu_lstm.StackedLSTM(I, [H, 5], **k),
+    "regularised": lambda **k: gpu_lstm.LSTM(I, H, recurrent_dropout=0.5, zoneout=0.1, **k),
+}
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["plain", "ragged"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", EMPTY)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_of_none(backend, kind, recompute, ragged):
+    """Forward and backward: results with no rows, and gradients of zero."""
+    if backend == "torch" and kind == "regularised":
+        backend = None  # chooses one that takes it
+    place = PLACES[backend or "reference"]
+    lstm = EMPTY[kind](backend=backend, recompute=recompute, **place)
+    x = zeros(T, 0, I, **place, requires_grad=True)
+    lengths = zeros(0, dtype=torch.int64, device=x.device) if ragged else None
+    resets = zeros(T, 0, dtype=torch.bool, device=x.device) if ragged else None
+    y, _ = lstm(x, lengths=lengths, resets=resets)
+    assert y.shape[:2] == (T, 0)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    for name, p in lstm.named_parameters():
+        assert p.grad is not None, name
+        assert torch.equal(p.grad, torch.zeros_like(p)), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stream_and_a_cell_of_none(backend):
+    place = PLACES[backend]
+    stream = gpu_lstm.Stream(gpu_lstm.LSTM(I, H, backend=backend, **place), batch=0)
+    assert stream(zeros(0, I, **place)).shape == (0, H)
+    assert stream(zeros(T, 0, I, **place)).shape == (T, 0, H)
+    h, c = gpu_lstm.LSTMCell(I, H, backend=backend, **place)(zeros(0, I, **place))
+    assert h.shape == c.shape == (0, H)
+
+
+NO_STEPS = {
+    "LSTM": lambda x, **k: gpu_lstm.LSTM(I, H, **k)(x),
+    "StackedLSTM": lambda x, **k: gpu_lstm.StackedLSTM(I, [H, 5], **k)(x),
+    "Stream": lambda x, **k: gpu_lstm.Stream(gpu_lstm.LSTM(I, H, **k), batch=x.shape[1])(x),
+    "lstm_layer": lambda x, backend, **k: lstm_layer(x, (zeros(4 * H, I, **k), zeros(4 * H, H, **k)), backend=backend),
+}
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("kind", NO_STEPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_steps_are_refused_in_torchs_words(backend, kind, batch):
+    with pytest.raises(RuntimeError) as theirs:
+        torch.nn.LSTM(I, H)(zeros(0, batch, I))
+    with pytest.raises(RuntimeError) as ours:
+        NO_STEPS[kind](zeros(0, batch, I, **PLACES[backend]), backend=backend, **PLACES[backend])
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_without_units_is_refused_in_torchs_words(backend):
+    place = PLACES[backend]
+    x = zeros(T, 2, I, **place)
+    with pytest.raises(ValueError, match="hidden_size") as theirs:
+        torch.nn.LSTM(I, 0)
+    with pytest.raises(ValueError, match="hidden_size") as ours:
+        lstm_layer(x, (zeros(0, I, **place), zeros(0, 0, **place)), backend=backend)
+    assert str(ours.value) == str(theirs.value)
+    with pytest.raises(ValueError, match="proj_size must be greater than zero"):
+        lstm_layer(
+            x, (zeros(4 * H, I, **place), zeros(4 * H, 0, **place), None, None, zeros(0, H, **place)), backend=backend
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_without_features(backend):
+    """It computes what it would from a feature that is always zero."""
+    place = PLACES[backend]
+    torch.manual_seed(0)
+    weights = [torch.randn(shape, **place) for shape in ((4 * H, 0), (4 * H, H), (4 * H,), (4 * H,))]
+    one_feature = [pad(weights[0], (0, 1), value=1.0), *weights[1:]]
+    y, _ = lstm_layer(zeros(T, 2, 0, **place), weights, backend=backend)
+    expected, _ = lstm_layer(zeros(T, 2, 1, **place), one_feature, backend=backend)
+    assert y.abs().min() > 0
+    torch.testing.assert_close(y, expected)
+
+
+# What kernels can count to
+
+MOST_UNITS = 16 * 65_535
+
+
+def _of_sizes(steps: int, batch: int, hidden: int, projected: int = 0) -> tuple[Tensor, recurrence.Recurrence]:
+    """gates and recurrence of layer_forward, without memory."""
+    width = projected or hidden
+    sizes = dict(weight_hh=(4 * hidden, width), h0=(batch, width), c0=(batch, hidden))
+    if projected:
+        sizes["weight_hr"] = (width, hidden)
+    return zeros(steps, batch, 4 * hidden, device="meta"), recurrence.Recurrence(
+        **{name: zeros(size, device="meta") for name, size in sizes.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("steps", (2**31, 1, 1)), ("sequences", (1, 2**31, 1)), ("gates of all units", (1, 1, 2**29, 1))],
+)
+@pytest.mark.parametrize("launcher", [launch, cupy_launch], ids=["triton", "cupy"])
+def test_more_than_kernels_can_count_to_is_refused(launcher, name, sizes):
+    with pytest.raises(ValueError, match=f"^expected at most {2**31 - 2**16} {name}, got {2**31}$"):
+        launcher.layer_forward(*_of_sizes(*sizes), save=True)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, MOST_UNITS + 1, 1), (2, 1, 1, MOST_UNITS + 1)], ids=["H", "P"])
+def test_more_units_than_a_grid_has_programs_for_are_refused(sizes):
+    with pytest.raises(ValueError, match=f"expected at most {MOST_UNITS} .*, got {MOST_UNITS + 1}"):
+        launch.layer_forward(*_of_sizes(*sizes), save=True)
+
+
+F16 = torch.float16
+HUGE = {
+    "step, rows": (Family.STEP, Problem(3, 2**30, 5, F16)),
+    "step, rows, projection": (Family.STEP, Problem(3, 2**30, 5, F16, projected=3)),
+    "step, rows, masks": (Family.STEP, Problem(3, 2**30, 5, F16, regularised=True)),
+    "step, W_hh": (Family.STEP, Problem(2, 17, 23_200, F16)),
+    "step, W_hh and W_hr": (Family.STEP, Problem(2, 17, 46_400, F16, projected=46_400)),
+    "resident, rows": (Family.RESIDENT, Problem(3, 2**30, 5, F16)),
+    "cooperative, rows": (Family.COOPERATIVE, Problem(3, 2**18, 1024, F16)),
+}
+AT_THE_LIMIT = {
+    "most sequences": (Family.STEP, Problem(2, 2**31 - 2**16, 3, F16)),
+    "most units": (Family.STEP, Problem(2, 3, MOST_UNITS, F16, projected=1)),
+    "most features": (Family.STEP, Problem(2, 3, 1, F16, projected=MOST_UNITS)),
+}
+
+
+def _launches(huge: tuple[Family, Problem], backward: bool) -> list:
+    family, problem = huge
+    plan = next(plan for plan in plans(problem, DEVICES["h100"], backward) if plan.family is family)
+    if family is Family.STEP:
+        plan = dataclasses.replace(plan, k=4096)  # so that the interpreter is soon done
+    # Its first launch is recorded, which visits the last time: backward anyway, forward in reverse.
+    return recorded_launches(problem, backward, plan, ragged=True, reverse=not backward)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", HUGE | AT_THE_LIMIT)
+def test_grids_are_those_of_a_gpu(name, backward):
+    for one in _launches((HUGE | AT_THE_LIMIT)[name], backward):
+        x, y = (*one.grid, 1)[:2]
+        assert 0 < x < 2**31
+        assert 0 < y < 2**16
+
+
+@dataclasses.dataclass
+class Place:
+    """A tensor that has an address, and no memory."""
+
+    address: int
+    tensor: Tensor  # on the meta device
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+
+APART = 50  # bits: what lies outside of one tensor lies in no other
+
+
+class Memory:
+    """In the place of the interpreter's: every access is held against the tensors there are.
+
+    Lengths are read as T, all else as zeros.
+    """
+
+    def __init__(self, arguments: dict) -> None:
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        self.places = {name: Place((k + 1) << APART, tensor) for k, (name, tensor) in enumerate(tensors.items())}
+        self.steps = arguments["T"]
+        self.largest = 0  # index of an element touched
+
+    def load(self, at, mask, other, dtype):
+        self._touch(at, mask)
+        return np.full(at.shape, self.steps if dtype == np.int64 else 0, dtype)
+
+    def store(self, at, value, mask):
+        self._touch(at, mask)
+
+    def _touch(self, at, mask) -> None:
+        touched = np.broadcast_to(at, mask.shape)[mask]
+        for address in {int(touched.min()), int(touched.max())} if touched.size else ():
+            # The nearest tensor: an offset that has become negative lies below its own.
+            name, place = min(self.places.items(), key=lambda item: abs(address - item[1].address))
+            index = (address - place.address) // place.dtype.itemsize
+            assert 0 <= index < place.tensor.numel(), f"{name}: element {index} of {tuple(place.tensor.shape)}"
+            self.largest = max(self.largest, index)
+
+
+def _run_last_program(monkeypatch, one) -> int:
+    """Launch a recorded kernel, on no memory, and of its programs only the last: the largest index it touched."""
+    memory = Memory(one.arguments)
+    native = {name: getattr(interpreter._interpreter, name) for name in dir(interpreter._interpreter)}
+    native |= dict(load=memory.load, store=memory.store)
+    last = tuple(n - 1 for n in (*one.grid, 1, 1)[:3])
+    executor, builder = interpreter.GridExecutor, type(interpreter.interpreter_builder)
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter, "_interpreter", SimpleNamespace(**native))
+        patch.setattr(executor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
+        patch.setattr(executor, "_restore_args_dev", lambda *_: None)
+        patch.setattr(builder, "set_grid_idx", lambda self, *_: setattr(self, "grid_idx", last))
+        one.kernel[1,](**one.arguments | memory.places)
+    return memory.largest
+
+
+interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernels have the GPU's memory")
+
+
+@interpreted
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", HUGE)
+def test_every_address_lies_in_its_tensor(monkeypatch, name, backward):
+    largest = max(_run_last_program(monkeypatch, one) for one in _launches(HUGE[name], backward))
+    assert largest >= 2**31, "nothing was touched that int32 does not reach"
+
+
+@triton.jit
+def row_in_int32(time, batch, B):
+    return time.to(tl.int32) * B + batch
+
+
+@interpreted
+def test_an_offset_in_int32_is_seen(monkeypatch):
+    for module in (indexing, step):
+        monkeypatch.setattr(module, "row_of", row_in_int32)
+    (one,) = _launches(HUGE["step, rows"], False)
+    with pytest.raises(Exception, match="element -"):
+        _run_last_program(monkeypatch, one)

@@ -1,0 +1,53 @@
+"""`make test-versions`: the kernels' tests on the oldest Triton that is supported, one in between, and the newest.
+
+Each version lies in a folder of its own, which comes before the environment's packages; all else is the environment's.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ROOT / ".venv-versions"
+# The interpreters of the older two take an array of one element for a number, which NumPy 2.4 refuses.
+VERSIONS = (["triton==3.4.0", "numpy<2.4"], ["triton==3.6.0", "numpy<2.4"], ["triton"])
+TESTS = (
+    "kernels", "sequence_kernels", "faults", "planning", "compile", "first_call", "devices", "tuning", "plan_cache",
+    "ops", "concurrent_interpreter", "extremes",
+)  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    """Run the tests on every version, with further arguments for pytest. Returns 1 if any fails."""
+    table = Table("Triton", "passed", "failed", "skipped")
+    failed = False
+    for packages in VERSIONS:
+        folder = FOLDERS / packages[0].replace("==", "-")
+        environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+        if "==" not in packages[0] or not folder.exists():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder)]
+            subprocess.run([*pip, *packages], check=True)
+        version = subprocess.check_output(
+            [sys.executable, "-c", "import triton; print(triton.__version__)"], env=environment, text=True
+        ).strip()
+        tests = [f"tests/test_{name}.py" for name in TESTS]
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-n", "auto", *tests, *arguments],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        print(run.stdout)
+        *_, summary = run.stdout.splitlines()  # "1 failed, 98 passed, 2 skipped in 60.00s"
+        counts = {outcome: count for count, outcome in re.findall(r"(\d+) (\w+)", summary)}
+        table.add_row(version, *(counts.get(outcome, "0") for outcome in ("passed", "failed", "skipped")))
+        failed |= run.returncode != 0
+    Console().print(table)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
