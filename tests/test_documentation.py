@@ -23,7 +23,7 @@ def run_examples(page: Path, names: dict) -> int:
     return len(blocks)
 
 
-WITH_EXAMPLES = [page for page in PAGES if page.name not in ("ci.md", "design.md", "first_gpu_run.md")]
+WITH_EXAMPLES = [page for page in PAGES if page.name not in ("ci.md", "design.md", "first_gpu_run.md", "versions.md")]
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.stem)
