@@ -113,7 +113,7 @@ def test_rows_have_figures_or_a_reason(changes):
         moved, computed = case.bytes_moved() / row["copy_bytes_per_s"], case.operations() / row["product_flops_per_s"]
         assert row["bound_s"] == max(moved, computed)
         assert 0 < row["error"] <= 1
-        assert (row["kept_bytes"] or 0) > 0 or not case.training
+        assert row.get("kept_bytes", 0) > 0 or not case.training
     assert rows["ours"]["status"] == rows["ours-reference"]["status"] == "measured"
     plain = case == case.plain() or case.sequences == "packed"
     assert rows["torch"]["status"] == ("measured" if plain else "yardstick")
@@ -272,11 +272,12 @@ def test_in_the_headline_all_take_part_elsewhere_those_for_every_case():
     (faulty_worker.die, 60.0, ("dies", "its process died, exit code 7")),
 ])  # fmt: skip
 def test_what_hangs_or_dies_is_named(function, limit_s, args):
-    worker = isolated.Worker(function, limit_s=limit_s)
+    worker, start = isolated.Worker(function, limit_s=limit_s), time.monotonic()
     for _ in range(2):  # the second in a new process
         with pytest.raises(isolated.ProviderFailed) as raised:
             worker()
         assert raised.value.args == args
+    assert time.monotonic() - start < 60  # of the 300 s that one hangs
 
 
 def test_a_provider_that_fails_takes_no_other_along(monkeypatch):
@@ -335,17 +336,17 @@ def test_a_commit_is_checked_out_beside_this_one_and_removed(tmp_path, monkeypat
 
 
 def test_what_is_slower_than_another_commit_is_told_and_nothing_else(monkeypatch, tmp_path, capsys):
-    """Here 7 units take 2 ms longer than in the other commit, and 8 units are as they were."""
+    """Here 7 units take 10 ms longer than in the other commit, and 8 units are as they were."""
     for side, units in (("here", 7), ("there", 0)):
         shutil.copytree(ROOT / "gpu_lstm", tmp_path / side / "gpu_lstm", symlinks=True)
         path, line = tmp_path / side / "gpu_lstm" / "native.py", "    exact = is_exact(c0, x)\n    hx"
-        slow = f"    __import__('time').sleep(0.002 * (h0.shape[2] == {units}))\n{line}"
+        slow = f"    __import__('time').sleep(0.01 * (h0.shape[2] == {units}))\n{line}"
         path.write_text(path.read_text().replace(line, slow))
         assert "sleep" in path.read_text()
     monkeypatch.syspath_prepend(tmp_path / "here")  # which new processes get, too; "there" goes before it
     monkeypatch.setattr(command_line, "checkout", lambda commit: contextlib.nullcontext(tmp_path / commit))
     monkeypatch.setattr(measure, "run_case", faulty_worker.run_case)
-    sizes = [Case("forward", "fp32", 64, 8, 16, hidden) for hidden in (7, 8)]
+    sizes = [Case("forward", "fp32", 8, 2, 4, hidden) for hidden in (7, 8)]
     for module in (cases, measure):
         monkeypatch.setattr(module, "grid", lambda kind: {"headline": sizes})
     monkeypatch.setenv("COLUMNS", "120")
