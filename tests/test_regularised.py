@@ -55,6 +55,16 @@ def test_a_seed_means_the_same_on_every_backend(name, training, ragged):
     assert_same(call_of(ours, **ragged), call_of(expected, **ragged))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("name", ["deep", "recompute"])
+def test_chunks_of_time_get_their_part_of_the_noise(monkeypatch, name, training):
+    lstm = made(name, "triton", **ALL).train(training)
+    lstm.dropout, lstm.recompute = 0.0, True
+    whole = call_of(lstm, **RAGGED)
+    monkeypatch.setattr("gpu_lstm.pipeline.WORKSPACE", 2 * B * 16 * 4)  # two steps
+    assert_same(call_of(lstm, **RAGGED), whole)
+
+
 def test_another_seed_means_another_noise():
     for name, value in ALL.items():
         lstm = made("recompute", "reference", **{name: value})
