@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backward
-from .features import OPTIONS
+from .features import MOST_ROWS, OPTIONS
 from .indexing import (
     interleaved_gates,
     is_reset,
@@ -362,7 +362,7 @@ def step_plan(problem: Problem, backward: bool) -> Plan:
     """
     rows = 16 if problem.batch <= 16 else 32 if problem.batch <= 32 else 64
     columns = 32 if backward else 16  # a unit has four columns in the forward product
-    most, stages = (32, 2) if problem.regularised else (64, 3)  # masks take registers
+    most, stages = (32, 2) if problem.regularised else (MOST_ROWS, 3)  # masks take registers
     no_tensor_cores = problem.dtype is torch.float32 and problem.precision == "ieee"
     if no_tensor_cores:
         most, columns = most // 2, 16  # and so do products without them
