@@ -1,6 +1,7 @@
 """What depends on Triton's version: probed here, and nowhere else."""
 
 import triton
+import triton.language as tl
 
 _VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
@@ -9,3 +10,6 @@ SMALLEST_TILE = 8 if _VERSION >= (3, 5) else 16
 
 OPTIONS = {"enable_fp_fusion": True}
 """Of every launch. A multiplication and an addition become one instruction, whatever a version's default is."""
+
+constexpr_function = getattr(triton, "constexpr_function", None) or tl.constexpr_function  # until Triton 3.5 in tl
+"""Makes a Python function one that kernels call while they are compiled."""
