@@ -19,7 +19,7 @@ from triton.language.extra.cuda import num_threads
 
 from .features import constexpr_function
 
-POLLS_BETWEEN_LOOKS = 64
+POLLS_BETWEEN_LOOKS = 64  # a power of two
 """A reader that waits for words looks this often whether another one gave up: the error word is far away, at the host."""
 
 
@@ -177,7 +177,7 @@ def polling_loop(tiles: int, words: int, stride: int, patience: int) -> str:
     lines += [f"max.u32 greatest, greatest, {word};" for word in found]  # the fill is the greatest word
     lines += [
         "setp.eq.s32 yes, greatest, -1;", "vote.sync.any.pred yes, yes, -1;", "@!yes bra DONE;",
-        "add.s32 polls, polls, 1;", f"rem.s32 rest, polls, {POLLS_BETWEEN_LOOKS};",
+        "add.s32 polls, polls, 1;", f"and.b32 rest, polls, {POLLS_BETWEEN_LOOKS - 1};",
         "setp.ne.s32 yes, rest, 0;", "@yes bra POLL;",
         f"ld.relaxed.sys.global.b32 rest, [{error[0]}];",
         "setp.ne.s32 yes, rest, 0;", "vote.sync.any.pred yes, yes, -1;", "@yes bra DONE;",
