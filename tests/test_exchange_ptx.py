@@ -46,7 +46,8 @@ def launches():
         problem = Problem(2, batch, hidden, DTYPES[dtype][0], 0, DTYPES[dtype][1])
         proposed = [p for p in plans(problem, DEVICES[card], backward) if p.family is Family.COOPERATIVE]
         for plan in proposed[:MOST]:
-            name = f"{dtype} {card} H={hidden} B={batch} {'backward' if backward else 'forward'} {plan.rows}x{plan.columns}"
+            direction = "backward" if backward else "forward"
+            name = f"{dtype} {card} H={hidden} B={batch} {direction} {plan.rows}x{plan.columns}"
             found.append((name, problem, backward, plan, card))
     return [case for case in found if MATCH in case[0]]
 
@@ -117,9 +118,9 @@ def _accesses(kernel: dict) -> list[Access]:
     for line in kernel["ptx"].splitlines():
         if re.search(r"\b(mma\.sync|wgmma\.mma_async)\b", line):
             found.append(Access("product"))
-        elif access := re.search(r"\b((?:ld|st|atom|red|cp)\.[\w.:]*)\s[^\[]*(?:\[[^\]]*\],\s*)?\[\s*(%rd\d+)", line):
-            if access[2] in of:
-                found.append(Access(access[1], of[access[2]]))
+        access = re.search(r"\b((?:ld|st|atom|red|cp)\.[\w.:]*)\s[^\[]*(?:\[[^\]]*\],\s*)?\[\s*(%rd\d+)", line)
+        if access and access[2] in of:
+            found.append(Access(access[1], of[access[2]]))
     return found
 
 

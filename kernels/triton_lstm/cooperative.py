@@ -380,9 +380,9 @@ def backward(
             launch(
                 lstm_cooperative_backward_kernel, (plan.programs, groups),
                 dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, weight_hh_ptr=r.weight_hh,
-                words_ptr=dgates.view(torch.int32), partials_ptr=partials, dc_ptr=dc, arrivals_ptr=_counters(gates, plan, 2 * groups),
-                error_ptr=error_word(gates.device, 1), batch_start=batch_start, steps_before=steps_before,
-                steps_now=min(most, steps - steps_before), **_shared_arguments(plan, gates, r),
+                words_ptr=dgates.view(torch.int32), partials_ptr=partials, dc_ptr=dc,
+                arrivals_ptr=_counters(gates, plan, 2 * groups), error_ptr=error_word(gates.device, 1),
+                batch_start=batch_start, steps_before=steps_before, steps_now=min(most, steps - steps_before), **_shared_arguments(plan, gates, r),
             )  # fmt: skip
     dgates = dgates[..., : r.hidden].reshape(gates.shape)
     return dgates, initial_hidden_gradient(dgates, dh_n, None, r), dc, gates.new_empty(0)
@@ -395,7 +395,8 @@ def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any
         lengths_ptr=r.lengths, resets_ptr=r.resets, T=steps, B=batch, H=r.hidden, REVERSE=r.reverse,
         FLAGGED=plan.flagged, PATIENCE=PATIENCE, PRECISION=r.precision,
         BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k, K_SPLIT=plan.k_split,
-        num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS, launch_cooperative_grid=True,
+        num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.registers, **OPTIONS,
+        launch_cooperative_grid=True,
     )  # fmt: skip
 
 

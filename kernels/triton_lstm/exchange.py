@@ -20,7 +20,7 @@ from triton.language.extra.cuda import num_threads
 from .features import constexpr_function
 
 POLLS_BETWEEN_LOOKS = 64  # a power of two
-"""A reader that waits for words looks this often whether another one gave up: the error word is far away, at the host."""
+"""How often a reader that waits for words looks whether another gave up: the error word is far away, at the host."""
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def pack(x, DTYPE: tl.constexpr):
     The fill has all bits one, which is a NaN in every floating-point format; a NaN that was computed becomes another.
     """
     x = tl.where(x == x, x, float("nan")).to(DTYPE)
-    if DTYPE == tl.float32:
+    if DTYPE.primitive_bitwidth == 32:
         words = x.to(tl.int32, bitcast=True)
     else:  # the first of two units in the low half
         halves = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
@@ -42,7 +42,7 @@ def pack(x, DTYPE: tl.constexpr):
 @triton.jit
 def unpack(words, DTYPE: tl.constexpr):
     """Words [PARTS, COLUMNS, WORDS] -> elements [PARTS, COLUMNS, WORDS * units of a word]."""
-    if DTYPE == tl.float32:
+    if DTYPE.primitive_bitwidth == 32:
         x = words.to(tl.float32, bitcast=True)
     else:
         halves = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
@@ -57,7 +57,7 @@ def publish(at, words, mask):
         tl.store(at, words, mask=mask)
     else:
         tl.inline_asm_elementwise(
-            "{ .reg .pred stored; setp.ne.b32 stored, $3, 0; @stored st.relaxed.gpu.global.b32 [$1], $2; mov.b32 $0, 0; }",
+            "{ .reg .pred yes; setp.ne.b32 yes, $3, 0; @yes st.relaxed.gpu.global.b32 [$1], $2; mov.b32 $0, 0; }",
             "=r,l,r,r", [at, words, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
@@ -115,9 +115,7 @@ def collect(
 
 
 @triton.jit
-def load_when_published(
-    at, left, error_ptr, step, TILES: tl.constexpr, STRIDE: tl.constexpr, PATIENCE: tl.constexpr
-):
+def load_when_published(at, left, error_ptr, step, TILES: tl.constexpr, STRIDE: tl.constexpr, PATIENCE: tl.constexpr):
     """The tiles of `collect`, loaded by relaxed loads of gpu scope until no word is the fill.
 
     Each warp polls for itself, without a barrier: `polling_loop` says how. The interpreter takes a loop over all.
@@ -190,7 +188,7 @@ def polling_loop(tiles: int, words: int, stride: int, patience: int) -> str:
 
 @constexpr_function
 def polling_operands(tiles: int, words: int) -> str:
-    """Of polling_loop: what it finds, then for each word its place, how many are left, the error word and what to write."""
+    """Of polling_loop: what it finds; for each word its place and how many are left; the error word and its value."""
     return ",".join(["=&r"] * (tiles * words) + ["l"] * words + ["r"] * words + ["l"] * words + ["r"] * words)
 
 
