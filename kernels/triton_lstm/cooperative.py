@@ -382,7 +382,8 @@ def backward(
                 dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, weight_hh_ptr=r.weight_hh,
                 words_ptr=dgates.view(torch.int32), partials_ptr=partials, dc_ptr=dc,
                 arrivals_ptr=_counters(gates, plan, 2 * groups), error_ptr=error_word(gates.device, 1),
-                batch_start=batch_start, steps_before=steps_before, steps_now=min(most, steps - steps_before), **_shared_arguments(plan, gates, r),
+                batch_start=batch_start, steps_before=steps_before, steps_now=min(most, steps - steps_before),
+                **_shared_arguments(plan, gates, r),
             )  # fmt: skip
     dgates = dgates[..., : r.hidden].reshape(gates.shape)
     return dgates, initial_hidden_gradient(dgates, dh_n, None, r), dc, gates.new_empty(0)
