@@ -91,6 +91,20 @@ def test_cooperative(monkeypatch, size, columns, rows, variant, flagged):
     assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float32, seeds=seeds)
 
 
+HALVES = [  # the same: H odd, so that the last word of a row is half empty, and even; batch tiles that are not full
+    ((4, 3, 3, 33), 8, 4),  # 5, 8; 1
+    ((3, 5, 3, 20), 4, 2),  # 5, 8; 3
+]
+
+
+@BOTH_EXCHANGES
+@pytest.mark.parametrize("variant", ["plain", "ragged resets reverse"])
+@pytest.mark.parametrize(("size", "columns", "rows"), HALVES, ids=str)
+def test_cooperative_with_two_units_in_a_word(monkeypatch, size, columns, rows, variant, flagged):
+    _cooperate(monkeypatch, columns, rows, flagged)
+    assert_as_good_as_torch(partial(_example, size, variant), "triton", torch.float16, seeds=2)
+
+
 @BOTH_EXCHANGES
 def test_in_several_launches(monkeypatch, flagged):
     """For batch tiles that do not fit at once, and backward for two steps each."""
@@ -109,17 +123,18 @@ def test_the_same_bits_every_run(monkeypatch, flagged):
     assert all(torch.equal(a, b) for a, b in zip(first, second) if a is not None)
 
 
-@pytest.mark.parametrize("pattern", [-1, 0x7FC00000], ids=["the fill's", "the usual"])
-def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, pattern):
+@pytest.mark.parametrize("pattern", [-1, float("nan")], ids=["the fill's", "the usual"])
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, torch.int32), (torch.float16, torch.int16)], ids=str)
+def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, dtype, bits, pattern):
     """A NaN is data, also one with the bit pattern that stands for data which is not there."""
     _cooperate(monkeypatch, columns=4, rows=4, flagged=True)
-    nan = torch.tensor(pattern, dtype=torch.int32).view(torch.float32)
+    nan = torch.tensor(pattern, dtype=bits).view(dtype) if pattern == -1 else pattern
     given = example(4, 3, 3, 8)
-    x, h0, c0, *weights = (None if t is None else t.float() for t in given.tensors)
-    h0[0, 0], x[1, 1, 0] = nan, nan
+    x, h0, c0, *weights = (None if t is None else t.to(dtype) for t in given.tensors)
+    h0[0, :2], x[1, 1, 0] = nan, nan
     ours, _ = lstm_layer(x, weights, (h0, c0), backend="triton")
     theirs, _ = lstm_layer(x, weights, (h0, c0), backend="torch")
-    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    torch.testing.assert_close(ours, theirs, equal_nan=True, atol=8 * torch.finfo(dtype).eps, rtol=0)
     assert not ours[:, 2].isnan().any()
 
 
@@ -127,10 +142,10 @@ def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, pattern):
 
 
 @triton.jit
-def announce_early(at, value, mask):
-    tl.store(at, tl.zeros_like(value).to(at.dtype.element_ty), mask=mask)  # the data come later
+def announce_early(at, words, mask):
+    tl.store(at, tl.zeros_like(words), mask=mask)  # the data come later
     tl.debug_barrier()
-    exchange.publish(at, value, mask)
+    exchange.publish(at, words, mask)
 
 
 @triton.jit
@@ -145,29 +160,60 @@ def no_wait(arrivals_ptr, counter, expected, patience, error_ptr, step, FLAGGED:
 
 @triton.jit
 def collect_without_repeating(
-    ptr, at, k, mask, patience, error_ptr, step,
-    K: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, FLAGGED: tl.constexpr,
+    at, left, error_ptr, step,
+    TILES: tl.constexpr, STRIDE: tl.constexpr, PATIENCE: tl.constexpr, FLAGGED: tl.constexpr,
 ):  # fmt: skip
-    return exchange.load_published(ptr, at, k, mask, K, TILES, BLOCK_K, FLAGGED), patience
+    return exchange.load_volatile(at, left, TILES, STRIDE)
+
+
+@triton.jit
+def count_missing_in_the_last_tile(tiles, TILES: tl.constexpr):
+    return tl.sum((tiles[TILES - 1] == -1).to(tl.int32))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "fault", "flagged"),
+    ("module", "name", "fault", "flagged"),
     [
-        pytest.param("publish", announce_early, True, id="published before the data"),
-        pytest.param("announce", relaxed_announce, False, id="announced before the data"),
-        pytest.param("wait", no_wait, False, id="no wait"),
-        pytest.param("collect", collect_without_repeating, True, id="no repeated load"),
+        pytest.param(cooperative, "publish", announce_early, True, id="published before the data"),
+        pytest.param(cooperative, "announce", relaxed_announce, False, id="announced before the data"),
+        pytest.param(cooperative, "wait", no_wait, False, id="no wait"),
+        pytest.param(cooperative, "collect", collect_without_repeating, True, id="no repeated load"),
+        pytest.param(exchange, "count_missing", count_missing_in_the_last_tile, True, id="one tile is looked at"),
     ],
 )
-def test_a_broken_exchange_is_seen(monkeypatch, name, fault, flagged):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_broken_exchange_is_seen(monkeypatch, module, name, fault, flagged, dtype):
     _cooperate(monkeypatch, columns=4, rows=4, flagged=flagged, yield_rate=0.3)
-    given = partial(example, 8, 3, 3, 12)
-    assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", torch.float32, seeds=2)
-    monkeypatch.setattr(cooperative, name, fault)
+    given = partial(example, 8, 3, 3, 20)
+    assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=2)
+    monkeypatch.setattr(module, name, fault)
     with pytest.raises(AssertionError):
-        assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", torch.float32, seeds=12)
+        assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=12)
+
+
+@triton.jit
+def halves_in_the_other_order(x, DTYPE: tl.constexpr):
+    words = exchange.pack(x, DTYPE)
+    return (words << 16) | ((words >> 16) & 0xFFFF)
+
+
+@triton.jit
+def nan_for_zero(x, DTYPE: tl.constexpr):  # only units past H are zero
+    return exchange.pack(tl.where(x == 0.0, float("nan"), x), DTYPE)
+
+
+@triton.jit
+def high_halves_lost(x, DTYPE: tl.constexpr):
+    return exchange.pack(x, DTYPE) & 0xFFFF
+
+
+@pytest.mark.parametrize("fault", [halves_in_the_other_order, nan_for_zero, high_halves_lost], ids=lambda f: f.__name__)
+def test_a_fault_in_a_word_is_seen(monkeypatch, fault):
+    _cooperate(monkeypatch, columns=8, rows=4, flagged=True)
+    monkeypatch.setattr(cooperative, "pack", fault)
+    with pytest.raises(AssertionError):
+        assert_as_good_as_torch(partial(_example, (3, 3, 3, 13), "plain"), "triton", torch.float16, seeds=1)
 
 
 @triton.jit
@@ -176,7 +222,7 @@ def never_announce(arrivals_ptr, counter, FLAGGED: tl.constexpr):
 
 
 @triton.jit
-def never_publish(at, value, mask):
+def never_publish(at, words, mask):
     pass
 
 

@@ -14,6 +14,9 @@ backward   dh of a unit needs dgates of all units, four times as wide as h, so t
 Tiles are [units, batch], gates first, so that a batch tile of 8 or 16 fills a tensor-core instruction. K, the inner
 dimension of a product, comes in tiles of BLOCK_K (held as a tuple, so that the weights stay on chip), and each tile is
 split K_SPLIT ways over the warps.
+
+What is exchanged are words of 32 bits (exchange.py), PER units in each: a row of H units takes W = ceil(H / PER) words,
+of which the last may be half empty.
 """
 
 import itertools
@@ -29,7 +32,7 @@ from torch import Tensor
 from ..architectures import KB
 from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward
-from .exchange import announce, collect, publish, wait
+from .exchange import announce, collect, pack, publish, unpack, wait
 from .features import OPTIONS, SMALLEST_TILE
 from .giving_up import error_word
 from .indexing import (
@@ -49,6 +52,8 @@ from .initial_gradient import initial_hidden_gradient
 from .planning import Device, Family, Launch, Plan, Problem, batch_tiles, power_of_two
 
 PATIENCE = 1 << 22  # polls in one wait before a program gives up: seconds, where a step takes microseconds
+
+FILL = -1  # as int32: the word that stands for data which is not there yet, and that `pack` never makes
 
 PARTIALS_WORKSPACE = 256 << 20  # bytes for the partial sums that programs exchange backward
 
@@ -82,7 +87,7 @@ def load_weights(
 @triton.jit
 def product(
     weights,  # TILES tiles [K_SPLIT, ROWS, BLOCK_K / K_SPLIT]
-    x,  # TILES tiles [K_SPLIT, BLOCK_K / K_SPLIT, COLUMNS]
+    x,  # TILES tiles [K_SPLIT, COLUMNS, words of BLOCK_K / K_SPLIT]
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,
@@ -92,7 +97,8 @@ def product(
     """W x, [ROWS, COLUMNS] float32."""
     acc = tl.zeros((K_SPLIT, ROWS, COLUMNS), tl.float32)
     for tile in tl.static_range(TILES):
-        acc = tl.dot(weights[tile], x[tile], acc, input_precision=PRECISION)
+        x_tile = tl.permute(unpack(x[tile], weights[tile].dtype), (0, 2, 1))  # [K_SPLIT, BLOCK_K / K_SPLIT, COLUMNS]
+        acc = tl.dot(weights[tile], x_tile, acc, input_precision=PRECISION)
     return tl.sum(acc, axis=0)
 
 
@@ -101,7 +107,7 @@ def lstm_cooperative_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
     weight_hh_ptr,  # [4H, H]
     c0_ptr,  # [B, H] float32
-    h_then_h0_ptr,  # [T*B + B, H]: h of every step, out and the exchange, filled beforehand if FLAGGED; then h0
+    words_ptr,  # [T*B + B, W] int32: h of every step, out and the exchange, filled beforehand if FLAGGED; then h0
     c_ptr,  # [T*B, H] float32 out, None without SAVE
     h_n_ptr,  # [B, H] out where a sequence has a step
     c_n_ptr,  # [B, H] float32 out where a sequence has a step
@@ -128,17 +134,23 @@ def lstm_cooperative_forward_kernel(
     group = tl.program_id(1)
     patience = PATIENCE
     batch, in_batch, length = sequences_from(batch_start + group * BLOCK_B, lengths_ptr, T, B, BLOCK_B)
+    DTYPE: tl.constexpr = weight_hh_ptr.dtype.element_ty
+    PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
+    W: tl.constexpr = (H + PER - 1) // PER
     unit_start = tl.program_id(0) * BLOCK_H
     unit = unit_start + tl.arange(0, BLOCK_H)  # [BH]
     in_units = (unit < H)[:, None]
     in_tile = in_units & in_batch[None, :]  # [BH, BB]
     state_at = batch[None, :].to(tl.int64) * H + unit[:, None]
+    word = unit_start // PER + tl.arange(0, BLOCK_H // PER)  # [BH / PER]
+    in_words = (word < W)[:, None] & in_batch[None, :]  # [BH / PER, BB]
 
     # The rows of W_hh that belong to the program's units, once.
     TILES: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     k = k_indices(BLOCK_K, K_SPLIT)
     gate_row, gate_unit = interleaved_gates(unit_start, H, BLOCK_H)
     weights = load_weights(weight_hh_ptr + gate_row * H, gate_unit < H, k, 1, H, TILES, BLOCK_K)
+    k_word = k_indices(BLOCK_K // PER, K_SPLIT)[:, None, :]
 
     c = tl.load(c0_ptr + state_at, mask=in_tile, other=0.0)
     first_row = row_of(time_of(0, length, REVERSE), batch, B)
@@ -152,11 +164,9 @@ def lstm_cooperative_forward_kernel(
 
         # Load what the group published at the step before, and multiply: the gates of the program's units, [4 BH, BB].
         patience = wait(arrivals_ptr, group, members * step, patience, error_ptr, step, FLAGGED)
-        h_at = row_prev[None, None, :] * H + k[:, :, None]
-        h_prev, patience = collect(
-            h_then_h0_ptr, h_at, k[:, :, None], continues[None, None, :], patience, error_ptr, step,
-            H, TILES, BLOCK_K, FLAGGED,
-        )  # fmt: skip
+        h_at = words_ptr + row_prev[None, :, None] * W + k_word
+        left = tl.where(continues[None, :, None], W - k_word, 0)
+        h_prev = collect(h_at, left, error_ptr, step, TILES, BLOCK_K // PER, PATIENCE, FLAGGED)
         z = product(weights, h_prev, 4 * BLOCK_H, BLOCK_B, TILES, K_SPLIT, PRECISION)
         z_i, z_f, z_g, z_o = split_gate_rows(z, BLOCK_H, BLOCK_B)
 
@@ -165,8 +175,8 @@ def lstm_cooperative_forward_kernel(
         c_next, h = cell_forward(i, f, g, o, tl.where(continues[None, :], c, 0.0))
 
         # Publish first: the others wait for it. Padding gets zeros.
-        at = row[None, :] * H + unit[:, None]
-        publish(h_then_h0_ptr + at, tl.where(valid_tile, h, 0.0), in_tile)
+        words = pack(tl.where(valid_tile, h, 0.0), DTYPE)
+        publish(words_ptr + row[None, :] * W + word[:, None], words, in_words)
         announce(arrivals_ptr, group, FLAGGED)
 
         # Load the next step's inputs; they arrive while this program waits.
@@ -181,6 +191,7 @@ def lstm_cooperative_forward_kernel(
         tl.store(c_n_ptr + state_at, c_next, mask=last)
         if SAVE:
             store_gates(gates_ptr, gates_at, valid_tile, i, f, g, o, H)
+            at = row[None, :] * H + unit[:, None]
             tl.store(c_ptr + at, tl.where(valid_tile, c_next, 0.0), mask=in_tile)
         c = c_next
         gates_at = gates_at_next
@@ -194,8 +205,8 @@ def lstm_cooperative_backward_kernel(
     c_ptr,  # [T*B, H] float32
     c0_ptr,  # [B, H] float32
     weight_hh_ptr,  # [4H, H]
-    dgates_ptr,  # [T*B, 4H] out, and the exchange; filled beforehand if FLAGGED
-    partials_ptr,  # [steps_now*B, 4, H] float32, the second exchange; filled beforehand if FLAGGED
+    words_ptr,  # [T*B, 4, W] int32: dgates, out and the exchange; filled beforehand if FLAGGED
+    partials_ptr,  # [steps_now*B, 4, H] int32: float32 words, the second exchange; filled beforehand if FLAGGED
     dc_ptr,  # [B, H] float32, in: gradient of c after the first of these steps taken; out: of c before the last
     lengths_ptr,  # [B] or None
     resets_ptr,  # [T*B] or None
@@ -225,10 +236,15 @@ def lstm_cooperative_backward_kernel(
     quartet, gate = tl.program_id(0) // 4, tl.program_id(0) % 4
     quartet_unit = quartet * (4 * BLOCK_H) + tl.arange(0, 4 * BLOCK_H)  # [4 BH]
     unit = quartet * (4 * BLOCK_H) + gate * BLOCK_H + tl.arange(0, BLOCK_H)  # [BH]
-    part = tl.arange(0, 4)
+    part = tl.arange(0, 4)[:, None, None]
+    DTYPE: tl.constexpr = weight_hh_ptr.dtype.element_ty
+    PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
+    W: tl.constexpr = (H + PER - 1) // PER
     in_units = (unit < H)[:, None]
     in_tile = in_units & in_batch[None, :]  # [BH, BB]
     in_quartet = (quartet_unit < H)[:, None] & in_batch[None, :]  # [4 BH, BB]
+    word = (quartet * 4 + gate) * (BLOCK_H // PER) + tl.arange(0, BLOCK_H // PER)  # [BH / PER]
+    in_words = (word < W)[:, None] & in_batch[None, :]  # [BH / PER, BB]
     state_at = batch[None, :].to(tl.int64) * H + unit[:, None]
 
     # W_hh^T of the program's gate for its quartet's units, once.
@@ -236,6 +252,7 @@ def lstm_cooperative_backward_kernel(
     k = k_indices(BLOCK_K, K_SPLIT)
     weight_at = weight_hh_ptr + gate * (H * H) + quartet_unit
     weights = load_weights(weight_at, quartet_unit < H, k, H, H, TILES, BLOCK_K)
+    k_word = k_indices(BLOCK_K // PER, K_SPLIT)[:, None, :]
 
     dc = tl.load(dc_ptr + state_at, mask=in_tile, other=0.0)
     for done in range(steps_now):
@@ -259,34 +276,31 @@ def lstm_cooperative_backward_kernel(
 
         # Product: this gate's part of dh for the quartet's units, [4 BH, BB].
         patience = wait(arrivals_ptr, dgates_arrived, members * done, patience, error_ptr, step, FLAGGED)
-        dgates_at = row_next[None, None, :] * (4 * H) + gate * H + k[:, :, None]
-        dz, patience = collect(
-            dgates_ptr, dgates_at, k[:, :, None], next_continues[None, None, :], patience, error_ptr, step,
-            H, TILES, BLOCK_K, FLAGGED,
-        )  # fmt: skip
+        dgates_at = words_ptr + row_next[None, :, None] * (4 * W) + gate * W + k_word
+        left = tl.where(next_continues[None, :, None], W - k_word, 0)
+        dz = collect(dgates_at, left, error_ptr, step, TILES, BLOCK_K // PER, PATIENCE, FLAGGED)
         partial = product(weights, dz, 4 * BLOCK_H, BLOCK_B, TILES, K_SPLIT, PRECISION)
         partial_row = row_of(tl.zeros_like(batch) + done, batch, B)
         partial_at = partial_row[None, :] * (4 * H) + gate * H + quartet_unit[:, None]
-        publish(partials_ptr + partial_at, partial, in_quartet)
+        publish(partials_ptr + partial_at, pack(partial, tl.float32), in_quartet)
         announce(arrivals_ptr, partials_arrived, FLAGGED)
 
         # Add up the quartet's four parts for the program's own units.
         patience = wait(arrivals_ptr, partials_arrived, members * (done + 1), patience, error_ptr, step, FLAGGED)
-        part_at = (partial_row[None, :] * (4 * H) + unit[:, None])[None, :, :] + part[:, None, None] * H
-        parts, patience = collect(
-            partials_ptr, part_at, unit[None, :, None], valid[None, None, :], patience, error_ptr, step,
-            H, 1, BLOCK_H, FLAGGED,
-        )  # fmt: skip
-        dm += tl.sum(parts[0], axis=0)
+        parts_at = partials_ptr + partial_row[None, :, None] * (4 * H) + part * H + unit[None, None, :]
+        left = tl.where(valid[None, :, None], H - unit[None, None, :], 0)
+        parts = collect(parts_at, left, error_ptr, step, 1, BLOCK_H, PATIENCE, FLAGGED)  # [4, BB, BH]
+        dm += tl.trans(tl.sum(unpack(parts[0], tl.float32), axis=0))
 
         # Cell.
         dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(i, f, g, o, c, c_prev, dm, tl.where(valid_tile, dc, 0.0))
 
         # Publish. In padding every factor was loaded as zero, so its gradients are zero.
-        publish(dgates_ptr + gates_at, dz_i, in_tile)
-        publish(dgates_ptr + gates_at + H, dz_f, in_tile)
-        publish(dgates_ptr + gates_at + 2 * H, dz_g, in_tile)
-        publish(dgates_ptr + gates_at + 3 * H, dz_o, in_tile)
+        word_at = words_ptr + row[None, :] * (4 * W) + word[:, None]
+        publish(word_at, pack(dz_i, DTYPE), in_words)
+        publish(word_at + W, pack(dz_f, DTYPE), in_words)
+        publish(word_at + 2 * W, pack(dz_g, DTYPE), in_words)
+        publish(word_at + 3 * W, pack(dz_o, DTYPE), in_words)
         announce(arrivals_ptr, dgates_arrived, FLAGGED)
         dc = tl.where(valid[None, :], tl.where(continues[None, :], dc_prev, 0.0), dc)
     tl.store(dc_ptr + state_at, dc, mask=in_tile)
@@ -326,21 +340,22 @@ def forward(
     """As launch.layer_forward: one launch for as many batch tiles as can be resident at once."""
     r = recurrence
     steps, batch, _ = gates.shape
-    h_then_h0 = gates.new_empty(steps + 1, batch, r.hidden)
+    h_then_h0 = _rows_of_words(gates, steps + 1, batch)
     h_n, c_n = r.h0.clone(), r.c0.clone()  # what a sequence of length 0 ends with
     c = r.c0.new_empty((steps, batch, r.hidden) if save else 0)
     if plan.flagged:
-        _fill(h_then_h0)
-    h_then_h0[-1] = torch.where(r.h0.isnan(), float("nan"), r.h0)  # any NaN but the fill's
+        h_then_h0.view(torch.int32).fill_(FILL)
+    h_then_h0[-1].zero_()
+    h_then_h0[-1, ..., : r.hidden] = torch.where(r.h0.isnan(), float("nan"), r.h0)  # any NaN but the fill's
     for batch_start, groups in _batches(batch, plan):
         launch(
             lstm_cooperative_forward_kernel, (plan.programs, groups),
-            gates_ptr=gates, weight_hh_ptr=r.weight_hh, c0_ptr=r.c0, h_then_h0_ptr=h_then_h0, c_ptr=c if save else None,
-            h_n_ptr=h_n, c_n_ptr=c_n, arrivals_ptr=_counters(gates, plan, groups),
+            gates_ptr=gates, weight_hh_ptr=r.weight_hh, c0_ptr=r.c0, words_ptr=h_then_h0.view(torch.int32),
+            c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n, arrivals_ptr=_counters(gates, plan, groups),
             error_ptr=error_word(gates.device, 0), batch_start=batch_start, SAVE=save,
             **_shared_arguments(plan, gates, r),
         )  # fmt: skip
-    return h_then_h0[:-1], h_n, c_n, c
+    return h_then_h0[:-1, ..., : r.hidden].contiguous(), h_n, c_n, c
 
 
 def backward(
@@ -357,23 +372,25 @@ def backward(
     """As launch.layer_backward: as forward, and in more launches where the partial sums would take too much memory."""
     r = recurrence
     steps, batch, _ = gates.shape
-    dgates = torch.empty_like(gates)
+    dgates = _rows_of_words(gates, steps, batch, 4)
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernels make it that of c0
     most = min(steps, max(1, PARTIALS_WORKSPACE // (16 * dc.numel())))  # steps of one launch
-    partials = gates.new_empty(most, batch, 4 * r.hidden, dtype=torch.float32)
+    partials = gates.new_empty(most, batch, 4 * r.hidden, dtype=torch.int32)
     if plan.flagged:
-        _fill(dgates)
+        dgates.view(torch.int32).fill_(FILL)
     for steps_before in range(0, steps, most):
         if plan.flagged:
-            _fill(partials)
+            partials.fill_(FILL)
         for batch_start, groups in _batches(batch, plan):
             launch(
                 lstm_cooperative_backward_kernel, (plan.programs, groups),
                 dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, weight_hh_ptr=r.weight_hh,
-                dgates_ptr=dgates, partials_ptr=partials, dc_ptr=dc, arrivals_ptr=_counters(gates, plan, 2 * groups),
-                error_ptr=error_word(gates.device, 1), batch_start=batch_start, steps_before=steps_before,
-                steps_now=min(most, steps - steps_before), **_shared_arguments(plan, gates, r),
+                words_ptr=dgates.view(torch.int32), partials_ptr=partials, dc_ptr=dc,
+                arrivals_ptr=_counters(gates, plan, 2 * groups), error_ptr=error_word(gates.device, 1),
+                batch_start=batch_start, steps_before=steps_before, steps_now=min(most, steps - steps_before),
+                **_shared_arguments(plan, gates, r),
             )  # fmt: skip
+    dgates = dgates[..., : r.hidden].reshape(gates.shape)
     return dgates, initial_hidden_gradient(dgates, dh_n, None, r), dc, gates.new_empty(0)
 
 
@@ -384,7 +401,8 @@ def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any
         lengths_ptr=r.lengths, resets_ptr=r.resets, T=steps, B=batch, H=r.hidden, REVERSE=r.reverse,
         FLAGGED=plan.flagged, PATIENCE=PATIENCE, PRECISION=r.precision,
         BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k, K_SPLIT=plan.k_split,
-        num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS, launch_cooperative_grid=True,
+        num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.registers, **OPTIONS,
+        launch_cooperative_grid=True,
     )  # fmt: skip
 
 
@@ -394,9 +412,10 @@ def _batches(batch: int, plan: Plan) -> list[tuple[int, int]]:
     return [(start, min(plan.groups, ceil((batch - start) / plan.rows))) for start in range(0, batch, step)]
 
 
-def _fill(t: Tensor) -> None:
-    """All bits one: what `exchange.is_missing` looks for."""
-    t.view(torch.uint8).fill_(0xFF)
+def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:
+    """[*rows, H or one more] of the dtype of `gates` [T, B, 4H]: so many that a row is a whole number of words."""
+    hidden = gates.shape[-1] // 4
+    return gates.new_empty(*rows, hidden + hidden * gates.itemsize % 4 // gates.itemsize)
 
 
 def _counters(like: Tensor, plan: Plan, count: int) -> Tensor | None:

@@ -1,6 +1,7 @@
 """What depends on Triton's version: probed here, and nowhere else."""
 
 import triton
+import triton.language as tl
 
 _VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
@@ -12,3 +13,6 @@ MOST_ROWS = 64 if _VERSION >= (3, 9) else 32
 
 OPTIONS = {"enable_fp_fusion": True}
 """Of every launch. A multiplication and an addition become one instruction, whatever a version's default is."""
+
+constexpr_function = getattr(triton, "constexpr_function", None) or tl.constexpr_function  # until Triton 3.5 in tl
+"""Makes a Python function one that kernels call while they are compiled."""
