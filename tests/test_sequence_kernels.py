@@ -102,7 +102,7 @@ HALVES = [  # the same: H odd, so that the last word of a row is half empty, and
 @pytest.mark.parametrize(("size", "columns", "rows"), HALVES, ids=str)
 def test_cooperative_with_two_units_in_a_word(monkeypatch, size, columns, rows, variant, flagged):
     _cooperate(monkeypatch, columns, rows, flagged)
-    assert_as_good_as_torch(partial(_example, size, variant), "triton", torch.float16, seeds=2)
+    assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float16, seeds=2)
 
 
 @BOTH_EXCHANGES
@@ -213,7 +213,7 @@ def test_a_fault_in_a_word_is_seen(monkeypatch, fault):
     _cooperate(monkeypatch, columns=8, rows=4, flagged=True)
     monkeypatch.setattr(cooperative, "pack", fault)
     with pytest.raises(AssertionError):
-        assert_as_good_as_torch(partial(_example, (3, 3, 3, 13), "plain"), "triton", torch.float16, seeds=1)
+        assert_as_good_as_torch(partial(example_of, (3, 3, 3, 13), "plain"), "triton", torch.float16, seeds=1)
 
 
 @triton.jit
