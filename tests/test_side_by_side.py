@@ -76,6 +76,7 @@ def test_launches_that_share_the_card_run_at_once_and_others_wait_for_all_of_the
 def test_families_whose_programs_do_not_wait_are_left_alone(queued, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", None)  # nobody asks
     ordering.await_others(plans(Problem(8, 16, 64, torch.bfloat16), H100, False)[0], CUDA)
+    assert ordering._launched == {}
 
 
 @pytest.mark.parametrize("hidden", [768, 1536])

@@ -109,8 +109,8 @@ def collect(
     else:
         tiles = ()
         for tile in tl.static_range(TILES):  # from L2, where others store, not from L1, which may hold older words
-            here = left > tile * STRIDE
-            tiles = tiles + (tl.load(at + tile * STRIDE, mask=here, other=0, cache_modifier=".cg"),)  # noqa: RUF005
+            present = left > tile * STRIDE
+            tiles = tiles + (tl.load(at + tile * STRIDE, mask=present, other=0, cache_modifier=".cg"),)  # noqa: RUF005
     return tiles
 
 
@@ -143,8 +143,8 @@ def load_volatile(at, left, TILES: tl.constexpr, STRIDE: tl.constexpr):
     """The tiles of `collect` as they are now."""
     tiles = ()
     for tile in tl.static_range(TILES):
-        here = left > tile * STRIDE
-        tiles = tiles + (tl.load(at + tile * STRIDE, mask=here, other=0, volatile=True),)  # noqa: RUF005
+        present = left > tile * STRIDE
+        tiles = tiles + (tl.load(at + tile * STRIDE, mask=present, other=0, volatile=True),)  # noqa: RUF005
     return tiles
 
 
