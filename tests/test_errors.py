@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from comparing import BACKENDS
+from comparing import BACKENDS, PLACES
 from torch import nn, tensor, zeros
 from torch.nn.utils.rnn import pack_sequence
 
@@ -243,6 +243,28 @@ def test_what_is_refused_where_torch_has_no_words(backend, error, text, call):
 
 
 # Bad arguments of the constructors
+
+@pytest.mark.parametrize(("cls", "name", "size", "text"), [
+    (gpu_lstm.LSTM, "weight_hh_l0", (16, 3), "Expected weight_hh size (16, 4), got [16, 3]"),
+    (gpu_lstm.LSTM, "weight_ih_l0", (12, 4), "Expected weight_ih size (16, 3), got [12, 4]"),
+    (gpu_lstm.LSTM, "bias_hh_l0", (64,), "Expected bias_hh size (16,), got [64]"),
+    (gpu_lstm.LSTM, "bias_ih_l0", (1,), "Expected bias_ih size (16,), got [1]"),  # which would be broadcast
+    (gpu_lstm.LSTMCell, "weight_hh", (16, 5), "Expected weight_hh size (16, 4), got [16, 5]"),
+    (gpu_lstm.LSTMCell, "bias_ih", (1,), "Expected bias_ih size (16,), got [1]"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_weight_of_another_size_is_refused_at_the_next_call(backend, cls, name, size, text):
+    """Assigned, or handed over by functional_call: kernels would read beyond it."""
+    module = cls(3, 4, backend=backend, **PLACES[backend])
+    like = next(module.parameters())
+    x = like.new_zeros((2, 1, 3) if cls is gpu_lstm.LSTM else (1, 3))
+    with raises(RuntimeError, text):
+        torch.func.functional_call(module, {name: like.new_zeros(size)}, x)
+    module(x)
+    setattr(module, name, nn.Parameter(like.new_zeros(size)))
+    with raises(RuntimeError, text):
+        module(x)
+
 
 OF_LSTM = dict(
     dropout=(1.5, -0.1, True, "0.5", "half", None), bias=(1, None), batch_first=(1, None), input_size=(3.0, 0, -1, "3"),
