@@ -6,7 +6,7 @@ import time
 
 def hang(tell):
     tell("hangs")
-    time.sleep(300)
+    time.sleep(60)
 
 
 def die(tell):
