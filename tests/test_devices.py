@@ -42,6 +42,7 @@ def _launches(driver, monkeypatch, backend: str, choose_plan, device: str) -> li
     launcher = {"triton": triton_launch, "cupy": cupy_launch}[backend]
     monkeypatch.setattr(launcher, "choose_plan", choose_plan)
     monkeypatch.setattr(launcher, "launch_kernel", lambda *_, **__: current.append(driver.current))
+    monkeypatch.setattr(triton_launch, "await_others", lambda plan, device: None)  # test_side_by_side looks at that
     monkeypatch.setattr(cooperative, "error_word", lambda device, kernel: None)  # kept for as long as the process
     # Python's own indexing of a CUDA tensor asks the real driver.
     monkeypatch.setattr(

@@ -244,6 +244,7 @@ def test_what_is_refused_where_torch_has_no_words(backend, error, text, call):
 
 # Bad arguments of the constructors
 
+
 @pytest.mark.parametrize(("cls", "name", "size", "text"), [
     (gpu_lstm.LSTM, "weight_hh_l0", (16, 3), "Expected weight_hh size (16, 4), got [16, 3]"),
     (gpu_lstm.LSTM, "weight_ih_l0", (12, 4), "Expected weight_ih size (16, 3), got [12, 4]"),
