@@ -26,6 +26,8 @@ def layer(
     For backward the activated gates are kept, [T, B, 4H]; with `recompute` they are taken again from x and h.
     """
     h0, c0 = state
+    if h0 is c0:  # as zeros for both may be; torch.compile takes no tensor twice
+        c0 = c0.view_as(c0)
     # Asked here, since autograd is off inside Function.forward.
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
     if save:

@@ -48,7 +48,7 @@ def _launches(driver, monkeypatch, backend: str, choose_plan, device: str) -> li
     monkeypatch.setattr(
         torch.Tensor,
         "__getitem__",
-        lambda t, k: t.narrow(0, 0, t.shape[0] - 1) if isinstance(k, slice) else t.select(0, k),
+        lambda t, k: t.select(0, k) if isinstance(k, int) else t.narrow(0, 0, t.shape[0] - 1),
     )
     monkeypatch.setattr(torch.Tensor, "__setitem__", lambda *_: None)
     with FakeTensorMode():

@@ -61,7 +61,7 @@ def test_chunks_of_time_get_their_part_of_the_noise(monkeypatch, name, training)
     lstm = made(name, "triton", **ALL).train(training)
     lstm.dropout, lstm.recompute = 0.0, True
     whole = call_of(lstm, **RAGGED)
-    monkeypatch.setattr("gpu_lstm.pipeline.WORKSPACE", 2 * B * 16 * 4)  # two steps
+    monkeypatch.setattr("gpu_lstm.chunks.WORKSPACE", 2 * B * 16 * 4)  # two steps
     assert_same(call_of(lstm, **RAGGED), whole)
 
 
