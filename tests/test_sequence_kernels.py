@@ -188,8 +188,15 @@ def test_a_broken_exchange_is_seen(monkeypatch, module, name, fault, flagged, dt
     given = partial(example, 8, 3, 3, 20)
     assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=2)
     monkeypatch.setattr(module, name, fault)
-    with pytest.raises(AssertionError):
-        assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=12)
+
+    def is_seen(seed: int) -> bool:
+        try:
+            assert_as_good_as_torch(lambda _: given(seed=seed), "triton", dtype, seeds=1)
+        except AssertionError:
+            return True
+        return False
+
+    assert any(map(is_seen, range(12))), "programs meet in another order at each"
 
 
 @triton.jit
