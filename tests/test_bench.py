@@ -335,6 +335,7 @@ def test_a_commit_is_checked_out_beside_this_one_and_removed(tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_is_slower_than_another_commit_is_told_and_nothing_else(monkeypatch, tmp_path, capsys):
     """Here 7 units take 10 ms longer than in the other commit, and 8 units are as they were."""
     for side, units in (("here", 7), ("there", 0)):
@@ -417,6 +418,7 @@ def test_a_run_ends_with_the_table_and_fails_where_ours_is_wrong(capsys, tmp_pat
     assert {path.suffix for path in (tmp_path / "a").iterdir()} == {".csv", ".png"}
 
 
+@pytest.mark.slow
 def test_bench_gpu_rehearsed_on_a_cpu(capsys, tmp_path, monkeypatch):
     """All parts in their order; what would ask the device is stubbed. A test fails; then all hang."""
     asked = []
@@ -451,6 +453,7 @@ def test_bench_gpu_rehearsed_on_a_cpu(capsys, tmp_path, monkeypatch):
     assert all(limit >= 1 for limit in limits)
 
 
+@pytest.mark.slow
 def test_the_first_part_is_the_headline_alone():
     words = [word for word in gpu.PYTEST if word != "-v"] + [*gpu.HEADLINE[1], "-q", "--collect-only"]
     said = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True).stdout

@@ -51,6 +51,7 @@ def test_chunks_give_the_numbers_of_the_whole(monkeypatch, device, options, ragg
 
 @pytest.mark.parametrize("ragged", [{}, RAGGED], ids=["plain", "ragged"])
 @pytest.mark.parametrize("options", STACKS.values(), ids=STACKS)
+@pytest.mark.slow
 def test_recompute_gives_the_same_gradients(monkeypatch, device, options, ragged):
     x = torch.randn(7, 3, 4, device=device)
     ragged = {name: tensor.to(device) for name, tensor in ragged.items()}
@@ -128,6 +129,7 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", STACKS.values(), ids=STACKS)
+@pytest.mark.slow
 def test_a_long_sequence_takes_a_fixed_workspace(monkeypatch, device, options):
     """Without autograd only one chunk's pre-activations are there: beside outputs no tensor exceeds the workspace."""
     monkeypatch.setattr(chunks, "WORKSPACE", 1000)

@@ -99,6 +99,7 @@ def test_the_families_on_an_h100(rows, hidden, family):
     assert families == {family} or (OLDER_TRITON and hidden == 1536 and families <= {family, "step"})
 
 
+@pytest.mark.slow
 def test_a_kernel_that_spills_is_reported(tmp_path):
     """The check can fail: a thread that may have 32 registers only."""
     script = """
@@ -117,6 +118,7 @@ for launch in (launch, dataclasses.replace(launch, arguments=launch.arguments | 
     assert int(more_spills) > 0
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_row_for_each_kernel(tmp_path):
     script = """
 from gpu_lstm import __main__

@@ -37,6 +37,7 @@ def test_who_tells(who):
     gpu_lstm.check()  # told once
 
 
+@pytest.mark.slow
 def test_the_end_of_the_program_tells():
     script = """
 import os
@@ -61,6 +62,7 @@ def test_devices_do_not_share_words_and_kernels_stand_16_bytes_apart():
         giving_up.check()
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_in_order_to_check():
     script = "import sys, gpu_lstm; gpu_lstm.check(); assert 'gpu_lstm.kernels.triton_lstm' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
