@@ -11,8 +11,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto $(PYTEST)
 
+# The inner loop leaves out what takes most: whole files of kernels in the interpreter, compiling, the benchmark's runs.
+SLOW_FILES := sequence_kernels cupy_kernels extremes bench bench_providers concurrent_interpreter exchange_ptx kernels \
+	compile cupy_launch
+
 test-quick: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST)
+	$(BIN)/python -m pytest -n auto -m "not slow" $(SLOW_FILES:%=--ignore tests/test_%.py) $(PYTEST)
 
 test-versions: $(INSTALLED)
 	$(BIN)/python tests/versions.py $(PYTEST)
