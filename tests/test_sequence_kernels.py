@@ -56,16 +56,17 @@ def test_resident(monkeypatch, size, variant):
     )
 
 
-def _cooperate(monkeypatch, columns, rows, flagged, k=16, k_split=2, groups=8, yield_rate=0.05):
-    """Have every launch be cooperative, with `columns` units a program and `rows` sequences a batch tile."""
+def _cooperate(monkeypatch, units, groups=8, warps=2, yield_rate=0.05):
+    """Have every launch be cooperative, with `units` units a program."""
     seeds = iter(range(1_000_000))
 
     def cooperative_plan(problem, device, backward, *_):
-        programs = -(-problem.hidden // columns)
+        programs = -(-problem.hidden // units)
         if backward:
-            programs = 4 * -(-problem.hidden // (4 * columns))
-        groups_ = min(groups, -(-problem.batch // rows))
-        return Plan(Family.COOPERATIVE, rows, columns, k, k_split, programs, groups_, 4, 1, 0, "", flagged)
+            programs = 4 * -(-problem.hidden // (4 * units))
+        tiles = -(-problem.batch // 8)
+        chunks = -(-problem.hidden * problem.size // (64 * warps))
+        return Plan(Family.COOPERATIVE, 8, units, chunks, programs, min(groups, tiles), warps, 1, 0, "")
 
     def launch_concurrently(kernel, grid, **arguments):
         ConcurrentRun(seed=next(seeds), yield_rate=yield_rate)(kernel, grid, **arguments)
@@ -74,19 +75,18 @@ def _cooperate(monkeypatch, columns, rows, flagged, k=16, k_split=2, groups=8, y
     monkeypatch.setattr(launch, "launch_kernel", launch_concurrently)
 
 
-COOPERATIONS = [  # (T, B, I, H), units a program, batch tile: programs forward, backward; batch tiles
-    ((6, 3, 3, 8), 4, 4),  # 2, 4; 1
-    ((5, 5, 3, 20), 8, 4),  # 3, 4; 2
-    pytest.param((3, 3, 3, 30), 4, 2, marks=pytest.mark.slow),  # 8, 8; 2
-    pytest.param((40, 2, 2, 6), 4, 2, marks=pytest.mark.slow),  # 2, 4; 1
+COOPERATIONS = [  # (T, B, I, H), units a program, groups: programs forward, backward
+    ((6, 3, 3, 8), 4, 1),  # 2, 4
+    ((3, 17, 3, 20), 8, 2),  # 3, 4; three batch tiles in two groups
+    pytest.param((3, 3, 3, 50), 4, 1, marks=pytest.mark.slow),  # 13, 16
+    pytest.param((40, 2, 2, 6), 4, 1, marks=pytest.mark.slow),  # 2, 4
 ]
 
 
-@BOTH_EXCHANGES
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("size", "columns", "rows"), COOPERATIONS, ids=str)
-def test_cooperative(monkeypatch, size, columns, rows, variant, flagged):
-    _cooperate(monkeypatch, columns, rows, flagged)
+@pytest.mark.parametrize(("size", "units", "groups"), COOPERATIONS, ids=str)
+def test_cooperative(monkeypatch, size, units, groups, variant):
+    _cooperate(monkeypatch, units, groups)
     seeds = 1 if size[0] == 40 else 3
     assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float32, seeds=seeds)
 

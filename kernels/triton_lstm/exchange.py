@@ -15,8 +15,8 @@ that was not enough, the error word is set to step + 1 and no later step waits f
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import num_threads
 
+from .assembly import operands, types
 from .features import constexpr_function
 
 POLLS_BETWEEN_LOOKS = 64  # a power of two
@@ -25,28 +25,37 @@ POLLS_BETWEEN_LOOKS = 64  # a power of two
 
 @triton.jit
 def pack(x, DTYPE: tl.constexpr):
-    """[UNITS, COLUMNS] float32, rounded to DTYPE -> words [UNITS / units of a word, COLUMNS], never the fill.
+    """[THREADS] float32, rounded to DTYPE -> words [THREADS], never the fill. Of half precision an even thread's word
+    holds its element and, in the high half, the next thread's; an odd thread's means nothing.
 
     The fill has all bits one, which is a NaN in every floating-point format; a NaN that was computed becomes another.
     """
     x = tl.where(x == x, x, float("nan")).to(DTYPE)
     if DTYPE.primitive_bitwidth == 32:
         words = x.to(tl.int32, bitcast=True)
-    else:  # the first of two units in the low half
+    else:
         halves = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        pairs = tl.reshape(halves, (x.shape[0] // 2, 2, x.shape[1]))
-        words = tl.sum(pairs << 16 * tl.arange(0, 2)[None, :, None], axis=1)
+        words = halves | (of_the_next_thread(halves) << 16)
     return words
 
 
 @triton.jit
-def unpack(words, DTYPE: tl.constexpr):
-    """Words [PARTS, COLUMNS, WORDS] -> elements [PARTS, COLUMNS, WORDS * units of a word]."""
-    if DTYPE.primitive_bitwidth == 32:
-        x = words.to(tl.float32, bitcast=True)
+def in_phase(words, phase):
+    """Words of float32 whose last bit is a phase, 0 or 1: it costs half a unit in the last place."""
+    return (words & -2) | phase
+
+
+@triton.jit
+def of_the_next_thread(x):
+    """[THREADS] int32: an even thread's neighbour's."""
+    if INTERPRETED:
+        pairs = tl.reshape(x, (x.shape[0] // 2, 2))
+        even, odd = tl.split(pairs)
+        x = tl.reshape(tl.join(odd, even), x.shape)
     else:
-        halves = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
-        x = tl.reshape(halves, (words.shape[0], words.shape[1], 2 * words.shape[2])).to(DTYPE, bitcast=True)
+        x = tl.inline_asm_elementwise(
+            "shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
+        )
     return x
 
 
@@ -91,108 +100,107 @@ def wait(arrivals_ptr, counter, expected, patience, error_ptr, step, FLAGGED: tl
 
 @triton.jit
 def collect(
-    at,  # [PARTS, COLUMNS, BLOCK] pointers to words: of the first tile
-    left,  # [PARTS, COLUMNS, BLOCK] how many words there are from here on; none where not positive
+    at,  # [THREADS] pointers to words: of the first group
+    left,  # [THREADS] how many words there are from here on; none where not positive
+    phase,  # 0 or 1, if PHASED
     error_ptr,
     step,
-    TILES: tl.constexpr,
-    STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,  # words of a group, neighbours
+    STRIDE: tl.constexpr,  # words from one group to the next
+    TOGETHER: tl.constexpr,  # 1, 2 or 4: neighbours that one load takes; they lie at a multiple of as many words
+    PHASED: tl.constexpr,
     PATIENCE: tl.constexpr,
-    FLAGGED: tl.constexpr,
 ):
-    """Load the words that other programs published: TILES tiles [PARTS, COLUMNS, BLOCK], each STRIDE further on.
+    """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32. Words that are not there are zero.
 
-    Words that are not there are zero. All tiles are loaded before any is looked at.
+    Relaxed loads of gpu scope, repeated while a word is the fill or, if PHASED, of the other phase. Each warp polls for
+    itself, without a barrier: `polling_loop` says how. The interpreter takes a loop over all.
     """
-    if FLAGGED:
-        tiles = load_when_published(at, left, error_ptr, step, TILES, STRIDE, PATIENCE)
-    else:
-        tiles = ()
-        for tile in tl.static_range(TILES):  # from L2, where others store, not from L1, which may hold older words
-            present = left > tile * STRIDE
-            tiles = tiles + (tl.load(at + tile * STRIDE, mask=present, other=0, cache_modifier=".cg"),)  # noqa: RUF005
-    return tiles
-
-
-@triton.jit
-def load_when_published(at, left, error_ptr, step, TILES: tl.constexpr, STRIDE: tl.constexpr, PATIENCE: tl.constexpr):
-    """The tiles of `collect`, loaded by relaxed loads of gpu scope until no word is the fill.
-
-    Each warp polls for itself, without a barrier: `polling_loop` says how. The interpreter takes a loop over all.
-    """
+    COUNT: tl.constexpr = GROUPS * SIZE
     if INTERPRETED:
-        tiles = load_volatile(at, left, TILES, STRIDE)
+        words = load_volatile(at, left, GROUPS, SIZE, STRIDE)
         polls = 0
-        while (count_missing(tiles, TILES) > 0) & (polls < PATIENCE):
-            tiles = load_volatile(at, left, TILES, STRIDE)
+        while (count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED) > 0) & (polls < PATIENCE):
+            words = load_volatile(at, left, GROUPS, SIZE, STRIDE)
             polls += 1
             if tl.load(error_ptr, volatile=True) != 0:
                 polls = PATIENCE
-        tl.store(error_ptr, step + 1, mask=count_missing(tiles, TILES) > 0)
+        missing = count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED)
+        tl.store(error_ptr, step + 1, mask=missing > 0)
     else:
-        WORDS: tl.constexpr = at.numel // num_threads() if at.numel > num_threads() else 1  # of a tile, in a thread
-        tiles = tl.inline_asm_elementwise(
-            polling_loop(TILES, WORDS, STRIDE, PATIENCE), polling_operands(TILES, WORDS),
-            [at, left, error_ptr, step + 1], dtype=int32s(TILES), is_pure=False, pack=WORDS,
+        words = tl.inline_asm_elementwise(
+            polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, PATIENCE), operands("=&r", COUNT, "l", 1, "r", 2, "l", 1, "r", 1),
+            [at, left, phase, error_ptr, step + 1], dtype=types(tl.int32, COUNT), is_pure=False, pack=1,
         )  # fmt: skip
-    return tiles
+    return words
 
 
 @triton.jit
-def load_volatile(at, left, TILES: tl.constexpr, STRIDE: tl.constexpr):
-    """The tiles of `collect` as they are now."""
-    tiles = ()
-    for tile in tl.static_range(TILES):
-        present = left > tile * STRIDE
-        tiles = tiles + (tl.load(at + tile * STRIDE, mask=present, other=0, volatile=True),)  # noqa: RUF005
-    return tiles
+def load_volatile(at, left, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    """The words of `collect` as they are now."""
+    words = ()
+    for n in tl.static_range(GROUPS * SIZE):
+        offset = n // SIZE * STRIDE + n % SIZE
+        words = words + (tl.load(at + offset, mask=left > offset, other=0, volatile=True),)  # noqa: RUF005
+    return words
 
 
 @triton.jit
-def count_missing(tiles, TILES: tl.constexpr):
-    """How many words of the tiles are still the fill."""
+def count_missing(
+    words, left, phase, COUNT: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, PHASED: tl.constexpr
+):
+    """How many of the words are not there yet."""
     missing = 0
-    for tile in tl.static_range(TILES):
-        missing += tl.sum((tiles[tile] == -1).to(tl.int32))
+    for n in tl.static_range(COUNT):
+        absent = (words[n] & 1) != phase if PHASED else words[n] == -1
+        missing += tl.sum((absent & (left > n // SIZE * STRIDE + n % SIZE)).to(tl.int32))
     return missing
 
 
 @constexpr_function
-def polling_loop(tiles: int, words: int, stride: int, patience: int) -> str:
-    """PTX that loads `words` words of each tile until none is the fill, or somebody gave up.
+def polling_loop(groups: int, size: int, stride: int, together: int, phased: bool, patience: int) -> str:
+    """PTX that loads words until all are there, or somebody gave up.
 
-    A pass loads, all at once, the words that are still missing. The lanes of a warp loop together, by their vote.
+    Operands: the words, the place of the first, how many are left, the phase, the error word, its value. A pass loads,
+    all at once, the neighbours of which one is still missing. The lanes of a warp loop together, by their
+    vote.
     """
-    found = [f"${n}" for n in range(tiles * words)]
-    at, left, error, step = ([f"${(tiles + n) * words + i}" for i in range(words)] for n in range(4))
-    lines = [".reg .pred yes;", ".reg .b32 greatest, polls, rest;", "mov.b32 polls, 0;"]
-    for n, word in enumerate(found):
-        lines += [f"setp.gt.s32 yes, {left[n % words]}, {n // words * stride};", f"selp.b32 {word}, -1, 0, yes;"]
-    lines += ["POLL:", "mov.b32 greatest, 0;"]
-    for n, word in enumerate(found):
-        place = f"[{at[n % words]} + {n // words * stride * 4}]"
-        lines += [f"setp.eq.s32 yes, {word}, -1;", f"@yes ld.relaxed.gpu.global.b32 {word}, {place};"]
-    lines += [f"max.u32 greatest, greatest, {word};" for word in found]  # the fill is the greatest word
+    count = groups * size
+    at, left, phase, error, step = (f"${count + n}" for n in range(5))
+    firsts = range(0, count, together)  # the first words of all loads
+    offset = {n: n // size * stride + n % size for n in firsts}
+    lines = [
+        ".reg .pred any, yes, " + ", ".join(f"missing{n}" for n in firsts) + ";", ".reg .b32 seen, polls, rest;",
+        "mov.b32 polls, 0;",
+    ]  # fmt: skip
+    for n in firsts:
+        lines.append(f"setp.gt.s32 missing{n}, {left}, {offset[n]};")
+        lines += [f"mov.b32 ${n + i}, 0;" for i in range(together)]
+    lines.append("POLL:")
+    for n in firsts:
+        words = ", ".join(f"${n + i}" for i in range(together))
+        into = f"v{together}.b32 {{{words}}}" if together > 1 else f"b32 {words}"
+        lines.append(f"@missing{n} ld.relaxed.gpu.global.{into}, [{at} + {4 * offset[n]}];")
+    lines.append("setp.ne.u32 any, polls, polls;")
+    for n in firsts:
+        if phased:
+            lines += [f"xor.b32 seen, ${n}, {phase};", "and.b32 seen, seen, 1;", "setp.ne.u32 yes, seen, 0;"]
+            lines.append(f"and.pred missing{n}, missing{n}, yes;")
+        else:  # the fill is the greatest word
+            lines.append(f"mov.b32 seen, ${n};")
+            lines += [f"max.u32 seen, seen, ${n + i};" for i in range(1, together)]
+            lines.append(f"setp.eq.u32 missing{n}, seen, -1;")
+        lines.append(f"or.pred any, any, missing{n};")
     lines += [
-        "setp.eq.s32 yes, greatest, -1;", "vote.sync.any.pred yes, yes, -1;", "@!yes bra DONE;",
+        "vote.sync.any.pred any, any, -1;", "@!any bra DONE;",
         "add.s32 polls, polls, 1;", f"and.b32 rest, polls, {POLLS_BETWEEN_LOOKS - 1};",
-        "setp.ne.s32 yes, rest, 0;", "@yes bra POLL;",
-        f"ld.relaxed.sys.global.b32 rest, [{error[0]}];",
-        "setp.ne.s32 yes, rest, 0;", "vote.sync.any.pred yes, yes, -1;", "@yes bra DONE;",
-        f"setp.lt.s32 yes, polls, {patience};", "@yes bra POLL;",
-        f"st.relaxed.sys.global.b32 [{error[0]}], {step[0]};",
+        "setp.ne.s32 any, rest, 0;", "@any bra POLL;",
+        f"ld.relaxed.sys.global.b32 rest, [{error}];",
+        "setp.ne.s32 any, rest, 0;", "vote.sync.any.pred any, any, -1;", "@any bra DONE;",
+        f"setp.lt.s32 any, polls, {patience};", "@any bra POLL;",
+        f"st.relaxed.sys.global.b32 [{error}], {step};",
         "DONE:",
     ]  # fmt: skip
     return "\n".join(["{", *lines, "}"])
 
-
-@constexpr_function
-def polling_operands(tiles: int, words: int) -> str:
-    """Of polling_loop: what it finds; for each word its place and how many are left; the error word and its value."""
-    return ",".join(["=&r"] * (tiles * words) + ["l"] * words + ["r"] * words + ["l"] * words + ["r"] * words)
-
-
-@constexpr_function
-def int32s(count: int) -> tuple[tl.dtype, ...]:
-    """The types of what polling_loop finds."""
-    return (tl.int32,) * count

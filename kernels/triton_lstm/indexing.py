@@ -95,12 +95,11 @@ def step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE: tl.constex
 
 @triton.jit
 def cell_before(c_ptr, c0_ptr, step, time, batch, B, unit, continues, H: tl.constexpr, REVERSE: tl.constexpr):
-    """The cell state that `step` started from, [units, batch] float32: c0 at step 0, zero where not `continues`."""
-    at = row_before(step, time, batch, B, REVERSE)[None, :] * H + unit[:, None]
-    mask = (unit < H)[:, None] & continues[None, :]
-    at_start = ((tl.zeros_like(time) + step) == 0)[None, :]
-    first = tl.load(c0_ptr + at, mask=mask & at_start, other=0.0)
-    later = tl.load(c_ptr + at, mask=mask & ~at_start, other=0.0)
+    """The cell state that `step` started from, float32: c0 at step 0, zero where not `continues`."""
+    at = row_before(step, time, batch, B, REVERSE) * H + unit
+    at_start = (tl.zeros_like(time) + step) == 0
+    first = tl.load(c0_ptr + at, mask=continues & at_start, other=0.0)
+    later = tl.load(c_ptr + at, mask=continues & ~at_start, other=0.0)
     return first + later
 
 

@@ -78,20 +78,15 @@ class Plan:
     family: Family
     rows: int  # batch tile
     columns: int  # hidden units of a program
-    k: int  # inner dimension of one product
-    k_split: int  # parts of k that different warps take (cooperative)
+    k: int  # inner dimension of one product; in registers: chunks of K that a warp takes
     programs: int  # that share W_hh
-    groups: int  # batch tiles that one launch takes
+    groups: int  # of programs, each with batch tiles of its own
     num_warps: int
     num_stages: int
     shared: int  # bytes a block is expected to take
     why: str
-    flagged: bool = True  # cooperative: data as its own flag, else a counter
+    walks: int = 1  # batch tiles that a group takes one after another at every step
     side_by_side: int = 1  # launches of this plan that fit the card at once
-
-    def launches(self, batch: int) -> int:
-        """How many launches one after another a batch takes: more than one where its tiles are too many at once."""
-        return ceil(ceil(batch / self.rows) / self.groups)
 
     @property
     def threads(self) -> int:

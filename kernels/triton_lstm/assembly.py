@@ -1,0 +1,23 @@
+"""What all inline assembly needs: the constraints of its operands and the types of its results."""
+
+import triton.language as tl
+
+from .features import constexpr_function
+
+
+@constexpr_function
+def operands(*kinds: str | int) -> str:
+    """Constraints: a kind, how many operands are of it, the next kind..."""
+    return ",".join(",".join([kind] * count) for kind, count in zip(kinds[::2], kinds[1::2]))
+
+
+@constexpr_function
+def types(dtype: tl.dtype, count: int) -> tuple[tl.dtype, ...]:
+    """Of the results."""
+    return (dtype,) * count
+
+
+@constexpr_function
+def registers(first: int, count: int) -> str:
+    """A vector of operands."""
+    return "{" + ", ".join(f"${first + n}" for n in range(count)) + "}"

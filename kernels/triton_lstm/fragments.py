@@ -1,0 +1,230 @@
+"""Products on tensor cores, written thread by thread.
+
+A tensor with as many elements as a program has threads has one element in each: element t belongs to thread t. So a
+kernel can say what every thread does. It keeps W_hh in registers for the whole sequence, as operands of products, and
+takes h as the other operand as it comes, without a layout to be changed and without a barrier.
+
+A product is mma.sync, D = A B + D, of 16 rows of weights and 8 sequences (PTX ISA, "Matrix Fragments for mma.m16n8k16",
+and for m16n8k8 with .tf32). K counts words of 32 bits: two neighbouring elements of half precision, or one of float32.
+Every thread of a warp holds parts of A, B and D, by its
+
+    column   lane // 4: a sequence in B; the rows column and column + 8 in A and D
+    quarter  lane % 4: two words of K in A and B; the sequences 2 quarter and 2 quarter + 1 in D
+
+Which words of K meet in a product is free as long as A and B agree. Here a thread takes a quad, four neighbouring words
+(16 bytes), for two products after one another; the four quads of a row are a chunk of K, 16 words.
+"""
+
+import triton
+import triton.language as tl
+
+from .assembly import operands, registers, types
+from .exchange import INTERPRETED
+from .features import constexpr_function
+
+SEQUENCES = tl.constexpr(8)  # of a product
+
+
+@triton.jit
+def threads(WARPS: tl.constexpr):
+    """Of every thread: (its number, its warp, column, quarter), each [THREADS]."""
+    thread = tl.arange(0, 32 * WARPS)
+    return thread, thread // 32, thread % 32 // 4, thread % 4
+
+
+@triton.jit
+def load_weights(
+    words_ptr,  # [rows, W] int32
+    rows,  # tuple of 2 TILES row numbers [THREADS], for each tile those of the rows column and column + 8; -1: zeros
+    first,  # [THREADS] the first word of the thread's first quad
+    W: tl.constexpr,
+    STRIDE: tl.constexpr,  # words from one chunk of the thread to the next
+    CHUNKS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """A of TILES x 16 rows and CHUNKS chunks: a tuple of [THREADS] words, which stays in registers."""
+    weights = ()
+    for chunk in tl.static_range(CHUNKS):
+        for n in tl.static_range(8 * TILES):
+            row = rows[n // 8 * 2 + n % 2]
+            word = first + chunk * STRIDE + n % 8 // 2
+            there = (row >= 0) & (word < W)
+            weights = weights + (tl.load(words_ptr + row.to(tl.int64) * W + word, mask=there, other=0),)  # noqa: RUF005
+    return weights
+
+
+@triton.jit
+def product(
+    weights,  # of load_weights
+    x,  # tuple of CHUNKS quads of [THREADS] words: B
+    DTYPE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TILES: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """D: for each tile the rows column and column + 8, of each two sequences: a tuple of 4 TILES [THREADS] float32."""
+    if INTERPRETED:
+        sums = product_by_definition(weights, x, DTYPE, CHUNKS, TILES, WARPS)
+    else:
+        sums = tl.inline_asm_elementwise(
+            products(CHUNKS, TILES, DTYPE), operands("=&f", 4 * TILES, "r", (8 * TILES + 4) * CHUNKS),
+            weights + x, dtype=types(tl.float32, 4 * TILES), is_pure=True, pack=1,
+        )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def scale(
+    x,  # as for `product`
+    factors_at,  # [THREADS] pointers to words: of the first quad
+    left,  # [THREADS] how many words there are from here on
+    CHUNKS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """x times as many factors, rounded to DTYPE."""
+    scaled = ()
+    for n in tl.static_range(4 * CHUNKS):
+        offset = n // 4 * STRIDE + n % 4
+        factors = tl.load(factors_at + offset, mask=left > offset, other=0)
+        if DTYPE == tl.float32:
+            word = (x[n].to(tl.float32, bitcast=True) * factors.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+        else:
+            word = multiply_halves(x[n], factors, DTYPE) | (multiply_halves(x[n] >> 16, factors >> 16, DTYPE) << 16)
+        scaled = scaled + (word,)  # noqa: RUF005
+    return scaled
+
+
+@triton.jit
+def multiply_halves(a, b, DTYPE: tl.constexpr):
+    """The low halves' product, int32."""
+    a, b = a.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32), b.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return (a * b).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def sum_over_warps(
+    parts,  # of product: each warp took another part of K
+    rows,  # tuple of COUNT [THREADS]: which rows of the sum a thread wants
+    sequences,  # tuple of COUNT [THREADS]: and of which sequence
+    turn,  # calls are told from the one before by it: 0 and 1 alternately
+    COUNT: tl.constexpr,
+    TILES: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Elements of the sum of all warps' products, COUNT [THREADS] float32, in the same order every time.
+
+    The products meet in shared memory [2, WARPS, 16 TILES rows, 8 sequences], with one barrier: while one half is
+    read, the other half is written.
+    """
+    if INTERPRETED:
+        sums = sum_by_definition(parts, rows, sequences, COUNT, TILES, WARPS)
+    else:
+        _, warp, column, quarter = threads(WARPS)
+        warp_at = warp * (16 * TILES)
+        places = (place(warp_at + column, 2 * quarter), place(warp_at + column + 8, 2 * quarter))
+        for n in tl.static_range(COUNT):
+            places = places + (place(rows[n], sequences[n]),)  # noqa: RUF005
+        sums = tl.inline_asm_elementwise(
+            summation(COUNT, TILES, WARPS), operands("=&f", COUNT, "f", 4 * TILES, "r", COUNT + 3),
+            parts + places + (turn,), dtype=types(tl.float32, COUNT), is_pure=False, pack=1,
+        )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def place(row, sequence):
+    """Where an element of a product lies in shared memory, in bytes.
+
+    Pairs of sequences change places with the row, so that neither the threads of a product nor neighbouring rows of
+    one sequence meet in a bank.
+    """
+    pair = (sequence // 2) ^ (row // 4 % 4)
+    return 4 * (8 * row + 2 * pair + sequence % 2)
+
+
+@constexpr_function
+def products(chunks: int, tiles: int, dtype: tl.dtype) -> str:
+    """PTX of `product`: $0 on are the sums, then the weights, then x."""
+    kind = {
+        tl.float16: "m16n8k16.row.col.f32.f16.f16.f32",
+        tl.bfloat16: "m16n8k16.row.col.f32.bf16.bf16.f32",
+        tl.float32: "m16n8k8.row.col.f32.tf32.tf32.f32",
+    }[dtype]
+    lines = []
+    for n in range(2 * chunks):  # two products a quad
+        for tile in range(tiles):  # which do not wait for each other
+            d = registers(4 * tile, 4)
+            a = registers(4 * tiles + (n // 2 * tiles + tile) * 8 + n % 2 * 4, 4)
+            b = registers(4 * tiles + 8 * tiles * chunks + 2 * n, 2)
+            zero = "{" + ", ".join(["0f00000000"] * 4) + "}"
+            lines.append(f"mma.sync.aligned.{kind} {d}, {a}, {b}, {d if n else zero};")
+    return "\n".join(lines)
+
+
+@constexpr_function
+def summation(count: int, tiles: int, warps: int) -> str:
+    """PTX of `sum_over_warps`: the sums, the parts, where the two rows of a thread begin, where sums lie, the turn."""
+    part = 4 * 8 * 16 * tiles  # bytes of a warp
+    store, load, turn = count + 4 * tiles, count + 4 * tiles + 2, 2 * count + 4 * tiles + 2
+    lines = [
+        f".shared .align 16 .b8 parts[{2 * warps * part}];",
+        ".reg .b32 begin, at;", ".reg .f32 element;",
+        "mov.u32 begin, parts;", f"mad.lo.u32 begin, ${turn}, {warps * part}, begin;",
+    ]  # fmt: skip
+    for half in range(2):
+        lines.append(f"add.u32 at, begin, ${store + half};")
+        for tile in range(tiles):
+            pair = registers(count + 4 * tile + 2 * half, 2)
+            lines.append(f"st.shared.v2.f32 [at + {4 * 8 * 16 * tile}], {pair};")
+    lines.append("bar.sync 0;")
+    for n in range(count):
+        lines += [f"add.u32 at, begin, ${load + n};", f"ld.shared.f32 ${n}, [at];"]
+        for warp in range(1, warps):
+            lines += [f"ld.shared.f32 element, [at + {warp * part}];", f"add.f32 ${n}, ${n}, element;"]
+    return "\n".join(["{", *lines, "}"])
+
+
+# What the assembly does, for the interpreter.
+
+
+@triton.jit
+def product_by_definition(
+    weights, x, DTYPE: tl.constexpr, CHUNKS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr
+):
+    """As `product`."""
+    sums = ()
+    for half in tl.static_range(2 * TILES):
+        d = tl.zeros((WARPS, 8, 8), tl.float32)  # [WARPS, rows, sequences]
+        for n in tl.static_range(4 * CHUNKS):
+            a = elements(weights[(n // 4 * TILES + half // 2) * 8 + n % 4 * 2 + half % 2], DTYPE, WARPS)
+            d += tl.sum(a[:, :, None, :] * elements(x[n], DTYPE, WARPS)[:, None, :, :], axis=3)
+        even, odd = tl.split(tl.reshape(d, (WARPS, 8, 4, 2)))
+        sums = sums + (tl.reshape(even, (32 * WARPS,)), tl.reshape(odd, (32 * WARPS,)))  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def elements(words, DTYPE: tl.constexpr, WARPS: tl.constexpr):
+    """Words [THREADS] -> float32 [WARPS, columns, elements of the four quarters]."""
+    if DTYPE == tl.float32:
+        x = tl.reshape(words.to(tl.float32, bitcast=True), (WARPS, 8, 4))
+    else:
+        halves = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
+        x = tl.reshape(halves.to(DTYPE, bitcast=True).to(tl.float32), (WARPS, 8, 8))
+    return x
+
+
+@triton.jit
+def sum_by_definition(parts, rows, sequences, COUNT: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr):
+    """As `sum_over_warps`."""
+    sums = ()
+    for n in tl.static_range(COUNT):
+        found = tl.zeros((32 * WARPS,), tl.float32)
+        lane = rows[n] % 8 * 4 + sequences[n] // 2
+        for part in tl.static_range(4 * TILES):
+            total = tl.sum(tl.reshape(parts[part], (WARPS, 32)), axis=0)
+            here = (rows[n] // 8 == part // 2) & (sequences[n] % 2 == part % 2)
+            found += tl.where(here, tl.gather(total, lane, 0), 0.0)
+        sums = sums + (found,)  # noqa: RUF005
+    return sums
