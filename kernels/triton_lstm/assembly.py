@@ -15,9 +15,3 @@ def operands(*kinds: str | int) -> str:
 def types(dtype: tl.dtype, count: int) -> tuple[tl.dtype, ...]:
     """Of the results."""
     return (dtype,) * count
-
-
-@constexpr_function
-def registers(first: int, count: int) -> str:
-    """A vector of operands."""
-    return "{" + ", ".join(f"${first + n}" for n in range(count)) + "}"

@@ -13,11 +13,38 @@ zoneout (Krueger et al., 2017) a share of each state, all or nothing in training
 import triton
 import triton.language as tl
 
+from .exchange import INTERPRETED
+
+
+# Triton's division and exp take several instructions more, for results below the normal numbers, which mean nothing here.
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for x >= 1, to one unit in the last place; 0 where the result is below 2^-126, and for inf."""
+    if INTERPRETED:
+        x = 1.0 / x
+    else:
+        x = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return x
+
+
+@triton.jit
+def exp(x):
+    """e^x, 0 where it is below 2^-126."""
+    if INTERPRETED:
+        x = tl.exp(x)
+    else:
+        x = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return x
+
 
 @triton.jit
 def sigmoid(x):
     # exp overflows to inf for x << 0, and 1 / inf is the right limit.
-    return 1.0 / (1.0 + tl.exp(-x))
+    return reciprocal(1.0 + exp(-x))
 
 
 @triton.jit
@@ -26,7 +53,7 @@ def tanh(x):
     # Near 0, where 1 - 2 / (exp(2x) + 1) cancels: x + x^3 P(x^2), a Chebyshev fit on |x| < 0.6.
     u = x * x
     p = (((-0.005893945 * u + 0.020794617) * u - 0.053783294) * u + 0.13331915) * u - 0.333333
-    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    far = 1.0 - 2.0 * reciprocal(exp(2.0 * tl.abs(x)) + 1.0)
     return tl.where(tl.abs(x) < 0.6, x + x * u * p, tl.where(x < 0, -far, far))
 
 

@@ -34,12 +34,11 @@ from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backward
 from .exchange import collect, in_phase, pack, publish
 from .features import OPTIONS
-from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
+from .fragments import SEQUENCES, load_weights, product, scale, sequence_in, sum_over_warps, threads
 from .giving_up import error_word
 from .indexing import (
     cell_before,
     load_gates,
-    load_lengths,
     load_zoneout,
     position,
     row_in_h_then_h0,
@@ -49,19 +48,12 @@ from .indexing import (
     time_of,
 )
 from .initial_gradient import initial_hidden_gradient
+from .operands import as_words, transposed_gates
 from .planning import Device, Family, Launch, Plan, Problem
 
 PATIENCE = 1 << 22  # polls in one wait before a program gives up: seconds, where a step takes microseconds
 
 FILL = -1  # as int32: the word that stands for data which is not there yet, and that `pack` never makes
-
-
-@triton.jit
-def sequence_of(tile, place, lengths_ptr, T, B):
-    """Of a place in a batch tile: (the sequence, whether there is one, its length), each [THREADS]."""
-    batch = tile * SEQUENCES + place
-    in_batch = batch < B
-    return batch, in_batch, load_lengths(lengths_ptr, batch, in_batch, T)
 
 
 @triton.jit
@@ -132,7 +124,7 @@ def lstm_cooperative_forward_kernel(
     step, tile = 0, tl.program_id(1)
     for turn in range(T * walks_of_group(B)):
         # Load, before waiting: it arrives meanwhile.
-        batch, in_batch, length = sequence_of(tile, sequence, lengths_ptr, T, B)
+        batch, in_batch, length = sequence_in(tile, sequence, lengths_ptr, T, B)
         time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
         valid_cell = is_cell & valid
         state_at = batch.to(tl.int64) * H + unit
@@ -142,7 +134,7 @@ def lstm_cooperative_forward_kernel(
         c_prev = tl.load(c_n_ptr + state_at, mask=is_cell & continues, other=0.0)
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
-        batch, in_batch, length = sequence_of(tile, column, lengths_ptr, T, B)
+        batch, in_batch, length = sequence_in(tile, column, lengths_ptr, T, B)
         _, _, _, from_h = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
         row_prev = row_in_h_then_h0(step - 1, time_of(step - 1, length, REVERSE), batch, T, B)
         h_at = words_ptr + row_prev * W + first_word
@@ -237,7 +229,7 @@ def lstm_cooperative_backward_kernel(
     step, tile = T - 1, tl.program_id(1)
     for turn in range(T * walks_of_group(B)):
         # Load, before waiting: it arrives meanwhile.
-        batch, in_batch, length = sequence_of(tile, sequence, lengths_ptr, T, B)
+        batch, in_batch, length = sequence_in(tile, sequence, lengths_ptr, T, B)
         time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
         valid_cell = is_cell & valid
         state_at = batch.to(tl.int64) * H + unit
@@ -254,7 +246,7 @@ def lstm_cooperative_backward_kernel(
             dh += tl.load(dh_n_ptr + state_at, mask=last, other=0.0).to(tl.float32)
 
         # Product: this gate's part of dh for the quartet's units.
-        of_sequence, in_sequences, length = sequence_of(tile, column, lengths_ptr, T, B)
+        of_sequence, in_sequences, length = sequence_in(tile, column, lengths_ptr, T, B)
         row_next, to_dh = step_after(resets_ptr, step, length, of_sequence, B, in_sequences, REVERSE)
         dgates_at = words_ptr + row_next * (4 * W) + gate * W + first_word
         left = tl.where(to_dh, W - first_word, 0)
@@ -350,9 +342,9 @@ def forward(
     h_then_h0[-1, ..., : r.hidden] = torch.where(r.h0.isnan(), float("nan"), r.h0)  # any NaN but the fill's
     launch(
         lstm_cooperative_forward_kernel, (plan.programs, plan.groups),
-        gates_ptr=gates, weights_ptr=_words(r.weight_hh), words_ptr=h_then_h0.view(torch.int32),
+        gates_ptr=gates, weights_ptr=as_words(r.weight_hh), words_ptr=h_then_h0.view(torch.int32),
         c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n,
-        dropout_h_ptr=None if r.dropout_h is None else _words(r.dropout_h),
+        dropout_h_ptr=None if r.dropout_h is None else as_words(r.dropout_h),
         error_ptr=error_word(gates.device, 0), SAVE=save, **_shared_arguments(plan, gates, r),
     )  # fmt: skip
     return h_then_h0[:-1, ..., : r.hidden].contiguous(), h_n, c_n, c
@@ -379,7 +371,7 @@ def backward(
     launch(
         lstm_cooperative_backward_kernel, (plan.programs, plan.groups),
         dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0,
-        weights_ptr=_words(r.weight_hh.view(4, r.hidden, r.hidden).transpose(1, 2)),
+        weights_ptr=transposed_gates(r.weight_hh),
         words_ptr=dgates.view(torch.int32), partials_ptr=torch.full_like(gates[0], FILL, dtype=torch.int32), dc_ptr=dc,
         dropout_h_ptr=r.dropout_h, dh_from_zoneout_ptr=dh_from_zoneout,
         error_ptr=error_word(gates.device, 1), **_shared_arguments(plan, gates, r),
@@ -404,9 +396,3 @@ def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:
     hidden = gates.shape[-1] // 4
     return gates.new_empty(*rows, hidden + hidden * gates.itemsize % 4 // gates.itemsize)
 
-
-def _words(x: Tensor) -> Tensor:
-    """[*, H] -> its words [*, W] int32; in half precision with one zero more if H is odd."""
-    if x.shape[-1] * x.itemsize % 4:
-        x = torch.nn.functional.pad(x, (0, 1))
-    return (x.contiguous() if x.storage_offset() * x.itemsize % 4 == 0 else x.clone()).view(torch.int32)

@@ -18,9 +18,10 @@ Which words of K meet in a product is free as long as A and B agree. Here a thre
 import triton
 import triton.language as tl
 
-from .assembly import operands, registers, types
+from .assembly import operands, types
 from .exchange import INTERPRETED
 from .features import constexpr_function
+from .indexing import load_lengths
 
 SEQUENCES = tl.constexpr(8)  # of a product
 
@@ -30,6 +31,14 @@ def threads(WARPS: tl.constexpr):
     """Of every thread: (its number, its warp, column, quarter), each [THREADS]."""
     thread = tl.arange(0, 32 * WARPS)
     return thread, thread // 32, thread % 32 // 4, thread % 4
+
+
+@triton.jit
+def sequence_in(tile, place, lengths_ptr, T, B):
+    """Of a place in a batch tile: (the sequence, whether there is one, its length), each [THREADS]."""
+    batch = tile * SEQUENCES + place
+    in_batch = batch < B
+    return batch, in_batch, load_lengths(lengths_ptr, batch, in_batch, T)
 
 
 @triton.jit
@@ -103,6 +112,78 @@ def multiply_halves(a, b, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def share(
+    values,  # tuple of COUNT [THREADS] of DTYPE
+    sequences,  # tuple of COUNT [THREADS]: of which sequence each is
+    elements_of_k,  # tuple of COUNT [THREADS]: and which element of its row
+    turn,  # calls are told from the one before by it: 0 and 1 alternately
+    DTYPE: tl.constexpr,
+    COUNT: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of a row; even
+    WARPS: tl.constexpr,
+):
+    """What the threads of a program hold of 8 rows of K, for all its warps: where it lies, for `take`.
+
+    In shared memory [2, 8 sequences, 16 CHUNKS words], with one barrier, as in `sum_over_warps`.
+    """
+    if INTERPRETED:
+        shared = share_by_definition(values, sequences, elements_of_k, DTYPE, COUNT, CHUNKS)
+    else:
+        SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+        places = ()
+        for n in tl.static_range(COUNT):
+            places = places + (shared_place(sequences[n], elements_of_k[n] * SIZE, CHUNKS),)  # noqa: RUF005
+        shared = tl.inline_asm_elementwise(
+            sharing(COUNT, CHUNKS, SIZE), operands("=&r", 1, "h" if SIZE == 2 else "r", COUNT, "r", COUNT + 1),
+            bits(values, DTYPE, COUNT) + places + (turn,), dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return shared
+
+
+@triton.jit
+def take(
+    shared,  # from `share`
+    FIRST: tl.constexpr,  # chunk of a row; even
+    COUNT: tl.constexpr,  # chunks
+    CHUNKS: tl.constexpr,  # of a row
+    DTYPE: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """COUNT quads of the thread's column, a tuple of 4 COUNT [THREADS] words: B."""
+    _, _, column, quarter = threads(WARPS)
+    if INTERPRETED:
+        words = take_by_definition(shared, FIRST, COUNT, CHUNKS, DTYPE, column, quarter)
+    else:
+        even = shared + shared_place(column, 16 * quarter, CHUNKS)
+        odd = shared + shared_place(column, 16 * quarter + 64, CHUNKS)
+        words = tl.inline_asm_elementwise(
+            taking(FIRST, COUNT), operands("=&r", 4 * COUNT, "r", 2),
+            [even, odd], dtype=types(tl.int32, 4 * COUNT), is_pure=False, pack=1,
+        )  # fmt: skip
+    return words
+
+
+@triton.jit
+def bits(values, DTYPE: tl.constexpr, COUNT: tl.constexpr):
+    """The elements' bits, int16 or int32."""
+    found = ()
+    for n in tl.static_range(COUNT):
+        if DTYPE == tl.float32:
+            found = found + (values[n].to(tl.int32, bitcast=True),)  # noqa: RUF005
+        else:
+            found = found + (values[n].to(tl.int16, bitcast=True),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def shared_place(sequence, byte, CHUNKS: tl.constexpr):
+    """Where a byte of a sequence's row lies in shared memory: quads change places with the sequence, so that neither
+    the threads of a store nor those of a load meet in a bank."""
+    quad = (byte // 16) ^ (sequence % 2 * 4 + sequence // 2)
+    return sequence * (64 * CHUNKS) + quad * 16 + byte % 16
+
+
+@triton.jit
 def sum_over_warps(
     parts,  # of product: each warp took another part of K
     rows,  # tuple of COUNT [THREADS]: which rows of the sum a thread wants
@@ -151,14 +232,17 @@ def products(chunks: int, tiles: int, dtype: tl.dtype) -> str:
         tl.bfloat16: "m16n8k16.row.col.f32.bf16.bf16.f32",
         tl.float32: "m16n8k8.row.col.f32.tf32.tf32.f32",
     }[dtype]
+    a0, b0 = 4 * tiles, 4 * tiles + 8 * tiles * chunks
+    zero = "0f00000000"
     lines = []
     for n in range(2 * chunks):  # two products a quad
         for tile in range(tiles):  # which do not wait for each other
-            d = registers(4 * tile, 4)
-            a = registers(4 * tiles + (n // 2 * tiles + tile) * 8 + n % 2 * 4, 4)
-            b = registers(4 * tiles + 8 * tiles * chunks + 2 * n, 2)
-            zero = "{" + ", ".join(["0f00000000"] * 4) + "}"
-            lines.append(f"mma.sync.aligned.{kind} {d}, {a}, {b}, {d if n else zero};")
+            d, a, b = 4 * tile, a0 + (n // 2 * tiles + tile) * 8 + n % 2 * 4, b0 + 2 * n
+            before = f"${d}, ${d + 1}, ${d + 2}, ${d + 3}" if n else f"{zero}, {zero}, {zero}, {zero}"
+            lines.append(
+                f"mma.sync.aligned.{kind} {{${d}, ${d + 1}, ${d + 2}, ${d + 3}}}, "
+                f"{{${a}, ${a + 1}, ${a + 2}, ${a + 3}}}, {{${b}, ${b + 1}}}, {{{before}}};"
+            )
     return "\n".join(lines)
 
 
@@ -175,14 +259,37 @@ def summation(count: int, tiles: int, warps: int) -> str:
     for half in range(2):
         lines.append(f"add.u32 at, begin, ${store + half};")
         for tile in range(tiles):
-            pair = registers(count + 4 * tile + 2 * half, 2)
-            lines.append(f"st.shared.v2.f32 [at + {4 * 8 * 16 * tile}], {pair};")
+            part_of = count + 4 * tile + 2 * half
+            lines.append(f"st.shared.v2.f32 [at + {4 * 8 * 16 * tile}], {{${part_of}, ${part_of + 1}}};")
     lines.append("bar.sync 0;")
     for n in range(count):
         lines += [f"add.u32 at, begin, ${load + n};", f"ld.shared.f32 ${n}, [at];"]
         for warp in range(1, warps):
             lines += [f"ld.shared.f32 element, [at + {warp * part}];", f"add.f32 ${n}, ${n}, element;"]
     return "\n".join(["{", *lines, "}"])
+
+
+@constexpr_function
+def sharing(count: int, chunks: int, size: int) -> str:
+    """PTX of `share`: where it lies, the values, their places, the turn."""
+    half = 8 * 64 * chunks  # bytes of one of the two buffers
+    lines = [
+        f".shared .align 16 .b8 shared[{2 * half}];", ".reg .b32 at;",
+        "mov.u32 $0, shared;", f"mad.lo.u32 $0, ${2 * count + 1}, {half}, $0;",
+    ]  # fmt: skip
+    for n in range(1, count + 1):
+        lines += [f"add.u32 at, $0, ${count + n};", f"st.shared.b{8 * size} [at], ${n};"]
+    return "\n".join(["{", *lines, "bar.sync 0;", "}"])
+
+
+@constexpr_function
+def taking(first: int, count: int) -> str:
+    """PTX of `take`: the words, where the thread's quads of even and of odd chunks begin."""
+    lines = []
+    for n in range(count):
+        words = f"${4 * n}, ${4 * n + 1}, ${4 * n + 2}, ${4 * n + 3}"
+        lines.append(f"ld.shared.v4.b32 {{{words}}}, [${4 * count + n % 2} + {(first + n) // 2 * 128}];")
+    return "\n".join(lines)
 
 
 # What the assembly does, for the interpreter.
@@ -228,3 +335,32 @@ def sum_by_definition(parts, rows, sequences, COUNT: tl.constexpr, TILES: tl.con
             found += tl.where(here, tl.gather(total, lane, 0), 0.0)
         sums = sums + (found,)  # noqa: RUF005
     return sums
+
+
+@triton.jit
+def share_by_definition(
+    values, sequences, elements_of_k, DTYPE: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """As `share`: the bits of all elements, [8 K] int32."""
+    K: tl.constexpr = 16 * CHUNKS * (32 // DTYPE.primitive_bitwidth)
+    shared = tl.zeros((8 * K,), tl.int32)
+    for n in tl.static_range(COUNT):
+        here = (sequences[n] * K + elements_of_k[n])[:, None] == tl.arange(0, 8 * K)[None, :]
+        shared += tl.sum(tl.where(here, bits(values, DTYPE, COUNT)[n].to(tl.int32)[:, None], 0), axis=0)
+    return shared
+
+
+@triton.jit
+def take_by_definition(
+    shared, FIRST: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, DTYPE: tl.constexpr, column, quarter
+):
+    """As `take`."""
+    PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
+    words = ()
+    for n in tl.static_range(4 * COUNT):
+        at = (column * (16 * CHUNKS) + (FIRST + n // 4) * 16 + quarter * 4 + n % 4) * PER
+        word = tl.gather(shared, at, 0)
+        if PER == 2:
+            word = (word & 0xFFFF) | (tl.gather(shared, at + 1, 0) << 16)
+        words = words + (word,)  # noqa: RUF005
+    return words

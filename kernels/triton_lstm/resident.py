@@ -1,40 +1,46 @@
 """The resident family: the whole sequence in one launch, W_hh on chip, no exchange between programs.
 
-A program owns BLOCK_B sequences and all hidden units. It reads W_hh once and walks every step with h and c in
-registers. For hidden sizes whose W_hh fits one block. Tiles are [units, batch], gates first, so that a batch tile of 8
-or 16 fills a tensor-core instruction.
+A program owns 8 sequences and all hidden units, for hidden sizes whose W_hh fits the registers of one block. The units
+are split over the warps: each holds the rows of its units as operands of products (fragments.py), takes h of all units
+from shared memory, and computes the cells that its products belong to, so that a step has one barrier. Kernels are
+written thread by thread; a thread has CELLS cells: number n is the unit 8 (n // 2) + column of its warp's, and the
+sequence 2 quarter + n % 2.
 """
 
 from collections.abc import Iterator
 from math import ceil
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..architectures import KB
 from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward
-from .features import OPTIONS, SMALLEST_TILE
-from .indexing import (
-    cell_before,
-    interleaved_gates,
-    join_gate_rows,
-    load_gates,
-    position,
-    sequences_from,
-    split_gate_rows,
-    store_gates,
-)
+from .features import OPTIONS
+from .fragments import load_weights, product, sequence_in, share, take, threads
+from .indexing import cell_before, load_gates, position, store_gates
 from .initial_gradient import initial_hidden_gradient
-from .planning import Device, Family, Launch, Plan, Problem, batch_tiles, power_of_two
+from .operands import as_words, transposed_gates
+from .planning import Device, Family, Launch, Plan, Problem, power_of_two
+
+
+@triton.jit
+def cells(UNITS: tl.constexpr, WARPS: tl.constexpr, CELLS: tl.constexpr):
+    """A thread's cells: (units, sequences), each a tuple of CELLS [THREADS]."""
+    thread, warp, column, quarter = threads(WARPS)
+    units, sequences = (), ()
+    for n in tl.static_range(CELLS):
+        units = units + (warp * (UNITS // WARPS) + n // 2 * 8 + column,)  # noqa: RUF005
+        sequences = sequences + (2 * quarter + n % 2,)  # noqa: RUF005
+    return units, sequences
 
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_resident_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
-    weight_hh_ptr,  # [4H, H]
+    weights_ptr,  # [4H, W] int32: W_hh
     h0_ptr,  # [B, H]
     c0_ptr,  # [B, H] float32
     h_ptr,  # [T*B, H]
@@ -48,53 +54,76 @@ def lstm_resident_forward_kernel(
     H: tl.constexpr,
     REVERSE: tl.constexpr,
     SAVE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,  # at least H
+    UNITS: tl.constexpr,  # at least H
+    WARPS: tl.constexpr,
 ):
     """All steps of a batch tile."""
-    unit = tl.arange(0, BLOCK_H)  # [BH]
-    batch, in_batch, length = sequences_from(tl.program_id(0) * BLOCK_B, lengths_ptr, T, B, BLOCK_B)
-    in_units = (unit < H)[:, None]
-    in_tile = in_units & in_batch[None, :]  # [BH, BB]
-    state_at = batch[None, :].to(tl.int64) * H + unit[:, None]
+    DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
+    PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
+    W: tl.constexpr = (H + PER - 1) // PER
+    CHUNKS: tl.constexpr = UNITS // PER // 16
+    CELLS: tl.constexpr = UNITS // WARPS // 4
+    TILES: tl.constexpr = CELLS  # of 16 rows: of 8 units the gates i and f, then g and o
+    thread, warp, column, quarter = threads(WARPS)
+    units, sequences = cells(UNITS, WARPS, CELLS)
 
-    # W_hh once, [4 BH, BH].
-    gate_row, gate_unit = interleaved_gates(0, H, BLOCK_H)
-    weight_at = weight_hh_ptr + gate_row[:, None] * H + unit[None, :]
-    weight = tl.load(weight_at, mask=(gate_unit < H)[:, None] & (unit < H)[None, :], other=0.0)
+    # The four gates' rows of the warp's units, once.
+    rows = ()
+    for n in tl.static_range(2 * TILES):
+        unit = units[n // 4 * 2]
+        rows = rows + (tl.where(unit < H, n % 4 * H + unit, -1),)  # noqa: RUF005
+    weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, CHUNKS, TILES)
 
-    h = tl.load(h0_ptr + state_at, mask=in_tile, other=0.0)
-    c = tl.load(c0_ptr + state_at, mask=in_tile, other=0.0)
+    h, c = (), ()
+    for n in tl.static_range(CELLS):
+        batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
+        state_at = batch.to(tl.int64) * H + units[n]
+        in_tile = in_batch & (units[n] < H)
+        h = h + (tl.load(h0_ptr + state_at, mask=in_tile, other=0.0),)  # noqa: RUF005
+        c = c + (tl.load(c0_ptr + state_at, mask=in_tile, other=0.0),)  # noqa: RUF005
     for step in range(T):
-        _, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
-        valid_tile = in_units & valid[None, :]
+        # Load, before the product, which hides its latency. A reset zeroes the state.
+        x, h_prev, c_prev = (), (), ()
+        for n in tl.static_range(CELLS):
+            batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
+            time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
+            gates_at = row * (4 * H) + units[n]
+            x = x + load_gates(gates_ptr, gates_at, valid & (units[n] < H), H)
+            h_prev = h_prev + (tl.where(valid & ~continues, 0.0, h[n]).to(DTYPE),)  # noqa: RUF005
+            c_prev = c_prev + (tl.where(valid & ~continues, 0.0, c[n]),)  # noqa: RUF005
 
-        # Load, before the product, which hides its latency.
-        gates_at = row[None, :] * (4 * H) + unit[:, None]
-        x_i, x_f, x_g, x_o = load_gates(gates_ptr, gates_at, valid_tile, H)
+        # Product: the four gates of the thread's cells.
+        shared = share(h_prev, sequences, units, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
+        z = product(weights, take(shared, 0, CHUNKS, CHUNKS, DTYPE, WARPS), DTYPE, CHUNKS, TILES, WARPS)
 
-        # Product: all four gates of all units, [4 BH, BB].
-        reset = valid & ~continues
-        h = tl.where(reset[None, :], 0.0, h).to(h.dtype)
-        c = tl.where(reset[None, :], 0.0, c)
-        z_i, z_f, z_g, z_o = split_gate_rows(tl.dot(weight, h, input_precision=PRECISION), BLOCK_H, BLOCK_B)
+        h, c = (), ()
+        for n in tl.static_range(CELLS):
+            batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
+            time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
+            in_units = units[n] < H
 
-        # Gates and cell.
-        i, f, g, o = activate(x_i + z_i, x_f + z_f, x_g + z_g, x_o + z_o)
-        c_next, h_next = cell_forward(i, f, g, o, c)
-        h_next = h_next.to(h.dtype)
+            # Gates and cell: the four gates of a cell are in two tiles, i and f, then g and o.
+            z_i, z_f = z[n // 2 * 8 + n % 2], z[n // 2 * 8 + 2 + n % 2]
+            z_g, z_o = z[n // 2 * 8 + 4 + n % 2], z[n // 2 * 8 + 6 + n % 2]
+            i, f, g, o = activate(x[4 * n] + z_i, x[4 * n + 1] + z_f, x[4 * n + 2] + z_g, x[4 * n + 3] + z_o)
+            c_next, h_next = cell_forward(i, f, g, o, c_prev[n])
 
-        # Store. The state of a sequence that has ended stays; its padding gets zeros.
-        h = tl.where(valid_tile, h_next, h)
-        c = tl.where(valid_tile, c_next, c)
-        at = row[None, :] * H + unit[:, None]
-        tl.store(h_ptr + at, tl.where(valid_tile, h_next, 0.0), mask=in_tile)
-        if SAVE:
-            store_gates(gates_ptr, gates_at, valid_tile, i, f, g, o, H)
-            tl.store(c_ptr + at, tl.where(valid_tile, c_next, 0.0), mask=in_tile)
-    tl.store(h_n_ptr + state_at, h, mask=in_tile)
-    tl.store(c_n_ptr + state_at, c, mask=in_tile)
+            # Store. The state of a sequence that has ended stays; its padding gets zeros.
+            h_next = tl.where(valid, h_next, 0.0).to(DTYPE)
+            at = row * H + units[n]
+            in_tile = in_batch & in_units
+            tl.store(h_ptr + at, h_next, mask=in_tile)
+            if SAVE:
+                store_gates(gates_ptr, row * (4 * H) + units[n], valid & in_units, i, f, g, o, H)
+                tl.store(c_ptr + at, tl.where(valid, c_next, 0.0), mask=in_tile)
+            h = h + (tl.where(valid, h_next, h_prev[n]),)  # noqa: RUF005
+            c = c + (tl.where(valid, c_next, c_prev[n]),)  # noqa: RUF005
+    for n in tl.static_range(CELLS):
+        batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
+        state_at = batch.to(tl.int64) * H + units[n]
+        in_tile = in_batch & (units[n] < H)
+        tl.store(h_n_ptr + state_at, h[n], mask=in_tile)
+        tl.store(c_n_ptr + state_at, c[n], mask=in_tile)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -104,7 +133,7 @@ def lstm_resident_backward_kernel(
     gates_ptr,  # [T*B, 4H] activated
     c_ptr,  # [T*B, H] float32
     c0_ptr,  # [B, H] float32
-    weight_hh_ptr,  # [4H, H]
+    weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
     dgates_ptr,  # [T*B, 4H] out
     dc_ptr,  # [B, H] float32, in: gradient of c_n; out: of c0
     lengths_ptr,  # [B] or None
@@ -113,72 +142,120 @@ def lstm_resident_backward_kernel(
     B,
     H: tl.constexpr,
     REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,  # at least H
+    UNITS: tl.constexpr,  # at least H
+    WARPS: tl.constexpr,
 ):
     """All steps of a batch tile, from the last to the first."""
-    unit = tl.arange(0, BLOCK_H)  # [BH]
-    batch, in_batch, length = sequences_from(tl.program_id(0) * BLOCK_B, lengths_ptr, T, B, BLOCK_B)
-    in_units = (unit < H)[:, None]
-    in_tile = in_units & in_batch[None, :]  # [BH, BB]
-    state_at = batch[None, :].to(tl.int64) * H + unit[:, None]
+    DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
+    PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
+    W: tl.constexpr = (H + PER - 1) // PER
+    CHUNKS: tl.constexpr = UNITS // PER // 16  # of one gate
+    CELLS: tl.constexpr = UNITS // WARPS // 4
+    TILES: tl.constexpr = CELLS // 4  # of 16 units
+    thread, warp, column, quarter = threads(WARPS)
+    units, sequences = cells(UNITS, WARPS, CELLS)
 
-    # W_hh^T once, [BH, 4 BH].
-    gate_row, gate_unit = interleaved_gates(0, H, BLOCK_H)
-    weight_at = weight_hh_ptr + gate_row[None, :] * H + unit[:, None]
-    weight = tl.load(weight_at, mask=(gate_unit < H)[None, :] & in_units, other=0.0)
+    # The rows of W_hh^T of the warp's units, gate by gate, once.
+    rows = ()
+    for n in tl.static_range(2 * TILES):
+        rows = rows + (tl.where(units[2 * n] < H, units[2 * n], -1),)  # noqa: RUF005
+    weights_i = load_weights(weights_ptr, rows, quarter * 4, W, 16, CHUNKS, TILES)
+    weights_f = load_weights(weights_ptr + H * W, rows, quarter * 4, W, 16, CHUNKS, TILES)
+    weights_g = load_weights(weights_ptr + 2 * H * W, rows, quarter * 4, W, 16, CHUNKS, TILES)
+    weights_o = load_weights(weights_ptr + 3 * H * W, rows, quarter * 4, W, 16, CHUNKS, TILES)
 
     # Gradients of the state after the step in hand: at a sequence's last step, those of the final state.
-    dh = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
-    dc = tl.load(dc_ptr + state_at, mask=in_tile, other=0.0)
-    if dh_n_ptr is not None:
-        dh += tl.load(dh_n_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
+    dh, dc = (), ()
+    for n in tl.static_range(CELLS):
+        batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
+        state_at = batch.to(tl.int64) * H + units[n]
+        in_tile = in_batch & (units[n] < H)
+        of_h = tl.zeros((32 * WARPS,), tl.float32)
+        if dh_n_ptr is not None:
+            of_h += tl.load(dh_n_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
+        dh = dh + (of_h,)  # noqa: RUF005
+        dc = dc + (tl.load(dc_ptr + state_at, mask=in_tile, other=0.0),)  # noqa: RUF005
     for back in range(T):
         step = T - 1 - back
-        time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
-        valid_tile = in_units & valid[None, :]
 
-        # Load.
-        gates_at = row[None, :] * (4 * H) + unit[:, None]
-        at = row[None, :] * H + unit[:, None]
-        i, f, g, o = load_gates(gates_ptr, gates_at, valid_tile, H)
-        c = tl.load(c_ptr + at, mask=valid_tile, other=0.0)
-        c_prev = cell_before(c_ptr, c0_ptr, step, time, batch, B, unit, continues, H, REVERSE)
-        dm = tl.where(valid_tile, dh, 0.0)
-        if dh_ptr is not None:
-            dm += tl.load(dh_ptr + at, mask=valid_tile, other=0.0).to(tl.float32)
+        # Load, of all cells.
+        saved = ()
+        for n in tl.static_range(CELLS):
+            batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
+            time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
+            in_units = units[n] < H
+            at = row * H + units[n]
+            dm = tl.where(valid & in_units, dh[n], 0.0)
+            if dh_ptr is not None:
+                dm += tl.load(dh_ptr + at, mask=valid & in_units, other=0.0).to(tl.float32)
+            c = tl.load(c_ptr + at, mask=valid & in_units, other=0.0)
+            c_prev = cell_before(c_ptr, c0_ptr, step, time, batch, B, units[n], continues & in_units, H, REVERSE)
+            i, f, g, o = load_gates(gates_ptr, row * (4 * H) + units[n], valid & in_units, H)
+            saved = saved + (i, f, g, o, c, c_prev, dm, tl.where(valid & in_units, dc[n], 0.0))
 
-        # Cell.
-        dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(i, f, g, o, c, c_prev, dm, tl.where(valid_tile, dc, 0.0))
+        # Cell. In padding every factor was loaded as zero, so its gradients are zero.
+        dz_i, dz_f, dz_g, dz_o, dc_prev = (), (), (), (), ()
+        for n in tl.static_range(CELLS):
+            d_i, d_f, d_g, d_o, d_c = cell_backward(
+                saved[8 * n], saved[8 * n + 1], saved[8 * n + 2], saved[8 * n + 3], saved[8 * n + 4],
+                saved[8 * n + 5], saved[8 * n + 6], saved[8 * n + 7],
+            )  # fmt: skip
+            dz_i = dz_i + (d_i.to(DTYPE),)  # noqa: RUF005
+            dz_f = dz_f + (d_f.to(DTYPE),)  # noqa: RUF005
+            dz_g = dz_g + (d_g.to(DTYPE),)  # noqa: RUF005
+            dz_o = dz_o + (d_o.to(DTYPE),)  # noqa: RUF005
+            dc_prev = dc_prev + (d_c,)  # noqa: RUF005
 
-        # Store, rounded as the product will read it.
-        store_gates(dgates_ptr, gates_at, in_tile, dz_i, dz_f, dz_g, dz_o, H)
+        # Product, gate by gate: the gradient of the state before the step.
+        of_gates = ()
+        for n in tl.static_range(4 * CELLS):
+            of_gates = of_gates + (units[n % CELLS] + n // CELLS * UNITS,)  # noqa: RUF005
+        dz = dz_i + dz_f + dz_g + dz_o
+        shared = share(
+            dz, sequences + sequences + sequences + sequences, of_gates, back % 2, DTYPE, 4 * CELLS, 4 * CHUNKS, WARPS
+        )
+        words_i = take(shared, 0, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)
+        from_i = product(weights_i, words_i, DTYPE, CHUNKS, TILES, WARPS)
+        words_f = take(shared, CHUNKS, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)
+        from_f = product(weights_f, words_f, DTYPE, CHUNKS, TILES, WARPS)
+        words_g = take(shared, 2 * CHUNKS, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)
+        from_g = product(weights_g, words_g, DTYPE, CHUNKS, TILES, WARPS)
+        words_o = take(shared, 3 * CHUNKS, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)
+        from_o = product(weights_o, words_o, DTYPE, CHUNKS, TILES, WARPS)
 
-        # Product: the gradient of the state before the step, [BH, BB]; none flows past a reset.
-        dz = join_gate_rows(dz_i, dz_f, dz_g, dz_o, BLOCK_H, BLOCK_B).to(weight.dtype)
-        dh_prev = tl.dot(weight, dz, input_precision=PRECISION)
-        dh = tl.where(valid[None, :], tl.where(continues[None, :], dh_prev, 0.0), dh)
-        dc = tl.where(valid[None, :], tl.where(continues[None, :], dc_prev, 0.0), dc)
-    tl.store(dc_ptr + state_at, dc, mask=in_tile)
+        # Store; no gradient flows past a reset.
+        dh_next, dc_next = dh, dc
+        dh, dc = (), ()
+        for n in tl.static_range(CELLS):
+            batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
+            time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
+            at = row * (4 * H) + units[n]
+            store_gates(dgates_ptr, at, in_batch & (units[n] < H), dz_i[n], dz_f[n], dz_g[n], dz_o[n], H)
+            dh_prev = (from_i[n] + from_f[n]) + (from_g[n] + from_o[n])
+            dh = dh + (tl.where(valid, tl.where(continues, dh_prev, 0.0), dh_next[n]),)  # noqa: RUF005
+            dc = dc + (tl.where(valid, tl.where(continues, dc_prev[n], 0.0), dc_next[n]),)  # noqa: RUF005
+    for n in tl.static_range(CELLS):
+        batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
+        tl.store(dc_ptr + batch.to(tl.int64) * H + units[n], dc[n], mask=in_batch & (units[n] < H))
+
+
+MOST_REGISTERS = 160  # of a thread's 255 that may hold weights
 
 
 def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
-    """Where W_hh and the gates of a batch tile fit one block, the largest batch tile first."""
-    if problem.projected or problem.batch == 0:
+    """Where the registers of one block hold W_hh as operands of tensor cores."""
+    no_tensor_cores = problem.dtype is torch.float32 and problem.precision == "ieee"
+    if problem.projected or problem.regularised or problem.batch == 0 or no_tensor_cores:
         return
-    units = max(16, power_of_two(problem.hidden))
-    weights = 4 * units * units * problem.size
-    for rows in batch_tiles(problem.batch, SMALLEST_TILE):
-        gates = 4 * units * rows * 4  # they change places through shared memory
-        if backward:
-            gates = gates * (20 if problem.size == 4 else 13 if device.architecture >= 100 else 8) // 4 + 10 * KB
-        shared = weights + gates
-        if shared <= device.shared and 4 * units * rows <= 8192:
-            yield Plan(
-                Family.RESIDENT, rows, units, units, 1, 1, ceil(problem.batch / rows), 8 if units >= 64 else 4, 1,
-                shared, f"W_hh ({weights // KB} KB) fits one block, so that no exchange is needed",
-            )  # fmt: skip
+    units = max(32, power_of_two(problem.hidden))
+    warps = units // 16 if backward else min(8, units // 8)
+    registers = 4 * units * units * problem.size // (4 * 32 * warps)  # of a thread
+    if warps <= 8 and registers <= MOST_REGISTERS:
+        shared = 2 * 8 * units * problem.size * (4 if backward else 1)
+        yield Plan(
+            Family.RESIDENT, 8, units, units * problem.size // 64, 1, ceil(problem.batch / 8), warps, 1, shared,
+            f"one block holds W_hh in registers, {registers} a thread, so that no exchange is needed",
+        )  # fmt: skip
 
 
 def forward(
@@ -190,13 +267,10 @@ def forward(
     h = gates.new_empty(steps, batch, r.hidden)
     c = r.c0.new_empty((steps, batch, r.hidden) if save else 0)
     h_n, c_n = torch.empty_like(r.h0), torch.empty_like(r.c0)
-    grid = (ceil(batch / plan.rows),)
     launch(
-        lstm_resident_forward_kernel, grid,
-        gates_ptr=gates, weight_hh_ptr=r.weight_hh, h0_ptr=r.h0, c0_ptr=r.c0, h_ptr=h, c_ptr=c if save else None,
-        h_n_ptr=h_n, c_n_ptr=c_n, lengths_ptr=r.lengths, resets_ptr=r.resets, T=steps, B=batch,
-        H=r.hidden, REVERSE=r.reverse, SAVE=save, PRECISION=r.precision,
-        BLOCK_B=plan.rows, BLOCK_H=plan.columns, num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS,
+        lstm_resident_forward_kernel, (plan.groups,),
+        gates_ptr=gates, weights_ptr=as_words(r.weight_hh), h0_ptr=r.h0, c0_ptr=r.c0, h_ptr=h,
+        c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n, SAVE=save, **_shared_arguments(plan, gates, r),
     )  # fmt: skip
     return h, h_n, c_n, c
 
@@ -214,15 +288,20 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As launch.layer_backward: one launch."""
     r = recurrence
-    steps, batch, _ = gates.shape
     dgates = torch.empty_like(gates)
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
-    grid = (ceil(batch / plan.rows),)
     launch(
-        lstm_resident_backward_kernel, grid,
-        dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, weight_hh_ptr=r.weight_hh,
-        dgates_ptr=dgates, dc_ptr=dc, lengths_ptr=r.lengths, resets_ptr=r.resets, T=steps, B=batch,
-        H=r.hidden, REVERSE=r.reverse, PRECISION=r.precision,
-        BLOCK_B=plan.rows, BLOCK_H=plan.columns, num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS,
+        lstm_resident_backward_kernel, (plan.groups,),
+        dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, weights_ptr=transposed_gates(r.weight_hh),
+        dgates_ptr=dgates, dc_ptr=dc, **_shared_arguments(plan, gates, r),
     )  # fmt: skip
     return dgates, initial_hidden_gradient(dgates, dh_n, None, r), dc, gates.new_empty(0)
+
+
+def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:
+    """What both kernels are given."""
+    steps, batch, _ = gates.shape
+    return dict(
+        lengths_ptr=r.lengths, resets_ptr=r.resets, T=steps, B=batch, H=r.hidden, REVERSE=r.reverse,
+        UNITS=plan.columns, WARPS=plan.num_warps, num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS,
+    )  # fmt: skip
