@@ -245,11 +245,14 @@ def lstm_cooperative_backward_kernel(
             last = valid_cell & (step == length - 1)
             dh += tl.load(dh_n_ptr + state_at, mask=last, other=0.0).to(tl.float32)
 
-        # Product: this gate's part of dh for the quartet's units.
+        _, to_dh = step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE)
+
+        # Product: this gate's part of dh for the quartet's units. Padding and what a reset cuts off is waited for, too,
+        # so that nobody publishes partial sums over others that somebody still waits for.
         of_sequence, in_sequences, length = sequence_in(tile, column, lengths_ptr, T, B)
-        row_next, to_dh = step_after(resets_ptr, step, length, of_sequence, B, in_sequences, REVERSE)
+        row_next = row_of(time_of(step + 1, length, REVERSE), of_sequence, B)
         dgates_at = words_ptr + row_next * (4 * W) + gate * W + first_word
-        left = tl.where(to_dh, W - first_word, 0)
+        left = tl.where(in_sequences & (step < T - 1), W - first_word, 0)
         dz = collect(dgates_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, PATIENCE)
         parts = product(weights, dz, DTYPE, CHUNKS, TILES, WARPS)
         partials = sum_over_warps(parts, sum_rows, sum_sequences, turn % 2, SUMS, TILES, WARPS)
@@ -262,12 +265,13 @@ def lstm_cooperative_backward_kernel(
             to_at = partials_ptr + (to.to(tl.int64) * 4 + gate) * H + quartet_unit + sum_rows[n]
             publish(to_at, in_phase(pack(partials[n], tl.float32), phase), wanted)
         parts_at = partials_ptr + batch.to(tl.int64) * (4 * H) + unit
-        left = tl.where(valid_cell, 4 * H, 0)
+        left = tl.where(is_cell & in_batch, 4 * H, 0)  # at every step: no phase is left out
         p_i, p_f, p_g, p_o = collect(parts_at, left, phase, error_ptr, step, 4, 1, H, 1, True, PATIENCE)
         dh_prev = (
             (p_i.to(tl.float32, bitcast=True) + p_f.to(tl.float32, bitcast=True))
             + (p_g.to(tl.float32, bitcast=True) + p_o.to(tl.float32, bitcast=True))
         )  # fmt: skip
+        dh_prev = tl.where(to_dh, dh_prev, 0.0)
         if dropout_h_ptr is not None:
             dh_prev *= tl.load(dropout_h_ptr + state_at, mask=valid_cell, other=0.0).to(tl.float32)
         dh += dh_prev

@@ -301,38 +301,42 @@ def product_by_definition(
 ):
     """As `product`."""
     sums = ()
-    for half in tl.static_range(2 * TILES):
+    for half in tl.static_range(2 * TILES):  # of the 16 rows of a tile
         d = tl.zeros((WARPS, 8, 8), tl.float32)  # [WARPS, rows, sequences]
-        for n in tl.static_range(4 * CHUNKS):
-            a = elements(weights[(n // 4 * TILES + half // 2) * 8 + n % 4 * 2 + half % 2], DTYPE, WARPS)
-            d += tl.sum(a[:, :, None, :] * elements(x[n], DTYPE, WARPS)[:, None, :, :], axis=3)
+        for chunk in tl.static_range(CHUNKS):
+            at = (chunk * TILES + half // 2) * 8 + half % 2
+            a = elements(weights[at], weights[at + 2], weights[at + 4], weights[at + 6], DTYPE, WARPS)
+            b = elements(x[4 * chunk], x[4 * chunk + 1], x[4 * chunk + 2], x[4 * chunk + 3], DTYPE, WARPS)
+            d = tl.dot(a, tl.permute(b, (0, 2, 1)), d, input_precision="ieee")
         even, odd = tl.split(tl.reshape(d, (WARPS, 8, 4, 2)))
         sums = sums + (tl.reshape(even, (32 * WARPS,)), tl.reshape(odd, (32 * WARPS,)))  # noqa: RUF005
     return sums
 
 
 @triton.jit
-def elements(words, DTYPE: tl.constexpr, WARPS: tl.constexpr):
-    """Words [THREADS] -> float32 [WARPS, columns, elements of the four quarters]."""
+def elements(word_0, word_1, word_2, word_3, DTYPE: tl.constexpr, WARPS: tl.constexpr):
+    """A chunk: quads of words [THREADS] -> float32 [WARPS, columns, elements], in an order of its own."""
+    words = tl.join(tl.join(word_0, word_1), tl.join(word_2, word_3))  # [THREADS, 2, 2]
     if DTYPE == tl.float32:
-        x = tl.reshape(words.to(tl.float32, bitcast=True), (WARPS, 8, 4))
+        x = words.to(tl.float32, bitcast=True)
     else:
-        halves = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
-        x = tl.reshape(halves.to(DTYPE, bitcast=True).to(tl.float32), (WARPS, 8, 8))
-    return x
+        x = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16)).to(DTYPE, bitcast=True).to(tl.float32)
+    return tl.reshape(x, (WARPS, 8, 512 // DTYPE.primitive_bitwidth))
 
 
 @triton.jit
 def sum_by_definition(parts, rows, sequences, COUNT: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr):
     """As `sum_over_warps`."""
+    totals = ()
+    for n in tl.static_range(4 * TILES):
+        totals = totals + (tl.sum(tl.reshape(parts[n], (WARPS, 32)), axis=0),)  # noqa: RUF005
     sums = ()
     for n in tl.static_range(COUNT):
         found = tl.zeros((32 * WARPS,), tl.float32)
         lane = rows[n] % 8 * 4 + sequences[n] // 2
         for part in tl.static_range(4 * TILES):
-            total = tl.sum(tl.reshape(parts[part], (WARPS, 32)), axis=0)
             here = (rows[n] // 8 == part // 2) & (sequences[n] % 2 == part % 2)
-            found += tl.where(here, tl.gather(total, lane, 0), 0.0)
+            found = tl.where(here, tl.gather(totals[part], lane, 0), found)
         sums = sums + (found,)  # noqa: RUF005
     return sums
 
