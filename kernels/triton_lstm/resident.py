@@ -28,13 +28,30 @@ from .planning import Device, Family, Launch, Plan, Problem, power_of_two
 
 @triton.jit
 def cells(UNITS: tl.constexpr, WARPS: tl.constexpr, CELLS: tl.constexpr):
-    """A thread's cells: (units, sequences), each a tuple of CELLS [THREADS]."""
-    thread, warp, column, quarter = threads(WARPS)
+    """A thread's cells: (units, places of their sequences in the batch tile), tuples of CELLS [THREADS]."""
+    _, warp, column, quarter = threads(WARPS)
     units, sequences = (), ()
     for n in tl.static_range(CELLS):
         units = units + (warp * (UNITS // WARPS) + n // 2 * 8 + column,)  # noqa: RUF005
         sequences = sequences + (2 * quarter + n % 2,)  # noqa: RUF005
     return units, sequences
+
+
+@triton.jit
+def two_sequences(lengths_ptr, T, B, WARPS: tl.constexpr):
+    """Those of a thread's even and odd cells: (numbers, whether there are such, lengths), pairs of [THREADS]."""
+    _, _, _, quarter = threads(WARPS)
+    even, in_even, even_length = sequence_in(tl.program_id(0), 2 * quarter, lengths_ptr, T, B)
+    odd, in_odd, odd_length = sequence_in(tl.program_id(0), 2 * quarter + 1, lengths_ptr, T, B)
+    return (even, odd), (in_even, in_odd), (even_length, odd_length)
+
+
+@triton.jit
+def two_positions(step, length, resets_ptr, batch, B, in_batch, REVERSE: tl.constexpr):
+    """`position` of both: (times, rows, valid, continues), pairs of [THREADS]."""
+    time, row, valid, continues = position(step, length[0], resets_ptr, batch[0], B, in_batch[0], REVERSE)
+    time_1, row_1, valid_1, continues_1 = position(step, length[1], resets_ptr, batch[1], B, in_batch[1], REVERSE)
+    return (time, time_1), (row, row_1), (valid, valid_1), (continues, continues_1)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -65,63 +82,58 @@ def lstm_resident_forward_kernel(
     CELLS: tl.constexpr = UNITS // WARPS // 4
     TILES: tl.constexpr = CELLS  # of 16 rows: of 8 units the gates i and f, then g and o
     thread, warp, column, quarter = threads(WARPS)
-    units, sequences = cells(UNITS, WARPS, CELLS)
+    unit, sequence = cells(UNITS, WARPS, CELLS)
+    batch, in_batch, length = two_sequences(lengths_ptr, T, B, WARPS)
 
-    # The four gates' rows of the warp's units, once.
+    # The four gates' rows of the warp's units, once: a pair of tiles is 8 units, i and f of the first, g and o.
     rows = ()
     for n in tl.static_range(2 * TILES):
-        unit = units[n // 4 * 2]
-        rows = rows + (tl.where(unit < H, n % 4 * H + unit, -1),)  # noqa: RUF005
+        rows = rows + (tl.where(unit[n // 4 * 2] < H, n % 4 * H + unit[n // 4 * 2], -1),)  # noqa: RUF005
     weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, CHUNKS, TILES)
 
     h, c = (), ()
     for n in tl.static_range(CELLS):
-        batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
-        state_at = batch.to(tl.int64) * H + units[n]
-        in_tile = in_batch & (units[n] < H)
+        state_at = batch[n % 2].to(tl.int64) * H + unit[n]
+        in_tile = in_batch[n % 2] & (unit[n] < H)
         h = h + (tl.load(h0_ptr + state_at, mask=in_tile, other=0.0),)  # noqa: RUF005
         c = c + (tl.load(c0_ptr + state_at, mask=in_tile, other=0.0),)  # noqa: RUF005
     for step in range(T):
+        time, row, valid, continues = two_positions(step, length, resets_ptr, batch, B, in_batch, REVERSE)
+
         # Load, before the product, which hides its latency. A reset zeroes the state.
         x, h_prev, c_prev = (), (), ()
         for n in tl.static_range(CELLS):
-            batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
-            time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
-            gates_at = row * (4 * H) + units[n]
-            x = x + load_gates(gates_ptr, gates_at, valid & (units[n] < H), H)
-            h_prev = h_prev + (tl.where(valid & ~continues, 0.0, h[n]).to(DTYPE),)  # noqa: RUF005
-            c_prev = c_prev + (tl.where(valid & ~continues, 0.0, c[n]),)  # noqa: RUF005
+            x = x + load_gates(gates_ptr, row[n % 2] * (4 * H) + unit[n], valid[n % 2] & (unit[n] < H), H)
+            reset = valid[n % 2] & ~continues[n % 2]
+            h_prev = h_prev + (tl.where(reset, 0.0, h[n]).to(DTYPE),)  # noqa: RUF005
+            c_prev = c_prev + (tl.where(reset, 0.0, c[n]),)  # noqa: RUF005
 
         # Product: the four gates of the thread's cells.
-        shared = share(h_prev, sequences, units, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
+        shared = share(h_prev, sequence, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
         z = product(weights, take(shared, 0, CHUNKS, CHUNKS, DTYPE, WARPS), DTYPE, CHUNKS, TILES, WARPS)
 
         h, c = (), ()
         for n in tl.static_range(CELLS):
-            batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
-            time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
-            in_units = units[n] < H
-
-            # Gates and cell: the four gates of a cell are in two tiles, i and f, then g and o.
+            # Gates and cell.
             z_i, z_f = z[n // 2 * 8 + n % 2], z[n // 2 * 8 + 2 + n % 2]
             z_g, z_o = z[n // 2 * 8 + 4 + n % 2], z[n // 2 * 8 + 6 + n % 2]
             i, f, g, o = activate(x[4 * n] + z_i, x[4 * n + 1] + z_f, x[4 * n + 2] + z_g, x[4 * n + 3] + z_o)
             c_next, h_next = cell_forward(i, f, g, o, c_prev[n])
 
             # Store. The state of a sequence that has ended stays; its padding gets zeros.
-            h_next = tl.where(valid, h_next, 0.0).to(DTYPE)
-            at = row * H + units[n]
-            in_tile = in_batch & in_units
+            h_next = tl.where(valid[n % 2], h_next, 0.0).to(DTYPE)
+            at = row[n % 2] * H + unit[n]
+            in_tile = in_batch[n % 2] & (unit[n] < H)
             tl.store(h_ptr + at, h_next, mask=in_tile)
             if SAVE:
-                store_gates(gates_ptr, row * (4 * H) + units[n], valid & in_units, i, f, g, o, H)
-                tl.store(c_ptr + at, tl.where(valid, c_next, 0.0), mask=in_tile)
-            h = h + (tl.where(valid, h_next, h_prev[n]),)  # noqa: RUF005
-            c = c + (tl.where(valid, c_next, c_prev[n]),)  # noqa: RUF005
+                gates_at = row[n % 2] * (4 * H) + unit[n]
+                store_gates(gates_ptr, gates_at, valid[n % 2] & (unit[n] < H), i, f, g, o, H)
+                tl.store(c_ptr + at, tl.where(valid[n % 2], c_next, 0.0), mask=in_tile)
+            h = h + (tl.where(valid[n % 2], h_next, h_prev[n]),)  # noqa: RUF005
+            c = c + (tl.where(valid[n % 2], c_next, c_prev[n]),)  # noqa: RUF005
     for n in tl.static_range(CELLS):
-        batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
-        state_at = batch.to(tl.int64) * H + units[n]
-        in_tile = in_batch & (units[n] < H)
+        state_at = batch[n % 2].to(tl.int64) * H + unit[n]
+        in_tile = in_batch[n % 2] & (unit[n] < H)
         tl.store(h_n_ptr + state_at, h[n], mask=in_tile)
         tl.store(c_n_ptr + state_at, c[n], mask=in_tile)
 
@@ -153,23 +165,26 @@ def lstm_resident_backward_kernel(
     CELLS: tl.constexpr = UNITS // WARPS // 4
     TILES: tl.constexpr = CELLS // 4  # of 16 units
     thread, warp, column, quarter = threads(WARPS)
-    units, sequences = cells(UNITS, WARPS, CELLS)
+    unit, sequence = cells(UNITS, WARPS, CELLS)
+    batch, in_batch, length = two_sequences(lengths_ptr, T, B, WARPS)
 
     # The rows of W_hh^T of the warp's units, gate by gate, once.
     rows = ()
     for n in tl.static_range(2 * TILES):
-        rows = rows + (tl.where(units[2 * n] < H, units[2 * n], -1),)  # noqa: RUF005
+        rows = rows + (tl.where(unit[2 * n] < H, unit[2 * n], -1),)  # noqa: RUF005
     weights_i = load_weights(weights_ptr, rows, quarter * 4, W, 16, CHUNKS, TILES)
     weights_f = load_weights(weights_ptr + H * W, rows, quarter * 4, W, 16, CHUNKS, TILES)
     weights_g = load_weights(weights_ptr + 2 * H * W, rows, quarter * 4, W, 16, CHUNKS, TILES)
     weights_o = load_weights(weights_ptr + 3 * H * W, rows, quarter * 4, W, 16, CHUNKS, TILES)
+    elements_of_dz = ()  # four gates of UNITS units are a row of K
+    for n in tl.static_range(4 * CELLS):
+        elements_of_dz = elements_of_dz + (n // CELLS * UNITS + unit[n % CELLS],)  # noqa: RUF005
 
     # Gradients of the state after the step in hand: at a sequence's last step, those of the final state.
     dh, dc = (), ()
     for n in tl.static_range(CELLS):
-        batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
-        state_at = batch.to(tl.int64) * H + units[n]
-        in_tile = in_batch & (units[n] < H)
+        state_at = batch[n % 2].to(tl.int64) * H + unit[n]
+        in_tile = in_batch[n % 2] & (unit[n] < H)
         of_h = tl.zeros((32 * WARPS,), tl.float32)
         if dh_n_ptr is not None:
             of_h += tl.load(dh_n_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
@@ -177,21 +192,21 @@ def lstm_resident_backward_kernel(
         dc = dc + (tl.load(dc_ptr + state_at, mask=in_tile, other=0.0),)  # noqa: RUF005
     for back in range(T):
         step = T - 1 - back
+        time, row, valid, continues = two_positions(step, length, resets_ptr, batch, B, in_batch, REVERSE)
 
-        # Load, of all cells.
+        # Load, of all cells before the first store.
         saved = ()
         for n in tl.static_range(CELLS):
-            batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
-            time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
-            in_units = units[n] < H
-            at = row * H + units[n]
-            dm = tl.where(valid & in_units, dh[n], 0.0)
+            at = row[n % 2] * H + unit[n]
+            valid_cell = valid[n % 2] & (unit[n] < H)
+            from_prev = continues[n % 2] & (unit[n] < H)
+            dm = tl.where(valid_cell, dh[n], 0.0)
             if dh_ptr is not None:
-                dm += tl.load(dh_ptr + at, mask=valid & in_units, other=0.0).to(tl.float32)
-            c = tl.load(c_ptr + at, mask=valid & in_units, other=0.0)
-            c_prev = cell_before(c_ptr, c0_ptr, step, time, batch, B, units[n], continues & in_units, H, REVERSE)
-            i, f, g, o = load_gates(gates_ptr, row * (4 * H) + units[n], valid & in_units, H)
-            saved = saved + (i, f, g, o, c, c_prev, dm, tl.where(valid & in_units, dc[n], 0.0))
+                dm += tl.load(dh_ptr + at, mask=valid_cell, other=0.0).to(tl.float32)
+            c = tl.load(c_ptr + at, mask=valid_cell, other=0.0)
+            c_prev = cell_before(c_ptr, c0_ptr, step, time[n % 2], batch[n % 2], B, unit[n], from_prev, H, REVERSE)
+            i, f, g, o = load_gates(gates_ptr, row[n % 2] * (4 * H) + unit[n], valid_cell, H)
+            saved = saved + (i, f, g, o, c, c_prev, dm, tl.where(valid_cell, dc[n], 0.0))
 
         # Cell. In padding every factor was loaded as zero, so its gradients are zero.
         dz_i, dz_f, dz_g, dz_o, dc_prev = (), (), (), (), ()
@@ -207,13 +222,10 @@ def lstm_resident_backward_kernel(
             dc_prev = dc_prev + (d_c,)  # noqa: RUF005
 
         # Product, gate by gate: the gradient of the state before the step.
-        of_gates = ()
-        for n in tl.static_range(4 * CELLS):
-            of_gates = of_gates + (units[n % CELLS] + n // CELLS * UNITS,)  # noqa: RUF005
-        dz = dz_i + dz_f + dz_g + dz_o
         shared = share(
-            dz, sequences + sequences + sequences + sequences, of_gates, back % 2, DTYPE, 4 * CELLS, 4 * CHUNKS, WARPS
-        )
+            dz_i + dz_f + dz_g + dz_o, sequence + sequence + sequence + sequence, elements_of_dz, back % 2,
+            DTYPE, 4 * CELLS, 4 * CHUNKS, WARPS,
+        )  # fmt: skip
         words_i = take(shared, 0, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)
         from_i = product(weights_i, words_i, DTYPE, CHUNKS, TILES, WARPS)
         words_f = take(shared, CHUNKS, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)
@@ -224,19 +236,18 @@ def lstm_resident_backward_kernel(
         from_o = product(weights_o, words_o, DTYPE, CHUNKS, TILES, WARPS)
 
         # Store; no gradient flows past a reset.
-        dh_next, dc_next = dh, dc
+        dh_after, dc_after = dh, dc
         dh, dc = (), ()
         for n in tl.static_range(CELLS):
-            batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
-            time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
-            at = row * (4 * H) + units[n]
-            store_gates(dgates_ptr, at, in_batch & (units[n] < H), dz_i[n], dz_f[n], dz_g[n], dz_o[n], H)
-            dh_prev = (from_i[n] + from_f[n]) + (from_g[n] + from_o[n])
-            dh = dh + (tl.where(valid, tl.where(continues, dh_prev, 0.0), dh_next[n]),)  # noqa: RUF005
-            dc = dc + (tl.where(valid, tl.where(continues, dc_prev[n], 0.0), dc_next[n]),)  # noqa: RUF005
+            gates_at = row[n % 2] * (4 * H) + unit[n]
+            store_gates(dgates_ptr, gates_at, in_batch[n % 2] & (unit[n] < H), dz_i[n], dz_f[n], dz_g[n], dz_o[n], H)
+            of_h = tl.where(continues[n % 2], (from_i[n] + from_f[n]) + (from_g[n] + from_o[n]), 0.0)
+            dh = dh + (tl.where(valid[n % 2], of_h, dh_after[n]),)  # noqa: RUF005
+            of_c = tl.where(continues[n % 2], dc_prev[n], 0.0)
+            dc = dc + (tl.where(valid[n % 2], of_c, dc_after[n]),)  # noqa: RUF005
     for n in tl.static_range(CELLS):
-        batch, in_batch, length = sequence_in(tl.program_id(0), sequences[n], lengths_ptr, T, B)
-        tl.store(dc_ptr + batch.to(tl.int64) * H + units[n], dc[n], mask=in_batch & (units[n] < H))
+        state_at = batch[n % 2].to(tl.int64) * H + unit[n]
+        tl.store(dc_ptr + state_at, dc[n], mask=in_batch[n % 2] & (unit[n] < H))
 
 
 MOST_REGISTERS = 160  # of a thread's 255 that may hold weights
