@@ -1,7 +1,6 @@
 """Measured plans: those of a problem are timed on the card at hand, and the fastest is remembered."""
 
 import dataclasses
-import itertools
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from ..recurrence import Recurrence
 from . import plan_cache
 from .families import plans
 from .launch import choose_anew, launch_kernel, layer_backward, layer_forward
-from .planning import Family, Plan, Problem, device_of
+from .planning import Plan, Problem, device_of
 from .trial import Attempt, obstacle
 
 
@@ -30,23 +29,13 @@ def autotune(problem: Problem, device: torch.device) -> dict[str, Plan]:
             attempt = _call(problem, backward, device)
             milliseconds = {
                 plan: time_plan(plan, attempt)
-                for plan in candidates(plans(problem, card, backward))
+                for plan in plans(problem, card, backward)
                 if obstacle(plan, attempt) is None
             }
             fastest[name] = min(milliseconds, key=milliseconds.__getitem__)
             plan_cache.remember(dataclasses.replace(problem, steps=2), card, backward, fastest[name])
     choose_anew()
     return fastest
-
-
-def candidates(plans: list[Plan]) -> list[Plan]:
-    """What is worth timing: every plan, and the cooperative ones with both exchanges."""
-    both = (True, False)
-    return [
-        dataclasses.replace(plan, flagged=flagged)
-        for plan, flagged in itertools.product(plans, both)
-        if flagged or plan.family is Family.COOPERATIVE
-    ]
 
 
 def time_plan(plan: Plan, attempt: Attempt) -> float:

@@ -42,7 +42,7 @@ def layer_forward(
     check_counts(gates)
 
     def attempt(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert plan.family is Family.STEP or not recurrence.regularised
+        assert plan.family is not Family.RESIDENT or not recurrence.regularised
         return FAMILIES[plan.family].forward(gates, recurrence, save=save, plan=plan, launch=launch)
 
     plan = plan or choose_plan(_problem(gates, recurrence), gates.device, False, _variant(recurrence, save), attempt)
@@ -78,7 +78,7 @@ def layer_backward(
     raise_if_gave_up(gates.device)
 
     def attempt(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert plan.family is Family.STEP or not recurrence.regularised
+        assert plan.family is not Family.RESIDENT or not recurrence.regularised
         return FAMILIES[plan.family].backward(dh, dh_n, dc_n, gates, c, recurrence, plan=plan, launch=launch)
 
     variant = (*_variant(recurrence, True), dh is None, dh_n is None)

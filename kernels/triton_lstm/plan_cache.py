@@ -18,7 +18,7 @@ import triton
 
 from .planning import Device, Family, Plan, Problem
 
-FORMAT = 2  # raised whenever a field of Plan or of the key changes its name or meaning
+FORMAT = 3  # raised whenever a field of Plan or of the key changes its name or meaning
 
 
 def cache_folder() -> Path | None:
