@@ -4,6 +4,7 @@ The cooperative kernels run with a thread for each program, started in shuffled 
 stores that become visible late. Outputs are NaN before a launch.
 """
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -16,13 +17,19 @@ from test_kernels import example_of
 from test_layer import noisy
 
 from gpu_lstm.functional import lstm_layer
-from gpu_lstm.kernels.triton_lstm import cooperative, exchange, launch
+from gpu_lstm.kernels.triton_lstm import cooperative, exchange, launch, step
 from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family, Plan
 from gpu_lstm.kernels.triton_lstm.resident import plans as resident_plans
+from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU test_kernels.py runs what is chosen there")
 
 VARIANTS = ("plain", "ragged", "resets", "ragged resets reverse")
+
+
+def sizes_and_variants(*sizes):
+    """All variants of the first size, of the others only the two that differ most."""
+    return [(size, v) for k, size in enumerate(sizes) for v in (VARIANTS if k == 0 else VARIANTS[:: len(VARIANTS) - 1])]
 
 
 @pytest.fixture(autouse=True)
@@ -52,13 +59,11 @@ def _reside(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("size", "seeds"),
-    [((1, 1, 3, 1), 8), ((5, 3, 4, 6), 3), ((3, 11, 3, 33), 1), pytest.param((9, 2, 3, 60), 2, marks=pytest.mark.slow)],
-    ids=str,
+    ("size", "variant"), sizes_and_variants((5, 3, 4, 6), (1, 1, 3, 1), (3, 11, 3, 33), (9, 2, 3, 60)), ids=str
 )
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_resident(monkeypatch, size, seeds, variant):
+def test_resident(monkeypatch, size, variant):
     _reside(monkeypatch)
+    seeds = 8 if size[-1] == 1 else 2
     assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float32, seeds=seeds)
 
 
@@ -81,40 +86,65 @@ def _cooperate(monkeypatch, units, groups=8, warps=2, yield_rate=0.05):
     monkeypatch.setattr(launch, "launch_kernel", launch_concurrently)
 
 
-COOPERATIONS = [  # (T, B, I, H), units a program, groups: programs forward, backward
-    ((6, 3, 3, 8), 4, 1),  # 2, 4
-    ((3, 17, 3, 20), 8, 2),  # 3, 4; three batch tiles in two groups
-    pytest.param((3, 3, 3, 50), 4, 1, marks=pytest.mark.slow),  # 13, 16
-    pytest.param((40, 2, 2, 6), 4, 1, marks=pytest.mark.slow),  # 2, 4
-]
+COOPERATIONS = {  # (T, B, I, H): units a program, groups
+    (6, 3, 3, 8): (4, 1),  # programs forward: 2, backward: 4
+    (3, 17, 3, 20): (8, 2),  # 3, 4; three batch tiles in two groups
+    (3, 3, 3, 50): (4, 1),  # 13, 16
+    (20, 2, 2, 6): (4, 1),  # 2, 4
+}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("size", "units", "groups"), COOPERATIONS, ids=str)
-def test_cooperative(monkeypatch, size, units, groups, variant):
-    _cooperate(monkeypatch, units, groups)
-    seeds = 1 if size[0] == 40 else 2
+@pytest.mark.parametrize(("size", "variant"), sizes_and_variants(*COOPERATIONS), ids=str)
+def test_cooperative(monkeypatch, size, variant):
+    _cooperate(monkeypatch, *COOPERATIONS[size])
+    seeds = 2 if size[0] == 6 else 1
     assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float32, seeds=seeds)
 
 
 HALVES = [  # the same: H odd, so that the last word of a row is half empty, and even
-    ((4, 3, 3, 33), 8, 1),  # 5, 8
-    ((3, 9, 3, 20), 4, 1),  # 5, 8; two batch tiles in one group
+    ((4, 3, 3, 33), 8, "ragged resets reverse"),  # 5, 8
+    ((3, 9, 3, 20), 4, "plain"),  # 5, 8; two batch tiles in one group
 ]
 
 
-@pytest.mark.parametrize("variant", ["plain", "ragged resets reverse"])
-@pytest.mark.parametrize(("size", "units", "groups"), HALVES, ids=str)
-def test_cooperative_with_two_units_in_a_word(monkeypatch, size, units, groups, variant):
-    _cooperate(monkeypatch, units, groups)
-    assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float16, seeds=2)
+@pytest.mark.parametrize(("size", "units", "variant"), HALVES, ids=str)
+def test_cooperative_with_two_units_in_a_word(monkeypatch, size, units, variant):
+    _cooperate(monkeypatch, units, groups=1)
+    assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float16, seeds=1)
 
 
-@pytest.mark.parametrize("size", [(5, 3, 3, 7), (3, 9, 3, 40)], ids=str)
-@pytest.mark.parametrize("variant", ["plain", "ragged resets reverse"])
+@pytest.mark.parametrize(("size", "variant"), [((5, 3, 3, 7), "ragged resets reverse"), ((3, 9, 3, 40), "plain")])
 def test_resident_in_half_precision(monkeypatch, size, variant):
     _reside(monkeypatch)
-    assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float16, seeds=2)
+    assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float16, seeds=1)
+
+
+def _meet(monkeypatch, programs=3, yield_rate=0.05):
+    """Have every launch be of the step family, with so many programs."""
+    seeds = iter(range(1_000_000))
+
+    def plan(problem, device, backward, *_):
+        return dataclasses.replace(step_plan(problem, INTERPRETER, backward), programs=programs)
+
+    def launch_concurrently(kernel, grid, **arguments):
+        ConcurrentRun(seed=next(seeds), yield_rate=yield_rate)(kernel, grid, **arguments)
+
+    monkeypatch.setattr(launch, "choose_plan", plan)
+    monkeypatch.setattr(launch, "launch_kernel", launch_concurrently)
+
+
+@pytest.mark.parametrize("variant", ["plain", "ragged resets reverse"])
+@pytest.mark.parametrize("size", [(4, 3, 3, 40), (3, 18, 3, 20, 33)], ids=str)  # 3 tiles; 4 tiles, and 6 of h
+def test_step_by_several_programs(monkeypatch, size, variant):
+    _meet(monkeypatch)
+    assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float32, seeds=1)
+
+
+@pytest.mark.parametrize("projected", [0, 5])
+def test_step_with_noise_by_several_programs(monkeypatch, projected):
+    _meet(monkeypatch)
+    given = partial(noisy, (4, 3, 3, 40, projected), "ragged resets reverse", "masks")
+    assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", torch.float16, seeds=1, yardstick="reference")
 
 
 @pytest.mark.parametrize("noise", ["masks", "expected"])
@@ -123,13 +153,13 @@ def test_cooperative_with_noise(monkeypatch, noise, dtype):
     """Recurrent dropout and zoneout, against the reference, since torch's LSTM has neither."""
     _cooperate(monkeypatch, units=4)
     given = partial(noisy, (5, 3, 3, 11, 0), "ragged resets reverse", noise)
-    assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=2, yardstick="reference")
+    assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=1, yardstick="reference")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_same_bits_every_run(monkeypatch, dtype):
     _cooperate(monkeypatch, units=4, yield_rate=0.3)
-    given = example(6, 3, 3, 20, ragged=True, resets=0.3)
+    given = example(5, 3, 3, 8, ragged=True, resets=0.3)
     first, second = (given.run("triton", dtype) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second) if a is not None)
 
@@ -163,9 +193,12 @@ def announce_early(at, words, mask):
 def missing_in_the_last_word(
     words, left, phase, COUNT: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, PHASED: tl.constexpr
 ):
-    last = words[COUNT - 1 :]
-    beyond = left - (COUNT - 1) // SIZE * STRIDE - (COUNT - 1) % SIZE
-    return count_missing(last, beyond, phase, 1, 1, 1, PHASED)
+    if PHASED:  # where a word of the wrong phase keeps its partners waiting
+        missing = count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED)
+    else:
+        last = left - (COUNT - 1) // SIZE * STRIDE - (COUNT - 1) % SIZE
+        missing = count_missing(words[COUNT - 1 :], last, phase, 1, 1, 1, PHASED)
+    return missing
 
 
 @triton.jit
@@ -176,9 +209,7 @@ def nothing_missing(
 
 
 @triton.jit
-def any_phase(
-    words, left, phase, COUNT: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, PHASED: tl.constexpr
-):
+def any_phase(words, left, phase, COUNT: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, PHASED: tl.constexpr):
     return count_missing(words, left, phase, COUNT, SIZE, STRIDE, False)
 
 
@@ -203,7 +234,7 @@ count_missing = exchange.count_missing  # as it was before a fault stood in its 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_broken_exchange_is_seen(monkeypatch, module, name, fault, dtype):
     _cooperate(monkeypatch, units=4, yield_rate=0.3)
-    given = partial(example, 8, 3, 3, 20)
+    given = partial(example, 6, 3, 3, 8)
     assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=2)
     monkeypatch.setattr(module, name, fault)
 
@@ -218,9 +249,23 @@ def test_a_broken_exchange_is_seen(monkeypatch, module, name, fault, dtype):
 
 
 @triton.jit
+def never_meet(arrivals_ptr, times, patience, error_ptr, step):
+    return patience
+
+
+@pytest.mark.parametrize("projected", [0, 5])
+def test_programs_that_do_not_meet_are_seen(monkeypatch, projected):
+    _meet(monkeypatch, yield_rate=0.3)
+    monkeypatch.setattr(step, "meet", never_meet)
+    with pytest.raises(AssertionError):
+        given = example(4, 3, 3, 40, projected)
+        assert_as_good_as_torch(lambda seed: given, "triton", torch.float32, seeds=1)
+
+
+@triton.jit
 def halves_in_the_other_order(x, DTYPE: tl.constexpr):
     words = exchange.pack(x, DTYPE)
-    if DTYPE == tl.float16:
+    if tl.float16 == DTYPE:
         words = (words << 16) | ((words >> 16) & 0xFFFF)
     return words
 
@@ -232,7 +277,7 @@ def nan_for_zero(x, DTYPE: tl.constexpr):  # only units past H are zero
 
 @triton.jit
 def high_halves_lost(x, DTYPE: tl.constexpr):
-    return exchange.pack(x, DTYPE) & (0xFFFF if DTYPE == tl.float16 else -1)
+    return exchange.pack(x, DTYPE) & (0xFFFF if tl.float16 == DTYPE else -1)
 
 
 @pytest.mark.parametrize("fault", [halves_in_the_other_order, nan_for_zero, high_halves_lost], ids=lambda f: f.__name__)
@@ -248,19 +293,33 @@ def never_publish(at, words, mask):
     pass
 
 
-@pytest.mark.parametrize(("name", "fault"), [("publish", never_publish), ("in_phase", one_phase)])
-def test_waiting_in_vain_ends_and_is_reported(monkeypatch, name, fault):
-    _cooperate(monkeypatch, units=4)
-    monkeypatch.setattr(cooperative, "PATIENCE", 20)
-    monkeypatch.setattr(cooperative, name, fault)
+@triton.jit
+def meet_one_more(arrivals_ptr, times, patience, error_ptr, step):
+    return exchange.meet(arrivals_ptr, times + 1, patience, error_ptr, step)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "fault", "kernel"),
+    [
+        (cooperative, "publish", never_publish, "lstm_cooperative_forward_kernel"),
+        (cooperative, "in_phase", one_phase, "lstm_cooperative_backward_kernel"),
+        (step, "meet", meet_one_more, "lstm_step_forward_kernel"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_waiting_in_vain_ends_and_is_reported(monkeypatch, family, name, fault, kernel):
+    if family is step:
+        _meet(monkeypatch)
+    else:
+        _cooperate(monkeypatch, units=4)
+    monkeypatch.setattr(family, "PATIENCE", 20)
+    monkeypatch.setattr(family, name, fault)
     tensors = [None if t is None else t.float().requires_grad_() for t in example(5, 3, 3, 8).tensors]
     x, h0, c0, *weights = tensors
     h, _ = lstm_layer(x, weights, (h0, c0), backend="triton")
-    direction = "forward"
-    if name == "in_phase":
+    if "backward" in kernel:
         h.sum().backward()
-        direction = "backward"
     monkeypatch.undo()
-    with pytest.raises(RuntimeError, match=rf"lstm_cooperative_{direction}_kernel gave up at step \d"):
+    with pytest.raises(RuntimeError, match=rf"{kernel} gave up at step \d"):
         lstm_layer(x, weights, (h0, c0), backend="triton")
     lstm_layer(x, weights, (h0, c0), backend="triton")  # reported once

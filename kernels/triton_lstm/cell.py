@@ -15,7 +15,6 @@ import triton.language as tl
 
 from .exchange import INTERPRETED
 
-
 # Triton's division and exp take several instructions more, for results below the normal numbers, which mean nothing here.
 
 

@@ -399,4 +399,3 @@ def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:
     """[*rows, H or one more] of the dtype of `gates` [T, B, 4H]: so many that a row is a whole number of words."""
     hidden = gates.shape[-1] // 4
     return gates.new_empty(*rows, hidden + hidden * gates.itemsize % 4 // gates.itemsize)
-

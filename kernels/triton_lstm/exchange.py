@@ -202,4 +202,3 @@ def polling_loop(groups: int, size: int, stride: int, together: int, phased: boo
         "DONE:",
     ]  # fmt: skip
     return "\n".join(["{", *lines, "}"])
-

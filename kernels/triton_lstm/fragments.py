@@ -96,7 +96,7 @@ def scale(
     for n in tl.static_range(4 * CHUNKS):
         offset = n // 4 * STRIDE + n % 4
         factors = tl.load(factors_at + offset, mask=left > offset, other=0)
-        if DTYPE == tl.float32:
+        if tl.float32 == DTYPE:
             word = (x[n].to(tl.float32, bitcast=True) * factors.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
         else:
             word = multiply_halves(x[n], factors, DTYPE) | (multiply_halves(x[n] >> 16, factors >> 16, DTYPE) << 16)
@@ -168,7 +168,7 @@ def bits(values, DTYPE: tl.constexpr, COUNT: tl.constexpr):
     """The elements' bits, int16 or int32."""
     found = ()
     for n in tl.static_range(COUNT):
-        if DTYPE == tl.float32:
+        if tl.float32 == DTYPE:
             found = found + (values[n].to(tl.int32, bitcast=True),)  # noqa: RUF005
         else:
             found = found + (values[n].to(tl.int16, bitcast=True),)  # noqa: RUF005
@@ -317,7 +317,7 @@ def product_by_definition(
 def elements(word_0, word_1, word_2, word_3, DTYPE: tl.constexpr, WARPS: tl.constexpr):
     """A chunk: quads of words [THREADS] -> float32 [WARPS, columns, elements], in an order of its own."""
     words = tl.join(tl.join(word_0, word_1), tl.join(word_2, word_3))  # [THREADS, 2, 2]
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         x = words.to(tl.float32, bitcast=True)
     else:
         x = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16)).to(DTYPE, bitcast=True).to(tl.float32)
