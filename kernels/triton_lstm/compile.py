@@ -96,7 +96,7 @@ def reports(cases: Iterable[Case]) -> Iterator[Report]:
 def _reports_of(case: Case) -> list[Report]:
     """As the launcher chooses: the first plan whose kernels fit, else the step family."""
     if case.ragged or case.device.name == "":
-        candidates = [step_plan(case.problem, case.backward)]
+        candidates = [step_plan(case.problem, case.device, case.backward)]
     else:
         candidates = plans(case.problem, case.device, case.backward)
     rows: list[Report] = []

@@ -32,7 +32,7 @@ from torch import Tensor
 from ..architectures import KB
 from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backward
-from .exchange import collect, in_phase, pack, publish
+from .exchange import PATIENCE, collect, in_phase, pack, publish
 from .features import OPTIONS
 from .fragments import SEQUENCES, load_weights, product, scale, sequence_in, sum_over_warps, threads
 from .giving_up import error_word
@@ -41,6 +41,7 @@ from .indexing import (
     load_gates,
     load_zoneout,
     position,
+    row_before,
     row_in_h_then_h0,
     row_of,
     step_after,
@@ -50,8 +51,6 @@ from .indexing import (
 from .initial_gradient import initial_hidden_gradient
 from .operands import as_words, transposed_gates
 from .planning import Device, Family, Launch, Plan, Problem
-
-PATIENCE = 1 << 22  # polls in one wait before a program gives up: seconds, where a step takes microseconds
 
 FILL = -1  # as int32: the word that stands for data which is not there yet, and that `pack` never makes
 
@@ -236,7 +235,8 @@ def lstm_cooperative_backward_kernel(
         at = row * H + unit
         i, f, g, o = load_gates(gates_ptr, row * (4 * H) + unit, valid_cell, H)
         c = tl.load(c_ptr + at, mask=valid_cell, other=0.0)
-        c_prev = cell_before(c_ptr, c0_ptr, step, time, batch, B, unit, is_cell & continues, H, REVERSE)
+        prev_at = row_before(step, time, batch, B, REVERSE) * H + unit
+        c_prev = cell_before(c_ptr, c0_ptr, step, prev_at, is_cell & continues)
         dc = tl.load(dc_ptr + state_at, mask=valid_cell, other=0.0)
         dh = tl.zeros((32 * WARPS,), tl.float32)
         if dh_ptr is not None:
@@ -349,7 +349,7 @@ def forward(
         gates_ptr=gates, weights_ptr=as_words(r.weight_hh), words_ptr=h_then_h0.view(torch.int32),
         c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n,
         dropout_h_ptr=None if r.dropout_h is None else as_words(r.dropout_h),
-        error_ptr=error_word(gates.device, 0), SAVE=save, **_shared_arguments(plan, gates, r),
+        error_ptr=error_word(gates.device, "lstm_cooperative_forward_kernel"), SAVE=save, **_shared_arguments(plan, gates, r),
     )  # fmt: skip
     return h_then_h0[:-1, ..., : r.hidden].contiguous(), h_n, c_n, c
 
@@ -378,7 +378,7 @@ def backward(
         weights_ptr=transposed_gates(r.weight_hh),
         words_ptr=dgates.view(torch.int32), partials_ptr=torch.full_like(gates[0], FILL, dtype=torch.int32), dc_ptr=dc,
         dropout_h_ptr=r.dropout_h, dh_from_zoneout_ptr=dh_from_zoneout,
-        error_ptr=error_word(gates.device, 1), **_shared_arguments(plan, gates, r),
+        error_ptr=error_word(gates.device, "lstm_cooperative_backward_kernel"), **_shared_arguments(plan, gates, r),
     )  # fmt: skip
     dgates = dgates[..., : r.hidden].reshape(gates.shape)
     return dgates, initial_hidden_gradient(dgates, dh_n, dh_from_zoneout, r), dc, gates.new_empty(0)

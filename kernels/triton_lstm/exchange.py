@@ -1,13 +1,14 @@
 """How the programs of one launch hand each other what every one of them needs at the next step.
 
-What is exchanged is written and read as words of 32 bits: one element of float32, or two neighbouring ones of half
-precision. Every step's words have a place of their own in global memory, so nothing is overwritten while somebody may
-still read it and nothing is reset inside a launch. Two exchanges behind one interface, chosen by FLAGGED:
+Nothing is overwritten while somebody may still read it, and nothing is reset inside a launch. Two exchanges:
 
-    counter   a monotonic counter per batch tile: publish everything, count up (release); wait for the count
-              (acquire), then read.
-    flagged   a word is its own flag: the buffer is filled beforehand with words that `publish` never writes, and a
-              reader loads a word again until it is another. One write and one read a step.
+    words   A word is its own flag. What is handed over is written and read as words of 32 bits, one element of float32
+            or two neighbouring ones of half precision, by relaxed stores and loads of gpu scope (PTX ISA, "Memory
+            Consistency Model": of one width, so that a race of them is defined). Either every step's words have places
+            of their own, filled beforehand with a word that `pack` never makes; or two steps take turns in one place,
+            and a word's last bit is its step's phase. A reader loads a word again until it is the one it waits for.
+            One write and one read a step, and no barrier.
+    meet    A counter of arrivals: store everything, count up (release), wait for the count (acquire), then load.
 
 Waiting is bounded. A poll is one look at a counter or at words, and PATIENCE is how many polls one wait may take. When
 that was not enough, the error word is set to step + 1 and no later step waits for long, so that the launch ends.
@@ -18,6 +19,8 @@ import triton.language as tl
 
 from .assembly import operands, types
 from .features import constexpr_function
+
+PATIENCE = 1 << 22  # seconds, where a step takes microseconds
 
 POLLS_BETWEEN_LOOKS = 64  # a power of two
 """How often a reader that waits for words looks whether another gave up: the error word is far away, at the host."""
@@ -75,27 +78,23 @@ INTERPRETED = tl.constexpr(not isinstance(publish, triton.JITFunction))
 
 
 @triton.jit
-def announce(arrivals_ptr, counter, FLAGGED: tl.constexpr):
-    """Count up one of the counters: everything that this program published is there. Not needed if FLAGGED."""
-    if not FLAGGED:
-        tl.debug_barrier()  # every thread's stores come before the one thread's release
-        tl.atomic_add(arrivals_ptr + counter, 1, sem="release")
+def meet(arrivals_ptr, times, patience, error_ptr, step):
+    """All programs wait for each other: what any of them stored before, all can load after.
 
-
-@triton.jit
-def wait(arrivals_ptr, counter, expected, patience, error_ptr, step, FLAGGED: tl.constexpr):
-    """Wait until `expected` announcements were made on a counter; returns the patience that is left."""
-    if not FLAGGED:
-        polls = 0
-        arrived = tl.atomic_add(arrivals_ptr + counter, 0, sem="acquire")
-        while (arrived < expected) & (polls < patience):
-            arrived = tl.atomic_add(arrivals_ptr + counter, 0, sem="acquire")
-            polls += 1
-        tl.debug_barrier()  # nobody reads before the one thread's acquire
-        failed = arrived < expected
-        tl.store(error_ptr, step + 1, mask=failed)
-        patience = tl.where(failed, 0, patience)
-    return patience
+    `times` is how often they met, this time included: arrivals are counted up and never reset. Returns the patience
+    that is left. Past 2^31 arrivals the count begins anew below zero, which the difference does not see.
+    """
+    tl.debug_barrier()  # every thread's stores come before the one thread's release
+    expected = times * tl.num_programs(0)
+    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1
+    polls = 0
+    while (arrived - expected < 0) & (polls < patience):
+        arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
+        polls += 1
+    tl.debug_barrier()  # nobody reads before the one thread's acquire
+    failed = arrived - expected < 0
+    tl.store(error_ptr, step + 1, mask=failed)
+    return tl.where(failed, 0, patience)
 
 
 @triton.jit

@@ -16,8 +16,8 @@ FAMILIES: dict[Family, ModuleType] = {
 
 def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     """What to try, best first (expected, until it is measured); the step family last."""
-    last = step.step_plan(problem, backward)
-    if problem.steps == 1 or problem.regularised:
+    last = step.step_plan(problem, device, backward)
+    if problem.steps == 1:
         return [last]  # holding W_hh on chip pays from the second step on
     shared = list(cooperative.plans(problem, device, backward))
     if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it

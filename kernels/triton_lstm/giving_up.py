@@ -1,6 +1,6 @@
 """Programs that waited in vain for each other: what a kernel writes then, and who is told.
 
-A cooperative kernel bounds its waiting. One that gives up writes the step + 1 into its device's error word and ends;
+A kernel whose programs wait for each other bounds its waiting. One that gives up writes the step + 1 into its device's error word and ends;
 its results are wrong. The words lie in memory that the host reads without waiting for the device. So looking costs
 nothing, but sees a launch only when it has ended: the next call looks, backward looks, a Stream looks, `gpu_lstm.check`
 waits and looks, and so does the end of the interpreter.
@@ -12,20 +12,25 @@ import sys
 import torch
 from torch import Tensor
 
-KERNELS = ("lstm_cooperative_forward_kernel", "lstm_cooperative_backward_kernel")
+KERNELS = (
+    "lstm_cooperative_forward_kernel",
+    "lstm_cooperative_backward_kernel",
+    "lstm_step_forward_kernel",
+    "lstm_step_backward_kernel",
+)
 APART = 4  # int32 from one word to the next: 16 bytes, as a pointer to it counts as aligned to
 
 _words: dict[torch.device, Tensor] = {}  # int32 [kernels, APART] of each device that had a launch
 
 
-def error_word(device: torch.device, kernel: int) -> Tensor:
-    """The word of a kernel on a device, int32 [APART], of which the first counts."""
+def error_word(device: torch.device, kernel: str) -> Tensor:
+    """The word of one of the KERNELS on a device, int32 [APART], of which the first counts."""
     if device.type == "meta":  # a launch that is only recorded
         return torch.empty(APART, dtype=torch.int32, device=device)
     if device not in _words:
         pinned = device.type == "cuda"
         _words[device] = torch.zeros(len(KERNELS), APART, dtype=torch.int32, pin_memory=pinned)
-    return _words[device][kernel]
+    return _words[device][KERNELS.index(kernel)]
 
 
 def raise_if_gave_up(device: torch.device) -> None:

@@ -94,10 +94,12 @@ def step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE: tl.constex
 
 
 @triton.jit
-def cell_before(c_ptr, c0_ptr, step, time, batch, B, unit, continues, H: tl.constexpr, REVERSE: tl.constexpr):
-    """The cell state that `step` started from, float32: c0 at step 0, zero where not `continues`."""
-    at = row_before(step, time, batch, B, REVERSE) * H + unit
-    at_start = (tl.zeros_like(time) + step) == 0
+def cell_before(c_ptr, c0_ptr, step, at, continues):
+    """The cell state that `step` started from, float32: of c0 at step 0, zero where not `continues`.
+
+    `at` is its place in a tensor [rows, H], by row_before.
+    """
+    at_start = tl.zeros(at.shape, tl.int32) + step == 0
     first = tl.load(c0_ptr + at, mask=continues & at_start, other=0.0)
     later = tl.load(c_ptr + at, mask=continues & ~at_start, other=0.0)
     return first + later
@@ -121,22 +123,6 @@ def split_gate_columns(z, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     i, g = tl.split(ig)
     f, o = tl.split(fo)
     return i, f, g, o
-
-
-@triton.jit
-def split_gate_rows(z, BLOCK_H: tl.constexpr, COLUMNS: tl.constexpr):
-    """[4 * BLOCK_H, COLUMNS] with interleaved rows -> (i, f, g, o), each [BLOCK_H, COLUMNS]."""
-    ig, fo = tl.split(tl.permute(tl.reshape(z, (BLOCK_H, 2, 2, COLUMNS)), (0, 3, 1, 2)))
-    i, g = tl.split(ig)
-    f, o = tl.split(fo)
-    return i, f, g, o
-
-
-@triton.jit
-def join_gate_rows(i, f, g, o, BLOCK_H: tl.constexpr, COLUMNS: tl.constexpr):
-    """The reverse of split_gate_rows."""
-    z = tl.join(tl.join(i, g), tl.join(f, o))  # [BLOCK_H, COLUMNS, 2, 2]
-    return tl.reshape(tl.permute(z, (0, 2, 3, 1)), (4 * BLOCK_H, COLUMNS))
 
 
 @triton.jit

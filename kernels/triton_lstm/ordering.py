@@ -33,7 +33,7 @@ _lock = threading.Lock()
 
 def await_others(plan: Plan, device: torch.device) -> None:
     """Have the current stream wait for launches on other streams that must not run beside this plan's."""
-    if plan.family is not Family.COOPERATIVE or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if plan.family is Family.RESIDENT or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
     stream = torch.cuda.current_stream(device)
     group = stream if plan.side_by_side == 1 else plan.side_by_side

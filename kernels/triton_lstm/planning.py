@@ -22,7 +22,7 @@ class Family(Enum):
 
     RESIDENT = "resident"  # one launch; a program walks the whole sequence alone
     COOPERATIVE = "cooperative"  # one launch; programs share W_hh and exchange h
-    STEP = "step"  # one launch a step
+    STEP = "step"  # one launch; programs read W_hh at every step and meet after it
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ DEVICES = {
     "rtx4090": Device("NVIDIA GeForce RTX 4090", 89, 128, 99 * KB, 2.52e9, 1.008e12, 165e12, 82.6e12, 82.6e12),
     "b200": Device("NVIDIA B200", 100, 148, 227 * KB, 1.85e9, 8.0e12, 2250e12, 1100e12, 80e12),
 }
-INTERPRETER = Device("Triton's interpreter", 0, 0, 227 * KB, 0, 0, 0, 0, 0)
-"""It runs programs one after another: there are no multiprocessors for programs that wait for each other."""
+INTERPRETER = Device("Triton's interpreter", 0, 1, 227 * KB, 0, 0, 0, 0, 0)
+"""It runs programs one after another, so that one cannot wait for another."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,6 @@ def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
     architecture = properties.major * 10 + properties.minor
     shared = shared_memory_of(architecture)
     return Device(properties.name, architecture, properties.multi_processor_count, shared, 0, 0, 0, 0, 0)
-
-
-def batch_tiles(batch: int, smallest: int) -> list[int]:
-    """Batch tiles worth trying: none that is more than half empty."""
-    return [rows for rows in (64, 32, 16, 8) if rows >= smallest and (rows < 2 * batch or rows == smallest)]
 
 
 def power_of_two(n: int) -> int:

@@ -20,7 +20,7 @@ from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward
 from .features import OPTIONS
 from .fragments import load_weights, product, sequence_in, share, take, threads
-from .indexing import cell_before, load_gates, position, store_gates
+from .indexing import cell_before, load_gates, position, row_before, store_gates
 from .initial_gradient import initial_hidden_gradient
 from .operands import as_words, transposed_gates
 from .planning import Device, Family, Launch, Plan, Problem, power_of_two
@@ -204,7 +204,8 @@ def lstm_resident_backward_kernel(
             if dh_ptr is not None:
                 dm += tl.load(dh_ptr + at, mask=valid_cell, other=0.0).to(tl.float32)
             c = tl.load(c_ptr + at, mask=valid_cell, other=0.0)
-            c_prev = cell_before(c_ptr, c0_ptr, step, time[n % 2], batch[n % 2], B, unit[n], from_prev, H, REVERSE)
+            prev_at = row_before(step, time[n % 2], batch[n % 2], B, REVERSE) * H + unit[n]
+            c_prev = cell_before(c_ptr, c0_ptr, step, prev_at, from_prev)
             i, f, g, o = load_gates(gates_ptr, row[n % 2] * (4 * H) + unit[n], valid_cell, H)
             saved = saved + (i, f, g, o, c, c_prev, dm, tl.where(valid_cell, dc[n], 0.0))
 

@@ -1,8 +1,9 @@
-"""The step family: one launch a time step, the recurrent product fused with the gates and the cell update.
+"""The step family: every hidden size, batch, projection and dtype; W_hh is read from L2 at every step.
 
-Works for every H, B and GPU. A program owns BLOCK_B sequences and BLOCK_H hidden units, and reads the rows of
-W_hh that belong to its units from L2 at every step. With a projection (h = W_hr m) a second, small kernel
-follows in the same step; m is the output of the cell, see cell.py. Tiles are [batch, units].
+One launch for the whole sequence. The work of a step is cut into tiles of sequences and units, which the programs share
+out among them: each walks its tiles, then all of them meet (exchange.meet), for the next step needs what all have
+computed. With a projection (h = W_hr m) a step has two such rounds; m is the output of the cell, see cell.py. All
+programs must be resident at once. Tiles are [batch, units].
 """
 
 from math import ceil
@@ -15,15 +16,17 @@ from torch import Tensor
 
 from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backward
+from .exchange import PATIENCE, meet
 from .features import MOST_ROWS, OPTIONS
+from .giving_up import error_word
 from .indexing import (
+    cell_before,
     interleaved_gates,
-    is_reset,
     load_gates,
     load_zoneout,
     position,
     row_before,
-    row_of,
+    row_in_h_then_h0,
     sequences_from,
     split_gate_columns,
     step_after,
@@ -31,15 +34,13 @@ from .indexing import (
     time_of,
 )
 from .initial_gradient import initial_hidden_gradient
-from .planning import Family, Launch, Plan, Problem
-
-LARGEST_GRID_Y = 65_535  # of any GPU (CUDA C++ Programming Guide); x, where the batch is, has 2^31 - 1
+from .planning import Device, Family, Launch, Plan, Problem
 
 
 @triton.jit
 def product(
     acc,  # [rows, columns] float32, added to
-    a_ptr,  # [*, K]
+    a_ptr,  # [*, K], of other programs
     a_row,  # [rows] which rows of a
     a_mask,  # [rows] False: the row counts as zero
     scale_ptr,  # [*, K] factors of a, or None
@@ -56,7 +57,8 @@ def product(
     w_at = w_ptr + w_column[None, :] + tl.arange(0, BLOCK_K)[:, None] * w_stride_k
     for k_start in range(0, K, BLOCK_K):
         k = k_start + tl.arange(0, BLOCK_K)
-        a = tl.load(a_ptr + a_row[:, None] * K + k[None, :], mask=a_mask[:, None] & (k < K)[None, :], other=0.0)
+        a_at = a_ptr + a_row[:, None] * K + k[None, :]
+        a = tl.load(a_at, mask=a_mask[:, None] & (k < K)[None, :], other=0.0, cache_modifier=".cg")
         if scale_ptr is not None:
             scale_at = scale_ptr + scale_row[:, None] * K + k[None, :]
             a *= tl.load(scale_at, mask=a_mask[:, None] & (k < K)[None, :], other=0.0)
@@ -66,22 +68,29 @@ def product(
     return acc
 
 
-@triton.jit(do_not_specialize=["step", "T", "B"])
+@triton.jit
+def tile_at(tile, B, BLOCK_B: tl.constexpr):
+    """(first sequence, number of the tile of units) of a tile: neighbours share the units, whose weights they read."""
+    return tile % tl.cdiv(B, BLOCK_B) * BLOCK_B, tile // tl.cdiv(B, BLOCK_B)
+
+
+@triton.jit(do_not_specialize=["T", "B"])
 def lstm_step_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
     weight_hh_ptr,  # [4H, P]
-    h_prev_ptr,  # h0 [B, P] at step 0, then h [T*B, P]
-    c_prev_ptr,  # c0 [B, H] at step 0, then c; float32
-    h_ptr,  # [T*B, P] out; with a projection m [B, H] of this step
-    c_ptr,  # float32 [T*B, H] if SAVE, else [B, H], updated in place
-    h_n_ptr,  # [B, P] out where a sequence has a step; None with a projection
-    c_n_ptr,  # [B, H] float32 out where a sequence has a step
+    weight_hr_ptr,  # [P, H], None without a projection
+    h_ptr,  # [T*B + B, P]: h of every step, out; then h0
+    m_ptr,  # [B, H] of the step, None without a projection
+    c_ptr,  # [T*B, H] float32 out, None without SAVE
+    h_n_ptr,  # [B, P] out where a sequence has a step
+    c_n_ptr,  # [B, H] float32 c0, made c after every step
     lengths_ptr,  # [B] or None
     resets_ptr,  # [T*B] or None
     dropout_h_ptr,  # [B, P] or None
-    zoneout_h_ptr,  # [T*B, P], one float32, or None; None with a projection
+    zoneout_h_ptr,  # [T*B, P], one float32, or None
     zoneout_c_ptr,  # [T*B, H], one float32, or None
-    step,
+    arrivals_ptr,  # [1] int32 zero, see exchange.meet
+    error_ptr,  # [1] int32
     T,
     B,
     H: tl.constexpr,
@@ -90,111 +99,89 @@ def lstm_step_forward_kernel(
     SAVE: tl.constexpr,
     PROJECT: tl.constexpr,
     PRECISION: tl.constexpr,
+    PATIENCE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One step: the recurrent product, the gates and the cell; h as well unless a projection follows."""
-    batch, in_batch, length = sequences_from(tl.program_id(0) * BLOCK_B, lengths_ptr, T, B, BLOCK_B)
-    unit_start = tl.program_id(1) * BLOCK_H
-    unit = unit_start + tl.arange(0, BLOCK_H)  # [BH]
-    time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
-    row_prev = row_before(step, time, batch, B, REVERSE)
-    in_units = (unit < H)[None, :]
-    valid_tile = valid[:, None] & in_units  # [BB, BH]
+    """All steps: the recurrent product, the gates and the cell; then, if there is one, the projection."""
+    patience = PATIENCE
+    for step in range(T):
+        for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_H), tl.num_programs(0)):
+            first, unit_tile = tile_at(tile, B, BLOCK_B)
+            batch, in_batch, length = sequences_from(first, lengths_ptr, T, B, BLOCK_B)
+            unit = unit_tile * BLOCK_H + tl.arange(0, BLOCK_H)  # [BH]
+            time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
+            row_prev = row_in_h_then_h0(step - 1, time_of(step - 1, length, REVERSE), batch, T, B)
+            in_units = (unit < H)[None, :]
+            valid_tile = valid[:, None] & in_units  # [BB, BH]
+            continues_tile = continues[:, None] & in_units
 
-    # Product: all four gates of the program's units, [BB, 4 BH].
-    column, column_unit = interleaved_gates(unit_start, H, BLOCK_H)
-    z = tl.zeros((BLOCK_B, 4 * BLOCK_H), tl.float32)
-    z = product(
-        z, h_prev_ptr, row_prev, continues, dropout_h_ptr, batch.to(tl.int64),
-        weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, P, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    z_i, z_f, z_g, z_o = split_gate_columns(z, BLOCK_B, BLOCK_H)
+            # Product: all four gates of the tile's units, [BB, 4 BH].
+            column, column_unit = interleaved_gates(unit_tile * BLOCK_H, H, BLOCK_H)
+            z = tl.zeros((BLOCK_B, 4 * BLOCK_H), tl.float32)
+            z = product(
+                z, h_ptr, row_prev, continues, dropout_h_ptr, batch.to(tl.int64),
+                weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, P, BLOCK_K, PRECISION,
+            )  # fmt: skip
+            z_i, z_f, z_g, z_o = split_gate_columns(z, BLOCK_B, BLOCK_H)
 
-    # Gates.
-    gates_at = row[:, None] * (4 * H) + unit[None, :]
-    x_i, x_f, x_g, x_o = load_gates(gates_ptr, gates_at, valid_tile, H)
-    i, f, g, o = activate(x_i + z_i, x_f + z_f, x_g + z_g, x_o + z_o)
+            # Gates.
+            gates_at = row[:, None] * (4 * H) + unit[None, :]
+            x_i, x_f, x_g, x_o = load_gates(gates_ptr, gates_at, valid_tile, H)
+            i, f, g, o = activate(x_i + z_i, x_f + z_f, x_g + z_g, x_o + z_o)
 
-    # Cell. Zoneout's masks lie as h and c do.
-    at = row[:, None] * H + unit[None, :]
-    c_row_prev = row_prev if SAVE else batch.to(tl.int64)
-    c_row = row if SAVE else batch.to(tl.int64)
-    c_prev_at = c_prev_ptr + c_row_prev[:, None] * H + unit[None, :]
-    continues_tile = continues[:, None] & in_units
-    c_prev = tl.load(c_prev_at, mask=continues_tile, other=0.0)
-    c, m = cell_forward(i, f, g, o, c_prev)
-    if zoneout_c_ptr is not None:
-        c = zoneout(load_zoneout(zoneout_c_ptr, at, valid_tile), c_prev, c)
-    if zoneout_h_ptr is not None:
-        h_prev = tl.load(h_prev_ptr + row_prev[:, None] * H + unit[None, :], mask=continues_tile, other=0.0)
-        m = zoneout(load_zoneout(zoneout_h_ptr, at, valid_tile), h_prev.to(tl.float32), m)
+            # Cell. Zoneout's masks lie as h and c do.
+            at = row[:, None] * H + unit[None, :]
+            state_at = batch[:, None].to(tl.int64) * H + unit[None, :]
+            c_prev = tl.load(c_n_ptr + state_at, mask=continues_tile, other=0.0)
+            c, m = cell_forward(i, f, g, o, c_prev)
+            if zoneout_c_ptr is not None:
+                c = zoneout(load_zoneout(zoneout_c_ptr, at, valid_tile), c_prev, c)
+            if zoneout_h_ptr is not None and not PROJECT:
+                h_at = h_ptr + row_prev[:, None] * H + unit[None, :]
+                h_prev = tl.load(h_at, mask=continues_tile, other=0.0).to(tl.float32)
+                m = zoneout(load_zoneout(zoneout_h_ptr, at, valid_tile), h_prev, m)
 
-    # Store. Padding gets zeros; the last valid step gives the final states.
-    m = tl.where(valid_tile, m, 0.0).to(h_ptr.dtype.element_ty)
-    in_tile = in_batch[:, None] & in_units
-    last = in_tile & (step == length - 1)[:, None]
-    final_at = batch[:, None].to(tl.int64) * H + unit[None, :]
-    h_row = batch.to(tl.int64) if PROJECT else row
-    tl.store(h_ptr + h_row[:, None] * H + unit[None, :], m, mask=in_tile)
-    c_at = c_ptr + c_row[:, None] * H + unit[None, :]
-    if SAVE:
-        tl.store(c_at, tl.where(valid_tile, c, 0.0), mask=in_tile)
-    else:
-        tl.store(c_at, c, mask=valid_tile)  # the state of a sequence that has ended stays
-    tl.store(c_n_ptr + final_at, c, mask=last)
-    if not PROJECT:
-        tl.store(h_n_ptr + final_at, m, mask=last)
-    if SAVE:
-        store_gates(gates_ptr, gates_at, valid_tile, i, f, g, o, H)
+            # Store. Padding gets zeros; the last valid step gives the final states.
+            in_tile = in_batch[:, None] & in_units
+            m = tl.where(valid_tile, m, 0.0).to(h_ptr.dtype.element_ty)
+            if PROJECT:
+                tl.store(m_ptr + state_at, m, mask=in_tile)
+            else:
+                tl.store(h_ptr + at, m, mask=in_tile)
+                tl.store(h_n_ptr + state_at, m, mask=in_tile & (step == length - 1)[:, None])
+            tl.store(c_n_ptr + state_at, c, mask=valid_tile)
+            if SAVE:
+                tl.store(c_ptr + at, tl.where(valid_tile, c, 0.0), mask=in_tile)
+                store_gates(gates_ptr, gates_at, valid_tile, i, f, g, o, H)
 
+        if PROJECT:
+            patience = meet(arrivals_ptr, 2 * step + 1, patience, error_ptr, step)
+            for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(P, BLOCK_H), tl.num_programs(0)):
+                first, p_tile = tile_at(tile, B, BLOCK_B)
+                batch, in_batch, length = sequences_from(first, lengths_ptr, T, B, BLOCK_B)
+                p = p_tile * BLOCK_H + tl.arange(0, BLOCK_H)  # [BH]
+                time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
 
-@triton.jit(do_not_specialize=["step", "T", "B"])
-def lstm_step_project_kernel(
-    m_ptr,  # [B, H] of this step
-    weight_hr_ptr,  # [P, H]
-    h_prev_ptr,  # h0 [B, P] at step 0, then h [T*B, P]
-    h_ptr,  # [T*B, P]
-    h_n_ptr,  # [B, P]
-    lengths_ptr,  # [B] or None
-    resets_ptr,  # [T*B] or None
-    zoneout_h_ptr,  # [T*B, P], one float32, or None
-    step,
-    T,
-    B,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """h = W_hr m at one step, or with zoneout what it makes of that."""
-    batch, in_batch, length = sequences_from(tl.program_id(0) * BLOCK_B, lengths_ptr, T, B, BLOCK_B)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BP]
-    time = time_of(step, length, REVERSE)
-    row = row_of(time, batch, B)
-    valid = in_batch & (step < length)
+                h = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+                h = product(
+                    h, m_ptr, batch.to(tl.int64), valid, None, batch,
+                    weight_hr_ptr, p.to(tl.int64) * H, p < P, 1, H, BLOCK_K, PRECISION,
+                )  # fmt: skip
 
-    h = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
-    h = product(
-        h, m_ptr, batch.to(tl.int64), valid, None, batch,
-        weight_hr_ptr, p.to(tl.int64) * H, p < P, 1, H, BLOCK_K, PRECISION,
-    )  # fmt: skip
-
-    at = row[:, None] * P + p[None, :]
-    in_tile = in_batch[:, None] & (p < P)[None, :]  # [BB, BP]
-    if zoneout_h_ptr is not None:
-        continues = valid & ~is_reset(resets_ptr, time, length, batch, B, in_batch, REVERSE)
-        row_prev = row_before(step, time, batch, B, REVERSE)
-        h_prev_at = h_prev_ptr + row_prev[:, None] * P + p[None, :]
-        h_prev = tl.load(h_prev_at, mask=continues[:, None] & in_tile, other=0.0).to(tl.float32)
-        h = zoneout(load_zoneout(zoneout_h_ptr, at, valid[:, None] & in_tile), h_prev, h)
-    h = h.to(h_ptr.dtype.element_ty)
-    tl.store(h_ptr + at, h, mask=in_tile)
-    tl.store(h_n_ptr + batch[:, None].to(tl.int64) * P + p[None, :], h, mask=in_tile & (step == length - 1)[:, None])
+                at = row[:, None] * P + p[None, :]
+                in_tile = in_batch[:, None] & (p < P)[None, :]
+                if zoneout_h_ptr is not None:
+                    row_prev = row_in_h_then_h0(step - 1, time_of(step - 1, length, REVERSE), batch, T, B)
+                    h_at = h_ptr + row_prev[:, None] * P + p[None, :]
+                    h_prev = tl.load(h_at, mask=continues[:, None] & in_tile, other=0.0).to(tl.float32)
+                    h = zoneout(load_zoneout(zoneout_h_ptr, at, valid[:, None] & in_tile), h_prev, h)
+                h = h.to(h_ptr.dtype.element_ty)
+                final_at = batch[:, None].to(tl.int64) * P + p[None, :]
+                tl.store(h_ptr + at, h, mask=in_tile)
+                tl.store(h_n_ptr + final_at, h, mask=in_tile & (step == length - 1)[:, None])
+        patience = meet(arrivals_ptr, 2 * step + 2 if PROJECT else step + 1, patience, error_ptr, step)
 
 
 @triton.jit
@@ -244,62 +231,26 @@ def hidden_gradient(
     return dh
 
 
-@triton.jit(do_not_specialize=["step", "T", "B"])
-def lstm_step_project_backward_kernel(
+@triton.jit(do_not_specialize=["T", "B"])
+def lstm_step_backward_kernel(
     dh_ptr,  # [T*B, P] or None
     dh_n_ptr,  # [B, P] or None
-    dgates_ptr,  # [T*B, 4H], the steps after this one are there
+    gates_ptr,  # [T*B, 4H] activated
+    c_ptr,  # [T*B, H] float32
+    c0_ptr,  # [B, H] float32
     weight_hh_ptr,  # [4H, P]
-    dh_total_ptr,  # [T*B, P] out
+    weight_hr_ptr,  # [P, H], None without a projection
+    dgates_ptr,  # [T*B, 4H] out
+    dh_total_ptr,  # [T*B, P] out: the whole gradient of W_hr m; None without a projection
+    dc_ptr,  # [B, H] float32, gradient of c_n, made that of c before every step
     lengths_ptr,  # [B] or None
     resets_ptr,  # [T*B] or None
     dropout_h_ptr,  # [B, P] or None
     zoneout_h_ptr,  # [T*B, P], one float32, or None
-    dh_from_zoneout_ptr,  # [B, P] float32 or None, see hidden_gradient
-    step,
-    T,
-    B,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The whole gradient of W_hr m at one step, where a projection stands between h and the cell."""
-    batch, in_batch, length = sequences_from(tl.program_id(0) * BLOCK_B, lengths_ptr, T, B, BLOCK_B)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BP]
-    _, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
-    row_next, next_continues = step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE)
-
-    dh = hidden_gradient(
-        dh_ptr, dh_n_ptr, dgates_ptr, weight_hh_ptr, dropout_h_ptr, zoneout_h_ptr, dh_from_zoneout_ptr,
-        step, length, batch, row, row_next, next_continues, p, valid, continues,
-        H, P, BLOCK_B, BLOCK_P, BLOCK_K, PRECISION,
-    )  # fmt: skip
-
-    dh = tl.where(valid[:, None], dh, 0.0).to(dh_total_ptr.dtype.element_ty)
-    tl.store(dh_total_ptr + row[:, None] * P + p[None, :], dh, mask=in_batch[:, None] & (p < P)[None, :])
-
-
-@triton.jit(do_not_specialize=["step", "T", "B"])
-def lstm_step_backward_kernel(
-    dh_ptr,  # [T*B, P] or None; with a projection the whole gradient of W_hr m
-    dh_n_ptr,  # [B, P] or None
-    gates_ptr,  # [T*B, 4H] activated
-    c_ptr,  # [T*B, H] float32
-    c_prev_ptr,  # c0 [B, H] at step 0, then c; float32
-    weight_ptr,  # W_hh [4H, P]; with a projection W_hr [P, H]
-    dgates_ptr,  # [T*B, 4H] out; the steps after this one are there
-    dc_ptr,  # [B, H] float32, in: gradient of c after this step; out: of c before it. Starts as dc_n, ends as dc0
-    lengths_ptr,  # [B] or None
-    resets_ptr,  # [T*B] or None
-    dropout_h_ptr,  # [B, P] or None; with a projection lstm_step_project_backward_kernel takes those of h
-    zoneout_h_ptr,  # [T*B, P], one float32, or None
     zoneout_c_ptr,  # [T*B, H], one float32, or None
     dh_from_zoneout_ptr,  # [B, P] float32 or None, see hidden_gradient
-    step,
+    arrivals_ptr,  # [1] int32 zero, see exchange.meet
+    error_ptr,  # [1] int32
     T,
     B,
     H: tl.constexpr,
@@ -307,112 +258,117 @@ def lstm_step_backward_kernel(
     REVERSE: tl.constexpr,
     PROJECT: tl.constexpr,
     PRECISION: tl.constexpr,
+    PATIENCE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One step backward: the product with the dgates of the step after, and the cell."""
-    batch, in_batch, length = sequences_from(tl.program_id(0) * BLOCK_B, lengths_ptr, T, B, BLOCK_B)
-    unit = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)  # [BH]
-    time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
-    row_prev = row_before(step, time, batch, B, REVERSE)
-    row_next, next_continues = step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE)
-    in_units = (unit < H)[None, :]
-    valid_tile = valid[:, None] & in_units  # [BB, BH]
+    """All steps, from the last to the first: the product with the dgates of the step after, and the cell."""
+    patience = PATIENCE
+    for back in range(T):
+        step = T - 1 - back
+        if PROJECT:
+            for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(P, BLOCK_H), tl.num_programs(0)):
+                first, p_tile = tile_at(tile, B, BLOCK_B)
+                batch, in_batch, length = sequences_from(first, lengths_ptr, T, B, BLOCK_B)
+                p = p_tile * BLOCK_H + tl.arange(0, BLOCK_H)  # [BH]
+                time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
+                row_next, next_continues = step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE)
+                dh = hidden_gradient(
+                    dh_ptr, dh_n_ptr, dgates_ptr, weight_hh_ptr, dropout_h_ptr, zoneout_h_ptr, dh_from_zoneout_ptr,
+                    step, length, batch, row, row_next, next_continues, p, valid, continues,
+                    H, P, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION,
+                )  # fmt: skip
+                dh = tl.where(valid[:, None], dh, 0.0).to(dh_total_ptr.dtype.element_ty)
+                in_tile = in_batch[:, None] & (p < P)[None, :]
+                tl.store(dh_total_ptr + row[:, None] * P + p[None, :], dh, mask=in_tile)
+            patience = meet(arrivals_ptr, 2 * back + 1, patience, error_ptr, step)
 
-    # Product: the gradient of m, through the step after and, if there is one, the projection.
-    if PROJECT:
-        dm = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-        dm = product(dm, dh_ptr, row, valid, None, row, weight_ptr, unit, unit < H, H, P, BLOCK_K, PRECISION)
-    else:
-        dm = hidden_gradient(
-            dh_ptr, dh_n_ptr, dgates_ptr, weight_ptr, dropout_h_ptr, zoneout_h_ptr, dh_from_zoneout_ptr,
-            step, length, batch, row, row_next, next_continues, unit, valid, continues,
-            H, P, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION,
-        )  # fmt: skip
+        for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_H), tl.num_programs(0)):
+            first, unit_tile = tile_at(tile, B, BLOCK_B)
+            batch, in_batch, length = sequences_from(first, lengths_ptr, T, B, BLOCK_B)
+            unit = unit_tile * BLOCK_H + tl.arange(0, BLOCK_H)  # [BH]
+            time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
+            in_units = (unit < H)[None, :]
+            valid_tile = valid[:, None] & in_units  # [BB, BH]
 
-    # Cell.
-    at = row[:, None] * H + unit[None, :]
-    gates_at = row[:, None] * (4 * H) + unit[None, :]
-    i, f, g, o = load_gates(gates_ptr, gates_at, valid_tile, H)
-    c = tl.load(c_ptr + at, mask=valid_tile, other=0.0)
-    c_prev = tl.load(c_prev_ptr + row_prev[:, None] * H + unit[None, :], mask=continues[:, None] & in_units, other=0.0)
-    state_at = batch[:, None].to(tl.int64) * H + unit[None, :]
-    dc = tl.load(dc_ptr + state_at, mask=valid_tile, other=0.0)
-    if zoneout_c_ptr is not None:
-        c, _ = cell_forward(i, f, g, o, c_prev)  # as the step computed it; what was saved is after zoneout
-        dc_from_zoneout, dc = zoneout_backward(load_zoneout(zoneout_c_ptr, at, valid_tile), dc)
-    dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(i, f, g, o, c, c_prev, dm, dc)
-    if zoneout_c_ptr is not None:
-        dc_prev += dc_from_zoneout
+            # Product: the gradient of m, through the step after and, if there is one, the projection.
+            if PROJECT:
+                dm = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+                dm = product(
+                    dm, dh_total_ptr, row, valid, None, row, weight_hr_ptr, unit, unit < H, H, P, BLOCK_K, PRECISION
+                )
+            else:
+                row_next, next_continues = step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE)
+                dm = hidden_gradient(
+                    dh_ptr, dh_n_ptr, dgates_ptr, weight_hh_ptr, dropout_h_ptr, zoneout_h_ptr, dh_from_zoneout_ptr,
+                    step, length, batch, row, row_next, next_continues, unit, valid, continues,
+                    H, P, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION,
+                )  # fmt: skip
 
-    # Store. In padding every factor was loaded as zero, so its gradients are zero.
-    store_gates(dgates_ptr, gates_at, in_batch[:, None] & in_units, dz_i, dz_f, dz_g, dz_o, H)
-    tl.store(dc_ptr + state_at, tl.where(continues[:, None], dc_prev, 0.0), mask=valid_tile)
+            # Cell.
+            at = row[:, None] * H + unit[None, :]
+            gates_at = row[:, None] * (4 * H) + unit[None, :]
+            i, f, g, o = load_gates(gates_ptr, gates_at, valid_tile, H)
+            c = tl.load(c_ptr + at, mask=valid_tile, other=0.0)
+            prev_at = row_before(step, time, batch, B, REVERSE)[:, None] * H + unit[None, :]
+            c_prev = cell_before(c_ptr, c0_ptr, step, prev_at, continues[:, None] & in_units)
+            state_at = batch[:, None].to(tl.int64) * H + unit[None, :]
+            dc = tl.load(dc_ptr + state_at, mask=valid_tile, other=0.0)
+            if zoneout_c_ptr is not None:
+                c, _ = cell_forward(i, f, g, o, c_prev)  # as the step computed it; what was saved is after zoneout
+                dc_from_zoneout, dc = zoneout_backward(load_zoneout(zoneout_c_ptr, at, valid_tile), dc)
+            dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(i, f, g, o, c, c_prev, dm, dc)
+            if zoneout_c_ptr is not None:
+                dc_prev += dc_from_zoneout
+
+            # Store. In padding every factor was loaded as zero, so its gradients are zero.
+            store_gates(dgates_ptr, gates_at, in_batch[:, None] & in_units, dz_i, dz_f, dz_g, dz_o, H)
+            tl.store(dc_ptr + state_at, tl.where(continues[:, None], dc_prev, 0.0), mask=valid_tile)
+        patience = meet(arrivals_ptr, 2 * back + 2 if PROJECT else back + 1, patience, error_ptr, step)
 
 
-def step_plan(problem: Problem, backward: bool) -> Plan:
-    """One launch a step: works for every problem.
+def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
+    """Works for every problem: no more programs than fit the card at once, and tiles that fill them.
 
-    The product of a step is small, so what counts is that many programs share it: the narrowest tiles that still
-    fill tensor-core instructions.
-
-    Raises:
-        ValueError: more hidden units or projected features than a grid has programs for.
+    The product of a step is small, so what counts is that many programs share it: the narrowest tiles that still fill
+    tensor-core instructions.
     """
     rows = 16 if problem.batch <= 16 else 32 if problem.batch <= 32 else 64
-    columns = 32 if backward else 16  # a unit has four columns in the forward product
     most, stages = (32, 2) if problem.regularised else (MOST_ROWS, 3)  # masks take registers
     no_tensor_cores = problem.dtype is torch.float32 and problem.precision == "ieee"
     if no_tensor_cores:
-        most, columns = most // 2, 16  # and so do products without them
+        most //= 2  # and so do products without them
     rows = min(rows, most)
-    widest = max(problem.hidden, problem.projected)
-    if widest > LARGEST_GRID_Y * columns:
-        raise ValueError(f"expected at most {LARGEST_GRID_Y * columns} units or projected features, got {widest}")
-    warps = 8 if no_tensor_cores and problem.regularised else 4
+    columns = 16  # of which a forward product has four gates
+    tiles = ceil(problem.batch / rows) * ceil(max(problem.hidden, problem.projected) / columns)
+    programs = max(1, min(tiles, device.multiprocessors // problem.side_by_side))
     k = 128 // problem.size  # 128 bytes of each row at a time
     stage = (rows + columns * (1 if backward else 4)) * k * problem.size
-    if problem.regularised:
-        why = "recurrent dropout and zoneout run step by step"
-    elif problem.projected:
-        why = "a projection runs step by step"
-    else:
-        why = "W_hh is read from L2 at every step"
     return Plan(
-        Family.STEP, rows, columns, k, 1, ceil(problem.hidden / columns), ceil(problem.batch / rows), warps,
-        stages, 2 * stage, why,
+        Family.STEP, rows, columns, k, programs, 1, 8 if no_tensor_cores and problem.regularised else 4,
+        stages, 2 * stage, "W_hh is read from L2 at every step",
+        walks=ceil(tiles / programs), side_by_side=problem.side_by_side,
     )  # fmt: skip
 
 
 def forward(
     gates: Tensor, recurrence: Recurrence, *, save: bool, plan: Plan, launch: Launch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As launch.layer_forward: one launch a step, two with a projection."""
+    """As launch.layer_forward: one launch."""
     r = recurrence
     steps, batch, _ = gates.shape
-    h = gates.new_empty(steps, batch, r.width)
+    h_then_h0 = gates.new_empty(steps + 1, batch, r.width)
+    h_then_h0[-1] = r.h0
     h_n, c_n = r.h0.clone(), r.c0.clone()  # what a sequence of length 0 ends with
-    c = r.c0.new_empty(steps, batch, r.hidden) if save else r.c0.clone()  # of every step, or updated in place
-    m = gates.new_empty(batch, r.hidden) if r.projected else h
-    grid = (ceil(batch / plan.rows), ceil(r.hidden / plan.columns))
-    project_grid = (ceil(batch / plan.rows), ceil(r.width / plan.columns))
-    shared = _shared_arguments(plan, gates, r)
-    arguments = shared | dict(
-        gates_ptr=gates, weight_hh_ptr=r.weight_hh, h_ptr=m, c_ptr=c, h_n_ptr=None if r.projected else h_n, c_n_ptr=c_n,
-        dropout_h_ptr=r.dropout_h, zoneout_h_ptr=None if r.projected else r.zoneout_h, zoneout_c_ptr=r.zoneout_c,
-        SAVE=save, PROJECT=r.projected, BLOCK_H=plan.columns,
+    c = r.c0.new_empty((steps, batch, r.hidden) if save else 0)
+    launch(
+        lstm_step_forward_kernel, (plan.programs,),
+        gates_ptr=gates, h_ptr=h_then_h0, m_ptr=gates.new_empty(batch, r.hidden) if r.projected else None,
+        c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n, SAVE=save,
+        error_ptr=error_word(gates.device, "lstm_step_forward_kernel"), **_shared_arguments(plan, gates, r),
     )  # fmt: skip
-    project_arguments = shared | dict(
-        m_ptr=m, weight_hr_ptr=r.weight_hr, h_ptr=h, h_n_ptr=h_n, zoneout_h_ptr=r.zoneout_h, BLOCK_P=plan.columns
-    )
-    h_prev, c_prev = r.h0, r.c0 if save else c
-    for s in range(steps):
-        launch(lstm_step_forward_kernel, grid, h_prev_ptr=h_prev, c_prev_ptr=c_prev, step=s, **arguments)
-        if r.projected:
-            launch(lstm_step_project_kernel, project_grid, h_prev_ptr=h_prev, step=s, **project_arguments)
-        h_prev, c_prev = h, c
-    return h, h_n, c_n, c if save else c.new_empty(0)
+    return h_then_h0[:-1], h_n, c_n, c
 
 
 def backward(
@@ -426,43 +382,31 @@ def backward(
     plan: Plan,
     launch: Launch,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As launch.layer_backward: one launch a step, two with a projection."""
+    """As launch.layer_backward: one launch."""
     r = recurrence
     steps, batch, _ = gates.shape
     dgates = torch.empty_like(gates)
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; each step makes it that of the c before
     dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
     dh_total = gates.new_empty((steps, batch, r.width) if r.projected else 0)
-    grid = (ceil(batch / plan.rows), ceil(r.hidden / plan.columns))
-    project_grid = (ceil(batch / plan.rows), ceil(r.width / plan.columns))
-    shared = _shared_arguments(plan, gates, r)
-    of_h = dict(  # for the kernel that takes the gradient of h
-        dh_ptr=dh, dh_n_ptr=dh_n, dropout_h_ptr=r.dropout_h, zoneout_h_ptr=r.zoneout_h,
-        dh_from_zoneout_ptr=dh_from_zoneout,
+    launch(
+        lstm_step_backward_kernel, (plan.programs,),
+        dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, dgates_ptr=dgates,
+        dh_total_ptr=dh_total if r.projected else None, dc_ptr=dc, dh_from_zoneout_ptr=dh_from_zoneout,
+        error_ptr=error_word(gates.device, "lstm_step_backward_kernel"), **_shared_arguments(plan, gates, r),
     )  # fmt: skip
-    project_arguments = shared | of_h | dict(
-        dgates_ptr=dgates, weight_hh_ptr=r.weight_hh, dh_total_ptr=dh_total, BLOCK_P=plan.columns
-    )  # fmt: skip
-    if r.projected:
-        of_m = dict.fromkeys(of_h) | dict(dh_ptr=dh_total, weight_ptr=r.weight_hr)
-    else:
-        of_m = of_h | dict(weight_ptr=r.weight_hh)
-    arguments = shared | of_m | dict(
-        gates_ptr=gates, c_ptr=c, dgates_ptr=dgates, dc_ptr=dc, zoneout_c_ptr=r.zoneout_c,
-        PROJECT=r.projected, BLOCK_H=plan.columns,
-    )  # fmt: skip
-    for s in reversed(range(steps)):
-        if r.projected:
-            launch(lstm_step_project_backward_kernel, project_grid, step=s, **project_arguments)
-        launch(lstm_step_backward_kernel, grid, c_prev_ptr=c if s else r.c0, step=s, **arguments)
     return dgates, initial_hidden_gradient(dgates, dh_n, dh_from_zoneout, r), dc, dh_total
 
 
 def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:
-    """What every kernel of the family is given at every step."""
+    """What both kernels are given."""
     steps, batch, _ = gates.shape
     return dict(
-        lengths_ptr=r.lengths, resets_ptr=r.resets, T=steps, B=batch, H=r.hidden, P=r.width, REVERSE=r.reverse,
-        PRECISION=r.precision, BLOCK_B=plan.rows, BLOCK_K=plan.k,
+        weight_hh_ptr=r.weight_hh, weight_hr_ptr=r.weight_hr, lengths_ptr=r.lengths, resets_ptr=r.resets,
+        dropout_h_ptr=r.dropout_h, zoneout_h_ptr=r.zoneout_h, zoneout_c_ptr=r.zoneout_c,
+        arrivals_ptr=torch.zeros(1, dtype=torch.int32, device=gates.device),
+        T=steps, B=batch, H=r.hidden, P=r.width, REVERSE=r.reverse, PROJECT=r.projected, PRECISION=r.precision,
+        PATIENCE=PATIENCE, BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k,
         num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.registers, **OPTIONS,
+        launch_cooperative_grid=True,
     )  # fmt: skip
