@@ -18,7 +18,7 @@ from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
 
 CUDA = torch.device("cuda", 0)
 H100 = DEVICES["h100"]
-PROBLEM = Problem(100, 64, 256, torch.float32)  # many plans of the cooperative family
+PROBLEM = Problem(100, 64, 256, torch.float16)  # many plans of the cooperative family
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_plan_that_does_not_compile_does_not_fit_and_a_log_line_says_why(card,
 
 
 def test_hopeless_plans_are_not_all_compiled(card, monkeypatch):
-    assert len(plans(PROBLEM, H100, False)) > 8
+    assert len(plans(PROBLEM, H100, False)) > trial.MOST + 1
 
     def load(kernel, grid, arguments):
         if arguments["plan"].family is not Family.STEP:

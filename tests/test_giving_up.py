@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="error words of t
 
 def _give_up() -> None:
     """What a kernel does."""
-    giving_up.error_word(CPU, 1)[0] = 8
+    giving_up.error_word(CPU, "lstm_cooperative_backward_kernel")[0] = 8
 
 
 def _calls():
@@ -44,14 +44,14 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from gpu_lstm.kernels.triton_lstm import giving_up
-giving_up.error_word(torch.device("cpu"), 1)[0] = 8
+giving_up.error_word(torch.device("cpu"), "lstm_cooperative_backward_kernel")[0] = 8
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "gave up at step 7 on cpu" in ended.stderr
 
 
 def test_devices_do_not_share_words_and_kernels_stand_16_bytes_apart():
-    first, second = (giving_up.error_word(CPU, kernel) for kernel in range(2))
+    first, second = (giving_up.error_word(CPU, kernel) for kernel in giving_up.KERNELS[:2])
     assert second.data_ptr() - first.data_ptr() == 16
     other = torch.device("meta", 0)
     assert giving_up.error_word(other, 0).device.type == "meta"

@@ -9,7 +9,6 @@ from test_kernels import example_of
 
 import gpu_lstm
 from gpu_lstm.kernels.triton_lstm import launch
-from gpu_lstm.kernels.triton_lstm.autotune import candidates
 from gpu_lstm.kernels.triton_lstm.families import plans
 from gpu_lstm.kernels.triton_lstm.planning import Family
 
@@ -36,18 +35,14 @@ def test_what_is_chosen_is_right(size, variant, dtype):
 
 
 @pytest.mark.parametrize("family", Family)
-@pytest.mark.parametrize("flagged", [True, False], ids=["flagged", "counter"])
 @pytest.mark.parametrize("hidden", [100, 300])
-def test_every_family_and_exchange(monkeypatch, family, flagged, hidden):
-    if family is not Family.COOPERATIVE and not flagged:
-        pytest.skip("there is no exchange")
+def test_every_family(monkeypatch, family, hidden):
     if family is Family.RESIDENT and hidden > 128:
         pytest.skip("W_hh does not fit one block")
 
     def plan_of_family(problem, device, backward, *_):
         card = launch.device_of(torch.cuda.get_device_properties(device))
-        proposed = candidates(plans(problem, card, backward))
-        return next(plan for plan in proposed if plan.family is family and plan.flagged is flagged)
+        return next(plan for plan in plans(problem, card, backward) if plan.family is family)
 
     monkeypatch.setattr(launch, "choose_plan", plan_of_family)
     size = (20, 9, 32, hidden)

@@ -137,12 +137,11 @@ def test_the_kernels_of_cupy_refuse_noise():
             cupy.layer_backward(None, None, None, gates, gates[..., :4], recurrence)
 
 
-def test_planning_takes_the_step_family_for_noise():
+def test_the_resident_family_takes_no_noise():
     plain = Problem(128, 16, 128, torch.bfloat16)
     regularised = dataclasses.replace(plain, regularised=True)
     for backward in (False, True):
-        (plan,) = plans(regularised, DEVICES["h100"], backward)
-        assert plan.family is Family.STEP
-        assert plan.why == "recurrent dropout and zoneout run step by step"
+        assert plans(plain, DEVICES["h100"], backward)[0].family is Family.RESIDENT
+        assert plans(regularised, DEVICES["h100"], backward)[0].family is Family.COOPERATIVE
         keys = {plan_cache._key(p, DEVICES["h100"], backward) for p in (plain, regularised)}
         assert len(keys) == 2, "a measured plan of the one is not taken for the other"

@@ -58,7 +58,7 @@ def _without(field: str) -> str:
     [
         "", _entry()[:-40], "[]", "null", "7", "{}", '{"key": 1, "plan": {}}', "\udcff\udcfe",
         _entry(surprise=1), _without("rows"), _entry(rows="16"), _entry(rows=16.0), _entry(rows=True),
-        _entry(family="odd"), _entry(flagged=1), _entry().replace("768", "769"),
+        _entry(family="odd"), _entry(walks=1.0), _entry().replace("768", "769"),
     ],
 )  # fmt: skip
 def test_a_broken_entry_is_ignored_with_a_warning_and_written_anew(text):
