@@ -1,4 +1,4 @@
-"""What the exchange of the cooperative kernels became in PTX: one width, strong, in the order of the source.
+"""What the exchange of the sequence kernels became in PTX: which instructions touch it, and in which order.
 
 Compiled in a process of its own, since in this one the kernels may belong to Triton's interpreter. PTX is read as text:
 an access belongs to a buffer if its address was computed from the pointer to it.
@@ -9,167 +9,175 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import groupby
 
 import pytest
 
 SCRIPT = """
-import json, os
-from concurrent.futures import ProcessPoolExecutor
+import json
 from itertools import product
-import torch, triton, triton.language as tl
-from gpu_lstm.kernels.triton_lstm import cooperative, exchange
+import torch
+from gpu_lstm.kernels.triton_lstm import cooperative, step
 from gpu_lstm.kernels.triton_lstm.binary import compile_for
 from gpu_lstm.kernels.triton_lstm.compile import recorded_launches
-from gpu_lstm.kernels.triton_lstm.families import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
 
-DTYPES = {"bf16": (torch.bfloat16, "ieee"), "fp16": (torch.float16, "ieee"), "tf32": (torch.float32, "tf32")}
+PROBLEMS = {  # of which one load takes four words of a row, two, and one
+    "bf16 H=768 B=16": (16, 768, torch.bfloat16), "bf16 H=100 B=9": (9, 100, torch.bfloat16),
+    "fp16 H=33 B=17": (17, 33, torch.float16), "tf32 H=33 B=3": (3, 33, torch.float32, 0, "tf32"),
+    "bf16 H=33 P=7": (3, 33, torch.bfloat16, 7),  # which only the step family takes
+}
 
-@triton.jit
-def publish_halves(at, words, mask):
-    tl.store(at.to(tl.pointer_type(tl.int16)), words.to(tl.int16), mask=mask)
-    tl.store(at.to(tl.pointer_type(tl.int16)) + 1, (words >> 16).to(tl.int16), mask=mask)
-
-@triton.jit
-def collect_volatile(at, left, error_ptr, step, TILES: tl.constexpr, STRIDE: tl.constexpr, PATIENCE, FLAGGED):
-    return exchange.load_volatile(at, left, TILES, STRIDE)
-
-if FAULT:
-    setattr(cooperative, FAULT, {"publish": publish_halves, "collect": collect_volatile}[FAULT])
-
-def launches():
-    found = []
-    for dtype, card, (hidden, batch), backward in product(DTYPES, ("a100", "h100"), SIZES, (False, True)):
-        problem = Problem(2, batch, hidden, DTYPES[dtype][0], 0, DTYPES[dtype][1])
-        proposed = [p for p in plans(problem, DEVICES[card], backward) if p.family is Family.COOPERATIVE]
-        for plan in proposed[:MOST]:
-            direction = "backward" if backward else "forward"
-            name = f"{dtype} {card} H={hidden} B={batch} {direction} {plan.rows}x{plan.columns}"
-            found.append((name, problem, backward, plan, card))
-    return [case for case in found if MATCH in case[0]]
-
-def compiled(case):
-    name, problem, backward, plan, card = case
+def compiled(family, name, card, backward):
+    problem, device = Problem(2, *PROBLEMS[name]), DEVICES[card]
+    if family is step:
+        plan = step.step_plan(problem, device, backward)
+    else:
+        plan = next(cooperative.plans(problem, device, backward))
     (launch,) = recorded_launches(problem, backward, plan)
     arguments = [n for n, p in zip(launch.kernel.arg_names, launch.kernel.params)
                  if not p.is_constexpr and launch.arguments[n] is not None]
-    tile = plan.k * problem.size // 4  # words
-    return dict(
-        name=name, ptx=compile_for(launch, DEVICES[card].architecture).asm["ptx"], arguments=arguments,
-        # words of a thread: of h or dgates collected and published, then of the partial sums
-        collected=-(-problem.hidden // plan.k) * max(1, tile * plan.rows // plan.threads),
-        published=(4 if backward else 1) * max(1, plan.columns * problem.size // 4 * plan.rows // plan.threads),
-        sums=max(1, 4 * plan.columns * plan.rows // plan.threads) if backward else 0,
-    )
+    words = {"load words": 4 * plan.k, "store words": 4 if backward else 1}  # of a thread
+    if backward:
+        words |= {"load partials": 4, "store partials": -(-plan.columns // plan.num_warps)}
+    ptx = compile_for(launch, device.architecture).asm["ptx"]
+    return dict(name=f"{launch.kernel.__name__} {name} {card}", ptx=ptx, arguments=arguments, words=words)
 
-if __name__ == "__main__":
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        print(json.dumps(list(pool.map(compiled, launches()))))
+_, *smaller = PROBLEMS
+cases = [("bf16 H=768 B=16", "h100"), *product(smaller[:-1], ("a100", "h100"))]
+print(json.dumps({
+    "cooperative": [compiled(cooperative, *case, backward) for case in cases for backward in (False, True)],
+    "step": [compiled(step, smaller[-1], card, backward) for card in ("a100", "h100") for backward in (False, True)],
+}))
 """
 
-
-@dataclass(frozen=True)
-class Access:
-    """One instruction, in the order of the text: a product, or an access to one of the buffers."""
-
-    instruction: str
-    buffer: str = ""
-
-    @property
-    def kind(self) -> str:
-        """load, store or product, and of which buffer."""
-        return f"{'load' if self.instruction.startswith('ld') else 'store'} {self.buffer}" if self.buffer else "product"
+MARKS = {"mma.sync": "product", "bar.sync": "barrier", "POLL:": "poll", "bra POLL": "again"}
+WAIT = ["poll", "load words", "again", "product", "barrier"]
+FORWARD = [*WAIT, "store words"]
+BACKWARD = [*WAIT, "store partials", "poll", "load partials", "again", "store words"]
 
 
-STRONG = {"load": "ld.relaxed.gpu.global.b32", "store": "st.relaxed.gpu.global.b32"}
-FORWARD = ["load words", "product", "store words"]
-BACKWARD = ["load words", "product", "store partials", "load partials", "store words"]
-
-
-def _kernels(tmp_path, sizes: Sequence[tuple[int, int]], most: int = 1, match: str = "", fault: str = "") -> list[dict]:
-    """The kernels of the first plans for each (H, B), of `match` in their names, and with a fault planted."""
-    path = tmp_path / "script.py"  # a file, since the kernels are compiled in processes that import it
-    path.write_text(f"SIZES, MOST, MATCH, FAULT = {sizes}, {most}, {match!r}, {fault!r}\n{SCRIPT}")
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, list[dict]]:
+    """The kernels of each family: their names, PTX and pointers, and how many words a thread is to hand over."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", SCRIPT]
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(run.stdout)
 
 
-def _accesses(kernel: dict) -> list[Access]:
-    """The products, and every access to words_ptr and partials_ptr by any instruction."""
-    # The registers that hold an address in a buffer: whatever was computed from its pointer.
-    of: dict[str, str] = {}
-    for register, number in re.findall(r"ld\.param\.\w+\s+(%rd\d+), \[\w+_param_(\d+)\]", kernel["ptx"]):
-        name = kernel["arguments"][int(number)] if int(number) < len(kernel["arguments"]) else ""
-        if name in ("words_ptr", "partials_ptr"):
-            of[register] = name.removesuffix("_ptr")
+def _addresses(kernel: dict, *buffers: str) -> dict[str, str]:
+    """Which registers hold an address in which buffer: whatever was computed from the pointer to it."""
+    names = dict(enumerate(name.removesuffix("_ptr") for name in kernel["arguments"]))  # then Triton's own follow
+    parameters = re.findall(r"ld\.param\.\w+\s+(%rd\d+), \[\w+_param_(\d+)\]", kernel["ptx"])
+    found = {to: names[int(number)] for to, number in parameters if names.get(int(number)) in buffers}
     computed = re.findall(r"^\s*(?:add|sub|mad|mov|selp|cvta)[\w.]*\s+(%rd\d+), ([^;]*);", kernel["ptx"], re.M)
     while new := {
-        to: of[register]
+        to: found[register]
         for to, operands in computed
         for register in re.findall(r"%rd\d+", operands)
-        if to not in of and register in of
+        if to not in found and register in found
     }:
-        of |= new
-    found = []
-    for line in kernel["ptx"].splitlines():
-        if re.search(r"\b(mma\.sync|wgmma\.mma_async)\b", line):
-            found.append(Access("product"))
-        access = re.search(r"\b((?:ld|st|atom|red|cp)\.[\w.:]*)\s[^\[]*(?:\[[^\]]*\],\s*)?\[\s*(%rd\d+)", line)
-        if access and access[2] in of:
-            found.append(Access(access[1], of[access[2]]))
+        found |= new
     return found
 
 
+def _events(kernel: dict, *buffers: str) -> list[tuple[str, str]]:
+    """(kind, instruction) of what matters here, in the order of the text; "memory" is other global memory."""
+    of = _addresses(kernel, *buffers)
+    events = []
+    for line in re.split(r"[;\n]", kernel["ptx"]):
+        # The address of cp.async, which has two, is the second.
+        access = re.search(r"\b((ld|st|\w+)\.[\w.:]*global[\w.:]*)\s[^\[]*(?:\[[^\]]*\],\s*)?\[\s*(%rd\d+)", line)
+        if access:
+            kind = {"ld": "load", "st": "store"}.get(access[2], access[2])
+            events.append((f"{kind} {of[access[3]]}" if access[3] in of else "memory", access[1]))
+        events += [(kind, "") for text, kind in MARKS.items() if text in line]
+    return events
+
+
 def _problems(kernel: dict) -> list[str]:
-    """What is wrong with the exchange of a compiled kernel."""
-    accesses = _accesses(kernel)
-    problems = [
-        f"{access.instruction} of {access.buffer}"
-        for access in accesses
-        if access.buffer and access.instruction not in STRONG.values()
-    ]
-    order = [kind for kind, _ in groupby(access.kind for access in accesses)]
+    """What is wrong with the exchange of words, which are to be strong, of one width, all there, and in order."""
+    events = [event for event in _events(kernel, "words", "partials") if event[0] != "memory"]
+    accesses = [(kind, text) for kind, text in events if text]
+    problems = [text for _, text in accesses if not re.fullmatch(r"(ld|st)\.relaxed\.gpu\.global(\.v[24])?\.b32", text)]
+    order = [kind for kind, _ in groupby(kind for kind, _ in events)]
     if order != (BACKWARD if "backward" in kernel["name"] else FORWARD):
         problems.append(f"the order is {order}")
-    kinds = [access.kind for access in accesses]
-    counts = {
-        "load words": kernel["collected"], "store words": kernel["published"],
-        "load partials": kernel["sums"], "store partials": kernel["sums"],
-    }  # fmt: skip
-    problems += [f"{kinds.count(kind)} x {kind}, not {n}" for kind, n in counts.items() if kinds.count(kind) < n]
+    if sum(kind == "barrier" for kind, _ in events) > 1:
+        problems.append("more than one barrier a step")
+    for wanted, count in kernel["words"].items():
+        words = sum(int((re.search(r"\.v(\d)", text) or " 1")[1]) for kind, text in accesses if kind == wanted)
+        if words != count:
+            problems.append(f"{words} x {wanted}, not {count}")
     return problems
 
 
+def test_words_are_whole_and_strong_and_in_order(kernels):
+    found = {kernel["name"]: _problems(kernel) for kernel in kernels["cooperative"]}
+    assert len(found) == 14
+    assert {name: problems for name, problems in found.items() if problems} == {}
+
+
+STORE = r"@yes st\.relaxed\.gpu\.global\.b32 [^;]*;"
+FAULTS = {  # what is replaced, by what, and what is said of it
+    "a weak load": (r"ld\.relaxed\.gpu\.global", "ld.global", "ld.global.v4.b32"),
+    "a volatile load": (r"ld\.relaxed\.gpu\.global", "ld.volatile.global", "ld.volatile.global.v4.b32"),
+    "a weak store": (r"st\.relaxed\.gpu\.global", "st.global", "st.global.b32"),
+    "half a word": (r"st\.relaxed\.gpu\.global\.b32", "st.relaxed.gpu.global.b16", "st.relaxed.gpu.global.b16"),
+    "a quad that is not loaded": (r"@missing0 ld\.relaxed[^;]*;", "", "8 x load words, not 12"),
+    "a lost store": (STORE, "", "0 x store words, not 1"),
+    "a store before the sum": (rf"(bar\.sync[^;]*;)([\s\S]*?)({STORE})", r"\3 \1 \2", "the order is"),
+    "one look": (r"@!?\w+ bra POLL;", "", "the order is"),
+    "no barrier": (r"bar\.sync[^;]*;", "", "the order is"),
+    "two barriers": (r"(bar\.sync[^;]*;)", r"\1 \1", "more than one barrier"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_exchange_of_words_is_seen(kernels, fault):
+    pattern, replacement, said = FAULTS[fault]
+    kernel = kernels["cooperative"][0]
+    ptx = re.sub(pattern, replacement, kernel["ptx"])
+    assert any(said in problem for problem in _problems(kernel | {"ptx": ptx}))
+
+
+def _problems_of_meetings(kernel: dict) -> list[str]:
+    """What is wrong with `meet`: what was stored is to come before its release, what is loaded after its acquire."""
+    events = _events(kernel, "arrivals")
+    problems = []
+    for n, (kind, text) in enumerate(events):
+        if "arrivals" in kind:
+            around = events[:n][::-1], events[n + 1 :]
+            before, after = (next(kind for kind, _ in side if kind in ("barrier", "memory")) for side in around)
+            if "acq" not in text:
+                problems.append(f"{text} does not acquire")
+            if after == "memory" or (kind.startswith("atom") and before == "memory"):
+                problems.append(f"{text} without a barrier")
+    releases = sum(kind.startswith("atom") and "acq_rel" in text for kind, text in events)
+    if releases != 2:  # of the two rounds of a step
+        problems.append(f"{releases} releases, not 2")
+    return problems
+
+
+def test_programs_of_the_step_family_meet(kernels):
+    found = {kernel["name"]: _problems_of_meetings(kernel) for kernel in kernels["step"]}
+    assert len(found) == 4
+    assert {name: problems for name, problems in found.items() if problems} == {}
+
+
 @pytest.mark.parametrize(
-    ("sizes", "most"),
+    ("pattern", "replacement", "said"),
     [
-        pytest.param([(768, 16), (513, 17)], 1, id="first plans"),
-        pytest.param(list(product((768, 513), (16, 17))), 100, marks=pytest.mark.slow, id="every plan"),
+        (r"\.acq_rel\.", ".acquire.", "0 releases, not 2"),
+        (r"\.acq_rel\.", ".release.", "does not acquire"),
+        (r"global\.gpu\.acquire", "relaxed.gpu.global", "does not acquire"),
+        (r"(@%p\d+ atom\.)", r"st.global.b32 [%rd1], %r1; \1", "without a barrier"),
+        (r"(@%p\d+ atom\.[^;]*;)", r"\1 ld.global.b32 %r1, [%rd1];", "without a barrier"),
     ],
+    ids=["no release", "no acquire", "waits without acquire", "a store too late", "a load too early"],
 )
-def test_words_are_whole_and_strong_and_in_order(tmp_path, sizes, most):
-    kernels = _kernels(tmp_path, sizes, most)
-    assert len(kernels) >= 12 * len(sizes)  # three dtypes, two cards, forward and backward
-    assert {kernel["name"]: problems for kernel in kernels if (problems := _problems(kernel))} == {}
-
-
-@pytest.mark.parametrize(
-    ("fault", "seen"), [("publish", "st.global.b16 of words"), ("collect", "ld.volatile.global.b32 of words")]
-)
-def test_a_weak_or_narrow_access_is_seen(tmp_path, fault, seen):
-    (kernel,) = _kernels(tmp_path, [(768, 16)], match="bf16 h100 H=768 B=16 forward", fault=fault)
-    assert any(seen in problem for problem in _problems(kernel))
-
-
-def test_a_store_before_the_product_and_a_lost_one_are_seen(tmp_path):
-    (kernel,) = _kernels(tmp_path, [(768, 16)], match="bf16 h100 H=768 B=16 forward")
-    assert _problems(kernel) == []
-    store = next(line for line in kernel["ptx"].splitlines() if STRONG["store"] in line)
-    without = kernel["ptx"].replace(store, "")
-    early = re.sub(r".*\bmma\.sync", lambda product: f"{store}\n{product[0]}", without, count=1)
-    for ptx, problem in ((without, "0 x store words, not 1"), (early, "the order is")):
-        assert any(problem in each for each in _problems(kernel | {"ptx": ptx}))
+def test_a_fault_in_a_meeting_is_seen(kernels, pattern, replacement, said):
+    kernel = kernels["step"][0]
+    ptx = re.sub(pattern, replacement, kernel["ptx"])
+    assert any(said in problem for problem in _problems_of_meetings(kernel | {"ptx": ptx}))

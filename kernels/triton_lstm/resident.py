@@ -259,7 +259,7 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
     no_tensor_cores = problem.dtype is torch.float32 and problem.precision == "ieee"
     if problem.projected or problem.regularised or problem.batch == 0 or no_tensor_cores:
         return
-    units = max(32, power_of_two(problem.hidden))
+    units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` wants
     warps = units // 16 if backward else min(8, units // 8)
     registers = 4 * units * units * problem.size // (4 * 32 * warps)  # of a thread
     if warps <= 8 and registers <= MOST_REGISTERS:
