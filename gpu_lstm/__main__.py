@@ -112,16 +112,17 @@ def _diagnosis_of(device: torch.device) -> dict:
 
 def _kernels(as_json: bool) -> int:
     """A row for each case and kernel of both kernel backends. Exit status 1 if one spills, does not fit, or cannot be
-    compiled at all."""
+    compiled at all. From `instr` to `stores`: a pass of the time loop, see sass.Loop; `moved` are a block's bytes."""
     triton = importlib.import_module("gpu_lstm.kernels.triton_lstm.compile")
     cupy = importlib.import_module("gpu_lstm.kernels.cupy_lstm.compile")
     reports = {
         "triton": lambda: triton.reports([*triton.step_cases(), *triton.sequence_cases()]),
         "cupy": cupy.reports,
     }
-    line = "{:<7}{:<34}{:<40}{:>4}{:>6}{:>8}{:>8}  {}"
+    line = "{:<7}{:<34}{:<40}{:>4}{:>5}{:>7}{:>7}  {:>6}{:>5}{:>4}{:>7}{:>6}{:>7}  {}"
+    title = ("regs", "spills", "shared", "instr", "bars", "mma", "moved", "loads", "stores", "tiles")
     if not as_json:
-        print(line.format("", "kernel", "case", "sm", "regs", "spills", "shared", "tiles"))
+        print(line.format("", "kernel", "case", "sm", *title))
     rows: list[dict[str, Any]] = []
     complete = True
     for backend, those in reports.items():
@@ -129,12 +130,15 @@ def _kernels(as_json: bool) -> int:
             for row in those():
                 rows.append(_as_json(row) | {"backend": backend, "fits": row.fits})
                 if not as_json:
-                    note = "" if row.fits else ", DOES NOT FIT"
-                    name = row.kernel.removesuffix("_kernel")
+                    loop = row.loop
+                    counts = ("-",) * 6 if loop is None else (
+                        loop.instructions, loop.barriers, loop.products, loop.shared * row.threads, loop.loads,
+                        loop.stores,
+                    )  # fmt: skip
                     print(
                         line.format(
-                            backend, name, row.case, row.architecture, row.registers, row.spills, row.shared,
-                            row.tiles + note,
+                            backend, row.kernel.removesuffix("_kernel"), row.case, row.architecture, row.registers,
+                            row.spills, row.shared, *counts, row.tiles + ("" if row.fits else ", DOES NOT FIT"),
                         ),
                         flush=True,
                     )  # fmt: skip

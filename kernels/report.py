@@ -1,12 +1,10 @@
 """What a kernel became when it was compiled, for the launchers and for the tables of `python -m gpu_lstm kernels`."""
 
-import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .architectures import REGISTERS, shared_memory_of
+from .sass import Loop
 
 
 class Resources(NamedTuple):
@@ -35,6 +33,7 @@ class Report:
     registers: int  # a thread
     spills: int  # bytes of stack a thread
     shared: int  # bytes a block
+    loop: Loop | None = None  # the time loop, if the kernel has one
     tensor_core: str = ""  # the PTX instruction, or "" if there is none
     weight_loads: int = 0  # of W_hh inside the time loop
 
@@ -43,22 +42,3 @@ class Report:
         """No spills, and no more registers and shared memory than a block may have."""
         taken = Resources(self.registers, self.spills, self.shared)
         return taken.fit(self.threads, shared_memory_of(self.architecture))
-
-
-def usage(cubin: bytes) -> dict[str, tuple[int, int]]:
-    """(registers, bytes of stack) of each kernel in a binary, read by the cuobjdump that Triton brings along.
-
-    Raises:
-        RuntimeError: cuobjdump printed nothing of the kind.
-    """
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", text)
-    if not found:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
-    return {name: (int(registers), int(stack)) for name, registers, stack in found}

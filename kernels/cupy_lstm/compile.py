@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from ..architectures import shared_memory_of
-from ..report import Report, Resources, usage
+from ..report import Report
+from ..sass import time_loops, usage
 from .planning import Plan
 from .sequence import sequence_plan
 from .source import CLUSTER_KERNELS, CLUSTER_SIZES, ELEMENTS, OPTIONS, SOURCE, kernels_of, name_expression
@@ -37,9 +38,10 @@ def reports() -> Iterator[Report]:
     """A row for every kernel, dtype and architecture."""
     for architecture, dtype in itertools.product(architectures(), ELEMENTS):
         binary = compile_for(architecture, dtype)
-        taken = usage(binary.cubin)
+        taken, loops = usage(binary.cubin, architecture), time_loops(binary.cubin)
         for kernel in kernels_of(architecture):
             hidden, plan = _largest(kernel, architecture, dtype)
+            registers, spills, declared = taken[binary.symbols[kernel]]
             yield Report(
                 kernel=kernel,
                 # For whole sequences, the most hidden units that a block or cluster holds.
@@ -48,7 +50,10 @@ def reports() -> Iterator[Report]:
                 plan=plan,
                 threads=plan.threads,
                 tiles=f"{plan.threads} threads",
-                **Resources(*taken[binary.symbols[kernel]], plan.shared)._asdict(),
+                registers=registers,
+                spills=spills,
+                shared=declared + plan.shared,
+                loop=loops[binary.symbols[kernel]] if hidden else None,  # a kernel of one step loops over other things
             )
 
 

@@ -11,7 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from ..report import Resources, usage
+from ..report import Resources
+from ..sass import usage
 from .features import OPTIONS
 
 _POINTER = {
@@ -58,9 +59,9 @@ def compile_for(launch: RecordedLaunch, architecture: int) -> CompiledKernel:
 
 
 def resources_of(compiled: CompiledKernel) -> Resources:
-    """What a compiled kernel takes."""
-    ((registers, spills),) = usage(compiled.asm["cubin"]).values()
-    return Resources(registers, spills, compiled.metadata.shared)
+    """What a compiled kernel takes. Inline assembly declares shared memory of which Triton's metadata does not know."""
+    ((registers, spills, declared),) = usage(compiled.asm["cubin"], compiled.metadata.target.arch).values()
+    return Resources(registers, spills, declared + compiled.metadata.shared)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..architectures import shared_memory_of
 from ..recurrence import Recurrence
 from ..report import Report
+from ..sass import time_loops
 from .binary import RecordedLaunch, compile_for, resources_of
 from .families import FAMILIES, plans
 from .launch import INTERPRETED
@@ -27,14 +28,9 @@ from .step import step_plan
 STEP_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 PRECISIONS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
 
-SEQUENCE_DEVICES = (
-    DEVICES["a100"],
-    DEVICES["h100"],
-    DEVICES["b200"],
-    Device("NVIDIA GeForce RTX 5090", 120, 170, shared_memory_of(120), 0, 0, 0, 0, 0),
-)
+SEQUENCE_DEVICES = [DEVICES[name] for name in ("a100", "h100", "b200", "rtx5090")]
 HIDDEN = (64, 128, 256, 512, 768, 1024, 1536)
-BATCHES = (8, 16, 64)
+BATCHES = (16, 64, 256)
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,7 @@ class Case:
     problem: Problem
     backward: bool
     device: Device
+    step: bool = False  # by the step family, whatever is proposed besides
     ragged: bool = False  # with lengths and resets, in reverse
     training: bool = True  # of a regularised problem: with masks, not probabilities
 
@@ -56,7 +53,7 @@ class Case:
 
 def step_cases() -> list[Case]:
     """Every dtype, precision and architecture; with a projection and without; regularised and not."""
-    devices = [Device("", sm, 1, shared_memory_of(sm), 0, 0, 0, 0, 0) for sm in STEP_ARCHITECTURES]
+    devices = [Device(f"sm_{sm}", sm, 1, shared_memory_of(sm)) for sm in STEP_ARCHITECTURES]
     kinds = (  # B, H, P, ragged; whether regularised, and in training
         (16, 768, 0, False, False, True),
         (64, 130, 33, True, False, True),
@@ -67,7 +64,7 @@ def step_cases() -> list[Case]:
     return [
         Case(
             Problem(2, batch, hidden, dtype, projected, precision, regularised=regularised),
-            backward, device, ragged, training,
+            backward, device, True, ragged, training,
         )
         for (dtype, precision), (batch, hidden, projected, ragged, regularised, training), backward, device
         in itertools.product(PRECISIONS, kinds, (False, True), devices)
@@ -75,11 +72,15 @@ def step_cases() -> list[Case]:
 
 
 def sequence_cases() -> list[Case]:
-    """Hidden sizes and batches for the families that walk the sequence in one launch."""
+    """Hidden sizes and batches for the families that hold W_hh, on every card; and regularised, with masks and rates."""
+    kinds = [(batch, hidden, False, True) for hidden, batch in itertools.product(HIDDEN, BATCHES)]
+    kinds += [(16, 768, True, training) for training in (True, False)]
     return [
-        Case(Problem(2, batch, hidden, dtype, 0, precision), backward, device)
-        for (dtype, precision), hidden, batch, backward, device in itertools.product(
-            PRECISIONS[:3], HIDDEN, BATCHES, (False, True), SEQUENCE_DEVICES
+        Case(
+            Problem(2, batch, hidden, dtype, 0, precision, regularised=regularised), backward, device, training=training
+        )
+        for (dtype, precision), (batch, hidden, regularised, training), backward, device in itertools.product(
+            PRECISIONS[:3], kinds, (False, True), SEQUENCE_DEVICES
         )
     ]
 
@@ -95,7 +96,7 @@ def reports(cases: Iterable[Case]) -> Iterator[Report]:
 
 def _reports_of(case: Case) -> list[Report]:
     """As the launcher chooses: the first plan whose kernels fit, else the step family."""
-    if case.ragged or case.device.name == "":
+    if case.step:
         candidates = [step_plan(case.problem, case.device, case.backward)]
     else:
         candidates = plans(case.problem, case.device, case.backward)
@@ -121,20 +122,21 @@ def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
         threads=plan.threads,
         tiles=f"{plan.rows}x{plan.columns}, {plan.programs} programs, {tensor_core or 'no tensor core'}",
         **resources_of(compiled)._asdict(),
+        loop=time_loops(compiled.asm["cubin"])[launch.kernel.__name__],
         tensor_core=tensor_core,
         weight_loads=_weight_loads_in_loops(compiled.asm["ttgir"], launch),
     )
 
 
 def _weight_loads_in_loops(ttgir: str, launch: RecordedLaunch) -> int:
-    """Loads inside a loop from pointers that come from an argument named weight_*, in Triton's GPU dialect."""
+    """Loads inside a loop from pointers that come from an argument named weight*, in Triton's GPU dialect."""
     depth, loads = 0, 0
     loops: list[int] = []  # the depth outside each that is open
     # By their places, since Triton 3.4 does not keep the names. Constants and None are no arguments there.
     given = [p.name for p in launch.kernel.params if not p.is_constexpr and launch.arguments[p.name] is not None]
     (function,) = (line for line in ttgir.splitlines() if "tt.func public" in line)
     arguments = re.findall(r"(%\w+): (?:!tt\.ptr|i32)", function)
-    of_weights = {argument for argument, name in zip(arguments, given, strict=True) if name.startswith("weight_")}
+    of_weights = {argument for argument, name in zip(arguments, given, strict=True) if name.startswith("weight")}
     for line in ttgir.splitlines():
         names = set(re.findall(r"%[\w#]+", line.split(" loc(")[0]))
         result = re.match(r"\s*(%[\w]+)(?::\d+)? = (\S+)", line)

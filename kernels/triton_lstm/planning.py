@@ -46,28 +46,26 @@ class Problem:
 
 @dataclass(frozen=True)
 class Device:
-    """What planning needs to know of a card. The rates are ceilings, for the expected bound of a step."""
+    """What planning needs to know of a card."""
 
     name: str
     architecture: int  # compute capability, 90 for 9.0
     multiprocessors: int
     shared: int  # bytes of shared memory a block may have
-    clock: float  # Hz
-    memory: float  # bytes a second
-    half: float  # multiply-adds * 2 a second on tensor cores, float16 and bfloat16, float32 accumulation
-    tf32: float
-    single: float  # float32 without tensor cores
+    clock: float = 1.5e9  # Hz
+    memory: float = 1e12  # bytes a second
 
 
 # Data sheets and CUDA C++ Programming Guide (shared memory a block: table of compute capabilities).
 DEVICES = {
-    "h100": Device("NVIDIA H100 SXM", 90, 132, 227 * KB, 1.755e9, 3.35e12, 989e12, 494e12, 67e12),
-    "a100": Device("NVIDIA A100 SXM 80 GB", 80, 108, 163 * KB, 1.41e9, 2.04e12, 312e12, 156e12, 19.5e12),
-    "l4": Device("NVIDIA L4", 89, 58, 99 * KB, 2.04e9, 0.3e12, 121e12, 60e12, 30.3e12),
-    "rtx4090": Device("NVIDIA GeForce RTX 4090", 89, 128, 99 * KB, 2.52e9, 1.008e12, 165e12, 82.6e12, 82.6e12),
-    "b200": Device("NVIDIA B200", 100, 148, 227 * KB, 1.85e9, 8.0e12, 2250e12, 1100e12, 80e12),
+    "h100": Device("NVIDIA H100 SXM", 90, 132, 227 * KB, 1.755e9, 3.35e12),
+    "a100": Device("NVIDIA A100 SXM 80 GB", 80, 108, 163 * KB, 1.41e9, 2.04e12),
+    "l4": Device("NVIDIA L4", 89, 58, 99 * KB, 2.04e9, 0.3e12),
+    "rtx4090": Device("NVIDIA GeForce RTX 4090", 89, 128, 99 * KB, 2.52e9, 1.008e12),
+    "rtx5090": Device("NVIDIA GeForce RTX 5090", 120, 170, 99 * KB, 2.407e9, 1.792e12),
+    "b200": Device("NVIDIA B200", 100, 148, 227 * KB, 1.85e9, 8.0e12),
 }
-INTERPRETER = Device("Triton's interpreter", 0, 1, 227 * KB, 0, 0, 0, 0, 0)
+INTERPRETER = Device("Triton's interpreter", 0, 1, 227 * KB)
 """It runs programs one after another, so that one cannot wait for another."""
 
 
@@ -100,10 +98,16 @@ class Plan:
 
 
 def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
-    """A real card. Its rates are left at zero: planning does not use them."""
+    """A real card. Not every version of torch knows its rates, and they change no order of plans."""
     architecture = properties.major * 10 + properties.minor
-    shared = shared_memory_of(architecture)
-    return Device(properties.name, architecture, properties.multi_processor_count, shared, 0, 0, 0, 0, 0)
+    known = {}
+    if hasattr(properties, "clock_rate"):  # kHz
+        known = dict(clock=1e3 * properties.clock_rate)
+    if hasattr(properties, "memory_clock_rate"):  # kHz, bits; two transfers a clock
+        known |= dict(memory=2e3 * properties.memory_clock_rate * properties.memory_bus_width / 8)
+    return Device(
+        properties.name, architecture, properties.multi_processor_count, shared_memory_of(architecture), **known
+    )
 
 
 def power_of_two(n: int) -> int:

@@ -1,0 +1,101 @@
+"""What a compiled kernel takes, and what its time loop does, read from the binary by the cuobjdump that Triton brings.
+
+Counts are those of the text: an instruction of the time loop counts once, also within a loop inside it (that of a wait,
+of tiles, of K), and whether or not its predicate holds.
+"""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+RESERVED = 1024
+"""Bytes of shared memory a block that the system takes for itself. From compute capability 9.0 on ptxas counts them,
+but the limit of a block (architectures.py) does not."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One pass of a time loop: a step, or one batch tile of it."""
+
+    instructions: int  # of a warp
+    barriers: int  # of all warps of a block
+    products: int  # of a warp, on tensor cores
+    shared: int  # bytes of shared memory that a thread reads and writes; not what tensor cores read by themselves
+    loads: int  # of a thread, from global memory
+    stores: int
+
+
+def usage(cubin: bytes, architecture: int) -> dict[str, tuple[int, int, int]]:
+    """(registers, bytes of stack, bytes of shared memory that the kernel declares) of each kernel in a binary.
+
+    Raises:
+        RuntimeError: cuobjdump printed nothing of the kind.
+    """
+    text = _cuobjdump("-res-usage", cubin)
+    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    if not found:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    reserved = RESERVED if architecture >= 90 else 0
+    return {name: (int(r), int(stack), max(0, int(shared) - reserved)) for name, r, stack, shared in found}
+
+
+def time_loops(cubin: bytes) -> dict[str, Loop | None]:
+    """The time loop of each kernel in a binary, the longest loop that it has; None if it has none.
+
+    Raises:
+        RuntimeError: cuobjdump printed no instructions.
+    """
+    text = _cuobjdump("-sass", cubin)
+    _, *functions = re.split(r"Function : (\w+)", text)
+    loops = {name: _time_loop(lines) for name, lines in zip(functions[::2], functions[1::2], strict=True)}
+    if not loops:
+        raise RuntimeError(f"cuobjdump printed no instructions: {text!r}")
+    return loops
+
+
+def _time_loop(text: str) -> Loop | None:
+    # /*0c80*/  @!P0 LDG.E.64 R4, [R2] ;
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@\S+ )?([A-Z][^\s;]*)([^;]*);", text)
+    code = [(int(address, 16), instruction, operands) for address, instruction, operands in lines]
+    begin, end = 0, 0
+    for address, instruction, operands in code:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if instruction.startswith("BRA") and target and end - begin < address - int(target[1], 16):
+            begin, end = int(target[1], 16), address
+    if end == 0:
+        return None
+    names = [instruction for address, instruction, _ in code if begin <= address <= end]
+
+    def those(*kinds: str) -> list[str]:
+        return [name for name in names if name.split(".")[0] in kinds]
+
+    return Loop(
+        instructions=len(names),
+        barriers=len(those("BAR")),
+        products=len(those("HMMA", "HGMMA", "UTCHMMA")),
+        shared=sum(map(_bytes, those("LDS", "STS", "LDSM", "STSM", "LDGSTS"))),
+        loads=len(those("LDG", "LDGSTS")),
+        stores=len(those("STG")),
+    )
+
+
+def _bytes(name: str) -> int:
+    """What a thread moves by an instruction. Matrices (LDSM, STSM) have 4 bytes a thread."""
+    kind, *modifiers = name.split(".")
+    if kind in ("LDSM", "STSM"):
+        return 4 * int(modifiers[-1]) if modifiers[-1] in "24" else 4
+    return next((size for width, size in _WIDTHS.items() if width in modifiers), 4)
+
+
+_WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
