@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .exchange import INTERPRETED
 
-# Triton's division and exp take several instructions more, for results below the normal numbers, which mean nothing here.
+# Triton's division and exp take more instructions, for results below the normal numbers: they mean nothing here.
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 The programs of one batch tile are a group; each owns UNITS hidden units, keeps its part of W_hh in registers, and needs
 at every step what all of its group computed at the step before. A group may walk several batch tiles at every step, so
-that the words of one arrive while it works on another. Groups never wait for each other. All programs of a launch must be
-resident at once.
+that the words of one arrive while it works on another. Groups never wait for each other. All programs of a launch must
+be resident at once.
 
 forward    A program holds the four gates' rows of its units, [4 UNITS, H]. It publishes h of its units.
 
@@ -108,7 +108,7 @@ def lstm_cooperative_forward_kernel(
     rows = ()
     for n in tl.static_range(2 * TILES):
         unit = first_unit + (8 * n + column) % UNITS
-        rows = rows + (tl.where(unit < H, (8 * n + column) // UNITS * H + unit, -1),)  # noqa: RUF005
+        rows = rows + (tl.where(unit < H, (8 * n + column) // UNITS * H + unit, -1),)
     weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, CHUNKS, TILES)
 
     # The thread's cell, and the word of h that it publishes.
@@ -211,7 +211,7 @@ def lstm_cooperative_backward_kernel(
     rows = ()
     for n in tl.static_range(2 * TILES):
         unit = quartet_unit + 8 * n + column
-        rows = rows + (tl.where(unit < H, gate * H + unit, -1),)  # noqa: RUF005
+        rows = rows + (tl.where(unit < H, gate * H + unit, -1),)
     weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, CHUNKS, TILES)
 
     # The thread's cell, the word of dgates that it publishes, and the partial sums.
@@ -222,8 +222,8 @@ def lstm_cooperative_backward_kernel(
     sequence %= SEQUENCES
     sum_rows, sum_sequences = (), ()
     for n in tl.static_range(SUMS):
-        sum_rows = sum_rows + ((thread + n * 32 * WARPS) % (4 * UNITS),)  # noqa: RUF005
-        sum_sequences = sum_sequences + ((thread + n * 32 * WARPS) // (4 * UNITS) % SEQUENCES,)  # noqa: RUF005
+        sum_rows = sum_rows + ((thread + n * 32 * WARPS) % (4 * UNITS),)
+        sum_sequences = sum_sequences + ((thread + n * 32 * WARPS) // (4 * UNITS) % SEQUENCES,)
 
     step, tile = T - 1, tl.program_id(1)
     for turn in range(T * walks_of_group(B)):
@@ -343,7 +343,7 @@ def forward(
     c = r.c0.new_empty((steps, batch, r.hidden) if save else 0)
     h_then_h0.view(torch.int32).fill_(FILL)
     h_then_h0[-1].zero_()
-    h_then_h0[-1, ..., : r.hidden] = torch.where(r.h0.isnan(), float("nan"), r.h0)  # any NaN but the fill's
+    h_then_h0[-1, :, : r.hidden] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the fill's
     launch(
         lstm_cooperative_forward_kernel, (plan.programs, plan.groups),
         gates_ptr=gates, weights_ptr=as_words(r.weight_hh), words_ptr=h_then_h0.view(torch.int32),
@@ -375,8 +375,8 @@ def backward(
     launch(
         lstm_cooperative_backward_kernel, (plan.programs, plan.groups),
         dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0,
-        weights_ptr=transposed_gates(r.weight_hh),
-        words_ptr=dgates.view(torch.int32), partials_ptr=torch.full_like(gates[0], FILL, dtype=torch.int32), dc_ptr=dc,
+        weights_ptr=transposed_gates(r.weight_hh), words_ptr=dgates.view(torch.int32),
+        partials_ptr=torch.full_like(gates[0], FILL, dtype=torch.int32), dc_ptr=dc,
         dropout_h_ptr=r.dropout_h, dh_from_zoneout_ptr=dh_from_zoneout,
         error_ptr=error_word(gates.device, "lstm_cooperative_backward_kernel"), **_shared_arguments(plan, gates, r),
     )  # fmt: skip

@@ -129,7 +129,8 @@ def collect(
         tl.store(error_ptr, step + 1, mask=missing > 0)
     else:
         words = tl.inline_asm_elementwise(
-            polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, PATIENCE), operands("=&r", COUNT, "l", 1, "r", 2, "l", 1, "r", 1),
+            polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, PATIENCE),
+            operands("=&r", COUNT, "l", 1, "r", 2, "l", 1, "r", 1),
             [at, left, phase, error_ptr, step + 1], dtype=types(tl.int32, COUNT), is_pure=False, pack=1,
         )  # fmt: skip
     return words
@@ -141,7 +142,7 @@ def load_volatile(at, left, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl
     words = ()
     for n in tl.static_range(GROUPS * SIZE):
         offset = n // SIZE * STRIDE + n % SIZE
-        words = words + (tl.load(at + offset, mask=left > offset, other=0, volatile=True),)  # noqa: RUF005
+        words = words + (tl.load(at + offset, mask=left > offset, other=0, volatile=True),)
     return words
 
 

@@ -58,7 +58,7 @@ def load_weights(
             row = rows[n // 8 * 2 + n % 2]
             word = first + chunk * STRIDE + n % 8 // 2
             there = (row >= 0) & (word < W)
-            weights = weights + (tl.load(words_ptr + row.to(tl.int64) * W + word, mask=there, other=0),)  # noqa: RUF005
+            weights = weights + (tl.load(words_ptr + row.to(tl.int64) * W + word, mask=there, other=0),)
     return weights
 
 
@@ -100,7 +100,7 @@ def scale(
             word = (x[n].to(tl.float32, bitcast=True) * factors.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
         else:
             word = multiply_halves(x[n], factors, DTYPE) | (multiply_halves(x[n] >> 16, factors >> 16, DTYPE) << 16)
-        scaled = scaled + (word,)  # noqa: RUF005
+        scaled = scaled + (word,)
     return scaled
 
 
@@ -132,7 +132,7 @@ def share(
         SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
         places = ()
         for n in tl.static_range(COUNT):
-            places = places + (shared_place(sequences[n], elements_of_k[n] * SIZE, CHUNKS),)  # noqa: RUF005
+            places = places + (shared_place(sequences[n], elements_of_k[n] * SIZE, CHUNKS),)
         shared = tl.inline_asm_elementwise(
             sharing(COUNT, CHUNKS, SIZE), operands("=&r", 1, "h" if SIZE == 2 else "r", COUNT, "r", COUNT + 1),
             bits(values, DTYPE, COUNT) + places + (turn,), dtype=tl.int32, is_pure=False, pack=1,
@@ -169,9 +169,9 @@ def bits(values, DTYPE: tl.constexpr, COUNT: tl.constexpr):
     found = ()
     for n in tl.static_range(COUNT):
         if tl.float32 == DTYPE:
-            found = found + (values[n].to(tl.int32, bitcast=True),)  # noqa: RUF005
+            found = found + (values[n].to(tl.int32, bitcast=True),)
         else:
-            found = found + (values[n].to(tl.int16, bitcast=True),)  # noqa: RUF005
+            found = found + (values[n].to(tl.int16, bitcast=True),)
     return found
 
 
@@ -205,7 +205,7 @@ def sum_over_warps(
         warp_at = warp * (16 * TILES)
         places = (place(warp_at + column, 2 * quarter), place(warp_at + column + 8, 2 * quarter))
         for n in tl.static_range(COUNT):
-            places = places + (place(rows[n], sequences[n]),)  # noqa: RUF005
+            places = places + (place(rows[n], sequences[n]),)
         sums = tl.inline_asm_elementwise(
             summation(COUNT, TILES, WARPS), operands("=&f", COUNT, "f", 4 * TILES, "r", COUNT + 3),
             parts + places + (turn,), dtype=types(tl.float32, COUNT), is_pure=False, pack=1,
@@ -309,7 +309,7 @@ def product_by_definition(
             b = elements(x[4 * chunk], x[4 * chunk + 1], x[4 * chunk + 2], x[4 * chunk + 3], DTYPE, WARPS)
             d = tl.dot(a, tl.permute(b, (0, 2, 1)), d, input_precision="ieee")
         even, odd = tl.split(tl.reshape(d, (WARPS, 8, 4, 2)))
-        sums = sums + (tl.reshape(even, (32 * WARPS,)), tl.reshape(odd, (32 * WARPS,)))  # noqa: RUF005
+        sums = sums + (tl.reshape(even, (32 * WARPS,)), tl.reshape(odd, (32 * WARPS,)))
     return sums
 
 
@@ -329,7 +329,7 @@ def sum_by_definition(parts, rows, sequences, COUNT: tl.constexpr, TILES: tl.con
     """As `sum_over_warps`."""
     totals = ()
     for n in tl.static_range(4 * TILES):
-        totals = totals + (tl.sum(tl.reshape(parts[n], (WARPS, 32)), axis=0),)  # noqa: RUF005
+        totals = totals + (tl.sum(tl.reshape(parts[n], (WARPS, 32)), axis=0),)
     sums = ()
     for n in tl.static_range(COUNT):
         found = tl.zeros((32 * WARPS,), tl.float32)
@@ -337,7 +337,7 @@ def sum_by_definition(parts, rows, sequences, COUNT: tl.constexpr, TILES: tl.con
         for part in tl.static_range(4 * TILES):
             here = (rows[n] // 8 == part // 2) & (sequences[n] % 2 == part % 2)
             found = tl.where(here, tl.gather(totals[part], lane, 0), found)
-        sums = sums + (found,)  # noqa: RUF005
+        sums = sums + (found,)
     return sums
 
 
@@ -366,5 +366,5 @@ def take_by_definition(
         word = tl.gather(shared, at, 0)
         if PER == 2:
             word = (word & 0xFFFF) | (tl.gather(shared, at + 1, 0) << 16)
-        words = words + (word,)  # noqa: RUF005
+        words = words + (word,)
     return words

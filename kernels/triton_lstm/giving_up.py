@@ -1,9 +1,9 @@
 """Programs that waited in vain for each other: what a kernel writes then, and who is told.
 
-A kernel whose programs wait for each other bounds its waiting. One that gives up writes the step + 1 into its device's error word and ends;
-its results are wrong. The words lie in memory that the host reads without waiting for the device. So looking costs
-nothing, but sees a launch only when it has ended: the next call looks, backward looks, a Stream looks, `gpu_lstm.check`
-waits and looks, and so does the end of the interpreter.
+A kernel whose programs wait for each other bounds its waiting. One that gives up writes the step + 1 into its device's
+error word and ends; its results are wrong. The words lie in memory that the host reads without waiting for the device.
+So looking costs nothing, but sees a launch only when it has ended: the next call looks, backward looks, a Stream looks,
+`gpu_lstm.check` waits and looks, and so does the end of the interpreter.
 """
 
 import atexit

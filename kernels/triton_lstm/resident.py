@@ -32,8 +32,8 @@ def cells(UNITS: tl.constexpr, WARPS: tl.constexpr, CELLS: tl.constexpr):
     _, warp, column, quarter = threads(WARPS)
     units, sequences = (), ()
     for n in tl.static_range(CELLS):
-        units = units + (warp * (UNITS // WARPS) + n // 2 * 8 + column,)  # noqa: RUF005
-        sequences = sequences + (2 * quarter + n % 2,)  # noqa: RUF005
+        units = units + (warp * (UNITS // WARPS) + n // 2 * 8 + column,)
+        sequences = sequences + (2 * quarter + n % 2,)
     return units, sequences
 
 
@@ -88,15 +88,15 @@ def lstm_resident_forward_kernel(
     # The four gates' rows of the warp's units, once: a pair of tiles is 8 units, i and f of the first, g and o.
     rows = ()
     for n in tl.static_range(2 * TILES):
-        rows = rows + (tl.where(unit[n // 4 * 2] < H, n % 4 * H + unit[n // 4 * 2], -1),)  # noqa: RUF005
+        rows = rows + (tl.where(unit[n // 4 * 2] < H, n % 4 * H + unit[n // 4 * 2], -1),)
     weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, CHUNKS, TILES)
 
     h, c = (), ()
     for n in tl.static_range(CELLS):
         state_at = batch[n % 2].to(tl.int64) * H + unit[n]
         in_tile = in_batch[n % 2] & (unit[n] < H)
-        h = h + (tl.load(h0_ptr + state_at, mask=in_tile, other=0.0),)  # noqa: RUF005
-        c = c + (tl.load(c0_ptr + state_at, mask=in_tile, other=0.0),)  # noqa: RUF005
+        h = h + (tl.load(h0_ptr + state_at, mask=in_tile, other=0.0),)
+        c = c + (tl.load(c0_ptr + state_at, mask=in_tile, other=0.0),)
     for step in range(T):
         time, row, valid, continues = two_positions(step, length, resets_ptr, batch, B, in_batch, REVERSE)
 
@@ -105,8 +105,8 @@ def lstm_resident_forward_kernel(
         for n in tl.static_range(CELLS):
             x = x + load_gates(gates_ptr, row[n % 2] * (4 * H) + unit[n], valid[n % 2] & (unit[n] < H), H)
             reset = valid[n % 2] & ~continues[n % 2]
-            h_prev = h_prev + (tl.where(reset, 0.0, h[n]).to(DTYPE),)  # noqa: RUF005
-            c_prev = c_prev + (tl.where(reset, 0.0, c[n]),)  # noqa: RUF005
+            h_prev = h_prev + (tl.where(reset, 0.0, h[n]).to(DTYPE),)
+            c_prev = c_prev + (tl.where(reset, 0.0, c[n]),)
 
         # Product: the four gates of the thread's cells.
         shared = share(h_prev, sequence, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
@@ -129,8 +129,8 @@ def lstm_resident_forward_kernel(
                 gates_at = row[n % 2] * (4 * H) + unit[n]
                 store_gates(gates_ptr, gates_at, valid[n % 2] & (unit[n] < H), i, f, g, o, H)
                 tl.store(c_ptr + at, tl.where(valid[n % 2], c_next, 0.0), mask=in_tile)
-            h = h + (tl.where(valid[n % 2], h_next, h_prev[n]),)  # noqa: RUF005
-            c = c + (tl.where(valid[n % 2], c_next, c_prev[n]),)  # noqa: RUF005
+            h = h + (tl.where(valid[n % 2], h_next, h_prev[n]),)
+            c = c + (tl.where(valid[n % 2], c_next, c_prev[n]),)
     for n in tl.static_range(CELLS):
         state_at = batch[n % 2].to(tl.int64) * H + unit[n]
         in_tile = in_batch[n % 2] & (unit[n] < H)
@@ -171,14 +171,14 @@ def lstm_resident_backward_kernel(
     # The rows of W_hh^T of the warp's units, gate by gate, once.
     rows = ()
     for n in tl.static_range(2 * TILES):
-        rows = rows + (tl.where(unit[2 * n] < H, unit[2 * n], -1),)  # noqa: RUF005
+        rows = rows + (tl.where(unit[2 * n] < H, unit[2 * n], -1),)
     weights_i = load_weights(weights_ptr, rows, quarter * 4, W, 16, CHUNKS, TILES)
     weights_f = load_weights(weights_ptr + H * W, rows, quarter * 4, W, 16, CHUNKS, TILES)
     weights_g = load_weights(weights_ptr + 2 * H * W, rows, quarter * 4, W, 16, CHUNKS, TILES)
     weights_o = load_weights(weights_ptr + 3 * H * W, rows, quarter * 4, W, 16, CHUNKS, TILES)
     elements_of_dz = ()  # four gates of UNITS units are a row of K
     for n in tl.static_range(4 * CELLS):
-        elements_of_dz = elements_of_dz + (n // CELLS * UNITS + unit[n % CELLS],)  # noqa: RUF005
+        elements_of_dz = elements_of_dz + (n // CELLS * UNITS + unit[n % CELLS],)
 
     # Gradients of the state after the step in hand: at a sequence's last step, those of the final state.
     dh, dc = (), ()
@@ -188,8 +188,8 @@ def lstm_resident_backward_kernel(
         of_h = tl.zeros((32 * WARPS,), tl.float32)
         if dh_n_ptr is not None:
             of_h += tl.load(dh_n_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
-        dh = dh + (of_h,)  # noqa: RUF005
-        dc = dc + (tl.load(dc_ptr + state_at, mask=in_tile, other=0.0),)  # noqa: RUF005
+        dh = dh + (of_h,)
+        dc = dc + (tl.load(dc_ptr + state_at, mask=in_tile, other=0.0),)
     for back in range(T):
         step = T - 1 - back
         time, row, valid, continues = two_positions(step, length, resets_ptr, batch, B, in_batch, REVERSE)
@@ -216,11 +216,11 @@ def lstm_resident_backward_kernel(
                 saved[8 * n], saved[8 * n + 1], saved[8 * n + 2], saved[8 * n + 3], saved[8 * n + 4],
                 saved[8 * n + 5], saved[8 * n + 6], saved[8 * n + 7],
             )  # fmt: skip
-            dz_i = dz_i + (d_i.to(DTYPE),)  # noqa: RUF005
-            dz_f = dz_f + (d_f.to(DTYPE),)  # noqa: RUF005
-            dz_g = dz_g + (d_g.to(DTYPE),)  # noqa: RUF005
-            dz_o = dz_o + (d_o.to(DTYPE),)  # noqa: RUF005
-            dc_prev = dc_prev + (d_c,)  # noqa: RUF005
+            dz_i = dz_i + (d_i.to(DTYPE),)
+            dz_f = dz_f + (d_f.to(DTYPE),)
+            dz_g = dz_g + (d_g.to(DTYPE),)
+            dz_o = dz_o + (d_o.to(DTYPE),)
+            dc_prev = dc_prev + (d_c,)
 
         # Product, gate by gate: the gradient of the state before the step.
         shared = share(
@@ -243,9 +243,9 @@ def lstm_resident_backward_kernel(
             gates_at = row[n % 2] * (4 * H) + unit[n]
             store_gates(dgates_ptr, gates_at, in_batch[n % 2] & (unit[n] < H), dz_i[n], dz_f[n], dz_g[n], dz_o[n], H)
             of_h = tl.where(continues[n % 2], (from_i[n] + from_f[n]) + (from_g[n] + from_o[n]), 0.0)
-            dh = dh + (tl.where(valid[n % 2], of_h, dh_after[n]),)  # noqa: RUF005
+            dh = dh + (tl.where(valid[n % 2], of_h, dh_after[n]),)
             of_c = tl.where(continues[n % 2], dc_prev[n], 0.0)
-            dc = dc + (tl.where(valid[n % 2], of_c, dc_after[n]),)  # noqa: RUF005
+            dc = dc + (tl.where(valid[n % 2], of_c, dc_after[n]),)
     for n in tl.static_range(CELLS):
         state_at = batch[n % 2].to(tl.int64) * H + unit[n]
         tl.store(dc_ptr + state_at, dc[n], mask=in_batch[n % 2] & (unit[n] < H))
