@@ -12,7 +12,7 @@ MOST = 2**31 - 2**16
 class Recurrence:
     """Weights, initial states and everything else but the input product. Tensors are contiguous.
 
-    Regularisation is recurrent dropout and zoneout; only Triton's step family takes it.
+    Regularisation is recurrent dropout and zoneout; of the kernels only Triton's take it.
     """
 
     weight_hh: Tensor  # [4H, P]
