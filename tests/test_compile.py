@@ -86,7 +86,9 @@ MUST_NOT_BE = {  # what no row may say of a kernel; `held`: of the families that
     "more shared memory than the architecture has": lambda row, held: row["shared"] > LIMITS[row["architecture"]],
     "it does not fit": lambda row, held: not row["fits"],
     "more shared memory than was planned": lambda row, held: held and row["shared"] > row["plan"]["shared"],
-    "half precision and TF32 without tensor cores": lambda row, _: not (row["loop"]["products"] or "ieee" in row["case"]),
+    "half precision and TF32 without tensor cores": lambda row, _: (
+        not (row["loop"]["products"] or "ieee" in row["case"])
+    ),
     "exact float32 by tensor cores": lambda row, _: row["loop"]["products"] and "ieee" in row["case"],
     "weights are loaded inside the time loop": lambda row, held: held and row["weight_loads"],
     "more than one barrier a step": lambda row, held: held and row["loop"]["barriers"] > 1,
