@@ -4,6 +4,7 @@ The kernels do only the recurrence. The input product and every weight gradient 
 once, outside the time loop.
 """
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,12 @@ class LSTMLayerFunction(torch.autograd.Function):
             with torch.no_grad():
                 gradients = _fused_gradients(ctx, saved, dh, dh_n, dc_n)
         return *gradients, *(None,) * (ctx.inputs - DIFFERENTIABLE)
+
+
+# At every call torch binds the arguments to forward's signature, for defaults that it has not: a fast one will do.
+LSTMLayerFunction.forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [inspect.Parameter("arguments", inspect.Parameter.VAR_POSITIONAL)]
+)
 
 
 class Saved(NamedTuple):

@@ -53,6 +53,8 @@ def _computed(x: Tensor, state: State, weights: Weights) -> tuple[Tensor, State,
     """The same in the dtype that x is computed in; c in float32 where it was given so beside an x of half precision."""
     dtype = compute_dtype(x)
     h, c = state
+    if all(t.dtype is dtype for t in (x, h, c, *weights.present())):
+        return x, state, weights
     return x.to(dtype), (h.to(dtype), c if is_exact(c, x) else c.to(dtype)), weights.to(dtype)
 
 

@@ -166,9 +166,11 @@ class LSTM(RNNBase):
             y, hx = native.stack(x, hx, weights, self.dropout, self.training)
         else:
             directions = 2 if self.bidirectional else 1
-            states = list(zip(hx[0].split(directions), hx[1].split(directions)))
+            states = [hx]
+            if self.num_layers > 1:
+                states = list(zip(hx[0].split(directions), hx[1].split(directions)))
             y, states = _through_layers(self, batch, states, weights, backend, record)
-            h_n, c_n = (torch.cat(state) for state in zip(*states))
+            h_n, c_n = (torch.cat(state) if len(state) > 1 else state[0] for state in zip(*states))
             hx = h_n, c_n
         return batch.output(y), (batch.state_out(hx[0]), batch.state_out(hx[1]))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpu_lstm.kernels import remembered
 from gpu_lstm.kernels.triton_lstm import plan_cache
 from gpu_lstm.kernels.triton_lstm.families import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
@@ -23,21 +24,21 @@ PLAN = plans(PROBLEM, H100, False)[0]
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    plan_cache._read.cache_clear()
-    plan_cache._warn.cache_clear()
+    remembered._read.cache_clear()
+    remembered.warn_once.cache_clear()
     return tmp_path / "gpu_lstm" / "plans"
 
 
 def _write(text: str) -> None:
     """In the place of PROBLEM's entry."""
     plan_cache.remember(PROBLEM, H100, False, PLAN)
-    (file,) = plan_cache.cache_folder().glob("*.json")
+    (file,) = (remembered.folder() / plan_cache.KIND).glob("*.json")
     file.write_bytes(text.encode(errors="surrogateescape"))
 
 
 def _entry(**changes) -> str:
     fields = dataclasses.asdict(PLAN) | {"family": PLAN.family.value} | changes
-    return json.dumps({"key": plan_cache._key(PROBLEM, H100, False), "plan": fields})
+    return json.dumps({"key": plan_cache._key(PROBLEM, H100, False), "value": fields})
 
 
 def test_what_is_remembered_comes_back():
@@ -49,21 +50,21 @@ def test_what_is_remembered_comes_back():
 
 def _without(field: str) -> str:
     entry = json.loads(_entry())
-    del entry["plan"][field]
+    del entry["value"][field]
     return json.dumps(entry)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "", _entry()[:-40], "[]", "null", "7", "{}", '{"key": 1, "plan": {}}', "\udcff\udcfe",
+        "", _entry()[:-40], "[]", "null", "7", "{}", '{"key": 1, "value": {}}', "\udcff\udcfe",
         _entry(surprise=1), _without("rows"), _entry(rows="16"), _entry(rows=16.0), _entry(rows=True),
         _entry(family="odd"), _entry(walks=1.0), _entry().replace("768", "769"),
     ],
 )  # fmt: skip
 def test_a_broken_entry_is_ignored_with_a_warning_and_written_anew(text):
     _write(text)
-    with pytest.warns(UserWarning, match="a measured plan is ignored"):
+    with pytest.warns(UserWarning, match="is ignored"):
         assert plan_cache.remembered(PROBLEM, H100, False) is None
     plan_cache.remember(PROBLEM, H100, False, PLAN)
     assert plan_cache.remembered(PROBLEM, H100, False) == PLAN
@@ -72,9 +73,9 @@ def test_a_broken_entry_is_ignored_with_a_warning_and_written_anew(text):
 def test_a_folder_that_is_a_file_stops_nobody_and_is_named_once(folder):
     folder.parent.mkdir()
     folder.write_text("")
-    with pytest.warns(UserWarning, match="a measured plan is not remembered"):
+    with pytest.warns(UserWarning, match="is not remembered"):
         plan_cache.remember(PROBLEM, H100, False, PLAN)
-    with pytest.warns(UserWarning, match="a measured plan is ignored"):
+    with pytest.warns(UserWarning, match="is ignored"):
         assert plan_cache.remembered(PROBLEM, H100, False) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -113,7 +114,7 @@ def test_many_who_write_at_once_lose_nothing(folder, pool):
     )
     with pool(6, **options) as executor:
         list(executor.map(_remember_many, range(0, 90, 15)))
-    plan_cache._read.cache_clear()
+    remembered._read.cache_clear()
     found = [plan_cache.remembered(dataclasses.replace(PROBLEM, batch=batch), H100, False) for batch in range(90)]
     assert found == [PLAN] * 90
     assert list(folder.glob("*.unfinished")) == []

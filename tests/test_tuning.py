@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import gpu_lstm
+from gpu_lstm.kernels import remembered
 from gpu_lstm.kernels.triton_lstm import autotune, launch, plan_cache, trial
 from gpu_lstm.kernels.triton_lstm.families import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
@@ -31,7 +32,7 @@ def an_h100(monkeypatch, tmp_path):
 
 def _chosen(problem, backward):
     launch._chosen.clear()  # as another process would
-    plan_cache._read.cache_clear()
+    remembered._read.cache_clear()
     return launch.choose_plan(problem, CUDA, backward, (), lambda plan, launch: None)
 
 

@@ -1,0 +1,117 @@
+"""What was found out on a machine, remembered from one process to the next: measured plans, checks, races.
+
+One small file for each key, so that nobody loses what another writes at once. Nothing here stops a call: what cannot be
+read or written is ignored, and a warning says so once.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SHARED = "GPU_LSTM_SHARED_CACHE"  # environment variable: a folder that is read first, and never written to
+
+Key = dict[str, Any]  # of JSON values: what the finding depends on, versions included
+
+
+def folder() -> Path | None:
+    """Where findings are written: gpu_lstm in the user's cache folder. None: the user has no home."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(cache or Path.home() / ".cache") / "gpu_lstm"
+    except RuntimeError:  # neither HOME nor an entry in passwd, as in a container with a random user id
+        return None
+
+
+def folders() -> list[Path]:
+    """Where findings are read, in this order."""
+    shared = os.environ.get(SHARED)
+    return [path for path in (Path(shared) if shared else None, folder()) if path is not None]
+
+
+def read(kind: str, key: Key) -> Any:
+    """The value of a finding of some kind ("plans", "checks", "races"); None if there is none."""
+    return _read(tuple(folders()), kind, _text(key))
+
+
+def write(kind: str, key: Key, value: Any) -> None:
+    """Remember a finding."""
+    ours, text = folder(), _text(key)
+    try:
+        if ours is None:
+            raise OSError("there is no home directory, and XDG_CACHE_HOME is not set")
+        (ours / kind).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=ours / kind, suffix=".unfinished", delete=False) as file:
+            json.dump({"key": key, "value": value}, file, indent=1)
+        Path(file.name).replace(_path(ours, kind, text))  # at once, so that nobody reads half a file
+    except OSError as error:
+        warn_once(f"a finding ({kind}) is not remembered: {error}")
+    _read.cache_clear()
+
+
+def entries(kind: str) -> Iterator[tuple[Path, Key, Any]]:
+    """(file, key, value) of all findings of a kind."""
+    for path in folders():
+        for file in sorted((path / kind).glob("*.json")):
+            try:
+                entry = _entry(file)
+            except (OSError, ValueError) as error:
+                warn_once(f"a finding ({kind}) is ignored: {file}: {error}")
+            else:
+                yield file, entry["key"], entry["value"]
+
+
+def forget(kind: str) -> int:
+    """Remove the user's own findings of a kind, those that are broken, too; how many they were."""
+    ours = folder()
+    files = [] if ours is None else list((ours / kind).glob("*.json"))
+    for file in files:
+        file.unlink(missing_ok=True)
+    _read.cache_clear()
+    return len(files)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """A warning that is given once in a process."""
+    warnings.warn(f"gpu_lstm: {text}", stacklevel=3)
+
+
+def _text(key: Key) -> str:
+    return json.dumps(key, sort_keys=True)
+
+
+def _path(folder: Path, kind: str, text: str) -> Path:
+    return folder / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """A file's content.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not of this kind; JSON's and Unicode's errors are ValueErrors.
+    """
+    entry = json.loads(path.read_text())
+    if not isinstance(entry, dict) or set(entry) != {"key", "value"} or not isinstance(entry["key"], dict):
+        raise ValueError("expected a key and a value")
+    return entry
+
+
+@functools.cache
+def _read(folders: tuple[Path, ...], kind: str, text: str) -> Any:
+    for path in (_path(folder, kind, text) for folder in folders):
+        try:
+            entry = _entry(path)
+            if _text(entry["key"]) != text:
+                raise ValueError(f"expected the key {text}")
+            return entry["value"]
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            warn_once(f"a finding ({kind}) is ignored: {path}: {error}")
+    return None
