@@ -174,7 +174,8 @@ def _plan(options: argparse.Namespace) -> int:
     )
     weights = 4 * problem.hidden**2 * problem.size
     if weights > LARGEST_MEMORY:
-        print(f"W_hh of {problem.hidden} units takes {weights / 1e9:.0f} GB, more than any known card has", file=sys.stderr)
+        takes = f"W_hh of {problem.hidden} units takes {weights / 1e9:.0f} GB"
+        print(f"{takes}, more than any known card has", file=sys.stderr)
         return 2
     passes = {}
     for name, backward in (("forward", False), ("backward", True)):

@@ -11,9 +11,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import triton
 
 from gpu_lstm.kernels.sass import Loop, _time_loop
+from gpu_lstm.kernels.triton_lstm.planning import Family, Plan, Problem, counts_of_turn
 
 OLDER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 """Its compiler takes more registers and shared memory than is planned for. The launcher looks at what it became."""
@@ -125,6 +127,21 @@ def test_the_counts_of_a_step(few, kernel, hidden):
     loop, expected = Loop(**row["loop"]), COUNTS[kernel, hidden]
     assert loop.instructions <= expected.instructions
     assert dataclasses.replace(loop, instructions=expected.instructions) == expected
+
+
+def test_the_model_of_planning_knows_the_counts(rows):
+    """Products and bytes in shared memory of families that hold the weights to the last, instructions to 12 %."""
+    held = [
+        row for row in rows if row["plan"]["family"] != "step" and not row["case"].endswith((" masks", " rates"))
+    ]  # fmt: skip
+    assert held
+    for row in held:
+        size = 4 if "float32" in row["case"] else 2
+        plan = Plan(**row["plan"] | {"family": Family(row["plan"]["family"])})
+        problem = Problem(2, 16, 1, torch.float32 if size == 4 else torch.bfloat16)
+        instructions, products, shared = counts_of_turn(problem, plan, "backward" in row["kernel"])
+        assert (row["loop"]["products"], row["loop"]["shared"]) == (products, shared), row
+        assert row["loop"]["instructions"] == pytest.approx(instructions, rel=0.12), row
 
 
 @pytest.mark.slow

@@ -11,7 +11,15 @@ import torch
 from gpu_lstm.__main__ import main
 from gpu_lstm.kernels.triton_lstm.families import plans
 from gpu_lstm.kernels.triton_lstm.planning import (
-    DEVICES, EXCHANGE, INTERPRETER, MEETING, Device, Family, Problem, device_of, expected,
+    DEVICES,
+    EXCHANGE,
+    INTERPRETER,
+    MEETING,
+    Device,
+    Family,
+    Problem,
+    device_of,
+    expected,
 )  # fmt: skip
 from gpu_lstm.kernels.triton_lstm.step import step_plan
 

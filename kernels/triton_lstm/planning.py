@@ -128,8 +128,8 @@ class Expected:
 
 
 # Clocks of an H100. Latencies and rates are published ones (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper
-# GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide). The last two are fitted to cycles that were
-# estimated instruction by instruction from SASS: 54 kernels of an H100, bfloat16, 16 sequences, 32 to 1,536 units.
+# GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide). The last two are fitted to the cycles that
+# were estimated instruction by instruction from SASS: 54 kernels of an H100, bfloat16, 16 sequences, 32 to 1,536 units.
 BARRIER = 30  # of a block, from the last warp's arrival
 PRODUCT = 33  # until the next product of a chain can start
 L2_BYTES = 64  # that a multiprocessor reads from L2 in a clock; 30 to 64
