@@ -40,7 +40,7 @@ FIGURES = [
     "copy_bytes_per_s", "product_flops_per_s",  # measured in the same run: a copy, a large product in this dtype
     "peak_bytes",  # allocated at most during a call, above what was there before; CUDA only
     "kept_bytes",  # for backward, besides input and parameters
-    "launches", "host_s", "expected_us_per_step",  # of plans: kernels and seconds of the host a call; their bound
+    "launches", "host_s", "expected_us_per_step",  # of plans: kernels, seconds of the host a call
 ]  # fmt: skip
 # graph: replayed from a CUDA graph. note: why there are no figures, or which kernels ran.
 COLUMNS = [*PROVENANCE, "case", *CASE, "provider", "graph", "status", "note", *FIGURES, "schema"]

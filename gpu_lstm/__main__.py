@@ -26,14 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="versions, devices, and which backends can run (the default)")
     commands.add_parser("kernels", help="compile every kernel for every architecture, without a GPU, and report")
     plan = commands.add_parser(
-        "plan", help="which kernels a problem takes on a card, and what bounds a step (expected)"
+        "plan", help="which kernels a problem takes on a card, and what a step takes there (expected)"
     )
-    plan.add_argument("--hidden", type=int, required=True, help="hidden units")
-    plan.add_argument("--batch", type=int, required=True, help="sequences")
-    plan.add_argument("--steps", type=int, default=1024, help="time steps")
+    plan.add_argument("--hidden", type=_positive, required=True, help="hidden units")
+    plan.add_argument("--batch", type=_positive, required=True, help="sequences")
+    plan.add_argument("--steps", type=_positive, default=1024, help="time steps")
     plan.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the tensors; tf32 and fp32 are float32")
     plan.add_argument("--directions", type=int, choices=(1, 2), default=1, help="that run side by side")
-    plan.add_argument("--device", required=True, help="h100, a100, l4, rtx4090, b200")
+    plan.add_argument("--device", required=True, help="h100, a100, l4, rtx4090, rtx5090, b200")
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     options = parser.parse_args(arguments)
@@ -52,6 +52,15 @@ _DTYPES = {
     "tf32": (torch.float32, "tf32"),
     "fp32": (torch.float32, "ieee"),
 }
+
+LARGEST_MEMORY = 192e9  # bytes; of a B200
+
+
+def _positive(text: str) -> int:
+    """A number of the command line that is at least one."""
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {count}")
+    return count
 
 
 def _doctor(as_json: bool) -> int:
@@ -151,7 +160,7 @@ def _kernels(as_json: bool) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    """The plans of a problem, forward and backward, and the expected bound of a step."""
+    """The plans of a problem, forward and backward, and what a step is expected to take."""
     planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
     families = importlib.import_module("gpu_lstm.kernels.triton_lstm.families")
     device = planning.DEVICES.get(options.device)
@@ -163,36 +172,39 @@ def _plan(options: argparse.Namespace) -> int:
     problem = planning.Problem(
         options.steps, options.batch, options.hidden, dtype, precision=precision, side_by_side=options.directions
     )
+    weights = 4 * problem.hidden**2 * problem.size
+    if weights > LARGEST_MEMORY:
+        takes = f"W_hh of {problem.hidden} units takes {weights / 1e9:.0f} GB"
+        print(f"{takes}, more than any known card has", file=sys.stderr)
+        return 2
     passes = {}
     for name, backward in (("forward", False), ("backward", True)):
-        plan, *others = families.plans(problem, device, backward)
-        bound = planning.expected_bound(problem, device, plan, backward)
-        passes[name] = (plan, others, bound)
+        passes[name] = [
+            (plan, planning.expected(problem, device, plan, backward))
+            for plan in families.plans(problem, device, backward)
+        ]
     if options.json:
-        print(
-            json.dumps(
-                {
-                    name: {"plan": _as_json(plan), "expected_bound_seconds": bound.terms, "bounded_by": bound.by}
-                    for name, (plan, _, bound) in passes.items()
-                },
-                indent=2,
-            )
-        )
+        found = {
+            name: {"plan": _as_json(plan), "expected_seconds": expected.seconds, "expected_terms": expected.terms}
+            for name, ((plan, expected), *_) in passes.items()
+        }
+        print(json.dumps(found, indent=2))
         return 0
     print(f"{device.name}: T={options.steps} B={options.batch} H={options.hidden} {options.dtype}")
-    for name, (plan, others, bound) in passes.items():
+    for name, ((plan, expected), *others) in passes.items():
         print(f"\n{name}: {plan.family.value}, {plan.why}")
-        print(f"  tiles    {plan.rows} sequences x {plan.columns} units, K by {plan.k} split {plan.k_split} ways")
+        print(f"  tiles    {plan.rows} sequences x {plan.columns} units, K by {plan.k}")
         print(
-            f"  grid     {plan.programs} programs x {plan.groups} batch tiles, {plan.num_warps} warps each, "
-            f"{plan.launches(options.batch)} launch(es) after one another"
+            f"  grid     {plan.programs} programs x {plan.groups} groups, {plan.num_warps} warps each; "
+            f"{plan.walks} tile(s) after one another at every step"
         )
         print(f"  shared   {plan.shared / 1024:.0f} KB a program, of {device.shared / 1024:.0f} KB")
-        print(f"  a step   {bound.seconds * 1e6:.2f} us at least (expected, not measured), bounded by {bound.by}:")
-        for term, seconds in sorted(bound.terms.items(), key=lambda item: -item[1]):
+        print(f"  a step   {expected.seconds * 1e6:.2f} us (expected, not measured):")
+        for term, seconds in sorted(expected.terms.items(), key=lambda item: -item[1]):
             print(f"           {seconds * 1e6:6.2f} us  {term}")
-        if others:
-            print(f"  else     {', '.join(f'{p.family.value} {p.rows}x{p.columns}' for p in others)}")
+        for plan, expected in others:
+            tiles = f"{plan.rows}x{plan.columns}, {plan.programs} programs x {plan.groups}"
+            print(f"  else     {expected.seconds * 1e6:6.2f} us  {plan.family.value} {tiles}")
     return 0
 
 

@@ -369,7 +369,7 @@ def test_what_is_expected_of_a_card(monkeypatch):
     rows = {row["hidden_size"]: row for row in expected.rows(["h100"])}
     assert {row["status"] for row in rows.values()} == {"expected"}
     assert (rows[768]["note"], rows[768]["launches"]) == ("cooperative / cooperative", 2)
-    assert rows[2048]["launches"] == 2 * 1024  # one a step
+    assert (rows[2048]["note"], rows[2048]["launches"]) == ("step / step", 2)
     assert all(row["host_s"] > 0 and row["expected_us_per_step"] > 0 and "median_s" not in row for row in rows.values())
     cells = 1024 * 16 * 768  # T B H
     assert rows[768]["kept_bytes"] == pytest.approx(cells * (4 * 2 + 4 + 2), rel=0.01)  # gates, float32 c, h

@@ -72,7 +72,7 @@ def step_cases() -> list[Case]:
 
 
 def sequence_cases() -> list[Case]:
-    """Hidden sizes and batches for the families that hold W_hh, on every card; and regularised, with masks and rates."""
+    """Hidden sizes and batches for the families that hold W_hh; and regularised problems, with masks and with rates."""
     kinds = [(batch, hidden, False, True) for hidden, batch in itertools.product(HIDDEN, BATCHES)]
     kinds += [(16, 768, True, training) for training in (True, False)]
     return [

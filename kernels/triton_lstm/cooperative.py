@@ -50,7 +50,7 @@ from .indexing import (
 )
 from .initial_gradient import initial_hidden_gradient
 from .operands import as_words, transposed_gates
-from .planning import Device, Family, Launch, Plan, Problem
+from .planning import Device, Family, Launch, Plan, Problem, expected
 
 FILL = -1  # as int32: the word that stands for data which is not there yet, and that `pack` never makes
 
@@ -324,8 +324,7 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
                     walks=ceil(tiles / groups), side_by_side=problem.side_by_side,
                 )
             )  # fmt: skip
-    candidates.sort(key=lambda plan: (plan.walks, plan.columns))
-    yield from candidates
+    yield from sorted(candidates, key=lambda plan: expected(problem, device, plan, backward).seconds)
 
 
 MOST_REGISTERS = 190  # of a thread's 255 that may hold weights, words and sums

@@ -4,7 +4,7 @@ import dataclasses
 from types import ModuleType
 
 from . import cooperative, resident, step
-from .planning import Device, Family, Plan, Problem
+from .planning import Device, Family, Plan, Problem, expected
 
 FAMILIES: dict[Family, ModuleType] = {
     Family.RESIDENT: resident,
@@ -22,4 +22,5 @@ def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     shared = list(cooperative.plans(problem, device, backward))
     if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
         shared = list(cooperative.plans(dataclasses.replace(problem, side_by_side=1), device, backward))
-    return [*resident.plans(problem, device, backward), *shared, last]
+    held = [*resident.plans(problem, device, backward), *shared]
+    return [*sorted(held, key=lambda plan: expected(problem, device, plan, backward).seconds), last]

@@ -116,53 +116,106 @@ def power_of_two(n: int) -> int:
 
 
 @dataclass(frozen=True)
-class Bound:
-    """The least time that a step can take, seconds: every term is a ceiling of the card, and the largest bounds."""
+class Expected:
+    """What one step of a plan is expected to take. Nothing of it was measured."""
 
-    terms: dict[str, float]
+    terms: dict[str, float]  # seconds; they add up
 
     @property
     def seconds(self) -> float:
-        """Of the term that bounds."""
-        return max(self.terms.values())
-
-    @property
-    def by(self) -> str:
-        """The name of the term that bounds."""
-        return max(self.terms, key=self.terms.__getitem__)
+        """Of the step."""
+        return sum(self.terms.values())
 
 
-SHARED_BYTES_PER_CLOCK = 128  # of one multiprocessor (CUDA C++ Programming Guide)
-L2_BYTES_PER_CLOCK = 30  # that each multiprocessor gets when all read from L2 at once; measured on an H100 by others
-L2_LATENCY_CLOCKS = 300  # measured on an H100 by others, 260 to 410
-LAUNCH_SECONDS = 2e-6  # of a kernel in a CUDA graph
+# Clocks of an H100. Latencies and rates are published ones (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper
+# GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide). The last two are fitted to the cycles that
+# were estimated instruction by instruction from SASS: 54 kernels of an H100, bfloat16, 16 sequences, 32 to 1,536 units.
+BARRIER = 30  # of a block, from the last warp's arrival
+PRODUCT = 33  # until the next product of a chain can start
+L2_BYTES = 64  # that a multiprocessor reads from L2 in a clock; 30 to 64
+SHARED_BYTES = 128  # that a multiprocessor reads or writes in shared memory in a clock
+EXCHANGE = 800  # from a store until all readers have it; 650 to 850, taken from two latencies of L2 and a poll
+MEETING = 1500  # of all programs: a barrier, a fence, an atomic, and as long until everybody has seen it
+ISSUE = 0.6  # of an instruction, which takes a clock; the rest falls into the waits of other warps
+CELL = (470, 820)  # forward and backward: waits for loads, gates and cell that nothing hides
 
 
-def expected_bound(problem: Problem, device: Device, plan: Plan, backward: bool) -> Bound:
-    """What bounds a step of `plan`, from bytes and operations over the card's ceilings. Expected, not measured."""
-    hidden, batch, size = problem.hidden, problem.batch, problem.size
-    width = problem.projected or hidden
-    rate = device.half if size == 2 else device.tf32 if problem.precision == "tf32" else device.single
-    launches = plan.launches(batch)
-    blocks = plan.programs * ceil(batch / plan.rows)
-    busy = min(blocks, device.multiprocessors)
+def expected(problem: Problem, device: Device, plan: Plan, backward: bool) -> Expected:
+    """What a step of `plan` is expected to take on a card, by a model that is meant to put plans in order."""
+    of_family = _clocks_of_tiles if plan.family is Family.STEP else _clocks_on_chip
+    terms = {name: clocks / device.clock for name, clocks in of_family(problem, device, plan, backward).items()}
     # Through memory: x W_ih^T and h, c and the gates forward; the gates, c twice, dh and dgates backward.
-    moved = batch * hidden * (13 * size + 8 if backward else 9 * size + 4)
-    terms = {
-        "memory: gates, states": moved / device.memory,
-        "tensor cores: recurrent product": 8 * hidden * width * batch / (rate * busy / device.multiprocessors),
+    moved = problem.batch * problem.hidden * (13 * problem.size + 8 if backward else 9 * problem.size + 4)
+    terms["memory, beyond the rest"] = max(0.0, moved * plan.side_by_side / device.memory - sum(terms.values()))
+    return Expected(terms)
+
+
+def _clocks_on_chip(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
+    """Of families that hold W_hh: a program takes its batch tiles one after another."""
+    share = plan.num_warps / 4  # warps of each of a multiprocessor's four schedulers
+    count, products, shared = counts_of_turn(problem, plan, backward)
+    turn: dict[str, float] = {
+        "instructions or shared memory": max(ISSUE * count * share, 32 * plan.num_warps * shared / SHARED_BYTES),
+        "products": max(2 * plan.k * PRODUCT, products * product_clocks(device) * share),
+        "gates and cell": CELL[backward],
+        "barriers": BARRIER,
     }
-    weights = 4 * hidden * width * size
-    if plan.family is Family.STEP:
-        read = weights * ceil(batch / plan.rows) + blocks * plan.rows * width * size * (4 if backward else 1)
-        terms["L2: weights, states"] = read / (busy * L2_BYTES_PER_CLOCK * device.clock)
-        terms["launch of a kernel"] = LAUNCH_SECONDS
-    else:
-        held = weights / plan.programs
-        terms["shared memory: weights"] = launches * held / (SHARED_BYTES_PER_CLOCK * device.clock)
-    if plan.family is Family.COOPERATIVE:
-        read = plan.rows * hidden * size + (16 * plan.columns * plan.rows if backward else 0)  # a program, a step
-        terms["L2: exchange"] = launches * read / (L2_BYTES_PER_CLOCK * device.clock)
-        exchanges = 2 if backward else 1
-        terms["latency: exchange"] = launches * exchanges * 2 * L2_LATENCY_CLOCKS / device.clock
-    return Bound(terms)
+    if plan.family is Family.RESIDENT:
+        turns = ceil(plan.groups / device.multiprocessors)  # of programs, where not all are resident at once
+        return {name: turns * clocks for name, clocks in turn.items()}
+    turn["L2: words of others"] = plan.rows * problem.hidden * problem.size / L2_BYTES
+    if backward:
+        turn["exchange of partial sums"] = EXCHANGE
+    other_turns = (plan.walks - 1) * sum(turn.values())
+    step = {name: plan.walks * clocks for name, clocks in turn.items()}
+    return step | {"exchange, beyond other batch tiles": max(0, EXCHANGE - other_turns)}
+
+
+def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float, int, int]:
+    """(instructions, products, bytes in shared memory) of a thread's pass of the time loop: those of the compile table.
+
+    The first is fitted to it, to 10 %, and the others are exact.
+    """
+    units, warps = plan.columns, plan.num_warps
+    if plan.family is Family.RESIDENT:
+        cells = units // (4 * warps)  # of a thread
+        products, gates = 2 * plan.k * cells, 4 if backward else 1
+        return 95 * cells + products, products, gates * (cells * problem.size + 16 * plan.k)
+    sums = ceil(units / warps) if backward else 4
+    instructions = (255 + 5 * units if backward else 210 + 1.5 * units) + 18 * plan.k
+    return instructions, 2 * plan.k * units // 4, 4 * units + 4 * sums * warps
+
+
+def product_clocks(device: Device) -> int:
+    """From one product on a tensor core to the next: mma.sync of 16 x 8 x 16 half precision, or 16 x 8 x 8 TF32.
+
+    By the data sheets' rates; with sums in float32 that of GeForce cards is a quarter.
+    """
+    return 8 if device.architecture in (80, 90, 100, 103) else 32
+
+
+def _clocks_of_tiles(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
+    """Of the step family: tile by tile W_hh comes from L2, which is taken to hold it; all meet after each round."""
+    hidden, width = problem.hidden, problem.projected or problem.hidden
+    # Units of each round, columns of the product for each, and K.
+    rounds = [(hidden, 1, 4 * hidden)] if backward else [(hidden, 4, width)]
+    if problem.projected:
+        rounds = [(width, 1, 4 * hidden), (hidden, 1, width)] if backward else [*rounds, (width, 1, hidden)]
+    step: dict[str, float] = {"programs meet": len(rounds) * MEETING}
+    for units, gates, k in rounds:
+        tiles = ceil(ceil(problem.batch / plan.rows) * ceil(units / plan.columns) / plan.programs)
+        columns, turns = gates * plan.columns, ceil(k / plan.k)
+        if problem.size == 4 and problem.precision == "ieee":
+            products = plan.rows * columns * k / 128  # multiply-adds a clock (CUDA C++ Programming Guide)
+        else:
+            products = plan.rows * columns * k / (4 * 4096 / problem.size) * product_clocks(device)
+        clocks = {
+            "L2: weights, states": (plan.rows + columns) * k * problem.size / L2_BYTES,
+            "instructions": ISSUE * (330 + 42 * turns) * plan.rows / 16,  # about those of the compile table
+            "products": products,
+            "barriers": (20 + 2 * turns) * BARRIER,
+            "gates and cell": CELL[backward],
+        }
+        for name, each in clocks.items():
+            step[name] = step.get(name, 0) + tiles * each
+    return step
