@@ -11,7 +11,7 @@ from .backends import Backend, backend
 from .convert import convert, from_haste, to_torch
 from .health import check
 from .modules import LSTM, LSTMCell, StackedLSTM
-from .racing import racing
+from .races import racing
 from .stream import Stream
 from .trace import trace
 from .tuning import autotune

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import racing
+from . import races
 from .backends import KERNEL_BACKENDS, Backend, requested, select
 from .layers import compute_dtype, one_direction
 from .precision import autocasts, is_exact
@@ -82,7 +82,7 @@ def fastest(
     """`able`, which `select` found; or where that has kernels and nobody asked for it, whoever is faster here."""
     if able not in KERNEL_BACKENDS or requested(argument) is not Backend.AUTO:
         return able
-    return racing.choose(able, x, weights, traversal, settings)
+    return races.choose(able, x, weights, traversal, settings)
 
 
 def check_tensors(x: Tensor, states: Sequence[State], weights: Sequence[Tensor]) -> None:

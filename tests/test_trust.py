@@ -1,0 +1,187 @@
+"""A kernel that computes wrong numbers on a card, waits in vain or fails there is found out before anybody uses it."""
+
+import dataclasses
+
+import pytest
+import torch
+import triton
+import triton.language as tl  # noqa: F401  # the interpreter asks for it
+from concurrent_interpreter import ConcurrentRun
+from test_faults import FAULTS
+
+import gpu_lstm
+from gpu_lstm import backends, races, trust
+from gpu_lstm.kernels import remembered
+from gpu_lstm.kernels.recurrence import Recurrence
+from gpu_lstm.kernels.triton_lstm import exchange, indexing, launch, step, trial
+from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family, Problem
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels")
+
+B, H = 3, 20
+BOTH = (True, True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    remembered._read.cache_clear()
+    remembered.warn_once.cache_clear()
+    races._decided.clear()
+
+
+def _recurrence(dtype=torch.float32, projected=0, ragged=False, noise="", reverse=False) -> Recurrence:
+    width = projected or H
+
+    def zeros(*size, dtype=dtype):
+        return torch.zeros(*size, dtype=dtype)
+
+    options = {}
+    if ragged:
+        options = dict(lengths=zeros(B, dtype=torch.int64), resets=zeros(2, B, dtype=torch.bool))
+    if noise == "masks":
+        options["dropout_h"] = zeros(B, width)
+        options |= {f"zoneout_{s}": zeros(2, B, n, dtype=torch.bool) for s, n in (("h", width), ("c", H))}
+    elif noise == "expected":
+        options |= {f"zoneout_{s}": torch.tensor(0.3) for s in "hc"}
+    return Recurrence(
+        weight_hh=zeros(4 * H, width), weight_hr=zeros(projected, H) if projected else None, h0=zeros(B, width),
+        c0=zeros(B, H, dtype=torch.float32), reverse=reverse, **options,
+    )  # fmt: skip
+
+
+def _step_plan(r: Recurrence, backward: bool):
+    problem = Problem(4, B, H, r.h0.dtype, r.width if r.projected else 0, r.precision, regularised=r.regularised)
+    return plans(problem, INTERPRETER, backward)[-1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "projected", "ragged", "noise", "reverse", "given"),
+    [
+        (torch.float32, 0, False, "", False, BOTH),
+        (torch.float32, 5, True, "masks", True, (True, False)),
+        (torch.float16, 5, True, "", False, (False, True)),
+        (torch.float16, 0, True, "expected", True, BOTH),
+        (torch.float16, 0, False, "masks", False, BOTH),
+    ],
+)
+def test_right_kernels_are_trusted(dtype, projected, ragged, noise, reverse, given):
+    r = _recurrence(dtype, projected, ragged, noise, reverse)
+    assert trust.distrust(_step_plan(r, False), r, save=False) is None
+    assert trust.distrust(_step_plan(r, True), r, given=given) is None
+
+
+@pytest.mark.parametrize("family", [Family.RESIDENT, Family.COOPERATIVE])
+def test_every_family_is_checked_by_its_own_kernel(monkeypatch, family):
+    kernels = []
+
+    def run(kernel, grid, **arguments):
+        kernels.append(kernel.__name__)
+        ConcurrentRun(seed=0)(kernel, grid, **arguments)
+
+    monkeypatch.setattr(launch, "launch_kernel", run)
+    r = _recurrence(torch.float16, ragged=True)
+    for backward, given in ((False, None), (True, BOTH)):
+        proposed = plans(Problem(4, B, H, torch.float16), DEVICES["h100"], backward)
+        plan = next(p for p in proposed if p.family is family)
+        assert trust.distrust(plan, r, given=given) is None
+    assert kernels == [f"lstm_{family.value}_{direction}_kernel" for direction in ("forward", "backward")]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [pytest.param(name, fault, id=fault.fn.__name__) for name, faults in FAULTS.items() for fault in faults],
+)
+def test_a_wrong_kernel_is_found_out(monkeypatch, name, fault):
+    for module in (step, indexing):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, fault)
+    r = _recurrence(ragged=True, reverse=True)
+    with pytest.warns(UserWarning, match=r"is not trusted on cpu: the RMS error of .* where .* is allowed.*report"):
+        found = trust.distrust(_step_plan(r, False), r) or trust.distrust(_step_plan(r, True), r, given=BOTH)
+    assert found.startswith("the RMS error of")
+
+
+@triton.jit
+def meet_one_more(arrivals_ptr, times, patience, error_ptr, step):
+    return exchange.meet(arrivals_ptr, times + 1, patience, error_ptr, step)
+
+
+def test_a_kernel_that_waits_in_vain_is_found_out(monkeypatch):
+    monkeypatch.setattr(step, "PATIENCE", 20)
+    monkeypatch.setattr(step, "meet", meet_one_more)
+    r = _recurrence()
+    with pytest.warns(UserWarning, match="gave up at step"):
+        assert "lstm_step_forward_kernel gave up" in trust.distrust(_step_plan(r, False), r)
+    gpu_lstm.check()  # nothing is left to tell
+
+
+def test_no_memory_is_no_verdict(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("80 GB")
+
+    monkeypatch.setattr(launch, "layer_forward", full)
+    r = _recurrence()
+    with pytest.raises(torch.OutOfMemoryError):
+        trust.distrust(_step_plan(r, False), r)
+
+
+def test_a_verdict_is_remembered_for_one_kernel_only(monkeypatch):
+    verdicts = []
+    monkeypatch.setattr(trust, "_verdict", lambda *_: verdicts.append(1) or "right")
+    plan, r = _step_plan(_recurrence(), False), _recurrence()
+    for _ in range(2):
+        trust.distrust(plan, r)
+        remembered._read.cache_clear()  # as another process
+    assert len(verdicts) == 1
+    others = [
+        (plan, r, dict(save=False)), (plan, r, dict(given=BOTH)), (plan, r, dict(given=(True, False))),
+        (dataclasses.replace(plan, columns=32), r, {}), (plan, _recurrence(torch.float16), {}),
+        (plan, _recurrence(ragged=True), {}), (plan, _recurrence(reverse=True), {}),
+        (plan, _recurrence(projected=5), {}), (plan, _recurrence(noise="masks"), {}), (plan, _recurrence(noise="expected"), {}),
+    ]  # fmt: skip
+    for number, (other, like, options) in enumerate(others, start=2):
+        trust.distrust(other, like, **options)
+        assert len(verdicts) == number
+    trust.distrust(dataclasses.replace(plan, programs=7, groups=3, walks=2), r)
+    assert len(verdicts) == len(others) + 1, "the grid is no part of a kernel"
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """The CPU as a card, where the only plan is the step family's; it is checked as on one."""
+
+    def choose_plan(problem, device, backward, variant, attempt, distrust=None):
+        return trial.first_that_fits([plans(problem, INTERPRETER, backward)[-1]], attempt, distrust)
+
+    monkeypatch.setattr(backends, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(launch, "choose_plan", choose_plan)
+    monkeypatch.setattr(trial, "load", lambda *_: None)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_user_of_a_card_with_a_wrong_kernel_gets_right_numbers(card, monkeypatch, training):
+    (fault,) = FAULTS["activate"]
+    monkeypatch.setattr(step, "activate", fault)
+    lstm, x = gpu_lstm.LSTM(4, 5), torch.randn(6, 3, 4)
+    with torch.set_grad_enabled(training), pytest.warns(UserWarning, match="is not trusted"):
+        y, _ = lstm(x)
+    with gpu_lstm.backend("reference"):
+        torch.testing.assert_close(y, lstm(x)[0])
+    with pytest.raises(RuntimeError, match=r"no Triton kernel can run this layer on this card.*RMS error"):
+        gpu_lstm.LSTM(4, 5, backend="triton")(x)
+
+
+def test_a_wrong_backward_kernel_alone_sends_training_to_torch(card, monkeypatch):
+    fault, _ = FAULTS["cell_backward"]
+    monkeypatch.setattr(step, "cell_backward", fault)
+    lstm, x = gpu_lstm.LSTM(4, 5), torch.randn(6, 3, 4)
+    gradients = []
+    for backend in (None, "reference"):
+        lstm.backend = backend
+        lstm.zero_grad()
+        lstm(x)[0].square().sum().backward()
+        gradients.append([p.grad.clone() for p in lstm.parameters()])
+    for ours, true in zip(*gradients):
+        torch.testing.assert_close(ours, true)
