@@ -11,6 +11,7 @@ from .backends import Backend, backend
 from .convert import convert, from_haste, to_torch
 from .health import check
 from .modules import LSTM, LSTMCell, StackedLSTM
+from .racing import racing
 from .stream import Stream
 from .trace import trace
 from .tuning import autotune
@@ -31,6 +32,7 @@ __all__ = [
     "from_haste",
     "functional",
     "keras",
+    "racing",
     "to_torch",
     "trace",
 ]

@@ -27,6 +27,7 @@ class Backend(enum.Enum):
 
 
 KERNEL_BACKENDS = (Backend.TRITON, Backend.CUPY)
+KERNEL_DEVICES = ("cuda",)  # whose tensors AUTO gives to kernels
 TAKE_NOISE = (Backend.TRITON, Backend.REFERENCE)  # recurrent dropout and zoneout
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -100,7 +101,7 @@ def select(
     """
     choice = requested(argument)
     if choice is Backend.AUTO:
-        fused = KERNEL_BACKENDS if device.type == "cuda" else ()
+        fused = KERNEL_BACKENDS if device.type in KERNEL_DEVICES else ()
         able = (b for b in fused if (noise is None or b in TAKE_NOISE) and can_run(b, device, dtype))
         choice = next(able, Backend.TORCH if noise is None else Backend.REFERENCE)
     elif noise is not None and choice not in TAKE_NOISE:

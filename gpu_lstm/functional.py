@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .backends import Backend, select
+from . import racing
+from .backends import KERNEL_BACKENDS, Backend, requested, select
 from .layers import compute_dtype, one_direction
 from .precision import autocasts, is_exact
 from .sequences import Traversal, check_lengths, check_resets
+from .settings import Settings
 from .weights import State, Weights
 
 
@@ -63,8 +65,24 @@ def lstm_layer(
         check_lengths(lengths, steps, (batch,), x.device)
     if resets is not None:
         check_resets(resets, (steps, batch), x.device)
+    traversal = Traversal(lengths, resets, reverse)
     chosen = select(backend, x.device, compute_dtype(x))
-    return one_direction(x, (h0, c0), weights, Traversal(lengths, resets, reverse), chosen)
+    chosen = fastest(backend, chosen, x, [[weights]], traversal, Settings(training=False))
+    return one_direction(x, (h0, c0), weights, traversal, chosen)
+
+
+def fastest(
+    argument: str | Backend | None,
+    able: Backend,
+    x: Tensor,  # [T, B, I]
+    weights: list[list[Weights]],  # [L][D]
+    traversal: Traversal,
+    settings: Settings,
+) -> Backend:
+    """`able`, which `select` found; or where that has kernels and nobody asked for it, whoever is faster here."""
+    if able not in KERNEL_BACKENDS or requested(argument) is not Backend.AUTO:
+        return able
+    return racing.choose(able, x, weights, traversal, settings)
 
 
 def check_tensors(x: Tensor, states: Sequence[State], weights: Sequence[Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import native
 from .backends import Backend, parse, select
-from .functional import check_tensors
+from .functional import check_tensors, fastest
 from .layers import compute_dtype, one_direction, stack
 from .noise import with_weight_drop
 from .reference import Gates
@@ -154,14 +154,17 @@ class LSTM(RNNBase):
                 _check_states(input, hx)
         elif lengths is resets is record is None and _backend_for(self, input.data) is Backend.TORCH:
             return self._torch_packed(input, hx)
-        batch = Batch.of(input, lengths, resets, self.batch_first)
+        batch, given = Batch.of(input, lengths, resets, self.batch_first), hx
         x = batch.x  # [T, B, I]
         if hx is None:
             hx = self._zero_states(x, x.shape[1])
         else:
             hx = batch.state_in(hx[0]), batch.state_in(hx[1])
         self.check_forward_args(x.transpose(0, 1) if self.batch_first else x, hx, None)
-        weights, backend = with_weight_drop(self, self._weights()), _backend_for(self, x, record)
+        weights = with_weight_drop(self, self._weights())
+        backend = fastest(self.backend, _backend_for(self, x, record), x, weights, batch.traversal, Settings.of(self))
+        if backend is Backend.TORCH and batch.packed is not None and resets is None:
+            return self._torch_packed(batch.packed, given)
         if backend is Backend.TORCH and batch.traversal.is_plain:
             y, hx = native.stack(x, hx, weights, self.dropout, self.training)
         else:
@@ -371,7 +374,10 @@ class StackedLSTM(nn.Module):
         modules[0].check_input(batch.x, None)
         states = self._states(batch.x, batch, hx)
         weights = with_weight_drop(self, [module._weights()[0] for module in modules])
-        y, states = _through_layers(self, batch, states, weights, _backend_for(self, batch.x, record), record)
+        backend = fastest(
+            self.backend, _backend_for(self, batch.x, record), batch.x, weights, batch.traversal, Settings.of(self)
+        )
+        y, states = _through_layers(self, batch, states, weights, backend, record)
         if not self.bidirectional:
             states = [(h.squeeze(0), c.squeeze(0)) for h, c in states]
         return batch.output(y), [(batch.state_out(h), batch.state_out(c)) for h, c in states]
@@ -466,6 +472,7 @@ class LSTMCell(RNNCellBase):
         weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         weights.check_sizes(self.input_size, self.hidden_size, self.hidden_size)
         backend = select(self.backend, x.device, compute_dtype(x))
+        backend = fastest(self.backend, backend, x[None], [[weights]], Traversal(), Settings(self.training))
         if backend is Backend.TORCH:
             h, c = _VF.lstm_cell(x, (h, c), *weights[:4])
         else:

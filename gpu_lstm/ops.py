@@ -9,10 +9,12 @@ fakes, and never the launchers. Schemas are flat, so only here does a recurrence
 import contextlib
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import trust
 from .backends import Backend
 from .kernels.recurrence import Recurrence  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .precision import recurrent_precision
@@ -44,6 +46,11 @@ def _launcher(backend: str) -> ModuleType:
             return importlib.import_module("gpu_lstm.kernels.cupy_lstm.launch")
         case other:
             raise AssertionError(f"backend {other.value!r} has no kernels of its own")
+
+
+def _checks(backend: str) -> dict[str, Any]:
+    # Kernels in CUDA C++ are compiled from one source for all problems; Triton's differ by plan.
+    return {"distrust": trust.distrust} if backend == Backend.TRITON.value else {}
 
 
 def _on_the_device_of(t: Tensor) -> contextlib.AbstractContextManager:
@@ -105,7 +112,7 @@ def _layer_forward(
         side_by_side,
     )
     with _on_the_device_of(gates):
-        return _launcher(backend).layer_forward(gates, recurrence, save=save)
+        return _launcher(backend).layer_forward(gates, recurrence, save=save, **_checks(backend))
 
 
 def _layer_forward_fake(
@@ -137,7 +144,7 @@ def _layer_backward(
     )
     dh, dh_n, dc_n = map(_contiguous, (dh, dh_n, dc_n))
     with _on_the_device_of(gates):
-        return _launcher(backend).layer_backward(dh, dh_n, dc_n, gates, c, recurrence)
+        return _launcher(backend).layer_backward(dh, dh_n, dc_n, gates, c, recurrence, **_checks(backend))
 
 
 def _layer_backward_fake(

@@ -40,6 +40,10 @@ class Weights(NamedTuple):
         """The same in another dtype."""
         return Weights(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
 
+    def detached(self, need_gradients: bool) -> "Weights":
+        """The same tensors for a computation of its own."""
+        return Weights(*(None if t is None else t.detach().requires_grad_(need_gradients) for t in self))  # type: ignore[arg-type]
+
     # By every field, since torch 2.8 traces neither _replace nor a slice.
 
     def with_weight_ih(self, weight_ih: Tensor) -> "Weights":

@@ -6,6 +6,7 @@ read or written is ignored, and a warning says so once.
 
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import tempfile
@@ -13,6 +14,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 SHARED = "GPU_LSTM_SHARED_CACHE"  # environment variable: a folder that is read first, and never written to
 
@@ -32,6 +35,25 @@ def folders() -> list[Path]:
     """Where findings are read, in this order."""
     shared = os.environ.get(SHARED)
     return [path for path in (Path(shared) if shared else None, folder()) if path is not None]
+
+
+@functools.cache
+def machine(device: torch.device) -> Key:
+    """What findings about a device depend on: the card, its driver, and the packages that make kernels for it."""
+    card, driver = str(device.type), None
+    if device.type == "cuda":
+        card, driver = torch.cuda.get_device_name(device), torch._C._cuda_getDriverVersion()
+    return {
+        "card": card, "driver": driver, "torch": torch.__version__, "cuDNN": torch.backends.cudnn.version(),
+        "triton": _version("triton"), "gpu_lstm": _version("gpu-lstm"),
+    }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def read(kind: str, key: Key) -> Any:

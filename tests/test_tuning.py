@@ -22,6 +22,7 @@ def an_h100(monkeypatch, tmp_path):
     """As if a card were here: its properties, and kernels that all fit."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for module in (launch, autotune):
         monkeypatch.setattr(module, "device_of", lambda properties: H100)
     monkeypatch.setattr(trial, "load", lambda kernel, grid, arguments: None)

@@ -348,7 +348,8 @@ def forward(
         gates_ptr=gates, weights_ptr=as_words(r.weight_hh), words_ptr=h_then_h0.view(torch.int32),
         c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n,
         dropout_h_ptr=None if r.dropout_h is None else as_words(r.dropout_h),
-        error_ptr=error_word(gates.device, "lstm_cooperative_forward_kernel"), SAVE=save, **_shared_arguments(plan, gates, r),
+        error_ptr=error_word(gates.device, "lstm_cooperative_forward_kernel"), SAVE=save,
+        **_shared_arguments(plan, gates, r),
     )  # fmt: skip
     return h_then_h0[:-1, ..., : r.hidden].contiguous(), h_n, c_n, c
 

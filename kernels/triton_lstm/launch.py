@@ -1,6 +1,8 @@
 """The Triton backend's two entry points. One layer, one direction; the input product is already in `gates`."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +17,20 @@ from .ordering import await_others
 from .planning import INTERPRETER, Family, Launch, Plan, Problem, device_of
 from .trial import Attempt, first_that_fits
 
+Distrust = Callable[..., str | None]
+
 INTERPRETED = not isinstance(step.lstm_step_forward_kernel, triton.JITFunction)
 """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when triton was imported."""
 
 
 def layer_forward(
-    gates: Tensor, recurrence: Recurrence, *, save: bool, plan: Plan | None = None, launch: Launch | None = None
+    gates: Tensor,
+    recurrence: Recurrence,
+    *,
+    save: bool,
+    plan: Plan | None = None,
+    launch: Launch | None = None,
+    distrust: Distrust | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The recurrence of one layer in one direction.
 
@@ -30,6 +40,8 @@ def layer_forward(
         save: keep what layer_backward needs.
         plan: how to run it; by default the best that fits.
         launch: launches one kernel; by default `launch_kernel`.
+        distrust: distrust(plan, recurrence, save=..., given=...) says why a plan's numbers are not trusted on the
+            device, or None; by default all are. `given`: whether there are gradients of h and h_n; None forward.
 
     Returns:
         h [T, B, P], h_n [B, P], c_n float32 [B, H], and c: float32 [T, B, H] if `save`, else empty.
@@ -45,7 +57,9 @@ def layer_forward(
         assert plan.family is not Family.RESIDENT or not recurrence.regularised
         return FAMILIES[plan.family].forward(gates, recurrence, save=save, plan=plan, launch=launch)
 
-    plan = plan or choose_plan(_problem(gates, recurrence), gates.device, False, _variant(recurrence, save), attempt)
+    if plan is None:
+        check = partial(distrust, like=recurrence, save=save) if distrust else None
+        plan = choose_plan(_problem(gates, recurrence), gates.device, False, _variant(recurrence, save), attempt, check)
     await_others(plan, gates.device)
     return attempt(plan, launch or launch_kernel)
 
@@ -60,13 +74,14 @@ def layer_backward(
     *,
     plan: Plan | None = None,
     launch: Launch | None = None,
+    distrust: Distrust | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients through the recurrence of one layer in one direction.
 
     Args:
         dh, dh_n, dc_n: gradients of layer_forward's first three results; None counts as zero.
         gates, c: what layer_forward saved: activated gates [T, B, 4H], float32 [T, B, H]. Not written to.
-        recurrence, plan, launch: as for layer_forward.
+        recurrence, plan, launch, distrust: as for layer_forward.
 
     Returns:
         dgates [T, B, 4H], gradient of the pre-activations; dh0 [B, P]; dc0 float32 [B, H]; and, with a projection,
@@ -81,8 +96,11 @@ def layer_backward(
         assert plan.family is not Family.RESIDENT or not recurrence.regularised
         return FAMILIES[plan.family].backward(dh, dh_n, dc_n, gates, c, recurrence, plan=plan, launch=launch)
 
-    variant = (*_variant(recurrence, True), dh is None, dh_n is None)
-    plan = plan or choose_plan(_problem(gates, recurrence), gates.device, True, variant, attempt)
+    if plan is None:
+        given = dh is not None, dh_n is not None
+        check = partial(distrust, like=recurrence, given=given) if distrust and any(given) else None
+        variant = (*_variant(recurrence, True), *given)
+        plan = choose_plan(_problem(gates, recurrence), gates.device, True, variant, attempt, check)
     await_others(plan, gates.device)
     return attempt(plan, launch or launch_kernel)
 
@@ -96,16 +114,25 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         kernel[grid](**arguments)
 
 
-def choose_plan(problem: Problem, device: torch.device, backward: bool, variant: tuple, attempt: Attempt) -> Plan:
+def choose_plan(
+    problem: Problem,
+    device: torch.device,
+    backward: bool,
+    variant: tuple,
+    attempt: Attempt,
+    distrust: Callable[[Plan], str | None] | None = None,
+) -> Plan:
     """The best plan whose kernels the device can take, found once for each kind of problem and call.
 
     Args:
         problem, device, backward: what is to be run.
         variant: what else tells one compiled kernel from another.
         attempt: the call itself, by a plan.
+        distrust: why a plan that compiles is not taken all the same. Not asked while a CUDA graph is captured, of
+            which its work would become part; what is chosen there is not kept.
 
     Raises:
-        RuntimeError: no kernel can be compiled.
+        RuntimeError: no kernel can be compiled, or none is trusted.
     """
     if device.type != "cuda":
         return plans(problem, INTERPRETER, backward)[-1]  # the others say thread by thread what takes no time there
@@ -115,11 +142,26 @@ def choose_plan(problem: Problem, device: torch.device, backward: bool, variant:
         card = device_of(torch.cuda.get_device_properties(device))
         measured = plan_cache.remembered(problem, card, backward)
         proposed = plans(problem, card, backward)
-        _chosen[key] = first_that_fits([*([measured] if measured else []), *proposed], attempt)
+        proposed = [*([measured] if measured else []), *proposed]
+        if torch.cuda.is_current_stream_capturing():
+            return first_that_fits(proposed, attempt, None)
+        _chosen[key] = first_that_fits(proposed, attempt, distrust)
     return _chosen[key]
 
 
 _chosen: dict[tuple, Plan] = {}
+
+
+def expected_plan(problem: Problem, device: torch.device, backward: bool) -> Plan:
+    """The plan that was chosen for a kind of problem, else the one that would be tried first."""
+    problem = dataclasses.replace(problem, steps=min(problem.steps, 2))
+    for (chosen_problem, chosen_device, chosen_backward, _), plan in list(_chosen.items()):
+        if (chosen_problem, chosen_device, chosen_backward) == (problem, device, backward):
+            return plan
+    if device.type != "cuda":
+        return plans(problem, INTERPRETER, backward)[-1]
+    card = device_of(torch.cuda.get_device_properties(device))
+    return plan_cache.remembered(problem, card, backward) or plans(problem, card, backward)[0]
 
 
 def choose_anew() -> None:

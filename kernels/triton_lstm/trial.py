@@ -26,8 +26,8 @@ class DoesNotFit(Exception):
     """A kernel compiles to more than a thread or a block may have."""
 
 
-def first_that_fits(plans: Sequence[Plan], attempt: Attempt) -> Plan:
-    """The first of a call's plans whose kernels compile without spills and load on the current device.
+def first_that_fits(plans: Sequence[Plan], attempt: Attempt, distrust: Callable[[Plan], str | None] | None) -> Plan:
+    """The first of a call's plans whose kernels compile without spills, load on the current device, and are trusted.
 
     Raises:
         RuntimeError: none does, and why not.
@@ -37,11 +37,13 @@ def first_that_fits(plans: Sequence[Plan], attempt: Attempt) -> Plan:
         refused = []
         for plan in (*proposed[:MOST], last):
             reason = obstacle(plan, attempt)
+            if reason is None and distrust is not None:
+                reason = distrust(plan)
             if reason is None:
                 return plan
             refused.append(f"{plan.family.value} {plan.rows}x{plan.columns}: {reason}")
             logger.info("a plan does not fit: %s", refused[-1])
-    raise RuntimeError(f"no Triton kernel can be compiled for this layer and card: {'; '.join(refused)}")
+    raise RuntimeError(f"no Triton kernel can run this layer on this card: {'; '.join(refused)}")
 
 
 def obstacle(plan: Plan, attempt: Attempt) -> str | None:

@@ -1,0 +1,203 @@
+"""Kernels are checked on the card at hand before their numbers are trusted.
+
+The first time that a plan is to run a kind of layer there, it runs a small problem that exercises it: several batch
+tiles and the tail of one, and, where the call has them, lengths from 0 to T, resets and noise, through the very kernel
+that the call takes. Each result and gradient is held to the reference in float64: its error may be at most twice that
+of torch's own LSTM in the same dtype. The verdict is remembered (kernels/remembered.py).
+"""
+
+import dataclasses
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .kernels import remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from .kernels.recurrence import Recurrence  # type: ignore[import-not-found]
+from .noise import Noise
+from .reference import Gates
+from .sequences import Traversal
+from .weights import Weights
+
+KIND = "checks"
+STEPS, FEATURES = 4, 8  # T, I
+FORMAT = 1  # raised whenever the small problem or the rule changes
+
+
+def distrust(plan: Any, like: Recurrence, *, save: bool = True, given: tuple[bool, bool] | None = None) -> str | None:
+    """Why the kernel of a plan of the Triton backend is not trusted; None if it computes the right numbers.
+
+    Args:
+        plan: what is to run.
+        like: the recurrence of the call: its sizes, dtype, direction and what it has are checked, not its values.
+        save: forward keeps what backward needs.
+        given: of backward, whether there are gradients of h and of h_n; None: forward is asked for.
+    """
+    key = _key(plan, like, save, given)
+    verdict = remembered.read(KIND, key)
+    if not isinstance(verdict, str):
+        verdict = _verdict(plan, like, save, given)
+        remembered.write(KIND, key, verdict)
+    if verdict == "right":
+        return None
+    remembered.warn_once(
+        f"a kernel is not trusted on {key['card']}: {verdict}. Backend 'auto' does without it. "
+        f"Please report this, with what `python -m gpu_lstm` prints and the plan: {plan}"
+    )
+    return verdict
+
+
+def _key(plan: Any, like: Recurrence, save: bool, given: tuple[bool, bool] | None) -> remembered.Key:
+    kernel = {name: getattr(plan, name) for name in ("rows", "columns", "k", "num_warps", "num_stages")}
+    there = [name for name in ("lengths", "resets", "dropout_h") if getattr(like, name) is not None]
+    there += [f"{name}, {t.dim()}-D" for name in ("zoneout_h", "zoneout_c") if (t := getattr(like, name)) is not None]
+    return remembered.machine(like.h0.device) | dict(
+        format=FORMAT, family=plan.family.value, **kernel, hidden=like.hidden, projected=like.projected,
+        width=like.width, dtype=str(like.h0.dtype), precision=like.precision, reverse=like.reverse, there=there,
+        save=save, given=given,
+    )  # fmt: skip
+
+
+def _verdict(plan: Any, like: Recurrence, save: bool, given: tuple[bool, bool] | None) -> str:
+    """ "right", or what is wrong."""
+    problem = Small.like(like, batch=2 * plan.rows + 3)
+    if plan.family.value == "resident":
+        plan = dataclasses.replace(plan, groups=3)  # a program for each batch tile
+    elif plan.family.value == "cooperative":
+        plan = dataclasses.replace(plan, groups=min(2, plan.groups))  # one of them walks two
+    try:
+        with torch.enable_grad(), torch.autocast(like.h0.device.type, enabled=False):
+            truth, gates = problem.by_reference(torch.float64, given)
+            if problem.noise == Noise():
+                theirs = problem.by_torch(given)
+            else:
+                theirs, _ = problem.by_reference(problem.dtype, given)
+        with torch.no_grad():
+            ours = problem.by_kernel(plan, gates, save, given)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # it waited in vain, or the card refuses it
+        return f"{type(error).__name__}: {error}"
+    for name, true in truth.items():
+        wrong = _wrong(name, ours[name].double(), theirs[name].double(), true, problem.epsilon)
+        if wrong:
+            return wrong
+    return "right"
+
+
+def _wrong(name: str, ours: Tensor, theirs: Tensor, true: Tensor, epsilon: float) -> str | None:
+    """What is wrong with a result; None if its error is at most twice torch's own, or twice its last place."""
+    error, allowed = _rms(ours - true), 2 * max(_rms(theirs - true), epsilon * float(true.abs().max()))
+    return None if error <= allowed else f"the RMS error of {name} is {error:.2g}, where {allowed:.2g} is allowed"
+
+
+def _rms(t: Tensor) -> float:
+    return float(t.square().mean().sqrt())
+
+
+@dataclasses.dataclass(frozen=True)
+class Small:
+    """A small problem: what a layer in one direction is given."""
+
+    dtype: torch.dtype
+    precision: str  # of float32 products
+    tensors: dict[str, Tensor]  # x, h0, c0, weight_ih, weight_hh and perhaps weight_hr; exact in the dtype
+    traversal: Traversal
+    noise: Noise
+    dh: Tensor  # [T, B, P] gradient of h
+    dh_n: Tensor  # [B, P] of h_n
+
+    @property
+    def epsilon(self) -> float:
+        """Of the products' last place."""
+        return 2.0**-10 if self.precision == "tf32" else torch.finfo(self.dtype).eps
+
+    @classmethod
+    def like(cls, r: Recurrence, batch: int) -> "Small":
+        """Random numbers in the sizes of `r`, with what `r` has."""
+        generator, device, dtype = torch.Generator().manual_seed(0), r.h0.device, r.h0.dtype
+        hidden, width = r.hidden, r.width
+
+        def normal(*size: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
+
+        tensors = dict(
+            x=normal(STEPS, batch, FEATURES), h0=normal(batch, width), c0=normal(batch, hidden),
+            weight_ih=normal(4 * hidden, FEATURES, scale=FEATURES**-0.5),
+            weight_hh=normal(4 * hidden, width, scale=width**-0.5),
+        )  # fmt: skip
+        if r.projected:
+            tensors["weight_hr"] = normal(width, hidden, scale=hidden**-0.5)
+        number = torch.arange(batch, device=device)
+        lengths = None if r.lengths is None else (number % (STEPS + 1)).flip(0).to(r.lengths.dtype)
+        resets = torch.arange(STEPS, device=device)[:, None] + number  # [T, B]
+        noise = Noise(
+            None if r.dropout_h is None else (normal(batch, width) > 0).to(dtype) * 2,
+            None if r.zoneout_h is None else (normal(STEPS, batch, width) > 0 if r.zoneout_h.dim() else r.zoneout_h),
+            None if r.zoneout_c is None else (normal(STEPS, batch, hidden) > 0 if r.zoneout_c.dim() else r.zoneout_c),
+        )
+        traversal = Traversal(lengths, None if r.resets is None else resets % 3 == 1, r.reverse)
+        return cls(dtype, r.precision, tensors, traversal, noise, normal(STEPS, batch, width), normal(batch, width))
+
+    def by_reference(self, dtype: torch.dtype, given: tuple[bool, bool] | None) -> tuple[dict[str, Tensor], Gates]:
+        """Results of forward, or if `given` gradients, in some dtype; and the gates."""
+        record: list[Gates] = []
+
+        def run(x: Tensor, h0: Tensor, c0: Tensor, weights: Weights) -> Any:
+            return reference.layer(x, (h0, c0), weights, self.traversal, self.noise, record)
+
+        return self._results(run, dtype, given), record[0]
+
+    def by_torch(self, given: tuple[bool, bool] | None) -> dict[str, Tensor]:
+        """The same by torch's own LSTM in the problem's dtype."""
+
+        def run(x: Tensor, h0: Tensor, c0: Tensor, weights: Weights) -> Any:
+            return native.layer(x, (h0, c0), weights, self.traversal)
+
+        return self._results(run, self.dtype, given)
+
+    def _results(self, run: Any, dtype: torch.dtype, given: tuple[bool, bool] | None) -> dict[str, Tensor]:
+        inputs = {name: t.to(dtype).requires_grad_(given is not None) for name, t in self.tensors.items()}
+        x, h0, c0, weight_ih, weight_hh, *projection = inputs.values()
+        h, (h_n, c_n) = run(x, h0, c0, Weights(weight_ih, weight_hh, None, None, *projection))
+        if given is None:
+            return dict(h=h, h_n=h_n, c_n=c_n)
+        pairs = [(h, self.dh), (h_n, self.dh_n)]
+        outputs, gradients = zip(*((out, d.to(dtype)) for (out, d), there in zip(pairs, given) if there))
+        wanted = {name: inputs[name] for name in ("x", "h0", "c0", "weight_hh")}
+        found = torch.autograd.grad(outputs, list(wanted.values()), gradients)
+        return {f"the gradient of {name}": gradient for name, gradient in zip(wanted, found)}
+
+    def by_kernel(self, plan: Any, gates: Gates, save: bool, given: tuple[bool, bool] | None) -> dict[str, Tensor]:
+        """The same by the kernel of a plan; backward it is given the reference's gates and cell states."""
+        launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
+        t, device = self.tensors, self.dh.device
+        recurrence = Recurrence(
+            weight_hh=t["weight_hh"], weight_hr=t.get("weight_hr"), h0=t["h0"], c0=t["c0"].float(),
+            lengths=self.traversal.lengths, resets=self.traversal.resets, reverse=self.traversal.reverse,
+            precision=self.precision, **self.noise._asdict(),
+        )  # fmt: skip
+        if given is None:
+            before = torch.nn.functional.linear(t["x"].double(), t["weight_ih"].double()).to(self.dtype)
+            h, h_n, c_n, _ = launch.layer_forward(before, recurrence, save=save, plan=plan)
+            results = dict(h=h, h_n=h_n, c_n=c_n)
+        else:
+            dh, dh_n = (d if there else None for d, there in zip((self.dh, self.dh_n), given))
+            activated = torch.cat([gates.input, gates.forget, gates.candidate, gates.output], dim=2).to(self.dtype)
+            dgates, dh0, dc0, _ = launch.layer_backward(
+                dh, dh_n, None, activated, gates.cell.float(), recurrence, plan=plan
+            )
+            taken = self.traversal.states_before(gates.hidden, t["h0"].double())
+            if self.noise.dropout_h is not None:
+                taken = self.noise.dropout_h.double() * taken
+            rows = dgates.double().flatten(0, 1)  # [TB, 4H]
+            results = {
+                "the gradient of x": dgates.double() @ t["weight_ih"].double(), "the gradient of h0": dh0,
+                "the gradient of c0": dc0, "the gradient of weight_hh": rows.T @ taken.flatten(0, 1),
+            }  # fmt: skip
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        launch.raise_if_gave_up(device)
+        return results
