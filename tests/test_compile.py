@@ -88,7 +88,7 @@ MUST_NOT_BE = {  # what no row may say of a kernel; `held`: of the families that
     ),
     "more shared memory than the architecture has": lambda row, held: row["shared"] > LIMITS[row["architecture"]],
     "it does not fit": lambda row, held: not row["fits"],
-    "more shared memory than was planned": lambda row, held: held and row["shared"] > row["plan"]["shared"],
+    "other shared memory than was planned": lambda row, held: held and row["shared"] != row["plan"]["shared"],
     "no tensor cores, and not exact": lambda row, _: not row["loop"]["products"] and "ieee" not in row["case"],
     "exact float32 by tensor cores": lambda row, _: row["loop"]["products"] and "ieee" in row["case"],
     "weights are loaded inside the time loop": lambda row, held: held and row["weight_loads"],
@@ -109,12 +109,12 @@ def test_the_step_kernels_do_load_weights_and_have_barriers_in_a_loop(rows):
     assert all(row["weight_loads"] and row["loop"]["barriers"] > 1 for row in of_step)
 
 
-# Of a pass of the time loop on an H100, in bf16 with B=16; of instructions, the most.
+# Of a pass of the time loop on an H100, in bf16 with B=16; of instructions, the most on any Triton from 3.4 on.
 COUNTS = {
     ("lstm_cooperative_forward_kernel", 768): Loop(300, barriers=1, products=18, shared=176, loads=9, stores=9),
     ("lstm_cooperative_backward_kernel", 768): Loop(400, barriers=1, products=18, shared=112, loads=19, stores=9),
     ("lstm_resident_forward_kernel", 128): Loop(400, barriers=1, products=32, shared=72, loads=16, stores=24),
-    ("lstm_resident_backward_kernel", 128): Loop(460, barriers=1, products=32, shared=288, loads=32, stores=16),
+    ("lstm_resident_backward_kernel", 128): Loop(470, barriers=1, products=32, shared=288, loads=32, stores=16),
 }
 
 

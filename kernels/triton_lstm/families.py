@@ -1,6 +1,7 @@
 """The families of kernels, and what they propose for a problem."""
 
 import dataclasses
+import heapq
 from types import ModuleType
 
 from . import cooperative, resident, step
@@ -22,5 +23,5 @@ def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     shared = list(cooperative.plans(problem, device, backward))
     if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
         shared = list(cooperative.plans(dataclasses.replace(problem, side_by_side=1), device, backward))
-    held = [*resident.plans(problem, device, backward), *shared]
-    return [*sorted(held, key=lambda plan: expected(problem, device, plan, backward).seconds), last]
+    alone = resident.plans(problem, device, backward)
+    return [*heapq.merge(alone, shared, key=lambda plan: expected(problem, device, plan, backward).seconds), last]

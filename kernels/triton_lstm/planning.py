@@ -180,7 +180,7 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
     if plan.family is Family.RESIDENT:
         cells = units // (4 * warps)  # of a thread
         products, gates = 2 * plan.k * cells, 4 if backward else 1
-        return 95 * cells + products, products, gates * (cells * problem.size + 16 * plan.k)
+        return (100 if backward else 95) * cells + products, products, gates * (cells * problem.size + 16 * plan.k)
     sums = ceil(units / warps) if backward else 4
     instructions = (255 + 5 * units if backward else 210 + 1.5 * units) + 18 * plan.k
     return instructions, 2 * plan.k * units // 4, 4 * units + 4 * sums * warps
