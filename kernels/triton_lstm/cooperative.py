@@ -114,8 +114,9 @@ def lstm_cooperative_forward_kernel(
     # The thread's cell, and the word of h that it publishes.
     unit = first_unit + thread % UNITS
     sequence = thread // UNITS
-    is_cell = (sequence < SEQUENCES) & (unit < H)
-    is_word = (sequence < SEQUENCES) & (unit < W * PER) & (thread % PER == 0)
+    of_cell = sequence < SEQUENCES
+    is_cell = of_cell & (unit < H)
+    is_word = of_cell & (unit < W * PER) & (thread % PER == 0)
     sequence %= SEQUENCES
     z_rows = (thread % UNITS, thread % UNITS + UNITS, thread % UNITS + 2 * UNITS, thread % UNITS + 3 * UNITS)
     z_sequences = (sequence, sequence, sequence, sequence)
@@ -142,7 +143,7 @@ def lstm_cooperative_forward_kernel(
         if dropout_h_ptr is not None:
             h_prev = scale(h_prev, dropout_h_ptr + batch.to(tl.int64) * W + first_word, left, CHUNKS, STRIDE, DTYPE)
         parts = product(weights, h_prev, DTYPE, CHUNKS, TILES, WARPS)
-        z_i, z_f, z_g, z_o = sum_over_warps(parts, z_rows, z_sequences, turn % 2, 4, TILES, WARPS)
+        z_i, z_f, z_g, z_o = sum_over_warps(parts, z_rows, z_sequences, of_cell, turn % 2, 4, TILES, WARPS)
 
         # Gates and cell.
         i, f, g, o = activate(x_i + z_i, x_f + z_f, x_g + z_g, x_o + z_o)
@@ -255,7 +256,7 @@ def lstm_cooperative_backward_kernel(
         left = tl.where(in_sequences & (step < T - 1), W - first_word, 0)
         dz = collect(dgates_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, PATIENCE)
         parts = product(weights, dz, DTYPE, CHUNKS, TILES, WARPS)
-        partials = sum_over_warps(parts, sum_rows, sum_sequences, turn % 2, SUMS, TILES, WARPS)
+        partials = sum_over_warps(parts, sum_rows, sum_sequences, thread < 32 * UNITS, turn % 2, SUMS, TILES, WARPS)
 
         # Publish it, and add up the quartet's four parts for the thread's cell.
         phase = (T - 1 - step) % 2

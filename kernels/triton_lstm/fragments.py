@@ -188,6 +188,7 @@ def sum_over_warps(
     parts,  # of product: each warp took another part of K
     rows,  # tuple of COUNT [THREADS]: which rows of the sum a thread wants
     sequences,  # tuple of COUNT [THREADS]: and of which sequence
+    wanted,  # [THREADS] whether it wants any, the same in all threads of a warp; where not, sums mean nothing
     turn,  # calls are told from the one before by it: 0 and 1 alternately
     COUNT: tl.constexpr,
     TILES: tl.constexpr,
@@ -196,7 +197,7 @@ def sum_over_warps(
     """Elements of the sum of all warps' products, COUNT [THREADS] float32, in the same order every time.
 
     The products meet in shared memory [2, WARPS, 16 TILES rows, 8 sequences], with one barrier: while one half is
-    read, the other half is written.
+    read, the other half is written. Warps that want nothing leave shared memory's bandwidth to the others.
     """
     if INTERPRETED:
         sums = sum_by_definition(parts, rows, sequences, COUNT, TILES, WARPS)
@@ -207,8 +208,8 @@ def sum_over_warps(
         for n in tl.static_range(COUNT):
             places = places + (place(rows[n], sequences[n]),)
         sums = tl.inline_asm_elementwise(
-            summation(COUNT, TILES, WARPS), operands("=&f", COUNT, "f", 4 * TILES, "r", COUNT + 3),
-            parts + places + (turn,), dtype=types(tl.float32, COUNT), is_pure=False, pack=1,
+            summation(COUNT, TILES, WARPS), operands("=&f", COUNT, "f", 4 * TILES, "r", COUNT + 4),
+            parts + places + (turn, wanted.to(tl.int32)), dtype=types(tl.float32, COUNT), is_pure=False, pack=1,
         )  # fmt: skip
     return sums
 
@@ -248,12 +249,12 @@ def products(chunks: int, tiles: int, dtype: tl.dtype) -> str:
 
 @constexpr_function
 def summation(count: int, tiles: int, warps: int) -> str:
-    """PTX of `sum_over_warps`: the sums, the parts, where the two rows of a thread begin, where sums lie, the turn."""
+    """PTX of `sum_over_warps`: sums, parts, where the two rows of a thread begin, where sums lie, the turn, wanted."""
     part = 4 * 8 * 16 * tiles  # bytes of a warp
     store, load, turn = count + 4 * tiles, count + 4 * tiles + 2, 2 * count + 4 * tiles + 2
     lines = [
         f".shared .align 16 .b8 parts[{2 * warps * part}];",
-        ".reg .b32 begin, at;", ".reg .f32 element;",
+        ".reg .b32 begin, at;", ".reg .f32 element;", ".reg .pred nothing;",
         "mov.u32 begin, parts;", f"mad.lo.u32 begin, ${turn}, {warps * part}, begin;",
     ]  # fmt: skip
     for half in range(2):
@@ -261,12 +262,12 @@ def summation(count: int, tiles: int, warps: int) -> str:
         for tile in range(tiles):
             part_of = count + 4 * tile + 2 * half
             lines.append(f"st.shared.v2.f32 [at + {4 * 8 * 16 * tile}], {{${part_of}, ${part_of + 1}}};")
-    lines.append("bar.sync 0;")
+    lines += ["bar.sync 0;", f"setp.eq.s32 nothing, ${turn + 1}, 0;", "@nothing bra.uni SUMMED;"]
     for n in range(count):
         lines += [f"add.u32 at, begin, ${load + n};", f"ld.shared.f32 ${n}, [at];"]
         for warp in range(1, warps):
             lines += [f"ld.shared.f32 element, [at + {warp * part}];", f"add.f32 ${n}, ${n}, element;"]
-    return "\n".join(["{", *lines, "}"])
+    return "\n".join(["{", *lines, "SUMMED:", "}"])
 
 
 @constexpr_function
