@@ -18,7 +18,7 @@ FOLDERS = ROOT / ".venv-versions"
 VERSIONS = (["triton==3.4.0", "numpy<2.4"], ["triton==3.6.0", "numpy<2.4"], ["triton"])
 TESTS = (
     "kernels", "sequence_kernels", "faults", "planning", "compile", "first_call", "devices", "tuning", "plan_cache",
-    "ops", "concurrent_interpreter", "extremes",
+    "ops", "concurrent_interpreter", "extremes", "exchange_ptx",
 )  # fmt: skip
 
 
