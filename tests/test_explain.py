@@ -13,7 +13,7 @@ from gpu_lstm import backends, layers, native, races, trust
 from gpu_lstm.kernels import remembered
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.families import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Problem
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter")
 
@@ -123,19 +123,20 @@ def test_plans_and_what_bounds_a_step(an_h100, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_what_the_check_of_a_kernel_came_to(an_h100, wrong):
-    lstm = gpu_lstm.LSTM(4, 32, dtype=torch.float16, backend="triton")
+def test_what_the_check_of_a_kernel_came_to(card, wrong):
+    lstm = gpu_lstm.LSTM(4, 32, dtype=torch.float16, bidirectional=True, backend="triton")
     x = torch.zeros(5, 16, 4, dtype=torch.float16)
     assert {each.checked for each in gpu_lstm.explain(lstm, x).layers[0].passes} == {"not checked yet"}
     r = gpu_lstm.kernels.recurrence.Recurrence(
         weight_hh=torch.zeros(128, 32, dtype=torch.float16), weight_hr=None, c0=torch.zeros(16, 32),
         h0=torch.zeros(16, 32, dtype=torch.float16),
     )  # fmt: skip
-    plan = plans(Problem(5, 16, 32, torch.float16), H100, False)[0]
+    plan = plans(Problem(5, 16, 32, torch.float16), INTERPRETER, False)[-1]  # backward has the same tiles
     remembered.write(trust.KIND, trust._key(plan, r, True, None), "an error of 1" if wrong else "right")
     forward, backward = gpu_lstm.explain(lstm, x).layers[0].passes
     assert forward.checked == ("not trusted: an error of 1" if wrong else "checked")
     assert backward.checked == "not checked yet"
+    assert gpu_lstm.explain(lstm, x).layers[1].passes[0].checked == "not checked yet", "reverse is another kernel"
     ragged = gpu_lstm.explain(lstm, x, lengths=torch.full((16,), 5))
     assert ragged.layers[0].passes[0].checked == "not checked yet"
 
