@@ -12,6 +12,7 @@ from .convert import convert, from_haste, to_torch
 from .health import check
 from .modules import LSTM, LSTMCell, StackedLSTM
 from .races import racing
+from .sequences import resets_from_dones
 from .stream import Stream
 from .trace import trace
 from .tuning import autotune
@@ -33,6 +34,7 @@ __all__ = [
     "functional",
     "keras",
     "racing",
+    "resets_from_dones",
     "to_torch",
     "trace",
 ]
