@@ -9,6 +9,7 @@ if not Path(__file__).with_name("kernels").exists():
 from . import compat, functional, keras
 from .backends import Backend, backend
 from .convert import convert, from_haste, to_torch
+from .explain import explain
 from .health import check
 from .modules import LSTM, LSTMCell, StackedLSTM
 from .races import racing
@@ -30,6 +31,7 @@ __all__ = [
     "check",
     "compat",
     "convert",
+    "explain",
     "from_haste",
     "functional",
     "keras",

@@ -12,6 +12,7 @@ from .backends import KERNEL_BACKENDS, Backend
 from .chunks import Outputs, Schedule, cut
 from .noise import NO_NOISE, Noise, draw, dropped
 from .precision import autocasts, is_exact
+from .profiling import named
 from .reference import Gates
 from .sequences import Traversal, valid_steps
 from .settings import Settings
@@ -64,6 +65,7 @@ class Layer(NamedTuple):
     weights: list[Weights]
     noise: list[Noise]
     kept: Tensor | None  # bool [T, B, D*P]: what dropout leaves of its output
+    number: int  # from the bottom
 
 
 def stack(
@@ -83,7 +85,8 @@ def stack(
     plain = backend is Backend.TORCH and traversal.is_plain
     if plain and not settings.residual and _same_sizes(weights):
         return _in_one_call(x, states, weights, settings)
-    layers = [Layer(*parts) for parts in zip(weights, *draw(weights, x, compute_dtype(x), settings))]
+    drawn = draw(weights, x, compute_dtype(x), settings)
+    layers = [Layer(*parts) for parts in zip(weights, *drawn, range(len(weights)))]
     connect = partial(_connect, residual=settings.residual, dropout=settings.dropout)
     if backend in KERNEL_BACKENDS:
         run_direction = partial(fused.layer, backend=backend, recompute=settings.recompute)
@@ -111,7 +114,8 @@ def _in_one_call(
 
 
 def _by_torch(x: Tensor, state: State, layer: Layer, traversal: Traversal, *, training: bool) -> tuple[Tensor, State]:
-    return native.stack(x, state, [layer.weights], training=training)
+    with named(layer.number, None, Backend.TORCH):
+        return native.stack(x, state, [layer.weights], training=training)
 
 
 def _by_kernels(
@@ -125,7 +129,7 @@ def _by_kernels(
 ) -> tuple[Tensor, list[State]]:
     """All in the dtype that x is computed in, once and not for every chunk; c goes from chunk to chunk in float32."""
     computed = [[_computed(x, state, one) for one in layer.weights] for layer, state in zip(layers, states)]
-    layers = [Layer([one for *_, one in each], layer.noise, layer.kept) for each, layer in zip(computed, layers)]
+    layers = [layer._replace(weights=[one for *_, one in each]) for each, layer in zip(computed, layers)]
     x, states = computed[0][0][0], [state for (_, state, _), *_ in computed]
     exact = [(h, c.float()) for h, c in states]
     schedule = chunks.schedule(x, [layer.weights for layer in layers], recompute)
@@ -177,7 +181,8 @@ def _wavefront(
             kept = [] if layer.kept is None else [cut(layer.kept, span)]
             below = schedule.streams[k - 1] if k else None
             with streams.on(schedule.streams[k], below, (y, *states[k], *noise.present(), *kept)):
-                h, states[k] = run_direction(y, states[k], layer.weights[0], part, noise=noise)
+                with named(k, 0, run_direction.keywords["backend"]):
+                    h, states[k] = run_direction(y, states[k], layer.weights[0], part, noise=noise)
                 y = connect(y, h, part.lengths, *kept)
                 if k == top:
                     outputs.add(y, span, 0)
@@ -205,7 +210,8 @@ def _directions(
                 if d:
                     part = part.backwards()
                     h, c = traversal.reset_at_end_of(span, h, c)
-                y, (h, c) = run_direction(cut(x, span), (h, c), weights, part, noise=noise.within(span))
+                with named(layer.number, d, run_direction.keywords["backend"]):
+                    y, (h, c) = run_direction(cut(x, span), (h, c), weights, part, noise=noise.within(span))
                 outputs.add(y, span, d)
         finals.append((h, c))
     streams.join(schedule.streams, [*outputs.parts(), *(tensor for final in finals for tensor in final)])

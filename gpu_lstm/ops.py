@@ -19,6 +19,7 @@ from . import trust
 from .backends import Backend
 from .kernels.recurrence import Recurrence  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .precision import recurrent_precision
+from .profiling import register_flops
 
 _LIBRARY = torch.library.Library("gpu_lstm", "DEF")
 _LIBRARY.define(
@@ -176,3 +177,4 @@ def _layer_backward_vmap(info, in_dims, *arguments):
 
 
 torch.library.register_vmap("gpu_lstm::layer_backward", _layer_backward_vmap, lib=_LIBRARY)
+register_flops()

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import ceil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +117,20 @@ def _parse(mode: str) -> Mode:
 def mode() -> Mode:
     """By `with racing(...)`, else by environment variable, else on."""
     return _mode if _mode is not None else _parse(os.environ.get(ENVIRONMENT_VARIABLE) or Mode.ON.value)
+
+
+def merge(*paths: str | Path) -> int:
+    """Take over what `python -m gpu_lstm races --export FILE` wrote, for a program that ships such a file.
+
+    Call it before the first call of a model. Findings of other cards or versions do no harm: they count only there.
+
+    Returns:
+        How many findings were new.
+
+    Raises:
+        OSError, ValueError: a file cannot be read, or is no such file.
+    """
+    return remembered.merge(paths)
 
 
 def kind_of(kernel: Backend, x: Tensor, weights: list[list[Weights]], traversal: Traversal, settings: Settings) -> Kind:

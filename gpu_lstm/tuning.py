@@ -20,7 +20,8 @@ def autotune(
     """Time the Triton kernels that a layer could run, on the GPU at hand, and remember the fastest.
 
     It takes seconds to minutes, most of them for compiling. What it finds is written to gpu_lstm/plans in the
-    user's cache folder, by card and version of Triton, and is used from then on for layers of this size and batch.
+    user's cache folder, by card and version of Triton, and is used from then on for layers of this size and batch. The
+    logger "gpu_lstm" has a line at INFO for each plan.
 
     Args:
         hidden_size, proj_size: of the layer.

@@ -11,12 +11,13 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+KINDS = ("races", "checks", "plans")
 SHARED = "GPU_LSTM_SHARED_CACHE"  # environment variable: a folder that is read first, and never written to
 
 Key = dict[str, Any]  # of JSON values: what the finding depends on, versions included
@@ -61,9 +62,9 @@ def read(kind: str, key: Key) -> Any:
     return _read(tuple(folders()), kind, _text(key))
 
 
-def write(kind: str, key: Key, value: Any) -> None:
-    """Remember a finding."""
-    ours, text = folder(), _text(key)
+def write(kind: str, key: Key, value: Any) -> bool:
+    """Remember a finding; whether that was possible."""
+    ours, text, written = folder(), _text(key), False
     try:
         if ours is None:
             raise OSError("there is no home directory, and XDG_CACHE_HOME is not set")
@@ -71,9 +72,11 @@ def write(kind: str, key: Key, value: Any) -> None:
         with tempfile.NamedTemporaryFile("w", dir=ours / kind, suffix=".unfinished", delete=False) as file:
             json.dump({"key": key, "value": value}, file, indent=1)
         Path(file.name).replace(_path(ours, kind, text))  # at once, so that nobody reads half a file
+        written = True
     except OSError as error:
         warn_once(f"a finding ({kind}) is not remembered: {error}")
     _read.cache_clear()
+    return written
 
 
 def entries(kind: str) -> Iterator[tuple[Path, Key, Any]]:
@@ -96,6 +99,43 @@ def forget(kind: str) -> int:
         file.unlink(missing_ok=True)
     _read.cache_clear()
     return len(files)
+
+
+def export(path: str | Path) -> int:
+    """Write all findings, of all kinds, into one file that can be merged; how many they were.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    found = [{"kind": kind, "key": key, "value": value} for kind in KINDS for _, key, value in entries(kind)]
+    Path(path).write_text(json.dumps(found, indent=1) + "\n")
+    return len(found)
+
+
+def merge(paths: Sequence[str | Path]) -> int:
+    """Remember what exported files have and nothing is known of here; how many findings they were.
+
+    Raises:
+        OSError, ValueError: a file cannot be read, or is no such file; then none of it is taken.
+    """
+    added = 0
+    for path in paths:
+        found = json.loads(Path(path).read_text())
+        if not isinstance(found, list) or not all(map(_is_finding, found)):
+            raise ValueError(f"{path}: expected what `python -m gpu_lstm races --export` writes")
+        for finding in found:
+            if read(finding["kind"], finding["key"]) is None:
+                added += write(**finding)
+    return added
+
+
+def _is_finding(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and set(entry) == {"kind", "key", "value"}
+        and entry["kind"] in KINDS
+        and isinstance(entry["key"], dict)
+    )
 
 
 @functools.cache

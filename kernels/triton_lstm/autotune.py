@@ -1,6 +1,7 @@
 """Measured plans: those of a problem are timed on the card at hand, and the fastest is remembered."""
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from .families import plans
 from .launch import choose_anew, launch_kernel, layer_backward, layer_forward
 from .planning import Plan, Problem, device_of
 from .trial import Attempt, obstacle
+
+logger = logging.getLogger("gpu_lstm")
 
 
 def autotune(problem: Problem, device: torch.device) -> dict[str, Plan]:
@@ -27,11 +30,16 @@ def autotune(problem: Problem, device: torch.device) -> dict[str, Plan]:
     with torch.cuda.device(device):
         for name, backward in (("forward", False), ("backward", True)):
             attempt = _call(problem, backward, device)
-            milliseconds = {
-                plan: time_plan(plan, attempt)
-                for plan in plans(problem, card, backward)
-                if obstacle(plan, attempt) is None
-            }
+            proposed = plans(problem, card, backward)
+            milliseconds = {}
+            for number, plan in enumerate(proposed, start=1):
+                refused = obstacle(plan, attempt)
+                if refused is None:
+                    milliseconds[plan] = time_plan(plan, attempt)
+                logger.info(
+                    "%s, plan %d of %d: %s %dx%d: %s", name, number, len(proposed), plan.family.value, plan.rows,
+                    plan.columns, f"{milliseconds[plan]:.3g} ms" if refused is None else refused,
+                )  # fmt: skip
             fastest[name] = min(milliseconds, key=milliseconds.__getitem__)
             plan_cache.remember(dataclasses.replace(problem, steps=2), card, backward, fastest[name])
     choose_anew()
