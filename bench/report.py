@@ -20,6 +20,10 @@ from .providers import OURS, YARDSTICK
 LINES = 32  # that the summary has for cases and for the rules between their groups
 EVEN = 0.02  # a time that differs by less is called even
 MIB = 2**20
+WRITTEN = {  # what people write where torch.nn.LSTM does not do what they need, by its provider
+    "cleanrl-loop": "nn.LSTM called at every step, its state masked",
+    "torch-packed": "sequences sorted, packed and unpacked",
+}
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NO_GPU = "No figure has been taken on a GPU yet."
 CPU_LINES = 8  # in the README: a CPU is not what this is for
@@ -84,6 +88,14 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
     return lines.sort_values(["group", *(n for n in results.CASE if lines[n].dtype.kind in "if")], kind="stable")
 
 
+def instead(rows: pd.DataFrame) -> pd.DataFrame:
+    """What people write around torch.nn.LSTM where it does not take a case, and ours: `seconds` and `ours_s` a call."""
+    around = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured")]
+    ours = rows[rows["contender"] == OURS].set_index("case")["median_s"]
+    lines = around.assign(ours_s=ours.reindex(around["case"]).to_numpy(), seconds=around["median_s"])
+    return lines[lines["ours_s"].notna()].assign(times=lines["seconds"] / lines["ours_s"])
+
+
 def telling(lines: pd.DataFrame, room: int) -> pd.DataFrame:
     """At most `room` lines: the headline, where ours is slower or has no figure, then the first of every group."""
     fine = (lines["ours ms"] == "-") | (lines["speed"] >= 1 - EVEN)
@@ -145,8 +157,10 @@ def expected(rows: pd.DataFrame) -> list[Table]:
     return [table(cells.loc[its.index], title.format(device), origin(its)) for device, its in devices]
 
 
-def update_readme(readme: Path, files: list[Path]) -> None:
+def update_readme(readme: Path, files: list[Path], pictures: dict[str, str] | None = None) -> None:
     """Write what the files of results say between the two markers of `readme`, GPUs first; the rest stays as it is.
+
+    `pictures` has, for a device, the path of one of `instead`.
 
     Raises ValueError where a marker is missing, or a file of results is broken.
     """
@@ -161,13 +175,13 @@ def update_readme(readme: Path, files: list[Path]) -> None:
         rows, name = results.read(path), Path(os.path.relpath(path, readme.parent)).as_posix()
         for _, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
             on_gpu = its["cuda"].notna().any()
-            (on_gpus if on_gpu else on_cpus).append(_section(name, measured(its), on_gpu))
+            (on_gpus if on_gpu else on_cpus).append(_section(name, measured(its), on_gpu, pictures))
             no_gpu = [] if on_gpu and (its["status"] == "measured").any() else no_gpu
     readme.write_text(f"{before}{BEGIN}\n" + "\n\n".join([*no_gpu, *on_gpus, *on_cpus]) + f"\n{END}{after}")
 
 
-def _section(name: str, rows: pd.DataFrame, on_gpu: bool) -> str:
-    """Where the figures come from, and a table of them."""
+def _section(name: str, rows: pd.DataFrame, on_gpu: bool, pictures: dict[str, str] | None) -> str:
+    """Where the figures come from, and tables of them: what people write around torch.nn.LSTM, and that itself."""
     lines = by_case(rows)
     shown = lines if on_gpu else telling(lines, CPU_LINES)
     text = f"{'GPU' if on_gpu else 'CPU, not a GPU'}: {origin(rows)}; from [{name}]({name})."
@@ -176,8 +190,16 @@ def _section(name: str, rows: pd.DataFrame, on_gpu: bool) -> str:
         text += f" Over all that were timed, gpu_lstm is {spread(lines)} times as fast."
     if shown["torch ms"].str.endswith("*").any():
         text += " Where torch.nn.LSTM's time has a star, it ran without the lengths or resets, which it does not take."
-    written = [textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + """
-
+    around = instead(rows)
+    written = [textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)]
+    if len(around):
+        written.append("\n| case | what people write | ms | gpu_lstm, ms | times as fast |\n|---|---|--:|--:|--:|")
+        for row in around.itertuples():
+            ms = f"{digits(1e3 * row.seconds)} | {digits(1e3 * row.ours_s)} | {digits(row.times)}"
+            written.append(f"| {row.mode} {sizes(row.object)} | {WRITTEN[row.provider]} | {ms} |")
+        picture = (pictures or {}).get(rows["device"].iloc[0])
+        written += [f"\n![The same as bars]({picture})"] if picture else []
+    written += ["""
 | case | torch.nn.LSTM, ms | gpu_lstm, ms | times as fast | of the bound |
 |------|------------------:|-------------:|--------------:|-------------:|"""]  # fmt: skip
     for _, line in shown.replace("-", "not run").iterrows():
