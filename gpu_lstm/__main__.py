@@ -1,4 +1,4 @@
-"""python -m gpu_lstm: the doctor, the plan for a problem, and what the kernels compile to."""
+"""python -m gpu_lstm: the doctor, the plan for a problem, what the kernels compile to, and what is remembered."""
 
 import argparse
 import dataclasses
@@ -9,13 +9,14 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from . import __version__
-from .backends import ENVIRONMENT_VARIABLE, Backend, obstacle, select
+from . import __version__, races, trust
+from .backends import ENVIRONMENT_VARIABLE, KERNEL_BACKENDS, Backend, obstacle, select
+from .kernels import remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the tensors; tf32 and fp32 are float32")
     plan.add_argument("--directions", type=int, choices=(1, 2), default=1, help="that run side by side")
     plan.add_argument("--device", required=True, help="h100, a100, l4, rtx4090, rtx5090, b200")
+    found = commands.add_parser("races", help="what is remembered: races, checks of kernels, measured plans")
+    what = found.add_mutually_exclusive_group()
+    what.add_argument("--export", metavar="FILE", help="write all of it into one file")
+    what.add_argument("--merge", metavar="FILE", nargs="+", help="add what exported files have and is not known here")
+    what.add_argument("--clear", action="store_true", help="forget all but what is in a shared folder")
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     options = parser.parse_args(arguments)
@@ -42,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _kernels(options.json)
         case "plan":
             return _plan(options)
+        case "races":
+            return _races(options)
         case _:
             return _doctor(options.json)
 
@@ -68,7 +76,8 @@ def _doctor(as_json: bool) -> int:
     if as_json:
         print(json.dumps(findings, indent=2))
         return 0
-    print(f"gpu_lstm {findings['versions']['gpu_lstm']}")
+    print(findings["summary"])
+    print(f"\ngpu_lstm {findings['versions']['gpu_lstm']}")
     for title in ("versions", "environment"):
         print(f"\n{title}")
         for name, value in findings[title].items():
@@ -82,7 +91,7 @@ def _doctor(as_json: bool) -> int:
 
 
 def diagnosis() -> dict:
-    """Versions, environment and, for each device, the backends: None where available, else why not."""
+    """What a user gets; versions; environment; for each device the backends: None where available, else why not."""
     packages = ("triton", "numpy", "cupy-cuda12x", "cupy-cuda13x")
     versions: dict[str, str | None] = {
         "gpu_lstm": __version__, "python": platform.python_version(), "torch": torch.__version__,
@@ -91,10 +100,38 @@ def diagnosis() -> dict:
     versions["CUDA of torch"] = torch.version.cuda
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     return {
+        "summary": _summary(torch.device(devices[min(1, len(devices) - 1)])),
         "versions": versions,
-        "environment": {name: os.environ.get(name) for name in (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET")},
+        "environment": {name: os.environ.get(name) for name in _VARIABLES},
         "devices": [_diagnosis_of(torch.device(device)) for device in devices],
     }
+
+
+_VARIABLES = (ENVIRONMENT_VARIABLE, races.ENVIRONMENT_VARIABLE, remembered.SHARED, "TRITON_INTERPRET")
+
+
+def _summary(device: torch.device) -> str:
+    """What a user of a device gets by default, and whether it was checked and raced there."""
+    start = "On this machine gpu_lstm.LSTM runs"
+    backend = select(Backend.AUTO, device, torch.float32)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    if backend not in KERNEL_BACKENDS:
+        why_not = "there is no CUDA device" if device.type == "cpu" else obstacle(Backend.TRITON, device, torch.float32)
+        return f"{start} torch's own LSTM on {where}: {why_not}"
+    here = remembered.machine(device).items()
+    checks, decisions = (
+        [value for _, key, value in remembered.entries(kind) if key.items() >= here]
+        for kind in (trust.KIND, races.KIND)
+    )
+    wrong = sum(verdict != "right" for verdict in checks)
+    won = sum(isinstance(value, dict) and value.get("backend") == backend.value for value in decisions)
+    kernels = "fused Triton kernels" if backend is Backend.TRITON else "fused kernels in CUDA C++"
+    return (
+        f"{start} {kernels} on {where} where they are faster: kernels checked {len(checks)}"
+        + (f", of which {wrong} are not trusted" if wrong else "")
+        + f"; kinds of problems raced {len(decisions)}, won {won}"
+        + ("; the first call of each kind races" if os.environ.get(races.ENVIRONMENT_VARIABLE, "on") == "on" else "")
+    )
 
 
 def _installed(package: str) -> str | None:
@@ -206,6 +243,73 @@ def _plan(options: argparse.Namespace) -> int:
             tiles = f"{plan.rows}x{plan.columns}, {plan.programs} programs x {plan.groups}"
             print(f"  else     {expected.seconds * 1e6:6.2f} us  {plan.family.value} {tiles}")
     return 0
+
+
+def _races(options: argparse.Namespace) -> int:
+    """List, export, merge or clear what is remembered. Exit status 2 if a file cannot be read or written."""
+    try:
+        if options.export is not None:
+            done = {"exported": remembered.export(options.export)}
+        elif options.merge is not None:
+            done = {"merged": remembered.merge(options.merge)}
+        elif options.clear:
+            done = {"cleared": sum(map(remembered.forget, remembered.KINDS))}
+        else:
+            return _list_findings(options.json)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps(done) if options.json else "".join(f"{count} finding(s) {what}" for what, count in done.items()))
+    return 0
+
+
+def _list_findings(as_json: bool) -> int:
+    found = [
+        {"kind": kind, "file": str(file), "key": key, "value": value}
+        for kind in remembered.KINDS
+        for file, key, value in remembered.entries(kind)
+    ]
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for kind in remembered.KINDS:
+        entries = [entry for entry in found if entry["kind"] == kind]
+        print(f"{kind}: {len(entries)}")
+        for entry in entries:
+            key, value = entry["key"], entry["value"]
+            try:
+                text = _DESCRIBE[kind](key, value)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # of another version, or not ours
+                text = f"{key}: {value}"
+            print(f"  {key.get('card')}, triton {key.get('triton')}: {text}")
+    return 0
+
+
+def _describe_race(key: dict[str, Any], value: dict[str, Any]) -> str:
+    kind = races.Kind(**{name: key[name] for name in races.Kind._fields})
+    return f"{races.describe(kind)}: {races.Decision(**value)}"
+
+
+def _describe_check(key: dict[str, Any], value: str) -> str:
+    direction = "forward" if key["given"] is None else "backward"
+    options = "".join(f", {name}" for name in ("projected", "reverse") if key[name])
+    there = "".join(f", {name}" for name in key["there"])
+    return f"{_tiles(key, direction)}, {key['precision']}{options}{there}: {value}"
+
+
+def _describe_plan(key: dict[str, Any], value: dict[str, Any]) -> str:
+    direction = "backward" if key["backward"] else "forward"
+    return f"B = {key['batch']}: {_tiles(key | value, direction)}"
+
+
+def _tiles(fields: dict[str, Any], direction: str) -> str:
+    dtype = fields["dtype"].removeprefix("torch.")
+    return f"{fields['family']} {fields['rows']}x{fields['columns']} {direction}, H = {fields['hidden']}, {dtype}"
+
+
+_DESCRIBE: dict[str, Callable[[dict[str, Any], Any], str]] = {
+    "races": _describe_race, "checks": _describe_check, "plans": _describe_plan,
+}  # fmt: skip
 
 
 def _as_json(row: Any) -> dict[str, Any]:

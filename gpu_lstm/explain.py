@@ -14,7 +14,7 @@ from . import backends, chunks, races, trust
 from .backends import KERNEL_BACKENDS, TAKE_NOISE, Backend, obstacle, requested, select
 from .kernels import remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .layers import compute_dtype
-from .modules import LSTM, StackedLSTM
+from .modules import LSTM, StackedLSTM, _check_rank
 from .precision import recurrent_precision
 from .races import Decision, Kind, Mode
 from .sequences import Batch, Traversal
@@ -122,7 +122,10 @@ def explain(
         print(gpu_lstm.explain(lstm, x))
     """
     if not isinstance(lstm, LSTM | StackedLSTM):
-        raise TypeError(f"explain takes an LSTM or a StackedLSTM, got {type(lstm).__name__}")
+        cls = type(lstm)
+        raise TypeError(f"explain takes a gpu_lstm.LSTM or StackedLSTM, got {cls.__module__}.{cls.__name__}")
+    if not isinstance(x, PackedSequence):
+        _check_rank(x, type(lstm).__name__)
     data = x.data if isinstance(x, PackedSequence) else x
     dtype, noise = compute_dtype(data), regulariser_of(lstm)
     able = select(lstm.backend, data.device, dtype, noise)

@@ -8,13 +8,43 @@ import sys
 import pytest
 import torch
 
+import gpu_lstm
+from gpu_lstm import backends, races
 from gpu_lstm.__main__ import main
 from gpu_lstm.backends import Backend
+from gpu_lstm.kernels import remembered
+from gpu_lstm.kernels.triton_lstm import plan_cache
+from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
+
+CPU = torch.device("cpu")
+KIND = races.Kind(((6, 32, 0),), 1, "torch.float32", "tf32", True, False, 64, 8, True, False, False, "triton")
+CHECK = dict(
+    family="step", rows=16, columns=64, hidden=32, dtype="torch.float32", precision="tf32", reverse=True,
+    projected=False, there=["lengths"], given=[True, False],
+)  # fmt: skip
+
+
+@pytest.fixture
+def findings(monkeypatch, tmp_path):
+    """A race, two checks and a plan, remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(remembered.SHARED, raising=False)
+    remembered._read.cache_clear()
+    machine = remembered.machine(CPU)
+    won = dict(backend="triton", why="won a race, 2.00 times as fast", seconds={"triton": 1e-3, "torch": 2e-3})
+    remembered.write("races", races._key(KIND, CPU), won)
+    remembered.write("checks", machine | CHECK, "right")
+    remembered.write("checks", machine | CHECK | {"reverse": False}, "the RMS error of h is 1")
+    problem = Problem(2, 16, 768, torch.bfloat16)
+    plan_cache.remember(problem, DEVICES["h100"], True, plans(problem, DEVICES["h100"], True)[0])
+    return tmp_path
 
 
 def test_the_doctor_names_versions_devices_and_backends(capsys):
     assert main(["--json"]) == 0
     findings = json.loads(capsys.readouterr().out)
+    assert next(iter(findings)) == "summary"
     assert findings["versions"]["torch"] == torch.__version__
     devices = {device["device"]: device for device in findings["devices"]}
     assert set(devices) == {"cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
@@ -27,9 +57,92 @@ def test_the_doctor_names_versions_devices_and_backends(capsys):
 def test_the_doctor_says_why_a_backend_is_not_available():
     command = [sys.executable, "-m", "gpu_lstm"]
     printed = subprocess.run(command, env={"TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith(
+        "On this machine gpu_lstm.LSTM runs torch's own LSTM on the CPU: there is no CUDA device\n"
+    )
     assert re.search(
         r"triton +not available: backend 'triton' takes CUDA tensors, got cpu; with TRITON_INTERPRET=1 in the "
         r"environment it runs CPU tensors in Triton's interpreter\n", printed,
     )  # fmt: skip
     assert re.search(r"cupy +not available: ", printed)
     assert re.search(r"reference +available", printed)
+
+
+@pytest.mark.parametrize("race", ["on", "read"])
+def test_the_doctor_begins_with_what_was_checked_and_raced_on_a_card(findings, monkeypatch, capsys, race):
+    monkeypatch.setattr(backends, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(backends, "obstacle", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv(races.ENVIRONMENT_VARIABLE, race)
+    remembered.write(
+        "races", races._key(KIND, CPU) | {"card": "another"}, {"backend": "torch", "why": "", "seconds": {}}
+    )
+    main([])
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == (
+        "On this machine gpu_lstm.LSTM runs fused Triton kernels on the CPU where they are faster: kernels checked 2, "
+        "of which 1 are not trusted; kinds of problems raced 1, won 1"
+        + "; the first call of each kind races"
+        * (race == "on")
+    )
+
+
+def test_what_is_remembered_is_listed(findings, capsys):
+    assert main(["races"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"races: 1\n  cpu, triton .*: LSTM 6 -> 32, T <= 64, B <= 8, float32 \(tf32\), lengths, training: triton: won "
+        r"a race, 2.00 times as fast \(triton 1 ms, torch 2 ms\)\nchecks: 2\n", printed,
+    )  # fmt: skip
+    assert re.search(r": step 16x64 backward, H = 32, float32, tf32, reverse, lengths: right\n", printed)
+    assert re.search(r": step 16x64 backward, H = 32, float32, tf32, lengths: the RMS error of h is 1\n", printed)
+    assert re.search(
+        r"plans: 1\n  NVIDIA H100 SXM, triton .*: B = 16: \w+ \d+x\d+ backward, H = 768, bfloat16", printed
+    )
+    assert main(["races", "--json"]) == 0
+    assert [entry["kind"] for entry in json.loads(capsys.readouterr().out)] == ["races", "checks", "checks", "plans"]
+
+
+def test_an_entry_of_another_version_is_listed_as_it_is(findings, capsys):
+    remembered.write("races", {"card": "cpu", "triton": "1"}, {"surprise": 1})
+    assert main(["races"]) == 0
+    assert "cpu, triton 1: {'card': 'cpu', 'triton': '1'}: {'surprise': 1}" in capsys.readouterr().out
+
+
+def test_what_is_remembered_goes_to_another_machine_in_a_file(findings, monkeypatch, capsys):
+    file = str(findings / "findings.json")
+    assert main(["races", "--export", file]) == 0
+    assert capsys.readouterr().out == "4 finding(s) exported\n"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(findings / "other"))
+    remembered._read.cache_clear()
+    assert races.found(KIND, CPU) is None
+    remembered.write("checks", remembered.machine(CPU) | CHECK, "ours")
+    assert main(["races", "--json", "--merge", file, file]) == 0
+    assert json.loads(capsys.readouterr().out) == {"merged": 3}
+    assert races.found(KIND, CPU).backend == "triton"
+    assert remembered.read("checks", remembered.machine(CPU) | CHECK) == "ours", "what is known here stays"
+    assert gpu_lstm.races.merge(file) == 0
+    assert main(["races", "--clear"]) == 0
+    assert capsys.readouterr().out == "4 finding(s) cleared\n"
+    assert races.found(KIND, CPU) is None
+    assert gpu_lstm.races.merge(file) == 4
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[1]", '[{"kind": "../races", "key": {}, "value": 1}]'])
+def test_a_file_that_is_none_of_ours_is_refused(findings, capsys, content):
+    file = findings / "findings.json"
+    if content is not None:
+        file.write_text(content)
+    assert main(["races", "--merge", str(file)]) == 2
+    assert capsys.readouterr().err
+    with pytest.raises((OSError, ValueError)):
+        races.merge(file)
+
+
+def test_what_cannot_be_remembered_is_not_counted(findings, monkeypatch):
+    file = str(findings / "findings.json")
+    main(["races", "--export", file])
+    monkeypatch.setattr(remembered, "folder", lambda: None)
+    remembered.warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="is not remembered: there is no home directory"):
+        assert races.merge(file) == 0

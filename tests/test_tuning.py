@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_the_fastest_plan_is_found_and_used_from_then_on(an_h100, monkeypatch):
     )
     assert _chosen(dataclasses.replace(PROBLEM, steps=77), False) == fastest["forward"]
     assert _chosen(PROBLEM, True) == fastest["backward"]
+
+
+def test_a_log_line_for_each_plan_says_how_far_it_is(an_h100, monkeypatch, caplog):
+    proposed = plans(PROBLEM, H100, False)
+    monkeypatch.setattr(autotune, "time_plan", lambda plan, attempt: 1.2345)
+    monkeypatch.setattr(autotune, "obstacle", lambda plan, attempt: "it spills" if plan == proposed[0] else None)
+    with caplog.at_level(logging.INFO, "gpu_lstm"):
+        autotune.autotune(PROBLEM, CUDA)
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("forward")]
+    assert lines == [
+        f"forward, plan {number} of {len(proposed)}: {plan.family.value} {plan.rows}x{plan.columns}: "
+        + ("it spills" if number == 1 else "1.23 ms")
+        for number, plan in enumerate(proposed, start=1)
+    ]
 
 
 @pytest.mark.parametrize("change", ["card", "triton", "problem"])
