@@ -251,7 +251,7 @@ def test_what_people_write_instead_stands_beside_ours_and_is_drawn(updated, tmp_
     rows += [row(case, "cleanrl-loop", 25.0, **CPU), row(case, "torch-packed", "unable", **CPU)]
     text = updated(cpu=rows)
     assert (
-        "| training bf16 T1024 B16 H768 resets 2% | nn.LSTM called at every step, its state masked | 25.0 | 10.0 | 2.50 |"
+        "B16 H768 resets 2% | nn.LSTM called at every step, its state masked | 25.0 | 10.0 | 2.50 |"
         in text
     )
     assert "packed" not in text
