@@ -250,10 +250,7 @@ def test_what_people_write_instead_stands_beside_ours_and_is_drawn(updated, tmp_
     rows = [*pair(**CPU), row(case, "torch", 5.0, status="yardstick", **CPU), row(case, **CPU)]
     rows += [row(case, "cleanrl-loop", 25.0, **CPU), row(case, "torch-packed", "unable", **CPU)]
     text = updated(cpu=rows)
-    assert (
-        "B16 H768 resets 2% | nn.LSTM called at every step, its state masked | 25.0 | 10.0 | 2.50 |"
-        in text
-    )
+    assert "B16 H768 resets 2% | nn.LSTM called at every step, its state masked | 25.0 | 10.0 | 2.50 |" in text
     assert "packed" not in text
     (tmp_path / "docs" / "pictures").mkdir(parents=True)
     drawn = plots.pictures([tmp_path / "cpu.csv"], tmp_path)
