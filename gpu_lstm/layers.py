@@ -114,7 +114,7 @@ def _in_one_call(
 
 
 def _by_torch(x: Tensor, state: State, layer: Layer, traversal: Traversal, *, training: bool) -> tuple[Tensor, State]:
-    with named(layer.number, None, Backend.TORCH):
+    with named(layer.number, None, None):
         return native.stack(x, state, [layer.weights], training=training)
 
 
@@ -181,7 +181,7 @@ def _wavefront(
             kept = [] if layer.kept is None else [cut(layer.kept, span)]
             below = schedule.streams[k - 1] if k else None
             with streams.on(schedule.streams[k], below, (y, *states[k], *noise.present(), *kept)):
-                with named(k, 0, run_direction.keywords["backend"]):
+                with named(k, 0, run_direction):
                     h, states[k] = run_direction(y, states[k], layer.weights[0], part, noise=noise)
                 y = connect(y, h, part.lengths, *kept)
                 if k == top:
@@ -210,7 +210,7 @@ def _directions(
                 if d:
                     part = part.backwards()
                     h, c = traversal.reset_at_end_of(span, h, c)
-                with named(layer.number, d, run_direction.keywords["backend"]):
+                with named(layer.number, d, run_direction):
                     y, (h, c) = run_direction(cut(x, span), (h, c), weights, part, noise=noise.within(span))
                 outputs.add(y, span, d)
         finals.append((h, c))

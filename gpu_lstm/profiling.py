@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+from functools import partial
 from math import prod
 
 import torch
@@ -10,11 +11,18 @@ import torch.autograd.profiler as profiler
 from .backends import Backend
 
 
-def named(layer: int, direction: int | None, backend: Backend) -> contextlib.AbstractContextManager:
-    """A block that torch.profiler shows as, say, "gpu_lstm layer 0 forward, triton"; without a profiler, nothing."""
+def named(layer: int, direction: int | None, run: partial | None) -> contextlib.AbstractContextManager:
+    """A block that torch.profiler shows as, say, "gpu_lstm layer 0 forward, triton"; without a profiler, nothing.
+
+    Args:
+        layer: counted from the bottom.
+        direction: 0 or 1, the reverse one; None: all.
+        run: with the keyword `backend`; None: torch. It is not looked at before it matters: torch.compile cannot.
+    """
     if torch.compiler.is_compiling() or not profiler._is_profiler_enabled:
         return contextlib.nullcontext()
     way = {None: "", 0: " forward", 1: " reverse"}[direction]
+    backend = Backend.TORCH if run is None else run.keywords["backend"]
     return profiler.record_function(f"gpu_lstm layer {layer}{way}, {backend.value}")
 
 
