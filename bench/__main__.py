@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     return compare.show(results.read(options.old), results.read(options.new), options.fail_under)
                 case "readme":
                     files = list((ROOT / "bench" / "results").glob("*.csv"))
-                    report.update_readme(ROOT / "README.md", files, plots.pictures(files, ROOT))
+                    report.update_readme(ROOT / "README.md", files)
+                    plots.pictures(files, ROOT / "docs" / "pictures")
                     return 0
                 case "ppo":
                     return ppo.run(options)

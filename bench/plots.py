@@ -48,17 +48,17 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
     return paths
 
 
-def pictures(files: list[Path], root: Path) -> dict[str, str]:
-    """The bars of `instead_figure` for the README, drawn into docs/pictures: a path from `root` for each device."""
-    paths: dict[str, str] = {}
+def pictures(files: list[Path], folder: Path) -> list[Path]:
+    """The bars of `instead_figure` for the README, a PNG file in `folder` for each device that has some."""
+    paths = []
     for file in sorted(files):
         rows = results.read(file)
         for device, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
             with style.context(LOOK):
                 figure = instead_figure(its)
             if figure is not None:
-                paths[device] = f"docs/pictures/instead-{_slug(device)}.png"
-                figure.savefig(root / paths[device], dpi=150)
+                paths.append(folder / f"instead-{_slug(device)}.png")
+                figure.savefig(paths[-1], dpi=150)
     return paths
 
 

@@ -157,10 +157,8 @@ def expected(rows: pd.DataFrame) -> list[Table]:
     return [table(cells.loc[its.index], title.format(device), origin(its)) for device, its in devices]
 
 
-def update_readme(readme: Path, files: list[Path], pictures: dict[str, str] | None = None) -> None:
+def update_readme(readme: Path, files: list[Path]) -> None:
     """Write what the files of results say between the two markers of `readme`, GPUs first; the rest stays as it is.
-
-    `pictures` has, for a device, the path of one of `instead`.
 
     Raises ValueError where a marker is missing, or a file of results is broken.
     """
@@ -175,12 +173,12 @@ def update_readme(readme: Path, files: list[Path], pictures: dict[str, str] | No
         rows, name = results.read(path), Path(os.path.relpath(path, readme.parent)).as_posix()
         for _, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
             on_gpu = its["cuda"].notna().any()
-            (on_gpus if on_gpu else on_cpus).append(_section(name, measured(its), on_gpu, pictures))
+            (on_gpus if on_gpu else on_cpus).append(_section(name, measured(its), on_gpu))
             no_gpu = [] if on_gpu and (its["status"] == "measured").any() else no_gpu
     readme.write_text(f"{before}{BEGIN}\n" + "\n\n".join([*no_gpu, *on_gpus, *on_cpus]) + f"\n{END}{after}")
 
 
-def _section(name: str, rows: pd.DataFrame, on_gpu: bool, pictures: dict[str, str] | None) -> str:
+def _section(name: str, rows: pd.DataFrame, on_gpu: bool) -> str:
     """Where the figures come from, and tables of them: what people write around torch.nn.LSTM, and that itself."""
     lines = by_case(rows)
     shown = lines if on_gpu else telling(lines, CPU_LINES)
@@ -197,8 +195,6 @@ def _section(name: str, rows: pd.DataFrame, on_gpu: bool, pictures: dict[str, st
         for row in around.itertuples():
             ms = f"{digits(1e3 * row.seconds)} | {digits(1e3 * row.ours_s)} | {digits(row.times)}"
             written.append(f"| {row.mode} {sizes(row.object)} | {WRITTEN[row.provider]} | {ms} |")
-        picture = (pictures or {}).get(rows["device"].iloc[0])
-        written += [f"\n![The same as bars]({picture})"] if picture else []
     written += ["""
 | case | torch.nn.LSTM, ms | gpu_lstm, ms | times as fast | of the bound |
 |------|------------------:|-------------:|--------------:|-------------:|"""]  # fmt: skip

@@ -252,12 +252,9 @@ def test_what_people_write_instead_stands_beside_ours_and_is_drawn(updated, tmp_
     text = updated(cpu=rows)
     assert "B16 H768 resets 2% | nn.LSTM called at every step, its state masked | 25.0 | 10.0 | 2.50 |" in text
     assert "packed" not in text
-    (tmp_path / "docs" / "pictures").mkdir(parents=True)
-    drawn = plots.pictures([tmp_path / "cpu.csv"], tmp_path)
-    assert drawn == {CPU["device"]: "docs/pictures/instead-imaginary-cpu-2-threads.png"}
-    assert (tmp_path / drawn[CPU["device"]]).stat().st_size > 5_000
-    report.update_readme(tmp_path / "README.md", [tmp_path / "cpu.csv"], drawn)
-    assert f"![The same as bars]({drawn[CPU['device']]})" in (tmp_path / "README.md").read_text()
+    (drawn,) = plots.pictures([tmp_path / "cpu.csv"], tmp_path)
+    assert drawn == tmp_path / "instead-imaginary-cpu-2-threads.png"
+    assert drawn.stat().st_size > 5_000
     assert plots.instead_figure(frame(pair(**CPU))) is None
 
 
