@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+FOR_DEMO := .venv/.for-demo
 
 .PHONY: demo test test-quick test-versions bench lint clean
 
-demo: $(INSTALLED)
+demo: $(or $(wildcard $(INSTALLED)),$(FOR_DEMO))
 	$(BIN)/python examples/weather.py
 
 test: $(INSTALLED)
@@ -29,13 +30,16 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(INSTALLED): pyproject.toml
+# The demo needs less than the tests.
+$(FOR_DEMO): EXTRA := demo
+$(INSTALLED): EXTRA := dev
+$(FOR_DEMO) $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "gpu_lstm needs Python 3.10 to 3.13; name one by make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' || { echo "Python's venv is missing: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --editable '.[$(EXTRA)]'
 	touch $@
 
 clean:

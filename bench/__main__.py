@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 case "compare":
                     return compare.show(results.read(options.old), results.read(options.new), options.fail_under)
                 case "readme":
-                    report.update_readme(ROOT / "README.md", list((ROOT / "bench" / "results").glob("*.csv")))
+                    files = list((ROOT / "bench" / "results").glob("*.csv"))
+                    report.update_readme(ROOT / "README.md", files)
+                    plots.pictures(files, ROOT / "docs" / "pictures")
                     return 0
                 case "ppo":
                     return ppo.run(options)

@@ -51,7 +51,7 @@ def of_family(family: str) -> Callable[..., Any]:
     """In the place of launch.choose_plan: the first plan of a family whose kernels fit the card; None if none does."""
     found: dict[tuple, Any] = {}
 
-    def choose(layer: Any, device: torch.device, backward: bool, variant: tuple, attempt: Any) -> Any:
+    def choose(layer: Any, device: torch.device, backward: bool, variant: tuple, attempt: Any, *_: Any) -> Any:
         key = layer, backward, variant
         if key not in found:
             card = inside(PLANNING).device_of(torch.cuda.get_device_properties(device))

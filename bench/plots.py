@@ -14,7 +14,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from . import report
+from . import report, results
 from .cases import Case
 from .providers import OURS, YARDSTICK
 from .report import MIB, digits
@@ -41,11 +41,29 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for device, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
-        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        slug = _slug(device)
         for name, figure in figures(its).items():
             paths.append(folder / f"{slug}-{name}.png")
             figure.savefig(paths[-1], dpi=200)
     return paths
+
+
+def pictures(files: list[Path], folder: Path) -> list[Path]:
+    """The bars of `instead_figure` for the README, a PNG file in `folder` for each device that has some."""
+    paths = []
+    for file in sorted(files):
+        rows = results.read(file)
+        for device, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
+            with style.context(LOOK):
+                figure = instead_figure(its)
+            if figure is not None:
+                paths.append(folder / f"instead-{_slug(device)}.png")
+                figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
+def _slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def figures(rows: pd.DataFrame) -> dict[str, Figure]:
@@ -148,6 +166,32 @@ def speed_figure(rows: pd.DataFrame) -> Figure | None:
     bar.set_ticks([1 / 4, 1 / 2, 1, 2, 4], labels=["1/4", "1/2", "1", "2", "4"])
     words = f"{NAMES} A dash: the provider does not do this case."
     return _described(figure, "Times as fast as torch.nn.LSTM", rows[rows["median_s"].notna()], words)
+
+
+def instead_figure(rows: pd.DataFrame) -> Figure | None:
+    """What people write around torch.nn.LSTM, and ours, as bars."""
+    rows = report.measured(rows)
+    lines = report.instead(rows)
+    if not len(lines):
+        return None
+    figure = Figure(figsize=(7.2, 1.1 + 0.62 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    for place, line in enumerate(lines.itertuples()):
+        for offset, seconds, colour, name in (
+            (-0.19, line.seconds, "0.7", report.WRITTEN[line.provider]), (0.19, line.ours_s, "black", "gpu_lstm")
+        ):  # fmt: skip
+            axes.barh(place + offset, 1e3 * seconds, 0.34, color=colour)
+            axes.text(1e3 * seconds, place + offset, f"  {digits(1e3 * seconds)} ms, {name}", va="center", fontsize=8)
+    base = report.headline_of(rows)
+    axes.set_yticks(range(len(lines)), [report.sizes(case, base) for case in lines["object"]])
+    axes.set(
+        xlabel="time a call, forward and backward (ms)",
+        xlim=(0, 2.0e3 * lines["seconds"].max()),
+        ylim=(len(lines) - 0.5, -0.5),
+    )
+    return _described(
+        figure, "Where torch.nn.LSTM needs help", lines, f"All: {report.sizes(base)}. {BARS.split(';')[0]}."
+    )
 
 
 def _along(rows: pd.DataFrame, base: Case, size: str) -> pd.DataFrame:

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ def measure(device: str, sizes: Sequence[tuple[int, int, int]] = SIZES, seconds:
     example, rows = load_example(), []
     torch.set_num_threads(1)  # as in `measure`
     with timing.float32_products("fp32"):
-        for T, N, H in sizes:
+        for T, N, H in track(sizes, "recurrent PPO", console=Console(stderr=True), transient=True):
             one_call, loop = (example.Agent(H).to(device) for _ in range(2))
             loop.lstm = StepLoop(H, H, device=device)
             loop.load_state_dict(one_call.state_dict())

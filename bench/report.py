@@ -20,6 +20,10 @@ from .providers import OURS, YARDSTICK
 LINES = 32  # that the summary has for cases and for the rules between their groups
 EVEN = 0.02  # a time that differs by less is called even
 MIB = 2**20
+WRITTEN = {  # what people write where torch.nn.LSTM does not do what they need, by its provider
+    "cleanrl-loop": "nn.LSTM called at every step, its state masked",
+    "torch-packed": "sequences sorted, packed and unpacked",
+}
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NO_GPU = "No figure has been taken on a GPU yet."
 CPU_LINES = 8  # in the README: a CPU is not what this is for
@@ -82,6 +86,14 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
     best = others.sort_values("speed", ascending=False, kind="stable").drop_duplicates("case").set_index("case")
     lines["best other"] = texts(best["speed"]) + " " + best["contender"]
     return lines.sort_values(["group", *(n for n in results.CASE if lines[n].dtype.kind in "if")], kind="stable")
+
+
+def instead(rows: pd.DataFrame) -> pd.DataFrame:
+    """What people write around torch.nn.LSTM where it does not take a case, and ours: `seconds` and `ours_s` a call."""
+    around = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured")]
+    ours = rows[rows["contender"] == OURS].set_index("case")["median_s"]
+    lines = around.assign(ours_s=ours.reindex(around["case"]).to_numpy(), seconds=around["median_s"])
+    return lines[lines["ours_s"].notna()].assign(times=lines["seconds"] / lines["ours_s"])
 
 
 def telling(lines: pd.DataFrame, room: int) -> pd.DataFrame:
@@ -167,7 +179,7 @@ def update_readme(readme: Path, files: list[Path]) -> None:
 
 
 def _section(name: str, rows: pd.DataFrame, on_gpu: bool) -> str:
-    """Where the figures come from, and a table of them."""
+    """Where the figures come from, and tables of them: what people write around torch.nn.LSTM, and that itself."""
     lines = by_case(rows)
     shown = lines if on_gpu else telling(lines, CPU_LINES)
     text = f"{'GPU' if on_gpu else 'CPU, not a GPU'}: {origin(rows)}; from [{name}]({name})."
@@ -176,8 +188,14 @@ def _section(name: str, rows: pd.DataFrame, on_gpu: bool) -> str:
         text += f" Over all that were timed, gpu_lstm is {spread(lines)} times as fast."
     if shown["torch ms"].str.endswith("*").any():
         text += " Where torch.nn.LSTM's time has a star, it ran without the lengths or resets, which it does not take."
-    written = [textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + """
-
+    around = instead(rows)
+    written = [textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)]
+    if len(around):
+        written.append("\n| case | what people write | ms | gpu_lstm, ms | times as fast |\n|---|---|--:|--:|--:|")
+        for row in around.itertuples():
+            ms = f"{digits(1e3 * row.seconds)} | {digits(1e3 * row.ours_s)} | {digits(row.times)}"
+            written.append(f"| {row.mode} {sizes(row.object)} | {WRITTEN[row.provider]} | {ms} |")
+    written += ["""
 | case | torch.nn.LSTM, ms | gpu_lstm, ms | times as fast | of the bound |
 |------|------------------:|-------------:|--------------:|-------------:|"""]  # fmt: skip
     for _, line in shown.replace("-", "not run").iterrows():

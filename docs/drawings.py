@@ -45,9 +45,9 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], text
 def data_flow() -> Figure:
     """One call, from the module to the kernels."""
     figure, axes = canvas(92, 67)
-    box(axes, 20, 1, (52, 7), "modules.py, functional.py",
+    box(axes, 20, 1, (52, 7), "modules.py, functional.py, races.py",
         "LSTM, StackedLSTM, LSTMCell; lstm_layer\n"
-        "check the input, read weights and arguments, ask backends.select", PYTHON)  # fmt: skip
+        "check the input, read weights and arguments; who runs it, the fastest by a race", PYTHON)  # fmt: skip
     arrow(axes, (46, 8), (46, 12), "x [T, B, I], states, weights, Traversal (lengths, resets, direction), Settings")
     box(axes, 20, 12, (52, 8.5), "layers.stack",
         "draws the noise of the call; layer on layer, dropout, residual\n"
@@ -68,8 +68,8 @@ def data_flow() -> Figure:
     arrow(axes, (38, 43), (25, 48), "Recurrence ", side=-1)
     arrow(axes, (54, 43), (67, 48))
     box(axes, 1, 48, (46, 8), "kernels/triton_lstm/launch.py",
-        "the first plan that fits the card\nstep.py    resident.py    cooperative.py\n"
-        "one launch a step | one program, all steps | many programs", KERNEL)  # fmt: skip
+        "the first plan that fits the card and is right there\nresident.py    cooperative.py    step.py\n"
+        "one launch: one program | many exchange h | all meet", KERNEL)  # fmt: skip
     box(axes, 51, 48, (40, 8), "kernels/cupy_lstm/launch.py",
         "lstm.cu, where Triton cannot run\nstep    sequence    cluster", KERNEL)  # fmt: skip
     arrow(axes, (24, 56), (24, 60))

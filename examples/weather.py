@@ -91,7 +91,7 @@ def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, 
         table.add_row(name, f"{errors[name].mae:.2f}", f"{errors[name].rmse:.2f}")
     Console().print(table)
 
-    plot(weather["date"].to_numpy()[split:], forecasts["StackedLSTM"], truth, out / "weather.png")
+    plot(weather["date"].to_numpy()[split:], forecasts, truth, errors, out / "weather.png")
 
     # Time: StackedLSTM, and the same layers made of torch.nn.LSTM.
     torch_stack = TorchStack(nn.LSTM(i, h, batch_first=True) for i, h in pairwise([6, *HIDDEN_SIZES]))
@@ -99,6 +99,10 @@ def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, 
     backend = gpu_lstm.backends.select(None, device, x.dtype).value
     times = f"StackedLSTM {ours:.2f} ms, torch.nn.LSTM {theirs:.2f} ms"
     print(f"Backend {backend} on {device}; median training step: {times}")
+    if backend == "torch":
+        print(
+            "That is torch's own LSTM twice, since fused kernels need a GPU: the times differ by the host's work only."
+        )
     return errors
 
 
@@ -132,18 +136,30 @@ def training_step(model: nn.Module, optimiser: torch.optim.Optimizer, windows: T
     optimiser.step()
 
 
-def plot(dates: np.ndarray, forecast: np.ndarray, truth: np.ndarray, path: Path) -> None:
-    """Draw the test year and, enlarged, its June and July; all [test days]."""
+def plot(
+    dates: np.ndarray, forecasts: dict[str, np.ndarray], truth: np.ndarray, errors: dict[str, Errors], path: Path
+) -> None:
+    """Draw the test year; below, its June and July with all forecasts, and their errors. All series [test days]."""
+    colours = dict(zip(forecasts, ("black", "tab:orange", "tab:blue")))
     figure = Figure(figsize=(10, 7), layout="constrained")
-    for axes, days in zip(figure.subplots(2), (slice(None), slice(151, 212)), strict=True):
-        axes.plot(dates[days], truth[days], "o-", color="0.6", markersize=3.5, linewidth=0.8, label="measured")
-        axes.plot(dates[days], forecast[days], color="black", linewidth=1.4, label="forecast the day before")
+    grid = figure.add_gridspec(2, 2, width_ratios=[2, 1])
+    year, summer, bars = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
+    for axes, days, names in ((year, slice(None), ["StackedLSTM"]), (summer, slice(151, 212), list(forecasts))):
+        axes.plot(dates[days], truth[days], "o", color="0.6", markersize=3.5, label="measured")
+        for name in reversed(names):
+            axes.plot(dates[days], forecasts[name][days], color=colours[name], linewidth=1.2, label=name)
         axes.set_ylabel("maximum temperature (°C)")
         axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator(), show_offset=False))
         axes.grid(color="0.9")
         axes.margins(x=0.01)
-    figure.suptitle(f"Daily maximum temperature in Seattle, {TEST_YEAR}; below, its June and July")
-    figure.axes[0].legend(loc="upper left")
+        axes.legend(loc="upper left", fontsize=8)
+    for place, (name, error) in enumerate(errors.items()):
+        bars.barh(place, error.mae, 0.6, color=colours[name])
+        bars.text(error.mae, place, f" {error.mae:.2f}", va="center")
+    bars.set(title="mean absolute error (°C)", xlim=(0, 1.2 * max(error.mae for error in errors.values())))
+    bars.set_yticks(range(len(errors)), errors)
+    bars.invert_yaxis()
+    figure.suptitle(f"Tomorrow's maximum temperature in Seattle, {TEST_YEAR}: each forecast is made the day before")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(f"Plot: {path}")

@@ -13,6 +13,7 @@ from .explain import explain
 from .health import check
 from .modules import LSTM, LSTMCell, StackedLSTM
 from .races import racing
+from .sequences import resets_from_dones
 from .stream import Stream
 from .trace import trace
 from .tuning import autotune
@@ -35,6 +36,7 @@ __all__ = [
     "functional",
     "keras",
     "racing",
+    "resets_from_dones",
     "to_torch",
     "trace",
 ]

@@ -7,6 +7,7 @@ fakes, and never the launchers. Schemas are flat, so only here does a recurrence
 """
 
 import contextlib
+import functools
 import importlib
 from types import ModuleType
 from typing import Any
@@ -39,6 +40,7 @@ layer_forward = torch.ops.gpu_lstm.layer_forward.default
 layer_backward = torch.ops.gpu_lstm.layer_backward.default
 
 
+@functools.cache
 def _launcher(backend: str) -> ModuleType:
     match Backend(backend):
         case Backend.TRITON:

@@ -28,6 +28,7 @@ from .layers import compute_dtype, stack
 from .precision import recurrent_precision
 from .sequences import Traversal
 from .settings import Settings
+from .transforms import is_watched
 from .weights import State, Weights
 
 ENVIRONMENT_VARIABLE = "GPU_LSTM_RACE"
@@ -157,8 +158,8 @@ def choose(
     kernel: Backend, x: Tensor, weights: list[list[Weights]], traversal: Traversal, settings: Settings
 ) -> Backend:
     """Who runs a call of `auto` that `kernel` can run: that backend, or torch; with noise, or the reference."""
-    if torch.compiler.is_compiling():
-        return kernel  # a graph is for all sizes of T and B
+    if is_watched(x):
+        return kernel  # and a graph of torch.compile is for all sizes of T and B
     kind = kind_of(kernel, x, weights, traversal, settings)
     decision = _decided.get((kind, x.device, mode()))
     if decision is None:

@@ -60,6 +60,37 @@ def check_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -
         raise ValueError(f"Expected resets on {device}, where the input is, got {resets.device}")
 
 
+def resets_from_dones(dones: Tensor, first: Tensor | None = None) -> Tensor:
+    """The `resets` of a rollout: where an episode starts, from where the episodes end.
+
+    An environment says at a step that it was the last of its episode. The state is zeroed before the step that follows,
+    so `resets` are `dones` one step later.
+
+    Args:
+        dones: bool [T, B]; at t whether step t was the last of its episode.
+        first: bool [B], whether step 0 starts an episode: `dones` at the last step of the rollout before. Default:
+            nowhere; the states that are handed over go on.
+
+    Returns:
+        bool [T, B].
+
+    Raises:
+        ValueError: wrong dtype or shape.
+    """
+    first = torch.zeros_like(dones[0]) if first is None else first
+    if (
+        dones.dtype is not torch.bool
+        or first.dtype is not torch.bool
+        or dones.dim() != 2
+        or first.shape != dones[0].shape
+    ):
+        raise ValueError(
+            f"expected bool dones [T, B] and first [B], got {dones.dtype} {list(dones.shape)} and "
+            f"{first.dtype} {list(first.shape)}"
+        )
+    return torch.cat([first[None], dones[:-1]])
+
+
 def valid_steps(steps: int, lengths: Tensor | None) -> Tensor | None:
     """Bool [T, B], True before the end of each sequence: in time and in steps alike. None: everywhere."""
     if lengths is None:

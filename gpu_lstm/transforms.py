@@ -22,6 +22,14 @@ def need_the_reference() -> bool:
     return any(interpreter.key() in _ONLY_BY_REFERENCE for interpreter in _interpreters())
 
 
+def is_watched(x: Tensor) -> bool:
+    """Whether what is computed now is traced, transformed or counted, or x is only a description of a tensor."""
+    return (
+        torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0 or bool(_interpreters())
+    )  # fmt: skip
+
+
 def gradients_are_differentiated(tensors: list[Tensor | None]) -> bool:
     """In backward: whether somebody may differentiate the gradients, which are made from `tensors`.
 

@@ -245,6 +245,19 @@ def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_is_short_and_says_so(up
     assert said in text.replace("\n", " ")
 
 
+def test_what_people_write_instead_stands_beside_ours_and_is_drawn(updated, tmp_path):
+    case = replace(HEADLINE, reset_rate=0.02)
+    rows = [*pair(**CPU), row(case, "torch", 5.0, status="yardstick", **CPU), row(case, **CPU)]
+    rows += [row(case, "cleanrl-loop", 25.0, **CPU), row(case, "torch-packed", "unable", **CPU)]
+    text = updated(cpu=rows)
+    assert "B16 H768 resets 2% | nn.LSTM called at every step, its state masked | 25.0 | 10.0 | 2.50 |" in text
+    assert "packed" not in text
+    (drawn,) = plots.pictures([tmp_path / "cpu.csv"], tmp_path)
+    assert drawn == tmp_path / "instead-imaginary-cpu-2-threads.png"
+    assert drawn.stat().st_size > 5_000
+    assert plots.instead_figure(frame(pair(**CPU))) is None
+
+
 @pytest.mark.parametrize("text", [report.BEGIN, report.END, f"{report.END}\n{report.BEGIN}"])
 def test_a_missing_marker_is_named_and_the_file_left_alone(tmp_path, text):
     (tmp_path / "README.md").write_text(text)

@@ -9,6 +9,8 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
 from gpu_lstm import backends, races
@@ -303,11 +305,18 @@ def test_ranks_that_are_to_agree_take_what_rank_0_decided(stubbed, monkeypatch):
     assert ran == []
 
 
-def test_under_torch_compile_nothing_is_raced(stubbed, monkeypatch):
-    ran = stubbed(triton=1e-3, torch=2e-3)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert races.choose(Backend.TRITON, X, [], TRAVERSAL, SETTINGS) is Backend.TRITON
+def test_nothing_is_raced_where_it_would_be_traced_transformed_or_counted(stubbed):
+    ran = stubbed(triton=2e-3, torch=1e-3)
+    lstm = gpu_lstm.LSTM(4, 5)
+    torch.compile(lstm, backend="eager")(X)
+    torch.func.grad(lambda x: lstm(x)[0].sum())(X)
+    with FlopCounterMode(display=False):
+        lstm(X)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        lstm(mode.from_tensor(X))
     assert ran == []
+    lstm(X)
+    assert ran.count("race") == 1
 
 
 @pytest.mark.parametrize(

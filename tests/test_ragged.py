@@ -186,3 +186,23 @@ def test_gradients_of_gradients_on_triton_are_those_of_the_reference(noise):
         second = torch.autograd.grad(sum(g.square().sum() for g in first), [*inputs, *ours.parameters()])
         found.append(dict(enumerate(second)))
     assert_same(*found)
+
+
+def test_resets_are_dones_a_step_later():
+    """Two rollouts, one after the other, are split where the episodes end."""
+    torch.manual_seed(0)
+    lstm, x = gpu_lstm.LSTM(3, 4), torch.randn(8, 1, 3)
+    dones = torch.zeros(8, 1, dtype=torch.bool)
+    dones[[2, 3, 6]] = True  # episodes: 0 to 2, 3, 4 to 6, 7
+    expected = torch.cat([lstm(episode)[0] for episode in x.split([3, 1, 3, 1])])
+    y, state = lstm(x[:4], resets=gpu_lstm.resets_from_dones(dones[:4]))
+    rest, _ = lstm(x[4:], state, resets=gpu_lstm.resets_from_dones(dones[4:], first=dones[3]))
+    torch.testing.assert_close(torch.cat([y, rest]), expected)
+
+
+@pytest.mark.parametrize(("dones", "first"), [(torch.zeros(3, 2), None), (torch.zeros(3).bool(), None),
+                                              (torch.zeros(3, 2).bool(), torch.zeros(3).bool()),
+                                              (torch.zeros(3, 2).bool(), torch.zeros(2))])  # fmt: skip
+def test_dones_of_the_wrong_kind_are_refused(dones, first):
+    with pytest.raises(ValueError, match=r"expected bool dones \[T, B\] and first \[B\], got"):
+        gpu_lstm.resets_from_dones(dones, first)

@@ -139,7 +139,8 @@ def test_a_verdict_is_remembered_for_one_kernel_only(monkeypatch):
         (plan, r, dict(save=False)), (plan, r, dict(given=BOTH)), (plan, r, dict(given=(True, False))),
         (dataclasses.replace(plan, columns=32), r, {}), (plan, _recurrence(torch.float16), {}),
         (plan, _recurrence(ragged=True), {}), (plan, _recurrence(reverse=True), {}),
-        (plan, _recurrence(projected=5), {}), (plan, _recurrence(noise="masks"), {}), (plan, _recurrence(noise="expected"), {}),
+        (plan, _recurrence(projected=5), {}), (plan, _recurrence(noise="masks"), {}),
+        (plan, _recurrence(noise="expected"), {}),
     ]  # fmt: skip
     for number, (other, like, options) in enumerate(others, start=2):
         trust.distrust(other, like, **options)
@@ -171,6 +172,14 @@ def test_the_user_of_a_card_with_a_wrong_kernel_gets_right_numbers(card, monkeyp
         torch.testing.assert_close(y, lstm(x)[0])
     with pytest.raises(RuntimeError, match=r"no Triton kernel can run this layer on this card.*RMS error"):
         gpu_lstm.LSTM(4, 5, backend="triton")(x)
+
+
+def test_a_check_inside_a_transform(card):
+    """As of a first call there: it neither fails nor changes the numbers."""
+    x, lstm = torch.randn(6, 3, 4), gpu_lstm.LSTM(4, 5, backend="triton")
+    ours = torch.func.grad(lambda x: lstm(x)[0].square().sum())(x)
+    lstm.backend = "reference"
+    torch.testing.assert_close(ours, torch.func.grad(lambda x: lstm(x)[0].square().sum())(x))
 
 
 def test_a_wrong_backward_kernel_alone_sends_training_to_torch(card, monkeypatch):
