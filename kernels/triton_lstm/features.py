@@ -5,9 +5,6 @@ import triton.language as tl
 
 _VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
-SMALLEST_TILE = 8 if _VERSION >= (3, 5) else 16
-"""The least columns of a product: Triton 3.4 refuses fewer than 16."""
-
 MOST_ROWS = 64 if _VERSION >= (3, 9) else 32
 """Sequences of a program of the step family: with 64 Triton 3.4 and 3.6 spill in TF32 with a projection."""
 
