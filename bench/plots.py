@@ -96,7 +96,7 @@ def headline_figure(rows: pd.DataFrame) -> Figure | None:
             low, middle, high = 1e3 * row.p20_s, 1e3 * row.median_s, 1e3 * row.p80_s
             axes.errorbar([middle], [place], xerr=[[middle - low], [high - middle]], capsize=2, **looks[row.contender])
             axes.text(1.1 * high, place, digits(middle), va="center", fontsize=7)
-        axes.set_yticks(range(len(its)), its["contender"])
+        axes.set_yticks(range(len(its)), its["contender"] + _stars(its))
         axes.set(title=mode, xscale="log", xlabel="time a call (ms)", ylim=(longest - 0.3, -0.7))
         axes.margins(x=0.3)  # room for the last number
         _plain_ticks(axes.xaxis)
@@ -110,8 +110,8 @@ def lines_figure(rows: pd.DataFrame, panels: Any, memory: str | None = None) -> 
     for mode, size in panels:
         its = _along(rows, replace(base, mode=mode), size)
         its = its[(its[memory] > 0) & ~its["graph"]] if memory else its  # an axis has no place for 0
-        lines = {contender: line for contender, line in its.groupby("contender", sort=False) if len(line) > 1}
-        drawn |= {(mode, size): lines} if lines else {}
+        lines = dict(list(its.groupby("contender", sort=False)))
+        drawn |= {(mode, size): lines} if its[size].nunique() > 1 else {}
     if not drawn:
         return None
     figure = Figure(figsize=(7.2 if len(drawn) > 1 else 4.4, 3.5))
@@ -119,7 +119,7 @@ def lines_figure(rows: pd.DataFrame, panels: Any, memory: str | None = None) -> 
         for contender, its in lines.items():
             low, time, high = (1e6 * its[column] / its["steps"] for column in ("p20_s", "median_s", "p80_s"))
             values, bars = (its[memory] / MIB, None) if memory else (time, np.array([time - low, high - time]))
-            axes.errorbar(its[size], values, bars, capsize=2, label=contender, **looks[contender])
+            axes.errorbar(its[size], values, bars, capsize=2, label=contender + max(_stars(its)), **looks[contender])
             shown.append(its)
         name, letter, unit = SIZES[size]
         fixed = " ".join(part for part in report.sizes(base).split() if not part.startswith(letter))
@@ -138,12 +138,15 @@ def lines_figure(rows: pd.DataFrame, panels: Any, memory: str | None = None) -> 
 def speed_figure(rows: pd.DataFrame) -> Figure | None:
     """How many times as fast as torch.nn.LSTM each contender is at each case: a number, and a colour."""
     base, lines = report.headline_of(rows), report.by_case(rows)
-    names = {case.name: f"{case.mode} {report.sizes(case, base)}" for case in lines["object"]}
+    starred = rows["case"][_stars(rows) == "*"].tolist()
+    names = {
+        case.name: f"{case.mode} {report.sizes(case, base)}{'*' * (case.name in starred)}" for case in lines["object"]
+    }
     known = rows.assign(speed=rows["speed"].where(rows["status"] == "measured"))
     cells = known.pivot(index="case", columns="contender")
     timed = cells["speed"].count()
-    columns = [name for name in rows["contender"].unique() if timed[name] > 1 and name != YARDSTICK]
-    if not columns:
+    columns = [name for name in rows["contender"].unique() if timed[name] and name != YARDSTICK]
+    if not columns or len(names) < 2:
         return None
     columns.sort(key=lambda name: not name.startswith(OURS))
     speeds, status = (cells[column].loc[list(names), columns] for column in ("speed", "status"))
@@ -217,6 +220,11 @@ def _looks(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return {row.contender: looks[row.provider] | (hollow if row.graph else {}) for row in rows.itertuples()}
 
 
+def _stars(rows: pd.DataFrame) -> pd.Series:
+    """A star for each row of torch.nn.LSTM at a case that it cannot do: see report.STARRED."""
+    return rows["status"].eq("yardstick").map({True: "*", False: ""})
+
+
 def _plain_ticks(axis: Any) -> None:
     """On a logarithmic axis, numbers without exponents."""
     low, high = axis.get_data_interval()
@@ -227,7 +235,8 @@ def _plain_ticks(axis: Any) -> None:
 
 def _described(figure: Figure, title: str, rows: pd.DataFrame, words: str) -> Figure:
     """With a title, and a caption that says where the figures come from."""
-    parts, width = filter(None, (words, report.origin(rows))), int(figure.get_figwidth() * 21)
+    starred = report.STARRED if (rows["status"] == "yardstick").any() else ""
+    parts, width = filter(None, (words, starred, report.origin(rows))), int(figure.get_figwidth() * 21)
     caption = "\n".join(textwrap.fill(part, width) for part in parts)
     figure.suptitle(title, fontsize=10)
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=6.5, color="0.35")

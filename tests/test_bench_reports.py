@@ -144,6 +144,21 @@ def test_all_figures_are_written_for_each_device_and_none_of_fewer_than_two_poin
     assert {name: len(figure.axes) for name, figure in figures.items()} == {"headline": 1, "batch": 1, "speed": 2}
 
 
+def test_whoever_has_one_time_only_is_drawn_and_what_torch_leaves_out_has_a_star():
+    starred = [row(HEADLINE, "torch", 5.0, status="yardstick"), row(HEADLINE), row(HEADLINE, "haste", 7.0)]
+    figures = plots.figures(frame(starred + pair(replace(HEADLINE, batch=1))))
+    labels = [handle.get_label() for handle in figures["batch"].axes[0].containers]
+    assert labels == ["torch*", "ours", "haste"]
+    assert [text.get_text() for text in figures["headline"].axes[0].get_yticklabels()] == ["torch*", "haste", "ours"]
+    cases = [text.get_text() for text in figures["speed"].axes[0].get_yticklabels()]
+    assert cases == ["training bf16 T1024 B16 H768*", "training B1"]
+    for figure in figures.values():
+        assert report.STARRED in figure.get_supxlabel().replace("\n", " ")
+    assert (
+        report.STARRED not in plots.figures(frame(pair() + pair(replace(HEADLINE, batch=1))))["speed"].get_supxlabel()
+    )
+
+
 def test_axes_have_labels_with_units_and_lines_the_plain_rows_that_differ_in_their_size_only():
     figures = plots.figures(frame(whole_grid() + pair(replace(HEADLINE, hidden_size=96))))  # inputs of another size
     hidden, memory = "hidden size H = input size I (units)", "allocated at most during a call (MiB)"
@@ -188,7 +203,7 @@ def test_the_heat_map_has_a_number_for_every_speed_and_a_word_for_what_is_wrong(
     cells = {(int(t.get_position()[0]), int(t.get_position()[1])): t.get_text() for t in axes.texts}
     assert [label.get_text() for label in axes.get_xticklabels()] == ["ours", "haste", "torch (graph)"]
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == ["training bf16 T1024 B16 H768", "training H1024", "training B1", "training B4"]
+    assert names == ["training bf16 T1024 B16 H768", "training H1024", "training B1*", "training B4"]
     assert [cells[0, y] for y in range(4)] == ["2.00"] * 4
     assert [cells[1, y] for y in range(4)] == ["0.500", "0.250", "wrong", "-"]
     assert [cells[2, y] for y in range(4)] == ["2.00", "2.00", "-", ""]
@@ -232,11 +247,13 @@ def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_is_short_and_says_so(up
     rows = whole_grid()
     rows[0] |= {"status": "yardstick"}
     rows[1] |= {"median_s": 0.03, "speed": 0.667, "bound_s": 0.0025}
+    rows[7] |= {"bound_s": 2 * rows[7]["median_s"]}  # ceilings are measured, too
     rows[4] = row(grid("cuda")["headline"][1], ms="wrong")
     text = updated(gpu=rows)
     assert "| training bf16 T1024 B16 H768 | 7.68\\* | 30.0 | 0.667 | 8% |" in text
     assert "| forward bf16 T1024 B16 H768 | 7.68 | wrong |  |  |" in text
     assert text.count("\n| ") == 1 + len(rows) / 3
+    assert text.count(" 100% |") == 1
     assert ORIGIN in text.replace("\n", " ")
     assert "a star, it ran without the lengths or resets" in text.replace("\n", " ")
     text = updated(gpu=[], cpu=whole_grid("cpu", **CPU))

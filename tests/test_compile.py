@@ -48,7 +48,7 @@ def quick_sequence(case):
 if __name__ == "__main__":
     of_step, of_sequence = WANTED
     cases = [*filter(of_step, step_cases()), *filter(of_sequence, sequence_cases())]
-    print(json.dumps([_as_json(row) | {"fits": row.fits} for row in reports(cases)]))
+    print(json.dumps([_as_json(row) | {"fits": row.fits} for rows in reports(cases) for row in rows]))
 """
 
 

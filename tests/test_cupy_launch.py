@@ -315,7 +315,7 @@ def compiling():
 
 @pytest.fixture(scope="module")
 def rows(compiling) -> list:
-    return list(compiling.reports())
+    return [row for rows in compiling.reports(compiling.cases(quick=False)) for row in rows]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The doctor: python -m gpu_lstm."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -13,6 +14,8 @@ from gpu_lstm import backends, races
 from gpu_lstm.__main__ import main
 from gpu_lstm.backends import Backend
 from gpu_lstm.kernels import remembered
+from gpu_lstm.kernels.report import Report
+from gpu_lstm.kernels.sass import Loop
 from gpu_lstm.kernels.triton_lstm import plan_cache
 from gpu_lstm.kernels.triton_lstm.families import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
@@ -146,3 +149,32 @@ def test_what_cannot_be_remembered_is_not_counted(findings, monkeypatch):
     remembered.warn_once.cache_clear()
     with pytest.warns(UserWarning, match="is not remembered: there is no home directory"):
         assert races.merge(file) == 0
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Two kernels of Triton's and one of CuPy's in the place of all that are compiled."""
+    from gpu_lstm.kernels.cupy_lstm import compile as cupy
+    from gpu_lstm.kernels.triton_lstm import compile as triton
+
+    loop = Loop(instructions=300, barriers=1, products=18, shared=32, loads=9, stores=8)
+    row = Report("lstm_step_forward_kernel", "bfloat16", 90, None, 128, "16x16", 100, 0, 1024, loop, "mma.sync", 7)
+    found = {triton: [[row], [row]], cupy: [[dataclasses.replace(row, kernel="lstm_step_forward", loop=None)]]}
+    for module, rows in found.items():
+        monkeypatch.setattr(module, "cases", lambda quick, rows=rows: rows[: 1 if quick else None])
+        monkeypatch.setattr(module, "reports", lambda cases: iter(cases))
+    return found[triton]
+
+
+def test_the_table_of_kernels_counts_and_says_how_long_it_takes(compiled, capsys):
+    assert main(["kernels"]) == 0
+    printed, told = capsys.readouterr()
+    assert printed.splitlines()[1].split()[3:14] == ["90", "100", "0", "1024", "300", "1", "18", "4096", "9", "8", "7"]
+    assert printed.splitlines()[-1] == "3 kernels; 0 do not fit"
+    assert "triton: 1 of 2 compiled, about 0 s left\n" in told
+    assert main(["--json", "kernels", "--quick"]) == 0
+    assert [row["backend"] for row in json.loads(capsys.readouterr().out)] == ["triton", "cupy"]
+    compiled[1][0] = dataclasses.replace(compiled[1][0], spills=8)
+    assert main(["kernels"]) == 1
+    assert "16x16, DOES NOT FIT\n" in (printed := capsys.readouterr().out)
+    assert printed.endswith("3 kernels; 1 do not fit\n")

@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,15 +34,21 @@ class Binary:
     log: str  # the compiler's warnings, other than of old architectures
 
 
-def reports() -> Iterator[Report]:
-    """A row for every kernel, dtype and architecture."""
-    for architecture, dtype in itertools.product(architectures(), ELEMENTS):
+def cases(quick: bool) -> list[tuple[int, torch.dtype]]:
+    """Architectures and dtypes, every one with every other; if `quick`, an H100 and bfloat16."""
+    return [(90, torch.bfloat16)] if quick else list(itertools.product(architectures(), ELEMENTS))
+
+
+def reports(cases: Iterable[tuple[int, torch.dtype]]) -> Iterator[list[Report]]:
+    """Of each architecture and dtype, every kernel."""
+    for architecture, dtype in cases:
         binary = compile_for(architecture, dtype)
         taken, loops = usage(binary.cubin, architecture), time_loops(binary.cubin)
+        rows = []
         for kernel in kernels_of(architecture):
             hidden, plan = _largest(kernel, architecture, dtype)
             registers, spills, declared = taken[binary.symbols[kernel]]
-            yield Report(
+            row = Report(
                 kernel=kernel,
                 # For whole sequences, the most hidden units that a block or cluster holds.
                 case=str(dtype).removeprefix("torch.") + f" H={hidden}" * bool(hidden),
@@ -55,6 +61,8 @@ def reports() -> Iterator[Report]:
                 shared=declared + plan.shared,
                 loop=loops[binary.symbols[kernel]] if hidden else None,  # a kernel of one step loops over other things
             )
+            rows.append(row)
+        yield rows
 
 
 def _largest(kernel: str, architecture: int, dtype: torch.dtype) -> tuple[int, Plan]:

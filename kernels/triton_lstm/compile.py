@@ -51,6 +51,12 @@ class Case:
         return name + (" masks" if self.training else " rates") * p.regularised
 
 
+def cases(quick: bool) -> list[Case]:
+    """All of them; if `quick`, those of an H100 in bfloat16."""
+    every = [*step_cases(), *sequence_cases()]
+    return [c for c in every if c.device.architecture == 90 and c.problem.dtype is torch.bfloat16] if quick else every
+
+
 def step_cases() -> list[Case]:
     """Every dtype, precision and architecture; with a projection and without; regularised and not."""
     devices = [Device(f"sm_{sm}", sm, 1, shared_memory_of(sm)) for sm in STEP_ARCHITECTURES]
@@ -85,13 +91,12 @@ def sequence_cases() -> list[Case]:
     ]
 
 
-def reports(cases: Iterable[Case]) -> Iterator[Report]:
-    """The kernels of each case under the plan that the launcher would choose, compiled on all cores."""
+def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
+    """Of each case the kernels, under the plan that the launcher would choose, compiled on all cores."""
     if INTERPRETED:
         raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET=1 in the environment")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for rows in pool.map(_reports_of, cases):
-            yield from rows
+        yield from pool.map(_reports_of, cases)
 
 
 def _reports_of(case: Case) -> list[Report]:
