@@ -23,7 +23,8 @@ def run_examples(page: Path, names: dict) -> int:
     return len(blocks)
 
 
-WITH_EXAMPLES = [page for page in PAGES if page.name not in ("ci.md", "design.md", "first_gpu_run.md", "versions.md")]
+WITHOUT_EXAMPLES = ("ci.md", "compared.md", "design.md", "first_gpu_run.md", "versions.md")
+WITH_EXAMPLES = [page for page in PAGES if page.name not in WITHOUT_EXAMPLES]
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.stem)
