@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import chunks, fused, native, reference, streams
+from . import chunks, fused, native, native_op, reference, streams
 from .backends import KERNEL_BACKENDS, Backend
 from .chunks import Outputs, Schedule, cut
 from .noise import NO_NOISE, Noise, draw, dropped
@@ -37,10 +37,13 @@ def one_direction(
     record: list[Gates] | None = None,
 ) -> tuple[Tensor, State]:
     """One layer in one direction: h [T, B, P] and (h_n [B, P], c_n [B, H])."""
-    if backend is Backend.TORCH:  # which knows autocast by itself
+    if backend is Backend.TORCH and not torch.compiler.is_compiling():  # which knows autocast by itself
         return native.layer(x, state, weights, traversal)
     x, state, weights = _computed(x, state, weights)
     with _without_autocast(x):
+        if backend is Backend.TORCH:
+            h, (h_n, c_n) = native_op.layer(x, (state[0][None], state[1][None]), [weights], traversal)
+            return h, (h_n[0], c_n[0])
         if backend is Backend.REFERENCE:
             return reference.layer(x, state, weights, traversal, noise, record)
         return fused.layer(x, state, weights, traversal, backend, noise, recompute)
@@ -83,7 +86,7 @@ def stack(
     layer and direction to `record`, if there is one. Arguments are not checked.
     """
     plain = backend is Backend.TORCH and traversal.is_plain
-    if plain and not settings.residual and _same_sizes(weights):
+    if plain and not settings.residual and not torch.compiler.is_compiling() and _same_sizes(weights):
         return _in_one_call(x, states, weights, settings)
     drawn = draw(weights, x, compute_dtype(x), settings)
     layers = [Layer(*parts) for parts in zip(weights, *drawn, range(len(weights)))]
@@ -114,6 +117,11 @@ def _in_one_call(
 
 
 def _by_torch(x: Tensor, state: State, layer: Layer, traversal: Traversal, *, training: bool) -> tuple[Tensor, State]:
+    if torch.compiler.is_compiling():
+        computed = [_computed(x, state, weights) for weights in layer.weights]
+        x, state, _ = computed[0]
+        with _without_autocast(x):
+            return native_op.layer(x, state, [weights for *_, weights in computed], traversal)
     with named(layer.number, None, None):
         return native.stack(x, state, [layer.weights], training=training)
 

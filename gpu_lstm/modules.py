@@ -148,11 +148,12 @@ class LSTM(RNNBase):
         record: list[Gates] | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """forward, or if there is a `record` by the reference, which keeps there the gates of layers and directions."""
+        eager = not torch.compiler.is_compiling()  # else native_op.py is for what torch does
         if not isinstance(input, PackedSequence):
             _check_rank(input, "LSTM")
             if hx is not None:
                 _check_states(input, hx)
-        elif lengths is resets is record is None and _backend_for(self, input.data) is Backend.TORCH:
+        elif lengths is resets is record is None and _backend_for(self, input.data) is Backend.TORCH and eager:
             return self._torch_packed(input, hx)
         batch, given = Batch.of(input, lengths, resets, self.batch_first), hx
         x = batch.x  # [T, B, I]
@@ -163,9 +164,9 @@ class LSTM(RNNBase):
         self.check_forward_args(x.transpose(0, 1) if self.batch_first else x, hx, None)
         weights = with_weight_drop(self, self._weights())
         backend = fastest(self.backend, _backend_for(self, x, record), x, weights, batch.traversal, Settings.of(self))
-        if backend is Backend.TORCH and batch.packed is not None and resets is None:
+        if backend is Backend.TORCH and batch.packed is not None and resets is None and eager:
             return self._torch_packed(batch.packed, given)
-        if backend is Backend.TORCH and batch.traversal.is_plain:
+        if backend is Backend.TORCH and batch.traversal.is_plain and eager:
             y, hx = native.stack(x, hx, weights, self.dropout, self.training)
         else:
             directions = 2 if self.bidirectional else 1

@@ -31,10 +31,6 @@ def stack(
     flat = [tensor for layer in layers for weights in layer for tensor in weights.present()]
     bias = layers[0][0].bias_ih is not None
     bidirectional = len(layers[0]) == 2
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and torch.is_grad_enabled() and not x.requires_grad:
-        # AOTAutograd (torch 2.13) cannot save what oneDNN's LSTM hands it where the input needs no gradient. So here
-        # it needs one: the same numbers, by way of a weight.
-        x = torch.where(torch.ones((), dtype=torch.bool), x, flat[0].flatten()[0])
     if not training:
         dropout = 0.0
         training = x.is_cuda and torch.is_grad_enabled()  # to cuDNN this says whether there will be a backward

@@ -9,6 +9,7 @@ fakes, and never the launchers. Schemas are flat, so only here does a recurrence
 import contextlib
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -21,14 +22,14 @@ from .kernels.recurrence import Recurrence  # type: ignore[import-not-found]  # 
 from .precision import recurrent_precision
 from .profiling import register_flops
 
-_LIBRARY = torch.library.Library("gpu_lstm", "DEF")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("gpu_lstm", "DEF")
+LIBRARY.define(
     "layer_forward(Tensor(a!) gates, Tensor weight_hh, Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, "
     "Tensor? resets, bool reverse, bool save, str backend, Tensor? dropout_h=None, Tensor? zoneout_h=None, "
     "Tensor? zoneout_c=None, int side_by_side=1) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor c)",
     tags=(torch.Tag.needs_exact_strides,),
 )
-_LIBRARY.define(
+LIBRARY.define(
     "layer_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor gates, Tensor c, Tensor weight_hh, "
     "Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, Tensor? resets, bool reverse, str backend, "
     "Tensor? dropout_h=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None, "
@@ -56,8 +57,8 @@ def _checks(backend: str) -> dict[str, Any]:
     return {"distrust": trust.distrust} if backend == Backend.TRITON.value else {}
 
 
-def _on_the_device_of(t: Tensor) -> contextlib.AbstractContextManager:
-    # Triton launches on the current device, and torch sets none for operators that are written in Python.
+def on_the_device_of(t: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, and torch sets none for operators that are written in Python."""
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
@@ -114,7 +115,7 @@ def _layer_forward(
         zoneout_c,
         side_by_side,
     )
-    with _on_the_device_of(gates):
+    with on_the_device_of(gates):
         return _launcher(backend).layer_forward(gates, recurrence, save=save, **_checks(backend))
 
 
@@ -146,7 +147,7 @@ def _layer_backward(
         side_by_side,
     )
     dh, dh_n, dc_n = map(_contiguous, (dh, dh_n, dc_n))
-    with _on_the_device_of(gates):
+    with on_the_device_of(gates):
         return _launcher(backend).layer_backward(dh, dh_n, dc_n, gates, c, recurrence, **_checks(backend))
 
 
@@ -159,22 +160,29 @@ def _layer_backward_fake(
 
 
 for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("layer_forward", _layer_forward, _key)
-    _LIBRARY.impl("layer_backward", _layer_backward, _key)
-torch.library.register_fake("gpu_lstm::layer_forward", _layer_forward_fake, lib=_LIBRARY)
-torch.library.register_fake("gpu_lstm::layer_backward", _layer_backward_fake, lib=_LIBRARY)
+    LIBRARY.impl("layer_forward", _layer_forward, _key)
+    LIBRARY.impl("layer_backward", _layer_backward, _key)
+torch.library.register_fake("gpu_lstm::layer_forward", _layer_forward_fake, lib=LIBRARY)
+torch.library.register_fake("gpu_lstm::layer_backward", _layer_backward_fake, lib=LIBRARY)
 
 
-def _layer_backward_vmap(info, in_dims, *arguments):
-    """One launch after another, for Jacobians row by row."""
-    each = []
-    for k in range(info.batch_size):
-        chosen = (
-            a.select(dim, k) if isinstance(a, Tensor) and dim is not None else a for a, dim in zip(arguments, in_dims)
-        )
-        each.append(layer_backward(*chosen))
-    return tuple(torch.stack(results) for results in zip(*each)), (0, 0, 0, 0)
+def one_after_another(operator: Any) -> Callable[..., tuple]:
+    """How an operator is vmapped: one call after another, say for Jacobians row by row."""
+
+    def at(k: int, argument: Any, dim: Any) -> Any:
+        if isinstance(argument, list):
+            return [at(k, *each) for each in zip(argument, dim or [None] * len(argument))]
+        return argument.select(dim, k) if isinstance(argument, Tensor) and dim is not None else argument
+
+    def call_each(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+        each = [operator(*(at(k, *both) for both in zip(arguments, in_dims))) for k in range(info.batch_size)]
+        results = [torch.stack(tensors) for tensors in zip(*each)]
+        if isinstance(each[0], list):
+            return results, [0] * len(results)
+        return tuple(results), (0,) * len(results)
+
+    return call_each
 
 
-torch.library.register_vmap("gpu_lstm::layer_backward", _layer_backward_vmap, lib=_LIBRARY)
+torch.library.register_vmap("gpu_lstm::layer_backward", one_after_another(layer_backward), lib=LIBRARY)
 register_flops()

@@ -1,0 +1,146 @@
+"""torch's own LSTM as one operator a layer, gpu_lstm::torch_layer, for torch.compile and torch.export.
+
+Traced by itself it would fall into its steps, a graph for each T, in which torch's decomposition loses dropout and
+autocast's dtype.
+
+What oneDNN and cuDNN keep for backward has a size that only they know, and no place in a graph of tensors. So forward
+runs with autograd of its own, and hands out a tensor without elements that has what came of it as an attribute: it lives
+as long as that tensor, which is saved for backward. Where only the elements were saved (by hooks that copy, in CUDA
+graphs, in an exported program), backward takes the layer again.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+from .ops import LIBRARY, on_the_device_of, one_after_another
+from .sequences import Traversal
+from .weights import State, Weights
+
+LIBRARY.define(
+    "torch_layer(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? lengths, Tensor? resets, bool reverse, "
+    "bool save) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor kept)",
+    tags=(torch.Tag.needs_exact_strides,),
+)
+LIBRARY.define(
+    "torch_layer_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor kept, Tensor x, Tensor h0, Tensor c0, "
+    "Tensor[] weights, Tensor? lengths, Tensor? resets, bool reverse, bool[] needed) -> Tensor[]",
+    tags=(torch.Tag.needs_exact_strides,),
+)
+
+torch_layer = torch.ops.gpu_lstm.torch_layer.default
+torch_layer_backward = torch.ops.gpu_lstm.torch_layer_backward.default
+
+
+def layer(
+    x: Tensor,  # [T, B, I]
+    state: State,  # ([D, B, P], [D, B, H])
+    weights: list[Weights],  # [D]
+    traversal: Traversal,
+) -> tuple[Tensor, State]:
+    """One layer, of one direction, or where the traversal is plain of both: h [T, B, D*P] and its final state."""
+    given = [t for one in weights for t in one.present()]
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state, *given))
+    h, h_n, c_n, _ = torch_layer(x, *state, given, *traversal, save)
+    return h, (h_n, c_n)
+
+
+def _in_eager_mode(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: list[Tensor],  # of every direction as Weights.present() has them
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = len(weights) // len(h0)
+    layer = [_weights(weights[first : first + count]) for first in range(0, len(weights), count)]
+    traversal = Traversal(lengths, resets, reverse)
+    if traversal.is_plain and not reverse:
+        h, (h_n, c_n) = native.stack(x, (h0, c0), [layer])
+        return h, h_n, c_n
+    h, (h_n, c_n) = native.layer(x, (h0[0], c0[0]), layer[0], traversal)
+    return h, h_n[None], c_n[None]
+
+
+def _weights(present: list[Tensor]) -> Weights:
+    weight_ih, weight_hh, *others = present
+    bias = others[:2] if len(others) >= 2 else [None, None]
+    return Weights(weight_ih, weight_hh, *bias, others[-1] if len(others) % 2 else None)
+
+
+@contextlib.contextmanager
+def _apart(x: Tensor, record: bool) -> Iterator[None]:
+    """Inside an operator: autograd as `record` says, which is off there in any case, no autocast, and x's device."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with (
+        torch._C._ForceDispatchKeyGuard(include, exclude & torch._C._after_autograd_keyset),
+        torch.set_grad_enabled(record), torch.autocast(x.device.type, enabled=False), on_the_device_of(x),
+    ):  # fmt: skip
+        yield
+
+
+def _forward(x, h0, c0, weights, lengths, resets, reverse, save):
+    kept = x.new_empty(0)
+    with _apart(x, record=save):
+        leaves = [t.detach().requires_grad_(save) for t in (x, h0, c0, *weights)]
+        h, h_n, c_n = _in_eager_mode(*leaves[:3], leaves[3:], lengths, resets, reverse)
+        if save:
+            kept.graph = leaves, (h, h_n, c_n)
+    return h.detach().contiguous(), h_n.detach().clone(), c_n.detach().clone(), kept
+
+
+def _forward_fake(x, h0, c0, weights, *others):
+    h = x.new_empty(*x.shape[:-1], h0.shape[0] * h0.shape[2])
+    return h, torch.empty_like(h0), torch.empty_like(c0), x.new_empty(0)
+
+
+def _backward(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse, needed):
+    if not hasattr(kept, "graph"):
+        *_, kept = _forward(x, h0, c0, weights, lengths, resets, reverse, save=True)
+    with _apart(x, record=False):
+        leaves, results = kept.graph
+        given = [(result, d) for result, d in zip(results, (dh, dh_n, dc_n)) if d is not None]
+        found = iter(torch.autograd.grad(
+            [result for result, _ in given], [t for t, need in zip(leaves, needed) if need], [d for _, d in given],
+            retain_graph=True, materialize_grads=True,
+        ))  # fmt: skip
+    return [next(found).contiguous() if need else x.new_empty(0) for need in needed]
+
+
+def _backward_fake(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse, needed):
+    given = zip((x, h0, c0, *weights), needed)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) if need else x.new_empty(0) for t, need in given]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, h0, c0, weights, lengths, resets, ctx.reverse, _ = inputs
+    *_, kept = output
+    ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(kept, x, h0, c0, lengths, resets, *weights)
+
+
+def _gradients(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: None) -> tuple:
+    kept, x, h0, c0, lengths, resets, *weights = ctx.saved_tensors
+    needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3]]
+    found = torch_layer_backward(
+        dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, ctx.reverse, needed
+    )
+    dx, dh0, dc0, *dweights = (d if need else None for d, need in zip(found, needed))
+    return dx, dh0, dc0, dweights, *(None,) * 4
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("torch_layer", _forward, _key)
+    LIBRARY.impl("torch_layer_backward", _backward, _key)
+torch.library.register_fake("gpu_lstm::torch_layer", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("gpu_lstm::torch_layer_backward", _backward_fake, lib=LIBRARY)
+torch.library.register_autograd("gpu_lstm::torch_layer", _gradients, setup_context=_setup_context, lib=LIBRARY)
+for _name, _operator in (("torch_layer", torch_layer), ("torch_layer_backward", torch_layer_backward)):
+    torch.library.register_vmap(f"gpu_lstm::{_name}", one_after_another(_operator), lib=LIBRARY)
