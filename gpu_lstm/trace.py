@@ -79,7 +79,7 @@ class Trace:
             for k, directions in enumerate(self.layers)
             for d, gates in enumerate(directions)
         ]
-        figure = Figure(figsize=(11, 0.8 + 1.5 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(10, 0.8 + 1.5 * len(rows)), layout="constrained")
         grid = figure.add_gridspec(len(rows), 8, width_ratios=[1, 1, 1, 0.12] * 2)
         for r, (name, gates) in enumerate(rows):
             for k, (field, values) in enumerate(gates._asdict().items()):

@@ -1,0 +1,87 @@
+"""The lesson as a page: python docs/lesson.py writes docs/lesson.md and its pictures from the notebook as it is stored.
+
+With --run it first executes the notebook from its first cell to its last and stores what comes out.
+"""
+
+import base64
+import io
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+from PIL import Image
+
+DOCS = Path(__file__).parent
+NOTEBOOK = DOCS.parent / "examples" / "lstm_explained.ipynb"
+PICTURES = DOCS / "pictures" / "lesson"
+HEAD = "<!-- python docs/lesson.py writes this page from examples/lstm_explained.ipynb: change it there. -->\n"
+
+
+def run() -> None:
+    """Execute the notebook and store its outputs, without what is true of this run only."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client = NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": NOTEBOOK.parent}}, record_timing=False
+    )
+    client.execute()
+    for cell in notebook.cells:
+        for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+            if "image/png" in data:
+                data["image/png"] = base64.b64encode(smaller(base64.b64decode(data["image/png"]))).decode()
+    notebook.metadata = NotebookNode(
+        kernelspec=dict(display_name="Python 3", language="python", name="python3"), language_info=dict(name="python")
+    )
+    nbformat.write(notebook, NOTEBOOK)
+
+
+def smaller(png: bytes) -> bytes:
+    """The picture in 256 colours, which takes a third of the room."""
+    picture, kept = Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE), io.BytesIO()
+    picture.save(kept, "PNG", optimize=True)
+    return kept.getvalue()
+
+
+def page(notebook: NotebookNode) -> tuple[str, dict[str, bytes]]:
+    """The Markdown, and the pictures by file name. What a picture shows is said by its cell's last comment."""
+    parts, pictures = [HEAD], {}
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            parts.append(relink(cell.source))
+            continue
+        parts.append(f"```python\n{cell.source}\n```")
+        for output in cell.outputs:
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"{len(pictures) + 1:02}.png"
+                pictures[name] = base64.b64decode(data["image/png"])
+                parts.append(f"![{cell.source.rpartition('# ')[2]}](pictures/lesson/{name})")
+            else:
+                text = output.get("text") or data["text/plain"]
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n", pictures
+
+
+def relink(text: str) -> str:
+    """Links lead from docs/, not from examples/."""
+    text = re.sub(r"\]\((?!https?:|#|\.\./)", "](../examples/", text)
+    return text.replace("](../docs/", "](")
+
+
+def main() -> None:
+    """Write the page anew."""
+    if "--run" in sys.argv[1:]:
+        run()
+    text, pictures = page(nbformat.read(NOTEBOOK, as_version=4))
+    (DOCS / "lesson.md").write_text(text)
+    shutil.rmtree(PICTURES, ignore_errors=True)
+    PICTURES.mkdir()
+    for name, picture in pictures.items():
+        (PICTURES / name).write_bytes(picture)
+
+
+if __name__ == "__main__":
+    main()
