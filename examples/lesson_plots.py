@@ -144,7 +144,7 @@ def losses(curve: Sequence[tuple[float, float]], baseline: float) -> Figure:
     for values, name, colour in zip(zip(*curve), ("training years, with dropout", "2015, held out"), (GREY, INK)):
         axes.plot(np.arange(1, len(curve) + 1), values, color=colour, linewidth=2, label=name)
     axes.axhline(baseline, color=OTHER[0], linestyle="--", label="2015, forecast: as yesterday")
-    axes.set(xlabel="epoch", ylabel="mean squared error")
+    axes.set(xlabel="epoch", ylabel="mean squared error", ylim=(None, 1.03 * baseline))
     axes.legend(frameon=False)
     return figure
 
@@ -171,10 +171,14 @@ def keeping(forget: np.ndarray, half_lives: np.ndarray, others: np.ndarray) -> F
     left.set_title("forget gate", color=HUES["forget"], fontsize=11)
     bar = figure.colorbar(drawn, ax=left, ticks=[0, 1], pad=0.01)
     bar.ax.set_yticklabels(["0 shut", "1 open"])
-    right.plot(half_lives, np.arange(len(half_lives)), color=HUES["forget"], linewidth=2, label="1 to 30")
-    right.plot(others, np.arange(len(others)), color=GREY, linewidth=2, label="0")
+    for lives, colour, name, height in (
+        (half_lives, HUES["forget"], "1 to 30 days", 0.3),
+        (others, GREY, "bias 0", 0.75),
+    ):
+        unit = int(height * len(lives))
+        right.plot(lives, np.arange(len(lives)), color=colour, linewidth=2)
+        right.annotate(f"start: {name}", (lives[unit], unit), (8, -4), textcoords="offset points", color=colour)
     right.set(xscale="log", xlabel="half-life in days")
     right.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
     right.minorticks_off()
-    right.legend(frameon=False, loc="lower right", title="started for")
     return figure
