@@ -18,7 +18,9 @@ from PIL import Image
 DOCS = Path(__file__).parent
 NOTEBOOK = DOCS.parent / "examples" / "lstm_explained.ipynb"
 PICTURES = DOCS / "pictures"
-HEAD = "<!-- make lesson-page writes this page from examples/lstm_explained.ipynb: change it there. -->"
+HEAD = """<!-- make lesson-page writes this page from examples/lstm_explained.ipynb: change it there. -->
+
+The notebook [lstm_explained.ipynb](../examples/lstm_explained.ipynb) as a page."""
 
 
 def run() -> None:

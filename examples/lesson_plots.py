@@ -172,7 +172,7 @@ def keeping(forget: np.ndarray, half_lives: np.ndarray, others: np.ndarray) -> F
     bar = figure.colorbar(drawn, ax=left, ticks=[0, 1], pad=0.01)
     bar.ax.set_yticklabels(["0 shut", "1 open"])
     for lives, colour, name, height in (
-        (half_lives, HUES["forget"], "1 to 30 days", 0.3),
+        (half_lives, HUES["forget"], "2 to 30 days", 0.3),
         (others, GREY, "bias 0", 0.75),
     ):
         unit = int(height * len(lives))
