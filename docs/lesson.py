@@ -26,9 +26,8 @@ The notebook [lstm_explained.ipynb](../examples/lstm_explained.ipynb) as a page.
 def run() -> None:
     """Execute the notebook and store its outputs, without what is true of this run only."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": NOTEBOOK.parent}}, record_timing=False
-    )
+    folder = {"metadata": {"path": NOTEBOOK.parent}}
+    client = NotebookClient(notebook, timeout=300, resources=folder, record_timing=False, coalesce_streams=True)
     client.execute()
     for cell in notebook.cells:
         for data in (output.get("data", {}) for output in cell.get("outputs", [])):
