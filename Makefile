@@ -3,11 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 FOR_DEMO := .venv/.for-demo
+FOR_LESSON := .venv/.for-lesson
 
-.PHONY: demo test test-quick test-versions bench lint clean
+.PHONY: demo lesson lesson-page test test-quick test-versions bench lint clean
 
 demo: $(or $(wildcard $(INSTALLED)),$(FOR_DEMO))
 	$(BIN)/python examples/weather.py
+
+# Opens the notebook. What is there of its outputs was stored by make lesson-page.
+lesson: $(FOR_LESSON)
+	$(BIN)/python -m notebook examples/lstm_explained.ipynb
+
+# Executes the notebook from the first cell to the last, stores it, and writes docs/lesson.md from it.
+lesson-page: $(INSTALLED)
+	$(BIN)/python docs/lesson.py --run
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto $(PYTEST)
@@ -30,10 +39,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The demo needs less than the tests.
+# The demo needs less than the tests; the lesson needs Jupyter.
 $(FOR_DEMO): EXTRA := demo
+$(FOR_LESSON): EXTRA := lesson
 $(INSTALLED): EXTRA := dev
-$(FOR_DEMO) $(INSTALLED): pyproject.toml
+$(FOR_DEMO) $(FOR_LESSON) $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "gpu_lstm needs Python 3.10 to 3.13; name one by make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' || { echo "Python's venv is missing: apt-get install python3-venv"; exit 1; }

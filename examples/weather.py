@@ -42,29 +42,28 @@ class Errors(NamedTuple):
     rmse: float
 
 
+class Weather(NamedTuple):
+    """One row a day. The first `split` days are for training."""
+
+    dates: np.ndarray  # [days]
+    day: np.ndarray  # [days], of the year
+    temp_max: np.ndarray  # [days], °C
+    series: Tensor  # [days, 6]: maximum, minimum, rain, wind, all normalised; the time of year as a point on a circle
+    windows: Tensor  # [days - T, T, 6]; window k holds the days k to k + T - 1
+    # How much warmer the day after a window is than its last one, normalised: who knows nothing forecasts no change.
+    changes: Tensor  # [days - T]
+    split: int
+
+
 def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, Errors]:
     """Load, train, judge, plot and time; returns the errors by the name of the forecast."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # more do not help so small a model, and slow it down where other work shares the cores
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    # Load: one row a day, of four measurements (°C, °C, mm, m/s) and the time of year as a point on a circle. The
-    # measurements are normalised by their mean and deviation in the training years.
-    weather = data.seattle_weather()
-    split = int((weather["date"].dt.year < TEST_YEAR).sum())  # the days before it are for training
-    temp_max = weather["temp_max"].to_numpy()  # [days]
-    measured = weather[["temp_max", "temp_min", "precipitation", "wind"]].to_numpy()  # [days, 4]
-    measured = (measured - measured[:split].mean(axis=0)) / measured[:split].std(axis=0)
-    day = weather["date"].dt.day_of_year.to_numpy()  # [days]
-    angle = 2 * np.pi * day / 365.25
-    features = np.column_stack([measured, np.sin(angle), np.cos(angle)])  # [days, 6]
-
-    # Windows: window k holds the days k to k + T - 1. What to forecast is how much warmer the day after them is than
-    # the last of them, so that a model that knows nothing forecasts no change.
-    series = torch.tensor(features, dtype=torch.float32, device=device)
-    windows = series.unfold(0, WINDOW, 1)[:-1].transpose(1, 2).contiguous()  # [days - T, T, 6]
-    changes = series[WINDOW:, 0] - series[WINDOW - 1 : -1, 0]  # [days - T]
-    x, y = windows[: split - WINDOW], changes[: split - WINDOW]  # [training windows, T, 6], [training windows]
+    weather = load(device)
+    windows, temp_max, day, split = weather.windows, weather.temp_max, weather.day, weather.split
+    x, y = windows[: split - WINDOW], weather.changes[: split - WINDOW]  # [training windows, T, 6], [training windows]
 
     # Train: in every epoch each training window once, in batches.
     model = Forecaster(gpu_lstm.StackedLSTM(6, HIDDEN_SIZES, batch_first=True, dropout=DROPOUT)).to(device)
@@ -91,7 +90,7 @@ def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, 
         table.add_row(name, f"{errors[name].mae:.2f}", f"{errors[name].rmse:.2f}")
     Console().print(table)
 
-    plot(weather["date"].to_numpy()[split:], forecasts, truth, errors, out / "weather.png")
+    plot(weather.dates[split:], forecasts, truth, errors, out / "weather.png")
 
     # Time: StackedLSTM, and the same layers made of torch.nn.LSTM.
     torch_stack = TorchStack(nn.LSTM(i, h, batch_first=True) for i, h in pairwise([6, *HIDDEN_SIZES]))
@@ -104,6 +103,21 @@ def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, 
             "That is torch's own LSTM twice, since fused kernels need a GPU: the times differ by the host's work only."
         )
     return errors
+
+
+def load(device: torch.device) -> Weather:
+    """Seattle's weather from 2012 to 2015, normalised by the training years, and in windows."""
+    table = data.seattle_weather()
+    split = int((table["date"].dt.year < TEST_YEAR).sum())
+    measured = table[["temp_max", "temp_min", "precipitation", "wind"]].to_numpy()  # [days, 4]; °C, °C, mm, m/s
+    measured = (measured - measured[:split].mean(axis=0)) / measured[:split].std(axis=0)
+    day = table["date"].dt.day_of_year.to_numpy()
+    angle = 2 * np.pi * day / 365.25
+    features = np.column_stack([measured, np.sin(angle), np.cos(angle)])
+    series = torch.tensor(features, dtype=torch.float32, device=device)
+    windows = series.unfold(0, WINDOW, 1)[:-1].transpose(1, 2).contiguous()
+    changes = series[WINDOW:, 0] - series[WINDOW - 1 : -1, 0]
+    return Weather(table["date"].to_numpy(), day, table["temp_max"].to_numpy(), series, windows, changes, split)
 
 
 class Forecaster(nn.Module):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
@@ -13,7 +14,38 @@ from .reference import Gates
 from .weights import State
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+
+# One hue for each gate and state, in every picture of the project.
+HUES = {
+    "input": "#3f7d0a", "forget": "#2060a8", "output": "#d9730d",
+    "candidate": "#7b3fa0", "cell": "#c0392b", "hidden": "#7a5230",
+}  # fmt: skip
+NEGATIVE = "#0f766e"  # a state below 0
+COLOUR_BARS = {
+    ("input", "forget", "output"): {0: "0 shut", 1: "1 open"},
+    ("candidate", "cell", "hidden"): {-1: "≤ -1", 0: "0", 1: "≥ 1"},
+}
+
+
+def colour_map(field: str) -> "Colormap":
+    """White is a gate that is shut, or a state at 0; full colour is a gate that is open, or a state at 1 or beyond."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    below = [] if field in ("input", "forget", "output") else [NEGATIVE]
+    return LinearSegmentedColormap.from_list(field, [*below, "white", HUES[field]])
+
+
+def draw_colour_bar(axes: "Axes", fields: Sequence[str], labels: dict[int, str]) -> None:
+    """One bar for all gates or all states: a strip in the colours of each."""
+    low, high = min(labels), max(labels)
+    strips = np.stack([colour_map(field)(np.linspace(0, 1, 256)) for field in fields], axis=1)  # [256, 3, RGBA]
+    axes.imshow(strips, aspect="auto", origin="lower", extent=(0, len(fields), low, high), interpolation="nearest")
+    axes.set_xticks([])
+    axes.yaxis.tick_right()
+    axes.set_yticks(list(labels), list(labels.values()), fontsize=9)
 
 
 @dataclass(frozen=True)
@@ -27,6 +59,8 @@ class Trace:
 
     def plot(self, sequence: int = 0) -> "Figure":
         """Draw one sequence: a row of heat maps a layer and direction, units against time; needs matplotlib.
+
+        Gates go from 0 to 1. States go from -1 to 1, and a cell state beyond is drawn as -1 or 1.
 
         Raises:
             IndexError: there is no such sequence in the batch.
@@ -45,27 +79,24 @@ class Trace:
             for k, directions in enumerate(self.layers)
             for d, gates in enumerate(directions)
         ]
-        figure = Figure(figsize=(2.2 * len(Gates._fields), 0.6 + 1.7 * len(rows)), layout="constrained")
-        axes = figure.subplots(len(rows), len(Gates._fields), squeeze=False, sharex=True)
-        for panel, field in zip(axes[0], Gates._fields):
-            panel.set_title(field, fontsize=10)
-        for row, (name, gates) in zip(axes, rows):
-            for panel, (field, values) in zip(row, gates._asdict().items()):
+        figure = Figure(figsize=(10, 0.8 + 1.5 * len(rows)), layout="constrained")
+        grid = figure.add_gridspec(len(rows), 8, width_ratios=[1, 1, 1, 0.12] * 2)
+        for r, (name, gates) in enumerate(rows):
+            for k, (field, values) in enumerate(gates._asdict().items()):
                 shown = values[:steps, sequence].detach().float().cpu().T.numpy()  # [H, T]
-                # i, f and o go from 0 to 1; g, h, and mostly c, around 0.
-                if field in ("input", "forget", "output"):
-                    limits, colours = (0.0, 1.0), "viridis"
-                else:
-                    most = max(1.0, abs(shown).max(initial=0.0))
-                    limits, colours = (-most, most), "RdBu_r"
-                image = panel.imshow(
-                    shown, aspect="auto", interpolation="nearest", vmin=limits[0], vmax=limits[1], cmap=colours
-                )
-                figure.colorbar(image, ax=panel)
-                panel.locator_params(integer=True)
-            row[0].set_ylabel(f"{name}\nunit")
-        for panel in axes[-1]:
-            panel.set_xlabel("step")
+                panel = figure.add_subplot(grid[r, k + k // 3])  # a colour bar stands behind three
+                low, high = (-1, 1) if k // 3 else (0, 1)
+                panel.imshow(shown, aspect="auto", interpolation="nearest", vmin=low, vmax=high, cmap=colour_map(field))
+                panel.locator_params(integer=True, nbins=5)
+                panel.tick_params(labelleft=k == 0 or len(shown) != gates.cell.shape[2], labelbottom=r == len(rows) - 1)
+                if r == 0:
+                    panel.set_title(field, fontsize=11, color=HUES[field])
+                if r == len(rows) - 1:
+                    panel.set_xlabel("step")
+                if k == 0:
+                    panel.set_ylabel(f"{name}\nunit")
+        for column, (fields, labels) in zip((3, 7), COLOUR_BARS.items()):
+            draw_colour_bar(figure.add_subplot(grid[:, column]), fields, labels)
         return figure
 
 

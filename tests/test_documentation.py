@@ -23,7 +23,8 @@ def run_examples(page: Path, names: dict) -> int:
     return len(blocks)
 
 
-WITHOUT_EXAMPLES = ("ci.md", "compared.md", "design.md", "first_gpu_run.md", "versions.md")
+# The lesson's page is made from the notebook, which runs below.
+WITHOUT_EXAMPLES = ("ci.md", "compared.md", "design.md", "first_gpu_run.md", "lesson.md", "versions.md")
 WITH_EXAMPLES = [page for page in PAGES if page.name not in WITHOUT_EXAMPLES]
 
 
@@ -42,12 +43,17 @@ def test_the_examples_of_the_readme_run():
     assert type(names["model"][0]) is names["gpu_lstm"].LSTM
 
 
+def load(path: Path):
+    """A program as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.slow
 def test_weather_beats_both_baselines_on_the_held_out_year(tmp_path):
-    spec = importlib.util.spec_from_file_location("weather", EXAMPLES / "weather.py")
-    weather = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(weather)
-    errors = weather.main(out=tmp_path)
+    errors = load(EXAMPLES / "weather.py").main(out=tmp_path)
     ours = errors.pop("StackedLSTM")
     assert set(errors) == {"yesterday's value", "day-of-year mean"}
     for baseline in errors.values():
@@ -89,15 +95,22 @@ def kinds(cell):
     return {output["name"] if output.output_type == "stream" else frozenset(output.data) for output in cell.outputs}
 
 
+def answers(notebook):
+    """The code of the exercises' folded answers."""
+    folded = (re.findall(r"<details>(.*?)</details>", cell.source, flags=re.DOTALL) for cell in notebook.cells)
+    return [re.search(r"```python\n(.*?)```", answer, flags=re.DOTALL)[1] for page in folded for answer in page]
+
+
 @pytest.mark.slow
-def test_every_cell_of_the_lesson_runs_and_its_kinds_of_output_are_stored(tmp_path, monkeypatch):
+def test_every_cell_and_answer_of_the_lesson_runs_and_the_kinds_of_output_are_stored(tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)  # a kernel chooses its own
     examples = shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("out", "__pycache__"))
     executed = lesson()
     for cell in code(executed):
         cell.outputs = []
+    executed.cells += map(nbformat.v4.new_code_cell, answers(executed))
     NotebookClient(executed, timeout=300, kernel_name="python3", resources={"metadata": {"path": examples}}).execute()
-    for ran, kept in zip(code(executed), code(lesson()), strict=True):
+    for ran, kept in zip(code(executed), code(lesson())):
         assert kinds(ran) == kinds(kept), ran.source
 
 
@@ -111,7 +124,29 @@ def test_the_lesson_is_stored_of_one_run_without_errors_and_without_the_machine_
         assert "stderr" not in kinds(cell), cell.source
         texts = [output.get("text") or output.data["text/plain"] for output in cell.outputs]
         assert not any(re.search(r"/(tmp|home|root|Users)/|site-packages", text) for text in texts), cell.source
-    assert sum("image/png" in kind for cell in cells for kind in kinds(cell)) >= 6
+    assert sum("image/png" in kind for cell in cells for kind in kinds(cell)) >= 14
     assert LESSON.stat().st_size < 600_000
     assert set(stored.metadata) == {"kernelspec", "language_info"}
     assert all(not cell.metadata for cell in stored.cells)  # among them times of execution
+
+
+def test_the_cells_of_the_lesson_are_short_and_say_what_their_pictures_show():
+    for cell in code(lesson()):
+        assert len(cell.source.splitlines()) <= 12, cell.source
+        if any("image/png" in kind for kind in kinds(cell)):
+            assert re.search(r"  # [A-Z].{20,}$", cell.source), cell.source
+
+
+def test_the_lesson_has_five_exercises_whose_answers_check_themselves():
+    found = answers(lesson())
+    assert len(found) == 5
+    assert all("assert " in answer for answer in found)
+
+
+def test_the_page_of_the_lesson_is_made_from_the_notebook_as_it_is():
+    text, pictures = load(PAGES[0].parent / "lesson.py").page(lesson())
+    folder = PAGES[0].parent / "pictures"
+    assert (folder.parent / "lesson.md").read_text() == text, "make lesson-page"
+    kept = {path.relative_to(folder).as_posix(): path.read_bytes() for path in (folder / "lesson").iterdir()}
+    assert kept | {"gates.png": (folder / "gates.png").read_bytes()} == pictures
+    assert set(re.findall(r"pictures/(lesson/\S+?)\)", text)) == set(kept)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import gpu_lstm
-from gpu_lstm.trace import Gates
+from gpu_lstm.trace import HUES, Gates
 
 T, B, I, H = 6, 3, 4, 5
 LENGTHS = torch.tensor([6, 0, 3])
@@ -111,15 +111,27 @@ def test_the_picture_shows_one_sequence():
     lstm = gpu_lstm.LSTM(I, H, 2, bidirectional=True)
     traced = gpu_lstm.trace(lstm, inputs().float(), lengths=LENGTHS)
     figure = traced.plot(2)
-    panels = [axes for axes in figure.axes if axes.images]
-    assert len(panels) == 4 * 6
+    panels, bars = figure.axes[: 4 * 6], figure.axes[4 * 6 :]
     assert [axes.get_title() for axes in panels[:6]] == list(Gates._fields)
     assert panels[6].get_ylabel() == "layer 0, reverse\nunit"
     assert panels[-1].get_xlabel() == "step"
     forget, cell = (panels[6 * 2 + k].images[0] for k in (1, 4))  # layer 1, forward
     torch.testing.assert_close(torch.tensor(forget.get_array().data), traced.layers[1][0].forget[:3, 2].T.detach())
     assert (forget.get_clim(), cell.get_clim()) == ((0.0, 1.0), (-1.0, 1.0))
+    assert [axes.get_ylim() for axes in bars] == [(0, 1), (-1, 1)]  # one for gates, one for states
+    for k, bar in enumerate(bars):  # which have the colours of the three panels beside them
+        strips = torch.tensor(bar.images[0].get_array().data)
+        for strip, panel in enumerate(panels[3 * k : 3 * k + 3]):
+            scale = panel.images[0].to_rgba(torch.linspace(*panel.images[0].get_clim(), 256))
+            torch.testing.assert_close(strips[:, strip], torch.tensor(scale))
+            assert panel.title.get_color() == HUES[panel.get_title()]
     with pytest.raises(ValueError, match="sequence 1 has no steps"):
         traced.plot(1)
     with pytest.raises(IndexError, match="sequence 3 of a batch of 3"):
         traced.plot(3)
+
+
+def test_a_projected_hidden_state_has_its_own_units_in_the_picture():
+    panels = gpu_lstm.trace(gpu_lstm.LSTM(I, H, proj_size=2), inputs().float()).plot().axes
+    assert [axes.images[0].get_array().shape for axes in panels[:6]] == [(H, T)] * 5 + [(2, T)]
+    assert [bool(axes.yaxis.get_tick_params()["labelleft"]) for axes in panels[:6]] == [True, *[False] * 4, True]

@@ -1,0 +1,151 @@
+"""The drawings of lstm_explained.ipynb: networks in the letters of the formulas, gates in the colours of trace."""
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, FancyBboxPatch
+
+from gpu_lstm.trace import HUES
+
+INK, PALE = "#22303c", "#f2f4f6"
+Point = tuple[float, float]
+
+
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure whose unit is a tenth of an inch, upwards."""
+    figure = Figure(figsize=(width / 10, height / 10))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.axis("off")
+    return figure, axes
+
+
+def box(axes: Axes, middle: Point, size: Point, text: str, colour: str = INK, fill: str = PALE) -> None:
+    """A box around a text."""
+    x, y = middle
+    width, height = size
+    corner, style = (x - width / 2, y - height / 2), "round,pad=0,rounding_size=0.8"
+    axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, facecolor=fill, edgecolor=colour, lw=1.3))
+    axes.text(x, y, text, ha="center", va="center", size=11, color=colour, linespacing=1.4)
+
+
+def operation(axes: Axes, middle: Point, text: str, colour: str = INK) -> None:
+    """A circle around a sign."""
+    axes.add_patch(Circle(middle, 1.7, facecolor="white", edgecolor=colour, lw=1.3, zorder=3))
+    axes.text(*middle, text, ha="center", va="center_baseline", size=11, color=colour, zorder=4)
+
+
+def arrow(axes: Axes, *points: Point, colour: str = INK, head: bool = True) -> None:
+    """From point to point, with a head at the last."""
+    line = points[:-1] if head else points
+    axes.plot(*zip(*line), color=colour, lw=1.3, solid_joinstyle="round", zorder=2)
+    if head:
+        style = {"arrowstyle": "-|>", "color": colour, "lw": 1.3, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", points[-1], points[-2], arrowprops=style, zorder=2)
+
+
+def label(axes: Axes, x: float, y: float, text: str, colour: str = INK, size: float = 11, ha: str = "center") -> None:
+    axes.text(x, y, text, ha=ha, va="center", size=size, color=colour, linespacing=1.4)
+
+
+def dots(axes: Axes, middle: Point, count: int, colour: str, fill: str) -> None:
+    """A dot for each number of a vector."""
+    for k in range(count):
+        place = middle[0] + 1.7 * (k - (count - 1) / 2), middle[1]
+        axes.add_patch(Circle(place, 0.62, facecolor=fill, edgecolor=colour, zorder=3))
+
+
+def rnn() -> Figure:
+    """A plain recurrent network, folded and unrolled over three steps."""
+    figure, axes = canvas(88, 34)
+    for x, t in ((12, "t"), (40, "t-1"), (57, "t"), (74, "t+1")):
+        box(axes, (x, 16), (7, 6), f"$h_{{{t}}}$", HUES["hidden"])
+        label(axes, x, 3, f"$x_{{{t}}}$")
+        label(axes, x, 29, f"$y_{{{t}}}$")
+        arrow(axes, (x, 4.8), (x, 13))
+        arrow(axes, (x, 19), (x, 27))
+        label(axes, x + 0.8, 8.5, "$W_x$", ha="left")
+        label(axes, x + 0.8, 23, "$W_y$", ha="left")
+    arrow(axes, (15.5, 17.8), (20, 17.8), (20, 14.2), (15.5, 14.2), colour=HUES["hidden"])
+    label(axes, 20.8, 16, "$W_h$", HUES["hidden"], ha="left")
+    for left, right in ((28.5, 36.5), (43.5, 53.5), (60.5, 70.5), (77.5, 85.5)):
+        arrow(axes, (left, 16), (right, 16), colour=HUES["hidden"])
+        label(axes, (left + right) / 2 - 0.3, 18, "$W_h$", HUES["hidden"])
+    label(axes, 12, 32.4, "folded", size=9.5)
+    label(axes, 57, 32.4, "unrolled: the same three matrices at every step", size=9.5)
+    return figure
+
+
+def cell() -> Figure:
+    """One step of an LSTM: three gates, the candidate, the cell state and the hidden state."""
+    figure, axes = canvas(88, 46)
+    axes.add_patch(FancyBboxPatch((9, 5.5), 69, 37, boxstyle="round,pad=0,rounding_size=1.5", fc=PALE, ec="0.75"))
+    keep, write, show = HUES["forget"], HUES["input"], HUES["output"]
+    new, memory, shown = HUES["candidate"], HUES["cell"], HUES["hidden"]
+    gates = ((19, "forget", "f", r"\sigma"), (32, "input", "i", r"\sigma"),
+             (45, "candidate", "g", r"\tanh"), (60, "output", "o", r"\sigma"))  # fmt: skip
+    for x, field, letter, squashing in gates:
+        arrow(axes, (x, 9), (x, 13))
+        box(axes, (x, 16), (11, 6), f"${letter}_t$   ${squashing}$\n", HUES[field], "white")
+        label(axes, x, 14.6, "forget (keep)" if field == "forget" else field, HUES[field], size=8.5)
+
+    # Along the top goes the cell state.
+    arrow(axes, (4.5, 37), (17.3, 37), colour=memory)
+    arrow(axes, (20.7, 37), (36.8, 37), colour=memory)
+    arrow(axes, (40.2, 37), (83, 37), colour=memory)
+    label(axes, 4.5, 39.5, "$c_{t-1}$", memory)
+    label(axes, 83, 39.5, "$c_t$", memory)
+    label(axes, 52, 39, "cell state", memory, size=9)
+    arrow(axes, (19, 19), (19, 35.3), colour=keep)
+    operation(axes, (19, 37), r"$\odot$", keep)
+    operation(axes, (38.5, 37), "+", memory)
+    arrow(axes, (32, 19), (32, 27.5), (36.8, 27.5), colour=write)
+    arrow(axes, (45, 19), (45, 27.5), (40.2, 27.5), colour=new)
+    arrow(axes, (38.5, 29.2), (38.5, 35.3), colour=new)
+    operation(axes, (38.5, 27.5), r"$\odot$", write)
+
+    # What is shown of it.
+    arrow(axes, (72, 37), (72, 33.2), colour=memory)
+    box(axes, (72, 31.2), (6.5, 4), r"$\tanh$", memory, "white")
+    arrow(axes, (72, 29.2), (72, 25.2), colour=memory)
+    arrow(axes, (60, 19), (60, 23.5), (70.3, 23.5), colour=show)
+    operation(axes, (72, 23.5), r"$\odot$", show)
+    arrow(axes, (72, 21.8), (72, 9), (83, 9), colour=shown)
+    label(axes, 83, 11.5, "$h_t$", shown)
+    label(axes, 71, 11, "hidden state", shown, size=9, ha="right")
+
+    # Along the bottom goes what every gate reads.
+    arrow(axes, (4.5, 9), (60, 9), head=False)
+    arrow(axes, (12, 3.2), (12, 9), head=False)
+    label(axes, 4.5, 11.5, "$h_{t-1}$", shown)
+    label(axes, 12, 1.8, "$x_t$")
+    label(axes, 14, 2, "Each of the four boxes has weights of its own for $x_t$ and for $h_{t-1}$.", size=9, ha="left")
+    return figure
+
+
+def stack() -> Figure:
+    """Layers of 4 and 5 units over three steps of 6 features."""
+    figure, axes = canvas(88, 43)
+    for t, x in enumerate((25, 44, 63), start=1):
+        for y, count in ((15, 4), (27, 5)):
+            box(axes, (x, y), (11, 5.5), "", HUES["hidden"])
+            dots(axes, (x, y), count, HUES["hidden"], HUES["hidden"])
+        dots(axes, (x, 3.5), 6, INK, "white")
+        label(axes, x + 7.4, 3.5, f"$x_{t}$")
+        label(axes, x, 37, f"$h^2_{t}$", HUES["hidden"])
+        arrow(axes, (x, 5), (x, 12.2))
+        arrow(axes, (x, 17.8), (x, 24.2), colour=HUES["hidden"])
+        arrow(axes, (x, 29.8), (x, 35), colour=HUES["hidden"])
+        label(axes, x + 0.8, 21, f"$h^1_{t}$", HUES["hidden"], ha="left")
+    for layer, y in ((1, 15), (2, 27)):
+        for left, right in ((13, 19.5), (30.5, 38.5), (49.5, 57.5), (68.5, 75)):
+            arrow(axes, (left, y - 1.2), (right, y - 1.2), colour=HUES["hidden"])
+            arrow(axes, (left, y + 1.2), (right, y + 1.2), colour=HUES["cell"])
+        label(axes, 12.3, y + 1.4, f"$c^{layer}_0 = 0$", HUES["cell"], ha="right")
+        label(axes, 12.3, y - 1.4, f"$h^{layer}_0 = 0$", HUES["hidden"], ha="right")
+        label(axes, 75.7, y + 1.4, f"$c^{layer}_3$", HUES["cell"], ha="left")
+        label(axes, 75.7, y - 1.4, f"$h^{layer}_3$", HUES["hidden"], ha="left")
+        label(axes, 79, y, ("4 units", "5 units")[layer - 1], size=9.5, ha="left")
+    label(axes, 79, 3.5, "6 features", size=9.5, ha="left")
+    label(axes, 79, 37, "output", size=9.5, ha="left")
+    label(axes, 44, 41, "step by step to the right, layer by layer upwards", size=9.5)
+    return figure

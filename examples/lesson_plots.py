@@ -1,0 +1,184 @@
+"""The plots of lstm_explained.ipynb: each takes what a cell computed; gates and states have the colours of trace."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.dates import ConciseDateFormatter
+from matplotlib.figure import Figure
+
+from gpu_lstm.trace import HUES, colour_map
+
+INK, GREY, PALE = "#22303c", "0.6", "0.85"
+OTHER = ("#b8860b", "#111111", "#5f9ea0", "#a0a0a0")  # of networks, which are neither gates nor states
+
+
+def panels(rows: int, height: float, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
+    """A figure as wide as a page, and its axes, [rows, columns]."""
+    figure = Figure(figsize=(8.8, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for panel in axes.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def gate_strips(axes: Axes, gates: Mapping[str, np.ndarray]) -> None:
+    """A strip for each gate, [T]: white is shut, full colour is open."""
+    for row, (name, values) in enumerate(gates.items()):
+        edges = np.arange(len(values) + 1)
+        axes.pcolormesh(edges, [row, row + 1], values[None], cmap=colour_map(name), vmin=0, vmax=1, edgecolors="white")
+    axes.set_yticks(np.arange(len(gates)) + 0.5, list(gates))
+    for text in axes.get_yticklabels():
+        text.set_color(HUES[text.get_text()])
+    axes.invert_yaxis()
+    axes.tick_params(left=False)
+    axes.spines[:].set_visible(False)
+
+
+def vanishing(lengths: Sequence[int], norms: Mapping[str, Sequence[float]]) -> Figure:
+    """Gradient norms against the length of the sequence, by the name of the network."""
+    figure, ((axes,),) = panels(1, 3.2)
+    for (name, norm), colour in zip(norms.items(), OTHER):
+        axes.plot(lengths, norm, "o-", color=colour, markersize=4)
+        axes.annotate(name, (lengths[-1], norm[-1]), (8, 0), textcoords="offset points", va="center", color=colour)
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    axes.set(yscale="log", xlabel="length of the sequence", ylabel="gradient norm at step 0")
+    return figure
+
+
+def gates_by_hand(
+    x: np.ndarray, rnn: np.ndarray, cell: np.ndarray, hidden: np.ndarray, gates: Mapping[str, np.ndarray]
+) -> Figure:
+    """A plain RNN's memory, and a box whose gates are moved by hand; all [T]."""
+    figure, ((top,), (middle,), (bottom,)) = panels(3, 5, sharex=True, height_ratios=[2, 2, 1.1])
+    step = np.arange(len(x)) + 0.5
+    top.bar(step, x, color=PALE, label="input $x$")
+    top.plot(step, rnn, color=INK, drawstyle="steps-mid", label="memory of a plain RNN")
+    middle.plot(step, cell, color=HUES["cell"], drawstyle="steps-mid", label="cell state $c$ of an LSTM")
+    middle.bar(step, hidden, color=HUES["hidden"], alpha=0.8, width=0.6, label="what it shows, $h$")
+    gate_strips(bottom, gates)
+    for axes in (top, middle):
+        axes.legend(loc="upper right", frameon=False, ncols=2)
+        axes.set_ylim(-0.5, 1.4)
+    bottom.set_xlabel("step")
+    return figure
+
+
+def slopes() -> Figure:
+    """The logistic function and tanh, each with its slope."""
+    figure, ((left, right),) = panels(1, 3.2, columns=2)
+    z = np.linspace(-6, 6, 241)
+    s, t = 1 / (1 + np.exp(-z)), np.tanh(z)
+    for axes, name, values, slope, formula, edge in (
+        (left, r"$s = \sigma(z)$", s, s * (1 - s), "$s(1-s)$", 3.64),
+        (right, r"$t = \tanh(z)$", t, 1 - t**2, "$1-t^2$", 1.82),
+    ):
+        axes.plot(z, values, color=INK, linewidth=2, label=name)
+        axes.plot(z, slope, color=OTHER[0], linewidth=2, linestyle="--", label=f"its slope, {formula}")
+        for side in (-1, 1):
+            axes.axvspan(*sorted((side * edge, side * 6)), color=GREY, alpha=0.15, linewidth=0)
+        axes.set(xlabel="$z$", xlim=(-6, 6), ylim=(values.min() - 0.1, 1.55))
+        axes.set_yticks(np.arange(np.round(values.min()), 1.1, 0.5))
+        axes.legend(loc="upper center", frameon=False, ncols=2)
+    return figure
+
+
+def keeper(
+    x: np.ndarray, remembered: np.ndarray, cell: np.ndarray, gates: Mapping[str, np.ndarray], answers: np.ndarray
+) -> Figure:
+    """The unit that keeps the value, its cell state scaled to fit: x [T, 3] is value, store, ask; all others [T]."""
+    value, store, ask = x.T
+    figure, axes = panels(4, 6.5, sharex=True, height_ratios=[2, 2, 1.1, 2])
+    first, second, third, fourth = axes[:, 0]
+    step, true = np.arange(len(x)) + 0.5, {"color": INK, "alpha": 0.3}
+    first.bar(step, value, color=np.where(store, INK, PALE))
+    first.plot(step[ask == 1], np.full(int(ask.sum()), 1.25), "v", color=INK, markersize=5)
+    first.set_title("input: the value (dark: store), and ask ▼", loc="left", fontsize=10)
+    second.step(step, remembered, where="mid", linewidth=4, **true)
+    second.plot(step, cell * (cell @ remembered) / (cell @ cell), ".-", color=HUES["cell"], drawstyle="steps-mid")
+    second.set_title("the unit's cell state, scaled, and what is to be remembered (grey)", loc="left", fontsize=10)
+    gate_strips(third, gates)
+    third.set_title("its gates", loc="left", fontsize=10)
+    fourth.bar(step, remembered * ask, **true)
+    fourth.plot(step, answers, ".", color="black")
+    fourth.set_title("the answer, and the right one (grey)", loc="left", fontsize=10)
+    fourth.set_xlabel("step")
+    for panel in (first, second, fourth):
+        panel.set_ylim(-1.1, 1.4)
+    return figure
+
+
+def far_back(
+    lengths: Sequence[int], norms: Mapping[str, np.ndarray], forget: Mapping[str, float], smallest: float = 1e-45
+) -> Figure:
+    """Gradient norms [seeds, lengths] by network; dashed, where there is one, its forget gate's product."""
+    figure, ((axes,),) = panels(1, 4.4)
+    for (name, measured), colour in zip(norms.items(), OTHER):
+        middle = np.exp(np.log(measured).mean(axis=0))
+        axes.fill_between(lengths, measured.min(axis=0), measured.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+        axes.plot(lengths, middle, "o-", color=colour, markersize=4)
+        axes.annotate(name, (lengths[-1], middle[-1]), (8, -3), textcoords="offset points", color=colour)
+        if name in forget:
+            product = middle[0] * forget[name] ** (np.array(lengths) - lengths[0])
+            axes.plot(lengths, product, "--", color=colour, linewidth=1)
+    axes.axhline(smallest, color=INK, linewidth=0.5)
+    axes.annotate("float32 has nothing smaller", (10, smallest), (0, 3), textcoords="offset points", fontsize=8)
+    axes.set(yscale="log", xlabel="length of the sequence", ylabel="gradient norm at step 0", ylim=(1e-65, 1e4))
+    axes.set_title("lines and bands: 5 seeds; dashed: the product of the forget gates alone", loc="left", fontsize=10)
+    return figure
+
+
+def reset(without: np.ndarray, with_reset: np.ndarray) -> Figure:
+    """Two series of answers, [T]."""
+    figure, ((axes,),) = panels(1, 2.2)
+    axes.plot(without, "o-", color=GREY, markersize=4, label="without")
+    axes.plot(with_reset, "s-", color=HUES["cell"], markersize=4, label="with a reset at step 12")
+    axes.set(xlabel="step", ylabel="answer", ylim=(-0.35, 1.2))
+    axes.legend(frameon=False, ncols=2, loc="upper right")
+    return figure
+
+
+def losses(curve: Sequence[tuple[float, float]], baseline: float) -> Figure:
+    """Of each epoch, on the training years and on the held-out one."""
+    figure, ((axes,),) = panels(1, 2.8)
+    for values, name, colour in zip(zip(*curve), ("training years, with dropout", "2015, held out"), (GREY, INK)):
+        axes.plot(np.arange(1, len(curve) + 1), values, color=colour, linewidth=2, label=name)
+    axes.axhline(baseline, color=OTHER[0], linestyle="--", label="2015, forecast: as yesterday")
+    axes.set(xlabel="epoch", ylabel="mean squared error", ylim=(None, 1.03 * baseline))
+    axes.legend(frameon=False)
+    return figure
+
+
+def forecast(dates: np.ndarray, truth: np.ndarray, yesterday: np.ndarray, ours: np.ndarray) -> Figure:
+    """What was measured and what was forecast the day before, [days], in °C."""
+    figure, ((axes,),) = panels(1, 2.8)
+    axes.plot(dates, truth, "o", color=GREY, markersize=4, label="measured")
+    axes.plot(dates, yesterday, color=OTHER[0], linewidth=1, linestyle="--", label="as yesterday")
+    axes.plot(dates, ours, color=INK, linewidth=1.8, label="the stack")
+    axes.set(ylabel="daily maximum, °C", ylim=(None, truth.max() + 6))
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator(), show_offset=False))
+    axes.legend(frameon=False, ncols=3, loc="upper right")
+    return figure
+
+
+def keeping(forget: np.ndarray, half_lives: np.ndarray, others: np.ndarray) -> Figure:
+    """Forget gates [T, H] of units in the order of their half-lives [H], and those of a second network."""
+    figure, ((left, right),) = panels(1, 4.2, columns=2, width_ratios=[2.4, 1], sharey=True)
+    drawn = left.imshow(
+        forget.T, cmap=colour_map("forget"), vmin=0, vmax=1, aspect="auto", interpolation="nearest", origin="lower"
+    )
+    left.set(xlabel="day", ylabel="unit")
+    left.set_title("forget gate", color=HUES["forget"], fontsize=11)
+    bar = figure.colorbar(drawn, ax=left, ticks=[0, 1], pad=0.01)
+    bar.ax.set_yticklabels(["0 shut", "1 open"])
+    for lives, colour, name, height in (
+        (half_lives, HUES["forget"], "2 to 30 days", 0.3),
+        (others, GREY, "bias 0", 0.75),
+    ):
+        unit = int(height * len(lives))
+        right.plot(lives, np.arange(len(lives)), color=colour, linewidth=2)
+        right.annotate(f"start: {name}", (lives[unit], unit), (8, -4), textcoords="offset points", color=colour)
+    right.set(xscale="log", xlabel="half-life in days")
+    right.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+    right.minorticks_off()
+    return figure
