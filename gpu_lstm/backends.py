@@ -26,6 +26,7 @@ class Backend(enum.Enum):
     REFERENCE = "reference"  # a plain loop: any device, any dtype, differentiable to any order
 
 
+_BY_NAME = {b.value: b for b in Backend}  # torch 2.8 does not trace Backend(name)
 KERNEL_BACKENDS = (Backend.TRITON, Backend.CUPY)
 KERNEL_DEVICES = ("cuda",)  # whose tensors AUTO gives to kernels
 TAKE_NOISE = (Backend.TRITON, Backend.REFERENCE)  # recurrent dropout and zoneout
@@ -42,11 +43,11 @@ def parse(name: "str | Backend") -> Backend:
     Raises:
         ValueError: there is none of that name.
     """
-    try:
-        return Backend(name)
-    except ValueError:
-        known = ", ".join(repr(b.value) for b in Backend)
-        raise ValueError(f"unknown backend {name!r}; expected one of {known}") from None
+    found = name if isinstance(name, Backend) else _BY_NAME.get(name)
+    if found is None:
+        known = ", ".join(map(repr, _BY_NAME))
+        raise ValueError(f"unknown backend {name!r}; expected one of {known}")
+    return found
 
 
 @contextlib.contextmanager
@@ -82,7 +83,12 @@ def requested(argument: "str | Backend | None") -> Backend:
         return parse(argument)
     if _chosen is not None:
         return _chosen
-    return parse(os.environ.get(ENVIRONMENT_VARIABLE) or Backend.AUTO)
+    return _BY_NAME[_from_environment()]
+
+
+@torch.compiler.assume_constant_result
+def _from_environment() -> str:
+    return parse(os.environ.get(ENVIRONMENT_VARIABLE) or Backend.AUTO).value
 
 
 def select(
@@ -101,16 +107,17 @@ def select(
     """
     choice = requested(argument)
     if choice is Backend.AUTO:
-        fused = KERNEL_BACKENDS if device.type in KERNEL_DEVICES else ()
-        able = (b for b in fused if (noise is None or b in TAKE_NOISE) and can_run(b, device, dtype))
-        choice = next(able, Backend.TORCH if noise is None else Backend.REFERENCE)
+        choice = Backend.TORCH if noise is None else Backend.REFERENCE
+        for fused in KERNEL_BACKENDS if device.type in KERNEL_DEVICES else ():
+            if (noise is None or fused in TAKE_NOISE) and can_run(fused, device, dtype):
+                choice = fused
+                break
     elif noise is not None and choice not in TAKE_NOISE:
         takers = " or ".join(repr(b.value) for b in TAKE_NOISE)
         raise ValueError(f"backend {choice.value!r} takes no {noise}; use {takers}")
     elif not can_run(choice, device, dtype):
-        problem = obstacle(choice, device, dtype)
-        assert problem is not None
-        raise problem
+        kind, text = _why_not(choice, device, dtype)
+        raise {"ImportError": ImportError, "RuntimeError": RuntimeError, "TypeError": TypeError}[kind](text)
     return Backend.REFERENCE if need_the_reference() else choice
 
 
@@ -118,6 +125,13 @@ def select(
 def can_run(choice: Backend, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `choice` can run tensors of this device and dtype. Fixed while a process lives: not to be traced."""
     return obstacle(choice, device, dtype) is None
+
+
+@torch.compiler.assume_constant_result
+def _why_not(choice: Backend, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Class and text of the obstacle that there is. Not to be traced, as `can_run`."""
+    problem = obstacle(choice, device, dtype)
+    return type(problem).__name__, str(problem)
 
 
 def obstacle(choice: Backend, device: torch.device, dtype: torch.dtype) -> Exception | None:

@@ -221,7 +221,7 @@ def _how(backend: Backend, batch: Batch, weights: list[list[Weights]], settings:
             return "a loop over steps in torch's operators"
     if batch.packed is not None and batch.traversal.resets is None:
         return "torch's own LSTM takes the PackedSequence as it is"
-    if not batch.traversal.is_plain:
+    if not batch.traversal.is_plain():
         return "torch's own LSTM, a call for each layer and direction; gates are shut from outside at ends and resets"
     alike = len({one.weight_hh.shape for layer in weights for one in layer}) == 1
     together = alike and not settings.residual

@@ -85,7 +85,7 @@ def stack(
     Recurrent dropout and zoneout are for the Triton backend and the reference. The reference appends the gates of every
     layer and direction to `record`, if there is one. Arguments are not checked.
     """
-    plain = backend is Backend.TORCH and traversal.is_plain
+    plain = backend is Backend.TORCH and traversal.is_plain()
     if plain and not settings.residual and not torch.compiler.is_compiling() and _same_sizes(weights):
         return _in_one_call(x, states, weights, settings)
     drawn = draw(weights, x, compute_dtype(x), settings)
@@ -137,7 +137,9 @@ def _by_kernels(
 ) -> tuple[Tensor, list[State]]:
     """All in the dtype that x is computed in, once and not for every chunk; c goes from chunk to chunk in float32."""
     computed = [[_computed(x, state, one) for one in layer.weights] for layer, state in zip(layers, states)]
-    layers = [layer._replace(weights=[one for *_, one in each]) for each, layer in zip(computed, layers)]
+    layers = [  # by every field, since torch 2.8 does not trace _replace
+        Layer([one for *_, one in each], layer.noise, layer.kept, layer.number) for each, layer in zip(computed, layers)
+    ]
     x, states = computed[0][0][0], [state for (_, state, _), *_ in computed]
     exact = [(h, c.float()) for h, c in states]
     schedule = chunks.schedule(x, [layer.weights for layer in layers], recompute)

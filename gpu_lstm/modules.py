@@ -166,7 +166,7 @@ class LSTM(RNNBase):
         backend = fastest(self.backend, _backend_for(self, x, record), x, weights, batch.traversal, Settings.of(self))
         if backend is Backend.TORCH and batch.packed is not None and resets is None and eager:
             return self._torch_packed(batch.packed, given)
-        if backend is Backend.TORCH and batch.traversal.is_plain and eager:
+        if backend is Backend.TORCH and batch.traversal.is_plain() and eager:
             y, hx = native.stack(x, hx, weights, self.dropout, self.training)
         else:
             directions = 2 if self.bidirectional else 1
@@ -470,22 +470,23 @@ class LSTMCell(RNNCellBase):
                 raise RuntimeError("lstm_cell expects two hidden states")
             h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
 
-        weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        parameters = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        weights = Weights(*parameters)
         weights.check_sizes(self.input_size, self.hidden_size, self.hidden_size)
         backend = select(self.backend, x.device, compute_dtype(x))
         backend = fastest(self.backend, backend, x[None], [[weights]], Traversal(), Settings(self.training))
         if backend is Backend.TORCH:
-            h, c = _VF.lstm_cell(x, (h, c), *weights[:4])
+            h, c = _VF.lstm_cell(x, (h, c), *parameters)
         else:
-            self._check_sizes(x, h, c, weights)
+            self._check_sizes(x, h, c)
             check_tensors(x[None], [(h, c)], weights.present())
             _, (h, c) = one_direction(x[None], (h, c), weights, Traversal(), backend)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
-    def _check_sizes(self, x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> None:
+    def _check_sizes(self, x: Tensor, h: Tensor, c: Tensor) -> None:
         expected = x.shape[0], self.hidden_size
         if x.shape[1] != self.input_size or h.shape != expected or c.shape != expected:
-            _VF.lstm_cell(x, (h, c), *weights[:4])  # raises, in the words of the torch at hand
+            _VF.lstm_cell(x, (h, c), self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)  # raises, in the words of the torch at hand
             raise RuntimeError(f"Expected hx of size {expected}, got {list(h.shape)} and {list(c.shape)}")
 
     def extra_repr(self) -> str:

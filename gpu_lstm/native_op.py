@@ -61,7 +61,7 @@ def _in_eager_mode(
     count = len(weights) // len(h0)
     layer = [_weights(weights[first : first + count]) for first in range(0, len(weights), count)]
     traversal = Traversal(lengths, resets, reverse)
-    if traversal.is_plain and not reverse:
+    if traversal.is_plain() and not reverse:
         h, (h_n, c_n) = native.stack(x, (h0, c0), [layer])
         return h, h_n, c_n
     h, (h_n, c_n) = native.layer(x, (h0[0], c0[0]), layer[0], traversal)

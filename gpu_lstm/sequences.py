@@ -120,8 +120,7 @@ class Traversal(NamedTuple):
     resets: Tensor | None = None  # bool [T, B]
     reverse: bool = False
 
-    @property
-    def is_plain(self) -> bool:
+    def is_plain(self) -> bool:  # no property: torch 2.8 does not trace one
         """Whether all sequences have T steps and no reset."""
         return self.lengths is None and self.resets is None
 

@@ -1,7 +1,7 @@
 """Which of torch's function transforms are at work, and what of them the fused kernels can carry.
 
-torch.func.grad and vjp run through the fused kernels. vmap and forward-mode derivatives need an LSTM that is written in
-torch's own operators, which the reference is.
+torch.func.grad and vjp run through the fused kernels, but in a graph of torch.compile. There, vmap and forward-mode
+derivatives need an LSTM that is written in torch's own operators, which the reference is.
 """
 
 import torch
@@ -14,12 +14,17 @@ _ONLY_BY_REFERENCE = (_functorch.TransformType.Vmap, _functorch.TransformType.Jv
 
 
 def need_the_reference() -> bool:
-    """Whether the call at hand is inside vmap or a forward-mode derivative."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether the call at hand is inside vmap or a forward-mode derivative; in a compiled graph, inside any transform."""
+    return _need_the_reference(torch.compiler.is_compiling())
+
+
+@torch.compiler.assume_constant_result
+def _need_the_reference(compiling: bool) -> bool:
+    # Not traced but asked: torch.compile enters a transform while it traces what is inside. There no tensor of
+    # torch.func.grad says that it requires a gradient, so that none would be kept for backward.
     if forward_ad._current_level >= 0:
         return True
-    return any(interpreter.key() in _ONLY_BY_REFERENCE for interpreter in _interpreters())
+    return any(compiling or interpreter.key() in _ONLY_BY_REFERENCE for interpreter in _interpreters())
 
 
 def is_watched(x: Tensor) -> bool:

@@ -30,7 +30,8 @@ class Weights(NamedTuple):
         """
         rows = 4 * hidden
         sizes = (rows, features), (rows, projected), (rows,), (rows,), (projected, hidden)
-        for name, tensor, size in zip(self._fields, self, sizes):
+        names = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"  # torch 2.8 does not trace _fields
+        for name, tensor, size in zip(names, self, sizes):
             if tensor is not None and tensor.shape != size:
                 raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}")
         if (self.bias_ih is None) != (self.bias_hh is None):
