@@ -2,12 +2,12 @@
 
 import contextlib
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import chunks, fused, native, native_op, reference, streams
+from . import chunks, fused, native, reference, streams, whole_layer
 from .backends import KERNEL_BACKENDS, Backend
 from .chunks import Outputs, Schedule, cut
 from .noise import NO_NOISE, Noise, draw, dropped
@@ -42,11 +42,25 @@ def one_direction(
     x, state, weights = _computed(x, state, weights)
     with _without_autocast(x):
         if backend is Backend.TORCH:
-            h, (h_n, c_n) = native_op.layer(x, (state[0][None], state[1][None]), [weights], traversal)
-            return h, (h_n[0], c_n[0])
+            return _as_one_operator(x, state, weights, traversal, backend)
         if backend is Backend.REFERENCE:
             return reference.layer(x, state, weights, traversal, noise, record)
-        return fused.layer(x, state, weights, traversal, backend, noise, recompute)
+        return _by_kernel(x, state, weights, traversal, backend=backend, noise=noise, recompute=recompute)
+
+
+def _by_kernel(
+    x: Tensor, state: State, weights: Weights, traversal: Traversal, *, backend: Backend, noise: Noise, **options: Any
+) -> tuple[Tensor, State]:
+    if torch.compiler.is_exporting() and not noise.present():
+        return _as_one_operator(x, state, weights, traversal, backend)
+    return fused.layer(x, state, weights, traversal, backend, noise, **options)
+
+
+def _as_one_operator(
+    x: Tensor, state: State, weights: Weights, traversal: Traversal, backend: Backend
+) -> tuple[Tensor, State]:
+    h, (h_n, c_n) = whole_layer.layer(x, (state[0][None], state[1][None]), [weights], traversal, backend)
+    return h, (h_n[0], c_n[0])
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
@@ -92,7 +106,7 @@ def stack(
     layers = [Layer(*parts) for parts in zip(weights, *drawn, range(len(weights)))]
     connect = partial(_connect, residual=settings.residual, dropout=settings.dropout)
     if backend in KERNEL_BACKENDS:
-        run_direction = partial(fused.layer, backend=backend, recompute=settings.recompute)
+        run_direction = partial(_by_kernel, backend=backend, recompute=settings.recompute)
         return _by_kernels(run_direction, connect, x, states, layers, traversal, settings.recompute)
     if plain:
         run_layer = partial(_by_torch, training=settings.training)
@@ -121,7 +135,7 @@ def _by_torch(x: Tensor, state: State, layer: Layer, traversal: Traversal, *, tr
         computed = [_computed(x, state, weights) for weights in layer.weights]
         x, state, _ = computed[0]
         with _without_autocast(x):
-            return native_op.layer(x, state, [weights for *_, weights in computed], traversal)
+            return whole_layer.layer(x, state, [weights for *_, weights in computed], traversal, Backend.TORCH)
     with named(layer.number, None, None):
         return native.stack(x, state, [layer.weights], training=training)
 

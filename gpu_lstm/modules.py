@@ -148,7 +148,7 @@ class LSTM(RNNBase):
         record: list[Gates] | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """forward, or if there is a `record` by the reference, which keeps there the gates of layers and directions."""
-        eager = not torch.compiler.is_compiling()  # else native_op.py is for what torch does
+        eager = not torch.compiler.is_compiling()  # else see whole_layer.py
         if not isinstance(input, PackedSequence):
             _check_rank(input, "LSTM")
             if hx is not None:
@@ -486,7 +486,9 @@ class LSTMCell(RNNCellBase):
     def _check_sizes(self, x: Tensor, h: Tensor, c: Tensor) -> None:
         expected = x.shape[0], self.hidden_size
         if x.shape[1] != self.input_size or h.shape != expected or c.shape != expected:
-            _VF.lstm_cell(x, (h, c), self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)  # raises, in the words of the torch at hand
+            _VF.lstm_cell(
+                x, (h, c), self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+            )  # raises, in the words of the torch at hand
             raise RuntimeError(f"Expected hx of size {expected}, got {list(h.shape)} and {list(c.shape)}")
 
     def extra_repr(self) -> str:

@@ -1,7 +1,7 @@
-"""torch's own LSTM as one operator a layer, gpu_lstm::torch_layer, for torch.compile and torch.export.
+"""A layer as one operator, gpu_lstm::whole_layer: torch's own LSTM in a graph of torch.compile, any in an exported one.
 
-Traced by itself it would fall into its steps, a graph for each T, in which torch's decomposition loses dropout and
-autocast's dtype.
+Traced by itself torch's LSTM would fall into its steps, a graph for each T, in which torch's decomposition loses dropout
+and autocast's dtype. An exported program keeps operators and their derivatives, not an autograd.Function.
 
 What oneDNN and cuDNN keep for backward has a size that only they know, and no place in a graph of tensors. So forward
 runs with autograd of its own, and hands out a tensor without elements that has what came of it as an attribute: it lives
@@ -16,24 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
+from . import fused, native
+from .backends import Backend
 from .ops import LIBRARY, on_the_device_of, one_after_another
 from .sequences import Traversal
 from .weights import State, Weights
 
 LIBRARY.define(
-    "torch_layer(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? lengths, Tensor? resets, bool reverse, "
-    "bool save) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor kept)",
+    "whole_layer(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? lengths, Tensor? resets, bool reverse, "
+    "str backend, bool save) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor kept)",
     tags=(torch.Tag.needs_exact_strides,),
 )
 LIBRARY.define(
-    "torch_layer_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor kept, Tensor x, Tensor h0, Tensor c0, "
-    "Tensor[] weights, Tensor? lengths, Tensor? resets, bool reverse, bool[] needed) -> Tensor[]",
+    "whole_layer_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor kept, Tensor x, Tensor h0, Tensor c0, "
+    "Tensor[] weights, Tensor? lengths, Tensor? resets, bool reverse, str backend, bool[] needed) -> Tensor[]",
     tags=(torch.Tag.needs_exact_strides,),
 )
 
-torch_layer = torch.ops.gpu_lstm.torch_layer.default
-torch_layer_backward = torch.ops.gpu_lstm.torch_layer_backward.default
+whole_layer = torch.ops.gpu_lstm.whole_layer.default
+whole_layer_backward = torch.ops.gpu_lstm.whole_layer_backward.default
 
 
 def layer(
@@ -41,11 +42,12 @@ def layer(
     state: State,  # ([D, B, P], [D, B, H])
     weights: list[Weights],  # [D]
     traversal: Traversal,
+    backend: Backend,
 ) -> tuple[Tensor, State]:
-    """One layer, of one direction, or where the traversal is plain of both: h [T, B, D*P] and its final state."""
+    """h [T, B, D*P] and the final state. Two directions are for torch, where the traversal is plain."""
     given = [t for one in weights for t in one.present()]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state, *given))
-    h, h_n, c_n, _ = torch_layer(x, *state, given, *traversal, save)
+    h, h_n, c_n, _ = whole_layer(x, *state, given, *traversal, backend.value, save)
     return h, (h_n, c_n)
 
 
@@ -57,14 +59,19 @@ def _in_eager_mode(
     lengths: Tensor | None,
     resets: Tensor | None,
     reverse: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     count = len(weights) // len(h0)
     layer = [_weights(weights[first : first + count]) for first in range(0, len(weights), count)]
     traversal = Traversal(lengths, resets, reverse)
-    if traversal.is_plain() and not reverse:
+    if backend == Backend.TORCH.value and traversal.is_plain() and not reverse:
         h, (h_n, c_n) = native.stack(x, (h0, c0), [layer])
         return h, h_n, c_n
-    h, (h_n, c_n) = native.layer(x, (h0[0], c0[0]), layer[0], traversal)
+    state = h0[0], c0[0]
+    if backend == Backend.TORCH.value:
+        h, (h_n, c_n) = native.layer(x, state, layer[0], traversal)
+    else:
+        h, (h_n, c_n) = fused.layer(x, state, layer[0], traversal, Backend(backend))
     return h, h_n[None], c_n[None]
 
 
@@ -85,11 +92,11 @@ def _apart(x: Tensor, record: bool) -> Iterator[None]:
         yield
 
 
-def _forward(x, h0, c0, weights, lengths, resets, reverse, save):
+def _forward(x, h0, c0, weights, lengths, resets, reverse, backend, save):
     kept = x.new_empty(0)
     with _apart(x, record=save):
         leaves = [t.detach().requires_grad_(save) for t in (x, h0, c0, *weights)]
-        h, h_n, c_n = _in_eager_mode(*leaves[:3], leaves[3:], lengths, resets, reverse)
+        h, h_n, c_n = _in_eager_mode(*leaves[:3], leaves[3:], lengths, resets, reverse, backend)
         if save:
             kept.graph = leaves, (h, h_n, c_n)
     return h.detach().contiguous(), h_n.detach().clone(), c_n.detach().clone(), kept
@@ -100,9 +107,9 @@ def _forward_fake(x, h0, c0, weights, *others):
     return h, torch.empty_like(h0), torch.empty_like(c0), x.new_empty(0)
 
 
-def _backward(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse, needed):
+def _backward(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse, backend, needed):
     if not hasattr(kept, "graph"):
-        *_, kept = _forward(x, h0, c0, weights, lengths, resets, reverse, save=True)
+        *_, kept = _forward(x, h0, c0, weights, lengths, resets, reverse, backend, save=True)
     with _apart(x, record=False):
         leaves, results = kept.graph
         given = [(result, d) for result, d in zip(results, (dh, dh_n, dc_n)) if d is not None]
@@ -113,13 +120,13 @@ def _backward(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse
     return [next(found).contiguous() if need else x.new_empty(0) for need in needed]
 
 
-def _backward_fake(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse, needed):
+def _backward_fake(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse, backend, needed):
     given = zip((x, h0, c0, *weights), needed)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) if need else x.new_empty(0) for t, need in given]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, h0, c0, weights, lengths, resets, ctx.reverse, _ = inputs
+    x, h0, c0, weights, lengths, resets, ctx.reverse, ctx.backend, _ = inputs
     *_, kept = output
     ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
@@ -129,18 +136,18 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _gradients(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: None) -> tuple:
     kept, x, h0, c0, lengths, resets, *weights = ctx.saved_tensors
     needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3]]
-    found = torch_layer_backward(
-        dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, ctx.reverse, needed
+    found = whole_layer_backward(
+        dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, ctx.reverse, ctx.backend, needed
     )
     dx, dh0, dc0, *dweights = (d if need else None for d, need in zip(found, needed))
-    return dx, dh0, dc0, dweights, *(None,) * 4
+    return dx, dh0, dc0, dweights, *(None,) * 5
 
 
 for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("torch_layer", _forward, _key)
-    LIBRARY.impl("torch_layer_backward", _backward, _key)
-torch.library.register_fake("gpu_lstm::torch_layer", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("gpu_lstm::torch_layer_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd("gpu_lstm::torch_layer", _gradients, setup_context=_setup_context, lib=LIBRARY)
-for _name, _operator in (("torch_layer", torch_layer), ("torch_layer_backward", torch_layer_backward)):
+    LIBRARY.impl("whole_layer", _forward, _key)
+    LIBRARY.impl("whole_layer_backward", _backward, _key)
+torch.library.register_fake("gpu_lstm::whole_layer", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("gpu_lstm::whole_layer_backward", _backward_fake, lib=LIBRARY)
+torch.library.register_autograd("gpu_lstm::whole_layer", _gradients, setup_context=_setup_context, lib=LIBRARY)
+for _name, _operator in (("whole_layer", whole_layer), ("whole_layer_backward", whole_layer_backward)):
     torch.library.register_vmap(f"gpu_lstm::{_name}", one_after_another(_operator), lib=LIBRARY)
