@@ -51,6 +51,11 @@ def one_direction(
 def _by_kernel(
     x: Tensor, state: State, weights: Weights, traversal: Traversal, *, backend: Backend, noise: Noise, **options: Any
 ) -> tuple[Tensor, State]:
+    if torch.jit.is_tracing() and torch.is_grad_enabled() and weights.weight_hh.requires_grad:
+        raise RuntimeError(
+            f"torch.jit.trace cannot record the gradients of backend {backend.value!r}: trace within torch.no_grad(), "
+            "or with backend 'torch'"
+        )
     if torch.compiler.is_exporting() and not noise.present():
         return _as_one_operator(x, state, weights, traversal, backend)
     return fused.layer(x, state, weights, traversal, backend, noise, **options)

@@ -14,7 +14,7 @@ _ONLY_BY_REFERENCE = (_functorch.TransformType.Vmap, _functorch.TransformType.Jv
 
 
 def need_the_reference() -> bool:
-    """Whether the call at hand is inside vmap or a forward-mode derivative; in a compiled graph, inside any transform."""
+    """Whether the call at hand is inside vmap or a forward-mode derivative; in a compiled graph, in any transform."""
     return _need_the_reference(torch.compiler.is_compiling())
 
 

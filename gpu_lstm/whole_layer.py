@@ -1,12 +1,12 @@
 """A layer as one operator, gpu_lstm::whole_layer: torch's own LSTM in a graph of torch.compile, any in an exported one.
 
-Traced by itself torch's LSTM would fall into its steps, a graph for each T, in which torch's decomposition loses dropout
-and autocast's dtype. An exported program keeps operators and their derivatives, not an autograd.Function.
+Traced by itself torch's LSTM would fall into its steps, a graph for each T, in which torch's decomposition loses
+dropout and autocast's dtype. An exported program keeps operators and their derivatives, not an autograd.Function.
 
 What oneDNN and cuDNN keep for backward has a size that only they know, and no place in a graph of tensors. So forward
-runs with autograd of its own, and hands out a tensor without elements that has what came of it as an attribute: it lives
-as long as that tensor, which is saved for backward. Where only the elements were saved (by hooks that copy, in CUDA
-graphs, in an exported program), backward takes the layer again.
+runs with autograd of its own, and hands out a tensor without elements that has what came of it as an attribute: it
+lives as long as that tensor, which is saved for backward. Where only the elements were saved (by hooks that copy, in
+CUDA graphs, in an exported program), backward takes the layer again.
 """
 
 import contextlib
@@ -77,8 +77,9 @@ def _in_eager_mode(
 
 def _weights(present: list[Tensor]) -> Weights:
     weight_ih, weight_hh, *others = present
-    bias = others[:2] if len(others) >= 2 else [None, None]
-    return Weights(weight_ih, weight_hh, *bias, others[-1] if len(others) % 2 else None)
+    weight_hr = others.pop() if len(others) % 2 else None
+    bias_ih, bias_hh = others or (None, None)
+    return Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
 
 
 @contextlib.contextmanager
