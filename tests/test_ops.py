@@ -4,7 +4,7 @@ import pytest
 import torch
 from comparing import example
 
-from gpu_lstm import ops
+from gpu_lstm import ops, whole_layer
 
 VARIANTS = [dict(P=0), dict(P=2, ragged=True, resets=0.4, reverse=True)]
 
@@ -55,3 +55,33 @@ def test_a_stride_of_zero_in_the_gradient(device):
     expanded = ops.layer_backward(one.expand_as(h), None, None, gates, c, *rest, "triton")
     contiguous = ops.layer_backward(torch.ones_like(h), None, None, gates, c, *rest, "triton")
     assert all(torch.equal(a, b) for a, b in zip(expanded, contiguous, strict=True))
+
+
+WHOLE = {
+    "both directions": dict(bidirectional=True), "projected": dict(proj_size=2, bias=False), "ragged": {},
+    "reverse": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("variant", WHOLE)
+def test_whole_layer(variant, backend, device):
+    if variant == "both directions" and backend != "torch":
+        pytest.skip("a direction each")
+    lstm = torch.nn.LSTM(3, 5, **WHOLE[variant], device=device)
+    directions, P = 1 + lstm.bidirectional, lstm.proj_size or 5
+    x, h0, c0 = (torch.randn(*size, device=device) for size in ((4, 2, 3), (directions, 2, P), (directions, 2, 5)))
+    weights = [t.detach() for t in lstm.parameters()]
+    lengths, resets = torch.tensor([4, 1], device=device), torch.rand(4, 2, device=device) < 0.5
+    ragged = (lengths, resets) if variant == "ragged" else (None, None)
+    rest = *ragged, variant == "reverse", backend
+    for save in (False, True):
+        torch.library.opcheck(whole_layer.whole_layer, (x, h0, c0, weights, *rest, save))
+    leaves = [t.clone().requires_grad_() for t in (x, h0, c0, *weights)]
+    torch.library.opcheck(whole_layer.whole_layer, (*leaves[:3], leaves[3:], *rest, True))
+    h, h_n, c_n, kept = whole_layer.whole_layer(x, h0, c0, weights, *rest, True)
+    for needed in ([True] * len(leaves), [False, True] + [False] * (len(leaves) - 2)):
+        for gradients in ((h, h_n, c_n), (None, h_n, None)):
+            torch.library.opcheck(
+                whole_layer.whole_layer_backward, (*gradients, kept, x, h0, c0, weights, *rest, needed)
+            )

@@ -1,0 +1,301 @@
+"""Graphs of torch.compile and torch.export: one operator a layer, few graphs for all sizes, eager's numbers.
+
+What eager gives is held to the oracle elsewhere; here it is the reference's, in the dtype of each backend.
+"""
+
+import io
+from collections import Counter
+
+import pytest
+import torch
+from comparing import PLACES
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
+from torch.export import Dim
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils._pytree import tree_leaves
+
+import gpu_lstm
+from gpu_lstm import native, whole_layer
+
+I, H = 3, 4
+SIZES = ((7, 3), (9, 4), (12, 5), (5, 2), (30, 6))  # T, B
+KERNELS_AND_TORCH = ("torch", "triton")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+
+
+def module(kind, backend, **arguments):
+    """A module, and its twin of the reference."""
+    torch.manual_seed(0)
+    sizes = (I, [H, 2]) if kind == "StackedLSTM" else (I, H)
+    ours, twin = (getattr(gpu_lstm, kind)(*sizes, **arguments, backend=b, **PLACES[backend])
+                  for b in (backend, "reference"))  # fmt: skip
+    twin.load_state_dict(ours.state_dict())
+    return ours, twin
+
+
+def call_of(ours, steps, batch, ragged):
+    weight = next(ours.parameters())
+    x = torch.randn(steps, batch, I, dtype=weight.dtype, device=weight.device)
+    if not ragged:
+        return x, {}
+    lengths, resets = torch.randint(0, steps + 1, (batch,)), torch.rand(steps, batch) < 0.3
+    return x, dict(lengths=lengths.to(x.device), resets=resets.to(x.device))
+
+
+def results(call, parameters, x, options, training=True):
+    """Output, states, and of their squares the gradients by x and the parameters."""
+    x = x.clone().requires_grad_(training)
+    with torch.set_grad_enabled(training):
+        found = tree_leaves(call(x, **options))
+    if training:
+        found += torch.autograd.grad(sum(t.square().sum() for t in found), [x, *parameters])
+    return found
+
+
+def assert_same(found, expected):
+    tolerance = 1e-10 if expected[0].dtype is torch.float64 else 2e-5
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", KERNELS_AND_TORCH)
+@pytest.mark.parametrize("ragged", [False, True], ids=["plain", "ragged"])
+@pytest.mark.parametrize(("kind", "training"), [("LSTM", True), ("LSTM", False), ("StackedLSTM", True)])
+def test_two_graphs_do_for_any_number_of_sizes(kind, training, ragged, backend):
+    ours, twin = module(kind, backend, bidirectional=kind == "LSTM")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours, backend=counter, fullgraph=True)
+    for size in SIZES:
+        x, options = call_of(ours, *size, ragged)
+        found = results(compiled, ours.parameters(), x, options, training)
+        assert_same(found, results(twin, twin.parameters(), x, options, training))
+    assert counter.frame_count == 2  # of the first size alone, and of all
+
+
+@pytest.mark.parametrize("backend", KERNELS_AND_TORCH)
+def test_one_graph_does_where_sizes_are_marked_as_dynamic(backend):
+    ours, twin = module("LSTM", backend, num_layers=2)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours, backend=counter, fullgraph=True)
+    for size in SIZES:
+        x, options = call_of(ours, *size, ragged=True)
+        torch._dynamo.mark_dynamic(x, (0, 1))
+        assert_same(results(compiled, (), x, options, False), results(twin, (), x, options, False))
+    assert counter.frame_count == 1
+
+
+def test_a_layer_of_torch_is_one_operator_and_steps_are_none():
+    operators = []
+    for steps in (5, 40):
+        recorder = EagerAndRecordGraphs()
+        torch.compile(gpu_lstm.LSTM(I, H, 3, bidirectional=True), backend=recorder)(torch.randn(steps, 2, I))
+        (graph,) = recorder.graphs
+        operators.append(Counter(node.target for node in graph.graph.nodes if node.op == "call_function"))
+        torch._dynamo.reset()
+    assert operators[0] == operators[1]
+    assert operators[0][whole_layer.whole_layer] == 3
+
+
+@pytest.mark.slow
+def test_by_inductor_a_training_step_of_two_layers(monkeypatch):
+    ours, twin = module("LSTM", "torch", num_layers=2)
+    compiled = torch.compile(ours, fullgraph=True)
+    for size in ((200, 2), (50, 3), (120, 2)):
+        x, options = call_of(ours, *size, ragged=False)
+        assert_same(*(results(call, ours.parameters(), x, options) for call in (compiled, ours)))
+    x, options = call_of(ours, 6, 3, ragged=True)
+    assert_same(*(results(call, p.parameters(), x, options) for call, p in ((compiled, ours), (twin, twin))))
+
+
+def test_dropout_drops_as_much_as_it_should():
+    lstm = gpu_lstm.LSTM(I, 64, 2, dropout=0.25)
+    compiled, x = torch.compile(lstm, backend="aot_eager"), torch.randn(6, 5, I)
+    assert not torch.equal(compiled(x)[0], compiled(x)[0])
+    nn.init.zeros_(lstm.weight_hh_l1)
+    nn.init.eye_(lstm.weight_ih_l1[2 * 64 : 3 * 64])  # candidate k of the upper layer sees output k of the lower one
+    for name in ("weight_ih_l1", "bias_ih_l1", "bias_hh_l1"):
+        getattr(lstm, name).data[: 2 * 64] = 0
+    lstm.bias_ih_l1.data[2 * 64 : 3 * 64] = lstm.bias_hh_l1.data[2 * 64 : 3 * 64] = 0
+    with torch.no_grad():
+        c_1 = torch.cat([compiled(torch.randn(1, 5, I))[1][1][1] for _ in range(40)])  # zero where it was dropped
+    assert 0.22 < (c_1 == 0).double().mean() < 0.28
+    assert torch.equal(compiled(x)[0], compiled(x)[0]) is False
+    lstm.eval()
+    assert torch.equal(compiled(x)[0], compiled(x)[0])
+
+
+def test_autocast_gives_the_dtypes_of_eager():
+    lstm, x = gpu_lstm.LSTM(I, H, 2), torch.randn(6, 2, I)
+    compiled = torch.compile(lstm, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        for options in ({}, dict(lengths=torch.tensor([6, 2]))):
+            found, expected = (tree_leaves(call(x, **options)) for call in (compiled, lstm))
+            assert [t.dtype for t in found] == [t.dtype for t in expected] == [torch.bfloat16] * 3
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-2, rtol=0)
+
+
+def test_packed_sequences_are_right_though_the_graph_breaks():
+    ours, twin = module("LSTM", "torch", num_layers=2, bidirectional=True)
+    compiled = torch.compile(ours, backend="aot_eager")
+    for steps in (3, 5, 8):
+        packed = pack_sequence([torch.randn(t, I).double() for t in (steps, 2)])
+        assert_same(tree_leaves(compiled(packed)), tree_leaves(twin(packed)))
+
+
+# What backward needs is kept beside the graph, or taken again
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often torch's own LSTM was called."""
+    taken = []
+    stack = native.stack
+    monkeypatch.setattr(native, "stack", lambda *given, **options: taken.append(1) or stack(*given, **options))
+    return taken
+
+
+def test_backward_does_not_take_the_layer_again_unless_what_was_kept_is_gone(calls):
+    ours, twin = module("LSTM", "torch", num_layers=2)
+    compiled, (x, options) = torch.compile(ours, backend="aot_eager"), call_of(ours, 6, 2, ragged=True)
+    expected = results(twin, twin.parameters(), x, options)
+    assert_same(results(compiled, ours.parameters(), x, options), expected)
+    assert len(calls) == 2
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):  # as offloading to the CPU does
+        assert_same(results(compiled, ours.parameters(), x, options), expected)
+    assert len(calls) == 2 + 2 + 2
+
+
+def test_backward_twice_and_nothing_kept_for_longer_than_the_graph(calls):
+    ours, _ = module("LSTM", "torch")
+    x = torch.randn(5, 2, I).double()
+    compiled = torch.compile(ours, backend="aot_eager")
+    y = compiled(x)[0].square().sum()
+    first, second = (torch.autograd.grad(y, list(ours.parameters()), retain_graph=True) for _ in range(2))
+    assert_same(first, second)
+    assert len(calls) == 1
+    kept = whole_layer.whole_layer(
+        x, torch.zeros(1, 2, H).double(), torch.zeros(1, 2, H).double(), [*ours.parameters()], None, None, False,
+        "torch", True,
+    )[3]  # fmt: skip
+    assert kept.numel() == 0
+    (leaf, *_), _ = kept.graph
+    assert leaf.data_ptr() == x.data_ptr()  # no copy of what is there already
+
+
+# Transforms inside a graph
+
+
+@pytest.mark.parametrize("backend", KERNELS_AND_TORCH)
+def test_transforms_inside_a_graph(backend):
+    ours, _ = module("LSTM", backend)
+    x, parameters = call_of(ours, 4, 2, ragged=False)[0], dict(ours.named_parameters())
+
+    def loss(parameters, x):
+        return functional_call(ours, parameters, (x,))[0].square().sum()
+
+    for transformed in (
+        vmap(grad(loss), in_dims=(None, 1)),  # of each sequence by itself
+        grad(loss, argnums=(0, 1)),
+        lambda parameters, x: jacrev(lambda x: ours(x)[0][-1])(x),
+        lambda parameters, x: jvp(lambda x: ours(x)[0], (x,), (x,)),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
+        assert_same(tree_leaves(compiled(parameters, x)), tree_leaves(transformed(parameters, x)))
+
+
+def test_a_backend_that_cannot_run_gives_its_reason():
+    lstm = gpu_lstm.LSTM(I, H, backend="cupy")
+    for fullgraph in (False, True):
+        compiled = torch.compile(lstm, backend="eager", fullgraph=fullgraph)
+        with pytest.raises(Exception, match=r"backend 'cupy' (needs CuPy and NVRTC|takes CUDA tensors)"):
+            compiled(torch.randn(2, 1, I))
+
+
+@pytest.mark.parametrize("chosen", ["argument", "block", "environment"])
+def test_a_choice_is_kept_by_the_graph_and_a_new_choice_makes_a_new_one(chosen, monkeypatch, calls):
+    lstm, x = gpu_lstm.LSTM(I, H, backend="reference" if chosen == "argument" else None), torch.randn(3, 1, I)
+    if chosen == "environment":
+        monkeypatch.setenv("GPU_LSTM_BACKEND", "reference")
+    compiled = torch.compile(lstm, backend="aot_eager", fullgraph=True)
+    with gpu_lstm.backend("reference" if chosen == "block" else "auto") if chosen != "environment" else nn.Identity():
+        expected = compiled(x)[0]
+    assert not calls
+    with gpu_lstm.backend("torch"):
+        torch.testing.assert_close(compiled(x)[0], expected)
+    assert len(calls) == (0 if chosen == "argument" else 1)
+
+
+# torch.export
+
+
+class Ragged(nn.Module):
+    """A module that takes lengths and resets as inputs of its own."""
+
+    def __init__(self, lstm):
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, x, lengths, resets):
+        return self.lstm(x, lengths=lengths, resets=resets)
+
+
+T, B = Dim("T"), Dim("B")
+
+
+@pytest.mark.parametrize("backend", KERNELS_AND_TORCH)
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+@pytest.mark.parametrize("kind", ["LSTM", "StackedLSTM"])
+def test_an_exported_program_is_for_all_sizes_and_can_be_trained(kind, strict, backend):
+    ours, twin = module(kind, backend, bidirectional=kind == "LSTM")
+    ours, twin = Ragged(ours), Ragged(twin)
+    x, options = call_of(ours, 5, 2, ragged=True)
+    sizes = {0: T, 1: B}
+    program = torch.export.export(ours, (x, *options.values()), dynamic_shapes=(sizes, {0: B}, sizes), strict=strict)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
+    names = [name for name, _ in ours.named_parameters()]
+    parameters = [dict(loaded.named_parameters())[name] for name in names]
+    for size in SIZES[:2]:
+        x, options = call_of(ours, *size, ragged=True)
+        expected = results(lambda x, **o: twin(x, *o.values()), twin.parameters(), x, options)
+        assert_same(results(lambda x, **o: loaded(x, *o.values()), parameters, x, options), expected)
+
+
+def test_exported_for_training_it_drops():
+    lstm = gpu_lstm.LSTM(I, 32, 2, dropout=0.5)
+    program = torch.export.export(lstm, (torch.randn(5, 2, I),), dynamic_shapes=({0: T, 1: B},)).module()
+    x = torch.randn(7, 3, I)
+    assert not torch.equal(program(x)[0], program(x)[0])
+
+
+@pytest.mark.slow
+def test_ahead_of_time_by_inductor(tmp_path):
+    lstm = gpu_lstm.LSTM(I, H, 2, bidirectional=True).eval()
+    with torch.no_grad():
+        program = torch.export.export(lstm, (torch.randn(5, 2, I),), dynamic_shapes=({0: T, 1: B},))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "lstm.pt2"))
+        loaded = torch._inductor.aoti_load_package(package)
+        for size in SIZES[:2]:
+            x = torch.randn(*size, I)
+            torch.testing.assert_close(tree_leaves(loaded(x)), tree_leaves(lstm(x)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_torch_jit_trace_takes_kernels_without_gradients_only():
+    ours, twin = module("LSTM", "triton", num_layers=2)
+    x, _ = call_of(ours, 5, 2, ragged=False)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record the gradients of backend 'triton'"):
+        torch.jit.trace(ours, (x,))
+    with torch.no_grad():
+        traced = torch.jit.trace(ours, (x,))
+        x, _ = call_of(ours, 7, 3, ragged=False)
+        assert_same(tree_leaves(traced(x)), tree_leaves(twin(x)))
