@@ -136,7 +136,7 @@ def test_hugging_face_trainer(tmp_path):
 
 
 def test_skorch():
-    """A classifier for scikit-learn: fitted, pickled, cloned by a grid search over a number of units' rate."""
+    """A classifier for scikit-learn: fitted, pickled, and cloned by a grid search over its learning rate."""
     skorch = pytest.importorskip("skorch")
     from sklearn.model_selection import GridSearchCV
 
