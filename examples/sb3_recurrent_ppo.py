@@ -135,7 +135,7 @@ def check(twin: RecurrentPPO, buffer, ours: RecurrentPPO) -> None:
             raise RuntimeError(f"{name}: one call and the loop differ by {error:.2g}, expected {TOLERANCE:g}")
 
 
-def main(rollouts: int = 24, hidden: int = 256, epochs: int = 10, out: Path = Path("out")) -> list[Measured]:
+def main(rollouts: int = 24, hidden: int = 256, epochs: int = 4, out: Path = Path("out")) -> list[Measured]:
     """Learn, time, print and plot. RuntimeError if the two differ."""
     torch.set_num_threads(1)
 
@@ -177,10 +177,10 @@ def plot(measured: list[Measured], hidden: int, path: Path) -> None:
     below.plot(steps, ratios, "o-", color="black", markersize=4, label=label)
     below.plot(steps, [each.episode / 10 for each in measured], "--", color="0.6", label="steps of an episode / 10")
     below.set(xlabel="steps taken by the agent", ylabel="times as fast")
-    for axes in (above, below):
+    for axes, place in ((above, "upper left"), (below, "lower right")):
         axes.set_ylim(bottom=0)
         axes.grid(color="0.9")
-        axes.legend(loc="upper left")
+        axes.legend(loc=place)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(f"Plot: {path}")
