@@ -31,8 +31,13 @@ def is_watched(x: Tensor) -> bool:
     """Whether what is computed now is traced, transformed or counted, or x is only a description of a tensor."""
     return (
         torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0 or bool(_interpreters())
+        or torch._C._len_torch_dispatch_stack() > 0 or is_transformed()
     )  # fmt: skip
+
+
+def is_transformed() -> bool:
+    """Whether the call at hand is inside a transform of torch.func."""
+    return bool(_interpreters())
 
 
 def gradients_are_differentiated(tensors: list[Tensor | None]) -> bool:

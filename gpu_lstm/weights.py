@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .precision import cast
+
 State = tuple[Tensor, Tensor]
 """(h, c): [B, P] and [B, H] of one direction, [D, B, P] and [D, B, H] of a layer with D directions."""
 
@@ -38,8 +40,8 @@ class Weights(NamedTuple):
             raise RuntimeError("bias_ih and bias_hh should be given together")
 
     def to(self, dtype: torch.dtype) -> "Weights":
-        """The same in another dtype."""
-        return Weights(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
+        """The same in another dtype; under autocast cast once for all calls of a block."""
+        return Weights(*cast(self, dtype))  # type: ignore[arg-type]
 
     def detached(self, need_gradients: bool) -> "Weights":
         """The same tensors for a computation of its own."""

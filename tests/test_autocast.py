@@ -1,0 +1,249 @@
+"""Autocast: each weight is cast once in a block, as torch does, and a whole training loop with a GradScaler."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from comparing import DEVICE
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gpu_lstm
+
+T, B, I, H = 6, 3, 4, 5
+DTYPE = torch.float16  # the interpreter's bfloat16 products are wrong
+own_kernels = pytest.mark.parametrize("backend", ["reference", "triton"])
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts to DTYPE of tensors that have as many rows as the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.to):  # the latter in inference mode
+            self.count += result.dtype is DTYPE is not args[0].dtype and result.shape[0] == 4 * H
+        return result
+
+
+def autocast(**arguments) -> torch.autocast:
+    return torch.autocast(DEVICE, DTYPE, **arguments)
+
+
+def cells(backend: str) -> tuple[nn.LSTMCell, gpu_lstm.LSTMCell]:
+    torch.manual_seed(0)
+    theirs, ours = nn.LSTMCell(I, H).to(DEVICE), gpu_lstm.LSTMCell(I, H, backend=backend, device=DEVICE)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def loop(cell: nn.Module, x: Tensor) -> Tensor:
+    """h of all steps, [T, B, H]."""
+    state, outputs = None, []
+    for x_t in x:
+        state = cell(x_t, state)
+        outputs.append(state[0])
+    return torch.stack(outputs)
+
+
+def inputs() -> Tensor:
+    return torch.randn(T, B, I, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
+
+
+@own_kernels
+def test_a_loop_over_a_cell_casts_each_weight_once_as_torch_does(backend):
+    counts, found = [], []
+    for cell in cells(backend):
+        with Casts() as casts, autocast():
+            h = loop(cell, inputs())
+        counts.append(casts.count)
+        found.append([h.float(), *torch.autograd.grad(h.float().square().sum(), list(cell.parameters()))])
+    assert counts == [4, 4]
+    truth = cells("reference")[0].double()
+    h = loop(truth, inputs().double())
+    exact = [h, *torch.autograd.grad(h.square().sum(), list(truth.parameters()))]
+    for their, our, true in zip(*found, exact, strict=True):
+        allowed = 2 * max(rms(their - true), torch.finfo(DTYPE).eps * true.abs().max().item())
+        assert rms(our - true) <= allowed
+
+
+def rms(error: Tensor) -> float:
+    return error.double().square().mean().sqrt().item()
+
+
+@own_kernels
+def test_layers_are_cast_once_in_a_block_and_again_in_the_next(backend):
+    stack = gpu_lstm.LSTM(I, H, num_layers=2, bidirectional=True, backend=backend, device=DEVICE)
+    for blocks, calls, expected in ((1, 3, 16), (2, 1, 32)):
+        with Casts() as casts:
+            for _ in range(blocks):
+                with autocast():
+                    for _ in range(calls):
+                        with autocast(enabled=False):  # an inner block ends nothing
+                            pass
+                        stack(inputs())
+        assert casts.count == expected
+
+
+def test_with_autocasts_cache_off_every_call_casts():
+    _, cell = cells("reference")
+    with Casts() as casts, autocast(cache_enabled=False):
+        loop(cell, inputs())
+    assert casts.count == 4 * T
+
+
+def test_only_weights_that_learn_are_kept_as_by_torch():
+    for cell in cells("reference"):
+        cell.requires_grad_(False)
+        with Casts() as casts, autocast():
+            loop(cell, inputs())
+        assert casts.count == 4 * T
+
+
+def test_a_weight_that_changes_within_a_block_is_cast_again():
+    _, cell = cells("reference")
+    with autocast():
+        before = cell(inputs()[0])[0]
+        with torch.no_grad():
+            cell.weight_ih.mul_(2)
+        within = cell(inputs()[0])[0]
+    with autocast():
+        after = cell(inputs()[0])[0]
+    assert torch.equal(within, after)
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_a_call_without_autograd_takes_no_gradient_from_the_next(without):
+    _, cell = cells("reference")
+    with Casts() as casts, autocast():
+        with without():
+            first = [cell(inputs()[0])[0] for _ in range(2)]
+        second = [cell(inputs()[0])[0] for _ in range(2)]
+    assert casts.count == 8
+    assert torch.equal(first[1], second[1])
+    (gradient,) = torch.autograd.grad(second[1].float().sum(), [cell.weight_hh], retain_graph=True)
+    assert gradient.dtype is torch.float32
+    assert torch.autograd.grad(second[0].float().sum(), [cell.weight_ih])[0].any()
+
+
+def test_nothing_is_kept_past_the_block():
+    _, cell = cells("reference")
+    with autocast(), torch.no_grad():
+        cell(inputs()[0])
+        weight = weakref.ref(cell.weight_hh)
+        del cell
+        gc.collect()
+        assert weight() is not None  # kept by its cast
+    gc.collect()
+    assert weight() is None
+
+
+def test_within_another_block_of_another_dtype():
+    _, cell = cells("reference")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        outer = cell(inputs()[0])[0]
+        with autocast():
+            inner = cell(inputs()[0])[0]
+    assert (outer.dtype, inner.dtype) == (torch.bfloat16, DTYPE)
+
+
+def test_per_sample_gradients_under_autocast():
+    """torch.func's tensors live as long as the transform, and are not kept."""
+    _, cell = cells("reference")
+    parameters = {name: p.detach() for name, p in cell.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(cell, parameters, (x,))[0].float().sum()
+
+    with autocast():
+        whole = torch.func.grad(loss)(parameters, inputs()[0])
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, inputs()[0])
+    for name, gradient in whole.items():
+        torch.testing.assert_close(each[name].sum(0), gradient, rtol=1e-2, atol=1e-2)
+
+
+@own_kernels
+def test_compiled_whole_each_weight_is_cast_once_as_torch_does(backend):
+    counts = []
+
+    def count(graph, _):
+        nodes = [node for node in graph.graph.nodes if node.target is torch.ops.aten._to_copy.default]
+        values = [node.meta["val"] for node in nodes]
+        counts.append(sum(value.dtype is DTYPE and value.shape[0] == 4 * H for value in values))
+        return run(graph, _)
+
+    def run(graph, _):
+        return make_boxed_func(graph.forward)
+
+    for cell in cells(backend):
+        torch._dynamo.reset()
+        as_inductor = aot_autograd(fw_compiler=count, bw_compiler=run, partition_fn=min_cut_rematerialization_partition)
+        compiled = torch.compile(loop, fullgraph=True, backend=as_inductor)
+        with autocast():
+            found, expected = compiled(cell, inputs()), loop(cell, inputs())
+        torch.testing.assert_close(found, expected)
+        gradients = (torch.autograd.grad(h.float().sum(), list(cell.parameters())) for h in (found, expected))
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+    assert counts == [4, 4]
+
+
+# GradScaler
+
+
+def train(lstm: nn.Module, seed: int, skipped: list[int] | None = None) -> tuple[Tensor, list[int]]:
+    """All parameters after 12 steps with autocast and a GradScaler, and the steps that it skipped.
+
+    With `skipped` in float64 without either, but for these steps.
+    """
+    torch.manual_seed(seed)
+    exact, dtype = skipped is not None, torch.float32 if skipped is None else torch.float64
+    for parameter in lstm.parameters():
+        nn.init.uniform_(parameter, -0.5, 0.5)
+    model = nn.ModuleList([lstm, nn.Linear(H, 1)]).to(DEVICE, dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**18, growth_interval=4, enabled=not exact)
+    too_large = []
+    for step in range(12):
+        x = torch.randn(T, B, I, generator=torch.Generator().manual_seed(step)).to(DEVICE, dtype)
+        with autocast(enabled=not exact):
+            hidden, _ = lstm(x)
+            loss = (model[1](hidden).to(dtype) - x.cumsum(0).mean(2, keepdim=True).tanh()).square().mean()
+        if exact and step in skipped:
+            continue
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        before = scaler.get_scale()
+        scaler.update()
+        if scaler.get_scale() < before:
+            too_large.append(step)
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), too_large
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("triton", marks=pytest.mark.slow)])
+def test_training_with_a_grad_scaler_is_as_exact_as_with_torchs_lstm(backend):
+    errors = {"ours": [], "theirs": []}
+    with torch.backends.mkldnn.flags(enabled=False):  # oneDNN has no LSTM in float16 on every CPU
+        for seed in range(3):
+            theirs, skipped = train(nn.LSTM(I, H), seed)
+            ours, skipped_by_ours = train(gpu_lstm.LSTM(I, H, backend=backend), seed)
+            assert skipped == skipped_by_ours
+            assert 0 < len(skipped) < 6
+            truth, _ = train(nn.LSTM(I, H), seed, skipped)
+            errors["ours"].append(ours - truth)
+            errors["theirs"].append(theirs - truth)
+    our_error, their_error = (rms(torch.cat(each)) for each in errors.values())
+    assert 1e-6 < their_error < 1e-2
+    assert our_error <= 2 * their_error, (our_error, their_error)

@@ -1,0 +1,210 @@
+"""DDP, FSDP2 and distributed checkpoints in two processes by gloo, beside one process; activation checkpointing.
+
+Two workers are started once, do everything that needs two, and leave their results in a folder.
+"""
+
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from comparing import DEVICE, assert_same
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import gpu_lstm
+
+WORKERS = 2
+T, B, I, H = 4, 4, 3, 6
+BACKENDS = ("torch", "reference", "triton")
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+
+class Tagger(nn.Module):
+    """Two layers and a head, over sequences with lengths and resets."""
+
+    def __init__(self, backend: str | None, seed: int = 0, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.lstm = gpu_lstm.LSTM(I, H, num_layers=2, dropout=dropout, backend=backend)
+        self.head = nn.Linear(H, 2)
+
+    def forward(self, x: Tensor, lengths: Tensor, resets: Tensor) -> Tensor:
+        output, _ = self.lstm(x, lengths=lengths, resets=resets)
+        return self.head(output)
+
+
+def batch(number: int, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """x, lengths and resets of a joint batch, or one worker's part of it."""
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(T, B, I, generator=generator)
+    lengths = torch.randint(1, T + 1, (B,), generator=generator)
+    resets = torch.rand(T, B, generator=generator) < 0.3
+    part = slice(None) if rank is None else slice(rank * B // WORKERS, (rank + 1) * B // WORKERS)
+    return x[:, part], lengths[part], resets[:, part]
+
+
+def loss_of(model: nn.Module, *inputs: Tensor) -> Tensor:
+    return model(*inputs).square().mean()
+
+
+def train(model: nn.Module, steps: range, optimizer: torch.optim.Optimizer, rank: int | None = None) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, *batch(step, rank)).backward()
+        optimizer.step()
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=0.01)
+
+
+# In each worker
+
+
+def ddp(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
+    """Gradients of one backward, and of two that are accumulated."""
+    model = DistributedDataParallel(Tagger(backend, seed=rank))  # which hands out the weights of rank 0
+    loss_of(model, *batch(0, rank)).backward()
+    found = {f"once {name}": p.grad.clone() for name, p in model.module.named_parameters()}
+    model.zero_grad()
+    with model.no_sync():
+        loss_of(model, *batch(1, rank)).backward()
+    loss_of(model, *batch(2, rank)).backward()
+    return found | {f"twice {name}": p.grad for name, p in model.module.named_parameters()}
+
+
+def fsdp(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
+    """The whole weights after three steps; a distributed checkpoint is left behind after two."""
+    model = Tagger(backend)
+    fully_shard(model.lstm)
+    fully_shard(model)
+    optimizer = adam(model)
+    train(model, range(2), optimizer, rank)
+    weights, states = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=folder / f"checkpoint {backend}")
+    train(model, range(2, 3), optimizer, rank)
+    assert model.lstm.weight_hh_l1.to_local().shape == (4 * H // WORKERS, H)
+    return {name: weight.full_tensor() for name, weight in model.state_dict().items()}
+
+
+def resumed(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
+    """The whole weights after the third step, from the checkpoint after two."""
+    model = Tagger(backend, seed=1)
+    fully_shard(model)  # in other shards than those that were saved
+    optimizer = adam(model)
+    weights, states = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": states}, checkpoint_id=folder / f"checkpoint {backend}")
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
+    train(model, range(2, 3), optimizer, rank)
+    return {name: weight.full_tensor() for name, weight in model.state_dict().items()}
+
+
+TASKS = [(task, backend) for backend in BACKENDS for task in (ddp, fsdp)] + [(resumed, "torch")]
+
+
+def work(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORKERS)
+    for task, backend in TASKS:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            try:
+                found = task(backend, rank, folder)
+            except Exception:
+                found = traceback.format_exc()  # for its test
+        torch.save(found, folder / f"{task.__name__} {backend} {rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the workers have left their results."""
+    folder = tmp_path_factory.mktemp("workers")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, folder), WORKERS)
+    return folder
+
+
+def found(folder: Path, task: Callable, backend: str) -> dict[str, Tensor]:
+    """What the workers found, both the same."""
+    first, second = (torch.load(folder / f"{task.__name__} {backend} {rank}") for rank in range(WORKERS))
+    assert isinstance(first, dict), first
+    assert all(map(torch.equal, first.values(), second.values()))
+    return first
+
+
+# Tests
+
+
+@pytest.mark.slow
+@every_backend
+def test_gradients_after_ddp_are_those_of_one_process_on_the_joint_batch(folder, backend):
+    model, true = Tagger("torch"), {}
+    for name, numbers in (("once", [0]), ("twice", [1, 2])):
+        model.zero_grad()
+        for number in numbers:
+            loss_of(model, *batch(number)).backward()
+        true |= {f"{name} {key}": p.grad.clone() for key, p in model.named_parameters()}
+    assert_same(found(folder, ddp, backend), true)
+
+
+@pytest.mark.slow
+@every_backend
+def test_training_with_fsdp2_is_that_of_one_process(folder, backend):
+    model = Tagger("torch")
+    train(model, range(3), adam(model))
+    assert_same(found(folder, fsdp, backend), model.state_dict())
+
+
+@pytest.mark.slow
+def test_a_distributed_checkpoint_resumes_in_two_processes_and_in_one(folder):
+    expected = found(folder, fsdp, "torch")
+    assert_same(found(folder, resumed, "torch"), expected)
+    model = Tagger("torch", seed=1)
+    optimizer = adam(model)
+    weights, states = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    dcp.load({"model": weights, "optimizer": states}, checkpoint_id=folder / "checkpoint torch", no_dist=True)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
+    train(model, range(2, 3), optimizer)
+    assert_same(expected, model.state_dict())
+
+
+@pytest.mark.slow
+def test_a_distributed_checkpoint_loads_into_torchs_lstm(folder):
+    expected = Tagger("torch")
+    train(expected, range(2), adam(expected))
+    model = nn.ModuleDict({"lstm": nn.LSTM(I, H, num_layers=2), "head": nn.Linear(H, 2)})
+    weights = {"model": model.state_dict()}
+    dcp.load(weights, checkpoint_id=folder / "checkpoint triton", no_dist=True)
+    assert_same(weights["model"], expected.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=["float32", "autocast"])
+@every_backend
+def test_activation_checkpointing_changes_no_bit(backend, dtype, use_reentrant):
+    model = Tagger(backend, dropout=0.5).to(DEVICE)
+    x, lengths, resets = (t.to(DEVICE) for t in batch(0))
+    found = []
+    for call in (model, lambda *inputs: checkpoint(model, *inputs, use_reentrant=use_reentrant)):
+        torch.manual_seed(0)
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with torch.backends.mkldnn.flags(enabled=dtype is None):  # oneDNN has no LSTM in float16 on every CPU
+            with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+                y = call(leaf, lengths, resets)
+            y.float().square().mean().backward()
+        found.append([y, leaf.grad, *(parameter.grad for parameter in model.parameters())])
+    assert all(t.any() for t in found[0])
+    assert all(map(torch.equal, *found))

@@ -1,0 +1,255 @@
+"""Trainers and tools of other packages (the extra `frameworks`): with our LSTM they give what torch.nn.LSTM gives.
+
+docs/frameworks.md has the table. A package that is not installed is skipped; sb3-contrib is in test_interop.py.
+"""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import gpu_lstm
+from gpu_lstm.convert import to_torch
+
+N, T, I, H = 12, 4, 3, 5
+Found = list[Tensor]
+Net = Callable[[], nn.Module]  # makes a classifier with an LSTM
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("exact_float32_products"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),  # theirs
+]
+
+
+class Classifier(nn.Module):
+    """The last of an LSTM's outputs, and a head."""
+
+    def __init__(self, kind: type[nn.Module] = nn.LSTM, backend: str | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm = lstm(kind, backend)
+        self.head = nn.Linear(H, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+def lstm(kind: type[nn.Module], backend: str | None, **arguments) -> nn.Module:
+    chosen = {} if backend is None else {"backend": backend}
+    return kind(I, H, batch_first=True, **arguments, **chosen)
+
+
+def data() -> tuple[Tensor, Tensor]:
+    x = torch.randn(N, T, I, generator=torch.Generator().manual_seed(0))
+    return x, (x.sum((1, 2)) > 0).long()
+
+
+def weights(*modules: nn.Module) -> Found:
+    return [parameter.detach().clone() for module in modules for parameter in module.parameters()]
+
+
+def both(run: Callable[[type[nn.Module], str | None], Found], kind: type[nn.Module] = gpu_lstm.LSTM) -> None:
+    """`run` with torch.nn.LSTM and ours: the same by torch's own LSTM, close by the kernels."""
+    expected = run(nn.LSTM, None)
+    assert all(tensor.any() for tensor in expected)
+    for backend, tolerance in ((None, 0.0), ("triton", 1e-4)):
+        for found, true in zip(run(kind, backend), expected, strict=True):
+            torch.testing.assert_close(found, true, rtol=tolerance, atol=tolerance)
+
+
+def test_lightning(tmp_path):
+    """Trainer.fit with clipped gradients, in float32 and with autocast; a checkpoint there and back."""
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self, kind, backend) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = Classifier(kind, backend)
+
+        def training_step(self, batch, _):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), 1e-2)
+
+    def run(kind, backend, precision="32-true"):
+        module = Module(kind, backend)
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", precision=precision, gradient_clip_val=0.1, logger=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=4))
+        trainer.save_checkpoint(tmp_path / "checkpoint")
+        loaded = Module.load_from_checkpoint(tmp_path / "checkpoint", weights_only=False)
+        assert all(map(torch.equal, weights(loaded), weights(module)))
+        return weights(module)
+
+    both(run)
+    assert all(map(torch.equal, run(gpu_lstm.LSTM, None, "bf16-mixed"), run(nn.LSTM, None, "bf16-mixed")))
+
+
+def test_hugging_face_trainer(tmp_path):
+    """Trainer.train, in float32 and with autocast; save_pretrained and back; a checkpoint resumed."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    class Model(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config, kind, backend) -> None:
+            super().__init__(config)
+            self.net = Classifier(kind, backend)
+            self.post_init()
+
+        def _init_weights(self, module) -> None:
+            pass  # they have been drawn
+
+        def forward(self, x, labels=None):
+            return {"loss": nn.functional.cross_entropy(self.net(x), labels)}
+
+    def run(kind, backend, bf16=False):
+        found, out = [], tmp_path / f"{kind.__module__} {backend} {bf16}"
+        for resume in (False, out / "checkpoint-3"):
+            model = Model(transformers.PretrainedConfig(), kind, backend)
+            arguments = transformers.TrainingArguments(
+                out, num_train_epochs=2, per_device_train_batch_size=4, use_cpu=True, bf16=bf16, report_to=[],
+                save_strategy="epoch", logging_strategy="no", disable_tqdm=True,
+            )  # fmt: skip
+            examples = [{"x": x, "labels": y} for x, y in zip(*data())]
+            transformers.Trainer(model, arguments, train_dataset=examples).train(resume_from_checkpoint=resume)
+            model.save_pretrained(out / "model")
+            loaded = Model.from_pretrained(out / "model", kind=kind, backend=backend)
+            assert all(map(torch.equal, weights(loaded), weights(model)))
+            found.append(weights(model))
+        assert all(map(torch.equal, *found)), "resumed it differs"
+        return found[0]
+
+    both(run)
+    assert all(map(torch.equal, run(gpu_lstm.LSTM, None, bf16=True), run(nn.LSTM, None, bf16=True)))
+
+
+def test_skorch():
+    """A classifier for scikit-learn: fitted, pickled, and cloned by a grid search over its learning rate."""
+    skorch = pytest.importorskip("skorch")
+    from sklearn.model_selection import GridSearchCV
+
+    def run(kind, backend):
+        x, y = (t.numpy() for t in data())
+        classifier = skorch.NeuralNetClassifier(
+            Classifier, module__kind=kind, module__backend=backend, criterion=nn.CrossEntropyLoss, max_epochs=2, lr=0.1,
+            train_split=None, verbose=0,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        classifier.fit(x, y)
+        copy = pickle.loads(pickle.dumps(classifier))
+        assert (copy.predict_proba(x) == classifier.predict_proba(x)).all()
+        search = GridSearchCV(classifier, {"lr": [0.1, 0.2]}, cv=2, scoring="accuracy").fit(x, y)
+        return weights(classifier.module_, search.best_estimator_.module_)
+
+    both(run)
+
+
+def test_safetensors(tmp_path):
+    """A model's weights in a file, read by torch.nn.LSTM too."""
+    safetensors = pytest.importorskip("safetensors.torch")
+
+    def run(kind, backend):
+        model, others = Classifier(kind, backend), [Classifier(kind, backend), Classifier()]
+        safetensors.save_model(model, tmp_path / "model.safetensors")
+        for other in others:
+            for parameter in other.parameters():
+                nn.init.zeros_(parameter)
+            safetensors.load_model(other, tmp_path / "model.safetensors")
+            assert all(map(torch.equal, weights(other), weights(model)))
+        return weights(*others)
+
+    both(run)
+
+
+def test_captum():
+    """Attributions to the input, and activations and conductance of the head. Layers with states it does not take."""
+    attr = pytest.importorskip("captum.attr")
+
+    def run(kind, backend):
+        model, x = Classifier(kind, backend).eval(), data()[0][:2]
+        attributions = [
+            method(model).attribute(x, target=1)
+            for method in (attr.IntegratedGradients, attr.Saliency, attr.InputXGradient, attr.FeatureAblation)
+        ]
+        np.random.seed(0)
+        torch.manual_seed(0)
+        attributions.append(attr.GradientShap(model).attribute(x, baselines=torch.zeros_like(x), target=1))
+        attributions.append(attr.LayerActivation(model, model.head).attribute(x))
+        attributions.append(attr.LayerConductance(model, model.head).attribute(x, target=1))
+        with pytest.raises(AttributeError, match="'tuple' object has no attribute 'clone'"):
+            attr.LayerActivation(model, model.lstm).attribute(x)
+        return [each.detach() for each in attributions]
+
+    both(run)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4], ids=["one_trajectory", "several"])
+def test_torchrl(rate):
+    """LSTMModule, step by step and over trajectories, which it tells apart by is_init. It asks for nn.LSTM's class."""
+    modules = pytest.importorskip("torchrl.modules")
+    from tensordict import TensorDict
+
+    def run(kind, backend):
+        torch.manual_seed(0)
+        inner = lstm(kind, backend, num_layers=2)
+        policy = modules.LSTMModule(lstm=inner, in_keys=["x", "h", "c"], out_keys=["y", ("next", "h"), ("next", "c")])
+        starts = torch.rand(N, T, 1) < rate
+        states = {name: torch.randn(N, T, 2, H) for name in "hc"}
+        whole = TensorDict({"x": data()[0], "is_init": starts, **states}, [N, T])
+        with modules.set_recurrent_mode(False):
+            step = policy(whole[:, 0].clone())
+        with modules.set_recurrent_mode(True):
+            whole = policy(whole)
+        whole["y"].square().sum().backward()
+        found = [step["y"], step["next", "c"], whole["y"], whole["next", "h"], *(p.grad for p in inner.parameters())]
+        return [each.detach() for each in found]
+
+    both(run, gpu_lstm.compat.LSTM)
+
+
+def test_opacus():
+    """By way of to_torch: opacus puts an LSTM of its own in the place of torch.nn.LSTM, and of no other class."""
+    pytest.importorskip("opacus")
+    from opacus import PrivacyEngine
+    from opacus.layers import DPLSTM
+    from opacus.validators import ModuleValidator
+
+    assert type(ModuleValidator.fix(Classifier(gpu_lstm.LSTM)).lstm) is gpu_lstm.LSTM
+    found = []
+    for model in (Classifier(), to_torch(Classifier(gpu_lstm.LSTM))):
+        model = ModuleValidator.fix(model)
+        assert type(model.lstm) is DPLSTM
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        torch.manual_seed(0)
+        private, optimizer, batches = PrivacyEngine().make_private(
+            module=model, optimizer=optimizer, data_loader=DataLoader(TensorDataset(*data()), batch_size=4),
+            noise_multiplier=1.0, max_grad_norm=1.0, noise_generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        for x, y in batches:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(private(x), y).backward()
+            optimizer.step()
+        found.append(weights(private))
+    assert all(map(torch.equal, *found))
+
+
+def test_a_checkout_is_not_taken_for_the_package_kernels(monkeypatch):
+    """transformers looks for a distribution of that name, and finds the folder if the root is on the path."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    import kernels
+
+    assert not hasattr(kernels, "__version__")
+    with pytest.raises(ModuleNotFoundError):
+        import kernels.triton_lstm

@@ -1,0 +1,66 @@
+"""The example of training in several processes: it goes on from a checkpoint with the same bits, and learns."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.utils._pytree import tree_leaves_with_path
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "train_ddp.py"
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+spec = importlib.util.spec_from_file_location("train_ddp", SCRIPT)
+example = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(example)
+
+
+def in_one_process(*arguments: str) -> None:
+    example.main(arguments)
+
+
+def in_two_processes(*arguments: str) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launch, str(SCRIPT), *arguments], cwd=ROOT, check=True, capture_output=True)
+
+
+def contents(checkpoint: Path, tmp_path: Path) -> dict:
+    """All that a checkpoint holds, by its place there."""
+    dcp_to_torch_save(checkpoint, tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
+    return {str(path): leaf for path, leaf in tree_leaves_with_path(whole)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [in_one_process, in_two_processes])
+def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(run, tmp_path):
+    whole, parts = ("--out", str(tmp_path / "whole")), ("--out", str(tmp_path / "parts"))
+    run(*whole, "--steps", "6")
+    run(*parts, "--steps", "5", "--save-every", "3")
+    (tmp_path / "parts" / "step-5" / ".metadata").unlink()  # as if it had ended while this was written
+    run(*parts, "--steps", "6", "--resume")
+    expected, found = (contents(tmp_path / name / "step-6", tmp_path) for name in ("whole", "parts"))
+    assert expected.keys() == found.keys()
+    assert len(expected) > 60
+    for path, value in expected.items():
+        assert torch.equal(value, found[path]) if isinstance(value, torch.Tensor) else value == found[path], path
+    processes = sum("random" in path for path in expected)
+    assert processes == (2 if run is in_two_processes else 1)
+    dropped = [value for path, value in expected.items() if "random" in path]
+    assert processes == 1 or not torch.equal(*dropped)
+
+
+@pytest.mark.slow
+def test_it_learns_more_than_the_frequencies_of_bytes(tmp_path):
+    bits = example.main(["--steps", "60", "--out", str(tmp_path)])
+    assert 4.0 < bits["frequencies of bytes"] < 5.2
+    assert bits["the model"] < bits["frequencies of bytes"] - 0.5  # 3.77 against 4.61
+
+
+def test_there_is_nothing_to_resume(tmp_path):
+    with pytest.raises(SystemExit, match="there is no checkpoint in"):
+        example.main(["--resume", "--out", str(tmp_path)])
