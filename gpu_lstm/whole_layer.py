@@ -118,7 +118,8 @@ def _backward(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse
             [result for result, _ in given], [t for t, need in zip(leaves, needed) if need], [d for _, d in given],
             retain_graph=True, materialize_grads=True,
         ))  # fmt: skip
-    return [next(found).contiguous() if need else x.new_empty(0) for need in needed]
+    gradients = (next(found) if need else x.new_empty(0) for need in needed)
+    return [d.clone() if d.dim() == 1 else d.contiguous() for d in gradients]  # both biases' may be the same tensor
 
 
 def _backward_fake(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse, backend, needed):

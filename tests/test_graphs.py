@@ -3,6 +3,7 @@
 What eager gives is held to the oracle elsewhere; here it is the reference's, in the dtype of each backend.
 """
 
+import contextlib
 import io
 from collections import Counter
 
@@ -71,7 +72,7 @@ def test_two_graphs_do_for_any_number_of_sizes(kind, training, ragged, backend):
     ours, twin = module(kind, backend, bidirectional=kind == "LSTM")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ours, backend=counter, fullgraph=True)
-    for size in SIZES:
+    for size in SIZES if backend == "torch" else SIZES[:3]:  # the interpreter is slow
         x, options = call_of(ours, *size, ragged)
         found = results(compiled, ours.parameters(), x, options, training)
         assert_same(found, results(twin, twin.parameters(), x, options, training))
@@ -83,10 +84,12 @@ def test_one_graph_does_where_sizes_are_marked_as_dynamic(backend):
     ours, twin = module("LSTM", backend, num_layers=2)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ours, backend=counter, fullgraph=True)
-    for size in SIZES:
+    for size in SIZES[:3]:
         x, options = call_of(ours, *size, ragged=True)
         torch._dynamo.mark_dynamic(x, (0, 1))
-        assert_same(results(compiled, (), x, options, False), results(twin, (), x, options, False))
+        torch._dynamo.mark_dynamic(options["lengths"], 0)
+        torch._dynamo.mark_dynamic(options["resets"], (0, 1))
+        assert_same(*(tree_leaves(call(x, **options)) for call in (compiled, twin)))
     assert counter.frame_count == 1
 
 
@@ -225,7 +228,7 @@ def test_a_choice_is_kept_by_the_graph_and_a_new_choice_makes_a_new_one(chosen, 
     if chosen == "environment":
         monkeypatch.setenv("GPU_LSTM_BACKEND", "reference")
     compiled = torch.compile(lstm, backend="aot_eager", fullgraph=True)
-    with gpu_lstm.backend("reference" if chosen == "block" else "auto") if chosen != "environment" else nn.Identity():
+    with gpu_lstm.backend("reference") if chosen == "block" else contextlib.nullcontext():
         expected = compiled(x)[0]
     assert not calls
     with gpu_lstm.backend("torch"):
