@@ -16,6 +16,7 @@ from .profiling import named
 from .reference import Gates
 from .sequences import Traversal, valid_steps
 from .settings import Settings
+from .transforms import in_a_graph
 from .weights import State, Weights
 
 
@@ -37,7 +38,7 @@ def one_direction(
     record: list[Gates] | None = None,
 ) -> tuple[Tensor, State]:
     """One layer in one direction: h [T, B, P] and (h_n [B, P], c_n [B, H])."""
-    if backend is Backend.TORCH and not torch.compiler.is_compiling():  # which knows autocast by itself
+    if backend is Backend.TORCH and not in_a_graph():  # which knows autocast by itself
         return native.layer(x, state, weights, traversal)
     x, state, weights = _computed(x, state, weights)
     with _without_autocast(x):
@@ -105,7 +106,7 @@ def stack(
     layer and direction to `record`, if there is one. Arguments are not checked.
     """
     plain = backend is Backend.TORCH and traversal.is_plain()
-    if plain and not settings.residual and not torch.compiler.is_compiling() and _same_sizes(weights):
+    if plain and not settings.residual and not in_a_graph() and _same_sizes(weights):
         return _in_one_call(x, states, weights, settings)
     drawn = draw(weights, x, compute_dtype(x), settings)
     layers = [Layer(*parts) for parts in zip(weights, *drawn, range(len(weights)))]
@@ -136,7 +137,7 @@ def _in_one_call(
 
 
 def _by_torch(x: Tensor, state: State, layer: Layer, traversal: Traversal, *, training: bool) -> tuple[Tensor, State]:
-    if torch.compiler.is_compiling():
+    if in_a_graph():
         computed = [_computed(x, state, weights) for weights in layer.weights]
         x, state, _ = computed[0]
         with _without_autocast(x):

@@ -19,6 +19,7 @@ from .noise import with_weight_drop
 from .reference import Gates
 from .sequences import Batch, Traversal
 from .settings import REGULARISERS, Settings, is_probability, regulariser_of, set_regularisers
+from .transforms import in_a_graph
 from .weights import State, Weights
 
 # torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
@@ -148,7 +149,7 @@ class LSTM(RNNBase):
         record: list[Gates] | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """forward, or if there is a `record` by the reference, which keeps there the gates of layers and directions."""
-        eager = not torch.compiler.is_compiling()  # else see whole_layer.py
+        eager = not in_a_graph()  # else see whole_layer.py
         if not isinstance(input, PackedSequence):
             _check_rank(input, "LSTM")
             if hx is not None:

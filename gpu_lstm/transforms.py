@@ -27,6 +27,11 @@ def _need_the_reference(compiling: bool) -> bool:
     return any(compiling or interpreter.key() in _ONLY_BY_REFERENCE for interpreter in _interpreters())
 
 
+def in_a_graph() -> bool:
+    """Whether the call at hand is traced by torch.compile or torch.export; ONNX knows no operator of ours."""
+    return torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export()
+
+
 def is_watched(x: Tensor) -> bool:
     """Whether what is computed now is traced, transformed or counted, or x is only a description of a tensor."""
     return (

@@ -4,7 +4,8 @@ import copy
 import pickle
 
 import numpy as np
-import onnx.reference
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -287,7 +288,7 @@ def test_onnx_computes_the_same_for_any_size(tmp_path):
     torch.onnx.export(to_torch(model), (TEXTS[0],), tmp_path / "model.onnx", dynamo=True, dynamic_shapes=sizes)
     exported = onnx.load(tmp_path / "model.onnx")
     assert [node.op_type for node in exported.graph.node].count("LSTM") == 2
-    session = onnx.reference.ReferenceEvaluator(exported)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     for text, true in zip(TEXTS, expected, strict=True):
         (found,) = session.run(None, {"text": text.numpy()})
         np.testing.assert_allclose(found, true, rtol=0, atol=1e-6)
