@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .transforms import need_the_reference
+from .transforms import constant_when_traced, need_the_reference
 
 ENVIRONMENT_VARIABLE = "GPU_LSTM_BACKEND"
 
@@ -114,7 +114,7 @@ def select(
     return Backend.REFERENCE if need_the_reference() else choice
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def can_run(choice: Backend, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `choice` can run tensors of this device and dtype. Fixed while a process lives: not to be traced."""
     return obstacle(choice, device, dtype) is None

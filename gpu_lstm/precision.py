@@ -9,6 +9,8 @@ import torch
 import torch.backends.cudnn.rnn as cudnn_rnn
 from torch import Tensor
 
+from .transforms import constant_when_traced
+
 
 def recurrent_precision(dtype: torch.dtype) -> str:
     """Triton's `input_precision` for the recurrent product in `dtype`: "tf32" or "ieee"."""
@@ -35,7 +37,7 @@ def autocasts(x: Tensor) -> bool:
     return _knows_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _knows_autocast(device_type: str) -> bool:
     """Whether there is autocast for a type of device (for "meta" there is none). Not to be traced: torch 2.8 cannot."""
     return torch.amp.is_autocast_available(device_type)
