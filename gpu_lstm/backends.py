@@ -8,12 +8,16 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Literal, cast
 
 import torch
 
 from .transforms import constant_when_traced, need_the_reference
 
 ENVIRONMENT_VARIABLE = "GPU_LSTM_BACKEND"
+
+BackendName = Literal["auto", "triton", "cupy", "torch", "reference"]
+"""The values of Backend, for type checkers."""
 
 
 class Backend(enum.Enum):
@@ -49,8 +53,13 @@ def parse(name: "str | Backend") -> Backend:
         raise ValueError(f"unknown backend {name!r}; expected one of {known}") from None
 
 
+def parse_name(name: "str | Backend") -> BackendName:
+    """As `parse`, the name itself: what modules keep."""
+    return cast(BackendName, parse(name).value)
+
+
 @contextlib.contextmanager
-def backend(name: "str | Backend") -> Iterator[None]:
+def backend(name: "BackendName | Backend") -> Iterator[None]:
     """Choose the backend within a `with` block, for every module and function that was not given one itself.
 
     It holds for the whole process, as torch.backends' flags do. Of blocks that are open in several threads at once the
@@ -76,7 +85,7 @@ def _choose_youngest() -> None:
     _chosen = _blocks[-1][0] if _blocks else None
 
 
-def requested(argument: "str | Backend | None") -> Backend:
+def requested(argument: "BackendName | Backend | None") -> Backend:
     """What the user asked for: by argument, else by `with backend(...)`, else by environment variable, else auto."""
     if argument is not None:
         return parse(argument)
@@ -86,7 +95,7 @@ def requested(argument: "str | Backend | None") -> Backend:
 
 
 def select(
-    argument: "str | Backend | None", device: torch.device, dtype: torch.dtype, noise: str | None = None
+    argument: "BackendName | Backend | None", device: torch.device, dtype: torch.dtype, noise: str | None = None
 ) -> Backend:
     """The backend that will run tensors of this device and dtype: never AUTO.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
+from .backends import Backend, BackendName
 from .modules import LSTM, LSTMCell, StackedLSTM, recast
 from .sequences import check_lengths, times_of_steps
 from .weights import Weights
@@ -62,7 +63,7 @@ class GoBackwards(nn.Module):
 
 
 def from_keras(
-    layer: Any, *, freeze_second_bias: bool = True, backend: str | None = None
+    layer: Any, *, freeze_second_bias: bool = True, backend: BackendName | Backend | None = None
 ) -> LSTM | StackedLSTM | GoBackwards:
     """The module that computes what a built Keras layer computes, with a copy of its weights.
 

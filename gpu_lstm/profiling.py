@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 import torch.autograd.profiler as profiler
@@ -48,7 +49,10 @@ def register_flops() -> None:
         from torch.utils.flop_counter import flop_registry, register_flop_formula
     except Exception:  # from a Triton that is broken: whoever wants to count is told, all others need not know
         return
-    formulas = {torch.ops.gpu_lstm.layer_forward: forward_flops, torch.ops.gpu_lstm.layer_backward: backward_flops}
+    formulas: dict[Any, Any] = {
+        torch.ops.gpu_lstm.layer_forward: forward_flops,
+        torch.ops.gpu_lstm.layer_backward: backward_flops,
+    }
     for operator, formula in formulas.items():
         flop_registry.pop(operator, None)  # of operators that were registered anew
         register_flop_formula(operator)(formula)
