@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast, overload
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast, overload
 
 import torch
 from torch import _VF, Tensor, nn
@@ -20,6 +20,34 @@ from .reference import Gates
 from .sequences import Batch, Traversal
 from .settings import REGULARISERS, Settings, is_probability, regulariser_of, set_regularisers
 from .weights import State, Weights
+
+Given = TypeVar("Given", contravariant=True)
+Returned = TypeVar("Returned", covariant=True)
+
+
+class _Call(Protocol[Given, Returned]):
+    """The types of `forward`, for a module that is called: nn.Module does not hand them on."""
+
+    @overload
+    def __call__(
+        self,
+        input: Tensor,
+        hx: Given | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, Returned]: ...
+
+    @overload
+    def __call__(
+        self,
+        input: PackedSequence,
+        hx: Given | None = None,
+        *,
+        lengths: None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[PackedSequence, Returned]: ...
+
 
 # torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
 
@@ -171,7 +199,7 @@ class LSTM(RNNBase):
         return self._forward(input, hx, lengths, resets)
 
     if TYPE_CHECKING:
-        __call__ = forward  # whose types nn.Module does not hand on
+        __call__: _Call[State, State]
 
     def _forward(
         self,
@@ -422,7 +450,7 @@ class StackedLSTM(nn.Module):
         return self._forward(input, hx, lengths, resets)
 
     if TYPE_CHECKING:
-        __call__ = forward  # whose types nn.Module does not hand on
+        __call__: _Call[Sequence[State], list[State]]
 
     def _forward(
         self,
@@ -557,7 +585,8 @@ class LSTMCell(RNNCellBase):
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
     if TYPE_CHECKING:
-        __call__ = forward  # whose types nn.Module does not hand on
+
+        def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
 
     def _check_sizes(self, x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> None:
         expected = x.shape[0], self.hidden_size
