@@ -155,6 +155,11 @@ def cupy_import_problem() -> str | None:
     return _problem_with("CuPy", lambda: importlib.import_module("cupy").cuda.nvrtc.getVersion())
 
 
+def without_triton(problem: str) -> str:
+    """What to do about a Triton that cannot be imported, for messages."""
+    return f"needs Triton: pip install triton ({problem})"
+
+
 def _problem_with(package: str, load: Callable[[], object]) -> str | None:
     """What `load` raises: an optional package that is missing or broken stops nobody who did not ask for it."""
     try:
@@ -178,7 +183,7 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
         return TypeError(f"backend 'triton' takes float16, bfloat16 and float32, got {dtype}")
     problem = triton_import_problem()
     if problem is not None:
-        return ImportError(f"backend 'triton' cannot be imported: {problem}")
+        return ImportError(f"backend 'triton' {without_triton(problem)}")
     launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
     if launch.INTERPRETED:
         if dtype is torch.bfloat16:
