@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 from functools import partial
 from math import prod
-from typing import Any
 
 import torch
 import torch.autograd.profiler as profiler
@@ -46,13 +45,8 @@ def register_flops() -> None:
     if importlib.util.find_spec("triton") is None:
         return
     try:
-        from torch.utils.flop_counter import flop_registry, register_flop_formula
+        from torch.utils.flop_counter import register_flop_formula
     except Exception:  # from a Triton that is broken: whoever wants to count is told, all others need not know
         return
-    formulas: dict[Any, Any] = {
-        torch.ops.gpu_lstm.layer_forward: forward_flops,
-        torch.ops.gpu_lstm.layer_backward: backward_flops,
-    }
-    for operator, formula in formulas.items():
-        flop_registry.pop(operator, None)  # of operators that were registered anew
-        register_flop_formula(operator)(formula)
+    register_flop_formula(torch.ops.gpu_lstm.layer_forward)(forward_flops)
+    register_flop_formula(torch.ops.gpu_lstm.layer_backward)(backward_flops)

@@ -129,10 +129,11 @@ def test_where_an_optional_package_is_missing_the_message_names_the_command_of_p
             print(error)
         print(main(["plan", "--hidden", "8", "--batch", "2", "--device", "h100"]), main(["races", "--json"]))
     """
+    extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
     environ = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
     assert says(python, code, cwd=tmp_path, env=environ).splitlines() == [
         "backend 'triton' needs Triton: pip install triton (No module named 'triton')",
-        "backend 'cupy' needs CuPy and NVRTC: pip install \"gpu-lstm[cupy13]\" (No module named 'cupy')",
+        f"backend 'cupy' needs CuPy and NVRTC: pip install \"gpu-lstm[{extra}]\" (No module named 'cupy')",
         "plot needs matplotlib: pip install matplotlib (No module named 'matplotlib')",
         'bench needs matplotlib: pip install --editable ".[bench]"',
         "[]",
