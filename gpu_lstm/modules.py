@@ -577,7 +577,7 @@ class LSTMCell(RNNCellBase):
         backend = select(self.backend, x.device, compute_dtype(x))
         backend = fastest(self.backend, backend, x[None], [[weights]], Traversal(), Settings(self.training))
         if backend is Backend.TORCH:
-            h, c = _VF.lstm_cell(x, (h, c), self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+            h, c = _VF.lstm_cell(x, (h, c), *weights[:4])
         else:
             self._check_sizes(x, h, c, weights)
             check_tensors(x[None], [(h, c)], weights.present())

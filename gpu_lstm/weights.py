@@ -30,7 +30,7 @@ class Weights(NamedTuple):
         """
         rows = 4 * hidden
         sizes = (rows, features), (rows, projected), (rows,), (rows,), (projected, hidden)
-        for name, tensor, size in zip(_NAMES, self, sizes):
+        for name, tensor, size in zip(self._fields, self, sizes):
             if tensor is not None and tensor.shape != size:
                 raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}")
         if (self.bias_ih is None) != (self.bias_hh is None):
@@ -53,6 +53,3 @@ class Weights(NamedTuple):
     def with_weight_hh(self, weight_hh: Tensor) -> "Weights":
         """The same with another weight_hh."""
         return Weights(self.weight_ih, weight_hh, self.bias_ih, self.bias_hh, self.weight_hr)
-
-
-_NAMES = Weights._fields  # torch 2.8 traces a global, and no attribute of the class
