@@ -144,6 +144,9 @@ class LSTM(RNNBase):
     def _flat_weights(self, value: list[Tensor | None]) -> None:
         pass
 
+    if TYPE_CHECKING:
+        __call__: _Call[State, State]
+
     @overload
     def forward(
         self,
@@ -197,9 +200,6 @@ class LSTM(RNNBase):
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
         return self._forward(input, hx, lengths, resets)
-
-    if TYPE_CHECKING:
-        __call__: _Call[State, State]
 
     def _forward(
         self,
@@ -404,6 +404,9 @@ class StackedLSTM(nn.Module):
             for features, size in zip(layer_inputs, hidden_sizes)
         )
 
+    if TYPE_CHECKING:
+        __call__: _Call[Sequence[State], list[State]]
+
     @overload
     def forward(
         self,
@@ -448,9 +451,6 @@ class StackedLSTM(nn.Module):
                 of layers, or of other sizes.
         """
         return self._forward(input, hx, lengths, resets)
-
-    if TYPE_CHECKING:
-        __call__: _Call[Sequence[State], list[State]]
 
     def _forward(
         self,
@@ -542,6 +542,10 @@ class LSTMCell(RNNCellBase):
         if backend is not None:
             self.backend = parse_name(backend)
 
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
+
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         """Take one step.
 
@@ -583,10 +587,6 @@ class LSTMCell(RNNCellBase):
             check_tensors(x[None], [(h, c)], weights.present())
             _, (h, c) = one_direction(x[None], (h, c), weights, Traversal(), backend)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
-
-    if TYPE_CHECKING:
-
-        def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
 
     def _check_sizes(self, x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> None:
         expected = x.shape[0], self.hidden_size
