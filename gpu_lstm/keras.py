@@ -6,7 +6,7 @@ bias where torch has two. Only from_keras and to_keras import Keras.
 
 import importlib
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -47,6 +47,10 @@ class GoBackwards(nn.Module):
                 f"got bidirectional={lstm.bidirectional} and batch_first={lstm.batch_first}"
             )
         self.lstm = lstm
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, hx: Any = None, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]: ...
 
     def forward(self, input: Tensor, hx: Any = None, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
         """See the class."""

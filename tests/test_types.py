@@ -31,6 +31,7 @@ lstm(packed)[0].relu()
 lstm.forward(packed)[0].relu()
 gpu_lstm.compat.LSTM(6, 8)(packed)[0].relu()
 stack(packed)[0].relu()
+gpu_lstm.keras.GoBackwards(lstm)(x)[0].batch_sizes
 stack(x, (x, x))
 stack(x)[1].relu()
 gpu_lstm.LSTMCell(6, 8)(packed)
