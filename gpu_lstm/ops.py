@@ -21,7 +21,8 @@ from .kernels.recurrence import Recurrence  # type: ignore[import-not-found]  # 
 from .precision import recurrent_precision
 from .profiling import register_flops
 
-globals().pop("_LIBRARY", None)  # where this module is loaded again, its operators are registered anew
+if "_LIBRARY" in globals():  # this module is loaded again, its operators are registered anew
+    globals()["_LIBRARY"]._destroy()
 _LIBRARY = torch.library.Library("gpu_lstm", "DEF")
 _LIBRARY.define(
     "layer_forward(Tensor(a!) gates, Tensor weight_hh, Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, "

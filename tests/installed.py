@@ -26,7 +26,7 @@ def environment(folder: Path, *, without: Collection[str] = (), install: Collect
     """The interpreter of a new environment, which lacks the packages `without`; `install` is what pip is given."""
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
-    packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
+    packages = Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(folder), "platbase": str(folder)}))
     if without:
         theirs = [entry for outer in PACKAGES for entry in outer.iterdir()]
         for entry in theirs:
