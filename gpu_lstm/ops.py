@@ -18,12 +18,11 @@ from torch import Tensor
 from . import trust
 from .backends import Backend
 from .kernels.recurrence import Recurrence  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from .library import library_of
 from .precision import recurrent_precision
 from .profiling import register_flops
 
-if "_LIBRARY" in globals():  # this module is loaded again, its operators are registered anew
-    globals()["_LIBRARY"]._destroy()
-_LIBRARY = torch.library.Library("gpu_lstm", "DEF")
+_LIBRARY = library_of(__name__)
 _LIBRARY.define(
     "layer_forward(Tensor(a!) gates, Tensor weight_hh, Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, "
     "Tensor? resets, bool reverse, bool save, str backend, Tensor? dropout_h=None, Tensor? zoneout_h=None, "
