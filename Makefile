@@ -44,8 +44,8 @@ $(FOR_DEMO): EXTRA := demo
 $(FOR_LESSON): EXTRA := lesson
 $(INSTALLED): EXTRA := dev
 $(FOR_DEMO) $(FOR_LESSON) $(INSTALLED): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
-		{ echo "gpu_lstm needs Python 3.10 to 3.13; name one by make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' || \
+		{ echo "gpu_lstm needs Python 3.10 to 3.14; name one by make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' || { echo "Python's venv is missing: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip

@@ -40,3 +40,8 @@ __all__ = [
     "to_torch",
     "trace",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, without modules that were imported on the way."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 
 from . import __version__, races, trust
-from .backends import ENVIRONMENT_VARIABLE, KERNEL_BACKENDS, Backend, obstacle, select
+from .backends import (
+    ENVIRONMENT_VARIABLE,
+    KERNEL_BACKENDS,
+    Backend,
+    obstacle,
+    select,
+    triton_import_problem,
+    without_triton,
+)
 from .kernels import remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 
 
@@ -47,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     options = parser.parse_args(arguments)
+    if options.command in ("kernels", "plan") and (problem := triton_import_problem()) is not None:
+        print(f"python -m gpu_lstm {options.command} {without_triton(problem)}", file=sys.stderr)
+        return 1
     match options.command:
         case "kernels":
             return _kernels(options)

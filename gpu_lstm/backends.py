@@ -8,12 +8,16 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Literal, cast
 
 import torch
 
-from .transforms import need_the_reference
+from .transforms import constant_when_traced, need_the_reference
 
 ENVIRONMENT_VARIABLE = "GPU_LSTM_BACKEND"
+
+BackendName = Literal["auto", "triton", "cupy", "torch", "reference"]
+"""The values of Backend, for type checkers."""
 
 
 class Backend(enum.Enum):
@@ -50,8 +54,13 @@ def parse(name: "str | Backend") -> Backend:
     return found
 
 
+def parse_name(name: "str | Backend") -> BackendName:
+    """As `parse`, the name itself: what modules keep."""
+    return cast(BackendName, parse(name).value)
+
+
 @contextlib.contextmanager
-def backend(name: "str | Backend") -> Iterator[None]:
+def backend(name: "BackendName | Backend") -> Iterator[None]:
     """Choose the backend within a `with` block, for every module and function that was not given one itself.
 
     It holds for the whole process, as torch.backends' flags do. Of blocks that are open in several threads at once the
@@ -77,7 +86,7 @@ def _choose_youngest() -> None:
     _chosen = _blocks[-1][0] if _blocks else None
 
 
-def requested(argument: "str | Backend | None") -> Backend:
+def requested(argument: "BackendName | Backend | None") -> Backend:
     """What the user asked for: by argument, else by `with backend(...)`, else by environment variable, else auto."""
     if argument is not None:
         return parse(argument)
@@ -86,13 +95,13 @@ def requested(argument: "str | Backend | None") -> Backend:
     return _BY_NAME[_from_environment()]
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _from_environment() -> str:
     return parse(os.environ.get(ENVIRONMENT_VARIABLE) or Backend.AUTO).value
 
 
 def select(
-    argument: "str | Backend | None", device: torch.device, dtype: torch.dtype, noise: str | None = None
+    argument: "BackendName | Backend | None", device: torch.device, dtype: torch.dtype, noise: str | None = None
 ) -> Backend:
     """The backend that will run tensors of this device and dtype: never AUTO.
 
@@ -121,13 +130,13 @@ def select(
     return Backend.REFERENCE if need_the_reference() else choice
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def can_run(choice: Backend, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `choice` can run tensors of this device and dtype. Fixed while a process lives: not to be traced."""
     return obstacle(choice, device, dtype) is None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _why_not(choice: Backend, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """Class and text of the obstacle that there is. Not to be traced, as `can_run`."""
     problem = obstacle(choice, device, dtype)
@@ -160,6 +169,11 @@ def cupy_import_problem() -> str | None:
     return _problem_with("CuPy", lambda: importlib.import_module("cupy").cuda.nvrtc.getVersion())
 
 
+def without_triton(problem: str) -> str:
+    """What to do about a Triton that cannot be imported, for messages."""
+    return f"needs Triton: pip install triton ({problem})"
+
+
 def _problem_with(package: str, load: Callable[[], object]) -> str | None:
     """What `load` raises: an optional package that is missing or broken stops nobody who did not ask for it."""
     try:
@@ -183,7 +197,7 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
         return TypeError(f"backend 'triton' takes float16, bfloat16 and float32, got {dtype}")
     problem = triton_import_problem()
     if problem is not None:
-        return ImportError(f"backend 'triton' cannot be imported: {problem}")
+        return ImportError(f"backend 'triton' {without_triton(problem)}")
     launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
     if launch.INTERPRETED:
         if dtype is torch.bfloat16:

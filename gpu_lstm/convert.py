@@ -1,6 +1,7 @@
 """Swap torch's LSTMs inside a model for ours and back, and read the weights of Haste's."""
 
 from collections.abc import Mapping
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,17 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {TorchLSTM: LSTM, TorchLSTMCell:
 _THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, compat.LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+# A type checker cannot say "of exactly this class": it takes a subclass, which is left alone, for converted, too.
+
+
+@overload
+def convert(model: TorchLSTM) -> LSTM: ...  # type: ignore[overload-overlap]
+@overload
+def convert(model: TorchLSTMCell) -> LSTMCell: ...  # type: ignore[overload-overlap]
+@overload
+def convert(model: Model) -> Model: ...
 def convert(model: nn.Module) -> nn.Module:
     """Swap every torch.nn.LSTM and torch.nn.LSTMCell in `model`, in place, for gpu_lstm's.
 
@@ -28,6 +40,12 @@ def convert(model: nn.Module) -> nn.Module:
     return _swap(model, _OURS)
 
 
+@overload
+def to_torch(model: LSTM) -> TorchLSTM: ...  # type: ignore[overload-overlap]
+@overload
+def to_torch(model: LSTMCell) -> TorchLSTMCell: ...  # type: ignore[overload-overlap]
+@overload
+def to_torch(model: Model) -> Model: ...
 def to_torch(model: nn.Module) -> nn.Module:
     """Swap every gpu_lstm.LSTM, gpu_lstm.compat.LSTM and gpu_lstm.LSTMCell in `model`, in place, for torch.nn's.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import races
-from .backends import KERNEL_BACKENDS, Backend, requested, select
+from .backends import KERNEL_BACKENDS, Backend, BackendName, requested, select
 from .layers import compute_dtype, one_direction
 from .precision import autocasts, is_exact
 from .sequences import Traversal, check_lengths, check_resets
@@ -21,7 +21,7 @@ def lstm_layer(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: bool = False,
-    backend: str | Backend | None = None,
+    backend: BackendName | Backend | None = None,
 ) -> tuple[Tensor, State]:
     """One LSTM layer in one direction.
 
@@ -72,7 +72,7 @@ def lstm_layer(
 
 
 def fastest(
-    argument: str | Backend | None,
+    argument: BackendName | Backend | None,
     able: Backend,
     x: Tensor,  # [T, B, I]
     weights: list[list[Weights]],  # [L][D]

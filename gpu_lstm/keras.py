@@ -6,7 +6,7 @@ bias where torch has two. Only from_keras and to_keras import Keras.
 
 import importlib
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
+from .backends import Backend, BackendName
 from .modules import LSTM, LSTMCell, StackedLSTM, recast
 from .sequences import check_lengths, times_of_steps
 from .weights import Weights
@@ -47,6 +48,10 @@ class GoBackwards(nn.Module):
             )
         self.lstm = lstm
 
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, hx: Any = None, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]: ...
+
     def forward(self, input: Tensor, hx: Any = None, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
         """See the class."""
         if input.dim() != 3:
@@ -62,7 +67,7 @@ class GoBackwards(nn.Module):
 
 
 def from_keras(
-    layer: Any, *, freeze_second_bias: bool = True, backend: str | None = None
+    layer: Any, *, freeze_second_bias: bool = True, backend: BackendName | Backend | None = None
 ) -> LSTM | StackedLSTM | GoBackwards:
     """The module that computes what a built Keras layer computes, with a copy of its weights.
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast, overload
 
 import torch
 from torch import _VF, Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from . import native
-from .backends import Backend, parse, select
+from .backends import Backend, BackendName, parse_name, select
 from .functional import check_tensors, fastest
 from .layers import compute_dtype, one_direction, stack
 from .noise import with_weight_drop
@@ -21,6 +21,34 @@ from .sequences import Batch, Traversal
 from .settings import REGULARISERS, Settings, is_probability, regulariser_of, set_regularisers
 from .transforms import in_a_graph
 from .weights import State, Weights
+
+Given = TypeVar("Given", contravariant=True)
+Returned = TypeVar("Returned", covariant=True)
+
+
+class _Call(Protocol[Given, Returned]):
+    """The types of `forward`, for a module that is called: nn.Module does not hand them on."""
+
+    @overload
+    def __call__(
+        self,
+        input: Tensor,
+        hx: Given | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, Returned]: ...
+
+    @overload
+    def __call__(
+        self,
+        input: PackedSequence,
+        hx: Given | None = None,
+        *,
+        lengths: None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[PackedSequence, Returned]: ...
+
 
 # torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
 
@@ -59,23 +87,11 @@ class LSTM(RNNBase):
 
     Recurrent dropout and zoneout run on the backends "triton" and "reference"; "auto" chooses between these two.
 
-    Shapes, with P = proj_size or, if 0, H:
-        input: (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
-        hx: (h_0, c_0), (D*L, N, P) and (D*L, N, H), unbatched without N. Default: zeros.
-        lengths: (N,), unbatched (). int32 or int64 on the input's device, each from 0 to T, in any order. Default: T.
-        resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
-        output: as the input, with D*P features; zero past the end of a sequence.
-        h_n, c_n: as h_0 and c_0; the states after the last step of each sequence. In half precision c_0 may be
-            float32, as the kernels keep it, and then c_n is: a sequence in pieces is that of the whole.
-
-    ``lengths`` takes the place of packing: nothing is sorted or copied, and what stands past the end of a sequence,
-    NaN included, reaches neither a result nor a gradient. ``resets`` zeroes the states before the steps where it is
-    True, as at the end of an episode; a reset at t separates time t from time t - 1, for both directions.
+    `forward` says what a call takes and returns.
 
     Raises:
-        ValueError, RuntimeError, TypeError: as torch.nn.LSTM, in its words. ValueError for lengths or resets of a
-            wrong shape, dtype or value (on CUDA values are asserted on the device), lengths beside a PackedSequence,
-            or a chosen backend that does not take recurrent dropout or zoneout.
+        ValueError, TypeError: as torch.nn.LSTM for its arguments, in its words; ValueError for an unknown backend, or
+            a regulariser that is no probability.
 
     Example::
 
@@ -84,7 +100,7 @@ class LSTM(RNNBase):
     """
 
     # On the class, so that they are there in pickles of older modules.
-    backend: str | None = None
+    backend: BackendName | None = None
     recompute: bool = False
     recurrent_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
@@ -103,7 +119,7 @@ class LSTM(RNNBase):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        backend: str | None = None,
+        backend: BackendName | Backend | None = None,
         recompute: bool = False,
         recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
@@ -115,7 +131,7 @@ class LSTM(RNNBase):
             device, dtype,
         )  # fmt: skip
         if backend is not None:
-            self.backend = parse(backend).value
+            self.backend = parse_name(backend)
         self.recompute = recompute
         set_regularisers(self, recurrent_dropout, zoneout, weight_drop)
 
@@ -129,6 +145,29 @@ class LSTM(RNNBase):
     def _flat_weights(self, value: list[Tensor | None]) -> None:
         pass
 
+    if TYPE_CHECKING:
+        __call__: _Call[State, State]
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, State]: ...
+
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[PackedSequence, State]: ...
+
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -137,7 +176,30 @@ class LSTM(RNNBase):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
-        """See the class."""
+        """Run all layers over all steps. P = proj_size or, if 0, H; D = 2 if bidirectional, else 1.
+
+        Args:
+            input: (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
+            hx: (h_0, c_0), (D*L, N, P) and (D*L, N, H), unbatched without N. Default: zeros.
+            lengths: (N,), unbatched (). int32 or int64 on the input's device, each from 0 to T, in any order.
+                Default: T.
+            resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
+
+        ``lengths`` takes the place of packing: nothing is sorted or copied, and what stands past the end of a sequence,
+        NaN included, reaches neither a result nor a gradient. ``resets`` zeroes the states before the steps where it is
+        True, as at the end of an episode; a reset at t separates time t from time t - 1, for both directions.
+
+        Returns:
+            output: as the input, with D*P features; zero past the end of a sequence.
+            (h_n, c_n): as h_0 and c_0; the states after the last step of each sequence. In half precision c_0 may be
+            float32, as the kernels keep it, and then c_n is: a sequence in pieces is that of the whole.
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn.LSTM, in its words. ValueError for lengths or resets of a wrong shape,
+                dtype or value (on CUDA values are asserted on the device), lengths beside a PackedSequence, or a
+                chosen backend that does not take recurrent dropout or zoneout.
+            ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
+        """
         return self._forward(input, hx, lengths, resets)
 
     def _forward(
@@ -271,15 +333,10 @@ class StackedLSTM(nn.Module):
         residual: add a layer's input to its output wherever both have the same number of features (before dropout).
             At least one layer must allow it. Default: False
 
-    Shapes:
-        input, lengths, resets: as for LSTM.
-        hx: [(h, c), ...], a pair a layer, each (N, H_k), or (2, N, H_k) if bidirectional; unbatched without N.
-            Default: zeros.
-        output: as the input, with D * H_k features of the last layer; zero past the end of a sequence.
-        returned states: as hx.
+    `forward` says what a call takes and returns.
 
     Raises:
-        ValueError, RuntimeError, TypeError: as LSTM.
+        ValueError, TypeError: as LSTM; no layers; residual=True where no layer allows it.
 
     Example::
 
@@ -304,7 +361,7 @@ class StackedLSTM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        backend: str | None = None,
+        backend: BackendName | Backend | None = None,
         recompute: bool = False,
         recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
@@ -341,13 +398,36 @@ class StackedLSTM(nn.Module):
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.residual = residual
-        self.backend = None if backend is None else parse(backend).value
+        self.backend = None if backend is None else parse_name(backend)
         self.recompute = recompute
         set_regularisers(self, recurrent_dropout, zoneout, weight_drop)
         self.layers = nn.ModuleList(
             LSTM(features, size, bias=bias, bidirectional=bidirectional, device=device, dtype=dtype)
             for features, size in zip(layer_inputs, hidden_sizes)
         )
+
+    if TYPE_CHECKING:
+        __call__: _Call[Sequence[State], list[State]]
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: Sequence[State] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, list[State]]: ...
+
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: Sequence[State] | None = None,
+        *,
+        lengths: None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[PackedSequence, list[State]]: ...
 
     def forward(
         self,
@@ -357,7 +437,21 @@ class StackedLSTM(nn.Module):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, list[State]]:
-        """See the class."""
+        """Run all layers over all steps. D = 2 if bidirectional, else 1.
+
+        Args:
+            input, lengths, resets: as for `LSTM.forward`.
+            hx: [(h, c), ...], a pair a layer, each (N, H_k), or (2, N, H_k) if bidirectional; unbatched without N.
+                Default: zeros.
+
+        Returns:
+            output: as the input, with D * H_k features of the last layer; zero past the end of a sequence.
+            states: as hx, after the last step of each sequence.
+
+        Raises:
+            ValueError, RuntimeError, ImportError, TypeError: as `LSTM.forward`; RuntimeError for hx of another number
+                of layers, or of other sizes.
+        """
         return self._forward(input, hx, lengths, resets)
 
     def _forward(
@@ -423,13 +517,10 @@ class LSTMCell(RNNCellBase):
         device, dtype: of the parameters.
         backend: as for LSTM.
 
-    Shapes:
-        input: (N, I) or (I,).
-        hx: (h, c), each (N, H) or (H,). Default: zeros.
-        returns: (h', c'), as hx.
+    `forward` says what a call takes and returns.
 
     Raises:
-        ValueError, RuntimeError: as torch.nn.LSTMCell, in its words.
+        ValueError: an unknown backend.
 
     Example::
 
@@ -437,7 +528,7 @@ class LSTMCell(RNNCellBase):
         h, c = cell(torch.randn(3, 10))
     """
 
-    backend: str | None = None  # on the class, so that it is there in pickles of older modules
+    backend: BackendName | None = None  # on the class, so that it is there in pickles of older modules
 
     def __init__(
         self,
@@ -447,14 +538,30 @@ class LSTMCell(RNNCellBase):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        backend: str | None = None,
+        backend: BackendName | Backend | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
         if backend is not None:
-            self.backend = parse(backend).value
+            self.backend = parse_name(backend)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
-        """See the class."""
+        """Take one step.
+
+        Args:
+            input: (N, I) or (I,).
+            hx: (h, c), each (N, H) or (H,). Default: zeros.
+
+        Returns:
+            (h', c'), as hx.
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn.LSTMCell, in its words.
+            ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
+        """
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None:

@@ -19,17 +19,18 @@ from torch import Tensor
 from . import trust
 from .backends import Backend
 from .kernels.recurrence import Recurrence  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from .library import library_of
 from .precision import recurrent_precision
 from .profiling import register_flops
 
-LIBRARY = torch.library.Library("gpu_lstm", "DEF")
-LIBRARY.define(
+_LIBRARY = library_of(__name__)
+_LIBRARY.define(
     "layer_forward(Tensor(a!) gates, Tensor weight_hh, Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, "
     "Tensor? resets, bool reverse, bool save, str backend, Tensor? dropout_h=None, Tensor? zoneout_h=None, "
     "Tensor? zoneout_c=None, int side_by_side=1) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor c)",
     tags=(torch.Tag.needs_exact_strides,),
 )
-LIBRARY.define(
+_LIBRARY.define(
     "layer_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor gates, Tensor c, Tensor weight_hh, "
     "Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, Tensor? resets, bool reverse, str backend, "
     "Tensor? dropout_h=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None, "
@@ -160,10 +161,10 @@ def _layer_backward_fake(
 
 
 for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("layer_forward", _layer_forward, _key)
-    LIBRARY.impl("layer_backward", _layer_backward, _key)
-torch.library.register_fake("gpu_lstm::layer_forward", _layer_forward_fake, lib=LIBRARY)
-torch.library.register_fake("gpu_lstm::layer_backward", _layer_backward_fake, lib=LIBRARY)
+    _LIBRARY.impl("layer_forward", _layer_forward, _key)
+    _LIBRARY.impl("layer_backward", _layer_backward, _key)
+torch.library.register_fake("gpu_lstm::layer_forward", _layer_forward_fake, lib=_LIBRARY)
+torch.library.register_fake("gpu_lstm::layer_backward", _layer_backward_fake, lib=_LIBRARY)
 
 
 def one_after_another(operator: Any) -> Callable[..., tuple]:
@@ -184,5 +185,5 @@ def one_after_another(operator: Any) -> Callable[..., tuple]:
     return call_each
 
 
-torch.library.register_vmap("gpu_lstm::layer_backward", one_after_another(layer_backward), lib=LIBRARY)
+torch.library.register_vmap("gpu_lstm::layer_backward", one_after_another(layer_backward), lib=_LIBRARY)
 register_flops()

@@ -13,7 +13,7 @@ import torch
 import torch.backends.cudnn.rnn as cudnn_rnn
 from torch import Tensor
 
-from .transforms import is_transformed
+from .transforms import constant_when_traced, is_transformed
 
 
 def recurrent_precision(dtype: torch.dtype) -> str:
@@ -41,7 +41,7 @@ def autocasts(x: Tensor) -> bool:
     return _knows_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _knows_autocast(device_type: str) -> bool:
     """Whether there is autocast for a type of device (for "meta" there is none). Not to be traced: torch 2.8 cannot."""
     return torch.amp.is_autocast_available(device_type)

@@ -41,10 +41,12 @@ def backward_flops(dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, *others, **op
 
 
 def register_flops() -> None:
-    """Have FlopCounterMode know the operators. Without Triton importing it warns, and no kernel of Triton's runs."""
+    """Have FlopCounterMode know the operators, if it can be imported: without Triton it warns, and no kernel runs."""
     if importlib.util.find_spec("triton") is None:
         return
-    from torch.utils.flop_counter import register_flop_formula
-
+    try:
+        from torch.utils.flop_counter import register_flop_formula
+    except Exception:  # from a Triton that is broken: whoever wants to count is told, all others need not know
+        return
     register_flop_formula(torch.ops.gpu_lstm.layer_forward)(forward_flops)
     register_flop_formula(torch.ops.gpu_lstm.layer_backward)(backward_flops)

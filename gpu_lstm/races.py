@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ _lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def racing(mode: str, group: Any = None) -> Iterator[None]:
+def racing(mode: Literal["on", "read", "off"], group: Any = None) -> Iterator[None]:
     """Choose within a `with` block whether backend "auto" races; for the whole process, as the environment variable.
 
     Args:

@@ -103,7 +103,7 @@ class Stream:
                     tensor.masked_fill_(which[:, None], 0)
 
     def _call(self, x: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
-        y, after = self.lstm(x, self._as_given(state))
+        y, after = self.lstm(x, self._as_given(state))  # type: ignore[arg-type]  # of the class that it is
         return y, self._as_list(after)
 
     def _update(self, state: list[State]) -> None:

@@ -63,10 +63,14 @@ class Trace:
         Gates go from 0 to 1. States go from -1 to 1, and a cell state beyond is drawn as -1 or 1.
 
         Raises:
+            ImportError: matplotlib is missing.
             IndexError: there is no such sequence in the batch.
             ValueError: it has no steps.
         """
-        from matplotlib.figure import Figure  # an extra of the package, and slow to import
+        try:
+            from matplotlib.figure import Figure  # no dependency of the package, and slow to import
+        except ImportError as error:
+            raise ImportError(f"plot needs matplotlib: pip install matplotlib ({error})") from error
 
         batch = self.layers[0][0].cell.shape[1]
         if not 0 <= sequence < batch:

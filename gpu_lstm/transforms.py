@@ -4,13 +4,27 @@ torch.func.grad and vjp run through the fused kernels, but in a graph of torch.c
 derivatives need an LSTM that is written in torch's own operators, which the reference is.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
+F = TypeVar("F", bound=Callable)
+
 _ONLY_BY_REFERENCE = (_functorch.TransformType.Vmap, _functorch.TransformType.Jvp)
+
+
+def constant_when_traced(function: F) -> F:
+    """What torch.compiler.assume_constant_result does: torch.compile calls the function, and takes what it returns.
+
+    By hand, since that imports torch's compiler, and with it Triton, whether or not anything is ever compiled.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def need_the_reference() -> bool:
@@ -18,7 +32,7 @@ def need_the_reference() -> bool:
     return _need_the_reference(torch.compiler.is_compiling())
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _need_the_reference(compiling: bool) -> bool:
     # Not traced but asked: torch.compile enters a transform while it traces what is inside. There no tensor of
     # torch.func.grad says that it requires a gradient, so that none would be kept for backward.

@@ -18,16 +18,18 @@ from torch import Tensor
 
 from . import fused, native
 from .backends import Backend
-from .ops import LIBRARY, on_the_device_of, one_after_another
+from .library import library_of
+from .ops import on_the_device_of, one_after_another
 from .sequences import Traversal
 from .weights import State, Weights
 
-LIBRARY.define(
+_LIBRARY = library_of(__name__)
+_LIBRARY.define(
     "whole_layer(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? lengths, Tensor? resets, bool reverse, "
     "str backend, bool save) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor kept)",
     tags=(torch.Tag.needs_exact_strides,),
 )
-LIBRARY.define(
+_LIBRARY.define(
     "whole_layer_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor kept, Tensor x, Tensor h0, Tensor c0, "
     "Tensor[] weights, Tensor? lengths, Tensor? resets, bool reverse, str backend, bool[] needed) -> Tensor[]",
     tags=(torch.Tag.needs_exact_strides,),
@@ -146,10 +148,10 @@ def _gradients(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | 
 
 
 for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("whole_layer", _forward, _key)
-    LIBRARY.impl("whole_layer_backward", _backward, _key)
-torch.library.register_fake("gpu_lstm::whole_layer", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("gpu_lstm::whole_layer_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd("gpu_lstm::whole_layer", _gradients, setup_context=_setup_context, lib=LIBRARY)
+    _LIBRARY.impl("whole_layer", _forward, _key)
+    _LIBRARY.impl("whole_layer_backward", _backward, _key)
+torch.library.register_fake("gpu_lstm::whole_layer", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("gpu_lstm::whole_layer_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd("gpu_lstm::whole_layer", _gradients, setup_context=_setup_context, lib=_LIBRARY)
 for _name, _operator in (("whole_layer", whole_layer), ("whole_layer_backward", whole_layer_backward)):
-    torch.library.register_vmap(f"gpu_lstm::{_name}", one_after_another(_operator), lib=LIBRARY)
+    torch.library.register_vmap(f"gpu_lstm::{_name}", one_after_another(_operator), lib=_LIBRARY)

@@ -1,4 +1,4 @@
-"""The workflows, the action and docs/ci.md: valid, and every command, file and input that they name is there."""
+"""What .github has, and docs/ci.md: valid, and every command, file, input and version that they name is there."""
 
 import re
 import subprocess
@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+import gpu_lstm
 from bench.__main__ import main as bench_main
 from gpu_lstm.__main__ import main as gpu_lstm_main
 
 ROOT = Path(__file__).parent.parent
 ACTION = ROOT / ".github/actions/gpu-lstm/action.yml"
+FORMS = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
 PAGE = (ROOT / "docs/ci.md").read_text()
 
 
@@ -41,13 +43,15 @@ def run(*command: str, **options) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_all_are_found_and_valid(tmp_path):
-    assert {"ci.yml", "gpu.yml", "docs-0.yml", "docs-1.yml"} == set(WORKFLOWS)
+    assert {"ci.yml", "gpu.yml", "release.yml", "docs-0.yml", "docs-1.yml"} == set(WORKFLOWS)
+    assert FORMS
     for name, text in WORKFLOWS.items():
         (tmp_path / name).write_text(text)
     paths = [str(tmp_path / name) for name in WORKFLOWS]
     for schema, files in (
         ("vendor.github-workflows", paths), ("custom.github-workflows-require-timeout", paths),
-        ("vendor.github-actions", [str(ACTION)]),
+        ("vendor.github-actions", [str(ACTION)]), ("vendor.github-issue-forms", list(map(str, FORMS))),
+        ("vendor.dependabot", [".github/dependabot.yml"]), ("vendor.citation-file-format", ["CITATION.cff"]),
     ):  # fmt: skip
         done = run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *files)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -60,7 +64,59 @@ def test_workflows_only_read_do_not_pile_up_and_run_no_pull_request_on_a_self_ho
     assert "group" in workflow["concurrency"]
     triggers = workflow[True]  # `on` is a boolean in YAML 1.1
     self_hosted = any("self-hosted" in job["runs-on"] for job in jobs(WORKFLOWS[name]))
-    assert self_hosted is ("pull_request" not in triggers)
+    assert self_hosted <= ("pull_request" not in triggers)
+
+
+def test_only_a_tag_publishes_what_was_tested_and_nothing_else_may(tmp_path):
+    release = yaml.safe_load(WORKFLOWS["release.yml"])
+    assert release[True] == {"push": {"tags": ["v*"]}}
+    assert {name: job.get("needs") for name, job in release["jobs"].items()} == {
+        "build": None, "test": "build", "publish": "test",
+    }  # fmt: skip
+    may = {
+        (name, key): job["permissions"]
+        for name, text in WORKFLOWS.items()
+        for key, job in yaml.safe_load(text)["jobs"].items()
+        if "permissions" in job
+    }
+    assert may == {("release.yml", "publish"): {"id-token": "write"}}
+    uses = [step["uses"].split("@")[0] for step in release["jobs"]["publish"]["steps"]]
+    assert uses == ["actions/download-artifact", "pypa/gh-action-pypi-publish"]  # no code of ours runs there
+    (script,) = (step["run"] for step in release["jobs"]["build"]["steps"] if "TAG" in step.get("env", ()))
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist" / f"gpu_lstm-{gpu_lstm.__version__}-py3-none-any.whl").touch()
+    for tag, status in ((f"v{gpu_lstm.__version__}", 0), ("v9.9.9", 1)):
+        command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
+        assert subprocess.run(command, cwd=tmp_path, env={"TAG": tag}).returncode == status
+
+
+def test_actions_of_others_are_pinned_to_commits_with_their_versions():
+    pinned = {}
+    for path in [*(ROOT / ".github/workflows").glob("*.yml"), ACTION]:
+        for action, rest in re.findall(r"uses: ([^@\s]+)(.*)", path.read_text()):
+            if not action.startswith("./"):
+                assert re.fullmatch(r"@[0-9a-f]{40} # v\d+\.\d+\.\d+", rest), f"{path.name}: {action}{rest}"
+                assert pinned.setdefault(action, rest) == rest
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert all(re.fullmatch("[0-9a-f]{40}", hook["rev"]) for hook in hooks)
+    assert {"ruff-check", "ruff-format", "end-of-file-fixer"} <= {
+        each["id"] for hook in hooks for each in hook["hooks"]
+    }
+
+
+def test_the_matrix_has_the_oldest_and_the_newest_of_what_is_supported():
+    matrix = yaml.safe_load(WORKFLOWS["ci.yml"])["jobs"]["test"]["strategy"]["matrix"]
+    project = (ROOT / "pyproject.toml").read_text()
+    first, last = matrix["python"][0], matrix["python"][-1]
+    assert f'requires-python = ">={first}"' in project
+    assert f"Python {first} to {last}" in (ROOT / "Makefile").read_text()
+    (oldest,) = {each["torch"] for each in matrix["include"]}
+    assert f'"torch>={oldest}"' in project
+    assert matrix["torch"] == [""]
+
+
+def test_the_citation_is_of_this_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == gpu_lstm.__version__
 
 
 def test_scripts_are_bash_and_take_no_expressions():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,8 +12,11 @@ from .. import expected
 from ..inputs import Inputs
 from .engine import Engine, Provider, Unable, module_like_torchs
 
+if TYPE_CHECKING:  # another commit that is measured may not have it
+    from gpu_lstm.backends import BackendName
 
-def absent(backend: str, device: str) -> str | None:
+
+def absent(backend: "BackendName", device: str) -> str | None:
     """What gpu_lstm itself says of a backend."""
     lstm = gpu_lstm.LSTM(1, 1, backend=backend, device=device)
     try:

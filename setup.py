@@ -1,0 +1,41 @@
+"""What pyproject.toml cannot say: where the kernels go, and links that need no files beside the README."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+NAMES = "kernels", "kernels/triton_lstm", "kernels/cupy_lstm"
+FOLDERS = {f"gpu_lstm.{name.replace('/', '.')}": name for name in NAMES}
+REPOSITORY = "gpu-lstm/gpu_lstm"
+
+
+class BuildWithKernels(build_py):
+    """A wheel has kernels/ as gpu_lstm.kernels. An editable install has them beside gpu_lstm/, which finds them there.
+
+    So it is a line in a .pth file, which type checkers read, too.
+    """
+
+    def run(self) -> None:
+        """Copy modules and data."""
+        if not self.editable_mode:
+            self.packages = [*self.packages, *FOLDERS]
+            self.package_dir = {**(self.package_dir or {}), **FOLDERS}
+        super().run()
+
+
+def long_description() -> str:
+    """The README; links and pictures lead to the files of the release."""
+    root = Path(__file__).parent
+    version = re.search(r'__version__ = "(.*)"', (root / "gpu_lstm/__init__.py").read_text())[1]
+    text = (root / "README.md").read_text()
+    text = re.sub(r"(!\[[^\]]*\]\()(?!https?:)", rf"\1https://raw.githubusercontent.com/{REPOSITORY}/v{version}/", text)
+    return re.sub(r"(?<=\]\()(?!https?:|#)", f"https://github.com/{REPOSITORY}/blob/v{version}/", text)
+
+
+setup(
+    cmdclass={"build_py": BuildWithKernels},
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+)

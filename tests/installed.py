@@ -1,0 +1,59 @@
+"""gpu_lstm as users have it: wheel, sdist and editable install of this checkout, in environments of their own.
+
+An environment sees the packages of the one that runs the tests, but for gpu_lstm: nothing is downloaded.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Collection
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = [Path(folder) for folder in sys.path if Path(folder).name == "site-packages"]
+
+
+def build(target: str, folder: Path) -> Path:
+    """The wheel or the sdist, by the backend that pip asks for it, which writes into the source: so into a copy."""
+    source = folder / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv*", "out", "build", "*.egg-info"))
+    call = f"from setuptools import build_meta; build_meta.build_{target}({str(folder / 'built')!r})"
+    run([sys.executable, "-c", call], cwd=source)
+    (built,) = (folder / "built").iterdir()
+    return built
+
+
+def environment(folder: Path, *, without: Collection[str] = (), install: Collection[str] = ()) -> Path:
+    """The interpreter of a new environment, which lacks the packages `without`; `install` is what pip is given."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    packages = Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(folder), "platbase": str(folder)}))
+    if without:
+        theirs = [entry for outer in PACKAGES for entry in outer.iterdir()]
+        for entry in theirs:
+            link = packages / entry.name
+            if entry.suffix != ".pth" and not link.exists() and not _is_of(entry.name, without):
+                link.symlink_to(entry)
+    else:  # a .pth file inside of them, as that of an editable install, is not read
+        (packages / "outer.pth").write_text("\n".join(map(str, PACKAGES)))
+    if install:
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-build-isolation"]
+        run([*pip, "--ignore-installed", *install])
+    return python
+
+
+def _is_of(entry: str, packages: Collection[str]) -> bool:
+    name = entry.lower().replace("-", "_")
+    return any(name == package or name.startswith((f"{package}.", f"{package}_")) for package in packages)
+
+
+def run(command: list[str], **options) -> subprocess.CompletedProcess:
+    """Its output is kept, as text; CalledProcessError shows it."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRITON_"))}
+    variables |= options.pop("env", {})
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done

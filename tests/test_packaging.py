@@ -1,0 +1,236 @@
+"""What is built and installed from this checkout, and what happens where an optional package is missing or broken."""
+
+import email
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from installed import ROOT, build, environment, run
+
+from gpu_lstm.transforms import constant_when_traced
+
+CALL = """
+    import torch, gpu_lstm
+    output, _ = gpu_lstm.LSTM(3, 4)(torch.randn(5, 2, 3), lengths=torch.tensor([5, 3]))
+    assert output.shape == (5, 2, 4)
+"""
+
+
+def says(python: Path | str, code: str, **options) -> str:
+    """What a program prints."""
+    return run([str(python), "-c", textwrap.dedent(code)], **options).stdout
+
+
+def files(folder: Path) -> set[str]:
+    """Of the source, relative to a folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".py", ".cu", ".typed")}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    return build("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    return build("sdist", tmp_path_factory.mktemp("sdist"))
+
+
+def test_the_wheel_has_the_package_and_nothing_else(wheel):
+    kernels = {f"gpu_lstm/kernels/{name}" for name in files(ROOT / "kernels")}
+    package = {f"gpu_lstm/{name}" for name in files(ROOT / "gpu_lstm")}
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == package | kernels
+    assert {"gpu_lstm/py.typed", "gpu_lstm/kernels/cupy_lstm/lstm.cu"} <= names
+
+
+def test_the_long_description_is_the_readme_with_links_that_work_anywhere(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
+    metadata = email.message_from_bytes(archive.read(name))
+    text, readme = metadata.get_payload(), (ROOT / "README.md").read_text()
+    host, version = r"https://(?:raw\.githubusercontent|github)\.com/gpu-lstm/gpu_lstm/", re.escape(metadata["Version"])
+    assert re.sub(rf"\]\({host}(?:blob/)?v{version}/", "](", text) == readme
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]*)\)", text)
+    assert any(picture for picture, _ in links)
+    for picture, link in links:
+        start = "https://raw." if picture else ("https://github.com/", "#")
+        assert link.startswith(start), link
+        if not link.startswith("#"):
+            assert (ROOT / link.split(f"/v{metadata['Version']}/")[1]).exists(), link
+    for header in ("Author", "Keywords", "Classifier", "License-Expression", "Project-URL"):
+        assert metadata[header], header
+
+
+def test_wheel_and_sdist_pass_the_checks_of_the_index(wheel, sdist):
+    run([sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist)])
+
+
+@pytest.mark.slow
+def test_the_tests_of_the_sdist_run(sdist, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    for name in ("gpu_lstm", "kernels", "tests", "bench", "docs", "examples"):
+        assert files(folder / name) == files(ROOT / name)
+    tests = ["tests/test_planning.py", "tests/test_workflows.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+    assert re.search(r"^\d+ passed", run(command, cwd=folder, env={"PYTHONPATH": str(folder)}).stdout, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_editable_install_follows_the_checkout_and_warns_of_nothing(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--python", str(environment(tmp_path / "environment")), "install", "--verbose"]
+    done = run([*pip, "--no-deps", "--no-build-isolation", "--ignore-installed", "--editable", str(ROOT)])
+    assert not re.search("warning|deprecat", done.stdout + done.stderr, re.IGNORECASE)
+    code = "import gpu_lstm, gpu_lstm.kernels; print(gpu_lstm.__file__, gpu_lstm.kernels.__file__)"
+    printed = says(tmp_path / "environment/bin/python", code, cwd=tmp_path)
+    assert printed.split() == [str(ROOT / "gpu_lstm/__init__.py"), str(ROOT / "kernels/__init__.py")]
+
+
+@pytest.mark.slow
+def test_a_checkout_on_pythonpath_works_without_an_installation(tmp_path):
+    python = environment(tmp_path / "environment", without=["gpu_lstm", "__editable__"])
+    where = "import importlib.util; print(importlib.util.find_spec('gpu_lstm'))"
+    assert says(python, where, cwd=tmp_path) == "None\n"
+    printed = says(
+        python, CALL + "    print(gpu_lstm.__file__)", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
+    )  # fmt: skip
+    assert printed == f"{ROOT / 'gpu_lstm/__init__.py'}\n"
+
+
+@pytest.mark.slow
+def test_where_an_optional_package_is_missing_the_message_names_the_command_of_pip(tmp_path):
+    missing = ["gpu_lstm", "__editable__", "triton", "cupy", "matplotlib", "rich"]
+    python = environment(tmp_path / "environment", without=missing)
+    code = """
+        import torch, gpu_lstm
+        from gpu_lstm.__main__ import main
+        x = torch.zeros(5, 2, 3)
+        for backend in ("triton", "cupy"):
+            try:
+                gpu_lstm.LSTM(3, 4, backend=backend)(x)
+            except ImportError as error:
+                print(error)
+        try:
+            gpu_lstm.trace(gpu_lstm.LSTM(3, 4), x).plot()
+        except ImportError as error:
+            print(error)
+        try:
+            import bench
+        except ImportError as error:
+            print(error)
+        print(main(["plan", "--hidden", "8", "--batch", "2", "--device", "h100"]), main(["races", "--json"]))
+    """
+    extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
+    environ = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
+    assert says(python, code, cwd=tmp_path, env=environ).splitlines() == [
+        "backend 'triton' needs Triton: pip install triton (No module named 'triton')",
+        f"backend 'cupy' needs CuPy and NVRTC: pip install \"gpu-lstm[{extra}]\" (No module named 'cupy')",
+        "plot needs matplotlib: pip install matplotlib (No module named 'matplotlib')",
+        'bench needs matplotlib: pip install --editable ".[bench]"',
+        "[]",
+        "1 0",
+    ]
+    command = [str(python), "-m", "gpu_lstm", "kernels"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert not done.stdout
+    assert done.stderr == (
+        "python -m gpu_lstm kernels needs Triton: pip install triton (No module named 'triton')\n"
+    )  # fmt: skip
+
+
+def test_a_broken_triton_is_not_imported_and_the_compiler_neither(tmp_path):
+    """torch's compiler takes a second to import, and imports Triton, which may be broken in any way."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise OSError('no libcuda')\n")
+    code = CALL + "    import sys; print('torch._dynamo' in sys.modules)"
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    assert says(sys.executable, code, cwd=tmp_path, env=path) == "False\n"
+    code = CALL + "    gpu_lstm.LSTM(3, 4, backend='triton')(torch.randn(5, 2, 3))"
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, env=path, capture_output=True, text=True
+    )
+    assert done.stderr.endswith(
+        "ImportError: backend 'triton' needs Triton: pip install triton (OSError: no libcuda)\n"
+    )  # fmt: skip
+
+
+def test_a_constant_for_the_compiler_is_marked_as_torch_marks_it():
+    def ours():
+        pass
+
+    def theirs():
+        pass
+
+    assert vars(constant_when_traced(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
+
+RELOADED = """
+    import importlib, sys
+    import torch, gpu_lstm
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def call():
+        x, results = torch.ones(5, 2, 3, requires_grad=True), []
+        for backend in ("auto", "torch", "reference", "triton"):
+            lstm = gpu_lstm.LSTM(3, 4, backend=backend)
+            for parameter in lstm.parameters():
+                torch.nn.init.constant_(parameter, 0.3)
+            with FlopCounterMode(display=False) as counter:
+                output, _ = lstm(x, lengths=torch.tensor([5, 3]))
+            assert (counter.get_total_flops() > 0) is (backend in ("reference", "triton"))
+            results += [output, *torch.autograd.grad(output.sum(), [x, *lstm.parameters()])]
+        return results
+
+    expected = call()
+    for modules in (["gpu_lstm"], ["gpu_lstm.ops"], [name for name in sys.modules if name.startswith("gpu_lstm")]):
+        for name in modules:
+            importlib.reload(sys.modules[name])
+        torch.testing.assert_close(call(), expected)
+    print("fine")
+"""
+
+
+@pytest.mark.slow
+def test_modules_can_be_reloaded():
+    assert says(sys.executable, RELOADED, env={"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}) == "fine\n"
+
+
+@pytest.mark.slow
+def test_autoreload_takes_a_change_of_the_operators(tmp_path):
+    """In IPython, in a copy of the checkout: the same module object goes on, with the changed code."""
+    for name in ("gpu_lstm", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = """
+        import os, pathlib, time
+        from IPython.core.interactiveshell import InteractiveShell
+        shell = InteractiveShell.instance()
+        def cell(text):
+            shell.run_cell(text).raise_error()
+        cell("%load_ext autoreload")
+        cell("%autoreload 2")
+        cell("import torch, gpu_lstm, gpu_lstm.ops")
+        cell("lstm, x = gpu_lstm.LSTM(3, 4, backend='triton'), torch.randn(5, 2, 3)")
+        cell("lstm(x)[0].sum().backward()")
+        path = pathlib.Path("gpu_lstm/ops.py")
+        line = "        return _launcher(backend).layer_forward("
+        path.write_text(path.read_text().replace(line, "        print('changed')\\n" + line))
+        later = time.time() + 10
+        os.utime(path, (later, later))
+        cell("lstm(x)[0].sum().backward()")
+        cell("output, _ = gpu_lstm.LSTM(3, 4)(x, lengths=torch.tensor([5, 3]))")
+    """
+    printed = says(
+        sys.executable, code, cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1", "IPYTHONDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert printed.splitlines().count("changed") == 1

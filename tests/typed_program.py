@@ -1,0 +1,68 @@
+"""What a user writes, over all of the public API: test_types.py has it checked by mypy and pyright, and runs it."""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import gpu_lstm
+from gpu_lstm.backends import BackendName
+
+
+class Tagger(nn.Module):
+    def __init__(self, backend: BackendName | None = None) -> None:
+        super().__init__()
+        self.lstm = gpu_lstm.LSTM(6, 8, bidirectional=True, backend=backend, zoneout=(0.1, 0.0))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        y, _ = self.lstm(x, lengths=lengths)
+        logits: Tensor = self.head(y.relu())
+        return logits
+
+
+def sizes(backend: BackendName) -> list[torch.Size]:
+    x, lengths = torch.randn(5, 3, 6), torch.tensor([5, 0, 4])
+    resets = gpu_lstm.resets_from_dones(torch.zeros(5, 3, dtype=torch.bool))
+    lstm = gpu_lstm.LSTM(6, 8, num_layers=2, backend=gpu_lstm.Backend.TORCH)
+    output, (h, c) = lstm(x, resets=resets)
+    output, (h, c) = lstm.forward(x, (h, c), lengths=lengths)
+    packed, (h_n, c_n) = lstm(pack_sequence([x[:, 0], x[:2, 1]]))
+    stack = gpu_lstm.StackedLSTM(6, [4, 5], backend=backend)
+    stacked, [(h1, c1), (h2, c2)] = stack(x, [(x.new_zeros(3, n), x.new_zeros(3, n)) for n in stack.hidden_sizes])
+    same, states = stack(packed_input(x))
+    cell_h, cell_c = gpu_lstm.LSTMCell(6, 8)(x[0])
+    compat, _ = gpu_lstm.compat.LSTM(6, 8)(x)
+    weights = list(gpu_lstm.LSTM(6, 8).parameters())
+    of_layer, (h0, c0) = gpu_lstm.functional.lstm_layer(x, weights, lengths=lengths, backend="reference")
+    gates = gpu_lstm.trace(lstm, x).layers[0][0]
+    stream = gpu_lstm.Stream(lstm, batch=3)
+    step = stream(x[0])
+    tensors = [output, h, c, packed.data, h_n, c_n, stacked, h1, c1, h2, c2, same.data, states[0][0], cell_h, cell_c]
+    return [tensor.shape for tensor in [*tensors, compat, of_layer, h0, c0, gates.forget, step]]
+
+
+def packed_input(x: Tensor) -> PackedSequence:
+    return pack_sequence([x[:, 0], x[:, 1], x[:1, 2]])
+
+
+def main() -> None:
+    tagger: Tagger = gpu_lstm.convert(Tagger("reference"))
+    print(tagger(torch.randn(5, 2, 6), torch.tensor([5, 2])).shape)
+    ours: gpu_lstm.LSTM = gpu_lstm.convert(nn.LSTM(6, 8))
+    theirs: nn.LSTM = gpu_lstm.to_torch(ours)
+    mixed: nn.Sequential = gpu_lstm.to_torch(nn.Sequential(gpu_lstm.LSTMCell(2, 3), theirs))
+    haste = {"kernel": torch.zeros(6, 32), "recurrent_kernel": torch.zeros(8, 32), "bias": torch.zeros(32)}
+    read: gpu_lstm.LSTM = gpu_lstm.keras.forget_bias(gpu_lstm.keras.keras_init(gpu_lstm.from_haste(haste)))
+    with gpu_lstm.backend("torch"), gpu_lstm.racing("read"):
+        print(sizes("reference"), len(mixed), read.hidden_size)
+        print(dataclasses.asdict(gpu_lstm.explain(ours, torch.randn(5, 2, 6)))["backend"])
+    gpu_lstm.check()
+    if torch.cuda.is_available():
+        fastest: dict[str, str] = gpu_lstm.autotune(64, 16, dtype=torch.bfloat16)
+        print(fastest)
+
+
+if __name__ == "__main__":
+    main()
