@@ -22,13 +22,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import Backend
+from .backends import Backend, parse
 from .kernels import remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .layers import compute_dtype, stack
 from .precision import recurrent_precision
 from .sequences import Traversal
 from .settings import Settings
-from .transforms import is_watched
+from .transforms import constant_when_traced, is_watched
 from .weights import State, Weights
 
 ENVIRONMENT_VARIABLE = "GPU_LSTM_RACE"
@@ -37,6 +37,7 @@ FORMAT = 1  # raised whenever a field of Kind or the way of racing changes
 BUDGET = 0.3  # seconds that a race may take, after everything is compiled
 ROUND = 2e-3  # seconds of calls between two looks at the clock
 LONGEST = 256  # steps of a race: with more, what a step takes is all that counts
+BATCH_OF_A_GRAPH = 16  # that stands for any
 UNTRUSTED = 0.5  # quartiles of a rival's times further apart than this share of their median: nothing is remembered
 
 logger = logging.getLogger("gpu_lstm")
@@ -138,16 +139,21 @@ def kind_of(kernel: Backend, x: Tensor, weights: list[list[Weights]], traversal:
     dtype = compute_dtype(x)
     steps, batch, _ = x.shape
     needed = x.requires_grad or any(w.weight_hh.requires_grad for w, *_ in weights)
-    layers = tuple(
-        (w.weight_ih.shape[1], w.weight_hh.shape[0] // 4, 0 if w.weight_hr is None else w.weight_hh.shape[1])
-        for w, *_ in weights
-    )
     noise = any(settings.zoneout) or bool(settings.training and settings.recurrent_dropout)
     return Kind(
-        layers, len(weights[0]), str(dtype), recurrent_precision(dtype), torch.is_grad_enabled() and needed,
-        settings.recompute, _size_class(steps), _size_class(batch), traversal.lengths is not None,
-        traversal.resets is not None, noise, kernel.value,
+        _layer_sizes(weights), len(weights[0]), str(dtype), recurrent_precision(dtype),
+        torch.is_grad_enabled() and needed, settings.recompute, _size_class(steps), _size_class(batch),
+        traversal.lengths is not None, traversal.resets is not None, noise, kernel.value,
     )  # fmt: skip
+
+
+def _layer_sizes(weights: list[list[Weights]]) -> tuple[tuple[int, int, int], ...]:
+    """I, H and P (0 without projection) of each layer."""
+    first = [layer[0] for layer in weights]
+    return tuple([
+        (w.weight_ih.shape[1], w.weight_hh.shape[0] // 4, 0 if w.weight_hr is None else w.weight_hh.shape[1])
+        for w in first
+    ])  # fmt: skip
 
 
 def _size_class(n: int) -> int:
@@ -158,13 +164,36 @@ def choose(
     kernel: Backend, x: Tensor, weights: list[list[Weights]], traversal: Traversal, settings: Settings
 ) -> Backend:
     """Who runs a call of `auto` that `kernel` can run: that backend, or torch; with noise, or the reference."""
+    if torch.compiler.is_compiling():
+        asked = traversal.lengths is not None, traversal.resets is not None
+        noise = settings.zoneout != (0.0, 0.0) or settings.recurrent_dropout != 0
+        sizes = _layer_sizes(weights), len(weights[0])
+        return parse(_winner_in_a_graph(kernel.value, *sizes, compute_dtype(x), x.device, asked, noise))
     if is_watched(x):
-        return kernel  # and a graph of torch.compile is for all sizes of T and B
+        return kernel
     kind = kind_of(kernel, x, weights, traversal, settings)
     decision = _decided.get((kind, x.device, mode()))
     if decision is None:
         decision = decide(kind, x, weights, traversal, settings)
     return Backend(decision.backend)
+
+
+@constant_when_traced
+def _winner_in_a_graph(
+    kernel: str,
+    layers: tuple[tuple[int, int, int], ...],
+    directions: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    asked: tuple[bool, bool],  # whether there are lengths, resets
+    noise: bool,
+) -> str:
+    """The expected winner for long sequences: a graph of torch.compile is for all sizes, and nothing is raced there."""
+    kind = Kind(
+        layers, directions, str(dtype), recurrent_precision(dtype), True, False, LONGEST, BATCH_OF_A_GRAPH, *asked,
+        noise, kernel,
+    )  # fmt: skip
+    return expected_winner(kind, device).backend
 
 
 def decide(kind: Kind, x: Tensor, weights: list[list[Weights]], traversal: Traversal, settings: Settings) -> Decision:

@@ -13,10 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
-from gpu_lstm import backends, races
+from gpu_lstm import backends, modules, races
 from gpu_lstm.backends import Backend
 from gpu_lstm.kernels import remembered
 from gpu_lstm.kernels.triton_lstm import launch
+from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
 from gpu_lstm.races import Decision, Mode
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter")
@@ -344,6 +346,29 @@ def test_the_expected_winner(monkeypatch, family, walks, options, winner):
     monkeypatch.setattr(races, "plans_of", lambda kind, device: [plan] if family else [])
     kind = races.kind_of(Backend.TRITON, X, gpu_lstm.LSTM(4, 5)._weights(), TRAVERSAL, SETTINGS)._replace(**options)
     assert races.expected_winner(kind, X.device).backend == winner
+
+
+@pytest.mark.parametrize(("hidden", "options", "winner"), [
+    (5, {}, "triton"), (4096, {}, "torch"), (4096, dict(lengths=torch.tensor([5, 1, 2])), "triton"),
+])  # fmt: skip
+def test_a_graph_for_all_sizes_takes_the_expected_winner(stubbed, monkeypatch, hidden, options, winner):
+    """On a card where the larger one does not stay on chip; its kernels are not run."""
+    ran, taken = stubbed(triton=2e-3, torch=1e-3), []
+    monkeypatch.setattr(races, "plans_of", lambda kind, device: plans_of_an_h100(kind))
+    monkeypatch.setattr(
+        modules, "stack", lambda x, states, weights, traversal, backend, *_: taken.append(backend) or (x, states)
+    )
+    torch._dynamo.reset()
+    torch.compile(gpu_lstm.LSTM(4, hidden), backend="eager", fullgraph=True)(X, **options)
+    assert [backend.value for backend in taken] == [winner]
+    assert ran == []
+
+
+def plans_of_an_h100(kind):
+    dtype = getattr(torch, kind.dtype.removeprefix("torch."))
+    _, hidden, projected = kind.layers[0]
+    problem = Problem(kind.steps, kind.batch, hidden, dtype, projected, "tf32")
+    return [plans(problem, DEVICES["h100"], False)[0]]
 
 
 def test_a_log_line_says_who_won(stubbed, caplog):

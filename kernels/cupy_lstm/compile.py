@@ -23,6 +23,7 @@ from .source import CLUSTER_KERNELS, CLUSTER_SIZES, ELEMENTS, OPTIONS, SOURCE, k
 from .step import STEP_PLAN
 
 ARCHITECTURES = (60, 70, 75, 80, 90, 100, 120)
+READABLE = 75  # by the disassembler of CUDA 13, which recent Tritons bring
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def reports(cases: Iterable[tuple[int, torch.dtype]]) -> Iterator[list[Report]]:
     """Of each architecture and dtype, every kernel."""
     for architecture, dtype in cases:
         binary = compile_for(architecture, dtype)
-        taken, loops = usage(binary.cubin, architecture), time_loops(binary.cubin)
+        taken = usage(binary.cubin, architecture)
+        loops = time_loops(binary.cubin) if architecture >= READABLE else {}
         rows = []
         for kernel in kernels_of(architecture):
             hidden, plan = _largest(kernel, architecture, dtype)
@@ -59,7 +61,9 @@ def reports(cases: Iterable[tuple[int, torch.dtype]]) -> Iterator[list[Report]]:
                 registers=registers,
                 spills=spills,
                 shared=declared + plan.shared,
-                loop=loops[binary.symbols[kernel]] if hidden else None,  # a kernel of one step loops over other things
+                loop=loops.get(binary.symbols[kernel])
+                if hidden
+                else None,  # a kernel of one step loops over other things
             )
             rows.append(row)
         yield rows
