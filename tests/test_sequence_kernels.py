@@ -257,9 +257,10 @@ def never_meet(arrivals_ptr, times, patience, error_ptr, step):
 def test_programs_that_do_not_meet_are_seen(monkeypatch, projected):
     _meet(monkeypatch, yield_rate=0.3)
     monkeypatch.setattr(step, "meet", never_meet)
-    given = example(4, 3, 3, 40, projected)
+    given = example(9, 3, 3, 40, projected)
     with pytest.raises(AssertionError):
-        assert_as_good_as_torch(lambda seed: given, "triton", torch.float32, seeds=1)
+        for _ in range(5):  # in one order of execution or another
+            assert_as_good_as_torch(lambda seed: given, "triton", torch.float32, seeds=1)
 
 
 @triton.jit
