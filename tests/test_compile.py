@@ -60,20 +60,11 @@ def _run(tmp_path, script: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory) -> list[dict]:
-    script = REPORTS.replace("WANTED", "quick_step, quick_sequence")
-    return json.loads(_run(tmp_path_factory.mktemp("compile"), script))
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory) -> list[dict]:
-    script = REPORTS.replace("WANTED", "wanted_step, wanted_sequence")
-    return json.loads(_run(tmp_path_factory.mktemp("compile"), script))
-
-
-@pytest.fixture(params=["few", pytest.param("many", marks=pytest.mark.slow)])
-def rows(request) -> list[dict]:
-    return request.getfixturevalue(request.param)
+def rows(request, tmp_path_factory) -> list[dict]:
+    """Of many cases; where slow tests are left out, of few."""
+    quick = "not slow" in request.config.getoption("markexpr")
+    wanted = "quick_step, quick_sequence" if quick else "wanted_step, wanted_sequence"
+    return json.loads(_run(tmp_path_factory.mktemp("compile"), REPORTS.replace("WANTED", wanted)))
 
 
 def _dtype(row):
@@ -119,10 +110,10 @@ COUNTS = {
 
 
 @pytest.mark.parametrize(("kernel", "hidden"), COUNTS)
-def test_the_counts_of_a_step(few, kernel, hidden):
+def test_the_counts_of_a_step(rows, kernel, hidden):
     (row,) = (
-        row for row in few
-        if row["kernel"] == kernel and row["architecture"] == 90 and row["case"].endswith(f" H={hidden}")
+        row for row in rows
+        if row["kernel"] == kernel and row["architecture"] == 90 and row["case"] == f"bfloat16 B=16 H={hidden}"
     )  # fmt: skip
     loop, expected = Loop(**row["loop"]), COUNTS[kernel, hidden]
     assert loop.instructions <= expected.instructions
@@ -145,11 +136,11 @@ def test_the_model_of_planning_knows_the_counts(rows):
 
 
 @pytest.mark.slow
-def test_every_step_kernel_is_compiled_for_every_architecture_and_dtype(many):
+def test_every_step_kernel_is_compiled_for_every_architecture_and_dtype(rows):
     names = {"lstm_step_forward_kernel", "lstm_step_backward_kernel"}
     dtypes = {"float16", "bfloat16", "float32 tf32", "float32 ieee"}
     expected = {(name, sm, dtype) for name in names for sm in (80, 90, 100, 120) for dtype in dtypes}
-    assert expected <= {(row["kernel"], row["architecture"], _dtype(row)) for row in many}
+    assert expected <= {(row["kernel"], row["architecture"], _dtype(row)) for row in rows}
 
 
 @pytest.mark.slow
@@ -157,16 +148,16 @@ def test_every_step_kernel_is_compiled_for_every_architecture_and_dtype(many):
     ("hidden", "family"),
     [(64, "resident"), (128, "resident"), (256, "cooperative"), (1024, "cooperative"), (1536, "cooperative")],
 )
-def test_the_families_on_an_h100(many, hidden, family):
+def test_the_families_on_an_h100(rows, hidden, family):
     """In bf16 no hidden size of the table is left to the step family, whatever the batch."""
-    on_h100 = [row for row in many if row["architecture"] == 90 and f" H={hidden}" in row["case"]]
+    on_h100 = [row for row in rows if row["architecture"] == 90 and f" H={hidden}" in row["case"]]
     families = {row["plan"]["family"] for row in on_h100 if _dtype(row) == "bfloat16"}
     assert families == {family} or (OLDER_TRITON and hidden == 1536 and families <= {family, "step"})
 
 
 @pytest.mark.slow
-def test_regularised_problems_take_the_cooperative_family(many):
-    regularised = [row for row in many if row["case"].endswith(("768 masks", "768 rates"))]
+def test_regularised_problems_take_the_cooperative_family(rows):
+    regularised = [row for row in rows if row["case"].endswith(("768 masks", "768 rates"))]
     assert {row["case"].split()[-1] for row in regularised} == {"masks", "rates"}
     assert {row["plan"]["family"] for row in regularised} == {"cooperative"}
 

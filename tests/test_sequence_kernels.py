@@ -259,8 +259,7 @@ def test_programs_that_do_not_meet_are_seen(monkeypatch, projected):
     monkeypatch.setattr(step, "meet", never_meet)
     given = example(9, 3, 3, 40, projected)
     with pytest.raises(AssertionError):
-        for _ in range(5):  # in one order of execution or another
-            assert_as_good_as_torch(lambda seed: given, "triton", torch.float32, seeds=1)
+        assert_as_good_as_torch(lambda seed: given, "triton", torch.float32, seeds=5)  # in one order or another
 
 
 @triton.jit
