@@ -40,7 +40,8 @@ def page(text: str, source: str, repository: str) -> str:
         if link:
             return f"]({target(link, source, repository)})"
         tex = (block or formula).replace("{aligned}", "{align*}")  # the converter does not know `aligned`
-        return convert(tex, display="block" if block else "inline")
+        # In a <span>, since a line that begins with a tag Markdown does not know would be a paragraph of its own.
+        return f"<span>{convert(tex, display='block' if block else 'inline')}</span>"
 
     pattern = r"(```.*?```|`[^`]*`)|\]\(([^)\s]+)\)|\$\$(.+?)\$\$|\$([^$\n]+)\$"
     return re.sub(pattern, turned, text, flags=re.DOTALL).replace("<details>", '<details markdown="1">')
@@ -72,7 +73,8 @@ def in_markdown(docstring: str) -> str:
     """Shapes as a list; the code of an example in a fence."""
 
     def shapes(match: re.Match[str]) -> str:
-        return f"**{match[1]}**\n\n" + re.sub(r"^    (?! )([^:]+):", r"- **\1**:", match[2], flags=re.MULTILINE)
+        items = re.sub(r"^    (?! )([^:]+):", r"- **\1**:", match[2], flags=re.MULTILINE)
+        return f"**{match[1]}**\n\n" + items.replace("D*", r"D\*")
 
     def example(match: re.Match[str]) -> str:
         code = re.sub("^    ", "", match[1].rstrip(), flags=re.MULTILINE)
