@@ -55,7 +55,7 @@ def pictures(files: list[Path], folder: Path) -> list[Path]:
     for file in sorted(files):
         rows = results.read(file)
         for device, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
-            drawn = figures(its)
+            drawn: dict[str, Figure | None] = {**figures(its)}
             with style.context(LOOK):
                 drawn["instead"] = instead_figure(its)
             for name in ("instead", *report.SHOWN):

@@ -13,7 +13,7 @@ HEAD = """<!-- make kernels-page writes this page: change docs/kernels.py. -->
 # What the kernels compile to
 
 For an H100 (sm_90) in bfloat16, without a GPU, by Triton {triton} and NVRTC {nvrtc}. `python -m gpu_lstm kernels`
-prints the same for every architecture and dtype; its exit status is 1 if a kernel spills or does not fit.
+prints this for every architecture and dtype; its exit status is 1 if a kernel spills or does not fit.
 
 [CONTRIBUTING.md](../CONTRIBUTING.md#reading-the-compile-table) says what the columns are. From `instructions` on they
 count what one pass of the time loop does; where W_hh stays in registers, the last one is 0."""
@@ -24,9 +24,9 @@ FAMILIES = {  # by what the names of their kernels begin with
     "cupy": "CUDA C++, through CuPy",
 }
 TITLES = ("kernel", "case", "sm", "registers", "spills", "shared", "instructions", "barriers", "mma", "loads of W_hh")
-NOTES = """In a case B is sequences, H hidden units, P projected features; *ragged*: with lengths and resets, in reverse;
-*masks* and *rates*: with recurrent dropout and zoneout, in training and in `eval()`. The kernels in CUDA C++ have the
-most hidden units that a block, or a cluster, holds; those of one step have no time loop."""
+NOTES = """In a case B is sequences, H hidden units, P projected features; *ragged*: with lengths and resets, in
+reverse; *masks* and *rates*: with recurrent dropout and zoneout, in training and in `eval()`. The kernels in CUDA C++
+have the most hidden units that a block, or a cluster, holds; those of one step have no time loop."""
 
 
 def compiled() -> list[dict]:

@@ -41,7 +41,7 @@ def run(*command: str, **options) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_all_are_found_and_valid(tmp_path):
-    assert {"ci.yml", "gpu.yml", "docs-0.yml", "docs-1.yml"} == set(WORKFLOWS)
+    assert {"ci.yml", "docs.yml", "gpu.yml", "docs-0.yml", "docs-1.yml"} == set(WORKFLOWS)
     for name, text in WORKFLOWS.items():
         (tmp_path / name).write_text(text)
     paths = [str(tmp_path / name) for name in WORKFLOWS]
@@ -61,6 +61,17 @@ def test_workflows_only_read_do_not_pile_up_and_run_no_pull_request_on_a_self_ho
     triggers = workflow[True]  # `on` is a boolean in YAML 1.1
     self_hosted = any("self-hosted" in job["runs-on"] for job in jobs(WORKFLOWS[name]))
     assert self_hosted is ("pull_request" not in triggers)
+
+
+def test_the_site_is_published_from_main_alone_after_it_was_built_by_a_job_that_may_nothing_else():
+    site = yaml.safe_load(WORKFLOWS["docs.yml"])["jobs"]
+    assert site["publish"]["if"] == "github.ref == 'refs/heads/main'"
+    assert site["publish"]["needs"] == "build"
+    assert site["publish"]["permissions"] == {"id-token": "write", "pages": "write"}
+    assert [step["uses"].split("@")[0] for step in site["publish"]["steps"]] == ["actions/deploy-pages"]
+    assert "permissions" not in site["build"]
+    (uploaded,) = (step["with"]["path"] for step in site["build"]["steps"] if "upload" in step.get("uses", ""))
+    assert uploaded == yaml.safe_load((ROOT / "mkdocs.yml").read_text())["site_dir"]
 
 
 def test_scripts_are_bash_and_take_no_expressions():
