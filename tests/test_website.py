@@ -157,7 +157,7 @@ def test_the_site_is_built_without_a_warning_and_every_link_in_it_leads_somewher
 
 
 @pytest.mark.slow
-def test_nothing_is_loaded_from_elsewhere_and_no_formula_is_left(checkout):
+def test_no_script_style_or_picture_comes_from_elsewhere_and_no_formula_is_left(checkout):
     assert build(checkout).returncode == 0
     site = checkout / "out" / "site"
     for path in site.rglob("index.html"):
