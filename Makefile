@@ -64,4 +64,4 @@ $(FOR_DEMO) $(FOR_LESSON) $(FOR_DOCS) $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-versions out
+	rm -rf .venv .venv-versions .cache out
