@@ -167,7 +167,7 @@ def test_no_script_style_or_picture_comes_from_elsewhere_and_no_formula_is_left(
     lesson = (site / "lesson" / "index.html").read_text()
     assert lesson.count("<math") > 50
     assert "$" not in re.sub(r"<(pre|script|code).*?</\1>", "", lesson, flags=re.DOTALL)
-    assert "Shapes, with P" in (site / "api" / "index.html").read_text()
+    assert "(D*L, N, P) and (D*L, N, H)" in (site / "api" / "index.html").read_text()
     assert "resets_from_dones" in (site / "search.json").read_text()
 
 
