@@ -4,8 +4,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 FOR_DEMO := .venv/.for-demo
 FOR_LESSON := .venv/.for-lesson
+FOR_DOCS := .venv/.for-docs
 
-.PHONY: demo lesson lesson-page test test-quick test-versions bench lint clean
+.PHONY: demo lesson lesson-page docs kernels-page test test-quick test-versions bench lint clean
 
 demo: $(or $(wildcard $(INSTALLED)),$(FOR_DEMO))
 	$(BIN)/python examples/weather.py
@@ -17,6 +18,15 @@ lesson: $(FOR_LESSON)
 # Executes the notebook from the first cell to the last, stores it, and writes docs/lesson.md from it.
 lesson-page: $(INSTALLED)
 	$(BIN)/python docs/lesson.py --run
+
+# The site, in out/site; a link that leads nowhere stops it.
+docs: $(or $(wildcard $(INSTALLED)),$(FOR_DOCS))
+	$(BIN)/python docs/website.py
+	$(BIN)/python -m zensical build --clean --strict
+
+# Compiles the kernels and writes docs/kernels.md from what they became.
+kernels-page: $(INSTALLED)
+	$(BIN)/python docs/kernels.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto $(PYTEST)
@@ -39,11 +49,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The demo needs less than the tests; the lesson needs Jupyter.
+# The demo and the site need less than the tests; the lesson needs Jupyter.
 $(FOR_DEMO): EXTRA := demo
 $(FOR_LESSON): EXTRA := lesson
+$(FOR_DOCS): EXTRA := docs
 $(INSTALLED): EXTRA := dev
-$(FOR_DEMO) $(FOR_LESSON) $(INSTALLED): pyproject.toml
+$(FOR_DEMO) $(FOR_LESSON) $(FOR_DOCS) $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' || \
 		{ echo "gpu_lstm needs Python 3.10 to 3.14; name one by make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' || { echo "Python's venv is missing: apt-get install python3-venv"; exit 1; }
@@ -53,4 +64,4 @@ $(FOR_DEMO) $(FOR_LESSON) $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-versions out
+	rm -rf .venv .venv-versions .cache out

@@ -25,8 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     return compare.show(results.read(options.old), results.read(options.new), options.fail_under)
                 case "readme":
                     files = list((ROOT / "bench" / "results").glob("*.csv"))
-                    report.update_readme(ROOT / "README.md", files)
-                    plots.pictures(files, ROOT / "docs" / "pictures")
+                    report.update_page(ROOT / "README.md", files)
+                    drawn = plots.pictures(files, ROOT / "docs" / "pictures")
+                    report.update_page(ROOT / "docs" / "benchmarks.md", files, drawn)
                     return 0
                 case "ppo":
                     return ppo.run(options)
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=8.0, help="for all of it together")
     add("--out", type=Path, required=True, help="folder for all it finds")
     ppo.add_arguments(commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop"))
-    commands.add_parser("readme", help="write the performance section of README.md from bench/results/*.csv")
+    commands.add_parser("readme", help="write the figures of README.md and docs/benchmarks.md from bench/results/*.csv")
     return parser
 
 

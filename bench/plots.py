@@ -1,7 +1,6 @@
 """Rows as pictures: every provider at the headline, time and memory against each size, the speed at every case."""
 
 import itertools
-import re
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -41,29 +40,29 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for device, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
-        slug = _slug(device)
         for name, figure in figures(its).items():
-            paths.append(folder / f"{slug}-{name}.png")
+            paths.append(folder / f"{report.slug(device)}-{name}.png")
             figure.savefig(paths[-1], dpi=200)
     return paths
 
 
 def pictures(files: list[Path], folder: Path) -> list[Path]:
-    """The bars of `instead_figure` for the README, a PNG file in `folder` for each device that has some."""
+    """Those of README and docs, a PNG file each in `folder`: the bars of `instead_figure` and what report.SHOWN names.
+
+    Each device has those for which it has enough rows.
+    """
     paths = []
     for file in sorted(files):
         rows = results.read(file)
         for device, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
+            drawn: dict[str, Figure | None] = {**figures(its)}
             with style.context(LOOK):
-                figure = instead_figure(its)
-            if figure is not None:
-                paths.append(folder / f"instead-{_slug(device)}.png")
-                figure.savefig(paths[-1], dpi=150)
+                drawn["instead"] = instead_figure(its)
+            for name in ("instead", *report.SHOWN):
+                if (figure := drawn.get(name)) is not None:
+                    paths.append(folder / f"{name}-{report.slug(device)}.png")
+                    figure.savefig(paths[-1], dpi=150)
     return paths
-
-
-def _slug(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def figures(rows: pd.DataFrame) -> dict[str, Figure]:

@@ -1,9 +1,10 @@
-"""Rows in words: tables for a terminal (all cases, all providers, what is expected of other GPUs), the README."""
+"""Rows in words: tables for a terminal (all cases, all providers, what is expected of other GPUs), README and docs."""
 
 import math
 import os
+import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ BEYOND = "without what the gates take beside products, launches, and that steps 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NO_GPU = "No figure has been taken on a GPU yet."
 CPU_LINES = 8  # in the README: a CPU is not what this is for
+SHOWN = {  # on the page with all cases: the pictures of a device, and what they show
+    "headline": "The time of every provider at the case that all have, the fastest on top",
+    "speed": "How many times as fast as torch.nn.LSTM every provider is at every case",
+}
 TOGETHER = {"input_size": "hidden_size", "directions": "layers"}  # sizes that vary together
 LEFT = ("mode", "case", "provider", "kernels", "status", "note", "best other", "verdict")
 CUT = ("note", "best other")  # where the terminal ends
@@ -160,32 +165,46 @@ def expected(rows: pd.DataFrame) -> list[Table]:
     return [table(cells.loc[its.index], title.format(device), origin(its)) for device, its in devices]
 
 
-def update_readme(readme: Path, files: list[Path]) -> None:
-    """Write what the files of results say between the two markers of `readme`, GPUs first; the rest stays as it is.
+def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path] | None = None) -> None:
+    """Write what the files of results say between the two markers of `page`, GPUs first; the rest stays as it is.
+
+    With `pictures`, as plots.pictures drew them, it has every case and those pictures; without, as the README, less.
 
     Raises ValueError where a marker is missing, or a file of results is broken.
     """
-    before, begin, rest = readme.read_text().partition(BEGIN)
+    before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{readme}: no {END if begin else BEGIN}; expected {BEGIN} on a line before {END}")
+        raise ValueError(f"{page}: no {END if begin else BEGIN}; expected {BEGIN} on a line before {END}")
     on_gpus: list[str] = []
     on_cpus: list[str] = []
     no_gpu = [NO_GPU]
     for path in sorted(files):
-        rows, name = results.read(path), Path(os.path.relpath(path, readme.parent)).as_posix()
-        for _, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
+        rows = results.read(path)
+        for device, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
             on_gpu = its["cuda"].notna().any()
-            (on_gpus if on_gpu else on_cpus).append(_section(name, measured(its), on_gpu))
+            text = _section(_link(page, path), measured(its), on_gpu, every_case=on_gpu or pictures is not None)
+            drawn = {f"{name}-{slug(device)}": told for name, told in SHOWN.items()}
+            text += "".join(f"\n\n![{drawn[p.stem]}]({_link(page, p)})" for p in pictures or () if p.stem in drawn)
+            (on_gpus if on_gpu else on_cpus).append(text)
             no_gpu = [] if on_gpu and (its["status"] == "measured").any() else no_gpu
-    readme.write_text(f"{before}{BEGIN}\n" + "\n\n".join([*no_gpu, *on_gpus, *on_cpus]) + f"\n{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n" + "\n\n".join([*no_gpu, *on_gpus, *on_cpus]) + f"\n{END}{after}")
 
 
-def _section(name: str, rows: pd.DataFrame, on_gpu: bool) -> str:
+def _link(page: Path, path: Path) -> str:
+    return Path(os.path.relpath(path, page.parent)).as_posix()
+
+
+def slug(device: str) -> str:
+    """A device in the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> str:
     """Where the figures come from, and tables of them: what people write around torch.nn.LSTM, and that itself."""
     lines = by_case(rows)
-    shown = lines if on_gpu else telling(lines, CPU_LINES)
-    text = f"{'GPU' if on_gpu else 'CPU, not a GPU'}: {origin(rows)}; from [{name}]({name})."
+    shown = lines if every_case else telling(lines, CPU_LINES)
+    text = f"{'GPU' if on_gpu else 'CPU, not a GPU'}: {origin(rows)}; from [{link.removeprefix('../')}]({link})."
     if len(shown) < len(lines):
         text += f" {len(shown)} of {len(lines)} cases."
         text += f" Over all that were timed, gpu_lstm is {spread(lines)} times as fast."

@@ -71,12 +71,12 @@ def from_keras(
 ) -> LSTM | StackedLSTM | GoBackwards:
     """The module that computes what a built Keras layer computes, with a copy of its weights.
 
-    =============================================  ==========================
-    LSTM, RNN(LSTMCell)                            LSTM
-    Bidirectional of these, merge_mode="concat"    LSTM, bidirectional=True
-    RNN([LSTMCell, ...]), RNN(StackedRNNCells)     StackedLSTM
-    any of these but Bidirectional, go_backwards   GoBackwards of the module
-    =============================================  ==========================
+    | Keras | here |
+    |---|---|
+    | LSTM, RNN(LSTMCell) | LSTM |
+    | Bidirectional of these, merge_mode="concat" | LSTM, bidirectional=True |
+    | RNN([LSTMCell, ...]), RNN(StackedRNNCells) | StackedLSTM |
+    | any of these but Bidirectional, go_backwards | GoBackwards of the module |
 
     The module is batch_first, as Keras is, and has the dtype of the layer's variables. It always returns the whole
     output and the states, whatever the layer's return_sequences and return_state say. Regularizers and constraints

@@ -328,8 +328,8 @@ class StackedLSTM(nn.Module):
     Args:
         input_size: features of the input, I.
         hidden_sizes: hidden units of each layer, H_k.
-        bias, batch_first, dropout, bidirectional, device, dtype, backend, recompute, recurrent_dropout, zoneout,
-            weight_drop: as for LSTM.
+        bias, batch_first, dropout, bidirectional, device, dtype: as for LSTM.
+        backend, recompute, recurrent_dropout, zoneout, weight_drop: as for LSTM.
         residual: add a layer's input to its output wherever both have the same number of features (before dropout).
             At least one layer must allow it. Default: False
 

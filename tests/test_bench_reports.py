@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 from bench import plots, report, results
 from bench.cases import Case, grid
 
+ROOT = Path(__file__).parent.parent
 HEADLINE = Case("training", "bf16", 1024, 16, 768, 768)
 OTHERS = [f"other-{n}" for n in range(13)]
 CPU = {"device": "Imaginary CPU, 2 threads", "cuda": None, "driver": None, "peak_bytes": None}
@@ -222,7 +224,7 @@ def updated(tmp_path):
     def update(**files):
         for name, rows in files.items():
             frame(rows).to_csv(tmp_path / f"{name}.csv", index=False)
-        report.update_readme(readme, list(tmp_path.glob("*.csv")))
+        report.update_page(readme, list(tmp_path.glob("*.csv")))
         text = readme.read_text()
         assert text.startswith(before)
         assert text.endswith(after)
@@ -269,10 +271,41 @@ def test_what_people_write_instead_stands_beside_ours_and_is_drawn(updated, tmp_
     text = updated(cpu=rows)
     assert "B16 H768 resets 2% | nn.LSTM called at every step, its state masked | 25.0 | 10.0 | 2.50 |" in text
     assert "packed" not in text
-    (drawn,) = plots.pictures([tmp_path / "cpu.csv"], tmp_path)
-    assert drawn == tmp_path / "instead-imaginary-cpu-2-threads.png"
-    assert drawn.stat().st_size > 5_000
+    drawn = plots.pictures([tmp_path / "cpu.csv"], tmp_path)
+    names = ["instead", *report.SHOWN]
+    assert drawn == [tmp_path / f"{name}-imaginary-cpu-2-threads.png" for name in names]
+    assert all(path.stat().st_size > 5_000 for path in drawn)
     assert plots.instead_figure(frame(pair(**CPU))) is None
+
+
+def test_a_page_with_pictures_has_every_case_and_those_of_its_devices(tmp_path):
+    page, file = tmp_path / "docs" / "page.md", tmp_path / "results" / "cpu.csv"
+    for path in (page, file):
+        path.parent.mkdir()
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    frame(whole_grid("cpu", **CPU)).to_csv(file, index=False)
+    pictures = [page.parent / f"{name}.png" for name in ("instead", "speed", "speed-another", "headline")]
+    pictures = [path.with_stem(f"{path.stem}-imaginary-cpu-2-threads") for path in pictures]
+    report.update_page(page, [file], pictures)
+    text = page.read_text()
+    assert "[results/cpu.csv](../results/cpu.csv)" in text
+    assert "of 25 cases" not in text
+    assert text.count("\n| ") == 1 + 25
+    shown = re.findall(r"^!\[(.*)\]\((.*)\)$", text, flags=re.MULTILINE)
+    assert shown == [(report.SHOWN[name], f"{name}-imaginary-cpu-2-threads.png") for name in ("speed", "headline")]
+
+
+def test_readme_and_page_are_those_of_the_stored_results(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name in ("bench", "docs/pictures"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    files = list((tmp_path / "bench" / "results").glob("*.csv"))
+    pictures = sorted((tmp_path / "docs" / "pictures").glob("*.png"))
+    for name, its in (("README.md", None), ("docs/benchmarks.md", pictures)):
+        stored = (ROOT / name).read_text()
+        (tmp_path / name).write_text(stored)
+        report.update_page(tmp_path / name, files, its)
+        assert (tmp_path / name).read_text() == stored, "python -m bench readme"
 
 
 @pytest.mark.parametrize("text", [report.BEGIN, report.END, f"{report.END}\n{report.BEGIN}"])
@@ -280,5 +313,5 @@ def test_a_missing_marker_is_named_and_the_file_left_alone(tmp_path, text):
     (tmp_path / "README.md").write_text(text)
     missing = report.END if text.endswith(report.BEGIN) else report.BEGIN
     with pytest.raises(ValueError, match=re.escape(f"README.md: no {missing}")):
-        report.update_readme(tmp_path / "README.md", [])
+        report.update_page(tmp_path / "README.md", [])
     assert (tmp_path / "README.md").read_text() == text

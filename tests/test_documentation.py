@@ -1,6 +1,8 @@
 """README, pages, examples and the lesson run, do what they say, and link to what is there."""
 
 import importlib.util
+import inspect
+import pkgutil
 import re
 import shutil
 from pathlib import Path
@@ -8,7 +10,10 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+import yaml
 from nbclient import NotebookClient
+
+import gpu_lstm
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES, README, PAGES = ROOT / "examples", ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
@@ -24,7 +29,10 @@ def run_examples(page: Path, names: dict) -> int:
 
 
 # The lesson's page is made from the notebook, which runs below.
-WITHOUT_EXAMPLES = ("ci.md", "compared.md", "design.md", "first_gpu_run.md", "lesson.md", "versions.md")
+WITHOUT_EXAMPLES = (
+    "api.md", "benchmarks.md", "ci.md", "compared.md", "design.md", "first_gpu_run.md", "kernels.md", "lesson.md",
+    "versions.md",
+)  # fmt: skip
 WITH_EXAMPLES = [page for page in PAGES if page.name not in WITHOUT_EXAMPLES]
 
 
@@ -77,6 +85,37 @@ def test_every_page_is_linked_from_the_readme_and_every_link_leads_somewhere():
     for page, text in texts:
         for path in links(text):
             assert (page.parent / path).exists(), (page.name, path)
+
+
+def names_of(navigation) -> list[str]:
+    """The pages that a navigation names."""
+    if isinstance(navigation, str):
+        return [navigation]
+    parts = navigation.values() if isinstance(navigation, dict) else navigation
+    return [name for part in parts for name in names_of(part)]
+
+
+def test_the_site_has_every_page_in_its_navigation_once():
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    pages = ["index.md", *(page.name for page in PAGES)]  # index.md is the README
+    assert sorted(names_of(navigation)) == sorted(pages)
+
+
+def test_the_page_of_the_api_has_every_public_name_once():
+    page = (ROOT / "docs" / "api.md").read_text()
+    described = [pkgutil.resolve_name(name) for name in re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE)]
+    assert len(described) == len(set(described))
+    named = [getattr(gpu_lstm, name) for name in gpu_lstm.__all__]
+    modules = [value for value in named if inspect.ismodule(value)]
+    assert modules == [gpu_lstm.compat, gpu_lstm.functional, gpu_lstm.keras]
+    public = {value for value in named if not inspect.ismodule(value)}
+    public |= {gpu_lstm.compat.LSTM, gpu_lstm.functional.lstm_layer}  # the rest of these modules is for our own
+    public |= {
+        value
+        for name, value in vars(gpu_lstm.keras).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == "gpu_lstm.keras" and callable(value)
+    } - {gpu_lstm.keras.Module}
+    assert public <= set(described)
 
 
 # The lesson

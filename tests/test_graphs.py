@@ -22,6 +22,9 @@ from gpu_lstm import native, whole_layer
 
 I, H = 3, 4
 SIZES = ((7, 3), (9, 4), (12, 5), (5, 2), (30, 6))  # T, B
+NEWER_TORCH = pytest.mark.skipif(
+    torch.__version__.startswith("2.8."), reason="its strict mode does not trace the methods of torch.nn.RNNBase"
+)
 KERNELS_AND_TORCH = ("torch", "triton")
 
 
@@ -254,7 +257,7 @@ T, B = Dim("T"), Dim("B")
 
 
 @pytest.mark.parametrize("backend", KERNELS_AND_TORCH)
-@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=NEWER_TORCH)], ids=["not strict", "strict"])
 @pytest.mark.parametrize("kind", ["LSTM", "StackedLSTM"])
 def test_an_exported_program_is_for_all_sizes_and_can_be_trained(kind, strict, backend):
     ours, twin = module(kind, backend, bidirectional=kind == "LSTM")

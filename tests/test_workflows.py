@@ -43,7 +43,7 @@ def run(*command: str, **options) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_all_are_found_and_valid(tmp_path):
-    assert {"ci.yml", "gpu.yml", "release.yml", "docs-0.yml", "docs-1.yml"} == set(WORKFLOWS)
+    assert {"ci.yml", "docs.yml", "gpu.yml", "release.yml", "docs-0.yml", "docs-1.yml"} == set(WORKFLOWS)
     assert FORMS
     for name, text in WORKFLOWS.items():
         (tmp_path / name).write_text(text)
@@ -79,7 +79,10 @@ def test_only_a_tag_publishes_what_was_tested_and_nothing_else_may(tmp_path):
         for key, job in yaml.safe_load(text)["jobs"].items()
         if "permissions" in job
     }
-    assert may == {("release.yml", "publish"): {"id-token": "write"}}
+    assert may == {
+        ("release.yml", "publish"): {"id-token": "write"},
+        ("docs.yml", "publish"): {"id-token": "write", "pages": "write"},
+    }
     uses = [step["uses"].split("@")[0] for step in release["jobs"]["publish"]["steps"]]
     assert uses == ["actions/download-artifact", "pypa/gh-action-pypi-publish"]  # no code of ours runs there
     (script,) = (step["run"] for step in release["jobs"]["build"]["steps"] if "TAG" in step.get("env", ()))
@@ -117,6 +120,17 @@ def test_the_matrix_has_the_oldest_and_the_newest_of_what_is_supported():
 
 def test_the_citation_is_of_this_version():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == gpu_lstm.__version__
+
+
+def test_the_site_is_published_from_main_alone_after_it_was_built_by_a_job_that_may_nothing_else():
+    site = yaml.safe_load(WORKFLOWS["docs.yml"])["jobs"]
+    assert site["publish"]["if"] == "github.ref == 'refs/heads/main'"
+    assert site["publish"]["needs"] == "build"
+    assert site["publish"]["permissions"] == {"id-token": "write", "pages": "write"}
+    assert [step["uses"].split("@")[0] for step in site["publish"]["steps"]] == ["actions/deploy-pages"]
+    assert "permissions" not in site["build"]
+    (uploaded,) = (step["with"]["path"] for step in site["build"]["steps"] if "upload" in step.get("uses", ""))
+    assert uploaded == yaml.safe_load((ROOT / "mkdocs.yml").read_text())["site_dir"]
 
 
 def test_scripts_are_bash_and_take_no_expressions():

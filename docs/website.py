@@ -1,0 +1,90 @@
+"""The pages as the site has them, see mkdocs.yml: python docs/website.py writes them into out/docs/.
+
+They are those of docs/ and, as the first, the README. On GitHub they are read as they are; here links to files that the
+site does not have go to the repository, and formulas become MathML, which browsers show by themselves. What the
+docstrings have beside Google's sections is turned into Markdown, too.
+"""
+
+import posixpath
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from griffe import Extension, Object
+from latex2mathml.converter import convert
+
+ROOT = Path(__file__).parent.parent
+PAGES = ROOT / "out" / "docs"
+
+
+def write() -> None:
+    """All pages and what they show."""
+    repository = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["repo_url"]
+    shutil.rmtree(PAGES, ignore_errors=True)
+    shutil.copytree(ROOT / "docs", PAGES, ignore=shutil.ignore_patterns("*.py", "*.md", "__pycache__"))
+    for source in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        name = "index.md" if source.name == "README.md" else source.name
+        text = page(source.read_text(), source.relative_to(ROOT).as_posix(), repository)
+        (PAGES / name).write_text(text)
+
+
+def page(text: str, source: str, repository: str) -> str:
+    """The Markdown of the file `source` as the site has it. Its code stays as it is."""
+
+    def turned(match: re.Match[str]) -> str:
+        code, link, block, formula = match.groups()
+        if code:
+            return code
+        if link:
+            return f"]({target(link, source, repository)})"
+        tex = (block or formula).replace("{aligned}", "{align*}")  # the converter does not know `aligned`
+        # In a <span>, since a line that begins with a tag Markdown does not know would be a paragraph of its own.
+        return f"<span>{convert(tex, display='block' if block else 'inline')}</span>"
+
+    pattern = r"(```.*?```|`[^`]*`)|\]\(([^)\s]+)\)|\$\$(.+?)\$\$|\$([^$\n]+)\$"
+    return re.sub(pattern, turned, text, flags=re.DOTALL).replace("<details>", '<details markdown="1">')
+
+
+def target(link: str, source: str, repository: str) -> str:
+    """Where a link in the file `source` leads: to a page or a picture of the site, else to a file of the repository."""
+    if re.match(r"[a-z]+:|#", link):
+        return link
+    path, *anchor = re.split("(?=#)", link)
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+    path = "docs/index.md" if path == "README.md" else path
+    if path.startswith("docs/") and not path.endswith(".py"):
+        path = path.removeprefix("docs/")
+    else:
+        path = f"{repository}/{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}"
+    return path + "".join(anchor)
+
+
+class Docstrings(Extension):
+    """For griffe, which reads the docstrings: mkdocs.yml names it."""
+
+    def on_object(self, *, obj: Object, **kwargs: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = in_markdown(obj.docstring.value)
+
+
+def in_markdown(docstring: str) -> str:
+    """Shapes as a list; the code of an example in a fence; a product, as in D*L, without emphasis."""
+
+    def shapes(match: re.Match[str]) -> str:
+        items = re.sub(r"^    (?! )([^:]+):", r"- **\1**:", match[2], flags=re.MULTILINE)
+        return f"**{match[1]}**\n\n{items}"
+
+    def example(match: re.Match[str]) -> str:
+        code = re.sub("^    ", "", match[1].rstrip(), flags=re.MULTILINE)
+        return f"**Example**\n\n```python\n{code}\n```"
+
+    docstring = re.sub(r"(?<=\w)\*(?=\w)", r"\*", docstring)
+    docstring = re.sub(r"^(Shapes.*):\n((?:    .*\n)+)", shapes, docstring, flags=re.MULTILINE)
+    docstring = re.sub(r"^Example::\n\n((?:    .*(?:\n|$)|\n)+)", example, docstring, flags=re.MULTILINE)
+    return re.sub(r"::$", ":", docstring, flags=re.MULTILINE)
+
+
+if __name__ == "__main__":
+    write()
