@@ -70,18 +70,13 @@ class Docstrings(Extension):
 
 
 def in_markdown(docstring: str) -> str:
-    """Shapes as a list; the code of an example in a fence; a product, as in D*L, without emphasis."""
-
-    def shapes(match: re.Match[str]) -> str:
-        items = re.sub(r"^    (?! )([^:]+):", r"- **\1**:", match[2], flags=re.MULTILINE)
-        return f"**{match[1]}**\n\n{items}"
+    """The code of an example in a fence; a product, as in D*L, without emphasis."""
 
     def example(match: re.Match[str]) -> str:
         code = re.sub("^    ", "", match[1].rstrip(), flags=re.MULTILINE)
         return f"**Example**\n\n```python\n{code}\n```"
 
     docstring = re.sub(r"(?<=\w)\*(?=\w)", r"\*", docstring)
-    docstring = re.sub(r"^(Shapes.*):\n((?:    .*\n)+)", shapes, docstring, flags=re.MULTILINE)
     docstring = re.sub(r"^Example::\n\n((?:    .*(?:\n|$)|\n)+)", example, docstring, flags=re.MULTILINE)
     return re.sub(r"::$", ":", docstring, flags=re.MULTILINE)
 

@@ -32,8 +32,7 @@ class GoBackwards(nn.Module):
     Args:
         lstm: one direction, batch_first=True. Its weights are those of a forward LSTM.
 
-    Shapes:
-        input, hx, lengths, output, returned states: as for `lstm`, batched.
+    A call takes and returns what `lstm` does, of the same shapes, batched.
 
     Raises:
         ValueError: an LSTM that is bidirectional or not batch_first; input that is not batched.

@@ -38,8 +38,9 @@ def one_direction(
     record: list[Gates] | None = None,
 ) -> tuple[Tensor, State]:
     """One layer in one direction: h [T, B, P] and (h_n [B, P], c_n [B, H])."""
-    if backend is Backend.TORCH and not in_a_graph():  # which knows autocast by itself
-        return native.layer(x, state, weights, traversal)
+    if backend is Backend.TORCH and not in_a_graph():
+        # It knows autocast by itself, but the weights that shut gates are of a size that their dtype must hold.
+        return native.layer(x, state, weights.to(compute_dtype(x)) if autocasts(x) else weights, traversal)
     x, state, weights = _computed(x, state, weights)
     with _without_autocast(x):
         if backend is Backend.TORCH:

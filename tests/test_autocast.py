@@ -12,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_lstm
+from gpu_lstm import native
 
 T, B, I, H = 6, 3, 4, 5
 DTYPE = torch.float16  # the interpreter's bfloat16 products are wrong
@@ -247,3 +248,18 @@ def test_training_with_a_grad_scaler_is_as_exact_as_with_torchs_lstm(backend):
     our_error, their_error = (rms(torch.cat(each)) for each in errors.values())
     assert 1e-6 < their_error < 1e-2
     assert our_error <= 2 * their_error, (our_error, their_error)
+
+
+def test_shut_gates_are_of_a_size_that_float16_holds(monkeypatch):
+    """oneDNN has no LSTM in float16, cuDNN has: what it is given must not be infinite."""
+    given = []
+
+    def stack(x, state, layers, **options):
+        given.append(layers[0][0].weight_ih)
+        return x.new_zeros(*x.shape[:2], 4), state
+
+    monkeypatch.setattr(native, "stack", stack)
+    with torch.autocast("cpu", torch.float16):
+        gpu_lstm.LSTM(3, 4, backend="torch")(torch.randn(5, 2, 3), lengths=torch.tensor([5, 2]))
+    assert given[0].dtype is torch.float16
+    assert given[0].isfinite().all()

@@ -66,11 +66,10 @@ def test_formulas_become_mathml_in_lines_and_on_their_own():
 
 
 def test_docstrings_in_markdown():
-    docstring = "It computes::\n\n    a = b\n\nShapes, with P = 1:\n    x: (D*L, N),\n        or (T,).\n    y, z: as x."
+    docstring = "It computes::\n\n    a = b\n\nx is (D*L, N)."
     docstring += "\n\nExample::\n\n    a = 1\n\n    b = 2\n"
     assert website.in_markdown(docstring) == (
-        "It computes:\n\n    a = b\n\n**Shapes, with P = 1**\n\n- **x**: (D\\*L, N),\n        or (T,).\n"
-        "- **y, z**: as x.\n\n**Example**\n\n```python\na = 1\n\nb = 2\n```"
+        "It computes:\n\n    a = b\n\nx is (D\\*L, N).\n\n**Example**\n\n```python\na = 1\n\nb = 2\n```"
     )
 
 
