@@ -25,6 +25,24 @@ def test_layer_forward(variant, save, device):
     torch.library.opcheck(ops.layer_forward, (*_arguments(variant, device), save, "triton"))
 
 
+@pytest.mark.parametrize("kind", ["masks", "rates"])
+def test_noise_and_neighbours(kind, device):
+    gates, *rest = _arguments(VARIANTS[0], device)
+    (steps, batch), hidden = gates.shape[:2], gates.shape[2] // 4
+    if kind == "masks":
+        noise = (
+            torch.rand(batch, hidden),
+            torch.rand(steps, batch, hidden) < 0.5,
+            torch.rand(steps, batch, hidden) < 0.5,
+        )
+    else:
+        noise = None, torch.tensor(0.1), torch.tensor(0.2)
+    noise = tuple(None if t is None else t.to(device) for t in noise)
+    torch.library.opcheck(ops.layer_forward, (gates, *rest, True, "triton", *noise, 2))
+    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", *noise, 2)
+    torch.library.opcheck(ops.layer_backward, (h, h_n, c_n, gates, c, *rest, "triton", *noise, 2))
+
+
 @pytest.mark.parametrize("which", ["all", "output", "states"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_layer_backward(variant, which, device):
