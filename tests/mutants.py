@@ -45,10 +45,11 @@ SOURCES = ("gpu_lstm/*.py", "kernels/**/*.py", "kernels/**/*.cu")
 LEAST_SECONDS, TIMES_AS_LONG = 30, 4  # a test file may take so long, and so many times what it takes without a fault
 
 # Which test files are asked, by source; in this order, and no more of them after the first that fails.
-NUMBERS = (  # of the Triton kernels
-    "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 sequence_kernels::test_cooperative "
-    "sequence_kernels::test_step_with_noise_by_several_programs layer::test_the_kernels_in_float16"
+NUMBERS = (  # of the Triton kernels: the quick ones of those that hold all results and gradients to the oracle
+    "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 layer::test_the_kernels_in_float16"
 )
+SEVERAL = "sequence_kernels::test_step_by_several_programs sequence_kernels::test_step_with_noise_by_several_programs"
+TOGETHER = "sequence_kernels::test_cooperative concurrent_interpreter"
 TESTS = {
     "gpu_lstm/__main__": "main planning races",
     "gpu_lstm/autograd": "derivatives chunks weights regularised",
@@ -94,8 +95,8 @@ TESTS = {
     "kernels/triton_lstm/autotune": "tuning",
     "kernels/triton_lstm/binary": "first_call compile",
     "kernels/triton_lstm/compile": "main compile",
-    "kernels/triton_lstm/cooperative": f"planning concurrent_interpreter {NUMBERS}",
-    "kernels/triton_lstm/exchange": f"concurrent_interpreter exchange_ptx {NUMBERS}",
+    "kernels/triton_lstm/cooperative": f"planning {TOGETHER}",
+    "kernels/triton_lstm/exchange": f"concurrent_interpreter exchange_ptx {NUMBERS} {TOGETHER}",
     "kernels/triton_lstm/families": "planning first_call",
     "kernels/triton_lstm/giving_up": "giving_up",
     "kernels/triton_lstm/launch": "first_call tuning layer side_by_side giving_up extremes",
@@ -103,9 +104,9 @@ TESTS = {
     "kernels/triton_lstm/plan_cache": "plan_cache tuning",
     "kernels/triton_lstm/planning": "planning",
     "kernels/triton_lstm/resident": f"planning {NUMBERS}",
-    "kernels/triton_lstm/step": f"planning {NUMBERS}",
+    "kernels/triton_lstm/step": f"planning {NUMBERS} {SEVERAL}",
     "kernels/triton_lstm/trial": "first_call tuning",
-    "kernels/triton_lstm": f"{NUMBERS} extremes",
+    "kernels/triton_lstm": f"{NUMBERS} {TOGETHER} {SEVERAL} extremes",
 }
 
 

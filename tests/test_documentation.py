@@ -24,7 +24,7 @@ def run_examples(page: Path, names: dict) -> int:
 
 
 # The lesson's page is made from the notebook, which runs below.
-WITHOUT_EXAMPLES = ("ci.md", "compared.md", "design.md", "first_gpu_run.md", "lesson.md", "versions.md")
+WITHOUT_EXAMPLES = ("ci.md", "compared.md", "design.md", "first_gpu_run.md", "lesson.md", "testing.md", "versions.md")
 WITH_EXAMPLES = [page for page in PAGES if page.name not in WITHOUT_EXAMPLES]
 
 
