@@ -7,10 +7,9 @@ Each worker has a copy of the tree, in which it plants a fault; the checkout its
 written to a file, a line for each fault, so that a run that was stopped goes on where it was. Faults that survived are
 asked about again, since tests may have been added. docs/testing.md has a table of a run, and what survived it.
 
-mutmut and cosmic-ray were looked at first. mutmut puts a function for each mutant into the module and chooses by a
-variable, which kernels, whose source Triton reads, do not survive. cosmic-ray has one test command for all files and
-draws no sample. Both start Python and import torch for every fault, which takes longer than most of these tests; here
-a worker imports it once and forks.
+mutmut and cosmic-ray were looked at first. mutmut leaves out decorated functions, and every Triton kernel is one.
+cosmic-ray has one test command for all files and draws no sample. Both start Python for every fault, and importing
+torch takes longer than many of these tests; here a worker imports it once and forks.
 """
 
 import argparse
