@@ -6,7 +6,7 @@ FOR_DEMO := .venv/.for-demo
 FOR_LESSON := .venv/.for-lesson
 FOR_DOCS := .venv/.for-docs
 
-.PHONY: demo lesson lesson-page docs kernels-page test test-quick test-versions bench lint clean
+.PHONY: demo lesson lesson-page docs kernels-page test test-quick test-versions mutants bench lint clean
 
 demo: $(or $(wildcard $(INSTALLED)),$(FOR_DEMO))
 	$(BIN)/python examples/weather.py
@@ -40,6 +40,10 @@ test-quick: $(INSTALLED)
 
 test-versions: $(INSTALLED)
 	$(BIN)/python tests/versions.py $(PYTEST)
+
+# Plants single faults in copies of the tree and asks the tests. Half an hour and more; it goes on where it was stopped.
+mutants: $(INSTALLED)
+	$(BIN)/python tests/mutants.py $(MUTANTS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench

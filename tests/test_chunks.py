@@ -20,6 +20,11 @@ RAGGED = {
 }
 
 
+def _residual(device, **options):
+    torch.manual_seed(0)
+    return gpu_lstm.StackedLSTM(4, [4, 4], residual=True, device=device, backend="triton", **options)
+
+
 def _results(lstm, x, **ragged):
     """Output, states and every gradient."""
     x = x.clone().requires_grad_()
@@ -47,6 +52,19 @@ def test_chunks_give_the_numbers_of_the_whole(monkeypatch, device, options, ragg
         pieces = lstm(x, **ragged)
     for a, b in zip((pieces[0], *pieces[1]), (whole[0], *whole[1])):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=5e-7)  # the input product may be blocked otherwise
+
+
+def test_a_residual_connection_ends_with_each_sequence_in_every_chunk(monkeypatch, device):
+    """What stands past the end, NaN here, is added in no chunk: neither the one where it ends, nor those after it."""
+    stack, x = _residual(device), torch.randn(7, 4, 4, device=device)
+    lengths = torch.tensor([7, 3, 0, 5], device=device)
+    x = x.masked_fill(torch.arange(7, device=device)[:, None, None] >= lengths[:, None], float("nan"))
+    with torch.no_grad():
+        y, states = stack(x, lengths=lengths)
+        monkeypatch.setattr(chunks, "WORKSPACE", 2 * 4 * 16 * 4)  # two steps
+        in_chunks, chunk_states = stack(x, lengths=lengths)
+    assert y.isfinite().all()
+    torch.testing.assert_close((in_chunks, chunk_states), (y, states), rtol=1e-6, atol=5e-7)
 
 
 @pytest.mark.parametrize("ragged", [{}, RAGGED], ids=["plain", "ragged"])
@@ -107,6 +125,15 @@ def test_what_is_kept_for_backward(device, dtype):
         kept = _kept_elements(lstm, x)
         states = 4 * batch * hidden + 64  # h0 and c0
         assert elements * steps * batch <= kept <= elements * steps * batch + states
+
+
+@pytest.mark.parametrize("kind", ["stack", "both directions"])
+def test_every_layer_of_a_stack_recomputes(device, kind):
+    x, options = torch.randn(3, 2, 4, device=device, requires_grad=True), dict(bidirectional=kind != "stack")
+    kept = [_kept_elements(_residual(device, recompute=recompute, **options), x) for recompute in (False, True)]
+    directions = 1 + options["bidirectional"]
+    gates = 4 * (4 + 4) * directions * 3 * 2  # of all layers
+    assert kept[0] - kept[1] == gates
 
 
 class Allocations(TorchDispatchMode):

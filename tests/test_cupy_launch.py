@@ -300,6 +300,63 @@ def test_the_stream_is_torchs(monkeypatch, newer):
     assert launch._stream(torch.device("cuda", 1)) == expected
 
 
+@pytest.mark.parametrize("architecture", [86, 90])
+def test_a_launch_is_what_cupy_is_asked_for(monkeypatch, architecture):
+    """The function by its name, once loaded; its grid, block, shared memory; arguments by value, on torch's stream."""
+    asked, entered = [], []
+
+    class Function:
+        def __init__(self, name):
+            self.name, self.kernel = name, SimpleNamespace(ptr=name)
+
+        def __call__(self, *args, **options):
+            asked.append((self.name, self.max_dynamic_shared_size_bytes, *args, options))
+
+    class Entered:
+        def __init__(self, name):
+            self.name = name
+
+        def __enter__(self):
+            entered.append(self.name)
+
+        def __exit__(self, *_):
+            entered.remove(self.name)
+
+    loaded, attributes = [], []
+    cupy = SimpleNamespace(
+        RawModule=lambda **given: loaded.append(given) or SimpleNamespace(get_function=Function),
+        cuda=SimpleNamespace(driver=SimpleNamespace(funcSetAttribute=lambda *given: attributes.append(given))),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: divmod(architecture, 10))
+    monkeypatch.setattr(torch.cuda, "device", lambda d: Entered(d))
+    monkeypatch.setattr(launch, "_stream", lambda d: Entered("stream"))
+    monkeypatch.setattr(launch, "shared_limit", lambda d: 99)
+    for cache in (launch._module, launch._kernel):
+        monkeypatch.setattr(launch, cache.__name__, cache.__wrapped__)
+    tensor, plan = torch.zeros(3), replace(STEP_PLAN, threads=96, shared=1234)
+    kernel = "lstm_step_forward" if architecture < 90 else "lstm_cluster_forward<8>"
+    values = [tensor, None, True, 7]
+    names = source.parameters(kernel)
+    arguments = {name: values[k] if k < len(values) else 0 for k, name in enumerate(names)}
+    launch.launch_kernel(kernel, torch.float16, 0, plan, **arguments)
+    assert loaded == asked == [], "an empty batch launches nothing"
+    launch.launch_kernel(kernel, torch.float16, 5, plan, **arguments)
+    assert entered == []
+    ((name, most, grid, block, given, options),) = asked
+    assert name == source.name_expression(kernel, torch.float16)
+    assert (most, grid, block, options) == (99, (5,), (96,), {"shared_mem": 1234})
+    assert given[:4] == (tensor.data_ptr(), 0, True, 7)
+    assert [type(value).__name__.rstrip("_") for value in given[:4]] == ["uint64", "uint64", "bool", "int32"]
+    assert len(given) == len(names)
+    assert attributes == ([(name, 14, 1)] if architecture == 90 else [])
+    (loading,) = loaded
+    assert loading["code"] == SOURCE
+    assert set(loading["name_expressions"]) == {
+        source.name_expression(each, torch.float16) for each in source.kernels_of(architecture)
+    }
+
+
 # What lstm.cu compiles to, by NVRTC.
 
 

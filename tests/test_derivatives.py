@@ -60,6 +60,25 @@ def test_gradient_penalty(backend, kind, arguments):
     assert_same(*found)
 
 
+@pytest.mark.parametrize(("recompute", "names"), [(False, ()), (True, ("x", "bias_hh_l0"))], ids=["kept", "recomputed"])
+def test_a_gradient_is_the_same_where_no_other_is_asked_for(recompute, names):
+    """All inputs and parameters but one frozen: the kernels' backward leaves out what nobody needs, and no more."""
+    theirs, ours = pair("LSTM", "triton", proj_size=2)
+    ours.recompute = recompute
+    found = []
+    for module in (ours, theirs):
+        like = next(module.parameters())
+        x, (h0, c0) = tree_map(lambda t: t.to(like), random_inputs(module, B))  # noqa: B023
+        differentiable = dict(x=x[:2], h0=h0, c0=c0, **dict(module.requires_grad_(False).named_parameters()))
+        found.append({})
+        for name in names or differentiable:
+            tensor = differentiable[name].requires_grad_(True)
+            loss = sum(t.square().sum() for t in tree_leaves(module(differentiable["x"], (h0, c0))))
+            (found[-1][name],) = torch.autograd.grad(loss, [tensor])
+            tensor.requires_grad_(False)
+    assert_same(*found)
+
+
 # torch.func, on one layer
 
 

@@ -31,7 +31,7 @@ def run_examples(page: Path, names: dict) -> int:
 # The lesson's page is made from the notebook, which runs below.
 WITHOUT_EXAMPLES = (
     "api.md", "benchmarks.md", "ci.md", "compared.md", "design.md", "first_gpu_run.md", "kernels.md", "lesson.md",
-    "versions.md",
+    "testing.md", "versions.md",
 )  # fmt: skip
 WITH_EXAMPLES = [page for page in PAGES if page.name not in WITHOUT_EXAMPLES]
 

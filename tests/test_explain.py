@@ -122,6 +122,25 @@ def test_plans_and_what_bounds_a_step(an_h100, monkeypatch):
     assert found.precision == "of bfloat16 numbers, summed in float32"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [dict(hidden=33), dict(projected=True), dict(dtype="torch.float32"), dict(precision="tf32"), dict(rows=32),
+     dict(columns=8), dict(k=1), dict(num_warps=2), dict(num_stages=9), dict(family="resident"), dict(format=0),
+     dict(card="another"), dict(there=["lengths"])],
+    ids=str,
+)  # fmt: skip
+def test_what_the_check_of_another_kernel_came_to_is_not_said_of_this_one(card, change):
+    lstm, x = gpu_lstm.LSTM(4, 32, dtype=torch.float16, backend="triton"), torch.zeros(5, 16, 4, dtype=torch.float16)
+    r = gpu_lstm.kernels.recurrence.Recurrence(
+        weight_hh=torch.zeros(128, 32, dtype=torch.float16), c0=torch.zeros(16, 32), h0=torch.zeros(16, 32).half()
+    )
+    plan = plans(Problem(5, 16, 32, torch.float16), INTERPRETER, False)[-1]
+    key = trust._key(plan, r, True, None)
+    assert key != key | change
+    remembered.write(trust.KIND, key | change, "right")
+    assert gpu_lstm.explain(lstm, x).layers[0].passes[0].checked == "not checked yet"
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_what_the_check_of_a_kernel_came_to(card, wrong):
     lstm = gpu_lstm.LSTM(4, 32, dtype=torch.float16, bidirectional=True, backend="triton")

@@ -3,6 +3,7 @@
 The driver is stubbed: `trial.load` stands for compiling and loading a kernel.
 """
 
+import dataclasses
 import logging
 import time
 import warnings
@@ -53,6 +54,21 @@ def test_the_first_plan_that_loads_is_taken_compiled_once_and_kept(card, monkeyp
     assert [plan] == tried == loaded == [expected], "one kernel is compiled once, for one plan"
     assert _choose(monkeypatch, None) == (expected, []), "from the second call on nothing is tried"
     assert _choose(monkeypatch, lambda *_: None, variant=("another",))[1] == [expected], "but other kernels are"
+
+
+def test_sequences_of_other_lengths_are_no_other_kind_of_problem(card, monkeypatch):
+    """Each would be planned and compiled anew, where lengths vary from batch to batch; a single step is one, though."""
+    tried = []
+    monkeypatch.setattr(trial, "load", lambda kernel, grid, arguments: tried.append(arguments))
+
+    def attempt(plan, launch_kernel):
+        launch_kernel(launch.step.lstm_step_forward_kernel, (1,), plan=plan)
+
+    for steps, kinds in ((100, 1), (2, 1), (31, 1), (5000, 1), (1, 2), (100, 2)):
+        problem = dataclasses.replace(PROBLEM, steps=steps)
+        plan = launch.choose_plan(problem, CUDA, False, (), attempt)
+        assert plan == plans(problem, H100, False)[0]
+        assert len(tried) == len(launch._chosen) == kinds
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,42 @@ def test_what_is_remembered_comes_back():
     assert plan_cache.remembered(PROBLEM, H100, True) is None
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(batch=17), dict(hidden=769), dict(dtype=torch.float16), dict(projected=64), dict(precision="tf32"),
+        dict(side_by_side=2), dict(regularised=True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_plan_is_for_one_kind_of_problem(change):
+    """Only the number of steps makes no other kernel. Every field of Problem is asked about."""
+    plan_cache.remember(PROBLEM, H100, False, PLAN)
+    other = dataclasses.replace(PROBLEM, **change)
+    assert plan_cache.remembered(other, H100, False) is None
+    another = dataclasses.replace(PLAN, why="measured for the other")
+    plan_cache.remember(other, H100, False, another)
+    assert plan_cache.remembered(PROBLEM, H100, False) == PLAN
+    assert plan_cache.remembered(dataclasses.replace(other, steps=99), H100, False) == another
+
+
+def test_no_field_of_a_problem_is_forgotten():
+    """A new field of Problem must be in the key, and in the test above."""
+    assert {field.name for field in dataclasses.fields(Problem)} == {
+        "steps", "batch", "hidden", "dtype", "projected", "precision", "side_by_side", "regularised",
+    }  # fmt: skip
+
+
+def test_what_was_remembered_since_or_forgotten_is_seen_at_once():
+    """Findings are read once in a process, and again after each that is written or taken away."""
+    another = dataclasses.replace(PLAN, why="measured again")
+    for plan in (PLAN, another):
+        plan_cache.remember(PROBLEM, H100, False, plan)
+        assert plan_cache.remembered(PROBLEM, H100, False) == plan
+    assert remembered.forget(plan_cache.KIND) == 1
+    assert plan_cache.remembered(PROBLEM, H100, False) is None
+
+
 def _without(field: str) -> str:
     entry = json.loads(_entry())
     del entry["value"][field]

@@ -10,6 +10,7 @@ import torch
 
 from gpu_lstm.__main__ import main
 from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.features import MOST_ROWS
 from gpu_lstm.kernels.triton_lstm.planning import (
     DEVICES,
     EXCHANGE,
@@ -77,6 +78,28 @@ def test_every_plan_covers_the_problem_and_fits_the_card(device, backward):
 def test_the_family_by_hidden_size(device, hidden, family):
     problem = Problem(1024, 16, hidden, torch.bfloat16)
     assert [plans(problem, DEVICES[device], backward)[0].family for backward in (False, True)] == [family] * 2
+
+
+@pytest.mark.parametrize(
+    ("problem", "forward", "warps"),
+    [  # rows, and bytes of shared memory: two stages of 128 bytes for each row, and each column of each of four gates
+        (Problem(9, 7, 64, torch.bfloat16), (16, 2 * 128 * (16 + 64)), 4),
+        (Problem(9, 17, 64, torch.bfloat16), (32, 2 * 128 * (32 + 64)), 4),
+        (Problem(9, 100, 64, torch.bfloat16), (MOST_ROWS, 2 * 128 * (MOST_ROWS + 64)), 4),
+        (Problem(9, 100, 64, torch.float32, precision="tf32"), (MOST_ROWS, 2 * 128 * (MOST_ROWS + 64)), 4),
+        (Problem(9, 100, 64, torch.float32), (MOST_ROWS // 2, 2 * 128 * (MOST_ROWS // 2 + 64)), 4),
+        (Problem(9, 100, 64, torch.bfloat16, regularised=True), (32, 2 * 128 * (32 + 64)), 4),
+        (Problem(9, 100, 64, torch.float32, regularised=True), (16, 2 * 128 * (16 + 64)), 8),
+    ],
+)  # fmt: skip
+def test_tiles_of_the_step_family(problem, forward, warps):
+    """Fewer rows where a product has no tensor cores, or masks take registers; backward has one column, not four."""
+    plan, back = (step_plan(problem, DEVICES["h100"], backward) for backward in (False, True))
+    assert (plan.rows, plan.shared) == forward
+    assert back.shared == plan.shared - 2 * 128 * 3 * plan.columns
+    assert plan.num_warps == back.num_warps == warps
+    tiles = -(-problem.batch // plan.rows) * (64 // plan.columns)
+    assert (plan.programs, plan.walks) == (min(tiles, 132), -(-tiles // 132))
 
 
 def test_a_projection_and_a_single_step_take_the_step_family():

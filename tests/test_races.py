@@ -101,6 +101,25 @@ def test_the_faster_one_runs_and_is_remembered(stubbed, card, winner, training):
     assert entry["value"]["seconds"] == pytest.approx(seconds)
 
 
+@pytest.mark.parametrize(("training", "of_input"), [(True, True), (True, False), (False, True)])
+def test_a_race_runs_what_the_call_will(stubbed, monkeypatch, training, of_input):
+    """Weights and input want gradients where the call's do: else time goes into products that nobody will ask for."""
+    asked = []
+    run = races.stack
+
+    def stack(data, states, own, *rest):
+        asked.append((torch.is_grad_enabled(), data.requires_grad, own[0][0].weight_hh.requires_grad))
+        return run(data, states, own, *rest)
+
+    monkeypatch.setattr(races, "stack", stack)
+    stubbed(triton=1e-3, torch=2e-3)
+    lstm, x = gpu_lstm.LSTM(4, 5), torch.zeros(1, 1, 4, requires_grad=of_input)
+    with torch.set_grad_enabled(training):
+        lstm(x)
+    assert set(asked) == {(training, training and of_input, training)}
+    assert lstm.weight_hh_l0.grad is x.grad is None
+
+
 def test_each_kind_has_a_race_of_its_own_and_sizes_count_by_classes(stubbed):
     ran = stubbed(triton=1e-3, torch=2e-3)
     with torch.no_grad():

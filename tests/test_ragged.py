@@ -188,6 +188,25 @@ def test_gradients_of_gradients_on_triton_are_those_of_the_reference(noise):
     assert_same(*found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ragged", [["lengths"], ["resets"], ["lengths", "resets"]], ids=" and ".join)
+def test_half_precision_holds_and_clears_whatever_the_gates_would(monkeypatch, ragged, dtype):
+    """On torch's own LSTM padding and resets shut gates that the biases open wide, without help from the reference."""
+    monkeypatch.setattr("gpu_lstm.native.reference.layer", None)
+    _, ours = pair("LSTM", "torch", bidirectional=True)
+    x, hx = random_inputs(ours, B)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "bias" in name:
+                parameter[: 2 * ours.hidden_size] = 20.0  # of gates i and f
+    x, hx = tree_map(lambda t: t.to(dtype), (x, hx))
+    ragged = {name: RAGGED[name] for name in ragged}
+    expected = truth(ours.to(dtype), x, hx, **ragged)
+    got = results(ours, x, hx, **ragged)
+    for name in ("output", "h0", "c0", "dh0", "dc0", "dx"):
+        assert_same({name: got[name]}, {name: expected[name]})
+
+
 def test_resets_are_dones_a_step_later():
     """Two rollouts, one after the other, are split where the episodes end."""
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ stores that become visible late. Outputs are NaN before a launch.
 import dataclasses
 from functools import partial
 
+import oracle
 import pytest
 import torch
 import triton
@@ -17,6 +18,7 @@ from test_kernels import example_of
 from test_layer import noisy
 
 from gpu_lstm.functional import lstm_layer
+from gpu_lstm.kernels.recurrence import Recurrence
 from gpu_lstm.kernels.triton_lstm import cooperative, exchange, launch, step
 from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family, Plan
 from gpu_lstm.kernels.triton_lstm.resident import plans as resident_plans
@@ -154,6 +156,32 @@ def test_cooperative_with_noise(monkeypatch, noise, dtype):
     _cooperate(monkeypatch, units=4)
     given = partial(noisy, (5, 3, 3, 11, 0), "ragged resets reverse", noise)
     assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=1, yardstick="reference")
+
+
+@pytest.mark.parametrize("family", [lambda monkeypatch: None, _reside, partial(_cooperate, units=4)],
+                         ids=["step", "resident", "cooperative"])  # fmt: skip
+def test_the_cell_is_kept_in_float32(monkeypatch, family):
+    """In float16, too: c, saved and final, is that of a recurrence in float32, to float32's accuracy.
+
+    W_hh is zero, so that the rounding of h plays no part.
+    """
+    family(monkeypatch)
+    steps, batch, hidden = 12, 3, 8
+    gates = example(steps, batch, 4 * hidden, hidden).rounded(torch.float16).tensors[0]
+    h0, lengths = torch.zeros(batch, hidden), torch.tensor([steps, 5, 0])
+    c0, weight_hh = (
+        torch.randn(batch, hidden, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(4 * hidden, hidden),
+    )
+    tensors = [gates, h0, c0, torch.eye(4 * hidden), weight_hh]
+    _, _, expected, tape = oracle.layer(*(t.double().numpy() for t in tensors), lengths=lengths)
+    recurrence = Recurrence(weight_hh=weight_hh.half(), h0=h0.half(), c0=c0, lengths=lengths)
+    for save in (True, False):
+        _, _, c_n, c = launch.layer_forward(gates.half(), recurrence, save=save)
+        torch.testing.assert_close(c_n.double(), torch.from_numpy(expected), rtol=0, atol=2e-6)
+        if save:
+            for b, t, *_, c_new, _ in tape:
+                torch.testing.assert_close(c[t, b].double(), torch.from_numpy(c_new), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

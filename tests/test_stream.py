@@ -160,6 +160,33 @@ def test_a_step_is_captured_once_and_again_when_a_parameter_is_replaced(build, m
     assert len(captures) == 2
 
 
+def test_a_step_is_captured_anew_when_what_it_computes_was_set_otherwise(build, monkeypatch):
+    """A graph replays what was captured: a setting that changes the numbers afterwards must not be lost."""
+    lstm = build(zoneout=0.5)
+    x, static = random_input(lstm), []
+
+    def captured(step, device):
+        """As of a CUDA graph: the settings are those of the capture."""
+        static.append(lstm.zoneout)
+
+        def replay():
+            now, lstm.zoneout = lstm.zoneout, static[-1]
+            y = step()
+            lstm.zoneout = now
+            return y
+
+        return replay
+
+    monkeypatch.setattr(stream_module, "captured", captured)
+    monkeypatch.setattr(stream_module, "on_cuda", lambda x: True)
+    stream = Stream(lstm, B)
+    for zoneout in (0.5, (0.1, 0.3), 0.0):
+        lstm.zoneout = zoneout
+        stream.reset()
+        torch.testing.assert_close(torch.stack([stream(x_t) for x_t in x]), lstm(x)[0])
+    assert static == [0.5, (0.1, 0.3), 0.0]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("hidden", [64, 512])
 def test_a_step_is_replayed_from_a_graph(hidden):

@@ -1,0 +1,466 @@
+"""Plants single faults in the library, one at a time, and asks the tests that ought to see them.
+
+    make mutants                      # 200 faults, drawn by a fixed seed
+    make mutants MUTANTS="--count 50 --only kernels/triton_lstm"
+
+Each worker has a copy of the tree, in which it plants a fault; the checkout itself is never touched. What was found is
+written to a file, a line for each fault, so that a run that was stopped goes on where it was. Faults that survived are
+asked about again, since tests may have been added. docs/testing.md has a table of a run, and what survived it.
+
+mutmut and cosmic-ray were looked at first. mutmut leaves out decorated functions, and every Triton kernel is one.
+cosmic-ray has one test command for all files and draws no sample. Both start Python for every fault, and importing
+torch takes longer than many of these tests; here a worker imports it once and forks.
+"""
+
+import argparse
+import ast
+import contextlib
+import hashlib
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("gpu_lstm/*.py", "kernels/**/*.py", "kernels/**/*.cu")
+LEAST_SECONDS, TIMES_AS_LONG = 30, 4  # a test file may take so long, and so many times what it takes without a fault
+
+# Which test files are asked, by source; in this order, and no more of them after the first that fails.
+NUMBERS = (  # of the Triton kernels: the quick ones of those that hold all results and gradients to the oracle
+    "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 layer::test_the_kernels_in_float16"
+)
+SEVERAL = "sequence_kernels::test_step_by_several_programs sequence_kernels::test_step_with_noise_by_several_programs"
+TOGETHER = "sequence_kernels::test_cooperative concurrent_interpreter"
+TESTS = {
+    "gpu_lstm/__main__": "main planning races",
+    "gpu_lstm/autograd": "derivatives chunks weights regularised",
+    "gpu_lstm/backends": "first_call explain errors races",
+    "gpu_lstm/cell": "trace layer derivatives",
+    "gpu_lstm/chunks": "chunks side_by_side",
+    "gpu_lstm/compat": "convert lstm",
+    "gpu_lstm/convert": "convert",
+    "gpu_lstm/explain": "explain main",
+    "gpu_lstm/functional": "errors ragged derivatives races",
+    "gpu_lstm/fused": "derivatives chunks side_by_side errors",
+    "gpu_lstm/health": "giving_up stream",
+    "gpu_lstm/keras": "keras",
+    "gpu_lstm/layers": "side_by_side chunks ragged regularised lstm autocast stream graphs",
+    "gpu_lstm/modules": "ragged lstm weights errors regularised stream trace graphs",
+    "gpu_lstm/native": "ragged lstm autocast",
+    "gpu_lstm/noise": "regularised chunks layer",
+    "gpu_lstm/ops": "derivatives layer graphs ops",
+    "gpu_lstm/precision": "autocast lstm errors trust explain",
+    "gpu_lstm/profiling": "profiling",
+    "gpu_lstm/races": "races explain",
+    "gpu_lstm/reference": "layer trace lstm",
+    "gpu_lstm/sequences": "ragged errors lstm",
+    "gpu_lstm/settings": "regularised errors weights",
+    "gpu_lstm/stream": "stream",
+    "gpu_lstm/streams": "side_by_side chunks",
+    "gpu_lstm/trace": "trace",
+    "gpu_lstm/transforms": "derivatives graphs",
+    "gpu_lstm/trust": "trust",
+    "gpu_lstm/tuning": "tuning errors",
+    "gpu_lstm/weights": "weights errors lstm",
+    "gpu_lstm/whole_layer": "graphs ops",
+    "kernels/architectures": "planning cupy_launch",
+    "kernels/cupy_lstm/compile": "cupy_launch main",
+    "kernels/cupy_lstm/lstm": "cupy_kernels",
+    "kernels/cupy_lstm/planning": "cupy_launch cupy_kernels",
+    "kernels/cupy_lstm": "cupy_launch cupy_kernels",
+    "kernels/recurrence": "layer extremes planning",
+    "kernels/remembered": "plan_cache races trust main",
+    "kernels/report": "main compile",
+    "kernels/sass": "main compile",
+    "kernels/triton_lstm/assembly": "exchange_ptx",
+    "kernels/triton_lstm/autotune": "tuning",
+    "kernels/triton_lstm/binary": "first_call compile",
+    "kernels/triton_lstm/compile": "main compile",
+    "kernels/triton_lstm/cooperative": f"planning {TOGETHER}",
+    "kernels/triton_lstm/exchange": f"concurrent_interpreter exchange_ptx {NUMBERS} {TOGETHER}",
+    "kernels/triton_lstm/families": "planning first_call",
+    "kernels/triton_lstm/giving_up": "giving_up",
+    "kernels/triton_lstm/launch": "first_call tuning layer side_by_side giving_up extremes",
+    "kernels/triton_lstm/ordering": "side_by_side",
+    "kernels/triton_lstm/plan_cache": "plan_cache tuning",
+    "kernels/triton_lstm/planning": "planning",
+    "kernels/triton_lstm/resident": f"planning {NUMBERS}",
+    "kernels/triton_lstm/step": f"planning {NUMBERS} {SEVERAL}",
+    "kernels/triton_lstm/trial": "first_call tuning",
+    "kernels/triton_lstm": f"{NUMBERS} {TOGETHER} {SEVERAL} extremes",
+}
+
+
+def tests_of(path: str) -> list[str]:
+    """What is asked about a source file: the longest name that it begins with says it."""
+    names = [name for name in TESTS if path.startswith((name + ".", name + "/"))]
+    return TESTS[max(names, key=len)].split() if names else ["lstm", "errors"]
+
+
+class Mutant(NamedTuple):
+    """One fault: `new` in the place of `old`, which begins at byte `start` of the file."""
+
+    path: str
+    line: int
+    column: int
+    kind: str
+    start: int
+    old: str
+    new: str
+
+    @property
+    def name(self) -> str:
+        """What a run is known by in the file of results."""
+        old, new = (" ".join(text.split()) for text in (self.old, self.new))
+        return f"{self.path}:{self.line}:{self.column}: {old}  ->  {new}"
+
+    def planted(self, source: bytes) -> bytes:
+        """The file with the fault."""
+        old = self.old.encode()
+        assert source[self.start : self.start + len(old)] == old
+        return source[: self.start] + self.new.encode() + source[self.start + len(old) :]
+
+
+SWAPS: dict[type, type] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv, ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd, ast.Pow: ast.Mult,
+}  # fmt: skip
+# What nobody computes with: texts, logs, speed, types. What is written there is not mutated.
+TALKS = {"print", "warn", "warn_once", "info", "warning", "debug", "error", "add_argument", "ArgumentParser",
+         "_say_once", "add_parser", "named", "TypeVar", "cast", "NewType", "getLogger"}  # fmt: skip
+SPEED = {"cache_modifier", "eviction_policy", "num_stages", "stacklevel", "do_not_specialize", "non_blocking", "flush",
+         "help", "description", "why", "msg", "indent"}  # fmt: skip
+
+
+def _called(node: ast.AST) -> str:
+    function = node.func if isinstance(node, ast.Call) else node
+    return getattr(function, "attr", getattr(function, "id", ""))
+
+
+def _parts(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes below that are mutated: no texts, annotations, decorators, assertions, nor what type checkers read."""
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list", "type_comment", "type_params"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST) and not _is_left_alone(child):
+                yield child
+
+
+def _is_left_alone(node: ast.AST) -> bool:
+    match node:
+        case ast.Raise() | ast.JoinedStr() | ast.Assert() | ast.Import() | ast.ImportFrom():
+            return True
+        case ast.FunctionDef():
+            return any(_called(decorator) == "overload" for decorator in node.decorator_list)
+        case ast.ClassDef():
+            return any("Protocol" in ast.unparse(base) for base in node.bases)
+        case ast.If():
+            return ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'")
+        case ast.Call():
+            return _called(node) in TALKS
+        case ast.Expr():  # a docstring, or a call that only talks
+            return isinstance(node.value, ast.Constant) or _is_left_alone(node.value)
+        case ast.keyword():
+            return node.arg in SPEED
+    return False
+
+
+def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
+    """(kind, the node whose text is replaced, by what)."""
+
+    def swapped(kind: str, **fields):
+        copy = type(node)(**{name: fields.get(name, value) for name, value in ast.iter_fields(node)})
+        return kind, node, f"({ast.unparse(ast.fix_missing_locations(ast.copy_location(copy, node)))})"
+
+    match node:
+        case ast.Compare():
+            for k, operator in enumerate(node.ops):
+                yield swapped("comparison", ops=[*node.ops[:k], SWAPS[type(operator)](), *node.ops[k + 1 :]])
+        case ast.BinOp() if type(node.op) in SWAPS:
+            yield swapped("arithmetic", op=SWAPS[type(node.op)]())
+        case ast.BoolOp():
+            yield swapped("and, or", op=SWAPS[type(node.op)]())
+        case ast.UnaryOp(op=ast.Not() | ast.USub()):
+            yield "sign, not", node, f"({ast.unparse(node.operand)})"
+        case ast.Constant(value=bool()):
+            yield "constant", node, str(not node.value)
+        case ast.Constant(value=int() | float()):
+            yield "constant", node, str(node.value + 1)
+        case ast.Return(value=ast.AST()) if ast.unparse(node.value) != "None":
+            yield "return of None", node.value, "None"
+        case ast.Expr(value=ast.Call()):
+            yield "call left out", node, "pass"
+        case ast.Call(keywords=[_, *_]):
+            for keyword in node.keywords:
+                if keyword.arg is not None and keyword.arg not in SPEED:
+                    yield swapped("argument left out", keywords=[k for k in node.keywords if k is not keyword])
+        case ast.Tuple(ctx=ast.Load(), elts=[_, _, *_]) if not any(isinstance(e, ast.Slice) for e in node.elts):
+            for k in range(len(node.elts)):
+                yield swapped("element left out", elts=[*node.elts[:k], *node.elts[k + 1 :]])
+    if isinstance(node, ast.If | ast.While | ast.IfExp) and not isinstance(node.test, ast.UnaryOp):
+        yield "condition negated", node.test, f"(not ({ast.unparse(node.test)}))"
+
+
+def of_python(path: str, source: bytes) -> Iterator[Mutant]:
+    """Every fault of a Python file."""
+    before = [0]  # bytes before each line
+    for line in source.splitlines(keepends=True):
+        before.append(before[-1] + len(line))
+    nodes: list[ast.AST] = [ast.parse(source)]
+    while nodes:
+        node = nodes.pop()
+        nodes += _parts(node)
+        for kind, place, new in _changes(node):
+            start, end = (
+                before[line - 1] + column
+                for line, column in ((place.lineno, place.col_offset), (place.end_lineno, place.end_col_offset))
+            )
+            yield Mutant(path, place.lineno, place.col_offset, kind, start, source[start:end].decode(), new)
+
+
+C_SWAPS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+", "/": "*",
+           "%": "/", "&&": "||", "||": "&&", "+=": "-=", "-=": "+="}  # fmt: skip
+
+
+def of_cuda(path: str, source: bytes) -> Iterator[Mutant]:
+    """Operators between blanks, and numbers, outside comments, templates, assembly and the preprocessor."""
+    start = 0
+    for number, line in enumerate(source.decode().splitlines(keepends=True), start=1):
+        code = line.partition("//")[0]
+        if not re.search(r'template|"|^\s*[#/*]|static_assert', code):
+            for found in re.finditer(r"(?<= )(<=?|>=?|[=!]=|[+\-*/%]|&&|\|\||[+-]=)(?= )|\b\d+\b(?![.\w])", code):
+                old = found.group()
+                for new in [C_SWAPS[old]] if old in C_SWAPS else [str(int(old) + 1)]:
+                    at = start + len(line[: found.start()].encode())
+                    yield Mutant(path, number, found.start(), "in CUDA C++", at, old, new)
+        start += len(line.encode())
+
+
+def all_mutants(root: Path) -> list[Mutant]:
+    """Every fault that could be planted."""
+    files = sorted({file for pattern in SOURCES for file in root.glob(pattern)})
+    return [
+        mutant
+        for file in files
+        for mutant in (of_cuda if file.suffix == ".cu" else of_python)(str(file.relative_to(root)), file.read_bytes())
+    ]
+
+
+def sample(possible: list[Mutant], count: int, seed: int) -> list[Mutant]:
+    """Some of them, as many of each kind as there are or as it takes."""
+    shuffled = random.Random(seed).sample(possible, len(possible))
+    of_kinds = [[m for m in shuffled if m.kind == kind] for kind in sorted({m.kind for m in possible})]
+    return [m for m in itertools.chain(*itertools.zip_longest(*of_kinds)) if m is not None][:count]
+
+
+class Worker:
+    """Plants faults in a copy of the tree of its own, and runs test files in forks of a process that knows torch."""
+
+    def __init__(self, snapshot: Path) -> None:
+        self.tree = snapshot.with_name(f"{snapshot.name}-{os.getpid()}")
+        shutil.copytree(snapshot, self.tree)
+        os.environ |= dict(
+            PYTHONPATH=str(self.tree), XDG_CACHE_HOME=str(self.tree / "out" / "cache"), TRITON_INTERPRET="1",
+            OMP_NUM_THREADS="1",
+        )  # fmt: skip
+        sys.path[:] = [str(self.tree), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests"))]
+        for name in ("hypothesis", "torch._dynamo", "triton.language"):
+            importlib.import_module(name)
+
+    def ask(self, mutant: Mutant, seconds: dict[str, float]) -> dict:
+        """What became of a fault: {"result": "caught", "in time" or "survived", "by": test, "seconds": ...}."""
+        file, start = self.tree / mutant.path, time.monotonic()
+        source, found = file.read_bytes(), {"result": "survived", "by": ""}
+        try:
+            self._write(file, mutant.planted(source))
+            for test in tests_of(mutant.path):
+                by = self.first_failure(test, max(LEAST_SECONDS, TIMES_AS_LONG * seconds.get(test, 0)))
+                if by:
+                    found = {"result": "timed out" if by == "time" else "caught", "by": by}
+                    break
+        finally:
+            self._write(file, source)
+        return found | {"seconds": round(time.monotonic() - start, 1)}
+
+    def _write(self, file: Path, source: bytes) -> None:
+        file.write_bytes(source)
+        Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)  # which is known by second and size
+
+    def first_failure(self, test: str, seconds: float) -> str:
+        """The first failure of a test file, its name if it names none, "time" if it takes too long, else nothing."""
+        log = self.tree / "out.log"
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            with log.open("w") as out:
+                os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
+            os.chdir(self.tree)
+            name, _, only = test.partition("::")
+            where = f"tests/test_{name}.py" + (f"::{only}" if only else "")
+            os._exit(pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--tb=line", where]))
+        deadline = time.monotonic() + seconds
+        try:
+            while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+                if time.monotonic() > deadline:
+                    return "time"
+                time.sleep(0.05)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # what the tests have left running, too
+                os.killpg(child, signal.SIGKILL)
+        if ended[1] == 0:
+            return ""
+        failed = re.search(r"^(?:FAILED|ERROR) tests/test_(.*?)(?: - .*)?$", log.read_text(errors="replace"), re.M)
+        return failed.group(1) if failed else test
+
+
+def _work(snapshot: Path, asked, answered) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    worker = Worker(snapshot)
+    try:
+        while (job := asked.get()) is not None:
+            if isinstance(job, str):
+                start = time.monotonic()
+                by = worker.first_failure(job, 900)
+                answered.put((job, {"by": by, "seconds": round(time.monotonic() - start, 1)}))
+            else:
+                answered.put((job, worker.ask(*job)))
+    finally:
+        shutil.rmtree(worker.tree)
+
+
+def copy_of_the_checkout(to: Path) -> None:
+    """What is in git, and what is new, as it is now: whoever works on meanwhile changes no answer."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.check_output(listing, cwd=ROOT, text=True).splitlines():
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, to / name)
+
+
+def without_a_fault(tree: Path, test: str) -> str:
+    """The name under which it is noted that a test file passes: with the library and the tests as they are."""
+    everything = [file for pattern in (*SOURCES, "tests/*") for file in sorted(tree.glob(pattern)) if file.is_file()]
+    others = [
+        file
+        for file in everything
+        if not file.name.startswith("test_") or file.stem == "test_" + test.partition("::")[0]
+    ]
+    return f"{test} {hashlib.sha256(b''.join(file.read_bytes() for file in others)).hexdigest()[:16]}"
+
+
+def _answers(jobs: list, snapshot: Path, workers: int, what: str) -> Iterator[tuple]:
+    """(job, answer) as they come, with a bar."""
+    if not jobs:
+        return
+    context = multiprocessing.get_context("spawn")
+    asked, answered = context.Queue(), context.Queue()
+    for job in [*jobs, *[None] * workers]:
+        asked.put(job)
+    processes = [
+        context.Process(target=_work, args=(snapshot, asked, answered)) for _ in range(min(workers, len(jobs)))
+    ]
+    for process in processes:
+        process.start()
+    try:
+        with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+            for _ in progress.track(jobs, description=what):
+                yield answered.get()
+    except BaseException:  # a failure without a fault, or Control-C
+        for process in processes:
+            process.terminate()
+        raise
+    finally:
+        for process in processes:
+            process.join()
+
+
+def table(found: dict[str, dict]) -> Table:
+    """How many were caught, by part of the library and by kind."""
+    result = Table("", "planted", "caught", "out of time", "survived")
+    for key in ("part", "kind"):
+        for name in sorted({entry[key] for entry in found.values()}):
+            counts = Counter(entry["result"] for entry in found.values() if entry[key] == name)
+            result.add_row(name, *map(str, (counts.total(), *(counts[r] for r in ("caught", "timed out", "survived")))))
+        result.add_section()
+    counts = Counter(entry["result"] for entry in found.values())
+    result.add_row("all", *map(str, (counts.total(), *(counts[r] for r in ("caught", "timed out", "survived")))))
+    return result
+
+
+def main() -> int:
+    """Exit status 1: fewer than 95 % were caught; 2: a test fails without a fault."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=200, help="faults to plant")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="files whose path begins so")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=ROOT / "out" / "mutants.jsonl")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        tree = Path(folder, "tree")
+        copy_of_the_checkout(tree)
+        return run(tree, options, Console())
+
+
+def run(tree: Path, options: argparse.Namespace, console: Console) -> int:
+    """All of it, on copies of a tree."""
+    possible = [mutant for mutant in all_mutants(tree) if mutant.path.startswith(options.only)]
+    chosen = sample(possible, options.count, options.seed)
+    console.print(f"{len(chosen)} of {len(possible)} faults, seed {options.seed}")
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    lines = options.results.read_text().splitlines() if options.results.exists() else []
+    known = {entry["name"]: entry for entry in map(json.loads, lines)}  # the last of a name counts
+
+    with options.results.open("a") as file:
+
+        def note(name: str, **entry) -> None:
+            known[name] = dict(name=name, **entry)
+            file.write(json.dumps(known[name]) + "\n")
+            file.flush()
+
+        names = {test: without_a_fault(tree, test) for mutant in chosen for test in tests_of(mutant.path)}
+        needed = sorted(test for test, name in names.items() if name not in known)
+        for test, answer in _answers(needed, tree, options.workers, "without a fault"):
+            if answer["by"]:
+                console.print(f"[red]fails without a fault: {answer['by']}")
+                return 2
+            note(names[test], **answer)
+        seconds = {test: known[name]["seconds"] for test, name in names.items()}
+        jobs = [(m, seconds) for m in chosen if known.get(m.name, {}).get("result", "survived") == "survived"]
+        for (mutant, _), answer in _answers(jobs, tree, options.workers, "planted"):
+            note(mutant.name, part=str(Path(mutant.path).parent), kind=mutant.kind, **answer)
+            if answer["result"] == "survived":
+                console.print(f"[yellow]survived[/] {mutant.name}", highlight=False)
+
+    found = {mutant.name: known[mutant.name] for mutant in chosen}
+    console.print(table(found))
+    survivors = [name for name, entry in found.items() if entry["result"] == "survived"]
+    for name in survivors:
+        console.print(f"survived: {name}", highlight=False)
+    return int(len(survivors) > 0.05 * len(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
