@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from .modules import LSTM, StackedLSTM, recast
 from .reference import Gates
+from .sequences import check_tensor
 from .weights import State
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ def trace(
         lstm = recast(lstm, LSTM)
     if not isinstance(lstm, LSTM | StackedLSTM):
         raise TypeError(f"trace takes an LSTM or a StackedLSTM, got {type(lstm).__name__}")
+    if not isinstance(x, PackedSequence):
+        check_tensor(x, "x")
     record: list[Gates] = []
     output, states = lstm._forward(x, hx, lengths, resets, record)  # type: ignore[arg-type]
     directions = 2 if lstm.bidirectional else 1
