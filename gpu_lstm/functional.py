@@ -98,8 +98,9 @@ def _named(weights: Weights | Sequence[Tensor | None]) -> Weights:
 
 def check_pair(hx: State, function: str = "lstm") -> None:
     """Raise, in torch's words, unless there are two states. One tensor that holds both is no pair."""
-    if isinstance(hx, Tensor):
-        raise TypeError(f"{function}(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
+    if not isinstance(hx, tuple | list):
+        kind = type(hx).__name__
+        raise TypeError(f"{function}(): argument 'hx' (position 2) must be tuple of Tensors, not {kind}")
     if len(hx) != 2:
         raise RuntimeError(f"{function} expects two hidden states")
 

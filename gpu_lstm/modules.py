@@ -206,9 +206,9 @@ class LSTM(_Checked, RNNBase):
             float32, as the kernels keep it, and then c_n is: a sequence in pieces is that of the whole.
 
         Raises:
-            ValueError, RuntimeError, TypeError: as torch.nn.LSTM, in its words. ValueError for lengths or resets of a wrong shape,
-                dtype or value (on CUDA values are asserted on the device), lengths beside a PackedSequence, or a
-                chosen backend that does not take recurrent dropout or zoneout.
+            ValueError, RuntimeError, TypeError: as torch.nn.LSTM, in its words. ValueError for lengths or resets of a
+                wrong shape, dtype or value (on CUDA values are asserted on the device), lengths beside a
+                PackedSequence, or a chosen backend that does not take recurrent dropout or zoneout.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
         return self._forward(input, hx, lengths, resets)
@@ -558,9 +558,9 @@ class LSTMCell(_Checked, RNNCellBase):
         *,
         backend: BackendName | Backend | None = None,
     ) -> None:
-        backend = accepted("backend", backend)
+        name = accepted("backend", backend)
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
-        self.backend = backend
+        self.backend = name
 
     if TYPE_CHECKING:
 

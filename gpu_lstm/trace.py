@@ -1,5 +1,6 @@
 """Looking inside: every gate and every cell state of every step, for plots, and for losses that use them."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -65,6 +66,7 @@ class Trace:
 
         Raises:
             ImportError: matplotlib is missing.
+            TypeError: `sequence` is no int.
             IndexError: there is no such sequence in the batch.
             ValueError: it has no steps.
         """
@@ -73,7 +75,7 @@ class Trace:
         except ImportError as error:
             raise ImportError(f"plot needs matplotlib: pip install matplotlib ({error})") from error
 
-        batch = self.layers[0][0].cell.shape[1]
+        batch, sequence = self.layers[0][0].cell.shape[1], operator.index(sequence)
         if not 0 <= sequence < batch:
             raise IndexError(f"sequence {sequence} of a batch of {batch}")
         if self.lengths is not None and self.lengths[sequence] == 0:
