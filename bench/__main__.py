@@ -87,11 +87,18 @@ def _parser() -> argparse.ArgumentParser:
     fail = "fail where the speed is less than this fraction of that before (default %(default)s)"
     add("--fail-under", type=float, default=compare.FAIL_UNDER, metavar="RATIO", help=fail)
     add = commands.add_parser("gpu", help="doctor, tests, grid, plots and a table, for a CUDA machine").add_argument
-    add("--minutes", type=float, default=8.0, help="for all of it together")
+    add("--minutes", type=_minutes, default=8.0, help="for all of it together")
     add("--out", type=Path, required=True, help="folder for all it finds")
     ppo.add_arguments(commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop"))
     commands.add_parser("readme", help="write the figures of README.md and docs/benchmarks.md from bench/results/*.csv")
     return parser
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected more than 0 minutes, got {text!r}")
+    return minutes
 
 
 if __name__ == "__main__":

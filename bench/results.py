@@ -102,7 +102,8 @@ def append(path: Path, row: dict[str, Any]) -> None:
 def read(path: Path) -> pd.DataFrame:
     """All rows of a file. ValueError, with its name, for another schema or a row that is broken."""
     try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], skip_blank_lines=False)
+        options = dict(dtype=str, keep_default_na=False, na_values=[""], skip_blank_lines=False, compression=None)
+        rows = pd.read_csv(path, **options)  # type: ignore[call-overload]
         schemas = set(rows["schema"].dropna()) if "schema" in rows else {"none"}
         if schemas - {str(SCHEMA)} or list(rows) != COLUMNS:
             strange = f"schema {', '.join(sorted(schemas))}, and other columns: {sorted(set(rows) ^ set(COLUMNS))}"
@@ -116,4 +117,5 @@ def read(path: Path) -> pd.DataFrame:
         rows[NUMBERS] = rows[NUMBERS].apply(pd.to_numeric)
         return rows.astype({"graph": bool})
     except ValueError as error:  # pandas' own among them
-        raise ValueError(f"{path}: {error}") from error
+        why = " ".join(str(error).split())  # on one line
+        raise ValueError(f"{path}: {why}; expected what `python -m bench` writes") from error

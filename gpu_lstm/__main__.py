@@ -21,6 +21,7 @@ from .backends import (
     KERNEL_BACKENDS,
     Backend,
     obstacle,
+    requested,
     select,
     triton_import_problem,
     without_triton,
@@ -58,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command in ("kernels", "plan") and (problem := triton_import_problem()) is not None:
         print(f"python -m gpu_lstm {options.command} {without_triton(problem)}", file=sys.stderr)
         return 1
+    if options.command == "kernels" and importlib.import_module("gpu_lstm.kernels.triton_lstm.launch").INTERPRETED:
+        print("python -m gpu_lstm kernels compiles them: unset TRITON_INTERPRET in the environment", file=sys.stderr)
+        return 2
     match options.command:
         case "kernels":
             return _kernels(options)
@@ -81,8 +85,8 @@ LARGEST_MEMORY = 192e9  # bytes; of a B200
 
 def _positive(text: str) -> int:
     """A number of the command line that is at least one."""
-    if (count := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {count}")
+    if not text.removeprefix("-").isdecimal() or (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return count
 
 
@@ -127,6 +131,10 @@ _VARIABLES = (ENVIRONMENT_VARIABLE, races.ENVIRONMENT_VARIABLE, remembered.SHARE
 
 def _summary(device: torch.device) -> str:
     """What a user of a device gets by default, and whether it was checked and raced there."""
+    try:
+        requested(None), races.mode()
+    except ValueError as error:
+        return f"On this machine gpu_lstm.LSTM raises: {error}"
     start = "On this machine gpu_lstm.LSTM runs"
     backend = select(Backend.AUTO, device, torch.float32)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"

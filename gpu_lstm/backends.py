@@ -7,12 +7,14 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Literal, cast
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
 from .transforms import constant_when_traced, need_the_reference
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 ENVIRONMENT_VARIABLE = "GPU_LSTM_BACKEND"
 
@@ -37,20 +39,20 @@ TAKE_NOISE = (Backend.TRITON, Backend.REFERENCE)  # recurrent dropout and zoneou
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _chosen: Backend | None = None  # by the youngest block of `backend(...)`; a plain global, which torch.compile guards on
-_blocks: list[list[Backend]] = []  # all that are open, of all threads, each in a list of its own to be told apart
+_blocks: list["Block"] = []  # all that are open, of all threads
 _blocks_lock = threading.Lock()
 
 
-def parse(name: "str | Backend") -> Backend:
-    """The Backend called `name`.
+def parse(name: "str | Backend", source: str = "") -> Backend:
+    """The Backend called `name`; `source` says where a user finds it, where that is not the call at hand.
 
     Raises:
         ValueError: there is none of that name.
     """
-    found = name if isinstance(name, Backend) else _BY_NAME.get(name)
+    found = name if isinstance(name, Backend) else _BY_NAME.get(name) if isinstance(name, str) else None
     if found is None:
         known = ", ".join(map(repr, _BY_NAME))
-        raise ValueError(f"unknown backend {name!r}; expected one of {known}")
+        raise ValueError(f"unknown backend {name!r}{source}; expected one of {known}")
     return found
 
 
@@ -59,31 +61,49 @@ def parse_name(name: "str | Backend") -> BackendName:
     return cast(BackendName, parse(name).value)
 
 
-@contextlib.contextmanager
-def backend(name: "BackendName | Backend") -> Iterator[None]:
+class Block(contextlib.ContextDecorator):
+    """What `backend` returns: a choice that holds within a `with` block, or while a function runs that it decorates."""
+
+    def __init__(self, choice: Backend) -> None:
+        self._choice, self._used = choice, False
+
+    def __enter__(self) -> None:
+        self._used = True
+        with _blocks_lock:
+            _blocks.append(self)
+            _choose_youngest()
+
+    def __exit__(self, *_: object) -> None:
+        with _blocks_lock:
+            _blocks.remove(self)
+            _choose_youngest()
+
+    def __call__(self, function: F) -> F:
+        self._used = True
+        return super().__call__(function)
+
+    def __del__(self) -> None:
+        if not self._used:
+            call = f"gpu_lstm.backend({self._choice.value!r})"
+            warnings.warn(f"{call} chose nothing: write `with {call}:`", RuntimeWarning, stacklevel=2)
+
+
+def backend(name: "BackendName | Backend") -> Block:
     """Choose the backend within a `with` block, for every module and function that was not given one itself.
 
     It holds for the whole process, as torch.backends' flags do. Of blocks that are open in several threads at once the
-    youngest counts; when all are closed, none leaves anything behind.
+    youngest counts; when all are closed, none leaves anything behind. Without `with` nothing is chosen, and a
+    RuntimeWarning says so, as for a coroutine that is never awaited.
 
     Raises:
         ValueError: there is no backend of that name.
     """
-    block = [parse(name)]
-    with _blocks_lock:
-        _blocks.append(block)
-        _choose_youngest()
-    try:
-        yield
-    finally:
-        with _blocks_lock:
-            _blocks[:] = [other for other in _blocks if other is not block]
-            _choose_youngest()
+    return Block(parse(name))
 
 
 def _choose_youngest() -> None:
     global _chosen
-    _chosen = _blocks[-1][0] if _blocks else None
+    _chosen = _blocks[-1]._choice if _blocks else None
 
 
 def requested(argument: "BackendName | Backend | None") -> Backend:
@@ -97,7 +117,8 @@ def requested(argument: "BackendName | Backend | None") -> Backend:
 
 @constant_when_traced
 def _from_environment() -> str:
-    return parse(os.environ.get(ENVIRONMENT_VARIABLE) or Backend.AUTO).value
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or Backend.AUTO
+    return parse(name, f" in the environment variable {ENVIRONMENT_VARIABLE}").value
 
 
 def select(

@@ -1,5 +1,7 @@
 """Swap torch's LSTMs inside a model for ours and back, and read the weights of Haste's."""
 
+import logging
+import warnings
 from collections.abc import Mapping
 from typing import TypeVar, overload
 
@@ -10,7 +12,10 @@ from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
 from . import compat
 from .modules import LSTM, LSTMCell, StackedLSTM, recast
+from .sequences import check_tensor
 from .settings import REGULARISERS
+
+_log = logging.getLogger("gpu_lstm")
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell}
 _THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, compat.LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}
@@ -34,10 +39,17 @@ def convert(model: nn.Module) -> nn.Module:
     same objects, so that optimizers keep working; hooks, training flags and names stay too. A module that is used
     in several places is swapped for one module in all of them.
 
+    What was swapped, and what was left and why, is a line of the logger "gpu_lstm" at INFO. A UserWarning says so where
+    there was nothing to swap, and no module of gpu_lstm is there from before.
+
     Returns:
         `model`; where it is itself one of these classes, a new module that shares its parameters.
+
+    Raises:
+        TypeError: `model` is no module.
     """
-    return _swap(model, _OURS)
+    _check_module(model, "convert")
+    return _swap(model, _OURS, "convert")
 
 
 @overload
@@ -56,9 +68,10 @@ def to_torch(model: nn.Module) -> nn.Module:
         `model`; where it is itself one of these classes, a new module that shares its parameters.
 
     Raises:
-        TypeError: there is a StackedLSTM.
+        TypeError: `model` is no module, or there is a StackedLSTM in it.
         ValueError: an LSTM has a regularizer that torch.nn.LSTM has not. Either way nothing was swapped.
     """
+    _check_module(model, "to_torch")
     for path, module in model.named_modules():
         where = repr(path) if path else "the model itself"
         if isinstance(module, StackedLSTM):
@@ -70,10 +83,16 @@ def to_torch(model: nn.Module) -> nn.Module:
             for name in REGULARISERS:
                 if getattr(module, name, 0.0):
                     raise ValueError(f"{where} has {name}={getattr(module, name)}, which torch.nn.LSTM has not")
-    return _swap(model, _THEIRS)
+    return _swap(model, _THEIRS, "to_torch")
 
 
-def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:
+def _check_module(model: object, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} takes a torch.nn.Module, got {type(model).__name__}")
+
+
+def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], function: str) -> nn.Module:
+    text, unusual = _account(model, classes, function)
     if type(model) in classes:
         model = recast(model, classes[type(model)])
     swapped: dict[nn.Module, nn.Module] = {}
@@ -84,7 +103,38 @@ def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) 
                 if child not in swapped:
                     swapped[child] = recast(child, classes[type(child)])
                 parent._modules[name] = swapped[child]
+    if unusual:
+        warnings.warn(f"gpu_lstm: {text}", stacklevel=3)
+    else:
+        _log.info(text)
     return model
+
+
+def _account(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], function: str) -> tuple[str, bool]:
+    """What will be swapped, what is left and why; and whether a user should wonder: nothing is, or was before."""
+    swapped, left, done = [], [], False
+    for path, module in model.named_modules():
+        cls, where = type(module), path or "the model itself"
+        if cls in classes:
+            in_place = "" if path else ", which cannot be swapped in place: the one that is returned is new"
+            swapped.append(f"{where} ({_name(cls)}){in_place}")
+        elif isinstance(module, tuple(classes.values())):
+            done = True
+        elif isinstance(module, tuple(classes)):
+            left.append(f"{where} ({_name(cls)}), a subclass, which may do anything in its forward")
+    kinds = " or ".join(map(_name, classes))
+    text = f"{function} swapped {', '.join(swapped) or f'nothing: there is no {kinds} in the {_name(type(model))}'}"
+    if left:
+        text += f"; left as it is: {'; '.join(left)}"
+    return text, not swapped and not done
+
+
+def _name(cls: type) -> str:
+    """As a user writes it."""
+    for module, public in (("torch.nn.modules.rnn", "torch.nn"), ("gpu_lstm.modules", "gpu_lstm")):
+        if cls.__module__ == module:
+            return f"{public}.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
@@ -97,23 +147,28 @@ def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
     Haste's one bias becomes bias_ih; bias_hh is zero. Its forget_bias needs no place: it is where that bias started.
 
     Raises:
+        TypeError: something else, or a parameter that is no tensor.
         ValueError: other names or sizes than these, or a module with zoneout or dropout (of the recurrent weights).
     """
+    if not isinstance(source, nn.Module | Mapping):
+        raise TypeError(f"from_haste takes a haste_pytorch.LSTM or its state_dict, got {type(source).__name__}")
     state = source.state_dict() if isinstance(source, nn.Module) else source
     expected = ["bias", "kernel", "recurrent_kernel"]
-    if sorted(state) != expected:
-        raise ValueError(f"expected the parameters {expected} of a haste_pytorch.LSTM, got {sorted(state)}")
+    if set(state) != set(expected):
+        raise ValueError(f"expected the parameters {expected} of a haste_pytorch.LSTM, got {sorted(map(str, state))}")
+    for name in expected:
+        check_tensor(state[name], name)
     kernel, recurrent_kernel, bias = state["kernel"], state["recurrent_kernel"], state["bias"]
     shapes = [list(tensor.shape) for tensor in (kernel, recurrent_kernel, bias)]
-    hidden = len(recurrent_kernel)
-    if shapes != [[len(kernel), 4 * hidden], [hidden, 4 * hidden], [4 * hidden]]:
+    inputs, hidden = (len(tensor) if tensor.dim() else 0 for tensor in (kernel, recurrent_kernel))
+    if shapes != [[inputs, 4 * hidden], [hidden, 4 * hidden], [4 * hidden]]:
         raise ValueError(f"expected sizes [I, 4H], [H, 4H] and [4H] of kernel, recurrent_kernel and bias, got {shapes}")
     for name in ("zoneout", "dropout"):
         if getattr(source, name, 0.0):
             raise ValueError(f"the module has {name}={getattr(source, name)}, which gpu_lstm.LSTM cannot take over")
 
     lstm = LSTM(
-        len(kernel), hidden, batch_first=getattr(source, "batch_first", False), device=kernel.device, dtype=kernel.dtype
+        inputs, hidden, batch_first=getattr(source, "batch_first", False), device=kernel.device, dtype=kernel.dtype
     )
     bias = _of_haste(bias)
     weights = _of_haste(kernel), _of_haste(recurrent_kernel), bias, bias.new_zeros(bias.shape)

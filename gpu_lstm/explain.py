@@ -14,10 +14,10 @@ from . import backends, chunks, races, trust
 from .backends import KERNEL_BACKENDS, TAKE_NOISE, Backend, obstacle, requested, select
 from .kernels import remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .layers import compute_dtype
-from .modules import LSTM, StackedLSTM, _check_rank
+from .modules import LSTM, StackedLSTM, _check_input
 from .precision import recurrent_precision
 from .races import Decision, Kind, Mode
-from .sequences import Batch, Traversal
+from .sequences import Batch, Traversal, check_tensor
 from .settings import Settings, regulariser_of
 from .transforms import need_the_reference
 from .weights import State, Weights
@@ -125,7 +125,8 @@ def explain(
         cls = type(lstm)
         raise TypeError(f"explain takes a gpu_lstm.LSTM or StackedLSTM, got {cls.__module__}.{cls.__name__}")
     if not isinstance(x, PackedSequence):
-        _check_rank(x, type(lstm).__name__)
+        check_tensor(x, "x")
+        _check_input(x, type(lstm).__name__)
     data = x.data if isinstance(x, PackedSequence) else x
     dtype, noise = compute_dtype(data), regulariser_of(lstm)
     able = select(lstm.backend, data.device, dtype, noise)
@@ -133,7 +134,7 @@ def explain(
     first: Any = lstm if isinstance(lstm, LSTM) else lstm.layers[0]
     first.check_input(batch.x, None)
     weights = _weights(lstm)
-    settings = Settings.of(lstm)
+    settings = Settings.of(lstm, isinstance(lstm, StackedLSTM) and lstm.residual)
     kind = races.kind_of(able, batch.x, weights, batch.traversal, settings)
     decision = _decision(lstm, able, kind, data.device)
     backend = Backend(decision.backend)

@@ -8,8 +8,8 @@ from . import races
 from .backends import KERNEL_BACKENDS, Backend, BackendName, requested, select
 from .layers import compute_dtype, one_direction
 from .precision import autocasts, is_exact
-from .sequences import Traversal, check_lengths, check_resets
-from .settings import Settings
+from .sequences import Traversal, check_dense, check_lengths, check_resets, check_tensor
+from .settings import Settings, check_bool
 from .weights import State, Weights
 
 
@@ -41,14 +41,18 @@ def lstm_layer(
         h [T, B, P], zero past the end of a sequence, and (h_n [B, P], c_n [B, H]) after its last step.
 
     Raises:
-        RuntimeError: a tensor of the wrong shape, device or dtype; T = 0.
-        ValueError: wrong lengths or resets; H = 0 or P = 0; more steps, sequences or units than the backend's kernels
-            can count to; an unknown backend.
+        RuntimeError: a tensor of the wrong shape, device or dtype; T = 0; other than two states.
+        TypeError: something that is no tensor, or no bool.
+        ValueError: wrong lengths or resets; less than two weights or more than five; H = 0 or P = 0; more steps,
+            sequences or units than the backend's kernels can count to; an unknown backend.
         ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
     """
-    weights = Weights(*weights)  # type: ignore[arg-type]
+    check_tensor(x, "input")
+    check_dense(x, "lstm_layer")
     if x.dim() != 3:
         raise RuntimeError(f"input must have 3 dimensions, got {x.dim()}")
+    check_bool("reverse", reverse)
+    weights = _named(weights)
     steps, batch, features = x.shape
     hidden = weights.weight_hh.shape[0] // 4
     projected = hidden if weights.weight_hr is None else weights.weight_hr.shape[0]
@@ -56,8 +60,12 @@ def lstm_layer(
     for name, size in (("hidden_size", hidden), ("proj_size", projected)):
         if size == 0:
             raise ValueError(f"{name} must be greater than zero")
-    h0, c0 = (x.new_zeros(batch, projected), x.new_zeros(batch, hidden)) if hx is None else hx
+    if hx is None:
+        hx = x.new_zeros(batch, projected), x.new_zeros(batch, hidden)
+    check_pair(hx)
+    h0, c0 = hx
     for i, (state, size) in enumerate(((h0, projected), (c0, hidden))):
+        check_tensor(state, f"hidden[{i}]")
         if state.shape != (batch, size):
             raise RuntimeError(f"Expected hidden[{i}] size {(batch, size)}, got {list(state.shape)}")
     check_tensors(x, [(h0, c0)], weights.present())
@@ -69,6 +77,32 @@ def lstm_layer(
     chosen = select(backend, x.device, compute_dtype(x))
     chosen = fastest(backend, chosen, x, [[weights]], traversal, Settings(training=False))
     return one_direction(x, (h0, c0), weights, traversal, chosen)
+
+
+def _named(weights: Weights | Sequence[Tensor | None]) -> Weights:
+    """The weights of a layer by name: tensors, each of as many dimensions as it has to have."""
+    if not isinstance(weights, list | tuple):
+        raise TypeError(f"weights should be a tuple or list of tensors, got: {type(weights).__name__}")
+    if not 2 <= len(weights) <= 5:
+        names = "weight_ih, weight_hh and, if there are any, bias_ih, bias_hh, weight_hr"
+        raise ValueError(f"Expected weights of 2 to 5 tensors ({names}), got {len(weights)}")
+    named = Weights(*weights)  # type: ignore[arg-type]
+    for name, tensor in named._asdict().items():
+        if tensor is not None or name in ("weight_ih", "weight_hh"):
+            check_tensor(tensor, name)
+            expected = 1 if name.startswith("bias") else 2
+            if tensor.dim() != expected:
+                raise RuntimeError(f"{name} must have {expected} dimensions, got {tensor.dim()}")
+    return named
+
+
+def check_pair(hx: State, function: str = "lstm") -> None:
+    """Raise, in torch's words, unless there are two states. One tensor that holds both is no pair."""
+    if not isinstance(hx, tuple | list):
+        kind = type(hx).__name__
+        raise TypeError(f"{function}(): argument 'hx' (position 2) must be tuple of Tensors, not {kind}")
+    if len(hx) != 2:
+        raise RuntimeError(f"{function} expects two hidden states")
 
 
 def fastest(

@@ -5,6 +5,7 @@ bias where torch has two. Only from_keras and to_keras import Keras.
 """
 
 import importlib
+import numbers
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -16,7 +17,8 @@ from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
 from .backends import Backend, BackendName
 from .modules import LSTM, LSTMCell, StackedLSTM, recast
-from .sequences import check_lengths, times_of_steps
+from .sequences import check_lengths, check_tensor, times_of_steps
+from .settings import check_bool
 from .weights import Weights
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -35,11 +37,14 @@ class GoBackwards(nn.Module):
     A call takes and returns what `lstm` does, of the same shapes, batched.
 
     Raises:
+        TypeError: something else than an LSTM or StackedLSTM; input that is no tensor.
         ValueError: an LSTM that is bidirectional or not batch_first; input that is not batched.
     """
 
     def __init__(self, lstm: LSTM | StackedLSTM) -> None:
         super().__init__()
+        if not isinstance(lstm, LSTM | StackedLSTM):
+            raise TypeError(f"GoBackwards takes an LSTM or a StackedLSTM, got {type(lstm).__name__}")
         if lstm.bidirectional or not lstm.batch_first:
             raise ValueError(
                 "Expected an LSTM with bidirectional=False and batch_first=True, "
@@ -53,6 +58,7 @@ class GoBackwards(nn.Module):
 
     def forward(self, input: Tensor, hx: Any = None, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
         """See the class."""
+        check_tensor(input, "input")
         if input.dim() != 3:
             raise ValueError(f"Expected input of 3 dimensions (N, T, I), got {input.dim()}")
         if lengths is None:
@@ -89,9 +95,10 @@ def from_keras(
 
     Raises:
         ValueError: a layer that is not built, or an argument of it that has no counterpart here.
-        TypeError: another kind of layer, or a subclass, which may compute anything.
+        TypeError: another kind of layer, or a subclass, which may compute anything; freeze_second_bias is no bool.
         ImportError: Keras is not installed.
     """
+    check_bool("freeze_second_bias", freeze_second_bias)
     keras = _import_keras()
     both = type(layer) is keras.layers.Bidirectional
     rnns = [layer.forward_layer, layer.backward_layer] if both else [layer]
@@ -192,8 +199,10 @@ def lengths_of(mask: Tensor) -> Tensor:
     """The lengths [N], int64, that say what a Keras mask [N, T], bool, says: True up to a length and False after it.
 
     Raises:
+        TypeError: a mask that is no tensor.
         ValueError: a mask that is not bool or not [N, T], or a row of it with a False before a True.
     """
+    check_tensor(mask, "mask")
     if mask.dim() != 2 or mask.dtype is not torch.bool:
         raise ValueError(f"Expected a mask [N, T] of dtype torch.bool, got {list(mask.shape)} of {mask.dtype}")
     lengths = mask.sum(1)
@@ -253,12 +262,15 @@ def forget_bias(module: Module, value: float = 1.0) -> Module:
         `module`.
 
     Raises:
-        TypeError: there is no LSTM in `module`.
-        ValueError: an LSTM with bias=False.
+        TypeError: there is no LSTM in `module`, or `value` is no number.
+        ValueError: an LSTM with bias=False. Either way nothing was set.
     """
-    for lstm in _lstms(module):
-        if not lstm.bias:
-            raise ValueError("Expected an LSTM with a bias, got bias=False")
+    lstms = _lstms(module)
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"value should be a number, got: {type(value).__name__}")
+    if not all(lstm.bias for lstm in lstms):
+        raise ValueError("Expected an LSTM with a bias, got bias=False")
+    for lstm in lstms:
         for name, parameter in lstm.named_parameters(recurse=False):
             if name.startswith("bias"):
                 forget = slice(lstm.hidden_size, 2 * lstm.hidden_size)
@@ -311,6 +323,8 @@ def _weights(lstm: LSTM | StackedLSTM) -> list[Weights]:
 
 
 def _lstms(module: nn.Module) -> list[LSTM | LSTMCell | TorchLSTM | TorchLSTMCell]:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"Expected an LSTM or a module that holds one, got {type(module).__name__}")
     lstms = [child for child in module.modules() if isinstance(child, LSTM | LSTMCell | TorchLSTM | TorchLSTMCell)]
     if not lstms:
         raise TypeError(f"Expected an LSTM or a module that holds one, got {type(module).__name__}")

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, overload
 
 import torch
 from torch import _VF, Tensor, nn
@@ -12,13 +12,13 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from . import native
-from .backends import Backend, BackendName, parse_name, select
-from .functional import check_tensors, fastest
+from .backends import Backend, BackendName, select
+from .functional import check_pair, check_tensors, fastest
 from .layers import compute_dtype, one_direction, stack
 from .noise import with_weight_drop
 from .reference import Gates
-from .sequences import Batch, Traversal
-from .settings import REGULARISERS, Settings, is_probability, regulariser_of, set_regularisers
+from .sequences import Batch, Traversal, check_dense, check_tensor
+from .settings import REGULARISERS, Settings, accepted, check_bool, regulariser_of
 from .transforms import in_a_graph
 from .weights import State, Weights
 
@@ -50,10 +50,17 @@ class _Call(Protocol[Given, Returned]):
     ) -> tuple[PackedSequence, Returned]: ...
 
 
+class _Checked:
+    """A module whose attributes are held to what its arguments are held to, when they are set later, too."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, accepted(name, value))
+
+
 # torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
 
 
-class LSTM(RNNBase):
+class LSTM(_Checked, RNNBase):
     """A drop-in for torch.nn.LSTM: the same arguments, parameters, initial weights, results and errors.
 
     Each layer computes, at every step, with gates in the order i, f, g, o::
@@ -91,7 +98,8 @@ class LSTM(RNNBase):
 
     Raises:
         ValueError, TypeError: as torch.nn.LSTM for its arguments, in its words; ValueError for an unknown backend, or
-            a regulariser that is no probability.
+            a regulariser that is no probability; TypeError for a `recompute` that is no bool. All of these, and
+            `dropout`, may be set later as attributes, and raise the same there.
 
     Example::
 
@@ -125,15 +133,18 @@ class LSTM(RNNBase):
         zoneout: float | tuple[float, float] = 0.0,
         weight_drop: float = 0.0,
     ) -> None:
+        ours = dict(
+            backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
+            weight_drop=weight_drop,
+        )  # fmt: skip
+        ours = {name: accepted(name, value) for name, value in ours.items()}  # before initial weights are drawn
         # Not super(): in compat.LSTM torch.nn.LSTM comes next, whose __init__ names the mode itself.
         RNNBase.__init__(
             self, "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
             device, dtype,
         )  # fmt: skip
-        if backend is not None:
-            self.backend = parse_name(backend)
-        self.recompute = recompute
-        set_regularisers(self, recurrent_dropout, zoneout, weight_drop)
+        for name, value in ours.items():
+            setattr(self, name, value)
 
     # RNNBase caches the weights here. They are read from the module at every call instead, so that replacing one
     # in any way (functional_call, weight_norm, pruning, assignment) just works.
@@ -195,9 +206,9 @@ class LSTM(RNNBase):
             float32, as the kernels keep it, and then c_n is: a sequence in pieces is that of the whole.
 
         Raises:
-            ValueError, RuntimeError: as torch.nn.LSTM, in its words. ValueError for lengths or resets of a wrong shape,
-                dtype or value (on CUDA values are asserted on the device), lengths beside a PackedSequence, or a
-                chosen backend that does not take recurrent dropout or zoneout.
+            ValueError, RuntimeError, TypeError: as torch.nn.LSTM, in its words. ValueError for lengths or resets of a
+                wrong shape, dtype or value (on CUDA values are asserted on the device), lengths beside a
+                PackedSequence, or a chosen backend that does not take recurrent dropout or zoneout.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
         return self._forward(input, hx, lengths, resets)
@@ -213,11 +224,14 @@ class LSTM(RNNBase):
         """forward, or if there is a `record` by the reference, which keeps there the gates of layers and directions."""
         eager = not in_a_graph()  # else see whole_layer.py
         if not isinstance(input, PackedSequence):
-            _check_rank(input, "LSTM")
+            _check_input(input, "LSTM")
             if hx is not None:
-                _check_states(input, hx)
-        elif lengths is resets is record is None and _backend_for(self, input.data) is Backend.TORCH and eager:
-            return self._torch_packed(input, hx)
+                _check_states(input.dim(), hx)
+        else:
+            if hx is not None:
+                check_pair(hx)
+            if lengths is resets is record is None and _backend_for(self, input.data) is Backend.TORCH and eager:
+                return self._torch_packed(input, hx)
         batch, given = Batch.of(input, lengths, resets, self.batch_first), hx
         x = batch.x  # [T, B, I]
         if hx is None:
@@ -225,10 +239,11 @@ class LSTM(RNNBase):
         else:
             hx = batch.state_in(hx[0]), batch.state_in(hx[1])
         self.check_forward_args(x.transpose(0, 1) if self.batch_first else x, hx, None)
-        weights = with_weight_drop(self, self._weights())
-        backend = fastest(self.backend, _backend_for(self, x, record), x, weights, batch.traversal, Settings.of(self))
+        weights, settings = self._weights(), Settings.of(self)
+        backend = fastest(self.backend, _backend_for(self, x, record), x, weights, batch.traversal, settings)
         if backend is Backend.TORCH and batch.packed is not None and resets is None and eager:
             return self._torch_packed(batch.packed, given)
+        weights = _with_weight_drop(self, x, [hx], weights)
         if backend is Backend.TORCH and batch.traversal.is_plain() and eager:
             y, hx = native.stack(x, hx, weights, self.dropout, self.training)
         else:
@@ -236,7 +251,7 @@ class LSTM(RNNBase):
             states = [hx]
             if self.num_layers > 1:
                 states = list(zip(hx[0].split(directions), hx[1].split(directions)))
-            y, states = _through_layers(self, batch, states, weights, backend, record)
+            y, states = _through_layers(batch, states, weights, backend, settings, record)
             h_n, c_n = (torch.cat(state) if len(state) > 1 else state[0] for state in zip(*states))
             hx = h_n, c_n
         return batch.output(y), (batch.state_out(hx[0]), batch.state_out(hx[1]))
@@ -248,7 +263,7 @@ class LSTM(RNNBase):
             hx = self._zero_states(data, int(batch_sizes[0]))
         else:
             hx = self.permute_hidden(hx, sorted_indices)
-        weights = with_weight_drop(self, self._weights())
+        weights = _with_weight_drop(self, data, [hx], self._weights())
         y, hx = native.stack(data, hx, weights, self.dropout, self.training, batch_sizes)
         output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
         return output, self.permute_hidden(hx, unsorted_indices)
@@ -319,7 +334,7 @@ class LSTM(RNNBase):
         return recast(self, TorchLSTM)
 
 
-class StackedLSTM(nn.Module):
+class StackedLSTM(_Checked, nn.Module):
     """LSTM layers of different sizes on top of each other, with one pair of states a layer.
 
     Layer k, an LSTM of its own in ``layers``, has hidden_sizes[k] units and takes the output of layer k - 1. A stack
@@ -336,7 +351,8 @@ class StackedLSTM(nn.Module):
     `forward` says what a call takes and returns.
 
     Raises:
-        ValueError, TypeError: as LSTM; no layers; residual=True where no layer allows it.
+        ValueError, TypeError: as LSTM; hidden_sizes that is no sequence of ints, or empty; `residual` that is no bool,
+            or True where no layer allows it.
 
     Example::
 
@@ -368,43 +384,45 @@ class StackedLSTM(nn.Module):
         weight_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        hidden_sizes = list(hidden_sizes)
-        if not hidden_sizes:
-            raise ValueError("hidden_sizes must have at least one layer")
+        # All that could be wrong is looked at before the initial weights of the first layer are drawn.
+        sizes = _sizes(hidden_sizes)
+        for name, flag in dict(batch_first=batch_first, bidirectional=bidirectional, residual=residual).items():
+            check_bool(name, flag)
         directions = 2 if bidirectional else 1
-        layer_inputs = [input_size, *(directions * size for size in hidden_sizes[:-1])]
-        outputs = [directions * size for size in hidden_sizes]
+        layer_inputs = [input_size, *(directions * size for size in sizes[:-1])]
+        outputs = [directions * size for size in sizes]
         if residual and not any(i == o for i, o in zip(layer_inputs, outputs)):
             raise ValueError(
                 "residual=True needs a layer whose output is as wide as its input, "
                 f"got inputs of {layer_inputs} and outputs of {outputs} features"
             )
-        if not isinstance(batch_first, bool):
-            raise TypeError(f"batch_first should be of type bool, got: {type(batch_first).__name__}")
-        if not is_probability(dropout):
-            raise ValueError(
-                "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
-            )
-        if dropout > 0 and len(hidden_sizes) == 1:
+        self.input_size = input_size
+        self.hidden_sizes = sizes
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = dropout
+        self.bidirectional = bidirectional
+        self.residual = residual
+        self.backend = backend  # type: ignore[assignment]  # which becomes its name
+        self.recompute = recompute
+        self.recurrent_dropout = recurrent_dropout
+        self.zoneout = zoneout
+        self.weight_drop = weight_drop
+        if self.dropout > 0 and len(sizes) == 1:
             warnings.warn(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
                 f"num_layers greater than 1, but got dropout={dropout} and num_layers=1",
                 stacklevel=2,
             )
-        self.input_size = input_size
-        self.hidden_sizes = hidden_sizes
-        self.bias = bias
-        self.batch_first = batch_first
-        self.dropout = float(dropout)
-        self.bidirectional = bidirectional
-        self.residual = residual
-        self.backend = None if backend is None else parse_name(backend)
-        self.recompute = recompute
-        set_regularisers(self, recurrent_dropout, zoneout, weight_drop)
         self.layers = nn.ModuleList(
             LSTM(features, size, bias=bias, bidirectional=bidirectional, device=device, dtype=dtype)
-            for features, size in zip(layer_inputs, hidden_sizes)
+            for features, size in zip(layer_inputs, sizes)
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "residual":
+            check_bool(name, value)
+        super().__setattr__(name, value)
 
     if TYPE_CHECKING:
         __call__: _Call[Sequence[State], list[State]]
@@ -449,8 +467,8 @@ class StackedLSTM(nn.Module):
             states: as hx, after the last step of each sequence.
 
         Raises:
-            ValueError, RuntimeError, ImportError, TypeError: as `LSTM.forward`; RuntimeError for hx of another number
-                of layers, or of other sizes.
+            ValueError, RuntimeError, ImportError, TypeError: as `LSTM.forward`; TypeError for hx that is no list of
+                pairs, as torch's (h_0, c_0) is none; RuntimeError for another number of them, or other sizes.
         """
         return self._forward(input, hx, lengths, resets)
 
@@ -464,16 +482,17 @@ class StackedLSTM(nn.Module):
     ) -> tuple[Tensor | PackedSequence, list[State]]:
         """As LSTM._forward."""
         if not isinstance(input, PackedSequence):
-            _check_rank(input, "StackedLSTM")
+            check_tensor(input, "input")
+            _check_input(input, "StackedLSTM")
         batch = Batch.of(input, lengths, resets, self.batch_first)
         modules = cast(list[LSTM], list(self.layers))
         modules[0].check_input(batch.x, None)
         states = self._states(batch.x, batch, hx)
-        weights = with_weight_drop(self, [module._weights()[0] for module in modules])
-        backend = fastest(
-            self.backend, _backend_for(self, batch.x, record), batch.x, weights, batch.traversal, Settings.of(self)
-        )
-        y, states = _through_layers(self, batch, states, weights, backend, record)
+        weights, settings = [module._weights()[0] for module in modules], Settings.of(self, self.residual)
+        able = _backend_for(self, batch.x, record)
+        backend = fastest(self.backend, able, batch.x, weights, batch.traversal, settings)
+        weights = _with_weight_drop(self, batch.x, states, weights)
+        y, states = _through_layers(batch, states, weights, backend, settings, record)
         if not self.bidirectional:
             states = [(h.squeeze(0), c.squeeze(0)) for h, c in states]
         return batch.output(y), [(batch.state_out(h), batch.state_out(c)) for h, c in states]
@@ -484,12 +503,11 @@ class StackedLSTM(nn.Module):
         if hx is None:
             sizes = [(directions, batch_size, hidden) for hidden in self.hidden_sizes]
             return [(x.new_zeros(size), x.new_zeros(size)) for size in sizes]
-        if len(hx) != len(self.hidden_sizes):
-            raise RuntimeError(f"Expected hx of {len(self.hidden_sizes)} pairs, one a layer, got {len(hx)}")
+        check_pairs(hx, len(self.hidden_sizes))
         states = []
         for k, (pair, hidden) in enumerate(zip(hx, self.hidden_sizes)):
             expected = [2] * self.bidirectional + [batch_size] * batch.batched + [hidden]
-            for name, state in zip("hc", pair, strict=True):
+            for name, state in zip("hc", pair):
                 if list(state.shape) != expected:
                     raise RuntimeError(f"Expected {name} of layer {k} of size {expected}, got {list(state.shape)}")
             h, c = (batch.state_in(state) for state in pair)
@@ -507,7 +525,7 @@ class StackedLSTM(nn.Module):
         return ", ".join(parts)
 
 
-class LSTMCell(RNNCellBase):
+class LSTMCell(_Checked, RNNCellBase):
     """A drop-in for torch.nn.LSTMCell: one step of one layer, with the same parameters, results and errors.
 
     Args:
@@ -540,9 +558,9 @@ class LSTMCell(RNNCellBase):
         *,
         backend: BackendName | Backend | None = None,
     ) -> None:
+        name = accepted("backend", backend)
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
-        if backend is not None:
-            self.backend = parse_name(backend)
+        self.backend = name
 
     if TYPE_CHECKING:
 
@@ -559,11 +577,12 @@ class LSTMCell(RNNCellBase):
             (h', c'), as hx.
 
         Raises:
-            ValueError, RuntimeError: as torch.nn.LSTMCell, in its words.
+            ValueError, RuntimeError, TypeError: as torch.nn.LSTMCell, in its words.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        check_dense(input, "LSTMCell")
         if hx is not None:
             for i, state in enumerate(hx):
                 if state.dim() not in (1, 2):
@@ -574,8 +593,8 @@ class LSTMCell(RNNCellBase):
             zeros = x.new_zeros(x.shape[0], self.hidden_size)
             h, c = zeros, zeros
         else:
-            if batched and len(hx) != 2:
-                raise RuntimeError("lstm_cell expects two hidden states")
+            if batched:
+                check_pair(hx, "lstm_cell")
             h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
 
         parameters = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
@@ -613,17 +632,30 @@ def _backend_for(module: "LSTM | StackedLSTM", x: Tensor, record: list[Gates] | 
     return select(module.backend, x.device, compute_dtype(x), regulariser_of(module))
 
 
+def _present(weights: list[list[Weights]]) -> list[Tensor]:
+    return [tensor for layer in weights for one in layer for tensor in one.present()]
+
+
+def _with_weight_drop(
+    module: "LSTM | StackedLSTM", x: Tensor, states: list[State], weights: list[list[Weights]]
+) -> list[list[Weights]]:
+    """The weights of a call. Its tensors are checked before random numbers are drawn."""
+    if module.training and module.weight_drop:
+        check_tensors(x, states, _present(weights))
+    return with_weight_drop(module, weights)
+
+
 def _through_layers(
-    module: "LSTM | StackedLSTM",
     batch: Batch,
     states: list[State],  # [L] of ([D, B, P], [D, B, H])
     weights: list[list[Weights]],  # [L][D]
     backend: Backend,
+    settings: Settings,
     record: list[Gates] | None,
 ) -> tuple[Tensor, list[State]]:
-    """The layers of a module, as its arguments say: output [T, B, D*P] and the final states."""
-    check_tensors(batch.x, states, [tensor for layer in weights for one in layer for tensor in one.present()])
-    return stack(batch.x, states, weights, batch.traversal, backend, Settings.of(module), record)
+    """The layers of a module: output [T, B, D*P] and the final states."""
+    check_tensors(batch.x, states, _present(weights))
+    return stack(batch.x, states, weights, batch.traversal, backend, settings, record)
 
 
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
@@ -646,21 +678,58 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return twin
 
 
-def _check_rank(input: Tensor, name: str) -> None:
+def _sizes(hidden_sizes: Sequence[int]) -> list[int]:
+    """The argument of StackedLSTM as a list, checked."""
+    if not isinstance(hidden_sizes, Sequence) or isinstance(hidden_sizes, str | bytes):
+        raise TypeError(f"hidden_sizes should be a sequence of ints, got: {type(hidden_sizes).__name__}")
+    if not hidden_sizes:
+        raise ValueError("hidden_sizes must have at least one layer")
+    for size in hidden_sizes:
+        if not isinstance(size, int):
+            raise TypeError(f"hidden_size should be of type int, got: {type(size).__name__}")
+        if size <= 0:
+            raise ValueError("hidden_size must be greater than zero")
+    return list(hidden_sizes)
+
+
+def _check_input(input: Tensor, name: str) -> None:
     if input.dim() not in (2, 3):
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    check_dense(input, name)
 
 
-def _check_states(input: Tensor, hx: State) -> None:
-    rank = input.dim()
+def _check_states(rank: int, hx: State) -> None:
+    """Raise unless h_0 and c_0 are of the input's rank."""
     if hx[0].dim() != rank or hx[1].dim() != rank:
         kind = "batched" if rank == 3 else "unbatched"
         raise RuntimeError(
             f"For {kind} {rank}-D input, hx and cx should also be {rank}-D "
             f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
         )
-    if rank == 3 and len(hx) != 2:
-        raise RuntimeError("lstm expects two hidden states")
+    if rank == 3:  # of an unbatched hx torch takes what it needs
+        check_pair(hx)
+
+
+def check_pairs(hx: Sequence[State], layers: int) -> None:
+    """Raise unless it is [(h, c), ...], a pair of tensors for each layer of a StackedLSTM.
+
+    Raises:
+        TypeError: something else, as torch's (h_0, c_0) with all layers in two tensors.
+        RuntimeError: another number of pairs, or of states for a layer.
+    """
+    expected = "hx should be a list of pairs (h, c), one a layer"
+    if not isinstance(hx, list | tuple):
+        raise TypeError(f"{expected}, got: {type(hx).__name__}")
+    for k, pair in enumerate(hx):
+        if not isinstance(pair, list | tuple):
+            raise TypeError(f"{expected}, got for layer {k}: {type(pair).__name__}")
+    if len(hx) != layers:
+        raise RuntimeError(f"Expected hx of {layers} pairs, one a layer, got {len(hx)}")
+    for k, pair in enumerate(hx):
+        if len(pair) != 2:
+            raise RuntimeError(f"Expected two states (h, c) of layer {k}, got {len(pair)}")
+        for name, state in zip("hc", pair):
+            check_tensor(state, f"{name} of layer {k}")
 
 
 def _backend_repr(module: LSTM | LSTMCell) -> str:

@@ -87,8 +87,7 @@ _decided: dict[tuple, Decision] = {}
 _lock = threading.RLock()
 
 
-@contextlib.contextmanager
-def racing(mode: Literal["on", "read", "off"], group: Any = None) -> Iterator[None]:
+def racing(mode: Literal["on", "read", "off"], group: Any = None) -> contextlib.AbstractContextManager[None]:
     """Choose within a `with` block whether backend "auto" races; for the whole process, as the environment variable.
 
     Args:
@@ -99,25 +98,33 @@ def racing(mode: Literal["on", "read", "off"], group: Any = None) -> Iterator[No
     Raises:
         ValueError: another mode.
     """
+    return _racing(_parse(mode), group)
+
+
+@contextlib.contextmanager
+def _racing(mode: Mode, group: Any) -> Iterator[None]:
     global _mode, _group
-    before, (_mode, _group) = (_mode, _group), (_parse(mode), group)
+    before, (_mode, _group) = (_mode, _group), (mode, group)
     try:
         yield
     finally:
         _mode, _group = before
 
 
-def _parse(mode: str) -> Mode:
+def _parse(mode: str, source: str = "") -> Mode:
     try:
         return Mode(mode)
     except ValueError:
         known = ", ".join(repr(m.value) for m in Mode)
-        raise ValueError(f"unknown mode of racing {mode!r}; expected one of {known}") from None
+        raise ValueError(f"unknown mode of racing {mode!r}{source}; expected one of {known}") from None
 
 
 def mode() -> Mode:
     """By `with racing(...)`, else by environment variable, else on."""
-    return _mode if _mode is not None else _parse(os.environ.get(ENVIRONMENT_VARIABLE) or Mode.ON.value)
+    if _mode is not None:
+        return _mode
+    source = f" in the environment variable {ENVIRONMENT_VARIABLE}"
+    return _parse(os.environ.get(ENVIRONMENT_VARIABLE) or Mode.ON.value, source)
 
 
 def merge(*paths: str | Path) -> int:

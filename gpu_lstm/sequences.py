@@ -14,6 +14,19 @@ from torch.nn.utils.rnn import PackedSequence
 from .transforms import need_the_reference
 
 
+def check_tensor(value: object, name: str) -> None:
+    """Raise TypeError unless it is one."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} should be a tensor, got: {type(value).__name__}")
+
+
+def check_dense(input: Tensor, name: str) -> None:
+    """Raise RuntimeError unless the input of `name` has its elements in memory as they are: not sparse, not nested."""
+    if input.layout is not torch.strided or input.is_nested:
+        what = "a nested tensor" if input.is_nested else f"a tensor of layout {input.layout}"
+        raise RuntimeError(f"{name}: Expected input to be a dense tensor, got {what}")
+
+
 def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: torch.device) -> None:
     """Raise unless `lengths` is an int tensor of `shape` on `device` with values from 0 to `steps`.
 
@@ -23,8 +36,7 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: t
         TypeError: not a tensor.
         ValueError: wrong dtype, shape, device or values.
     """
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths should be a tensor, got: {type(lengths).__name__}")
+    check_tensor(lengths, "lengths")
     if lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"lengths should be of dtype torch.int32 or torch.int64, got {lengths.dtype}")
     if lengths.shape != shape:
@@ -52,8 +64,7 @@ def check_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -
         TypeError: not a tensor.
         ValueError: wrong dtype, shape or device.
     """
-    if not isinstance(resets, Tensor):
-        raise TypeError(f"resets should be a tensor, got: {type(resets).__name__}")
+    check_tensor(resets, "resets")
     if resets.dtype != torch.bool:
         raise ValueError(f"resets should be of dtype torch.bool, got {resets.dtype}")
     if resets.shape != shape:
@@ -77,18 +88,19 @@ def resets_from_dones(dones: Tensor, first: Tensor | None = None) -> Tensor:
         bool [T, B].
 
     Raises:
-        ValueError: wrong dtype or shape.
+        TypeError: not tensors.
+        ValueError: wrong dtype, shape or device; T = 0.
     """
-    first = torch.zeros_like(dones[0]) if first is None else first
-    if (
-        dones.dtype is not torch.bool
-        or first.dtype is not torch.bool
-        or dones.dim() != 2
-        or first.shape != dones[0].shape
-    ):
+    check_tensor(dones, "dones")
+    if dones.dtype is not torch.bool or dones.dim() != 2 or len(dones) == 0:
+        raise ValueError(f"Expected bool dones [T, B] with T > 0, got {dones.dtype} {list(dones.shape)}")
+    if first is None:
+        first = torch.zeros_like(dones[0])
+    check_tensor(first, "first")
+    if first.dtype is not torch.bool or first.shape != dones[0].shape or first.device != dones.device:
         raise ValueError(
-            f"expected bool dones [T, B] and first [B], got {dones.dtype} {list(dones.shape)} and "
-            f"{first.dtype} {list(first.shape)}"
+            f"Expected bool first {list(dones[0].shape)} on {dones.device}, got {first.dtype} {list(first.shape)} on "
+            f"{first.device}"
         )
     return torch.cat([first[None], dones[:-1]])
 

@@ -1,7 +1,9 @@
-"""What a module's arguments ask of every call: checked when they are given, read again at each call."""
+"""What a module's arguments ask of every call: checked when they are given or set, read again at each call."""
 
 import numbers
 from typing import Any, NamedTuple
+
+from .backends import parse_name
 
 REGULARISERS = ("recurrent_dropout", "zoneout", "weight_drop")  # attributes of the modules
 
@@ -17,37 +19,56 @@ class Settings(NamedTuple):
     zoneout: tuple[float, float] = (0.0, 0.0)  # of h and c
 
     @classmethod
-    def of(cls, module: Any) -> "Settings":
-        """Those of an LSTM or StackedLSTM as its attributes are now."""
+    def of(cls, module: Any, residual: bool = False) -> "Settings":
+        """Those of an LSTM or StackedLSTM as its attributes are now; only the latter has `residual`."""
         return cls(
-            module.training, module.dropout if module.training else 0.0, getattr(module, "residual", False),
+            module.training, module.dropout if module.training else 0.0, residual,
             module.recompute, module.recurrent_dropout, of_h_and_c(module.zoneout),
         )  # fmt: skip
 
 
-def set_regularisers(
-    module: Any, recurrent_dropout: float, zoneout: float | tuple[float, float], weight_drop: float
-) -> None:
-    """The arguments as attributes, checked; zoneout as one number where it is the same for h and c.
+def accepted(name: str, value: Any) -> Any:
+    """What an argument becomes as the attribute `name` of a module, checked, whether it is given at once or set later.
+
+    Attributes that are none of ours are taken as they are.
 
     Raises:
-        ValueError: no probability.
+        ValueError: no probability, or an unknown backend.
+        TypeError: `recompute` that is no bool.
     """
-    for name, value in (("recurrent_dropout", recurrent_dropout), ("weight_drop", weight_drop)):
-        if not is_probability(value):
-            raise ValueError(
-                f"{name} should be a number in range [0, 1] representing the probability of an element being zeroed, "
-                f"got {value!r}"
-            )
-    pair = of_h_and_c(zoneout)
+    match name:
+        case "backend":
+            return None if value is None else parse_name(value)
+        case "recompute":
+            check_bool(name, value)
+        case "dropout" | "recurrent_dropout" | "weight_drop":
+            if not is_probability(value):
+                raise ValueError(
+                    f"{name} should be a number in range [0, 1] representing the probability of an element being zeroed"
+                    + (f", got {value!r}" if name != "dropout" else "")  # torch's own words
+                )
+            return float(value)
+        case "zoneout":
+            return _zoneout(value)
+    return value
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise TypeError, in torch's words, unless it is one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+
+
+def _zoneout(value: Any) -> float | tuple[float, float]:
+    """One number where it is the same for h and c."""
+    pair = of_h_and_c(value)
     if len(pair) != 2 or not all(map(is_probability, pair)):
         raise ValueError(
             "zoneout should be a number in range [0, 1] representing the probability of an element staying as it was, "
-            f"or a pair of them for h and c, got {zoneout!r}"
+            f"or a pair of them for h and c, got {value!r}"
         )
     h, c = map(float, pair)
-    module.recurrent_dropout, module.weight_drop = float(recurrent_dropout), float(weight_drop)
-    module.zoneout = h if h == c else (h, c)
+    return h if h == c else (h, c)
 
 
 def is_probability(value: object) -> bool:

@@ -6,8 +6,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .functional import check_pair
 from .health import raise_if_gave_up
-from .modules import LSTM, StackedLSTM
+from .modules import LSTM, StackedLSTM, check_pairs
+from .sequences import check_tensor
 from .weights import State
 
 States = State | list[State]
@@ -25,11 +27,12 @@ class Stream:
     Args:
         lstm: an LSTM or a StackedLSTM, in eval() if it has dropout; one direction.
         batch: sequences, N.
-        hx: the states to begin with, as `lstm` takes them for a batch. Default: zeros
+        hx: the states to begin with, as `lstm` takes them for a batch; they are copied. Default: zeros
 
     Raises:
-        TypeError: `lstm` is no gpu_lstm.LSTM or StackedLSTM.
-        ValueError: it is bidirectional: its reverse direction begins at an end that a stream does not have.
+        TypeError: `lstm` is no gpu_lstm.LSTM or StackedLSTM, `batch` no int, or hx is not made of pairs of tensors.
+        ValueError: it is bidirectional: its reverse direction begins at an end that a stream does not have; batch < 0.
+        RuntimeError: hx of other sizes, of another dtype or on another device than `lstm` takes.
 
     Example::
 
@@ -43,11 +46,15 @@ class Stream:
             raise TypeError(f"Stream takes an LSTM or a StackedLSTM, got {type(lstm).__name__}")
         if lstm.bidirectional:
             raise ValueError("Stream takes one direction, got bidirectional=True: the reverse one begins at the end")
+        if not isinstance(batch, int):
+            raise TypeError(f"batch should be of type int, got: {type(batch).__name__}")
+        if batch < 0:
+            raise ValueError(f"batch must not be negative, got {batch}")
         self.lstm = lstm
         self.batch = batch
         self._state: list[State] = self._zeros()
         if hx is not None:
-            self._update(self._as_list(hx))
+            self._update(self._checked(hx))
         self._graph: _StepGraph | None = None
 
     @property
@@ -62,9 +69,11 @@ class Stream:
             The output, (N, P) for a step, else as the chunk; P features, H without a projection.
 
         Raises:
+            TypeError: x is no tensor.
             ValueError: x has another rank or batch; the LSTM is in training mode and has dropout.
             RuntimeError: as `lstm`, for another number of features, dtype or device.
         """
+        check_tensor(x, "x")
         batch_axis = 0 if x.dim() == 2 or self.lstm.batch_first else 1
         if x.dim() not in (2, 3) or x.shape[batch_axis] != self.batch:
             expected = "(N, T, I)" if self.lstm.batch_first else "(T, N, I)"
@@ -91,10 +100,15 @@ class Stream:
         """Begin anew with zero states: all sequences, or those where `which`, bool (N,), is True.
 
         Raises:
-            ValueError: `which` has another shape or dtype.
+            TypeError: `which` is no tensor.
+            ValueError: it has another shape or dtype, or is on another device.
         """
-        if which is not None and (which.shape != (self.batch,) or which.dtype is not torch.bool):
-            raise ValueError(f"expected bool of shape ({self.batch},), got {which.dtype} {tuple(which.shape)}")
+        if which is not None:
+            check_tensor(which, "which")
+            if which.shape != (self.batch,) or which.dtype is not torch.bool:
+                raise ValueError(f"expected bool of shape ({self.batch},), got {which.dtype} {tuple(which.shape)}")
+            if which.device != self._state[0][0].device:
+                raise ValueError(f"Expected which on {self._state[0][0].device}, got {which.device}")
         for state in self._state:
             for tensor in state:  # [1, N, *] or [N, *]
                 if which is None:
@@ -123,6 +137,25 @@ class Stream:
             return [pair((self.batch, size), (self.batch, size)) for size in self.lstm.hidden_sizes]
         rows, hidden = (self.lstm.num_layers, self.batch), self.lstm.hidden_size
         return [pair((*rows, self.lstm.proj_size or hidden), (*rows, hidden))]
+
+    def _checked(self, hx: States) -> list[State]:
+        """What a user gives, in the sizes, dtype and place of the states that are held."""
+        if isinstance(self.lstm, StackedLSTM):
+            check_pairs(hx, len(self.lstm.hidden_sizes))  # type: ignore[arg-type]
+        else:
+            check_pair(hx)  # type: ignore[arg-type]
+        dtype = self._state[0][0].dtype
+        for k, (held, given) in enumerate(zip(self._state, self._as_list(hx))):
+            for name, ours, state in zip(("h", "c"), held, given):
+                name = f"{name} of layer {k}" if isinstance(self.lstm, StackedLSTM) else f"{name}_0"
+                check_tensor(state, name)
+                if state.shape != ours.shape:
+                    raise RuntimeError(f"Expected {name} of size {list(ours.shape)}, got {list(state.shape)}")
+                if state.dtype not in (dtype, ours.dtype):
+                    raise RuntimeError(f"Expected {name} of dtype {dtype}, got {state.dtype}")
+                if state.device != ours.device:
+                    raise RuntimeError(f"Expected {name} on {ours.device}, got {state.device}")
+        return self._as_list(hx)
 
     def _as_given(self, state: list[State]) -> States:
         return state if isinstance(self.lstm, StackedLSTM) else state[0]

@@ -1,5 +1,6 @@
 """Looking inside: every gate and every cell state of every step, for plots, and for losses that use them."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from .modules import LSTM, StackedLSTM, recast
 from .reference import Gates
+from .sequences import check_tensor
 from .weights import State
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ class Trace:
 
         Raises:
             ImportError: matplotlib is missing.
+            TypeError: `sequence` is no int.
             IndexError: there is no such sequence in the batch.
             ValueError: it has no steps.
         """
@@ -72,7 +75,7 @@ class Trace:
         except ImportError as error:
             raise ImportError(f"plot needs matplotlib: pip install matplotlib ({error})") from error
 
-        batch = self.layers[0][0].cell.shape[1]
+        batch, sequence = self.layers[0][0].cell.shape[1], operator.index(sequence)
         if not 0 <= sequence < batch:
             raise IndexError(f"sequence {sequence} of a batch of {batch}")
         if self.lengths is not None and self.lengths[sequence] == 0:
@@ -139,6 +142,8 @@ def trace(
         lstm = recast(lstm, LSTM)
     if not isinstance(lstm, LSTM | StackedLSTM):
         raise TypeError(f"trace takes an LSTM or a StackedLSTM, got {type(lstm).__name__}")
+    if not isinstance(x, PackedSequence):
+        check_tensor(x, "x")
     record: list[Gates] = []
     output, states = lstm._forward(x, hx, lengths, resets, record)  # type: ignore[arg-type]
     directions = 2 if lstm.bidirectional else 1

@@ -34,9 +34,21 @@ def autotune(
         For "forward" and "backward" the fastest family of kernels and why it was proposed.
 
     Raises:
+        TypeError, ValueError: a size that is no int, or too small; proj_size >= hidden_size; dtype that is none.
         ImportError, RuntimeError, TypeError: the Triton kernels cannot run on this device or dtype, and why.
         RuntimeError: a CUDA graph is being captured.
     """
+    for name, size, least in (
+        ("hidden_size", hidden_size, 1), ("batch", batch, 1), ("steps", steps, 1), ("proj_size", proj_size, 0),
+    ):  # fmt: skip
+        if not isinstance(size, int):
+            raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+        if size < least:
+            raise ValueError(f"{name} must be at least {least}, got {size}")
+    if proj_size >= hidden_size:
+        raise ValueError(f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype should be a torch.dtype, got: {type(dtype).__name__}")
     device = torch.device(device)
     problem = obstacle(Backend.TRITON, device, dtype)
     if problem is not None:

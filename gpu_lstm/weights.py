@@ -29,11 +29,14 @@ class Weights(NamedTuple):
 
         Raises:
             RuntimeError: one has not.
+            TypeError: weight_ih or weight_hh is None.
         """
         rows = 4 * hidden
         sizes = (rows, features), (rows, projected), (rows,), (rows,), (projected, hidden)
         names = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"  # torch 2.8 does not trace _fields
         for name, tensor, size in zip(names, self, sizes):
+            if tensor is None and name in ("weight_ih", "weight_hh"):
+                raise TypeError(f"{name} should be a tensor, got: NoneType")
             if tensor is not None and tensor.shape != size:
                 raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}")
         if (self.bias_ih is None) != (self.bias_hh is None):

@@ -1,7 +1,7 @@
 """What was found out on a machine, remembered from one process to the next: measured plans, checks, races.
 
-One small file for each key, so that nobody loses what another writes at once. Nothing here stops a call: what cannot be
-read or written is ignored, and a warning says so once.
+One small file for each key, so that nobody loses what another writes at once; for the user alone to read or write.
+Nothing here stops a call: what cannot be read or written is ignored, and a warning says so once.
 """
 
 import functools
@@ -68,7 +68,8 @@ def write(kind: str, key: Key, value: Any) -> bool:
     try:
         if ours is None:
             raise OSError("there is no home directory, and XDG_CACHE_HOME is not set")
-        (ours / kind).mkdir(parents=True, exist_ok=True)
+        for path in (ours, ours / kind):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=ours / kind, suffix=".unfinished", delete=False) as file:
             json.dump({"key": key, "value": value}, file, indent=1)
         Path(file.name).replace(_path(ours, kind, text))  # at once, so that nobody reads half a file
@@ -116,17 +117,25 @@ def merge(paths: Sequence[str | Path]) -> int:
     """Remember what exported files have and nothing is known of here; how many findings they were.
 
     Raises:
-        OSError, ValueError: a file cannot be read, or is no such file; then none of it is taken.
+        OSError, ValueError: a file cannot be read, or is no such file; then nothing is taken of any.
     """
     added = 0
-    for path in paths:
-        found = json.loads(Path(path).read_text())
-        if not isinstance(found, list) or not all(map(_is_finding, found)):
-            raise ValueError(f"{path}: expected what `python -m gpu_lstm races --export` writes")
-        for finding in found:
-            if read(finding["kind"], finding["key"]) is None:
-                added += write(**finding)
+    for finding in [finding for path in paths for finding in _exported(path)]:  # all are read before one is written
+        if read(finding["kind"], finding["key"]) is None:
+            added += write(**finding)
     return added
+
+
+def _exported(path: str | Path) -> list[dict[str, Any]]:
+    """The findings in a file that was exported."""
+    expected = f"{path}: expected what `python -m gpu_lstm races --export` writes"
+    try:
+        found = json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or lists in lists without end
+        raise ValueError(f"{expected}: {error}") from None
+    if not isinstance(found, list) or not all(map(_is_finding, found)):
+        raise ValueError(expected)
+    return found
 
 
 def _is_finding(entry: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import onnx
@@ -143,6 +144,7 @@ def parametrized(module: nn.Module) -> nn.Module:
     return nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
 
 
+@pytest.mark.filterwarnings("ignore:gpu_lstm.* swapped nothing:UserWarning")
 @both_ways
 def test_subclasses_and_other_modules_are_left_alone_but_what_is_inside_them_is_swapped(swap):
     classes = SWAPS[swap]
@@ -157,6 +159,47 @@ def test_subclasses_and_other_modules_are_left_alone_but_what_is_inside_them_is_
     assert all(a is b for a, b in zip(model, mine, strict=True))
     assert all(swap(module) is module for module in mine)
     assert {type(module.inner) for module in mine[:4]} == {goal}
+
+
+def test_what_was_swapped_and_what_was_left_is_logged(caplog):
+    model = nn.ModuleDict(
+        {"encoder": nn.LSTM(3, 4), "mine": MyLSTM(3, 4), "step": nn.LSTMCell(3, 4), "gru": nn.GRU(3, 4)}
+    )
+    with caplog.at_level("INFO", "gpu_lstm"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gpu_lstm.convert(model)
+        gpu_lstm.convert(model)  # there is nothing left to do
+        gpu_lstm.convert(nn.LSTM(3, 4))
+        gpu_lstm.to_torch(model)
+    left = f"; left as it is: mine ({__name__}.MyLSTM), a subclass, which may do anything in its forward"
+    nothing = "there is no torch.nn.LSTM or torch.nn.LSTMCell in the torch.nn.modules.container.ModuleDict"
+    assert caplog.messages == [
+        "convert swapped encoder (torch.nn.LSTM), step (torch.nn.LSTMCell)" + left,
+        f"convert swapped nothing: {nothing}{left}",
+        "convert swapped the model itself (torch.nn.LSTM), which cannot be swapped in place: the one that is returned is new",
+        "to_torch swapped encoder (gpu_lstm.LSTM), step (gpu_lstm.LSTMCell)",
+    ]
+
+
+@pytest.mark.parametrize(("swap", "model", "text"), [
+    (gpu_lstm.convert, lambda: nn.Linear(3, 4),
+     "gpu_lstm: convert swapped nothing: there is no torch.nn.LSTM or torch.nn.LSTMCell in the "
+     "torch.nn.modules.linear.Linear"),
+    (gpu_lstm.convert, lambda: nn.ModuleList([MyLSTM(3, 4)]),
+     "gpu_lstm: convert swapped nothing: there is no torch.nn.LSTM or torch.nn.LSTMCell in the "
+     f"torch.nn.modules.container.ModuleList; left as it is: 0 ({__name__}.MyLSTM), a subclass, which may do anything "
+     "in its forward"),
+    (gpu_lstm.to_torch, lambda: Ours(3, 4),
+     "gpu_lstm: to_torch swapped nothing: there is no gpu_lstm.LSTM or gpu_lstm.compat.LSTM or gpu_lstm.LSTMCell in the "
+     f"{__name__}.Ours; left as it is: the model itself ({__name__}.Ours), a subclass, which may do anything in its "
+     "forward"),
+], ids=["no LSTM", "a subclass", "a subclass of ours"])  # fmt: skip
+def test_where_nothing_was_swapped_a_warning_says_why(swap, model, text):
+    model = model()
+    with pytest.warns(UserWarning) as told:
+        assert swap(model) is model
+    assert [str(warning.message) for warning in told] == [text]
+    assert told[0].filename == __file__
 
 
 @both_ways

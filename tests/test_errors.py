@@ -194,8 +194,9 @@ REFUSED = [
     (RuntimeError, DEVICE.format("hidden", "cpu", "hidden", "meta"),
      lambda: stack(X, [states((2, 4)), (zeros(2, 5), zeros(2, 5, device=META))])),
     (RuntimeError, DEVICE.format("parameter", "meta", "parameter", "cpu"), lambda: stack(zeros(5, 2, 3, device=META))),
-    (ValueError, "zip() argument 2 is shorter than argument 1", lambda: stack(X, [(zeros(2, 4),), states((2, 5))])),
-    (ValueError, "zip() argument 2 is longer than argument 1", lambda: stack(X, [(zeros(2, 4),) * 3, states((2, 5))])),
+    (RuntimeError, "Expected two states (h, c) of layer 0, got 1", lambda: stack(X, [(zeros(2, 4),), states((2, 5))])),
+    (RuntimeError, "Expected two states (h, c) of layer 0, got 3",
+     lambda: stack(X, [(zeros(2, 4),) * 3, states((2, 5))])),
     (ValueError, "hidden_sizes must have at least one layer", lambda: stack(hidden_sizes=[])),
     (ValueError, "hidden_size must be greater than zero", lambda: stack(hidden_sizes=[4, 0])),
     (TypeError, "hidden_size should be of type int, got: float", lambda: stack(hidden_sizes=[4, 2.0])),
@@ -393,6 +394,28 @@ def test_with_ends_with_its_block(call, monkeypatch):
     call()
 
 
+def test_a_backend_that_is_chosen_without_with_is_told():
+    with pytest.warns(
+        RuntimeWarning, match=r"^gpu_lstm.backend\('triton'\) chose nothing: write `with gpu_lstm.backend"
+    ):
+        gpu_lstm.backend("triton")
+
+    @gpu_lstm.backend("triton")
+    def decorated():
+        with refuses_float64():
+            CALLABLES["LSTM"]()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            decorated()
+        block = gpu_lstm.backend("triton")
+        with block, block:
+            pass
+        del block
+        CALLABLES["LSTM"]()
+
+
 @pytest.mark.parametrize("name", ["cuda", "Triton", "", 1, None])
 def test_unknown_backends(name, monkeypatch):
     text = f"unknown backend {name!r}; expected one of 'auto', 'triton', 'cupy', 'torch', 'reference'"
@@ -404,7 +427,7 @@ def test_unknown_backends(name, monkeypatch):
                 cls(3, size, backend=name)
     if isinstance(name, str) and name:
         monkeypatch.setenv("GPU_LSTM_BACKEND", name)
-        with raises(ValueError, text):
+        with raises(ValueError, text.replace(";", " in the environment variable GPU_LSTM_BACKEND;")):
             gpu_lstm.LSTM(3, 4)(zeros(5, 2, 3))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -54,6 +55,54 @@ def test_the_doctor_names_versions_devices_and_backends(capsys):
     assert set(devices["cpu"]["backends"]) == {backend.value for backend in Backend} - {"auto"}
     assert devices["cpu"]["auto"] == "torch"
     assert devices["cpu"]["backends"]["torch"] is None
+
+
+@pytest.mark.parametrize("name", [backends.ENVIRONMENT_VARIABLE, races.ENVIRONMENT_VARIABLE])
+def test_the_doctor_says_that_every_call_raises_where_a_variable_is_wrong(monkeypatch, capsys, name):
+    monkeypatch.setenv(name, "nonsense")
+    assert main([]) == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("On this machine gpu_lstm.LSTM raises: unknown ")
+    assert f" 'nonsense' in the environment variable {name}; expected one of " in first
+
+
+def test_the_doctor_prints_no_secrets(monkeypatch, capsys):
+    """Of the environment it shows four variables of ours and Triton's, which hold no secrets."""
+    for name in ("AWS_SECRET_ACCESS_KEY", "GPU_LSTM_TOKEN", "TRITON_PASSWORD", "HF_TOKEN"):
+        monkeypatch.setenv(name, "a-secret")
+    for arguments in ([], ["--json"], ["races"]):
+        assert main(arguments) == 0
+    assert "a-secret" not in "".join(capsys.readouterr())
+    main(["--json"])
+    assert sorted(json.loads(capsys.readouterr().out)["environment"]) == [
+        "GPU_LSTM_BACKEND", "GPU_LSTM_RACE", "GPU_LSTM_SHARED_CACHE", "TRITON_INTERPRET",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_what_is_remembered_is_the_users_alone(findings):
+    """Whatever the umask."""
+    before = os.umask(0)
+    try:
+        remembered.write("races", {"card": "cpu"}, {})
+    finally:
+        os.umask(before)
+    found = list((findings / "cache" / "gpu_lstm").rglob("*"))
+    assert {path.stat().st_mode & 0o777 for path in [*found, findings / "cache" / "gpu_lstm"] if path.is_dir()} == {
+        0o700
+    }
+    assert {path.stat().st_mode & 0o777 for path in found if path.is_file()} == {0o600}
+
+
+def test_of_several_files_none_is_taken_if_one_is_broken(findings, monkeypatch, capsys):
+    good, broken = findings / "good.json", findings / "broken.json"
+    main(["races", "--export", str(good)])
+    broken.write_text("[{")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(findings / "other"))
+    remembered._read.cache_clear()
+    assert main(["races", "--merge", str(good), str(broken)]) == 2
+    assert f"{broken}: expected what `python -m gpu_lstm races --export` writes" in capsys.readouterr().err
+    assert races.found(KIND, CPU) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
@@ -163,6 +212,7 @@ def compiled(monkeypatch):
     for module, rows in found.items():
         monkeypatch.setattr(module, "cases", lambda quick, rows=rows: rows[: 1 if quick else None])
         monkeypatch.setattr(module, "reports", lambda cases: iter(cases))
+    monkeypatch.setattr("gpu_lstm.kernels.triton_lstm.launch.INTERPRETED", False)
     return found[triton]
 
 
