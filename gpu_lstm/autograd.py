@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from . import cell, ops, reference
 from .noise import Noise
 from .sequences import Traversal, valid_steps
-from .transforms import gradients_are_differentiated
+from .transforms import alive, gradients_are_differentiated
 from .weights import Weights
 
 
@@ -85,8 +85,8 @@ class LSTMLayerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
         saved = Saved(*ctx.saved_tensors)
-        if gradients_are_differentiated([*saved, dh, dh_n, dc_n]):
-            gradients = _differentiable_gradients(ctx, saved, (dh, dh_n, dc_n))
+        if gradients_are_differentiated(saved.h, [*saved, dh, dh_n, dc_n]):
+            gradients = _differentiable_gradients(ctx, Saved(*map(alive, saved)), (dh, dh_n, dc_n))  # type: ignore[arg-type]
         else:
             with torch.no_grad():
                 gradients = _fused_gradients(ctx, saved, dh, dh_n, dc_n)

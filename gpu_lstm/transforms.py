@@ -4,7 +4,7 @@ torch.func.grad and vjp run through the fused kernels, but in a graph of torch.c
 derivatives need an LSTM that is written in torch's own operators, which the reference is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -59,15 +59,30 @@ def is_transformed() -> bool:
     return bool(_interpreters())
 
 
-def gradients_are_differentiated(tensors: list[Tensor | None]) -> bool:
+def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     """In backward: whether somebody may differentiate the gradients, which are made from `tensors`.
 
-    torch.func.grad and vjp always ask for a graph. It is of use only inside another transform, or if a tensor below
-    takes part in plain autograd.
+    torch.func.grad always asks for a graph. It is of use only inside another transform, or if a tensor below takes part
+    in plain autograd. The transform that forward was in is the one whose level `output`, a saved result of it, has; it
+    may be over, as it is when the function that torch.func.vjp returned is called.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return False
-    return len(_interpreters()) > 1 or any(_below(t).requires_grad for t in tensors if t is not None)
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    interpreters = _interpreters()
+    own = _functorch.maybe_get_level(output) == len(interpreters)
+    others = interpreters[:-1] if own else interpreters
+    if any(interpreter.key() == _functorch.TransformType.Grad for interpreter in others):
+        return True
+    return any(_below(t).requires_grad for t in tensors if t is not None)
+
+
+def alive(t: Tensor | None) -> Tensor | None:
+    """The tensor without the wrappers of transforms that are over, which another transform does not take."""
+    return None if t is None else _functorch.unwrap_if_dead(t)
 
 
 def _interpreters() -> list:

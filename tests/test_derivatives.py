@@ -144,6 +144,41 @@ def test_second_derivatives(lstms):
         assert_close(way(loss)(inputs(ours, 2, 1, I)), true)
 
 
+@pytest.mark.parametrize("outer", ["vjp", "jvp", "dual numbers", "vjp around both", "vmap"])
+def test_what_vjp_returned_is_differentiated_inside_another_transform(lstms, outer):
+    """The transform that forward ran in is over by then."""
+    found = []
+    for module in lstms[::-1]:
+        module.requires_grad_(False)
+        x = inputs(module)
+        dy, dx = inputs(module, T, B, module.hidden_size, seed=2), inputs(module, seed=3)
+        _, pull = vjp(lambda x: module(x)[0], x)  # noqa: B023
+
+        def pulled(dy, pull=pull):
+            return pull(dy)[0]
+
+        if outer == "vjp":
+            _, pull_again = vjp(pulled, dy)
+            _, thrice = vjp(lambda dx: pull_again(dx)[0], dx)  # noqa: B023
+            found.append([*pull_again(dx), *thrice(dy)])
+        elif outer == "jvp":
+            found.append(jvp(pulled, (dy,), (dy.cos(),)))
+        elif outer == "vjp around both":
+            _, around = vjp(lambda x, dy: vjp(lambda x: module(x)[0], x)[1](dy)[0], x, dy)  # noqa: B023
+            found.append(around(dx))
+        elif outer == "vmap":
+            found.append(vmap(pulled)(torch.stack([dy, dy.cos()])))
+        elif module is lstms[1]:
+            x.requires_grad_()
+            y, _ = module(x)
+            with torch.autograd.forward_ad.dual_level():
+                (gradient,) = torch.autograd.grad(y, x, torch.autograd.forward_ad.make_dual(dy, dy.cos()))
+                found.append(torch.autograd.forward_ad.unpack_dual(gradient).tangent)
+        else:  # torch has no forward mode there: but gradients are linear in dy
+            found.append(pulled(dy.cos()))
+    assert_close(*found)
+
+
 def test_grad_inside_plain_autograd(lstms):
     """A gradient penalty with the inner gradient by torch.func, on one level of it only."""
     theirs, ours = lstms
