@@ -718,10 +718,10 @@ def check_pairs(hx: Sequence[State], layers: int) -> None:
         RuntimeError: another number of pairs, or of states for a layer.
     """
     expected = "hx should be a list of pairs (h, c), one a layer"
-    if not isinstance(hx, list | tuple):
+    if not isinstance(hx, (list, tuple)):  # torch 2.8 does not trace `list | tuple`
         raise TypeError(f"{expected}, got: {type(hx).__name__}")
     for k, pair in enumerate(hx):
-        if not isinstance(pair, list | tuple):
+        if not isinstance(pair, (list, tuple)):
             raise TypeError(f"{expected}, got for layer {k}: {type(pair).__name__}")
     if len(hx) != layers:
         raise RuntimeError(f"Expected hx of {layers} pairs, one a layer, got {len(hx)}")
