@@ -529,14 +529,14 @@ def test_the_table_is_long_and_names_all_that_is_public():
 
 OURS, BENCH = gpu_lstm.__main__.main, bench.__main__.main
 PLAN = ["plan", "--hidden", "8", "--batch", "2", "--device", "h100"]
-LEAST = "expected a whole number of at least 1, got '{}'$"
+LEAST, WHOLE = "expected at least 1, got {}$", "expected a whole number, got '{}'$"
 COMMANDS = [
     (OURS, ["nonsense"], "invalid choice: 'nonsense'"),
     (OURS, ["--nonsense"], "unrecognized arguments: --nonsense"),
     (OURS, ["plan"], "the following arguments are required: --hidden, --batch, --device"),
     (OURS, [*PLAN, "--hidden", "0"], "argument --hidden: " + LEAST.format(0)),
-    (OURS, [*PLAN, "--hidden", "many"], "argument --hidden: " + LEAST.format("many")),
-    (OURS, [*PLAN, "--hidden", "1.5"], "argument --hidden: " + LEAST.format("1.5")),
+    (OURS, [*PLAN, "--hidden", "many"], "argument --hidden: " + WHOLE.format("many")),
+    (OURS, [*PLAN, "--hidden", "1.5"], "argument --hidden: " + WHOLE.format("1.5")),
     (OURS, [*PLAN, "--batch", "-1"], "argument --batch: " + LEAST.format("-1")),
     (OURS, [*PLAN, "--steps", "-3"], "argument --steps: " + LEAST.format("-3")),
     (OURS, [*PLAN, "--steps", "0"], "argument --steps: " + LEAST.format(0)),
