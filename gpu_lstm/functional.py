@@ -88,7 +88,9 @@ def _named(weights: Weights | Sequence[Tensor | None]) -> Weights:
         raise ValueError(f"Expected weights of 2 to 5 tensors ({names}), got {len(weights)}")
     named = Weights(*weights)  # type: ignore[arg-type]
     for name, tensor in zip(NAMES, named):
-        if tensor is not None or name in ("weight_ih", "weight_hh"):
+        if tensor is None and name in ("weight_ih", "weight_hh"):
+            raise TypeError(f"{name} should be a tensor, got: NoneType")
+        if tensor is not None:
             check_tensor(tensor, name)
             expected = 1 if name.startswith("bias") else 2
             if tensor.dim() != expected:

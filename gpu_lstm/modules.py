@@ -386,6 +386,7 @@ class StackedLSTM(_Checked, nn.Module):
         super().__init__()
         # All that could be wrong is looked at before the initial weights of the first layer are drawn.
         sizes = _sizes(hidden_sizes)
+        _check_size("input_size", input_size)
         for name, flag in dict(batch_first=batch_first, bidirectional=bidirectional, residual=residual).items():
             check_bool(name, flag)
         directions = 2 if bidirectional else 1
@@ -685,11 +686,16 @@ def _sizes(hidden_sizes: Sequence[int]) -> list[int]:
     if not hidden_sizes:
         raise ValueError("hidden_sizes must have at least one layer")
     for size in hidden_sizes:
-        if not isinstance(size, int):
-            raise TypeError(f"hidden_size should be of type int, got: {type(size).__name__}")
-        if size <= 0:
-            raise ValueError("hidden_size must be greater than zero")
+        _check_size("hidden_size", size)
     return list(hidden_sizes)
+
+
+def _check_size(name: str, size: object) -> None:
+    """In the words of torch 2.9 and newer; older ones do not look at input_size."""
+    if not isinstance(size, int):
+        raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+    if size <= 0:
+        raise ValueError(f"{name} must be greater than zero")
 
 
 def _check_input(input: Tensor, name: str) -> None:
