@@ -85,8 +85,10 @@ LARGEST_MEMORY = 192e9  # bytes; of a B200
 
 def _positive(text: str) -> int:
     """A number of the command line that is at least one."""
-    if not text.removeprefix("-").isdecimal() or (count := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    if not text.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {count}")
     return count
 
 

@@ -64,6 +64,8 @@ def parse_name(name: "str | Backend") -> BackendName:
 class Block(contextlib.ContextDecorator):
     """What `backend` returns: a choice that holds within a `with` block, or while a function runs that it decorates."""
 
+    _used = True  # where torch.compile makes one without __init__
+
     def __init__(self, choice: Backend) -> None:
         self._choice, self._used = choice, False
 

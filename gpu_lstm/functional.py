@@ -10,7 +10,7 @@ from .layers import compute_dtype, one_direction
 from .precision import autocasts, is_exact
 from .sequences import Traversal, check_dense, check_lengths, check_resets, check_tensor
 from .settings import Settings, check_bool
-from .weights import State, Weights
+from .weights import NAMES, State, Weights
 
 
 def lstm_layer(
@@ -81,14 +81,16 @@ def lstm_layer(
 
 def _named(weights: Weights | Sequence[Tensor | None]) -> Weights:
     """The weights of a layer by name: tensors, each of as many dimensions as it has to have."""
-    if not isinstance(weights, list | tuple):
+    if not isinstance(weights, (list, tuple)):
         raise TypeError(f"weights should be a tuple or list of tensors, got: {type(weights).__name__}")
     if not 2 <= len(weights) <= 5:
         names = "weight_ih, weight_hh and, if there are any, bias_ih, bias_hh, weight_hr"
         raise ValueError(f"Expected weights of 2 to 5 tensors ({names}), got {len(weights)}")
     named = Weights(*weights)  # type: ignore[arg-type]
-    for name, tensor in named._asdict().items():
-        if tensor is not None or name in ("weight_ih", "weight_hh"):
+    for name, tensor in zip(NAMES, named):
+        if tensor is None and name in ("weight_ih", "weight_hh"):
+            raise TypeError(f"{name} should be a tensor, got: NoneType")
+        if tensor is not None:
             check_tensor(tensor, name)
             expected = 1 if name.startswith("bias") else 2
             if tensor.dim() != expected:
@@ -98,7 +100,7 @@ def _named(weights: Weights | Sequence[Tensor | None]) -> Weights:
 
 def check_pair(hx: State, function: str = "lstm") -> None:
     """Raise, in torch's words, unless there are two states. One tensor that holds both is no pair."""
-    if not isinstance(hx, tuple | list):
+    if not isinstance(hx, (tuple, list)):  # torch 2.8 does not trace `tuple | list`
         kind = type(hx).__name__
         raise TypeError(f"{function}(): argument 'hx' (position 2) must be tuple of Tensors, not {kind}")
     if len(hx) != 2:

@@ -386,6 +386,7 @@ class StackedLSTM(_Checked, nn.Module):
         super().__init__()
         # All that could be wrong is looked at before the initial weights of the first layer are drawn.
         sizes = _sizes(hidden_sizes)
+        _check_size("input_size", input_size)
         for name, flag in dict(batch_first=batch_first, bidirectional=bidirectional, residual=residual).items():
             check_bool(name, flag)
         directions = 2 if bidirectional else 1
@@ -685,11 +686,16 @@ def _sizes(hidden_sizes: Sequence[int]) -> list[int]:
     if not hidden_sizes:
         raise ValueError("hidden_sizes must have at least one layer")
     for size in hidden_sizes:
-        if not isinstance(size, int):
-            raise TypeError(f"hidden_size should be of type int, got: {type(size).__name__}")
-        if size <= 0:
-            raise ValueError("hidden_size must be greater than zero")
+        _check_size("hidden_size", size)
     return list(hidden_sizes)
+
+
+def _check_size(name: str, size: object) -> None:
+    """In the words of torch 2.9 and newer; older ones do not look at input_size."""
+    if not isinstance(size, int):
+        raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+    if size <= 0:
+        raise ValueError(f"{name} must be greater than zero")
 
 
 def _check_input(input: Tensor, name: str) -> None:
@@ -718,10 +724,10 @@ def check_pairs(hx: Sequence[State], layers: int) -> None:
         RuntimeError: another number of pairs, or of states for a layer.
     """
     expected = "hx should be a list of pairs (h, c), one a layer"
-    if not isinstance(hx, list | tuple):
+    if not isinstance(hx, (list, tuple)):  # torch 2.8 does not trace `list | tuple`
         raise TypeError(f"{expected}, got: {type(hx).__name__}")
     for k, pair in enumerate(hx):
-        if not isinstance(pair, list | tuple):
+        if not isinstance(pair, (list, tuple)):
             raise TypeError(f"{expected}, got for layer {k}: {type(pair).__name__}")
     if len(hx) != layers:
         raise RuntimeError(f"Expected hx of {layers} pairs, one a layer, got {len(hx)}")

@@ -11,6 +11,9 @@ State = tuple[Tensor, Tensor]
 """(h, c): [B, P] and [B, H] of one direction, [D, B, P] and [D, B, H] of a layer with D directions."""
 
 
+NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # torch 2.8 does not trace Weights._fields
+
+
 class Weights(NamedTuple):
     """One layer, one direction. H hidden units, I input features, P projected features (H without projection)."""
 
@@ -33,8 +36,7 @@ class Weights(NamedTuple):
         """
         rows = 4 * hidden
         sizes = (rows, features), (rows, projected), (rows,), (rows,), (projected, hidden)
-        names = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"  # torch 2.8 does not trace _fields
-        for name, tensor, size in zip(names, self, sizes):
+        for name, tensor, size in zip(NAMES, self, sizes):
             if tensor is None and name in ("weight_ih", "weight_hh"):
                 raise TypeError(f"{name} should be a tensor, got: NoneType")
             if tensor is not None and tensor.shape != size:

@@ -176,7 +176,8 @@ def test_what_was_swapped_and_what_was_left_is_logged(caplog):
     assert caplog.messages == [
         "convert swapped encoder (torch.nn.LSTM), step (torch.nn.LSTMCell)" + left,
         f"convert swapped nothing: {nothing}{left}",
-        "convert swapped the model itself (torch.nn.LSTM), which cannot be swapped in place: the one that is returned is new",
+        "convert swapped the model itself (torch.nn.LSTM), which cannot be swapped in place: the one that is returned "
+        "is new",
         "to_torch swapped encoder (gpu_lstm.LSTM), step (gpu_lstm.LSTMCell)",
     ]
 
@@ -190,13 +191,13 @@ def test_what_was_swapped_and_what_was_left_is_logged(caplog):
      f"torch.nn.modules.container.ModuleList; left as it is: 0 ({__name__}.MyLSTM), a subclass, which may do anything "
      "in its forward"),
     (gpu_lstm.to_torch, lambda: Ours(3, 4),
-     "gpu_lstm: to_torch swapped nothing: there is no gpu_lstm.LSTM or gpu_lstm.compat.LSTM or gpu_lstm.LSTMCell in the "
-     f"{__name__}.Ours; left as it is: the model itself ({__name__}.Ours), a subclass, which may do anything in its "
-     "forward"),
+     "gpu_lstm: to_torch swapped nothing: there is no gpu_lstm.LSTM or gpu_lstm.compat.LSTM or gpu_lstm.LSTMCell in "
+     f"the {__name__}.Ours; left as it is: the model itself ({__name__}.Ours), a subclass, which may do anything in "
+     "its forward"),
 ], ids=["no LSTM", "a subclass", "a subclass of ours"])  # fmt: skip
 def test_where_nothing_was_swapped_a_warning_says_why(swap, model, text):
     model = model()
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="^gpu_lstm: ") as told:
         assert swap(model) is model
     assert [str(warning.message) for warning in told] == [text]
     assert told[0].filename == __file__
