@@ -70,10 +70,10 @@ def backend(name: "BackendName | Backend") -> Iterator[None]:
         ValueError: there is no backend of that name.
     """
     block = [parse(name)]
-    with _blocks_lock:
-        _blocks.append(block)
-        _choose_youngest()
     try:
+        with _blocks_lock:
+            _blocks.append(block)
+            _choose_youngest()
         yield
     finally:
         with _blocks_lock:
