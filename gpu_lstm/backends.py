@@ -71,13 +71,18 @@ class Block(contextlib.ContextDecorator):
 
     def __enter__(self) -> None:
         self._used = True
-        with _blocks_lock:
-            _blocks.append(self)
-            _choose_youngest()
+        try:
+            with _blocks_lock:
+                _blocks.append(self)
+                _choose_youngest()
+        except BaseException:  # an interrupt leaves nothing behind
+            self.__exit__()
+            raise
 
     def __exit__(self, *_: object) -> None:
         with _blocks_lock:
-            _blocks.remove(self)
+            if self in _blocks:
+                _blocks.remove(self)
             _choose_youngest()
 
     def __call__(self, function: F) -> F:

@@ -1,5 +1,6 @@
 """Swap torch's LSTMs inside a model for ours and back, and read the weights of Haste's."""
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Mapping
@@ -92,22 +93,23 @@ def _check_module(model: object, function: str) -> None:
 
 
 def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], function: str) -> nn.Module:
+    """All or nothing: what raises does so before the first is swapped, and an interrupt takes all of it back."""
     text, unusual = _account(model, classes, function)
-    if type(model) in classes:
-        model = recast(model, classes[type(model)])
-    swapped: dict[nn.Module, nn.Module] = {}
-    for module in list(model.modules()):
-        parent = swapped.get(module, module)  # a module that was swapped has a list of children of its own
-        for name, child in parent._modules.items():
-            if child is not None and type(child) in classes:
-                if child not in swapped:
-                    swapped[child] = recast(child, classes[type(child)])
-                parent._modules[name] = swapped[child]
+    modules = list(model.modules())
+    twins = {module: recast(module, classes[type(module)]) for module in modules if type(module) in classes}
+    with contextlib.ExitStack() as undo:
+        for module in modules:
+            children = twins.get(module, module)._modules  # a twin has a list of children of its own
+            for name, child in module._modules.items():
+                if child in twins:
+                    undo.callback(children.__setitem__, name, child)
+                    children[name] = twins[child]
+        undo.pop_all()
     if unusual:
         warnings.warn(f"gpu_lstm: {text}", stacklevel=3)
     else:
         _log.info(text)
-    return model
+    return twins.get(model, model)
 
 
 def _account(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], function: str) -> tuple[str, bool]:

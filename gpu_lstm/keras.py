@@ -6,6 +6,7 @@ bias where torch has two. Only from_keras and to_keras import Keras.
 
 import importlib
 import numbers
+from collections.abc import Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -234,18 +235,22 @@ def keras_init(module: Module) -> Module:
     Raises:
         TypeError: there is no LSTM in `module`.
     """
-    for lstm in _lstms(module):
-        for name, parameter in lstm.named_parameters(recurse=False):
-            if name.startswith("bias"):
-                nn.init.zeros_(parameter)
-            elif name.startswith("weight_hh"):
-                wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))  # torch has no QR in half
-                parameter.copy_(nn.init.orthogonal_(wide))
-            else:
-                nn.init.xavier_uniform_(parameter)
-        if lstm.bias:
-            forget_bias(lstm)
+    _assign(
+        (parameter, _drawn(name, parameter))
+        for lstm in _lstms(module)
+        for name, parameter in lstm.named_parameters(recurse=False)
+    )
     return module
+
+
+def _drawn(name: str, parameter: Tensor) -> Tensor:
+    new = torch.zeros_like(parameter)
+    if name.startswith("bias"):
+        return _with_forget_bias(name, new, 1.0)
+    if name.startswith("weight_hh"):
+        wide = new.to(torch.promote_types(new.dtype, torch.float32))  # torch has no QR in half
+        return nn.init.orthogonal_(wide).to(new.dtype)
+    return nn.init.xavier_uniform_(new)
 
 
 @torch.no_grad()
@@ -270,12 +275,25 @@ def forget_bias(module: Module, value: float = 1.0) -> Module:
         raise TypeError(f"value should be a number, got: {type(value).__name__}")
     if not all(lstm.bias for lstm in lstms):
         raise ValueError("Expected an LSTM with a bias, got bias=False")
-    for lstm in lstms:
-        for name, parameter in lstm.named_parameters(recurse=False):
-            if name.startswith("bias"):
-                forget = slice(lstm.hidden_size, 2 * lstm.hidden_size)
-                parameter[forget] = value if name.startswith("bias_ih") else 0.0
+    _assign(
+        (parameter, _with_forget_bias(name, parameter.clone(), value))
+        for lstm in lstms
+        for name, parameter in lstm.named_parameters(recurse=False)
+        if name.startswith("bias")
+    )
     return module
+
+
+def _with_forget_bias(name: str, bias: Tensor, value: float) -> Tensor:
+    hidden = len(bias) // 4
+    bias[hidden : 2 * hidden] = value if name.startswith("bias_ih") else 0.0
+    return bias
+
+
+def _assign(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """To parameters, when all values are there and at once: what raises or is interrupted leaves nothing half done."""
+    parameters, new = zip(*values)
+    torch._foreach_copy_(parameters, new)
 
 
 def _import_keras() -> ModuleType:

@@ -109,22 +109,18 @@ class Stream:
                 raise ValueError(f"expected bool of shape ({self.batch},), got {which.dtype} {tuple(which.shape)}")
             if which.device != self._state[0][0].device:
                 raise ValueError(f"Expected which on {self._state[0][0].device}, got {which.device}")
-        for state in self._state:
-            for tensor in state:  # [1, N, *] or [N, *]
-                if which is None:
-                    tensor.zero_()
-                else:
-                    tensor.masked_fill_(which[:, None], 0)
+        if which is None:
+            self._update(self._zeros())
+        else:  # states are [L, N, *] or [N, *]
+            self._update([(h.masked_fill(which[:, None], 0), c.masked_fill(which[:, None], 0)) for h, c in self._state])
 
     def _call(self, x: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
         y, after = self.lstm(x, self._as_given(state))  # type: ignore[arg-type]  # of the class that it is
         return y, self._as_list(after)
 
     def _update(self, state: list[State]) -> None:
-        """In place, where a graph finds them."""
-        for held, new in zip(self._state, state, strict=True):
-            for ours, theirs in zip(held, new, strict=True):
-                ours.copy_(theirs)
+        """In place, where a graph finds them; all at once, so that an interrupt leaves the states of one step."""
+        torch._foreach_copy_([t for pair in self._state for t in pair], [t for pair in state for t in pair])
 
     def _zeros(self) -> list[State]:
         like = next(self.lstm.parameters())
@@ -177,8 +173,10 @@ class _StepGraph:
             return y.squeeze(time_axis)
 
         before = _copied(stream._state)
-        self._replay = captured(step, x.device)
-        stream._update(before)  # the steps that were taken for warming up do not count
+        try:
+            self._replay = captured(step, x.device)
+        finally:
+            stream._update(before)  # the steps that were taken for warming up do not count
 
     def fits(self, lstm: LSTM | StackedLSTM, x: Tensor) -> bool:
         """Whether the parameters and the kind of input are those it was captured with."""
@@ -199,10 +197,12 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # kernels are compiled and workspaces made before the capture
-                step()
-        torch.cuda.current_stream().wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(3):  # kernels are compiled and workspaces made before the capture
+                    step()
+        finally:
+            torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = step()

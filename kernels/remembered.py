@@ -71,8 +71,13 @@ def write(kind: str, key: Key, value: Any) -> bool:
         for path in (ours, ours / kind):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=ours / kind, suffix=".unfinished", delete=False) as file:
-            json.dump({"key": key, "value": value}, file, indent=1)
-        Path(file.name).replace(_path(ours, kind, text))  # at once, so that nobody reads half a file
+            unfinished = Path(file.name)
+            try:
+                json.dump({"key": key, "value": value}, file, indent=1)
+                file.close()
+                unfinished.replace(_path(ours, kind, text))  # at once, so that nobody reads half a file
+            finally:
+                unfinished.unlink(missing_ok=True)
         written = True
     except OSError as error:
         warn_once(f"a finding ({kind}) is not remembered: {error}")

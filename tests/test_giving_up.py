@@ -37,6 +37,17 @@ def test_who_tells(who):
     gpu_lstm.check()  # told once
 
 
+def test_of_two_kernels_that_gave_up_both_are_told():
+    giving_up.error_word(CPU, "lstm_step_forward_kernel")[0] = 3
+    _give_up()
+    text = (
+        "lstm_cooperative_backward_kernel gave up at step 7 and lstm_step_forward_kernel gave up at step 2 on cpu: .*"
+    )
+    with pytest.raises(RuntimeError, match=text + " the results of those launches are wrong"):
+        gpu_lstm.check()
+    gpu_lstm.check()
+
+
 @pytest.mark.slow
 def test_the_end_of_the_program_tells():
     script = """

@@ -61,14 +61,16 @@ def _report(device: torch.device) -> str | None:
     words = _words.get(device)
     if words is None:
         return None
-    for name, step in zip(KERNELS, words[:, 0].tolist()):
-        if step:
-            words.zero_()
-            return (
-                f"{name} gave up at step {step - 1} on {device}: its programs waited in vain for each other, so that "
-                "they were not all resident at once; the results of that launch are wrong"
-            )
-    return None
+    found = [(k, step) for k, step in enumerate(words[:, 0].tolist()) if step]
+    if not found:
+        return None
+    for k, _ in found:  # and no others: one may be written at this moment
+        words[k, 0] = 0
+    told = " and ".join(f"{KERNELS[k]} gave up at step {step - 1}" for k, step in found)
+    return (
+        f"{told} on {device}: its programs waited in vain for each other, so that they were not all resident at once; "
+        f"the results of {'that launch' if len(found) == 1 else 'those launches'} are wrong"
+    )
 
 
 @atexit.register

@@ -43,6 +43,6 @@ def await_others(plan: Plan, device: torch.device) -> None:
             latest.before = [earlier.record_event() for earlier in latest.streams if earlier != stream]
             latest.group, latest.streams = group, set()
         if stream not in latest.streams:
-            latest.streams.add(stream)
             for event in latest.before:
                 stream.wait_event(event)
+            latest.streams.add(stream)  # last: whoever is interrupted here has not waited

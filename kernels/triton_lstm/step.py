@@ -368,7 +368,8 @@ def forward(
         c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n, SAVE=save,
         error_ptr=error_word(gates.device, "lstm_step_forward_kernel"), **_shared_arguments(plan, gates, r),
     )  # fmt: skip
-    return h_then_h0[:-1], h_n, c_n, c
+    h = h_then_h0.new_empty(0).set_(h_then_h0[:-1])  # not a view, which autograd lets nobody change in place
+    return h, h_n, c_n, c
 
 
 def backward(
