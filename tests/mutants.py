@@ -48,7 +48,11 @@ NUMBERS = (  # of the Triton kernels: the quick ones of those that hold all resu
     "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 layer::test_the_kernels_in_float16"
 )
 SEVERAL = "sequence_kernels::test_step_by_several_programs sequence_kernels::test_step_with_noise_by_several_programs"
-TOGETHER = "sequence_kernels::test_cooperative concurrent_interpreter"
+TOGETHER = (
+    "sequence_kernels::test_cooperative sequence_kernels::test_cooperative_with_noise concurrent_interpreter "
+    "exchange_ptx"
+)
+ALONE = "sequence_kernels::test_resident sequence_kernels::test_resident_in_half_precision"
 TESTS = {
     "gpu_lstm/__main__": "main planning races",
     "gpu_lstm/autograd": "derivatives chunks weights regularised",
@@ -67,7 +71,7 @@ TESTS = {
     "gpu_lstm/native": "ragged lstm autocast",
     "gpu_lstm/noise": "regularised chunks layer",
     "gpu_lstm/ops": "derivatives layer graphs ops",
-    "gpu_lstm/precision": "autocast lstm errors trust explain",
+    "gpu_lstm/precision": "autocast stream explain errors lstm",
     "gpu_lstm/profiling": "profiling",
     "gpu_lstm/races": "races explain",
     "gpu_lstm/reference": "layer trace lstm",
@@ -94,18 +98,19 @@ TESTS = {
     "kernels/triton_lstm/autotune": "tuning",
     "kernels/triton_lstm/binary": "first_call compile",
     "kernels/triton_lstm/compile": "main compile",
-    "kernels/triton_lstm/cooperative": f"planning {TOGETHER}",
-    "kernels/triton_lstm/exchange": f"concurrent_interpreter exchange_ptx {NUMBERS} {TOGETHER}",
+    "kernels/triton_lstm/cooperative": f"planning first_call {TOGETHER}",
+    "kernels/triton_lstm/exchange": f"{NUMBERS} {TOGETHER}",
     "kernels/triton_lstm/families": "planning first_call",
     "kernels/triton_lstm/giving_up": "giving_up",
     "kernels/triton_lstm/launch": "first_call tuning layer side_by_side giving_up extremes",
+    "kernels/triton_lstm/operands": f"first_call {NUMBERS} {TOGETHER}",
     "kernels/triton_lstm/ordering": "side_by_side",
     "kernels/triton_lstm/plan_cache": "plan_cache tuning",
-    "kernels/triton_lstm/planning": "planning",
-    "kernels/triton_lstm/resident": f"planning {NUMBERS}",
-    "kernels/triton_lstm/step": f"planning {NUMBERS} {SEVERAL}",
+    "kernels/triton_lstm/planning": "planning compile",
+    "kernels/triton_lstm/resident": f"planning first_call {NUMBERS} {ALONE}",
+    "kernels/triton_lstm/step": f"planning first_call {NUMBERS} {SEVERAL}",
     "kernels/triton_lstm/trial": "first_call tuning",
-    "kernels/triton_lstm": f"{NUMBERS} {TOGETHER} {SEVERAL} extremes",
+    "kernels/triton_lstm": f"{NUMBERS} {TOGETHER} {SEVERAL} {ALONE} extremes",
 }
 
 

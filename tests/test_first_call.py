@@ -5,6 +5,7 @@ The driver is stubbed: `trial.load` stands for compiling and loading a kernel.
 
 import dataclasses
 import logging
+import math
 import time
 import warnings
 
@@ -13,8 +14,10 @@ import torch
 
 from gpu_lstm import backends
 from gpu_lstm.backends import Backend, obstacle, select
+from gpu_lstm.kernels.recurrence import Recurrence
 from gpu_lstm.kernels.triton_lstm import binary, launch, trial
 from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.operands import as_words
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
 
 CUDA = torch.device("cuda", 0)
@@ -54,6 +57,106 @@ def test_the_first_plan_that_loads_is_taken_compiled_once_and_kept(card, monkeyp
     assert [plan] == tried == loaded == [expected], "one kernel is compiled once, for one plan"
     assert _choose(monkeypatch, None) == (expected, []), "from the second call on nothing is tried"
     assert _choose(monkeypatch, lambda *_: None, variant=("another",))[1] == [expected], "but other kernels are"
+
+
+def test_each_variant_of_a_kernel_is_tried_for_itself(card, monkeypatch):
+    """What is compiled anew is chosen anew: by direction, card, what is saved, what is given, what there is."""
+    batch, hidden, steps = 3, 8, 4
+    tried, choose = [], launch.choose_plan
+    monkeypatch.setattr(launch, "await_others", lambda plan, device: None)
+    monkeypatch.setattr(launch, "choose_plan", lambda problem, device, *rest: choose(problem, CUDA, *rest))
+    monkeypatch.setattr(launch, "first_that_fits", lambda proposed, *_: tried.append(1) or proposed[-1])
+    monkeypatch.setattr(launch, "launch_kernel", lambda *_, **__: None)
+    gates, h, c = (torch.zeros(steps, batch, n) for n in (4 * hidden, hidden, hidden))
+    plain = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden), h0=h[0], c0=c[0])
+    zoneout = torch.tensor(0.1)
+    recurrences = [plain] + [
+        dataclasses.replace(plain, **change)
+        for change in (
+            dict(reverse=True), dict(lengths=torch.full((batch,), steps)), dict(resets=h[..., 0] > 1),
+            dict(dropout_h=h[0]), dict(zoneout_h=zoneout), dict(zoneout_c=zoneout), dict(precision="tf32"),
+            dict(side_by_side=2), dict(dropout_h=h[0], zoneout_h=zoneout), dict(dropout_h=h[0], zoneout_c=zoneout),
+        )
+    ]  # fmt: skip
+    calls = [
+        *(lambda r=r, save=save: launch.layer_forward(gates, r, save=save)
+          for r in recurrences for save in (True, False)),
+        *(lambda r=r, dh=dh, dh_n=dh_n: launch.layer_backward(dh, dh_n, None, gates, c, r)
+          for r in recurrences for dh, dh_n in ((h, h[0]), (h, None), (None, h[0]))),
+    ]  # fmt: skip
+    for number, call in enumerate(calls, start=1):
+        for _ in range(2):
+            call()
+            assert len(tried) == number
+    for device, backward in ((CUDA, False), (CUDA, True), (torch.device("cuda", 1), False)):
+        before = len(tried)
+        choose(dataclasses.replace(PROBLEM, batch=9), device, backward, (), None)
+        assert len(tried) == before + 1
+
+
+def test_while_a_graph_is_captured_nothing_is_checked_and_nothing_is_kept(card, monkeypatch):
+    """A check's work would become part of the graph; and what was not checked must not be taken for trusted later."""
+    asked = []
+    monkeypatch.setattr(trial, "load", lambda *_: None)
+
+    def choose():
+        return launch.choose_plan(
+            PROBLEM, CUDA, False, (), lambda plan, launch_kernel: None, lambda plan: asked.append(plan)
+        )
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose() == plans(PROBLEM, H100, False)[0]
+    assert launch._chosen == {}
+    assert asked == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    choose()
+    assert asked == plans(PROBLEM, H100, False)[:1]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("family", Family)
+def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
+    """Its warps, stages, registers, programs; and cooperatively wherever programs wait for each other."""
+    batch, hidden, steps = 40, 64, 4
+    problem = Problem(steps, batch, hidden, torch.float16)
+    plan = next(
+        p for p in plans(dataclasses.replace(problem, hidden=256), H100, backward) if p.family is Family.COOPERATIVE
+    )
+    if family is not Family.COOPERATIVE:
+        plan = next(p for p in plans(problem, H100, backward) if p.family is family)
+    made = []
+    gates, h, c = (torch.zeros(steps, batch, n, dtype=torch.float16) for n in (4 * hidden, hidden, hidden))
+    r = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden).half(), h0=h[0], c0=c[0].float())
+
+    def record(kernel, grid, **arguments):
+        made.append((kernel.__name__, grid, arguments))
+
+    if backward:
+        launch.layer_backward(h, h[0], None, gates, c.float(), r, plan=plan, launch=record)
+    else:
+        launch.layer_forward(gates, r, save=True, plan=plan, launch=record)
+    ((name, grid, arguments),) = made
+    assert name == f"lstm_{family.value}_{'backward' if backward else 'forward'}_kernel"
+    assert math.prod(grid) == plan.programs * plan.groups
+    assert arguments["num_warps"] == plan.num_warps
+    assert arguments["maxnreg"] == plan.registers
+    assert arguments["enable_fp_fusion"] is True
+    assert arguments.get("launch_cooperative_grid", False) is (family is not Family.RESIDENT)
+    if family is Family.STEP:
+        assert arguments["num_stages"] == plan.num_stages
+        assert [arguments[f"BLOCK_{name}"] for name in "BHK"] == [plan.rows, plan.columns, plan.k]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2])
+@pytest.mark.parametrize("width", [6, 7])
+def test_words_of_rows_that_begin_anywhere(offset, width):
+    """Two halves in a word, the lower first, zero where H is odd; also where memory begins in the middle of a word."""
+    x = torch.arange(1, 60, dtype=torch.int16).view(torch.float16)[offset : offset + 4 * width].view(4, width)
+    words = as_words(x)
+    halves = words.view(torch.float16).view(4, -1)
+    assert torch.equal(halves[:, :width], x)
+    assert (halves[:, width:] == 0).all()
+    assert words.shape == (4, -(-width // 2))
 
 
 def test_sequences_of_other_lengths_are_no_other_kind_of_problem(card, monkeypatch):

@@ -84,6 +84,23 @@ def test_what_was_remembered_since_or_forgotten_is_seen_at_once():
     assert plan_cache.remembered(PROBLEM, H100, False) is None
 
 
+@pytest.mark.parametrize("change", ["card", "driver", "torch", "cuDNN", "triton", "gpu_lstm"])
+def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch, change):
+    """Each may change who is faster, or which kernel is right: what was found with another does not count."""
+    facts = {name: "1" for name in ("card", "driver", "torch", "cuDNN", "triton", "gpu_lstm")}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: facts["card"])
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: facts["driver"], raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: facts["cuDNN"])
+    monkeypatch.setattr(remembered, "_version", lambda package: facts[package.replace("-", "_")])
+    keys = []
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "__version__", facts["torch"])
+            keys.append(remembered.machine.__wrapped__(torch.device("cuda", 0)))
+        facts[change] = "2"
+    assert {name for name in facts if keys[0][name] != keys[1][name]} == {change}
+
+
 def _without(field: str) -> str:
     entry = json.loads(_entry())
     del entry["value"][field]

@@ -3,6 +3,7 @@
 Streams, events and launches are stubbed: a program of what waits for what is written down, and looked at.
 """
 
+import collections
 import contextlib
 import json
 
@@ -124,6 +125,103 @@ def test_layers_say_how_many_run_at_once(monkeypatch, options, steps, expected):
     with torch.no_grad():
         gpu_lstm.LSTM(3, 4, backend="triton", **options)(torch.zeros(steps, 1, 3))
     assert set(told) == {expected}
+
+
+class Queue:
+    """A CUDA stream that writes down what it waits for and what work it was given."""
+
+    def __init__(self, name, log) -> None:
+        self.name, self.log, self.device = name, log, CUDA
+
+    def wait_stream(self, other) -> None:
+        self.log.append((self.name, "waits for", other.name))
+
+    def __enter__(self) -> None:
+        self.log.append((self.name, "begins"))
+
+    def __exit__(self, *_) -> None:
+        self.log.append((self.name, "ends"))
+
+
+class Memory:
+    """A tensor that writes down who keeps its memory."""
+
+    def __init__(self, name, log) -> None:
+        self.name, self.log = name, log
+
+    def record_stream(self, stream) -> None:
+        self.log.append((stream.name, "reads", self.name))
+
+
+def test_a_stream_waits_before_it_reads_and_holds_what_it_reads(monkeypatch):
+    log = []
+    main, below, above = (Queue(name, log) for name in ("main", "below", "above"))
+    x, h = Memory("x", log), Memory("h", log)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    with streams.on(below, None, [x]):
+        pass
+    with streams.on(above, below, [x, h]):
+        pass
+    with streams.on(None, None, [x]):  # as on the CPU
+        pass
+    streams.join((below, None, above), [h])
+    assert log == [
+        ("below", "waits for", "main"), ("below", "reads", "x"), ("below", "begins"), ("below", "ends"),
+        ("above", "waits for", "below"), ("above", "reads", "x"), ("above", "reads", "h"),
+        ("above", "begins"), ("above", "ends"),
+        ("main", "waits for", "below"), ("main", "reads", "h"), ("main", "waits for", "above"), ("main", "reads", "h"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [dict(num_layers=3, dropout=0.5), dict(bidirectional=True)], ids=str)
+def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options):
+    """As if the CPU had streams: whatever one of them reads was made on it, is waited for, and is held for it."""
+    names: list[str] = []
+    made_on: dict[int, str] = {}  # by address
+    waited: dict[str, set] = {"caller": set()}  # whose work a stream has waited for
+    current = ["caller"]
+
+    @contextlib.contextmanager
+    def on(stream, after, reads):
+        waited.setdefault(stream, set()).update({after or "caller"} | waited[after or "caller"])
+        current.append(stream)
+        held[stream].update(t.data_ptr() for t in reads)
+        yield
+        current.pop()
+
+    def join(joined, results):
+        assert list(joined) == names
+        waited["caller"].update(joined)
+        held["caller"].update(t.data_ptr() for t in results)
+
+    def layer(x, state, weights, traversal, backend, noise, recompute, side_by_side):
+        for tensor in (x, *state):
+            source = made_on.get(tensor.data_ptr(), "caller")
+            assert source == current[-1] or source in waited[current[-1]]
+            assert source == current[-1] or tensor.data_ptr() in held[current[-1]] or tensor._base is not None
+        found = x.new_zeros(*x.shape[:2], state[0].shape[1]), tuple(torch.zeros_like(t) for t in state)
+        for tensor in (found[0], *found[1]):
+            made_on[tensor.data_ptr()] = current[-1]
+            alive.append(tensor)
+        return found
+
+    def for_work_on(x, count):
+        names.extend(f"stream {k}" for k in range(count))
+        return tuple(names)
+
+    held = collections.defaultdict(set)
+    alive: list[torch.Tensor] = []  # so that no address is given twice
+    monkeypatch.setattr(streams, "for_work_on", for_work_on)
+    monkeypatch.setattr(streams, "on", on)
+    monkeypatch.setattr(streams, "join", join)
+    monkeypatch.setattr(fused, "layer", layer)
+    lstm = gpu_lstm.LSTM(3, 4, backend="triton", **options)
+    lstm(torch.zeros(200, 2, 3))
+    assert len(names) == max(lstm.num_layers, 1 + lstm.bidirectional)
+    assert waited["caller"] == set(names)
+    finals = [tensor.data_ptr() for tensor in alive if tensor.dim() == 2][-2 * len(names) :]
+    assert set(finals) <= held["caller"]
 
 
 def test_backward_is_told_what_forward_was(monkeypatch):

@@ -140,7 +140,8 @@ def test_a_verdict_is_remembered_for_one_kernel_only(monkeypatch):
         (dataclasses.replace(plan, columns=32), r, {}), (plan, _recurrence(torch.float16), {}),
         (plan, _recurrence(ragged=True), {}), (plan, _recurrence(reverse=True), {}),
         (plan, _recurrence(projected=5), {}), (plan, _recurrence(noise="masks"), {}),
-        (plan, _recurrence(noise="expected"), {}),
+        (plan, _recurrence(noise="expected"), {}), (plan, dataclasses.replace(r, precision="tf32"), {}),
+        (plan, _recurrence(projected=6), {}),
     ]  # fmt: skip
     for number, (other, like, options) in enumerate(others, start=2):
         trust.distrust(other, like, **options)
