@@ -145,7 +145,8 @@ def of_constructors():
         )
     for value in (4, {4, 5}, "44", None, {4: 1}, 4.0, (size for size in (4, 5))):
         text = f"^hidden_sizes should be a sequence of ints, got: {type(value).__name__}$"
-        yield f"StackedLSTM hidden_sizes={value}", TypeError, text, lambda m, v=value: gpu_lstm.StackedLSTM(3, v)
+        name = f"StackedLSTM hidden_sizes a {type(value).__name__}"
+        yield name, TypeError, text, lambda m, v=value: gpu_lstm.StackedLSTM(3, v)
     for value, error, text in (
         ([], ValueError, "^hidden_sizes must have at least one layer$"),
         ([4, 0], ValueError, "^hidden_size must be greater than zero$"),
