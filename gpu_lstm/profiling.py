@@ -1,14 +1,19 @@
 """What profilers see of a layer: its name in torch.profiler, and its operations in FlopCounterMode."""
 
 import contextlib
-import importlib.util
+import sys
 from functools import partial
+from importlib.machinery import ModuleSpec, PathFinder
 from math import prod
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.autograd.profiler as profiler
 
 from .backends import Backend
+
+_COUNTER = "torch.utils.flop_counter"
 
 
 def named(layer: int, direction: int | None, run: partial | None) -> contextlib.AbstractContextManager:
@@ -41,12 +46,37 @@ def backward_flops(dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, *others, **op
 
 
 def register_flops() -> None:
-    """Have FlopCounterMode know the operators, if it can be imported: without Triton it warns, and no kernel runs."""
-    if importlib.util.find_spec("triton") is None:
-        return
-    try:
-        from torch.utils.flop_counter import register_flop_formula
-    except Exception:  # from a Triton that is broken: whoever wants to count is told, all others need not know
-        return
-    register_flop_formula(torch.ops.gpu_lstm.layer_forward)(forward_flops)
-    register_flop_formula(torch.ops.gpu_lstm.layer_backward)(backward_flops)
+    """Have FlopCounterMode know the operators: now, if its module is there, else as soon as somebody imports it.
+
+    Imported here it would bring Triton along, a quarter of a second, for those who count nothing.
+    """
+    sys.meta_path[:] = [
+        finder for finder in sys.meta_path if getattr(finder, "__name__", "") != _CounterFinder.__name__
+    ]
+    if _COUNTER in sys.modules:
+        _register(sys.modules[_COUNTER])
+    else:
+        sys.meta_path.insert(0, _CounterFinder)
+
+
+def _register(counter: ModuleType) -> None:
+    counter.register_flop_formula(torch.ops.gpu_lstm.layer_forward)(forward_flops)
+    counter.register_flop_formula(torch.ops.gpu_lstm.layer_backward)(backward_flops)
+
+
+class _CounterFinder:
+    """Finds torch's counter where it is, and sees to it that the operators are registered once it is imported."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name == _COUNTER else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register(module)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec

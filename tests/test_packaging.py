@@ -164,6 +164,66 @@ def test_a_broken_triton_is_not_imported_and_the_compiler_neither(tmp_path):
     )  # fmt: skip
 
 
+def test_importing_it_is_cheap_and_writes_nothing():
+    """Beyond torch: at most 0.2 s of a core, no Triton, no compiler, no file but what Python reads."""
+    code = """
+        import sys, time
+        import torch
+        before, touched = set(sys.modules), []
+
+        def audit(event, arguments):
+            if event == "os.listdir":
+                pass  # as Python itself looks for modules
+            elif event.startswith(("os.", "tempfile.", "shutil.", "subprocess.", "socket.")):
+                touched.append(event)
+            elif event == "open" and not str(arguments[0]).endswith((".py", ".pyc")):
+                touched.append(arguments[0])
+
+        sys.addaudithook(audit)
+        start = time.process_time()
+        import gpu_lstm
+        seconds = time.process_time() - start
+        new = set(sys.modules) - before
+        heavy = {"triton", "sympy", "cupy", "keras", "matplotlib", "torch._dynamo", "torch._inductor"} & new
+        print(seconds < 0.2 or seconds, touched, heavy)
+    """
+    assert (
+        says(sys.executable, code, env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}) == "True [] set()\n"
+    )
+
+
+def test_packages_that_are_broken_in_any_way_stop_nobody(tmp_path):
+    """Neither the import, nor auto, nor the doctor, who says what is broken."""
+    for name in ("triton", "cupy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(
+            "import builtins, os\nraise getattr(builtins, os.environ['BROKEN'])('broken here')\n"
+        )
+    code = """
+        import contextlib, io, os, warnings
+        import torch, gpu_lstm
+        from gpu_lstm import backends
+        from gpu_lstm.__main__ import main
+
+        for error in ("OSError", "RuntimeError", "AttributeError", "SyntaxError", "KeyError", "ImportError"):
+            os.environ["BROKEN"] = error
+            for cached in (backends.triton_import_problem, backends.cupy_import_problem, backends._say_once):
+                cached.cache_clear()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                assert backends.select(None, torch.device("cuda"), torch.float32) is backends.Backend.TORCH
+            assert len(caught) == (0 if error == "ImportError" else 2), caught
+            gpu_lstm.LSTM(3, 4)(torch.randn(5, 2, 3))
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                assert main(["doctor"]) == 0
+            lines = [line for line in printed.getvalue().splitlines() if "broken here" in line]
+            print(error, *(any(name in line for line in lines) for name in ("'triton' needs", "'cupy' needs")))
+    """
+    printed = says(sys.executable, code, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}).splitlines()
+    assert len(printed) == 6
+    assert all(line.endswith(" True True") for line in printed), printed
+
+
 def test_a_constant_for_the_compiler_is_marked_as_torch_marks_it():
     def ours():
         pass
