@@ -75,3 +75,13 @@ def test_devices_do_not_share_words_and_kernels_stand_16_bytes_apart():
 def test_nothing_is_imported_in_order_to_check():
     script = "import sys, gpu_lstm; gpu_lstm.check(); assert 'gpu_lstm.kernels.triton_lstm' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_check_waits_for_every_cuda_device_before_it_looks(monkeypatch):
+    """What a launch writes that still runs is seen: the word is read after the device is done."""
+    cuda = torch.device("cuda", 1)
+    word = torch.zeros(len(giving_up.KERNELS), giving_up.APART, dtype=torch.int32)
+    monkeypatch.setattr(giving_up, "_words", {cuda: word})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: word[0, 0].fill_(3 if device == cuda else 0))
+    with pytest.raises(RuntimeError, match=r"gave up at step 2 on cuda:1"):
+        gpu_lstm.check()

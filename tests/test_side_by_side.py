@@ -5,13 +5,15 @@ Streams, events and launches are stubbed: a program of what waits for what is wr
 
 import collections
 import contextlib
+import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import gpu_lstm
-from gpu_lstm import fused, streams
+from gpu_lstm import chunks, fused, streams
 from gpu_lstm.__main__ import main
 from gpu_lstm.kernels.recurrence import Recurrence
 from gpu_lstm.kernels.triton_lstm import launch, ordering
@@ -174,7 +176,47 @@ def test_a_stream_waits_before_it_reads_and_holds_what_it_reads(monkeypatch):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [dict(num_layers=3, dropout=0.5), dict(bidirectional=True)], ids=str)
+def test_streams_are_taken_where_they_help_and_never_into_a_graph(monkeypatch):
+    """The same ones at every call; none while a graph is captured or compiled, where they would become part of it."""
+    state = {"capturing": False, "compiling": False}
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: state["compiling"])
+    monkeypatch.setattr(streams, "_streams", functools.cache(streams._streams.__wrapped__))
+    x = SimpleNamespace(is_cuda=True, device=CUDA)
+    taken = streams.for_work_on(x, 3)
+    assert len(set(taken)) == 3
+    assert None not in taken
+    assert streams.for_work_on(x, 3) == taken
+    assert streams.for_work_on(x, 1) == (None,)
+    assert streams.for_work_on(torch.zeros(1), 2) == (None, None)
+    for why in state:
+        state[why] = True
+        assert streams.for_work_on(x, 3) == (None,) * 3
+        state[why] = False
+
+
+@pytest.mark.parametrize(
+    ("steps", "workspace", "length"),
+    [(127, 1 << 30, 127), (128, 1 << 30, 64), (512, 1 << 30, 64), (1000, 1 << 30, 125), (1000, 20 * 2 * 16 * 4, 20)],
+)
+def test_chunks_of_layers_side_by_side(monkeypatch, steps, workspace, length):
+    """An eighth of the sequence, though no fewer than 64 steps, and no more than the workspace holds."""
+    monkeypatch.setattr(streams, "for_work_on", lambda x, count: (object(),) * count)
+    monkeypatch.setattr(chunks, "WORKSPACE", workspace)
+    with torch.no_grad():
+        schedule = chunks.schedule(torch.zeros(steps, 2, 3), gpu_lstm.LSTM(3, 4, 2)._weights(), False)
+    assert schedule.side_by_side == (1 if steps < 128 else 2)
+    if length == steps:
+        assert schedule.spans == [None]
+    else:
+        starts = range(0, steps, length)
+        assert schedule.spans == [slice(start, min(start + length, steps)) for start in starts]
+
+
+@pytest.mark.parametrize(
+    "options", [dict(num_layers=3), dict(num_layers=3, dropout=0.5), dict(bidirectional=True)], ids=str
+)
 def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options):
     """As if the CPU had streams: whatever one of them reads was made on it, is waited for, and is held for it."""
     names: list[str] = []
@@ -199,7 +241,7 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
         for tensor in (x, *state):
             source = made_on.get(tensor.data_ptr(), "caller")
             assert source == current[-1] or source in waited[current[-1]]
-            assert source == current[-1] or tensor.data_ptr() in held[current[-1]] or tensor._base is not None
+            assert source == current[-1] or tensor.data_ptr() in held[current[-1]]
         found = x.new_zeros(*x.shape[:2], state[0].shape[1]), tuple(torch.zeros_like(t) for t in state)
         for tensor in (found[0], *found[1]):
             made_on[tensor.data_ptr()] = current[-1]
