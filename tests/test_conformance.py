@@ -160,7 +160,7 @@ def test_what_must_raise(backend, name):
     """The infos' own wrong calls: class and text of the error are those that torch's are held to."""
     info, place = INFOS[name], PLACES[backend]
     inputs = info.module_error_inputs_func(info, requires_grad=False, training=True, **place)
-    assert len(inputs) > 3
+    assert len(inputs) >= 2
     for wrong in inputs:
         built = wrong.module_error_input.constructor_input
         options = {k: v for k, v in built.kwargs.items() if k not in ("device", "dtype")}

@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from comparing import BACKENDS, PLACES
+from comparing import BACKENDS, PLACES, assert_same
 from torch import Tensor, zeros
 from torch.nn.functional import pad
 from triton.runtime import interpreter
@@ -68,6 +68,94 @@ def test_a_stream_and_a_cell_of_none(backend):
     assert stream(zeros(T, 0, I, **place)).shape == (T, 0, H)
     h, c = gpu_lstm.LSTMCell(I, H, backend=backend, **place)(zeros(0, I, **place))
     assert h.shape == c.shape == (0, H)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_of_none_what_goes_round_a_call(backend):
+    """Trace, explain, a graph, gradients of gradients, and a StackedLSTM's stream."""
+    place = PLACES[backend]
+    lstm, x = gpu_lstm.LSTM(I, H, backend=backend, **place), zeros(T, 0, I, **place, requires_grad=True)
+    assert gpu_lstm.trace(lstm, x).layers[0][0].cell.shape == (T, 0, H)
+    assert "B = 0" in str(gpu_lstm.explain(lstm, x))
+    y, _ = torch.compile(lstm, backend="aot_eager", fullgraph=True)(x)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+    (dx,) = torch.autograd.grad(lstm(x)[0].square().sum(), x, create_graph=True)
+    assert torch.autograd.grad(dx.sum(), lstm.weight_hh_l0)[0].eq(0).all()
+    stream = gpu_lstm.Stream(gpu_lstm.StackedLSTM(I, [H, 5], backend=backend, **place), batch=0)
+    assert stream(zeros(T, 0, I, **place)).shape == (T, 0, 5)
+    stream.reset(zeros(0, dtype=torch.bool, device=place["device"]))
+    assert stream(zeros(0, I, **place)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("hidden", [1, 2, 65, pytest.param(513, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("exact_float32_products")
+def test_any_number_of_units(backend, hidden):
+    torch.manual_seed(0)
+    theirs, ours = torch.nn.LSTM(2, hidden, dtype=torch.float64), gpu_lstm.LSTM(2, hidden, backend=backend)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())  # numbers that both dtypes have
+    ours.to(**PLACES[backend])
+    x = torch.randn(2, 1, 2)
+    results = []
+    for module in (ours, theirs):
+        given = x.to(next(module.parameters())).requires_grad_()
+        y, (_, c) = module(given)
+        gradients = torch.autograd.grad(y.sum() + c.sum(), [given, *module.parameters()])
+        results.append(dict(enumerate([y.detach(), c.detach(), *gradients])))
+    assert_same(*results, backend)
+
+
+IN_PLACE = {"output": 0, "h_n": 1, "c_n": 2, "input": 3, "lengths": 4, "weight": 5}
+
+
+@pytest.mark.parametrize("changed", IN_PLACE)
+@pytest.mark.parametrize("ragged", [False, True], ids=["plain", "ragged"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(backend, ragged, changed):
+    """torch raises where backward needs what was there. Where it does not, gradients are right."""
+    place = PLACES[backend]
+    torch.manual_seed(0)
+    lstm, x = gpu_lstm.LSTM(I, H, 2, backend=backend, **place), torch.randn(T, 2, I, **place)
+    lengths = torch.tensor([T, 1], device=place["device"]) if ragged else None
+    wanted = [p for name, p in lstm.named_parameters() if name != "weight_ih_l1"]  # that one is changed
+
+    def gradients(change):
+        given, its_lengths = x.clone(), None if lengths is None else lengths.clone()
+        y, (h, c) = lstm(given, lengths=its_lengths)
+        results = change(y, h, c, given, its_lengths, lstm.weight_ih_l1)
+        return torch.autograd.grad(sum(t.square().sum() for t in results[:3]), wanted)
+
+    def in_place(*tensors):
+        tensor = tensors[IN_PLACE[changed]]
+        if tensor is not None:
+            with torch.set_grad_enabled(IN_PLACE[changed] < 3):  # a change of a result is part of the graph
+                tensor.mul_(2)
+        return tensors
+
+    def apart(*tensors):
+        k = IN_PLACE[changed]
+        return [*tensors[:k], 2 * tensors[k], *tensors[k + 1 :]] if k < 3 else tensors
+
+    expected = gradients(apart)
+    try:
+        found, refusal = gradients(in_place), None
+    except RuntimeError as error:
+        refusal = str(error)
+    if refusal is None:
+        torch.testing.assert_close(found, expected)
+    else:
+        assert "modified by an inplace operation" in refusal
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_may_be_changed_in_place_where_nothing_goes_back(backend):
+    place = PLACES[backend]
+    lstm = gpu_lstm.LSTM(I, H, backend=backend, **place)
+    y, (h, c) = lstm(zeros(T, 2, I, **place))
+    for result in (y, h, c):
+        before = result.detach().clone()
+        torch.testing.assert_close(result.add_(1).detach(), before + 1)
 
 
 NO_STEPS = {
