@@ -391,7 +391,9 @@ def _answers(jobs: list, snapshot: Path, workers: int, what: str) -> Iterator[tu
     try:
         with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()) as progress:
             for _ in progress.track(jobs, description=what):
-                yield answered.get()
+                while answered.empty() and any(process.is_alive() for process in processes):
+                    time.sleep(0.1)
+                yield answered.get(timeout=10)  # queue.Empty: all workers have died
     except BaseException:  # a failure without a fault, or Control-C
         for process in processes:
             process.terminate()
