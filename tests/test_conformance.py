@@ -25,6 +25,9 @@ import gpu_lstm
 pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
+# Importing that forbids every test of this process to set torch.backends' flags.
+torch.backends.__allow_nonbracketed_mutation_flag = True
+
 pytestmark = [pytest.mark.usefixtures("exact_float32_products"), pytest.mark.filterwarnings("ignore:LSTM with proj")]
 
 INFOS = {info.name: info for info in module_db if info.name in ("nn.LSTM", "nn.LSTMCell")}
