@@ -26,7 +26,8 @@ pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 # Importing that forbids every test of this process to set torch.backends' flags.
-torch.backends.__allow_nonbracketed_mutation_flag = True
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+assert not torch.backends.flags_frozen()
 
 pytestmark = [pytest.mark.usefixtures("exact_float32_products"), pytest.mark.filterwarnings("ignore:LSTM with proj")]
 
