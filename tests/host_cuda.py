@@ -16,7 +16,10 @@ from gpu_lstm.kernels.cupy_lstm.planning import Plan
 from gpu_lstm.kernels.cupy_lstm.source import ELEMENTS, SOURCE, in_order, kernels_of, name_expression
 
 HEADER = Path(__file__).with_name("host_cuda.h")
-FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-pthread", "-w")
+FLAGS = (
+    "-std=c++20", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-pthread", "-w",
+    "-fsanitize=bounds", "-fno-sanitize-recover=bounds",  # a thread's own arrays: what is past their end is not NaN
+)  # fmt: skip
 
 
 def library(source: str, *dtypes: torch.dtype) -> ctypes.CDLL:

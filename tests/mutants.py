@@ -314,7 +314,11 @@ class Worker:
         Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)  # which is known by second and size
 
     def first_failure(self, test: str, seconds: float) -> str:
-        """The first failure of a test file, its name if it names none, "time" if it takes too long, else nothing."""
+        """The first failure of a test file, "time" if it takes too long, a signal if it crashes; else nothing.
+
+        Raises:
+            RuntimeError: pytest failed without a failing test: nobody was asked, and nothing is known.
+        """
         log = self.tree / "out.log"
         child = os.fork()
         if child == 0:
@@ -324,7 +328,11 @@ class Worker:
             os.chdir(self.tree)
             name, _, only = test.partition("::")
             where = f"tests/test_{name}.py" + (f"::{only}" if only else "")
-            os._exit(pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--tb=line", where]))
+            code = pytest.ExitCode.INTERNAL_ERROR
+            try:  # and never back into the worker, whatever happens
+                code = pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--tb=line", where])
+            finally:
+                os._exit(code)
         deadline = time.monotonic() + seconds
         try:
             while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
@@ -336,8 +344,13 @@ class Worker:
                 os.killpg(child, signal.SIGKILL)
         if ended[1] == 0:
             return ""
-        failed = re.search(r"^(?:FAILED|ERROR) tests/test_(.*?)(?: - .*)?$", log.read_text(errors="replace"), re.M)
-        return failed.group(1) if failed else test
+        text = log.read_text(errors="replace")
+        failed = re.search(r"^(?:FAILED|ERROR) tests/test_(.*?)(?: - .*)?$", text, re.M)
+        if failed:
+            return failed.group(1)
+        if os.WIFSIGNALED(ended[1]):
+            return f"{test}, killed by {signal.Signals(os.WTERMSIG(ended[1])).name}"
+        raise RuntimeError(f"{test} could not be asked:\n{text[-2000:]}")  # as where a package is missing, say
 
 
 def _work(snapshot: Path, asked, answered) -> None:

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import mutants
+import pytest
 from mutants import ROOT, Mutant, all_mutants, of_cuda, of_python, sample
 
 SOURCE = b'''
@@ -97,3 +98,30 @@ def test_what_is_asked_of_a_file_is_noted_for_these_tests_only(tmp_path):
 
 def test_a_fault_is_named_in_one_line():
     assert Mutant("a.py", 3, 4, "constant", 0, "f(\n  1)", "f(2)").name == "a.py:3:4: f( 1)  ->  f(2)"
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("def test_it():\n    pass\n", ""),
+        ("def test_it():\n    assert False\n", "a.py::test_it"),
+        ("import nothing_of_this_name\n", "a.py"),
+        ("import os\n\ndef test_it():\n    os.abort()\n", "a, killed by SIGABRT"),
+        ("import time\n\ndef test_it():\n    time.sleep(60)\n", "time"),
+        ("", None),
+    ],
+    ids=["passes", "fails", "cannot be imported", "crashes", "takes too long", "has no test"],
+)
+def test_a_failure_is_a_test_that_fails_and_nothing_else(tmp_path, capfd, body, found):
+    """Where nobody could be asked nothing was caught."""
+    worker = object.__new__(mutants.Worker)
+    worker.tree = tmp_path
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text(body)
+    seconds = 2 if found == "time" else 60
+    with capfd.disabled():  # a fork's output goes where the fork sends it
+        if found is None:
+            with pytest.raises(RuntimeError, match="a could not be asked"):
+                worker.first_failure("a", seconds)
+        else:
+            assert worker.first_failure("a", seconds) == found
