@@ -16,7 +16,8 @@ import gpu_lstm
 from gpu_lstm import chunks, fused, streams
 from gpu_lstm.__main__ import main
 from gpu_lstm.kernels.recurrence import Recurrence
-from gpu_lstm.kernels.triton_lstm import launch, ordering
+from gpu_lstm.kernels import ordering
+from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.families import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
 
@@ -47,7 +48,7 @@ def queued(monkeypatch):
         assert plan.family is Family.COOPERATIVE
         assert plan.side_by_side == side_by_side
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-        ordering.await_others(plan, CUDA)
+        ordering.await_others(plan.side_by_side, CUDA)
         before = set(stream.done)
         number = len(launched) + 1
         launched.append(number)

@@ -35,7 +35,7 @@ from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backwa
 from .exchange import PATIENCE, collect, in_phase, pack, publish
 from .features import OPTIONS
 from .fragments import SEQUENCES, load_weights, product, scale, sequence_in, sum_over_warps, threads
-from .giving_up import error_word
+from ..giving_up import error_word
 from .indexing import (
     cell_before,
     load_gates,
@@ -48,8 +48,8 @@ from .indexing import (
     store_gates,
     time_of,
 )
-from .initial_gradient import initial_hidden_gradient
-from .operands import as_words, transposed_gates
+from ..initial_gradient import initial_hidden_gradient
+from ..operands import as_words, transposed_gates
 from .planning import Device, Family, Launch, Plan, Problem, expected
 
 FILL = -1  # as int32: the word that stands for data which is not there yet, and that `pack` never makes

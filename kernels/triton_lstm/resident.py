@@ -21,8 +21,8 @@ from .cell import activate, cell_backward, cell_forward
 from .features import OPTIONS
 from .fragments import load_weights, product, sequence_in, share, take, threads
 from .indexing import cell_before, load_gates, position, row_before, store_gates
-from .initial_gradient import initial_hidden_gradient
-from .operands import as_words, transposed_gates
+from ..initial_gradient import initial_hidden_gradient
+from ..operands import as_words, transposed_gates
 from .planning import Device, Family, Launch, Plan, Problem, power_of_two
 
 

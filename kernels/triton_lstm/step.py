@@ -18,7 +18,7 @@ from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backward
 from .exchange import PATIENCE, meet
 from .features import MOST_ROWS, OPTIONS
-from .giving_up import error_word
+from ..giving_up import error_word
 from .indexing import (
     cell_before,
     interleaved_gates,
@@ -33,7 +33,7 @@ from .indexing import (
     store_gates,
     time_of,
 )
-from .initial_gradient import initial_hidden_gradient
+from ..initial_gradient import initial_hidden_gradient
 from .planning import Device, Family, Launch, Plan, Problem
 
 

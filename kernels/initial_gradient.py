@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..recurrence import Recurrence
+from .recurrence import Recurrence
 
 
 def initial_hidden_gradient(

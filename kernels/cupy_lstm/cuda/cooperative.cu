@@ -1,0 +1,198 @@
+// All steps in one launch, by blocks that share W_hh and exchange h. Grid (blocks of a group, groups).
+//
+// A group's blocks own UNITS hidden units each; at every step each block takes the h of all units, of 8 sequences, from L2.
+// Groups take the batch tiles of 8 sequences in turn and never wait for each other. All blocks of a launch must be resident
+// at once.
+//
+// forward    A block takes the rows of W_hh of its units' four gates, and publishes h of its units.
+//
+// backward   dh of a unit takes the dgates of all units, four times as wide as h. PARTS blocks own PARTS * UNITS units
+//            together and take W_hh^T of all of these, each for another part of the gates: it reads that part of dgates,
+//            and publishes its partial sums of dh in a second, small exchange. With PARTS = 1 there is none.
+//
+// CHUNKS > 0 keeps the weights in registers and takes products on tensor cores (sm_80 and newer); 0 reads them every step.
+//
+// W words make a row of H elements, at 16 bytes: W is a multiple of 4, and what is beyond H is zero.
+
+// The thread's cell: unit `unit` of the block's, of sequence `sequence` of a batch tile. UNITS is even, so that
+// neighbours in a word are neighbours in a warp.
+template <int UNITS>
+struct Own {
+    const int unit = threadIdx.x % UNITS, sequence = threadIdx.x / UNITS % SEQUENCES;
+    const bool cell = threadIdx.x < UNITS * SEQUENCES;
+};
+
+template <typename E, int UNITS, int WARPS, int CHUNKS>
+__global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
+    E* gates,                 // [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, where c is given: activated gates
+    const unsigned* weights,  // [4H, W] W_hh
+    unsigned* h,              // [T*B + B, W] out and the exchange, filled beforehand; then h0
+    E* h_n,                   // [B, H] out, of sequences that have a step
+    float* c,                 // [T*B, H] out, or null
+    float* c_n,               // [B, H] in: c0; out
+    const int* lengths,       // [B] or null
+    const bool* resets,       // [T*B] or null
+    int* error,               // [1]
+    int T, int B, int H, int W, bool reverse) {
+    using Rows = Product<E, 4 * UNITS, WARPS, CHUNKS>;  // pairs are the gates i and f, then g and o, of a unit
+    const Own<UNITS> own;
+    const int first_unit = blockIdx.x * UNITS, unit = first_unit + own.unit;
+    const bool has_cell = own.cell && unit < H;
+
+    // Load W_hh, once.
+    const auto row_of_weights = [&](int pair, int half) {
+        const int unit = first_unit + pair % UNITS, gate = 2 * (pair / UNITS) + half;
+        return unit < H ? weights + static_cast<long long>(gate * H + unit) * W : nullptr;
+    };
+    const Rows product(row_of_weights, W);
+
+    int turn = 0;
+    for (int step = 0; step < T; ++step)
+        for (int tile = blockIdx.y * SEQUENCES; tile < B; tile += gridDim.y * SEQUENCES, turn ^= 1) {
+            // Load, before waiting: h of the step before, and what belongs to the thread's cell.
+            const int of_column = tile + product.lane.column, length = length_of(lengths, of_column, T, B);
+            const int time_before = step == 0 ? T : time_of(step - 1, length, reverse);
+            typename Rows::Words h_prev(h + row_of(time_before, of_column, B) * W + product.lane.first_word,
+                                        of_column < B ? W - product.lane.first_word : 0);
+            const int batch = tile + own.sequence;
+            const Position at(step, batch, length_of(lengths, batch, T, B), resets, B, reverse);
+            const bool valid = has_cell && at.valid, in_batch = has_cell && batch < B;
+            const long long state_at = static_cast<long long>(batch) * H + unit;
+            E* const my_gates = gates + at.row * 4 * H + unit;
+            float z[GATES];
+#pragma unroll
+            for (int gate = I; gate < GATES; ++gate) z[gate] = to_float(load_if(valid, my_gates + gate * H));
+            const float c_prev = load_if(has_cell && at.continues, c_n + state_at);
+
+            // Product.
+            product.multiply(h_prev, turn, {error, step});
+            const float2 z_if = Rows::sum(own.unit, own.sequence, turn);
+            const float2 z_go = Rows::sum(UNITS + own.unit, own.sequence, turn);
+
+            // Gates and cell.
+            z[I] += at.continues ? z_if.x : 0.0f, z[F] += at.continues ? z_if.y : 0.0f;
+            z[G] += at.continues ? z_go.x : 0.0f, z[O] += at.continues ? z_go.y : 0.0f;
+            const Cell cell = Cell::forward(z[I], z[F], z[G], z[O], c_prev);
+            const float h_next = valid ? cell.m : 0.0f;
+
+            // Publish, before anything else is stored. Padding gets zeros.
+            const unsigned word = pack<E>(h_next);
+            store_relaxed_if(in_batch && unit % PER_WORD<E> == 0, h + at.row * W + unit / PER_WORD<E>, word);
+
+            // Store.
+            E rounded;
+            round_to(rounded, h_next);
+            store_if(valid && at.last, h_n + state_at, rounded);
+            store_if(valid, c_n + state_at, cell.c);
+            if (c != nullptr) {
+                store_if(in_batch, c + at.row * H + unit, valid ? cell.c : 0.0f);
+                const float activated[GATES] = {cell.i, cell.f, cell.g, cell.o};
+#pragma unroll
+                for (int gate = I; gate < GATES; ++gate) {
+                    round_to(rounded, activated[gate]);
+                    store_if(valid, my_gates + gate * H, rounded);
+                }
+            }
+        }
+}
+
+template <typename E, int UNITS, int WARPS, int CHUNKS, int PARTS>
+__global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
+    const E* dh,              // [T*B, H] or null
+    const E* dh_n,            // [B, H] or null
+    const E* gates,           // [T*B, 4H] activated
+    const float* c,           // [T*B, H]
+    const float* c0,          // [B, H]
+    const unsigned* weights,  // [PARTS, H, 4 / PARTS * W] W_hh^T, of each part's gates
+    unsigned* dgates,         // [T*B, 4, W] out and the exchange, filled beforehand
+    unsigned* partials,       // [B, PARTS, H] floats, the second exchange, filled beforehand: phase 1; null if PARTS is 1
+    float* dc,                // [B, H] in: dc_n; out: dc0
+    const int* lengths,       // [B] or null
+    const bool* resets,       // [T*B] or null
+    int* error,               // [1]
+    int T, int B, int H, int W, bool reverse) {
+    constexpr int ROWS = PARTS * UNITS;  // pairs are the units n and n + ROWS / 2
+    using Rows = Product<E, ROWS, WARPS, CHUNKS>;
+    const Own<UNITS> own;
+    const int part = blockIdx.x % PARTS, K = 4 / PARTS * W;
+    const int first_row = blockIdx.x / PARTS * ROWS, unit = first_row + part * UNITS + own.unit;
+    const bool has_cell = own.cell && unit < H;
+
+    // Load W_hh^T, once.
+    const auto row_of_weights = [&](int pair, int half) {
+        const int unit = first_row + pair + half * (ROWS / 2);
+        return unit < H ? weights + (static_cast<long long>(part) * H + unit) * K : nullptr;
+    };
+    const Rows product(row_of_weights, K);
+
+    int turn = 0;
+    for (int step = T - 1; step >= 0; --step)
+        for (int tile = blockIdx.y * SEQUENCES; tile < B; tile += gridDim.y * SEQUENCES, turn ^= 1) {
+            // Load, before waiting: dgates of the step after, and what belongs to the thread's cell. Padding and what a
+            // reset cuts off is waited for, too, so that nobody publishes partial sums over others still waited for.
+            const int of_column = tile + product.lane.column;
+            const int time_after = time_of(step + 1, length_of(lengths, of_column, T, B), reverse);
+            const unsigned* const first = dgates + (row_of(time_after, of_column, B) * 4 + 4 / PARTS * part) * W;
+            typename Rows::Words dz(first + product.lane.first_word,
+                                    step < T - 1 && of_column < B ? K - product.lane.first_word : 0);
+            const int batch = tile + own.sequence, length = length_of(lengths, batch, T, B);
+            const Position at(step, batch, length, resets, B, reverse);
+            const Position next(step + 1, batch, length, resets, B, reverse);
+            const bool valid = has_cell && at.valid, in_batch = has_cell && batch < B;
+            const long long state_at = static_cast<long long>(batch) * H + unit;
+            const long long output_at = at.row * H + unit;
+            const E* const my_gates = gates + at.row * 4 * H + unit;
+            const Cell cell = {to_float(load_if(valid, my_gates + I * H)), to_float(load_if(valid, my_gates + F * H)),
+                               to_float(load_if(valid, my_gates + G * H)), to_float(load_if(valid, my_gates + O * H)),
+                               load_if(valid, c + output_at)};
+            const float c_prev = load_if(has_cell && at.continues, (step == 0 ? c0 : c) + at.row_prev * H + unit);
+            const float dc_next = load_if(valid, dc + state_at);
+            float dm = 0.0f;
+            if (dh != nullptr) dm += to_float(load_if(valid, dh + output_at));
+            if (dh_n != nullptr) dm += to_float(load_if(valid && at.last, dh_n + state_at));
+
+            // Product.
+            product.multiply(dz, turn, {error, step});
+
+            // What the step after hands back, for the thread's cell.
+            float handed_back;
+            if (PARTS == 1) {
+                const float2 sums = Rows::sum(own.unit % (ROWS / 2), own.sequence, turn);
+                handed_back = own.unit < ROWS / 2 ? sums.x : sums.y;
+            } else {
+                // Publish the partial sums, and add up all parts in the same order every time.
+                const int phase = (T - 1 - step) % 2;
+#pragma unroll
+                for (int n = 0; n < ROWS / 2 * SEQUENCES; n += 32 * WARPS) {
+                    const int pair = (n + threadIdx.x) % (ROWS / 2), sequence = (n + threadIdx.x) / (ROWS / 2);
+                    const bool wanted = sequence < SEQUENCES && tile + sequence < B;
+                    const float2 sums = Rows::sum(pair, sequence % SEQUENCES, turn);
+                    const int low = first_row + pair, high = low + ROWS / 2;
+                    unsigned* const to = partials + (static_cast<long long>(tile + sequence) * PARTS + part) * H;
+                    store_relaxed_if(wanted && low < H, to + low, in_phase(sums.x, phase));
+                    store_relaxed_if(wanted && high < H, to + high, in_phase(sums.y, phase));
+                }
+                float parts[PARTS];
+                await_phase(parts, partials + static_cast<long long>(batch) * PARTS * H + unit, H,
+                            in_batch, phase, {error, step});
+                handed_back = parts[0];
+#pragma unroll
+                for (int n = 1; n < PARTS; ++n) handed_back += parts[n];
+            }
+            if (next.continues) dm += handed_back;
+
+            // Cell.
+            const Cell::Gradient dz_own = cell.backward(c_prev, dm, dc_next);
+
+            // Publish. In padding every factor was loaded as zero, and so are the gradients.
+            const bool publishes = in_batch && unit % PER_WORD<E> == 0;
+            unsigned* const to = dgates + at.row * 4 * W + unit / PER_WORD<E>;
+            store_relaxed_if(publishes, to + I * W, pack<E>(dz_own.i));
+            store_relaxed_if(publishes, to + F * W, pack<E>(dz_own.f));
+            store_relaxed_if(publishes, to + G * W, pack<E>(dz_own.g));
+            store_relaxed_if(publishes, to + O * W, pack<E>(dz_own.o));
+
+            // Store. Nothing flows back into a state that was zeroed.
+            store_if(valid, dc + state_at, at.continues ? dz_own.c_prev : 0.0f);
+        }
+}
