@@ -223,6 +223,8 @@ inline void round_to(bfloat16& y, float x) {
 inline float exp2_of(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 
+inline float choose(bool yes, float a, float b) { return yes ? a : b; }
+
 template <typename T>
 T load_if(bool yes, const T* from) {
     return yes ? *from : T{};
@@ -244,7 +246,6 @@ inline int load_from_host(const int* from) { return *from != 0 || host::launch->
 inline void store_to_host(int* to, int x) { *to = x; }
 
 inline bool any_of_warp(bool yes) {
-    if (yes) host::launch->look();
     const auto* const slots = host::launch->exchange(0, {yes});
     bool any = false;
     for (int lane = 0; lane < host::WARP; ++lane) any |= slots[lane].words[0] != 0;

@@ -18,7 +18,7 @@ __device__ inline float tanh_of(float x) {
     const float u = x * x;
     const float p = (((-0.005893945f * u + 0.020794617f) * u - 0.053783294f) * u + 0.13331915f) * u - 0.333333f;
     const float far = 1.0f - 2.0f * reciprocal(exp_of(2.0f * fabsf(x)) + 1.0f);
-    return fabsf(x) < 0.6f ? x + x * u * p : copysignf(far, x);
+    return choose(fabsf(x) < 0.6f, x + x * u * p, copysignf(far, x));
 }
 
 // The cell after a step. With a projection m is what W_hr takes.

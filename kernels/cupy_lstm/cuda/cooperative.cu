@@ -40,38 +40,41 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     const bool has_cell = own.cell && unit < H;
 
     // Load W_hh, once.
-    const auto row_of_weights = [&](int pair, int half) {
+    const auto number_of = [=](int pair, int half) {
         const int unit = first_unit + pair % UNITS, gate = 2 * (pair / UNITS) + half;
-        return unit < H ? weights + static_cast<long long>(gate * H + unit) * W : nullptr;
+        return unit < H ? gate * H + unit : -1;
     };
-    const Rows product(row_of_weights, W);
+    const Rows product(weights, number_of, W);
 
     int turn = 0;
     for (int step = 0; step < T; ++step)
         for (int tile = blockIdx.y * SEQUENCES; tile < B; tile += gridDim.y * SEQUENCES, turn ^= 1) {
             // Load, before waiting: h of the step before, and what belongs to the thread's cell.
-            const int of_column = tile + product.lane.column, length = length_of(lengths, of_column, T, B);
-            const int time_before = step == 0 ? T : time_of(step - 1, length, reverse);
+            const int of_column = tile + product.lane.column, batch = tile + own.sequence;
+            const int length_of_column = length_of(lengths, of_column, T, B), length = length_of(lengths, batch, T, B);
+            const int time_before = step == 0 ? T : time_of(step - 1, length_of_column, reverse);
             typename Rows::Words h_prev(h + row_of(time_before, of_column, B) * W + product.lane.first_word,
                                         of_column < B ? W - product.lane.first_word : 0);
-            const int batch = tile + own.sequence;
-            const Position at(step, batch, length_of(lengths, batch, T, B), resets, B, reverse);
+            const Position at(step, batch, length, resets, B, reverse);
             const bool valid = has_cell && at.valid, in_batch = has_cell && batch < B;
             const long long state_at = static_cast<long long>(batch) * H + unit;
             E* const my_gates = gates + at.row * 4 * H + unit;
-            float z[GATES];
+            E gates_x[GATES];
 #pragma unroll
-            for (int gate = I; gate < GATES; ++gate) z[gate] = to_float(load_if(valid, my_gates + gate * H));
+            for (int gate = I; gate < GATES; ++gate) gates_x[gate] = load_if(valid, my_gates + gate * H);
             const float c_prev = load_if(has_cell && at.continues, c_n + state_at);
 
             // Product.
             product.multiply(h_prev, turn, {error, step});
-            const float2 z_if = Rows::sum(own.unit, own.sequence, turn);
-            const float2 z_go = Rows::sum(UNITS + own.unit, own.sequence, turn);
+            if (!own.cell) continue;
 
             // Gates and cell.
-            z[I] += at.continues ? z_if.x : 0.0f, z[F] += at.continues ? z_if.y : 0.0f;
-            z[G] += at.continues ? z_go.x : 0.0f, z[O] += at.continues ? z_go.y : 0.0f;
+            const float2 z_if = Rows::sum(own.unit, own.sequence, turn);
+            const float2 z_go = Rows::sum(UNITS + own.unit, own.sequence, turn);
+            float z[GATES] = {z_if.x, z_if.y, z_go.x, z_go.y};
+#pragma unroll
+            for (int gate = I; gate < GATES; ++gate)
+                z[gate] = to_float(gates_x[gate]) + (at.continues ? z[gate] : 0.0f);
             const Cell cell = Cell::forward(z[I], z[F], z[G], z[O], c_prev);
             const float h_next = valid ? cell.m : 0.0f;
 
@@ -119,37 +122,35 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     const bool has_cell = own.cell && unit < H;
 
     // Load W_hh^T, once.
-    const auto row_of_weights = [&](int pair, int half) {
+    const auto number_of = [=](int pair, int half) {
         const int unit = first_row + pair + half * (ROWS / 2);
-        return unit < H ? weights + (static_cast<long long>(part) * H + unit) * K : nullptr;
+        return unit < H ? part * H + unit : -1;
     };
-    const Rows product(row_of_weights, K);
+    const Rows product(weights, number_of, K);
 
     int turn = 0;
     for (int step = T - 1; step >= 0; --step)
         for (int tile = blockIdx.y * SEQUENCES; tile < B; tile += gridDim.y * SEQUENCES, turn ^= 1) {
             // Load, before waiting: dgates of the step after, and what belongs to the thread's cell. Padding and what a
             // reset cuts off is waited for, too, so that nobody publishes partial sums over others still waited for.
-            const int of_column = tile + product.lane.column;
-            const int time_after = time_of(step + 1, length_of(lengths, of_column, T, B), reverse);
-            const unsigned* const first = dgates + (row_of(time_after, of_column, B) * 4 + 4 / PARTS * part) * W;
-            typename Rows::Words dz(first + product.lane.first_word,
+            const int of_column = tile + product.lane.column, batch = tile + own.sequence;
+            const int length_of_column = length_of(lengths, of_column, T, B), length = length_of(lengths, batch, T, B);
+            const long long row_after = row_of(time_of(step + 1, length_of_column, reverse), of_column, B);
+            typename Rows::Words dz(dgates + (row_after * 4 + 4 / PARTS * part) * W + product.lane.first_word,
                                     step < T - 1 && of_column < B ? K - product.lane.first_word : 0);
-            const int batch = tile + own.sequence, length = length_of(lengths, batch, T, B);
             const Position at(step, batch, length, resets, B, reverse);
             const Position next(step + 1, batch, length, resets, B, reverse);
             const bool valid = has_cell && at.valid, in_batch = has_cell && batch < B;
             const long long state_at = static_cast<long long>(batch) * H + unit;
             const long long output_at = at.row * H + unit;
             const E* const my_gates = gates + at.row * 4 * H + unit;
-            const Cell cell = {to_float(load_if(valid, my_gates + I * H)), to_float(load_if(valid, my_gates + F * H)),
-                               to_float(load_if(valid, my_gates + G * H)), to_float(load_if(valid, my_gates + O * H)),
-                               load_if(valid, c + output_at)};
+            E activated[GATES], dh_output = {}, dh_last = {};
+#pragma unroll
+            for (int gate = I; gate < GATES; ++gate) activated[gate] = load_if(valid, my_gates + gate * H);
+            const float c_after = load_if(valid, c + output_at), dc_after = load_if(valid, dc + state_at);
             const float c_prev = load_if(has_cell && at.continues, (step == 0 ? c0 : c) + at.row_prev * H + unit);
-            const float dc_next = load_if(valid, dc + state_at);
-            float dm = 0.0f;
-            if (dh != nullptr) dm += to_float(load_if(valid, dh + output_at));
-            if (dh_n != nullptr) dm += to_float(load_if(valid && at.last, dh_n + state_at));
+            if (dh != nullptr) dh_output = load_if(valid, dh + output_at);
+            if (dh_n != nullptr) dh_last = load_if(valid && at.last, dh_n + state_at);
 
             // Product.
             product.multiply(dz, turn, {error, step});
@@ -157,6 +158,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             // What the step after hands back, for the thread's cell.
             float handed_back;
             if (PARTS == 1) {
+                if (!own.cell) continue;
                 const float2 sums = Rows::sum(own.unit % (ROWS / 2), own.sequence, turn);
                 handed_back = own.unit < ROWS / 2 ? sums.x : sums.y;
             } else {
@@ -172,6 +174,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
                     store_relaxed_if(wanted && low < H, to + low, in_phase(sums.x, phase));
                     store_relaxed_if(wanted && high < H, to + high, in_phase(sums.y, phase));
                 }
+                if (!own.cell) continue;
                 float parts[PARTS];
                 await_phase(parts, partials + static_cast<long long>(batch) * PARTS * H + unit, H,
                             in_batch, phase, {error, step});
@@ -179,20 +182,22 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
 #pragma unroll
                 for (int n = 1; n < PARTS; ++n) handed_back += parts[n];
             }
-            if (next.continues) dm += handed_back;
 
             // Cell.
-            const Cell::Gradient dz_own = cell.backward(c_prev, dm, dc_next);
+            const Cell cell = {to_float(activated[I]), to_float(activated[F]), to_float(activated[G]),
+                               to_float(activated[O]), c_after};
+            const float dm = to_float(dh_output) + to_float(dh_last) + (next.continues ? handed_back : 0.0f);
+            const Cell::Gradient d = cell.backward(c_prev, dm, dc_after);
 
             // Publish. In padding every factor was loaded as zero, and so are the gradients.
             const bool publishes = in_batch && unit % PER_WORD<E> == 0;
             unsigned* const to = dgates + at.row * 4 * W + unit / PER_WORD<E>;
-            store_relaxed_if(publishes, to + I * W, pack<E>(dz_own.i));
-            store_relaxed_if(publishes, to + F * W, pack<E>(dz_own.f));
-            store_relaxed_if(publishes, to + G * W, pack<E>(dz_own.g));
-            store_relaxed_if(publishes, to + O * W, pack<E>(dz_own.o));
+            store_relaxed_if(publishes, to + I * W, pack<E>(d.i));
+            store_relaxed_if(publishes, to + F * W, pack<E>(d.f));
+            store_relaxed_if(publishes, to + G * W, pack<E>(d.g));
+            store_relaxed_if(publishes, to + O * W, pack<E>(d.o));
 
             // Store. Nothing flows back into a state that was zeroed.
-            store_if(valid, dc + state_at, at.continues ? dz_own.c_prev : 0.0f);
+            store_if(valid, dc + state_at, at.continues ? d.c_prev : 0.0f);
         }
 }

@@ -40,7 +40,7 @@ struct Patience {
     // Whether to look again.
     __device__ bool lasts() {
         if (++looks % LOOKS_BETWEEN_ERRORS) return true;
-        if (load_from_host(error) != 0) return false;
+        if (any_of_warp(load_from_host(error) != 0)) return false;
         if (looks < PATIENCE) return true;
         store_to_host(error, step + 1);
         return false;

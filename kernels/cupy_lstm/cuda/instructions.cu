@@ -50,12 +50,24 @@ __device__ inline float reciprocal(float x) {
     return x;
 }
 
+// yes ? a : b, where the compiler would make a branch.
+__device__ inline float choose(bool yes, float a, float b) {
+    float x;
+    asm("{ .reg .pred p; setp.ne.s32 p, %3, 0; selp.f32 %0, %1, %2, p; }"
+        : "=f"(x) : "f"(a), "f"(b), "r"(static_cast<int>(yes)));
+    return x;
+}
+
 // *from, or zero: by a predicate, so that the threads of a warp stay together.
 __device__ inline int load_if(bool yes, const int* from) {
     int x;
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b32 %0, 0; @p ld.global.b32 %0, [%1]; }"
                  : "=r"(x) : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(yes)) : "memory");
     return x;
+}
+
+__device__ inline unsigned load_if(bool yes, const unsigned* from) {
+    return load_if(yes, reinterpret_cast<const int*>(from));
 }
 
 __device__ inline float load_if(bool yes, const float* from) {

@@ -52,18 +52,18 @@ struct Product : Parts<ROWS / 2, WARPS> {
     const Lane lane;
     unsigned weights[CHUNKS][TILES][2][4];  // for the two products that take a quad
 
-    // rows(pair, half) is a row of words, or null for zeros.
-    template <typename Rows>
-    __device__ Product(Rows rows, int W) {
+    // number_of(pair, half) is the number of a row of `rows` [*, W], or -1 for zeros.
+    template <typename NumberOf>
+    __device__ Product(const unsigned* rows, NumberOf number_of, int W) {
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk)
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
                 for (int n = 0; n < 8; ++n) {
-                    const unsigned* const row = rows(8 * tile + lane.column, n % 2);
+                    const long long row = number_of(8 * tile + lane.column, n % 2);
                     const int word = lane.first_word + chunk * STRIDE + n / 2;
-                    weights[chunk][tile][n / 4][n % 4] = row != nullptr && word < W ? row[word] : 0;
+                    weights[chunk][tile][n / 4][n % 4] = load_if(row >= 0 & word < W, rows + row * W + word);
                 }
     }
 
@@ -102,17 +102,17 @@ struct Product<E, ROWS, WARPS, 0> : Parts<ROWS / 2, WARPS> {
     using Meeting = Parts<PAIRS, WARPS>;
 
     const Lane lane;
+    const unsigned* const rows;
     const int W;
-    const unsigned* rows[MINE];
+    long long row[MINE];
 
-    template <typename Rows>
-    __device__ Product(Rows rows_of, int W) : W(W) {
+    template <typename NumberOf>
+    __device__ Product(const unsigned* rows, NumberOf number_of, int W) : rows(rows), W(W) {
 #pragma unroll
-        for (int n = 0; n < MINE; ++n) {
-            const int row = threadIdx.x % 32 + 32 * n;
-            rows[n] = rows_of(row % PAIRS, row / PAIRS);
-        }
+        for (int n = 0; n < MINE; ++n) row[n] = number_of(mine(n) % PAIRS, mine(n) / PAIRS);
     }
+
+    __device__ static int mine(int n) { return threadIdx.x % 32 + 32 * n; }
 
     __device__ void multiply(Words& x, int turn, Patience patience) const {
         uint4* const staged = reinterpret_cast<uint4*>(Meeting::of_warp(0, 2)) + lane.warp * 2 * SEQUENCES * 4;
@@ -130,8 +130,8 @@ struct Product<E, ROWS, WARPS, 0> : Parts<ROWS / 2, WARPS> {
 #pragma unroll
                     for (int quarter = 0; quarter < 4; ++quarter) {
                         const int at = word + 4 * quarter;
-                        const uint4 weights = load_if(rows[n] != nullptr && at < W,
-                                                      reinterpret_cast<const uint4*>(rows[n] + at));
+                        const auto* const from = reinterpret_cast<const uint4*>(rows + row[n] * W + at);
+                        const uint4 weights = load_if(row[n] >= 0 & at < W, from);
 #pragma unroll
                         for (int s = 0; s < SEQUENCES; ++s) add_products<E>(sums[n][s], weights, stage[s * 4 + quarter]);
                     }
@@ -139,12 +139,10 @@ struct Product<E, ROWS, WARPS, 0> : Parts<ROWS / 2, WARPS> {
         }
         float* const parts = reinterpret_cast<float*>(Meeting::of_warp(lane.warp, turn));
 #pragma unroll
-        for (int n = 0; n < MINE; ++n) {
-            const int row = threadIdx.x % 32 + 32 * n;
+        for (int n = 0; n < MINE; ++n)
 #pragma unroll
             for (int s = 0; s < SEQUENCES; ++s)
-                parts[2 * (s * Meeting::PITCH + row % PAIRS) + row / PAIRS] = sums[n][s];
-        }
+                parts[2 * (s * Meeting::PITCH + mine(n) % PAIRS) + mine(n) / PAIRS] = sums[n][s];
         __syncthreads();
     }
 };
