@@ -53,11 +53,15 @@ def _plan(
     wanted = parts * ceil(problem.hidden / (parts * units))
     most = card.multiprocessors // problem.side_by_side // parts * parts
     blocks = min(wanted, most) if chunks == 0 else wanted
-    if shared > STATIC_LIMIT or not 0 < blocks <= most:
+    if not 0 < blocks <= most:
         return
     tiles = ceil(problem.batch / SEQUENCES)
     groups = max(1, min(tiles, card.multiprocessors // problem.side_by_side // blocks))
-    turns = ceil(tiles / groups) * ceil(wanted / blocks)
+    walks = ceil(tiles / groups)
+    turns = walks * ceil(wanted / blocks)
+    shared += 4 * 32 * warps * walks
+    if shared > card.shared:
+        return
     turn = 4 * SEQUENCES * k / L2_BYTES + 16 * warps * SEQUENCES * rows / 2 / SHARED_BYTES + CELL
     if chunks:
         turn += rows / 16 * k / 8 / TENSOR_PRODUCTS / 4

@@ -12,6 +12,8 @@
 //
 // CHUNKS > 0 keeps the weights in registers and takes products on tensor cores (sm_80 and newer); 0 reads them every step.
 //
+// The cell states of a block's cells, or their gradients, stay in its shared memory, [walks, threads] floats.
+//
 // W words make a row of H elements, at 16 bytes: W is a multiple of 4, and what is beyond H is zero.
 
 // The thread's cell: unit `unit` of the block's, of sequence `sequence` of a batch tile. UNITS is even, so that
@@ -21,6 +23,12 @@ struct Own {
     const int unit = threadIdx.x % UNITS, sequence = threadIdx.x / UNITS % SEQUENCES;
     const bool cell = threadIdx.x < UNITS * SEQUENCES;
 };
+
+// The thread's state in the batch tile that begins at sequence `tile`, after what a product has of shared memory.
+template <typename Rows, int WARPS>
+__device__ float& state_of(int tile) {
+    return Rows::end()[tile / (SEQUENCES * gridDim.y) * (32 * WARPS) + threadIdx.x];
+}
 
 template <typename E, int UNITS, int WARPS, int CHUNKS>
 __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
@@ -45,6 +53,10 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
         return unit < H ? gate * H + unit : -1;
     };
     const Rows product(weights, number_of, W);
+    for (int tile = blockIdx.y * SEQUENCES; tile < B; tile += gridDim.y * SEQUENCES) {
+        const int batch = tile + own.sequence;
+        state_of<Rows, WARPS>(tile) = load_if(has_cell & batch < B, c_n + static_cast<long long>(batch) * H + unit);
+    }
 
     int turn = 0;
     for (int step = 0; step < T; ++step)
@@ -62,7 +74,6 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
             E gates_x[GATES];
 #pragma unroll
             for (int gate = I; gate < GATES; ++gate) gates_x[gate] = load_if(valid, my_gates + gate * H);
-            const float c_prev = load_if(has_cell && at.continues, c_n + state_at);
 
             // Product.
             product.multiply(h_prev, turn, {error, step});
@@ -75,7 +86,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
 #pragma unroll
             for (int gate = I; gate < GATES; ++gate)
                 z[gate] = to_float(gates_x[gate]) + (at.continues ? z[gate] : 0.0f);
-            const Cell cell = Cell::forward(z[I], z[F], z[G], z[O], c_prev);
+            float& c_state = state_of<Rows, WARPS>(tile);
+            const Cell cell = Cell::forward(z[I], z[F], z[G], z[O], at.continues ? c_state : 0.0f);
             const float h_next = valid ? cell.m : 0.0f;
 
             // Publish, before anything else is stored. Padding gets zeros.
@@ -86,7 +98,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
             E rounded;
             round_to(rounded, h_next);
             store_if(valid && at.last, h_n + state_at, rounded);
-            store_if(valid, c_n + state_at, cell.c);
+            store_if(valid && at.last, c_n + state_at, cell.c);
+            c_state = cell.c;
             if (c != nullptr) {
                 store_if(in_batch, c + at.row * H + unit, valid ? cell.c : 0.0f);
                 const float activated[GATES] = {cell.i, cell.f, cell.g, cell.o};
@@ -127,6 +140,10 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
         return unit < H ? part * H + unit : -1;
     };
     const Rows product(weights, number_of, K);
+    for (int tile = blockIdx.y * SEQUENCES; tile < B; tile += gridDim.y * SEQUENCES) {
+        const int batch = tile + own.sequence;
+        state_of<Rows, WARPS>(tile) = load_if(has_cell & batch < B, dc + static_cast<long long>(batch) * H + unit);
+    }
 
     int turn = 0;
     for (int step = T - 1; step >= 0; --step)
@@ -147,7 +164,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             E activated[GATES], dh_output = {}, dh_last = {};
 #pragma unroll
             for (int gate = I; gate < GATES; ++gate) activated[gate] = load_if(valid, my_gates + gate * H);
-            const float c_after = load_if(valid, c + output_at), dc_after = load_if(valid, dc + state_at);
+            const float c_after = load_if(valid, c + output_at);
             const float c_prev = load_if(has_cell && at.continues, (step == 0 ? c0 : c) + at.row_prev * H + unit);
             if (dh != nullptr) dh_output = load_if(valid, dh + output_at);
             if (dh_n != nullptr) dh_last = load_if(valid && at.last, dh_n + state_at);
@@ -187,7 +204,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             const Cell cell = {to_float(activated[I]), to_float(activated[F]), to_float(activated[G]),
                                to_float(activated[O]), c_after};
             const float dm = to_float(dh_output) + to_float(dh_last) + (next.continues ? handed_back : 0.0f);
-            const Cell::Gradient d = cell.backward(c_prev, dm, dc_after);
+            float& dc_state = state_of<Rows, WARPS>(tile);
+            const Cell::Gradient d = cell.backward(c_prev, dm, dc_state);
 
             // Publish. In padding every factor was loaded as zero, and so are the gradients.
             const bool publishes = in_batch && unit % PER_WORD<E> == 0;
@@ -197,7 +215,9 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             store_relaxed_if(publishes, to + G * W, pack<E>(d.g));
             store_relaxed_if(publishes, to + O * W, pack<E>(d.o));
 
-            // Store. Nothing flows back into a state that was zeroed.
-            store_if(valid, dc + state_at, at.continues ? d.c_prev : 0.0f);
+            // Nothing flows back into a state that was zeroed.
+            const float dc_prev = at.continues ? d.c_prev : 0.0f;
+            if (valid) dc_state = dc_prev;
+            store_if(valid && step == 0, dc + state_at, dc_prev);
         }
 }

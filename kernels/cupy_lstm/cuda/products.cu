@@ -26,6 +26,8 @@ struct Parts {
         return reinterpret_cast<float2*>(shared_memory()) + (turn * WARPS + warp) * SEQUENCES * PITCH;
     }
 
+    __device__ static float* end() { return reinterpret_cast<float*>(of_warp(0, 2)); }
+
     // A pair of rows of a sequence, summed over all warps in the same order every time.
     __device__ static float2 sum(int pair, int sequence, int turn) {
         const float2* const parts = of_warp(0, turn) + sequence * PITCH + pair;
@@ -112,10 +114,11 @@ struct Product<E, ROWS, WARPS, 0> : Parts<ROWS / 2, WARPS> {
         for (int n = 0; n < MINE; ++n) row[n] = number_of(mine(n) % PAIRS, mine(n) / PAIRS);
     }
 
+    __device__ static float* end() { return Meeting::end() + WARPS * 2 * SEQUENCES * 16; }
     __device__ static int mine(int n) { return threadIdx.x % 32 + 32 * n; }
 
     __device__ void multiply(Words& x, int turn, Patience patience) const {
-        uint4* const staged = reinterpret_cast<uint4*>(Meeting::of_warp(0, 2)) + lane.warp * 2 * SEQUENCES * 4;
+        uint4* const staged = reinterpret_cast<uint4*>(Meeting::end()) + lane.warp * 2 * SEQUENCES * 4;
         float sums[MINE][SEQUENCES] = {};
         for (int first = 0; first < W; first += AHEAD * STRIDE) {
             if (first > 0) x = Words(x.from + AHEAD * STRIDE, x.left - AHEAD * STRIDE);
