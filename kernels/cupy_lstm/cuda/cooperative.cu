@@ -24,11 +24,19 @@ struct Own {
     const bool cell = threadIdx.x < UNITS * SEQUENCES;
 };
 
-// The thread's state in the batch tile that begins at sequence `tile`, after what a product has of shared memory.
-template <typename Rows, int WARPS>
-__device__ float& state_of(int tile) {
-    return Rows::end()[tile / (SEQUENCES * gridDim.y) * (32 * WARPS) + threadIdx.x];
-}
+// Of the batch tiles that a group takes: where one begins, and the thread's state there, after what a product has of shared
+// memory.
+struct Walk {
+    int tile = blockIdx.y * SEQUENCES;
+    float* state;
+
+    __device__ Walk(float* states) : state(states + threadIdx.x) {}
+
+    __device__ void next() {
+        tile += gridDim.y * SEQUENCES;
+        state += blockDim.x;
+    }
+};
 
 template <typename E, int UNITS, int WARPS, int CHUNKS>
 __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
@@ -53,16 +61,16 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
         return unit < H ? gate * H + unit : -1;
     };
     const Rows product(weights, number_of, W);
-    for (int tile = blockIdx.y * SEQUENCES; tile < B; tile += gridDim.y * SEQUENCES) {
-        const int batch = tile + own.sequence;
-        state_of<Rows, WARPS>(tile) = load_if(has_cell & batch < B, c_n + static_cast<long long>(batch) * H + unit);
+    for (Walk at(Rows::end()); at.tile < B; at.next()) {
+        const int batch = at.tile + own.sequence;
+        *at.state = load_if(has_cell & batch < B, c_n + static_cast<long long>(batch) * H + unit);
     }
 
     int turn = 0;
     for (int step = 0; step < T; ++step)
-        for (int tile = blockIdx.y * SEQUENCES; tile < B; tile += gridDim.y * SEQUENCES, turn ^= 1) {
+        for (Walk walk(Rows::end()); walk.tile < B; walk.next(), turn ^= 1) {
             // Load, before waiting: h of the step before, and what belongs to the thread's cell.
-            const int of_column = tile + product.lane.column, batch = tile + own.sequence;
+            const int of_column = walk.tile + product.lane.column, batch = walk.tile + own.sequence;
             const int length_of_column = length_of(lengths, of_column, T, B), length = length_of(lengths, batch, T, B);
             const int time_before = step == 0 ? T : time_of(step - 1, length_of_column, reverse);
             typename Rows::Words h_prev(h + row_of(time_before, of_column, B) * W + product.lane.first_word,
@@ -86,8 +94,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
 #pragma unroll
             for (int gate = I; gate < GATES; ++gate)
                 z[gate] = to_float(gates_x[gate]) + (at.continues ? z[gate] : 0.0f);
-            float& c_state = state_of<Rows, WARPS>(tile);
-            const Cell cell = Cell::forward(z[I], z[F], z[G], z[O], at.continues ? c_state : 0.0f);
+            const Cell cell = Cell::forward(z[I], z[F], z[G], z[O], at.continues ? *walk.state : 0.0f);
             const float h_next = valid ? cell.m : 0.0f;
 
             // Publish, before anything else is stored. Padding gets zeros.
@@ -99,7 +106,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
             round_to(rounded, h_next);
             store_if(valid && at.last, h_n + state_at, rounded);
             store_if(valid && at.last, c_n + state_at, cell.c);
-            c_state = cell.c;
+            *walk.state = cell.c;
             if (c != nullptr) {
                 store_if(in_batch, c + at.row * H + unit, valid ? cell.c : 0.0f);
                 const float activated[GATES] = {cell.i, cell.f, cell.g, cell.o};
@@ -140,17 +147,17 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
         return unit < H ? part * H + unit : -1;
     };
     const Rows product(weights, number_of, K);
-    for (int tile = blockIdx.y * SEQUENCES; tile < B; tile += gridDim.y * SEQUENCES) {
-        const int batch = tile + own.sequence;
-        state_of<Rows, WARPS>(tile) = load_if(has_cell & batch < B, dc + static_cast<long long>(batch) * H + unit);
+    for (Walk at(Rows::end()); at.tile < B; at.next()) {
+        const int batch = at.tile + own.sequence;
+        *at.state = load_if(has_cell & batch < B, dc + static_cast<long long>(batch) * H + unit);
     }
 
     int turn = 0;
     for (int step = T - 1; step >= 0; --step)
-        for (int tile = blockIdx.y * SEQUENCES; tile < B; tile += gridDim.y * SEQUENCES, turn ^= 1) {
+        for (Walk walk(Rows::end()); walk.tile < B; walk.next(), turn ^= 1) {
             // Load, before waiting: dgates of the step after, and what belongs to the thread's cell. Padding and what a
             // reset cuts off is waited for, too, so that nobody publishes partial sums over others still waited for.
-            const int of_column = tile + product.lane.column, batch = tile + own.sequence;
+            const int of_column = walk.tile + product.lane.column, batch = walk.tile + own.sequence;
             const int length_of_column = length_of(lengths, of_column, T, B), length = length_of(lengths, batch, T, B);
             const long long row_after = row_of(time_of(step + 1, length_of_column, reverse), of_column, B);
             typename Rows::Words dz(dgates + (row_after * 4 + 4 / PARTS * part) * W + product.lane.first_word,
@@ -184,10 +191,10 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
 #pragma unroll
                 for (int n = 0; n < ROWS / 2 * SEQUENCES; n += 32 * WARPS) {
                     const int pair = (n + threadIdx.x) % (ROWS / 2), sequence = (n + threadIdx.x) / (ROWS / 2);
-                    const bool wanted = sequence < SEQUENCES && tile + sequence < B;
+                    const bool wanted = sequence < SEQUENCES && walk.tile + sequence < B;
                     const float2 sums = Rows::sum(pair, sequence % SEQUENCES, turn);
                     const int low = first_row + pair, high = low + ROWS / 2;
-                    unsigned* const to = partials + (static_cast<long long>(tile + sequence) * PARTS + part) * H;
+                    unsigned* const to = partials + (static_cast<long long>(walk.tile + sequence) * PARTS + part) * H;
                     store_relaxed_if(wanted && low < H, to + low, in_phase(sums.x, phase));
                     store_relaxed_if(wanted && high < H, to + high, in_phase(sums.y, phase));
                 }
@@ -204,8 +211,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             const Cell cell = {to_float(activated[I]), to_float(activated[F]), to_float(activated[G]),
                                to_float(activated[O]), c_after};
             const float dm = to_float(dh_output) + to_float(dh_last) + (next.continues ? handed_back : 0.0f);
-            float& dc_state = state_of<Rows, WARPS>(tile);
-            const Cell::Gradient d = cell.backward(c_prev, dm, dc_state);
+            const Cell::Gradient d = cell.backward(c_prev, dm, *walk.state);
 
             // Publish. In padding every factor was loaded as zero, and so are the gradients.
             const bool publishes = in_batch && unit % PER_WORD<E> == 0;
@@ -217,7 +223,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
 
             // Nothing flows back into a state that was zeroed.
             const float dc_prev = at.continues ? d.c_prev : 0.0f;
-            if (valid) dc_state = dc_prev;
+            if (valid) *walk.state = dc_prev;
             store_if(valid && step == 0, dc + state_at, dc_prev);
         }
 }

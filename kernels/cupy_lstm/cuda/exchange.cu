@@ -57,20 +57,23 @@ struct Quads {
     __device__ Quads(const unsigned* from, int left) : from(from), left(left) {
 #pragma unroll
         for (int n = 0; n < COUNT; ++n) quad[n] = {0, 0, 0, 0};
-        load(0);
+        load();
     }
 
-    __device__ void load(int first) {
+    __device__ void load() {
 #pragma unroll
-        for (int n = 0; n < COUNT; ++n)
-            if (n >= first) load_relaxed_if(left > n * STRIDE, quad[n], from + n * STRIDE);
+        for (int n = 0; n < COUNT; ++n) load_relaxed_if(left > n * STRIDE, quad[n], from + n * STRIDE);
     }
 
-    // They come in the order in which they were asked for. While one is not there, all from it on are asked for again.
-    __device__ const uint4& await(int n, Patience& patience) {
-        while (any_of_warp(max(max(quad[n].x, quad[n].y), max(quad[n].z, quad[n].w)) == FILL) && patience.lasts())
-            load(n);
-        return quad[n];
+    __device__ bool all_there() const {
+        unsigned most = 0;  // of all words; the fill is the greatest
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) most = max(most, max(max(quad[n].x, quad[n].y), max(quad[n].z, quad[n].w)));
+        return most != FILL;
+    }
+
+    __device__ void await(Patience& patience) {
+        while (any_of_warp(!all_there()) && patience.lasts()) load();
     }
 };
 

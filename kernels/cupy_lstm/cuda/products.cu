@@ -69,12 +69,12 @@ struct Product : Parts<ROWS / 2, WARPS> {
                 }
     }
 
-    // Each chunk is multiplied while the next is on its way.
     __device__ void multiply(Words& x, int turn, Patience patience) const {
+        x.await(patience);
         float even[TILES][4] = {}, odd[TILES][4] = {};  // two chains of products, each of which waits for the one before
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-            const uint4& quad = x.await(chunk, patience);
+            const uint4& quad = x.quad[chunk];
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
                 multiply_tile(E{}, even[tile], weights[chunk][tile][0], quad.x, quad.y);
@@ -122,10 +122,11 @@ struct Product<E, ROWS, WARPS, 0> : Parts<ROWS / 2, WARPS> {
         float sums[MINE][SEQUENCES] = {};
         for (int first = 0; first < W; first += AHEAD * STRIDE) {
             if (first > 0) x = Words(x.from + AHEAD * STRIDE, x.left - AHEAD * STRIDE);
+            x.await(patience);
 #pragma unroll
             for (int chunk = 0; chunk < AHEAD; ++chunk) {
                 uint4* const stage = staged + chunk % 2 * SEQUENCES * 4;  // [SEQUENCES, 4]
-                stage[lane.column * 4 + lane.quarter] = x.await(chunk, patience);
+                stage[lane.column * 4 + lane.quarter] = x.quad[chunk];
                 meet_in_warp();
                 const int word = first + chunk * STRIDE + lane.warp * CHUNK;
 #pragma unroll
