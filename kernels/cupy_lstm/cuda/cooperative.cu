@@ -16,12 +16,14 @@
 //
 // W words make a row of H elements, at 16 bytes: W is a multiple of 4, and what is beyond H is zero.
 
-// The thread's cell: unit `unit` of the block's, of sequence `sequence` of a batch tile. UNITS is even, so that
-// neighbours in a word are neighbours in a warp.
-template <int UNITS>
+// The thread's cell: unit `unit` of the block's, of sequence `sequence` of a batch tile. Every warp takes as many, so that
+// none begins to wait before its block has published. UNITS is even: neighbours in a word are neighbours in a warp.
+template <int UNITS, int WARPS>
 struct Own {
-    const int unit = threadIdx.x % UNITS, sequence = threadIdx.x / UNITS % SEQUENCES;
-    const bool cell = threadIdx.x < UNITS * SEQUENCES;
+    static constexpr int OF_WARP = SEQUENCES / WARPS;  // sequences
+    const int lane = threadIdx.x % 32;
+    const bool cell = lane < UNITS * OF_WARP;
+    const int unit = lane % UNITS, sequence = cell ? threadIdx.x / 32 * OF_WARP + lane / UNITS : 0;
 };
 
 // Of the batch tiles that a group takes: where one begins, and the thread's state there, after what a product has of shared
@@ -51,7 +53,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     int* error,               // [1]
     int T, int B, int H, int W, bool reverse) {
     using Rows = Product<E, 4 * UNITS, WARPS, CHUNKS>;  // pairs are the gates i and f, then g and o, of a unit
-    const Own<UNITS> own;
+    const Own<UNITS, WARPS> own;
     const int first_unit = blockIdx.x * UNITS, unit = first_unit + own.unit;
     const bool has_cell = own.cell && unit < H;
 
@@ -69,13 +71,9 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     int turn = 0;
     for (int step = 0; step < T; ++step)
         for (Walk walk(Rows::end()); walk.tile < B; walk.next(), turn ^= 1) {
-            // Load, before waiting: h of the step before, and what belongs to the thread's cell.
-            const int of_column = walk.tile + product.lane.column, batch = walk.tile + own.sequence;
-            const int length_of_column = length_of(lengths, of_column, T, B), length = length_of(lengths, batch, T, B);
-            const int time_before = step == 0 ? T : time_of(step - 1, length_of_column, reverse);
-            typename Rows::Words h_prev(h + row_of(time_before, of_column, B) * W + product.lane.first_word,
-                                        of_column < B ? W - product.lane.first_word : 0);
-            const Position at(step, batch, length, resets, B, reverse);
+            // Load, before waiting: what belongs to the thread's cell.
+            const int batch = walk.tile + own.sequence;
+            const Position at(step, batch, length_of(lengths, batch, T, B), resets, B, reverse);
             const bool valid = has_cell && at.valid, in_batch = has_cell && batch < B;
             const long long state_at = static_cast<long long>(batch) * H + unit;
             E* const my_gates = gates + at.row * 4 * H + unit;
@@ -83,9 +81,12 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
 #pragma unroll
             for (int gate = I; gate < GATES; ++gate) gates_x[gate] = load_if(valid, my_gates + gate * H);
 
-            // Product.
+            // Product with h of the step before.
+            const int of_column = walk.tile + product.lane.column;
+            const int time_before = step == 0 ? T : time_of(step - 1, length_of(lengths, of_column, T, B), reverse);
+            typename Rows::Words h_prev(h + row_of(time_before, of_column, B) * W + product.lane.first_word,
+                                        of_column < B ? W - product.lane.first_word : 0);
             product.multiply(h_prev, turn, {error, step});
-            if (!own.cell) continue;
 
             // Gates and cell.
             const float2 z_if = Rows::sum(own.unit, own.sequence, turn);
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     int T, int B, int H, int W, bool reverse) {
     constexpr int ROWS = PARTS * UNITS;  // pairs are the units n and n + ROWS / 2
     using Rows = Product<E, ROWS, WARPS, CHUNKS>;
-    const Own<UNITS> own;
+    const Own<UNITS, WARPS> own;
     const int part = blockIdx.x % PARTS, K = 4 / PARTS * W;
     const int first_row = blockIdx.x / PARTS * ROWS, unit = first_row + part * UNITS + own.unit;
     const bool has_cell = own.cell && unit < H;
@@ -155,13 +156,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     int turn = 0;
     for (int step = T - 1; step >= 0; --step)
         for (Walk walk(Rows::end()); walk.tile < B; walk.next(), turn ^= 1) {
-            // Load, before waiting: dgates of the step after, and what belongs to the thread's cell. Padding and what a
-            // reset cuts off is waited for, too, so that nobody publishes partial sums over others still waited for.
-            const int of_column = walk.tile + product.lane.column, batch = walk.tile + own.sequence;
-            const int length_of_column = length_of(lengths, of_column, T, B), length = length_of(lengths, batch, T, B);
-            const long long row_after = row_of(time_of(step + 1, length_of_column, reverse), of_column, B);
-            typename Rows::Words dz(dgates + (row_after * 4 + 4 / PARTS * part) * W + product.lane.first_word,
-                                    step < T - 1 && of_column < B ? K - product.lane.first_word : 0);
+            // Load, before waiting: what belongs to the thread's cell.
+            const int batch = walk.tile + own.sequence, length = length_of(lengths, batch, T, B);
             const Position at(step, batch, length, resets, B, reverse);
             const Position next(step + 1, batch, length, resets, B, reverse);
             const bool valid = has_cell && at.valid, in_batch = has_cell && batch < B;
@@ -176,14 +172,19 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             if (dh != nullptr) dh_output = load_if(valid, dh + output_at);
             if (dh_n != nullptr) dh_last = load_if(valid && at.last, dh_n + state_at);
 
-            // Product.
+            // Product with dgates of the step after. Padding and what a reset cuts off is waited for, too, so that nobody
+            // publishes partial sums over others that are still waited for.
+            const int of_column = walk.tile + product.lane.column;
+            const int time_after = time_of(step + 1, length_of(lengths, of_column, T, B), reverse);
+            typename Rows::Words dz(
+                dgates + (row_of(time_after, of_column, B) * 4 + 4 / PARTS * part) * W + product.lane.first_word,
+                step < T - 1 && of_column < B ? K - product.lane.first_word : 0);
             product.multiply(dz, turn, {error, step});
 
             // What the step after hands back, for the thread's cell.
             float handed_back;
             if (PARTS == 1) {
-                if (!own.cell) continue;
-                const float2 sums = Rows::sum(own.unit % (ROWS / 2), own.sequence, turn);
+                    const float2 sums = Rows::sum(own.unit % (ROWS / 2), own.sequence, turn);
                 handed_back = own.unit < ROWS / 2 ? sums.x : sums.y;
             } else {
                 // Publish the partial sums, and add up all parts in the same order every time.
@@ -198,8 +199,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
                     store_relaxed_if(wanted && low < H, to + low, in_phase(sums.x, phase));
                     store_relaxed_if(wanted && high < H, to + high, in_phase(sums.y, phase));
                 }
-                if (!own.cell) continue;
-                float parts[PARTS];
+                    float parts[PARTS];
                 await_phase(parts, partials + static_cast<long long>(batch) * PARTS * H + unit, H,
                             in_batch, phase, {error, step});
                 handed_back = parts[0];
