@@ -220,6 +220,14 @@ inline void round_to(bfloat16& y, float x) {
     y.bits = std::isnan(x) ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
 }
 
+template <typename E>
+unsigned pack_two(E, float low, float high) {
+    E first, second;
+    round_to(first, low);
+    round_to(second, high);
+    return first.bits | second.bits << 16;
+}
+
 inline float exp2_of(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 
@@ -252,8 +260,8 @@ inline bool any_of_warp(bool yes) {
     return any;
 }
 inline void meet_in_warp() { host::launch->exchange(1, {}); }
-inline unsigned of_neighbour(unsigned x) {
-    return host::launch->exchange(2, {x})[threadIdx.x % host::WARP ^ 1].words[0];
+inline float of_neighbour(float x) {
+    return __uint_as_float(host::launch->exchange(2, {__float_as_uint(x)})[threadIdx.x % host::WARP ^ 1].words[0]);
 }
 
 template <typename E>

@@ -17,10 +17,7 @@ constexpr int LOOKS_BETWEEN_ERRORS = 64;  // the error word is far away, at the 
 // Of two bytes an even thread's word holds its element and, above, the next thread's; an odd thread's means nothing.
 template <typename E>
 __device__ unsigned pack(float x) {
-    E element;
-    round_to(element, x == x ? x : __uint_as_float(A_NAN));
-    const unsigned bits = element.bits;
-    return bits | of_neighbour(bits) << 16;
+    return pack_two(E{}, x, of_neighbour(x));
 }
 
 template <>

@@ -39,6 +39,31 @@ __device__ inline void round_to(bfloat16& y, float x) {
 #endif
 }
 
+// Both in a word, rounded; two NaN are not all ones.
+template <typename E>
+__device__ unsigned pack_two(E, float low, float high) {
+    E first, second;
+    round_to(first, low);
+    round_to(second, high);
+    return first.bits | second.bits << 16;
+}
+
+#if __CUDA_ARCH__ >= 800
+template <>
+__device__ inline unsigned pack_two(float16, float low, float high) {
+    unsigned word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+
+template <>
+__device__ inline unsigned pack_two(bfloat16, float low, float high) {
+    unsigned word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+#endif
+
 // 2^x and 1 / x to 2 units in the last place, without the many instructions for results below 2^-126: they are 0.
 __device__ inline float exp2_of(float x) {
     asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
@@ -144,7 +169,7 @@ __device__ inline void store_to_host(int* to, int x) {
 // Of all threads of a warp: whether any says yes; that each sees what the others stored; what a thread's neighbour has.
 __device__ inline bool any_of_warp(bool yes) { return __any_sync(0xFFFFFFFF, yes); }
 __device__ inline void meet_in_warp() { __syncwarp(); }
-__device__ inline unsigned of_neighbour(unsigned x) { return __shfl_xor_sync(0xFFFFFFFF, x, 1); }
+__device__ inline float of_neighbour(float x) { return __shfl_xor_sync(0xFFFFFFFF, x, 1); }
 
 // d = a b + d on a tensor core, by a warp: 16 rows of a, 8 columns of b; a word of them is two elements of two bytes, or
 // a float of which 10 bits of the fraction count. PTX ISA, "Matrix Fragments for mma.m16n8k16" and, for float, "m16n8k8".
