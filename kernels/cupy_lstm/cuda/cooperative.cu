@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     using Rows = Product<E, 4 * UNITS, WARPS, CHUNKS>;  // pairs are the gates i and f, then g and o, of a unit
     const Own<UNITS, WARPS> own;
     const int first_unit = blockIdx.x * UNITS, unit = first_unit + own.unit;
-    const bool has_cell = own.cell && unit < H;
+    const bool has_cell = own.cell & unit < H;
 
     // Load W_hh, once.
     const auto number_of = [=](int pair, int half) {
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
             // Load, before waiting: what belongs to the thread's cell.
             const int batch = walk.tile + own.sequence;
             const Position at(step, batch, length_of(lengths, batch, T, B), resets, B, reverse);
-            const bool valid = has_cell && at.valid, in_batch = has_cell && batch < B;
+            const bool valid = has_cell & at.valid, in_batch = has_cell & batch < B;
             const long long state_at = static_cast<long long>(batch) * H + unit;
             E* const my_gates = gates + at.row * 4 * H + unit;
             E gates_x[GATES];
@@ -100,13 +100,13 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
 
             // Publish, before anything else is stored. Padding gets zeros.
             const unsigned word = pack<E>(h_next);
-            store_relaxed_if(in_batch && unit % PER_WORD<E> == 0, h + at.row * W + unit / PER_WORD<E>, word);
+            store_relaxed_if(in_batch & unit % PER_WORD<E> == 0, h + at.row * W + unit / PER_WORD<E>, word);
 
             // Store.
             E rounded;
             round_to(rounded, h_next);
-            store_if(valid && at.last, h_n + state_at, rounded);
-            store_if(valid && at.last, c_n + state_at, cell.c);
+            store_if(valid & at.last, h_n + state_at, rounded);
+            store_if(valid & at.last, c_n + state_at, cell.c);
             *walk.state = cell.c;
             if (c != nullptr) {
                 store_if(in_batch, c + at.row * H + unit, valid ? cell.c : 0.0f);
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     const Own<UNITS, WARPS> own;
     const int part = blockIdx.x % PARTS, K = 4 / PARTS * W;
     const int first_row = blockIdx.x / PARTS * ROWS, unit = first_row + part * UNITS + own.unit;
-    const bool has_cell = own.cell && unit < H;
+    const bool has_cell = own.cell & unit < H;
 
     // Load W_hh^T, once.
     const auto number_of = [=](int pair, int half) {
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             const int batch = walk.tile + own.sequence, length = length_of(lengths, batch, T, B);
             const Position at(step, batch, length, resets, B, reverse);
             const Position next(step + 1, batch, length, resets, B, reverse);
-            const bool valid = has_cell && at.valid, in_batch = has_cell && batch < B;
+            const bool valid = has_cell & at.valid, in_batch = has_cell & batch < B;
             const long long state_at = static_cast<long long>(batch) * H + unit;
             const long long output_at = at.row * H + unit;
             const E* const my_gates = gates + at.row * 4 * H + unit;
@@ -168,9 +168,9 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
 #pragma unroll
             for (int gate = I; gate < GATES; ++gate) activated[gate] = load_if(valid, my_gates + gate * H);
             const float c_after = load_if(valid, c + output_at);
-            const float c_prev = load_if(has_cell && at.continues, (step == 0 ? c0 : c) + at.row_prev * H + unit);
+            const float c_prev = load_if(has_cell & at.continues, (step == 0 ? c0 : c) + at.row_prev * H + unit);
             if (dh != nullptr) dh_output = load_if(valid, dh + output_at);
-            if (dh_n != nullptr) dh_last = load_if(valid && at.last, dh_n + state_at);
+            if (dh_n != nullptr) dh_last = load_if(valid & at.last, dh_n + state_at);
 
             // Product with dgates of the step after. Padding and what a reset cuts off is waited for, too, so that nobody
             // publishes partial sums over others that are still waited for.
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             const int time_after = time_of(step + 1, length_of(lengths, of_column, T, B), reverse);
             typename Rows::Words dz(
                 dgates + (row_of(time_after, of_column, B) * 4 + 4 / PARTS * part) * W + product.lane.first_word,
-                step < T - 1 && of_column < B ? K - product.lane.first_word : 0);
+                step < T - 1 & of_column < B ? K - product.lane.first_word : 0);
             product.multiply(dz, turn, {error, step});
 
             // What the step after hands back, for the thread's cell.
@@ -192,12 +192,12 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
 #pragma unroll
                 for (int n = 0; n < ROWS / 2 * SEQUENCES; n += 32 * WARPS) {
                     const int pair = (n + threadIdx.x) % (ROWS / 2), sequence = (n + threadIdx.x) / (ROWS / 2);
-                    const bool wanted = sequence < SEQUENCES && walk.tile + sequence < B;
+                    const bool wanted = sequence < SEQUENCES & walk.tile + sequence < B;
                     const float2 sums = Rows::sum(pair, sequence % SEQUENCES, turn);
                     const int low = first_row + pair, high = low + ROWS / 2;
                     unsigned* const to = partials + (static_cast<long long>(walk.tile + sequence) * PARTS + part) * H;
-                    store_relaxed_if(wanted && low < H, to + low, in_phase(sums.x, phase));
-                    store_relaxed_if(wanted && high < H, to + high, in_phase(sums.y, phase));
+                    store_relaxed_if(wanted & low < H, to + low, in_phase(sums.x, phase));
+                    store_relaxed_if(wanted & high < H, to + high, in_phase(sums.y, phase));
                 }
                     float parts[PARTS];
                 await_phase(parts, partials + static_cast<long long>(batch) * PARTS * H + unit, H,
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             const Cell::Gradient d = cell.backward(c_prev, dm, *walk.state);
 
             // Publish. In padding every factor was loaded as zero, and so are the gradients.
-            const bool publishes = in_batch && unit % PER_WORD<E> == 0;
+            const bool publishes = in_batch & unit % PER_WORD<E> == 0;
             unsigned* const to = dgates + at.row * 4 * W + unit / PER_WORD<E>;
             store_relaxed_if(publishes, to + I * W, pack<E>(d.i));
             store_relaxed_if(publishes, to + F * W, pack<E>(d.f));
@@ -224,6 +224,6 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             // Nothing flows back into a state that was zeroed.
             const float dc_prev = at.continues ? d.c_prev : 0.0f;
             if (valid) *walk.state = dc_prev;
-            store_if(valid && step == 0, dc + state_at, dc_prev);
+            store_if(valid & step == 0, dc + state_at, dc_prev);
         }
 }
