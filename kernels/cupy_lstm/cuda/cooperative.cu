@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
 #pragma unroll
             for (int gate = I; gate < GATES; ++gate)
                 z[gate] = to_float(gates_x[gate]) + (at.continues ? z[gate] : 0.0f);
-            const Cell cell = Cell::forward(z[I], z[F], z[G], z[O], at.continues ? *walk.state : 0.0f);
+            const Cell cell = Cell::forward(z[I], z[F], z[G], z[O], choose(at.continues, *walk.state, 0.0f));
             const float h_next = valid ? cell.m : 0.0f;
 
             // Publish, before anything else is stored. Padding gets zeros.
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
 
             // Nothing flows back into a state that was zeroed.
             const float dc_prev = at.continues ? d.c_prev : 0.0f;
-            if (valid) *walk.state = dc_prev;
+            *walk.state = choose(valid, dc_prev, *walk.state);
             store_if(valid & step == 0, dc + state_at, dc_prev);
         }
 }
