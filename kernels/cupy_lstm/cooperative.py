@@ -83,6 +83,7 @@ def forward(
     r = recurrence
     steps, batch, _ = gates.shape
     h = _rows_of_words(gates, steps + 1, batch)
+    h[-1].zero_()
     h[-1, :, : r.hidden] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the fill's
     h_n, c_n = r.h0.clone(), r.c0.clone()  # what a sequence of length 0 ends with
     c = r.c0.new_empty((steps, batch, r.hidden) if save else 0)
@@ -124,11 +125,11 @@ def backward(
 
 
 def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:
-    """[*rows, H and up to 16 bytes] of the dtype of `gates` [T, B, 4H], filled; zeros where there is no unit."""
+    """[*rows, H and up to 16 bytes] of the dtype of `gates` [T, B, 4H], filled; zeros in words that hold no unit."""
     hidden, size = gates.shape[-1] // 4, 16 // gates.itemsize
     filled = gates.new_empty(*rows, ceil(hidden / size) * size)
-    filled.view(torch.int32).fill_(FILL)
-    filled[..., hidden:] = 0
+    words = filled.view(torch.int32).fill_(FILL)
+    words[..., ceil(hidden * gates.itemsize / 4) :] = 0
     return filled
 
 
