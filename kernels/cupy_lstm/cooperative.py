@@ -25,6 +25,7 @@ from .planning import (
 
 SEQUENCES = 8  # of a batch tile
 CHUNK = 16  # words of K that a warp takes at once
+AHEAD = 4  # chunks that are on their way at once, where weights are not kept
 FILL = -1  # the word, as int32, that stands for what is not there yet
 MOST_REGISTERS = 190  # of a thread's 255, that may hold weights, words and sums
 
@@ -40,7 +41,7 @@ def plans(problem: Problem, card: Card) -> Iterator[Plan]:
                 rows = (parts if problem.backward else 4) * units
                 if tensor_cores and rows % 16 == 0 and (rows // 2 + 4) * chunks + rows // 2 <= MOST_REGISTERS:
                     yield from _plan(problem, card, units, warps, chunks, parts, k)
-                if warps == 8 and rows % 32 == 0 and rows <= 128:
+                if warps == 8 and rows % 32 == 0 and rows <= 64:
                     yield from _plan(problem, card, units, warps, 0, parts, k)
 
 
@@ -49,7 +50,7 @@ def _plan(
 ) -> Iterator[Plan]:
     """The plan of these sizes, if its blocks can all be resident at once."""
     rows = (parts if problem.backward else 4) * units
-    shared = 8 * 2 * warps * SEQUENCES * (rows // 2 + 2) + (0 if chunks else 16 * warps * 2 * SEQUENCES * 4)
+    shared = 8 * 2 * warps * SEQUENCES * (rows // 2 + 2) + (0 if chunks else 4 * warps * AHEAD * SEQUENCES * CHUNK)
     wanted = parts * ceil(problem.hidden / (parts * units))
     most = card.multiprocessors // problem.side_by_side // parts * parts
     blocks = min(wanted, most) if chunks == 0 else wanted
@@ -57,9 +58,8 @@ def _plan(
         return
     tiles = ceil(problem.batch / SEQUENCES)
     groups = max(1, min(tiles, card.multiprocessors // problem.side_by_side // blocks))
-    walks = ceil(tiles / groups)
-    turns = walks * ceil(wanted / blocks)
-    shared += 4 * 32 * warps * walks
+    turns = ceil(tiles / groups) * ceil(wanted / blocks)
+    shared += 4 * 32 * warps * turns
     if shared > card.shared:
         return
     turn = 4 * SEQUENCES * k / L2_BYTES + 16 * warps * SEQUENCES * rows / 2 / SHARED_BYTES + CELL

@@ -26,16 +26,21 @@ struct Own {
     const int unit = lane % UNITS, sequence = cell ? threadIdx.x / 32 * OF_WARP + lane / UNITS : 0;
 };
 
-// Of the batch tiles that a group takes: where one begins, and the thread's state there, after what a product has of shared
-// memory.
+// What a block takes one after another at every step: batch tiles, and of each the rows of its units. Where weights are kept
+// in registers there is one share of rows. The thread's state of each follows what a product has of shared memory.
 struct Walk {
-    int tile = blockIdx.y * SEQUENCES;
+    const int first_row, rows, H;
+    int tile = blockIdx.y * SEQUENCES, row;
     float* state;
 
-    __device__ Walk(float* states) : state(states + threadIdx.x) {}
+    __device__ Walk(float* states, int share, int shares, int rows, int H)
+        : first_row(share * rows), rows(shares * rows), H(H), row(first_row), state(states + threadIdx.x) {}
 
     __device__ void next() {
-        tile += gridDim.y * SEQUENCES;
+        row += rows;
+        const bool to_next_tile = row >= H;
+        tile += to_next_tile ? SEQUENCES * gridDim.y : 0;
+        row = to_next_tile ? first_row : row;
         state += blockDim.x;
     }
 };
@@ -54,23 +59,29 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     int T, int B, int H, int W, bool reverse) {
     using Rows = Product<E, 4 * UNITS, WARPS, CHUNKS>;  // pairs are the gates i and f, then g and o, of a unit
     const Own<UNITS, WARPS> own;
-    const int first_unit = blockIdx.x * UNITS, unit = first_unit + own.unit;
-    const bool has_cell = own.cell & unit < H;
+    const Walk begin(Rows::end(), blockIdx.x, gridDim.x, UNITS, H);
 
-    // Load W_hh, once.
-    const auto number_of = [=](int pair, int half) {
-        const int unit = first_unit + pair % UNITS, gate = 2 * (pair / UNITS) + half;
-        return unit < H ? gate * H + unit : -1;
+    // Load: W_hh, where it is kept, and the initial states.
+    Rows product(weights, W);
+    const auto take_rows_of = [&](int first_unit) {
+        product.take([=](int pair, int half) {
+            const int unit = first_unit + pair % UNITS, gate = 2 * (pair / UNITS) + half;
+            return unit < H ? gate * H + unit : -1;
+        });
     };
-    const Rows product(weights, number_of, W);
-    for (Walk at(Rows::end()); at.tile < B; at.next()) {
-        const int batch = at.tile + own.sequence;
-        *at.state = load_if(has_cell & batch < B, c_n + static_cast<long long>(batch) * H + unit);
+    take_rows_of(begin.row);
+    for (Walk walk = begin; walk.tile < B; walk.next()) {
+        const int batch = walk.tile + own.sequence, unit = walk.row + own.unit;
+        *walk.state = load_if(own.cell & unit < H & batch < B, c_n + static_cast<long long>(batch) * H + unit);
     }
 
     int turn = 0;
     for (int step = 0; step < T; ++step)
-        for (Walk walk(Rows::end()); walk.tile < B; walk.next(), turn ^= 1) {
+        for (Walk walk = begin; walk.tile < B; walk.next(), turn ^= 1) {
+            if (CHUNKS == 0) take_rows_of(walk.row);
+            const int unit = walk.row + own.unit;
+            const bool has_cell = own.cell & unit < H;
+
             // Load, before waiting: what belongs to the thread's cell.
             const int batch = walk.tile + own.sequence;
             const Position at(step, batch, length_of(lengths, batch, T, B), resets, B, reverse);
@@ -139,23 +150,29 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     using Rows = Product<E, ROWS, WARPS, CHUNKS>;
     const Own<UNITS, WARPS> own;
     const int part = blockIdx.x % PARTS, K = 4 / PARTS * W;
-    const int first_row = blockIdx.x / PARTS * ROWS, unit = first_row + part * UNITS + own.unit;
-    const bool has_cell = own.cell & unit < H;
+    const Walk begin(Rows::end(), blockIdx.x / PARTS, gridDim.x / PARTS, ROWS, H);
 
-    // Load W_hh^T, once.
-    const auto number_of = [=](int pair, int half) {
-        const int unit = first_row + pair + half * (ROWS / 2);
-        return unit < H ? part * H + unit : -1;
+    // Load: W_hh^T, where it is kept, and the gradients of the final states.
+    Rows product(weights, K);
+    const auto take_rows_of = [&](int first_unit) {
+        product.take([=](int pair, int half) {
+            const int unit = first_unit + pair + half * (ROWS / 2);
+            return unit < H ? part * H + unit : -1;
+        });
     };
-    const Rows product(weights, number_of, K);
-    for (Walk at(Rows::end()); at.tile < B; at.next()) {
-        const int batch = at.tile + own.sequence;
-        *at.state = load_if(has_cell & batch < B, dc + static_cast<long long>(batch) * H + unit);
+    take_rows_of(begin.row);
+    for (Walk walk = begin; walk.tile < B; walk.next()) {
+        const int batch = walk.tile + own.sequence, unit = walk.row + part * UNITS + own.unit;
+        *walk.state = load_if(own.cell & unit < H & batch < B, dc + static_cast<long long>(batch) * H + unit);
     }
 
     int turn = 0;
     for (int step = T - 1; step >= 0; --step)
-        for (Walk walk(Rows::end()); walk.tile < B; walk.next(), turn ^= 1) {
+        for (Walk walk = begin; walk.tile < B; walk.next(), turn ^= 1) {
+            if (CHUNKS == 0) take_rows_of(walk.row);
+            const int unit = walk.row + part * UNITS + own.unit;
+            const bool has_cell = own.cell & unit < H;
+
             // Load, before waiting: what belongs to the thread's cell.
             const int batch = walk.tile + own.sequence, length = length_of(lengths, batch, T, B);
             const Position at(step, batch, length, resets, B, reverse);
@@ -194,7 +211,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
                     const int pair = (n + threadIdx.x) % (ROWS / 2), sequence = (n + threadIdx.x) / (ROWS / 2);
                     const bool wanted = sequence < SEQUENCES & walk.tile + sequence < B;
                     const float2 sums = Rows::sum(pair, sequence % SEQUENCES, turn);
-                    const int low = first_row + pair, high = low + ROWS / 2;
+                    const int low = walk.row + pair, high = low + ROWS / 2;
                     unsigned* const to = partials + (static_cast<long long>(walk.tile + sequence) * PARTS + part) * H;
                     store_relaxed_if(wanted & low < H, to + low, in_phase(sums.x, phase));
                     store_relaxed_if(wanted & high < H, to + high, in_phase(sums.y, phase));

@@ -52,11 +52,15 @@ struct Product : Parts<ROWS / 2, WARPS> {
     using Meeting = Parts<ROWS / 2, WARPS>;
 
     const Lane lane;
+    const unsigned* const rows;  // [*, W]
+    const int W;
     unsigned weights[CHUNKS][TILES][2][4];  // for the two products that take a quad
 
-    // number_of(pair, half) is the number of a row of `rows` [*, W], or -1 for zeros.
+    __device__ Product(const unsigned* rows, int W) : rows(rows), W(W) {}
+
+    // number_of(pair, half) is the number of a row, or -1 for zeros.
     template <typename NumberOf>
-    __device__ Product(const unsigned* rows, NumberOf number_of, int W) {
+    __device__ void take(NumberOf number_of) {
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk)
 #pragma unroll
@@ -108,37 +112,40 @@ struct Product<E, ROWS, WARPS, 0> : Parts<ROWS / 2, WARPS> {
     const int W;
     long long row[MINE];
 
+    __device__ Product(const unsigned* rows, int W) : rows(rows), W(W) {}
+
     template <typename NumberOf>
-    __device__ Product(const unsigned* rows, NumberOf number_of, int W) : rows(rows), W(W) {
+    __device__ void take(NumberOf number_of) {
 #pragma unroll
         for (int n = 0; n < MINE; ++n) row[n] = number_of(mine(n) % PAIRS, mine(n) / PAIRS);
     }
 
-    __device__ static float* end() { return Meeting::end() + WARPS * 2 * SEQUENCES * 16; }
+    __device__ static float* end() { return Meeting::end() + WARPS * AHEAD * SEQUENCES * CHUNK; }
     __device__ static int mine(int n) { return threadIdx.x % 32 + 32 * n; }
 
     __device__ void multiply(Words& x, int turn, Patience patience) const {
-        uint4* const staged = reinterpret_cast<uint4*>(Meeting::end()) + lane.warp * 2 * SEQUENCES * 4;
+        uint4* const stage = reinterpret_cast<uint4*>(Meeting::end()) + lane.warp * AHEAD * SEQUENCES * 4;
         float sums[MINE][SEQUENCES] = {};
         for (int first = 0; first < W; first += AHEAD * STRIDE) {
             if (first > 0) x = Words(x.from + AHEAD * STRIDE, x.left - AHEAD * STRIDE);
             x.await(patience);
+            meet_in_warp();  // all have read what lay there before
 #pragma unroll
-            for (int chunk = 0; chunk < AHEAD; ++chunk) {
-                uint4* const stage = staged + chunk % 2 * SEQUENCES * 4;  // [SEQUENCES, 4]
-                stage[lane.column * 4 + lane.quarter] = x.quad[chunk];
-                meet_in_warp();
-                const int word = first + chunk * STRIDE + lane.warp * CHUNK;
+            for (int chunk = 0; chunk < AHEAD; ++chunk)
+                stage[(chunk * SEQUENCES + lane.column) * 4 + lane.quarter] = x.quad[chunk];
+            meet_in_warp();
+#pragma unroll 1
+            for (int n = 0; n < AHEAD * 4; ++n) {  // quads of a row
+                const int chunk = n / 4, quarter = n % 4;
+                const int at = first + chunk * STRIDE + lane.warp * CHUNK + 4 * quarter;
 #pragma unroll
-                for (int n = 0; n < MINE; ++n)
+                for (int m = 0; m < MINE; ++m) {
+                    const auto* const from = reinterpret_cast<const uint4*>(rows + row[m] * W + at);
+                    const uint4 weights = load_if(row[m] >= 0 & at < W, from);
 #pragma unroll
-                    for (int quarter = 0; quarter < 4; ++quarter) {
-                        const int at = word + 4 * quarter;
-                        const auto* const from = reinterpret_cast<const uint4*>(rows + row[n] * W + at);
-                        const uint4 weights = load_if(row[n] >= 0 & at < W, from);
-#pragma unroll
-                        for (int s = 0; s < SEQUENCES; ++s) add_products<E>(sums[n][s], weights, stage[s * 4 + quarter]);
-                    }
+                    for (int s = 0; s < SEQUENCES; ++s)
+                        add_products<E>(sums[m][s], weights, stage[(chunk * SEQUENCES + s) * 4 + quarter]);
+                }
             }
         }
         float* const parts = reinterpret_cast<float*>(Meeting::of_warp(lane.warp, turn));
