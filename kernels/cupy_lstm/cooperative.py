@@ -27,7 +27,7 @@ SEQUENCES = 8  # of a batch tile
 CHUNK = 16  # words of K that a warp takes at once
 AHEAD = 4  # chunks that are on their way at once, where weights are not kept
 FILL = -1  # the word, as int32, that stands for what is not there yet
-MOST_REGISTERS = 190  # of a thread's 255, that may hold weights, words and sums
+MOST_REGISTERS = 192  # of a thread's 255, that may hold weights, words and sums
 
 
 def plans(problem: Problem, card: Card) -> Iterator[Plan]:

@@ -12,8 +12,6 @@
 //
 // CHUNKS > 0 keeps the weights in registers and takes products on tensor cores (sm_80 and newer); 0 reads them every step.
 //
-// The cell states of a block's cells, or their gradients, stay in its shared memory, [walks, threads] floats.
-//
 // W words make a row of H elements, at 16 bytes: W is a multiple of 4, and what is beyond H is zero.
 
 // The thread's cell: unit `unit` of the block's, of sequence `sequence` of a batch tile. Every warp takes as many, so that
@@ -26,22 +24,18 @@ struct Own {
     const int unit = lane % UNITS, sequence = cell ? threadIdx.x / 32 * OF_WARP + lane / UNITS : 0;
 };
 
-// What a block takes one after another at every step: batch tiles, and of each the rows of its units. Where weights are kept
-// in registers there is one share of rows. The thread's state of each follows what a product has of shared memory.
+// What a block takes one after another at every step: batch tiles and, unless it keeps the weights of ONE, shares of rows.
+template <bool ONE>
 struct Walk {
     const int first_row, rows, H;
     int tile = blockIdx.y * SEQUENCES, row;
-    float* state;
 
-    __device__ Walk(float* states, int share, int shares, int rows, int H)
-        : first_row(share * rows), rows(shares * rows), H(H), row(first_row), state(states + threadIdx.x) {}
+    __device__ Walk(int share, int shares, int rows, int H)
+        : first_row(share * rows), rows(shares * rows), H(H), row(first_row) {}
 
     __device__ void next() {
-        row += rows;
-        const bool to_next_tile = row >= H;
-        tile += to_next_tile ? SEQUENCES * gridDim.y : 0;
-        row = to_next_tile ? first_row : row;
-        state += blockDim.x;
+        if (!ONE) row += rows;
+        if (ONE || row >= H) tile += SEQUENCES * gridDim.y, row = first_row;
     }
 };
 
@@ -59,9 +53,9 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     int T, int B, int H, int W, bool reverse) {
     using Rows = Product<E, 4 * UNITS, WARPS, CHUNKS>;  // pairs are the gates i and f, then g and o, of a unit
     const Own<UNITS, WARPS> own;
-    const Walk begin(Rows::end(), blockIdx.x, gridDim.x, UNITS, H);
+    const Walk<(CHUNKS > 0)> begin(blockIdx.x, gridDim.x, UNITS, H);
 
-    // Load: W_hh, where it is kept, and the initial states.
+    // Load W_hh, where it is kept.
     Rows product(weights, W);
     const auto take_rows_of = [&](int first_unit) {
         product.take([=](int pair, int half) {
@@ -70,31 +64,28 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
         });
     };
     take_rows_of(begin.row);
-    for (Walk walk = begin; walk.tile < B; walk.next()) {
-        const int batch = walk.tile + own.sequence, unit = walk.row + own.unit;
-        *walk.state = load_if(own.cell & unit < H & batch < B, c_n + static_cast<long long>(batch) * H + unit);
-    }
 
     int turn = 0;
     for (int step = 0; step < T; ++step)
-        for (Walk walk = begin; walk.tile < B; walk.next(), turn ^= 1) {
+        for (auto walk = begin; walk.tile < B; walk.next(), turn ^= 1) {
             if (CHUNKS == 0) take_rows_of(walk.row);
             const int unit = walk.row + own.unit;
             const bool has_cell = own.cell & unit < H;
 
             // Load, before waiting: what belongs to the thread's cell.
-            const int batch = walk.tile + own.sequence;
-            const Position at(step, batch, length_of(lengths, batch, T, B), resets, B, reverse);
+            const int batch = walk.tile + own.sequence, length = length_of(lengths, batch, T, B);
+            const int of_column = walk.tile + product.lane.column, its_length = length_of(lengths, of_column, T, B);
+            const Position at(step, batch, length, resets, B, reverse);
             const bool valid = has_cell & at.valid, in_batch = has_cell & batch < B;
             const long long state_at = static_cast<long long>(batch) * H + unit;
             E* const my_gates = gates + at.row * 4 * H + unit;
             E gates_x[GATES];
 #pragma unroll
             for (int gate = I; gate < GATES; ++gate) gates_x[gate] = load_if(valid, my_gates + gate * H);
+            const float c_prev = load_if(has_cell & at.continues, c_n + state_at);
 
             // Product with h of the step before.
-            const int of_column = walk.tile + product.lane.column;
-            const int time_before = step == 0 ? T : time_of(step - 1, length_of(lengths, of_column, T, B), reverse);
+            const int time_before = step == 0 ? T : time_of(step - 1, its_length, reverse);
             typename Rows::Words h_prev(h + row_of(time_before, of_column, B) * W + product.lane.first_word,
                                         of_column < B ? W - product.lane.first_word : 0);
             product.multiply(h_prev, turn, {error, step});
@@ -106,7 +97,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
 #pragma unroll
             for (int gate = I; gate < GATES; ++gate)
                 z[gate] = to_float(gates_x[gate]) + (at.continues ? z[gate] : 0.0f);
-            const Cell cell = Cell::forward(z[I], z[F], z[G], z[O], choose(at.continues, *walk.state, 0.0f));
+            const Cell cell = Cell::forward(z[I], z[F], z[G], z[O], c_prev);
             const float h_next = valid ? cell.m : 0.0f;
 
             // Publish, before anything else is stored. Padding gets zeros.
@@ -117,8 +108,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
             E rounded;
             round_to(rounded, h_next);
             store_if(valid & at.last, h_n + state_at, rounded);
-            store_if(valid & at.last, c_n + state_at, cell.c);
-            *walk.state = cell.c;
+            store_if(valid, c_n + state_at, cell.c);
             if (c != nullptr) {
                 store_if(in_batch, c + at.row * H + unit, valid ? cell.c : 0.0f);
                 const float activated[GATES] = {cell.i, cell.f, cell.g, cell.o};
@@ -150,9 +140,9 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     using Rows = Product<E, ROWS, WARPS, CHUNKS>;
     const Own<UNITS, WARPS> own;
     const int part = blockIdx.x % PARTS, K = 4 / PARTS * W;
-    const Walk begin(Rows::end(), blockIdx.x / PARTS, gridDim.x / PARTS, ROWS, H);
+    const Walk<(CHUNKS > 0)> begin(blockIdx.x / PARTS, gridDim.x / PARTS, ROWS, H);
 
-    // Load: W_hh^T, where it is kept, and the gradients of the final states.
+    // Load W_hh^T, where it is kept.
     Rows product(weights, K);
     const auto take_rows_of = [&](int first_unit) {
         product.take([=](int pair, int half) {
@@ -161,20 +151,17 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
         });
     };
     take_rows_of(begin.row);
-    for (Walk walk = begin; walk.tile < B; walk.next()) {
-        const int batch = walk.tile + own.sequence, unit = walk.row + part * UNITS + own.unit;
-        *walk.state = load_if(own.cell & unit < H & batch < B, dc + static_cast<long long>(batch) * H + unit);
-    }
 
     int turn = 0;
     for (int step = T - 1; step >= 0; --step)
-        for (Walk walk = begin; walk.tile < B; walk.next(), turn ^= 1) {
+        for (auto walk = begin; walk.tile < B; walk.next(), turn ^= 1) {
             if (CHUNKS == 0) take_rows_of(walk.row);
             const int unit = walk.row + part * UNITS + own.unit;
             const bool has_cell = own.cell & unit < H;
 
             // Load, before waiting: what belongs to the thread's cell.
             const int batch = walk.tile + own.sequence, length = length_of(lengths, batch, T, B);
+            const int of_column = walk.tile + product.lane.column, its_length = length_of(lengths, of_column, T, B);
             const Position at(step, batch, length, resets, B, reverse);
             const Position next(step + 1, batch, length, resets, B, reverse);
             const bool valid = has_cell & at.valid, in_batch = has_cell & batch < B;
@@ -184,18 +171,16 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             E activated[GATES], dh_output = {}, dh_last = {};
 #pragma unroll
             for (int gate = I; gate < GATES; ++gate) activated[gate] = load_if(valid, my_gates + gate * H);
-            const float c_after = load_if(valid, c + output_at);
+            const float c_after = load_if(valid, c + output_at), dc_after = load_if(valid, dc + state_at);
             const float c_prev = load_if(has_cell & at.continues, (step == 0 ? c0 : c) + at.row_prev * H + unit);
             if (dh != nullptr) dh_output = load_if(valid, dh + output_at);
             if (dh_n != nullptr) dh_last = load_if(valid & at.last, dh_n + state_at);
 
             // Product with dgates of the step after. Padding and what a reset cuts off is waited for, too, so that nobody
             // publishes partial sums over others that are still waited for.
-            const int of_column = walk.tile + product.lane.column;
-            const int time_after = time_of(step + 1, length_of(lengths, of_column, T, B), reverse);
-            typename Rows::Words dz(
-                dgates + (row_of(time_after, of_column, B) * 4 + 4 / PARTS * part) * W + product.lane.first_word,
-                step < T - 1 & of_column < B ? K - product.lane.first_word : 0);
+            const long long row_after = row_of(time_of(step + 1, its_length, reverse), of_column, B);
+            typename Rows::Words dz(dgates + (row_after * 4 + 4 / PARTS * part) * W + product.lane.first_word,
+                                    step < T - 1 & of_column < B ? K - product.lane.first_word : 0);
             product.multiply(dz, turn, {error, step});
 
             // What the step after hands back, for the thread's cell.
@@ -228,7 +213,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             const Cell cell = {to_float(activated[I]), to_float(activated[F]), to_float(activated[G]),
                                to_float(activated[O]), c_after};
             const float dm = to_float(dh_output) + to_float(dh_last) + (next.continues ? handed_back : 0.0f);
-            const Cell::Gradient d = cell.backward(c_prev, dm, *walk.state);
+            const Cell::Gradient d = cell.backward(c_prev, dm, dc_after);
 
             // Publish. In padding every factor was loaded as zero, and so are the gradients.
             const bool publishes = in_batch & unit % PER_WORD<E> == 0;
@@ -238,9 +223,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             store_relaxed_if(publishes, to + G * W, pack<E>(d.g));
             store_relaxed_if(publishes, to + O * W, pack<E>(d.o));
 
-            // Nothing flows back into a state that was zeroed.
-            const float dc_prev = at.continues ? d.c_prev : 0.0f;
-            *walk.state = choose(valid, dc_prev, *walk.state);
-            store_if(valid & step == 0, dc + state_at, dc_prev);
+            // Store. Nothing flows back into a state that was zeroed.
+            store_if(valid, dc + state_at, at.continues ? d.c_prev : 0.0f);
         }
 }
