@@ -67,7 +67,7 @@ def cases(quick: bool) -> list[Case]:
         problem = Problem(batch, hidden, dtype, backward, precision)
         best: dict[tuple, Plan] = {}
         for plan in chain(sequence.plans(problem, card), cooperative.plans(problem, card)):
-            kind = plan.family, plan.family is Family.COOPERATIVE and plan.template[2] == 0
+            kind = plan.family, plan.family is Family.COOPERATIVE and plan.template[3] == 0
             if kind not in best or plan.clocks < best[kind].clocks:
                 best[kind] = plan
         for plan in best.values():
@@ -83,8 +83,8 @@ def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
         binary = compile_for(architecture, case.kernel, case.problem.dtype, plan.template)
         ((registers, spills, declared),) = usage(binary.cubin, architecture).values()
         (loop,) = time_loops(binary.cubin).values() if architecture >= READABLE else (None,)
-        held = f", W_hh in registers: {plan.template[2]} chunks" if any(plan.template[2:3]) else ""
-        tiles = f"{plan.threads} threads" + (f" x {plan.template[0]} units{held}" if plan.template else "")
+        held = f", W_hh in registers: {plan.template[3]} chunks" if any(plan.template[3:4]) else ""
+        tiles = f"{plan.threads} threads" + (f" x {plan.template[1]} units{held}" if plan.template else "")
         instruction = re.search(r"mma\.sync\S+", binary.ptx)
         yield [
             Report(

@@ -69,7 +69,7 @@ def _plan(
         elements = 4 // problem.dtype.itemsize
         turn += max(4 * rows * k / L2_BYTES, rows * k * elements * SEQUENCES / MULTIPLY_ADDS)
     exchange = max(0.0, EXCHANGE - (turns - 1) * turn) + (EXCHANGE if parts > 1 else 0) * turns
-    template = (units, warps, chunks, parts) if problem.backward else (units, warps, chunks)
+    template = (problem.hidden, units, warps, chunks, *((parts,) if problem.backward else ()))
     yield Plan(
         Family.COOPERATIVE, (blocks, groups), 32 * warps, shared, turns * turn + exchange, template,
         side_by_side=problem.side_by_side,
@@ -91,7 +91,7 @@ def forward(
         "lstm_cooperative_forward", gates.dtype, plan,
         gates=gates, weights=_as_words(r.weight_hh), h=h, h_n=h_n, c=c if save else None, c_n=c_n, lengths=r.lengths,
         resets=r.resets, error=error_word(gates.device, "lstm_cooperative_forward"),
-        T=steps, B=batch, H=r.hidden, W=_words(h), reverse=r.reverse,
+        T=steps, B=batch, reverse=r.reverse,
     )  # fmt: skip
     return h[:-1, :, : r.hidden].contiguous(), h_n, c_n, c
 
@@ -118,7 +118,7 @@ def backward(
         dh=dh, dh_n=dh_n, gates=gates, c=c, c0=r.c0, weights=_transposed(r.weight_hh, parts), dgates=dgates,
         partials=torch.full_like(r.c0[:, None].expand(-1, parts, -1), FILL, dtype=torch.int32), dc=dc,
         lengths=r.lengths, resets=r.resets, error=error_word(gates.device, "lstm_cooperative_backward"),
-        T=steps, B=batch, H=r.hidden, W=_words(dgates), reverse=r.reverse,
+        T=steps, B=batch, reverse=r.reverse,
     )  # fmt: skip
     dgates = dgates[..., : r.hidden].reshape(gates.shape)
     return dgates, dc
@@ -131,11 +131,6 @@ def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:
     words = filled.view(torch.int32).fill_(FILL)
     words[..., ceil(hidden * gates.itemsize / 4) :] = 0
     return filled
-
-
-def _words(rows: Tensor) -> int:
-    """W."""
-    return rows.shape[-1] * rows.itemsize // 4
 
 
 def _as_words(weights: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ struct Own {
     const int unit = lane % UNITS, sequence = cell ? threadIdx.x / 32 * OF_WARP + lane / UNITS : 0;
 };
 
+template <typename E, int H>
+constexpr int WORDS = (H * sizeof(E) + 15) / 16 * 4;  // W
+
 // What a block takes one after another at every step: batch tiles and, unless it keeps the weights of ONE, shares of rows.
 template <bool ONE>
 struct Walk {
@@ -39,7 +42,7 @@ struct Walk {
     }
 };
 
-template <typename E, int UNITS, int WARPS, int CHUNKS>
+template <typename E, int H, int UNITS, int WARPS, int CHUNKS>
 __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     E* gates,                 // [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, where c is given: activated gates
     const unsigned* weights,  // [4H, W] W_hh
@@ -50,13 +53,14 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     const int* lengths,       // [B] or null
     const bool* resets,       // [T*B] or null
     int* error,               // [1]
-    int T, int B, int H, int W, bool reverse) {
-    using Rows = Product<E, 4 * UNITS, WARPS, CHUNKS>;  // pairs are the gates i and f, then g and o, of a unit
+    int T, int B, bool reverse) {
+    constexpr int W = WORDS<E, H>;
+    using Rows = Product<E, 4 * UNITS, W, WARPS, CHUNKS>;  // pairs are the gates i and f, then g and o, of a unit
     const Own<UNITS, WARPS> own;
     const Walk<(CHUNKS > 0)> begin(blockIdx.x, gridDim.x, UNITS, H);
 
     // Load W_hh, where it is kept.
-    Rows product(weights, W);
+    Rows product(weights);
     const auto take_rows_of = [&](int first_unit) {
         product.take([=](int pair, int half) {
             const int unit = first_unit + pair % UNITS, gate = 2 * (pair / UNITS) + half;
@@ -121,7 +125,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
         }
 }
 
-template <typename E, int UNITS, int WARPS, int CHUNKS, int PARTS>
+template <typename E, int H, int UNITS, int WARPS, int CHUNKS, int PARTS>
 __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     const E* dh,              // [T*B, H] or null
     const E* dh_n,            // [B, H] or null
@@ -135,15 +139,17 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     const int* lengths,       // [B] or null
     const bool* resets,       // [T*B] or null
     int* error,               // [1]
-    int T, int B, int H, int W, bool reverse) {
+    int T, int B, bool reverse) {
+    constexpr int W = WORDS<E, H>;
     constexpr int ROWS = PARTS * UNITS;  // pairs are the units n and n + ROWS / 2
-    using Rows = Product<E, ROWS, WARPS, CHUNKS>;
+    constexpr int K = 4 / PARTS * W;
+    using Rows = Product<E, ROWS, K, WARPS, CHUNKS>;
     const Own<UNITS, WARPS> own;
-    const int part = blockIdx.x % PARTS, K = 4 / PARTS * W;
+    const int part = blockIdx.x % PARTS;
     const Walk<(CHUNKS > 0)> begin(blockIdx.x / PARTS, gridDim.x / PARTS, ROWS, H);
 
     // Load W_hh^T, where it is kept.
-    Rows product(weights, K);
+    Rows product(weights);
     const auto take_rows_of = [&](int first_unit) {
         product.take([=](int pair, int half) {
             const int unit = first_unit + pair + half * (ROWS / 2);

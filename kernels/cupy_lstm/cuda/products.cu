@@ -44,7 +44,7 @@ struct Parts {
 // By tensor cores. A warp takes CHUNKS chunks, and keeps the weights of these in registers as operands A. In a tile of 16
 // rows pair 8 tile + column is the rows `column` and `column + 8`; in a product's result a thread has that pair of the
 // sequences 2 quarter and 2 quarter + 1. Which words of K meet in a product is free as long as A and B agree.
-template <typename E, int ROWS, int WARPS, int CHUNKS>
+template <typename E, int ROWS, int W, int WARPS, int CHUNKS>
 struct Product : Parts<ROWS / 2, WARPS> {
     static constexpr int TILES = ROWS / 16;
     static constexpr int STRIDE = CHUNK * WARPS;  // words from one chunk of a warp to its next
@@ -53,10 +53,9 @@ struct Product : Parts<ROWS / 2, WARPS> {
 
     const Lane lane;
     const unsigned* const rows;  // [*, W]
-    const int W;
     unsigned weights[CHUNKS][TILES][2][4];  // for the two products that take a quad
 
-    __device__ Product(const unsigned* rows, int W) : rows(rows), W(W) {}
+    __device__ Product(const unsigned* rows) : rows(rows) {}
 
     // number_of(pair, half) is the number of a row, or -1 for zeros.
     template <typename NumberOf>
@@ -66,10 +65,13 @@ struct Product : Parts<ROWS / 2, WARPS> {
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-                for (int n = 0; n < 8; ++n) {
-                    const long long row = number_of(8 * tile + lane.column, n % 2);
-                    const int word = lane.first_word + chunk * STRIDE + n / 2;
-                    weights[chunk][tile][n / 4][n % 4] = load_if(row >= 0 & word < W, rows + row * W + word);
+                for (int half = 0; half < 2; ++half) {
+                    const long long row = number_of(8 * tile + lane.column, half);
+                    const int word = lane.first_word + chunk * STRIDE;
+                    const auto* const from = reinterpret_cast<const uint4*>(rows + row * W + word);
+                    const uint4 quad = load_if(row >= 0 & word < W, from);
+                    auto& of = weights[chunk][tile];
+                    of[0][half] = quad.x, of[0][2 + half] = quad.y, of[1][half] = quad.z, of[1][2 + half] = quad.w;
                 }
     }
 
@@ -98,8 +100,8 @@ struct Product : Parts<ROWS / 2, WARPS> {
 
 // By multiply-add in float32: for every GPU, exact for float, and for any W, since the weights come from L2 at every step.
 // A thread takes the rows `lane`, `lane + 32`, ... of all sequences, whose words its warp lays into shared memory.
-template <typename E, int ROWS, int WARPS>
-struct Product<E, ROWS, WARPS, 0> : Parts<ROWS / 2, WARPS> {
+template <typename E, int ROWS, int W, int WARPS>
+struct Product<E, ROWS, W, WARPS, 0> : Parts<ROWS / 2, WARPS> {
     static constexpr int PAIRS = ROWS / 2;
     static constexpr int MINE = ROWS / 32;  // rows of a thread
     static constexpr int STRIDE = CHUNK * WARPS;
@@ -109,10 +111,9 @@ struct Product<E, ROWS, WARPS, 0> : Parts<ROWS / 2, WARPS> {
 
     const Lane lane;
     const unsigned* const rows;
-    const int W;
     long long row[MINE];
 
-    __device__ Product(const unsigned* rows, int W) : rows(rows), W(W) {}
+    __device__ Product(const unsigned* rows) : rows(rows) {}
 
     template <typename NumberOf>
     __device__ void take(NumberOf number_of) {
