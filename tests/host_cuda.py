@@ -60,7 +60,7 @@ def launcher(changes: dict[str, str] | None = None, seed: int = 0) -> Callable[.
     def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tensor | int | None) -> None:
         values = [_by_value(a) for a in in_order(kernel, arguments)]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        run = _function(source, name_expression(kernel, dtype, plan.template))
+        run = _function(source, name_expression(kernel, dtype, plan.template("backward" in kernel)))
         failure = run((ctypes.c_int * 2)(*plan.grid), plan.threads, plan.shared, seed, addresses)
         if failure:
             raise Failed(f"{kernel}: {FAILURES[failure]}")

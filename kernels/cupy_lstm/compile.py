@@ -9,15 +9,14 @@ import importlib.util
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from ..report import Report
 from ..sass import time_loops, usage
-from . import cooperative, sequence
-from .planning import Card, Family, Plan, Problem
+from .planning import Card, Plan, Problem, plans
 from .source import OPTIONS, join, name_expression, parts
 
 CARDS = (Card(70, 80), Card(75, 40), Card(80, 108), Card(86, 84), Card(89, 58), Card(90, 132), Card(100, 148),
@@ -29,7 +28,7 @@ READABLE = 75  # by the disassembler of CUDA 13, which recent Tritons bring
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, and one family's plan for it."""
+    """A problem, and a plan for it."""
 
     problem: Problem
     card: Card
@@ -38,7 +37,12 @@ class Case:
     @property
     def kernel(self) -> str:
         """Its name."""
-        return f"lstm_{self.plan.family.value}_{'backward' if self.problem.backward else 'forward'}"
+        return f"lstm_cooperative_{'backward' if self.problem.backward else 'forward'}"
+
+    @property
+    def template(self) -> tuple[int, ...]:
+        """Its arguments, after the element type."""
+        return self.plan.template(self.problem.backward)
 
     def __str__(self) -> str:
         p = self.problem
@@ -56,23 +60,20 @@ class Binary:
 
 
 def cases(quick: bool) -> list[Case]:
-    """Every family's best plan for every size, and for two of them one that reads the weights at every step.
+    """For every size the best plan that keeps the weights, and the best that reads them at every step.
 
     If `quick`, an H100 and bfloat16.
     """
-    found = {}
+    found: dict[tuple, Case] = {}
     for card, (dtype, precision), (batch, hidden), backward in product(CARDS, PRECISIONS, SIZES, (False, True)):
         if quick and (card.architecture != 90 or dtype is not torch.bfloat16):
             continue
         problem = Problem(batch, hidden, dtype, backward, precision)
-        best: dict[tuple, Plan] = {}
-        for plan in chain(sequence.plans(problem, card), cooperative.plans(problem, card)):
-            kind = plan.family, plan.family is Family.COOPERATIVE and plan.template[3] == 0
-            if kind not in best or plan.clocks < best[kind].clocks:
-                best[kind] = plan
-        for plan in best.values():
-            case = Case(problem, card, plan)
-            found.setdefault((card, dtype, case.kernel, plan.template, plan.threads), case)
+        for kept in (True, False):
+            of_kind = [plan for plan in plans(problem, card) if (plan.chunks > 0) == kept]
+            if of_kind:
+                case = Case(problem, card, min(of_kind, key=lambda plan: plan.clocks))
+                found.setdefault((card, dtype, backward, case.template), case)
     return list(found.values())
 
 
@@ -80,11 +81,10 @@ def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
     """What each became."""
     for case in cases:
         architecture, plan = case.card.architecture, case.plan
-        binary = compile_for(architecture, case.kernel, case.problem.dtype, plan.template)
+        binary = compile_for(architecture, case.kernel, case.problem.dtype, case.template)
         ((registers, spills, declared),) = usage(binary.cubin, architecture).values()
         (loop,) = time_loops(binary.cubin).values() if architecture >= READABLE else (None,)
-        held = f", W_hh in registers: {plan.template[3]} chunks" if any(plan.template[3:4]) else ""
-        tiles = f"{plan.threads} threads" + (f" x {plan.template[1]} units{held}" if plan.template else "")
+        kept = f"{plan.chunks} chunks kept" if plan.chunks else "W_hh read"
         instruction = re.search(r"mma\.sync\S+", binary.ptx)
         yield [
             Report(
@@ -93,7 +93,7 @@ def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
                 architecture=architecture,
                 plan=plan,
                 threads=plan.threads,
-                tiles=tiles,
+                tiles=f"{plan.threads} threads x {plan.units} units, {kept}",
                 registers=registers,
                 spills=spills,
                 shared=declared + plan.shared,

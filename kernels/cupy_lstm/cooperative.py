@@ -1,6 +1,5 @@
-"""The family whose blocks share W_hh and exchange h: lstm_cooperative_*, cuda/cooperative.cu."""
+"""The launches of cuda/cooperative.cu, and the words that its blocks exchange."""
 
-from collections.abc import Iterator
 from math import ceil
 
 import torch
@@ -8,78 +7,15 @@ from torch import Tensor
 
 from ..giving_up import error_word
 from ..recurrence import Recurrence
-from .planning import (
-    CELL,
-    EXCHANGE,
-    L2_BYTES,
-    MULTIPLY_ADDS,
-    SHARED_BYTES,
-    STATIC_LIMIT,
-    TENSOR_PRODUCTS,
-    Card,
-    Family,
-    Launch,
-    Plan,
-    Problem,
-)
+from .planning import Launch, Plan
 
-SEQUENCES = 8  # of a batch tile
-CHUNK = 16  # words of K that a warp takes at once
-AHEAD = 4  # chunks that are on their way at once, where weights are not kept
 FILL = -1  # the word, as int32, that stands for what is not there yet
-MOST_REGISTERS = 192  # of a thread's 255, that may hold weights, words and sums
-
-
-def plans(problem: Problem, card: Card) -> Iterator[Plan]:
-    """All there are: weights held in registers where they fit those of the card together, and read at every step."""
-    tensor_cores = card.architecture >= 80 and (problem.dtype.itemsize == 2 or problem.precision == "tf32")
-    for parts in (1, 2, 4) if problem.backward else (1,):
-        k = (4 // parts if problem.backward else 1) * problem.words
-        for warps in (4, 8):
-            chunks = ceil(k / (CHUNK * warps))
-            for units in range(4, 4 * warps + 1, 4):
-                rows = (parts if problem.backward else 4) * units
-                if tensor_cores and rows % 16 == 0 and (rows // 2 + 4) * chunks + rows // 2 <= MOST_REGISTERS:
-                    yield from _plan(problem, card, units, warps, chunks, parts, k)
-                if warps == 8 and rows % 32 == 0 and rows <= 64:
-                    yield from _plan(problem, card, units, warps, 0, parts, k)
-
-
-def _plan(
-    problem: Problem, card: Card, units: int, warps: int, chunks: int, parts: int, k: int
-) -> Iterator[Plan]:
-    """The plan of these sizes, if its blocks can all be resident at once."""
-    rows = (parts if problem.backward else 4) * units
-    shared = 8 * 2 * warps * SEQUENCES * (rows // 2 + 2) + (0 if chunks else 4 * warps * AHEAD * SEQUENCES * CHUNK)
-    wanted = parts * ceil(problem.hidden / (parts * units))
-    most = card.multiprocessors // problem.side_by_side // parts * parts
-    blocks = min(wanted, most) if chunks == 0 else wanted
-    if not 0 < blocks <= most:
-        return
-    tiles = ceil(problem.batch / SEQUENCES)
-    groups = max(1, min(tiles, card.multiprocessors // problem.side_by_side // blocks))
-    turns = ceil(tiles / groups) * ceil(wanted / blocks)
-    shared += 4 * 32 * warps * turns
-    if shared > card.shared:
-        return
-    turn = 4 * SEQUENCES * k / L2_BYTES + 16 * warps * SEQUENCES * rows / 2 / SHARED_BYTES + CELL
-    if chunks:
-        turn += rows / 16 * k / 8 / TENSOR_PRODUCTS / 4
-    else:
-        elements = 4 // problem.dtype.itemsize
-        turn += max(4 * rows * k / L2_BYTES, rows * k * elements * SEQUENCES / MULTIPLY_ADDS)
-    exchange = max(0.0, EXCHANGE - (turns - 1) * turn) + (EXCHANGE if parts > 1 else 0) * turns
-    template = (problem.hidden, units, warps, chunks, *((parts,) if problem.backward else ()))
-    yield Plan(
-        Family.COOPERATIVE, (blocks, groups), 32 * warps, shared, turns * turn + exchange, template,
-        side_by_side=problem.side_by_side,
-    )  # fmt: skip
 
 
 def forward(
     gates: Tensor, recurrence: Recurrence, *, save: bool, plan: Plan, launch: Launch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As launch.layer_forward."""
+    """As launch.layer_forward, without a projection."""
     r = recurrence
     steps, batch, _ = gates.shape
     h = _rows_of_words(gates, steps + 1, batch)
@@ -107,21 +43,19 @@ def backward(
     plan: Plan,
     launch: Launch,
 ) -> tuple[Tensor, Tensor]:
-    """dgates [T, B, 4H] and dc0 [B, H], as launch.layer_backward."""
+    """dgates [T, B, 4H] and dc0 [B, H], as launch.layer_backward without a projection."""
     r = recurrence
     steps, batch, _ = gates.shape
-    parts = plan.template[-1]
     dgates = _rows_of_words(gates, steps, batch, 4)
+    partials = torch.full((batch, plan.parts, r.hidden), FILL, dtype=torch.int32, device=gates.device)
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
     launch(
         "lstm_cooperative_backward", gates.dtype, plan,
-        dh=dh, dh_n=dh_n, gates=gates, c=c, c0=r.c0, weights=_transposed(r.weight_hh, parts), dgates=dgates,
-        partials=torch.full_like(r.c0[:, None].expand(-1, parts, -1), FILL, dtype=torch.int32), dc=dc,
-        lengths=r.lengths, resets=r.resets, error=error_word(gates.device, "lstm_cooperative_backward"),
-        T=steps, B=batch, reverse=r.reverse,
+        dh=dh, dh_n=dh_n, gates=gates, c=c, c0=r.c0, weights=_transposed(r.weight_hh, plan.parts), dgates=dgates,
+        partials=partials if plan.parts > 1 else None, dc=dc, lengths=r.lengths, resets=r.resets,
+        error=error_word(gates.device, "lstm_cooperative_backward"), T=steps, B=batch, reverse=r.reverse,
     )  # fmt: skip
-    dgates = dgates[..., : r.hidden].reshape(gates.shape)
-    return dgates, dc
+    return dgates[..., : r.hidden].reshape(gates.shape), dc
 
 
 def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:

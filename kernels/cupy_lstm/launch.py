@@ -5,22 +5,20 @@ The kernels are in cuda/, compiled at first use; CuPy is imported then, not befo
 
 import dataclasses
 import functools
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import projection
+from ..architectures import shared_memory_of
 from ..giving_up import raise_if_gave_up
 from ..initial_gradient import initial_hidden_gradient
 from ..ordering import await_others
 from ..recurrence import Recurrence, check_counts
-from . import cooperative, sequence
-from .planning import Card, Family, Launch, Plan, Problem, card_of, problem_of
+from . import cooperative
+from .planning import Launch, Plan, Problem, card_of, choose_plan
 from .source import ELEMENTS, OPTIONS, in_order, join, name_expression, parts
-
-FAMILIES = {Family.SEQUENCE: sequence, Family.COOPERATIVE: cooperative}
 
 
 def layer_forward(
@@ -48,9 +46,9 @@ def layer_forward(
     if whole.projected:
         projection.add_initial_product(gates, whole)
         r = projection.recurrence_of_m(whole)
-    plan = plan or choose_plan(problem_of(gates, r, backward=False), card_of(gates.device))
-    _await_others(plan, gates.device)
-    m, m_n, c_n, c = FAMILIES[plan.family].forward(gates, r, save=save, plan=plan, launch=launch or launch_kernel)
+    plan = plan or choose_plan(_problem(gates, r, backward=False), card_of(gates.device))
+    await_others(plan.side_by_side, gates.device)
+    m, m_n, c_n, c = cooperative.forward(gates, r, save=save, plan=plan, launch=launch or launch_kernel)
     h, h_n = projection.project(m, whole) if whole.projected else (m, m_n)
     return h, h_n, c_n, c
 
@@ -88,19 +86,18 @@ def layer_backward(
         r = projection.recurrence_of_m(whole)
         dh_total = projection.gradient_of_output(dh, dh_n, len(gates), whole)
         dm, dm_n = projection.gradient_of_m(dh_total, whole), None
-    plan = plan or choose_plan(problem_of(gates, r, backward=True), card_of(gates.device))
-    _await_others(plan, gates.device)
-    backward = FAMILIES[plan.family].backward
-    dgates, dc0 = backward(dm, dm_n, dc_n, gates, c, r, plan=plan, launch=launch or launch_kernel)
+    plan = plan or choose_plan(_problem(gates, r, backward=True), card_of(gates.device))
+    await_others(plan.side_by_side, gates.device)
+    dgates, dc0 = cooperative.backward(
+        dm, dm_n, dc_n, gates, c, r, plan=plan, launch=launch or launch_kernel
+    )
     if whole.projected:
         projection.add_gradient_of_next(dh_total, dgates, whole)
     return dgates, initial_hidden_gradient(dgates, dh_n, None, whole), dc0, dh_total
 
 
-@functools.cache
-def choose_plan(problem: Problem, card: Card) -> Plan:
-    """The plan that is expected to be the fastest."""
-    return min(chain(sequence.plans(problem, card), cooperative.plans(problem, card)), key=lambda plan: plan.clocks)
+def _problem(gates: Tensor, r: Recurrence, backward: bool) -> Problem:
+    return Problem(gates.shape[1], r.hidden, gates.dtype, backward, r.precision, r.side_by_side)
 
 
 def _checked(gates: Tensor, r: Recurrence) -> Recurrence:
@@ -118,18 +115,13 @@ def _checked(gates: Tensor, r: Recurrence) -> Recurrence:
     return r if r.lengths is None else dataclasses.replace(r, lengths=r.lengths.int())
 
 
-def _await_others(plan: Plan, device: torch.device) -> None:
-    if plan.family is Family.COOPERATIVE:
-        await_others(plan.side_by_side, device)
-
-
 def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tensor | int | None) -> None:
     """Launch a kernel on torch's current stream: the seam at which a test can run it elsewhere.
 
     Args:
         kernel: its name.
         dtype: of the elements.
-        plan: its further template arguments, grid, threads, and shared memory.
+        plan: its further template arguments, its grid, and what a block takes.
         arguments: by the kernel's names for them; a tensor goes by its address, None as a null pointer.
 
     Raises:
@@ -153,24 +145,22 @@ def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tens
     if arguments["B"] == 0:
         return
     with torch.cuda.device(device):
-        function = _kernel(device, kernel, dtype, plan.template, plan.family is Family.COOPERATIVE)
+        function = _kernel(device, kernel, dtype, plan.template("backward" in kernel))
         with _stream(device):
             function(plan.grid, (plan.threads,), values, shared_mem=plan.shared)
 
 
 @functools.cache
-def _kernel(
-    device: torch.device, name: str, dtype: torch.dtype, template: tuple[int, ...], cooperative: bool
-) -> Any:
+def _kernel(device: torch.device, name: str, dtype: torch.dtype, template: tuple[int, ...]) -> Any:
     """A kernel, loaded on a device, which is the current one."""
     import cupy
 
     expression = name_expression(name, dtype, template)
     module = cupy.RawModule(
-        code=join(parts()), options=OPTIONS, name_expressions=[expression], enable_cooperative_groups=cooperative
+        code=join(parts()), options=OPTIONS, name_expressions=[expression], enable_cooperative_groups=True
     )
     kernel = module.get_function(expression)
-    kernel.max_dynamic_shared_size_bytes = card_of(device).shared
+    kernel.max_dynamic_shared_size_bytes = shared_memory_of(card_of(device).architecture)
     return kernel
 
 

@@ -21,7 +21,7 @@ struct Own {
     static constexpr int OF_WARP = SEQUENCES / WARPS;  // sequences
     const int lane = threadIdx.x % 32;
     const bool cell = lane < UNITS * OF_WARP;
-    const int unit = lane % UNITS, sequence = cell ? threadIdx.x / 32 * OF_WARP + lane / UNITS : 0;
+    const int unit = lane % UNITS, sequence = threadIdx.x / 32 * OF_WARP + (cell ? lane / UNITS : 0);
 };
 
 template <typename E, int H>
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             // What the step after hands back, for the thread's cell.
             float handed_back;
             if (PARTS == 1) {
-                    const float2 sums = Rows::sum(own.unit % (ROWS / 2), own.sequence, turn);
+                const float2 sums = Rows::sum(own.unit % (ROWS / 2), own.sequence, turn);
                 handed_back = own.unit < ROWS / 2 ? sums.x : sums.y;
             } else {
                 // Publish the partial sums, and add up all parts in the same order every time.
@@ -207,9 +207,9 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
                     store_relaxed_if(wanted & low < H, to + low, in_phase(sums.x, phase));
                     store_relaxed_if(wanted & high < H, to + high, in_phase(sums.y, phase));
                 }
-                    float parts[PARTS];
-                await_phase(parts, partials + static_cast<long long>(batch) * PARTS * H + unit, H,
-                            in_batch, phase, {error, step});
+                float parts[PARTS];
+                await_phase(parts, partials + static_cast<long long>(batch) * PARTS * H + unit, H, in_batch, phase,
+                            {error, step});
                 handed_back = parts[0];
 #pragma unroll
                 for (int n = 1; n < PARTS; ++n) handed_back += parts[n];

@@ -26,8 +26,6 @@ struct Parts {
         return reinterpret_cast<float2*>(shared_memory()) + (turn * WARPS + warp) * SEQUENCES * PITCH;
     }
 
-    __device__ static float* end() { return reinterpret_cast<float*>(of_warp(0, 2)); }
-
     // A pair of rows of a sequence, summed over all warps in the same order every time.
     __device__ static float2 sum(int pair, int sequence, int turn) {
         const float2* const parts = of_warp(0, turn) + sequence * PITCH + pair;
@@ -121,11 +119,10 @@ struct Product<E, ROWS, W, WARPS, 0> : Parts<ROWS / 2, WARPS> {
         for (int n = 0; n < MINE; ++n) row[n] = number_of(mine(n) % PAIRS, mine(n) / PAIRS);
     }
 
-    __device__ static float* end() { return Meeting::end() + WARPS * AHEAD * SEQUENCES * CHUNK; }
     __device__ static int mine(int n) { return threadIdx.x % 32 + 32 * n; }
 
     __device__ void multiply(Words& x, int turn, Patience patience) const {
-        uint4* const stage = reinterpret_cast<uint4*>(Meeting::end()) + lane.warp * AHEAD * SEQUENCES * 4;
+        uint4* const stage = reinterpret_cast<uint4*>(Meeting::of_warp(0, 2)) + lane.warp * AHEAD * SEQUENCES * 4;
         float sums[MINE][SEQUENCES] = {};
         for (int first = 0; first < W; first += AHEAD * STRIDE) {
             if (first > 0) x = Words(x.from + AHEAD * STRIDE, x.left - AHEAD * STRIDE);
