@@ -21,7 +21,7 @@ struct Own {
     static constexpr int OF_WARP = SEQUENCES / WARPS;  // sequences
     const int lane = threadIdx.x % 32;
     const bool cell = lane < UNITS * OF_WARP;
-    const int unit = lane % UNITS, sequence = threadIdx.x / 32 * OF_WARP + (cell ? lane / UNITS : 0);
+    const int unit = lane % UNITS, sequence = threadIdx.x / 32 * OF_WARP + min(lane / UNITS, OF_WARP - 1);
 };
 
 template <typename E, int H>
