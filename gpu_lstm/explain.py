@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, chunks, races, trust
-from .backends import KERNEL_BACKENDS, TAKE_NOISE, Backend, obstacle, requested, select
+from .backends import KERNEL_BACKENDS, TAKE_ALL, Backend, obstacle, requested, select
 from .kernels import remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .layers import compute_dtype
 from .modules import LSTM, StackedLSTM, _check_input
@@ -195,7 +195,7 @@ def _why_not(
     problem = obstacle(other, device, dtype)
     if problem is not None:
         return str(problem)
-    if noise is not None and other not in TAKE_NOISE:
+    if noise is not None and other not in TAKE_ALL:
         return f"it takes no {noise}"
     if requested(lstm.backend) is not Backend.AUTO or need_the_reference():
         return f"{decision.backend!r} is {decision.why}"

@@ -30,6 +30,8 @@ VARIANTS = {
     "ragged resets": RAGGED,
     "ragged resets reverse": dict(**RAGGED, reverse=True),
     "no bias": dict(bias=False, **RAGGED),
+    "states": dict(resets=0.4, states=True),
+    "ragged states reverse": dict(**RAGGED, states=True, reverse=True),
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -61,20 +63,20 @@ def test_the_reference_equals_the_oracle(variant, size, noise):
 
 
 @pytest.mark.parametrize("noise", ["none", "masks", "expected"])
-@pytest.mark.parametrize(("projected", "variant"), [(0, "no bias"), (2, "ragged resets reverse")])
+@pytest.mark.parametrize(("projected", "variant"), [(0, "no bias"), (2, "ragged states reverse")])
 def test_derivatives_of_the_reference_by_finite_differences(projected, variant, noise):
     given = noisy((2, 2, 2, 3, projected), variant, noise)
-    present = [t is not None for t in given.tensors]
+    every = *given.tensors, *given.reset_states
 
     def layer(*tensors):
         remaining = iter(tensors)
-        arguments = [next(remaining) if there else None for there in present]
-        x, h0, c0, *weights = arguments
-        traversal = Traversal(given.lengths, given.resets, given.reverse)
+        x, h0, c0, *weights, reset_h, reset_c = (None if t is None else next(remaining) for t in every)
+        states = None if reset_h is None else [(reset_h, reset_c)]
+        traversal = Traversal(given.lengths, given.resets, given.reverse, states)
         h, state = reference.layer(x, (h0, c0), Weights(*weights), traversal, given.noise)
         return h, *state
 
-    inputs = [t.requires_grad_() for t in given.tensors if t is not None]
+    inputs = [t.requires_grad_() for t in every if t is not None]
     assert torch.autograd.gradcheck(layer, inputs)
     assert torch.autograd.gradgradcheck(layer, inputs)
 
