@@ -98,7 +98,7 @@ def test_the_kernels_are_as_good_as_the_reference(size, variant, noise, device):
 
 @pytest.mark.parametrize("noise", ["masks", "expected"])
 def test_the_kernels_in_float16(noise, device):
-    make = partial(noisy, (4, 3, 4, 20, 7), "ragged resets reverse", noise)
+    make = partial(noisy, (4, 3, 4, 20, 7), "ragged states reverse", noise)
     assert_as_good_as_torch(make, "triton", torch.float16, device, yardstick="reference")
 
 
