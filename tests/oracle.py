@@ -101,7 +101,8 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
 def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual=False):
     """Layers on top of each other: (y [T, B, D*P], final states [L][D], tapes [L] for `stack_gradients`).
 
-    For every layer and direction, [L][D]: `states` (h0, c0), `layers` the weights, `noises` the masks and zones.
+    For every layer and direction, [L][D]: `states` (h0, c0), `layers` the weights, `noises` the masks and zones, and
+    what resets leave.
     """
     valid = np.arange(len(x))[:, None] < (len(x) if lengths is None else np.asarray(lengths))  # [T, B] or [T, 1]
     finals, tapes = [], []
@@ -122,8 +123,8 @@ def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual
 
 
 def stack_gradients(tapes, dy, dfinals):
-    """Gradients of x, of the states [L][D] and of the weights [L][D]."""
-    dstates, dweights = [], []
+    """Gradients of x, of the states [L][D], of the weights [L][D], and of what resets leave [L][D]."""
+    dstates, dweights, dleft = [], [], []
     for (passed, taken), dfinal in zip(reversed(tapes), reversed(dfinals)):
         found = [
             layer_gradients(*inputs, tape=tape, dh=dh, dh_n=dh_n, dc_n=dc_n, **noise)
@@ -133,4 +134,5 @@ def stack_gradients(tapes, dy, dfinals):
         dy = dx + passed * dy if passed.any() else dx
         dstates.insert(0, [(dh0, dc0) for _, dh0, dc0, *_ in found])
         dweights.insert(0, [weights[:5] for _, _, _, *weights in found])
-    return dy, dstates, dweights
+        dleft.insert(0, [(dreset_h, dreset_c) for *_, dreset_h, dreset_c in found])
+    return dy, dstates, dweights, dleft
