@@ -25,14 +25,15 @@ from .weights import State, Weights
 
 _LIBRARY = library_of(__name__)
 _LIBRARY.define(
-    "whole_layer(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor[] reset_to, Tensor? lengths, Tensor? resets, "
-    "bool reverse, str backend, bool save) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor kept)",
+    "whole_layer(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? lengths, Tensor? resets, bool reverse, "
+    "str backend, bool save, Tensor? reset_h=None, Tensor? reset_c=None) "
+    "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor kept)",
     tags=(torch.Tag.needs_exact_strides,),
 )
 _LIBRARY.define(
     "whole_layer_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor kept, Tensor x, Tensor h0, Tensor c0, "
-    "Tensor[] weights, Tensor[] reset_to, Tensor? lengths, Tensor? resets, bool reverse, str backend, bool[] needed) "
-    "-> Tensor[]",
+    "Tensor[] weights, Tensor? lengths, Tensor? resets, bool reverse, str backend, bool[] needed, "
+    "Tensor? reset_h=None, Tensor? reset_c=None) -> Tensor[]",
     tags=(torch.Tag.needs_exact_strides,),
 )
 
@@ -52,7 +53,7 @@ def layer(
     reset_to = traversal.reset_tensors()
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state, *given, *reset_to))
     way = traversal.lengths, traversal.resets, traversal.reverse
-    h, h_n, c_n, _ = whole_layer(x, *state, given, reset_to, *way, backend.value, save)
+    h, h_n, c_n, _ = whole_layer(x, *state, given, *way, backend.value, save, *reset_to)
     return h, (h_n, c_n)
 
 
@@ -99,11 +100,10 @@ def _apart(x: Tensor, record: bool) -> Iterator[None]:
         yield
 
 
-def _forward(x, h0, c0, weights, reset_to, lengths, resets, reverse, backend, save):
-    kept = x.new_empty(0)
+def _forward(x, h0, c0, weights, lengths, resets, reverse, backend, save, *reset_to):
+    kept, end = x.new_empty(0), 3 + len(weights)
     with _apart(x, record=save):
-        leaves = [t.detach().requires_grad_(save) for t in (x, h0, c0, *weights, *reset_to)]
-        end = 3 + len(weights)
+        leaves = [t.detach().requires_grad_(save) for t in (x, h0, c0, *weights, *reset_to) if t is not None]
         h, h_n, c_n = _in_eager_mode(*leaves[:3], leaves[3:end], leaves[end:], lengths, resets, reverse, backend)
         if save:
             kept.graph = leaves, (h, h_n, c_n)
@@ -115,9 +115,9 @@ def _forward_fake(x, h0, c0, weights, *others):
     return h, torch.empty_like(h0), torch.empty_like(c0), x.new_empty(0)
 
 
-def _backward(dh, dh_n, dc_n, kept, x, h0, c0, weights, reset_to, lengths, resets, reverse, backend, needed):
+def _backward(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse, backend, needed, *reset_to):
     if not hasattr(kept, "graph"):
-        *_, kept = _forward(x, h0, c0, weights, reset_to, lengths, resets, reverse, backend, save=True)
+        *_, kept = _forward(x, h0, c0, weights, lengths, resets, reverse, backend, True, *reset_to)
     with _apart(x, record=False):
         leaves, results = kept.graph
         given = [(result, d) for result, d in zip(results, (dh, dh_n, dc_n)) if d is not None]
@@ -129,13 +129,13 @@ def _backward(dh, dh_n, dc_n, kept, x, h0, c0, weights, reset_to, lengths, reset
     return [d.clone() if d.dim() == 1 else d.contiguous() for d in gradients]  # both biases' may be the same tensor
 
 
-def _backward_fake(dh, dh_n, dc_n, kept, x, h0, c0, weights, reset_to, lengths, resets, reverse, backend, needed):
+def _backward_fake(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse, backend, needed, *reset_to):
     given = zip((x, h0, c0, *weights, *reset_to), needed)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) if need else x.new_empty(0) for t, need in given]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, h0, c0, weights, reset_to, lengths, resets, ctx.reverse, ctx.backend, _ = inputs
+    x, h0, c0, weights, lengths, resets, ctx.reverse, ctx.backend, _, *reset_to = inputs
     *_, kept = output
     ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
@@ -144,14 +144,14 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _gradients(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: None) -> tuple:
-    kept, x, h0, c0, lengths, resets, *rest = ctx.saved_tensors
-    weights, reset_to = rest[: ctx.weights], rest[ctx.weights :]
-    needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3], *(ctx.needs_input_grad[4] or ())]
+    kept, x, h0, c0, lengths, resets, *others = ctx.saved_tensors
+    weights, reset_to = others[: ctx.weights], others[ctx.weights :]
+    needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3], *ctx.needs_input_grad[9:]]
     found = whole_layer_backward(
-        dh, dh_n, dc_n, kept, x, h0, c0, weights, reset_to, lengths, resets, ctx.reverse, ctx.backend, needed
+        dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, ctx.reverse, ctx.backend, needed, *reset_to
     )
     dx, dh0, dc0, *others = (d if need else None for d, need in zip(found, needed))
-    return dx, dh0, dc0, others[: ctx.weights], others[ctx.weights :], *(None,) * 5
+    return dx, dh0, dc0, others[: ctx.weights], *(None,) * 5, *others[ctx.weights :]
 
 
 for _key in ("CPU", "CUDA"):

@@ -117,16 +117,17 @@ def test_nan_passes_neither_a_reset_nor_out_of_the_padding(backend):
 
 
 def test_the_operators(device):
-    given = noisy((2, 2, 3, 5, 2), "ragged resets reverse", "masks")
+    given = noisy((3, 2, 3, 5, 2), "ragged states reverse", "masks")
     x, h0, c0, weight_ih, weight_hh, _, _, weight_hr = (
         None if t is None else t.to(device, torch.float32) for t in given.tensors
     )
     noise = [(t if t.dtype is torch.bool else t.float()).to(device) for t in given.noise]
     gates = x @ weight_ih.T
     rest = (weight_hh, weight_hr, h0, c0, given.lengths.to(device), given.resets.to(device), True)
-    torch.library.opcheck(ops.layer_forward, (gates, *rest, True, "triton", *noise))
-    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", *noise)
-    torch.library.opcheck(ops.layer_backward, (h, h_n, c_n, gates, c, *rest, "triton", *noise))
+    others = (*noise, 1, *(t.to(device, torch.float32) for t in given.reset_states))
+    torch.library.opcheck(ops.layer_forward, (gates, *rest, True, "triton", *others))
+    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", *others)
+    torch.library.opcheck(ops.layer_backward, (h, h_n, c_n, gates, c, *rest, "triton", *others))
 
 
 def test_the_kernels_of_cupy_refuse_noise():

@@ -190,9 +190,11 @@ def test_gradients_of_gradients_on_triton_are_those_of_the_reference(noise):
         vars(ours).update(noise)
         like = ours.weight_ih_l0
         x, hx = tree_map(lambda t: t.to(like).requires_grad_(), random_inputs(ours, B))  # noqa: B023
-        inputs = [x, *hx]
+        left = tree_map(lambda t: t.to(like).requires_grad_(), states_left(ours, hx, T, a_step=True))  # noqa: B023
+        inputs = [x, *hx, *left]
         torch.manual_seed(5)
-        results = tree_leaves(ours(x, hx, **{name: t.to(like.device) for name, t in RAGGED.items()}))
+        ragged = {name: t.to(like.device) for name, t in RAGGED.items()}
+        results = tree_leaves(ours(x, hx, reset_states=left, **ragged))
         loss = sum(t.square().sum() for t in results)
         first = torch.autograd.grad(loss, inputs, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), [*inputs, *ours.parameters()])
