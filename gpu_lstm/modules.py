@@ -191,6 +191,7 @@ class LSTM(_Checked, RNNBase):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_states: State | None = None,
+        **unknown: Any,
     ) -> tuple[Tensor | PackedSequence, State]:
         """Run all layers over all steps. P = proj_size or, if 0, H; D = 2 if bidirectional, else 1.
 
@@ -222,6 +223,8 @@ class LSTM(_Checked, RNNBase):
                 recurrent dropout or zoneout.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
+        if unknown:
+            raise TypeError(_unexpected(next(iter(unknown))))
         return self._forward(input, hx, lengths, resets, reset_states)
 
     def _forward(
@@ -778,6 +781,14 @@ def check_pairs(hx: Sequence[State], layers: int, name: str = "hx") -> None:
             raise RuntimeError(f"Expected two states (h, c) of layer {k}, got {len(pair)}")
         for name, state in zip("hc", pair):
             check_tensor(state, f"{name} of layer {k}")
+
+
+def _unexpected(name: str) -> str:
+    """Python's own words about an argument that LSTM.forward does not have, and what to do about TorchRL's."""
+    text = f"LSTM.forward() got an unexpected keyword argument {name!r}"
+    if name != "mask":
+        return text
+    return f"{text}: TorchRL's LSTMModule gives it to what is no torch.nn.LSTM, so hand it a gpu_lstm.compat.LSTM"
 
 
 def _backend_repr(module: LSTM | LSTMCell) -> str:
