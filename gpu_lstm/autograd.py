@@ -129,6 +129,13 @@ LSTMLayerFunction.forward.__signature__ = inspect.Signature(  # type: ignore[att
 )
 
 
+def _traversal(
+    lengths: Tensor | None, resets: Tensor | None, reverse: bool, reset_h: Tensor | None, reset_c: Tensor | None
+) -> Traversal:
+    states = None if reset_h is None or reset_c is None else [(reset_h, reset_c)]
+    return Traversal(lengths, resets, reverse, states)
+
+
 class Saved(NamedTuple):
     """What backward reads: the inputs, and what forward left."""
 
@@ -155,8 +162,7 @@ class Saved(NamedTuple):
         return Noise(self.dropout_h, self.zoneout_h, self.zoneout_c)
 
     def traversal(self, reverse: bool) -> Traversal:
-        states = None if self.reset_h is None or self.reset_c is None else [(self.reset_h, self.reset_c)]
-        return Traversal(self.lengths, self.resets, reverse, states)
+        return _traversal(self.lengths, self.resets, reverse, self.reset_h, self.reset_c)
 
 
 def _fused_gradients(
@@ -251,8 +257,7 @@ def _differentiable_gradients(ctx, saved: Saved, output_gradients: tuple[Tensor 
         for k, tensor in zip(needed, tensors):
             inputs[k] = tensor
         x, h0, c0, *weights, reset_h, reset_c = inputs
-        states = None if reset_h is None or reset_c is None else [(reset_h, reset_c)]
-        traversal = Traversal(saved.lengths, saved.resets, ctx.reverse, states)
+        traversal = _traversal(saved.lengths, saved.resets, ctx.reverse, reset_h, reset_c)
         h, state = reference.layer(x, (h0, c0), Weights(*weights), traversal, saved.noise())  # type: ignore[arg-type]
         outputs = h, *state
         return tuple(outputs[k] for k in given)

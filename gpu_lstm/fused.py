@@ -31,6 +31,8 @@ def layer(
     reset_h, reset_c = traversal.reset_to()
     if reset_h is not None and reset_c is not None:
         reset_h, reset_c = reset_h.to(x.dtype), reset_c.float()
+        if reset_h is reset_c:
+            reset_c = reset_c.view_as(reset_c)
     way = traversal.lengths, traversal.resets, traversal.reverse
     # Asked here, since autograd is off inside Function.forward.
     save = torch.is_grad_enabled() and any(

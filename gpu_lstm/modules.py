@@ -532,7 +532,12 @@ class StackedLSTM(_Checked, nn.Module):
 
     def _reset_states(self, batch: Batch, given: Sequence[State]) -> list[State]:
         """As LSTM._reset_states."""
-        check_pairs(given, len(self.hidden_sizes), RESET_STATES)
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(f"{RESET_STATES} should be a list of pairs (h, c), got: {type(given).__name__}")
+        if len(given) != len(self.hidden_sizes):
+            raise ValueError(
+                f"Expected {RESET_STATES} of {len(self.hidden_sizes)} pairs, one a layer, got {len(given)}"
+            )
         states: list[State] = []
         for k, (pair, hidden) in enumerate(zip(given, self.hidden_sizes)):
             lead = [2] * self.bidirectional
@@ -761,21 +766,21 @@ def _check_states(rank: int, hx: State) -> None:
         check_pair(hx)
 
 
-def check_pairs(hx: Sequence[State], layers: int, name: str = "hx") -> None:
+def check_pairs(hx: Sequence[State], layers: int) -> None:
     """Raise unless it is [(h, c), ...], a pair of tensors for each layer of a StackedLSTM.
 
     Raises:
         TypeError: something else, as torch's (h_0, c_0) with all layers in two tensors.
         RuntimeError: another number of pairs, or of states for a layer.
     """
-    expected = f"{name} should be a list of pairs (h, c), one a layer"
+    expected = "hx should be a list of pairs (h, c), one a layer"
     if not isinstance(hx, (list, tuple)):  # torch 2.8 does not trace `list | tuple`
         raise TypeError(f"{expected}, got: {type(hx).__name__}")
     for k, pair in enumerate(hx):
         if not isinstance(pair, (list, tuple)):
             raise TypeError(f"{expected}, got for layer {k}: {type(pair).__name__}")
     if len(hx) != layers:
-        raise RuntimeError(f"Expected {name} of {layers} pairs, one a layer, got {len(hx)}")
+        raise RuntimeError(f"Expected hx of {layers} pairs, one a layer, got {len(hx)}")
     for k, pair in enumerate(hx):
         if len(pair) != 2:
             raise RuntimeError(f"Expected two states (h, c) of layer {k}, got {len(pair)}")

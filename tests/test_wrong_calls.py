@@ -224,10 +224,10 @@ def wrong_reset_states():
     yield function, of_layer, (H, C), ValueError, sizes.format("h", "", "", r"\[1, 2, 4\]"), "of a module"
     yield function, of_layer, 1, TypeError, a_pair.format("int"), "a number"
     yield (
-        stack, of_stack, (H, C), TypeError, "^reset_states should be a list of pairs .*, got for layer 0: Tensor$",
-        "torch's",
+        stack, of_stack, (H, C), TypeError, a_pair.replace("states", "states of layer 0").format("Tensor"), "torch's",
     )  # fmt: skip
-    yield stack, of_stack, PAIRS[:1], RuntimeError, "^Expected reset_states of 2 pairs, one a layer, got 1$", "few"
+    yield stack, of_stack, H, TypeError, r"^reset_states should be a list of pairs \(h, c\), got: Tensor$", "a tensor"
+    yield stack, of_stack, PAIRS[:1], ValueError, "^Expected reset_states of 2 pairs, one a layer, got 1$", "few"
     yield (
         stack, of_stack, [PAIRS[0], (zeros(2, 4), zeros(2, 5))], ValueError,
         r"^Expected c of reset_states of layer 1 of size \[2, 4\], .* got \[2, 5\]$", "wide",
