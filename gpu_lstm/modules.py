@@ -191,7 +191,7 @@ class LSTM(_Checked, RNNBase):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reset_states: State | None = None,
-        **unknown: Any,
+        mask: None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """Run all layers over all steps. P = proj_size or, if 0, H; D = 2 if bidirectional, else 1.
 
@@ -204,6 +204,7 @@ class LSTM(_Checked, RNNBase):
             reset_states: (h, c) that resets leave instead of zeros: one a sequence, as hx, or one a step, of which
                 those at resets count: (D*L, T, N, P) and (D*L, T, N, H), with batch_first (D*L, N, T, ...), unbatched
                 (D*L, T, ...). Gradients flow into them. On the backends "triton" and "reference".
+            mask: never given but by TorchRL's LSTMModule, to an LSTM that is no torch.nn.LSTM: hand it a compat.LSTM.
 
         ``lengths`` takes the place of packing: nothing is sorted or copied, and what stands past the end of a sequence,
         NaN included, reaches neither a result nor a gradient. ``resets`` zeroes the states before the steps where it is
@@ -220,11 +221,14 @@ class LSTM(_Checked, RNNBase):
             ValueError, RuntimeError, TypeError: as torch.nn.LSTM, in its words. ValueError for lengths, resets or
                 reset_states of a wrong shape, dtype or value (on CUDA values are asserted on the device), lengths
                 beside a PackedSequence, reset_states without resets, or a chosen backend that does not take these,
-                recurrent dropout or zoneout.
+                recurrent dropout or zoneout. TypeError for a mask.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
-        if unknown:
-            raise TypeError(_unexpected(next(iter(unknown))))
+        if mask is not None:
+            raise TypeError(
+                "LSTM takes lengths, and no mask as TorchRL's LSTMModule gives to what is no torch.nn.LSTM: hand it a "
+                "gpu_lstm.compat.LSTM"
+            )
         return self._forward(input, hx, lengths, resets, reset_states)
 
     def _forward(
@@ -786,14 +790,6 @@ def check_pairs(hx: Sequence[State], layers: int) -> None:
             raise RuntimeError(f"Expected two states (h, c) of layer {k}, got {len(pair)}")
         for name, state in zip("hc", pair):
             check_tensor(state, f"{name} of layer {k}")
-
-
-def _unexpected(name: str) -> str:
-    """Python's own words about an argument that LSTM.forward does not have, and what to do about TorchRL's."""
-    text = f"LSTM.forward() got an unexpected keyword argument {name!r}"
-    if name != "mask":
-        return text
-    return f"{text}: TorchRL's LSTMModule gives it to what is no torch.nn.LSTM, so hand it a gpu_lstm.compat.LSTM"
 
 
 def _backend_repr(module: LSTM | LSTMCell) -> str:

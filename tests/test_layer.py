@@ -109,7 +109,11 @@ def test_nan_passes_neither_a_reset_nor_out_of_the_padding(backend):
     given.tensors[0][:2, 0], given.tensors[1][1] = float("nan"), float("nan")
     given.tensors[0][3:, 2], given.output_gradients[0][3:, 2] = float("nan"), float("nan")
     given.lengths, given.resets = torch.tensor([5, 5, 3]), torch.zeros(5, 3, dtype=torch.bool)
-    given.resets[2, 0], given.resets[0, 1] = True, True
+    given.resets[2, 0], given.resets[0, 1], given.resets[3:, 2] = True, True, True
+    given.reset_states = tuple(  # what stands where there is no reset, or in the padding
+        torch.where((given.resets & (torch.arange(5)[:, None] < given.lengths))[:, :, None], 1.0, float("nan"))
+        .expand(5, 3, size).double().clone() for size in (2, 4)
+    )  # fmt: skip
     h, h_n, c_n, dx, *_ = given.run(backend, PLACES[backend]["dtype"], PLACES[backend]["device"])
     assert h.isnan().any(2).T.tolist() == [[True, True, False, False, False], [False] * 5, [False] * 5]
     assert not any(t.isnan().any() for t in (h_n, c_n, dx[2:]))
