@@ -24,6 +24,31 @@ def input_product(x: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, bias_hh:
     return F.linear(x, weight_ih, bias).contiguous()
 
 
+def pre_activations(
+    x: Tensor,  # [T, B, I]
+    weights: Weights,
+    traversal: Traversal,
+    reset_h: Tensor | None,  # [T, B, P]
+    dropout_h: Tensor | None,  # [B, P]
+) -> Tensor:
+    """What the kernels are given, [T, B, 4H]: the input product and, where a step is reset, that of h as it is then.
+
+    The latter are known beforehand, so that the time loop takes h = 0 there.
+    """
+    z = input_product(x, weights.weight_ih, weights.bias_ih, weights.bias_hh)
+    if reset_h is not None:
+        taken = _at_resets(reset_h if dropout_h is None else dropout_h * reset_h, traversal)
+        z.flatten(0, 1).addmm_(taken.flatten(0, 1), weights.weight_hh.T)
+    return z
+
+
+def _at_resets(t: Tensor, traversal: Traversal) -> Tensor:
+    """t [T, B, F], with zeros where no step is reset."""
+    anew = traversal.begins_anew()
+    assert anew is not None, "states to reset to come with resets"
+    return torch.where(anew[:, :, None], t, 0)
+
+
 class Gradients(NamedTuple):
     """Something for each differentiable input of a layer, in the order of LSTMLayerFunction.forward."""
 
@@ -35,6 +60,8 @@ class Gradients(NamedTuple):
     bias_ih: Tensor | None  # [4H]
     bias_hh: Tensor | None  # [4H]
     weight_hr: Tensor | None  # [P, H]
+    reset_h: Tensor | None  # [T, B, P]
+    reset_c: Tensor | None  # [T, B, H]
 
 
 DIFFERENTIABLE = len(Gradients._fields)
@@ -56,6 +83,8 @@ class LSTMLayerFunction(torch.autograd.Function):
         bias_ih: Tensor | None,
         bias_hh: Tensor | None,
         weight_hr: Tensor | None,
+        reset_h: Tensor | None,
+        reset_c: Tensor | None,
         dropout_h: Tensor | None,
         zoneout_h: Tensor | None,
         zoneout_c: Tensor | None,
@@ -66,10 +95,11 @@ class LSTMLayerFunction(torch.autograd.Function):
         recompute: bool,
         side_by_side: int,
     ) -> tuple[Tensor, ...]:
-        gates = input_product(x, weight_ih, bias_ih, bias_hh)
+        weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+        gates = pre_activations(x, weights, Traversal(lengths, resets, reverse), reset_h, dropout_h)
         h, h_n, c_n, c = ops.layer_forward(
             gates, weight_hh, weight_hr, h0, c0.float(), lengths, resets, reverse, True, backend,
-            dropout_h, zoneout_h, zoneout_c, side_by_side,
+            dropout_h, zoneout_h, zoneout_c, side_by_side, None if zoneout_h is None else reset_h, reset_c,
         )  # fmt: skip
         return h, h_n, c_n.to(c0.dtype), gates.new_empty(0) if recompute else gates, c
 
@@ -99,6 +129,13 @@ LSTMLayerFunction.forward.__signature__ = inspect.Signature(  # type: ignore[att
 )
 
 
+def _traversal(
+    lengths: Tensor | None, resets: Tensor | None, reverse: bool, reset_h: Tensor | None, reset_c: Tensor | None
+) -> Traversal:
+    states = None if reset_h is None or reset_c is None else [(reset_h, reset_c)]
+    return Traversal(lengths, resets, reverse, states)
+
+
 class Saved(NamedTuple):
     """What backward reads: the inputs, and what forward left."""
 
@@ -110,6 +147,8 @@ class Saved(NamedTuple):
     bias_ih: Tensor | None  # [4H]
     bias_hh: Tensor | None  # [4H]
     weight_hr: Tensor | None  # [P, H]
+    reset_h: Tensor | None  # [T, B, P] what steps that are reset begin with, by the time of the step
+    reset_c: Tensor | None  # [T, B, H] float32
     dropout_h: Tensor | None  # [B, P]
     zoneout_h: Tensor | None  # [T, B, P] or []
     zoneout_c: Tensor | None  # [T, B, H] or []
@@ -123,7 +162,7 @@ class Saved(NamedTuple):
         return Noise(self.dropout_h, self.zoneout_h, self.zoneout_c)
 
     def traversal(self, reverse: bool) -> Traversal:
-        return Traversal(self.lengths, self.resets, reverse)
+        return _traversal(self.lengths, self.resets, reverse, self.reset_h, self.reset_c)
 
 
 def _fused_gradients(
@@ -142,13 +181,15 @@ def _fused_gradients(
         h_prev = _taken_by_weight_hh(saved, traversal)
     if gates_were_dropped:
         gates = _gates_again(saved, h_prev)
-    dgates, dh0, dc0, dh_total = ops.layer_backward(
+    kept_h = None if saved.zoneout_h is None else saved.reset_h
+    dgates, dh0, dc0, dh_total, dkept_h, dreset_c = ops.layer_backward(
         dh, dh_n, None if dc_n is None else dc_n.float(), gates, saved.c, saved.weight_hh, saved.weight_hr,
-        saved.h0, saved.c0.float(), *traversal, ctx.backend, *saved.noise(), ctx.side_by_side,
+        saved.h0, saved.c0.float(), saved.lengths, saved.resets, ctx.reverse, ctx.backend, *saved.noise(),
+        ctx.side_by_side, kept_h, saved.reset_c,
     )  # fmt: skip
     over_steps = dgates.flatten(0, 1)  # [TB, 4H]; zero in padding, but zero times the NaN that may stand there is not
 
-    dweight_ih = dweight_hh = dweight_hr = dbias = None
+    dweight_ih = dweight_hh = dweight_hr = dbias = dreset_h = None
     if need.weight_ih:
         dweight_ih = over_steps.T @ _without_padding(saved.x, saved.lengths).flatten(0, 1)
     if need.weight_hh:
@@ -158,6 +199,12 @@ def _fused_gradients(
     if need.weight_hr:
         m = _without_padding(_outputs_again(saved, gates, traversal), saved.lengths)
         dweight_hr = dh_total.flatten(0, 1).T @ m.flatten(0, 1)
+    if need.reset_h:
+        dreset_h = _at_resets(dgates, traversal) @ saved.weight_hh
+        if saved.dropout_h is not None:
+            dreset_h = saved.dropout_h * dreset_h
+        if kept_h is not None:
+            dreset_h = dreset_h + dkept_h.to(dreset_h.dtype)
     return Gradients(
         x=dgates @ saved.weight_ih if need.x else None,
         h0=dh0 if need.h0 else None,
@@ -167,12 +214,14 @@ def _fused_gradients(
         bias_ih=dbias if need.bias_ih else None,
         bias_hh=dbias if need.bias_hh else None,
         weight_hr=dweight_hr,
+        reset_h=dreset_h,
+        reset_c=dreset_c if need.reset_c else None,
     )
 
 
 def _taken_by_weight_hh(saved: Saved, traversal: Traversal) -> Tensor:
     """The hidden states [T, B, P] that each step's recurrent product took; anything finite in padding."""
-    h_prev = traversal.states_before(saved.h, saved.h0)
+    h_prev = traversal.states_before(saved.h, saved.h0, saved.reset_h)
     return h_prev if saved.dropout_h is None else saved.dropout_h * h_prev
 
 
@@ -188,7 +237,7 @@ def _outputs_again(saved: Saved, gates: Tensor, traversal: Traversal) -> Tensor:
     i, f, g, o = gates.chunk(4, dim=2)
     c = saved.c
     if saved.zoneout_c is not None:  # m is of c as it was before zoneout
-        c = cell.next_cell(i, f, g, traversal.states_before(saved.c, saved.c0.float()))
+        c = cell.next_cell(i, f, g, traversal.states_before(saved.c, saved.c0.float(), saved.reset_c))
     return cell.output(o, c)
 
 
@@ -207,8 +256,9 @@ def _differentiable_gradients(ctx, saved: Saved, output_gradients: tuple[Tensor 
         inputs: list[Tensor | None] = list(saved[:DIFFERENTIABLE])
         for k, tensor in zip(needed, tensors):
             inputs[k] = tensor
-        x, h0, c0, *weights = inputs
-        h, state = reference.layer(x, (h0, c0), Weights(*weights), saved.traversal(ctx.reverse), saved.noise())  # type: ignore[arg-type]
+        x, h0, c0, *weights, reset_h, reset_c = inputs
+        traversal = _traversal(saved.lengths, saved.resets, ctx.reverse, reset_h, reset_c)
+        h, state = reference.layer(x, (h0, c0), Weights(*weights), traversal, saved.noise())  # type: ignore[arg-type]
         outputs = h, *state
         return tuple(outputs[k] for k in given)
 

@@ -35,7 +35,7 @@ class Backend(enum.Enum):
 _BY_NAME = {b.value: b for b in Backend}  # torch 2.8 does not trace Backend(name)
 KERNEL_BACKENDS = (Backend.TRITON, Backend.CUPY)
 KERNEL_DEVICES = ("cuda",)  # whose tensors AUTO gives to kernels
-TAKE_NOISE = (Backend.TRITON, Backend.REFERENCE)  # recurrent dropout and zoneout
+TAKE_ALL = (Backend.TRITON, Backend.REFERENCE)  # recurrent dropout, zoneout, states to reset to
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _chosen: Backend | None = None  # by the youngest block of `backend(...)`; a plain global, which torch.compile guards on
@@ -129,29 +129,29 @@ def _from_environment() -> str:
 
 
 def select(
-    argument: "BackendName | Backend | None", device: torch.device, dtype: torch.dtype, noise: str | None = None
+    argument: "BackendName | Backend | None", device: torch.device, dtype: torch.dtype, special: str | None = None
 ) -> Backend:
     """The backend that will run tensors of this device and dtype: never AUTO.
 
-    `noise` names what regularises the recurrence, if anything does. AUTO then takes triton where it can, else the
-    reference.
+    `special` names what a call has that only TAKE_ALL take: what regularises the recurrence, or states to reset to.
+    AUTO then takes triton where it can, else the reference.
 
     Within torch.func.vmap and forward-mode derivatives it is the reference, whatever was chosen and can run.
 
     Raises:
-        ValueError: there is no backend of that name, or an explicitly chosen one does not take `noise`.
+        ValueError: there is no backend of that name, or an explicitly chosen one does not take `special`.
         ImportError, RuntimeError, TypeError: an explicitly chosen backend cannot run, and why.
     """
     choice = requested(argument)
     if choice is Backend.AUTO:
-        choice = Backend.TORCH if noise is None else Backend.REFERENCE
+        choice = Backend.TORCH if special is None else Backend.REFERENCE
         for fused in KERNEL_BACKENDS if device.type in KERNEL_DEVICES else ():
-            if (noise is None or fused in TAKE_NOISE) and can_run(fused, device, dtype):
+            if (special is None or fused in TAKE_ALL) and can_run(fused, device, dtype):
                 choice = fused
                 break
-    elif noise is not None and choice not in TAKE_NOISE:
-        takers = " or ".join(repr(b.value) for b in TAKE_NOISE)
-        raise ValueError(f"backend {choice.value!r} takes no {noise}; use {takers}")
+    elif special is not None and choice not in TAKE_ALL:
+        takers = " or ".join(repr(b.value) for b in TAKE_ALL)
+        raise ValueError(f"backend {choice.value!r} takes no {special}; use {takers}")
     elif not can_run(choice, device, dtype):
         kind, text = _why_not(choice, device, dtype)
         raise {"ImportError": ImportError, "RuntimeError": RuntimeError, "TypeError": TypeError}[kind](text)

@@ -22,6 +22,9 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {TorchLSTM: LSTM, TorchLSTMCell:
 _THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, compat.LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}
 
 
+_ASK_FOR_TORCHS = ("torchrl",)  # packages whose modules ask an LSTM of theirs whether it is a torch.nn.LSTM
+
+
 Model = TypeVar("Model", bound=nn.Module)
 
 # A type checker cannot say "of exactly this class": it takes a subclass, which is left alone, for converted, too.
@@ -38,7 +41,8 @@ def convert(model: nn.Module) -> nn.Module:
 
     Only these exact classes: a subclass may do anything in its forward, and is left alone. Parameters stay the very
     same objects, so that optimizers keep working; hooks, training flags and names stay too. A module that is used
-    in several places is swapped for one module in all of them.
+    in several places is swapped for one module in all of them. In TorchRL's LSTMModule, which asks for an instance of
+    torch.nn.LSTM, it becomes a compat.LSTM.
 
     What was swapped, and what was left and why, is a line of the logger "gpu_lstm" at INFO. A UserWarning says so where
     there was nothing to swap, and no module of gpu_lstm is there from before.
@@ -96,7 +100,10 @@ def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], 
     """All or nothing: what raises does so before the first is swapped, and an interrupt takes all of it back."""
     text, unusual = _account(model, classes, function)
     modules = list(model.modules())
-    twins = {module: recast(module, classes[type(module)]) for module in modules if type(module) in classes}
+    asked = {child for owner in modules if _asks_for_torchs(owner) for child in owner.children()}
+    goals = {module: classes[type(module)] for module in modules if type(module) in classes}
+    goals = {module: compat.LSTM if goal is LSTM and module in asked else goal for module, goal in goals.items()}
+    twins = {module: recast(module, goal) for module, goal in goals.items()}
     with contextlib.ExitStack() as undo:
         for module in modules:
             children = twins.get(module, module)._modules  # a twin has a list of children of its own
@@ -110,6 +117,11 @@ def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], 
     else:
         _log.info(text)
     return twins.get(model, model)
+
+
+def _asks_for_torchs(owner: nn.Module) -> bool:
+    """Whether it asks isinstance(lstm, torch.nn.LSTM), and does something else where the answer is no."""
+    return any(cls.__module__.partition(".")[0] in _ASK_FOR_TORCHS for cls in type(owner).__mro__)
 
 
 def _account(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], function: str) -> tuple[str, bool]:

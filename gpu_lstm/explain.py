@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, chunks, races, trust
-from .backends import KERNEL_BACKENDS, TAKE_NOISE, Backend, obstacle, requested, select
+from .backends import KERNEL_BACKENDS, TAKE_ALL, Backend, obstacle, requested, select
 from .kernels import remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .layers import compute_dtype
 from .modules import LSTM, StackedLSTM, _check_input
 from .precision import recurrent_precision
 from .races import Decision, Kind, Mode
-from .sequences import Batch, Traversal, check_tensor
+from .sequences import RESET_STATES, Batch, Traversal, check_tensor
 from .settings import Settings, regulariser_of
 from .transforms import need_the_reference
 from .weights import State, Weights
@@ -99,6 +99,7 @@ def explain(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    reset_states: Any = None,
 ) -> Explanation:
     """Say what a call would take and why, without the call: nothing is run, raced, or remembered.
 
@@ -107,15 +108,15 @@ def explain(
 
     Args:
         lstm: an LSTM or StackedLSTM.
-        x, hx, lengths, resets: as `lstm` takes them. Of x, shape, dtype, device and requires_grad count; of lengths and
-            resets, whether they are there; of hx, nothing.
+        x, hx, lengths, resets, reset_states: as `lstm` takes them. Of x, shape, dtype, device and requires_grad count;
+            of lengths, resets and reset_states, whether they are there; of hx, nothing.
 
     Returns:
         Readable by `print`, and as data by `dataclasses.asdict`. Times of a step are expected ones, in seconds.
 
     Raises:
         TypeError: `lstm` is of neither class.
-        ValueError, RuntimeError, TypeError, ImportError: as `lstm` itself for x, lengths, resets and a chosen backend.
+        ValueError, RuntimeError, TypeError, ImportError: as `lstm` itself for all but hx, and a chosen backend.
 
     Example::
 
@@ -128,9 +129,11 @@ def explain(
         check_tensor(x, "x")
         _check_input(x, type(lstm).__name__)
     data = x.data if isinstance(x, PackedSequence) else x
-    dtype, noise = compute_dtype(data), regulariser_of(lstm)
-    able = select(lstm.backend, data.device, dtype, noise)
     batch = Batch.of(x, lengths, resets, lstm.batch_first)
+    if reset_states is not None:
+        batch = batch.resetting_to(lstm._reset_states(batch, reset_states))
+    dtype, special = compute_dtype(data), regulariser_of(lstm) if reset_states is None else RESET_STATES
+    able = select(lstm.backend, data.device, dtype, special)
     first: Any = lstm if isinstance(lstm, LSTM) else lstm.layers[0]
     first.check_input(batch.x, None)
     weights = _weights(lstm)
@@ -141,7 +144,7 @@ def explain(
     layers = _layers(backend, kind, batch, weights, settings)
     launches = sum(each.launches for d in layers for each in d.passes) if backend is Backend.TRITON else None
     others = {
-        other.value: _why_not(lstm, other, decision, data.device, dtype, noise)
+        other.value: _why_not(lstm, other, decision, data.device, dtype, special)
         for other in Backend
         if other not in (Backend.AUTO, backend)
     }
@@ -173,7 +176,7 @@ def _decision(lstm: LSTM | StackedLSTM, able: Backend, kind: Kind, device: torch
     if known is not None:
         return known
     expected = races.expected_winner(kind, device)
-    then = "; the first call races it" if races.mode() is Mode.ON and not kind.noise else ""
+    then = "; the first call races it" if races.mode() is Mode.ON and not kind.special else ""
     return Decision(expected.backend, expected.why + then)
 
 
@@ -189,14 +192,14 @@ def _why_not(
     decision: Decision,
     device: torch.device,
     dtype: torch.dtype,
-    noise: str | None,
+    special: str | None,
 ) -> str:
     """Why a backend does not run the call."""
     problem = obstacle(other, device, dtype)
     if problem is not None:
         return str(problem)
-    if noise is not None and other not in TAKE_NOISE:
-        return f"it takes no {noise}"
+    if special is not None and other not in TAKE_ALL:
+        return f"it takes no {special}"
     if requested(lstm.backend) is not Backend.AUTO or need_the_reference():
         return f"{decision.backend!r} is {decision.why}"
     times = decision.seconds or {}

@@ -8,7 +8,7 @@ from . import races
 from .backends import KERNEL_BACKENDS, Backend, BackendName, requested, select
 from .layers import compute_dtype, one_direction
 from .precision import autocasts, is_exact
-from .sequences import Traversal, check_dense, check_lengths, check_resets, check_tensor
+from .sequences import RESET_STATES, Batch, Traversal, check_dense, check_tensor
 from .settings import Settings, check_bool
 from .weights import NAMES, State, Weights
 
@@ -20,6 +20,7 @@ def lstm_layer(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    reset_states: State | None = None,
     reverse: bool = False,
     backend: BackendName | Backend | None = None,
 ) -> tuple[Tensor, State]:
@@ -33,6 +34,8 @@ def lstm_layer(
         lengths: int32 or int64 [B], each from 0 to T, in any order: how many steps each sequence has.
         resets: bool [T, B]; where True, the state is zeroed before that step is taken. A reset at t separates time
             t from t - 1, for the reverse direction too.
+        reset_states: the states that resets leave instead of zeros: h [B, P] and c [B, H], or one a step, [T, B, P] and
+            [T, B, H], of which those at resets count. On the backends "triton" and "reference".
         reverse: from each sequence's last step to its first.
         backend: "auto", "triton", "cupy", "torch" or "reference"; None: as chosen by `gpu_lstm.backend` or by the
             environment.
@@ -43,8 +46,9 @@ def lstm_layer(
     Raises:
         RuntimeError: a tensor of the wrong shape, device or dtype; T = 0; other than two states.
         TypeError: something that is no tensor, or no bool.
-        ValueError: wrong lengths or resets; less than two weights or more than five; H = 0 or P = 0; more steps,
-            sequences or units than the backend's kernels can count to; an unknown backend.
+        ValueError: wrong lengths, resets or reset_states, or a backend that does not take these; less than two weights
+            or more than five; H = 0 or P = 0; more steps, sequences or units than the backend's kernels can count to;
+            an unknown backend.
         ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
     """
     check_tensor(x, "input")
@@ -53,7 +57,7 @@ def lstm_layer(
         raise RuntimeError(f"input must have 3 dimensions, got {x.dim()}")
     check_bool("reverse", reverse)
     weights = _named(weights)
-    steps, batch, features = x.shape
+    sequences, features = x.shape[1:]
     hidden = weights.weight_hh.shape[0] // 4
     projected = hidden if weights.weight_hr is None else weights.weight_hr.shape[0]
     weights.check_sizes(features, hidden, projected)
@@ -61,20 +65,19 @@ def lstm_layer(
         if size == 0:
             raise ValueError(f"{name} must be greater than zero")
     if hx is None:
-        hx = x.new_zeros(batch, projected), x.new_zeros(batch, hidden)
+        hx = x.new_zeros(sequences, projected), x.new_zeros(sequences, hidden)
     check_pair(hx)
     h0, c0 = hx
     for i, (state, size) in enumerate(((h0, projected), (c0, hidden))):
         check_tensor(state, f"hidden[{i}]")
-        if state.shape != (batch, size):
-            raise RuntimeError(f"Expected hidden[{i}] size {(batch, size)}, got {list(state.shape)}")
+        if state.shape != (sequences, size):
+            raise RuntimeError(f"Expected hidden[{i}] size {(sequences, size)}, got {list(state.shape)}")
     check_tensors(x, [(h0, c0)], weights.present())
-    if lengths is not None:
-        check_lengths(lengths, steps, (batch,), x.device)
-    if resets is not None:
-        check_resets(resets, (steps, batch), x.device)
-    traversal = Traversal(lengths, resets, reverse)
-    chosen = select(backend, x.device, compute_dtype(x))
+    batch, special = Batch.of(x, lengths, resets, batch_first=False), None
+    if reset_states is not None:
+        batch, special = batch.resetting_to([batch.reset_pair_in(reset_states, [], projected, hidden)]), RESET_STATES
+    traversal = batch.traversal.backwards() if reverse else batch.traversal
+    chosen = select(backend, x.device, compute_dtype(x), special)
     chosen = fastest(backend, chosen, x, [[weights]], traversal, Settings(training=False))
     return one_direction(x, (h0, c0), weights, traversal, chosen)
 

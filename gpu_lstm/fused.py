@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import LSTMLayerFunction, input_product
+from .autograd import LSTMLayerFunction, pre_activations
 from .backends import Backend
 from .noise import NO_NOISE, Noise
 from .sequences import Traversal
@@ -28,25 +28,26 @@ def layer(
     h0, c0 = state
     if h0 is c0:  # as zeros for both may be; torch.compile takes no tensor twice
         c0 = c0.view_as(c0)
+    reset_h, reset_c = traversal.reset_to()
+    if reset_h is not None and reset_c is not None:
+        reset_h, reset_c = reset_h.to(x.dtype), reset_c.float()
+        if reset_h is reset_c:
+            reset_c = reset_c.view_as(reset_c)
+    way = traversal.lengths, traversal.resets, traversal.reverse
     # Asked here, since autograd is off inside Function.forward.
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
+    save = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, h0, c0, *weights, reset_h, reset_c)
+    )
     if save:
         h, h_n, c_n, *_ = LSTMLayerFunction.apply(
-            x, h0, c0, *weights, *noise, *traversal, backend.value, recompute, side_by_side
+            x, h0, c0, *weights, reset_h, reset_c, *noise, *way, backend.value, recompute, side_by_side
         )
     else:
-        gates = input_product(x, weights.weight_ih, weights.bias_ih, weights.bias_hh)
+        gates = pre_activations(x, weights, traversal, reset_h, noise.dropout_h)
+        kept_h = None if noise.zoneout_h is None else reset_h
         h, h_n, c_n, _ = ops.layer_forward(
-            gates,
-            weights.weight_hh,
-            weights.weight_hr,
-            h0,
-            c0.float(),
-            *traversal,
-            False,
-            backend.value,
-            *noise,
-            side_by_side,
-        )
+            gates, weights.weight_hh, weights.weight_hr, h0, c0.float(), *way, False, backend.value, *noise,
+            side_by_side, kept_h, reset_c,
+        )  # fmt: skip
         c_n = c_n.to(c0.dtype)
     return h, (h_n, c_n)

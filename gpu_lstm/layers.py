@@ -206,12 +206,14 @@ def _wavefront(
     states, top = [(h[0], c[0]) for h, c in states], len(layers) - 1
     outputs = Outputs(x, schedule.spans, 1, states[top][0].shape[1])
     for span in schedule.spans:
-        y, part = cut(x, span), traversal.within(span)
+        y, chunk = cut(x, span), traversal.within(span)
         for k, layer in enumerate(layers):
-            noise = layer.noise[0].within(span)
+            noise, part = layer.noise[0].within(span), chunk.of(k)
             kept = [] if layer.kept is None else [cut(layer.kept, span)]
             below = schedule.streams[k - 1] if k else None
-            with streams.on(schedule.streams[k], below, (y, *states[k], *noise.present(), *kept)):
+            with streams.on(
+                schedule.streams[k], below, (y, *states[k], *part.reset_tensors(), *noise.present(), *kept)
+            ):
                 with named(k, 0, run_direction):
                     h, states[k] = run_direction(y, states[k], layer.weights[0], part, noise=noise)
                 y = connect(y, h, part.lengths, *kept)
@@ -234,13 +236,13 @@ def _directions(
     outputs = Outputs(x, schedule.spans, len(layer.weights), state[0].shape[2])
     finals: list[State] = []
     for d, (weights, noise) in enumerate(zip(layer.weights, layer.noise)):
-        h, c = state[0][d], state[1][d]
-        with streams.on(schedule.streams[d], None, (x, h, c, *noise.present())):
+        h, c, own = state[0][d], state[1][d], traversal.of(layer.number * len(layer.weights) + d)
+        with streams.on(schedule.streams[d], None, (x, h, c, *own.reset_tensors(), *noise.present())):
             for span in reversed(schedule.spans) if d else schedule.spans:
-                part = traversal.within(span)
+                part = own.within(span)
                 if d:
                     part = part.backwards()
-                    h, c = traversal.reset_at_end_of(span, h, c)
+                    h, c = own.reset_at_end_of(span, h, c)
                 with named(layer.number, d, run_direction):
                     y, (h, c) = run_direction(cut(x, span), (h, c), weights, part, noise=noise.within(span))
                 outputs.add(y, span, d)

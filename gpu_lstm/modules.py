@@ -17,7 +17,7 @@ from .functional import check_pair, check_tensors, fastest
 from .layers import compute_dtype, one_direction, stack
 from .noise import with_weight_drop
 from .reference import Gates
-from .sequences import Batch, Traversal, check_dense, check_tensor
+from .sequences import RESET_STATES, Batch, Traversal, check_dense, check_tensor
 from .settings import REGULARISERS, Settings, accepted, check_bool, regulariser_of
 from .transforms import in_a_graph
 from .weights import State, Weights
@@ -37,6 +37,7 @@ class _Call(Protocol[Given, Returned]):
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
+        reset_states: Given | None = None,
     ) -> tuple[Tensor, Returned]: ...
 
     @overload
@@ -47,6 +48,7 @@ class _Call(Protocol[Given, Returned]):
         *,
         lengths: None = None,
         resets: Tensor | None = None,
+        reset_states: Given | None = None,
     ) -> tuple[PackedSequence, Returned]: ...
 
 
@@ -167,6 +169,7 @@ class LSTM(_Checked, RNNBase):
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
+        reset_states: State | None = None,
     ) -> tuple[Tensor, State]: ...
 
     @overload
@@ -177,6 +180,7 @@ class LSTM(_Checked, RNNBase):
         *,
         lengths: None = None,
         resets: Tensor | None = None,
+        reset_states: State | None = None,
     ) -> tuple[PackedSequence, State]: ...
 
     def forward(
@@ -186,6 +190,8 @@ class LSTM(_Checked, RNNBase):
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
+        reset_states: State | None = None,
+        mask: None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """Run all layers over all steps. P = proj_size or, if 0, H; D = 2 if bidirectional, else 1.
 
@@ -195,10 +201,16 @@ class LSTM(_Checked, RNNBase):
             lengths: (N,), unbatched (). int32 or int64 on the input's device, each from 0 to T, in any order.
                 Default: T.
             resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
+            reset_states: (h, c) that resets leave instead of zeros: one a sequence, as hx, or one a step, of which
+                those at resets count: (D*L, T, N, P) and (D*L, T, N, H), with batch_first (D*L, N, T, ...), unbatched
+                (D*L, T, ...). Gradients flow into them. On the backends "triton" and "reference".
+            mask: never given but by TorchRL's LSTMModule, to an LSTM that is no torch.nn.LSTM: hand it a compat.LSTM.
 
         ``lengths`` takes the place of packing: nothing is sorted or copied, and what stands past the end of a sequence,
         NaN included, reaches neither a result nor a gradient. ``resets`` zeroes the states before the steps where it is
-        True, as at the end of an episode; a reset at t separates time t from time t - 1, for both directions.
+        True, as at the end of an episode; a reset at t separates time t from time t - 1, for both directions. With
+        ``reset_states`` the forward direction takes step t from the state given for t, and the reverse one step t - 1,
+        each from its own rows.
 
         Returns:
             output: as the input, with D*P features; zero past the end of a sequence.
@@ -206,12 +218,18 @@ class LSTM(_Checked, RNNBase):
             float32, as the kernels keep it, and then c_n is: a sequence in pieces is that of the whole.
 
         Raises:
-            ValueError, RuntimeError, TypeError: as torch.nn.LSTM, in its words. ValueError for lengths or resets of a
-                wrong shape, dtype or value (on CUDA values are asserted on the device), lengths beside a
-                PackedSequence, or a chosen backend that does not take recurrent dropout or zoneout.
+            ValueError, RuntimeError, TypeError: as torch.nn.LSTM, in its words. ValueError for lengths, resets or
+                reset_states of a wrong shape, dtype or value (on CUDA values are asserted on the device), lengths
+                beside a PackedSequence, reset_states without resets, or a chosen backend that does not take these,
+                recurrent dropout or zoneout. TypeError for a mask.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
-        return self._forward(input, hx, lengths, resets)
+        if mask is not None:
+            raise TypeError(
+                "LSTM takes lengths, and no mask as TorchRL's LSTMModule gives to what is no torch.nn.LSTM: hand it a "
+                "gpu_lstm.compat.LSTM"
+            )
+        return self._forward(input, hx, lengths, resets, reset_states)
 
     def _forward(
         self,
@@ -219,6 +237,7 @@ class LSTM(_Checked, RNNBase):
         hx: State | None,
         lengths: Tensor | None,
         resets: Tensor | None,
+        reset_states: State | None = None,
         record: list[Gates] | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """forward, or if there is a `record` by the reference, which keeps there the gates of layers and directions."""
@@ -230,7 +249,8 @@ class LSTM(_Checked, RNNBase):
         else:
             if hx is not None:
                 check_pair(hx)
-            if lengths is resets is record is None and _backend_for(self, input.data) is Backend.TORCH and eager:
+            plain = lengths is resets is reset_states is record is None
+            if plain and _backend_for(self, input.data) is Backend.TORCH and eager:
                 return self._torch_packed(input, hx)
         batch, given = Batch.of(input, lengths, resets, self.batch_first), hx
         x = batch.x  # [T, B, I]
@@ -240,7 +260,10 @@ class LSTM(_Checked, RNNBase):
             hx = batch.state_in(hx[0]), batch.state_in(hx[1])
         self.check_forward_args(x.transpose(0, 1) if self.batch_first else x, hx, None)
         weights, settings = self._weights(), Settings.of(self)
-        backend = fastest(self.backend, _backend_for(self, x, record), x, weights, batch.traversal, settings)
+        if reset_states is not None:
+            batch = batch.resetting_to(self._reset_states(batch, reset_states))
+        able = _backend_for(self, x, record, reset_states is not None)
+        backend = fastest(self.backend, able, x, weights, batch.traversal, settings)
         if backend is Backend.TORCH and batch.packed is not None and resets is None and eager:
             return self._torch_packed(batch.packed, given)
         weights = _with_weight_drop(self, x, [hx], weights)
@@ -289,6 +312,12 @@ class LSTM(_Checked, RNNBase):
             getattr(self, "bias_hh" + suffix) if self.bias else None,
             getattr(self, "weight_hr" + suffix) if self.proj_size else None,
         )
+
+    def _reset_states(self, batch: Batch, given: State) -> list[State]:
+        """A user's, checked: (h [T, B, P], c [T, B, H]) of each layer and direction, [L*D]."""
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        width = self.proj_size or self.hidden_size
+        return list(zip(*batch.reset_pair_in(given, [rows], width, self.hidden_size)))
 
     def _zero_states(self, x: Tensor, batch: int) -> State:
         rows = self.num_layers * (2 if self.bidirectional else 1)
@@ -436,6 +465,7 @@ class StackedLSTM(_Checked, nn.Module):
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
+        reset_states: Sequence[State] | None = None,
     ) -> tuple[Tensor, list[State]]: ...
 
     @overload
@@ -446,6 +476,7 @@ class StackedLSTM(_Checked, nn.Module):
         *,
         lengths: None = None,
         resets: Tensor | None = None,
+        reset_states: Sequence[State] | None = None,
     ) -> tuple[PackedSequence, list[State]]: ...
 
     def forward(
@@ -455,6 +486,7 @@ class StackedLSTM(_Checked, nn.Module):
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
+        reset_states: Sequence[State] | None = None,
     ) -> tuple[Tensor | PackedSequence, list[State]]:
         """Run all layers over all steps. D = 2 if bidirectional, else 1.
 
@@ -462,6 +494,7 @@ class StackedLSTM(_Checked, nn.Module):
             input, lengths, resets: as for `LSTM.forward`.
             hx: [(h, c), ...], a pair a layer, each (N, H_k), or (2, N, H_k) if bidirectional; unbatched without N.
                 Default: zeros.
+            reset_states: as for `LSTM.forward`, a pair a layer, each as in hx, or with (T, N) or (N, T) for N.
 
         Returns:
             output: as the input, with D * H_k features of the last layer; zero past the end of a sequence.
@@ -471,7 +504,7 @@ class StackedLSTM(_Checked, nn.Module):
             ValueError, RuntimeError, ImportError, TypeError: as `LSTM.forward`; TypeError for hx that is no list of
                 pairs, as torch's (h_0, c_0) is none; RuntimeError for another number of them, or other sizes.
         """
-        return self._forward(input, hx, lengths, resets)
+        return self._forward(input, hx, lengths, resets, reset_states)
 
     def _forward(
         self,
@@ -479,6 +512,7 @@ class StackedLSTM(_Checked, nn.Module):
         hx: Sequence[State] | None,
         lengths: Tensor | None,
         resets: Tensor | None,
+        reset_states: Sequence[State] | None = None,
         record: list[Gates] | None = None,
     ) -> tuple[Tensor | PackedSequence, list[State]]:
         """As LSTM._forward."""
@@ -490,13 +524,30 @@ class StackedLSTM(_Checked, nn.Module):
         modules[0].check_input(batch.x, None)
         states = self._states(batch.x, batch, hx)
         weights, settings = [module._weights()[0] for module in modules], Settings.of(self, self.residual)
-        able = _backend_for(self, batch.x, record)
+        if reset_states is not None:
+            batch = batch.resetting_to(self._reset_states(batch, reset_states))
+        able = _backend_for(self, batch.x, record, reset_states is not None)
         backend = fastest(self.backend, able, batch.x, weights, batch.traversal, settings)
         weights = _with_weight_drop(self, batch.x, states, weights)
         y, states = _through_layers(batch, states, weights, backend, settings, record)
         if not self.bidirectional:
             states = [(h.squeeze(0), c.squeeze(0)) for h, c in states]
         return batch.output(y), [(batch.state_out(h), batch.state_out(c)) for h, c in states]
+
+    def _reset_states(self, batch: Batch, given: Sequence[State]) -> list[State]:
+        """As LSTM._reset_states."""
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(f"{RESET_STATES} should be a list of pairs (h, c), got: {type(given).__name__}")
+        if len(given) != len(self.hidden_sizes):
+            raise ValueError(
+                f"Expected {RESET_STATES} of {len(self.hidden_sizes)} pairs, one a layer, got {len(given)}"
+            )
+        states: list[State] = []
+        for k, (pair, hidden) in enumerate(zip(given, self.hidden_sizes)):
+            lead = [2] * self.bidirectional
+            h, c = batch.reset_pair_in(pair, lead, hidden, hidden, f"{RESET_STATES} of layer {k}")
+            states += zip(h, c) if self.bidirectional else [(h, c)]
+        return states
 
     def _states(self, x: Tensor, batch: Batch, hx: Sequence[State] | None) -> list[State]:
         """A user's states, checked, or zeros: (h, c) of each layer, [D, B, H_k]."""
@@ -627,10 +678,13 @@ class LSTMCell(_Checked, RNNCellBase):
         return recast(self, TorchLSTMCell)
 
 
-def _backend_for(module: "LSTM | StackedLSTM", x: Tensor, record: list[Gates] | None = None) -> Backend:
+def _backend_for(
+    module: "LSTM | StackedLSTM", x: Tensor, record: list[Gates] | None = None, with_reset_states: bool = False
+) -> Backend:
     if record is not None:
         return Backend.REFERENCE
-    return select(module.backend, x.device, compute_dtype(x), regulariser_of(module))
+    special = RESET_STATES if with_reset_states else regulariser_of(module)
+    return select(module.backend, x.device, compute_dtype(x), special)
 
 
 def _present(weights: list[list[Weights]]) -> list[Tensor]:

@@ -33,7 +33,7 @@ from .weights import State, Weights
 
 ENVIRONMENT_VARIABLE = "GPU_LSTM_RACE"
 KIND = "races"
-FORMAT = 1  # raised whenever a field of Kind or the way of racing changes
+FORMAT = 2  # raised whenever a field of Kind or the way of racing changes
 BUDGET = 0.3  # seconds that a race may take, after everything is compiled
 ROUND = 2e-3  # seconds of calls between two looks at the clock
 LONGEST = 256  # steps of a race: with more, what a step takes is all that counts
@@ -65,7 +65,13 @@ class Kind(NamedTuple):
     lengths: bool
     resets: bool
     noise: bool  # recurrent dropout or zoneout
+    reset_states: bool  # not zeros
     kernel: str  # the backend that has kernels for it
+
+    @property
+    def special(self) -> bool:
+        """Whether torch's own LSTM cannot take it, and the reference can."""
+        return self.noise or self.reset_states
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,8 @@ def kind_of(kernel: Backend, x: Tensor, weights: list[list[Weights]], traversal:
     return Kind(
         _layer_sizes(weights), len(weights[0]), str(dtype), recurrent_precision(dtype),
         torch.is_grad_enabled() and needed, settings.recompute, _size_class(steps), _size_class(batch),
-        traversal.lengths is not None, traversal.resets is not None, noise, kernel.value,
+        traversal.lengths is not None, traversal.resets is not None, noise, traversal.reset_states is not None,
+        kernel.value,
     )  # fmt: skip
 
 
@@ -170,12 +177,12 @@ def _size_class(n: int) -> int:
 def choose(
     kernel: Backend, x: Tensor, weights: list[list[Weights]], traversal: Traversal, settings: Settings
 ) -> Backend:
-    """Who runs a call of `auto` that `kernel` can run: that backend, or torch; with noise, or the reference."""
+    """Who runs a call of `auto` that `kernel` can run: that backend, or torch; where that cannot, or the reference."""
     if torch.compiler.is_compiling():
-        asked = traversal.lengths is not None, traversal.resets is not None
         noise = settings.zoneout != (0.0, 0.0) or settings.recurrent_dropout != 0
+        asked = traversal.lengths is not None, traversal.resets is not None, noise, traversal.reset_states is not None
         sizes = _layer_sizes(weights), len(weights[0])
-        return parse(_winner_in_a_graph(kernel.value, *sizes, compute_dtype(x), x.device, asked, noise))
+        return parse(_winner_in_a_graph(kernel.value, *sizes, compute_dtype(x), x.device, asked))
     if is_watched(x):
         return kernel
     kind = kind_of(kernel, x, weights, traversal, settings)
@@ -192,13 +199,12 @@ def _winner_in_a_graph(
     directions: int,
     dtype: torch.dtype,
     device: torch.device,
-    asked: tuple[bool, bool],  # whether there are lengths, resets
-    noise: bool,
+    asked: tuple[bool, bool, bool, bool],  # whether there are lengths, resets, noise, reset_states
 ) -> str:
     """The expected winner for long sequences: a graph of torch.compile is for all sizes, and nothing is raced there."""
     kind = Kind(
         layers, directions, str(dtype), recurrent_precision(dtype), True, False, LONGEST, BATCH_OF_A_GRAPH, *asked,
-        noise, kernel,
+        kernel,
     )  # fmt: skip
     return expected_winner(kind, device).backend
 
@@ -237,9 +243,9 @@ def _key(kind: Kind, device: torch.device) -> remembered.Key:
 
 def _judge(kind: Kind, x: Tensor, weights: list[list[Weights]], traversal: Traversal, settings: Settings) -> Decision:
     """By a race, if there may be one; else by expectation, once the kernels have run at all."""
-    race_it = mode() is Mode.ON and not kind.noise
+    race_it = mode() is Mode.ON and not kind.special
     run = _sample(kind, x, weights, traversal, settings)
-    other = Backend.REFERENCE if kind.noise else Backend.TORCH
+    other = Backend.REFERENCE if kind.special else Backend.TORCH
     try:
         run(Backend(kind.kernel))  # compiles, and checks
     except torch.OutOfMemoryError:
@@ -340,12 +346,15 @@ def judge(times: dict[str, list[float]], expected: Decision) -> tuple[Decision, 
 def expected_winner(kind: Kind, device: torch.device) -> Decision:
     """Who runs what was not raced. Nothing here was measured.
 
-    kernels, where torch cannot do it at the speed of a plain batch: lengths, resets, noise, a projection
+    kernels, where torch cannot do it, or not at the speed of a plain batch: noise, reset_states, lengths, resets, a
+    projection
     kernels, where every layer's W_hh stays on chip and no group of programs walks several batch tiles
     torch, everywhere else
     """
     if kind.noise:
         return Decision(kind.kernel, "torch's LSTM has no recurrent dropout or zoneout")
+    if kind.reset_states:
+        return Decision(kind.kernel, "torch's LSTM has no states to reset to")
     asked = (("lengths", kind.lengths), ("resets", kind.resets), ("a projection", any(p for *_, p in kind.layers)))
     slow = [name for name, there in asked if there]
     if slow:
@@ -382,7 +391,7 @@ def describe(kind: Kind) -> str:
     """A kind of problem in few words."""
     sizes = " -> ".join([str(kind.layers[0][0]), *(f"{h}" + f" (P={p})" * bool(p) for _, h, p in kind.layers)])
     words = ["both directions"] * (kind.directions - 1)
-    words += [name for name in ("lengths", "resets", "noise", "recompute") if getattr(kind, name)]
+    words += [name for name in ("lengths", "resets", "noise", "reset_states", "recompute") if getattr(kind, name)]
     words.append("training" if kind.training else "inference")
     dtype = kind.dtype.removeprefix("torch.") + f" ({kind.precision})" * (kind.dtype == "torch.float32")
     return f"LSTM {sizes}, T <= {kind.steps}, B <= {kind.batch}, {dtype}, {', '.join(words)}"

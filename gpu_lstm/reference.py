@@ -64,6 +64,7 @@ def layer(
 
     steps = len(x)
     x = reordered(x)
+    reset_h, reset_c = (None if t is None else reordered(t.to(x.dtype)) for t in traversal.reset_to())
     zoneout_h = None if zoneout_h is None else reordered(zoneout_h.expand(steps, *h0.shape))
     zoneout_c = None if zoneout_c is None else reordered(zoneout_c.expand(steps, *c0.shape))
 
@@ -73,8 +74,8 @@ def layer(
     for t in range(steps):
         h_prev, c_prev = h, c
         if reset is not None:
-            h_prev = torch.where(reset[t, :, None], 0, h)
-            c_prev = torch.where(reset[t, :, None], 0, c)
+            h_prev = torch.where(reset[t, :, None], 0 if reset_h is None else reset_h[t], h)
+            c_prev = torch.where(reset[t, :, None], 0 if reset_c is None else reset_c[t], c)
         h_in = h_prev if dropout_h is None else dropout_h * h_prev
         z = F.linear(x[t], weight_ih, bias_ih) + F.linear(h_in, weight_hh, bias_hh)  # [B, 4H]
         i, f, g, o = activate(z)

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .precision import autocasts, is_exact
 from .transforms import need_the_reference
+from .weights import State
+
+RESET_STATES = "reset_states"  # the argument, as errors name it
 
 
 def check_tensor(value: object, name: str) -> None:
@@ -73,6 +77,26 @@ def check_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -
         raise ValueError(f"Expected resets on {device}, where the input is, got {resets.device}")
 
 
+def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_cell: bool) -> None:
+    """Raise unless `state` is of one of two sizes, a state a sequence or one a step, and of the dtype and device of x.
+
+    As of any state, dtypes may differ under autocast, and a cell state may be float32 beside half precision.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: wrong size, dtype or device.
+    """
+    check_tensor(state, name)
+    if list(state.shape) not in sizes:
+        raise ValueError(
+            f"Expected {name} of size {sizes[0]}, one a sequence, or {sizes[1]}, one a step, got {list(state.shape)}"
+        )
+    if state.dtype != x.dtype and not autocasts(x) and not (is_cell and is_exact(state, x)):
+        raise ValueError(f"Expected {name} of dtype {x.dtype}, got {state.dtype}")
+    if state.device != x.device:
+        raise ValueError(f"Expected {name} on {x.device}, where the input is, got {state.device}")
+
+
 def resets_from_dones(dones: Tensor, first: Tensor | None = None) -> Tensor:
     """The `resets` of a rollout: where an episode starts, from where the episodes end.
 
@@ -123,48 +147,72 @@ def times_of_steps(steps: int, batch: int, lengths: Tensor | None, reverse: bool
 
 
 class Traversal(NamedTuple):
-    """How one layer goes through a batch: how many steps, where the state is zeroed, from which end.
+    """How layers go through a batch: how many steps, where the state is reset and to what, from which end.
 
-    A reset at t separates time t from time t - 1, for both directions.
+    A reset at t separates time t from time t - 1, for both directions: the forward one begins anew at t, the reverse
+    one at t - 1.
     """
 
     lengths: Tensor | None = None  # [B]; None: all have T steps
     resets: Tensor | None = None  # bool [T, B]
     reverse: bool = False
+    # (h [T, B, P], c [T, B, H]) of each layer and direction, [L*D]: the states that steps begin anew from, by the time
+    # of the reset, in the reverse direction by that of the step. None: zeros.
+    reset_states: list[State] | None = None
 
     def is_plain(self) -> bool:  # no property: torch 2.8 does not trace one
         """Whether all sequences have T steps and no reset."""
         return self.lengths is None and self.resets is None
 
     def backwards(self) -> "Traversal":
-        """The same batch from the other end."""
-        return Traversal(self.lengths, self.resets, not self.reverse)
+        """The same batch in the reverse direction."""
+        states = self.reset_states
+        if states is not None:
+            states = [(torch.cat([h[1:], h[:1]]), torch.cat([c[1:], c[:1]])) for h, c in states]
+        return Traversal(self.lengths, self.resets, True, states)
+
+    def of(self, number: int) -> "Traversal":
+        """That of one layer in one direction, which has that number among [L*D]."""
+        if self.reset_states is None:
+            return self
+        return Traversal(self.lengths, self.resets, self.reverse, [self.reset_states[number]])
+
+    def reset_to(self) -> tuple[Tensor | None, Tensor | None]:
+        """(h [T, B, P], c [T, B, H]) that the steps of one layer and direction begin anew from; None: zeros."""
+        return (None, None) if self.reset_states is None else self.reset_states[0]
+
+    def reset_tensors(self) -> list[Tensor]:
+        """Those of all reset states that are there."""
+        return [] if self.reset_states is None else [t for pair in self.reset_states for t in pair]
 
     def within(self, span: slice | None) -> "Traversal":
         """That of the times of a span alone; None: of all."""
         if span is None:
             return self
         lengths = None if self.lengths is None else (self.lengths - span.start).clamp(0, span.stop - span.start)
-        return Traversal(lengths, None if self.resets is None else self.resets[span], self.reverse)
+        resets = None if self.resets is None else self.resets[span]
+        states = None if self.reset_states is None else [(h[span], c[span]) for h, c in self.reset_states]
+        return Traversal(lengths, resets, self.reverse, states)
 
     def reset_at_end_of(self, span: slice | None, *states: Tensor) -> list[Tensor]:
-        """States [B, *] of the reverse direction, which comes to a span from the times after it.
+        """States (h, c) of one layer in the reverse direction, which comes to a span from the times after it.
 
-        Zeroed where a reset separates the two.
+        Reset where a reset separates the two.
         """
         if self.resets is None or span is None or span.stop == len(self.resets):
             return list(states)
         separated = self.resets[span.stop]  # [B]
         if self.lengths is not None:
             separated = separated & (self.lengths > span.stop)
-        return [torch.where(separated[:, None], 0, state) for state in states]
+        to = (0 if t is None else t[span.stop].to(state.dtype) for t, state in zip(self.reset_to(), states))
+        return [torch.where(separated[:, None], start, state) for start, state in zip(to, states)]
 
     def steps(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of each step of x [T, B, *], in the order of processing, each [T, B].
 
         Returns:
             The time that it visits, int64; whether it is inside the sequence (None: all are); whether the state is
-            zeroed before it (None: nowhere).
+            reset before it (None: nowhere).
         """
         steps, batch, _ = x.shape
         time = times_of_steps(steps, batch, self.lengths, self.reverse, x.device)
@@ -181,10 +229,22 @@ class Traversal(NamedTuple):
             reset = torch.cat([torch.zeros_like(reset[:1]), reset[1:]])
         return reset if valid is None else reset & valid
 
+    def begins_anew(self) -> Tensor | None:
+        """Bool [T, B]: whether the step at each time is reset; None: nowhere."""
+        reset, lengths = self.resets, self.lengths
+        if reset is None:
+            return None
+        if self.reverse:  # it came to time t from t + 1, and to the last valid time from the initial state
+            reset = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
+            lengths = None if lengths is None else lengths - 1
+        valid = valid_steps(len(reset), lengths)
+        return reset if valid is None else reset & valid
+
     def states_before(
         self,
         states: Tensor,  # [T, B, F] h or c of every time; zero in padding
         initial: Tensor,  # [B, F]
+        reset_to: Tensor | None,  # [T, B, F], see `reset_to`
     ) -> Tensor:
         """[T, B, F]: the state that the step at each time started from; anything finite in padding."""
         time = torch.arange(states.shape[0], device=states.device)[:, None]  # [T, 1]
@@ -195,15 +255,10 @@ class Traversal(NamedTuple):
         else:
             before = torch.cat([states[1:], states.new_zeros(1, *states.shape[1:])])
             before = torch.where((time == self.lengths - 1)[:, :, None], initial, before)
-        if self.resets is None:
+        anew = self.begins_anew()
+        if anew is None:
             return before
-        if not self.reverse:
-            return before.masked_fill(self.resets[:, :, None], 0)
-        # The reverse direction came to time t from t + 1, and to the last valid time from the initial state.
-        separated = torch.cat([self.resets[1:], torch.zeros_like(self.resets[:1])])
-        if self.lengths is not None:
-            separated = separated & (time < self.lengths - 1)
-        return before.masked_fill(separated[:, :, None], 0)
+        return torch.where(anew[:, :, None], 0 if reset_to is None else reset_to.to(before.dtype), before)
 
 
 class Batch(NamedTuple):
@@ -278,6 +333,42 @@ class Batch(NamedTuple):
         if self.packed is not None and self.packed.sorted_indices is not None:
             return state.index_select(-2, self.packed.sorted_indices)
         return state
+
+    def resetting_to(self, states: list[State]) -> "Batch":
+        """The same batch, with states to reset to: (h [T, B, P], c [T, B, H]) of each layer and direction, [L*D]."""
+        lengths, resets, reverse, _ = self.traversal
+        traversal = Traversal(lengths, resets, reverse, states)
+        return Batch(self.x, traversal, self.batched, self.batch_first, self.packed, self.rows)
+
+    def reset_pair_in(self, pair: State, lead: list[int], width: int, hidden: int, name: str = RESET_STATES) -> State:
+        """A user's states to reset to, checked, in the batch's order: [*lead, T, B, P] and [*lead, T, B, H].
+
+        Raises:
+            TypeError, ValueError: no pair, no resets, or see `check_reset_state`.
+        """
+        if self.traversal.resets is None:
+            raise ValueError(f"Expected resets together with {RESET_STATES}, which say what they leave, got None")
+        if not isinstance(pair, (tuple, list)):  # torch 2.8 does not trace `tuple | list`
+            raise TypeError(f"{name} should be a pair of tensors (h, c), got: {type(pair).__name__}")
+        if len(pair) != 2:
+            raise ValueError(f"Expected {name} of two states (h, c), got {len(pair)}")
+        h, c = pair
+        return (
+            self._reset_state_in(h, f"h of {name}", lead, width, False),
+            self._reset_state_in(c, f"c of {name}", lead, hidden, True),
+        )
+
+    def _reset_state_in(self, state: Tensor, name: str, lead: list[int], features: int, is_cell: bool) -> Tensor:
+        steps, batch, _ = self.x.shape
+        time_last = self.batched and self.batch_first
+        of_batch = [batch] if self.batched else []
+        a_sequence = [*lead, *of_batch, features]
+        a_step = [*lead, *([batch, steps] if time_last else [steps, *of_batch]), features]
+        check_reset_state(state, name, (a_sequence, a_step), self.x, is_cell)
+        if state.dim() == len(a_sequence):
+            state = self.state_in(state).unsqueeze(-3)
+            return state.expand(*lead, steps, batch, features)
+        return self.state_in(state.transpose(-3, -2) if time_last else state)
 
     def state_out(self, state: Tensor) -> Tensor:
         """The reverse of `state_in`."""

@@ -22,7 +22,8 @@ class Stream:
     bfloat16 the cell state is held in float32. Inference only: nothing is recorded for backward.
 
     On CUDA one step is captured in a graph when it is first taken, and replayed from then on. The graph is taken anew
-    if a parameter is replaced; parameters that are changed in place are seen as they are.
+    if a parameter is replaced; parameters that are changed in place are seen as they are. From the first step on that
+    is for some of the sequences only, one graph does for all that is `active`; nothing waits for the device.
 
     Args:
         lstm: an LSTM or a StackedLSTM, in eval() if it has dropout; one direction.
@@ -59,18 +60,32 @@ class Stream:
 
     @property
     def state(self) -> States:
-        """The state after the last step, as `lstm` takes and returns it; cell states of half precision in float32."""
+        """The state after the last step, as `lstm` takes and returns it; cell states of half precision in float32.
+
+        A copy, a snapshot: set it again, and the stream goes on from there. It may be set to whatever hx may be, and
+        raises as for hx.
+        """
         return self._as_given(_copied(self._state))
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @state.setter
+    def state(self, hx: States) -> None:
+        self._update(self._checked(hx))
+
+    def __call__(self, x: Tensor, active: Tensor | None = None) -> Tensor:
         """Take one step, x (N, I), or a chunk of T steps, (T, N, I) or with batch_first (N, T, I).
+
+        Args:
+            x: the input; anything, NaN included, for sequences that are not active.
+            active: bool (N,), which sequences take the step or chunk. The others keep their state, and their output is
+                zero. Default: all.
 
         Returns:
             The output, (N, P) for a step, else as the chunk; P features, H without a projection.
 
         Raises:
-            TypeError: x is no tensor.
-            ValueError: x has another rank or batch; the LSTM is in training mode and has dropout.
+            TypeError: x or `active` is no tensor.
+            ValueError: x has another rank or batch; `active` another shape or dtype, or is on another device; the LSTM
+                is in training mode and has dropout.
             RuntimeError: as `lstm`, for another number of features, dtype or device.
         """
         check_tensor(x, "x")
@@ -81,20 +96,15 @@ class Stream:
         drawn = (getattr(self.lstm, name) for name in ("dropout", "recurrent_dropout", "zoneout", "weight_drop"))
         if self.lstm.training and any(drawn):
             raise ValueError("the LSTM drops out in training mode; call eval() on it first")
+        if active is not None:
+            self._check_which("active", active)
         with torch.no_grad():
-            if x.dim() == 3:
-                y, state = self._call(x, self._state)
-                self._update(state)
-                return y
-            time_axis = 1 if self.lstm.batch_first else 0
-            if not on_cuda(x):
-                y, state = self._call(x.unsqueeze(time_axis), self._state)
-                self._update(state)
-                return y.squeeze(time_axis)
-            if self._graph is None or not self._graph.fits(self.lstm, x):
-                self._graph = _StepGraph(self, x, time_axis)
+            if x.dim() == 3 or not on_cuda(x):
+                return self._take(x, active)
+            if self._graph is None or not self._graph.fits(self.lstm, x, active):
+                self._graph = _StepGraph(self, x, active)
             raise_if_gave_up(x.device)  # in the replays so far
-            return self._graph(x)
+            return self._graph(x, active)
 
     def reset(self, which: Tensor | None = None) -> None:
         """Begin anew with zero states: all sequences, or those where `which`, bool (N,), is True.
@@ -103,21 +113,61 @@ class Stream:
             TypeError: `which` is no tensor.
             ValueError: it has another shape or dtype, or is on another device.
         """
-        if which is not None:
-            check_tensor(which, "which")
-            if which.shape != (self.batch,) or which.dtype is not torch.bool:
-                raise ValueError(f"expected bool of shape ({self.batch},), got {which.dtype} {tuple(which.shape)}")
-            if which.device != self._state[0][0].device:
-                raise ValueError(f"Expected which on {self._state[0][0].device}, got {which.device}")
         if which is None:
             self._update(self._zeros())
-        else:  # states are [L, N, *] or [N, *]
+        else:
+            self._check_which("which", which)  # states are [L, N, *] or [N, *]
             self._update([(h.masked_fill(which[:, None], 0), c.masked_fill(which[:, None], 0)) for h, c in self._state])
 
-    def _call(self, x: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
-        y, after = self.lstm(x, self._as_given(state))  # type: ignore[arg-type]  # of the class that it is
-        return y, self._as_list(after)
+    def reorder(self, index: Tensor) -> None:
+        """Have each sequence go on from the state of another, as hypotheses of a beam search do.
 
+        Args:
+            index: int64 or int32 (N,): sequence n goes on from the state of sequence index[n], which may be taken by
+                several or by none.
+
+        Raises:
+            TypeError: `index` is no tensor.
+            ValueError: it has another shape or dtype, is on another device, or names a sequence that is not there (on
+                CUDA asserted on the device).
+        """
+        self._check_each("index", index, (torch.int64, torch.int32))
+        outside = (index < 0) | (index >= self.batch)
+        if index.is_cuda:
+            torch._assert_async(~outside.any(), f"Expected index from 0 to {self.batch - 1}")
+        elif outside.any():
+            raise ValueError(f"Expected index from 0 to {self.batch - 1}, got {index.tolist()}")
+        self._update([(h.index_select(-2, index), c.index_select(-2, index)) for h, c in self._state])
+
+    def _check_which(self, name: str, mask: Tensor) -> None:
+        self._check_each(name, mask, (torch.bool,))
+
+    def _check_each(self, name: str, given: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+        """Raise unless `given` has something for each sequence, where the states are."""
+        check_tensor(given, name)
+        if given.shape != (self.batch,) or given.dtype not in dtypes:
+            kind = str(dtypes[0]).removeprefix("torch.")
+            raise ValueError(f"expected {kind} of shape ({self.batch},), got {given.dtype} {tuple(given.shape)}")
+        if given.device != self._state[0][0].device:
+            raise ValueError(f"Expected {name} on {self._state[0][0].device}, got {given.device}")
+
+    def _take(self, x: Tensor, active: Tensor | None) -> Tensor:
+        """A step or a chunk by the sequences that are active; the states are updated in place."""
+        time_axis = 1 if self.lstm.batch_first else 0
+        of_chunk = x if x.dim() == 3 else x.unsqueeze(time_axis)
+        y, after = self.lstm(of_chunk, self._as_given(self._state))  # type: ignore[arg-type]  # of the class that it is
+        state = self._as_list(after)
+        if active is not None:
+            takes = active[:, None]
+            y = torch.where(takes[:, None] if self.lstm.batch_first else takes, y, 0)
+            state = [
+                (torch.where(takes, h, h_before), torch.where(takes, c, c_before))
+                for (h, c), (h_before, c_before) in zip(state, self._state)
+            ]
+        self._update(state)
+        return y if x.dim() == 3 else y.squeeze(time_axis)
+
+    @torch.no_grad()
     def _update(self, state: list[State]) -> None:
         """In place, where a graph finds them; all at once, so that an interrupt leaves the states of one step."""
         torch._foreach_copy_([t for pair in self._state for t in pair], [t for pair in state for t in pair])
@@ -161,29 +211,29 @@ class Stream:
 
 
 class _StepGraph:
-    """One step as a CUDA graph, which reads x and reads and writes the stream's states where they are."""
+    """One step as a CUDA graph, which reads x, and reads and writes the stream's states, where they are.
 
-    def __init__(self, stream: Stream, x: Tensor, time_axis: int) -> None:
+    With `active` it is for any such mask, which it reads, too; without, for all sequences.
+    """
+
+    def __init__(self, stream: Stream, x: Tensor, active: Tensor | None) -> None:
         self._key = _key(stream.lstm, x)
         self._x = x.clone()
-
-        def step() -> Tensor:
-            y, state = stream._call(self._x.unsqueeze(time_axis), stream._state)
-            stream._update(state)
-            return y.squeeze(time_axis)
-
+        self._active = None if active is None else active.clone()
         before = _copied(stream._state)
         try:
-            self._replay = captured(step, x.device)
+            self._replay = captured(lambda: stream._take(self._x, self._active), x.device)
         finally:
             stream._update(before)  # the steps that were taken for warming up do not count
 
-    def fits(self, lstm: LSTM | StackedLSTM, x: Tensor) -> bool:
+    def fits(self, lstm: LSTM | StackedLSTM, x: Tensor, active: Tensor | None) -> bool:
         """Whether the parameters and the kind of input are those it was captured with."""
-        return self._key == _key(lstm, x)
+        return self._key == _key(lstm, x) and (active is None or self._active is not None)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, active: Tensor | None) -> Tensor:
         self._x.copy_(x)
+        if self._active is not None:
+            self._active.fill_(True) if active is None else self._active.copy_(active)
         return self._replay().clone()
 
 

@@ -114,6 +114,7 @@ def trace(
     *,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    reset_states: State | Sequence[State] | None = None,
 ) -> Trace:
     """Call an LSTM and keep all that it computes: gates, cell and hidden states of every step, layer and direction.
 
@@ -123,7 +124,7 @@ def trace(
 
     Args:
         lstm: a gpu_lstm.LSTM or StackedLSTM, or a torch.nn.LSTM.
-        x, hx, lengths, resets: as `lstm` takes them.
+        x, hx, lengths, resets, reset_states: as `lstm` takes them.
 
     Returns:
         The results, and `layers[k][d]` with the gates of layer k in direction d, each [T, B, H], zero past the end of
@@ -145,7 +146,7 @@ def trace(
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
     record: list[Gates] = []
-    output, states = lstm._forward(x, hx, lengths, resets, record)  # type: ignore[arg-type]
+    output, states = lstm._forward(x, hx, lengths, resets, reset_states, record)  # type: ignore[arg-type]
     directions = 2 if lstm.bidirectional else 1
     layers = [record[k : k + directions] for k in range(0, len(record), directions)]
     if isinstance(x, PackedSequence):

@@ -23,7 +23,7 @@ from .weights import Weights
 
 KIND = "checks"
 STEPS, FEATURES = 4, 8  # T, I
-FORMAT = 1  # raised whenever the small problem or the rule changes
+FORMAT = 2  # raised whenever the small problem or the rule changes
 
 
 def distrust(plan: Any, like: Recurrence, *, save: bool = True, given: tuple[bool, bool] | None = None) -> str | None:
@@ -51,7 +51,8 @@ def distrust(plan: Any, like: Recurrence, *, save: bool = True, given: tuple[boo
 
 def _key(plan: Any, like: Recurrence, save: bool, given: tuple[bool, bool] | None) -> remembered.Key:
     kernel = {name: getattr(plan, name) for name in ("rows", "columns", "k", "num_warps", "num_stages")}
-    there = [name for name in ("lengths", "resets", "dropout_h") if getattr(like, name) is not None]
+    optional = ("lengths", "resets", "dropout_h", "reset_h", "reset_c")
+    there = [name for name in optional if getattr(like, name) is not None]
     there += [f"{name}, {t.dim()}-D" for name in ("zoneout_h", "zoneout_c") if (t := getattr(like, name)) is not None]
     return remembered.machine(like.h0.device) | dict(
         format=FORMAT, family=plan.family.value, **kernel, hidden=like.hidden, projected=like.projected,
@@ -70,7 +71,7 @@ def _verdict(plan: Any, like: Recurrence, save: bool, given: tuple[bool, bool] |
     try:
         with torch.enable_grad(), torch.autocast(like.h0.device.type, enabled=False):
             truth, gates = problem.by_reference(torch.float64, given)
-            if problem.noise == Noise():
+            if problem.noise == Noise() and like.reset_c is None:
                 theirs = problem.by_torch(given)
             else:
                 theirs, _ = problem.by_reference(problem.dtype, given)
@@ -103,7 +104,8 @@ class Small:
 
     dtype: torch.dtype
     precision: str  # of float32 products
-    tensors: dict[str, Tensor]  # x, h0, c0, weight_ih, weight_hh and perhaps weight_hr; exact in the dtype
+    # x, h0, c0, weight_ih, weight_hh and perhaps weight_hr, reset_h and reset_c, by the step's time; exact in the dtype
+    tensors: dict[str, Tensor]
     traversal: Traversal
     noise: Noise
     dh: Tensor  # [T, B, P] gradient of h
@@ -130,6 +132,8 @@ class Small:
         )  # fmt: skip
         if r.projected:
             tensors["weight_hr"] = normal(width, hidden, scale=hidden**-0.5)
+        if r.reset_c is not None:
+            tensors |= dict(reset_h=normal(STEPS, batch, width), reset_c=normal(STEPS, batch, hidden))
         number = torch.arange(batch, device=device)
         lengths = None if r.lengths is None else (number % (STEPS + 1)).flip(0).to(r.lengths.dtype)
         resets = torch.arange(STEPS, device=device)[:, None] + number  # [T, B]
@@ -145,58 +149,76 @@ class Small:
         """Results of forward, or if `given` gradients, in some dtype; and the gates."""
         record: list[Gates] = []
 
-        def run(x: Tensor, h0: Tensor, c0: Tensor, weights: Weights) -> Any:
-            return reference.layer(x, (h0, c0), weights, self.traversal, self.noise, record)
+        def run(x: Tensor, h0: Tensor, c0: Tensor, weights: Weights, traversal: Traversal) -> Any:
+            return reference.layer(x, (h0, c0), weights, traversal, self.noise, record)
 
         return self._results(run, dtype, given), record[0]
 
     def by_torch(self, given: tuple[bool, bool] | None) -> dict[str, Tensor]:
         """The same by torch's own LSTM in the problem's dtype."""
 
-        def run(x: Tensor, h0: Tensor, c0: Tensor, weights: Weights) -> Any:
-            return native.layer(x, (h0, c0), weights, self.traversal)
+        def run(x: Tensor, h0: Tensor, c0: Tensor, weights: Weights, traversal: Traversal) -> Any:
+            return native.layer(x, (h0, c0), weights, traversal)
 
         return self._results(run, self.dtype, given)
 
     def _results(self, run: Any, dtype: torch.dtype, given: tuple[bool, bool] | None) -> dict[str, Tensor]:
         inputs = {name: t.to(dtype).requires_grad_(given is not None) for name, t in self.tensors.items()}
-        x, h0, c0, weight_ih, weight_hh, *projection = inputs.values()
-        h, (h_n, c_n) = run(x, h0, c0, Weights(weight_ih, weight_hh, None, None, *projection))
+        weights = Weights(inputs["weight_ih"], inputs["weight_hh"], weight_hr=inputs.get("weight_hr"))
+        states = [(inputs["reset_h"], inputs["reset_c"])] if "reset_c" in inputs else None
+        h, (h_n, c_n) = run(
+            inputs["x"], inputs["h0"], inputs["c0"], weights, self.traversal._replace(reset_states=states)
+        )
         if given is None:
             return dict(h=h, h_n=h_n, c_n=c_n)
         pairs = [(h, self.dh), (h_n, self.dh_n)]
         outputs, gradients = zip(*((out, d.to(dtype)) for (out, d), there in zip(pairs, given) if there))
-        wanted = {name: inputs[name] for name in ("x", "h0", "c0", "weight_hh")}
+        names = ("x", "h0", "c0", "weight_hh", "reset_h", "reset_c")
+        wanted = {name: inputs[name] for name in names if name in inputs}
         found = torch.autograd.grad(outputs, list(wanted.values()), gradients)
         return {f"the gradient of {name}": gradient for name, gradient in zip(wanted, found)}
+
+    def _taken(self, h: Tensor) -> Tensor:
+        """What W_hh takes of h, [T, B, P] in float64: its elements that recurrent dropout leaves."""
+        return h.double() if self.noise.dropout_h is None else self.noise.dropout_h.double() * h.double()
 
     def by_kernel(self, plan: Any, gates: Gates, save: bool, given: tuple[bool, bool] | None) -> dict[str, Tensor]:
         """The same by the kernel of a plan; backward it is given the reference's gates and cell states."""
         launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
         t, device = self.tensors, self.dh.device
+        reset_h, reset_c = t.get("reset_h"), t.get("reset_c")
         recurrence = Recurrence(
             weight_hh=t["weight_hh"], weight_hr=t.get("weight_hr"), h0=t["h0"], c0=t["c0"].float(),
             lengths=self.traversal.lengths, resets=self.traversal.resets, reverse=self.traversal.reverse,
-            precision=self.precision, **self.noise._asdict(),
+            precision=self.precision, reset_h=None if self.noise.zoneout_h is None else reset_h,
+            reset_c=None if reset_c is None else reset_c.float(), **self.noise._asdict(),
         )  # fmt: skip
         if given is None:
-            before = torch.nn.functional.linear(t["x"].double(), t["weight_ih"].double()).to(self.dtype)
-            h, h_n, c_n, _ = launch.layer_forward(before, recurrence, save=save, plan=plan)
+            before = t["x"].double() @ t["weight_ih"].double().T
+            if reset_h is not None:
+                zeros = torch.zeros_like(reset_h), torch.zeros_like(t["h0"])
+                before += self._taken(self.traversal.states_before(*zeros, reset_h)) @ t["weight_hh"].double().T
+            h, h_n, c_n, _ = launch.layer_forward(before.to(self.dtype), recurrence, save=save, plan=plan)
             results = dict(h=h, h_n=h_n, c_n=c_n)
         else:
             dh, dh_n = (d if there else None for d, there in zip((self.dh, self.dh_n), given))
             activated = torch.cat([gates.input, gates.forget, gates.candidate, gates.output], dim=2).to(self.dtype)
-            dgates, dh0, dc0, _ = launch.layer_backward(
+            dgates, dh0, dc0, _, dkept_h, dreset_c = launch.layer_backward(
                 dh, dh_n, None, activated, gates.cell.float(), recurrence, plan=plan
             )
-            taken = self.traversal.states_before(gates.hidden, t["h0"].double())
-            if self.noise.dropout_h is not None:
-                taken = self.noise.dropout_h.double() * taken
+            taken = self.traversal.states_before(gates.hidden, t["h0"].double(), reset_h)
             rows = dgates.double().flatten(0, 1)  # [TB, 4H]
             results = {
                 "the gradient of x": dgates.double() @ t["weight_ih"].double(), "the gradient of h0": dh0,
-                "the gradient of c0": dc0, "the gradient of weight_hh": rows.T @ taken.flatten(0, 1),
+                "the gradient of c0": dc0, "the gradient of weight_hh": rows.T @ self._taken(taken).flatten(0, 1),
             }  # fmt: skip
+            if reset_h is not None:
+                dreset_h = self._taken(dgates.double() @ t["weight_hh"].double())
+                anew = self.traversal.begins_anew()
+                assert anew is not None
+                dreset_h = torch.where(anew[:, :, None], dreset_h, 0)
+                results["the gradient of reset_h"] = dreset_h if self.noise.zoneout_h is None else dreset_h + dkept_h
+                results["the gradient of reset_c"] = dreset_c
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         launch.raise_if_gave_up(device)

@@ -26,12 +26,14 @@ from .weights import State, Weights
 _LIBRARY = library_of(__name__)
 _LIBRARY.define(
     "whole_layer(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? lengths, Tensor? resets, bool reverse, "
-    "str backend, bool save) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor kept)",
+    "str backend, bool save, Tensor? reset_h=None, Tensor? reset_c=None) "
+    "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor kept)",
     tags=(torch.Tag.needs_exact_strides,),
 )
 _LIBRARY.define(
     "whole_layer_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor kept, Tensor x, Tensor h0, Tensor c0, "
-    "Tensor[] weights, Tensor? lengths, Tensor? resets, bool reverse, str backend, bool[] needed) -> Tensor[]",
+    "Tensor[] weights, Tensor? lengths, Tensor? resets, bool reverse, str backend, bool[] needed, "
+    "Tensor? reset_h=None, Tensor? reset_c=None) -> Tensor[]",
     tags=(torch.Tag.needs_exact_strides,),
 )
 
@@ -48,8 +50,10 @@ def layer(
 ) -> tuple[Tensor, State]:
     """h [T, B, D*P] and the final state. Two directions are for torch, where the traversal is plain."""
     given = [t for one in weights for t in one.present()]
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state, *given))
-    h, h_n, c_n, _ = whole_layer(x, *state, given, *traversal, backend.value, save)
+    reset_to = traversal.reset_tensors()
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state, *given, *reset_to))
+    way = traversal.lengths, traversal.resets, traversal.reverse
+    h, h_n, c_n, _ = whole_layer(x, *state, given, *way, backend.value, save, *reset_to)
     return h, (h_n, c_n)
 
 
@@ -58,6 +62,7 @@ def _in_eager_mode(
     h0: Tensor,
     c0: Tensor,
     weights: list[Tensor],  # of every direction as Weights.present() has them
+    reset_to: list[Tensor],  # [T, B, P] and [T, B, H], or none
     lengths: Tensor | None,
     resets: Tensor | None,
     reverse: bool,
@@ -65,7 +70,7 @@ def _in_eager_mode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     count = len(weights) // len(h0)
     layer = [_weights(weights[first : first + count]) for first in range(0, len(weights), count)]
-    traversal = Traversal(lengths, resets, reverse)
+    traversal = Traversal(lengths, resets, reverse, [(reset_to[0], reset_to[1])] if reset_to else None)
     if backend == Backend.TORCH.value and traversal.is_plain() and not reverse:
         h, (h_n, c_n) = native.stack(x, (h0, c0), [layer])
         return h, h_n, c_n
@@ -95,11 +100,11 @@ def _apart(x: Tensor, record: bool) -> Iterator[None]:
         yield
 
 
-def _forward(x, h0, c0, weights, lengths, resets, reverse, backend, save):
-    kept = x.new_empty(0)
+def _forward(x, h0, c0, weights, lengths, resets, reverse, backend, save, *reset_to):
+    kept, end = x.new_empty(0), 3 + len(weights)
     with _apart(x, record=save):
-        leaves = [t.detach().requires_grad_(save) for t in (x, h0, c0, *weights)]
-        h, h_n, c_n = _in_eager_mode(*leaves[:3], leaves[3:], lengths, resets, reverse, backend)
+        leaves = [t.detach().requires_grad_(save) for t in (x, h0, c0, *weights, *reset_to) if t is not None]
+        h, h_n, c_n = _in_eager_mode(*leaves[:3], leaves[3:end], leaves[end:], lengths, resets, reverse, backend)
         if save:
             kept.graph = leaves, (h, h_n, c_n)
     return h.detach().contiguous(), h_n.detach().clone(), c_n.detach().clone(), kept
@@ -110,9 +115,9 @@ def _forward_fake(x, h0, c0, weights, *others):
     return h, torch.empty_like(h0), torch.empty_like(c0), x.new_empty(0)
 
 
-def _backward(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse, backend, needed):
+def _backward(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse, backend, needed, *reset_to):
     if not hasattr(kept, "graph"):
-        *_, kept = _forward(x, h0, c0, weights, lengths, resets, reverse, backend, save=True)
+        *_, kept = _forward(x, h0, c0, weights, lengths, resets, reverse, backend, True, *reset_to)
     with _apart(x, record=False):
         leaves, results = kept.graph
         given = [(result, d) for result, d in zip(results, (dh, dh_n, dc_n)) if d is not None]
@@ -124,27 +129,29 @@ def _backward(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse
     return [d.clone() if d.dim() == 1 else d.contiguous() for d in gradients]  # both biases' may be the same tensor
 
 
-def _backward_fake(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse, backend, needed):
-    given = zip((x, h0, c0, *weights), needed)
+def _backward_fake(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse, backend, needed, *reset_to):
+    given = zip((x, h0, c0, *weights, *reset_to), needed)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) if need else x.new_empty(0) for t, need in given]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, h0, c0, weights, lengths, resets, ctx.reverse, ctx.backend, _ = inputs
+    x, h0, c0, weights, lengths, resets, ctx.reverse, ctx.backend, _, *reset_to = inputs
     *_, kept = output
     ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(kept, x, h0, c0, lengths, resets, *weights)
+    ctx.weights = len(weights)
+    ctx.save_for_backward(kept, x, h0, c0, lengths, resets, *weights, *reset_to)
 
 
 def _gradients(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: None) -> tuple:
-    kept, x, h0, c0, lengths, resets, *weights = ctx.saved_tensors
-    needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3]]
+    kept, x, h0, c0, lengths, resets, *others = ctx.saved_tensors
+    weights, reset_to = others[: ctx.weights], others[ctx.weights :]
+    needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3], *ctx.needs_input_grad[9:]]
     found = whole_layer_backward(
-        dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, ctx.reverse, ctx.backend, needed
+        dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, ctx.reverse, ctx.backend, needed, *reset_to
     )
-    dx, dh0, dc0, *dweights = (d if need else None for d, need in zip(found, needed))
-    return dx, dh0, dc0, dweights, *(None,) * 5
+    dx, dh0, dc0, *others = (d if need else None for d, need in zip(found, needed))
+    return dx, dh0, dc0, others[: ctx.weights], *(None,) * 5, *others[ctx.weights :]
 
 
 for _key in ("CPU", "CUDA"):

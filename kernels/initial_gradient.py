@@ -5,6 +5,18 @@ from torch import Tensor
 
 from .recurrence import Recurrence
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""What a family's backward returns: the first four results of launch.layer_backward, and `reset_gradients`."""
+
+
+def reset_gradients(recurrence: Recurrence) -> tuple[Tensor | None, Tensor | None]:
+    """Zeros for the gradients of reset_h (what zoneout hands back) and reset_c, float32; None where there is none."""
+    r = recurrence
+    dreset_h, dreset_c = (
+        None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in (r.reset_h, r.reset_c)
+    )
+    return dreset_h, dreset_c
+
 
 def initial_hidden_gradient(
     dgates: Tensor,  # [T, B, 4H]

@@ -12,7 +12,9 @@ MOST = 2**31 - 2**16
 class Recurrence:
     """Weights, initial states and everything else but the input product. Tensors are contiguous.
 
-    Regularisation is recurrent dropout and zoneout; of the kernels only Triton's take it.
+    Regularisation is recurrent dropout and zoneout. Of the kernels only Triton's take it, and states to reset to.
+
+    A reset step begins with h = 0 and c = 0, or with `reset_c`. What W_hh takes of another h is in the input product.
     """
 
     weight_hh: Tensor  # [4H, P]
@@ -26,6 +28,10 @@ class Recurrence:
     dropout_h: Tensor | None = None  # [B, P] factors of h in the recurrent product
     zoneout_h: Tensor | None = None  # the share of h that stays as it was: bool [T, B, P], or float32 [] for all
     zoneout_c: Tensor | None = None  # of c: bool [T, B, H], or float32 [] for all
+    reset_h: Tensor | None = (
+        None  # [T, B, P] h before the steps that are reset, by the step's time: for zoneout_h alone
+    )
+    reset_c: Tensor | None = None  # [T, B, H] float32 c before them
     side_by_side: int = 1  # as many such layers or directions run at once, on streams of their own
 
     @property

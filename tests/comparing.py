@@ -24,7 +24,8 @@ PLACES = {  # of a module's parameters, by backend
 BACKENDS = tuple(PLACES)
 LARGE = 20_000  # elements of h
 
-NAMES = ("h", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dweight_hr")
+NAMES = ("h", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dweight_hr",
+         "dreset_h", "dreset_c")  # fmt: skip
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Example:
     reverse: bool
     output_gradients: list[Tensor]  # of h, h_n, c_n
     noise: Noise = NO_NOISE
+    reset_states: tuple[Tensor | None, Tensor | None] = (None, None)  # h [T, B, P], c [T, B, H] that resets leave
 
     def rounded(self, dtype: torch.dtype) -> "Example":
         """The same example with all its numbers representable in `dtype`."""
@@ -49,6 +51,7 @@ class Example:
             tensors=[through(t) for t in self.tensors],
             output_gradients=[through(t) for t in self.output_gradients],
             noise=self.noise._replace(dropout_h=through(self.noise.dropout_h)),
+            reset_states=tuple(map(through, self.reset_states)),
         )
 
     def truth(self) -> list[np.ndarray | None]:
@@ -60,6 +63,8 @@ class Example:
             name: None if t is None else np.broadcast_to(t.double().numpy(), size)
             for (name, t), size in zip(self.noise._asdict().items(), sizes)
         }
+        left = (None if t is None else t.numpy() for t in self.reset_states)
+        noise |= zip(("reset_h", "reset_c"), left)
         *results, tape = oracle.layer(*inputs, lengths=self.lengths, resets=self.resets, reverse=self.reverse, **noise)
         dh, dh_n, dc_n = (g.numpy() for g in self.output_gradients)
         return [*results, *oracle.layer_gradients(*inputs, tape=tape, dh=dh, dh_n=dh_n, dc_n=dc_n, **noise)]
@@ -76,18 +81,23 @@ class Example:
 
     def run(self, backend: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor | None]:
         """The same from gpu_lstm, in `dtype` on `device`."""
-        tensors = [None if t is None else t.to(device, dtype).requires_grad_() for t in self.tensors]
-        x, h0, c0, *weights = tensors
+        tensors = [
+            None if t is None else t.to(device, dtype).requires_grad_() for t in (*self.tensors, *self.reset_states)
+        ]
+        x, h0, c0, *weights, reset_h, reset_c = tensors
+        states = None if reset_h is None else (reset_h, reset_c)
         lengths = None if self.lengths is None else self.lengths.to(device)
         resets = None if self.resets is None else self.resets.to(device)
         if not self.noise.present():
             h, (h_n, c_n) = lstm_layer(
-                x, weights, (h0, c0), lengths=lengths, resets=resets, reverse=self.reverse, backend=backend
-            )
+                x, weights, (h0, c0), lengths=lengths, resets=resets, reset_states=states, reverse=self.reverse,
+                backend=backend,
+            )  # fmt: skip
         else:  # users give probabilities, and to modules only
             dropout_h, *zoneouts = (None if t is None else t.to(device) for t in self.noise)
             noise = Noise(None if dropout_h is None else dropout_h.to(dtype), *zoneouts)
-            traversal = Traversal(lengths, resets, self.reverse)
+            traversal = Traversal(lengths, resets, False, None if states is None else [states])
+            traversal = traversal.backwards() if self.reverse else traversal
             h, (h_n, c_n) = one_direction(x, (h0, c0), Weights(*weights), traversal, Backend(backend), noise)
         gradients = [g.to(device, dtype) for g in self.output_gradients]
         torch.autograd.backward([h, h_n, c_n], gradients)
@@ -95,9 +105,23 @@ class Example:
 
 
 def example(
-    T: int, B: int, I: int, H: int, P: int = 0, *, bias=True, ragged=False, resets=0.0, reverse=False, seed=0
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    P: int = 0,
+    *,
+    bias=True,
+    ragged=False,
+    resets=0.0,
+    states=False,
+    reverse=False,
+    seed=0,
 ) -> Example:
-    """A random example. `ragged`: lengths from 0 to T, both among them where B allows; `resets`: their rate."""
+    """A random example.
+
+    ragged: lengths from 0 to T, both among them where B allows. resets: their rate. states: they leave some, not zeros.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
@@ -116,7 +140,9 @@ def example(
         lengths[0] = 0
         lengths[-1] = T
     reset_mask = torch.rand(T, B, generator=generator) < resets if resets else None
-    return Example(tensors, lengths, reset_mask, reverse, [normal(T, B, width), normal(B, width), normal(B, H)])
+    output_gradients = [normal(T, B, width), normal(B, width), normal(B, H)]
+    left = (normal(T, B, width), normal(T, B, H)) if states else (None, None)
+    return Example(tensors, lengths, reset_mask, reverse, output_gradients, reset_states=left)
 
 
 def assert_as_good_as_torch(

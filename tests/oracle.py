@@ -11,11 +11,11 @@ def sigmoid(x):
 
 
 def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, *, lengths=None, resets=None,
-          reverse=False, dropout_h=None, zoneout_h=None, zoneout_c=None):  # fmt: skip
+          reverse=False, dropout_h=None, zoneout_h=None, zoneout_c=None, reset_h=None, reset_c=None):  # fmt: skip
     """One layer, one direction: (h [T, B, P], h_n [B, P], c_n [B, H], tape for `layer_gradients`).
 
     dropout_h [B, P] multiplies h in the recurrent product; zoneout_h [T, B, P] and zoneout_c [T, B, H] are the shares
-    of the states that stay as they were before the step.
+    of the states that stay as they were before the step. reset_h [T, B, P] and reset_c [T, B, H] are what resets leave.
     """
     T, B, _ = x.shape
     P = h0.shape[1]
@@ -31,7 +31,10 @@ def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr
             boundary = t + 1 if reverse else t
             at_start = previous_time is None
             reset = resets is not None and (not at_start or not reverse) and bool(resets[boundary, b])
-            h_prev, c_prev = (np.zeros_like(h), np.zeros_like(c)) if reset else (h, c)
+            h_prev, c_prev = h, c
+            if reset:
+                h_prev = np.zeros_like(h) if reset_h is None else reset_h[boundary, b]
+                c_prev = np.zeros_like(c) if reset_c is None else reset_c[boundary, b]
             h_in = h_prev if dropout_h is None else h_prev * dropout_h[b]
             z = weight_ih @ x[t, b] + weight_hh @ h_in
             if bias_ih is not None:
@@ -46,17 +49,19 @@ def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr
             if zoneout_c is not None:
                 c = zoneout_c[t, b] * c_prev + (1 - zoneout_c[t, b]) * c
             out[t, b] = h
-            tape.append((b, t, reset, h_in, c_prev, i, f, g, o, c_new, m))
+            tape.append((b, t, boundary if reset else None, h_in, c_prev, i, f, g, o, c_new, m))
             previous_time = t
         h_n[b], c_n[b] = h, c
     return out, h_n, c_n, tape
 
 
 def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, *, tape, dh, dh_n,
-                    dc_n, dropout_h=None, zoneout_h=None, zoneout_c=None):  # fmt: skip
-    """Gradients of x, h0, c0 and the weights (None where there is none), by backpropagation through time."""
-    inputs = (x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-    dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr = (None if a is None else np.zeros(a.shape) for a in inputs)
+                    dc_n, dropout_h=None, zoneout_h=None, zoneout_c=None, reset_h=None, reset_c=None):  # fmt: skip
+    """Gradients of x, h0, c0, the weights and what resets leave (None where there is none), through time."""
+    inputs = (x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reset_h, reset_c)
+    dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dreset_h, dreset_c = (
+        None if a is None else np.zeros(a.shape) for a in inputs
+    )
     into_h, into_c = dh_n.copy(), dc_n.copy()  # [B, *] gradient of each sequence's state after the step in hand
     for b, t, reset, h_in, c_prev, i, f, g, o, c_new, m in reversed(tape):
         factors = 1.0 if dropout_h is None else dropout_h[b]
@@ -83,16 +88,21 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
         if bias_ih is not None:
             db_ih += dz
             db_hh += dz
-        into_h[b] = 0 if reset else factors * (weight_hh.T @ dz) + stays_h * grad_h
-        into_c[b] = 0 if reset else grad_c * f + stays_c * into_c[b]
+        into_h[b] = factors * (weight_hh.T @ dz) + stays_h * grad_h
+        into_c[b] = grad_c * f + stays_c * into_c[b]
+        if reset is not None:
+            if reset_h is not None:
+                dreset_h[reset, b], dreset_c[reset, b] = into_h[b], into_c[b]
+            into_h[b], into_c[b] = 0, 0
     dh0, dc0 = into_h, into_c  # where there was no step at all, the final state is the initial one
-    return dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr
+    return dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dreset_h, dreset_c
 
 
 def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual=False):
     """Layers on top of each other: (y [T, B, D*P], final states [L][D], tapes [L] for `stack_gradients`).
 
-    For every layer and direction, [L][D]: `states` (h0, c0), `layers` the weights, `noises` the masks and zones.
+    For every layer and direction, [L][D]: `states` (h0, c0), `layers` the weights, `noises` the masks and zones, and
+    what resets leave.
     """
     valid = np.arange(len(x))[:, None] < (len(x) if lengths is None else np.asarray(lengths))  # [T, B] or [T, 1]
     finals, tapes = [], []
@@ -113,8 +123,8 @@ def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual
 
 
 def stack_gradients(tapes, dy, dfinals):
-    """Gradients of x, of the states [L][D] and of the weights [L][D]."""
-    dstates, dweights = [], []
+    """Gradients of x, of the states [L][D], of the weights [L][D], and of what resets leave [L][D]."""
+    dstates, dweights, dleft = [], [], []
     for (passed, taken), dfinal in zip(reversed(tapes), reversed(dfinals)):
         found = [
             layer_gradients(*inputs, tape=tape, dh=dh, dh_n=dh_n, dc_n=dc_n, **noise)
@@ -123,5 +133,6 @@ def stack_gradients(tapes, dy, dfinals):
         dx = sum(dx for dx, *_ in found)
         dy = dx + passed * dy if passed.any() else dx
         dstates.insert(0, [(dh0, dc0) for _, dh0, dc0, *_ in found])
-        dweights.insert(0, [weights for _, _, _, *weights in found])
-    return dy, dstates, dweights
+        dweights.insert(0, [weights[:5] for _, _, _, *weights in found])
+        dleft.insert(0, [(dreset_h, dreset_c) for *_, dreset_h, dreset_c in found])
+    return dy, dstates, dweights, dleft

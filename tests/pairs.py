@@ -69,20 +69,37 @@ def random_inputs(module: nn.Module, *batch: int, seed: int = 2) -> tuple[Tensor
     return torch.randn(*time_and_batch, module.layers[0].input_size), hx
 
 
-def results(module, x, hx=None, *, call=None, seed=0, **ragged) -> dict[str, Tensor]:
-    """Output and final states, and the gradients of a random weighing of them by x, hx and every parameter."""
+def states_left(module: nn.Module, hx: tuple | list, steps: int, a_step: bool) -> tuple | list:
+    """Random states to reset to, like hx of a batch: one a sequence, or one a step."""
+
+    def random(t: Tensor) -> Tensor:
+        *lead, batch, features = t.shape
+        time = [batch, steps] if module.batch_first else [steps, batch]
+        return torch.randn(*lead, *(time if a_step else [batch]), features)
+
+    torch.manual_seed(4)
+    return tree_map_only(Tensor, random, hx)
+
+
+def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragged) -> dict[str, Tensor]:
+    """Output and final states, and the gradients of a random weighing of them by x, hx, reset_states and parameters."""
     parameters = dict(module.named_parameters())
     like = next(iter(parameters.values()))
-    x, hx = tree_map_only(Tensor, lambda t: t.detach().to(like).requires_grad_(), (x, hx))
+    given = x, hx, reset_states
+    x, hx, left = tree_map_only(Tensor, lambda t: t.detach().to(like).requires_grad_(), given)
     ragged = {name: t.to(like.device) for name, t in ragged.items() if t is not None}
+    ragged |= {} if left is None else dict(reset_states=left)
     torch.manual_seed(seed)
     found = (module if call is None else call)(x, *([] if hx is None else [hx]), **ragged)
     found = tree_leaves(found, is_leaf=lambda t: isinstance(t, PackedSequence))
     found = [t.data if isinstance(t, PackedSequence) else t for t in found]
-    inputs = [x, *(tree_leaves(hx) if hx else ())]
+    inputs = [x, *(tree_leaves(hx) if hx else ()), *(tree_leaves(left) if left else ())]
     gradients = torch.autograd.grad(found, [*inputs, *parameters.values()], weighing(found))
     names = ["output"] * (len(found) % 2) + [f"{s}{k}" for k in range(len(found) // 2) for s in "hc"]  # a cell has none
-    names += ["dx", *(f"d{s}{k}" for k in range(len(inputs) // 2) for s in "hc"), *(f"d{name}" for name in parameters)]
+    for of, states in (("d", hx), ("dreset_", left)):
+        names += ["dx"] * (of == "d")
+        names += [f"{of}{s}{k}" for k in range(len(tree_leaves(states)) // 2 if states else 0) for s in "hc"]
+    names += [f"d{name}" for name in parameters]
     return dict(zip(names, (t.detach() for t in (*found, *gradients)), strict=True))
 
 
@@ -92,7 +109,7 @@ def weighing(found: list) -> list[Tensor]:
     return [torch.randn(tuple(t.shape)).to(t if isinstance(t, Tensor) else torch.float64) for t in found]
 
 
-def truth(module, x, hx=None, *, lengths=None, resets=None, noises=None) -> dict[str, Tensor]:
+def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, noises=None) -> dict[str, Tensor]:
     """What `results` of an LSTM or StackedLSTM, batched, should be: by the oracle, with `noises` [L][D] of a call."""
     names, layers = weights_of(module)
 
@@ -103,22 +120,47 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, noises=None) -> dict
     states = zeros_for(layers, x.shape[1])
     if hx is not None:
         states = rows_of(module, [t.double().numpy() for t in tree_leaves(hx)])
+    if reset_states is not None:
+        forms = Forms(module, len(x))
+        left = rows_of(module, [forms.each_step(t.double().numpy()) for t in tree_leaves(reset_states)])
+        noises = [[dict(reset_h=h, reset_c=c) for h, c in layer] for layer in left]
     y, finals, tapes = oracle.stack(
         x, states, layers, lengths=lengths, resets=None if resets is None else turned(resets), noises=noises,
         residual=getattr(module, "residual", False),
     )  # fmt: skip
     found = [turned(y), *leaves_of(module, finals)]
     dy, *dfinals = (t.numpy() for t in weighing(found))
-    dx, dstates, dweights = oracle.stack_gradients(tapes, turned(dy), rows_of(module, dfinals))
+    dx, dstates, dweights, dleft = oracle.stack_gradients(tapes, turned(dy), rows_of(module, dfinals))
 
     of_states = [f"{s}{k}" for k in range(len(found) // 2) for s in "hc"]
     named = dict(zip(["output", *of_states, "dx"], [*found, turned(dx)]))
     if hx is not None:
         named |= {f"d{name}": t for name, t in zip(of_states, leaves_of(module, dstates))}
+    if reset_states is not None:
+        summed = map(forms.as_given, leaves_of(module, dleft), tree_leaves(reset_states))
+        named |= {f"dreset_{name}": t for name, t in zip(of_states, summed)}
     flat_names, flat = ([t for layer in every for row in layer for t in row] for every in (names, dweights))
     of_weights = dict(zip(flat_names, flat))
     named |= {f"d{name}": of_weights[name] for name, _ in module.named_parameters()}
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in named.items()}
+
+
+class Forms:
+    """States to reset to: as a user gives them, and one a step, time-major."""
+
+    def __init__(self, module, steps: int) -> None:
+        self.lead = int(not hasattr(module, "layers") or module.bidirectional)
+        self.batch_first, self.steps = module.batch_first, steps
+
+    def each_step(self, t: np.ndarray) -> np.ndarray:
+        if t.ndim - self.lead == 2:
+            return np.broadcast_to(np.expand_dims(t, -3), (*t.shape[:-2], self.steps, *t.shape[-2:]))
+        return t.swapaxes(-2, -3) if self.batch_first else t
+
+    def as_given(self, gradient: np.ndarray, t: Tensor) -> np.ndarray:
+        if t.dim() - self.lead == 2:
+            return gradient.sum(-3)
+        return gradient.swapaxes(-2, -3) if self.batch_first else gradient
 
 
 def zeros_for(layers: list, batch: int) -> list[list[tuple]]:

@@ -20,6 +20,16 @@ RAGGED = {
 }
 
 
+def _ragged(lstm, kind):
+    """The options of a call: none, lengths and resets, or also what these leave."""
+    device, rows = lstm.weight_ih_l0.device, lstm.num_layers * (1 + lstm.bidirectional)
+    options = {} if kind == "plain" else {name: tensor.to(device) for name, tensor in RAGGED.items()}
+    if kind == "states":
+        widths = lstm.proj_size or lstm.hidden_size, lstm.hidden_size
+        options["reset_states"] = tuple(torch.randn(rows, 7, 3, width, device=device) for width in widths)
+    return options
+
+
 def _residual(device, **options):
     torch.manual_seed(0)
     return gpu_lstm.StackedLSTM(4, [4, 4], residual=True, device=device, backend="triton", **options)
@@ -28,11 +38,12 @@ def _residual(device, **options):
 def _results(lstm, x, **ragged):
     """Output, states and every gradient."""
     x = x.clone().requires_grad_()
+    left = [t.requires_grad_() for t in ragged.get("reset_states", ())]
     y, (h, c) = lstm(x, **ragged)
     torch.autograd.backward([y, h, c], [torch.ones_like(t) for t in (y, h, c)])
-    gradients = [x.grad, *(p.grad for p in lstm.parameters())]
-    for parameter in lstm.parameters():
-        parameter.grad = None
+    gradients = [t.grad for t in (x, *left, *lstm.parameters())]
+    for t in (*left, *lstm.parameters()):
+        t.grad = None
     return [y.detach(), h.detach(), c.detach(), *gradients]
 
 
@@ -41,11 +52,11 @@ def _stack(device, **options):
     return gpu_lstm.LSTM(4, 6, device=device, backend="triton", **options)
 
 
-@pytest.mark.parametrize("ragged", [{}, RAGGED], ids=["plain", "ragged"])
+@pytest.mark.parametrize("kind", ["plain", "ragged", "states"])
 @pytest.mark.parametrize("options", STACKS.values(), ids=STACKS)
-def test_chunks_give_the_numbers_of_the_whole(monkeypatch, device, options, ragged):
+def test_chunks_give_the_numbers_of_the_whole(monkeypatch, device, options, kind):
     lstm, x = _stack(device, **options), torch.randn(7, 3, 4, device=device)
-    ragged = {name: tensor.to(device) for name, tensor in ragged.items()}
+    ragged = _ragged(lstm, kind)
     with torch.no_grad():
         whole = lstm(x, **ragged)
         monkeypatch.setattr(chunks, "WORKSPACE", 2 * 3 * 24 * 4)  # two steps
@@ -67,12 +78,12 @@ def test_a_residual_connection_ends_with_each_sequence_in_every_chunk(monkeypatc
     torch.testing.assert_close((in_chunks, chunk_states), (y, states), rtol=1e-6, atol=5e-7)
 
 
-@pytest.mark.parametrize("ragged", [{}, RAGGED], ids=["plain", "ragged"])
+@pytest.mark.parametrize("kind", ["plain", "ragged", "states"])
 @pytest.mark.parametrize("options", STACKS.values(), ids=STACKS)
 @pytest.mark.slow
-def test_recompute_gives_the_same_gradients(monkeypatch, device, options, ragged):
+def test_recompute_gives_the_same_gradients(monkeypatch, device, options, kind):
     x = torch.randn(7, 3, 4, device=device)
-    ragged = {name: tensor.to(device) for name, tensor in ragged.items()}
+    ragged = _ragged(_stack(device, **options), kind)
     kept = _results(_stack(device, **options), x, **ragged)
     again = _results(_stack(device, recompute=True, **options), x, **ragged)
     monkeypatch.setattr(chunks, "WORKSPACE", 2 * 3 * 24 * 4)

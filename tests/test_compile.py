@@ -121,10 +121,12 @@ def test_the_counts_of_a_step(rows, kernel, hidden):
 
 
 def test_the_model_of_planning_knows_the_counts(rows):
-    """Products and bytes in shared memory of families that hold the weights to the last, instructions to 12 %."""
-    held = [
-        row for row in rows if row["plan"]["family"] != "step" and not row["case"].endswith((" masks", " rates"))
-    ]  # fmt: skip
+    """Products and bytes in shared memory of families that hold the weights to the last, instructions to 12 %.
+
+    Of plain calls: lengths, resets and noise take instructions of their own.
+    """
+    more = " masks", " rates", " ragged"
+    held = [row for row in rows if row["plan"]["family"] != "step" and not row["case"].endswith(more)]
     assert held
     for row in held:
         size = 4 if "float32" in row["case"] else 2

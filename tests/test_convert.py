@@ -161,6 +161,14 @@ def test_subclasses_and_other_modules_are_left_alone_but_what_is_inside_them_is_
     assert {type(module.inner) for module in mine[:4]} == {goal}
 
 
+def test_an_owner_that_asks_for_an_instance_of_torchs_lstm_has_one():
+    """The package is in test_frameworks."""
+    owner = type("Owner", (type("LSTMModule", (nn.Sequential,), {"__module__": "torchrl.modules.rnn"}),), {})
+    model = gpu_lstm.convert(nn.Sequential(owner(nn.LSTM(3, 4), nn.Sequential(nn.LSTM(3, 4))), nn.LSTM(3, 4)))
+    classes = [type(model[0][0]), type(model[0][1][0]), type(model[1])]
+    assert classes == [gpu_lstm.compat.LSTM, gpu_lstm.LSTM, gpu_lstm.LSTM]
+
+
 def test_what_was_swapped_and_what_was_left_is_logged(caplog):
     model = nn.ModuleDict(
         {"encoder": nn.LSTM(3, 4), "mine": MyLSTM(3, 4), "step": nn.LSTMCell(3, 4), "gru": nn.GRU(3, 4)}

@@ -4,6 +4,7 @@ Only in the interpreter, where a device function is looked up by its name at eve
 """
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
@@ -44,6 +45,11 @@ def previous_row_off_by_one(step, time, batch, B, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def zeros_for_the_state_given(before, reset_ptr, at, reset):
+    return before
+
+
+@triton.jit
 def cell_gradient_lost(i, f, g, o, c, c_prev, dm, dc):
     dz_i, dz_f, dz_g, dz_o, _ = cell.cell_backward(i, f, g, o, c, c_prev, dm, dc)
     return dz_i, dz_f, dz_g, dz_o, dc * 0.0
@@ -61,12 +67,16 @@ FAULTS = {
     "time_of": [always_forward],
     "load_lengths": [lengths_ignored],
     "row_before": [previous_row_off_by_one],
+    "reset_to": [zeros_for_the_state_given],
     "cell_backward": [cell_gradient_lost, output_gate_slope_missing],
 }
 
 
 def _example(seed):
-    return example(5, 3, 3, 6, ragged=True, resets=0.4, reverse=True, seed=seed)
+    return example(5, 3, 3, 6, ragged=True, resets=0.4, states=True, reverse=True, seed=seed)
+
+
+compare = partial(assert_as_good_as_torch, _example, "triton", torch.float32, yardstick="reference")
 
 
 @pytest.fixture(params=[step, resident], ids=["step", "resident"])
@@ -82,7 +92,7 @@ def family(request, monkeypatch):
 
 
 def test_without_a_fault(family):
-    assert_as_good_as_torch(_example, "triton", torch.float32)
+    compare()
 
 
 @pytest.mark.parametrize(
@@ -94,13 +104,14 @@ def test_a_planted_fault_is_seen(monkeypatch, family, name, fault):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, fault)
     with pytest.raises(AssertionError):
-        assert_as_good_as_torch(_example, "triton", torch.float32, seeds=1)
+        compare(seeds=1)
 
 
 SWAPS = [
     ("forward", "h_n_ptr", "c_n_ptr"),
     ("backward", "gates_ptr", "dgates_ptr"),
     ("backward", "dc_ptr", "dh_n_ptr"),
+    ("backward", "reset_c_ptr", "dreset_c_ptr"),
 ]
 
 
@@ -124,4 +135,4 @@ def test_two_pointers_that_change_places_are_seen(monkeypatch, family, direction
     for fault, error in ((reordered, None), (renamed, TypeError), (swapped, AssertionError)):
         monkeypatch.setattr(launch, "launch_kernel", fault)
         with pytest.raises(error) if error else contextlib.nullcontext():
-            assert_as_good_as_torch(_example, "triton", torch.float32, seeds=1)
+            compare(seeds=1)

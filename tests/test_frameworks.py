@@ -219,6 +219,44 @@ def test_torchrl(rate):
     both(run, gpu_lstm.compat.LSTM)
 
 
+@pytest.mark.parametrize("recurrent_backend", ["pad", "scan"])
+def test_torchrl_resets_to_the_states_that_are_stored(recurrent_backend):
+    """As LSTMModule where a trajectory starts; gradients flow into the states there. `convert` does for it."""
+    modules = pytest.importorskip("torchrl.modules")
+    from tensordict import TensorDict
+
+    torch.manual_seed(0)
+    x, starts = data()[0], torch.rand(N, T) < 0.4
+    h, c = (torch.randn(N, T, 2, H, requires_grad=True) for _ in range(2))
+    policy = modules.LSTMModule(
+        lstm=lstm(nn.LSTM, None, num_layers=2), in_keys=["x", "h", "c"], out_keys=["y", ("next", "h"), ("next", "c")],
+        recurrent_backend=recurrent_backend,
+    )  # fmt: skip
+
+    def by_policy():
+        with modules.set_recurrent_mode(True):
+            return policy(TensorDict({"x": x, "is_init": starts[:, :, None], "h": h, "c": c}, [N, T]))["y"]
+
+    def found(y, module):
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [h, c, *module.parameters()])]
+
+    expected = found(by_policy(), policy)
+    assert all(tensor.any() for tensor in expected)
+    for backend in ("reference", "triton"):
+        ours = lstm(gpu_lstm.LSTM, backend, num_layers=2)
+        ours.load_state_dict(policy.lstm.state_dict())
+        first, left = zip(*((t[:, 0].movedim(1, 0), t.movedim(2, 0)) for t in (h, c)))
+        y, _ = ours(x, first, resets=starts, reset_states=left)
+        torch.testing.assert_close(found(y, ours), expected, rtol=1e-5, atol=1e-6)
+    gpu_lstm.convert(policy)
+    assert type(policy.lstm) is gpu_lstm.compat.LSTM
+    torch.testing.assert_close(found(by_policy(), policy), expected, rtol=0, atol=0)
+    policy.lstm = lstm(gpu_lstm.LSTM, None, num_layers=2)
+    if recurrent_backend == "pad":
+        with pytest.raises(TypeError, match=r"hand it a gpu_lstm\.compat\.LSTM$"):
+            by_policy()
+
+
 def test_opacus():
     """By way of to_torch: opacus puts an LSTM of its own in the place of torch.nn.LSTM, and of no other class."""
     pytest.importorskip("opacus")

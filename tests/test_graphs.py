@@ -49,7 +49,12 @@ def call_of(ours, steps, batch, ragged):
     if not ragged:
         return x, {}
     lengths, resets = torch.randint(0, steps + 1, (batch,)), torch.rand(steps, batch) < 0.3
-    return x, dict(lengths=lengths.to(x.device), resets=resets.to(x.device))
+    options = dict(lengths=lengths.to(x.device), resets=resets.to(x.device))
+    if ragged == "states":  # one a step for h, one a sequence for c
+        lead = [] if hasattr(ours, "layers") else [ours.num_layers * (1 + ours.bidirectional)]
+        left = [(x.new_ones(*lead, steps, batch, size), x.new_ones(*lead, batch, size)) for size in (H, 2)]
+        options["reset_states"] = left if hasattr(ours, "layers") else left[0]
+    return x, options
 
 
 def results(call, parameters, x, options, training=True):
@@ -69,9 +74,11 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("backend", KERNELS_AND_TORCH)
-@pytest.mark.parametrize("ragged", [False, True], ids=["plain", "ragged"])
+@pytest.mark.parametrize("ragged", [False, True, "states"], ids=["plain", "ragged", "states"])
 @pytest.mark.parametrize(("kind", "training"), [("LSTM", True), ("LSTM", False), ("StackedLSTM", True)])
 def test_two_graphs_do_for_any_number_of_sizes(kind, training, ragged, backend):
+    if ragged == "states" and backend == "torch":
+        pytest.skip("it has no states to reset to")
     ours, twin = module(kind, backend, bidirectional=kind == "LSTM")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ours, backend=counter, fullgraph=True)

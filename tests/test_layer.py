@@ -30,6 +30,8 @@ VARIANTS = {
     "ragged resets": RAGGED,
     "ragged resets reverse": dict(**RAGGED, reverse=True),
     "no bias": dict(bias=False, **RAGGED),
+    "states": dict(resets=0.4, states=True),
+    "ragged states reverse": dict(**RAGGED, states=True, reverse=True),
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -61,20 +63,20 @@ def test_the_reference_equals_the_oracle(variant, size, noise):
 
 
 @pytest.mark.parametrize("noise", ["none", "masks", "expected"])
-@pytest.mark.parametrize(("projected", "variant"), [(0, "no bias"), (2, "ragged resets reverse")])
+@pytest.mark.parametrize(("projected", "variant"), [(0, "no bias"), (2, "ragged states reverse")])
 def test_derivatives_of_the_reference_by_finite_differences(projected, variant, noise):
     given = noisy((2, 2, 2, 3, projected), variant, noise)
-    present = [t is not None for t in given.tensors]
+    every = *given.tensors, *given.reset_states
 
     def layer(*tensors):
         remaining = iter(tensors)
-        arguments = [next(remaining) if there else None for there in present]
-        x, h0, c0, *weights = arguments
-        traversal = Traversal(given.lengths, given.resets, given.reverse)
+        x, h0, c0, *weights, reset_h, reset_c = (None if t is None else next(remaining) for t in every)
+        states = None if reset_h is None else [(reset_h, reset_c)]
+        traversal = Traversal(given.lengths, given.resets, given.reverse, states)
         h, state = reference.layer(x, (h0, c0), Weights(*weights), traversal, given.noise)
         return h, *state
 
-    inputs = [t.requires_grad_() for t in given.tensors if t is not None]
+    inputs = [t.requires_grad_() for t in every if t is not None]
     assert torch.autograd.gradcheck(layer, inputs)
     assert torch.autograd.gradgradcheck(layer, inputs)
 
@@ -96,7 +98,7 @@ def test_the_kernels_are_as_good_as_the_reference(size, variant, noise, device):
 
 @pytest.mark.parametrize("noise", ["masks", "expected"])
 def test_the_kernels_in_float16(noise, device):
-    make = partial(noisy, (4, 3, 4, 20, 7), "ragged resets reverse", noise)
+    make = partial(noisy, (4, 3, 4, 20, 7), "ragged states reverse", noise)
     assert_as_good_as_torch(make, "triton", torch.float16, device, yardstick="reference")
 
 
@@ -107,7 +109,11 @@ def test_nan_passes_neither_a_reset_nor_out_of_the_padding(backend):
     given.tensors[0][:2, 0], given.tensors[1][1] = float("nan"), float("nan")
     given.tensors[0][3:, 2], given.output_gradients[0][3:, 2] = float("nan"), float("nan")
     given.lengths, given.resets = torch.tensor([5, 5, 3]), torch.zeros(5, 3, dtype=torch.bool)
-    given.resets[2, 0], given.resets[0, 1] = True, True
+    given.resets[2, 0], given.resets[0, 1], given.resets[3:, 2] = True, True, True
+    given.reset_states = tuple(  # what stands where there is no reset, or in the padding
+        torch.where((given.resets & (torch.arange(5)[:, None] < given.lengths))[:, :, None], 1.0, float("nan"))
+        .expand(5, 3, size).double().clone() for size in (2, 4)
+    )  # fmt: skip
     h, h_n, c_n, dx, *_ = given.run(backend, PLACES[backend]["dtype"], PLACES[backend]["device"])
     assert h.isnan().any(2).T.tolist() == [[True, True, False, False, False], [False] * 5, [False] * 5]
     assert not any(t.isnan().any() for t in (h_n, c_n, dx[2:]))
@@ -115,16 +121,17 @@ def test_nan_passes_neither_a_reset_nor_out_of_the_padding(backend):
 
 
 def test_the_operators(device):
-    given = noisy((2, 2, 3, 5, 2), "ragged resets reverse", "masks")
+    given = noisy((3, 2, 3, 5, 2), "ragged states reverse", "masks")
     x, h0, c0, weight_ih, weight_hh, _, _, weight_hr = (
         None if t is None else t.to(device, torch.float32) for t in given.tensors
     )
     noise = [(t if t.dtype is torch.bool else t.float()).to(device) for t in given.noise]
     gates = x @ weight_ih.T
     rest = (weight_hh, weight_hr, h0, c0, given.lengths.to(device), given.resets.to(device), True)
-    torch.library.opcheck(ops.layer_forward, (gates, *rest, True, "triton", *noise))
-    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", *noise)
-    torch.library.opcheck(ops.layer_backward, (h, h_n, c_n, gates, c, *rest, "triton", *noise))
+    others = (*noise, 1, *(t.to(device, torch.float32) for t in given.reset_states))
+    torch.library.opcheck(ops.layer_forward, (gates, *rest, True, "triton", *others))
+    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", *others)
+    torch.library.opcheck(ops.layer_backward, (h, h_n, c_n, gates, c, *rest, "triton", *others))
 
 
 def test_the_kernels_of_cupy_refuse_noise():

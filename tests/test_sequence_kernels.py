@@ -142,10 +142,15 @@ def test_step_by_several_programs(monkeypatch, size, variant):
     assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float32, seeds=1)
 
 
+every_family = pytest.mark.parametrize(
+    "family", [_meet, _reside, partial(_cooperate, units=4)], ids=["step", "resident", "cooperative"]
+)
+
+
 @pytest.mark.parametrize("projected", [0, 5])
 def test_step_with_noise_by_several_programs(monkeypatch, projected):
     _meet(monkeypatch)
-    given = partial(noisy, (4, 3, 3, 40, projected), "ragged resets reverse", "masks")
+    given = partial(noisy, (4, 3, 3, 40, projected), "ragged states reverse", "masks")
     assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", torch.float16, seeds=1, yardstick="reference")
 
 
@@ -154,12 +159,21 @@ def test_step_with_noise_by_several_programs(monkeypatch, projected):
 def test_cooperative_with_noise(monkeypatch, noise, dtype):
     """Recurrent dropout and zoneout, against the reference, since torch's LSTM has neither."""
     _cooperate(monkeypatch, units=4)
-    given = partial(noisy, (5, 3, 3, 11, 0), "ragged resets reverse", noise)
+    given = partial(noisy, (5, 3, 3, 11, 0), "ragged states reverse", noise)
     assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=1, yardstick="reference")
 
 
-@pytest.mark.parametrize("family", [lambda monkeypatch: None, _reside, partial(_cooperate, units=4)],
-                         ids=["step", "resident", "cooperative"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", ["states", "ragged states reverse"])
+@every_family
+def test_resets_to_given_states(monkeypatch, family, variant, dtype):
+    """Against the reference, since torch's LSTM has none."""
+    family(monkeypatch)
+    given = partial(noisy, (5, 3, 3, 11, 0), variant, "none")
+    assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=2, yardstick="reference")
+
+
+@every_family
 def test_the_cell_is_kept_in_float32(monkeypatch, family):
     """In float16, too: c, saved and final, is that of a recurrence in float32, to float32's accuracy.
 

@@ -84,6 +84,54 @@ def test_reset_is_the_whole_sequence_with_resets(build):
     torch.testing.assert_close(torch.stack(parts), whole)
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["plain", "graph"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_each_sequence_takes_the_steps_that_it_is_active_for(build, request, batch_first, graph):
+    """As if it were alone; what stands in the input of the others, NaN here, is not looked at."""
+    captures = request.getfixturevalue("captures") if graph else None
+    lstm = build(batch_first=batch_first)
+    stream, x = Stream(lstm, B), random_input(lstm)
+    active = torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.5
+    active[2], active[5], active[7:] = True, False, torch.tensor([True, False, True])
+    parts = [stream(x[0], torch.ones(B, dtype=torch.bool))] if graph else [stream(x[0])]
+    active[0] = True
+    dirty = x.masked_fill(~active[:, :, None], float("nan"))
+    parts += [stream(dirty[t], active=active[t]) for t in range(1, 7)]
+    chunk = stream(dirty[7:].transpose(0, 1) if batch_first else dirty[7:], active=active[7])
+    outputs = torch.cat([torch.stack(parts), chunk.transpose(0, 1) if batch_first else chunk])
+    assert (outputs[~active] == 0).all()
+    for n in range(B):
+        alone, states = lstm(x[active[:, n], n])
+        torch.testing.assert_close(outputs[active[:, n], n], alone.detach())
+        for held, true in zip(flat(stream.state), flat(states), strict=True):
+            torch.testing.assert_close(held[..., n, :], true.detach())
+    assert not graph or len(captures) == 1
+
+
+def test_one_graph_more_is_captured_when_some_are_active_for_the_first_time(build, captures):
+    lstm = build()
+    stream, x = Stream(lstm, B), random_input(lstm)
+    active = torch.tensor([[True] * B, [True, False, True], [True] * B])
+    parts = [stream(x[0]), stream(x[1], active[0]), stream(x[2], active[1]), stream(x[3])]
+    assert len(captures) == 2
+    torch.testing.assert_close(torch.stack(parts)[:, 0], lstm(x[:4])[0][:, 0])
+
+
+def test_sequences_change_places_and_go_back(build):
+    lstm = build()
+    stream, x = Stream(lstm, B), random_input(lstm)
+    stream(x[:4])
+    snapshot = stream.state
+    for index in (torch.tensor([2, 0, 0]), torch.tensor([1, 1, 2], dtype=torch.int32)):
+        stream.state = snapshot
+        stream.reorder(index)
+        expected, _ = lstm(torch.cat([x[:4, index], x[4:]]))
+        torch.testing.assert_close(stream(x[4:]), expected[4:])
+    stream.state = snapshot
+    torch.testing.assert_close(stream(x[4:]), lstm(x)[0][4:])
+    assert not any(t.requires_grad for t in flat(stream.state))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_the_cell_in_float32(dtype):
     """A cell state that is rounded after every step drifts away from that of the whole sequence."""
@@ -120,9 +168,9 @@ def test_a_cell_state_in_float32_beside_half_precision(backend, options):
         assert torch.equal(state[1], c_n)
 
 
-def test_a_step_is_captured_once_and_again_when_a_parameter_is_replaced(build, monkeypatch):
-    lstm = build()
-    x = random_input(lstm)
+@pytest.fixture
+def captures(monkeypatch):
+    """Steps that were captured, one after another."""
     captures = []
 
     def captured(step, device):
@@ -138,6 +186,12 @@ def test_a_step_is_captured_once_and_again_when_a_parameter_is_replaced(build, m
 
     monkeypatch.setattr(stream_module, "captured", captured)
     monkeypatch.setattr(stream_module, "on_cuda", lambda x: True)
+    return captures
+
+
+def test_a_step_is_captured_once_and_again_when_a_parameter_is_replaced(build, captures):
+    lstm = build()
+    x = random_input(lstm)
     stream = Stream(lstm, B)
     whole, _ = lstm(x)
     torch.testing.assert_close(torch.stack([stream(x_t) for x_t in x]), whole)

@@ -31,7 +31,7 @@ def nothing_known(monkeypatch, tmp_path):
     races._decided.clear()
 
 
-def _recurrence(dtype=torch.float32, projected=0, ragged=False, noise="", reverse=False) -> Recurrence:
+def _recurrence(dtype=torch.float32, projected=0, ragged=False, noise="", reverse=False, left=False) -> Recurrence:
     width = projected or H
 
     def zeros(*size, dtype=dtype):
@@ -40,6 +40,8 @@ def _recurrence(dtype=torch.float32, projected=0, ragged=False, noise="", revers
     options = {}
     if ragged:
         options = dict(lengths=zeros(B, dtype=torch.int64), resets=zeros(2, B, dtype=torch.bool))
+    if left:
+        options |= dict(reset_h=zeros(2, B, width) if noise else None, reset_c=zeros(2, B, H, dtype=torch.float32))
     if noise == "masks":
         options["dropout_h"] = zeros(B, width)
         options |= {f"zoneout_{s}": zeros(2, B, n, dtype=torch.bool) for s, n in (("h", width), ("c", H))}
@@ -57,17 +59,18 @@ def _step_plan(r: Recurrence, backward: bool):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "projected", "ragged", "noise", "reverse", "given"),
+    ("dtype", "projected", "ragged", "noise", "reverse", "left", "given"),
     [
-        (torch.float32, 0, False, "", False, BOTH),
-        (torch.float32, 5, True, "masks", True, (True, False)),
-        (torch.float16, 5, True, "", False, (False, True)),
-        (torch.float16, 0, True, "expected", True, BOTH),
-        (torch.float16, 0, False, "masks", False, BOTH),
+        (torch.float32, 0, False, "", False, False, BOTH),
+        (torch.float32, 5, True, "masks", True, True, (True, False)),
+        (torch.float16, 5, True, "", False, False, (False, True)),
+        (torch.float32, 0, True, "", True, True, BOTH),
+        (torch.float16, 0, True, "expected", True, True, BOTH),
+        (torch.float16, 0, False, "masks", False, False, BOTH),
     ],
 )
-def test_right_kernels_are_trusted(dtype, projected, ragged, noise, reverse, given):
-    r = _recurrence(dtype, projected, ragged, noise, reverse)
+def test_right_kernels_are_trusted(dtype, projected, ragged, noise, reverse, left, given):
+    r = _recurrence(dtype, projected, ragged, noise, reverse, left)
     assert trust.distrust(_step_plan(r, False), r, save=False) is None
     assert trust.distrust(_step_plan(r, True), r, given=given) is None
 
@@ -97,7 +100,7 @@ def test_a_wrong_kernel_is_found_out(monkeypatch, name, fault):
     for module in (step, indexing):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, fault)
-    r = _recurrence(ragged=True, reverse=True)
+    r = _recurrence(ragged=True, reverse=True, left=name == "reset_to")
     with pytest.warns(UserWarning, match=r"is not trusted on cpu: the RMS error of .* where .* is allowed.*report"):
         found = trust.distrust(_step_plan(r, False), r) or trust.distrust(_step_plan(r, True), r, given=BOTH)
     assert found.startswith("the RMS error of")

@@ -45,6 +45,7 @@ def modules(backend):
         stack=gpu_lstm.StackedLSTM(3, [4, 4], dropout=0.5, backend=backend, **drops or dict(weight_drop=0.5)),
         one=gpu_lstm.StackedLSTM(3, [4], backend=backend),
         cell=gpu_lstm.LSTMCell(3, 4, backend=backend),
+        anyones=gpu_lstm.LSTM(3, 4),
         stream=gpu_lstm.Stream(lstm.eval(), 2),
         stream_of_stack=gpu_lstm.Stream(gpu_lstm.StackedLSTM(3, [4, 4], backend=backend), 2),
         backwards=keras.GoBackwards(gpu_lstm.LSTM(3, 4, batch_first=True, backend=backend)),
@@ -76,6 +77,11 @@ def missing(module, name):
         return module(X)
     finally:
         module._parameters[name] = parameter
+
+
+def by(backend, module, *arguments, **options):
+    with gpu_lstm.backend(backend):
+        return module(*arguments, **options)
 
 
 def in_environment(name, value, call):
@@ -194,6 +200,40 @@ def of_attributes():
     yield "compat.recompute", TypeError, A_BOOL.format("recompute", "int"), lambda m: setattr(m.compat, "recompute", 1)
 
 
+TAKERS = (  # of reset_states: name, call, and right ones, one a sequence
+    ("LSTM", lambda m: lambda **options: m.lstm(X, **options), (H, C)),
+    ("StackedLSTM", lambda m: lambda **options: m.stack(X, **options), PAIRS),
+    ("lstm_layer", lambda m: lambda **options: layer(m, **options), PAIRS[0]),
+)
+
+
+def wrong_reset_states():
+    """(name, call, wrong states, error, its text, what is wrong)."""
+    (lstm, of_lstm, _), (stack, of_stack, _), (function, of_layer, _) = TAKERS
+    sizes = r"^Expected {} of reset_states of size \[{}2, 4\], one a sequence, or \[{}5, 2, 4\], one a step, got {}$"
+    dtype = "^Expected {} of reset_states of dtype torch.float32, got torch.{}$"
+    a_pair = r"^reset_states should be a pair of tensors \(h, c\), got: {}$"
+    yield lstm, of_lstm, (H, zeros(1, 2, 5)), ValueError, sizes.format("c", "1, ", "1, ", r"\[1, 2, 5\]"), "wide"
+    yield lstm, of_lstm, (H[0], C), ValueError, sizes.format("h", "1, ", "1, ", r"\[2, 4\]"), "of no layer"
+    yield lstm, of_lstm, (H.double(), C), ValueError, dtype.format("h", "float64"), "float64"
+    yield lstm, of_lstm, (H, C.long()), ValueError, dtype.format("c", "int64"), "int64"
+    yield lstm, of_lstm, (H.to(META), C), ValueError, "^Expected h of .* on cpu, .*, got meta$", "elsewhere"
+    yield lstm, of_lstm, (H, None), TypeError, A_TENSOR.format("c of reset_states", "NoneType"), "None"
+    yield lstm, of_lstm, torch.stack([H, C]), TypeError, a_pair.format("Tensor"), "a tensor"
+    yield lstm, of_lstm, (H,), ValueError, r"^Expected reset_states of two states \(h, c\), got 1$", "one"
+    yield function, of_layer, (H, C), ValueError, sizes.format("h", "", "", r"\[1, 2, 4\]"), "of a module"
+    yield function, of_layer, 1, TypeError, a_pair.format("int"), "a number"
+    yield (
+        stack, of_stack, (H, C), TypeError, a_pair.replace("states", "states of layer 0").format("Tensor"), "torch's",
+    )  # fmt: skip
+    yield stack, of_stack, H, TypeError, r"^reset_states should be a list of pairs \(h, c\), got: Tensor$", "a tensor"
+    yield stack, of_stack, PAIRS[:1], ValueError, "^Expected reset_states of 2 pairs, one a layer, got 1$", "few"
+    yield (
+        stack, of_stack, [PAIRS[0], (zeros(2, 4), zeros(2, 5))], ValueError,
+        r"^Expected c of reset_states of layer 1 of size \[2, 4\], .* got \[2, 5\]$", "wide",
+    )  # fmt: skip
+
+
 CALLS = [
     *of_constructors(),
     *of_attributes(),
@@ -258,8 +298,23 @@ CALLS = [
     ("LSTM resets a bool", TypeError, A_TENSOR.format("resets", "bool"), lambda m: m.deep(X, resets=True)),
     ("LSTM resets turned round", ValueError, r"^Expected resets of shape \[2, 5\], got \[5, 2\]$",
      lambda m: m.first(zeros(2, 5, 3), resets=zeros(5, 2, dtype=BOOL))),
+    # reset_states
+    *((f"{name} reset_states alone", ValueError, "^Expected resets together with reset_states, .*, got None$",
+       lambda m, call=call, states=states: call(m)(reset_states=states)) for name, call, states in TAKERS),
+    *((f"{name} reset_states {text}", error, expected,
+       lambda m, call=call, wrong=wrong: call(m)(resets=zeros(5, 2, dtype=BOOL), reset_states=wrong))
+      for name, call, wrong, error, expected, text in wrong_reset_states()),
+    ("LSTM reset_states turned round", ValueError,
+     r"^Expected c of reset_states of size \[1, 2, 4\], .*, or \[1, 2, 5, 4\], one a step, got \[1, 5, 2, 4\]$",
+     lambda m: m.first(zeros(2, 5, 3), resets=zeros(2, 5, dtype=BOOL), reset_states=(H, zeros(1, 5, 2, 4)))),
+    *((f"LSTM reset_states of {backend}", ValueError,
+       f"^backend '{backend}' takes no reset_states; use 'triton' or 'reference'$",
+       lambda m, backend=backend: by(backend, m.anyones, X, resets=zeros(5, 2, dtype=BOOL), reset_states=(H, C)))
+      for backend in ("torch", "cupy")),
     ("LSTM unknown argument", TypeError, "unexpected keyword argument 'length'",
      lambda m: m.lstm(X, length=tensor([5, 2]))),
+    ("LSTM TorchRL's mask", TypeError, "^LSTM takes lengths, .* LSTMModule .* hand it a gpu_lstm.compat.LSTM$",
+     lambda m: m.first(zeros(2, 5, 3), mask=zeros(2, 5, dtype=BOOL))),
     # StackedLSTM
     ("StackedLSTM None", TypeError, A_TENSOR.format("input", "NoneType"), lambda m: m.stack(None)),
     ("StackedLSTM a list", TypeError, A_TENSOR.format("input", "list"), lambda m: m.stack([[1.0, 2.0, 3.0]])),
@@ -411,6 +466,22 @@ CALLS = [
      lambda m: m.stream.reset(tensor([1, 0]))),
     ("stream.reset elsewhere", ValueError, "^Expected which on cpu, got meta$",
      lambda m: m.stream.reset(zeros(2, dtype=BOOL, device=META))),
+    *((f"stream active {text}", error, expected, lambda m, wrong=wrong: m.stream(zeros(2, 3), active=wrong))
+      for text, wrong, error, expected in (
+          ("a list", [True, False], TypeError, A_TENSOR.format("active", "list")),
+          ("of a chunk", zeros(5, 2, dtype=BOOL), ValueError,
+           r"^expected bool of shape \(2,\), got torch.bool \(5, 2\)$"),
+          ("ints", tensor([1, 0]), ValueError, r"^expected bool of shape \(2,\), got torch.int64 \(2,\)$"),
+          ("elsewhere", zeros(2, dtype=BOOL, device=META), ValueError, "^Expected active on cpu, got meta$"))),
+    *((f"stream.reorder {text}", error, expected, lambda m, wrong=wrong: m.stream_of_stack.reorder(wrong))
+      for text, wrong, error, expected in (
+          ("a list", [1, 0], TypeError, A_TENSOR.format("index", "list")),
+          ("a mask", tensor([True, False]), ValueError, r"^expected int64 of shape \(2,\), got torch.bool \(2,\)$"),
+          ("of three", tensor([0, 1, 1]), ValueError, r"^expected int64 of shape \(2,\), got torch.int64 \(3,\)$"),
+          ("beyond", tensor([0, 2]), ValueError, r"^Expected index from 0 to 1, got \[0, 2\]$"),
+          ("before", tensor([0, -1]), ValueError, r"^Expected index from 0 to 1, got \[0, -1\]$"))),
+    ("stream.state of another batch", RuntimeError, r"^Expected h_0 of size \[1, 2, 4\], got \[1, 3, 4\]$",
+     lambda m: setattr(m.stream, "state", (zeros(1, 3, 4), C))),
     # convert, to_torch, from_haste
     *((f"{function.__name__} of {type(value).__name__}", TypeError,
        f"^{function.__name__} takes a torch.nn.Module, got {type(value).__name__}$",

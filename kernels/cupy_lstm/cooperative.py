@@ -26,7 +26,7 @@ def forward(
     launch(
         "lstm_cooperative_forward", gates.dtype, plan,
         gates=gates, weights=_as_words(r.weight_hh), h=h, h_n=h_n, c=c if save else None, c_n=c_n, lengths=r.lengths,
-        resets=r.resets, error=error_word(gates.device, "lstm_cooperative_forward"),
+        resets=r.resets, reset_c=r.reset_c, error=error_word(gates.device, "lstm_cooperative_forward"),
         T=steps, B=batch, reverse=r.reverse,
     )  # fmt: skip
     return h[:-1, :, : r.hidden].contiguous(), h_n, c_n, c
@@ -42,20 +42,22 @@ def backward(
     *,
     plan: Plan,
     launch: Launch,
-) -> tuple[Tensor, Tensor]:
-    """dgates [T, B, 4H] and dc0 [B, H], as launch.layer_backward without a projection."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dgates [T, B, 4H], dc0 [B, H] and dreset_c [T, B, H] or empty, as launch.layer_backward without a projection."""
     r = recurrence
     steps, batch, _ = gates.shape
     dgates = _rows_of_words(gates, steps, batch, 4)
     partials = torch.full((batch, plan.parts, r.hidden), FILL, dtype=torch.int32, device=gates.device)
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
+    dreset_c = None if r.reset_c is None else torch.zeros_like(r.reset_c)
     launch(
         "lstm_cooperative_backward", gates.dtype, plan,
         dh=dh, dh_n=dh_n, gates=gates, c=c, c0=r.c0, weights=_transposed(r.weight_hh, plan.parts), dgates=dgates,
         partials=partials if plan.parts > 1 else None, dc=dc, lengths=r.lengths, resets=r.resets,
-        error=error_word(gates.device, "lstm_cooperative_backward"), T=steps, B=batch, reverse=r.reverse,
+        reset_c=r.reset_c, dreset_c=dreset_c, error=error_word(gates.device, "lstm_cooperative_backward"),
+        T=steps, B=batch, reverse=r.reverse,
     )  # fmt: skip
-    return dgates[..., : r.hidden].reshape(gates.shape), dc
+    return dgates[..., : r.hidden].reshape(gates.shape), dc, c.new_empty(0) if dreset_c is None else dreset_c
 
 
 def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:

@@ -63,7 +63,7 @@ def layer_backward(
     *,
     plan: Plan | None = None,
     launch: Launch | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients through the recurrence of one layer in one direction.
 
     Args:
@@ -73,7 +73,8 @@ def layer_backward(
 
     Returns:
         dgates [T, B, 4H], gradient of the pre-activations; dh0 [B, P]; dc0 float32 [B, H]; and, with a projection,
-        the whole gradient of h [T, B, P] (without one, an empty tensor), from which dW_hr is taken.
+        the whole gradient of h [T, B, P] (without one, an empty tensor), from which dW_hr is taken. And an empty
+        tensor, and float32 dreset_c [T, B, H], zero but at resets, empty without such states.
 
     Raises:
         RuntimeError: blocks of an earlier launch waited in vain for each other.
@@ -88,12 +89,12 @@ def layer_backward(
         dm, dm_n = projection.gradient_of_m(dh_total, whole), None
     plan = plan or choose_plan(_problem(gates, r, backward=True), card_of(gates.device))
     await_others(plan.side_by_side, gates.device)
-    dgates, dc0 = cooperative.backward(
+    dgates, dc0, dreset_c = cooperative.backward(
         dm, dm_n, dc_n, gates, c, r, plan=plan, launch=launch or launch_kernel
     )
     if whole.projected:
         projection.add_gradient_of_next(dh_total, dgates, whole)
-    return dgates, initial_hidden_gradient(dgates, dh_n, None, whole), dc0, dh_total
+    return dgates, initial_hidden_gradient(dgates, dh_n, None, whole), dc0, dh_total, c.new_empty(0), dreset_c
 
 
 def _problem(gates: Tensor, r: Recurrence, backward: bool) -> Problem:

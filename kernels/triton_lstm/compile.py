@@ -41,7 +41,7 @@ class Case:
     backward: bool
     device: Device
     step: bool = False  # by the step family, whatever is proposed besides
-    ragged: bool = False  # with lengths and resets, in reverse
+    ragged: bool = False  # with lengths, and resets to given states, in reverse
     training: bool = True  # of a regularised problem: with masks, not probabilities
 
     def __str__(self) -> str:
@@ -79,16 +79,18 @@ def step_cases() -> list[Case]:
 
 def sequence_cases() -> list[Case]:
     """Hidden sizes and batches for the families that hold W_hh; and regularised problems, with masks and with rates."""
-    kinds = [(batch, hidden, False, True) for hidden, batch in itertools.product(HIDDEN, BATCHES)]
-    kinds += [(16, 768, True, training) for training in (True, False)]
+    kinds = [(batch, hidden, False, False, True) for hidden, batch in itertools.product(HIDDEN, BATCHES)]
+    kinds += [(16, 768, ragged, True, training) for ragged in (False, True) for training in (True, False)]
+    kinds += [(16, hidden, True, False, True) for hidden in HIDDEN]
     return [
         Case(
-            Problem(2, batch, hidden, dtype, 0, precision, regularised=regularised), backward, device, training=training
+            Problem(2, batch, hidden, dtype, 0, precision, regularised=regularised),
+            backward, device, False, ragged, training,
         )
-        for (dtype, precision), (batch, hidden, regularised, training), backward, device in itertools.product(
+        for (dtype, precision), (batch, hidden, ragged, regularised, training), backward, device in itertools.product(
             PRECISIONS[:3], kinds, (False, True), SEQUENCE_DEVICES
         )
-    ]
+    ]  # fmt: skip
 
 
 def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
@@ -196,6 +198,8 @@ def recorded_launches(
         c0=c0,
         lengths=meta(batch, dtype=torch.int64) if ragged else None,
         resets=meta(steps, batch, dtype=torch.bool) if ragged else None,
+        reset_h=meta(steps, batch, width) if ragged and problem.regularised else None,
+        reset_c=meta(steps, batch, hidden, dtype=torch.float32) if ragged else None,
         reverse=reverse,
         precision=problem.precision,
         **noise,

@@ -41,6 +41,7 @@ from .indexing import (
     load_gates,
     load_zoneout,
     position,
+    reset_to,
     row_before,
     row_in_h_then_h0,
     row_of,
@@ -48,7 +49,7 @@ from .indexing import (
     store_gates,
     time_of,
 )
-from ..initial_gradient import initial_hidden_gradient
+from ..initial_gradient import Gradients, initial_hidden_gradient, reset_gradients
 from ..operands import as_words, transposed_gates
 from .planning import Device, Family, Launch, Plan, Problem, expected
 
@@ -82,6 +83,8 @@ def lstm_cooperative_forward_kernel(
     dropout_h_ptr,  # [B, W] int32: factors of h, or None
     zoneout_h_ptr,  # [T*B, H], one float32, or None
     zoneout_c_ptr,  # [T*B, H], one float32, or None
+    reset_h_ptr,  # [T*B, H] for zoneout_h, or None
+    reset_c_ptr,  # [T*B, H] float32 or None
     error_ptr,  # [1] int32
     T,
     B,
@@ -131,7 +134,9 @@ def lstm_cooperative_forward_kernel(
         gates_at = row * (4 * H) + unit
         at = row * H + unit
         x_i, x_f, x_g, x_o = load_gates(gates_ptr, gates_at, valid_cell, H)
+        reset_cell = valid_cell & ~continues
         c_prev = tl.load(c_n_ptr + state_at, mask=is_cell & continues, other=0.0)
+        c_prev = reset_to(c_prev, reset_c_ptr, at, reset_cell)
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
         batch, in_batch, length = sequence_in(tile, column, lengths_ptr, T, B)
@@ -152,6 +157,7 @@ def lstm_cooperative_forward_kernel(
             c = zoneout(load_zoneout(zoneout_c_ptr, at, valid_cell), c_prev, c)
         if zoneout_h_ptr is not None:
             h_before = tl.load(h_n_ptr + state_at, mask=is_cell & continues, other=0.0).to(tl.float32)
+            h_before = reset_to(h_before, reset_h_ptr, at, reset_cell)
             h = zoneout(load_zoneout(zoneout_h_ptr, at, valid_cell), h_before, h)
 
         # Publish first: the others wait for it. Padding gets zeros.
@@ -185,6 +191,9 @@ def lstm_cooperative_backward_kernel(
     zoneout_h_ptr,  # [T*B, H], one float32, or None
     zoneout_c_ptr,  # [T*B, H], one float32, or None
     dh_from_zoneout_ptr,  # [B, H] float32 zeros, made what zoneout hands back to the h before every step; or None
+    dreset_h_ptr,  # [T*B, H] float32 zeros, out where a step is reset: what zoneout hands back to h before it; or None
+    reset_c_ptr,  # [T*B, H] float32 or None
+    dreset_c_ptr,  # [T*B, H] float32 zeros, out where a step is reset: gradient of c before it; or None
     error_ptr,  # [1] int32
     T,
     B,
@@ -237,7 +246,9 @@ def lstm_cooperative_backward_kernel(
         i, f, g, o = load_gates(gates_ptr, row * (4 * H) + unit, valid_cell, H)
         c = tl.load(c_ptr + at, mask=valid_cell, other=0.0)
         prev_at = row_before(step, time, batch, B, REVERSE) * H + unit
+        reset_cell = valid_cell & ~continues
         c_prev = cell_before(c_ptr, c0_ptr, step, prev_at, is_cell & continues)
+        c_prev = reset_to(c_prev, reset_c_ptr, at, reset_cell)
         dc = tl.load(dc_ptr + state_at, mask=valid_cell, other=0.0)
         dh = tl.zeros((32 * WARPS,), tl.float32)
         if dh_ptr is not None:
@@ -282,6 +293,8 @@ def lstm_cooperative_backward_kernel(
             dh += tl.load(dh_from_zoneout_ptr + state_at, mask=valid_cell, other=0.0)
             to_before, dh = zoneout_backward(load_zoneout(zoneout_h_ptr, at, valid_cell), dh)
             tl.store(dh_from_zoneout_ptr + state_at, tl.where(continues, to_before, 0.0), mask=valid_cell)
+            if dreset_h_ptr is not None:
+                tl.store(dreset_h_ptr + at, to_before, mask=reset_cell)
         if zoneout_c_ptr is not None:
             c, _ = cell_forward(i, f, g, o, c_prev)  # as the step computed it; what was saved is after zoneout
             dc_before, dc = zoneout_backward(load_zoneout(zoneout_c_ptr, at, valid_cell), dc)
@@ -297,6 +310,8 @@ def lstm_cooperative_backward_kernel(
         publish(word_at + 2 * W, pack(dz_g, DTYPE), here)
         publish(word_at + 3 * W, pack(dz_o, DTYPE), here)
         tl.store(dc_ptr + state_at, tl.where(continues, dc_prev, 0.0), mask=valid_cell)
+        if dreset_c_ptr is not None:
+            tl.store(dreset_c_ptr + at, dc_prev, mask=reset_cell)
         step, tile = next_turn(step, tile, -1, B)
 
 
@@ -348,7 +363,7 @@ def forward(
         lstm_cooperative_forward_kernel, (plan.programs, plan.groups),
         gates_ptr=gates, weights_ptr=as_words(r.weight_hh), words_ptr=h_then_h0.view(torch.int32),
         c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n,
-        dropout_h_ptr=None if r.dropout_h is None else as_words(r.dropout_h),
+        dropout_h_ptr=None if r.dropout_h is None else as_words(r.dropout_h), reset_h_ptr=r.reset_h,
         error_ptr=error_word(gates.device, "lstm_cooperative_forward_kernel"), SAVE=save,
         **_shared_arguments(plan, gates, r),
     )  # fmt: skip
@@ -365,7 +380,7 @@ def backward(
     *,
     plan: Plan,
     launch: Launch,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """As launch.layer_backward: one launch."""
     r = recurrence
     steps, batch, _ = gates.shape
@@ -373,16 +388,18 @@ def backward(
     dgates.view(torch.int32).fill_(FILL)
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
     dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
+    dreset_h, dreset_c = reset_gradients(r)
     launch(
         lstm_cooperative_backward_kernel, (plan.programs, plan.groups),
         dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0,
         weights_ptr=transposed_gates(r.weight_hh), words_ptr=dgates.view(torch.int32),
         partials_ptr=torch.full_like(gates[0], FILL, dtype=torch.int32), dc_ptr=dc,
-        dropout_h_ptr=r.dropout_h, dh_from_zoneout_ptr=dh_from_zoneout,
+        dropout_h_ptr=r.dropout_h, dh_from_zoneout_ptr=dh_from_zoneout, dreset_h_ptr=dreset_h, dreset_c_ptr=dreset_c,
         error_ptr=error_word(gates.device, "lstm_cooperative_backward_kernel"), **_shared_arguments(plan, gates, r),
     )  # fmt: skip
     dgates = dgates[..., : r.hidden].reshape(gates.shape)
-    return dgates, initial_hidden_gradient(dgates, dh_n, dh_from_zoneout, r), dc, gates.new_empty(0)
+    dh0 = initial_hidden_gradient(dgates, dh_n, dh_from_zoneout, r)
+    return dgates, dh0, dc, gates.new_empty(0), dreset_h, dreset_c
 
 
 def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:
@@ -390,6 +407,7 @@ def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any
     steps, batch, _ = gates.shape
     return dict(
         lengths_ptr=r.lengths, resets_ptr=r.resets, zoneout_h_ptr=r.zoneout_h, zoneout_c_ptr=r.zoneout_c,
+        reset_c_ptr=r.reset_c,
         T=steps, B=batch, H=r.hidden, REVERSE=r.reverse, PATIENCE=PATIENCE,
         UNITS=plan.columns, CHUNKS=plan.k, WARPS=plan.num_warps,
         num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS, launch_cooperative_grid=True,

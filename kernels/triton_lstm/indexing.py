@@ -106,6 +106,17 @@ def cell_before(c_ptr, c0_ptr, step, at, continues):
 
 
 @triton.jit
+def reset_to(before, reset_ptr, at, reset):
+    """The state before a step, which is zero where it is `reset`: there it is that of `reset_ptr`, if there is one.
+
+    `at` is the step's place in a tensor [T * B, width].
+    """
+    if reset_ptr is not None:
+        before += tl.load(reset_ptr + at, mask=reset, other=0.0).to(tl.float32)
+    return before
+
+
+@triton.jit
 def interleaved_gates(unit_start, H: tl.constexpr, BLOCK_H: tl.constexpr):
     """The order in which one product yields all four gates of BLOCK_H units: number n is gate n % 4 of unit n // 4.
 

@@ -76,7 +76,7 @@ def layer_backward(
     plan: Plan | None = None,
     launch: Launch | None = None,
     distrust: Distrust | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients through the recurrence of one layer in one direction.
 
     Args:
@@ -86,16 +86,18 @@ def layer_backward(
 
     Returns:
         dgates [T, B, 4H], gradient of the pre-activations; dh0 [B, P]; dc0 float32 [B, H]; and, with a projection,
-        the whole gradient of W_hr m [T, B, P] (without one, an empty tensor), from which dW_hr is taken.
+        the whole gradient of W_hr m [T, B, P] (without one, an empty tensor), from which dW_hr is taken. And, float32,
+        zero but at resets, empty without such states: what zoneout hands back to reset_h [T, B, P]; dreset_c [T, B, H].
 
     Raises:
         RuntimeError: programs of an earlier launch waited in vain for each other.
     """
     raise_if_gave_up(gates.device)
 
-    def attempt(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def attempt(plan: Plan, launch: Launch) -> tuple[Tensor, ...]:
         assert plan.family is not Family.RESIDENT or not recurrence.regularised
-        return FAMILIES[plan.family].backward(dh, dh_n, dc_n, gates, c, recurrence, plan=plan, launch=launch)
+        found = FAMILIES[plan.family].backward(dh, dh_n, dc_n, gates, c, recurrence, plan=plan, launch=launch)
+        return tuple(c.new_empty(0) if t is None else t for t in found)
 
     if plan is None:
         given = dh is not None, dh_n is not None
@@ -180,4 +182,5 @@ def _problem(gates: Tensor, r: Recurrence) -> Problem:
 
 
 def _variant(r: Recurrence, save: bool) -> tuple:
-    return save, r.reverse, *(t is None for t in (r.lengths, r.resets, r.dropout_h, r.zoneout_h, r.zoneout_c))
+    optional = r.lengths, r.resets, r.dropout_h, r.zoneout_h, r.zoneout_c, r.reset_h, r.reset_c
+    return save, r.reverse, *(t is None for t in optional)

@@ -20,8 +20,8 @@ from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward
 from .features import OPTIONS
 from .fragments import load_weights, product, sequence_in, share, take, threads
-from .indexing import cell_before, load_gates, position, row_before, store_gates
-from ..initial_gradient import initial_hidden_gradient
+from .indexing import cell_before, load_gates, position, reset_to, row_before, store_gates
+from ..initial_gradient import Gradients, initial_hidden_gradient, reset_gradients
 from ..operands import as_words, transposed_gates
 from .planning import Device, Family, Launch, Plan, Problem, power_of_two
 
@@ -66,6 +66,7 @@ def lstm_resident_forward_kernel(
     c_n_ptr,  # [B, H] float32
     lengths_ptr,  # [B] or None
     resets_ptr,  # [T*B] or None
+    reset_c_ptr,  # [T*B, H] float32 or None
     T,
     B,
     H: tl.constexpr,
@@ -100,13 +101,14 @@ def lstm_resident_forward_kernel(
     for step in range(T):
         time, row, valid, continues = two_positions(step, length, resets_ptr, batch, B, in_batch, REVERSE)
 
-        # Load, before the product, which hides its latency. A reset zeroes the state.
+        # Load, before the product, which hides its latency.
         x, h_prev, c_prev = (), (), ()
         for n in tl.static_range(CELLS):
             x = x + load_gates(gates_ptr, row[n % 2] * (4 * H) + unit[n], valid[n % 2] & (unit[n] < H), H)
             reset = valid[n % 2] & ~continues[n % 2]
             h_prev = h_prev + (tl.where(reset, 0.0, h[n]).to(DTYPE),)
-            c_prev = c_prev + (tl.where(reset, 0.0, c[n]),)
+            before = tl.where(reset, 0.0, c[n])
+            c_prev = c_prev + (reset_to(before, reset_c_ptr, row[n % 2] * H + unit[n], reset & (unit[n] < H)),)
 
         # Product: the four gates of the thread's cells.
         shared = share(h_prev, sequence, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
@@ -150,6 +152,8 @@ def lstm_resident_backward_kernel(
     dc_ptr,  # [B, H] float32, in: gradient of c_n; out: of c0
     lengths_ptr,  # [B] or None
     resets_ptr,  # [T*B] or None
+    reset_c_ptr,  # [T*B, H] float32 or None
+    dreset_c_ptr,  # [T*B, H] float32 zeros, out where a step is reset: gradient of c before it; or None
     T,
     B,
     H: tl.constexpr,
@@ -206,6 +210,7 @@ def lstm_resident_backward_kernel(
             c = tl.load(c_ptr + at, mask=valid_cell, other=0.0)
             prev_at = row_before(step, time[n % 2], batch[n % 2], B, REVERSE) * H + unit[n]
             c_prev = cell_before(c_ptr, c0_ptr, step, prev_at, from_prev)
+            c_prev = reset_to(c_prev, reset_c_ptr, at, valid_cell & ~from_prev)
             i, f, g, o = load_gates(gates_ptr, row[n % 2] * (4 * H) + unit[n], valid_cell, H)
             saved = saved + (i, f, g, o, c, c_prev, dm, tl.where(valid_cell, dc[n], 0.0))
 
@@ -244,6 +249,9 @@ def lstm_resident_backward_kernel(
             store_gates(dgates_ptr, gates_at, in_batch[n % 2] & (unit[n] < H), dz_i[n], dz_f[n], dz_g[n], dz_o[n], H)
             of_h = tl.where(continues[n % 2], (from_i[n] + from_f[n]) + (from_g[n] + from_o[n]), 0.0)
             dh = dh + (tl.where(valid[n % 2], of_h, dh_after[n]),)
+            if dreset_c_ptr is not None:
+                reset = valid[n % 2] & ~continues[n % 2] & (unit[n] < H)
+                tl.store(dreset_c_ptr + row[n % 2] * H + unit[n], dc_prev[n], mask=reset)
             of_c = tl.where(continues[n % 2], dc_prev[n], 0.0)
             dc = dc + (tl.where(valid[n % 2], of_c, dc_after[n]),)
     for n in tl.static_range(CELLS):
@@ -297,23 +305,26 @@ def backward(
     *,
     plan: Plan,
     launch: Launch,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """As launch.layer_backward: one launch."""
     r = recurrence
     dgates = torch.empty_like(gates)
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
+    dreset_h, dreset_c = reset_gradients(r)
     launch(
         lstm_resident_backward_kernel, (plan.groups,),
         dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, weights_ptr=transposed_gates(r.weight_hh),
-        dgates_ptr=dgates, dc_ptr=dc, **_shared_arguments(plan, gates, r),
+        dgates_ptr=dgates, dc_ptr=dc, dreset_c_ptr=dreset_c, **_shared_arguments(plan, gates, r),
     )  # fmt: skip
-    return dgates, initial_hidden_gradient(dgates, dh_n, None, r), dc, gates.new_empty(0)
+    dh0 = initial_hidden_gradient(dgates, dh_n, None, r)
+    return dgates, dh0, dc, gates.new_empty(0), dreset_h, dreset_c
 
 
 def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:
     """What both kernels are given."""
     steps, batch, _ = gates.shape
     return dict(
-        lengths_ptr=r.lengths, resets_ptr=r.resets, T=steps, B=batch, H=r.hidden, REVERSE=r.reverse,
-        UNITS=plan.columns, WARPS=plan.num_warps, num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS,
+        lengths_ptr=r.lengths, resets_ptr=r.resets, reset_c_ptr=r.reset_c, T=steps, B=batch, H=r.hidden,
+        REVERSE=r.reverse, UNITS=plan.columns, WARPS=plan.num_warps, num_warps=plan.num_warps,
+        maxnreg=plan.registers, **OPTIONS,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from .indexing import (
     load_gates,
     load_zoneout,
     position,
+    reset_to,
     row_before,
     row_in_h_then_h0,
     sequences_from,
@@ -33,7 +34,7 @@ from .indexing import (
     store_gates,
     time_of,
 )
-from ..initial_gradient import initial_hidden_gradient
+from ..initial_gradient import Gradients, initial_hidden_gradient, reset_gradients
 from .planning import Device, Family, Launch, Plan, Problem
 
 
@@ -89,6 +90,8 @@ def lstm_step_forward_kernel(
     dropout_h_ptr,  # [B, P] or None
     zoneout_h_ptr,  # [T*B, P], one float32, or None
     zoneout_c_ptr,  # [T*B, H], one float32, or None
+    reset_h_ptr,  # [T*B, P] for zoneout_h, or None
+    reset_c_ptr,  # [T*B, H] float32 or None
     arrivals_ptr,  # [1] int32 zero, see exchange.meet
     error_ptr,  # [1] int32
     T,
@@ -116,6 +119,7 @@ def lstm_step_forward_kernel(
             in_units = (unit < H)[None, :]
             valid_tile = valid[:, None] & in_units  # [BB, BH]
             continues_tile = continues[:, None] & in_units
+            reset_tile = valid_tile & ~continues_tile
 
             # Product: all four gates of the tile's units, [BB, 4 BH].
             column, column_unit = interleaved_gates(unit_tile * BLOCK_H, H, BLOCK_H)
@@ -135,12 +139,14 @@ def lstm_step_forward_kernel(
             at = row[:, None] * H + unit[None, :]
             state_at = batch[:, None].to(tl.int64) * H + unit[None, :]
             c_prev = tl.load(c_n_ptr + state_at, mask=continues_tile, other=0.0)
+            c_prev = reset_to(c_prev, reset_c_ptr, at, reset_tile)
             c, m = cell_forward(i, f, g, o, c_prev)
             if zoneout_c_ptr is not None:
                 c = zoneout(load_zoneout(zoneout_c_ptr, at, valid_tile), c_prev, c)
             if zoneout_h_ptr is not None and not PROJECT:
                 h_at = h_ptr + row_prev[:, None] * H + unit[None, :]
                 h_prev = tl.load(h_at, mask=continues_tile, other=0.0).to(tl.float32)
+                h_prev = reset_to(h_prev, reset_h_ptr, at, reset_tile)
                 m = zoneout(load_zoneout(zoneout_h_ptr, at, valid_tile), h_prev, m)
 
             # Store. Padding gets zeros; the last valid step gives the final states.
@@ -176,6 +182,7 @@ def lstm_step_forward_kernel(
                     row_prev = row_in_h_then_h0(step - 1, time_of(step - 1, length, REVERSE), batch, T, B)
                     h_at = h_ptr + row_prev[:, None] * P + p[None, :]
                     h_prev = tl.load(h_at, mask=continues[:, None] & in_tile, other=0.0).to(tl.float32)
+                    h_prev = reset_to(h_prev, reset_h_ptr, at, (valid & ~continues)[:, None] & in_tile)
                     h = zoneout(load_zoneout(zoneout_h_ptr, at, valid[:, None] & in_tile), h_prev, h)
                 h = h.to(h_ptr.dtype.element_ty)
                 final_at = batch[:, None].to(tl.int64) * P + p[None, :]
@@ -193,6 +200,7 @@ def hidden_gradient(
     dropout_h_ptr,  # [B, P] or None
     zoneout_h_ptr,  # [T*B, P], one float32, or None
     dh_from_zoneout_ptr,  # [B, P] float32 or None: what the step after hands back through zoneout; out: this one's
+    dreset_h_ptr,  # [T*B, P] float32 or None, see lstm_step_backward_kernel
     step,
     length,  # [BB]
     batch,  # [BB]
@@ -225,8 +233,10 @@ def hidden_gradient(
         dh += tl.load(dh_n_ptr + state_at, mask=last, other=0.0).to(tl.float32)
     if zoneout_h_ptr is not None:
         dh += tl.load(dh_from_zoneout_ptr + state_at, mask=valid_tile, other=0.0)
-        share = load_zoneout(zoneout_h_ptr, row[:, None] * P + p[None, :], valid_tile)
-        dh_prev, dh = zoneout_backward(share, dh)
+        at = row[:, None] * P + p[None, :]
+        dh_prev, dh = zoneout_backward(load_zoneout(zoneout_h_ptr, at, valid_tile), dh)
+        if dreset_h_ptr is not None:
+            tl.store(dreset_h_ptr + at, dh_prev, mask=valid_tile & ~continues[:, None])
         tl.store(dh_from_zoneout_ptr + state_at, tl.where(continues[:, None], dh_prev, 0.0), mask=valid_tile)
     return dh
 
@@ -249,6 +259,9 @@ def lstm_step_backward_kernel(
     zoneout_h_ptr,  # [T*B, P], one float32, or None
     zoneout_c_ptr,  # [T*B, H], one float32, or None
     dh_from_zoneout_ptr,  # [B, P] float32 or None, see hidden_gradient
+    dreset_h_ptr,  # [T*B, P] float32 zeros, out where a step is reset: what zoneout hands back to h before it; or None
+    reset_c_ptr,  # [T*B, H] float32 or None
+    dreset_c_ptr,  # [T*B, H] float32 zeros, out where a step is reset: gradient of c before it; or None
     arrivals_ptr,  # [1] int32 zero, see exchange.meet
     error_ptr,  # [1] int32
     T,
@@ -276,7 +289,7 @@ def lstm_step_backward_kernel(
                 row_next, next_continues = step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE)
                 dh = hidden_gradient(
                     dh_ptr, dh_n_ptr, dgates_ptr, weight_hh_ptr, dropout_h_ptr, zoneout_h_ptr, dh_from_zoneout_ptr,
-                    step, length, batch, row, row_next, next_continues, p, valid, continues,
+                    dreset_h_ptr, step, length, batch, row, row_next, next_continues, p, valid, continues,
                     H, P, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION,
                 )  # fmt: skip
                 dh = tl.where(valid[:, None], dh, 0.0).to(dh_total_ptr.dtype.element_ty)
@@ -302,7 +315,7 @@ def lstm_step_backward_kernel(
                 row_next, next_continues = step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE)
                 dm = hidden_gradient(
                     dh_ptr, dh_n_ptr, dgates_ptr, weight_hh_ptr, dropout_h_ptr, zoneout_h_ptr, dh_from_zoneout_ptr,
-                    step, length, batch, row, row_next, next_continues, unit, valid, continues,
+                    dreset_h_ptr, step, length, batch, row, row_next, next_continues, unit, valid, continues,
                     H, P, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION,
                 )  # fmt: skip
 
@@ -313,6 +326,7 @@ def lstm_step_backward_kernel(
             c = tl.load(c_ptr + at, mask=valid_tile, other=0.0)
             prev_at = row_before(step, time, batch, B, REVERSE)[:, None] * H + unit[None, :]
             c_prev = cell_before(c_ptr, c0_ptr, step, prev_at, continues[:, None] & in_units)
+            c_prev = reset_to(c_prev, reset_c_ptr, at, valid_tile & ~continues[:, None])
             state_at = batch[:, None].to(tl.int64) * H + unit[None, :]
             dc = tl.load(dc_ptr + state_at, mask=valid_tile, other=0.0)
             if zoneout_c_ptr is not None:
@@ -325,6 +339,8 @@ def lstm_step_backward_kernel(
             # Store. In padding every factor was loaded as zero, so its gradients are zero.
             store_gates(dgates_ptr, gates_at, in_batch[:, None] & in_units, dz_i, dz_f, dz_g, dz_o, H)
             tl.store(dc_ptr + state_at, tl.where(continues[:, None], dc_prev, 0.0), mask=valid_tile)
+            if dreset_c_ptr is not None:
+                tl.store(dreset_c_ptr + at, dc_prev, mask=valid_tile & ~continues[:, None])
         patience = meet(arrivals_ptr, 2 * back + 2 if PROJECT else back + 1, patience, error_ptr, step)
 
 
@@ -365,7 +381,7 @@ def forward(
     launch(
         lstm_step_forward_kernel, (plan.programs,),
         gates_ptr=gates, h_ptr=h_then_h0, m_ptr=gates.new_empty(batch, r.hidden) if r.projected else None,
-        c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n, SAVE=save,
+        c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n, reset_h_ptr=r.reset_h, SAVE=save,
         error_ptr=error_word(gates.device, "lstm_step_forward_kernel"), **_shared_arguments(plan, gates, r),
     )  # fmt: skip
     h = h_then_h0.new_empty(0).set_(h_then_h0[:-1])  # not a view, which autograd lets nobody change in place
@@ -382,7 +398,7 @@ def backward(
     *,
     plan: Plan,
     launch: Launch,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """As launch.layer_backward: one launch."""
     r = recurrence
     steps, batch, _ = gates.shape
@@ -390,13 +406,15 @@ def backward(
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; each step makes it that of the c before
     dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
     dh_total = gates.new_empty((steps, batch, r.width) if r.projected else 0)
+    dreset_h, dreset_c = reset_gradients(r)
     launch(
         lstm_step_backward_kernel, (plan.programs,),
         dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, dgates_ptr=dgates,
         dh_total_ptr=dh_total if r.projected else None, dc_ptr=dc, dh_from_zoneout_ptr=dh_from_zoneout,
+        dreset_h_ptr=dreset_h, dreset_c_ptr=dreset_c,
         error_ptr=error_word(gates.device, "lstm_step_backward_kernel"), **_shared_arguments(plan, gates, r),
     )  # fmt: skip
-    return dgates, initial_hidden_gradient(dgates, dh_n, dh_from_zoneout, r), dc, dh_total
+    return dgates, initial_hidden_gradient(dgates, dh_n, dh_from_zoneout, r), dc, dh_total, dreset_h, dreset_c
 
 
 def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:
@@ -404,7 +422,7 @@ def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any
     steps, batch, _ = gates.shape
     return dict(
         weight_hh_ptr=r.weight_hh, weight_hr_ptr=r.weight_hr, lengths_ptr=r.lengths, resets_ptr=r.resets,
-        dropout_h_ptr=r.dropout_h, zoneout_h_ptr=r.zoneout_h, zoneout_c_ptr=r.zoneout_c,
+        dropout_h_ptr=r.dropout_h, zoneout_h_ptr=r.zoneout_h, zoneout_c_ptr=r.zoneout_c, reset_c_ptr=r.reset_c,
         arrivals_ptr=torch.zeros(1, dtype=torch.int32, device=gates.device),
         T=steps, B=batch, H=r.hidden, P=r.width, REVERSE=r.reverse, PROJECT=r.projected, PRECISION=r.precision,
         PATIENCE=PATIENCE, BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k,

@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     float* c_n,               // [B, H] in: c0; out
     const int* lengths,       // [B] or null
     const bool* resets,       // [T*B] or null
+    const float* reset_c,     // [T*B, H] what c is reset to; null: zeros
     int* error,               // [1]
     int T, int B, bool reverse) {
     constexpr int W = WORDS<E, H>;
@@ -86,7 +87,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
             E gates_x[GATES];
 #pragma unroll
             for (int gate = I; gate < GATES; ++gate) gates_x[gate] = load_if(valid, my_gates + gate * H);
-            const float c_prev = load_if(has_cell & at.continues, c_n + state_at);
+            float c_prev = load_if(has_cell & at.continues, c_n + state_at);
+            if (reset_c != nullptr) c_prev += load_if(valid & !at.continues, reset_c + at.row * H + unit);
 
             // Product with h of the step before.
             const int time_before = step == 0 ? T : time_of(step - 1, its_length, reverse);
@@ -138,6 +140,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     float* dc,                // [B, H] in: dc_n; out: dc0
     const int* lengths,       // [B] or null
     const bool* resets,       // [T*B] or null
+    const float* reset_c,     // [T*B, H] what c is reset to; null: zeros
+    float* dreset_c,          // [T*B, H] its gradient, out where there is a reset; null where reset_c is
     int* error,               // [1]
     int T, int B, bool reverse) {
     constexpr int W = WORDS<E, H>;
@@ -178,7 +182,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
 #pragma unroll
             for (int gate = I; gate < GATES; ++gate) activated[gate] = load_if(valid, my_gates + gate * H);
             const float c_after = load_if(valid, c + output_at), dc_after = load_if(valid, dc + state_at);
-            const float c_prev = load_if(has_cell & at.continues, (step == 0 ? c0 : c) + at.row_prev * H + unit);
+            float c_prev = load_if(has_cell & at.continues, (step == 0 ? c0 : c) + at.row_prev * H + unit);
+            if (reset_c != nullptr) c_prev += load_if(valid & !at.continues, reset_c + output_at);
             if (dh != nullptr) dh_output = load_if(valid, dh + output_at);
             if (dh_n != nullptr) dh_last = load_if(valid & at.last, dh_n + state_at);
 
@@ -229,7 +234,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             store_relaxed_if(publishes, to + G * W, pack<E>(d.g));
             store_relaxed_if(publishes, to + O * W, pack<E>(d.o));
 
-            // Store. Nothing flows back into a state that was zeroed.
+            // Store. Nothing flows back past a reset.
             store_if(valid, dc + state_at, at.continues ? d.c_prev : 0.0f);
+            if (dreset_c != nullptr) store_if(valid & !at.continues, dreset_c + output_at, d.c_prev);
         }
 }
