@@ -1,8 +1,8 @@
 """A projection, h = W_hr m, without one in the time loop: the product is W_hh h = (W_hh W_hr) m.
 
-So the recurrence of m is that of a cell without a projection, whose weights are W_hh W_hr; h and what flows back into it are
-products over all steps. Only h0 comes from no m: its share is added to the gates of the first step. With zoneout of h or
-recurrent dropout the step is not linear in m, and this does not hold.
+So the recurrence of m is that of a cell without a projection, whose weights are W_hh W_hr; h and what flows back into
+it are products over all steps. Only h0 comes from no m: its share is added to the gates of the first step. With zoneout
+of h or recurrent dropout the step is not linear in m, and this does not hold.
 """
 
 import contextlib

@@ -89,9 +89,7 @@ def layer_backward(
         dm, dm_n = projection.gradient_of_m(dh_total, whole), None
     plan = plan or choose_plan(_problem(gates, r, backward=True), card_of(gates.device))
     await_others(plan.side_by_side, gates.device)
-    dgates, dc0, dreset_c = cooperative.backward(
-        dm, dm_n, dc_n, gates, c, r, plan=plan, launch=launch or launch_kernel
-    )
+    dgates, dc0, dreset_c = cooperative.backward(dm, dm_n, dc_n, gates, c, r, plan=plan, launch=launch or launch_kernel)
     if whole.projected:
         projection.add_gradient_of_next(dh_total, dgates, whole)
     return dgates, initial_hidden_gradient(dgates, dh_n, None, whole), dc0, dh_total, c.new_empty(0), dreset_c

@@ -90,7 +90,7 @@ class Plan:
 
 @functools.cache
 def choose_plan(problem: Problem, card: Card) -> Plan:
-    """The plan that is expected to be the fastest. There is one for every problem: weights can be read at every step."""
+    """The plan that is expected to be the fastest. There always is one: weights can be read at every step."""
     return min(plans(problem, card), key=lambda plan: plan.clocks)
 
 
