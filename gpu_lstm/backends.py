@@ -242,11 +242,10 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
             f"backend 'triton' takes CUDA tensors, got {device}; "
             "with TRITON_INTERPRET=1 in the environment it runs CPU tensors in Triton's interpreter"
         )
+    too_old = _too_old(Backend.TRITON, device, (8, 0))
+    if too_old is not None:
+        return too_old
     capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return RuntimeError(
-            f"backend 'triton' needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
-        )
     binary = importlib.import_module("gpu_lstm.kernels.triton_lstm.binary")
     problem = binary.compile_problem(10 * capability[0] + capability[1])
     if problem is not None:
@@ -254,6 +253,16 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
         _say_once(f"{text}. Backend 'auto' does without it.")
         return RuntimeError(f"backend 'triton': {text}")
     return None
+
+
+def _too_old(choice: Backend, device: torch.device, needed: tuple[int, int]) -> Exception | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= needed:
+        return None
+    (major, minor), (has_major, has_minor) = needed, capability
+    return RuntimeError(
+        f"backend {choice.value!r} needs compute capability {major}.{minor}, {device} has {has_major}.{has_minor}"
+    )
 
 
 def _cupy_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
@@ -265,4 +274,4 @@ def _cupy_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None
         return ImportError(f"backend 'cupy' needs CuPy and NVRTC: pip install \"gpu-lstm[{extra}]\" ({problem})")
     if device.type != "cuda":
         return RuntimeError(f"backend 'cupy' takes CUDA tensors, got {device}")
-    return None
+    return _too_old(Backend.CUPY, device, (7, 0))

@@ -2,8 +2,7 @@
 // the place of instructions.cu.
 //
 // A thread is a coroutine, and all threads of all blocks are alive at once. Whose turn it is, a seed decides; a turn ends
-// where threads wait for each other, and at every look for other blocks' words. Now and then a block is left alone for
-// long. What is published becomes visible late, and out of order.
+// where threads wait for each other. Now and then a warp is left alone for long. What is published becomes visible late, and out of order.
 
 #pragma once
 
@@ -42,7 +41,7 @@ constexpr int WARP = 32;
 constexpr int STACK = 1 << 16;
 constexpr unsigned char NAN_BYTE = 0xFF;  // all of whose repetitions are NaN, in every element type
 constexpr int GUARD = 1024;
-constexpr int PATIENCE = 2000;  // turns of every thread without a word or a barrier, after which nobody gets on any more
+constexpr int PATIENCE = 300;  // turns of every thread without a word or a barrier, after which nobody gets on any more
 
 struct Meeting {  // of the threads of a warp or a block
     int count, missing = count;
@@ -50,6 +49,7 @@ struct Meeting {  // of the threads of a warp or a block
 };
 
 struct Warp {
+    long asleep_until = 0;
     Meeting meeting{WARP};
     struct Slot {
         int what;  // they meet for
@@ -75,7 +75,6 @@ struct Block {
     std::vector<Warp> warps;
     int shared_bytes;
     std::vector<uint4> shared;  // and GUARD bytes more
-    long asleep_until = 0;
 };
 
 struct Thread {
@@ -107,16 +106,10 @@ struct Launch {
     // The end of a turn. The thread is in `ready`, or waits.
     void yield() { swapcontext(&thread().context, &scheduler); }
 
-    void look() {
-        ready.push_back(current);
-        yield();
-    }
-
     void meet(Meeting& meeting) {
         if (--meeting.missing > 0) {
             meeting.waiting.push_back(current);
         } else {
-            progress = turns;
             meeting.missing = meeting.count;
             ready.insert(ready.end(), meeting.waiting.begin(), meeting.waiting.end());
             meeting.waiting.clear();
@@ -152,16 +145,17 @@ struct Launch {
             ++turns;
             if (ready.empty()) {  // of those left alone, the first
                 ready.swap(asleep);
-                for (auto& block : blocks) block.asleep_until = 0;
+                for (auto& block : blocks)
+                    for (auto& warp : block.warps) warp.asleep_until = 0;
             }
-            if (!pending.empty() && toss(8)) make_visible(random() % pending.size());
+            if (!pending.empty() && toss(32)) make_visible(random() % pending.size());
             const auto n = random() % ready.size();
             std::swap(ready[n], ready.back());
             current = ready.back();
             ready.pop_back();
-            auto& block = *thread().block;
-            if (blocks.size() > 1 && toss(20000)) block.asleep_until = turns + (1L << random() % 14);
-            if (turns < block.asleep_until) {
+            threadIdx = thread().index;
+            if (toss(2000)) warp().asleep_until = turns + (1L << random() % 14);
+            if (turns < warp().asleep_until) {
                 asleep.push_back(current);
                 continue;
             }
@@ -172,7 +166,6 @@ struct Launch {
             stuck |= turns - progress > PATIENCE * static_cast<long>(threads.size());
             if (stuck && turns - progress > 2 * PATIENCE * static_cast<long>(threads.size())) return;
             blockIdx = thread().block_index;
-            threadIdx = thread().index;
             swapcontext(&scheduler, &thread().context);
         }
         while (!pending.empty()) make_visible(0);
@@ -184,7 +177,10 @@ inline Launch* launch;
 }  // namespace host
 
 inline uint4* shared_memory() { return host::launch->thread().block->shared.data(); }
-inline void __syncthreads() { host::launch->meet(host::launch->thread().block->barrier); }
+inline void __syncthreads() {
+    host::launch->meet(host::launch->thread().block->barrier);
+    host::launch->progress = host::launch->turns;
+}
 
 // What instructions.cu has, in the same order.
 

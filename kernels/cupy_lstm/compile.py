@@ -99,6 +99,8 @@ def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
                 shared=declared + plan.shared,
                 loop=loop,
                 tensor_core=instruction[0] if instruction else "",
+                # The first words that others publish are awaited in the time loop.
+                weight_loads=binary.ptx.partition("ld.relaxed.gpu")[2].count("ld.global.v4.b32"),
             )
         ]
 

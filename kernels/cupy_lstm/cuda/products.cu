@@ -127,7 +127,7 @@ struct Product<E, ROWS, W, WARPS, 0> : Parts<ROWS / 2, WARPS> {
         for (int first = 0; first < W; first += AHEAD * STRIDE) {
             if (first > 0) x = Words(x.from + AHEAD * STRIDE, x.left - AHEAD * STRIDE);
             x.await(patience);
-            meet_in_warp();  // all have read what lay there before
+            meet_in_warp();  // all have read what lay there before; a vote orders no memory
 #pragma unroll
             for (int chunk = 0; chunk < AHEAD; ++chunk)
                 stage[(chunk * SEQUENCES + lane.column) * 4 + lane.quarter] = x.quad[chunk];
