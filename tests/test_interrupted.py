@@ -3,6 +3,7 @@
 What raises leaves modules, states and caches as they were, or as they are after the call; the next call is right.
 """
 
+import itertools
 import linecache
 import re
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES
+from comparing import PLACES
 from torch import nn
 
 import gpu_lstm
@@ -97,8 +98,8 @@ def caller(backend: str, kind: str) -> tuple[nn.Module, Callable[[], list[torch.
 
 
 @pytest.mark.parametrize(("backend", "kind"), [
-    pytest.param(backend, kind, marks=[pytest.mark.slow] if backend == "triton" and kind != "LSTMCell" else [])
-    for backend in BACKENDS for kind in MODULES
+    *itertools.product(["torch", "reference"], MODULES), ("triton", "LSTMCell"),
+    pytest.param("triton", "StackedLSTM", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_after_an_interrupt_the_next_call_is_right(backend, kind):
     module, call = caller(backend, kind)
