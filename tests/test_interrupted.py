@@ -290,6 +290,35 @@ def test_an_interrupted_block_is_closed():
     assert backends.requested(None) is Backend.AUTO
 
 
+@pytest.mark.parametrize("at", range(2, 9))
+def test_blocks_that_are_interrupted_as_they_open_or_close_leave_nothing_behind(monkeypatch, at):
+    """Of four, of which two are the same, entered again while it is open: each as it opens, each as it closes."""
+    choose, calls, block = backends._choose_youngest, [], gpu_lstm.backend("reference")
+
+    def interrupted():
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        choose()
+
+    monkeypatch.setattr(backends, "_choose_youngest", interrupted)
+    with pytest.raises(KeyboardInterrupt), gpu_lstm.backend("torch"), block, gpu_lstm.backend("torch"), block:
+        pass
+    assert backends._blocks == []
+    assert backends.requested(None) is Backend.AUTO
+
+
+def test_a_function_in_a_block_may_call_itself_within_another():
+    @gpu_lstm.backend("torch")
+    def decorated(deeper):
+        if deeper:
+            with gpu_lstm.backend("reference"):
+                decorated(False)
+                assert backends.requested(None) is Backend.REFERENCE
+
+    decorated(True)
+
+
 def test_blocks_of_generators_that_overlap_leave_nothing_behind():
     def choosing(name):
         with gpu_lstm.backend(name):
