@@ -319,7 +319,7 @@ def test_a_function_in_a_block_may_call_itself_within_another():
     decorated(True)
 
 
-def test_blocks_of_generators_that_overlap_leave_nothing_behind():
+def test_overlapping_blocks_leave_nothing_behind():
     def choosing(name):
         with gpu_lstm.backend(name):
             yield backends.requested(None)

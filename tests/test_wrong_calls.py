@@ -434,6 +434,10 @@ CALLS = [
      lambda m: gpu_lstm.from_haste(dict.fromkeys(HASTE, tensor(1.0)))),
     ("from_haste H = 0", ValueError, "^hidden_size must be greater than zero$",
      lambda m: gpu_lstm.from_haste(dict(kernel=zeros(3, 0), recurrent_kernel=zeros(0, 0), bias=zeros(0)))),
+    ("from_haste turned round", ValueError, r"^expected sizes \[I, 4H\].* got \[\[16, 3\], \[4, 16\], \[16\]\]$",
+     lambda m: gpu_lstm.from_haste(HASTE | {"kernel": zeros(16, 3)})),
+    ("from_haste of some", ValueError, r"^expected the parameters .*recurrent_kernel.* got \['bias', 'kernel'\]$",
+     lambda m: gpu_lstm.from_haste({name: HASTE[name] for name in ("kernel", "bias")})),
     ("from_haste sizes", ValueError, r"^expected sizes .* got \[\[3, 16\], \[4, 16\], \[4\]\]$",
      lambda m: gpu_lstm.from_haste(HASTE | {"bias": zeros(4)})),
     # resets_from_dones
