@@ -90,7 +90,7 @@ def test_of_none_what_goes_round_a_call(backend):
     assert stream(zeros(0, I, **place)).shape == (0, 5)
 
 
-@pytest.mark.parametrize("hidden", [1, 2, 65, pytest.param(513, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("hidden", [1, 2, 65, 129])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("exact_float32_products")
 def test_any_number_of_units(backend, hidden):
