@@ -205,21 +205,6 @@ def test_no_steps_are_refused_in_torchs_words(backend, kind, batch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_layer_without_units_is_refused_in_torchs_words(backend):
-    place = PLACES[backend]
-    x = zeros(T, 2, I, **place)
-    with pytest.raises(ValueError, match="hidden_size") as theirs:
-        torch.nn.LSTM(I, 0)
-    with pytest.raises(ValueError, match="hidden_size") as ours:
-        lstm_layer(x, (zeros(0, I, **place), zeros(0, 0, **place)), backend=backend)
-    assert str(ours.value) == str(theirs.value)
-    with pytest.raises(ValueError, match="proj_size must be greater than zero"):
-        lstm_layer(
-            x, (zeros(4 * H, I, **place), zeros(4 * H, 0, **place), None, None, zeros(0, H, **place)), backend=backend
-        )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_layer_without_features(backend):
     """It computes what it would from a feature that is always zero."""
     place = PLACES[backend]

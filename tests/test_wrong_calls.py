@@ -47,6 +47,7 @@ def modules(backend):
         cell=gpu_lstm.LSTMCell(3, 4, backend=backend),
         stream=gpu_lstm.Stream(lstm.eval(), 2),
         stream_of_stack=gpu_lstm.Stream(gpu_lstm.StackedLSTM(3, [4, 4], backend=backend), 2),
+        dropping=nn.ModuleDict({name: gpu_lstm.LSTM(3, 4, 2, **{name: 0.5}) for name in DROPS}),
         backwards=keras.GoBackwards(gpu_lstm.LSTM(3, 4, batch_first=True, backend=backend)),
         without_bias=nn.ModuleList([nn.LSTM(3, 4), nn.LSTM(3, 4, bias=False)]),
         of_another=MyLSTM(3, 4),
@@ -86,7 +87,10 @@ def in_environment(name, value, call):
 
 DROPOUT = r"^dropout should be a number in range \[0, 1\] representing the probability of an element being zeroed$"
 DROPPED = r"^{} should be a number in range \[0, 1\] representing the probability of an element being zeroed, got {}$"
-ZONEOUT = r"^zoneout should be a number in range \[0, 1\] .*, or a pair of them for h and c, got {}$"
+ZONEOUT = (
+    r"^zoneout should be a number in range \[0, 1\] representing the probability of an element staying as it was, or a "
+    "pair of them for h and c, got {}$"
+)
 UNKNOWN = r"^unknown backend {}; expected one of 'auto', 'triton', 'cupy', 'torch', 'reference'$"
 A_BOOL, AN_INT, A_TENSOR = (
     f"^{{}} should be {kind}, got: {{}}$" for kind in ("of type bool", "of type int", "a tensor")
@@ -102,13 +106,15 @@ RATES = {
     "weight_drop": (1.5, -1, (0.1, 0.2), "a"),
 }
 ZONEOUTS = (2.0, -0.5, [0.1, 0.1], (0.1,), (0.1, 0.2, 0.3), (0.1, 2), "0.1", None, math.nan, True, {"h": 0.1})
+DROPS = ("dropout", "recurrent_dropout", "zoneout", "weight_drop")
 NAMES = ("cuda", "Triton", "", 1, ["torch"])
 
 
 def rates():
     """(name, wrong value, text) of what regularises."""
-    yield from ((name, value, DROPPED.format(name, ".*")) for name, values in RATES.items() for value in values)
-    yield from (("zoneout", value, ZONEOUT.format(".*")) for value in ZONEOUTS)
+    for name, values in RATES.items():
+        yield from ((name, value, DROPPED.format(name, re.escape(repr(value)))) for value in values)
+    yield from (("zoneout", value, ZONEOUT.format(re.escape(repr(value)))) for value in ZONEOUTS)
 
 
 CLASSES = {
@@ -403,6 +409,12 @@ CALLS = [
     ("stream packed", TypeError, A_TENSOR.format("x", "PackedSequence"), lambda m: m.stream(PACKED)),
     ("stream of another batch", ValueError, r"^expected \(N, I\) or \(T, N, I\) with N = 2, got \(3, 3\)$",
      lambda m: m.stream(zeros(3, 3))),
+    ("stream unbatched", ValueError, r"^expected \(N, I\) or \(T, N, I\) with N = 2, got \(3,\)$",
+     lambda m: m.stream(zeros(3))),
+    ("stream time first", ValueError, r"^expected \(N, I\) or \(N, T, I\) with N = 2, got \(5, 2, 3\)$",
+     lambda m: gpu_lstm.Stream(m.first, 2)(X)),
+    *((f"stream in training, {name}", ValueError, r"drops out in training mode; call eval\(\)",
+       lambda m, name=name: gpu_lstm.Stream(m.dropping[name], 2)(zeros(2, 3))) for name in DROPS),
     ("stream features", RuntimeError, "Expected 3, got 4$", lambda m: m.stream_of_stack(zeros(2, 4))),
     ("stream float64", ValueError, "^(RNN input dtype|input must have the type) .*float(32|64)",
      lambda m: m.stream(zeros(2, 3, dtype=F64))),
