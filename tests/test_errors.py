@@ -15,6 +15,7 @@ from torch import nn, tensor, zeros
 from torch.nn.utils.rnn import pack_sequence
 
 import gpu_lstm
+from gpu_lstm import reference
 from gpu_lstm.functional import lstm_layer
 
 F64, F16, INT, META = torch.float64, torch.float16, torch.int64, "meta"
@@ -264,6 +265,14 @@ def refuses_float64(name="triton"):
 @every_callable
 def test_who_chooses_the_backend(call, monkeypatch):
     """The argument before `with`, `with` before the environment, which is auto if empty."""
+    layer, calls = reference.layer, []
+    monkeypatch.setattr(reference, "layer", lambda *given, **options: calls.append(1) or layer(*given, **options))
+
+    def by_reference(**arguments) -> bool:
+        calls.clear()
+        call(**arguments)
+        return bool(calls)
+
     for backend in ("triton", "cupy", gpu_lstm.Backend.TRITON, gpu_lstm.Backend.CUPY):
         with refuses_float64(gpu_lstm.Backend(backend).value):
             call(backend=backend)
@@ -271,18 +280,18 @@ def test_who_chooses_the_backend(call, monkeypatch):
     with refuses_float64():
         call()
     with gpu_lstm.backend("reference"):
-        call()
+        assert by_reference()
     with gpu_lstm.backend(gpu_lstm.Backend.TRITON):
-        for backend in ("torch", "auto"):  # which is torch on the CPU
-            call(backend=backend)
+        for backend in ("torch", "auto", "reference"):  # of which auto is torch on the CPU
+            assert by_reference(backend=backend) is (backend == "reference")
     monkeypatch.setenv("GPU_LSTM_BACKEND", "reference")
-    call()
+    assert by_reference()
     with gpu_lstm.backend("triton"), refuses_float64():
         call()
     with gpu_lstm.backend("torch"), refuses_float64():
         call(backend="triton")
     monkeypatch.setenv("GPU_LSTM_BACKEND", "")
-    call()
+    assert not by_reference()
 
 
 @every_callable
