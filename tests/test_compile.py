@@ -30,19 +30,21 @@ from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
 
 def wanted_step(case):  # sm_86 and sm_89 have the instructions of sm_80 and the shared memory of sm_120
     p, sm, architectures = case.problem, case.device.architecture, (80, 90, 100, 120)
-    if sm == 90 and str(p.dtype) == "torch.bfloat16":
-        return True
-    if not (p.projected and p.regularised and sm in architectures):  # which takes most registers
+    if not (p.projected and p.regularised):  # which takes most registers
+        return sm == 90 and str(p.dtype) == "torch.bfloat16" and (not p.regularised or not case.training)
+    if sm not in architectures:
         return False
     precision = PRECISIONS.index((p.dtype, p.precision))
     return case.backward == (precision + architectures.index(sm)) % 2  # so that any two meet of the three
 
 def wanted_sequence(case):
     p, sm = case.problem, case.device.architecture
+    if p.regularised:
+        return sm == 90 and str(p.dtype) == "torch.bfloat16" and case.training != case.backward
     if str(p.dtype) == "torch.bfloat16":
         return sm == 90 and ((p.batch == 16 and p.hidden not in (64, 1024)) or (p.batch, p.hidden) == (256, 768))
-    of_dtype = {"torch.float16": (120,), "torch.float32": (90, 120)}[str(p.dtype)]
-    return sm in of_dtype and p.batch == 16 and p.hidden == 768 and not p.regularised
+    of_dtype = {"torch.float16": (120,), "torch.float32": (120 if case.backward else 90,)}[str(p.dtype)]
+    return sm in of_dtype and p.batch == 16 and p.hidden == 768
 
 def quick_step(case):
     p, sm = case.problem, case.device.architecture
