@@ -39,7 +39,7 @@ RESET_STATES = "reset_states"  # the argument, as errors name it
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _chosen: Backend | None = None  # by the youngest block of `backend(...)`; a plain global, which torch.compile guards on
-_blocks: list["Block"] = []  # all that are open, of all threads
+_blocks: list[tuple[object, "Block"]] = []  # each time that one was entered and is not yet closed, of all threads
 _blocks_lock = threading.Lock()
 
 
@@ -71,18 +71,28 @@ class Block(contextlib.ContextDecorator):
 
     def __enter__(self) -> None:
         self._used = True
+        entry = object(), self
         try:
             with _blocks_lock:
-                _blocks.append(self)
+                _blocks.append(entry)
                 _choose_youngest()
         except BaseException:  # an interrupt leaves nothing behind
-            self.__exit__()
+            self._close([entry])
             raise
 
     def __exit__(self, *_: object) -> None:
+        closed: list[tuple[object, Block]] = []
+        try:
+            self._close(closed)
+        except BaseException:  # nor does it here
+            self._close(closed)
+            raise
+
+    def _close(self, closed: list[tuple[object, "Block"]]) -> None:
+        """Close the entry in `closed`, else its youngest, which is noted there: a second call changes nothing."""
         with _blocks_lock:
-            if self in _blocks:
-                _blocks.remove(self)
+            closed[:] = closed or [entry for entry in _blocks if entry[1] is self][-1:]
+            _blocks[:] = [entry for entry in _blocks if entry not in closed]
             _choose_youngest()
 
     def __call__(self, function: F) -> F:
@@ -110,7 +120,7 @@ def backend(name: "BackendName | Backend") -> Block:
 
 def _choose_youngest() -> None:
     global _chosen
-    _chosen = _blocks[-1]._choice if _blocks else None
+    _chosen = _blocks[-1][1]._choice if _blocks else None
 
 
 def requested(argument: "BackendName | Backend | None") -> Backend:

@@ -159,7 +159,7 @@ class _Program(threading.Thread):
         try:
             self.body()
             self.perform_held()
-        except _Stopped:
+        except _Stopped:  # by an error of another program, which is there, or because time is up, which is told
             pass
         except BaseException as error:
             self.errors.append((self.index, error))

@@ -3,9 +3,11 @@
 import os
 
 import pytest
+
+# The tests run side by side, a process a core; torch reads it when it is imported, here and in processes of tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
-torch.set_num_threads(1)  # the tests run side by side, a process a core
 if not torch.cuda.is_available():
     # The Triton kernels run in Triton's interpreter, which is chosen when triton is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")

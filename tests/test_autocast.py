@@ -237,7 +237,7 @@ def train(lstm: nn.Module, seed: int, skipped: list[int] | None = None) -> tuple
 def test_training_with_a_grad_scaler_is_as_exact_as_with_torchs_lstm(backend):
     errors = {"ours": [], "theirs": []}
     with torch.backends.mkldnn.flags(enabled=False):  # oneDNN has no LSTM in float16 on every CPU
-        for seed in range(3):
+        for seed in range(1 if backend == "triton" else 3):  # the interpreter is slow
             theirs, skipped = train(nn.LSTM(I, H), seed)
             ours, skipped_by_ours = train(gpu_lstm.LSTM(I, H, backend=backend), seed)
             assert skipped == skipped_by_ours

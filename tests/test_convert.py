@@ -431,17 +431,7 @@ def test_haste_weights_give_hastes_numbers():
     assert (ours.batch_first, ours.training, ours.weight_ih_l0.dtype) == (True, False, torch.float64)
 
 
-STATE = Haste(3, 4).state_dict()
-
-
-@pytest.mark.parametrize(("source", "text"), [
-    (Haste(3, 4, zoneout=0.1), "the module has zoneout=0.1"),
-    (Haste(3, 4, dropout=0.1), "the module has dropout=0.1"),
-    ({name: STATE[name] for name in ("kernel", "bias")},
-     r"expected the parameters .*recurrent_kernel.* got \['bias', 'kernel'\]"),
-    (nn.LSTM(3, 4), r"got .*weight_ih_l0"),
-    (STATE | {"kernel": STATE["kernel"].T}, r"expected sizes \[I, 4H\].* got \[\[16, 3\], \[4, 16\], \[16\]\]"),
-], ids=lambda value: value[:25] if isinstance(value, str) else "")  # fmt: skip
-def test_other_modules_and_weights_than_hastes_are_refused(source, text):
-    with pytest.raises(ValueError, match=text):
-        from_haste(source)
+@pytest.mark.parametrize("name", ["zoneout", "dropout"])
+def test_what_haste_does_elsewhere_is_refused(name):
+    with pytest.raises(ValueError, match=f"the module has {name}=0.1"):
+        from_haste(Haste(3, 4, **{name: 0.1}))

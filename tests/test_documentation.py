@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -39,6 +40,7 @@ WITH_EXAMPLES = [page for page in PAGES if page.name not in WITHOUT_EXAMPLES]
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # test_graphs.py has inductor
     torch.manual_seed(0)
     assert run_examples(page, {}) > 0
 
@@ -146,11 +148,14 @@ def test_every_cell_and_answer_of_the_lesson_runs_and_the_kinds_of_output_are_st
     examples = shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("out", "__pycache__"))
     executed = lesson()
     for cell in code(executed):
-        cell.outputs = []
+        cell.outputs = []  # and one seed will do here; make lesson-page has them all
+        cell.source = re.sub(r"for seed in range\(\d\)", "for seed in range(1)", cell.source)
     executed.cells += map(nbformat.v4.new_code_cell, answers(executed))
     NotebookClient(executed, timeout=300, kernel_name="python3", resources={"metadata": {"path": examples}}).execute()
-    for ran, kept in zip(code(executed), code(lesson())):
-        assert kinds(ran) == kinds(kept), ran.source
+    kept = code(lesson())
+    for ran, stored in zip(code(executed), kept):
+        assert kinds(ran) == kinds(stored), ran.source
+    assert sum(ran.source != stored.source for ran, stored in zip(code(executed), kept)) == 2
 
 
 def test_the_lesson_is_stored_of_one_run_without_errors_and_without_the_machine_that_ran_it():

@@ -15,7 +15,6 @@ import pytest
 
 SCRIPT = """
 import json
-from itertools import product
 import torch
 from gpu_lstm.kernels.triton_lstm import cooperative, step
 from gpu_lstm.kernels.triton_lstm.binary import compile_for
@@ -43,11 +42,11 @@ def compiled(family, name, card, backward):
     ptx = compile_for(launch, device.architecture).asm["ptx"]
     return dict(name=f"{launch.kernel.__name__} {name} {card}", ptx=ptx, arguments=arguments, words=words)
 
-_, *smaller = PROBLEMS
-cases = [("bf16 H=768 B=16", "h100"), *product(smaller[:-1], ("a100", "h100"))]
+*held, last = PROBLEMS
+cases = [*zip(held, ("h100", "a100", "h100", "a100")), ("tf32 H=33 B=3", "h100")]
 print(json.dumps({
     "cooperative": [compiled(cooperative, *case, backward) for case in cases for backward in (False, True)],
-    "step": [compiled(step, smaller[-1], card, backward) for card in ("a100", "h100") for backward in (False, True)],
+    "step": [compiled(step, last, *one) for one in (("a100", False), ("h100", False), ("h100", True))],
 }))
 """
 
@@ -115,7 +114,7 @@ def _problems(kernel: dict) -> list[str]:
 
 def test_words_are_whole_and_strong_and_in_order(kernels):
     found = {kernel["name"]: _problems(kernel) for kernel in kernels["cooperative"]}
-    assert len(found) == 14
+    assert len(found) == 10
     assert {name: problems for name, problems in found.items() if problems} == {}
 
 
@@ -162,7 +161,7 @@ def _problems_of_meetings(kernel: dict) -> list[str]:
 
 def test_programs_of_the_step_family_meet(kernels):
     found = {kernel["name"]: _problems_of_meetings(kernel) for kernel in kernels["step"]}
-    assert len(found) == 4
+    assert len(found) == 3
     assert {name: problems for name, problems in found.items() if problems} == {}
 
 

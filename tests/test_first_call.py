@@ -276,14 +276,3 @@ def test_a_broken_package_stops_nobody_who_did_not_ask_for_it(monkeypatch, error
     finally:
         for problem in (backends.triton_import_problem, backends.cupy_import_problem):
             problem.cache_clear()
-
-
-def test_blocks_of_threads_that_overlap_leave_nothing_behind():
-    first, second = backends.backend("torch"), backends.backend("reference")
-    first.__enter__()
-    second.__enter__()
-    assert backends.requested(None) is Backend.REFERENCE, "the youngest counts"
-    first.__exit__(None, None, None)
-    assert backends.requested(None) is Backend.REFERENCE
-    second.__exit__(None, None, None)
-    assert backends.requested(None) is Backend.AUTO

@@ -3,6 +3,7 @@
 What raises leaves modules, states and caches as they were, or as they are after the call; the next call is right.
 """
 
+import itertools
 import linecache
 import re
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES
+from comparing import PLACES
 from torch import nn
 
 import gpu_lstm
@@ -97,8 +98,8 @@ def caller(backend: str, kind: str) -> tuple[nn.Module, Callable[[], list[torch.
 
 
 @pytest.mark.parametrize(("backend", "kind"), [
-    pytest.param(backend, kind, marks=[pytest.mark.slow] if backend == "triton" and kind != "LSTMCell" else [])
-    for backend in BACKENDS for kind in MODULES
+    *itertools.product(["torch", "reference"], MODULES), ("triton", "LSTMCell"),
+    pytest.param("triton", "StackedLSTM", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_after_an_interrupt_the_next_call_is_right(backend, kind):
     module, call = caller(backend, kind)
@@ -289,7 +290,36 @@ def test_an_interrupted_block_is_closed():
     assert backends.requested(None) is Backend.AUTO
 
 
-def test_blocks_of_generators_that_overlap_leave_nothing_behind():
+@pytest.mark.parametrize("at", range(2, 9))
+def test_blocks_that_are_interrupted_as_they_open_or_close_leave_nothing_behind(monkeypatch, at):
+    """Of four, of which two are the same, entered again while it is open: each as it opens, each as it closes."""
+    choose, calls, block = backends._choose_youngest, [], gpu_lstm.backend("reference")
+
+    def interrupted():
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        choose()
+
+    monkeypatch.setattr(backends, "_choose_youngest", interrupted)
+    with pytest.raises(KeyboardInterrupt), gpu_lstm.backend("torch"), block, gpu_lstm.backend("torch"), block:
+        pass
+    assert backends._blocks == []
+    assert backends.requested(None) is Backend.AUTO
+
+
+def test_a_function_in_a_block_may_call_itself_within_another():
+    @gpu_lstm.backend("torch")
+    def decorated(deeper):
+        if deeper:
+            with gpu_lstm.backend("reference"):
+                decorated(False)
+                assert backends.requested(None) is Backend.REFERENCE
+
+    decorated(True)
+
+
+def test_overlapping_blocks_leave_nothing_behind():
     def choosing(name):
         with gpu_lstm.backend(name):
             yield backends.requested(None)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -195,19 +194,3 @@ def test_the_plan_command(capsys):
     plan = json.loads(capsys.readouterr().out)["forward"]
     assert plan["plan"]["family"] == "cooperative"
     assert plan["expected_seconds"] == pytest.approx(sum(plan["expected_terms"].values()))
-
-
-@pytest.mark.parametrize("hidden", ["2000000", "0"])
-def test_what_no_card_holds_is_refused_in_one_line(hidden, capsys):
-    try:
-        status = main(["plan", "--hidden", hidden, "--batch", "16", "--device", "h100"])
-    except SystemExit as error:  # argparse's
-        status = error.code
-    *_, line = capsys.readouterr().err.splitlines()
-    assert status == 2
-    assert re.search("W_hh of 2000000 units takes 32000 GB, more than any|--hidden: expected at least 1, got 0", line)
-
-
-def test_an_unknown_device_is_refused_with_those_known(capsys):
-    assert main(["plan", "--hidden", "8", "--batch", "1", "--device", "tpu"]) == 2
-    assert "known: h100, a100, l4, rtx4090, rtx5090, b200" in capsys.readouterr().err

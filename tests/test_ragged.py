@@ -231,11 +231,3 @@ def test_resets_are_dones_a_step_later():
     y, state = lstm(x[:4], resets=gpu_lstm.resets_from_dones(dones[:4]))
     rest, _ = lstm(x[4:], state, resets=gpu_lstm.resets_from_dones(dones[4:], first=dones[3]))
     torch.testing.assert_close(torch.cat([y, rest]), expected)
-
-
-@pytest.mark.parametrize(("dones", "first"), [(torch.zeros(3, 2), None), (torch.zeros(3).bool(), None),
-                                              (torch.zeros(3, 2).bool(), torch.zeros(3).bool()),
-                                              (torch.zeros(3, 2).bool(), torch.zeros(2))])  # fmt: skip
-def test_dones_of_the_wrong_kind_are_refused(dones, first):
-    with pytest.raises(ValueError, match=r"Expected bool dones \[T, B\]|Expected .*first"):
-        gpu_lstm.resets_from_dones(dones, first)

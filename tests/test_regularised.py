@@ -251,26 +251,6 @@ def test_a_trace_shows_the_states_after_zoneout():
 # Arguments
 
 
-ZEROED = "{} should be a number in range [0, 1] representing the probability of an element being zeroed, got {!r}"
-HELD = (
-    "zoneout should be a number in range [0, 1] representing the probability of an element staying as it was, or a "
-    "pair of them for h and c, got {!r}"
-)
-
-
-@every_class
-def test_wrong_probabilities(make):
-    wrong = [(name, value, ZEROED.format(name, value)) for name in ("recurrent_dropout", "weight_drop")
-             for value in (-0.1, 1.5, float("nan"), True, "0.5", None, (0.1, 0.1))]  # fmt: skip
-    wrong += [("zoneout", value, HELD.format(value))
-              for value in (-0.1, 1.5, True, "ab", None, (0.1,), (0.1, 0.1, 0.1), (0.1, 2), [0.1, 0.2])]  # fmt: skip
-    for name, value, text in wrong:
-        with pytest.raises(ValueError) as error:  # noqa: PT011
-            make(3, 4, **{name: value})
-        assert str(error.value) == text
-    assert make(3, 4, zoneout=(0.2, 0.2)).zoneout == 0.2
-
-
 @every_class
 def test_pickles(make):
     twin = pickle.loads(pickle.dumps(make(3, 4, **ALL)))

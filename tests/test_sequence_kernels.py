@@ -30,8 +30,8 @@ VARIANTS = ("plain", "ragged", "resets", "ragged resets reverse")
 
 
 def sizes_and_variants(*sizes):
-    """All variants of the first size, of the others only the two that differ most."""
-    return [(size, v) for k, size in enumerate(sizes) for v in (VARIANTS if k == 0 else VARIANTS[:: len(VARIANTS) - 1])]
+    """All variants of the first size; of the others in turn one of the two that differ most."""
+    return [(size, v) for k, size in enumerate(sizes) for v in (VARIANTS if k == 0 else VARIANTS[-(k % 2) :][:1])]
 
 
 @pytest.fixture(autouse=True)
@@ -267,6 +267,7 @@ count_missing = exchange.count_missing  # as it was before a fault stood in its 
 @pytest.mark.parametrize(
     ("module", "name", "fault"),
     [
+        pytest.param(exchange, "count_missing", count_missing, id="none"),
         pytest.param(cooperative, "publish", announce_early, id="published before the data"),
         pytest.param(exchange, "count_missing", nothing_missing, id="no repeated load"),
         pytest.param(exchange, "count_missing", missing_in_the_last_word, id="one word is looked at"),
@@ -277,7 +278,6 @@ count_missing = exchange.count_missing  # as it was before a fault stood in its 
 def test_a_broken_exchange_is_seen(monkeypatch, module, name, fault, dtype):
     _cooperate(monkeypatch, units=4, yield_rate=0.3)
     given = partial(example, 6, 3, 3, 8)
-    assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=2)
     monkeypatch.setattr(module, name, fault)
 
     def is_seen(seed: int) -> bool:
@@ -287,7 +287,8 @@ def test_a_broken_exchange_is_seen(monkeypatch, module, name, fault, dtype):
             return True
         return False
 
-    assert any(map(is_seen, range(12))), "programs meet in another order at each"
+    there = fault is not count_missing
+    assert any(map(is_seen, range(12 if there else 2))) is there, "programs meet in another order at each"
 
 
 @triton.jit

@@ -249,27 +249,3 @@ def test_a_step_is_replayed_from_a_graph(hidden):
     stream = Stream(lstm, 4)
     steps = torch.stack([stream(x_t) for x_t in x])
     torch.testing.assert_close(steps, lstm(x)[0], rtol=0, atol=8 * torch.finfo(torch.bfloat16).eps)
-
-
-def test_mistakes(build):
-    lstm = build()
-    stream, first = Stream(lstm, B), Stream(build(batch_first=True), B)
-    x = random_input(lstm)
-    for call, error, text in (
-        (lambda: Stream(torch.nn.Linear(2, 3), 1), TypeError, "Stream takes an LSTM or a StackedLSTM, got Linear"),
-        (lambda: Stream(gpu_lstm.LSTM(I, H, bidirectional=True), 1), ValueError,
-         "Stream takes one direction, got bidirectional=True"),
-        (lambda: stream(x[:, :2]), ValueError, rf"expected \(N, I\) or \(T, N, I\) with N = 3, got \({T}, 2, {I}\)"),
-        (lambda: first(x), ValueError, rf"expected \(N, I\) or \(N, T, I\) with N = 3, got \({T}, 3, {I}\)"),
-        (lambda: stream(x[0, 0]), ValueError, r"with N = 3, got \(4,\)"),
-        (lambda: stream(x[..., :2]), RuntimeError, f"[Ee]xpected {I}, got 2"),
-        (lambda: stream.reset(torch.ones(2, dtype=torch.bool)), ValueError,
-         r"expected bool of shape \(3,\), got torch.bool \(2,\)"),
-        (lambda: stream.reset(torch.ones(3)), ValueError, r"expected bool of shape \(3,\), got torch.float32 \(3,\)"),
-        *((lambda regularised=regularised: Stream(gpu_lstm.LSTM(I, H, 2, **regularised), B)(x.float()), ValueError,
-           r"drops out in training mode; call eval\(\)") for regularised in (dict(dropout=0.5), dict(weight_drop=0.5),
-           dict(zoneout=0.5), dict(recurrent_dropout=0.5))),
-    ):  # fmt: skip
-        with pytest.raises(error, match=text):
-            call()
-    assert all((t == 0).all() for t in flat(stream.state))  # and nothing has changed

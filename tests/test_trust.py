@@ -75,6 +75,13 @@ def test_right_kernels_are_trusted(dtype, projected, ragged, noise, reverse, lef
     assert trust.distrust(_step_plan(r, True), r, given=given) is None
 
 
+def test_the_numbers_of_the_check_shut_no_gate():
+    """Products are of the size of their factors: in gates that are shut or wide open no fault would show."""
+    tensors = trust.Small.like(_recurrence(projected=5), B).tensors
+    for name in ("weight_ih", "weight_hh", "weight_hr"):
+        assert 0.75 < tensors[name].std() * tensors[name].shape[1] ** 0.5 < 1.25, name
+
+
 @pytest.mark.parametrize("family", [Family.RESIDENT, Family.COOPERATIVE])
 def test_every_family_is_checked_by_its_own_kernel(monkeypatch, family):
     kernels = []

@@ -61,7 +61,7 @@ def test_type_checkers_accept_a_program_and_find_every_mistake(tmp_path):
     for number, install in enumerate((wheel, ["--editable", str(PROGRAM.parents[1])])):
         python = environment(tmp_path / f"environment-{number}", install=install)
         _check(["mypy", "--strict", "--python-executable", str(python)], program, mistakes)
-        _check(["pyright", "--pythonpath", str(python)], program, mistakes)
+    _check(["pyright", "--pythonpath", str(python)], program, mistakes)  # which reads sources, with py.typed or without
 
 
 def _check(checker: list[str], program: Path, mistakes: Path) -> None:

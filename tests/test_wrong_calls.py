@@ -48,6 +48,7 @@ def modules(backend):
         anyones=gpu_lstm.LSTM(3, 4),
         stream=gpu_lstm.Stream(lstm.eval(), 2),
         stream_of_stack=gpu_lstm.Stream(gpu_lstm.StackedLSTM(3, [4, 4], backend=backend), 2),
+        dropping=nn.ModuleDict({name: gpu_lstm.LSTM(3, 4, 2, **{name: 0.5}) for name in DROPS}),
         backwards=keras.GoBackwards(gpu_lstm.LSTM(3, 4, batch_first=True, backend=backend)),
         without_bias=nn.ModuleList([nn.LSTM(3, 4), nn.LSTM(3, 4, bias=False)]),
         of_another=MyLSTM(3, 4),
@@ -92,7 +93,10 @@ def in_environment(name, value, call):
 
 DROPOUT = r"^dropout should be a number in range \[0, 1\] representing the probability of an element being zeroed$"
 DROPPED = r"^{} should be a number in range \[0, 1\] representing the probability of an element being zeroed, got {}$"
-ZONEOUT = r"^zoneout should be a number in range \[0, 1\] .*, or a pair of them for h and c, got {}$"
+ZONEOUT = (
+    r"^zoneout should be a number in range \[0, 1\] representing the probability of an element staying as it was, or a "
+    "pair of them for h and c, got {}$"
+)
 UNKNOWN = r"^unknown backend {}; expected one of 'auto', 'triton', 'cupy', 'torch', 'reference'$"
 A_BOOL, AN_INT, A_TENSOR = (
     f"^{{}} should be {kind}, got: {{}}$" for kind in ("of type bool", "of type int", "a tensor")
@@ -102,102 +106,66 @@ PAIR = r"^{}\(\): argument 'hx' \(position 2\) must be tuple of Tensors, not {}$
 A_LIST = r"^hx should be a list of pairs \(h, c\), one a layer, got{}: {}$"
 SIZE = r"^Expected {} size {}, got {}$"
 OTHER_DTYPE = r"^Input and {} tensors are not the same dtype, found input tensor with {} and {} tensor with {}$"
+ELSEWHERE = "^Input and {} tensors are not at the same device, found input tensor at {} and {} tensor at {}$"
 RATES = {
     "recurrent_dropout": (2.0, -0.5, "0.5", None, [0.1], math.nan, True),
     "weight_drop": (1.5, -1, (0.1, 0.2), "a"),
 }
 ZONEOUTS = (2.0, -0.5, [0.1, 0.1], (0.1,), (0.1, 0.2, 0.3), (0.1, 2), "0.1", None, math.nan, True, {"h": 0.1})
+DROPS = ("dropout", "recurrent_dropout", "zoneout", "weight_drop")
 NAMES = ("cuda", "Triton", "", 1, ["torch"])
 
 
 def rates():
     """(name, wrong value, text) of what regularises."""
-    yield from ((name, value, DROPPED.format(name, ".*")) for name, values in RATES.items() for value in values)
-    yield from (("zoneout", value, ZONEOUT.format(".*")) for value in ZONEOUTS)
+    for name, values in RATES.items():
+        yield from ((name, value, DROPPED.format(name, re.escape(repr(value)))) for value in values)
+    yield from (("zoneout", value, ZONEOUT.format(re.escape(repr(value)))) for value in ZONEOUTS)
 
 
-def of_constructors():
-    classes = {
-        "LSTM": lambda **kwargs: gpu_lstm.LSTM(3, 4, **kwargs),
-        "StackedLSTM": lambda **kwargs: gpu_lstm.StackedLSTM(3, [4, 4], **kwargs),
-        "compat.LSTM": lambda **kwargs: gpu_lstm.compat.LSTM(3, 4, **kwargs),
-    }
-    for cls, make in classes.items():
-        for name, value, text in rates() if cls != "compat.LSTM" else [*rates()][:2]:
-            yield f"{cls} {name}={value}", ValueError, text, lambda m, f=make, n=name, v=value: f(**{n: v})
-        for value in ("yes", 1, None):
-            text = A_BOOL.format("recompute", type(value).__name__)
-            yield f"{cls} recompute={value}", TypeError, text, lambda m, f=make, v=value: f(recompute=v)
-        for value in NAMES:
-            text = UNKNOWN.format(".*")
-            yield f"{cls} backend={value}", ValueError, text, lambda m, f=make, v=value: f(backend=v)
-    for value in NAMES:
-        text = UNKNOWN.format(".*")
-        yield f"LSTMCell backend={value}", ValueError, text, lambda m, v=value: gpu_lstm.LSTMCell(3, 4, backend=v)
-    for name, value in (("residual", "no"), ("residual", 1), ("batch_first", "no"), ("bidirectional", "no")):
-        text = A_BOOL.format(name, type(value).__name__)
-        yield (
-            f"StackedLSTM {name}={value}",
-            TypeError,
-            text,
-            lambda m, n=name, v=value: gpu_lstm.StackedLSTM(3, [4], **{n: v}),
-        )
-    for value in (2.0, -0.5, "half", None, True):
-        yield (
-            f"StackedLSTM dropout={value}",
-            ValueError,
-            DROPOUT,
-            lambda m, v=value: gpu_lstm.StackedLSTM(3, [4, 4], dropout=v),
-        )
+CLASSES = {
+    "LSTM": lambda **kwargs: gpu_lstm.LSTM(3, 4, **kwargs),
+    "StackedLSTM": lambda **kwargs: gpu_lstm.StackedLSTM(**dict(input_size=3, hidden_sizes=[4, 4]) | kwargs),
+    "compat.LSTM": lambda **kwargs: gpu_lstm.compat.LSTM(3, 4, **kwargs),
+    "LSTMCell": lambda **kwargs: gpu_lstm.LSTMCell(3, 4, **kwargs),
+}
+
+
+def wrong_arguments():
+    """(class, argument, wrong value, error, text)"""
+    for cls in CLASSES:
+        yield from ((cls, "backend", value, ValueError, UNKNOWN.format(".*")) for value in NAMES)
+        for value in ("yes", 1, None) if cls != "LSTMCell" else ():
+            yield cls, "recompute", value, TypeError, A_BOOL.format("recompute", type(value).__name__)
+    for cls in ("LSTM", "StackedLSTM"):
+        yield from ((cls, name, value, ValueError, text) for name, value, text in rates())
+    yield from (("compat.LSTM", name, value, ValueError, text) for name, value, text in [*rates()][:2])
+    for name, value in dict(residual="no", bias=1, batch_first="no", bidirectional="no").items():
+        yield "StackedLSTM", name, value, TypeError, A_BOOL.format(name, type(value).__name__)
+    yield from (("StackedLSTM", "dropout", value, ValueError, DROPOUT) for value in (2.0, -0.5, "half", None, True))
     for value in (4, {4, 5}, "44", None, {4: 1}, 4.0, (size for size in (4, 5))):
         text = f"^hidden_sizes should be a sequence of ints, got: {type(value).__name__}$"
-        name = f"StackedLSTM hidden_sizes a {type(value).__name__}"
-        yield name, TypeError, text, lambda m, v=value: gpu_lstm.StackedLSTM(3, v)
-    for value, error, text in (
-        ([], ValueError, "^hidden_sizes must have at least one layer$"),
-        ([4, 0], ValueError, "^hidden_size must be greater than zero$"),
-        ([4, -1], ValueError, "^hidden_size must be greater than zero$"),
-        ([4, 2.0], TypeError, AN_INT.format("hidden_size", "float")),
-        ([4, None], TypeError, AN_INT.format("hidden_size", "NoneType")),
-        ([4, "4"], TypeError, AN_INT.format("hidden_size", "str")),
-        ([[4, 5]], TypeError, AN_INT.format("hidden_size", "list")),
-    ):
-        yield f"StackedLSTM hidden_sizes={value}", error, text, lambda m, v=value: gpu_lstm.StackedLSTM(3, v)
-    for value, error, text in (
-        (0, ValueError, "^input_size must be greater than zero$"),
-        ("3", TypeError, AN_INT.format("input_size", "str")),
-    ):
-        yield f"StackedLSTM input_size={value}", error, text, lambda m, v=value: gpu_lstm.StackedLSTM(v, [4])
+        yield "StackedLSTM", "hidden_sizes", value, TypeError, text
+    for value in (2.0, None, "4", [4, 5]):
+        text = AN_INT.format("hidden_size", type(value).__name__)
+        yield "StackedLSTM", "hidden_sizes", [4, value], TypeError, text
+    for value, text in (([], "^hidden_sizes must have at least one layer$"),
+                        ([4, 0], "^hidden_size must be greater than zero$"),
+                        ([4, -1], "^hidden_size must be greater than zero$")):  # fmt: skip
+        yield "StackedLSTM", "hidden_sizes", value, ValueError, text
+    yield "StackedLSTM", "input_size", 0, ValueError, "^input_size must be greater than zero$"
+    yield "StackedLSTM", "input_size", "3", TypeError, AN_INT.format("input_size", "str")
 
 
-def of_attributes():
-    """Set later."""
+def wrong_attributes():
+    """(module, attribute, wrong value, error, text), set later."""
     for module in ("lstm", "stack"):
-        for name, value, text in rates():
-            yield (
-                f"{module}.{name} = {value}",
-                ValueError,
-                text,
-                lambda m, o=module, n=name, v=value: setattr(getattr(m, o), n, v),
-            )
-        for value in (2.0, -0.5, "half", None, [0.5]):
-            yield (
-                f"{module}.dropout = {value}",
-                ValueError,
-                DROPOUT,
-                lambda m, o=module, v=value: setattr(getattr(m, o), "dropout", v),
-            )
+        yield from ((module, name, value, ValueError, text) for name, value, text in rates())
+        yield from ((module, "dropout", value, ValueError, DROPOUT) for value in (2.0, -0.5, "half", None, [0.5]))
     for module in ("lstm", "stack", "cell", "compat"):
-        yield (
-            f"{module}.backend",
-            ValueError,
-            UNKNOWN.format("'cuda'"),
-            lambda m, o=module: setattr(getattr(m, o), "backend", "cuda"),
-        )
-    for name in ("recompute", "residual"):
-        text = A_BOOL.format(name, "str")
-        yield f"stack.{name}", TypeError, text, lambda m, n=name: setattr(m.stack, n, "yes")
-    yield "compat.recompute", TypeError, A_BOOL.format("recompute", "int"), lambda m: setattr(m.compat, "recompute", 1)
+        yield module, "backend", "cuda", ValueError, UNKNOWN.format("'cuda'")
+    for module, name in (("stack", "recompute"), ("stack", "residual"), ("compat", "recompute")):
+        yield module, name, "yes", TypeError, A_BOOL.format(name, "str")
 
 
 TAKERS = (  # of reset_states: name, call, and right ones, one a sequence
@@ -235,8 +203,12 @@ def wrong_reset_states():
 
 
 CALLS = [
-    *of_constructors(),
-    *of_attributes(),
+    *((f"{cls} {name}={value}".split(" at ")[0], error, text,
+       lambda m, cls=cls, name=name, value=value: CLASSES[cls](**{name: value}))
+      for cls, name, value, error, text in wrong_arguments()),
+    *((f"{module}.{name} = {value}", error, text,
+       lambda m, module=module, name=name, value=value: setattr(getattr(m, module), name, value))
+      for module, name, value, error, text in wrong_attributes()),
     # Weights of a wrong size
     ("functional_call weight_hh_l0", RuntimeError, SIZE.format("weight_hh", r"\(16, 4\)", r"\[16, 3\]"),
      lambda m: with_parameter(m.lstm, "weight_hh_l0", zeros(16, 3))),
@@ -311,6 +283,13 @@ CALLS = [
        f"^backend '{backend}' takes no reset_states; use 'triton' or 'reference'$",
        lambda m, backend=backend: by(backend, m.anyones, X, resets=zeros(5, 2, dtype=BOOL), reset_states=(H, C)))
       for backend in ("torch", "cupy")),
+    ("LSTM lengths unbatched", ValueError, r"^Expected lengths of shape \[\], got \[1\]$",
+     lambda m: m.lstm(X[:, 0], lengths=tensor([3]))),
+    ("LSTM resets unbatched", ValueError, r"^Expected resets of shape \[5\], got \[5, 1\]$",
+     lambda m: m.first(X[:, 0], resets=zeros(5, 1, dtype=BOOL))),
+    *((f"{module} resets packed", ValueError, rf"^Expected resets of shape \[{shape}\], got \[8\]$",
+       lambda m, module=module: getattr(m, module)(PACKED, resets=zeros(8, dtype=BOOL)))
+      for module, shape in (("lstm", "5, 2"), ("first", "2, 5"))),
     ("LSTM unknown argument", TypeError, "unexpected keyword argument 'length'",
      lambda m: m.lstm(X, length=tensor([5, 2]))),
     ("LSTM TorchRL's mask", TypeError, "^LSTM takes lengths, .* LSTMModule .* hand it a gpu_lstm.compat.LSTM$",
@@ -321,6 +300,16 @@ CALLS = [
     ("StackedLSTM an array", TypeError, A_TENSOR.format("input", "ndarray"), lambda m: m.stack(X.numpy())),
     ("StackedLSTM nested", RuntimeError, DENSE.format("StackedLSTM", "a nested tensor"), lambda m: m.stack(NESTED)),
     ("StackedLSTM sparse", RuntimeError, DENSE.format("StackedLSTM", ".*sparse_coo"), lambda m: m.stack(X.to_sparse())),
+    *((f"StackedLSTM rank {rank}", ValueError, f"^StackedLSTM: Expected input to be 2D or 3D, got {rank}D instead$",
+       lambda m, rank=rank: m.stack(zeros([3] * rank))) for rank in (1, 4)),
+    ("StackedLSTM features", RuntimeError, "^input.size.-1. must be equal to input_size. Expected 3, got 4$",
+     lambda m: m.stack(zeros(5, 2, 4))),
+    ("StackedLSTM float64", ValueError, r"^RNN input dtype \(torch.float64\) does not match weight dtype .*float32\). ",
+     lambda m: m.stack(X.double())),
+    ("StackedLSTM elsewhere", RuntimeError, ELSEWHERE.format("parameter", META, "parameter", "cpu"),
+     lambda m: m.stack(X.to(META))),
+    ("StackedLSTM residual", ValueError, r"^residual=True needs .* got inputs of \[3, 4\] and outputs of \[4, 5\] ",
+     lambda m: gpu_lstm.StackedLSTM(3, [4, 5], residual=True)),
     ("StackedLSTM torch's hx", TypeError, A_LIST.format(" for layer 0", "Tensor"),
      lambda m: m.stack(X, (zeros(2, 2, 4), zeros(2, 2, 4)))),
     ("StackedLSTM hx a tensor", TypeError, A_LIST.format("", "Tensor"), lambda m: m.stack(X, zeros(2, 2, 2, 4))),
@@ -330,6 +319,14 @@ CALLS = [
     ("StackedLSTM hx of one layer too few", RuntimeError, "^Expected hx of 2 pairs, one a layer, got 1$",
      lambda m: m.stack(X, PAIRS[:1])),
     ("StackedLSTM hx empty", RuntimeError, "^Expected hx of 2 pairs, one a layer, got 0$", lambda m: m.stack(X, [])),
+    ("StackedLSTM hx 3-D", RuntimeError, r"^Expected h of layer 0 of size \[2, 4\], got \[1, 2, 4\]$",
+     lambda m: m.stack(X, [(H, C), PAIRS[1]])),
+    ("StackedLSTM hx unbatched", RuntimeError, r"^Expected c of layer 1 of size \[4\], got \[1, 4\]$",
+     lambda m: m.stack(X[:, 0], [(zeros(4), zeros(4)), (zeros(4), zeros(1, 4))])),
+    ("StackedLSTM hx elsewhere", RuntimeError, ELSEWHERE.format("hidden", "cpu", "hidden", META),
+     lambda m: m.stack(X, [PAIRS[0], (zeros(2, 4), zeros(2, 4, device=META))])),
+    ("StackedLSTM one state", RuntimeError, r"^Expected two states \(h, c\) of layer 0, got 1$",
+     lambda m: m.stack(X, [PAIRS[0][:1], PAIRS[1]])),
     ("StackedLSTM three states", RuntimeError, r"^Expected two states \(h, c\) of layer 1, got 3$",
      lambda m: m.stack(X, [PAIRS[0], (*PAIRS[1], zeros(2, 4))])),
     ("StackedLSTM hx of None", TypeError, A_TENSOR.format("c of layer 0", "NoneType"),
@@ -376,6 +373,14 @@ CALLS = [
      lambda m: layer(m, weights=(*WEIGHTS, None, None, zeros(4)))),
     ("lstm_layer a bias of one", RuntimeError, SIZE.format("bias_ih", r"\(16,\)", r"\[1\]"),
      lambda m: layer(m, weights=(*WEIGHTS, zeros(1), zeros(1)))),
+    ("lstm_layer weight_ih", RuntimeError, SIZE.format("weight_ih", r"\(16, 3\)", r"\[16, 2\]"),
+     lambda m: layer(m, weights=(zeros(16, 2), WEIGHTS[1]))),
+    ("lstm_layer weight_hh", RuntimeError, SIZE.format("weight_hh", r"\(16, 4\)", r"\[16, 5\]"),
+     lambda m: layer(m, weights=(WEIGHTS[0], zeros(16, 5)))),
+    ("lstm_layer weight_hh and weight_hr", RuntimeError, SIZE.format("weight_hh", r"\(16, 2\)", r"\[16, 4\]"),
+     lambda m: layer(m, weights=(*WEIGHTS, None, None, zeros(2, 4)))),
+    ("lstm_layer float64", RuntimeError, OTHER_DTYPE.format("parameter", ".*64", "parameter", ".*32"),
+     lambda m: layer(m, x=X.double())),
     ("lstm_layer one bias", RuntimeError, "^bias_ih and bias_hh should be given together$",
      lambda m: layer(m, weights=(*WEIGHTS, zeros(16)))),
     ("lstm_layer H = 0", ValueError, "^hidden_size must be greater than zero$",
@@ -388,11 +393,13 @@ CALLS = [
     ("lstm_layer hx of None", TypeError, A_TENSOR.format(r"hidden\[0\]", "NoneType"),
      lambda m: layer(m, hx=(None, None))),
     ("lstm_layer hx a number", TypeError, PAIR.format("lstm", "int"), lambda m: layer(m, hx=1)),
+    ("lstm_layer hx 1-D", RuntimeError, SIZE.format(r"hidden\[0\]", r"\(2, 4\)", r"\[4\]"),
+     lambda m: layer(m, hx=(zeros(4), zeros(2, 4)))),
     ("lstm_layer hx wide", RuntimeError, SIZE.format(r"hidden\[1\]", r"\(2, 4\)", r"\[2, 5\]"),
      lambda m: layer(m, hx=(zeros(2, 4), zeros(2, 5)))),
     ("lstm_layer hx float64", RuntimeError, OTHER_DTYPE.format("hidden", ".*32", "hidden", ".*64"),
      lambda m: layer(m, hx=(zeros(2, 4, dtype=F64), zeros(2, 4)))),
-    ("lstm_layer hx elsewhere", RuntimeError, "^Input and hidden tensors are not at the same device, .* cpu .* meta$",
+    ("lstm_layer hx elsewhere", RuntimeError, ELSEWHERE.format("hidden", "cpu", "hidden", META),
      lambda m: layer(m, hx=(zeros(2, 4, device=META), zeros(2, 4)))),
     ("lstm_layer reverse", TypeError, A_BOOL.format("reverse", "str"), lambda m: layer(m, reverse="no")),
     ("lstm_layer lengths", TypeError, A_TENSOR.format("lengths", "list"), lambda m: layer(m, lengths=[1, 2])),
@@ -457,6 +464,12 @@ CALLS = [
     ("stream packed", TypeError, A_TENSOR.format("x", "PackedSequence"), lambda m: m.stream(PACKED)),
     ("stream of another batch", ValueError, r"^expected \(N, I\) or \(T, N, I\) with N = 2, got \(3, 3\)$",
      lambda m: m.stream(zeros(3, 3))),
+    ("stream unbatched", ValueError, r"^expected \(N, I\) or \(T, N, I\) with N = 2, got \(3,\)$",
+     lambda m: m.stream(zeros(3))),
+    ("stream time first", ValueError, r"^expected \(N, I\) or \(N, T, I\) with N = 2, got \(5, 2, 3\)$",
+     lambda m: gpu_lstm.Stream(m.first, 2)(X)),
+    *((f"stream in training, {name}", ValueError, r"drops out in training mode; call eval\(\)",
+       lambda m, name=name: gpu_lstm.Stream(m.dropping[name], 2)(zeros(2, 3))) for name in DROPS),
     ("stream features", RuntimeError, "Expected 3, got 4$", lambda m: m.stream_of_stack(zeros(2, 4))),
     ("stream float64", ValueError, "^(RNN input dtype|input must have the type) .*float(32|64)",
      lambda m: m.stream(zeros(2, 3, dtype=F64))),
@@ -504,6 +517,10 @@ CALLS = [
      lambda m: gpu_lstm.from_haste(dict.fromkeys(HASTE, tensor(1.0)))),
     ("from_haste H = 0", ValueError, "^hidden_size must be greater than zero$",
      lambda m: gpu_lstm.from_haste(dict(kernel=zeros(3, 0), recurrent_kernel=zeros(0, 0), bias=zeros(0)))),
+    ("from_haste turned round", ValueError, r"^expected sizes \[I, 4H\].* got \[\[16, 3\], \[4, 16\], \[16\]\]$",
+     lambda m: gpu_lstm.from_haste(HASTE | {"kernel": zeros(16, 3)})),
+    ("from_haste of some", ValueError, r"^expected the parameters .*recurrent_kernel.* got \['bias', 'kernel'\]$",
+     lambda m: gpu_lstm.from_haste({name: HASTE[name] for name in ("kernel", "bias")})),
     ("from_haste sizes", ValueError, r"^expected sizes .* got \[\[3, 16\], \[4, 16\], \[4\]\]$",
      lambda m: gpu_lstm.from_haste(HASTE | {"bias": zeros(4)})),
     # resets_from_dones
