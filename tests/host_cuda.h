@@ -9,11 +9,9 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <random>
 #include <vector>
 
 #define __device__
@@ -30,8 +28,14 @@ struct dim3 {
     unsigned x, y, z;
 };
 
-using std::max;
-using std::min;
+template <typename T>
+T min(T a, T b) {
+    return b < a ? b : a;
+}
+template <typename T>
+T max(T a, T b) {
+    return a < b ? b : a;
+}
 
 inline dim3 blockIdx, threadIdx, blockDim, gridDim;
 
@@ -61,14 +65,16 @@ struct Block {
     Block(int threads, int shared_bytes)
         : barrier{threads}, warps((threads + WARP - 1) / WARP), shared_bytes(shared_bytes),
           shared((shared_bytes + GUARD) / sizeof(uint4)) {
-        for (auto& warp : warps) warp.meeting = {std::min(WARP, threads)};
+        for (auto& warp : warps) warp.meeting = {min(WARP, threads)};
         if (threads % WARP) warps.back().meeting = {threads % WARP};
         std::memset(shared.data(), NAN_BYTE, shared_bytes + GUARD);
     }
 
     bool kept_to_its_memory() const {
         const auto* const end = reinterpret_cast<const unsigned char*>(shared.data()) + shared_bytes;
-        return std::all_of(end, end + GUARD, [](unsigned char byte) { return byte == NAN_BYTE; });
+        for (int n = 0; n < GUARD; ++n)
+            if (end[n] != NAN_BYTE) return false;
+        return true;
     }
 
     Meeting barrier;
@@ -88,8 +94,16 @@ struct Published {
     std::uint32_t *to, word;
 };
 
+struct Random {  // Marsaglia's xorshift
+    std::uint64_t state;
+    std::uint64_t operator()() {
+        state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+        return state;
+    }
+};
+
 struct Launch {
-    std::mt19937 random;
+    Random random;
     std::vector<Block> blocks;
     std::vector<Thread> threads;
     std::vector<int> ready;
@@ -123,7 +137,7 @@ struct Launch {
         auto& slots = warp().slots[thread().meetings++ % 2];
         auto& mine = slots[threadIdx.x % WARP];
         mine.what = what;
-        std::copy(words.begin(), words.end(), mine.words);
+        std::memcpy(mine.words, words.begin(), words.size() * sizeof(std::uint32_t));
         meet(warp().meeting);
         for (int lane = 0; lane < warp().meeting.count; ++lane) apart |= slots[lane].what != what;
         return slots;
@@ -133,7 +147,8 @@ struct Launch {
 
     void make_visible(std::size_t n) {  // but what went to the same place before comes first
         const auto* const to = pending[n].to;
-        const auto first = std::find_if(pending.begin(), pending.end(), [to](const auto& p) { return p.to == to; });
+        auto first = pending.begin();
+        while (first->to != to) ++first;
         *first->to = first->word;
         pending.erase(first);
         progress = turns;
@@ -150,8 +165,8 @@ struct Launch {
             }
             if (!pending.empty() && toss(32)) make_visible(random() % pending.size());
             const auto n = random() % ready.size();
-            std::swap(ready[n], ready.back());
-            current = ready.back();
+            current = ready[n];
+            ready[n] = ready.back();
             ready.pop_back();
             threadIdx = thread().index;
             if (toss(2000)) warp().asleep_until = turns + (1L << random() % 14);
@@ -298,7 +313,7 @@ inline void first_turn() {
 inline int run(void (*kernel)(void**), const int (&grid)[2], int threads, int shared_bytes, unsigned seed, void** args) {
     static std::vector<char*> stacks;  // kept
     Launch all;
-    all.random.seed(seed);
+    all.random = {seed * 2654435761ull + 88172645463325252ull};
     const int blocks = grid[0] * grid[1];
     all.blocks.reserve(blocks);
     all.threads.resize(blocks * threads);
