@@ -78,9 +78,12 @@ def test_launches_that_share_the_card_run_at_once_and_others_wait_for_all_of_the
 
 
 def test_families_whose_programs_do_not_wait_are_left_alone(queued, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_stream", None)  # nobody asks
-    ordering.await_others(plans(Problem(8, 16, 64, torch.bfloat16), H100, False)[0], CUDA)
-    assert ordering._launched == {}
+    monkeypatch.setattr(launch, "await_others", None)  # nobody asks
+    gates, h0 = torch.zeros(2, 16, 256), torch.zeros(16, 64)
+    plan = plans(Problem(8, 16, 64, torch.bfloat16), H100, False)[0]
+    assert plan.family is Family.RESIDENT
+    r = Recurrence(weight_hh=torch.zeros(256, 64), h0=h0, c0=h0)
+    launch.layer_forward(gates, r, save=False, plan=plan, launch=lambda *_, **__: None)
 
 
 @pytest.mark.parametrize("hidden", [768, 1536])

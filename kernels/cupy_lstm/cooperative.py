@@ -73,7 +73,7 @@ def _as_words(weights: Tensor) -> Tensor:
     """[*, H] -> [*, H and up to 16 bytes], which begins at 16 bytes."""
     missing = -weights.shape[-1] % (16 // weights.itemsize)
     weights = (torch.nn.functional.pad(weights, (0, missing)) if missing else weights).contiguous()
-    return weights if weights.data_ptr() % 16 == 0 else weights.clone()
+    return weights if weights.storage_offset() * weights.itemsize % 16 == 0 else weights.clone()
 
 
 def _transposed(weight_hh: Tensor, parts: int) -> Tensor:
