@@ -217,10 +217,8 @@ def _why_not(
 def _how(backend: Backend, batch: Batch, weights: list[list[Weights]], settings: Settings) -> str:
     """How a backend goes about it."""
     match backend:
-        case Backend.TRITON:
+        case Backend.TRITON | Backend.CUPY:
             return "a layer's steps, or a chunk of them, in one launch, after one product with all inputs"
-        case Backend.CUPY:
-            return "where W_hh fits a block's shared memory, a layer's steps in one launch; else one for every step"
         case Backend.REFERENCE:
             return "a loop over steps in torch's operators"
     if batch.packed is not None and batch.traversal.resets is None:
