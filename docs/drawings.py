@@ -71,7 +71,7 @@ def data_flow() -> Figure:
         "the first plan that fits the card and is right there\nresident.py    cooperative.py    step.py\n"
         "one launch: one program | many exchange h | all meet", KERNEL)  # fmt: skip
     box(axes, 51, 48, (40, 8), "kernels/cupy_lstm/launch.py",
-        "lstm.cu, where Triton cannot run\nstep    sequence    cluster", KERNEL)  # fmt: skip
+        "CUDA C++, where Triton cannot run\ncooperative", KERNEL)  # fmt: skip
     arrow(axes, (24, 56), (24, 60))
     arrow(axes, (67, 56), (67, 60))
     box(axes, 1, 60, (90, 6), "GPU memory",

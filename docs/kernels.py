@@ -25,9 +25,8 @@ FAMILIES = {  # by what the names of their kernels begin with
 }
 TITLES = ("kernel", "case", "sm", "registers", "spills", "shared", "instructions", "barriers", "mma", "loads of W_hh")
 NOTES = """In a case B is sequences, H hidden units, P projected features; *ragged*: with lengths, and resets to given
-states, in reverse; *masks* and *rates*: with recurrent dropout and zoneout, in training and in `eval()`. The
-kernels in CUDA C++ have the most hidden units that a block, or a cluster, holds; those of one step have no time
-loop."""
+states, in reverse; *masks* and *rates*: with recurrent dropout and zoneout, in training and in `eval()`. Of
+the kernels in CUDA C++ those without `mma` read W_hh at every step."""
 
 
 def compiled() -> list[dict]:
@@ -51,7 +50,7 @@ def page(rows: Iterable[dict], versions: dict[str, str]) -> str:
         cells = [
             f"`{row['kernel'].removesuffix('_kernel')}`", row["case"].removeprefix("bfloat16").strip(),
             row["architecture"], row["registers"], row["spills"], row["shared"], *counts,
-            "" if of_cupy else row["weight_loads"],
+            row["weight_loads"],
         ]  # fmt: skip
         families[title].append(f"| {' | '.join(map(str, cells))} |")
     for title, lines in families.items():

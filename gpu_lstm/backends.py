@@ -35,7 +35,7 @@ class Backend(enum.Enum):
 _BY_NAME = {b.value: b for b in Backend}  # torch 2.8 does not trace Backend(name)
 KERNEL_BACKENDS = (Backend.TRITON, Backend.CUPY)
 KERNEL_DEVICES = ("cuda",)  # whose tensors AUTO gives to kernels
-TAKE_ALL = (Backend.TRITON, Backend.REFERENCE)  # recurrent dropout, zoneout, states to reset to
+RESET_STATES = "reset_states"  # the argument, as errors name it
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _chosen: Backend | None = None  # by the youngest block of `backend(...)`; a plain global, which torch.compile guards on
@@ -138,13 +138,19 @@ def _from_environment() -> str:
     return parse(name, f" in the environment variable {ENVIRONMENT_VARIABLE}").value
 
 
+def takers(special: str) -> tuple[Backend, ...]:
+    """The backends that take what not all do: states to reset to or, else, what regularises the recurrence."""
+    kernels = (Backend.TRITON, Backend.CUPY) if special == RESET_STATES else (Backend.TRITON,)
+    return *kernels, Backend.REFERENCE
+
+
 def select(
     argument: "BackendName | Backend | None", device: torch.device, dtype: torch.dtype, special: str | None = None
 ) -> Backend:
     """The backend that will run tensors of this device and dtype: never AUTO.
 
-    `special` names what a call has that only TAKE_ALL take: what regularises the recurrence, or states to reset to.
-    AUTO then takes triton where it can, else the reference.
+    `special` names what a call has that not all take: what regularises the recurrence, else states to reset to. AUTO
+    then takes a backend with kernels that does and can, else the reference.
 
     Within torch.func.vmap and forward-mode derivatives it is the reference, whatever was chosen and can run.
 
@@ -156,12 +162,12 @@ def select(
     if choice is Backend.AUTO:
         choice = Backend.TORCH if special is None else Backend.REFERENCE
         for fused in KERNEL_BACKENDS if device.type in KERNEL_DEVICES else ():
-            if (special is None or fused in TAKE_ALL) and can_run(fused, device, dtype):
+            if (special is None or fused in takers(special)) and can_run(fused, device, dtype):
                 choice = fused
                 break
-    elif special is not None and choice not in TAKE_ALL:
-        takers = " or ".join(repr(b.value) for b in TAKE_ALL)
-        raise ValueError(f"backend {choice.value!r} takes no {special}; use {takers}")
+    elif special is not None and choice not in takers(special):
+        able = " or ".join(repr(b.value) for b in takers(special))
+        raise ValueError(f"backend {choice.value!r} takes no {special}; use {able}")
     elif not can_run(choice, device, dtype):
         kind, text = _why_not(choice, device, dtype)
         raise {"ImportError": ImportError, "RuntimeError": RuntimeError, "TypeError": TypeError}[kind](text)
@@ -246,11 +252,10 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
             f"backend 'triton' takes CUDA tensors, got {device}; "
             "with TRITON_INTERPRET=1 in the environment it runs CPU tensors in Triton's interpreter"
         )
+    too_old = _too_old(Backend.TRITON, device, (8, 0))
+    if too_old is not None:
+        return too_old
     capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return RuntimeError(
-            f"backend 'triton' needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
-        )
     binary = importlib.import_module("gpu_lstm.kernels.triton_lstm.binary")
     problem = binary.compile_problem(10 * capability[0] + capability[1])
     if problem is not None:
@@ -258,6 +263,16 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
         _say_once(f"{text}. Backend 'auto' does without it.")
         return RuntimeError(f"backend 'triton': {text}")
     return None
+
+
+def _too_old(choice: Backend, device: torch.device, needed: tuple[int, int]) -> Exception | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= needed:
+        return None
+    (major, minor), (has_major, has_minor) = needed, capability
+    return RuntimeError(
+        f"backend {choice.value!r} needs compute capability {major}.{minor}, {device} has {has_major}.{has_minor}"
+    )
 
 
 def _cupy_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
@@ -269,4 +284,4 @@ def _cupy_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None
         return ImportError(f"backend 'cupy' needs CuPy and NVRTC: pip install \"gpu-lstm[{extra}]\" ({problem})")
     if device.type != "cuda":
         return RuntimeError(f"backend 'cupy' takes CUDA tensors, got {device}")
-    return None
+    return _too_old(Backend.CUPY, device, (7, 0))

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, chunks, races, trust
-from .backends import KERNEL_BACKENDS, TAKE_ALL, Backend, obstacle, requested, select
+from .backends import KERNEL_BACKENDS, RESET_STATES, Backend, obstacle, requested, select, takers
 from .kernels import remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .layers import compute_dtype
 from .modules import LSTM, StackedLSTM, _check_input
 from .precision import recurrent_precision
 from .races import Decision, Kind, Mode
-from .sequences import RESET_STATES, Batch, Traversal, check_tensor
+from .sequences import Batch, Traversal, check_tensor
 from .settings import Settings, regulariser_of
 from .transforms import need_the_reference
 from .weights import State, Weights
@@ -132,7 +132,7 @@ def explain(
     batch = Batch.of(x, lengths, resets, lstm.batch_first)
     if reset_states is not None:
         batch = batch.resetting_to(lstm._reset_states(batch, reset_states))
-    dtype, special = compute_dtype(data), regulariser_of(lstm) if reset_states is None else RESET_STATES
+    dtype, special = compute_dtype(data), regulariser_of(lstm) or (None if reset_states is None else RESET_STATES)
     able = select(lstm.backend, data.device, dtype, special)
     first: Any = lstm if isinstance(lstm, LSTM) else lstm.layers[0]
     first.check_input(batch.x, None)
@@ -198,7 +198,7 @@ def _why_not(
     problem = obstacle(other, device, dtype)
     if problem is not None:
         return str(problem)
-    if special is not None and other not in TAKE_ALL:
+    if special is not None and other not in takers(special):
         return f"it takes no {special}"
     if requested(lstm.backend) is not Backend.AUTO or need_the_reference():
         return f"{decision.backend!r} is {decision.why}"
@@ -217,10 +217,8 @@ def _why_not(
 def _how(backend: Backend, batch: Batch, weights: list[list[Weights]], settings: Settings) -> str:
     """How a backend goes about it."""
     match backend:
-        case Backend.TRITON:
+        case Backend.TRITON | Backend.CUPY:
             return "a layer's steps, or a chunk of them, in one launch, after one product with all inputs"
-        case Backend.CUPY:
-            return "where W_hh fits a block's shared memory, a layer's steps in one launch; else one for every step"
         case Backend.REFERENCE:
             return "a loop over steps in torch's operators"
     if batch.packed is not None and batch.traversal.resets is None:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import races
-from .backends import KERNEL_BACKENDS, Backend, BackendName, requested, select
+from .backends import KERNEL_BACKENDS, RESET_STATES, Backend, BackendName, requested, select
 from .layers import compute_dtype, one_direction
 from .precision import autocasts, is_exact
-from .sequences import RESET_STATES, Batch, Traversal, check_dense, check_tensor
+from .sequences import Batch, Traversal, check_dense, check_tensor
 from .settings import Settings, check_bool
 from .weights import NAMES, State, Weights
 

@@ -12,12 +12,12 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from . import native
-from .backends import Backend, BackendName, select
+from .backends import RESET_STATES, Backend, BackendName, select
 from .functional import check_pair, check_tensors, fastest
 from .layers import compute_dtype, one_direction, stack
 from .noise import with_weight_drop
 from .reference import Gates
-from .sequences import RESET_STATES, Batch, Traversal, check_dense, check_tensor
+from .sequences import Batch, Traversal, check_dense, check_tensor
 from .settings import REGULARISERS, Settings, accepted, check_bool, regulariser_of
 from .transforms import in_a_graph
 from .weights import State, Weights
@@ -683,7 +683,7 @@ def _backend_for(
 ) -> Backend:
     if record is not None:
         return Backend.REFERENCE
-    special = RESET_STATES if with_reset_states else regulariser_of(module)
+    special = regulariser_of(module) or (RESET_STATES if with_reset_states else None)
     return select(module.backend, x.device, compute_dtype(x), special)
 
 

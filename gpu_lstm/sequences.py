@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .backends import RESET_STATES
 from .precision import autocasts, is_exact
 from .transforms import need_the_reference
 from .weights import State
-
-RESET_STATES = "reset_states"  # the argument, as errors name it
 
 
 def check_tensor(value: object, name: str) -> None:

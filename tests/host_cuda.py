@@ -1,4 +1,4 @@
-"""lstm.cu on the CPU: compiled by g++ with host_cuda.h, and launched in the place of launch.launch_kernel."""
+"""The kernels in CUDA C++ on the CPU: compiled by g++ with host_cuda.h, and launched in the place of launch_kernel."""
 
 import ctypes
 import functools
@@ -13,53 +13,59 @@ import torch
 from torch import Tensor
 
 from gpu_lstm.kernels.cupy_lstm.planning import Plan
-from gpu_lstm.kernels.cupy_lstm.source import ELEMENTS, SOURCE, in_order, kernels_of, name_expression
+from gpu_lstm.kernels.cupy_lstm.source import in_order, join, name_expression, parts
 
 HEADER = Path(__file__).with_name("host_cuda.h")
 FLAGS = (
-    "-std=c++20", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-pthread", "-w",
+    "-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-w",
     "-fsanitize=bounds", "-fno-sanitize-recover=bounds",  # a thread's own arrays: what is past their end is not NaN
 )  # fmt: skip
+FAILURES = {
+    1: "a block wrote past its shared memory",
+    2: "threads of a warp did different things",
+    3: "threads waited in vain for each other",
+}
 
 
-def library(source: str, *dtypes: torch.dtype) -> ctypes.CDLL:
-    """A version of lstm.cu as a library with a function for each kernel and dtype; kept for the next process."""
-    entries = "\n".join(_entry(kernel, dtype) for kernel in kernels_of(90) for dtype in dtypes)
-    text = "\n".join((HEADER.read_text(), '#line 1 "lstm.cu"', source, entries))
+class Failed(AssertionError):
+    """A launch went wrong."""
+
+
+@functools.cache
+def _function(source: str, expression: str) -> Callable[..., int]:
+    """One kernel of a version of the source; kept for the next process."""
+    entry = (
+        'extern "C" int run(const int* grid, int threads, int shared, unsigned seed, void** args) '
+        f"{{ return host::run(host::Entry<{expression}>::with, {{grid[0], grid[1]}}, threads, shared, seed, args); }}"
+    )
+    text = "\n".join((HEADER.read_text(), source, entry))
     digest = hashlib.sha256("\0".join((text, *FLAGS)).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir(), f"gpu_lstm_host_cuda_{os.getuid()}")
     result = folder / f"{digest}.so"
     if not result.exists():
         with tempfile.TemporaryDirectory() as build:
-            for header in ("cuda_fp16.h", "cuda_bf16.h"):
-                Path(build, header).touch()  # what they hold is in host_cuda.h
             Path(build, "lstm.cpp").write_text(text)
-            subprocess.run(["g++", *FLAGS, "-I.", "lstm.cpp", "-o", "lstm.so"], cwd=build, check=True)
+            subprocess.run(["g++", *FLAGS, "lstm.cpp", "-o", "lstm.so"], cwd=build, check=True)
             folder.mkdir(exist_ok=True)
             partial = folder / f"{digest}.{os.getpid()}"
             partial.write_bytes(Path(build, "lstm.so").read_bytes())
             partial.rename(result)
-    return ctypes.CDLL(str(result))
+    return ctypes.CDLL(str(result)).run
 
 
-def launcher(source: str, *dtypes: torch.dtype) -> Callable[..., None]:
-    """A stand-in for launch.launch_kernel, for some dtypes."""
-    kernels = library(source, *dtypes)
+def launcher(changes: dict[str, str] | None = None, seed: int = 0) -> Callable[..., None]:
+    """A stand-in for launch.launch_kernel, of the source with some parts changed; a seed is an order of turns."""
+    source = join({name: text for name, text in (parts() | (changes or {})).items() if name != "instructions"})
 
-    def launch_kernel(kernel: str, dtype: torch.dtype, grid: int, plan: Plan, **arguments: Tensor | int | None) -> None:
+    def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tensor | int | None) -> None:
         values = [_by_value(a) for a in in_order(kernel, arguments)]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        function = getattr(kernels, _symbol(kernel, dtype))
-        function.restype = ctypes.c_bool
-        assert function(grid, plan.threads, plan.shared, addresses), f"{kernel} wrote past its {plan.shared} bytes"
+        run = _function(source, name_expression(kernel, dtype, plan.template("backward" in kernel)))
+        failure = run((ctypes.c_int * 2)(*plan.grid), plan.threads, plan.shared, seed, addresses)
+        if failure:
+            raise Failed(f"{kernel}: {FAILURES[failure]}")
 
     return launch_kernel
-
-
-@functools.cache
-def compiled_launcher() -> Callable[..., None]:
-    """That of lstm.cu as it is."""
-    return launcher(SOURCE.read_text(), *ELEMENTS)
 
 
 def _by_value(argument: Tensor | int | None) -> ctypes._SimpleCData:
@@ -73,17 +79,3 @@ def _by_value(argument: Tensor | int | None) -> ctypes._SimpleCData:
             return ctypes.c_bool(argument)
         case _:
             return ctypes.c_int32(argument)
-
-
-def _entry(kernel: str, dtype: torch.dtype) -> str:
-    """A C function that launches a kernel."""
-    function = name_expression(kernel, dtype)
-    blocks = int(kernel.partition("<")[2].rstrip(">") or 1)  # of a cluster, which run side by side
-    return (
-        f'extern "C" bool {_symbol(kernel, dtype)}(int grid, int threads, int shared, void** args) '
-        f"{{ return host::launch({function}, grid, threads, shared, {blocks}, args); }}"
-    )
-
-
-def _symbol(kernel: str, dtype: torch.dtype) -> str:
-    return f"{kernel.replace('<', '_').replace('>', '')}_{ELEMENTS[dtype]}"

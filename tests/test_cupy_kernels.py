@@ -1,14 +1,14 @@
-"""lstm.cu against the float64 oracle: every result and every gradient.
+"""The kernels in CUDA C++ against the float64 oracle: every result and every gradient.
 
-Without a GPU the very same source is compiled by g++ (host_cuda.py) and driven by the backend's own launcher. On a GPU:
+Without a GPU the very same source is compiled by g++ (host_cuda.py), its threads take turns in an order that a seed
+decides, and the backend's own launcher drives it. On a GPU:
 
     pytest tests/test_cupy_kernels.py --require-gpu
     compute-sanitizer --tool memcheck   python -m pytest tests/test_cupy_kernels.py -k cuda
-    compute-sanitizer --tool racecheck  python -m pytest tests/test_cupy_kernels.py -k "cuda and sequence"
+    compute-sanitizer --tool racecheck  python -m pytest tests/test_cupy_kernels.py -k cuda
 """
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -16,26 +16,26 @@ import host_cuda
 import pytest
 import torch
 from comparing import assert_as_good_as_torch, example
-from test_kernels import VARIANTS, example_of
+from test_kernels import VARIANTS
 from torch import Tensor, nn
 
 import gpu_lstm
-from gpu_lstm import backends
+from gpu_lstm import backends, precision, reference
 from gpu_lstm.functional import lstm_layer
+from gpu_lstm.kernels import giving_up
 from gpu_lstm.kernels.cupy_lstm import launch, source
-from gpu_lstm.kernels.cupy_lstm.planning import shared_limit
-from gpu_lstm.kernels.cupy_lstm.sequence import sequence_plan
-from gpu_lstm.kernels.cupy_lstm.step import STEP_PLAN
+from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, Problem, plans
 from gpu_lstm.kernels.recurrence import Recurrence
 
-SIZES = [  # (T, B, I, H), and how many problems of that size: more of the small, whose rounding errors vary more
-    ((1, 1, 3, 1), 24),
-    ((2, 3, 4, 5), 8),
-    ((9, 1, 3, 5), 8),
-    ((9, 3, 1, 16), 3),
-    ((2, 17, 5, 33), 2),
-]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+pytestmark = pytest.mark.usefixtures("exact_float32_products")
+HALF = (torch.float16, torch.bfloat16)
+VARIANTS = VARIANTS | {"states to reset to": dict(ragged=True, resets=0.3, reverse=True, states=True)}
+SMALL = (2, 3, 4, 5)  # (T, B, I, H)
+LARGE = {True: (4, 17, 3, 33), False: (3, 9, 3, 75)}  # of weights kept and read: more tiles and more rows than blocks
+
+
+def example_of(size, variant, seed):
+    return example(*size, **VARIANTS[variant], seed=seed)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -45,63 +45,113 @@ def device(request, monkeypatch) -> Iterator[str]:
         yield "cuda"
         return
     monkeypatch.setattr(backends, "_cupy_obstacle", lambda device, dtype: None)
-    monkeypatch.setattr(launch, "launch_kernel", host_cuda.compiled_launcher())
+    monkeypatch.setattr(launch, "launch_kernel", host_cuda.launcher())
     torch.use_deterministic_algorithms(True)
     yield "cpu"
     torch.use_deterministic_algorithms(False)
 
 
-def _by_steps(r, dtype, backward):
-    return STEP_PLAN
+def _of_kind(kept: bool, parts: int, warps: int = 8, multiprocessors: int = 16) -> Callable[[Problem, Card], Plan]:
+    """In the place of choose_plan: weights in registers or read, and so many blocks that share gates backward."""
+
+    def choose(problem: Problem, card: Card) -> Plan:
+        found = [
+            plan
+            for plan in plans(problem, Card(90, multiprocessors))
+            if (plan.chunks > 0, plan.warps) == (kept, warps) and (plan.parts == parts or not problem.backward)
+        ]
+        return min(found, key=lambda plan: plan.clocks)
+
+    return choose
 
 
-def _by_sequence(r, dtype, backward):
-    plan = sequence_plan(r.hidden, dtype, shared_limit(r.c0.device), backward)
-    assert plan is not None
-    return plan
+def _kept(parts: int) -> Callable[[Problem, Card], Plan]:
+    return _of_kind(True, parts, warps=4)
 
 
-def _by_cluster(r, dtype, backward, blocks=8):
-    """Forward; there is none backward."""
-    return sequence_plan(r.hidden, dtype, shared_limit(r.c0.device), backward, 1 if backward else blocks)
+# W_hh in registers, by all ways to share gates backward; and read at every step, by so few blocks that each takes
+# several shares of rows.
+READ = _of_kind(False, 4, multiprocessors=4)
+KINDS = {"kept, 4": _kept(4), "kept, 2": _kept(2), "kept, 1": _kept(1), "read": READ, "read, 1": _of_kind(False, 1)}
 
 
-FAMILIES = {"step": _by_steps, "sequence": _by_sequence}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("size", "problems"), SIZES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_result_and_gradient(monkeypatch, family, size, problems, variant, dtype, device):
-    monkeypatch.setattr(launch, "choose_plan", FAMILIES[family])
-    assert_as_good_as_torch(partial(example_of, size, variant), "cupy", dtype, device, problems)
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("kept, 4", torch.bfloat16), ("kept, 1", torch.float16), ("read", torch.float32)], ids=str
+)
+def test_every_result_and_gradient(monkeypatch, kind, dtype, large, variant, device):
+    monkeypatch.setattr(launch, "choose_plan", KINDS[kind])
+    yardstick = "reference" if "states" in variant else "torch"
+    size, problems = (LARGE["kept" in kind], 1) if large else (SMALL, 8)
+    assert_as_good_as_torch(partial(example_of, size, variant), "cupy", dtype, device, problems, yardstick)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("projected", [1, 7, 32])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_order_of_turns(monkeypatch, kind, dtype, seed, device):
+    if device == "cpu":
+        monkeypatch.setattr(launch, "launch_kernel", host_cuda.launcher(seed=seed))
+    if "kept" in kind and dtype is torch.float32:
+        monkeypatch.setattr(precision, "_cudnn_takes_tf32", lambda: True)
+        monkeypatch.setattr(reference, "F", _TF32)
+    monkeypatch.setattr(launch, "choose_plan", KINDS[kind])
+    yardstick = "torch" if dtype in HALF or "read" in kind else "reference"
+    make_example = partial(example_of, LARGE["kept" in kind], "ragged resets reverse")
+    assert_as_good_as_torch(make_example, "cupy", dtype, device, 1, yardstick)
+
+
+class _TF32:
+    """torch.nn.functional for the reference, which takes the products of a step as W_ih x + b, then W_hh h + b: the
+    latter with operands cut to the 10 bits that tensor cores take."""
+
+    taken = 0
+
+    @classmethod
+    def linear(cls, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        cls.taken += 1
+        return nn.functional.linear(x, w, b) if cls.taken % 2 else _CutLinear.apply(x, w) + (0 if b is None else b)
+
+
+class _CutLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return _cut(x) @ _cut(w).T
+
+    @staticmethod
+    def backward(ctx, d):
+        x, w = ctx.saved_tensors
+        return _cut(d) @ _cut(w), d.T @ x
+
+
+def _cut(t: Tensor) -> Tensor:
+    return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) if t.dtype is torch.float32 else t
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("projected", [1, 7])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_projection(projected, variant, dtype, device):
-    assert_as_good_as_torch(partial(example_of, (5, 4, 3, 33, projected), variant), "cupy", dtype, device)
+def test_projection(monkeypatch, projected, variant, dtype, device):
+    monkeypatch.setattr(launch, "choose_plan", KINDS["read" if dtype is torch.float32 else "kept, 4"])
+    yardstick = "reference" if "states" in variant else "torch"
+    make_example = partial(example_of, (5, 4, 3, 13, projected), variant)
+    assert_as_good_as_torch(make_example, "cupy", dtype, device, yardstick=yardstick)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("blocks", source.CLUSTER_SIZES)
-@pytest.mark.parametrize("variant", ["plain", "ragged resets reverse"])
-def test_clusters(monkeypatch, blocks, variant, dtype, device):
-    major = torch.cuda.get_device_capability()[0] if device == "cuda" else 9
-    if major < 9 or (blocks == 16 and major > 9):
-        pytest.skip("there are no clusters before sm_90, and those of 16 blocks are for sm_90 alone")
-    monkeypatch.setattr(launch, "choose_plan", partial(_by_cluster, blocks=blocks))
-    assert_as_good_as_torch(partial(example_of, (5, 5, 3, 18), variant), "cupy", dtype, device, seeds=2)
+def test_more_words_than_are_on_their_way_at_once(monkeypatch, device):
+    monkeypatch.setattr(launch, "choose_plan", READ)
+    assert_as_good_as_torch(partial(example_of, (2, 1, 2, 520), "plain"), "cupy", torch.float32, device, 1)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("size", [(64, 32, 128, 256), (33, 70, 100, 513), (100, 33, 64, 128)], ids=str)
+@pytest.mark.parametrize("size", [(64, 32, 128, 256), (33, 70, 100, 513), (50, 16, 64, 768)], ids=str)
 def test_larger_sizes_on_a_gpu(size, variant, dtype):
-    assert_as_good_as_torch(partial(example_of, size, variant), "cupy", dtype, "cuda")
+    yardstick = "reference" if "states" in variant else "torch"
+    assert_as_good_as_torch(partial(example_of, size, variant), "cupy", dtype, "cuda", yardstick=yardstick)
 
 
 def _layer(device: str, dtype=torch.float32, T=4, B=3, H=8) -> tuple[Tensor, Recurrence]:
@@ -115,13 +165,12 @@ def _layer(device: str, dtype=torch.float32, T=4, B=3, H=8) -> tuple[Tensor, Rec
     return normal(T, B, 4 * H), recurrence
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tensors_that_are_not_aligned_give_the_same_bits(monkeypatch, device, dtype):
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_tensors_that_are_not_aligned_give_the_same_bits(device, dtype):
     def moved(t: Tensor) -> Tensor:
         """The same, an element past an address that is a multiple of 16 bytes."""
         return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
 
-    monkeypatch.setattr(launch, "choose_plan", _by_steps)
     gates, r = _layer(device, dtype)
     moved_r = replace(r, weight_hh=moved(r.weight_hh), h0=moved(r.h0), c0=moved(r.c0))
 
@@ -132,10 +181,10 @@ def test_tensors_that_are_not_aligned_give_the_same_bits(monkeypatch, device, dt
     assert all(map(torch.equal, results(moved(gates), moved_r, moved), results(gates.clone(), r, torch.clone)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_padding_is_zero_and_its_gates_are_left_alone(monkeypatch, family, device):
-    monkeypatch.setattr(launch, "choose_plan", FAMILIES[family])
-    gates, r = _layer(device)
+@pytest.mark.parametrize("kind", ["kept, 4", "read"])
+def test_padding_is_zero_and_its_gates_are_left_alone(monkeypatch, kind, device):
+    monkeypatch.setattr(launch, "choose_plan", KINDS[kind])
+    gates, r = _layer(device, torch.float16)
     gates[2:, 1] = float("nan")
     gates[:, 2] = float("nan")
     r = replace(r, lengths=torch.tensor([4, 2, 0], device=device), reverse=True)
@@ -145,23 +194,36 @@ def test_padding_is_zero_and_its_gates_are_left_alone(monkeypatch, family, devic
     assert gates[2:, 1].isnan().all()
     assert torch.equal(h_n[2], r.h0[2])
     assert torch.equal(c_n[2], r.c0[2])
-    dgates, dh0, dc0, _ = launch.layer_backward(h, h_n, c_n, gates, c, r)
+    dgates, dh0, dc0, *_ = launch.layer_backward(h, h_n, c_n, gates, c, r)
     assert (dgates[2:, 1] == 0).all()
     assert (dgates[:, 2] == 0).all()
     assert torch.equal(dh0[2], h_n[2])
     assert torch.equal(dc0[2], c_n[2])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_but_h_without_save(monkeypatch, family, device):
-    monkeypatch.setattr(launch, "choose_plan", FAMILIES[family])
-    gates, r = _layer(device)
+@pytest.mark.parametrize("kind", ["kept, 4", "read"])
+def test_nothing_but_h_without_save(monkeypatch, kind, device):
+    monkeypatch.setattr(launch, "choose_plan", KINDS[kind])
+    gates, r = _layer(device, torch.float16)
     saved = launch.layer_forward(gates.clone(), r, save=True)
     untouched = gates.clone()
     h, h_n, c_n, c = launch.layer_forward(gates, r, save=False)
     assert c.numel() == 0
     assert torch.equal(gates, untouched)
     assert all(map(torch.equal, (h, h_n, c_n), saved))
+
+
+def test_a_nan_is_data_and_stays_in_its_sequence(monkeypatch, device):
+    """Nobody waits for it for ever, although the fill is a NaN."""
+    monkeypatch.setattr(launch, "choose_plan", KINDS["kept, 4"])
+    gates, r = _layer(device, torch.float16)
+    r.h0.view(torch.int16)[0, 0] = -1  # the fill's bits
+    gates[1, 1] = float("nan")
+    h, *_ = launch.layer_forward(gates, r, save=True)
+    assert h[:, 0].isnan().all()
+    assert h[1:, 1].isnan().all()
+    assert h[:, 2].isfinite().all()
+    assert h[0, 1].isfinite().all()
 
 
 def test_an_empty_batch(device):
@@ -171,17 +233,8 @@ def test_an_empty_batch(device):
     assert launch.layer_backward(h, None, None, gates, c, r)[0].shape == gates.shape
 
 
-def test_more_steps_than_a_grid_has_rows(monkeypatch, device):
-    monkeypatch.setattr(launch, "choose_plan", _by_steps)
-    h, h_n, *_ = launch.layer_forward(*_layer(device, T=66_000, B=1, H=1), save=False)
-    assert torch.equal(h[-1], h_n)
-    assert h.isfinite().all()
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", FAMILIES)
-def test_more_elements_than_32_bits_count(monkeypatch, family):
-    monkeypatch.setattr(launch, "choose_plan", FAMILIES[family])
+def test_more_elements_than_32_bits_count():
     T, B, H = 70_000, 64, 128
     gates = torch.zeros(T, B, 4 * H, dtype=torch.float16, device="cuda")  # 2.3e9 elements
     gates[-1, -1] = 1
@@ -227,48 +280,79 @@ def test_double_backward(device):
         torch.testing.assert_close(ours, theirs)
 
 
-# A check that cannot fail is no check: faults are planted in lstm.cu, and the comparison must see each.
+# A check that cannot fail is no check: faults are planted in the source, and the comparison must see each.
 
-FAULTS = {  # the text that is replaced, and by what
-    "gates f and i swapped": ("cell.i = sigmoid(z_i);\n        cell.f = sigmoid(z_f);",
-                              "cell.i = sigmoid(z_f);\n        cell.f = sigmoid(z_i);"),
-    "cell gradient not carried": ("d.c_prev = dc * f;", "d.c_prev = 0.0f;"),
-    "resets ignored": ("return resets != nullptr &&", "return false &&"),
-    "always forward": ("return reverse && step < length ?", "return false ?"),
-    "lengths ignored": ("lengths == nullptr ? T", "true ? T"),
-    "row before is off by one": ("reverse ? time + 1 : time - 1", "time"),
+FAULTS = {  # the part, the text that is replaced, and by what
+    "gates f and i swapped": ("cell", "cell.f = sigmoid(z_f);", "cell.f = sigmoid(z_i);"),
+    "cell gradient not carried": ("cell", "d.c_prev = dc * f;", "d.c_prev = 0.0f;"),
+    "resets ignored": ("indexing", "return resets != nullptr &&", "return false &&"),
+    "always forward": ("indexing", "return reverse && step < length ?", "return false ?"),
+    "lengths ignored": ("indexing", "lengths != nullptr ?", "false ?"),
+    "row before is off by one": ("indexing", "reverse ? time + 1 : time - 1", "time"),
+    "h of the wrong step": ("cooperative", "time_of(step - 1, its_length, reverse)", "step < 2 ? T : step - 2"),
+    "weights' row is off by one": ("cooperative", "gate * H + unit : -1", "gate * H + (unit + 1) % H : -1"),
+    "fragments swapped": ("products", "[0], quad.x, quad.y", "[0], quad.y, quad.x"),
+    "rows of a tile swapped": ("products", "of[0][half] = quad.x", "of[0][1 - half] = quad.x"),
+    "a warp takes another's part of K": ("products", "x.await(patience);\n        float", "x.await(patience);\n        "
+                                        "x.quad[0].x = lane.warp == 1 ? x.quad[0].y : x.quad[0].x;\n        float"),
+    "a stale word is taken for new": ("exchange", "return most != FILL;", "return true;"),
+    "partial sums of another step": ("exchange", "missing |= (word[n] & 1) != phase;", "missing |= word[n] == FILL;"),
+    "published too early": ("cooperative", "const unsigned word = pack<E>(h_next);",
+                            "const unsigned word = pack<E>(h_next);\nstore_relaxed_if(in_batch & "
+                            "unit % PER_WORD<E> == 0, h + at.row * W + unit / PER_WORD<E>, word ^ 0x8000);"),
+    "one half of the parts for all turns": ("products", "(turn * WARPS + warp)", "warp"),
+    "a missing barrier": ("products", "odd[tile][2 + n]};\n        __syncthreads();", "odd[tile][2 + n]};"),
+    "what a reset leaves is not taken": ("cooperative", "load_if(valid & !at.continues, reset_c + at.row",
+                                         "load_if(false, reset_c + at.row"),
 }  # fmt: skip
-SOURCE = source.SOURCE.read_text()
-BARRIERS = [match.start() for match in re.finditer(r"__syncthreads\(\);|__cluster_barrier_wait\(\);", SOURCE)]
+READ_FAULTS = {
+    "a missing barrier": ("products", "= sums[n][s];\n        __syncthreads();", "= sums[n][s];"),
+    "a warp reads before all have laid down": ("products", "x.quad[chunk];\n            meet_in_warp();",
+                                               "x.quad[chunk];"),
+    "shares of rows left out": ("cooperative", "if (!ONE) row += rows;", "row += H;"),
+}  # fmt: skip
 
 
-def _caught(monkeypatch, text: str, make_example, *families) -> list[bool]:
-    """Whether the comparison sees a fault, by each family."""
+def _is_caught(monkeypatch, change: tuple[str, str, str] | None, choose, dtype, size, variant) -> bool:
+    """Whether the comparison sees it in some order of turns."""
+    changes = {}
+    if change is not None:
+        part, text, fault = change
+        found = source.parts()[part]
+        assert found.count(text) == 1, f"{part}: {text}"
+        changes[part] = found.replace(text, fault)
     monkeypatch.setattr(backends, "_cupy_obstacle", lambda device, dtype: None)
-    monkeypatch.setattr(launch, "launch_kernel", host_cuda.launcher(text, torch.float32))
-    caught = []
-    for family in families:
-        monkeypatch.setattr(launch, "choose_plan", family)
+    monkeypatch.setattr(launch, "choose_plan", choose)
+    for seed in range(4):
+        monkeypatch.setattr(launch, "launch_kernel", host_cuda.launcher(changes, seed))
         try:
-            assert_as_good_as_torch(make_example, "cupy", torch.float32)
-            caught.append(False)
+            yardstick = "reference" if "states" in variant else "torch"
+            assert_as_good_as_torch(partial(example_of, size, variant), "cupy", dtype, seeds=1, yardstick=yardstick)
         except AssertionError:
-            caught.append(True)
-    return caught
+            return True
+    return False
 
 
-@pytest.mark.parametrize(("text", "fault"), [*FAULTS.values(), ("", "")], ids=[*FAULTS, "none"])
-def test_a_planted_fault_is_seen(monkeypatch, text, fault):
-    assert not text or SOURCE.count(text) == 1
-    make_example = partial(example_of, (5, 3, 3, 6), "ragged resets reverse")
-    caught = _caught(monkeypatch, SOURCE.replace(text, fault), make_example, *FAMILIES.values())
-    assert caught == [bool(text)] * 2
+@pytest.mark.parametrize("fault", [*FAULTS, None])
+def test_a_planted_fault_is_seen(monkeypatch, fault):
+    variant = "states to reset to" if fault and "leaves" in fault else "ragged resets reverse"
+    change = FAULTS[fault] if fault else None
+    choose = _of_kind(True, 4, warps=4, multiprocessors=12)  # one group of blocks, which takes two batch tiles
+    assert _is_caught(monkeypatch, change, choose, torch.float16, (5, 9, 3, 33), variant) == bool(fault)
 
 
-@pytest.mark.parametrize("barrier", BARRIERS, ids=lambda at: f"line {SOURCE.count(chr(10), 0, at) + 1}")
-def test_a_missing_barrier_is_seen(monkeypatch, barrier):
-    """The comparison sees that one __syncthreads, or the barrier of a cluster, is gone."""
-    statement = SOURCE[barrier : SOURCE.index(";", barrier) + 1]
-    text = SOURCE[:barrier] + SOURCE[barrier + len(statement) :]
-    family = _by_cluster if "cluster" in statement else _by_sequence
-    assert _caught(monkeypatch, text, partial(example_of, (6, 4, 3, 9), "plain"), family) == [True]
+@pytest.mark.parametrize("fault", [*READ_FAULTS, None])
+def test_a_fault_where_weights_are_read_is_seen(monkeypatch, fault):
+    change = READ_FAULTS[fault] if fault else None
+    assert _is_caught(monkeypatch, change, READ, torch.float32, LARGE[False], "ragged resets reverse") == bool(fault)
+
+
+def test_a_launch_whose_blocks_are_not_all_there_ends_and_is_told(monkeypatch):
+    """As if the card held one block less than it says."""
+    impatient = source.parts()["exchange"].replace("PATIENCE = 1 << 22", "PATIENCE = 1 << 7")
+    monkeypatch.setattr(launch, "launch_kernel", host_cuda.launcher({"exchange": impatient}))
+    gates, r = _layer("cpu", torch.float16, H=33)
+    plan = KINDS["kept, 4"](Problem(3, 33, torch.float16, False), launch.card_of(gates.device))
+    launch.layer_forward(gates, r, save=False, plan=replace(plan, grid=(plan.grid[0] - 1, 1)))
+    with pytest.raises(RuntimeError, match="lstm_cooperative_forward gave up at step 1 on cpu"):
+        giving_up.raise_if_gave_up(gates.device)

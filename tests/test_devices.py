@@ -8,8 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpu_lstm import ops, stream
+from gpu_lstm.kernels.cupy_lstm import cooperative as cupy_cooperative
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
-from gpu_lstm.kernels.cupy_lstm.step import STEP_PLAN
+from gpu_lstm.kernels.cupy_lstm import planning
 from gpu_lstm.kernels.triton_lstm import cooperative, step
 from gpu_lstm.kernels.triton_lstm import launch as triton_launch
 from gpu_lstm.kernels.triton_lstm.families import plans
@@ -50,8 +51,9 @@ def _launches(driver, monkeypatch, backend: str, choose_plan, device: str) -> li
     launcher = {"triton": triton_launch, "cupy": cupy_launch}[backend]
     monkeypatch.setattr(launcher, "choose_plan", choose_plan)
     monkeypatch.setattr(launcher, "launch_kernel", lambda *_, **__: current.append(driver.current))
-    monkeypatch.setattr(triton_launch, "await_others", lambda plan, device: None)  # test_side_by_side looks at that
-    for family in (cooperative, step):
+    for each in (triton_launch, cupy_launch):
+        monkeypatch.setattr(each, "await_others", lambda side_by_side, device: None)  # test_side_by_side looks at that
+    for family in (cooperative, step, cupy_cooperative):
         monkeypatch.setattr(family, "error_word", lambda device, kernel: None)  # kept for as long as the process
     monkeypatch.setattr(torch.Tensor, "__getitem__", _indexed)
     monkeypatch.setattr(torch.Tensor, "__setitem__", lambda *_: None)
@@ -79,8 +81,10 @@ def test_triton_launches_on_the_device_of_the_tensors(driver, monkeypatch, famil
 
 
 def test_cupy_launches_on_the_device_of_the_tensors(driver, monkeypatch):
-    current = _launches(driver, monkeypatch, "cupy", lambda *_, **__: STEP_PLAN, "cuda:1")
-    assert current == [1] * (2 * T)
+    monkeypatch.setattr(cupy_cooperative, "_as_words", lambda weights: weights)  # padding asks the driver
+    monkeypatch.setattr(cupy_launch, "card_of", lambda device: planning.Card(90, 132))
+    current = _launches(driver, monkeypatch, "cupy", planning.choose_plan, "cuda:1")
+    assert current == [1, 1]
     assert driver.current == 0
 
 

@@ -120,7 +120,7 @@ def test_4096_units(monkeypatch):
 
     monkeypatch.setattr(launch, "choose_plan", wide_tiles)
     monkeypatch.setattr(backends, "_cupy_obstacle", lambda device, dtype: None)
-    monkeypatch.setattr(cupy_launch, "launch_kernel", host_cuda.compiled_launcher())
+    monkeypatch.setattr(cupy_launch, "launch_kernel", host_cuda.launcher())
     given = example(1, 1, 2, 4096).rounded(torch.float32)
     truth = {name: torch.from_numpy(true) for name, true in zip(NAMES, given.truth()) if true is not None}
     allowed = {name: 1e-5 * true.abs().max() for name, true in truth.items()}  # of torch itself

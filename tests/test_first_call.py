@@ -14,10 +14,10 @@ import torch
 
 from gpu_lstm import backends
 from gpu_lstm.backends import Backend, obstacle, select
+from gpu_lstm.kernels.operands import as_words
 from gpu_lstm.kernels.recurrence import Recurrence
 from gpu_lstm.kernels.triton_lstm import binary, launch, trial
 from gpu_lstm.kernels.triton_lstm.families import plans
-from gpu_lstm.kernels.triton_lstm.operands import as_words
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
 
 CUDA = torch.device("cuda", 0)

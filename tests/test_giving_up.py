@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import gpu_lstm
-from gpu_lstm.kernels.triton_lstm import giving_up, launch
+from gpu_lstm.kernels import giving_up
+from gpu_lstm.kernels.triton_lstm import launch
 
 CPU = torch.device("cpu")
 EXPECTED = r"lstm_cooperative_backward_kernel gave up at step 7 on cpu: .* the results of that launch are wrong"
@@ -52,7 +53,7 @@ def test_the_end_of_the_program_tells():
 import os
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from gpu_lstm.kernels.triton_lstm import giving_up
+from gpu_lstm.kernels import giving_up
 giving_up.error_word(torch.device("cpu"), "lstm_cooperative_backward_kernel")[0] = 8
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

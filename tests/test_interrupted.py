@@ -26,7 +26,7 @@ from gpu_lstm.kernels import remembered
 
 T, B, I, H = 3, 2, 3, 4
 OURS = tuple(str(Path(module.__file__).parent) for module in (gpu_lstm, remembered))
-KERNELS = re.compile(r"kernels/triton_lstm/(?!launch|ordering|giving_up|families)")  # and what only they call
+KERNELS = re.compile(r"kernels/triton_lstm/(?!launch|families)")  # and what only they call
 
 
 class Line:

@@ -47,7 +47,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
     package = {f"gpu_lstm/{name}" for name in files(ROOT / "gpu_lstm")}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == package | kernels
-    assert {"gpu_lstm/py.typed", "gpu_lstm/kernels/cupy_lstm/lstm.cu"} <= names
+    assert {"gpu_lstm/py.typed", "gpu_lstm/kernels/cupy_lstm/cuda/cooperative.cu"} <= names
 
 
 def test_the_long_description_is_the_readme_with_links_that_work_anywhere(wheel):

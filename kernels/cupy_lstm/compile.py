@@ -1,93 +1,117 @@
-"""The compile report of lstm.cu: what every kernel becomes on every architecture, by NVRTC, without a GPU or CuPy.
+"""The compile report of the kernels in CUDA C++: what they become, by NVRTC, without a GPU or CuPy.
 
-NVRTC comes from NVIDIA's wheel; CUDA's headers and cuobjdump are the ones that the triton wheel brings along.
+NVRTC comes from NVIDIA's wheel; cuobjdump is the one that the triton wheel brings along.
 """
 
 import ctypes
 import functools
 import importlib.util
-import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
 
-from ..architectures import shared_memory_of
 from ..report import Report
 from ..sass import time_loops, usage
-from .planning import Plan
-from .sequence import sequence_plan
-from .source import CLUSTER_KERNELS, CLUSTER_SIZES, ELEMENTS, OPTIONS, SOURCE, kernels_of, name_expression
-from .step import STEP_PLAN
+from .planning import Card, Plan, Problem, plans
+from .source import OPTIONS, join, name_expression, parts
 
-ARCHITECTURES = (60, 70, 75, 80, 90, 100, 120)
+CARDS = (Card(70, 80), Card(75, 40), Card(80, 108), Card(86, 84), Card(89, 58), Card(90, 132), Card(100, 148),
+         Card(120, 170))  # fmt: skip
+PRECISIONS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+SIZES = ((16, 64), (16, 256), (16, 768), (64, 1024), (16, 2048))  # sequences, hidden units
 READABLE = 75  # by the disassembler of CUDA 13, which recent Tritons bring
 
 
 @dataclass(frozen=True)
-class Binary:
-    """lstm.cu for one architecture and dtype."""
+class Case:
+    """A problem, and a plan for it."""
 
+    problem: Problem
+    card: Card
+    plan: Plan
+
+    @property
+    def kernel(self) -> str:
+        """Its name."""
+        return f"lstm_cooperative_{'backward' if self.problem.backward else 'forward'}"
+
+    @property
+    def template(self) -> tuple[int, ...]:
+        """Its arguments, after the element type."""
+        return self.plan.template(self.problem.backward)
+
+    def __str__(self) -> str:
+        p = self.problem
+        precision = f" {p.precision}" * (p.dtype is torch.float32)
+        return f"{str(p.dtype).removeprefix('torch.')}{precision} B={p.batch} H={p.hidden}"
+
+
+@dataclass(frozen=True)
+class Binary:
+    """One kernel for one architecture."""
+
+    ptx: str
     cubin: bytes
-    symbols: dict[str, str]  # of each kernel
     log: str  # the compiler's warnings, other than of old architectures
 
 
-def cases(quick: bool) -> list[tuple[int, torch.dtype]]:
-    """Architectures and dtypes, every one with every other; if `quick`, an H100 and bfloat16."""
-    return [(90, torch.bfloat16)] if quick else list(itertools.product(architectures(), ELEMENTS))
+def cases(quick: bool) -> list[Case]:
+    """For every size the best plan that keeps the weights, and the best that reads them at every step.
+
+    If `quick`, an H100 and bfloat16.
+    """
+    found: dict[tuple, Case] = {}
+    for card, (dtype, precision), (batch, hidden), backward in product(CARDS, PRECISIONS, SIZES, (False, True)):
+        if quick and (card.architecture != 90 or dtype is not torch.bfloat16):
+            continue
+        problem = Problem(batch, hidden, dtype, backward, precision)
+        for kept in (True, False):
+            of_kind = [plan for plan in plans(problem, card) if (plan.chunks > 0) == kept]
+            if of_kind:
+                case = Case(problem, card, min(of_kind, key=lambda plan: plan.clocks))
+                found.setdefault((card, dtype, backward, case.template), case)
+    return list(found.values())
 
 
-def reports(cases: Iterable[tuple[int, torch.dtype]]) -> Iterator[list[Report]]:
-    """Of each architecture and dtype, every kernel."""
-    for architecture, dtype in cases:
-        binary = compile_for(architecture, dtype)
-        taken = usage(binary.cubin, architecture)
-        loops = time_loops(binary.cubin) if architecture >= READABLE else {}
-        rows = []
-        for kernel in kernels_of(architecture):
-            hidden, plan = _largest(kernel, architecture, dtype)
-            registers, spills, declared = taken[binary.symbols[kernel]]
-            row = Report(
-                kernel=kernel,
-                # For whole sequences, the most hidden units that a block or cluster holds.
-                case=str(dtype).removeprefix("torch.") + f" H={hidden}" * bool(hidden),
+def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
+    """What each became."""
+    for case in cases:
+        architecture, plan = case.card.architecture, case.plan
+        binary = compile_for(architecture, case.kernel, case.problem.dtype, case.template)
+        ((registers, spills, declared),) = usage(binary.cubin, architecture).values()
+        (loop,) = time_loops(binary.cubin).values() if architecture >= READABLE else (None,)
+        kept = f"{plan.chunks} chunks kept" if plan.chunks else "W_hh read"
+        instruction = re.search(r"mma\.sync\S+", binary.ptx)
+        yield [
+            Report(
+                kernel=case.kernel,
+                case=str(case),
                 architecture=architecture,
                 plan=plan,
                 threads=plan.threads,
-                tiles=f"{plan.threads} threads",
+                tiles=f"{plan.threads} threads x {plan.units} units, {kept}",
                 registers=registers,
                 spills=spills,
                 shared=declared + plan.shared,
-                loop=loops.get(binary.symbols[kernel])
-                if hidden
-                else None,  # a kernel of one step loops over other things
+                loop=loop,
+                tensor_core=instruction[0] if instruction else "",
+                # The first words that others publish are awaited in the time loop.
+                weight_loads=binary.ptx.partition("ld.relaxed.gpu")[2].count("ld.global.v4.b32"),
             )
-            rows.append(row)
-        yield rows
-
-
-def _largest(kernel: str, architecture: int, dtype: torch.dtype) -> tuple[int, Plan]:
-    """The most hidden units that a kernel can hold on an architecture, and its plan; 0 where there is no bound."""
-    if kernel.startswith("lstm_step"):
-        return 0, STEP_PLAN
-    blocks = CLUSTER_SIZES[CLUSTER_KERNELS.index(kernel)] if kernel in CLUSTER_KERNELS else 1
-    limit = shared_memory_of(architecture)
-    held, plan = 0, STEP_PLAN
-    while (larger := sequence_plan(held + 1, dtype, limit, kernel.endswith("backward"), blocks)) is not None:
-        held, plan = held + 1, larger
-    return held, plan
+        ]
 
 
 def architectures() -> list[int]:
-    """Those of ARCHITECTURES that the NVRTC at hand knows; from CUDA 13 on it knows none before sm_75."""
+    """Those of CARDS that the NVRTC at hand knows; from CUDA 13 on it knows none before sm_75."""
     count = ctypes.c_int()
     _nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count))
     known = (ctypes.c_int * count.value)()
     _nvrtc().nvrtcGetSupportedArchs(known)
-    return [architecture for architecture in ARCHITECTURES if architecture in known]
+    return [card.architecture for card in CARDS if card.architecture in known]
 
 
 @functools.cache
@@ -105,20 +129,13 @@ def _nvrtc() -> ctypes.CDLL:
     return ctypes.CDLL(str(min(found, key=lambda path: path.name)))
 
 
-def _headers() -> Path:
-    """CUDA's headers, as the triton wheel brings them along."""
-    import triton.backends.nvidia
-
-    return Path(triton.backends.nvidia.__path__[0], "include")
-
-
 @functools.cache
-def compile_for(architecture: int, dtype: torch.dtype) -> Binary:
-    """lstm.cu for an architecture and a dtype, every kernel of it.
+def compile_for(architecture: int, kernel: str, dtype: torch.dtype, template: tuple[int, ...] = ()) -> Binary:
+    """One kernel for an architecture and a dtype, as launch.py has it compiled.
 
     Raises:
         ImportError: NVRTC is missing.
-        RuntimeError: lstm.cu does not compile, with the compiler's messages.
+        RuntimeError: it does not compile, with the compiler's messages.
     """
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
 
@@ -137,20 +154,12 @@ def compile_for(architecture: int, dtype: torch.dtype) -> Binary:
         lines = text("nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0").decode().splitlines()
         return "\n".join(line for line in lines if not re.match("nvrtc: warning: Architectures prior to", line))
 
-    def symbol(expression: str) -> str:
-        name = ctypes.c_char_p()
-        check(nvrtc.nvrtcGetLoweredName(program, expression.encode(), ctypes.byref(name)))
-        assert name.value is not None
-        return name.value.decode()
-
-    expressions = {kernel: name_expression(kernel, dtype) for kernel in kernels_of(architecture)}
-    options = [o.encode() for o in (*OPTIONS, f"--gpu-architecture=sm_{architecture}", f"-I{_headers()}")]
-    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), SOURCE.read_bytes(), SOURCE.name.encode(), 0, None, None))
+    options = [o.encode() for o in (*OPTIONS, f"--gpu-architecture=sm_{architecture}")]
+    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), join(parts()).encode(), b"lstm.cu", 0, None, None))
     try:
-        for expression in expressions.values():
-            check(nvrtc.nvrtcAddNameExpression(program, expression.encode()))
+        check(nvrtc.nvrtcAddNameExpression(program, name_expression(kernel, dtype, template).encode()))
         check(nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)))
-        symbols = {kernel: symbol(expression) for kernel, expression in expressions.items()}
-        return Binary(text("nvrtcGetCUBINSize", "nvrtcGetCUBIN"), symbols, log())
+        ptx = text("nvrtcGetPTXSize", "nvrtcGetPTX").rstrip(b"\0").decode()
+        return Binary(ptx, text("nvrtcGetCUBINSize", "nvrtcGetCUBIN"), log())
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

@@ -1,20 +1,24 @@
 """The CuPy backend's two entry points. One layer, one direction; the input product is already in `gates`.
 
-The kernels are in lstm.cu, compiled at first use; CuPy is imported then, not before. Memory and products are torch's.
+The kernels are in cuda/, compiled at first use; CuPy is imported then, not before. Memory and products are torch's.
 """
 
 import dataclasses
 import functools
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import projection
+from ..architectures import shared_memory_of
+from ..giving_up import raise_if_gave_up
+from ..initial_gradient import initial_hidden_gradient
+from ..ordering import await_others
 from ..recurrence import Recurrence, check_counts
-from . import sequence, step
-from .planning import Family, Launch, Plan, shared_limit
-from .source import CLUSTER_KERNELS, ELEMENTS, OPTIONS, SOURCE, in_order, kernels_of, name_expression
+from . import cooperative
+from .planning import Launch, Plan, Problem, card_of, choose_plan
+from .source import ELEMENTS, OPTIONS, in_order, join, name_expression, parts
 
 
 def layer_forward(
@@ -23,7 +27,8 @@ def layer_forward(
     """The recurrence of one layer in one direction.
 
     Args:
-        gates: [T, B, 4H], x W_ih^T + b_ih + b_hh. Overwritten by the activated gates if `save`.
+        gates: [T, B, 4H], x W_ih^T + b_ih + b_hh. Overwritten by the activated gates if `save`; with a projection, and
+            without `save`, at every sequence's first step.
         recurrence: weights, initial states, lengths and the rest.
         save: keep what layer_backward needs.
         plan: how to run it; by default by `choose_plan`.
@@ -33,12 +38,19 @@ def layer_forward(
         h [T, B, P], h_n [B, P], c_n float32 [B, H], and c: float32 [T, B, H] if `save`, else empty.
 
     Raises:
+        RuntimeError: blocks of an earlier launch waited in vain for each other.
         TypeError: a dtype that the kernels do not take.
         ValueError: recurrent dropout or zoneout; T, B or H is more than the kernels can count to.
     """
-    r = _checked(gates, recurrence)
-    plan = plan or choose_plan(r, gates.dtype, backward=False)
-    return _module_of(plan).forward(gates, r, save=save, plan=plan, launch=launch or launch_kernel)
+    r = whole = _checked(gates, recurrence)
+    if whole.projected:
+        projection.add_initial_product(gates, whole)
+        r = projection.recurrence_of_m(whole)
+    plan = plan or choose_plan(_problem(gates, r, backward=False), card_of(gates.device))
+    await_others(plan.side_by_side, gates.device)
+    m, m_n, c_n, c = cooperative.forward(gates, r, save=save, plan=plan, launch=launch or launch_kernel)
+    h, h_n = projection.project(m, whole) if whole.projected else (m, m_n)
+    return h, h_n, c_n, c
 
 
 def layer_backward(
@@ -51,7 +63,7 @@ def layer_backward(
     *,
     plan: Plan | None = None,
     launch: Launch | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients through the recurrence of one layer in one direction.
 
     Args:
@@ -61,40 +73,39 @@ def layer_backward(
 
     Returns:
         dgates [T, B, 4H], gradient of the pre-activations; dh0 [B, P]; dc0 float32 [B, H]; and, with a projection,
-        the whole gradient of h [T, B, P] (without one, an empty tensor), from which dW_hr is taken.
+        the whole gradient of h [T, B, P] (without one, an empty tensor), from which dW_hr is taken. And an empty
+        tensor, and float32 dreset_c [T, B, H], zero but at resets, empty without such states.
 
     Raises:
+        RuntimeError: blocks of an earlier launch waited in vain for each other.
         TypeError: a dtype that the kernels do not take.
         ValueError: recurrent dropout or zoneout; T, B or H is more than the kernels can count to.
     """
-    r = _checked(gates, recurrence)
-    plan = plan or choose_plan(r, gates.dtype, backward=True)
-    dgates, dh0, dc0, dh_total = _module_of(plan).backward(
-        dh, dh_n, dc_n, gates, c, r, plan=plan, launch=launch or launch_kernel
-    )
-    if r.lengths is not None and dh_n is not None:
-        dh0 = torch.where((r.lengths == 0)[:, None], dh_n, dh0)
-    return dgates, dh0, dc0, dh_total
+    r = whole = _checked(gates, recurrence)
+    dm, dm_n, dh_total = dh, dh_n, gates.new_empty(0)
+    if whole.projected:
+        r = projection.recurrence_of_m(whole)
+        dh_total = projection.gradient_of_output(dh, dh_n, len(gates), whole)
+        dm, dm_n = projection.gradient_of_m(dh_total, whole), None
+    plan = plan or choose_plan(_problem(gates, r, backward=True), card_of(gates.device))
+    await_others(plan.side_by_side, gates.device)
+    dgates, dc0, dreset_c = cooperative.backward(dm, dm_n, dc_n, gates, c, r, plan=plan, launch=launch or launch_kernel)
+    if whole.projected:
+        projection.add_gradient_of_next(dh_total, dgates, whole)
+    return dgates, initial_hidden_gradient(dgates, dh_n, None, whole), dc0, dh_total, c.new_empty(0), dreset_c
 
 
-def choose_plan(recurrence: Recurrence, dtype: torch.dtype, backward: bool) -> Plan:
-    """The whole sequence in one launch where a block holds W_hh, else step by step."""
-    r = recurrence
-    if r.projected:
-        return step.STEP_PLAN
-    return sequence.sequence_plan(r.hidden, dtype, shared_limit(r.c0.device), backward) or step.STEP_PLAN
-
-
-def _module_of(plan: Plan) -> ModuleType:
-    return step if plan.family is Family.STEP else sequence
+def _problem(gates: Tensor, r: Recurrence, backward: bool) -> Problem:
+    return Problem(gates.shape[1], r.hidden, gates.dtype, backward, r.precision, r.side_by_side)
 
 
 def _checked(gates: Tensor, r: Recurrence) -> Recurrence:
     """What the kernels take: lengths in int32.
 
     Raises:
-        TypeError, ValueError: they do not take it.
+        RuntimeError, TypeError, ValueError: as layer_forward.
     """
+    raise_if_gave_up(gates.device)
     if gates.dtype not in ELEMENTS:
         raise TypeError(f"backend 'cupy' takes float16, bfloat16 and float32, got {gates.dtype}")
     if r.regularised:
@@ -103,14 +114,13 @@ def _checked(gates: Tensor, r: Recurrence) -> Recurrence:
     return r if r.lengths is None else dataclasses.replace(r, lengths=r.lengths.int())
 
 
-def launch_kernel(kernel: str, dtype: torch.dtype, grid: int, plan: Plan, **arguments: Tensor | int | None) -> None:
-    """Launch a kernel of lstm.cu on torch's current stream: the seam at which a test can run it elsewhere.
+def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tensor | int | None) -> None:
+    """Launch a kernel on torch's current stream: the seam at which a test can run it elsewhere.
 
     Args:
-        kernel: its name, with its template arguments after the element type, if it has any.
+        kernel: its name.
         dtype: of the elements.
-        grid: how many blocks.
-        plan: how many threads a block has, and how much shared memory.
+        plan: its further template arguments, its grid, and what a block takes.
         arguments: by the kernel's names for them; a tensor goes by its address, None as a null pointer.
 
     Raises:
@@ -130,34 +140,26 @@ def launch_kernel(kernel: str, dtype: torch.dtype, grid: int, plan: Plan, **argu
                 return numpy.int32(argument)
 
     values = tuple(by_value(a) for a in in_order(kernel, arguments))
-    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
-    if grid == 0:  # as it is for an empty batch
+    device = arguments["gates"].device
+    if arguments["B"] == 0:
         return
     with torch.cuda.device(device):
-        function = _kernel(device, kernel, dtype)
+        function = _kernel(device, kernel, dtype, plan.template("backward" in kernel))
         with _stream(device):
-            function((grid,), (plan.threads,), values, shared_mem=plan.shared)
+            function(plan.grid, (plan.threads,), values, shared_mem=plan.shared)
 
 
 @functools.cache
-def _module(architecture: int, dtype: torch.dtype, options: tuple[str, ...]) -> Any:
-    import cupy
-
-    names = [name_expression(kernel, dtype) for kernel in kernels_of(architecture)]
-    return cupy.RawModule(code=SOURCE.read_text(), options=options, name_expressions=names)
-
-
-@functools.cache
-def _kernel(device: torch.device, name: str, dtype: torch.dtype) -> Any:
+def _kernel(device: torch.device, name: str, dtype: torch.dtype, template: tuple[int, ...]) -> Any:
     """A kernel, loaded on a device, which is the current one."""
     import cupy
 
-    major, minor = torch.cuda.get_device_capability(device)
-    kernel = _module(10 * major + minor, dtype, OPTIONS).get_function(name_expression(name, dtype))
-    kernel.max_dynamic_shared_size_bytes = shared_limit(device)
-    if name in CLUSTER_KERNELS:
-        non_portable_cluster_size_allowed = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-        cupy.cuda.driver.funcSetAttribute(kernel.kernel.ptr, non_portable_cluster_size_allowed, 1)
+    expression = name_expression(name, dtype, template)
+    module = cupy.RawModule(
+        code=join(parts()), options=OPTIONS, name_expressions=[expression], enable_cooperative_groups=True
+    )
+    kernel = module.get_function(expression)
+    kernel.max_dynamic_shared_size_bytes = shared_memory_of(card_of(device).architecture)
     return kernel
 
 

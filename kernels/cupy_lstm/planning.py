@@ -1,37 +1,142 @@
-"""Plans: how the time loop is run, and by what blocks."""
+"""Plans: by what blocks the time loop is run. Pure Python."""
 
-import enum
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 
-PACK = 16  # bytes that a thread reads or writes at once
+from ..architectures import shared_memory_of
 
 Launch = Callable[..., None]
-"""launch(kernel, dtype, grid, plan, **arguments): `launch.launch_kernel`."""
+"""launch(kernel, dtype, plan, **arguments): `launch.launch_kernel`."""
+
+SEQUENCES = 8  # of a batch tile
+CHUNK = 16  # words of K that a warp takes at once
+AHEAD = 4  # chunks that are on their way at once, where weights are not kept
+MOST_REGISTERS = 192  # of a thread's 255, that may hold weights, words and sums
+
+# Clocks of an H100, for the order of plans. Latencies and rates are published ones (Luo et al., "Benchmarking and
+# Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide). What is left
+# of a step is fitted to cycles that were estimated instruction by instruction from SASS.
+L2_BYTES = 40  # that a multiprocessor reads from L2 in a clock, when all do
+SHARED_BYTES = 128  # that it reads or writes in shared memory in a clock
+MULTIPLY_ADDS = 128  # that it does in a clock
+PRODUCTS = 2.0  # on tensor cores, of 16 rows by 8 words by 8 sequences, for which it takes so many clocks
+EXCHANGE = 700  # from a store until all readers have it
+REST = (550, 350)  # forward and backward: loads, gates and cell, the barrier
 
 
-class Family(enum.Enum):
-    """How the time loop is run."""
+@dataclass(frozen=True)
+class Card:
+    """What planning needs to know of a GPU."""
 
-    STEP = "step"  # one launch a step, after a product by cuBLAS
-    SEQUENCE = "sequence"  # one launch; a block walks whole sequences
-    CLUSTER = "cluster"  # one launch; so does a cluster of blocks. Forward, and on request only
+    architecture: int  # compute capability, 90 for 9.0
+    multiprocessors: int
+
+
+HOST = Card(80, 8)  # stands in where the tensors are on the CPU
+
+
+def card_of(device: torch.device) -> Card:
+    """That of a device."""
+    if device.type != "cuda":
+        return HOST
+    properties = torch.cuda.get_device_properties(device)
+    return Card(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer in one direction: B sequences, H units."""
+
+    batch: int
+    hidden: int
+    dtype: torch.dtype
+    backward: bool
+    precision: str = "ieee"  # of float32 products
+    side_by_side: int = 1  # such layers or directions run at once, and share the card
+
+    @property
+    def words(self) -> int:
+        """W: of 32 bits, that a row of H elements takes at 16 bytes."""
+        return 4 * ceil(self.hidden * self.dtype.itemsize / 16)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A family with the size of its blocks."""
+    """Sizes of blocks, as the template arguments of cuda/cooperative.cu name them, and how many there are."""
 
-    family: Family
-    threads: int  # of a block
-    shared: int = 0  # bytes of a block
-    blocks: int = 1  # that share W_hh
+    hidden: int
+    units: int
+    warps: int
+    chunks: int  # of K that a warp keeps the weights of; 0: they are read at every step
+    parts: int  # blocks that share the gates of a unit, backward; 1 forward
+    grid: tuple[int, int]  # blocks of a group, groups
+    shared: int  # bytes of a block
+    clocks: float  # of a step, expected, by a model that is meant to put plans in order
+    side_by_side: int = 1  # launches of this plan that fit the card at once
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.warps
+
+    def template(self, backward: bool) -> tuple[int, ...]:
+        """The arguments of the kernel, after the element type."""
+        return self.hidden, self.units, self.warps, self.chunks, *((self.parts,) if backward else ())
 
 
-def shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have: on any GPU, where the device is none."""
-    if device.type != "cuda":
-        return 48 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+@functools.cache
+def choose_plan(problem: Problem, card: Card) -> Plan:
+    """The plan that is expected to be the fastest. There always is one: weights can be read at every step."""
+    return min(plans(problem, card), key=lambda plan: plan.clocks)
+
+
+def plans(problem: Problem, card: Card) -> Iterator[Plan]:
+    """All there are."""
+    tensor_cores = card.architecture >= 80 and (problem.dtype.itemsize == 2 or problem.precision == "tf32")
+    for parts in (1, 2, 4) if problem.backward else (1,):
+        for warps in (4, 8):
+            chunks = ceil(_words_of_sum(problem, parts) / (CHUNK * warps))
+            for units in range(4, 4 * warps + 1, 4):
+                rows = _rows(problem, units, parts)
+                if tensor_cores and rows % 16 == 0 and (rows // 2 + 4) * chunks + rows // 2 <= MOST_REGISTERS:
+                    yield from _plan(problem, card, units, warps, chunks, parts)
+                if warps == 8 and rows in (32, 64):
+                    yield from _plan(problem, card, units, warps, 0, parts)
+
+
+def _rows(problem: Problem, units: int, parts: int) -> int:
+    """Of weights that a block takes: gates of its units, or units of all the blocks that it shares gates with."""
+    return units * (parts if problem.backward else 4)
+
+
+def _words_of_sum(problem: Problem, parts: int) -> int:
+    """K: words of a row of weights."""
+    return problem.words * (4 // parts if problem.backward else 1)
+
+
+def _plan(problem: Problem, card: Card, units: int, warps: int, chunks: int, parts: int) -> Iterator[Plan]:
+    """The plan of these sizes, if all its blocks can be resident at once."""
+    multiprocessors = card.multiprocessors // problem.side_by_side
+    rows, k = _rows(problem, units, parts), _words_of_sum(problem, parts)
+    shared = 16 * warps * SEQUENCES * (rows // 2 + 2)
+    shared += 0 if chunks else 4 * warps * AHEAD * SEQUENCES * CHUNK
+    wanted, most = parts * ceil(problem.hidden / (parts * units)), multiprocessors // parts * parts
+    blocks = wanted if chunks else min(wanted, most)
+    if not 0 < blocks <= most or shared > shared_memory_of(card.architecture):
+        return
+    tiles = ceil(problem.batch / SEQUENCES)
+    groups = max(1, min(tiles, multiprocessors // blocks))
+    turns = ceil(tiles / groups) * ceil(wanted / blocks)  # of a step
+    turn = REST[problem.backward] + SEQUENCES * (4 * k / L2_BYTES + 8 * warps * rows / SHARED_BYTES)
+    if chunks:
+        turn += PRODUCTS * rows / 16 * k / 8
+    else:
+        multiply_adds = rows * k * 4 // problem.dtype.itemsize * SEQUENCES
+        turn += max(4 * rows * k / L2_BYTES, 1.5 * multiply_adds / MULTIPLY_ADDS)
+    turn += EXCHANGE * (parts > 1)
+    step = turns * turn + max(0, EXCHANGE - (turns - 1) * turn)
+    yield Plan(problem.hidden, units, warps, chunks, parts, (blocks, groups), shared, step, problem.side_by_side)

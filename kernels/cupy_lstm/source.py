@@ -1,4 +1,4 @@
-"""lstm.cu as Python knows it: which kernels it has, what they are called in C++, and in which order they take what."""
+"""The kernels in CUDA C++ as Python knows them: their text, what they are called, and in which order they take what."""
 
 import functools
 import re
@@ -7,37 +7,34 @@ from typing import Any
 
 import torch
 
-SOURCE = Path(__file__).with_name("lstm.cu")
+FOLDER = Path(__file__).with_name("cuda")
+PARTS = ("instructions", "cell", "indexing", "words", "exchange", "products", "cooperative")
+"""Files of the folder; each knows those before it."""
+
 OPTIONS = ("-std=c++17",)
-ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
-
-KERNELS = (
-    "lstm_step_forward",
-    "lstm_step_project_forward",
-    "lstm_step_project_backward",
-    "lstm_step_backward",
-    "lstm_sequence_forward",
-    "lstm_sequence_backward",
-)
-CLUSTER_SIZES = (8, 16)  # blocks: as many as every device takes, and as many as some do
-CLUSTER_KERNELS = tuple(f"lstm_cluster_forward<{blocks}>" for blocks in CLUSTER_SIZES)  # sm_90
+ELEMENTS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def kernels_of(architecture: int) -> tuple[str, ...]:
-    """The kernels that lstm.cu has on an architecture, 90 for sm_90."""
-    return KERNELS + CLUSTER_KERNELS if architecture >= 90 else KERNELS
+def join(parts: dict[str, str]) -> str:
+    """One text of all parts, in which the compiler's messages name file and line."""
+    return "\n".join(f'#line 1 "{name}.cu"\n{text}' for name, text in parts.items())
 
 
-def name_expression(kernel: str, dtype: torch.dtype) -> str:
-    """A kernel of lstm.cu for one dtype, in C++: "f<8>" for float32 is f<float, 8>."""
-    name, _, rest = kernel.partition("<")
-    return f"{name}<{ELEMENTS[dtype]}, {rest}" if rest else f"{name}<{ELEMENTS[dtype]}>"
+@functools.cache
+def parts() -> dict[str, str]:
+    """The text of each part."""
+    return {name: FOLDER.joinpath(f"{name}.cu").read_text() for name in PARTS}
+
+
+def name_expression(kernel: str, dtype: torch.dtype, template: tuple[int, ...] = ()) -> str:
+    """A kernel for one dtype, with its further template arguments, in C++."""
+    return f"{kernel}<{', '.join((ELEMENTS[dtype], *map(str, template)))}>"
 
 
 @functools.cache
 def parameters(kernel: str) -> tuple[str, ...]:
-    """The names of a kernel's parameters, in the order in which lstm.cu declares them."""
-    declared = re.search(rf"\b{kernel.partition('<')[0]}\((.*?)\) \{{", SOURCE.read_text(), re.DOTALL)
+    """The names of a kernel's parameters, in the order in which it declares them."""
+    declared = re.search(rf"\b{kernel}\((.*?)\) \{{", join(parts()), re.DOTALL)
     assert declared is not None
     return tuple(parameter.split()[-1] for parameter in re.sub("//.*", "", declared[1]).split(","))
 

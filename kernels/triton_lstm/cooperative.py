@@ -30,12 +30,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..architectures import KB
+from ..giving_up import error_word
+from ..initial_gradient import Gradients, initial_hidden_gradient, reset_gradients
+from ..operands import as_words, transposed_gates
 from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backward
 from .exchange import PATIENCE, collect, in_phase, pack, publish
 from .features import OPTIONS
 from .fragments import SEQUENCES, load_weights, product, scale, sequence_in, sum_over_warps, threads
-from .giving_up import error_word
 from .indexing import (
     cell_before,
     load_gates,
@@ -49,8 +51,6 @@ from .indexing import (
     store_gates,
     time_of,
 )
-from .initial_gradient import Gradients, initial_hidden_gradient, reset_gradients
-from .operands import as_words, transposed_gates
 from .planning import Device, Family, Launch, Plan, Problem, expected
 
 FILL = -1  # as int32: the word that stands for data which is not there yet, and that `pack` never makes

@@ -9,11 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
+from ..giving_up import raise_if_gave_up
+from ..ordering import await_others
 from ..recurrence import Recurrence, check_counts
 from . import plan_cache, step
 from .families import FAMILIES, plans
-from .giving_up import raise_if_gave_up
-from .ordering import await_others
 from .planning import INTERPRETER, Family, Launch, Plan, Problem, device_of
 from .trial import Attempt, first_that_fits
 
@@ -60,7 +60,8 @@ def layer_forward(
     if plan is None:
         check = partial(distrust, like=recurrence, save=save) if distrust else None
         plan = choose_plan(_problem(gates, recurrence), gates.device, False, _variant(recurrence, save), attempt, check)
-    await_others(plan, gates.device)
+    if plan.family is not Family.RESIDENT:
+        await_others(plan.side_by_side, gates.device)
     return attempt(plan, launch or launch_kernel)
 
 
@@ -103,7 +104,8 @@ def layer_backward(
         check = partial(distrust, like=recurrence, given=given) if distrust and any(given) else None
         variant = (*_variant(recurrence, True), *given)
         plan = choose_plan(_problem(gates, recurrence), gates.device, True, variant, attempt, check)
-    await_others(plan, gates.device)
+    if plan.family is not Family.RESIDENT:
+        await_others(plan.side_by_side, gates.device)
     return attempt(plan, launch or launch_kernel)
 
 

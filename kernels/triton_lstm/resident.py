@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..initial_gradient import Gradients, initial_hidden_gradient, reset_gradients
+from ..operands import as_words, transposed_gates
 from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward
 from .features import OPTIONS
 from .fragments import load_weights, product, sequence_in, share, take, threads
 from .indexing import cell_before, load_gates, position, reset_to, row_before, store_gates
-from .initial_gradient import Gradients, initial_hidden_gradient, reset_gradients
-from .operands import as_words, transposed_gates
 from .planning import Device, Family, Launch, Plan, Problem, power_of_two
 
 

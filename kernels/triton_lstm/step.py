@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..giving_up import error_word
+from ..initial_gradient import Gradients, initial_hidden_gradient, reset_gradients
 from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backward
 from .exchange import PATIENCE, meet
 from .features import MOST_ROWS, OPTIONS
-from .giving_up import error_word
 from .indexing import (
     cell_before,
     interleaved_gates,
@@ -34,7 +35,6 @@ from .indexing import (
     store_gates,
     time_of,
 )
-from .initial_gradient import Gradients, initial_hidden_gradient, reset_gradients
 from .planning import Device, Family, Launch, Plan, Problem
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..recurrence import Recurrence
+from .recurrence import Recurrence
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 """What a family's backward returns: the first four results of launch.layer_backward, and `reset_gradients`."""

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .planning import Family, Plan
-
 
 @dataclass
 class _Launched:
@@ -31,12 +29,15 @@ _launched: dict[torch.device, _Launched] = {}
 _lock = threading.Lock()
 
 
-def await_others(plan: Plan, device: torch.device) -> None:
-    """Have the current stream wait for launches on other streams that must not run beside this plan's."""
-    if plan.family is Family.RESIDENT or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+def await_others(side_by_side: int, device: torch.device) -> None:
+    """Have the current stream wait for launches on other streams that must not run beside the next one.
+
+    `side_by_side` launches were planned to share the card.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
     stream = torch.cuda.current_stream(device)
-    group = stream if plan.side_by_side == 1 else plan.side_by_side
+    group = stream if side_by_side == 1 else side_by_side
     with _lock:
         latest = _launched.setdefault(device, _Launched())
         if group != latest.group:

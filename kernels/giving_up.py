@@ -17,6 +17,8 @@ KERNELS = (
     "lstm_cooperative_backward_kernel",
     "lstm_step_forward_kernel",
     "lstm_step_backward_kernel",
+    "lstm_cooperative_forward",  # in CUDA C++
+    "lstm_cooperative_backward",
 )
 APART = 4  # int32 from one word to the next: 16 bytes, as a pointer to it counts as aligned to
 

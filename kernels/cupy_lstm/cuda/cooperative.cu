@@ -1,0 +1,241 @@
+// All steps in one launch, by blocks that share W_hh and exchange h. Grid (blocks of a group, groups).
+//
+// A group's blocks own UNITS hidden units each; at every step each block takes the h of all units, of 8 sequences, from L2.
+// Groups take the batch tiles of 8 sequences in turn and never wait for each other. All blocks of a launch must be resident
+// at once.
+//
+// forward    A block takes the rows of W_hh of its units' four gates, and publishes h of its units.
+//
+// backward   dh of a unit takes the dgates of all units, four times as wide as h. PARTS blocks own PARTS * UNITS units
+//            together and take W_hh^T of all of these, each for another part of the gates: it reads that part of dgates,
+//            and publishes its partial sums of dh in a second, small exchange. With PARTS = 1 there is none.
+//
+// CHUNKS > 0 keeps the weights in registers and takes products on tensor cores (sm_80 and newer); 0 reads them every step.
+//
+// W words make a row of H elements, at 16 bytes: W is a multiple of 4, and what is beyond H is zero.
+
+// The thread's cell: unit `unit` of the block's, of sequence `sequence` of a batch tile. Every warp takes as many, so that
+// none begins to wait before its block has published. UNITS is even: neighbours in a word are neighbours in a warp.
+template <int UNITS, int WARPS>
+struct Own {
+    static constexpr int OF_WARP = SEQUENCES / WARPS;  // sequences
+    const int lane = threadIdx.x % 32;
+    const bool cell = lane < UNITS * OF_WARP;
+    const int unit = lane % UNITS, sequence = threadIdx.x / 32 * OF_WARP + min(lane / UNITS, OF_WARP - 1);
+};
+
+template <typename E, int H>
+constexpr int WORDS = (H * sizeof(E) + 15) / 16 * 4;  // W
+
+// What a block takes one after another at every step: batch tiles and, unless it keeps the weights of ONE, shares of rows.
+template <bool ONE>
+struct Walk {
+    const int first_row, rows, H;
+    int tile = blockIdx.y * SEQUENCES, row;
+
+    __device__ Walk(int share, int shares, int rows, int H)
+        : first_row(share * rows), rows(shares * rows), H(H), row(first_row) {}
+
+    __device__ void next() {
+        if (!ONE) row += rows;
+        if (ONE || row >= H) tile += SEQUENCES * gridDim.y, row = first_row;
+    }
+};
+
+template <typename E, int H, int UNITS, int WARPS, int CHUNKS>
+__global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
+    E* gates,                 // [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, where c is given: activated gates
+    const unsigned* weights,  // [4H, W] W_hh
+    unsigned* h,              // [T*B + B, W] out and the exchange, filled beforehand; then h0
+    E* h_n,                   // [B, H] out, of sequences that have a step
+    float* c,                 // [T*B, H] out, or null
+    float* c_n,               // [B, H] in: c0; out
+    const int* lengths,       // [B] or null
+    const bool* resets,       // [T*B] or null
+    const float* reset_c,     // [T*B, H] what c is reset to; null: zeros
+    int* error,               // [1]
+    int T, int B, bool reverse) {
+    constexpr int W = WORDS<E, H>;
+    using Rows = Product<E, 4 * UNITS, W, WARPS, CHUNKS>;  // pairs are the gates i and f, then g and o, of a unit
+    const Own<UNITS, WARPS> own;
+    const Walk<(CHUNKS > 0)> begin(blockIdx.x, gridDim.x, UNITS, H);
+
+    // Load W_hh, where it is kept.
+    Rows product(weights);
+    const auto take_rows_of = [&](int first_unit) {
+        product.take([=](int pair, int half) {
+            const int unit = first_unit + pair % UNITS, gate = 2 * (pair / UNITS) + half;
+            return unit < H ? gate * H + unit : -1;
+        });
+    };
+    take_rows_of(begin.row);
+
+    int turn = 0;
+    for (int step = 0; step < T; ++step)
+        for (auto walk = begin; walk.tile < B; walk.next(), turn ^= 1) {
+            if (CHUNKS == 0) take_rows_of(walk.row);
+            const int unit = walk.row + own.unit;
+            const bool has_cell = own.cell & unit < H;
+
+            // Load, before waiting: what belongs to the thread's cell.
+            const int batch = walk.tile + own.sequence, length = length_of(lengths, batch, T, B);
+            const int of_column = walk.tile + product.lane.column, its_length = length_of(lengths, of_column, T, B);
+            const Position at(step, batch, length, resets, B, reverse);
+            const bool valid = has_cell & at.valid, in_batch = has_cell & batch < B;
+            const long long state_at = static_cast<long long>(batch) * H + unit;
+            E* const my_gates = gates + at.row * 4 * H + unit;
+            E gates_x[GATES];
+#pragma unroll
+            for (int gate = I; gate < GATES; ++gate) gates_x[gate] = load_if(valid, my_gates + gate * H);
+            float c_prev = load_if(has_cell & at.continues, c_n + state_at);
+            if (reset_c != nullptr) c_prev += load_if(valid & !at.continues, reset_c + at.row * H + unit);
+
+            // Product with h of the step before.
+            const int time_before = step == 0 ? T : time_of(step - 1, its_length, reverse);
+            typename Rows::Words h_prev(h + row_of(time_before, of_column, B) * W + product.lane.first_word,
+                                        of_column < B ? W - product.lane.first_word : 0);
+            product.multiply(h_prev, turn, {error, step});
+
+            // Gates and cell.
+            const float2 z_if = Rows::sum(own.unit, own.sequence, turn);
+            const float2 z_go = Rows::sum(UNITS + own.unit, own.sequence, turn);
+            float z[GATES] = {z_if.x, z_if.y, z_go.x, z_go.y};
+#pragma unroll
+            for (int gate = I; gate < GATES; ++gate)
+                z[gate] = to_float(gates_x[gate]) + (at.continues ? z[gate] : 0.0f);
+            const Cell cell = Cell::forward(z[I], z[F], z[G], z[O], c_prev);
+            const float h_next = valid ? cell.m : 0.0f;
+
+            // Publish, before anything else is stored. Padding gets zeros.
+            const unsigned word = pack<E>(h_next);
+            store_relaxed_if(in_batch & unit % PER_WORD<E> == 0, h + at.row * W + unit / PER_WORD<E>, word);
+
+            // Store.
+            E rounded;
+            round_to(rounded, h_next);
+            store_if(valid & at.last, h_n + state_at, rounded);
+            store_if(valid, c_n + state_at, cell.c);
+            if (c != nullptr) {
+                store_if(in_batch, c + at.row * H + unit, valid ? cell.c : 0.0f);
+                const float activated[GATES] = {cell.i, cell.f, cell.g, cell.o};
+#pragma unroll
+                for (int gate = I; gate < GATES; ++gate) {
+                    round_to(rounded, activated[gate]);
+                    store_if(valid, my_gates + gate * H, rounded);
+                }
+            }
+        }
+}
+
+template <typename E, int H, int UNITS, int WARPS, int CHUNKS, int PARTS>
+__global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
+    const E* dh,              // [T*B, H] or null
+    const E* dh_n,            // [B, H] or null
+    const E* gates,           // [T*B, 4H] activated
+    const float* c,           // [T*B, H]
+    const float* c0,          // [B, H]
+    const unsigned* weights,  // [PARTS, H, 4 / PARTS * W] W_hh^T, of each part's gates
+    unsigned* dgates,         // [T*B, 4, W] out and the exchange, filled beforehand
+    unsigned* partials,       // [B, PARTS, H] floats, the second exchange, filled beforehand: phase 1; null if PARTS is 1
+    float* dc,                // [B, H] in: dc_n; out: dc0
+    const int* lengths,       // [B] or null
+    const bool* resets,       // [T*B] or null
+    const float* reset_c,     // [T*B, H] what c is reset to; null: zeros
+    float* dreset_c,          // [T*B, H] its gradient, out where there is a reset; null where reset_c is
+    int* error,               // [1]
+    int T, int B, bool reverse) {
+    constexpr int W = WORDS<E, H>;
+    constexpr int ROWS = PARTS * UNITS;  // pairs are the units n and n + ROWS / 2
+    constexpr int K = 4 / PARTS * W;
+    using Rows = Product<E, ROWS, K, WARPS, CHUNKS>;
+    const Own<UNITS, WARPS> own;
+    const int part = blockIdx.x % PARTS;
+    const Walk<(CHUNKS > 0)> begin(blockIdx.x / PARTS, gridDim.x / PARTS, ROWS, H);
+
+    // Load W_hh^T, where it is kept.
+    Rows product(weights);
+    const auto take_rows_of = [&](int first_unit) {
+        product.take([=](int pair, int half) {
+            const int unit = first_unit + pair + half * (ROWS / 2);
+            return unit < H ? part * H + unit : -1;
+        });
+    };
+    take_rows_of(begin.row);
+
+    int turn = 0;
+    for (int step = T - 1; step >= 0; --step)
+        for (auto walk = begin; walk.tile < B; walk.next(), turn ^= 1) {
+            if (CHUNKS == 0) take_rows_of(walk.row);
+            const int unit = walk.row + part * UNITS + own.unit;
+            const bool has_cell = own.cell & unit < H;
+
+            // Load, before waiting: what belongs to the thread's cell.
+            const int batch = walk.tile + own.sequence, length = length_of(lengths, batch, T, B);
+            const int of_column = walk.tile + product.lane.column, its_length = length_of(lengths, of_column, T, B);
+            const Position at(step, batch, length, resets, B, reverse);
+            const Position next(step + 1, batch, length, resets, B, reverse);
+            const bool valid = has_cell & at.valid, in_batch = has_cell & batch < B;
+            const long long state_at = static_cast<long long>(batch) * H + unit;
+            const long long output_at = at.row * H + unit;
+            const E* const my_gates = gates + at.row * 4 * H + unit;
+            E activated[GATES], dh_output = {}, dh_last = {};
+#pragma unroll
+            for (int gate = I; gate < GATES; ++gate) activated[gate] = load_if(valid, my_gates + gate * H);
+            const float c_after = load_if(valid, c + output_at), dc_after = load_if(valid, dc + state_at);
+            float c_prev = load_if(has_cell & at.continues, (step == 0 ? c0 : c) + at.row_prev * H + unit);
+            if (reset_c != nullptr) c_prev += load_if(valid & !at.continues, reset_c + output_at);
+            if (dh != nullptr) dh_output = load_if(valid, dh + output_at);
+            if (dh_n != nullptr) dh_last = load_if(valid & at.last, dh_n + state_at);
+
+            // Product with dgates of the step after. Padding and what a reset cuts off is waited for, too, so that nobody
+            // publishes partial sums over others that are still waited for.
+            const long long row_after = row_of(time_of(step + 1, its_length, reverse), of_column, B);
+            typename Rows::Words dz(dgates + (row_after * 4 + 4 / PARTS * part) * W + product.lane.first_word,
+                                    step < T - 1 & of_column < B ? K - product.lane.first_word : 0);
+            product.multiply(dz, turn, {error, step});
+
+            // What the step after hands back, for the thread's cell.
+            float handed_back;
+            if (PARTS == 1) {
+                const float2 sums = Rows::sum(own.unit % (ROWS / 2), own.sequence, turn);
+                handed_back = own.unit < ROWS / 2 ? sums.x : sums.y;
+            } else {
+                // Publish the partial sums, and add up all parts in the same order every time.
+                const int phase = (T - 1 - step) % 2;
+#pragma unroll
+                for (int n = 0; n < ROWS / 2 * SEQUENCES; n += 32 * WARPS) {
+                    const int pair = (n + threadIdx.x) % (ROWS / 2), sequence = (n + threadIdx.x) / (ROWS / 2);
+                    const bool wanted = sequence < SEQUENCES & walk.tile + sequence < B;
+                    const float2 sums = Rows::sum(pair, sequence % SEQUENCES, turn);
+                    const int low = walk.row + pair, high = low + ROWS / 2;
+                    unsigned* const to = partials + (static_cast<long long>(walk.tile + sequence) * PARTS + part) * H;
+                    store_relaxed_if(wanted & low < H, to + low, in_phase(sums.x, phase));
+                    store_relaxed_if(wanted & high < H, to + high, in_phase(sums.y, phase));
+                }
+                float parts[PARTS];
+                await_phase(parts, partials + static_cast<long long>(batch) * PARTS * H + unit, H, in_batch, phase,
+                            {error, step});
+                handed_back = parts[0];
+#pragma unroll
+                for (int n = 1; n < PARTS; ++n) handed_back += parts[n];
+            }
+
+            // Cell.
+            const Cell cell = {to_float(activated[I]), to_float(activated[F]), to_float(activated[G]),
+                               to_float(activated[O]), c_after};
+            const float dm = to_float(dh_output) + to_float(dh_last) + (next.continues ? handed_back : 0.0f);
+            const Cell::Gradient d = cell.backward(c_prev, dm, dc_after);
+
+            // Publish. In padding every factor was loaded as zero, and so are the gradients.
+            const bool publishes = in_batch & unit % PER_WORD<E> == 0;
+            unsigned* const to = dgates + at.row * 4 * W + unit / PER_WORD<E>;
+            store_relaxed_if(publishes, to + I * W, pack<E>(d.i));
+            store_relaxed_if(publishes, to + F * W, pack<E>(d.f));
+            store_relaxed_if(publishes, to + G * W, pack<E>(d.g));
+            store_relaxed_if(publishes, to + O * W, pack<E>(d.o));
+
+            // Store. Nothing flows back past a reset.
+            store_if(valid, dc + state_at, at.continues ? d.c_prev : 0.0f);
+            if (dreset_c != nullptr) store_if(valid & !at.continues, dreset_c + output_at, d.c_prev);
+        }
+}

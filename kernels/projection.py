@@ -1,0 +1,116 @@
+"""A projection, h = W_hr m, without one in the time loop: the product is W_hh h = (W_hh W_hr) m.
+
+So the recurrence of m is that of a cell without a projection, whose weights are W_hh W_hr; h and what flows back into
+it are products over all steps. Only h0 comes from no m: its share is added to the gates of the first step. With zoneout
+of h or recurrent dropout the step is not linear in m, and this does not hold.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .recurrence import Recurrence
+
+
+def recurrence_of_m(r: Recurrence) -> Recurrence:
+    """The recurrence of m [T, B, H], that starts from zeros."""
+    with products_in(r.precision):
+        weight_hh = r.weight_hh @ r.weight_hr
+    return dataclasses.replace(r, weight_hh=weight_hh, weight_hr=None, h0=r.h0.new_zeros(r.c0.shape))
+
+
+def add_initial_product(gates: Tensor, r: Recurrence) -> None:
+    """gates [T, B, 4H] of every sequence's first step += W_hh h0, unless a reset stands before it."""
+    with products_in(r.precision):
+        share = r.h0 @ r.weight_hh.T  # [B, 4H]
+    at = _first_time(r)
+    if r.resets is not None and not r.reverse:
+        share = share.masked_fill(r.resets[0, :, None], 0)
+    if r.lengths is not None:
+        share = share.masked_fill((r.lengths == 0)[:, None], 0)
+    if at is None:
+        gates[-1 if r.reverse else 0] += share
+    else:
+        gates.scatter_add_(0, at.expand(1, *share.shape), share[None])
+
+
+def project(m: Tensor, r: Recurrence) -> tuple[Tensor, Tensor]:
+    """m [T, B, H] -> h [T, B, P], h_n [B, P]."""
+    with products_in(r.precision):
+        h = m @ r.weight_hr.T
+    at = _last_time(r)
+    h_n = h[0 if r.reverse else -1] if at is None else h.gather(0, at.expand(1, *h.shape[1:]))[0]
+    if r.lengths is not None:
+        h_n = torch.where((r.lengths == 0)[:, None], r.h0, h_n)
+    return h, h_n
+
+
+def gradient_of_output(dh: Tensor | None, dh_n: Tensor | None, steps: int, r: Recurrence) -> Tensor:
+    """Gradient of h [T, B, P] from outside: from the output and the final state; zero in padding."""
+    dh = r.h0.new_zeros(steps, *r.h0.shape) if dh is None else dh.clone()
+    if r.lengths is not None:
+        dh.masked_fill_(_padding(steps, r), 0)
+    if dh_n is not None:
+        at = _last_time(r)
+        if at is None:
+            dh[0 if r.reverse else -1] += dh_n
+        else:
+            dh_n = dh_n.masked_fill((r.lengths == 0)[:, None], 0)
+            dh.scatter_add_(0, at.expand(1, *dh_n.shape), dh_n[None])
+    return dh
+
+
+def gradient_of_m(dh: Tensor, r: Recurrence) -> Tensor:
+    """Gradient of h [T, B, P] from outside -> of m [T, B, H]."""
+    with products_in(r.precision):
+        return dh @ r.weight_hr
+
+
+def add_gradient_of_next(dh: Tensor, dgates: Tensor, r: Recurrence) -> Tensor:
+    """Gradient of h [T, B, P] from outside += what the step after hands back: the whole gradient of h."""
+    with products_in(r.precision):
+        handed_back = dgates @ r.weight_hh
+    steps = len(dh)
+    to, of = (slice(1, None), slice(None, steps - 1)) if r.reverse else (slice(None, steps - 1), slice(1, None))
+    handed_back = handed_back[of]
+    if r.resets is not None:
+        handed_back = handed_back.masked_fill(r.resets[1:, :, None], 0)
+    if r.lengths is not None and r.reverse:
+        handed_back = handed_back.masked_fill(_padding(steps, r)[1:], 0)
+    dh[to] += handed_back
+    return dh
+
+
+def _first_time(r: Recurrence) -> Tensor | None:
+    """Of the first step of every sequence, [1, B, 1]; None where it is the same for all."""
+    return (r.lengths.long() - 1).clamp(min=0)[None, :, None] if r.reverse and r.lengths is not None else None
+
+
+def _last_time(r: Recurrence) -> Tensor | None:
+    """Of the last step of every sequence, [1, B, 1]; None where it is the same for all."""
+    return (r.lengths.long() - 1).clamp(min=0)[None, :, None] if not r.reverse and r.lengths is not None else None
+
+
+def _padding(steps: int, r: Recurrence) -> Tensor:
+    """Where there is none of a sequence, [T, B, 1]."""
+    return (torch.arange(steps, device=r.h0.device)[:, None] >= r.lengths)[..., None]
+
+
+@contextlib.contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Products of float32 tensors by cuBLAS in `precision`, whatever torch's switch for the others says."""
+    matmul = torch.backends.cuda.matmul
+    value: str | bool
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer
+        switch, value = "fp32_precision", precision
+    else:
+        switch, value = "allow_tf32", precision == "tf32"
+    before = getattr(matmul, switch)
+    setattr(matmul, switch, value)
+    try:
+        yield
+    finally:
+        setattr(matmul, switch, before)
