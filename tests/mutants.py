@@ -90,6 +90,7 @@ TESTS = {
     "kernels/cupy_lstm/lstm": "cupy_kernels",
     "kernels/cupy_lstm/planning": "cupy_launch cupy_kernels",
     "kernels/cupy_lstm": "cupy_launch cupy_kernels",
+    "kernels/projection": "cupy_kernels sequence_kernels::test_resident",
     "kernels/recurrence": "layer extremes planning",
     "kernels/remembered": "plan_cache races trust main",
     "kernels/report": "main compile",

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..initial_gradient import Gradients, initial_hidden_gradient, reset_gradients
+from ..initial_gradient import Gradients, reset_gradients
 from ..operands import as_words, transposed_gates
 from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward
@@ -265,7 +265,7 @@ MOST_REGISTERS = 160  # of a thread's 255 that may hold weights
 def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
     """Where the registers of one block hold W_hh as operands of tensor cores."""
     no_tensor_cores = problem.dtype is torch.float32 and problem.precision == "ieee"
-    if problem.projected or problem.regularised or problem.batch == 0 or no_tensor_cores:
+    if problem.regularised or problem.batch == 0 or no_tensor_cores:
         return
     units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` wants
     warps = units // 16 if backward else min(8, units // 8)
@@ -310,14 +310,13 @@ def backward(
     r = recurrence
     dgates = torch.empty_like(gates)
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
-    dreset_h, dreset_c = reset_gradients(r)
+    _, dreset_c = reset_gradients(r)
     launch(
         lstm_resident_backward_kernel, (plan.groups,),
         dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, weights_ptr=transposed_gates(r.weight_hh),
         dgates_ptr=dgates, dc_ptr=dc, dreset_c_ptr=dreset_c, **_shared_arguments(plan, gates, r),
     )  # fmt: skip
-    dh0 = initial_hidden_gradient(dgates, dh_n, None, r)
-    return dgates, dh0, dc, gates.new_empty(0), dreset_h, dreset_c
+    return Gradients(dgates, dc, dreset_c=dreset_c)
 
 
 def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:
