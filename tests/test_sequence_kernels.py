@@ -164,9 +164,10 @@ def test_step_with_noise_by_several_programs(monkeypatch, projected):
 
 @pytest.mark.parametrize("noise", ["masks", "expected"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_cooperative_with_noise(monkeypatch, noise, dtype):
+@pytest.mark.parametrize("family", [_reside, partial(_cooperate, units=4)], ids=["resident", "cooperative"])
+def test_noise(monkeypatch, family, noise, dtype):
     """Recurrent dropout and zoneout, against the reference, since torch's LSTM has neither."""
-    _cooperate(monkeypatch, units=4)
+    family(monkeypatch)
     given = partial(noisy, (5, 3, 3, 11, 0), "ragged states reverse", noise)
     assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=1, yardstick="reference")
 
