@@ -49,7 +49,7 @@ NUMBERS = (  # of the Triton kernels: the quick ones of those that hold all resu
 )
 SEVERAL = "sequence_kernels::test_step_by_several_programs sequence_kernels::test_step_with_noise_by_several_programs"
 TOGETHER = "sequence_kernels::test_cooperative sequence_kernels::test_noise concurrent_interpreter exchange_ptx"
-ALONE = "sequence_kernels::test_resident sequence_kernels::test_resident_in_half_precision"
+ALONE = "sequence_kernels::test_resident sequence_kernels::test_noise sequence_kernels::test_resident_in_half_precision"
 TESTS = {
     "gpu_lstm/__main__": "main planning races",
     "gpu_lstm/autograd": "derivatives chunks weights regularised",
