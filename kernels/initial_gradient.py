@@ -1,12 +1,22 @@
 """The gradient of h0, which every family takes after its time loop."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .recurrence import Recurrence
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-"""What a family's backward returns: the first four results of launch.layer_backward, and `reset_gradients`."""
+
+class Gradients(NamedTuple):
+    """What a family's backward returns; None where there is none."""
+
+    dgates: Tensor  # [T, B, 4H]
+    dc0: Tensor  # [B, H] float32
+    dh_from_zoneout: Tensor | None = None  # [B, P] float32, handed back past the first step
+    dh_total: Tensor | None = None  # [T, B, P] of a projection in the time loop, the whole gradient of W_hr m
+    dreset_h: Tensor | None = None  # [T, B, P] float32, see `reset_gradients`
+    dreset_c: Tensor | None = None  # [T, B, H] float32
 
 
 def reset_gradients(recurrence: Recurrence) -> tuple[Tensor | None, Tensor | None]:
@@ -21,7 +31,7 @@ def reset_gradients(recurrence: Recurrence) -> tuple[Tensor | None, Tensor | Non
 def initial_hidden_gradient(
     dgates: Tensor,  # [T, B, 4H]
     dh_n: Tensor | None,  # [B, P]
-    dh_from_zoneout: Tensor | None,  # [B, P] float32, handed back past the first step
+    dh_from_zoneout: Tensor | None,  # [B, P] float32, see Gradients
     recurrence: Recurrence,
 ) -> Tensor:
     """dh0 [B, P]: through the first step, unless a reset stands before it; dh_n where there is no step at all."""

@@ -17,6 +17,7 @@ from .recurrence import Recurrence
 
 def recurrence_of_m(r: Recurrence) -> Recurrence:
     """The recurrence of m [T, B, H], that starts from zeros."""
+    assert not r.regularised
     with products_in(r.precision):
         weight_hh = r.weight_hh @ r.weight_hr
     return dataclasses.replace(r, weight_hh=weight_hh, weight_hr=None, h0=r.h0.new_zeros(r.c0.shape))

@@ -48,11 +48,8 @@ NUMBERS = (  # of the Triton kernels: the quick ones of those that hold all resu
     "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 layer::test_the_kernels_in_float16"
 )
 SEVERAL = "sequence_kernels::test_step_by_several_programs sequence_kernels::test_step_with_noise_by_several_programs"
-TOGETHER = (
-    "sequence_kernels::test_cooperative sequence_kernels::test_cooperative_with_noise concurrent_interpreter "
-    "exchange_ptx"
-)
-ALONE = "sequence_kernels::test_resident sequence_kernels::test_resident_in_half_precision"
+TOGETHER = "sequence_kernels::test_cooperative sequence_kernels::test_noise concurrent_interpreter exchange_ptx"
+ALONE = "sequence_kernels::test_resident sequence_kernels::test_noise sequence_kernels::test_resident_in_half_precision"
 TESTS = {
     "gpu_lstm/__main__": "main planning races wrong_calls",
     "gpu_lstm/autograd": "derivatives chunks weights regularised",
@@ -94,7 +91,7 @@ TESTS = {
     "kernels/initial_gradient": f"{NUMBERS} {TOGETHER}",
     "kernels/operands": f"first_call {NUMBERS} {TOGETHER}",
     "kernels/ordering": "side_by_side",
-    "kernels/projection": "cupy_kernels cupy_launch",
+    "kernels/projection": "cupy_kernels sequence_kernels::test_resident",
     "kernels/recurrence": "layer extremes planning",
     "kernels/remembered": "plan_cache races trust main",
     "kernels/report": "main compile",

@@ -171,10 +171,11 @@ def test_the_families_on_an_h100(rows, hidden, family):
 
 
 @pytest.mark.slow
-def test_regularised_problems_take_the_cooperative_family(rows):
-    regularised = [row for row in rows if row["case"].endswith(("768 masks", "768 rates"))]
+@pytest.mark.parametrize(("hidden", "family"), [(64, "resident"), (768, "cooperative")])
+def test_regularised_problems_take_the_families_of_the_plain_cell(rows, hidden, family):
+    regularised = [row for row in rows if row["case"].endswith((f" H={hidden} masks", f" H={hidden} rates"))]
     assert {row["case"].split()[-1] for row in regularised} == {"masks", "rates"}
-    assert {row["plan"]["family"] for row in regularised} == {"cooperative"}
+    assert {row["plan"]["family"] for row in regularised} == {family}
 
 
 @pytest.mark.slow

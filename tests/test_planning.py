@@ -101,8 +101,18 @@ def test_tiles_of_the_step_family(problem, forward, warps):
     assert (plan.programs, plan.walks) == (min(tiles, 132), -(-tiles // 132))
 
 
-def test_a_projection_and_a_single_step_take_the_step_family():
-    for problem in (Problem(128, 16, 128, torch.bfloat16, projected=64), Problem(1, 16, 128, torch.bfloat16)):
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_projection_takes_the_plans_of_the_plain_cell(backward):
+    """But for the step family, which has it in the time loop."""
+    for hidden in (64, 768):
+        plain = Problem(128, 16, hidden, torch.bfloat16)
+        projected = dataclasses.replace(plain, projected=48)
+        assert plans(projected, DEVICES["h100"], backward)[:-1] == plans(plain, DEVICES["h100"], backward)[:-1] != []
+
+
+def test_a_projection_with_noise_and_a_single_step_take_the_step_family():
+    noisy = Problem(128, 16, 128, torch.bfloat16, projected=64, regularised=True)
+    for problem in (noisy, Problem(1, 16, 128, torch.bfloat16)):
         assert [plan.family for plan in plans(problem, DEVICES["h100"], False)] == [Family.STEP]
 
 

@@ -60,12 +60,14 @@ def _reside(monkeypatch):
     monkeypatch.setattr(launch, "choose_plan", resident)
 
 
-@pytest.mark.parametrize(
-    ("size", "variant"), sizes_and_variants((5, 3, 4, 6), (1, 1, 3, 1), (3, 11, 3, 33), (9, 2, 3, 60)), ids=str
-)
+RESIDENT = sizes_and_variants((5, 3, 4, 6), (1, 1, 3, 1), (3, 11, 3, 33), (9, 2, 3, 60))
+RESIDENT += sizes_and_variants((4, 3, 3, 20, 7))
+
+
+@pytest.mark.parametrize(("size", "variant"), RESIDENT, ids=str)
 def test_resident(monkeypatch, size, variant):
     _reside(monkeypatch)
-    seeds = 8 if size[-1] == 1 else 2
+    seeds = 8 if size[3] == 1 else 2
     assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float32, seeds=seeds)
 
 
@@ -88,11 +90,12 @@ def _cooperate(monkeypatch, units, groups=8, warps=2, yield_rate=0.05):
     monkeypatch.setattr(launch, "launch_kernel", launch_concurrently)
 
 
-COOPERATIONS = {  # (T, B, I, H): units a program, groups
+COOPERATIONS = {  # (T, B, I, H) or with P: units a program, groups
     (6, 3, 3, 8): (4, 1),  # programs forward: 2, backward: 4
     (3, 17, 3, 20): (8, 2),  # 3, 4; three batch tiles in two groups
     (3, 3, 3, 50): (4, 1),  # 13, 16
     (20, 2, 2, 6): (4, 1),  # 2, 4
+    (4, 3, 3, 20, 7): (8, 1),  # the same with P = 7
 }
 
 
@@ -106,6 +109,8 @@ def test_cooperative(monkeypatch, size, variant):
 HALVES = [  # the same: H odd, so that the last word of a row is half empty, and even
     ((4, 3, 3, 33), 8, "ragged resets reverse"),  # 5, 8
     ((3, 9, 3, 20), 4, "plain"),  # 5, 8; two batch tiles in one group
+    ((4, 3, 3, 33, 12), 8, "ragged resets reverse"),
+    ((5, 3, 3, 20, 7), 4, "ragged"),
 ]
 
 
@@ -115,7 +120,10 @@ def test_cooperative_with_two_units_in_a_word(monkeypatch, size, units, variant)
     assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float16, seeds=1)
 
 
-@pytest.mark.parametrize(("size", "variant"), [((5, 3, 3, 7), "ragged resets reverse"), ((3, 9, 3, 40), "plain")])
+@pytest.mark.parametrize(
+    ("size", "variant"),
+    [((5, 3, 3, 7), "ragged resets reverse"), ((3, 9, 3, 40), "plain"), ((5, 3, 3, 33, 12), "ragged resets reverse")],
+)
 def test_resident_in_half_precision(monkeypatch, size, variant):
     _reside(monkeypatch)
     assert_as_good_as_torch(partial(example_of, size, variant), "triton", torch.float16, seeds=1)
@@ -156,20 +164,22 @@ def test_step_with_noise_by_several_programs(monkeypatch, projected):
 
 @pytest.mark.parametrize("noise", ["masks", "expected"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_cooperative_with_noise(monkeypatch, noise, dtype):
+@pytest.mark.parametrize("family", [_reside, partial(_cooperate, units=4)], ids=["resident", "cooperative"])
+def test_noise(monkeypatch, family, noise, dtype):
     """Recurrent dropout and zoneout, against the reference, since torch's LSTM has neither."""
-    _cooperate(monkeypatch, units=4)
+    family(monkeypatch)
     given = partial(noisy, (5, 3, 3, 11, 0), "ragged states reverse", noise)
     assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=1, yardstick="reference")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("variant", ["states", "ragged states reverse"])
+@pytest.mark.parametrize("projected", [0, 5])
 @every_family
-def test_resets_to_given_states(monkeypatch, family, variant, dtype):
+def test_resets_to_given_states(monkeypatch, family, projected, variant, dtype):
     """Against the reference, since torch's LSTM has none."""
     family(monkeypatch)
-    given = partial(noisy, (5, 3, 3, 11, 0), variant, "none")
+    given = partial(noisy, (5, 3, 3, 11, projected), variant, "none")
     assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=2, yardstick="reference")
 
 

@@ -82,8 +82,8 @@ def test_the_numbers_of_the_check_shut_no_gate():
         assert 0.75 < tensors[name].std() * tensors[name].shape[1] ** 0.5 < 1.25, name
 
 
-@pytest.mark.parametrize("family", [Family.RESIDENT, Family.COOPERATIVE])
-def test_every_family_is_checked_by_its_own_kernel(monkeypatch, family):
+@pytest.mark.parametrize(("family", "projected"), [(Family.RESIDENT, 5), (Family.COOPERATIVE, 0)])
+def test_every_family_is_checked_by_its_own_kernel(monkeypatch, family, projected):
     kernels = []
 
     def run(kernel, grid, **arguments):
@@ -91,7 +91,7 @@ def test_every_family_is_checked_by_its_own_kernel(monkeypatch, family):
         ConcurrentRun(seed=0)(kernel, grid, **arguments)
 
     monkeypatch.setattr(launch, "launch_kernel", run)
-    r = _recurrence(torch.float16, ragged=True)
+    r = _recurrence(torch.float16, projected, ragged=True)
     for backward, given in ((False, None), (True, BOTH)):
         proposed = plans(Problem(4, B, H, torch.float16), DEVICES["h100"], backward)
         plan = next(p for p in proposed if p.family is family)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..architectures import KB
 from ..giving_up import error_word
-from ..initial_gradient import Gradients, initial_hidden_gradient, reset_gradients
+from ..initial_gradient import Gradients, reset_gradients
 from ..operands import as_words, transposed_gates
 from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backward
@@ -318,7 +318,8 @@ def lstm_cooperative_backward_kernel(
 def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
     """Where the registers of all multiprocessors together hold W_hh as operands of tensor cores."""
     no_tensor_cores = problem.dtype is torch.float32 and problem.precision == "ieee"
-    if problem.projected or problem.batch == 0 or no_tensor_cores:
+    in_the_loop = problem.projected and problem.regularised  # see kernels/projection.py
+    if in_the_loop or problem.batch == 0 or no_tensor_cores:
         return
     words = ceil(problem.hidden * problem.size / 4)
     warps = 8 if words > 64 else 4
@@ -398,8 +399,7 @@ def backward(
         error_ptr=error_word(gates.device, "lstm_cooperative_backward_kernel"), **_shared_arguments(plan, gates, r),
     )  # fmt: skip
     dgates = dgates[..., : r.hidden].reshape(gates.shape)
-    dh0 = initial_hidden_gradient(dgates, dh_n, dh_from_zoneout, r)
-    return dgates, dh0, dc, gates.new_empty(0), dreset_h, dreset_c
+    return Gradients(dgates, dc, dh_from_zoneout, None, dreset_h, dreset_c)
 
 
 def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import projection
 from ..giving_up import raise_if_gave_up
+from ..initial_gradient import initial_hidden_gradient
 from ..ordering import await_others
 from ..recurrence import Recurrence, check_counts
 from . import plan_cache, step
@@ -35,7 +37,8 @@ def layer_forward(
     """The recurrence of one layer in one direction.
 
     Args:
-        gates: [T, B, 4H], x W_ih^T + b_ih + b_hh. Overwritten by the activated gates if `save`.
+        gates: [T, B, 4H], x W_ih^T + b_ih + b_hh. Overwritten by the activated gates if `save`; with a projection, and
+            without `save`, at every sequence's first step.
         recurrence: weights, initial states, lengths and the rest.
         save: keep what layer_backward needs.
         plan: how to run it; by default the best that fits.
@@ -54,14 +57,19 @@ def layer_forward(
     check_counts(gates)
 
     def attempt(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert plan.family is not Family.RESIDENT or not recurrence.regularised
-        return FAMILIES[plan.family].forward(gates, recurrence, save=save, plan=plan, launch=launch)
+        forward = partial(FAMILIES[plan.family].forward, gates, save=save, plan=plan, launch=launch)
+        if not _projects_outside(plan, recurrence):
+            return forward(recurrence)
+        m, _, c_n, c = forward(projection.recurrence_of_m(recurrence))
+        return *projection.project(m, recurrence), c_n, c
 
     if plan is None:
         check = partial(distrust, like=recurrence, save=save) if distrust else None
         plan = choose_plan(_problem(gates, recurrence), gates.device, False, _variant(recurrence, save), attempt, check)
     if plan.family is not Family.RESIDENT:
         await_others(plan.side_by_side, gates.device)
+    if _projects_outside(plan, recurrence):
+        projection.add_initial_product(gates, recurrence)  # here, since a call may be attempted by several plans
     return attempt(plan, launch or launch_kernel)
 
 
@@ -95,9 +103,17 @@ def layer_backward(
     raise_if_gave_up(gates.device)
 
     def attempt(plan: Plan, launch: Launch) -> tuple[Tensor, ...]:
-        assert plan.family is not Family.RESIDENT or not recurrence.regularised
-        found = FAMILIES[plan.family].backward(dh, dh_n, dc_n, gates, c, recurrence, plan=plan, launch=launch)
-        return tuple(c.new_empty(0) if t is None else t for t in found)
+        backward = partial(FAMILIES[plan.family].backward, plan=plan, launch=launch)
+        if _projects_outside(plan, recurrence):
+            dh_total = projection.gradient_of_output(dh, dh_n, len(gates), recurrence)
+            dm, of_m = projection.gradient_of_m(dh_total, recurrence), projection.recurrence_of_m(recurrence)
+            found = backward(dm, None, dc_n, gates, c, of_m)
+            found = found._replace(dh_total=projection.add_gradient_of_next(dh_total, found.dgates, recurrence))
+        else:
+            found = backward(dh, dh_n, dc_n, gates, c, recurrence)
+        dh0 = initial_hidden_gradient(found.dgates, dh_n, found.dh_from_zoneout, recurrence)
+        results = found.dgates, dh0, found.dc0, found.dh_total, found.dreset_h, found.dreset_c
+        return tuple(c.new_empty(0) if t is None else t for t in results)
 
     if plan is None:
         given = dh is not None, dh_n is not None
@@ -171,6 +187,11 @@ def expected_plan(problem: Problem, device: torch.device, backward: bool) -> Pla
 def choose_anew() -> None:
     """Forget what was chosen, since more has been measured."""
     _chosen.clear()
+
+
+def _projects_outside(plan: Plan, r: Recurrence) -> bool:
+    """Whether the projection is taken out of the time loop (projection.py); the step family has it there."""
+    return r.projected and plan.family is not Family.STEP
 
 
 def _problem(gates: Tensor, r: Recurrence) -> Problem:

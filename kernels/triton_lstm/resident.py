@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..initial_gradient import Gradients, initial_hidden_gradient, reset_gradients
+from ..initial_gradient import Gradients, reset_gradients
 from ..operands import as_words, transposed_gates
 from ..recurrence import Recurrence
-from .cell import activate, cell_backward, cell_forward
+from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backward
 from .features import OPTIONS
 from .fragments import load_weights, product, sequence_in, share, take, threads
-from .indexing import cell_before, load_gates, position, reset_to, row_before, store_gates
+from .indexing import cell_before, load_gates, load_zoneout, position, reset_to, row_before, store_gates
 from .planning import Device, Family, Launch, Plan, Problem, power_of_two
 
 
@@ -54,6 +54,13 @@ def two_positions(step, length, resets_ptr, batch, B, in_batch, REVERSE: tl.cons
     return (time, time_1), (row, row_1), (valid, valid_1), (continues, continues_1)
 
 
+@triton.jit
+def load_factors(dropout_h_ptr, batch, unit, in_batch, H: tl.constexpr):
+    """Those of h of a cell, [THREADS] float32."""
+    at = batch.to(tl.int64) * H + unit
+    return tl.load(dropout_h_ptr + at, mask=in_batch & (unit < H), other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_resident_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
@@ -66,6 +73,10 @@ def lstm_resident_forward_kernel(
     c_n_ptr,  # [B, H] float32
     lengths_ptr,  # [B] or None
     resets_ptr,  # [T*B] or None
+    dropout_h_ptr,  # [B, H] or None
+    zoneout_h_ptr,  # [T*B, H], one float32, or None
+    zoneout_c_ptr,  # [T*B, H], one float32, or None
+    reset_h_ptr,  # [T*B, H] for zoneout_h, or None
     reset_c_ptr,  # [T*B, H] float32 or None
     T,
     B,
@@ -102,16 +113,21 @@ def lstm_resident_forward_kernel(
         time, row, valid, continues = two_positions(step, length, resets_ptr, batch, B, in_batch, REVERSE)
 
         # Load, before the product, which hides its latency.
-        x, h_prev, c_prev = (), (), ()
+        x, h_prev, h_taken, c_prev = (), (), (), ()
         for n in tl.static_range(CELLS):
             x = x + load_gates(gates_ptr, row[n % 2] * (4 * H) + unit[n], valid[n % 2] & (unit[n] < H), H)
             reset = valid[n % 2] & ~continues[n % 2]
             h_prev = h_prev + (tl.where(reset, 0.0, h[n]).to(DTYPE),)
+            if dropout_h_ptr is not None:
+                factors = load_factors(dropout_h_ptr, batch[n % 2], unit[n], in_batch[n % 2], H)
+                h_taken = h_taken + ((factors * h_prev[n].to(tl.float32)).to(DTYPE),)
+            else:
+                h_taken = h_taken + (h_prev[n],)
             before = tl.where(reset, 0.0, c[n])
             c_prev = c_prev + (reset_to(before, reset_c_ptr, row[n % 2] * H + unit[n], reset & (unit[n] < H)),)
 
         # Product: the four gates of the thread's cells.
-        shared = share(h_prev, sequence, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
+        shared = share(h_taken, sequence, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
         z = product(weights, take(shared, 0, CHUNKS, CHUNKS, DTYPE, WARPS), DTYPE, CHUNKS, TILES, WARPS)
 
         h, c = (), ()
@@ -121,15 +137,21 @@ def lstm_resident_forward_kernel(
             z_g, z_o = z[n // 2 * 8 + 4 + n % 2], z[n // 2 * 8 + 6 + n % 2]
             i, f, g, o = activate(x[4 * n] + z_i, x[4 * n + 1] + z_f, x[4 * n + 2] + z_g, x[4 * n + 3] + z_o)
             c_next, h_next = cell_forward(i, f, g, o, c_prev[n])
+            at = row[n % 2] * H + unit[n]
+            valid_cell = valid[n % 2] & (unit[n] < H)
+            if zoneout_c_ptr is not None:
+                c_next = zoneout(load_zoneout(zoneout_c_ptr, at, valid_cell), c_prev[n], c_next)
+            if zoneout_h_ptr is not None:
+                h_before = reset_to(h_prev[n].to(tl.float32), reset_h_ptr, at, valid_cell & ~continues[n % 2])
+                h_next = zoneout(load_zoneout(zoneout_h_ptr, at, valid_cell), h_before, h_next)
 
             # Store. The state of a sequence that has ended stays; its padding gets zeros.
             h_next = tl.where(valid[n % 2], h_next, 0.0).to(DTYPE)
-            at = row[n % 2] * H + unit[n]
             in_tile = in_batch[n % 2] & (unit[n] < H)
             tl.store(h_ptr + at, h_next, mask=in_tile)
             if SAVE:
                 gates_at = row[n % 2] * (4 * H) + unit[n]
-                store_gates(gates_ptr, gates_at, valid[n % 2] & (unit[n] < H), i, f, g, o, H)
+                store_gates(gates_ptr, gates_at, valid_cell, i, f, g, o, H)
                 tl.store(c_ptr + at, tl.where(valid[n % 2], c_next, 0.0), mask=in_tile)
             h = h + (tl.where(valid[n % 2], h_next, h_prev[n]),)
             c = c + (tl.where(valid[n % 2], c_next, c_prev[n]),)
@@ -152,6 +174,11 @@ def lstm_resident_backward_kernel(
     dc_ptr,  # [B, H] float32, in: gradient of c_n; out: of c0
     lengths_ptr,  # [B] or None
     resets_ptr,  # [T*B] or None
+    dropout_h_ptr,  # [B, H] or None
+    zoneout_h_ptr,  # [T*B, H], one float32, or None
+    zoneout_c_ptr,  # [T*B, H], one float32, or None
+    dh_from_zoneout_ptr,  # [B, H] float32 zeros, out: what zoneout hands back to h0; or None
+    dreset_h_ptr,  # [T*B, H] float32 zeros, out where a step is reset: what zoneout hands back to h before it; or None
     reset_c_ptr,  # [T*B, H] float32 or None
     dreset_c_ptr,  # [T*B, H] float32 zeros, out where a step is reset: gradient of c before it; or None
     T,
@@ -199,7 +226,7 @@ def lstm_resident_backward_kernel(
         time, row, valid, continues = two_positions(step, length, resets_ptr, batch, B, in_batch, REVERSE)
 
         # Load, of all cells before the first store.
-        saved = ()
+        saved, dh_before, dc_before = (), (), ()
         for n in tl.static_range(CELLS):
             at = row[n % 2] * H + unit[n]
             valid_cell = valid[n % 2] & (unit[n] < H)
@@ -212,7 +239,15 @@ def lstm_resident_backward_kernel(
             c_prev = cell_before(c_ptr, c0_ptr, step, prev_at, from_prev)
             c_prev = reset_to(c_prev, reset_c_ptr, at, valid_cell & ~from_prev)
             i, f, g, o = load_gates(gates_ptr, row[n % 2] * (4 * H) + unit[n], valid_cell, H)
-            saved = saved + (i, f, g, o, c, c_prev, dm, tl.where(valid_cell, dc[n], 0.0))
+            of_c = tl.where(valid_cell, dc[n], 0.0)
+            if zoneout_h_ptr is not None:
+                to_before, dm = zoneout_backward(load_zoneout(zoneout_h_ptr, at, valid_cell), dm)
+                dh_before = dh_before + (to_before,)
+            if zoneout_c_ptr is not None:
+                c, _ = cell_forward(i, f, g, o, c_prev)  # as the step computed it; what was saved is after zoneout
+                to_before, of_c = zoneout_backward(load_zoneout(zoneout_c_ptr, at, valid_cell), of_c)
+                dc_before = dc_before + (to_before,)
+            saved = saved + (i, f, g, o, c, c_prev, dm, of_c)
 
         # Cell. In padding every factor was loaded as zero, so its gradients are zero.
         dz_i, dz_f, dz_g, dz_o, dc_prev = (), (), (), (), ()
@@ -225,6 +260,8 @@ def lstm_resident_backward_kernel(
             dz_f = dz_f + (d_f.to(DTYPE),)
             dz_g = dz_g + (d_g.to(DTYPE),)
             dz_o = dz_o + (d_o.to(DTYPE),)
+            if zoneout_c_ptr is not None:
+                d_c += dc_before[n]
             dc_prev = dc_prev + (d_c,)
 
         # Product, gate by gate: the gradient of the state before the step.
@@ -247,10 +284,18 @@ def lstm_resident_backward_kernel(
         for n in tl.static_range(CELLS):
             gates_at = row[n % 2] * (4 * H) + unit[n]
             store_gates(dgates_ptr, gates_at, in_batch[n % 2] & (unit[n] < H), dz_i[n], dz_f[n], dz_g[n], dz_o[n], H)
-            of_h = tl.where(continues[n % 2], (from_i[n] + from_f[n]) + (from_g[n] + from_o[n]), 0.0)
-            dh = dh + (tl.where(valid[n % 2], of_h, dh_after[n]),)
+            reset = valid[n % 2] & ~continues[n % 2] & (unit[n] < H)
+            of_h = (from_i[n] + from_f[n]) + (from_g[n] + from_o[n])
+            if dropout_h_ptr is not None:
+                of_h *= load_factors(dropout_h_ptr, batch[n % 2], unit[n], in_batch[n % 2], H)
+            if zoneout_h_ptr is not None:
+                of_h += dh_before[n]
+                to_h0 = continues[n % 2] & (unit[n] < H) & (tl.zeros_like(unit[n]) + step == 0)
+                tl.store(dh_from_zoneout_ptr + batch[n % 2].to(tl.int64) * H + unit[n], dh_before[n], mask=to_h0)
+                if dreset_h_ptr is not None:
+                    tl.store(dreset_h_ptr + row[n % 2] * H + unit[n], dh_before[n], mask=reset)
+            dh = dh + (tl.where(valid[n % 2], tl.where(continues[n % 2], of_h, 0.0), dh_after[n]),)
             if dreset_c_ptr is not None:
-                reset = valid[n % 2] & ~continues[n % 2] & (unit[n] < H)
                 tl.store(dreset_c_ptr + row[n % 2] * H + unit[n], dc_prev[n], mask=reset)
             of_c = tl.where(continues[n % 2], dc_prev[n], 0.0)
             dc = dc + (tl.where(valid[n % 2], of_c, dc_after[n]),)
@@ -265,7 +310,8 @@ MOST_REGISTERS = 160  # of a thread's 255 that may hold weights
 def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
     """Where the registers of one block hold W_hh as operands of tensor cores."""
     no_tensor_cores = problem.dtype is torch.float32 and problem.precision == "ieee"
-    if problem.projected or problem.regularised or problem.batch == 0 or no_tensor_cores:
+    in_the_loop = problem.projected and problem.regularised  # see kernels/projection.py
+    if in_the_loop or problem.batch == 0 or no_tensor_cores:
         return
     units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` wants
     warps = units // 16 if backward else min(8, units // 8)
@@ -290,7 +336,8 @@ def forward(
     launch(
         lstm_resident_forward_kernel, (plan.groups,),
         gates_ptr=gates, weights_ptr=as_words(r.weight_hh), h0_ptr=r.h0, c0_ptr=r.c0, h_ptr=h,
-        c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n, SAVE=save, **_shared_arguments(plan, gates, r),
+        c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n, reset_h_ptr=r.reset_h, SAVE=save,
+        **_shared_arguments(plan, gates, r),
     )  # fmt: skip
     return h, h_n, c_n, c
 
@@ -310,21 +357,23 @@ def backward(
     r = recurrence
     dgates = torch.empty_like(gates)
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
+    dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
     dreset_h, dreset_c = reset_gradients(r)
     launch(
         lstm_resident_backward_kernel, (plan.groups,),
         dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, weights_ptr=transposed_gates(r.weight_hh),
-        dgates_ptr=dgates, dc_ptr=dc, dreset_c_ptr=dreset_c, **_shared_arguments(plan, gates, r),
+        dgates_ptr=dgates, dc_ptr=dc, dh_from_zoneout_ptr=dh_from_zoneout, dreset_h_ptr=dreset_h, dreset_c_ptr=dreset_c,
+        **_shared_arguments(plan, gates, r),
     )  # fmt: skip
-    dh0 = initial_hidden_gradient(dgates, dh_n, None, r)
-    return dgates, dh0, dc, gates.new_empty(0), dreset_h, dreset_c
+    return Gradients(dgates, dc, dh_from_zoneout, None, dreset_h, dreset_c)
 
 
 def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:
     """What both kernels are given."""
     steps, batch, _ = gates.shape
     return dict(
-        lengths_ptr=r.lengths, resets_ptr=r.resets, reset_c_ptr=r.reset_c, T=steps, B=batch, H=r.hidden,
+        lengths_ptr=r.lengths, resets_ptr=r.resets, dropout_h_ptr=r.dropout_h, zoneout_h_ptr=r.zoneout_h,
+        zoneout_c_ptr=r.zoneout_c, reset_c_ptr=r.reset_c, T=steps, B=batch, H=r.hidden,
         REVERSE=r.reverse, UNITS=plan.columns, WARPS=plan.num_warps, num_warps=plan.num_warps,
         maxnreg=plan.registers, **OPTIONS,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..giving_up import error_word
-from ..initial_gradient import Gradients, initial_hidden_gradient, reset_gradients
+from ..initial_gradient import Gradients, reset_gradients
 from ..recurrence import Recurrence
 from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backward
 from .exchange import PATIENCE, meet
@@ -405,16 +405,16 @@ def backward(
     dgates = torch.empty_like(gates)
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; each step makes it that of the c before
     dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
-    dh_total = gates.new_empty((steps, batch, r.width) if r.projected else 0)
+    dh_total = gates.new_empty(steps, batch, r.width) if r.projected else None
     dreset_h, dreset_c = reset_gradients(r)
     launch(
         lstm_step_backward_kernel, (plan.programs,),
         dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, dgates_ptr=dgates,
-        dh_total_ptr=dh_total if r.projected else None, dc_ptr=dc, dh_from_zoneout_ptr=dh_from_zoneout,
+        dh_total_ptr=dh_total, dc_ptr=dc, dh_from_zoneout_ptr=dh_from_zoneout,
         dreset_h_ptr=dreset_h, dreset_c_ptr=dreset_c,
         error_ptr=error_word(gates.device, "lstm_step_backward_kernel"), **_shared_arguments(plan, gates, r),
     )  # fmt: skip
-    return dgates, initial_hidden_gradient(dgates, dh_n, dh_from_zoneout, r), dc, dh_total, dreset_h, dreset_c
+    return Gradients(dgates, dc, dh_from_zoneout, dh_total, dreset_h, dreset_c)
 
 
 def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:
