@@ -334,7 +334,7 @@ def test_the_real_cupy_takes_what_it_is_asked_for():
         code=SOURCE, options=source.OPTIONS, name_expressions=["f<float>"], enable_cooperative_groups=True
     )
     assert module.enable_cooperative_groups
-    assert module.name_expressions == ["f<float>"]
+    assert module.name_expressions == ("f<float>",)
     assert {"max_dynamic_shared_size_bytes", "__call__"} <= set(dir(cupy.RawKernel))
 
 
