@@ -12,7 +12,7 @@ VARIANTS = [dict(P=0), dict(P=2, ragged=True, resets=0.4, reverse=True)]
 def _arguments(variant, device):
     """(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse) of a small problem."""
     given = example(3, 2, 3, 5, **variant)
-    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr = (
+    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr, _ = (
         None if t is None else t.to(device, torch.float32) for t in given.tensors
     )
     lengths, resets = (None if t is None else t.to(device) for t in (given.lengths, given.resets))
@@ -77,19 +77,22 @@ def test_a_stride_of_zero_in_the_gradient(device):
 
 WHOLE = {
     "both directions": dict(bidirectional=True), "projected": dict(proj_size=2, bias=False), "ragged": {},
-    "reverse": {}, "states": dict(proj_size=2),
+    "reverse": {}, "states": dict(proj_size=2), "peepholes": dict(bias=False),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("variant", WHOLE)
 def test_whole_layer(variant, backend, device):
-    if (variant == "both directions") > (backend == "torch") or (variant == "states") > (backend == "triton"):
-        pytest.skip("a direction each, and states to reset to are none of torch's")
+    if (variant == "both directions") > (backend == "torch") or (variant in ("states", "peepholes")) > (
+        backend == "triton"
+    ):
+        pytest.skip("a direction each, and neither states to reset to nor peepholes are torch's")
     lstm = torch.nn.LSTM(3, 5, **WHOLE[variant], device=device)
     directions, P = 1 + lstm.bidirectional, lstm.proj_size or 5
     x, h0, c0 = (torch.randn(*size, device=device) for size in ((4, 2, 3), (directions, 2, P), (directions, 2, 5)))
     weights = [t.detach() for t in lstm.parameters()]
+    weights += [torch.randn(15, device=device)] * (variant == "peepholes")
     lengths, resets = torch.tensor([4, 1], device=device), torch.rand(4, 2, device=device) < 0.5
     ragged = (lengths, resets) if variant in ("ragged", "states") else (None, None)
     left = [torch.randn(4, 2, size, device=device) for size in (P, 5)] if variant == "states" else []

@@ -19,10 +19,10 @@ from torch import Tensor
 from ..initial_gradient import Gradients, initial_hidden_gradient, reset_gradients
 from ..operands import as_words, transposed_gates
 from ..recurrence import Recurrence
-from .cell import activate, cell_backward, cell_forward
+from .cell import cell_backward, cell_forward
 from .features import OPTIONS
 from .fragments import load_weights, product, sequence_in, share, take, threads
-from .indexing import cell_before, load_gates, position, reset_to, row_before, store_gates
+from .indexing import cell_before, load_gates, load_peepholes, position, reset_to, row_before, store_gates
 from .planning import Device, Family, Launch, Plan, Problem, power_of_two
 
 
@@ -58,6 +58,7 @@ def two_positions(step, length, resets_ptr, batch, B, in_batch, REVERSE: tl.cons
 def lstm_resident_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
     weights_ptr,  # [4H, W] int32: W_hh
+    peephole_ptr,  # [3H] or None
     h0_ptr,  # [B, H]
     c0_ptr,  # [B, H] float32
     h_ptr,  # [T*B, H]
@@ -70,6 +71,7 @@ def lstm_resident_forward_kernel(
     T,
     B,
     H: tl.constexpr,
+    PEEPHOLES: tl.constexpr,
     REVERSE: tl.constexpr,
     SAVE: tl.constexpr,
     UNITS: tl.constexpr,  # at least H
@@ -92,8 +94,9 @@ def lstm_resident_forward_kernel(
         rows = rows + (tl.where(unit[n // 4 * 2] < H, n % 4 * H + unit[n // 4 * 2], -1),)
     weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, CHUNKS, TILES)
 
-    h, c = (), ()
+    h, c, peepholes = (), (), ()
     for n in tl.static_range(CELLS):
+        peepholes = peepholes + load_peepholes(peephole_ptr, unit[n], H)
         state_at = batch[n % 2].to(tl.int64) * H + unit[n]
         in_tile = in_batch[n % 2] & (unit[n] < H)
         h = h + (tl.load(h0_ptr + state_at, mask=in_tile, other=0.0),)
@@ -119,8 +122,10 @@ def lstm_resident_forward_kernel(
             # Gates and cell.
             z_i, z_f = z[n // 2 * 8 + n % 2], z[n // 2 * 8 + 2 + n % 2]
             z_g, z_o = z[n // 2 * 8 + 4 + n % 2], z[n // 2 * 8 + 6 + n % 2]
-            i, f, g, o = activate(x[4 * n] + z_i, x[4 * n + 1] + z_f, x[4 * n + 2] + z_g, x[4 * n + 3] + z_o)
-            c_next, h_next = cell_forward(i, f, g, o, c_prev[n])
+            i, f, g, o, c_next, h_next = cell_forward(
+                x[4 * n] + z_i, x[4 * n + 1] + z_f, x[4 * n + 2] + z_g, x[4 * n + 3] + z_o, c_prev[n],
+                peepholes[3 * n], peepholes[3 * n + 1], peepholes[3 * n + 2], PEEPHOLES,
+            )  # fmt: skip
 
             # Store. The state of a sequence that has ended stays; its padding gets zeros.
             h_next = tl.where(valid[n % 2], h_next, 0.0).to(DTYPE)
@@ -148,6 +153,7 @@ def lstm_resident_backward_kernel(
     c_ptr,  # [T*B, H] float32
     c0_ptr,  # [B, H] float32
     weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
+    peephole_ptr,  # [3H] or None
     dgates_ptr,  # [T*B, 4H] out
     dc_ptr,  # [B, H] float32, in: gradient of c_n; out: of c0
     lengths_ptr,  # [B] or None
@@ -157,6 +163,7 @@ def lstm_resident_backward_kernel(
     T,
     B,
     H: tl.constexpr,
+    PEEPHOLES: tl.constexpr,
     REVERSE: tl.constexpr,
     UNITS: tl.constexpr,  # at least H
     WARPS: tl.constexpr,
@@ -185,8 +192,9 @@ def lstm_resident_backward_kernel(
         elements_of_dz = elements_of_dz + (n // CELLS * UNITS + unit[n % CELLS],)
 
     # Gradients of the state after the step in hand: at a sequence's last step, those of the final state.
-    dh, dc = (), ()
+    dh, dc, peepholes = (), (), ()
     for n in tl.static_range(CELLS):
+        peepholes = peepholes + load_peepholes(peephole_ptr, unit[n], H)
         state_at = batch[n % 2].to(tl.int64) * H + unit[n]
         in_tile = in_batch[n % 2] & (unit[n] < H)
         of_h = tl.zeros((32 * WARPS,), tl.float32)
@@ -220,6 +228,7 @@ def lstm_resident_backward_kernel(
             d_i, d_f, d_g, d_o, d_c = cell_backward(
                 saved[8 * n], saved[8 * n + 1], saved[8 * n + 2], saved[8 * n + 3], saved[8 * n + 4],
                 saved[8 * n + 5], saved[8 * n + 6], saved[8 * n + 7],
+                peepholes[3 * n], peepholes[3 * n + 1], peepholes[3 * n + 2], PEEPHOLES,
             )  # fmt: skip
             dz_i = dz_i + (d_i.to(DTYPE),)
             dz_f = dz_f + (d_f.to(DTYPE),)
@@ -324,6 +333,7 @@ def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any
     """What both kernels are given."""
     steps, batch, _ = gates.shape
     return dict(
+        peephole_ptr=r.weight_peephole, PEEPHOLES=r.weight_peephole is not None,
         lengths_ptr=r.lengths, resets_ptr=r.resets, reset_c_ptr=r.reset_c, T=steps, B=batch, H=r.hidden,
         REVERSE=r.reverse, UNITS=plan.columns, WARPS=plan.num_warps, num_warps=plan.num_warps,
         maxnreg=plan.registers, **OPTIONS,
