@@ -25,9 +25,9 @@ FAMILIES = {  # by what the names of their kernels begin with
 }
 TITLES = ("kernel", "case", "sm", "registers", "spills", "shared", "instructions", "barriers", "mma", "loads of W_hh")
 NOTES = """In a case B is sequences, H hidden units, P projected features; *ragged*: with lengths, and resets to given
-states, in reverse; *masks* and *rates*: with recurrent dropout and zoneout, in training and in `eval()`. The
-kernels in CUDA C++ have the most hidden units that a block, or a cluster, holds; those of one step have no time
-loop."""
+states, in reverse; *masks* and *rates*: with recurrent dropout and zoneout, in training and in `eval()`;
+*peepholes*: with those. The kernels in CUDA C++ have the most hidden units that a block, or a cluster, holds; those of
+one step have no time loop."""
 
 
 def compiled() -> list[dict]:

@@ -25,6 +25,7 @@ from gpu_lstm.functional import lstm_layer
 BOOL, F64, F16, META = torch.bool, torch.float64, torch.float16, "meta"
 X, H, C = zeros(5, 2, 3), zeros(1, 2, 4), zeros(1, 2, 4)
 WEIGHTS = zeros(16, 3), zeros(16, 4)
+PEEPING = gpu_lstm.LSTM(3, 4, peepholes=True)
 HASTE = dict(kernel=zeros(3, 16), recurrent_kernel=zeros(4, 16), bias=zeros(16))
 PACKED = pack_sequence([zeros(5, 3), zeros(3, 3)])
 PAIRS = [(zeros(2, 4), zeros(2, 4))] * 2  # of StackedLSTM(3, [4, 4])
@@ -128,6 +129,9 @@ def of_constructors():
         for value in ("yes", 1, None):
             text = A_BOOL.format("recompute", type(value).__name__)
             yield f"{cls} recompute={value}", TypeError, text, lambda m, f=make, v=value: f(recompute=v)
+        for value in ("yes", 1, None):
+            text = A_BOOL.format("peepholes", type(value).__name__)
+            yield f"{cls} peepholes={value}", TypeError, text, lambda m, f=make, v=value: f(peepholes=v)
         for value in NAMES:
             text = UNKNOWN.format(".*")
             yield f"{cls} backend={value}", ValueError, text, lambda m, f=make, v=value: f(backend=v)
@@ -254,6 +258,17 @@ CALLS = [
      lambda m: missing(m.lstm, "weight_hh_l0")),
     ("bias_hh_l0 None", RuntimeError, "^bias_ih and bias_hh should be given together$",
      lambda m: missing(m.lstm, "bias_hh_l0")),
+    ("functional_call weight_peephole", RuntimeError, SIZE.format("weight_peephole", r"\(12,\)", r"\[16\]"),
+     lambda m: with_parameter(PEEPING, "weight_peephole_l0", zeros(16))),
+    ("LSTMCell peepholes=1", TypeError, A_BOOL.format("peepholes", "int"),
+     lambda m: gpu_lstm.LSTMCell(3, 4, peepholes=1)),
+    *((f"lstm_layer peepholes, {backend}", ValueError,
+       f"^backend '{backend}' takes no peepholes; use 'triton' or 'reference'$",
+       lambda m, backend=backend: lstm_layer(X, [*WEIGHTS[:2], None, None, None, zeros(12)], backend=backend))
+      for backend in ("torch", "cupy")),
+    ("lstm_layer peepholes as a matrix", RuntimeError, "^weight_peephole must have 1 dimensions, got 2$",
+     lambda m: lstm_layer(X, [*WEIGHTS[:2], None, None, None, zeros(3, 4)])),
+    ("lstm.peepholes = True", AttributeError, "peepholes", lambda m: setattr(m.lstm, "peepholes", True)),
     # Input of LSTM
     ("LSTM nested", RuntimeError, DENSE.format("LSTM", "a nested tensor"), lambda m: m.lstm(NESTED)),
     ("LSTM sparse", RuntimeError, DENSE.format("LSTM", "a tensor of layout torch.sparse_coo"),
@@ -307,10 +322,9 @@ CALLS = [
     ("LSTM reset_states turned round", ValueError,
      r"^Expected c of reset_states of size \[1, 2, 4\], .*, or \[1, 2, 5, 4\], one a step, got \[1, 5, 2, 4\]$",
      lambda m: m.first(zeros(2, 5, 3), resets=zeros(2, 5, dtype=BOOL), reset_states=(H, zeros(1, 5, 2, 4)))),
-    *((f"LSTM reset_states of {backend}", ValueError,
-       f"^backend '{backend}' takes no reset_states; use 'triton' or 'reference'$",
-       lambda m, backend=backend: by(backend, m.anyones, X, resets=zeros(5, 2, dtype=BOOL), reset_states=(H, C)))
-      for backend in ("torch", "cupy")),
+    ("LSTM reset_states of torch", ValueError,
+     "^backend 'torch' takes no reset_states; use 'triton' or 'cupy' or 'reference'$",
+     lambda m: by("torch", m.anyones, X, resets=zeros(5, 2, dtype=BOOL), reset_states=(H, C))),
     ("LSTM unknown argument", TypeError, "unexpected keyword argument 'length'",
      lambda m: m.lstm(X, length=tensor([5, 2]))),
     ("LSTM TorchRL's mask", TypeError, "^LSTM takes lengths, .* LSTMModule .* hand it a gpu_lstm.compat.LSTM$",
@@ -362,10 +376,10 @@ CALLS = [
      lambda m: layer(m, weights=zeros(2, 16, 4))),
     ("lstm_layer weights None", TypeError, "^weights should be a tuple or list of tensors, got: NoneType$",
      lambda m: layer(m, weights=None)),
-    ("lstm_layer one weight", ValueError, r"^Expected weights of 2 to 5 tensors \(weight_ih, .*\), got 1$",
+    ("lstm_layer one weight", ValueError, r"^Expected weights of 2 to 6 tensors \(weight_ih, .*\), got 1$",
      lambda m: layer(m, weights=WEIGHTS[:1])),
-    ("lstm_layer six weights", ValueError, r"^Expected weights of 2 to 5 tensors \(.*weight_hr\), got 6$",
-     lambda m: layer(m, weights=[*WEIGHTS, None, None, None, None])),
+    ("lstm_layer seven weights", ValueError, r"^Expected weights of 2 to 6 tensors \(.*weight_peephole\), got 7$",
+     lambda m: layer(m, weights=[*WEIGHTS, None, None, None, None, None])),
     ("lstm_layer weight_hh None", TypeError, A_TENSOR.format("weight_hh", "NoneType"),
      lambda m: layer(m, weights=(WEIGHTS[0], None))),
     ("lstm_layer bias a list", TypeError, A_TENSOR.format("bias_hh", "list"),
