@@ -60,6 +60,7 @@ class Gradients(NamedTuple):
     bias_ih: Tensor | None  # [4H]
     bias_hh: Tensor | None  # [4H]
     weight_hr: Tensor | None  # [P, H]
+    weight_peephole: Tensor | None  # [3H]
     reset_h: Tensor | None  # [T, B, P]
     reset_c: Tensor | None  # [T, B, H]
 
@@ -83,6 +84,7 @@ class LSTMLayerFunction(torch.autograd.Function):
         bias_ih: Tensor | None,
         bias_hh: Tensor | None,
         weight_hr: Tensor | None,
+        weight_peephole: Tensor | None,
         reset_h: Tensor | None,
         reset_c: Tensor | None,
         dropout_h: Tensor | None,
@@ -95,11 +97,12 @@ class LSTMLayerFunction(torch.autograd.Function):
         recompute: bool,
         side_by_side: int,
     ) -> tuple[Tensor, ...]:
-        weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+        weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole)
         gates = pre_activations(x, weights, Traversal(lengths, resets, reverse), reset_h, dropout_h)
         h, h_n, c_n, c = ops.layer_forward(
             gates, weight_hh, weight_hr, h0, c0.float(), lengths, resets, reverse, True, backend,
             dropout_h, zoneout_h, zoneout_c, side_by_side, None if zoneout_h is None else reset_h, reset_c,
+            weight_peephole,
         )  # fmt: skip
         return h, h_n, c_n.to(c0.dtype), gates.new_empty(0) if recompute else gates, c
 
@@ -147,6 +150,7 @@ class Saved(NamedTuple):
     bias_ih: Tensor | None  # [4H]
     bias_hh: Tensor | None  # [4H]
     weight_hr: Tensor | None  # [P, H]
+    weight_peephole: Tensor | None  # [3H]
     reset_h: Tensor | None  # [T, B, P] what steps that are reset begin with, by the time of the step
     reset_c: Tensor | None  # [T, B, H] float32
     dropout_h: Tensor | None  # [B, P]
@@ -180,16 +184,16 @@ def _fused_gradients(
     if gates_were_dropped or need.weight_hh:
         h_prev = _taken_by_weight_hh(saved, traversal)
     if gates_were_dropped:
-        gates = _gates_again(saved, h_prev)
+        gates = _gates_again(saved, h_prev, traversal)
     kept_h = None if saved.zoneout_h is None else saved.reset_h
     dgates, dh0, dc0, dh_total, dkept_h, dreset_c = ops.layer_backward(
         dh, dh_n, None if dc_n is None else dc_n.float(), gates, saved.c, saved.weight_hh, saved.weight_hr,
         saved.h0, saved.c0.float(), saved.lengths, saved.resets, ctx.reverse, ctx.backend, *saved.noise(),
-        ctx.side_by_side, kept_h, saved.reset_c,
+        ctx.side_by_side, kept_h, saved.reset_c, saved.weight_peephole,
     )  # fmt: skip
     over_steps = dgates.flatten(0, 1)  # [TB, 4H]; zero in padding, but zero times the NaN that may stand there is not
 
-    dweight_ih = dweight_hh = dweight_hr = dbias = dreset_h = None
+    dweight_ih = dweight_hh = dweight_hr = dweight_peephole = dbias = dreset_h = None
     if need.weight_ih:
         dweight_ih = over_steps.T @ _without_padding(saved.x, saved.lengths).flatten(0, 1)
     if need.weight_hh:
@@ -199,6 +203,8 @@ def _fused_gradients(
     if need.weight_hr:
         m = _without_padding(_outputs_again(saved, gates, traversal), saved.lengths)
         dweight_hr = dh_total.flatten(0, 1).T @ m.flatten(0, 1)
+    if need.weight_peephole:
+        dweight_peephole = _gradient_of_peepholes(saved, dgates, gates, traversal)
     if need.reset_h:
         dreset_h = _at_resets(dgates, traversal) @ saved.weight_hh
         if saved.dropout_h is not None:
@@ -214,6 +220,7 @@ def _fused_gradients(
         bias_ih=dbias if need.bias_ih else None,
         bias_hh=dbias if need.bias_hh else None,
         weight_hr=dweight_hr,
+        weight_peephole=dweight_peephole,
         reset_h=dreset_h,
         reset_c=dreset_c if need.reset_c else None,
     )
@@ -225,20 +232,40 @@ def _taken_by_weight_hh(saved: Saved, traversal: Traversal) -> Tensor:
     return h_prev if saved.dropout_h is None else saved.dropout_h * h_prev
 
 
-def _gates_again(saved: Saved, h_prev: Tensor) -> Tensor:
+def _cell_before(saved: Saved, traversal: Traversal) -> Tensor:
+    """The cell states [T, B, H] that each step began with, float32; anything finite in padding."""
+    return traversal.states_before(saved.c, saved.c0.float(), saved.reset_c)
+
+
+def _gates_again(saved: Saved, h_prev: Tensor, traversal: Traversal) -> Tensor:
     """The activated gates [T, B, 4H] once more: all h are known by now, so that one product does for all steps."""
     z = input_product(saved.x, saved.weight_ih, saved.bias_ih, saved.bias_hh)
     z.flatten(0, 1).addmm_(h_prev.flatten(0, 1), saved.weight_hh.T)
-    return cell.activate_in_place(z)
+    if saved.weight_peephole is None:
+        return cell.activate_in_place(z)
+    return cell.activate_with_peepholes_in_place(z, _cell_before(saved, traversal), saved.weight_peephole)
 
 
 def _outputs_again(saved: Saved, gates: Tensor, traversal: Traversal) -> Tensor:
     """What W_hr took: m of every step, [T, B, H]; anything in padding."""
-    i, f, g, o = gates.chunk(4, dim=2)
-    c = saved.c
-    if saved.zoneout_c is not None:  # m is of c as it was before zoneout
-        c = cell.next_cell(i, f, g, traversal.states_before(saved.c, saved.c0.float(), saved.reset_c))
-    return cell.output(o, c)
+    return cell.output(gates.chunk(4, dim=2)[3], _cell_after(saved, gates, traversal))
+
+
+def _cell_after(saved: Saved, gates: Tensor, traversal: Traversal) -> Tensor:
+    """c as each step computed it, before zoneout, [T, B, H] float32; anything in padding."""
+    if saved.zoneout_c is None:
+        return saved.c
+    i, f, g, _ = gates.chunk(4, dim=2)
+    return cell.next_cell(i, f, g, _cell_before(saved, traversal))
+
+
+def _gradient_of_peepholes(saved: Saved, dgates: Tensor, gates: Tensor, traversal: Traversal) -> Tensor:
+    """[3H]: the gradients of z_i and z_f times the c before each step, of z_o times the c after it, over all steps."""
+    dz_i, dz_f, _, dz_o = dgates.chunk(4, dim=2)
+    before = _cell_before(saved, traversal)
+    after = _without_padding(_cell_after(saved, gates, traversal), saved.lengths)
+    sums = [(dz * c).sum((0, 1)) for dz, c in ((dz_i, before), (dz_f, before), (dz_o, after))]
+    return torch.cat(sums).to(dgates.dtype)
 
 
 def _without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:

@@ -139,7 +139,7 @@ def _from_environment() -> str:
 
 
 def takers(special: str) -> tuple[Backend, ...]:
-    """The backends that take what not all do: states to reset to or, else, what regularises the recurrence."""
+    """The backends that take what not all do: states to reset to or, else, peepholes or a regularised recurrence."""
     kernels = (Backend.TRITON, Backend.CUPY) if special == RESET_STATES else (Backend.TRITON,)
     return *kernels, Backend.REFERENCE
 
@@ -149,8 +149,8 @@ def select(
 ) -> Backend:
     """The backend that will run tensors of this device and dtype: never AUTO.
 
-    `special` names what a call has that not all take: what regularises the recurrence, else states to reset to. AUTO
-    then takes a backend with kernels that does and can, else the reference.
+    `special` names what a call has that not all take: of several things, that which the fewest take. AUTO then takes a
+    backend with kernels that does and can, else the reference.
 
     Within torch.func.vmap and forward-mode derivatives it is the reference, whatever was chosen and can run.
 

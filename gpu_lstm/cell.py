@@ -5,16 +5,25 @@ Gate order i, f, g, o, as torch.nn.LSTM states the equations:
     i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)
     c' = f c + i g                                          m = o tanh(c')
 
-m is the hidden state h', or what a projection W_hr takes to h' where there is one (Sak et al., 2014).
+m is the hidden state h', or what a projection W_hr takes to h' where there is one (Sak et al., 2014). With peepholes
+(Gers & Schmidhuber, 2000) p [3H] each gate but g sees the cell state of its own unit: z_i + p_i c, z_f + p_f c and
+z_o + p_o c' take the places of z_i, z_f and z_o.
 """
 
 from torch import Tensor
 
 
-def activate(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pre-activations [B, 4H] -> i, f, g, o, each [B, H]."""
+def step(z: Tensor, c: Tensor, peephole: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Pre-activations [B, 4H], the state before and p -> i, f, g, o and c', each [B, H]."""
     i, f, g, o = z.chunk(4, dim=1)
-    return i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    if peephole is not None:
+        p_i, p_f, p_o = peephole.chunk(3)
+        i, f = i + p_i * c, f + p_f * c
+    i, f, g = i.sigmoid(), f.sigmoid(), g.tanh()
+    c = next_cell(i, f, g, c)
+    if peephole is not None:
+        o = o + p_o * c
+    return i, f, g, o.sigmoid(), c
 
 
 def activate_in_place(z: Tensor) -> Tensor:
@@ -24,6 +33,16 @@ def activate_in_place(z: Tensor) -> Tensor:
     i_f.sigmoid_()
     g.tanh_()
     o.sigmoid_()
+    return z
+
+
+def activate_with_peepholes_in_place(z: Tensor, c: Tensor, peephole: Tensor) -> Tensor:
+    """The same, where each step began with c [T, B, H]."""
+    i, f, g, o = z.chunk(4, dim=2)
+    p_i, p_f, p_o = peephole.chunk(3)
+    i.add_(p_i * c).sigmoid_()
+    f.add_(p_f * c).sigmoid_()
+    o.add_(p_o * next_cell(i, f, g.tanh_(), c)).sigmoid_()
     return z
 
 

@@ -14,7 +14,7 @@ from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from . import compat
 from .modules import LSTM, LSTMCell, StackedLSTM, recast
 from .sequences import check_tensor
-from .settings import REGULARISERS
+from .settings import NOT_OF_TORCH
 
 _log = logging.getLogger("gpu_lstm")
 
@@ -74,7 +74,7 @@ def to_torch(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is no module, or there is a StackedLSTM in it.
-        ValueError: an LSTM has a regularizer that torch.nn.LSTM has not. Either way nothing was swapped.
+        ValueError: an LSTM has a regulariser or peepholes, which torch.nn.LSTM has not. Either way nothing was swapped.
     """
     _check_module(model, "to_torch")
     for path, module in model.named_modules():
@@ -85,7 +85,7 @@ def to_torch(model: nn.Module) -> nn.Module:
                 "torch.nn.LSTM has layers of one size, and one pair of states for all"
             )
         if type(module) in _THEIRS:
-            for name in REGULARISERS:
+            for name in NOT_OF_TORCH:
                 if getattr(module, name, 0.0):
                     raise ValueError(f"{where} has {name}={getattr(module, name)}, which torch.nn.LSTM has not")
     return _swap(model, _THEIRS, "to_torch")

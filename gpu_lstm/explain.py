@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, chunks, races, trust
-from .backends import KERNEL_BACKENDS, RESET_STATES, Backend, obstacle, requested, select, takers
+from .backends import KERNEL_BACKENDS, Backend, obstacle, requested, select, takers
 from .kernels import remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .layers import compute_dtype
 from .modules import LSTM, StackedLSTM, _check_input
 from .precision import recurrent_precision
 from .races import Decision, Kind, Mode
 from .sequences import Batch, Traversal, check_tensor
-from .settings import Settings, regulariser_of
+from .settings import Settings, special_of
 from .transforms import need_the_reference
 from .weights import State, Weights
 
@@ -132,7 +132,7 @@ def explain(
     batch = Batch.of(x, lengths, resets, lstm.batch_first)
     if reset_states is not None:
         batch = batch.resetting_to(lstm._reset_states(batch, reset_states))
-    dtype, special = compute_dtype(data), regulariser_of(lstm) or (None if reset_states is None else RESET_STATES)
+    dtype, special = compute_dtype(data), special_of(lstm, reset_states is not None)
     able = select(lstm.backend, data.device, dtype, special)
     first: Any = lstm if isinstance(lstm, LSTM) else lstm.layers[0]
     first.check_input(batch.x, None)

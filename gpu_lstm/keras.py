@@ -151,7 +151,7 @@ def to_keras(lstm: nn.Module) -> Any:
 
     Raises:
         ValueError: an argument of the module that has no counterpart in Keras: proj_size, residual, recurrent_dropout,
-            zoneout, weight_drop, and for several layers dropout and bidirectional.
+            zoneout, weight_drop, peepholes, and for several layers dropout and bidirectional.
         TypeError: another kind of module.
         ImportError: Keras is not installed.
     """
@@ -164,7 +164,7 @@ def to_keras(lstm: nn.Module) -> Any:
         raise TypeError(f"to_keras takes an LSTM, StackedLSTM or GoBackwards, got {type(lstm).__name__}")
     keras = _import_keras()
     layers = len(lstm.layers) if isinstance(lstm, StackedLSTM) else lstm.num_layers
-    for name in ("proj_size", "residual", "recurrent_dropout", "zoneout", "weight_drop"):
+    for name in ("proj_size", "residual", "recurrent_dropout", "zoneout", "weight_drop", "peepholes"):
         _refuse(name, getattr(lstm, name, None), " in Keras")
     if layers > 1:
         _refuse("dropout", lstm.dropout, " in Keras; set it to 0 for the numbers of eval()")

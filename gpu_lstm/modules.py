@@ -18,7 +18,7 @@ from .layers import compute_dtype, one_direction, stack
 from .noise import with_weight_drop
 from .reference import Gates
 from .sequences import Batch, Traversal, check_dense, check_tensor
-from .settings import REGULARISERS, Settings, accepted, check_bool, regulariser_of
+from .settings import NOT_OF_TORCH, PEEPHOLES, REGULARISERS, Settings, accepted, check_bool, special_of
 from .transforms import in_a_graph
 from .weights import State, Weights
 
@@ -94,14 +94,21 @@ class LSTM(_Checked, RNNBase):
         weight_drop: when training, probability of zeroing an element of W_hh, the same for all steps of a call
             (Merity et al., 2018). Default: 0
 
-    Recurrent dropout and zoneout run on the backends "triton" and "reference"; "auto" chooses between these two.
+        peepholes: the gates see the cell state of their own unit (Gers & Schmidhuber, 2000). Parameters
+            weight_peephole_l{k} and, if bidirectional, weight_peephole_l{k}_reverse: p_i, p_f and p_o, (3H,). Default:
+            False. With them, before the gates are taken::
+
+                z_i += p_i c      z_f += p_f c      z_o += p_o c'
+
+    Recurrent dropout, zoneout and peepholes run on the backends "triton" and "reference"; "auto" chooses between these
+    two.
 
     `forward` says what a call takes and returns.
 
     Raises:
         ValueError, TypeError: as torch.nn.LSTM for its arguments, in its words; ValueError for an unknown backend, or
-            a regulariser that is no probability; TypeError for a `recompute` that is no bool. All of these, and
-            `dropout`, may be set later as attributes, and raise the same there.
+            a regulariser that is no probability; TypeError for `recompute` or `peepholes` that is no bool. All of these
+            but `peepholes`, and `dropout`, may be set later as attributes, and raise the same there.
 
     Example::
 
@@ -115,6 +122,7 @@ class LSTM(_Checked, RNNBase):
     recurrent_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
     weight_drop: float = 0.0
+    _peepholes: bool = False
 
     def __init__(
         self,
@@ -134,11 +142,13 @@ class LSTM(_Checked, RNNBase):
         recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
         weight_drop: float = 0.0,
+        peepholes: bool = False,
     ) -> None:
         ours = dict(
             backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
             weight_drop=weight_drop,
         )  # fmt: skip
+        check_bool(PEEPHOLES, peepholes)
         ours = {name: accepted(name, value) for name, value in ours.items()}  # before initial weights are drawn
         # Not super(): in compat.LSTM torch.nn.LSTM comes next, whose __init__ names the mode itself.
         RNNBase.__init__(
@@ -147,6 +157,15 @@ class LSTM(_Checked, RNNBase):
         )  # fmt: skip
         for name, value in ours.items():
             setattr(self, name, value)
+        if peepholes:
+            self._peepholes = True
+            for name in [name for name, _ in self.named_parameters() if name.startswith("weight_hh")]:
+                _add_peepholes(self, name.replace("weight_hh", "weight_peephole"))
+
+    @property
+    def peepholes(self) -> bool:
+        """Whether there are peepholes; fixed, since their weights are parameters."""
+        return self._peepholes
 
     # RNNBase caches the weights here. They are read from the module at every call instead, so that replacing one
     # in any way (functional_call, weight_norm, pruning, assignment) just works.
@@ -221,7 +240,7 @@ class LSTM(_Checked, RNNBase):
             ValueError, RuntimeError, TypeError: as torch.nn.LSTM, in its words. ValueError for lengths, resets or
                 reset_states of a wrong shape, dtype or value (on CUDA values are asserted on the device), lengths
                 beside a PackedSequence, reset_states without resets, or a chosen backend that does not take these,
-                recurrent dropout or zoneout. TypeError for a mask.
+                recurrent dropout, zoneout or peepholes. TypeError for a mask.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
         if mask is not None:
@@ -311,6 +330,7 @@ class LSTM(_Checked, RNNBase):
             getattr(self, "bias_ih" + suffix) if self.bias else None,
             getattr(self, "bias_hh" + suffix) if self.bias else None,
             getattr(self, "weight_hr" + suffix) if self.proj_size else None,
+            getattr(self, "weight_peephole" + suffix) if self._peepholes else None,
         )
 
     def _reset_states(self, batch: Batch, given: State) -> list[State]:
@@ -350,17 +370,11 @@ class LSTM(_Checked, RNNBase):
     def extra_repr(self) -> str:
         """As torch.nn.LSTM, and those of our own arguments that were not left at their defaults."""
         parts = [super().extra_repr() + _backend_repr(self) + (", recompute=True" if self.recompute else "")]
-        parts += [f"{name}={getattr(self, name)!r}" for name in REGULARISERS if getattr(self, name)]
+        parts += [f"{name}={getattr(self, name)!r}" for name in NOT_OF_TORCH if getattr(self, name)]
         return ", ".join(parts)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        for name in REGULARISERS:
-            if getattr(self, name):
-                raise ValueError(
-                    f"the LSTM has {name}={getattr(self, name)!r}, and would be scripted as a torch.nn.LSTM, which "
-                    "takes none"
-                )
-        return recast(self, TorchLSTM)
+        return _scriptable(self, TorchLSTM)
 
 
 class StackedLSTM(_Checked, nn.Module):
@@ -373,7 +387,7 @@ class StackedLSTM(_Checked, nn.Module):
         input_size: features of the input, I.
         hidden_sizes: hidden units of each layer, H_k.
         bias, batch_first, dropout, bidirectional, device, dtype: as for LSTM.
-        backend, recompute, recurrent_dropout, zoneout, weight_drop: as for LSTM.
+        backend, recompute, recurrent_dropout, zoneout, weight_drop, peepholes: as for LSTM.
         residual: add a layer's input to its output wherever both have the same number of features (before dropout).
             At least one layer must allow it. Default: False
 
@@ -411,8 +425,10 @@ class StackedLSTM(_Checked, nn.Module):
         recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
         weight_drop: float = 0.0,
+        peepholes: bool = False,
     ) -> None:
         super().__init__()
+        check_bool(PEEPHOLES, peepholes)
         # All that could be wrong is looked at before the initial weights of the first layer are drawn.
         sizes = _sizes(hidden_sizes)
         _check_size("input_size", input_size)
@@ -445,9 +461,16 @@ class StackedLSTM(_Checked, nn.Module):
                 stacklevel=2,
             )
         self.layers = nn.ModuleList(
-            LSTM(features, size, bias=bias, bidirectional=bidirectional, device=device, dtype=dtype)
+            LSTM(
+                features, size, bias=bias, bidirectional=bidirectional, device=device, dtype=dtype, peepholes=peepholes
+            )
             for features, size in zip(layer_inputs, sizes)
         )
+
+    @property
+    def peepholes(self) -> bool:
+        """As of an LSTM."""
+        return cast(LSTM, self.layers[0]).peepholes
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "residual":
@@ -571,7 +594,7 @@ class StackedLSTM(_Checked, nn.Module):
         parts = [f"{self.input_size}, {self.hidden_sizes}"]
         defaults = dict(
             bias=True, batch_first=False, dropout=0.0, bidirectional=False, residual=False, backend=None,
-            recompute=False, **dict.fromkeys(REGULARISERS, 0.0),
+            recompute=False, **dict.fromkeys(REGULARISERS, 0.0), peepholes=False,
         )  # fmt: skip
         parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
         return ", ".join(parts)
@@ -586,11 +609,13 @@ class LSTMCell(_Checked, RNNCellBase):
         bias: whether there are bias_ih and bias_hh. Default: True
         device, dtype: of the parameters.
         backend: as for LSTM.
+        peepholes: as for LSTM; the parameter is weight_peephole. Default: False
 
     `forward` says what a call takes and returns.
 
     Raises:
         ValueError: an unknown backend.
+        TypeError: `peepholes` that is no bool.
 
     Example::
 
@@ -598,7 +623,9 @@ class LSTMCell(_Checked, RNNCellBase):
         h, c = cell(torch.randn(3, 10))
     """
 
-    backend: BackendName | None = None  # on the class, so that it is there in pickles of older modules
+    # On the class, so that they are there in pickles of older modules.
+    backend: BackendName | None = None
+    _peepholes: bool = False
 
     def __init__(
         self,
@@ -609,10 +636,20 @@ class LSTMCell(_Checked, RNNCellBase):
         dtype: torch.dtype | None = None,
         *,
         backend: BackendName | Backend | None = None,
+        peepholes: bool = False,
     ) -> None:
         name = accepted("backend", backend)
+        check_bool(PEEPHOLES, peepholes)
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
         self.backend = name
+        if peepholes:
+            self._peepholes = True
+            _add_peepholes(self, "weight_peephole")
+
+    @property
+    def peepholes(self) -> bool:
+        """As of an LSTM."""
+        return self._peepholes
 
     if TYPE_CHECKING:
 
@@ -629,7 +666,8 @@ class LSTMCell(_Checked, RNNCellBase):
             (h', c'), as hx.
 
         Raises:
-            ValueError, RuntimeError, TypeError: as torch.nn.LSTMCell, in its words.
+            ValueError, RuntimeError, TypeError: as torch.nn.LSTMCell, in its words; ValueError for a chosen backend
+                that takes no peepholes.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
         if input.dim() not in (1, 2):
@@ -650,9 +688,9 @@ class LSTMCell(_Checked, RNNCellBase):
             h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
 
         parameters = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        weights = Weights(*parameters)
+        weights = Weights(*parameters, weight_peephole=cast(Tensor, self.weight_peephole) if self._peepholes else None)
         weights.check_sizes(self.input_size, self.hidden_size, self.hidden_size)
-        backend = select(self.backend, x.device, compute_dtype(x))
+        backend = select(self.backend, x.device, compute_dtype(x), PEEPHOLES if self._peepholes else None)
         backend = fastest(self.backend, backend, x[None], [[weights]], Traversal(), Settings(self.training))
         if backend is Backend.TORCH:
             h, c = _VF.lstm_cell(x, (h, c), *parameters)
@@ -672,10 +710,17 @@ class LSTMCell(_Checked, RNNCellBase):
 
     def extra_repr(self) -> str:
         """As torch.nn.LSTMCell, and the backend if one was chosen."""
-        return super().extra_repr() + _backend_repr(self)
+        return super().extra_repr() + _backend_repr(self) + (", peepholes=True" if self._peepholes else "")
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return recast(self, TorchLSTMCell)
+        return _scriptable(self, TorchLSTMCell)
+
+
+def _add_peepholes(module: LSTM | LSTMCell, name: str) -> None:
+    """A parameter [3H], where the others are and initialised as they are."""
+    weight = next(module.parameters()).new_empty(3 * module.hidden_size)
+    bound = module.hidden_size**-0.5
+    module.register_parameter(name, nn.Parameter(weight.uniform_(-bound, bound)))
 
 
 def _backend_for(
@@ -683,8 +728,7 @@ def _backend_for(
 ) -> Backend:
     if record is not None:
         return Backend.REFERENCE
-    special = regulariser_of(module) or (RESET_STATES if with_reset_states else None)
-    return select(module.backend, x.device, compute_dtype(x), special)
+    return select(module.backend, x.device, compute_dtype(x), special_of(module, with_reset_states))
 
 
 def _present(weights: list[list[Weights]]) -> list[Tensor]:
@@ -711,6 +755,17 @@ def _through_layers(
     """The layers of a module: output [T, B, D*P] and the final states."""
     check_tensors(batch.x, states, _present(weights))
     return stack(batch.x, states, weights, batch.traversal, backend, settings, record)
+
+
+def _scriptable(module: LSTM | LSTMCell, cls: type[nn.Module]) -> nn.Module:
+    """What torch.jit.script gets in the place of a module."""
+    for name in NOT_OF_TORCH:
+        if value := getattr(module, name, False):
+            raise ValueError(
+                f"the {type(module).__name__} has {name}={value!r}, and would be scripted as a torch.nn."
+                f"{cls.__name__}, which takes none"
+            )
+    return recast(module, cls)
 
 
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:

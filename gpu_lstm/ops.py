@@ -27,15 +27,15 @@ _LIBRARY = library_of(__name__)
 _LIBRARY.define(
     "layer_forward(Tensor(a!) gates, Tensor weight_hh, Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, "
     "Tensor? resets, bool reverse, bool save, str backend, Tensor? dropout_h=None, Tensor? zoneout_h=None, "
-    "Tensor? zoneout_c=None, int side_by_side=1, Tensor? reset_h=None, Tensor? reset_c=None) "
-    "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor c)",
+    "Tensor? zoneout_c=None, int side_by_side=1, Tensor? reset_h=None, Tensor? reset_c=None, "
+    "Tensor? weight_peephole=None) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor c)",
     tags=(torch.Tag.needs_exact_strides,),
 )
 _LIBRARY.define(
     "layer_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor gates, Tensor c, Tensor weight_hh, "
     "Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, Tensor? resets, bool reverse, str backend, "
     "Tensor? dropout_h=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None, "
-    "int side_by_side=1, Tensor? reset_h=None, Tensor? reset_c=None) "
+    "int side_by_side=1, Tensor? reset_h=None, Tensor? reset_c=None, Tensor? weight_peephole=None) "
     "-> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh_total, Tensor dreset_h, Tensor dreset_c)",
     tags=(torch.Tag.needs_exact_strides,),
 )
@@ -85,6 +85,7 @@ def _recurrence(
     side_by_side: int,
     reset_h: Tensor | None,
     reset_c: Tensor | None,
+    weight_peephole: Tensor | None,
 ) -> Recurrence:
     return Recurrence(
         weight_hh=weight_hh.contiguous(),
@@ -101,16 +102,18 @@ def _recurrence(
         side_by_side=side_by_side,
         reset_h=_contiguous(reset_h),
         reset_c=_contiguous(reset_c),
+        weight_peephole=_contiguous(weight_peephole),
     )
 
 
 def _layer_forward(
     gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend,
     dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1, reset_h=None, reset_c=None,
+    weight_peephole=None,
 ):  # fmt: skip
     recurrence = _recurrence(
         gates.dtype, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, dropout_h, zoneout_h, zoneout_c,
-        side_by_side, reset_h, reset_c,
+        side_by_side, reset_h, reset_c, weight_peephole,
     )  # fmt: skip
     with on_the_device_of(gates):
         return _launcher(backend).layer_forward(gates, recurrence, save=save, **_checks(backend))
@@ -119,6 +122,7 @@ def _layer_forward(
 def _layer_forward_fake(
     gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend,
     dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1, reset_h=None, reset_c=None,
+    weight_peephole=None,
 ):  # fmt: skip
     h = gates.new_empty(*gates.shape[:2], h0.shape[1])
     c = c0.new_empty((gates.shape[0], *c0.shape) if save else 0)
@@ -128,10 +132,11 @@ def _layer_forward_fake(
 def _layer_backward(
     dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend,
     dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1, reset_h=None, reset_c=None,
+    weight_peephole=None,
 ):  # fmt: skip
     recurrence = _recurrence(
         gates.dtype, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, dropout_h, zoneout_h, zoneout_c,
-        side_by_side, reset_h, reset_c,
+        side_by_side, reset_h, reset_c, weight_peephole,
     )  # fmt: skip
     dh, dh_n, dc_n = map(_contiguous, (dh, dh_n, dc_n))
     with on_the_device_of(gates):
@@ -141,6 +146,7 @@ def _layer_backward(
 def _layer_backward_fake(
     dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend,
     dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1, reset_h=None, reset_c=None,
+    weight_peephole=None,
 ):  # fmt: skip
     of_states = (c0.new_empty(0 if t is None else t.shape) for t in (reset_h, reset_c))
     dh_total = gates.new_empty((0,) if weight_hr is None else (*gates.shape[:2], h0.shape[1]))

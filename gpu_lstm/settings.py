@@ -3,9 +3,11 @@
 import numbers
 from typing import Any, NamedTuple
 
-from .backends import parse_name
+from .backends import RESET_STATES, parse_name
 
 REGULARISERS = ("recurrent_dropout", "zoneout", "weight_drop")  # attributes of the modules
+PEEPHOLES = "peepholes"  # the argument, as errors name it
+NOT_OF_TORCH = (*REGULARISERS, PEEPHOLES)  # what torch.nn.LSTM cannot do, if it is on
 
 
 class Settings(NamedTuple):
@@ -81,8 +83,10 @@ def of_h_and_c(zoneout: float | tuple[float, float]) -> tuple[float, float]:
     return zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
 
 
-def regulariser_of(module: Any) -> str | None:
-    """The name of what regularises the recurrence of a call, if anything does."""
+def special_of(module: Any, with_reset_states: bool) -> str | None:
+    """The name of what a call of an LSTM or StackedLSTM has that not all backends take, for `backends.select`."""
     if any(of_h_and_c(module.zoneout)):
         return "zoneout"
-    return "recurrent_dropout" if module.training and module.recurrent_dropout else None
+    if module.training and module.recurrent_dropout:
+        return "recurrent_dropout"
+    return PEEPHOLES if module.peepholes else RESET_STATES if with_reset_states else None

@@ -51,7 +51,7 @@ def distrust(plan: Any, like: Recurrence, *, save: bool = True, given: tuple[boo
 
 def _key(plan: Any, like: Recurrence, save: bool, given: tuple[bool, bool] | None) -> remembered.Key:
     kernel = {name: getattr(plan, name) for name in ("rows", "columns", "k", "num_warps", "num_stages")}
-    optional = ("lengths", "resets", "dropout_h", "reset_h", "reset_c")
+    optional = ("lengths", "resets", "dropout_h", "reset_h", "reset_c", "weight_peephole")
     there = [name for name in optional if getattr(like, name) is not None]
     there += [f"{name}, {t.dim()}-D" for name in ("zoneout_h", "zoneout_c") if (t := getattr(like, name)) is not None]
     return remembered.machine(like.h0.device) | dict(
@@ -71,7 +71,7 @@ def _verdict(plan: Any, like: Recurrence, save: bool, given: tuple[bool, bool] |
     try:
         with torch.enable_grad(), torch.autocast(like.h0.device.type, enabled=False):
             truth, gates = problem.by_reference(torch.float64, given)
-            if problem.noise == Noise() and like.reset_c is None:
+            if problem.noise == Noise() and like.reset_c is None and like.weight_peephole is None:
                 theirs = problem.by_torch(given)
             else:
                 theirs, _ = problem.by_reference(problem.dtype, given)
@@ -104,7 +104,8 @@ class Small:
 
     dtype: torch.dtype
     precision: str  # of float32 products
-    # x, h0, c0, weight_ih, weight_hh and perhaps weight_hr, reset_h and reset_c, by the step's time; exact in the dtype
+    # x, h0, c0, weight_ih, weight_hh and perhaps weight_hr, weight_peephole, reset_h and reset_c, by the step's time;
+    # exact in the dtype
     tensors: dict[str, Tensor]
     traversal: Traversal
     noise: Noise
@@ -134,6 +135,8 @@ class Small:
             tensors["weight_hr"] = normal(width, hidden, scale=hidden**-0.5)
         if r.reset_c is not None:
             tensors |= dict(reset_h=normal(STEPS, batch, width), reset_c=normal(STEPS, batch, hidden))
+        if r.weight_peephole is not None:
+            tensors["weight_peephole"] = normal(3 * hidden)
         number = torch.arange(batch, device=device)
         lengths = None if r.lengths is None else (number % (STEPS + 1)).flip(0).to(r.lengths.dtype)
         resets = torch.arange(STEPS, device=device)[:, None] + number  # [T, B]
@@ -164,7 +167,8 @@ class Small:
 
     def _results(self, run: Any, dtype: torch.dtype, given: tuple[bool, bool] | None) -> dict[str, Tensor]:
         inputs = {name: t.to(dtype).requires_grad_(given is not None) for name, t in self.tensors.items()}
-        weights = Weights(inputs["weight_ih"], inputs["weight_hh"], weight_hr=inputs.get("weight_hr"))
+        optional = {name: inputs.get(name) for name in ("weight_hr", "weight_peephole")}
+        weights = Weights(inputs["weight_ih"], inputs["weight_hh"], **optional)
         states = [(inputs["reset_h"], inputs["reset_c"])] if "reset_c" in inputs else None
         h, (h_n, c_n) = run(
             inputs["x"], inputs["h0"], inputs["c0"], weights, self.traversal._replace(reset_states=states)
@@ -188,7 +192,8 @@ class Small:
         t, device = self.tensors, self.dh.device
         reset_h, reset_c = t.get("reset_h"), t.get("reset_c")
         recurrence = Recurrence(
-            weight_hh=t["weight_hh"], weight_hr=t.get("weight_hr"), h0=t["h0"], c0=t["c0"].float(),
+            weight_hh=t["weight_hh"], weight_hr=t.get("weight_hr"), weight_peephole=t.get("weight_peephole"),
+            h0=t["h0"], c0=t["c0"].float(),
             lengths=self.traversal.lengths, resets=self.traversal.resets, reverse=self.traversal.reverse,
             precision=self.precision, reset_h=None if self.noise.zoneout_h is None else reset_h,
             reset_c=None if reset_c is None else reset_c.float(), **self.noise._asdict(),

@@ -11,7 +11,14 @@ State = tuple[Tensor, Tensor]
 """(h, c): [B, P] and [B, H] of one direction, [D, B, P] and [D, B, H] of a layer with D directions."""
 
 
-NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # torch 2.8 does not trace Weights._fields
+NAMES = (
+    "weight_ih",
+    "weight_hh",
+    "bias_ih",
+    "bias_hh",
+    "weight_hr",
+    "weight_peephole",
+)  # torch 2.8 does not trace Weights._fields
 
 
 class Weights(NamedTuple):
@@ -22,6 +29,7 @@ class Weights(NamedTuple):
     bias_ih: Tensor | None = None  # [4H]
     bias_hh: Tensor | None = None  # [4H]
     weight_hr: Tensor | None = None  # [P, H]
+    weight_peephole: Tensor | None = None  # [3H], to the gates i, f and o
 
     def present(self) -> list[Tensor]:
         """Those that are there, in torch's order."""
@@ -35,7 +43,7 @@ class Weights(NamedTuple):
             TypeError: weight_ih or weight_hh is None.
         """
         rows = 4 * hidden
-        sizes = (rows, features), (rows, projected), (rows,), (rows,), (projected, hidden)
+        sizes = (rows, features), (rows, projected), (rows,), (rows,), (projected, hidden), (3 * hidden,)
         for name, tensor, size in zip(NAMES, self, sizes):
             if tensor is None and name in ("weight_ih", "weight_hh"):
                 raise TypeError(f"{name} should be a tensor, got: NoneType")
@@ -56,8 +64,8 @@ class Weights(NamedTuple):
 
     def with_weight_ih(self, weight_ih: Tensor) -> "Weights":
         """The same with another weight_ih."""
-        return Weights(weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.weight_hr)
+        return Weights(weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.weight_hr, self.weight_peephole)
 
     def with_weight_hh(self, weight_hh: Tensor) -> "Weights":
         """The same with another weight_hh."""
-        return Weights(self.weight_ih, weight_hh, self.bias_ih, self.bias_hh, self.weight_hr)
+        return Weights(self.weight_ih, weight_hh, self.bias_ih, self.bias_hh, self.weight_hr, self.weight_peephole)

@@ -84,9 +84,11 @@ def _in_eager_mode(
 
 def _weights(present: list[Tensor]) -> Weights:
     weight_ih, weight_hh, *others = present
+    rows = len(weight_hh)  # 4H
+    weight_peephole = others.pop() if others and others[-1].shape == (rows // 4 * 3,) else None
     weight_hr = others.pop() if len(others) % 2 else None
     bias_ih, bias_hh = others or (None, None)
-    return Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    return Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole)
 
 
 @contextlib.contextmanager

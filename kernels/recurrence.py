@@ -12,7 +12,7 @@ MOST = 2**31 - 2**16
 class Recurrence:
     """Weights, initial states and everything else but the input product. Tensors are contiguous.
 
-    Regularisation is recurrent dropout and zoneout. Of the kernels only Triton's take it, and states to reset to.
+    Regularisation is recurrent dropout and zoneout. Of the kernels only Triton's take it, and peepholes.
 
     A reset step begins with h = 0 and c = 0, or with `reset_c`. What W_hh takes of another h is in the input product.
     """
@@ -32,6 +32,7 @@ class Recurrence:
         None  # [T, B, P] h before the steps that are reset, by the step's time: for zoneout_h alone
     )
     reset_c: Tensor | None = None  # [T, B, H] float32 c before them
+    weight_peephole: Tensor | None = None  # [3H] to the gates i, f and o
     side_by_side: int = 1  # as many such layers or directions run at once, on streams of their own
 
     @property

@@ -25,14 +25,14 @@ BACKENDS = tuple(PLACES)
 LARGE = 20_000  # elements of h
 
 NAMES = ("h", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dweight_hr",
-         "dreset_h", "dreset_c")  # fmt: skip
+         "dweight_peephole", "dreset_h", "dreset_c")  # fmt: skip
 
 
 @dataclass
 class Example:
     """One layer, one direction: float64 inputs, output gradients, and what the oracle says of them."""
 
-    tensors: list[Tensor | None]  # x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
+    tensors: list[Tensor | None]  # x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole
     lengths: Tensor | None
     resets: Tensor | None
     reverse: bool
@@ -115,6 +115,7 @@ def example(
     ragged=False,
     resets=0.0,
     states=False,
+    peepholes=False,
     reverse=False,
     seed=0,
 ) -> Example:
@@ -142,6 +143,7 @@ def example(
     reset_mask = torch.rand(T, B, generator=generator) < resets if resets else None
     output_gradients = [normal(T, B, width), normal(B, width), normal(B, H)]
     left = (normal(T, B, width), normal(T, B, H)) if states else (None, None)
+    tensors.append(normal(3 * H) if peepholes else None)
     return Example(tensors, lengths, reset_mask, reverse, output_gradients, reset_states=left)
 
 

@@ -10,12 +10,14 @@ def sigmoid(x):
     return 1.0 / (1.0 + np.exp(-x))
 
 
-def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, *, lengths=None, resets=None,
-          reverse=False, dropout_h=None, zoneout_h=None, zoneout_c=None, reset_h=None, reset_c=None):  # fmt: skip
+def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, peephole=None, *, lengths=None,
+          resets=None, reverse=False, dropout_h=None, zoneout_h=None, zoneout_c=None, reset_h=None,
+          reset_c=None):  # fmt: skip
     """One layer, one direction: (h [T, B, P], h_n [B, P], c_n [B, H], tape for `layer_gradients`).
 
     dropout_h [B, P] multiplies h in the recurrent product; zoneout_h [T, B, P] and zoneout_c [T, B, H] are the shares
     of the states that stay as they were before the step. reset_h [T, B, P] and reset_c [T, B, H] are what resets leave.
+    peephole [3H]: a gate's own weight of each unit's cell state, before the step for i and f, after it for o.
     """
     T, B, _ = x.shape
     P = h0.shape[1]
@@ -40,8 +42,13 @@ def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr
             if bias_ih is not None:
                 z = z + bias_ih + bias_hh
             zi, zf, zg, zo = np.split(z, 4)
+            if peephole is not None:
+                w_ic, w_fc, w_oc = np.split(peephole, 3)
+                zi, zf = zi + w_ic * c_prev, zf + w_fc * c_prev
+            c_new = c = sigmoid(zf) * c_prev + sigmoid(zi) * np.tanh(zg)
+            if peephole is not None:
+                zo = zo + w_oc * c_new
             i, f, g, o = sigmoid(zi), sigmoid(zf), np.tanh(zg), sigmoid(zo)
-            c_new = c = f * c_prev + i * g
             m = o * np.tanh(c)
             h = m if weight_hr is None else weight_hr @ m
             if zoneout_h is not None:
@@ -55,11 +62,12 @@ def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr
     return out, h_n, c_n, tape
 
 
-def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, *, tape, dh, dh_n,
-                    dc_n, dropout_h=None, zoneout_h=None, zoneout_c=None, reset_h=None, reset_c=None):  # fmt: skip
+def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, peephole=None, *,
+                    tape, dh, dh_n, dc_n, dropout_h=None, zoneout_h=None, zoneout_c=None, reset_h=None,
+                    reset_c=None):  # fmt: skip
     """Gradients of x, h0, c0, the weights and what resets leave (None where there is none), through time."""
-    inputs = (x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reset_h, reset_c)
-    dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dreset_h, dreset_c = (
+    inputs = (x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, reset_h, reset_c)
+    dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dpeephole, dreset_h, dreset_c = (
         None if a is None else np.zeros(a.shape) for a in inputs
     )
     into_h, into_c = dh_n.copy(), dc_n.copy()  # [B, *] gradient of each sequence's state after the step in hand
@@ -74,6 +82,10 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
             grad_m = weight_hr.T @ grad_h_new
         tanh_c = np.tanh(c_new)
         grad_c = (1 - stays_c) * into_c[b] + grad_m * o * (1 - tanh_c**2)
+        w_ic = w_fc = w_oc = 0.0
+        if peephole is not None:
+            w_ic, w_fc, w_oc = np.split(peephole, 3)
+            grad_c = grad_c + w_oc * grad_m * tanh_c * o * (1 - o)
         dz = np.concatenate(
             [
                 grad_c * g * i * (1 - i),
@@ -89,13 +101,16 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
             db_ih += dz
             db_hh += dz
         into_h[b] = factors * (weight_hh.T @ dz) + stays_h * grad_h
-        into_c[b] = grad_c * f + stays_c * into_c[b]
+        dz_i, dz_f, _, dz_o = np.split(dz, 4)
+        if peephole is not None:
+            dpeephole += np.concatenate([dz_i * c_prev, dz_f * c_prev, dz_o * c_new])
+        into_c[b] = grad_c * f + w_ic * dz_i + w_fc * dz_f + stays_c * into_c[b]
         if reset is not None:
             if reset_h is not None:
                 dreset_h[reset, b], dreset_c[reset, b] = into_h[b], into_c[b]
             into_h[b], into_c[b] = 0, 0
     dh0, dc0 = into_h, into_c  # where there was no step at all, the final state is the initial one
-    return dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dreset_h, dreset_c
+    return dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dpeephole, dreset_h, dreset_c
 
 
 def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual=False):
@@ -133,6 +148,6 @@ def stack_gradients(tapes, dy, dfinals):
         dx = sum(dx for dx, *_ in found)
         dy = dx + passed * dy if passed.any() else dx
         dstates.insert(0, [(dh0, dc0) for _, dh0, dc0, *_ in found])
-        dweights.insert(0, [weights[:5] for _, _, _, *weights in found])
+        dweights.insert(0, [weights[:6] for _, _, _, *weights in found])
         dleft.insert(0, [(dreset_h, dreset_c) for *_, dreset_h, dreset_c in found])
     return dy, dstates, dweights, dleft

@@ -169,9 +169,9 @@ def zeros_for(layers: list, batch: int) -> list[list[tuple]]:
 
 
 def weights_of(module: nn.Module) -> tuple[list, list]:
-    """Names and values, float64 NumPy or None, of the five weights that a layer may have in a direction: [L][D][5]."""
+    """Names and values, float64 NumPy or None, of the six weights that a layer may have in a direction: [L][D][6]."""
     stacked = hasattr(module, "layers")
-    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_peephole")
     names = [
         [
             [f"layers.{k}.{kind}_l0{suffix}" if stacked else f"{kind}_l{k}{suffix}" for kind in kinds]

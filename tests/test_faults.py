@@ -20,8 +20,24 @@ pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernels
 
 
 @triton.jit
-def gates_i_and_f_swapped(z_i, z_f, z_g, z_o):
-    return cell.sigmoid(z_f), cell.sigmoid(z_i), cell.tanh(z_g), cell.sigmoid(z_o)
+def gates_i_and_f_swapped(z_i, z_f, z_g, z_o, c_prev, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
+    return cell.cell_forward(z_f, z_i, z_g, z_o, c_prev, p_i, p_f, p_o, PEEPHOLES)
+
+
+@triton.jit
+def o_sees_the_cell_before(z_i, z_f, z_g, z_o, c_prev, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
+    i, f, g, _, c, _ = cell.cell_forward(z_i, z_f, z_g, z_o, c_prev, p_i, p_f, p_o, PEEPHOLES)
+    o = cell.sigmoid(z_o + p_o * c_prev)
+    return i, f, g, o, c, o * cell.tanh(c)
+
+
+@triton.jit
+def peepholes_in_another_order(peephole_ptr, unit, H: tl.constexpr):
+    p_i, p_f, p_o = load_peepholes(peephole_ptr, unit, H)
+    return p_i, p_o, p_f
+
+
+load_peepholes = indexing.load_peepholes  # as it was before a fault stood in its place
 
 
 @triton.jit
@@ -50,30 +66,46 @@ def zeros_for_the_state_given(before, reset_ptr, at, reset):
 
 
 @triton.jit
-def cell_gradient_lost(i, f, g, o, c, c_prev, dm, dc):
-    dz_i, dz_f, dz_g, dz_o, _ = cell.cell_backward(i, f, g, o, c, c_prev, dm, dc)
+def cell_gradient_lost(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
+    dz_i, dz_f, dz_g, dz_o, _ = cell.cell_backward(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES)
     return dz_i, dz_f, dz_g, dz_o, dc * 0.0
 
 
 @triton.jit
-def output_gate_slope_missing(i, f, g, o, c, c_prev, dm, dc):
-    dz_i, dz_f, dz_g, dz_o, dc_prev = cell.cell_backward(i, f, g, o, c, c_prev, dm, dc)
+def output_gate_slope_missing(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
+    dz_i, dz_f, dz_g, dz_o, dc_prev = cell.cell_backward(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES)
     return dz_i, dz_f, dz_g, dz_o / (1.0 - o), dc_prev
 
 
+@triton.jit
+def nothing_through_peepholes_to_c_before(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
+    return cell.cell_backward(i, f, g, o, c, c_prev, dm, dc, 0.0 * p_i, 0.0 * p_f, p_o, PEEPHOLES)
+
+
+@triton.jit
+def nothing_through_a_peephole_to_c(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
+    return cell.cell_backward(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, 0.0 * p_o, PEEPHOLES)
+
+
 FAULTS = {
-    "activate": [gates_i_and_f_swapped],
+    "cell_forward": [gates_i_and_f_swapped, o_sees_the_cell_before],
+    "load_peepholes": [peepholes_in_another_order],
     "is_reset": [resets_ignored],
     "time_of": [always_forward],
     "load_lengths": [lengths_ignored],
     "row_before": [previous_row_off_by_one],
     "reset_to": [zeros_for_the_state_given],
-    "cell_backward": [cell_gradient_lost, output_gate_slope_missing],
+    "cell_backward": [
+        cell_gradient_lost,
+        output_gate_slope_missing,
+        nothing_through_peepholes_to_c_before,
+        nothing_through_a_peephole_to_c,
+    ],
 }
 
 
 def _example(seed):
-    return example(5, 3, 3, 6, ragged=True, resets=0.4, states=True, reverse=True, seed=seed)
+    return example(5, 3, 3, 6, ragged=True, resets=0.4, states=True, peepholes=True, reverse=True, seed=seed)
 
 
 compare = partial(assert_as_good_as_torch, _example, "triton", torch.float32, yardstick="reference")

@@ -290,6 +290,7 @@ MODULES = [
     (gpu_lstm.StackedLSTM(I, [H, H], residual=True), ValueError, "residual=True"),
     (gpu_lstm.LSTM(I, H, recurrent_dropout=0.3), ValueError, "recurrent_dropout=0.3"),
     (gpu_lstm.LSTM(I, H, zoneout=0.1), ValueError, "zoneout=0.1"),
+    (gpu_lstm.LSTM(I, H, peepholes=True), ValueError, "peepholes=True"),
     (gpu_lstm.StackedLSTM(I, [H, H], weight_drop=0.5), ValueError, "weight_drop=0.5"),
     (gpu_lstm.StackedLSTM(I, [H, 2], bidirectional=True), ValueError, "bidirectional=True"),
     (nn.GRU(I, H), TypeError, "got GRU"),

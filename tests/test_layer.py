@@ -32,6 +32,8 @@ VARIANTS = {
     "no bias": dict(bias=False, **RAGGED),
     "states": dict(resets=0.4, states=True),
     "ragged states reverse": dict(**RAGGED, states=True, reverse=True),
+    "peepholes": dict(peepholes=True),
+    "ragged states peepholes reverse": dict(**RAGGED, states=True, peepholes=True, reverse=True),
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -63,7 +65,7 @@ def test_the_reference_equals_the_oracle(variant, size, noise):
 
 
 @pytest.mark.parametrize("noise", ["none", "masks", "expected"])
-@pytest.mark.parametrize(("projected", "variant"), [(0, "no bias"), (2, "ragged states reverse")])
+@pytest.mark.parametrize(("projected", "variant"), [(0, "no bias"), (2, "ragged states peepholes reverse")])
 def test_derivatives_of_the_reference_by_finite_differences(projected, variant, noise):
     given = noisy((2, 2, 2, 3, projected), variant, noise)
     every = *given.tensors, *given.reset_states
@@ -87,7 +89,11 @@ def test_derivatives_of_the_reference_by_finite_differences(projected, variant, 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "noise"),
-    [*((variant, "masks") for variant in VARIANTS), *(("ragged resets reverse", noise) for noise in list(NOISES)[2:])],
+    [
+        *((variant, "masks") for variant in VARIANTS),
+        ("peepholes", "none"),
+        *(("ragged resets reverse", noise) for noise in list(NOISES)[2:]),
+    ],
 )
 @pytest.mark.parametrize("size", [(3, 17, 3, 33), (4, 4, 3, 33, 7)], ids=str)
 def test_the_kernels_are_as_good_as_the_reference(size, variant, noise, device):
@@ -98,7 +104,7 @@ def test_the_kernels_are_as_good_as_the_reference(size, variant, noise, device):
 
 @pytest.mark.parametrize("noise", ["masks", "expected"])
 def test_the_kernels_in_float16(noise, device):
-    make = partial(noisy, (4, 3, 4, 20, 7), "ragged states reverse", noise)
+    make = partial(noisy, (4, 3, 4, 20, 7), "ragged states peepholes reverse", noise)
     assert_as_good_as_torch(make, "triton", torch.float16, device, yardstick="reference")
 
 
@@ -121,14 +127,14 @@ def test_nan_passes_neither_a_reset_nor_out_of_the_padding(backend):
 
 
 def test_the_operators(device):
-    given = noisy((3, 2, 3, 5, 2), "ragged states reverse", "masks")
-    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr = (
+    given = noisy((3, 2, 3, 5, 2), "ragged states peepholes reverse", "masks")
+    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr, weight_peephole = (
         None if t is None else t.to(device, torch.float32) for t in given.tensors
     )
     noise = [(t if t.dtype is torch.bool else t.float()).to(device) for t in given.noise]
     gates = x @ weight_ih.T
     rest = (weight_hh, weight_hr, h0, c0, given.lengths.to(device), given.resets.to(device), True)
-    others = (*noise, 1, *(t.to(device, torch.float32) for t in given.reset_states))
+    others = (*noise, 1, *(t.to(device, torch.float32) for t in given.reset_states), weight_peephole)
     torch.library.opcheck(ops.layer_forward, (gates, *rest, True, "triton", *others))
     h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", *others)
     torch.library.opcheck(ops.layer_backward, (h, h_n, c_n, gates, c, *rest, "triton", *others))
@@ -136,6 +142,9 @@ def test_the_operators(device):
 
 def test_the_kernels_of_cupy_refuse_noise():
     gates, h0, weight_hh = torch.zeros(2, 1, 16), torch.zeros(1, 4), torch.zeros(16, 4)
+    peephole = Recurrence(weight_hh=weight_hh, h0=h0, c0=h0, weight_peephole=torch.zeros(12))
+    with pytest.raises(ValueError, match=r"^backend 'cupy' takes no peepholes$"):
+        cupy.layer_forward(gates, peephole, save=True)
     for noise in (dict(dropout_h=h0), dict(zoneout_h=torch.tensor(0.1)), dict(zoneout_c=torch.tensor(0.1))):
         recurrence = Recurrence(weight_hh=weight_hh, h0=h0, c0=h0, **noise)
         with pytest.raises(ValueError, match=r"^backend 'cupy' takes neither recurrent dropout nor zoneout$"):

@@ -14,7 +14,7 @@ VARIANTS = [dict(P=0), dict(P=2, ragged=True, resets=0.4, reverse=True)]
 def _arguments(variant, device):
     """(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse) of a small problem."""
     given = example(3, 2, 3, 5, **variant)
-    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr = (
+    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr, _ = (
         None if t is None else t.to(device, torch.float32) for t in given.tensors
     )
     lengths, resets = (None if t is None else t.to(device) for t in (given.lengths, given.resets))
@@ -79,18 +79,21 @@ def test_a_stride_of_zero_in_the_gradient(device):
 
 WHOLE = {
     "both directions": dict(bidirectional=True), "projected": dict(proj_size=2, bias=False), "ragged": {},
-    "reverse": {}, "projected ragged reverse": dict(proj_size=2), "states": dict(proj_size=2),
+    "reverse": {}, "projected ragged reverse": dict(proj_size=2),
+    "states": dict(proj_size=2), "peepholes": dict(bias=False),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("variant", "backend"), [*((variant, "torch") for variant in list(WHOLE)[:-1]), ("states", "triton")]
+    ("variant", "backend"),
+    [*((name, "torch") for name in list(WHOLE)[:-2]), *((name, "triton") for name in list(WHOLE)[-2:])],
 )
 def test_whole_layer(variant, backend, device):
     lstm = torch.nn.LSTM(3, 5, **WHOLE[variant], device=device)
     directions, P = 1 + lstm.bidirectional, lstm.proj_size or 5
     x, h0, c0 = (torch.randn(*size, device=device) for size in ((4, 2, 3), (directions, 2, P), (directions, 2, 5)))
     weights = [t.detach() for t in lstm.parameters()]
+    weights += [torch.randn(15, device=device)] * (variant == "peepholes")
     lengths, resets = torch.tensor([4, 1], device=device), torch.rand(4, 2, device=device) < 0.5
     ragged = (lengths, resets) if "ragged" in variant or variant == "states" else (None, None)
     left = [torch.randn(4, 2, size, device=device) for size in (P, 5)] if variant == "states" else []

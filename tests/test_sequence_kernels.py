@@ -158,26 +158,30 @@ every_family = pytest.mark.parametrize(
 @pytest.mark.parametrize("projected", [0, 5])
 def test_step_with_noise_by_several_programs(monkeypatch, projected):
     _meet(monkeypatch)
-    given = partial(noisy, (4, 3, 3, 40, projected), "ragged states reverse", "masks")
+    given = partial(noisy, (4, 3, 3, 40, projected), "ragged states peepholes reverse", "masks")
     assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", torch.float16, seeds=1, yardstick="reference")
 
 
-@pytest.mark.parametrize("noise", ["masks", "expected"])
+@pytest.mark.parametrize(
+    ("noise", "variant"), [("masks", "ragged states reverse"), ("expected", "ragged states peepholes reverse")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("family", [_reside, partial(_cooperate, units=4)], ids=["resident", "cooperative"])
-def test_noise(monkeypatch, family, noise, dtype):
+def test_noise(monkeypatch, family, noise, variant, dtype):
     """Recurrent dropout and zoneout, against the reference, since torch's LSTM has neither."""
     family(monkeypatch)
-    given = partial(noisy, (5, 3, 3, 11, 0), "ragged states reverse", noise)
+    given = partial(noisy, (5, 3, 3, 11, 0), variant, noise)
     assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=1, yardstick="reference")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("variant", ["states", "ragged states reverse"])
-@pytest.mark.parametrize("projected", [0, 5])
+@pytest.mark.parametrize(
+    ("variant", "projected"),
+    [("states", 0), ("ragged states reverse", 5), ("peepholes", 5), ("ragged states peepholes reverse", 0)],
+)
 @every_family
-def test_resets_to_given_states(monkeypatch, family, projected, variant, dtype):
-    """Against the reference, since torch's LSTM has none."""
+def test_resets_to_given_states_and_peepholes(monkeypatch, family, projected, variant, dtype):
+    """Against the reference, since torch's LSTM has neither."""
     family(monkeypatch)
     given = partial(noisy, (5, 3, 3, 11, projected), variant, "none")
     assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=2, yardstick="reference")

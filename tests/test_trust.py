@@ -31,7 +31,9 @@ def nothing_known(monkeypatch, tmp_path):
     races._decided.clear()
 
 
-def _recurrence(dtype=torch.float32, projected=0, ragged=False, noise="", reverse=False, left=False) -> Recurrence:
+def _recurrence(
+    dtype=torch.float32, projected=0, ragged=False, noise="", reverse=False, left=False, peepholes=False
+) -> Recurrence:
     width = projected or H
 
     def zeros(*size, dtype=dtype):
@@ -47,6 +49,8 @@ def _recurrence(dtype=torch.float32, projected=0, ragged=False, noise="", revers
         options |= {f"zoneout_{s}": zeros(2, B, n, dtype=torch.bool) for s, n in (("h", width), ("c", H))}
     elif noise == "expected":
         options |= {f"zoneout_{s}": torch.tensor(0.3) for s in "hc"}
+    if peepholes:
+        options["weight_peephole"] = zeros(3 * H)
     return Recurrence(
         weight_hh=zeros(4 * H, width), weight_hr=zeros(projected, H) if projected else None, h0=zeros(B, width),
         c0=zeros(B, H, dtype=torch.float32), reverse=reverse, **options,
@@ -59,18 +63,18 @@ def _step_plan(r: Recurrence, backward: bool):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "projected", "ragged", "noise", "reverse", "left", "given"),
+    ("dtype", "projected", "ragged", "noise", "reverse", "left", "peepholes", "given"),
     [
-        (torch.float32, 0, False, "", False, False, BOTH),
-        (torch.float32, 5, True, "masks", True, True, (True, False)),
-        (torch.float16, 5, True, "", False, False, (False, True)),
-        (torch.float32, 0, True, "", True, True, BOTH),
-        (torch.float16, 0, True, "expected", True, True, BOTH),
-        (torch.float16, 0, False, "masks", False, False, BOTH),
+        (torch.float32, 0, False, "", False, False, True, BOTH),
+        (torch.float32, 5, True, "masks", True, True, False, (True, False)),
+        (torch.float16, 5, True, "", False, False, False, (False, True)),
+        (torch.float32, 0, True, "", True, True, False, BOTH),
+        (torch.float16, 0, True, "expected", True, True, True, BOTH),
+        (torch.float16, 0, False, "masks", False, False, False, BOTH),
     ],
 )
-def test_right_kernels_are_trusted(dtype, projected, ragged, noise, reverse, left, given):
-    r = _recurrence(dtype, projected, ragged, noise, reverse, left)
+def test_right_kernels_are_trusted(dtype, projected, ragged, noise, reverse, left, peepholes, given):
+    r = _recurrence(dtype, projected, ragged, noise, reverse, left, peepholes)
     assert trust.distrust(_step_plan(r, False), r, save=False) is None
     assert trust.distrust(_step_plan(r, True), r, given=given) is None
 
@@ -91,7 +95,7 @@ def test_every_family_is_checked_by_its_own_kernel(monkeypatch, family, projecte
         ConcurrentRun(seed=0)(kernel, grid, **arguments)
 
     monkeypatch.setattr(launch, "launch_kernel", run)
-    r = _recurrence(torch.float16, projected, ragged=True)
+    r = _recurrence(torch.float16, projected, ragged=True, peepholes=True)
     for backward, given in ((False, None), (True, BOTH)):
         proposed = plans(Problem(4, B, H, torch.float16), DEVICES["h100"], backward)
         plan = next(p for p in proposed if p.family is family)
@@ -107,7 +111,7 @@ def test_a_wrong_kernel_is_found_out(monkeypatch, name, fault):
     for module in (step, indexing):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, fault)
-    r = _recurrence(ragged=True, reverse=True, left=name == "reset_to")
+    r = _recurrence(ragged=True, reverse=True, left=name == "reset_to", peepholes=True)
     with pytest.warns(UserWarning, match=r"is not trusted on cpu: the RMS error of .* where .* is allowed.*report"):
         found = trust.distrust(_step_plan(r, False), r) or trust.distrust(_step_plan(r, True), r, given=BOTH)
     assert found.startswith("the RMS error of")
@@ -151,7 +155,7 @@ def test_a_verdict_is_remembered_for_one_kernel_only(monkeypatch):
         (plan, _recurrence(ragged=True), {}), (plan, _recurrence(reverse=True), {}),
         (plan, _recurrence(projected=5), {}), (plan, _recurrence(noise="masks"), {}),
         (plan, _recurrence(noise="expected"), {}), (plan, dataclasses.replace(r, precision="tf32"), {}),
-        (plan, _recurrence(projected=6), {}),
+        (plan, _recurrence(projected=6), {}), (plan, _recurrence(peepholes=True), {}),
     ]  # fmt: skip
     for number, (other, like, options) in enumerate(others, start=2):
         trust.distrust(other, like, **options)
@@ -174,8 +178,7 @@ def card(monkeypatch):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_user_of_a_card_with_a_wrong_kernel_gets_right_numbers(card, monkeypatch, training):
-    (fault,) = FAULTS["activate"]
-    monkeypatch.setattr(step, "activate", fault)
+    monkeypatch.setattr(step, "cell_forward", FAULTS["cell_forward"][0])
     lstm, x = gpu_lstm.LSTM(4, 5), torch.randn(6, 3, 4)
     with torch.set_grad_enabled(training), pytest.warns(UserWarning, match="is not trusted"):
         y, _ = lstm(x)

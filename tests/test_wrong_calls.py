@@ -25,6 +25,7 @@ from gpu_lstm.functional import lstm_layer
 BOOL, F64, F16, META = torch.bool, torch.float64, torch.float16, "meta"
 X, H, C = zeros(5, 2, 3), zeros(1, 2, 4), zeros(1, 2, 4)
 WEIGHTS = zeros(16, 3), zeros(16, 4)
+PEEPING = gpu_lstm.LSTM(3, 4, peepholes=True)
 HASTE = dict(kernel=zeros(3, 16), recurrent_kernel=zeros(4, 16), bias=zeros(16))
 PACKED = pack_sequence([zeros(5, 3), zeros(3, 3)])
 PAIRS = [(zeros(2, 4), zeros(2, 4))] * 2  # of StackedLSTM(3, [4, 4])
@@ -136,7 +137,8 @@ def wrong_arguments():
     for cls in CLASSES:
         yield from ((cls, "backend", value, ValueError, UNKNOWN.format(".*")) for value in NAMES)
         for value in ("yes", 1, None) if cls != "LSTMCell" else ():
-            yield cls, "recompute", value, TypeError, A_BOOL.format("recompute", type(value).__name__)
+            for name in ("recompute", "peepholes"):
+                yield cls, name, value, TypeError, A_BOOL.format(name, type(value).__name__)
     for cls in ("LSTM", "StackedLSTM"):
         yield from ((cls, name, value, ValueError, text) for name, value, text in rates())
     yield from (("compat.LSTM", name, value, ValueError, text) for name, value, text in [*rates()][:2])
@@ -226,6 +228,17 @@ CALLS = [
      lambda m: missing(m.lstm, "weight_hh_l0")),
     ("bias_hh_l0 None", RuntimeError, "^bias_ih and bias_hh should be given together$",
      lambda m: missing(m.lstm, "bias_hh_l0")),
+    ("functional_call weight_peephole", RuntimeError, SIZE.format("weight_peephole", r"\(12,\)", r"\[16\]"),
+     lambda m: with_parameter(PEEPING, "weight_peephole_l0", zeros(16))),
+    ("LSTMCell peepholes=1", TypeError, A_BOOL.format("peepholes", "int"),
+     lambda m: gpu_lstm.LSTMCell(3, 4, peepholes=1)),
+    *((f"lstm_layer peepholes, {backend}", ValueError,
+       f"^backend '{backend}' takes no peepholes; use 'triton' or 'reference'$",
+       lambda m, backend=backend: lstm_layer(X, [*WEIGHTS[:2], None, None, None, zeros(12)], backend=backend))
+      for backend in ("torch", "cupy")),
+    ("lstm_layer peepholes as a matrix", RuntimeError, "^weight_peephole must have 1 dimensions, got 2$",
+     lambda m: lstm_layer(X, [*WEIGHTS[:2], None, None, None, zeros(3, 4)])),
+    ("lstm.peepholes = True", AttributeError, "peepholes", lambda m: setattr(m.lstm, "peepholes", True)),
     # Input of LSTM
     ("LSTM nested", RuntimeError, DENSE.format("LSTM", "a nested tensor"), lambda m: m.lstm(NESTED)),
     ("LSTM sparse", RuntimeError, DENSE.format("LSTM", "a tensor of layout torch.sparse_coo"),
@@ -358,10 +371,10 @@ CALLS = [
      lambda m: layer(m, weights=zeros(2, 16, 4))),
     ("lstm_layer weights None", TypeError, "^weights should be a tuple or list of tensors, got: NoneType$",
      lambda m: layer(m, weights=None)),
-    ("lstm_layer one weight", ValueError, r"^Expected weights of 2 to 5 tensors \(weight_ih, .*\), got 1$",
+    ("lstm_layer one weight", ValueError, r"^Expected weights of 2 to 6 tensors \(weight_ih, .*\), got 1$",
      lambda m: layer(m, weights=WEIGHTS[:1])),
-    ("lstm_layer six weights", ValueError, r"^Expected weights of 2 to 5 tensors \(.*weight_hr\), got 6$",
-     lambda m: layer(m, weights=[*WEIGHTS, None, None, None, None])),
+    ("lstm_layer seven weights", ValueError, r"^Expected weights of 2 to 6 tensors \(.*weight_peephole\), got 7$",
+     lambda m: layer(m, weights=[*WEIGHTS, None, None, None, None, None])),
     ("lstm_layer weight_hh None", TypeError, A_TENSOR.format("weight_hh", "NoneType"),
      lambda m: layer(m, weights=(WEIGHTS[0], None))),
     ("lstm_layer bias a list", TypeError, A_TENSOR.format("bias_hh", "list"),

@@ -6,6 +6,10 @@ Gers, Schmidhuber & Cummins (2000), as torch.nn.LSTM states them:
     i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)
     c = f * c_prev + i * g                                  m = o * tanh(c)
 
+With peepholes (Gers & Schmidhuber, 2000) the gates see the cell state of their own unit, through weights p_i, p_f, p_o:
+
+    z_i += p_i * c_prev      z_f += p_f * c_prev      z_o += p_o * c
+
 m is the cell's output, named as by Sak, Senior & Beaufays (2014): with a projection h = W_hr m, without one h = m. With
 zoneout (Krueger et al., 2017) a share of each state, all or nothing in training, stays as it was before the step.
 """
@@ -57,31 +61,43 @@ def tanh(x):
 
 
 @triton.jit
-def activate(z_i, z_f, z_g, z_o):
-    """Pre-activations -> gates, each [rows, units]."""
-    return sigmoid(z_i), sigmoid(z_f), tanh(z_g), sigmoid(z_o)
+def next_cell(i, f, g, c_prev):
+    """c, [rows, units]."""
+    return f * c_prev + i * g
 
 
 @triton.jit
-def cell_forward(i, f, g, o, c_prev):
-    """Gates and the cell state before the step -> (c, m), each [rows, units]."""
-    c = f * c_prev + i * g
-    return c, o * tanh(c)
+def cell_forward(z_i, z_f, z_g, z_o, c_prev, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
+    """Pre-activations and the cell state before the step -> (i, f, g, o, c, m), each [rows, units]."""
+    if PEEPHOLES:
+        z_i += p_i * c_prev
+        z_f += p_f * c_prev
+    i, f, g = sigmoid(z_i), sigmoid(z_f), tanh(z_g)
+    c = next_cell(i, f, g, c_prev)
+    if PEEPHOLES:
+        z_o += p_o * c
+    o = sigmoid(z_o)
+    return i, f, g, o, c, o * tanh(c)
 
 
 @triton.jit
-def cell_backward(i, f, g, o, c, c_prev, dm, dc):
+def cell_backward(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
     """Gradients of m and (from the next step) of c -> (dz_i, dz_f, dz_g, dz_o, dc_prev), each [rows, units].
 
     dz is the gradient of a pre-activation: sigmoid' = s (1 - s), tanh' = 1 - t^2.
     """
     t = tanh(c)
+    dz_o = dm * t * o * (1.0 - o)
     dc += dm * o * (1.0 - t * t)
+    if PEEPHOLES:
+        dc += dz_o * p_o
     dz_i = dc * g * i * (1.0 - i)
     dz_f = dc * c_prev * f * (1.0 - f)
     dz_g = dc * i * (1.0 - g * g)
-    dz_o = dm * t * o * (1.0 - o)
-    return dz_i, dz_f, dz_g, dz_o, dc * f
+    dc_prev = dc * f
+    if PEEPHOLES:
+        dc_prev += dz_i * p_i + dz_f * p_f
+    return dz_i, dz_f, dz_g, dz_o, dc_prev
 
 
 @triton.jit

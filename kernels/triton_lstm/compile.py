@@ -43,11 +43,13 @@ class Case:
     step: bool = False  # by the step family, whatever is proposed besides
     ragged: bool = False  # with lengths, and resets to given states, in reverse
     training: bool = True  # of a regularised problem: with masks, not probabilities
+    peepholes: bool = False
 
     def __str__(self) -> str:
         p = self.problem
         name = str(p.dtype).removeprefix("torch.") + f" {p.precision}" * (p.dtype is torch.float32)
         name += f" B={p.batch} H={p.hidden}" + f" P={p.projected}" * bool(p.projected) + " ragged" * self.ragged
+        name += " peepholes" * self.peepholes
         return name + (" masks" if self.training else " rates") * p.regularised
 
 
@@ -58,38 +60,41 @@ def cases(quick: bool) -> list[Case]:
 
 
 def step_cases() -> list[Case]:
-    """Every dtype, precision and architecture; with a projection and without; regularised and not."""
+    """Every dtype, precision and architecture; with a projection and without; regularised and not; with peepholes."""
     devices = [Device(f"sm_{sm}", sm, 1, shared_memory_of(sm)) for sm in STEP_ARCHITECTURES]
-    kinds = (  # B, H, P, ragged; whether regularised, and in training
-        (16, 768, 0, False, False, True),
-        (64, 130, 33, True, False, True),
-        (64, 130, 0, True, True, True),
-        (64, 130, 33, True, True, True),
-        (64, 130, 0, True, True, False),
+    kinds = (  # B, H, P, ragged; whether regularised, and in training; peepholes
+        (16, 768, 0, False, False, True, False),
+        (64, 130, 33, True, False, True, False),
+        (64, 130, 0, True, True, True, False),
+        (64, 130, 33, True, True, True, False),
+        (64, 130, 0, True, True, False, False),
+        (16, 768, 0, False, False, True, True),
+        (64, 130, 33, True, True, True, True),
     )
     return [
         Case(
             Problem(2, batch, hidden, dtype, projected, precision, regularised=regularised),
-            backward, device, True, ragged, training,
+            backward, device, True, ragged, training, peepholes,
         )
-        for (dtype, precision), (batch, hidden, projected, ragged, regularised, training), backward, device
+        for (dtype, precision), (batch, hidden, projected, ragged, regularised, training, peepholes), backward, device
         in itertools.product(PRECISIONS, kinds, (False, True), devices)
     ]  # fmt: skip
 
 
 def sequence_cases() -> list[Case]:
-    """Hidden sizes and batches for the families that hold W_hh; and regularised problems, with masks and with rates."""
-    kinds = [(batch, hidden, False, False, True) for hidden, batch in itertools.product(HIDDEN, BATCHES)]
-    kinds += itertools.product((16,), (64, 768), (False, True), (True,), (True, False))
-    kinds += [(16, hidden, True, False, True) for hidden in HIDDEN]
+    """Hidden sizes and batches for the families that hold W_hh; regularised, with masks and with rates; peepholes."""
+    kinds = [(batch, hidden, False, False, True, False) for hidden, batch in itertools.product(HIDDEN, BATCHES)]
+    kinds += itertools.product((16,), (64, 768), (False, True), (True,), (True, False), (False,))
+    kinds += [(16, hidden, True, False, True, False) for hidden in HIDDEN]
+    kinds += [(16, hidden, False, False, True, True) for hidden in (128, 768, 1536)]
+    kinds += [(16, 768, True, True, True, True)]
     return [
         Case(
             Problem(2, batch, hidden, dtype, 0, precision, regularised=regularised),
-            backward, device, False, ragged, training,
+            backward, device, False, ragged, training, peepholes,
         )
-        for (dtype, precision), (batch, hidden, ragged, regularised, training), backward, device in itertools.product(
-            PRECISIONS[:3], kinds, (False, True), SEQUENCE_DEVICES
-        )
+        for (dtype, precision), (batch, hidden, ragged, regularised, training, peepholes), backward, device
+        in itertools.product(PRECISIONS[:3], kinds, (False, True), SEQUENCE_DEVICES)
     ]  # fmt: skip
 
 
@@ -109,7 +114,9 @@ def _reports_of(case: Case) -> list[Report]:
         candidates = plans(case.problem, case.device, case.backward)
     rows: list[Report] = []
     for plan in candidates:
-        launches = recorded_launches(case.problem, case.backward, plan, case.ragged, case.ragged, case.training)
+        launches = recorded_launches(
+            case.problem, case.backward, plan, case.ragged, case.ragged, case.training, case.peepholes
+        )
         rows = [report(launch, case, plan) for launch in launches]
         if all(row.fits for row in rows):
             break
@@ -164,7 +171,13 @@ def _weight_loads_in_loops(ttgir: str, launch: RecordedLaunch) -> int:
 
 
 def recorded_launches(
-    problem: Problem, backward: bool, plan: Plan, ragged: bool = False, reverse: bool = False, training: bool = True
+    problem: Problem,
+    backward: bool,
+    plan: Plan,
+    ragged: bool = False,
+    reverse: bool = False,
+    training: bool = True,
+    peepholes: bool = False,
 ) -> list[RecordedLaunch]:
     """The distinct launches that a plan makes, everything saved and every gradient given, without making them.
 
@@ -200,6 +213,7 @@ def recorded_launches(
         resets=meta(steps, batch, dtype=torch.bool) if ragged else None,
         reset_h=meta(steps, batch, width) if ragged and problem.regularised else None,
         reset_c=meta(steps, batch, hidden, dtype=torch.float32) if ragged else None,
+        weight_peephole=meta(3 * hidden) if peepholes else None,
         reverse=reverse,
         precision=problem.precision,
         **noise,

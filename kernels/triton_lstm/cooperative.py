@@ -34,13 +34,14 @@ from ..giving_up import error_word
 from ..initial_gradient import Gradients, reset_gradients
 from ..operands import as_words, transposed_gates
 from ..recurrence import Recurrence
-from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backward
+from .cell import cell_backward, cell_forward, next_cell, zoneout, zoneout_backward
 from .exchange import PATIENCE, collect, in_phase, pack, publish
 from .features import OPTIONS
 from .fragments import SEQUENCES, load_weights, product, scale, sequence_in, sum_over_warps, threads
 from .indexing import (
     cell_before,
     load_gates,
+    load_peepholes,
     load_zoneout,
     position,
     reset_to,
@@ -74,6 +75,7 @@ def next_turn(step, tile, steps: tl.constexpr, B):
 def lstm_cooperative_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
     weights_ptr,  # [4H, W] int32: W_hh
+    peephole_ptr,  # [3H] or None
     words_ptr,  # [T*B + B, W] int32: h of every step, out and the exchange, filled beforehand; then h0
     c_ptr,  # [T*B, H] float32 out, None without SAVE
     h_n_ptr,  # [B, H] h0, made h of a sequence's last step
@@ -89,6 +91,7 @@ def lstm_cooperative_forward_kernel(
     T,
     B,
     H: tl.constexpr,
+    PEEPHOLES: tl.constexpr,
     REVERSE: tl.constexpr,
     SAVE: tl.constexpr,
     PATIENCE: tl.constexpr,
@@ -124,6 +127,8 @@ def lstm_cooperative_forward_kernel(
     z_rows = (thread % UNITS, thread % UNITS + UNITS, thread % UNITS + 2 * UNITS, thread % UNITS + 3 * UNITS)
     z_sequences = (sequence, sequence, sequence, sequence)
 
+    peephole_i, peephole_f, peephole_o = load_peepholes(peephole_ptr, unit, H)
+
     step, tile = 0, tl.program_id(1)
     for turn in range(T * walks_of_group(B)):
         # Load, before waiting: it arrives meanwhile.
@@ -151,8 +156,9 @@ def lstm_cooperative_forward_kernel(
         z_i, z_f, z_g, z_o = sum_over_warps(parts, z_rows, z_sequences, of_cell, turn % 2, 4, TILES, WARPS)
 
         # Gates and cell.
-        i, f, g, o = activate(x_i + z_i, x_f + z_f, x_g + z_g, x_o + z_o)
-        c, h = cell_forward(i, f, g, o, c_prev)
+        i, f, g, o, c, h = cell_forward(
+            x_i + z_i, x_f + z_f, x_g + z_g, x_o + z_o, c_prev, peephole_i, peephole_f, peephole_o, PEEPHOLES
+        )
         if zoneout_c_ptr is not None:
             c = zoneout(load_zoneout(zoneout_c_ptr, at, valid_cell), c_prev, c)
         if zoneout_h_ptr is not None:
@@ -182,6 +188,7 @@ def lstm_cooperative_backward_kernel(
     c_ptr,  # [T*B, H] float32
     c0_ptr,  # [B, H] float32
     weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
+    peephole_ptr,  # [3H] or None
     words_ptr,  # [T*B, 4, W] int32: dgates, out and the exchange, filled beforehand
     partials_ptr,  # [B, 4, H] int32: float32 words, the second exchange; their last bits are one beforehand
     dc_ptr,  # [B, H] float32, gradient of c_n, made that of c before every step
@@ -198,6 +205,7 @@ def lstm_cooperative_backward_kernel(
     T,
     B,
     H: tl.constexpr,
+    PEEPHOLES: tl.constexpr,
     REVERSE: tl.constexpr,
     PATIENCE: tl.constexpr,
     UNITS: tl.constexpr,
@@ -234,6 +242,8 @@ def lstm_cooperative_backward_kernel(
     for n in tl.static_range(SUMS):
         sum_rows = sum_rows + ((thread + n * 32 * WARPS) % (4 * UNITS),)
         sum_sequences = sum_sequences + ((thread + n * 32 * WARPS) // (4 * UNITS) % SEQUENCES,)
+
+    peephole_i, peephole_f, peephole_o = load_peepholes(peephole_ptr, unit, H)
 
     step, tile = T - 1, tl.program_id(1)
     for turn in range(T * walks_of_group(B)):
@@ -296,9 +306,11 @@ def lstm_cooperative_backward_kernel(
             if dreset_h_ptr is not None:
                 tl.store(dreset_h_ptr + at, to_before, mask=reset_cell)
         if zoneout_c_ptr is not None:
-            c, _ = cell_forward(i, f, g, o, c_prev)  # as the step computed it; what was saved is after zoneout
+            c = next_cell(i, f, g, c_prev)  # as the step computed it; what was saved is after zoneout
             dc_before, dc = zoneout_backward(load_zoneout(zoneout_c_ptr, at, valid_cell), dc)
-        dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(i, f, g, o, c, c_prev, dh, dc)
+        dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(
+            i, f, g, o, c, c_prev, dh, dc, peephole_i, peephole_f, peephole_o, PEEPHOLES
+        )
         if zoneout_c_ptr is not None:
             dc_prev += dc_before
 
@@ -407,7 +419,7 @@ def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any
     steps, batch, _ = gates.shape
     return dict(
         lengths_ptr=r.lengths, resets_ptr=r.resets, zoneout_h_ptr=r.zoneout_h, zoneout_c_ptr=r.zoneout_c,
-        reset_c_ptr=r.reset_c,
+        reset_c_ptr=r.reset_c, peephole_ptr=r.weight_peephole, PEEPHOLES=r.weight_peephole is not None,
         T=steps, B=batch, H=r.hidden, REVERSE=r.reverse, PATIENCE=PATIENCE,
         UNITS=plan.columns, CHUNKS=plan.k, WARPS=plan.num_warps,
         num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS, launch_cooperative_grid=True,

@@ -137,6 +137,18 @@ def split_gate_columns(z, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
+def load_peepholes(peephole_ptr, unit, H: tl.constexpr):
+    """The peepholes of some units to the gates i, f and o, float32, from [3H]; zeros, unused, where there are none."""
+    p_i = tl.zeros(unit.shape, tl.float32)
+    p_f, p_o = p_i, p_i
+    if peephole_ptr is not None:
+        p_i += tl.load(peephole_ptr + unit, mask=unit < H, other=0.0).to(tl.float32)
+        p_f += tl.load(peephole_ptr + H + unit, mask=unit < H, other=0.0).to(tl.float32)
+        p_o += tl.load(peephole_ptr + 2 * H + unit, mask=unit < H, other=0.0).to(tl.float32)
+    return p_i, p_f, p_o
+
+
+@triton.jit
 def load_zoneout(zoneout_ptr, at, mask):
     """The share of the state before that stays, for `cell.zoneout`: a tile of a mask, or one float32 for all."""
     if zoneout_ptr.dtype.element_ty == tl.float32:

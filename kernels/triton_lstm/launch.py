@@ -203,5 +203,5 @@ def _problem(gates: Tensor, r: Recurrence) -> Problem:
 
 
 def _variant(r: Recurrence, save: bool) -> tuple:
-    optional = r.lengths, r.resets, r.dropout_h, r.zoneout_h, r.zoneout_c, r.reset_h, r.reset_c
+    optional = r.lengths, r.resets, r.dropout_h, r.zoneout_h, r.zoneout_c, r.reset_h, r.reset_c, r.weight_peephole
     return save, r.reverse, *(t is None for t in optional)

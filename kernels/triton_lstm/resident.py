@@ -19,10 +19,19 @@ from torch import Tensor
 from ..initial_gradient import Gradients, reset_gradients
 from ..operands import as_words, transposed_gates
 from ..recurrence import Recurrence
-from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backward
+from .cell import cell_backward, cell_forward, next_cell, zoneout, zoneout_backward
 from .features import OPTIONS
 from .fragments import load_weights, product, sequence_in, share, take, threads
-from .indexing import cell_before, load_gates, load_zoneout, position, reset_to, row_before, store_gates
+from .indexing import (
+    cell_before,
+    load_gates,
+    load_peepholes,
+    load_zoneout,
+    position,
+    reset_to,
+    row_before,
+    store_gates,
+)
 from .planning import Device, Family, Launch, Plan, Problem, power_of_two
 
 
@@ -65,6 +74,7 @@ def load_factors(dropout_h_ptr, batch, unit, in_batch, H: tl.constexpr):
 def lstm_resident_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
     weights_ptr,  # [4H, W] int32: W_hh
+    peephole_ptr,  # [3H] or None
     h0_ptr,  # [B, H]
     c0_ptr,  # [B, H] float32
     h_ptr,  # [T*B, H]
@@ -81,6 +91,7 @@ def lstm_resident_forward_kernel(
     T,
     B,
     H: tl.constexpr,
+    PEEPHOLES: tl.constexpr,
     REVERSE: tl.constexpr,
     SAVE: tl.constexpr,
     UNITS: tl.constexpr,  # at least H
@@ -103,8 +114,9 @@ def lstm_resident_forward_kernel(
         rows = rows + (tl.where(unit[n // 4 * 2] < H, n % 4 * H + unit[n // 4 * 2], -1),)
     weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, CHUNKS, TILES)
 
-    h, c = (), ()
+    h, c, peepholes = (), (), ()
     for n in tl.static_range(CELLS):
+        peepholes = peepholes + load_peepholes(peephole_ptr, unit[n], H)
         state_at = batch[n % 2].to(tl.int64) * H + unit[n]
         in_tile = in_batch[n % 2] & (unit[n] < H)
         h = h + (tl.load(h0_ptr + state_at, mask=in_tile, other=0.0),)
@@ -135,8 +147,10 @@ def lstm_resident_forward_kernel(
             # Gates and cell.
             z_i, z_f = z[n // 2 * 8 + n % 2], z[n // 2 * 8 + 2 + n % 2]
             z_g, z_o = z[n // 2 * 8 + 4 + n % 2], z[n // 2 * 8 + 6 + n % 2]
-            i, f, g, o = activate(x[4 * n] + z_i, x[4 * n + 1] + z_f, x[4 * n + 2] + z_g, x[4 * n + 3] + z_o)
-            c_next, h_next = cell_forward(i, f, g, o, c_prev[n])
+            i, f, g, o, c_next, h_next = cell_forward(
+                x[4 * n] + z_i, x[4 * n + 1] + z_f, x[4 * n + 2] + z_g, x[4 * n + 3] + z_o, c_prev[n],
+                peepholes[3 * n], peepholes[3 * n + 1], peepholes[3 * n + 2], PEEPHOLES,
+            )  # fmt: skip
             at = row[n % 2] * H + unit[n]
             valid_cell = valid[n % 2] & (unit[n] < H)
             if zoneout_c_ptr is not None:
@@ -170,6 +184,7 @@ def lstm_resident_backward_kernel(
     c_ptr,  # [T*B, H] float32
     c0_ptr,  # [B, H] float32
     weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
+    peephole_ptr,  # [3H] or None
     dgates_ptr,  # [T*B, 4H] out
     dc_ptr,  # [B, H] float32, in: gradient of c_n; out: of c0
     lengths_ptr,  # [B] or None
@@ -184,6 +199,7 @@ def lstm_resident_backward_kernel(
     T,
     B,
     H: tl.constexpr,
+    PEEPHOLES: tl.constexpr,
     REVERSE: tl.constexpr,
     UNITS: tl.constexpr,  # at least H
     WARPS: tl.constexpr,
@@ -212,8 +228,9 @@ def lstm_resident_backward_kernel(
         elements_of_dz = elements_of_dz + (n // CELLS * UNITS + unit[n % CELLS],)
 
     # Gradients of the state after the step in hand: at a sequence's last step, those of the final state.
-    dh, dc = (), ()
+    dh, dc, peepholes = (), (), ()
     for n in tl.static_range(CELLS):
+        peepholes = peepholes + load_peepholes(peephole_ptr, unit[n], H)
         state_at = batch[n % 2].to(tl.int64) * H + unit[n]
         in_tile = in_batch[n % 2] & (unit[n] < H)
         of_h = tl.zeros((32 * WARPS,), tl.float32)
@@ -244,7 +261,7 @@ def lstm_resident_backward_kernel(
                 to_before, dm = zoneout_backward(load_zoneout(zoneout_h_ptr, at, valid_cell), dm)
                 dh_before = dh_before + (to_before,)
             if zoneout_c_ptr is not None:
-                c, _ = cell_forward(i, f, g, o, c_prev)  # as the step computed it; what was saved is after zoneout
+                c = next_cell(i, f, g, c_prev)  # as the step computed it; what was saved is after zoneout
                 to_before, of_c = zoneout_backward(load_zoneout(zoneout_c_ptr, at, valid_cell), of_c)
                 dc_before = dc_before + (to_before,)
             saved = saved + (i, f, g, o, c, c_prev, dm, of_c)
@@ -255,6 +272,7 @@ def lstm_resident_backward_kernel(
             d_i, d_f, d_g, d_o, d_c = cell_backward(
                 saved[8 * n], saved[8 * n + 1], saved[8 * n + 2], saved[8 * n + 3], saved[8 * n + 4],
                 saved[8 * n + 5], saved[8 * n + 6], saved[8 * n + 7],
+                peepholes[3 * n], peepholes[3 * n + 1], peepholes[3 * n + 2], PEEPHOLES,
             )  # fmt: skip
             dz_i = dz_i + (d_i.to(DTYPE),)
             dz_f = dz_f + (d_f.to(DTYPE),)
@@ -372,6 +390,7 @@ def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any
     """What both kernels are given."""
     steps, batch, _ = gates.shape
     return dict(
+        peephole_ptr=r.weight_peephole, PEEPHOLES=r.weight_peephole is not None,
         lengths_ptr=r.lengths, resets_ptr=r.resets, dropout_h_ptr=r.dropout_h, zoneout_h_ptr=r.zoneout_h,
         zoneout_c_ptr=r.zoneout_c, reset_c_ptr=r.reset_c, T=steps, B=batch, H=r.hidden,
         REVERSE=r.reverse, UNITS=plan.columns, WARPS=plan.num_warps, num_warps=plan.num_warps,

@@ -17,13 +17,14 @@ from torch import Tensor
 from ..giving_up import error_word
 from ..initial_gradient import Gradients, reset_gradients
 from ..recurrence import Recurrence
-from .cell import activate, cell_backward, cell_forward, zoneout, zoneout_backward
+from .cell import cell_backward, cell_forward, next_cell, zoneout, zoneout_backward
 from .exchange import PATIENCE, meet
 from .features import MOST_ROWS, OPTIONS
 from .indexing import (
     cell_before,
     interleaved_gates,
     load_gates,
+    load_peepholes,
     load_zoneout,
     position,
     reset_to,
@@ -80,6 +81,7 @@ def lstm_step_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
     weight_hh_ptr,  # [4H, P]
     weight_hr_ptr,  # [P, H], None without a projection
+    peephole_ptr,  # [3H] or None
     h_ptr,  # [T*B + B, P]: h of every step, out; then h0
     m_ptr,  # [B, H] of the step, None without a projection
     c_ptr,  # [T*B, H] float32 out, None without SAVE
@@ -101,6 +103,7 @@ def lstm_step_forward_kernel(
     REVERSE: tl.constexpr,
     SAVE: tl.constexpr,
     PROJECT: tl.constexpr,
+    PEEPHOLES: tl.constexpr,
     PRECISION: tl.constexpr,
     PATIENCE: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -130,17 +133,17 @@ def lstm_step_forward_kernel(
             )  # fmt: skip
             z_i, z_f, z_g, z_o = split_gate_columns(z, BLOCK_B, BLOCK_H)
 
-            # Gates.
+            # Gates and cell. Zoneout's masks lie as h and c do.
             gates_at = row[:, None] * (4 * H) + unit[None, :]
             x_i, x_f, x_g, x_o = load_gates(gates_ptr, gates_at, valid_tile, H)
-            i, f, g, o = activate(x_i + z_i, x_f + z_f, x_g + z_g, x_o + z_o)
-
-            # Cell. Zoneout's masks lie as h and c do.
             at = row[:, None] * H + unit[None, :]
             state_at = batch[:, None].to(tl.int64) * H + unit[None, :]
             c_prev = tl.load(c_n_ptr + state_at, mask=continues_tile, other=0.0)
             c_prev = reset_to(c_prev, reset_c_ptr, at, reset_tile)
-            c, m = cell_forward(i, f, g, o, c_prev)
+            p_i, p_f, p_o = load_peepholes(peephole_ptr, unit[None, :], H)
+            i, f, g, o, c, m = cell_forward(
+                x_i + z_i, x_f + z_f, x_g + z_g, x_o + z_o, c_prev, p_i, p_f, p_o, PEEPHOLES
+            )
             if zoneout_c_ptr is not None:
                 c = zoneout(load_zoneout(zoneout_c_ptr, at, valid_tile), c_prev, c)
             if zoneout_h_ptr is not None and not PROJECT:
@@ -250,6 +253,7 @@ def lstm_step_backward_kernel(
     c0_ptr,  # [B, H] float32
     weight_hh_ptr,  # [4H, P]
     weight_hr_ptr,  # [P, H], None without a projection
+    peephole_ptr,  # [3H] or None
     dgates_ptr,  # [T*B, 4H] out
     dh_total_ptr,  # [T*B, P] out: the whole gradient of W_hr m; None without a projection
     dc_ptr,  # [B, H] float32, gradient of c_n, made that of c before every step
@@ -270,6 +274,7 @@ def lstm_step_backward_kernel(
     P: tl.constexpr,
     REVERSE: tl.constexpr,
     PROJECT: tl.constexpr,
+    PEEPHOLES: tl.constexpr,
     PRECISION: tl.constexpr,
     PATIENCE: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -330,9 +335,10 @@ def lstm_step_backward_kernel(
             state_at = batch[:, None].to(tl.int64) * H + unit[None, :]
             dc = tl.load(dc_ptr + state_at, mask=valid_tile, other=0.0)
             if zoneout_c_ptr is not None:
-                c, _ = cell_forward(i, f, g, o, c_prev)  # as the step computed it; what was saved is after zoneout
+                c = next_cell(i, f, g, c_prev)  # as the step computed it; what was saved is after zoneout
                 dc_from_zoneout, dc = zoneout_backward(load_zoneout(zoneout_c_ptr, at, valid_tile), dc)
-            dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(i, f, g, o, c, c_prev, dm, dc)
+            p_i, p_f, p_o = load_peepholes(peephole_ptr, unit[None, :], H)
+            dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES)
             if zoneout_c_ptr is not None:
                 dc_prev += dc_from_zoneout
 
@@ -421,11 +427,13 @@ def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any
     """What both kernels are given."""
     steps, batch, _ = gates.shape
     return dict(
-        weight_hh_ptr=r.weight_hh, weight_hr_ptr=r.weight_hr, lengths_ptr=r.lengths, resets_ptr=r.resets,
+        weight_hh_ptr=r.weight_hh, weight_hr_ptr=r.weight_hr, peephole_ptr=r.weight_peephole,
+        lengths_ptr=r.lengths, resets_ptr=r.resets,
         dropout_h_ptr=r.dropout_h, zoneout_h_ptr=r.zoneout_h, zoneout_c_ptr=r.zoneout_c, reset_c_ptr=r.reset_c,
         arrivals_ptr=torch.zeros(1, dtype=torch.int32, device=gates.device),
-        T=steps, B=batch, H=r.hidden, P=r.width, REVERSE=r.reverse, PROJECT=r.projected, PRECISION=r.precision,
-        PATIENCE=PATIENCE, BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k,
+        T=steps, B=batch, H=r.hidden, P=r.width, REVERSE=r.reverse, PROJECT=r.projected,
+        PEEPHOLES=r.weight_peephole is not None, PRECISION=r.precision, PATIENCE=PATIENCE,
+        BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k,
         num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.registers, **OPTIONS,
         launch_cooperative_grid=True,
     )  # fmt: skip
