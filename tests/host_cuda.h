@@ -169,7 +169,7 @@ struct Launch {
             ready[n] = ready.back();
             ready.pop_back();
             threadIdx = thread().index;
-            if (toss(2000)) warp().asleep_until = turns + (1L << random() % 14);
+            if (toss(400)) warp().asleep_until = turns + (1L << random() % 14);
             if (turns < warp().asleep_until) {
                 asleep.push_back(current);
                 continue;
