@@ -197,7 +197,7 @@ def test_a_check_inside_a_transform(card):
 
 
 def test_a_wrong_backward_kernel_alone_sends_training_to_torch(card, monkeypatch):
-    fault, _ = FAULTS["cell_backward"]
+    fault, *_ = FAULTS["cell_backward"]
     monkeypatch.setattr(step, "cell_backward", fault)
     lstm, x = gpu_lstm.LSTM(4, 5), torch.randn(6, 3, 4)
     gradients = []
