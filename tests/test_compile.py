@@ -30,9 +30,9 @@ from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
 
 def wanted_step(case):  # sm_86 and sm_89 have the instructions of sm_80 and the shared memory of sm_120
     p, sm, architectures = case.problem, case.device.architecture, (80, 90, 100, 120)
-    if not (p.projected and p.regularised):  # which takes most registers
+    if not (p.projected and p.regularised):
         return sm == 90 and str(p.dtype) == "torch.bfloat16" and (not p.regularised or not case.training)
-    if sm not in architectures:
+    if sm not in architectures or not case.peepholes:  # with them it takes most registers
         return False
     precision = PRECISIONS.index((p.dtype, p.precision))
     return case.backward == (precision + architectures.index(sm)) % 2  # so that any two meet of the three
@@ -41,10 +41,12 @@ def wanted_sequence(case):
     p, sm = case.problem, case.device.architecture
     if p.regularised:
         return sm == 90 and str(p.dtype) == "torch.bfloat16" and case.training != case.backward
+    if (case.ragged or case.peepholes) and p.hidden not in (128, 768):
+        return False
     if str(p.dtype) == "torch.bfloat16":
         return sm == 90 and ((p.batch == 16 and p.hidden not in (64, 1024)) or (p.batch, p.hidden) == (256, 768))
     of_dtype = {"torch.float16": (120,), "torch.float32": (120 if case.backward else 90,)}[str(p.dtype)]
-    return sm in of_dtype and p.batch == 16 and p.hidden == 768
+    return sm in of_dtype and p.batch == 16 and p.hidden == 768 and case.ragged
 
 def quick_step(case):
     p, sm = case.problem, case.device.architecture

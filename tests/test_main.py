@@ -22,7 +22,9 @@ from gpu_lstm.kernels.triton_lstm.families import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
 
 CPU = torch.device("cpu")
-KIND = races.Kind(((6, 32, 0),), 1, "torch.float32", "tf32", True, False, 64, 8, True, False, False, False, "triton")
+KIND = races.Kind(
+    ((6, 32, 0),), 1, "torch.float32", "tf32", True, False, 64, 8, True, False, False, False, False, "triton"
+)
 CHECK = dict(
     family="step", rows=16, columns=64, hidden=32, dtype="torch.float32", precision="tf32", reverse=True,
     projected=False, there=["lengths"], given=[True, False],
