@@ -47,13 +47,15 @@ def backward(
     r = recurrence
     steps, batch, _ = gates.shape
     dgates = _rows_of_words(gates, steps, batch, 4)
-    partials = torch.full((batch, plan.parts, r.hidden), FILL, dtype=torch.int32, device=gates.device)
+    partials = None
+    if plan.parts > 1:
+        partials = torch.full((batch, plan.parts, r.hidden), FILL, dtype=torch.int32, device=gates.device)
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
     dreset_c = None if r.reset_c is None else torch.zeros_like(r.reset_c)
     launch(
         "lstm_cooperative_backward", gates.dtype, plan,
         dh=dh, dh_n=dh_n, gates=gates, c=c, c0=r.c0, weights=_transposed(r.weight_hh, plan.parts), dgates=dgates,
-        partials=partials if plan.parts > 1 else None, dc=dc, lengths=r.lengths, resets=r.resets,
+        partials=partials, dc=dc, lengths=r.lengths, resets=r.resets,
         reset_c=r.reset_c, dreset_c=dreset_c, error=error_word(gates.device, "lstm_cooperative_backward"),
         T=steps, B=batch, reverse=r.reverse,
     )  # fmt: skip

@@ -39,6 +39,7 @@ class Card:
 HOST = Card(80, 8)  # stands in where the tensors are on the CPU
 
 
+@functools.cache
 def card_of(device: torch.device) -> Card:
     """That of a device."""
     if device.type != "cuda":
