@@ -1,14 +1,15 @@
-"""Weights and masks as the words that tensor cores take (fragments.py): 32 bits, two elements of half precision."""
+"""Weights and masks as the words that tensor cores take: 32 bits, two elements of half precision."""
 
 import torch
 from torch import Tensor
 
 
-def as_words(x: Tensor) -> Tensor:
-    """[*, H] -> [*, W] int32; in half precision with one zero more if H is odd."""
-    if x.shape[-1] * x.itemsize % 4:
-        x = torch.nn.functional.pad(x, (0, 1))
-    if not x.is_contiguous() or x.storage_offset() * x.itemsize % 4:
+def as_words(x: Tensor, size: int = 4) -> Tensor:
+    """[*, H] -> [*, W] int32, where rows are multiples of `size` bytes and begin at one; with zeros past H."""
+    missing = -x.shape[-1] * x.itemsize % size // x.itemsize
+    if missing:
+        x = torch.nn.functional.pad(x, (0, missing))
+    if not x.is_contiguous() or x.storage_offset() * x.itemsize % size:
         x = x.clone(memory_format=torch.contiguous_format)
     return x.view(torch.int32)
 

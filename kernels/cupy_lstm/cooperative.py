@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from ..giving_up import error_word
+from ..operands import as_words
 from ..recurrence import Recurrence
 from .planning import Launch, Plan
 
+PACK = 16  # bytes that a thread reads at once
 FILL = -1  # the word, as int32, that stands for what is not there yet
 
 
@@ -25,9 +27,9 @@ def forward(
     c = r.c0.new_empty((steps, batch, r.hidden) if save else 0)
     launch(
         "lstm_cooperative_forward", gates.dtype, plan,
-        gates=gates, weights=_as_words(r.weight_hh), h=h, h_n=h_n, c=c if save else None, c_n=c_n, lengths=r.lengths,
-        resets=r.resets, reset_c=r.reset_c, error=error_word(gates.device, "lstm_cooperative_forward"),
-        T=steps, B=batch, reverse=r.reverse,
+        gates=gates, weights=as_words(r.weight_hh, PACK), h=h, h_n=h_n, c=c if save else None, c_n=c_n,
+        lengths=r.lengths, resets=r.resets, reset_c=r.reset_c,
+        error=error_word(gates.device, "lstm_cooperative_forward"), T=steps, B=batch, reverse=r.reverse,
     )  # fmt: skip
     return h[:-1, :, : r.hidden].contiguous(), h_n, c_n, c
 
@@ -64,21 +66,14 @@ def backward(
 
 def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:
     """[*rows, H and up to 16 bytes] of the dtype of `gates` [T, B, 4H], filled; zeros in words that hold no unit."""
-    hidden, size = gates.shape[-1] // 4, 16 // gates.itemsize
+    hidden, size = gates.shape[-1] // 4, PACK // gates.itemsize
     filled = gates.new_empty(*rows, ceil(hidden / size) * size)
     words = filled.view(torch.int32).fill_(FILL)
     words[..., ceil(hidden * gates.itemsize / 4) :] = 0
     return filled
 
 
-def _as_words(weights: Tensor) -> Tensor:
-    """[*, H] -> [*, H and up to 16 bytes], which begins at 16 bytes."""
-    missing = -weights.shape[-1] % (16 // weights.itemsize)
-    weights = (torch.nn.functional.pad(weights, (0, missing)) if missing else weights).contiguous()
-    return weights if weights.storage_offset() * weights.itemsize % 16 == 0 else weights.clone()
-
-
 def _transposed(weight_hh: Tensor, parts: int) -> Tensor:
     """W_hh [4H, H] -> W_hh^T of each part's gates, [parts, H, 4 / parts, H and up to 16 bytes]."""
     hidden = weight_hh.shape[1]
-    return _as_words(weight_hh.view(parts, 4 // parts, hidden, hidden).permute(0, 3, 1, 2))
+    return as_words(weight_hh.view(parts, 4 // parts, hidden, hidden).permute(0, 3, 1, 2), PACK)
