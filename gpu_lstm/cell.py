@@ -7,10 +7,30 @@ Gate order i, f, g, o, as torch.nn.LSTM states the equations:
 
 m is the hidden state h', or what a projection W_hr takes to h' where there is one (Sak et al., 2014). With peepholes
 (Gers & Schmidhuber, 2000) p [3H] each gate but g sees the cell state of its own unit: z_i + p_i c, z_f + p_f c and
-z_o + p_o c' take the places of z_i, z_f and z_o.
+z_o + p_o c' take the places of z_i, z_f and z_o. With layer norms (Ba, Kiros & Hinton, 2016, their equations 20 to 22)
+
+    z = LN(W_ih x) + LN(W_hh h)                             m = o tanh(LN(c'))
+
+where LN(v) = gain (v - mean(v)) / sqrt(var(v) + EPS) + bias, over the 4H elements of W_ih x and of W_hh h, and the H of
+c'; the biases of the first two are b_ih and b_hh.
 """
 
 from torch import Tensor
+from torch.nn import functional as F
+
+EPS = 1e-5  # as torch.nn.LayerNorm
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
+    """x W^T + bias, of which x W^T is normalised where there is a gain: x [..., K], W [N, K] -> [..., N]."""
+    if gain is None:
+        return F.linear(x, weight, bias)
+    return normalised(F.linear(x, weight), gain, bias)
+
+
+def normalised(v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """LN(v), over the last dimension of v."""
+    return F.layer_norm(v, v.shape[-1:], gain, bias, EPS)
 
 
 def step(z: Tensor, c: Tensor, peephole: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -51,6 +71,8 @@ def next_cell(i: Tensor, f: Tensor, g: Tensor, c: Tensor) -> Tensor:
     return f * c + i.to(c.dtype) * g
 
 
-def output(o: Tensor, c: Tensor) -> Tensor:
-    """m in the dtype of o, each [..., H]; c is the state after the step."""
+def output(o: Tensor, c: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+    """m in the dtype of o, each [..., H]; c is the state after the step, normalised where there is a gain."""
+    if gain is not None:
+        c = normalised(c, gain.to(c.dtype), None if bias is None else bias.to(c.dtype))
     return o * c.tanh().to(o.dtype)

@@ -9,7 +9,7 @@ from .backends import KERNEL_BACKENDS, RESET_STATES, Backend, BackendName, reque
 from .layers import compute_dtype, one_direction
 from .precision import autocasts, is_exact
 from .sequences import Batch, Traversal, check_dense, check_tensor
-from .settings import PEEPHOLES, Settings, check_bool
+from .settings import Settings, check_bool
 from .weights import NAMES, State, Weights
 
 
@@ -29,8 +29,9 @@ def lstm_layer(
     Args:
         x: input, floating point [T, B, I].
         weights: (weight_ih [4H, I], weight_hh [4H, P], bias_ih [4H], bias_hh [4H], weight_hr [P, H],
-            weight_peephole [3H]) in the dtype of x; from bias_ih on they may be None or left out. P = H without
-            weight_hr. Peepholes are to the gates i, f and o, and run on the backends "triton" and "reference".
+            weight_peephole [3H], gain_ih [4H], gain_hh [4H], gain_c [H], bias_c [H]) in the dtype of x; from bias_ih
+            on they may be None or left out. P = H without weight_hr. Peepholes are to the gates i, f and o; gains ask
+            for a layer norm, see `LSTM`, without a projection. Both run on the backends "triton" and "reference".
         hx: initial states (h0 [B, P], c0 [B, H]); zeros if None.
         lengths: int32 or int64 [B], each from 0 to T, in any order: how many steps each sequence has.
         resets: bool [T, B]; where True, the state is zeroed before that step is taken. A reset at t separates time
@@ -47,9 +48,9 @@ def lstm_layer(
     Raises:
         RuntimeError: a tensor of the wrong shape, device or dtype; T = 0; other than two states.
         TypeError: something that is no tensor, or no bool.
-        ValueError: wrong lengths, resets or reset_states, or a backend that does not take these or peepholes; less
-            than two weights or more than six; H = 0 or P = 0; more steps, sequences or units than the backend's kernels
-            can count to; an unknown backend.
+        ValueError: wrong lengths, resets or reset_states, or a backend that does not take these, peepholes or a layer
+            norm; a layer norm with weight_hr; less than two weights or more than ten; H = 0 or P = 0; more steps,
+            sequences or units than the backend's kernels can count to; an unknown backend.
         ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
     """
     check_tensor(x, "input")
@@ -77,8 +78,7 @@ def lstm_layer(
     batch, special = Batch.of(x, lengths, resets, batch_first=False), None
     if reset_states is not None:
         batch, special = batch.resetting_to([batch.reset_pair_in(reset_states, [], projected, hidden)]), RESET_STATES
-    if weights.weight_peephole is not None:
-        special = PEEPHOLES
+    special = weights.variant or special
     traversal = batch.traversal.backwards() if reverse else batch.traversal
     chosen = select(backend, x.device, compute_dtype(x), special)
     chosen = fastest(backend, chosen, x, [[weights]], traversal, Settings(training=False))
@@ -89,16 +89,16 @@ def _named(weights: Weights | Sequence[Tensor | None]) -> Weights:
     """The weights of a layer by name: tensors, each of as many dimensions as it has to have."""
     if not isinstance(weights, (list, tuple)):
         raise TypeError(f"weights should be a tuple or list of tensors, got: {type(weights).__name__}")
-    if not 2 <= len(weights) <= 6:
-        names = "weight_ih, weight_hh and, if there are any, bias_ih, bias_hh, weight_hr, weight_peephole"
-        raise ValueError(f"Expected weights of 2 to 6 tensors ({names}), got {len(weights)}")
+    if not 2 <= len(weights) <= len(NAMES):
+        names = f"weight_ih, weight_hh and, if there are any, {', '.join(NAMES[2:])}"
+        raise ValueError(f"Expected weights of 2 to {len(NAMES)} tensors ({names}), got {len(weights)}")
     named = Weights(*weights)  # type: ignore[arg-type]
     for name, tensor in zip(NAMES, named):
         if tensor is None and name in ("weight_ih", "weight_hh"):
             raise TypeError(f"{name} should be a tensor, got: NoneType")
         if tensor is not None:
             check_tensor(tensor, name)
-            expected = 1 if name in ("bias_ih", "bias_hh", "weight_peephole") else 2
+            expected = 2 if name in ("weight_ih", "weight_hh", "weight_hr") else 1
             if tensor.dim() != expected:
                 raise RuntimeError(f"{name} must have {expected} dimensions, got {tensor.dim()}")
     return named

@@ -18,9 +18,9 @@ from .layers import compute_dtype, one_direction, stack
 from .noise import with_weight_drop
 from .reference import Gates
 from .sequences import Batch, Traversal, check_dense, check_tensor
-from .settings import NOT_OF_TORCH, PEEPHOLES, REGULARISERS, Settings, accepted, check_bool, special_of
+from .settings import NORMS, NOT_OF_TORCH, REGULARISERS, Settings, accepted, check_bool, norms_of, special_of
 from .transforms import in_a_graph
-from .weights import State, Weights
+from .weights import LAYER_NORM, NAMES, PEEPHOLES, State, Weights, check_unprojected
 
 Given = TypeVar("Given", contravariant=True)
 Returned = TypeVar("Returned", covariant=True)
@@ -100,15 +100,23 @@ class LSTM(_Checked, RNNBase):
 
                 z_i += p_i c      z_f += p_f c      z_o += p_o c'
 
-    Recurrent dropout, zoneout and peepholes run on the backends "triton" and "reference"; "auto" chooses between these
-    two.
+        layer_norm: normalise W_ih x, W_hh h and c (Ba, Kiros & Hinton, 2016), or those of "ih", "hh" and "c" that are
+            named. Parameters gain_ih_l{k} and gain_hh_l{k} (4H,), gain_c_l{k} and, if `bias`, bias_c_l{k} (H,), each
+            with _reverse if bidirectional; gains are ones and bias_c is zero at first. Not with proj_size. Default:
+            False. With it, where LN(v) = gain (v - mean(v)) / sqrt(var(v) + 1e-5)::
+
+                z = LN(W_ih x) + b_ih + LN(W_hh h) + b_hh      h' = o tanh(LN(c') + bias_c)
+
+    Recurrent dropout, zoneout, peepholes and layer norms run on the backends "triton" and "reference"; "auto" chooses
+    between these two.
 
     `forward` says what a call takes and returns.
 
     Raises:
         ValueError, TypeError: as torch.nn.LSTM for its arguments, in its words; ValueError for an unknown backend, or
-            a regulariser that is no probability; TypeError for `recompute` or `peepholes` that is no bool. All of these
-            but `peepholes`, and `dropout`, may be set later as attributes, and raise the same there.
+            a regulariser that is no probability, or a layer norm of something else, or with proj_size; TypeError for
+            `recompute` or `peepholes` that is no bool. All of these but `peepholes` and `layer_norm`, and `dropout`,
+            may be set later as attributes, and raise the same there.
 
     Example::
 
@@ -123,6 +131,7 @@ class LSTM(_Checked, RNNBase):
     zoneout: float | tuple[float, float] = 0.0
     weight_drop: float = 0.0
     _peepholes: bool = False
+    _norms: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -143,12 +152,15 @@ class LSTM(_Checked, RNNBase):
         zoneout: float | tuple[float, float] = 0.0,
         weight_drop: float = 0.0,
         peepholes: bool = False,
+        layer_norm: bool | Sequence[str] = False,
     ) -> None:
         ours = dict(
             backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
             weight_drop=weight_drop,
         )  # fmt: skip
         check_bool(PEEPHOLES, peepholes)
+        norms = norms_of(layer_norm)
+        check_unprojected(bool(norms), proj_size)
         ours = {name: accepted(name, value) for name, value in ours.items()}  # before initial weights are drawn
         # Not super(): in compat.LSTM torch.nn.LSTM comes next, whose __init__ names the mode itself.
         RNNBase.__init__(
@@ -157,15 +169,24 @@ class LSTM(_Checked, RNNBase):
         )  # fmt: skip
         for name, value in ours.items():
             setattr(self, name, value)
-        if peepholes:
-            self._peepholes = True
-            for name in [name for name, _ in self.named_parameters() if name.startswith("weight_hh")]:
-                _add_peepholes(self, name.replace("weight_hh", "weight_peephole"))
+        self._peepholes, self._norms = peepholes, norms
+        for suffix in [name.removeprefix("weight_hh") for name, _ in self.named_parameters() if "weight_hh" in name]:
+            _add_parameters(self, suffix)
 
     @property
     def peepholes(self) -> bool:
         """Whether there are peepholes; fixed, since their weights are parameters."""
         return self._peepholes
+
+    @property
+    def layer_norm(self) -> bool | tuple[str, ...]:
+        """Whether all of "ih", "hh" and "c" are normalised, or which; fixed, as peepholes."""
+        return _layer_norm(self)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights and biases anew, and make the gains of layer norms ones."""
+        super().reset_parameters()
+        _reset_norms(self)
 
     # RNNBase caches the weights here. They are read from the module at every call instead, so that replacing one
     # in any way (functional_call, weight_norm, pruning, assignment) just works.
@@ -330,7 +351,7 @@ class LSTM(_Checked, RNNBase):
             getattr(self, "bias_ih" + suffix) if self.bias else None,
             getattr(self, "bias_hh" + suffix) if self.bias else None,
             getattr(self, "weight_hr" + suffix) if self.proj_size else None,
-            getattr(self, "weight_peephole" + suffix) if self._peepholes else None,
+            *_added(self, suffix),
         )
 
     def _reset_states(self, batch: Batch, given: State) -> list[State]:
@@ -369,9 +390,7 @@ class LSTM(_Checked, RNNBase):
 
     def extra_repr(self) -> str:
         """As torch.nn.LSTM, and those of our own arguments that were not left at their defaults."""
-        parts = [super().extra_repr() + _backend_repr(self) + (", recompute=True" if self.recompute else "")]
-        parts += [f"{name}={getattr(self, name)!r}" for name in NOT_OF_TORCH if getattr(self, name)]
-        return ", ".join(parts)
+        return super().extra_repr() + _backend_repr(self) + _repr_of(self, ("recompute", *NOT_OF_TORCH))
 
     def __prepare_scriptable__(self) -> nn.Module:
         return _scriptable(self, TorchLSTM)
@@ -387,7 +406,7 @@ class StackedLSTM(_Checked, nn.Module):
         input_size: features of the input, I.
         hidden_sizes: hidden units of each layer, H_k.
         bias, batch_first, dropout, bidirectional, device, dtype: as for LSTM.
-        backend, recompute, recurrent_dropout, zoneout, weight_drop, peepholes: as for LSTM.
+        backend, recompute, recurrent_dropout, zoneout, weight_drop, peepholes, layer_norm: as for LSTM.
         residual: add a layer's input to its output wherever both have the same number of features (before dropout).
             At least one layer must allow it. Default: False
 
@@ -426,9 +445,11 @@ class StackedLSTM(_Checked, nn.Module):
         zoneout: float | tuple[float, float] = 0.0,
         weight_drop: float = 0.0,
         peepholes: bool = False,
+        layer_norm: bool | Sequence[str] = False,
     ) -> None:
         super().__init__()
         check_bool(PEEPHOLES, peepholes)
+        norms_of(layer_norm)
         # All that could be wrong is looked at before the initial weights of the first layer are drawn.
         sizes = _sizes(hidden_sizes)
         _check_size("input_size", input_size)
@@ -462,15 +483,21 @@ class StackedLSTM(_Checked, nn.Module):
             )
         self.layers = nn.ModuleList(
             LSTM(
-                features, size, bias=bias, bidirectional=bidirectional, device=device, dtype=dtype, peepholes=peepholes
+                features, size, bias=bias, bidirectional=bidirectional, device=device, dtype=dtype,
+                peepholes=peepholes, layer_norm=layer_norm,
             )
             for features, size in zip(layer_inputs, sizes)
-        )
+        )  # fmt: skip
 
     @property
     def peepholes(self) -> bool:
         """As of an LSTM."""
         return cast(LSTM, self.layers[0]).peepholes
+
+    @property
+    def layer_norm(self) -> bool | tuple[str, ...]:
+        """As of an LSTM."""
+        return cast(LSTM, self.layers[0]).layer_norm
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "residual":
@@ -594,7 +621,7 @@ class StackedLSTM(_Checked, nn.Module):
         parts = [f"{self.input_size}, {self.hidden_sizes}"]
         defaults = dict(
             bias=True, batch_first=False, dropout=0.0, bidirectional=False, residual=False, backend=None,
-            recompute=False, **dict.fromkeys(REGULARISERS, 0.0), peepholes=False,
+            recompute=False, **dict.fromkeys(REGULARISERS, 0.0), peepholes=False, layer_norm=False,
         )  # fmt: skip
         parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
         return ", ".join(parts)
@@ -609,13 +636,13 @@ class LSTMCell(_Checked, RNNCellBase):
         bias: whether there are bias_ih and bias_hh. Default: True
         device, dtype: of the parameters.
         backend: as for LSTM.
-        peepholes: as for LSTM; the parameter is weight_peephole. Default: False
+        peepholes, layer_norm: as for LSTM; the parameters are weight_peephole, gain_ih, gain_hh, gain_c and bias_c.
+            Default: False
 
     `forward` says what a call takes and returns.
 
     Raises:
-        ValueError: an unknown backend.
-        TypeError: `peepholes` that is no bool.
+        ValueError, TypeError: as LSTM for these.
 
     Example::
 
@@ -626,6 +653,7 @@ class LSTMCell(_Checked, RNNCellBase):
     # On the class, so that they are there in pickles of older modules.
     backend: BackendName | None = None
     _peepholes: bool = False
+    _norms: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -637,19 +665,29 @@ class LSTMCell(_Checked, RNNCellBase):
         *,
         backend: BackendName | Backend | None = None,
         peepholes: bool = False,
+        layer_norm: bool | Sequence[str] = False,
     ) -> None:
         name = accepted("backend", backend)
         check_bool(PEEPHOLES, peepholes)
+        norms = norms_of(layer_norm)
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
-        self.backend = name
-        if peepholes:
-            self._peepholes = True
-            _add_peepholes(self, "weight_peephole")
+        self.backend, self._peepholes, self._norms = name, peepholes, norms
+        _add_parameters(self, "")
 
     @property
     def peepholes(self) -> bool:
         """As of an LSTM."""
         return self._peepholes
+
+    @property
+    def layer_norm(self) -> bool | tuple[str, ...]:
+        """As of an LSTM."""
+        return _layer_norm(self)
+
+    def reset_parameters(self) -> None:
+        """As of an LSTM."""
+        super().reset_parameters()
+        _reset_norms(self)
 
     if TYPE_CHECKING:
 
@@ -667,7 +705,7 @@ class LSTMCell(_Checked, RNNCellBase):
 
         Raises:
             ValueError, RuntimeError, TypeError: as torch.nn.LSTMCell, in its words; ValueError for a chosen backend
-                that takes no peepholes.
+                that takes no peepholes or layer norm.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
         if input.dim() not in (1, 2):
@@ -688,9 +726,9 @@ class LSTMCell(_Checked, RNNCellBase):
             h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
 
         parameters = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        weights = Weights(*parameters, weight_peephole=cast(Tensor, self.weight_peephole) if self._peepholes else None)
+        weights = Weights(*parameters, None, *_added(self, ""))
         weights.check_sizes(self.input_size, self.hidden_size, self.hidden_size)
-        backend = select(self.backend, x.device, compute_dtype(x), PEEPHOLES if self._peepholes else None)
+        backend = select(self.backend, x.device, compute_dtype(x), weights.variant)
         backend = fastest(self.backend, backend, x[None], [[weights]], Traversal(), Settings(self.training))
         if backend is Backend.TORCH:
             h, c = _VF.lstm_cell(x, (h, c), *parameters)
@@ -710,17 +748,43 @@ class LSTMCell(_Checked, RNNCellBase):
 
     def extra_repr(self) -> str:
         """As torch.nn.LSTMCell, and the backend if one was chosen."""
-        return super().extra_repr() + _backend_repr(self) + (", peepholes=True" if self._peepholes else "")
+        return super().extra_repr() + _backend_repr(self) + _repr_of(self, (PEEPHOLES, LAYER_NORM))
 
     def __prepare_scriptable__(self) -> nn.Module:
         return _scriptable(self, TorchLSTMCell)
 
 
-def _add_peepholes(module: LSTM | LSTMCell, name: str) -> None:
-    """A parameter [3H], where the others are and initialised as they are."""
-    weight = next(module.parameters()).new_empty(3 * module.hidden_size)
-    bound = module.hidden_size**-0.5
-    module.register_parameter(name, nn.Parameter(weight.uniform_(-bound, bound)))
+def _add_parameters(module: LSTM | LSTMCell, suffix: str) -> None:
+    """Those of peepholes and layer norms, where the others are: peepholes initialised as weights are."""
+    like, hidden = next(module.parameters()), module.hidden_size
+    sizes = {f"gain_{norm}": hidden if norm == "c" else 4 * hidden for norm in module._norms}
+    if "c" in module._norms and module.bias:
+        sizes["bias_c"] = hidden
+    if module._peepholes:
+        bound = hidden**-0.5
+        weight = like.new_empty(3 * hidden).uniform_(-bound, bound)
+        module.register_parameter("weight_peephole" + suffix, nn.Parameter(weight))
+    for name, size in sizes.items():
+        module.register_parameter(name + suffix, nn.Parameter(like.new_full((size,), float(name != "bias_c"))))
+
+
+def _added(module: LSTM | LSTMCell, suffix: str) -> list[Tensor | None]:
+    """What `_add_parameters` added, by Weights' fields: weight_peephole, gain_ih, gain_hh, gain_c, bias_c."""
+    there = (module._peepholes, *(norm in module._norms for norm in NORMS), "c" in module._norms and module.bias)
+    return [getattr(module, name + suffix) if is_there else None for name, is_there in zip(ADDED, there)]
+
+
+ADDED = NAMES[5:]
+
+
+def _reset_norms(module: LSTM | LSTMCell) -> None:
+    for name, parameter in module.named_parameters():
+        if name.startswith(("gain_", "bias_c")):
+            nn.init.constant_(parameter, float(not name.startswith("bias_c")))
+
+
+def _layer_norm(module: LSTM | LSTMCell) -> bool | tuple[str, ...]:
+    return module._norms if 0 < len(module._norms) < len(NORMS) else bool(module._norms)
 
 
 def _backend_for(
@@ -849,3 +913,8 @@ def check_pairs(hx: Sequence[State], layers: int) -> None:
 
 def _backend_repr(module: LSTM | LSTMCell) -> str:
     return "" if module.backend is None else f", backend={module.backend!r}"
+
+
+def _repr_of(module: LSTM | LSTMCell, names: Sequence[str]) -> str:
+    """Those that are on."""
+    return "".join(f", {name}={getattr(module, name)!r}" for name in names if getattr(module, name))

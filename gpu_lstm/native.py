@@ -77,7 +77,7 @@ def layer(
     x_extended = x.new_zeros(extended, *x.shape[1:]).scatter(0, place[:, :, None].expand_as(x), inside)
     weight_ih = torch.cat([weights.weight_ih, _shut_gates(weights.weight_ih)], dim=1)  # [4H, I + 2]
     y, (_, c_n) = stack(
-        torch.cat([x_extended, gates_shut], dim=2), (h0[None], c0[None]), [[weights.with_weight_ih(weight_ih)]]
+        torch.cat([x_extended, gates_shut], dim=2), (h0[None], c0[None]), [[weights.with_one("weight_ih", weight_ih)]]
     )  # [S, B, P], [1, B, H]
     if reset is not None and bool((y[clears] != 0).any()):
         # A NaN is not cleared by multiplying it with zero. It is cleared where there is a choice at every step.

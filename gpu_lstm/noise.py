@@ -88,4 +88,4 @@ def with_weight_drop(module: Any, weights: list[list[Weights]]) -> list[list[Wei
     """The weights [L][D] of a call: DropConnect on W_hh (Merity et al., 2018), when training."""
     if not module.training or not module.weight_drop:
         return weights
-    return [[w.with_weight_hh(F.dropout(w.weight_hh, module.weight_drop)) for w in layer] for layer in weights]
+    return [[w.with_one("weight_hh", F.dropout(w.weight_hh, module.weight_drop)) for w in layer] for layer in weights]

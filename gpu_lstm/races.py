@@ -29,11 +29,11 @@ from .precision import recurrent_precision
 from .sequences import Traversal
 from .settings import Settings
 from .transforms import constant_when_traced, is_watched
-from .weights import State, Weights
+from .weights import LAYER_NORM, State, Weights
 
 ENVIRONMENT_VARIABLE = "GPU_LSTM_RACE"
 KIND = "races"
-FORMAT = 3  # raised whenever a field of Kind or the way of racing changes
+FORMAT = 4  # raised whenever a field of Kind or the way of racing changes
 BUDGET = 0.3  # seconds that a race may take, after everything is compiled
 ROUND = 2e-3  # seconds of calls between two looks at the clock
 LONGEST = 256  # steps of a race: with more, what a step takes is all that counts
@@ -66,13 +66,13 @@ class Kind(NamedTuple):
     resets: bool
     noise: bool  # recurrent dropout or zoneout
     reset_states: bool  # not zeros
-    peepholes: bool
+    variant: str | None  # of the cell, see Weights.variant
     kernel: str  # the backend that has kernels for it
 
     @property
     def special(self) -> bool:
         """Whether torch's own LSTM cannot take it, and the reference can."""
-        return self.noise or self.reset_states or self.peepholes
+        return self.noise or self.reset_states or self.variant is not None
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def kind_of(kernel: Backend, x: Tensor, weights: list[list[Weights]], traversal:
         _layer_sizes(weights), len(weights[0]), str(dtype), recurrent_precision(dtype),
         torch.is_grad_enabled() and needed, settings.recompute, _size_class(steps), _size_class(batch),
         traversal.lengths is not None, traversal.resets is not None, noise, traversal.reset_states is not None,
-        _has_peepholes(weights), kernel.value,
+        weights[0][0].variant, kernel.value,
     )  # fmt: skip
 
 
@@ -169,10 +169,6 @@ def _layer_sizes(weights: list[list[Weights]]) -> tuple[tuple[int, int, int], ..
         (w.weight_ih.shape[1], w.weight_hh.shape[0] // 4, 0 if w.weight_hr is None else w.weight_hh.shape[1])
         for w in first
     ])  # fmt: skip
-
-
-def _has_peepholes(weights: list[list[Weights]]) -> bool:
-    return weights[0][0].weight_peephole is not None
 
 
 def _size_class(n: int) -> int:
@@ -187,7 +183,7 @@ def choose(
         noise = settings.zoneout != (0.0, 0.0) or settings.recurrent_dropout != 0
         asked = (
             traversal.lengths is not None, traversal.resets is not None, noise, traversal.reset_states is not None,
-            _has_peepholes(weights),
+            weights[0][0].variant,
         )  # fmt: skip
         sizes = _layer_sizes(weights), len(weights[0])
         return parse(_winner_in_a_graph(kernel.value, *sizes, compute_dtype(x), x.device, asked))
@@ -207,7 +203,7 @@ def _winner_in_a_graph(
     directions: int,
     dtype: torch.dtype,
     device: torch.device,
-    asked: tuple[bool, bool, bool, bool, bool],  # whether there are lengths, resets, noise, reset_states, peepholes
+    asked: tuple[bool, bool, bool, bool, str | None],  # whether there are lengths, resets, noise, reset_states; variant
 ) -> str:
     """The expected winner for long sequences: a graph of torch.compile is for all sizes, and nothing is raced there."""
     kind = Kind(
@@ -354,8 +350,8 @@ def judge(times: dict[str, list[float]], expected: Decision) -> tuple[Decision, 
 def expected_winner(kind: Kind, device: torch.device) -> Decision:
     """Who runs what was not raced. Nothing here was measured.
 
-    kernels, where torch cannot do it, or not at the speed of a plain batch: noise, reset_states, peepholes, lengths,
-    resets, a projection
+    kernels, where torch cannot do it, or not at the speed of a plain batch: noise, reset_states, a variant of the cell,
+    lengths, resets, a projection
     kernels, where every layer's W_hh stays on chip and no group of programs walks several batch tiles
     torch, everywhere else
     """
@@ -363,8 +359,8 @@ def expected_winner(kind: Kind, device: torch.device) -> Decision:
         return Decision(kind.kernel, "torch's LSTM has no recurrent dropout or zoneout")
     if kind.reset_states:
         return Decision(kind.kernel, "torch's LSTM has no states to reset to")
-    if kind.peepholes:
-        return Decision(kind.kernel, "torch's LSTM has no peepholes")
+    if kind.variant is not None:
+        return Decision(kind.kernel, f"torch's LSTM has no {kind.variant.replace('_', ' ')}")
     asked = (("lengths", kind.lengths), ("resets", kind.resets), ("a projection", any(p for *_, p in kind.layers)))
     slow = [name for name, there in asked if there]
     if slow:
@@ -386,7 +382,15 @@ def plans_of(kind: Kind, device: torch.device) -> list[Any]:
     dtype = getattr(torch, kind.dtype.removeprefix("torch."))
     problems = [
         planning.Problem(
-            kind.steps, kind.batch, hidden, dtype, projected, kind.precision, kind.directions, regularised=kind.noise
+            kind.steps,
+            kind.batch,
+            hidden,
+            dtype,
+            projected,
+            kind.precision,
+            kind.directions,
+            regularised=kind.noise,
+            normalised=kind.variant == LAYER_NORM,
         )
         for _, hidden, projected in kind.layers
     ]
@@ -401,9 +405,8 @@ def describe(kind: Kind) -> str:
     """A kind of problem in few words."""
     sizes = " -> ".join([str(kind.layers[0][0]), *(f"{h}" + f" (P={p})" * bool(p) for _, h, p in kind.layers)])
     words = ["both directions"] * (kind.directions - 1)
-    words += [
-        name for name in ("lengths", "resets", "noise", "reset_states", "peepholes", "recompute") if getattr(kind, name)
-    ]
+    words += [name for name in ("lengths", "resets", "noise", "reset_states", "recompute") if getattr(kind, name)]
+    words += [kind.variant] if kind.variant else []
     words.append("training" if kind.training else "inference")
     dtype = kind.dtype.removeprefix("torch.") + f" ({kind.precision})" * (kind.dtype == "torch.float32")
     return f"LSTM {sizes}, T <= {kind.steps}, B <= {kind.batch}, {dtype}, {', '.join(words)}"

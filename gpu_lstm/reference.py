@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cell import output, step
+from .cell import linear, output, step
 from .noise import NO_NOISE, Noise
 from .sequences import Traversal
 from .weights import State, Weights
@@ -50,7 +50,7 @@ def layer(
     dtype, cell_dtype = x.dtype, c0.dtype
     if dtype in (torch.float16, torch.bfloat16):
         x, h0, c0, weights = x.float(), h0.float(), c0.float(), weights.to(torch.float32)
-    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole = weights
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole, gain_ih, gain_hh, gain_c, bias_c = weights
     dropout_h, zoneout_h, zoneout_c = (None if t is None else t.to(x.dtype) for t in noise)
 
     time, valid, reset = traversal.steps(x)  # [T, B] each, or None
@@ -77,9 +77,9 @@ def layer(
             h_prev = torch.where(reset[t, :, None], 0 if reset_h is None else reset_h[t], h)
             c_prev = torch.where(reset[t, :, None], 0 if reset_c is None else reset_c[t], c)
         h_in = h_prev if dropout_h is None else dropout_h * h_prev
-        z = F.linear(x[t], weight_ih, bias_ih) + F.linear(h_in, weight_hh, bias_hh)  # [B, 4H]
+        z = linear(x[t], weight_ih, bias_ih, gain_ih) + linear(h_in, weight_hh, bias_hh, gain_hh)  # [B, 4H]
         i, f, g, o, c_next = step(z, c_prev, weight_peephole)  # [B, H] each
-        h_next = output(o, c_next)
+        h_next = output(o, c_next, gain_c, bias_c)
         if weight_hr is not None:
             h_next = F.linear(h_next, weight_hr)  # [B, P]
         if zoneout_c is not None:

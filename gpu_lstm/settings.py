@@ -4,10 +4,11 @@ import numbers
 from typing import Any, NamedTuple
 
 from .backends import RESET_STATES, parse_name
+from .weights import LAYER_NORM, PEEPHOLES
 
 REGULARISERS = ("recurrent_dropout", "zoneout", "weight_drop")  # attributes of the modules
-PEEPHOLES = "peepholes"  # the argument, as errors name it
-NOT_OF_TORCH = (*REGULARISERS, PEEPHOLES)  # what torch.nn.LSTM cannot do, if it is on
+NOT_OF_TORCH = (*REGULARISERS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, if it is on
+NORMS = ("ih", "hh", "c")  # what a layer norm may be of: W_ih x, W_hh h, c
 
 
 class Settings(NamedTuple):
@@ -61,6 +62,22 @@ def check_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
 
 
+def norms_of(layer_norm: object) -> tuple[str, ...]:
+    """The argument of the modules, checked: those of NORMS that it asks for, in their order.
+
+    Raises:
+        TypeError, ValueError: neither a bool nor a tuple or list of some of NORMS.
+    """
+    if isinstance(layer_norm, bool):
+        return NORMS if layer_norm else ()
+    if not isinstance(layer_norm, (tuple, list)):
+        raise TypeError(f"{LAYER_NORM} should be of type bool, or a tuple of names, got: {type(layer_norm).__name__}")
+    if not all(norm in NORMS for norm in layer_norm):
+        known = ", ".join(map(repr, NORMS))
+        raise ValueError(f"{LAYER_NORM} should be a bool, or name some of {known}, got {layer_norm!r}")
+    return tuple(norm for norm in NORMS if norm in layer_norm)
+
+
 def _zoneout(value: Any) -> float | tuple[float, float]:
     """One number where it is the same for h and c."""
     pair = of_h_and_c(value)
@@ -89,4 +106,6 @@ def special_of(module: Any, with_reset_states: bool) -> str | None:
         return "zoneout"
     if module.training and module.recurrent_dropout:
         return "recurrent_dropout"
+    if module.layer_norm:
+        return LAYER_NORM
     return PEEPHOLES if module.peepholes else RESET_STATES if with_reset_states else None

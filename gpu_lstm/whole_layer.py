@@ -25,14 +25,14 @@ from .weights import State, Weights
 
 _LIBRARY = library_of(__name__)
 _LIBRARY.define(
-    "whole_layer(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? lengths, Tensor? resets, bool reverse, "
-    "str backend, bool save, Tensor? reset_h=None, Tensor? reset_c=None) "
+    "whole_layer(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, bool[] given, Tensor? lengths, Tensor? resets, "
+    "bool reverse, str backend, bool save, Tensor? reset_h=None, Tensor? reset_c=None) "
     "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor kept)",
     tags=(torch.Tag.needs_exact_strides,),
 )
 _LIBRARY.define(
     "whole_layer_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor kept, Tensor x, Tensor h0, Tensor c0, "
-    "Tensor[] weights, Tensor? lengths, Tensor? resets, bool reverse, str backend, bool[] needed, "
+    "Tensor[] weights, bool[] given, Tensor? lengths, Tensor? resets, bool reverse, str backend, bool[] needed, "
     "Tensor? reset_h=None, Tensor? reset_c=None) -> Tensor[]",
     tags=(torch.Tag.needs_exact_strides,),
 )
@@ -49,11 +49,11 @@ def layer(
     backend: Backend,
 ) -> tuple[Tensor, State]:
     """h [T, B, D*P] and the final state. Two directions are for torch, where the traversal is plain."""
-    given = [t for one in weights for t in one.present()]
+    tensors = [t for one in weights for t in one.present()]
     reset_to = traversal.reset_tensors()
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state, *given, *reset_to))
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *state, *tensors, *reset_to))
     way = traversal.lengths, traversal.resets, traversal.reverse
-    h, h_n, c_n, _ = whole_layer(x, *state, given, *way, backend.value, save, *reset_to)
+    h, h_n, c_n, _ = whole_layer(x, *state, tensors, weights[0].given(), *way, backend.value, save, *reset_to)
     return h, (h_n, c_n)
 
 
@@ -62,14 +62,15 @@ def _in_eager_mode(
     h0: Tensor,
     c0: Tensor,
     weights: list[Tensor],  # of every direction as Weights.present() has them
+    given: list[bool],  # as Weights.given() says
     reset_to: list[Tensor],  # [T, B, P] and [T, B, H], or none
     lengths: Tensor | None,
     resets: Tensor | None,
     reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    count = len(weights) // len(h0)
-    layer = [_weights(weights[first : first + count]) for first in range(0, len(weights), count)]
+    count = sum(given)
+    layer = [Weights.of_present(weights[first : first + count], given) for first in range(0, len(weights), count)]
     traversal = Traversal(lengths, resets, reverse, [(reset_to[0], reset_to[1])] if reset_to else None)
     if backend == Backend.TORCH.value and traversal.is_plain() and not reverse:
         h, (h_n, c_n) = native.stack(x, (h0, c0), [layer])
@@ -80,15 +81,6 @@ def _in_eager_mode(
     else:
         h, (h_n, c_n) = fused.layer(x, state, layer[0], traversal, Backend(backend))
     return h, h_n[None], c_n[None]
-
-
-def _weights(present: list[Tensor]) -> Weights:
-    weight_ih, weight_hh, *others = present
-    rows = len(weight_hh)  # 4H
-    weight_peephole = others.pop() if others and others[-1].shape == (rows // 4 * 3,) else None
-    weight_hr = others.pop() if len(others) % 2 else None
-    bias_ih, bias_hh = others or (None, None)
-    return Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole)
 
 
 @contextlib.contextmanager
@@ -102,11 +94,11 @@ def _apart(x: Tensor, record: bool) -> Iterator[None]:
         yield
 
 
-def _forward(x, h0, c0, weights, lengths, resets, reverse, backend, save, *reset_to):
+def _forward(x, h0, c0, weights, given, lengths, resets, reverse, backend, save, *reset_to):
     kept, end = x.new_empty(0), 3 + len(weights)
     with _apart(x, record=save):
         leaves = [t.detach().requires_grad_(save) for t in (x, h0, c0, *weights, *reset_to) if t is not None]
-        h, h_n, c_n = _in_eager_mode(*leaves[:3], leaves[3:end], leaves[end:], lengths, resets, reverse, backend)
+        h, h_n, c_n = _in_eager_mode(*leaves[:3], leaves[3:end], given, leaves[end:], lengths, resets, reverse, backend)
         if save:
             kept.graph = leaves, (h, h_n, c_n)
     return h.detach().contiguous(), h_n.detach().clone(), c_n.detach().clone(), kept
@@ -117,27 +109,29 @@ def _forward_fake(x, h0, c0, weights, *others):
     return h, torch.empty_like(h0), torch.empty_like(c0), x.new_empty(0)
 
 
-def _backward(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse, backend, needed, *reset_to):
+def _backward(dh, dh_n, dc_n, kept, x, h0, c0, weights, given, lengths, resets, reverse, backend, needed, *reset_to):
     if not hasattr(kept, "graph"):
-        *_, kept = _forward(x, h0, c0, weights, lengths, resets, reverse, backend, True, *reset_to)
+        *_, kept = _forward(x, h0, c0, weights, given, lengths, resets, reverse, backend, True, *reset_to)
     with _apart(x, record=False):
         leaves, results = kept.graph
-        given = [(result, d) for result, d in zip(results, (dh, dh_n, dc_n)) if d is not None]
+        pairs = [(result, d) for result, d in zip(results, (dh, dh_n, dc_n)) if d is not None]
         found = iter(torch.autograd.grad(
-            [result for result, _ in given], [t for t, need in zip(leaves, needed) if need], [d for _, d in given],
+            [result for result, _ in pairs], [t for t, need in zip(leaves, needed) if need], [d for _, d in pairs],
             retain_graph=True, materialize_grads=True,
         ))  # fmt: skip
     gradients = (next(found) if need else x.new_empty(0) for need in needed)
     return [d.clone() if d.dim() == 1 else d.contiguous() for d in gradients]  # both biases' may be the same tensor
 
 
-def _backward_fake(dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, reverse, backend, needed, *reset_to):
-    given = zip((x, h0, c0, *weights, *reset_to), needed)
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) if need else x.new_empty(0) for t, need in given]
+def _backward_fake(
+    dh, dh_n, dc_n, kept, x, h0, c0, weights, given, lengths, resets, reverse, backend, needed, *reset_to
+):
+    asked = zip((x, h0, c0, *weights, *reset_to), needed)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) if need else x.new_empty(0) for t, need in asked]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, h0, c0, weights, lengths, resets, ctx.reverse, ctx.backend, _, *reset_to = inputs
+    x, h0, c0, weights, ctx.given, lengths, resets, ctx.reverse, ctx.backend, _, *reset_to = inputs
     *_, kept = output
     ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
@@ -148,12 +142,26 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _gradients(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: None) -> tuple:
     kept, x, h0, c0, lengths, resets, *others = ctx.saved_tensors
     weights, reset_to = others[: ctx.weights], others[ctx.weights :]
-    needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3], *ctx.needs_input_grad[9:]]
+    needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3], *ctx.needs_input_grad[10:]]
     found = whole_layer_backward(
-        dh, dh_n, dc_n, kept, x, h0, c0, weights, lengths, resets, ctx.reverse, ctx.backend, needed, *reset_to
+        dh,
+        dh_n,
+        dc_n,
+        kept,
+        x,
+        h0,
+        c0,
+        weights,
+        ctx.given,
+        lengths,
+        resets,
+        ctx.reverse,
+        ctx.backend,
+        needed,
+        *reset_to,
     )
     dx, dh0, dc0, *others = (d if need else None for d, need in zip(found, needed))
-    return dx, dh0, dc0, others[: ctx.weights], *(None,) * 5, *others[ctx.weights :]
+    return dx, dh0, dc0, others[: ctx.weights], *(None,) * 6, *others[ctx.weights :]
 
 
 for _key in ("CPU", "CUDA"):

@@ -25,14 +25,14 @@ BACKENDS = tuple(PLACES)
 LARGE = 20_000  # elements of h
 
 NAMES = ("h", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dweight_hr",
-         "dweight_peephole", "dreset_h", "dreset_c")  # fmt: skip
+         "dweight_peephole", "dgain_ih", "dgain_hh", "dgain_c", "dbias_c", "dreset_h", "dreset_c")  # fmt: skip
 
 
 @dataclass
 class Example:
     """One layer, one direction: float64 inputs, output gradients, and what the oracle says of them."""
 
-    tensors: list[Tensor | None]  # x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole
+    tensors: list[Tensor | None]  # x, h0, c0 and the weights, in the order of Weights
     lengths: Tensor | None
     resets: Tensor | None
     reverse: bool
@@ -116,12 +116,14 @@ def example(
     resets=0.0,
     states=False,
     peepholes=False,
+    norms=(),
     reverse=False,
     seed=0,
 ) -> Example:
     """A random example.
 
     ragged: lengths from 0 to T, both among them where B allows. resets: their rate. states: they leave some, not zeros.
+    norms: what is normalised, of "ih", "hh" and "c".
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -144,6 +146,9 @@ def example(
     output_gradients = [normal(T, B, width), normal(B, width), normal(B, H)]
     left = (normal(T, B, width), normal(T, B, H)) if states else (None, None)
     tensors.append(normal(3 * H) if peepholes else None)
+    sizes = dict(ih=4 * H, hh=4 * H, c=H)
+    tensors += [1 + normal(size, scale=0.3) if norm in norms else None for norm, size in sizes.items()]
+    tensors.append(normal(H) if bias and "c" in norms else None)
     return Example(tensors, lengths, reset_mask, reverse, output_gradients, reset_states=left)
 
 

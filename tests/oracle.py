@@ -10,14 +10,28 @@ def sigmoid(x):
     return 1.0 / (1.0 + np.exp(-x))
 
 
-def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, peephole=None, *, lengths=None,
-          resets=None, reverse=False, dropout_h=None, zoneout_h=None, zoneout_c=None, reset_h=None,
-          reset_c=None):  # fmt: skip
+def norm(v, gain, bias=0.0):
+    """Layer norm of a vector, (its result, the vector with mean 0 and variance about 1, the deviation it had)."""
+    deviation = np.sqrt(np.mean((v - v.mean()) ** 2) + 1e-5)
+    unit = (v - v.mean()) / deviation
+    return gain * unit + bias, unit, deviation
+
+
+def norm_gradient(d, gain, unit, deviation):
+    """Gradient of norm's result -> of v."""
+    d = d * gain
+    return (d - d.mean() - unit * (d * unit).mean()) / deviation
+
+
+def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, peephole=None, gain_ih=None,
+          gain_hh=None, gain_c=None, bias_c=None, *, lengths=None, resets=None, reverse=False, dropout_h=None,
+          zoneout_h=None, zoneout_c=None, reset_h=None, reset_c=None):  # fmt: skip
     """One layer, one direction: (h [T, B, P], h_n [B, P], c_n [B, H], tape for `layer_gradients`).
 
     dropout_h [B, P] multiplies h in the recurrent product; zoneout_h [T, B, P] and zoneout_c [T, B, H] are the shares
     of the states that stay as they were before the step. reset_h [T, B, P] and reset_c [T, B, H] are what resets leave.
     peephole [3H]: a gate's own weight of each unit's cell state, before the step for i and f, after it for o.
+    gain_ih and gain_hh [4H], gain_c and bias_c [H]: layer norm of weight_ih @ x, of weight_hh @ h, and of c in tanh(c).
     """
     T, B, _ = x.shape
     P = h0.shape[1]
@@ -38,7 +52,12 @@ def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr
                 h_prev = np.zeros_like(h) if reset_h is None else reset_h[boundary, b]
                 c_prev = np.zeros_like(c) if reset_c is None else reset_c[boundary, b]
             h_in = h_prev if dropout_h is None else h_prev * dropout_h[b]
-            z = weight_ih @ x[t, b] + weight_hh @ h_in
+            of_x, of_h, units = weight_ih @ x[t, b], weight_hh @ h_in, {}
+            if gain_ih is not None:
+                of_x, *units["ih"] = norm(of_x, gain_ih)
+            if gain_hh is not None:
+                of_h, *units["hh"] = norm(of_h, gain_hh)
+            z = of_x + of_h
             if bias_ih is not None:
                 z = z + bias_ih + bias_hh
             zi, zf, zg, zo = np.split(z, 4)
@@ -49,29 +68,33 @@ def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr
             if peephole is not None:
                 zo = zo + w_oc * c_new
             i, f, g, o = sigmoid(zi), sigmoid(zf), np.tanh(zg), sigmoid(zo)
-            m = o * np.tanh(c)
+            seen = c
+            if gain_c is not None:
+                seen, *units["c"] = norm(c, gain_c, 0.0 if bias_c is None else bias_c)
+            m = o * np.tanh(seen)
             h = m if weight_hr is None else weight_hr @ m
             if zoneout_h is not None:
                 h = zoneout_h[t, b] * h_prev + (1 - zoneout_h[t, b]) * h
             if zoneout_c is not None:
                 c = zoneout_c[t, b] * c_prev + (1 - zoneout_c[t, b]) * c
             out[t, b] = h
-            tape.append((b, t, boundary if reset else None, h_in, c_prev, i, f, g, o, c_new, m))
+            tape.append((b, t, boundary if reset else None, h_in, c_prev, i, f, g, o, c_new, seen, m, units))
             previous_time = t
         h_n[b], c_n[b] = h, c
     return out, h_n, c_n, tape
 
 
-def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, peephole=None, *,
-                    tape, dh, dh_n, dc_n, dropout_h=None, zoneout_h=None, zoneout_c=None, reset_h=None,
-                    reset_c=None):  # fmt: skip
+def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr=None, peephole=None,
+                    gain_ih=None, gain_hh=None, gain_c=None, bias_c=None, *, tape, dh, dh_n, dc_n, dropout_h=None,
+                    zoneout_h=None, zoneout_c=None, reset_h=None, reset_c=None):  # fmt: skip
     """Gradients of x, h0, c0, the weights and what resets leave (None where there is none), through time."""
-    inputs = (x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, reset_h, reset_c)
-    dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dpeephole, dreset_h, dreset_c = (
-        None if a is None else np.zeros(a.shape) for a in inputs
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, gain_ih, gain_hh, gain_c, bias_c)
+    dx, dreset_h, dreset_c, *dweights = (
+        None if a is None else np.zeros(a.shape) for a in (x, reset_h, reset_c, *weights)
     )
+    dw_ih, dw_hh, db_ih, db_hh, dw_hr, dpeephole, dgain_ih, dgain_hh, dgain_c, dbias_c = dweights
     into_h, into_c = dh_n.copy(), dc_n.copy()  # [B, *] gradient of each sequence's state after the step in hand
-    for b, t, reset, h_in, c_prev, i, f, g, o, c_new, m in reversed(tape):
+    for b, t, reset, h_in, c_prev, i, f, g, o, c_new, seen, m, units in reversed(tape):
         factors = 1.0 if dropout_h is None else dropout_h[b]
         stays_h = 0.0 if zoneout_h is None else zoneout_h[t, b]
         stays_c = 0.0 if zoneout_c is None else zoneout_c[t, b]
@@ -80,8 +103,14 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
         if weight_hr is not None:
             dw_hr += np.outer(grad_h_new, m)
             grad_m = weight_hr.T @ grad_h_new
-        tanh_c = np.tanh(c_new)
-        grad_c = (1 - stays_c) * into_c[b] + grad_m * o * (1 - tanh_c**2)
+        tanh_c = np.tanh(seen)
+        grad_seen = grad_m * o * (1 - tanh_c**2)
+        if gain_c is not None:
+            dgain_c += grad_seen * units["c"][0]
+            if bias_c is not None:
+                dbias_c += grad_seen
+            grad_seen = norm_gradient(grad_seen, gain_c, *units["c"])
+        grad_c = (1 - stays_c) * into_c[b] + grad_seen
         w_ic = w_fc = w_oc = 0.0
         if peephole is not None:
             w_ic, w_fc, w_oc = np.split(peephole, 3)
@@ -94,13 +123,20 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
                 grad_m * tanh_c * o * (1 - o),
             ]
         )
-        dx[t, b] = weight_ih.T @ dz
-        dw_ih += np.outer(dz, x[t, b])
-        dw_hh += np.outer(dz, h_in)
+        dz_x = dz_h = dz
+        if gain_ih is not None:
+            dgain_ih += dz * units["ih"][0]
+            dz_x = norm_gradient(dz, gain_ih, *units["ih"])
+        if gain_hh is not None:
+            dgain_hh += dz * units["hh"][0]
+            dz_h = norm_gradient(dz, gain_hh, *units["hh"])
+        dx[t, b] = weight_ih.T @ dz_x
+        dw_ih += np.outer(dz_x, x[t, b])
+        dw_hh += np.outer(dz_h, h_in)
         if bias_ih is not None:
             db_ih += dz
             db_hh += dz
-        into_h[b] = factors * (weight_hh.T @ dz) + stays_h * grad_h
+        into_h[b] = factors * (weight_hh.T @ dz_h) + stays_h * grad_h
         dz_i, dz_f, _, dz_o = np.split(dz, 4)
         if peephole is not None:
             dpeephole += np.concatenate([dz_i * c_prev, dz_f * c_prev, dz_o * c_new])
@@ -110,7 +146,7 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
                 dreset_h[reset, b], dreset_c[reset, b] = into_h[b], into_c[b]
             into_h[b], into_c[b] = 0, 0
     dh0, dc0 = into_h, into_c  # where there was no step at all, the final state is the initial one
-    return dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dpeephole, dreset_h, dreset_c
+    return dx, dh0, dc0, *dweights, dreset_h, dreset_c
 
 
 def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual=False):
@@ -148,6 +184,6 @@ def stack_gradients(tapes, dy, dfinals):
         dx = sum(dx for dx, *_ in found)
         dy = dx + passed * dy if passed.any() else dx
         dstates.insert(0, [(dh0, dc0) for _, dh0, dc0, *_ in found])
-        dweights.insert(0, [weights[:6] for _, _, _, *weights in found])
+        dweights.insert(0, [weights for _, _, _, *weights, _, _ in found])
         dleft.insert(0, [(dreset_h, dreset_c) for *_, dreset_h, dreset_c in found])
     return dy, dstates, dweights, dleft

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gpu_lstm
+from gpu_lstm.weights import NAMES
 
 T, B, I, H = 4, 3, 3, 4
 SIZES = [4, 2]  # of a StackedLSTM
@@ -169,12 +170,11 @@ def zeros_for(layers: list, batch: int) -> list[list[tuple]]:
 
 
 def weights_of(module: nn.Module) -> tuple[list, list]:
-    """Names and values, float64 NumPy or None, of the six weights that a layer may have in a direction: [L][D][6]."""
+    """Names and values, float64 NumPy or None, of the weights that a layer may have in a direction: [L][D][10]."""
     stacked = hasattr(module, "layers")
-    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_peephole")
     names = [
         [
-            [f"layers.{k}.{kind}_l0{suffix}" if stacked else f"{kind}_l{k}{suffix}" for kind in kinds]
+            [f"layers.{k}.{kind}_l0{suffix}" if stacked else f"{kind}_l{k}{suffix}" for kind in NAMES]
             for suffix in ("", "_reverse")[: 1 + module.bidirectional]
         ]
         for k in range(len(module.layers) if stacked else module.num_layers)
