@@ -9,19 +9,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import cell, ops, reference
+from .kernels import layer_norm  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from .kernels.layer_norm import Unit  # type: ignore[import-not-found]
+from .kernels.recurrence import Norms  # type: ignore[import-not-found]
 from .noise import Noise
 from .sequences import Traversal, valid_steps
 from .transforms import alive, gradients_are_differentiated
 from .weights import Weights
 
 
-def input_product(x: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor:
+def input_product(x: Tensor, weights: Weights) -> Tensor:
     """The part of the pre-activations that does not depend on h: x W_ih^T + b_ih + b_hh, [T, B, 4H]."""
-    bias = None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
-    return F.linear(x, weight_ih, bias).contiguous()
+    bias = None if weights.bias_ih is None or weights.bias_hh is None else weights.bias_ih + weights.bias_hh
+    return cell.linear(x, weights.weight_ih, bias, weights.gain_ih).contiguous()
 
 
 def pre_activations(
@@ -35,11 +37,19 @@ def pre_activations(
 
     The latter are known beforehand, so that the time loop takes h = 0 there.
     """
-    z = input_product(x, weights.weight_ih, weights.bias_ih, weights.bias_hh)
+    z = input_product(x, weights)
     if reset_h is not None:
         taken = _at_resets(reset_h if dropout_h is None else dropout_h * reset_h, traversal)
-        z.flatten(0, 1).addmm_(taken.flatten(0, 1), weights.weight_hh.T)
+        add_recurrent_product(z, taken, weights)
     return z
+
+
+def add_recurrent_product(z: Tensor, taken: Tensor, weights: Weights) -> None:
+    """z [T, B, 4H] += W_hh h, where W_hh takes h [T, B, P]; nothing where h is zero."""
+    if weights.gain_hh is None:
+        z.flatten(0, 1).addmm_(taken.flatten(0, 1), weights.weight_hh.T)
+    else:
+        z += cell.linear(taken, weights.weight_hh, None, weights.gain_hh)
 
 
 def _at_resets(t: Tensor, traversal: Traversal) -> Tensor:
@@ -61,6 +71,10 @@ class Gradients(NamedTuple):
     bias_hh: Tensor | None  # [4H]
     weight_hr: Tensor | None  # [P, H]
     weight_peephole: Tensor | None  # [3H]
+    gain_ih: Tensor | None  # [4H]
+    gain_hh: Tensor | None  # [4H]
+    gain_c: Tensor | None  # [H]
+    bias_c: Tensor | None  # [H]
     reset_h: Tensor | None  # [T, B, P]
     reset_c: Tensor | None  # [T, B, H]
 
@@ -85,6 +99,10 @@ class LSTMLayerFunction(torch.autograd.Function):
         bias_hh: Tensor | None,
         weight_hr: Tensor | None,
         weight_peephole: Tensor | None,
+        gain_ih: Tensor | None,
+        gain_hh: Tensor | None,
+        gain_c: Tensor | None,
+        bias_c: Tensor | None,
         reset_h: Tensor | None,
         reset_c: Tensor | None,
         dropout_h: Tensor | None,
@@ -97,12 +115,14 @@ class LSTMLayerFunction(torch.autograd.Function):
         recompute: bool,
         side_by_side: int,
     ) -> tuple[Tensor, ...]:
-        weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole)
+        weights = Weights(
+            weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole, gain_ih, gain_hh, gain_c, bias_c
+        )
         gates = pre_activations(x, weights, Traversal(lengths, resets, reverse), reset_h, dropout_h)
         h, h_n, c_n, c = ops.layer_forward(
             gates, weight_hh, weight_hr, h0, c0.float(), lengths, resets, reverse, True, backend,
-            dropout_h, zoneout_h, zoneout_c, side_by_side, None if zoneout_h is None else reset_h, reset_c,
-            weight_peephole,
+            weights.norms(), dropout_h, zoneout_h, zoneout_c, side_by_side,
+            None if zoneout_h is None else reset_h, reset_c, weight_peephole,
         )  # fmt: skip
         return h, h_n, c_n.to(c0.dtype), gates.new_empty(0) if recompute else gates, c
 
@@ -151,6 +171,10 @@ class Saved(NamedTuple):
     bias_hh: Tensor | None  # [4H]
     weight_hr: Tensor | None  # [P, H]
     weight_peephole: Tensor | None  # [3H]
+    gain_ih: Tensor | None  # [4H]
+    gain_hh: Tensor | None  # [4H]
+    gain_c: Tensor | None  # [H]
+    bias_c: Tensor | None  # [H]
     reset_h: Tensor | None  # [T, B, P] what steps that are reset begin with, by the time of the step
     reset_c: Tensor | None  # [T, B, H] float32
     dropout_h: Tensor | None  # [B, P]
@@ -161,6 +185,9 @@ class Saved(NamedTuple):
     h: Tensor  # [T, B, P]
     gates: Tensor  # [T, B, 4H] activated, anything in padding; empty if they are to be taken again
     c: Tensor  # [T, B, H] float32; zero in padding
+
+    def weights(self) -> Weights:
+        return Weights(*self[3 : DIFFERENTIABLE - 2])
 
     def noise(self) -> Noise:
         return Noise(self.dropout_h, self.zoneout_h, self.zoneout_c)
@@ -181,38 +208,52 @@ def _fused_gradients(
     traversal = saved.traversal(ctx.reverse)
     gates_were_dropped = saved.gates.dim() < saved.c.dim()  # not fewer elements: a batch of none has none
     h_prev = gates = saved.gates
-    if gates_were_dropped or need.weight_hh:
+    if gates_were_dropped or need.weight_hh or saved.gain_hh is not None:
         h_prev = _taken_by_weight_hh(saved, traversal)
     if gates_were_dropped:
         gates = _gates_again(saved, h_prev, traversal)
+    of_hh = None if saved.gain_hh is None else layer_norm.unit_of(h_prev @ saved.weight_hh.T)
+    of_c = None if saved.gain_c is None else layer_norm.unit_of(_cell_after(saved, gates, traversal))
+    norms = saved.weights().norms()
+    if norms:
+        norms = Norms(*norms, *(of_hh or (None, None)), *(of_c or (None, None)))
     kept_h = None if saved.zoneout_h is None else saved.reset_h
     dgates, dh0, dc0, dh_total, dkept_h, dreset_c = ops.layer_backward(
         dh, dh_n, None if dc_n is None else dc_n.float(), gates, saved.c, saved.weight_hh, saved.weight_hr,
-        saved.h0, saved.c0.float(), saved.lengths, saved.resets, ctx.reverse, ctx.backend, *saved.noise(),
+        saved.h0, saved.c0.float(), saved.lengths, saved.resets, ctx.reverse, ctx.backend, norms, *saved.noise(),
         ctx.side_by_side, kept_h, saved.reset_c, saved.weight_peephole,
     )  # fmt: skip
-    over_steps = dgates.flatten(0, 1)  # [TB, 4H]; zero in padding, but zero times the NaN that may stand there is not
 
+    # dgates are zero in padding, but zero times the NaN that may stand there is not.
     dweight_ih = dweight_hh = dweight_hr = dweight_peephole = dbias = dreset_h = None
+    dgain_ih = dgain_hh = dgain_c = dbias_c = None
+    of_x, of_h = dgates, dgates  # [T, B, 4H] gradients of x W_ih^T and h W_hh^T
+    if saved.gain_ih is not None:
+        unit_ih = layer_norm.unit_of(_without_padding(saved.x, saved.lengths) @ saved.weight_ih.T)
+        of_x, dgain_ih = _through_norm(dgates, saved.gain_ih, unit_ih)
+    if of_hh is not None:
+        of_h, dgain_hh = _through_norm(dgates, saved.gain_hh, of_hh)
+    if of_c is not None:
+        dgain_c, dbias_c = _gradients_of_norm_of_c(saved, gates, of_c.unit, dh_total)
     if need.weight_ih:
-        dweight_ih = over_steps.T @ _without_padding(saved.x, saved.lengths).flatten(0, 1)
+        dweight_ih = of_x.flatten(0, 1).T @ _without_padding(saved.x, saved.lengths).flatten(0, 1)
     if need.weight_hh:
-        dweight_hh = over_steps.T @ h_prev.flatten(0, 1)
+        dweight_hh = of_h.flatten(0, 1).T @ h_prev.flatten(0, 1)
     if need.bias_ih or need.bias_hh:
-        dbias = over_steps.sum(0)
+        dbias = dgates.sum((0, 1))
     if need.weight_hr:
         m = _without_padding(_outputs_again(saved, gates, traversal), saved.lengths)
         dweight_hr = dh_total.flatten(0, 1).T @ m.flatten(0, 1)
     if need.weight_peephole:
         dweight_peephole = _gradient_of_peepholes(saved, dgates, gates, traversal)
     if need.reset_h:
-        dreset_h = _at_resets(dgates, traversal) @ saved.weight_hh
+        dreset_h = _at_resets(of_h, traversal) @ saved.weight_hh
         if saved.dropout_h is not None:
             dreset_h = saved.dropout_h * dreset_h
         if kept_h is not None:
             dreset_h = dreset_h + dkept_h.to(dreset_h.dtype)
     return Gradients(
-        x=dgates @ saved.weight_ih if need.x else None,
+        x=of_x @ saved.weight_ih if need.x else None,
         h0=dh0 if need.h0 else None,
         c0=dc0.to(saved.c0.dtype) if need.c0 else None,
         weight_ih=dweight_ih,
@@ -221,6 +262,10 @@ def _fused_gradients(
         bias_hh=dbias if need.bias_hh else None,
         weight_hr=dweight_hr,
         weight_peephole=dweight_peephole,
+        gain_ih=dgain_ih,
+        gain_hh=dgain_hh,
+        gain_c=dgain_c,
+        bias_c=dbias_c if need.bias_c else None,
         reset_h=dreset_h,
         reset_c=dreset_c if need.reset_c else None,
     )
@@ -239,8 +284,8 @@ def _cell_before(saved: Saved, traversal: Traversal) -> Tensor:
 
 def _gates_again(saved: Saved, h_prev: Tensor, traversal: Traversal) -> Tensor:
     """The activated gates [T, B, 4H] once more: all h are known by now, so that one product does for all steps."""
-    z = input_product(saved.x, saved.weight_ih, saved.bias_ih, saved.bias_hh)
-    z.flatten(0, 1).addmm_(h_prev.flatten(0, 1), saved.weight_hh.T)
+    z = input_product(saved.x, saved.weights())
+    add_recurrent_product(z, h_prev, saved.weights())
     if saved.weight_peephole is None:
         return cell.activate_in_place(z)
     return cell.activate_with_peepholes_in_place(z, _cell_before(saved, traversal), saved.weight_peephole)
@@ -248,7 +293,7 @@ def _gates_again(saved: Saved, h_prev: Tensor, traversal: Traversal) -> Tensor:
 
 def _outputs_again(saved: Saved, gates: Tensor, traversal: Traversal) -> Tensor:
     """What W_hr took: m of every step, [T, B, H]; anything in padding."""
-    return cell.output(gates.chunk(4, dim=2)[3], _cell_after(saved, gates, traversal))
+    return cell.output(gates.chunk(4, dim=2)[3], _cell_after(saved, gates, traversal), None, None)
 
 
 def _cell_after(saved: Saved, gates: Tensor, traversal: Traversal) -> Tensor:
@@ -266,6 +311,18 @@ def _gradient_of_peepholes(saved: Saved, dgates: Tensor, gates: Tensor, traversa
     after = _without_padding(_cell_after(saved, gates, traversal), saved.lengths)
     sums = [(dz * c).sum((0, 1)) for dz, c in ((dz_i, before), (dz_f, before), (dz_o, after))]
     return torch.cat(sums).to(dgates.dtype)
+
+
+def _through_norm(d: Tensor, gain: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
+    """Gradient d [T, B, N] of a layer norm's result -> (of what was normalised, of the gain [N])."""
+    return layer_norm.gradient(d, gain, *unit), (d * unit.unit).sum((0, 1))
+
+
+def _gradients_of_norm_of_c(saved: Saved, gates: Tensor, unit: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
+    """Of its gain and bias [H]; from unit [T, B, H] float32, and dm [T, B, H], the gradient of m = o tanh(LN(c))."""
+    seen = unit * saved.gain_c if saved.bias_c is None else unit * saved.gain_c + saved.bias_c
+    d_seen = _without_padding(dm * gates.chunk(4, dim=2)[3] * (1 - seen.tanh().square()), saved.lengths)
+    return ((d_seen * unit).sum((0, 1)).to(dm.dtype), d_seen.sum((0, 1)).to(dm.dtype))
 
 
 def _without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:

@@ -46,8 +46,8 @@ def layer(
         gates = pre_activations(x, weights, traversal, reset_h, noise.dropout_h)
         kept_h = None if noise.zoneout_h is None else reset_h
         h, h_n, c_n, _ = ops.layer_forward(
-            gates, weights.weight_hh, weights.weight_hr, h0, c0.float(), *way, False, backend.value, *noise,
-            side_by_side, kept_h, reset_c, weights.weight_peephole,
+            gates, weights.weight_hh, weights.weight_hr, h0, c0.float(), *way, False, backend.value, weights.norms(),
+            *noise, side_by_side, kept_h, reset_c, weights.weight_peephole,
         )  # fmt: skip
         c_n = c_n.to(c0.dtype)
     return h, (h_n, c_n)

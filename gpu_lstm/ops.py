@@ -9,7 +9,7 @@ fakes, and never the launchers. Schemas are flat, so only here does a recurrence
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import trust
 from .backends import Backend
-from .kernels.recurrence import Recurrence  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from .kernels.recurrence import NO_NORMS, Norms, Recurrence  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .library import library_of
 from .precision import recurrent_precision
 from .profiling import register_flops
@@ -26,15 +26,15 @@ from .profiling import register_flops
 _LIBRARY = library_of(__name__)
 _LIBRARY.define(
     "layer_forward(Tensor(a!) gates, Tensor weight_hh, Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, "
-    "Tensor? resets, bool reverse, bool save, str backend, Tensor? dropout_h=None, Tensor? zoneout_h=None, "
-    "Tensor? zoneout_c=None, int side_by_side=1, Tensor? reset_h=None, Tensor? reset_c=None, "
+    "Tensor? resets, bool reverse, bool save, str backend, Tensor?[] norms, Tensor? dropout_h=None, "
+    "Tensor? zoneout_h=None, Tensor? zoneout_c=None, int side_by_side=1, Tensor? reset_h=None, Tensor? reset_c=None, "
     "Tensor? weight_peephole=None) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor c)",
     tags=(torch.Tag.needs_exact_strides,),
 )
 _LIBRARY.define(
     "layer_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor gates, Tensor c, Tensor weight_hh, "
     "Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, Tensor? resets, bool reverse, str backend, "
-    "Tensor? dropout_h=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None, "
+    "Tensor?[] norms, Tensor? dropout_h=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None, "
     "int side_by_side=1, Tensor? reset_h=None, Tensor? reset_c=None, Tensor? weight_peephole=None) "
     "-> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh_total, Tensor dreset_h, Tensor dreset_c)",
     tags=(torch.Tag.needs_exact_strides,),
@@ -86,6 +86,7 @@ def _recurrence(
     reset_h: Tensor | None,
     reset_c: Tensor | None,
     weight_peephole: Tensor | None,
+    norms: Sequence[Tensor | None],
 ) -> Recurrence:
     return Recurrence(
         weight_hh=weight_hh.contiguous(),
@@ -103,24 +104,25 @@ def _recurrence(
         reset_h=_contiguous(reset_h),
         reset_c=_contiguous(reset_c),
         weight_peephole=_contiguous(weight_peephole),
+        norms=Norms(*map(_contiguous, norms)) if norms else NO_NORMS,
     )
 
 
 def _layer_forward(
-    gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend,
+    gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend, norms,
     dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1, reset_h=None, reset_c=None,
     weight_peephole=None,
 ):  # fmt: skip
     recurrence = _recurrence(
         gates.dtype, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, dropout_h, zoneout_h, zoneout_c,
-        side_by_side, reset_h, reset_c, weight_peephole,
+        side_by_side, reset_h, reset_c, weight_peephole, norms,
     )  # fmt: skip
     with on_the_device_of(gates):
         return _launcher(backend).layer_forward(gates, recurrence, save=save, **_checks(backend))
 
 
 def _layer_forward_fake(
-    gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend,
+    gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend, norms,
     dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1, reset_h=None, reset_c=None,
     weight_peephole=None,
 ):  # fmt: skip
@@ -130,13 +132,13 @@ def _layer_forward_fake(
 
 
 def _layer_backward(
-    dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend,
+    dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend, norms,
     dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1, reset_h=None, reset_c=None,
     weight_peephole=None,
 ):  # fmt: skip
     recurrence = _recurrence(
         gates.dtype, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, dropout_h, zoneout_h, zoneout_c,
-        side_by_side, reset_h, reset_c, weight_peephole,
+        side_by_side, reset_h, reset_c, weight_peephole, norms,
     )  # fmt: skip
     dh, dh_n, dc_n = map(_contiguous, (dh, dh_n, dc_n))
     with on_the_device_of(gates):
@@ -144,12 +146,13 @@ def _layer_backward(
 
 
 def _layer_backward_fake(
-    dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend,
+    dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend, norms,
     dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1, reset_h=None, reset_c=None,
     weight_peephole=None,
 ):  # fmt: skip
     of_states = (c0.new_empty(0 if t is None else t.shape) for t in (reset_h, reset_c))
-    dh_total = gates.new_empty((0,) if weight_hr is None else (*gates.shape[:2], h0.shape[1]))
+    has_total = weight_hr is not None or (norms and norms[1] is not None)
+    dh_total = gates.new_empty((*gates.shape[:2], h0.shape[1]) if has_total else (0,))
     return torch.empty_like(gates), torch.empty_like(h0), torch.empty_like(c0), dh_total, *of_states
 
 

@@ -1,6 +1,7 @@
 """What every backend is given: the recurrence of one layer in one direction."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -8,11 +9,28 @@ MOST = 2**31 - 2**16
 """Steps, sequences, gates of all units: kernels count them in int32, and past the last one to the end of a tile."""
 
 
+class Norms(NamedTuple):
+    """The layer norms inside the time loop, of W_hh h and of c in tanh(c); that of W_ih x is outside."""
+
+    gain_hh: Tensor | None  # [4H]
+    gain_c: Tensor | None  # [H]
+    bias_c: Tensor | None  # [H]
+    # What was normalised at every step, before the gains, for backward: with mean 0 and variance 1, and by what scaled.
+    unit_hh: Tensor | None = None  # [T, B, 4H]
+    scale_hh: Tensor | None = None  # [T, B] float32
+    unit_c: Tensor | None = None  # [T, B, H] float32
+    scale_c: Tensor | None = None  # [T, B] float32
+
+
+NO_NORMS = Norms(None, None, None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recurrence:
     """Weights, initial states and everything else but the input product. Tensors are contiguous.
 
-    Regularisation is recurrent dropout and zoneout. Of the kernels only Triton's take it, and peepholes.
+    Regularisation is recurrent dropout and zoneout. Of the kernels only Triton's take it, peepholes
+    and layer norms.
 
     A reset step begins with h = 0 and c = 0, or with `reset_c`. What W_hh takes of another h is in the input product.
     """
@@ -33,6 +51,7 @@ class Recurrence:
     )
     reset_c: Tensor | None = None  # [T, B, H] float32 c before them
     weight_peephole: Tensor | None = None  # [3H] to the gates i, f and o
+    norms: Norms = NO_NORMS
     side_by_side: int = 1  # as many such layers or directions run at once, on streams of their own
 
     @property
@@ -49,6 +68,11 @@ class Recurrence:
     def projected(self) -> bool:
         """Whether h is W_hr m rather than m."""
         return self.weight_hr is not None
+
+    @property
+    def normalised(self) -> bool:
+        """Whether there is a layer norm inside the time loop."""
+        return self.norms.gain_hh is not None or self.norms.gain_c is not None
 
     @property
     def regularised(self) -> bool:

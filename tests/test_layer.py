@@ -150,9 +150,9 @@ def test_the_operators(device):
     gates = x @ weight_ih.T
     rest = (weight_hh, weight_hr, h0, c0, given.lengths.to(device), given.resets.to(device), True)
     others = (*noise, 1, *(t.to(device, torch.float32) for t in given.reset_states), weight_peephole)
-    torch.library.opcheck(ops.layer_forward, (gates, *rest, True, "triton", *others))
-    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", *others)
-    torch.library.opcheck(ops.layer_backward, (h, h_n, c_n, gates, c, *rest, "triton", *others))
+    torch.library.opcheck(ops.layer_forward, (gates, *rest, True, "triton", [], *others))
+    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", [], *others)
+    torch.library.opcheck(ops.layer_backward, (h, h_n, c_n, gates, c, *rest, "triton", [], *others))
 
 
 def test_the_kernels_of_cupy_refuse_noise():

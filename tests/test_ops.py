@@ -24,7 +24,7 @@ def _arguments(variant, device):
 @pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_layer_forward(variant, save, device):
-    torch.library.opcheck(ops.layer_forward, (*_arguments(variant, device), save, "triton"))
+    torch.library.opcheck(ops.layer_forward, (*_arguments(variant, device), save, "triton", []))
 
 
 @pytest.mark.parametrize("kind", ["masks", "rates"])
@@ -40,28 +40,28 @@ def test_noise_and_neighbours(kind, device):
     else:
         noise = None, torch.tensor(0.1), torch.tensor(0.2)
     noise = tuple(None if t is None else t.to(device) for t in noise)
-    torch.library.opcheck(ops.layer_forward, (gates, *rest, True, "triton", *noise, 2))
-    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", *noise, 2)
-    torch.library.opcheck(ops.layer_backward, (h, h_n, c_n, gates, c, *rest, "triton", *noise, 2))
+    torch.library.opcheck(ops.layer_forward, (gates, *rest, True, "triton", [], *noise, 2))
+    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", [], *noise, 2)
+    torch.library.opcheck(ops.layer_backward, (h, h_n, c_n, gates, c, *rest, "triton", [], *noise, 2))
 
 
 @pytest.mark.parametrize("which", ["all", "output", "states"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_layer_backward(variant, which, device):
     gates, *rest = _arguments(variant, device)
-    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton")
+    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", [])
     dh, dh_n, dc_n = (torch.ones_like(t) for t in (h, h_n, c_n))
     gradients = {"all": (dh, dh_n, dc_n), "output": (dh, None, None), "states": (None, dh_n, dc_n)}[which]
-    torch.library.opcheck(ops.layer_backward, (*gradients, gates, c, *rest, "triton"))
+    torch.library.opcheck(ops.layer_backward, (*gradients, gates, c, *rest, "triton", []))
 
 
 def test_backward_leaves_what_was_saved_alone(device):
     gates, *rest = _arguments(VARIANTS[1], device)
-    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton")
+    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", [])
     # In padding nothing was ever written, so NaN stands for whatever the memory held.
     saved = gates.nan_to_num(), c.nan_to_num()
-    first = ops.layer_backward(h, h_n, c_n, gates, c, *rest, "triton")
-    second = ops.layer_backward(h, h_n, c_n, gates, c, *rest, "triton")
+    first = ops.layer_backward(h, h_n, c_n, gates, c, *rest, "triton", [])
+    second = ops.layer_backward(h, h_n, c_n, gates, c, *rest, "triton", [])
     assert torch.equal(gates.nan_to_num(), saved[0])
     assert torch.equal(c.nan_to_num(), saved[1])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -70,10 +70,10 @@ def test_backward_leaves_what_was_saved_alone(device):
 def test_a_stride_of_zero_in_the_gradient(device):
     """sum() hands back an expanded gradient; it means the same as a contiguous one."""
     gates, *rest = _arguments(VARIANTS[0], device)
-    h, *_, c = ops.layer_forward(gates, *rest, True, "triton")
+    h, *_, c = ops.layer_forward(gates, *rest, True, "triton", [])
     one = torch.ones((), device=device)
-    expanded = ops.layer_backward(one.expand_as(h), None, None, gates, c, *rest, "triton")
-    contiguous = ops.layer_backward(torch.ones_like(h), None, None, gates, c, *rest, "triton")
+    expanded = ops.layer_backward(one.expand_as(h), None, None, gates, c, *rest, "triton", [])
+    contiguous = ops.layer_backward(torch.ones_like(h), None, None, gates, c, *rest, "triton", [])
     assert all(torch.equal(a, b) for a, b in zip(expanded, contiguous, strict=True))
 
 
@@ -94,10 +94,11 @@ def test_whole_layer(variant, backend, device):
     x, h0, c0 = (torch.randn(*size, device=device) for size in ((4, 2, 3), (directions, 2, P), (directions, 2, 5)))
     weights = [t.detach() for t in lstm.parameters()]
     weights += [torch.randn(15, device=device)] * (variant == "peepholes")
+    there = [True, True, *[lstm.bias] * 2, lstm.proj_size > 0, variant == "peepholes", *[False] * 4]
     lengths, resets = torch.tensor([4, 1], device=device), torch.rand(4, 2, device=device) < 0.5
     ragged = (lengths, resets) if "ragged" in variant or variant == "states" else (None, None)
     left = [torch.randn(4, 2, size, device=device) for size in (P, 5)] if variant == "states" else []
-    rest = *ragged, "reverse" in variant, backend
+    rest = there, *ragged, "reverse" in variant, backend
     for save in (False, True) if backend == "torch" else ():  # the interpreter is slow
         torch.library.opcheck(whole_layer.whole_layer, (x, h0, c0, weights, *rest, save, *left))
     leaves = [t.clone().requires_grad_() for t in (x, h0, c0, *weights, *left)]

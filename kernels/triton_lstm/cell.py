@@ -10,8 +10,9 @@ With peepholes (Gers & Schmidhuber, 2000) the gates see the cell state of their 
 
     z_i += p_i * c_prev      z_f += p_f * c_prev      z_o += p_o * c
 
-m is the cell's output, named as by Sak, Senior & Beaufays (2014): with a projection h = W_hr m, without one h = m. With
-zoneout (Krueger et al., 2017) a share of each state, all or nothing in training, stays as it was before the step.
+With layer norms (Ba, Kiros & Hinton, 2016; norm.py) m = o * tanh(LN(c)). m is the cell's output, named as by Sak,
+Senior & Beaufays (2014): with a projection h = W_hr m, without one h = m. With zoneout (Krueger et al., 2017) a share
+of each state, all or nothing in training, stays as it was before the step.
 """
 
 import triton
@@ -77,7 +78,13 @@ def cell_forward(z_i, z_f, z_g, z_o, c_prev, p_i, p_f, p_o, PEEPHOLES: tl.conste
     if PEEPHOLES:
         z_o += p_o * c
     o = sigmoid(z_o)
-    return i, f, g, o, c, o * tanh(c)
+    return i, f, g, o, c, output(o, c)
+
+
+@triton.jit
+def output(o, seen):
+    """m, [rows, units]; tanh sees c, or LN(c)."""
+    return o * tanh(seen)
 
 
 @triton.jit
@@ -86,9 +93,20 @@ def cell_backward(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES: tl.co
 
     dz is the gradient of a pre-activation: sigmoid' = s (1 - s), tanh' = 1 - t^2.
     """
-    t = tanh(c)
-    dz_o = dm * t * o * (1.0 - o)
-    dc += dm * o * (1.0 - t * t)
+    dz_o, dc_of_m = output_backward(o, c, dm)
+    return gates_backward(i, f, g, c_prev, dz_o, dc + dc_of_m, p_i, p_f, p_o, PEEPHOLES)
+
+
+@triton.jit
+def output_backward(o, seen, dm):
+    """Gradient of m = o tanh(seen) -> (dz_o, of what tanh saw), each [rows, units]."""
+    t = tanh(seen)
+    return dm * t * o * (1.0 - o), dm * o * (1.0 - t * t)
+
+
+@triton.jit
+def gates_backward(i, f, g, c_prev, dz_o, dc, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
+    """dz_o and the gradient of c, from m and the next step -> as `cell_backward`."""
     if PEEPHOLES:
         dc += dz_o * p_o
     dz_i = dc * g * i * (1.0 - i)

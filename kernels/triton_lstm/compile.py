@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import shared_memory_of
-from ..recurrence import Recurrence
+from ..recurrence import NO_NORMS, Norms, Recurrence
 from ..report import Report
 from ..sass import time_loops
 from .binary import RecordedLaunch, compile_for, resources_of
@@ -49,7 +49,7 @@ class Case:
         p = self.problem
         name = str(p.dtype).removeprefix("torch.") + f" {p.precision}" * (p.dtype is torch.float32)
         name += f" B={p.batch} H={p.hidden}" + f" P={p.projected}" * bool(p.projected) + " ragged" * self.ragged
-        name += " peepholes" * self.peepholes
+        name += " peepholes" * self.peepholes + " layer norm" * p.normalised
         return name + (" masks" if self.training else " rates") * p.regularised
 
 
@@ -60,23 +60,26 @@ def cases(quick: bool) -> list[Case]:
 
 
 def step_cases() -> list[Case]:
-    """Every dtype, precision and architecture; with a projection and without; regularised and not; with peepholes."""
+    """Every dtype, precision and architecture; with a projection and without; regularised and not; and variants."""
     devices = [Device(f"sm_{sm}", sm, 1, shared_memory_of(sm)) for sm in STEP_ARCHITECTURES]
-    kinds = (  # B, H, P, ragged; whether regularised, and in training; peepholes
-        (16, 768, 0, False, False, True, False),
-        (64, 130, 33, True, False, True, False),
-        (64, 130, 0, True, True, True, False),
-        (64, 130, 33, True, True, True, False),
-        (64, 130, 0, True, True, False, False),
-        (16, 768, 0, False, False, True, True),
-        (64, 130, 33, True, True, True, True),
+    kinds = (  # B, H, P, ragged; whether regularised, and in training; peepholes; layer norms
+        (16, 768, 0, False, False, True, False, False),
+        (64, 130, 33, True, False, True, False, False),
+        (64, 130, 0, True, True, True, False, False),
+        (64, 130, 33, True, True, True, False, False),
+        (64, 130, 0, True, True, False, False, False),
+        (16, 768, 0, False, False, True, True, False),
+        (64, 130, 33, True, True, True, True, False),
+        (16, 768, 0, False, False, True, False, True),
+        (64, 130, 0, True, True, True, True, True),
     )
     return [
         Case(
-            Problem(2, batch, hidden, dtype, projected, precision, regularised=regularised),
+            Problem(2, batch, hidden, dtype, projected, precision, regularised=regularised, normalised=normalised),
             backward, device, True, ragged, training, peepholes,
         )
-        for (dtype, precision), (batch, hidden, projected, ragged, regularised, training, peepholes), backward, device
+        for (dtype, precision), (batch, hidden, projected, ragged, regularised, training, peepholes, normalised),
+            backward, device
         in itertools.product(PRECISIONS, kinds, (False, True), devices)
     ]  # fmt: skip
 
@@ -204,6 +207,13 @@ def recorded_launches(
         )
     elif problem.regularised:
         noise = dict(zoneout_h=meta(dtype=torch.float32), zoneout_c=meta(dtype=torch.float32))
+    norms = NO_NORMS
+    if problem.normalised:
+        f32 = torch.float32
+        norms = Norms(
+            meta(4 * hidden), meta(hidden), meta(hidden), meta(steps, batch, 4 * hidden), meta(steps, batch, dtype=f32),
+            meta(steps, batch, hidden, dtype=f32), meta(steps, batch, dtype=f32),
+        )  # fmt: skip
     recurrence = Recurrence(
         weight_hh=meta(4 * hidden, width),
         weight_hr=meta(width, hidden) if problem.projected else None,
@@ -214,6 +224,7 @@ def recorded_launches(
         reset_h=meta(steps, batch, width) if ragged and problem.regularised else None,
         reset_c=meta(steps, batch, hidden, dtype=torch.float32) if ragged else None,
         weight_peephole=meta(3 * hidden) if peepholes else None,
+        norms=norms,
         reverse=reverse,
         precision=problem.precision,
         **noise,

@@ -18,6 +18,8 @@ FAMILIES: dict[Family, ModuleType] = {
 def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     """What to try, best first (expected, until it is measured); the step family last."""
     last = step.step_plan(problem, device, backward)
+    if problem.normalised:
+        return [last]  # where programs share the units, their sums are two more exchanges a step
     if problem.steps == 1:
         return [last]  # holding W_hh on chip pays from the second step on
     shared = list(cooperative.plans(problem, device, backward))

@@ -94,7 +94,8 @@ def layer_backward(
 
     Returns:
         dgates [T, B, 4H], gradient of the pre-activations; dh0 [B, P]; dc0 float32 [B, H]; and, with a projection,
-        the whole gradient of W_hr m [T, B, P] (without one, an empty tensor), from which dW_hr is taken. And, float32,
+        the whole gradient of W_hr m [T, B, P], from which dW_hr is taken; with a layer norm of c, that of m (without
+        either, an empty tensor). And, float32,
         zero but at resets, empty without such states: what zoneout hands back to reset_h [T, B, P]; dreset_c [T, B, H].
 
     Raises:
@@ -198,10 +199,11 @@ def _problem(gates: Tensor, r: Recurrence) -> Problem:
     steps, batch, _ = gates.shape
     projected = r.width if r.projected else 0
     return Problem(
-        steps, batch, r.hidden, gates.dtype, projected, r.precision, r.side_by_side, regularised=r.regularised
-    )
+        steps, batch, r.hidden, gates.dtype, projected, r.precision, r.side_by_side, regularised=r.regularised,
+        normalised=r.normalised,
+    )  # fmt: skip
 
 
 def _variant(r: Recurrence, save: bool) -> tuple:
     optional = r.lengths, r.resets, r.dropout_h, r.zoneout_h, r.zoneout_c, r.reset_h, r.reset_c, r.weight_peephole
-    return save, r.reverse, *(t is None for t in optional)
+    return save, r.reverse, *(t is None for t in (*optional, *r.norms[:3]))

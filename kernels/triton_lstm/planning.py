@@ -37,6 +37,7 @@ class Problem:
     precision: str = "ieee"  # of float32 products
     side_by_side: int = 1  # such layers or directions run at once, and share the card
     regularised: bool = False  # by recurrent dropout or zoneout
+    normalised: bool = False  # by layer norms inside the time loop
 
     @property
     def size(self) -> int:

@@ -2,8 +2,9 @@
 
 One launch for the whole sequence. The work of a step is cut into tiles of sequences and units, which the programs share
 out among them: each walks its tiles, then all of them meet (exchange.meet), for the next step needs what all have
-computed. With a projection (h = W_hr m) a step has two such rounds; m is the output of the cell, see cell.py. All
-programs must be resident at once. Tiles are [batch, units].
+computed. A step has several such rounds where something needs all units of a sequence: a projection (h = W_hr m; m is
+the output of the cell, see cell.py), and the layer norms of W_hh h and of c (norm.py). All programs must be resident at
+once. Tiles are [batch, units].
 """
 
 from math import ceil
@@ -14,10 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import layer_norm
 from ..giving_up import error_word
 from ..initial_gradient import Gradients, reset_gradients
 from ..recurrence import Recurrence
-from .cell import cell_backward, cell_forward, next_cell, zoneout, zoneout_backward
+from .cell import (
+    cell_backward,
+    cell_forward,
+    gates_backward,
+    next_cell,
+    output,
+    output_backward,
+    zoneout,
+    zoneout_backward,
+)
 from .exchange import PATIENCE, meet
 from .features import MOST_ROWS, OPTIONS
 from .indexing import (
@@ -35,6 +46,15 @@ from .indexing import (
     step_after,
     store_gates,
     time_of,
+)
+from .norm import (
+    load_for_units,
+    moments,
+    moments_of_tiles,
+    normalise,
+    normalise_backward,
+    store_pair,
+    sums_of_tiles,
 )
 from .planning import Device, Family, Launch, Plan, Problem
 
@@ -76,6 +96,39 @@ def tile_at(tile, B, BLOCK_B: tl.constexpr):
     return tile % tl.cdiv(B, BLOCK_B) * BLOCK_B, tile // tl.cdiv(B, BLOCK_B)
 
 
+@triton.jit
+def recurrent_product(
+    h_ptr,  # [T*B + B, P]
+    row,  # [BB] row of h before the step
+    continues,  # [BB]
+    dropout_h_ptr,  # [B, P] or None
+    batch,  # [BB]
+    weight_hh_ptr,  # [4H, P]
+    unit_tile,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """W_hh h for all four gates of a tile's units, interleaved: [BB, 4 BH], and which columns there are, [4 BH]."""
+    column, column_unit = interleaved_gates(unit_tile * BLOCK_H, H, BLOCK_H)
+    z = tl.zeros((BLOCK_B, 4 * BLOCK_H), tl.float32)
+    z = product(
+        z, h_ptr, row, continues, dropout_h_ptr, batch.to(tl.int64),
+        weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, P, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    return z, column_unit < H
+
+
+@triton.jit
+def product_place(batch, unit_tile, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Where a tile of W_hh h lies in [B, tiles, 4 BH]."""
+    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    return (batch[:, None].to(tl.int64) * TILES + unit_tile) * (4 * BLOCK_H) + tl.arange(0, 4 * BLOCK_H)[None, :]
+
+
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_step_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
@@ -84,6 +137,13 @@ def lstm_step_forward_kernel(
     peephole_ptr,  # [3H] or None
     h_ptr,  # [T*B + B, P]: h of every step, out; then h0
     m_ptr,  # [B, H] of the step, None without a projection
+    gain_hh_ptr,  # [4H], or None without a layer norm of W_hh h
+    product_ptr,  # [B, 4H, in full tiles] float32: W_hh h of the step, or None
+    moments_hh_ptr,  # [tiles, B, 2] float32 of it, or None
+    gain_c_ptr,  # [H], or None without a layer norm of c
+    bias_c_ptr,  # [H] or None
+    cell_ptr,  # [2, B, H] float32: o and c of the step, or None
+    moments_c_ptr,  # [tiles, B, 2] float32 of c, or None
     c_ptr,  # [T*B, H] float32 out, None without SAVE
     h_n_ptr,  # [B, P] out where a sequence has a step
     c_n_ptr,  # [B, H] float32 c0, made c after every step
@@ -110,9 +170,30 @@ def lstm_step_forward_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """All steps: the recurrent product, the gates and the cell; then, if there is one, the projection."""
+    """All steps: the recurrent product, the gates and the cell; then, if there is one, the projection.
+
+    Layer norms cut this short after the product and after the cell.
+    """
+    NORM_HH: tl.constexpr = gain_hh_ptr is not None
+    NORM_C: tl.constexpr = gain_c_ptr is not None
+    MEETINGS: tl.constexpr = 1 + PROJECT + NORM_HH + NORM_C
     patience = PATIENCE
     for step in range(T):
+        if NORM_HH:
+            for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_H), tl.num_programs(0)):
+                first, unit_tile = tile_at(tile, B, BLOCK_B)
+                batch, in_batch, length = sequences_from(first, lengths_ptr, T, B, BLOCK_B)
+                time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
+                row_prev = row_in_h_then_h0(step - 1, time_of(step - 1, length, REVERSE), batch, T, B)
+                z, in_columns = recurrent_product(
+                    h_ptr, row_prev, continues, dropout_h_ptr, batch, weight_hh_ptr, unit_tile,
+                    H, P, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION,
+                )  # fmt: skip
+                tl.store(product_ptr + product_place(batch, unit_tile, H, BLOCK_H), z, mask=in_batch[:, None])
+                mean, squares = moments(z, in_columns[None, :], 4 * tl.minimum(H - unit_tile * BLOCK_H, BLOCK_H))
+                store_pair(moments_hh_ptr, unit_tile, batch, in_batch, B, mean, squares)
+            patience = meet(arrivals_ptr, MEETINGS * step + 1, patience, error_ptr, step)
+
         for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_H), tl.num_programs(0)):
             first, unit_tile = tile_at(tile, B, BLOCK_B)
             batch, in_batch, length = sequences_from(first, lengths_ptr, T, B, BLOCK_B)
@@ -125,12 +206,18 @@ def lstm_step_forward_kernel(
             reset_tile = valid_tile & ~continues_tile
 
             # Product: all four gates of the tile's units, [BB, 4 BH].
-            column, column_unit = interleaved_gates(unit_tile * BLOCK_H, H, BLOCK_H)
-            z = tl.zeros((BLOCK_B, 4 * BLOCK_H), tl.float32)
-            z = product(
-                z, h_ptr, row_prev, continues, dropout_h_ptr, batch.to(tl.int64),
-                weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, P, BLOCK_K, PRECISION,
-            )  # fmt: skip
+            if NORM_HH:
+                z_at = product_ptr + product_place(batch, unit_tile, H, BLOCK_H)
+                z = tl.load(z_at, mask=in_batch[:, None], other=0.0, cache_modifier=".cg")
+                mean, scale = moments_of_tiles(moments_hh_ptr, batch, in_batch, B, H, BLOCK_H, 4)
+                column, column_unit = interleaved_gates(unit_tile * BLOCK_H, H, BLOCK_H)
+                gain = tl.load(gain_hh_ptr + column, mask=column_unit < H, other=0.0).to(tl.float32)
+                z = normalise(z, mean[:, None], scale[:, None], gain[None, :], 0.0)
+            else:
+                z, _ = recurrent_product(
+                    h_ptr, row_prev, continues, dropout_h_ptr, batch, weight_hh_ptr, unit_tile,
+                    H, P, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION,
+                )  # fmt: skip
             z_i, z_f, z_g, z_o = split_gate_columns(z, BLOCK_B, BLOCK_H)
 
             # Gates and cell. Zoneout's masks lie as h and c do.
@@ -144,9 +231,14 @@ def lstm_step_forward_kernel(
             i, f, g, o, c, m = cell_forward(
                 x_i + z_i, x_f + z_f, x_g + z_g, x_o + z_o, c_prev, p_i, p_f, p_o, PEEPHOLES
             )
+            if NORM_C:
+                tl.store(cell_ptr + state_at, o, mask=valid_tile)
+                tl.store(cell_ptr + tl.cast(B, tl.int64) * H + state_at, c, mask=valid_tile)
+                mean, squares = moments(c, in_units, tl.minimum(H - unit_tile * BLOCK_H, BLOCK_H))
+                store_pair(moments_c_ptr, unit_tile, batch, in_batch, B, mean, squares)
             if zoneout_c_ptr is not None:
                 c = zoneout(load_zoneout(zoneout_c_ptr, at, valid_tile), c_prev, c)
-            if zoneout_h_ptr is not None and not PROJECT:
+            if zoneout_h_ptr is not None and not (PROJECT or NORM_C):
                 h_at = h_ptr + row_prev[:, None] * H + unit[None, :]
                 h_prev = tl.load(h_at, mask=continues_tile, other=0.0).to(tl.float32)
                 h_prev = reset_to(h_prev, reset_h_ptr, at, reset_tile)
@@ -157,7 +249,7 @@ def lstm_step_forward_kernel(
             m = tl.where(valid_tile, m, 0.0).to(h_ptr.dtype.element_ty)
             if PROJECT:
                 tl.store(m_ptr + state_at, m, mask=in_tile)
-            else:
+            elif not NORM_C:
                 tl.store(h_ptr + at, m, mask=in_tile)
                 tl.store(h_n_ptr + state_at, m, mask=in_tile & (step == length - 1)[:, None])
             tl.store(c_n_ptr + state_at, c, mask=valid_tile)
@@ -165,22 +257,31 @@ def lstm_step_forward_kernel(
                 tl.store(c_ptr + at, tl.where(valid_tile, c, 0.0), mask=in_tile)
                 store_gates(gates_ptr, gates_at, valid_tile, i, f, g, o, H)
 
-        if PROJECT:
-            patience = meet(arrivals_ptr, 2 * step + 1, patience, error_ptr, step)
+        if PROJECT or NORM_C:
+            patience = meet(arrivals_ptr, MEETINGS * step + MEETINGS - 1, patience, error_ptr, step)
             for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(P, BLOCK_H), tl.num_programs(0)):
                 first, p_tile = tile_at(tile, B, BLOCK_B)
                 batch, in_batch, length = sequences_from(first, lengths_ptr, T, B, BLOCK_B)
                 p = p_tile * BLOCK_H + tl.arange(0, BLOCK_H)  # [BH]
                 time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
-
-                h = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-                h = product(
-                    h, m_ptr, batch.to(tl.int64), valid, None, batch,
-                    weight_hr_ptr, p.to(tl.int64) * H, p < P, 1, H, BLOCK_K, PRECISION,
-                )  # fmt: skip
-
                 at = row[:, None] * P + p[None, :]
                 in_tile = in_batch[:, None] & (p < P)[None, :]
+
+                if NORM_C:  # p is a unit
+                    state_at = batch[:, None].to(tl.int64) * H + p[None, :]
+                    valid_tile = valid[:, None] & in_tile
+                    o = tl.load(cell_ptr + state_at, mask=valid_tile, other=0.0)
+                    c = tl.load(cell_ptr + tl.cast(B, tl.int64) * H + state_at, mask=valid_tile, other=0.0)
+                    mean, scale = moments_of_tiles(moments_c_ptr, batch, in_batch, B, H, BLOCK_H, 1)
+                    gain, bias = load_for_units(gain_c_ptr, p, 0.0, H), load_for_units(bias_c_ptr, p, 0.0, H)
+                    h = output(o, normalise(c, mean[:, None], scale[:, None], gain[None, :], bias[None, :]))
+                    h = tl.where(valid_tile, h, 0.0)
+                else:
+                    h = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+                    h = product(
+                        h, m_ptr, batch.to(tl.int64), valid, None, batch,
+                        weight_hr_ptr, p.to(tl.int64) * H, p < P, 1, H, BLOCK_K, PRECISION,
+                    )  # fmt: skip
                 if zoneout_h_ptr is not None:
                     row_prev = row_in_h_then_h0(step - 1, time_of(step - 1, length, REVERSE), batch, T, B)
                     h_at = h_ptr + row_prev[:, None] * P + p[None, :]
@@ -191,7 +292,22 @@ def lstm_step_forward_kernel(
                 final_at = batch[:, None].to(tl.int64) * P + p[None, :]
                 tl.store(h_ptr + at, h, mask=in_tile)
                 tl.store(h_n_ptr + final_at, h, mask=in_tile & (step == length - 1)[:, None])
-        patience = meet(arrivals_ptr, 2 * step + 2 if PROJECT else step + 1, patience, error_ptr, step)
+        patience = meet(arrivals_ptr, MEETINGS * step + MEETINGS, patience, error_ptr, step)
+
+
+@triton.jit
+def pairs_of_step(step, H: tl.constexpr, BLOCK_H: tl.constexpr, B):
+    """Where the tiles' pairs of a step begin: two steps take turns, since one is written while the other is read."""
+    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    return tl.cast(step % 2, tl.int64) * (TILES * 2) * B
+
+
+@triton.jit
+def normed_output_backward(o, unit_c, dm, gain_c_ptr, bias_c_ptr, unit, H: tl.constexpr):
+    """Gradient of m = o tanh(LN(c)) -> (dz_o, of unit_c), each [rows, units]."""
+    gain, bias = load_for_units(gain_c_ptr, unit, 0.0, H)[None, :], load_for_units(bias_c_ptr, unit, 0.0, H)[None, :]
+    dz_o, d_seen = output_backward(o, gain * unit_c + bias, dm)
+    return dz_o, gain * d_seen
 
 
 @triton.jit
@@ -204,6 +320,9 @@ def hidden_gradient(
     zoneout_h_ptr,  # [T*B, P], one float32, or None
     dh_from_zoneout_ptr,  # [B, P] float32 or None: what the step after hands back through zoneout; out: this one's
     dreset_h_ptr,  # [T*B, P] float32 or None, see lstm_step_backward_kernel
+    sums_hh_ptr,  # [2, tiles, B, 2] float32 or None, see lstm_step_backward_kernel
+    along_hh_ptr,  # [T*B, H] or None
+    scale_hh_ptr,  # [T*B] float32 or None
     step,
     length,  # [BB]
     batch,  # [BB]
@@ -213,6 +332,7 @@ def hidden_gradient(
     p,  # [BP]
     valid,  # [BB]
     continues,  # [BB] whether this step starts from the state before it
+    B,
     H: tl.constexpr,
     P: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -226,6 +346,13 @@ def hidden_gradient(
         dh, dgates_ptr, row_next, next_continues, None, row_next, weight_hh_ptr, p, p < P, P, 4 * H, BLOCK_K, PRECISION
     )
     valid_tile = valid[:, None] & (p < P)[None, :]
+    if sums_hh_ptr is not None:
+        pairs_at = sums_hh_ptr + pairs_of_step(step + 1, H, BLOCK_P, B)
+        total, _ = sums_of_tiles(pairs_at, batch, valid, B, H, BLOCK_P)
+        from_next = next_continues[:, None] & (p < P)[None, :]
+        along = tl.load(along_hh_ptr + row_next[:, None] * P + p[None, :], mask=from_next, other=0.0).to(tl.float32)
+        scale = tl.load(scale_hh_ptr + row_next, mask=next_continues, other=0.0)
+        dh = scale[:, None] * (dh - (total / (4 * H))[:, None] * along)
     state_at = batch[:, None].to(tl.int64) * P + p[None, :]
     if dropout_h_ptr is not None:
         dh *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
@@ -251,11 +378,20 @@ def lstm_step_backward_kernel(
     gates_ptr,  # [T*B, 4H] activated
     c_ptr,  # [T*B, H] float32
     c0_ptr,  # [B, H] float32
-    weight_hh_ptr,  # [4H, P]
+    weight_hh_ptr,  # [4H, P]; with a layer norm of W_hh h layer_norm.PassedOn.weights
     weight_hr_ptr,  # [P, H], None without a projection
     peephole_ptr,  # [3H] or None
+    scaled_hh_ptr,  # [T*B, 4H] layer_norm.PassedOn.scaled; or None, without a layer norm of W_hh h
+    along_hh_ptr,  # [T*B, H] PassedOn.along, or None
+    scale_hh_ptr,  # [T*B] float32 or None
+    sums_hh_ptr,  # [2, tiles, B, 2] float32: for even and odd steps the sums of dz * scaled, and nothing; or None
+    gain_c_ptr,  # [H]; or None, without a layer norm of c
+    bias_c_ptr,  # [H] or None
+    unit_c_ptr,  # [T*B, H] float32 or None
+    scale_c_ptr,  # [T*B] float32 or None
+    sums_c_ptr,  # [tiles, B, 2] float32: the sums of the gradient of unit_c, and of it times unit_c; or None
     dgates_ptr,  # [T*B, 4H] out
-    dh_total_ptr,  # [T*B, P] out: the whole gradient of W_hr m; None without a projection
+    dh_total_ptr,  # [T*B, P] out: the whole gradient of W_hr m, or of m; None without a projection or layer norm of c
     dc_ptr,  # [B, H] float32, gradient of c_n, made that of c before every step
     lengths_ptr,  # [B] or None
     resets_ptr,  # [T*B] or None
@@ -282,10 +418,13 @@ def lstm_step_backward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """All steps, from the last to the first: the product with the dgates of the step after, and the cell."""
+    NORM_HH: tl.constexpr = scaled_hh_ptr is not None
+    NORM_C: tl.constexpr = gain_c_ptr is not None
+    MEETINGS: tl.constexpr = 2 if PROJECT or NORM_C else 1
     patience = PATIENCE
     for back in range(T):
         step = T - 1 - back
-        if PROJECT:
+        if PROJECT or NORM_C:
             for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(P, BLOCK_H), tl.num_programs(0)):
                 first, p_tile = tile_at(tile, B, BLOCK_B)
                 batch, in_batch, length = sequences_from(first, lengths_ptr, T, B, BLOCK_B)
@@ -294,13 +433,23 @@ def lstm_step_backward_kernel(
                 row_next, next_continues = step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE)
                 dh = hidden_gradient(
                     dh_ptr, dh_n_ptr, dgates_ptr, weight_hh_ptr, dropout_h_ptr, zoneout_h_ptr, dh_from_zoneout_ptr,
-                    dreset_h_ptr, step, length, batch, row, row_next, next_continues, p, valid, continues,
+                    dreset_h_ptr, sums_hh_ptr, along_hh_ptr, scale_hh_ptr,
+                    step, length, batch, row, row_next, next_continues, p, valid, continues, B,
                     H, P, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION,
                 )  # fmt: skip
-                dh = tl.where(valid[:, None], dh, 0.0).to(dh_total_ptr.dtype.element_ty)
+                at = row[:, None] * P + p[None, :]
                 in_tile = in_batch[:, None] & (p < P)[None, :]
-                tl.store(dh_total_ptr + row[:, None] * P + p[None, :], dh, mask=in_tile)
-            patience = meet(arrivals_ptr, 2 * back + 1, patience, error_ptr, step)
+                dh = tl.where(valid[:, None], dh, 0.0).to(dh_total_ptr.dtype.element_ty)
+                tl.store(dh_total_ptr + at, dh, mask=in_tile)
+                if NORM_C:  # p is a unit, and dh the gradient of m
+                    valid_tile = valid[:, None] & in_tile
+                    o = tl.load(gates_ptr + row[:, None] * (4 * H) + 3 * H + p[None, :], mask=valid_tile, other=0.0)
+                    unit_c = tl.load(unit_c_ptr + at, mask=valid_tile, other=0.0)
+                    _, d_unit = normed_output_backward(
+                        o.to(tl.float32), unit_c, dh.to(tl.float32), gain_c_ptr, bias_c_ptr, p, H
+                    )
+                    store_pair(sums_c_ptr, p_tile, batch, in_batch, B, tl.sum(d_unit, 1), tl.sum(d_unit * unit_c, 1))
+            patience = meet(arrivals_ptr, MEETINGS * back + 1, patience, error_ptr, step)
 
         for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_H), tl.num_programs(0)):
             first, unit_tile = tile_at(tile, B, BLOCK_B)
@@ -316,11 +465,14 @@ def lstm_step_backward_kernel(
                 dm = product(
                     dm, dh_total_ptr, row, valid, None, row, weight_hr_ptr, unit, unit < H, H, P, BLOCK_K, PRECISION
                 )
+            elif NORM_C:
+                dm = tl.load(dh_total_ptr + row[:, None] * H + unit[None, :], mask=valid_tile, other=0.0).to(tl.float32)
             else:
                 row_next, next_continues = step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE)
                 dm = hidden_gradient(
                     dh_ptr, dh_n_ptr, dgates_ptr, weight_hh_ptr, dropout_h_ptr, zoneout_h_ptr, dh_from_zoneout_ptr,
-                    dreset_h_ptr, step, length, batch, row, row_next, next_continues, unit, valid, continues,
+                    dreset_h_ptr, sums_hh_ptr, along_hh_ptr, scale_hh_ptr,
+                    step, length, batch, row, row_next, next_continues, unit, valid, continues, B,
                     H, P, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION,
                 )  # fmt: skip
 
@@ -338,7 +490,22 @@ def lstm_step_backward_kernel(
                 c = next_cell(i, f, g, c_prev)  # as the step computed it; what was saved is after zoneout
                 dc_from_zoneout, dc = zoneout_backward(load_zoneout(zoneout_c_ptr, at, valid_tile), dc)
             p_i, p_f, p_o = load_peepholes(peephole_ptr, unit[None, :], H)
-            dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES)
+            if NORM_C:
+                unit_c = tl.load(unit_c_ptr + at, mask=valid_tile, other=0.0)
+                dz_o, d_unit = normed_output_backward(o, unit_c, dm, gain_c_ptr, bias_c_ptr, unit, H)
+                sum_d, sum_d_unit = sums_of_tiles(sums_c_ptr, batch, valid, B, H, BLOCK_H)
+                scale_c = tl.load(scale_c_ptr + row, mask=valid, other=0.0)
+                dc += normalise_backward(
+                    d_unit, unit_c, scale_c[:, None], (sum_d / H)[:, None], (sum_d_unit / H)[:, None]
+                )
+                dz_i, dz_f, dz_g, dz_o, dc_prev = gates_backward(i, f, g, c_prev, dz_o, dc, p_i, p_f, p_o, PEEPHOLES)
+            else:
+                dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES)
+            if NORM_HH:
+                s_i, s_f, s_g, s_o = load_gates(scaled_hh_ptr, gates_at, valid_tile, H)
+                along = tl.sum(dz_i * s_i + dz_f * s_f + dz_g * s_g + dz_o * s_o, axis=1)
+                pairs_at = sums_hh_ptr + pairs_of_step(step, H, BLOCK_H, B)
+                store_pair(pairs_at, unit_tile, batch, in_batch, B, along, tl.zeros_like(along))
             if zoneout_c_ptr is not None:
                 dc_prev += dc_from_zoneout
 
@@ -347,7 +514,7 @@ def lstm_step_backward_kernel(
             tl.store(dc_ptr + state_at, tl.where(continues[:, None], dc_prev, 0.0), mask=valid_tile)
             if dreset_c_ptr is not None:
                 tl.store(dreset_c_ptr + at, dc_prev, mask=valid_tile & ~continues[:, None])
-        patience = meet(arrivals_ptr, 2 * back + 2 if PROJECT else back + 1, patience, error_ptr, step)
+        patience = meet(arrivals_ptr, MEETINGS * back + MEETINGS, patience, error_ptr, step)
 
 
 def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
@@ -385,7 +552,7 @@ def forward(
     h_n, c_n = r.h0.clone(), r.c0.clone()  # what a sequence of length 0 ends with
     c = r.c0.new_empty((steps, batch, r.hidden) if save else 0)
     launch(
-        lstm_step_forward_kernel, (plan.programs,),
+        lstm_step_forward_kernel, (plan.programs,), **_normalising(plan, r),
         gates_ptr=gates, h_ptr=h_then_h0, m_ptr=gates.new_empty(batch, r.hidden) if r.projected else None,
         c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n, reset_h_ptr=r.reset_h, SAVE=save,
         error_ptr=error_word(gates.device, "lstm_step_forward_kernel"), **_shared_arguments(plan, gates, r),
@@ -411,16 +578,50 @@ def backward(
     dgates = torch.empty_like(gates)
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; each step makes it that of the c before
     dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
-    dh_total = gates.new_empty(steps, batch, r.width) if r.projected else None
+    has_total = r.projected or r.norms.gain_c is not None
+    dh_total = gates.new_empty(steps, batch, r.width) if has_total else None
     dreset_h, dreset_c = reset_gradients(r)
     launch(
         lstm_step_backward_kernel, (plan.programs,),
         dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, dgates_ptr=dgates,
         dh_total_ptr=dh_total, dc_ptr=dc, dh_from_zoneout_ptr=dh_from_zoneout,
         dreset_h_ptr=dreset_h, dreset_c_ptr=dreset_c,
-        error_ptr=error_word(gates.device, "lstm_step_backward_kernel"), **_shared_arguments(plan, gates, r),
+        error_ptr=error_word(gates.device, "lstm_step_backward_kernel"),
+        **_shared_arguments(plan, gates, r) | _through_norms(plan, r),
     )  # fmt: skip
     return Gradients(dgates, dc, dh_from_zoneout, dh_total, dreset_h, dreset_c)
+
+
+def _normalising(plan: Plan, r: Recurrence) -> dict[str, Tensor | None]:
+    """What forward takes for layer norms."""
+    n, batch = r.norms, len(r.h0)
+    tiles = ceil(r.hidden / plan.columns)
+    of_hh, of_c = n.gain_hh is not None, n.gain_c is not None
+    return dict(
+        gain_hh_ptr=n.gain_hh, gain_c_ptr=n.gain_c, bias_c_ptr=n.bias_c,
+        product_ptr=r.c0.new_empty(batch, tiles, 4 * plan.columns) if of_hh else None,
+        moments_hh_ptr=r.c0.new_empty(tiles, batch, 2) if of_hh else None,
+        cell_ptr=r.c0.new_empty(2, batch, r.hidden) if of_c else None,
+        moments_c_ptr=r.c0.new_empty(tiles, batch, 2) if of_c else None,
+    )  # fmt: skip
+
+
+def _through_norms(plan: Plan, r: Recurrence) -> dict[str, Tensor | None]:
+    """What backward takes for layer norms."""
+    n, batch = r.norms, len(r.h0)
+    tiles = ceil(r.hidden / plan.columns)
+    found = dict(
+        scaled_hh_ptr=None, along_hh_ptr=None, scale_hh_ptr=n.scale_hh, sums_hh_ptr=None,
+        gain_c_ptr=n.gain_c, bias_c_ptr=n.bias_c, unit_c_ptr=n.unit_c, scale_c_ptr=n.scale_c,
+        sums_c_ptr=None if n.gain_c is None else r.c0.new_empty(tiles, batch, 2),
+    )  # fmt: skip
+    if n.gain_hh is not None:
+        weights, scaled, along = layer_norm.passed_on(r)
+        found |= dict(
+            weight_hh_ptr=weights, scaled_hh_ptr=scaled, along_hh_ptr=along,
+            sums_hh_ptr=r.c0.new_zeros(2, tiles, batch, 2),
+        )  # fmt: skip
+    return found
 
 
 def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""Layer norm (Ba, Kiros & Hinton, 2016) over units that many tiles share: LN(v) = gain (v - mean) scale + bias.
+
+What a tile knows of its units are two numbers a sequence, in a tensor [tiles, B, 2] that all can read after a meeting:
+forward the mean and the sum of squares about it, backward two sums. They are put together in the same order every time.
+"""
+
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(1e-5)  # as torch.nn.LayerNorm, and kernels/layer_norm.py
+AT_ONCE = tl.constexpr(16)  # tiles whose numbers are loaded together
+
+
+@triton.jit
+def moments(v, mask, count):
+    """v [rows, n], of which `count` elements a row are there -> (mean, sum of squares about it), each [rows]."""
+    mean = tl.sum(tl.where(mask, v, 0.0), axis=1) / count
+    distance = tl.where(mask, v - mean[:, None], 0.0)
+    return mean, tl.sum(distance * distance, axis=1)
+
+
+@triton.jit
+def normalise(v, mean, scale, gain, bias):
+    """LN(v), [rows, units]; mean and scale [rows, 1], gain and bias [1, units]."""
+    return gain * ((v - mean) * scale) + bias
+
+
+@triton.jit
+def normalise_backward(d, unit, scale, mean_d, mean_d_unit):
+    """Gradient of unit = (v - mean) scale -> of v. The means are those of d and of d * unit over all units."""
+    return scale * (d - mean_d - unit * mean_d_unit)
+
+
+@triton.jit
+def store_pair(pairs_ptr, tile, batch, in_batch, B, first, second):
+    """A tile's two numbers of each of its sequences, [BB]."""
+    at = pairs_ptr + (tile.to(tl.int64) * B + batch) * 2
+    tl.store(at, first, mask=in_batch)
+    tl.store(at + 1, second, mask=in_batch)
+
+
+@triton.jit
+def load_pairs(pairs_ptr, tile, batch, in_batch, B, TILES: tl.constexpr):
+    """The numbers of some tiles, (first, second), each [AT_ONCE, BB]; zero where there is no such tile."""
+    at = pairs_ptr + (tile[:, None].to(tl.int64) * B + batch[None, :]) * 2
+    there = (tile < TILES)[:, None] & in_batch[None, :]
+    first = tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+    return first, tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def sums_of_tiles(pairs_ptr, batch, in_batch, B, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Over all units: (sum of the first numbers, of the second), each [BB]."""
+    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    first = tl.zeros(batch.shape, tl.float32)
+    second = tl.zeros(batch.shape, tl.float32)
+    for start in range(0, TILES, AT_ONCE):
+        some_first, some_second = load_pairs(
+            pairs_ptr, start + tl.arange(0, AT_ONCE), batch, in_batch, B, TILES
+        )  # fmt: skip
+        first += tl.sum(some_first, axis=0)
+        second += tl.sum(some_second, axis=0)
+    return first, second
+
+
+@triton.jit
+def moments_of_tiles(pairs_ptr, batch, in_batch, B, H: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.constexpr):
+    """(mean, scale) of GATES * H elements whose moments tiles have stored, each [BB].
+
+    The squares about the mean of all are those about each tile's mean, and those of the distances of these means
+    (Chan, Golub & LeVeque, 1979).
+    """
+    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    mean = tl.zeros(batch.shape, tl.float32)
+    for start in range(0, TILES, AT_ONCE):
+        tile = start + tl.arange(0, AT_ONCE)
+        means, _ = load_pairs(pairs_ptr, tile, batch, in_batch, B, TILES)
+        mean += tl.sum(means * units_of(tile, H, BLOCK_H)[:, None], axis=0)
+    mean = mean / H
+    squares = tl.zeros(batch.shape, tl.float32)
+    for start in range(0, TILES, AT_ONCE):
+        tile = start + tl.arange(0, AT_ONCE)
+        means, own = load_pairs(pairs_ptr, tile, batch, in_batch, B, TILES)
+        distance = means - mean[None, :]
+        squares += tl.sum(own + GATES * units_of(tile, H, BLOCK_H)[:, None] * distance * distance, axis=0)
+    return mean, tl.rsqrt(squares / (GATES * H) + EPS)
+
+
+@triton.jit
+def units_of(tile, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """How many units a tile has, float32; 0 past the last."""
+    return tl.minimum(tl.maximum(H - tile * BLOCK_H, 0), BLOCK_H).to(tl.float32)
+
+
+@triton.jit
+def load_for_units(vector_ptr, unit, otherwise, H: tl.constexpr):
+    """A gain or bias [H] of some units, float32; `otherwise` for all where there is none, and past the last."""
+    found = tl.zeros(unit.shape, tl.float32) + otherwise
+    if vector_ptr is not None:
+        found = tl.load(vector_ptr + unit, mask=unit < H, other=otherwise).to(tl.float32)
+    return found
