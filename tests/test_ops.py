@@ -14,7 +14,7 @@ VARIANTS = [dict(P=0), dict(P=2, ragged=True, resets=0.4, reverse=True)]
 def _arguments(variant, device):
     """(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse) of a small problem."""
     given = example(3, 2, 3, 5, **variant)
-    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr, _ = (
+    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr, *_ = (
         None if t is None else t.to(device, torch.float32) for t in given.tensors
     )
     lengths, resets = (None if t is None else t.to(device) for t in (given.lengths, given.resets))

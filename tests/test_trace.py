@@ -39,7 +39,7 @@ def test_gates_are_the_oracles(backend, ragged, proj_size):
     for layer, (_, taken) in zip(traced.layers, tapes, strict=True):
         for gates, (_, _, tape) in zip(layer, taken, strict=True):
             expected = {field: torch.zeros(T, B, H).double() for field in Gates._fields if field != "hidden"}
-            for b, t, _, _, _, i, f, g, o, c, _ in tape:
+            for b, t, _, _, _, i, f, g, o, c, *_ in tape:
                 for field, value in zip(("input", "forget", "candidate", "output", "cell"), (i, f, g, o, c)):
                     expected[field][t, b] = torch.from_numpy(value)
             for field, value in expected.items():

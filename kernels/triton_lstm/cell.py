@@ -105,6 +105,13 @@ def output_backward(o, seen, dm):
 
 
 @triton.jit
+def normed_output_backward(o, unit_c, dm, gain, bias):
+    """Gradient of m = o tanh(gain unit_c + bias) -> (dz_o, of unit_c), each [rows, units]."""
+    dz_o, d_seen = output_backward(o, gain * unit_c + bias, dm)
+    return dz_o, gain * d_seen
+
+
+@triton.jit
 def gates_backward(i, f, g, c_prev, dz_o, dc, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
     """dz_o and the gradient of c, from m and the next step -> as `cell_backward`."""
     if PEEPHOLES:

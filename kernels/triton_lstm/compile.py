@@ -85,18 +85,20 @@ def step_cases() -> list[Case]:
 
 
 def sequence_cases() -> list[Case]:
-    """Hidden sizes and batches for the families that hold W_hh; regularised, with masks and with rates; peepholes."""
-    kinds = [(batch, hidden, False, False, True, False) for hidden, batch in itertools.product(HIDDEN, BATCHES)]
-    kinds += itertools.product((16,), (64, 768), (False, True), (True,), (True, False), (False,))
-    kinds += [(16, hidden, True, False, True, False) for hidden in HIDDEN]
-    kinds += [(16, hidden, False, False, True, True) for hidden in (128, 768, 1536)]
-    kinds += [(16, 768, True, True, True, True)]
+    """Hidden sizes and batches for the families that hold W_hh; regularised, with masks and with rates; variants."""
+    plain = (False, False, True, False, False)
+    kinds = [(batch, hidden, *plain) for hidden, batch in itertools.product(HIDDEN, BATCHES)]
+    kinds += itertools.product((16,), (64, 768), (False, True), (True,), (True, False), (False,), (False,))
+    kinds += [(16, hidden, True, False, True, False, False) for hidden in HIDDEN]
+    kinds += [(16, hidden, False, False, True, True, False) for hidden in (128, 768, 1536)]
+    kinds += [(16, 768, True, True, True, True, False), (16, 64, True, True, True, True, True)]
+    kinds += [(16, hidden, False, False, True, False, True) for hidden in (32, 64, 128)]
     return [
         Case(
-            Problem(2, batch, hidden, dtype, 0, precision, regularised=regularised),
+            Problem(2, batch, hidden, dtype, 0, precision, regularised=regularised, normalised=normalised),
             backward, device, False, ragged, training, peepholes,
         )
-        for (dtype, precision), (batch, hidden, ragged, regularised, training, peepholes), backward, device
+        for (dtype, precision), (batch, hidden, ragged, regularised, training, peepholes, normalised), backward, device
         in itertools.product(PRECISIONS[:3], kinds, (False, True), SEQUENCE_DEVICES)
     ]  # fmt: skip
 

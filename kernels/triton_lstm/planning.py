@@ -202,7 +202,8 @@ def _clocks_of_tiles(problem: Problem, device: Device, plan: Plan, backward: boo
     rounds = [(hidden, 1, 4 * hidden)] if backward else [(hidden, 4, width)]
     if problem.projected:
         rounds = [(width, 1, 4 * hidden), (hidden, 1, width)] if backward else [*rounds, (width, 1, hidden)]
-    step: dict[str, float] = {"programs meet": len(rounds) * MEETING}
+    meetings = len(rounds) + problem.normalised * (1 if backward else 2)
+    step: dict[str, float] = {"programs meet": meetings * MEETING}
     for units, gates, k in rounds:
         tiles = ceil(ceil(problem.batch / plan.rows) * ceil(units / plan.columns) / plan.programs)
         columns, turns = gates * plan.columns, ceil(k / plan.k)

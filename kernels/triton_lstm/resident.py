@@ -19,7 +19,16 @@ from torch import Tensor
 from ..initial_gradient import Gradients, reset_gradients
 from ..operands import as_words, transposed_gates
 from ..recurrence import Recurrence
-from .cell import cell_backward, cell_forward, next_cell, zoneout, zoneout_backward
+from .cell import (
+    cell_backward,
+    cell_forward,
+    gates_backward,
+    next_cell,
+    normed_output_backward,
+    output,
+    zoneout,
+    zoneout_backward,
+)
 from .features import OPTIONS
 from .fragments import load_weights, product, sequence_in, share, take, threads
 from .indexing import (
@@ -32,6 +41,7 @@ from .indexing import (
     row_before,
     store_gates,
 )
+from .norm import EPS, load_for_units, normalise, normalise_backward
 from .planning import Device, Family, Launch, Plan, Problem, power_of_two
 
 
@@ -70,11 +80,42 @@ def load_factors(dropout_h_ptr, batch, unit, in_batch, H: tl.constexpr):
     return tl.load(dropout_h_ptr + at, mask=in_batch & (unit < H), other=0.0).to(tl.float32)
 
 
+@triton.jit
+def sum_over_units(values, PER: tl.constexpr, CELLS: tl.constexpr, WARPS: tl.constexpr):
+    """Of values [THREADS], PER a cell: their sums for a thread's two sequences over all units, a pair of [THREADS]."""
+    even = tl.zeros((32 * WARPS,), tl.float32)
+    odd = tl.zeros((32 * WARPS,), tl.float32)
+    for n in tl.static_range(PER * CELLS):
+        if n // PER % 2 == 0:
+            even += values[n]
+        else:
+            odd += values[n]
+    both = tl.reshape(tl.join(even, odd), (8 * WARPS, 4, 2))  # [warps and columns, quarters, sequences]
+    total = tl.broadcast_to(tl.sum(both, axis=0)[None, :, :], (8 * WARPS, 4, 2))
+    return tl.split(tl.reshape(total, (32 * WARPS, 2)))
+
+
+@triton.jit
+def moments(v, unit, H: tl.constexpr, PER: tl.constexpr, CELLS: tl.constexpr, WARPS: tl.constexpr):
+    """(means, scales) of the same, pairs of [THREADS]. Past the last unit v is zero."""
+    even, odd = sum_over_units(v, PER, CELLS, WARPS)
+    mean = (even / (PER * H), odd / (PER * H))
+    squares = ()
+    for n in tl.static_range(PER * CELLS):
+        distance = tl.where(unit[n // PER] < H, v[n] - mean[n // PER % 2], 0.0)
+        squares = squares + (distance * distance,)
+    even, odd = sum_over_units(squares, PER, CELLS, WARPS)
+    return mean, (tl.rsqrt(even / (PER * H) + EPS), tl.rsqrt(odd / (PER * H) + EPS))
+
+
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_resident_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
     weights_ptr,  # [4H, W] int32: W_hh
     peephole_ptr,  # [3H] or None
+    gain_hh_ptr,  # [4H], or None without a layer norm of W_hh h
+    gain_c_ptr,  # [H], or None without a layer norm of c
+    bias_c_ptr,  # [H] or None
     h0_ptr,  # [B, H]
     c0_ptr,  # [B, H] float32
     h_ptr,  # [T*B, H]
@@ -98,6 +139,8 @@ def lstm_resident_forward_kernel(
     WARPS: tl.constexpr,
 ):
     """All steps of a batch tile."""
+    NORM_HH: tl.constexpr = gain_hh_ptr is not None
+    NORM_C: tl.constexpr = gain_c_ptr is not None
     DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
     PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     W: tl.constexpr = (H + PER - 1) // PER
@@ -114,9 +157,14 @@ def lstm_resident_forward_kernel(
         rows = rows + (tl.where(unit[n // 4 * 2] < H, n % 4 * H + unit[n // 4 * 2], -1),)
     weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, CHUNKS, TILES)
 
-    h, c, peepholes = (), (), ()
+    h, c, peepholes, gains_hh, gains_c, biases_c = (), (), (), (), (), ()
     for n in tl.static_range(CELLS):
         peepholes = peepholes + load_peepholes(peephole_ptr, unit[n], H)
+        if NORM_HH:
+            gains_hh = gains_hh + load_gates(gain_hh_ptr, unit[n], unit[n] < H, H)
+        if NORM_C:
+            gains_c = gains_c + (load_for_units(gain_c_ptr, unit[n], 0.0, H),)
+            biases_c = biases_c + (load_for_units(bias_c_ptr, unit[n], 0.0, H),)
         state_at = batch[n % 2].to(tl.int64) * H + unit[n]
         in_tile = in_batch[n % 2] & (unit[n] < H)
         h = h + (tl.load(h0_ptr + state_at, mask=in_tile, other=0.0),)
@@ -140,17 +188,39 @@ def lstm_resident_forward_kernel(
 
         # Product: the four gates of the thread's cells.
         shared = share(h_taken, sequence, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
-        z = product(weights, take(shared, 0, CHUNKS, CHUNKS, DTYPE, WARPS), DTYPE, CHUNKS, TILES, WARPS)
+        products = product(weights, take(shared, 0, CHUNKS, CHUNKS, DTYPE, WARPS), DTYPE, CHUNKS, TILES, WARPS)
+        z = ()
+        for n in tl.static_range(4 * CELLS):  # number n is gate n % 4 of cell n // 4
+            z = z + (products[n // 8 * 8 + n % 4 * 2 + n // 4 % 2],)
+        if NORM_HH:
+            mean, scale = moments(z, unit, H, 4, CELLS, WARPS)
+            products, z = z, ()
+            for n in tl.static_range(4 * CELLS):
+                z = z + (normalise(products[n], mean[n // 4 % 2], scale[n // 4 % 2], gains_hh[n], 0.0),)
 
-        h, c = (), ()
+        # Gates and cell.
+        o, seen, c_next = (), (), ()
         for n in tl.static_range(CELLS):
-            # Gates and cell.
-            z_i, z_f = z[n // 2 * 8 + n % 2], z[n // 2 * 8 + 2 + n % 2]
-            z_g, z_o = z[n // 2 * 8 + 4 + n % 2], z[n // 2 * 8 + 6 + n % 2]
-            i, f, g, o, c_next, h_next = cell_forward(
-                x[4 * n] + z_i, x[4 * n + 1] + z_f, x[4 * n + 2] + z_g, x[4 * n + 3] + z_o, c_prev[n],
+            i, f, g, o_gate, c_cell, _ = cell_forward(
+                x[4 * n] + z[4 * n], x[4 * n + 1] + z[4 * n + 1],
+                x[4 * n + 2] + z[4 * n + 2], x[4 * n + 3] + z[4 * n + 3], c_prev[n],
                 peepholes[3 * n], peepholes[3 * n + 1], peepholes[3 * n + 2], PEEPHOLES,
             )  # fmt: skip
+            if SAVE:
+                gates_at = row[n % 2] * (4 * H) + unit[n]
+                store_gates(gates_ptr, gates_at, valid[n % 2] & (unit[n] < H), i, f, g, o_gate, H)
+            o = o + (o_gate,)
+            c_next = c_next + (c_cell,)
+        if NORM_C:
+            mean, scale = moments(c_next, unit, H, 1, CELLS, WARPS)
+            for n in tl.static_range(CELLS):
+                seen = seen + (normalise(c_next[n], mean[n % 2], scale[n % 2], gains_c[n], biases_c[n]),)
+        else:
+            seen = c_next
+
+        h, c, c_cells = (), (), c_next
+        for n in tl.static_range(CELLS):
+            h_next, c_next = output(o[n], seen[n]), c_cells[n]
             at = row[n % 2] * H + unit[n]
             valid_cell = valid[n % 2] & (unit[n] < H)
             if zoneout_c_ptr is not None:
@@ -164,8 +234,6 @@ def lstm_resident_forward_kernel(
             in_tile = in_batch[n % 2] & (unit[n] < H)
             tl.store(h_ptr + at, h_next, mask=in_tile)
             if SAVE:
-                gates_at = row[n % 2] * (4 * H) + unit[n]
-                store_gates(gates_ptr, gates_at, valid_cell, i, f, g, o, H)
                 tl.store(c_ptr + at, tl.where(valid[n % 2], c_next, 0.0), mask=in_tile)
             h = h + (tl.where(valid[n % 2], h_next, h_prev[n]),)
             c = c + (tl.where(valid[n % 2], c_next, c_prev[n]),)
@@ -185,6 +253,14 @@ def lstm_resident_backward_kernel(
     c0_ptr,  # [B, H] float32
     weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
     peephole_ptr,  # [3H] or None
+    gain_hh_ptr,  # [4H]; or None, without a layer norm of W_hh h
+    unit_hh_ptr,  # [T*B, 4H] or None
+    scale_hh_ptr,  # [T*B] float32 or None
+    gain_c_ptr,  # [H]; or None, without a layer norm of c
+    bias_c_ptr,  # [H] or None
+    unit_c_ptr,  # [T*B, H] float32 or None
+    scale_c_ptr,  # [T*B] float32 or None
+    dm_ptr,  # [T*B, H] out: the gradient of m; None without a layer norm of c
     dgates_ptr,  # [T*B, 4H] out
     dc_ptr,  # [B, H] float32, in: gradient of c_n; out: of c0
     lengths_ptr,  # [B] or None
@@ -205,6 +281,8 @@ def lstm_resident_backward_kernel(
     WARPS: tl.constexpr,
 ):
     """All steps of a batch tile, from the last to the first."""
+    NORM_HH: tl.constexpr = gain_hh_ptr is not None
+    NORM_C: tl.constexpr = gain_c_ptr is not None
     DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
     PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     W: tl.constexpr = (H + PER - 1) // PER
@@ -267,13 +345,41 @@ def lstm_resident_backward_kernel(
             saved = saved + (i, f, g, o, c, c_prev, dm, of_c)
 
         # Cell. In padding every factor was loaded as zero, so its gradients are zero.
+        if NORM_C:
+            outer, d_units, d_units_along, through_c = (), (), (), ()
+            for n in tl.static_range(CELLS):
+                at = row[n % 2] * H + unit[n]
+                unit_c = tl.load(unit_c_ptr + at, mask=valid[n % 2] & (unit[n] < H), other=0.0)
+                gain, bias = load_for_units(gain_c_ptr, unit[n], 0.0, H), load_for_units(bias_c_ptr, unit[n], 0.0, H)
+                dm = saved[8 * n + 6]
+                tl.store(dm_ptr + at, dm.to(DTYPE), mask=in_batch[n % 2] & (unit[n] < H))
+                d_o, d_unit = normed_output_backward(saved[8 * n + 3], unit_c, dm, gain, bias)
+                outer = outer + (d_o, unit_c)
+                d_units = d_units + (d_unit,)
+                d_units_along = d_units_along + (d_unit * unit_c,)
+            of_d = sum_over_units(d_units, 1, CELLS, WARPS)
+            of_d_unit = sum_over_units(d_units_along, 1, CELLS, WARPS)
+            for n in tl.static_range(CELLS):
+                scale = tl.load(scale_c_ptr + row[n % 2], mask=valid[n % 2], other=0.0)
+                through_c = through_c + (
+                    normalise_backward(d_units[n], outer[2 * n + 1], scale, of_d[n % 2] / H, of_d_unit[n % 2] / H),
+                )
         dz_i, dz_f, dz_g, dz_o, dc_prev = (), (), (), (), ()
         for n in tl.static_range(CELLS):
-            d_i, d_f, d_g, d_o, d_c = cell_backward(
-                saved[8 * n], saved[8 * n + 1], saved[8 * n + 2], saved[8 * n + 3], saved[8 * n + 4],
-                saved[8 * n + 5], saved[8 * n + 6], saved[8 * n + 7],
-                peepholes[3 * n], peepholes[3 * n + 1], peepholes[3 * n + 2], PEEPHOLES,
-            )  # fmt: skip
+            if NORM_C:
+                d_i, d_f, d_g, d_o, d_c = gates_backward(
+                    saved[8 * n], saved[8 * n + 1], saved[8 * n + 2], saved[8 * n + 5],
+                    outer[2 * n], saved[8 * n + 7] + through_c[n],
+                    peepholes[3 * n], peepholes[3 * n + 1], peepholes[3 * n + 2], PEEPHOLES,
+                )  # fmt: skip
+            else:
+                d_i, d_f, d_g, d_o, d_c = cell_backward(
+                    saved[8 * n], saved[8 * n + 1], saved[8 * n + 2], saved[8 * n + 3], saved[8 * n + 4],
+                    saved[8 * n + 5], saved[8 * n + 6], saved[8 * n + 7],
+                    peepholes[3 * n], peepholes[3 * n + 1], peepholes[3 * n + 2], PEEPHOLES,
+                )  # fmt: skip
+            gates_at = row[n % 2] * (4 * H) + unit[n]
+            store_gates(dgates_ptr, gates_at, in_batch[n % 2] & (unit[n] < H), d_i, d_f, d_g, d_o, H)
             dz_i = dz_i + (d_i.to(DTYPE),)
             dz_f = dz_f + (d_f.to(DTYPE),)
             dz_g = dz_g + (d_g.to(DTYPE),)
@@ -281,6 +387,37 @@ def lstm_resident_backward_kernel(
             if zoneout_c_ptr is not None:
                 d_c += dc_before[n]
             dc_prev = dc_prev + (d_c,)
+
+        # Through the layer norm: dz becomes the gradient of W_hh h.
+        if NORM_HH:
+            units_hh, d_units, d_units_along = (), (), ()
+            for n in tl.static_range(CELLS):
+                gates_at = row[n % 2] * (4 * H) + unit[n]
+                of_gates = load_gates(unit_hh_ptr, gates_at, valid[n % 2] & (unit[n] < H), H)
+                gain_i, gain_f, gain_g, gain_o = load_gates(gain_hh_ptr, unit[n], unit[n] < H, H)
+                d_unit = (gain_i * dz_i[n], gain_f * dz_f[n], gain_g * dz_g[n], gain_o * dz_o[n])
+                units_hh = units_hh + of_gates
+                d_units = d_units + d_unit
+                d_units_along = d_units_along + (
+                    (d_unit[0] * of_gates[0] + d_unit[1] * of_gates[1])
+                    + (d_unit[2] * of_gates[2] + d_unit[3] * of_gates[3]),
+                )
+            of_d = sum_over_units(d_units, 4, CELLS, WARPS)
+            of_d_unit = sum_over_units(d_units_along, 1, CELLS, WARPS)
+            dz_i, dz_f, dz_g, dz_o = (), (), (), ()
+            for n in tl.static_range(CELLS):
+                scale = tl.load(scale_hh_ptr + row[n % 2], mask=valid[n % 2], other=0.0)
+                mean, along = of_d[n % 2] / (4 * H), of_d_unit[n % 2] / (4 * H)
+                dz_i = dz_i + (normalise_backward(d_units[4 * n], units_hh[4 * n], scale, mean, along).to(DTYPE),)
+                dz_f = dz_f + (
+                    normalise_backward(d_units[4 * n + 1], units_hh[4 * n + 1], scale, mean, along).to(DTYPE),
+                )
+                dz_g = dz_g + (
+                    normalise_backward(d_units[4 * n + 2], units_hh[4 * n + 2], scale, mean, along).to(DTYPE),
+                )
+                dz_o = dz_o + (
+                    normalise_backward(d_units[4 * n + 3], units_hh[4 * n + 3], scale, mean, along).to(DTYPE),
+                )
 
         # Product, gate by gate: the gradient of the state before the step.
         shared = share(
@@ -300,8 +437,6 @@ def lstm_resident_backward_kernel(
         dh_after, dc_after = dh, dc
         dh, dc = (), ()
         for n in tl.static_range(CELLS):
-            gates_at = row[n % 2] * (4 * H) + unit[n]
-            store_gates(dgates_ptr, gates_at, in_batch[n % 2] & (unit[n] < H), dz_i[n], dz_f[n], dz_g[n], dz_o[n], H)
             reset = valid[n % 2] & ~continues[n % 2] & (unit[n] < H)
             of_h = (from_i[n] + from_f[n]) + (from_g[n] + from_o[n])
             if dropout_h_ptr is not None:
@@ -377,13 +512,16 @@ def backward(
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
     dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
     dreset_h, dreset_c = reset_gradients(r)
+    dm = None if r.norms.gain_c is None else torch.empty_like(c, dtype=gates.dtype)
     launch(
         lstm_resident_backward_kernel, (plan.groups,),
         dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, weights_ptr=transposed_gates(r.weight_hh),
+        unit_hh_ptr=r.norms.unit_hh, scale_hh_ptr=r.norms.scale_hh, dm_ptr=dm,
+        unit_c_ptr=r.norms.unit_c, scale_c_ptr=r.norms.scale_c,
         dgates_ptr=dgates, dc_ptr=dc, dh_from_zoneout_ptr=dh_from_zoneout, dreset_h_ptr=dreset_h, dreset_c_ptr=dreset_c,
         **_shared_arguments(plan, gates, r),
     )  # fmt: skip
-    return Gradients(dgates, dc, dh_from_zoneout, None, dreset_h, dreset_c)
+    return Gradients(dgates, dc, dh_from_zoneout, dm, dreset_h, dreset_c)
 
 
 def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:
@@ -391,6 +529,7 @@ def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any
     steps, batch, _ = gates.shape
     return dict(
         peephole_ptr=r.weight_peephole, PEEPHOLES=r.weight_peephole is not None,
+        gain_hh_ptr=r.norms.gain_hh, gain_c_ptr=r.norms.gain_c, bias_c_ptr=r.norms.bias_c,
         lengths_ptr=r.lengths, resets_ptr=r.resets, dropout_h_ptr=r.dropout_h, zoneout_h_ptr=r.zoneout_h,
         zoneout_c_ptr=r.zoneout_c, reset_c_ptr=r.reset_c, T=steps, B=batch, H=r.hidden,
         REVERSE=r.reverse, UNITS=plan.columns, WARPS=plan.num_warps, num_warps=plan.num_warps,

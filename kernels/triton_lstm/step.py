@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import layer_norm
 from ..giving_up import error_word
 from ..initial_gradient import Gradients, reset_gradients
 from ..recurrence import Recurrence
@@ -24,8 +23,8 @@ from .cell import (
     cell_forward,
     gates_backward,
     next_cell,
+    normed_output_backward,
     output,
-    output_backward,
     zoneout,
     zoneout_backward,
 )
@@ -87,6 +86,41 @@ def product(
         w_start = tl.cast(k_start, tl.int64) * w_stride_k  # K w_stride_k may be more than int32 holds
         w = tl.load(w_at + w_start, mask=(k < K)[:, None] & w_mask[None, :], other=0.0)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def product_through_norm(
+    acc,  # [rows, columns] float32, added to
+    d_ptr,  # [*, K] gradient of a layer norm's result, of other programs
+    unit_ptr,  # [*, K]
+    gain_ptr,  # [K]
+    row,  # [rows]
+    row_mask,  # [rows] False: the row counts as zero
+    scale,  # [rows] and below: see norm.normalise_backward
+    mean_d,
+    mean_d_unit,
+    w_ptr,  # [K, columns]
+    column,  # [columns]
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + d' @ w[:, columns], where d' is the gradient of what was normalised."""
+    w_at = w_ptr + column[None, :] + tl.arange(0, BLOCK_K)[:, None] * COLUMNS
+    for k_start in range(0, K, BLOCK_K):
+        k = k_start + tl.arange(0, BLOCK_K)
+        mask = row_mask[:, None] & (k < K)[None, :]
+        d = tl.load(d_ptr + row[:, None] * K + k[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        unit = tl.load(unit_ptr + row[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        gain = tl.load(gain_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        d_v = normalise_backward(
+            gain[None, :] * d.to(tl.float32), unit, scale[:, None], mean_d[:, None], mean_d_unit[:, None]
+        )
+        w_start = tl.cast(k_start, tl.int64) * COLUMNS  # K COLUMNS may be more than int32 holds
+        w = tl.load(w_at + w_start, mask=(k < K)[:, None] & (column < COLUMNS)[None, :], other=0.0)
+        acc = tl.dot(tl.where(mask, d_v, 0.0).to(d.dtype), w, acc, input_precision=PRECISION)
     return acc
 
 
@@ -303,14 +337,6 @@ def pairs_of_step(step, H: tl.constexpr, BLOCK_H: tl.constexpr, B):
 
 
 @triton.jit
-def normed_output_backward(o, unit_c, dm, gain_c_ptr, bias_c_ptr, unit, H: tl.constexpr):
-    """Gradient of m = o tanh(LN(c)) -> (dz_o, of unit_c), each [rows, units]."""
-    gain, bias = load_for_units(gain_c_ptr, unit, 0.0, H)[None, :], load_for_units(bias_c_ptr, unit, 0.0, H)[None, :]
-    dz_o, d_seen = output_backward(o, gain * unit_c + bias, dm)
-    return dz_o, gain * d_seen
-
-
-@triton.jit
 def hidden_gradient(
     dh_ptr,  # [T*B, P] or None
     dh_n_ptr,  # [B, P] or None
@@ -320,9 +346,10 @@ def hidden_gradient(
     zoneout_h_ptr,  # [T*B, P], one float32, or None
     dh_from_zoneout_ptr,  # [B, P] float32 or None: what the step after hands back through zoneout; out: this one's
     dreset_h_ptr,  # [T*B, P] float32 or None, see lstm_step_backward_kernel
-    sums_hh_ptr,  # [2, tiles, B, 2] float32 or None, see lstm_step_backward_kernel
-    along_hh_ptr,  # [T*B, H] or None
+    gain_hh_ptr,  # [4H] or None
+    unit_hh_ptr,  # [T*B, 4H] or None
     scale_hh_ptr,  # [T*B] float32 or None
+    sums_hh_ptr,  # [2, tiles, B, 2] float32 or None, see lstm_step_backward_kernel
     step,
     length,  # [BB]
     batch,  # [BB]
@@ -342,17 +369,20 @@ def hidden_gradient(
 ):
     """Gradient of what one step computed as h, [BB, BP]: from the output, the final state and the step after."""
     dh = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
-    dh = product(
-        dh, dgates_ptr, row_next, next_continues, None, row_next, weight_hh_ptr, p, p < P, P, 4 * H, BLOCK_K, PRECISION
-    )
-    valid_tile = valid[:, None] & (p < P)[None, :]
-    if sums_hh_ptr is not None:
+    if gain_hh_ptr is None:
+        dh = product(
+            dh, dgates_ptr, row_next, next_continues, None, row_next,
+            weight_hh_ptr, p, p < P, P, 4 * H, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    else:
         pairs_at = sums_hh_ptr + pairs_of_step(step + 1, H, BLOCK_P, B)
-        total, _ = sums_of_tiles(pairs_at, batch, valid, B, H, BLOCK_P)
-        from_next = next_continues[:, None] & (p < P)[None, :]
-        along = tl.load(along_hh_ptr + row_next[:, None] * P + p[None, :], mask=from_next, other=0.0).to(tl.float32)
+        sum_d, sum_d_unit = sums_of_tiles(pairs_at, batch, valid, B, H, BLOCK_P)
         scale = tl.load(scale_hh_ptr + row_next, mask=next_continues, other=0.0)
-        dh = scale[:, None] * (dh - (total / (4 * H))[:, None] * along)
+        dh = product_through_norm(
+            dh, dgates_ptr, unit_hh_ptr, gain_hh_ptr, row_next, next_continues,
+            scale, sum_d / (4 * H), sum_d_unit / (4 * H), weight_hh_ptr, p, 4 * H, P, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    valid_tile = valid[:, None] & (p < P)[None, :]
     state_at = batch[:, None].to(tl.int64) * P + p[None, :]
     if dropout_h_ptr is not None:
         dh *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
@@ -378,13 +408,13 @@ def lstm_step_backward_kernel(
     gates_ptr,  # [T*B, 4H] activated
     c_ptr,  # [T*B, H] float32
     c0_ptr,  # [B, H] float32
-    weight_hh_ptr,  # [4H, P]; with a layer norm of W_hh h layer_norm.PassedOn.weights
+    weight_hh_ptr,  # [4H, P]
     weight_hr_ptr,  # [P, H], None without a projection
     peephole_ptr,  # [3H] or None
-    scaled_hh_ptr,  # [T*B, 4H] layer_norm.PassedOn.scaled; or None, without a layer norm of W_hh h
-    along_hh_ptr,  # [T*B, H] PassedOn.along, or None
+    gain_hh_ptr,  # [4H]; or None, without a layer norm of W_hh h
+    unit_hh_ptr,  # [T*B, 4H] or None
     scale_hh_ptr,  # [T*B] float32 or None
-    sums_hh_ptr,  # [2, tiles, B, 2] float32: for even and odd steps the sums of dz * scaled, and nothing; or None
+    sums_hh_ptr,  # [2, tiles, B, 2] float32: as sums_c, of unit_hh, for even and odd steps by turns; or None
     gain_c_ptr,  # [H]; or None, without a layer norm of c
     bias_c_ptr,  # [H] or None
     unit_c_ptr,  # [T*B, H] float32 or None
@@ -418,7 +448,7 @@ def lstm_step_backward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """All steps, from the last to the first: the product with the dgates of the step after, and the cell."""
-    NORM_HH: tl.constexpr = scaled_hh_ptr is not None
+    NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
     MEETINGS: tl.constexpr = 2 if PROJECT or NORM_C else 1
     patience = PATIENCE
@@ -433,7 +463,7 @@ def lstm_step_backward_kernel(
                 row_next, next_continues = step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE)
                 dh = hidden_gradient(
                     dh_ptr, dh_n_ptr, dgates_ptr, weight_hh_ptr, dropout_h_ptr, zoneout_h_ptr, dh_from_zoneout_ptr,
-                    dreset_h_ptr, sums_hh_ptr, along_hh_ptr, scale_hh_ptr,
+                    dreset_h_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, sums_hh_ptr,
                     step, length, batch, row, row_next, next_continues, p, valid, continues, B,
                     H, P, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION,
                 )  # fmt: skip
@@ -445,8 +475,9 @@ def lstm_step_backward_kernel(
                     valid_tile = valid[:, None] & in_tile
                     o = tl.load(gates_ptr + row[:, None] * (4 * H) + 3 * H + p[None, :], mask=valid_tile, other=0.0)
                     unit_c = tl.load(unit_c_ptr + at, mask=valid_tile, other=0.0)
+                    gain, bias = load_for_units(gain_c_ptr, p, 0.0, H), load_for_units(bias_c_ptr, p, 0.0, H)
                     _, d_unit = normed_output_backward(
-                        o.to(tl.float32), unit_c, dh.to(tl.float32), gain_c_ptr, bias_c_ptr, p, H
+                        o.to(tl.float32), unit_c, dh.to(tl.float32), gain[None, :], bias[None, :]
                     )
                     store_pair(sums_c_ptr, p_tile, batch, in_batch, B, tl.sum(d_unit, 1), tl.sum(d_unit * unit_c, 1))
             patience = meet(arrivals_ptr, MEETINGS * back + 1, patience, error_ptr, step)
@@ -471,7 +502,7 @@ def lstm_step_backward_kernel(
                 row_next, next_continues = step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE)
                 dm = hidden_gradient(
                     dh_ptr, dh_n_ptr, dgates_ptr, weight_hh_ptr, dropout_h_ptr, zoneout_h_ptr, dh_from_zoneout_ptr,
-                    dreset_h_ptr, sums_hh_ptr, along_hh_ptr, scale_hh_ptr,
+                    dreset_h_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, sums_hh_ptr,
                     step, length, batch, row, row_next, next_continues, unit, valid, continues, B,
                     H, P, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION,
                 )  # fmt: skip
@@ -492,7 +523,8 @@ def lstm_step_backward_kernel(
             p_i, p_f, p_o = load_peepholes(peephole_ptr, unit[None, :], H)
             if NORM_C:
                 unit_c = tl.load(unit_c_ptr + at, mask=valid_tile, other=0.0)
-                dz_o, d_unit = normed_output_backward(o, unit_c, dm, gain_c_ptr, bias_c_ptr, unit, H)
+                gain, bias = load_for_units(gain_c_ptr, unit, 0.0, H), load_for_units(bias_c_ptr, unit, 0.0, H)
+                dz_o, d_unit = normed_output_backward(o, unit_c, dm, gain[None, :], bias[None, :])
                 sum_d, sum_d_unit = sums_of_tiles(sums_c_ptr, batch, valid, B, H, BLOCK_H)
                 scale_c = tl.load(scale_c_ptr + row, mask=valid, other=0.0)
                 dc += normalise_backward(
@@ -502,10 +534,16 @@ def lstm_step_backward_kernel(
             else:
                 dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES)
             if NORM_HH:
-                s_i, s_f, s_g, s_o = load_gates(scaled_hh_ptr, gates_at, valid_tile, H)
-                along = tl.sum(dz_i * s_i + dz_f * s_f + dz_g * s_g + dz_o * s_o, axis=1)
+                # As the step before will read dz: rounded.
+                DTYPE: tl.constexpr = dgates_ptr.dtype.element_ty
+                u_i, u_f, u_g, u_o = load_gates(unit_hh_ptr, gates_at, valid_tile, H)
+                gain_i, gain_f, gain_g, gain_o = load_gates(gain_hh_ptr, unit[None, :], in_units, H)
+                d_i, d_f = gain_i * dz_i.to(DTYPE).to(tl.float32), gain_f * dz_f.to(DTYPE).to(tl.float32)
+                d_g, d_o = gain_g * dz_g.to(DTYPE).to(tl.float32), gain_o * dz_o.to(DTYPE).to(tl.float32)
+                sum_d = tl.sum(d_i + d_f + d_g + d_o, axis=1)
+                sum_d_unit = tl.sum(d_i * u_i + d_f * u_f + d_g * u_g + d_o * u_o, axis=1)
                 pairs_at = sums_hh_ptr + pairs_of_step(step, H, BLOCK_H, B)
-                store_pair(pairs_at, unit_tile, batch, in_batch, B, along, tl.zeros_like(along))
+                store_pair(pairs_at, unit_tile, batch, in_batch, B, sum_d, sum_d_unit)
             if zoneout_c_ptr is not None:
                 dc_prev += dc_from_zoneout
 
@@ -524,7 +562,8 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
     tensor-core instructions.
     """
     rows = 16 if problem.batch <= 16 else 32 if problem.batch <= 32 else 64
-    most, stages = (32, 2) if problem.regularised else (MOST_ROWS, 3)  # masks take registers
+    heavy = problem.regularised or problem.normalised  # masks and norms take registers
+    most, stages = (32, 2) if heavy else (MOST_ROWS, 3)
     no_tensor_cores = problem.dtype is torch.float32 and problem.precision == "ieee"
     if no_tensor_cores:
         most //= 2  # and so do products without them
@@ -534,9 +573,12 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
     programs = max(1, min(tiles, device.multiprocessors // problem.side_by_side))
     k = 128 // problem.size  # 128 bytes of each row at a time
     stage = (rows + columns * (1 if backward else 4)) * k * problem.size
+    why = "W_hh is read from L2 at every step"
+    if problem.normalised:
+        why += "; layer norms need sums over all units, for which all programs meet once or twice more"
     return Plan(
-        Family.STEP, rows, columns, k, programs, 1, 8 if no_tensor_cores and problem.regularised else 4,
-        stages, 2 * stage, "W_hh is read from L2 at every step",
+        Family.STEP, rows, columns, k, programs, 1, 8 if no_tensor_cores and heavy else 4,
+        stages, 2 * stage, why,
         walks=ceil(tiles / programs), side_by_side=problem.side_by_side,
     )  # fmt: skip
 
@@ -587,18 +629,16 @@ def backward(
         dh_total_ptr=dh_total, dc_ptr=dc, dh_from_zoneout_ptr=dh_from_zoneout,
         dreset_h_ptr=dreset_h, dreset_c_ptr=dreset_c,
         error_ptr=error_word(gates.device, "lstm_step_backward_kernel"),
-        **_shared_arguments(plan, gates, r) | _through_norms(plan, r),
+        **_through_norms(plan, r), **_shared_arguments(plan, gates, r),
     )  # fmt: skip
     return Gradients(dgates, dc, dh_from_zoneout, dh_total, dreset_h, dreset_c)
 
 
 def _normalising(plan: Plan, r: Recurrence) -> dict[str, Tensor | None]:
-    """What forward takes for layer norms."""
-    n, batch = r.norms, len(r.h0)
-    tiles = ceil(r.hidden / plan.columns)
-    of_hh, of_c = n.gain_hh is not None, n.gain_c is not None
+    """What forward takes for layer norms, beside gains and bias."""
+    tiles, batch = ceil(r.hidden / plan.columns), len(r.h0)
+    of_hh, of_c = r.norms.gain_hh is not None, r.norms.gain_c is not None
     return dict(
-        gain_hh_ptr=n.gain_hh, gain_c_ptr=n.gain_c, bias_c_ptr=n.bias_c,
         product_ptr=r.c0.new_empty(batch, tiles, 4 * plan.columns) if of_hh else None,
         moments_hh_ptr=r.c0.new_empty(tiles, batch, 2) if of_hh else None,
         cell_ptr=r.c0.new_empty(2, batch, r.hidden) if of_c else None,
@@ -607,21 +647,14 @@ def _normalising(plan: Plan, r: Recurrence) -> dict[str, Tensor | None]:
 
 
 def _through_norms(plan: Plan, r: Recurrence) -> dict[str, Tensor | None]:
-    """What backward takes for layer norms."""
-    n, batch = r.norms, len(r.h0)
-    tiles = ceil(r.hidden / plan.columns)
-    found = dict(
-        scaled_hh_ptr=None, along_hh_ptr=None, scale_hh_ptr=n.scale_hh, sums_hh_ptr=None,
-        gain_c_ptr=n.gain_c, bias_c_ptr=n.bias_c, unit_c_ptr=n.unit_c, scale_c_ptr=n.scale_c,
+    """What backward takes for them."""
+    n, tiles, batch = r.norms, ceil(r.hidden / plan.columns), len(r.h0)
+    return dict(
+        unit_hh_ptr=n.unit_hh, scale_hh_ptr=n.scale_hh,
+        sums_hh_ptr=None if n.gain_hh is None else r.c0.new_zeros(2, tiles, batch, 2),
+        unit_c_ptr=n.unit_c, scale_c_ptr=n.scale_c,
         sums_c_ptr=None if n.gain_c is None else r.c0.new_empty(tiles, batch, 2),
     )  # fmt: skip
-    if n.gain_hh is not None:
-        weights, scaled, along = layer_norm.passed_on(r)
-        found |= dict(
-            weight_hh_ptr=weights, scaled_hh_ptr=scaled, along_hh_ptr=along,
-            sums_hh_ptr=r.c0.new_zeros(2, tiles, batch, 2),
-        )  # fmt: skip
-    return found
 
 
 def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:
@@ -629,6 +662,7 @@ def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any
     steps, batch, _ = gates.shape
     return dict(
         weight_hh_ptr=r.weight_hh, weight_hr_ptr=r.weight_hr, peephole_ptr=r.weight_peephole,
+        gain_hh_ptr=r.norms.gain_hh, gain_c_ptr=r.norms.gain_c, bias_c_ptr=r.norms.bias_c,
         lengths_ptr=r.lengths, resets_ptr=r.resets,
         dropout_h_ptr=r.dropout_h, zoneout_h_ptr=r.zoneout_h, zoneout_c_ptr=r.zoneout_c, reset_c_ptr=r.reset_c,
         arrivals_ptr=torch.zeros(1, dtype=torch.int32, device=gates.device),
