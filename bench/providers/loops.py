@@ -32,7 +32,7 @@ class StepLoop(nn.LSTM):
     """torch.nn.LSTM called for every step, with its state masked by `resets` [T, B], as in recurrent PPO."""
 
     def forward(self, x, state, resets, stored=None):  # type: ignore[override]
-        """x [T, B, I] and state to output [T, B, H] and the last state; resets leave zeros or `stored`, [L, T, B, H]."""
+        """x [T, B, I] and state to output [T, B, H] and the last state. Resets leave zeros or `stored` [L, T, B, H]."""
         outputs, keeps = [], (~resets).to(x.dtype)[:, None, :, None]  # [T, 1, B, 1]
         for t, (x_t, keep) in enumerate(zip(x.split(1), keeps)):  # [1, B, I]
             state = keep * state[0], keep * state[1]
