@@ -101,6 +101,11 @@ def test_the_truth_is_the_oracles(changes):
     np.testing.assert_allclose(truth["dx"], dx, rtol=1e-9, atol=1e-12)
 
 
+def test_an_active_step_is_by_some_and_not_by_all():
+    given = Inputs.of(replace(SMALL, mode="step", steps=1, batch=16, sequences="active"), "cpu")
+    assert set(given.lengths.tolist()) == {0, 1}
+
+
 def test_inputs_that_would_stay_in_the_cache_are_several(monkeypatch):
     assert len(Inputs.of(SMALL, "cpu").xs) == inputs.MOST_SETS
     monkeypatch.setattr(inputs, "CACHE_BYTES", 1)
@@ -400,6 +405,8 @@ def test_what_is_expected_of_a_card(monkeypatch):
     assert (rows[768]["note"], rows[768]["launches"]) == ("cooperative / cooperative", 2)
     assert (rows[2048]["note"], rows[2048]["launches"]) == ("step / step", 2)
     assert all(row["host_s"] > 0 and row["expected_us_per_step"] > 0 and "median_s" not in row for row in rows.values())
+    for variant, regularised in {"plain": False, "peepholes": False, "zoneout": True}.items():  # as planned
+        assert expected.as_planned(replace(SMALL, variant=variant)).regularised == regularised
     cells = 1024 * 16 * 768  # T B H
     assert rows[768]["kept_bytes"] == pytest.approx(cells * (4 * 2 + 4 + 2), rel=0.01)  # gates, float32 c, h
 
