@@ -9,7 +9,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, 
 """Of every tensor. tf32 and fp32 differ in how products of float32 tensors are taken: in TF32, or exactly."""
 
 VARIANTS: dict[str, tuple[Any, dict[str, int]]] = {
-    "recurrent_dropout": (0.25, {}), "zoneout": (0.1, {}), "peepholes": (True, {"weight_peephole": 3}),
+    "peepholes": (True, {"weight_peephole": 3}), "recurrent_dropout": (0.25, {}), "zoneout": (0.1, {}),
 }  # fmt: skip
 """Of the cell, by the argument of gpu_lstm.LSTM: its value, and the weights [n * H] that it adds, n of each."""
 
@@ -102,8 +102,8 @@ def grid(kind: str) -> dict[str, list[Case]]:
         "stacks": [replace(headline, layers=layers, directions=D) for layers, D in ((2, 1), (1, 2), (2, 2))],
         "step": [replace(headline, mode="step", steps=1, batch=batch) for batch in (1, headline.batch)],
         "variants": [
-            replace(headline, reset_rate=varied["reset_rate"][0], variant="reset_states"),
             *(replace(headline, variant=variant) for variant in VARIANTS),
+            replace(headline, reset_rate=varied["reset_rate"][0], variant="reset_states"),
             replace(headline, mode="step", steps=1, sequences="active"),
         ],
         "batch": each("batch"),
