@@ -8,6 +8,11 @@ import torch
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 """Of every tensor. tf32 and fp32 differ in how products of float32 tensors are taken: in TF32, or exactly."""
 
+VARIANTS: dict[str, tuple[Any, dict[str, int]]] = {
+    "peepholes": (True, {"weight_peephole": 3}), "recurrent_dropout": (0.25, {}), "zoneout": (0.1, {}),
+}  # fmt: skip
+"""Of the cell, by the argument of gpu_lstm.LSTM: its value, and the weights [n * H] that it adds, n of each."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -21,8 +26,10 @@ class Case:
     hidden_size: int  # H
     layers: int = 1  # L
     directions: int = 1  # D
-    sequences: str = "full"  # all of T steps; "ragged", padded and with lengths; "packed", a PackedSequence
+    # "full", all of T steps; "ragged", padded and with lengths; "packed", a PackedSequence; "active", a step by some
+    sequences: str = "full"
     reset_rate: float = 0.0  # of all steps
+    variant: str = "plain"  # else what is on: one of VARIANTS; "reset_states", which resets leave instead of zeros
 
     @property
     def name(self) -> str:
@@ -30,7 +37,8 @@ class Case:
         resets = f"-resets-{self.reset_rate:.1%}" * (self.reset_rate > 0)
         name = f"{self.mode}-{self.dtype}-T{self.steps}-B{self.batch}-I{self.input_size}-H{self.hidden_size}"
         name += f"-L{self.layers}" * (self.layers > 1) + "-both-directions" * (self.directions > 1)
-        return name + f"-{self.sequences}" * (self.sequences != "full") + resets
+        name += f"-{self.sequences}" * (self.sequences != "full") + resets
+        return name + f"-{self.variant}" * (self.variant != "plain")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -43,8 +51,8 @@ class Case:
         return self.mode == "training"
 
     def plain(self) -> "Case":
-        """The same sizes without lengths and resets, as torch.nn.LSTM takes them."""
-        return replace(self, sequences="full", reset_rate=0.0)
+        """The same sizes without lengths, resets and variant, as torch.nn.LSTM takes them."""
+        return replace(self, sequences="full", reset_rate=0.0, variant="plain")
 
     def operations(self) -> int:
         """Floating-point operations of the products, 2 a multiply-add; backward takes twice those of forward."""
@@ -93,6 +101,11 @@ def grid(kind: str) -> dict[str, list[Case]]:
         "ragged": [replace(headline, sequences=sequences) for sequences in ("ragged", "packed")],
         "stacks": [replace(headline, layers=layers, directions=D) for layers, D in ((2, 1), (1, 2), (2, 2))],
         "step": [replace(headline, mode="step", steps=1, batch=batch) for batch in (1, headline.batch)],
+        "variants": [
+            *(replace(headline, variant=variant) for variant in VARIANTS),
+            replace(headline, reset_rate=varied["reset_rate"][0], variant="reset_states"),
+            replace(headline, mode="step", steps=1, sequences="active"),
+        ],
         "batch": each("batch"),
         "steps": each("steps"),
     }

@@ -33,8 +33,10 @@ def inside(name: str) -> Any:
 
 def as_planned(case: Case) -> Any:
     """One layer in one direction, as planning sees it."""
+    sizes, settings = (case.steps, case.batch, case.hidden_size), inside("settings")
     precision = inside("precision").recurrent_precision(case.torch_dtype)
-    return inside(PLANNING).Problem(case.steps, case.batch, case.hidden_size, case.torch_dtype, precision=precision)
+    regularised = case.variant in settings.REGULARISERS
+    return inside(PLANNING).Problem(*sizes, case.torch_dtype, precision=precision, regularised=regularised)
 
 
 def families(case: Case) -> str:

@@ -3,21 +3,24 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from .cases import Case
+from .cases import VARIANTS, Case
 
 CACHE_BYTES = 64 << 20  # more than the last-level cache of the cards and processors at hand
 MOST_SETS = 8  # of x
-WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # of torch.nn.LSTM
+NOISE_SEED = 0
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every provider of a case is given. Weights by torch.nn.LSTM's names; D*L = R rows of states."""
+    """What every provider of a case is given. Weights by the names of gpu_lstm.LSTM; D*L = R rows of states."""
 
     case: Case
     weights: dict[str, Tensor]
@@ -26,6 +29,7 @@ class Inputs:
     c0: Tensor  # [R, B, H]
     lengths: Tensor | None  # [B]
     resets: Tensor | None  # [T, B] bool
+    reset_states: tuple[Tensor, Tensor] | None  # h and c, each [R, T, B, H]; as stored, without gradients
     dy: Tensor  # [T, B, D*H], gradient of the output
 
     @classmethod
@@ -39,14 +43,20 @@ class Inputs:
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             lstm = nn.LSTM(case.input_size, H, case.layers, bidirectional=D == 2).to(device, case.torch_dtype)
-            lengths = torch.randint(1, T + 1, (B,)).index_fill(0, torch.tensor(0), T).to(device)
+            least = 0 if case.sequences == "active" else 1
+            lengths = torch.randint(least, T + 1, (B,)).index_fill(0, torch.tensor(0), T).to(device)
             resets = (torch.rand(T, B) < case.reset_rate).to(device)
             sets = min(MOST_SETS, math.ceil(CACHE_BYTES / (T * B * case.input_size * case.torch_dtype.itemsize)))
             xs = [normal(T, B, case.input_size) for _ in range(sets)]
             h0, c0 = (normal(case.layers * D, B, H, scale=0.5) for _ in range(2))
             ragged = None if case.sequences == "full" else lengths
-            weights = lstm.requires_grad_(False).state_dict()
-            return cls(case, weights, xs, h0, c0, ragged, resets if case.reset_rate else None, normal(T, B, D * H))
+            weights, dy = lstm.requires_grad_(False).state_dict(), normal(T, B, D * H)
+            _, added = VARIANTS.get(case.variant, (None, {}))
+            for name in [name for name in weights if name.startswith("weight_hh")]:
+                weights |= {name.replace("weight_hh", kind): normal(n * H, scale=0.1) for kind, n in added.items()}
+            stored = case.variant == "reset_states"
+            left = (normal(len(h0), T, B, H, scale=0.5), normal(len(h0), T, B, H, scale=0.5)) if stored else None
+            return cls(case, weights, xs, h0, c0, ragged, resets if case.reset_rate else None, left, dy)
 
     def packed(self, t: Tensor) -> PackedSequence:
         """t [T, B, *] with the lengths, packed."""
@@ -54,24 +64,31 @@ class Inputs:
         return pack_padded_sequence(t, self.lengths.cpu(), enforce_sorted=False)
 
     def plain(self) -> "Inputs":
-        """Without lengths and resets."""
-        return replace(self, case=self.case.plain(), lengths=None, resets=None)
+        """Without lengths, resets and variant."""
+        weights = {name: t for name, t in self.weights.items() if name.rpartition("_l")[0] in WEIGHTS}
+        return replace(self, case=self.case.plain(), weights=weights, lengths=None, resets=None, reset_states=None)
+
+
+def seed_noise() -> None:
+    """Before a call that is checked. A provider draws what is random once a call, by torch's generator, as `_noise`."""
+    torch.manual_seed(NOISE_SEED)
 
 
 def results_in(dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
-    """Output, final states and, for training, every gradient of the first x, by torch.lstm_cell step by step.
+    """Output, final states and, for training, every gradient of the first x, step by step: by torch.lstm_cell if plain.
 
     In float64 it is the truth, in the dtype of the case torch's own rounding. The inputs are those of the case, as
     they are; nothing of gpu_lstm takes part.
     """
+    seed_noise()
     leaves = {"x": inputs.xs[0], "h0": inputs.h0, "c0": inputs.c0, **inputs.weights}
     leaves = {name: t.detach().to(dtype).requires_grad_(inputs.case.training) for name, t in leaves.items()}
-    y, rows, finals = leaves["x"], zip(leaves["h0"], leaves["c0"]), []
+    y, rows, finals = leaves["x"], list(zip(leaves["h0"], leaves["c0"])), list[list[Tensor]]()
     for layer in range(inputs.case.layers):
         outputs = []
         for suffix in ("", "_reverse")[: inputs.case.directions]:
-            weights = [leaves[f"{kind}_l{layer}{suffix}"] for kind in WEIGHTS]
-            h, *final = _direction(inputs, y, *next(rows), weights, reverse=suffix == "_reverse")
+            weights = [t for name, t in leaves.items() if name.endswith(f"_l{layer}{suffix}")]
+            h, *final = _direction(inputs, y, rows, len(finals), weights)
             outputs.append(h)
             finals.append(final)
         y = torch.cat(outputs, dim=2)
@@ -84,20 +101,50 @@ def results_in(dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _direction(
-    inputs: Inputs, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], reverse: bool
+    inputs: Inputs, x: Tensor, states: Sequence[tuple[Tensor, Tensor]], row: int, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs [T, B, H] and final states of a layer in one direction."""
+    """Outputs [T, B, H] and final states of a layer in one direction, that of a `row` of the states."""
     steps, lengths, outputs = len(x), inputs.lengths, [x] * len(x)  # of which every one is replaced
+    (h, c), (factor, stays) = states[row], _noise(inputs)
+    left = [each[row].to(x.dtype) for each in inputs.reset_states or ()]
+    reverse = inputs.case.directions == 2 and row % 2 == 1
     for t in reversed(range(steps)) if reverse else range(steps):
         boundary = t + 1 if reverse else t  # a reset there separates this step from the one taken before
         if inputs.resets is not None and boundary < steps:
-            afresh = inputs.resets[boundary] & (True if lengths is None else boundary < lengths)
-            h, c = (torch.where(afresh[:, None], 0, state) for state in (h, c))
+            afresh = (inputs.resets[boundary] & (True if lengths is None else boundary < lengths))[:, None]
+            given: list[Any] = [each[boundary] for each in left] or [0, 0]
+            h, c = (torch.where(afresh, *each) for each in zip(given, (h, c)))
         before = h, c
-        h, c = torch.lstm_cell(x[t], before, *weights)
+        h, c = _cell(inputs.case.variant, x[t], factor * h, c, weights)
+        if stays:
+            h, c = (torch.where(mask[t], *each) for mask, each in zip(stays, zip(before, (h, c))))
         outputs[t] = h
         if lengths is not None:
             valid = (t < lengths)[:, None]
             outputs[t] = torch.where(valid, h, 0)
-            h, c = (torch.where(valid, *states) for states in zip((h, c), before))
+            h, c = (torch.where(valid, *each) for each in zip((h, c), before))
     return torch.stack(outputs), h, c
+
+
+def _noise(inputs: Inputs) -> tuple[Any, list[Tensor]]:
+    """Of a layer in one direction: factors of h in the recurrent product [B, H]; where h and c stay, bool [T, B, H]."""
+    case, like = inputs.case, inputs.h0[0]
+    if case.variant == "recurrent_dropout":  # Gal & Ghahramani, 2016: one mask for all steps
+        return F.dropout(torch.ones_like(like), VARIANTS[case.variant][0]), []
+    if case.variant == "zoneout":  # Krueger et al., 2017
+        size, p = (case.steps, *like.shape), VARIANTS[case.variant][0]
+        return 1, [torch.rand(size, device=like.device) < p for _ in "hc"]
+    return 1, []
+
+
+def _cell(variant: str, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """h and c after a step, from x [B, I]."""
+    weight_ih, weight_hh, bias_ih, bias_hh, *added = weights
+    match variant:
+        case "peepholes":  # Gers & Schmidhuber, 2000
+            i, f, g, o = (F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)).chunk(4, dim=1)
+            of_i, of_f, of_o = added[0].chunk(3)
+            after = (f + of_f * c).sigmoid() * c + (i + of_i * c).sigmoid() * g.tanh()
+            return (o + of_o * after).sigmoid() * after.tanh(), after
+        case _:
+            return torch.lstm_cell(x, (h, c), weight_ih, weight_hh, bias_ih, bias_hh)

@@ -25,7 +25,8 @@ WRITTEN = {  # what people write where torch.nn.LSTM does not do what they need,
     "cleanrl-loop": "nn.LSTM called at every step, its state masked",
     "torch-packed": "sequences sorted, packed and unpacked",
 }
-STARRED = "* torch.nn.LSTM without the lengths and resets, which it does not take"
+LACKS = "without the lengths, resets or variant, which it does not take"
+STARRED = f"* torch.nn.LSTM {LACKS}"
 BEYOND = "without what the gates take beside products, launches, and that steps wait for each other"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NO_GPU = "No figure has been taken on a GPU yet."
@@ -209,7 +210,7 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
         text += f" {len(shown)} of {len(lines)} cases."
         text += f" Over all that were timed, gpu_lstm is {spread(lines)} times as fast."
     if shown["torch ms"].str.endswith("*").any():
-        text += " Where torch.nn.LSTM's time has a star, it ran without the lengths or resets, which it does not take."
+        text += f" Where torch.nn.LSTM's time has a star, it ran {LACKS}."
     text += f" Of the bound: what operations and bytes take at the rates measured there, {BEYOND}."
     around = instead(rows)
     written = [textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)]
@@ -238,10 +239,10 @@ def sizes(case: Case, base: Case | None = None) -> str:
     def parts(case: Case) -> list[str]:
         size = f"{'' if case.input_size == case.hidden_size else f'I{case.input_size} '}H{case.hidden_size}"
         rest = [f"L{case.layers}", f"D{case.directions}", case.sequences, f"resets {100 * case.reset_rate:.3g}%"]
-        return [case.dtype, f"T{case.steps}", f"B{case.batch}", size, *rest]
+        return [case.dtype, f"T{case.steps}", f"B{case.batch}", size, *rest, case.variant]
 
     changed = [part for part, same in zip(parts(case), parts(base)) if part != same] if base else []
-    return " ".join(changed or (part for part in parts(case) if part not in ("L1", "D1", "full", "resets 0%")))
+    return " ".join(changed or (part for part in parts(case) if part not in ("L1", "D1", "full", "resets 0%", "plain")))
 
 
 def texts(values: pd.Series, write: Callable[[float], str] | None = None) -> pd.Series:

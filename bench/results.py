@@ -18,8 +18,8 @@ import gpu_lstm
 
 from .cases import Case
 
-SCHEMA = 2  # raised whenever a column changes its name or meaning
-# Right, and timed. The yardstick is torch.nn.LSTM at a case that it cannot do, without the lengths and resets.
+SCHEMA = 3  # raised whenever a column comes, goes, or changes its name or meaning
+# Right, and timed. The yardstick is torch.nn.LSTM at a case that it cannot do, without the lengths, resets or variant.
 TIMED = ("measured", "yardstick")
 BROKEN = ("wrong", "failed")  # too far from float64; raised, died or hung. Neither is timed
 # Not installed or unable to run here; not meant for such cases; what a plan expects of a named GPU.

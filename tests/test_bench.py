@@ -65,25 +65,45 @@ def test_operations_and_bytes_are_those_of_the_tensors():
 
 
 @pytest.mark.parametrize("changes", [{}, {"sequences": "ragged"}, {"reset_rate": 0.3},
-                                     {"sequences": "packed", "reset_rate": 0.3}], ids=str)  # fmt: skip
+                                     {"sequences": "packed", "reset_rate": 0.3},
+                                     {"steps": 1, "sequences": "active"},
+                                     {"reset_rate": 0.3, "variant": "reset_states"},
+                                     *({"sequences": "ragged", "variant": name} for name in cases.VARIANTS)],
+                         ids=str)  # fmt: skip
 def test_the_truth_is_the_oracles(changes):
     given = Inputs.of(replace(SMALL, directions=2, **changes), "cpu")
-    truth, outputs, dx = results_in(torch.float64, given), [], 0
+    truth, outputs, dx, variant = results_in(torch.float64, given), [], 0, given.case.variant
+    torch.manual_seed(inputs.NOISE_SEED)
     for d, suffix in enumerate(("", "_reverse")):
-        tensors = [given.xs[0], given.h0[d], given.c0[d], *(given.weights[f"{w}_l0{suffix}"] for w in inputs.WEIGHTS)]
+        kinds = [name.rpartition("_l0")[0] for name in given.weights if not name.endswith("_reverse")]
+        tensors = [given.xs[0], given.h0[d], given.c0[d], *(given.weights[f"{kind}_l0{suffix}"] for kind in kinds)]
+        noise = dict(zip(("reset_h", "reset_c"), (each[d] for each in given.reset_states or ())))
+        match variant:
+            case "recurrent_dropout":
+                noise["dropout_h"] = nn.functional.dropout(torch.ones(3, 6), 0.25)
+            case "zoneout":
+                noise |= {name: torch.rand(5, 3, 6) < 0.1 for name in ("zoneout_h", "zoneout_c")}
         tensors = [tensor.double().numpy() for tensor in tensors]
-        y, h_n, c_n, tape = oracle.layer(*tensors, lengths=given.lengths, resets=given.resets, reverse=d == 1)
+        tensors.insert(7, None)  # there is no projection
+        noise = {name: tensor.double().numpy() for name, tensor in noise.items()}
+        y, h_n, c_n, tape = oracle.layer(*tensors, lengths=given.lengths, resets=given.resets, reverse=d == 1, **noise)
         dy = given.dy[:, :, d * 6 : (d + 1) * 6].double().numpy()
-        gradients = oracle.layer_gradients(*tensors, tape=tape, dh=dy, dh_n=0 * h_n, dc_n=0 * c_n)
+        gradients = oracle.layer_gradients(*tensors, tape=tape, dh=dy, dh_n=0 * h_n, dc_n=0 * c_n, **noise)
         outputs, dx = [*outputs, y], dx + gradients[0]
         found = [
             *(truth[name][d] for name in ("h_n", "c_n", "dh0", "dc0")),
-            *(truth[f"d{w}_l0{suffix}"] for w in inputs.WEIGHTS),
+            *(truth[f"d{kind}_l0{suffix}"] for kind in kinds),
         ]
-        for value, true in zip(found, (h_n, c_n, *gradients[1:7])):
+        trues = [each for each in gradients[1:9] if each is not None]
+        for value, true in zip(found, (h_n, c_n, *trues), strict=True):
             np.testing.assert_allclose(value, true, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(truth["output"], np.concatenate(outputs, axis=2), rtol=1e-9)
     np.testing.assert_allclose(truth["dx"], dx, rtol=1e-9, atol=1e-12)
+
+
+def test_an_active_step_is_by_some_and_not_by_all():
+    given = Inputs.of(replace(SMALL, mode="step", steps=1, batch=16, sequences="active"), "cpu")
+    assert set(given.lengths.tolist()) == {0, 1}
 
 
 def test_inputs_that_would_stay_in_the_cache_are_several(monkeypatch):
@@ -96,13 +116,16 @@ def test_inputs_that_would_stay_in_the_cache_are_several(monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"mode": "forward"}, {"sequences": "ragged"}, {"sequences": "packed"},
-                                     {"reset_rate": 0.2}, {"layers": 2, "directions": 2}], ids=str)  # fmt: skip
+                                     {"reset_rate": 0.2}, {"layers": 2, "directions": 2},
+                                     {"reset_rate": 0.2, "variant": "reset_states"},
+                                     {"mode": "step", "steps": 1, "sequences": "active"},
+                                     *({"variant": name} for name in cases.VARIANTS)], ids=str)  # fmt: skip
 def test_rows_have_figures_or_a_reason(changes):
     case = replace(SMALL, **changes)
     rows = run_case(case, "torch", "ours", "ours-cupy", "ours-reference", "torch-packed", "cell-loop", "cleanrl-loop")
     assert len(rows) == 7
     for row in rows.values():
-        assert (row["case"], row["steps"], row["schema"]) == (case.name, 5, results.SCHEMA)
+        assert (row["case"], row["steps"], row["schema"]) == (case.name, case.steps, results.SCHEMA)
         if row["status"] not in results.TIMED:
             assert row["status"] in ("absent", "unable")
             assert row["note"]
@@ -118,6 +141,17 @@ def test_rows_have_figures_or_a_reason(changes):
     plain = case == case.plain() or case.sequences == "packed"
     assert rows["torch"]["status"] == ("measured" if plain else "yardstick")
     assert rows["torch"]["speed"] == rows["torch"]["speed_p20"] == 1
+
+
+@pytest.mark.parametrize("variant", ["reset_states", *cases.VARIANTS])
+def test_whoever_leaves_the_variant_out_is_not_timed(monkeypatch, variant):
+    def without(given):
+        resets, case = given.resets, given.plain().case
+        return providers.PROVIDERS["ours"].build(replace(given.plain(), case=case, resets=resets))
+
+    monkeypatch.setitem(providers.PROVIDERS, "without", Provider(without))
+    rows = run_case(replace(SMALL, reset_rate=0.2, variant=variant), "torch", "ours", "without")
+    assert [rows[name]["status"] for name in ("torch", "ours", "without")] == ["yardstick", "measured", "wrong"]
 
 
 @pytest.mark.parametrize("fault", [*results_in(torch.float64, Inputs.of(SMALL, "cpu")), "nan", "shape", "missing"])
@@ -226,7 +260,7 @@ def test_rows_come_back_as_they_were_and_no_file_is_overwritten(tmp_path, row):
 @pytest.mark.parametrize(("damage", "said"), {
     "empty": (lambda header, row: [], "a.csv: No columns"),
     "header": (lambda header, row: ["no such file of results"], "a.csv: schema none"),
-    "schema": (lambda header, row: [header, row[: row.rindex(",")] + ",99"], "a.csv: schema 99.*reads schema 2"),
+    "schema": (lambda header, row: [header, row[: row.rindex(",")] + ",99"], "a.csv: schema 99.*reads schema 3"),
     "column": (lambda header, row: [header.replace("case", "cause"), row], r"other columns: \['case', 'cause'\]"),
     "cut": (lambda header, row: [header, row, row[:-2]], "a.csv: line 3 has no schema"),
     "blank": (lambda header, row: [header, row, "", row], "a.csv: line 3 has no date"),
@@ -262,7 +296,7 @@ def test_a_stopped_run_keeps_what_it_has_and_no_case_is_begun_after_the_deadline
 
 def test_in_the_headline_all_take_part_elsewhere_those_for_every_case():
     assert providers.taking_part(None, headline=True) == list(providers.PROVIDERS)
-    elsewhere = ["torch", "torch-packed", "ours", "cleanrl-loop", "torchrl-pad", "torchrl-triton"]
+    elsewhere = ["torch", "torch-packed", "ours", "ours-stream", "cleanrl-loop", "torchrl-pad", "torchrl-triton"]
     assert providers.taking_part(None, headline=False) == elsewhere
     assert providers.taking_part(["cell-loop"], headline=False) == ["torch", "cell-loop"]
 
@@ -371,6 +405,8 @@ def test_what_is_expected_of_a_card(monkeypatch):
     assert (rows[768]["note"], rows[768]["launches"]) == ("cooperative / cooperative", 2)
     assert (rows[2048]["note"], rows[2048]["launches"]) == ("step / step", 2)
     assert all(row["host_s"] > 0 and row["expected_us_per_step"] > 0 and "median_s" not in row for row in rows.values())
+    for variant, regularised in {"plain": False, "peepholes": False, "zoneout": True}.items():  # as planned
+        assert expected.as_planned(replace(SMALL, variant=variant)).regularised == regularised
     cells = 1024 * 16 * 768  # T B H
     assert rows[768]["kept_bytes"] == pytest.approx(cells * (4 * 2 + 4 + 2), rel=0.01)  # gates, float32 c, h
 

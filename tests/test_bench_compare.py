@@ -10,8 +10,8 @@ from bench.cases import Case
 
 NOISE, DRIFT = 0.03, 0.05  # of a round; of a whole run
 FIELDS = vars(Case("training", "bf16", 128, 16, 64, 64)) | {
-    "date": "2026-01-01", "gpu_lstm": "0.1.0", "torch": "2.9.0", "device": "a card", "graph": False, "schema": 2,
-    "provider": "ours", "status": "measured", "rounds": 30,
+    "date": "2026-01-01", "gpu_lstm": "0.1.0", "torch": "2.9.0", "device": "a card", "graph": False, "provider": "ours",
+    "status": "measured", "rounds": 30, "schema": results.SCHEMA,
 }  # fmt: skip
 NAMES = ("median_s", "p20_s", "p80_s"), ("speed", "speed_p20", "speed_p80")
 HASTE = {"provider": "haste"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.cases import Case
+from bench.cases import VARIANTS, Case
 from bench.inputs import Inputs, results_in
 from bench.measure import Trial
 from bench.providers import PROVIDERS, engine
@@ -21,14 +21,20 @@ CASES = {
     "ragged": replace(SHORT, sequences="ragged"), "packed": replace(SHORT, sequences="packed"),
     "ragged-directions": replace(SHORT, layers=2, directions=2, sequences="ragged"),
     "resets": replace(SHORT, reset_rate=0.2), "resets-layers": replace(SHORT, layers=2, reset_rate=0.3),
-}  # fmt: skip
+    "to-states": replace(SHORT, layers=2, reset_rate=0.3, variant="reset_states"),
+    "step": replace(PLAIN, mode="step", steps=1), "active": replace(PLAIN, mode="step", steps=1, sequences="active"),
+} | {name: replace(SHORT, layers=2, directions=2, variant=name) for name in VARIANTS}  # fmt: skip
 DONE = {  # which cases a provider does; it is unable to do the others
-    "torch": "plain layers directions packed", "torch-packed": "ragged ragged-directions", "cell-loop": "plain",
-    "compiled-loop": "plain", "cleanrl-loop": "resets resets-layers", "haste": "plain", "flashrnn-cuda": "",
-    "flashrnn-triton": "",  # nothing in fp32
-    "torchrl-pad": "plain layers resets resets-layers", "torchrl-triton": "plain layers resets resets-layers",
-    "keras": "plain layers directions ragged ragged-directions",
-} | {name: " ".join(CASES) for name in PROVIDERS if name.startswith("ours")}  # fmt: skip
+    "torch": "plain layers directions packed step", "torch-packed": "ragged ragged-directions",
+    "cell-loop": "plain step", "compiled-loop": "plain", "cleanrl-loop": "resets resets-layers to-states",
+    "haste": "plain step", "flashrnn-cuda": "", "flashrnn-triton": "",  # nothing in fp32
+    "torchrl-pad": "plain layers resets resets-layers to-states step",
+    "torchrl-triton": "plain layers resets resets-layers to-states step",
+    "keras": "plain layers directions ragged ragged-directions step",
+} | {name: " ".join(CASES) for name in PROVIDERS if name.startswith("ours")} | {
+    "ours-stream": "step active", "ours-cupy": " ".join(name for name in CASES if name not in VARIANTS),
+    "ours-torch": " ".join(name for name in CASES if name not in (*VARIANTS, "to-states")),
+}  # fmt: skip
 
 
 def assert_right(name: str, inputs: Inputs) -> None:

@@ -13,6 +13,7 @@ from bench.cases import Case, grid
 
 ROOT = Path(__file__).parent.parent
 HEADLINE = Case("training", "bf16", 1024, 16, 768, 768)
+ON_CPU = sum(map(len, grid("cpu").values()))
 OTHERS = [f"other-{n}" for n in range(13)]
 CPU = {"device": "Imaginary CPU, 2 threads", "cuda": None, "driver": None, "peak_bytes": None}
 ORIGIN = "NVIDIA Imaginary 9000; gpu_lstm 1.2.3, torch 2.9.0, CUDA 13.0, driver 580.1; commit 0123456789; 2026-01-02"
@@ -84,13 +85,17 @@ def test_the_summary_has_times_bound_and_the_best_other_and_marks_a_yardstick():
     case, yardstick = replace(HEADLINE, reset_rate=0.02), {"status": "yardstick"}
     rows = [*pair(), row(provider="ours-step", ms=5.0), row(provider="haste", ms=16.0), row(provider="flash", ms=12.5)]
     rows += [row(case, "torch", 20.0, **yardstick), row(case), row(case, "torch", 9.0, graph=True, **yardstick)]
+    rows += [*pair(replace(case, variant="reset_states")), *pair(replace(HEADLINE, variant="peepholes"))]
     lines, line = said_by(report.summary, rows)
     assert line("training  bf16") == "training bf16 T1024 B16 H768 20.0 10.0 2.00 faster 25% 1.60 flash"
-    assert line("training  resets 2%") == "training resets 2% 20.0* 10.0 2.00 faster 25%"
-    assert line("* torch.nn.LSTM without the lengths and resets")
+    assert line("training  resets 2% ") == "training resets 2% 20.0* 10.0 2.00 faster 25%"
+    assert line("training  resets 2% r") == "training resets 2% reset_states 20.0 10.0 2.00 faster 25%"
+    assert line("training  peepholes") == "training peepholes 20.0 10.0 2.00 faster 25%"
+    assert line("* torch.nn.LSTM without the lengths, resets or variant")
     assert ORIGIN in " ".join(" ".join(lines).split())
-    lines, _ = said_by(report.summary, whole_grid("cpu"))
-    assert sum(line.startswith(("training", "forward", "step")) for line in lines) == 25
+    lines, line = said_by(report.summary, whole_grid("cpu"))
+    shown = sum(line.startswith(("training", "forward", "step")) for line in lines)
+    assert line("more").split()[1] == str(ON_CPU - shown)
 
 
 def test_the_verdict_doubts_nothing_within_the_spread():
@@ -257,10 +262,10 @@ def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_is_short_and_says_so(up
     assert text.count("\n| ") == 1 + len(rows) / 3
     assert text.count(" 100% |") == 1
     assert ORIGIN in text.replace("\n", " ")
-    assert "a star, it ran without the lengths or resets" in text.replace("\n", " ")
+    assert "a star, it ran without the lengths, resets or variant" in text.replace("\n", " ")
     text = updated(gpu=[], cpu=whole_grid("cpu", **CPU))
     assert text.count("\n| ") == 1 + report.CPU_LINES
-    said = "8 of 25 cases. Over all that were timed, gpu_lstm is 0.500 to 0.500 times as fast."
+    said = f"8 of {ON_CPU} cases. Over all that were timed, gpu_lstm is 0.500 to 0.500 times as fast."
     assert said in text.replace("\n", " ")
 
 
@@ -289,8 +294,8 @@ def test_a_page_with_pictures_has_every_case_and_those_of_its_devices(tmp_path):
     report.update_page(page, [file], pictures)
     text = page.read_text()
     assert "[results/cpu.csv](../results/cpu.csv)" in text
-    assert "of 25 cases" not in text
-    assert text.count("\n| ") == 1 + 25
+    assert f"of {ON_CPU} cases" not in text
+    assert text.count("\n| ") == 1 + ON_CPU
     shown = re.findall(r"^!\[(.*)\]\((.*)\)$", text, flags=re.MULTILINE)
     assert shown == [(report.SHOWN[name], f"{name}-imaginary-cpu-2-threads.png") for name in ("speed", "headline")]
 

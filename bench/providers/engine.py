@@ -46,9 +46,9 @@ class Provider:
 
 
 def expect(case: Case, *features: str) -> None:
-    """Raise Unable unless a case has none but these of "layers", "directions", "ragged", "packed" and "resets"."""
+    """Raise Unable unless a case has none but these: "layers", "directions", "resets", its sequences, its variant."""
     asked = ["layers"] * (case.layers > 1) + ["directions"] * (case.directions > 1) + ["resets"] * (case.reset_rate > 0)
-    beyond = {*asked, case.sequences} - {*features, "full"}
+    beyond = {*asked, case.sequences, case.variant} - {*features, "full", "plain"}
     if beyond:
         raise Unable(f"does not do {' or '.join(sorted(beyond))}")
 

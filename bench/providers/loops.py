@@ -31,24 +31,27 @@ def cell_loop(inputs: Inputs) -> Engine:
 class StepLoop(nn.LSTM):
     """torch.nn.LSTM called for every step, with its state masked by `resets` [T, B], as in recurrent PPO."""
 
-    def forward(self, x, state, resets):  # type: ignore[override]
-        """x [T, B, I] and state to output [T, B, H] and the last state."""
-        outputs = []
-        for x_t, keep in zip(x.split(1), (~resets).to(x.dtype)[:, None, :, None]):  # [1, B, I], [1, B, 1]
-            y, state = super().forward(x_t, (keep * state[0], keep * state[1]))
+    def forward(self, x, state, resets, stored=None):  # type: ignore[override]
+        """x [T, B, I] and state to output [T, B, H] and the last state. Resets leave zeros or `stored` [L, T, B, H]."""
+        outputs, keeps = [], (~resets).to(x.dtype)[:, None, :, None]  # [T, 1, B, 1]
+        for t, (x_t, keep) in enumerate(zip(x.split(1), keeps)):  # [1, B, I]
+            state = keep * state[0], keep * state[1]
+            if stored is not None:
+                state = tuple(each + (1 - keep) * left[:, t] for each, left in zip(state, stored))
+            y, state = super().forward(x_t, state)
             outputs.append(y)
         return torch.cat(outputs), state
 
 
 def cleanrl_loop(inputs: Inputs) -> Engine:
     """StepLoop, as CleanRL has it."""
-    expect(inputs.case, "layers", "resets")
+    expect(inputs.case, "layers", "resets", "reset_states")
     if inputs.resets is None:
         raise Unable("only for batches with resets")
     lstm = module_like_torchs(StepLoop, inputs)
 
     def call(x, h0, c0):
-        y, (h_n, c_n) = lstm(x, (h0, c0), inputs.resets)
+        y, (h_n, c_n) = lstm(x, (h0, c0), inputs.resets, inputs.reset_states)
         return y, h_n, c_n
 
     return Engine(call, dict(lstm.named_parameters()))

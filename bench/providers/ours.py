@@ -2,18 +2,23 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 import gpu_lstm
 
 from .. import expected
+from ..cases import VARIANTS
 from ..inputs import Inputs
-from .engine import Engine, Provider, Unable, module_like_torchs
+from .engine import Engine, Provider, Unable, expect, module_like_torchs
 
 if TYPE_CHECKING:  # another commit that is measured may not have it
     from gpu_lstm.backends import BackendName
+
+# Of torch.nn.LSTM and of what that lacks; "cupy" takes states to reset to, too, all others every variant.
+PLAIN = "layers", "directions", "ragged", "packed", "active", "resets"
+TAKEN = {"torch": PLAIN, "cupy": (*PLAIN, "reset_states")}
 
 
 def absent(backend: "BackendName", device: str) -> str | None:
@@ -35,15 +40,20 @@ def no_families(device: str) -> str | None:
 
 def build(backend: str | None, inputs: Inputs) -> Engine:
     """The module on one backend."""
-    lstm = module_like_torchs(gpu_lstm.LSTM, inputs, backend=backend)
-    lengths = inputs.lengths if inputs.case.sequences == "ragged" else None
+    case = inputs.case
+    expect(case, *TAKEN.get(backend or "auto", (*PLAIN, "reset_states", *VARIANTS)))
+    on = {case.variant: VARIANTS[case.variant][0]} if case.variant in VARIANTS else {}
+    lstm = module_like_torchs(gpu_lstm.LSTM, inputs, backend=backend, **on)
+    given: dict[str, Any] = {"resets": inputs.resets, "lengths": None if case.sequences == "packed" else inputs.lengths}
+    if inputs.reset_states is not None:  # which another commit may not take
+        given["reset_states"] = inputs.reset_states
 
     def call(x, h0, c0):
-        y, (h_n, c_n) = lstm(x, (h0, c0), lengths=lengths, resets=inputs.resets)
+        y, (h_n, c_n) = lstm(x, (h0, c0), **given)
         return y, h_n, c_n
 
     def kernels() -> str | None:
-        return (expected.families(inputs.case) or None) if expected.INSIDE_IS_KNOWN and inputs.h0.is_cuda else None
+        return (expected.families(case) or None) if expected.INSIDE_IS_KNOWN and inputs.h0.is_cuda else None
 
     return Engine(call, dict(lstm.named_parameters()), kernels=kernels)
 
@@ -62,8 +72,24 @@ def build_family(family: str, inputs: Inputs) -> Engine:
     return replace(build("triton", inputs), kernels=lambda: None, within=lambda: expected.running(choose))
 
 
+def build_stream(inputs: Inputs) -> Engine:
+    """A step of a stream, which goes on from call to call; on CUDA by its own graph. The states are read each time."""
+    expect(inputs.case, "layers", "active")
+    if inputs.case.mode != "step":
+        raise Unable("only for single steps")
+    lstm = module_like_torchs(gpu_lstm.LSTM, inputs)
+    stream = gpu_lstm.Stream(cast(gpu_lstm.LSTM, lstm), inputs.case.batch, (inputs.h0, inputs.c0))
+    active = {} if inputs.lengths is None else {"active": inputs.lengths > 0}
+
+    def call(x, h0, c0):
+        return stream(x[0], **active)[None], *stream.state
+
+    return Engine(call, dict(lstm.named_parameters()))
+
+
 PROVIDERS = {
     "ours": Provider(partial(build, None), everywhere=True, graphed=True),
+    "ours-stream": Provider(build_stream, everywhere=True),
     "ours-triton": Provider(partial(build, "triton"), partial(absent, "triton"), graphed=True),
     "ours-resident": Provider(partial(build_family, "resident"), no_families, graphed=True),
     "ours-cooperative": Provider(partial(build_family, "cooperative"), no_families, graphed=True),

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..inputs import Inputs
 from .engine import Engine, Provider, Unable, absence, expect, module_like_torchs
@@ -18,7 +17,7 @@ from .engine import Engine, Provider, Unable, absence, expect, module_like_torch
 
 def build(backend: str, inputs: Inputs) -> Engine:
     """The module in recurrent mode with the weights and resets of the inputs."""
-    expect(inputs.case, "layers", "resets")
+    expect(inputs.case, "layers", "resets", "reset_states")
     case = inputs.case
     if backend == "triton" and case.dtype == "fp16":
         raise Unable("its Triton kernels take float32, and bfloat16 in the recurrent product")
@@ -36,13 +35,17 @@ def build(backend: str, inputs: Inputs) -> Engine:
         resets = torch.zeros(case.steps, case.batch, dtype=torch.bool, device=inputs.h0.device)
     is_init = resets.T[:, :, None].contiguous()  # [B, T, 1]
 
-    def for_every_step(state: Tensor) -> Tensor:
-        """[L, B, H] to [B, T, L, H]: the state itself at first, unless there is a reset, and else zeros."""
-        first = torch.where(is_init[:, 0, :, None], 0, state.transpose(0, 1)).to(dtype)
-        return F.pad(first[:, None], (0, 0, 0, 0, 0, case.steps - 1))
+    # [B, T, L, H], for every step: zeros, if nothing else was stored
+    zeros = torch.zeros(case.batch, case.steps, case.layers, case.hidden_size, dtype=dtype, device=inputs.h0.device)
+    stored = [each.movedim(0, 2).transpose(0, 1).to(dtype) for each in inputs.reset_states or ()] or [zeros, zeros]
+
+    def for_every_step(state: Tensor, stored: Tensor) -> Tensor:
+        """[L, B, H] to [B, T, L, H]: the state itself at first, unless there is a reset, and else what was stored."""
+        first = torch.where(is_init[:, 0, :, None], stored[:, 0], state.transpose(0, 1).to(dtype))
+        return torch.cat([first[:, None], stored[:, 1:]], dim=1)
 
     def call(x, h0, c0):
-        given = {"x": x.transpose(0, 1).to(dtype), "h": for_every_step(h0), "c": for_every_step(c0)}
+        given = {"x": x.transpose(0, 1).to(dtype)} | dict(zip("hc", map(for_every_step, (h0, c0), stored)))
         done = module(tensordict.TensorDict({**given, "is_init": is_init}, [case.batch, case.steps]))
         h_n, c_n = (done["next", state][:, -1].transpose(0, 1) for state in ("h", "c"))
         return done["y"].transpose(0, 1).to(case.torch_dtype), h_n, c_n
