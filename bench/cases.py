@@ -10,6 +10,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, 
 
 VARIANTS: dict[str, tuple[Any, dict[str, int]]] = {
     "peepholes": (True, {"weight_peephole": 3}), "recurrent_dropout": (0.25, {}), "zoneout": (0.1, {}),
+    "layer_norm": (True, {"gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1}),
 }  # fmt: skip
 """Of the cell, by the argument of gpu_lstm.LSTM: its value, and the weights [n * H] that it adds, n of each."""
 

@@ -35,8 +35,8 @@ def as_planned(case: Case) -> Any:
     """One layer in one direction, as planning sees it."""
     sizes, settings = (case.steps, case.batch, case.hidden_size), inside("settings")
     precision = inside("precision").recurrent_precision(case.torch_dtype)
-    regularised = case.variant in settings.REGULARISERS
-    return inside(PLANNING).Problem(*sizes, case.torch_dtype, precision=precision, regularised=regularised)
+    kind = dict(regularised=case.variant in settings.REGULARISERS, normalised=case.variant == "layer_norm")
+    return inside(PLANNING).Problem(*sizes, case.torch_dtype, precision=precision, **kind)
 
 
 def families(case: Case) -> str:

@@ -53,7 +53,8 @@ class Inputs:
             weights, dy = lstm.requires_grad_(False).state_dict(), normal(T, B, D * H)
             _, added = VARIANTS.get(case.variant, (None, {}))
             for name in [name for name in weights if name.startswith("weight_hh")]:
-                weights |= {name.replace("weight_hh", kind): normal(n * H, scale=0.1) for kind, n in added.items()}
+                for kind, n in added.items():
+                    weights[name.replace("weight_hh", kind)] = normal(n * H, scale=0.1) + kind.startswith("gain")
             stored = case.variant == "reset_states"
             left = (normal(len(h0), T, B, H, scale=0.5), normal(len(h0), T, B, H, scale=0.5)) if stored else None
             return cls(case, weights, xs, h0, c0, ragged, resets if case.reset_rate else None, left, dy)
@@ -146,5 +147,12 @@ def _cell(variant: str, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tenso
             of_i, of_f, of_o = added[0].chunk(3)
             after = (f + of_f * c).sigmoid() * c + (i + of_i * c).sigmoid() * g.tanh()
             return (o + of_o * after).sigmoid() * after.tanh(), after
+        case "layer_norm":  # Ba, Kiros & Hinton, 2016
+            gain_ih, gain_hh, gain_c, bias_c = added
+            parts = (F.linear(x, weight_ih), gain_ih, bias_ih), (F.linear(h, weight_hh), gain_hh, bias_hh)
+            z = sum(F.layer_norm(product, gain.shape, gain, bias) for product, gain, bias in parts)
+            i, f, g, o = z.chunk(4, dim=1)
+            after = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            return o.sigmoid() * F.layer_norm(after, gain_c.shape, gain_c, bias_c).tanh(), after
         case _:
             return torch.lstm_cell(x, (h, c), weight_ih, weight_hh, bias_ih, bias_hh)

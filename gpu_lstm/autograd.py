@@ -12,8 +12,7 @@ from torch import Tensor
 
 from . import cell, ops, reference
 from .kernels import layer_norm  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
-from .kernels.layer_norm import Unit  # type: ignore[import-not-found]
-from .kernels.recurrence import Norms  # type: ignore[import-not-found]
+from .kernels.layer_norm import NO_UNIT, Unit  # type: ignore[import-not-found]
 from .noise import Noise
 from .sequences import Traversal, valid_steps
 from .transforms import alive, gradients_are_differentiated
@@ -187,7 +186,7 @@ class Saved(NamedTuple):
     c: Tensor  # [T, B, H] float32; zero in padding
 
     def weights(self) -> Weights:
-        return Weights(*self[3 : DIFFERENTIABLE - 2])
+        return Weights(*self[3 : DIFFERENTIABLE - 2])  # type: ignore[arg-type]
 
     def noise(self) -> Noise:
         return Noise(self.dropout_h, self.zoneout_h, self.zoneout_c)
@@ -212,11 +211,13 @@ def _fused_gradients(
         h_prev = _taken_by_weight_hh(saved, traversal)
     if gates_were_dropped:
         gates = _gates_again(saved, h_prev, traversal)
-    of_hh = None if saved.gain_hh is None else layer_norm.unit_of(h_prev @ saved.weight_hh.T)
-    of_c = None if saved.gain_c is None else layer_norm.unit_of(_cell_after(saved, gates, traversal))
-    norms = saved.weights().norms()
+    norms, of_hh, of_c = saved.weights().norms(), NO_UNIT, NO_UNIT
+    if saved.gain_hh is not None:
+        of_hh = layer_norm.unit_of(h_prev @ saved.weight_hh.T)
+    if saved.gain_c is not None:
+        of_c = layer_norm.unit_of(_cell_after(saved, gates, traversal))
     if norms:
-        norms = Norms(*norms, *(of_hh or (None, None)), *(of_c or (None, None)))
+        norms = [*norms, *of_hh, *of_c]
     kept_h = None if saved.zoneout_h is None else saved.reset_h
     dgates, dh0, dc0, dh_total, dkept_h, dreset_c = ops.layer_backward(
         dh, dh_n, None if dc_n is None else dc_n.float(), gates, saved.c, saved.weight_hh, saved.weight_hr,
@@ -231,10 +232,10 @@ def _fused_gradients(
     if saved.gain_ih is not None:
         unit_ih = layer_norm.unit_of(_without_padding(saved.x, saved.lengths) @ saved.weight_ih.T)
         of_x, dgain_ih = _through_norm(dgates, saved.gain_ih, unit_ih)
-    if of_hh is not None:
+    if saved.gain_hh is not None:
         of_h, dgain_hh = _through_norm(dgates, saved.gain_hh, of_hh)
-    if of_c is not None:
-        dgain_c, dbias_c = _gradients_of_norm_of_c(saved, gates, of_c.unit, dh_total)
+    if saved.gain_c is not None:
+        dgain_c, dbias_c = _gradients_of_norm_of_c(saved, saved.gain_c, gates, of_c.unit, dh_total)
     if need.weight_ih:
         dweight_ih = of_x.flatten(0, 1).T @ _without_padding(saved.x, saved.lengths).flatten(0, 1)
     if need.weight_hh:
@@ -318,9 +319,11 @@ def _through_norm(d: Tensor, gain: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
     return layer_norm.gradient(d, gain, *unit), (d * unit.unit).sum((0, 1))
 
 
-def _gradients_of_norm_of_c(saved: Saved, gates: Tensor, unit: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients_of_norm_of_c(
+    saved: Saved, gain: Tensor, gates: Tensor, unit: Tensor, dm: Tensor
+) -> tuple[Tensor, Tensor]:
     """Of its gain and bias [H]; from unit [T, B, H] float32, and dm [T, B, H], the gradient of m = o tanh(LN(c))."""
-    seen = unit * saved.gain_c if saved.bias_c is None else unit * saved.gain_c + saved.bias_c
+    seen = unit * gain if saved.bias_c is None else unit * gain + saved.bias_c
     d_seen = _without_padding(dm * gates.chunk(4, dim=2)[3] * (1 - seen.tanh().square()), saved.lengths)
     return ((d_seen * unit).sum((0, 1)).to(dm.dtype), d_seen.sum((0, 1)).to(dm.dtype))
 

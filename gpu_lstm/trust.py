@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import native, reference
-from .kernels import remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
-from .kernels.recurrence import Recurrence  # type: ignore[import-not-found]
+from .cell import linear, next_cell
+from .kernels import layer_norm, remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from .kernels.recurrence import Norms, Recurrence  # type: ignore[import-not-found]
 from .noise import Noise
 from .reference import Gates
 from .sequences import Traversal
@@ -23,7 +24,8 @@ from .weights import Weights
 
 KIND = "checks"
 STEPS, FEATURES = 4, 8  # T, I
-FORMAT = 2  # raised whenever the small problem or the rule changes
+NORMS = ("gain_hh", "gain_c", "bias_c")  # of layer norms inside the time loop
+FORMAT = 3  # raised whenever the small problem or the rule changes
 
 
 def distrust(plan: Any, like: Recurrence, *, save: bool = True, given: tuple[bool, bool] | None = None) -> str | None:
@@ -53,6 +55,7 @@ def _key(plan: Any, like: Recurrence, save: bool, given: tuple[bool, bool] | Non
     kernel = {name: getattr(plan, name) for name in ("rows", "columns", "k", "num_warps", "num_stages")}
     optional = ("lengths", "resets", "dropout_h", "reset_h", "reset_c", "weight_peephole")
     there = [name for name in optional if getattr(like, name) is not None]
+    there += [name for name in NORMS if getattr(like.norms, name) is not None]
     there += [f"{name}, {t.dim()}-D" for name in ("zoneout_h", "zoneout_c") if (t := getattr(like, name)) is not None]
     return remembered.machine(like.h0.device) | dict(
         format=FORMAT, family=plan.family.value, **kernel, hidden=like.hidden, projected=like.projected,
@@ -71,7 +74,8 @@ def _verdict(plan: Any, like: Recurrence, save: bool, given: tuple[bool, bool] |
     try:
         with torch.enable_grad(), torch.autocast(like.h0.device.type, enabled=False):
             truth, gates = problem.by_reference(torch.float64, given)
-            if problem.noise == Noise() and like.reset_c is None and like.weight_peephole is None:
+            as_torchs = like.reset_c is like.weight_peephole is None and not like.normalised
+            if problem.noise == Noise() and as_torchs:
                 theirs = problem.by_torch(given)
             else:
                 theirs, _ = problem.by_reference(problem.dtype, given)
@@ -104,8 +108,8 @@ class Small:
 
     dtype: torch.dtype
     precision: str  # of float32 products
-    # x, h0, c0, weight_ih, weight_hh and perhaps weight_hr, weight_peephole, reset_h and reset_c, by the step's time;
-    # exact in the dtype
+    # x, h0, c0, weight_ih, weight_hh and perhaps weight_hr, weight_peephole, NORMS, reset_h and reset_c, by the step's
+    # time; exact in the dtype
     tensors: dict[str, Tensor]
     traversal: Traversal
     noise: Noise
@@ -137,6 +141,7 @@ class Small:
             tensors |= dict(reset_h=normal(STEPS, batch, width), reset_c=normal(STEPS, batch, hidden))
         if r.weight_peephole is not None:
             tensors["weight_peephole"] = normal(3 * hidden)
+        tensors |= {name: 1 + normal(len(t), scale=0.3) for name in NORMS if (t := getattr(r.norms, name)) is not None}
         number = torch.arange(batch, device=device)
         lengths = None if r.lengths is None else (number % (STEPS + 1)).flip(0).to(r.lengths.dtype)
         resets = torch.arange(STEPS, device=device)[:, None] + number  # [T, B]
@@ -167,7 +172,7 @@ class Small:
 
     def _results(self, run: Any, dtype: torch.dtype, given: tuple[bool, bool] | None) -> dict[str, Tensor]:
         inputs = {name: t.to(dtype).requires_grad_(given is not None) for name, t in self.tensors.items()}
-        optional = {name: inputs.get(name) for name in ("weight_hr", "weight_peephole")}
+        optional = {name: inputs.get(name) for name in ("weight_hr", "weight_peephole", *NORMS)}
         weights = Weights(inputs["weight_ih"], inputs["weight_hh"], **optional)
         states = [(inputs["reset_h"], inputs["reset_c"])] if "reset_c" in inputs else None
         h, (h_n, c_n) = run(
@@ -191,18 +196,30 @@ class Small:
         launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
         t, device = self.tensors, self.dh.device
         reset_h, reset_c = t.get("reset_h"), t.get("reset_c")
+        taken = self._taken(self.traversal.states_before(gates.hidden, t["h0"].double(), reset_h))
+        product = taken @ t["weight_hh"].double().T  # [T, B, 4H]
+        of_hh = of_c = layer_norm.NO_UNIT
+        if "gain_hh" in t and given is not None:
+            of_hh = layer_norm.unit_of(product)
+        if "gain_c" in t and given is not None:
+            cell_before = self.traversal.states_before(gates.cell, t["c0"].double(), reset_c)
+            of_c = layer_norm.unit_of(next_cell(gates.input, gates.forget, gates.candidate, cell_before))
+        gains = [t.get(name) for name in NORMS]
+        units = [None if each is None else each.float() for each in (*of_hh, *of_c)]
         recurrence = Recurrence(
             weight_hh=t["weight_hh"], weight_hr=t.get("weight_hr"), weight_peephole=t.get("weight_peephole"),
             h0=t["h0"], c0=t["c0"].float(),
             lengths=self.traversal.lengths, resets=self.traversal.resets, reverse=self.traversal.reverse,
-            precision=self.precision, reset_h=None if self.noise.zoneout_h is None else reset_h,
+            precision=self.precision, norms=Norms(*gains, *units),
+            reset_h=None if self.noise.zoneout_h is None else reset_h,
             reset_c=None if reset_c is None else reset_c.float(), **self.noise._asdict(),
         )  # fmt: skip
         if given is None:
             before = t["x"].double() @ t["weight_ih"].double().T
             if reset_h is not None:
                 zeros = torch.zeros_like(reset_h), torch.zeros_like(t["h0"])
-                before += self._taken(self.traversal.states_before(*zeros, reset_h)) @ t["weight_hh"].double().T
+                left = self._taken(self.traversal.states_before(*zeros, reset_h))
+                before += linear(left, t["weight_hh"].double(), None, None if gains[0] is None else gains[0].double())
             h, h_n, c_n, _ = launch.layer_forward(before.to(self.dtype), recurrence, save=save, plan=plan)
             results = dict(h=h, h_n=h_n, c_n=c_n)
         else:
@@ -211,14 +228,15 @@ class Small:
             dgates, dh0, dc0, _, dkept_h, dreset_c = launch.layer_backward(
                 dh, dh_n, None, activated, gates.cell.float(), recurrence, plan=plan
             )
-            taken = self.traversal.states_before(gates.hidden, t["h0"].double(), reset_h)
-            rows = dgates.double().flatten(0, 1)  # [TB, 4H]
+            of_h = dgates.double()  # [T, B, 4H] the gradient of W_hh h
+            if "gain_hh" in t:
+                of_h = layer_norm.gradient(of_h, t["gain_hh"], *layer_norm.unit_of(product))
             results = {
                 "the gradient of x": dgates.double() @ t["weight_ih"].double(), "the gradient of h0": dh0,
-                "the gradient of c0": dc0, "the gradient of weight_hh": rows.T @ self._taken(taken).flatten(0, 1),
+                "the gradient of c0": dc0, "the gradient of weight_hh": of_h.flatten(0, 1).T @ taken.flatten(0, 1),
             }  # fmt: skip
             if reset_h is not None:
-                dreset_h = self._taken(dgates.double() @ t["weight_hh"].double())
+                dreset_h = self._taken(of_h @ t["weight_hh"].double())
                 anew = self.traversal.begins_anew()
                 assert anew is not None
                 dreset_h = torch.where(anew[:, :, None], dreset_h, 0)

@@ -15,18 +15,23 @@ EPS = 1e-5  # as torch.nn.LayerNorm
 class Unit(NamedTuple):
     """What was normalised, before the gain."""
 
-    unit: Tensor  # [..., N] in the dtype of v
-    scale: Tensor  # [...] float32
+    unit: Tensor | None  # [..., N] in the dtype of v
+    scale: Tensor | None  # [...] float32, or float64
+
+
+NO_UNIT = Unit(None, None)
 
 
 def unit_of(v: Tensor) -> Unit:
     """Of v [..., N]."""
-    unit, _, scale = torch.native_layer_norm(v.float(), v.shape[-1:], None, None, EPS)
+    exact = torch.promote_types(v.dtype, torch.float32)
+    unit, _, scale = torch.native_layer_norm(v.to(exact), v.shape[-1:], None, None, EPS)
     return Unit(unit.to(v.dtype), scale[..., 0])
 
 
 def gradient(d: Tensor, gain: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
     """Gradient d of LN(v) [..., N] -> of v, in the dtype of d."""
-    d_unit, unit = d.float() * gain.float(), unit.float()
+    exact = torch.promote_types(d.dtype, torch.float32)
+    d_unit, unit = d.to(exact) * gain, unit.to(exact)
     of_v = d_unit - d_unit.mean(-1, keepdim=True) - unit * (d_unit * unit).mean(-1, keepdim=True)
     return (scale[..., None] * of_v).to(d.dtype)

@@ -213,17 +213,22 @@ def _leaning(error: np.ndarray, true: np.ndarray, dtype: torch.dtype) -> tuple[f
 
 
 def assert_same(
-    ours: dict[str, Tensor], theirs: dict[str, Tensor], backend: str | None = None, equal_nan: bool = False
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    backend: str | None = None,
+    equal_nan: bool = False,
+    condition: float = 1,
 ) -> None:
     """Equal but for rounding: a few units in the last place of the larger of 1 and the largest element.
 
-    The last place is that of the dtype which `backend` computed in, by default that of our result.
+    The last place is that of the dtype which `backend` computed in, by default that of our result. `condition`: what
+    rounding errors are multiplied by on their way, as layer norms do, which divide by the deviation of a few numbers.
     """
     assert list(ours) == list(theirs)
     for name, true in theirs.items():
         scale = max(1.0, true.nan_to_num().abs().max().item() if true.numel() else 0.0)
         dtype = ours[name].dtype if backend is None else PLACES[backend]["dtype"]
         torch.testing.assert_close(
-            ours[name].double().cpu(), true.double().cpu(), rtol=0, atol=8 * torch.finfo(dtype).eps * scale,
+            ours[name].double().cpu(), true.double().cpu(), rtol=0, atol=8 * torch.finfo(dtype).eps * scale * condition,
             equal_nan=equal_nan, msg=lambda text, name=name: f"{name}: {text}",
         )  # fmt: skip

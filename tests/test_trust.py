@@ -12,7 +12,7 @@ from test_faults import FAULTS
 import gpu_lstm
 from gpu_lstm import backends, races, trust
 from gpu_lstm.kernels import remembered
-from gpu_lstm.kernels.recurrence import Recurrence
+from gpu_lstm.kernels.recurrence import Norms, Recurrence
 from gpu_lstm.kernels.triton_lstm import exchange, indexing, launch, step, trial
 from gpu_lstm.kernels.triton_lstm.families import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family, Problem
@@ -32,7 +32,7 @@ def nothing_known(monkeypatch, tmp_path):
 
 
 def _recurrence(
-    dtype=torch.float32, projected=0, ragged=False, noise="", reverse=False, left=False, peepholes=False
+    dtype=torch.float32, projected=0, ragged=False, noise="", reverse=False, left=False, peepholes=False, norms=""
 ) -> Recurrence:
     width = projected or H
 
@@ -51,6 +51,8 @@ def _recurrence(
         options |= {f"zoneout_{s}": torch.tensor(0.3) for s in "hc"}
     if peepholes:
         options["weight_peephole"] = zeros(3 * H)
+    there = zip(("hh", "c", "c"), (4 * H, H, H))
+    options["norms"] = Norms(*(zeros(size) if name in norms.split() else None for name, size in there))
     return Recurrence(
         weight_hh=zeros(4 * H, width), weight_hr=zeros(projected, H) if projected else None, h0=zeros(B, width),
         c0=zeros(B, H, dtype=torch.float32), reverse=reverse, **options,
@@ -58,23 +60,24 @@ def _recurrence(
 
 
 def _step_plan(r: Recurrence, backward: bool):
-    problem = Problem(4, B, H, r.h0.dtype, r.width if r.projected else 0, r.precision, regularised=r.regularised)
+    problem = Problem(4, B, H, r.h0.dtype, r.width if r.projected else 0, r.precision, regularised=r.regularised,
+                      normalised=r.normalised)  # fmt: skip
     return plans(problem, INTERPRETER, backward)[-1]
 
 
 @pytest.mark.parametrize(
-    ("dtype", "projected", "ragged", "noise", "reverse", "left", "peepholes", "given"),
+    ("dtype", "projected", "ragged", "noise", "reverse", "left", "peepholes", "norms", "given"),
     [
-        (torch.float32, 0, False, "", False, False, True, BOTH),
-        (torch.float32, 5, True, "masks", True, True, False, (True, False)),
-        (torch.float16, 5, True, "", False, False, False, (False, True)),
-        (torch.float32, 0, True, "", True, True, False, BOTH),
-        (torch.float16, 0, True, "expected", True, True, True, BOTH),
-        (torch.float16, 0, False, "masks", False, False, False, BOTH),
+        (torch.float32, 0, False, "", False, False, True, "", BOTH),
+        (torch.float32, 5, True, "masks", True, True, False, "", (True, False)),
+        (torch.float16, 5, True, "", False, False, False, "", (False, True)),
+        (torch.float32, 0, True, "", True, True, False, "hh c", BOTH),
+        (torch.float16, 0, True, "expected", True, True, True, "", BOTH),
+        (torch.float16, 0, False, "masks", False, False, False, "c", BOTH),
     ],
 )
-def test_right_kernels_are_trusted(dtype, projected, ragged, noise, reverse, left, peepholes, given):
-    r = _recurrence(dtype, projected, ragged, noise, reverse, left, peepholes)
+def test_right_kernels_are_trusted(dtype, projected, ragged, noise, reverse, left, peepholes, norms, given):
+    r = _recurrence(dtype, projected, ragged, noise, reverse, left, peepholes, norms)
     assert trust.distrust(_step_plan(r, False), r, save=False) is None
     assert trust.distrust(_step_plan(r, True), r, given=given) is None
 
