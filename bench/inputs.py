@@ -149,9 +149,9 @@ def _cell(variant: str, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tenso
             return (o + of_o * after).sigmoid() * after.tanh(), after
         case "layer_norm":  # Ba, Kiros & Hinton, 2016
             gain_ih, gain_hh, gain_c, bias_c = added
-            parts = (F.linear(x, weight_ih), gain_ih, bias_ih), (F.linear(h, weight_hh), gain_hh, bias_hh)
-            z = sum(F.layer_norm(product, gain.shape, gain, bias) for product, gain, bias in parts)
-            i, f, g, o = z.chunk(4, dim=1)
+            of_x = F.layer_norm(F.linear(x, weight_ih), gain_ih.shape, gain_ih, bias_ih)
+            of_h = F.layer_norm(F.linear(h, weight_hh), gain_hh.shape, gain_hh, bias_hh)
+            i, f, g, o = (of_x + of_h).chunk(4, dim=1)
             after = f.sigmoid() * c + i.sigmoid() * g.tanh()
             return o.sigmoid() * F.layer_norm(after, gain_c.shape, gain_c, bias_c).tanh(), after
         case _:

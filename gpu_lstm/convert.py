@@ -152,11 +152,12 @@ def _name(cls: type) -> str:
 
 
 def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
-    """A gpu_lstm.LSTM with the weights of a haste_pytorch.LSTM, on their device and in their dtype.
+    """A gpu_lstm.LSTM with the weights of a haste_pytorch.LSTM or LayerNormLSTM, on their device and in their dtype.
 
     Args:
         source: the module, which gives batch_first and the training flag too, or its state_dict: kernel [I, 4H],
-            recurrent_kernel [H, 4H] and bias [4H], with gates in the order i, g, f, o.
+            recurrent_kernel [H, 4H] and bias [4H], with gates in the order i, g, f, o; of a LayerNormLSTM also gamma
+            [2, 4H], gamma_h [H] and beta_h [H], which become a layer norm's gains and the bias of that of c.
 
     Haste's one bias becomes bias_ih; bias_hh is zero. Its forget_bias needs no place: it is where that bias started.
 
@@ -165,27 +166,38 @@ def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
         ValueError: other names or sizes than these, or a module with zoneout or dropout (of the recurrent weights).
     """
     if not isinstance(source, nn.Module | Mapping):
-        raise TypeError(f"from_haste takes a haste_pytorch.LSTM or its state_dict, got {type(source).__name__}")
+        kinds = "a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict"
+        raise TypeError(f"from_haste takes {kinds}, got {type(source).__name__}")
     state = source.state_dict() if isinstance(source, nn.Module) else source
-    expected = ["bias", "kernel", "recurrent_kernel"]
-    if set(state) != set(expected):
-        raise ValueError(f"expected the parameters {expected} of a haste_pytorch.LSTM, got {sorted(map(str, state))}")
-    for name in expected:
+    plain, norms = ("kernel", "recurrent_kernel", "bias"), ("gamma", "gamma_h", "beta_h")
+    layer_norm = set(state) == {*plain, *norms}
+    if not layer_norm and set(state) != set(plain):
+        raise ValueError(
+            f"expected the parameters {sorted(plain)} of a haste_pytorch.LSTM, with {sorted(norms)} those of a "
+            f"LayerNormLSTM, got {sorted(map(str, state))}"
+        )
+    names = (*plain, *norms) if layer_norm else plain
+    for name in names:
         check_tensor(state[name], name)
-    kernel, recurrent_kernel, bias = state["kernel"], state["recurrent_kernel"], state["bias"]
-    shapes = [list(tensor.shape) for tensor in (kernel, recurrent_kernel, bias)]
+    kernel, recurrent_kernel, bias = (state[name] for name in plain)
+    shapes = [list(state[name].shape) for name in names]
     inputs, hidden = (len(tensor) if tensor.dim() else 0 for tensor in (kernel, recurrent_kernel))
-    if shapes != [[inputs, 4 * hidden], [hidden, 4 * hidden], [4 * hidden]]:
-        raise ValueError(f"expected sizes [I, 4H], [H, 4H] and [4H] of kernel, recurrent_kernel and bias, got {shapes}")
+    rows = 4 * hidden
+    if shapes != [[inputs, rows], [hidden, rows], [rows], [2, rows], [hidden], [hidden]][: len(names)]:
+        sizes = "[I, 4H], [H, 4H], [4H]" + ", [2, 4H], [H], [H]" * layer_norm
+        raise ValueError(f"expected sizes {sizes} of {', '.join(names)}, got {shapes}")
     for name in ("zoneout", "dropout"):
         if getattr(source, name, 0.0):
             raise ValueError(f"the module has {name}={getattr(source, name)}, which gpu_lstm.LSTM cannot take over")
 
     lstm = LSTM(
-        inputs, hidden, batch_first=getattr(source, "batch_first", False), device=kernel.device, dtype=kernel.dtype
-    )
+        inputs, hidden, batch_first=getattr(source, "batch_first", False), device=kernel.device, dtype=kernel.dtype,
+        layer_norm=layer_norm,
+    )  # fmt: skip
     bias = _of_haste(bias)
-    weights = _of_haste(kernel), _of_haste(recurrent_kernel), bias, bias.new_zeros(bias.shape)
+    weights = [_of_haste(kernel), _of_haste(recurrent_kernel), bias, bias.new_zeros(bias.shape)]
+    if layer_norm:
+        weights += [*map(_of_haste, state["gamma"]), state["gamma_h"], state["beta_h"]]
     lstm.load_state_dict(dict(zip(lstm.state_dict(), weights, strict=True)))
     return lstm.train(getattr(source, "training", True))
 

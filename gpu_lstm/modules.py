@@ -169,9 +169,8 @@ class LSTM(_Checked, RNNBase):
         )  # fmt: skip
         for name, value in ours.items():
             setattr(self, name, value)
-        self._peepholes, self._norms = peepholes, norms
         for suffix in [name.removeprefix("weight_hh") for name, _ in self.named_parameters() if "weight_hh" in name]:
-            _add_parameters(self, suffix)
+            _add_parameters(self, suffix, peepholes, norms)
 
     @property
     def peepholes(self) -> bool:
@@ -671,8 +670,8 @@ class LSTMCell(_Checked, RNNCellBase):
         check_bool(PEEPHOLES, peepholes)
         norms = norms_of(layer_norm)
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
-        self.backend, self._peepholes, self._norms = name, peepholes, norms
-        _add_parameters(self, "")
+        self.backend = name
+        _add_parameters(self, "", peepholes, norms)
 
     @property
     def peepholes(self) -> bool:
@@ -754,13 +753,16 @@ class LSTMCell(_Checked, RNNCellBase):
         return _scriptable(self, TorchLSTMCell)
 
 
-def _add_parameters(module: LSTM | LSTMCell, suffix: str) -> None:
+def _add_parameters(module: LSTM | LSTMCell, suffix: str, peepholes: bool, norms: tuple[str, ...]) -> None:
     """Those of peepholes and layer norms, where the others are: peepholes initialised as weights are."""
     like, hidden = next(module.parameters()), module.hidden_size
-    sizes = {f"gain_{norm}": hidden if norm == "c" else 4 * hidden for norm in module._norms}
-    if "c" in module._norms and module.bias:
+    sizes = {f"gain_{norm}": hidden if norm == "c" else 4 * hidden for norm in norms}
+    if "c" in norms and module.bias:
         sizes["bias_c"] = hidden
-    if module._peepholes:
+    if norms:  # else it is as on the class, and there is nothing for `recast` to leave behind
+        module._norms = norms
+    if peepholes:
+        module._peepholes = True
         bound = hidden**-0.5
         weight = like.new_empty(3 * hidden).uniform_(-bound, bound)
         module.register_parameter("weight_peephole" + suffix, nn.Parameter(weight))

@@ -388,38 +388,49 @@ def test_lengths_are_traced():
 
 
 class Haste(nn.Module):
-    """What haste_pytorch.LSTM has of parameters and settings."""
+    """What haste_pytorch.LSTM has of parameters and settings; with `norm` its LayerNormLSTM."""
 
-    def __init__(self, inputs: int, hidden: int, batch_first=False, forget_bias=1.0, dropout=0.0, zoneout=0.0) -> None:
+    def __init__(
+        self, inputs: int, hidden: int, batch_first=False, forget_bias=1.0, dropout=0.0, zoneout=0.0, norm=False
+    ) -> None:
         super().__init__()
         self.batch_first, self.forget_bias, self.dropout, self.zoneout = batch_first, forget_bias, dropout, zoneout
         self.kernel = nn.Parameter(torch.randn(inputs, 4 * hidden))
         self.recurrent_kernel = nn.Parameter(torch.randn(hidden, 4 * hidden))
         self.bias = nn.Parameter(torch.randn(4 * hidden))
+        for name, size in dict(gamma=(2, 4 * hidden), gamma_h=(hidden,), beta_h=(hidden,)).items() if norm else ():
+            self.register_parameter(name, nn.Parameter(torch.randn(size)))
 
 
-def haste(x, h, c, kernel, recurrent_kernel, bias):
+def haste(x, h, c, kernel, recurrent_kernel, bias, gamma=None, gamma_h=None, beta_h=None):
     """Outputs and last states by Haste's formulas, in NumPy: gates i, g, f, o, products from the right."""
     H, outputs = h.shape[1], []
+
+    def norm(v, gain):
+        mean = v.mean(axis=1, keepdims=True)
+        return v if gain is None else gain * (v - mean) / np.sqrt(((v - mean) ** 2).mean(axis=1, keepdims=True) + 1e-5)
+
+    of_x, of_h = (None, None) if gamma is None else gamma
     for x_t in x:
-        z = x_t @ kernel + h @ recurrent_kernel + bias
+        z = norm(x_t @ kernel, of_x) + norm(h @ recurrent_kernel, of_h) + bias
         i, f, o = (1 / (1 + np.exp(-z[:, gate * H : (gate + 1) * H])) for gate in (0, 2, 3))
         c = f * c + i * np.tanh(z[:, H : 2 * H])
-        h = o * np.tanh(c)
+        h = o * np.tanh(c if gamma is None else norm(c, gamma_h) + beta_h)
         outputs.append(h)
     return np.stack(outputs), h, c
 
 
-def test_haste_weights_give_hastes_numbers():
-    theirs = Haste(3, 4).double()
+@pytest.mark.parametrize("norm", [False, True])
+def test_haste_weights_give_hastes_numbers(norm):
+    theirs = Haste(3, 4, norm=norm).double()
     x, h, c = (torch.randn(*size, dtype=torch.float64) for size in ((5, 2, 3), (2, 4), (2, 4)))
-    expected = haste(*(t.detach().numpy() for t in (x, h, c, theirs.kernel, theirs.recurrent_kernel, theirs.bias)))
+    expected = haste(*(t.detach().numpy() for t in (x, h, c, *theirs.parameters())))
     before = copy.deepcopy(theirs.state_dict())
     for source in (theirs, theirs.state_dict()):
         ours = from_haste(source)
         y, (h_n, c_n) = ours(x, (h[None], c[None]))
         for found, true in zip((y, h_n[0], c_n[0]), expected, strict=True):
-            np.testing.assert_allclose(found.detach().numpy(), true, rtol=0, atol=1e-14)
+            np.testing.assert_allclose(found.detach().numpy(), true, rtol=0, atol=1e-13)
         assert (ours.batch_first, ours.training) == (False, True)
         assert all(parameter.requires_grad and parameter.is_leaf for parameter in ours.parameters())
         with torch.no_grad():

@@ -12,7 +12,7 @@ from comparing import NAMES, PLACES, Example, assert_as_good_as_torch, example
 
 from gpu_lstm import ops, reference
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
-from gpu_lstm.kernels.recurrence import Recurrence
+from gpu_lstm.kernels.recurrence import Norms, Recurrence
 from gpu_lstm.kernels.triton_lstm import plan_cache
 from gpu_lstm.kernels.triton_lstm.families import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
@@ -158,9 +158,10 @@ def test_the_operators(device):
 
 def test_the_kernels_of_cupy_refuse_noise():
     gates, h0, weight_hh = torch.zeros(2, 1, 16), torch.zeros(1, 4), torch.zeros(16, 4)
-    peephole = Recurrence(weight_hh=weight_hh, h0=h0, c0=h0, weight_peephole=torch.zeros(12))
-    with pytest.raises(ValueError, match=r"^backend 'cupy' takes no peepholes$"):
-        cupy.layer_forward(gates, peephole, save=True)
+    for variant in (dict(weight_peephole=torch.zeros(12)), dict(norms=Norms(None, torch.zeros(4), None))):
+        recurrence = Recurrence(weight_hh=weight_hh, h0=h0, c0=h0, **variant)
+        with pytest.raises(ValueError, match=r"^backend 'cupy' takes neither peepholes nor layer norms$"):
+            cupy.layer_forward(gates, recurrence, save=True)
     for noise in (dict(dropout_h=h0), dict(zoneout_h=torch.tensor(0.1)), dict(zoneout_c=torch.tensor(0.1))):
         recurrence = Recurrence(weight_hh=weight_hh, h0=h0, c0=h0, **noise)
         with pytest.raises(ValueError, match=r"^backend 'cupy' takes neither recurrent dropout nor zoneout$"):

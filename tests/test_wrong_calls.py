@@ -25,7 +25,7 @@ from gpu_lstm.functional import lstm_layer
 BOOL, F64, F16, META = torch.bool, torch.float64, torch.float16, "meta"
 X, H, C = zeros(5, 2, 3), zeros(1, 2, 4), zeros(1, 2, 4)
 WEIGHTS = zeros(16, 3), zeros(16, 4)
-PEEPING = gpu_lstm.LSTM(3, 4, peepholes=True)
+PEEPING = gpu_lstm.LSTM(3, 4, peepholes=True, layer_norm=True)
 HASTE = dict(kernel=zeros(3, 16), recurrent_kernel=zeros(4, 16), bias=zeros(16))
 PACKED = pack_sequence([zeros(5, 3), zeros(3, 3)])
 PAIRS = [(zeros(2, 4), zeros(2, 4))] * 2  # of StackedLSTM(3, [4, 4])
@@ -139,6 +139,15 @@ def wrong_arguments():
         for value in ("yes", 1, None) if cls != "LSTMCell" else ():
             for name in ("recompute", "peepholes"):
                 yield cls, name, value, TypeError, A_BOOL.format(name, type(value).__name__)
+        for value, error, got in (
+            ("hh", TypeError, "str"),
+            (1, TypeError, "int"),
+            (("hh", "x"), ValueError, ".*'x'.*"),
+        ):
+            text = (
+                "of type bool, or a tuple of names, got: " if error is TypeError else "a bool, or name some of .* got "
+            )
+            yield cls, "layer_norm", value, error, f"^layer_norm should be {text}{got}$"
     for cls in ("LSTM", "StackedLSTM"):
         yield from ((cls, name, value, ValueError, text) for name, value, text in rates())
     yield from (("compat.LSTM", name, value, ValueError, text) for name, value, text in [*rates()][:2])
@@ -238,6 +247,20 @@ CALLS = [
       for backend in ("torch", "cupy")),
     ("lstm_layer peepholes as a matrix", RuntimeError, "^weight_peephole must have 1 dimensions, got 2$",
      lambda m: lstm_layer(X, [*WEIGHTS[:2], None, None, None, zeros(3, 4)])),
+    *((f"lstm_layer layer_norm, {backend}", ValueError,
+       f"^backend '{backend}' takes no layer_norm; use 'triton' or 'reference'$",
+       lambda m, backend=backend: lstm_layer(X, [*WEIGHTS[:2], *[None] * 6, zeros(4)], backend=backend))
+      for backend in ("torch", "cupy")),
+    ("LSTM layer_norm proj_size", ValueError,
+     "^layer_norm is not defined with a projection: expected proj_size 0, got 2$",
+     lambda m: gpu_lstm.LSTM(3, 4, proj_size=2, layer_norm=("ih",))),
+    ("lstm_layer layer_norm weight_hr", ValueError,
+     "^layer_norm is not defined with a projection: expected proj_size 0, got 2$",
+     lambda m: lstm_layer(X, [WEIGHTS[0], zeros(16, 2), None, None, zeros(2, 4), None, zeros(16)])),
+    ("lstm_layer bias_c alone", RuntimeError, "^bias_c should be given together with gain_c$",
+     lambda m: lstm_layer(X, [*WEIGHTS[:2], *[None] * 7, zeros(4)])),
+    ("functional_call gain_hh", RuntimeError, SIZE.format("gain_hh", r"\(16,\)", r"\[4\]"),
+     lambda m: with_parameter(PEEPING, "gain_hh_l0", zeros(4))),
     ("lstm.peepholes = True", AttributeError, "peepholes", lambda m: setattr(m.lstm, "peepholes", True)),
     # Input of LSTM
     ("LSTM nested", RuntimeError, DENSE.format("LSTM", "a nested tensor"), lambda m: m.lstm(NESTED)),
@@ -371,10 +394,10 @@ CALLS = [
      lambda m: layer(m, weights=zeros(2, 16, 4))),
     ("lstm_layer weights None", TypeError, "^weights should be a tuple or list of tensors, got: NoneType$",
      lambda m: layer(m, weights=None)),
-    ("lstm_layer one weight", ValueError, r"^Expected weights of 2 to 6 tensors \(weight_ih, .*\), got 1$",
+    ("lstm_layer one weight", ValueError, r"^Expected weights of 2 to 10 tensors \(weight_ih, .*\), got 1$",
      lambda m: layer(m, weights=WEIGHTS[:1])),
-    ("lstm_layer seven weights", ValueError, r"^Expected weights of 2 to 6 tensors \(.*weight_peephole\), got 7$",
-     lambda m: layer(m, weights=[*WEIGHTS, None, None, None, None, None])),
+    ("lstm_layer eleven weights", ValueError, r"^Expected weights of 2 to 10 tensors \(.*gain_c, bias_c\), got 11$",
+     lambda m: layer(m, weights=[*WEIGHTS, *[None] * 9])),
     ("lstm_layer weight_hh None", TypeError, A_TENSOR.format("weight_hh", "NoneType"),
      lambda m: layer(m, weights=(WEIGHTS[0], None))),
     ("lstm_layer bias a list", TypeError, A_TENSOR.format("bias_hh", "list"),
@@ -517,7 +540,7 @@ CALLS = [
     ("to_torch of weight drop", ValueError, "^'0' has .*=0.5, which torch.nn.LSTM has not$",
      lambda m: gpu_lstm.to_torch(nn.Sequential(m.deep, m.lstm))),
     *((f"from_haste of {type(value).__name__}", TypeError,
-       f"^from_haste takes a haste_pytorch.LSTM or its state_dict, got {type(value).__name__}$",
+       f"^from_haste takes a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got {type(value).__name__}$",
        lambda m, value=value: gpu_lstm.from_haste(value)) for value in (None, [1], "haste", zeros(3, 16))),
     ("from_haste of torch's", ValueError, r"^expected the parameters .* got \['bias_hh_l0', ",
      lambda m: gpu_lstm.from_haste(m.of_another)),

@@ -40,7 +40,8 @@ def layer_forward(
     Raises:
         RuntimeError: blocks of an earlier launch waited in vain for each other.
         TypeError: a dtype that the kernels do not take.
-        ValueError: recurrent dropout, zoneout or peepholes; T, B or H is more than the kernels can count to.
+        ValueError: recurrent dropout, zoneout, peepholes or layer norms; T, B or H is more than the kernels can count
+            to.
     """
     r = whole = _checked(gates, recurrence)
     if whole.projected:
@@ -79,7 +80,8 @@ def layer_backward(
     Raises:
         RuntimeError: blocks of an earlier launch waited in vain for each other.
         TypeError: a dtype that the kernels do not take.
-        ValueError: recurrent dropout, zoneout or peepholes; T, B or H is more than the kernels can count to.
+        ValueError: recurrent dropout, zoneout, peepholes or layer norms; T, B or H is more than the kernels can count
+            to.
     """
     r = whole = _checked(gates, recurrence)
     dm, dm_n, dh_total = dh, dh_n, gates.new_empty(0)
@@ -110,8 +112,8 @@ def _checked(gates: Tensor, r: Recurrence) -> Recurrence:
         raise TypeError(f"backend 'cupy' takes float16, bfloat16 and float32, got {gates.dtype}")
     if r.regularised:
         raise ValueError("backend 'cupy' takes neither recurrent dropout nor zoneout")
-    if r.weight_peephole is not None:
-        raise ValueError("backend 'cupy' takes no peepholes")
+    if r.weight_peephole is not None or r.normalised:
+        raise ValueError("backend 'cupy' takes neither peepholes nor layer norms")
     check_counts(gates)
     return r if r.lengths is None else dataclasses.replace(r, lengths=r.lengths.int())
 
