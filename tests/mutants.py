@@ -89,6 +89,7 @@ TESTS = {
     "kernels/cupy_lstm": "cupy_launch cupy_kernels",
     "kernels/giving_up": "giving_up",
     "kernels/initial_gradient": f"{NUMBERS} {TOGETHER}",
+    "kernels/layer_norm": "variants layer trust",
     "kernels/operands": f"first_call {NUMBERS} {TOGETHER}",
     "kernels/ordering": "side_by_side",
     "kernels/projection": "cupy_kernels sequence_kernels::test_resident",
