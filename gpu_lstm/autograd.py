@@ -4,8 +4,7 @@ The kernels do only the recurrence. The input product and every weight gradient 
 once, outside the time loop.
 """
 
-import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,21 +24,15 @@ def input_product(x: Tensor, weights: Weights) -> Tensor:
     return cell.linear(x, weights.weight_ih, bias, weights.gain_ih).contiguous()
 
 
-def pre_activations(
-    x: Tensor,  # [T, B, I]
-    weights: Weights,
-    traversal: Traversal,
-    reset_h: Tensor | None,  # [T, B, P]
-    dropout_h: Tensor | None,  # [B, P]
-) -> Tensor:
+def pre_activations(given: "Inputs", traversal: Traversal) -> Tensor:
     """What the kernels are given, [T, B, 4H]: the input product and, where a step is reset, that of h as it is then.
 
     The latter are known beforehand, so that the time loop takes h = 0 there.
     """
-    z = input_product(x, weights)
-    if reset_h is not None:
-        taken = _at_resets(reset_h if dropout_h is None else dropout_h * reset_h, traversal)
-        add_recurrent_product(z, taken, weights)
+    z = input_product(given.x, given.weights())
+    if given.reset_h is not None:
+        taken = given.reset_h if given.dropout_h is None else given.dropout_h * given.reset_h
+        add_recurrent_product(z, _at_resets(taken, traversal), given.weights())
     return z
 
 
@@ -56,6 +49,64 @@ def _at_resets(t: Tensor, traversal: Traversal) -> Tensor:
     anew = traversal.begins_anew()
     assert anew is not None, "states to reset to come with resets"
     return torch.where(anew[:, :, None], t, 0)
+
+
+class Inputs(NamedTuple):
+    """The tensors that a layer is given, first those of `Gradients`."""
+
+    x: Tensor  # [T, B, I]
+    h0: Tensor  # [B, P]
+    c0: Tensor  # [B, H]
+    weight_ih: Tensor  # [4H, I] and below: a layer's Weights
+    weight_hh: Tensor  # [4H, P]
+    bias_ih: Tensor | None  # [4H]
+    bias_hh: Tensor | None  # [4H]
+    weight_hr: Tensor | None  # [P, H]
+    weight_peephole: Tensor | None  # [3H]
+    gain_ih: Tensor | None  # [4H]
+    gain_hh: Tensor | None  # [4H]
+    gain_c: Tensor | None  # [H]
+    bias_c: Tensor | None  # [H]
+    reset_h: Tensor | None  # [T, B, P] what steps that are reset begin with, by the time of the step
+    reset_c: Tensor | None  # [T, B, H] float32
+    dropout_h: Tensor | None  # [B, P] and below: its Noise
+    zoneout_h: Tensor | None  # [T, B, P] or []
+    zoneout_c: Tensor | None  # [T, B, H] or []
+    lengths: Tensor | None  # [B]
+    resets: Tensor | None  # [T, B]
+
+    # By every field, since torch 2.8 traces no slice of them.
+
+    def weights(self) -> Weights:
+        """Those of the layer."""
+        return Weights(
+            self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.weight_hr, self.weight_peephole,
+            self.gain_ih, self.gain_hh, self.gain_c, self.bias_c,
+        )  # fmt: skip
+
+    def noise(self) -> Noise:
+        """That of the call."""
+        return Noise(self.dropout_h, self.zoneout_h, self.zoneout_c)
+
+    def traversal(self, reverse: bool) -> Traversal:
+        """How the layer goes through the batch."""
+        states = None if self.reset_h is None or self.reset_c is None else [(self.reset_h, self.reset_c)]
+        return Traversal(self.lengths, self.resets, reverse, states)
+
+    def recurrence(self, *units: Tensor | None) -> list[Tensor | None]:
+        """What operators are given of it, in the order of ops.TENSORS; `units` are the last of Norms."""
+        kept_h = None if self.zoneout_h is None else self.reset_h
+        return [
+            self.weight_hh, self.weight_hr, self.weight_peephole, self.h0, self.c0.float(), self.lengths, self.resets,
+            self.dropout_h, self.zoneout_h, self.zoneout_c, kept_h, self.reset_c,
+            self.gain_hh, self.gain_c, self.bias_c, *units,
+        ]  # fmt: skip
+
+
+def run(given: Inputs, reverse: bool, side_by_side: int, backend: str, *, save: bool) -> tuple[Tensor, ...]:
+    """The recurrence by a backend's kernels: gates [T, B, 4H], activated if `save`, h, h_n, c_n and c of ops.py."""
+    gates = pre_activations(given, given.traversal(reverse))
+    return gates, *ops.layer_forward(gates, given.recurrence(), reverse, side_by_side, backend, save)
 
 
 class Gradients(NamedTuple):
@@ -88,175 +139,95 @@ class LSTMLayerFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        h0: Tensor,
-        c0: Tensor,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias_ih: Tensor | None,
-        bias_hh: Tensor | None,
-        weight_hr: Tensor | None,
-        weight_peephole: Tensor | None,
-        gain_ih: Tensor | None,
-        gain_hh: Tensor | None,
-        gain_c: Tensor | None,
-        bias_c: Tensor | None,
-        reset_h: Tensor | None,
-        reset_c: Tensor | None,
-        dropout_h: Tensor | None,
-        zoneout_h: Tensor | None,
-        zoneout_c: Tensor | None,
-        lengths: Tensor | None,
-        resets: Tensor | None,
-        reverse: bool,
-        backend: str,
-        recompute: bool,
-        side_by_side: int,
-    ) -> tuple[Tensor, ...]:
-        weights = Weights(
-            weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole, gain_ih, gain_hh, gain_c, bias_c
-        )
-        gates = pre_activations(x, weights, Traversal(lengths, resets, reverse), reset_h, dropout_h)
-        h, h_n, c_n, c = ops.layer_forward(
-            gates, weight_hh, weight_hr, h0, c0.float(), lengths, resets, reverse, True, backend,
-            weights.norms(), dropout_h, zoneout_h, zoneout_c, side_by_side,
-            None if zoneout_h is None else reset_h, reset_c, weight_peephole,
-        )  # fmt: skip
-        return h, h_n, c_n.to(c0.dtype), gates.new_empty(0) if recompute else gates, c
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        """Those of `run`, one after another, and whether the gates are to be taken again."""
+        *tensors, reverse, side_by_side, backend, recompute = arguments
+        given = Inputs(*tensors)
+        gates, h, h_n, c_n, c = run(given, reverse, side_by_side, backend, save=True)
+        return h, h_n, c_n.to(given.c0.dtype), gates.new_empty(0) if recompute else gates, c
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        *tensors, reverse, backend, _, side_by_side = inputs
+        *tensors, ctx.reverse, ctx.side_by_side, ctx.backend, _ = inputs
         h, _, _, gates, c = output
         ctx.mark_non_differentiable(gates, c)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, h, gates, c)
-        ctx.reverse, ctx.backend, ctx.side_by_side, ctx.inputs = reverse, backend, side_by_side, len(inputs)
+        ctx.inputs = len(inputs)
 
     @staticmethod
     def backward(ctx, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
-        saved = Saved(*ctx.saved_tensors)
-        if gradients_are_differentiated(saved.h, [*saved, dh, dh_n, dc_n]):
-            gradients = _differentiable_gradients(ctx, Saved(*map(alive, saved)), (dh, dh_n, dc_n))  # type: ignore[arg-type]
+        *tensors, h, gates, c = ctx.saved_tensors
+        if gradients_are_differentiated(h, [*tensors, h, gates, c, dh, dh_n, dc_n]):
+            gradients = _differentiable_gradients(ctx, Inputs(*map(alive, tensors)), (dh, dh_n, dc_n))  # type: ignore[arg-type]
         else:
             with torch.no_grad():
-                gradients = _fused_gradients(ctx, saved, dh, dh_n, dc_n)
+                gradients = _fused_gradients(ctx, Saved(Inputs(*tensors), h, gates, c), [dh, dh_n, dc_n])
         return *gradients, *(None,) * (ctx.inputs - DIFFERENTIABLE)
-
-
-# At every call torch binds the arguments to forward's signature, for defaults that it has not: a fast one will do.
-LSTMLayerFunction.forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [inspect.Parameter("arguments", inspect.Parameter.VAR_POSITIONAL)]
-)
-
-
-def _traversal(
-    lengths: Tensor | None, resets: Tensor | None, reverse: bool, reset_h: Tensor | None, reset_c: Tensor | None
-) -> Traversal:
-    states = None if reset_h is None or reset_c is None else [(reset_h, reset_c)]
-    return Traversal(lengths, resets, reverse, states)
 
 
 class Saved(NamedTuple):
     """What backward reads: the inputs, and what forward left."""
 
-    x: Tensor  # [T, B, I]
-    h0: Tensor  # [B, P]
-    c0: Tensor  # [B, H]
-    weight_ih: Tensor  # [4H, I]
-    weight_hh: Tensor  # [4H, P]
-    bias_ih: Tensor | None  # [4H]
-    bias_hh: Tensor | None  # [4H]
-    weight_hr: Tensor | None  # [P, H]
-    weight_peephole: Tensor | None  # [3H]
-    gain_ih: Tensor | None  # [4H]
-    gain_hh: Tensor | None  # [4H]
-    gain_c: Tensor | None  # [H]
-    bias_c: Tensor | None  # [H]
-    reset_h: Tensor | None  # [T, B, P] what steps that are reset begin with, by the time of the step
-    reset_c: Tensor | None  # [T, B, H] float32
-    dropout_h: Tensor | None  # [B, P]
-    zoneout_h: Tensor | None  # [T, B, P] or []
-    zoneout_c: Tensor | None  # [T, B, H] or []
-    lengths: Tensor | None  # [B]
-    resets: Tensor | None  # [T, B]
+    given: Inputs
     h: Tensor  # [T, B, P]
     gates: Tensor  # [T, B, 4H] activated, anything in padding; empty if they are to be taken again
     c: Tensor  # [T, B, H] float32; zero in padding
 
-    def weights(self) -> Weights:
-        return Weights(*self[3 : DIFFERENTIABLE - 2])  # type: ignore[arg-type]
 
-    def noise(self) -> Noise:
-        return Noise(self.dropout_h, self.zoneout_h, self.zoneout_c)
-
-    def traversal(self, reverse: bool) -> Traversal:
-        return _traversal(self.lengths, self.resets, reverse, self.reset_h, self.reset_c)
-
-
-def _fused_gradients(
-    ctx,
-    saved: Saved,
-    dh: Tensor | None,  # [T, B, P]
-    dh_n: Tensor | None,  # [B, P]
-    dc_n: Tensor | None,  # [B, H]
-) -> Gradients:
+def _fused_gradients(ctx, saved: Saved, output_gradients: list[Tensor | None]) -> Gradients:
     """By the kernels; None where none is needed."""
-    need = Gradients(*ctx.needs_input_grad[:DIFFERENTIABLE])
-    traversal = saved.traversal(ctx.reverse)
+    need, given = Gradients(*ctx.needs_input_grad[:DIFFERENTIABLE]), saved.given
+    traversal = given.traversal(ctx.reverse)
     gates_were_dropped = saved.gates.dim() < saved.c.dim()  # not fewer elements: a batch of none has none
     h_prev = gates = saved.gates
-    if gates_were_dropped or need.weight_hh or saved.gain_hh is not None:
+    if gates_were_dropped or need.weight_hh or given.gain_hh is not None:
         h_prev = _taken_by_weight_hh(saved, traversal)
     if gates_were_dropped:
         gates = _gates_again(saved, h_prev, traversal)
-    norms, of_hh, of_c = saved.weights().norms(), NO_UNIT, NO_UNIT
-    if saved.gain_hh is not None:
-        of_hh = layer_norm.unit_of(h_prev @ saved.weight_hh.T)
-    if saved.gain_c is not None:
+    of_hh = of_c = NO_UNIT
+    if given.gain_hh is not None:
+        of_hh = layer_norm.unit_of(h_prev @ given.weight_hh.T)
+    if given.gain_c is not None:
         of_c = layer_norm.unit_of(_cell_after(saved, gates, traversal))
-    if norms:
-        norms = [*norms, *of_hh, *of_c]
-    kept_h = None if saved.zoneout_h is None else saved.reset_h
+    dh, dh_n, dc_n = output_gradients
     dgates, dh0, dc0, dh_total, dkept_h, dreset_c = ops.layer_backward(
-        dh, dh_n, None if dc_n is None else dc_n.float(), gates, saved.c, saved.weight_hh, saved.weight_hr,
-        saved.h0, saved.c0.float(), saved.lengths, saved.resets, ctx.reverse, ctx.backend, norms, *saved.noise(),
-        ctx.side_by_side, kept_h, saved.reset_c, saved.weight_peephole,
+        [dh, dh_n, None if dc_n is None else dc_n.float()], gates, saved.c, given.recurrence(*of_hh, *of_c),
+        ctx.reverse, ctx.side_by_side, ctx.backend,
     )  # fmt: skip
 
     # dgates are zero in padding, but zero times the NaN that may stand there is not.
     dweight_ih = dweight_hh = dweight_hr = dweight_peephole = dbias = dreset_h = None
     dgain_ih = dgain_hh = dgain_c = dbias_c = None
     of_x, of_h = dgates, dgates  # [T, B, 4H] gradients of x W_ih^T and h W_hh^T
-    if saved.gain_ih is not None:
-        unit_ih = layer_norm.unit_of(_without_padding(saved.x, saved.lengths) @ saved.weight_ih.T)
-        of_x, dgain_ih = _through_norm(dgates, saved.gain_ih, unit_ih)
-    if saved.gain_hh is not None:
-        of_h, dgain_hh = _through_norm(dgates, saved.gain_hh, of_hh)
-    if saved.gain_c is not None:
-        dgain_c, dbias_c = _gradients_of_norm_of_c(saved, saved.gain_c, gates, of_c.unit, dh_total)
+    if given.gain_ih is not None:
+        unit_ih = layer_norm.unit_of(_without_padding(given.x, given.lengths) @ given.weight_ih.T)
+        of_x, dgain_ih = _through_norm(dgates, given.gain_ih, unit_ih)
+    if given.gain_hh is not None:
+        of_h, dgain_hh = _through_norm(dgates, given.gain_hh, of_hh)
+    if given.gain_c is not None:
+        dgain_c, dbias_c = _gradients_of_norm_of_c(saved, given.gain_c, gates, of_c.unit, dh_total)
     if need.weight_ih:
-        dweight_ih = of_x.flatten(0, 1).T @ _without_padding(saved.x, saved.lengths).flatten(0, 1)
+        dweight_ih = of_x.flatten(0, 1).T @ _without_padding(given.x, given.lengths).flatten(0, 1)
     if need.weight_hh:
         dweight_hh = of_h.flatten(0, 1).T @ h_prev.flatten(0, 1)
     if need.bias_ih or need.bias_hh:
         dbias = dgates.sum((0, 1))
     if need.weight_hr:
-        m = _without_padding(_outputs_again(saved, gates, traversal), saved.lengths)
+        m = _without_padding(_outputs_again(saved, gates, traversal), given.lengths)
         dweight_hr = dh_total.flatten(0, 1).T @ m.flatten(0, 1)
     if need.weight_peephole:
         dweight_peephole = _gradient_of_peepholes(saved, dgates, gates, traversal)
     if need.reset_h:
-        dreset_h = _at_resets(of_h, traversal) @ saved.weight_hh
-        if saved.dropout_h is not None:
-            dreset_h = saved.dropout_h * dreset_h
-        if kept_h is not None:
+        dreset_h = _at_resets(of_h, traversal) @ given.weight_hh
+        if given.dropout_h is not None:
+            dreset_h = given.dropout_h * dreset_h
+        if given.zoneout_h is not None:
             dreset_h = dreset_h + dkept_h.to(dreset_h.dtype)
     return Gradients(
-        x=of_x @ saved.weight_ih if need.x else None,
+        x=of_x @ given.weight_ih if need.x else None,
         h0=dh0 if need.h0 else None,
-        c0=dc0.to(saved.c0.dtype) if need.c0 else None,
+        c0=dc0.to(given.c0.dtype) if need.c0 else None,
         weight_ih=dweight_ih,
         weight_hh=dweight_hh,
         bias_ih=dbias if need.bias_ih else None,
@@ -274,22 +245,22 @@ def _fused_gradients(
 
 def _taken_by_weight_hh(saved: Saved, traversal: Traversal) -> Tensor:
     """The hidden states [T, B, P] that each step's recurrent product took; anything finite in padding."""
-    h_prev = traversal.states_before(saved.h, saved.h0, saved.reset_h)
-    return h_prev if saved.dropout_h is None else saved.dropout_h * h_prev
+    h_prev = traversal.states_before(saved.h, saved.given.h0, saved.given.reset_h)
+    return h_prev if saved.given.dropout_h is None else saved.given.dropout_h * h_prev
 
 
 def _cell_before(saved: Saved, traversal: Traversal) -> Tensor:
     """The cell states [T, B, H] that each step began with, float32; anything finite in padding."""
-    return traversal.states_before(saved.c, saved.c0.float(), saved.reset_c)
+    return traversal.states_before(saved.c, saved.given.c0.float(), saved.given.reset_c)
 
 
 def _gates_again(saved: Saved, h_prev: Tensor, traversal: Traversal) -> Tensor:
     """The activated gates [T, B, 4H] once more: all h are known by now, so that one product does for all steps."""
-    z = input_product(saved.x, saved.weights())
-    add_recurrent_product(z, h_prev, saved.weights())
-    if saved.weight_peephole is None:
+    z = input_product(saved.given.x, saved.given.weights())
+    add_recurrent_product(z, h_prev, saved.given.weights())
+    if saved.given.weight_peephole is None:
         return cell.activate_in_place(z)
-    return cell.activate_with_peepholes_in_place(z, _cell_before(saved, traversal), saved.weight_peephole)
+    return cell.activate_with_peepholes_in_place(z, _cell_before(saved, traversal), saved.given.weight_peephole)
 
 
 def _outputs_again(saved: Saved, gates: Tensor, traversal: Traversal) -> Tensor:
@@ -299,7 +270,7 @@ def _outputs_again(saved: Saved, gates: Tensor, traversal: Traversal) -> Tensor:
 
 def _cell_after(saved: Saved, gates: Tensor, traversal: Traversal) -> Tensor:
     """c as each step computed it, before zoneout, [T, B, H] float32; anything in padding."""
-    if saved.zoneout_c is None:
+    if saved.given.zoneout_c is None:
         return saved.c
     i, f, g, _ = gates.chunk(4, dim=2)
     return cell.next_cell(i, f, g, _cell_before(saved, traversal))
@@ -309,7 +280,7 @@ def _gradient_of_peepholes(saved: Saved, dgates: Tensor, gates: Tensor, traversa
     """[3H]: the gradients of z_i and z_f times the c before each step, of z_o times the c after it, over all steps."""
     dz_i, dz_f, _, dz_o = dgates.chunk(4, dim=2)
     before = _cell_before(saved, traversal)
-    after = _without_padding(_cell_after(saved, gates, traversal), saved.lengths)
+    after = _without_padding(_cell_after(saved, gates, traversal), saved.given.lengths)
     sums = [(dz * c).sum((0, 1)) for dz, c in ((dz_i, before), (dz_f, before), (dz_o, after))]
     return torch.cat(sums).to(dgates.dtype)
 
@@ -323,8 +294,8 @@ def _gradients_of_norm_of_c(
     saved: Saved, gain: Tensor, gates: Tensor, unit: Tensor, dm: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Of its gain and bias [H]; from unit [T, B, H] float32, and dm [T, B, H], the gradient of m = o tanh(LN(c))."""
-    seen = unit * gain if saved.bias_c is None else unit * gain + saved.bias_c
-    d_seen = _without_padding(dm * gates.chunk(4, dim=2)[3] * (1 - seen.tanh().square()), saved.lengths)
+    seen = unit * gain if saved.given.bias_c is None else unit * gain + saved.given.bias_c
+    d_seen = _without_padding(dm * gates.chunk(4, dim=2)[3] * (1 - seen.tanh().square()), saved.given.lengths)
     return ((d_seen * unit).sum((0, 1)).to(dm.dtype), d_seen.sum((0, 1)).to(dm.dtype))
 
 
@@ -334,22 +305,23 @@ def _without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:
     return t if valid is None else torch.where(valid[:, :, None], t, 0)
 
 
-def _differentiable_gradients(ctx, saved: Saved, output_gradients: tuple[Tensor | None, ...]) -> Gradients:
+def _differentiable_gradients(ctx, given: Inputs, output_gradients: tuple[Tensor | None, ...]) -> Gradients:
     """The same gradients, themselves differentiable: the layer is taken again through reference.py."""
     needed = [k for k, need in enumerate(ctx.needs_input_grad[:DIFFERENTIABLE]) if need]
-    given = [k for k, gradient in enumerate(output_gradients) if gradient is not None]
+    there = [k for k, gradient in enumerate(output_gradients) if gradient is not None]
 
     def layer(*tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs: list[Tensor | None] = list(saved[:DIFFERENTIABLE])
+        inputs: list[Any] = list(given)
         for k, tensor in zip(needed, tensors):
             inputs[k] = tensor
-        x, h0, c0, *weights, reset_h, reset_c = inputs
-        traversal = _traversal(saved.lengths, saved.resets, ctx.reverse, reset_h, reset_c)
-        h, state = reference.layer(x, (h0, c0), Weights(*weights), traversal, saved.noise())  # type: ignore[arg-type]
+        anew = Inputs(*inputs)
+        h, state = reference.layer(
+            anew.x, (anew.h0, anew.c0), anew.weights(), anew.traversal(ctx.reverse), anew.noise()
+        )
         outputs = h, *state
-        return tuple(outputs[k] for k in given)
+        return tuple(outputs[k] for k in there)
 
     # torch.func.vjp, not autograd.grad: inputs may be one tensor or depend on each other, and be those of a transform.
-    _, pull = torch.func.vjp(layer, *(saved[k] for k in needed))[:2]
-    gradients = dict(zip(needed, pull(tuple(output_gradients[k] for k in given))))
+    _, pull = torch.func.vjp(layer, *(given[k] for k in needed))[:2]
+    gradients = dict(zip(needed, pull(tuple(output_gradients[k] for k in there))))
     return Gradients(*(gradients.get(k) for k in range(DIFFERENTIABLE)))

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import ops
-from .autograd import LSTMLayerFunction, pre_activations
+from .autograd import Inputs, LSTMLayerFunction, run
 from .backends import Backend
 from .noise import NO_NOISE, Noise
 from .sequences import Traversal
@@ -33,21 +32,11 @@ def layer(
         reset_h, reset_c = reset_h.to(x.dtype), reset_c.float()
         if reset_h is reset_c:
             reset_c = reset_c.view_as(reset_c)
-    way = traversal.lengths, traversal.resets, traversal.reverse
+    given = Inputs(x, h0, c0, *weights, reset_h, reset_c, *noise, traversal.lengths, traversal.resets)
+    how = traversal.reverse, side_by_side, backend.value
     # Asked here, since autograd is off inside Function.forward.
-    save = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, h0, c0, *weights, reset_h, reset_c)
-    )
-    if save:
-        h, h_n, c_n, *_ = LSTMLayerFunction.apply(
-            x, h0, c0, *weights, reset_h, reset_c, *noise, *way, backend.value, recompute, side_by_side
-        )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        h, h_n, c_n, *_ = LSTMLayerFunction.apply(*given, *how, recompute)
     else:
-        gates = pre_activations(x, weights, traversal, reset_h, noise.dropout_h)
-        kept_h = None if noise.zoneout_h is None else reset_h
-        h, h_n, c_n, _ = ops.layer_forward(
-            gates, weights.weight_hh, weights.weight_hr, h0, c0.float(), *way, False, backend.value, weights.norms(),
-            *noise, side_by_side, kept_h, reset_c, weights.weight_peephole,
-        )  # fmt: skip
-        c_n = c_n.to(c0.dtype)
-    return h, (h_n, c_n)
+        _, h, h_n, c_n, _ = run(given, *how, save=False)
+    return h, (h_n, c_n.to(c0.dtype))

@@ -3,7 +3,7 @@
 The recurrence of one layer in one direction, on the backends that have kernels of their own. Shapes and meanings
 are those of kernels/recurrence.py and of the launchers, e.g. kernels/triton_lstm/launch.py; cell states and their
 gradients are float32. This is the one place where a launcher is chosen. torch.compile sees the operators and their
-fakes, and never the launchers. Schemas are flat, so only here does a recurrence travel as its fields.
+fakes, and never the launchers. Schemas are flat, so only here does a recurrence travel as its tensors.
 """
 
 import contextlib
@@ -25,20 +25,22 @@ from .profiling import register_flops
 
 _LIBRARY = library_of(__name__)
 _LIBRARY.define(
-    "layer_forward(Tensor(a!) gates, Tensor weight_hh, Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, "
-    "Tensor? resets, bool reverse, bool save, str backend, Tensor?[] norms, Tensor? dropout_h=None, "
-    "Tensor? zoneout_h=None, Tensor? zoneout_c=None, int side_by_side=1, Tensor? reset_h=None, Tensor? reset_c=None, "
-    "Tensor? weight_peephole=None) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor c)",
+    "layer_forward(Tensor(a!) gates, Tensor?[] recurrence, bool reverse, int side_by_side, str backend, bool save) "
+    "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor c)",
     tags=(torch.Tag.needs_exact_strides,),
 )
 _LIBRARY.define(
-    "layer_backward(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor gates, Tensor c, Tensor weight_hh, "
-    "Tensor? weight_hr, Tensor h0, Tensor c0, Tensor? lengths, Tensor? resets, bool reverse, str backend, "
-    "Tensor?[] norms, Tensor? dropout_h=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None, "
-    "int side_by_side=1, Tensor? reset_h=None, Tensor? reset_c=None, Tensor? weight_peephole=None) "
+    "layer_backward(Tensor?[] gradients, Tensor gates, Tensor c, Tensor?[] recurrence, bool reverse, int side_by_side, "
+    "str backend) "
     "-> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh_total, Tensor dreset_h, Tensor dreset_c)",
     tags=(torch.Tag.needs_exact_strides,),
 )
+
+TENSORS = (
+    "weight_hh", "weight_hr", "weight_peephole", "h0", "c0", "lengths", "resets",
+    "dropout_h", "zoneout_h", "zoneout_c", "reset_h", "reset_c",
+)  # fmt: skip
+"""A recurrence in the order in which its tensors travel; those of its norms follow."""
 
 layer_forward = torch.ops.gpu_lstm.layer_forward.default
 layer_backward = torch.ops.gpu_lstm.layer_backward.default
@@ -70,90 +72,44 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _recurrence(
-    dtype: torch.dtype,
-    weight_hh: Tensor,
-    weight_hr: Tensor | None,
-    h0: Tensor,
-    c0: Tensor,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    reverse: bool,
-    dropout_h: Tensor | None,
-    zoneout_h: Tensor | None,
-    zoneout_c: Tensor | None,
-    side_by_side: int,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    weight_peephole: Tensor | None,
-    norms: Sequence[Tensor | None],
-) -> Recurrence:
+def _named(recurrence: Sequence[Tensor | None]) -> dict[str, Any]:
+    norms = recurrence[len(TENSORS) :]
+    return dict(zip(TENSORS, recurrence)) | {"norms": Norms(*norms) if norms else NO_NORMS}
+
+
+def _recurrence(tensors: Sequence[Tensor | None], dtype: torch.dtype, reverse: bool, side_by_side: int) -> Recurrence:
+    precision = recurrent_precision(dtype)
     return Recurrence(
-        weight_hh=weight_hh.contiguous(),
-        weight_hr=_contiguous(weight_hr),
-        h0=h0.contiguous(),
-        c0=c0.contiguous(),
-        lengths=_contiguous(lengths),
-        resets=_contiguous(resets),
-        reverse=reverse,
-        precision=recurrent_precision(dtype),
-        dropout_h=_contiguous(dropout_h),
-        zoneout_h=_contiguous(zoneout_h),
-        zoneout_c=_contiguous(zoneout_c),
-        side_by_side=side_by_side,
-        reset_h=_contiguous(reset_h),
-        reset_c=_contiguous(reset_c),
-        weight_peephole=_contiguous(weight_peephole),
-        norms=Norms(*map(_contiguous, norms)) if norms else NO_NORMS,
+        **_named([*map(_contiguous, tensors)]), reverse=reverse, precision=precision, side_by_side=side_by_side
     )
 
 
-def _layer_forward(
-    gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend, norms,
-    dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1, reset_h=None, reset_c=None,
-    weight_peephole=None,
-):  # fmt: skip
-    recurrence = _recurrence(
-        gates.dtype, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, dropout_h, zoneout_h, zoneout_c,
-        side_by_side, reset_h, reset_c, weight_peephole, norms,
-    )  # fmt: skip
+def _layer_forward(gates, recurrence, reverse, side_by_side, backend, save):
+    given = _recurrence(recurrence, gates.dtype, reverse, side_by_side)
     with on_the_device_of(gates):
-        return _launcher(backend).layer_forward(gates, recurrence, save=save, **_checks(backend))
+        return _launcher(backend).layer_forward(gates, given, save=save, **_checks(backend))
 
 
-def _layer_forward_fake(
-    gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, save, backend, norms,
-    dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1, reset_h=None, reset_c=None,
-    weight_peephole=None,
-):  # fmt: skip
+def _layer_forward_fake(gates, recurrence, reverse, side_by_side, backend, save):
+    h0, c0 = (_named(recurrence)[name] for name in ("h0", "c0"))
     h = gates.new_empty(*gates.shape[:2], h0.shape[1])
     c = c0.new_empty((gates.shape[0], *c0.shape) if save else 0)
     return h, torch.empty_like(h0), torch.empty_like(c0), c
 
 
-def _layer_backward(
-    dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend, norms,
-    dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1, reset_h=None, reset_c=None,
-    weight_peephole=None,
-):  # fmt: skip
-    recurrence = _recurrence(
-        gates.dtype, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, dropout_h, zoneout_h, zoneout_c,
-        side_by_side, reset_h, reset_c, weight_peephole, norms,
-    )  # fmt: skip
-    dh, dh_n, dc_n = map(_contiguous, (dh, dh_n, dc_n))
+def _layer_backward(gradients, gates, c, recurrence, reverse, side_by_side, backend):
+    given = _recurrence(recurrence, gates.dtype, reverse, side_by_side)
     with on_the_device_of(gates):
-        return _launcher(backend).layer_backward(dh, dh_n, dc_n, gates, c, recurrence, **_checks(backend))
+        return _launcher(backend).layer_backward(*map(_contiguous, gradients), gates, c, given, **_checks(backend))
 
 
-def _layer_backward_fake(
-    dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, h0, c0, lengths, resets, reverse, backend, norms,
-    dropout_h=None, zoneout_h=None, zoneout_c=None, side_by_side=1, reset_h=None, reset_c=None,
-    weight_peephole=None,
-):  # fmt: skip
-    of_states = (c0.new_empty(0 if t is None else t.shape) for t in (reset_h, reset_c))
-    has_total = weight_hr is not None or (norms and norms[1] is not None)
-    dh_total = gates.new_empty((*gates.shape[:2], h0.shape[1]) if has_total else (0,))
-    return torch.empty_like(gates), torch.empty_like(h0), torch.empty_like(c0), dh_total, *of_states
+def _layer_backward_fake(gradients, gates, c, recurrence, reverse, side_by_side, backend):
+    given = _named(recurrence)
+    of_states = (c.new_empty(0 if given[name] is None else given[name].shape) for name in ("reset_h", "reset_c"))
+    has_total = given["weight_hr"] is not None or given["norms"].gain_c is not None
+    dh_total = gates.new_empty((*gates.shape[:2], given["h0"].shape[1]) if has_total else (0,))
+    dh0, dc0 = (torch.empty_like(given[name]) for name in ("h0", "c0"))
+    return torch.empty_like(gates), dh0, dc0, dh_total, *of_states
 
 
 for _key in ("CPU", "CUDA"):

@@ -31,18 +31,19 @@ def named(layer: int, direction: int | None, run: partial | None) -> contextlib.
     return profiler.record_function(f"gpu_lstm layer {layer}{way}, {backend.value}")
 
 
-def forward_flops(gates: torch.Size, weight_hh: torch.Size, weight_hr: torch.Size | None, *others, **options) -> int:
+def forward_flops(gates: torch.Size, recurrence: list[torch.Size | None], *others, **options) -> int:
     """Of the recurrence's products alone, two for each multiply-add, as torch counts them.
 
     The product with W_hh [4H, P] takes 2 T B 4H P, that with W_hr [P, H] 2 T B P H.
     """
     steps, batch = gates[:2]
-    return 2 * steps * batch * (prod(weight_hh) + (0 if weight_hr is None else prod(weight_hr)))
+    weights = recurrence[:2]  # W_hh, and W_hr if there is a projection
+    return 2 * steps * batch * sum(prod(weight) for weight in weights if weight is not None)
 
 
-def backward_flops(dh, dh_n, dc_n, gates, c, weight_hh, weight_hr, *others, **options) -> int:  # shapes
+def backward_flops(gradients, gates, c, recurrence, *others, **options) -> int:  # shapes
     """As many: gradients of weights, and all that concerns x, are products of torch's own, over all steps."""
-    return forward_flops(gates, weight_hh, weight_hr)
+    return forward_flops(gates, recurrence)
 
 
 def register_flops() -> None:

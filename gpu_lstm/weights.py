@@ -41,11 +41,6 @@ class Weights(NamedTuple):
     gain_c: Tensor | None = None  # [H], of that of c
     bias_c: Tensor | None = None  # [H]
 
-    def norms(self) -> list[Tensor | None]:
-        """What kernels are given for the layer norms inside the time loop; nothing where there are none."""
-        norms = [self.gain_hh, self.gain_c, self.bias_c]
-        return [] if self.gain_hh is self.gain_c is None else norms
-
     @property
     def variant(self) -> str | None:
         """What torch's own cell has not: of two such things, that which the fewest backends take."""

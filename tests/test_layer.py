@@ -11,6 +11,7 @@ import torch
 from comparing import NAMES, PLACES, Example, assert_as_good_as_torch, example
 
 from gpu_lstm import ops, reference
+from gpu_lstm.kernels import layer_norm
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.recurrence import Norms, Recurrence
 from gpu_lstm.kernels.triton_lstm import plan_cache
@@ -142,18 +143,22 @@ def test_nan_passes_neither_a_reset_nor_out_of_the_padding(backend):
     assert (dx[3:, 2] == 0).all()
 
 
-def test_the_operators(device):
-    given = noisy((3, 2, 3, 5, 2), "ragged states peepholes reverse", "masks")
-    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr, weight_peephole = (
+@pytest.mark.parametrize("variant", ["ragged states peepholes reverse", "ragged states peepholes layer norm reverse"])
+def test_the_operators(variant, device):
+    given = noisy((3, 2, 3, 5, 0 if "norm" in variant else 2), variant, "masks")
+    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr, weight_peephole, _, *norms = (
         None if t is None else t.to(device, torch.float32) for t in given.tensors
     )
     noise = [(t if t.dtype is torch.bool else t.float()).to(device) for t in given.noise]
-    gates = x @ weight_ih.T
-    rest = (weight_hh, weight_hr, h0, c0, given.lengths.to(device), given.resets.to(device), True)
-    others = (*noise, 1, *(t.to(device, torch.float32) for t in given.reset_states), weight_peephole)
-    torch.library.opcheck(ops.layer_forward, (gates, *rest, True, "triton", [], *others))
-    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", [], *others)
-    torch.library.opcheck(ops.layer_backward, (h, h_n, c_n, gates, c, *rest, "triton", [], *others))
+    gates, left = x @ weight_ih.T, [t.to(device, torch.float32) for t in given.reset_states]
+    traversal = given.lengths.to(device), given.resets.to(device)
+    recurrence = [weight_hh, weight_hr, weight_peephole, h0, c0, *traversal, *noise, *left, *norms]
+    rest = True, 1, "triton"
+    torch.library.opcheck(ops.layer_forward, (gates, recurrence, *rest, True))
+    h, h_n, c_n, c = ops.layer_forward(gates, recurrence, *rest, True)
+    if "norm" in variant:
+        recurrence += [*layer_norm.unit_of(gates), *layer_norm.unit_of(c)]
+    torch.library.opcheck(ops.layer_backward, ([h, h_n, c_n], gates, c, recurrence, *rest))
 
 
 def test_the_kernels_of_cupy_refuse_noise():

@@ -12,24 +12,25 @@ VARIANTS = [dict(P=0), dict(P=2, ragged=True, resets=0.4, reverse=True)]
 
 
 def _arguments(variant, device):
-    """(gates, weight_hh, weight_hr, h0, c0, lengths, resets, reverse) of a small problem."""
+    """(gates, recurrence, reverse, side_by_side, backend) of a small problem."""
     given = example(3, 2, 3, 5, **variant)
     x, h0, c0, weight_ih, weight_hh, _, _, weight_hr, *_ = (
         None if t is None else t.to(device, torch.float32) for t in given.tensors
     )
     lengths, resets = (None if t is None else t.to(device) for t in (given.lengths, given.resets))
-    return x @ weight_ih.T, weight_hh, weight_hr, h0, c0, lengths, resets, given.reverse
+    recurrence = [weight_hh, weight_hr, None, h0, c0, lengths, resets, *[None] * 5]
+    return x @ weight_ih.T, recurrence, given.reverse, 1, "triton"
 
 
 @pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_layer_forward(variant, save, device):
-    torch.library.opcheck(ops.layer_forward, (*_arguments(variant, device), save, "triton", []))
+    torch.library.opcheck(ops.layer_forward, (*_arguments(variant, device), save))
 
 
 @pytest.mark.parametrize("kind", ["masks", "rates"])
 def test_noise_and_neighbours(kind, device):
-    gates, *rest = _arguments(VARIANTS[0], device)
+    gates, recurrence, reverse, *_ = _arguments(VARIANTS[0], device)
     (steps, batch), hidden = gates.shape[:2], gates.shape[2] // 4
     if kind == "masks":
         noise = (
@@ -39,29 +40,30 @@ def test_noise_and_neighbours(kind, device):
         )
     else:
         noise = None, torch.tensor(0.1), torch.tensor(0.2)
-    noise = tuple(None if t is None else t.to(device) for t in noise)
-    torch.library.opcheck(ops.layer_forward, (gates, *rest, True, "triton", [], *noise, 2))
-    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", [], *noise, 2)
-    torch.library.opcheck(ops.layer_backward, (h, h_n, c_n, gates, c, *rest, "triton", [], *noise, 2))
+    recurrence[7:10] = (None if t is None else t.to(device) for t in noise)
+    rest = recurrence, reverse, 2, "triton"
+    torch.library.opcheck(ops.layer_forward, (gates, *rest, True))
+    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True)
+    torch.library.opcheck(ops.layer_backward, ([h, h_n, c_n], gates, c, *rest))
 
 
 @pytest.mark.parametrize("which", ["all", "output", "states"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_layer_backward(variant, which, device):
     gates, *rest = _arguments(variant, device)
-    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", [])
+    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True)
     dh, dh_n, dc_n = (torch.ones_like(t) for t in (h, h_n, c_n))
     gradients = {"all": (dh, dh_n, dc_n), "output": (dh, None, None), "states": (None, dh_n, dc_n)}[which]
-    torch.library.opcheck(ops.layer_backward, (*gradients, gates, c, *rest, "triton", []))
+    torch.library.opcheck(ops.layer_backward, ([*gradients], gates, c, *rest))
 
 
 def test_backward_leaves_what_was_saved_alone(device):
     gates, *rest = _arguments(VARIANTS[1], device)
-    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True, "triton", [])
+    h, h_n, c_n, c = ops.layer_forward(gates, *rest, True)
     # In padding nothing was ever written, so NaN stands for whatever the memory held.
     saved = gates.nan_to_num(), c.nan_to_num()
-    first = ops.layer_backward(h, h_n, c_n, gates, c, *rest, "triton", [])
-    second = ops.layer_backward(h, h_n, c_n, gates, c, *rest, "triton", [])
+    first = ops.layer_backward([h, h_n, c_n], gates, c, *rest)
+    second = ops.layer_backward([h, h_n, c_n], gates, c, *rest)
     assert torch.equal(gates.nan_to_num(), saved[0])
     assert torch.equal(c.nan_to_num(), saved[1])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -70,10 +72,10 @@ def test_backward_leaves_what_was_saved_alone(device):
 def test_a_stride_of_zero_in_the_gradient(device):
     """sum() hands back an expanded gradient; it means the same as a contiguous one."""
     gates, *rest = _arguments(VARIANTS[0], device)
-    h, *_, c = ops.layer_forward(gates, *rest, True, "triton", [])
+    h, *_, c = ops.layer_forward(gates, *rest, True)
     one = torch.ones((), device=device)
-    expanded = ops.layer_backward(one.expand_as(h), None, None, gates, c, *rest, "triton", [])
-    contiguous = ops.layer_backward(torch.ones_like(h), None, None, gates, c, *rest, "triton", [])
+    expanded = ops.layer_backward([one.expand_as(h), None, None], gates, c, *rest)
+    contiguous = ops.layer_backward([torch.ones_like(h), None, None], gates, c, *rest)
     assert all(torch.equal(a, b) for a, b in zip(expanded, contiguous, strict=True))
 
 
