@@ -38,6 +38,7 @@ EMPTY = {
     "projection": lambda **k: gpu_lstm.LSTM(I, H, proj_size=2, **k),
     "stack": lambda **k: gpu_lstm.StackedLSTM(I, [H, 5], **k),
     "regularised": lambda **k: gpu_lstm.LSTM(I, H, recurrent_dropout=0.5, zoneout=0.1, **k),
+    "layer norm": lambda **k: gpu_lstm.LSTM(I, H, layer_norm=True, **k),
 }
 
 
@@ -47,7 +48,7 @@ EMPTY = {
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_of_none(backend, kind, recompute, ragged):
     """Forward and backward: results with no rows, and gradients of zero."""
-    if backend == "torch" and kind == "regularised":
+    if backend == "torch" and kind in ("regularised", "layer norm"):
         backend = None  # chooses one that takes it
     place = PLACES[backend or "reference"]
     lstm = EMPTY[kind](backend=backend, recompute=recompute, **place)
@@ -248,6 +249,7 @@ HUGE = {
     "step, rows": (Family.STEP, Problem(3, 2**30, 5, F16)),
     "step, rows, projection": (Family.STEP, Problem(3, 2**30, 5, F16, projected=3)),
     "step, rows, masks": (Family.STEP, Problem(3, 2**30, 5, F16, regularised=True)),
+    "step, rows, norms": (Family.STEP, Problem(3, 2**30, 5, F16, normalised=True)),
     "step, W_hh": (Family.STEP, Problem(2, 17, 23_200, F16)),
     "step, W_hh and W_hr": (Family.STEP, Problem(2, 17, 46_400, F16, projected=46_400)),
     "resident, rows": (Family.RESIDENT, Problem(3, 2**30, 5, F16)),

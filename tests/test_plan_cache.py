@@ -52,7 +52,7 @@ def test_what_is_remembered_comes_back():
     "change",
     [
         dict(batch=17), dict(hidden=769), dict(dtype=torch.float16), dict(projected=64), dict(precision="tf32"),
-        dict(side_by_side=2), dict(regularised=True),
+        dict(side_by_side=2), dict(regularised=True), dict(normalised=True),
     ],
     ids=str,
 )  # fmt: skip
@@ -70,7 +70,7 @@ def test_a_plan_is_for_one_kind_of_problem(change):
 def test_no_field_of_a_problem_is_forgotten():
     """A new field of Problem must be in the key, and in the test above."""
     assert {field.name for field in dataclasses.fields(Problem)} == {
-        "steps", "batch", "hidden", "dtype", "projected", "precision", "side_by_side", "regularised",
+        "steps", "batch", "hidden", "dtype", "projected", "precision", "side_by_side", "regularised", "normalised",
     }  # fmt: skip
 
 

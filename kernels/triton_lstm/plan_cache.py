@@ -8,7 +8,7 @@ import triton
 from .. import remembered as findings
 from .planning import Device, Family, Plan, Problem
 
-FORMAT = 4  # raised whenever a field of Plan or of the key changes its name or meaning
+FORMAT = 5  # raised whenever a field of Plan or of the key changes its name or meaning
 KIND = "plans"
 
 
@@ -34,7 +34,8 @@ def _key(problem: Problem, device: Device, backward: bool) -> findings.Key:
     return dict(
         format=FORMAT, triton=triton.__version__, card=device.name, batch=problem.batch, hidden=problem.hidden,
         projected=problem.projected, dtype=str(problem.dtype), precision=problem.precision,
-        side_by_side=problem.side_by_side, regularised=problem.regularised, backward=backward,
+        side_by_side=problem.side_by_side, regularised=problem.regularised, normalised=problem.normalised,
+        backward=backward,
     )  # fmt: skip
 
 
