@@ -104,11 +104,40 @@ FAULTS = {
 }
 
 
-def _example(seed):
-    return example(5, 3, 3, 6, ragged=True, resets=0.4, states=True, peepholes=True, reverse=True, seed=seed)
+@triton.jit
+def the_mean_stays(v, mean, scale, gain, bias):
+    return gain * (v * scale) + bias
 
 
-compare = partial(assert_as_good_as_torch, _example, "triton", torch.float32, yardstick="reference")
+@triton.jit
+def nothing_through_the_deviation(d, unit, scale, mean_d, mean_d_unit):
+    return scale * (d - mean_d)
+
+
+@triton.jit
+def nothing_through_the_mean(d, unit, scale, mean_d, mean_d_unit):
+    return scale * (d - unit * mean_d_unit)
+
+
+@triton.jit
+def gain_of_the_next_unit(vector_ptr, unit, otherwise, H: tl.constexpr):
+    return tl.load(vector_ptr + (unit + 1) % H, mask=unit < H, other=otherwise).to(tl.float32)
+
+
+FAULTS_OF_NORMS = {
+    "normalise": [the_mean_stays],
+    "normalise_backward": [nothing_through_the_deviation, nothing_through_the_mean],
+    "load_for_units": [gain_of_the_next_unit],
+}
+
+
+def _example(seed, **variant):
+    return example(5, 3, 3, 6, ragged=True, resets=0.4, states=True, reverse=True, seed=seed, **variant)
+
+
+def compare(seeds=3, *, norms=()):
+    given = partial(_example, peepholes=not norms, norms=norms)
+    assert_as_good_as_torch(given, "triton", torch.float32, seeds=seeds, yardstick="reference")
 
 
 @pytest.fixture(params=[step, resident], ids=["step", "resident"])
@@ -123,20 +152,23 @@ def family(request, monkeypatch):
     return request.param
 
 
-def test_without_a_fault(family):
-    compare()
+@pytest.mark.parametrize("norms", [(), ("hh", "c")])
+def test_without_a_fault(family, norms):
+    compare(norms=norms)
 
 
-@pytest.mark.parametrize(
-    ("name", "fault"),
-    [pytest.param(name, fault, id=fault.fn.__name__) for name, faults in FAULTS.items() for fault in faults],
-)
+def each(faults):
+    named = [pytest.param(name, fault, id=fault.fn.__name__) for name, some in faults.items() for fault in some]
+    return pytest.mark.parametrize(("name", "fault"), named)
+
+
+@each(FAULTS | FAULTS_OF_NORMS)
 def test_a_planted_fault_is_seen(monkeypatch, family, name, fault):
     for module in (family, fragments, indexing):  # wherever the family's kernels find it
         if hasattr(module, name):
             monkeypatch.setattr(module, name, fault)
     with pytest.raises(AssertionError):
-        compare(seeds=1)
+        compare(seeds=1, norms=("hh", "c") if name in FAULTS_OF_NORMS else ())
 
 
 SWAPS = [

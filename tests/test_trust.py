@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl  # noqa: F401  # the interpreter asks for it
 from concurrent_interpreter import ConcurrentRun
-from test_faults import FAULTS
+from test_faults import FAULTS, FAULTS_OF_NORMS, each
 
 import gpu_lstm
 from gpu_lstm import backends, races, trust
@@ -106,15 +106,13 @@ def test_every_family_is_checked_by_its_own_kernel(monkeypatch, family, projecte
     assert kernels == [f"lstm_{family.value}_{direction}_kernel" for direction in ("forward", "backward")]
 
 
-@pytest.mark.parametrize(
-    ("name", "fault"),
-    [pytest.param(name, fault, id=fault.fn.__name__) for name, faults in FAULTS.items() for fault in faults],
-)
+@each(FAULTS | FAULTS_OF_NORMS)
 def test_a_wrong_kernel_is_found_out(monkeypatch, name, fault):
     for module in (step, indexing):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, fault)
-    r = _recurrence(ragged=True, reverse=True, left=name == "reset_to", peepholes=True)
+    norms = "hh c" if name in FAULTS_OF_NORMS else ""
+    r = _recurrence(ragged=True, reverse=True, left=name == "reset_to", peepholes=True, norms=norms)
     with pytest.warns(UserWarning, match=r"is not trusted on cpu: the RMS error of .* where .* is allowed.*report"):
         found = trust.distrust(_step_plan(r, False), r) or trust.distrust(_step_plan(r, True), r, given=BOTH)
     assert found.startswith("the RMS error of")
