@@ -93,20 +93,20 @@ class Inputs(NamedTuple):
         states = None if self.reset_h is None or self.reset_c is None else [(self.reset_h, self.reset_c)]
         return Traversal(self.lengths, self.resets, reverse, states)
 
-    def recurrence(self, *units: Tensor | None) -> list[Tensor | None]:
-        """What operators are given of it, in the order of ops.TENSORS; `units` are the last of Norms."""
+    def recurrence(self, *units: Tensor | None) -> ops.Flat:
+        """What operators are given of it; `units` are the last of Norms."""
         kept_h = None if self.zoneout_h is None else self.reset_h
-        return [
+        return ops.flat([
             self.weight_hh, self.weight_hr, self.weight_peephole, self.h0, self.c0.float(), self.lengths, self.resets,
             self.dropout_h, self.zoneout_h, self.zoneout_c, kept_h, self.reset_c,
             self.gain_hh, self.gain_c, self.bias_c, *units,
-        ]  # fmt: skip
+        ])  # fmt: skip
 
 
 def run(given: Inputs, reverse: bool, side_by_side: int, backend: str, *, save: bool) -> tuple[Tensor, ...]:
     """The recurrence by a backend's kernels: gates [T, B, 4H], activated if `save`, h, h_n, c_n and c of ops.py."""
     gates = pre_activations(given, given.traversal(reverse))
-    return gates, *ops.layer_forward(gates, given.recurrence(), reverse, side_by_side, backend, save)
+    return gates, *ops.layer_forward(gates, *given.recurrence(), reverse, side_by_side, backend, save)
 
 
 class Gradients(NamedTuple):
@@ -192,7 +192,7 @@ def _fused_gradients(ctx, saved: Saved, output_gradients: list[Tensor | None]) -
         of_c = layer_norm.unit_of(_cell_after(saved, gates, traversal))
     dh, dh_n, dc_n = output_gradients
     dgates, dh0, dc0, dh_total, dkept_h, dreset_c = ops.layer_backward(
-        [dh, dh_n, None if dc_n is None else dc_n.float()], gates, saved.c, given.recurrence(*of_hh, *of_c),
+        [dh, dh_n, None if dc_n is None else dc_n.float()], gates, saved.c, *given.recurrence(*of_hh, *of_c),
         ctx.reverse, ctx.side_by_side, ctx.backend,
     )  # fmt: skip
 

@@ -25,13 +25,14 @@ from .profiling import register_flops
 
 _LIBRARY = library_of(__name__)
 _LIBRARY.define(
-    "layer_forward(Tensor(a!) gates, Tensor?[] recurrence, bool reverse, int side_by_side, str backend, bool save) "
+    "layer_forward(Tensor(a!) gates, Tensor[] recurrence, int[] which, bool reverse, int side_by_side, str backend, "
+    "bool save) "
     "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor c)",
     tags=(torch.Tag.needs_exact_strides,),
 )
 _LIBRARY.define(
-    "layer_backward(Tensor?[] gradients, Tensor gates, Tensor c, Tensor?[] recurrence, bool reverse, int side_by_side, "
-    "str backend) "
+    "layer_backward(Tensor?[] gradients, Tensor gates, Tensor c, Tensor[] recurrence, int[] which, bool reverse, "
+    "int side_by_side, str backend) "
     "-> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh_total, Tensor dreset_h, Tensor dreset_c)",
     tags=(torch.Tag.needs_exact_strides,),
 )
@@ -41,6 +42,14 @@ TENSORS = (
     "dropout_h", "zoneout_h", "zoneout_c", "reset_h", "reset_c",
 )  # fmt: skip
 """A recurrence in the order in which its tensors travel; those of its norms follow."""
+
+Flat = tuple[list[Tensor], list[int]]
+
+
+def flat(tensors: Sequence[Tensor | None]) -> Flat:
+    """Those that are there and their places: torch.jit.trace takes no list with None in it, and none of bools."""
+    return [t for t in tensors if t is not None], [k for k, t in enumerate(tensors) if t is not None]
+
 
 layer_forward = torch.ops.gpu_lstm.layer_forward.default
 layer_backward = torch.ops.gpu_lstm.layer_backward.default
@@ -67,48 +76,44 @@ def on_the_device_of(t: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    # The kernels take contiguous tensors. Gradients often come expanded: sum() hands back stride 0.
-    return None if t is None else t.contiguous()
+def _named(recurrence: Sequence[Tensor], which: Sequence[int]) -> dict[str, Any]:
+    there = dict(zip(which, recurrence))
+    norms = [there.get(len(TENSORS) + k) for k in range(len(NO_NORMS))]
+    return {name: there.get(k) for k, name in enumerate(TENSORS)} | {"norms": Norms(*norms)}
 
 
-def _named(recurrence: Sequence[Tensor | None]) -> dict[str, Any]:
-    norms = recurrence[len(TENSORS) :]
-    return dict(zip(TENSORS, recurrence)) | {"norms": Norms(*norms) if norms else NO_NORMS}
+def _recurrence(flat: Flat, dtype: torch.dtype, reverse: bool, side_by_side: int) -> Recurrence:
+    tensors, which = flat
+    named = _named([t.contiguous() for t in tensors], which)
+    return Recurrence(**named, reverse=reverse, precision=recurrent_precision(dtype), side_by_side=side_by_side)
 
 
-def _recurrence(tensors: Sequence[Tensor | None], dtype: torch.dtype, reverse: bool, side_by_side: int) -> Recurrence:
-    precision = recurrent_precision(dtype)
-    return Recurrence(
-        **_named([*map(_contiguous, tensors)]), reverse=reverse, precision=precision, side_by_side=side_by_side
-    )
-
-
-def _layer_forward(gates, recurrence, reverse, side_by_side, backend, save):
-    given = _recurrence(recurrence, gates.dtype, reverse, side_by_side)
+def _layer_forward(gates, recurrence, which, reverse, side_by_side, backend, save):
+    r = _recurrence((recurrence, which), gates.dtype, reverse, side_by_side)
     with on_the_device_of(gates):
-        return _launcher(backend).layer_forward(gates, given, save=save, **_checks(backend))
+        return _launcher(backend).layer_forward(gates, r, save=save, **_checks(backend))
 
 
-def _layer_forward_fake(gates, recurrence, reverse, side_by_side, backend, save):
-    h0, c0 = (_named(recurrence)[name] for name in ("h0", "c0"))
+def _layer_forward_fake(gates, recurrence, which, reverse, side_by_side, backend, save):
+    h0, c0 = (_named(recurrence, which)[name] for name in ("h0", "c0"))
     h = gates.new_empty(*gates.shape[:2], h0.shape[1])
     c = c0.new_empty((gates.shape[0], *c0.shape) if save else 0)
     return h, torch.empty_like(h0), torch.empty_like(c0), c
 
 
-def _layer_backward(gradients, gates, c, recurrence, reverse, side_by_side, backend):
-    given = _recurrence(recurrence, gates.dtype, reverse, side_by_side)
+def _layer_backward(gradients, gates, c, recurrence, which, reverse, side_by_side, backend):
+    r = _recurrence((recurrence, which), gates.dtype, reverse, side_by_side)
+    gradients = (None if d is None else d.contiguous() for d in gradients)  # often expanded: sum() hands back stride 0
     with on_the_device_of(gates):
-        return _launcher(backend).layer_backward(*map(_contiguous, gradients), gates, c, given, **_checks(backend))
+        return _launcher(backend).layer_backward(*gradients, gates, c, r, **_checks(backend))
 
 
-def _layer_backward_fake(gradients, gates, c, recurrence, reverse, side_by_side, backend):
-    given = _named(recurrence)
-    of_states = (c.new_empty(0 if given[name] is None else given[name].shape) for name in ("reset_h", "reset_c"))
-    has_total = given["weight_hr"] is not None or given["norms"].gain_c is not None
-    dh_total = gates.new_empty((*gates.shape[:2], given["h0"].shape[1]) if has_total else (0,))
-    dh0, dc0 = (torch.empty_like(given[name]) for name in ("h0", "c0"))
+def _layer_backward_fake(gradients, gates, c, recurrence, which, reverse, side_by_side, backend):
+    named = _named(recurrence, which)
+    of_states = (c.new_empty(0 if named[name] is None else named[name].shape) for name in ("reset_h", "reset_c"))
+    has_total = named["weight_hr"] is not None or named["norms"].gain_c is not None
+    dh_total = gates.new_empty((*gates.shape[:2], named["h0"].shape[1]) if has_total else (0,))
+    dh0, dc0 = (torch.empty_like(named[name]) for name in ("h0", "c0"))
     return torch.empty_like(gates), dh0, dc0, dh_total, *of_states
 
 

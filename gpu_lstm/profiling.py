@@ -31,19 +31,19 @@ def named(layer: int, direction: int | None, run: partial | None) -> contextlib.
     return profiler.record_function(f"gpu_lstm layer {layer}{way}, {backend.value}")
 
 
-def forward_flops(gates: torch.Size, recurrence: list[torch.Size | None], *others, **options) -> int:
+def forward_flops(gates: torch.Size, recurrence: list[torch.Size], which: list[int], *others, **options) -> int:
     """Of the recurrence's products alone, two for each multiply-add, as torch counts them.
 
     The product with W_hh [4H, P] takes 2 T B 4H P, that with W_hr [P, H] 2 T B P H.
     """
     steps, batch = gates[:2]
-    weights = recurrence[:2]  # W_hh, and W_hr if there is a projection
-    return 2 * steps * batch * sum(prod(weight) for weight in weights if weight is not None)
+    weights = [size for size, place in zip(recurrence, which) if place < 2]  # W_hh, and W_hr if there is a projection
+    return 2 * steps * batch * sum(map(prod, weights))
 
 
-def backward_flops(gradients, gates, c, recurrence, *others, **options) -> int:  # shapes
+def backward_flops(gradients, gates, c, recurrence, which, *others, **options) -> int:  # shapes
     """As many: gradients of weights, and all that concerns x, are products of torch's own, over all steps."""
-    return forward_flops(gates, recurrence)
+    return forward_flops(gates, recurrence, which)
 
 
 def register_flops() -> None:

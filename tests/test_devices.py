@@ -63,7 +63,7 @@ def _launches(driver, monkeypatch, backend: str, choose_plan, device: str) -> li
             return torch.empty(*shape, device=device)
 
         gates, weight_hh, h0, c0 = empty(T, B, 4 * H), empty(4 * H, H), empty(B, H), empty(B, H)
-        given = [weight_hh, None, None, h0, c0, *[None] * 7], False, 1, backend
+        given = *ops.flat([weight_hh, None, None, h0, c0, *[None] * 7]), False, 1, backend
         h, _, _, c = ops._layer_forward(gates, *given, True)
         ops._layer_backward([h, None, None], gates, c, *given)
     return current

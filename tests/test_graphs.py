@@ -195,8 +195,8 @@ def test_backward_twice_and_nothing_kept_for_longer_than_the_graph(calls):
     assert_same(first, second)
     assert len(calls) == 1
     kept = whole_layer.whole_layer(
-        x, torch.zeros(1, 2, H).double(), torch.zeros(1, 2, H).double(), [*ours.parameters()], None, None, False,
-        "torch", True,
+        x, torch.zeros(1, 2, H).double(), torch.zeros(1, 2, H).double(), [*ours.parameters()],
+        [True] * 4 + [False] * 6, None, None, False, "torch", True,
     )[3]  # fmt: skip
     assert kept.numel() == 0
     (leaf, *_), _ = kept.graph

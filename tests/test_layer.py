@@ -154,11 +154,11 @@ def test_the_operators(variant, device):
     traversal = given.lengths.to(device), given.resets.to(device)
     recurrence = [weight_hh, weight_hr, weight_peephole, h0, c0, *traversal, *noise, *left, *norms]
     rest = True, 1, "triton"
-    torch.library.opcheck(ops.layer_forward, (gates, recurrence, *rest, True))
-    h, h_n, c_n, c = ops.layer_forward(gates, recurrence, *rest, True)
+    torch.library.opcheck(ops.layer_forward, (gates, *ops.flat(recurrence), *rest, True))
+    h, h_n, c_n, c = ops.layer_forward(gates, *ops.flat(recurrence), *rest, True)
     if "norm" in variant:
         recurrence += [*layer_norm.unit_of(gates), *layer_norm.unit_of(c)]
-    torch.library.opcheck(ops.layer_backward, ([h, h_n, c_n], gates, c, recurrence, *rest))
+    torch.library.opcheck(ops.layer_backward, ([h, h_n, c_n], gates, c, *ops.flat(recurrence), *rest))
 
 
 def test_the_kernels_of_cupy_refuse_noise():

@@ -11,15 +11,15 @@ from gpu_lstm import ops, whole_layer
 VARIANTS = [dict(P=0), dict(P=2, ragged=True, resets=0.4, reverse=True)]
 
 
-def _arguments(variant, device):
-    """(gates, recurrence, reverse, side_by_side, backend) of a small problem."""
+def _arguments(variant, device, noise=(None, None, None), side_by_side=1):
+    """(gates, the tensors of the recurrence, which are given, reverse, side_by_side, backend) of a small problem."""
     given = example(3, 2, 3, 5, **variant)
     x, h0, c0, weight_ih, weight_hh, _, _, weight_hr, *_ = (
         None if t is None else t.to(device, torch.float32) for t in given.tensors
     )
     lengths, resets = (None if t is None else t.to(device) for t in (given.lengths, given.resets))
-    recurrence = [weight_hh, weight_hr, None, h0, c0, lengths, resets, *[None] * 5]
-    return x @ weight_ih.T, recurrence, given.reverse, 1, "triton"
+    recurrence = [weight_hh, weight_hr, None, h0, c0, lengths, resets, *noise, None, None]
+    return x @ weight_ih.T, *ops.flat(recurrence), given.reverse, side_by_side, "triton"
 
 
 @pytest.mark.parametrize("save", [False, True])
@@ -30,8 +30,7 @@ def test_layer_forward(variant, save, device):
 
 @pytest.mark.parametrize("kind", ["masks", "rates"])
 def test_noise_and_neighbours(kind, device):
-    gates, recurrence, reverse, *_ = _arguments(VARIANTS[0], device)
-    (steps, batch), hidden = gates.shape[:2], gates.shape[2] // 4
+    steps, batch, hidden = 3, 2, 5
     if kind == "masks":
         noise = (
             torch.rand(batch, hidden),
@@ -40,8 +39,7 @@ def test_noise_and_neighbours(kind, device):
         )
     else:
         noise = None, torch.tensor(0.1), torch.tensor(0.2)
-    recurrence[7:10] = (None if t is None else t.to(device) for t in noise)
-    rest = recurrence, reverse, 2, "triton"
+    gates, *rest = _arguments(VARIANTS[0], device, (None if t is None else t.to(device) for t in noise), 2)
     torch.library.opcheck(ops.layer_forward, (gates, *rest, True))
     h, h_n, c_n, c = ops.layer_forward(gates, *rest, True)
     torch.library.opcheck(ops.layer_backward, ([h, h_n, c_n], gates, c, *rest))

@@ -64,5 +64,5 @@ def _states(lstm):
 def test_what_one_launch_counts(device):
     gates, weight_hh, h0, c0 = (torch.zeros(size, device=device) for size in ((7, 3, 20), (20, 5), (3, 5), (3, 5)))
     with FlopCounterMode(display=False) as counter:
-        ops.layer_forward(gates, [weight_hh, None, None, h0, c0, *[None] * 7], False, 1, "triton", False)
+        ops.layer_forward(gates, *ops.flat([weight_hh, None, None, h0, c0, *[None] * 7]), False, 1, "triton", False)
     assert counter.get_total_flops() == 2 * 7 * 3 * 20 * 5
