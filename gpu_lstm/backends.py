@@ -139,7 +139,7 @@ def _from_environment() -> str:
 
 
 def takers(special: str) -> tuple[Backend, ...]:
-    """The backends that take what not all do: states to reset to or, else, peepholes or a regularised recurrence."""
+    """The backends that take what not all do: states to reset to; else a variant of the cell, or a regularised one."""
     kernels = (Backend.TRITON, Backend.CUPY) if special == RESET_STATES else (Backend.TRITON,)
     return *kernels, Backend.REFERENCE
 
