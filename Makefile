@@ -64,7 +64,7 @@ $(FOR_DEMO) $(FOR_LESSON) $(FOR_DOCS) $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import ensurepip' || { echo "Python's venv is missing: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --editable '.[$(EXTRA)]'
+	$(BIN)/pip install --no-compile --editable '.[$(EXTRA)]'  # Python compiles what is imported, which is little of it
 	touch $@
 
 clean:
