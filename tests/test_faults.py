@@ -105,7 +105,7 @@ FAULTS = {
 
 
 def _example(seed):
-    return example(5, 3, 3, 6, ragged=True, resets=0.4, states=True, peepholes=True, reverse=True, seed=seed)
+    return example(3, 3, 3, 6, ragged=True, resets=0.4, states=True, peepholes=True, reverse=True, seed=seed)
 
 
 compare = partial(assert_as_good_as_torch, _example, "triton", torch.float32, yardstick="reference")
