@@ -134,7 +134,7 @@ def test_a_checkout_on_pythonpath_works_and_for_a_package_that_is_missing_names_
 
 
 def test_importing_it_is_cheap_and_writes_nothing():
-    """Beyond torch: at most 0.2 s of a core, no Triton, no compiler, no file but what Python reads; no Keras by a call."""
+    """Beyond torch: at most 0.2 s of a core, no Triton, no compiler, no Keras, no file but what Python reads."""
     code = """
         import sys, time
         import torch
