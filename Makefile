@@ -5,6 +5,9 @@ INSTALLED := .venv/.installed
 FOR_DEMO := .venv/.for-demo
 FOR_LESSON := .venv/.for-lesson
 FOR_DOCS := .venv/.for-docs
+# A worker begins with half of the tests, file by file, so that what a file builds is built once, and takes from the other
+# in the end.
+ON_ALL_CORES := -n auto --dist worksteal
 
 .PHONY: demo lesson lesson-page docs kernels-page test test-quick test-versions mutants bench lint clean
 
@@ -29,14 +32,14 @@ kernels-page: $(INSTALLED)
 	$(BIN)/python docs/kernels.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto $(PYTEST)
+	$(BIN)/python -m pytest $(ON_ALL_CORES) $(PYTEST)
 
 # The inner loop leaves out what takes most: whole files of kernels in the interpreter, compiling, the benchmark's runs.
 SLOW_FILES := sequence_kernels cupy_kernels extremes bench bench_providers concurrent_interpreter exchange_ptx kernels \
 	compile cupy_launch
 
 test-quick: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto -m "not slow" $(SLOW_FILES:%=--ignore tests/test_%.py) $(PYTEST)
+	$(BIN)/python -m pytest $(ON_ALL_CORES) -m "not slow" $(SLOW_FILES:%=--ignore tests/test_%.py) $(PYTEST)
 
 test-versions: $(INSTALLED)
 	$(BIN)/python tests/versions.py $(PYTEST)
@@ -64,7 +67,7 @@ $(FOR_DEMO) $(FOR_LESSON) $(FOR_DOCS) $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import ensurepip' || { echo "Python's venv is missing: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --editable '.[$(EXTRA)]'
+	$(BIN)/pip install --no-compile --editable '.[$(EXTRA)]'  # Python compiles what is imported, which is little of it
 	touch $@
 
 clean:

@@ -89,7 +89,7 @@ def test_layers_are_cast_once_in_a_block_and_again_in_the_next(backend):
                     for _ in range(calls):
                         with autocast(enabled=False):  # an inner block ends nothing
                             pass
-                        stack(inputs())
+                        stack(inputs()[:2])
         assert casts.count == expected
 
 
@@ -189,7 +189,7 @@ def test_compiled_whole_each_weight_is_cast_once_as_torch_does(backend):
         as_inductor = aot_autograd(fw_compiler=count, bw_compiler=run, partition_fn=min_cut_rematerialization_partition)
         compiled = torch.compile(loop, fullgraph=True, backend=as_inductor)
         with autocast():
-            found, expected = compiled(cell, inputs()), loop(cell, inputs())
+            found, expected = (call(cell, inputs()[:2]) for call in (compiled, loop))  # every step is traced
         torch.testing.assert_close(found, expected)
         gradients = (torch.autograd.grad(h.float().sum(), list(cell.parameters())) for h in (found, expected))
         for a, b in zip(*gradients, strict=True):

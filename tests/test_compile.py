@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -22,16 +23,19 @@ OLDER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 """Its compiler takes more registers and shared memory than is planned for. The launcher looks at what it became."""
 
 REPORTS = """
+import dataclasses
 import json
 import torch
 from gpu_lstm.__main__ import _as_json
 from gpu_lstm.kernels.triton_lstm.compile import PRECISIONS, Case, reports, sequence_cases, step_cases
+from gpu_lstm.kernels.triton_lstm import compile, cooperative, resident, step
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
 
 def wanted_step(case):  # sm_86 and sm_89 have the instructions of sm_80 and the shared memory of sm_120
     p, sm, architectures = case.problem, case.device.architecture, (80, 90, 100, 120)
     if not (p.projected and p.regularised):
-        return sm == 90 and str(p.dtype) == "torch.bfloat16" and (not p.regularised or not case.training)
+        plain = not (p.projected or p.regularised or case.peepholes)
+        return sm == 90 and str(p.dtype) == "torch.bfloat16" and (plain or not case.training)
     if sm not in architectures or not case.peepholes:  # with them it takes most registers
         return False
     precision = PRECISIONS.index((p.dtype, p.precision))
@@ -39,9 +43,12 @@ def wanted_step(case):  # sm_86 and sm_89 have the instructions of sm_80 and the
 
 def wanted_sequence(case):
     p, sm = case.problem, case.device.architecture
-    if p.regularised:
-        return sm == 90 and str(p.dtype) == "torch.bfloat16" and case.training != case.backward
-    if (case.ragged or case.peepholes) and p.hidden not in (128, 768):
+    if p.regularised:  # where sequences are ragged, or if not, have no more to do
+        return (
+            sm == 90 and str(p.dtype) == "torch.bfloat16" and case.ragged and case.training != case.backward
+            and (case.peepholes or p.hidden == 64 or case.backward)
+        )
+    if (case.ragged or case.peepholes) and p.hidden != 768:
         return False
     if str(p.dtype) == "torch.bfloat16":
         return sm == 90 and ((p.batch == 16 and p.hidden not in (64, 1024)) or (p.batch, p.hidden) == (256, 768))
@@ -57,11 +64,30 @@ def quick_sequence(case):
     sizes = ((16, 768), (16, 128)) if sm == 90 else ((16, 768),)
     return str(p.dtype) == "torch.bfloat16" and (p.batch, p.hidden) in sizes and not p.regularised
 
+def with_32_registers():  # a thread may have no more: its report, and the one without that limit
+    case = Case(Problem(2, 16, 64, torch.float32), False, compile.SEQUENCE_DEVICES[0])
+    plan = compile.step_plan(case.problem, case.device, False)
+    launch = compile.recorded_launches(case.problem, False, plan)[0]
+    few = dataclasses.replace(launch, arguments=launch.arguments | dict(maxnreg=32))
+    rows = [compile.report(each, case, plan) for each in (few, launch)]
+    return [_as_json(row) | {"fits": row.fits} for row in rows]
+
+def parameters():  # of each kernel: the numbers that it takes, and those whose values make no kernel of their own
+    kernels = {name: each for module in (cooperative, resident, step) for name, each in vars(module).items()}
+    return {
+        name: [[p.name for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")],
+               [p.name for p in kernel.params if p.do_not_specialize]]
+        for name, kernel in kernels.items() if name.endswith("_kernel")
+    }
+
 if __name__ == "__main__":
     of_step, of_sequence = WANTED
-    large = [Case(Problem(2, 16, 4096, torch.bfloat16), backward, DEVICES["h100"]) for backward in (False, True)]
-    cases = [*filter(of_step, step_cases()), *filter(of_sequence, sequence_cases()), *large]
-    print(json.dumps([_as_json(row) | {"fits": row.fits} for rows in reports(cases) for row in rows]))
+    more = (4096, {}), (128, dict(ragged=True, peepholes=True))
+    more = [Case(Problem(2, 16, hidden, torch.bfloat16), backward, DEVICES["h100"], **kind)
+            for hidden, kind in more for backward in (False, True)]
+    cases = [*filter(of_step, step_cases()), *filter(of_sequence, sequence_cases()), *more]
+    rows = [_as_json(row) | {"fits": row.fits} for rows in reports(cases) for row in rows]
+    print(json.dumps(dict(rows=rows, with_32_registers=with_32_registers(), parameters=parameters())))
 """
 
 
@@ -73,11 +99,17 @@ def _run(tmp_path, script: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def rows(request, tmp_path_factory) -> list[dict]:
-    """Of many cases; where slow tests are left out, of few."""
+def compiled(request, tmp_path_factory) -> dict:
+    """What REPORTS prints: of many cases; where slow tests are left out, of few."""
     quick = "not slow" in request.config.getoption("markexpr")
     wanted = "quick_step, quick_sequence" if quick else "wanted_step, wanted_sequence"
     return json.loads(_run(tmp_path_factory.mktemp("compile"), REPORTS.replace("WANTED", wanted)))
+
+
+@pytest.fixture(scope="module")
+def rows(compiled) -> list[dict]:
+    """A row for each kernel and case."""
+    return compiled["rows"]
 
 
 def _dtype(row):
@@ -138,8 +170,8 @@ def test_the_model_of_planning_knows_the_counts(rows):
 
     Of plain calls: lengths, resets and noise take instructions of their own.
     """
-    more = " masks", " rates", " ragged"
-    held = [row for row in rows if row["plan"]["family"] != "step" and not row["case"].endswith(more)]
+    plain = [row for row in rows if not re.search(" (masks|rates|ragged)", row["case"])]
+    held = [row for row in plain if row["plan"]["family"] != "step"]
     assert held
     for row in held:
         size = 4 if "float32" in row["case"] else 2
@@ -175,7 +207,7 @@ def test_the_families_on_an_h100(rows, hidden, family):
 @pytest.mark.slow
 @pytest.mark.parametrize(("hidden", "family"), [(64, "resident"), (768, "cooperative")])
 def test_regularised_problems_take_the_families_of_the_plain_cell(rows, hidden, family):
-    regularised = [row for row in rows if row["case"].endswith((f" H={hidden} masks", f" H={hidden} rates"))]
+    regularised = [row for row in rows if re.search(f" H={hidden} .*(masks|rates)", row["case"])]
     assert {row["case"].split()[-1] for row in regularised} == {"masks", "rates"}
     assert {row["plan"]["family"] for row in regularised} == {family}
 
@@ -208,23 +240,11 @@ print(json.dumps(_as_json(row)))
     assert row["loop"]["loads"] > row["weight_loads"]
 
 
-@pytest.mark.slow
-def test_a_kernel_that_spills_is_reported(tmp_path):
+def test_a_kernel_that_spills_is_reported(compiled):
     """The check can fail: a thread that may have 32 registers only."""
-    script = """
-import dataclasses, torch
-from gpu_lstm.kernels.triton_lstm import compile
-from gpu_lstm.kernels.triton_lstm.planning import Problem
-case = compile.Case(Problem(2, 16, 64, torch.float32), False, compile.SEQUENCE_DEVICES[0])
-plan = compile.step_plan(case.problem, case.device, False)
-launch = compile.recorded_launches(case.problem, False, plan)[0]
-for launch in (launch, dataclasses.replace(launch, arguments=launch.arguments | dict(maxnreg=32))):
-    report = compile.report(launch, case, plan)
-    print(report.spills, report.fits)
-"""
-    spills, fits, more_spills, still_fits = _run(tmp_path, script).split()
-    assert (spills, fits, still_fits) == ("0", "True", "False")
-    assert int(more_spills) > 0
+    few, enough = compiled["with_32_registers"]
+    assert (enough["spills"], enough["fits"], few["fits"]) == (0, True, False)
+    assert few["spills"] > 0
 
 
 def test_the_time_loop_is_the_longest_and_a_poll_in_it_counts_once():
@@ -268,19 +288,8 @@ if __name__ == "__main__":
     assert not any("DOES NOT FIT" in row for row in rows)
 
 
-def test_the_numbers_of_steps_and_sequences_are_never_specialised(tmp_path):
+def test_the_numbers_of_steps_and_sequences_are_never_specialised(compiled):
     """A kernel compiled for one T and B serves all: their values change no key of the compile cache."""
-    script = """
-from gpu_lstm.kernels.triton_lstm import cooperative, resident, step
-for module in (cooperative, resident, step):
-    for name, kernel in vars(module).items():
-        if name.endswith("_kernel"):
-            free = {p.name for p in kernel.params if p.do_not_specialize}
-            numbers = {p.name for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")}
-            assert free == numbers, name
-            print(name, *free)
-"""
-    numbers = {line.split()[0]: set(line.split()[1:]) for line in _run(tmp_path, script).splitlines()}
-    assert len(numbers) == 6
-    for free in numbers.values():
-        assert free == {"T", "B"}
+    assert len(compiled["parameters"]) == 6
+    for numbers, free in compiled["parameters"].values():
+        assert set(numbers) == set(free) == {"T", "B"}

@@ -148,8 +148,9 @@ def test_every_cell_and_answer_of_the_lesson_runs_and_the_kinds_of_output_are_st
     examples = shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("out", "__pycache__"))
     executed = lesson()
     for cell in code(executed):
-        cell.outputs = []  # and one seed will do here; make lesson-page has them all
+        cell.outputs = []  # and one seed, and the smallest of three models, will do here; make lesson-page has them all
         cell.source = re.sub(r"for seed in range\(\d\)", "for seed in range(1)", cell.source)
+        cell.source = cell.source.replace("for sizes in ([32, 16], [32], [16]):", "for sizes in ([16],):")
     executed.cells += map(nbformat.v4.new_code_cell, answers(executed))
     NotebookClient(executed, timeout=300, kernel_name="python3", resources={"metadata": {"path": examples}}).execute()
     kept = code(lesson())

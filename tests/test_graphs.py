@@ -22,7 +22,7 @@ import gpu_lstm
 from gpu_lstm import native, whole_layer
 
 I, H = 3, 4
-SIZES = ((7, 3), (9, 4), (12, 5), (5, 2), (30, 6))  # T, B
+SIZES = ((5, 2), (3, 4), (4, 3), (12, 5), (30, 6))  # T, B
 NEWER_TORCH = pytest.mark.skipif(
     torch.__version__.startswith("2.8."), reason="its strict mode does not trace the methods of torch.nn.RNNBase"
 )
@@ -32,6 +32,13 @@ KERNELS_AND_TORCH = ("torch", "triton")
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def quick_gpp():
+    """For what inductor writes: no trials of vector instructions, and no headers precompiled for one file."""
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": False, "aot_inductor.precompile_headers": False}):
+        yield
 
 
 def module(kind, backend, **arguments):
@@ -117,14 +124,12 @@ def test_a_layer_of_torch_is_one_operator_and_steps_are_none():
 
 
 @pytest.mark.slow
-def test_by_inductor_a_training_step_of_two_layers(monkeypatch):
+def test_by_inductor_a_training_step_of_two_layers(quick_gpp):
     ours, twin = module("LSTM", "torch", num_layers=2)
-    compiled = torch.compile(ours, fullgraph=True)
-    for size in ((200, 2), (50, 3), (120, 2)):
-        x, options = call_of(ours, *size, ragged=False)
-        assert_same(*(results(call, ours.parameters(), x, options) for call in (compiled, ours)))
-    x, options = call_of(ours, 6, 3, ragged=True)
-    assert_same(*(results(call, p.parameters(), x, options) for call, p in ((compiled, ours), (twin, twin))))
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True)
+    for size in SIZES[:2]:
+        x, options = call_of(ours, *size, ragged=True)
+        assert_same(*(results(call, p.parameters(), x, options) for call, p in ((compiled, ours), (twin, twin))))
 
 
 def test_dropout_drops_as_much_as_it_should():
@@ -209,7 +214,7 @@ def test_backward_twice_and_nothing_kept_for_longer_than_the_graph(calls):
 @pytest.mark.parametrize("backend", KERNELS_AND_TORCH)
 def test_transforms_inside_a_graph(backend):
     ours, _ = module("LSTM", backend)
-    x, parameters = call_of(ours, 4, 2, ragged=False)[0], dict(ours.named_parameters())
+    x, parameters = call_of(ours, 3, 2, ragged=False)[0], dict(ours.named_parameters())
 
     def loss(parameters, x):
         return functional_call(ours, parameters, (x,))[0].square().sum()
@@ -294,7 +299,7 @@ def test_exported_for_training_it_drops():
 
 
 @pytest.mark.slow
-def test_ahead_of_time_by_inductor(tmp_path):
+def test_ahead_of_time_by_inductor(tmp_path, quick_gpp):
     lstm = gpu_lstm.LSTM(I, H, 2, bidirectional=True).eval()
     with torch.no_grad():
         program = torch.export.export(lstm, (torch.randn(5, 2, I),), dynamic_shapes=({0: T, 1: B},))

@@ -1,7 +1,6 @@
 """from_keras, to_keras, masks and initial values, against Keras itself."""
 
 import os
-import subprocess
 import sys
 from functools import partial
 
@@ -453,17 +452,6 @@ def test_keras_init_is_reproducible_and_has_half_precision():
     assert not torch.equal(one[1], other[1])
     weight_hh = drawn(1, torch.bfloat16)[1].float()
     torch.testing.assert_close(weight_hh.T @ weight_hh, torch.eye(64), rtol=0, atol=2e-2)
-
-
-@pytest.mark.slow
-def test_keras_is_imported_when_needed():
-    code = """
-import sys, torch, gpu_lstm.keras
-gpu_lstm.keras.keras_init(gpu_lstm.LSTM(2, 3))
-gpu_lstm.keras.lengths_of(torch.ones(2, 3, dtype=torch.bool))
-assert "keras" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("function", [from_keras, to_keras])

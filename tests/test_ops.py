@@ -91,13 +91,13 @@ WHOLE = {
 def test_whole_layer(variant, backend, device):
     lstm = torch.nn.LSTM(3, 5, **WHOLE[variant], device=device)
     directions, P = 1 + lstm.bidirectional, lstm.proj_size or 5
-    x, h0, c0 = (torch.randn(*size, device=device) for size in ((4, 2, 3), (directions, 2, P), (directions, 2, 5)))
+    x, h0, c0 = (torch.randn(*size, device=device) for size in ((3, 2, 3), (directions, 2, P), (directions, 2, 5)))
     weights = [t.detach() for t in lstm.parameters()]
     weights += [torch.randn(15, device=device)] * (variant == "peepholes")
     there = [True, True, *[lstm.bias] * 2, lstm.proj_size > 0, variant == "peepholes", *[False] * 4]
-    lengths, resets = torch.tensor([4, 1], device=device), torch.rand(4, 2, device=device) < 0.5
+    lengths, resets = torch.tensor([3, 1], device=device), torch.rand(3, 2, device=device) < 0.5
     ragged = (lengths, resets) if "ragged" in variant or variant == "states" else (None, None)
-    left = [torch.randn(4, 2, size, device=device) for size in (P, 5)] if variant == "states" else []
+    left = [torch.randn(3, 2, size, device=device) for size in (P, 5)] if variant == "states" else []
     rest = there, *ragged, "reverse" in variant, backend
     for save in (False, True) if backend == "torch" else ():  # the interpreter is slow
         torch.library.opcheck(whole_layer.whole_layer, (x, h0, c0, weights, *rest, save, *left))

@@ -15,12 +15,6 @@ from installed import ROOT, build, environment, run
 
 from gpu_lstm.transforms import constant_when_traced
 
-CALL = """
-    import torch, gpu_lstm
-    output, _ = gpu_lstm.LSTM(3, 4)(torch.randn(5, 2, 3), lengths=torch.tensor([5, 3]))
-    assert output.shape == (5, 2, 4)
-"""
-
 
 def says(python: Path | str, code: str, **options) -> str:
     """What a program prints."""
@@ -95,18 +89,8 @@ def test_the_editable_install_follows_the_checkout_and_warns_of_nothing(tmp_path
 
 
 @pytest.mark.slow
-def test_a_checkout_on_pythonpath_works_without_an_installation(tmp_path):
-    python = environment(tmp_path / "environment", without=["gpu_lstm", "__editable__"])
-    where = "import importlib.util; print(importlib.util.find_spec('gpu_lstm'))"
-    assert says(python, where, cwd=tmp_path) == "None\n"
-    printed = says(
-        python, CALL + "    print(gpu_lstm.__file__)", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
-    )  # fmt: skip
-    assert printed == f"{ROOT / 'gpu_lstm/__init__.py'}\n"
-
-
-@pytest.mark.slow
-def test_where_an_optional_package_is_missing_the_message_names_the_command_of_pip(tmp_path):
+def test_a_checkout_on_pythonpath_works_and_for_a_package_that_is_missing_names_the_command_of_pip(tmp_path):
+    """Where gpu_lstm is not installed."""
     missing = ["gpu_lstm", "__editable__", "triton", "cupy", "matplotlib", "rich"]
     python = environment(tmp_path / "environment", without=missing)
     code = """
@@ -132,6 +116,7 @@ def test_where_an_optional_package_is_missing_the_message_names_the_command_of_p
             print(main(["kernels"]))
         output, _ = gpu_lstm.convert(torch.nn.Sequential(torch.nn.LSTM(3, 4)))(x)
         output.sum().backward()
+        print(gpu_lstm.__file__)
     """
     extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
     environ = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
@@ -144,30 +129,12 @@ def test_where_an_optional_package_is_missing_the_message_names_the_command_of_p
         "1 0",
         "python -m gpu_lstm kernels needs Triton: pip install triton (No module named 'triton')",
         "1",
+        str(ROOT / "gpu_lstm/__init__.py"),
     ]
 
 
-def test_a_broken_triton_is_not_imported_and_the_compiler_neither(tmp_path):
-    """torch's compiler takes a second to import, and imports Triton, which may be broken in any way."""
-    (tmp_path / "triton").mkdir()
-    (tmp_path / "triton" / "__init__.py").write_text("raise OSError('no libcuda')\n")
-    code = (
-        CALL
-        + """
-    import sys
-    print('torch._dynamo' in sys.modules)
-    try:
-        gpu_lstm.LSTM(3, 4, backend='triton')(torch.randn(5, 2, 3))
-    except ImportError as error:
-        print(error)
-"""
-    )
-    printed = says(sys.executable, code, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
-    assert printed == "False\nbackend 'triton' needs Triton: pip install triton (OSError: no libcuda)\n"
-
-
 def test_importing_it_is_cheap_and_writes_nothing():
-    """Beyond torch: at most 0.2 s of a core, no Triton, no compiler, no file but what Python reads."""
+    """Beyond torch: at most 0.2 s of a core, no Triton, no compiler, no Keras, no file but what Python reads."""
     code = """
         import sys, time
         import torch
@@ -188,22 +155,34 @@ def test_importing_it_is_cheap_and_writes_nothing():
         new = set(sys.modules) - before
         heavy = {"triton", "sympy", "cupy", "keras", "matplotlib", "torch._dynamo", "torch._inductor"} & new
         print(seconds < 0.2 or seconds, touched, heavy)
+        gpu_lstm.keras.keras_init(gpu_lstm.LSTM(2, 3))
+        gpu_lstm.keras.lengths_of(torch.ones(2, 3, dtype=torch.bool))
+        print("keras" in sys.modules)
     """
-    assert (
-        says(sys.executable, code, env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}) == "True [] set()\n"
-    )
+    printed = says(sys.executable, code, env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"})
+    assert printed == "True [] set()\nFalse\n"
 
 
 def test_packages_that_are_broken_in_any_way_stop_nobody(tmp_path):
-    """Neither the import, nor auto, nor the doctor, who says what is broken."""
+    """Neither the import, nor a call, nor auto, nor the doctor, who says what is broken.
+
+    A call on the CPU imports no compiler of torch's, which takes a second, and imports Triton.
+    """
     for name in ("triton", "cupy"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(
             "import builtins, os\nraise getattr(builtins, os.environ['BROKEN'])('broken here')\n"
         )
     code = """
-        import contextlib, io, os, warnings
+        import contextlib, io, os, sys, warnings
+        os.environ["BROKEN"] = "OSError"
         import torch, gpu_lstm
+        output, _ = gpu_lstm.LSTM(3, 4)(torch.randn(5, 2, 3), lengths=torch.tensor([5, 3]))
+        print(*output.shape, "torch._dynamo" in sys.modules)
+        try:
+            gpu_lstm.LSTM(3, 4, backend="triton")(torch.randn(5, 2, 3))
+        except ImportError as error:
+            print(error)
         from gpu_lstm import backends
         from gpu_lstm.__main__ import main
 
@@ -221,7 +200,11 @@ def test_packages_that_are_broken_in_any_way_stop_nobody(tmp_path):
             lines = [line for line in printed.getvalue().splitlines() if "broken here" in line]
             print(error, *(any(name in line for line in lines) for name in ("'triton' needs", "'cupy' needs")))
     """
-    printed = says(sys.executable, code, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}).splitlines()
+    called, said, *printed = says(
+        sys.executable, code, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    ).splitlines()  # fmt: skip
+    assert called == "5 2 4 False"
+    assert said == "backend 'triton' needs Triton: pip install triton (OSError: broken here)"
     assert len(printed) == 6
     assert all(line.endswith(" True True") for line in printed), printed
 
