@@ -18,9 +18,10 @@ from .layers import compute_dtype, one_direction, stack
 from .noise import with_weight_drop
 from .reference import Gates
 from .sequences import Batch, Traversal, check_dense, check_tensor
-from .settings import NORMS, NOT_OF_TORCH, REGULARISERS, Settings, accepted, check_bool, norms_of, special_of
+from .settings import NOT_OF_TORCH, REGULARISERS, Settings, accepted, check_bool, special_of
 from .transforms import in_a_graph
-from .weights import LAYER_NORM, NAMES, PEEPHOLES, State, Weights, check_unprojected
+from .variants import HasVariants, norms_of
+from .weights import LAYER_NORM, PEEPHOLES, State, Weights, check_unprojected
 
 Given = TypeVar("Given", contravariant=True)
 Returned = TypeVar("Returned", covariant=True)
@@ -62,7 +63,7 @@ class _Checked:
 # torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
 
 
-class LSTM(_Checked, RNNBase):
+class LSTM(_Checked, HasVariants, RNNBase):
     """A drop-in for torch.nn.LSTM: the same arguments, parameters, initial weights, results and errors.
 
     Each layer computes, at every step, with gates in the order i, f, g, o::
@@ -130,8 +131,6 @@ class LSTM(_Checked, RNNBase):
     recurrent_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
     weight_drop: float = 0.0
-    _peepholes: bool = False
-    _norms: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -170,22 +169,7 @@ class LSTM(_Checked, RNNBase):
         for name, value in ours.items():
             setattr(self, name, value)
         for suffix in [name.removeprefix("weight_hh") for name, _ in self.named_parameters() if "weight_hh" in name]:
-            _add_parameters(self, suffix, peepholes, norms)
-
-    @property
-    def peepholes(self) -> bool:
-        """Whether there are peepholes; fixed, since their weights are parameters."""
-        return self._peepholes
-
-    @property
-    def layer_norm(self) -> bool | tuple[str, ...]:
-        """Whether all of "ih", "hh" and "c" are normalised, or which; fixed, as peepholes."""
-        return _layer_norm(self)
-
-    def reset_parameters(self) -> None:
-        """Draw all weights and biases anew, and make the gains of layer norms ones."""
-        super().reset_parameters()
-        _reset_norms(self)
+            self._add_variants(suffix, peepholes, norms)
 
     # RNNBase caches the weights here. They are read from the module at every call instead, so that replacing one
     # in any way (functional_call, weight_norm, pruning, assignment) just works.
@@ -350,7 +334,7 @@ class LSTM(_Checked, RNNBase):
             getattr(self, "bias_ih" + suffix) if self.bias else None,
             getattr(self, "bias_hh" + suffix) if self.bias else None,
             getattr(self, "weight_hr" + suffix) if self.proj_size else None,
-            *_added(self, suffix),
+            *self._added(suffix),
         )
 
     def _reset_states(self, batch: Batch, given: State) -> list[State]:
@@ -626,7 +610,7 @@ class StackedLSTM(_Checked, nn.Module):
         return ", ".join(parts)
 
 
-class LSTMCell(_Checked, RNNCellBase):
+class LSTMCell(_Checked, HasVariants, RNNCellBase):
     """A drop-in for torch.nn.LSTMCell: one step of one layer, with the same parameters, results and errors.
 
     Args:
@@ -651,8 +635,6 @@ class LSTMCell(_Checked, RNNCellBase):
 
     # On the class, so that they are there in pickles of older modules.
     backend: BackendName | None = None
-    _peepholes: bool = False
-    _norms: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -671,22 +653,7 @@ class LSTMCell(_Checked, RNNCellBase):
         norms = norms_of(layer_norm)
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
         self.backend = name
-        _add_parameters(self, "", peepholes, norms)
-
-    @property
-    def peepholes(self) -> bool:
-        """As of an LSTM."""
-        return self._peepholes
-
-    @property
-    def layer_norm(self) -> bool | tuple[str, ...]:
-        """As of an LSTM."""
-        return _layer_norm(self)
-
-    def reset_parameters(self) -> None:
-        """As of an LSTM."""
-        super().reset_parameters()
-        _reset_norms(self)
+        self._add_variants("", peepholes, norms)
 
     if TYPE_CHECKING:
 
@@ -725,7 +692,7 @@ class LSTMCell(_Checked, RNNCellBase):
             h, c = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
 
         parameters = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        weights = Weights(*parameters, None, *_added(self, ""))
+        weights = Weights(*parameters, None, *self._added(""))
         weights.check_sizes(self.input_size, self.hidden_size, self.hidden_size)
         backend = select(self.backend, x.device, compute_dtype(x), weights.variant)
         backend = fastest(self.backend, backend, x[None], [[weights]], Traversal(), Settings(self.training))
@@ -751,42 +718,6 @@ class LSTMCell(_Checked, RNNCellBase):
 
     def __prepare_scriptable__(self) -> nn.Module:
         return _scriptable(self, TorchLSTMCell)
-
-
-def _add_parameters(module: LSTM | LSTMCell, suffix: str, peepholes: bool, norms: tuple[str, ...]) -> None:
-    """Those of peepholes and layer norms, where the others are: peepholes initialised as weights are."""
-    like, hidden = next(module.parameters()), module.hidden_size
-    sizes = {f"gain_{norm}": hidden if norm == "c" else 4 * hidden for norm in norms}
-    if "c" in norms and module.bias:
-        sizes["bias_c"] = hidden
-    if norms:  # else it is as on the class, and there is nothing for `recast` to leave behind
-        module._norms = norms
-    if peepholes:
-        module._peepholes = True
-        bound = hidden**-0.5
-        weight = like.new_empty(3 * hidden).uniform_(-bound, bound)
-        module.register_parameter("weight_peephole" + suffix, nn.Parameter(weight))
-    for name, size in sizes.items():
-        module.register_parameter(name + suffix, nn.Parameter(like.new_full((size,), float(name != "bias_c"))))
-
-
-def _added(module: LSTM | LSTMCell, suffix: str) -> list[Tensor | None]:
-    """What `_add_parameters` added, by Weights' fields: weight_peephole, gain_ih, gain_hh, gain_c, bias_c."""
-    there = (module._peepholes, *(norm in module._norms for norm in NORMS), "c" in module._norms and module.bias)
-    return [getattr(module, name + suffix) if is_there else None for name, is_there in zip(ADDED, there)]
-
-
-ADDED = NAMES[5:]
-
-
-def _reset_norms(module: LSTM | LSTMCell) -> None:
-    for name, parameter in module.named_parameters():
-        if name.startswith(("gain_", "bias_c")):
-            nn.init.constant_(parameter, float(not name.startswith("bias_c")))
-
-
-def _layer_norm(module: LSTM | LSTMCell) -> bool | tuple[str, ...]:
-    return module._norms if 0 < len(module._norms) < len(NORMS) else bool(module._norms)
 
 
 def _backend_for(

@@ -8,7 +8,6 @@ from .weights import LAYER_NORM, PEEPHOLES
 
 REGULARISERS = ("recurrent_dropout", "zoneout", "weight_drop")  # attributes of the modules
 NOT_OF_TORCH = (*REGULARISERS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, if it is on
-NORMS = ("ih", "hh", "c")  # what a layer norm may be of: W_ih x, W_hh h, c
 
 
 class Settings(NamedTuple):
@@ -60,22 +59,6 @@ def check_bool(name: str, value: object) -> None:
     """Raise TypeError, in torch's words, unless it is one."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
-
-
-def norms_of(layer_norm: object) -> tuple[str, ...]:
-    """The argument of the modules, checked: those of NORMS that it asks for, in their order.
-
-    Raises:
-        TypeError, ValueError: neither a bool nor a tuple or list of some of NORMS.
-    """
-    if isinstance(layer_norm, bool):
-        return NORMS if layer_norm else ()
-    if not isinstance(layer_norm, (tuple, list)):
-        raise TypeError(f"{LAYER_NORM} should be of type bool, or a tuple of names, got: {type(layer_norm).__name__}")
-    if not all(norm in NORMS for norm in layer_norm):
-        known = ", ".join(map(repr, NORMS))
-        raise ValueError(f"{LAYER_NORM} should be a bool, or name some of {known}, got {layer_norm!r}")
-    return tuple(norm for norm in NORMS if norm in layer_norm)
 
 
 def _zoneout(value: Any) -> float | tuple[float, float]:
