@@ -405,10 +405,9 @@ def lstm_cooperative_backward_kernel(
     weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, CHUNKS, TILES)
 
     # The thread's cell, the word of dgates that it publishes, and the partial sums.
-    place = thread % ROW
-    unit = quartet_unit + gate * UNITS + place
+    unit = quartet_unit + gate * UNITS + thread % ROW
     sequence = thread // ROW
-    of_cell = (sequence < SEQUENCES) & (place < UNITS)
+    of_cell = (sequence < SEQUENCES) & (thread % ROW < UNITS)
     is_cell = of_cell & (unit < H)
     is_word = of_cell & (unit < W * PER) & (thread % PER == 0)
     sequence %= SEQUENCES

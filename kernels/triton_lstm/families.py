@@ -20,8 +20,6 @@ def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     last = step.step_plan(problem, device, backward)
     if problem.steps == 1:
         return [last]  # holding W_hh on chip pays from the second step on
-    if problem.normalised:  # where programs share the units, sums over all of them would be two more exchanges a step
-        return [*resident.plans(problem, device, backward), last]
     shared = list(cooperative.plans(problem, device, backward))
     if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
         shared = list(cooperative.plans(dataclasses.replace(problem, side_by_side=1), device, backward))
