@@ -23,5 +23,10 @@ def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     shared = list(cooperative.plans(problem, device, backward))
     if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
         shared = list(cooperative.plans(dataclasses.replace(problem, side_by_side=1), device, backward))
-    alone = resident.plans(problem, device, backward)
-    return [*heapq.merge(alone, shared, key=lambda plan: expected(problem, device, plan, backward).seconds), last]
+
+    def seconds(plan: Plan) -> float:
+        return expected(problem, device, plan, backward).seconds
+
+    if problem.normalised:  # exchanges in the middle of a step hide behind no other batch tile
+        shared = [plan for plan in shared if seconds(plan) < seconds(last)]
+    return [*heapq.merge(resident.plans(problem, device, backward), shared, key=seconds), last]
