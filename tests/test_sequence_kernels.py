@@ -5,6 +5,8 @@ stores that become visible late. Outputs are NaN before a launch.
 """
 
 import dataclasses
+import threading
+import time
 from functools import partial
 
 import oracle
@@ -208,6 +210,21 @@ def test_cooperative_with_layer_norms(monkeypatch, size, units, groups, variant,
     _cooperate(monkeypatch, units, groups, yield_rate=0.2)
     given = partial(noisy, size, variant, "none")
     assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=1, yardstick="reference")
+
+
+def test_programs_of_a_norm_wait_for_each_other_where_every_step_is_reset(monkeypatch):
+    """No step needs the h of others, but nobody may run ahead of one who has yet to read the numbers of his units."""
+    _cooperate(monkeypatch, units=4)
+    load = exchange.load_volatile
+
+    def load_late(at, left, GROUPS, SIZE, STRIDE):
+        if SIZE == 2 and threading.current_thread().index[0] == 0:
+            time.sleep(0.1)
+        return load(at, left, GROUPS, SIZE, STRIDE)
+
+    monkeypatch.setattr(exchange, "load_volatile", load_late)
+    given = example(4, 2, 3, 11, resets=1.0, norms=("c",))
+    assert_as_good_as_torch(lambda seed: given, "triton", torch.float32, seeds=1, yardstick="reference")
 
 
 @every_family
