@@ -556,7 +556,7 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
         groups = min(tiles, device.multiprocessors // (programs * problem.side_by_side))
         shared = 2 * warps * 4 * units * 8 * 4  # twice the sums of all warps
         if groups and registers <= MOST_REGISTERS and shared <= STATIC_SHARED:
-            what = "dgates" if backward else "h"
+            what = ("dgates" if backward else "h") + ", and sums for layer norms" * problem.normalised
             why = f"{programs} programs hold W_hh in registers, {2 * units * chunks} a thread, and exchange {what}"
             candidates.append(
                 Plan(

@@ -184,9 +184,11 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
     if plan.family is Family.RESIDENT:
         cells = units // (4 * warps)  # of a thread
         products, gates = 2 * plan.k * cells, 4 if backward else 1
-        norms = problem.normalised * (350 if backward else 170)
-        instructions = (100 if backward else 95) * cells + products + norms
-        return instructions, products, gates * (cells * problem.size + 16 * plan.k)
+        instructions = (100 if backward else 95) * cells + products
+        shared = gates * (cells * problem.size + 16 * plan.k)
+        if problem.normalised:  # eight sums over the block, of a word written and read each
+            instructions, shared = instructions + (350 if backward else 170), shared + 8 * 8
+        return instructions, products, shared
     sums = ceil(units / warps) if backward else 4
     instructions = (255 + 5 * units if backward else 210 + 1.5 * units) + 18 * plan.k
     return instructions + 270 * problem.normalised, 2 * plan.k * units // 4, 4 * units + 4 * sums * warps
