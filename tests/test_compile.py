@@ -116,6 +116,11 @@ def _dtype(row):
     return row["case"].split(" B=")[0]
 
 
+def _sums(row):
+    """Whether warps sum over the units of all of them, as resident programs do for layer norms: eight times."""
+    return "resident" in row["kernel"] and "layer norm" in row["case"]
+
+
 LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 MUST_NOT_BE = {  # what no row may say of a kernel; `held`: of the families that hold the weights on chip
     "it spills": lambda row, held: row["spills"],
@@ -128,7 +133,7 @@ MUST_NOT_BE = {  # what no row may say of a kernel; `held`: of the families that
     "no tensor cores, and not exact": lambda row, _: not row["loop"]["products"] and "ieee" not in row["case"],
     "exact float32 by tensor cores": lambda row, _: row["loop"]["products"] and "ieee" in row["case"],
     "weights are loaded inside the time loop": lambda row, held: held and row["weight_loads"],
-    "more than one barrier a step": lambda row, held: held and row["loop"]["barriers"] > 1,
+    "more than one barrier a step": lambda row, held: held and row["loop"]["barriers"] > (1 + 8 * _sums(row)),
 }
 
 
@@ -147,10 +152,12 @@ def test_the_step_kernels_do_load_weights_and_have_barriers_in_a_loop(rows):
 
 # Of a pass of the time loop on an H100, in bf16 with B=16; of instructions, the most on any Triton from 3.4 on.
 COUNTS = {
-    ("lstm_cooperative_forward_kernel", 768): Loop(300, barriers=1, products=18, shared=176, loads=9, stores=9),
-    ("lstm_cooperative_backward_kernel", 768): Loop(400, barriers=1, products=18, shared=112, loads=19, stores=9),
-    ("lstm_resident_forward_kernel", 128): Loop(400, barriers=1, products=32, shared=72, loads=16, stores=24),
-    ("lstm_resident_backward_kernel", 128): Loop(470, barriers=1, products=32, shared=288, loads=32, stores=16),
+    ("cooperative_forward", "768"): Loop(300, barriers=1, products=18, shared=176, loads=9, stores=9),
+    ("cooperative_backward", "768"): Loop(400, barriers=1, products=18, shared=112, loads=19, stores=9),
+    ("resident_forward", "128"): Loop(400, barriers=1, products=32, shared=72, loads=16, stores=24),
+    ("resident_backward", "128"): Loop(470, barriers=1, products=32, shared=288, loads=32, stores=16),
+    ("cooperative_forward", "768 layer norm"): Loop(600, barriers=1, products=18, shared=176, loads=15, stores=13),
+    ("cooperative_backward", "768 layer norm"): Loop(680, barriers=1, products=18, shared=112, loads=31, stores=18),
 }
 
 
@@ -158,7 +165,8 @@ COUNTS = {
 def test_the_counts_of_a_step(rows, kernel, hidden):
     (row,) = (
         row for row in rows
-        if row["kernel"] == kernel and row["architecture"] == 90 and row["case"] == f"bfloat16 B=16 H={hidden}"
+        if (row["kernel"], row["case"]) == (f"lstm_{kernel}_kernel", f"bfloat16 B=16 H={hidden}")
+        and row["architecture"] == 90
     )  # fmt: skip
     loop, expected = Loop(**row["loop"]), COUNTS[kernel, hidden]
     assert loop.instructions <= expected.instructions
@@ -176,7 +184,8 @@ def test_the_model_of_planning_knows_the_counts(rows):
     for row in held:
         size = 4 if "float32" in row["case"] else 2
         plan = Plan(**row["plan"] | {"family": Family(row["plan"]["family"])})
-        problem = Problem(2, 16, 1, torch.float32 if size == 4 else torch.bfloat16)
+        normalised = "layer norm" in row["case"]
+        problem = Problem(2, 16, 1, torch.float32 if size == 4 else torch.bfloat16, normalised=normalised)
         instructions, products, shared = counts_of_turn(problem, plan, "backward" in row["kernel"])
         assert (row["loop"]["products"], row["loop"]["shared"]) == (products, shared), row
         assert row["loop"]["instructions"] == pytest.approx(instructions, rel=0.12), row

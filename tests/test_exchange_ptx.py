@@ -24,6 +24,7 @@ from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
 PROBLEMS = {  # of which one load takes four words of a row, two, and one
     "bf16 H=768 B=16": (16, 768, torch.bfloat16), "bf16 H=100 B=9": (9, 100, torch.bfloat16),
     "fp16 H=33 B=17": (17, 33, torch.float16), "tf32 H=33 B=3": (3, 33, torch.float32, 0, "tf32"),
+    "bf16 H=768 layer norm": (16, 768, torch.bfloat16, 0, "ieee", 1, False, True),
     "bf16 H=33 P=7": (3, 33, torch.bfloat16, 7),  # which only the step family takes
 }
 
@@ -39,11 +40,15 @@ def compiled(family, name, card, backward):
     words = {"load words": 4 * plan.k, "store words": 4 if backward else 1}  # of a thread
     if backward:
         words |= {"load partials": 4, "store partials": -(-plan.columns // plan.num_warps)}
+    if problem.normalised:  # two numbers of each program, which 32 threads share
+        programs = -(-problem.hidden // plan.columns)
+        words |= {f"{access} pairs_{norm}": 2 * -(-programs // 32) if access == "load" else 1
+                  for access in ("load", "store") for norm in ("hh", "c")}
     ptx = compile_for(launch, device.architecture).asm["ptx"]
     return dict(name=f"{launch.kernel.__name__} {name} {card}", ptx=ptx, arguments=arguments, words=words)
 
 *held, last = PROBLEMS
-cases = [*zip(held, ("h100", "a100", "h100", "a100")), ("tf32 H=33 B=3", "h100")]
+cases = [*zip(held, ("h100", "a100", "h100", "a100", "h100")), ("tf32 H=33 B=3", "h100")]
 print(json.dumps({
     "cooperative": [compiled(cooperative, *case, backward) for case in cases for backward in (False, True)],
     "step": [compiled(step, last, *one) for one in (("a100", False), ("h100", False), ("h100", True))],
@@ -52,8 +57,14 @@ print(json.dumps({
 
 MARKS = {"mma.sync": "product", "bar.sync": "barrier", "POLL:": "poll", "bra POLL": "again"}
 WAIT = ["poll", "load words", "again", "product", "barrier"]
-FORWARD = [*WAIT, "store words"]
-BACKWARD = [*WAIT, "store partials", "poll", "load partials", "again", "store words"]
+HH, C = (["store pairs_" + norm, "poll", "load pairs_" + norm, "again"] for norm in ("hh", "c"))
+PARTIALS = ["store partials", "poll", "load partials", "again"]
+ORDERS = {  # by whether there are layer norms, and whether it is backward
+    (False, False): [*WAIT, "store words"],
+    (False, True): [*WAIT, *PARTIALS, "store words"],
+    (True, False): [*WAIT, *HH, *C, "store words"],
+    (True, True): [*WAIT, *PARTIALS, *C, *HH, "store words"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +108,12 @@ def _events(kernel: dict, *buffers: str) -> list[tuple[str, str]]:
 
 def _problems(kernel: dict) -> list[str]:
     """What is wrong with the exchange of words, which are to be strong, of one width, all there, and in order."""
-    events = [event for event in _events(kernel, "words", "partials") if event[0] != "memory"]
+    buffers = "words", "partials", "pairs_hh", "pairs_c"
+    events = [event for event in _events(kernel, *buffers) if event[0] != "memory"]
     accesses = [(kind, text) for kind, text in events if text]
     problems = [text for _, text in accesses if not re.fullmatch(r"(ld|st)\.relaxed\.gpu\.global(\.v[24])?\.b32", text)]
     order = [kind for kind, _ in groupby(kind for kind, _ in events)]
-    if order != (BACKWARD if "backward" in kernel["name"] else FORWARD):
+    if order != ORDERS["layer norm" in kernel["name"], "backward" in kernel["name"]]:
         problems.append(f"the order is {order}")
     if sum(kind == "barrier" for kind, _ in events) > 1:
         problems.append("more than one barrier a step")
@@ -114,7 +126,7 @@ def _problems(kernel: dict) -> list[str]:
 
 def test_words_are_whole_and_strong_and_in_order(kernels):
     found = {kernel["name"]: _problems(kernel) for kernel in kernels["cooperative"]}
-    assert len(found) == 10
+    assert len(found) == 12
     assert {name: problems for name, problems in found.items() if problems} == {}
 
 

@@ -110,6 +110,23 @@ def test_a_projection_takes_the_plans_of_the_plain_cell(backward):
         assert plans(projected, DEVICES["h100"], backward)[:-1] == plans(plain, DEVICES["h100"], backward)[:-1] != []
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_layer_norms_take_the_plans_of_the_plain_cell_unless_their_exchanges_are_too_dear(backward):
+    h100 = DEVICES["h100"]
+    for hidden, batch in ((64, 16), (768, 16), (1024, 64)):
+        plain = Problem(128, batch, hidden, torch.bfloat16)
+        normalised = dataclasses.replace(plain, normalised=True)
+        best, of_plain = plans(normalised, h100, backward)[0], plans(plain, h100, backward)[0]
+        step = step_plan(normalised, h100, backward)
+        seconds, of_step = (expected(normalised, h100, plan, backward).seconds for plan in (of_plain, step))
+        if (hidden, batch) == (1024, 64):
+            assert best == step
+            assert seconds > of_step
+        else:
+            assert (best.family, best.columns) == (of_plain.family, of_plain.columns)
+            assert seconds < of_step
+
+
 def test_a_projection_with_noise_and_a_single_step_take_the_step_family():
     noisy = Problem(128, 16, 128, torch.bfloat16, projected=64, regularised=True)
     for problem in (noisy, Problem(1, 16, 128, torch.bfloat16)):

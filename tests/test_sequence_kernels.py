@@ -5,6 +5,8 @@ stores that become visible late. Outputs are NaN before a launch.
 """
 
 import dataclasses
+import threading
+import time
 from functools import partial
 
 import oracle
@@ -177,14 +179,52 @@ def test_noise(monkeypatch, family, noise, variant, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("variant", "projected"),
-    [("states", 0), ("ragged states reverse", 5), ("peepholes", 5), ("ragged states peepholes reverse", 0)],
+    [
+        ("states", 0),
+        ("ragged states reverse", 5),
+        ("peepholes", 5),
+        ("ragged states peepholes reverse", 0),
+        ("ragged states peepholes layer norm reverse", 0),
+    ],
 )
 @every_family
-def test_resets_to_given_states_and_peepholes(monkeypatch, family, projected, variant, dtype):
+def test_resets_to_given_states_peepholes_and_norms(monkeypatch, family, projected, variant, dtype):
     """Against the reference, since torch's LSTM has neither."""
     family(monkeypatch)
     given = partial(noisy, (5, 3, 3, 11, projected), variant, "none")
     assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=2, yardstick="reference")
+
+
+@pytest.mark.parametrize(
+    ("size", "units", "groups", "variant", "dtype"),
+    [
+        ((6, 3, 3, 11, 0), 4, 1, "layer norm of W_hh h", torch.float32),  # programs forward 3; backward 4, one idle
+        ((6, 9, 3, 20, 0), 4, 1, "layer norm of W_hh h", torch.float16),  # 5, 8; two batch tiles in one group
+        ((3, 17, 3, 20, 0), 8, 2, "layer norm of c", torch.float32),  # 3, 4; three batch tiles in two groups
+        ((6, 3, 3, 33, 0), 8, 1, "layer norm of c", torch.float16),  # 5, 8
+        ((3, 2, 3, 50, 0), 4, 1, "layer norm", torch.float32),  # 13, 16: more than the threads of a row
+    ],
+    ids=str,
+)
+def test_cooperative_with_layer_norms(monkeypatch, size, units, groups, variant, dtype):
+    _cooperate(monkeypatch, units, groups, yield_rate=0.2)
+    given = partial(noisy, size, variant, "none")
+    assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=1, yardstick="reference")
+
+
+def test_programs_of_a_norm_wait_for_each_other_where_every_step_is_reset(monkeypatch):
+    """No step needs the h of others, but nobody may run ahead of one who has yet to read the numbers of his units."""
+    _cooperate(monkeypatch, units=4)
+    load = exchange.load_volatile
+
+    def load_late(at, left, GROUPS, SIZE, STRIDE):
+        if SIZE == 2 and threading.current_thread().index[0] == 0:
+            time.sleep(0.1)
+        return load(at, left, GROUPS, SIZE, STRIDE)
+
+    monkeypatch.setattr(exchange, "load_volatile", load_late)
+    given = example(4, 2, 3, 11, resets=1.0, norms=("c",))
+    assert_as_good_as_torch(lambda seed: given, "triton", torch.float32, seeds=1, yardstick="reference")
 
 
 @every_family
@@ -279,24 +319,27 @@ count_missing = exchange.count_missing  # as it was before a fault stood in its 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "name", "fault"),
+    ("module", "name", "fault", "norms"),
     [
-        pytest.param(exchange, "count_missing", count_missing, id="none"),
-        pytest.param(cooperative, "publish", announce_early, id="published before the data"),
-        pytest.param(exchange, "count_missing", nothing_missing, id="no repeated load"),
-        pytest.param(exchange, "count_missing", missing_in_the_last_word, id="one word is looked at"),
-        pytest.param(exchange, "count_missing", any_phase, id="the phase is not looked at"),
+        pytest.param(exchange, "count_missing", count_missing, (), id="none"),
+        pytest.param(cooperative, "publish", announce_early, (), id="published before the data"),
+        pytest.param(exchange, "count_missing", nothing_missing, (), id="no repeated load"),
+        pytest.param(exchange, "count_missing", missing_in_the_last_word, (), id="one word is looked at"),
+        pytest.param(exchange, "count_missing", any_phase, (), id="the phase is not looked at"),
+        pytest.param(exchange, "count_missing", any_phase, ("hh",), id="nor that of a norm of W_hh h"),
+        pytest.param(exchange, "count_missing", any_phase, ("c",), id="nor that of a norm of c"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_broken_exchange_is_seen(monkeypatch, module, name, fault, dtype):
+def test_a_broken_exchange_is_seen(monkeypatch, module, name, fault, norms, dtype):
     _cooperate(monkeypatch, units=4, yield_rate=0.3)
-    given = partial(example, 6, 3, 3, 8)
+    given = partial(example, 6, 3, 3, 8, norms=norms)
+    yardstick = "reference" if norms else "torch"
     monkeypatch.setattr(module, name, fault)
 
     def is_seen(seed: int) -> bool:
         try:
-            assert_as_good_as_torch(lambda _: given(seed=seed), "triton", dtype, seeds=1)
+            assert_as_good_as_torch(lambda _: given(seed=seed), "triton", dtype, seeds=1, yardstick=yardstick)
         except AssertionError:
             return True
         return False
@@ -343,6 +386,36 @@ def test_a_fault_in_a_word_is_seen(monkeypatch, fault):
     monkeypatch.setattr(cooperative, "pack", fault)
     with pytest.raises(AssertionError):
         assert_as_good_as_torch(partial(example_of, (3, 3, 3, 13), "plain"), "triton", torch.float16, seeds=1)
+
+
+@triton.jit
+def one_program_left_out(
+    first, second, pairs_ptr, batch, in_batch, phase, error_ptr, step,
+    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, PATIENCE: tl.constexpr,
+):  # fmt: skip
+    found = exchange_pairs(first, second, pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, PATIENCE)
+    is_first = tl.arange(0, 32 * WARPS) % (4 * WARPS) == 0
+    return (tl.where(is_first, 0.0, found[0]), tl.where(is_first, 0.0, found[1]), *found[2:])
+
+
+exchange_pairs = cooperative.exchange_pairs
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("norm", ["hh", "c"])
+def test_a_program_that_a_norm_leaves_out_is_seen(monkeypatch, norm, direction):
+    _cooperate(monkeypatch, units=4)
+    run = launch.launch_kernel
+
+    def run_with_the_fault(kernel, grid, **arguments):
+        there = direction in kernel.__name__
+        monkeypatch.setattr(cooperative, "exchange_pairs", one_program_left_out if there else exchange_pairs)
+        run(kernel, grid, **arguments)
+
+    monkeypatch.setattr(launch, "launch_kernel", run_with_the_fault)
+    given = example(3, 2, 3, 8, norms=(norm,))
+    with pytest.raises(AssertionError):
+        assert_as_good_as_torch(lambda seed: given, "triton", torch.float32, seeds=1, yardstick="reference")
 
 
 @triton.jit

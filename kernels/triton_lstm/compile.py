@@ -92,7 +92,8 @@ def sequence_cases() -> list[Case]:
     kinds += [(16, hidden, True, False, True, False, False) for hidden in HIDDEN]
     kinds += [(16, hidden, False, False, True, True, False) for hidden in (128, 768, 1536)]
     kinds += [(16, 768, True, True, True, True, False), (16, 64, True, True, True, True, True)]
-    kinds += [(16, hidden, False, False, True, False, True) for hidden in (32, 64, 128)]
+    kinds += [(16, hidden, False, False, True, False, True) for hidden in (32, 64, 128, 256, 768)]
+    kinds += [(64, 768, True, True, True, True, True)]
     return [
         Case(
             Problem(2, batch, hidden, dtype, 0, precision, regularised=regularised, normalised=normalised),

@@ -16,6 +16,10 @@ backward   dh of a unit needs dgates of all units, four times as wide as h, so t
 Kernels are written thread by thread (fragments.py). A thread has two places in a batch tile of 8 sequences: in the
 product its column is a sequence, and K is split over the warps; afterwards it owns a cell, one unit of one sequence.
 
+With layer norms the cells of a sequence are threads of one warp, ROW of them. What its program knows of its units are
+two numbers a sequence, which all programs hand each other in one more exchange for each norm; the threads of a row
+share the programs out among them, and meet by shuffles. So there are no more barriers.
+
 What is exchanged are words of 32 bits (exchange.py), PER units in each: a row of H units takes W = ceil(H / PER) words,
 of which the last may be half empty. So the weights come as words, too.
 """
@@ -34,7 +38,16 @@ from ..giving_up import error_word
 from ..initial_gradient import Gradients, reset_gradients
 from ..operands import as_words, transposed_gates
 from ..recurrence import Recurrence
-from .cell import cell_backward, cell_forward, next_cell, zoneout, zoneout_backward
+from .cell import (
+    cell_backward,
+    cell_forward,
+    gates_backward,
+    next_cell,
+    normed_output_backward,
+    output,
+    zoneout,
+    zoneout_backward,
+)
 from .exchange import PATIENCE, collect, in_phase, pack, publish
 from .features import OPTIONS
 from .fragments import SEQUENCES, load_weights, product, scale, sequence_in, sum_over_warps, threads
@@ -52,6 +65,7 @@ from .indexing import (
     store_gates,
     time_of,
 )
+from .norm import EPS, load_for_units, normalise, normalise_backward, squares_about, units_of
 from .planning import Device, Family, Launch, Plan, Problem, expected
 
 FILL = -1  # as int32: the word that stands for data which is not there yet, and that `pack` never makes
@@ -71,12 +85,129 @@ def next_turn(step, tile, steps: tl.constexpr, B):
     return tl.where(last, step + steps, step), tl.where(last, tl.program_id(1), tile)
 
 
+@triton.jit
+def sum_of_row(x, WARPS: tl.constexpr):
+    """[THREADS] float32 -> the sum over the threads of each sequence, for all of them: without a barrier."""
+    total = tl.sum(tl.reshape(x, (SEQUENCES, 4 * WARPS)), axis=1)
+    return tl.reshape(tl.broadcast_to(total[:, None], (SEQUENCES, 4 * WARPS)), (32 * WARPS,))
+
+
+@triton.jit
+def exchange_pairs(
+    first,  # [THREADS] float32, the same in a sequence's whole row: of the program's units
+    second,
+    pairs_ptr,  # [B, programs, 2] int32: float32 words, whose last bits are one beforehand
+    batch,  # [THREADS] the thread's sequence
+    in_batch,
+    phase,  # of the step; at every step, so that none is left out
+    error_ptr,
+    step,
+    H: tl.constexpr,
+    UNITS: tl.constexpr,
+    WARPS: tl.constexpr,
+    PATIENCE: tl.constexpr,
+):
+    """Two numbers of each sequence: what a thread's programs, place + n ROW, say of their units; zero where none is.
+
+    A tuple of their firsts, seconds and how many units they have, by turns. Programs without units stay out of it.
+    """
+    ROW: tl.constexpr = 4 * WARPS
+    PROGRAMS: tl.constexpr = (H + UNITS - 1) // UNITS
+    COUNT: tl.constexpr = (PROGRAMS + ROW - 1) // ROW
+    place = tl.arange(0, 32 * WARPS) % ROW
+    program = tl.zeros_like(place) + tl.program_id(0)
+    here = in_batch & (program < PROGRAMS)
+    pairs_at = pairs_ptr + batch.to(tl.int64) * (2 * PROGRAMS)
+    own = in_phase(pack(tl.where(place == 0, first, second), tl.float32), phase)
+    publish(pairs_at + 2 * program + place, own, here & (place < 2))
+    left = tl.where(here, 2 * (PROGRAMS - place), 0)
+    words = collect(pairs_at + 2 * place, left, phase, error_ptr, step, COUNT, 2, 2 * ROW, 2, True, PATIENCE)
+    found = ()
+    for n in tl.static_range(COUNT):
+        numbers = words[2 * n].to(tl.float32, bitcast=True), words[2 * n + 1].to(tl.float32, bitcast=True)
+        found = found + numbers + (units_of(place + n * ROW, H, UNITS),)
+    return found
+
+
+@triton.jit
+def moments_of_group(
+    v,  # tuple of GATES [THREADS]: of the thread's cell
+    is_cell,  # [THREADS]
+    pairs_ptr,  # and below: as for `exchange_pairs`
+    batch,
+    in_batch,
+    phase,
+    error_ptr,
+    step,
+    H: tl.constexpr,
+    UNITS: tl.constexpr,
+    WARPS: tl.constexpr,
+    GATES: tl.constexpr,
+    PATIENCE: tl.constexpr,
+):
+    """(mean, scale) of v of all units, [THREADS]."""
+    total = tl.zeros((32 * WARPS,), tl.float32)
+    for n in tl.static_range(GATES):
+        total += tl.where(is_cell, v[n], 0.0)
+    own = sum_of_row(total, WARPS) / (GATES * units_of(tl.program_id(0), H, UNITS))
+    total = tl.zeros((32 * WARPS,), tl.float32)
+    for n in tl.static_range(GATES):
+        distance = tl.where(is_cell, v[n] - own, 0.0)
+        total += distance * distance
+    of_programs = exchange_pairs(
+        own, sum_of_row(total, WARPS), pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, PATIENCE
+    )
+    # About this program's mean, so that both sums can be taken at once: it is not so far from that of all that much
+    # would cancel, at most the square root of as many deviations as there are programs.
+    shift, squares = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
+    for n in tl.static_range(len(of_programs) // 3):
+        mean, its_squares, units = of_programs[3 * n], of_programs[3 * n + 1], of_programs[3 * n + 2]
+        shift += units * (mean - own)
+        squares += squares_about(own, mean, its_squares, GATES * units)
+    shift = sum_of_row(shift, WARPS) / H
+    squares = sum_of_row(squares, WARPS) - GATES * H * shift * shift
+    return own + shift, tl.rsqrt(squares / (GATES * H) + EPS)
+
+
+@triton.jit
+def means_of_group(
+    d,  # [THREADS] of the thread's cell, zero where there is none
+    d_unit,
+    pairs_ptr,  # and below: as for `exchange_pairs`
+    batch,
+    in_batch,
+    phase,
+    error_ptr,
+    step,
+    H: tl.constexpr,
+    UNITS: tl.constexpr,
+    WARPS: tl.constexpr,
+    GATES: tl.constexpr,
+    PATIENCE: tl.constexpr,
+):
+    """Both sums over all units, divided by GATES * H, [THREADS]: what `normalise_backward` takes."""
+    of_programs = exchange_pairs(
+        sum_of_row(d, WARPS), sum_of_row(d_unit, WARPS),
+        pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, PATIENCE,
+    )  # fmt: skip
+    d, d_unit = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
+    for n in tl.static_range(len(of_programs) // 3):
+        d += of_programs[3 * n]
+        d_unit += of_programs[3 * n + 1]
+    return sum_of_row(d, WARPS) / (GATES * H), sum_of_row(d_unit, WARPS) / (GATES * H)
+
+
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_cooperative_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
     weights_ptr,  # [4H, W] int32: W_hh
     peephole_ptr,  # [3H] or None
+    gain_hh_ptr,  # [4H], or None without a layer norm of W_hh h
+    gain_c_ptr,  # [H], or None without a layer norm of c
+    bias_c_ptr,  # [H] or None
     words_ptr,  # [T*B + B, W] int32: h of every step, out and the exchange, filled beforehand; then h0
+    pairs_hh_ptr,  # see `exchange_pairs`, with a layer norm of W_hh h; or None
+    pairs_c_ptr,  # the same, of c; or None
     c_ptr,  # [T*B, H] float32 out, None without SAVE
     h_n_ptr,  # [B, H] h0, made h of a sequence's last step
     c_n_ptr,  # [B, H] float32 c0, made c after every step
@@ -100,12 +231,15 @@ def lstm_cooperative_forward_kernel(
     WARPS: tl.constexpr,
 ):
     """All steps of the units of a program; grid (programs of a group, groups)."""
+    NORM_HH: tl.constexpr = gain_hh_ptr is not None
+    NORM_C: tl.constexpr = gain_c_ptr is not None
     DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
     PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     W: tl.constexpr = (H + PER - 1) // PER
     TOGETHER: tl.constexpr = 4 if W % 4 == 0 else 2 if W % 2 == 0 else 1
     TILES: tl.constexpr = UNITS // 4  # of 16 rows: four gates of UNITS units
     STRIDE: tl.constexpr = 16 * WARPS  # words from one chunk of a warp to its next
+    ROW: tl.constexpr = 4 * WARPS if NORM_HH or NORM_C else UNITS  # threads for the cells of a sequence
     thread, warp, column, quarter = threads(WARPS)
     first_unit = tl.program_id(0) * UNITS
     first_word = warp * 16 + quarter * 4
@@ -118,16 +252,22 @@ def lstm_cooperative_forward_kernel(
     weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, CHUNKS, TILES)
 
     # The thread's cell, and the word of h that it publishes.
-    unit = first_unit + thread % UNITS
-    sequence = thread // UNITS
+    place = thread % ROW
+    unit = first_unit + place
+    sequence = thread // ROW
     of_cell = sequence < SEQUENCES
-    is_cell = of_cell & (unit < H)
-    is_word = of_cell & (unit < W * PER) & (thread % PER == 0)
+    is_cell = of_cell & (place < UNITS) & (unit < H)
+    is_word = of_cell & (place < UNITS) & (unit < W * PER) & (thread % PER == 0)
     sequence %= SEQUENCES
-    z_rows = (thread % UNITS, thread % UNITS + UNITS, thread % UNITS + 2 * UNITS, thread % UNITS + 3 * UNITS)
+    place %= UNITS
+    z_rows = (place, place + UNITS, place + 2 * UNITS, place + 3 * UNITS)
     z_sequences = (sequence, sequence, sequence, sequence)
 
     peephole_i, peephole_f, peephole_o = load_peepholes(peephole_ptr, unit, H)
+    if NORM_HH:
+        gain_i, gain_f, gain_g, gain_o = load_gates(gain_hh_ptr, unit, unit < H, H)
+    if NORM_C:
+        gain_c, bias_c = load_for_units(gain_c_ptr, unit, 0.0, H), load_for_units(bias_c_ptr, unit, 0.0, H)
 
     step, tile = 0, tl.program_id(1)
     for turn in range(T * walks_of_group(B)):
@@ -144,21 +284,39 @@ def lstm_cooperative_forward_kernel(
         c_prev = reset_to(c_prev, reset_c_ptr, at, reset_cell)
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
-        batch, in_batch, length = sequence_in(tile, column, lengths_ptr, T, B)
-        _, _, _, from_h = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
-        row_prev = row_in_h_then_h0(step - 1, time_of(step - 1, length, REVERSE), batch, T, B)
+        of_column, in_column, length = sequence_in(tile, column, lengths_ptr, T, B)
+        _, _, _, from_h = position(step, length, resets_ptr, of_column, B, in_column, REVERSE)
+        row_prev = row_in_h_then_h0(step - 1, time_of(step - 1, length, REVERSE), of_column, T, B)
         h_at = words_ptr + row_prev * W + first_word
-        left = tl.where(from_h, W - first_word, 0)
+        # With layer norms padding and what a reset cuts off is waited for, too, so that nobody publishes the numbers of
+        # his units over others that somebody still waits for.
+        left = tl.where(in_column if NORM_HH or NORM_C else from_h, W - first_word, 0)
         h_prev = collect(h_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, PATIENCE)
+        if NORM_HH or NORM_C:
+            collected, h_prev = h_prev, ()
+            for n in tl.static_range(4 * CHUNKS):
+                h_prev = h_prev + (tl.where(from_h, collected[n], 0),)
         if dropout_h_ptr is not None:
-            h_prev = scale(h_prev, dropout_h_ptr + batch.to(tl.int64) * W + first_word, left, CHUNKS, STRIDE, DTYPE)
+            h_prev = scale(h_prev, dropout_h_ptr + of_column.to(tl.int64) * W + first_word, left, CHUNKS, STRIDE, DTYPE)
         parts = product(weights, h_prev, DTYPE, CHUNKS, TILES, WARPS)
         z_i, z_f, z_g, z_o = sum_over_warps(parts, z_rows, z_sequences, of_cell, turn % 2, 4, TILES, WARPS)
 
         # Gates and cell.
+        if NORM_HH:
+            mean, scale_hh = moments_of_group(
+                (z_i, z_f, z_g, z_o), is_cell, pairs_hh_ptr, batch, in_batch, step % 2, error_ptr, step,
+                H, UNITS, WARPS, 4, PATIENCE,
+            )  # fmt: skip
+            z_i, z_f = normalise(z_i, mean, scale_hh, gain_i, 0.0), normalise(z_f, mean, scale_hh, gain_f, 0.0)
+            z_g, z_o = normalise(z_g, mean, scale_hh, gain_g, 0.0), normalise(z_o, mean, scale_hh, gain_o, 0.0)
         i, f, g, o, c, h = cell_forward(
             x_i + z_i, x_f + z_f, x_g + z_g, x_o + z_o, c_prev, peephole_i, peephole_f, peephole_o, PEEPHOLES
         )
+        if NORM_C:
+            mean, scale_c = moments_of_group(
+                (c,), is_cell, pairs_c_ptr, batch, in_batch, step % 2, error_ptr, step, H, UNITS, WARPS, 1, PATIENCE
+            )
+            h = output(o, normalise(c, mean, scale_c, gain_c, bias_c))
         if zoneout_c_ptr is not None:
             c = zoneout(load_zoneout(zoneout_c_ptr, at, valid_cell), c_prev, c)
         if zoneout_h_ptr is not None:
@@ -189,8 +347,19 @@ def lstm_cooperative_backward_kernel(
     c0_ptr,  # [B, H] float32
     weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
     peephole_ptr,  # [3H] or None
-    words_ptr,  # [T*B, 4, W] int32: dgates, out and the exchange, filled beforehand
+    gain_hh_ptr,  # [4H], or None without a layer norm of W_hh h
+    unit_hh_ptr,  # [T*B, 4H] or None
+    scale_hh_ptr,  # [T*B] float32 or None
+    gain_c_ptr,  # [H], or None without a layer norm of c
+    bias_c_ptr,  # [H] or None
+    unit_c_ptr,  # [T*B, H] float32 or None
+    scale_c_ptr,  # [T*B] float32 or None
+    words_ptr,  # [T*B, 4, W] int32: what W_hh^T takes, dgates or their gradient through the norm of W_hh h; filled
+    dgates_ptr,  # [T*B, 4H] out; None without that norm, where they are the words
+    pairs_hh_ptr,  # see `exchange_pairs`, with a layer norm of W_hh h; or None
+    pairs_c_ptr,  # the same, of c; or None
     partials_ptr,  # [B, 4, H] int32: float32 words, the second exchange; their last bits are one beforehand
+    dm_ptr,  # [T*B, H] out: the gradient of m; None without a layer norm of c
     dc_ptr,  # [B, H] float32, gradient of c_n, made that of c before every step
     lengths_ptr,  # [B] or None
     resets_ptr,  # [T*B] or None
@@ -213,6 +382,8 @@ def lstm_cooperative_backward_kernel(
     WARPS: tl.constexpr,
 ):
     """All steps, from the last to the first, of the units of a program; grid (programs of a group, groups)."""
+    NORM_HH: tl.constexpr = gain_hh_ptr is not None
+    NORM_C: tl.constexpr = gain_c_ptr is not None
     DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
     PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     W: tl.constexpr = (H + PER - 1) // PER
@@ -220,6 +391,7 @@ def lstm_cooperative_backward_kernel(
     TILES: tl.constexpr = UNITS // 4  # of 16 rows: one gate of 4 UNITS units
     STRIDE: tl.constexpr = 16 * WARPS  # words from one chunk of a warp to its next
     SUMS: tl.constexpr = (UNITS + WARPS - 1) // WARPS  # of the quartet's 4 UNITS x 8, that a thread publishes
+    ROW: tl.constexpr = 4 * WARPS if NORM_HH or NORM_C else UNITS  # threads for the cells of a sequence
     thread, warp, column, quarter = threads(WARPS)
     gate = tl.program_id(0) % 4
     quartet_unit = tl.program_id(0) // 4 * (4 * UNITS)
@@ -233,10 +405,11 @@ def lstm_cooperative_backward_kernel(
     weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, CHUNKS, TILES)
 
     # The thread's cell, the word of dgates that it publishes, and the partial sums.
-    unit = quartet_unit + gate * UNITS + thread % UNITS
-    sequence = thread // UNITS
-    is_cell = (sequence < SEQUENCES) & (unit < H)
-    is_word = (sequence < SEQUENCES) & (unit < W * PER) & (thread % PER == 0)
+    unit = quartet_unit + gate * UNITS + thread % ROW
+    sequence = thread // ROW
+    of_cell = (sequence < SEQUENCES) & (thread % ROW < UNITS)
+    is_cell = of_cell & (unit < H)
+    is_word = of_cell & (unit < W * PER) & (thread % PER == 0)
     sequence %= SEQUENCES
     sum_rows, sum_sequences = (), ()
     for n in tl.static_range(SUMS):
@@ -244,6 +417,10 @@ def lstm_cooperative_backward_kernel(
         sum_sequences = sum_sequences + ((thread + n * 32 * WARPS) // (4 * UNITS) % SEQUENCES,)
 
     peephole_i, peephole_f, peephole_o = load_peepholes(peephole_ptr, unit, H)
+    if NORM_HH:
+        gain_i, gain_f, gain_g, gain_o = load_gates(gain_hh_ptr, unit, unit < H, H)
+    if NORM_C:
+        gain_c, bias_c = load_for_units(gain_c_ptr, unit, 0.0, H), load_for_units(bias_c_ptr, unit, 0.0, H)
 
     step, tile = T - 1, tl.program_id(1)
     for turn in range(T * walks_of_group(B)):
@@ -253,13 +430,20 @@ def lstm_cooperative_backward_kernel(
         valid_cell = is_cell & valid
         state_at = batch.to(tl.int64) * H + unit
         at = row * H + unit
-        i, f, g, o = load_gates(gates_ptr, row * (4 * H) + unit, valid_cell, H)
+        gates_at = row * (4 * H) + unit
+        i, f, g, o = load_gates(gates_ptr, gates_at, valid_cell, H)
         c = tl.load(c_ptr + at, mask=valid_cell, other=0.0)
         prev_at = row_before(step, time, batch, B, REVERSE) * H + unit
         reset_cell = valid_cell & ~continues
         c_prev = cell_before(c_ptr, c0_ptr, step, prev_at, is_cell & continues)
         c_prev = reset_to(c_prev, reset_c_ptr, at, reset_cell)
         dc = tl.load(dc_ptr + state_at, mask=valid_cell, other=0.0)
+        if NORM_HH:
+            unit_i, unit_f, unit_g, unit_o = load_gates(unit_hh_ptr, gates_at, valid_cell, H)
+            scale_hh = tl.load(scale_hh_ptr + row, mask=valid_cell, other=0.0)
+        if NORM_C:
+            unit_c = tl.load(unit_c_ptr + at, mask=valid_cell, other=0.0)
+            scale_c = tl.load(scale_c_ptr + row, mask=valid_cell, other=0.0)
         dh = tl.zeros((32 * WARPS,), tl.float32)
         if dh_ptr is not None:
             dh += tl.load(dh_ptr + at, mask=valid_cell, other=0.0).to(tl.float32)
@@ -308,11 +492,36 @@ def lstm_cooperative_backward_kernel(
         if zoneout_c_ptr is not None:
             c = next_cell(i, f, g, c_prev)  # as the step computed it; what was saved is after zoneout
             dc_before, dc = zoneout_backward(load_zoneout(zoneout_c_ptr, at, valid_cell), dc)
-        dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(
-            i, f, g, o, c, c_prev, dh, dc, peephole_i, peephole_f, peephole_o, PEEPHOLES
-        )
+        if NORM_C:
+            dz_o, d_unit = normed_output_backward(o, unit_c, dh, gain_c, bias_c)
+            mean_d, mean_d_unit = means_of_group(
+                d_unit, d_unit * unit_c, pairs_c_ptr, batch, in_batch, phase, error_ptr, step,
+                H, UNITS, WARPS, 1, PATIENCE,
+            )  # fmt: skip
+            dc += normalise_backward(d_unit, unit_c, scale_c, mean_d, mean_d_unit)
+            dz_i, dz_f, dz_g, dz_o, dc_prev = gates_backward(
+                i, f, g, c_prev, dz_o, dc, peephole_i, peephole_f, peephole_o, PEEPHOLES
+            )
+        else:
+            dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(
+                i, f, g, o, c, c_prev, dh, dc, peephole_i, peephole_f, peephole_o, PEEPHOLES
+            )
         if zoneout_c_ptr is not None:
             dc_prev += dc_before
+
+        # Through the layer norm of W_hh h, from dz as it is stored.
+        if NORM_HH:
+            store_gates(dgates_ptr, gates_at, is_cell & in_batch, dz_i, dz_f, dz_g, dz_o, H)
+            d_i, d_f = gain_i * dz_i.to(DTYPE).to(tl.float32), gain_f * dz_f.to(DTYPE).to(tl.float32)
+            d_g, d_o = gain_g * dz_g.to(DTYPE).to(tl.float32), gain_o * dz_o.to(DTYPE).to(tl.float32)
+            mean_d, mean_d_unit = means_of_group(
+                (d_i + d_f) + (d_g + d_o), (d_i * unit_i + d_f * unit_f) + (d_g * unit_g + d_o * unit_o),
+                pairs_hh_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, 4, PATIENCE,
+            )  # fmt: skip
+            dz_i = normalise_backward(d_i, unit_i, scale_hh, mean_d, mean_d_unit)
+            dz_f = normalise_backward(d_f, unit_f, scale_hh, mean_d, mean_d_unit)
+            dz_g = normalise_backward(d_g, unit_g, scale_hh, mean_d, mean_d_unit)
+            dz_o = normalise_backward(d_o, unit_o, scale_hh, mean_d, mean_d_unit)
 
         # Publish. In padding every factor was loaded as zero, so its gradients are zero.
         word_at = words_ptr + row * (4 * W) + unit // PER
@@ -322,6 +531,8 @@ def lstm_cooperative_backward_kernel(
         publish(word_at + 2 * W, pack(dz_g, DTYPE), here)
         publish(word_at + 3 * W, pack(dz_o, DTYPE), here)
         tl.store(dc_ptr + state_at, tl.where(continues, dc_prev, 0.0), mask=valid_cell)
+        if NORM_C:
+            tl.store(dm_ptr + at, dh.to(DTYPE), mask=is_cell & in_batch)
         if dreset_c_ptr is not None:
             tl.store(dreset_c_ptr + at, dc_prev, mask=reset_cell)
         step, tile = next_turn(step, tile, -1, B)
@@ -345,7 +556,7 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
         groups = min(tiles, device.multiprocessors // (programs * problem.side_by_side))
         shared = 2 * warps * 4 * units * 8 * 4  # twice the sums of all warps
         if groups and registers <= MOST_REGISTERS and shared <= STATIC_SHARED:
-            what = "dgates" if backward else "h"
+            what = ("dgates" if backward else "h") + ", and sums for layer norms" * problem.normalised
             why = f"{programs} programs hold W_hh in registers, {2 * units * chunks} a thread, and exchange {what}"
             candidates.append(
                 Plan(
@@ -397,27 +608,39 @@ def backward(
     """As launch.layer_backward: one launch."""
     r = recurrence
     steps, batch, _ = gates.shape
-    dgates = _rows_of_words(gates, steps, batch, 4)
-    dgates.view(torch.int32).fill_(FILL)
+    taken = _rows_of_words(gates, steps, batch, 4)  # by W_hh^T
+    taken.view(torch.int32).fill_(FILL)
+    dgates = None if r.norms.gain_hh is None else torch.empty_like(gates)
+    dm = None if r.norms.gain_c is None else torch.empty_like(c, dtype=gates.dtype)
     dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
     dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
     dreset_h, dreset_c = reset_gradients(r)
     launch(
         lstm_cooperative_backward_kernel, (plan.programs, plan.groups),
         dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0,
-        weights_ptr=transposed_gates(r.weight_hh), words_ptr=dgates.view(torch.int32),
-        partials_ptr=torch.full_like(gates[0], FILL, dtype=torch.int32), dc_ptr=dc,
+        weights_ptr=transposed_gates(r.weight_hh), words_ptr=taken.view(torch.int32), dgates_ptr=dgates,
+        unit_hh_ptr=r.norms.unit_hh, scale_hh_ptr=r.norms.scale_hh,
+        unit_c_ptr=r.norms.unit_c, scale_c_ptr=r.norms.scale_c,
+        partials_ptr=torch.full_like(gates[0], FILL, dtype=torch.int32), dm_ptr=dm, dc_ptr=dc,
         dropout_h_ptr=r.dropout_h, dh_from_zoneout_ptr=dh_from_zoneout, dreset_h_ptr=dreset_h, dreset_c_ptr=dreset_c,
         error_ptr=error_word(gates.device, "lstm_cooperative_backward_kernel"), **_shared_arguments(plan, gates, r),
     )  # fmt: skip
-    dgates = dgates[..., : r.hidden].reshape(gates.shape)
-    return Gradients(dgates, dc, dh_from_zoneout, None, dreset_h, dreset_c)
+    if dgates is None:
+        dgates = taken[..., : r.hidden].reshape(gates.shape)
+    return Gradients(dgates, dc, dh_from_zoneout, dm, dreset_h, dreset_c)
 
 
 def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:
     """What both kernels are given."""
     steps, batch, _ = gates.shape
+    of_programs = batch, ceil(r.hidden / plan.columns), 2
+    pairs_hh, pairs_c = (
+        None if gain is None else r.c0.new_full(of_programs, FILL, dtype=torch.int32)
+        for gain in (r.norms.gain_hh, r.norms.gain_c)
+    )
     return dict(
+        gain_hh_ptr=r.norms.gain_hh, gain_c_ptr=r.norms.gain_c, bias_c_ptr=r.norms.bias_c,
+        pairs_hh_ptr=pairs_hh, pairs_c_ptr=pairs_c,
         lengths_ptr=r.lengths, resets_ptr=r.resets, zoneout_h_ptr=r.zoneout_h, zoneout_c_ptr=r.zoneout_c,
         reset_c_ptr=r.reset_c, peephole_ptr=r.weight_peephole, PEEPHOLES=r.weight_peephole is not None,
         T=steps, B=batch, H=r.hidden, REVERSE=r.reverse, PATIENCE=PATIENCE,

@@ -185,7 +185,10 @@ def polling_loop(groups: int, size: int, stride: int, together: int, phased: boo
     lines.append("setp.ne.u32 any, polls, polls;")
     for n in firsts:
         if phased:
-            lines += [f"xor.b32 seen, ${n}, {phase};", "and.b32 seen, seen, 1;", "setp.ne.u32 yes, seen, 0;"]
+            lines.append(f"xor.b32 seen, ${n}, {phase};")
+            for i in range(1, together):
+                lines += [f"xor.b32 rest, ${n + i}, {phase};", "or.b32 seen, seen, rest;"]
+            lines += ["and.b32 seen, seen, 1;", "setp.ne.u32 yes, seen, 0;"]
             lines.append(f"and.pred missing{n}, missing{n}, yes;")
         else:  # the fill is the greatest word
             lines.append(f"mov.b32 seen, ${n};")

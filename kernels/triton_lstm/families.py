@@ -20,10 +20,13 @@ def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     last = step.step_plan(problem, device, backward)
     if problem.steps == 1:
         return [last]  # holding W_hh on chip pays from the second step on
-    if problem.normalised:  # where programs share the units, sums over all of them would be two more exchanges a step
-        return [*resident.plans(problem, device, backward), last]
     shared = list(cooperative.plans(problem, device, backward))
     if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
         shared = list(cooperative.plans(dataclasses.replace(problem, side_by_side=1), device, backward))
-    alone = resident.plans(problem, device, backward)
-    return [*heapq.merge(alone, shared, key=lambda plan: expected(problem, device, plan, backward).seconds), last]
+
+    def seconds(plan: Plan) -> float:
+        return expected(problem, device, plan, backward).seconds
+
+    if problem.normalised:  # exchanges in the middle of a step hide behind no other batch tile
+        shared = [plan for plan in shared if seconds(plan) < seconds(last)]
+    return [*heapq.merge(resident.plans(problem, device, backward), shared, key=seconds), last]

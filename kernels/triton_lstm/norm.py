@@ -32,6 +32,16 @@ def normalise_backward(d, unit, scale, mean_d, mean_d_unit):
 
 
 @triton.jit
+def squares_about(mean, own_mean, own_squares, count):
+    """Of `count` elements: their sum of squares about any mean, from that about their own.
+
+    Together with the mean of all it is what parts add up to (Chan, Golub & LeVeque, 1979).
+    """
+    distance = own_mean - mean
+    return own_squares + count * distance * distance
+
+
+@triton.jit
 def store_pair(pairs_ptr, tile, batch, in_batch, B, first, second):
     """A tile's two numbers of each of its sequences, [BB]."""
     at = pairs_ptr + (tile.to(tl.int64) * B + batch) * 2
@@ -65,11 +75,7 @@ def sums_of_tiles(pairs_ptr, batch, in_batch, B, H: tl.constexpr, BLOCK_H: tl.co
 
 @triton.jit
 def moments_of_tiles(pairs_ptr, batch, in_batch, B, H: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.constexpr):
-    """(mean, scale) of GATES * H elements whose moments tiles have stored, each [BB].
-
-    The squares about the mean of all are those about each tile's mean, and those of the distances of these means
-    (Chan, Golub & LeVeque, 1979).
-    """
+    """(mean, scale) of GATES * H elements whose moments tiles have stored, each [BB]."""
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     mean = tl.zeros(batch.shape, tl.float32)
     for start in range(0, TILES, AT_ONCE):
@@ -81,8 +87,8 @@ def moments_of_tiles(pairs_ptr, batch, in_batch, B, H: tl.constexpr, BLOCK_H: tl
     for start in range(0, TILES, AT_ONCE):
         tile = start + tl.arange(0, AT_ONCE)
         means, own = load_pairs(pairs_ptr, tile, batch, in_batch, B, TILES)
-        distance = means - mean[None, :]
-        squares += tl.sum(own + GATES * units_of(tile, H, BLOCK_H)[:, None] * distance * distance, axis=0)
+        count = GATES * units_of(tile, H, BLOCK_H)[:, None]
+        squares += tl.sum(squares_about(mean[None, :], means, own, count), axis=0)
     return mean, tl.rsqrt(squares / (GATES * H) + EPS)
 
 

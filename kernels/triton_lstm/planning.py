@@ -136,6 +136,7 @@ PRODUCT = 33  # until the next product of a chain can start
 L2_BYTES = 64  # that a multiprocessor reads from L2 in a clock; 30 to 64
 SHARED_BYTES = 128  # that a multiprocessor reads or writes in shared memory in a clock
 EXCHANGE = 800  # from a store until all readers have it; 650 to 850, taken from two latencies of L2 and a poll
+SHUFFLES = 145  # a sum over the threads of a warp: five, one after another, and an addition each
 MEETING = 1500  # of all programs: a barrier, a fence, an atomic, and as long until everybody has seen it
 ISSUE = 0.6  # of an instruction, which takes a clock; the rest falls into the waits of other warps
 CELL = (470, 820)  # forward and backward: waits for loads, gates and cell that nothing hides
@@ -159,7 +160,7 @@ def _clocks_on_chip(problem: Problem, device: Device, plan: Plan, backward: bool
         "instructions or shared memory": max(ISSUE * count * share, 32 * plan.num_warps * shared / SHARED_BYTES),
         "products": max(2 * plan.k * PRODUCT, products * product_clocks(device) * share),
         "gates and cell": CELL[backward],
-        "barriers": BARRIER,
+        "barriers": (9 if problem.normalised and plan.family is Family.RESIDENT else 1) * BARRIER,
     }
     if plan.family is Family.RESIDENT:
         turns = ceil(plan.groups / device.multiprocessors)  # of programs, where not all are resident at once
@@ -167,6 +168,8 @@ def _clocks_on_chip(problem: Problem, device: Device, plan: Plan, backward: bool
     turn["L2: words of others"] = plan.rows * problem.hidden * problem.size / L2_BYTES
     if backward:
         turn["exchange of partial sums"] = EXCHANGE
+    if problem.normalised:  # of W_hh h and of c, whose sums over all units nothing hides
+        turn["exchanges of layer norms"] = 2 * (EXCHANGE + (2 if backward else 3) * SHUFFLES)
     other_turns = (plan.walks - 1) * sum(turn.values())
     step = {name: plan.walks * clocks for name, clocks in turn.items()}
     return step | {"exchange, beyond other batch tiles": max(0, EXCHANGE - other_turns)}
@@ -181,10 +184,14 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
     if plan.family is Family.RESIDENT:
         cells = units // (4 * warps)  # of a thread
         products, gates = 2 * plan.k * cells, 4 if backward else 1
-        return (100 if backward else 95) * cells + products, products, gates * (cells * problem.size + 16 * plan.k)
+        instructions = (100 if backward else 95) * cells + products
+        shared = gates * (cells * problem.size + 16 * plan.k)
+        if problem.normalised:  # eight sums over the block, of a word written and read each
+            instructions, shared = instructions + (350 if backward else 170), shared + 8 * 8
+        return instructions, products, shared
     sums = ceil(units / warps) if backward else 4
     instructions = (255 + 5 * units if backward else 210 + 1.5 * units) + 18 * plan.k
-    return instructions, 2 * plan.k * units // 4, 4 * units + 4 * sums * warps
+    return instructions + 270 * problem.normalised, 2 * plan.k * units // 4, 4 * units + 4 * sums * warps
 
 
 def product_clocks(device: Device) -> int:

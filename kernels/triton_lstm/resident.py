@@ -471,6 +471,7 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
     registers = 4 * units * units * problem.size // (4 * 32 * warps)  # of a thread
     if warps <= 8 and registers <= MOST_REGISTERS:
         shared = 2 * 8 * units * problem.size * (4 if backward else 1)
+        shared += 32 * warps * problem.normalised  # sums of 8 sequences that each warp hands the others
         yield Plan(
             Family.RESIDENT, 8, units, units * problem.size // 64, 1, ceil(problem.batch / 8), warps, 1, shared,
             f"one block holds W_hh in registers, {registers} a thread, so that no exchange is needed",
