@@ -48,7 +48,7 @@ def wanted_sequence(case):
             sm == 90 and str(p.dtype) == "torch.bfloat16" and case.ragged and case.training != case.backward
             and (case.peepholes or p.hidden == 64 or case.backward)
         )
-    if (case.ragged or case.peepholes) and p.hidden != 768:
+    if (case.ragged or case.peepholes) and p.hidden != 768 or p.normalised and p.hidden not in (128, 768):
         return False
     if str(p.dtype) == "torch.bfloat16":
         return sm == 90 and ((p.batch == 16 and p.hidden not in (64, 1024)) or (p.batch, p.hidden) == (256, 768))
