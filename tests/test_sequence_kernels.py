@@ -165,9 +165,14 @@ def test_step_with_noise_by_several_programs(monkeypatch, projected):
 
 
 @pytest.mark.parametrize(
-    ("noise", "variant"), [("masks", "ragged states reverse"), ("expected", "ragged states peepholes reverse")]
+    ("noise", "variant", "dtype"),
+    [
+        ("masks", "ragged states reverse", torch.float16),
+        ("masks", "ragged states peepholes reverse", torch.float32),
+        ("expected", "ragged states peepholes reverse", torch.float16),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("family", [_reside, partial(_cooperate, units=4)], ids=["resident", "cooperative"])
 def test_noise(monkeypatch, family, noise, variant, dtype):
     """Recurrent dropout and zoneout, against the reference, since torch's LSTM has neither."""
@@ -176,16 +181,16 @@ def test_noise(monkeypatch, family, noise, variant, dtype):
     assert_as_good_as_torch(lambda seed: given(seed=seed), "triton", dtype, seeds=1, yardstick="reference")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("variant", "projected"),
+    ("variant", "projected", "dtype"),
     [
-        ("states", 0),
-        ("ragged states reverse", 5),
-        ("peepholes", 5),
-        ("ragged states peepholes reverse", 0),
-        ("ragged states peepholes layer norm reverse", 0),
+        ("states", 0, torch.float16),
+        ("ragged states reverse", 5, torch.float32),
+        ("peepholes", 5, torch.float16),
+        ("ragged states peepholes reverse", 0, torch.float32),
+        ("ragged states peepholes layer norm reverse", 0, torch.float16),
     ],
+    ids=str,
 )
 @every_family
 def test_resets_to_given_states_peepholes_and_norms(monkeypatch, family, projected, variant, dtype):
