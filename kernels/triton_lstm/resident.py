@@ -96,6 +96,21 @@ def sum_over_units(values, PER: tl.constexpr, CELLS: tl.constexpr, WARPS: tl.con
 
 
 @triton.jit
+def forward_of_cell(n: tl.constexpr, x, z, c_prev, peepholes, PEEPHOLES: tl.constexpr):
+    """`cell_forward` of a thread's cell number n."""
+    return cell_forward(
+        x[4 * n] + z[4 * n], x[4 * n + 1] + z[4 * n + 1], x[4 * n + 2] + z[4 * n + 2], x[4 * n + 3] + z[4 * n + 3],
+        c_prev[n], peepholes[3 * n], peepholes[3 * n + 1], peepholes[3 * n + 2], PEEPHOLES,
+    )  # fmt: skip
+
+
+@triton.jit
+def two_scales(scale_ptr, row, valid):
+    """Those of a thread's two sequences, from [T*B] float32: a pair of [THREADS]."""
+    return tl.load(scale_ptr + row[0], mask=valid[0], other=0.0), tl.load(scale_ptr + row[1], mask=valid[1], other=0.0)
+
+
+@triton.jit
 def moments(v, unit, H: tl.constexpr, PER: tl.constexpr, CELLS: tl.constexpr, WARPS: tl.constexpr):
     """(means, scales) of the same, pairs of [THREADS]. Past the last unit v is zero."""
     even, odd = sum_over_units(v, PER, CELLS, WARPS)
@@ -198,29 +213,24 @@ def lstm_resident_forward_kernel(
             for n in tl.static_range(4 * CELLS):
                 z = z + (normalise(products[n], mean[n // 4 % 2], scale[n // 4 % 2], gains_hh[n], 0.0),)
 
-        # Gates and cell.
-        o, seen, c_next = (), (), ()
-        for n in tl.static_range(CELLS):
-            i, f, g, o_gate, c_cell, _ = cell_forward(
-                x[4 * n] + z[4 * n], x[4 * n + 1] + z[4 * n + 1],
-                x[4 * n + 2] + z[4 * n + 2], x[4 * n + 3] + z[4 * n + 3], c_prev[n],
-                peepholes[3 * n], peepholes[3 * n + 1], peepholes[3 * n + 2], PEEPHOLES,
-            )  # fmt: skip
-            if SAVE:
-                gates_at = row[n % 2] * (4 * H) + unit[n]
-                store_gates(gates_ptr, gates_at, valid[n % 2] & (unit[n] < H), i, f, g, o_gate, H)
-            o = o + (o_gate,)
-            c_next = c_next + (c_cell,)
         if NORM_C:
-            mean, scale = moments(c_next, unit, H, 1, CELLS, WARPS)
+            cell_of, c_cell, h_cell = (), (), ()
             for n in tl.static_range(CELLS):
-                seen = seen + (normalise(c_next[n], mean[n % 2], scale[n % 2], gains_c[n], biases_c[n]),)
-        else:
-            seen = c_next
+                cell_of = cell_of + forward_of_cell(n, x, z, c_prev, peepholes, PEEPHOLES)
+                c_cell = c_cell + (cell_of[6 * n + 4],)
+            mean, scale = moments(c_cell, unit, H, 1, CELLS, WARPS)
+            for n in tl.static_range(CELLS):
+                seen = normalise(c_cell[n], mean[n % 2], scale[n % 2], gains_c[n], biases_c[n])
+                h_cell = h_cell + (output(cell_of[6 * n + 3], seen),)
 
-        h, c, c_cells = (), (), c_next
+        h, c = (), ()
         for n in tl.static_range(CELLS):
-            h_next, c_next = output(o[n], seen[n]), c_cells[n]
+            # Gates and cell.
+            if NORM_C:
+                i, f, g, o = cell_of[6 * n], cell_of[6 * n + 1], cell_of[6 * n + 2], cell_of[6 * n + 3]
+                c_next, h_next = c_cell[n], h_cell[n]
+            else:
+                i, f, g, o, c_next, h_next = forward_of_cell(n, x, z, c_prev, peepholes, PEEPHOLES)
             at = row[n % 2] * H + unit[n]
             valid_cell = valid[n % 2] & (unit[n] < H)
             if zoneout_c_ptr is not None:
@@ -234,6 +244,8 @@ def lstm_resident_forward_kernel(
             in_tile = in_batch[n % 2] & (unit[n] < H)
             tl.store(h_ptr + at, h_next, mask=in_tile)
             if SAVE:
+                gates_at = row[n % 2] * (4 * H) + unit[n]
+                store_gates(gates_ptr, gates_at, valid_cell, i, f, g, o, H)
                 tl.store(c_ptr + at, tl.where(valid[n % 2], c_next, 0.0), mask=in_tile)
             h = h + (tl.where(valid[n % 2], h_next, h_prev[n]),)
             c = c + (tl.where(valid[n % 2], c_next, c_prev[n]),)
@@ -359,10 +371,12 @@ def lstm_resident_backward_kernel(
                 d_units_along = d_units_along + (d_unit * unit_c,)
             of_d = sum_over_units(d_units, 1, CELLS, WARPS)
             of_d_unit = sum_over_units(d_units_along, 1, CELLS, WARPS)
+            scale = two_scales(scale_c_ptr, row, valid)
             for n in tl.static_range(CELLS):
-                scale = tl.load(scale_c_ptr + row[n % 2], mask=valid[n % 2], other=0.0)
                 through_c = through_c + (
-                    normalise_backward(d_units[n], outer[2 * n + 1], scale, of_d[n % 2] / H, of_d_unit[n % 2] / H),
+                    normalise_backward(
+                        d_units[n], outer[2 * n + 1], scale[n % 2], of_d[n % 2] / H, of_d_unit[n % 2] / H
+                    ),
                 )
         dz_i, dz_f, dz_g, dz_o, dc_prev = (), (), (), (), ()
         for n in tl.static_range(CELLS):
@@ -378,8 +392,6 @@ def lstm_resident_backward_kernel(
                     saved[8 * n + 5], saved[8 * n + 6], saved[8 * n + 7],
                     peepholes[3 * n], peepholes[3 * n + 1], peepholes[3 * n + 2], PEEPHOLES,
                 )  # fmt: skip
-            gates_at = row[n % 2] * (4 * H) + unit[n]
-            store_gates(dgates_ptr, gates_at, in_batch[n % 2] & (unit[n] < H), d_i, d_f, d_g, d_o, H)
             dz_i = dz_i + (d_i.to(DTYPE),)
             dz_f = dz_f + (d_f.to(DTYPE),)
             dz_g = dz_g + (d_g.to(DTYPE),)
@@ -388,7 +400,8 @@ def lstm_resident_backward_kernel(
                 d_c += dc_before[n]
             dc_prev = dc_prev + (d_c,)
 
-        # Through the layer norm: dz becomes the gradient of W_hh h.
+        # Through the layer norm, to the gradient of W_hh h.
+        taken = dz_i + dz_f + dz_g + dz_o
         if NORM_HH:
             units_hh, d_units, d_units_along = (), (), ()
             for n in tl.static_range(CELLS):
@@ -396,32 +409,25 @@ def lstm_resident_backward_kernel(
                 of_gates = load_gates(unit_hh_ptr, gates_at, valid[n % 2] & (unit[n] < H), H)
                 gain_i, gain_f, gain_g, gain_o = load_gates(gain_hh_ptr, unit[n], unit[n] < H, H)
                 d_unit = (gain_i * dz_i[n], gain_f * dz_f[n], gain_g * dz_g[n], gain_o * dz_o[n])
+                along = d_unit[0] * of_gates[0] + d_unit[1] * of_gates[1]
+                along += d_unit[2] * of_gates[2] + d_unit[3] * of_gates[3]
                 units_hh = units_hh + of_gates
                 d_units = d_units + d_unit
-                d_units_along = d_units_along + (
-                    (d_unit[0] * of_gates[0] + d_unit[1] * of_gates[1])
-                    + (d_unit[2] * of_gates[2] + d_unit[3] * of_gates[3]),
-                )
+                d_units_along = d_units_along + (along,)
             of_d = sum_over_units(d_units, 4, CELLS, WARPS)
             of_d_unit = sum_over_units(d_units_along, 1, CELLS, WARPS)
-            dz_i, dz_f, dz_g, dz_o = (), (), (), ()
-            for n in tl.static_range(CELLS):
-                scale = tl.load(scale_hh_ptr + row[n % 2], mask=valid[n % 2], other=0.0)
-                mean, along = of_d[n % 2] / (4 * H), of_d_unit[n % 2] / (4 * H)
-                dz_i = dz_i + (normalise_backward(d_units[4 * n], units_hh[4 * n], scale, mean, along).to(DTYPE),)
-                dz_f = dz_f + (
-                    normalise_backward(d_units[4 * n + 1], units_hh[4 * n + 1], scale, mean, along).to(DTYPE),
-                )
-                dz_g = dz_g + (
-                    normalise_backward(d_units[4 * n + 2], units_hh[4 * n + 2], scale, mean, along).to(DTYPE),
-                )
-                dz_o = dz_o + (
-                    normalise_backward(d_units[4 * n + 3], units_hh[4 * n + 3], scale, mean, along).to(DTYPE),
-                )
+            scale = two_scales(scale_hh_ptr, row, valid)
+            taken = ()
+            for n in tl.static_range(4 * CELLS):  # number n is gate n // CELLS of cell n % CELLS
+                d = normalise_backward(
+                    d_units[n % CELLS * 4 + n // CELLS], units_hh[n % CELLS * 4 + n // CELLS], scale[n % CELLS % 2],
+                    of_d[n % CELLS % 2] / (4 * H), of_d_unit[n % CELLS % 2] / (4 * H),
+                )  # fmt: skip
+                taken = taken + (d.to(DTYPE),)
 
         # Product, gate by gate: the gradient of the state before the step.
         shared = share(
-            dz_i + dz_f + dz_g + dz_o, sequence + sequence + sequence + sequence, elements_of_dz, back % 2,
+            taken, sequence + sequence + sequence + sequence, elements_of_dz, back % 2,
             DTYPE, 4 * CELLS, 4 * CHUNKS, WARPS,
         )  # fmt: skip
         words_i = take(shared, 0, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)
@@ -437,6 +443,8 @@ def lstm_resident_backward_kernel(
         dh_after, dc_after = dh, dc
         dh, dc = (), ()
         for n in tl.static_range(CELLS):
+            gates_at = row[n % 2] * (4 * H) + unit[n]
+            store_gates(dgates_ptr, gates_at, in_batch[n % 2] & (unit[n] < H), dz_i[n], dz_f[n], dz_g[n], dz_o[n], H)
             reset = valid[n % 2] & ~continues[n % 2] & (unit[n] < H)
             of_h = (from_i[n] + from_f[n]) + (from_g[n] + from_o[n])
             if dropout_h_ptr is not None:
