@@ -26,7 +26,7 @@ FAMILIES = {  # by what the names of their kernels begin with
 TITLES = ("kernel", "case", "sm", "registers", "spills", "shared", "instructions", "barriers", "mma", "loads of W_hh")
 NOTES = """In a case B is sequences, H hidden units, P projected features; *ragged*: with lengths, and resets to given
 states, in reverse; *masks* and *rates*: with recurrent dropout and zoneout, in training and in `eval()`;
-*peepholes*: with those. Of the kernels in CUDA C++ those without `mma` read W_hh at every step."""
+*peepholes*, *layer norm*: with those. Of the kernels in CUDA C++ those without `mma` read W_hh at every step."""
 
 
 def compiled() -> list[dict]:
