@@ -187,7 +187,7 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
         instructions = (100 if backward else 95) * cells + products
         shared = gates * (cells * problem.size + 16 * plan.k)
         if problem.normalised:  # eight sums over the block, of a word written and read each
-            instructions, shared = instructions + (350 if backward else 170), shared + 8 * 8
+            instructions, shared = instructions + (400 if backward else 170), shared + 8 * 8
         return instructions, products, shared
     sums = ceil(units / warps) if backward else 4
     instructions = (255 + 5 * units if backward else 210 + 1.5 * units) + 18 * plan.k
