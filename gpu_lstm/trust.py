@@ -205,7 +205,8 @@ class Small:
             cell_before = self.traversal.states_before(gates.cell, t["c0"].double(), reset_c)
             of_c = layer_norm.unit_of(next_cell(gates.input, gates.forget, gates.candidate, cell_before))
         gains = [t.get(name) for name in NORMS]
-        units = [None if each is None else each.float() for each in (*of_hh, *of_c)]
+        kinds = self.dtype, torch.float32, torch.float32, torch.float32
+        units = [None if each is None else each.to(kind) for each, kind in zip((*of_hh, *of_c), kinds)]
         recurrence = Recurrence(
             weight_hh=t["weight_hh"], weight_hr=t.get("weight_hr"), weight_peephole=t.get("weight_peephole"),
             h0=t["h0"], c0=t["c0"].float(),
