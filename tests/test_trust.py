@@ -6,11 +6,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl  # noqa: F401  # the interpreter asks for it
+from comparing import example
 from concurrent_interpreter import ConcurrentRun
 from test_faults import FAULTS, FAULTS_OF_NORMS, each
 
 import gpu_lstm
 from gpu_lstm import backends, races, trust
+from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import remembered
 from gpu_lstm.kernels.recurrence import Norms, Recurrence
 from gpu_lstm.kernels.triton_lstm import exchange, indexing, launch, step, trial
@@ -80,6 +82,28 @@ def test_right_kernels_are_trusted(dtype, projected, ragged, noise, reverse, lef
     r = _recurrence(dtype, projected, ragged, noise, reverse, left, peepholes, norms)
     assert trust.distrust(_step_plan(r, False), r, save=False) is None
     assert trust.distrust(_step_plan(r, True), r, given=given) is None
+
+
+def test_the_kernels_that_are_checked_are_those_of_a_call(monkeypatch):
+    """Kernels are compiled for the dtypes of their arguments, and for those that are None."""
+    launches, run = {}, launch.launch_kernel
+
+    def record(kernel, grid, **arguments):
+        kinds = {name: t.dtype if isinstance(t, torch.Tensor) else t is None for name, t in arguments.items()}
+        launches.setdefault(kernel.__name__, []).append(kinds)
+        run(kernel, grid, **arguments)
+
+    monkeypatch.setattr(launch, "launch_kernel", record)
+    given = example(3, B, 3, H, ragged=True, resets=0.4, states=True, peepholes=True, norms=("hh", "c"))
+    x, h0, c0, *weights = (None if t is None else t.half().requires_grad_() for t in given.tensors)
+    states = [t.half().requires_grad_() for t in given.reset_states]
+    traversal = dict(lengths=given.lengths, resets=given.resets, reset_states=states)
+    lstm_layer(x, weights, (h0, c0), **traversal, backend="triton")[0].sum().backward()
+    r = _recurrence(torch.float16, ragged=True, left=True, peepholes=True, norms="hh c")
+    trust.distrust(_step_plan(r, False), r)
+    trust.distrust(_step_plan(r, True), r, given=(True, False))
+    assert len(launches) == 2
+    assert all(call == check for call, check in launches.values())
 
 
 def test_the_numbers_of_the_check_shut_no_gate():
