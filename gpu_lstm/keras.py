@@ -24,6 +24,8 @@ from .weights import Weights
 
 Module = TypeVar("Module", bound=nn.Module)
 
+BIASES = ("bias_ih", "bias_hh")
+
 
 class GoBackwards(nn.Module):
     """Runs an LSTM or StackedLSTM from the end of each sequence to its start, as Keras's go_backwards=True.
@@ -224,7 +226,7 @@ def keras_init(module: Module) -> Module:
 
     weight_ih is glorot_uniform: uniform within sqrt(6 / (I + 4H)) of zero. weight_hh is orthogonal: its columns, for
     all gates together, are orthonormal. Biases are zero but for a forget gate's, which is 1 (see forget_bias).
-    weight_hr, which Keras does not have, is glorot_uniform too.
+    weight_hr, which Keras does not have, is glorot_uniform too; peepholes and layer norms stay as they are.
 
     Args:
         module: an LSTM, StackedLSTM or LSTMCell, torch's own, or a module that holds some.
@@ -239,13 +241,14 @@ def keras_init(module: Module) -> Module:
         (parameter, _drawn(name, parameter))
         for lstm in _lstms(module)
         for name, parameter in lstm.named_parameters(recurse=False)
+        if name.startswith((*BIASES, "weight_ih", "weight_hh", "weight_hr"))
     )
     return module
 
 
 def _drawn(name: str, parameter: Tensor) -> Tensor:
     new = torch.zeros_like(parameter)
-    if name.startswith("bias"):
+    if name.startswith(BIASES):
         return _with_forget_bias(name, new, 1.0)
     if name.startswith("weight_hh"):
         wide = new.to(torch.promote_types(new.dtype, torch.float32))  # torch has no QR in half
@@ -279,7 +282,7 @@ def forget_bias(module: Module, value: float = 1.0) -> Module:
         (parameter, _with_forget_bias(name, parameter.clone(), value))
         for lstm in lstms
         for name, parameter in lstm.named_parameters(recurse=False)
-        if name.startswith("bias")
+        if name.startswith(BIASES)
     )
     return module
 

@@ -380,6 +380,7 @@ INITIALIZED = {
     "torch LSTM": lambda: nn.LSTM(24, 64, num_layers=2),
     "torch LSTMCell": lambda: nn.LSTMCell(24, 64),
     "inside": lambda: nn.Sequential(nn.Linear(24, 24), gpu_lstm.LSTM(24, 64)),
+    "variants": lambda: gpu_lstm.LSTM(24, 64, peepholes=True, layer_norm=True),
 }
 
 
@@ -397,6 +398,7 @@ def test_keras_init(name):
     torch.manual_seed(0)
     module = INITIALIZED[name]().double()
     before = dict(module.named_parameters())
+    values = {path: parameter.detach().clone() for path, parameter in before.items()}
     assert keras_init(module) is module
     for path, parameter in module.named_parameters():
         assert parameter is before[path]
@@ -410,6 +412,8 @@ def test_keras_init(name):
             assert parameter.tolist() == [0.0] * (rows // 4) + [1.0] * (rows // 4) + [0.0] * (rows // 2)
         elif kind.startswith("bias_hh"):
             assert not parameter.any()
+        else:  # what Keras does not have
+            assert torch.equal(parameter, values[path])
 
 
 @pytest.mark.parametrize("name", [name for name in INITIALIZED if name != "no bias"])
@@ -418,7 +422,7 @@ def test_forget_bias(name):
     expected = {path: p.detach().clone() for path, p in module.named_parameters()}
     assert forget_bias(module, 2.5) is module
     for path, parameter in module.named_parameters():
-        if "bias_" in path:
+        if "bias_ih" in path or "bias_hh" in path:
             expected[path][len(parameter) // 4 : len(parameter) // 2] = 2.5 if "bias_ih" in path else 0.0
         assert torch.equal(parameter, expected[path])
 
