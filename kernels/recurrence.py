@@ -54,6 +54,10 @@ class Recurrence:
     norms: Norms = NO_NORMS
     side_by_side: int = 1  # as many such layers or directions run at once, on streams of their own
 
+    def __post_init__(self) -> None:
+        if self.projected and self.normalised:  # programs would meet as often for the one as for the other
+            raise ValueError("expected no projection beside a layer norm inside the time loop")
+
     @property
     def hidden(self) -> int:
         """H, the number of hidden units."""
