@@ -169,7 +169,7 @@ def test_the_kernels_of_cupy_refuse_noise():
         recurrence = Recurrence(weight_hh=weight_hh, h0=h0, c0=h0, **variant)
         with pytest.raises(ValueError, match=r"^backend 'cupy' takes neither peepholes nor layer norms$"):
             cupy.layer_forward(gates, recurrence, save=True)
-    with pytest.raises(ValueError, match="^expected no projection beside a layer norm"):
+    with pytest.raises(ValueError, match=r"^expected no projection beside a layer norm"):
         Recurrence(weight_hh=weight_hh, weight_hr=h0, h0=h0, c0=h0, norms=Norms(None, torch.zeros(4), None))
     for noise in (dict(dropout_h=h0), dict(zoneout_h=torch.tensor(0.1)), dict(zoneout_c=torch.tensor(0.1))):
         recurrence = Recurrence(weight_hh=weight_hh, h0=h0, c0=h0, **noise)
