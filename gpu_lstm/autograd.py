@@ -200,12 +200,12 @@ def _fused_gradients(ctx, saved: Saved, output_gradients: list[Tensor | None]) -
     dweight_ih = dweight_hh = dweight_hr = dweight_peephole = dbias = dreset_h = None
     dgain_ih = dgain_hh = dgain_c = dbias_c = None
     of_x, of_h = dgates, dgates  # [T, B, 4H] gradients of x W_ih^T and h W_hh^T
-    if given.gain_ih is not None:
+    if given.gain_ih is not None and (need.x or need.weight_ih or need.gain_ih):
         unit_ih = layer_norm.unit_of(_without_padding(given.x, given.lengths) @ given.weight_ih.T)
         of_x, dgain_ih = _through_norm(dgates, given.gain_ih, unit_ih)
-    if given.gain_hh is not None:
+    if given.gain_hh is not None and (need.weight_hh or need.gain_hh or need.reset_h):
         of_h, dgain_hh = _through_norm(dgates, given.gain_hh, of_hh)
-    if given.gain_c is not None:
+    if given.gain_c is not None and (need.gain_c or need.bias_c):
         dgain_c, dbias_c = _gradients_of_norm_of_c(saved, given.gain_c, gates, of_c.unit, dh_total)
     if need.weight_ih:
         dweight_ih = of_x.flatten(0, 1).T @ _without_padding(given.x, given.lengths).flatten(0, 1)
@@ -295,8 +295,9 @@ def _gradients_of_norm_of_c(
 ) -> tuple[Tensor, Tensor]:
     """Of its gain and bias [H]; from unit [T, B, H] float32, and dm [T, B, H], the gradient of m = o tanh(LN(c))."""
     seen = unit * gain if saved.given.bias_c is None else unit * gain + saved.given.bias_c
-    d_seen = _without_padding(dm * gates.chunk(4, dim=2)[3] * (1 - seen.tanh().square()), saved.given.lengths)
-    return ((d_seen * unit).sum((0, 1)).to(dm.dtype), d_seen.sum((0, 1)).to(dm.dtype))
+    d_seen = dm * gates.chunk(4, dim=2)[3] * (1 - seen.tanh().square())
+    dgain, dbias = (_without_padding(t, saved.given.lengths).sum((0, 1)) for t in (d_seen * unit, d_seen))
+    return dgain.to(dm.dtype), dbias.to(dm.dtype)
 
 
 def _without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:

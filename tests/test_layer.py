@@ -128,21 +128,33 @@ def test_the_kernels_in_float16(noise, device):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in Triton's interpreter
+@pytest.mark.parametrize(("variant", "projected"), [("plain", 2), ("layer norm", 0)])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_nan_passes_neither_a_reset_nor_out_of_the_padding(backend):
-    given = noisy((5, 3, 3, 4, 2), "plain", "masks")
+def test_nan_passes_neither_a_reset_nor_out_of_the_padding(backend, variant, projected):
+    given = noisy((5, 3, 3, 4, projected), variant, "masks")
     given.tensors[0][:2, 0], given.tensors[1][1] = float("nan"), float("nan")
     given.tensors[0][3:, 2], given.output_gradients[0][3:, 2] = float("nan"), float("nan")
     given.lengths, given.resets = torch.tensor([5, 5, 3]), torch.zeros(5, 3, dtype=torch.bool)
     given.resets[2, 0], given.resets[0, 1], given.resets[3:, 2] = True, True, True
     given.reset_states = tuple(  # what stands where there is no reset, or in the padding
         torch.where((given.resets & (torch.arange(5)[:, None] < given.lengths))[:, :, None], 1.0, float("nan"))
-        .expand(5, 3, size).double().clone() for size in (2, 4)
+        .expand(5, 3, size).double().clone() for size in (projected or 4, 4)
     )  # fmt: skip
     h, h_n, c_n, dx, *_ = given.run(backend, PLACES[backend]["dtype"], PLACES[backend]["device"])
     assert h.isnan().any(2).T.tolist() == [[True, True, False, False, False], [False] * 5, [False] * 5]
     assert not any(t.isnan().any() for t in (h_n, c_n, dx[2:]))
     assert (dx[3:, 2] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("noise", ["none", "masks"])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_nan_in_the_padding_reaches_no_gradient_of_a_weight(backend, noise):
+    given = noisy((5, 3, 3, 16), "ragged states peepholes layer norm reverse", noise)
+    padding = torch.arange(5)[:, None] >= given.lengths
+    given.tensors[0][padding] = given.output_gradients[0][padding] = float("nan")
+    found = dict(zip(NAMES, given.run(backend, PLACES[backend]["dtype"], PLACES[backend]["device"]), strict=True))
+    assert not [name for name, t in found.items() if t is not None and t.isnan().any()]
 
 
 @pytest.mark.parametrize("variant", ["ragged states peepholes reverse", "ragged states peepholes layer norm reverse"])
