@@ -4,7 +4,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 
-from gpu_lstm.trace import HUES
+from gpu_lstm.tools.trace import HUES
 
 INK, PALE = "#22303c", "#f2f4f6"
 Point = tuple[float, float]

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.dates import ConciseDateFormatter
 from matplotlib.figure import Figure
 
-from gpu_lstm.trace import HUES, colour_map
+from gpu_lstm.tools.trace import HUES, colour_map
 
 INK, GREY, PALE = "#22303c", "0.6", "0.85"
 OTHER = ("#b8860b", "#111111", "#5f9ea0", "#a0a0a0")  # of networks, which are neither gates nor states

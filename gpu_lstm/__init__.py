@@ -6,17 +6,16 @@ from pathlib import Path
 if not Path(__file__).with_name("kernels").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
-from . import compat, functional, keras
-from .backends import Backend, backend
-from .convert import convert, from_haste, to_torch
-from .explain import explain
-from .health import check
+from . import compat, functional, keras, races
+from .call.choices import Backend, backend, racing
+from .call.sequences import resets_from_dones
 from .modules import LSTM, LSTMCell, StackedLSTM
-from .races import racing
-from .sequences import resets_from_dones
-from .stream import Stream
-from .trace import trace
-from .tuning import autotune
+from .tools.autotune import autotune
+from .tools.convert import convert, from_haste, to_torch
+from .tools.explain import explain
+from .kernels.timeouts import check  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from .tools.stream import Stream
+from .tools.trace import trace
 
 __version__ = "0.1.0"
 
@@ -35,6 +34,7 @@ __all__ = [
     "from_haste",
     "functional",
     "keras",
+    "races",
     "racing",
     "resets_from_dones",
     "to_torch",

@@ -1,4 +1,4 @@
-"""python -m gpu_lstm: the doctor, the plan for a problem, what the kernels compile to, and what is remembered."""
+"""python -m gpu_lstm: the doctor, the plan for a problem, what the kernels compile to, and what is cache."""
 
 import argparse
 import dataclasses
@@ -15,18 +15,22 @@ from typing import Any
 
 import torch
 
-from . import __version__, races, trust
-from .backends import (
-    ENVIRONMENT_VARIABLE,
+from . import __version__
+from .backends import verify
+from .call.choices import (
+    BACKEND_VARIABLE,
     KERNEL_BACKENDS,
+    RACE_VARIABLE,
     Backend,
-    obstacle,
-    requested,
-    select,
-    triton_import_problem,
-    without_triton,
+    requested_backend,
+    requested_racing,
 )
-from .kernels import remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from .dispatch import race
+from .dispatch.available import select, triton_import_problem, why_unavailable, without_triton
+from .dispatch.kind import describe
+from .dispatch.route import Decision
+from .kernels import cache  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from .kernels.problem import Problem  # type: ignore[import-not-found]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,25 +132,25 @@ def diagnosis() -> dict:
     }
 
 
-_VARIABLES = (ENVIRONMENT_VARIABLE, races.ENVIRONMENT_VARIABLE, remembered.SHARED, "TRITON_INTERPRET")
+_VARIABLES = (BACKEND_VARIABLE, RACE_VARIABLE, cache.SHARED, "TRITON_INTERPRET")
 
 
 def _summary(device: torch.device) -> str:
     """What a user of a device gets by default, and whether it was checked and raced there."""
     try:
-        requested(None), races.mode()
+        requested_backend(None), requested_racing()
     except ValueError as error:
         return f"On this machine gpu_lstm.LSTM raises: {error}"
     start = "On this machine gpu_lstm.LSTM runs"
-    backend = select(Backend.AUTO, device, torch.float32)
+    backend = select(Backend.AUTO, device, torch.float32, None, False)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     if backend not in KERNEL_BACKENDS:
-        why_not = "there is no CUDA device" if device.type == "cpu" else obstacle(Backend.TRITON, device, torch.float32)
+        why_not = "there is no CUDA device" if device.type == "cpu" else why_unavailable(Backend.TRITON, device, torch.float32)
         return f"{start} torch's own LSTM on {where}: {why_not}"
-    here = remembered.machine(device).items()
+    here = cache.machine(device).items()
     checks, decisions = (
-        [value for _, key, value in remembered.entries(kind) if key.items() >= here]
-        for kind in (trust.KIND, races.KIND)
+        [value for _, key, value in cache.entries(kind) if key.items() >= here]
+        for kind in (verify.KIND, race.KIND)
     )
     wrong = sum(verdict != "right" for verdict in checks)
     won = sum(isinstance(value, dict) and value.get("backend") == backend.value for value in decisions)
@@ -155,7 +159,7 @@ def _summary(device: torch.device) -> str:
         f"{start} {kernels} on {where} where they are faster: kernels checked {len(checks)}"
         + (f", of which {wrong} are not trusted" if wrong else "")
         + f"; kinds of problems raced {len(decisions)}, won {won}"
-        + ("; the first call of each kind races" if os.environ.get(races.ENVIRONMENT_VARIABLE, "on") == "on" else "")
+        + ("; the first call of each kind races" if os.environ.get(RACE_VARIABLE, "on") == "on" else "")
     )
 
 
@@ -167,7 +171,7 @@ def _installed(package: str) -> str | None:
 
 
 def _diagnosis_of(device: torch.device) -> dict:
-    problems = {b.value: obstacle(b, device, torch.float32) for b in Backend if b is not Backend.AUTO}
+    problems = {b.value: why_unavailable(b, device, torch.float32) for b in Backend if b is not Backend.AUTO}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
@@ -176,7 +180,7 @@ def _diagnosis_of(device: torch.device) -> dict:
     return {
         "device": str(device),
         "name": name,
-        "auto": select(Backend.AUTO, device, torch.float32).value,
+        "auto": select(Backend.AUTO, device, torch.float32, None, False).value,
         "backends": {backend: None if problem is None else str(problem) for backend, problem in problems.items()},
     }
 
@@ -227,14 +231,14 @@ def _kernels(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     """The plans of a problem, forward and backward, and what a step is expected to take."""
     planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
-    families = importlib.import_module("gpu_lstm.kernels.triton_lstm.families")
+    families = importlib.import_module("gpu_lstm.kernels.triton_lstm.choose")
     device = planning.DEVICES.get(options.device)
     if device is None:
         known = ", ".join(planning.DEVICES)
         print(f"unknown device {options.device!r}; known: {known}", file=sys.stderr)
         return 2
     dtype, precision = _DTYPES[options.dtype]
-    problem = planning.Problem(
+    problem = Problem(
         options.steps, options.batch, options.hidden, dtype, precision=precision, side_by_side=options.directions
     )
     weights = 4 * problem.hidden**2 * problem.size
@@ -274,14 +278,14 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _races(options: argparse.Namespace) -> int:
-    """List, export, merge or clear what is remembered. Exit status 2 if a file cannot be read or written."""
+    """List, export, merge or clear what is cache. Exit status 2 if a file cannot be read or written."""
     try:
         if options.export is not None:
-            done = {"exported": remembered.export(options.export)}
+            done = {"exported": cache.export(options.export)}
         elif options.merge is not None:
-            done = {"merged": remembered.merge(options.merge)}
+            done = {"merged": cache.merge(options.merge)}
         elif options.clear:
-            done = {"cleared": sum(map(remembered.forget, remembered.KINDS))}
+            done = {"cleared": sum(map(cache.forget, cache.KINDS))}
         else:
             return _list_findings(options.json)
     except (OSError, ValueError) as error:
@@ -294,13 +298,13 @@ def _races(options: argparse.Namespace) -> int:
 def _list_findings(as_json: bool) -> int:
     found = [
         {"kind": kind, "file": str(file), "key": key, "value": value}
-        for kind in remembered.KINDS
-        for file, key, value in remembered.entries(kind)
+        for kind in cache.KINDS
+        for file, key, value in cache.entries(kind)
     ]
     if as_json:
         print(json.dumps(found, indent=1))
         return 0
-    for kind in remembered.KINDS:
+    for kind in cache.KINDS:
         entries = [entry for entry in found if entry["kind"] == kind]
         print(f"{kind}: {len(entries)}")
         for entry in entries:
@@ -314,15 +318,17 @@ def _list_findings(as_json: bool) -> int:
 
 
 def _describe_race(key: dict[str, Any], value: dict[str, Any]) -> str:
-    kind = races.Kind(**{name: key[name] for name in races.Kind._fields})
-    return f"{races.describe(kind)}: {races.Decision(**value)}"
+    decision = Decision(**value)._replace(backend=Backend(value["backend"]))
+    return f"{describe(key)}: {decision}"
 
 
 def _describe_check(key: dict[str, Any], value: str) -> str:
-    direction = "forward" if key["given"] is None else "backward"
-    options = "".join(f", {name}" for name in ("projected", "reverse") if key[name])
-    there = "".join(f", {name}" for name in key["there"])
-    return f"{_tiles(key, direction)}, {key['precision']}{options}{there}: {value}"
+    direction = "backward" if key["backward"] else "forward"
+    words = [name for name in ("reverse", "lengths", "resets", "dropout_h", "reset_c", "peepholes") if key[name]]
+    words += [f"{name}, {key[name]}-D" for name in ("zoneout_h", "zoneout_c") if key[name] is not None]
+    words += [name for name, there in zip(("gain_hh", "gain_c", "bias_c"), key["norms"]) if there]
+    options = "".join(f", {word}" for word in ["projected"] * bool(key["projected"]) + words)
+    return f"{_tiles(key, direction)}, {key['precision']}{options}: {value}"
 
 
 def _describe_plan(key: dict[str, Any], value: dict[str, Any]) -> str:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
-from .backends import Backend, BackendName
-from .modules import LSTM, LSTMCell, StackedLSTM, recast
-from .sequences import check_lengths, check_tensor, times_of_steps
-from .settings import check_bool
-from .weights import Weights
+from .call.checks import check_bool, check_lengths, check_tensor
+from .call.choices import Backend, BackendName
+from .call.sequences import times_of_steps
+from .call.weights import Weights
+from .modules import LSTM, LSTMCell, StackedLSTM
+from .modules.arguments import recast
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -339,8 +340,7 @@ def _same(name: str, values: list) -> Any:
 
 def _weights(lstm: LSTM | StackedLSTM) -> list[Weights]:
     """Layer by layer, direction by direction."""
-    modules = cast(list[LSTM], list(lstm.layers)) if isinstance(lstm, StackedLSTM) else [lstm]
-    return [weights for module in modules for layer in module._weights() for weights in layer]
+    return [weights for layer in lstm._weights() for weights in layer]
 
 
 def _lstms(module: nn.Module) -> list[LSTM | LSTMCell | TorchLSTM | TorchLSTMCell]:

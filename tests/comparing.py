@@ -8,12 +8,14 @@ import oracle
 import torch
 from torch import Tensor
 
-from gpu_lstm.backends import Backend
+from gpu_lstm.backends import autograd, fused, kernels, reference
+from gpu_lstm.call.choices import Backend
+from gpu_lstm.call.modes import recurrent_precision
 from gpu_lstm.functional import lstm_layer
-from gpu_lstm.layers import one_direction
-from gpu_lstm.noise import NO_NOISE, Noise
-from gpu_lstm.sequences import Traversal
-from gpu_lstm.weights import Weights
+from gpu_lstm.kernels.problem import problem_of
+from gpu_lstm.call.noise import NO_NOISE, Noise
+from gpu_lstm.call.sequences import Traversal
+from gpu_lstm.call.weights import Weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLACES = {  # of a module's parameters, by backend
@@ -98,10 +100,19 @@ class Example:
             noise = Noise(None if dropout_h is None else dropout_h.to(dtype), *zoneouts)
             traversal = Traversal(lengths, resets, False, None if states is None else [states])
             traversal = traversal.backwards() if self.reverse else traversal
-            h, (h_n, c_n) = one_direction(x, (h0, c0), Weights(*weights), traversal, Backend(backend), noise)
+            h, (h_n, c_n) = with_noise(backend, x, (h0, c0), Weights(*weights), traversal, noise)
         gradients = [g.to(device, dtype) for g in self.output_gradients]
         torch.autograd.backward([h, h_n, c_n], gradients)
         return [h, h_n, c_n, *(None if t is None else t.grad for t in tensors)]
+
+
+def with_noise(backend, x, state, weights, traversal, noise):
+    """A layer in one direction with the noise of a call, which users never give."""
+    if backend == "reference":
+        return reference.layer(x, state, weights, traversal, noise)
+    r = fused.recurrence_of(fused.inputs_of(x, state, weights, traversal, noise), traversal.reverse, recurrent_precision(x.dtype))
+    layer = kernels.layer_of(Backend(backend), problem_of(x, r), x.device)
+    return autograd.layer(layer, x, state, weights, traversal, noise, False)
 
 
 def example(

@@ -41,5 +41,5 @@ def device() -> str:
 def exact_float32_products():
     """Kernels take float32 products exactly, not in TF32, so that results can be held to float64's."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("gpu_lstm.precision._cudnn_takes_tf32", lambda: False)
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
         yield

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gpu_lstm
-from gpu_lstm.weights import NAMES
+from gpu_lstm.call.weights import NAMES
 
 T, B, I, H = 4, 3, 3, 4
 SIZES = [4, 2]  # of a StackedLSTM

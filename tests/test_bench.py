@@ -21,7 +21,7 @@ from bench import cases, expected, gpu, inputs, isolated, measure, providers, re
 from bench.cases import Case
 from bench.inputs import Inputs, results_in
 from bench.providers import Provider, torch_lstm
-from gpu_lstm.weights import NAMES
+from gpu_lstm.call.weights import NAMES
 
 ROOT = Path(__file__).parent.parent
 SMALL = Case("training", "fp32", steps=5, batch=3, input_size=4, hidden_size=6)

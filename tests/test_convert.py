@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import gpu_lstm
-from gpu_lstm.convert import from_haste, to_torch
+from gpu_lstm.tools.convert import from_haste, to_torch
 
 SWAPS = {gpu_lstm.convert: {nn.LSTM: gpu_lstm.LSTM, nn.LSTMCell: gpu_lstm.LSTMCell}}
 SWAPS[to_torch] = {ours: theirs for theirs, ours in SWAPS[gpu_lstm.convert].items()}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gpu_lstm import backends
-from gpu_lstm.backends import Backend
+from gpu_lstm.call.choices import Backend
 from gpu_lstm.kernels import projection
 from gpu_lstm.kernels.cupy_lstm import cooperative, launch, planning, source
 from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, Problem, choose_plan, plans

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gpu_lstm import backends
-from gpu_lstm.backends import Backend, obstacle, select
+from gpu_lstm.call.choices import Backend, obstacle, select
 from gpu_lstm.kernels.operands import as_words
 from gpu_lstm.kernels.recurrence import Recurrence
 from gpu_lstm.kernels.triton_lstm import binary, launch, trial

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gpu_lstm
-from gpu_lstm.convert import to_torch
+from gpu_lstm.tools.convert import to_torch
 
 N, T, I, H = 12, 4, 3, 5
 Found = list[Tensor]

@@ -13,7 +13,7 @@ from comparing import DEVICE
 from torch import Tensor, nn
 
 import gpu_lstm
-from gpu_lstm.convert import to_torch
+from gpu_lstm.tools.convert import to_torch
 
 Built = tuple[nn.Module, Callable[[], Tensor]]  # a model, and a call of it that depends on all its LSTMs
 

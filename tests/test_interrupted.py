@@ -21,7 +21,7 @@ from torch import nn
 import gpu_lstm
 from gpu_lstm import backends, ops
 from gpu_lstm import stream as stream_module
-from gpu_lstm.backends import Backend
+from gpu_lstm.call.choices import Backend
 from gpu_lstm.kernels import remembered
 
 T, B, I, H = 3, 2, 3, 4

@@ -17,9 +17,9 @@ from gpu_lstm.kernels.recurrence import Norms, Recurrence
 from gpu_lstm.kernels.triton_lstm import plan_cache
 from gpu_lstm.kernels.triton_lstm.families import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
-from gpu_lstm.noise import Noise
-from gpu_lstm.sequences import Traversal
-from gpu_lstm.weights import Weights
+from gpu_lstm.call.noise import Noise
+from gpu_lstm.call.sequences import Traversal
+from gpu_lstm.call.weights import Weights
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 NOISES = {"none": (False, False, False), "masks": (True, True, True), "dropout": (True, False, False),

@@ -13,7 +13,7 @@ import torch
 import gpu_lstm
 from gpu_lstm import backends, races
 from gpu_lstm.__main__ import main
-from gpu_lstm.backends import Backend
+from gpu_lstm.call.choices import Backend
 from gpu_lstm.kernels import remembered
 from gpu_lstm.kernels.report import Report
 from gpu_lstm.kernels.sass import Loop

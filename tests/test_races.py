@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
 from gpu_lstm import backends, modules, races
-from gpu_lstm.backends import Backend
+from gpu_lstm.call.choices import Backend
 from gpu_lstm.kernels import remembered
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.families import plans

@@ -15,10 +15,10 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import gpu_lstm
-from gpu_lstm.backends import Backend, select
-from gpu_lstm.noise import NO_NOISE, Noise, draw
+from gpu_lstm.call.choices import Backend, select
+from gpu_lstm.call.noise import NO_NOISE, Noise, draw
 from gpu_lstm.settings import Settings
-from gpu_lstm.weights import Weights
+from gpu_lstm.call.weights import Weights
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 TAKERS = ("reference", "triton")

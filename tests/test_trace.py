@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import gpu_lstm
-from gpu_lstm.trace import HUES, Gates
+from gpu_lstm.tools.trace import HUES, Gates
 
 T, B, I, H = 6, 3, 4, 5
 LENGTHS = torch.tensor([6, 0, 3])

@@ -12,7 +12,7 @@ import pytest
 from installed import build, environment
 
 import gpu_lstm
-from gpu_lstm.backends import BackendName
+from gpu_lstm.call.choices import BackendName
 
 PROGRAM = Path(__file__).with_name("typed_program.py")
 MISTAKES = """

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import gpu_lstm
-from gpu_lstm.convert import to_torch
+from gpu_lstm.tools.convert import to_torch
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 TAKERS = ("reference", "triton")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import gpu_lstm
-from gpu_lstm.backends import BackendName
+from gpu_lstm.call.choices import BackendName
 
 
 class Tagger(nn.Module):

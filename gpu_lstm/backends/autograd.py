@@ -1,0 +1,94 @@
+"""One layer in one direction by kernels, for autograd: what is saved, backward, and gradients of gradients."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call.modes import alive, gradients_are_differentiated, is_transformed
+from ..call.noise import Noise
+from ..call.sequences import Traversal
+from ..call.weights import State, Weights
+from . import fused, graph, reference
+from .fused import DIFFERENTIABLE, Inputs, Saved, inputs_of
+
+
+def layer(
+    kernels: Any,  # the Layer of a backend, kernels/layer.py
+    x: Tensor,  # [T, B, I]
+    state: State,  # ([B, P], [B, H])
+    weights: Weights,
+    traversal: Traversal,
+    noise: Noise,
+    recompute: bool,
+) -> tuple[Tensor, State]:
+    """h [T, B, P], and h_n [B, P] and c_n [B, H] in the dtypes of h0 and c0; differentiable to any order.
+
+    For backward the activated gates are kept, [T, B, 4H]; with `recompute` they are recomputed from x and h.
+    """
+    given = inputs_of(x, state, weights, traversal, noise)
+    # Asked here, since autograd is off inside Function.forward.
+    if not torch.is_grad_enabled() or not any([t is not None and t.requires_grad for t in given]):
+        h, h_n, c_n, *_ = fused.forward(kernels, given, save=False)
+        return h, (h_n, c_n.to(state[1].dtype))
+    function = LayerInTransforms if is_transformed() else Layer
+    h, h_n, c_n, *_ = function.apply(kernels, recompute, *given)
+    return h, (h_n, c_n)
+
+
+class Layer(torch.autograd.Function):
+    """Forward saves the activated gates (over the input product) and the cell states; backward reads them.
+
+    A gradient of a gradient goes through reference.py, which is differentiable to any order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, recompute: bool, *given: Tensor | None) -> tuple[Tensor, ...]:
+        """h, h_n and c_n in the dtypes of h0 and c0."""
+        inputs = Inputs(*given)  # type: ignore[arg-type]
+        h, h_n, c_n, gates, c = fused.forward(kernels, inputs, save=True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*given, h, gates.new_empty(0) if recompute else gates, c)
+        ctx.kernels = kernels
+        return h, h_n, c_n.to(inputs.c0.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
+        """None where no gradient is needed."""
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2 : 2 + DIFFERENTIABLE]
+        found = gradients(ctx.kernels, saved, (dh, dh_n, dc_n), needed)
+        return None, None, *found, *(None,) * (len(Inputs._fields) - DIFFERENTIABLE)
+
+
+class LayerInTransforms(Layer):
+    """The same for transforms of torch.func, which split forward in two; by operators, which see through them."""
+
+    @staticmethod
+    def forward(kernels: Any, recompute: bool, *given: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """As Layer.forward, and gates [T, B, 4H] or empty, and c [T, B, H]."""
+        return graph.forward_of(kernels, Inputs(*given), True, recompute)  # type: ignore[arg-type]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        """Save what backward reads."""
+        ctx.kernels, _, *given = inputs
+        h, _, _, gates, c = output
+        ctx.mark_non_differentiable(gates, c)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*given, h, gates, c)
+
+
+def gradients(
+    kernels: Any, saved: Sequence[Tensor | None], output_gradients: Sequence[Tensor | None], needed: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """Of the first Inputs, from `saved`: Inputs, h, gates and c. Differentiable where somebody differentiates them."""
+    *given, h, gates, c = saved
+    if gradients_are_differentiated(h, [*saved, *output_gradients]):  # type: ignore[arg-type]
+        inputs = Inputs(*map(alive, given))  # type: ignore[arg-type]
+        return reference.gradients(partial(reference.run_inputs, reverse=kernels.problem.reverse), inputs, output_gradients, needed)
+    with torch.no_grad():
+        if is_transformed():
+            return graph.gradients_of(kernels, saved, output_gradients, needed)
+        return fused.gradients(kernels, Saved(Inputs(*given), h, gates, c), output_gradients, needed)  # type: ignore[arg-type]

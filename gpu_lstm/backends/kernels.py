@@ -1,0 +1,49 @@
+"""All layers of a call by the kernels of a backend."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call.choices import Backend
+from ..call.noise import Noise
+from ..call.prepare import Call
+from ..call.sequences import Traversal
+from ..call.weights import State, Weights
+from . import autograd, schedule
+from .layers import computed, one_after_another, without_autocast
+from .schedule import Schedule
+from .verify import verify
+
+
+def run(
+    call: Call, dtype: torch.dtype, backend: Backend, layers: list[Any], plan: Schedule
+) -> tuple[Tensor, list[State]]:
+    """In `dtype`: output [T, B, D*P] and the final states as Call.states; `layers` [L*D] are those of kernels/layer.py."""
+    given, recompute = call.states, call.options.recompute
+    call = computed(call, dtype)
+    if dtype is not torch.float32:
+        call = call._replace(states=[(h, c.float()) for h, c in call.states])  # and so from chunk to chunk
+
+    def direction(
+        row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
+    ) -> tuple[Tensor, State]:
+        return autograd.layer(layers[row], x, state, weights, traversal, noise, recompute)
+
+    with without_autocast(call):
+        if plan.in_one_piece(call.steps):
+            y, rows = one_after_another(call, direction, backend.value)
+        else:
+            y, rows = schedule.run(call, direction, plan, backend.value)
+    states = call.pack_rows(rows)
+    return y, [(h, c.to(c0.dtype)) for (h, c), (_, c0) in zip(states, given)]
+
+
+def layer_of(backend: Backend, problem: Any, device: torch.device) -> Any:
+    """The kernels of a problem on a device: the one place where a launcher is imported."""
+    launcher = importlib.import_module(f"gpu_lstm.kernels.{backend.value}_lstm.launch")
+    if backend is Backend.CUPY:
+        return launcher.layer_of(problem, device)
+    # Kernels in CUDA C++ are compiled from one source for all problems; Triton's differ by plan.
+    return launcher.layer_of(problem, device, verify)

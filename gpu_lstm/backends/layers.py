@@ -1,0 +1,84 @@
+"""Layers on top of each other, every direction in one piece: what the backends share."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+import torch.autograd.profiler as profiler
+from torch import Tensor
+
+from ..call.checks import is_exact
+from ..call.noise import draw, dropped
+from ..call.options import Options
+from ..call.prepare import Call
+from ..call.sequences import valid_steps
+from ..call.weights import State
+
+Direction = Callable[..., tuple[Tensor, State]]
+"""direction(row, x, state, weights, traversal, noise): h [T, B, P] and (h_n, c_n) of one layer in one direction; `row`
+is its number among [L*D]."""
+
+
+def computed(call: Call, dtype: torch.dtype) -> Call:
+    """The same in the dtype that it is computed in; c in float32 where it was given so with an x of half precision."""
+    x, now = call.x, call.modes
+    if x.dtype is dtype and now.autocast is None and all([c.dtype is dtype for _, c in call.states]):
+        return call
+    states = [(h.to(dtype), c if is_exact(c, x) else c.to(dtype)) for h, c in call.states]
+    weights = [[one.to(dtype) for one in layer] for layer in call.weights]
+    return call._replace(x=x.to(dtype), states=states, weights=weights)
+
+
+def without_autocast(call: Call) -> contextlib.AbstractContextManager:
+    """A block in which autocast is off where it is on."""
+    if call.modes.autocast is None:
+        return _NOTHING
+    return torch.autocast(call.x.device.type, enabled=False)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def named(layer: int, direction: int | None, backend: str) -> contextlib.AbstractContextManager:
+    """A block that torch.profiler shows as, say, "gpu_lstm layer 0 forward, triton"; without a profiler, nothing.
+
+    Layers count from the bottom; direction 0 or 1, the reverse one; None: all.
+    """
+    if not profiler._is_profiler_enabled or torch.compiler.is_compiling():
+        return _NOTHING
+    way = {None: "", 0: " forward", 1: " reverse"}[direction]
+    return profiler.record_function(f"gpu_lstm layer {layer}{way}, {backend}")
+
+
+def one_after_another(call: Call, run: Direction, backend: str) -> tuple[Tensor, list[State]]:
+    """Layers in order, and the directions of each, dropout between: output [T, B, D*P] and final states [L*D]."""
+    options, x = call.options, call.x
+    noise, kept = draw(call.weights, (call.steps, call.batch), x.dtype, options)
+    rows, finals = call.state_rows(), []
+    for k, layer in enumerate(call.weights):
+        parts = []
+        for d, weights in enumerate(layer):
+            n = len(finals)
+            traversal = call.traversal.of(n)
+            if d:
+                traversal = traversal.backwards()
+            with named(k, d, backend):
+                y, state = run(n, x, rows[n], weights, traversal, noise[k][d])
+            parts.append(y)
+            finals.append(state)
+        x = connect(x, parts[0] if len(parts) == 1 else torch.cat(parts, 2), call.traversal.lengths, kept[k], options)
+    return x, finals
+
+
+def connect(
+    x: Tensor,  # [t, B, I], a layer's input
+    y: Tensor,  # [t, B, F], its output
+    lengths: Tensor | None,  # [B], within these t steps
+    kept: Tensor | None,  # bool [t, B, F]
+    options: Options,
+) -> Tensor:
+    """What the next layer gets: the output, with the input added where it is residual and widths allow, and dropout."""
+    if options.residual and y.shape == x.shape:
+        valid = valid_steps(x.shape[0], lengths)
+        y = y + (x if valid is None else torch.where(valid[:, :, None], x, 0))
+    return dropped(y, kept, options.dropout)

@@ -1,0 +1,150 @@
+"""The readable oracle: one LSTM layer in plain torch. Any device, any dtype, differentiable to any order.
+
+Every other backend is held to these numbers. Half-precision inputs are computed in float32 and rounded once.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..call.noise import NO_NOISE, Noise
+from ..call.prepare import Call
+from ..call.sequences import Traversal
+from ..call.weights import State, Weights
+from ..cells.lstm import linear, output, step
+from .fused import Inputs
+from .layers import computed, one_after_another, without_autocast
+
+
+class Gates(NamedTuple):
+    """What one layer computes in one direction, at every step; zero past the end of a sequence."""
+
+    input: Tensor  # [T, B, H] i, from 0 to 1
+    forget: Tensor  # [T, B, H] f, from 0 to 1
+    output: Tensor  # [T, B, H] o, from 0 to 1
+    candidate: Tensor  # [T, B, H] g, from -1 to 1
+    cell: Tensor  # [T, B, H] c, after the step
+    hidden: Tensor  # [T, B, P] h, after the step; P = H without a projection
+
+
+def run(call: Call, dtype: torch.dtype, record: list[Gates] | None = None) -> tuple[Tensor, list[State]]:
+    """All layers of a call, in `dtype`: output [T, B, D*P] and the final states as Call.states."""
+    call = computed(call, dtype)
+    direction = partial(_direction, record=record)
+    with without_autocast(call):
+        y, rows = one_after_another(call, direction, "reference")
+    return y, call.pack_rows(rows)
+
+
+def _direction(_: int, *given: Any, record: list[Gates] | None) -> tuple[Tensor, State]:
+    return layer(*given, record=record)
+
+
+def run_inputs(inputs: Inputs, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """h, h_n and c_n of one layer in one direction."""
+    state = inputs.h0, inputs.c0
+    h, (h_n, c_n) = layer(inputs.x, state, inputs.weights(), inputs.traversal(reverse), inputs.noise())
+    return h, h_n, c_n
+
+
+def gradients(
+    run: Callable[[Any], tuple[Tensor, ...]],
+    given: Any,  # what `run` accepts: a tuple of tensors and None
+    output_gradients: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Of the first tensors given, those that are `needed`, themselves differentiable: run(given) is recomputed."""
+    wanted = [k for k, need in enumerate(needed) if need]
+    there = [k for k, gradient in enumerate(output_gradients) if gradient is not None]
+
+    def recomputed(*tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs: list[Any] = list(given)
+        for k, tensor in zip(wanted, tensors):
+            inputs[k] = tensor
+        outputs = run(type(given)(*inputs) if hasattr(given, "_fields") else inputs)
+        return tuple(outputs[k] for k in there)
+
+    # torch.func.vjp, not autograd.grad: inputs may be one tensor or depend on each other, and be those of a transform.
+    _, pull = torch.func.vjp(recomputed, *(given[k] for k in wanted))[:2]
+    found = dict(zip(wanted, pull(tuple(output_gradients[k] for k in there))))
+    return [found.get(k) for k in range(len(needed))]
+
+
+def layer(
+    x: Tensor,  # [T, B, I]
+    state: State,  # ([B, P], [B, H])
+    weights: Weights,
+    traversal: Traversal,
+    noise: Noise = NO_NOISE,
+    record: list[Gates] | None = None,
+) -> tuple[Tensor, State]:
+    """One layer, one direction, step by step. The gates of all steps are appended to `record`, if there is one.
+
+    At each step, with the equations of cells/lstm.py:
+
+        z = W_ih x + b_ih + W_hh h + b_hh       h' = m, or W_hr m with a projection
+
+    With `noise`, W_hh multiplies dropout_h h, and the states after the step are zoneout_c c + (1 - zoneout_c) c' and
+    zoneout_h h + (1 - zoneout_h) h'.
+
+    Returns:
+        h [T, B, P] and (h_n [B, P], c_n [B, H]), in the dtypes of x, h0 and c0.
+    """
+    h0, c0 = state
+    dtype, cell_dtype = x.dtype, c0.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        x, h0, c0, weights = x.float(), h0.float(), c0.float(), weights.to(torch.float32)
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole, gain_ih, gain_hh, gain_c, bias_c = weights
+    dropout_h, zoneout_h, zoneout_c = (None if t is None else t.to(x.dtype) for t in noise)
+
+    time, valid, reset = traversal.steps(x)  # [T, B] each, or None
+    if valid is not None:
+        # In padding steps and times are the same, and what stands there, NaN included, is left out.
+        x = torch.where(valid[:, :, None], x, 0)
+
+    def reordered(t: Tensor) -> Tensor:
+        """t [T, B, F] from the order of time to that of steps, or back."""
+        return t.gather(0, time[:, :, None].expand_as(t))
+
+    steps = len(x)
+    x = reordered(x)
+    reset_h, reset_c = (None if t is None else reordered(t.to(x.dtype)) for t in traversal.reset_to())
+    zoneout_h = None if zoneout_h is None else reordered(zoneout_h.expand(steps, *h0.shape))
+    zoneout_c = None if zoneout_c is None else reordered(zoneout_c.expand(steps, *c0.shape))
+
+    h, c = h0, c0
+    outputs = []
+    gates = []
+    for t in range(steps):
+        h_prev, c_prev = h, c
+        if reset is not None:
+            h_prev = torch.where(reset[t, :, None], 0 if reset_h is None else reset_h[t], h)
+            c_prev = torch.where(reset[t, :, None], 0 if reset_c is None else reset_c[t], c)
+        h_in = h_prev if dropout_h is None else dropout_h * h_prev
+        z = linear(x[t], weight_ih, bias_ih, gain_ih) + linear(h_in, weight_hh, bias_hh, gain_hh)  # [B, 4H]
+        i, f, g, o, c_next = step(z, c_prev, weight_peephole)  # [B, H] each
+        h_next = output(o, c_next, gain_c, bias_c)
+        if weight_hr is not None:
+            h_next = F.linear(h_next, weight_hr)  # [B, P]
+        if zoneout_c is not None:
+            c_next = zoneout_c[t] * c_prev + (1 - zoneout_c[t]) * c_next
+        if zoneout_h is not None:
+            h_next = zoneout_h[t] * h_prev + (1 - zoneout_h[t]) * h_next
+        if record is not None:
+            gates.append((i, f, o, g, c_next, h_next))
+        if valid is None:
+            h, c = h_next, c_next
+            outputs.append(h)
+        else:
+            h = torch.where(valid[t, :, None], h_next, h)
+            c = torch.where(valid[t, :, None], c_next, c)
+            outputs.append(torch.where(valid[t, :, None], h_next, 0))
+
+    if record is not None:
+        kept = [reordered(torch.stack(every)).to(dtype) for every in zip(*gates)]
+        record.append(Gates(*(t if valid is None else torch.where(valid[:, :, None], t, 0) for t in kept)))
+    return reordered(torch.stack(outputs)).to(dtype), (h.to(dtype), c.to(cell_dtype))

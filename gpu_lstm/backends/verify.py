@@ -1,0 +1,191 @@
+"""Kernels are verified on the card at hand before their numbers are used.
+
+The first time that a plan is to run a kind of layer there, it runs a small problem that exercises it: several batch
+tiles and the tail of one, and, where the call has them, lengths from 0 to T, resets and noise, through the very kernel
+that the call launches. Each result and gradient is held to the reference in float64: its error may be at most twice
+that of torch's own LSTM in the same dtype. The verdict is cached (kernels/cache.py).
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call.noise import Noise
+from ..call.sequences import Traversal
+from ..call.weights import Weights
+from ..kernels import cache  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from ..kernels.problem import Pass, Problem  # type: ignore[import-not-found]
+from ..kernels.timeouts import raise_if_timed_out  # type: ignore[import-not-found]
+from . import fused, reference, torch_lstm
+from .fused import DIFFERENTIABLE, Inputs, Saved
+from .reference import Gates
+
+KIND = "checks"
+STEPS, FEATURES = 4, 8  # T, I
+FORMAT = 4  # raised whenever the small problem or the rule changes
+RATE = 0.25  # of zoneout, where it is the same for all elements
+TILES = ("rows", "columns", "k", "num_warps", "num_stages")  # of a plan
+COMPARED = ("x", "h0", "c0", "weight_hh", "reset_h", "reset_c")  # whose gradients come from the recurrence
+
+
+def verify(plan: Any, problem: Problem, which: Pass, device: torch.device) -> str | None:
+    """Why a plan's kernel is not used for a pass of a problem on a device; None if it computes the right numbers."""
+    key = _key(plan, problem, which, device)
+    verdict = cache.read(KIND, key)
+    if not isinstance(verdict, str):
+        verdict = _verdict(plan, problem, which, device)
+        cache.write(KIND, key, verdict)
+    if verdict == "right":
+        return None
+    cache.warn_once(
+        f"a kernel is not trusted on {key['card']}: {verdict}. Backend 'auto' does without it. "
+        f"Please report this, with what `python -m gpu_lstm` prints and the plan: {plan}"
+    )
+    return verdict
+
+
+def cached_verdict(plan: Any, problem: Problem, which: Pass, device: torch.device) -> str | None:
+    """What the verification of a kernel came to on a device: "right", or what is wrong; None: there was none yet."""
+    verdict = cache.read(KIND, _key(plan, problem, which, device))
+    return verdict if isinstance(verdict, str) else None
+
+
+def _key(plan: Any, problem: Problem, which: Pass, device: torch.device) -> cache.Key:
+    kernel = {name: getattr(plan, name) for name in TILES} | {"family": plan.family.value}
+    problem = problem._replace(batch=0, steps=0, side_by_side=1)  # which change no kernel
+    return cache.machine(device) | {"format": FORMAT} | kernel | problem.as_json() | which._asdict()
+
+
+def _verdict(plan: Any, problem: Problem, which: Pass, device: torch.device) -> str:
+    """ "right", or what is wrong."""
+    batch = 2 * plan.rows + 3
+    if plan.family.value == "resident":
+        plan = dataclasses.replace(plan, groups=3)  # a program for each batch tile
+    elif plan.family.value == "cooperative":
+        plan = dataclasses.replace(plan, groups=min(2, plan.groups))  # one of them computes two
+    small = Small(problem._replace(steps=2, batch=batch), which, device)
+    try:
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            truth, gates = small.by_reference(torch.float64)
+            as_torchs = not (problem.regularised or problem.reset_c or problem.peepholes or problem.normalised)
+            theirs = small.by_torch() if as_torchs else small.by_reference(problem.dtype)[0]
+        with torch.no_grad():
+            ours = small.by_kernels(plan, gates)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # it timed out, or the card refuses it
+        return f"{type(error).__name__}: {error}"
+    for name, true in truth.items():
+        wrong = _wrong(name, ours[name].double(), theirs[name].double(), true, _epsilon(problem))
+        if wrong:
+            return wrong
+    return "right"
+
+
+def _epsilon(problem: Problem) -> float:
+    """Of the products' last place."""
+    return 2.0**-10 if problem.precision == "tf32" else torch.finfo(problem.dtype).eps
+
+
+def _wrong(name: str, ours: Tensor, theirs: Tensor, true: Tensor, epsilon: float) -> str | None:
+    """What is wrong with a result; None if its error is at most twice torch's own, or twice its last place."""
+    error, allowed = _rms(ours - true), 2 * max(_rms(theirs - true), epsilon * float(true.abs().max()))
+    return None if error <= allowed else f"the RMS error of {name} is {error:.2g}, where {allowed:.2g} is allowed"
+
+
+def _rms(t: Tensor) -> float:
+    return float(t.square().mean().sqrt())
+
+
+class Small:
+    """A small problem of random numbers that are exact in its dtype: what a layer in one direction is given."""
+
+    def __init__(self, problem: Problem, which: Pass, device: torch.device) -> None:
+        self.problem, self.which, self.device = problem, which, device
+        self._generator = torch.Generator().manual_seed(0)
+        p, batch, hidden, width = problem, problem.batch, problem.hidden, problem.width
+        normal = self._normal
+        tensors: dict[str, Tensor | None] = dict(
+            x=normal(STEPS, batch, FEATURES), h0=normal(batch, width), c0=normal(batch, hidden),
+            weight_ih=normal(4 * hidden, FEATURES, scale=FEATURES**-0.5),
+            weight_hh=normal(4 * hidden, width, scale=width**-0.5),
+        )  # fmt: skip
+        if p.projected:
+            tensors["weight_hr"] = normal(width, hidden, scale=hidden**-0.5)
+        if p.reset_c:
+            tensors |= dict(reset_h=normal(STEPS, batch, width), reset_c=normal(STEPS, batch, hidden))
+        if p.peepholes:
+            tensors["weight_peephole"] = normal(3 * hidden)
+        for name, size, there in zip(("gain_hh", "gain_c", "bias_c"), (4 * hidden, hidden, hidden), p.norms):
+            if there:
+                tensors[name] = 1 + normal(size, scale=0.3)
+        number = torch.arange(batch, device=device)
+        if p.lengths is not None:
+            tensors["lengths"] = (number % (STEPS + 1)).flip(0).to(p.lengths)
+        if p.resets:
+            tensors["resets"] = (torch.arange(STEPS, device=device)[:, None] + number) % 3 == 1
+        if p.dropout_h:
+            tensors["dropout_h"] = (normal(batch, width) > 0).to(p.dtype) * 2
+        for name, dimensions, size in (("zoneout_h", p.zoneout_h, width), ("zoneout_c", p.zoneout_c, hidden)):
+            if dimensions is not None:
+                rate = torch.tensor(RATE, device=device)
+                tensors[name] = normal(STEPS, batch, size) > 0 if dimensions else rate
+        self.inputs = Inputs(**tensors)  # type: ignore[arg-type]
+        self._given = normal(STEPS, batch, width), normal(batch, width)  # gradients of h and h_n
+
+    def _normal(self, *size: int, scale: float = 1.0) -> Tensor:
+        t = torch.randn(*size, generator=self._generator) * scale
+        return t.to(self.device, self.problem.dtype)
+
+    def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Gates]:
+        """Results of forward, or gradients of backward, in some dtype; and the gates."""
+        record: list[Gates] = []
+
+        def run(*given: Any) -> Any:
+            return reference.layer(*given, Noise(*self.inputs[15:18]), record)
+
+        return self._results(run, dtype), record[0]
+
+    def by_torch(self) -> dict[str, Tensor]:
+        """The same by torch's own LSTM in the problem's dtype."""
+        return self._results(torch_lstm.layer, self.problem.dtype)
+
+    def _results(self, run: Callable[..., Any], dtype: torch.dtype) -> dict[str, Tensor]:
+        learns = self.which.backward
+        own = [None if t is None else t.to(dtype).requires_grad_(learns) for t in self.inputs[:DIFFERENTIABLE]]
+        inputs = Inputs(*own, *self.inputs[DIFFERENTIABLE:])  # type: ignore[arg-type]
+        states = None if inputs.reset_h is None else [(inputs.reset_h, inputs.reset_c)]
+        traversal = Traversal(inputs.lengths, inputs.resets, self.problem.reverse, states)  # type: ignore[arg-type]
+        h, (h_n, c_n) = run(inputs.x, (inputs.h0, inputs.c0), Weights(*inputs[3:13]), traversal)
+        if not learns:
+            return dict(h=h, h_n=h_n, c_n=c_n)
+        there = [each for each in zip((h, h_n), self._given, (self.which.dh, self.which.dh_n)) if each[2]]
+        wanted = {name: t for name in COMPARED if (t := getattr(inputs, name)) is not None}
+        gradients = [d.to(dtype) for _, d, _ in there]
+        found = torch.autograd.grad([output for output, *_ in there], list(wanted.values()), gradients)
+        return {f"the gradient of {name}": gradient for name, gradient in zip(wanted, found)}
+
+    def by_kernels(self, plan: Any, gates: Gates) -> dict[str, Tensor]:
+        """The same by the kernel of a plan; backward it is given the reference's gates and cell states."""
+        launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
+        layer = launch.layer_by(self.problem, self.device, plan)
+        p, inputs = self.problem, self.inputs
+        inputs = inputs._replace(c0=inputs.c0.float(), reset_c=None if inputs.reset_c is None else inputs.reset_c.float())
+        if self.which.backward:
+            activated = torch.cat([gates.input, gates.forget, gates.candidate, gates.output], dim=2).to(p.dtype)
+            saved = Saved(inputs, gates.hidden.to(p.dtype), activated, gates.cell.float())
+            dh, dh_n = (d if there else None for d, there in zip(self._given, (self.which.dh, self.which.dh_n)))
+            needed = [name in COMPARED and t is not None for name, t in zip(Inputs._fields, inputs)]
+            found = Inputs(*fused.gradients(layer, saved, (dh, dh_n, None), needed[:DIFFERENTIABLE]))  # type: ignore[arg-type]
+            results = {f"the gradient of {n}": t for n in COMPARED if (t := getattr(found, n)) is not None}
+        else:
+            h, h_n, c_n, *_ = fused.forward(layer, inputs, self.which.save)
+            results = dict(h=h, h_n=h_n, c_n=c_n)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        raise_if_timed_out(self.device)
+        return results

@@ -1,0 +1,267 @@
+"""Every check of a call: cheap comparisons at every call, words only on failure; torch's own where it has them."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import _VF, Tensor
+from torch.nn.modules.rnn import RNNBase
+
+from .modes import autocasts, need_the_reference
+from .options import RESET_STATES, Options
+from .weights import LAYER_NORM, NAMES, State, Weights
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise TypeError, in torch's words, unless it is one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+
+
+def check_tensor(value: object, name: str) -> None:
+    """Raise TypeError unless it is one."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} should be a tensor, got: {type(value).__name__}")
+
+
+def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> None:
+    """Raise unless the input of `name` has one of two ranks, and its elements in memory: not sparse, not nested."""
+    if input.dim() not in ranks:
+        low, high = ranks
+        raise ValueError(f"{name}: Expected input to be {low}D or {high}D, got {input.dim()}D instead")
+    check_dense(input, name)
+
+
+def check_dense(input: Tensor, name: str) -> None:
+    """Raise RuntimeError unless the input of `name` has its elements in memory as they are: not sparse, not nested."""
+    if input.layout is not torch.strided or input.is_nested:
+        what = "a nested tensor" if input.is_nested else f"a tensor of layout {input.layout}"
+        raise RuntimeError(f"{name}: Expected input to be a dense tensor, got {what}")
+
+
+def check_pair(hx: object, function: str = "lstm") -> None:
+    """Raise, in torch's words, unless there are two states. One tensor that holds both is no pair."""
+    if not isinstance(hx, tuple | list):
+        kind = type(hx).__name__
+        raise TypeError(f"{function}(): argument 'hx' (position 2) must be tuple of Tensors, not {kind}")
+    if len(hx) != 2:
+        raise RuntimeError(f"{function} expects two hidden states")
+
+
+def check_rank_of_states(rank: int, hx: State) -> None:
+    """Raise unless h_0 and c_0 of an LSTM are of the input's rank."""
+    if hx[0].dim() != rank or hx[1].dim() != rank:
+        kind = "batched" if rank == 3 else "unbatched"
+        raise RuntimeError(
+            f"For {kind} {rank}-D input, hx and cx should also be {rank}-D "
+            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+        )
+    if rank == 3:  # of an unbatched hx torch takes what it needs
+        check_pair(hx)
+
+
+def check_states_of_a_cell(hx: Any, batched: bool) -> None:
+    """Raise unless it is (h, c), each 1D or 2D."""
+    for i, state in enumerate(hx):
+        if state.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected hx[{i}] to be 1D or 2D, got {state.dim()}D instead")
+    if batched:
+        check_pair(hx, "lstm_cell")
+
+
+def check_pairs(hx: Any, layers: int) -> None:
+    """Raise unless it is [(h, c), ...], a pair of tensors for each layer of a StackedLSTM.
+
+    Raises:
+        TypeError: something else, as torch's (h_0, c_0) with all layers in two tensors.
+        RuntimeError: another number of pairs, or of states for a layer.
+    """
+    expected = "hx should be a list of pairs (h, c), one a layer"
+    if not isinstance(hx, list | tuple):
+        raise TypeError(f"{expected}, got: {type(hx).__name__}")
+    for k, pair in enumerate(hx):
+        if not isinstance(pair, list | tuple):
+            raise TypeError(f"{expected}, got for layer {k}: {type(pair).__name__}")
+    if len(hx) != layers:
+        raise RuntimeError(f"Expected hx of {layers} pairs, one a layer, got {len(hx)}")
+    for k, pair in enumerate(hx):
+        if len(pair) != 2:
+            raise RuntimeError(f"Expected two states (h, c) of layer {k}, got {len(pair)}")
+        for name, state in zip("hc", pair):
+            check_tensor(state, f"{name} of layer {k}")
+
+
+def check_input(options: Options, x: Tensor, weight: Tensor) -> None:
+    """Raise, in torch's words, unless x [..., I] has the dtype and the features of the first layer."""
+    if x.shape[-1] == options.arguments.input_size and (x.dtype is weight.dtype or autocasts(x)):
+        return
+    as_torchs: Any = SimpleNamespace(input_size=options.arguments.input_size, _flat_weights=[weight])
+    RNNBase.check_input(as_torchs, x, None if x.dim() == 3 else x)
+
+
+def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
+    """Raise unless every tensor of a layer and direction has its size, of `sizes` in the order of Weights.
+
+    Raises:
+        RuntimeError: one has not.
+        TypeError: weight_ih or weight_hh is None.
+        ValueError: there is a layer norm, and a projection, with which none is defined.
+    """
+    for name, tensor, size in zip(NAMES, layer, sizes):
+        if tensor is None and name in ("weight_ih", "weight_hh"):
+            raise TypeError(f"{name} should be a tensor, got: NoneType")
+        if tensor is not None and tensor.shape != size:
+            raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}")
+    if (layer.bias_ih is None) != (layer.bias_hh is None):
+        raise RuntimeError("bias_ih and bias_hh should be given together")
+    if layer.bias_c is not None and layer.gain_c is None:
+        raise RuntimeError("bias_c should be given together with gain_c")
+    if layer.weight_hr is not None:
+        check_unprojected(layer.variant == LAYER_NORM, len(layer.weight_hr))
+
+
+def named_weights(weights: Weights | Sequence[Tensor | None]) -> Weights:
+    """The weights of a layer by name: tensors, each of as many dimensions as it has to have."""
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(f"weights should be a tuple or list of tensors, got: {type(weights).__name__}")
+    if not 2 <= len(weights) <= len(NAMES):
+        names = f"weight_ih, weight_hh and, if there are any, {', '.join(NAMES[2:])}"
+        raise ValueError(f"Expected weights of 2 to {len(NAMES)} tensors ({names}), got {len(weights)}")
+    named = Weights(*weights)  # type: ignore[arg-type]
+    for name, tensor in zip(NAMES, named):
+        if tensor is None and name in ("weight_ih", "weight_hh"):
+            raise TypeError(f"{name} should be a tensor, got: NoneType")
+        if tensor is not None:
+            check_tensor(tensor, name)
+            expected = 2 if name in ("weight_ih", "weight_hh", "weight_hr") else 1
+            if tensor.dim() != expected:
+                raise RuntimeError(f"{name} must have {expected} dimensions, got {tensor.dim()}")
+    return named
+
+
+def check_unprojected(layer_norm: bool, projected: int) -> None:
+    """Raise unless one of the two is off.
+
+    Raises:
+        ValueError: Ba et al. (2016) have no projection, and nobody has said which of its sides is normalised.
+    """
+    if layer_norm and projected:
+        raise ValueError(f"layer_norm is not defined with a projection: expected proj_size 0, got {projected}")
+
+
+def raise_in_words_of_a_cell(x: Tensor, state: State, weights: Weights) -> None:
+    """Raise for a cell whose tensors x [B, I] and states do not fit, in the words of the torch at hand."""
+    _VF.lstm_cell(x, state, *weights[:4])
+    h, c = state
+    expected = len(x), weights.weight_hh.shape[1]
+    raise RuntimeError(f"Expected hx of size {expected}, got {list(h.shape)} and {list(c.shape)}")
+
+
+def is_exact(c: Tensor, x: Tensor) -> bool:
+    """Whether a cell state is float32 beside an input of half precision: not rounded, as kernels keep it."""
+    return c.dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16) and not autocasts(x)
+
+
+def check_alike(x: Tensor, states: Sequence[State], weights: list[list[Weights]]) -> None:
+    """Raise, in torch's own words, unless all tensors are of one device and dtype.
+
+    Under autocast dtypes may differ, and a cell state may be float32 with half precision.
+    """
+    mixed_allowed = autocasts(x)
+    given = [("parameter", tensor, False) for layer in weights for one in layer for tensor in one.present()]
+    given += [("hidden", tensor, is_cell) for state in states for tensor, is_cell in zip(state, (False, True))]
+    for kind, tensor, is_cell in given:
+        if tensor.device != x.device:
+            raise RuntimeError(
+                f"Input and {kind} tensors are not at the same device, "
+                f"found input tensor at {x.device} and {kind} tensor at {tensor.device}"
+            )
+        if tensor.dtype != x.dtype and not mixed_allowed and not (is_cell and is_exact(tensor, x)):
+            raise RuntimeError(
+                f"Input and {kind} tensors are not the same dtype, "
+                f"found input tensor with {x.dtype} and {kind} tensor with {tensor.dtype}"
+            )
+
+
+def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise unless `lengths` is an int tensor of `shape` on `device` with values from 0 to `steps`.
+
+    On CUDA the values are asserted on the device, without a synchronisation; elsewhere at once.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: wrong dtype, shape, device or values.
+    """
+    check_tensor(lengths, "lengths")
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lengths should be of dtype torch.int32 or torch.int64, got {lengths.dtype}")
+    _check_place("lengths", lengths, shape, device)
+    if need_the_reference():  # inside vmap there is no value to look at
+        return
+    fits = ((lengths >= 0) & (lengths <= steps)).all()
+    if torch.compiler.is_compiling():  # a text with the number in it would be a graph for each number
+        torch._assert_async(fits, "Expected lengths from 0 to the number of steps")
+    elif lengths.is_cuda:
+        torch._assert_async(fits, f"Expected lengths from 0 to {steps}, the number of steps")
+    elif not lengths.is_meta and not fits:
+        raise ValueError(
+            f"Expected lengths from 0 to {steps}, the number of steps, "
+            f"got lengths from {int(lengths.min())} to {int(lengths.max())}"
+        )
+
+
+def check_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise unless `resets` is a bool tensor of `shape` on `device`.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: wrong dtype, shape or device.
+    """
+    check_tensor(resets, "resets")
+    if resets.dtype != torch.bool:
+        raise ValueError(f"resets should be of dtype torch.bool, got {resets.dtype}")
+    _check_place("resets", resets, shape, device)
+
+
+def _check_place(name: str, given: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if given.shape != shape:
+        raise ValueError(f"Expected {name} of shape {list(shape)}, got {list(given.shape)}")
+    if given.device != device:
+        raise ValueError(f"Expected {name} on {device}, where the input is, got {given.device}")
+
+
+def check_reset_pair(pair: object, name: str) -> None:
+    """Raise unless states to reset to are (h, c)."""
+    if not isinstance(pair, tuple | list):
+        raise TypeError(f"{name} should be a pair of tensors (h, c), got: {type(pair).__name__}")
+    if len(pair) != 2:
+        raise ValueError(f"Expected {name} of two states (h, c), got {len(pair)}")
+
+
+def check_reset_pairs(given: object, layers: int) -> None:
+    """Raise unless states to reset to are [(h, c), ...], a pair for each layer of a StackedLSTM."""
+    if not isinstance(given, list | tuple):
+        raise TypeError(f"{RESET_STATES} should be a list of pairs (h, c), got: {type(given).__name__}")
+    if len(given) != layers:
+        raise ValueError(f"Expected {RESET_STATES} of {layers} pairs, one a layer, got {len(given)}")
+
+
+def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_cell: bool) -> None:
+    """Raise unless `state` is of one of two sizes, a state a sequence or one a step, and of the dtype and device of x.
+
+    As of any state, dtypes may differ under autocast, and a cell state may be float32 with half precision.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: wrong size, dtype or device.
+    """
+    check_tensor(state, name)
+    if list(state.shape) not in sizes:
+        raise ValueError(
+            f"Expected {name} of size {sizes[0]}, one a sequence, or {sizes[1]}, one a step, got {list(state.shape)}"
+        )
+    if state.dtype != x.dtype and not autocasts(x) and not (is_cell and is_exact(state, x)):
+        raise ValueError(f"Expected {name} of dtype {x.dtype}, got {state.dtype}")
+    if state.device != x.device:
+        raise ValueError(f"Expected {name} on {x.device}, where the input is, got {state.device}")

@@ -1,0 +1,167 @@
+"""What a user chose for the whole process: the backend, and whether `auto` races backends."""
+
+import contextlib
+import enum
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, Generic, Literal, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+BACKEND_VARIABLE = "GPU_LSTM_BACKEND"
+RACE_VARIABLE = "GPU_LSTM_RACE"
+
+BackendName = Literal["auto", "triton", "cupy", "torch", "reference"]
+"""The values of Backend, for type checkers."""
+
+
+class Backend(enum.Enum):
+    """The backends, by the name a user gives."""
+
+    AUTO = "auto"  # for CUDA tensors triton or cupy where they can run and are faster; else torch
+    TRITON = "triton"  # fused Triton kernels
+    CUPY = "cupy"  # fused CUDA C++ kernels, for where Triton cannot run
+    TORCH = "torch"  # torch's own LSTM: ATen on the CPU, cuDNN on CUDA
+    REFERENCE = "reference"  # a plain loop: any device, any dtype, differentiable to any order
+
+
+class Racing(enum.Enum):
+    """Whether `auto` races, by the name a user gives."""
+
+    ON = "on"  # race what was not raced yet, and cache the result
+    READ = "read"  # use cached results only
+    OFF = "off"  # neither: the expected winner
+
+
+KERNEL_BACKENDS = (Backend.TRITON, Backend.CUPY)
+
+
+class Choice(Generic[T]):
+    """What the open blocks of a process chose: the youngest counts, whatever the order in which they close."""
+
+    def __init__(self) -> None:
+        self._open: list[Block[T]] = []
+
+    @property
+    def now(self) -> T | None:
+        """What the youngest block chose; None: no block is open."""
+        return self._open[-1].value if self._open else None
+
+    def enter(self, block: "Block[T]") -> None:
+        """Open a block."""
+        self._open.append(block)
+
+    def leave(self, block: "Block[T]") -> None:
+        """Close the youngest entry of a block, if there is one: a second call changes nothing."""
+        for k in reversed(range(len(self._open))):
+            if self._open[k] is block:
+                del self._open[k]
+                return
+
+
+class Block(contextlib.ContextDecorator, Generic[T]):
+    """A choice that holds within a `with` block, or while a function runs that it decorates."""
+
+    _used = True  # where torch.compile makes one without __init__
+
+    def __init__(self, choice: Choice[T], value: T, call: str) -> None:
+        self.value, self._choice, self._call, self._used = value, choice, call, False
+
+    def __enter__(self) -> None:
+        self._used = True
+        try:
+            self._choice.enter(self)
+        except BaseException:  # an interrupt leaves nothing behind
+            self._choice.leave(self)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._choice.leave(self)
+
+    def __call__(self, function: F) -> F:
+        self._used = True
+        return super().__call__(function)
+
+    def __del__(self) -> None:
+        if not self._used:
+            warnings.warn(f"{self._call} chose nothing: write `with {self._call}:`", RuntimeWarning, stacklevel=2)
+
+
+chosen_backend: Choice[Backend] = Choice()
+chosen_racing: Choice[tuple[Racing, Any]] = Choice()  # and the group of ranks that are to agree
+
+
+def backend(name: BackendName | Backend) -> Block:
+    """Choose the backend within a `with` block, for every module and function that was not given one itself.
+
+    It holds for the whole process, as torch.backends' flags do. Of blocks that are open in several threads at once the
+    youngest counts; when all are closed, none leaves anything behind. Without `with` nothing is chosen, and a
+    RuntimeWarning says so, as for a coroutine that is never awaited.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    found = parse_backend(name)
+    return Block(chosen_backend, found, f"gpu_lstm.backend({found.value!r})")
+
+
+def racing(mode: Literal["on", "read", "off"], group: Any = None) -> Block:
+    """Choose within a `with` block whether backend "auto" races; for the whole process, as the environment variable.
+
+    Args:
+        mode: "on", "read" (use cached results only, as on a cluster or in CI) or "off".
+        group: ranks of a torch.distributed process group that are to agree: rank 0 decides. All of them must then
+            make the same first calls.
+
+    Raises:
+        ValueError: another mode.
+    """
+    found = _parse_racing(mode)
+    return Block(chosen_racing, (found, group), f"gpu_lstm.racing({found.value!r})")
+
+
+def parse_backend(name: str | Backend, source: str = "") -> Backend:
+    """The Backend called `name`; `source` says where a user finds it, where that is not the call at hand.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if isinstance(name, Backend):
+        return name
+    if isinstance(name, str) and name in (known := [b.value for b in Backend]):
+        return Backend(name)
+    known = ", ".join(repr(b.value) for b in Backend)
+    raise ValueError(f"unknown backend {name!r}{source}; expected one of {known}")
+
+
+def parse_backend_name(name: str | Backend) -> BackendName:
+    """As `parse_backend`, the name itself: what modules keep."""
+    return cast(BackendName, parse_backend(name).value)
+
+
+def _parse_racing(mode: str, source: str = "") -> Racing:
+    try:
+        return Racing(mode)
+    except ValueError:
+        known = ", ".join(repr(m.value) for m in Racing)
+        raise ValueError(f"unknown mode of racing {mode!r}{source}; expected one of {known}") from None
+
+
+def requested_backend(argument: BackendName | Backend | None) -> Backend:
+    """What the user asked for: by argument, else by `with backend(...)`, else by environment variable, else auto."""
+    if argument is not None:
+        return parse_backend(argument)
+    if chosen_backend.now is not None:
+        return chosen_backend.now
+    name = os.environ.get(BACKEND_VARIABLE) or Backend.AUTO
+    return parse_backend(name, f" in the environment variable {BACKEND_VARIABLE}")
+
+
+def requested_racing() -> tuple[Racing, Any]:
+    """The mode and the group that is to agree: by `with racing(...)`, else by environment variable, else on."""
+    if chosen_racing.now is not None:
+        return chosen_racing.now
+    name = os.environ.get(RACE_VARIABLE) or Racing.ON.value
+    return _parse_racing(name, f" in the environment variable {RACE_VARIABLE}"), None

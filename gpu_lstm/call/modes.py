@@ -1,0 +1,173 @@
+"""What of the process decides how a call is run, asked once a call: autograd, autocast, tracing, transforms, TF32.
+
+torch.func.grad and vjp run through the fused kernels, but in a graph of torch.compile. There, vmap and forward-mode
+derivatives need an LSTM that is written in torch's own operators, which the reference is.
+"""
+
+import enum
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.backends.cudnn.rnn as cudnn_rnn
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
+
+from .choices import BACKEND_VARIABLE, RACE_VARIABLE, chosen_backend, chosen_racing
+
+F = TypeVar("F", bound=Callable)
+
+_ONLY_BY_REFERENCE = (_functorch.TransformType.Vmap, _functorch.TransformType.Jvp)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+_any_autocast = torch._C._is_any_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_interpreter = _functorch.peek_interpreter_stack
+_is_compiling = torch.compiler.is_compiling
+
+
+class Recording(enum.IntEnum):
+    """Who watches a call."""
+
+    NOBODY = 0  # eager mode: no operator of ours is met
+    WATCHED = 1  # torch.jit.trace, dispatch modes, subclasses of Tensor: kernels run as operators; nothing is raced
+    COMPILED = 2  # torch.compile, torch.export: one operator a layer, whatever the backend
+
+
+class Transforms(enum.IntEnum):
+    """The transforms of torch.func around a call."""
+
+    NONE = 0
+    GRAD = 1  # grad and vjp, which kernels can take part in
+    REFERENCE = 2  # vmap and forward-mode derivatives; in a compiled graph any
+
+
+class Modes(NamedTuple):
+    """The state of the process that decides how a call is run, in the key of its route."""
+
+    grad: bool  # whether autograd records
+    autocast: torch.dtype | None  # what float32 and narrower is computed in; None: autocast is off
+    recording: Recording
+    transforms: Transforms
+    precision: str  # of float32 products in the recurrence, for Triton: "tf32" or "ieee"
+    choices: tuple  # of backend and racing, by blocks, else by the environment
+    capturing: bool  # a CUDA graph
+
+
+def modes(x: Tensor) -> Modes:
+    """As they are now, for a call on x."""
+    if _is_compiling():
+        return _modes_in_a_graph(x)
+    transforms = Transforms.NONE
+    if _interpreter() is not None or forward_ad._current_level >= 0:
+        transforms = Transforms.REFERENCE if need_the_reference() else Transforms.GRAD
+    watched = _dispatch_modes() > 0 or type(x) not in _PLAIN or torch._C._is_tracing()
+    return Modes(
+        torch.is_grad_enabled(),
+        _autocast_dtype(x) if _any_autocast() else None,
+        Recording.WATCHED if watched else Recording.NOBODY,
+        transforms,
+        recurrent_precision(x.dtype),
+        (chosen_backend.now or os.environ.get(BACKEND_VARIABLE), chosen_racing.now or os.environ.get(RACE_VARIABLE)),
+        x.is_cuda and torch.cuda.is_current_stream_capturing(),
+    )
+
+
+def _modes_in_a_graph(x: Tensor) -> Modes:
+    # torch's ONNX exporter knows no operator of ours; torch's own LSTM, traced, becomes ONNX's.
+    recording = Recording.NOBODY if torch.onnx.is_in_onnx_export() else Recording.COMPILED
+    transforms = Transforms.REFERENCE if need_the_reference() else Transforms.NONE
+    autocast = _autocast_dtype(x) if _any_autocast() else None
+    # Precision and choices are asked where the decision is made, so that no graph is bound to them.
+    return Modes(torch.is_grad_enabled(), autocast, recording, transforms, "ieee", (), False)
+
+
+def recurrent_precision(dtype: torch.dtype) -> str:
+    """Triton's `input_precision` for the recurrent product in `dtype`: "tf32" or "ieee".
+
+    It obeys the switch that torch.nn.LSTM itself obeys on CUDA, cuDNN's: TF32 unless the user turned it off
+    (``torch.backends.cudnn.allow_tf32`` or ``torch.backends.cudnn.rnn.fp32_precision``). Products over all steps go
+    through torch.matmul and obey ``torch.backends.cuda.matmul``.
+    """
+    return "tf32" if dtype is torch.float32 and cudnn_rnn.fp32_precision == "tf32" else "ieee"
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    return _any_autocast() and _knows_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else None
+
+
+def constant_when_traced(function: F) -> F:
+    """What torch.compiler.assume_constant_result does: torch.compile calls the function, and uses what it returns.
+
+    By hand, since that imports torch's compiler, and with it Triton, whether or not anything is ever compiled.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_traced
+def _knows_autocast(device_type: str) -> bool:
+    """Whether there is autocast for a type of device (for "meta" there is none)."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+def need_the_reference() -> bool:
+    """Whether the call at hand is inside vmap or a forward-mode derivative; in a compiled graph, in any transform."""
+    return _need_the_reference(_is_compiling())
+
+
+@constant_when_traced
+def _need_the_reference(compiling: bool) -> bool:
+    # Not traced but asked: torch.compile enters a transform while it traces what is inside. There no tensor of
+    # torch.func.grad says that it requires a gradient, so that none would be kept for backward.
+    if forward_ad._current_level >= 0:
+        return True
+    return any(compiling or interpreter.key() in _ONLY_BY_REFERENCE for interpreter in _interpreters())
+
+
+def is_transformed() -> bool:
+    """Whether the call at hand is inside a transform of torch.func."""
+    return _interpreter() is not None
+
+
+def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None]) -> bool:
+    """In backward: whether somebody may differentiate the gradients, which are made from `tensors`.
+
+    torch.func.grad always asks for a graph. It is of use only inside another transform, or if a tensor below takes part
+    in plain autograd. The transform that forward was in is the one whose level `output`, a saved result of it, has; it
+    may be over, as it is when the function that torch.func.vjp returned is called.
+    """
+    if _is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    interpreters = _interpreters()
+    own = _functorch.maybe_get_level(output) == len(interpreters)
+    others = interpreters[:-1] if own else interpreters
+    if any(interpreter.key() == _functorch.TransformType.Grad for interpreter in others):
+        return True
+    return any(_below(t).requires_grad for t in tensors if t is not None)
+
+
+def alive(t: Tensor | None) -> Tensor | None:
+    """The tensor without the wrappers of transforms that are over, which another transform does not accept."""
+    return None if t is None else _functorch.unwrap_if_dead(t)
+
+
+def _interpreters() -> list[Any]:
+    return [] if _interpreter() is None else retrieve_all_functorch_interpreters()
+
+
+def _below(t: Tensor) -> Tensor:
+    """The tensor that a transform has wrapped."""
+    return _functorch.get_unwrapped(t) if _functorch.is_functorch_wrapped_tensor(t) else t

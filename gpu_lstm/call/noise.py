@@ -1,0 +1,89 @@
+"""The random numbers of a call: recurrent dropout, zoneout, dropout between layers, weight drop.
+
+Drawn once a call, for all backends and for whole sequences, by torch's own generator and one layer and direction after
+another: a seed means the same noise on every backend, whatever chunks of time a sequence is computed in.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .options import Options
+from .weights import Weights
+
+
+class Noise(NamedTuple):
+    """The noise of one layer in one direction for one call; None where there is none."""
+
+    dropout_h: Tensor | None = None  # [B, P], 0 or 1 / (1 - p): factors of h in the recurrent product, at every step
+    zoneout_h: Tensor | None = None  # bool [T, B, P], in time: where h stays as it was; in eval() the probability, []
+    zoneout_c: Tensor | None = None  # bool [T, B, H] or [], alike for c
+
+    def within(self, span: slice | None) -> "Noise":
+        """That of the times of a span alone; None: of all."""
+        if span is None:
+            return self
+        h, c = (t[span] if t is not None and t.dim() else t for t in (self.zoneout_h, self.zoneout_c))
+        return Noise(self.dropout_h, h, c)
+
+    def present(self) -> list[Tensor]:
+        """The tensors that are there."""
+        return [tensor for tensor in self if tensor is not None]
+
+
+NO_NOISE = Noise()
+
+
+def draw(
+    layers: list[list[Weights]],  # [L][D]
+    sizes: tuple[int, int],  # T, B
+    dtype: torch.dtype,  # that the layers compute in
+    options: Options,
+) -> tuple[list[list[Noise]], list[Tensor | None]]:
+    """The noise of one call, [L][D]; and which elements of each layer's output are kept, [L] of bool [T, B, D*P].
+
+    The latter is None where there is no dropout, and for the last layer.
+    """
+    if options.zoneout == (0, 0) and not options.recurrent_dropout and not options.dropout:
+        return [[NO_NOISE] * len(layer) for layer in layers], [None] * len(layers)
+    steps, batch = sizes
+    device = layers[0][0].weight_hh.device
+
+    def dropout(features: int) -> Tensor | None:
+        if not options.recurrent_dropout:
+            return None
+        return F.dropout(torch.ones(batch, features, dtype=dtype, device=device), options.recurrent_dropout)
+
+    def zoneout(probability: float, features: int) -> Tensor | None:
+        if not probability:
+            return None
+        if options.training:
+            return torch.rand(steps, batch, features, dtype=torch.float32, device=device) < probability
+        return torch.full((), probability, dtype=torch.promote_types(dtype, torch.float32), device=device)
+
+    def of_direction(weights: Weights) -> Noise:
+        rows, width = weights.weight_hh.shape  # 4H, P
+        return Noise(dropout(width), zoneout(options.zoneout[0], width), zoneout(options.zoneout[1], rows // 4))
+
+    noise = [[of_direction(weights) for weights in layer] for layer in layers]
+    kept: list[Tensor | None] = [None] * len(layers)
+    if options.dropout:
+        for k, layer in enumerate(layers[:-1]):
+            width = sum(weights.weight_hh.shape[1] for weights in layer)
+            mask = torch.empty(steps, batch, width, dtype=torch.bool, device=device)
+            kept[k] = mask.bernoulli_(1 - options.dropout)
+    return noise, kept
+
+
+def dropped(y: Tensor, kept: Tensor | None, probability: float) -> Tensor:
+    """y [T, B, F] after dropout: torch.nn.functional.dropout's numbers, for a mask that was drawn before."""
+    if kept is None:
+        return y
+    return y * (kept.to(y.dtype) / (1 - probability) if probability < 1 else 0)
+
+
+def with_weight_drop(weights: list[list[Weights]], probability: float) -> list[list[Weights]]:
+    """The weights [L][D] of a call: DropConnect on W_hh (Merity et al., 2018)."""
+    return [[w._replace(weight_hh=F.dropout(w.weight_hh, probability)) for w in layer] for layer in weights]

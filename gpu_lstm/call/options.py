@@ -1,0 +1,110 @@
+"""What a module's arguments ask of a call: sizes, names of its parameters, regularisers, the backend."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from .weights import LAYER_NORM, NAMES, PEEPHOLES
+
+NORMS = ("ih", "hh", "c")  # what a layer norm may be of: W_ih x, W_hh h, c
+RESET_STATES = "reset_states"  # the argument of a call, as errors name it
+
+
+class Size(NamedTuple):
+    """Of a layer."""
+
+    inputs: int  # I
+    hidden: int  # H
+    projected: int  # P; 0 without a projection
+
+    @property
+    def width(self) -> int:
+        """Features of h."""
+        return self.projected or self.hidden
+
+
+class Arguments(NamedTuple):
+    """All that is asked of every call of a module, as its attributes are now."""
+
+    kind: str  # "LSTM", "StackedLSTM", "LSTMCell" or "lstm_layer", as errors name it
+    input_size: int
+    hidden_sizes: tuple[int, ...]  # [L]
+    proj_size: int = 0
+    bias: bool = True
+    bidirectional: bool = False
+    batch_first: bool = False
+    peepholes: bool = False
+    norms: tuple[str, ...] = ()
+    training: bool = False
+    dropout: float = 0.0  # between layers
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0  # of h and c
+    weight_drop: float = 0.0
+    recompute: bool = False  # kernels keep no gates for backward
+    backend: str | None = None
+    residual: bool = False  # a layer whose output is as wide as its input adds the two
+    reverse: bool = False  # lstm_layer alone
+
+
+class Options:
+    """Arguments and what follows from them. There is one object for equal arguments, so that it can be a key."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        a = self.arguments = arguments
+        self.kind, self.batch_first, self.training, self.backend = a.kind, a.batch_first, a.training, a.backend
+        self.recompute, self.residual, self.reverse = a.recompute, a.residual, a.reverse
+        self.directions = 2 if a.bidirectional else 1
+        inputs = [a.input_size, *(self.directions * (a.proj_size or hidden) for hidden in a.hidden_sizes)]
+        self.sizes = tuple([Size(i, hidden, a.proj_size) for i, hidden in zip(inputs, a.hidden_sizes)])
+        self.dropout = a.dropout if a.training else 0.0
+        self.recurrent_dropout = a.recurrent_dropout if a.training else 0.0
+        self.weight_drop = a.weight_drop if a.training else 0.0
+        self.zoneout = a.zoneout if isinstance(a.zoneout, tuple) else (a.zoneout, a.zoneout)
+        self.rows = len(self.sizes) * self.directions  # of states: layer by layer, direction by direction
+        # Rows of states that stand in one tensor: an LSTM has all in one, a StackedLSTM those of a layer.
+        self.blocks = (self.directions,) * len(self.sizes) if a.kind == "StackedLSTM" else (self.rows,)
+        self.names = _names(a, self.directions)
+        self.weight_sizes = tuple([_weight_sizes(size) for size in self.sizes])
+        # With layers of one size, torch's own LSTM does all of them in one call.
+        self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1
+        noise = "zoneout" if self.zoneout != (0, 0) else "recurrent_dropout" if self.recurrent_dropout else None
+        self.feature = noise or (LAYER_NORM if a.norms else PEEPHOLES if a.peepholes else None)
+        """The feature that the fewest backends support; None: all support all."""
+
+
+def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...], ...], ...]:
+    """Of the parameters of each layer and direction, [L][D][10], in the order of Weights; None where there is none."""
+    there = (
+        True, True, a.bias, a.bias, a.proj_size > 0, a.peepholes,
+        "ih" in a.norms, "hh" in a.norms, "c" in a.norms, "c" in a.norms and a.bias,
+    )  # fmt: skip
+    layers = []
+    for k in range(len(a.hidden_sizes)):
+        suffix = "" if a.kind == "LSTMCell" else "_l0" if a.kind == "StackedLSTM" else f"_l{k}"
+        layer = []
+        for d in range(directions):
+            own = suffix + "_reverse" * d
+            layer.append(tuple([name + own if is_there else None for name, is_there in zip(NAMES, there)]))
+        layers.append(tuple(layer))
+    return tuple(layers)
+
+
+def _weight_sizes(size: Size) -> tuple[tuple[int, ...], ...]:
+    """Of a layer's tensors, in the order of Weights."""
+    inputs, hidden, _ = size
+    rows, width = 4 * hidden, size.width
+    return (
+        (rows, inputs), (rows, width), (rows,), (rows,), (width, hidden), (3 * hidden,),
+        (rows,), (rows,), (hidden,), (hidden,),
+    )  # fmt: skip
+
+
+def options_of(*fields: Any) -> Options:
+    """The Options of these Arguments: the same object for equal ones, but in a graph of torch.compile."""
+    return Options(Arguments(*fields)) if torch.compiler.is_compiling() else _cached(*fields)
+
+
+@functools.cache
+def _cached(*fields: Any) -> Options:
+    return Options(Arguments(*fields))

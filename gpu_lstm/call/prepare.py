@@ -1,0 +1,279 @@
+"""A user's call as one value: checked here and nowhere else, time-major, with what hands results back in his form."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import checks
+from .forms import Form, Packed, Padded
+from .modes import Modes, Recording, modes
+from .options import RESET_STATES, Options
+from .sequences import EVERY_STEP, Traversal
+from .weights import State, Weights
+
+
+class Call(NamedTuple):
+    """What a stack of layers is asked to do. T steps, B sequences, L layers, D directions."""
+
+    x: Tensor  # [T, B, I]; as torch's own take it: of a PackedSequence its data [N, I], of a cell [B, I]
+    steps: int
+    batch: int
+    # Of LSTM one pair ([L*D, B, P], [L*D, B, H]); of a bidirectional StackedLSTM [L] of ([D, B, P], [D, B, H]); else
+    # [L] of ([B, P], [B, H]).
+    states: list[State]
+    weights: list[list[Weights]]  # [L][D]
+    traversal: Traversal  # of the forward direction; that of lstm_layer(reverse=True) itself
+    options: Options
+    form: Form
+    modes: Modes
+    learns: bool  # whether autograd records
+
+    def padded(self) -> "Call":
+        """The same with x [T, B, I]."""
+        if self.form.packed is not None:
+            traversal = self.traversal._replace(lengths=self.form.lengths())
+            return self._replace(x=self.form.padded(), traversal=traversal)
+        return self if self.x.dim() == 3 else self._replace(x=self.x.unsqueeze(0))
+
+    def state_rows(self) -> list[State]:
+        """([B, P], [B, H]) of each layer and direction, [L*D]."""
+        if self.states[0][0].dim() == 2:
+            return self.states
+        return [row for h, c in self.states for row in zip(h.unbind(0), c.unbind(0))]
+
+    def pack_rows(self, rows: list[State]) -> list[State]:
+        """The reverse of `state_rows`."""
+        if self.states[0][0].dim() == 2:
+            return rows
+        if len(rows) == 1:
+            ((h, c),) = rows
+            return [(h.unsqueeze(0), c.unsqueeze(0))]
+        packed, n = [], 0
+        for count in self.options.blocks:
+            h, c = zip(*rows[n : n + count])
+            packed.append((torch.stack(h), torch.stack(c)))
+            n += count
+        return packed
+
+    def states_out(self, states: list[State]) -> Any:
+        """Final states, as `states` is, in the user's form."""
+        out = [(self.form.state_out(h), self.form.state_out(c)) for h, c in states]
+        return out if self.options.kind == "StackedLSTM" else out[0]
+
+
+def prepare(
+    options: Options,
+    weights: list[list[Weights]],  # [L][D]
+    input: Tensor | PackedSequence,
+    hx: Any = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_states: Any = None,
+) -> Call:
+    """The call, checked. What a user may give is said by the modules and `lstm_layer`, and so is what is raised."""
+    form, x = _form_and_input(options, input, hx)
+    if form.packed is None:
+        steps, batch = x.shape[:2] if x.dim() == 3 else (1, len(x))
+    else:
+        steps, batch = len(form.packed.batch_sizes), int(form.packed.batch_sizes[0])
+    traversal = EVERY_STEP
+    if not lengths is resets is None:
+        traversal = _traversal(form, x, (steps, batch), lengths, resets)
+    first = weights[0][0].weight_ih
+    if first is not None and options.kind != "LSTMCell":
+        checks.check_input(options, x, first)
+    states = _zeros(options, x, batch) if hx is None else _states(options, form, batch, hx)
+    learns = _check_tensors(options, x, states, weights)
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if reset_states is not None:
+        given = _reset_states(options, form, x, (steps, batch), traversal, reset_states)
+        traversal = traversal._replace(reset_states=given)
+        learns = learns or any(t.requires_grad for pair in given for t in pair)
+    now = modes(x)
+    if options.reverse:
+        traversal = traversal.backwards()
+    elif steps == 1 and resets is not None and reset_states is None and now.recording is not Recording.COMPILED:
+        states, traversal = _reset_before_the_only_step(options, states, traversal)
+    return Call(x, steps, batch, states, weights, traversal, options, form, now, learns and now.grad)
+
+
+_UNBATCHED, _TIME_FIRST, _BATCH_FIRST = Padded(False, False), Padded(True, False), Padded(True, True)
+
+
+def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -> tuple[Form, Tensor]:
+    """The form of an input and the input as Call.x; hx as far as it depends on the form alone."""
+    kind = options.kind
+    if isinstance(input, PackedSequence):
+        if kind == "LSTM" and hx is not None:
+            checks.check_pair(hx)
+        return Packed(input, options.batch_first), input.data
+    if kind == "LSTMCell":
+        checks.check_rank_and_layout(input, kind, (1, 2))
+        batched = input.dim() == 2
+        if hx is not None:
+            checks.check_states_of_a_cell(hx, batched)
+        return (_TIME_FIRST, input) if batched else (_UNBATCHED, input.unsqueeze(0))
+    if kind == "lstm_layer":
+        checks.check_dense(input, kind)
+        if input.dim() != 3:
+            raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
+        return _TIME_FIRST, input
+    if kind == "StackedLSTM":
+        checks.check_tensor(input, "input")
+    checks.check_rank_and_layout(input, kind, (2, 3))
+    if hx is not None and kind == "LSTM":
+        checks.check_rank_of_states(input.dim(), hx)
+    form = _UNBATCHED if input.dim() == 2 else _BATCH_FIRST if options.batch_first else _TIME_FIRST
+    return form, form.time_major(input)
+
+
+def _traversal(
+    form: Form, x: Tensor, sizes: tuple[int, int], lengths: Tensor | None, resets: Tensor | None
+) -> Traversal:
+    """How sequences lie in a batch of `sizes` (T, B), checked; forward."""
+    steps, batch = sizes
+    if form.packed is not None and lengths is not None:
+        raise ValueError("lengths should not be given together with a PackedSequence, which has its own")
+    if lengths is not None:
+        checks.check_lengths(lengths, steps, (batch,) if form.batched else (), x.device)
+        lengths = lengths.reshape(batch)
+    if resets is not None:
+        shape = (batch, steps) if form.batch_first else (steps, batch) if form.batched else (steps,)
+        checks.check_resets(resets, shape, x.device)
+        resets = form.time_major(resets)
+    return Traversal(lengths, resets)
+
+
+def _zeros(options: Options, x: Tensor, batch: int) -> list[State]:
+    """Initial states of zeros. Where both of a pair have the same size they may be one tensor."""
+    leading = options.kind == "LSTM" or (options.kind == "StackedLSTM" and options.directions == 2)
+    states = []
+    for rows, size in zip(options.blocks, options.sizes):
+        lead = (rows,) if leading else ()
+        c = x.new_zeros(*lead, batch, size.hidden)
+        # Nor does torch.compile let an operator have one tensor twice.
+        one = not size.projected and not torch.compiler.is_compiling()
+        states.append((c if one else x.new_zeros(*lead, batch, size.width), c))
+    return states
+
+
+def _states(options: Options, form: Form, batch: int, hx: Any) -> list[State]:
+    """A user's states, checked, as Call.states."""
+    match options.kind:
+        case "LSTM":
+            h, c = form.state_in(hx[0]), form.state_in(hx[1])
+            _, hidden, _ = size = options.sizes[0]
+            for i, (state, features) in enumerate(((h, size.width), (c, hidden))):
+                expected = options.rows, batch, features
+                if state.shape != expected:
+                    raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(state.shape)}")
+            return [(h, c)]
+        case "LSTMCell":
+            h, c = hx
+            return [(h, c) if form.batched else (h.unsqueeze(0), c.unsqueeze(0))]
+        case "lstm_layer":
+            checks.check_pair(hx)
+            for i, (state, features) in enumerate(zip(hx, (options.sizes[0].width, options.sizes[0].hidden))):
+                checks.check_tensor(state, f"hidden[{i}]")
+                if state.shape != (batch, features):
+                    raise RuntimeError(f"Expected hidden[{i}] size {(batch, features)}, got {list(state.shape)}")
+            return [(hx[0], hx[1])]
+    checks.check_pairs(hx, len(options.sizes))
+    states = []
+    for k, (pair, size) in enumerate(zip(hx, options.sizes)):
+        wanted = [2] * (options.directions == 2) + [batch] * form.batched + [size.hidden]
+        for name, state in zip("hc", pair):
+            if list(state.shape) != wanted:
+                raise RuntimeError(f"Expected {name} of layer {k} of size {wanted}, got {list(state.shape)}")
+        states.append((form.state_in(pair[0]), form.state_in(pair[1])))
+    return states
+
+
+def _check_tensors(options: Options, x: Tensor, states: list[State], weights: list[list[Weights]]) -> bool:
+    """Raise unless all tensors fit together; whether one requires a gradient."""
+    dtype, device, learns, alike = x.dtype, x.device, x.requires_grad, True
+    for layer, sizes in zip(weights, options.weight_sizes):
+        for one in layer:
+            fits = one[0] is not None and one[1] is not None and (one[2] is None) is (one[3] is None)
+            fits = fits and (one[4] is None or one[6] is one[7] is one[8] is None) and (one[9] is None or one[8] is not None)
+            for tensor, size in zip(one, sizes):
+                if tensor is None:
+                    continue
+                if tensor.shape != size:
+                    fits = False
+                if tensor.dtype is not dtype or tensor.device != device:
+                    alike = False
+                if tensor.requires_grad:
+                    learns = True
+            if not fits:
+                checks.check_sizes(one, sizes)
+    for h, c in states:
+        if h.dtype is not dtype or c.dtype is not dtype or h.device != device or c.device != device:
+            alike = False
+        if h.requires_grad or c.requires_grad:
+            learns = True
+    if not alike:
+        checks.check_alike(x, states, weights)
+    if options.kind == "LSTMCell":
+        inputs, hidden, _ = options.sizes[0]
+        if x.shape[-1] != inputs or not states[0][0].shape == states[0][1].shape == (len(x), hidden):
+            checks.raise_in_words_of_a_cell(x, states[0], weights[0][0])
+    return learns
+
+
+def _reset_states(
+    options: Options, form: Form, x: Tensor, sizes: tuple[int, int], traversal: Traversal, given: Any
+) -> list[State]:
+    """A user's states to reset to, checked: (h [T, B, P], c [T, B, H]) of each layer and direction, [L*D]."""
+    if options.kind == "StackedLSTM":
+        checks.check_reset_pairs(given, len(options.sizes))
+        pairs = [(pair, f"{RESET_STATES} of layer {k}") for k, pair in enumerate(given)]
+    else:
+        pairs = [(given, RESET_STATES)]
+    if traversal.resets is None:
+        raise ValueError(f"Expected resets together with {RESET_STATES}, which say what they leave, got None")
+    leading = options.kind == "LSTM" or (options.kind == "StackedLSTM" and options.directions == 2)
+    rows: list[State] = []
+    for (pair, name), count, size in zip(pairs, options.blocks, options.sizes):
+        checks.check_reset_pair(pair, name)
+        lead = [count] if leading else []
+        h, c = (
+            _each_step(state, f"{letter} of {name}", (form, x, sizes, lead), features, letter == "c")
+            for letter, state, features in zip("hc", pair, (size.width, size.hidden))
+        )
+        rows += zip(h.unbind(0), c.unbind(0)) if leading else [(h, c)]
+    return rows
+
+
+def _each_step(
+    state: Tensor, name: str, of: tuple[Form, Tensor, tuple[int, int], list[int]], features: int, is_cell: bool
+) -> Tensor:
+    """A state a sequence or a state a step, checked -> [*lead, T, B, features]."""
+    form, x, (steps, batch), lead = of
+    of_batch = [batch] if form.batched else []
+    a_sequence = [*lead, *of_batch, features]
+    a_step = [*lead, *([batch, steps] if form.batch_first else [steps, *of_batch]), features]
+    checks.check_reset_state(state, name, (a_sequence, a_step), x, is_cell)
+    if state.dim() == len(a_sequence):
+        return form.state_in(state).unsqueeze(-3).expand(*lead, steps, batch, features)
+    return form.state_in(state.transpose(-3, -2) if form.batch_first else state)
+
+
+def _reset_before_the_only_step(
+    options: Options, states: Sequence[State], traversal: Traversal
+) -> tuple[list[State], Traversal]:
+    """With one step a reset is zeros in the place of the initial state; the reverse direction has none before it."""
+    lengths, resets, *_ = traversal
+    assert resets is not None
+    reset = resets[0, :, None]  # [B, 1]
+    if lengths is not None:
+        reset = reset & (lengths > 0)[:, None]
+    if options.directions == 2:  # [rows, B, 1]
+        forward = torch.arange(options.rows, device=reset.device) % 2 == 0
+        reset = reset & forward[:, None, None]
+        reset = reset[: states[0][0].shape[0]]  # of a block
+    return [(h.masked_fill(reset, 0), c.masked_fill(reset, 0)) for h, c in states], Traversal(lengths)

@@ -1,0 +1,182 @@
+"""Sequences of different lengths and with resets inside: index arithmetic.
+
+A *step* counts in the order of processing. For a sequence of length L in a batch padded to T, the forward direction
+visits time s at step s, and the reverse direction time L - 1 - s. Steps s >= L are padding; both directions visit
+time s there.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import check_tensor
+from .weights import State
+
+
+def resets_from_dones(dones: Tensor, first: Tensor | None = None) -> Tensor:
+    """The `resets` of a rollout: where an episode starts, from where the episodes end.
+
+    An environment says at a step that it was the last of its episode. The state is zeroed before the step that follows,
+    so `resets` are `dones` one step later.
+
+    Args:
+        dones: bool [T, B]; at t whether step t was the last of its episode.
+        first: bool [B], whether step 0 starts an episode: `dones` at the last step of the rollout before. Default:
+            nowhere; the states that are handed over go on.
+
+    Returns:
+        bool [T, B].
+
+    Raises:
+        TypeError: not tensors.
+        ValueError: wrong dtype, shape or device; T = 0.
+    """
+    check_tensor(dones, "dones")
+    if dones.dtype is not torch.bool or dones.dim() != 2 or len(dones) == 0:
+        raise ValueError(f"Expected bool dones [T, B] with T > 0, got {dones.dtype} {list(dones.shape)}")
+    if first is None:
+        first = torch.zeros_like(dones[0])
+    check_tensor(first, "first")
+    if first.dtype is not torch.bool or first.shape != dones[0].shape or first.device != dones.device:
+        raise ValueError(
+            f"Expected bool first {list(dones[0].shape)} on {dones.device}, got {first.dtype} {list(first.shape)} on "
+            f"{first.device}"
+        )
+    return torch.cat([first[None], dones[:-1]])
+
+
+def valid_steps(steps: int, lengths: Tensor | None) -> Tensor | None:
+    """Bool [T, B], True before the end of each sequence: in time and in steps alike. None: everywhere."""
+    if lengths is None:
+        return None
+    return torch.arange(steps, device=lengths.device)[:, None] < lengths
+
+
+def times_of_steps(steps: int, batch: int, lengths: Tensor | None, reverse: bool, device: torch.device) -> Tensor:
+    """int64 [T, B]: the time that each sequence visits at each step. Its own inverse."""
+    step = torch.arange(steps, device=device)[:, None].expand(steps, batch)
+    if not reverse:
+        return step
+    if lengths is None:
+        return steps - 1 - step
+    return torch.where(step < lengths, lengths - 1 - step, step)
+
+
+class Traversal(NamedTuple):
+    """How layers go through a batch: how many steps, where the state is reset and to what, from which end.
+
+    A reset at t separates time t from time t - 1, for both directions: the forward one begins anew at t, the reverse
+    one at t - 1.
+    """
+
+    lengths: Tensor | None = None  # [B]; None: all have T steps
+    resets: Tensor | None = None  # bool [T, B]
+    reverse: bool = False
+    # (h [T, B, P], c [T, B, H]) of each layer and direction, [L*D]: the states that steps begin anew from, by the time
+    # of the reset, in the reverse direction by that of the step. None: zeros.
+    reset_states: list[State] | None = None
+
+    def is_plain(self) -> bool:
+        """Whether all sequences have T steps and no reset."""
+        return self.lengths is None and self.resets is None
+
+    def backwards(self) -> "Traversal":
+        """The same batch in the reverse direction."""
+        states = self.reset_states
+        if states is not None:
+            states = [(torch.cat([h[1:], h[:1]]), torch.cat([c[1:], c[:1]])) for h, c in states]
+        return Traversal(self.lengths, self.resets, True, states)
+
+    def of(self, number: int) -> "Traversal":
+        """That of one layer in one direction, which has that number among [L*D]."""
+        if self.reset_states is None:
+            return self
+        return Traversal(self.lengths, self.resets, self.reverse, [self.reset_states[number]])
+
+    def reset_to(self) -> tuple[Tensor | None, Tensor | None]:
+        """(h [T, B, P], c [T, B, H]) that the steps of one layer and direction begin anew from; None: zeros."""
+        return (None, None) if self.reset_states is None else self.reset_states[0]
+
+    def reset_tensors(self) -> list[Tensor]:
+        """Those of all reset states that are there."""
+        return [] if self.reset_states is None else [t for pair in self.reset_states for t in pair]
+
+    def within(self, span: slice | None) -> "Traversal":
+        """That of the times of a span alone; None: of all."""
+        if span is None:
+            return self
+        lengths = None if self.lengths is None else (self.lengths - span.start).clamp(0, span.stop - span.start)
+        resets = None if self.resets is None else self.resets[span]
+        states = None if self.reset_states is None else [(h[span], c[span]) for h, c in self.reset_states]
+        return Traversal(lengths, resets, self.reverse, states)
+
+    def reset_at_end_of(self, span: slice | None, *states: Tensor) -> list[Tensor]:
+        """States (h, c) of one layer in the reverse direction, which comes to a span from the times after it.
+
+        Reset where a reset separates the two.
+        """
+        if self.resets is None or span is None or span.stop == len(self.resets):
+            return list(states)
+        separated = self.resets[span.stop]  # [B]
+        if self.lengths is not None:
+            separated = separated & (self.lengths > span.stop)
+        to = (0 if t is None else t[span.stop].to(state.dtype) for t, state in zip(self.reset_to(), states))
+        return [torch.where(separated[:, None], start, state) for start, state in zip(to, states)]
+
+    def steps(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of each step of x [T, B, *], in the order of processing, each [T, B].
+
+        Returns:
+            The time that it visits, int64; whether it is inside the sequence (None: all are); whether the state is
+            reset before it (None: nowhere).
+        """
+        steps, batch, _ = x.shape
+        time = times_of_steps(steps, batch, self.lengths, self.reverse, x.device)
+        valid = valid_steps(steps, self.lengths)
+        return time, valid, self._resets_before(time, valid)
+
+    def _resets_before(self, time: Tensor, valid: Tensor | None) -> Tensor | None:
+        if self.resets is None:
+            return None
+        reset = self.resets
+        if self.reverse:
+            # The step at a time came from time + 1, and the first step from no time at all.
+            reset = reset.gather(0, (time + 1).clamp(max=len(time) - 1))
+            reset = torch.cat([torch.zeros_like(reset[:1]), reset[1:]])
+        return reset if valid is None else reset & valid
+
+    def begins_anew(self) -> Tensor | None:
+        """Bool [T, B]: whether the step at each time is reset; None: nowhere."""
+        reset, lengths = self.resets, self.lengths
+        if reset is None:
+            return None
+        if self.reverse:  # it came to time t from t + 1, and to the last valid time from the initial state
+            reset = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
+            lengths = None if lengths is None else lengths - 1
+        valid = valid_steps(len(reset), lengths)
+        return reset if valid is None else reset & valid
+
+    def states_before(
+        self,
+        states: Tensor,  # [T, B, F] h or c of every time; zero in padding
+        initial: Tensor,  # [B, F]
+        reset_to: Tensor | None,  # [T, B, F], see `reset_to`
+    ) -> Tensor:
+        """[T, B, F]: the state that the step at each time started from; anything finite in padding."""
+        if not self.reverse:
+            before = torch.cat([initial[None], states[:-1]])
+        elif self.lengths is None:
+            before = torch.cat([states[1:], initial[None]])
+        else:
+            time = torch.arange(states.shape[0], device=states.device)[:, None]  # [T, 1]
+            before = torch.cat([states[1:], states.new_zeros(1, *states.shape[1:])])
+            before = torch.where((time == self.lengths - 1)[:, :, None], initial, before)
+        anew = self.begins_anew()
+        if anew is None:
+            return before
+        return torch.where(anew[:, :, None], 0 if reset_to is None else reset_to.to(before.dtype), before)
+
+
+EVERY_STEP = Traversal()
+"""Of sequences that all have T steps, and no reset."""

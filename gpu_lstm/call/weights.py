@@ -1,0 +1,113 @@
+"""The tensors of one layer, named as in torch.nn.LSTM; in another dtype, under autocast."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .modes import autocasts, is_transformed
+
+State = tuple[Tensor, Tensor]
+"""(h, c): [B, P] and [B, H] of one direction, [D, B, P] and [D, B, H] of a layer with D directions."""
+
+PEEPHOLES, LAYER_NORM = "peepholes", "layer_norm"  # variants of the cell, as arguments and in errors
+
+
+class Weights(NamedTuple):
+    """One layer, one direction. H hidden units, I input features, P projected features (H without projection)."""
+
+    weight_ih: Tensor  # [4H, I]
+    weight_hh: Tensor  # [4H, P]
+    bias_ih: Tensor | None = None  # [4H]
+    bias_hh: Tensor | None = None  # [4H]
+    weight_hr: Tensor | None = None  # [P, H]
+    weight_peephole: Tensor | None = None  # [3H], to the gates i, f and o
+    gain_ih: Tensor | None = None  # [4H], of the layer norm of W_ih x, whose bias is bias_ih
+    gain_hh: Tensor | None = None  # [4H], of that of W_hh h, whose bias is bias_hh
+    gain_c: Tensor | None = None  # [H], of that of c
+    bias_c: Tensor | None = None  # [H]
+
+    @property
+    def variant(self) -> str | None:
+        """What torch's own cell has not: of two such things, that which the fewest backends support."""
+        if not self.gain_ih is self.gain_hh is self.gain_c is None:
+            return LAYER_NORM
+        return None if self.weight_peephole is None else PEEPHOLES
+
+    def present(self) -> list[Tensor]:
+        """Those that are there, in torch's order."""
+        return [tensor for tensor in self if tensor is not None]
+
+    def to(self, dtype: torch.dtype) -> "Weights":
+        """The same in another dtype; under autocast cast once for all calls of a block."""
+        return Weights(*cast(self, dtype))  # type: ignore[arg-type]
+
+    def detached(self, need_gradients: bool) -> "Weights":
+        """The same tensors for a computation of its own."""
+        return Weights(*(None if t is None else t.detach().requires_grad_(need_gradients) for t in self))  # type: ignore[arg-type]
+
+
+NAMES = Weights._fields
+
+
+def cast(weights: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """A layer's weights in another dtype; in an autocast block once for all calls, as torch's operators do.
+
+    Cast again where one was changed in place since.
+    """
+    present = [weight for weight in weights if weight is not None]
+    if not all(map(_is_kept, present)):
+        return [None if weight is None else weight.to(dtype) for weight in weights]
+    casts, differentiable = _casts_of_this_block(present[0].device.type, dtype), torch.is_grad_enabled()
+
+    def of(weight: Tensor) -> Tensor:
+        version, result = casts.get((weight, differentiable), (None, weight))
+        if version != weight._version:
+            result = weight.to(dtype)
+            casts[weight, differentiable] = weight._version, result
+        return result
+
+    return [None if weight is None else of(weight) for weight in weights]
+
+
+def _is_kept(weight: Tensor) -> bool:
+    """Whether torch's autocast would keep the cast, that of a float32 leaf that learns, and no graph is being recorded.
+
+    A graph that is traced or captured has to cast at every run.
+    """
+    if torch.compiler.is_compiling() or is_transformed() or not autocasts(weight):
+        return False
+    if type(weight) not in (Tensor, torch.nn.Parameter) or weight.dtype is not torch.float32:
+        return False
+    if weight.is_inference() or not (weight.requires_grad and weight.is_leaf) or weight._is_view():
+        return False
+    return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _casts_of_this_block(device_type: str, dtype: torch.dtype) -> dict[tuple[Tensor, bool], tuple[int, Tensor]]:
+    """By weight and whether autograd is on: its version and its cast. Gone when the outermost autocast block ends.
+
+    torch tells nobody when that is, but then forgets its own casts. So ours are kept by one of them: by the graph node
+    of the cast of a weight without elements, which is found through an operator that casts it. With autocast's cache
+    turned off there is a new node, and an empty dict, at every call.
+    """
+    weight, factor = _without_elements(device_type, dtype)
+    with contextlib.nullcontext() if torch.is_grad_enabled() else _differentiable():
+        node = torch.addmm(weight, factor, factor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    return node.metadata.setdefault("gpu_lstm", {})  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def _differentiable() -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@functools.cache
+def _without_elements(device_type: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        weight = torch.empty(0, 0, device=device_type, dtype=torch.float32, requires_grad=True)
+        return weight, torch.empty(0, 0, device=device_type, dtype=dtype)

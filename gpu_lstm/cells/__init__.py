@@ -1,0 +1,1 @@
+"""The equations of the cells, in torch's operators."""

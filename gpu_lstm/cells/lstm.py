@@ -1,0 +1,78 @@
+"""The LSTM cell in torch's operators: for the reference, and for what backward recomputes.
+
+Gate order i, f, g, o, as torch.nn.LSTM states the equations:
+
+    i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)
+    c' = f c + i g                                          m = o tanh(c')
+
+m is the hidden state h', or what a projection W_hr takes to h' where there is one (Sak et al., 2014). With peepholes
+(Gers & Schmidhuber, 2000) p [3H] each gate but g sees the cell state of its own unit: z_i + p_i c, z_f + p_f c and
+z_o + p_o c' take the places of z_i, z_f and z_o. With layer norms (Ba, Kiros & Hinton, 2016, their equations 20 to 22)
+
+    z = LN(W_ih x) + LN(W_hh h)                             m = o tanh(LN(c'))
+
+where LN(v) = gain (v - mean(v)) / sqrt(var(v) + EPS) + bias, over the 4H elements of W_ih x and of W_hh h, and the H of
+c'; the biases of the first two are b_ih and b_hh.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..kernels.layer_norm import EPS  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
+    """x W^T + bias, of which x W^T is normalised where there is a gain: x [..., K], W [N, K] -> [..., N]."""
+    if gain is None:
+        return F.linear(x, weight, bias)
+    return normalised(F.linear(x, weight), gain, bias)
+
+
+def normalised(v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """LN(v), over the last dimension of v."""
+    return F.layer_norm(v, v.shape[-1:], gain, bias, EPS)
+
+
+def step(z: Tensor, c: Tensor, peephole: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Pre-activations [B, 4H], the state before and p -> i, f, g, o and c', each [B, H]."""
+    i, f, g, o = z.chunk(4, dim=1)
+    if peephole is not None:
+        p_i, p_f, p_o = peephole.chunk(3)
+        i, f = i + p_i * c, f + p_f * c
+    i, f, g = i.sigmoid(), f.sigmoid(), g.tanh()
+    c = next_cell(i, f, g, c)
+    if peephole is not None:
+        o = o + p_o * c
+    return i, f, g, o.sigmoid(), c
+
+
+def activate_in_place(z: Tensor) -> Tensor:
+    """Pre-activations [T, B, 4H] -> gates in the same memory."""
+    hidden = z.shape[2] // 4
+    i_f, g, o = z.tensor_split((2 * hidden, 3 * hidden), dim=2)
+    i_f.sigmoid_()
+    g.tanh_()
+    o.sigmoid_()
+    return z
+
+
+def activate_with_peepholes_in_place(z: Tensor, c: Tensor, peephole: Tensor) -> Tensor:
+    """The same, where each step began with c [T, B, H]."""
+    i, f, g, o = z.chunk(4, dim=2)
+    p_i, p_f, p_o = peephole.chunk(3)
+    i.add_(p_i * c).sigmoid_()
+    f.add_(p_f * c).sigmoid_()
+    o.add_(p_o * next_cell(i, f, g.tanh_(), c)).sigmoid_()
+    return z
+
+
+def next_cell(i: Tensor, f: Tensor, g: Tensor, c: Tensor) -> Tensor:
+    """c' in the dtype of c, each [..., H]."""
+    return f * c + i.to(c.dtype) * g
+
+
+def output(o: Tensor, c: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+    """m in the dtype of o, each [..., H]; c is the state after the step, normalised where there is a gain."""
+    if gain is not None:
+        c = normalised(c, gain.to(c.dtype), None if bias is None else bias.to(c.dtype))
+    return o * c.tanh().to(o.dtype)

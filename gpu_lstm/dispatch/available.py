@@ -1,0 +1,149 @@
+"""Which backends can run a call here, and why not the others."""
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
+from ..call.options import RESET_STATES
+
+KERNEL_DEVICES = ("cuda",)  # whose tensors AUTO gives to kernels
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def backends_with(feature: str) -> tuple[Backend, ...]:
+    """The backends that support what not all do: states to reset to; else a variant of the cell, or a regularised one."""
+    kernels = (Backend.TRITON, Backend.CUPY) if feature == RESET_STATES else (Backend.TRITON,)
+    return *kernels, Backend.REFERENCE
+
+
+def select(
+    argument: str | Backend | None, device: torch.device, dtype: torch.dtype, feature: str | None, transformed: bool
+) -> Backend:
+    """The backend that will run tensors of this device and dtype unless another wins a race: never AUTO.
+
+    `feature` is what a call has that the fewest backends support. AUTO then chooses kernels that support it and can
+    run, else the reference. Within torch.func.vmap and forward-mode derivatives (`transformed`) it is the reference,
+    whatever was chosen and can run.
+
+    Raises:
+        ValueError: there is no backend of that name, or an explicitly chosen one does not support the feature.
+        ImportError, RuntimeError, TypeError: an explicitly chosen backend cannot run, and why.
+    """
+    choice = requested_backend(argument)
+    if choice is Backend.AUTO:
+        choice = Backend.TORCH if feature is None else Backend.REFERENCE
+        for kernels in KERNEL_BACKENDS if device.type in KERNEL_DEVICES else ():
+            supported = feature is None or kernels in backends_with(feature)
+            if supported and why_unavailable(kernels, device, dtype) is None:
+                choice = kernels
+                break
+    elif feature is not None and choice not in backends_with(feature):
+        able = " or ".join(repr(b.value) for b in backends_with(feature))
+        raise ValueError(f"backend {choice.value!r} takes no {feature}; use {able}")
+    elif (problem := why_unavailable(choice, device, dtype)) is not None:
+        raise problem
+    return Backend.REFERENCE if transformed else choice
+
+
+def why_unavailable(choice: Backend, device: torch.device, dtype: torch.dtype) -> Exception | None:
+    """Why `choice` cannot run tensors of this device and dtype; None if it can."""
+    if choice in KERNEL_BACKENDS and torch.version.hip is not None:
+        return RuntimeError(f"backend {choice.value!r} runs on NVIDIA GPUs; this torch is built for AMD's (ROCm)")
+    match choice:
+        case Backend.TRITON:
+            return _triton_obstacle(device, dtype)
+        case Backend.CUPY:
+            return _cupy_obstacle(device, dtype)
+        case _:
+            return None
+
+
+@functools.cache
+def triton_import_problem() -> str | None:
+    """Why the Triton kernels cannot be imported; None if they can."""
+    return _problem_with("Triton", lambda: importlib.import_module("gpu_lstm.kernels.triton_lstm.launch"))
+
+
+@functools.cache
+def cupy_import_problem() -> str | None:
+    """Why the kernels in CUDA C++ cannot be compiled: CuPy or NVRTC is absent or broken; None if they can."""
+    # CuPy looks for NVRTC when it is first called.
+    return _problem_with("CuPy", lambda: importlib.import_module("cupy").cuda.nvrtc.getVersion())
+
+
+def without_triton(problem: str) -> str:
+    """What to do about a Triton that cannot be imported, for messages."""
+    return f"needs Triton: pip install triton ({problem})"
+
+
+def _problem_with(package: str, load: Callable[[], object]) -> str | None:
+    """What `load` raises: an optional package that is missing or broken stops nobody who did not ask for it."""
+    try:
+        load()
+    except ImportError as error:
+        return str(error)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        _say_once(f"{package} is installed, but fails, and is not used: {problem}")
+        return problem
+    return None
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    warnings.warn(f"gpu_lstm: {text}", stacklevel=2)
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
+    if dtype not in KERNEL_DTYPES:
+        return TypeError(f"backend 'triton' takes float16, bfloat16 and float32, got {dtype}")
+    problem = triton_import_problem()
+    if problem is not None:
+        return ImportError(f"backend 'triton' {without_triton(problem)}")
+    launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
+    if launch.INTERPRETED:
+        if dtype is torch.bfloat16:
+            return TypeError("backend 'triton': Triton's interpreter computes wrong bfloat16 products; use float32")
+        return None
+    if device.type != "cuda":
+        return RuntimeError(
+            f"backend 'triton' takes CUDA tensors, got {device}; "
+            "with TRITON_INTERPRET=1 in the environment it runs CPU tensors in Triton's interpreter"
+        )
+    too_old = _too_old(Backend.TRITON, device, (8, 0))
+    if too_old is not None:
+        return too_old
+    capability = torch.cuda.get_device_capability(device)
+    binary = importlib.import_module("gpu_lstm.kernels.triton_lstm.binary")
+    problem = binary.compile_problem(10 * capability[0] + capability[1])
+    if problem is not None:
+        text = f"Triton compiles nothing for {device}, compute capability {capability[0]}.{capability[1]}: {problem}"
+        _say_once(f"{text}. Backend 'auto' does without it.")
+        return RuntimeError(f"backend 'triton': {text}")
+    return None
+
+
+def _too_old(choice: Backend, device: torch.device, needed: tuple[int, int]) -> Exception | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= needed:
+        return None
+    (major, minor), (has_major, has_minor) = needed, capability
+    return RuntimeError(
+        f"backend {choice.value!r} needs compute capability {major}.{minor}, {device} has {has_major}.{has_minor}"
+    )
+
+
+def _cupy_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
+    if dtype not in KERNEL_DTYPES:
+        return TypeError(f"backend 'cupy' takes float16, bfloat16 and float32, got {dtype}")
+    problem = cupy_import_problem()
+    if problem is not None:
+        extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
+        return ImportError(f"backend 'cupy' needs CuPy and NVRTC: pip install \"gpu-lstm[{extra}]\" ({problem})")
+    if device.type != "cuda":
+        return RuntimeError(f"backend 'cupy' takes CUDA tensors, got {device}")
+    return _too_old(Backend.CUPY, device, (7, 0))

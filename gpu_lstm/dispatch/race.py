@@ -1,0 +1,242 @@
+"""Which backend `auto` chooses for a kind of call on a card: the kernels, or torch's own LSTM.
+
+The first call of a kind races them, once, on random data of its size; the result is cached (kernels/cache.py), and read
+by every later process. Where there may be no race, the expected winner runs.
+"""
+
+import functools
+import logging
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from math import ceil
+from typing import Any
+
+import torch
+
+from ..backends import kernels
+from ..call import choices
+from ..call.choices import KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
+from ..call.modes import Recording, Transforms, recurrent_precision
+from ..call.options import Size
+from ..call.prepare import Call
+from ..kernels import cache  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from ..kernels.problem import Pass  # type: ignore[import-not-found]
+from .kind import Kind, describe
+from .route import Decision, build, run_by
+
+KIND = "races"
+FORMAT = 5  # raised whenever a field of the key or the way of racing changes
+BUDGET = 0.3  # seconds that a race may last, after everything is compiled
+ROUND = 2e-3  # seconds of calls between two looks at the clock
+LONGEST = 256  # steps of a race: with more, what a step takes is all that counts
+BATCH_OF_A_GRAPH = 16  # that stands for any
+UNTRUSTED = 0.5  # quartiles of a rival's times further apart than this share of their median: nothing is cached
+
+logger = logging.getLogger("gpu_lstm")
+
+_lock = threading.RLock()
+
+
+def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision:
+    """Who runs a kind of call, and why; `able` runs it unless another wins. If `dry`, as far as it is known."""
+    if call.modes.transforms is Transforms.REFERENCE:
+        return Decision(able, "only it runs inside vmap and forward-mode derivatives")
+    if requested_backend(call.options.backend) is not Backend.AUTO:
+        return Decision(able, f"asked for by {_who_asked(call)}")
+    if able not in KERNEL_BACKENDS:
+        return Decision(able, "backend 'auto' chooses it where no kernels run")
+    if call.modes.recording is not Recording.NOBODY:
+        return Decision(able, "nothing is raced while a call is watched")
+    device, (mode, group) = call.x.device, requested_racing()
+    if dry or call.modes.capturing:  # the next call races
+        decision = None if dry and mode is Racing.OFF else _cached(kind, able, device)
+        if decision is not None:
+            return decision
+        expected = expected_winner(kind, able, device)
+        then = "; the first call races it" if dry and mode is Racing.ON and not kind.only_ours else ""
+        return expected._replace(why=expected.why + then)
+    with _lock, torch.random.fork_rng([device] if call.x.is_cuda else []):
+        decision = _cached(kind, able, device) if mode is not Racing.OFF else None
+        if decision is None and (group is None or torch.distributed.get_rank(group) == 0):
+            decision = _judge(call, kind, able, mode)
+        if group is not None:
+            agreed = [decision]
+            torch.distributed.broadcast_object_list(agreed, group=group, group_src=0)
+            (decision,) = agreed
+        assert decision is not None
+    logger.info("%s: %s", describe(kind.as_json()), decision)
+    return decision
+
+
+def _who_asked(call: Call) -> str:
+    if call.options.backend is not None:
+        return "the argument `backend`"
+    if choices.chosen_backend.now is not None:
+        return "gpu_lstm.backend(...)"
+    return f"the variable {choices.BACKEND_VARIABLE}"
+
+
+def _cached(kind: Kind, able: Backend, device: torch.device) -> Decision | None:
+    """The result of a race of a kind of call on a device, if there was one."""
+    entry = cache.read(KIND, _key(kind, able, device))
+    if entry is None:
+        return None
+    try:
+        return Decision(**entry)._replace(backend=Backend(entry["backend"]))
+    except (TypeError, ValueError, KeyError):
+        cache.warn_once(f"a race is ignored: expected the fields of a decision, got {entry!r}")
+        return None
+
+
+def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
+    return cache.machine(device) | {"format": FORMAT, "kernel": able.value} | kind.as_json()
+
+
+def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
+    """By a race, if there may be one; else by expectation, once the kernels have run at all."""
+    other = Backend.REFERENCE if kind.only_ours else Backend.TORCH
+    runs = {backend.value: _sample(call, kind, backend) for backend in (able, other)}
+    expected = expected_winner(kind, able, call.x.device)
+    try:
+        runs[able.value]()  # compiles, and verifies
+    except torch.OutOfMemoryError:
+        return expected
+    except RuntimeError as error:
+        cache.warn_once(f"backend 'auto' takes {other.value!r} for {describe(kind.as_json())}: {error}")
+        return Decision(other, f"the kernels fail: {error}")
+    if mode is not Racing.ON or kind.only_ours:
+        return expected
+    try:
+        times = race(runs, clock_of(call.x.device))
+    except torch.OutOfMemoryError:
+        return expected
+    decision, trusted = judge(times, expected)
+    if trusted:
+        value = decision._asdict() | {"backend": decision.backend.value}
+        cache.write(KIND, _key(kind, able, call.x.device), value)
+    return decision
+
+
+def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
+    """The call by a backend on random data of its size, with its own weights; and backward in training."""
+    call = call.padded()
+    steps, batch, features = min(call.steps, LONGEST), *call.x.shape[1:]
+    # By uniform numbers of a generator that is forked off.
+    data = torch.rand(steps, batch, features, dtype=torch.float32, device=call.x.device).to(call.x.dtype)
+    data.requires_grad_(kind.training and call.x.requires_grad)
+    own = [[one.detached(kind.training) for one in layer] for layer in call.weights]
+    part = call.traversal.within(None if steps == call.steps else slice(0, steps))
+    states = [(torch.zeros_like(h).detach(), torch.zeros_like(c).detach()) for h, c in call.states]
+    sample = call._replace(x=data, steps=steps, states=states, weights=own, traversal=part)
+    route = build(sample, kind, backend)
+
+    def run() -> None:
+        with torch.set_grad_enabled(kind.training):
+            y, _ = run_by(route, sample)
+            if kind.training:
+                inputs = [t for layer in own for one in layer for t in one.present()]
+                inputs += [data] if data.requires_grad else []
+                torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+    return run
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds, once a device has done all that it was given: the seam at which a test can be a card."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
+
+
+def race(rivals: dict[str, Callable[[], object]], now: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds a call of each rival, by turns, until the budget is spent; at least three times each.
+
+    The first call of each, which may compile, does not count. Host and device run at once, as they do for a user.
+    """
+    calls = {}
+    for name, run in rivals.items():
+        run()
+        start = now()
+        run()
+        calls[name] = max(1, ceil(ROUND / max(now() - start, 1e-9)))
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    end = now() + BUDGET
+    for turn in range(1000):
+        for name, run in rivals.items():
+            start = now()
+            for _ in range(calls[name]):
+                run()
+            times[name].append((now() - start) / calls[name])
+        if turn >= 2 and now() >= end:
+            break
+    return times
+
+
+def judge(times: dict[str, list[float]], expected: Decision) -> tuple[Decision, bool]:
+    """Who won, and whether the clock is to be trusted. What is closer than the times are spread is a tie."""
+    quartiles = {name: statistics.quantiles(seconds, n=4) for name, seconds in times.items()}
+    medians = {name: middle for name, (_, middle, _) in quartiles.items()}
+    spread = max(high - low for low, _, high in quartiles.values())
+    first, second = sorted(medians, key=medians.__getitem__)
+    if any(high - low > UNTRUSTED * middle for low, middle, high in quartiles.values()):
+        return Decision(expected.backend, f"its times are too noisy; {expected.why}", medians), False
+    if medians[second] - medians[first] <= spread:
+        return Decision(expected.backend, f"a tie; {expected.why}", medians), True
+    why = f"won a race, {medians[second] / medians[first]:.2f} times as fast"
+    return Decision(Backend(first), why, medians), True
+
+
+def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision:
+    """Who runs what was not raced. Nothing here was measured.
+
+    kernels, where torch cannot do it, or not at the speed of a plain batch: noise, reset_states, a variant of the cell,
+    lengths, resets, a projection
+    kernels, where every layer's W_hh stays on chip and no group of programs has several batch tiles
+    torch, everywhere else
+    """
+    if kind.noise:
+        return Decision(able, "torch's LSTM has no recurrent dropout or zoneout")
+    if kind.reset_states:
+        return Decision(able, "torch's LSTM has no states to reset to")
+    if kind.variant is not None:
+        return Decision(able, f"torch's LSTM has no {kind.variant.replace('_', ' ')}")
+    asked = (
+        ("lengths", kind.lengths is not None), ("resets", kind.resets),
+        ("a projection", any(size.projected for size in kind.layers)),
+    )  # fmt: skip
+    slow = [name for name, there in asked if there]
+    if slow:
+        return Decision(able, f"expected: torch's LSTM is slow with {' and '.join(slow)}")
+    if able is not Backend.TRITON:
+        return Decision(Backend.TORCH, f"expected: {able.value}'s kernels are slower")
+    for row in range(0, len(kind.layers) * kind.directions, kind.directions):
+        layer = kernels.layer_of(able, kind.problem(row, kind.directions), device)
+        for which in (Pass(), Pass(True)) if kind.training else (Pass(save=False),):
+            plan = layer.chosen(which).plan
+            if plan.family.value == "step" or plan.walks > 1:
+                return Decision(Backend.TORCH, f"expected: a kernel of the {plan.family.value} family is slower")
+    return Decision(able, "expected: W_hh stays on chip")
+
+
+def winner_in_a_graph(
+    argument: str | None, able: Backend, device: torch.device, dtype: torch.dtype, sizes: tuple, asked: tuple
+) -> Backend:
+    """The expected winner for long sequences: a graph of torch.compile is for all sizes, and nothing is raced there.
+
+    `asked`: directions; whether there are lengths, resets, reset_states; noise; variant.
+    """
+    if able not in KERNEL_BACKENDS or requested_backend(argument) is not Backend.AUTO:
+        return able
+    directions, lengths, resets, reset_states, noise, variant = asked
+    kind = Kind(
+        tuple([Size(*size) for size in sizes]), directions, False, dtype, recurrent_precision(dtype), True, False,
+        LONGEST, BATCH_OF_A_GRAPH, torch.int64 if lengths else None, resets, noise, None, None, reset_states,
+        variant == "peepholes", (variant == "layer_norm",) * 4,
+    )  # fmt: skip
+    return expected_winner(kind, able, device).backend

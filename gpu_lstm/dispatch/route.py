@@ -1,0 +1,68 @@
+"""How a call is run: what was decided for its kind."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import graph, kernels, reference, torch_lstm
+from ..backends.schedule import Schedule, schedule_of
+from ..call.choices import KERNEL_BACKENDS, Backend
+from ..call.modes import Recording
+from ..call.noise import with_weight_drop
+from ..call.prepare import Call
+from ..call.weights import State
+from .kind import Kind
+
+
+class Route(NamedTuple):
+    """Everything that was decided for a kind of call."""
+
+    backend: Backend
+    dtype: torch.dtype  # that layers compute in
+    as_operators: bool  # for graphs and dispatch modes
+    layers: list[Any]  # [L*D] of kernels/layer.py, where kernels run in eager mode
+    schedule: Schedule | None  # likewise
+
+
+class Decision(NamedTuple):
+    """Who runs a kind of call, and why."""
+
+    backend: Backend
+    why: str
+    seconds: dict[str, float] | None = None  # a call of each rival, the median; None: there was no race
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in (self.seconds or {}).items())
+        return f"{self.backend.value}: {self.why}" + (f" ({times})" if times else "")
+
+
+def build(call: Call, kind: Kind, backend: Backend) -> Route:
+    """The route of a call by a backend."""
+    as_operators = backend in KERNEL_BACKENDS and call.modes.recording is Recording.WATCHED
+    if as_operators:
+        graph.count_flops()
+    if as_operators or backend not in KERNEL_BACKENDS:
+        return Route(backend, kind.dtype, as_operators, [], None)
+    schedule = schedule_of(call, kind.steps, kind.dtype.itemsize)
+    problems = [kind.problem(row, schedule.side_by_side) for row in range(call.options.rows)]
+    layers = [kernels.layer_of(backend, problem, call.x.device) for problem in problems]
+    return Route(backend, kind.dtype, False, layers, schedule)
+
+
+def run_by(route: Route, call: Call, record: list[reference.Gates] | None = None) -> tuple[Tensor, list[State]]:
+    """The output [T, B, D*P], of a PackedSequence perhaps [N, D*P], and the final states as Call.states.
+
+    The reference appends the gates of every layer and direction to `record`, if there is one.
+    """
+    if call.options.weight_drop:
+        call = call._replace(weights=with_weight_drop(call.weights, call.options.weight_drop))
+    if route.as_operators:
+        return graph.run(call.padded(), route.dtype, route.backend)
+    match route.backend:
+        case Backend.TORCH:
+            return torch_lstm.run(call, route.dtype)
+        case Backend.REFERENCE:
+            return reference.run(call.padded(), route.dtype, record)
+    assert route.schedule is not None
+    return kernels.run(call.padded(), route.dtype, route.backend, route.layers, route.schedule)

@@ -1,0 +1,106 @@
+"""The one way of every call: its route, decided once for each kind of call and state of the process, then looked up."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backend
+from ..call.modes import Recording, Transforms, constant_when_traced
+from ..call.options import RESET_STATES
+from ..call.prepare import Call
+from ..call.weights import State
+from . import available, race
+from .kind import dtype_of, kind_of, size_class
+from .route import Route, build, run_by
+
+_ERRORS = {error.__name__: error for error in (ValueError, ImportError, RuntimeError, TypeError)}
+MOST_ROUTES = 4096  # that are kept; a program with more kinds of calls decides again
+
+_routes: dict[tuple, Route] = {}
+
+
+def run(call: Call) -> tuple[Tensor, list[State]]:
+    """As route.run_by, by the route of the call."""
+    return run_by(route_of(call), call)
+
+
+def route_of(call: Call) -> Route:
+    """The route of a call."""
+    if torch.compiler.is_compiling():
+        return _route_in_a_graph(call)
+    x, traversal = call.x, call.traversal
+    key = (
+        call.options, x.dtype, x.device, size_class(call.steps), call.batch, call.form.packed is None,
+        None if traversal.lengths is None else traversal.lengths.dtype, traversal.resets is None,
+        traversal.reset_states is None, call.learns, call.modes,
+    )  # fmt: skip
+    route = _routes.get(key)
+    if route is None:
+        route = _resolve(call)
+        if not call.modes.capturing:  # where nothing is checked or raced
+            if len(_routes) >= MOST_ROUTES:
+                _routes.clear()
+            _routes[key] = route
+    return route
+
+
+def forget() -> None:
+    """Decide again, since more is known."""
+    _routes.clear()
+
+
+def _resolve(call: Call) -> Route:
+    able = able_to_run(call)
+    kind = kind_of(call)
+    return build(call, kind, race.decide(call, kind, able).backend)
+
+
+def able_to_run(call: Call) -> Backend:
+    """The backend that runs a call unless another wins a race.
+
+    Raises:
+        ValueError, ImportError, RuntimeError, TypeError: an explicitly chosen backend cannot, and why.
+    """
+    transformed = call.modes.transforms is Transforms.REFERENCE
+    return available.select(call.options.backend, call.x.device, dtype_of(call), feature_of(call), transformed)
+
+
+def feature_of(call: Call) -> str | None:
+    """The feature of a call that the fewest backends support; None: all support it."""
+    return call.options.feature or (RESET_STATES if call.traversal.reset_states is not None else None)
+
+
+def _route_in_a_graph(call: Call) -> Route:
+    """In a graph of torch.compile, which is for all sizes: nothing is raced, and every backend is an operator a layer.
+
+    torch's ONNX exporter, which knows no operator of ours, gets torch's own LSTM.
+    """
+    options, traversal, dtype = call.options, call.traversal, dtype_of(call)
+    lengths = traversal.lengths is not None or call.form.packed is not None
+    noise = options.zoneout != (0, 0) or options.recurrent_dropout > 0
+    asked = (
+        options.directions, lengths, traversal.resets is not None, traversal.reset_states is not None, noise,
+        call.weights[0][0].variant,
+    )  # fmt: skip
+    transformed = call.modes.transforms is Transforms.REFERENCE
+    sizes = tuple([tuple(size) for size in options.sizes])
+    # What a `with backend(...)` block chose is given so that the graph is bound to it.
+    given = options.backend, chosen_backend.now, call.x.device, dtype, feature_of(call), transformed
+    name, problem = _decided_in_a_graph(*given, sizes, asked)
+    if problem:
+        raise _ERRORS[name](problem)
+    backend = Backend(name)
+    compiled = call.modes.recording is Recording.COMPILED
+    return Route(backend, dtype, not transformed and (compiled or backend in KERNEL_BACKENDS), [], None)
+
+
+@constant_when_traced
+def _decided_in_a_graph(*facts: Any) -> tuple[str, str]:
+    """The name of the backend and "", or the class and text of what stands in the way. Not to be traced."""
+    argument, _, device, dtype, feature, transformed, sizes, asked = facts
+    try:
+        able = available.select(argument, device, dtype, feature, transformed)
+    except (ValueError, ImportError, RuntimeError, TypeError) as error:
+        return type(error).__name__, str(error)
+    return race.winner_in_a_graph(argument, able, device, dtype, sizes, asked).value, ""

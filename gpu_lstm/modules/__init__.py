@@ -1,0 +1,7 @@
+"""The modules: LSTM and LSTMCell stand in for torch's own, StackedLSTM stacks layers of different sizes."""
+
+from .cell import LSTMCell
+from .lstm import LSTM
+from .stacked import StackedLSTM
+
+__all__ = ["LSTM", "LSTMCell", "StackedLSTM"]

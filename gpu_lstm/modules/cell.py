@@ -1,0 +1,101 @@
+"""LSTMCell: a drop-in for torch.nn.LSTMCell."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
+from torch.nn.modules.rnn import RNNCellBase
+
+from ..call.checks import check_bool
+from ..call.choices import Backend, BackendName
+from ..call.options import Options, options_of
+from ..call.prepare import prepare
+from ..call.weights import LAYER_NORM, PEEPHOLES, State
+from ..dispatch.run import run
+from .arguments import Checked, accepted, norms_of, repr_of, scriptable
+from .variants import HasVariants, weights_of
+
+
+class LSTMCell(Checked, HasVariants, RNNCellBase):
+    """A drop-in for torch.nn.LSTMCell: one step of one layer, with the same parameters, results and errors.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        bias: whether there are bias_ih and bias_hh. Default: True
+        device, dtype: of the parameters.
+        backend: as for LSTM.
+        peepholes, layer_norm: as for LSTM; the parameters are weight_peephole, gain_ih, gain_hh, gain_c and bias_c.
+            Default: False
+
+    `forward` says what a call accepts and returns.
+
+    Raises:
+        ValueError, TypeError: as LSTM for these.
+
+    Example::
+
+        cell = gpu_lstm.LSTMCell(10, 20)
+        h, c = cell(torch.randn(3, 10))
+    """
+
+    # On the class, so that they are there in pickles of older modules.
+    backend: BackendName | None = None
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: BackendName | Backend | None = None,
+        peepholes: bool = False,
+        layer_norm: bool | Sequence[str] = False,
+    ) -> None:
+        name = accepted("backend", backend)
+        check_bool(PEEPHOLES, peepholes)
+        norms = norms_of(layer_norm)
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        self.backend = name
+        self._add_variants("", peepholes, norms)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
+
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
+        """Compute one step.
+
+        Args:
+            input: (N, I) or (I,).
+            hx: (h, c), each (N, H) or (H,). Default: zeros.
+
+        Returns:
+            (h', c'), as hx.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: as torch.nn.LSTMCell, in its words; ValueError for a chosen backend
+                that supports no peepholes or layer norm.
+            ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
+        """
+        call = prepare(self._options(), weights_of(self, self._options().names), input, hx)
+        _, states = run(call)
+        return call.states_out(states)
+
+    def _options(self) -> Options:
+        """What is asked of every call, by the attributes as they are now."""
+        return options_of(
+            "LSTMCell", self.input_size, (self.hidden_size,), 0, self.bias, False, False, self._peepholes, self._norms,
+            False, 0.0, 0.0, 0.0, 0.0, False, self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """As torch.nn.LSTMCell, and the backend if one was chosen."""
+        return super().extra_repr() + repr_of(self, (PEEPHOLES, LAYER_NORM))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self, TorchLSTMCell)

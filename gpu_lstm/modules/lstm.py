@@ -1,0 +1,234 @@
+"""LSTM: a drop-in for torch.nn.LSTM."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.rnn import LSTM as TorchLSTM
+from torch.nn.modules.rnn import RNNBase
+from torch.nn.utils.rnn import PackedSequence
+
+from ..call.checks import check_bool, check_unprojected
+from ..call.choices import Backend, BackendName
+from ..call.options import Options, options_of
+from ..call.prepare import prepare
+from ..call.weights import PEEPHOLES, State, Weights
+from ..dispatch.run import run
+from .arguments import NOT_OF_TORCH, Called, Checked, accepted, norms_of, repr_of, scriptable
+from .variants import HasVariants, weights_of
+
+# torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
+
+
+class LSTM(Checked, HasVariants, RNNBase):
+    """A drop-in for torch.nn.LSTM: the same arguments, parameters, initial weights, results and errors.
+
+    Each layer computes, at every step, with gates in the order i, f, g, o::
+
+        i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)      f, o alike
+        g = tanh   (W_ig x + b_ig + W_hg h + b_hg)
+        c' = f c + i g          h' = o tanh(c'), or W_hr (o tanh(c')) if proj_size > 0
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: hidden units, H.
+        num_layers: layers on top of each other, L. Default: 1
+        bias: whether there are bias_ih and bias_hh. Default: True
+        batch_first: input and output are (N, T, features), not (T, N, features); states are not affected, and
+            neither is unbatched input. Default: False
+        dropout: probability of zeroing an element of the output of every layer but the last, when training.
+            Default: 0
+        bidirectional: a second direction runs from the end to the start; D = 2. Default: False
+        proj_size: if > 0, h has this many features. Default: 0
+        device, dtype: of the parameters.
+        backend: "auto", "triton", "cupy", "torch" or "reference". Default: as chosen by `gpu_lstm.backend` or the
+            environment variable GPU_LSTM_BACKEND, else "auto".
+        recompute: for backward keep only h and c, and recompute the gates with one product over all steps: about a
+            third of the memory. On the backends with kernels of their own. Default: False
+        recurrent_dropout: when training, probability of zeroing an element of h before the product with W_hh, the same for all
+            gates and steps of a call (Gal & Ghahramani, 2016). Default: 0
+        zoneout: probability that an element of a state stays as it was before the step, drawn again for every step
+            (Krueger et al., 2017): a pair for h and c, or one for both. In eval() the expectation. Default: 0
+        weight_drop: when training, probability of zeroing an element of W_hh, the same for all steps of a call
+            (Merity et al., 2018). Default: 0
+
+        peepholes: the gates see the cell state of their own unit (Gers & Schmidhuber, 2000). Parameters
+            weight_peephole_l{k} and, if bidirectional, weight_peephole_l{k}_reverse: p_i, p_f and p_o, (3H,). Default:
+            False. With them, before the gates are computed::
+
+                z_i += p_i c      z_f += p_f c      z_o += p_o c'
+
+        layer_norm: normalise W_ih x, W_hh h and c (Ba, Kiros & Hinton, 2016), or those of "ih", "hh" and "c" that are
+            named. Parameters gain_ih_l{k} and gain_hh_l{k} (4H,), gain_c_l{k} and, if `bias`, bias_c_l{k} (H,), each
+            with _reverse if bidirectional; gains are ones and bias_c is zero at first. Not with proj_size. Default:
+            False. With it, where LN(v) = gain (v - mean(v)) / sqrt(var(v) + 1e-5)::
+
+                z = LN(W_ih x) + b_ih + LN(W_hh h) + b_hh      h' = o tanh(LN(c') + bias_c)
+
+    Recurrent dropout, zoneout, peepholes and layer norms run on the backends "triton" and "reference"; "auto" chooses
+    between these two.
+
+    `forward` says what a call accepts and returns.
+
+    Raises:
+        ValueError, TypeError: as torch.nn.LSTM for its arguments, in its words; ValueError for an unknown backend, or
+            a regulariser that is no probability, or a layer norm of something else, or with proj_size; TypeError for
+            `recompute` or `peepholes` that is no bool. All of these but `peepholes` and `layer_norm`, and `dropout`,
+            may be set later as attributes, and raise the same there.
+
+    Example::
+
+        lstm = gpu_lstm.LSTM(10, 20, num_layers=2)
+        output, (h_n, c_n) = lstm(torch.randn(5, 3, 10), lengths=torch.tensor([5, 2, 4]))
+    """
+
+    # On the class, so that they are there in pickles of older modules.
+    backend: BackendName | None = None
+    recompute: bool = False
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    weight_drop: float = 0.0
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: BackendName | Backend | None = None,
+        recompute: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        weight_drop: float = 0.0,
+        peepholes: bool = False,
+        layer_norm: bool | Sequence[str] = False,
+    ) -> None:
+        ours = dict(
+            backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
+            weight_drop=weight_drop,
+        )  # fmt: skip
+        check_bool(PEEPHOLES, peepholes)
+        norms = norms_of(layer_norm)
+        check_unprojected(bool(norms), proj_size)
+        ours = {name: accepted(name, value) for name, value in ours.items()}  # before initial weights are drawn
+        # Not super(): in compat.LSTM torch.nn.LSTM comes next, whose __init__ names the mode itself.
+        RNNBase.__init__(
+            self, "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+            device, dtype,
+        )  # fmt: skip
+        for name, value in ours.items():
+            setattr(self, name, value)
+        for suffix in [name.removeprefix("weight_hh") for name, _ in self.named_parameters() if "weight_hh" in name]:
+            self._add_variants(suffix, peepholes, norms)
+
+    # RNNBase caches the weights here. They are read from the module at every call instead, so that replacing one
+    # in any way (functional_call, weight_norm, pruning, assignment) just works.
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Tensor | None]) -> None:
+        pass
+
+    if TYPE_CHECKING:
+        __call__: Called[State, State]
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_states: State | None = None,
+        mask: None = None,
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """Run all layers over all steps. P = proj_size or, if 0, H; D = 2 if bidirectional, else 1.
+
+        Args:
+            input: (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
+            hx: (h_0, c_0), (D*L, N, P) and (D*L, N, H), unbatched without N. Default: zeros.
+            lengths: (N,), unbatched (). int32 or int64 on the input's device, each from 0 to T, in any order.
+                Default: T.
+            resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
+            reset_states: (h, c) that resets leave instead of zeros: one a sequence, as hx, or one a step, of which
+                those at resets count: (D*L, T, N, P) and (D*L, T, N, H), with batch_first (D*L, N, T, ...), unbatched
+                (D*L, T, ...). Gradients flow into them. On the backends "triton" and "reference".
+            mask: never given but by TorchRL's LSTMModule, to an LSTM that is no torch.nn.LSTM: hand it a compat.LSTM.
+
+        ``lengths`` replaces packing: nothing is sorted or copied, and padding, NaN included, never affects results or
+        gradients. ``resets`` zeroes the states before the steps where it is True, as at the start of an episode; a reset at t separates time t from time t - 1, for both directions. With
+        ``reset_states`` the forward direction begins step t with the state given for t, and the reverse one step t - 1,
+        each from its own rows.
+
+        Returns:
+            output: as the input, with D*P features; zero past the end of a sequence.
+            (h_n, c_n): as h_0 and c_0; the states after the last step of each sequence. In half precision c_0 may be
+            float32, as the kernels keep it, and then c_n is: a sequence in pieces is that of the whole.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: as torch.nn.LSTM, in its words. ValueError for lengths, resets or
+                reset_states of a wrong shape, dtype or value (on CUDA values are asserted on the device), lengths
+                with a PackedSequence, reset_states without resets, or a chosen backend that does not support
+                these, recurrent dropout, zoneout or peepholes. TypeError for a mask.
+            ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
+        """
+        if mask is not None:
+            raise TypeError(
+                "LSTM takes lengths, and no mask as TorchRL's LSTMModule gives to what is no torch.nn.LSTM: hand it a "
+                "gpu_lstm.compat.LSTM"
+            )
+        call = prepare(self._options(), self._weights(), input, hx, lengths, resets, reset_states)
+        y, states = run(call)
+        return call.form.output(y), call.states_out(states)
+
+    def _options(self) -> Options:
+        """What is asked of every call, by the attributes as they are now."""
+        return options_of(
+            "LSTM", self.input_size, (self.hidden_size,) * self.num_layers, self.proj_size, self.bias,
+            self.bidirectional, self.batch_first, self._peepholes, self._norms, self.training, self.dropout,
+            self.recurrent_dropout, self.zoneout, self.weight_drop, self.recompute, self.backend,
+        )  # fmt: skip
+
+    def _weights(self) -> list[list[Weights]]:
+        """[L][D], as the module has them now: whatever was assigned since is what the kernels will read."""
+        return weights_of(self, self._options().names)
+
+    # The rest of torch.nn.LSTM's public methods, which RNNBase has for a single state only.
+
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """The size of c_0 for `input`."""
+        rows, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return rows, batch, self.hidden_size
+
+    def check_forward_args(self, input: Tensor, hidden: State, batch_sizes: Tensor | None) -> None:  # type: ignore[override]
+        """Raise unless input, h_0 and c_0 have the right dtype and sizes."""
+        self.check_input(input, batch_sizes)
+        expected = (
+            self.get_expected_hidden_size(input, batch_sizes),
+            self.get_expected_cell_size(input, batch_sizes),
+        )
+        for i in range(2):
+            self.check_hidden_size(hidden[i], expected[i], f"Expected hidden[{i}] size {{}}, got {{}}")
+
+    def permute_hidden(self, hx: State, permutation: Tensor | None) -> State:  # type: ignore[override]
+        """Both states with their batch in another order."""
+        if permutation is None:
+            return hx
+        return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
+
+    def extra_repr(self) -> str:
+        """As torch.nn.LSTM, and those of our own arguments that were not left at their defaults."""
+        return super().extra_repr() + repr_of(self, ("recompute", *NOT_OF_TORCH))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self, TorchLSTM)

@@ -1,0 +1,62 @@
+"""What peepholes and layer norms add to a module: parameters, which come after all others, and two properties."""
+
+from typing import Any
+
+from torch import nn
+
+from ..call.options import NORMS
+from ..call.weights import Weights
+
+
+class HasVariants:
+    """Of LSTM and LSTMCell, combined with torch's RNNBase or RNNCellBase."""
+
+    # On the class, so that they are there in pickles of older modules, and in the dicts of those alone that have one.
+    _peepholes: bool = False
+    _norms: tuple[str, ...] = ()
+    bias: bool
+    hidden_size: int
+
+    @property
+    def peepholes(self) -> bool:
+        """Whether there are peepholes; fixed, since their weights are parameters."""
+        return self._peepholes
+
+    @property
+    def layer_norm(self) -> bool | tuple[str, ...]:
+        """Whether all of "ih", "hh" and "c" are normalised, or which; fixed, as peepholes."""
+        return self._norms if 0 < len(self._norms) < len(NORMS) else bool(self._norms)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights and biases again, and make gains of layer norms ones, their bias_c zero."""
+        super().reset_parameters()  # type: ignore[misc]
+        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
+            if name.startswith(("gain_", "bias_c")):
+                nn.init.constant_(parameter, float(name.startswith("gain_")))
+
+    def _add_variants(self: Any, suffix: str, peepholes: bool, norms: tuple[str, ...]) -> None:
+        """The parameters of one layer and direction, where its others are: peepholes initialised as weights are."""
+        like, hidden = next(self.parameters()), self.hidden_size
+        if peepholes:
+            self._peepholes = True
+            weight = like.new_empty(3 * hidden).uniform_(-(hidden**-0.5), hidden**-0.5)
+            self.register_parameter("weight_peephole" + suffix, nn.Parameter(weight))
+        if norms:
+            self._norms = norms
+        for norm in norms:
+            gain = like.new_ones(hidden if norm == "c" else 4 * hidden)
+            self.register_parameter(f"gain_{norm}{suffix}", nn.Parameter(gain))
+        if "c" in norms and self.bias:
+            self.register_parameter("bias_c" + suffix, nn.Parameter(like.new_zeros(hidden)))
+
+
+def weights_of(module: Any, names: tuple) -> list[list[Weights]]:
+    """[L][D] of a module by the names of its parameters, see Options.names: as they are now."""
+    parameters = module._parameters
+    return [
+        [
+            Weights(*[None if n is None else p if (p := parameters.get(n)) is not None else getattr(module, n) for n in own])
+            for own in layer
+        ]
+        for layer in names
+    ]

@@ -1,0 +1,65 @@
+"""Measure which kernels are fastest here, once, and remember it."""
+
+import importlib
+
+import torch
+
+from ..call.choices import Backend
+from ..call.modes import recurrent_precision
+from ..dispatch.available import why_unavailable
+from ..dispatch.run import forget
+from ..kernels.problem import Problem  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+
+
+def autotune(
+    hidden_size: int,
+    batch: int,
+    *,
+    steps: int = 256,
+    dtype: torch.dtype = torch.float32,
+    proj_size: int = 0,
+    device: torch.device | str = "cuda",
+) -> dict[str, str]:
+    """Time the Triton kernels that a layer could run, on the GPU at hand, and remember the fastest.
+
+    It takes seconds to minutes, most of them for compiling. What it finds is written to gpu_lstm/plans in the
+    user's cache folder, by card and version of Triton, and is used from then on for layers of this size and batch. The
+    logger "gpu_lstm" has a line at INFO for each plan.
+
+    Args:
+        hidden_size, proj_size: of the layer.
+        batch: sequences, B.
+        steps: time steps to measure with, T.
+        dtype: float16, bfloat16 or float32.
+        device: a CUDA device.
+
+    Returns:
+        For "forward" and "backward" the fastest family of kernels and why it was proposed.
+
+    Raises:
+        TypeError, ValueError: a size that is no int, or too small; proj_size >= hidden_size; dtype that is none.
+        ImportError, RuntimeError, TypeError: the Triton kernels cannot run on this device or dtype, and why.
+        RuntimeError: a CUDA graph is being captured.
+    """
+    for name, size, least in (
+        ("hidden_size", hidden_size, 1), ("batch", batch, 1), ("steps", steps, 1), ("proj_size", proj_size, 0),
+    ):  # fmt: skip
+        if not isinstance(size, int):
+            raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+        if size < least:
+            raise ValueError(f"{name} must be at least {least}, got {size}")
+    if proj_size >= hidden_size:
+        raise ValueError(f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype should be a torch.dtype, got: {type(dtype).__name__}")
+    device = torch.device(device)
+    problem = why_unavailable(Backend.TRITON, device, dtype)
+    if problem is not None:
+        raise problem
+    launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
+    if launch.INTERPRETED:
+        raise RuntimeError("autotune times compiled kernels: TRITON_INTERPRET=1 is in the environment")
+    layer = Problem(steps, batch, hidden_size, dtype, proj_size, recurrent_precision(dtype))
+    fastest = importlib.import_module("gpu_lstm.kernels.triton_lstm.autotune").autotune(layer, device)
+    forget()
+    return {name: f"{plan.family.value}: {plan.why}" for name, plan in fastest.items()}

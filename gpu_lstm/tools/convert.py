@@ -1,0 +1,208 @@
+"""Swap torch's LSTMs inside a model for ours and back, and read the weights of Haste's."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.rnn import LSTM as TorchLSTM
+from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
+
+from .. import compat
+from ..call.checks import check_tensor
+from ..modules import LSTM, LSTMCell, StackedLSTM
+from ..modules.arguments import NOT_OF_TORCH, recast
+
+_log = logging.getLogger("gpu_lstm")
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell}
+_THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, compat.LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}
+
+
+_ASK_FOR_TORCHS = ("torchrl",)  # packages whose modules ask an LSTM of theirs whether it is a torch.nn.LSTM
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# A type checker cannot say "of exactly this class": it takes a subclass, which is left alone, for converted, too.
+
+
+@overload
+def convert(model: TorchLSTM) -> LSTM: ...  # type: ignore[overload-overlap]
+@overload
+def convert(model: TorchLSTMCell) -> LSTMCell: ...  # type: ignore[overload-overlap]
+@overload
+def convert(model: Model) -> Model: ...
+def convert(model: nn.Module) -> nn.Module:
+    """Swap every torch.nn.LSTM and torch.nn.LSTMCell in `model`, in place, for gpu_lstm's.
+
+    Only these exact classes: a subclass may do anything in its forward, and is left alone. Parameters stay the very
+    same objects, so that optimizers keep working; hooks, training flags and names stay too. A module that is used
+    in several places is swapped for one module in all of them. In TorchRL's LSTMModule, which asks for an instance of
+    torch.nn.LSTM, it becomes a compat.LSTM.
+
+    What was swapped, and what was left and why, is a line of the logger "gpu_lstm" at INFO. A UserWarning says so where
+    there was nothing to swap, and no module of gpu_lstm is there from before.
+
+    Returns:
+        `model`; where it is itself one of these classes, a new module that shares its parameters.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    _check_module(model, "convert")
+    return _swap(model, _OURS, "convert")
+
+
+@overload
+def to_torch(model: LSTM) -> TorchLSTM: ...  # type: ignore[overload-overlap]
+@overload
+def to_torch(model: LSTMCell) -> TorchLSTMCell: ...  # type: ignore[overload-overlap]
+@overload
+def to_torch(model: Model) -> Model: ...
+def to_torch(model: nn.Module) -> nn.Module:
+    """Swap every gpu_lstm.LSTM, gpu_lstm.compat.LSTM and gpu_lstm.LSTMCell in `model`, in place, for torch.nn's.
+
+    The way back from `convert`, with the same promises. The backend and `recompute` are dropped: they change no
+    result. Code that calls a module with lengths or resets finds that torch.nn.LSTM takes neither.
+
+    Returns:
+        `model`; where it is itself one of these classes, a new module that shares its parameters.
+
+    Raises:
+        TypeError: `model` is no module, or there is a StackedLSTM in it.
+        ValueError: an LSTM has a regulariser or peepholes, which torch.nn.LSTM has not. Either way nothing was swapped.
+    """
+    _check_module(model, "to_torch")
+    for path, module in model.named_modules():
+        where = repr(path) if path else "the model itself"
+        if isinstance(module, StackedLSTM):
+            raise TypeError(
+                f"{where} is a StackedLSTM of sizes {module.hidden_sizes}, with a pair of states a layer; a "
+                "torch.nn.LSTM has layers of one size, and one pair of states for all"
+            )
+        if type(module) in _THEIRS:
+            for name in NOT_OF_TORCH:
+                if getattr(module, name, 0.0):
+                    raise ValueError(f"{where} has {name}={getattr(module, name)}, which torch.nn.LSTM has not")
+    return _swap(model, _THEIRS, "to_torch")
+
+
+def _check_module(model: object, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} takes a torch.nn.Module, got {type(model).__name__}")
+
+
+def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], function: str) -> nn.Module:
+    """All or nothing: what raises does so before the first is swapped, and an interrupt takes all of it back."""
+    text, unusual = _account(model, classes, function)
+    modules = list(model.modules())
+    asked = {child for owner in modules if _asks_for_torchs(owner) for child in owner.children()}
+    goals = {module: classes[type(module)] for module in modules if type(module) in classes}
+    goals = {module: compat.LSTM if goal is LSTM and module in asked else goal for module, goal in goals.items()}
+    twins = {module: recast(module, goal) for module, goal in goals.items()}
+    with contextlib.ExitStack() as undo:
+        for module in modules:
+            children = twins.get(module, module)._modules  # a twin has a list of children of its own
+            for name, child in module._modules.items():
+                if child in twins:
+                    undo.callback(children.__setitem__, name, child)
+                    children[name] = twins[child]
+        undo.pop_all()
+    if unusual:
+        warnings.warn(f"gpu_lstm: {text}", stacklevel=3)
+    else:
+        _log.info(text)
+    return twins.get(model, model)
+
+
+def _asks_for_torchs(owner: nn.Module) -> bool:
+    """Whether it asks isinstance(lstm, torch.nn.LSTM), and does something else where the answer is no."""
+    return any(cls.__module__.partition(".")[0] in _ASK_FOR_TORCHS for cls in type(owner).__mro__)
+
+
+def _account(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], function: str) -> tuple[str, bool]:
+    """What will be swapped, what is left and why; and whether a user should wonder: nothing is, or was before."""
+    swapped, left, done = [], [], False
+    for path, module in model.named_modules():
+        cls, where = type(module), path or "the model itself"
+        if cls in classes:
+            in_place = "" if path else ", which cannot be swapped in place: the one that is returned is new"
+            swapped.append(f"{where} ({_name(cls)}){in_place}")
+        elif isinstance(module, tuple(classes.values())):
+            done = True
+        elif isinstance(module, tuple(classes)):
+            left.append(f"{where} ({_name(cls)}), a subclass, which may do anything in its forward")
+    kinds = " or ".join(map(_name, classes))
+    text = f"{function} swapped {', '.join(swapped) or f'nothing: there is no {kinds} in the {_name(type(model))}'}"
+    if left:
+        text += f"; left as it is: {'; '.join(left)}"
+    return text, not swapped and not done
+
+
+def _name(cls: type) -> str:
+    """As a user writes it."""
+    for module, public in (("torch.nn.modules.rnn", "torch.nn"), ("gpu_lstm.modules", "gpu_lstm")):
+        if cls.__module__ == module or cls.__module__.startswith(f"{module}."):
+            return f"{public}.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
+    """A gpu_lstm.LSTM with the weights of a haste_pytorch.LSTM or LayerNormLSTM, on their device and in their dtype.
+
+    Args:
+        source: the module, which gives batch_first and the training flag too, or its state_dict: kernel [I, 4H],
+            recurrent_kernel [H, 4H] and bias [4H], with gates in the order i, g, f, o; of a LayerNormLSTM also gamma
+            [2, 4H], gamma_h [H] and beta_h [H], which become a layer norm's gains and the bias of that of c.
+
+    Haste's one bias becomes bias_ih; bias_hh is zero. Its forget_bias needs no place: it is where that bias started.
+
+    Raises:
+        TypeError: something else, or a parameter that is no tensor.
+        ValueError: other names or sizes than these, or a module with zoneout or dropout (of the recurrent weights).
+    """
+    if not isinstance(source, nn.Module | Mapping):
+        kinds = "a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict"
+        raise TypeError(f"from_haste takes {kinds}, got {type(source).__name__}")
+    state = source.state_dict() if isinstance(source, nn.Module) else source
+    plain, norms = ("kernel", "recurrent_kernel", "bias"), ("gamma", "gamma_h", "beta_h")
+    layer_norm = set(state) == {*plain, *norms}
+    if not layer_norm and set(state) != set(plain):
+        raise ValueError(
+            f"expected the parameters {sorted(plain)} of a haste_pytorch.LSTM, with {sorted(norms)} those of a "
+            f"LayerNormLSTM, got {sorted(map(str, state))}"
+        )
+    names = (*plain, *norms) if layer_norm else plain
+    for name in names:
+        check_tensor(state[name], name)
+    kernel, recurrent_kernel, bias = (state[name] for name in plain)
+    shapes = [list(state[name].shape) for name in names]
+    inputs, hidden = (len(tensor) if tensor.dim() else 0 for tensor in (kernel, recurrent_kernel))
+    rows = 4 * hidden
+    if shapes != [[inputs, rows], [hidden, rows], [rows], [2, rows], [hidden], [hidden]][: len(names)]:
+        sizes = "[I, 4H], [H, 4H], [4H]" + ", [2, 4H], [H], [H]" * layer_norm
+        raise ValueError(f"expected sizes {sizes} of {', '.join(names)}, got {shapes}")
+    for name in ("zoneout", "dropout"):
+        if getattr(source, name, 0.0):
+            raise ValueError(f"the module has {name}={getattr(source, name)}, which gpu_lstm.LSTM cannot take over")
+
+    lstm = LSTM(
+        inputs, hidden, batch_first=getattr(source, "batch_first", False), device=kernel.device, dtype=kernel.dtype,
+        layer_norm=layer_norm,
+    )  # fmt: skip
+    bias = _of_haste(bias)
+    weights = [_of_haste(kernel), _of_haste(recurrent_kernel), bias, bias.new_zeros(bias.shape)]
+    if layer_norm:
+        weights += [*map(_of_haste, state["gamma"]), state["gamma_h"], state["beta_h"]]
+    lstm.load_state_dict(dict(zip(lstm.state_dict(), weights, strict=True)))
+    return lstm.train(getattr(source, "training", True))
+
+
+def _of_haste(weight: Tensor) -> Tensor:
+    """With the gates in front, in the order i, f, g, o."""
+    i, g, f, o = weight.chunk(4, dim=-1)
+    return torch.cat([i, f, g, o], dim=-1).t()

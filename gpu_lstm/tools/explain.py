@@ -1,0 +1,230 @@
+"""How a call of an LSTM runs, and why: backend, kernels, what was raced, what bounds a step. Nothing is run."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from ..backends.verify import cached_verdict
+from ..call.checks import check_tensor
+from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
+from ..call.modes import Transforms
+from ..call.prepare import Call, prepare
+from ..call.weights import State
+from ..dispatch import available, race
+from ..dispatch.kind import Kind, describe, kind_of
+from ..dispatch.route import Decision, Route, build
+from ..dispatch.run import able_to_run, feature_of
+from ..kernels.problem import Pass  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from ..modules import LSTM, StackedLSTM
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """How one layer in one direction runs forward, or backward, on the Triton backend."""
+
+    name: str  # "forward" or "backward"
+    family: str
+    tiles: str  # of its plan
+    why: str
+    origin: str  # how the plan was found
+    verdict: str | None  # of the verification on this card: "right", or what is wrong; None: it was not verified yet
+    launches: int  # of the kernel of the recurrence
+    bounds: dict[str, float]  # seconds of a step, by cause: estimated, not measured; {} in the interpreter
+
+    @property
+    def checked(self) -> str:
+        """Whether the kernel was checked here, in words."""
+        if self.verdict is None:
+            return "not checked yet"
+        return "checked" if self.verdict == "right" else f"not trusted: {self.verdict}"
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One layer in one direction."""
+
+    layer: int
+    name: str  # "forward" or "reverse": its way through time
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    passes: list[PassPlan]  # [] but for the Triton backend
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a call runs, and why. `str()` is for readers, `dataclasses.asdict()` for programs."""
+
+    problem: str
+    backend: str  # of all its layers and directions
+    why: str
+    seconds: dict[str, float] | None  # a call of each rival in the race; None: there was none
+    how: str  # the backend runs it
+    precision: str  # of products
+    others: dict[str, str]  # the backends that do not run it: why not
+    launches: int | None  # of kernels of the recurrence; None: there are more than those, or others
+    layers: list[Direction]
+
+    def __str__(self) -> str:
+        lines = [self.problem, f"  backend    {Decision(Backend(self.backend), self.why, self.seconds)}"]
+        lines += [f"  how        {self.how}", f"  products   {self.precision}"]
+        for name, why_not in self.others.items():
+            lines.append(f"  not taken  {name}: {why_not}")
+        for d in self.layers:
+            projected = f", projected to {d.proj_size}" if d.proj_size else ""
+            lines.append(f"  layer {d.layer}, {d.name}: {d.input_size} -> {d.hidden_size}{projected}")
+            for each in d.passes:
+                lines.append(f"    {each.name}: {each.family}, {each.tiles}; {each.origin}, {each.checked}")
+                lines.append(f"      {each.why}")
+                lines.append(f"      {each.launches} launch(es) of the recurrence")
+                if each.bounds:
+                    terms = sorted(each.bounds.items(), key=lambda item: -item[1])
+                    most = ", ".join(f"{name} {seconds * 1e6:.2f} us" for name, seconds in terms[:3])
+                    total = sum(each.bounds.values()) * 1e6
+                    lines.append(f"      a step: {total:.2f} us (expected, not measured), most of it: {most}")
+        if self.launches is not None:
+            lines.append(f"  in all {self.launches} launch(es) of the recurrence, next to products over all steps")
+        return "\n".join(lines)
+
+
+def explain(
+    lstm: LSTM | StackedLSTM,
+    x: Tensor | PackedSequence,
+    hx: State | Sequence[State] | None = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_states: Any = None,
+) -> Explanation:
+    """Say how a call would run and why, without the call: nothing is run, raced, or remembered.
+
+    It holds for the call as it would be made here: with autograd on or off, in training or not, under autocast, and
+    within `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
+
+    Args:
+        lstm: an LSTM or StackedLSTM.
+        x, hx, lengths, resets, reset_states: as `lstm` accepts them. Of x, shape, dtype, device and requires_grad count;
+            of lengths, resets and reset_states, whether they are there; of hx, nothing.
+
+    Returns:
+        Readable by `print`, and as data by `dataclasses.asdict`. Times of a step are expected ones, in seconds.
+
+    Raises:
+        TypeError: `lstm` is of neither class.
+        ValueError, RuntimeError, TypeError, ImportError: as `lstm` itself for all but hx, and a chosen backend.
+
+    Example::
+
+        print(gpu_lstm.explain(lstm, x))
+    """
+    if not isinstance(lstm, LSTM | StackedLSTM):
+        cls = type(lstm)
+        raise TypeError(f"explain takes a gpu_lstm.LSTM or StackedLSTM, got {cls.__module__}.{cls.__name__}")
+    if not isinstance(x, PackedSequence):
+        check_tensor(x, "x")
+    call = prepare(lstm._options(), lstm._weights(), x, None, lengths, resets, reset_states)
+    able, kind = able_to_run(call), kind_of(call)
+    decision = race.decide(call, kind, able, dry=True)
+    route = build(call, kind, decision.backend)
+    layers = [_direction(call, kind, route, row) for row in range(call.options.rows)]
+    launches = sum(each.launches for d in layers for each in d.passes) if route.backend is Backend.TRITON else None
+    sizes = {"steps": call.steps, "batch": call.batch}
+    return Explanation(
+        describe(kind.as_json() | sizes).replace("<=", "="), route.backend.value, decision.why, decision.seconds,
+        _how(call, route.backend), _precision(kind, call.x.device, route.backend),
+        {
+            other.value: _why_not(call, kind, decision, other)
+            for other in Backend
+            if other not in (Backend.AUTO, route.backend)
+        },
+        launches, layers,
+    )  # fmt: skip
+
+
+def _direction(call: Call, kind: Kind, route: Route, row: int) -> Direction:
+    """One layer in one direction, of a route."""
+    layer, d = divmod(row, kind.directions)
+    passes = []
+    if route.backend is Backend.TRITON and route.schedule is not None:
+        launches = len(route.schedule.spans(call.steps, kind.directions))
+        asked = (Pass(), Pass(True)) if kind.training else (Pass(save=False),)
+        passes = [_pass(route.layers[row], which, launches) for which in asked]
+    return Direction(layer, "reverse" if d else "forward", *kind.layers[layer], passes)
+
+
+def _pass(layer: Any, which: Pass, launches: int) -> PassPlan:
+    """By the plan that was chosen, else the one that would be tried first."""
+    planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
+    plan, measured = layer.chosen(which)
+    card = importlib.import_module("gpu_lstm.kernels.triton_lstm.choose").card_of(layer.device)
+    given = [(True, True), (True, False), (False, True)] if which.backward else [(True, True)]
+    asked = [Pass(which.backward, which.save, *each) for each in given]
+    verdicts = {cached_verdict(plan, layer.problem, each, layer.device) for each in asked} - {None}
+    return PassPlan(
+        "backward" if which.backward else "forward",
+        plan.family.value,
+        f"{plan.rows} sequences x {plan.columns} units, {plan.programs} programs x {plan.groups} groups",
+        plan.why,
+        "measured by autotune" if measured else "expected to be the fastest",
+        next((v for v in sorted(map(str, verdicts)) if v != "right"), "right" if verdicts else None),
+        launches,
+        {} if card is planning.INTERPRETER else planning.expected(layer.problem, card, plan, which.backward).terms,
+    )
+
+
+def _why_not(call: Call, kind: Kind, decision: Decision, other: Backend) -> str:
+    """Why a backend does not run the call."""
+    device, feature = call.x.device, feature_of(call)
+    problem = available.why_unavailable(other, device, kind.dtype)
+    if problem is not None:
+        return str(problem)
+    if feature is not None and other not in available.backends_with(feature):
+        return f"it takes no {feature}"
+    asked = requested_backend(call.options.backend) is not Backend.AUTO
+    if asked or call.modes.transforms is Transforms.REFERENCE:
+        return f"{decision.backend.value!r} is {decision.why}"
+    times = decision.seconds or {}
+    if {other.value, decision.backend.value} <= times.keys():
+        return f"{times[other.value] / times[decision.backend.value]:.2f} times the time in the race"
+    if other is Backend.REFERENCE:
+        return "it is a plain loop over steps, for what the others cannot do"
+    if other in KERNEL_BACKENDS and device.type not in available.KERNEL_DEVICES:
+        return f"'auto' does not give {device.type} tensors to it"
+    if other is Backend.CUPY:
+        return "'auto' chooses its kernels only where Triton's cannot run"
+    return decision.why
+
+
+def _how(call: Call, backend: Backend) -> str:
+    """How a backend runs the call."""
+    match backend:
+        case Backend.TRITON | Backend.CUPY:
+            return "a layer's steps, or a chunk of them, in one launch, after one product with all inputs"
+        case Backend.REFERENCE:
+            return "a loop over steps in torch's operators"
+    packed = call.form.packed is not None
+    if packed and call.traversal.resets is None and call.options.kind == "LSTM":
+        return "torch's own LSTM runs the PackedSequence as it is"
+    if packed or not call.traversal.is_plain():
+        return "torch's own LSTM, a call for each layer and direction; gates are shut from outside at ends and resets"
+    return f"torch's own LSTM, {'all layers in one call' if call.options.in_one_call else 'a call for each layer'}"
+
+
+def _precision(kind: Kind, device: torch.device, backend: Backend) -> str:
+    """How products are computed, and by which switch."""
+    name = str(kind.dtype).removeprefix("torch.")
+    if kind.dtype in (torch.float16, torch.bfloat16):
+        return f"of {name} numbers, summed in float32"
+    if kind.dtype is not torch.float32 or device.type != "cuda":
+        return f"in {name}"
+    words = {True: "TF32", False: "float32, exactly"}
+    text = f"in the recurrence {words[kind.precision == 'tf32']} (torch.backends.cudnn.rnn.fp32_precision)"
+    if backend is Backend.TORCH:
+        return f"{text}, and all others"
+    wide = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return f"{text}, over all steps {words[wide]} (torch.backends.cuda.matmul.fp32_precision)"

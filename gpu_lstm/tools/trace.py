@@ -1,0 +1,163 @@
+"""Looking inside: every gate and every cell state of every step, for plots, and for losses that use them."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.modules.rnn import LSTM as TorchLSTM
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from ..backends.reference import Gates
+from ..call.checks import check_tensor
+from ..call.choices import Backend
+from ..call.prepare import prepare
+from ..call.weights import State
+from ..dispatch.kind import dtype_of
+from ..dispatch.route import Route, run_by
+from ..modules import LSTM, StackedLSTM
+from ..modules.arguments import recast
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+# One hue for each gate and state, in every picture of the project.
+HUES = {
+    "input": "#3f7d0a", "forget": "#2060a8", "output": "#d9730d",
+    "candidate": "#7b3fa0", "cell": "#c0392b", "hidden": "#7a5230",
+}  # fmt: skip
+NEGATIVE = "#0f766e"  # a state below 0
+COLOUR_BARS = {
+    ("input", "forget", "output"): {0: "0 shut", 1: "1 open"},
+    ("candidate", "cell", "hidden"): {-1: "≤ -1", 0: "0", 1: "≥ 1"},
+}
+
+
+def colour_map(field: str) -> "Colormap":
+    """White is a gate that is shut, or a state at 0; full colour is a gate that is open, or a state at 1 or beyond."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    below = [] if field in ("input", "forget", "output") else [NEGATIVE]
+    return LinearSegmentedColormap.from_list(field, [*below, "white", HUES[field]])
+
+
+def draw_colour_bar(axes: "Axes", fields: Sequence[str], labels: dict[int, str]) -> None:
+    """One bar for all gates or all states: a strip in the colours of each."""
+    low, high = min(labels), max(labels)
+    strips = np.stack([colour_map(field)(np.linspace(0, 1, 256)) for field in fields], axis=1)  # [256, 3, RGBA]
+    axes.imshow(strips, aspect="auto", origin="lower", extent=(0, len(fields), low, high), interpolation="nearest")
+    axes.set_xticks([])
+    axes.yaxis.tick_right()
+    axes.set_yticks(list(labels), list(labels.values()), fontsize=9)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a call of an LSTM computes on its way. Everything is differentiable."""
+
+    output: Tensor | PackedSequence  # the call's results
+    states: State | list[State]
+    layers: list[list[Gates]]  # [L][D]; each gate is [T, B, H], time first whatever batch_first says, B = 1 unbatched
+    lengths: Tensor | None  # [B]
+
+    def plot(self, sequence: int = 0) -> "Figure":
+        """Draw one sequence: a row of heat maps a layer and direction, units against time; needs matplotlib.
+
+        Gates go from 0 to 1. States go from -1 to 1, and a cell state beyond is drawn as -1 or 1.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            TypeError: `sequence` is no int.
+            IndexError: there is no such sequence in the batch.
+            ValueError: it has no steps.
+        """
+        try:
+            from matplotlib.figure import Figure  # no dependency of the package, and slow to import
+        except ImportError as error:
+            raise ImportError(f"plot needs matplotlib: pip install matplotlib ({error})") from error
+
+        batch, sequence = self.layers[0][0].cell.shape[1], operator.index(sequence)
+        if not 0 <= sequence < batch:
+            raise IndexError(f"sequence {sequence} of a batch of {batch}")
+        if self.lengths is not None and self.lengths[sequence] == 0:
+            raise ValueError(f"sequence {sequence} has no steps")
+        steps = None if self.lengths is None else int(self.lengths[sequence])
+        rows = [
+            (f"layer {k}" + ", reverse" * d, gates)
+            for k, directions in enumerate(self.layers)
+            for d, gates in enumerate(directions)
+        ]
+        figure = Figure(figsize=(10, 0.8 + 1.5 * len(rows)), layout="constrained")
+        grid = figure.add_gridspec(len(rows), 8, width_ratios=[1, 1, 1, 0.12] * 2)
+        for r, (name, gates) in enumerate(rows):
+            for k, (field, values) in enumerate(gates._asdict().items()):
+                shown = values[:steps, sequence].detach().float().cpu().T.numpy()  # [H, T]
+                panel = figure.add_subplot(grid[r, k + k // 3])  # a colour bar stands behind three
+                low, high = (-1, 1) if k // 3 else (0, 1)
+                panel.imshow(shown, aspect="auto", interpolation="nearest", vmin=low, vmax=high, cmap=colour_map(field))
+                panel.locator_params(integer=True, nbins=5)
+                panel.tick_params(labelleft=k == 0 or len(shown) != gates.cell.shape[2], labelbottom=r == len(rows) - 1)
+                if r == 0:
+                    panel.set_title(field, fontsize=11, color=HUES[field])
+                if r == len(rows) - 1:
+                    panel.set_xlabel("step")
+                if k == 0:
+                    panel.set_ylabel(f"{name}\nunit")
+        for column, (fields, labels) in zip((3, 7), COLOUR_BARS.items()):
+            draw_colour_bar(figure.add_subplot(grid[:, column]), fields, labels)
+        return figure
+
+
+def trace(
+    lstm: nn.Module,
+    x: Tensor | PackedSequence,
+    hx: State | Sequence[State] | None = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_states: State | Sequence[State] | None = None,
+) -> Trace:
+    """Call an LSTM and keep all that it computes: gates, cell and hidden states of every step, layer and direction.
+
+    The call goes through the reference whatever the backend, and its numbers are those of the other backends but for
+    rounding. Dropout between layers is applied as in any call: for a picture of it as it will be used, call `eval()`
+    first.
+
+    Args:
+        lstm: a gpu_lstm.LSTM or StackedLSTM, or a torch.nn.LSTM.
+        x, hx, lengths, resets, reset_states: as `lstm` takes them.
+
+    Returns:
+        The results, and `layers[k][d]` with the gates of layer k in direction d, each [T, B, H], zero past the end of
+        a sequence.
+
+    Raises:
+        TypeError: `lstm` is of none of these classes.
+        ValueError, RuntimeError: as `lstm` itself raises.
+
+    Example::
+
+        gates = gpu_lstm.trace(lstm, x).layers[0][0]
+        loss = loss + 0.01 * (1 - gates.forget).mean()
+    """
+    if type(lstm) is TorchLSTM:
+        lstm = recast(lstm, LSTM)
+    if not isinstance(lstm, LSTM | StackedLSTM):
+        raise TypeError(f"trace takes an LSTM or a StackedLSTM, got {type(lstm).__name__}")
+    if not isinstance(x, PackedSequence):
+        check_tensor(x, "x")
+    record: list[Gates] = []
+    call = prepare(lstm._options(), lstm._weights(), x, hx, lengths, resets, reset_states)
+    y, finals = run_by(Route(Backend.REFERENCE, dtype_of(call), False, [], None), call, record)
+    output, states = call.form.output(y), call.states_out(finals)
+    directions = 2 if lstm.bidirectional else 1
+    layers = [record[k : k + directions] for k in range(0, len(record), directions)]
+    if isinstance(x, PackedSequence):
+        lengths = pad_packed_sequence(x)[1].to(x.data.device)
+        if x.unsorted_indices is not None:  # inside, sequences went by length
+            layers = [[Gates(*(t[:, x.unsorted_indices] for t in gates)) for gates in layer] for layer in layers]
+    return Trace(output, states, layers, None if lengths is None else lengths.reshape(-1))
