@@ -26,7 +26,7 @@ from .backends import (
     triton_import_problem,
     without_triton,
 )
-from .kernels import remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from .kernels import cache as remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -227,14 +227,14 @@ def _kernels(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     """The plans of a problem, forward and backward, and what a step is expected to take."""
     planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
-    families = importlib.import_module("gpu_lstm.kernels.triton_lstm.families")
+    families = importlib.import_module("gpu_lstm.kernels.triton_lstm.choose")
     device = planning.DEVICES.get(options.device)
     if device is None:
         known = ", ".join(planning.DEVICES)
         print(f"unknown device {options.device!r}; known: {known}", file=sys.stderr)
         return 2
     dtype, precision = _DTYPES[options.dtype]
-    problem = planning.Problem(
+    problem = importlib.import_module("gpu_lstm.kernels.problem").Problem(
         options.steps, options.batch, options.hidden, dtype, precision=precision, side_by_side=options.directions
     )
     weights = 4 * problem.hidden**2 * problem.size

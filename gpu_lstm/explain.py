@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, chunks, races, trust
 from .backends import KERNEL_BACKENDS, Backend, obstacle, requested, select, takers
-from .kernels import remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from .kernels import cache as remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .layers import compute_dtype
 from .modules import LSTM, StackedLSTM, _check_input
 from .precision import recurrent_precision
@@ -273,25 +273,28 @@ def _layers(
 
 
 def _problem(kind: Kind, batch: Batch, hidden: int, projected: int, side_by_side: int) -> Any:
-    planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
+    planning = importlib.import_module("gpu_lstm.kernels.problem")
     steps, sequences, _ = batch.x.shape
     dtype = getattr(torch, kind.dtype.removeprefix("torch."))
-    return planning.Problem(steps, sequences, hidden, dtype, projected, kind.precision, side_by_side, kind.noise)
+    return planning.Problem(
+        steps, sequences, hidden, dtype, projected, kind.precision, side_by_side, dropout_h=kind.noise
+    )
 
 
 def _pass(problem: Any, device: torch.device, backward: bool, traversal: Traversal, launches: int) -> Pass:
     """By the plan that was chosen, else the one that would be tried first."""
     launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
     planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
-    plan = launch.expected_plan(problem, device, backward)
+    plan, measured = launch.layer_of(problem, device).chosen(
+        importlib.import_module("gpu_lstm.kernels.problem").Pass(backward)
+    )
     card = card_of(device)
-    measured = importlib.import_module("gpu_lstm.kernels.triton_lstm.plan_cache").remembered(problem, card, backward)
     return Pass(
         "backward" if backward else "forward",
         plan.family.value,
         f"{plan.rows} sequences x {plan.columns} units, {plan.programs} programs x {plan.groups} groups",
         plan.why,
-        "measured by autotune" if plan == measured else "expected to be the fastest",
+        "measured by autotune" if measured else "expected to be the fastest",
         _verdict(problem, device, plan, backward, traversal),
         launches,
         {} if card is planning.INTERPRETER else planning.expected(problem, card, plan, backward).terms,

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-_MODULE = "gpu_lstm.kernels.giving_up"  # not imported before a kernel was launched
+_MODULE = "gpu_lstm.kernels.timeouts"  # not imported before a kernel was launched
 
 
 def check() -> None:
@@ -27,4 +27,4 @@ def raise_if_gave_up(device: torch.device) -> None:
         RuntimeError: as check.
     """
     if _MODULE in sys.modules:
-        sys.modules[_MODULE].raise_if_gave_up(device)
+        sys.modules[_MODULE].raise_if_timed_out(device)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import trust
 from .backends import Backend
-from .kernels.recurrence import NO_NORMS, Norms, Recurrence  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from .kernels.problem import Recurrence, problem_of  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .library import library_of
 from .precision import recurrent_precision
 from .profiling import register_flops
@@ -40,6 +40,7 @@ _LIBRARY.define(
 TENSORS = (
     "weight_hh", "weight_hr", "weight_peephole", "h0", "c0", "lengths", "resets",
     "dropout_h", "zoneout_h", "zoneout_c", "reset_h", "reset_c",
+    "gain_hh", "gain_c", "bias_c", "unit_hh", "scale_hh", "unit_c", "scale_c",
 )  # fmt: skip
 """A recurrence in the order in which its tensors travel; those of its norms follow."""
 
@@ -68,7 +69,7 @@ def _launcher(backend: str) -> ModuleType:
 
 def _checks(backend: str) -> dict[str, Any]:
     # Kernels in CUDA C++ are compiled from one source for all problems; Triton's differ by plan.
-    return {"distrust": trust.distrust} if backend == Backend.TRITON.value else {}
+    return {"verify": trust.verify} if backend == Backend.TRITON.value else {}
 
 
 def on_the_device_of(t: Tensor) -> contextlib.AbstractContextManager:
@@ -78,8 +79,7 @@ def on_the_device_of(t: Tensor) -> contextlib.AbstractContextManager:
 
 def _named(recurrence: Sequence[Tensor], which: Sequence[int]) -> dict[str, Any]:
     there = dict(zip(which, recurrence))
-    norms = [there.get(len(TENSORS) + k) for k in range(len(NO_NORMS))]
-    return {name: there.get(k) for k, name in enumerate(TENSORS)} | {"norms": Norms(*norms)}
+    return {name: there.get(k) for k, name in enumerate(TENSORS)}
 
 
 def _recurrence(flat: Flat, dtype: torch.dtype, reverse: bool, side_by_side: int) -> Recurrence:
@@ -90,8 +90,9 @@ def _recurrence(flat: Flat, dtype: torch.dtype, reverse: bool, side_by_side: int
 
 def _layer_forward(gates, recurrence, which, reverse, side_by_side, backend, save):
     r = _recurrence((recurrence, which), gates.dtype, reverse, side_by_side)
-    with on_the_device_of(gates):
-        return _launcher(backend).layer_forward(gates, r, save=save, **_checks(backend))
+    layer = _launcher(backend).layer_of(problem_of(gates, r), gates.device, **_checks(backend))
+    h, h_n, c_n, c = layer.forward(gates, r, save)
+    return h, h_n, c_n, c_n.new_empty(0) if c is None else c
 
 
 def _layer_forward_fake(gates, recurrence, which, reverse, side_by_side, backend, save):
@@ -104,14 +105,14 @@ def _layer_forward_fake(gates, recurrence, which, reverse, side_by_side, backend
 def _layer_backward(gradients, gates, c, recurrence, which, reverse, side_by_side, backend):
     r = _recurrence((recurrence, which), gates.dtype, reverse, side_by_side)
     gradients = (None if d is None else d.contiguous() for d in gradients)  # often expanded: sum() hands back stride 0
-    with on_the_device_of(gates):
-        return _launcher(backend).layer_backward(*gradients, gates, c, r, **_checks(backend))
+    layer = _launcher(backend).layer_of(problem_of(gates, r), gates.device, **_checks(backend))
+    return tuple(c.new_empty(0) if t is None else t for t in layer.backward(*gradients, gates, c, r))
 
 
 def _layer_backward_fake(gradients, gates, c, recurrence, which, reverse, side_by_side, backend):
     named = _named(recurrence, which)
     of_states = (c.new_empty(0 if named[name] is None else named[name].shape) for name in ("reset_h", "reset_c"))
-    has_total = named["weight_hr"] is not None or named["norms"].gain_c is not None
+    has_total = named["weight_hr"] is not None or named["gain_c"] is not None
     dh_total = gates.new_empty((*gates.shape[:2], named["h0"].shape[1]) if has_total else (0,))
     dh0, dc0 = (torch.empty_like(named[name]) for name in ("h0", "c0"))
     return torch.empty_like(gates), dh0, dc0, dh_total, *of_states

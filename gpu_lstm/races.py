@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, parse
-from .kernels import remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from .kernels import cache as remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .layers import compute_dtype, stack
 from .precision import recurrent_precision
 from .sequences import Traversal
@@ -378,7 +378,7 @@ def plans_of(kind: Kind, device: torch.device) -> list[Any]:
     if kind.kernel != Backend.TRITON.value:
         return []
     launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
-    planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
+    planning = importlib.import_module("gpu_lstm.kernels.problem")
     dtype = getattr(torch, kind.dtype.removeprefix("torch."))
     problems = [
         planning.Problem(
@@ -389,13 +389,13 @@ def plans_of(kind: Kind, device: torch.device) -> list[Any]:
             projected,
             kind.precision,
             kind.directions,
-            regularised=kind.noise,
-            normalised=kind.variant == LAYER_NORM,
+            dropout_h=kind.noise,
+            norms=(kind.variant == LAYER_NORM,) * 3,
         )
         for _, hidden, projected in kind.layers
     ]
     return [
-        launch.expected_plan(problem, device, backward)
+        launch.layer_of(problem, device).chosen(importlib.import_module("gpu_lstm.kernels.problem").Pass(backward)).plan
         for problem in problems
         for backward in ((False, True) if kind.training else (False,))
     ]

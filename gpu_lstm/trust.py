@@ -15,8 +15,9 @@ from torch import Tensor
 
 from . import native, reference
 from .cell import linear, next_cell
-from .kernels import layer_norm, remembered  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
-from .kernels.recurrence import Norms, Recurrence  # type: ignore[import-not-found]
+from .kernels import cache as remembered
+from .kernels import layer_norm  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from .kernels.problem import Recurrence  # type: ignore[import-not-found]
 from .noise import Noise
 from .reference import Gates
 from .sequences import Traversal
@@ -51,15 +52,40 @@ def distrust(plan: Any, like: Recurrence, *, save: bool = True, given: tuple[boo
     return verdict
 
 
+def verify(plan: Any, problem: Any, which: Any, device: torch.device) -> str | None:
+    """As `distrust`, of a problem."""
+    p, f32 = problem, torch.float32
+
+    def zeros(there: Any, *shape: int, dtype: torch.dtype = p.dtype) -> Any:
+        return torch.zeros(shape, dtype=dtype, device=device) if there else None
+
+    def share(dimensions: int | None, features: int) -> Any:
+        shape, dtype = ((2, p.batch, features), torch.bool) if dimensions else ((), f32)
+        return zeros(dimensions is not None, *shape, dtype=dtype)
+
+    batch, hidden, width = p.batch, p.hidden, p.width
+    like = Recurrence(
+        weight_hh=zeros(1, 4 * hidden, width), h0=zeros(1, batch, width), c0=zeros(1, batch, hidden, dtype=f32),
+        weight_hr=zeros(p.projected, width, hidden), lengths=zeros(p.lengths, batch, dtype=p.lengths or f32),
+        resets=zeros(p.resets, 2, batch, dtype=torch.bool), dropout_h=zeros(p.dropout_h, batch, width),
+        zoneout_h=share(p.zoneout_h, width), zoneout_c=share(p.zoneout_c, hidden),
+        reset_h=zeros(p.reset_h, 2, batch, width), reset_c=zeros(p.reset_c, 2, batch, hidden, dtype=f32),
+        weight_peephole=zeros(p.peepholes, 3 * hidden), gain_hh=zeros(p.norms[0], 4 * hidden),
+        gain_c=zeros(p.norms[1], hidden), bias_c=zeros(p.norms[2], hidden), reverse=p.reverse, precision=p.precision,
+        side_by_side=p.side_by_side,
+    )  # fmt: skip
+    return distrust(plan, like, save=which.save, given=(which.dh, which.dh_n) if which.backward else None)
+
+
 def _key(plan: Any, like: Recurrence, save: bool, given: tuple[bool, bool] | None) -> remembered.Key:
     kernel = {name: getattr(plan, name) for name in ("rows", "columns", "k", "num_warps", "num_stages")}
     optional = ("lengths", "resets", "dropout_h", "reset_h", "reset_c", "weight_peephole")
     there = [name for name in optional if getattr(like, name) is not None]
-    there += [name for name in NORMS if getattr(like.norms, name) is not None]
+    there += [name for name in NORMS if getattr(like, name) is not None]
     there += [f"{name}, {t.dim()}-D" for name in ("zoneout_h", "zoneout_c") if (t := getattr(like, name)) is not None]
     return remembered.machine(like.h0.device) | dict(
-        format=FORMAT, family=plan.family.value, **kernel, hidden=like.hidden, projected=like.projected,
-        width=like.width, dtype=str(like.h0.dtype), precision=like.precision, reverse=like.reverse, there=there,
+        format=FORMAT, family=plan.family.value, **kernel, hidden=like.c0.shape[1], projected=like.weight_hr is not None,
+        width=like.h0.shape[1], dtype=str(like.h0.dtype), precision=like.precision, reverse=like.reverse, there=there,
         save=save, given=given,
     )  # fmt: skip
 
@@ -74,7 +100,9 @@ def _verdict(plan: Any, like: Recurrence, save: bool, given: tuple[bool, bool] |
     try:
         with torch.enable_grad(), torch.autocast(like.h0.device.type, enabled=False):
             truth, gates = problem.by_reference(torch.float64, given)
-            as_torchs = like.reset_c is like.weight_peephole is None and not like.normalised
+            as_torchs = like.reset_c is like.weight_peephole is None and not (
+                like.gain_hh is not None or like.gain_c is not None
+            )
             if problem.noise == Noise() and as_torchs:
                 theirs = problem.by_torch(given)
             else:
@@ -125,7 +153,7 @@ class Small:
     def like(cls, r: Recurrence, batch: int) -> "Small":
         """Random numbers in the sizes of `r`, with what `r` has."""
         generator, device, dtype = torch.Generator().manual_seed(0), r.h0.device, r.h0.dtype
-        hidden, width = r.hidden, r.width
+        hidden, width = r.c0.shape[1], r.h0.shape[1]
 
         def normal(*size: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
@@ -135,13 +163,13 @@ class Small:
             weight_ih=normal(4 * hidden, FEATURES, scale=FEATURES**-0.5),
             weight_hh=normal(4 * hidden, width, scale=width**-0.5),
         )  # fmt: skip
-        if r.projected:
+        if r.weight_hr is not None:
             tensors["weight_hr"] = normal(width, hidden, scale=hidden**-0.5)
         if r.reset_c is not None:
             tensors |= dict(reset_h=normal(STEPS, batch, width), reset_c=normal(STEPS, batch, hidden))
         if r.weight_peephole is not None:
             tensors["weight_peephole"] = normal(3 * hidden)
-        tensors |= {name: 1 + normal(len(t), scale=0.3) for name in NORMS if (t := getattr(r.norms, name)) is not None}
+        tensors |= {name: 1 + normal(len(t), scale=0.3) for name in NORMS if (t := getattr(r, name)) is not None}
         number = torch.arange(batch, device=device)
         lengths = None if r.lengths is None else (number % (STEPS + 1)).flip(0).to(r.lengths.dtype)
         resets = torch.arange(STEPS, device=device)[:, None] + number  # [T, B]
@@ -194,6 +222,7 @@ class Small:
     def by_kernel(self, plan: Any, gates: Gates, save: bool, given: tuple[bool, bool] | None) -> dict[str, Tensor]:
         """The same by the kernel of a plan; backward it is given the reference's gates and cell states."""
         launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
+        launch_timeouts = importlib.import_module("gpu_lstm.kernels.timeouts")
         t, device = self.tensors, self.dh.device
         reset_h, reset_c = t.get("reset_h"), t.get("reset_c")
         taken = self._taken(self.traversal.states_before(gates.hidden, t["h0"].double(), reset_h))
@@ -211,7 +240,8 @@ class Small:
             weight_hh=t["weight_hh"], weight_hr=t.get("weight_hr"), weight_peephole=t.get("weight_peephole"),
             h0=t["h0"], c0=t["c0"].float(),
             lengths=self.traversal.lengths, resets=self.traversal.resets, reverse=self.traversal.reverse,
-            precision=self.precision, norms=Norms(*gains, *units),
+            precision=self.precision, **dict(zip(NORMS, gains)),
+            **dict(zip(("unit_hh", "scale_hh", "unit_c", "scale_c"), units)),
             reset_h=None if self.noise.zoneout_h is None else reset_h,
             reset_c=None if reset_c is None else reset_c.float(), **self.noise._asdict(),
         )  # fmt: skip
@@ -245,5 +275,5 @@ class Small:
                 results["the gradient of reset_c"] = dreset_c
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        launch.raise_if_gave_up(device)
+        launch_timeouts.raise_if_timed_out(device)
         return results

@@ -56,7 +56,7 @@ def autotune(
     launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
     if launch.INTERPRETED:
         raise RuntimeError("autotune times compiled kernels: TRITON_INTERPRET=1 is in the environment")
-    planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
+    planning = importlib.import_module("gpu_lstm.kernels.problem")
     layer = planning.Problem(steps, batch, hidden_size, dtype, proj_size, recurrent_precision(dtype))
     fastest = importlib.import_module("gpu_lstm.kernels.triton_lstm.autotune").autotune(layer, device)
     return {name: f"{plan.family.value}: {plan.why}" for name, plan in fastest.items()}

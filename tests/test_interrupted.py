@@ -22,7 +22,7 @@ import gpu_lstm
 from gpu_lstm import backends, ops
 from gpu_lstm import stream as stream_module
 from gpu_lstm.backends import Backend
-from gpu_lstm.kernels import remembered
+from gpu_lstm.kernels import cache as remembered
 
 T, B, I, H = 3, 2, 3, 4
 OURS = tuple(str(Path(module.__file__).parent) for module in (gpu_lstm, remembered))
