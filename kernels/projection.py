@@ -6,21 +6,20 @@ of h or recurrent dropout the step is not linear in m, and this does not hold.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .recurrence import Recurrence
+from .problem import Recurrence
 
 
 def recurrence_of_m(r: Recurrence) -> Recurrence:
     """The recurrence of m [T, B, H], that starts from zeros."""
-    assert not r.regularised
+    assert r.dropout_h is r.zoneout_h is None
     with products_in(r.precision):
         weight_hh = r.weight_hh @ r.weight_hr
-    return dataclasses.replace(r, weight_hh=weight_hh, weight_hr=None, h0=r.h0.new_zeros(r.c0.shape))
+    return r._replace(weight_hh=weight_hh, weight_hr=None, h0=r.h0.new_zeros(r.c0.shape))
 
 
 def add_initial_product(gates: Tensor, r: Recurrence) -> None:

@@ -1,6 +1,7 @@
 """Options and the environment of the tests."""
 
 import os
+import sys
 
 import pytest
 
@@ -43,3 +44,12 @@ def exact_float32_products():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
         yield
+
+
+@pytest.fixture(autouse=True)
+def plans_are_chosen_again():
+    """What a test put in the place of a plan, or of the choice, stays with that test."""
+    for backend in ("triton", "cupy"):
+        launch = sys.modules.get(f"gpu_lstm.kernels.{backend}_lstm.launch")
+        if launch is not None:
+            launch.forget()

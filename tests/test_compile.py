@@ -17,7 +17,8 @@ import torch
 import triton
 
 from gpu_lstm.kernels.sass import Loop, _time_loop
-from gpu_lstm.kernels.triton_lstm.planning import Family, Plan, Problem, counts_of_turn
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.planning import Family, Plan, counts_of_turn
 
 OLDER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 """Its compiler takes more registers and shared memory than is planned for. The launcher looks at what it became."""
@@ -29,7 +30,8 @@ import torch
 from gpu_lstm.__main__ import _as_json
 from gpu_lstm.kernels.triton_lstm.compile import PRECISIONS, Case, reports, sequence_cases, step_cases
 from gpu_lstm.kernels.triton_lstm import compile, cooperative, resident, step
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 
 def wanted_step(case):  # sm_86 and sm_89 have the instructions of sm_80 and the shared memory of sm_120
     p, sm, architectures = case.problem, case.device.architecture, (80, 90, 100, 120)
@@ -231,7 +233,8 @@ def test_weights_and_barriers_in_the_loop_are_seen(tmp_path):
 import importlib.util, json, pathlib, torch
 from gpu_lstm.__main__ import _as_json
 from gpu_lstm.kernels.triton_lstm import compile, cooperative
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
 text = pathlib.Path(cooperative.__file__).read_text()
 text = text.replace("from ..", "from gpu_lstm.kernels.").replace("from .", "from gpu_lstm.kernels.triton_lstm.")
 load = next(line for line in text.splitlines() if "= load_weights(" in line)

@@ -22,7 +22,7 @@ from gpu_lstm.call.choices import Backend
 from gpu_lstm.kernels import projection
 from gpu_lstm.kernels.cupy_lstm import cooperative, launch, planning, source
 from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, Problem, choose_plan, plans
-from gpu_lstm.kernels.recurrence import Recurrence
+from gpu_lstm.kernels.problem import Recurrence
 
 SOURCE = source.join(source.parts())
 DTYPES = tuple(source.ELEMENTS)

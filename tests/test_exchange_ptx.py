@@ -19,7 +19,8 @@ import torch
 from gpu_lstm.kernels.triton_lstm import cooperative, step
 from gpu_lstm.kernels.triton_lstm.binary import compile_for
 from gpu_lstm.kernels.triton_lstm.compile import recorded_launches
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 
 PROBLEMS = {  # of which one load takes four words of a row, two, and one
     "bf16 H=768 B=16": (16, 768, torch.bfloat16), "bf16 H=100 B=9": (9, 100, torch.bfloat16),

@@ -11,10 +11,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import gpu_lstm
 from gpu_lstm import backends, layers, native, races, trust
-from gpu_lstm.kernels import remembered
+from gpu_lstm.kernels import cache as remembered
 from gpu_lstm.kernels.triton_lstm import launch
-from gpu_lstm.kernels.triton_lstm.families import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Problem
+from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter")
 
@@ -134,7 +135,7 @@ def test_plans_and_what_bounds_a_step(an_h100, monkeypatch):
 )  # fmt: skip
 def test_what_the_check_of_another_kernel_came_to_is_not_said_of_this_one(card, change):
     lstm, x = gpu_lstm.LSTM(4, 32, dtype=torch.float16, backend="triton"), torch.zeros(5, 16, 4, dtype=torch.float16)
-    r = gpu_lstm.kernels.recurrence.Recurrence(
+    r = gpu_lstm.kernels.problem.Recurrence(
         weight_hh=torch.zeros(128, 32, dtype=torch.float16), c0=torch.zeros(16, 32), h0=torch.zeros(16, 32).half()
     )
     plan = plans(Problem(5, 16, 32, torch.float16), INTERPRETER, False)[-1]
@@ -149,7 +150,7 @@ def test_what_the_check_of_a_kernel_came_to(card, wrong):
     lstm = gpu_lstm.LSTM(4, 32, dtype=torch.float16, bidirectional=True, backend="triton")
     x = torch.zeros(5, 16, 4, dtype=torch.float16)
     assert {each.checked for each in gpu_lstm.explain(lstm, x).layers[0].passes} == {"not checked yet"}
-    r = gpu_lstm.kernels.recurrence.Recurrence(
+    r = gpu_lstm.kernels.problem.Recurrence(
         weight_hh=torch.zeros(128, 32, dtype=torch.float16), weight_hr=None, c0=torch.zeros(16, 32),
         h0=torch.zeros(16, 32, dtype=torch.float16),
     )  # fmt: skip

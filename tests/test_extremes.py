@@ -26,8 +26,9 @@ from gpu_lstm.kernels import recurrence
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
 from gpu_lstm.kernels.triton_lstm import indexing, launch
 from gpu_lstm.kernels.triton_lstm.compile import recorded_launches
-from gpu_lstm.kernels.triton_lstm.families import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family, Problem
+from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family
 from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 T, I, H = 3, 3, 4

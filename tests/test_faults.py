@@ -13,7 +13,7 @@ import triton.language as tl
 from comparing import assert_as_good_as_torch, example
 
 from gpu_lstm.kernels.triton_lstm import cell, fragments, indexing, launch, resident, step
-from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernels hold their device functions")
@@ -148,8 +148,8 @@ def family(request, monkeypatch):
     """The module of a kernel family, whose plans every launch takes."""
     name = request.param.__name__.rpartition(".")[2]
 
-    def plan(problem, device, backward, *_):
-        return next(p for p in plans(problem, DEVICES["h100"], backward) if p.family.value == name)
+    def plan(problem, device, which, *_):
+        return next(p for p in plans(problem, DEVICES["h100"], which.backward) if p.family.value == name)
 
     monkeypatch.setattr(launch, "choose_plan", plan)
     return request.param

@@ -15,10 +15,11 @@ import torch
 from gpu_lstm import backends
 from gpu_lstm.call.choices import Backend, obstacle, select
 from gpu_lstm.kernels.operands import as_words
-from gpu_lstm.kernels.recurrence import Recurrence
+from gpu_lstm.kernels.problem import Recurrence
 from gpu_lstm.kernels.triton_lstm import binary, launch, trial
-from gpu_lstm.kernels.triton_lstm.families import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
+from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
 
 CUDA = torch.device("cuda", 0)
 H100 = DEVICES["h100"]

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import gpu_lstm
-from gpu_lstm.kernels import giving_up
+from gpu_lstm.kernels import timeouts as giving_up
 from gpu_lstm.kernels.triton_lstm import launch
 
 CPU = torch.device("cpu")
-EXPECTED = r"lstm_cooperative_backward_kernel gave up at step 7 on cpu: .* the results of that launch are wrong"
+EXPECTED = r"lstm_cooperative_backward_kernel timed out at step 7 on cpu: .* the results of that launch are wrong"
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="error words of the CPU")
 
 
@@ -41,7 +41,9 @@ def test_who_tells(who):
 def test_of_two_kernels_that_gave_up_both_are_told():
     giving_up.error_word(CPU, "lstm_step_forward_kernel")[0] = 3
     _give_up()
-    text = "lstm_cooperative_backward_kernel gave up at step 7 and lstm_step_forward_kernel gave up at step 2 on cpu: "
+    text = (
+        "lstm_cooperative_backward_kernel timed out at step 7 and lstm_step_forward_kernel timed out at step 2 on cpu: "
+    )
     with pytest.raises(RuntimeError, match=text + ".* the results of those launches are wrong"):
         gpu_lstm.check()
     gpu_lstm.check()
@@ -53,11 +55,11 @@ def test_the_end_of_the_program_tells():
 import os
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from gpu_lstm.kernels import giving_up
+from gpu_lstm.kernels import timeouts as giving_up
 giving_up.error_word(torch.device("cpu"), "lstm_cooperative_backward_kernel")[0] = 8
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "gave up at step 7 on cpu" in ended.stderr
+    assert "timed out at step 7 on cpu" in ended.stderr
 
 
 def test_devices_do_not_share_words_and_kernels_stand_16_bytes_apart():
@@ -65,9 +67,9 @@ def test_devices_do_not_share_words_and_kernels_stand_16_bytes_apart():
     assert second.data_ptr() - first.data_ptr() == 16
     other = torch.device("meta", 0)
     assert giving_up.error_word(other, 0).device.type == "meta"
-    giving_up.raise_if_gave_up(torch.device("cuda", 5))  # never launched on: nothing to tell
+    giving_up.raise_if_timed_out(torch.device("cuda", 5))  # never launched on: nothing to tell
     _give_up()
-    giving_up.raise_if_gave_up(torch.device("cuda", 5))
+    giving_up.raise_if_timed_out(torch.device("cuda", 5))
     with pytest.raises(RuntimeError, match=EXPECTED):
         giving_up.check()
 
@@ -84,5 +86,5 @@ def test_check_waits_for_every_cuda_device_before_it_looks(monkeypatch):
     word = torch.zeros(len(giving_up.KERNELS), giving_up.APART, dtype=torch.int32)
     monkeypatch.setattr(giving_up, "_words", {cuda: word})
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: word[0, 0].fill_(3 if device == cuda else 0))
-    with pytest.raises(RuntimeError, match=r"gave up at step 2 on cuda:1"):
+    with pytest.raises(RuntimeError, match=r"timed out at step 2 on cuda:1"):
         gpu_lstm.check()

@@ -9,7 +9,7 @@ from test_kernels import example_of
 
 import gpu_lstm
 from gpu_lstm.kernels.triton_lstm import launch
-from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import Family
 
 pytestmark = pytest.mark.gpu

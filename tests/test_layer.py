@@ -13,7 +13,7 @@ from comparing import NAMES, PLACES, Example, assert_as_good_as_torch, example
 from gpu_lstm import ops, reference
 from gpu_lstm.kernels import layer_norm
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
-from gpu_lstm.kernels.recurrence import Norms, Recurrence
+from gpu_lstm.kernels.problem import Norms, Recurrence
 from gpu_lstm.kernels.triton_lstm import plan_cache
 from gpu_lstm.kernels.triton_lstm.families import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem

@@ -18,8 +18,9 @@ from gpu_lstm.kernels import remembered
 from gpu_lstm.kernels.report import Report
 from gpu_lstm.kernels.sass import Loop
 from gpu_lstm.kernels.triton_lstm import plan_cache
-from gpu_lstm.kernels.triton_lstm.families import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
+from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 
 CPU = torch.device("cpu")
 KIND = races.Kind(

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_lstm.kernels import remembered
+from gpu_lstm.kernels import cache as remembered
 from gpu_lstm.kernels.triton_lstm import plan_cache
-from gpu_lstm.kernels.triton_lstm.families import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
+from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 
 H100 = DEVICES["h100"]
 PROBLEM = Problem(2, 16, 768, torch.bfloat16)

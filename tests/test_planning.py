@@ -8,19 +8,10 @@ import pytest
 import torch
 
 from gpu_lstm.__main__ import main
-from gpu_lstm.kernels.triton_lstm.families import plans
+from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.features import MOST_ROWS
-from gpu_lstm.kernels.triton_lstm.planning import (
-    DEVICES,
-    EXCHANGE,
-    INTERPRETER,
-    MEETING,
-    Device,
-    Family,
-    Problem,
-    device_of,
-    expected,
-)  # fmt: skip
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, EXCHANGE, INTERPRETER, MEETING, Device, Family, device_of, expected  # fmt: skip
 from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 PROBLEMS = [

@@ -17,8 +17,9 @@ from gpu_lstm import backends, modules, races
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.kernels import remembered
 from gpu_lstm.kernels.triton_lstm import launch
-from gpu_lstm.kernels.triton_lstm.families import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Problem
+from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 from gpu_lstm.races import Decision, Mode
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter")

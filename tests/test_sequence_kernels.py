@@ -20,7 +20,7 @@ from test_kernels import example_of
 from test_layer import noisy
 
 from gpu_lstm.functional import lstm_layer
-from gpu_lstm.kernels.recurrence import Recurrence
+from gpu_lstm.kernels.problem import Recurrence
 from gpu_lstm.kernels.triton_lstm import cooperative, exchange, launch, step
 from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family, Plan
 from gpu_lstm.kernels.triton_lstm.resident import plans as resident_plans
@@ -56,8 +56,8 @@ def nan_in_fresh_memory(monkeypatch):
 def _reside(monkeypatch):
     """Have every launch be resident."""
 
-    def resident(problem, device, backward, *_):
-        return next(iter(resident_plans(problem, INTERPRETER, backward)))
+    def resident(problem, device, which, *_):
+        return next(iter(resident_plans(problem, INTERPRETER, which.backward)))
 
     monkeypatch.setattr(launch, "choose_plan", resident)
 
@@ -77,9 +77,9 @@ def _cooperate(monkeypatch, units, groups=8, warps=2, yield_rate=0.05):
     """Have every launch be cooperative, with `units` units a program."""
     seeds = iter(range(1_000_000))
 
-    def cooperative_plan(problem, device, backward, *_):
+    def cooperative_plan(problem, device, which, *_):
         programs = -(-problem.hidden // units)
-        if backward:
+        if which.backward:
             programs = 4 * -(-problem.hidden // (4 * units))
         tiles = -(-problem.batch // 8)
         chunks = -(-problem.hidden * problem.size // (64 * warps))
@@ -135,8 +135,8 @@ def _meet(monkeypatch, programs=3, yield_rate=0.05):
     """Have every launch be of the step family, with so many programs."""
     seeds = iter(range(1_000_000))
 
-    def plan(problem, device, backward, *_):
-        return dataclasses.replace(step_plan(problem, INTERPRETER, backward), programs=programs)
+    def plan(problem, device, which, *_):
+        return dataclasses.replace(step_plan(problem, INTERPRETER, which.backward), programs=programs)
 
     def launch_concurrently(kernel, grid, **arguments):
         ConcurrentRun(seed=next(seeds), yield_rate=yield_rate)(kernel, grid, **arguments)
@@ -396,9 +396,11 @@ def test_a_fault_in_a_word_is_seen(monkeypatch, fault):
 @triton.jit
 def one_program_left_out(
     first, second, pairs_ptr, batch, in_batch, phase, error_ptr, step,
-    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, PATIENCE: tl.constexpr,
+    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, POLL_LIMIT: tl.constexpr,
 ):  # fmt: skip
-    found = exchange_pairs(first, second, pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, PATIENCE)
+    found = exchange_pairs(
+        first, second, pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, POLL_LIMIT
+    )
     is_first = tl.arange(0, 32 * WARPS) % (4 * WARPS) == 0
     return (tl.where(is_first, 0.0, found[0]), tl.where(is_first, 0.0, found[1]), *found[2:])
 
@@ -447,7 +449,7 @@ def test_waiting_in_vain_ends_and_is_reported(monkeypatch, family, name, fault, 
         _meet(monkeypatch)
     else:
         _cooperate(monkeypatch, units=4)
-    monkeypatch.setattr(family, "PATIENCE", 20)
+    monkeypatch.setattr(exchange, "POLL_LIMIT", 20)
     monkeypatch.setattr(family, name, fault)
     tensors = [None if t is None else t.float().requires_grad_() for t in example(5, 3, 3, 8).tensors]
     x, h0, c0, *weights = tensors
@@ -455,6 +457,7 @@ def test_waiting_in_vain_ends_and_is_reported(monkeypatch, family, name, fault, 
     if "backward" in kernel:
         h.sum().backward()
     monkeypatch.undo()
-    with pytest.raises(RuntimeError, match=rf"{kernel} gave up at step \d"):
+    launch.forget()
+    with pytest.raises(RuntimeError, match=rf"{kernel} timed out at step \d"):
         lstm_layer(x, weights, (h0, c0), backend="triton")
     lstm_layer(x, weights, (h0, c0), backend="triton")  # reported once

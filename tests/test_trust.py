@@ -13,11 +13,12 @@ from test_faults import FAULTS, FAULTS_OF_NORMS, each
 import gpu_lstm
 from gpu_lstm import backends, races, trust
 from gpu_lstm.functional import lstm_layer
-from gpu_lstm.kernels import remembered
-from gpu_lstm.kernels.recurrence import Norms, Recurrence
+from gpu_lstm.kernels import cache as remembered
+from gpu_lstm.kernels.problem import Norms, Recurrence
 from gpu_lstm.kernels.triton_lstm import exchange, indexing, launch, step, trial
-from gpu_lstm.kernels.triton_lstm.families import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family, Problem
+from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels")
 
@@ -151,7 +152,7 @@ def test_a_kernel_that_waits_in_vain_is_found_out(monkeypatch):
     monkeypatch.setattr(step, "PATIENCE", 20)
     monkeypatch.setattr(step, "meet", meet_one_more)
     r = _recurrence()
-    with pytest.warns(UserWarning, match="gave up at step"):
+    with pytest.warns(UserWarning, match="timed out at step"):
         assert "lstm_step_forward_kernel gave up" in trust.distrust(_step_plan(r, False), r)
     gpu_lstm.check()  # nothing is left to tell
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import gpu_lstm
-from gpu_lstm.kernels import remembered
+from gpu_lstm.kernels import cache as remembered
 from gpu_lstm.kernels.triton_lstm import autotune, launch, plan_cache, trial
-from gpu_lstm.kernels.triton_lstm.families import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
+from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
 
 PROBLEM = Problem(256, 16, 768, torch.bfloat16)
 H100 = DEVICES["h100"]

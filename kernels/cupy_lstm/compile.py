@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
+from ..problem import Problem
 from ..report import Report
 from ..sass import time_loops, usage
-from .planning import Card, Plan, Problem, plans
+from .planning import Card, Plan, plans
 from .source import OPTIONS, join, name_expression, parts
 
 CARDS = (Card(70, 80), Card(75, 40), Card(80, 108), Card(86, 84), Card(89, 58), Card(90, 132), Card(100, 148),
@@ -31,18 +32,19 @@ class Case:
     """A problem, and a plan for it."""
 
     problem: Problem
+    backward: bool
     card: Card
     plan: Plan
 
     @property
     def kernel(self) -> str:
         """Its name."""
-        return f"lstm_cooperative_{'backward' if self.problem.backward else 'forward'}"
+        return f"lstm_cooperative_{'backward' if self.backward else 'forward'}"
 
     @property
     def template(self) -> tuple[int, ...]:
         """Its arguments, after the element type."""
-        return self.plan.template(self.problem.backward)
+        return self.plan.template(self.backward)
 
     def __str__(self) -> str:
         p = self.problem
@@ -68,11 +70,11 @@ def cases(quick: bool) -> list[Case]:
     for card, (dtype, precision), (batch, hidden), backward in product(CARDS, PRECISIONS, SIZES, (False, True)):
         if quick and (card.architecture != 90 or dtype is not torch.bfloat16):
             continue
-        problem = Problem(batch, hidden, dtype, backward, precision)
+        problem = Problem(2, batch, hidden, dtype, precision=precision)
         for kept in (True, False):
-            of_kind = [plan for plan in plans(problem, card) if (plan.chunks > 0) == kept]
+            of_kind = [plan for plan in plans(problem, card, backward) if (plan.chunks > 0) == kept]
             if of_kind:
-                case = Case(problem, card, min(of_kind, key=lambda plan: plan.clocks))
+                case = Case(problem, backward, card, min(of_kind, key=lambda plan: plan.clocks))
                 found.setdefault((card, dtype, backward, case.template), case)
     return list(found.values())
 

@@ -1,121 +1,151 @@
-"""The CuPy backend's two entry points. One layer, one direction; the input product is already in `gates`.
+"""The launches of the CuPy backend: a plan of one problem and pass, put together once and then only launched.
 
 The kernels are in cuda/, compiled at first use; CuPy is imported then, not before. Memory and products are torch's.
 """
 
-import dataclasses
 import functools
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import projection
 from ..architectures import shared_memory_of
-from ..giving_up import raise_if_gave_up
-from ..initial_gradient import initial_hidden_gradient
-from ..ordering import await_others
-from ..recurrence import Recurrence, check_counts
-from . import cooperative
-from .planning import Launch, Plan, Problem, card_of, choose_plan
+from ..layer import Chosen, Gradients, Layer, LoopGradients, Verify, zeros_for_resets
+from ..operands import as_words
+from ..problem import Pass, Problem, Recurrence, problem_of
+from ..timeouts import error_word
+from .planning import Launch, Plan, card_of, choose_plan
 from .source import ELEMENTS, OPTIONS, in_order, join, name_expression, parts
+
+PACK = 16  # bytes that a thread reads at once
+SENTINEL = -1  # the word, as int32, that stands for what is not there yet
+
+
+class Prepared:
+    """A plan of one problem and pass; see layer.Prepared. `launch` makes its launches, by default `launch_kernel`."""
+
+    projects_outside: bool
+
+    def __init__(self, problem: Problem, which: Pass, plan: Plan, launch: Launch | None = None) -> None:
+        self.plan, self._launch, self._which = plan, launch, which
+        self.at_once = plan.side_by_side
+        self.projects_outside = problem.projected > 0
+
+    def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As layer.Layer.forward, without a projection."""
+        steps, batch, _ = gates.shape
+        hidden = r.c0.shape[1]
+        h = _rows_of_words(gates, steps + 1, batch)
+        h[-1].zero_()
+        h[-1, :, :hidden] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the sentinel's
+        h_n, c_n = r.h0.clone(), r.c0.clone()  # what a sequence of length 0 ends with
+        c = r.c0.new_empty(steps, batch, hidden) if self._which.save else None
+        (self._launch or launch_kernel)(
+            "lstm_cooperative_forward", gates.dtype, self.plan,
+            gates=gates, weights=as_words(r.weight_hh, PACK), h=h, h_n=h_n, c=c, c_n=c_n,
+            **_shared(gates, r, "lstm_cooperative_forward"),
+        )  # fmt: skip
+        return h[:-1, :, :hidden].contiguous(), h_n, c_n, c
+
+    def backward(
+        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
+    ) -> LoopGradients:
+        """As layer.Layer.backward, without a projection."""
+        steps, batch, _ = gates.shape
+        hidden, parts_ = r.c0.shape[1], self.plan.parts
+        dgates = _rows_of_words(gates, steps, batch, 4)
+        partials = None
+        if parts_ > 1:
+            partials = torch.full((batch, parts_, hidden), SENTINEL, dtype=torch.int32, device=gates.device)
+        dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
+        _, dreset_c = zeros_for_resets(r)
+        (self._launch or launch_kernel)(
+            "lstm_cooperative_backward", gates.dtype, self.plan,
+            dh=dh, dh_n=dh_n, gates=gates, c=c, c0=r.c0, weights=_transposed(r.weight_hh, parts_), dgates=dgates,
+            partials=partials, dc=dc, dreset_c=dreset_c, **_shared(gates, r, "lstm_cooperative_backward"),
+        )  # fmt: skip
+        return LoopGradients(dgates[..., :hidden].reshape(gates.shape), dc, dreset_c=dreset_c)
+
+
+def _shared(gates: Tensor, r: Recurrence, kernel: str) -> dict[str, Any]:
+    """What both kernels are given."""
+    steps, batch, _ = gates.shape
+    return dict(
+        lengths=None if r.lengths is None else r.lengths.int(), resets=r.resets, reset_c=r.reset_c,
+        error=error_word(gates.device, kernel), T=steps, B=batch, reverse=r.reverse,
+    )  # fmt: skip
+
+
+def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:
+    """[*rows, H and up to 16 bytes] of the dtype of `gates` [T, B, 4H]: sentinels, and zeros in words without a unit."""
+    hidden, size = gates.shape[-1] // 4, PACK // gates.itemsize
+    filled = gates.new_empty(*rows, ceil(hidden / size) * size)
+    words = filled.view(torch.int32).fill_(SENTINEL)
+    words[..., ceil(hidden * gates.itemsize / 4) :] = 0
+    return filled
+
+
+def _transposed(weight_hh: Tensor, parts: int) -> Tensor:
+    """W_hh [4H, H] -> W_hh^T of each part's gates, [parts, H, 4 / parts, H and up to 16 bytes]."""
+    hidden = weight_hh.shape[1]
+    return as_words(weight_hh.view(parts, 4 // parts, hidden, hidden).permute(0, 3, 1, 2), PACK)
+
+
+_layers: dict[tuple[Problem, torch.device], Layer] = {}
+
+
+def layer_of(problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
+    """The layer of a problem on a device; every call gives the same.
+
+    Plans are not verified: one source is compiled for all problems.
+
+    Raises:
+        TypeError: a dtype that the kernels do not accept.
+        ValueError: recurrent dropout, zoneout, peepholes or layer norms; or as Layer.
+    """
+    layer = _layers.get((problem, device))
+    if layer is None:
+        layer = _layers.setdefault((problem, device), _layer(problem, device))
+    return layer
+
+
+def forget() -> None:
+    """Choose all plans again."""
+    _layers.clear()
+
+
+def _layer(problem: Problem, device: torch.device, plan: Plan | None = None) -> Layer:
+    """A layer, by a plan if one is given."""
+    if problem.dtype not in ELEMENTS:
+        raise TypeError(f"backend 'cupy' takes float16, bfloat16 and float32, got {problem.dtype}")
+    if problem.regularised:
+        raise ValueError("backend 'cupy' takes neither recurrent dropout nor zoneout")
+    if problem.peepholes or problem.normalised:
+        raise ValueError("backend 'cupy' takes neither peepholes nor layer norms")
+
+    def chosen(which: Pass) -> Plan:
+        return plan or choose_plan(problem, card_of(device), which.backward)
+
+    def prepare(layer: Layer, which: Pass) -> Prepared:
+        return Prepared(problem, which, chosen(which))
+
+    return Layer(problem, device, prepare, lambda layer, which, _: Chosen(chosen(which), False))
 
 
 def layer_forward(
-    gates: Tensor, recurrence: Recurrence, *, save: bool, plan: Plan | None = None, launch: Launch | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The recurrence of one layer in one direction.
-
-    Args:
-        gates: [T, B, 4H], x W_ih^T + b_ih + b_hh. Overwritten by the activated gates if `save`; with a projection, and
-            without `save`, at every sequence's first step.
-        recurrence: weights, initial states, lengths and the rest.
-        save: keep what layer_backward needs.
-        plan: how to run it; by default by `choose_plan`.
-        launch: launches one kernel; by default `launch_kernel`.
-
-    Returns:
-        h [T, B, P], h_n [B, P], c_n float32 [B, H], and c: float32 [T, B, H] if `save`, else empty.
-
-    Raises:
-        RuntimeError: blocks of an earlier launch waited in vain for each other.
-        TypeError: a dtype that the kernels do not take.
-        ValueError: recurrent dropout, zoneout, peepholes or layer norms; T, B or H is more than the kernels can count
-            to.
-    """
-    r = whole = _checked(gates, recurrence)
-    if whole.projected:
-        projection.add_initial_product(gates, whole)
-        r = projection.recurrence_of_m(whole)
-    plan = plan or choose_plan(_problem(gates, r, backward=False), card_of(gates.device))
-    await_others(plan.side_by_side, gates.device)
-    m, m_n, c_n, c = cooperative.forward(gates, r, save=save, plan=plan, launch=launch or launch_kernel)
-    h, h_n = projection.project(m, whole) if whole.projected else (m, m_n)
-    return h, h_n, c_n, c
+    gates: Tensor, r: Recurrence, *, save: bool, plan: Plan | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """layer.Layer.forward of one call, by a plan if one is given."""
+    return _layer(problem_of(gates, r), gates.device, plan).forward(gates, r, save)
 
 
 def layer_backward(
-    dh: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    gates: Tensor,
-    c: Tensor,
-    recurrence: Recurrence,
-    *,
+    dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence, *,
     plan: Plan | None = None,
-    launch: Launch | None = None,
-) -> tuple[Tensor, ...]:
-    """Gradients through the recurrence of one layer in one direction.
-
-    Args:
-        dh, dh_n, dc_n: gradients of layer_forward's first three results; None counts as zero.
-        gates, c: what layer_forward saved: activated gates [T, B, 4H], float32 [T, B, H]. Not written to.
-        recurrence, plan, launch: as for layer_forward.
-
-    Returns:
-        dgates [T, B, 4H], gradient of the pre-activations; dh0 [B, P]; dc0 float32 [B, H]; and, with a projection,
-        the whole gradient of h [T, B, P] (without one, an empty tensor), from which dW_hr is taken. And an empty
-        tensor, and float32 dreset_c [T, B, H], zero but at resets, empty without such states.
-
-    Raises:
-        RuntimeError: blocks of an earlier launch waited in vain for each other.
-        TypeError: a dtype that the kernels do not take.
-        ValueError: recurrent dropout, zoneout, peepholes or layer norms; T, B or H is more than the kernels can count
-            to.
-    """
-    r = whole = _checked(gates, recurrence)
-    dm, dm_n, dh_total = dh, dh_n, gates.new_empty(0)
-    if whole.projected:
-        r = projection.recurrence_of_m(whole)
-        dh_total = projection.gradient_of_output(dh, dh_n, len(gates), whole)
-        dm, dm_n = projection.gradient_of_m(dh_total, whole), None
-    plan = plan or choose_plan(_problem(gates, r, backward=True), card_of(gates.device))
-    await_others(plan.side_by_side, gates.device)
-    dgates, dc0, dreset_c = cooperative.backward(dm, dm_n, dc_n, gates, c, r, plan=plan, launch=launch or launch_kernel)
-    if whole.projected:
-        projection.add_gradient_of_next(dh_total, dgates, whole)
-    return dgates, initial_hidden_gradient(dgates, dh_n, None, whole), dc0, dh_total, c.new_empty(0), dreset_c
-
-
-def _problem(gates: Tensor, r: Recurrence, backward: bool) -> Problem:
-    return Problem(gates.shape[1], r.hidden, gates.dtype, backward, r.precision, r.side_by_side)
-
-
-def _checked(gates: Tensor, r: Recurrence) -> Recurrence:
-    """What the kernels take: lengths in int32.
-
-    Raises:
-        RuntimeError, TypeError, ValueError: as layer_forward.
-    """
-    raise_if_gave_up(gates.device)
-    if gates.dtype not in ELEMENTS:
-        raise TypeError(f"backend 'cupy' takes float16, bfloat16 and float32, got {gates.dtype}")
-    if r.regularised:
-        raise ValueError("backend 'cupy' takes neither recurrent dropout nor zoneout")
-    if r.weight_peephole is not None or r.normalised:
-        raise ValueError("backend 'cupy' takes neither peepholes nor layer norms")
-    check_counts(gates)
-    return r if r.lengths is None else dataclasses.replace(r, lengths=r.lengths.int())
+) -> Gradients:  # fmt: skip
+    """layer.Layer.backward of one call, by a plan if one is given."""
+    return _layer(problem_of(gates, r), gates.device, plan).backward(dh, dh_n, dc_n, gates, c, r)
 
 
 def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tensor | int | None) -> None:
@@ -145,12 +175,9 @@ def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tens
 
     values = tuple(by_value(a) for a in in_order(kernel, arguments))
     device = arguments["gates"].device
-    if arguments["B"] == 0:
-        return
-    with torch.cuda.device(device):
-        function = _kernel(device, kernel, dtype, plan.template("backward" in kernel))
-        with _stream(device):
-            function(plan.grid, (plan.threads,), values, shared_mem=plan.shared)
+    function = _kernel(device, kernel, dtype, plan.template("backward" in kernel))
+    with _stream(device):
+        function(plan.grid, (plan.threads,), values, shared_mem=plan.shared)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from math import ceil
 import torch
 
 from ..architectures import shared_memory_of
+from ..problem import Problem
 
 Launch = Callable[..., None]
 """launch(kernel, dtype, plan, **arguments): `launch.launch_kernel`."""
@@ -48,21 +49,9 @@ def card_of(device: torch.device) -> Card:
     return Card(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One layer in one direction: B sequences, H units."""
-
-    batch: int
-    hidden: int
-    dtype: torch.dtype
-    backward: bool
-    precision: str = "ieee"  # of float32 products
-    side_by_side: int = 1  # such layers or directions run at once, and share the card
-
-    @property
-    def words(self) -> int:
-        """W: of 32 bits, that a row of H elements takes at 16 bytes."""
-        return 4 * ceil(self.hidden * self.dtype.itemsize / 16)
+def words_of(problem: Problem) -> int:
+    """W: of 32 bits, that a row of H elements takes at 16 bytes."""
+    return 4 * ceil(problem.hidden * problem.size / 16)
 
 
 @dataclass(frozen=True)
@@ -90,39 +79,33 @@ class Plan:
 
 
 @functools.cache
-def choose_plan(problem: Problem, card: Card) -> Plan:
-    """The plan that is expected to be the fastest. There always is one: weights can be read at every step."""
-    return min(plans(problem, card), key=lambda plan: plan.clocks)
+def choose_plan(problem: Problem, card: Card, backward: bool) -> Plan:
+    """The plan that is estimated to be the fastest. There always is one: weights can be read at every step."""
+    return min(plans(problem, card, backward), key=lambda plan: plan.clocks)
 
 
-def plans(problem: Problem, card: Card) -> Iterator[Plan]:
+def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
     """All there are."""
-    tensor_cores = card.architecture >= 80 and (problem.dtype.itemsize == 2 or problem.precision == "tf32")
-    for parts in (1, 2, 4) if problem.backward else (1,):
+    tensor_cores = card.architecture >= 80 and not problem.exact_float32
+    for parts in (1, 2, 4) if backward else (1,):
+        k = words_of(problem) * (4 // parts if backward else 1)  # of a row of weights
         for warps in (4, 8):
-            chunks = ceil(_words_of_sum(problem, parts) / (CHUNK * warps))
+            chunks = ceil(k / (CHUNK * warps))
             for units in range(4, 4 * warps + 1, 4):
-                rows = _rows(problem, units, parts)
+                rows = units * (parts if backward else 4)  # of weights that a block keeps
                 if tensor_cores and rows % 16 == 0 and (rows // 2 + 4) * chunks + rows // 2 <= MOST_REGISTERS:
-                    yield from _plan(problem, card, units, warps, chunks, parts)
+                    yield from _plan(problem, card, backward, units, warps, chunks, parts)
                 if warps == 8 and rows in (32, 64):
-                    yield from _plan(problem, card, units, warps, 0, parts)
+                    yield from _plan(problem, card, backward, units, warps, 0, parts)
 
 
-def _rows(problem: Problem, units: int, parts: int) -> int:
-    """Of weights that a block takes: gates of its units, or units of all the blocks that it shares gates with."""
-    return units * (parts if problem.backward else 4)
-
-
-def _words_of_sum(problem: Problem, parts: int) -> int:
-    """K: words of a row of weights."""
-    return problem.words * (4 // parts if problem.backward else 1)
-
-
-def _plan(problem: Problem, card: Card, units: int, warps: int, chunks: int, parts: int) -> Iterator[Plan]:
+def _plan(
+    problem: Problem, card: Card, backward: bool, units: int, warps: int, chunks: int, parts: int
+) -> Iterator[Plan]:
     """The plan of these sizes, if all its blocks can be resident at once."""
     multiprocessors = card.multiprocessors // problem.side_by_side
-    rows, k = _rows(problem, units, parts), _words_of_sum(problem, parts)
+    # Rows: gates of a block's units; backward units of all the blocks that it shares gates with.
+    rows, k = units * (parts if backward else 4), words_of(problem) * (4 // parts if backward else 1)
     shared = 16 * warps * SEQUENCES * (rows // 2 + 2)
     shared += 0 if chunks else 4 * warps * AHEAD * SEQUENCES * CHUNK
     wanted, most = parts * ceil(problem.hidden / (parts * units)), multiprocessors // parts * parts
@@ -132,11 +115,11 @@ def _plan(problem: Problem, card: Card, units: int, warps: int, chunks: int, par
     tiles = ceil(problem.batch / SEQUENCES)
     groups = max(1, min(tiles, multiprocessors // blocks))
     turns = ceil(tiles / groups) * ceil(wanted / blocks)  # of a step
-    turn = REST[problem.backward] + SEQUENCES * (4 * k / L2_BYTES + 8 * warps * rows / SHARED_BYTES)
+    turn = REST[backward] + SEQUENCES * (4 * k / L2_BYTES + 8 * warps * rows / SHARED_BYTES)
     if chunks:
         turn += PRODUCTS * rows / 16 * k / 8
     else:
-        multiply_adds = rows * k * 4 // problem.dtype.itemsize * SEQUENCES
+        multiply_adds = rows * k * 4 // problem.size * SEQUENCES
         turn += max(4 * rows * k / L2_BYTES, 1.5 * multiply_adds / MULTIPLY_ADDS)
     turn += EXCHANGE * (parts > 1)
     step = turns * turn + max(0, EXCHANGE - (turns - 1) * turn)

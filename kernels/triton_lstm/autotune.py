@@ -1,70 +1,74 @@
-"""Measured plans: those of a problem are timed on the card at hand, and the fastest is remembered."""
+"""Measured plans: those of a problem are timed on the card at hand, and the fastest is kept in the cache."""
 
-import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 
-from ..recurrence import Recurrence
-from . import plan_cache
-from .families import plans
-from .launch import choose_anew, launch_kernel, layer_backward, layer_forward
-from .planning import Plan, Problem, device_of
-from .trial import Attempt, obstacle
+from ..layer import Layer
+from ..problem import Pass, Problem, Recurrence
+from .choose import card_of, keep_measured, plans, why_it_does_not_fit
+from .launch import forget, layer_by, layer_of, recorded_launches
+from .planning import Plan
 
 logger = logging.getLogger("gpu_lstm")
 
 
 def autotune(problem: Problem, device: torch.device) -> dict[str, Plan]:
-    """Time the plans of a problem on `device`, forward and backward, and remember the fastest of each.
+    """Time the plans of a problem on `device`, forward and backward, and keep the fastest of each.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, of which timing would become part; or no plan can be compiled.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("autotune cannot time kernels while a CUDA graph is captured; call it before the capture")
-    card = device_of(torch.cuda.get_device_properties(device))
+    card = card_of(device)
     fastest = {}
     with torch.cuda.device(device):
-        for name, backward in (("forward", False), ("backward", True)):
-            attempt = _call(problem, backward, device)
-            proposed = plans(problem, card, backward)
+        for name, which in (("forward", Pass()), ("backward", Pass(backward=True, dh_n=False))):
+            call = _call(problem, which, device)
+            proposed = plans(problem, card, which.backward)
             milliseconds = {}
             for number, plan in enumerate(proposed, start=1):
-                refused = obstacle(plan, attempt)
+                refused = why_it_does_not_fit(recorded_launches(problem, which, plan))
                 if refused is None:
-                    milliseconds[plan] = time_plan(plan, attempt)
+                    milliseconds[plan] = time_plan(plan, call)
                 logger.info(
                     "%s, plan %d of %d: %s %dx%d: %s", name, number, len(proposed), plan.family.value, plan.rows,
                     plan.columns, f"{milliseconds[plan]:.3g} ms" if refused is None else refused,
                 )  # fmt: skip
             fastest[name] = min(milliseconds, key=milliseconds.__getitem__)
-            plan_cache.remember(dataclasses.replace(problem, steps=2), card, backward, fastest[name])
-    choose_anew()
+            keep_measured(problem, card, which.backward, fastest[name])
+    forget()
     return fastest
 
 
-def time_plan(plan: Plan, attempt: Attempt) -> float:
-    """Milliseconds that a plan takes, the median of many runs."""
-    return triton.testing.do_bench(lambda: attempt(plan, launch_kernel), return_mode="median")
+def time_plan(plan: Plan, call: Callable[[Plan], Callable[[], object]]) -> float:
+    """Milliseconds of a plan, the median of many runs."""
+    return triton.testing.do_bench(call(plan), return_mode="median")
 
 
-def _call(problem: Problem, backward: bool, device: torch.device) -> Attempt:
-    """The recurrence of a random problem by a plan, all saved and the gradient of every h given."""
-    steps, batch, hidden = problem.steps, problem.batch, problem.hidden
-    width = problem.projected or hidden
+def _call(problem: Problem, which: Pass, device: torch.device) -> Callable[[Plan], Callable[[], object]]:
+    """call(plan)() runs random data through a plan, all saved and the gradient of every h given."""
+    steps, batch, hidden, width = problem.steps, problem.batch, problem.hidden, problem.width
     options: Any = {"dtype": problem.dtype, "device": device}
     gates = torch.randn(steps, batch, 4 * hidden, **options)
-    recurrence = Recurrence(
+    r = Recurrence(
         weight_hh=torch.randn(4 * hidden, width, **options) / width**0.5,
         weight_hr=torch.randn(width, hidden, **options) / hidden**0.5 if problem.projected else None,
         h0=torch.zeros(batch, width, **options),
         c0=torch.zeros(batch, hidden, device=device),
         precision=problem.precision,
     )
-    if not backward:
-        return lambda plan, launch: layer_forward(gates, recurrence, save=True, plan=plan, launch=launch)
-    h, _, _, c = layer_forward(gates, recurrence, save=True)
-    return lambda plan, launch: layer_backward(h, None, None, gates, c, recurrence, plan=plan, launch=launch)
+    if which.backward:
+        h, _, _, c = layer_of(problem, device).forward(gates, r, save=True)
+
+    def call(plan: Plan) -> Callable[[], object]:
+        layer: Layer = layer_by(problem, device, plan)
+        if which.backward:
+            return lambda: layer.backward(h, None, None, gates, c, r)
+        return lambda: layer.forward(gates, r, save=True)
+
+    return call

@@ -3,8 +3,7 @@
 import contextlib
 import functools
 import io
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,8 +24,7 @@ _POINTER = {
 }
 
 
-@dataclass(frozen=True)
-class RecordedLaunch:
+class RecordedLaunch(NamedTuple):
     """One kernel launch as the launcher would make it."""
 
     kernel: Any

@@ -10,19 +10,17 @@ import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..architectures import shared_memory_of
-from ..recurrence import NO_NORMS, Norms, Recurrence
+from ..problem import Pass, Problem
 from ..report import Report
 from ..sass import time_loops
 from .binary import RecordedLaunch, compile_for, resources_of
-from .families import FAMILIES, plans
-from .launch import INTERPRETED
-from .planning import DEVICES, Device, Plan, Problem
+from .choose import plans
+from .launch import INTERPRETED, recorded_launches
+from .planning import DEVICES, Device, Plan
 from .step import step_plan
 
 STEP_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -41,16 +39,30 @@ class Case:
     backward: bool
     device: Device
     step: bool = False  # by the step family, whatever is proposed besides
-    ragged: bool = False  # with lengths, and resets to given states, in reverse
-    training: bool = True  # of a regularised problem: with masks, not probabilities
-    peepholes: bool = False
 
     def __str__(self) -> str:
         p = self.problem
         name = str(p.dtype).removeprefix("torch.") + f" {p.precision}" * (p.dtype is torch.float32)
-        name += f" B={p.batch} H={p.hidden}" + f" P={p.projected}" * bool(p.projected) + " ragged" * self.ragged
-        name += " peepholes" * self.peepholes + " layer norm" * p.normalised
-        return name + (" masks" if self.training else " rates") * p.regularised
+        name += f" B={p.batch} H={p.hidden}" + f" P={p.projected}" * bool(p.projected) + " ragged" * bool(p.lengths)
+        name += " peepholes" * p.peepholes + " layer norm" * p.normalised
+        return name + (" masks" if p.dropout_h else " rates") * p.regularised
+
+
+def problem_with(
+    problem: Problem,
+    ragged: bool = False,
+    regularised: bool = False,
+    training: bool = True,
+    peepholes: bool = False,
+    normalised: bool = False,
+) -> Problem:
+    """A problem with lengths and resets to given states in reverse; noise, by masks in training; a variant of the cell."""
+    zoneout = (3 if training else 0) if regularised else None
+    return problem._replace(
+        lengths=torch.int64 if ragged else None, resets=ragged, reset_h=ragged and regularised, reset_c=ragged,
+        reverse=ragged, dropout_h=regularised and training, zoneout_h=zoneout, zoneout_c=zoneout, peepholes=peepholes,
+        norms=(normalised,) * 3,
+    )  # fmt: skip
 
 
 def cases(quick: bool) -> list[Case]:
@@ -75,11 +87,9 @@ def step_cases() -> list[Case]:
     )
     return [
         Case(
-            Problem(2, batch, hidden, dtype, projected, precision, regularised=regularised, normalised=normalised),
-            backward, device, True, ragged, training, peepholes,
+            problem_with(Problem(2, batch, hidden, dtype, projected, precision), *kind), backward, device, True,
         )
-        for (dtype, precision), (batch, hidden, projected, ragged, regularised, training, peepholes, normalised),
-            backward, device
+        for (dtype, precision), (batch, hidden, projected, *kind), backward, device
         in itertools.product(PRECISIONS, kinds, (False, True), devices)
     ]  # fmt: skip
 
@@ -96,10 +106,9 @@ def sequence_cases() -> list[Case]:
     kinds += [(64, 768, True, True, True, True, True)]
     return [
         Case(
-            Problem(2, batch, hidden, dtype, 0, precision, regularised=regularised, normalised=normalised),
-            backward, device, False, ragged, training, peepholes,
+            problem_with(Problem(2, batch, hidden, dtype, 0, precision), *kind), backward, device,
         )
-        for (dtype, precision), (batch, hidden, ragged, regularised, training, peepholes, normalised), backward, device
+        for (dtype, precision), (batch, hidden, *kind), backward, device
         in itertools.product(PRECISIONS[:3], kinds, (False, True), SEQUENCE_DEVICES)
     ]  # fmt: skip
 
@@ -120,10 +129,7 @@ def _reports_of(case: Case) -> list[Report]:
         candidates = plans(case.problem, case.device, case.backward)
     rows: list[Report] = []
     for plan in candidates:
-        launches = recorded_launches(
-            case.problem, case.backward, plan, case.ragged, case.ragged, case.training, case.peepholes
-        )
-        rows = [report(launch, case, plan) for launch in launches]
+        rows = [report(launch, case, plan) for launch in recorded_launches(case.problem, Pass(case.backward), plan)]
         if all(row.fits for row in rows):
             break
     return rows
@@ -174,67 +180,3 @@ def _weight_loads_in_loops(ttgir: str, launch: RecordedLaunch) -> int:
         while loops and depth <= loops[-1]:
             loops.pop()
     return loads
-
-
-def recorded_launches(
-    problem: Problem,
-    backward: bool,
-    plan: Plan,
-    ragged: bool = False,
-    reverse: bool = False,
-    training: bool = True,
-    peepholes: bool = False,
-) -> list[RecordedLaunch]:
-    """The distinct launches that a plan makes, everything saved and every gradient given, without making them.
-
-    A problem that is regularised has masks in training, else zoneout's probabilities.
-    """
-    launches: dict[str, RecordedLaunch] = {}
-
-    def record(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        launches.setdefault(kernel.__name__, RecordedLaunch(kernel, grid, arguments))
-
-    def meta(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    steps, batch, hidden = problem.steps, problem.batch, problem.hidden
-    width = problem.projected or hidden
-    gates, h, h0 = meta(steps, batch, 4 * hidden), meta(steps, batch, width), meta(batch, width)
-    c, c0 = meta(steps, batch, hidden, dtype=torch.float32), meta(batch, hidden, dtype=torch.float32)
-    noise: dict[str, Tensor] = {}
-    if problem.regularised and training:
-        noise = dict(
-            dropout_h=meta(batch, width),
-            zoneout_h=meta(steps, batch, width, dtype=torch.bool),
-            zoneout_c=meta(steps, batch, hidden, dtype=torch.bool),
-        )
-    elif problem.regularised:
-        noise = dict(zoneout_h=meta(dtype=torch.float32), zoneout_c=meta(dtype=torch.float32))
-    norms = NO_NORMS
-    if problem.normalised:
-        f32 = torch.float32
-        norms = Norms(
-            meta(4 * hidden), meta(hidden), meta(hidden), meta(steps, batch, 4 * hidden), meta(steps, batch, dtype=f32),
-            meta(steps, batch, hidden, dtype=f32), meta(steps, batch, dtype=f32),
-        )  # fmt: skip
-    recurrence = Recurrence(
-        weight_hh=meta(4 * hidden, width),
-        weight_hr=meta(width, hidden) if problem.projected else None,
-        h0=h0,
-        c0=c0,
-        lengths=meta(batch, dtype=torch.int64) if ragged else None,
-        resets=meta(steps, batch, dtype=torch.bool) if ragged else None,
-        reset_h=meta(steps, batch, width) if ragged and problem.regularised else None,
-        reset_c=meta(steps, batch, hidden, dtype=torch.float32) if ragged else None,
-        weight_peephole=meta(3 * hidden) if peepholes else None,
-        norms=norms,
-        reverse=reverse,
-        precision=problem.precision,
-        **noise,
-    )
-    family = FAMILIES[plan.family]
-    if backward:
-        family.backward(h, h0, c0, gates, c, recurrence, plan=plan, launch=record)
-    else:
-        family.forward(gates, recurrence, save=True, plan=plan, launch=record)
-    return list(launches.values())

@@ -26,7 +26,6 @@ of which the last may be half empty. So the weights come as words, too.
 
 from collections.abc import Iterator
 from math import ceil
-from typing import Any
 
 import torch
 import triton
@@ -34,10 +33,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..architectures import KB
-from ..giving_up import error_word
-from ..initial_gradient import Gradients, reset_gradients
 from ..operands import as_words, transposed_gates
-from ..recurrence import Recurrence
+from ..problem import Problem, Recurrence
 from .cell import (
     cell_backward,
     cell_forward,
@@ -48,8 +45,7 @@ from .cell import (
     zoneout,
     zoneout_backward,
 )
-from .exchange import PATIENCE, collect, in_phase, pack, publish
-from .features import OPTIONS
+from .exchange import collect, in_phase, pack, publish
 from .fragments import SEQUENCES, load_weights, product, scale, sequence_in, sum_over_warps, threads
 from .indexing import (
     cell_before,
@@ -66,9 +62,9 @@ from .indexing import (
     time_of,
 )
 from .norm import EPS, load_for_units, normalise, normalise_backward, squares_about, units_of
-from .planning import Device, Family, Launch, Plan, Problem, expected
+from .planning import Device, Family, Plan, expected
 
-FILL = -1  # as int32: the word that stands for data which is not there yet, and that `pack` never makes
+SENTINEL = -1  # as int32: the word that stands for data which is not there yet, and that `pack` never makes
 
 
 @triton.jit
@@ -105,7 +101,7 @@ def exchange_pairs(
     H: tl.constexpr,
     UNITS: tl.constexpr,
     WARPS: tl.constexpr,
-    PATIENCE: tl.constexpr,
+    POLL_LIMIT: tl.constexpr,
 ):
     """Two numbers of each sequence: what a thread's programs, place + n ROW, say of their units; zero where none is.
 
@@ -121,7 +117,7 @@ def exchange_pairs(
     own = in_phase(pack(tl.where(place == 0, first, second), tl.float32), phase)
     publish(pairs_at + 2 * program + place, own, here & (place < 2))
     left = tl.where(here, 2 * (PROGRAMS - place), 0)
-    words = collect(pairs_at + 2 * place, left, phase, error_ptr, step, COUNT, 2, 2 * ROW, 2, True, PATIENCE)
+    words = collect(pairs_at + 2 * place, left, phase, error_ptr, step, COUNT, 2, 2 * ROW, 2, True, POLL_LIMIT)
     found = ()
     for n in tl.static_range(COUNT):
         numbers = words[2 * n].to(tl.float32, bitcast=True), words[2 * n + 1].to(tl.float32, bitcast=True)
@@ -143,7 +139,7 @@ def moments_of_group(
     UNITS: tl.constexpr,
     WARPS: tl.constexpr,
     GATES: tl.constexpr,
-    PATIENCE: tl.constexpr,
+    POLL_LIMIT: tl.constexpr,
 ):
     """(mean, scale) of v of all units, [THREADS]."""
     total = tl.zeros((32 * WARPS,), tl.float32)
@@ -155,7 +151,7 @@ def moments_of_group(
         distance = tl.where(is_cell, v[n] - own, 0.0)
         total += distance * distance
     of_programs = exchange_pairs(
-        own, sum_of_row(total, WARPS), pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, PATIENCE
+        own, sum_of_row(total, WARPS), pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, POLL_LIMIT
     )
     # About this program's mean, so that both sums can be taken at once: it is not so far from that of all that much
     # would cancel, at most the square root of as many deviations as there are programs.
@@ -183,12 +179,12 @@ def means_of_group(
     UNITS: tl.constexpr,
     WARPS: tl.constexpr,
     GATES: tl.constexpr,
-    PATIENCE: tl.constexpr,
+    POLL_LIMIT: tl.constexpr,
 ):
     """Both sums over all units, divided by GATES * H, [THREADS]: what `normalise_backward` takes."""
     of_programs = exchange_pairs(
         sum_of_row(d, WARPS), sum_of_row(d_unit, WARPS),
-        pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, PATIENCE,
+        pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, POLL_LIMIT,
     )  # fmt: skip
     d, d_unit = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
     for n in tl.static_range(len(of_programs) // 3):
@@ -225,7 +221,7 @@ def lstm_cooperative_forward_kernel(
     PEEPHOLES: tl.constexpr,
     REVERSE: tl.constexpr,
     SAVE: tl.constexpr,
-    PATIENCE: tl.constexpr,
+    POLL_LIMIT: tl.constexpr,
     UNITS: tl.constexpr,
     CHUNKS: tl.constexpr,
     WARPS: tl.constexpr,
@@ -291,7 +287,7 @@ def lstm_cooperative_forward_kernel(
         # With layer norms padding and what a reset cuts off is waited for, too, so that nobody publishes the numbers of
         # his units over others that somebody still waits for.
         left = tl.where(in_column if NORM_HH or NORM_C else from_h, W - first_word, 0)
-        h_prev = collect(h_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, PATIENCE)
+        h_prev = collect(h_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, POLL_LIMIT)
         if NORM_HH or NORM_C:
             collected, h_prev = h_prev, ()
             for n in tl.static_range(4 * CHUNKS):
@@ -305,7 +301,7 @@ def lstm_cooperative_forward_kernel(
         if NORM_HH:
             mean, scale_hh = moments_of_group(
                 (z_i, z_f, z_g, z_o), is_cell, pairs_hh_ptr, batch, in_batch, step % 2, error_ptr, step,
-                H, UNITS, WARPS, 4, PATIENCE,
+                H, UNITS, WARPS, 4, POLL_LIMIT,
             )  # fmt: skip
             z_i, z_f = normalise(z_i, mean, scale_hh, gain_i, 0.0), normalise(z_f, mean, scale_hh, gain_f, 0.0)
             z_g, z_o = normalise(z_g, mean, scale_hh, gain_g, 0.0), normalise(z_o, mean, scale_hh, gain_o, 0.0)
@@ -314,7 +310,7 @@ def lstm_cooperative_forward_kernel(
         )
         if NORM_C:
             mean, scale_c = moments_of_group(
-                (c,), is_cell, pairs_c_ptr, batch, in_batch, step % 2, error_ptr, step, H, UNITS, WARPS, 1, PATIENCE
+                (c,), is_cell, pairs_c_ptr, batch, in_batch, step % 2, error_ptr, step, H, UNITS, WARPS, 1, POLL_LIMIT
             )
             h = output(o, normalise(c, mean, scale_c, gain_c, bias_c))
         if zoneout_c_ptr is not None:
@@ -359,7 +355,7 @@ def lstm_cooperative_backward_kernel(
     pairs_hh_ptr,  # see `exchange_pairs`, with a layer norm of W_hh h; or None
     pairs_c_ptr,  # the same, of c; or None
     partials_ptr,  # [B, 4, H] int32: float32 words, the second exchange; their last bits are one beforehand
-    dm_ptr,  # [T*B, H] out: the gradient of m; None without a layer norm of c
+    dh_total_ptr,  # [T*B, H] out: the gradient of m; None without a layer norm of c
     dc_ptr,  # [B, H] float32, gradient of c_n, made that of c before every step
     lengths_ptr,  # [B] or None
     resets_ptr,  # [T*B] or None
@@ -376,7 +372,7 @@ def lstm_cooperative_backward_kernel(
     H: tl.constexpr,
     PEEPHOLES: tl.constexpr,
     REVERSE: tl.constexpr,
-    PATIENCE: tl.constexpr,
+    POLL_LIMIT: tl.constexpr,
     UNITS: tl.constexpr,
     CHUNKS: tl.constexpr,
     WARPS: tl.constexpr,
@@ -459,7 +455,7 @@ def lstm_cooperative_backward_kernel(
         row_next = row_of(time_of(step + 1, length, REVERSE), of_sequence, B)
         dgates_at = words_ptr + row_next * (4 * W) + gate * W + first_word
         left = tl.where(in_sequences & (step < T - 1), W - first_word, 0)
-        dz = collect(dgates_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, PATIENCE)
+        dz = collect(dgates_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, POLL_LIMIT)
         parts = product(weights, dz, DTYPE, CHUNKS, TILES, WARPS)
         partials = sum_over_warps(parts, sum_rows, sum_sequences, thread < 32 * UNITS, turn % 2, SUMS, TILES, WARPS)
 
@@ -472,7 +468,7 @@ def lstm_cooperative_backward_kernel(
             publish(to_at, in_phase(pack(partials[n], tl.float32), phase), wanted)
         parts_at = partials_ptr + batch.to(tl.int64) * (4 * H) + unit
         left = tl.where(is_cell & in_batch, 4 * H, 0)  # at every step: no phase is left out
-        p_i, p_f, p_g, p_o = collect(parts_at, left, phase, error_ptr, step, 4, 1, H, 1, True, PATIENCE)
+        p_i, p_f, p_g, p_o = collect(parts_at, left, phase, error_ptr, step, 4, 1, H, 1, True, POLL_LIMIT)
         dh_prev = (
             (p_i.to(tl.float32, bitcast=True) + p_f.to(tl.float32, bitcast=True))
             + (p_g.to(tl.float32, bitcast=True) + p_o.to(tl.float32, bitcast=True))
@@ -496,7 +492,7 @@ def lstm_cooperative_backward_kernel(
             dz_o, d_unit = normed_output_backward(o, unit_c, dh, gain_c, bias_c)
             mean_d, mean_d_unit = means_of_group(
                 d_unit, d_unit * unit_c, pairs_c_ptr, batch, in_batch, phase, error_ptr, step,
-                H, UNITS, WARPS, 1, PATIENCE,
+                H, UNITS, WARPS, 1, POLL_LIMIT,
             )  # fmt: skip
             dc += normalise_backward(d_unit, unit_c, scale_c, mean_d, mean_d_unit)
             dz_i, dz_f, dz_g, dz_o, dc_prev = gates_backward(
@@ -516,7 +512,7 @@ def lstm_cooperative_backward_kernel(
             d_g, d_o = gain_g * dz_g.to(DTYPE).to(tl.float32), gain_o * dz_o.to(DTYPE).to(tl.float32)
             mean_d, mean_d_unit = means_of_group(
                 (d_i + d_f) + (d_g + d_o), (d_i * unit_i + d_f * unit_f) + (d_g * unit_g + d_o * unit_o),
-                pairs_hh_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, 4, PATIENCE,
+                pairs_hh_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, 4, POLL_LIMIT,
             )  # fmt: skip
             dz_i = normalise_backward(d_i, unit_i, scale_hh, mean_d, mean_d_unit)
             dz_f = normalise_backward(d_f, unit_f, scale_hh, mean_d, mean_d_unit)
@@ -532,7 +528,7 @@ def lstm_cooperative_backward_kernel(
         publish(word_at + 3 * W, pack(dz_o, DTYPE), here)
         tl.store(dc_ptr + state_at, tl.where(continues, dc_prev, 0.0), mask=valid_cell)
         if NORM_C:
-            tl.store(dm_ptr + at, dh.to(DTYPE), mask=is_cell & in_batch)
+            tl.store(dh_total_ptr + at, dh.to(DTYPE), mask=is_cell & in_batch)
         if dreset_c_ptr is not None:
             tl.store(dreset_c_ptr + at, dc_prev, mask=reset_cell)
         step, tile = next_turn(step, tile, -1, B)
@@ -540,9 +536,8 @@ def lstm_cooperative_backward_kernel(
 
 def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
     """Where the registers of all multiprocessors together hold W_hh as operands of tensor cores."""
-    no_tensor_cores = problem.dtype is torch.float32 and problem.precision == "ieee"
     in_the_loop = problem.projected and problem.regularised  # see kernels/projection.py
-    if in_the_loop or problem.batch == 0 or no_tensor_cores:
+    if in_the_loop or problem.batch == 0 or problem.exact_float32:
         return
     words = ceil(problem.hidden * problem.size / 4)
     warps = 8 if words > 64 else 4
@@ -571,82 +566,58 @@ MOST_REGISTERS = 190  # of a thread's 255 that may hold weights, words and sums
 STATIC_SHARED = 48 * KB  # that a kernel may declare (CUDA C++ Programming Guide)
 
 
-def forward(
-    gates: Tensor, recurrence: Recurrence, *, save: bool, plan: Plan, launch: Launch
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As launch.layer_forward: one launch."""
-    r = recurrence
-    steps, batch, _ = gates.shape
+KERNELS = lstm_cooperative_forward_kernel, lstm_cooperative_backward_kernel
+
+
+def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """What forward needs besides what all families are given: h, for `hidden_states`; and arguments."""
+    steps, batch, gates_of_all = gates.shape
     h_then_h0 = _rows_of_words(gates, steps + 1, batch)
-    h_n, c_n = r.h0.clone(), r.c0.clone()  # what a sequence of length 0 ends with
-    c = r.c0.new_empty((steps, batch, r.hidden) if save else 0)
-    h_then_h0.view(torch.int32).fill_(FILL)
+    words = h_then_h0.view(torch.int32).fill_(SENTINEL)
     h_then_h0[-1].zero_()
-    h_then_h0[-1, :, : r.hidden] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the fill's
-    launch(
-        lstm_cooperative_forward_kernel, (plan.programs, plan.groups),
-        gates_ptr=gates, weights_ptr=as_words(r.weight_hh), words_ptr=h_then_h0.view(torch.int32),
-        c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n,
-        dropout_h_ptr=None if r.dropout_h is None else as_words(r.dropout_h), reset_h_ptr=r.reset_h,
-        error_ptr=error_word(gates.device, "lstm_cooperative_forward_kernel"), SAVE=save,
-        **_shared_arguments(plan, gates, r),
-    )  # fmt: skip
-    return h_then_h0[:-1, ..., : r.hidden].contiguous(), h_n, c_n, c
+    h_then_h0[-1, :, : gates_of_all // 4] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the sentinel's
+    return h_then_h0, {
+        "weights_ptr": as_words(r.weight_hh),
+        "words_ptr": words,
+        "h_n_ptr": r.h0.clone(),  # what a sequence of length 0 ends with
+        "c_n_ptr": r.c0.clone(),
+        "dropout_h_ptr": None if r.dropout_h is None else as_words(r.dropout_h),
+        **_pairs(r, plan),
+    }
 
 
-def backward(
-    dh: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    gates: Tensor,
-    c: Tensor,
-    recurrence: Recurrence,
-    *,
-    plan: Plan,
-    launch: Launch,
-) -> Gradients:
-    """As launch.layer_backward: one launch."""
-    r = recurrence
+def hidden_states(h_then_h0: Tensor, hidden: int) -> Tensor:
+    """h [T, B, H]."""
+    return h_then_h0[:-1, ..., :hidden].contiguous()
+
+
+def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """As forward_buffers, of backward: dgates, for `gradient_of_gates`; and arguments."""
     steps, batch, _ = gates.shape
-    taken = _rows_of_words(gates, steps, batch, 4)  # by W_hh^T
-    taken.view(torch.int32).fill_(FILL)
-    dgates = None if r.norms.gain_hh is None else torch.empty_like(gates)
-    dm = None if r.norms.gain_c is None else torch.empty_like(c, dtype=gates.dtype)
-    dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
-    dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
-    dreset_h, dreset_c = reset_gradients(r)
-    launch(
-        lstm_cooperative_backward_kernel, (plan.programs, plan.groups),
-        dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0,
-        weights_ptr=transposed_gates(r.weight_hh), words_ptr=taken.view(torch.int32), dgates_ptr=dgates,
-        unit_hh_ptr=r.norms.unit_hh, scale_hh_ptr=r.norms.scale_hh,
-        unit_c_ptr=r.norms.unit_c, scale_c_ptr=r.norms.scale_c,
-        partials_ptr=torch.full_like(gates[0], FILL, dtype=torch.int32), dm_ptr=dm, dc_ptr=dc,
-        dropout_h_ptr=r.dropout_h, dh_from_zoneout_ptr=dh_from_zoneout, dreset_h_ptr=dreset_h, dreset_c_ptr=dreset_c,
-        error_ptr=error_word(gates.device, "lstm_cooperative_backward_kernel"), **_shared_arguments(plan, gates, r),
-    )  # fmt: skip
-    if dgates is None:
-        dgates = taken[..., : r.hidden].reshape(gates.shape)
-    return Gradients(dgates, dc, dh_from_zoneout, dm, dreset_h, dreset_c)
+    exchanged = _rows_of_words(gates, steps, batch, 4)  # what W_hh^T is multiplied with
+    dgates = None if r.gain_hh is None else torch.empty_like(gates)
+    return exchanged if dgates is None else dgates, {
+        "weights_ptr": transposed_gates(r.weight_hh),
+        "words_ptr": exchanged.view(torch.int32).fill_(SENTINEL),
+        "dgates_ptr": dgates,
+        "partials_ptr": torch.full_like(gates[0], SENTINEL, dtype=torch.int32),
+        **_pairs(r, plan),
+    }
 
 
-def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:
-    """What both kernels are given."""
-    steps, batch, _ = gates.shape
-    of_programs = batch, ceil(r.hidden / plan.columns), 2
+def gradient_of_gates(dgates: Tensor, gates: Tensor) -> Tensor:
+    """dgates [T, B, 4H]."""
+    return dgates[..., : gates.shape[-1] // 4].reshape(gates.shape) if dgates.dim() == 4 else dgates
+
+
+def _pairs(r: Recurrence, plan: Plan) -> dict[str, Tensor | None]:
+    """Of `exchange_pairs`, one for each layer norm."""
+    of_programs = len(r.h0), ceil(r.c0.shape[1] / plan.columns), 2
     pairs_hh, pairs_c = (
-        None if gain is None else r.c0.new_full(of_programs, FILL, dtype=torch.int32)
-        for gain in (r.norms.gain_hh, r.norms.gain_c)
+        None if gain is None else r.c0.new_full(of_programs, SENTINEL, dtype=torch.int32)
+        for gain in (r.gain_hh, r.gain_c)
     )
-    return dict(
-        gain_hh_ptr=r.norms.gain_hh, gain_c_ptr=r.norms.gain_c, bias_c_ptr=r.norms.bias_c,
-        pairs_hh_ptr=pairs_hh, pairs_c_ptr=pairs_c,
-        lengths_ptr=r.lengths, resets_ptr=r.resets, zoneout_h_ptr=r.zoneout_h, zoneout_c_ptr=r.zoneout_c,
-        reset_c_ptr=r.reset_c, peephole_ptr=r.weight_peephole, PEEPHOLES=r.weight_peephole is not None,
-        T=steps, B=batch, H=r.hidden, REVERSE=r.reverse, PATIENCE=PATIENCE,
-        UNITS=plan.columns, CHUNKS=plan.k, WARPS=plan.num_warps,
-        num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS, launch_cooperative_grid=True,
-    )  # fmt: skip
+    return {"pairs_hh_ptr": pairs_hh, "pairs_c_ptr": pairs_c}
 
 
 def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:

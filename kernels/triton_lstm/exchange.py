@@ -10,7 +10,7 @@ Nothing is overwritten while somebody may still read it, and nothing is reset in
             One write and one read a step, and no barrier.
     meet    A counter of arrivals: store everything, count up (release), wait for the count (acquire), then load.
 
-Waiting is bounded. A poll is one look at a counter or at words, and PATIENCE is how many polls one wait may take. When
+Waiting is bounded. A poll is one look at a counter or at words, and POLL_LIMIT is how many polls one wait may take. When
 that was not enough, the error word is set to step + 1 and no later step waits for long, so that the launch ends.
 """
 
@@ -20,7 +20,7 @@ import triton.language as tl
 from .assembly import operands, types
 from .features import constexpr_function
 
-PATIENCE = 1 << 22  # seconds, where a step takes microseconds
+POLL_LIMIT = 1 << 22  # seconds, where a step takes microseconds
 
 POLLS_BETWEEN_LOOKS = 64  # a power of two
 """How often a reader that waits for words looks whether another gave up: the error word is far away, at the host."""
@@ -109,7 +109,7 @@ def collect(
     STRIDE: tl.constexpr,  # words from one group to the next
     TOGETHER: tl.constexpr,  # 1, 2 or 4: neighbours that one load takes; they lie at a multiple of as many words
     PHASED: tl.constexpr,
-    PATIENCE: tl.constexpr,
+    POLL_LIMIT: tl.constexpr,
 ):
     """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32. Words that are not there are zero.
 
@@ -120,16 +120,16 @@ def collect(
     if INTERPRETED:
         words = load_volatile(at, left, GROUPS, SIZE, STRIDE)
         polls = 0
-        while (count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED) > 0) & (polls < PATIENCE):
+        while (count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED) > 0) & (polls < POLL_LIMIT):
             words = load_volatile(at, left, GROUPS, SIZE, STRIDE)
             polls += 1
             if tl.load(error_ptr, volatile=True) != 0:
-                polls = PATIENCE
+                polls = POLL_LIMIT
         missing = count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED)
         tl.store(error_ptr, step + 1, mask=missing > 0)
     else:
         words = tl.inline_asm_elementwise(
-            polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, PATIENCE),
+            polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, POLL_LIMIT),
             operands("=&r", COUNT, "l", 1, "r", 2, "l", 1, "r", 1),
             [at, left, phase, error_ptr, step + 1], dtype=types(tl.int32, COUNT), is_pure=False, pack=1,
         )  # fmt: skip

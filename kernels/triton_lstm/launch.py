@@ -1,209 +1,260 @@
-"""The Triton backend's two entry points. One layer, one direction; the input product is already in `gates`."""
+"""The launches of the Triton backend: a plan of one problem and pass, put together once and then only launched."""
 
-import dataclasses
 from collections.abc import Callable
-from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from .. import projection
-from ..giving_up import raise_if_gave_up
-from ..initial_gradient import initial_hidden_gradient
-from ..ordering import await_others
-from ..recurrence import Recurrence, check_counts
-from . import plan_cache, step
-from .families import FAMILIES, plans
-from .planning import INTERPRETER, Family, Launch, Plan, Problem, device_of
-from .trial import Attempt, first_that_fits
-
-Distrust = Callable[..., str | None]
+from ..layer import Chosen, Gradients, Layer, LoopGradients, Verify, zeros_for_resets
+from ..problem import Pass, Problem, Recurrence, problem_of
+from ..timeouts import KERNELS, error_word
+from . import exchange, step
+from .binary import RecordedLaunch
+from .choose import FAMILIES, candidates, card_of, choose_plan, load, measured_plan
+from .features import OPTIONS
+from .planning import Family, Launch, Plan
 
 INTERPRETED = not isinstance(step.lstm_step_forward_kernel, triton.JITFunction)
 """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when triton was imported."""
 
 
-def layer_forward(
-    gates: Tensor,
-    recurrence: Recurrence,
-    *,
-    save: bool,
-    plan: Plan | None = None,
-    launch: Launch | None = None,
-    distrust: Distrust | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The recurrence of one layer in one direction.
-
-    Args:
-        gates: [T, B, 4H], x W_ih^T + b_ih + b_hh. Overwritten by the activated gates if `save`; with a projection, and
-            without `save`, at every sequence's first step.
-        recurrence: weights, initial states, lengths and the rest.
-        save: keep what layer_backward needs.
-        plan: how to run it; by default the best that fits.
-        launch: launches one kernel; by default `launch_kernel`.
-        distrust: distrust(plan, recurrence, save=..., given=...) says why a plan's numbers are not trusted on the
-            device, or None; by default all are. `given`: whether there are gradients of h and h_n; None forward.
-
-    Returns:
-        h [T, B, P], h_n [B, P], c_n float32 [B, H], and c: float32 [T, B, H] if `save`, else empty.
-
-    Raises:
-        RuntimeError: programs of an earlier launch waited in vain for each other.
-        ValueError: T, B, H or P is more than the kernels can count to.
-    """
-    raise_if_gave_up(gates.device)
-    check_counts(gates)
-
-    def attempt(plan: Plan, launch: Launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        forward = partial(FAMILIES[plan.family].forward, gates, save=save, plan=plan, launch=launch)
-        if not _projects_outside(plan, recurrence):
-            return forward(recurrence)
-        m, _, c_n, c = forward(projection.recurrence_of_m(recurrence))
-        return *projection.project(m, recurrence), c_n, c
-
-    if plan is None:
-        check = partial(distrust, like=recurrence, save=save) if distrust else None
-        plan = choose_plan(_problem(gates, recurrence), gates.device, False, _variant(recurrence, save), attempt, check)
-    if plan.family is not Family.RESIDENT:
-        await_others(plan.side_by_side, gates.device)
-    if _projects_outside(plan, recurrence):
-        projection.add_initial_product(gates, recurrence)  # here, since a call may be attempted by several plans
-    return attempt(plan, launch or launch_kernel)
+def interpret(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Run a kernel in Triton's interpreter, every argument by its parameter's name."""
+    kernel[grid](**arguments)
 
 
-def layer_backward(
-    dh: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    gates: Tensor,
-    c: Tensor,
-    recurrence: Recurrence,
-    *,
-    plan: Plan | None = None,
-    launch: Launch | None = None,
-    distrust: Distrust | None = None,
-) -> tuple[Tensor, ...]:
-    """Gradients through the recurrence of one layer in one direction.
+launch_kernel: Launch | None = interpret if INTERPRETED else None
+"""What every launch goes through, unless the compiled kernel itself is launched: None.
 
-    Args:
-        dh, dh_n, dc_n: gradients of layer_forward's first three results; None counts as zero.
-        gates, c: what layer_forward saved: activated gates [T, B, 4H], float32 [T, B, H]. Not written to.
-        recurrence, plan, launch, distrust: as for layer_forward.
-
-    Returns:
-        dgates [T, B, 4H], gradient of the pre-activations; dh0 [B, P]; dc0 float32 [B, H]; and, with a projection,
-        the whole gradient of W_hr m [T, B, P], from which dW_hr is taken; with a layer norm of c, that of m (without
-        either, an empty tensor). And, float32,
-        zero but at resets, empty without such states: what zoneout hands back to reset_h [T, B, P]; dreset_c [T, B, H].
-
-    Raises:
-        RuntimeError: programs of an earlier launch waited in vain for each other.
-    """
-    raise_if_gave_up(gates.device)
-
-    def attempt(plan: Plan, launch: Launch) -> tuple[Tensor, ...]:
-        backward = partial(FAMILIES[plan.family].backward, plan=plan, launch=launch)
-        if _projects_outside(plan, recurrence):
-            dh_total = projection.gradient_of_output(dh, dh_n, len(gates), recurrence)
-            dm, of_m = projection.gradient_of_m(dh_total, recurrence), projection.recurrence_of_m(recurrence)
-            found = backward(dm, None, dc_n, gates, c, of_m)
-            found = found._replace(dh_total=projection.add_gradient_of_next(dh_total, found.dgates, recurrence))
-        else:
-            found = backward(dh, dh_n, dc_n, gates, c, recurrence)
-        dh0 = initial_hidden_gradient(found.dgates, dh_n, found.dh_from_zoneout, recurrence)
-        results = found.dgates, dh0, found.dc0, found.dh_total, found.dreset_h, found.dreset_c
-        return tuple(c.new_empty(0) if t is None else t for t in results)
-
-    if plan is None:
-        given = dh is not None, dh_n is not None
-        check = partial(distrust, like=recurrence, given=given) if distrust and any(given) else None
-        variant = (*_variant(recurrence, True), *given)
-        plan = choose_plan(_problem(gates, recurrence), gates.device, True, variant, attempt, check)
-    if plan.family is not Family.RESIDENT:
-        await_others(plan.side_by_side, gates.device)
-    return attempt(plan, launch or launch_kernel)
+The seam at which a test can look at every launch, or make it differently.
+"""
 
 
-def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Launch one kernel, every argument by its parameter's name.
+class Kernel:
+    """A kernel as one plan launches it: all arguments are fixed but those that a call gives."""
 
-    The seam at which a report or a test can look at every launch instead.
-    """
-    if 0 not in grid:  # as it is for an empty batch
-        kernel[grid](**arguments)
+    def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], options: dict[str, Any]) -> None:
+        self.kernel, self.grid, self._constants, self._options = kernel, grid, constants, options
+        self._names = tuple(kernel.arg_names)
+        self._values = itemgetter(*self._names)
+        self._run: Callable[..., None] | None = None  # of the compiled kernel
 
+    def __call__(self, launch: Launch | None, given: dict[str, Any]) -> None:
+        """Launch it; of what is given it uses the arguments that it has parameters for."""
+        given = self._constants | given
+        launch = launch or launch_kernel
+        if launch is not None:
+            launch(self.kernel, self.grid, **self._named(given))
+            return
+        if self._run is None:
+            self._run = load(self.kernel, self.grid, self._named(given))[(*self.grid, 1, 1)[:3]]
+        self._run(*self._values(given))
 
-def choose_plan(
-    problem: Problem,
-    device: torch.device,
-    backward: bool,
-    variant: tuple,
-    attempt: Attempt,
-    distrust: Callable[[Plan], str | None] | None = None,
-) -> Plan:
-    """The best plan whose kernels the device can take, found once for each kind of problem and call.
-
-    Args:
-        problem, device, backward: what is to be run.
-        variant: what else tells one compiled kernel from another.
-        attempt: the call itself, by a plan.
-        distrust: why a plan that compiles is not taken all the same. Not asked while a CUDA graph is captured, of
-            which its work would become part; what is chosen there is not kept.
-
-    Raises:
-        RuntimeError: no kernel can be compiled, or none is trusted.
-    """
-    if device.type != "cuda":
-        return plans(problem, INTERPRETER, backward)[-1]  # the others say thread by thread what takes no time there
-    problem = dataclasses.replace(problem, steps=min(problem.steps, 2))  # more steps take the same kernel
-    key = problem, device, backward, variant
-    if key not in _chosen:
-        card = device_of(torch.cuda.get_device_properties(device))
-        measured = plan_cache.remembered(problem, card, backward)
-        proposed = plans(problem, card, backward)
-        proposed = [*([measured] if measured else []), *proposed]
-        if torch.cuda.is_current_stream_capturing():
-            return first_that_fits(proposed, attempt, None)
-        _chosen[key] = first_that_fits(proposed, attempt, distrust)
-    return _chosen[key]
+    def _named(self, given: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(self._names, self._values(given))) | self._options
 
 
-_chosen: dict[tuple, Plan] = {}
+class Prepared:
+    """A plan of one problem and pass; see layer.Prepared. `launch` makes its launches, by default `launch_kernel`."""
+
+    def __init__(
+        self, problem: Problem, which: Pass, plan: Plan, device: torch.device, launch: Launch | None = None
+    ) -> None:
+        self.plan, self._launch, self._family = plan, launch, FAMILIES[plan.family]
+        self.at_once = None if plan.family is Family.RESIDENT else plan.side_by_side
+        self.projects_outside = problem.projected > 0 and plan.family is not Family.STEP
+        if self.projects_outside:
+            problem = problem._replace(projected=0)
+        self._hidden, self._save = problem.hidden, which.save
+        self._total_width = problem.width if problem.projected or problem.norms[1] else None
+        kernel = self._family.KERNELS[which.backward]
+        self._kernel = Kernel(kernel, plan.grid, _constants(problem, which, plan, device, kernel), _options(plan))
+
+    def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As layer.Layer.forward, without a projection unless it is in the time loop: one launch."""
+        steps, batch, _ = gates.shape
+        c = r.c0.new_empty(steps, batch, self._hidden) if self._save else None
+        h, buffers = self._family.forward_buffers(gates, r, self.plan)
+        self._kernel(self._launch, {**_shared(gates, r), "c_ptr": c, **buffers})
+        return self._family.hidden_states(h, self._hidden), buffers["h_n_ptr"], buffers["c_n_ptr"], c
+
+    def backward(
+        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
+    ) -> LoopGradients:
+        """As layer.Layer.backward: one launch."""
+        steps, batch, _ = gates.shape
+        dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
+        dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
+        dh_total = None if self._total_width is None else gates.new_empty(steps, batch, self._total_width)
+        dreset_h, dreset_c = zeros_for_resets(r)
+        dgates, buffers = self._family.backward_buffers(gates, r, self.plan)
+        self._kernel(self._launch, {
+            **_shared(gates, r), "c_ptr": c, "dh_ptr": dh, "dh_n_ptr": dh_n, "dc_ptr": dc,
+            "unit_hh_ptr": r.unit_hh, "scale_hh_ptr": r.scale_hh, "unit_c_ptr": r.unit_c, "scale_c_ptr": r.scale_c,
+            "dh_from_zoneout_ptr": dh_from_zoneout, "dh_total_ptr": dh_total, "dreset_h_ptr": dreset_h,
+            "dreset_c_ptr": dreset_c, **buffers,
+        })  # fmt: skip
+        dgates = self._family.gradient_of_gates(dgates, gates)
+        return LoopGradients(dgates, dc, dh_from_zoneout, dh_total, dreset_h, dreset_c)
 
 
-def expected_plan(problem: Problem, device: torch.device, backward: bool) -> Plan:
-    """The plan that was chosen for a kind of problem, else the one that would be tried first."""
-    problem = dataclasses.replace(problem, steps=min(problem.steps, 2))
-    for (chosen_problem, chosen_device, chosen_backward, _), plan in list(_chosen.items()):
-        if (chosen_problem, chosen_device, chosen_backward) == (problem, device, backward):
-            return plan
-    if device.type != "cuda":
-        return plans(problem, INTERPRETER, backward)[-1]
-    card = device_of(torch.cuda.get_device_properties(device))
-    return plan_cache.remembered(problem, card, backward) or plans(problem, card, backward)[0]
-
-
-def choose_anew() -> None:
-    """Forget what was chosen, since more has been measured."""
-    _chosen.clear()
-
-
-def _projects_outside(plan: Plan, r: Recurrence) -> bool:
-    """Whether the projection is taken out of the time loop (projection.py); the step family has it there."""
-    return r.projected and plan.family is not Family.STEP
-
-
-def _problem(gates: Tensor, r: Recurrence) -> Problem:
+def _shared(gates: Tensor, r: Recurrence) -> dict[str, Any]:
+    """What kernels of all families are given, forward and backward."""
     steps, batch, _ = gates.shape
-    projected = r.width if r.projected else 0
-    return Problem(
-        steps, batch, r.hidden, gates.dtype, projected, r.precision, r.side_by_side, regularised=r.regularised,
-        normalised=r.normalised,
+    return {
+        "gates_ptr": gates, "weight_hh_ptr": r.weight_hh, "weight_hr_ptr": r.weight_hr, "h0_ptr": r.h0, "c0_ptr": r.c0,
+        "lengths_ptr": r.lengths, "resets_ptr": r.resets, "dropout_h_ptr": r.dropout_h, "zoneout_h_ptr": r.zoneout_h,
+        "zoneout_c_ptr": r.zoneout_c, "reset_h_ptr": r.reset_h, "reset_c_ptr": r.reset_c,
+        "peephole_ptr": r.weight_peephole, "gain_hh_ptr": r.gain_hh, "gain_c_ptr": r.gain_c, "bias_c_ptr": r.bias_c,
+        "T": steps, "B": batch,
+    }  # fmt: skip
+
+
+def _constants(problem: Problem, which: Pass, plan: Plan, device: torch.device, kernel: Any) -> dict[str, Any]:
+    """What problem, pass and plan fix, for kernels of all families."""
+    name = kernel.__name__
+    return dict(
+        H=problem.hidden, P=problem.width, REVERSE=problem.reverse, SAVE=which.save, PROJECT=problem.projected > 0,
+        PEEPHOLES=problem.peepholes, PRECISION=problem.precision, POLL_LIMIT=exchange.POLL_LIMIT,
+        BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k,
+        UNITS=plan.columns, CHUNKS=plan.k, WARPS=plan.num_warps,
+        error_ptr=error_word(device, name) if name in KERNELS else None,
     )  # fmt: skip
 
 
-def _variant(r: Recurrence, save: bool) -> tuple:
-    optional = r.lengths, r.resets, r.dropout_h, r.zoneout_h, r.zoneout_c, r.reset_h, r.reset_c, r.weight_peephole
-    return save, r.reverse, *(t is None for t in (*optional, *r.norms[:3]))
+def _options(plan: Plan) -> dict[str, Any]:
+    """Of Triton."""
+    options = dict(num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS)
+    if plan.family is Family.STEP:
+        options["num_stages"] = plan.num_stages
+    if plan.family is not Family.RESIDENT:
+        options["launch_cooperative_grid"] = True
+    return options
+
+
+_layers: dict[tuple[Problem, torch.device], Layer] = {}
+
+
+def layer_of(problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
+    """The layer of a problem on a device; every call gives the same."""
+    layer = _layers.get((problem, device))
+    if layer is None:
+        layer = _layers.setdefault((problem, device), Layer(problem, device, _prepare, _describe, verify))
+    if verify is not None:
+        layer.verify = verify
+    return layer
+
+
+def forget() -> None:
+    """Choose all plans again, since more has been measured."""
+    _layers.clear()
+
+
+def _prepare(layer: Layer, which: Pass) -> Prepared:
+    # With neither gradient backward is zeros but for what dc_n brings, which every plan computes alike.
+    has_results = not which.backward or which.dh or which.dh_n
+    verify = layer.verify if has_results and not layer.is_capturing() else None
+
+    def launches(plan: Plan) -> list[RecordedLaunch]:
+        return recorded_launches(layer.problem, which, plan)
+
+    plan = choose_plan(layer.problem, layer.device, which, launches, verify)
+    return Prepared(layer.problem, which, plan, layer.device)
+
+
+def _describe(layer: Layer, which: Pass, plan: Plan | None) -> Chosen:
+    card = card_of(layer.device)
+    plan = plan or candidates(layer.problem, card, which)[0]
+    return Chosen(plan, plan == measured_plan(layer.problem, card, which.backward))
+
+
+def layer_by(problem: Problem, device: torch.device, plan: Plan, launch: Launch | None = None) -> Layer:
+    """A layer that is run by a given plan."""
+
+    def prepare(layer: Layer, which: Pass) -> Prepared:
+        return Prepared(problem, which, plan, device, launch)
+
+    return Layer(problem, device, prepare, lambda *_: Chosen(plan, False))
+
+
+def layer_forward(
+    gates: Tensor, r: Recurrence, *, save: bool, plan: Plan | None = None, launch: Launch | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """layer.Layer.forward of one call, by a plan if one is given."""
+    return _layer(gates, r, plan, launch).forward(gates, r, save)
+
+
+def layer_backward(
+    dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence, *,
+    plan: Plan | None = None, launch: Launch | None = None,
+) -> Gradients:  # fmt: skip
+    """layer.Layer.backward of one call, by a plan if one is given."""
+    return _layer(gates, r, plan, launch).backward(dh, dh_n, dc_n, gates, c, r)
+
+
+def _layer(gates: Tensor, r: Recurrence, plan: Plan | None, launch: Launch | None) -> Layer:
+    problem = problem_of(gates, r)
+    return layer_of(problem, gates.device) if plan is None else layer_by(problem, gates.device, plan, launch)
+
+
+def recorded_launches(problem: Problem, which: Pass, plan: Plan) -> list[RecordedLaunch]:
+    """What a plan launches, without launching it: tensors are on the meta device."""
+    launches: list[RecordedLaunch] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        launches.append(RecordedLaunch(kernel, grid, arguments))
+
+    meta = torch.device("meta")
+    prepared = Prepared(problem, which, plan, meta, record)
+    if prepared.projects_outside:  # then all gradients of m are given
+        problem, which = problem._replace(projected=0), which._replace(dh=True, dh_n=False)
+    gates, r = _call_of(problem)
+    if which.backward:
+        dh = r.h0.new_empty(problem.steps, *r.h0.shape) if which.dh else None
+        c = r.c0.new_empty(problem.steps, *r.c0.shape)
+        prepared.backward(dh, r.h0 if which.dh_n else None, None, gates, c, r)
+    else:
+        prepared.forward(gates, r)
+    return launches
+
+
+def _call_of(problem: Problem) -> tuple[Tensor, Recurrence]:
+    """The gates and tensors of a call, on the meta device."""
+    p, f32 = problem, torch.float32
+
+    def meta(there: bool, *shape: int, dtype: torch.dtype = p.dtype) -> Any:
+        return torch.empty(shape, dtype=dtype, device="meta") if there else None
+
+    def share(dimensions: int | None, features: int) -> Any:
+        shape, dtype = ((p.steps, p.batch, features), torch.bool) if dimensions else ((), f32)
+        return meta(dimensions is not None, *shape, dtype=dtype)
+
+    steps, batch, hidden, width = p.steps, p.batch, p.hidden, p.width
+    gain_hh, gain_c, bias_c = p.norms
+    return meta(True, steps, batch, 4 * hidden), Recurrence(
+        weight_hh=meta(True, 4 * hidden, width),
+        h0=meta(True, batch, width),
+        c0=meta(True, batch, hidden, dtype=f32),
+        weight_hr=meta(p.projected > 0, width, hidden),
+        lengths=meta(p.lengths is not None, batch, dtype=p.lengths or f32),
+        resets=meta(p.resets, steps, batch, dtype=torch.bool),
+        dropout_h=meta(p.dropout_h, batch, width),
+        zoneout_h=share(p.zoneout_h, width),
+        zoneout_c=share(p.zoneout_c, hidden),
+        reset_h=meta(p.reset_h, steps, batch, width),
+        reset_c=meta(p.reset_c, steps, batch, hidden, dtype=f32),
+        weight_peephole=meta(p.peepholes, 3 * hidden),
+        gain_hh=meta(gain_hh, 4 * hidden),
+        gain_c=meta(gain_c, hidden),
+        bias_c=meta(bias_c, hidden),
+        unit_hh=meta(gain_hh, steps, batch, 4 * hidden),
+        scale_hh=meta(gain_hh, steps, batch, dtype=f32),
+        unit_c=meta(gain_c, steps, batch, hidden, dtype=f32),
+        scale_c=meta(gain_c, steps, batch, dtype=f32),
+        reverse=p.reverse,
+        precision=p.precision,
+        side_by_side=p.side_by_side,
+    )

@@ -12,6 +12,7 @@ from math import ceil
 import torch
 
 from ..architectures import KB, REGISTERS, shared_memory_of
+from ..problem import Problem
 
 Launch = Callable[..., None]
 """launch(kernel, grid, **arguments), every argument by the name of the kernel's parameter: `launch.launch_kernel`."""
@@ -23,26 +24,6 @@ class Family(Enum):
     RESIDENT = "resident"  # one launch; a program walks the whole sequence alone
     COOPERATIVE = "cooperative"  # one launch; programs share W_hh and exchange h
     STEP = "step"  # one launch; programs read W_hh at every step and meet after it
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One layer in one direction: T steps, B sequences, H units, P projected features (0 without projection)."""
-
-    steps: int
-    batch: int
-    hidden: int
-    dtype: torch.dtype
-    projected: int = 0
-    precision: str = "ieee"  # of float32 products
-    side_by_side: int = 1  # such layers or directions run at once, and share the card
-    regularised: bool = False  # by recurrent dropout or zoneout
-    normalised: bool = False  # by layer norms inside the time loop
-
-    @property
-    def size(self) -> int:
-        """Bytes of an element."""
-        return self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -86,6 +67,17 @@ class Plan:
     why: str
     walks: int = 1  # batch tiles that a group takes one after another at every step
     side_by_side: int = 1  # launches of this plan that fit the card at once
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Of a launch."""
+        match self.family:
+            case Family.RESIDENT:
+                return (self.groups,)
+            case Family.COOPERATIVE:
+                return self.programs, self.groups
+            case Family.STEP:
+                return (self.programs,)
 
     @property
     def threads(self) -> int:
@@ -204,7 +196,7 @@ def product_clocks(device: Device) -> int:
 
 def _clocks_of_tiles(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
     """Of the step family: tile by tile W_hh comes from L2, which is taken to hold it; all meet after each round."""
-    hidden, width = problem.hidden, problem.projected or problem.hidden
+    hidden, width = problem.hidden, problem.width
     # Units of each round, columns of the product for each, and K.
     rounds = [(hidden, 1, 4 * hidden)] if backward else [(hidden, 4, width)]
     if problem.projected:
@@ -214,7 +206,7 @@ def _clocks_of_tiles(problem: Problem, device: Device, plan: Plan, backward: boo
     for units, gates, k in rounds:
         tiles = ceil(ceil(problem.batch / plan.rows) * ceil(units / plan.columns) / plan.programs)
         columns, turns = gates * plan.columns, ceil(k / plan.k)
-        if problem.size == 4 and problem.precision == "ieee":
+        if problem.exact_float32:
             products = plan.rows * columns * k / 128  # multiply-adds a clock (CUDA C++ Programming Guide)
         else:
             products = plan.rows * columns * k / (4 * 4096 / problem.size) * product_clocks(device)

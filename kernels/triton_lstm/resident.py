@@ -9,16 +9,14 @@ sequence 2 quarter + n % 2.
 
 from collections.abc import Iterator
 from math import ceil
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..initial_gradient import Gradients, reset_gradients
 from ..operands import as_words, transposed_gates
-from ..recurrence import Recurrence
+from ..problem import Problem, Recurrence
 from .cell import (
     cell_backward,
     cell_forward,
@@ -29,7 +27,6 @@ from .cell import (
     zoneout,
     zoneout_backward,
 )
-from .features import OPTIONS
 from .fragments import load_weights, product, sequence_in, share, take, threads
 from .indexing import (
     cell_before,
@@ -42,7 +39,7 @@ from .indexing import (
     store_gates,
 )
 from .norm import EPS, load_for_units, normalise, normalise_backward
-from .planning import Device, Family, Launch, Plan, Problem, power_of_two
+from .planning import Device, Family, Plan, power_of_two
 
 
 @triton.jit
@@ -272,7 +269,7 @@ def lstm_resident_backward_kernel(
     bias_c_ptr,  # [H] or None
     unit_c_ptr,  # [T*B, H] float32 or None
     scale_c_ptr,  # [T*B] float32 or None
-    dm_ptr,  # [T*B, H] out: the gradient of m; None without a layer norm of c
+    dh_total_ptr,  # [T*B, H] out: the gradient of m; None without a layer norm of c
     dgates_ptr,  # [T*B, 4H] out
     dc_ptr,  # [B, H] float32, in: gradient of c_n; out: of c0
     lengths_ptr,  # [B] or None
@@ -364,7 +361,7 @@ def lstm_resident_backward_kernel(
                 unit_c = tl.load(unit_c_ptr + at, mask=valid[n % 2] & (unit[n] < H), other=0.0)
                 gain, bias = load_for_units(gain_c_ptr, unit[n], 0.0, H), load_for_units(bias_c_ptr, unit[n], 0.0, H)
                 dm = saved[8 * n + 6]
-                tl.store(dm_ptr + at, dm.to(DTYPE), mask=in_batch[n % 2] & (unit[n] < H))
+                tl.store(dh_total_ptr + at, dm.to(DTYPE), mask=in_batch[n % 2] & (unit[n] < H))
                 d_o, d_unit = normed_output_backward(saved[8 * n + 3], unit_c, dm, gain, bias)
                 outer = outer + (d_o, unit_c)
                 d_units = d_units + (d_unit,)
@@ -470,9 +467,8 @@ MOST_REGISTERS = 160  # of a thread's 255 that may hold weights
 
 def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
     """Where the registers of one block hold W_hh as operands of tensor cores."""
-    no_tensor_cores = problem.dtype is torch.float32 and problem.precision == "ieee"
     in_the_loop = problem.projected and problem.regularised  # see kernels/projection.py
-    if in_the_loop or problem.batch == 0 or no_tensor_cores:
+    if in_the_loop or problem.batch == 0 or problem.exact_float32:
         return
     units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` wants
     warps = units // 16 if backward else min(8, units // 8)
@@ -486,61 +482,32 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
         )  # fmt: skip
 
 
-def forward(
-    gates: Tensor, recurrence: Recurrence, *, save: bool, plan: Plan, launch: Launch
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As launch.layer_forward: one launch."""
-    r = recurrence
-    steps, batch, _ = gates.shape
-    h = gates.new_empty(steps, batch, r.hidden)
-    c = r.c0.new_empty((steps, batch, r.hidden) if save else 0)
-    h_n, c_n = torch.empty_like(r.h0), torch.empty_like(r.c0)
-    launch(
-        lstm_resident_forward_kernel, (plan.groups,),
-        gates_ptr=gates, weights_ptr=as_words(r.weight_hh), h0_ptr=r.h0, c0_ptr=r.c0, h_ptr=h,
-        c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n, reset_h_ptr=r.reset_h, SAVE=save,
-        **_shared_arguments(plan, gates, r),
-    )  # fmt: skip
-    return h, h_n, c_n, c
+KERNELS = lstm_resident_forward_kernel, lstm_resident_backward_kernel
 
 
-def backward(
-    dh: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    gates: Tensor,
-    c: Tensor,
-    recurrence: Recurrence,
-    *,
-    plan: Plan,
-    launch: Launch,
-) -> Gradients:
-    """As launch.layer_backward: one launch."""
-    r = recurrence
+def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """What forward needs besides what all families are given: h, for `hidden_states`; and arguments."""
+    steps, batch, gates_of_all = gates.shape
+    h = gates.new_empty(steps, batch, gates_of_all // 4)
+    return h, {
+        "weights_ptr": as_words(r.weight_hh),
+        "h_ptr": h,
+        "h_n_ptr": torch.empty_like(r.h0),
+        "c_n_ptr": torch.empty_like(r.c0),
+    }
+
+
+def hidden_states(h: Tensor, hidden: int) -> Tensor:
+    """h [T, B, H]."""
+    return h
+
+
+def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """As forward_buffers, of backward: dgates, for `gradient_of_gates`; and arguments."""
     dgates = torch.empty_like(gates)
-    dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
-    dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
-    dreset_h, dreset_c = reset_gradients(r)
-    dm = None if r.norms.gain_c is None else torch.empty_like(c, dtype=gates.dtype)
-    launch(
-        lstm_resident_backward_kernel, (plan.groups,),
-        dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, weights_ptr=transposed_gates(r.weight_hh),
-        unit_hh_ptr=r.norms.unit_hh, scale_hh_ptr=r.norms.scale_hh, dm_ptr=dm,
-        unit_c_ptr=r.norms.unit_c, scale_c_ptr=r.norms.scale_c,
-        dgates_ptr=dgates, dc_ptr=dc, dh_from_zoneout_ptr=dh_from_zoneout, dreset_h_ptr=dreset_h, dreset_c_ptr=dreset_c,
-        **_shared_arguments(plan, gates, r),
-    )  # fmt: skip
-    return Gradients(dgates, dc, dh_from_zoneout, dm, dreset_h, dreset_c)
+    return dgates, {"weights_ptr": transposed_gates(r.weight_hh), "dgates_ptr": dgates}
 
 
-def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:
-    """What both kernels are given."""
-    steps, batch, _ = gates.shape
-    return dict(
-        peephole_ptr=r.weight_peephole, PEEPHOLES=r.weight_peephole is not None,
-        gain_hh_ptr=r.norms.gain_hh, gain_c_ptr=r.norms.gain_c, bias_c_ptr=r.norms.bias_c,
-        lengths_ptr=r.lengths, resets_ptr=r.resets, dropout_h_ptr=r.dropout_h, zoneout_h_ptr=r.zoneout_h,
-        zoneout_c_ptr=r.zoneout_c, reset_c_ptr=r.reset_c, T=steps, B=batch, H=r.hidden,
-        REVERSE=r.reverse, UNITS=plan.columns, WARPS=plan.num_warps, num_warps=plan.num_warps,
-        maxnreg=plan.registers, **OPTIONS,
-    )  # fmt: skip
+def gradient_of_gates(dgates: Tensor, gates: Tensor) -> Tensor:
+    """dgates [T, B, 4H]."""
+    return dgates

@@ -8,16 +8,13 @@ once. Tiles are [batch, units].
 """
 
 from math import ceil
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..giving_up import error_word
-from ..initial_gradient import Gradients, reset_gradients
-from ..recurrence import Recurrence
+from ..problem import Problem, Recurrence
 from .cell import (
     cell_backward,
     cell_forward,
@@ -28,8 +25,8 @@ from .cell import (
     zoneout,
     zoneout_backward,
 )
-from .exchange import PATIENCE, meet
-from .features import MOST_ROWS, OPTIONS
+from .exchange import meet
+from .features import MOST_ROWS
 from .indexing import (
     cell_before,
     interleaved_gates,
@@ -55,7 +52,7 @@ from .norm import (
     store_pair,
     sums_of_tiles,
 )
-from .planning import Device, Family, Launch, Plan, Problem
+from .planning import Device, Family, Plan
 
 
 @triton.jit
@@ -199,7 +196,7 @@ def lstm_step_forward_kernel(
     PROJECT: tl.constexpr,
     PEEPHOLES: tl.constexpr,
     PRECISION: tl.constexpr,
-    PATIENCE: tl.constexpr,
+    POLL_LIMIT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -211,7 +208,7 @@ def lstm_step_forward_kernel(
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
     MEETINGS: tl.constexpr = 1 + PROJECT + NORM_HH + NORM_C
-    patience = PATIENCE
+    patience = POLL_LIMIT
     for step in range(T):
         if NORM_HH:
             for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_H), tl.num_programs(0)):
@@ -442,7 +439,7 @@ def lstm_step_backward_kernel(
     PROJECT: tl.constexpr,
     PEEPHOLES: tl.constexpr,
     PRECISION: tl.constexpr,
-    PATIENCE: tl.constexpr,
+    POLL_LIMIT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -451,7 +448,7 @@ def lstm_step_backward_kernel(
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
     MEETINGS: tl.constexpr = 2 if PROJECT or NORM_C else 1
-    patience = PATIENCE
+    patience = POLL_LIMIT
     for back in range(T):
         step = T - 1 - back
         if PROJECT or NORM_C:
@@ -564,8 +561,7 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
     rows = 16 if problem.batch <= 16 else 32 if problem.batch <= 32 else 64
     heavy = problem.regularised or problem.normalised  # masks and norms take registers
     most, stages = (32, 2) if heavy else (MOST_ROWS, 3)
-    no_tensor_cores = problem.dtype is torch.float32 and problem.precision == "ieee"
-    if no_tensor_cores:
+    if problem.exact_float32:
         most //= 2  # and so do products without them
     rows = min(rows, most)
     columns = 16  # of which a forward product has four gates
@@ -577,98 +573,51 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
     if problem.normalised:
         why += "; layer norms need sums over all units, for which all programs meet once or twice more"
     return Plan(
-        Family.STEP, rows, columns, k, programs, 1, 8 if no_tensor_cores and heavy else 4,
+        Family.STEP, rows, columns, k, programs, 1, 8 if problem.exact_float32 and heavy else 4,
         stages, 2 * stage, why,
         walks=ceil(tiles / programs), side_by_side=problem.side_by_side,
     )  # fmt: skip
 
 
-def forward(
-    gates: Tensor, recurrence: Recurrence, *, save: bool, plan: Plan, launch: Launch
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As launch.layer_forward: one launch."""
-    r = recurrence
+KERNELS = lstm_step_forward_kernel, lstm_step_backward_kernel
+
+
+def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """What forward needs besides what all families are given: h, for `hidden_states`; and arguments."""
     steps, batch, _ = gates.shape
-    h_then_h0 = gates.new_empty(steps + 1, batch, r.width)
+    h_then_h0 = gates.new_empty(steps + 1, batch, r.h0.shape[1])
     h_then_h0[-1] = r.h0
-    h_n, c_n = r.h0.clone(), r.c0.clone()  # what a sequence of length 0 ends with
-    c = r.c0.new_empty((steps, batch, r.hidden) if save else 0)
-    launch(
-        lstm_step_forward_kernel, (plan.programs,), **_normalising(plan, r),
-        gates_ptr=gates, h_ptr=h_then_h0, m_ptr=gates.new_empty(batch, r.hidden) if r.projected else None,
-        c_ptr=c if save else None, h_n_ptr=h_n, c_n_ptr=c_n, reset_h_ptr=r.reset_h, SAVE=save,
-        error_ptr=error_word(gates.device, "lstm_step_forward_kernel"), **_shared_arguments(plan, gates, r),
-    )  # fmt: skip
-    h = h_then_h0.new_empty(0).set_(h_then_h0[:-1])  # not a view, which autograd lets nobody change in place
-    return h, h_n, c_n, c
+    f32, hidden = r.c0, r.c0.shape[1]
+    tiles, norm_hh, norm_c = ceil(hidden / plan.columns), r.gain_hh is not None, r.gain_c is not None
+    return h_then_h0, {
+        "h_ptr": h_then_h0,
+        "m_ptr": None if r.weight_hr is None else gates.new_empty(batch, hidden),
+        "h_n_ptr": r.h0.clone(),  # what a sequence of length 0 ends with
+        "c_n_ptr": r.c0.clone(),
+        "product_ptr": f32.new_empty(batch, tiles, 4 * plan.columns) if norm_hh else None,
+        "moments_hh_ptr": f32.new_empty(tiles, batch, 2) if norm_hh else None,
+        "cell_ptr": f32.new_empty(2, batch, hidden) if norm_c else None,
+        "moments_c_ptr": f32.new_empty(tiles, batch, 2) if norm_c else None,
+        "arrivals_ptr": torch.zeros(1, dtype=torch.int32, device=gates.device),
+    }
 
 
-def backward(
-    dh: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    gates: Tensor,
-    c: Tensor,
-    recurrence: Recurrence,
-    *,
-    plan: Plan,
-    launch: Launch,
-) -> Gradients:
-    """As launch.layer_backward: one launch."""
-    r = recurrence
-    steps, batch, _ = gates.shape
-    dgates = torch.empty_like(gates)
-    dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; each step makes it that of the c before
-    dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
-    has_total = r.projected or r.norms.gain_c is not None
-    dh_total = gates.new_empty(steps, batch, r.width) if has_total else None
-    dreset_h, dreset_c = reset_gradients(r)
-    launch(
-        lstm_step_backward_kernel, (plan.programs,),
-        dh_ptr=dh, dh_n_ptr=dh_n, gates_ptr=gates, c_ptr=c, c0_ptr=r.c0, dgates_ptr=dgates,
-        dh_total_ptr=dh_total, dc_ptr=dc, dh_from_zoneout_ptr=dh_from_zoneout,
-        dreset_h_ptr=dreset_h, dreset_c_ptr=dreset_c,
-        error_ptr=error_word(gates.device, "lstm_step_backward_kernel"),
-        **_through_norms(plan, r), **_shared_arguments(plan, gates, r),
-    )  # fmt: skip
-    return Gradients(dgates, dc, dh_from_zoneout, dh_total, dreset_h, dreset_c)
+def hidden_states(h_then_h0: Tensor, hidden: int) -> Tensor:
+    """h [T, B, P]; not a view, which autograd lets nobody change in place."""
+    return h_then_h0.new_empty(0).set_(h_then_h0[:-1])
 
 
-def _normalising(plan: Plan, r: Recurrence) -> dict[str, Tensor | None]:
-    """What forward takes for layer norms, beside gains and bias."""
-    tiles, batch = ceil(r.hidden / plan.columns), len(r.h0)
-    of_hh, of_c = r.norms.gain_hh is not None, r.norms.gain_c is not None
-    return dict(
-        product_ptr=r.c0.new_empty(batch, tiles, 4 * plan.columns) if of_hh else None,
-        moments_hh_ptr=r.c0.new_empty(tiles, batch, 2) if of_hh else None,
-        cell_ptr=r.c0.new_empty(2, batch, r.hidden) if of_c else None,
-        moments_c_ptr=r.c0.new_empty(tiles, batch, 2) if of_c else None,
-    )  # fmt: skip
+def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """As forward_buffers, of backward: dgates, for `gradient_of_gates`; and arguments."""
+    dgates, tiles, batch = torch.empty_like(gates), ceil(r.c0.shape[1] / plan.columns), len(r.h0)
+    return dgates, {
+        "dgates_ptr": dgates,
+        "sums_hh_ptr": None if r.gain_hh is None else r.c0.new_zeros(2, tiles, batch, 2),
+        "sums_c_ptr": None if r.gain_c is None else r.c0.new_empty(tiles, batch, 2),
+        "arrivals_ptr": torch.zeros(1, dtype=torch.int32, device=gates.device),
+    }
 
 
-def _through_norms(plan: Plan, r: Recurrence) -> dict[str, Tensor | None]:
-    """What backward takes for them."""
-    n, tiles, batch = r.norms, ceil(r.hidden / plan.columns), len(r.h0)
-    return dict(
-        unit_hh_ptr=n.unit_hh, scale_hh_ptr=n.scale_hh,
-        sums_hh_ptr=None if n.gain_hh is None else r.c0.new_zeros(2, tiles, batch, 2),
-        unit_c_ptr=n.unit_c, scale_c_ptr=n.scale_c,
-        sums_c_ptr=None if n.gain_c is None else r.c0.new_empty(tiles, batch, 2),
-    )  # fmt: skip
-
-
-def _shared_arguments(plan: Plan, gates: Tensor, r: Recurrence) -> dict[str, Any]:
-    """What both kernels are given."""
-    steps, batch, _ = gates.shape
-    return dict(
-        weight_hh_ptr=r.weight_hh, weight_hr_ptr=r.weight_hr, peephole_ptr=r.weight_peephole,
-        gain_hh_ptr=r.norms.gain_hh, gain_c_ptr=r.norms.gain_c, bias_c_ptr=r.norms.bias_c,
-        lengths_ptr=r.lengths, resets_ptr=r.resets,
-        dropout_h_ptr=r.dropout_h, zoneout_h_ptr=r.zoneout_h, zoneout_c_ptr=r.zoneout_c, reset_c_ptr=r.reset_c,
-        arrivals_ptr=torch.zeros(1, dtype=torch.int32, device=gates.device),
-        T=steps, B=batch, H=r.hidden, P=r.width, REVERSE=r.reverse, PROJECT=r.projected,
-        PEEPHOLES=r.weight_peephole is not None, PRECISION=r.precision, PATIENCE=PATIENCE,
-        BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k,
-        num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.registers, **OPTIONS,
-        launch_cooperative_grid=True,
-    )  # fmt: skip
+def gradient_of_gates(dgates: Tensor, gates: Tensor) -> Tensor:
+    """dgates [T, B, 4H]."""
+    return dgates

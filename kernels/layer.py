@@ -1,0 +1,268 @@
+"""One layer in one direction on one card, prepared once and then only launched: the launcher of both backends."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import layer_norm, projection
+from .ordering import await_others
+from .problem import MOST, TENSORS, Pass, Problem, Recurrence
+from .timeouts import raise_if_timed_out
+
+ALIGNMENT = 16  # bytes: what kernels are compiled for
+
+
+class Gradients(NamedTuple):
+    """What backward returns; None where there is none."""
+
+    dgates: Tensor  # [T, B, 4H] of the pre-activations; zero in padding
+    dh0: Tensor  # [B, P]
+    dc0: Tensor  # [B, H] float32
+    dh_total: Tensor | None = None  # [T, B, P] of W_hr m with a projection, of m with a layer norm of c
+    dreset_h: Tensor | None = None  # [T, B, P] float32, what zoneout hands back to reset_h; zero but at resets
+    dreset_c: Tensor | None = None  # [T, B, H] float32, zero but at resets
+
+
+class LoopGradients(NamedTuple):
+    """What the kernel of a plan computes of them."""
+
+    dgates: Tensor
+    dc0: Tensor
+    dh_from_zoneout: Tensor | None = None  # [B, P] float32, handed back past the first step
+    dh_total: Tensor | None = None
+    dreset_h: Tensor | None = None
+    dreset_c: Tensor | None = None
+
+
+class Chosen(NamedTuple):
+    """A plan, and how it came to be the one."""
+
+    plan: Any  # the backend's own
+    measured: bool  # by autotune; else it is the first that fits in the order of estimated times
+
+
+class Prepared(Protocol):
+    """A plan of one problem and pass, ready to be launched."""
+
+    plan: Any
+    at_once: int | None  # launches of the plan that fit the card together; None: its programs wait for nobody
+    projects_outside: bool  # it runs the recurrence of m, see projection.py
+
+    def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As Layer.forward."""
+
+    def backward(
+        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
+    ) -> LoopGradients:
+        """As Layer.backward."""
+
+
+Verify = Callable[[Any, Problem, Pass, torch.device], str | None]
+"""verify(plan, problem, which, device): why a plan's numbers are not right on the device; None if they are."""
+
+
+class Layer:
+    """One problem on one card. Its plan is chosen once for each Pass, by the first call of its kind.
+
+    Args:
+        problem, device: what is to be run, and where.
+        prepare: prepare(layer, which) chooses a plan; what it returns while a CUDA graph is captured is not kept.
+        describe: describe(layer, which, plan) is what `chosen` returns of a plan, or of the first that would be tried.
+        verify: asked once for each plan that is chosen, and never while a CUDA graph is captured.
+
+    Raises:
+        ValueError: B or H is more than the kernels can count to, or the problem has both a projection and a layer norm
+            inside the time loop.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        device: torch.device,
+        prepare: "Callable[[Layer, Pass], Prepared]",
+        describe: "Callable[[Layer, Pass, Any], Chosen]",
+        verify: Verify | None = None,
+    ) -> None:
+        _check_counts(sequences=problem.batch, gates_of_all_units=4 * problem.hidden)
+        if problem.projected and problem.normalised:  # a step would need as many grid-wide barriers for each
+            raise ValueError("expected no projection combined with a layer norm inside the time loop")
+        self.problem, self.device, self.verify = problem, device, verify
+        self._prepare, self._describe = prepare, describe
+        self._prepared: dict[Pass, Prepared] = {}
+
+    def forward(self, gates: Tensor, r: Recurrence, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The recurrence.
+
+        Args:
+            gates: [T, B, 4H], x W_ih^T + b_ih + b_hh. Overwritten by the activated gates if `save`; with a projection,
+                and without `save`, at every sequence's first step.
+            r: weights, initial states, lengths and the rest.
+            save: keep what backward needs.
+
+        Returns:
+            h [T, B, P], h_n [B, P], c_n float32 [B, H], and c: float32 [T, B, H] if `save`, else None.
+
+        Raises:
+            RuntimeError: an earlier launch timed out; or no kernel can run the problem.
+            ValueError: T is more than the kernels can count to.
+        """
+        if self._is_elsewhere():
+            with torch.cuda.device(self.device):
+                return self.forward(gates, r, save)
+        raise_if_timed_out(self.device)
+        _check_counts(steps=len(gates))
+        if self.problem.batch == 0:
+            return _empty_forward(gates, r, save)
+        prepared = self.prepared(SAVE if save else NO_SAVE)
+        r, own = _aligned_tensors(r), aligned(gates)
+        if prepared.at_once is not None:
+            await_others(prepared.at_once, self.device)
+        if prepared.projects_outside:
+            projection.add_initial_product(own, r)
+            m, _, c_n, c = prepared.forward(own, projection.recurrence_of_m(r))
+            h, h_n = projection.project(m, r)
+        else:
+            h, h_n, c_n, c = prepared.forward(own, r)
+        if own is not gates:
+            gates.copy_(own)
+        return h, h_n, c_n, c
+
+    def backward(
+        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
+    ) -> Gradients:
+        """Gradients through the recurrence.
+
+        Args:
+            dh, dh_n, dc_n: gradients of forward's first three results; None counts as zero.
+            gates, c: saved by forward: activated gates [T, B, 4H], float32 [T, B, H]. Not written to.
+            r: as for forward.
+
+        Raises:
+            RuntimeError: as forward.
+        """
+        if self._is_elsewhere():
+            with torch.cuda.device(self.device):
+                return self.backward(dh, dh_n, dc_n, gates, c, r)
+        raise_if_timed_out(self.device)
+        if self.problem.batch == 0:
+            return _empty_backward(gates, r)
+        prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None))
+        r = _aligned_tensors(r)
+        dh, dh_n, dc_n = (None if d is None else aligned(d) for d in (dh, dh_n, dc_n))
+        gates, c = aligned(gates), aligned(c)
+        if prepared.at_once is not None:
+            await_others(prepared.at_once, self.device)
+        if prepared.projects_outside:
+            dh_total = projection.gradient_of_output(dh, dh_n, len(gates), r)
+            dm, of_m = projection.gradient_of_m(dh_total, r), projection.recurrence_of_m(r)
+            found = prepared.backward(dm, None, dc_n, gates, c, of_m)
+            found = found._replace(dh_total=projection.add_gradient_of_next(dh_total, found.dgates, r))
+        else:
+            found = prepared.backward(dh, dh_n, dc_n, gates, c, r)
+        dh0 = _initial_hidden_gradient(found.dgates, dh_n, found.dh_from_zoneout, r)
+        return Gradients(found.dgates, dh0, found.dc0, found.dh_total, found.dreset_h, found.dreset_c)
+
+    def prepared(self, which: Pass) -> Prepared:
+        """The plan of a pass, chosen now if it was not before."""
+        prepared = self._prepared.get(which)
+        if prepared is None:
+            prepared = self._prepare(self, which)
+            if not self.is_capturing():
+                self._prepared[which] = prepared
+        return prepared
+
+    def chosen(self, which: Pass) -> Chosen:
+        """The plan that was chosen for a pass, or for another of its direction; else the first that would be tried.
+
+        Nothing is compiled or run.
+        """
+        known = [p for each, p in self._prepared.items() if each.backward == which.backward]
+        prepared = self._prepared.get(which) or (known[0] if known else None)
+        return self._describe(self, which, None if prepared is None else prepared.plan)
+
+    def is_capturing(self) -> bool:
+        """Whether what is run now becomes part of a CUDA graph."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _is_elsewhere(self) -> bool:
+        """Kernels are launched on the current device, which may be another."""
+        return self.device.type == "cuda" and torch.cuda.current_device() != self.device.index
+
+
+SAVE, NO_SAVE = Pass(), Pass(save=False)
+
+
+def aligned(t: Tensor) -> Tensor:
+    """t, or a copy: contiguous, and at an address that is a multiple of 16 bytes, which kernels are compiled for."""
+    if t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _aligned_tensors(r: Recurrence) -> Recurrence:
+    tensors = r[:TENSORS]
+    for t in tensors:
+        if t is not None and aligned(t) is not t:
+            return Recurrence(*(None if t is None else aligned(t) for t in tensors), *r[TENSORS:])
+    return r
+
+
+def _check_counts(**counts: int) -> None:
+    """Raise a ValueError if one is larger than MOST."""
+    for name, count in counts.items():
+        if count > MOST:
+            raise ValueError(f"expected at most {MOST} {name.replace('_', ' ')}, got {count}")
+
+
+def _empty_forward(gates: Tensor, r: Recurrence, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Of no sequences."""
+    h, c = (s.new_empty(len(gates), *s.shape) for s in (r.h0, r.c0))
+    return h, torch.empty_like(r.h0), torch.empty_like(r.c0), c if save else None
+
+
+def _empty_backward(gates: Tensor, r: Recurrence) -> Gradients:
+    """Of no sequences."""
+    has_total = r.weight_hr is not None or r.gain_c is not None
+    dh_total = r.h0.new_empty(len(gates), *r.h0.shape) if has_total else None
+    return Gradients(
+        torch.empty_like(gates), torch.empty_like(r.h0), torch.empty_like(r.c0), dh_total, *zeros_for_resets(r)
+    )
+
+
+def zeros_for_resets(r: Recurrence) -> tuple[Tensor | None, Tensor | None]:
+    """For the gradients of reset_h (what zoneout hands back) and reset_c, float32; None where there is none."""
+    dreset_h = None if r.reset_h is None else torch.zeros_like(r.reset_h, dtype=torch.float32)
+    return dreset_h, None if r.reset_c is None else torch.zeros_like(r.reset_c, dtype=torch.float32)
+
+
+def _initial_hidden_gradient(
+    dgates: Tensor,  # [T, B, 4H]
+    dh_n: Tensor | None,  # [B, P]
+    dh_from_zoneout: Tensor | None,  # [B, P] float32, see LoopGradients
+    r: Recurrence,
+) -> Tensor:
+    """dh0 [B, P]: through the first step, unless it is reset; dh_n where a sequence has no step."""
+    first = _at_first_step(dgates, r)  # [B, 4H]; zero where length is 0
+    if r.gain_hh is not None:
+        unit, scale = (_at_first_step(t, r) for t in (r.unit_hh, r.scale_hh[..., None]))
+        first = layer_norm.gradient(first, r.gain_hh, unit, scale[:, 0])
+    if r.resets is not None and not r.reverse:
+        first = first.masked_fill(r.resets[0, :, None], 0)
+    dh0 = first @ r.weight_hh
+    if r.dropout_h is not None:
+        dh0 = r.dropout_h * dh0
+    if dh_from_zoneout is not None:
+        dh0 = dh0 + dh_from_zoneout.to(dh0.dtype)
+    if r.lengths is not None and dh_n is not None:
+        dh0 = torch.where((r.lengths == 0)[:, None], dh_n, dh0)
+    return dh0
+
+
+def _at_first_step(t: Tensor, r: Recurrence) -> Tensor:
+    """t [T, B, F] at every sequence's first step, [B, F]; at time 0 where it has none."""
+    if r.reverse and r.lengths is not None:
+        first_time = (r.lengths.long() - 1).clamp(min=0)  # [B]
+        return t.gather(0, first_time[None, :, None].expand(1, -1, t.shape[2]))[0]
+    return t[-1 if r.reverse else 0]

@@ -1,0 +1,97 @@
+"""Timeouts of kernels whose programs wait for each other.
+
+A kernel whose programs wait for each other bounds its waiting. One that times out writes the step + 1 into its device's
+error word and ends; its results are wrong. The words lie in memory that the host reads without waiting for the device,
+so that reading them costs nothing, but detects a launch only when it has ended. They are read by the next call, by
+backward, by a Stream, by `gpu_lstm.check`, which waits for the device first, and at the end of the interpreter.
+"""
+
+import atexit
+import ctypes
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KERNELS = (
+    "lstm_cooperative_forward_kernel",
+    "lstm_cooperative_backward_kernel",
+    "lstm_step_forward_kernel",
+    "lstm_step_backward_kernel",
+    "lstm_cooperative_forward",  # in CUDA C++
+    "lstm_cooperative_backward",
+)
+APART = 4  # int32 from one word to the next: 16 bytes, as a pointer to it counts as aligned to
+_NONE = bytes(4 * APART * len(KERNELS))  # no kernel timed out
+
+
+class _Words:
+    """The error words of a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensor = torch.zeros(len(KERNELS), APART, dtype=torch.int32, pin_memory=device.type == "cuda")
+        # The same memory: read at every call, which takes a tensor's own methods microseconds.
+        self.memory: Any = (ctypes.c_char * len(_NONE)).from_address(self.tensor.data_ptr())
+
+
+_words: dict[torch.device, _Words] = {}  # of each device that had a launch
+
+
+def error_word(device: torch.device, kernel: str) -> Tensor:
+    """The word of one of the KERNELS on a device, int32 [APART], of which the first counts."""
+    if device.type == "meta":  # a launch that is only recorded
+        return torch.empty(APART, dtype=torch.int32, device=device)
+    if device not in _words:
+        _words[device] = _Words(device)
+    return _words[device].tensor[KERNELS.index(kernel)]
+
+
+def raise_if_timed_out(device: torch.device) -> None:
+    """Raise if an earlier launch on `device`, one that has ended, timed out.
+
+    Raises:
+        RuntimeError: with the kernel, the step and the device. It is raised once.
+    """
+    words = _words.get(device)
+    if words is not None and words.memory.raw != _NONE:
+        text = _report(device)
+        if text:
+            raise RuntimeError(text)
+
+
+def check() -> None:
+    """Wait for every device that had a launch, and raise if one timed out.
+
+    Raises:
+        RuntimeError: as raise_if_timed_out.
+    """
+    for device in _words:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        raise_if_timed_out(device)
+
+
+def _report(device: torch.device) -> str | None:
+    """What timed out on a device since the last look; it is reported once."""
+    words = _words[device].tensor
+    found = [(k, step) for k, step in enumerate(words[:, 0].tolist()) if step]
+    if not found:
+        return None
+    for k, _ in found:  # and no others: one may be written at this moment
+        words[k, 0] = 0
+    told = " and ".join(f"{KERNELS[k]} timed out at step {step - 1}" for k, step in found)
+    return (
+        f"{told} on {device}: its programs wait for each other, and were not all resident at once; "
+        f"the results of {'that launch' if len(found) == 1 else 'those launches'} are wrong"
+    )
+
+
+@atexit.register
+def _report_at_exit() -> None:
+    for device in _words:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        text = _report(device)
+        if text:
+            print(f"gpu_lstm: {text}", file=sys.stderr)

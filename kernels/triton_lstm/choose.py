@@ -1,0 +1,183 @@
+"""Which plan runs a pass of a problem: the kernel families propose, measured plans come first, and what fits is run.
+
+A plan is compiled for the card before it is chosen. Triton keeps what is compiled here, and that is what is launched.
+"""
+
+import contextlib
+import dataclasses
+import heapq
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+from typing import Any, get_type_hints
+
+import torch
+import triton
+
+from .. import cache
+from ..layer import Verify
+from ..problem import Pass, Problem
+from . import cooperative, resident, step
+from .binary import RecordedLaunch
+from .planning import INTERPRETER, Device, Family, Plan, device_of, expected
+
+MOST = 3  # plans that a first call compiles, before it runs the one that comes last
+SLOW_S = 2.0  # after which a log line says what is going on
+KIND = "plans"  # of cached results
+FORMAT = 5  # raised whenever a field of Plan or of the key changes its name or meaning
+
+FAMILIES: dict[Family, ModuleType] = {
+    Family.RESIDENT: resident,
+    Family.COOPERATIVE: cooperative,
+    Family.STEP: step,
+}
+"""Each has KERNELS, forward and backward, and for each of them the buffers that it needs and how its result is read."""
+
+logger = logging.getLogger("gpu_lstm")
+
+Launches = Callable[[Plan], Iterable[RecordedLaunch]]
+"""launches(plan): what a plan would launch."""
+
+
+class DoesNotFit(Exception):
+    """A kernel compiles to more than a thread or a block may have."""
+
+
+def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
+    """What to try, best first (estimated, until it is measured); the step family last."""
+    last = step.step_plan(problem, device, backward)
+    if problem.steps == 1:
+        return [last]  # holding W_hh on chip pays from the second step on
+    shared = list(cooperative.plans(problem, device, backward))
+    if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
+        shared = list(cooperative.plans(problem._replace(side_by_side=1), device, backward))
+
+    def seconds(plan: Plan) -> float:
+        return expected(problem, device, plan, backward).seconds
+
+    if problem.normalised:  # exchanges in the middle of a step hide behind no other batch tile
+        shared = [plan for plan in shared if seconds(plan) < seconds(last)]
+    return [*heapq.merge(resident.plans(problem, device, backward), shared, key=seconds), last]
+
+
+def card_of(device: torch.device) -> Device:
+    """What planning knows of a device: the seam at which a test can be a card."""
+    return device_of(torch.cuda.get_device_properties(device)) if device.type == "cuda" else INTERPRETER
+
+
+def candidates(problem: Problem, card: Device, which: Pass) -> list[Plan]:
+    """The plans of a pass: first the measured one, if there is one."""
+    if card is INTERPRETER:
+        return plans(problem, card, which.backward)[-1:]  # the others say thread by thread what takes no time there
+    measured = measured_plan(problem, card, which.backward)
+    return [*([measured] if measured else []), *plans(problem, card, which.backward)]
+
+
+def choose_plan(
+    problem: Problem, device: torch.device, which: Pass, launches: Launches, verify: Verify | None = None
+) -> Plan:
+    """The best plan whose kernels the device can run.
+
+    Args:
+        problem, device, which: what is to be run.
+        launches: what a plan would launch.
+        verify: why a plan that compiles is refused all the same.
+
+    Raises:
+        RuntimeError: no kernel can be compiled, or none computes the right numbers.
+    """
+    *proposed, last = candidates(problem, card_of(device), which)
+    if device.type != "cuda":
+        return last
+    with _log_if_slow():
+        refused = []
+        for plan in (*proposed[:MOST], last):
+            reason = why_it_does_not_fit(launches(plan))
+            if reason is None and verify is not None:
+                reason = verify(plan, problem, which, device)
+            if reason is None:
+                return plan
+            refused.append(f"{plan.family.value} {plan.rows}x{plan.columns}: {reason}")
+            logger.info("a plan does not fit: %s", refused[-1])
+    raise RuntimeError(f"no Triton kernel can run this layer on this card: {'; '.join(refused)}")
+
+
+def why_it_does_not_fit(launches: Iterable[RecordedLaunch]) -> str | None:
+    """Why launches cannot be made on the current device; None if they can."""
+    try:
+        for kernel, grid, arguments in launches:
+            spills = load(kernel, grid, arguments).n_spills
+            if spills:
+                raise DoesNotFit(f"{kernel.__name__} spills {4 * spills} bytes a thread")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many kinds: from Triton's front end, LLVM, ptxas, the driver
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
+    """A kernel, compiled and loaded on the current device: the seam at which a test can be a driver.
+
+    Raises:
+        Exception: it cannot be compiled, or takes more shared memory than a block may have.
+    """
+    compiled = kernel.warmup(grid=grid, **arguments)
+    compiled._init_handles()
+    return compiled
+
+
+@contextlib.contextmanager
+def _log_if_slow() -> Iterator[None]:
+    """Kernels take seconds to compile, once for a kind of layer: somebody who waits wants to know."""
+    text = "compiling the kernels of a layer; this happens once for each kind of layer, and Triton keeps the result"
+    timer = threading.Timer(SLOW_S, logger.warning, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def measured_plan(problem: Problem, card: Device, backward: bool) -> Plan | None:
+    """The plan that was fastest for problems like this on this card, if it was measured."""
+    fields = cache.read(KIND, _key(problem, card, backward))
+    if fields is None:
+        return None
+    try:
+        return _plan(fields)
+    except ValueError as error:
+        cache.warn_once(f"a measured plan is ignored: {error}")
+        return None
+
+
+def keep_measured(problem: Problem, card: Device, backward: bool, plan: Plan) -> None:
+    """Write a measured plan to the cache."""
+    cache.write(KIND, _key(problem, card, backward), dataclasses.asdict(plan) | {"family": plan.family.value})
+
+
+def _key(problem: Problem, card: Device, backward: bool) -> cache.Key:
+    """What decides which plan is fastest. A direction, lengths, resets and the like change no order."""
+    return dict(
+        format=FORMAT, triton=triton.__version__, card=card.name, batch=problem.batch, hidden=problem.hidden,
+        projected=problem.projected, dtype=str(problem.dtype), precision=problem.precision,
+        side_by_side=problem.side_by_side, regularised=problem.regularised, normalised=problem.normalised,
+        backward=backward,
+    )  # fmt: skip
+
+
+def _plan(fields: Any) -> Plan:
+    """A plan out of a file, every field checked.
+
+    Raises:
+        ValueError: a field is missing, unknown, or of another type.
+    """
+    types = get_type_hints(Plan)
+    if not isinstance(fields, dict) or set(fields) != set(types):
+        raise ValueError(f"expected the fields {sorted(types)}, got {fields!r}")
+    for name, needed in types.items():
+        if type(fields[name]) is not (str if needed is Family else needed):
+            raise ValueError(f"expected {name} of type {needed.__name__}, got {fields[name]!r}")
+    return Plan(**fields | {"family": Family(fields["family"])})
