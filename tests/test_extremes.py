@@ -65,18 +65,8 @@ def test_a_batch_of_none(backend, kind, recompute, ragged):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_stream_and_a_cell_of_none(backend):
-    place = PLACES[backend]
-    stream = gpu_lstm.Stream(gpu_lstm.LSTM(I, H, backend=backend, **place), batch=0)
-    assert stream(zeros(0, I, **place)).shape == (0, H)
-    assert stream(zeros(T, 0, I, **place)).shape == (T, 0, H)
-    h, c = gpu_lstm.LSTMCell(I, H, backend=backend, **place)(zeros(0, I, **place))
-    assert h.shape == c.shape == (0, H)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_of_none_what_goes_round_a_call(backend):
-    """Trace, explain, a graph, gradients of gradients, and a StackedLSTM's stream."""
+    """Trace, explain, a graph, gradients of gradients, streams and a cell."""
     place = PLACES[backend]
     lstm, x = gpu_lstm.LSTM(I, H, backend=backend, **place), zeros(T, 0, I, **place, requires_grad=True)
     assert gpu_lstm.trace(lstm, x).layers[0][0].cell.shape == (T, 0, H)
@@ -85,10 +75,13 @@ def test_of_none_what_goes_round_a_call(backend):
     assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
     (dx,) = torch.autograd.grad(lstm(x)[0].square().sum(), x, create_graph=True)
     assert torch.autograd.grad(dx.sum(), lstm.weight_hh_l0)[0].eq(0).all()
-    stream = gpu_lstm.Stream(gpu_lstm.StackedLSTM(I, [H, 5], backend=backend, **place), batch=0)
-    assert stream(zeros(T, 0, I, **place)).shape == (T, 0, 5)
-    stream.reset(zeros(0, dtype=torch.bool, device=place["device"]))
-    assert stream(zeros(0, I, **place)).shape == (0, 5)
+    for module, width in ((lstm, H), (gpu_lstm.StackedLSTM(I, [H, 5], backend=backend, **place), 5)):
+        stream = gpu_lstm.Stream(module, batch=0)
+        assert stream(zeros(T, 0, I, **place)).shape == (T, 0, width)
+        stream.reset(zeros(0, dtype=torch.bool, device=place["device"]))
+        assert stream(zeros(0, I, **place)).shape == (0, width)
+    h, c = gpu_lstm.LSTMCell(I, H, backend=backend, **place)(zeros(0, I, **place))
+    assert h.shape == c.shape == (0, H)
 
 
 @pytest.mark.parametrize("hidden", [1, 2, 65, 129])
@@ -184,25 +177,6 @@ def test_results_may_be_changed_in_place_where_nothing_goes_back(backend):
     for result in (y, h, c):
         before = result.detach().clone()
         torch.testing.assert_close(result.add_(1).detach(), before + 1)
-
-
-NO_STEPS = {
-    "LSTM": lambda x, **k: gpu_lstm.LSTM(I, H, **k)(x),
-    "StackedLSTM": lambda x, **k: gpu_lstm.StackedLSTM(I, [H, 5], **k)(x),
-    "Stream": lambda x, **k: gpu_lstm.Stream(gpu_lstm.LSTM(I, H, **k), batch=x.shape[1])(x),
-    "lstm_layer": lambda x, backend, **k: lstm_layer(x, (zeros(4 * H, I, **k), zeros(4 * H, H, **k)), backend=backend),
-}
-
-
-@pytest.mark.parametrize("batch", [0, 2])
-@pytest.mark.parametrize("kind", NO_STEPS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_steps_are_refused_in_torchs_words(backend, kind, batch):
-    with pytest.raises(RuntimeError) as theirs:
-        torch.nn.LSTM(I, H)(zeros(0, batch, I))
-    with pytest.raises(RuntimeError) as ours:
-        NO_STEPS[kind](zeros(0, batch, I, **PLACES[backend]), backend=backend, **PLACES[backend])
-    assert str(ours.value) == str(theirs.value)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
