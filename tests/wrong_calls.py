@@ -66,7 +66,7 @@ def modules(backend):
         stream_of_stack=gpu_lstm.Stream(gpu_lstm.StackedLSTM(3, [4, 4], backend=backend), 2),
         dropping=nn.ModuleDict({name: gpu_lstm.LSTM(3, 4, 2, **{name: 0.5}) for name in DROPS}),
         backwards=keras.GoBackwards(first), without_bias=WITHOUT_BIAS, of_another=MyLSTM(3, 4),
-        trace=gpu_lstm.trace(lstm, X), backend=backend,
+        trace=gpu_lstm.trace(lstm, zeros(5, 2, 3)), backend=backend,
     )  # fmt: skip
 
 
@@ -165,7 +165,8 @@ def of_arguments():
     for name, values in RATES.items():
         for value in values:
             yield f"ValueError: {name} {DROPOUT}, got {eval(value)!r}", *calls([*made[:2], *later], name, value)
-    yield f"ValueError: recurrent_dropout {DROPOUT}, got 2.0", *calls(made[2:3], "recurrent_dropout", "2.0")
+    for value in ("2.0", "-0.5"):
+        yield f"ValueError: recurrent_dropout {DROPOUT}, got {value}", *calls(made[2:3], "recurrent_dropout", value)
     yield from ((ZONEOUT + repr(eval(value)), *calls([*made[:2], *later], "zoneout", value)) for value in ZONEOUTS)
     for value in ("2.0", "-0.5", "'half'", "None", "True", "[0.5]"):
         yield f"ValueError: dropout {DROPOUT}", *calls([made[1], *later], "dropout", value)
