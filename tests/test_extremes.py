@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from comparing import BACKENDS, NAMES, PLACES, assert_same, example
+from pairs import pair, random_inputs, results
 from torch import Tensor, zeros
 from torch.nn.functional import pad
 from triton.runtime import interpreter
@@ -88,19 +89,9 @@ def test_of_none_what_goes_round_a_call(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("exact_float32_products")
 def test_any_number_of_units(backend, hidden):
-    torch.manual_seed(0)
-    theirs, ours = torch.nn.LSTM(2, hidden, dtype=torch.float64), gpu_lstm.LSTM(2, hidden, backend=backend)
-    ours.load_state_dict(theirs.state_dict())
-    theirs.load_state_dict(ours.state_dict())  # numbers that both dtypes have
-    ours.to(**PLACES[backend])
-    x = torch.randn(2, 1, 2)
-    results = []
-    for module in (ours, theirs):
-        given = x.to(next(module.parameters())).requires_grad_()
-        y, (_, c) = module(given)
-        gradients = torch.autograd.grad(y.sum() + c.sum(), [given, *module.parameters()])
-        results.append(dict(enumerate([y.detach(), c.detach(), *gradients])))
-    assert_same(*results, backend)
+    theirs, ours = pair("LSTM", backend, input_size=2, hidden_size=hidden)
+    x, hx = random_inputs(ours, 1)
+    assert_same(results(ours, x[:2], hx), results(theirs, x[:2], hx), backend)
 
 
 @pytest.mark.slow
@@ -127,7 +118,7 @@ def test_4096_units(monkeypatch):
                 allowed[name] = 2 * max(error, torch.finfo(torch.float32).eps * true.abs().max())
 
 
-IN_PLACE = {"output": 0, "h_n": 1, "c_n": 2, "input": 3, "lengths": 4, "weight": 5}
+IN_PLACE = ("output", "h_n", "c_n", "input", "lengths", "weight")
 
 
 @pytest.mark.parametrize("changed", IN_PLACE)
@@ -147,15 +138,15 @@ def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(
         results = change(y, h, c, given, its_lengths, lstm.weight_ih_l1)
         return torch.autograd.grad(sum(t.square().sum() for t in results[:3]), wanted)
 
+    k = IN_PLACE.index(changed)
+
     def in_place(*tensors):
-        tensor = tensors[IN_PLACE[changed]]
-        if tensor is not None:
-            with torch.set_grad_enabled(IN_PLACE[changed] < 3):  # a change of a result is part of the graph
-                tensor.mul_(2)
+        if tensors[k] is not None:
+            with torch.set_grad_enabled(k < 3):  # a change of a result is part of the graph
+                tensors[k].mul_(2)
         return tensors
 
     def apart(*tensors):
-        k = IN_PLACE[changed]
         return [*tensors[:k], 2 * tensors[k], *tensors[k + 1 :]] if k < 3 else tensors
 
     expected = gradients(apart)
