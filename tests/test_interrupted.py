@@ -331,7 +331,7 @@ def in_a_thread(call):
 
 @pytest.mark.parametrize("where", [lambda call: call(), in_a_thread], ids=["one thread", "a thread each"])
 def test_overlapping_blocks_leave_nothing_behind(where):
-    """Opened and closed in turn, each time in another thread: in any order of threads that a scheduler may choose."""
+    """The test fixes the order, so that no scheduler has a say."""
 
     def choosing(name):
         with gpu_lstm.backend(name):

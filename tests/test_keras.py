@@ -87,10 +87,9 @@ def as_ours(states):
 
 def in_keras_order(output, states):
     """A module's results in a flat list, in Keras's order."""
-    if isinstance(states, tuple):
-        h, c = states
-        states = [(h[d], c[d]) for d in range(len(h))]
-    return [output, *(state for pair in states for state in pair)]
+    rows = [states] if isinstance(states, tuple) else states  # of several layers or directions, unless a stack's
+    pairs = [pair for h, c in rows for pair in (zip(h, c) if h.dim() == 3 else [(h, c)])]
+    return [output, *(state for pair in pairs for state in pair)]
 
 
 def keras_call(layer, x, **options):
@@ -316,14 +315,9 @@ def test_to_keras(name):
     torch.manual_seed(0)
     module = OURS[name]().double()
     layer, x = to_keras(module), inputs(torch.float64)
-    if getattr(module, "batch_first", True):
-        output, states = module(x)
-    else:
-        output, states = module(x.transpose(0, 1))
-        output = output.transpose(0, 1)
-    if isinstance(states, list):  # a pair a layer; if bidirectional, (2, N, H)
-        states = [(h[d], c[d]) for h, c in states for d in range(2)] if states[0][0].dim() == 3 else states
-    assert_equal(in_keras_order(output, states), keras_call(layer, x))
+    time_first = not getattr(module, "batch_first", True)
+    output, states = module(x.transpose(0, 1) if time_first else x)
+    assert_equal(in_keras_order(output.transpose(0, 1) if time_first else output, states), keras_call(layer, x))
 
 
 @pytest.mark.parametrize(
@@ -399,6 +393,7 @@ def test_forget_bias(name):
 
 def test_keras_init_is_keras_own():
     """Keras's initial weights pass the same test, and its biases are the same."""
+    keras.utils.set_random_seed(0)
     layer = keras.layers.LSTM(64, dtype="float64")
     layer.build((None, None, 24))
     kernel, recurrent, bias = (torch.from_numpy(w) for w in layer.get_weights())

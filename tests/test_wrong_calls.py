@@ -3,7 +3,6 @@
 A text says what was expected and what came. Where torch.nn has the same call, type and text are its own.
 """
 
-import copy
 import os
 import re
 import warnings
@@ -34,12 +33,15 @@ def picture(m):
     """All that a call could change: what modules hold, random numbers, and who was chosen to run."""
 
     def values(tensors):
-        return [(id(t), None if t.is_meta else t.tolist()) for t in tensors]
+        return [(id(t), None if t.is_meta else t.detach().cpu().numpy().tobytes()) for t in tensors]
+
+    def held(attribute):
+        return attribute.copy() if isinstance(attribute, dict | list | set) else attribute
 
     found = {}
     for name, value in vars(m).items():
         for path, module in value.named_modules() if isinstance(value, nn.Module) else ():
-            found[name, path] = {key: copy.copy(attribute) for key, attribute in vars(module).items()}
+            found[name, path] = {key: held(attribute) for key, attribute in vars(module).items()}
             found[name, path, "values"] = values(module.state_dict(keep_vars=True).values())
     for stream in (m.stream, m.stream_of_stack):
         found[stream] = values(t for state in stream._state for t in state)
