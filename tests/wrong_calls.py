@@ -260,6 +260,7 @@ CALLS = [
     # Weights
     (size("bias_ih", "(16,)", "[1]"), "handed(m.deep, 'bias_ih_l1', 1)"),
     (size("weight_ih", "(16, 3)", "[12, 3]"), "handed(m.compat, 'weight_ih_l0', 12, 3)"),
+    (size("bias_hh", "(16,)", "[16, 1]"), "handed(m.both, 'bias_hh_l0_reverse', 16, 1)"),
     (size("weight_ih", "(16, 4)", "[16, 5]"), "handed(m.stack, 'layers.1.weight_ih_l0', 16, 5)"),
     (size("weight_peephole", "(12,)", "[16]"), "handed(m.variant, 'weight_peephole_l0', 16)"),
     (size("gain_hh", "(16,)", "[4]"), "handed(m.variant, 'gain_hh_l0', 4)"),
