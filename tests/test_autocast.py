@@ -93,17 +93,12 @@ def test_layers_are_cast_once_in_a_block_and_again_in_the_next(backend):
         assert casts.count == expected
 
 
-def test_with_autocasts_cache_off_every_call_casts():
-    _, cell = cells("reference")
-    with Casts() as casts, autocast(cache_enabled=False):
-        loop(cell, inputs())
-    assert casts.count == 4 * T
-
-
-def test_only_weights_that_learn_are_kept_as_by_torch():
+@pytest.mark.parametrize(("learns", "options"), [(True, dict(cache_enabled=False)), (False, {})], ids=str)
+def test_where_torch_casts_at_every_call_so_do_we(learns, options):
+    """With autocast's cache off, and weights that do not learn."""
     for cell in cells("reference"):
-        cell.requires_grad_(False)
-        with Casts() as casts, autocast():
+        cell.requires_grad_(learns)
+        with Casts() as casts, autocast(**options):
             loop(cell, inputs())
         assert casts.count == 4 * T
 
@@ -235,7 +230,7 @@ def train(lstm: nn.Module, seed: int, skipped: list[int] | None = None) -> tuple
 @pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_training_with_a_grad_scaler_is_as_exact_as_with_torchs_lstm(backend):
-    errors = {"ours": [], "theirs": []}
+    errors = []
     with torch.backends.mkldnn.flags(enabled=False):  # oneDNN has no LSTM in float16 on every CPU
         for seed in range(1 if backend == "triton" else 3):  # the interpreter is slow
             theirs, skipped = train(nn.LSTM(I, H), seed)
@@ -243,9 +238,8 @@ def test_training_with_a_grad_scaler_is_as_exact_as_with_torchs_lstm(backend):
             assert skipped == skipped_by_ours
             assert 0 < len(skipped) < 6
             truth, _ = train(nn.LSTM(I, H), seed, skipped)
-            errors["ours"].append(ours - truth)
-            errors["theirs"].append(theirs - truth)
-    our_error, their_error = (rms(torch.cat(each)) for each in errors.values())
+            errors.append((ours - truth, theirs - truth))
+    our_error, their_error = (rms(torch.cat(each)) for each in zip(*errors))
     assert 1e-6 < their_error < 1e-2
     assert our_error <= 2 * their_error, (our_error, their_error)
 

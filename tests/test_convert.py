@@ -179,35 +179,30 @@ def test_what_was_swapped_and_what_was_left_is_logged(caplog):
         gpu_lstm.convert(model)  # there is nothing left to do
         gpu_lstm.convert(nn.LSTM(3, 4))
         gpu_lstm.to_torch(model)
-    left = f"; left as it is: mine ({__name__}.MyLSTM), a subclass, which may do anything in its forward"
-    nothing = "there is no torch.nn.LSTM or torch.nn.LSTMCell in the torch.nn.modules.container.ModuleDict"
     assert caplog.messages == [
-        "convert swapped encoder (torch.nn.LSTM), step (torch.nn.LSTMCell)" + left,
-        f"convert swapped nothing: {nothing}{left}",
+        f"convert swapped encoder (torch.nn.LSTM), step (torch.nn.LSTMCell); {LEFT.format('mine', 'MyLSTM')}",
+        f"convert swapped nothing: {NONE} torch.nn.modules.container.ModuleDict; {LEFT.format('mine', 'MyLSTM')}",
         "convert swapped the model itself (torch.nn.LSTM), which cannot be swapped in place: the one that is returned "
         "is new",
         "to_torch swapped encoder (gpu_lstm.LSTM), step (gpu_lstm.LSTMCell)",
     ]
 
 
+NONE = "there is no torch.nn.LSTM or torch.nn.LSTMCell in the"
+NONE_OF_OURS = "there is no gpu_lstm.LSTM or gpu_lstm.compat.LSTM or gpu_lstm.LSTMCell in the"
+LEFT = f"left as it is: {{}} ({__name__}.{{}}), a subclass, which may do anything in its forward"
+
+
 @pytest.mark.parametrize(("swap", "model", "text"), [
-    (gpu_lstm.convert, lambda: nn.Linear(3, 4),
-     "gpu_lstm: convert swapped nothing: there is no torch.nn.LSTM or torch.nn.LSTMCell in the "
-     "torch.nn.modules.linear.Linear"),
-    (gpu_lstm.convert, lambda: nn.ModuleList([MyLSTM(3, 4)]),
-     "gpu_lstm: convert swapped nothing: there is no torch.nn.LSTM or torch.nn.LSTMCell in the "
-     f"torch.nn.modules.container.ModuleList; left as it is: 0 ({__name__}.MyLSTM), a subclass, which may do anything "
-     "in its forward"),
-    (gpu_lstm.to_torch, lambda: Ours(3, 4),
-     "gpu_lstm: to_torch swapped nothing: there is no gpu_lstm.LSTM or gpu_lstm.compat.LSTM or gpu_lstm.LSTMCell in "
-     f"the {__name__}.Ours; left as it is: the model itself ({__name__}.Ours), a subclass, which may do anything in "
-     "its forward"),
+    (gpu_lstm.convert, nn.Linear(3, 4), f"{NONE} torch.nn.modules.linear.Linear"),
+    (gpu_lstm.convert, nn.ModuleList([MyLSTM(3, 4)]),
+     f"{NONE} torch.nn.modules.container.ModuleList; {LEFT.format('0', 'MyLSTM')}"),
+    (gpu_lstm.to_torch, Ours(3, 4), f"{NONE_OF_OURS} {__name__}.Ours; {LEFT.format('the model itself', 'Ours')}"),
 ], ids=["no LSTM", "a subclass", "a subclass of ours"])  # fmt: skip
 def test_where_nothing_was_swapped_a_warning_says_why(swap, model, text):
-    model = model()
     with pytest.warns(UserWarning, match="^gpu_lstm: ") as told:
         assert swap(model) is model
-    assert [str(warning.message) for warning in told] == [text]
+    assert [str(warning.message) for warning in told] == [f"gpu_lstm: {swap.__name__} swapped nothing: {text}"]
     assert told[0].filename == __file__
 
 
@@ -260,27 +255,25 @@ def test_a_model_that_is_itself_one_gives_a_new_module_with_its_parameters(old, 
                          ids=["deepcopy", "pickle"])  # fmt: skip
 def test_copies_before_and_after(x, copied):
     expected = run(tagger(), x)
-    assert torch.equal(run(gpu_lstm.convert(copied(tagger())), x), expected)
     model = gpu_lstm.convert(tagger())
-    twin = copied(model)
-    assert type(twin["encoders"][0]) is gpu_lstm.LSTM
-    assert torch.equal(run(twin, x), expected)
+    for twin in (gpu_lstm.convert(copied(tagger())), copied(model)):
+        assert type(twin["encoders"][0]) is gpu_lstm.LSTM
+        assert torch.equal(run(twin, x), expected)
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_weight_norm_put_on_before(x):
     models = [tagger(), gpu_lstm.convert(tagger())]
-    for i, model in enumerate(models):
+    for model in models:
         nn.utils.weight_norm(model["encoders"][0], "weight_hh_l0")
-        if i == 0:
-            gpu_lstm.convert(model)
+        gpu_lstm.convert(model)
         with torch.no_grad():
             model["encoders"][0].weight_hh_l0_g.mul_(2)
-    assert torch.equal(run(models[0], x), run(models[1], x))
+    assert torch.equal(*(run(model, x) for model in models))
     assert not torch.equal(run(models[0], x), run(tagger(), x))
     nn.utils.remove_weight_norm(models[0]["encoders"][0], "weight_hh_l0")
-    assert torch.equal(run(models[0], x), run(models[1], x))
+    assert torch.equal(*(run(model, x) for model in models))
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
@@ -390,11 +383,9 @@ def test_lengths_are_traced():
 class Haste(nn.Module):
     """What haste_pytorch.LSTM has of parameters and settings; with `norm` its LayerNormLSTM."""
 
-    def __init__(
-        self, inputs: int, hidden: int, batch_first=False, forget_bias=1.0, dropout=0.0, zoneout=0.0, norm=False
-    ) -> None:
+    def __init__(self, inputs: int, hidden: int, dropout=0.0, zoneout=0.0, norm=False) -> None:
         super().__init__()
-        self.batch_first, self.forget_bias, self.dropout, self.zoneout = batch_first, forget_bias, dropout, zoneout
+        self.batch_first, self.forget_bias, self.dropout, self.zoneout = False, 1.0, dropout, zoneout
         self.kernel = nn.Parameter(torch.randn(inputs, 4 * hidden))
         self.recurrent_kernel = nn.Parameter(torch.randn(hidden, 4 * hidden))
         self.bias = nn.Parameter(torch.randn(4 * hidden))

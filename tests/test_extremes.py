@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from comparing import BACKENDS, NAMES, PLACES, assert_same, example
+from pairs import pair, random_inputs, results
 from torch import Tensor, zeros
 from torch.nn.functional import pad
 from triton.runtime import interpreter
@@ -66,18 +67,8 @@ def test_a_batch_of_none(backend, kind, recompute, ragged):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_stream_and_a_cell_of_none(backend):
-    place = PLACES[backend]
-    stream = gpu_lstm.Stream(gpu_lstm.LSTM(I, H, backend=backend, **place), batch=0)
-    assert stream(zeros(0, I, **place)).shape == (0, H)
-    assert stream(zeros(T, 0, I, **place)).shape == (T, 0, H)
-    h, c = gpu_lstm.LSTMCell(I, H, backend=backend, **place)(zeros(0, I, **place))
-    assert h.shape == c.shape == (0, H)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_of_none_what_goes_round_a_call(backend):
-    """Trace, explain, a graph, gradients of gradients, and a StackedLSTM's stream."""
+    """Trace, explain, a graph, gradients of gradients, streams and a cell."""
     place = PLACES[backend]
     lstm, x = gpu_lstm.LSTM(I, H, backend=backend, **place), zeros(T, 0, I, **place, requires_grad=True)
     assert gpu_lstm.trace(lstm, x).layers[0][0].cell.shape == (T, 0, H)
@@ -86,29 +77,22 @@ def test_of_none_what_goes_round_a_call(backend):
     assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
     (dx,) = torch.autograd.grad(lstm(x)[0].square().sum(), x, create_graph=True)
     assert torch.autograd.grad(dx.sum(), lstm.weight_hh_l0)[0].eq(0).all()
-    stream = gpu_lstm.Stream(gpu_lstm.StackedLSTM(I, [H, 5], backend=backend, **place), batch=0)
-    assert stream(zeros(T, 0, I, **place)).shape == (T, 0, 5)
-    stream.reset(zeros(0, dtype=torch.bool, device=place["device"]))
-    assert stream(zeros(0, I, **place)).shape == (0, 5)
+    for module, width in ((lstm, H), (gpu_lstm.StackedLSTM(I, [H, 5], backend=backend, **place), 5)):
+        stream = gpu_lstm.Stream(module, batch=0)
+        assert stream(zeros(T, 0, I, **place)).shape == (T, 0, width)
+        stream.reset(zeros(0, dtype=torch.bool, device=place["device"]))
+        assert stream(zeros(0, I, **place)).shape == (0, width)
+    h, c = gpu_lstm.LSTMCell(I, H, backend=backend, **place)(zeros(0, I, **place))
+    assert h.shape == c.shape == (0, H)
 
 
 @pytest.mark.parametrize("hidden", [1, 2, 65, 129])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("exact_float32_products")
 def test_any_number_of_units(backend, hidden):
-    torch.manual_seed(0)
-    theirs, ours = torch.nn.LSTM(2, hidden, dtype=torch.float64), gpu_lstm.LSTM(2, hidden, backend=backend)
-    ours.load_state_dict(theirs.state_dict())
-    theirs.load_state_dict(ours.state_dict())  # numbers that both dtypes have
-    ours.to(**PLACES[backend])
-    x = torch.randn(2, 1, 2)
-    results = []
-    for module in (ours, theirs):
-        given = x.to(next(module.parameters())).requires_grad_()
-        y, (_, c) = module(given)
-        gradients = torch.autograd.grad(y.sum() + c.sum(), [given, *module.parameters()])
-        results.append(dict(enumerate([y.detach(), c.detach(), *gradients])))
-    assert_same(*results, backend)
+    theirs, ours = pair("LSTM", backend, input_size=2, hidden_size=hidden)
+    x, hx = random_inputs(ours, 1)
+    assert_same(results(ours, x[:2], hx), results(theirs, x[:2], hx), backend)
 
 
 @pytest.mark.slow
@@ -135,7 +119,7 @@ def test_4096_units(monkeypatch):
                 allowed[name] = 2 * max(error, torch.finfo(torch.float32).eps * true.abs().max())
 
 
-IN_PLACE = {"output": 0, "h_n": 1, "c_n": 2, "input": 3, "lengths": 4, "weight": 5}
+IN_PLACE = ("output", "h_n", "c_n", "input", "lengths", "weight")
 
 
 @pytest.mark.parametrize("changed", IN_PLACE)
@@ -155,15 +139,15 @@ def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(
         results = change(y, h, c, given, its_lengths, lstm.weight_ih_l1)
         return torch.autograd.grad(sum(t.square().sum() for t in results[:3]), wanted)
 
+    k = IN_PLACE.index(changed)
+
     def in_place(*tensors):
-        tensor = tensors[IN_PLACE[changed]]
-        if tensor is not None:
-            with torch.set_grad_enabled(IN_PLACE[changed] < 3):  # a change of a result is part of the graph
-                tensor.mul_(2)
+        if tensors[k] is not None:
+            with torch.set_grad_enabled(k < 3):  # a change of a result is part of the graph
+                tensors[k].mul_(2)
         return tensors
 
     def apart(*tensors):
-        k = IN_PLACE[changed]
         return [*tensors[:k], 2 * tensors[k], *tensors[k + 1 :]] if k < 3 else tensors
 
     expected = gradients(apart)
@@ -185,25 +169,6 @@ def test_results_may_be_changed_in_place_where_nothing_goes_back(backend):
     for result in (y, h, c):
         before = result.detach().clone()
         torch.testing.assert_close(result.add_(1).detach(), before + 1)
-
-
-NO_STEPS = {
-    "LSTM": lambda x, **k: gpu_lstm.LSTM(I, H, **k)(x),
-    "StackedLSTM": lambda x, **k: gpu_lstm.StackedLSTM(I, [H, 5], **k)(x),
-    "Stream": lambda x, **k: gpu_lstm.Stream(gpu_lstm.LSTM(I, H, **k), batch=x.shape[1])(x),
-    "lstm_layer": lambda x, backend, **k: lstm_layer(x, (zeros(4 * H, I, **k), zeros(4 * H, H, **k)), backend=backend),
-}
-
-
-@pytest.mark.parametrize("batch", [0, 2])
-@pytest.mark.parametrize("kind", NO_STEPS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_steps_are_refused_in_torchs_words(backend, kind, batch):
-    with pytest.raises(RuntimeError) as theirs:
-        torch.nn.LSTM(I, H)(zeros(0, batch, I))
-    with pytest.raises(RuntimeError) as ours:
-        NO_STEPS[kind](zeros(0, batch, I, **PLACES[backend]), backend=backend, **PLACES[backend])
-    assert str(ours.value) == str(theirs.value)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -195,16 +195,18 @@ def test_captum():
     both(run)
 
 
+KEYS = dict(in_keys=["x", "h", "c"], out_keys=["y", ("next", "h"), ("next", "c")])  # of TorchRL's LSTMModule
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.4], ids=["one_trajectory", "several"])
 def test_torchrl(rate):
     """LSTMModule, step by step and over trajectories, which it tells apart by is_init. It asks for nn.LSTM's class."""
-    modules = pytest.importorskip("torchrl.modules")
-    from tensordict import TensorDict
+    modules, TensorDict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict").TensorDict
 
     def run(kind, backend):
         torch.manual_seed(0)
         inner = lstm(kind, backend, num_layers=2)
-        policy = modules.LSTMModule(lstm=inner, in_keys=["x", "h", "c"], out_keys=["y", ("next", "h"), ("next", "c")])
+        policy = modules.LSTMModule(lstm=inner, **KEYS)
         starts = torch.rand(N, T, 1) < rate
         states = {name: torch.randn(N, T, 2, H) for name in "hc"}
         whole = TensorDict({"x": data()[0], "is_init": starts, **states}, [N, T])
@@ -222,16 +224,12 @@ def test_torchrl(rate):
 @pytest.mark.parametrize("recurrent_backend", ["pad", "scan"])
 def test_torchrl_resets_to_the_states_that_are_stored(recurrent_backend):
     """As LSTMModule where a trajectory starts; gradients flow into the states there. `convert` does for it."""
-    modules = pytest.importorskip("torchrl.modules")
-    from tensordict import TensorDict
-
+    modules, TensorDict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict").TensorDict
     torch.manual_seed(0)
     x, starts = data()[0], torch.rand(N, T) < 0.4
     h, c = (torch.randn(N, T, 2, H, requires_grad=True) for _ in range(2))
-    policy = modules.LSTMModule(
-        lstm=lstm(nn.LSTM, None, num_layers=2), in_keys=["x", "h", "c"], out_keys=["y", ("next", "h"), ("next", "c")],
-        recurrent_backend=recurrent_backend,
-    )  # fmt: skip
+    theirs = lstm(nn.LSTM, None, num_layers=2)
+    policy = modules.LSTMModule(lstm=theirs, recurrent_backend=recurrent_backend, **KEYS)
 
     def by_policy():
         with modules.set_recurrent_mode(True):

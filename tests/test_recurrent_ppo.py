@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 import itertools
 import sys
 
@@ -146,26 +147,26 @@ def test_it_learns_and_only_with_memory(tmp_path):
 
 
 def test_the_benchmark_times_both_and_prints_a_line_a_size(monkeypatch, capsys):
-    measure, rows = ppo.measure, []
+    """What is timed is called once, and said to take this long."""
 
-    def quick(device):
-        rows.extend(measure(device, [(6, 2, 8), (4, 3, 16)], seconds=0.01))
-        return rows
+    def timed(calls, device, seconds):
+        for call in calls.values():
+            call(0)
+        return dict(one_call=[1.0, 2.0, 4.0], loop=[3.0, 6.0, 16.0])
 
-    monkeypatch.setattr(ppo, "measure", quick)
+    monkeypatch.setattr(ppo.timing, "interleaved", timed)
+    monkeypatch.setattr(ppo, "measure", functools.partial(ppo.measure, sizes=[(6, 2, 8), (4, 3, 16)]))
     monkeypatch.setenv("COLUMNS", "120")
     parser = argparse.ArgumentParser()
     ppo.add_arguments(parser)
     assert ppo.run(parser.parse_args(["--device", "cpu"])) == 0
     printed = capsys.readouterr().out
     assert "one call by torch" in printed
-    for row, sizes in zip(rows, ["6 2 8", "4 3 16"], strict=True):
-        assert len(row.one_call) == len(row.loop) >= 9
-        assert min(row.one_call + row.loop) > 0
-        (line,) = (line.split() for line in printed.splitlines() if line.split()[:3] == sizes.split())
-        assert line[5] == f"{row.speed[0]:.2f}"
-    row = ppo.Measured(4, 3, 16, one_call=[1.0, 2.0, 4.0], loop=[3.0, 6.0, 12.0])
-    assert row.speed == (3.0, 3.0, 3.0)
+    for sizes in ("6 2 8", "4 3 16"):
+        (line,) = (line for line in map(str.split, printed.splitlines()) if line[:3] == sizes.split())
+        assert line[3:7] == ["6000.00", "2000.00", "3.00", "3.00-3.60"]
+    speed = ppo.Measured(4, 3, 16, one_call=[1.0, 2.0, 4.0], loop=[3.0, 6.0, 12.0]).speed
+    assert speed == (3.0, 3.0, 3.0)
 
 
 def test_the_benchmark_times_nothing_that_differs(monkeypatch):

@@ -80,8 +80,6 @@ def test_other_inputs_and_modules():
     traced = gpu_lstm.trace(stack, x)
     torch.testing.assert_close(traced.output, stack(x)[0])
     assert [directions[0].cell.shape[2] for directions in traced.layers] == [H, I, I]
-    with pytest.raises(TypeError, match="trace takes an LSTM or a StackedLSTM, got Linear"):
-        gpu_lstm.trace(nn.Linear(2, 3), x)
 
 
 class Traced(nn.Module):
@@ -127,8 +125,6 @@ def test_the_picture_shows_one_sequence():
             assert panel.title.get_color() == HUES[panel.get_title()]
     with pytest.raises(ValueError, match="sequence 1 has no steps"):
         traced.plot(1)
-    with pytest.raises(IndexError, match="sequence 3 of a batch of 3"):
-        traced.plot(3)
 
 
 def test_a_projected_hidden_state_has_its_own_units_in_the_picture():

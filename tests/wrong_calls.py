@@ -1,0 +1,475 @@
+"""Wrong calls of all that is public, as (call, what it raises): the table of test_wrong_calls.
+
+A call is an expression of the names in this file and of `m`, the modules of one backend. What it raises is written as
+Python prints it, with "..." for any text. Calls that torch refuses too are in test_wrong_calls, where torch is asked.
+"""
+
+# ruff: noqa: F401  (names of calls)
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn, tensor, zeros
+from torch.nn.utils.rnn import pack_sequence
+
+import gpu_lstm
+from gpu_lstm import keras, races
+from gpu_lstm.functional import lstm_layer
+
+BOOL, F64, F16, INT, META = torch.bool, torch.float64, torch.float16, torch.int64, "meta"
+X, H, C = zeros(5, 2, 3), zeros(1, 2, 4), zeros(1, 2, 4)
+WEIGHTS = zeros(16, 3), zeros(16, 4)
+PLAIN, NORMED = (*WEIGHTS, None, None, None), (*WEIGHTS, *[None] * 6, zeros(4))
+HASTE = dict(kernel=zeros(3, 16), recurrent_kernel=zeros(4, 16), bias=zeros(16))
+PACKED = pack_sequence([zeros(5, 3), zeros(3, 3)])
+RESETS = zeros(5, 2, dtype=BOOL)
+H2 = zeros(2, 4)
+PAIRS = [(H2, H2)] * 2  # of StackedLSTM(3, [4, 4])
+NESTED = torch.nested.nested_tensor([zeros(4, 3), zeros(2, 3)], layout=torch.jagged)
+NESTED_STEP = torch.nested.nested_tensor([zeros(3), zeros(2)], layout=torch.jagged)
+GRU, LINEAR, CELL = nn.GRU(3, 4), nn.Linear(3, 4), gpu_lstm.LSTMCell(3, 4)
+TORCHS, TORCHS_FIRST = nn.LSTM(3, 4), nn.LSTM(3, 4, batch_first=True)
+WITHOUT_BIAS = nn.ModuleList([nn.LSTM(3, 4), nn.LSTM(3, 4, bias=False)])
+DROPS = ("dropout", "recurrent_dropout", "zoneout", "weight_drop")
+
+
+class MyLSTM(nn.LSTM):
+    pass
+
+
+def of_torch():
+    """torch's modules, by the names that ours have in `modules`."""
+    return SimpleNamespace(
+        lstm=nn.LSTM(3, 4), deep=nn.LSTM(3, 4, 2, dropout=0.5), first=nn.LSTM(3, 4, batch_first=True),
+        both=nn.LSTM(3, 4, bidirectional=True), projected=nn.LSTM(3, 4, proj_size=2), cell=nn.LSTMCell(3, 4),
+        weightless=nn.LSTM(3, 4, device=META),
+    )  # fmt: skip
+
+
+def modules(backend):
+    """Made once: a wrong call leaves them as they are."""
+    drops = dict(recurrent_dropout=0.5, zoneout=0.5) if backend == "reference" else {}
+    noise = dict(dropout=0.5, weight_drop=0.5, backend=backend) | drops
+    lstm = gpu_lstm.LSTM(3, 4, backend=backend)
+    first = gpu_lstm.LSTM(3, 4, batch_first=True, backend=backend)
+    return SimpleNamespace(
+        lstm=lstm, deep=gpu_lstm.LSTM(3, 4, 2, **noise), first=first,
+        both=gpu_lstm.LSTM(3, 4, bidirectional=True, backend=backend),
+        projected=gpu_lstm.LSTM(3, 4, proj_size=2, backend=backend), cell=gpu_lstm.LSTMCell(3, 4, backend=backend),
+        weightless=gpu_lstm.LSTM(3, 4, device=META, backend=backend),
+        compat=gpu_lstm.compat.LSTM(3, 4, backend=backend), stack=gpu_lstm.StackedLSTM(3, [4, 4], **noise),
+        one=gpu_lstm.StackedLSTM(3, [4], backend=backend), auto=gpu_lstm.LSTM(3, 4),
+        triton=gpu_lstm.LSTM(3, 4, backend="triton"), variant=gpu_lstm.LSTM(3, 4, peepholes=True, layer_norm=True),
+        stream=gpu_lstm.Stream(lstm.eval(), 2),
+        stream_of_stack=gpu_lstm.Stream(gpu_lstm.StackedLSTM(3, [4, 4], backend=backend), 2),
+        dropping=nn.ModuleDict({name: gpu_lstm.LSTM(3, 4, 2, **{name: 0.5}) for name in DROPS}),
+        backwards=keras.GoBackwards(first), without_bias=WITHOUT_BIAS, of_another=MyLSTM(3, 4),
+        trace=gpu_lstm.trace(lstm, zeros(5, 2, 3)), backend=backend,
+    )  # fmt: skip
+
+
+def kind_of(value):
+    return type(eval(value)).__name__
+
+
+def layer(m, **arguments):
+    return lstm_layer(**dict(x=X, weights=WEIGHTS, backend=m.backend) | arguments)
+
+
+def handed(module, name, *size):
+    """A call with a tensor of another size in the place of a parameter, by functional_call."""
+    like = next(module.parameters())
+    return torch.func.functional_call(module, {name: like.new_zeros(size)}, input_of(module))
+
+
+def assigned(module, name, *size):
+    """A call with a parameter of another size, or without it, in its place; it comes back."""
+    parameter = module._parameters[name]
+    setattr(module, name, nn.Parameter(parameter.new_zeros(size)) if size else None)
+    try:
+        return module(input_of(module))
+    finally:
+        setattr(module, name, parameter)
+
+
+def input_of(module):
+    return next(module.parameters()).new_zeros((2, 3) if isinstance(module, nn.RNNCellBase) else (5, 2, 3))
+
+
+def by(backend, module, *arguments, **options):
+    with gpu_lstm.backend(backend):
+        return module(*arguments, **options)
+
+
+def in_environment(name, value, call):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv(name, value)
+        call()
+
+
+a_bool = "TypeError: {} should be of type bool, got: {}".format
+an_int = "TypeError: {} should be of type int, got: {}".format
+a_tensor = "TypeError: {} should be a tensor, got: {}".format
+dense = "RuntimeError: {}: Expected input to be a dense tensor, got {}".format
+pair = "TypeError: {}(): argument 'hx' (position 2) must be tuple of Tensors, not {}".format
+a_list = "TypeError: hx should be a list of pairs (h, c), one a layer, got{}: {}".format
+size = "RuntimeError: Expected {} size {}, got {}".format
+dtypes = (
+    "RuntimeError: Input and {0} tensors are not the same dtype, found input tensor with torch.{1} and {0} tensor with "
+    "torch.{2}"
+).format
+devices = (
+    "RuntimeError: Input and {0} tensors are not at the same device, found input tensor at {1} and {0} tensor at {2}"
+).format
+unknown = "ValueError: unknown backend {}; expected one of 'auto', 'triton', 'cupy', 'torch', 'reference'".format
+SPARSE, A_NESTED = "a tensor of layout torch.sparse_coo", "a nested tensor"
+DROPOUT = "should be a number in range [0, 1] representing the probability of an element being zeroed"
+ZONEOUT = (
+    "ValueError: zoneout should be a number in range [0, 1] representing the probability of an element staying as it "
+    "was, or a pair of them for h and c, got "
+)
+PROJECTED = "ValueError: layer_norm is not defined with a projection: expected proj_size 0, got 2"
+TWO = "RuntimeError: lstm expects two hidden states"
+FEATURES = "RuntimeError: input.size(-1) must be equal to input_size. Expected 3, got 4"
+FLOAT64 = "ValueError: ...input...torch.float64..."
+RATES = {
+    "recurrent_dropout": ("2.0", "-0.5", "'0.5'", "None", "[0.1]", "math.nan", "True"),
+    "weight_drop": ("1.5", "-1", "(0.1, 0.2)", "'a'"),
+}
+ZONEOUTS = ("2.0", "-0.5", "[0.1, 0.1]", "(0.1,)", "(0.1, 0.2, 0.3)", "(0.1, 2)", "'0.1'", "None", "math.nan", "True",
+            "{'h': 0.1}")  # fmt: skip
+NAMES = ("'cuda'", "'Triton'", "''", "1", "['torch']")
+
+
+def of_arguments():
+    """Arguments of the constructors, and what is set later."""
+    classes = ("LSTM(3, 4", "StackedLSTM(3, [4, 4]", "compat.LSTM(3, 4", "LSTMCell(3, 4")
+    made = [f"gpu_lstm.{cls}, {{}}={{}})" for cls in classes]
+    later = [f"setattr(m.{module}, '{{}}', {{}})" for module in ("lstm", "stack")]
+
+    def calls(templates, name, value):
+        return [template.format(name, value) for template in templates]
+
+    yield from ((unknown("..."), *calls(made, "backend", value)) for value in NAMES)
+    yield unknown("'cuda'"), *(f"setattr(m.{name}, 'backend', 'cuda')" for name in ("lstm", "stack", "cell", "compat"))
+    for value in ("'yes'", "1", "None"):
+        yield a_bool("recompute", kind_of(value)), *calls(made[:3], "recompute", value)
+        yield a_bool("peepholes", kind_of(value)), *calls(made, "peepholes", value)
+    for value in ("'hh'", "1"):
+        text = f"TypeError: layer_norm should be of type bool, or a tuple of names, got: {kind_of(value)}"
+        yield text, *calls(made, "layer_norm", value)
+    text = "ValueError: layer_norm should be a bool, or name some of ... got ...'x'..."
+    yield text, *calls(made, "layer_norm", "('hh', 'x')")
+    for name, values in RATES.items():
+        for value in values:
+            yield f"ValueError: {name} {DROPOUT}, got {eval(value)!r}", *calls([*made[:2], *later], name, value)
+    for value in ("2.0", "-0.5"):
+        yield f"ValueError: recurrent_dropout {DROPOUT}, got {value}", *calls(made[2:3], "recurrent_dropout", value)
+    yield from ((ZONEOUT + repr(eval(value)), *calls([*made[:2], *later], "zoneout", value)) for value in ZONEOUTS)
+    for value in ("2.0", "-0.5", "'half'", "None", "True", "[0.5]"):
+        yield f"ValueError: dropout {DROPOUT}", *calls([made[1], *later], "dropout", value)
+    for name, value in dict(residual="'no'", bias="1", batch_first="'no'", bidirectional="'no'").items():
+        yield a_bool(name, kind_of(value)), *calls(made[1:2], name, value)
+    for module, name in (("stack", "recompute"), ("stack", "residual"), ("compat", "recompute")):
+        yield a_bool(name, "str"), f"setattr(m.{module}, '{name}', 'yes')"
+    for value in ("4", "{4, 5}", "'44'", "None", "{4: 1}", "4.0", "(size for size in (4, 5))"):
+        text = f"TypeError: hidden_sizes should be a sequence of ints, got: {kind_of(value)}"
+        yield text, f"gpu_lstm.StackedLSTM(3, {value})"
+    for value in ("2.0", "None", "'4'", "[4, 5]"):
+        yield an_int("hidden_size", kind_of(value)), f"gpu_lstm.StackedLSTM(3, [4, {value}])"
+
+
+def of_lengths_and_resets():
+    """Of a batch of 2 sequences with 5 steps."""
+    calls = "m.auto(X, {})", "m.deep(X, {})", "m.stack(X, {})", "m.triton(X, {})", "layer(m, {})"
+    limits = "ValueError: Expected lengths from 0 to 5, the number of steps, got lengths from"
+    a_dtype = "ValueError: lengths should be of dtype torch.int32 or torch.int64, got torch."
+    for text, argument in (
+        (f"{limits} 2 to 6", "lengths=tensor([6, 2])"),
+        (f"{limits} -1 to 3", "lengths=tensor([3, -1])"),
+        *((f"ValueError: Expected lengths of shape [2], got {shape}", f"lengths={value}") for value, shape in (
+            ("tensor([3])", [1]), ("tensor(3)", []), ("tensor([[1, 2]])", [1, 2]), ("tensor([5, 2, 1])", [3]))),
+        (a_dtype + "float32", "lengths=tensor([1.0, 2.0])"),
+        (a_dtype + "bool", "lengths=tensor([True, False])"),
+        (a_dtype + "int16", "lengths=tensor([1, 2], dtype=torch.int16)"),
+        ("ValueError: Expected lengths on cpu, where the input is, got meta", "lengths=tensor([1, 2], device=META)"),
+        (a_tensor("lengths", "list"), "lengths=[5, 2]"),
+        *((f"ValueError: Expected resets of shape [5, 2], got {list(shape)}", f"resets=zeros({shape}, dtype=BOOL)")
+          for shape in ((2, 5), (5,), (5, 2, 1))),
+        ("ValueError: resets should be of dtype torch.bool, got torch.float32", "resets=zeros(5, 2)"),
+        ("ValueError: resets should be of dtype torch.bool, got torch.uint8", "resets=zeros(5, 2, dtype=torch.uint8)"),
+        ("ValueError: Expected resets on cpu, where the input is, got meta", "resets=RESETS.to(META)"),
+        (a_tensor("resets", "int"), "resets=3"),
+        (a_tensor("resets", "bool"), "resets=True"),
+    ):  # fmt: skip
+        yield text, *(call.format(argument) for call in calls)
+
+
+def of_reset_states():
+    calls = dict(lstm="m.lstm(X, {})", stack="m.stack(X, {})", layer="layer(m, {})")
+    for call, states in (("lstm", "(H, C)"), ("stack", "PAIRS"), ("layer", "PAIRS[0]")):
+        alone = calls[call].format(f"reset_states={states}")
+        yield "ValueError: Expected resets together with reset_states, ..., got None", alone
+
+    sizes = (
+        "ValueError: Expected {0} of reset_states of size [{1}2, 4], one a sequence, or [{1}5, 2, 4], one a step, "
+        "got {2}"
+    ).format
+    dtype = "ValueError: Expected {} of reset_states of dtype torch.float32, got torch.{}"
+    a_pair = "TypeError: reset_states{} should be a pair of tensors (h, c), got: {}"
+    for text, call, states in (
+        (sizes("c", "1, ", [1, 2, 5]), "lstm", "(H, zeros(1, 2, 5))"),
+        (sizes("h", "1, ", [2, 4]), "lstm", "(H[0], C)"),
+        (dtype.format("h", "float64"), "lstm", "(H.double(), C)"),
+        (dtype.format("c", "int64"), "lstm", "(H, C.long())"),
+        ("ValueError: Expected h of ... on cpu, ..., got meta", "lstm", "(H.to(META), C)"),
+        (a_tensor("c of reset_states", "NoneType"), "lstm", "(H, None)"),
+        (a_pair.format("", "Tensor"), "lstm", "torch.stack([H, C])"),
+        ("ValueError: Expected reset_states of two states (h, c), got 1", "lstm", "(H,)"),
+        (sizes("h", "", [1, 2, 4]), "layer", "(H, C)"),
+        (a_pair.format("", "int"), "layer", "1"),
+        (a_pair.format(" of layer 0", "Tensor"), "stack", "(H, C)"),
+        ("TypeError: reset_states should be a list of pairs (h, c), got: Tensor", "stack", "H"),
+        ("ValueError: Expected reset_states of 2 pairs, one a layer, got 1", "stack", "PAIRS[:1]"),
+        ("ValueError: Expected c of reset_states of layer 1 of size [2, 4], ... got [2, 5]", "stack",
+         "[PAIRS[0], (H2, zeros(2, 5))]"),
+    ):  # fmt: skip
+        yield text, calls[call].format(f"resets=RESETS, reset_states={states}")
+    yield (
+        "ValueError: Expected c of reset_states of size [1, 2, 4], ..., or [1, 2, 5, 4], one a step, got [1, 5, 2, 4]",
+        "m.first(zeros(2, 5, 3), resets=RESETS.T, reset_states=(H, zeros(1, 5, 2, 4)))",
+    )
+    yield (
+        "ValueError: backend 'torch' takes no reset_states; use 'triton' or 'cupy' or 'reference'",
+        "by('torch', m.auto, X, resets=RESETS, reset_states=(H, C))",
+    )
+
+
+CALLS = [
+    *of_arguments(),
+    *of_lengths_and_resets(),
+    *of_reset_states(),
+    ("ValueError: hidden_sizes must have at least one layer", "gpu_lstm.StackedLSTM(3, [])"),
+    ("ValueError: hidden_size must be greater than zero", "gpu_lstm.StackedLSTM(3, [4, 0])",
+     "gpu_lstm.StackedLSTM(3, [4, -1])", "layer(m, weights=(zeros(0, 3), zeros(0, 0)))",
+     "gpu_lstm.from_haste(dict(kernel=zeros(3, 0), recurrent_kernel=zeros(0, 0), bias=zeros(0)))"),
+    ("ValueError: input_size must be greater than zero", "gpu_lstm.StackedLSTM(0, [4, 4])"),
+    (an_int("input_size", "str"), "gpu_lstm.StackedLSTM('3', [4, 4])"),
+    # Weights
+    (size("bias_ih", "(16,)", "[1]"), "handed(m.deep, 'bias_ih_l1', 1)"),
+    (size("weight_ih", "(16, 3)", "[12, 3]"), "handed(m.compat, 'weight_ih_l0', 12, 3)"),
+    (size("bias_hh", "(16,)", "[16, 1]"), "handed(m.both, 'bias_hh_l0_reverse', 16, 1)"),
+    (size("weight_ih", "(16, 4)", "[16, 5]"), "handed(m.stack, 'layers.1.weight_ih_l0', 16, 5)"),
+    (size("weight_peephole", "(12,)", "[16]"), "handed(m.variant, 'weight_peephole_l0', 16)"),
+    (size("gain_hh", "(16,)", "[4]"), "handed(m.variant, 'gain_hh_l0', 4)"),
+    (a_tensor("weight_hh", "NoneType"), "assigned(m.lstm, 'weight_hh_l0')", "layer(m, weights=(WEIGHTS[0], None))"),
+    ("RuntimeError: bias_ih and bias_hh should be given together", "assigned(m.lstm, 'bias_hh_l0')",
+     "layer(m, weights=(*WEIGHTS, zeros(16)))"),
+    *((f"ValueError: backend '{backend}' takes no {name}; use 'triton' or 'reference'",
+       f"lstm_layer(X, {weights}, backend='{backend}')") for backend in ("torch", "cupy")
+      for name, weights in (("peepholes", "[*PLAIN, zeros(12)]"), ("layer_norm", "NORMED"))),
+    ("RuntimeError: weight_peephole must have 1 dimensions, got 2", "lstm_layer(X, [*PLAIN, zeros(3, 4)])"),
+    (PROJECTED, "gpu_lstm.LSTM(3, 4, proj_size=2, layer_norm=('ih',))",
+     "lstm_layer(X, [WEIGHTS[0], zeros(16, 2), None, None, zeros(2, 4), None, zeros(16)])"),
+    ("RuntimeError: bias_c should be given together with gain_c", "lstm_layer(X, [*WEIGHTS, *[None] * 7, zeros(4)])"),
+    ("AttributeError: ...peepholes...", "setattr(m.lstm, 'peepholes', True)"),
+    # Input of LSTM, and hx, where torch's own words are no guide
+    (dense("LSTM", A_NESTED), "m.lstm(NESTED)"),
+    (dense("LSTM", SPARSE), "m.lstm(X.to_sparse())", "m.compat(X.to_sparse())", "m.stream(X.to_sparse())",
+     "gpu_lstm.explain(m.lstm, X.to_sparse())"),
+    (FLOAT64, "m.deep(X.double())", "m.stream(zeros(2, 3, dtype=F64))"),
+    (pair("lstm", "Tensor"), "m.lstm(X, torch.stack([H, C]))", "m.deep(X, zeros(2, 2, 2, 4))",
+     "m.lstm(X, torch.stack([H, C]), lengths=tensor([5, 3]))",
+     "m.lstm(PACKED, torch.stack([H, C]))",
+     "m.compat(X, torch.stack([H, C]))", "layer(m, hx=zeros(2, 2, 4))", "gpu_lstm.Stream(m.lstm, 2, X)"),
+    (TWO, "m.lstm(PACKED, (H, C, C))", "m.lstm(PACKED, (H,))", "layer(m, hx=(H2,))", "layer(m, hx=())",
+     "gpu_lstm.Stream(m.lstm, 2, (H,))"),
+    (dtypes("hidden", "float32", "float64"), "m.deep(X, (zeros(2, 2, 4, dtype=F64), zeros(2, 2, 4)))",
+     "m.deep(PACKED, (zeros(2, 2, 4, dtype=F64), zeros(2, 2, 4)))", "layer(m, hx=(H2.double(), H2))"),
+    ("ValueError: lengths should not be given together with a PackedSequence...",
+     "m.deep(PACKED, lengths=tensor([5, 3]))"),
+    ("ValueError: Expected resets of shape [2, 5], got [5, 2]", "m.first(zeros(2, 5, 3), resets=RESETS)"),
+    ("ValueError: Expected lengths of shape [], got [1]", "m.lstm(X[:, 0], lengths=tensor([3]))"),
+    ("ValueError: Expected resets of shape [5], got [5, 1]", "m.first(X[:, 0], resets=RESETS[:, :1])"),
+    *((f"ValueError: Expected resets of shape [{shape}], got [8]", f"m.{module}(PACKED, resets=zeros(8, dtype=BOOL))")
+      for module, shape in (("lstm", "5, 2"), ("first", "2, 5"))),
+    ("TypeError: ...unexpected keyword argument 'length'...", "m.lstm(X, length=tensor([5, 2]))"),
+    ("TypeError: LSTM takes lengths, ... LSTMModule ... hand it a gpu_lstm.compat.LSTM",
+     "m.first(zeros(2, 5, 3), mask=zeros(2, 5, dtype=BOOL))"),
+    # No steps, which torch refuses in these words
+    ("RuntimeError: Expected sequence length to be larger than 0 in RNN", "m.stack(zeros(0, 2, 3))",
+     "m.stack(zeros(0, 0, 3))", "m.stream(zeros(0, 2, 3))", "gpu_lstm.Stream(m.lstm, 0)(zeros(0, 0, 3))",
+     *(f"layer(m, x=zeros(0, {n}, 3){by})" for n in (0, 2) for by in ("", ", backend='triton'"))),
+    # StackedLSTM
+    *((a_tensor("input", kind_of(value)), f"m.stack({value})") for value in ("None", "[[1.0, 2.0, 3.0]]", "X.numpy()")),
+    (dense("StackedLSTM", A_NESTED), "m.stack(NESTED)"),
+    (dense("StackedLSTM", SPARSE), "m.stack(X.to_sparse())"),
+    *((f"ValueError: StackedLSTM: Expected input to be 2D or 3D, got {rank}D instead", f"m.stack(zeros([3] * {rank}))")
+      for rank in (1, 4)),
+    (FEATURES, "m.stack(zeros(5, 2, 4))", "gpu_lstm.explain(m.stack, zeros(5, 2, 4))",
+     "m.stream_of_stack(zeros(2, 4))"),
+    ("ValueError: RNN input dtype (torch.float64) does not match weight dtype ...float32). ...",
+     "m.stack(X.double())"),
+    (devices("parameter", META, "cpu"), "m.stack(X.to(META))"),
+    ("ValueError: residual=True needs ... got inputs of [3, 4] and outputs of [4, 5] ...",
+     "gpu_lstm.StackedLSTM(3, [4, 5], residual=True)"),
+    (a_list(" for layer 0", "Tensor"), "m.stack(X, (zeros(2, 2, 4), zeros(2, 2, 4)))", "m.one(X, PAIRS[0])",
+     "gpu_lstm.Stream(m.stack, 2, (zeros(2, 2, 4), zeros(2, 2, 4)))"),
+    (a_list("", "Tensor"), "m.stack(X, zeros(2, 2, 2, 4))", "gpu_lstm.trace(m.stack, X, zeros(2, 2, 2, 4))"),
+    (a_list("", "dict"), "m.stack(X, dict(enumerate(PAIRS)))"),
+    ("RuntimeError: Expected hx of 2 pairs, one a layer, got 1", "m.stack(X, PAIRS[:1])",
+     "gpu_lstm.Stream(m.stack, 2, PAIRS[:1])"),
+    ("RuntimeError: Expected hx of 2 pairs, one a layer, got 0", "m.stack(X, [])"),
+    ("RuntimeError: Expected h of layer 0 of size [2, 4], got [1, 2, 4]", "m.stack(X, [(H, C), PAIRS[1]])"),
+    ("RuntimeError: Expected c of layer 1 of size [4], got [1, 4]",
+     "m.stack(X[:, 0], [(zeros(4), zeros(4)), (zeros(4), zeros(1, 4))])"),
+    (devices("hidden", "cpu", META), "m.stack(X, [PAIRS[0], (H2, H2.to(META))])"),
+    *((f"RuntimeError: Expected two states (h, c) of layer {k}, got {count}", f"m.stack(X, {states})")
+      for k, count, states in ((0, 1, "[PAIRS[0][:1], PAIRS[1]]"), (1, 3, "[PAIRS[0], (*PAIRS[1], H2)]"))),
+    (a_tensor("c of layer 0", "NoneType"), "m.stack(X, [(H2, None), PAIRS[1]])"),
+    (a_tensor("h of layer 0", "list"), "m.stack(X, [([0.0], [0.0]), PAIRS[1]])"),
+    ("RuntimeError: Expected h of layer 1 of size [2, 4], got [2, 5]", "m.stack(X, [PAIRS[0], (zeros(2, 5), H2)])"),
+    (dtypes("hidden", "float32", "float16"), "m.stack(X, [PAIRS[0], (H2.half(), H2)])"),
+    # LSTMCell, beyond torch's
+    (dense("LSTMCell", SPARSE), "m.cell(zeros(2, 3).to_sparse())"),
+    (dense("LSTMCell", A_NESTED), "m.cell(NESTED_STEP)"),
+    ("RuntimeError: lstm_cell expects two hidden states", "m.cell(zeros(2, 3), [H2])"),
+    # functional.lstm_layer
+    (a_tensor("input", "NoneType"), "layer(m, x=None)", "m.backwards(None)"),
+    (a_tensor("input", "PackedSequence"), "layer(m, x=PACKED)"),
+    (dense("lstm_layer", A_NESTED), "layer(m, x=NESTED)"),
+    (dense("lstm_layer", SPARSE), "layer(m, x=X.to_sparse())"),
+    ("RuntimeError: input must have 3 dimensions, got 2", "layer(m, x=zeros(5, 3))"),
+    *((f"TypeError: weights should be a tuple or list of tensors, got: {kind_of(value)}", f"layer(m, weights={value})")
+      for value in ("zeros(2, 16, 4)", "None")),
+    ("ValueError: Expected weights of 2 to 10 tensors (weight_ih, ...), got 1", "layer(m, weights=WEIGHTS[:1])"),
+    ("ValueError: Expected weights of 2 to 10 tensors (...gain_c, bias_c), got 11",
+     "layer(m, weights=[*WEIGHTS, *[None] * 9])"),
+    (a_tensor("bias_hh", "list"), "layer(m, weights=(*WEIGHTS, zeros(16), [0.0] * 16))"),
+    ("RuntimeError: weight_hh must have 2 dimensions, got 0", "layer(m, weights=(WEIGHTS[0], tensor(1.0)))"),
+    ("RuntimeError: weight_hr must have 2 dimensions, got 1", "layer(m, weights=(*WEIGHTS, None, None, zeros(4)))"),
+    *((size(name, expected, got), f"layer(m, weights=({weights}))") for name, expected, got, weights in (
+        ("bias_ih", "(16,)", "[1]", "*WEIGHTS, zeros(1), zeros(1)"),
+        ("weight_ih", "(16, 3)", "[16, 2]", "zeros(16, 2), WEIGHTS[1]"),
+        ("weight_hh", "(16, 4)", "[16, 5]", "WEIGHTS[0], zeros(16, 5)"),
+        ("weight_hh", "(16, 2)", "[16, 4]", "*WEIGHTS, None, None, zeros(2, 4)"))),
+    (dtypes("parameter", "float64", "float32"), "layer(m, x=X.double())"),
+    ("ValueError: proj_size must be greater than zero",
+     "layer(m, weights=(zeros(16, 3), zeros(16, 0), None, None, zeros(0, 4)))"),
+    (a_tensor("hidden[0]", "NoneType"), "layer(m, hx=(None, None))"),
+    (pair("lstm", "int"), "layer(m, hx=1)"),
+    (size("hidden[0]", "(2, 4)", "[4]"), "layer(m, hx=(zeros(4), H2))"),
+    (size("hidden[1]", "(2, 4)", "[2, 5]"), "layer(m, hx=(H2, zeros(2, 5)))"),
+    (devices("hidden", "cpu", META), "layer(m, hx=(H2.to(META), H2))"),
+    (a_bool("reverse", "str"), "layer(m, reverse='no')"),
+    (unknown("'none'"), "layer(m, backend='none')"),
+    # backend, racing, Backend, the environment
+    *((unknown("..."), f"gpu_lstm.backend({name})") for name in (*NAMES, "None")),
+    ("ValueError: 'cuda' is not a valid Backend", "gpu_lstm.Backend('cuda')"),
+    *(("ValueError: unknown mode of racing ...; expected one of 'on', 'read', 'off'", f"gpu_lstm.racing({name})")
+      for name in ("'never'", "''", "None", "True", "['on']")),
+    (unknown("'cuda' in the environment variable GPU_LSTM_BACKEND"),
+     "in_environment('GPU_LSTM_BACKEND', 'cuda', lambda: lstm_layer(X, WEIGHTS))"),
+    ("ValueError: unknown mode of racing 'yes' in the environment variable GPU_LSTM_RACE; expected...",
+     "in_environment('GPU_LSTM_RACE', 'yes', races.mode)"),
+    # explain, trace
+    *((f"TypeError: {function} takes a...LSTM... got ...{kind_of(value)}", f"gpu_lstm.{function}({value}, X)")
+      for function in ("explain", "trace") for value in ("None", "[1]", "GRU", "LINEAR")),
+    *((a_tensor("x", kind_of(value)), f"gpu_lstm.{function}(m.lstm, {value})")
+      for function in ("explain", "trace") for value in ("None", "[[1.0]]", "3")),
+    ("TypeError: 'str' object cannot be interpreted as an integer", "m.trace.plot('first')"),
+    ("IndexError: sequence 2 of a batch of 2", "m.trace.plot(2)"),
+    # Stream
+    *((f"TypeError: Stream takes an LSTM or a StackedLSTM, got {kind_of(value)}", f"gpu_lstm.Stream({value}, 2)")
+      for value in ("None", "[1]", "TORCHS")),
+    ("ValueError: Stream takes one direction, got bidirectional=True...", "gpu_lstm.Stream(m.both, 2)"),
+    *((an_int("batch", kind_of(value)), f"gpu_lstm.Stream(m.lstm, {value})") for value in ("None", "2.0")),
+    ("ValueError: batch must not be negative, got -1", "gpu_lstm.Stream(m.lstm, -1)"),
+    *((text, f"gpu_lstm.Stream(m.lstm, 2, {states})") for text, states in (
+        ("RuntimeError: Expected h_0 of size [1, 2, 4], got [1, 1, 4]", "(zeros(1, 1, 4), C)"),
+        ("RuntimeError: Expected c_0 of size [1, 2, 4], got [2, 4]", "(H, H2)"),
+        ("RuntimeError: Expected h_0 of dtype torch.float32, got torch.float64", "(H.double(), C.double())"),
+        ("RuntimeError: Expected c_0 of dtype torch.float32, got torch.int64", "(H, C.long())"),
+        ("RuntimeError: Expected h_0 on cpu, got meta", "(H.to(META), C)"),
+        (a_tensor("h_0", "list"), "([0.0], [0.0])"))),
+    ("RuntimeError: Expected c of layer 1 of size [2, 4], got [2, 1]",
+     "gpu_lstm.Stream(m.stack, 2, [PAIRS[0], (H2, zeros(2, 1))])"),
+    (a_tensor("x", "NoneType"), "m.stream(None)"),
+    (a_tensor("x", "PackedSequence"), "m.stream(PACKED)"),
+    *((f"ValueError: expected (N, I) or (T, N, I) with N = 2, got {shape}", f"m.stream(zeros({shape}))")
+      for shape in ((3, 3), (3,))),
+    ("ValueError: expected (N, I) or (N, T, I) with N = 2, got (5, 2, 3)", "gpu_lstm.Stream(m.first, 2)(X)"),
+    *(("ValueError: ...drops out in training mode; call eval()...",
+       f"gpu_lstm.Stream(m.dropping['{name}'], 2)(zeros(2, 3))") for name in DROPS),
+    *((text.format(name), call.format(value)) for name, call in (
+        ("which", "m.stream.reset({})"), ("active", "m.stream(zeros(2, 3), active={})")) for text, value in (
+          (a_tensor("{}", "list"), "[True, False]"),
+          ("ValueError: expected bool of shape (2,), got torch.bool (5, 2)", "RESETS"),
+          ("ValueError: expected bool of shape (2,), got torch.int64 (2,)", "tensor([1, 0])"),
+          ("ValueError: Expected {} on cpu, got meta", "zeros(2, dtype=BOOL, device=META)"))),
+    *((text, f"m.stream_of_stack.reorder({value})") for text, value in (
+        (a_tensor("index", "list"), "[1, 0]"),
+        ("ValueError: expected int64 of shape (2,), got torch.bool (2,)", "tensor([True, False])"),
+        ("ValueError: expected int64 of shape (2,), got torch.int64 (3,)", "tensor([0, 1, 1])"),
+        ("ValueError: Expected index from 0 to 1, got [0, 2]", "tensor([0, 2])"),
+        ("ValueError: Expected index from 0 to 1, got [0, -1]", "tensor([0, -1])"))),
+    ("RuntimeError: Expected h_0 of size [1, 2, 4], got [1, 3, 4]", "setattr(m.stream, 'state', (zeros(1, 3, 4), C))"),
+    # convert, to_torch, from_haste
+    *((f"TypeError: {function} takes a torch.nn.Module, got {kind_of(value)}",
+       f"gpu_lstm.{function}({value})")
+      for function in ("convert", "to_torch") for value in ("None", "[TORCHS]", "{'a': 1}", "nn.LSTM")),
+    *((f"TypeError: from_haste takes a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got {kind_of(value)}",
+       f"gpu_lstm.from_haste({value})") for value in ("None", "[1]", "'haste'", "zeros(3, 16)")),
+    *((f"ValueError: expected the parameters ...recurrent_kernel... got {got}", f"gpu_lstm.from_haste({value})")
+      for got, value in (("['bias_hh_l0', ...", "m.of_another"), ("['1', '2']", "{1: 1, '2': 2}"),
+                         ("['bias', 'kernel']", "{name: HASTE[name] for name in ('kernel', 'bias')}"))),
+    (a_tensor("kernel", "ndarray"), "gpu_lstm.from_haste(HASTE | {'kernel': zeros(3, 16).numpy()})"),
+    *((f"ValueError: expected sizes [I, 4H], ... got {got}", f"gpu_lstm.from_haste({value})") for got, value in (
+        ("[[], [], []]", "dict.fromkeys(HASTE, tensor(1.0))"),
+        ("[[16, 3], [4, 16], [16]]", "HASTE | {'kernel': zeros(16, 3)}"),
+        ("[[3, 16], [4, 16], [4]]", "HASTE | {'bias': zeros(4)}"))),
+    # resets_from_dones
+    *((a_tensor("dones", kind_of(value)), f"gpu_lstm.resets_from_dones({value})")
+      for value in ("None", "[[True]]", "X.numpy()")),
+    *(("ValueError: Expected bool dones [T, B] with T > 0, got ...", f"gpu_lstm.resets_from_dones({value})")
+      for value in ("zeros(5, 2)", "zeros(5, dtype=BOOL)", "tensor(True)", "zeros(0, 2, dtype=BOOL)")),
+    (a_tensor("first", "list"), "gpu_lstm.resets_from_dones(RESETS, [True, False])"),
+    *((f"ValueError: Expected bool first [2] on cpu, got torch.bool {got}",
+       f"gpu_lstm.resets_from_dones(RESETS, zeros({value}, dtype=BOOL))")
+      for got, value in (("[3] on cpu", "3"), ("[2] on meta", "2, device=META"))),
+    # autotune, check
+    ("ValueError: hidden_size must be at least 1, got 0", "gpu_lstm.autotune(0, 1)"),
+    ("ValueError: batch must be at least 1, got -1", "gpu_lstm.autotune(4, -1)"),
+    (an_int("steps", "float"), "gpu_lstm.autotune(4, 1, steps=2.5)"),
+    (an_int("hidden_size", "str"), "gpu_lstm.autotune('4', 1)"),
+    ("ValueError: proj_size has to be smaller than hidden_size, got 4 and 4", "gpu_lstm.autotune(4, 1, proj_size=4)"),
+    ("TypeError: dtype should be a torch.dtype, got: str", "gpu_lstm.autotune(4, 1, dtype='bf16')"),
+    ("TypeError: backend 'triton' takes float16, bfloat16 and float32, got torch.float64",
+     "gpu_lstm.autotune(4, 1, dtype=F64, device='cpu')"),
+    ("TypeError: ...takes 0 positional arguments but 1 was given", "gpu_lstm.check('cuda')"),
+    # keras, where Keras is not needed
+    *(("TypeError: GoBackwards takes an LSTM or a StackedLSTM, got ...", f"keras.GoBackwards({value})")
+      for value in ("None", "[1]", "TORCHS_FIRST")),
+    ("ValueError: ...batch_first=True, got bidirectional=False and batch_first=False", "keras.GoBackwards(m.lstm)"),
+    ("ValueError: ...batch_first=True, got bidirectional=True and batch_first=False", "keras.GoBackwards(m.both)"),
+    ("ValueError: Expected input of 3 dimensions (N, T, I), got 2", "m.backwards(X[0])"),
+    (a_tensor("lengths", "list"), "m.backwards(zeros(2, 5, 3), lengths=[1, 2])"),
+    ("ValueError: Expected lengths from 0 to 5, ... got lengths from 1 to 6",
+     "m.backwards(zeros(2, 5, 3), lengths=tensor([1, 6]))"),
+    *((f"TypeError: Expected an LSTM or a module that holds one, got {kind_of(value)}", f"keras.{function}({value})")
+      for function in ("keras_init", "forget_bias") for value in ("None", "[TORCHS]", "LINEAR", "GRU")),
+    ("ValueError: Expected an LSTM with a bias, got bias=False", "keras.forget_bias(m.without_bias)"),
+    *((f"TypeError: value should be a number, got: {kind_of(value)}", f"keras.forget_bias(m.lstm, {value})")
+      for value in ("'1'", "None")),
+    *((f"TypeError: to_keras takes an LSTM, StackedLSTM or GoBackwards, got {kind_of(value)}",
+       f"keras.to_keras({value})") for value in ("None", "[1]", "GRU", "CELL")),
+    (a_bool("freeze_second_bias", "str"), "keras.from_keras(None, freeze_second_bias='no')"),
+    (a_tensor("mask", "list"), "keras.lengths_of([[True]])"),
+    *((f"ValueError: Expected a mask [N, T] of dtype torch.bool, got {got}", f"keras.lengths_of({value})")
+      for got, value in (("[2, 5] of torch.float32", "zeros(2, 5)"), ("[3] of torch.bool", "zeros(3, dtype=BOOL)"))),
+    *((f"ValueError: ...row {row} has a gap: step {step} is masked, but a later one is not",
+       f"keras.lengths_of(tensor({mask}).bool())")
+      for row, step, mask in ((0, 1, [[1, 0, 1]]), (1, 1, [[1, 1, 1], [1, 0, 1]]), (0, 0, [[0, 1, 1], [1, 0, 0]]))),
+]  # fmt: skip
