@@ -9,11 +9,11 @@ if not Path(__file__).with_name("kernels").exists():
 from . import compat, functional, keras, races
 from .call.choices import Backend, backend, racing
 from .call.sequences import resets_from_dones
+from .kernels.timeouts import check  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .modules import LSTM, LSTMCell, StackedLSTM
 from .tools.autotune import autotune
 from .tools.convert import convert, from_haste, to_torch
 from .tools.explain import explain
-from .kernels.timeouts import check  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from .tools.stream import Stream
 from .tools.trace import trace
 
@@ -34,7 +34,6 @@ __all__ = [
     "from_haste",
     "functional",
     "keras",
-    "races",
     "racing",
     "resets_from_dones",
     "to_torch",

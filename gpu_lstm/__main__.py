@@ -145,12 +145,15 @@ def _summary(device: torch.device) -> str:
     backend = select(Backend.AUTO, device, torch.float32, None, False)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     if backend not in KERNEL_BACKENDS:
-        why_not = "there is no CUDA device" if device.type == "cpu" else why_unavailable(Backend.TRITON, device, torch.float32)
+        why_not = (
+            "there is no CUDA device"
+            if device.type == "cpu"
+            else why_unavailable(Backend.TRITON, device, torch.float32)
+        )
         return f"{start} torch's own LSTM on {where}: {why_not}"
     here = cache.machine(device).items()
     checks, decisions = (
-        [value for _, key, value in cache.entries(kind) if key.items() >= here]
-        for kind in (verify.KIND, race.KIND)
+        [value for _, key, value in cache.entries(kind) if key.items() >= here] for kind in (verify.KIND, race.KIND)
     )
     wrong = sum(verdict != "right" for verdict in checks)
     won = sum(isinstance(value, dict) and value.get("backend") == backend.value for value in decisions)

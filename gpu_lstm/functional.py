@@ -56,7 +56,11 @@ def lstm_layer(
     check_bool("reverse", reverse)
     named = named_weights(weights)
     hidden, features = named.weight_hh.shape[0] // 4, x.shape[-1] if x.dim() == 3 else 0
-    projected = 0 if named.weight_hr is None else named.weight_hr.shape[0]
+    projected = hidden if named.weight_hr is None else named.weight_hr.shape[0]
+    for name, size in (("hidden_size", hidden), ("proj_size", projected)):
+        if size == 0:
+            raise ValueError(f"{name} must be greater than zero")
+    projected = 0 if named.weight_hr is None else projected
     options = options_of(
         "lstm_layer", features, (hidden,), projected, named.bias_ih is not None, False, False,
         named.weight_peephole is not None, _norms(named), False, 0.0, 0.0, 0.0, 0.0, False,

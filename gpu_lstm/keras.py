@@ -8,7 +8,7 @@ import importlib
 import numbers
 from collections.abc import Iterable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch

@@ -110,7 +110,9 @@ def with_noise(backend, x, state, weights, traversal, noise):
     """A layer in one direction with the noise of a call, which users never give."""
     if backend == "reference":
         return reference.layer(x, state, weights, traversal, noise)
-    r = fused.recurrence_of(fused.inputs_of(x, state, weights, traversal, noise), traversal.reverse, recurrent_precision(x.dtype))
+    r = fused.recurrence_of(
+        fused.inputs_of(x, state, weights, traversal, noise), traversal.reverse, recurrent_precision(x.dtype)
+    )
     layer = kernels.layer_of(Backend(backend), problem_of(x, r), x.device)
     return autograd.layer(layer, x, state, weights, traversal, noise, False)
 

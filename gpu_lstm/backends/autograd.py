@@ -33,12 +33,12 @@ def layer(
     if not torch.is_grad_enabled() or not any([t is not None and t.requires_grad for t in given]):
         h, h_n, c_n, *_ = fused.forward(kernels, given, save=False)
         return h, (h_n, c_n.to(state[1].dtype))
-    function = LayerInTransforms if is_transformed() else Layer
+    function = LSTMLayerInTransforms if is_transformed() else LSTMLayer
     h, h_n, c_n, *_ = function.apply(kernels, recompute, *given)
     return h, (h_n, c_n)
 
 
-class Layer(torch.autograd.Function):
+class LSTMLayer(torch.autograd.Function):
     """Forward saves the activated gates (over the input product) and the cell states; backward reads them.
 
     A gradient of a gradient goes through reference.py, which is differentiable to any order.
@@ -62,12 +62,12 @@ class Layer(torch.autograd.Function):
         return None, None, *found, *(None,) * (len(Inputs._fields) - DIFFERENTIABLE)
 
 
-class LayerInTransforms(Layer):
+class LSTMLayerInTransforms(LSTMLayer):
     """The same for transforms of torch.func, which split forward in two; by operators, which see through them."""
 
     @staticmethod
     def forward(kernels: Any, recompute: bool, *given: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """As Layer.forward, and gates [T, B, 4H] or empty, and c [T, B, H]."""
+        """As LSTMLayer.forward, and gates [T, B, 4H] or empty, and c [T, B, H]."""
         return graph.forward_of(kernels, Inputs(*given), True, recompute)  # type: ignore[arg-type]
 
     @staticmethod
@@ -87,7 +87,9 @@ def gradients(
     *given, h, gates, c = saved
     if gradients_are_differentiated(h, [*saved, *output_gradients]):  # type: ignore[arg-type]
         inputs = Inputs(*map(alive, given))  # type: ignore[arg-type]
-        return reference.gradients(partial(reference.run_inputs, reverse=kernels.problem.reverse), inputs, output_gradients, needed)
+        return reference.gradients(
+            partial(reference.run_inputs, reverse=kernels.problem.reverse), inputs, output_gradients, needed
+        )
     with torch.no_grad():
         if is_transformed():
             return graph.gradients_of(kernels, saved, output_gradients, needed)

@@ -264,5 +264,3 @@ def _without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:
     """t [T, B, F] with zeros past the end of each sequence."""
     valid = valid_steps(t.shape[0], lengths)
     return t if valid is None else torch.where(valid[:, :, None], t, 0)
-
-

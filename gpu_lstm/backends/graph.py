@@ -28,7 +28,7 @@ from ..call.weights import State, Weights
 from ..kernels.problem import problem_of  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from . import fused, kernels, reference, torch_lstm
 from .fused import DIFFERENTIABLE, Inputs, Saved
-from .layers import computed, connect, named, one_after_another, without_autocast
+from .layers import cast, connect, named, one_after_another, without_autocast
 
 _LIBRARY = torch.library.Library("gpu_lstm", "FRAGMENT")
 _LIBRARY.define(
@@ -51,13 +51,20 @@ SECOND = len(Inputs._fields)  # from this place on the Weights of torch's second
 def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[State]]:
     """All layers of a call, in `dtype`, by operators: output [T, B, D*P] and the final states as Call.states."""
     _refuse_tracing(call, backend)
-    call = computed(call, dtype)
-    with without_autocast(call):
-        if backend is Backend.TORCH and call.traversal.is_plain() and call.options.kind != "lstm_layer":
-            y, rows = _by_torch(call, dtype)
-        else:
-            options = dict(backend=backend.value, recompute=call.options.recompute)
-            y, rows = one_after_another(call, partial(_direction, **options), backend.value)
+    if backend is Backend.TORCH and call.traversal.is_plain() and call.options.kind != "lstm_layer":
+        y, rows = _by_torch(call, dtype)
+        return y, call.pack_rows(rows)
+
+    def direction(
+        _: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
+    ) -> tuple[Tensor, State]:
+        x, state, weights = cast(x, state, weights, dtype)
+        with without_autocast(call):
+            given = fused.inputs_of(x, state, weights, traversal, noise)
+            h, h_n, c_n, *_ = _call(given, traversal.reverse, backend.value, call.options.recompute)
+        return h, (h_n, c_n)
+
+    y, rows = one_after_another(call, direction, backend.value, dtype)
     return y, call.pack_rows(rows)
 
 
@@ -77,22 +84,13 @@ def _by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     x, finals = call.x, []
     for k, layer in enumerate(call.weights):
         h0, c0 = (torch.stack(state) for state in zip(*rows[k * count : (k + 1) * count]))
-        inputs: list[Tensor | None] = [*Inputs(x, h0, c0, *layer[0])]
-        if count == 2:
-            inputs += layer[1]
-        with named(k, None, "torch"):
-            y, h_n, c_n, *_ = _call(inputs, False, "torch", False)
+        x, (h0, c0), first = cast(x, (h0, c0), layer[0], dtype)
+        second = layer[1].to(dtype) if count == 2 else ()
+        with named(k, None, "torch"), without_autocast(call):
+            y, h_n, c_n, *_ = _call([*Inputs(x, h0, c0, *first), *second], False, "torch", False)
         x = connect(x, y, None, kept[k], options)
         finals += zip(h_n.unbind(0), c_n.unbind(0))
     return x, finals
-
-
-def _direction(
-    _: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise, *, backend: str, recompute: bool
-) -> tuple[Tensor, State]:
-    given = fused.inputs_of(x, state, weights, traversal, noise)
-    h, h_n, c_n, *_ = _call(given, traversal.reverse, backend, recompute)
-    return h, (h_n, c_n)
 
 
 def _call(given: Sequence[Tensor | None], reverse: bool, backend: str, recompute: bool) -> tuple[Tensor, ...]:
@@ -109,7 +107,9 @@ def _flat(given: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor, list[
     return x, h0, c0, [t for t in others if t is not None], [k for k, t in enumerate(others, STATES) if t is not None]
 
 
-def _inputs(x: Tensor, h0: Tensor, c0: Tensor, others: list[Tensor], places: list[int]) -> tuple[Inputs, Weights | None]:
+def _inputs(
+    x: Tensor, h0: Tensor, c0: Tensor, others: list[Tensor], places: list[int]
+) -> tuple[Inputs, Weights | None]:
     """The reverse of `_flat`: Inputs, and the Weights of torch's second direction."""
     there = dict(zip(places, others))
     first = Inputs(x, h0, c0, *(there.get(k) for k in range(STATES, SECOND)))  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def _inputs(x: Tensor, h0: Tensor, c0: Tensor, others: list[Tensor], places: lis
 
 
 def forward_of(layer: Any, given: Inputs, save: bool, recompute: bool) -> tuple[Tensor, ...]:
-    """What autograd.Layer does forward, by the operator: h, h_n, c_n, gates and c."""
+    """What autograd.LSTMLayer does forward, by the operator: h, h_n, c_n, gates and c."""
     return OPERATOR(*_flat(given), layer.problem.reverse, layer.backend, save, recompute)
 
 
@@ -128,7 +128,9 @@ def gradients_of(
 ) -> list[Tensor | None]:
     """As fused.gradients, by the operator; `saved` as in autograd.gradients."""
     *given, h, gates, c = saved
-    found = BACKWARD(list(output_gradients), [h, gates, c], *_flat(given), layer.problem.reverse, layer.backend, list(needed))
+    found = BACKWARD(
+        list(output_gradients), [h, gates, c], *_flat(given), layer.problem.reverse, layer.backend, list(needed)
+    )
     return [gradient if need else None for gradient, need in zip(found, needed)]
 
 
@@ -296,7 +298,9 @@ for _name, _operator in (("layer", OPERATOR), ("layer_backward", BACKWARD)):
     torch.library.register_vmap(f"gpu_lstm::{_name}", one_after_another_vmapped(_operator), lib=_LIBRARY)
 
 
-def _forward_flops(x: Tensor, h0: Tensor, c0: Tensor, others: list[Tensor], places: list[int], *_: Any, **__: Any) -> int:
+def _forward_flops(
+    x: Tensor, h0: Tensor, c0: Tensor, others: list[Tensor], places: list[int], *_: Any, **__: Any
+) -> int:
     """Of the recurrence's products alone, two for each multiply-add, as torch counts them.
 
     The product with W_hh [4H, P] costs 2 T B 4H P, that with W_hr [P, H] 2 T B P H.

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call.checks import is_exact
 from ..call.choices import Backend
 from ..call.noise import Noise
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from . import autograd, schedule
-from .layers import computed, one_after_another, without_autocast
+from .layers import one_after_another, without_autocast
 from .schedule import Schedule
 from .verify import verify
 
@@ -21,8 +22,11 @@ def run(
     call: Call, dtype: torch.dtype, backend: Backend, layers: list[Any], plan: Schedule
 ) -> tuple[Tensor, list[State]]:
     """In `dtype`: output [T, B, D*P] and the final states as Call.states; `layers` [L*D] are those of kernels/layer.py."""
-    given, recompute = call.states, call.options.recompute
-    call = computed(call, dtype)
+    recompute = call.options.recompute
+    if call.modes.autocast is not None or dtype is not torch.float32:
+        call = _in_dtype(call, dtype)
+
+    kinds = [c.dtype for _, c in call.states]
     if dtype is not torch.float32:
         call = call._replace(states=[(h, c.float()) for h, c in call.states])  # and so from chunk to chunk
 
@@ -33,11 +37,18 @@ def run(
 
     with without_autocast(call):
         if plan.in_one_piece(call.steps):
-            y, rows = one_after_another(call, direction, backend.value)
+            y, rows = one_after_another(call, direction, backend.value, dtype)
         else:
             y, rows = schedule.run(call, direction, plan, backend.value)
     states = call.pack_rows(rows)
-    return y, [(h, c.to(c0.dtype)) for (h, c), (_, c0) in zip(states, given)]
+    return y, [(h, c.to(kind)) for (h, c), kind in zip(states, kinds)]
+
+
+def _in_dtype(call: Call, dtype: torch.dtype) -> Call:
+    """A call with all in the dtype that it is computed in, once and not for every chunk."""
+    states = [(h.to(dtype), c if is_exact(c, call.x) else c.to(dtype)) for h, c in call.states]
+    weights = [[one.to(dtype) for one in layer] for layer in call.weights]
+    return call._replace(x=call.x.to(dtype), states=states, weights=weights)
 
 
 def layer_of(backend: Backend, problem: Any, device: torch.device) -> Any:

@@ -12,21 +12,19 @@ from ..call.noise import draw, dropped
 from ..call.options import Options
 from ..call.prepare import Call
 from ..call.sequences import valid_steps
-from ..call.weights import State
+from ..call.weights import State, Weights
 
 Direction = Callable[..., tuple[Tensor, State]]
 """direction(row, x, state, weights, traversal, noise): h [T, B, P] and (h_n, c_n) of one layer in one direction; `row`
 is its number among [L*D]."""
 
 
-def computed(call: Call, dtype: torch.dtype) -> Call:
+def cast(x: Tensor, state: State, weights: Weights, dtype: torch.dtype) -> tuple[Tensor, State, Weights]:
     """The same in the dtype that it is computed in; c in float32 where it was given so with an x of half precision."""
-    x, now = call.x, call.modes
-    if x.dtype is dtype and now.autocast is None and all([c.dtype is dtype for _, c in call.states]):
-        return call
-    states = [(h.to(dtype), c if is_exact(c, x) else c.to(dtype)) for h, c in call.states]
-    weights = [[one.to(dtype) for one in layer] for layer in call.weights]
-    return call._replace(x=x.to(dtype), states=states, weights=weights)
+    h, c = state
+    if all([t.dtype is dtype for t in (x, h, c, *weights) if t is not None]):
+        return x, state, weights
+    return x.to(dtype), (h.to(dtype), c if is_exact(c, x) else c.to(dtype)), weights.to(dtype)
 
 
 def without_autocast(call: Call) -> contextlib.AbstractContextManager:
@@ -50,10 +48,10 @@ def named(layer: int, direction: int | None, backend: str) -> contextlib.Abstrac
     return profiler.record_function(f"gpu_lstm layer {layer}{way}, {backend}")
 
 
-def one_after_another(call: Call, run: Direction, backend: str) -> tuple[Tensor, list[State]]:
+def one_after_another(call: Call, run: Direction, backend: str, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """Layers in order, and the directions of each, dropout between: output [T, B, D*P] and final states [L*D]."""
     options, x = call.options, call.x
-    noise, kept = draw(call.weights, (call.steps, call.batch), x.dtype, options)
+    noise, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
     rows, finals = call.state_rows(), []
     for k, layer in enumerate(call.weights):
         parts = []

@@ -4,7 +4,6 @@ Every other backend is held to these numbers. Half-precision inputs are computed
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..cells.lstm import linear, output, step
 from .fused import Inputs
-from .layers import computed, one_after_another, without_autocast
+from .layers import cast, one_after_another, without_autocast
 
 
 class Gates(NamedTuple):
@@ -33,15 +32,16 @@ class Gates(NamedTuple):
 
 def run(call: Call, dtype: torch.dtype, record: list[Gates] | None = None) -> tuple[Tensor, list[State]]:
     """All layers of a call, in `dtype`: output [T, B, D*P] and the final states as Call.states."""
-    call = computed(call, dtype)
-    direction = partial(_direction, record=record)
-    with without_autocast(call):
-        y, rows = one_after_another(call, direction, "reference")
+
+    def direction(
+        _: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
+    ) -> tuple[Tensor, State]:
+        x, state, weights = cast(x, state, weights, dtype)
+        with without_autocast(call):
+            return layer(x, state, weights, traversal, noise, record)
+
+    y, rows = one_after_another(call, direction, "reference", dtype)
     return y, call.pack_rows(rows)
-
-
-def _direction(_: int, *given: Any, record: list[Gates] | None) -> tuple[Tensor, State]:
-    return layer(*given, record=record)
 
 
 def run_inputs(inputs: Inputs, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:

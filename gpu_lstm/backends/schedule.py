@@ -66,7 +66,9 @@ def schedule_of(call: Call, steps: int, size: int) -> Schedule:
     longest = 2**31 if kept else max(1, WORKSPACE // max(4 * call.batch * widest * size, 1))
     count = len(options.sizes) if options.directions == 1 else options.directions
     # While a graph is captured launches of several streams are kept apart by what ran before the capture, too.
-    alone = not call.x.is_cuda or call.modes.capturing or count == 1 or (options.directions == 1 and steps <= 2 * SHORTEST)
+    alone = (
+        not call.x.is_cuda or call.modes.capturing or count == 1 or (options.directions == 1 and steps <= 2 * SHORTEST)
+    )
     return Schedule(longest, (None,) * count if alone else _streams(call.x.device, count))
 
 

@@ -34,7 +34,7 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     if not call.traversal.is_plain() or options.kind == "lstm_layer":
         if call.modes.autocast is not None:  # the weights that shut gates are of a size that their dtype must hold
             call = call._replace(weights=[[one.to(dtype) for one in each] for each in call.weights])
-        y, rows = one_after_another(call, _direction, "torch")
+        y, rows = one_after_another(call, _direction, "torch", dtype)
         return y, call.pack_rows(rows)
     if options.kind == "LSTM":
         y, state = stack(call.x, call.states[0], call.weights, options.dropout, options.training)
@@ -135,7 +135,7 @@ def layer(
     h_n = h.gather(0, last_time[None, :, None].expand(1, -1, h.shape[2]))[0]
     if lengths is not None:
         h_n = torch.where((lengths == 0)[:, None], h0.to(h_n.dtype), h_n)  # dtypes differ under autocast
-    return h, (h_n, c_n[0])
+    return h, (h_n.contiguous(), c_n[0].contiguous())
 
 
 def _shut_gates(weight_ih: Tensor) -> Tensor:

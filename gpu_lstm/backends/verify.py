@@ -174,7 +174,9 @@ class Small:
         launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
         layer = launch.layer_by(self.problem, self.device, plan)
         p, inputs = self.problem, self.inputs
-        inputs = inputs._replace(c0=inputs.c0.float(), reset_c=None if inputs.reset_c is None else inputs.reset_c.float())
+        inputs = inputs._replace(
+            c0=inputs.c0.float(), reset_c=None if inputs.reset_c is None else inputs.reset_c.float()
+        )
         if self.which.backward:
             activated = torch.cat([gates.input, gates.forget, gates.candidate, gates.output], dim=2).to(p.dtype)
             saved = Saved(inputs, gates.hidden.to(p.dtype), activated, gates.cell.float())

@@ -150,11 +150,19 @@ def check_unprojected(layer_norm: bool, projected: int) -> None:
         raise ValueError(f"layer_norm is not defined with a projection: expected proj_size 0, got {projected}")
 
 
-def raise_in_words_of_a_cell(x: Tensor, state: State, weights: Weights) -> None:
-    """Raise for a cell whose tensors x [B, I] and states do not fit, in the words of the torch at hand."""
+def check_cell(options: Options, x: Tensor, state: State, weights: Weights, alike: bool) -> None:
+    """Raise, in the words of the torch at hand, unless x [B, I] and the states of a cell fit; `alike` as it seems."""
+    (inputs, hidden, _), (h, c) = options.sizes[0], state
+    expected = len(x), hidden
+    if x.shape[-1] == inputs and h.shape == c.shape == expected:
+        if alike:
+            return
+        try:
+            return check_alike(x, [state], [[weights]])
+        except RuntimeError:
+            _VF.lstm_cell(x, state, *weights[:4])
+            raise
     _VF.lstm_cell(x, state, *weights[:4])
-    h, c = state
-    expected = len(x), weights.weight_hh.shape[1]
     raise RuntimeError(f"Expected hx of size {expected}, got {list(h.shape)} and {list(c.shape)}")
 
 

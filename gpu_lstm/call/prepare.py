@@ -83,7 +83,7 @@ def prepare(
     if not lengths is resets is None:
         traversal = _traversal(form, x, (steps, batch), lengths, resets)
     first = weights[0][0].weight_ih
-    if first is not None and options.kind != "LSTMCell":
+    if first is not None and options.kind in ("LSTM", "StackedLSTM"):
         checks.check_input(options, x, first)
     states = _zeros(options, x, batch) if hx is None else _states(options, form, batch, hx)
     learns = _check_tensors(options, x, states, weights)
@@ -199,7 +199,11 @@ def _check_tensors(options: Options, x: Tensor, states: list[State], weights: li
     for layer, sizes in zip(weights, options.weight_sizes):
         for one in layer:
             fits = one[0] is not None and one[1] is not None and (one[2] is None) is (one[3] is None)
-            fits = fits and (one[4] is None or one[6] is one[7] is one[8] is None) and (one[9] is None or one[8] is not None)
+            fits = (
+                fits
+                and (one[4] is None or one[6] is one[7] is one[8] is None)
+                and (one[9] is None or one[8] is not None)
+            )
             for tensor, size in zip(one, sizes):
                 if tensor is None:
                     continue
@@ -216,12 +220,10 @@ def _check_tensors(options: Options, x: Tensor, states: list[State], weights: li
             alike = False
         if h.requires_grad or c.requires_grad:
             learns = True
-    if not alike:
-        checks.check_alike(x, states, weights)
     if options.kind == "LSTMCell":
-        inputs, hidden, _ = options.sizes[0]
-        if x.shape[-1] != inputs or not states[0][0].shape == states[0][1].shape == (len(x), hidden):
-            checks.raise_in_words_of_a_cell(x, states[0], weights[0][0])
+        checks.check_cell(options, x, states[0], weights[0][0], alike)
+    elif not alike:
+        checks.check_alike(x, states, weights)
     return learns
 
 

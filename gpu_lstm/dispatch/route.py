@@ -8,7 +8,6 @@ from torch import Tensor
 from ..backends import graph, kernels, reference, torch_lstm
 from ..backends.schedule import Schedule, schedule_of
 from ..call.choices import KERNEL_BACKENDS, Backend
-from ..call.modes import Recording
 from ..call.noise import with_weight_drop
 from ..call.prepare import Call
 from ..call.weights import State
@@ -39,11 +38,8 @@ class Decision(NamedTuple):
 
 def build(call: Call, kind: Kind, backend: Backend) -> Route:
     """The route of a call by a backend."""
-    as_operators = backend in KERNEL_BACKENDS and call.modes.recording is Recording.WATCHED
-    if as_operators:
-        graph.count_flops()
-    if as_operators or backend not in KERNEL_BACKENDS:
-        return Route(backend, kind.dtype, as_operators, [], None)
+    if backend not in KERNEL_BACKENDS:
+        return Route(backend, kind.dtype, False, [], None)
     schedule = schedule_of(call, kind.steps, kind.dtype.itemsize)
     problems = [kind.problem(row, schedule.side_by_side) for row in range(call.options.rows)]
     layers = [kernels.layer_of(backend, problem, call.x.device) for problem in problems]

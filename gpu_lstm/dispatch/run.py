@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import graph
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backend
 from ..call.modes import Recording, Transforms, constant_when_traced
 from ..call.options import RESET_STATES
@@ -29,6 +30,8 @@ def route_of(call: Call) -> Route:
     """The route of a call."""
     if torch.compiler.is_compiling():
         return _route_in_a_graph(call)
+    if call.modes.recording is Recording.WATCHED:
+        return _route_while_watched(call)
     x, traversal = call.x, call.traversal
     key = (
         call.options, x.dtype, x.device, size_class(call.steps), call.batch, call.form.packed is None,
@@ -69,6 +72,14 @@ def able_to_run(call: Call) -> Backend:
 def feature_of(call: Call) -> str | None:
     """The feature of a call that the fewest backends support; None: all support it."""
     return call.options.feature or (RESET_STATES if call.traversal.reset_states is not None else None)
+
+
+def _route_while_watched(call: Call) -> Route:
+    """Nothing is raced; kernels run as operators. Sizes may be symbols, or tensors of torch.jit.trace."""
+    backend = able_to_run(call)
+    if backend in KERNEL_BACKENDS:
+        graph.count_flops()
+    return Route(backend, dtype_of(call), backend in KERNEL_BACKENDS, [], None)
 
 
 def _route_in_a_graph(call: Call) -> Route:

@@ -170,9 +170,7 @@ class StackedLSTM(Checked, nn.Module):
 
     def _weights(self) -> list[list[Weights]]:
         """[L][D], as the layers have them now."""
-        return [
-            weights_of(module, (names,))[0] for module, names in zip(self.layers, self._options().names)
-        ]
+        return [weights_of(module, (names,))[0] for module, names in zip(self.layers, self._options().names)]
 
     def extra_repr(self) -> str:
         """The arguments that were not left at their defaults."""

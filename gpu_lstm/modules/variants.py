@@ -55,7 +55,9 @@ def weights_of(module: Any, names: tuple) -> list[list[Weights]]:
     parameters = module._parameters
     return [
         [
-            Weights(*[None if n is None else p if (p := parameters.get(n)) is not None else getattr(module, n) for n in own])
+            Weights(
+                *[None if n is None else p if (p := parameters.get(n)) is not None else getattr(module, n) for n in own]
+            )
             for own in layer
         ]
         for layer in names
