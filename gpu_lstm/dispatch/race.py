@@ -4,7 +4,6 @@ The first call of a kind races them, once, on random data of its size; the resul
 by every later process. Where there may be no race, the expected winner runs.
 """
 
-import functools
 import logging
 import statistics
 import threading
