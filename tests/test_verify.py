@@ -1,0 +1,228 @@
+"""A kernel that computes wrong numbers on a card, times out or fails there is found before anybody uses its numbers."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comparing import example
+from concurrent_interpreter import ConcurrentRun
+from test_faults import FAULTS, FAULTS_OF_NORMS, each
+
+import gpu_lstm
+from gpu_lstm.backends import verify
+from gpu_lstm.dispatch import available
+from gpu_lstm.functional import lstm_layer
+from gpu_lstm.kernels import cache
+from gpu_lstm.kernels.problem import Pass, Problem
+from gpu_lstm.kernels.triton_lstm import choose, indexing, launch, step
+from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family
+
+pytestmark = [
+    pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels"),
+    pytest.mark.usefixtures("nothing_cached"),
+]
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+PLAIN = Problem(2, 3, 20, torch.float32)
+HALF = PLAIN._replace(dtype=torch.float16)
+RAGGED = dict(lengths=torch.int64, resets=True)
+MASKS, RATES = (dict(zoneout_h=n, zoneout_c=n) for n in (3, 0))
+NORMS = dict(norms=(True, True, True))
+FORWARD = Pass()
+
+
+def _verify(problem, which=FORWARD, plan=None):
+    return verify.verify(plan or plans(problem, INTERPRETER, which.backward)[-1], problem, which, CPU)
+
+
+@pytest.mark.parametrize(
+    ("problem", "gradients"),
+    [
+        (PLAIN._replace(peepholes=True), {}),
+        (PLAIN._replace(**RAGGED, **MASKS, dropout_h=True, projected=5, reverse=True, reset_h=True, reset_c=True),
+         dict(dh_n=False)),
+        (HALF._replace(**RAGGED, projected=5), dict(dh=False)),
+        (PLAIN._replace(**RAGGED, **NORMS, reverse=True, reset_c=True), {}),
+        (HALF._replace(**RAGGED, **RATES, reverse=True, reset_h=True, reset_c=True, peepholes=True), {}),
+        (HALF._replace(**MASKS, dropout_h=True, norms=(False, True, True)), {}),
+    ],
+)  # fmt: skip
+def test_right_kernels_are_used(problem, gradients):
+    assert _verify(problem, Pass(save=False)) is None
+    assert _verify(problem, Pass(True, **gradients)) is None
+
+
+def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):
+    """Kernels are compiled for the dtypes of their arguments, and for those that are None."""
+    launches, run = {}, launch.launch_kernel
+
+    def record(kernel, grid, **arguments):
+        kinds = {name: t.dtype if isinstance(t, torch.Tensor) else t is None for name, t in arguments.items()}
+        launches.setdefault(kernel.__name__, []).append(kinds)
+        run(kernel, grid, **arguments)
+
+    monkeypatch.setattr(launch, "launch_kernel", record)
+    given = example(3, 3, 3, 20, ragged=True, resets=0.4, states=True, peepholes=True, norms=("hh", "c"))
+    x, h0, c0, *weights = (None if t is None else t.half().requires_grad_() for t in given.tensors)
+    states = [t.half().requires_grad_() for t in given.reset_states]
+    traversal = dict(lengths=given.lengths, resets=given.resets, reset_states=states)
+    lstm_layer(x, weights, (h0, c0), **traversal, backend="triton")[0].sum().backward()
+    problem = HALF._replace(**RAGGED, **NORMS, peepholes=True, reset_c=True)
+    for which in (Pass(), Pass(True, dh_n=False)):
+        _verify(problem, which)
+    assert len(launches) == 2
+    assert all(call == check for call, check in launches.values())
+
+
+def test_the_numbers_of_the_small_problem_shut_no_gate():
+    """Products are of the size of their factors: in gates that are shut or wide open no fault would show."""
+    inputs = verify.Small(PLAIN._replace(projected=5), Pass(), CPU).inputs
+    for name in ("weight_ih", "weight_hh", "weight_hr"):
+        weight = getattr(inputs, name)
+        assert 0.75 < weight.std() * weight.shape[1] ** 0.5 < 1.25, name
+
+
+@pytest.mark.parametrize(("family", "projected"), [(Family.RESIDENT, 5), (Family.COOPERATIVE, 0)])
+def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, projected):
+    kernels = []
+
+    def run(kernel, grid, **arguments):
+        kernels.append(kernel.__name__)
+        ConcurrentRun(seed=0)(kernel, grid, **arguments)
+
+    monkeypatch.setattr(launch, "launch_kernel", run)
+    problem = HALF._replace(**RAGGED, projected=projected, peepholes=True)
+    for which in (Pass(), Pass(True)):
+        proposed = plans(HALF, DEVICES["h100"], which.backward)
+        assert _verify(problem, which, next(p for p in proposed if p.family is family)) is None
+    assert kernels == [f"lstm_{family.value}_{direction}_kernel" for direction in ("forward", "backward")]
+
+
+@each(FAULTS | FAULTS_OF_NORMS)
+def test_a_wrong_kernel_is_found(monkeypatch, name, fault):
+    for module in (step, indexing):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, fault)
+    problem = PLAIN._replace(**RAGGED, reverse=True, reset_c=name == "reset_to", peepholes=True)
+    if name in FAULTS_OF_NORMS:
+        problem = problem._replace(**NORMS)
+    with pytest.warns(UserWarning, match=r"is not trusted on cpu: the RMS error of .* where .* is allowed.*report"):
+        found = _verify(problem) or _verify(problem, Pass(True))
+    assert found.startswith("the RMS error of")
+
+
+def test_a_kernel_that_times_out_is_found(monkeypatch):
+    """Its programs wait for one arrival more than there will be."""
+    run = launch.launch_kernel
+
+    def one_arrival_is_lost(kernel, grid, **arguments):
+        arguments["arrivals_ptr"] -= 1
+        run(kernel, grid, **arguments | {"POLL_LIMIT": 20})
+
+    monkeypatch.setattr(launch, "launch_kernel", one_arrival_is_lost)
+    with pytest.warns(UserWarning, match="timed out at step"):
+        assert "lstm_step_forward_kernel timed out" in _verify(PLAIN)
+    gpu_lstm.check()  # nothing is left to tell
+
+
+def test_no_memory_is_no_verdict(monkeypatch, nothing_cached):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("80 GB")
+
+    monkeypatch.setattr(launch, "launch_kernel", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        _verify(PLAIN)
+    assert not (nothing_cached / verify.KIND).exists()
+
+
+def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
+    verdicts = []
+    monkeypatch.setattr(verify, "_verdict", lambda *_: verdicts.append(1) or "right")
+    plan = plans(PLAIN, INTERPRETER, False)[-1]
+    for _ in range(2):
+        _verify(PLAIN, plan=plan)
+        cache._read.cache_clear()  # as another process
+    assert len(verdicts) == 1
+    tiles = ("rows", "columns", "k", "num_warps", "num_stages")
+    problems = [
+        dict(hidden=33), dict(dtype=torch.float16), dict(projected=5), dict(projected=6), dict(precision="tf32"),
+        dict(reverse=True), dict(lengths=torch.int64), dict(lengths=torch.int32), dict(resets=True), MASKS, RATES,
+        dict(dropout_h=True), dict(reset_h=True), dict(reset_c=True), dict(peepholes=True), NORMS,
+    ]  # fmt: skip
+    others = [
+        *(
+            (PLAIN, which, plan)
+            for which in (Pass(save=False), Pass(True), Pass(True, dh=False), Pass(True, dh_n=False))
+        ),
+        *((PLAIN, Pass(), dataclasses.replace(plan, **{name: 2 * getattr(plan, name) + 1})) for name in tiles),
+        (PLAIN, Pass(), dataclasses.replace(plan, family=Family.RESIDENT)),
+        *((PLAIN._replace(**change), Pass(), plan) for change in problems),
+    ]
+    for number, (problem, which, other) in enumerate(others, start=2):
+        assert verify.cached_verdict(other, problem, which, CPU) is None
+        _verify(problem, which, other)
+        assert len(verdicts) == number
+        assert verify.cached_verdict(other, problem, which, CPU) == "right"
+    _verify(
+        PLAIN._replace(batch=99, steps=1, side_by_side=2), plan=dataclasses.replace(plan, programs=7, groups=3, walks=2)
+    )
+    assert len(verdicts) == len(others) + 1, "neither the grid nor sizes in time are part of a kernel"
+    for other in ({"format": 0}, {"card": "another"}):
+        machine = cache.machine(CPU) | other
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "machine", lambda _, machine=machine: machine)
+            patch.setattr(verify, "FORMAT", machine.get("format", verify.FORMAT))
+            assert verify.cached_verdict(plan, PLAIN, Pass(), CPU) is None
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """The CPU as a card, where the only plan is the step family's, which compiles; it is verified as on one."""
+    choose_plan = choose.choose_plan
+
+    def as_on_a_card(problem, device, which, launches, verify=None):
+        def verify_here(plan, problem, which, _):
+            return verify(plan, problem, which, device)
+
+        return choose_plan(problem, CUDA, which, launches, verify and verify_here)
+
+    monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(launch, "choose_plan", as_on_a_card)
+    monkeypatch.setattr(choose, "card_of", lambda device: INTERPRETER)
+    monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_user_of_a_card_with_a_wrong_kernel_gets_right_numbers(card, monkeypatch, training):
+    monkeypatch.setattr(step, "cell_forward", FAULTS["cell_forward"][0])
+    lstm, x = gpu_lstm.LSTM(4, 5), torch.randn(6, 3, 4)
+    with torch.set_grad_enabled(training), pytest.warns(UserWarning, match="is not trusted"):
+        y, _ = lstm(x)
+    with gpu_lstm.backend("reference"):
+        torch.testing.assert_close(y, lstm(x)[0])
+    with pytest.raises(RuntimeError, match=r"no Triton kernel can run this layer on this card.*RMS error"):
+        gpu_lstm.LSTM(4, 5, backend="triton")(x)
+
+
+def test_a_verification_inside_a_transform(card):
+    """As of a first call there: it neither fails nor changes the numbers."""
+    x, lstm = torch.randn(6, 3, 4), gpu_lstm.LSTM(4, 5, backend="triton")
+    ours = torch.func.grad(lambda x: lstm(x)[0].square().sum())(x)
+    lstm.backend = "reference"
+    torch.testing.assert_close(ours, torch.func.grad(lambda x: lstm(x)[0].square().sum())(x))
+
+
+def test_a_wrong_backward_kernel_alone_sends_training_to_torch(card, monkeypatch):
+    fault, *_ = FAULTS["cell_backward"]
+    monkeypatch.setattr(step, "cell_backward", fault)
+    lstm, x = gpu_lstm.LSTM(4, 5), torch.randn(6, 3, 4)
+    gradients = []
+    for backend in (None, "reference"):
+        lstm.backend = backend
+        lstm.zero_grad()
+        lstm(x)[0].square().sum().backward()
+        gradients.append([p.grad.clone() for p in lstm.parameters()])
+    for ours, true in zip(*gradients):
+        torch.testing.assert_close(ours, true)
