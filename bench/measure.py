@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +95,7 @@ def run_case(
                     outcomes[name]["peak_bytes"] = timing.peak_bytes(trial.call, device)
                     if case.training:
                         with trial.engine.within():
-                            kept = timing.kept_bytes(partial(trial.forward, 0), trial.leaves(0))
-                        outcomes[name]["kept_bytes"] = kept
+                            outcomes[name]["kept_bytes"] = timing.kept_bytes(lambda: trial.forward(0), trial.leaves(0))
                     calls[name, False] = trial.call
                     if device != "cpu" and PROVIDERS[name].graphed:
                         calls[name, True] = timing.captured(trial.call)
@@ -160,14 +158,14 @@ class Trial:
     def call(self, number: int) -> tuple[Any, tuple[Tensor, ...]]:
         """One call, with backward if the case has it: (output, h_n, c_n) and the gradients of all leaves."""
         with self.engine.within(), torch.set_grad_enabled(self.training):
-            y, *finals = self.forward(number)
+            y, finals = self.forward(number)
             y = y if self.form is None else y.data
             return (y, *finals), torch.autograd.grad(y, self.leaves(number), self.dy) if self.training else ()
 
-    def forward(self, number: int) -> tuple[Any, Tensor, Tensor]:
-        """Of a call: output, h_n, c_n."""
+    def forward(self, number: int) -> tuple[Any, tuple[Tensor, Tensor]]:
+        """Of a call: output, (h_n, c_n)."""
         x = self.xs[number % len(self.xs)]
-        return self.engine.call(x if self.form is None else self.form._replace(data=x), *self.states)
+        return self.engine.call(x if self.form is None else self.form._replace(data=x), self.states)
 
     def results(self) -> dict[str, Tensor]:
         """Output, final states and, for training, every gradient, by the names that `inputs.results_in` gives."""
