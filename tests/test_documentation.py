@@ -237,7 +237,7 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
     pages = {path.parent.name: path for path in site.rglob("index.html") if path.parent != site}
     assert set(pages) == {page.stem for page in PAGES}
     for path in pages.values():
-        for tag, target in re.findall(r'<(script|img|link)\b[^>]*?\b(?:src|href)="?([^">\s]+)', path.read_text()):
+        for tag, target in re.findall(r'<(script|img|link rel="?stylesheet)\b[^>]*?\b(?:src|href)="?([^">\s]+)', path.read_text()):
             assert (path.parent / target.split("?")[0]).exists() or target.startswith("data:"), (path, tag, target)
     text = pages["lesson"].read_text()
     assert text.count("<math") > 50
