@@ -114,5 +114,6 @@ def choose(kind: str, names: list[str] | None) -> list[Case]:
     groups = grid(kind)
     known = groups | {case.name: [case] for cases in groups.values() for case in cases}
     if unknown := set(names or ()) - set(known):
-        raise ValueError(f"unknown case {unknown.pop()!r}; known groups: {', '.join(groups)}; known: {', '.join(known)}")
+        lists = f"known groups: {', '.join(groups)}; known: {', '.join(known)}"
+        raise ValueError(f"unknown case {unknown.pop()!r}; {lists}")
     return list(dict.fromkeys(case for name in names or groups for case in known[name]))

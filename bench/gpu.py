@@ -1,4 +1,4 @@
-"""The whole check of a CUDA machine in one command, the most informative first: docs/first_gpu_run.md has the reasons."""
+"""The whole check of a CUDA machine in one command, the most informative first: see docs/first_gpu_run.md."""
 
 import contextlib
 import os

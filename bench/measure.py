@@ -94,8 +94,7 @@ def run_case(
                 if outcomes[name]["status"] in results.TIMED:
                     outcomes[name]["peak_bytes"] = timing.peak_bytes(trial.call, device)
                     if case.training:
-                        with trial.engine.within():
-                            outcomes[name]["kept_bytes"] = timing.kept_bytes(lambda: trial.forward(0), trial.leaves(0))
+                        outcomes[name]["kept_bytes"] = trial.kept_bytes()
                     calls[name, False] = trial.call
                     if device != "cpu" and PROVIDERS[name].graphed:
                         calls[name, True] = timing.captured(trial.call)
@@ -166,6 +165,11 @@ class Trial:
         """Of a call: output, (h_n, c_n)."""
         x = self.xs[number % len(self.xs)]
         return self.engine.call(x if self.form is None else self.form._replace(data=x), self.states)
+
+    def kept_bytes(self) -> int:
+        """What a forward pass saves for backward, besides its leaves."""
+        with self.engine.within():
+            return timing.kept_bytes(lambda: self.forward(0), self.leaves(0))
 
     def results(self) -> dict[str, Tensor]:
         """Output, final states and, for training, every gradient, by the names that `inputs.results_in` gives."""

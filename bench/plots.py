@@ -159,8 +159,8 @@ def _instead(rows: pd.DataFrame) -> Figure | None:
     figure = Figure(figsize=(7.2, 1.1 + 0.62 * len(lines)))
     axes = figure.subplots()
     for place, line in enumerate(lines.itertuples()):
-        theirs, ours = (-0.19, line.seconds, "0.7", report.WRITTEN[line.provider]), (0.19, line.ours_s, "black", "gpu_lstm")
-        for offset, seconds, colour, name in (theirs, ours):
+        theirs = -0.19, line.seconds, "0.7", report.WRITTEN[line.provider]
+        for offset, seconds, colour, name in (theirs, (0.19, line.ours_s, "black", "gpu_lstm")):
             axes.barh(place + offset, 1e3 * seconds, 0.34, color=colour)
             axes.text(1e3 * seconds, place + offset, f"  {digits(1e3 * seconds)} ms, {name}", va="center", fontsize=8)
     axes.set_yticks(range(len(lines)), [report.sizes(case, base) for case in lines["object"]])

@@ -111,7 +111,7 @@ def instead(rows: pd.DataFrame) -> pd.DataFrame:
     """What people write around torch.nn.LSTM where it does not do a case, and ours: `seconds` and `ours_s` a call."""
     around = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured")]
     ours = rows[rows["contender"] == OURS].set_index("case")["median_s"]
-    lines = around.assign(ours_s=ours.reindex(around["case"]).to_numpy(), seconds=around["median_s"])
+    lines = around.assign(seconds=around["median_s"], ours_s=around["case"].map(ours))
     return lines[lines["ours_s"].notna()].assign(times=lines["seconds"] / lines["ours_s"])
 
 
@@ -167,7 +167,7 @@ def expected(rows: pd.DataFrame) -> list[Table]:
     """What plans expect of GPUs that are not here, a table each."""
     rows = rows[rows["status"] == "expected"]
     cells = pd.DataFrame({
-        "case": [sizes(case) for case in objects(rows)], "kernels": rows["note"],
+        "case": list(map(sizes, objects(rows))), "kernels": rows["note"],
         "launches": texts(rows["launches"], "{:.0f}".format), "kept MiB": texts(rows["kept_bytes"] / MIB),
         "host us": texts(1e6 * rows["host_s"]), "us a step": texts(rows["expected_us_per_step"]),
     })  # fmt: skip
@@ -185,17 +185,17 @@ def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path] | No
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page}: no {END if begin else BEGIN}; expected {BEGIN} on a line before {END}")
-    texts_of: dict[bool, list[str]] = {True: [], False: []}  # of GPUs, of CPUs
-    no_gpu = [NO_GPU]
+    sections: dict[bool, list[str]] = {True: [NO_GPU], False: []}  # of GPUs, of CPUs
     for path in sorted(files):
         for device, its in by_device(results.read(path)):
             on_gpu = bool(its["cuda"].notna().any())
             text = _section(_link(page, path), measured(its), on_gpu, every_case=on_gpu or pictures is not None)
             drawn = {f"{name}-{slug(device)}": told for name, told in SHOWN.items()}
             text += "".join(f"\n\n![{drawn[p.stem]}]({_link(page, p)})" for p in pictures or () if p.stem in drawn)
-            texts_of[on_gpu].append(text)
-            no_gpu = [] if on_gpu and (its["status"] == "measured").any() else no_gpu
-    page.write_text(f"{before}{BEGIN}\n" + "\n\n".join([*no_gpu, *texts_of[True], *texts_of[False]]) + f"\n{END}{after}")
+            sections[on_gpu].append(text)
+            if on_gpu and (its["status"] == "measured").any() and NO_GPU in sections[True]:
+                sections[True].remove(NO_GPU)
+    page.write_text(f"{before}{BEGIN}\n" + "\n\n".join(sections[True] + sections[False]) + f"\n{END}{after}")
 
 
 def _link(page: Path, path: Path) -> str:

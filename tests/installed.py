@@ -19,8 +19,8 @@ PACKAGES = [Path(folder) for folder in sys.path if Path(folder).name == "site-pa
 
 def build(target: str, folder: Path) -> Path:
     """The wheel or the sdist, by the backend that pip asks for it, which writes into the source: so into a copy."""
-    source = folder / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv*", ".*_cache", "out", "build", "*.egg-info"))
+    source, left_out = folder / "source", (".git", ".venv*", ".*_cache", "out", "build", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left_out))
     call = f"from setuptools import build_meta; build_meta.build_{target}({str(folder / 'built')!r})"
     run([sys.executable, "-c", call], cwd=source)
     (built,) = (folder / "built").iterdir()

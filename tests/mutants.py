@@ -3,8 +3,8 @@
     make mutants                      # 200 faults, drawn by a fixed seed
     make mutants MUTANTS="--count 50 --only kernels/triton_lstm"
 
-Each worker has a copy of the tree, in which it plants a fault; the checkout itself is never touched. Results are written
-to a file, a line for each fault, so that a run that was stopped continues where it was. Faults that survived are planted
+Each worker has a copy of the tree, in which it plants a fault; the checkout itself is never touched. Results go to a
+file, a line for each fault, so that a run that was stopped continues where it was. Faults that survived are planted
 again, since tests may have been added. docs/testing.md has a table of a run, what survived it, and why this is neither
 mutmut nor cosmic-ray.
 """
@@ -41,16 +41,16 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ("gpu_lstm/**/*.py", "kernels/**/*.py", "kernels/**/*.cu")
 LEAST_SECONDS, TIMES_AS_LONG = 30, 4  # a test file may take so long, and so many times what it takes without a fault
 
-# Which tests are run: test_X.py for a source file X.py, then those of its folder; in this order, up to the first failure.
+# Which tests are run: test_X.py for a source file X.py, then those of its folder; in this order, until one fails.
 NUMBERS = (  # of the Triton kernels: the quick ones of those that compare all results and gradients with the oracle
-    "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 layer::test_the_kernels_in_float16 "
-    "sequence_kernels::test_step_by_several_programs sequence_kernels::test_step_with_noise_by_several_programs "
-    "sequence_kernels::test_noise sequence_kernels::test_resident sequence_kernels::test_cooperative "
-    "concurrent_interpreter exchange_ptx"
+    "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 "
+    "layer::test_the_kernels_in_float16 sequence_kernels::test_step_by_several_programs "
+    "sequence_kernels::test_step_with_noise_by_several_programs sequence_kernels::test_noise "
+    "sequence_kernels::test_resident sequence_kernels::test_cooperative concurrent_interpreter exchange_ptx"
 )
 TESTS = {
-    "gpu_lstm": "lstm ragged weights regularised variants errors wrong_calls convert derivatives chunks side_by_side stream "
-    "autocast first_call giving_up races explain graphs main",
+    "gpu_lstm": "lstm ragged weights regularised variants errors wrong_calls convert derivatives chunks side_by_side "
+    "stream autocast first_call giving_up races explain graphs main",
     "kernels": f"planning plan_cache first_call tuning giving_up {NUMBERS} main compile extremes",
     "kernels/cupy_lstm": "cupy_launch cupy_kernels main",
 }
@@ -224,7 +224,7 @@ def sample(possible: list[Mutant], count: int, seed: int) -> list[Mutant]:
 
 
 class Worker:
-    """Plants faults in a copy of the tree of its own, and runs test files in forks of a process that has imported torch."""
+    """Plants faults in a copy of the tree of its own, and runs test files in forks of itself, which has torch."""
 
     def __init__(self, snapshot: Path) -> None:
         self.tree = snapshot.with_name(f"{snapshot.name}-{os.getpid()}")

@@ -23,7 +23,9 @@ ROOT = Path(__file__).parent.parent
 DOCS, EXAMPLES, README = ROOT / "docs", ROOT / "examples", ROOT / "README.md"
 PAGES, LESSON = sorted(DOCS.glob("*.md")), EXAMPLES / "lstm_explained.ipynb"
 # The lesson's page is made from the notebook, which runs below.
-WITHOUT_EXAMPLES = "api benchmarks ci compared design first_gpu_run kernels lesson testing versions".split()
+WITHOUT_EXAMPLES = (
+    "api", "benchmarks", "ci", "compared", "design", "first_gpu_run", "kernels", "lesson", "testing", "versions",
+)  # fmt: skip
 
 
 def load(path: Path):
@@ -176,7 +178,8 @@ REPOSITORY = "https://example.org/r"
 ])  # fmt: skip
 def test_links_stay_on_the_site_or_go_to_the_repository_and_code_stays_as_it_is(link, source, expected):
     code = "`a[0](../x)`, `$x$`\n```python\ny = f[0](docs/x) # $5 $6\n```\n"
-    assert website.page(f"see [that\none]({link}). {code}", source, REPOSITORY) == f"see [that\none]({expected}). {code}"
+    found = website.page(f"see [that\none]({link}). {code}", source, REPOSITORY)
+    assert found == f"see [that\none]({expected}). {code}"
 
 
 def test_formulas_become_mathml_in_lines_and_on_their_own():
@@ -236,9 +239,10 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
     site = tmp_path / "out" / "site"
     pages = {path.parent.name: path for path in site.rglob("index.html") if path.parent != site}
     assert set(pages) == {page.stem for page in PAGES}
+    loaded = r'<(?:script|img|link rel="?stylesheet)\b[^>]*?\b(?:src|href)="?([^">\s]+)'
     for path in pages.values():
-        for tag, target in re.findall(r'<(script|img|link rel="?stylesheet)\b[^>]*?\b(?:src|href)="?([^">\s]+)', path.read_text()):
-            assert (path.parent / target.split("?")[0]).exists() or target.startswith("data:"), (path, tag, target)
+        for target in re.findall(loaded, path.read_text()):
+            assert (path.parent / target.split("?")[0]).exists() or target.startswith("data:"), (path, target)
     text = pages["lesson"].read_text()
     assert text.count("<math") > 50
     assert "$" not in re.sub(r"<(pre|script|code).*?</\1>", "", text, flags=re.DOTALL)

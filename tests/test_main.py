@@ -113,10 +113,10 @@ def test_the_doctor_begins_with_what_was_checked_and_raced_on_a_card(findings, m
     lost = {"backend": "torch", "why": "", "seconds": {}}
     for changed in ({"steps": 128}, {"card": "another"}):
         remembered.write("races", races._key(KIND, CPU) | changed, lost)
+    ends = {"on": "; the first call of each kind races", "read": ""}
     assert printed_by(capsys)[0] == (
         "On this machine gpu_lstm.LSTM runs fused Triton kernels on the CPU where they are faster: kernels checked 2, "
-        "of which 1 are not trusted; kinds of problems raced 2, won 1"
-        + "; the first call of each kind races" * (race == "on")
+        f"of which 1 are not trusted; kinds of problems raced 2, won 1{ends[race]}"
     )
 
 

@@ -140,7 +140,8 @@ def test_the_action_compares_with_the_run_of_this_card_if_there_is_one_and_ends_
     python, summary, file = tmp_path / "bin/python", tmp_path / "summary", "bench/results/nvidia-h100-80gb-hbm3.csv"
     for folder in ("bin", "gpu-lstm", "bench/results"):
         (tmp_path / folder).mkdir(parents=True)
-    python.write_text('#!/bin/bash\nif [ "$1" = -c ]; then echo "NVIDIA H100 80GB HBM3"; else echo "$@"; exit $STATUS; fi')
+    card = 'if [ "$1" = -c ]; then echo "NVIDIA H100 80GB HBM3"; exit; fi'
+    python.write_text(f'#!/bin/bash\n{card}\necho "$@"\nexit $STATUS\n')
     python.chmod(0o755)
     if stored:
         (tmp_path / file).touch()
