@@ -12,7 +12,6 @@ mutmut nor cosmic-ray.
 import argparse
 import ast
 import contextlib
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -328,14 +327,6 @@ def copy_of_the_checkout(to: Path) -> None:
             shutil.copy(ROOT / name, to / name)
 
 
-def without_a_fault(tree: Path, test: str) -> str:
-    """The name under which it is noted that a test file passes: with the library and the tests as they are."""
-    everything = [file for pattern in (*SOURCES, "tests/*") for file in sorted(tree.glob(pattern)) if file.is_file()]
-    own = "test_" + test.partition("::")[0]
-    read = (file.read_bytes() for file in everything if not file.name.startswith("test_") or file.stem == own)
-    return f"{test} {hashlib.sha256(b''.join(read)).hexdigest()[:16]}"
-
-
 def table(found: list[dict]) -> Table:
     """How many were caught, by part of the library and by kind."""
     result = Table("", "planted", "caught", "timed out", "survived")
@@ -380,22 +371,17 @@ def run(tree: Path, options: argparse.Namespace, pool: Executor) -> int:
     known = {entry["name"]: entry for entry in map(json.loads, lines)}  # the last of a name counts
 
     with options.results.open("a", buffering=1) as file:
-
-        def note(name: str, **entry) -> None:
-            known[name] = dict(name=name, **entry)
-            file.write(json.dumps(known[name]) + "\n")
-
-        names = {test: without_a_fault(tree, test) for mutant in chosen for test in tests_of(mutant.path)}
-        needed = sorted(test for test, name in names.items() if name not in known)
+        jobs = [m for m in chosen if known.get(m.name, {}).get("result", "survived") == "survived"]
+        needed, seconds = sorted({test for mutant in jobs for test in tests_of(mutant.path)}), {}
         for test, answer in _answers(pool, needed, {}, "without a fault"):
             if answer["by"]:
                 console.print(f"[red]fails without a fault: {answer['by']}")
                 return 2
-            note(names[test], **answer)
-        seconds = {test: known[name]["seconds"] for test, name in names.items()}
-        jobs = [m for m in chosen if known.get(m.name, {}).get("result", "survived") == "survived"]
+            seconds[test] = answer["seconds"]
         for mutant, answer in _answers(pool, jobs, seconds, "planted"):
-            note(mutant.name, part=str(Path(mutant.path).parent), kind=mutant.kind, **answer)
+            entry = dict(name=mutant.name, part=str(Path(mutant.path).parent), kind=mutant.kind, **answer)
+            known[mutant.name] = entry
+            file.write(json.dumps(entry) + "\n")
 
     found = [known[mutant.name] for mutant in chosen]
     console.print(table(found))

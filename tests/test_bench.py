@@ -341,37 +341,30 @@ def test_a_commit_is_checked_out_and_removed(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-SLOW = """
+TWICE = """
 _forward = LSTM.forward
-def _slow(self, *arguments, **options):
-    __import__("time").sleep(0.01 * (self.hidden_size == {units}))
-    return _forward(self, *arguments, **options)
-LSTM.forward = _slow
+def _twice(self, *arguments, **options):
+    output, state = _forward(self, *arguments, **options)
+    return 2 * output, state
+LSTM.forward = _twice
 """
 
 
-@pytest.mark.slow
-def test_what_is_slower_than_another_commit_is_told_and_nothing_else(monkeypatch, tmp_path, capsys):
-    """Here 7 units take 10 ms longer than in the other commit, and 8 units are as they were."""
-    for side, units in (("here", 7), ("there", 0)):
+def test_base_measures_both_commits_in_turns_and_fails_where_ours_is_broken_now(monkeypatch, tmp_path, capsys):
+    """Here the LSTM returns twice its output; in the other commit it is right."""
+    for side, broken in (("here", TWICE), ("there", "")):
         for folder in ("gpu_lstm", "kernels"):
             shutil.copytree(ROOT / folder, tmp_path / side / folder)
         with (tmp_path / side / "gpu_lstm" / "__init__.py").open("a") as file:
-            file.write(SLOW.format(units=units))
+            file.write(f"\n{broken}\n")
     monkeypatch.syspath_prepend(tmp_path / "here")  # which new processes get, too; "there" goes before it
     monkeypatch.setattr(command_line, "checkout", lambda commit: contextlib.nullcontext(tmp_path / commit))
     monkeypatch.setattr(measure, "run_case", faulty_worker.run_case)
-    sizes = [Case("forward", "fp32", 8, 2, 4, hidden) for hidden in (7, 8)]
-    for module in (cases, measure):
-        monkeypatch.setattr(module, "grid", lambda kind: {"headline": sizes})
-    monkeypatch.setenv("COLUMNS", "120")
     assert command_line.main(["--base", "there", "--device", "cpu", "--out", str(tmp_path / "out")]) == 1
-    said = capsys.readouterr().out
-    assert "regressions of gpu_lstm: 1," in said
-    lines = [line.split() for line in said.splitlines() if " ours " in line]
-    assert [line[0] for line in lines if line[-1] == "slower"] == [sizes[0].name]
-    for file in ("base.csv", "results.csv"):
-        assert list(results.read(tmp_path / "out" / file)["provider"]) == ["torch", "ours"] * 2
+    assert "regressions of gpu_lstm: 2," in capsys.readouterr().out
+    for name, status in (("base", "measured"), ("results", "wrong")):
+        rows = results.read(tmp_path / "out" / f"{name}.csv")
+        assert dict(zip(rows["provider"], rows["status"])) == {"torch": "measured", "ours": status}
 
 
 # What can be told without a GPU, and the command line.

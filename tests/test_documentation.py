@@ -196,16 +196,6 @@ def test_docstrings_in_markdown():
     assert website.in_markdown(docstring) == markdown
 
 
-def test_a_table_of_kernels_has_a_row_for_each_in_its_family():
-    loop = {"instructions": 300, "barriers": 1, "products": 18}
-    row = dict(backend="triton", kernel="lstm_step_forward_kernel", case="bfloat16 B=2 H=3", architecture=90,
-               registers=100, spills=0, shared=1024, loop=loop, weight_loads=7)  # fmt: skip
-    rows = [row, row | {"backend": "cupy", "kernel": "lstm_cooperative_forward", "weight_loads": 0}]
-    step, cupy = kernels.page(rows, {"triton": "1", "nvrtc": "2"}).split("## Step")[1].split("## CUDA C++")
-    assert "| `lstm_step_forward` | B=2 H=3 | 90 | 100 | 0 | 1024 | 300 | 1 | 18 | 7 |\n" in step
-    assert "| `lstm_cooperative_forward` | B=2 H=3 | 90 | 100 | 0 | 1024 | 300 | 1 | 18 | 0 |\n" in cupy
-
-
 def test_the_stored_table_of_kernels_has_every_case_and_nothing_that_spills():
     from gpu_lstm.kernels.triton_lstm import compile as compiler
 
