@@ -1,6 +1,5 @@
 """Rows in words: tables for a terminal (all cases, all providers, estimates for other GPUs), README and docs."""
 
-import math
 import os
 import re
 import textwrap
@@ -193,8 +192,8 @@ def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path] | No
             drawn = {f"{name}-{slug(device)}": told for name, told in SHOWN.items()}
             text += "".join(f"\n\n![{drawn[p.stem]}]({_link(page, p)})" for p in pictures or () if p.stem in drawn)
             sections[on_gpu].append(text)
-            if on_gpu and (its["status"] == "measured").any() and NO_GPU in sections[True]:
-                sections[True].remove(NO_GPU)
+            if on_gpu and (its["status"] == "measured").any():
+                sections[True] = [section for section in sections[True] if section != NO_GPU]
     page.write_text(f"{before}{BEGIN}\n" + "\n\n".join(sections[True] + sections[False]) + f"\n{END}{after}")
 
 
@@ -284,10 +283,8 @@ def memory_column(rows: pd.DataFrame) -> str:
 
 def digits(value: float) -> str:
     """A number with three digits that count, or all before the point if there are more."""
-    if not value:
-        return "0"
-    before_point = math.floor(math.log10(float(f"{value:.2e}")))  # rounded first: 9.999 is 10.0
-    return f"{value:.{max(0, 2 - before_point)}f}"
+    exponent = int(f"{value:.2e}".partition("e")[2])  # of the rounded value: 9.999 is 10.0
+    return f"{value:.{max(0, 2 - exponent)}f}" if value else "0"
 
 
 def table(
