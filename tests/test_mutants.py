@@ -60,12 +60,15 @@ def test_the_tests_that_are_run_exist():
             assert f"def {function}" in (ROOT / "tests" / f"test_{name}.py").read_text(), (file, test)
 
 
-@pytest.mark.parametrize(("body", "found"), {
+ENDS = {
     "passes": ("def test_it():\n    pass\n", ""), "fails": ("def test_it():\n    assert False\n", "a.py::test_it"),
     "cannot be imported": ("import nothing_of_this_name\n", "a.py"),
     "crashes": ("import os\n\ndef test_it():\n    os.abort()\n", "a, killed by SIGABRT"),
     "takes too long": ("import time\n\ndef test_it():\n    time.sleep(60)\n", "time"), "has no test": ("", None),
-}.values())  # fmt: skip
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "found"), ENDS.values(), ids=ENDS)
 def test_a_failure_is_a_test_that_fails_and_nothing_else(tmp_path, capfd, body, found):
     worker = object.__new__(mutants.Worker)
     worker.tree = tmp_path

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 
@@ -13,15 +13,12 @@ from ..cases import VARIANTS
 from ..inputs import Inputs
 from .engine import Engine, Provider, Unable, expect, module_like_torchs
 
-if TYPE_CHECKING:  # another commit that is measured may not have it
-    from gpu_lstm.backends import BackendName
-
 # Of torch.nn.LSTM and of what that lacks; "cupy" takes states to reset to, too, all others every variant.
 PLAIN = "layers", "directions", "ragged", "packed", "active", "resets"
 TAKEN = {"torch": PLAIN, "cupy": (*PLAIN, "reset_states")}
 
 
-def absent(backend: "BackendName", device: str) -> str | None:
+def absent(backend: Any, device: str) -> str | None:
     """What gpu_lstm itself says of a backend."""
     try:  # an empty batch asks for the backend and runs no kernel
         gpu_lstm.LSTM(1, 1, backend=backend, device=device)(torch.zeros(1, 0, 1, device=device))
@@ -71,8 +68,8 @@ def build_stream(inputs: Inputs) -> Engine:
     expect(inputs.case, "layers", "active")
     if inputs.case.mode != "step":
         raise Unable("only for single steps")
-    lstm = module_like_torchs(gpu_lstm.LSTM, inputs)
-    stream = gpu_lstm.Stream(cast(gpu_lstm.LSTM, lstm), inputs.case.batch, (inputs.h0, inputs.c0))
+    lstm: Any = module_like_torchs(gpu_lstm.LSTM, inputs)
+    stream = gpu_lstm.Stream(lstm, inputs.case.batch, (inputs.h0, inputs.c0))
     active = {} if inputs.lengths is None else {"active": inputs.lengths > 0}
 
     def call(x, state):
