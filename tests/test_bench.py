@@ -99,6 +99,13 @@ def test_the_truth_is_the_oracles(changes):
     np.testing.assert_allclose(truth["dx"], dx, rtol=1e-9, atol=1e-12)
 
 
+def test_an_active_step_is_by_some_and_inputs_that_would_stay_in_the_cache_are_several(monkeypatch):
+    given = Inputs.of(replace(SMALL, mode="step", steps=1, batch=16, sequences="active"), "cpu")
+    assert (set(given.lengths.tolist()), len(given.xs)) == ({0, 1}, inputs.MOST_SETS)
+    monkeypatch.setattr(inputs, "CACHE_BYTES", 1)
+    assert len(Inputs.of(SMALL, "cpu").xs) == 1
+
+
 # A case is timed only if it is right.
 
 
