@@ -24,9 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 case "compare":
                     return compare.show(results.read(options.old), results.read(options.new), options.fail_under)
                 case "readme":
-                    files = list((ROOT / "bench" / "results").glob("*.csv"))
+                    files = sorted((ROOT / "bench" / "results").glob("*.csv"))
                     report.update_page(ROOT / "README.md", files)
-                    drawn = plots.pictures(files, ROOT / "docs" / "pictures")
+                    where = ROOT / "docs" / "pictures", ("instead", *report.SHOWN), 150
+                    drawn = [path for file in files for path in plots.draw(results.read(file), *where)]
                     report.update_page(ROOT / "docs" / "benchmarks.md", files, drawn)
                     return 0
                 case "ppo":
@@ -95,8 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _minutes(text: str) -> float:
-    minutes = float(text)
-    if not 0 < minutes < float("inf"):
+    if not 0 < (minutes := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"expected more than 0 minutes, got {text!r}")
     return minutes
 

@@ -1,18 +1,17 @@
-"""What is measured: single cases, and the grid of them for a kind of device, the most telling first."""
+"""What is measured: single cases, and the grid of them for a kind of device, the most informative first."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+# Of every tensor. tf32 and fp32 differ in how float32 matmuls are computed: in TF32, or exactly.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
-"""Of every tensor. tf32 and fp32 differ in how products of float32 tensors are taken: in TF32, or exactly."""
-
+# Variants of the cell by the argument of gpu_lstm.LSTM: its value, and the weights [n * H] that it adds, n of each.
 VARIANTS: dict[str, tuple[Any, dict[str, int]]] = {
     "peepholes": (True, {"weight_peephole": 3}), "recurrent_dropout": (0.25, {}), "zoneout": (0.1, {}),
     "layer_norm": (True, {"gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1}),
 }  # fmt: skip
-"""Of the cell, by the argument of gpu_lstm.LSTM: its value, and the weights [n * H] that it adds, n of each."""
 
 
 @dataclass(frozen=True)
@@ -30,44 +29,42 @@ class Case:
     # "full", all of T steps; "ragged", padded and with lengths; "packed", a PackedSequence; "active", a step by some
     sequences: str = "full"
     reset_rate: float = 0.0  # of all steps
-    variant: str = "plain"  # else what is on: one of VARIANTS; "reset_states", which resets leave instead of zeros
+    variant: str = "plain"  # else one of VARIANTS; or "reset_states", to which resets set the states instead of zeros
 
     @property
     def name(self) -> str:
-        """What tells it from every other case, in the order of the fields."""
-        resets = f"-resets-{self.reset_rate:.1%}" * (self.reset_rate > 0)
+        """Unique; in the order of the fields."""
         name = f"{self.mode}-{self.dtype}-T{self.steps}-B{self.batch}-I{self.input_size}-H{self.hidden_size}"
         name += f"-L{self.layers}" * (self.layers > 1) + "-both-directions" * (self.directions > 1)
-        name += f"-{self.sequences}" * (self.sequences != "full") + resets
+        name += f"-{self.sequences}" * (self.sequences != "full")
+        name += f"-resets-{self.reset_rate:.1%}" * (self.reset_rate > 0)
         return name + f"-{self.variant}" * (self.variant != "plain")
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of every tensor."""
         return DTYPES[self.dtype]
 
     @property
     def training(self) -> bool:
-        """Whether there is a backward."""
         return self.mode == "training"
 
     def plain(self) -> "Case":
-        """The same sizes without lengths, resets and variant, as torch.nn.LSTM takes them."""
+        """The same sizes without lengths, resets and variant, as torch.nn.LSTM accepts them."""
         return replace(self, sequences="full", reset_rate=0.0, variant="plain")
 
     def operations(self) -> int:
-        """Floating-point operations of the products, 2 a multiply-add; backward takes twice those of forward."""
+        """Floating-point operations of the matmuls, 2 a multiply-add; backward needs twice those of forward."""
         H, D = self.hidden_size, self.directions
         elements = 4 * H * D * ((self.input_size + H) + (self.layers - 1) * (D * H + H))  # of the matrices
         return 2 * self.steps * self.batch * elements * (3 if self.training else 1)
 
     def bytes_moved(self) -> int:
-        """The least that goes through memory: every input read once, every result written once.
+        """The minimum memory traffic: every input read once, every result written once.
 
-        Training also hands in the output's gradient, hands out those of input and weights, and between the two
-        passes writes and reads the four gates and c (float32) of every unit and step.
+        Training also reads the output's gradient, writes those of input and weights, and between the two passes writes
+        and reads the four gates and c (float32) of every unit and step.
         """
-        size, cells, units = DTYPES[self.dtype].itemsize, self.steps * self.batch, self.hidden_size * self.directions
+        size, cells, units = self.torch_dtype.itemsize, self.steps * self.batch, self.hidden_size * self.directions
         weights = replace(self, mode="forward").operations() // (2 * cells) + 8 * units * self.layers
         once, states = size * (weights + cells * (self.input_size + units)), cells * units * self.layers
         return 2 * (once + size * 4 * states + 4 * states) if self.training else once
@@ -116,7 +113,7 @@ def choose(kind: str, names: list[str] | None) -> list[Case]:
     """The cases of groups or of single cases by name; the whole grid if None. ValueError for a name that is neither."""
     groups = grid(kind)
     known = groups | {case.name: [case] for cases in groups.values() for case in cases}
-    for name in names or groups:
-        if name not in known:
-            raise ValueError(f"unknown case {name!r}; known groups: {', '.join(groups)}; known: {', '.join(known)}")
+    if unknown := set(names or ()) - set(known):
+        lists = f"known groups: {', '.join(groups)}; known: {', '.join(known)}"
+        raise ValueError(f"unknown case {unknown.pop()!r}; {lists}")
     return list(dict.fromkeys(case for name in names or groups for case in known[name]))

@@ -1,5 +1,6 @@
-"""All that a CUDA machine is asked in one command, the most telling first: docs/first_gpu_run.md says what for."""
+"""The whole check of a CUDA machine in one command, the most informative first: see docs/first_gpu_run.md."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -25,8 +26,7 @@ THREADS = {f"{library}_NUM_THREADS": "2" for library in ("OMP", "MKL", "OPENBLAS
 def run(minutes: float, out: Path, device: str = "cuda") -> int:
     """All parts within about `minutes`, into the folder `out`. How many tests failed, in lines."""
     start, whole_s = time.monotonic(), 60 * minutes - LAST_S
-    said, _ = command(["gpu_lstm"], DOCTOR_S, out / "doctor.txt")
-    print(said)
+    print(command(["gpu_lstm"], DOCTOR_S, out / "doctor.txt")[0])
     failures = []
     for name, arguments, until in (HEADLINE, FAMILIES):
         failures += tests(name, arguments, start + until * whole_s, out)
@@ -51,8 +51,8 @@ def tests(name: str, arguments: list[str], deadline: float, out: Path) -> list[s
     last = said.rstrip().rpartition("\n")[2]
     print(f"{name}: {last}")
     if code is None:
-        done = [re.findall(rf"\b{outcome}\b", said) for outcome in ("PASSED", "FAILED")]
-        counts = f"{len(done[0])} passed and {len(done[1])} failed before"
+        passed, failed = (len(re.findall(rf"\b{outcome}\b", said)) for outcome in ("PASSED", "FAILED"))
+        counts = f"{passed} passed and {failed} failed before"
         failures.append(f"HUNG {name}: stopped after {limit_s:.0f} s; {counts}; the last line was: {last}")
     elif code:
         failures.append(f"{name}: pytest ended with {code}")
@@ -61,14 +61,8 @@ def tests(name: str, arguments: list[str], deadline: float, out: Path) -> list[s
 
 def command(module: list[str], limit_s: float, log: Path) -> tuple[str, int | None]:
     """Run a module in the checkout; what it wrote, also to `log`, and its exit code: None if it took too long."""
-    with log.open("w") as file:
-        done = subprocess.Popen(
-            [sys.executable, "-m", *module], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ | THREADS
-        )
-        try:
-            code = done.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            done.kill()
+    command, code = [sys.executable, "-m", *module], None
+    with log.open("w") as out, contextlib.suppress(subprocess.TimeoutExpired):
+        env = os.environ | THREADS
+        code = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, env=env, timeout=limit_s).returncode
     return log.read_text(errors="replace"), code

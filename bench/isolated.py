@@ -1,7 +1,7 @@
-"""Calls in a process of their own: a kernel that hangs or crashes takes nothing else along.
+"""Calls in a separate process: a kernel that hangs or crashes takes nothing else along.
 
-The process serves calls until one fails. Then it is thrown away, since a device that has seen a fault cannot be
-trusted, and the next call gets a new one. It may import gpu_lstm from another commit of this project.
+The process serves calls until one fails. Then it is thrown away, since a device that has seen a fault may stay broken,
+and the next call starts another. It may import gpu_lstm from another commit of this project.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,16 @@ class ProviderFailed(Exception):
 
 
 class Worker:
-    """Calls a function of a module in another process, to which it `tell`s whose turn it is.
+    """Calls a function of a module in another process; by `tell` the function says which provider runs.
 
     The process imports from the folder `path` before all others, and may say nothing for `limit_s` seconds.
     """
 
+    _process: Any = None
+    _connection: Any
+
     def __init__(self, function: Callable[..., Any], path: Path | None = None, limit_s: float = LIMIT_S) -> None:
-        self._function, self._path, self._limit_s = function, path, limit_s
-        self._process: Any = None
-        self._connection: Connection
+        self._function, self._path, self._limit_s = function, [] if path is None else [str(path)], limit_s
 
     def __call__(self, *arguments: Any) -> Any:
         """What the function returns. ProviderFailed if it raises that, or if its process dies or says nothing."""
@@ -41,7 +41,7 @@ class Worker:
             limit_s, context, before = START_S, multiprocessing.get_context("spawn"), sys.path.copy()
             self._connection, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
-            sys.path[:0] = [] if self._path is None else [str(self._path)]  # which a new process is handed
+            sys.path[:0] = self._path  # a new process gets a copy
             try:
                 self._process.start()
             finally:
@@ -75,8 +75,8 @@ class Worker:
         return process.exitcode
 
 
-def _serve(connection: Connection, function: Callable[..., Any]) -> None:
-    """The other process: take arguments, say whose turn it is, send results."""
+def _serve(connection: Any, function: Callable[..., Any]) -> None:
+    """The other process: receive arguments, say which provider runs, send results."""
 
     def tell(provider: str) -> None:
         connection.send(("turn", provider))
@@ -92,7 +92,7 @@ def _serve(connection: Connection, function: Callable[..., Any]) -> None:
 
 @contextlib.contextmanager
 def checkout(commit: str) -> Iterator[Path]:
-    """A folder to import gpu_lstm from as it is in a commit, and nothing else, so that the benchmark is this one's.
+    """A folder to import gpu_lstm, and nothing else, from as it is in a commit: the benchmark stays this checkout's.
 
     It is of a git worktree that is removed afterwards. ValueError if there is no such commit, or no gpu_lstm in it.
     """

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +94,7 @@ def run_case(
                 if outcomes[name]["status"] in results.TIMED:
                     outcomes[name]["peak_bytes"] = timing.peak_bytes(trial.call, device)
                     if case.training:
-                        with trial.engine.within():
-                            kept = timing.kept_bytes(partial(trial.forward, 0), trial.leaves(0))
-                        outcomes[name]["kept_bytes"] = kept
+                        outcomes[name]["kept_bytes"] = trial.kept_bytes()
                     calls[name, False] = trial.call
                     if device != "cpu" and PROVIDERS[name].graphed:
                         calls[name, True] = timing.captured(trial.call)
@@ -160,14 +157,19 @@ class Trial:
     def call(self, number: int) -> tuple[Any, tuple[Tensor, ...]]:
         """One call, with backward if the case has it: (output, h_n, c_n) and the gradients of all leaves."""
         with self.engine.within(), torch.set_grad_enabled(self.training):
-            y, *finals = self.forward(number)
+            y, finals = self.forward(number)
             y = y if self.form is None else y.data
             return (y, *finals), torch.autograd.grad(y, self.leaves(number), self.dy) if self.training else ()
 
-    def forward(self, number: int) -> tuple[Any, Tensor, Tensor]:
-        """Of a call: output, h_n, c_n."""
+    def forward(self, number: int) -> tuple[Any, tuple[Tensor, Tensor]]:
+        """Of a call: output, (h_n, c_n)."""
         x = self.xs[number % len(self.xs)]
-        return self.engine.call(x if self.form is None else self.form._replace(data=x), *self.states)
+        return self.engine.call(x if self.form is None else self.form._replace(data=x), self.states)
+
+    def kept_bytes(self) -> int:
+        """What a forward pass saves for backward, besides its leaves."""
+        with self.engine.within():
+            return timing.kept_bytes(lambda: self.forward(0), self.leaves(0))
 
     def results(self) -> dict[str, Tensor]:
         """Output, final states and, for training, every gradient, by the names that `inputs.results_in` gives."""

@@ -2,6 +2,7 @@
 
 import itertools
 import textwrap
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from . import report, results
+from . import report
 from .cases import Case
 from .providers import OURS, YARDSTICK
 from .report import MIB, digits
@@ -35,33 +36,15 @@ LOOK: Any = {
 }  # fmt: skip
 
 
-def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
-    """PNG files in `folder`, which is made if need be: the figures of each device, which is in their names."""
+def draw(rows: pd.DataFrame, folder: Path, names: Collection[str] = (), dpi: int = 200) -> list[Path]:
+    """NAME-DEVICE.png in `folder`, which is made if need be: the figures of each device, all or those of `names`."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for device, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
+    for device, its in report.by_device(rows):
         for name, figure in figures(its).items():
-            paths.append(folder / f"{report.slug(device)}-{name}.png")
-            figure.savefig(paths[-1], dpi=200)
-    return paths
-
-
-def pictures(files: list[Path], folder: Path) -> list[Path]:
-    """Those of README and docs, a PNG file each in `folder`: the bars of `instead_figure` and what report.SHOWN names.
-
-    Each device has those for which it has enough rows.
-    """
-    paths = []
-    for file in sorted(files):
-        rows = results.read(file)
-        for device, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
-            drawn: dict[str, Figure | None] = {**figures(its)}
-            with style.context(LOOK):
-                drawn["instead"] = instead_figure(its)
-            for name in ("instead", *report.SHOWN):
-                if (figure := drawn.get(name)) is not None:
-                    paths.append(folder / f"{name}-{report.slug(device)}.png")
-                    figure.savefig(paths[-1], dpi=150)
+            if not names or name in names:
+                paths.append(folder / f"{name}-{report.slug(device)}.png")
+                figure.savefig(paths[-1], dpi=dpi)
     return paths
 
 
@@ -71,17 +54,18 @@ def figures(rows: pd.DataFrame) -> dict[str, Figure]:
     memory = report.memory_column(rows[rows["mode"] == "training"])
     with style.context(LOOK):
         drawn = {
-            "headline": headline_figure(rows),
-            "hidden": lines_figure(rows, itertools.product(MODES, ["hidden_size"])),
-            "batch": lines_figure(rows, itertools.product(MODES, ["batch"])),
-            "steps": lines_figure(rows, itertools.product(MODES, ["steps"])),
-            "speed": speed_figure(rows),
-            "memory": lines_figure(rows, [("training", "hidden_size"), ("training", "steps")], memory),
+            "headline": _headline(rows),
+            "hidden": _lines(rows, itertools.product(MODES, ["hidden_size"])),
+            "batch": _lines(rows, itertools.product(MODES, ["batch"])),
+            "steps": _lines(rows, itertools.product(MODES, ["steps"])),
+            "speed": _speed(rows),
+            "memory": _lines(rows, [("training", "hidden_size"), ("training", "steps")], memory),
+            "instead": _instead(rows),
         }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def headline_figure(rows: pd.DataFrame) -> Figure | None:
+def _headline(rows: pd.DataFrame) -> Figure | None:
     """The time of every provider at the headline, the fastest on top."""
     base, looks = report.headline_of(rows), _looks(rows)
     panels = {mode: _along(rows, replace(base, mode=mode), "median_s") for mode in MODES}
@@ -95,31 +79,31 @@ def headline_figure(rows: pd.DataFrame) -> Figure | None:
             low, middle, high = 1e3 * row.p20_s, 1e3 * row.median_s, 1e3 * row.p80_s
             axes.errorbar([middle], [place], xerr=[[middle - low], [high - middle]], capsize=2, **looks[row.contender])
             axes.text(1.1 * high, place, digits(middle), va="center", fontsize=7)
-        axes.set_yticks(range(len(its)), its["contender"] + _stars(its))
+        axes.set_yticks(range(len(its)), its["contender"] + report.stars(its))
         axes.set(title=mode, xscale="log", xlabel="time a call (ms)", ylim=(longest - 0.3, -0.7))
         axes.margins(x=0.3)  # room for the last number
         _plain_ticks(axes.xaxis)
     return _described(figure, f"Every provider at {report.sizes(base)}", pd.concat(panels.values()), BARS)
 
 
-def lines_figure(rows: pd.DataFrame, panels: Any, memory: str | None = None) -> Figure | None:
+def _lines(rows: pd.DataFrame, panels: Any, memory: str | None = None) -> Figure | None:
     """The time of a step, or a column of memory, against a size: a panel for each mode and size, a line a contender."""
     base, looks, shown = report.headline_of(rows), _looks(rows), []
-    drawn: dict[tuple[str, str], dict[str, pd.DataFrame]] = {}
+    drawn: dict[tuple[str, str], pd.DataFrame] = {}
     for mode, size in panels:
         its = _along(rows, replace(base, mode=mode), size)
         its = its[(its[memory] > 0) & ~its["graph"]] if memory else its  # an axis has no place for 0
-        lines = dict(list(its.groupby("contender", sort=False)))
-        drawn |= {(mode, size): lines} if its[size].nunique() > 1 else {}
+        drawn |= {(mode, size): its} if its[size].nunique() > 1 else {}
     if not drawn:
         return None
     figure = Figure(figsize=(7.2 if len(drawn) > 1 else 4.4, 3.5))
     for axes, ((mode, size), lines) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items()):
-        for contender, its in lines.items():
+        for contender, its in lines.groupby("contender", sort=False):
             low, time, high = (1e6 * its[column] / its["steps"] for column in ("p20_s", "median_s", "p80_s"))
             values, bars = (its[memory] / MIB, None) if memory else (time, np.array([time - low, high - time]))
-            axes.errorbar(its[size], values, bars, capsize=2, label=contender + max(_stars(its)), **looks[contender])
-            shown.append(its)
+            label = contender + max(report.stars(its))
+            axes.errorbar(its[size], values, bars, capsize=2, label=label, **looks[contender])
+        shown.append(lines)
         name, letter, unit = SIZES[size]
         fixed = " ".join(part for part in report.sizes(base).split() if not part.startswith(letter))
         follows = " = input size I" if size == "hidden_size" and base.input_size == base.hidden_size else ""
@@ -134,32 +118,29 @@ def lines_figure(rows: pd.DataFrame, panels: Any, memory: str | None = None) -> 
     return _described(figure, title, pd.concat(shown), "" if memory else BARS)
 
 
-def speed_figure(rows: pd.DataFrame) -> Figure | None:
+def _speed(rows: pd.DataFrame) -> Figure | None:
     """How many times as fast as torch.nn.LSTM each contender is at each case: a number, and a colour."""
-    base, lines = report.headline_of(rows), report.by_case(rows)
-    starred = rows["case"][_stars(rows) == "*"].tolist()
-    names = {
-        case.name: f"{case.mode} {report.sizes(case, base)}{'*' * (case.name in starred)}" for case in lines["object"]
-    }
+    base, lines, starred = report.headline_of(rows), report.by_case(rows), set(rows["case"][report.stars(rows) == "*"])
+    names = [f"{case.mode} {report.sizes(case, base)}{'*' * (case.name in starred)}" for case in lines["object"]]
     known = rows.assign(speed=rows["speed"].where(rows["status"] == "measured"))
-    cells = known.pivot(index="case", columns="contender")
+    cells = known.pivot(index="case", columns="contender").loc[lines.index]
     timed = cells["speed"].count()
     columns = [name for name in rows["contender"].unique() if timed[name] and name != YARDSTICK]
     if not columns or len(names) < 2:
         return None
     columns.sort(key=lambda name: not name.startswith(OURS))
-    speeds, status = (cells[column].loc[list(names), columns] for column in ("speed", "status"))
+    speeds, status = (cells[column][columns] for column in ("speed", "status"))
     figure = Figure(figsize=(max(4.5, 2.7 + 0.55 * len(columns)), max(3.0, 1.9 + 0.19 * len(names))))
     axes = figure.subplots()
     # This map runs from dark to light through grey: it tells slower from faster in print without colour, too.
     shades: Any = {"cmap": "cividis", "norm": LogNorm(1 / STRONGEST, STRONGEST), "edgecolors": "white", "linewidth": 1}
     image = axes.pcolormesh(speeds, **shades)
-    for (y, case), (x, name) in itertools.product(enumerate(names), enumerate(columns)):
-        speed, state = speeds.loc[case, name], status.loc[case, name]
+    for y, x in itertools.product(range(len(names)), range(len(columns))):
+        speed, state = speeds.iat[y, x], status.iat[y, x]
         text = digits(speed) if speed > 0 else "" if pd.isna(state) else state if state in BROKEN else "-"
         axes.text(x + 0.5, y + 0.5, text, color="white" if speed < 1 else "black", fontsize=7, ha="center", va="center")
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=40, ha="left", rotation_mode="anchor")
-    axes.set_yticks(np.arange(len(names)) + 0.5, names.values())
+    axes.set_yticks(np.arange(len(names)) + 0.5, names)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.set_ylim(len(names), 0)
     axes.grid(False)
@@ -170,30 +151,23 @@ def speed_figure(rows: pd.DataFrame) -> Figure | None:
     return _described(figure, "Times as fast as torch.nn.LSTM", rows[rows["median_s"].notna()], words)
 
 
-def instead_figure(rows: pd.DataFrame) -> Figure | None:
+def _instead(rows: pd.DataFrame) -> Figure | None:
     """What people write around torch.nn.LSTM, and ours, as bars."""
-    rows = report.measured(rows)
-    lines = report.instead(rows)
+    lines, base = report.instead(rows), report.headline_of(rows)
     if not len(lines):
         return None
-    figure = Figure(figsize=(7.2, 1.1 + 0.62 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(7.2, 1.1 + 0.62 * len(lines)))
     axes = figure.subplots()
     for place, line in enumerate(lines.itertuples()):
-        for offset, seconds, colour, name in (
-            (-0.19, line.seconds, "0.7", report.WRITTEN[line.provider]), (0.19, line.ours_s, "black", "gpu_lstm")
-        ):  # fmt: skip
+        theirs = -0.19, line.seconds, "0.7", report.WRITTEN[line.provider]
+        for offset, seconds, colour, name in (theirs, (0.19, line.ours_s, "black", "gpu_lstm")):
             axes.barh(place + offset, 1e3 * seconds, 0.34, color=colour)
             axes.text(1e3 * seconds, place + offset, f"  {digits(1e3 * seconds)} ms, {name}", va="center", fontsize=8)
-    base = report.headline_of(rows)
     axes.set_yticks(range(len(lines)), [report.sizes(case, base) for case in lines["object"]])
-    axes.set(
-        xlabel="time a call, forward and backward (ms)",
-        xlim=(0, 2.0e3 * lines["seconds"].max()),
-        ylim=(len(lines) - 0.5, -0.5),
-    )
-    return _described(
-        figure, "Where torch.nn.LSTM needs help", lines, f"All: {report.sizes(base)}. {BARS.split(';')[0]}."
-    )
+    limits: Any = {"xlim": (0, 2.0e3 * lines["seconds"].max()), "ylim": (len(lines) - 0.5, -0.5)}
+    axes.set(xlabel="time a call, forward and backward (ms)", **limits)
+    words = f"All: {report.sizes(base)}. {BARS.split(';')[0]}."
+    return _described(figure, "Where torch.nn.LSTM needs help", lines, words)
 
 
 def _along(rows: pd.DataFrame, base: Case, size: str) -> pd.DataFrame:
@@ -219,11 +193,6 @@ def _looks(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return {row.contender: looks[row.provider] | (hollow if row.graph else {}) for row in rows.itertuples()}
 
 
-def _stars(rows: pd.DataFrame) -> pd.Series:
-    """A star for each row of torch.nn.LSTM at a case that it cannot do: see report.STARRED."""
-    return rows["status"].eq("yardstick").map({True: "*", False: ""})
-
-
 def _plain_ticks(axis: Any) -> None:
     """On a logarithmic axis, numbers without exponents."""
     low, high = axis.get_data_interval()
@@ -234,9 +203,9 @@ def _plain_ticks(axis: Any) -> None:
 
 def _described(figure: Figure, title: str, rows: pd.DataFrame, words: str) -> Figure:
     """With a title, and a caption that says where the figures come from."""
-    starred = report.STARRED if (rows["status"] == "yardstick").any() else ""
+    starred = report.STARRED if "*" in set(report.stars(rows)) else ""
     parts, width = filter(None, (words, starred, report.origin(rows))), int(figure.get_figwidth() * 21)
-    caption = "\n".join(textwrap.fill(part, width) for part in parts)
     figure.suptitle(title, fontsize=10)
+    caption = "\n".join(textwrap.fill(part, width) for part in parts)
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=6.5, color="0.35")
     return figure

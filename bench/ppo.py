@@ -11,15 +11,13 @@ import importlib.util
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 from . import expected, report, results, timing
@@ -33,8 +31,7 @@ SECONDS = 4.0  # of timing, a size
 TOLERANCE = 1e-4  # by which loss and gradients may differ, relative to their norm
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """Seconds a training step, for every round."""
 
     steps: int  # T
@@ -58,23 +55,21 @@ def measure(device: str, sizes: Sequence[tuple[int, int, int]] = SIZES, seconds:
     torch.set_num_threads(1)  # as in `measure`
     with timing.float32_products("fp32"):
         for T, N, H in track(sizes, "recurrent PPO", console=Console(stderr=True), transient=True):
-            one_call, loop = (example.Agent(H).to(device) for _ in range(2))
-            loop.lstm = StepLoop(H, H, device=device)
-            loop.load_state_dict(one_call.state_dict())
+            agents = {name: example.Agent(H).to(device) for name in ("one_call", "loop")}
+            agents["loop"].lstm = StepLoop(H, H, device=device)
+            agents["loop"].load_state_dict(agents["one_call"].state_dict())
             batch = random_batch(example, T, N, H, device)
-            found, true = (values_of(example, agent, batch) for agent in (one_call, loop))
+            found, true = (values_of(example, agent, batch) for agent in agents.values())
             for name, error in relative_errors(found, {name: value.double() for name, value in true.items()}).items():
                 if not error <= TOLERANCE:
                     raise RuntimeError(f"{name}: one call and the loop differ by {error:.2g}, expected {TOLERANCE:g}")
-            calls = {name: _training(example, agent, batch) for name, agent in (("one_call", one_call), ("loop", loop))}
+            calls = {}
+            for name, agent in agents.items():
+                optimiser = torch.optim.Adam(agent.parameters(), lr=0.0)  # which leaves the weights as they are
+                step = functools.partial(example.training_step, agent, optimiser, batch)
+                calls[name] = lambda number, step=step: step()
             rows.append(Measured(T, N, H, **timing.interleaved(calls, device, seconds)))
     return rows
-
-
-def _training(example: Any, agent: nn.Module, batch: Any) -> timing.Call:
-    """The training step, which leaves the weights as they are: the learning rate is zero."""
-    optimiser = torch.optim.Adam(agent.parameters(), lr=0.0)
-    return lambda number: example.training_step(agent, optimiser, batch)
 
 
 @functools.cache
@@ -102,25 +97,9 @@ def random_batch(example: Any, T: int, N: int, H: int, device: str) -> Any:
 
 def values_of(example: Any, agent: nn.Module, batch: Any) -> dict[str, Tensor]:
     """The loss and all gradients."""
-    loss = example.loss(agent, batch)
-    gradients = torch.autograd.grad(loss, list(agent.parameters()))
-    return {"loss": loss} | {
-        f"gradient of {name}": each for (name, _), each in zip(agent.named_parameters(), gradients)
-    }
-
-
-def table(rows: Sequence[Measured], device: str) -> Table:
-    """A line a size."""
-    cells = pd.DataFrame({
-        "T": [str(row.steps) for row in rows], "N": [str(row.environments) for row in rows],
-        "H": [str(row.hidden) for row in rows], "loop ms": [f"{1e3 * np.median(row.loop):.2f}" for row in rows],
-        "one call ms": [f"{1e3 * np.median(row.one_call):.2f}" for row in rows],
-        "times as fast": [f"{row.speed[0]:.2f}" for row in rows],
-        "p20-p80": ["{:.2f}-{:.2f}".format(*row.speed[1:]) for row in rows],
-    })  # fmt: skip
-    backend = expected.inside("backends").select(None, torch.device(device), torch.float32).value
-    where = f"{results.provenance(device)['device']}, torch {torch.__version__}"
-    return report.table(cells, "An update of recurrent PPO, float32", f"one call by {backend}; {where}")
+    loss, parameters = example.loss(agent, batch), dict(agent.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    return {"loss": loss} | {f"gradient of {name}": gradient for name, gradient in zip(parameters, gradients)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,11 +109,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and print. Exit status: 0, or 2 if the example cannot be loaded. RuntimeError if the two differ."""
+    """Measure, and print a line a size. Exit status: 0, or 2 if the example cannot be loaded."""
     try:
         rows = measure(options.device)
     except ImportError as error:
         print(f'python -m bench ppo: {error}; pip install ".[examples]"', file=sys.stderr)
         return 2
-    Console().print(table(rows, options.device))
+    cells = pd.DataFrame({
+        "T": str(row.steps), "N": str(row.environments), "H": str(row.hidden),
+        "loop ms": f"{1e3 * np.median(row.loop):.2f}", "one call ms": f"{1e3 * np.median(row.one_call):.2f}",
+        "times as fast": f"{row.speed[0]:.2f}", "p20-p80": "{:.2f}-{:.2f}".format(*row.speed[1:]),
+    } for row in rows)  # fmt: skip
+    backend = expected.inside("backends").select(None, torch.device(options.device), torch.float32).value
+    where = f"one call by {backend}; {results.provenance(options.device)['device']}, torch {torch.__version__}"
+    Console().print(report.table(cells, "An update of recurrent PPO, float32", where))
     return 0

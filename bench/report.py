@@ -1,6 +1,5 @@
-"""Rows in words: tables for a terminal (all cases, all providers, what is expected of other GPUs), README and docs."""
+"""Rows in words: tables for a terminal (all cases, all providers, estimates for other GPUs), README and docs."""
 
-import math
 import os
 import re
 import textwrap
@@ -54,6 +53,11 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(contender=contenders, object=objects(rows)).drop_duplicates(["object", "contender"], keep="last")
 
 
+def by_device(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The measured rows of each device, in the order of the file."""
+    return list(rows[rows["status"] != "expected"].groupby("device", sort=False))
+
+
 def objects(rows: pd.DataFrame) -> list[Case]:
     """The case of each row."""
     return [Case(**fields) for fields in rows[results.CASE].to_dict("records")]
@@ -69,8 +73,13 @@ def is_ours(rows: pd.DataFrame) -> pd.Series:
     return rows["provider"].str.split("-").str[0] == OURS
 
 
+def stars(rows: pd.DataFrame) -> pd.Series:
+    """A star for each row of torch.nn.LSTM at a case that it cannot do: see STARRED."""
+    return rows["status"].eq("yardstick").map({True: "*", False: ""})
+
+
 def by_case(rows: pd.DataFrame) -> pd.DataFrame:
-    """A line for each case, in the groups that differ from the headline in the same, each from small to large.
+    """A line for each case, grouped by what differs from the headline, each group from small to large.
 
     `rank` is the place in the `group` before sorting; `speed` is ours. The columns that are not rows' are text.
     """
@@ -86,7 +95,7 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
     for provider in (YARDSTICK, OURS):
         its = rows[rows["provider"] == provider].sort_values("graph", kind="stable").drop_duplicates("case")
         its = its.set_index("case").reindex(lines.index)
-        times = texts(1e3 * its["median_s"]) + its["status"].eq("yardstick").map({True: "*", False: ""})
+        times = texts(1e3 * its["median_s"]) + stars(its)
         lines[f"{provider} ms"] = times.where(its["median_s"].notna(), its["status"]).fillna("-")
     lines["speed"], lines["times as fast"] = its["speed"], verdicts(its)
     reached = (its["bound_s"] / its["median_s"]).clip(upper=1)  # the ceilings are measured and uncertain, too
@@ -98,14 +107,14 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def instead(rows: pd.DataFrame) -> pd.DataFrame:
-    """What people write around torch.nn.LSTM where it does not take a case, and ours: `seconds` and `ours_s` a call."""
+    """What people write around torch.nn.LSTM where it does not do a case, and ours: `seconds` and `ours_s` a call."""
     around = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured")]
     ours = rows[rows["contender"] == OURS].set_index("case")["median_s"]
-    lines = around.assign(ours_s=ours.reindex(around["case"]).to_numpy(), seconds=around["median_s"])
+    lines = around.assign(seconds=around["median_s"], ours_s=around["case"].map(ours))
     return lines[lines["ours_s"].notna()].assign(times=lines["seconds"] / lines["ours_s"])
 
 
-def telling(lines: pd.DataFrame, room: int) -> pd.DataFrame:
+def most_informative(lines: pd.DataFrame, room: int) -> pd.DataFrame:
     """At most `room` lines: the headline, where ours is slower or has no figure, then the first of every group."""
     fine = (lines["ours ms"] == "-") | (lines["speed"] >= 1 - EVEN)
     order = lines.assign(later=lines["group"] > 0, fine=fine).sort_values(["later", "fine", "rank", "group"])
@@ -117,9 +126,8 @@ def summary(rows: pd.DataFrame) -> Table:
     rows = measured(rows)
     lines, base, notes = by_case(rows), headline_of(rows), [origin(rows)]
     rules = lines["group"].nunique() - 1
-    shown = lines if len(lines) + rules <= LINES else telling(lines, LINES - rules - 2)
-    if (rows["status"] == "yardstick").any():
-        notes.append(STARRED)
+    shown = lines if len(lines) + rules <= LINES else most_informative(lines, LINES - rules - 2)
+    notes += [STARRED] * ("*" in set(stars(rows)))
     broken = rows[rows["status"].isin(results.BROKEN)].groupby(["status", "contender"], sort=False).size()
     told = [f"{status}: {name} in {count} of {len(lines)} cases" for (status, name), count in broken.items()]
     title = "gpu_lstm and torch.nn.LSTM (T steps, B batch, H hidden, L layers, D directions)"
@@ -158,7 +166,7 @@ def expected(rows: pd.DataFrame) -> list[Table]:
     """What plans expect of GPUs that are not here, a table each."""
     rows = rows[rows["status"] == "expected"]
     cells = pd.DataFrame({
-        "case": [sizes(case) for case in objects(rows)], "kernels": rows["note"],
+        "case": list(map(sizes, objects(rows))), "kernels": rows["note"],
         "launches": texts(rows["launches"], "{:.0f}".format), "kept MiB": texts(rows["kept_bytes"] / MIB),
         "host us": texts(1e6 * rows["host_s"]), "us a step": texts(rows["expected_us_per_step"]),
     })  # fmt: skip
@@ -169,27 +177,24 @@ def expected(rows: pd.DataFrame) -> list[Table]:
 def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path] | None = None) -> None:
     """Write what the files of results say between the two markers of `page`, GPUs first; the rest stays as it is.
 
-    With `pictures`, as plots.pictures drew them, it has every case and those pictures; without, as the README, less.
-
+    With `pictures`, as plots.draw drew them, it has every case and those pictures; without, as the README, less.
     Raises ValueError where a marker is missing, or a file of results is broken.
     """
     before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page}: no {END if begin else BEGIN}; expected {BEGIN} on a line before {END}")
-    on_gpus: list[str] = []
-    on_cpus: list[str] = []
-    no_gpu = [NO_GPU]
+    sections: dict[bool, list[str]] = {True: [NO_GPU], False: []}  # of GPUs, of CPUs
     for path in sorted(files):
-        rows = results.read(path)
-        for device, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
-            on_gpu = its["cuda"].notna().any()
+        for device, its in by_device(results.read(path)):
+            on_gpu = bool(its["cuda"].notna().any())
             text = _section(_link(page, path), measured(its), on_gpu, every_case=on_gpu or pictures is not None)
             drawn = {f"{name}-{slug(device)}": told for name, told in SHOWN.items()}
             text += "".join(f"\n\n![{drawn[p.stem]}]({_link(page, p)})" for p in pictures or () if p.stem in drawn)
-            (on_gpus if on_gpu else on_cpus).append(text)
-            no_gpu = [] if on_gpu and (its["status"] == "measured").any() else no_gpu
-    page.write_text(f"{before}{BEGIN}\n" + "\n\n".join([*no_gpu, *on_gpus, *on_cpus]) + f"\n{END}{after}")
+            sections[on_gpu].append(text)
+            if on_gpu and (its["status"] == "measured").any():
+                sections[True] = [section for section in sections[True] if section != NO_GPU]
+    page.write_text(f"{before}{BEGIN}\n" + "\n\n".join(sections[True] + sections[False]) + f"\n{END}{after}")
 
 
 def _link(page: Path, path: Path) -> str:
@@ -203,8 +208,8 @@ def slug(device: str) -> str:
 
 def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> str:
     """Where the figures come from, and tables of them: what people write around torch.nn.LSTM, and that itself."""
-    lines = by_case(rows)
-    shown = lines if every_case else telling(lines, CPU_LINES)
+    lines, around = by_case(rows), instead(rows)
+    shown = lines if every_case else most_informative(lines, CPU_LINES)
     text = f"{'GPU' if on_gpu else 'CPU, not a GPU'}: {origin(rows)}; from [{link.removeprefix('../')}]({link})."
     if len(shown) < len(lines):
         text += f" {len(shown)} of {len(lines)} cases."
@@ -212,24 +217,19 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
     if shown["torch ms"].str.endswith("*").any():
         text += f" Where torch.nn.LSTM's time has a star, it ran {LACKS}."
     text += f" Of the bound: what operations and bytes take at the rates measured there, {BEYOND}."
-    around = instead(rows)
     written = [textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)]
     if len(around):
         written.append("\n| case | what people write | ms | gpu_lstm, ms | times as fast |\n|---|---|--:|--:|--:|")
-        for row in around.itertuples():
-            ms = f"{digits(1e3 * row.seconds)} | {digits(1e3 * row.ours_s)} | {digits(row.times)}"
-            written.append(f"| {row.mode} {sizes(row.object)} | {WRITTEN[row.provider]} | {ms} |")
+    for row in around.itertuples():
+        ms = f"{digits(1e3 * row.seconds)} | {digits(1e3 * row.ours_s)} | {digits(row.times)}"
+        written.append(f"| {row.mode} {sizes(row.object)} | {WRITTEN[row.provider]} | {ms} |")
     written += ["""
 | case | torch.nn.LSTM, ms | gpu_lstm, ms | times as fast | of the bound |
 |------|------------------:|-------------:|--------------:|-------------:|"""]  # fmt: skip
     for _, line in shown.replace("-", "not run").iterrows():
-        times = (
-            line["torch ms"].replace("*", r"\*"),
-            line["ours ms"],
-            line["times as fast"].split(" ")[0],
-            line["bound"],
-        )
-        written.append(f"| {line['mode']} {sizes(line['object'])} | {' | '.join(times)} |")
+        ms = f"{line['torch ms'].replace('*', chr(92) + '*')} | {line['ours ms']}"
+        speed = line["times as fast"].split(" ")[0]
+        written.append(f"| {line['mode']} {sizes(line['object'])} | {ms} | {speed} | {line['bound']} |")
     return "\n".join(written)
 
 
@@ -283,10 +283,8 @@ def memory_column(rows: pd.DataFrame) -> str:
 
 def digits(value: float) -> str:
     """A number with three digits that count, or all before the point if there are more."""
-    if not value:
-        return "0"
-    before_point = math.floor(math.log10(float(f"{value:.2e}")))  # rounded first: 9.999 is 10.0
-    return f"{value:.{max(0, 2 - before_point)}f}"
+    exponent = int(f"{value:.2e}".partition("e")[2])  # of the rounded value: 9.999 is 10.0
+    return f"{value:.{max(0, 2 - exponent)}f}" if value else "0"
 
 
 def table(

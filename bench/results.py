@@ -58,6 +58,8 @@ def provenance(device: str) -> dict[str, Any]:
     cpu = " ".join((names or [platform.processor() or platform.machine()])[0].split())
     git = "git", "-C", str(Path(gpu_lstm.__file__).parent)
     commit = _said(*git, "rev-parse", "--short=10", "HEAD")
+    asked = "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader,nounits"
+    driver, _, clock = ((cuda and _said("nvidia-smi", *asked)) or "").partition(", ")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit and commit + "+" * bool(_said(*git, "status", "--porcelain", "--untracked-files=no")),
@@ -67,14 +69,10 @@ def provenance(device: str) -> dict[str, Any]:
         "cupy": versions.get("cupy-cuda13x") or versions.get("cupy-cuda12x") or versions.get("cupy"),
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "driver": _of_card("driver_version") if cuda else None,
-        "clock_mhz": _of_card("clocks.max.sm") if cuda else None,
+        "driver": driver or None,
+        "clock_mhz": clock or None,
         "schema": SCHEMA,
     }  # fmt: skip
-
-
-def _of_card(what: str) -> str | None:
-    return _said("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits")
 
 
 def _said(*command: str) -> str | None:

@@ -4,6 +4,7 @@ An environment sees the packages of the one that runs the tests, but for gpu_lst
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,8 @@ PACKAGES = [Path(folder) for folder in sys.path if Path(folder).name == "site-pa
 
 def build(target: str, folder: Path) -> Path:
     """The wheel or the sdist, by the backend that pip asks for it, which writes into the source: so into a copy."""
-    source = folder / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv*", "out", "build", "*.egg-info"))
+    source, left_out = folder / "source", (".git", ".venv*", ".*_cache", "out", "build", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left_out))
     call = f"from setuptools import build_meta; build_meta.build_{target}({str(folder / 'built')!r})"
     run([sys.executable, "-c", call], cwd=source)
     (built,) = (folder / "built").iterdir()
@@ -32,26 +33,21 @@ def environment(folder: Path, *, without: Collection[str] = (), install: Collect
     python = folder / "bin" / "python"
     packages = Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(folder), "platbase": str(folder)}))
     if without:
-        theirs = [entry for outer in PACKAGES for entry in outer.iterdir()]
-        for entry in theirs:
-            link = packages / entry.name
-            if entry.suffix != ".pth" and not link.exists() and not _is_of(entry.name, without):
+        for entry in (entry for outer in PACKAGES for entry in outer.iterdir()):
+            name, link = entry.name.lower().replace("-", "_"), packages / entry.name
+            if entry.suffix != ".pth" and not link.exists() and not name.startswith(tuple(without)):
                 link.symlink_to(entry)
     else:  # a .pth file inside of them, as that of an editable install, is not read
         (packages / "outer.pth").write_text("\n".join(map(str, PACKAGES)))
     if install:
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-build-isolation"]
-        run([*pip, "--ignore-installed", *install])
+        done = run([*pip, "--verbose", "--ignore-installed", *install])
+        assert not re.search("warning|deprecat", done.stdout + done.stderr, re.IGNORECASE), done.stdout + done.stderr
     return python
 
 
-def _is_of(entry: str, packages: Collection[str]) -> bool:
-    name = entry.lower().replace("-", "_")
-    return any(name == package or name.startswith((f"{package}.", f"{package}_")) for package in packages)
-
-
 def run(command: list[str], **options) -> subprocess.CompletedProcess:
-    """Its output is kept, as text; CalledProcessError shows it."""
+    """Its output is kept, as text, and shown where it fails."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRITON_"))}
     variables |= options.pop("env", {})
     done = subprocess.run(command, env=variables, capture_output=True, text=True, **options)

@@ -1,21 +1,17 @@
-"""Plants single faults in the library, one at a time, and asks the tests that ought to see them.
+"""Plants single faults in the library, one at a time, and runs the tests that ought to detect them.
 
     make mutants                      # 200 faults, drawn by a fixed seed
     make mutants MUTANTS="--count 50 --only kernels/triton_lstm"
 
-Each worker has a copy of the tree, in which it plants a fault; the checkout itself is never touched. What was found is
-written to a file, a line for each fault, so that a run that was stopped goes on where it was. Faults that survived are
-asked about again, since tests may have been added. docs/testing.md has a table of a run, and what survived it.
-
-mutmut and cosmic-ray were looked at first. mutmut leaves out decorated functions, and every Triton kernel is one.
-cosmic-ray has one test command for all files and draws no sample. Both start Python for every fault, and importing
-torch takes longer than many of these tests; here a worker imports it once and forks.
+Each worker has a copy of the tree, in which it plants a fault; the checkout itself is never touched. Results go to a
+file, a line for each fault, so that a run that was stopped continues where it was. Faults that survived are planted
+again, since tests may have been added. docs/testing.md has a table of a run, what survived it, and why this is neither
+mutmut nor cosmic-ray.
 """
 
 import argparse
 import ast
 import contextlib
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -29,96 +25,41 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import track
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("gpu_lstm/*.py", "kernels/**/*.py", "kernels/**/*.cu")
+SOURCES = ("gpu_lstm/**/*.py", "kernels/**/*.py", "kernels/**/*.cu")
 LEAST_SECONDS, TIMES_AS_LONG = 30, 4  # a test file may take so long, and so many times what it takes without a fault
 
-# Which test files are asked, by source; in this order, and no more of them after the first that fails.
-NUMBERS = (  # of the Triton kernels: the quick ones of those that hold all results and gradients to the oracle
-    "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 layer::test_the_kernels_in_float16"
+# Which tests are run: test_X.py for a source file X.py, then those of its folder; in this order, until one fails.
+NUMBERS = (  # of the Triton kernels: the quick ones of those that compare all results and gradients with the oracle
+    "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 "
+    "layer::test_the_kernels_in_float16 sequence_kernels::test_step_by_several_programs "
+    "sequence_kernels::test_step_with_noise_by_several_programs sequence_kernels::test_noise "
+    "sequence_kernels::test_resident sequence_kernels::test_cooperative concurrent_interpreter exchange_ptx"
 )
-SEVERAL = "sequence_kernels::test_step_by_several_programs sequence_kernels::test_step_with_noise_by_several_programs"
-TOGETHER = "sequence_kernels::test_cooperative sequence_kernels::test_noise concurrent_interpreter exchange_ptx"
-ALONE = "sequence_kernels::test_resident sequence_kernels::test_noise sequence_kernels::test_resident_in_half_precision"
 TESTS = {
-    "gpu_lstm/__main__": "main planning races wrong_calls",
-    "gpu_lstm/autograd": "derivatives chunks weights regularised",
-    "gpu_lstm/backends": "first_call explain errors races interrupted::test_overlapping_blocks_leave_nothing_behind",
-    "gpu_lstm/cell": "trace layer derivatives",
-    "gpu_lstm/chunks": "chunks side_by_side",
-    "gpu_lstm/compat": "convert lstm",
-    "gpu_lstm/convert": "convert wrong_calls",
-    "gpu_lstm/explain": "explain main wrong_calls",
-    "gpu_lstm/functional": "errors wrong_calls ragged derivatives races",
-    "gpu_lstm/fused": "derivatives chunks side_by_side errors wrong_calls",
-    "gpu_lstm/health": "giving_up stream",
-    "gpu_lstm/keras": "keras wrong_calls",
-    "gpu_lstm/layers": "side_by_side chunks ragged regularised lstm autocast stream graphs",
-    "gpu_lstm/modules": "ragged lstm weights errors wrong_calls regularised stream trace graphs",
-    "gpu_lstm/native": "ragged lstm autocast",
-    "gpu_lstm/noise": "regularised chunks layer",
-    "gpu_lstm/ops": "derivatives layer graphs ops",
-    "gpu_lstm/precision": "autocast stream explain errors wrong_calls lstm",
-    "gpu_lstm/profiling": "profiling",
-    "gpu_lstm/races": "races explain",
-    "gpu_lstm/reference": "layer trace lstm",
-    "gpu_lstm/sequences": "ragged errors wrong_calls lstm",
-    "gpu_lstm/settings": "regularised errors wrong_calls weights",
-    "gpu_lstm/stream": "stream wrong_calls",
-    "gpu_lstm/streams": "side_by_side chunks",
-    "gpu_lstm/trace": "trace wrong_calls",
-    "gpu_lstm/transforms": "derivatives graphs",
-    "gpu_lstm/trust": "trust",
-    "gpu_lstm/tuning": "tuning errors wrong_calls",
-    "gpu_lstm/variants": "variants wrong_calls convert",
-    "gpu_lstm/weights": "weights errors wrong_calls lstm variants",
-    "gpu_lstm/whole_layer": "graphs ops",
-    "kernels/architectures": "planning cupy_launch",
-    "kernels/cupy_lstm/compile": "cupy_launch main",
-    "kernels/cupy_lstm/cuda": "cupy_kernels",
-    "kernels/cupy_lstm/planning": "cupy_launch cupy_kernels",
-    "kernels/cupy_lstm": "cupy_launch cupy_kernels",
-    "kernels/giving_up": "giving_up",
-    "kernels/initial_gradient": f"{NUMBERS} {TOGETHER}",
-    "kernels/layer_norm": "variants layer trust",
-    "kernels/operands": f"first_call {NUMBERS} {TOGETHER}",
-    "kernels/ordering": "side_by_side",
-    "kernels/projection": "cupy_kernels sequence_kernels::test_resident",
-    "kernels/recurrence": "layer extremes planning",
-    "kernels/remembered": "plan_cache races trust main",
-    "kernels/report": "main compile",
-    "kernels/sass": "main compile",
-    "kernels/triton_lstm/assembly": "exchange_ptx",
-    "kernels/triton_lstm/autotune": "tuning",
-    "kernels/triton_lstm/binary": "first_call compile",
-    "kernels/triton_lstm/compile": "main compile",
-    "kernels/triton_lstm/cooperative": f"planning first_call {TOGETHER}",
-    "kernels/triton_lstm/exchange": f"{NUMBERS} {TOGETHER}",
-    "kernels/triton_lstm/families": "planning first_call",
-    "kernels/triton_lstm/launch": "first_call tuning layer side_by_side giving_up extremes",
-    "kernels/triton_lstm/plan_cache": "plan_cache tuning",
-    "kernels/triton_lstm/planning": "planning compile",
-    "kernels/triton_lstm/resident": f"planning first_call {NUMBERS} {ALONE}",
-    "kernels/triton_lstm/step": f"planning first_call {NUMBERS} {SEVERAL}",
-    "kernels/triton_lstm/trial": "first_call tuning",
-    "kernels/triton_lstm": f"{NUMBERS} {TOGETHER} {SEVERAL} {ALONE} extremes",
+    "gpu_lstm": "lstm ragged weights regularised variants errors wrong_calls convert derivatives chunks side_by_side "
+    "stream autocast first_call giving_up races explain graphs main",
+    "kernels": f"planning plan_cache first_call tuning giving_up {NUMBERS} main compile extremes",
+    "kernels/cupy_lstm": "cupy_launch cupy_kernels main",
 }
 
 
 def tests_of(path: str) -> list[str]:
-    """What is asked about a source file: the longest name that it begins with says it."""
-    names = [name for name in TESTS if path.startswith((name + ".", name + "/"))]
-    return TESTS[max(names, key=len)].split() if names else ["lstm", "errors"]
+    """The tests for a source file."""
+    folder = max((name for name in TESTS if path.startswith(name + "/")), key=len)
+    named = (ROOT / "tests" / f"test_{Path(path).stem}.py").exists()
+    return list(dict.fromkeys([Path(path).stem] * named + TESTS[folder].split()))
 
 
 class Mutant(NamedTuple):
@@ -282,7 +223,7 @@ def sample(possible: list[Mutant], count: int, seed: int) -> list[Mutant]:
 
 
 class Worker:
-    """Plants faults in a copy of the tree of its own, and runs test files in forks of a process that knows torch."""
+    """Plants faults in a copy of the tree of its own, and runs test files in forks of itself, which has torch."""
 
     def __init__(self, snapshot: Path) -> None:
         self.tree = snapshot.with_name(f"{snapshot.name}-{os.getpid()}")
@@ -295,30 +236,37 @@ class Worker:
         for name in ("hypothesis", "torch._dynamo", "triton.language"):
             importlib.import_module(name)
 
-    def ask(self, mutant: Mutant, seconds: dict[str, float]) -> dict:
-        """What became of a fault: {"result": "caught", "in time" or "survived", "by": test, "seconds": ...}."""
-        file, start = self.tree / mutant.path, time.monotonic()
-        source, found = file.read_bytes(), {"result": "survived", "by": ""}
-        try:
-            self._write(file, mutant.planted(source))
-            for test in tests_of(mutant.path):
-                by = self.first_failure(test, max(LEAST_SECONDS, TIMES_AS_LONG * seconds.get(test, 0)))
+    def ask(self, job: Mutant | str, seconds: dict[str, float]) -> dict:
+        """What became of a fault: {"result": "caught", "timed out" or "survived", "by": test, "seconds": ...}.
+
+        For the name of a test file: of no fault, within 15 minutes.
+        """
+        start, found = time.monotonic(), {"result": "survived", "by": ""}
+        with contextlib.nullcontext() if isinstance(job, str) else self.planted(job):
+            for test in [job] if isinstance(job, str) else tests_of(job.path):
+                by = self.first_failure(test, max(LEAST_SECONDS, TIMES_AS_LONG * seconds.get(test, 225)))
                 if by:
                     found = {"result": "timed out" if by == "time" else "caught", "by": by}
                     break
-        finally:
-            self._write(file, source)
         return found | {"seconds": round(time.monotonic() - start, 1)}
 
-    def _write(self, file: Path, source: bytes) -> None:
-        file.write_bytes(source)
-        Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)  # which is known by second and size
+    @contextlib.contextmanager
+    def planted(self, mutant: Mutant) -> Iterator[None]:
+        """Within the block the tree has the fault."""
+        file = self.tree / mutant.path
+        source, cached = file.read_bytes(), Path(importlib.util.cache_from_source(str(file)))
+        try:
+            file.write_bytes(mutant.planted(source))
+            cached.unlink(missing_ok=True)  # Python compares only its second and its size with the source's
+            yield
+        finally:
+            file.write_bytes(source)
+            cached.unlink(missing_ok=True)
 
     def first_failure(self, test: str, seconds: float) -> str:
         """The first failure of a test file, "time" if it takes too long, a signal if it crashes; else nothing.
 
-        Raises:
-            RuntimeError: pytest failed without a failing test: nobody was asked, and nothing is known.
+        RuntimeError if pytest failed without a failing test: then nothing is known.
         """
         log = self.tree / "out.log"
         child = os.fork()
@@ -351,26 +299,27 @@ class Worker:
             return failed.group(1)
         if os.WIFSIGNALED(ended[1]):
             return f"{test}, killed by {signal.Signals(os.WTERMSIG(ended[1])).name}"
-        raise RuntimeError(f"{test} could not be asked:\n{text[-2000:]}")  # as where a package is missing, say
+        raise RuntimeError(f"{test} did not run:\n{text[-2000:]}")  # as where a package is missing, say
 
 
-def _work(snapshot: Path, asked, answered) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+def _start(snapshot: Path) -> None:
+    global worker  # of this process
     worker = Worker(snapshot)
-    try:
-        while (job := asked.get()) is not None:
-            if isinstance(job, str):
-                start = time.monotonic()
-                by = worker.first_failure(job, 900)
-                answered.put((job, {"by": by, "seconds": round(time.monotonic() - start, 1)}))
-            else:
-                answered.put((job, worker.ask(*job)))
-    finally:
-        shutil.rmtree(worker.tree)
+
+
+def _ask(*job) -> dict:
+    return worker.ask(*job)
+
+
+def _answers(pool: Executor, jobs: list, seconds: dict[str, float], what: str) -> Iterator[tuple]:
+    """(job, answer) as they come, with a bar."""
+    asked = {pool.submit(_ask, job, seconds): job for job in jobs}
+    for done in track(as_completed(asked), what, total=len(jobs)):
+        yield asked[done], done.result()
 
 
 def copy_of_the_checkout(to: Path) -> None:
-    """What is in git, and what is new, as it is now: whoever works on meanwhile changes no answer."""
+    """What is in git, and what is new, as it is now: later edits of the checkout change no answer."""
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.check_output(listing, cwd=ROOT, text=True).splitlines():
         if (ROOT / name).is_file():
@@ -378,55 +327,16 @@ def copy_of_the_checkout(to: Path) -> None:
             shutil.copy(ROOT / name, to / name)
 
 
-def without_a_fault(tree: Path, test: str) -> str:
-    """The name under which it is noted that a test file passes: with the library and the tests as they are."""
-    everything = [file for pattern in (*SOURCES, "tests/*") for file in sorted(tree.glob(pattern)) if file.is_file()]
-    others = [
-        file
-        for file in everything
-        if not file.name.startswith("test_") or file.stem == "test_" + test.partition("::")[0]
-    ]
-    return f"{test} {hashlib.sha256(b''.join(file.read_bytes() for file in others)).hexdigest()[:16]}"
-
-
-def _answers(jobs: list, snapshot: Path, workers: int, what: str) -> Iterator[tuple]:
-    """(job, answer) as they come, with a bar."""
-    if not jobs:
-        return
-    context = multiprocessing.get_context("spawn")
-    asked, answered = context.Queue(), context.Queue()
-    for job in [*jobs, *[None] * workers]:
-        asked.put(job)
-    processes = [
-        context.Process(target=_work, args=(snapshot, asked, answered)) for _ in range(min(workers, len(jobs)))
-    ]
-    for process in processes:
-        process.start()
-    try:
-        with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-            for _ in progress.track(jobs, description=what):
-                while answered.empty() and any(process.is_alive() for process in processes):
-                    time.sleep(0.1)
-                yield answered.get(timeout=10)  # queue.Empty: all workers have died
-    except BaseException:  # a failure without a fault, or Control-C
-        for process in processes:
-            process.terminate()
-        raise
-    finally:
-        for process in processes:
-            process.join()
-
-
-def table(found: dict[str, dict]) -> Table:
+def table(found: list[dict]) -> Table:
     """How many were caught, by part of the library and by kind."""
-    result = Table("", "planted", "caught", "out of time", "survived")
-    for key in ("part", "kind"):
-        for name in sorted({entry[key] for entry in found.values()}):
-            counts = Counter(entry["result"] for entry in found.values() if entry[key] == name)
-            result.add_row(name, *map(str, (counts.total(), *(counts[r] for r in ("caught", "timed out", "survived")))))
+    result = Table("", "planted", "caught", "timed out", "survived")
+    for key in ("part", "kind", ""):
+        groups: dict[str, Counter] = defaultdict(Counter)
+        for entry in found:
+            groups[entry.get(key, "all")][entry["result"]] += 1
+        for name, counts in sorted(groups.items()):
+            result.add_row(name, *map(str, (counts.total(), counts["caught"], counts["timed out"], counts["survived"])))
         result.add_section()
-    counts = Counter(entry["result"] for entry in found.values())
-    result.add_row("all", *map(str, (counts.total(), *(counts[r] for r in ("caught", "timed out", "survived")))))
     return result
 
 
@@ -442,11 +352,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree = Path(folder, "tree")
         copy_of_the_checkout(tree)
-        return run(tree, options, Console())
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.workers, context, _start, (tree,)) as pool:
+            try:
+                return run(tree, options, pool)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
-def run(tree: Path, options: argparse.Namespace, console: Console) -> int:
+def run(tree: Path, options: argparse.Namespace, pool: Executor) -> int:
     """All of it, on copies of a tree."""
+    console = Console()
     possible = [mutant for mutant in all_mutants(tree) if mutant.path.startswith(options.only)]
     chosen = sample(possible, options.count, options.seed)
     console.print(f"{len(chosen)} of {len(possible)} faults, seed {options.seed}")
@@ -454,30 +370,22 @@ def run(tree: Path, options: argparse.Namespace, console: Console) -> int:
     lines = options.results.read_text().splitlines() if options.results.exists() else []
     known = {entry["name"]: entry for entry in map(json.loads, lines)}  # the last of a name counts
 
-    with options.results.open("a") as file:
-
-        def note(name: str, **entry) -> None:
-            known[name] = dict(name=name, **entry)
-            file.write(json.dumps(known[name]) + "\n")
-            file.flush()
-
-        names = {test: without_a_fault(tree, test) for mutant in chosen for test in tests_of(mutant.path)}
-        needed = sorted(test for test, name in names.items() if name not in known)
-        for test, answer in _answers(needed, tree, options.workers, "without a fault"):
+    with options.results.open("a", buffering=1) as file:
+        jobs = [m for m in chosen if known.get(m.name, {}).get("result", "survived") == "survived"]
+        needed, seconds = sorted({test for mutant in jobs for test in tests_of(mutant.path)}), {}
+        for test, answer in _answers(pool, needed, {}, "without a fault"):
             if answer["by"]:
                 console.print(f"[red]fails without a fault: {answer['by']}")
                 return 2
-            note(names[test], **answer)
-        seconds = {test: known[name]["seconds"] for test, name in names.items()}
-        jobs = [(m, seconds) for m in chosen if known.get(m.name, {}).get("result", "survived") == "survived"]
-        for (mutant, _), answer in _answers(jobs, tree, options.workers, "planted"):
-            note(mutant.name, part=str(Path(mutant.path).parent), kind=mutant.kind, **answer)
-            if answer["result"] == "survived":
-                console.print(f"[yellow]survived[/] {mutant.name}", highlight=False)
+            seconds[test] = answer["seconds"]
+        for mutant, answer in _answers(pool, jobs, seconds, "planted"):
+            entry = dict(name=mutant.name, part=str(Path(mutant.path).parent), kind=mutant.kind, **answer)
+            known[mutant.name] = entry
+            file.write(json.dumps(entry) + "\n")
 
-    found = {mutant.name: known[mutant.name] for mutant in chosen}
+    found = [known[mutant.name] for mutant in chosen]
     console.print(table(found))
-    survivors = [name for name, entry in found.items() if entry["result"] == "survived"]
+    survivors = [entry["name"] for entry in found if entry["result"] == "survived"]
     for name in survivors:
         console.print(f"survived: {name}", highlight=False)
     return int(len(survivors) > 0.05 * len(found))

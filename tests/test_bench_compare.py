@@ -52,9 +52,8 @@ def regressions(old, new, fail_under=0.95):
     return list(rows["case"][rows["is_regression"]])
 
 
-@pytest.mark.parametrize("rounds", [20, 40])
-def test_two_runs_of_the_same_code_show_no_regression(rounds):
-    assert regressions(simulated(0, rounds, cases=50), simulated(1, rounds, cases=50)) == []
+def test_two_runs_of_the_same_code_show_no_regression():
+    assert regressions(simulated(0, 30, cases=50), simulated(1, 30, cases=50)) == []
 
 
 @pytest.mark.parametrize(("slowdown", "rounds", "least", "most"), [
@@ -74,31 +73,12 @@ def test_where_versions_of_torch_differ_drift_alone_is_seldom_a_regression():
     assert slow == ["case 0 of run 0"]
 
 
-def test_what_changed_most_comes_first():
-    speeds = {"a": 1.8, "b": 3.0, "c": 1.0, "d": 2.5, "e": 1.99, "f": 1.92, "g": 2.08}
-    new = frame(**{case: {"speed": speed} for case, speed in speeds.items()})
-    rows = compare.compare(frame(**{case: {} for case in speeds}), new, 0.95)
-    assert {verdict: list(its["case"]) for verdict, its in rows.groupby("verdict")} == {
-        "slower": ["c", "a"], "faster": ["b", "d"], "": ["f", "g", "e"],
-    }  # fmt: skip
-    assert list(rows["ratio"][rows["verdict"] == "slower"]) == pytest.approx([0.5, 0.9])
-
-
 @pytest.mark.parametrize(("changes", "fail_under", "real"), [
-    ({}, 0.95, True), ({"spread": 0.08}, 0.95, False), ({}, 0.89, False), ({}, 1.0, True),
+    ({}, 0.95, True), ({"spread": 0.08}, 0.95, False), ({}, 0.89, False),
     ({"spread": 0.03, "rounds": 20}, 0.95, True), ({"spread": 0.03, "rounds": 5}, 0.95, False),  # twice as wide
 ])  # fmt: skip
 def test_a_change_is_real_beyond_the_threshold_and_with_intervals_apart(changes, fail_under, real):
     assert regressions(frame(a=changes), frame(a=changes | {"speed": 1.8}), fail_under) == ["a"] * real
-
-
-def test_only_ours_fails_and_only_by_its_speed():
-    new = frame(a=TORCH | {"ms": 2}, a_2={"ms": 2}, b=HASTE | {"speed": 1}, c=HASTE | WRONG)
-    rows = compare.compare(frame(a=TORCH, a_2={}, b=HASTE, c=HASTE), new, 0.95)
-    assert {(case, provider): verdict for case, provider, verdict in rows[["case", "provider", "verdict"]].values} == {
-        ("a", "torch"): "slower", ("a", "ours"): "", ("b", "haste"): "slower", ("c", "haste"): "broken",
-    }  # fmt: skip
-    assert not rows["is_regression"].any()
 
 
 @pytest.mark.parametrize("changes", [{"torch": "2.10.0"}, {"speed": float("nan")}], ids=str)
@@ -107,17 +87,23 @@ def test_without_a_common_yardstick_seconds_are_compared_with_a_margin(changes):
     assert regressions(frame(a={}), frame(a={"ms": 1.25} | changes)) == ["a"]
 
 
-def test_what_is_in_one_run_only_is_told():
+def test_every_verdict_what_changed_most_first_and_only_ours_fails():
     plan = {"status": "expected", "device": "another card"}
-    old = frame(a={}, b={}, c={}, d=WRONG, e=GRAPH, e_2={}, g={}, g_2=GRAPH, x=plan)
-    new = frame(a={}, b=ABSENT, d={}, e={}, f={}, g=WRONG, x=plan)
-    rows = compare.compare(old, new, 0.95)
+    old = {"a": {}, "b": {}, "c": {}, "d": WRONG, "e": GRAPH, "e_2": {}, "g": {}, "g_2": GRAPH, "x": plan, "h": TORCH,
+           "i": HASTE, "j": HASTE, "k": {}, "l": {}, "m": {}}  # fmt: skip
+    new = {"a": {"speed": 1.92}, "b": ABSENT, "d": {}, "e": {}, "f": {}, "g": WRONG, "x": plan, "h": TORCH | {"ms": 2},
+           "i": HASTE | {"speed": 1}, "j": HASTE | WRONG, "k": {"speed": 1.8}, "l": {"speed": 1},
+           "m": {"speed": 3}}  # fmt: skip
+    rows = compare.compare(frame(**old), frame(**new), 0.95)
     names = rows["case"] + rows["graph"].map({True: "+", False: ""})
-    missing, gained = "not timed now", "not timed before"
-    assert {verdict: sorted(its) for verdict, its in names.groupby(rows["verdict"])} == {
-        "": ["a", "e"], missing: ["b", "c", "e+"], gained: ["d", "f"], "broken": ["g", "g+"],
+    told = {verdict: list(its) for verdict, its in names.groupby(rows["verdict"])}
+    assert told["slower"][-1] == "k"  # h, i and l are half as fast
+    assert {verdict: sorted(its) for verdict, its in told.items()} == {
+        "": ["a", "e"], "slower": ["h", "i", "k", "l"], "faster": ["m"], "broken": ["g", "g+", "j"],
+        "not timed now": ["b", "c", "e+"], "not timed before": ["d", "f"],
     }  # fmt: skip
-    assert regressions(old, new) == ["g", "g"]
+    assert sorted(rows["case"][rows["is_regression"]]) == ["g", "g", "k", "l"]
+    assert rows.set_index("case")["ratio"]["k"] == pytest.approx(0.9)
 
 
 A = {"a": {}}
@@ -139,17 +125,17 @@ def test_what_cannot_be_compared_is_refused(old, new, fail_under, message):
 def test_the_command(tmp_path, capsys, monkeypatch):
     name, note = "training-bf16-T1024-B16-I768-H768-L2-both-directions-ragged-resets-2.0%", "[not] here"
     monkeypatch.setenv("COLUMNS", "100")
-    old, same, slow = (str(tmp_path / f"{name}.csv") for name in ("old", "same", "slow"))
-    for path, speed, lost in ((old, 2.0, {}), (same, 2.0, {}), (slow, 1.8, WRONG | {"note": note})):
+    for path, speed, lost in (("old", 2.0, {}), ("slow", 1.8, WRONG | {"note": note})):
         results.create(tmp_path / path)
         for row in frame(a={"case": name, "speed": speed}, b=lost, c=ABSENT | {"note": note}).to_dict("records"):
             results.append(tmp_path / path, {column: value for column, value in row.items() if value == value})
-    assert command_line.main(["compare", old, same]) == 0
+    old, slow = str(tmp_path / "old"), str(tmp_path / "slow")
+    assert command_line.main(["compare", old, old]) == 0
     assert "regressions of gpu_lstm: 0" in capsys.readouterr().out
     assert command_line.main(["compare", old, slow]) == 1
     said = capsys.readouterr().out
     assert "regressions of gpu_lstm: 2, at --fail-under 0.95" in said
     assert said.index("0.90") < said.index("wrong: [not] here")
     assert "".join(line[:50].strip() for line in said.splitlines()).count("2.0%") == 1  # the name is whole
-    assert command_line.main(["compare", old, same, "--fail-under", "2"]) == 2
+    assert command_line.main(["compare", old, slow, "--fail-under", "2"]) == 2
     assert "--fail-under is 2" in capsys.readouterr().err

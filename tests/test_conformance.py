@@ -15,6 +15,7 @@ Every call, every result and every error is torch's. What its checks do and thes
 import copy
 import io
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -115,21 +116,17 @@ def test_inputs_that_are_not_contiguous(backend, name):
 
 
 @every_info
-def test_pickles_and_copies_compute_the_same(name):
-    for ours, _, arguments, _ in modules(name, "reference"):
-        file = io.BytesIO()
+def test_repr_and_state_are_torchs_and_pickles_copies_and_moves_compute_the_same(name):
+    """Moves: to(dtype) there and back, and to(memory_format=), which says nothing about matrices."""
+    for ours, theirs, arguments, _ in modules(name, "reference"):
+        file, expected = io.BytesIO(), tree_leaves(ours(*arguments))
         torch.save(ours, file)
         file.seek(0)
-        for again in (torch.load(file, weights_only=False), copy.deepcopy(ours)):
-            assert type(again) is type(ours)
-            assert repr(again) == repr(ours)
-            for found, expected in zip(tree_leaves(again(*arguments)), tree_leaves(ours(*arguments))):
-                assert torch.equal(found, expected)
-
-
-@every_info
-def test_repr_state_and_signature_are_torchs(name):
-    for ours, theirs, _, _ in modules(name, "reference"):
+        copies = torch.load(file, weights_only=False), copy.deepcopy(ours)
+        assert all(type(again) is type(ours) and repr(again) == repr(ours) for again in copies)
+        moves = ours.to(torch.float64), ours.to(memory_format=torch.channels_last), ours.double().cpu()
+        for same in (*copies, *moves):
+            assert all(map(torch.equal, tree_leaves(same(*arguments)), expected))
         ours.backend = None
         assert repr(ours) == repr(theirs)
         assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -138,7 +135,7 @@ def test_repr_state_and_signature_are_torchs(name):
 
 @every_info
 def test_factory_arguments(name):
-    """Parameters are made where and as device and dtype say, nothing is drawn or made elsewhere."""
+    """Parameters are created where and as device and dtype say."""
     info = INFOS[name]
     for sample in info.module_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True):
         arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
@@ -151,15 +148,6 @@ def test_factory_arguments(name):
 
 
 @every_info
-def test_moves(name):
-    """to(dtype) there and back, and to(memory_format=), which says nothing about matrices."""
-    for ours, _, arguments, _ in modules(name, "reference"):
-        expected = tree_leaves(ours(*arguments))
-        for moved in (ours.to(torch.float64), ours.to(memory_format=torch.channels_last), ours.double().cpu()):
-            assert all(map(torch.equal, tree_leaves(moved(*arguments)), expected))
-
-
-@every_info
 @every_backend
 def test_what_must_raise(backend, name):
     """The infos' own wrong calls: class and text of the error are those that torch's are held to."""
@@ -167,14 +155,10 @@ def test_what_must_raise(backend, name):
     inputs = info.module_error_inputs_func(info, requires_grad=False, training=True, **place)
     assert len(inputs) >= 2
     for wrong in inputs:
-        built = wrong.module_error_input.constructor_input
-        options = {k: v for k, v in built.kwargs.items() if k not in ("device", "dtype")}
-        build = lambda: OURS[name](*built.args, **options, **place, backend=backend)  # noqa: B023, E731
-        if wrong.error_on is ModuleErrorEnum.CONSTRUCTION_ERROR:
-            with pytest.raises(wrong.error_type, match=wrong.error_regex):
-                build()
-        else:
-            given = wrong.module_error_input.forward_input
-            module = build()
-            with pytest.raises(wrong.error_type, match=wrong.error_regex):
-                module(*given.args, **given.kwargs)
+        built, given = wrong.module_error_input.constructor_input, wrong.module_error_input.forward_input
+        options = {k: v for k, v in built.kwargs.items() if k not in ("device", "dtype")} | place
+        call = partial(OURS[name], *built.args, **options, backend=backend)
+        if wrong.error_on is not ModuleErrorEnum.CONSTRUCTION_ERROR:
+            call = partial(call(), *given.args, **given.kwargs)
+        with pytest.raises(wrong.error_type, match=wrong.error_regex):
+            call()

@@ -34,7 +34,7 @@ CHECK = dict(
 
 @pytest.fixture
 def findings(monkeypatch, tmp_path):
-    """A race, two checks and a plan, remembered."""
+    """A race, two checks and a plan, cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(remembered.SHARED, raising=False)
     remembered._read.cache_clear()
@@ -48,73 +48,55 @@ def findings(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_the_doctor_names_versions_devices_and_backends(capsys):
-    assert main(["--json"]) == 0
-    findings = json.loads(capsys.readouterr().out)
-    assert next(iter(findings)) == "summary"
-    assert findings["versions"]["torch"] == torch.__version__
-    devices = {device["device"]: device for device in findings["devices"]}
+def printed_by(capsys, *arguments):
+    """Of a command that succeeds: its lines, or what its JSON says."""
+    assert main(list(arguments)) == 0
+    printed = capsys.readouterr().out
+    return json.loads(printed) if "--json" in arguments else printed.splitlines()
+
+
+def test_the_doctor_names_versions_devices_and_backends_and_prints_no_secrets(monkeypatch, capsys):
+    """Of the environment it shows four variables of ours and Triton's, which hold no secrets."""
+    for name in ("AWS_SECRET_ACCESS_KEY", "GPU_LSTM_TOKEN", "TRITON_PASSWORD", "HF_TOKEN"):
+        monkeypatch.setenv(name, "a-secret")
+    found = printed_by(capsys, "--json")
+    assert "a-secret" not in str([found, printed_by(capsys), printed_by(capsys, "races")])
+    environment = ["GPU_LSTM_BACKEND", "GPU_LSTM_RACE", "GPU_LSTM_SHARED_CACHE", "TRITON_INTERPRET"]
+    assert sorted(found["environment"]) == environment
+    assert next(iter(found)) == "summary"
+    assert found["versions"]["torch"] == torch.__version__
+    devices = {device["device"]: device for device in found["devices"]}
     assert set(devices) == {"cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
     assert set(devices["cpu"]["backends"]) == {backend.value for backend in Backend} - {"auto"}
-    assert devices["cpu"]["auto"] == "torch"
-    assert devices["cpu"]["backends"]["torch"] is None
+    assert (devices["cpu"]["auto"], devices["cpu"]["backends"]["torch"]) == ("torch", None)
 
 
 @pytest.mark.parametrize("name", [backends.ENVIRONMENT_VARIABLE, races.ENVIRONMENT_VARIABLE])
 def test_the_doctor_says_that_every_call_raises_where_a_variable_is_wrong(monkeypatch, capsys, name):
     monkeypatch.setenv(name, "nonsense")
-    assert main([]) == 0
-    first, *_ = capsys.readouterr().out.splitlines()
+    first, *_ = printed_by(capsys)
     assert first.startswith("On this machine gpu_lstm.LSTM raises: unknown ")
     assert f" 'nonsense' in the environment variable {name}; expected one of " in first
 
 
-def test_the_doctor_prints_no_secrets(monkeypatch, capsys):
-    """Of the environment it shows four variables of ours and Triton's, which hold no secrets."""
-    for name in ("AWS_SECRET_ACCESS_KEY", "GPU_LSTM_TOKEN", "TRITON_PASSWORD", "HF_TOKEN"):
-        monkeypatch.setenv(name, "a-secret")
-    for arguments in ([], ["--json"], ["races"]):
-        assert main(arguments) == 0
-    assert "a-secret" not in "".join(capsys.readouterr())
-    main(["--json"])
-    assert sorted(json.loads(capsys.readouterr().out)["environment"]) == [
-        "GPU_LSTM_BACKEND", "GPU_LSTM_RACE", "GPU_LSTM_SHARED_CACHE", "TRITON_INTERPRET",
-    ]  # fmt: skip
-
-
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
-def test_what_is_remembered_is_the_users_alone(findings):
+def test_cached_results_are_the_users_alone(findings):
     """Whatever the umask."""
     before = os.umask(0)
     try:
         remembered.write("races", {"card": "cpu"}, {})
     finally:
         os.umask(before)
-    found = list((findings / "cache" / "gpu_lstm").rglob("*"))
-    assert {path.stat().st_mode & 0o777 for path in [*found, findings / "cache" / "gpu_lstm"] if path.is_dir()} == {
-        0o700
-    }
-    assert {path.stat().st_mode & 0o777 for path in found if path.is_file()} == {0o600}
-
-
-def test_of_several_files_none_is_taken_if_one_is_broken(findings, monkeypatch, capsys):
-    good, broken = findings / "good.json", findings / "broken.json"
-    main(["races", "--export", str(good)])
-    broken.write_text("[{")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(findings / "other"))
-    remembered._read.cache_clear()
-    assert main(["races", "--merge", str(good), str(broken)]) == 2
-    assert f"{broken}: expected what `python -m gpu_lstm races --export` writes" in capsys.readouterr().err
-    assert races.found(KIND, CPU) is None
+    found = [findings / "cache" / "gpu_lstm", *(findings / "cache" / "gpu_lstm").rglob("*")]
+    assert {(path.is_dir(), path.stat().st_mode & 0o777) for path in found} == {(True, 0o700), (False, 0o600)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_the_doctor_says_why_a_backend_is_not_available():
     command = [sys.executable, "-m", "gpu_lstm"]
     printed = subprocess.run(command, env={"TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=True).stdout
-    assert printed.startswith(
-        "On this machine gpu_lstm.LSTM runs torch's own LSTM on the CPU: there is no CUDA device\n"
-    )
+    start = "On this machine gpu_lstm.LSTM runs torch's own LSTM on the CPU: there is no CUDA device\n"
+    assert printed.startswith(start)
     assert re.search(
         r"triton +not available: backend 'triton' takes CUDA tensors, got cpu; with TRITON_INTERPRET=1 in the "
         r"environment it runs CPU tensors in Triton's interpreter\n", printed,
@@ -130,82 +112,68 @@ def test_the_doctor_begins_with_what_was_checked_and_raced_on_a_card(findings, m
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv(races.ENVIRONMENT_VARIABLE, race)
     lost = {"backend": "torch", "why": "", "seconds": {}}
-    remembered.write("races", races._key(KIND, CPU) | {"steps": 128}, lost)
-    remembered.write("races", races._key(KIND, CPU) | {"card": "another"}, lost)
-    main([])
-    first, *_ = capsys.readouterr().out.splitlines()
-    assert first == (
+    for changed in ({"steps": 128}, {"card": "another"}):
+        remembered.write("races", races._key(KIND, CPU) | changed, lost)
+    ends = {"on": "; the first call of each kind races", "read": ""}
+    assert printed_by(capsys)[0] == (
         "On this machine gpu_lstm.LSTM runs fused Triton kernels on the CPU where they are faster: kernels checked 2, "
-        "of which 1 are not trusted; kinds of problems raced 2, won 1"
-        + "; the first call of each kind races"
-        * (race == "on")
+        f"of which 1 are not trusted; kinds of problems raced 2, won 1{ends[race]}"
     )
 
 
-def test_what_is_remembered_is_listed(findings, capsys):
-    assert main(["races"]) == 0
-    printed = capsys.readouterr().out
-    assert re.search(
-        r"races: 1\n  cpu, triton .*: LSTM 6 -> 32, T <= 64, B <= 8, float32 \(tf32\), lengths, training: triton: won "
-        r"a race, 2.00 times as fast \(triton 1 ms, torch 2 ms\)\nchecks: 2\n", printed,
-    )  # fmt: skip
-    assert re.search(r": step 16x64 backward, H = 32, float32, tf32, reverse, lengths: right\n", printed)
-    assert re.search(r": step 16x64 backward, H = 32, float32, tf32, lengths: the RMS error of h is 1\n", printed)
-    assert re.search(
-        r"plans: 1\n  NVIDIA H100 SXM, triton .*: B = 16: \w+ \d+x\d+ backward, H = 768, bfloat16", printed
-    )
-    assert main(["races", "--json"]) == 0
-    assert [entry["kind"] for entry in json.loads(capsys.readouterr().out)] == ["races", "checks", "checks", "plans"]
-
-
-def test_an_entry_of_another_version_is_listed_as_it_is(findings, capsys):
+def test_cached_results_are_listed_those_of_another_version_as_they_are(findings, capsys):
+    lines = "\n".join(printed_by(capsys, "races"))
+    for pattern in (
+        r"^races: 1\n  cpu, triton .*: LSTM 6 -> 32, T <= 64, B <= 8, float32 \(tf32\), lengths, training: triton: won "
+        r"a race, 2.00 times as fast \(triton 1 ms, torch 2 ms\)\nchecks: 2\n",
+        r": step 16x64 backward, H = 32, float32, tf32, reverse, lengths: right\n",
+        r": step 16x64 backward, H = 32, float32, tf32, lengths: the RMS error of h is 1\n",
+        r"plans: 1\n  NVIDIA H100 SXM, triton .*: B = 16: \w+ \d+x\d+ backward, H = 768, bfloat16",
+    ):
+        assert re.search(pattern, lines), pattern
+    kinds = [entry["kind"] for entry in printed_by(capsys, "races", "--json")]
+    assert kinds == ["races", "checks", "checks", "plans"]
     remembered.write("races", {"card": "cpu", "triton": "1"}, {"surprise": 1})
-    assert main(["races"]) == 0
-    assert "cpu, triton 1: {'card': 'cpu', 'triton': '1'}: {'surprise': 1}" in capsys.readouterr().out
+    assert "  cpu, triton 1: {'card': 'cpu', 'triton': '1'}: {'surprise': 1}" in printed_by(capsys, "races")
 
 
-def test_what_is_remembered_goes_to_another_machine_in_a_file(findings, monkeypatch, capsys):
+def test_cached_results_go_to_another_machine_in_a_file(findings, monkeypatch, capsys):
     file = str(findings / "findings.json")
-    assert main(["races", "--export", file]) == 0
-    assert capsys.readouterr().out == "4 finding(s) exported\n"
+    assert printed_by(capsys, "races", "--export", file) == ["4 finding(s) exported"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(findings / "other"))
     remembered._read.cache_clear()
     assert races.found(KIND, CPU) is None
     remembered.write("checks", remembered.machine(CPU) | CHECK, "ours")
-    assert main(["races", "--json", "--merge", file, file]) == 0
-    assert json.loads(capsys.readouterr().out) == {"merged": 3}
+    assert printed_by(capsys, "races", "--json", "--merge", file, file) == {"merged": 3}
     assert races.found(KIND, CPU).backend == "triton"
     assert remembered.read("checks", remembered.machine(CPU) | CHECK) == "ours", "what is known here stays"
     assert gpu_lstm.races.merge(file) == 0
-    assert main(["races", "--clear"]) == 0
-    assert capsys.readouterr().out == "4 finding(s) cleared\n"
+    assert printed_by(capsys, "races", "--clear") == ["4 finding(s) cleared"]
     assert races.found(KIND, CPU) is None
     assert gpu_lstm.races.merge(file) == 4
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "[1]", '[{"kind": "../races", "key": {}, "value": 1}]'])
-def test_a_file_that_is_none_of_ours_is_refused(findings, capsys, content):
-    file = findings / "findings.json"
+def test_of_several_files_none_is_merged_if_one_is_none_of_ours(findings, monkeypatch, capsys, content):
+    good, broken = findings / "good.json", findings / "broken.json"
+    printed_by(capsys, "races", "--export", str(good))
     if content is not None:
-        file.write_text(content)
-    assert main(["races", "--merge", str(file)]) == 2
-    assert capsys.readouterr().err
+        broken.write_text(content)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(findings / "other"))
+    remembered._read.cache_clear()
+    assert main(["races", "--merge", str(good), str(broken)]) == 2
+    assert str(broken) in capsys.readouterr().err
+    assert races.found(KIND, CPU) is None
     with pytest.raises((OSError, ValueError)):
-        races.merge(file)
-
-
-def test_what_cannot_be_remembered_is_not_counted(findings, monkeypatch):
-    file = str(findings / "findings.json")
-    main(["races", "--export", file])
+        races.merge(broken)
     monkeypatch.setattr(remembered, "folder", lambda: None)
     remembered.warn_once.cache_clear()
     with pytest.warns(UserWarning, match="is not remembered: there is no home directory"):
-        assert races.merge(file) == 0
+        assert races.merge(good) == 0, "what cannot be stored is not counted"
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-    """Two kernels of Triton's and one of CuPy's in the place of all that are compiled."""
+def test_the_table_of_kernels_counts_and_says_how_long_it_takes(monkeypatch, capsys):
+    """Of two kernels of Triton's and one of CuPy's in the place of all that are compiled."""
     from gpu_lstm.kernels.cupy_lstm import compile as cupy
     from gpu_lstm.kernels.triton_lstm import compile as triton
 
@@ -216,18 +184,13 @@ def compiled(monkeypatch):
         monkeypatch.setattr(module, "cases", lambda quick, rows=rows: rows[: 1 if quick else None])
         monkeypatch.setattr(module, "reports", lambda cases: iter(cases))
     monkeypatch.setattr("gpu_lstm.kernels.triton_lstm.launch.INTERPRETED", False)
-    return found[triton]
-
-
-def test_the_table_of_kernels_counts_and_says_how_long_it_takes(compiled, capsys):
     assert main(["kernels"]) == 0
     printed, told = capsys.readouterr()
     assert printed.splitlines()[1].split()[3:14] == ["90", "100", "0", "1024", "300", "1", "18", "4096", "9", "8", "7"]
     assert printed.splitlines()[-1] == "3 kernels; 0 do not fit"
     assert "triton: 1 of 2 compiled, about 0 s left\n" in told
-    assert main(["--json", "kernels", "--quick"]) == 0
-    assert [row["backend"] for row in json.loads(capsys.readouterr().out)] == ["triton", "cupy"]
-    compiled[1][0] = dataclasses.replace(compiled[1][0], spills=8)
+    assert [row["backend"] for row in printed_by(capsys, "--json", "kernels", "--quick")] == ["triton", "cupy"]
+    found[triton][1][0] = dataclasses.replace(row, spills=8)
     assert main(["kernels"]) == 1
     assert "16x16, DOES NOT FIT\n" in (printed := capsys.readouterr().out)
     assert printed.endswith("3 kernels; 1 do not fit\n")

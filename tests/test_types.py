@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from installed import build, environment
+from installed import build, environment, run
 
 import gpu_lstm
 from gpu_lstm.call.choices import BackendName
 
 PROGRAM = Path(__file__).with_name("typed_program.py")
+CACHE = PROGRAM.parents[1] / ".mypy_cache" / "strict"  # of torch's files: half a minute the first time
 MISTAKES = """
 gpu_lstm.LSTM(6, 8, backend="trition")
 gpu_lstm.StackedLSTM(6, [8], backend="trition")
@@ -51,27 +52,27 @@ gpu_lstm.from_haste(3)
 
 
 @pytest.mark.slow
-def test_type_checkers_accept_a_program_and_find_every_mistake(tmp_path):
-    program, mistakes = tmp_path / "program.py", tmp_path / "mistakes.py"
-    program.write_text(PROGRAM.read_text())
+@pytest.mark.parametrize(("checker", "interpreter", "install"), [
+    (f"mypy --strict --cache-dir {CACHE}", "--python-executable", "wheel"), ("pyright", "--pythonpath", "editable"),
+], ids=["mypy", "pyright"])  # fmt: skip
+def test_type_checkers_accept_a_program_and_find_every_mistake(tmp_path, checker, interpreter, install):
+    """No error in the one file, and one in every line of the other."""
+    folder, source = tmp_path / "environment", str(PROGRAM.parents[1])
+    given = [str(build("wheel", tmp_path / "dist"))] if install == "wheel" else ["--editable", source]
+    python = environment(folder, install=given)
+    code = "import gpu_lstm, gpu_lstm.kernels as k; print(gpu_lstm.__file__, k.__file__, sep='\\n')"
+    for file in run([str(python), "-c", code], cwd=tmp_path).stdout.splitlines():
+        assert Path(file).is_relative_to(folder if install == "wheel" else source)
     header = "def mistaken(lstm: gpu_lstm.LSTM, stack: gpu_lstm.StackedLSTM, x: torch.Tensor, packed: PackedSequence):"
     imports = "import torch, gpu_lstm\nfrom torch.nn.utils.rnn import PackedSequence"
-    mistakes.write_text("\n    ".join([f"{imports}\n{header}", *MISTAKES]) + "\n")
-    wheel = [str(build("wheel", tmp_path / "dist"))]
-    for number, install in enumerate((wheel, ["--editable", str(PROGRAM.parents[1])])):
-        python = environment(tmp_path / f"environment-{number}", install=install)
-        _check(["mypy", "--strict", "--python-executable", str(python)], program, mistakes)
-    _check(["pyright", "--pythonpath", str(python)], program, mistakes)  # which reads sources, with py.typed or without
-
-
-def _check(checker: list[str], program: Path, mistakes: Path) -> None:
-    """No error in the one file, and one in every line of the other."""
-    command = [sys.executable, "-m", *checker, program.name, mistakes.name]
-    said = subprocess.run(command, cwd=program.parent, capture_output=True, text=True)
+    (tmp_path / "program.py").write_text(PROGRAM.read_text())
+    (tmp_path / "mistakes.py").write_text("\n    ".join([f"{imports}\n{header}", *MISTAKES]) + "\n")
+    command = [sys.executable, "-m", *checker.split(), interpreter, str(python), "program.py", "mistakes.py"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "program.py:" not in said.stdout, said.stdout
     found = {int(line) for line in re.findall(r"mistakes\.py:(\d+)(?::\d+)?(?: -|:) error", said.stdout)}
     missed = [mistake for line, mistake in enumerate(MISTAKES, start=4) if line not in found]
-    assert not missed, f"{checker[0]} does not see {missed}\n{said.stdout}{said.stderr}"
+    assert not missed, f"{checker} does not detect {missed}\n{said.stdout}{said.stderr}"
 
 
 def test_the_program_runs_and_is_over_all_of_the_public_api(capsys):
@@ -81,14 +82,10 @@ def test_the_program_runs_and_is_over_all_of_the_public_api(capsys):
         assert re.search(rf"\bgpu_lstm\.{name}\b", PROGRAM.read_text()), name
 
 
-def test_the_names_for_type_checkers_are_those_of_the_backends():
-    assert get_args(BackendName) == tuple(backend.value for backend in gpu_lstm.Backend)
-
-
-def test_dir_shows_the_public_names():
-    shown = [name for name in dir(gpu_lstm) if not name.startswith("__")]
-    assert sorted(shown) == sorted(gpu_lstm.__all__)
+def test_dir_shows_the_public_names_and_type_checkers_those_of_the_backends():
+    assert sorted(name for name in dir(gpu_lstm) if not name.startswith("__")) == sorted(gpu_lstm.__all__)
     assert "__version__" in dir(gpu_lstm)
+    assert get_args(BackendName) == tuple(backend.value for backend in gpu_lstm.Backend)
 
 
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.StackedLSTM, gpu_lstm.LSTMCell], ids=lambda cls: cls.__name__)

@@ -3,8 +3,7 @@
 from . import flashrnn, haste, keras_lstm, loops, ours, torch_lstm, torchrl_lstm
 from .engine import Provider
 
-YARDSTICK, OURS = "torch", "ours"
-"""torch.nn.LSTM, which all are held to, and gpu_lstm as it chooses for itself."""
+YARDSTICK, OURS = "torch", "ours"  # torch.nn.LSTM, which all are compared with, and gpu_lstm as it chooses for itself
 MODULES = torch_lstm, ours, loops, flashrnn, haste, torchrl_lstm, keras_lstm
 PROVIDERS: dict[str, Provider] = {name: each for module in MODULES for name, each in module.PROVIDERS.items()}
 

@@ -1,4 +1,4 @@
-"""What a provider is, and what building one takes."""
+"""What a provider is, and helpers to build one."""
 
 import contextlib
 import importlib
@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,12 +23,17 @@ class Unable(Exception):
 class Engine:
     """An LSTM with the weights of the inputs: something to call, and leaves that have gradients to show."""
 
-    # x [T, B, I], h0 and c0 [R, B, H] to output [T, B, D*H] and h_n, c_n [R, B, H]; output is a PackedSequence if x is
-    call: Callable[[Any, Tensor, Tensor], tuple[Any, Tensor, Tensor]]
+    # As torch.nn.LSTM: x [T, B, I], (h0, c0) [R, B, H] to output [T, B, D*H], (h_n, c_n); PackedSequence to the same
+    call: Callable[..., tuple[Any, tuple[Tensor, Tensor]]]
     parameters: dict[str, Tensor]  # leaves, in the layout of the engine
     to_torch: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # gradients, to torch's names and layout
     within: Callable[[], AbstractContextManager] = contextlib.nullcontext  # of every call and its backward
     kernels: Callable[[], str | None] = lambda: None  # after a call, which kernels ran, if there is more than one kind
+
+    @classmethod
+    def of(cls, module: nn.Module, to_torch: Any = dict, **options: Any) -> "Engine":
+        """Of a module that is called as torch.nn.LSTM is, with further keyword arguments."""
+        return cls(partial(module, **options), dict(module.named_parameters()), to_torch)
 
     def named(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
         """The gradients of the parameters by torch's names; that of an only bias is that of either of torch's."""
@@ -48,13 +54,12 @@ class Provider:
 def expect(case: Case, *features: str) -> None:
     """Raise Unable unless a case has none but these: "layers", "directions", "resets", its sequences, its variant."""
     asked = ["layers"] * (case.layers > 1) + ["directions"] * (case.directions > 1) + ["resets"] * (case.reset_rate > 0)
-    beyond = {*asked, case.sequences, case.variant} - {*features, "full", "plain"}
-    if beyond:
+    if beyond := {*asked, case.sequences, case.variant} - {*features, "full", "plain"}:
         raise Unable(f"does not do {' or '.join(sorted(beyond))}")
 
 
 def module_like_torchs(kind: Callable[..., nn.Module], inputs: Inputs, **options: Any) -> nn.Module:
-    """A module that is made as torch.nn.LSTM is and has its parameters, with the weights of the inputs."""
+    """A module that is constructed as torch.nn.LSTM is and has its parameters, with the weights of the inputs."""
     case = inputs.case
     options = {"device": inputs.h0.device, "dtype": case.torch_dtype, **options}
     module = kind(case.input_size, case.hidden_size, case.layers, bidirectional=case.directions == 2, **options)

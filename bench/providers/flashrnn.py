@@ -1,6 +1,6 @@
 """The function of the flashrnn package, written against flashrnn 1.0.8: its fused CUDA and its fused Triton kernels.
 
-It takes pre-activations Wx [B, T, 4, heads, H], R [4, heads, H, H], one bias [4, heads, H] and states
+It expects pre-activations Wx [B, T, 4, heads, H], R [4, heads, H, H], one bias [4, heads, H] and states
 [2, B, 1, heads, H], gates in torch's order; all with one head here. It leaves the input's product to its caller.
 """
 
@@ -26,8 +26,7 @@ def build(backend: str, inputs: Inputs) -> Engine:
     if backend == "triton_fused" and H not in (16, 32, 64):
         raise Unable("H is not 16, 32 or 64, as the documentation of the Triton kernels says")
     flashrnn = importlib.import_module("flashrnn").flashrnn
-    # The CUDA kernels keep the four gates of a unit side by side, [H, 4]; given so, nothing is copied for them.
-    gates = 1 if backend == "cuda_fused" else 0
+    gates = int(backend == "cuda_fused")  # whose kernels store the four gates of a unit together, [H, 4]: no copies
 
     def leaf(parameter: Tensor) -> Tensor:  # [4H, *] to [4, H, *] or [H, 4, *]
         moved = parameter.detach().unflatten(0, (4, H)).movedim(0, gates)
@@ -36,16 +35,14 @@ def build(backend: str, inputs: Inputs) -> Engine:
     weight_ih, weight_hh, bias_ih, bias_hh = inputs.weights.values()
     W, R, b = map(leaf, (weight_ih, weight_hh, bias_ih + bias_hh))
 
-    def call(x, h0, c0):
+    def call(x, state):
         gates_x = F.linear(x, W.flatten(0, 1)).unflatten(2, W.shape[:2])  # [T, B, *gates and units]
-        state, last = flashrnn(
-            gates_x.movedim(2 + gates, 2).transpose(0, 1)[:, :, :, None],
-            R.movedim(gates, 0)[:, None],
-            b.movedim(gates, 0)[:, None],
-            states=torch.stack([h0[0], c0[0]])[:, :, None, None],
-            function="lstm", backend=backend, dtype=str(case.torch_dtype).removeprefix("torch."),
+        states, last = flashrnn(
+            gates_x.movedim(2 + gates, 2).transpose(0, 1)[:, :, :, None], R.movedim(gates, 0)[:, None],
+            b.movedim(gates, 0)[:, None], states=torch.cat(state)[:, :, None, None], function="lstm", backend=backend,
+            dtype=str(case.torch_dtype).removeprefix("torch."),
         )  # fmt: skip
-        return state[0, :, :, 0].transpose(0, 1), last[0, :, :, 0].transpose(0, 1), last[1, :, :, 0].transpose(0, 1)
+        return states[0, :, :, 0].transpose(0, 1), tuple(last[:, :, :, 0].transpose(1, 2))
 
     def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:  # [4H, *] again
         return {name: gradient.movedim(gates, 0).flatten(0, 1) for name, gradient in gradients.items()}

@@ -13,6 +13,8 @@ from torch import Tensor
 from ..inputs import Inputs
 from .engine import Engine, Provider, Unable, absence, expect
 
+NAMES = {"weight_ih_l0": "kernel", "weight_hh_l0": "recurrent_kernel", "bias_l0": "bias"}
+
 
 def build(inputs: Inputs) -> Engine:
     """The module with the weights of the inputs."""
@@ -22,18 +24,13 @@ def build(inputs: Inputs) -> Engine:
         raise Unable("float32 only")
     lstm = importlib.import_module("haste_pytorch").LSTM(case.input_size, case.hidden_size)
     lstm.from_native_weights(*inputs.weights.values())  # which makes new parameters, on the weights' device
-    lstm.train(case.training).requires_grad_(case.training)
+    return Engine.of(lstm.train(case.training).requires_grad_(case.training), to_torch)
 
-    def call(x, h0, c0):
-        y, (h_n, c_n) = lstm(x, (h0, c0))
-        return y, h_n, c_n
 
-    def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:  # gates in the order i, f, g, o; transposed
-        names = {"weight_ih_l0": "kernel", "weight_hh_l0": "recurrent_kernel", "bias_l0": "bias"}
-        gates = {name: gradients[theirs].movedim(-1, 0).unflatten(0, (4, -1)) for name, theirs in names.items()}
-        return {name: gradient[[0, 2, 1, 3]].flatten(0, 1) for name, gradient in gates.items()}
-
-    return Engine(call, dict(lstm.named_parameters()), to_torch)
+def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gates in the order i, f, g, o; transposed."""
+    gates = {name: gradients[theirs].movedim(-1, 0).unflatten(0, (4, -1)) for name, theirs in NAMES.items()}
+    return {name: gradient[[0, 2, 1, 3]].flatten(0, 1) for name, gradient in gates.items()}
 
 
 INSTALL = "pip install --no-build-isolation haste_pytorch, with nvcc"

@@ -1,6 +1,6 @@
 """keras.layers.LSTM and Bidirectional on Keras's torch backend, written against Keras 3.15.
 
-Keras takes the batch first, one bias where torch has two, and lengths as a mask.
+Keras has the batch first, one bias where torch has two, and lengths as a mask.
 """
 
 import importlib
@@ -49,16 +49,15 @@ def build(inputs: Inputs) -> Engine:
                     variable.assign(value)
                     parameters[f"{kind}_{place}"] = variable.value
 
-    mask = None
-    if inputs.lengths is not None:
-        mask = torch.arange(case.steps, device=device) < inputs.lengths[:, None]  # [B, T]
+    lengths = inputs.lengths
+    mask = None if lengths is None else torch.arange(case.steps, device=device) < lengths[:, None]  # [B, T]
 
-    def call(x, h0, c0):
-        y, finals, rows = x.transpose(0, 1), [], iter(zip(h0, c0))
+    def call(x, state):
+        y, finals, rows = x.transpose(0, 1), [], iter(zip(*state))
         for layer in layers:
-            y, *last = layer(y, initial_state=[state for _ in suffixes for state in next(rows)], mask=mask)
+            y, *last = layer(y, initial_state=[each for _ in suffixes for each in next(rows)], mask=mask)
             finals += last
-        return y.transpose(0, 1), torch.stack(finals[::2]), torch.stack(finals[1::2])
+        return y.transpose(0, 1), (torch.stack(finals[::2]), torch.stack(finals[1::2]))
 
     def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: gradient.T if gradient.dim() == 2 else gradient for name, gradient in gradients.items()}

@@ -18,12 +18,12 @@ def cell_loop(inputs: Inputs) -> Engine:
     cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in inputs.weights.items()})
     cell.requires_grad_(case.training)
 
-    def call(x, h0, c0):
-        (h,), (c,), outputs = h0, c0, []
+    def call(x, state):
+        ((h,), (c,)), outputs = state, []
         for x_t in x:
             h, c = cell(x_t, (h, c))
             outputs.append(h)
-        return torch.stack(outputs), h[None], c[None]
+        return torch.stack(outputs), (h[None], c[None])
 
     return Engine(call, {f"{name}_l0": tensor for name, tensor in cell.named_parameters()})
 
@@ -48,13 +48,7 @@ def cleanrl_loop(inputs: Inputs) -> Engine:
     expect(inputs.case, "layers", "resets", "reset_states")
     if inputs.resets is None:
         raise Unable("only for batches with resets")
-    lstm = module_like_torchs(StepLoop, inputs)
-
-    def call(x, h0, c0):
-        y, (h_n, c_n) = lstm(x, (h0, c0), inputs.resets, inputs.reset_states)
-        return y, h_n, c_n
-
-    return Engine(call, dict(lstm.named_parameters()))
+    return Engine.of(module_like_torchs(StepLoop, inputs), resets=inputs.resets, stored=inputs.reset_states)
 
 
 def compiled_loop(inputs: Inputs) -> Engine:
@@ -62,17 +56,16 @@ def compiled_loop(inputs: Inputs) -> Engine:
     expect(inputs.case)
     if inputs.case.steps % CHUNK:
         raise Unable(f"T is no multiple of {CHUNK}")
-    training = inputs.case.training
-    parameters = {name: t.detach().clone().requires_grad_(training) for name, t in inputs.weights.items()}
+    parameters = {name: t.detach().clone().requires_grad_(inputs.case.training) for name, t in inputs.weights.items()}
     weight_ih, weight_hh, bias_ih, bias_hh = parameters.values()
     steps = torch.compile(_steps, fullgraph=True, dynamic=False)
 
-    def call(x, h0, c0):
-        (h,), (c,), outputs = h0, c0, []
+    def call(x, state):
+        ((h,), (c,)), outputs = state, []
         for gates_x in F.linear(x, weight_ih, bias_ih + bias_hh).split(CHUNK):
             y, h, c = steps(gates_x, h, c, weight_hh)
             outputs.append(y)
-        return torch.cat(outputs), h[None], c[None]
+        return torch.cat(outputs), (h[None], c[None])
 
     return Engine(call, parameters)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 
@@ -13,19 +13,15 @@ from ..cases import VARIANTS
 from ..inputs import Inputs
 from .engine import Engine, Provider, Unable, expect, module_like_torchs
 
-if TYPE_CHECKING:  # another commit that is measured may not have it
-    from gpu_lstm.backends import BackendName
-
 # Of torch.nn.LSTM and of what that lacks; "cupy" takes states to reset to, too, all others every variant.
 PLAIN = "layers", "directions", "ragged", "packed", "active", "resets"
 TAKEN = {"torch": PLAIN, "cupy": (*PLAIN, "reset_states")}
 
 
-def absent(backend: "BackendName", device: str) -> str | None:
+def absent(backend: Any, device: str) -> str | None:
     """What gpu_lstm itself says of a backend."""
-    lstm = gpu_lstm.LSTM(1, 1, backend=backend, device=device)
-    try:
-        lstm(torch.zeros(1, 0, 1, device=device))  # an empty batch asks for the backend and runs no kernel
+    try:  # an empty batch asks for the backend and runs no kernel
+        gpu_lstm.LSTM(1, 1, backend=backend, device=device)(torch.zeros(1, 0, 1, device=device))
     except (ImportError, RuntimeError, TypeError) as error:
         return str(error)
     return None
@@ -48,19 +44,14 @@ def build(backend: str | None, inputs: Inputs) -> Engine:
     if inputs.reset_states is not None:  # which another commit may not take
         given["reset_states"] = inputs.reset_states
 
-    def call(x, h0, c0):
-        y, (h_n, c_n) = lstm(x, (h0, c0), **given)
-        return y, h_n, c_n
-
     def kernels() -> str | None:
         return (expected.families(case) or None) if expected.INSIDE_IS_KNOWN and inputs.h0.is_cuda else None
 
-    return Engine(call, dict(lstm.named_parameters()), kernels=kernels)
+    return replace(Engine.of(lstm, **given), kernels=kernels)
 
 
 def build_family(family: str, inputs: Inputs) -> Engine:
     """The module on Triton kernels of one family, forward and backward."""
-
     first = expected.of_family(family)
 
     def choose(*problem):
@@ -77,12 +68,12 @@ def build_stream(inputs: Inputs) -> Engine:
     expect(inputs.case, "layers", "active")
     if inputs.case.mode != "step":
         raise Unable("only for single steps")
-    lstm = module_like_torchs(gpu_lstm.LSTM, inputs)
-    stream = gpu_lstm.Stream(cast(gpu_lstm.LSTM, lstm), inputs.case.batch, (inputs.h0, inputs.c0))
+    lstm: Any = module_like_torchs(gpu_lstm.LSTM, inputs)
+    stream = gpu_lstm.Stream(lstm, inputs.case.batch, (inputs.h0, inputs.c0))
     active = {} if inputs.lengths is None else {"active": inputs.lengths > 0}
 
-    def call(x, h0, c0):
-        return stream(x[0], **active)[None], *stream.state
+    def call(x, state):
+        return stream(x[0], **active)[None], stream.state
 
     return Engine(call, dict(lstm.named_parameters()))
 

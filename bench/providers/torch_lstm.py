@@ -10,13 +10,7 @@ from .engine import Engine, Provider, Unable, expect, module_like_torchs
 def plain(inputs: Inputs) -> Engine:
     """The module."""
     expect(inputs.case, "layers", "directions", "packed")
-    lstm = module_like_torchs(nn.LSTM, inputs)
-
-    def call(x, h0, c0):
-        y, (h_n, c_n) = lstm(x, (h0, c0))
-        return y, h_n, c_n
-
-    return Engine(call, dict(lstm.named_parameters()))
+    return Engine.of(module_like_torchs(nn.LSTM, inputs))
 
 
 def packed(inputs: Inputs) -> Engine:
@@ -26,9 +20,9 @@ def packed(inputs: Inputs) -> Engine:
         raise Unable("only for padded batches with lengths")
     engine, lengths = plain(inputs.plain()), inputs.lengths.cpu()  # where packing wants them
 
-    def call(x, h0, c0):
-        y, h_n, c_n = engine.call(pack_padded_sequence(x, lengths, enforce_sorted=False), h0, c0)
-        return pad_packed_sequence(y, total_length=inputs.case.steps)[0], h_n, c_n
+    def call(x, state):
+        y, state = engine.call(pack_padded_sequence(x, lengths, enforce_sorted=False), state)
+        return pad_packed_sequence(y, total_length=inputs.case.steps)[0], state
 
     return Engine(call, engine.parameters)
 

@@ -30,13 +30,10 @@ def build(backend: str, inputs: Inputs) -> Engine:
         recurrent_compute_dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32,
         recurrent_matmul_precision="ieee" if case.dtype == "fp32" else "tf32",
     )  # fmt: skip
-    resets = inputs.resets
-    if resets is None:
-        resets = torch.zeros(case.steps, case.batch, dtype=torch.bool, device=inputs.h0.device)
-    is_init = resets.T[:, :, None].contiguous()  # [B, T, 1]
-
     # [B, T, L, H], for every step: zeros, if nothing else was stored
     zeros = torch.zeros(case.batch, case.steps, case.layers, case.hidden_size, dtype=dtype, device=inputs.h0.device)
+    resets = zeros[:, :, 0, 0].T.bool() if inputs.resets is None else inputs.resets
+    is_init = resets.T[:, :, None].contiguous()  # [B, T, 1]
     stored = [each.movedim(0, 2).transpose(0, 1).to(dtype) for each in inputs.reset_states or ()] or [zeros, zeros]
 
     def for_every_step(state: Tensor, stored: Tensor) -> Tensor:
@@ -44,11 +41,11 @@ def build(backend: str, inputs: Inputs) -> Engine:
         first = torch.where(is_init[:, 0, :, None], stored[:, 0], state.transpose(0, 1).to(dtype))
         return torch.cat([first[:, None], stored[:, 1:]], dim=1)
 
-    def call(x, h0, c0):
-        given = {"x": x.transpose(0, 1).to(dtype)} | dict(zip("hc", map(for_every_step, (h0, c0), stored)))
+    def call(x, state):
+        given = {"x": x.transpose(0, 1).to(dtype)} | dict(zip("hc", map(for_every_step, state, stored)))
         done = module(tensordict.TensorDict({**given, "is_init": is_init}, [case.batch, case.steps]))
-        h_n, c_n = (done["next", state][:, -1].transpose(0, 1) for state in ("h", "c"))
-        return done["y"].transpose(0, 1).to(case.torch_dtype), h_n, c_n
+        finals = tuple(done["next", name][:, -1].transpose(0, 1) for name in "hc")
+        return done["y"].transpose(0, 1).to(case.torch_dtype), finals
 
     return Engine(call, dict(lstm.named_parameters()))
 
