@@ -43,3 +43,17 @@ def exact_float32_products():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("gpu_lstm.precision._cudnn_takes_tf32", lambda: False)
         yield
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def host_or_card(request) -> str:
+    """Where the kernels in CUDA C++ run: compiled by g++, or by NVRTC."""
+    return request.param
+
+
+@pytest.fixture
+def nan_in_fresh_memory():
+    """New tensors hold NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
