@@ -182,10 +182,11 @@ def check(size: tuple[int, ...], words: str, backend: str, dtype: torch.dtype, d
         yardstick = "torch" if set(words.split()) <= set(OF_TORCH) else "reference"
         how = dict(yardstick=yardstick) | how
         return assert_as_good_as_torch(partial(example_of, size, words), backend, dtype, device, **how)
-    given = example_of(size, words, 0)
-    for name, true, our in zip(NAMES, given.truth(), given.run(backend, dtype), strict=True):
-        if true is not None:
-            torch.testing.assert_close(our.detach(), torch.from_numpy(true), rtol=1e-12, atol=1e-12, msg=name)
+    for seed in range(how.pop("seeds", 3)):
+        given = example_of(size, words, seed)
+        for name, true, our in zip(NAMES, given.truth(), given.run(backend, dtype), strict=True):
+            if true is not None:
+                torch.testing.assert_close(our.detach(), torch.from_numpy(true), rtol=1e-12, atol=1e-12, msg=name)
 
 
 def assert_as_good_as_torch(

@@ -45,16 +45,16 @@ LEAST_SECONDS, TIMES_AS_LONG = 30, 4  # a test file may take so long, and so man
 
 # Which test files are asked, by source; in this order, and no more of them after the first that fails.
 NUMBERS = (  # of the Triton kernels: the quick ones of those that hold all results and gradients to the oracle
-    "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 layer::test_the_kernels_in_float16"
+    "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 layer::test_triton"
 )
-SEVERAL = "sequence_kernels::test_step_by_several_programs sequence_kernels::test_step_with_noise_by_several_programs"
-TOGETHER = "sequence_kernels::test_cooperative sequence_kernels::test_noise concurrent_interpreter exchange_ptx"
-ALONE = "sequence_kernels::test_resident sequence_kernels::test_noise sequence_kernels::test_resident_in_half_precision"
+SEVERAL = "layer::test_step"
+TOGETHER = "layer::test_cooperative concurrent_interpreter exchange_ptx"
+ALONE = "layer::test_resident"
 TESTS = {
     "gpu_lstm/__main__": "main planning races wrong_calls",
-    "gpu_lstm/autograd": "derivatives chunks weights regularised",
+    "gpu_lstm/autograd": "derivatives chunks weights variants layer::test_triton",
     "gpu_lstm/backends": "first_call explain errors races interrupted::test_overlapping_blocks_leave_nothing_behind",
-    "gpu_lstm/cell": "trace layer derivatives",
+    "gpu_lstm/cell": "trace layer::test_without_kernels derivatives",
     "gpu_lstm/chunks": "chunks side_by_side",
     "gpu_lstm/compat": "convert lstm",
     "gpu_lstm/convert": "convert wrong_calls",
@@ -63,17 +63,17 @@ TESTS = {
     "gpu_lstm/fused": "derivatives chunks side_by_side errors wrong_calls",
     "gpu_lstm/health": "giving_up stream",
     "gpu_lstm/keras": "keras wrong_calls",
-    "gpu_lstm/layers": "side_by_side chunks ragged regularised lstm autocast stream graphs",
-    "gpu_lstm/modules": "ragged lstm weights errors wrong_calls regularised stream trace graphs",
+    "gpu_lstm/layers": "side_by_side chunks ragged variants lstm autocast stream graphs",
+    "gpu_lstm/modules": "ragged lstm weights errors wrong_calls variants stream trace graphs",
     "gpu_lstm/native": "ragged lstm autocast",
-    "gpu_lstm/noise": "regularised chunks layer",
-    "gpu_lstm/ops": "derivatives layer graphs ops",
+    "gpu_lstm/noise": "variants chunks layer::test_without_kernels",
+    "gpu_lstm/ops": "derivatives layer::test_the_operators layer::test_triton graphs ops",
     "gpu_lstm/precision": "autocast stream explain errors wrong_calls lstm",
     "gpu_lstm/profiling": "profiling",
     "gpu_lstm/races": "races explain",
-    "gpu_lstm/reference": "layer trace lstm",
+    "gpu_lstm/reference": "layer::test_without_kernels trace lstm",
     "gpu_lstm/sequences": "ragged errors wrong_calls lstm",
-    "gpu_lstm/settings": "regularised errors wrong_calls weights",
+    "gpu_lstm/settings": "variants errors wrong_calls weights",
     "gpu_lstm/stream": "stream wrong_calls",
     "gpu_lstm/streams": "side_by_side chunks",
     "gpu_lstm/trace": "trace wrong_calls",
@@ -85,16 +85,16 @@ TESTS = {
     "gpu_lstm/whole_layer": "graphs ops",
     "kernels/architectures": "planning cupy_launch",
     "kernels/cupy_lstm/compile": "cupy_launch main",
-    "kernels/cupy_lstm/cuda": "cupy_kernels",
-    "kernels/cupy_lstm/planning": "cupy_launch cupy_kernels",
-    "kernels/cupy_lstm": "cupy_launch cupy_kernels",
+    "kernels/cupy_lstm/cuda": "layer::test_cuda cupy_kernels",
+    "kernels/cupy_lstm/planning": "cupy_launch layer::test_cuda cupy_kernels",
+    "kernels/cupy_lstm": "cupy_launch layer::test_cuda cupy_kernels",
     "kernels/giving_up": "giving_up",
     "kernels/initial_gradient": f"{NUMBERS} {TOGETHER}",
-    "kernels/layer_norm": "variants layer trust",
+    "kernels/layer_norm": "variants layer::test_without_kernels layer::test_triton trust",
     "kernels/operands": f"first_call {NUMBERS} {TOGETHER}",
     "kernels/ordering": "side_by_side",
-    "kernels/projection": "cupy_kernels sequence_kernels::test_resident",
-    "kernels/recurrence": "layer extremes planning",
+    "kernels/projection": "layer::test_cuda layer::test_resident",
+    "kernels/recurrence": "layer::test_triton extremes planning",
     "kernels/remembered": "plan_cache races trust main",
     "kernels/report": "main compile",
     "kernels/sass": "main compile",
@@ -105,7 +105,7 @@ TESTS = {
     "kernels/triton_lstm/cooperative": f"planning first_call {TOGETHER}",
     "kernels/triton_lstm/exchange": f"{NUMBERS} {TOGETHER}",
     "kernels/triton_lstm/families": "planning first_call",
-    "kernels/triton_lstm/launch": "first_call tuning layer side_by_side giving_up extremes",
+    "kernels/triton_lstm/launch": "first_call tuning layer::test_triton side_by_side giving_up extremes",
     "kernels/triton_lstm/plan_cache": "plan_cache tuning",
     "kernels/triton_lstm/planning": "planning compile",
     "kernels/triton_lstm/resident": f"planning first_call {NUMBERS} {ALONE}",

@@ -11,12 +11,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comparing import check, example
+from comparing import check
 from places import CUPY_PLANS, cuda, cupy_plan
 from torch import Tensor, nn
 
 import gpu_lstm
-from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import giving_up
 from gpu_lstm.kernels.cupy_lstm import launch, source
 from gpu_lstm.kernels.cupy_lstm.planning import Problem
@@ -108,23 +107,6 @@ def test_modules(device):
     expected.square().sum().backward()
     for our, their in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(our.grad, their.grad)
-
-
-def test_double_backward(device):
-    def penalty(backend: str) -> list[Tensor]:
-        given = example(4, 2, 3, 5, ragged=True, resets=0.3, reverse=True)
-        tensors = [None if t is None else t.to(device, torch.float32).requires_grad_() for t in given.tensors]
-        x, h0, c0, *weights = tensors
-        y, _ = lstm_layer(
-            x, weights, (h0, c0), lengths=given.lengths.to(device), resets=given.resets.to(device), reverse=True,
-            backend=backend,
-        )  # fmt: skip
-        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        dx.square().sum().backward()
-        return [t.grad for t in tensors if t is not None]
-
-    for ours, theirs in zip(penalty("cupy"), penalty("reference")):
-        torch.testing.assert_close(ours, theirs)
 
 
 # A check that cannot fail is no check: faults are planted in the source, and the comparison must detect each.
