@@ -69,7 +69,8 @@ TABLE = [
     Row("triton", F32, 1, ((4, 4, 3, 33, 7),), (*both(CELLS), *NOISY), slow=True),
     Row("triton", F16, 3, ((4, 3, 4, 20, 7),), both([MOST], ("masks", "expected"))),
     Row("triton", F32, 2, ((3, 3, 3, 9),), (f"{MOST} masks recompute", f"{OF_ALL} recompute")),
-    Row("triton kept/4 read/4", F32, 2, ((3, 3, 3, 9, 4),), (f"{MIX} recompute",)),
+    Row("triton read/4", F32, 2, ((3, 3, 3, 9, 4),), (f"{MIX} recompute",)),
+    Row("kept/4", BF16, 2, ((3, 3, 3, 9, 4),), (f"{MIX} recompute",)),
     # Several programs that meet at a barrier: 3 tiles; 4 tiles, and 6 of h
     Row("step", F32, 1, ((4, 3, 3, 40), (3, 18, 3, 20, 33)), DIFFER),
     Row("step", F16, 1, ((4, 3, 3, 40), (4, 3, 3, 40, 5)), both([MOST])),
@@ -144,7 +145,10 @@ def cases(*backends: str) -> pytest.MarkDecorator:
 
 def every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, device="cpu", **how) -> None:
     backend, force = PLACES[place]
-    force(monkeypatch, **dict(device=device) if backend == "cupy" else {})
+    options = dict(device=device) if backend == "cupy" else {}
+    if place.startswith("cooperative") and "norm" in words:
+        options = dict(yield_rate=0.2)
+    force(monkeypatch, **options)
     check(size, words, backend, dtype, device, seeds=seeds, **how)
 
 

@@ -5,6 +5,7 @@ in one direction is in test_layer.
 """
 
 import pickle
+from functools import partial
 
 import numpy as np
 import onnx
@@ -38,11 +39,13 @@ from gpu_lstm.convert import to_torch
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 ABLE = ("reference", "triton")
 every_able = pytest.mark.parametrize("backend", ABLE)
+LSTM, Stack = partial(gpu_lstm.LSTM, I, H), partial(gpu_lstm.StackedLSTM, I)
 KINDS = {
-    "LSTM": dict(num_layers=2, bidirectional=True), "deep": dict(num_layers=2),
-    "projected": dict(proj_size=2, bidirectional=True, recompute=True), "recomputed": dict(recompute=True),
-    "StackedLSTM": dict(hidden_sizes=[H, 5], bidirectional=True),
-    "residual": dict(hidden_sizes=[I, I], residual=True), "one of a stack": dict(hidden_sizes=[H]), "LSTMCell": {},
+    "LSTM": partial(LSTM, num_layers=2, bidirectional=True), "deep": partial(LSTM, num_layers=2),
+    "projected": partial(LSTM, proj_size=2, bidirectional=True, recompute=True),
+    "recomputed": partial(LSTM, recompute=True), "LSTMCell": partial(gpu_lstm.LSTMCell, I, H),
+    "StackedLSTM": partial(Stack, [H, 5], bidirectional=True), "residual": partial(Stack, [I, I], residual=True),
+    "one of a stack": partial(Stack, [H]),
 }  # fmt: skip
 NOISE = dict(recurrent_dropout=0.3, zoneout=(0.2, 0.4))
 ALL = dict(**NOISE, weight_drop=0.25)
@@ -57,13 +60,7 @@ ADDED = {"weight_peephole": 3, "gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c"
 
 def made(kind, backend, option="plain", **arguments):
     torch.manual_seed(0)
-    arguments = KINDS[kind] | OPTIONS[option] | arguments
-    cls = gpu_lstm.LSTMCell if kind == "LSTMCell" else gpu_lstm.LSTM
-    if "hidden_sizes" in arguments:
-        cls = gpu_lstm.StackedLSTM
-    else:
-        arguments["hidden_size"] = H
-    module = cls(I, **arguments, backend=backend).train("eval" not in option)
+    module = KINDS[kind](**OPTIONS[option] | arguments, backend=backend).train("eval" not in option)
     for name, parameter in module.named_parameters():  # not the ones and zeros that they begin with
         if "gain" in name or "bias_c" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
