@@ -166,25 +166,17 @@ def test_triton(monkeypatch, place, dtype, seeds, size, words, device):
     every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, device)
 
 
-@forced
-@fresh_memory_is_nan
-@cases("step")
-def test_step(monkeypatch, place, dtype, seeds, size, words):
-    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
+def of_family(name):
+    @forced
+    @fresh_memory_is_nan
+    @cases(name)
+    def test(monkeypatch, place, dtype, seeds, size, words):
+        every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
+
+    return test
 
 
-@forced
-@fresh_memory_is_nan
-@cases("resident")
-def test_resident(monkeypatch, place, dtype, seeds, size, words):
-    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
-
-
-@forced
-@fresh_memory_is_nan
-@cases("cooperative")
-def test_cooperative(monkeypatch, place, dtype, seeds, size, words):
-    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
+test_step, test_resident, test_cooperative = map(of_family, ("step", "resident", "cooperative"))
 
 
 @fresh_memory_is_nan

@@ -13,20 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from comparing import BACKENDS, PLACES, assert_same
-from pairs import (
-    LENGTHS,
-    RAGGED,
-    B,
-    H,
-    I,
-    T,
-    assert_identical,
-    noises_of,
-    random_inputs,
-    results,
-    states_left,
-    truth,
-)
+from pairs import LENGTHS, RAGGED, B, H, I, T, assert_identical, noises_of, random_inputs, results, states_left, truth
 from torch import nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pack_padded_sequence
