@@ -114,11 +114,12 @@ class Example:
         return [h, *state]
 
     def run(self, backend: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor | None]:
-        """Results and gradients in the order of NAMES, from gpu_lstm in `dtype` on `device`."""
+        """Results and, if autograd is on, gradients in the order of NAMES, from gpu_lstm in `dtype` on `device`."""
         given = *self.tensors, *self.reset_states
         tensors = [None if t is None else t.detach().to(device, dtype, copy=True).requires_grad_() for t in given]
         found = self.call(backend, tensors)
-        torch.autograd.backward(found, [g.to(device, dtype) for g in self.output_gradients])
+        if torch.is_grad_enabled():
+            torch.autograd.backward(found, [g.to(device, dtype) for g in self.output_gradients])
         return [*found, *(None if t is None else t.grad for t in tensors)]
 
 

@@ -151,17 +151,17 @@ def _cut(t: Tensor) -> Tensor:
     return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) if t.dtype is torch.float32 else t
 
 
-class Place(NamedTuple):
+class Kernels(NamedTuple):
     """A backend, and how its kernels are forced (with a device, for CUDA C++)."""
 
     backend: str
     force: Callable = lambda monkeypatch: None
 
 
-PLACES = {
-    "torch": Place("torch"), "reference": Place("reference"), "triton": Place("triton"),
-    "step": Place("triton", step), "resident": Place("triton", resident),
-    **{f"cooperative/{units}/{groups}": Place("triton", partial(cooperative, units=units, groups=groups))
+KERNELS = {
+    "torch": Kernels("torch"), "reference": Kernels("reference"), "triton": Kernels("triton"),
+    "step": Kernels("triton", step), "resident": Kernels("triton", resident),
+    **{f"cooperative/{units}/{groups}": Kernels("triton", partial(cooperative, units=units, groups=groups))
        for units, groups in ((4, 1), (8, 1), (8, 2))},
-    **{name: Place("cupy", partial(cuda, choose=choose)) for name, choose in CUPY_PLANS.items()},
+    **{name: Kernels("cupy", partial(cuda, choose=choose)) for name, choose in CUPY_PLANS.items()},
 }  # fmt: skip

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from comparing import MASKS, check, example_of
-from places import INTERPRETED, PLACES, tf32
+from comparing import DEVICE, MASKS, check, example_of
+from places import INTERPRETED, KERNELS, tf32
 
 from gpu_lstm import ops
 from gpu_lstm.kernels import layer_norm
@@ -38,7 +38,7 @@ FAMILIES = "step resident cooperative/4/1"
 
 
 class Row(NamedTuple):
-    """Cases: each of PLACES with each size, (T, B, I, H) or (T, B, I, H, P), and each of OPTIONS in words."""
+    """Cases: each of KERNELS with each size, (T, B, I, H) or (T, B, I, H, P), and each of OPTIONS in words."""
 
     places: str
     dtype: torch.dtype
@@ -144,7 +144,7 @@ def cases(*backends: str) -> pytest.MarkDecorator:
 
 
 def every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, device="cpu", **how) -> None:
-    backend, force = PLACES[place]
+    backend, force = KERNELS[place]
     options = dict(device=device) if backend == "cupy" else {}
     if place.startswith("cooperative") and "norm" in words:
         options = dict(yield_rate=0.2)
@@ -225,8 +225,10 @@ EVERYWHERE = [
 
 
 def run(place, given, dtype=None):
-    backend = PLACES[place].backend
-    return given.run(backend, dtype or {"torch": F64, "reference": F64, "triton": F32, "cupy": BF16}[backend])
+    backend = KERNELS[place].backend
+    dtype = dtype or {"torch": F64, "reference": F64, "triton": F32, "cupy": BF16}[backend]
+    found = given.run(backend, dtype, DEVICE if backend == "triton" else "cpu")
+    return [None if t is None else t.detach().cpu() for t in found]
 
 
 def identical(some, others) -> bool:
@@ -238,7 +240,7 @@ def identical(some, others) -> bool:
 @pytest.mark.parametrize(("place", "words"), EVERYWHERE)
 def test_padding_and_what_no_reset_leaves_change_no_bit(monkeypatch, place, words):
     """NaN and infinity there, of the output's gradient too. In the padding gradients are zero."""
-    PLACES[place].force(monkeypatch)
+    KERNELS[place].force(monkeypatch)
     given = example_of((5, 3, 3, 12), f"ragged {words}", 0)
     padding = torch.arange(5)[:, None] >= given.lengths  # [T, B]
     clean = run(place, given)
@@ -257,7 +259,7 @@ def test_padding_and_what_no_reset_leaves_change_no_bit(monkeypatch, place, word
 @pytest.mark.parametrize(("place", "words"), EVERYWHERE)
 def test_nan_does_not_pass_a_reset(monkeypatch, place, words):
     """Nor into another sequence: x, h0 and c0 with NaN or infinity change no bit of what is not behind them."""
-    PLACES[place].force(monkeypatch)
+    KERNELS[place].force(monkeypatch)
     given = example_of((5, 4, 3, 12), words.replace("ragged ", "").replace("masks", "zoneout_h zoneout_c"), 0)
     given = dataclasses.replace(given, resets=torch.zeros(5, 4, dtype=torch.bool))
     given.resets[[3, 2, 4], [0, 1, 2]] = True
@@ -278,13 +280,12 @@ def test_nan_does_not_pass_a_reset(monkeypatch, place, words):
 @pytest.mark.parametrize(("place", "words"), EVERYWHERE)
 @pytest.mark.parametrize("dtype", [None, F16], ids=["", "float16"])
 def test_the_same_bits_every_run_with_gradients_or_without(monkeypatch, place, words, dtype):
-    PLACES[place].force(monkeypatch)
+    KERNELS[place].force(monkeypatch)
     given = example_of((5, 3, 3, 8), words, 0)
     first = run(place, given, dtype)
     assert identical(run(place, given, dtype), first)
     with torch.no_grad():
-        tensors = [None if t is None else t.to(first[0].dtype) for t in (*given.tensors, *given.reset_states)]
-        assert identical(given.call(PLACES[place].backend, tensors), first[:3])
+        assert identical(run(place, given, dtype)[:3], first[:3])
 
 
 @pytest.mark.parametrize("words", [MOST, OF_ALL])
