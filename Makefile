@@ -35,7 +35,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ON_ALL_CORES) $(PYTEST)
 
 # The inner loop leaves out what takes most: whole files of kernels in the interpreter, compiling, the benchmark's runs.
-SLOW_FILES := sequence_kernels cupy_kernels extremes bench bench_providers concurrent_interpreter exchange_ptx kernels \
+SLOW_FILES := layer sequence_kernels cupy_kernels extremes bench bench_providers concurrent_interpreter exchange_ptx \
 	compile cupy_launch
 
 test-quick: $(INSTALLED)

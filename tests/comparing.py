@@ -1,21 +1,20 @@
-"""Examples, and the comparison of a backend with the float64 oracle."""
+"""Examples of one layer in one direction, and the comparison of a backend with the float64 oracle."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import oracle
 import torch
 from torch import Tensor
 
-from gpu_lstm.backends import autograd, fused, kernels, reference
-from gpu_lstm.call.choices import Backend
-from gpu_lstm.call.modes import recurrent_precision
+from gpu_lstm.backends import Backend
 from gpu_lstm.functional import lstm_layer
-from gpu_lstm.kernels.problem import problem_of
-from gpu_lstm.call.noise import NO_NOISE, Noise
-from gpu_lstm.call.sequences import Traversal
-from gpu_lstm.call.weights import Weights
+from gpu_lstm.layers import one_direction
+from gpu_lstm.noise import Noise
+from gpu_lstm.sequences import Traversal
+from gpu_lstm.weights import Weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLACES = {  # of a module's parameters, by backend
@@ -28,19 +27,39 @@ LARGE = 20_000  # elements of h
 
 NAMES = ("h", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dweight_hr",
          "dweight_peephole", "dgain_ih", "dgain_hh", "dgain_c", "dbias_c", "dreset_h", "dreset_c")  # fmt: skip
+MASKS = ("dropout_h", "zoneout_h", "zoneout_c")
+OPTIONS = {  # of `example`, by the words that cases are written in; the first five are all that torch's own LSTM runs
+    "plain": {}, "reverse": dict(reverse=True), "ragged": dict(ragged=True), "resets": dict(resets=0.4),
+    "no-bias": dict(bias=False),
+    "states": dict(resets=0.4, states=True), "peepholes": dict(peepholes=True), "norms": dict(norms=("ih", "hh", "c")),
+    **{f"norm-{norm}": dict(norms=(norm,)) for norm in ("hh", "c")},
+    "masks": dict(noise=MASKS), **{name: dict(noise=(name,)) for name in MASKS}, "expected": dict(noise="expected"),
+    "recompute": dict(recompute=True),
+}  # fmt: skip
+OF_TORCH = list(OPTIONS)[:5]
+
+
+def one_layer(x, state, weights, *, lengths, resets, reset_states, reverse, backend, noise, recompute):
+    """lstm_layer, where masks are given or gates recomputed as only modules do. No other test needs these internals."""
+    traversal = Traversal(lengths, resets, False, None if reset_states is None else [reset_states])
+    traversal = traversal.backwards() if reverse else traversal
+    given = Noise(*(noise.get(name) for name in MASKS))
+    return one_direction(x, state, Weights(*weights), traversal, Backend(backend), given, recompute)
 
 
 @dataclass
 class Example:
     """One layer, one direction: float64 inputs, output gradients, and what the oracle says of them."""
 
-    tensors: list[Tensor | None]  # x, h0, c0 and the weights, in the order of Weights
+    tensors: list[Tensor | None]  # x, h0, c0 and the weights, in the order of lstm_layer's
     lengths: Tensor | None
     resets: Tensor | None
     reverse: bool
     output_gradients: list[Tensor]  # of h, h_n, c_n
-    noise: Noise = NO_NOISE
     reset_states: tuple[Tensor | None, Tensor | None] = (None, None)  # h [T, B, P], c [T, B, H] that resets leave
+    noise: dict[str, Tensor] = field(default_factory=dict)  # by MASKS: factors [B, P], bool [T, B, P] and [T, B, H];
+    # or the two last as probabilities, []
+    recompute: bool = False
 
     def rounded(self, dtype: torch.dtype) -> "Example":
         """The same example with all its numbers representable in `dtype`."""
@@ -52,7 +71,7 @@ class Example:
             self,
             tensors=[through(t) for t in self.tensors],
             output_gradients=[through(t) for t in self.output_gradients],
-            noise=self.noise._replace(dropout_h=through(self.noise.dropout_h)),
+            noise={name: through(t) if name == "dropout_h" else t for name, t in self.noise.items()},
             reset_states=tuple(map(through, self.reset_states)),
         )
 
@@ -61,10 +80,8 @@ class Example:
         inputs = [None if t is None else t.numpy() for t in self.tensors]
         steps = len(self.tensors[0])
         sizes = self.tensors[1].shape, (steps, *self.tensors[1].shape), (steps, *self.tensors[2].shape)
-        noise = {
-            name: None if t is None else np.broadcast_to(t.double().numpy(), size)
-            for (name, t), size in zip(self.noise._asdict().items(), sizes)
-        }
+        sizes = dict(zip(MASKS, sizes))
+        noise = {name: np.broadcast_to(t.double().numpy(), sizes[name]) for name, t in self.noise.items()}
         left = (None if t is None else t.numpy() for t in self.reset_states)
         noise |= zip(("reset_h", "reset_c"), left)
         *results, tape = oracle.layer(*inputs, lengths=self.lengths, resets=self.resets, reverse=self.reverse, **noise)
@@ -81,64 +98,49 @@ class Example:
         found = self.run("reference", torch.float64, device)
         return [None if t is None else t.detach().cpu().numpy() for t in found]
 
-    def run(self, backend: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor | None]:
-        """The same from gpu_lstm, in `dtype` on `device`."""
-        tensors = [
-            None if t is None else t.to(device, dtype).requires_grad_() for t in (*self.tensors, *self.reset_states)
-        ]
+    def call(self, backend: str, tensors: list[Tensor | None]) -> list[Tensor]:
+        """h, h_n and c_n from gpu_lstm, of `tensors` (those of the example, then reset_states) as they are."""
         x, h0, c0, *weights, reset_h, reset_c = tensors
-        states = None if reset_h is None else (reset_h, reset_c)
-        lengths = None if self.lengths is None else self.lengths.to(device)
-        resets = None if self.resets is None else self.resets.to(device)
-        if not self.noise.present():
-            h, (h_n, c_n) = lstm_layer(
-                x, weights, (h0, c0), lengths=lengths, resets=resets, reset_states=states, reverse=self.reverse,
-                backend=backend,
-            )  # fmt: skip
-        else:  # users give probabilities, and to modules only
-            dropout_h, *zoneouts = (None if t is None else t.to(device) for t in self.noise)
-            noise = Noise(None if dropout_h is None else dropout_h.to(dtype), *zoneouts)
-            traversal = Traversal(lengths, resets, False, None if states is None else [states])
-            traversal = traversal.backwards() if self.reverse else traversal
-            h, (h_n, c_n) = with_noise(backend, x, (h0, c0), Weights(*weights), traversal, noise)
-        gradients = [g.to(device, dtype) for g in self.output_gradients]
-        torch.autograd.backward([h, h_n, c_n], gradients)
-        return [h, h_n, c_n, *(None if t is None else t.grad for t in tensors)]
+        options = dict(reverse=self.reverse, backend=backend)
+        options["reset_states"] = None if reset_h is None else (reset_h, reset_c)
+        for name in ("lengths", "resets"):
+            given = getattr(self, name)
+            options[name] = None if given is None else given.to(x.device)
+        noise = {n: t.to(x.device, x.dtype if n == "dropout_h" else t.dtype) for n, t in self.noise.items()}
+        if not noise and not self.recompute:
+            h, state = lstm_layer(x, weights, (h0, c0), **options)
+        else:  # users ask modules for these
+            h, state = one_layer(x, (h0, c0), weights, noise=noise, recompute=self.recompute, **options)
+        return [h, *state]
+
+    def run(self, backend: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor | None]:
+        """Results and, if autograd is on, gradients in the order of NAMES, from gpu_lstm in `dtype` on `device`."""
+        given = *self.tensors, *self.reset_states
+        tensors = [None if t is None else t.detach().to(device, dtype, copy=True).requires_grad_() for t in given]
+        found = self.call(backend, tensors)
+        if torch.is_grad_enabled():
+            torch.autograd.backward(found, [g.to(device, dtype) for g in self.output_gradients])
+        return [*found, *(None if t is None else t.grad for t in tensors)]
 
 
-def with_noise(backend, x, state, weights, traversal, noise):
-    """A layer in one direction with the noise of a call, which users never give."""
-    if backend == "reference":
-        return reference.layer(x, state, weights, traversal, noise)
-    r = fused.recurrence_of(
-        fused.inputs_of(x, state, weights, traversal, noise), traversal.reverse, recurrent_precision(x.dtype)
-    )
-    layer = kernels.layer_of(Backend(backend), problem_of(x, r), x.device)
-    return autograd.layer(layer, x, state, weights, traversal, noise, False)
+@dataclass(frozen=True)
+class Options:
+    """What an example has."""
+
+    bias: bool = True
+    ragged: bool = False  # lengths from 0 to T, both among them where B allows
+    resets: float = 0.0  # their rate
+    states: bool = False  # resets leave some, not zeros
+    peepholes: bool = False
+    norms: tuple[str, ...] = ()  # what is normalised, of "ih", "hh" and "c"
+    noise: tuple[str, ...] | str = ()  # which of MASKS, each element a coin toss; or "expected", as in eval()
+    reverse: bool = False
+    recompute: bool = False
 
 
-def example(
-    T: int,
-    B: int,
-    I: int,
-    H: int,
-    P: int = 0,
-    *,
-    bias=True,
-    ragged=False,
-    resets=0.0,
-    states=False,
-    peepholes=False,
-    norms=(),
-    reverse=False,
-    seed=0,
-) -> Example:
-    """A random example.
-
-    ragged: lengths from 0 to T, both among them where B allows. resets: their rate. states: they leave some, not zeros.
-    norms: what is normalised, of "ih", "hh" and "c".
-    """
-    generator = torch.Generator().manual_seed(seed)
+def example(T: int, B: int, I: int, H: int, P: int = 0, *, seed: int = 0, **options) -> Example:
+    """A random example with these `Options`."""
+    has, generator = Options(**options), torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
         return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
@@ -147,22 +149,45 @@ def example(
     tensors = [
         normal(T, B, I), normal(B, width), normal(B, H),
         normal(4 * H, I, scale=I**-0.5), normal(4 * H, width, scale=width**-0.5),
-        normal(4 * H) if bias else None, normal(4 * H) if bias else None,
+        normal(4 * H) if has.bias else None, normal(4 * H) if has.bias else None,
         normal(P, H, scale=H**-0.5) if P else None,
     ]  # fmt: skip
     lengths = None
-    if ragged:
+    if has.ragged:
         lengths = torch.randint(0, T + 1, (B,), generator=generator)
         lengths[0] = 0
         lengths[-1] = T
-    reset_mask = torch.rand(T, B, generator=generator) < resets if resets else None
+    resets = torch.rand(T, B, generator=generator) < has.resets if has.resets else None
     output_gradients = [normal(T, B, width), normal(B, width), normal(B, H)]
-    left = (normal(T, B, width), normal(T, B, H)) if states else (None, None)
-    tensors.append(normal(3 * H) if peepholes else None)
+    left = (normal(T, B, width), normal(T, B, H)) if has.states else (None, None)
+    tensors.append(normal(3 * H) if has.peepholes else None)
     sizes = dict(ih=4 * H, hh=4 * H, c=H)
-    tensors += [1 + normal(size, scale=0.3) if norm in norms else None for norm, size in sizes.items()]
-    tensors.append(normal(H) if bias and "c" in norms else None)
-    return Example(tensors, lengths, reset_mask, reverse, output_gradients, reset_states=left)
+    tensors += [1 + normal(size, scale=0.3) if norm in has.norms else None for norm, size in sizes.items()]
+    tensors.append(normal(H) if has.bias and "c" in has.norms else None)
+    noise = dict(zoneout_h=torch.tensor(0.3), zoneout_c=torch.tensor(0.45))
+    if has.noise != "expected":
+        draws = [torch.rand(*shape, generator=generator) for shape in ((B, width), (T, B, width), (T, B, H))]
+        tosses = (draws[0] < 0.7).double() / 0.7, draws[1] < 0.3, draws[2] < 0.45
+        noise = {name: toss for name, toss in zip(MASKS, tosses) if name in has.noise}
+    return Example(tensors, lengths, resets, has.reverse, output_gradients, left, noise, has.recompute)
+
+
+def example_of(size: tuple[int, ...], words: str, seed: int) -> Example:
+    """A random example of (T, B, I, H) or (T, B, I, H, P) with OPTIONS in words: "ragged resets reverse"."""
+    return example(*size, seed=seed, **{k: v for word in words.split() for k, v in OPTIONS[word].items()})
+
+
+def check(size: tuple[int, ...], words: str, backend: str, dtype: torch.dtype, device: str = "cpu", **how) -> None:
+    """Every result and gradient of such examples: in float64 to 1e-12, else as good as torch's or the reference's."""
+    if dtype is not torch.float64:
+        yardstick = "torch" if set(words.split()) <= set(OF_TORCH) else "reference"
+        how = dict(yardstick=yardstick) | how
+        return assert_as_good_as_torch(partial(example_of, size, words), backend, dtype, device, **how)
+    for seed in range(how.pop("seeds", 3)):
+        given = example_of(size, words, seed)
+        for name, true, our in zip(NAMES, given.truth(), given.run(backend, dtype), strict=True):
+            if true is not None:
+                torch.testing.assert_close(our.detach(), torch.from_numpy(true), rtol=1e-12, atol=1e-12, msg=name)
 
 
 def assert_as_good_as_torch(

@@ -68,3 +68,17 @@ def nothing_cached(monkeypatch, tmp_path):
     for function in (cache._read, cache.warn_once, available._say_once):
         function.cache_clear()
     return tmp_path / "gpu_lstm"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def host_or_card(request) -> str:
+    """Where the kernels in CUDA C++ run: compiled by g++, or by NVRTC."""
+    return request.param
+
+
+@pytest.fixture
+def nan_in_fresh_memory():
+    """New tensors hold NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -20,6 +20,7 @@ SIZES = [4, 2]  # of a StackedLSTM
 KINDS = ("LSTM", "LSTMCell", "StackedLSTM")
 LENGTHS = torch.tensor([2, 0, 4])
 RESETS = torch.tensor([[0, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 1]]).bool()  # [T, B], some in the padding
+RAGGED = dict(lengths=LENGTHS, resets=RESETS)
 
 
 class Chain(nn.Module):
@@ -144,6 +145,31 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
     of_weights = dict(zip(flat_names, flat))
     named |= {f"d{name}": of_weights[name] for name, _ in module.named_parameters()}
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in named.items()}
+
+
+def noises_of(module: nn.Module, seed: int) -> list[list[dict]]:
+    """What a call of an LSTM or StackedLSTM draws after torch.manual_seed(seed), as the oracle takes it, [L][D].
+
+    Layer by layer and direction by direction: dropout's factors of h, then where h and c stay as they were. In eval()
+    only the probabilities of the latter.
+    """
+    like, noises = next(module.parameters()), []
+    torch.manual_seed(seed)
+    for layer in weights_of(module)[1]:
+        noises.append([])
+        for _, weight_hh, *_ in layer:
+            width, hidden = weight_hh.shape[1], len(weight_hh) // 4
+            noise = {}
+            if module.training:
+                factors = nn.functional.dropout(like.new_ones(B, width), module.recurrent_dropout)
+                noise["dropout_h"] = factors.double().cpu().numpy()
+            for state, rate, size in zip("hc", module.zoneout, (width, hidden)):
+                share = torch.full((T, B, size), rate, dtype=torch.float64)
+                if module.training:
+                    share = torch.rand(T, B, size, device=like.device).cpu() < rate
+                noise[f"zoneout_{state}"] = share.double().numpy()
+            noises[-1].append(noise)
+    return noises
 
 
 class Forms:

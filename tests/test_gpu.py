@@ -4,8 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from comparing import assert_as_good_as_torch
-from test_kernels import example_of
+from comparing import assert_as_good_as_torch, example_of
 
 import gpu_lstm
 from gpu_lstm.kernels.triton_lstm import launch
@@ -23,7 +22,7 @@ def test_the_headline():
     assert families == {Family.COOPERATIVE}
 
 
-VARIANTS = ("plain", "reverse", "no bias", "ragged resets reverse")
+VARIANTS = ("plain", "reverse", "no-bias ragged resets", "ragged resets reverse")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -1,201 +1,309 @@
-"""One layer in one direction, plain and with noise: the reference and the kernels against the NumPy oracle.
+"""One layer in one direction on every backend and family of kernels, against the NumPy oracle: a table of cases.
 
-Noise is what recurrent dropout and zoneout draw for a call. The kernels without it are in test_kernels.
+Without a GPU the Triton kernels run in Triton's interpreter, where bfloat16 products are wrong (so bfloat16 is in
+test_gpu.py), and those in CUDA C++ are compiled by g++. On a GPU:
+
+    pytest tests/test_layer.py --require-gpu
+    compute-sanitizer --tool memcheck   python -m pytest tests/test_layer.py -k cuda
+    compute-sanitizer --tool racecheck  python -m pytest tests/test_layer.py -k cuda
 """
 
 import dataclasses
-from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
-from comparing import NAMES, PLACES, Example, assert_as_good_as_torch, example
+from comparing import DEVICE, MASKS, check, example_of
+from places import INTERPRETED, KERNELS, tf32
 
-from gpu_lstm import ops, reference
+from gpu_lstm import ops
 from gpu_lstm.kernels import layer_norm
-from gpu_lstm.kernels.cupy_lstm import launch as cupy
-from gpu_lstm.kernels.problem import Norms, Recurrence
-from gpu_lstm.kernels.triton_lstm import plan_cache
-from gpu_lstm.kernels.triton_lstm.families import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family, Problem
-from gpu_lstm.call.noise import Noise
-from gpu_lstm.call.sequences import Traversal
-from gpu_lstm.call.weights import Weights
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
-NOISES = {"none": (False, False, False), "masks": (True, True, True), "dropout": (True, False, False),
-          "h": (False, True, False), "c": (False, False, True), "expected": None}  # fmt: skip
-RAGGED = dict(ragged=True, resets=0.4)
-VARIANTS = {
-    "plain": {},
-    "reverse": dict(reverse=True),
-    "ragged resets": RAGGED,
-    "ragged resets reverse": dict(**RAGGED, reverse=True),
-    "no bias": dict(bias=False, **RAGGED),
-    "states": dict(resets=0.4, states=True),
-    "ragged states reverse": dict(**RAGGED, states=True, reverse=True),
-    "peepholes": dict(peepholes=True),
-    "ragged states peepholes reverse": dict(**RAGGED, states=True, peepholes=True, reverse=True),
-    "layer norm": dict(norms=("ih", "hh", "c")),
-    # With states to reset to, since the norm of a W_hh h that is almost zero multiplies every error.
-    "layer norm of W_hh h": dict(norms=("hh",), bias=False, **RAGGED, states=True),
-    "layer norm of c": dict(norms=("c",), bias=False, **RAGGED, reverse=True),
-    "ragged states peepholes layer norm reverse": dict(
-        **RAGGED, states=True, peepholes=True, norms=("ih", "hh", "c"), reverse=True
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+NAN, INF = float("nan"), float("inf")
+
+MIX = "ragged resets reverse"
+MOST = "ragged states peepholes reverse"
+TORCHS = ("plain", "reverse", "ragged", "ragged reverse", "resets", MIX, "no-bias ragged resets")
+DIFFER = ("plain", MIX)
+CELLS = ("plain", "reverse", "ragged resets", MIX, "no-bias ragged resets", "states", "ragged states reverse",
+         "peepholes", MOST)  # fmt: skip
+# With states to reset to, since the norm of a W_hh h that is almost zero multiplies every error.
+OF_HH, OF_C, OF_ALL = "norm-hh no-bias ragged states", "norm-c no-bias ragged resets reverse", f"{MOST} norms"
+NORMS = ("norms", OF_HH, OF_C, OF_ALL)
+NOISES = ("plain", "masks", *MASKS, "expected")
+LARGE = {"kept": (4, 17, 3, 33), "read": (3, 9, 3, 75)}  # more tiles, and more rows, than blocks of CUPY_PLANS
+FAMILIES = "step resident cooperative/4/1"
+
+
+class Row(NamedTuple):
+    """Cases: each of KERNELS with each size, (T, B, I, H) or (T, B, I, H, P), and each of OPTIONS in words."""
+
+    places: str
+    dtype: torch.dtype
+    seeds: int  # problems of each case: more of the small, whose rounding errors vary more
+    sizes: tuple
+    words: tuple
+    slow: bool = False
+
+
+def both(cells, noises=("masks",)) -> tuple[str, ...]:
+    return tuple(f"{cell} {noise}" for cell in cells for noise in noises)
+
+
+NOISY = ("peepholes", *both([MIX], (*MASKS, "expected")))
+TABLE = [
+    Row("reference", F64, 3, ((6, 4, 3, 5), (1, 1, 1, 3)), both((*CELLS, *NORMS), NOISES)),
+    Row("reference", F64, 3, ((6, 4, 3, 5, 2),), both(CELLS, NOISES)),
+    Row("torch", F64, 3, ((6, 4, 3, 5), (6, 4, 3, 5, 2), (1, 1, 1, 3)), TORCHS),
+    # The plans that are chosen, on a GPU too: steps of one sequence; more than one tile of 16 sequences and of 32 units
+    Row("triton", F32, 24, ((1, 1, 3, 1),), DIFFER),
+    Row("triton", F32, 8, ((2, 3, 4, 5),), TORCHS),
+    Row("triton", F32, 6, ((9, 3, 1, 5),), DIFFER, slow=True),
+    Row("triton", F32, 3, ((1, 17, 5, 33), (3, 4, 3, 33, 7)), TORCHS),
+    Row("triton", F32, 3, ((2, 1, 2, 130), (3, 4, 3, 33, 1), (3, 4, 3, 33, 32)), DIFFER, slow=True),
+    Row("triton", F32, 1, ((9, 17, 6, 33),), DIFFER, slow=True),
+    Row("triton", F16, 3, ((4, 5, 8, 40),), DIFFER),
+    Row("triton", F32, 1, ((3, 17, 3, 33),), (*both((*CELLS, *NORMS[1:])), *NOISY), slow=True),
+    Row("triton", F32, 1, ((4, 4, 3, 33, 7),), (*both(CELLS), *NOISY), slow=True),
+    Row("triton", F16, 3, ((4, 3, 4, 20, 7),), both([MOST], ("masks", "expected"))),
+    Row("triton", F32, 2, ((3, 3, 3, 9),), (f"{MOST} masks recompute", f"{OF_ALL} recompute")),
+    Row("triton read/4", F32, 2, ((3, 3, 3, 9, 4),), (f"{MIX} recompute",)),
+    Row("kept/4", BF16, 2, ((3, 3, 3, 9, 4),), (f"{MIX} recompute",)),
+    # Several programs that meet at a barrier: 3 tiles; 4 tiles, and 6 of h
+    Row("step", F32, 1, ((4, 3, 3, 40), (3, 18, 3, 20, 33)), DIFFER),
+    Row("step", F16, 1, ((4, 3, 3, 40), (4, 3, 3, 40, 5)), both([MOST])),
+    # Whole sequences in one launch of programs that need nobody
+    Row("resident", F32, 2, ((5, 3, 4, 6), (4, 3, 3, 20, 7)), ("plain", "ragged", "resets", MIX)),
+    Row("resident", F32, 8, ((1, 1, 3, 1),), (MIX,)),
+    Row("resident", F32, 2, ((3, 11, 3, 33),), ("plain",)),
+    Row("resident", F32, 2, ((9, 2, 3, 60),), (MIX,)),
+    Row("resident", F16, 1, ((5, 3, 3, 7), (5, 3, 3, 33, 12)), (MIX,)),
+    Row("resident", F16, 1, ((3, 9, 3, 40),), ("plain",)),
+    # And of programs that exchange words of one unit, or of two in half precision; programs forward, backward:
+    Row("cooperative/4/1", F32, 2, ((6, 3, 3, 8),), ("plain", "ragged", "resets", MIX)),  # 2, 4
+    Row("cooperative/8/2", F32, 1, ((3, 17, 3, 20),), (MIX,)),  # 3, 4; three batch tiles in two groups
+    Row("cooperative/4/1", F32, 1, ((3, 3, 3, 50),), ("plain",)),  # 13, 16
+    Row("cooperative/4/1", F32, 1, ((20, 2, 2, 6),), (MIX,)),  # 2, 4
+    Row("cooperative/8/1", F32, 1, ((4, 3, 3, 20, 7),), ("plain",)),  # 3, 4
+    Row("cooperative/8/1", F16, 1, ((4, 3, 3, 33), (4, 3, 3, 33, 12)), (MIX,)),  # 5, 8; half of a row's last word empty
+    Row("cooperative/4/1", F16, 1, ((3, 9, 3, 20),), ("plain",)),  # 5, 8; two batch tiles in one group
+    Row("cooperative/4/1", F16, 1, ((5, 3, 3, 20, 7),), ("ragged",)),
+    Row("cooperative/4/1", F32, 1, ((6, 3, 3, 11),), (OF_HH,)),  # 3, 4, of which one has no units
+    Row("cooperative/4/1", F16, 1, ((6, 9, 3, 20),), (OF_HH,)),
+    Row("cooperative/8/2", F32, 1, ((3, 17, 3, 20),), (OF_C,)),
+    Row("cooperative/8/1", F16, 1, ((6, 3, 3, 33),), (OF_C,)),
+    Row("cooperative/4/1", F32, 1, ((3, 2, 3, 50),), ("norms",)),  # more programs than threads of a row
+    # What torch's LSTM has not, in every family
+    Row("resident cooperative/4/1", F16, 1, ((5, 3, 3, 11),), ("ragged states reverse masks", f"{MOST} expected")),
+    Row("resident cooperative/4/1", F32, 1, ((5, 3, 3, 11),), both([MOST])),
+    Row(FAMILIES, F16, 2, ((5, 3, 3, 11),), ("states", OF_ALL)),
+    Row(FAMILIES, F32, 2, ((5, 3, 3, 11),), (MOST,)),
+    Row(FAMILIES, F16, 2, ((5, 3, 3, 11, 5),), ("peepholes",)),
+    Row(FAMILIES, F32, 2, ((5, 3, 3, 11, 5),), ("ragged states reverse",)),
+    # CUDA C++, with W_hh in registers and read at every step
+    *(
+        row
+        for places, dtype in (("kept/4", BF16), ("kept/1", F16), ("read/4", F32))
+        for row in (
+            Row(places, dtype, 8, ((2, 3, 4, 5),), (*TORCHS, "ragged states reverse")),
+            Row(places, dtype, 1, (LARGE[places[:4]],), ("plain", "ragged states reverse")),
+        )
     ),
-}
+    Row("kept/4 kept/2", F16, 2, (LARGE["kept"],), (MIX,)),
+    Row("kept/4", BF16, 2, (LARGE["kept"],), (MIX,)),
+    Row("read/4", F32, 2, (LARGE["read"],), (MIX,)),
+    Row("read/4", BF16, 2, (LARGE["read"],), (MIX,)),
+    Row("read/1", F16, 2, (LARGE["read"],), (MIX,)),
+    *(
+        row
+        for places, dtype in (("kept/4", F16), ("kept/4", BF16), ("read/4", F32))
+        for row in (
+            Row(places, dtype, 3, ((5, 4, 3, 13, 7),), (*TORCHS, "ragged states reverse")),
+            Row(places, dtype, 3, ((5, 4, 3, 13, 1),), (*DIFFER, "ragged states reverse")),
+        )
+    ),
+    Row("read/4", F32, 1, ((2, 1, 2, 520),), ("plain",)),  # more words than are on their way at once
+]
 
 
-def sizes_and_variants(*sizes) -> list[tuple[tuple[int, ...], str]]:
-    """All of them, but for layer norms with a projection, with which they are not defined."""
-    return [
-        (size, variant) for size in sizes for variant in VARIANTS if not size[4:] or "norms" not in VARIANTS[variant]
-    ]
+def cases(*backends: str) -> pytest.MarkDecorator:
+    """The cases of these backends or places."""
+    return pytest.mark.parametrize(
+        ("place", "dtype", "seeds", "size", "words"),
+        [
+            pytest.param(
+                place, row.dtype, row.seeds, size, words, marks=[pytest.mark.slow] * row.slow,
+                id=f"{place}-{row.dtype}-{size}-{words}".replace("torch.", ""),
+            )
+            for row in TABLE for place in row.places.split() if place.partition("/")[0] in backends
+            for size in row.sizes for words in row.words
+        ],
+    )  # fmt: skip
 
 
-def noisy(size, variant, noise, seed=0) -> Example:
-    """A random problem with masks of which each element is a coin toss, or with expectations."""
-    given = example(*size, **VARIANTS[variant], seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    steps, (batch, width), hidden = len(given.tensors[0]), given.tensors[1].shape, given.tensors[2].shape[1]
-
-    def tosses(*shape, heads):
-        return torch.rand(*shape, generator=generator) < heads
-
-    if NOISES[noise] is None:
-        return dataclasses.replace(given, noise=Noise(None, torch.tensor(0.3), torch.tensor(0.45)))
-    drawn = tosses(batch, width, heads=0.7).double() / 0.7, tosses(steps, batch, width, heads=0.3)
-    drawn = (*drawn, tosses(steps, batch, hidden, heads=0.45))
-    return dataclasses.replace(given, noise=Noise(*(t if there else None for t, there in zip(drawn, NOISES[noise]))))
+def every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, device="cpu", **how) -> None:
+    backend, force = KERNELS[place]
+    options = dict(device=device) if backend == "cupy" else {}
+    if place.startswith("cooperative") and "norm" in words:
+        options = dict(yield_rate=0.2)
+    force(monkeypatch, **options)
+    check(size, words, backend, dtype, device, seeds=seeds, **how)
 
 
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize(("size", "variant"), sizes_and_variants((6, 4, 3, 5), (6, 4, 3, 5, 2), (1, 1, 1, 3)), ids=str)
-def test_the_reference_equals_the_oracle(variant, size, noise):
-    given = noisy(size, variant, noise)
-    for name, true, our in zip(NAMES, given.truth(), given.run("reference", torch.float64), strict=True):
-        if true is not None:
-            torch.testing.assert_close(our.detach(), torch.from_numpy(true), rtol=1e-12, atol=1e-12, msg=name)
+forced = pytest.mark.skipif(not INTERPRETED, reason="on a GPU the kernels are those that are chosen there")
+fresh_memory_is_nan = pytest.mark.usefixtures("nan_in_fresh_memory")  # so that a result which nothing wrote is detected
 
 
-@pytest.mark.parametrize("noise", ["none", "masks", "expected"])
-@pytest.mark.parametrize(
-    ("projected", "variant"),
-    [(0, "no bias"), (2, "ragged states peepholes reverse"), (0, "ragged states peepholes layer norm reverse")],
-)
-def test_derivatives_of_the_reference_by_finite_differences(projected, variant, noise):
-    given = noisy((2, 2, 2, 3, projected), variant, noise)
+@cases("torch", "reference")
+def test_without_kernels(monkeypatch, place, dtype, seeds, size, words):
+    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
+
+
+@cases("triton")
+def test_triton(monkeypatch, place, dtype, seeds, size, words, device):
+    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, device)
+
+
+def of_family(name):
+    @forced
+    @fresh_memory_is_nan
+    @cases(name)
+    def test(monkeypatch, place, dtype, seeds, size, words):
+        every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
+
+    return test
+
+
+test_step, test_resident, test_cooperative = map(of_family, ("step", "resident", "cooperative"))
+
+
+@fresh_memory_is_nan
+@cases("kept", "read")
+def test_cuda(monkeypatch, place, dtype, seeds, size, words, host_or_card):
+    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, host_or_card)
+
+
+@pytest.mark.parametrize("place", ["kept/4", "kept/1"])
+def test_cuda_in_tf32(monkeypatch, place, host_or_card):
+    tf32(monkeypatch)
+    every_result_and_gradient(monkeypatch, place, F32, 2, LARGE["kept"], MIX, host_or_card, yardstick="reference")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("words", [*TORCHS, "ragged states reverse"])
+@pytest.mark.parametrize("size", [(64, 32, 128, 256), (33, 70, 100, 513), (50, 16, 64, 768)], ids=str)
+def test_larger_sizes_in_cuda(size, words, dtype):
+    check(size, words, "cupy", dtype, "cuda")
+
+
+# Not a case of the table
+
+
+@pytest.mark.parametrize("noise", ["plain", "masks", "expected"])
+@pytest.mark.parametrize(("projected", "words"), [(0, "no-bias ragged resets"), (2, MOST), (0, OF_ALL)])
+def test_derivatives_of_the_reference_by_finite_differences(projected, words, noise):
+    given = example_of((2, 2, 2, 3, projected), f"{words} {noise}", 0)
     every = *given.tensors, *given.reset_states
 
     def layer(*tensors):
         remaining = iter(tensors)
-        x, h0, c0, *weights, reset_h, reset_c = (None if t is None else next(remaining) for t in every)
-        states = None if reset_h is None else [(reset_h, reset_c)]
-        traversal = Traversal(given.lengths, given.resets, given.reverse, states)
-        h, state = reference.layer(x, (h0, c0), Weights(*weights), traversal, given.noise)
-        return h, *state
+        return tuple(given.call("reference", [None if t is None else next(remaining) for t in every]))
 
     inputs = [t.requires_grad_() for t in every if t is not None]
     assert torch.autograd.gradcheck(layer, inputs)
     assert torch.autograd.gradgradcheck(layer, inputs)
 
 
-# The kernels with noise: more than one tile of 16 sequences and of 32 units, the last of them not full
+NOISY_CELLS = f"{MOST} masks", "ragged states peepholes norms masks"
+EVERYWHERE = [
+    *((place, words) for place in ("torch", "kept/4", "read/4") for words in (MIX, "resets")),
+    *((place, words) for place in ("reference", "triton") for words in NOISY_CELLS),
+    *(pytest.param(place, words, marks=forced) for place in FAMILIES.split() for words in NOISY_CELLS),
+]
 
 
-SIZES = (3, 17, 3, 33), (4, 4, 3, 33, 7)
+def run(place, given, dtype=None):
+    backend = KERNELS[place].backend
+    dtype = dtype or {"torch": F64, "reference": F64, "triton": F32, "cupy": BF16}[backend]
+    found = given.run(backend, dtype, DEVICE if backend == "triton" else "cpu")
+    return [None if t is None else t.detach().cpu() for t in found]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("size", "variant", "noise"),
-    [
-        *((*both, "masks") for both in sizes_and_variants(*SIZES) if both[1] != "layer norm"),
-        *((size, "peepholes", "none") for size in SIZES),
-        *((size, "ragged resets reverse", noise) for size in SIZES for noise in list(NOISES)[2:]),
-    ],
-    ids=str,
-)
-def test_the_kernels_are_as_good_as_the_reference(size, variant, noise, device):
-    assert_as_good_as_torch(
-        partial(noisy, size, variant, noise), "triton", torch.float32, device, 1, yardstick="reference"
-    )
+def identical(some, others) -> bool:
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
-@pytest.mark.parametrize("noise", ["masks", "expected"])
-def test_the_kernels_in_float16(noise, device):
-    make = partial(noisy, (4, 3, 4, 20, 7), "ragged states peepholes reverse", noise)
-    assert_as_good_as_torch(make, "triton", torch.float16, device, yardstick="reference")
-
-
+@fresh_memory_is_nan
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in Triton's interpreter
-@pytest.mark.parametrize(("variant", "projected"), [("plain", 2), ("layer norm", 0)])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_nan_passes_neither_a_reset_nor_out_of_the_padding(backend, variant, projected):
-    given = noisy((5, 3, 3, 4, projected), variant, "masks")
-    given.tensors[0][:2, 0], given.tensors[1][1] = float("nan"), float("nan")
-    given.tensors[0][3:, 2], given.output_gradients[0][3:, 2] = float("nan"), float("nan")
-    given.lengths, given.resets = torch.tensor([5, 5, 3]), torch.zeros(5, 3, dtype=torch.bool)
-    given.resets[2, 0], given.resets[0, 1], given.resets[3:, 2] = True, True, True
-    given.reset_states = tuple(  # what stands where there is no reset, or in the padding
-        torch.where((given.resets & (torch.arange(5)[:, None] < given.lengths))[:, :, None], 1.0, float("nan"))
-        .expand(5, 3, size).double().clone() for size in (projected or 4, 4)
-    )  # fmt: skip
-    h, h_n, c_n, dx, *_ = given.run(backend, PLACES[backend]["dtype"], PLACES[backend]["device"])
-    assert h.isnan().any(2).T.tolist() == [[True, True, False, False, False], [False] * 5, [False] * 5]
-    assert not any(t.isnan().any() for t in (h_n, c_n, dx[2:]))
-    assert (dx[3:, 2] == 0).all()
+@pytest.mark.parametrize(("place", "words"), EVERYWHERE)
+def test_padding_and_what_no_reset_leaves_change_no_bit(monkeypatch, place, words):
+    """NaN and infinity there, of the output's gradient too. In the padding gradients are zero."""
+    KERNELS[place].force(monkeypatch)
+    given = example_of((5, 3, 3, 12), f"ragged {words}", 0)
+    padding = torch.arange(5)[:, None] >= given.lengths  # [T, B]
+    clean = run(place, given)
+    assert (clean[0][padding] == 0).all()
+    assert (clean[3][padding] == 0).all()
+    for garbage in (NAN, INF):
+        given.tensors[0][padding] = given.output_gradients[0][padding] = garbage
+        for left in given.reset_states:
+            if left is not None:
+                left[padding | ~given.resets] = garbage
+        assert identical(run(place, given), clean)
 
 
+@fresh_memory_is_nan
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("noise", ["none", "masks"])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_nan_in_the_padding_reaches_no_gradient_of_a_weight(backend, noise):
-    given = noisy((5, 3, 3, 16), "ragged states peepholes layer norm reverse", noise)
-    padding = torch.arange(5)[:, None] >= given.lengths
-    given.tensors[0][padding] = given.output_gradients[0][padding] = float("nan")
-    found = dict(zip(NAMES, given.run(backend, PLACES[backend]["dtype"], PLACES[backend]["device"]), strict=True))
-    assert not [name for name, t in found.items() if t is not None and t.isnan().any()]
+@pytest.mark.parametrize(("place", "words"), EVERYWHERE)
+def test_nan_does_not_pass_a_reset(monkeypatch, place, words):
+    """Nor into another sequence: x, h0 and c0 with NaN or infinity change no bit of what is not behind them."""
+    KERNELS[place].force(monkeypatch)
+    given = example_of((5, 4, 3, 12), words.replace("ragged ", "").replace("masks", "zoneout_h zoneout_c"), 0)
+    given = dataclasses.replace(given, resets=torch.zeros(5, 4, dtype=torch.bool))
+    given.resets[[3, 2, 4, 0], [0, 1, 2, 3]] = True  # the last before the first step
+    clean = run(place, given)
+    first = 4 if given.reverse else 0
+    given.tensors[0][first, 0, 1], given.tensors[1][1, 0], given.tensors[2][2, 0] = NAN, NAN, INF
+    if not given.reverse:
+        given.tensors[1][3], given.tensors[2][3] = NAN, INF
+    behind = torch.zeros(5, 4, dtype=torch.bool)  # [T, B] between the step of NaN and the reset
+    for b, reset in enumerate((3, 2, 4)):
+        behind[slice(reset, None) if given.reverse else slice(reset), b] = True
+    dirty = run(place, given)
+    assert (dirty[0] != clean[0]).any(2)[behind].all()
+    for k in (0, 3):  # h and dx, in time
+        assert torch.equal(dirty[k][~behind], clean[k][~behind])
+    assert identical([*dirty[1:3], dirty[4][3], dirty[5][3]], [*clean[1:3], clean[4][3], clean[5][3]])
 
 
-@pytest.mark.parametrize("variant", ["ragged states peepholes reverse", "ragged states peepholes layer norm reverse"])
-def test_the_operators(variant, device):
-    given = noisy((3, 2, 3, 5, 0 if "norm" in variant else 2), variant, "masks")
+@fresh_memory_is_nan
+@pytest.mark.parametrize(("place", "words"), EVERYWHERE)
+@pytest.mark.parametrize("dtype", [None, F16], ids=["", "float16"])
+def test_the_same_bits_every_run_with_gradients_or_without(monkeypatch, place, words, dtype):
+    KERNELS[place].force(monkeypatch)
+    given = example_of((5, 3, 3, 8), words, 0)
+    first = run(place, given, dtype)
+    assert identical(run(place, given, dtype), first)
+    with torch.no_grad():
+        assert identical(run(place, given, dtype)[:3], first[:3])
+
+
+@pytest.mark.parametrize("words", [MOST, OF_ALL])
+def test_the_operators(words, device):
+    given = example_of((3, 2, 3, 5, 0 if "norm" in words else 2), f"{words} masks", 0)
     x, h0, c0, weight_ih, weight_hh, _, _, weight_hr, weight_peephole, _, *norms = (
-        None if t is None else t.to(device, torch.float32) for t in given.tensors
+        None if t is None else t.to(device, F32) for t in given.tensors
     )
-    noise = [(t if t.dtype is torch.bool else t.float()).to(device) for t in given.noise]
-    gates, left = x @ weight_ih.T, [t.to(device, torch.float32) for t in given.reset_states]
+    noise = [(t if t.dtype is torch.bool else t.float()).to(device) for t in given.noise.values()]
+    gates, left = x @ weight_ih.T, [t.to(device, F32) for t in given.reset_states]
     traversal = given.lengths.to(device), given.resets.to(device)
     recurrence = [weight_hh, weight_hr, weight_peephole, h0, c0, *traversal, *noise, *left, *norms]
     rest = True, 1, "triton"
     torch.library.opcheck(ops.layer_forward, (gates, *ops.flat(recurrence), *rest, True))
     h, h_n, c_n, c = ops.layer_forward(gates, *ops.flat(recurrence), *rest, True)
-    if "norm" in variant:
+    if "norm" in words:
         recurrence += [*layer_norm.unit_of(gates), *layer_norm.unit_of(c)]
     torch.library.opcheck(ops.layer_backward, ([h, h_n, c_n], gates, c, *ops.flat(recurrence), *rest))
-
-
-def test_the_kernels_of_cupy_refuse_noise():
-    gates, h0, weight_hh = torch.zeros(2, 1, 16), torch.zeros(1, 4), torch.zeros(16, 4)
-    for variant in (dict(weight_peephole=torch.zeros(12)), dict(norms=Norms(None, torch.zeros(4), None))):
-        recurrence = Recurrence(weight_hh=weight_hh, h0=h0, c0=h0, **variant)
-        with pytest.raises(ValueError, match=r"^backend 'cupy' takes neither peepholes nor layer norms$"):
-            cupy.layer_forward(gates, recurrence, save=True)
-    with pytest.raises(ValueError, match=r"^expected no projection beside a layer norm"):
-        Recurrence(weight_hh=weight_hh, weight_hr=h0, h0=h0, c0=h0, norms=Norms(None, torch.zeros(4), None))
-    for noise in (dict(dropout_h=h0), dict(zoneout_h=torch.tensor(0.1)), dict(zoneout_c=torch.tensor(0.1))):
-        recurrence = Recurrence(weight_hh=weight_hh, h0=h0, c0=h0, **noise)
-        with pytest.raises(ValueError, match=r"^backend 'cupy' takes neither recurrent dropout nor zoneout$"):
-            cupy.layer_forward(gates, recurrence, save=True)
-        with pytest.raises(ValueError, match=r"^backend 'cupy' takes neither"):
-            cupy.layer_backward(None, None, None, gates, gates[..., :4], recurrence)
-
-
-def test_noise_takes_the_plans_of_the_plain_cell():
-    plain = Problem(128, 16, 128, torch.bfloat16)
-    regularised = dataclasses.replace(plain, regularised=True)
-    for backward in (False, True):
-        assert plans(plain, DEVICES["h100"], backward)[0].family is Family.RESIDENT
-        assert plans(regularised, DEVICES["h100"], backward)[:-1] == plans(plain, DEVICES["h100"], backward)[:-1]
-        keys = [plan_cache._key(p, DEVICES["h100"], backward) for p in (plain, regularised)]
-        assert keys[0] != keys[1], "a measured plan of the one is not taken for the other"

@@ -1,69 +1,95 @@
-"""Modules with peepholes and layer norms: against the oracle, ONNX's LSTM, which has peepholes, and the reference; and
-who refuses them.
+"""Modules with what torch's LSTM has not: peepholes, layer norms, recurrent dropout, zoneout, weight drop.
 
-One layer in one direction is in test_layer, the families of kernels in test_sequence_kernels.
+Against the oracle, against ONNX's LSTM, which has peepholes, and against the reference; and who refuses them. One layer
+in one direction is in test_layer.
 """
 
 import pickle
+from functools import partial
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from comparing import PLACES, assert_same
-from pairs import LENGTHS, RESETS, B, H, I, T, assert_identical, random_inputs, results, truth
+from comparing import BACKENDS, PLACES, assert_same
+from pairs import LENGTHS, RAGGED, B, H, I, T, assert_identical, noises_of, random_inputs, results, states_left, truth
 from torch import nn
+from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gpu_lstm
-from gpu_lstm.tools.convert import to_torch
+from gpu_lstm.backends import Backend, select
+from gpu_lstm.convert import to_torch
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
-TAKERS = ("reference", "triton")
-every_taker = pytest.mark.parametrize("backend", TAKERS)
+ABLE = ("reference", "triton")
+every_able = pytest.mark.parametrize("backend", ABLE)
+LSTM, Stack = partial(gpu_lstm.LSTM, I, H), partial(gpu_lstm.StackedLSTM, I)
 KINDS = {
-    "LSTM": dict(num_layers=2, bidirectional=True), "projected": dict(proj_size=2, recompute=True),
-    "StackedLSTM": dict(bidirectional=True), "LSTMCell": {}, "recomputed": dict(recompute=True),
+    "LSTM": partial(LSTM, num_layers=2, bidirectional=True), "deep": partial(LSTM, num_layers=2),
+    "projected": partial(LSTM, proj_size=2, bidirectional=True, recompute=True),
+    "recomputed": partial(LSTM, recompute=True), "LSTMCell": partial(gpu_lstm.LSTMCell, I, H),
+    "StackedLSTM": partial(Stack, [H, 5], bidirectional=True), "residual": partial(Stack, [I, I], residual=True),
+    "one of a stack": partial(Stack, [H]),
 }  # fmt: skip
-VARIANTS = {
-    "peepholes": dict(peepholes=True), "layer_norm": dict(layer_norm=True),
-    "both": dict(peepholes=True, layer_norm=("hh", "c"), bias=False),
+NOISE = dict(recurrent_dropout=0.3, zoneout=(0.2, 0.4))
+ALL = dict(**NOISE, weight_drop=0.25)
+OPTIONS = {
+    "plain": {}, "peepholes": dict(peepholes=True), "layer_norm": dict(layer_norm=True),
+    "both": dict(peepholes=True, layer_norm=("hh", "c"), bias=False), "noise": NOISE, "noise in eval": NOISE,
+    "all noise": ALL, "all noise in eval": ALL, **{name: {name: value} for name, value in ALL.items()},
 }  # fmt: skip
-CONDITION = {"peepholes": 1, "layer_norm": 16, "both": 16}
+CONDITION = {"layer_norm": 16, "both": 16}
 ADDED = {"weight_peephole": 3, "gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1}  # times H
 
 
-def kinds_and_variants(*kinds) -> pytest.MarkDecorator:
-    """All of them; with a projection peepholes alone."""
-    every = [(kind, variant) for kind in kinds for variant in VARIANTS]
-    return pytest.mark.parametrize(
-        ("kind", "variant"), [(kind, variant) for kind, variant in every if (kind, variant) in DEFINED]
-    )
-
-
-DEFINED = [(kind, variant) for kind in KINDS for variant in VARIANTS if kind != "projected" or variant == "peepholes"]
-
-
-def made(kind, backend, variant="peepholes"):
+def made(kind, backend, option="plain", **arguments):
     torch.manual_seed(0)
-    size = dict(hidden_sizes=[H, 5]) if kind == "StackedLSTM" else dict(hidden_size=H)
-    cls = getattr(gpu_lstm, kind if kind in vars(gpu_lstm) else "LSTM")
-    module = cls(I, **size, **KINDS[kind], backend=backend, **VARIANTS[variant])
+    module = KINDS[kind](**OPTIONS[option] | arguments, backend=backend).train("eval" not in option)
     for name, parameter in module.named_parameters():  # not the ones and zeros that they begin with
         if "gain" in name or "bias_c" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
     return module.to(**PLACES.get(backend, {}))
 
 
-@kinds_and_variants("LSTM", "projected", "StackedLSTM", "recomputed")
-@every_taker
-def test_a_module_is_a_chain_of_oracles(backend, kind, variant):
-    ragged = {} if kind == "StackedLSTM" else dict(lengths=LENGTHS, resets=RESETS)
-    ours = made(kind, backend, variant)
+def call_of(module, **how):
+    return results(module, *random_inputs(module, B), **dict(seed=5) | how)
+
+
+# Numbers
+
+CHAINS = {
+    "LSTM": ("plain", "peepholes", "layer_norm", "both", "noise", "noise in eval"),
+    "projected": ("plain", "peepholes", "noise", "noise in eval"), "recomputed": ("peepholes", "layer_norm", "both"),
+    "StackedLSTM": ("plain", "peepholes", "layer_norm", "both"), "residual": ("plain", "noise", "noise in eval"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "option"),
+    [
+        (backend, kind, option) for kind, options in CHAINS.items() for option in options
+        for backend in (BACKENDS if option == "plain" else ABLE)
+    ],
+)  # fmt: skip
+def test_a_module_is_a_chain_of_oracles(backend, kind, option):
+    """With lengths and resets; without gradients the same bits."""
+    ours = made(kind, backend, option)
+    ragged = {} if kind == "StackedLSTM" and option != "plain" else RAGGED
     x, hx = random_inputs(ours, B)
-    found, true = results(ours, x, hx, **ragged), truth(ours, x, hx, **ragged)
-    assert_same(found, true, backend, condition=CONDITION[variant])
+    noises = noises_of(ours, seed=5) if "noise" in option else None
+    got = results(ours, x, hx, seed=5, **ragged)
+    assert_same(got, truth(ours, x, hx, **ragged, noises=noises), backend, condition=CONDITION.get(option, 1))
+    given = tree_map_only(torch.Tensor, lambda t: t.to(got["dx"]), (x, hx))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        plain = tree_leaves(ours(*given, **{name: t.to(got["dx"].device) for name, t in ragged.items()}))
+    assert all(map(torch.equal, plain, got.values()))
+    if ragged:
+        assert (got["output"].cpu()[torch.arange(T)[:, None] >= LENGTHS] == 0).all()
+        assert torch.equal(got["h0"][..., 1, :].cpu(), tree_leaves(hx)[0][..., 1, :].to(got["h0"].dtype))  # of no steps
 
 
 def test_onnxs_lstm_gives_the_same():
@@ -98,67 +124,193 @@ def test_onnxs_lstm_gives_the_same():
 SUFFIXES, GATES = ("", "_reverse"), (0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("frozen", ["", "weight_hh", "weight_peephole", "gain"])
-def test_a_cell_and_gradients_of_gradients_by_the_kernels(frozen):
-    for kind, variant in (("LSTMCell", "peepholes"), ("projected", "peepholes"), ("recomputed", "both")):
-        found = []
-        for backend in TAKERS:
-            module = made(kind, backend, variant).to(PLACES["triton"]["dtype"])
-            x, hx = random_inputs(module, B)
-            x.requires_grad_()
-            for name, parameter in module.named_parameters():
-                parameter.requires_grad_(not frozen or not name.startswith(frozen))
-            parameters = [p for p in module.parameters() if p.requires_grad]
-            *_, c = module(x, hx) if kind == "LSTMCell" else module(x, hx)[1]
-            first = torch.autograd.grad(c.square().sum(), [x, *parameters], create_graph=True, allow_unused=True)
-            first = [t for t in first if t is not None]  # c_n of one step has none of what is behind c
-            second = torch.autograd.grad(sum(t.square().sum() for t in first), [x, *parameters], retain_graph=True)
-            plain = torch.autograd.grad(c.square().sum(), parameters, allow_unused=True)
-            found.append({n: t.detach() for n, t in enumerate((*first, *second, *plain)) if t is not None})
-        assert_same(*found, condition=CONDITION[variant])
+@pytest.mark.parametrize(
+    ("kind", "option", "frozen"),
+    [
+        *((*both, frozen) for both in (("LSTMCell", "peepholes"), ("projected", "peepholes"), ("recomputed", "both"))
+          for frozen in ("", "weight_hh", "weight_peephole", "gain")),
+        ("projected", "plain", ""), ("projected", "noise", ""),
+    ],
+)  # fmt: skip
+def test_gradients_of_gradients_by_the_kernels(kind, option, frozen):
+    """Of c alone, with parts frozen; or of everything, with states to reset to."""
+    found = []
+    for backend in ABLE:
+        module = made(kind, backend, option).to(PLACES["triton"]["dtype"])
+        place = next(module.parameters())
+        given = [*random_inputs(module, B)]
+        ragged = {}
+        if option in ("plain", "noise"):
+            given.append(states_left(module, given[1], T, a_step=True))
+            ragged = {name: t.to(place.device) for name, t in RAGGED.items()}
+        given = tree_map_only(torch.Tensor, lambda t: t.to(place).requires_grad_(), given)  # noqa: B023
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(not frozen or not name.startswith(frozen))
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        torch.manual_seed(5)
+        of_call = tree_leaves(module(*given[:2], **ragged, **dict(zip(["reset_states"], given[2:]))))
+        loss = sum(t.square().sum() for t in (of_call if ragged else of_call[-1:]))
+        inputs = [*(tree_leaves(given) if ragged else given[:1]), *parameters]
+        first = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+        first = [t for t in first if t is not None]  # c_n of one step has none of what is behind c
+        second = torch.autograd.grad(sum(t.square().sum() for t in first), inputs, retain_graph=True)
+        plain = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found.append({n: t.detach() for n, t in enumerate((*first, *second, *plain)) if t is not None})
+    assert_same(*found, condition=CONDITION.get(option, 1))
 
 
-@pytest.mark.parametrize("variant", ["peepholes", "layer_norm"])
-@every_taker
-def test_streams_traces_and_chunks(monkeypatch, backend, variant):
-    lstm = made("LSTM", backend, variant)
-    x, hx = random_inputs(lstm, B)
-    whole = results(lstm, x, hx, lengths=LENGTHS)
-    traced = gpu_lstm.trace(lstm, x.to(lstm.weight_ih_l0), lengths=LENGTHS)
-    with torch.no_grad():
-        torch.testing.assert_close(traced.output, lstm(x.to(lstm.weight_ih_l0), lengths=LENGTHS)[0])
-        one_way = made("recomputed", backend, variant)
-        stream = gpu_lstm.Stream(one_way, B)
-        steps = torch.stack([stream(step) for step in x.to(one_way.weight_ih_l0)])
-        torch.testing.assert_close(steps, one_way(x.to(steps))[0])
+@pytest.mark.parametrize(("kind", "option"), [
+    ("LSTM", "peepholes"), ("LSTM", "layer_norm"), ("deep", "all noise"), ("projected", "all noise"),
+    ("deep", "all noise in eval"), ("projected", "all noise in eval"),
+])  # fmt: skip
+def test_chunks_of_time(monkeypatch, kind, option):
+    """Each gets its part of the noise."""
+    lstm = made(kind, "triton", option)
+    whole = call_of(lstm, **RAGGED)
     lstm.recompute = True
     monkeypatch.setattr("gpu_lstm.chunks.WORKSPACE", 2 * B * 4 * H * 4)  # two steps
-    assert_same(results(lstm, x, hx, lengths=LENGTHS), whole)
+    assert_same(call_of(lstm, **RAGGED), whole)
+
+
+@pytest.mark.parametrize("option", ["peepholes", "layer_norm"])
+@every_able
+def test_streams_and_traces(backend, option):
+    lstm, one_way = made("LSTM", backend, option), made("recomputed", backend, option)
+    x = random_inputs(lstm, B)[0].to(lstm.weight_ih_l0)
+    with torch.no_grad():
+        traced = gpu_lstm.trace(lstm, x, lengths=LENGTHS)
+        torch.testing.assert_close(traced.output, lstm(x, lengths=LENGTHS)[0])
+        stream = gpu_lstm.Stream(one_way, B)
+        torch.testing.assert_close(torch.stack([stream(step) for step in x]), one_way(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("option", "ragged"), [("all noise", RAGGED), ("all noise", {}), ("all noise in eval", RAGGED)], ids=str
+)
+@pytest.mark.parametrize("kind", ["LSTM", "deep", "projected"])
+def test_a_seed_means_the_same_on_every_backend(kind, option, ragged):
+    between = dict(dropout=0.3) if kind != "projected" else {}
+    ours, expected = (made(kind, backend, option, **between).to(PLACES["triton"]["dtype"]) for backend in ABLE[::-1])
+    assert_same(call_of(ours, **ragged), call_of(expected, **ragged))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_another_seed_means_another_noise(name):
+    lstm = made("projected", "reference", name)
+    assert_identical(call_of(lstm), call_of(lstm))
+    assert not torch.equal(call_of(lstm)["output"], call_of(lstm, seed=6)["output"])
+
+
+@pytest.mark.parametrize("name", ["recurrent_dropout", "weight_drop"])
+@every_able
+def test_dropping_all_of_h_is_an_lstm_without_recurrent_weights(backend, name):
+    lstm, plain = made("LSTM", backend, **{name: 1.0}), made("LSTM", "reference").to(PLACES[backend]["dtype"])
+    with torch.no_grad():
+        for parameter in (p for n, p in plain.named_parameters() if n.startswith("weight_hh")):
+            parameter.zero_()
+    got, expected = call_of(lstm, lengths=LENGTHS), call_of(plain, lengths=LENGTHS)
+    others = [n for n in got if not n.startswith("dweight_hh") and n != "dh0"]
+    assert_same({n: got[n] for n in others}, {n: expected[n] for n in others})
+    assert all((got[n] == 0).all() for n in got if n.startswith("dweight_hh"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_expectation_of_zoneout_is_not_rounded_to_half_precision(dtype):
+    lstm = made("projected", "reference", "noise in eval").to(dtype)
+    x, hx = tree_map_only(torch.Tensor, lambda t: t.to(dtype), random_inputs(lstm, B))
+    with torch.no_grad():
+        rounded = tree_leaves(lstm(x, hx))
+        exact = tree_leaves(lstm.float()(x.float(), tuple(t.float() for t in hx)))
+    assert all(torch.equal(a, b.to(dtype)) for a, b in zip(rounded, exact))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "projected"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_eval_dropout_of_any_kind_changes_no_bit(backend, kind):
+    dropped = made(kind, backend, recurrent_dropout=0.5, weight_drop=0.5).eval()
+    assert_identical(call_of(dropped), call_of(made(kind, backend).eval()))
+
+
+@pytest.mark.parametrize("kind", ["recomputed", "one of a stack"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_drop_runs_everywhere(backend, kind):
+    """As an LSTM whose weight_hh has what a seed leaves of it; gradients pass what was left only."""
+    lstm, plain = made(kind, backend, weight_drop=0.5), made(kind, "reference").to(**PLACES[backend])
+    name, weight_hh = next((n, p) for n, p in plain.named_parameters() if "weight_hh" in n)
+    torch.manual_seed(5)
+    factors = dropout(torch.ones_like(weight_hh), 0.5)
+    with torch.no_grad():
+        weight_hh *= factors
+    got, expected = call_of(lstm), call_of(plain)
+    expected[f"d{name}"] *= factors
+    assert_same(got, expected)
+    packed = pack_padded_sequence(torch.randn(4, 4, I).to(weight_hh), torch.tensor([4, 3, 3, 1]))
+    torch.manual_seed(5)
+    torch.testing.assert_close(lstm(packed)[0].data, plain(packed)[0].data, rtol=1e-5, atol=1e-6)
+
+
+# torch.compile, torch.export, autocast, vmap, trace
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["peepholes", "both"])
-@every_taker
-def test_compiled_and_exported(backend, variant):
-    lstm = made("LSTM", backend, variant)
-    x, hx = random_inputs(lstm, B)
+@pytest.mark.parametrize(("kind", "option", "backend"), [
+    *(("LSTM", option, backend) for option in ("peepholes", "both") for backend in ABLE),
+    ("projected", "all noise", "triton"), ("projected", "all noise in eval", "reference"),
+])  # fmt: skip
+def test_compiled_and_exported(kind, option, backend):
+    lstm = made(kind, backend, option)
+    ragged = RAGGED if "noise" in option else {}
     torch._dynamo.reset()
     compiled = torch.compile(lstm, fullgraph=True, backend="aot_eager")
-    assert_same(results(lstm, x, hx, call=compiled), results(lstm, x, hx))
-    x = x.to(lstm.weight_ih_l0)
-    exported = torch.export.export(lstm, (x,)).module()
-    torch.testing.assert_close(exported(x)[0], lstm(x)[0])
+    assert_same(call_of(lstm, call=compiled, **ragged), call_of(lstm, **ragged))
+    if not ragged:
+        x = random_inputs(lstm, B)[0].to(lstm.weight_ih_l0)
+        exported = torch.export.export(lstm, (x,)).module()
+        torch.testing.assert_close(exported(x)[0], lstm(x)[0])
+
+
+@every_able
+def test_autocast(backend, device):
+    lstm = made("LSTM", backend, "all noise", dropout=0.3).to(device, torch.float32)
+    x = random_inputs(lstm, B)[0].to(device)
+    outputs = []
+    for dtype in (torch.float16, None):
+        torch.manual_seed(5)
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            outputs.append(lstm(x)[0])
+    assert outputs[0].dtype is torch.float16
+    torch.testing.assert_close(outputs[0].float(), outputs[1], rtol=0, atol=5e-3)
+
+
+def test_per_sample_noise_under_vmap():
+    lstm = gpu_lstm.LSTM(3, 4, zoneout=0.5, recurrent_dropout=0.5)
+    x = torch.randn(4, 1, 3).expand(5, 4, 1, 3)
+    outputs = torch.func.vmap(lambda x: lstm(x)[0], randomness="different")(x)
+    assert len({tuple(o.flatten().tolist()) for o in outputs}) == 5
+
+
+def test_a_trace_shows_the_states_after_zoneout():
+    lstm = made("LSTM", "reference", "zoneout")
+    traced = gpu_lstm.trace(lstm, random_inputs(lstm, B)[0].double(), lengths=LENGTHS)
+    top = torch.cat([gates.hidden for gates in traced.layers[1]], dim=2)
+    assert torch.equal(top, traced.output)
+    h_n, c_n = traced.states
+    assert torch.equal(traced.layers[1][0].cell[3, 2], c_n[2, 2])
+    assert torch.equal(traced.layers[1][1].hidden[0], torch.where(LENGTHS[:, None] > 0, h_n[3], 0))
+
+
+# Arguments
 
 
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.LSTMCell])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["peepholes", "layer_norm", "both"])
 def test_parameters(cls, variant):
     """Those of an LSTM without a variant first, from the same random numbers; all are saved, copied and shown."""
-    bias = VARIANTS[variant].get("bias", True)
+    bias = OPTIONS[variant].get("bias", True)
     torch.manual_seed(3)
     plain = cls(I, H, bias=bias)
     torch.manual_seed(3)
-    lstm = cls(I, H, **VARIANTS[variant])
+    lstm = cls(I, H, **OPTIONS[variant])
     count = len(list(plain.parameters()))
     assert list(lstm.state_dict())[:count] == list(plain.state_dict())
     assert all(map(torch.equal, plain.parameters(), lstm.parameters()))
@@ -189,29 +341,66 @@ def test_parameters(cls, variant):
             setattr(plain, name, True)
 
 
-@kinds_and_variants(*KINDS)
+@pytest.mark.parametrize(("kind", "name"), [
+    ("LSTMCell", "peepholes"), ("LSTMCell", "layer_norm"), ("projected", "peepholes"),
+    *((kind, name) for kind in ("LSTM", "StackedLSTM") for name in ("peepholes", "layer_norm", *NOISE)),
+])  # fmt: skip
 @pytest.mark.parametrize("backend", ["torch", "cupy"])
-def test_a_backend_that_cannot_says_so(kind, variant, backend):
-    module = made(kind, backend, variant).float()
-    said = f"takes no {'peepholes' if variant == 'peepholes' else 'layer_norm'}"
+def test_a_backend_that_cannot_says_so(kind, name, backend):
+    module, said = made(kind, backend, name).float(), f"takes no {name}"
+    inputs = random_inputs(module, B)
     with pytest.raises(ValueError, match=f"^backend '{backend}' {said}; use 'triton' or 'reference'$"):
-        module(*random_inputs(module, B))
-    if kind == "LSTM":
-        packed = pack_padded_sequence(torch.zeros(T, 1, I), [2])
+        module(*inputs)
+    module.eval()
+    if name == "recurrent_dropout":  # which is off
+        if backend == "torch":
+            module(*inputs)
+        return
+    packed = pack_padded_sequence(torch.zeros(T, 1, I), [2])
+    for given in (inputs, [packed]) if kind == "LSTM" else [inputs]:
         with pytest.raises(ValueError, match=said):
-            module(packed)
-    if backend == "torch" and kind != "LSTMCell":
-        module.backend = None
+            module(*given)
+    module.backend = None
+    with gpu_lstm.backend(backend), pytest.raises(ValueError, match=said):
+        module(*inputs)
+    if kind != "LSTMCell" and backend == "torch":
         explained = gpu_lstm.explain(module, torch.zeros(T, 1, I))
         assert (explained.backend, explained.others["torch"]) == ("reference", f"it {said}")
 
 
+def test_auto_chooses_triton_where_it_can_else_the_reference(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for unable, chosen in ((None, Backend.TRITON), (Backend.TRITON, Backend.REFERENCE)):
+        monkeypatch.setattr("gpu_lstm.backends.can_run", lambda b, *_, unable=unable: b is not unable)
+        assert select("auto", cuda, torch.float32, "zoneout") is chosen
+        assert select("auto", cpu, torch.float32, "zoneout") is Backend.REFERENCE
+        assert select("auto", cpu, torch.float32) is Backend.TORCH
+
+
+@pytest.mark.parametrize("kind", ["recomputed", "one of a stack"])
+def test_pickles(kind):
+    twin = pickle.loads(pickle.dumps(made(kind, None, "all noise")))
+    assert {name: getattr(twin, name) for name in ALL} == ALL
+    old = made(kind, None)
+    for name in ALL:
+        del old.__dict__[name]  # as in a pickle from before there were any
+    old = pickle.loads(pickle.dumps(old))
+    assert repr(old) == repr(made(kind, None))
+    old(torch.zeros(2, 1, I))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.LSTMCell])
-@pytest.mark.parametrize("variant", ["peepholes", "layer_norm"])
-def test_torch_cannot_have_them(cls, variant):
-    model = nn.Sequential(cls(I, H, **VARIANTS[variant]))
-    with pytest.raises(ValueError, match=rf"'0' has {variant}=True, which torch\.nn\.LSTM has not"):
-        to_torch(model)
-    with pytest.raises(ValueError, match=rf"has {variant}=True, and would be scripted as a torch\.nn"):
+@pytest.mark.parametrize(("cls", "name"), [
+    *((gpu_lstm.LSTM, name) for name in ("peepholes", "layer_norm", *ALL)),
+    (gpu_lstm.LSTMCell, "peepholes"), (gpu_lstm.LSTMCell, "layer_norm"),
+])  # fmt: skip
+def test_torch_cannot_have_them(cls, name):
+    model = nn.Sequential(cls(I, H, **OPTIONS[name]))
+    with pytest.raises(ValueError, match=rf" has {name}=.*, and would be scripted as a torch\.nn\.{cls.__name__}"):
         torch.jit.script(model)
+    if name in ALL:
+        setattr(model[0], name, 0.0)
+        torch.jit.script(model)
+    else:
+        with pytest.raises(ValueError, match=rf"'0' has {name}=True, which torch\.nn\.LSTM has not"):
+            to_torch(model)

@@ -10,6 +10,8 @@ backward. Where only the elements were saved (by hooks that copy, in CUDA graphs
 recomputes the layer.
 """
 
+from __future__ import annotations  # torch.compile evaluates those of nested functions, and cannot
+
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

@@ -3,6 +3,8 @@
 Every other backend is held to these numbers. Half-precision inputs are computed in float32 and rounded once.
 """
 
+from __future__ import annotations  # torch.compile evaluates those of nested functions, and cannot
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

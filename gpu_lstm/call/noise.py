@@ -4,6 +4,8 @@ Drawn once a call, for all backends and for whole sequences, by torch's own gene
 another: a seed means the same noise on every backend, whatever chunks of time a sequence is computed in.
 """
 
+from __future__ import annotations  # torch.compile evaluates those of nested functions, and cannot
+
 from typing import NamedTuple
 
 import torch

@@ -1,0 +1,167 @@
+"""Where a layer runs: on a backend, whose kernels of one family are forced by their plans.
+
+The Triton kernels run in the interpreter; families whose programs wait for each other with a thread for each program,
+started in shuffled order, with random pauses and with stores that become visible late. Those in CUDA C++ are compiled
+by g++ (host_cuda.py), and their threads take turns in an order that a seed decides. How kernels are planned and
+launched is known here, and to no test of numbers.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import host_cuda
+import torch
+from concurrent_interpreter import ConcurrentRun
+from torch import Tensor, nn
+
+from gpu_lstm import backends, precision, reference
+from gpu_lstm.kernels.cupy_lstm import launch as cupy
+from gpu_lstm.kernels.cupy_lstm.planning import Card
+from gpu_lstm.kernels.cupy_lstm.planning import Plan as CupyPlan
+from gpu_lstm.kernels.cupy_lstm.planning import plans as cupy_plans
+from gpu_lstm.kernels.triton_lstm import launch
+from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family, Plan
+from gpu_lstm.kernels.triton_lstm.resident import plans as resident_plans
+from gpu_lstm.kernels.triton_lstm.step import step_plan
+
+INTERPRETED = launch.INTERPRETED
+
+
+def _with_tensor_cores(monkeypatch) -> None:
+    """float32 products in TF32, without which no plan is resident; the interpreter computes them exactly."""
+    monkeypatch.setattr(precision, "_cudnn_takes_tf32", lambda: True)
+
+
+def _side_by_side(monkeypatch, yield_rate) -> None:
+    seeds = itertools.count()
+
+    def launch_kernel(kernel, grid, **arguments):
+        ConcurrentRun(seed=next(seeds), yield_rate=yield_rate)(kernel, grid, **arguments)
+
+    monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
+
+
+def resident(monkeypatch) -> None:
+    """Every launch is resident."""
+
+    def plan(problem, device, backward, *_):
+        return next(iter(resident_plans(problem, INTERPRETER, backward)))
+
+    monkeypatch.setattr(launch, "choose_plan", plan)
+    _with_tensor_cores(monkeypatch)
+
+
+def step(monkeypatch, programs=3, yield_rate=0.05) -> None:
+    """Every launch is of the step family, with so many programs."""
+
+    def plan(problem, device, backward, *_):
+        return dataclasses.replace(step_plan(problem, INTERPRETER, backward), programs=programs)
+
+    monkeypatch.setattr(launch, "choose_plan", plan)
+    _with_tensor_cores(monkeypatch)
+    _side_by_side(monkeypatch, yield_rate)
+
+
+def cooperative(monkeypatch, units=4, groups=8, yield_rate=0.05, warps=2) -> None:
+    """Every launch is cooperative, with `units` units a program."""
+
+    def plan(problem, device, backward, *_):
+        programs = -(-problem.hidden // units)
+        if backward:
+            programs = 4 * -(-problem.hidden // (4 * units))
+        tiles = -(-problem.batch // 8)
+        chunks = -(-problem.hidden * problem.size // (64 * warps))
+        return Plan(Family.COOPERATIVE, 8, units, chunks, programs, min(groups, tiles), warps, 1, 0, "")
+
+    monkeypatch.setattr(launch, "choose_plan", plan)
+    _with_tensor_cores(monkeypatch)
+    _side_by_side(monkeypatch, yield_rate)
+
+
+def cuda(monkeypatch, choose: Callable, device="cpu", seeds=None, changes: dict[str, str] | None = None) -> None:
+    """The kernels in CUDA C++, as `choose` plans them; on the CPU with a seed a launch, and some parts `changed`."""
+    monkeypatch.setattr(cupy, "choose_plan", choose)
+    if device == "cpu":
+        seeds = itertools.count() if seeds is None else seeds
+
+        def launch_kernel(*args, **arguments):
+            host_cuda.launcher(changes, next(seeds))(*args, **arguments)
+
+        monkeypatch.setattr(backends, "_cupy_obstacle", lambda device, dtype: None)
+        monkeypatch.setattr(cupy, "launch_kernel", launch_kernel)
+
+
+def cupy_plan(kept: bool, parts: int, multiprocessors: int = 16) -> Callable[..., CupyPlan]:
+    """In the place of choose_plan: weights in registers or read, and so many blocks that share gates backward."""
+
+    def choose(problem, card) -> CupyPlan:
+        found = [
+            plan
+            for plan in cupy_plans(problem, Card(90, multiprocessors))
+            if (plan.chunks > 0, plan.warps) == (kept, 4 if kept else 8)
+            and (plan.parts == parts or not problem.backward)
+        ]
+        return min(found, key=lambda plan: plan.clocks)
+
+    return choose
+
+
+# W_hh in registers, by all ways to share gates backward; and read at every step, by so few blocks that each takes
+# several shares of rows.
+CUPY_PLANS = {
+    "kept/4": cupy_plan(True, 4), "kept/2": cupy_plan(True, 2), "kept/1": cupy_plan(True, 1),
+    "read/4": cupy_plan(False, 4, multiprocessors=4), "read/1": cupy_plan(False, 1),
+}  # fmt: skip
+
+
+def tf32(monkeypatch) -> None:
+    """float32 products in TF32: of the kernels, and of the reference at every step."""
+    _with_tensor_cores(monkeypatch)
+    monkeypatch.setattr(reference, "linear", _TF32.linear)
+
+
+class _TF32:
+    """The products of the reference, which computes those of a step as W_ih x + b, then W_hh h + b: the latter with
+    operands cut to the 10 bits that tensor cores use."""
+
+    computed = 0
+
+    @classmethod
+    def linear(cls, x: Tensor, w: Tensor, b: Tensor | None, gain: None) -> Tensor:
+        cls.computed += 1
+        return nn.functional.linear(x, w, b) if cls.computed % 2 else _CutLinear.apply(x, w) + (0 if b is None else b)
+
+
+class _CutLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return _cut(x) @ _cut(w).T
+
+    @staticmethod
+    def backward(ctx, d):
+        x, w = ctx.saved_tensors
+        return _cut(d) @ _cut(w), d.T @ x
+
+
+def _cut(t: Tensor) -> Tensor:
+    return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) if t.dtype is torch.float32 else t
+
+
+class Kernels(NamedTuple):
+    """A backend, and how its kernels are forced (with a device, for CUDA C++)."""
+
+    backend: str
+    force: Callable = lambda monkeypatch: None
+
+
+KERNELS = {
+    "torch": Kernels("torch"), "reference": Kernels("reference"), "triton": Kernels("triton"),
+    "step": Kernels("triton", step), "resident": Kernels("triton", resident),
+    **{f"cooperative/{units}/{groups}": Kernels("triton", partial(cooperative, units=units, groups=groups))
+       for units, groups in ((4, 1), (8, 1), (8, 2))},
+    **{name: Kernels("cupy", partial(cuda, choose=choose)) for name, choose in CUPY_PLANS.items()},
+}  # fmt: skip
