@@ -2,7 +2,6 @@
 
 import email
 import re
-import shutil
 import sys
 import tarfile
 import textwrap
@@ -13,7 +12,7 @@ import pytest
 import torch
 from installed import ROOT, build, environment, run
 
-from gpu_lstm.transforms import constant_when_traced
+from gpu_lstm.call.modes import constant_when_traced
 
 
 def says(python: Path | str, code: str, **options) -> str:
@@ -217,65 +216,3 @@ def test_a_constant_for_the_compiler_is_marked_as_torch_marks_it():
         pass
 
     assert vars(constant_when_traced(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
-
-
-RELOADED = """
-    import importlib, sys
-    import torch, gpu_lstm
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def call():
-        x, results = torch.ones(5, 2, 3, requires_grad=True), []
-        for backend in ("auto", "torch", "reference", "triton"):
-            lstm = gpu_lstm.LSTM(3, 4, backend=backend)
-            for parameter in lstm.parameters():
-                torch.nn.init.constant_(parameter, 0.3)
-            with FlopCounterMode(display=False) as counter:
-                output, _ = lstm(x, lengths=torch.tensor([5, 3]))
-            assert (counter.get_total_flops() > 0) is (backend in ("reference", "triton"))
-            results += [output, *torch.autograd.grad(output.sum(), [x, *lstm.parameters()])]
-        return results
-
-    expected = call()
-    for modules in (["gpu_lstm"], ["gpu_lstm.ops"], [name for name in sys.modules if name.startswith("gpu_lstm")]):
-        for name in modules:
-            importlib.reload(sys.modules[name])
-        torch.testing.assert_close(call(), expected)
-    print("fine")
-"""
-
-
-@pytest.mark.slow
-def test_modules_can_be_reloaded():
-    assert says(sys.executable, RELOADED, env={"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}) == "fine\n"
-
-
-@pytest.mark.slow
-def test_autoreload_takes_a_change_of_the_operators(tmp_path):
-    """In IPython, in a copy of the checkout: the same module object goes on, with the changed code."""
-    for name in ("gpu_lstm", "kernels"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    code = """
-        import os, pathlib, time
-        from IPython.core.interactiveshell import InteractiveShell
-        shell = InteractiveShell.instance()
-        def cell(text):
-            shell.run_cell(text).raise_error()
-        cell("%load_ext autoreload")
-        cell("%autoreload 2")
-        cell("import torch, gpu_lstm, gpu_lstm.ops")
-        cell("lstm, x = gpu_lstm.LSTM(3, 4, backend='triton'), torch.randn(5, 2, 3)")
-        cell("lstm(x)[0].sum().backward()")
-        path = pathlib.Path("gpu_lstm/ops.py")
-        line = "        return _launcher(backend).layer_forward("
-        path.write_text(path.read_text().replace(line, "        print('changed')\\n" + line))
-        later = time.time() + 10
-        os.utime(path, (later, later))
-        cell("lstm(x)[0].sum().backward()")
-        cell("output, _ = gpu_lstm.LSTM(3, 4)(x, lengths=torch.tensor([5, 3]))")
-    """
-    printed = says(
-        sys.executable, code, cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1", "IPYTHONDIR": str(tmp_path)},
-    )  # fmt: skip
-    assert printed.splitlines().count("changed") == 1
