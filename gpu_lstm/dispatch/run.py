@@ -29,6 +29,8 @@ def route_of(call: Call) -> Route:
     """The route of a call."""
     if torch.compiler.is_compiling():
         return _route_in_a_graph(call)
+    if call.modes.recording is Recording.WATCHED:  # sizes may be symbols, and each FlopCounterMode learns operators
+        return _resolve(call)
     x, traversal = call.x, call.traversal
     key = (
         call.options, x.dtype, x.device, size_class(call.steps), call.batch, call.form.packed is None,
