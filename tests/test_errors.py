@@ -10,7 +10,7 @@ import torch
 from torch import zeros
 
 import gpu_lstm
-from gpu_lstm import reference
+from gpu_lstm.backends import reference
 from gpu_lstm.functional import lstm_layer
 
 F64 = torch.float64

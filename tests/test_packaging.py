@@ -169,23 +169,3 @@ def test_packages_that_are_broken_in_any_way_stop_nobody(tmp_path):
     assert says(sys.executable, code, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) == [
         "5 2 4 False", "backend 'triton' needs Triton: pip install triton (OSError: broken here)", *["True True"] * 6,
     ]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_modules_can_be_reloaded():
-    code = """
-        import importlib, sys
-        import torch, gpu_lstm
-
-        def call():
-            torch.manual_seed(0)
-            lstm, x = gpu_lstm.LSTM(3, 4, backend="triton"), torch.ones(5, 2, 3, requires_grad=True)
-            output, _ = lstm(x, lengths=torch.tensor([5, 3]))
-            return [output, *torch.autograd.grad(output.sum(), [x, *lstm.parameters()])]
-
-        expected = call()
-        for name in ["gpu_lstm", *(name for name in sys.modules if name.startswith("gpu_lstm"))]:
-            importlib.reload(sys.modules[name])
-        torch.testing.assert_close(call(), expected)
-    """
-    says(sys.executable, code, env={"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"})

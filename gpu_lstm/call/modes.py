@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.backends.cudnn.rnn as cudnn_rnn
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
@@ -25,6 +24,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 # The dict inside os.environ: os.environ.get raises and catches at every call for a variable that is not set.
 _environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
 _BACKEND, _RACE = map(os.environ.encodekey, (BACKEND_VARIABLE, RACE_VARIABLE))
+_precision = torch._C._get_fp32_precision_getter  # of torch.backends.cudnn.rnn
 _any_autocast = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _interpreter = _functorch.peek_interpreter_stack
@@ -95,7 +95,7 @@ def recurrent_precision(dtype: torch.dtype) -> str:
     (``torch.backends.cudnn.allow_tf32`` or ``torch.backends.cudnn.rnn.fp32_precision``). Products over all steps go
     through torch.matmul and obey ``torch.backends.cuda.matmul``.
     """
-    return "tf32" if dtype is torch.float32 and cudnn_rnn.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype is torch.float32 and _precision("cuda", "rnn") == "tf32" else "ieee"
 
 
 def autocasts(x: Tensor) -> bool:

@@ -80,18 +80,17 @@ def prepare(
 ) -> Call:
     """The call, checked. What a user may give is said by the modules and `lstm_layer`, and so is what is raised."""
     form, x = _form_and_input(options, input, hx)
-    if form.packed is None:
-        steps, batch = x.shape[:2] if x.dim() == 3 else (1, x.shape[0])
-    else:
+    if form.packed is not None:
         steps, batch = len(form.packed.batch_sizes), int(form.packed.batch_sizes[0])
+    elif options.kind == "LSTMCell":
+        steps, batch = 1, x.shape[0]
+    else:
+        steps, batch, _ = x.shape
     traversal = EVERY_STEP
-    if not lengths is resets is None:
+    if lengths is not None or resets is not None:
         traversal = _traversal(form, x, (steps, batch), lengths, resets)
-    first = weights[0][0].weight_ih
-    if first is not None and options.kind in ("LSTM", "StackedLSTM"):
-        checks.check_input(options, x, first)
-    states = _zeros(options, x, batch) if hx is None else _states(options, form, batch, hx)
-    learns = _check_tensors(options, x, states, weights)
+    states = _zeros(options, x, batch) if hx is None else _states(options, form, x, batch, hx)
+    learns = _check_tensors(options, form, x, states, weights)
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if reset_states is not None:
@@ -101,7 +100,7 @@ def prepare(
     now = modes(x)
     if options.reverse:
         traversal = traversal.backwards()
-    elif steps == 1 and resets is not None and reset_states is None and now.recording < Recording.COMPILED:
+    elif resets is not None and steps == 1 and reset_states is None and now.recording < Recording.COMPILED:
         states, traversal = _reset_before_the_only_step(options, states, traversal)
     return Call(x, steps, batch, states, weights, traversal, options, form, now, learns and now.grad)
 
@@ -132,8 +131,9 @@ def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -
     checks.check_rank_and_layout(input, kind, (2, 3))
     if hx is not None and kind == "LSTM":
         checks.check_rank_of_states(input.dim(), hx)
-    form = _UNBATCHED if input.dim() == 2 else _BATCH_FIRST if options.batch_first else _TIME_FIRST
-    return form, form.time_major(input)
+    if input.dim() == 2:
+        return _UNBATCHED, input.unsqueeze(1)
+    return (_BATCH_FIRST, input.transpose(0, 1)) if options.batch_first else (_TIME_FIRST, input)
 
 
 def _traversal(
@@ -166,16 +166,14 @@ def _zeros(options: Options, x: Tensor, batch: int) -> list[State]:
     return states
 
 
-def _states(options: Options, form: Form, batch: int, hx: Any) -> list[State]:
+def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> list[State]:
     """A user's states, checked, as Call.states."""
     match options.kind:
         case "LSTM":
-            h, c = form.state_in(hx[0]), form.state_in(hx[1])
-            _, hidden, _ = size = options.sizes[0]
-            for i, (state, features) in enumerate(((h, size.width), (c, hidden))):
-                expected = options.rows, batch, features
-                if state.shape != expected:
-                    raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(state.shape)}")
+            h, c = (hx[0], hx[1]) if form.packed is None and form.batched else map(form.state_in, hx[:2])
+            if h.shape != (options.rows, batch, options.width) or c.shape != (options.rows, batch, options.hidden):
+                checks.check_input(options, form, x, None)
+                checks.check_sizes_of_states(options, batch, (h, c))
             return [(h, c)]
         case "LSTMCell":
             h, c = hx
@@ -198,27 +196,25 @@ def _states(options: Options, form: Form, batch: int, hx: Any) -> list[State]:
     return states
 
 
-def _check_tensors(options: Options, x: Tensor, states: list[State], weights: list[list[Weights]]) -> bool:
+def _check_tensors(
+    options: Options, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]
+) -> bool:
     """Raise unless all tensors fit together; whether one requires a gradient."""
     dtype, device, learns, alike = x.dtype, x.device, x.requires_grad, True
     for layer, sizes in zip(weights, options.weight_sizes):
         for one in layer:
-            fits = one[0] is not None and one[1] is not None and (one[2] is None) is (one[3] is None)
-            fits = (
-                fits
-                and (one[4] is None or one[6] is one[7] is one[8] is None)
-                and (one[9] is None or one[8] is not None)
-            )
+            fits, present = True, 0
             for tensor, size in zip(one, sizes):
-                if tensor is None:
-                    continue
-                if tensor.shape != size:
-                    fits = False
-                if tensor.dtype is not dtype or tensor.device != device:
-                    alike = False
-                if tensor.requires_grad:
-                    learns = True
-            if not fits:
+                if tensor is not None:
+                    present += 1
+                    if tensor.shape != size:
+                        fits = False
+                    if tensor.dtype is not dtype or tensor.device != device:
+                        alike = False
+                    if tensor.requires_grad:
+                        learns = True
+            if not fits or present != options.present:
+                checks.check_input(options, form, x, weights)
                 checks.check_sizes(one, sizes)
     for h, c in states:
         if h.dtype is not dtype or c.dtype is not dtype or h.device != device or c.device != device:
@@ -228,7 +224,10 @@ def _check_tensors(options: Options, x: Tensor, states: list[State], weights: li
     if options.kind == "LSTMCell":
         checks.check_cell(options, x, states[0], weights[0][0], alike)
     elif not alike:
+        checks.check_input(options, form, x, weights)
         checks.check_alike(x, states, weights)
+    elif x.shape[-1] != options.input_size:
+        checks.check_input(options, form, x, weights)
     return learns
 
 
