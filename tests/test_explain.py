@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import gpu_lstm
 from gpu_lstm import backends, layers, native, races, trust
 from gpu_lstm.kernels import cache as remembered
+from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter")

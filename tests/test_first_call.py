@@ -1,117 +1,127 @@
 """The first call of a kind of layer on a card: what is tried, what is said, and what the user gets where nothing works.
 
-The driver is stubbed: `trial.load` stands for compiling and loading a kernel.
+The driver is stubbed: `choose.load` stands for compiling and loading a kernel.
 """
 
-import dataclasses
 import logging
 import math
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gpu_lstm import backends
 from gpu_lstm.backends import Backend, obstacle, select
+from gpu_lstm.kernels.layer import aligned
 from gpu_lstm.kernels.operands import as_words
-from gpu_lstm.kernels.problem import Recurrence
-from gpu_lstm.kernels.triton_lstm import binary, launch, trial
+from gpu_lstm.kernels.problem import Pass, Problem, Recurrence, problem_of
+from gpu_lstm.kernels.triton_lstm import binary, choose, launch
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
 
 CUDA = torch.device("cuda", 0)
 H100 = DEVICES["h100"]
-PROBLEM = Problem(100, 64, 256, torch.float16)  # many plans of the cooperative family
+PROBLEM = Problem(2, 64, 256, torch.float16)  # many plans of the cooperative family
+PLANS = plans(PROBLEM, H100, False)
+FORWARD = Pass()
 
 
 @pytest.fixture
 def card(monkeypatch, tmp_path):
     """An H100, on which no plan was measured or chosen yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(launch, "device_of", lambda properties: H100)
-    monkeypatch.setattr(launch, "_chosen", {})
+    for module in (choose, launch):
+        monkeypatch.setattr(module, "card_of", lambda device: H100)
+    monkeypatch.setattr(launch, "error_word", lambda device, kernel: None)
     backends._say_once.cache_clear()
 
 
-def _choose(monkeypatch, load, variant=()):
-    """The plan that is chosen for PROBLEM, and all that were tried."""
+def _columns(arguments) -> int:
+    """Which tell one plan of PROBLEM from another."""
+    return arguments.get("UNITS", arguments.get("BLOCK_H"))
+
+
+def _choose(monkeypatch, load=lambda *_: None, which=FORWARD, verify=None):
+    """The plan that is chosen, and the columns of all that were tried; load(kernel, arguments) raises, or not."""
     tried = []
 
-    def attempt(plan, launch_kernel):
-        tried.append(plan)
-        for _ in range(3):  # a family may launch a kernel more than once
-            launch_kernel(launch.step.lstm_step_forward_kernel, (1,), plan=plan)
+    def loaded(kernel, grid, arguments):
+        tried.append(_columns(arguments))
+        return SimpleNamespace(n_spills=load(kernel, arguments) or 0)
 
-    monkeypatch.setattr(trial, "load", load)
-    return launch.choose_plan(PROBLEM, CUDA, False, variant, attempt), tried
-
-
-def test_the_first_plan_that_loads_is_taken_compiled_once_and_kept(card, monkeypatch):
-    loaded = []
-    expected = plans(PROBLEM, H100, False)[0]
-    plan, tried = _choose(monkeypatch, lambda kernel, grid, arguments: loaded.append(arguments["plan"]))
-    assert [plan] == tried == loaded == [expected], "one kernel is compiled once, for one plan"
-    assert _choose(monkeypatch, None) == (expected, []), "from the second call on nothing is tried"
-    assert _choose(monkeypatch, lambda *_: None, variant=("another",))[1] == [expected], "but other kernels are"
+    monkeypatch.setattr(choose, "load", loaded)
+    return launch.layer_of(PROBLEM, CUDA, verify).prepared(which).plan, tried
 
 
-def test_each_variant_of_a_kernel_is_tried_for_itself(card, monkeypatch):
-    """What is compiled anew is chosen anew: by direction, card, what is saved, what is given, what there is."""
+def test_the_first_plan_that_loads_is_chosen_and_kept(card, monkeypatch):
+    assert launch.layer_of(PROBLEM, CUDA).chosen(Pass()) == (PLANS[0], False), "before there is a choice"
+    assert _choose(monkeypatch) == (PLANS[0], [PLANS[0].columns])
+    assert _choose(monkeypatch) == (PLANS[0], []), "from the second call on nothing is tried"
+    for which in (Pass(save=False), Pass(True), Pass(True, dh=False), Pass(True, dh_n=False)):
+        assert len(_choose(monkeypatch, which=which)[1]) == 1, "but other kernels are"
+    launch.forget()
+    assert _choose(monkeypatch)[1] == [PLANS[0].columns]
+
+
+def test_every_fact_of_a_call_is_in_its_problem():
+    """What is compiled for itself is chosen for itself; a sequence of another length from 2 on is not."""
     batch, hidden, steps = 3, 8, 4
-    tried, choose = [], launch.choose_plan
-    monkeypatch.setattr(launch, "await_others", lambda plan, device: None)
-    monkeypatch.setattr(launch, "choose_plan", lambda problem, device, *rest: choose(problem, CUDA, *rest))
-    monkeypatch.setattr(launch, "first_that_fits", lambda proposed, *_: tried.append(1) or proposed[-1])
-    monkeypatch.setattr(launch, "launch_kernel", lambda *_, **__: None)
     gates, h, c = (torch.zeros(steps, batch, n) for n in (4 * hidden, hidden, hidden))
     plain = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden), h0=h[0], c0=c[0])
-    zoneout = torch.tensor(0.1)
-    recurrences = [plain] + [
-        dataclasses.replace(plain, **change)
-        for change in (
-            dict(reverse=True), dict(lengths=torch.full((batch,), steps)), dict(resets=h[..., 0] > 1),
-            dict(dropout_h=h[0]), dict(zoneout_h=zoneout), dict(zoneout_c=zoneout), dict(precision="tf32"),
-            dict(side_by_side=2), dict(dropout_h=h[0], zoneout_h=zoneout), dict(dropout_h=h[0], zoneout_c=zoneout),
-        )
+    rate, mask = torch.tensor(0.1), h > 1
+    changes = [
+        dict(), dict(reverse=True), dict(lengths=torch.full((batch,), steps)), dict(resets=mask[..., 0]),
+        dict(lengths=torch.full((batch,), steps, dtype=torch.int32)), dict(dropout_h=h[0]), dict(zoneout_h=rate),
+        dict(zoneout_c=rate), dict(zoneout_h=mask), dict(zoneout_c=mask), dict(precision="tf32"), dict(side_by_side=2),
+        dict(dropout_h=h[0], zoneout_h=rate), dict(dropout_h=h[0], zoneout_c=rate), dict(reset_h=h), dict(reset_c=c),
+        dict(weight_peephole=h[0, 0]), dict(gain_hh=h[0, 0]), dict(gain_c=h[0, 0]),
+        dict(gain_c=h[0, 0], bias_c=h[0, 0]), dict(weight_hr=h[0], h0=h[0, :, :2]),
     ]  # fmt: skip
-    calls = [
-        *(lambda r=r, save=save: launch.layer_forward(gates, r, save=save)
-          for r in recurrences for save in (True, False)),
-        *(lambda r=r, dh=dh, dh_n=dh_n: launch.layer_backward(dh, dh_n, None, gates, c, r)
-          for r in recurrences for dh, dh_n in ((h, h[0]), (h, None), (None, h[0]))),
-    ]  # fmt: skip
-    for number, call in enumerate(calls, start=1):
-        for _ in range(2):
-            call()
-            assert len(tried) == number
-    for device, backward in ((CUDA, False), (CUDA, True), (torch.device("cuda", 1), False)):
-        before = len(tried)
-        choose(dataclasses.replace(PROBLEM, batch=9), device, backward, (), None)
-        assert len(tried) == before + 1
+    problems = [problem_of(gates, plain._replace(**change)) for change in changes]
+    problems += [problem_of(gates[:1], plain), problem_of(gates.half(), plain)]
+    assert len(set(problems)) == len(changes) + 2
+    assert problem_of(gates[:2], plain) == problem_of(gates[:3], plain) == problems[0]
+    assert {str(p.as_json()) for p in problems} == {str(p.as_json()) for p in set(problems)}
+    assert launch.layer_of(problems[0], h.device) is launch.layer_of(problems[0], h.device)
+    assert launch.layer_of(problems[0], h.device) is not launch.layer_of(problems[1], h.device)
+    assert launch.layer_of(problems[0], h.device) is not launch.layer_of(problems[0], CUDA)
 
 
-def test_while_a_graph_is_captured_nothing_is_checked_and_nothing_is_kept(card, monkeypatch):
-    """A check's work would become part of the graph; and what was not checked must not be taken for trusted later."""
+def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(card, monkeypatch):
+    """Its work would become part of the graph; and what was not verified must not count as verified later."""
     asked = []
-    monkeypatch.setattr(trial, "load", lambda *_: None)
 
-    def choose():
-        return launch.choose_plan(
-            PROBLEM, CUDA, False, (), lambda plan, launch_kernel: None, lambda plan: asked.append(plan)
-        )
+    def verify(plan, problem, which, device):
+        asked.append((plan, problem, which, device))
+        return "wrong" if plan == PLANS[0] else None
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert choose() == plans(PROBLEM, H100, False)[0]
-    assert launch._chosen == {}
+    for _ in range(2):
+        assert _choose(monkeypatch, verify=verify) == (PLANS[0], [PLANS[0].columns])
     assert asked == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    choose()
-    assert asked == plans(PROBLEM, H100, False)[:1]
+    for _ in range(2):
+        assert _choose(monkeypatch, verify=verify)[0] == PLANS[1]
+    assert asked == [(plan, PROBLEM, Pass(), CUDA) for plan in PLANS[:2]]
+    _choose(monkeypatch, which=Pass(True, dh=False, dh_n=False), verify=verify)
+    assert len(asked) == 2, "without a gradient of h there is nothing to verify"
+
+
+@pytest.mark.parametrize("shift", [0, 1, 8])
+def test_a_tensor_is_copied_unless_it_is_contiguous_and_aligned(shift):
+    storage = torch.arange(200.0).to(torch.float16)
+    first = -storage.data_ptr() % 16 // 2 + shift
+    t = storage[first : first + 64].view(8, 8)
+    copied = aligned(t)
+    assert (copied is t) == (shift % 8 == 0)
+    for each in (t, t.T, t[:, ::2]):
+        assert torch.equal(aligned(each), each)
+        assert aligned(each).is_contiguous()
+        assert aligned(each).data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -119,10 +129,8 @@ def test_while_a_graph_is_captured_nothing_is_checked_and_nothing_is_kept(card, 
 def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     """Its warps, stages, registers, programs; and cooperatively wherever programs wait for each other."""
     batch, hidden, steps = 40, 64, 4
-    problem = Problem(steps, batch, hidden, torch.float16)
-    plan = next(
-        p for p in plans(dataclasses.replace(problem, hidden=256), H100, backward) if p.family is Family.COOPERATIVE
-    )
+    problem = Problem(2, batch, hidden, torch.float16)
+    plan = next(p for p in plans(problem._replace(hidden=256), H100, backward) if p.family is Family.COOPERATIVE)
     if family is not Family.COOPERATIVE:
         plan = next(p for p in plans(problem, H100, backward) if p.family is family)
     made = []
@@ -160,59 +168,38 @@ def test_words_of_rows_that_begin_anywhere(offset, width):
     assert words.shape == (4, -(-width // 2))
 
 
-def test_sequences_of_other_lengths_are_no_other_kind_of_problem(card, monkeypatch):
-    """Each would be planned and compiled anew, where lengths vary from batch to batch; a single step is one, though."""
-    tried = []
-    monkeypatch.setattr(trial, "load", lambda kernel, grid, arguments: tried.append(arguments))
-
-    def attempt(plan, launch_kernel):
-        launch_kernel(launch.step.lstm_step_forward_kernel, (1,), plan=plan)
-
-    for steps, kinds in ((100, 1), (2, 1), (31, 1), (5000, 1), (1, 2), (100, 2)):
-        problem = dataclasses.replace(PROBLEM, steps=steps)
-        plan = launch.choose_plan(problem, CUDA, False, (), attempt)
-        assert plan == plans(problem, H100, False)[0]
-        assert len(tried) == len(launch._chosen) == kinds
-
-
-@pytest.mark.parametrize(
-    "failure", [trial.DoesNotFit("spills 8 bytes"), ValueError("M, N, K >= 16"), RuntimeError("PassManager")]
-)
+@pytest.mark.parametrize("failure", [8 // 4, ValueError("M, N, K >= 16"), RuntimeError("PassManager")], ids=str)
 def test_a_plan_that_does_not_compile_does_not_fit_and_a_log_line_says_why(card, monkeypatch, caplog, failure):
-    refused = plans(PROBLEM, H100, False)[0]
-
-    def load(kernel, grid, arguments):
-        if arguments["plan"] == refused:
-            raise failure
+    def load(kernel, arguments):
+        if _columns(arguments) == PLANS[0].columns:
+            if isinstance(failure, Exception):
+                raise failure
+            return failure
+        return 0
 
     with caplog.at_level(logging.INFO, "gpu_lstm"):
         plan, tried = _choose(monkeypatch, load)
-    assert tried == plans(PROBLEM, H100, False)[:2]
-    assert plan == tried[1]
-    assert str(failure) in caplog.text
+    assert tried == [p.columns for p in PLANS[:2]]
+    assert plan == PLANS[1]
+    assert (str(failure) if isinstance(failure, Exception) else "spills 8 bytes a thread") in caplog.text
 
 
 def test_hopeless_plans_are_not_all_compiled(card, monkeypatch):
-    assert len(plans(PROBLEM, H100, False)) > trial.MOST + 1
-
-    def load(kernel, grid, arguments):
-        if arguments["plan"].family is not Family.STEP:
-            raise trial.DoesNotFit("spills")
-
-    plan, tried = _choose(monkeypatch, load)
+    assert len(PLANS) > choose.MOST + 1
+    plan, tried = _choose(monkeypatch, lambda kernel, arguments: "step" not in kernel.__name__)
     assert plan.family is Family.STEP
-    assert len(tried) == trial.MOST + 1 == 4
+    assert len(tried) == choose.MOST + 1 == 4
 
 
 def test_where_no_kernel_compiles_the_error_names_every_reason(card, monkeypatch):
-    def load(kernel, grid, arguments):
-        raise ValueError(f"no {arguments['plan'].family.value} today")
+    def load(kernel, arguments):
+        raise ValueError(f"no {kernel.__name__} today")
 
-    with pytest.raises(
-        RuntimeError, match=r"no Triton kernel can run this layer on this card.*no cooperative today.*no step today"
-    ):
-        _choose(monkeypatch, load)
-    assert launch._chosen == {}
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=r"no Triton kernel can run this layer on this card.*no lstm_coop.*no lstm_step.*today"
+        ):
+            _choose(monkeypatch, load)
 
 
 def test_out_of_memory_is_no_matter_of_plans(card, monkeypatch):
@@ -223,15 +210,11 @@ def test_out_of_memory_is_no_matter_of_plans(card, monkeypatch):
         _choose(monkeypatch, load)
 
 
-def test_a_line_says_what_takes_long(card, monkeypatch, caplog):
-    monkeypatch.setattr(trial, "SLOW_S", 0.01)
-    _choose(monkeypatch, lambda *_: time.sleep(0.2))
-    assert "compiling the kernels of a layer" in caplog.text
-
-
-def test_a_quick_compilation_is_not_mentioned(card, monkeypatch, caplog):
-    _choose(monkeypatch, lambda *_: None)
-    assert caplog.text == ""
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_line_says_what_takes_long(card, monkeypatch, caplog, slow):
+    monkeypatch.setattr(choose, "SLOW_S", 0.01 if slow else 60)
+    _choose(monkeypatch, lambda *_: time.sleep(0.2 if slow else 0))
+    assert ("compiling the kernels of a layer" in caplog.text) == slow
 
 
 @pytest.mark.skipif(launch.INTERPRETED, reason="kernels are interpreted here")

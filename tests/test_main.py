@@ -15,11 +15,11 @@ from gpu_lstm import backends, races
 from gpu_lstm.__main__ import main
 from gpu_lstm.backends import Backend
 from gpu_lstm.kernels import cache as remembered
+from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.report import Report
 from gpu_lstm.kernels.sass import Loop
 from gpu_lstm.kernels.triton_lstm import plan_cache
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ import gpu_lstm
 from gpu_lstm import backends, modules, races
 from gpu_lstm.backends import Backend
 from gpu_lstm.kernels import cache as remembered
+from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 from gpu_lstm.races import Decision, Mode
 

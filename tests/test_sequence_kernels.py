@@ -354,14 +354,14 @@ def test_a_broken_exchange_is_seen(monkeypatch, module, name, fault, norms, dtyp
 
 
 @triton.jit
-def never_meet(arrivals_ptr, times, patience, error_ptr, step):
-    return patience
+def never_meet(arrivals_ptr, times, poll_limit, error_ptr, step):
+    return poll_limit
 
 
 @pytest.mark.parametrize("projected", [0, 5])
 def test_programs_that_do_not_meet_are_seen(monkeypatch, projected):
     _meet(monkeypatch, yield_rate=0.3)
-    monkeypatch.setattr(step, "meet", never_meet)
+    monkeypatch.setattr(step, "grid_barrier", never_meet)
     given = example(9, 3, 3, 40, projected)
     with pytest.raises(AssertionError):
         assert_as_good_as_torch(lambda seed: given, "triton", torch.float32, seeds=5)  # in one order or another
@@ -431,8 +431,8 @@ def never_publish(at, words, mask):
 
 
 @triton.jit
-def meet_one_more(arrivals_ptr, times, patience, error_ptr, step):
-    return exchange.meet(arrivals_ptr, times + 1, patience, error_ptr, step)
+def meet_one_more(arrivals_ptr, times, poll_limit, error_ptr, step):
+    return exchange.grid_barrier(arrivals_ptr, times + 1, poll_limit, error_ptr, step)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def meet_one_more(arrivals_ptr, times, patience, error_ptr, step):
     [
         (cooperative, "publish", never_publish, "lstm_cooperative_forward_kernel"),
         (cooperative, "in_phase", one_phase, "lstm_cooperative_backward_kernel"),
-        (step, "meet", meet_one_more, "lstm_step_forward_kernel"),
+        (step, "grid_barrier", meet_one_more, "lstm_step_forward_kernel"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -449,8 +449,17 @@ def test_waiting_in_vain_ends_and_is_reported(monkeypatch, family, name, fault, 
         _meet(monkeypatch)
     else:
         _cooperate(monkeypatch, units=4)
-    monkeypatch.setattr(exchange, "POLL_LIMIT", 20)
-    monkeypatch.setattr(family, name, fault)
+    run = launch.launch_kernel
+
+    def run_with_the_fault(its, grid, **arguments):
+        """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
+        with monkeypatch.context() as patch:
+            if its.__name__ == kernel:
+                patch.setattr(family, name, fault)
+                arguments["POLL_LIMIT"] = 20
+            run(its, grid, **arguments)
+
+    monkeypatch.setattr(launch, "launch_kernel", run_with_the_fault)
     tensors = [None if t is None else t.float().requires_grad_() for t in example(5, 3, 3, 8).tensors]
     x, h0, c0, *weights = tensors
     h, _ = lstm_layer(x, weights, (h0, c0), backend="triton")

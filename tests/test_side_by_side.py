@@ -16,10 +16,9 @@ import gpu_lstm
 from gpu_lstm import chunks, fused, streams
 from gpu_lstm.__main__ import main
 from gpu_lstm.kernels import ordering
-from gpu_lstm.kernels.problem import Recurrence
+from gpu_lstm.kernels.problem import Problem, Recurrence
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
 
 CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]

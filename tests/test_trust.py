@@ -14,10 +14,9 @@ import gpu_lstm
 from gpu_lstm import backends, races, trust
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache as remembered
-from gpu_lstm.kernels.problem import Norms, Recurrence
+from gpu_lstm.kernels.problem import Norms, Problem, Recurrence
 from gpu_lstm.kernels.triton_lstm import exchange, indexing, launch, step, trial
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels")

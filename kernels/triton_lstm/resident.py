@@ -1,7 +1,7 @@
 """The resident family: the whole sequence in one launch, W_hh on chip, no exchange between programs.
 
 A program owns 8 sequences and all hidden units, for hidden sizes whose W_hh fits the registers of one block. The units
-are split over the warps: each holds the rows of its units as operands of products (fragments.py), takes h of all units
+are split over the warps: each holds the rows of its units as operands of products (fragments.py), reads h of all units
 from shared memory, and computes the cells that its products belong to, so that a step has one barrier. Kernels are
 written thread by thread; a thread has CELLS cells: number n is the unit 8 (n // 2) + column of its warp's, and the
 sequence 2 quarter + n % 2.
@@ -185,21 +185,21 @@ def lstm_resident_forward_kernel(
         time, row, valid, continues = two_positions(step, length, resets_ptr, batch, B, in_batch, REVERSE)
 
         # Load, before the product, which hides its latency.
-        x, h_prev, h_taken, c_prev = (), (), (), ()
+        x, h_prev, h_operand, c_prev = (), (), (), ()
         for n in tl.static_range(CELLS):
             x = x + load_gates(gates_ptr, row[n % 2] * (4 * H) + unit[n], valid[n % 2] & (unit[n] < H), H)
             reset = valid[n % 2] & ~continues[n % 2]
             h_prev = h_prev + (tl.where(reset, 0.0, h[n]).to(DTYPE),)
             if dropout_h_ptr is not None:
                 factors = load_factors(dropout_h_ptr, batch[n % 2], unit[n], in_batch[n % 2], H)
-                h_taken = h_taken + ((factors * h_prev[n].to(tl.float32)).to(DTYPE),)
+                h_operand = h_operand + ((factors * h_prev[n].to(tl.float32)).to(DTYPE),)
             else:
-                h_taken = h_taken + (h_prev[n],)
+                h_operand = h_operand + (h_prev[n],)
             before = tl.where(reset, 0.0, c[n])
             c_prev = c_prev + (reset_to(before, reset_c_ptr, row[n % 2] * H + unit[n], reset & (unit[n] < H)),)
 
         # Product: the four gates of the thread's cells.
-        shared = share(h_taken, sequence, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
+        shared = share(h_operand, sequence, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
         products = product(weights, take(shared, 0, CHUNKS, CHUNKS, DTYPE, WARPS), DTYPE, CHUNKS, TILES, WARPS)
         z = ()
         for n in tl.static_range(4 * CELLS):  # number n is gate n % 4 of cell n // 4
@@ -217,8 +217,8 @@ def lstm_resident_forward_kernel(
                 c_cell = c_cell + (cell_of[6 * n + 4],)
             mean, scale = moments(c_cell, unit, H, 1, CELLS, WARPS)
             for n in tl.static_range(CELLS):
-                seen = normalise(c_cell[n], mean[n % 2], scale[n % 2], gains_c[n], biases_c[n])
-                h_cell = h_cell + (output(cell_of[6 * n + 3], seen),)
+                normed = normalise(c_cell[n], mean[n % 2], scale[n % 2], gains_c[n], biases_c[n])
+                h_cell = h_cell + (output(cell_of[6 * n + 3], normed),)
 
         h, c = (), ()
         for n in tl.static_range(CELLS):
@@ -277,8 +277,8 @@ def lstm_resident_backward_kernel(
     dropout_h_ptr,  # [B, H] or None
     zoneout_h_ptr,  # [T*B, H], one float32, or None
     zoneout_c_ptr,  # [T*B, H], one float32, or None
-    dh_from_zoneout_ptr,  # [B, H] float32 zeros, out: what zoneout hands back to h0; or None
-    dreset_h_ptr,  # [T*B, H] float32 zeros, out where a step is reset: what zoneout hands back to h before it; or None
+    dh_from_zoneout_ptr,  # [B, H] float32 zeros, out: the gradient of h0 through zoneout; or None
+    dreset_h_ptr,  # [T*B, H] float32 zeros, out where a step is reset: gradient of h before it through zoneout; or None
     reset_c_ptr,  # [T*B, H] float32 or None
     dreset_c_ptr,  # [T*B, H] float32 zeros, out where a step is reset: gradient of c before it; or None
     T,
@@ -398,7 +398,7 @@ def lstm_resident_backward_kernel(
             dc_prev = dc_prev + (d_c,)
 
         # Through the layer norm, to the gradient of W_hh h.
-        taken = dz_i + dz_f + dz_g + dz_o
+        operand = dz_i + dz_f + dz_g + dz_o
         if NORM_HH:
             units_hh, d_units, d_units_along = (), (), ()
             for n in tl.static_range(CELLS):
@@ -414,17 +414,17 @@ def lstm_resident_backward_kernel(
             of_d = sum_over_units(d_units, 4, CELLS, WARPS)
             of_d_unit = sum_over_units(d_units_along, 1, CELLS, WARPS)
             scale = two_scales(scale_hh_ptr, row, valid)
-            taken = ()
+            operand = ()
             for n in tl.static_range(4 * CELLS):  # number n is gate n // CELLS of cell n % CELLS
                 d = normalise_backward(
                     d_units[n % CELLS * 4 + n // CELLS], units_hh[n % CELLS * 4 + n // CELLS], scale[n % CELLS % 2],
                     of_d[n % CELLS % 2] / (4 * H), of_d_unit[n % CELLS % 2] / (4 * H),
                 )  # fmt: skip
-                taken = taken + (d.to(DTYPE),)
+                operand = operand + (d.to(DTYPE),)
 
         # Product, gate by gate: the gradient of the state before the step.
         shared = share(
-            taken, sequence + sequence + sequence + sequence, elements_of_dz, back % 2,
+            operand, sequence + sequence + sequence + sequence, elements_of_dz, back % 2,
             DTYPE, 4 * CELLS, 4 * CHUNKS, WARPS,
         )  # fmt: skip
         words_i = take(shared, 0, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)

@@ -1,10 +1,10 @@
 """The step family: every hidden size, batch, projection and dtype; W_hh is read from L2 at every step.
 
-One launch for the whole sequence. The work of a step is cut into tiles of sequences and units, which the programs share
-out among them: each walks its tiles, then all of them meet (exchange.meet), for the next step needs what all have
-computed. A step has several such rounds where something needs all units of a sequence: a projection (h = W_hr m; m is
-the output of the cell, see cell.py), and the layer norms of W_hh h and of c (norm.py). All programs must be resident at
-once. Tiles are [batch, units].
+One launch for the whole sequence. The work of a step is split into tiles of sequences and units, distributed over the
+programs. A grid-wide barrier (exchange.grid_barrier) ends the step, since the next one needs the results of all. A step
+has several such rounds where something needs all units of a sequence: a projection (h = W_hr m; m is the output of the
+cell, see cell.py), and the layer norms of W_hh h and of c (norm.py). All programs must be resident at once. Tiles are
+[batch, units].
 """
 
 from math import ceil
@@ -25,7 +25,7 @@ from .cell import (
     zoneout,
     zoneout_backward,
 )
-from .exchange import meet
+from .exchange import grid_barrier
 from .features import MOST_ROWS
 from .indexing import (
     cell_before,
@@ -185,7 +185,7 @@ def lstm_step_forward_kernel(
     zoneout_c_ptr,  # [T*B, H], one float32, or None
     reset_h_ptr,  # [T*B, P] for zoneout_h, or None
     reset_c_ptr,  # [T*B, H] float32 or None
-    arrivals_ptr,  # [1] int32 zero, see exchange.meet
+    arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier
     error_ptr,  # [1] int32
     T,
     B,
@@ -203,12 +203,12 @@ def lstm_step_forward_kernel(
 ):
     """All steps: the recurrent product, the gates and the cell; then, if there is one, the projection.
 
-    Layer norms cut this short after the product and after the cell.
+    Layer norms split it after the product and after the cell.
     """
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
-    MEETINGS: tl.constexpr = 1 + PROJECT + NORM_HH + NORM_C
-    patience = POLL_LIMIT
+    BARRIERS: tl.constexpr = 1 + PROJECT + NORM_HH + NORM_C
+    poll_limit = POLL_LIMIT
     for step in range(T):
         if NORM_HH:
             for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_H), tl.num_programs(0)):
@@ -223,7 +223,7 @@ def lstm_step_forward_kernel(
                 tl.store(product_ptr + product_place(batch, unit_tile, H, BLOCK_H), z, mask=in_batch[:, None])
                 mean, squares = moments(z, in_columns[None, :], 4 * tl.minimum(H - unit_tile * BLOCK_H, BLOCK_H))
                 store_pair(moments_hh_ptr, unit_tile, batch, in_batch, B, mean, squares)
-            patience = meet(arrivals_ptr, MEETINGS * step + 1, patience, error_ptr, step)
+            poll_limit = grid_barrier(arrivals_ptr, BARRIERS * step + 1, poll_limit, error_ptr, step)
 
         for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_H), tl.num_programs(0)):
             first, unit_tile = tile_at(tile, B, BLOCK_B)
@@ -289,7 +289,7 @@ def lstm_step_forward_kernel(
                 store_gates(gates_ptr, gates_at, valid_tile, i, f, g, o, H)
 
         if PROJECT or NORM_C:
-            patience = meet(arrivals_ptr, MEETINGS * step + MEETINGS - 1, patience, error_ptr, step)
+            poll_limit = grid_barrier(arrivals_ptr, BARRIERS * step + BARRIERS - 1, poll_limit, error_ptr, step)
             for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(P, BLOCK_H), tl.num_programs(0)):
                 first, p_tile = tile_at(tile, B, BLOCK_B)
                 batch, in_batch, length = sequences_from(first, lengths_ptr, T, B, BLOCK_B)
@@ -323,12 +323,12 @@ def lstm_step_forward_kernel(
                 final_at = batch[:, None].to(tl.int64) * P + p[None, :]
                 tl.store(h_ptr + at, h, mask=in_tile)
                 tl.store(h_n_ptr + final_at, h, mask=in_tile & (step == length - 1)[:, None])
-        patience = meet(arrivals_ptr, MEETINGS * step + MEETINGS, patience, error_ptr, step)
+        poll_limit = grid_barrier(arrivals_ptr, BARRIERS * step + BARRIERS, poll_limit, error_ptr, step)
 
 
 @triton.jit
 def pairs_of_step(step, H: tl.constexpr, BLOCK_H: tl.constexpr, B):
-    """Where the tiles' pairs of a step begin: two steps take turns, since one is written while the other is read."""
+    """Where the tiles' pairs of a step begin: two steps alternate, since one is written while the other is read."""
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     return tl.cast(step % 2, tl.int64) * (TILES * 2) * B
 
@@ -341,7 +341,7 @@ def hidden_gradient(
     weight_hh_ptr,  # [4H, P]
     dropout_h_ptr,  # [B, P] or None
     zoneout_h_ptr,  # [T*B, P], one float32, or None
-    dh_from_zoneout_ptr,  # [B, P] float32 or None: what the step after hands back through zoneout; out: this one's
+    dh_from_zoneout_ptr,  # [B, P] float32 or None: gradient through zoneout of the step after; out: of this one
     dreset_h_ptr,  # [T*B, P] float32 or None, see lstm_step_backward_kernel
     gain_hh_ptr,  # [4H] or None
     unit_hh_ptr,  # [T*B, 4H] or None
@@ -411,7 +411,7 @@ def lstm_step_backward_kernel(
     gain_hh_ptr,  # [4H]; or None, without a layer norm of W_hh h
     unit_hh_ptr,  # [T*B, 4H] or None
     scale_hh_ptr,  # [T*B] float32 or None
-    sums_hh_ptr,  # [2, tiles, B, 2] float32: as sums_c, of unit_hh, for even and odd steps by turns; or None
+    sums_hh_ptr,  # [2, tiles, B, 2] float32: as sums_c, of unit_hh, for even and odd steps alternately; or None
     gain_c_ptr,  # [H]; or None, without a layer norm of c
     bias_c_ptr,  # [H] or None
     unit_c_ptr,  # [T*B, H] float32 or None
@@ -426,10 +426,10 @@ def lstm_step_backward_kernel(
     zoneout_h_ptr,  # [T*B, P], one float32, or None
     zoneout_c_ptr,  # [T*B, H], one float32, or None
     dh_from_zoneout_ptr,  # [B, P] float32 or None, see hidden_gradient
-    dreset_h_ptr,  # [T*B, P] float32 zeros, out where a step is reset: what zoneout hands back to h before it; or None
+    dreset_h_ptr,  # [T*B, P] float32 zeros, out where a step is reset: gradient of h before it through zoneout; or None
     reset_c_ptr,  # [T*B, H] float32 or None
     dreset_c_ptr,  # [T*B, H] float32 zeros, out where a step is reset: gradient of c before it; or None
-    arrivals_ptr,  # [1] int32 zero, see exchange.meet
+    arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier
     error_ptr,  # [1] int32
     T,
     B,
@@ -447,8 +447,8 @@ def lstm_step_backward_kernel(
     """All steps, from the last to the first: the product with the dgates of the step after, and the cell."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
-    MEETINGS: tl.constexpr = 2 if PROJECT or NORM_C else 1
-    patience = POLL_LIMIT
+    BARRIERS: tl.constexpr = 2 if PROJECT or NORM_C else 1
+    poll_limit = POLL_LIMIT
     for back in range(T):
         step = T - 1 - back
         if PROJECT or NORM_C:
@@ -477,7 +477,7 @@ def lstm_step_backward_kernel(
                         o.to(tl.float32), unit_c, dh.to(tl.float32), gain[None, :], bias[None, :]
                     )
                     store_pair(sums_c_ptr, p_tile, batch, in_batch, B, tl.sum(d_unit, 1), tl.sum(d_unit * unit_c, 1))
-            patience = meet(arrivals_ptr, MEETINGS * back + 1, patience, error_ptr, step)
+            poll_limit = grid_barrier(arrivals_ptr, BARRIERS * back + 1, poll_limit, error_ptr, step)
 
         for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_H), tl.num_programs(0)):
             first, unit_tile = tile_at(tile, B, BLOCK_B)
@@ -549,7 +549,7 @@ def lstm_step_backward_kernel(
             tl.store(dc_ptr + state_at, tl.where(continues[:, None], dc_prev, 0.0), mask=valid_tile)
             if dreset_c_ptr is not None:
                 tl.store(dreset_c_ptr + at, dc_prev, mask=valid_tile & ~continues[:, None])
-        patience = meet(arrivals_ptr, MEETINGS * back + MEETINGS, patience, error_ptr, step)
+        poll_limit = grid_barrier(arrivals_ptr, BARRIERS * back + BARRIERS, poll_limit, error_ptr, step)
 
 
 def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
@@ -559,10 +559,10 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
     tensor-core instructions.
     """
     rows = 16 if problem.batch <= 16 else 32 if problem.batch <= 32 else 64
-    heavy = problem.regularised or problem.normalised  # masks and norms take registers
+    heavy = problem.regularised or problem.normalised  # masks and norms need registers
     most, stages = (32, 2) if heavy else (MOST_ROWS, 3)
     if problem.exact_float32:
-        most //= 2  # and so do products without them
+        most //= 2  # and products without tensor cores do, too
     rows = min(rows, most)
     columns = 16  # of which a forward product has four gates
     tiles = ceil(problem.batch / rows) * ceil(max(problem.hidden, problem.projected) / columns)
@@ -571,7 +571,7 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
     stage = (rows + columns * (1 if backward else 4)) * k * problem.size
     why = "W_hh is read from L2 at every step"
     if problem.normalised:
-        why += "; layer norms need sums over all units, for which all programs meet once or twice more"
+        why += "; layer norms need sums over all units, for one or two more grid-wide barriers"
     return Plan(
         Family.STEP, rows, columns, k, programs, 1, 8 if problem.exact_float32 and heavy else 4,
         stages, 2 * stage, why,
@@ -603,7 +603,7 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
 
 
 def hidden_states(h_then_h0: Tensor, hidden: int) -> Tensor:
-    """h [T, B, P]; not a view, which autograd lets nobody change in place."""
+    """h [T, B, P]; not a view, which autograd forbids to change in place."""
     return h_then_h0.new_empty(0).set_(h_then_h0[:-1])
 
 
