@@ -156,7 +156,7 @@ def test_a_fault_in_the_exchange_of_words_is_detected(kernels, fault):
 
 
 def _problems_of_barriers(kernel: dict) -> list[str]:
-    """What is wrong with `grid_barrier`: what was stored is to come before its release, what is loaded after its acquire."""
+    """What is wrong with `grid_barrier`: stores are to come before its release, loads after its acquire."""
     events = _events(kernel, "arrivals")
     problems = []
     for n, (kind, text) in enumerate(events):

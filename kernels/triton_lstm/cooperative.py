@@ -96,13 +96,8 @@ def exchange_pairs(
     batch,  # [THREADS] the thread's sequence
     in_batch,
     phase,  # of the step; at every step, so that none is left out
-    error_ptr,
-    step,
-    H: tl.constexpr,
-    UNITS: tl.constexpr,
-    WARPS: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-):
+    error_ptr, step, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, POLL_LIMIT: tl.constexpr,
+):  # fmt: skip
     """Two numbers of each sequence: what a thread's programs, place + n ROW, say of their units; zero where none is.
 
     A tuple of their firsts, seconds and how many units they have, alternately. Programs without units take no part.
@@ -130,17 +125,9 @@ def moments_of_group(
     v,  # tuple of GATES [THREADS]: of the thread's cell
     is_cell,  # [THREADS]
     pairs_ptr,  # and below: as for `exchange_pairs`
-    batch,
-    in_batch,
-    phase,
-    error_ptr,
-    step,
-    H: tl.constexpr,
-    UNITS: tl.constexpr,
-    WARPS: tl.constexpr,
-    GATES: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-):
+    batch, in_batch, phase, error_ptr, step, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
+    GATES: tl.constexpr, POLL_LIMIT: tl.constexpr,
+):  # fmt: skip
     """(mean, scale) of v of all units, [THREADS]."""
     total = tl.zeros((32 * WARPS,), tl.float32)
     for n in tl.static_range(GATES):
@@ -170,17 +157,9 @@ def means_of_group(
     d,  # [THREADS] of the thread's cell, zero where there is none
     d_unit,
     pairs_ptr,  # and below: as for `exchange_pairs`
-    batch,
-    in_batch,
-    phase,
-    error_ptr,
-    step,
-    H: tl.constexpr,
-    UNITS: tl.constexpr,
-    WARPS: tl.constexpr,
-    GATES: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-):
+    batch, in_batch, phase, error_ptr, step, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
+    GATES: tl.constexpr, POLL_LIMIT: tl.constexpr,
+):  # fmt: skip
     """Both sums over all units, divided by GATES * H, [THREADS]: what `normalise_backward` takes."""
     of_programs = exchange_pairs(
         sum_of_row(d, WARPS), sum_of_row(d_unit, WARPS),
@@ -197,35 +176,19 @@ def means_of_group(
 def lstm_cooperative_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
     weights_ptr,  # [4H, W] int32: W_hh
-    peephole_ptr,  # [3H] or None
-    gain_hh_ptr,  # [4H], or None without a layer norm of W_hh h
-    gain_c_ptr,  # [H], or None without a layer norm of c
-    bias_c_ptr,  # [H] or None
+    peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr,
     words_ptr,  # [T*B + B, W] int32: h of every step, out and the exchange, sentinels beforehand; then h0
     pairs_hh_ptr,  # see `exchange_pairs`, with a layer norm of W_hh h; or None
     pairs_c_ptr,  # the same, of c; or None
-    c_ptr,  # [T*B, H] float32 out, None without SAVE
+    c_ptr,
     h_n_ptr,  # [B, H] h0, made h of a sequence's last step
     c_n_ptr,  # [B, H] float32 c0, made c after every step
-    lengths_ptr,  # [B] or None
-    resets_ptr,  # [T*B] or None
+    lengths_ptr, resets_ptr,
     dropout_h_ptr,  # [B, W] int32: factors of h, or None
-    zoneout_h_ptr,  # [T*B, H], one float32, or None
-    zoneout_c_ptr,  # [T*B, H], one float32, or None
-    reset_h_ptr,  # [T*B, H] for zoneout_h, or None
-    reset_c_ptr,  # [T*B, H] float32 or None
-    error_ptr,  # [1] int32
-    T,
-    B,
-    H: tl.constexpr,
-    PEEPHOLES: tl.constexpr,
-    REVERSE: tl.constexpr,
-    SAVE: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-    UNITS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
+    REVERSE: tl.constexpr, SAVE: tl.constexpr, POLL_LIMIT: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr,
     WARPS: tl.constexpr,
-):
+):  # fmt: skip
     """All steps of the units of a program; grid (programs of a group, groups)."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
@@ -336,47 +299,23 @@ def lstm_cooperative_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_cooperative_backward_kernel(
-    dh_ptr,  # [T*B, H] or None
-    dh_n_ptr,  # [B, H] or None
+    dh_ptr, dh_n_ptr,
     gates_ptr,  # [T*B, 4H] activated
-    c_ptr,  # [T*B, H] float32
-    c0_ptr,  # [B, H] float32
+    c_ptr, c0_ptr,
     weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
-    peephole_ptr,  # [3H] or None
-    gain_hh_ptr,  # [4H], or None without a layer norm of W_hh h
-    unit_hh_ptr,  # [T*B, 4H] or None
-    scale_hh_ptr,  # [T*B] float32 or None
-    gain_c_ptr,  # [H], or None without a layer norm of c
-    bias_c_ptr,  # [H] or None
-    unit_c_ptr,  # [T*B, H] float32 or None
-    scale_c_ptr,  # [T*B] float32 or None
+    peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
     words_ptr,  # [T*B, 4, W] int32: dgates, or their gradient through the norm of W_hh h; sentinels beforehand
     dgates_ptr,  # [T*B, 4H] out; None without that norm, where they are the words
     pairs_hh_ptr,  # see `exchange_pairs`, with a layer norm of W_hh h; or None
     pairs_c_ptr,  # the same, of c; or None
     partials_ptr,  # [B, 4, H] int32: float32 words, the second exchange; their last bits are one beforehand
-    dh_total_ptr,  # [T*B, H] out: the gradient of m; None without a layer norm of c
+    dh_total_ptr,
     dc_ptr,  # [B, H] float32, gradient of c_n, made that of c before every step
-    lengths_ptr,  # [B] or None
-    resets_ptr,  # [T*B] or None
-    dropout_h_ptr,  # [B, H] or None
-    zoneout_h_ptr,  # [T*B, H], one float32, or None
-    zoneout_c_ptr,  # [T*B, H], one float32, or None
+    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, H] float32 zeros, made the gradient of h before every step through zoneout; or None
-    dreset_h_ptr,  # [T*B, H] float32 zeros, out where a step is reset: gradient of h before it through zoneout; or None
-    reset_c_ptr,  # [T*B, H] float32 or None
-    dreset_c_ptr,  # [T*B, H] float32 zeros, out where a step is reset: gradient of c before it; or None
-    error_ptr,  # [1] int32
-    T,
-    B,
-    H: tl.constexpr,
-    PEEPHOLES: tl.constexpr,
-    REVERSE: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-    UNITS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    WARPS: tl.constexpr,
-):
+    dreset_h_ptr, reset_c_ptr, dreset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
+    REVERSE: tl.constexpr, POLL_LIMIT: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
     """All steps, from the last to the first, of the units of a program; grid (programs of a group, groups)."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None

@@ -102,15 +102,12 @@ def collect(
     at,  # [THREADS] pointers to words: of the first group
     left,  # [THREADS] how many words there are from here on; none where not positive
     phase,  # 0 or 1, if PHASED
-    error_ptr,
-    step,
-    GROUPS: tl.constexpr,
+    error_ptr, step, GROUPS: tl.constexpr,
     SIZE: tl.constexpr,  # words of a group, neighbours
     STRIDE: tl.constexpr,  # words from one group to the next
     TOGETHER: tl.constexpr,  # 1, 2 or 4: neighbours of one load; they lie at a multiple of as many words
-    PHASED: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-):
+    PHASED: tl.constexpr, POLL_LIMIT: tl.constexpr,
+):  # fmt: skip
     """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32. Others are zero.
 
     Relaxed loads of gpu scope, repeated while a word is the sentinel or, if PHASED, of the other phase. Each warp polls

@@ -48,9 +48,8 @@ def load_weights(
     first,  # [THREADS] the first word of the thread's first quad
     W: tl.constexpr,
     STRIDE: tl.constexpr,  # words from one chunk of the thread to the next
-    CHUNKS: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    CHUNKS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """A of TILES x 16 rows and CHUNKS chunks: a tuple of [THREADS] words, which stays in registers."""
     weights = ()
     for chunk in tl.static_range(CHUNKS):
@@ -66,11 +65,8 @@ def load_weights(
 def product(
     weights,  # of load_weights
     x,  # tuple of CHUNKS quads of [THREADS] words: B
-    DTYPE: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    TILES: tl.constexpr,
-    WARPS: tl.constexpr,
-):
+    DTYPE: tl.constexpr, CHUNKS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
     """D: for each tile the rows column and column + 8, of each two sequences: a tuple of 4 TILES [THREADS] float32."""
     if INTERPRETED:
         sums = product_by_definition(weights, x, DTYPE, CHUNKS, TILES, WARPS)
@@ -87,10 +83,8 @@ def scale(
     x,  # as for `product`
     factors_at,  # [THREADS] pointers to words: of the first quad
     left,  # [THREADS] how many words there are from here on
-    CHUNKS: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+    CHUNKS: tl.constexpr, STRIDE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """x times as many factors, rounded to DTYPE."""
     scaled = ()
     for n in tl.static_range(4 * CHUNKS):
@@ -117,11 +111,10 @@ def share(
     sequences,  # tuple of COUNT [THREADS]: of which sequence each is
     elements_of_k,  # tuple of COUNT [THREADS]: and which element of its row
     turn,  # 0 and 1 alternately, so that a call writes other memory than the one before
-    DTYPE: tl.constexpr,
-    COUNT: tl.constexpr,
+    DTYPE: tl.constexpr, COUNT: tl.constexpr,
     CHUNKS: tl.constexpr,  # of a row; even
     WARPS: tl.constexpr,
-):
+):  # fmt: skip
     """What the threads of a program hold of 8 rows of K, for all its warps: where it lies, for `take`.
 
     In shared memory [2, 8 sequences, 16 CHUNKS words], with one barrier, as in `sum_over_warps`.
@@ -146,9 +139,8 @@ def take(
     FIRST: tl.constexpr,  # chunk of a row; even
     COUNT: tl.constexpr,  # chunks
     CHUNKS: tl.constexpr,  # of a row
-    DTYPE: tl.constexpr,
-    WARPS: tl.constexpr,
-):
+    DTYPE: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
     """COUNT quads of the thread's column, a tuple of 4 COUNT [THREADS] words: B."""
     _, _, column, quarter = threads(WARPS)
     if INTERPRETED:
@@ -190,10 +182,8 @@ def sum_over_warps(
     sequences,  # tuple of COUNT [THREADS]: and of which sequence
     wanted,  # [THREADS] whether it wants any, the same in all threads of a warp; where not, sums mean nothing
     turn,  # 0 and 1 alternately, so that a call writes other memory than the one before
-    COUNT: tl.constexpr,
-    TILES: tl.constexpr,
-    WARPS: tl.constexpr,
-):
+    COUNT: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
     """Elements of the sum of all warps' products, COUNT [THREADS] float32, in the same order every time.
 
     The products are added in shared memory [2, WARPS, 16 TILES rows, 8 sequences], with one barrier: while one half is

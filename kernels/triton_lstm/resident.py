@@ -124,32 +124,16 @@ def moments(v, unit, H: tl.constexpr, PER: tl.constexpr, CELLS: tl.constexpr, WA
 def lstm_resident_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
     weights_ptr,  # [4H, W] int32: W_hh
-    peephole_ptr,  # [3H] or None
-    gain_hh_ptr,  # [4H], or None without a layer norm of W_hh h
-    gain_c_ptr,  # [H], or None without a layer norm of c
-    bias_c_ptr,  # [H] or None
-    h0_ptr,  # [B, H]
-    c0_ptr,  # [B, H] float32
+    peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr, h0_ptr, c0_ptr,
     h_ptr,  # [T*B, H]
-    c_ptr,  # [T*B, H] float32, None without SAVE
+    c_ptr,
     h_n_ptr,  # [B, H]
     c_n_ptr,  # [B, H] float32
-    lengths_ptr,  # [B] or None
-    resets_ptr,  # [T*B] or None
-    dropout_h_ptr,  # [B, H] or None
-    zoneout_h_ptr,  # [T*B, H], one float32, or None
-    zoneout_c_ptr,  # [T*B, H], one float32, or None
-    reset_h_ptr,  # [T*B, H] for zoneout_h, or None
-    reset_c_ptr,  # [T*B, H] float32 or None
-    T,
-    B,
-    H: tl.constexpr,
-    PEEPHOLES: tl.constexpr,
-    REVERSE: tl.constexpr,
-    SAVE: tl.constexpr,
+    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, T, B,
+    H: tl.constexpr, PEEPHOLES: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
     UNITS: tl.constexpr,  # at least H
     WARPS: tl.constexpr,
-):
+):  # fmt: skip
     """All steps of a batch tile."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
@@ -255,40 +239,20 @@ def lstm_resident_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_resident_backward_kernel(
-    dh_ptr,  # [T*B, H] or None
-    dh_n_ptr,  # [B, H] or None
+    dh_ptr, dh_n_ptr,
     gates_ptr,  # [T*B, 4H] activated
-    c_ptr,  # [T*B, H] float32
-    c0_ptr,  # [B, H] float32
+    c_ptr, c0_ptr,
     weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
-    peephole_ptr,  # [3H] or None
-    gain_hh_ptr,  # [4H]; or None, without a layer norm of W_hh h
-    unit_hh_ptr,  # [T*B, 4H] or None
-    scale_hh_ptr,  # [T*B] float32 or None
-    gain_c_ptr,  # [H]; or None, without a layer norm of c
-    bias_c_ptr,  # [H] or None
-    unit_c_ptr,  # [T*B, H] float32 or None
-    scale_c_ptr,  # [T*B] float32 or None
-    dh_total_ptr,  # [T*B, H] out: the gradient of m; None without a layer norm of c
+    peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
+    dh_total_ptr,
     dgates_ptr,  # [T*B, 4H] out
     dc_ptr,  # [B, H] float32, in: gradient of c_n; out: of c0
-    lengths_ptr,  # [B] or None
-    resets_ptr,  # [T*B] or None
-    dropout_h_ptr,  # [B, H] or None
-    zoneout_h_ptr,  # [T*B, H], one float32, or None
-    zoneout_c_ptr,  # [T*B, H], one float32, or None
+    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, H] float32 zeros, out: the gradient of h0 through zoneout; or None
-    dreset_h_ptr,  # [T*B, H] float32 zeros, out where a step is reset: gradient of h before it through zoneout; or None
-    reset_c_ptr,  # [T*B, H] float32 or None
-    dreset_c_ptr,  # [T*B, H] float32 zeros, out where a step is reset: gradient of c before it; or None
-    T,
-    B,
-    H: tl.constexpr,
-    PEEPHOLES: tl.constexpr,
-    REVERSE: tl.constexpr,
+    dreset_h_ptr, reset_c_ptr, dreset_c_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr, REVERSE: tl.constexpr,
     UNITS: tl.constexpr,  # at least H
     WARPS: tl.constexpr,
-):
+):  # fmt: skip
     """All steps of a batch tile, from the last to the first."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None

@@ -67,10 +67,8 @@ def product(
     w_column,  # [columns] offset of each column's first element
     w_mask,  # [columns]
     w_stride_k,  # from one k to the next within a column
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """acc + (scale * a)[rows] @ w[:, columns], over K in tiles."""
     w_at = w_ptr + w_column[None, :] + tl.arange(0, BLOCK_K)[:, None] * w_stride_k
     for k_start in range(0, K, BLOCK_K):
@@ -95,15 +93,11 @@ def product_through_norm(
     row,  # [rows]
     row_mask,  # [rows] False: the row counts as zero
     scale,  # [rows] and below: see norm.normalise_backward
-    mean_d,
-    mean_d_unit,
+    mean_d, mean_d_unit,
     w_ptr,  # [K, columns]
     column,  # [columns]
-    K: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """acc + d' @ w[:, columns], where d' is the gradient of what was normalised."""
     w_at = w_ptr + column[None, :] + tl.arange(0, BLOCK_K)[:, None] * COLUMNS
     for k_start in range(0, K, BLOCK_K):
@@ -135,14 +129,9 @@ def recurrent_product(
     dropout_h_ptr,  # [B, P] or None
     batch,  # [BB]
     weight_hh_ptr,  # [4H, P]
-    unit_tile,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    unit_tile, H: tl.constexpr, P: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """W_hh h for all four gates of a tile's units, interleaved: [BB, 4 BH], and which columns there are, [4 BH]."""
     column, column_unit = interleaved_gates(unit_tile * BLOCK_H, H, BLOCK_H)
     z = tl.zeros((BLOCK_B, 4 * BLOCK_H), tl.float32)
@@ -163,44 +152,24 @@ def product_place(batch, unit_tile, H: tl.constexpr, BLOCK_H: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_step_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
-    weight_hh_ptr,  # [4H, P]
-    weight_hr_ptr,  # [P, H], None without a projection
-    peephole_ptr,  # [3H] or None
+    weight_hh_ptr, weight_hr_ptr, peephole_ptr,
     h_ptr,  # [T*B + B, P]: h of every step, out; then h0
     m_ptr,  # [B, H] of the step, None without a projection
-    gain_hh_ptr,  # [4H], or None without a layer norm of W_hh h
+    gain_hh_ptr,
     product_ptr,  # [B, 4H, in full tiles] float32: W_hh h of the step, or None
     moments_hh_ptr,  # [tiles, B, 2] float32 of it, or None
-    gain_c_ptr,  # [H], or None without a layer norm of c
-    bias_c_ptr,  # [H] or None
+    gain_c_ptr, bias_c_ptr,
     cell_ptr,  # [2, B, H] float32: o and c of the step, or None
     moments_c_ptr,  # [tiles, B, 2] float32 of c, or None
-    c_ptr,  # [T*B, H] float32 out, None without SAVE
+    c_ptr,
     h_n_ptr,  # [B, P] out where a sequence has a step
     c_n_ptr,  # [B, H] float32 c0, made c after every step
-    lengths_ptr,  # [B] or None
-    resets_ptr,  # [T*B] or None
-    dropout_h_ptr,  # [B, P] or None
-    zoneout_h_ptr,  # [T*B, P], one float32, or None
-    zoneout_c_ptr,  # [T*B, H], one float32, or None
-    reset_h_ptr,  # [T*B, P] for zoneout_h, or None
-    reset_c_ptr,  # [T*B, H] float32 or None
+    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr,
     arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier
-    error_ptr,  # [1] int32
-    T,
-    B,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    REVERSE: tl.constexpr,
-    SAVE: tl.constexpr,
-    PROJECT: tl.constexpr,
-    PEEPHOLES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
+    PROJECT: tl.constexpr, PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, POLL_LIMIT: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """All steps: the recurrent product, the gates and the cell; then, if there is one, the projection.
 
     Layer norms split it after the product and after the cell.
@@ -356,14 +325,9 @@ def hidden_gradient(
     p,  # [BP]
     valid,  # [BB]
     continues,  # [BB] whether this step starts from the state before it
-    B,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    B, H: tl.constexpr, P: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Gradient of what one step computed as h, [BB, BP]: from the output, the final state and the step after."""
     dh = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
     if gain_hh_ptr is None:
@@ -400,50 +364,23 @@ def hidden_gradient(
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_step_backward_kernel(
-    dh_ptr,  # [T*B, P] or None
-    dh_n_ptr,  # [B, P] or None
+    dh_ptr, dh_n_ptr,
     gates_ptr,  # [T*B, 4H] activated
-    c_ptr,  # [T*B, H] float32
-    c0_ptr,  # [B, H] float32
-    weight_hh_ptr,  # [4H, P]
-    weight_hr_ptr,  # [P, H], None without a projection
-    peephole_ptr,  # [3H] or None
-    gain_hh_ptr,  # [4H]; or None, without a layer norm of W_hh h
-    unit_hh_ptr,  # [T*B, 4H] or None
-    scale_hh_ptr,  # [T*B] float32 or None
+    c_ptr, c0_ptr, weight_hh_ptr, weight_hr_ptr, peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr,
     sums_hh_ptr,  # [2, tiles, B, 2] float32: as sums_c, of unit_hh, for even and odd steps alternately; or None
-    gain_c_ptr,  # [H]; or None, without a layer norm of c
-    bias_c_ptr,  # [H] or None
-    unit_c_ptr,  # [T*B, H] float32 or None
-    scale_c_ptr,  # [T*B] float32 or None
+    gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
     sums_c_ptr,  # [tiles, B, 2] float32: the sums of the gradient of unit_c, and of it times unit_c; or None
     dgates_ptr,  # [T*B, 4H] out
-    dh_total_ptr,  # [T*B, P] out: the whole gradient of W_hr m, or of m; None without a projection or layer norm of c
+    dh_total_ptr,
     dc_ptr,  # [B, H] float32, gradient of c_n, made that of c before every step
-    lengths_ptr,  # [B] or None
-    resets_ptr,  # [T*B] or None
-    dropout_h_ptr,  # [B, P] or None
-    zoneout_h_ptr,  # [T*B, P], one float32, or None
-    zoneout_c_ptr,  # [T*B, H], one float32, or None
+    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, P] float32 or None, see hidden_gradient
-    dreset_h_ptr,  # [T*B, P] float32 zeros, out where a step is reset: gradient of h before it through zoneout; or None
-    reset_c_ptr,  # [T*B, H] float32 or None
-    dreset_c_ptr,  # [T*B, H] float32 zeros, out where a step is reset: gradient of c before it; or None
+    dreset_h_ptr, reset_c_ptr, dreset_c_ptr,
     arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier
-    error_ptr,  # [1] int32
-    T,
-    B,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PROJECT: tl.constexpr,
-    PEEPHOLES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PROJECT: tl.constexpr,
+    PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, POLL_LIMIT: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """All steps, from the last to the first: the product with the dgates of the step after, and the cell."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
