@@ -189,7 +189,7 @@ class Layer:
 
     def _is_elsewhere(self) -> bool:
         """Kernels are launched on the current device, which may be another."""
-        return self.device.type == "cuda" and torch.cuda.current_device() != self.device.index
+        return self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device())
 
 
 SAVE, NO_SAVE = Pass(), Pass(save=False)

@@ -15,6 +15,7 @@ import torch
 import gpu_lstm
 from gpu_lstm import chunks, fused, streams
 from gpu_lstm.__main__ import main
+from gpu_lstm.kernels import layer as kernels_layer
 from gpu_lstm.kernels import ordering
 from gpu_lstm.kernels.problem import Problem, Recurrence
 from gpu_lstm.kernels.triton_lstm import launch
@@ -78,7 +79,7 @@ def test_launches_that_share_the_card_run_at_once_and_others_wait_for_all_of_the
 
 
 def test_families_whose_programs_do_not_wait_are_left_alone(queued, monkeypatch):
-    monkeypatch.setattr(launch, "await_others", None)  # nobody asks
+    monkeypatch.setattr(kernels_layer, "await_others", None)  # it is not called
     gates, h0 = torch.zeros(2, 16, 256), torch.zeros(16, 64)
     plan = plans(Problem(8, 16, 64, torch.bfloat16), H100, False)[0]
     assert plan.family is Family.RESIDENT
@@ -93,7 +94,9 @@ def test_the_launcher_takes_what_the_plan_command_shows(monkeypatch, capsys, tmp
     assert main(arguments) == 0
     shown = {name: each["plan"] for name, each in json.loads(capsys.readouterr().out).items()}
     asked = []
-    monkeypatch.setattr(launch, "choose_plan", lambda problem, device, backward, *_: asked.append((problem, backward)))
+    monkeypatch.setattr(
+        launch, "choose_plan", lambda problem, device, which, *_: asked.append((problem, which.backward))
+    )
     recurrence = Recurrence(
         weight_hh=torch.empty(4 * hidden, hidden, dtype=torch.bfloat16), h0=torch.empty(16, hidden),
         c0=torch.empty(16, hidden), side_by_side=2,
@@ -272,12 +275,12 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
 
 def test_backward_is_told_what_forward_was(monkeypatch):
     told = []
-    monkeypatch.setattr(launch, "await_others", lambda plan, device: None)
+    monkeypatch.setattr(kernels_layer, "await_others", lambda at_once, device: None)
     choose = launch.choose_plan
 
-    def spy(problem, device, backward, *rest):
-        told.append((problem.side_by_side, backward))
-        return choose(problem, device, backward, *rest)
+    def spy(problem, device, which, *rest):
+        told.append((problem.side_by_side, which.backward))
+        return choose(problem, device, which, *rest)
 
     monkeypatch.setattr(launch, "choose_plan", spy)
     lstm = gpu_lstm.LSTM(3, 4, backend="triton")
