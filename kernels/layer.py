@@ -205,7 +205,7 @@ def aligned(t: Tensor) -> Tensor:
 def _aligned_tensors(r: Recurrence) -> Recurrence:
     tensors = r[:TENSORS]
     for t in tensors:
-        if t is not None and aligned(t) is not t:
+        if t is not None and not (t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0):
             return Recurrence(*(None if t is None else aligned(t) for t in tensors), *r[TENSORS:])
     return r
 

@@ -68,7 +68,7 @@ class Prepared:
         self.projects_outside = problem.projected > 0 and plan.family is not Family.STEP
         if self.projects_outside:
             problem = problem._replace(projected=0)
-        self._hidden, self._save = problem.hidden, which.save
+        self._batch, self._hidden, self._save = problem.batch, problem.hidden, which.save
         self._total_width = problem.width if problem.projected or problem.norms[1] else None
         kernel = self._family.KERNELS[which.backward]
         self._kernel = Kernel(kernel, plan.grid, _constants(problem, which, plan), _options(plan))
@@ -76,8 +76,7 @@ class Prepared:
 
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As layer.Layer.forward, without a projection unless it is in the time loop: one launch."""
-        steps, batch, _ = gates.shape
-        c = r.c0.new_empty(steps, batch, self._hidden) if self._save else None
+        c = r.c0.new_empty(gates.shape[0], self._batch, self._hidden) if self._save else None
         h, buffers = self._family.forward_buffers(gates, r, self.plan)
         self._kernel(self._launch, {**self._shared(gates, r), "c_ptr": c, **buffers})
         return self._family.hidden_states(h, self._hidden), buffers["h_n_ptr"], buffers["c_n_ptr"], c
@@ -86,10 +85,11 @@ class Prepared:
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
     ) -> LoopGradients:
         """As layer.Layer.backward: one launch."""
-        steps, batch, _ = gates.shape
         dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
         dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
-        dh_total = None if self._total_width is None else gates.new_empty(steps, batch, self._total_width)
+        dh_total = (
+            None if self._total_width is None else gates.new_empty(gates.shape[0], self._batch, self._total_width)
+        )
         dreset_h, dreset_c = zeros_for_resets(r)
         dgates, buffers = self._family.backward_buffers(gates, r, self.plan)
         self._kernel(self._launch, {
@@ -103,14 +103,13 @@ class Prepared:
 
     def _shared(self, gates: Tensor, r: Recurrence) -> dict[str, Any]:
         """What kernels of all families are given, forward and backward."""
-        steps, batch, _ = gates.shape
         return {
             "gates_ptr": gates, "h0_ptr": r.h0, "c0_ptr": r.c0, "weight_hh_ptr": r.weight_hh,
             "weight_hr_ptr": r.weight_hr, "peephole_ptr": r.weight_peephole, "lengths_ptr": r.lengths,
             "resets_ptr": r.resets, "dropout_h_ptr": r.dropout_h, "zoneout_h_ptr": r.zoneout_h,
             "zoneout_c_ptr": r.zoneout_c, "reset_h_ptr": r.reset_h, "reset_c_ptr": r.reset_c,
             "gain_hh_ptr": r.gain_hh, "gain_c_ptr": r.gain_c, "bias_c_ptr": r.bias_c,
-            "error_ptr": self._error, "T": steps, "B": batch,
+            "error_ptr": self._error, "T": gates.shape[0], "B": self._batch,
         }  # fmt: skip
 
 
