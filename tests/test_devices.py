@@ -7,19 +7,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-<<<<<<< HEAD
 from gpu_lstm.backends import graph
 from gpu_lstm.backends.fused import DIFFERENTIABLE, Inputs
 from gpu_lstm.kernels import layer
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
 from gpu_lstm.kernels.cupy_lstm import planning
-=======
-from gpu_lstm import stream
-from gpu_lstm.kernels import layer
-from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
-from gpu_lstm.kernels.cupy_lstm import planning
-from gpu_lstm.kernels.problem import Recurrence, problem_of
->>>>>>> wt-kernels
 from gpu_lstm.kernels.triton_lstm import launch as triton_launch
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
@@ -44,10 +36,7 @@ def driver(monkeypatch):
     for name in ("_exchange_device", "_maybe_exchange_device"):
         monkeypatch.setattr(torch.cuda, name, driver.exchange)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: driver.current)
-<<<<<<< HEAD
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-=======
->>>>>>> wt-kernels
     return driver
 
 
@@ -59,12 +48,12 @@ def _indexed(t, key):
     return t.narrow(0, 0, t.shape[0] - 1) if isinstance(first, slice) else t
 
 
-def _launches(driver, monkeypatch, launcher, choose_plan, device: str) -> list[int]:
+def _launches(driver, monkeypatch, backend: str, choose_plan, device: str) -> list[int]:
     """The current device at each launch of forward and backward of a layer on `device`."""
     current: list[int] = []
+    launcher = {"triton": triton_launch, "cupy": cupy_launch}[backend]
     monkeypatch.setattr(launcher, "choose_plan", choose_plan)
     monkeypatch.setattr(launcher, "launch_kernel", lambda *_, **__: current.append(driver.current))
-<<<<<<< HEAD
     monkeypatch.setattr(launcher, "error_word", lambda device, kernel: None)  # kept for as long as the process
     monkeypatch.setattr(layer, "await_others", lambda side_by_side, device: None)  # test_side_by_side looks at that
     monkeypatch.setattr(layer, "aligned", lambda t: t)  # fake tensors have no address
@@ -76,24 +65,6 @@ def _launches(driver, monkeypatch, launcher, choose_plan, device: str) -> list[i
         h, _, _, gates, c = graph._forward(*given, False, backend, True, False)
         needed = [k == 1 for k in range(DIFFERENTIABLE)]
         graph._backward([h, None, None], [h, gates, c], *given, False, backend, needed)
-=======
-    monkeypatch.setattr(layer, "await_others", lambda side_by_side, device: None)  # test_side_by_side looks at that
-    monkeypatch.setattr(layer, "aligned", lambda t: t)  # fake tensors have no address
-    monkeypatch.setattr(launcher, "error_word", lambda device, kernel: None)  # kept for as long as the process
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.Tensor, "__getitem__", _indexed)
-    monkeypatch.setattr(torch.Tensor, "__setitem__", lambda *_: None)
-    with FakeTensorMode():
-
-        def empty(*shape):
-            return torch.empty(*shape, device=device)
-
-        weight_hh, h0, c0 = empty(4 * H, H), empty(B, H), empty(B, H)
-        gates, r = empty(T, B, 4 * H), Recurrence(weight_hh, h0, c0, precision="tf32")
-        its = launcher.layer_of(problem_of(gates, r), torch.device(device))
-        h, _, _, c = its.forward(gates, r, save=True)
-        its.backward(h, None, None, gates, c, r)
->>>>>>> wt-kernels
     return current
 
 
@@ -103,14 +74,16 @@ def test_triton_launches_on_the_device_of_the_tensors(driver, monkeypatch, famil
     def choose_plan(problem, _, which, *__):
         return next(plan for plan in plans(problem, DEVICES["h100"], which.backward) if plan.family is family)
 
-    assert _launches(driver, monkeypatch, triton_launch, choose_plan, device) == [torch.device(device).index] * 2
+    current = _launches(driver, monkeypatch, "triton", choose_plan, device)
+    assert current == [torch.device(device).index] * 2
     assert driver.current == 0, "and afterwards it is the one before"
 
 
 def test_cupy_launches_on_the_device_of_the_tensors(driver, monkeypatch):
     monkeypatch.setattr(cupy_launch, "as_words", lambda weights, size: weights)  # padding asks the driver
     monkeypatch.setattr(cupy_launch, "card_of", lambda device: planning.Card(90, 132))
-    assert _launches(driver, monkeypatch, cupy_launch, planning.choose_plan, "cuda:1") == [1, 1]
+    current = _launches(driver, monkeypatch, "cupy", planning.choose_plan, "cuda:1")
+    assert current == [1, 1]
     assert driver.current == 0
 
 

@@ -11,7 +11,6 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import gpu_lstm
-<<<<<<< HEAD
 from gpu_lstm.backends import schedule, verify
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
@@ -21,12 +20,6 @@ from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import choose, launch
-=======
-from gpu_lstm import backends, layers, native, races, trust
-from gpu_lstm.kernels import cache as remembered
-from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.kernels.triton_lstm import launch
->>>>>>> wt-kernels
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER
 

@@ -6,24 +6,14 @@ The driver is stubbed: `choose.load` stands for compiling and loading a kernel.
 import logging
 import math
 import warnings
-<<<<<<< HEAD
-=======
-from functools import partial
->>>>>>> wt-kernels
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-<<<<<<< HEAD
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
 from gpu_lstm.dispatch.available import select, why_unavailable
-=======
-from gpu_lstm import backends
-from gpu_lstm.backends import Backend, obstacle, select
-from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
->>>>>>> wt-kernels
 from gpu_lstm.kernels.layer import aligned
 from gpu_lstm.kernels.operands import as_words
 from gpu_lstm.kernels.problem import Pass, Problem, Recurrence, problem_of
@@ -41,19 +31,11 @@ FORWARD = Pass()
 @pytest.fixture
 def card(monkeypatch, nothing_cached):
     """An H100, on which no plan was measured or chosen yet."""
-<<<<<<< HEAD
-=======
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
->>>>>>> wt-kernels
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for module in (choose, launch):
         monkeypatch.setattr(module, "card_of", lambda device: H100)
     monkeypatch.setattr(launch, "error_word", lambda device, kernel: None)
-<<<<<<< HEAD
-=======
-    backends._say_once.cache_clear()
->>>>>>> wt-kernels
 
 
 def _columns(arguments) -> int:
@@ -138,51 +120,6 @@ def test_a_tensor_is_copied_unless_it_is_contiguous_and_aligned(shift):
         assert torch.equal(aligned(each), each)
         assert aligned(each).is_contiguous()
         assert aligned(each).data_ptr() % 16 == 0
-<<<<<<< HEAD
-=======
-
-
-def _tensors(batch: int) -> tuple[torch.Tensor, Recurrence]:
-    """Gates and the rest of a call with 4 steps of 5 units."""
-    normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    lengths, resets = torch.arange(batch) % 5, normal(4, batch) > 0
-    states = normal(batch, 3), normal(batch, 5)
-    r = Recurrence(normal(20, 3), *states, normal(3, 5), lengths, resets, reset_c=normal(4, batch, 5))
-    return normal(4, batch, 20), r
-
-
-@pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU memory begins at such addresses")
-@pytest.mark.parametrize("plan", ["step", "resident"])
-def test_tensors_anywhere_in_memory_give_the_same_bits(monkeypatch, plan):
-    """The gates are activated in place all the same."""
-
-    def moved(t):
-        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) if isinstance(t, torch.Tensor) else t
-
-    def choose_plan(problem, device, which, *_):
-        return next(p for p in plans(problem, H100, which.backward) if p.family.value == plan)
-
-    monkeypatch.setattr(launch, "choose_plan", choose_plan)
-    gates, r = _tensors(batch=3)
-    r, found = r._replace(precision="tf32"), []
-    for move in (lambda t: t, moved):
-        its, given = move(gates.clone()), Recurrence(*map(move, r))
-        h, h_n, c_n, c = launch.layer_forward(its, given, save=True)
-        found.append([its, h, h_n, c_n, c, *launch.layer_backward(*map(move, (h, h_n, c_n, its, c)), given)])
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-@pytest.mark.parametrize("launcher", [launch, cupy_launch], ids=["triton", "cupy"])
-def test_an_empty_batch_launches_nothing(monkeypatch, launcher):
-    monkeypatch.setattr(launcher, "launch_kernel", None)
-    monkeypatch.setattr(launcher, "choose_plan", None)
-    gates, r = _tensors(batch=0)
-    h, h_n, c_n, c = launcher.layer_forward(gates, r, save=True)
-    assert [t.shape for t in (h, h_n, c_n, c)] == [(4, 0, 3), (0, 3), (0, 5), (4, 0, 5)]
-    assert launcher.layer_forward(gates, r, save=False)[3] is None
-    found = launcher.layer_backward(h, h_n, c_n, gates, c, r)
-    assert [t if t is None else t.shape for t in found] == [(4, 0, 20), (0, 3), (0, 5), (4, 0, 3), None, (4, 0, 5)]
->>>>>>> wt-kernels
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -271,7 +208,6 @@ def test_out_of_memory_is_no_matter_of_plans(card, monkeypatch):
         _choose(monkeypatch, load)
 
 
-<<<<<<< HEAD
 def test_a_line_says_what_takes_long(card, monkeypatch, caplog):
     timers = []
 
@@ -293,13 +229,6 @@ def test_a_line_says_what_takes_long(card, monkeypatch, caplog):
 
 def _auto() -> Backend:
     return select(None, CUDA, torch.float32, None, False)
-=======
-@pytest.mark.parametrize("slow", [True, False])
-def test_a_line_says_what_takes_long(card, monkeypatch, caplog, slow):
-    monkeypatch.setattr(choose, "SLOW_S", 0.01 if slow else 60)
-    _choose(monkeypatch, lambda *_: time.sleep(0.2 if slow else 0))
-    assert ("compiling the kernels of a layer" in caplog.text) == slow
->>>>>>> wt-kernels
 
 
 @pytest.mark.skipif(launch.INTERPRETED, reason="kernels are interpreted here")

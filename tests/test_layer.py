@@ -18,18 +18,6 @@ from places import INTERPRETED, KERNELS, tf32
 
 from gpu_lstm import ops
 from gpu_lstm.kernels import layer_norm
-<<<<<<< HEAD
-=======
-from gpu_lstm.kernels.cupy_lstm import launch as cupy
-from gpu_lstm.kernels.problem import Problem, Recurrence, problem_of
-from gpu_lstm.kernels.triton_lstm import choose
-from gpu_lstm.kernels.triton_lstm import launch as triton
-from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
-from gpu_lstm.noise import Noise
-from gpu_lstm.sequences import Traversal
-from gpu_lstm.weights import Weights
->>>>>>> wt-kernels
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -319,33 +307,3 @@ def test_the_operators(words, device):
     if "norm" in words:
         recurrence += [*layer_norm.unit_of(gates), *layer_norm.unit_of(c)]
     torch.library.opcheck(ops.layer_backward, ([h, h_n, c_n], gates, c, *ops.flat(recurrence), *rest))
-<<<<<<< HEAD
-=======
-
-
-def test_the_kernels_of_cupy_refuse_noise():
-    gates, h0, weight_hh = torch.zeros(2, 1, 16), torch.zeros(1, 4), torch.zeros(16, 4)
-    for variant in (dict(weight_peephole=torch.zeros(12)), dict(gain_c=torch.zeros(4))):
-        recurrence = Recurrence(weight_hh=weight_hh, h0=h0, c0=h0, **variant)
-        with pytest.raises(ValueError, match=r"^backend 'cupy' takes neither peepholes nor layer norms$"):
-            cupy.layer_forward(gates, recurrence, save=True)
-    both = Recurrence(weight_hh=weight_hh, weight_hr=h0, h0=h0, c0=h0, gain_c=torch.zeros(4))
-    with pytest.raises(ValueError, match=r"^expected no projection combined with a layer norm"):
-        triton.layer_of(problem_of(gates, both), h0.device)
-    for noise in (dict(dropout_h=h0), dict(zoneout_h=torch.tensor(0.1)), dict(zoneout_c=torch.tensor(0.1))):
-        recurrence = Recurrence(weight_hh=weight_hh, h0=h0, c0=h0, **noise)
-        with pytest.raises(ValueError, match=r"^backend 'cupy' takes neither recurrent dropout nor zoneout$"):
-            cupy.layer_forward(gates, recurrence, save=True)
-        with pytest.raises(ValueError, match=r"^backend 'cupy' takes neither"):
-            cupy.layer_backward(None, None, None, gates, gates[..., :4], recurrence)
-
-
-def test_noise_takes_the_plans_of_the_plain_cell():
-    plain = Problem(128, 16, 128, torch.bfloat16)
-    regularised = plain._replace(dropout_h=True)
-    for backward in (False, True):
-        assert plans(plain, DEVICES["h100"], backward)[0].family is Family.RESIDENT
-        assert plans(regularised, DEVICES["h100"], backward)[:-1] == plans(plain, DEVICES["h100"], backward)[:-1]
-        keys = [choose._key(p, DEVICES["h100"], backward) for p in (plain, regularised)]
-        assert keys[0] != keys[1], "a measured plan of the one is not taken for the other"
->>>>>>> wt-kernels

@@ -13,18 +13,13 @@ import torch
 import gpu_lstm
 from gpu_lstm import backends, races
 from gpu_lstm.__main__ import main
-<<<<<<< HEAD
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.kernels import remembered
-=======
-from gpu_lstm.backends import Backend
-from gpu_lstm.kernels import cache as remembered
-from gpu_lstm.kernels.problem import Problem
->>>>>>> wt-kernels
 from gpu_lstm.kernels.report import Report
 from gpu_lstm.kernels.sass import Loop
 from gpu_lstm.kernels.triton_lstm import plan_cache
 from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 
 CPU = torch.device("cpu")

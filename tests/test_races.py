@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
-<<<<<<< HEAD
 from gpu_lstm.backends import kernels, torch_lstm
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
@@ -26,12 +25,6 @@ from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.route import Decision
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.layer import Chosen
-=======
-from gpu_lstm import backends, modules, races
-from gpu_lstm.backends import Backend
-from gpu_lstm.kernels import cache as remembered
-from gpu_lstm.kernels.problem import Problem
->>>>>>> wt-kernels
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES

@@ -158,21 +158,14 @@ def test_a_broken_exchange_is_detected(monkeypatch, module, name, fault, norms, 
 
 
 @triton.jit
-def never_meet(arrivals_ptr, times, poll_limit, error_ptr, step):
-    return poll_limit
+def never_meet(arrivals_ptr, times, patience, error_ptr, step):
+    return patience
 
 
 @pytest.mark.parametrize("projected", [0, 5])
-<<<<<<< HEAD
 def test_a_barrier_that_does_not_wait_is_detected(monkeypatch, projected):
     step(monkeypatch, yield_rate=0.3)
     monkeypatch.setattr(step_kernels, "meet", never_meet)
-=======
-def test_programs_that_do_not_meet_are_seen(monkeypatch, projected):
-    _meet(monkeypatch, yield_rate=0.3)
-    monkeypatch.setattr(step, "grid_barrier", never_meet)
-    given = example(9, 3, 3, 40, projected)
->>>>>>> wt-kernels
     with pytest.raises(AssertionError):
         check((9, 3, 3, 40, projected), "plain", "triton", F32, seeds=5)  # in one order or another
 
@@ -238,22 +231,16 @@ def never_publish(at, words, mask):
 
 
 @triton.jit
-def meet_one_more(arrivals_ptr, times, poll_limit, error_ptr, step):
-    return exchange.grid_barrier(arrivals_ptr, times + 1, poll_limit, error_ptr, step)
+def meet_one_more(arrivals_ptr, times, patience, error_ptr, step):
+    return exchange.meet(arrivals_ptr, times + 1, patience, error_ptr, step)
 
 
 @pytest.mark.parametrize(
     ("family", "name", "fault", "kernel"),
     [
-<<<<<<< HEAD
         (cooperative_kernels, "publish", never_publish, "lstm_cooperative_forward_kernel"),
         (cooperative_kernels, "in_phase", one_phase, "lstm_cooperative_backward_kernel"),
         (step_kernels, "meet", meet_one_more, "lstm_step_forward_kernel"),
-=======
-        (cooperative, "publish", never_publish, "lstm_cooperative_forward_kernel"),
-        (cooperative, "in_phase", one_phase, "lstm_cooperative_backward_kernel"),
-        (step, "grid_barrier", meet_one_more, "lstm_step_forward_kernel"),
->>>>>>> wt-kernels
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -261,24 +248,9 @@ def test_a_wait_that_times_out_ends_and_is_reported(monkeypatch, family, name, f
     if family is step_kernels:
         step(monkeypatch)
     else:
-<<<<<<< HEAD
         cooperative(monkeypatch, units=4)
     monkeypatch.setattr(family, "PATIENCE", 20)
     monkeypatch.setattr(family, name, fault)
-=======
-        _cooperate(monkeypatch, units=4)
-    run = launch.launch_kernel
-
-    def run_with_the_fault(its, grid, **arguments):
-        """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
-        with monkeypatch.context() as patch:
-            if its.__name__ == kernel:
-                patch.setattr(family, name, fault)
-                arguments["POLL_LIMIT"] = 20
-            run(its, grid, **arguments)
-
-    monkeypatch.setattr(launch, "launch_kernel", run_with_the_fault)
->>>>>>> wt-kernels
     tensors = [None if t is None else t.float().requires_grad_() for t in example(5, 3, 3, 8).tensors]
     x, h0, c0, *weights = tensors
     h, _ = lstm_layer(x, weights, (h0, c0), backend="triton")

@@ -14,7 +14,6 @@ import torch
 
 import gpu_lstm
 from gpu_lstm.__main__ import main
-<<<<<<< HEAD
 from gpu_lstm.backends import autograd, schedule
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.prepare import prepare
@@ -25,13 +24,6 @@ from gpu_lstm.kernels import ordering
 from gpu_lstm.kernels.problem import Pass, Problem, Recurrence
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
-=======
-from gpu_lstm.kernels import layer as kernels_layer
-from gpu_lstm.kernels import ordering
-from gpu_lstm.kernels.problem import Problem, Recurrence
-from gpu_lstm.kernels.triton_lstm import launch
-from gpu_lstm.kernels.triton_lstm.choose import plans
->>>>>>> wt-kernels
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
 
 CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
@@ -90,7 +82,6 @@ def test_launches_that_share_the_card_run_at_once_and_others_wait_for_all_of_the
     assert queued(b, 3) == {1, 2, 3, 4, 5}, "three shares are not two"
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(("hidden", "family", "expected"), [(64, Family.RESIDENT, []), (768, Family.COOPERATIVE, [2])])
 def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypatch, hidden, family, expected):
     waited = []
@@ -100,14 +91,6 @@ def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypat
     assert plan.family is family
     gates, c0 = torch.zeros(2, 16, 4 * hidden, dtype=torch.bfloat16), torch.zeros(16, hidden)
     r = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden).bfloat16(), h0=c0.bfloat16(), c0=c0)
-=======
-def test_families_whose_programs_do_not_wait_are_left_alone(queued, monkeypatch):
-    monkeypatch.setattr(kernels_layer, "await_others", None)  # it is not called
-    gates, h0 = torch.zeros(2, 16, 256), torch.zeros(16, 64)
-    plan = plans(Problem(8, 16, 64, torch.bfloat16), H100, False)[0]
-    assert plan.family is Family.RESIDENT
-    r = Recurrence(weight_hh=torch.zeros(256, 64), h0=h0, c0=h0)
->>>>>>> wt-kernels
     launch.layer_forward(gates, r, save=False, plan=plan, launch=lambda *_, **__: None)
     assert waited == expected
 
@@ -124,7 +107,6 @@ def test_the_plans_of_a_call_are_those_that_the_plan_command_shows(nothing_cache
     """Two directions of 768 units share the card; those of 1536 do not fit half of it, and go one after another."""
     arguments = ["plan", "--hidden", str(hidden), "--batch", "16", "--device", "h100", "--directions", "2", "--json"]
     assert main(arguments) == 0
-<<<<<<< HEAD
     shown = [each["plan"] for each in json.loads(capsys.readouterr().out).values()]
     lstm = gpu_lstm.LSTM(8, hidden, bidirectional=True, dtype=torch.bfloat16, device="meta")
     kind = kind_of(_call(lstm, 1024, batch=16))
@@ -146,28 +128,6 @@ def cuda_streams(monkeypatch):
     """Objects in their place."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
     monkeypatch.setattr(schedule, "_streams", functools.cache(schedule._streams.__wrapped__))
-=======
-    shown = {name: each["plan"] for name, each in json.loads(capsys.readouterr().out).items()}
-    asked = []
-    monkeypatch.setattr(
-        launch, "choose_plan", lambda problem, device, which, *_: asked.append((problem, which.backward))
-    )
-    recurrence = Recurrence(
-        weight_hh=torch.empty(4 * hidden, hidden, dtype=torch.bfloat16), h0=torch.empty(16, hidden),
-        c0=torch.empty(16, hidden), side_by_side=2,
-    )  # fmt: skip
-    gates = torch.empty(1024, 16, 4 * hidden, dtype=torch.bfloat16, device="meta")
-    with contextlib.suppress(AttributeError):  # of the plan that is None
-        launch.layer_forward(gates, recurrence, save=True)
-    with contextlib.suppress(AttributeError):
-        launch.layer_backward(None, None, None, gates, gates, recurrence)
-    assert [backward for _, backward in asked] == [False, True]
-    for (problem, backward), plan in zip(asked, shown.values()):
-        ours = plans(problem, H100, backward)[0]
-        assert plan == ours.__dict__ | {"family": ours.family.value}
-        assert ours.family is Family.COOPERATIVE
-        assert ours.side_by_side == (2 if hidden == 768 else 1)
->>>>>>> wt-kernels
 
 
 @pytest.mark.parametrize(
@@ -294,26 +254,3 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
     assert waited["caller"] == set(names)
     finals = [tensor.data_ptr() for tensor in alive if tensor.dim() == 2][-2 * len(names) :]
     assert set(finals) <= held["caller"]
-<<<<<<< HEAD
-=======
-
-
-def test_backward_is_told_what_forward_was(monkeypatch):
-    told = []
-    monkeypatch.setattr(kernels_layer, "await_others", lambda at_once, device: None)
-    choose = launch.choose_plan
-
-    def spy(problem, device, which, *rest):
-        told.append((problem.side_by_side, which.backward))
-        return choose(problem, device, which, *rest)
-
-    monkeypatch.setattr(launch, "choose_plan", spy)
-    lstm = gpu_lstm.LSTM(3, 4, backend="triton")
-    (weights,), zeros = lstm._weights()[0], torch.zeros(1, 4)
-    h, _ = fused.layer(
-        torch.zeros(2, 1, 3), (zeros, zeros), weights, gpu_lstm.sequences.Traversal(), gpu_lstm.Backend.TRITON,
-        side_by_side=2,
-    )  # fmt: skip
-    h.sum().backward()
-    assert told == [(2, False), (2, True)]
->>>>>>> wt-kernels
