@@ -18,9 +18,9 @@ RATES = dict(zoneout_h=torch.tensor(0.1), zoneout_c=torch.tensor(0.2))
 MASKS = dict(dropout_h=torch.full((B, H), 2.0), zoneout_h=_mask(T, B, H), zoneout_c=_mask(T, B, H))
 RAGGED = dict(ragged=True, resets=0.4)
 VARIANTS = {
-    "plain": ({}, {}), "projected ragged reverse": (dict(P=2, reverse=True, **RAGGED), {}), "rates": ({}, RATES),
-    "states, masks": (dict(**RAGGED, states=True), MASKS), "peepholes, no bias": (dict(bias=False, peepholes=True), {}),
-    "norms": (dict(norms=("ih", "hh", "c")), {}),
+    "plain": ({}, {}), "projected ragged reverse": (dict(P=2, reverse=True, **RAGGED), {}),
+    "states, masks, peepholes": (dict(**RAGGED, bias=False, peepholes=True, states=True), MASKS),
+    "norms, rates": (dict(norms=("ih", "hh", "c")), RATES),
 }  # fmt: skip
 
 
@@ -46,10 +46,10 @@ def _check(given, reverse, backend, recompute=False):
     given = [None if t is None else t.detach() for t in given]
     flat = graph._flat(given)
     torch.library.opcheck(graph.OPERATOR, (*flat, reverse, backend, False, recompute))
-    leaves = graph._flat([t if t is None else t.clone().requires_grad_(t.is_floating_point()) for t in given])
+    there = [t is not None and (k < DIFFERENTIABLE or k >= graph.SECOND) for k, t in enumerate(given)]
+    leaves = graph._flat([t.clone().requires_grad_() if learns else t for t, learns in zip(given, there)])
     torch.library.opcheck(graph.OPERATOR, (*leaves, reverse, backend, True, recompute))
     h, h_n, c_n, *kept = graph.OPERATOR(*flat, reverse, backend, True, recompute)
-    there = [t is not None and (k < DIFFERENTIABLE or k >= graph.SECOND) for k, t in enumerate(given)]
     one = [k == 1 for k in range(len(given))]
     for needed, gradients in ((there, [h, h_n, c_n]), (there, [h, None, None]), (one, [None, h_n, c_n])):
         torch.library.opcheck(graph.BACKWARD, (gradients, [h, *kept], *flat, reverse, backend, needed))
@@ -61,7 +61,8 @@ def test_a_layer_of_the_kernels(variant, device):
 
 
 @pytest.mark.parametrize(("variant", "backend"), [
-    ("plain", "torch"), ("projected ragged reverse", "torch"), ("states, masks", "reference"), ("norms", "reference"),
+    ("plain", "torch"), ("projected ragged reverse", "torch"), ("norms, rates", "reference"),
+    ("states, masks, peepholes", "reference"),
 ])  # fmt: skip
 def test_a_layer_without_kernels(variant, backend, device):
     _check(*_given(variant, device), backend)

@@ -149,16 +149,17 @@ def test_packages_that_are_broken_in_any_way_stop_nobody(tmp_path):
             gpu_lstm.LSTM(3, 4, backend="triton")(torch.randn(5, 2, 3))
         except ImportError as error:
             print(error)
-        from gpu_lstm import backends
+        from gpu_lstm.dispatch import available
         from gpu_lstm.__main__ import main
 
         for error in ("OSError", "RuntimeError", "AttributeError", "SyntaxError", "KeyError", "ImportError"):
             os.environ["BROKEN"] = error
-            for cached in (backends.triton_import_problem, backends.cupy_import_problem, backends._say_once):
+            for cached in (available.triton_import_problem, available.cupy_import_problem, available._say_once):
                 cached.cache_clear()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                assert backends.select(None, torch.device("cuda"), torch.float32) is backends.Backend.TORCH
+                found = available.select(None, torch.device("cuda"), torch.float32, None, False)
+                assert found is gpu_lstm.Backend.TORCH
             assert len(caught) == (0 if error == "ImportError" else 2), caught
             gpu_lstm.LSTM(3, 4)(torch.randn(5, 2, 3))
             with contextlib.redirect_stdout(io.StringIO()) as printed:
