@@ -47,9 +47,24 @@ def exact_float32_products():
 
 
 @pytest.fixture(autouse=True)
-def plans_are_chosen_again():
-    """What a test put in the place of a plan, or of the choice, stays with that test."""
-    for backend in ("triton", "cupy"):
-        launch = sys.modules.get(f"gpu_lstm.kernels.{backend}_lstm.launch")
-        if launch is not None:
-            launch.forget()
+def decided_again():
+    """What a test put in the place of a card, or of a choice, stays with that test."""
+    for name in ("dispatch.run", "kernels.triton_lstm.launch", "kernels.cupy_lstm.launch"):
+        module = sys.modules.get(f"gpu_lstm.{name}")
+        if module is not None:
+            module.forget()
+
+
+@pytest.fixture
+def nothing_cached(monkeypatch, tmp_path):
+    """As on a new machine: nothing cached, nothing chosen by the environment, no warning given. The cache's folder."""
+    from gpu_lstm.call import choices
+    from gpu_lstm.dispatch import available
+    from gpu_lstm.kernels import cache
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in (choices.BACKEND_VARIABLE, choices.RACE_VARIABLE, cache.SHARED):
+        monkeypatch.delenv(name, raising=False)
+    for function in (cache._read, cache.warn_once, available._say_once):
+        function.cache_clear()
+    return tmp_path / "gpu_lstm"

@@ -6,36 +6,41 @@ The kernels run in Triton's interpreter; the CPU counts as a card.
 import json
 import logging
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
-from gpu_lstm import backends, modules, races
+from gpu_lstm.backends import kernels, torch_lstm
+from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
-from gpu_lstm.kernels import remembered
+from gpu_lstm.call.options import Size
+from gpu_lstm.call.prepare import prepare
+from gpu_lstm.dispatch import available, race, run
+from gpu_lstm.dispatch.kind import kind_of
+from gpu_lstm.dispatch.route import Decision
+from gpu_lstm.kernels import cache
+from gpu_lstm.kernels.layer import Chosen
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES
-from gpu_lstm.races import Decision, Mode
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter")
 
-EXPECTED = Decision("torch", "expected")
+EXPECTED = Decision(Backend.TORCH, "expected")
+REAL_RACE = race.race
+X = torch.zeros(3, 3, 4)
 
 
 @pytest.fixture(autouse=True)
-def card(monkeypatch, tmp_path):
-    """The CPU as a card that nothing is known of; a race there costs each rival `seconds` a call."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(races.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(backends, "KERNEL_DEVICES", ("cpu",))
-    for cache in (races._decided, remembered._read, remembered.warn_once):
-        getattr(cache, "cache_clear", getattr(cache, "clear", None))()
-    return tmp_path / "gpu_lstm" / races.KIND
+def card(monkeypatch, nothing_cached):
+    """The CPU as a card that nothing is known of; the folder of its races."""
+    monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+    return nothing_cached / race.KIND
 
 
 @pytest.fixture
@@ -46,10 +51,10 @@ def stubbed(monkeypatch):
         ran: list[str] = []
         time = [0.0]
 
-        def race(rivals, now):
+        def race_by_the_clock(rivals, now):
             ran.append("race")
-            for name, run in rivals.items():
-                run()
+            for name, call in rivals.items():
+                call()
                 ran.append(name)
             return REAL_RACE({name: lambda name=name: advance(name) for name in rivals}, lambda: time[0])
 
@@ -57,35 +62,45 @@ def stubbed(monkeypatch):
             each = seconds[name]
             time[0] += each if isinstance(each, float) else each()
 
-        monkeypatch.setattr(races, "race", race)
+        monkeypatch.setattr(race, "race", race_by_the_clock)
         return ran
 
     return costs
 
 
-REAL_RACE = races.race
-X = torch.zeros(3, 3, 4)
+@pytest.fixture
+def failing(monkeypatch):
+    """No kernel runs on this card."""
+
+    def fails(*_, **__):
+        raise RuntimeError("no Triton kernel can run this layer on this card: planted")
+
+    monkeypatch.setattr(launch, "choose_plan", fails)
+
+
+def _call(lstm, x=X, **options):
+    return prepare(lstm._options(), lstm._weights(), x, **options)
 
 
 def _backend_of(lstm, x=X, **options):
-    """The backend that a call takes."""
-    taken = []
+    """The backend that runs a call."""
     with pytest.MonkeyPatch.context() as patch:
-        choose = races.choose
-        patch.setattr(races, "choose", lambda *a: taken.append(choose(*a)) or taken[-1])
+        routes = []
+        run_by = run.run_by
+        patch.setattr(run, "run_by", lambda route, call: routes.append(route) or run_by(route, call))
         lstm(x, **options)
-    return taken[0].value
+    return routes[0].backend.value
 
 
 def _forget_all_but_files():
     """As another process would begin."""
-    races._decided.clear()
-    remembered._read.cache_clear()
+    run.forget()
+    cache._read.cache_clear()
 
 
 @pytest.mark.parametrize("winner", ["triton", "torch"])
 @pytest.mark.parametrize("training", [False, True])
-def test_the_faster_one_runs_and_is_remembered(stubbed, card, winner, training):
+def test_the_faster_one_runs_and_is_cached(stubbed, card, winner, training):
     seconds = {"triton": 2e-3, "torch": 2e-3} | {winner: 1e-3}
     ran = stubbed(**seconds)
     lstm = gpu_lstm.LSTM(4, 5)
@@ -103,36 +118,47 @@ def test_the_faster_one_runs_and_is_remembered(stubbed, card, winner, training):
 
 
 @pytest.mark.parametrize(("training", "of_input"), [(True, True), (True, False), (False, True)])
-def test_a_race_runs_what_the_call_will(stubbed, monkeypatch, training, of_input):
+def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch, training, of_input):
     """Weights and input want gradients where the call's do: else time goes into products that nobody will ask for."""
-    asked = []
-    run = races.stack
+    asked, run_by = [], race.run_by
 
-    def stack(data, states, own, *rest):
-        asked.append((torch.is_grad_enabled(), data.requires_grad, own[0][0].weight_hh.requires_grad))
-        return run(data, states, own, *rest)
+    def record(route, call):
+        (weights,), *_ = call.weights
+        asked.append((torch.is_grad_enabled(), call.x.requires_grad, weights.weight_hh.requires_grad))
+        return run_by(route, call)
 
-    monkeypatch.setattr(races, "stack", stack)
+    monkeypatch.setattr(race, "run_by", record)
     stubbed(triton=1e-3, torch=2e-3)
-    lstm, x = gpu_lstm.LSTM(4, 5), torch.zeros(1, 1, 4, requires_grad=of_input)
+    lstm, x = gpu_lstm.LSTM(4, 5, 2, dropout=0.5), torch.zeros(1, 1, 4, requires_grad=of_input)
+    before = {name: p.detach().clone() for name, p in lstm.named_parameters()}
     with torch.set_grad_enabled(training):
-        lstm(x)
+        call = _call(lstm, x)
+        random = torch.get_rng_state()
+        race.decide(call, kind_of(call), Backend.TRITON)
+    assert torch.equal(torch.get_rng_state(), random)
     assert set(asked) == {(training, training and of_input, training)}
-    assert lstm.weight_hh_l0.grad is x.grad is None
+    assert x.grad is None
+    for name, p in lstm.named_parameters():
+        assert p.grad is None
+        assert torch.equal(p, before[name])
 
 
 def test_each_kind_has_a_race_of_its_own_and_sizes_count_by_classes(stubbed):
     ran = stubbed(triton=1e-3, torch=2e-3)
+    lstm = gpu_lstm.LSTM(4, 5)
+    others = gpu_lstm.LSTM(4, 6), gpu_lstm.LSTM(4, 5, 2), gpu_lstm.StackedLSTM(4, [5, 6])
+    calls = [
+        *(lambda lstm=lstm: lstm(X) for lstm in (lstm, *others)),
+        lambda: lstm(X, lengths=torch.tensor([3, 2, 1])), lambda: lstm(X, resets=torch.zeros(3, 3, dtype=torch.bool)),
+        lambda: gpu_lstm.LSTMCell(4, 5)(X[0]), lambda: lstm(torch.zeros(5, 4, 4)),
+        lambda: gpu_lstm.functional.lstm_layer(X, gpu_lstm.LSTM(4, 7)._weights()[0][0], reverse=True),
+    ]  # fmt: skip
     with torch.no_grad():
-        for lstm in (gpu_lstm.LSTM(4, 5), gpu_lstm.LSTM(4, 6), gpu_lstm.LSTM(4, 5, 2), gpu_lstm.StackedLSTM(4, [5, 6])):
-            lstm(X)
-        gpu_lstm.LSTM(4, 5)(X, lengths=torch.tensor([3, 2, 1]))
-        gpu_lstm.LSTM(4, 5)(X, resets=torch.zeros(3, 3, dtype=torch.bool))
-        assert ran.count("race") == 6
-        gpu_lstm.LSTM(4, 5)(torch.zeros(4, 4, 4))  # T and B up to 4, as those of X
-        assert ran.count("race") == 6
-        gpu_lstm.LSTM(4, 5)(torch.zeros(5, 4, 4))
-        assert ran.count("race") == 7
+        for number, call in enumerate(calls, start=1):
+            call()
+            assert ran.count("race") == number
+        lstm(torch.zeros(4, 4, 4))  # T and B up to 4, as those of X
+    assert ran.count("race") == len(calls)
 
 
 @pytest.mark.parametrize(
@@ -145,19 +171,20 @@ def test_each_kind_has_a_race_of_its_own_and_sizes_count_by_classes(stubbed):
     ],
 )
 def test_ties_and_noise_go_to_the_expected_winner(ours, theirs, winner, why, trusted):
-    decision, remember = races.judge({"triton": ours, "torch": theirs}, EXPECTED)
-    assert decision.backend == winner
+    decision, is_trusted = race.judge({"triton": ours, "torch": theirs}, EXPECTED)
+    assert decision.backend.value == winner
     assert why in decision.why
-    assert remember is trusted
+    assert is_trusted is trusted
 
 
-def test_what_is_too_noisy_is_not_remembered(stubbed, card):
+def test_what_is_too_noisy_is_not_cached_but_holds_for_this_process(stubbed, card):
     noise = iter([1e-3, 9e-3, 5e-3] * 10_000)
-    stubbed(triton=lambda: next(noise), torch=5e-3)
-    lstm = gpu_lstm.LSTM(4, 5)
+    ran = stubbed(triton=lambda: next(noise), torch=5e-3)
     with torch.no_grad():
-        _backend_of(lstm)
+        for batch in (3, 4):
+            gpu_lstm.LSTM(4, 5)(torch.zeros(3, batch, 4))
     assert not card.exists()
+    assert ran.count("race") == 1
 
 
 def test_a_race_is_fair_and_short():
@@ -171,78 +198,51 @@ def test_a_race_is_fair_and_short():
 
         return run
 
-    times = races.race({"a": rival("a", 1e-4), "b": rival("b", 1e-2)}, lambda: time[0])
-    assert {name: set(map(lambda s: round(s, 9), found)) for name, found in times.items()} == {"a": {1e-4}, "b": {1e-2}}
+    times = race.race({"a": rival("a", 1e-4), "b": rival("b", 1e-2)}, lambda: time[0])
+    assert {name: {round(s, 9) for s in found} for name, found in times.items()} == {"a": {1e-4}, "b": {1e-2}}
     assert len(times["a"]) == len(times["b"]) >= 3
-    assert time[0] < races.BUDGET + 0.1
+    assert time[0] < race.BUDGET + 0.1
     assert order.count("a") > 15 * order.count("b"), "2 ms of calls between looks at the clock"
-    slow = races.race({"a": rival("a", 1.0), "b": rival("b", 2.0)}, lambda: time[0])
+    slow = race.race({"a": rival("a", 1.0), "b": rival("b", 2.0)}, lambda: time[0])
     assert {name: len(found) for name, found in slow.items()} == {"a": 3, "b": 3}
 
 
 def test_on_the_cpu_torch_and_the_reference_race_for_real():
-    lstm = gpu_lstm.LSTM(8, 16, 2)
-    kind = races.kind_of(Backend.REFERENCE, torch.zeros(60, 4, 8), lstm._weights(), TRAVERSAL, SETTINGS)
-    run = races._sample(kind, torch.zeros(60, 4, 8), lstm._weights(), TRAVERSAL, SETTINGS)
-    rivals = {name: lambda name=name: run(Backend(name)) for name in ("reference", "torch")}
-    decision, _ = races.judge(races.race(rivals, races.clock_of(X.device)), EXPECTED)
-    assert decision.backend == "torch"
+    call = _call(gpu_lstm.LSTM(8, 16, 2), torch.zeros(60, 4, 8))
+    rivals = {b.value: race._sample(call, kind_of(call), b) for b in (Backend.REFERENCE, Backend.TORCH)}
+    decision, _ = race.judge(REAL_RACE(rivals, race.clock_of(X.device)), EXPECTED)
     assert decision.seconds["reference"] > 2 * decision.seconds["torch"]
-
-
-TRAVERSAL, SETTINGS = gpu_lstm.sequences.Traversal(), gpu_lstm.settings.Settings(training=False)
 
 
 @pytest.mark.parametrize(("mode", "raced", "winner"), [("on", 1, "triton"), ("read", 0, "torch"), ("off", 0, "torch")])
 def test_modes(stubbed, monkeypatch, mode, raced, winner):
     ran = stubbed(triton=1e-3, torch=2e-3)
     lstm = gpu_lstm.LSTM(4, 5)
-    monkeypatch.setenv(races.ENVIRONMENT_VARIABLE, mode)
+    monkeypatch.setenv(choices.RACE_VARIABLE, mode)
     with torch.no_grad():
         assert _backend_of(lstm) == winner
         assert ran.count("race") == raced
         with gpu_lstm.racing("on"):
             assert _backend_of(lstm) == "triton", "a block counts before the environment"
         _forget_all_but_files()
-        assert _backend_of(lstm) == ("torch" if mode == "off" else "triton"), "what is remembered is read"
+        assert _backend_of(lstm) == ("torch" if mode == "off" else "triton"), "what is cached is read"
     with pytest.raises(ValueError, match="unknown mode of racing 'fast'; expected one of 'on', 'read', 'off'"):
         gpu_lstm.racing("fast").__enter__()
-    assert races.mode() is Mode(mode)
+    assert choices.requested_racing() == (choices.Racing(mode), None)
 
 
 def test_an_explicit_choice_is_not_raced(stubbed):
     ran = stubbed(triton=1e-3, torch=2e-3)
     for name in ("triton", "torch", "reference"):
-        gpu_lstm.LSTM(4, 5, backend=name)(X)
+        assert _backend_of(gpu_lstm.LSTM(4, 5, backend=name)) == name
     with gpu_lstm.backend("torch"):
-        gpu_lstm.LSTM(4, 5)(X)
+        assert _backend_of(gpu_lstm.LSTM(4, 5)) == "torch"
     assert ran == []
 
 
-def test_neither_random_numbers_nor_gradients_nor_weights_are_touched(stubbed):
-    stubbed(triton=1e-3, torch=2e-3)
-    lstm = gpu_lstm.LSTM(4, 5, 2, dropout=0.5)
-    before = {name: p.detach().clone() for name, p in lstm.named_parameters()}
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    races.decide(
-        races.kind_of(Backend.TRITON, X, lstm._weights(), TRAVERSAL, SETTINGS), X, lstm._weights(), TRAVERSAL,
-        gpu_lstm.settings.Settings.of(lstm),
-    )  # fmt: skip
-    assert torch.equal(torch.rand(3), expected)
-    for name, p in lstm.named_parameters():
-        assert p.grad is None
-        assert torch.equal(p, before[name])
-
-
 @pytest.mark.parametrize("mode", ["on", "off"])
-def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, monkeypatch, mode):
-    def fails(*_, **__):
-        raise RuntimeError("no Triton kernel can run this layer on this card: planted")
-
+def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, failing, monkeypatch, mode):
     ran = stubbed(triton=1e-3, torch=2e-3)
-    monkeypatch.setattr(launch, "choose_plan", fails)
     lstm = gpu_lstm.LSTM(4, 5)
     x = torch.randn(5, 3, 4)
     with gpu_lstm.racing(mode), pytest.warns(UserWarning, match="auto' takes 'torch' for LSTM 4 -> 5.*planted"):
@@ -253,31 +253,31 @@ def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, monkeypat
     with warnings.catch_warnings(), gpu_lstm.racing(mode):
         warnings.simplefilter("error")
         lstm(x)  # said once
+        call = _call(lstm, x)
+        capturing = call._replace(modes=call.modes._replace(capturing=True))
+        assert race.decide(capturing, kind_of(call), Backend.TRITON).backend is Backend.TORCH, "in a capture, too"
     with pytest.raises(RuntimeError, match="planted"):
         gpu_lstm.LSTM(4, 5, backend="triton")(x)
 
 
-def test_noise_goes_to_the_reference_where_kernels_fail(monkeypatch):
-    def fails(*_, **__):
-        raise RuntimeError("planted")
-
-    monkeypatch.setattr(launch, "choose_plan", fails)
-    lstm = gpu_lstm.LSTM(4, 5, zoneout=0.3)
+def test_noise_goes_to_the_reference_where_kernels_fail(failing):
     with pytest.warns(UserWarning, match="auto' takes 'reference'"):
-        assert _backend_of(lstm) == "reference"
+        assert _backend_of(gpu_lstm.LSTM(4, 5, zoneout=0.3)) == "reference"
 
 
-def test_a_broken_file_is_ignored_and_written_anew(stubbed, card):
+def test_a_broken_file_is_ignored_and_written_again(stubbed, card):
     ran = stubbed(triton=1e-3, torch=2e-3)
     lstm = gpu_lstm.LSTM(4, 5)
     with torch.no_grad():
         lstm(X)
         (file,) = card.glob("*.json")
-        surprise = json.dumps(json.loads(file.read_text()) | {"value": {"surprise": 1}})
-        for races_before, content in enumerate(("", "[]", '{"key": {}, "value": {}}', surprise), start=1):
+        entry = json.loads(file.read_text())
+        broken = [entry | {"value": value} for value in ({"surprise": 1}, entry["value"] | {"backend": "none"}, 1)]
+        contents = ["", "[]", '{"key": {}, "value": {}}', *map(json.dumps, broken)]
+        for races_before, content in enumerate(contents, start=1):
             file.write_text(content)
             _forget_all_but_files()
-            remembered.warn_once.cache_clear()
+            cache.warn_once.cache_clear()
             with pytest.warns(UserWarning, match="is ignored"):
                 lstm(X)
             assert ran.count("race") == races_before + 1, content
@@ -286,17 +286,17 @@ def test_a_broken_file_is_ignored_and_written_anew(stubbed, card):
             assert ran.count("race") == races_before + 1, content
 
 
-def test_another_card_or_version_is_another_finding(stubbed, monkeypatch):
+def test_the_result_of_another_card_or_version_does_not_count(stubbed, monkeypatch):
     stubbed(triton=1e-3, torch=2e-3)
-    lstm, machine = gpu_lstm.LSTM(4, 5), remembered.machine(X.device)
+    lstm, machine = gpu_lstm.LSTM(4, 5), cache.machine(X.device)
     assert {"card", "driver", "torch", "cuDNN", "triton", "gpu_lstm"} <= set(machine)
     with torch.no_grad():
         lstm(X)
-        for other, taken in ({}, "triton"), *(({what: "another"}, "torch") for what in machine):
+        for other, winner in ({}, "triton"), *(({what: "another"}, "torch") for what in machine):
             _forget_all_but_files()
-            monkeypatch.setattr(remembered, "machine", lambda device, other=other: machine | other)
+            monkeypatch.setattr(cache, "machine", lambda device, other=other: machine | other)
             with gpu_lstm.racing("read"):
-                assert _backend_of(lstm) == taken, other
+                assert _backend_of(lstm) == winner, other
 
 
 def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeypatch, tmp_path):
@@ -305,26 +305,30 @@ def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeyp
     with torch.no_grad():
         lstm(X)
         card.parent.rename(tmp_path / "shared")
-        monkeypatch.setenv(remembered.SHARED, str(tmp_path / "shared"))
+        monkeypatch.setenv(cache.SHARED, str(tmp_path / "shared"))
         _forget_all_but_files()
         lstm(X)
         assert ran.count("race") == 1
         gpu_lstm.LSTM(4, 9)(X)
-    assert len(list((tmp_path / "shared" / races.KIND).iterdir())) == len(list(card.iterdir())) == 1
+    assert len(list((tmp_path / "shared" / race.KIND).iterdir())) == len(list(card.iterdir())) == 1
 
 
-def test_ranks_that_are_to_agree_take_what_rank_0_decided(stubbed, monkeypatch):
-    ran = stubbed(triton=1e-3, torch=2e-3)
+def test_ranks_that_are_to_agree_follow_rank_0_and_ask_once_for_a_kind(stubbed, monkeypatch):
+    """A rank whose last batch is smaller would wait for the others for ever, if it asked again."""
+    ran, asked = stubbed(triton=1e-3, torch=2e-3), []
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
 
     def broadcast(objects, group, group_src):
         assert (objects, group, group_src) == ([None], "ranks", 0)
-        objects[0] = Decision("torch", "rank 0 says so")
+        asked.append(1)
+        objects[0] = Decision(Backend.TORCH, "rank 0 says so")
 
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
     with torch.no_grad(), gpu_lstm.racing("on", group="ranks"):
-        assert _backend_of(gpu_lstm.LSTM(4, 5)) == "torch"
+        for batch in (4, 3):
+            assert _backend_of(gpu_lstm.LSTM(4, 5), torch.zeros(3, batch, 4)) == "torch"
     assert ran == []
+    assert len(asked) == 1
 
 
 def test_nothing_is_raced_where_it_would_be_traced_transformed_or_counted(stubbed):
@@ -341,54 +345,45 @@ def test_nothing_is_raced_where_it_would_be_traced_transformed_or_counted(stubbe
     assert ran.count("race") == 1
 
 
+NOISE, RESETS = dict(dropout_h=True), dict(resets=True)
+
+
 @pytest.mark.parametrize(
     ("family", "walks", "options", "winner"),
     [
-        ("resident", 1, {}, "triton"),
-        ("cooperative", 1, {}, "triton"),
-        ("cooperative", 2, {}, "torch"),
-        ("step", 1, {}, "torch"),
-        ("step", 1, {"lengths": True}, "triton"),
-        ("step", 1, {"resets": True}, "triton"),
-        ("step", 1, {"layers": ((4, 5, 3),)}, "triton"),
-        ("step", 1, {"noise": True}, "triton"),
-        ("", 1, {"kernel": "cupy"}, "torch"),
-        ("", 1, {"kernel": "cupy", "resets": True}, "cupy"),
+        ("resident", 1, {}, "triton"), ("cooperative", 1, {}, "triton"), ("cooperative", 2, {}, "torch"),
+        ("step", 1, {}, "torch"), ("step", 1, dict(lengths=torch.int64), "triton"), ("step", 1, RESETS, "triton"),
+        ("step", 1, dict(layers=(Size(4, 5, 3),)), "triton"), ("step", 1, NOISE, "triton"),
+        ("step", 1, dict(peepholes=True), "triton"), ("step", 1, dict(reset_states=True), "triton"),
+        ("", 1, {}, "torch"), ("", 1, RESETS, "cupy"),
     ],
-)
+)  # fmt: skip
 def test_the_expected_winner(monkeypatch, family, walks, options, winner):
-    class Plan:
-        pass
-
-    plan = Plan()
-    plan.family, plan.walks = Plan(), walks
-    plan.family.value = family
-    monkeypatch.setattr(races, "plans_of", lambda kind, device: [plan] if family else [])
-    kind = races.kind_of(Backend.TRITON, X, gpu_lstm.LSTM(4, 5)._weights(), TRAVERSAL, SETTINGS)._replace(**options)
-    assert races.expected_winner(kind, X.device).backend == winner
+    """Kernels of no family of Triton's are CuPy's."""
+    plan = SimpleNamespace(family=SimpleNamespace(value=family), walks=walks)
+    layer = SimpleNamespace(chosen=lambda which: Chosen(plan, False))
+    monkeypatch.setattr(kernels, "layer_of", lambda backend, problem, device: layer)
+    kind = kind_of(_call(gpu_lstm.LSTM(4, 5)))._replace(**options)
+    able = Backend.TRITON if family else Backend.CUPY
+    assert race.expected_winner(kind, able, X.device).backend.value == winner
 
 
 @pytest.mark.parametrize(("hidden", "options", "winner"), [
     (5, {}, "triton"), (4096, {}, "torch"), (4096, dict(lengths=torch.tensor([3, 1, 2])), "triton"),
 ])  # fmt: skip
-def test_a_graph_for_all_sizes_takes_the_expected_winner(stubbed, monkeypatch, hidden, options, winner):
+def test_a_graph_for_all_sizes_runs_the_expected_winner(stubbed, monkeypatch, hidden, options, winner):
     """On a card where the larger one does not stay on chip; its kernels are not run."""
-    ran, taken = stubbed(triton=2e-3, torch=1e-3), []
-    monkeypatch.setattr(races, "plans_of", lambda kind, device: plans_of_an_h100(kind))
-    monkeypatch.setattr(
-        modules, "stack", lambda x, states, weights, traversal, backend, *_: taken.append(backend) or (x, states)
-    )
-    torch._dynamo.reset()
-    torch.compile(gpu_lstm.LSTM(4, hidden), backend="eager", fullgraph=True)(X, **options)
-    assert [backend.value for backend in taken] == [winner]
+    ran = stubbed(triton=2e-3, torch=1e-3)
+
+    def of_an_h100(backend, problem, device):
+        found = plans(problem._replace(precision="tf32"), DEVICES["h100"], False)
+        return SimpleNamespace(chosen=lambda which: Chosen(found[0], False))
+
+    monkeypatch.setattr(kernels, "layer_of", of_an_h100)
+    program = torch.export.export(gpu_lstm.LSTM(4, hidden), (X,), options, strict=True)
+    (layer,) = (node for node in program.graph.nodes if node.target is torch.ops.gpu_lstm.layer.default)
+    assert winner in layer.args
     assert ran == []
-
-
-def plans_of_an_h100(kind):
-    dtype = getattr(torch, kind.dtype.removeprefix("torch."))
-    _, hidden, projected = kind.layers[0]
-    problem = Problem(kind.steps, kind.batch, hidden, dtype, projected, "tf32")
-    return [plans(problem, DEVICES["h100"], False)[0]]
 
 
 def test_a_log_line_says_who_won(stubbed, caplog):
@@ -400,21 +395,14 @@ def test_a_log_line_says_who_won(stubbed, caplog):
     assert "triton: won a race, 2.00 times as fast (triton 1 ms, torch 2 ms)" in caplog.text
 
 
-def test_a_function_and_a_cell_are_raced_too(stubbed):
-    ran = stubbed(triton=2e-3, torch=1e-3)
-    with torch.no_grad():
-        gpu_lstm.LSTMCell(4, 5)(X[0])
-        gpu_lstm.functional.lstm_layer(X, gpu_lstm.LSTM(4, 5)._weights()[0][0], reverse=True)
-    assert ran.count("race") == 2
-
-
-def test_a_packed_sequence_goes_to_torch_as_it_is(stubbed, monkeypatch):
+def test_torch_gets_a_packed_sequence_as_it_is(stubbed, monkeypatch):
     stubbed(triton=2e-3, torch=1e-3)
-    lstm = gpu_lstm.LSTM(4, 5)
-    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, 4), [5, 3, 2])
-    given = []
-    as_it_is = lstm._torch_packed
-    monkeypatch.setattr(lstm, "_torch_packed", lambda *a: given.append(a) or as_it_is(*a))
+    lstm, packed = gpu_lstm.LSTM(4, 5), pack_padded_sequence(torch.randn(5, 3, 4), [5, 3, 2])
+    expected, _ = lstm(packed)
+    given, stack = [], torch_lstm.stack
+    monkeypatch.setattr(torch_lstm, "stack", lambda *a: given.append(a) or stack(*a))
     y, _ = lstm(packed)
-    assert given == [(packed, None)]
-    assert y.data.shape == (10, 5)
+    ((x, *_, batch_sizes),) = given
+    assert x is packed.data
+    assert batch_sizes is packed.batch_sizes
+    assert torch.equal(y.data, expected.data)

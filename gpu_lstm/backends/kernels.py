@@ -43,7 +43,7 @@ def run(
 def layer_of(backend: Backend, problem: Any, device: torch.device) -> Any:
     """The kernels of a problem on a device: the one place where a launcher is imported."""
     launcher = importlib.import_module(f"gpu_lstm.kernels.{backend.value}_lstm.launch")
-    if backend is Backend.CUPY:
-        return launcher.layer_of(problem, device)
     # Kernels in CUDA C++ are compiled from one source for all problems; Triton's differ by plan.
-    return launcher.layer_of(problem, device, verify)
+    layer = launcher.layer_of(problem, device, verify if backend is Backend.TRITON else None)
+    layer.backend = backend.value  # as the operators of graph.py name it
+    return layer

@@ -18,12 +18,13 @@ import torch
 from ..backends import kernels
 from ..call import choices
 from ..call.choices import KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
+from ..call.forms import Padded
 from ..call.modes import Recording, Transforms, recurrent_precision
 from ..call.options import Size
 from ..call.prepare import Call
 from ..kernels import cache  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from ..kernels.problem import Pass  # type: ignore[import-not-found]
-from .kind import Kind, describe
+from .kind import Kind, describe, size_class
 from .route import Decision, build, run_by
 
 KIND = "races"
@@ -37,6 +38,9 @@ UNTRUSTED = 0.5  # quartiles of a rival's times further apart than this share of
 logger = logging.getLogger("gpu_lstm")
 
 _lock = threading.RLock()
+# What this process decided. It holds more than the cache: times that are too noisy, kernels that fail, expected
+# winners; so that neither a batch of another size nor a capture decides again.
+_decided: dict[tuple, Decision] = {}
 
 
 def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision:
@@ -47,11 +51,14 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
         return Decision(able, f"asked for by {_who_asked(call)}")
     if able not in KERNEL_BACKENDS:
         return Decision(able, "backend 'auto' chooses it where no kernels run")
-    if call.modes.recording is not Recording.NOBODY:
+    if call.modes.recording is not Recording.NOBODY or call.modes.transforms is not Transforms.NONE:
         return Decision(able, "nothing is raced while a call is watched")
     device, (mode, group) = call.x.device, requested_racing()
+    key = kind._replace(batch=size_class(kind.batch)), able, device, mode
+    if key in _decided:
+        return _decided[key]
     if dry or call.modes.capturing:  # the next call races
-        decision = None if dry and mode is Racing.OFF else _cached(kind, able, device)
+        decision = None if mode is Racing.OFF else _cached(kind, able, device)
         if decision is not None:
             return decision
         expected = expected_winner(kind, able, device)
@@ -66,8 +73,14 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
             torch.distributed.broadcast_object_list(agreed, group=group, group_src=0)
             (decision,) = agreed
         assert decision is not None
+        _decided[key] = decision
     logger.info("%s: %s", describe(kind.as_json()), decision)
     return decision
+
+
+def forget() -> None:
+    """Decide again, since more is known."""
+    _decided.clear()
 
 
 def _who_asked(call: Call) -> str:
@@ -121,10 +134,14 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
 
 def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
     """The call by a backend on random data of its size, with its own weights; and backward in training."""
-    call = call.padded()
+    call, is_cell = (
+        call.padded()._replace(form=Padded(batched=True, batch_first=False)),
+        call.options.kind == "LSTMCell",
+    )
     steps, batch, features = min(call.steps, LONGEST), *call.x.shape[1:]
+    shape = (batch, features) if is_cell else (steps, batch, features)
     # By uniform numbers of a generator that is forked off.
-    data = torch.rand(steps, batch, features, dtype=torch.float32, device=call.x.device).to(call.x.dtype)
+    data = torch.rand(shape, dtype=torch.float32, device=call.x.device).to(call.x.dtype)
     data.requires_grad_(kind.training and call.x.requires_grad)
     own = [[one.detached(kind.training) for one in layer] for layer in call.weights]
     part = call.traversal.within(None if steps == call.steps else slice(0, steps))

@@ -49,6 +49,7 @@ def route_of(call: Call) -> Route:
 def forget() -> None:
     """Decide again, since more is known."""
     _routes.clear()
+    race.forget()
 
 
 def _resolve(call: Call) -> Route:
