@@ -72,7 +72,7 @@ FACTS = ATTRIBUTES | {
     BACKEND_VARIABLE: ("", "triton", "torch", "cupy", "nonsense"), RACE_VARIABLE: ("", "off", "nonsense"),
     "autocast": (None, torch.float16, torch.bfloat16), "around": ("nothing", "vmap", "grad", "mode", "trace"),
 }  # fmt: skip
-OF_SEQUENCES = ("steps", "lengths", "resets")
+OF_A_CALL = ("steps", "batch", "form", "lengths", "resets", "hx", "x_learns")
 DRAWN = ("subject", "parameters_learn", "x_learns", "steps", "batch", "resets", "training")  # to begin with
 KNOWN = ((dispatch, "_routes"), (race, "_decided"), (launch, "_layers"))  # what a process has decided
 
@@ -93,15 +93,17 @@ class Routes(RuleBasedStateMachine):
     def begin(self, start):
         self.facts |= start
 
-    @rule(which=st.integers(0, 999), first=st.integers(0, 9))
-    def change(self, which, first):
-        module = self.module()
-        is_cell = isinstance(module, gpu_lstm.LSTMCell)
-        there = [name for name in FACTS if hasattr(module, name) or name not in (*ATTRIBUTES, *is_cell * OF_SEQUENCES)]
-        name = there[which % len(there)]
+    @rule(name=st.sampled_from(OF_A_CALL), first=st.integers(0, 9))
+    def change_the_call(self, name, first):
         for k in range(count := len(FACTS[name])):
             self.facts[name] = FACTS[name][(first + k) % count]
             self.hold_to_a_fresh_decision()
+
+    @rule(which=st.sampled_from(range(1000)), first=st.integers(0, 9))
+    def change_the_rest(self, which, first):
+        module = self.module()
+        there = [name for name in FACTS if hasattr(module, name) or name not in (*ATTRIBUTES, *OF_A_CALL)]
+        self.change_the_call(there[which % len(there)], first)
 
     def hold_to_a_fresh_decision(self):
         note(str({name: value for name, value in self.facts.items() if value is not FACTS[name][0]}))
