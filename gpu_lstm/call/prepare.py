@@ -98,6 +98,8 @@ def prepare(
         traversal = traversal._replace(reset_states=given)
         learns = learns or any(t.requires_grad for pair in given for t in pair)
     now = modes(x)
+    if now.recording is Recording.WATCHED:
+        steps, batch = int(steps), int(batch)  # torch.jit.trace has tensors there, which are no part of a key
     if options.reverse:
         traversal = traversal.backwards()
     elif resets is not None and steps == 1 and reset_states is None and now.recording < Recording.COMPILED:

@@ -35,6 +35,7 @@ def route_of(call: Call) -> Route:
         call.options, x.dtype, x.device, size_class(call.steps), call.batch, call.form.packed is None,
         None if traversal.lengths is None else traversal.lengths.dtype, traversal.resets is None,
         traversal.reset_states is None, call.learns, call.modes,
+        *[tensor is None for tensor in call.weights[0][0][5:]],  # peepholes and layer norms: bias_c is not in options
     )  # fmt: skip
     route = _routes.get(key)
     if route is None:
