@@ -46,11 +46,12 @@ def machine(device: torch.device) -> Key:
         card, driver = torch.cuda.get_device_name(device), torch._C._cuda_getDriverVersion()
     return {
         "card": card, "driver": driver, "torch": torch.__version__, "cuDNN": torch.backends.cudnn.version(),
-        "triton": _version("triton"), "gpu_lstm": _version("gpu-lstm"),
+        "triton": version_of("triton"), "gpu_lstm": version_of("gpu-lstm"),
     }  # fmt: skip
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None: it is not there."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
