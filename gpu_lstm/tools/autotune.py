@@ -12,14 +12,9 @@ from ..kernels.problem import Problem  # type: ignore[import-not-found]  # a fol
 
 
 def autotune(
-    hidden_size: int,
-    batch: int,
-    *,
-    steps: int = 256,
-    dtype: torch.dtype = torch.float32,
-    proj_size: int = 0,
+    hidden_size: int, batch: int, *, steps: int = 256, dtype: torch.dtype = torch.float32, proj_size: int = 0,
     device: torch.device | str = "cuda",
-) -> dict[str, str]:
+) -> dict[str, str]:  # fmt: skip
     """Time the Triton kernels that a layer could run, on the GPU at hand, and cache the fastest.
 
     It takes seconds to minutes, mostly to compile. The result is written to gpu_lstm/plans in the user's cache folder,

@@ -91,14 +91,9 @@ class Explanation:
 
 
 def explain(
-    lstm: LSTM | StackedLSTM,
-    x: Tensor | PackedSequence,
-    hx: State | Sequence[State] | None = None,
-    *,
-    lengths: Tensor | None = None,
-    resets: Tensor | None = None,
-    reset_states: Any = None,
-) -> Explanation:
+    lstm: LSTM | StackedLSTM, x: Tensor | PackedSequence, hx: State | Sequence[State] | None = None, *,
+    lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Any = None,
+) -> Explanation:  # fmt: skip
     """Say how a call would run and why, without the call: nothing is run, raced, or cached.
 
     It holds for a call made at the same place: with autograd on or off, in training or not, under autocast, and within

@@ -112,14 +112,9 @@ class Trace:
 
 
 def trace(
-    lstm: nn.Module,
-    x: Tensor | PackedSequence,
-    hx: State | Sequence[State] | None = None,
-    *,
-    lengths: Tensor | None = None,
-    resets: Tensor | None = None,
-    reset_states: State | Sequence[State] | None = None,
-) -> Trace:
+    lstm: nn.Module, x: Tensor | PackedSequence, hx: State | Sequence[State] | None = None, *,
+    lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: State | Sequence[State] | None = None,
+) -> Trace:  # fmt: skip
     """Call an LSTM and keep all that it computes: gates, cell and hidden states of every step, layer and direction.
 
     The call runs on the reference whatever the backend; results are those of other backends but for rounding. Dropout
