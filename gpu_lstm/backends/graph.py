@@ -72,7 +72,7 @@ def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[
 
 def _refuse_tracing(call: Call, backend: Backend) -> None:
     learns = any(one.weight_hh.requires_grad for layer in call.weights for one in layer)
-    if call.modes.recording is Recording.WATCHED and torch.jit.is_tracing() and call.modes.grad and learns:
+    if call.modes.recording == Recording.WATCHED and torch.jit.is_tracing() and call.modes.grad and learns:
         raise RuntimeError(
             f"torch.jit.trace cannot record the gradients of backend {backend.value!r}: trace within torch.no_grad(), "
             "or with backend 'torch'"

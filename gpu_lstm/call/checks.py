@@ -153,7 +153,7 @@ def check_unprojected(layer_norm: bool, projected: int) -> None:
 def check_cell(options: Options, x: Tensor, state: State, weights: Weights, alike: bool) -> None:
     """Raise, in the words of the torch at hand, unless x [B, I] and the states of a cell fit; `alike` as it seems."""
     (inputs, hidden, _), (h, c) = options.sizes[0], state
-    expected = len(x), hidden
+    expected = x.shape[0], hidden
     if x.shape[-1] == inputs and h.shape == c.shape == expected:
         if alike:
             return

@@ -42,6 +42,9 @@ class Call(NamedTuple):
         """([B, P], [B, H]) of each layer and direction, [L*D]."""
         if self.states[0][0].dim() == 2:
             return self.states
+        if self.options.rows == 1:
+            h, c = self.states[0]
+            return [(h[0], c[0])]
         return [row for h, c in self.states for row in zip(h.unbind(0), c.unbind(0))]
 
     def pack_rows(self, rows: list[State]) -> list[State]:
@@ -49,7 +52,7 @@ class Call(NamedTuple):
         if self.states[0][0].dim() == 2:
             return rows
         if len(rows) == 1:
-            ((h, c),) = rows
+            h, c = rows[0]
             return [(h.unsqueeze(0), c.unsqueeze(0))]
         packed, n = [], 0
         for count in self.options.blocks:
@@ -60,6 +63,8 @@ class Call(NamedTuple):
 
     def states_out(self, states: list[State]) -> Any:
         """Final states, as `states` is, in the user's form."""
+        if self.form is _TIME_FIRST and self.options.kind != "StackedLSTM":
+            return states[0]
         out = [(self.form.state_out(h), self.form.state_out(c)) for h, c in states]
         return out if self.options.kind == "StackedLSTM" else out[0]
 
@@ -76,7 +81,7 @@ def prepare(
     """The call, checked. What a user may give is said by the modules and `lstm_layer`, and so is what is raised."""
     form, x = _form_and_input(options, input, hx)
     if form.packed is None:
-        steps, batch = x.shape[:2] if x.dim() == 3 else (1, len(x))
+        steps, batch = x.shape[:2] if x.dim() == 3 else (1, x.shape[0])
     else:
         steps, batch = len(form.packed.batch_sizes), int(form.packed.batch_sizes[0])
     traversal = EVERY_STEP
@@ -96,7 +101,7 @@ def prepare(
     now = modes(x)
     if options.reverse:
         traversal = traversal.backwards()
-    elif steps == 1 and resets is not None and reset_states is None and now.recording is not Recording.COMPILED:
+    elif steps == 1 and resets is not None and reset_states is None and now.recording < Recording.COMPILED:
         states, traversal = _reset_before_the_only_step(options, states, traversal)
     return Call(x, steps, batch, states, weights, traversal, options, form, now, learns and now.grad)
 
