@@ -1,7 +1,7 @@
-"""What was found out on a machine, remembered from one process to the next: measured plans, checks, races.
+"""Results cached on disk, from one process to the next: measured plans, verification of kernels, races.
 
-One small file for each key, so that nobody loses what another writes at once; for the user alone to read or write.
-Nothing here stops a call: what cannot be read or written is ignored, and a warning says so once.
+One small file for each key, so that concurrent writers lose nothing; for the user alone to read or write. Nothing here
+stops a call: what cannot be read or written is ignored, with one warning.
 """
 
 import functools
@@ -20,27 +20,26 @@ import torch
 KINDS = ("races", "checks", "plans")
 SHARED = "GPU_LSTM_SHARED_CACHE"  # environment variable: a folder that is read first, and never written to
 
-Key = dict[str, Any]  # of JSON values: what the finding depends on, versions included
+Key = dict[str, Any]  # of JSON values: what the result depends on, versions included
 
 
 def folder() -> Path | None:
-    """Where findings are written: gpu_lstm in the user's cache folder. None: the user has no home."""
-    cache = os.environ.get("XDG_CACHE_HOME")
+    """Where results are written: gpu_lstm in the user's cache folder. None: the user has no home."""
     try:
-        return Path(cache or Path.home() / ".cache") / "gpu_lstm"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpu_lstm"
     except RuntimeError:  # neither HOME nor an entry in passwd, as in a container with a random user id
         return None
 
 
 def folders() -> list[Path]:
-    """Where findings are read, in this order."""
+    """Where results are read, in this order."""
     shared = os.environ.get(SHARED)
     return [path for path in (Path(shared) if shared else None, folder()) if path is not None]
 
 
 @functools.cache
 def machine(device: torch.device) -> Key:
-    """What findings about a device depend on: the card, its driver, and the packages that make kernels for it."""
+    """What results about a device depend on: the card, its driver, and the packages that make kernels for it."""
     card, driver = str(device.type), None
     if device.type == "cuda":
         card, driver = torch.cuda.get_device_name(device), torch._C._cuda_getDriverVersion()
@@ -59,13 +58,13 @@ def version_of(package: str) -> str | None:
 
 
 def read(kind: str, key: Key) -> Any:
-    """The value of a finding of some kind ("plans", "checks", "races"); None if there is none."""
+    """The value of a cached result of some kind ("plans", "checks", "races"); None if there is none."""
     return _read(tuple(folders()), kind, _text(key))
 
 
 def write(kind: str, key: Key, value: Any) -> bool:
-    """Remember a finding; whether that was possible."""
-    ours, text, written = folder(), _text(key), False
+    """Write a result; whether that was possible."""
+    ours, written = folder(), False
     try:
         if ours is None:
             raise OSError("there is no home directory, and XDG_CACHE_HOME is not set")
@@ -76,32 +75,27 @@ def write(kind: str, key: Key, value: Any) -> bool:
             try:
                 json.dump({"key": key, "value": value}, file, indent=1)
                 file.close()
-                unfinished.replace(_path(ours, kind, text))  # at once, so that nobody reads half a file
+                unfinished.replace(_path(ours, kind, _text(key)))  # at once, so that no reader gets half a file
             finally:
                 unfinished.unlink(missing_ok=True)
         written = True
     except OSError as error:
-        warn_once(f"a finding ({kind}) is not remembered: {error}")
+        warn_once(f"a result ({kind}) is not cached: {error}")
     _read.cache_clear()
     return written
 
 
 def entries(kind: str) -> Iterator[tuple[Path, Key, Any]]:
-    """(file, key, value) of all findings of a kind."""
+    """(file, key, value) of all results of a kind."""
     for path in folders():
         for file in sorted((path / kind).glob("*.json")):
-            try:
-                entry = _entry(file)
-            except (OSError, ValueError) as error:
-                warn_once(f"a finding ({kind}) is ignored: {file}: {error}")
-            else:
+            if entry := _entry(kind, file):
                 yield file, entry["key"], entry["value"]
 
 
 def forget(kind: str) -> int:
-    """Remove the user's own findings of a kind, those that are broken, too; how many they were."""
-    ours = folder()
-    files = [] if ours is None else list((ours / kind).glob("*.json"))
+    """Remove the user's own results of a kind, broken ones included; how many they were."""
+    files = [] if (ours := folder()) is None else list((ours / kind).glob("*.json"))
     for file in files:
         file.unlink(missing_ok=True)
     _read.cache_clear()
@@ -109,7 +103,7 @@ def forget(kind: str) -> int:
 
 
 def export(path: str | Path) -> int:
-    """Write all findings, of all kinds, into one file that can be merged; how many they were.
+    """Write all results, of all kinds, into one file that can be merged; how many they were.
 
     Raises:
         OSError: the file cannot be written.
@@ -120,37 +114,31 @@ def export(path: str | Path) -> int:
 
 
 def merge(paths: Sequence[str | Path]) -> int:
-    """Remember what exported files have and nothing is known of here; how many findings they were.
+    """Add the results of exported files that are not cached here; how many they were.
 
     Raises:
-        OSError, ValueError: a file cannot be read, or is no such file; then nothing is taken of any.
+        OSError, ValueError: a file cannot be read, or is no such file; then nothing is added.
     """
-    added = 0
-    for finding in [finding for path in paths for finding in _exported(path)]:  # all are read before one is written
-        if read(finding["kind"], finding["key"]) is None:
-            added += write(**finding)
-    return added
+    results = [result for path in paths for result in _exported(path)]  # all are read before one is written
+    return sum(write(**result) for result in results if read(result["kind"], result["key"]) is None)
 
 
 def _exported(path: str | Path) -> list[dict[str, Any]]:
-    """The findings in a file that was exported."""
+    """The results in a file that was exported."""
     expected = f"{path}: expected what `python -m gpu_lstm races --export` writes"
     try:
         found = json.loads(Path(path).read_text())
     except (ValueError, RecursionError) as error:  # no text, no JSON, or lists in lists without end
         raise ValueError(f"{expected}: {error}") from None
-    if not isinstance(found, list) or not all(map(_is_finding, found)):
+    if not isinstance(found, list) or not all(_is_result(entry, "kind", "key", "value") for entry in found):
         raise ValueError(expected)
     return found
 
 
-def _is_finding(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and set(entry) == {"kind", "key", "value"}
-        and entry["kind"] in KINDS
-        and isinstance(entry["key"], dict)
-    )
+def _is_result(entry: Any, *fields: str) -> bool:
+    """Whether it has these fields: a dict as key, and one of KINDS as kind."""
+    fits = isinstance(entry, dict) and set(entry) == set(fields) and isinstance(entry["key"], dict)
+    return fits and entry.get("kind", "plans") in KINDS
 
 
 @functools.cache
@@ -167,28 +155,25 @@ def _path(folder: Path, kind: str, text: str) -> Path:
     return folder / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    """A file's content.
-
-    Raises:
-        OSError, ValueError: it cannot be read, or is not of this kind; JSON's and Unicode's errors are ValueErrors.
-    """
-    entry = json.loads(path.read_text())
-    if not isinstance(entry, dict) or set(entry) != {"key", "value"} or not isinstance(entry["key"], dict):
-        raise ValueError("expected a key and a value")
-    return entry
+def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | None:
+    """A file's content, of one key if `text` is given. None: there is no such file, or a broken one, with a warning."""
+    try:
+        entry = json.loads(path.read_text())  # the errors of JSON and Unicode are ValueErrors
+        if not _is_result(entry, "key", "value"):
+            raise ValueError("expected a key and a value")
+        if text not in (None, _text(entry["key"])):
+            raise ValueError(f"expected the key {text}")
+        return entry
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        warn_once(f"a cached result ({kind}) is ignored: {path}: {error}")
+        return None
 
 
 @functools.cache
 def _read(folders: tuple[Path, ...], kind: str, text: str) -> Any:
-    for path in (_path(folder, kind, text) for folder in folders):
-        try:
-            entry = _entry(path)
-            if _text(entry["key"]) != text:
-                raise ValueError(f"expected the key {text}")
+    for folder in folders:
+        if entry := _entry(kind, _path(folder, kind, text), text):
             return entry["value"]
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError) as error:
-            warn_once(f"a finding ({kind}) is ignored: {path}: {error}")
     return None
