@@ -21,14 +21,12 @@ from torch.nn.functional import pad
 from triton.runtime import interpreter
 
 import gpu_lstm
-from gpu_lstm import backends
+from gpu_lstm.dispatch import available
 from gpu_lstm.functional import lstm_layer
-from gpu_lstm.kernels import recurrence
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
+from gpu_lstm.kernels.problem import MOST, Pass, Problem, Recurrence
 from gpu_lstm.kernels.triton_lstm import indexing, launch
-from gpu_lstm.kernels.triton_lstm.compile import recorded_launches
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family
 from gpu_lstm.kernels.triton_lstm.step import step_plan
 
@@ -101,11 +99,11 @@ def test_any_number_of_units(backend, hidden):
 def test_4096_units(monkeypatch):
     """On every backend each RMS error is at most twice that of torch's own LSTM in float32."""
 
-    def wide_tiles(problem, device, backward, *_):  # with few of them the interpreter is soon done
-        return dataclasses.replace(step_plan(problem, INTERPRETER, backward), columns=64, k=4096)
+    def wide_tiles(problem, device, which, *_):  # with few of them the interpreter is soon done
+        return dataclasses.replace(step_plan(problem, INTERPRETER, which.backward), columns=64, k=4096)
 
     monkeypatch.setattr(launch, "choose_plan", wide_tiles)
-    monkeypatch.setattr(backends, "_cupy_obstacle", lambda device, dtype: None)
+    monkeypatch.setattr(available, "_cupy_obstacle", lambda device, dtype: None)
     monkeypatch.setattr(cupy_launch, "launch_kernel", host_cuda.launcher())
     given = example(1, 1, 2, 4096).rounded(torch.float32)
     truth = {name: torch.from_numpy(true) for name, true in zip(NAMES, given.truth()) if true is not None}
@@ -186,16 +184,16 @@ def test_a_layer_without_features(backend):
 
 # What kernels can count to
 
-MOST_UNITS = recurrence.MOST // 4
+MOST_UNITS = MOST // 4
 
 
-def _of_sizes(steps: int, batch: int, hidden: int, projected: int = 0) -> tuple[Tensor, recurrence.Recurrence]:
+def _of_sizes(steps: int, batch: int, hidden: int, projected: int = 0) -> tuple[Tensor, Recurrence]:
     """gates and recurrence of layer_forward, without memory."""
     width = projected or hidden
     sizes = dict(weight_hh=(4 * hidden, width), h0=(batch, width), c0=(batch, hidden))
     if projected:
         sizes["weight_hr"] = (width, hidden)
-    return zeros(steps, batch, 4 * hidden, device="meta"), recurrence.Recurrence(
+    return zeros(steps, batch, 4 * hidden, device="meta"), Recurrence(
         **{name: zeros(size, device="meta") for name, size in sizes.items()}
     )
 
@@ -214,8 +212,8 @@ F16 = torch.float16
 HUGE = {
     "step, rows": (Family.STEP, Problem(3, 2**30, 5, F16)),
     "step, rows, projection": (Family.STEP, Problem(3, 2**30, 5, F16, projected=3)),
-    "step, rows, masks": (Family.STEP, Problem(3, 2**30, 5, F16, regularised=True)),
-    "step, rows, norms": (Family.STEP, Problem(3, 2**30, 5, F16, normalised=True)),
+    "step, rows, masks": (Family.STEP, Problem(3, 2**30, 5, F16, dropout_h=True, zoneout_h=3, zoneout_c=3)),
+    "step, rows, norms": (Family.STEP, Problem(3, 2**30, 5, F16, norms=(True,) * 3)),
     "step, W_hh": (Family.STEP, Problem(2, 17, 23_200, F16)),
     "step, W_hh and W_hr": (Family.STEP, Problem(2, 17, 46_400, F16, projected=46_400)),
     "resident, rows": (Family.RESIDENT, Problem(3, 2**30, 5, F16)),
@@ -237,7 +235,8 @@ def _launches(huge: tuple[Family, Problem], backward: bool) -> list:
         plan = dataclasses.replace(plan, k=4096, programs=tiles)
     else:
         plan = dataclasses.replace(plan, groups=plan.groups * plan.walks)
-    return recorded_launches(problem, backward, plan, ragged=True, reverse=not backward)
+    ragged = dict(lengths=torch.int64, resets=True, reset_h=problem.regularised, reset_c=True, reverse=not backward)
+    return launch.recorded_launches(problem._replace(**ragged), Pass(backward), plan)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -312,7 +311,7 @@ def _run_last_program(monkeypatch, one) -> int:
         patch.setattr(executor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
         patch.setattr(executor, "_restore_args_dev", lambda *_: None)
         patch.setattr(builder, "set_grid_idx", lambda self, *_: setattr(self, "grid_idx", last))
-        one.kernel[1,](**one.arguments | memory.places | dict.fromkeys({"PATIENCE"} & one.arguments.keys(), 0))
+        one.kernel[1,](**one.arguments | memory.places | dict.fromkeys({"POLL_LIMIT"} & one.arguments.keys(), 0))
     return memory.largest
 
 

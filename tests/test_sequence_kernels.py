@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from comparing import assert_as_good_as_torch, check, example
-from places import INTERPRETED, cooperative, resident, step
+from places import INTERPRETED, cooperative, forget, resident, step
 
 from gpu_lstm.functional import lstm_layer
-from gpu_lstm.kernels.recurrence import Recurrence
+from gpu_lstm.kernels.problem import Recurrence
 from gpu_lstm.kernels.triton_lstm import cooperative as cooperative_kernels
 from gpu_lstm.kernels.triton_lstm import exchange, launch
 from gpu_lstm.kernels.triton_lstm import step as step_kernels
@@ -199,9 +199,11 @@ def test_a_fault_in_a_word_is_detected(monkeypatch, fault):
 @triton.jit
 def one_program_left_out(
     first, second, pairs_ptr, batch, in_batch, phase, error_ptr, step,
-    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, PATIENCE: tl.constexpr,
+    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, POLL_LIMIT: tl.constexpr,
 ):  # fmt: skip
-    found = exchange_pairs(first, second, pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, PATIENCE)
+    found = exchange_pairs(
+        first, second, pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, POLL_LIMIT
+    )
     is_first = tl.arange(0, 32 * WARPS) % (4 * WARPS) == 0
     return (tl.where(is_first, 0.0, found[0]), tl.where(is_first, 0.0, found[1]), *found[2:])
 
@@ -249,7 +251,7 @@ def test_a_wait_that_times_out_ends_and_is_reported(monkeypatch, family, name, f
         step(monkeypatch)
     else:
         cooperative(monkeypatch, units=4)
-    monkeypatch.setattr(family, "PATIENCE", 20)
+    monkeypatch.setattr(exchange, "POLL_LIMIT", 20)
     monkeypatch.setattr(family, name, fault)
     tensors = [None if t is None else t.float().requires_grad_() for t in example(5, 3, 3, 8).tensors]
     x, h0, c0, *weights = tensors
@@ -257,6 +259,7 @@ def test_a_wait_that_times_out_ends_and_is_reported(monkeypatch, family, name, f
     if "backward" in kernel:
         h.sum().backward()
     monkeypatch.undo()
-    with pytest.raises(RuntimeError, match=rf"{kernel} gave up at step \d"):
+    forget()
+    with pytest.raises(RuntimeError, match=rf"{kernel} timed out at step \d"):
         lstm_layer(x, weights, (h0, c0), backend="triton")
     lstm_layer(x, weights, (h0, c0), backend="triton")  # reported once

@@ -19,7 +19,7 @@ from wrong_calls import CALLS, F64, INT
 import bench.__main__
 import gpu_lstm
 import gpu_lstm.__main__
-from gpu_lstm import backends, races
+from gpu_lstm.call import choices
 
 ROWS = [(call, text) for text, *calls in CALLS for call in calls]
 
@@ -46,7 +46,8 @@ def picture(m):
     for stream in (m.stream, m.stream_of_stack):
         found[stream] = values(t for state in stream._state for t in state)
     found["random"] = torch.get_rng_state().numpy().tobytes()
-    found["chosen"] = backends._chosen, list(backends._blocks), races._mode, dict(os.environ)
+    chosen = (list(choice._open) for choice in (choices.chosen_backend, choices.chosen_racing))
+    found["chosen"] = *chosen, dict(os.environ)
     return found
 
 
