@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import cases, compare, expected, gpu, measure, plots, ppo, report, results
+from . import cases, compare, expected, gpu, host, measure, plots, ppo, report, results
 from .isolated import ROOT, checkout
 from .providers import OURS, PROVIDERS
 
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     return 0
                 case "ppo":
                     return ppo.run(options)
+                case "host":
+                    return host.run(options)
                 case "gpu" if not torch.cuda.is_available():
                     raise ValueError("there is no CUDA device here")
             now = datetime.datetime.now()
@@ -91,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=_minutes, default=8.0, help="for all of it together")
     add("--out", type=Path, required=True, help="folder for all it finds")
     ppo.add_arguments(commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop"))
+    host.add_arguments(commands.add_parser("host", help="microseconds that a call costs before the device begins"))
     commands.add_parser("readme", help="write the figures of README.md and docs/benchmarks.md from bench/results/*.csv")
     return parser
 

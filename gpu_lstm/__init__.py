@@ -6,7 +6,7 @@ from pathlib import Path
 if not Path(__file__).with_name("kernels").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
-from . import compat, functional, keras, races
+from . import compat, functional, keras, races  # noqa: F401
 from .call.choices import Backend, backend, racing
 from .call.sequences import resets_from_dones
 from .kernels.timeouts import check  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout

@@ -1,7 +1,7 @@
-"""What was found out on a machine, remembered from one process to the next: measured plans, checks, races.
+"""Results cached on disk, from one process to the next: measured plans, verification of kernels, races.
 
-One small file for each key, so that nobody loses what another writes at once; for the user alone to read or write.
-Nothing here stops a call: what cannot be read or written is ignored, and a warning says so once.
+One small file for each key, so that concurrent writers lose nothing; for the user alone to read or write. Nothing here
+stops a call: what cannot be read or written is ignored, with one warning.
 """
 
 import functools
@@ -20,11 +20,11 @@ import torch
 KINDS = ("races", "checks", "plans")
 SHARED = "GPU_LSTM_SHARED_CACHE"  # environment variable: a folder that is read first, and never written to
 
-Key = dict[str, Any]  # of JSON values: what the finding depends on, versions included
+Key = dict[str, Any]  # of JSON values: what the result depends on, versions included
 
 
 def folder() -> Path | None:
-    """Where findings are written: gpu_lstm in the user's cache folder. None: the user has no home."""
+    """Where results are written: gpu_lstm in the user's cache folder. None: the user has no home."""
     cache = os.environ.get("XDG_CACHE_HOME")
     try:
         return Path(cache or Path.home() / ".cache") / "gpu_lstm"
@@ -33,14 +33,14 @@ def folder() -> Path | None:
 
 
 def folders() -> list[Path]:
-    """Where findings are read, in this order."""
+    """Where results are read, in this order."""
     shared = os.environ.get(SHARED)
     return [path for path in (Path(shared) if shared else None, folder()) if path is not None]
 
 
 @functools.cache
 def machine(device: torch.device) -> Key:
-    """What findings about a device depend on: the card, its driver, and the packages that make kernels for it."""
+    """What results about a device depend on: the card, its driver, and the packages that make kernels for it."""
     card, driver = str(device.type), None
     if device.type == "cuda":
         card, driver = torch.cuda.get_device_name(device), torch._C._cuda_getDriverVersion()
@@ -58,12 +58,12 @@ def _version(package: str) -> str | None:
 
 
 def read(kind: str, key: Key) -> Any:
-    """The value of a finding of some kind ("plans", "checks", "races"); None if there is none."""
+    """The value of a cached result of some kind ("plans", "checks", "races"); None if there is none."""
     return _read(tuple(folders()), kind, _text(key))
 
 
 def write(kind: str, key: Key, value: Any) -> bool:
-    """Remember a finding; whether that was possible."""
+    """Write a result; whether that was possible."""
     ours, text, written = folder(), _text(key), False
     try:
         if ours is None:
@@ -75,30 +75,30 @@ def write(kind: str, key: Key, value: Any) -> bool:
             try:
                 json.dump({"key": key, "value": value}, file, indent=1)
                 file.close()
-                unfinished.replace(_path(ours, kind, text))  # at once, so that nobody reads half a file
+                unfinished.replace(_path(ours, kind, text))  # at once, so that no reader gets half a file
             finally:
                 unfinished.unlink(missing_ok=True)
         written = True
     except OSError as error:
-        warn_once(f"a finding ({kind}) is not remembered: {error}")
+        warn_once(f"a result ({kind}) is not cached: {error}")
     _read.cache_clear()
     return written
 
 
 def entries(kind: str) -> Iterator[tuple[Path, Key, Any]]:
-    """(file, key, value) of all findings of a kind."""
+    """(file, key, value) of all results of a kind."""
     for path in folders():
         for file in sorted((path / kind).glob("*.json")):
             try:
                 entry = _entry(file)
             except (OSError, ValueError) as error:
-                warn_once(f"a finding ({kind}) is ignored: {file}: {error}")
+                warn_once(f"a cached result ({kind}) is ignored: {file}: {error}")
             else:
                 yield file, entry["key"], entry["value"]
 
 
 def forget(kind: str) -> int:
-    """Remove the user's own findings of a kind, those that are broken, too; how many they were."""
+    """Remove the user's own results of a kind, broken ones included; how many they were."""
     ours = folder()
     files = [] if ours is None else list((ours / kind).glob("*.json"))
     for file in files:
@@ -108,7 +108,7 @@ def forget(kind: str) -> int:
 
 
 def export(path: str | Path) -> int:
-    """Write all findings, of all kinds, into one file that can be merged; how many they were.
+    """Write all results, of all kinds, into one file that can be merged; how many they were.
 
     Raises:
         OSError: the file cannot be written.
@@ -119,31 +119,31 @@ def export(path: str | Path) -> int:
 
 
 def merge(paths: Sequence[str | Path]) -> int:
-    """Remember what exported files have and nothing is known of here; how many findings they were.
+    """Add the results of exported files that are not cached here; how many they were.
 
     Raises:
-        OSError, ValueError: a file cannot be read, or is no such file; then nothing is taken of any.
+        OSError, ValueError: a file cannot be read, or is no such file; then nothing is added.
     """
     added = 0
-    for finding in [finding for path in paths for finding in _exported(path)]:  # all are read before one is written
-        if read(finding["kind"], finding["key"]) is None:
-            added += write(**finding)
+    for result in [result for path in paths for result in _exported(path)]:  # all are read before one is written
+        if read(result["kind"], result["key"]) is None:
+            added += write(**result)
     return added
 
 
 def _exported(path: str | Path) -> list[dict[str, Any]]:
-    """The findings in a file that was exported."""
+    """The results in a file that was exported."""
     expected = f"{path}: expected what `python -m gpu_lstm races --export` writes"
     try:
         found = json.loads(Path(path).read_text())
     except (ValueError, RecursionError) as error:  # no text, no JSON, or lists in lists without end
         raise ValueError(f"{expected}: {error}") from None
-    if not isinstance(found, list) or not all(map(_is_finding, found)):
+    if not isinstance(found, list) or not all(map(_is_result, found)):
         raise ValueError(expected)
     return found
 
 
-def _is_finding(entry: Any) -> bool:
+def _is_result(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and set(entry) == {"kind", "key", "value"}
@@ -189,5 +189,5 @@ def _read(folders: tuple[Path, ...], kind: str, text: str) -> Any:
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
-            warn_once(f"a finding ({kind}) is ignored: {path}: {error}")
+            warn_once(f"a cached result ({kind}) is ignored: {path}: {error}")
     return None

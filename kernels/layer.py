@@ -21,7 +21,7 @@ class Gradients(NamedTuple):
     dh0: Tensor  # [B, P]
     dc0: Tensor  # [B, H] float32
     dh_total: Tensor | None = None  # [T, B, P] of W_hr m with a projection, of m with a layer norm of c
-    dreset_h: Tensor | None = None  # [T, B, P] float32, what zoneout hands back to reset_h; zero but at resets
+    dreset_h: Tensor | None = None  # [T, B, P] float32, through zoneout; zero but at resets
     dreset_c: Tensor | None = None  # [T, B, H] float32, zero but at resets
 
 
@@ -30,7 +30,7 @@ class LoopGradients(NamedTuple):
 
     dgates: Tensor
     dc0: Tensor
-    dh_from_zoneout: Tensor | None = None  # [B, P] float32, handed back past the first step
+    dh_from_zoneout: Tensor | None = None  # [B, P] float32, through zoneout of the first step
     dh_total: Tensor | None = None
     dreset_h: Tensor | None = None
     dreset_c: Tensor | None = None
@@ -47,7 +47,7 @@ class Prepared(Protocol):
     """A plan of one problem and pass, ready to be launched."""
 
     plan: Any
-    at_once: int | None  # launches of the plan that fit the card together; None: its programs wait for nobody
+    at_once: int | None  # launches of it that fit the card together; None: programs do not wait for each other
     projects_outside: bool  # it runs the recurrence of m, see projection.py
 
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -112,7 +112,8 @@ class Layer:
             with torch.cuda.device(self.device):
                 return self.forward(gates, r, save)
         raise_if_timed_out(self.device)
-        _check_counts(steps=len(gates))
+        if gates.shape[0] > MOST:
+            _check_counts(steps=len(gates))
         if self.problem.batch == 0:
             return _empty_forward(gates, r, save)
         prepared = self.prepared(SAVE if save else NO_SAVE)
@@ -188,7 +189,7 @@ class Layer:
 
     def _is_elsewhere(self) -> bool:
         """Kernels are launched on the current device, which may be another."""
-        return self.device.type == "cuda" and torch.cuda.current_device() != self.device.index
+        return self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device())
 
 
 SAVE, NO_SAVE = Pass(), Pass(save=False)
@@ -204,7 +205,7 @@ def aligned(t: Tensor) -> Tensor:
 def _aligned_tensors(r: Recurrence) -> Recurrence:
     tensors = r[:TENSORS]
     for t in tensors:
-        if t is not None and aligned(t) is not t:
+        if t is not None and not (t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0):
             return Recurrence(*(None if t is None else aligned(t) for t in tensors), *r[TENSORS:])
     return r
 
@@ -232,7 +233,7 @@ def _empty_backward(gates: Tensor, r: Recurrence) -> Gradients:
 
 
 def zeros_for_resets(r: Recurrence) -> tuple[Tensor | None, Tensor | None]:
-    """For the gradients of reset_h (what zoneout hands back) and reset_c, float32; None where there is none."""
+    """For the gradients of reset_h (through zoneout) and reset_c, float32; None where there is none."""
     dreset_h = None if r.reset_h is None else torch.zeros_like(r.reset_h, dtype=torch.float32)
     return dreset_h, None if r.reset_c is None else torch.zeros_like(r.reset_c, dtype=torch.float32)
 

@@ -1,4 +1,4 @@
-"""Layer norm (Ba, Kiros & Hinton, 2016) in torch's operators: what backward takes of it outside the time loop.
+"""Layer norm (Ba, Kiros & Hinton, 2016) in torch's operators: what backward needs of it outside the time loop.
 
 LN(v) = gain * unit + bias, where unit = (v - mean(v)) * scale and scale = 1 / sqrt(var(v) + EPS), over the last
 dimension.

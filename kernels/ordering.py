@@ -30,7 +30,7 @@ _lock = threading.Lock()
 
 
 def await_others(side_by_side: int, device: torch.device) -> None:
-    """Have the current stream wait for launches on other streams that must not run beside the next one.
+    """Have the current stream wait for launches on other streams that must not run at the same time as the next one.
 
     `side_by_side` launches were planned to share the card.
     """

@@ -115,22 +115,10 @@ TENSORS = Recurrence._fields.index("reverse")  # of a Recurrence, its first fiel
 def problem_of(gates: Tensor, r: Recurrence) -> Problem:
     """The problem of a call with `gates` [T, B, 4H]."""
     steps, batch, _ = gates.shape
+    dimensions = [None if t is None else t.dim() for t in (r.zoneout_h, r.zoneout_c)]
     return Problem(
-        steps=1 if steps == 1 else 2,
-        batch=batch,
-        hidden=r.c0.shape[1],
-        dtype=gates.dtype,
-        projected=0 if r.weight_hr is None else r.h0.shape[1],
-        precision=r.precision,
-        side_by_side=r.side_by_side,
-        reverse=r.reverse,
-        lengths=None if r.lengths is None else r.lengths.dtype,
-        resets=r.resets is not None,
-        dropout_h=r.dropout_h is not None,
-        zoneout_h=None if r.zoneout_h is None else r.zoneout_h.dim(),
-        zoneout_c=None if r.zoneout_c is None else r.zoneout_c.dim(),
-        reset_h=r.reset_h is not None,
-        reset_c=r.reset_c is not None,
-        peepholes=r.weight_peephole is not None,
-        norms=(r.gain_hh is not None, r.gain_c is not None, r.bias_c is not None),
-    )
+        1 if steps == 1 else 2, batch, r.c0.shape[1], gates.dtype, 0 if r.weight_hr is None else r.h0.shape[1],
+        r.precision, r.side_by_side, r.reverse, None if r.lengths is None else r.lengths.dtype, r.resets is not None,
+        r.dropout_h is not None, *dimensions, r.reset_h is not None, r.reset_c is not None,
+        r.weight_peephole is not None, (r.gain_hh is not None, r.gain_c is not None, r.bias_c is not None),
+    )  # fmt: skip

@@ -70,17 +70,17 @@ def gradient_of_m(dh: Tensor, r: Recurrence) -> Tensor:
 
 
 def add_gradient_of_next(dh: Tensor, dgates: Tensor, r: Recurrence) -> Tensor:
-    """Gradient of h [T, B, P] from outside += what the step after hands back: the whole gradient of h."""
+    """Gradient of h [T, B, P] from outside += the gradient through the step after: the whole gradient of h."""
     with products_in(r.precision):
-        handed_back = dgates @ r.weight_hh
+        from_next = dgates @ r.weight_hh
     steps = len(dh)
     to, of = (slice(1, None), slice(None, steps - 1)) if r.reverse else (slice(None, steps - 1), slice(1, None))
-    handed_back = handed_back[of]
+    from_next = from_next[of]
     if r.resets is not None:
-        handed_back = handed_back.masked_fill(r.resets[1:, :, None], 0)
+        from_next = from_next.masked_fill(r.resets[1:, :, None], 0)
     if r.lengths is not None and r.reverse:
-        handed_back = handed_back.masked_fill(_padding(steps, r)[1:], 0)
-    dh[to] += handed_back
+        from_next = from_next.masked_fill(_padding(steps, r)[1:], 0)
+    dh[to] += from_next
     return dh
 
 

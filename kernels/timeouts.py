@@ -31,7 +31,7 @@ class _Words:
 
     def __init__(self, device: torch.device) -> None:
         self.tensor = torch.zeros(len(KERNELS), APART, dtype=torch.int32, pin_memory=device.type == "cuda")
-        # The same memory: read at every call, which takes a tensor's own methods microseconds.
+        # The same memory: read at every call, which takes microseconds through the tensor.
         self.memory: Any = (ctypes.c_char * len(_NONE)).from_address(self.tensor.data_ptr())
 
 
@@ -80,9 +80,9 @@ def _report(device: torch.device) -> str | None:
         return None
     for k, _ in found:  # and no others: one may be written at this moment
         words[k, 0] = 0
-    told = " and ".join(f"{KERNELS[k]} timed out at step {step - 1}" for k, step in found)
+    texts = " and ".join(f"{KERNELS[k]} timed out at step {step - 1}" for k, step in found)
     return (
-        f"{told} on {device}: its programs wait for each other, and were not all resident at once; "
+        f"{texts} on {device}: its programs wait for each other, and were not all resident at once; "
         f"the results of {'that launch' if len(found) == 1 else 'those launches'} are wrong"
     )
 

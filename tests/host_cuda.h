@@ -270,7 +270,7 @@ inline bool any_of_warp(bool yes) {
     for (int lane = 0; lane < host::WARP; ++lane) any |= slots[lane].words[0] != 0;
     return any;
 }
-inline void meet_in_warp() { host::launch->exchange(1, {}); }
+inline void barrier_of_warp() { host::launch->exchange(1, {}); }
 inline float of_neighbour(float x) {
     return __uint_as_float(host::launch->exchange(2, {__float_as_uint(x)})[threadIdx.x % host::WARP ^ 1].words[0]);
 }

@@ -47,8 +47,8 @@ NUMBERS = (  # of the Triton kernels: the quick ones of those that compare all r
 )
 TESTS = {
     "gpu_lstm": "lstm ragged weights variants errors wrong_calls convert derivatives chunks side_by_side stream "
-    "autocast first_call giving_up races explain graphs main layer::test_without_kernels",
-    "kernels": f"planning plan_cache first_call tuning giving_up {NUMBERS} main compile extremes",
+    "autocast first_call timeouts races explain graphs main layer::test_without_kernels",
+    "kernels": f"planning plan_cache first_call tuning timeouts {NUMBERS} main compile extremes",
     "kernels/cupy_lstm": "cupy_launch layer::test_cuda cupy_kernels main",
 }
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 import triton
 
-from gpu_lstm.kernels.sass import Loop, _time_loop
 from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.sass import Loop, _time_loop
 from gpu_lstm.kernels.triton_lstm.planning import Family, Plan, counts_of_turn
 
 OLDER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -28,17 +28,22 @@ import dataclasses
 import json
 import torch
 from gpu_lstm.__main__ import _as_json
-from gpu_lstm.kernels.triton_lstm.compile import PRECISIONS, Case, reports, sequence_cases, step_cases
+from gpu_lstm.kernels.triton_lstm.compile import PRECISIONS, Case, problem_with, reports, sequence_cases, step_cases
 from gpu_lstm.kernels.triton_lstm import compile, cooperative, resident, step
-from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
+from gpu_lstm.kernels.triton_lstm.step import step_plan
+from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES
+
+def training(p):
+    return p.dropout_h or not p.regularised
 
 def wanted_step(case):  # sm_86 and sm_89 have the instructions of sm_80 and the shared memory of sm_120
     p, sm, architectures = case.problem, case.device.architecture, (80, 90, 100, 120)
     if not (p.projected and p.regularised):
-        plain = not (p.projected or p.regularised or case.peepholes)
-        return sm == 90 and str(p.dtype) == "torch.bfloat16" and (plain or not case.training)
-    if sm not in architectures or not case.peepholes:  # with them it takes most registers
+        plain = not (p.projected or p.regularised or p.peepholes)
+        return sm == 90 and str(p.dtype) == "torch.bfloat16" and (plain or not training(p))
+    if sm not in architectures or not p.peepholes:  # with them it takes most registers
         return False
     precision = PRECISIONS.index((p.dtype, p.precision))
     return case.backward == (precision + architectures.index(sm)) % 2  # so that any two meet of the three
@@ -47,15 +52,15 @@ def wanted_sequence(case):
     p, sm = case.problem, case.device.architecture
     if p.regularised:  # where sequences are ragged, or if not, have no more to do
         return (
-            sm == 90 and str(p.dtype) == "torch.bfloat16" and case.ragged and case.training != case.backward
-            and (case.peepholes or p.hidden == 64 or case.backward)
+            sm == 90 and str(p.dtype) == "torch.bfloat16" and p.lengths and training(p) != case.backward
+            and (p.peepholes or p.hidden == 64 or case.backward)
         )
-    if (case.ragged or case.peepholes) and p.hidden != 768 or p.normalised and p.hidden not in (128, 768):
+    if (p.lengths or p.peepholes) and p.hidden != 768 or p.normalised and p.hidden not in (128, 768):
         return False
     if str(p.dtype) == "torch.bfloat16":
         return sm == 90 and ((p.batch == 16 and p.hidden not in (64, 1024)) or (p.batch, p.hidden) == (256, 768))
     of_dtype = {"torch.float16": (120,), "torch.float32": (120 if case.backward else 90,)}[str(p.dtype)]
-    return sm in of_dtype and p.batch == 16 and p.hidden == 768 and case.ragged
+    return sm in of_dtype and p.batch == 16 and p.hidden == 768 and p.lengths
 
 def quick_step(case):
     p, sm = case.problem, case.device.architecture
@@ -68,9 +73,9 @@ def quick_sequence(case):
 
 def with_32_registers():  # a thread may have no more: its report, and the one without that limit
     case = Case(Problem(2, 16, 64, torch.float32), False, compile.SEQUENCE_DEVICES[0])
-    plan = compile.step_plan(case.problem, case.device, False)
-    launch = compile.recorded_launches(case.problem, False, plan)[0]
-    few = dataclasses.replace(launch, arguments=launch.arguments | dict(maxnreg=32))
+    plan = step_plan(case.problem, case.device, False)
+    launch = recorded_launches(case.problem, Pass(), plan)[0]
+    few = launch._replace(arguments=launch.arguments | dict(maxnreg=32))
     rows = [compile.report(each, case, plan) for each in (few, launch)]
     return [_as_json(row) | {"fits": row.fits} for row in rows]
 
@@ -85,7 +90,7 @@ def parameters():  # of each kernel: the numbers that it takes, and those whose 
 if __name__ == "__main__":
     of_step, of_sequence = WANTED
     more = (4096, {}), (128, dict(ragged=True, peepholes=True))
-    more = [Case(Problem(2, 16, hidden, torch.bfloat16), backward, DEVICES["h100"], **kind)
+    more = [Case(problem_with(Problem(2, 16, hidden, torch.bfloat16), **kind), backward, DEVICES["h100"])
             for hidden, kind in more for backward in (False, True)]
     cases = [*filter(of_step, step_cases()), *filter(of_sequence, sequence_cases()), *more]
     rows = [_as_json(row) | {"fits": row.fits} for rows in reports(cases) for row in rows]
@@ -188,7 +193,7 @@ def test_the_model_of_planning_knows_the_counts(rows):
         size = 4 if "float32" in row["case"] else 2
         plan = Plan(**row["plan"] | {"family": Family(row["plan"]["family"])})
         normalised = "layer norm" in row["case"]
-        problem = Problem(2, 16, 1, torch.float32 if size == 4 else torch.bfloat16, normalised=normalised)
+        problem = Problem(2, 16, 1, torch.float32 if size == 4 else torch.bfloat16, norms=(normalised,) * 3)
         instructions, products, shared = counts_of_turn(problem, plan, "backward" in row["kernel"])
         assert (row["loop"]["products"], row["loop"]["shared"]) == (products, shared), row
         assert row["loop"]["instructions"] == pytest.approx(instructions, rel=0.12), row
@@ -232,7 +237,7 @@ def test_weights_and_barriers_in_the_loop_are_seen(tmp_path):
     script = """
 import importlib.util, json, pathlib, torch
 from gpu_lstm.__main__ import _as_json
-from gpu_lstm.kernels.triton_lstm import compile, cooperative
+from gpu_lstm.kernels.triton_lstm import compile, cooperative, launch
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
 text = pathlib.Path(cooperative.__file__).read_text()
@@ -243,7 +248,7 @@ pathlib.Path("faulty.py").write_text(text.replace(product, f"        tl.debug_ba
 spec = importlib.util.spec_from_file_location("faulty", "faulty.py")
 faulty = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(faulty)
-compile.FAMILIES[Family.COOPERATIVE] = faulty
+launch.FAMILIES[Family.COOPERATIVE] = faulty
 case = compile.Case(Problem(2, 16, 256, torch.bfloat16), False, DEVICES["h100"])
 (row,) = compile._reports_of(case)
 print(json.dumps(_as_json(row)))

@@ -60,10 +60,10 @@ def test_tensors_that_are_not_aligned_give_the_same_bits(device, dtype):
 
 
 def test_a_nan_is_data_and_stays_in_its_sequence(monkeypatch, device):
-    """Nobody waits for it for ever, although the fill is a NaN."""
+    """Nobody waits for it for ever, although the sentinel is a NaN."""
     monkeypatch.setattr(launch, "choose_plan", CUPY_PLANS["kept/4"])
     gates, r = _layer(device, torch.float16)
-    r.h0.view(torch.int16)[0, 0] = -1  # the fill's bits
+    r.h0.view(torch.int16)[0, 0] = -1  # the sentinel's bits
     gates[1, 1] = float("nan")
     h, *_ = launch.layer_forward(gates, r, save=True)
     assert h[:, 0].isnan().all()
@@ -122,10 +122,11 @@ FAULTS = {  # the part, the text that is replaced, and by what
     "weights' row is off by one": ("cooperative", "gate * H + unit : -1", "gate * H + (unit + 1) % H : -1"),
     "fragments swapped": ("products", "[0], quad.x, quad.y", "[0], quad.y, quad.x"),
     "rows of a tile swapped": ("products", "of[0][half] = quad.x", "of[0][1 - half] = quad.x"),
-    "a warp takes another's part of K": ("products", "x.await(patience);\n        float", "x.await(patience);\n        "
+    "a warp takes another's part of K": ("products", "x.await(polling);\n        float", "x.await(polling);\n        "
                                         "x.quad[0].x = lane.warp == 1 ? x.quad[0].y : x.quad[0].x;\n        float"),
-    "a stale word is taken for new": ("exchange", "return most != FILL;", "return true;"),
-    "partial sums of another step": ("exchange", "missing |= (word[n] & 1) != phase;", "missing |= word[n] == FILL;"),
+    "a stale word is taken for new": ("exchange", "return most != SENTINEL;", "return true;"),
+    "partial sums of another step": ("exchange", "missing |= (word[n] & 1) != phase;",
+                                     "missing |= word[n] == SENTINEL;"),
     "published too early": ("cooperative", "const unsigned word = pack<E>(h_next);",
                             "const unsigned word = pack<E>(h_next);\nstore_relaxed_if(in_batch & "
                             "unit % PER_WORD<E> == 0, h + at.row * W + unit / PER_WORD<E>, word ^ 0x8000);"),
@@ -136,7 +137,7 @@ FAULTS = {  # the part, the text that is replaced, and by what
 }  # fmt: skip
 READ_FAULTS = {
     "a missing barrier": ("products", "= sums[n][s];\n        __syncthreads();", "= sums[n][s];"),
-    "a warp reads before all have laid down": ("products", "x.quad[chunk];\n            meet_in_warp();",
+    "a warp reads before all have laid down": ("products", "x.quad[chunk];\n            barrier_of_warp();",
                                                "x.quad[chunk];"),
     "shares of rows left out": ("cooperative", "if (!ONE) row += rows;", "row += H;"),
 }  # fmt: skip
@@ -173,7 +174,7 @@ def test_a_planted_fault_is_detected(monkeypatch, of, change):
 
 def test_a_launch_whose_blocks_are_not_all_there_ends_and_is_reported(monkeypatch):
     """As if the card held one block less than it says."""
-    impatient = source.parts()["exchange"].replace("PATIENCE = 1 << 22", "PATIENCE = 1 << 7")
+    impatient = source.parts()["exchange"].replace("POLL_LIMIT = 1 << 22", "POLL_LIMIT = 1 << 7")
     cuda(monkeypatch, CUPY_PLANS["kept/4"], changes={"exchange": impatient})
     gates, r = _layer("cpu", torch.float16, H=33)
     plan = CUPY_PLANS["kept/4"](Problem(2, 3, 33, torch.float16), launch.card_of(gates.device), False)

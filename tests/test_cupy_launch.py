@@ -20,9 +20,9 @@ from torch import Tensor
 from gpu_lstm import backends
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.kernels import projection
-from gpu_lstm.kernels.cupy_lstm import cooperative, launch, planning, source
-from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, Problem, choose_plan, plans
-from gpu_lstm.kernels.problem import Recurrence
+from gpu_lstm.kernels.cupy_lstm import launch, planning, source
+from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, choose_plan, plans
+from gpu_lstm.kernels.problem import Problem, Recurrence
 
 SOURCE = source.join(source.parts())
 DTYPES = tuple(source.ELEMENTS)
@@ -101,7 +101,7 @@ def test_every_argument_is_as_the_kernel_declares_it(launches, backward, ragged,
     _call(dtype, projected, ragged, backward, states=ragged)
     (made,) = launches
     assert (made.kernel, made.dtype) == (KERNELS[backward], dtype)
-    parts, words = made.plan.parts, planning.Problem(B, H, dtype, backward).words
+    parts, words = made.plan.parts, planning.words_of(Problem(2, B, H, dtype))
     sizes = {"T": T, "B": B, "H": H, "W": words, "PARTS": parts}
     types = {"E*": dtype, "float*": torch.float32, "int*": torch.int32, "bool*": torch.bool}
     parameters = _parameters(made.kernel)
@@ -146,9 +146,9 @@ def test_arguments_go_by_their_names(launches):
 @pytest.mark.parametrize("card", [H100, Card(86, 20), Card(75, 40)], ids=lambda card: f"sm_{card.architecture}")
 def test_there_is_a_plan_for_every_problem_and_its_blocks_cover_everything_once(card, backward, hidden, batch, dtype):
     for side_by_side in (1, 2):
-        problem = Problem(batch, hidden, dtype, backward, side_by_side=side_by_side)
-        found = list(plans(problem, card))
-        assert choose_plan(problem, card) == min(found, key=lambda plan: plan.clocks)
+        problem = Problem(2, batch, hidden, dtype, side_by_side=side_by_side)
+        found = list(plans(problem, card, backward))
+        assert choose_plan(problem, card, backward) == min(found, key=lambda plan: plan.clocks)
         for plan in found:
             blocks, groups = plan.grid
             assert blocks * groups * side_by_side <= card.multiprocessors, "all resident at once"
@@ -159,7 +159,7 @@ def test_there_is_a_plan_for_every_problem_and_its_blocks_cover_everything_once(
                 assert card.architecture >= 80
                 assert dtype.itemsize == 2
                 assert blocks * plan.units >= hidden > (blocks - plan.parts) * plan.units
-                k = problem.words * (4 // plan.parts if backward else 1)
+                k = planning.words_of(problem) * (4 // plan.parts if backward else 1)
                 assert plan.chunks * plan.warps * 16 >= k > (plan.chunks - 1) * plan.warps * 16
 
 
@@ -173,7 +173,7 @@ def test_there_is_a_plan_for_every_problem_and_its_blocks_cover_everything_once(
     ],
 )
 def test_what_is_chosen_on_an_h100(batch, hidden, backward, sizes, grid, shared, clocks):
-    plan = choose_plan(Problem(batch, hidden, torch.bfloat16, backward), H100)
+    plan = choose_plan(Problem(2, batch, hidden, torch.bfloat16), H100, backward)
     assert (plan.units, plan.warps, plan.chunks, plan.parts) == sizes
     assert (plan.grid, plan.shared) == (grid, shared)
     assert clocks[0] < plan.clocks < clocks[1]
@@ -184,7 +184,7 @@ def test_the_launcher_and_the_source_agree():
     assert tuple(declared) == KERNELS
     for name in ("SEQUENCES", "CHUNK", "AHEAD"):
         assert int(re.search(rf"constexpr int {name} = (\d+);", SOURCE)[1]) == getattr(planning, name)
-    assert int(re.search(r"FILL = (0x\w+);", SOURCE)[1], 16) == cooperative.FILL & 0xFFFFFFFF
+    assert int(re.search(r"SENTINEL = (0x\w+);", SOURCE)[1], 16) == launch.SENTINEL & 0xFFFFFFFF
     assert re.search(r"enum Gate \{ I, F, G, O, GATES \};", SOURCE)
     assert "#include" not in SOURCE, "CuPy brings no headers along"
     assert set(source.PARTS) == {file.stem for file in source.FOLDER.iterdir()}
@@ -210,7 +210,7 @@ def test_products_are_taken_in_the_precision_asked_for(monkeypatch, launches, pr
     with inside(precision):
         assert now() == precision
     assert now() == before
-    kept = any(plan.chunks for plan in plans(Problem(16, 768, torch.float32, False, precision), H100))
+    kept = any(plan.chunks for plan in plans(Problem(2, 16, 768, torch.float32, precision=precision), H100, False))
     assert kept == (precision == "tf32")
 
 
@@ -319,19 +319,16 @@ def test_a_launch_is_what_cupy_is_asked_for(monkeypatch):
         RawModule=lambda **given: loaded.append(given) or SimpleNamespace(get_function=Function),
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(torch.cuda, "device", lambda d: Entered(f"device {d}"))
     monkeypatch.setattr(launch, "_stream", lambda d: Entered(f"stream of {d}"))
     monkeypatch.setattr(launch, "_kernel", launch._kernel.__wrapped__)
     tensor, kernel = torch.zeros(3), KERNELS[0]
     plan = Plan(hidden=768, units=12, warps=8, chunks=3, parts=1, grid=(64, 2), shared=1234, clocks=0)
-    arguments = dict.fromkeys(source.parameters(kernel), tensor) | dict(c=None, T=7, B=0, reverse=True)
+    arguments = dict.fromkeys(source.parameters(kernel), tensor) | dict(c=None, T=7, B=5, reverse=True)
     launch.launch_kernel(kernel, torch.float16, plan, **arguments)
-    assert loaded == asked == [], "an empty batch launches nothing"
-    launch.launch_kernel(kernel, torch.float16, plan, **arguments | dict(B=5))
     ((name, most, inside, grid, block, given, options),) = asked
     assert name == "lstm_cooperative_forward<float16, 768, 12, 8, 3>"
     assert (most, grid, block, options) == (163 * 1024, (64, 2), (256,), {"shared_mem": 1234})
-    assert inside == ["device cpu", "stream of cpu"]
+    assert inside == ["stream of cpu"]
     assert entered == []
     values = dict(zip(source.parameters(kernel), given))
     assert (values["gates"], values["c"], values["T"], values["reverse"]) == (tensor.data_ptr(), 0, 7, True)
@@ -392,7 +389,7 @@ def test_weights_stay_in_registers_and_a_step_has_one_barrier(rows):
         assert (row.loop is None) == (row.architecture < 75), "which the disassembler does not read"
         if row.loop is not None:
             assert row.loop.barriers == 1
-            products = 2 * case.plan.chunks * case.plan.units * (case.plan.parts if case.problem.backward else 4) // 16
+            products = 2 * case.plan.chunks * case.plan.units * (case.plan.parts if case.backward else 4) // 16
             assert row.loop.products == products
 
 

@@ -10,17 +10,17 @@ import torch
 from torch import zeros
 
 import gpu_lstm
-from gpu_lstm import reference
+from gpu_lstm.backends import reference
 from gpu_lstm.functional import lstm_layer
 
 F64 = torch.float64
+WEIGHTS = zeros(16, 3, dtype=F64), zeros(16, 4, dtype=F64)
+X = zeros(5, 2, 3, dtype=F64)
 CALLABLES = dict(
-    LSTM=lambda **kwargs: gpu_lstm.LSTM(3, 4, dtype=F64, **kwargs)(zeros(5, 2, 3, dtype=F64)),
-    LSTMCell=lambda **kwargs: gpu_lstm.LSTMCell(3, 4, dtype=F64, **kwargs)(zeros(2, 3, dtype=F64)),
-    StackedLSTM=lambda **kwargs: gpu_lstm.StackedLSTM(3, [4, 2], dtype=F64, **kwargs)(zeros(5, 2, 3, dtype=F64)),
-    lstm_layer=lambda **kwargs: lstm_layer(
-        zeros(5, 2, 3, dtype=F64), (zeros(16, 3, dtype=F64), zeros(16, 4, dtype=F64)), **kwargs
-    ),
+    LSTM=lambda **kwargs: gpu_lstm.LSTM(3, 4, dtype=F64, **kwargs)(X),
+    LSTMCell=lambda **kwargs: gpu_lstm.LSTMCell(3, 4, dtype=F64, **kwargs)(X[0]),
+    StackedLSTM=lambda **kwargs: gpu_lstm.StackedLSTM(3, [4, 2], dtype=F64, **kwargs)(X),
+    lstm_layer=lambda **kwargs: lstm_layer(X, WEIGHTS, **kwargs),
 )
 every_callable = pytest.mark.parametrize("call", CALLABLES.values(), ids=CALLABLES)
 
@@ -61,9 +61,9 @@ def test_who_chooses_the_backend(call, monkeypatch):
     assert not by_reference()
 
 
-@every_callable
-def test_with_ends_with_its_block(call, monkeypatch):
+def test_with_ends_with_its_block(monkeypatch):
     monkeypatch.delenv("GPU_LSTM_BACKEND", raising=False)
+    call = CALLABLES["LSTM"]
     with gpu_lstm.backend("triton"):
         with gpu_lstm.backend("torch"):
             call()
@@ -80,20 +80,15 @@ def test_with_ends_with_its_block(call, monkeypatch):
 
 
 def test_a_backend_that_is_chosen_without_with_is_told():
-    with pytest.warns(
-        RuntimeWarning, match=r"^gpu_lstm.backend\('triton'\) chose nothing: write `with gpu_lstm.backend"
-    ):
+    words = r"^gpu_lstm.backend\('triton'\) chose nothing: write `with gpu_lstm.backend"
+    with pytest.warns(RuntimeWarning, match=words):
         gpu_lstm.backend("triton")
-
-    @gpu_lstm.backend("triton")
-    def decorated():
-        with refuses_float64():
-            CALLABLES["LSTM"]()
-
+    decorated = gpu_lstm.backend("triton")(CALLABLES["LSTM"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
-            decorated()
+            with refuses_float64():
+                decorated()
         block = gpu_lstm.backend("triton")
         with block, block:
             pass

@@ -18,24 +18,25 @@ import json
 import torch
 from gpu_lstm.kernels.triton_lstm import cooperative, step
 from gpu_lstm.kernels.triton_lstm.binary import compile_for
-from gpu_lstm.kernels.triton_lstm.compile import recorded_launches
-from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
+from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 
 PROBLEMS = {  # of which one load takes four words of a row, two, and one
     "bf16 H=768 B=16": (16, 768, torch.bfloat16), "bf16 H=100 B=9": (9, 100, torch.bfloat16),
     "fp16 H=33 B=17": (17, 33, torch.float16), "tf32 H=33 B=3": (3, 33, torch.float32, 0, "tf32"),
-    "bf16 H=768 layer norm": (16, 768, torch.bfloat16, 0, "ieee", 1, False, True),
+    "bf16 H=768 layer norm": (16, 768, torch.bfloat16, 0, "ieee"),
     "bf16 H=33 P=7": (3, 33, torch.bfloat16, 7),  # which only the step family takes
 }
 
 def compiled(family, name, card, backward):
-    problem, device = Problem(2, *PROBLEMS[name]), DEVICES[card]
+    norms = ("layer norm" in name,) * 3
+    problem, device = Problem(2, *PROBLEMS[name])._replace(norms=norms), DEVICES[card]
     if family is step:
         plan = step.step_plan(problem, device, backward)
     else:
         plan = next(cooperative.plans(problem, device, backward))
-    (launch,) = recorded_launches(problem, backward, plan)
+    (launch,) = recorded_launches(problem, Pass(backward), plan)
     arguments = [n for n, p in zip(launch.kernel.arg_names, launch.kernel.params)
                  if not p.is_constexpr and launch.arguments[n] is not None]
     words = {"load words": 4 * plan.k, "store words": 4 if backward else 1}  # of a thread
@@ -70,7 +71,7 @@ ORDERS = {  # by whether there are layer norms, and whether it is backward
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, list[dict]]:
-    """The kernels of each family: their names, PTX and pointers, and how many words a thread is to hand over."""
+    """The kernels of each family: their names, PTX and pointers, and how many words a thread exchanges."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", SCRIPT]
     run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -147,15 +148,15 @@ FAULTS = {  # what is replaced, by what, and what is said of it
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_exchange_of_words_is_seen(kernels, fault):
+def test_a_fault_in_the_exchange_of_words_is_detected(kernels, fault):
     pattern, replacement, said = FAULTS[fault]
     kernel = kernels["cooperative"][0]
     ptx = re.sub(pattern, replacement, kernel["ptx"])
     assert any(said in problem for problem in _problems(kernel | {"ptx": ptx}))
 
 
-def _problems_of_meetings(kernel: dict) -> list[str]:
-    """What is wrong with `meet`: what was stored is to come before its release, what is loaded after its acquire."""
+def _problems_of_barriers(kernel: dict) -> list[str]:
+    """What is wrong with `grid_barrier`: stores are to come before its release, loads after its acquire."""
     events = _events(kernel, "arrivals")
     problems = []
     for n, (kind, text) in enumerate(events):
@@ -172,8 +173,8 @@ def _problems_of_meetings(kernel: dict) -> list[str]:
     return problems
 
 
-def test_programs_of_the_step_family_meet(kernels):
-    found = {kernel["name"]: _problems_of_meetings(kernel) for kernel in kernels["step"]}
+def test_grid_barriers_of_the_step_family(kernels):
+    found = {kernel["name"]: _problems_of_barriers(kernel) for kernel in kernels["step"]}
     assert len(found) == 3
     assert {name: problems for name, problems in found.items() if problems} == {}
 
@@ -189,7 +190,7 @@ def test_programs_of_the_step_family_meet(kernels):
     ],
     ids=["no release", "no acquire", "waits without acquire", "a store too late", "a load too early"],
 )
-def test_a_fault_in_a_meeting_is_seen(kernels, pattern, replacement, said):
+def test_a_fault_in_a_grid_barrier_is_detected(kernels, pattern, replacement, said):
     kernel = kernels["step"][0]
     ptx = re.sub(pattern, replacement, kernel["ptx"])
-    assert any(said in problem for problem in _problems_of_meetings(kernel | {"ptx": ptx}))
+    assert any(said in problem for problem in _problems_of_barriers(kernel | {"ptx": ptx}))

@@ -1,4 +1,4 @@
-"""A check that cannot fail is no check: faults are planted in the kernels, and the comparison must see each.
+"""A check that cannot fail is no check: faults are planted in the kernels, and the comparison must detect each.
 
 Only in the interpreter, where a device function is looked up by its name at every call.
 """

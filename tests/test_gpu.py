@@ -8,8 +8,9 @@ from comparing import assert_as_good_as_torch, example_of
 
 import gpu_lstm
 from gpu_lstm.backends import schedule
+from gpu_lstm.kernels.problem import Pass
 from gpu_lstm.kernels.triton_lstm import launch
-from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.triton_lstm.choose import card_of, plans
 from gpu_lstm.kernels.triton_lstm.planning import Family
 
 pytestmark = pytest.mark.gpu
@@ -19,8 +20,9 @@ def test_the_headline():
     """H=768, B=16 in bfloat16, all steps in one cooperative launch: first of all, and alone."""
     assert_as_good_as_torch(partial(example_of, (64, 16, 256, 768), "plain"), "triton", torch.bfloat16, "cuda", seeds=1)
     gpu_lstm.check()
-    families = {plan.family for (problem, *_), plan in launch._chosen.items() if problem.hidden == 768}
-    assert families == {Family.COOPERATIVE}
+    layers = [layer for (problem, _), layer in launch._layers.items() if problem.hidden == 768]
+    chosen = [layer.chosen(Pass(backward)).plan.family for layer in layers for backward in (False, True)]
+    assert set(chosen) == {Family.COOPERATIVE}
 
 
 VARIANTS = ("plain", "reverse", "no-bias ragged resets", "ragged resets reverse")
@@ -40,9 +42,8 @@ def test_every_family(monkeypatch, family, hidden):
     if family is Family.RESIDENT and hidden > 128:
         pytest.skip("W_hh does not fit one block")
 
-    def plan_of_family(problem, device, backward, *_):
-        card = launch.device_of(torch.cuda.get_device_properties(device))
-        return next(plan for plan in plans(problem, card, backward) if plan.family is family)
+    def plan_of_family(problem, device, which, *_):
+        return next(plan for plan in plans(problem, card_of(device), which.backward) if plan.family is family)
 
     monkeypatch.setattr(launch, "choose_plan", plan_of_family)
     size = (20, 9, 32, hidden)
@@ -77,8 +78,8 @@ def test_layers_and_directions_side_by_side(options, recompute):
 
 
 def test_two_grids_at_once():
-    """Two models of which each fills the card, on two streams, and a layer whose directions share it: nobody waits in
-    vain, and the numbers are those of one after another."""
+    """Two models of which each fills the card, on two streams, and a layer whose directions share it: no launch times
+    out, and the numbers are those of one after another."""
     models = [gpu_lstm.LSTM(64, 1024, device="cuda", dtype=torch.float16, backend="triton") for _ in range(2)]
     models.append(gpu_lstm.LSTM(64, 512, bidirectional=True, device="cuda", dtype=torch.float16, backend="triton"))
     x = torch.randn(200, 16, 64, device="cuda", dtype=torch.float16)

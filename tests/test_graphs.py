@@ -19,13 +19,11 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
-from gpu_lstm import native, whole_layer
+from gpu_lstm.backends import graph, torch_lstm
+from gpu_lstm.backends.fused import Inputs
 
 I, H = 3, 4
 SIZES = ((5, 2), (3, 4), (4, 3), (12, 5), (30, 6))  # T, B
-NEWER_TORCH = pytest.mark.skipif(
-    torch.__version__.startswith("2.8."), reason="its strict mode does not trace the methods of torch.nn.RNNBase"
-)
 KERNELS_AND_TORCH = ("torch", "triton")
 
 
@@ -116,11 +114,11 @@ def test_a_layer_of_torch_is_one_operator_and_steps_are_none():
     for steps in (5, 40):
         recorder = EagerAndRecordGraphs()
         torch.compile(gpu_lstm.LSTM(I, H, 3, bidirectional=True), backend=recorder)(torch.randn(steps, 2, I))
-        (graph,) = recorder.graphs
-        operators.append(Counter(node.target for node in graph.graph.nodes if node.op == "call_function"))
+        (recorded,) = recorder.graphs
+        operators.append(Counter(node.target for node in recorded.graph.nodes if node.op == "call_function"))
         torch._dynamo.reset()
     assert operators[0] == operators[1]
-    assert operators[0][whole_layer.whole_layer] == 3
+    assert operators[0][graph.OPERATOR] == 3
 
 
 @pytest.mark.slow
@@ -175,8 +173,8 @@ def test_packed_sequences_are_right_though_the_graph_breaks():
 def calls(monkeypatch):
     """How often torch's own LSTM was called."""
     taken = []
-    stack = native.stack
-    monkeypatch.setattr(native, "stack", lambda *given, **options: taken.append(1) or stack(*given, **options))
+    stack = torch_lstm.stack
+    monkeypatch.setattr(torch_lstm, "stack", lambda *given, **options: taken.append(1) or stack(*given, **options))
     return taken
 
 
@@ -199,10 +197,8 @@ def test_backward_twice_and_nothing_kept_for_longer_than_the_graph(calls):
     first, second = (torch.autograd.grad(y, list(ours.parameters()), retain_graph=True) for _ in range(2))
     assert_same(first, second)
     assert len(calls) == 1
-    kept = whole_layer.whole_layer(
-        x, torch.zeros(1, 2, H).double(), torch.zeros(1, 2, H).double(), [*ours.parameters()],
-        [True] * 4 + [False] * 6, None, None, False, "torch", True,
-    )[3]  # fmt: skip
+    zeros = torch.zeros(1, 2, H).double()
+    kept = graph.OPERATOR(*graph._flat(Inputs(x, zeros, zeros, *ours.parameters())), False, "torch", True, False)[3]
     assert kept.numel() == 0
     (leaf, *_), _ = kept.graph
     assert leaf.data_ptr() == x.data_ptr()  # no copy of what is there already
@@ -272,7 +268,7 @@ T, B = Dim("T"), Dim("B")
 
 @pytest.mark.parametrize(("kind", "strict", "backend"), [  # any two of them
     ("LSTM", False, "triton"), ("StackedLSTM", False, "torch"),
-    *(pytest.param(*case, marks=NEWER_TORCH) for case in (("LSTM", True, "torch"), ("StackedLSTM", True, "triton"))),
+    ("LSTM", True, "torch"), ("StackedLSTM", True, "triton"),
 ])  # fmt: skip
 def test_an_exported_program_is_for_all_sizes_and_can_be_trained(kind, strict, backend):
     ours, twin = module(kind, backend, bidirectional=kind == "LSTM")

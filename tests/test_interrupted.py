@@ -20,14 +20,15 @@ from comparing import PLACES
 from torch import nn
 
 import gpu_lstm
-from gpu_lstm import backends, ops
-from gpu_lstm import stream as stream_module
-from gpu_lstm.call.choices import Backend
-from gpu_lstm.kernels import remembered
+from gpu_lstm.call import choices
+from gpu_lstm.call.choices import Backend, requested_backend
+from gpu_lstm.kernels import cache
+from gpu_lstm.kernels.triton_lstm import launch as launcher
+from gpu_lstm.tools import stream as stream_module
 
 T, B, I, H = 3, 2, 3, 4
-OURS = tuple(str(Path(module.__file__).parent) for module in (gpu_lstm, remembered))
-KERNELS = re.compile(r"kernels/triton_lstm/(?!launch|families)")  # and what only they call
+OURS = tuple(str(Path(module.__file__).parent) for module in (gpu_lstm, cache))
+KERNELS = re.compile(r"kernels/triton_lstm/(?!launch|choose)")  # and what only they call
 
 
 class Line:
@@ -107,7 +108,7 @@ def test_after_an_interrupt_the_next_call_is_right(backend, kind):
     before, expected, names = values(module), call(), sorted(vars(module))
     for _ in interrupted_at(call, most=5 if backend == "triton" else 15):  # the interpreter is slow where it is traced
         assert sorted(vars(module)) == names
-        assert backends._blocks == []
+        assert choices.chosen_backend._open == []
         assert torch.is_grad_enabled()
         assert not torch.is_autocast_enabled("cpu")
         assert_equal(call(), expected)
@@ -178,7 +179,7 @@ def test_a_launch_that_raises_raises_once(error, backward, monkeypatch):
     torch.manual_seed(0)
     lstm = gpu_lstm.LSTM(I, H, 2, backend="triton", **PLACES["triton"])
     x = torch.randn(T, B, I, requires_grad=True, **PLACES["triton"])
-    expected, launcher = lstm(x)[0], ops._launcher("triton")
+    expected = lstm(x)[0]
     gradients = torch.autograd.grad(expected.sum(), list(lstm.parameters()))
     y = lstm(x)[0]
     launches = []
@@ -268,20 +269,20 @@ def test_interrupted_initial_values_are_for_all_or_for_none(name):
         assert any(all(torch.equal(found[n], each[n]) for n in each) for each in (before, after)), number
 
 
-# What is remembered
+# What is cached
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
-def test_a_finding_that_is_written_in_part_leaves_no_file(error, tmp_path, monkeypatch):
+def test_a_result_that_is_written_in_part_leaves_no_file(error, tmp_path, monkeypatch):
     def dump(value, file, **options):
         file.write("{")
         raise error
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(remembered.json, "dump", dump)
-    remembered.warn_once.cache_clear()
+    monkeypatch.setattr(cache.json, "dump", dump)
+    cache.warn_once.cache_clear()
     with pytest.warns(UserWarning, match=str(error)) if isinstance(error, OSError) else pytest.raises(type(error)):
-        remembered.write("checks", {"card": "interrupted"}, "right")
+        cache.write("checks", {"card": "interrupted"}, "right")
     assert list((tmp_path / "gpu_lstm/checks").iterdir()) == []
 
 
@@ -291,25 +292,29 @@ def test_a_finding_that_is_written_in_part_leaves_no_file(error, tmp_path, monke
 def test_an_interrupted_block_is_closed():
     with pytest.raises(KeyboardInterrupt), gpu_lstm.backend("reference"):
         raise KeyboardInterrupt
-    assert backends.requested(None) is Backend.AUTO
+    assert requested_backend(None) is Backend.AUTO
 
 
-@pytest.mark.parametrize("at", range(2, 9))
+@pytest.mark.parametrize("at", range(1, 9))
 def test_blocks_that_are_interrupted_as_they_open_or_close_leave_nothing_behind(monkeypatch, at):
     """Of four, of which two are the same, entered again while it is open: each as it opens, each as it closes."""
-    choose, calls, block = backends._choose_youngest, [], gpu_lstm.backend("reference")
+    calls, block = [], gpu_lstm.backend("reference")
 
-    def interrupted():
-        calls.append(1)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-        choose()
+    def interrupted(method):
+        def call(choice, block):
+            method(choice, block)
+            calls.append(1)
+            if len(calls) == at:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(backends, "_choose_youngest", interrupted)
+        return call
+
+    for name in ("enter", "leave"):
+        monkeypatch.setattr(choices.Choice, name, interrupted(getattr(choices.Choice, name)))
     with pytest.raises(KeyboardInterrupt), gpu_lstm.backend("torch"), block, gpu_lstm.backend("torch"), block:
         pass
-    assert backends._blocks == []
-    assert backends.requested(None) is Backend.AUTO
+    assert choices.chosen_backend._open == []
+    assert requested_backend(None) is Backend.AUTO
 
 
 def test_a_function_in_a_block_may_call_itself_within_another():
@@ -318,7 +323,7 @@ def test_a_function_in_a_block_may_call_itself_within_another():
         if deeper:
             with gpu_lstm.backend("reference"):
                 decorated(False)
-                assert backends.requested(None) is Backend.REFERENCE
+                assert requested_backend(None) is Backend.REFERENCE
 
     decorated(True)
 
@@ -335,14 +340,14 @@ def test_overlapping_blocks_leave_nothing_behind(where):
 
     def choosing(name):
         with gpu_lstm.backend(name):
-            yield backends.requested(None)
+            yield requested_backend(None)
 
     first, second, third = choosing("torch"), choosing("reference"), choosing("torch")
     opened = [where(functools.partial(next, block)) for block in (first, second, third)]
     assert opened == [Backend.TORCH, Backend.REFERENCE, Backend.TORCH]
     where(third.close)
     where(first.close)
-    assert where(functools.partial(backends.requested, None)) is Backend.REFERENCE
+    assert where(functools.partial(requested_backend, None)) is Backend.REFERENCE
     del second  # never run to its end
-    assert where(functools.partial(backends.requested, None)) is Backend.AUTO
-    assert backends._blocks == []
+    assert where(functools.partial(requested_backend, None)) is Backend.AUTO
+    assert choices.chosen_backend._open == []

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_lstm.kernels import cache as remembered
-from gpu_lstm.kernels.triton_lstm import plan_cache
-from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm import choose
+from gpu_lstm.kernels.triton_lstm.choose import keep_measured, measured_plan, plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 
 H100 = DEVICES["h100"]
@@ -25,64 +25,56 @@ PLAN = plans(PROBLEM, H100, False)[0]
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    remembered._read.cache_clear()
-    remembered.warn_once.cache_clear()
+    cache._read.cache_clear()
+    cache.warn_once.cache_clear()
     return tmp_path / "gpu_lstm" / "plans"
 
 
 def _write(text: str) -> None:
     """In the place of PROBLEM's entry."""
-    plan_cache.remember(PROBLEM, H100, False, PLAN)
-    (file,) = (remembered.folder() / plan_cache.KIND).glob("*.json")
+    keep_measured(PROBLEM, H100, False, PLAN)
+    (file,) = (cache.folder() / choose.KIND).glob("*.json")
     file.write_bytes(text.encode(errors="surrogateescape"))
 
 
 def _entry(**changes) -> str:
     fields = dataclasses.asdict(PLAN) | {"family": PLAN.family.value} | changes
-    return json.dumps({"key": plan_cache._key(PROBLEM, H100, False), "value": fields})
+    return json.dumps({"key": choose._key(PROBLEM, H100, False), "value": fields})
 
 
-def test_what_is_remembered_comes_back():
-    assert plan_cache.remembered(PROBLEM, H100, False) is None
-    plan_cache.remember(PROBLEM, H100, False, PLAN)
-    assert plan_cache.remembered(PROBLEM, H100, False) == PLAN
-    assert plan_cache.remembered(PROBLEM, H100, True) is None
+KEYS = [  # changes of a problem for which another plan may be the fastest
+    dict(batch=17), dict(hidden=769), dict(dtype=torch.float16), dict(projected=64), dict(precision="tf32"),
+    dict(side_by_side=2), dict(dropout_h=True), dict(zoneout_h=0), dict(zoneout_c=3), dict(norms=(True, False, False)),
+]  # fmt: skip
+NO_KEYS = [  # and for which it is not
+    dict(steps=1), dict(reverse=True), dict(lengths=torch.int64), dict(resets=True), dict(reset_h=True),
+    dict(reset_c=True), dict(peepholes=True),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict(batch=17), dict(hidden=769), dict(dtype=torch.float16), dict(projected=64), dict(precision="tf32"),
-        dict(side_by_side=2), dict(regularised=True), dict(normalised=True),
-    ],
-    ids=str,
-)  # fmt: skip
+def test_a_measured_plan_is_read_until_it_is_measured_again_or_forgotten():
+    """Results are read once in a process, and again after each that is written or removed."""
+    assert measured_plan(PROBLEM, H100, False) is None
+    for plan in (PLAN, dataclasses.replace(PLAN, why="measured again")):
+        keep_measured(PROBLEM, H100, False, plan)
+        assert measured_plan(PROBLEM, H100, False) == plan
+    assert measured_plan(PROBLEM, H100, True) is None
+    assert cache.forget(choose.KIND) == 1
+    assert measured_plan(PROBLEM, H100, False) is None
+
+
+@pytest.mark.parametrize("change", [*KEYS, *NO_KEYS], ids=str)
 def test_a_plan_is_for_one_kind_of_problem(change):
-    """Only the number of steps makes no other kernel. Every field of Problem is asked about."""
-    plan_cache.remember(PROBLEM, H100, False, PLAN)
-    other = dataclasses.replace(PROBLEM, **change)
-    assert plan_cache.remembered(other, H100, False) is None
+    keep_measured(PROBLEM, H100, False, PLAN)
+    other = PROBLEM._replace(**change)
+    assert measured_plan(other, H100, False) == (None if change in KEYS else PLAN)
     another = dataclasses.replace(PLAN, why="measured for the other")
-    plan_cache.remember(other, H100, False, another)
-    assert plan_cache.remembered(PROBLEM, H100, False) == PLAN
-    assert plan_cache.remembered(dataclasses.replace(other, steps=99), H100, False) == another
+    keep_measured(other, H100, False, another)
+    assert measured_plan(PROBLEM, H100, False) == (PLAN if change in KEYS else another)
 
 
-def test_no_field_of_a_problem_is_forgotten():
-    """A new field of Problem must be in the key, and in the test above."""
-    assert {field.name for field in dataclasses.fields(Problem)} == {
-        "steps", "batch", "hidden", "dtype", "projected", "precision", "side_by_side", "regularised", "normalised",
-    }  # fmt: skip
-
-
-def test_what_was_remembered_since_or_forgotten_is_seen_at_once():
-    """Findings are read once in a process, and again after each that is written or taken away."""
-    another = dataclasses.replace(PLAN, why="measured again")
-    for plan in (PLAN, another):
-        plan_cache.remember(PROBLEM, H100, False, plan)
-        assert plan_cache.remembered(PROBLEM, H100, False) == plan
-    assert remembered.forget(plan_cache.KIND) == 1
-    assert plan_cache.remembered(PROBLEM, H100, False) is None
+def test_every_field_of_a_problem_is_in_the_test_above():
+    assert {name for change in (*KEYS, *NO_KEYS) for name in change} == set(Problem._fields)
 
 
 @pytest.mark.parametrize("change", ["card", "driver", "torch", "cuDNN", "triton", "gpu_lstm"])
@@ -92,12 +84,12 @@ def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch, chan
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: facts["card"])
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: facts["driver"], raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: facts["cuDNN"])
-    monkeypatch.setattr(remembered, "_version", lambda package: facts[package.replace("-", "_")])
+    monkeypatch.setattr(cache, "_version", lambda package: facts[package.replace("-", "_")])
     keys = []
     for _ in range(2):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "__version__", facts["torch"])
-            keys.append(remembered.machine.__wrapped__(torch.device("cuda", 0)))
+            keys.append(cache.machine.__wrapped__(torch.device("cuda", 0)))
         facts[change] = "2"
     assert {name for name in facts if keys[0][name] != keys[1][name]} == {change}
 
@@ -116,32 +108,32 @@ def _without(field: str) -> str:
         _entry(family="odd"), _entry(walks=1.0), _entry().replace("768", "769"),
     ],
 )  # fmt: skip
-def test_a_broken_entry_is_ignored_with_a_warning_and_written_anew(text):
+def test_a_broken_entry_is_ignored_with_a_warning_and_written_again(text):
     _write(text)
     with pytest.warns(UserWarning, match="is ignored"):
-        assert plan_cache.remembered(PROBLEM, H100, False) is None
-    plan_cache.remember(PROBLEM, H100, False, PLAN)
-    assert plan_cache.remembered(PROBLEM, H100, False) == PLAN
+        assert measured_plan(PROBLEM, H100, False) is None
+    keep_measured(PROBLEM, H100, False, PLAN)
+    assert measured_plan(PROBLEM, H100, False) == PLAN
 
 
 def test_a_folder_that_is_a_file_stops_nobody_and_is_named_once(folder):
     folder.parent.mkdir()
     folder.write_text("")
-    with pytest.warns(UserWarning, match="is not remembered"):
-        plan_cache.remember(PROBLEM, H100, False, PLAN)
+    with pytest.warns(UserWarning, match="is not cached"):
+        keep_measured(PROBLEM, H100, False, PLAN)
     with pytest.warns(UserWarning, match="is ignored"):
-        assert plan_cache.remembered(PROBLEM, H100, False) is None
+        assert measured_plan(PROBLEM, H100, False) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plan_cache.remember(PROBLEM, H100, False, PLAN)
+        keep_measured(PROBLEM, H100, False, PLAN)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
 def test_a_folder_without_permissions_stops_nobody(folder):
-    plan_cache.remember(PROBLEM, H100, False, PLAN)
+    keep_measured(PROBLEM, H100, False, PLAN)
     folder.chmod(0)
     with pytest.warns(UserWarning, match="ignored"):
-        assert plan_cache.remembered(PROBLEM, H100, False) is None
+        assert measured_plan(PROBLEM, H100, False) is None
     folder.chmod(0o700)
 
 
@@ -151,14 +143,14 @@ def test_a_user_without_a_home_computes_all_the_same(monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", nowhere)
-    assert plan_cache.remembered(PROBLEM, H100, False) is None
+    assert measured_plan(PROBLEM, H100, False) is None
     with pytest.warns(UserWarning, match="no home directory"):
-        plan_cache.remember(PROBLEM, H100, False, PLAN)
+        keep_measured(PROBLEM, H100, False, PLAN)
 
 
 def _remember_many(first: int) -> None:
     for batch in range(first, first + 15):
-        plan_cache.remember(dataclasses.replace(PROBLEM, batch=batch), H100, False, PLAN)
+        keep_measured(PROBLEM._replace(batch=batch), H100, False, PLAN)
 
 
 @pytest.mark.parametrize("pool", [concurrent.futures.ThreadPoolExecutor, concurrent.futures.ProcessPoolExecutor])
@@ -168,7 +160,7 @@ def test_many_who_write_at_once_lose_nothing(folder, pool):
     )
     with pool(6, **options) as executor:
         list(executor.map(_remember_many, range(0, 90, 15)))
-    remembered._read.cache_clear()
-    found = [plan_cache.remembered(dataclasses.replace(PROBLEM, batch=batch), H100, False) for batch in range(90)]
+    cache._read.cache_clear()
+    found = [measured_plan(PROBLEM._replace(batch=batch), H100, False) for batch in range(90)]
     assert found == [PLAN] * 90
     assert list(folder.glob("*.unfinished")) == []

@@ -8,10 +8,19 @@ import pytest
 import torch
 
 from gpu_lstm.__main__ import main
+from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.features import MOST_ROWS
-from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, EXCHANGE, INTERPRETER, MEETING, Device, Family, device_of, expected  # fmt: skip
+from gpu_lstm.kernels.triton_lstm.planning import (  # fmt: skip
+    DEVICES,
+    EXCHANGE,
+    GRID_BARRIER,
+    INTERPRETER,
+    Device,
+    Family,
+    device_of,
+    expected,
+)
 from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 PROBLEMS = [
@@ -78,8 +87,8 @@ def test_the_family_by_hidden_size(device, hidden, family):
         (Problem(9, 100, 64, torch.bfloat16), (MOST_ROWS, 2 * 128 * (MOST_ROWS + 64)), 4),
         (Problem(9, 100, 64, torch.float32, precision="tf32"), (MOST_ROWS, 2 * 128 * (MOST_ROWS + 64)), 4),
         (Problem(9, 100, 64, torch.float32), (MOST_ROWS // 2, 2 * 128 * (MOST_ROWS // 2 + 64)), 4),
-        (Problem(9, 100, 64, torch.bfloat16, regularised=True), (32, 2 * 128 * (32 + 64)), 4),
-        (Problem(9, 100, 64, torch.float32, regularised=True), (16, 2 * 128 * (16 + 64)), 8),
+        (Problem(9, 100, 64, torch.bfloat16, dropout_h=True), (32, 2 * 128 * (32 + 64)), 4),
+        (Problem(9, 100, 64, torch.float32, dropout_h=True), (16, 2 * 128 * (16 + 64)), 8),
     ],
 )  # fmt: skip
 def test_tiles_of_the_step_family(problem, forward, warps):
@@ -93,12 +102,13 @@ def test_tiles_of_the_step_family(problem, forward, warps):
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_a_projection_takes_the_plans_of_the_plain_cell(backward):
-    """But for the step family, which has it in the time loop."""
+@pytest.mark.parametrize("change", [dict(projected=48), dict(dropout_h=True)], ids=str)
+def test_a_projection_or_noise_has_the_plans_of_the_plain_cell(backward, change):
+    """But for the step family, which has a projection in the time loop, and smaller tiles with noise."""
     for hidden in (64, 768):
         plain = Problem(128, 16, hidden, torch.bfloat16)
-        projected = dataclasses.replace(plain, projected=48)
-        assert plans(projected, DEVICES["h100"], backward)[:-1] == plans(plain, DEVICES["h100"], backward)[:-1] != []
+        changed = plain._replace(**change)
+        assert plans(changed, DEVICES["h100"], backward)[:-1] == plans(plain, DEVICES["h100"], backward)[:-1] != []
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -106,7 +116,7 @@ def test_layer_norms_take_the_plans_of_the_plain_cell_unless_their_exchanges_are
     h100 = DEVICES["h100"]
     for hidden, batch in ((64, 16), (768, 16), (1024, 64)):
         plain = Problem(128, batch, hidden, torch.bfloat16)
-        normalised = dataclasses.replace(plain, normalised=True)
+        normalised = plain._replace(norms=(True,) * 3)
         best, of_plain = plans(normalised, h100, backward)[0], plans(plain, h100, backward)[0]
         step = step_plan(normalised, h100, backward)
         seconds, of_step = (expected(normalised, h100, plan, backward).seconds for plan in (of_plain, step))
@@ -119,7 +129,7 @@ def test_layer_norms_take_the_plans_of_the_plain_cell_unless_their_exchanges_are
 
 
 def test_a_projection_with_noise_and_a_single_step_take_the_step_family():
-    noisy = Problem(128, 16, 128, torch.bfloat16, projected=64, regularised=True)
+    noisy = Problem(128, 16, 128, torch.bfloat16, projected=64, dropout_h=True)
     for problem in (noisy, Problem(1, 16, 128, torch.bfloat16)):
         assert [plan.family for plan in plans(problem, DEVICES["h100"], False)] == [Family.STEP]
 
@@ -160,10 +170,10 @@ def test_the_terms_of_a_step():
     assert clocks["exchange, beyond other batch tiles"] == pytest.approx(EXCHANGE)
     of_step = expected(problem, h100, step, False)
     assert of_step.terms["L2: weights, states"] * h100.clock == pytest.approx((16 + 64) * 768 * 2 / 64)
-    assert of_step.terms["programs meet"] * h100.clock == pytest.approx(MEETING)
-    projected = dataclasses.replace(problem, projected=64)
+    assert of_step.terms["grid-wide barriers"] * h100.clock == pytest.approx(GRID_BARRIER)
+    projected = problem._replace(projected=64)
     twice = expected(projected, h100, step_plan(projected, h100, False), False)
-    assert twice.terms["programs meet"] * h100.clock == pytest.approx(2 * MEETING)
+    assert twice.terms["grid-wide barriers"] * h100.clock == pytest.approx(2 * GRID_BARRIER)
 
 
 def test_an_exchange_hides_behind_other_batch_tiles():

@@ -68,16 +68,6 @@ def stubbed(monkeypatch):
     return costs
 
 
-@pytest.fixture
-def failing(monkeypatch):
-    """No kernel runs on this card."""
-
-    def fails(*_, **__):
-        raise RuntimeError("no Triton kernel can run this layer on this card: planted")
-
-    monkeypatch.setattr(launch, "choose_plan", fails)
-
-
 def _call(lstm, x=X, **options):
     return prepare(lstm._options(), lstm._weights(), x, **options)
 
@@ -241,7 +231,13 @@ def test_an_explicit_choice_is_not_raced(stubbed):
 
 
 @pytest.mark.parametrize("mode", ["on", "off"])
-def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, failing, monkeypatch, mode):
+def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, monkeypatch, mode):
+    """Or, where torch's LSTM cannot run the call, with the reference's."""
+
+    def fails(*_, **__):
+        raise RuntimeError("no Triton kernel can run this layer on this card: planted")
+
+    monkeypatch.setattr(launch, "choose_plan", fails)
     ran = stubbed(triton=1e-3, torch=2e-3)
     lstm = gpu_lstm.LSTM(4, 5)
     x = torch.randn(5, 3, 4)
@@ -258,9 +254,6 @@ def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, failing, 
         assert race.decide(capturing, kind_of(call), Backend.TRITON).backend is Backend.TORCH, "in a capture, too"
     with pytest.raises(RuntimeError, match="planted"):
         gpu_lstm.LSTM(4, 5, backend="triton")(x)
-
-
-def test_noise_goes_to_the_reference_where_kernels_fail(failing):
     with pytest.warns(UserWarning, match="auto' takes 'reference'"):
         assert _backend_of(gpu_lstm.LSTM(4, 5, zoneout=0.3)) == "reference"
 

@@ -148,14 +148,14 @@ def test_a_broken_exchange_is_detected(monkeypatch, module, name, fault, norms, 
     assert any(map(is_detected, range(12 if there else 2))) is there, "programs run in another order at each"
 
 
-def never_meet(arrivals_ptr, times, patience, error_ptr, step):
-    return patience
+def no_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
+    return poll_limit
 
 
 @pytest.mark.parametrize("projected", [0, 5])
 def test_a_barrier_that_does_not_wait_is_detected(monkeypatch, projected):
     step(monkeypatch, yield_rate=0.3)
-    monkeypatch.setattr(step_kernels, "meet", never_meet)
+    monkeypatch.setattr(step_kernels, "grid_barrier", no_barrier)
     with pytest.raises(AssertionError):
         check((9, 3, 3, 40, projected), "plain", "triton", F32, seeds=5)  # in one order or another
 
@@ -210,8 +210,8 @@ def never_publish(at, words, mask):
     pass
 
 
-def meet_one_more(arrivals_ptr, times, patience, error_ptr, step):
-    return exchange.meet(arrivals_ptr, times + 1, patience, error_ptr, step)
+def one_barrier_more(arrivals_ptr, times, poll_limit, error_ptr, step):
+    return exchange.grid_barrier(arrivals_ptr, times + 1, poll_limit, error_ptr, step)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def meet_one_more(arrivals_ptr, times, patience, error_ptr, step):
     [
         (cooperative_kernels, "publish", never_publish, "lstm_cooperative_forward_kernel"),
         (cooperative_kernels, "in_phase", one_phase, "lstm_cooperative_backward_kernel"),
-        (step_kernels, "meet", meet_one_more, "lstm_step_forward_kernel"),
+        (step_kernels, "grid_barrier", one_barrier_more, "lstm_step_forward_kernel"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -228,8 +228,17 @@ def test_a_wait_that_times_out_ends_and_is_reported(monkeypatch, family, name, f
         step(monkeypatch)
     else:
         cooperative(monkeypatch, units=4)
-    monkeypatch.setattr(exchange, "POLL_LIMIT", 20)
-    monkeypatch.setattr(family, name, fault)
+    run = launch.launch_kernel
+
+    def run_with_the_fault(its, grid, **arguments):
+        """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
+        with monkeypatch.context() as patch:
+            if its.__name__ == kernel:
+                patch.setattr(family, name, fault)
+                arguments["POLL_LIMIT"] = 20
+            run(its, grid, **arguments)
+
+    monkeypatch.setattr(launch, "launch_kernel", run_with_the_fault)
     tensors = [None if t is None else t.float().requires_grad_() for t in example(5, 3, 3, 8).tensors]
     x, h0, c0, *weights = tensors
     h, _ = lstm_layer(x, weights, (h0, c0), backend="triton")

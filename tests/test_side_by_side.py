@@ -1,6 +1,6 @@
 """Layers and directions at once: each plans for its share of the card, and no two whole grids are ever half resident.
 
-Streams, events and launches are stubbed: a program of what waits for what is written down, and looked at.
+Streams, events and launches are stubbed: a program of what waits for what is recorded, and checked.
 """
 
 import collections
@@ -13,13 +13,17 @@ import pytest
 import torch
 
 import gpu_lstm
-from gpu_lstm import chunks, fused, streams
 from gpu_lstm.__main__ import main
+from gpu_lstm.backends import autograd, schedule
+from gpu_lstm.call.choices import Backend
+from gpu_lstm.call.prepare import prepare
+from gpu_lstm.dispatch import route
+from gpu_lstm.dispatch.kind import kind_of, size_class
+from gpu_lstm.kernels import layer as launcher
 from gpu_lstm.kernels import ordering
-from gpu_lstm.kernels.problem import Recurrence
+from gpu_lstm.kernels.problem import Pass, Problem, Recurrence
 from gpu_lstm.kernels.triton_lstm import launch
-from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
 
 CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
@@ -78,60 +82,84 @@ def test_launches_that_share_the_card_run_at_once_and_others_wait_for_all_of_the
     assert queued(b, 3) == {1, 2, 3, 4, 5}, "three shares are not two"
 
 
-def test_families_whose_programs_do_not_wait_are_left_alone(queued, monkeypatch):
-    monkeypatch.setattr(launch, "await_others", None)  # nobody asks
-    gates, h0 = torch.zeros(2, 16, 256), torch.zeros(16, 64)
-    plan = plans(Problem(8, 16, 64, torch.bfloat16), H100, False)[0]
-    assert plan.family is Family.RESIDENT
-    r = Recurrence(weight_hh=torch.zeros(256, 64), h0=h0, c0=h0)
+@pytest.mark.parametrize(("hidden", "family", "expected"), [(64, Family.RESIDENT, []), (768, Family.COOPERATIVE, [2])])
+def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypatch, hidden, family, expected):
+    waited = []
+    monkeypatch.setattr(launcher, "await_others", lambda side_by_side, device: waited.append(side_by_side))
+    problem = Problem(2, 16, hidden, torch.bfloat16, side_by_side=2)
+    plan = plans(problem, H100, False)[0]
+    assert plan.family is family
+    gates, c0 = torch.zeros(2, 16, 4 * hidden, dtype=torch.bfloat16), torch.zeros(16, hidden)
+    r = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden).bfloat16(), h0=c0.bfloat16(), c0=c0)
     launch.layer_forward(gates, r, save=False, plan=plan, launch=lambda *_, **__: None)
+    assert waited == expected
+
+
+def _call(lstm, steps, **facts):
+    like = next(lstm.parameters())
+    x = like.new_zeros(steps, facts.pop("batch", 2), lstm.input_size)
+    call = prepare(lstm._options(), lstm._weights(), x)
+    return call._replace(modes=call.modes._replace(capturing=facts.pop("capturing", False)), **facts)
 
 
 @pytest.mark.parametrize("hidden", [768, 1536])
-def test_the_launcher_takes_what_the_plan_command_shows(monkeypatch, capsys, tmp_path, hidden):
+def test_the_plans_of_a_call_are_those_that_the_plan_command_shows(nothing_cached, capsys, hidden):
     """Two directions of 768 units share the card; those of 1536 do not fit half of it, and go one after another."""
     arguments = ["plan", "--hidden", str(hidden), "--batch", "16", "--device", "h100", "--directions", "2", "--json"]
     assert main(arguments) == 0
-    shown = {name: each["plan"] for name, each in json.loads(capsys.readouterr().out).items()}
-    asked = []
-    monkeypatch.setattr(launch, "choose_plan", lambda problem, device, backward, *_: asked.append((problem, backward)))
-    recurrence = Recurrence(
-        weight_hh=torch.empty(4 * hidden, hidden, dtype=torch.bfloat16), h0=torch.empty(16, hidden),
-        c0=torch.empty(16, hidden), side_by_side=2,
-    )  # fmt: skip
-    gates = torch.empty(1024, 16, 4 * hidden, dtype=torch.bfloat16, device="meta")
-    with contextlib.suppress(AttributeError):  # of the plan that is None
-        launch.layer_forward(gates, recurrence, save=True)
-    with contextlib.suppress(AttributeError):
-        launch.layer_backward(None, None, None, gates, gates, recurrence)
-    assert [backward for _, backward in asked] == [False, True]
-    for (problem, backward), plan in zip(asked, shown.values()):
-        ours = plans(problem, H100, backward)[0]
-        assert plan == ours.__dict__ | {"family": ours.family.value}
-        assert ours.family is Family.COOPERATIVE
-        assert ours.side_by_side == (2 if hidden == 768 else 1)
+    shown = [each["plan"] for each in json.loads(capsys.readouterr().out).values()]
+    lstm = gpu_lstm.LSTM(8, hidden, bidirectional=True, dtype=torch.bfloat16, device="meta")
+    kind = kind_of(_call(lstm, 1024, batch=16))
+    for which, plan in zip((Pass(), Pass(True)), shown, strict=True):
+        for row in range(2):
+            ours = candidates(kind.problem(row, side_by_side=2), H100, which)[0]
+            assert plan == ours.__dict__ | {"family": ours.family.value}
+            assert ours.family is Family.COOPERATIVE
+            assert ours.side_by_side == (2 if hidden == 768 else 1)
+
+
+def _schedule(options, steps, is_cuda=True, **facts):
+    x = SimpleNamespace(is_cuda=is_cuda, device=CUDA)
+    return schedule.schedule_of(_call(gpu_lstm.LSTM(3, 4, **options), steps, x=x, **facts), size_class(steps), 4)
+
+
+@pytest.fixture
+def cuda_streams(monkeypatch):
+    """Objects in their place."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    monkeypatch.setattr(schedule, "_streams", functools.cache(schedule._streams.__wrapped__))
 
 
 @pytest.mark.parametrize(
     ("options", "steps", "expected"),
-    [({}, 200, 1), ({"num_layers": 3}, 200, 3), ({"num_layers": 3}, 20, 1), ({"bidirectional": True}, 20, 2)],
+    [({}, 200, 1), (dict(num_layers=3), 200, 3), (dict(num_layers=3), 20, 1), (dict(bidirectional=True), 20, 2)],
     ids=str,
 )
-def test_layers_say_how_many_run_at_once(monkeypatch, options, steps, expected):
-    """As if the CPU had streams: what runs at once is told to every launch, forward and backward."""
-    told = []
+def test_layers_run_at_once_where_that_helps_and_never_in_a_graph(cuda_streams, monkeypatch, options, steps, expected):
+    """On the same streams at every call; and all launches, forward and backward, know how many run at once."""
+    found = _schedule(options, steps)
+    assert found.side_by_side == expected
+    assert len(set(found.streams) - {None}) == (expected if expected > 1 else 0)
+    assert _schedule(options, steps) == found
+    for why in (dict(is_cuda=False), dict(capturing=True)):
+        assert set(_schedule(options, steps, **why).streams) == {None}
+    monkeypatch.setattr(route, "schedule_of", lambda *_: found)
+    call = _call(gpu_lstm.LSTM(3, 4, **options), steps)
+    layers = route.build(call, kind_of(call), Backend.TRITON).layers
+    assert [layer.problem.side_by_side for layer in layers] == [expected] * call.options.rows
 
-    def layer(x, state, weights, traversal, backend, noise, recompute, side_by_side):
-        told.append(side_by_side)
-        return x.new_zeros(*x.shape[:2], state[0].shape[1]), state
 
-    monkeypatch.setattr(streams, "for_work_on", lambda x, count: (object() if count > 1 else None,) * count)
-    monkeypatch.setattr(streams, "on", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(streams, "join", lambda *_: None)
-    monkeypatch.setattr(fused, "layer", layer)
-    with torch.no_grad():
-        gpu_lstm.LSTM(3, 4, backend="triton", **options)(torch.zeros(steps, 1, 3))
-    assert set(told) == {expected}
+@pytest.mark.parametrize(
+    ("steps", "workspace", "length"),
+    [(128, 1 << 30, 128), (129, 1 << 30, 64), (512, 1 << 30, 64), (1000, 1 << 30, 125), (1000, 20 * 2 * 16 * 4, 20)],
+)
+def test_chunks_of_layers_side_by_side(cuda_streams, monkeypatch, steps, workspace, length):
+    """An eighth of the sequence, though no fewer than 64 steps, and no more than the workspace holds."""
+    monkeypatch.setattr(schedule, "WORKSPACE", workspace)
+    found = _schedule(dict(num_layers=2), steps, learns=False)
+    assert found.side_by_side == (2 if steps > 128 else 1)
+    chunks = [slice(start, min(start + length, steps)) for start in range(0, steps, length)]
+    assert found.spans(steps, 1) == (chunks if len(chunks) > 1 else [None])
 
 
 class Queue:
@@ -166,13 +194,13 @@ def test_a_stream_waits_before_it_reads_and_holds_what_it_reads(monkeypatch):
     x, h = Memory("x", log), Memory("h", log)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    with streams.on(below, None, [x]):
+    with schedule.on(below, None, [x]):
         pass
-    with streams.on(above, below, [x, h]):
+    with schedule.on(above, below, [x, h]):
         pass
-    with streams.on(None, None, [x]):  # as on the CPU
+    with schedule.on(None, None, [x]):  # as on the CPU
         pass
-    streams.join((below, None, above), [h])
+    schedule.join((below, None, above), [h])
     assert log == [
         ("below", "waits for", "main"), ("below", "reads", "x"), ("below", "begins"), ("below", "ends"),
         ("above", "waits for", "below"), ("above", "reads", "x"), ("above", "reads", "h"),
@@ -181,53 +209,18 @@ def test_a_stream_waits_before_it_reads_and_holds_what_it_reads(monkeypatch):
     ]  # fmt: skip
 
 
-def test_streams_are_taken_where_they_help_and_never_into_a_graph(monkeypatch):
-    """The same ones at every call; none while a graph is captured or compiled, where they would become part of it."""
-    state = {"capturing": False, "compiling": False}
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: state["compiling"])
-    monkeypatch.setattr(streams, "_streams", functools.cache(streams._streams.__wrapped__))
-    x = SimpleNamespace(is_cuda=True, device=CUDA)
-    taken = streams.for_work_on(x, 3)
-    assert len(set(taken)) == 3
-    assert None not in taken
-    assert streams.for_work_on(x, 3) == taken
-    assert streams.for_work_on(x, 1) == (None,)
-    assert streams.for_work_on(torch.zeros(1), 2) == (None, None)
-    for why in state:
-        state[why] = True
-        assert streams.for_work_on(x, 3) == (None,) * 3
-        state[why] = False
-
-
-@pytest.mark.parametrize(
-    ("steps", "workspace", "length"),
-    [(127, 1 << 30, 127), (128, 1 << 30, 64), (512, 1 << 30, 64), (1000, 1 << 30, 125), (1000, 20 * 2 * 16 * 4, 20)],
-)
-def test_chunks_of_layers_side_by_side(monkeypatch, steps, workspace, length):
-    """An eighth of the sequence, though no fewer than 64 steps, and no more than the workspace holds."""
-    monkeypatch.setattr(streams, "for_work_on", lambda x, count: (object(),) * count)
-    monkeypatch.setattr(chunks, "WORKSPACE", workspace)
-    with torch.no_grad():
-        schedule = chunks.schedule(torch.zeros(steps, 2, 3), gpu_lstm.LSTM(3, 4, 2)._weights(), False)
-    assert schedule.side_by_side == (1 if steps < 128 else 2)
-    if length == steps:
-        assert schedule.spans == [None]
-    else:
-        starts = range(0, steps, length)
-        assert schedule.spans == [slice(start, min(start + length, steps)) for start in starts]
-
-
 @pytest.mark.parametrize(
     "options", [dict(num_layers=3), dict(num_layers=3, dropout=0.5), dict(bidirectional=True)], ids=str
 )
 def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options):
     """As if the CPU had streams: whatever one of them reads was made on it, is waited for, and is held for it."""
-    names: list[str] = []
+    lstm = gpu_lstm.LSTM(3, 4, backend="triton", **options)
+    names = tuple(f"stream {k}" for k in range(max(lstm.num_layers, 1 + lstm.bidirectional)))
     made_on: dict[int, str] = {}  # by address
     waited: dict[str, set] = {"caller": set()}  # whose work a stream has waited for
+    held = collections.defaultdict(set)
     current = ["caller"]
+    alive: list[torch.Tensor] = []  # so that no address is given twice
 
     @contextlib.contextmanager
     def on(stream, after, reads):
@@ -238,11 +231,11 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
         current.pop()
 
     def join(joined, results):
-        assert list(joined) == names
+        assert joined == names
         waited["caller"].update(joined)
         held["caller"].update(t.data_ptr() for t in results)
 
-    def layer(x, state, weights, traversal, backend, noise, recompute, side_by_side):
+    def layer(kernels, x, state, *_):
         for tensor in (x, *state):
             source = made_on.get(tensor.data_ptr(), "caller")
             assert source == current[-1] or source in waited[current[-1]]
@@ -253,39 +246,11 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
             alive.append(tensor)
         return found
 
-    def for_work_on(x, count):
-        names.extend(f"stream {k}" for k in range(count))
-        return tuple(names)
-
-    held = collections.defaultdict(set)
-    alive: list[torch.Tensor] = []  # so that no address is given twice
-    monkeypatch.setattr(streams, "for_work_on", for_work_on)
-    monkeypatch.setattr(streams, "on", on)
-    monkeypatch.setattr(streams, "join", join)
-    monkeypatch.setattr(fused, "layer", layer)
-    lstm = gpu_lstm.LSTM(3, 4, backend="triton", **options)
+    monkeypatch.setattr(route, "schedule_of", lambda *_: schedule.Schedule(2**31, names))
+    monkeypatch.setattr(schedule, "on", on)
+    monkeypatch.setattr(schedule, "join", join)
+    monkeypatch.setattr(autograd, "layer", layer)
     lstm(torch.zeros(200, 2, 3))
-    assert len(names) == max(lstm.num_layers, 1 + lstm.bidirectional)
     assert waited["caller"] == set(names)
     finals = [tensor.data_ptr() for tensor in alive if tensor.dim() == 2][-2 * len(names) :]
     assert set(finals) <= held["caller"]
-
-
-def test_backward_is_told_what_forward_was(monkeypatch):
-    told = []
-    monkeypatch.setattr(launch, "await_others", lambda plan, device: None)
-    choose = launch.choose_plan
-
-    def spy(problem, device, backward, *rest):
-        told.append((problem.side_by_side, backward))
-        return choose(problem, device, backward, *rest)
-
-    monkeypatch.setattr(launch, "choose_plan", spy)
-    lstm = gpu_lstm.LSTM(3, 4, backend="triton")
-    (weights,), zeros = lstm._weights()[0], torch.zeros(1, 4)
-    h, _ = fused.layer(
-        torch.zeros(2, 1, 3), (zeros, zeros), weights, gpu_lstm.sequences.Traversal(), gpu_lstm.Backend.TRITON,
-        side_by_side=2,
-    )  # fmt: skip
-    h.sum().backward()
-    assert told == [(2, False), (2, True)]

@@ -1,17 +1,18 @@
-"""Autotuning picks the fastest plan, remembers it by card and version, and stays out of graph captures."""
+"""Autotuning picks the fastest plan, caches it by card and version, and stays out of graph captures."""
 
 import contextlib
 import dataclasses
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import gpu_lstm
-from gpu_lstm.kernels import cache as remembered
-from gpu_lstm.kernels.triton_lstm import autotune, launch, plan_cache, trial
+from gpu_lstm.kernels import cache
+from gpu_lstm.kernels.problem import Pass, Problem
+from gpu_lstm.kernels.triton_lstm import autotune, choose, launch
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
 
 PROBLEM = Problem(256, 16, 768, torch.bfloat16)
@@ -21,25 +22,24 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def an_h100(monkeypatch, tmp_path):
-    """As if a card were here: its properties, and kernels that all fit."""
+    """As if a card were here, and kernels that all fit."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    for module in (launch, autotune):
-        monkeypatch.setattr(module, "device_of", lambda properties: H100)
-    monkeypatch.setattr(trial, "load", lambda kernel, grid, arguments: None)
-    monkeypatch.setattr(autotune, "_call", lambda problem, backward, device: lambda plan, launch: None)
+    for module in (launch, choose, autotune):
+        monkeypatch.setattr(module, "card_of", lambda device: H100)
+    monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
+    monkeypatch.setattr(launch, "error_word", lambda device, kernel: None)
+    monkeypatch.setattr(autotune, "_call", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(launch, "_chosen", {})
 
 
 def _chosen(problem, backward):
-    launch._chosen.clear()  # as another process would
-    remembered._read.cache_clear()
-    return launch.choose_plan(problem, CUDA, backward, (), lambda plan, launch: None)
+    launch.forget()  # as another process would
+    cache._read.cache_clear()
+    return launch.layer_of(problem, CUDA).prepared(Pass(backward)).plan
 
 
-def _slowest_plan_fastest(plan, attempt=None):
+def _slowest_plan_fastest(plan, call=None):
     """As if the widest tiles of the cooperative family were the fastest."""
     return 1000 * (plan.family is Family.STEP) - plan.columns
 
@@ -51,17 +51,18 @@ def test_the_fastest_plan_is_found_and_used_from_then_on(an_h100, monkeypatch):
     assert set(fastest) == {"forward", "backward"}
     assert fastest["forward"] == min(plans(PROBLEM, H100, False), key=_slowest_plan_fastest)
     assert fastest["forward"] != before
-    assert launch.choose_plan(PROBLEM, CUDA, False, (), lambda plan, launch: None) == fastest["forward"], (
-        "in this process, too"
-    )
-    assert _chosen(dataclasses.replace(PROBLEM, steps=77), False) == fastest["forward"]
+    layer = launch.layer_of(PROBLEM, CUDA)
+    assert layer.chosen(Pass()) == (fastest["forward"], True), "without a launch"
+    assert layer.prepared(Pass()).plan == fastest["forward"], "in this process, too"
+    assert _chosen(PROBLEM._replace(steps=2, reverse=True), False) == fastest["forward"]
     assert _chosen(PROBLEM, True) == fastest["backward"]
 
 
 def test_a_log_line_for_each_plan_says_how_far_it_is(an_h100, monkeypatch, caplog):
     proposed = plans(PROBLEM, H100, False)
-    monkeypatch.setattr(autotune, "time_plan", lambda plan, attempt: 1.2345)
-    monkeypatch.setattr(autotune, "obstacle", lambda plan, attempt: "it spills" if plan == proposed[0] else None)
+    monkeypatch.setattr(autotune, "time_plan", lambda plan, call: 1.2345)
+    monkeypatch.setattr(autotune, "recorded_launches", lambda problem, which, plan: plan)
+    monkeypatch.setattr(autotune, "why_it_does_not_fit", lambda plan: "it spills" if plan == proposed[0] else None)
     with caplog.at_level(logging.INFO, "gpu_lstm"):
         autotune.autotune(PROBLEM, CUDA)
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("forward")]
@@ -79,11 +80,11 @@ def test_what_was_measured_elsewhere_is_not_used(an_h100, monkeypatch, change):
     problem = PROBLEM
     match change:
         case "card":
-            monkeypatch.setattr(launch, "device_of", lambda properties: dataclasses.replace(H100, name="another"))
+            monkeypatch.setattr(choose, "card_of", lambda device: dataclasses.replace(H100, name="another"))
         case "triton":
-            monkeypatch.setattr(plan_cache.triton, "__version__", "0.0")
+            monkeypatch.setattr(choose.triton, "__version__", "0.0")
         case "problem":
-            problem = dataclasses.replace(PROBLEM, batch=17)
+            problem = PROBLEM._replace(batch=17)
     assert _chosen(problem, False) != fastest
 
 

@@ -32,7 +32,7 @@ def layer(
     # Asked here, since autograd is off inside Function.forward.
     if not torch.is_grad_enabled() or not any([t is not None and t.requires_grad for t in given]):
         h, h_n, c_n, *_ = fused.forward(kernels, given, save=False)
-        return h, (h_n, c_n.to(state[1].dtype))
+        return h, (h_n, c_n if c_n.dtype is state[1].dtype else c_n.to(state[1].dtype))
     function = LSTMLayerInTransforms if is_transformed() else LSTMLayer
     h, h_n, c_n, *_ = function.apply(kernels, recompute, *given)
     return h, (h_n, c_n)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..call.noise import Noise
 from ..call.sequences import Traversal, valid_steps
@@ -69,10 +70,11 @@ def inputs_of(
     noise: Noise,
 ) -> Inputs:
     """The tensors of a layer, all in the dtype of x but for cell states."""
-    reset_h, reset_c = traversal.reset_to()
-    if reset_h is not None and reset_c is not None:
-        reset_h, reset_c = reset_h.to(x.dtype), reset_c.float()
-    return Inputs(x, *state, *weights, reset_h, reset_c, *noise, traversal.lengths, traversal.resets)
+    lengths, resets, _, reset_states = traversal
+    reset_h = reset_c = None
+    if reset_states is not None:
+        reset_h, reset_c = reset_states[0][0].to(x.dtype), reset_states[0][1].float()
+    return Inputs(x, *state, *weights, reset_h, reset_c, *noise, lengths, resets)
 
 
 def forward(kernels: Any, given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -90,13 +92,12 @@ def recurrence_of(
     given: Inputs, reverse: bool, precision: str, of_hh: Unit = NO_UNIT, of_c: Unit = NO_UNIT
 ) -> Recurrence:
     """What the kernels are given."""
+    _, h0, c0, _, weight_hh, _, _, weight_hr, weight_peephole, _, gain_hh, gain_c, bias_c, *others = given
+    reset_h, reset_c, dropout_h, zoneout_h, zoneout_c, lengths, resets = others
+    kept_h = None if zoneout_h is None else reset_h
     return Recurrence(
-        weight_hh=given.weight_hh, weight_hr=given.weight_hr, h0=given.h0, c0=given.c0.float(),
-        lengths=given.lengths, resets=given.resets, reverse=reverse, precision=precision,
-        dropout_h=given.dropout_h, zoneout_h=given.zoneout_h, zoneout_c=given.zoneout_c,
-        reset_h=None if given.zoneout_h is None else given.reset_h, reset_c=given.reset_c,
-        weight_peephole=given.weight_peephole, gain_hh=given.gain_hh, gain_c=given.gain_c, bias_c=given.bias_c,
-        unit_hh=of_hh.unit, scale_hh=of_hh.scale, unit_c=of_c.unit, scale_c=of_c.scale,
+        weight_hh, h0, c0.float(), weight_hr, lengths, resets, dropout_h, zoneout_h, zoneout_c, kept_h, reset_c,
+        weight_peephole, gain_hh, gain_c, bias_c, *of_hh, *of_c, reverse, precision,
     )  # fmt: skip
 
 
@@ -115,6 +116,8 @@ def _pre_activations(given: Inputs, reverse: bool) -> Tensor:
 def _input_product(given: Inputs) -> Tensor:
     """The part of the pre-activations that does not depend on h: x W_ih^T + b_ih + b_hh, [T, B, 4H]."""
     bias = None if given.bias_ih is None or given.bias_hh is None else given.bias_ih + given.bias_hh
+    if given.gain_ih is None:
+        return F.linear(given.x, given.weight_ih, bias)
     return cell.linear(given.x, given.weight_ih, bias, given.gain_ih).contiguous()
 
 

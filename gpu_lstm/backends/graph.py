@@ -72,7 +72,7 @@ def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[
 
 def _refuse_tracing(call: Call, backend: Backend) -> None:
     learns = any(one.weight_hh.requires_grad for layer in call.weights for one in layer)
-    if call.modes.recording is Recording.WATCHED and torch.jit.is_tracing() and call.modes.grad and learns:
+    if call.modes.recording == Recording.WATCHED and torch.jit.is_tracing() and call.modes.grad and learns:
         raise RuntimeError(
             f"torch.jit.trace cannot record the gradients of backend {backend.value!r}: trace within torch.no_grad(), "
             "or with backend 'torch'"
@@ -300,20 +300,31 @@ for _name, _operator in (("layer", OPERATOR), ("layer_backward", BACKWARD)):
     torch.library.register_vmap(f"gpu_lstm::{_name}", one_after_another_vmapped(_operator), lib=_LIBRARY)
 
 
+def _products(x: Tensor, others: list[Tensor], places: list[int]) -> list[tuple[str, int, int]]:
+    """(name of a weight, its place, operations of its product with all steps): two for a multiply-add, as torch's."""
+    names = "weight_ih", "weight_hh", "weight_hr"
+    known = {first + Weights._fields.index(name): name for name in names for first in (STATES, SECOND)}
+    rows = x.shape[0] * x.shape[1]  # T B
+    return [(known[k], k, 2 * rows * t.numel()) for t, k in zip(others, places) if k in known]
+
+
 def _forward_flops(
     x: Tensor, h0: Tensor, c0: Tensor, others: list[Tensor], places: list[int], *_: Any, **__: Any
 ) -> int:
-    """Of the recurrence's products alone, two for each multiply-add, as torch counts them.
-
-    The product with W_hh [4H, P] costs 2 T B 4H P, that with W_hr [P, H] 2 T B P H.
-    """
-    recurrent = {first + Weights._fields.index(n) for n in ("weight_hh", "weight_hr") for first in (STATES, SECOND)}
-    return 2 * x.shape[0] * x.shape[1] * sum(t.numel() for t, place in zip(others, places) if place in recurrent)
+    """Of products alone."""
+    return sum(count for *_, count in _products(x, others, places))
 
 
-def _backward_flops(gradients: list, saved: list, *given: Any, **_: Any) -> int:
-    """As many: gradients of weights, and all that concerns x, are products of torch's own, over all steps."""
-    return _forward_flops(*given)
+def _backward_flops(
+    gradients: list, saved: list, x: Tensor, h0: Tensor, c0: Tensor, others: list, places: list, *rest: Any, **_: Any
+) -> int:
+    """A product for the gradient of each weight, and one for that of what it multiplies; those that are recomputed."""
+    (_, gates, c), (*_, needed) = saved, rest
+    recomputed = ("weight_ih", "weight_hh") if gates.dim() < c.dim() else ()
+    return sum(
+        count * (bool(needed[k]) + (name != "weight_ih" or bool(needed[0])) + (name in recomputed))
+        for name, k, count in _products(x, others, places)
+    )
 
 
 def count_flops() -> None:

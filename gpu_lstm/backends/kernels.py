@@ -41,7 +41,7 @@ def run(
         else:
             y, rows = schedule.run(call, direction, plan, backend.value)
     states = call.pack_rows(rows)
-    return y, [(h, c.to(kind)) for (h, c), kind in zip(states, kinds)]
+    return y, [(h, c if c.dtype is kind else c.to(kind)) for (h, c), kind in zip(states, kinds)]
 
 
 def _in_dtype(call: Call, dtype: torch.dtype) -> Call:

@@ -48,23 +48,26 @@ def named(layer: int, direction: int | None, backend: str) -> contextlib.Abstrac
     return profiler.record_function(f"gpu_lstm layer {layer}{way}, {backend}")
 
 
-def one_after_another(call: Call, run: Direction, backend: str, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
+def one_after_another(
+    call: Call, run: Direction, backend: str, dtype: torch.dtype
+) -> tuple[Tensor, list[State]]:
     """Layers in order, and the directions of each, dropout between: output [T, B, D*P] and final states [L*D]."""
-    options, x = call.options, call.x
+    options, traversal, x = call.options, call.traversal, call.x
     noise, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
     rows, finals = call.state_rows(), []
     for k, layer in enumerate(call.weights):
         parts = []
         for d, weights in enumerate(layer):
             n = len(finals)
-            traversal = call.traversal.of(n)
+            own = traversal if traversal.reset_states is None else traversal.of(n)
             if d:
-                traversal = traversal.backwards()
-            with named(k, d, backend):
-                y, state = run(n, x, rows[n], weights, traversal, noise[k][d])
+                own = own.backwards()
+            with named(k, d, backend) if profiler._is_profiler_enabled else _NOTHING:
+                y, state = run(n, x, rows[n], weights, own, noise[k][d])
             parts.append(y)
             finals.append(state)
-        x = connect(x, parts[0] if len(parts) == 1 else torch.cat(parts, 2), call.traversal.lengths, kept[k], options)
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        x = connect(x, y, traversal.lengths, kept[k], options) if options.residual or kept[k] is not None else y
     return x, finals
 
 

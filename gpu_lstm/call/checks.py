@@ -8,6 +8,7 @@ import torch
 from torch import _VF, Tensor
 from torch.nn.modules.rnn import RNNBase
 
+from .forms import Form
 from .modes import autocasts, need_the_reference
 from .options import RESET_STATES, Options
 from .weights import LAYER_NORM, NAMES, State, Weights
@@ -27,9 +28,10 @@ def check_tensor(value: object, name: str) -> None:
 
 def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> None:
     """Raise unless the input of `name` has one of two ranks, and its elements in memory: not sparse, not nested."""
-    if input.dim() not in ranks:
+    rank = input.dim()
+    if rank not in ranks:
         low, high = ranks
-        raise ValueError(f"{name}: Expected input to be {low}D or {high}D, got {input.dim()}D instead")
+        raise ValueError(f"{name}: Expected input to be {low}D or {high}D, got {rank}D instead")
     check_dense(input, name)
 
 
@@ -92,12 +94,22 @@ def check_pairs(hx: Any, layers: int) -> None:
             check_tensor(state, f"{name} of layer {k}")
 
 
-def check_input(options: Options, x: Tensor, weight: Tensor) -> None:
-    """Raise, in torch's words, unless x [..., I] has the dtype and the features of the first layer."""
-    if x.shape[-1] == options.arguments.input_size and (x.dtype is weight.dtype or autocasts(x)):
+def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weights]] | None) -> None:
+    """Raise, in torch's words, unless x [..., I] has the features and the dtype of the first layer, if that is given."""
+    if options.kind not in ("LSTM", "StackedLSTM"):
         return
-    as_torchs: Any = SimpleNamespace(input_size=options.arguments.input_size, _flat_weights=[weight])
-    RNNBase.check_input(as_torchs, x, None if x.dim() == 3 else x)
+    weight = x if weights is None or form.packed is not None else weights[0][0].weight_ih
+    if weight is not None and (x.shape[-1] != options.input_size or (x.dtype is not weight.dtype and not autocasts(x))):
+        as_torchs: Any = SimpleNamespace(input_size=options.input_size, _flat_weights=[weight])
+        RNNBase.check_input(as_torchs, x, None if x.dim() == 3 else x)
+
+
+def check_sizes_of_states(options: Options, batch: int, hx: State) -> None:
+    """Raise, in torch's words, unless h_0 and c_0 of an LSTM have the right sizes."""
+    for i, (state, features) in enumerate(zip(hx, (options.width, options.hidden))):
+        expected = options.rows, batch, features
+        if state.shape != expected:
+            raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(state.shape)}")
 
 
 def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
@@ -106,7 +118,6 @@ def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
     Raises:
         RuntimeError: one has not.
         TypeError: weight_ih or weight_hh is None.
-        ValueError: there is a layer norm, and a projection, with which none is defined.
     """
     for name, tensor, size in zip(NAMES, layer, sizes):
         if tensor is None and name in ("weight_ih", "weight_hh"):
@@ -117,8 +128,6 @@ def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
         raise RuntimeError("bias_ih and bias_hh should be given together")
     if layer.bias_c is not None and layer.gain_c is None:
         raise RuntimeError("bias_c should be given together with gain_c")
-    if layer.weight_hr is not None:
-        check_unprojected(layer.variant == LAYER_NORM, len(layer.weight_hr))
 
 
 def named_weights(weights: Weights | Sequence[Tensor | None]) -> Weights:
@@ -137,6 +146,8 @@ def named_weights(weights: Weights | Sequence[Tensor | None]) -> Weights:
             expected = 2 if name in ("weight_ih", "weight_hh", "weight_hr") else 1
             if tensor.dim() != expected:
                 raise RuntimeError(f"{name} must have {expected} dimensions, got {tensor.dim()}")
+    if named.weight_hr is not None:
+        check_unprojected(named.variant == LAYER_NORM, len(named.weight_hr))
     return named
 
 
@@ -153,7 +164,7 @@ def check_unprojected(layer_norm: bool, projected: int) -> None:
 def check_cell(options: Options, x: Tensor, state: State, weights: Weights, alike: bool) -> None:
     """Raise, in the words of the torch at hand, unless x [B, I] and the states of a cell fit; `alike` as it seems."""
     (inputs, hidden, _), (h, c) = options.sizes[0], state
-    expected = len(x), hidden
+    expected = x.shape[0], hidden
     if x.shape[-1] == inputs and h.shape == c.shape == expected:
         if alike:
             return

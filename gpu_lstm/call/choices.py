@@ -42,22 +42,22 @@ class Choice(Generic[T]):
     """What the open blocks of a process chose: the youngest counts, whatever the order in which they close."""
 
     def __init__(self) -> None:
-        self._open: list[Block[T]] = []
+        self.blocks: list[Block[T]] = []  # that are open
 
     @property
     def now(self) -> T | None:
         """What the youngest block chose; None: no block is open."""
-        return self._open[-1].value if self._open else None
+        return self.blocks[-1].value if self.blocks else None
 
     def enter(self, block: "Block[T]") -> None:
         """Open a block."""
-        self._open.append(block)
+        self.blocks.append(block)
 
     def leave(self, block: "Block[T]") -> None:
         """Close the youngest entry of a block, if there is one: a second call changes nothing."""
-        for k in reversed(range(len(self._open))):
-            if self._open[k] is block:
-                del self._open[k]
+        for k in reversed(range(len(self.blocks))):
+            if self.blocks[k] is block:
+                del self.blocks[k]
                 return
 
 

@@ -4,13 +4,11 @@ torch.func.grad and vjp run through the fused kernels, but in a graph of torch.c
 derivatives need an LSTM that is written in torch's own operators, which the reference is.
 """
 
-import enum
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.backends.cudnn.rnn as cudnn_rnn
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
@@ -23,21 +21,26 @@ F = TypeVar("F", bound=Callable)
 _ONLY_BY_REFERENCE = (_functorch.TransformType.Vmap, _functorch.TransformType.Jvp)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
+# The dict inside os.environ: os.environ.get raises and catches at every call for a variable that is not set.
+_environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+_BACKEND, _RACE = map(os.environ.encodekey, (BACKEND_VARIABLE, RACE_VARIABLE))
+_precision = torch._C._get_fp32_precision_getter  # of torch.backends.cudnn.rnn
 _any_autocast = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _interpreter = _functorch.peek_interpreter_stack
 _is_compiling = torch.compiler.is_compiling
 
 
-class Recording(enum.IntEnum):
-    """Who watches a call."""
+class Recording:
+    """Who watches a call. (Plain numbers: they are hashed at every call, and an Enum's hash is a Python function.)"""
 
-    NOBODY = 0  # eager mode: no operator of ours is met
+    NOBODY = 0  # eager mode: there is no operator of ours
     WATCHED = 1  # torch.jit.trace, dispatch modes, subclasses of Tensor: kernels run as operators; nothing is raced
     COMPILED = 2  # torch.compile, torch.export: one operator a layer, whatever the backend
+    ONNX = 3  # torch's ONNX exporter, which knows no operator of ours: torch's own LSTM, traced, becomes ONNX's
 
 
-class Transforms(enum.IntEnum):
+class Transforms:
     """The transforms of torch.func around a call."""
 
     NONE = 0
@@ -50,8 +53,8 @@ class Modes(NamedTuple):
 
     grad: bool  # whether autograd records
     autocast: torch.dtype | None  # what float32 and narrower is computed in; None: autocast is off
-    recording: Recording
-    transforms: Transforms
+    recording: int  # see Recording
+    transforms: int  # see Transforms
     precision: str  # of float32 products in the recurrence, for Triton: "tf32" or "ieee"
     choices: tuple  # of backend and racing, by blocks, else by the environment
     capturing: bool  # a CUDA graph
@@ -64,6 +67,7 @@ def modes(x: Tensor) -> Modes:
     transforms = Transforms.NONE
     if _interpreter() is not None or forward_ad._current_level >= 0:
         transforms = Transforms.REFERENCE if need_the_reference() else Transforms.GRAD
+    backends, races = chosen_backend.blocks, chosen_racing.blocks
     watched = _dispatch_modes() > 0 or type(x) not in _PLAIN or torch._C._is_tracing()
     return Modes(
         torch.is_grad_enabled(),
@@ -71,14 +75,13 @@ def modes(x: Tensor) -> Modes:
         Recording.WATCHED if watched else Recording.NOBODY,
         transforms,
         recurrent_precision(x.dtype),
-        (chosen_backend.now or os.environ.get(BACKEND_VARIABLE), chosen_racing.now or os.environ.get(RACE_VARIABLE)),
+        (backends[-1].value if backends else _environment.get(_BACKEND), races[-1].value if races else _environment.get(_RACE)),
         x.is_cuda and torch.cuda.is_current_stream_capturing(),
     )
 
 
 def _modes_in_a_graph(x: Tensor) -> Modes:
-    # torch's ONNX exporter knows no operator of ours; torch's own LSTM, traced, becomes ONNX's.
-    recording = Recording.NOBODY if torch.onnx.is_in_onnx_export() else Recording.COMPILED
+    recording = Recording.ONNX if torch.onnx.is_in_onnx_export() else Recording.COMPILED
     transforms = Transforms.REFERENCE if need_the_reference() else Transforms.NONE
     autocast = _autocast_dtype(x) if _any_autocast() else None
     # Precision and choices are asked where the decision is made, so that no graph is bound to them.
@@ -92,7 +95,7 @@ def recurrent_precision(dtype: torch.dtype) -> str:
     (``torch.backends.cudnn.allow_tf32`` or ``torch.backends.cudnn.rnn.fp32_precision``). Products over all steps go
     through torch.matmul and obey ``torch.backends.cuda.matmul``.
     """
-    return "tf32" if dtype is torch.float32 and cudnn_rnn.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype is torch.float32 and _precision("cuda", "rnn") == "tf32" else "ieee"
 
 
 def autocasts(x: Tensor) -> bool:

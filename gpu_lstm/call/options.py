@@ -57,6 +57,8 @@ class Options:
         self.directions = 2 if a.bidirectional else 1
         inputs = [a.input_size, *(self.directions * (a.proj_size or hidden) for hidden in a.hidden_sizes)]
         self.sizes = tuple([Size(i, hidden, a.proj_size) for i, hidden in zip(inputs, a.hidden_sizes)])
+        self.input_size = a.input_size
+        self.hidden, self.width = self.sizes[0].hidden, self.sizes[0].width  # of the first layer
         self.dropout = a.dropout if a.training else 0.0
         self.recurrent_dropout = a.recurrent_dropout if a.training else 0.0
         self.weight_drop = a.weight_drop if a.training else 0.0
@@ -65,6 +67,7 @@ class Options:
         # Rows of states that stand in one tensor: an LSTM has all in one, a StackedLSTM those of a layer.
         self.blocks = (self.directions,) * len(self.sizes) if a.kind == "StackedLSTM" else (self.rows,)
         self.names = _names(a, self.directions)
+        self.present = sum(name is not None for name in self.names[0][0])  # tensors of a layer and direction
         self.weight_sizes = tuple([_weight_sizes(size) for size in self.sizes])
         # With layers of one size, torch's own LSTM does all of them in one call.
         self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1

@@ -42,6 +42,9 @@ class Call(NamedTuple):
         """([B, P], [B, H]) of each layer and direction, [L*D]."""
         if self.states[0][0].dim() == 2:
             return self.states
+        if self.options.rows == 1:
+            h, c = self.states[0]
+            return [(h[0], c[0])]
         return [row for h, c in self.states for row in zip(h.unbind(0), c.unbind(0))]
 
     def pack_rows(self, rows: list[State]) -> list[State]:
@@ -49,7 +52,7 @@ class Call(NamedTuple):
         if self.states[0][0].dim() == 2:
             return rows
         if len(rows) == 1:
-            ((h, c),) = rows
+            h, c = rows[0]
             return [(h.unsqueeze(0), c.unsqueeze(0))]
         packed, n = [], 0
         for count in self.options.blocks:
@@ -60,6 +63,8 @@ class Call(NamedTuple):
 
     def states_out(self, states: list[State]) -> Any:
         """Final states, as `states` is, in the user's form."""
+        if self.form is _TIME_FIRST and self.options.kind != "StackedLSTM":
+            return states[0]
         out = [(self.form.state_out(h), self.form.state_out(c)) for h, c in states]
         return out if self.options.kind == "StackedLSTM" else out[0]
 
@@ -75,18 +80,17 @@ def prepare(
 ) -> Call:
     """The call, checked. What a user may give is said by the modules and `lstm_layer`, and so is what is raised."""
     form, x = _form_and_input(options, input, hx)
-    if form.packed is None:
-        steps, batch = x.shape[:2] if x.dim() == 3 else (1, len(x))
-    else:
+    if form.packed is not None:
         steps, batch = len(form.packed.batch_sizes), int(form.packed.batch_sizes[0])
+    elif options.kind == "LSTMCell":
+        steps, batch = 1, x.shape[0]
+    else:
+        steps, batch, _ = x.shape
     traversal = EVERY_STEP
-    if not lengths is resets is None:
+    if lengths is not None or resets is not None:
         traversal = _traversal(form, x, (steps, batch), lengths, resets)
-    first = weights[0][0].weight_ih
-    if first is not None and options.kind in ("LSTM", "StackedLSTM"):
-        checks.check_input(options, x, first)
-    states = _zeros(options, x, batch) if hx is None else _states(options, form, batch, hx)
-    learns = _check_tensors(options, x, states, weights)
+    states = _zeros(options, x, batch) if hx is None else _states(options, form, x, batch, hx)
+    learns = _check_tensors(options, form, x, states, weights)
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if reset_states is not None:
@@ -94,9 +98,11 @@ def prepare(
         traversal = traversal._replace(reset_states=given)
         learns = learns or any(t.requires_grad for pair in given for t in pair)
     now = modes(x)
+    if now.recording is Recording.WATCHED:
+        steps, batch = int(steps), int(batch)  # torch.jit.trace has tensors there, which are no part of a key
     if options.reverse:
         traversal = traversal.backwards()
-    elif steps == 1 and resets is not None and reset_states is None and now.recording is not Recording.COMPILED:
+    elif resets is not None and steps == 1 and reset_states is None and now.recording < Recording.COMPILED:
         states, traversal = _reset_before_the_only_step(options, states, traversal)
     return Call(x, steps, batch, states, weights, traversal, options, form, now, learns and now.grad)
 
@@ -127,8 +133,9 @@ def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -
     checks.check_rank_and_layout(input, kind, (2, 3))
     if hx is not None and kind == "LSTM":
         checks.check_rank_of_states(input.dim(), hx)
-    form = _UNBATCHED if input.dim() == 2 else _BATCH_FIRST if options.batch_first else _TIME_FIRST
-    return form, form.time_major(input)
+    if input.dim() == 2:
+        return _UNBATCHED, input.unsqueeze(1)
+    return (_BATCH_FIRST, input.transpose(0, 1)) if options.batch_first else (_TIME_FIRST, input)
 
 
 def _traversal(
@@ -161,16 +168,14 @@ def _zeros(options: Options, x: Tensor, batch: int) -> list[State]:
     return states
 
 
-def _states(options: Options, form: Form, batch: int, hx: Any) -> list[State]:
+def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> list[State]:
     """A user's states, checked, as Call.states."""
     match options.kind:
         case "LSTM":
-            h, c = form.state_in(hx[0]), form.state_in(hx[1])
-            _, hidden, _ = size = options.sizes[0]
-            for i, (state, features) in enumerate(((h, size.width), (c, hidden))):
-                expected = options.rows, batch, features
-                if state.shape != expected:
-                    raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(state.shape)}")
+            h, c = (hx[0], hx[1]) if form.packed is None and form.batched else map(form.state_in, hx[:2])
+            if h.shape != (options.rows, batch, options.width) or c.shape != (options.rows, batch, options.hidden):
+                checks.check_input(options, form, x, None)
+                checks.check_sizes_of_states(options, batch, (h, c))
             return [(h, c)]
         case "LSTMCell":
             h, c = hx
@@ -193,27 +198,25 @@ def _states(options: Options, form: Form, batch: int, hx: Any) -> list[State]:
     return states
 
 
-def _check_tensors(options: Options, x: Tensor, states: list[State], weights: list[list[Weights]]) -> bool:
+def _check_tensors(
+    options: Options, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]
+) -> bool:
     """Raise unless all tensors fit together; whether one requires a gradient."""
     dtype, device, learns, alike = x.dtype, x.device, x.requires_grad, True
     for layer, sizes in zip(weights, options.weight_sizes):
         for one in layer:
-            fits = one[0] is not None and one[1] is not None and (one[2] is None) is (one[3] is None)
-            fits = (
-                fits
-                and (one[4] is None or one[6] is one[7] is one[8] is None)
-                and (one[9] is None or one[8] is not None)
-            )
+            fits, present = True, 0
             for tensor, size in zip(one, sizes):
-                if tensor is None:
-                    continue
-                if tensor.shape != size:
-                    fits = False
-                if tensor.dtype is not dtype or tensor.device != device:
-                    alike = False
-                if tensor.requires_grad:
-                    learns = True
-            if not fits:
+                if tensor is not None:
+                    present += 1
+                    if tensor.shape != size:
+                        fits = False
+                    if tensor.dtype is not dtype or tensor.device != device:
+                        alike = False
+                    if tensor.requires_grad:
+                        learns = True
+            if not fits or present != options.present:
+                checks.check_input(options, form, x, weights)
                 checks.check_sizes(one, sizes)
     for h, c in states:
         if h.dtype is not dtype or c.dtype is not dtype or h.device != device or c.device != device:
@@ -223,7 +226,10 @@ def _check_tensors(options: Options, x: Tensor, states: list[State], weights: li
     if options.kind == "LSTMCell":
         checks.check_cell(options, x, states[0], weights[0][0], alike)
     elif not alike:
+        checks.check_input(options, form, x, weights)
         checks.check_alike(x, states, weights)
+    elif x.shape[-1] != options.input_size:
+        checks.check_input(options, form, x, weights)
     return learns
 
 

@@ -78,7 +78,7 @@ def _is_kept(weight: Tensor) -> bool:
 
     A graph that is traced or captured has to cast at every run.
     """
-    if torch.compiler.is_compiling() or is_transformed() or not autocasts(weight):
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or is_transformed() or not autocasts(weight):
         return False
     if type(weight) not in (Tensor, torch.nn.Parameter) or weight.dtype is not torch.float32:
         return False

@@ -44,13 +44,13 @@ _decided: dict[tuple, Decision] = {}
 
 def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision:
     """Who runs a kind of call, and why; `able` runs it unless another wins. If `dry`, as far as it is known."""
-    if call.modes.transforms is Transforms.REFERENCE:
+    if call.modes.transforms == Transforms.REFERENCE:
         return Decision(able, "only it runs inside vmap and forward-mode derivatives")
     if requested_backend(call.options.backend) is not Backend.AUTO:
         return Decision(able, f"asked for by {_who_asked(call)}")
     if able not in KERNEL_BACKENDS:
         return Decision(able, "backend 'auto' chooses it where no kernels run")
-    if call.modes.recording is not Recording.NOBODY or call.modes.transforms is not Transforms.NONE:
+    if call.modes.recording != Recording.NOBODY or call.modes.transforms is not Transforms.NONE:
         return Decision(able, "nothing is raced while a call is watched")
     device, (mode, group) = call.x.device, requested_racing()
     key = kind._replace(batch=size_class(kind.batch)), able, device, mode

@@ -28,15 +28,14 @@ def run(call: Call) -> tuple[Tensor, list[State]]:
 
 def route_of(call: Call) -> Route:
     """The route of a call."""
-    if torch.compiler.is_compiling():
-        return _route_in_a_graph(call)
-    if call.modes.recording is Recording.WATCHED:
-        return _route_while_watched(call)
+    if call.modes.recording != Recording.NOBODY:
+        return _route_while_watched(call) if call.modes.recording == Recording.WATCHED else _route_in_a_graph(call)
     x, traversal = call.x, call.traversal
     key = (
         call.options, x.dtype, x.device, size_class(call.steps), call.batch, call.form.packed is None,
         None if traversal.lengths is None else traversal.lengths.dtype, traversal.resets is None,
         traversal.reset_states is None, call.learns, call.modes,
+        *[tensor is None for tensor in call.weights[0][0][5:]],  # peepholes and layer norms: bias_c is not in options
     )  # fmt: skip
     route = _routes.get(key)
     if route is None:
@@ -66,7 +65,7 @@ def able_to_run(call: Call) -> Backend:
     Raises:
         ValueError, ImportError, RuntimeError, TypeError: an explicitly chosen backend cannot, and why.
     """
-    transformed = call.modes.transforms is Transforms.REFERENCE
+    transformed = call.modes.transforms == Transforms.REFERENCE
     return available.select(call.options.backend, call.x.device, dtype_of(call), feature_of(call), transformed)
 
 
@@ -95,7 +94,7 @@ def _route_in_a_graph(call: Call) -> Route:
         options.directions, lengths, traversal.resets is not None, traversal.reset_states is not None, noise,
         call.weights[0][0].variant,
     )  # fmt: skip
-    transformed = call.modes.transforms is Transforms.REFERENCE
+    transformed = call.modes.transforms == Transforms.REFERENCE
     sizes = tuple([tuple(size) for size in options.sizes])
     # What a `with backend(...)` block chose is given so that the graph is bound to it.
     given = options.backend, chosen_backend.now, call.x.device, dtype, feature_of(call), transformed
@@ -103,7 +102,7 @@ def _route_in_a_graph(call: Call) -> Route:
     if problem:
         raise _ERRORS[name](problem)
     backend = Backend(name)
-    compiled = call.modes.recording is Recording.COMPILED
+    compiled = call.modes.recording == Recording.COMPILED
     return Route(backend, dtype, not transformed and (compiled or backend in KERNEL_BACKENDS), [], None)
 
 

@@ -82,7 +82,8 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
                 that supports no peepholes or layer norm.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
-        call = prepare(self._options(), weights_of(self, self._options().names), input, hx)
+        options = self._options()
+        call = prepare(options, weights_of(self, options.names), input, hx)
         _, states = run(call)
         return call.states_out(states)
 

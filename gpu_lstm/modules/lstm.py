@@ -187,7 +187,8 @@ class LSTM(Checked, HasVariants, RNNBase):
                 "LSTM takes lengths, and no mask as TorchRL's LSTMModule gives to what is no torch.nn.LSTM: hand it a "
                 "gpu_lstm.compat.LSTM"
             )
-        call = prepare(self._options(), self._weights(), input, hx, lengths, resets, reset_states)
+        options = self._options()
+        call = prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states)
         y, states = run(call)
         return call.form.output(y), call.states_out(states)
 

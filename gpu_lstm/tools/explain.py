@@ -186,7 +186,7 @@ def _why_not(call: Call, kind: Kind, decision: Decision, other: Backend) -> str:
     if feature is not None and other not in available.backends_with(feature):
         return f"it takes no {feature}"
     asked = requested_backend(call.options.backend) is not Backend.AUTO
-    if asked or call.modes.transforms is Transforms.REFERENCE:
+    if asked or call.modes.transforms == Transforms.REFERENCE:
         return f"{decision.backend.value!r} is {decision.why}"
     times = decision.seconds or {}
     if {other.value, decision.backend.value} <= times.keys():

@@ -78,7 +78,7 @@ def _shared(gates: Tensor, r: Recurrence, kernel: str) -> dict[str, Any]:
 
 
 def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:
-    """[*rows, H and up to 16 bytes] of the dtype of `gates` [T, B, 4H]: sentinels, and zeros in words without a unit."""
+    """[*rows, H and up to 16 bytes] of the dtype of `gates` [T, B, 4H]: sentinels; zeros in words without a unit."""
     hidden, size = gates.shape[-1] // 4, PACK // gates.itemsize
     filled = gates.new_empty(*rows, ceil(hidden / size) * size)
     words = filled.view(torch.int32).fill_(SENTINEL)

@@ -14,7 +14,7 @@ Launch = Callable[..., None]
 """launch(kernel, dtype, plan, **arguments): `launch.launch_kernel`."""
 
 SEQUENCES = 8  # of a batch tile
-CHUNK = 16  # words of K that a warp takes at once
+CHUNK = 16  # words of K that a warp multiplies at once
 AHEAD = 4  # chunks that are on their way at once, where weights are not kept
 MOST_REGISTERS = 192  # of a thread's 255, that may hold weights, words and sums
 
@@ -24,7 +24,7 @@ MOST_REGISTERS = 192  # of a thread's 255, that may hold weights, words and sums
 L2_BYTES = 40  # that a multiprocessor reads from L2 in a clock, when all do
 SHARED_BYTES = 128  # that it reads or writes in shared memory in a clock
 MULTIPLY_ADDS = 128  # that it does in a clock
-PRODUCTS = 2.0  # on tensor cores, of 16 rows by 8 words by 8 sequences, for which it takes so many clocks
+PRODUCTS = 2.0  # on tensor cores, of 16 rows by 8 words by 8 sequences, so many clocks each
 EXCHANGE = 700  # from a store until all readers have it
 REST = (550, 350)  # forward and backward: loads, gates and cell, the barrier
 
@@ -50,7 +50,7 @@ def card_of(device: torch.device) -> Card:
 
 
 def words_of(problem: Problem) -> int:
-    """W: of 32 bits, that a row of H elements takes at 16 bytes."""
+    """W: of 32 bits, of a row of H elements, padded to 16 bytes."""
     return 4 * ceil(problem.hidden * problem.size / 16)
 
 

@@ -1,4 +1,4 @@
-"""The kernels in CUDA C++ as Python knows them: their text, what they are called, and in which order they take what."""
+"""The kernels in CUDA C++ as Python knows them: their text, what they are called, and the order of their parameters."""
 
 import functools
 import re
@@ -40,7 +40,7 @@ def parameters(kernel: str) -> tuple[str, ...]:
 
 
 def in_order(kernel: str, arguments: dict[str, Any]) -> list[Any]:
-    """The arguments of a kernel as it takes them.
+    """The arguments of a kernel in the order of its parameters.
 
     Raises:
         TypeError: some are missing, or the kernel has no such parameters.

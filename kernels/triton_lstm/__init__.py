@@ -1,1 +1,1 @@
-"""The Triton backend: `launch.layer_forward` and `launch.layer_backward` are its two entry points."""
+"""The Triton backend: `launch.layer_of` is its entry point."""

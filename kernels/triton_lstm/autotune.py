@@ -24,6 +24,8 @@ def autotune(problem: Problem, device: torch.device) -> dict[str, Plan]:
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("autotune cannot time kernels while a CUDA graph is captured; call it before the capture")
+    if device.index is None:
+        device = torch.device(device.type, torch.cuda.current_device())
     card = card_of(device)
     fastest = {}
     with torch.cuda.device(device):

@@ -6,7 +6,7 @@ Gers, Schmidhuber & Cummins (2000), as torch.nn.LSTM states them:
     i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)
     c = f * c_prev + i * g                                  m = o * tanh(c)
 
-With peepholes (Gers & Schmidhuber, 2000) the gates see the cell state of their own unit, through weights p_i, p_f, p_o:
+With peepholes (Gers & Schmidhuber, 2000) gates depend on the cell state of their unit, by weights p_i, p_f, p_o:
 
     z_i += p_i * c_prev      z_f += p_f * c_prev      z_o += p_o * c
 
@@ -20,7 +20,7 @@ import triton.language as tl
 
 from .exchange import INTERPRETED
 
-# Triton's division and exp take more instructions, for results below the normal numbers: they mean nothing here.
+# Triton's division and exp need more instructions, for subnormal results, which do not matter here.
 
 
 @triton.jit
@@ -82,9 +82,9 @@ def cell_forward(z_i, z_f, z_g, z_o, c_prev, p_i, p_f, p_o, PEEPHOLES: tl.conste
 
 
 @triton.jit
-def output(o, seen):
-    """m, [rows, units]; tanh sees c, or LN(c)."""
-    return o * tanh(seen)
+def output(o, x):
+    """m = o tanh(x), [rows, units]; x is c, or LN(c)."""
+    return o * tanh(x)
 
 
 @triton.jit
@@ -98,17 +98,17 @@ def cell_backward(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES: tl.co
 
 
 @triton.jit
-def output_backward(o, seen, dm):
-    """Gradient of m = o tanh(seen) -> (dz_o, of what tanh saw), each [rows, units]."""
-    t = tanh(seen)
+def output_backward(o, x, dm):
+    """Gradient of m = o tanh(x) -> (dz_o, of x), each [rows, units]."""
+    t = tanh(x)
     return dm * t * o * (1.0 - o), dm * o * (1.0 - t * t)
 
 
 @triton.jit
 def normed_output_backward(o, unit_c, dm, gain, bias):
     """Gradient of m = o tanh(gain unit_c + bias) -> (dz_o, of unit_c), each [rows, units]."""
-    dz_o, d_seen = output_backward(o, gain * unit_c + bias, dm)
-    return dz_o, gain * d_seen
+    dz_o, dx = output_backward(o, gain * unit_c + bias, dm)
+    return dz_o, gain * dx
 
 
 @triton.jit

@@ -69,7 +69,7 @@ def card_of(device: torch.device) -> Device:
 def candidates(problem: Problem, card: Device, which: Pass) -> list[Plan]:
     """The plans of a pass: first the measured one, if there is one."""
     if card is INTERPRETER:
-        return plans(problem, card, which.backward)[-1:]  # the others say thread by thread what takes no time there
+        return plans(problem, card, which.backward)[-1:]  # the others are written thread by thread, which is slow there
     measured = measured_plan(problem, card, which.backward)
     return [*([measured] if measured else []), *plans(problem, card, which.backward)]
 

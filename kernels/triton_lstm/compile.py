@@ -49,14 +49,10 @@ class Case:
 
 
 def problem_with(
-    problem: Problem,
-    ragged: bool = False,
-    regularised: bool = False,
-    training: bool = True,
-    peepholes: bool = False,
+    problem: Problem, ragged: bool = False, regularised: bool = False, training: bool = True, peepholes: bool = False,
     normalised: bool = False,
-) -> Problem:
-    """A problem with lengths and resets to given states in reverse; noise, by masks in training; a variant of the cell."""
+) -> Problem:  # fmt: skip
+    """A problem with lengths and resets to given states in reverse, with noise, or with a variant of the cell."""
     zoneout = (3 if training else 0) if regularised else None
     return problem._replace(
         lengths=torch.int64 if ragged else None, resets=ragged, reset_h=ragged and regularised, reset_c=ragged,

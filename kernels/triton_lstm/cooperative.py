@@ -1,8 +1,8 @@
 """The cooperative family: the whole sequence in one launch, W_hh spread over many programs, h exchanged at each step.
 
 The programs of one batch tile are a group; each owns UNITS hidden units, keeps its part of W_hh in registers, and needs
-at every step what all of its group computed at the step before. A group may walk several batch tiles at every step, so
-that the words of one arrive while it works on another. Groups never wait for each other. All programs of a launch must
+at every step what all of its group computed at the step before. A group may have several batch tiles, so that
+the words of one arrive while it works on another. Groups never wait for each other. All programs of a launch must
 be resident at once.
 
 forward    A program holds the four gates' rows of its units, [4 UNITS, H]. It publishes h of its units.
@@ -17,8 +17,8 @@ Kernels are written thread by thread (fragments.py). A thread has two places in 
 product its column is a sequence, and K is split over the warps; afterwards it owns a cell, one unit of one sequence.
 
 With layer norms the cells of a sequence are threads of one warp, ROW of them. What its program knows of its units are
-two numbers a sequence, which all programs hand each other in one more exchange for each norm; the threads of a row
-share the programs out among them, and meet by shuffles. So there are no more barriers.
+two numbers a sequence, which all programs exchange once more for each norm; the programs are distributed over the
+threads of a row, which add up by shuffles. So there are no more barriers.
 
 What is exchanged are words of 32 bits (exchange.py), PER units in each: a row of H units takes W = ceil(H / PER) words,
 of which the last may be half empty. So the weights come as words, too.
@@ -75,7 +75,7 @@ def walks_of_group(B):
 
 @triton.jit
 def next_turn(step, tile, steps: tl.constexpr, B):
-    """(step, tile) of the turn after this one: a group walks its batch tiles, and takes `steps` at the end."""
+    """(step, tile) of the turn after this one: a group has its batch tiles in turn, then advances by `steps`."""
     tile += tl.num_programs(1)
     last = tile * SEQUENCES >= B
     return tl.where(last, step + steps, step), tl.where(last, tl.program_id(1), tile)
@@ -96,16 +96,11 @@ def exchange_pairs(
     batch,  # [THREADS] the thread's sequence
     in_batch,
     phase,  # of the step; at every step, so that none is left out
-    error_ptr,
-    step,
-    H: tl.constexpr,
-    UNITS: tl.constexpr,
-    WARPS: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-):
+    error_ptr, step, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, POLL_LIMIT: tl.constexpr,
+):  # fmt: skip
     """Two numbers of each sequence: what a thread's programs, place + n ROW, say of their units; zero where none is.
 
-    A tuple of their firsts, seconds and how many units they have, by turns. Programs without units stay out of it.
+    A tuple of their firsts, seconds and how many units they have, alternately. Programs without units take no part.
     """
     ROW: tl.constexpr = 4 * WARPS
     PROGRAMS: tl.constexpr = (H + UNITS - 1) // UNITS
@@ -130,17 +125,9 @@ def moments_of_group(
     v,  # tuple of GATES [THREADS]: of the thread's cell
     is_cell,  # [THREADS]
     pairs_ptr,  # and below: as for `exchange_pairs`
-    batch,
-    in_batch,
-    phase,
-    error_ptr,
-    step,
-    H: tl.constexpr,
-    UNITS: tl.constexpr,
-    WARPS: tl.constexpr,
-    GATES: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-):
+    batch, in_batch, phase, error_ptr, step, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
+    GATES: tl.constexpr, POLL_LIMIT: tl.constexpr,
+):  # fmt: skip
     """(mean, scale) of v of all units, [THREADS]."""
     total = tl.zeros((32 * WARPS,), tl.float32)
     for n in tl.static_range(GATES):
@@ -153,7 +140,7 @@ def moments_of_group(
     of_programs = exchange_pairs(
         own, sum_of_row(total, WARPS), pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, POLL_LIMIT
     )
-    # About this program's mean, so that both sums can be taken at once: it is not so far from that of all that much
+    # About this program's mean, so that both sums can be computed at once: it is not so far from that of all that much
     # would cancel, at most the square root of as many deviations as there are programs.
     shift, squares = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
     for n in tl.static_range(len(of_programs) // 3):
@@ -170,17 +157,9 @@ def means_of_group(
     d,  # [THREADS] of the thread's cell, zero where there is none
     d_unit,
     pairs_ptr,  # and below: as for `exchange_pairs`
-    batch,
-    in_batch,
-    phase,
-    error_ptr,
-    step,
-    H: tl.constexpr,
-    UNITS: tl.constexpr,
-    WARPS: tl.constexpr,
-    GATES: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-):
+    batch, in_batch, phase, error_ptr, step, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
+    GATES: tl.constexpr, POLL_LIMIT: tl.constexpr,
+):  # fmt: skip
     """Both sums over all units, divided by GATES * H, [THREADS]: what `normalise_backward` takes."""
     of_programs = exchange_pairs(
         sum_of_row(d, WARPS), sum_of_row(d_unit, WARPS),
@@ -197,35 +176,19 @@ def means_of_group(
 def lstm_cooperative_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
     weights_ptr,  # [4H, W] int32: W_hh
-    peephole_ptr,  # [3H] or None
-    gain_hh_ptr,  # [4H], or None without a layer norm of W_hh h
-    gain_c_ptr,  # [H], or None without a layer norm of c
-    bias_c_ptr,  # [H] or None
-    words_ptr,  # [T*B + B, W] int32: h of every step, out and the exchange, filled beforehand; then h0
+    peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr,
+    words_ptr,  # [T*B + B, W] int32: h of every step, out and the exchange, sentinels beforehand; then h0
     pairs_hh_ptr,  # see `exchange_pairs`, with a layer norm of W_hh h; or None
     pairs_c_ptr,  # the same, of c; or None
-    c_ptr,  # [T*B, H] float32 out, None without SAVE
+    c_ptr,
     h_n_ptr,  # [B, H] h0, made h of a sequence's last step
     c_n_ptr,  # [B, H] float32 c0, made c after every step
-    lengths_ptr,  # [B] or None
-    resets_ptr,  # [T*B] or None
+    lengths_ptr, resets_ptr,
     dropout_h_ptr,  # [B, W] int32: factors of h, or None
-    zoneout_h_ptr,  # [T*B, H], one float32, or None
-    zoneout_c_ptr,  # [T*B, H], one float32, or None
-    reset_h_ptr,  # [T*B, H] for zoneout_h, or None
-    reset_c_ptr,  # [T*B, H] float32 or None
-    error_ptr,  # [1] int32
-    T,
-    B,
-    H: tl.constexpr,
-    PEEPHOLES: tl.constexpr,
-    REVERSE: tl.constexpr,
-    SAVE: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-    UNITS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
+    REVERSE: tl.constexpr, SAVE: tl.constexpr, POLL_LIMIT: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr,
     WARPS: tl.constexpr,
-):
+):  # fmt: skip
     """All steps of the units of a program; grid (programs of a group, groups)."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
@@ -284,8 +247,8 @@ def lstm_cooperative_forward_kernel(
         _, _, _, from_h = position(step, length, resets_ptr, of_column, B, in_column, REVERSE)
         row_prev = row_in_h_then_h0(step - 1, time_of(step - 1, length, REVERSE), of_column, T, B)
         h_at = words_ptr + row_prev * W + first_word
-        # With layer norms padding and what a reset cuts off is waited for, too, so that nobody publishes the numbers of
-        # his units over others that somebody still waits for.
+        # With layer norms padding and what a reset cuts off is waited for, too, so that no program publishes numbers
+        # over others that are still waited for.
         left = tl.where(in_column if NORM_HH or NORM_C else from_h, W - first_word, 0)
         h_prev = collect(h_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, POLL_LIMIT)
         if NORM_HH or NORM_C:
@@ -336,47 +299,23 @@ def lstm_cooperative_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_cooperative_backward_kernel(
-    dh_ptr,  # [T*B, H] or None
-    dh_n_ptr,  # [B, H] or None
+    dh_ptr, dh_n_ptr,
     gates_ptr,  # [T*B, 4H] activated
-    c_ptr,  # [T*B, H] float32
-    c0_ptr,  # [B, H] float32
+    c_ptr, c0_ptr,
     weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
-    peephole_ptr,  # [3H] or None
-    gain_hh_ptr,  # [4H], or None without a layer norm of W_hh h
-    unit_hh_ptr,  # [T*B, 4H] or None
-    scale_hh_ptr,  # [T*B] float32 or None
-    gain_c_ptr,  # [H], or None without a layer norm of c
-    bias_c_ptr,  # [H] or None
-    unit_c_ptr,  # [T*B, H] float32 or None
-    scale_c_ptr,  # [T*B] float32 or None
-    words_ptr,  # [T*B, 4, W] int32: what W_hh^T takes, dgates or their gradient through the norm of W_hh h; filled
+    peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
+    words_ptr,  # [T*B, 4, W] int32: dgates, or their gradient through the norm of W_hh h; sentinels beforehand
     dgates_ptr,  # [T*B, 4H] out; None without that norm, where they are the words
     pairs_hh_ptr,  # see `exchange_pairs`, with a layer norm of W_hh h; or None
     pairs_c_ptr,  # the same, of c; or None
     partials_ptr,  # [B, 4, H] int32: float32 words, the second exchange; their last bits are one beforehand
-    dh_total_ptr,  # [T*B, H] out: the gradient of m; None without a layer norm of c
+    dh_total_ptr,
     dc_ptr,  # [B, H] float32, gradient of c_n, made that of c before every step
-    lengths_ptr,  # [B] or None
-    resets_ptr,  # [T*B] or None
-    dropout_h_ptr,  # [B, H] or None
-    zoneout_h_ptr,  # [T*B, H], one float32, or None
-    zoneout_c_ptr,  # [T*B, H], one float32, or None
-    dh_from_zoneout_ptr,  # [B, H] float32 zeros, made what zoneout hands back to the h before every step; or None
-    dreset_h_ptr,  # [T*B, H] float32 zeros, out where a step is reset: what zoneout hands back to h before it; or None
-    reset_c_ptr,  # [T*B, H] float32 or None
-    dreset_c_ptr,  # [T*B, H] float32 zeros, out where a step is reset: gradient of c before it; or None
-    error_ptr,  # [1] int32
-    T,
-    B,
-    H: tl.constexpr,
-    PEEPHOLES: tl.constexpr,
-    REVERSE: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-    UNITS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    WARPS: tl.constexpr,
-):
+    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
+    dh_from_zoneout_ptr,  # [B, H] float32 zeros, made the gradient of h before every step through zoneout; or None
+    dreset_h_ptr, reset_c_ptr, dreset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
+    REVERSE: tl.constexpr, POLL_LIMIT: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
     """All steps, from the last to the first, of the units of a program; grid (programs of a group, groups)."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
@@ -450,7 +389,7 @@ def lstm_cooperative_backward_kernel(
         _, to_dh = step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE)
 
         # Product: this gate's part of dh for the quartet's units. Padding and what a reset cuts off is waited for, too,
-        # so that nobody publishes partial sums over others that somebody still waits for.
+        # so that no program publishes partial sums over others that a program still waits for.
         of_sequence, in_sequences, length = sequence_in(tile, column, lengths_ptr, T, B)
         row_next = row_of(time_of(step + 1, length, REVERSE), of_sequence, B)
         dgates_at = words_ptr + row_next * (4 * W) + gate * W + first_word

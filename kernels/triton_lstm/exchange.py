@@ -1,17 +1,17 @@
-"""How the programs of one launch hand each other what every one of them needs at the next step.
+"""How the programs of one launch exchange what every one of them needs at the next step.
 
-Nothing is overwritten while somebody may still read it, and nothing is reset inside a launch. Two exchanges:
+No memory is overwritten while a program may still read it, and none is reset inside a launch. Two exchanges:
 
-    words   A word is its own flag. What is handed over is written and read as words of 32 bits, one element of float32
-            or two neighbouring ones of half precision, by relaxed stores and loads of gpu scope (PTX ISA, "Memory
-            Consistency Model": of one width, so that a race of them is defined). Either every step's words have places
-            of their own, filled beforehand with a word that `pack` never makes; or two steps take turns in one place,
-            and a word's last bit is its step's phase. A reader loads a word again until it is the one it waits for.
-            One write and one read a step, and no barrier.
-    meet    A counter of arrivals: store everything, count up (release), wait for the count (acquire), then load.
+    words         Each word of 32 bits doubles as its ready flag. A word has one element of float32 or two neighbouring
+                  ones of half precision, and is stored and loaded by relaxed operations of gpu scope (PTX ISA, "Memory
+                  Consistency Model": of one width, so that a race of them is defined). Either every step's words have
+                  memory of their own, initialised with a sentinel that `pack` never returns; or two steps alternate in
+                  the same memory, and a word's last bit is its step's phase. A reader loads a word until it is the one
+                  it waits for. One store and one load a step, and no barrier.
+    grid_barrier  A counter of arrivals: store everything, count up (release), wait for it (acquire), then load.
 
-Waiting is bounded. A poll is one look at a counter or at words, and POLL_LIMIT is how many polls one wait may take. When
-that was not enough, the error word is set to step + 1 and no later step waits for long, so that the launch ends.
+Waits are bounded. A poll is one load of a counter or of words, and a wait may take POLL_LIMIT of them. A wait of
+more has timed out: the error word is set to step + 1 and no later step waits for long, so that the launch ends.
 """
 
 import triton
@@ -22,16 +22,16 @@ from .features import constexpr_function
 
 POLL_LIMIT = 1 << 22  # seconds, where a step takes microseconds
 
-POLLS_BETWEEN_LOOKS = 64  # a power of two
-"""How often a reader that waits for words looks whether another gave up: the error word is far away, at the host."""
+POLLS_BETWEEN_CHECKS = 64  # a power of two
+"""How often a reader that waits for words checks whether another timed out: the error word is in host memory."""
 
 
 @triton.jit
 def pack(x, DTYPE: tl.constexpr):
-    """[THREADS] float32, rounded to DTYPE -> words [THREADS], never the fill. Of half precision an even thread's word
-    holds its element and, in the high half, the next thread's; an odd thread's means nothing.
+    """[THREADS] float32, rounded to DTYPE -> words [THREADS], never the sentinel. Of half precision an even thread's
+    word holds its element and, in the high half, the next thread's; an odd thread's is not used.
 
-    The fill has all bits one, which is a NaN in every floating-point format; a NaN that was computed becomes another.
+    The sentinel has all bits one, a NaN in every floating-point format; a NaN that was computed becomes another.
     """
     x = tl.where(x == x, x, float("nan")).to(DTYPE)
     if DTYPE.primitive_bitwidth == 32:
@@ -78,23 +78,23 @@ INTERPRETED = tl.constexpr(not isinstance(publish, triton.JITFunction))
 
 
 @triton.jit
-def meet(arrivals_ptr, times, patience, error_ptr, step):
+def grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
     """All programs wait for each other: what any of them stored before, all can load after.
 
-    `times` is how often they met, this time included: arrivals are counted up and never reset. Returns the patience
-    that is left. Past 2^31 arrivals the count begins anew below zero, which the difference does not see.
+    `times` is the number of barriers so far, this one included: arrivals are counted up and never reset. Returns the
+    poll limit of later barriers. Past 2^31 arrivals the count wraps around below zero, which the difference ignores.
     """
     tl.debug_barrier()  # every thread's stores come before the one thread's release
     expected = times * tl.num_programs(0)
     arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1
     polls = 0
-    while (arrived - expected < 0) & (polls < patience):
+    while (arrived - expected < 0) & (polls < poll_limit):
         arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
         polls += 1
-    tl.debug_barrier()  # nobody reads before the one thread's acquire
+    tl.debug_barrier()  # no thread loads before the one thread's acquire
     failed = arrived - expected < 0
     tl.store(error_ptr, step + 1, mask=failed)
-    return tl.where(failed, 0, patience)
+    return tl.where(failed, 0, poll_limit)
 
 
 @triton.jit
@@ -102,19 +102,16 @@ def collect(
     at,  # [THREADS] pointers to words: of the first group
     left,  # [THREADS] how many words there are from here on; none where not positive
     phase,  # 0 or 1, if PHASED
-    error_ptr,
-    step,
-    GROUPS: tl.constexpr,
+    error_ptr, step, GROUPS: tl.constexpr,
     SIZE: tl.constexpr,  # words of a group, neighbours
     STRIDE: tl.constexpr,  # words from one group to the next
-    TOGETHER: tl.constexpr,  # 1, 2 or 4: neighbours that one load takes; they lie at a multiple of as many words
-    PHASED: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-):
-    """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32. Words that are not there are zero.
+    TOGETHER: tl.constexpr,  # 1, 2 or 4: neighbours of one load; they lie at a multiple of as many words
+    PHASED: tl.constexpr, POLL_LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32. Others are zero.
 
-    Relaxed loads of gpu scope, repeated while a word is the fill or, if PHASED, of the other phase. Each warp polls for
-    itself, without a barrier: `polling_loop` says how. The interpreter takes a loop over all.
+    Relaxed loads of gpu scope, repeated while a word is the sentinel or, if PHASED, of the other phase. Each warp polls
+    for itself, without a barrier: see `polling_loop`. The interpreter loops over all.
     """
     COUNT: tl.constexpr = GROUPS * SIZE
     if INTERPRETED:
@@ -159,8 +156,8 @@ def count_missing(
 
 
 @constexpr_function
-def polling_loop(groups: int, size: int, stride: int, together: int, phased: bool, patience: int) -> str:
-    """PTX that loads words until all are there, or somebody gave up.
+def polling_loop(groups: int, size: int, stride: int, together: int, phased: bool, poll_limit: int) -> str:
+    """PTX that loads words until all are there, or a program timed out.
 
     Operands: the words, the place of the first, how many are left, the phase, the error word, its value. A pass loads,
     all at once, the neighbours of which one is still missing. The lanes of a warp loop together, by their
@@ -190,18 +187,18 @@ def polling_loop(groups: int, size: int, stride: int, together: int, phased: boo
                 lines += [f"xor.b32 rest, ${n + i}, {phase};", "or.b32 seen, seen, rest;"]
             lines += ["and.b32 seen, seen, 1;", "setp.ne.u32 yes, seen, 0;"]
             lines.append(f"and.pred missing{n}, missing{n}, yes;")
-        else:  # the fill is the greatest word
+        else:  # the sentinel is the greatest word
             lines.append(f"mov.b32 seen, ${n};")
             lines += [f"max.u32 seen, seen, ${n + i};" for i in range(1, together)]
             lines.append(f"setp.eq.u32 missing{n}, seen, -1;")
         lines.append(f"or.pred any, any, missing{n};")
     lines += [
         "vote.sync.any.pred any, any, -1;", "@!any bra DONE;",
-        "add.s32 polls, polls, 1;", f"and.b32 rest, polls, {POLLS_BETWEEN_LOOKS - 1};",
+        "add.s32 polls, polls, 1;", f"and.b32 rest, polls, {POLLS_BETWEEN_CHECKS - 1};",
         "setp.ne.s32 any, rest, 0;", "@any bra POLL;",
         f"ld.relaxed.sys.global.b32 rest, [{error}];",
         "setp.ne.s32 any, rest, 0;", "vote.sync.any.pred any, any, -1;", "@any bra DONE;",
-        f"setp.lt.s32 any, polls, {patience};", "@any bra POLL;",
+        f"setp.lt.s32 any, polls, {poll_limit};", "@any bra POLL;",
         f"st.relaxed.sys.global.b32 [{error}], {step};",
         "DONE:",
     ]  # fmt: skip

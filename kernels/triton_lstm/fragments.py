@@ -2,7 +2,7 @@
 
 A tensor with as many elements as a program has threads has one element in each: element t belongs to thread t. So a
 kernel can say what every thread does. It keeps W_hh in registers for the whole sequence, as operands of products, and
-takes h as the other operand as it comes, without a layout to be changed and without a barrier.
+uses h as the other operand as it arrives, without a change of layout and without a barrier.
 
 A product is mma.sync, D = A B + D, of 16 rows of weights and 8 sequences (PTX ISA, "Matrix Fragments for mma.m16n8k16",
 and for m16n8k8 with .tf32). K counts words of 32 bits: two neighbouring elements of half precision, or one of float32.
@@ -11,8 +11,8 @@ Every thread of a warp holds parts of A, B and D, by its
     column   lane // 4: a sequence in B; the rows column and column + 8 in A and D
     quarter  lane % 4: two words of K in A and B; the sequences 2 quarter and 2 quarter + 1 in D
 
-Which words of K meet in a product is free as long as A and B agree. Here a thread takes a quad, four neighbouring words
-(16 bytes), for two products after one another; the four quads of a row are a chunk of K, 16 words.
+Which words of K are multiplied together is free as long as A and B agree. Here a thread has a quad, four neighbouring
+words (16 bytes), for two products after one another; the four quads of a row are a chunk of K, 16 words.
 """
 
 import triton
@@ -48,9 +48,8 @@ def load_weights(
     first,  # [THREADS] the first word of the thread's first quad
     W: tl.constexpr,
     STRIDE: tl.constexpr,  # words from one chunk of the thread to the next
-    CHUNKS: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    CHUNKS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """A of TILES x 16 rows and CHUNKS chunks: a tuple of [THREADS] words, which stays in registers."""
     weights = ()
     for chunk in tl.static_range(CHUNKS):
@@ -66,11 +65,8 @@ def load_weights(
 def product(
     weights,  # of load_weights
     x,  # tuple of CHUNKS quads of [THREADS] words: B
-    DTYPE: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    TILES: tl.constexpr,
-    WARPS: tl.constexpr,
-):
+    DTYPE: tl.constexpr, CHUNKS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
     """D: for each tile the rows column and column + 8, of each two sequences: a tuple of 4 TILES [THREADS] float32."""
     if INTERPRETED:
         sums = product_by_definition(weights, x, DTYPE, CHUNKS, TILES, WARPS)
@@ -87,10 +83,8 @@ def scale(
     x,  # as for `product`
     factors_at,  # [THREADS] pointers to words: of the first quad
     left,  # [THREADS] how many words there are from here on
-    CHUNKS: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+    CHUNKS: tl.constexpr, STRIDE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """x times as many factors, rounded to DTYPE."""
     scaled = ()
     for n in tl.static_range(4 * CHUNKS):
@@ -116,12 +110,11 @@ def share(
     values,  # tuple of COUNT [THREADS] of DTYPE
     sequences,  # tuple of COUNT [THREADS]: of which sequence each is
     elements_of_k,  # tuple of COUNT [THREADS]: and which element of its row
-    turn,  # calls are told from the one before by it: 0 and 1 alternately
-    DTYPE: tl.constexpr,
-    COUNT: tl.constexpr,
+    turn,  # 0 and 1 alternately, so that a call writes other memory than the one before
+    DTYPE: tl.constexpr, COUNT: tl.constexpr,
     CHUNKS: tl.constexpr,  # of a row; even
     WARPS: tl.constexpr,
-):
+):  # fmt: skip
     """What the threads of a program hold of 8 rows of K, for all its warps: where it lies, for `take`.
 
     In shared memory [2, 8 sequences, 16 CHUNKS words], with one barrier, as in `sum_over_warps`.
@@ -146,9 +139,8 @@ def take(
     FIRST: tl.constexpr,  # chunk of a row; even
     COUNT: tl.constexpr,  # chunks
     CHUNKS: tl.constexpr,  # of a row
-    DTYPE: tl.constexpr,
-    WARPS: tl.constexpr,
-):
+    DTYPE: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
     """COUNT quads of the thread's column, a tuple of 4 COUNT [THREADS] words: B."""
     _, _, column, quarter = threads(WARPS)
     if INTERPRETED:
@@ -178,25 +170,23 @@ def bits(values, DTYPE: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def shared_place(sequence, byte, CHUNKS: tl.constexpr):
     """Where a byte of a sequence's row lies in shared memory: quads change places with the sequence, so that neither
-    the threads of a store nor those of a load meet in a bank."""
+    the threads of a store nor those of a load have a bank conflict."""
     quad = (byte // 16) ^ (sequence % 2 * 4 + sequence // 2)
     return sequence * (64 * CHUNKS) + quad * 16 + byte % 16
 
 
 @triton.jit
 def sum_over_warps(
-    parts,  # of product: each warp took another part of K
+    parts,  # of product: each warp has another part of K
     rows,  # tuple of COUNT [THREADS]: which rows of the sum a thread wants
     sequences,  # tuple of COUNT [THREADS]: and of which sequence
     wanted,  # [THREADS] whether it wants any, the same in all threads of a warp; where not, sums mean nothing
-    turn,  # calls are told from the one before by it: 0 and 1 alternately
-    COUNT: tl.constexpr,
-    TILES: tl.constexpr,
-    WARPS: tl.constexpr,
-):
+    turn,  # 0 and 1 alternately, so that a call writes other memory than the one before
+    COUNT: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
     """Elements of the sum of all warps' products, COUNT [THREADS] float32, in the same order every time.
 
-    The products meet in shared memory [2, WARPS, 16 TILES rows, 8 sequences], with one barrier: while one half is
+    The products are added in shared memory [2, WARPS, 16 TILES rows, 8 sequences], with one barrier: while one half is
     read, the other half is written. Warps that want nothing leave shared memory's bandwidth to the others.
     """
     if INTERPRETED:
@@ -219,7 +209,7 @@ def place(row, sequence):
     """Where an element of a product lies in shared memory, in bytes.
 
     Pairs of sequences change places with the row, so that neither the threads of a product nor neighbouring rows of
-    one sequence meet in a bank.
+    one sequence have a bank conflict.
     """
     pair = (sequence // 2) ^ (row // 4 % 4)
     return 4 * (8 * row + 2 * pair + sequence % 2)

@@ -6,6 +6,20 @@ A *step* counts in the order of processing. With a sequence of length L in a bat
     forward   step s visits time s
     reverse   step s visits time L - 1 - s
     padding   steps s >= L visit time s in both directions, so that each padded position is visited once
+
+Pointers that mean the same in every kernel, for H units and P features of h (H without a projection); those of what a
+call has not are None:
+
+    h0 [B, P]  c0 [B, H] float32  c [T*B, H] float32  lengths [B]  resets [T*B]  error [1] int32, see timeouts.py
+    weight_hh [4H, P]  weight_hr [P, H]  peephole [3H]  dropout_h [B, P]
+    zoneout_h [T*B, P] or one float32         reset_h [T*B, P], read with zoneout_h alone
+    zoneout_c [T*B, H] or one float32         reset_c [T*B, H] float32
+    gain_hh [4H]  gain_c [H]  bias_c [H]      of the layer norms of W_hh h and of c, and what they normalised:
+    unit_hh [T*B, 4H]  unit_c [T*B, H] float32  scale_hh [T*B] float32  scale_c [T*B] float32
+    dh [T*B, P]  dh_n [B, P]                  gradients given to backward
+    dh_total [T*B, P]                         out: the whole gradient of W_hr m, or with a layer norm of c that of m
+    dreset_h [T*B, P] float32                 zeros; out where a step is reset: through zoneout, of the h before it
+    dreset_c [T*B, H] float32                 zeros; out where a step is reset: of the c before it
 """
 
 import triton

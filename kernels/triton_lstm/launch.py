@@ -34,27 +34,27 @@ The seam at which a test can look at every launch, or make it differently.
 
 
 class Kernel:
-    """A kernel as one plan launches it: all arguments are fixed but those that a call gives."""
+    """A kernel as one plan launches it: its constants and options are fixed, so that a call gives the rest."""
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], options: dict[str, Any]) -> None:
-        self.kernel, self.grid, self._constants, self._options = kernel, grid, constants, options
-        self._names = tuple(kernel.arg_names)
-        self._values = itemgetter(*self._names)
+        self._kernel, self._grid = kernel, grid
+        self._given = tuple(name for name in kernel.arg_names if name not in constants)
+        constants = {name: constants[name] for name in kernel.arg_names[len(self._given) :]}  # they come last
+        self._values, self._constants, self._fixed = itemgetter(*self._given), constants.values(), constants | options
         self._run: Callable[..., None] | None = None  # of the compiled kernel
 
     def __call__(self, launch: Launch | None, given: dict[str, Any]) -> None:
         """Launch it; of what is given it uses the arguments that it has parameters for."""
-        given = self._constants | given
-        launch = launch or launch_kernel
-        if launch is not None:
-            launch(self.kernel, self.grid, **self._named(given))
+        values, launch = self._values(given), launch or launch_kernel
+        if launch is None and self._run is not None:
+            self._run(*values, *self._constants)
             return
-        if self._run is None:
-            self._run = load(self.kernel, self.grid, self._named(given))[(*self.grid, 1, 1)[:3]]
-        self._run(*self._values(given))
-
-    def _named(self, given: dict[str, Any]) -> dict[str, Any]:
-        return dict(zip(self._names, self._values(given))) | self._options
+        arguments = dict(zip(self._given, values)) | self._fixed
+        if launch is None:
+            self._run = load(self._kernel, self._grid, arguments)[(*self._grid, 1, 1)[:3]]
+            self._run(*values, *self._constants)
+        else:
+            launch(self._kernel, self._grid, **arguments)
 
 
 class Prepared:
@@ -68,31 +68,32 @@ class Prepared:
         self.projects_outside = problem.projected > 0 and plan.family is not Family.STEP
         if self.projects_outside:
             problem = problem._replace(projected=0)
-        self._hidden, self._save = problem.hidden, which.save
+        self._batch, self._hidden, self._save = problem.batch, problem.hidden, which.save
         self._total_width = problem.width if problem.projected or problem.norms[1] else None
         kernel = self._family.KERNELS[which.backward]
-        self._kernel = Kernel(kernel, plan.grid, _constants(problem, which, plan, device, kernel), _options(plan))
+        self._kernel = Kernel(kernel, plan.grid, _constants(problem, which, plan), _options(plan))
+        self._error = error_word(device, kernel.__name__) if kernel.__name__ in KERNELS else None
 
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As layer.Layer.forward, without a projection unless it is in the time loop: one launch."""
-        steps, batch, _ = gates.shape
-        c = r.c0.new_empty(steps, batch, self._hidden) if self._save else None
+        c = r.c0.new_empty(gates.shape[0], self._batch, self._hidden) if self._save else None
         h, buffers = self._family.forward_buffers(gates, r, self.plan)
-        self._kernel(self._launch, {**_shared(gates, r), "c_ptr": c, **buffers})
+        self._kernel(self._launch, {**self._shared(gates, r), "c_ptr": c, **buffers})
         return self._family.hidden_states(h, self._hidden), buffers["h_n_ptr"], buffers["c_n_ptr"], c
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
     ) -> LoopGradients:
         """As layer.Layer.backward: one launch."""
-        steps, batch, _ = gates.shape
         dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
         dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
-        dh_total = None if self._total_width is None else gates.new_empty(steps, batch, self._total_width)
+        dh_total = (
+            None if self._total_width is None else gates.new_empty(gates.shape[0], self._batch, self._total_width)
+        )
         dreset_h, dreset_c = zeros_for_resets(r)
         dgates, buffers = self._family.backward_buffers(gates, r, self.plan)
         self._kernel(self._launch, {
-            **_shared(gates, r), "c_ptr": c, "dh_ptr": dh, "dh_n_ptr": dh_n, "dc_ptr": dc,
+            **self._shared(gates, r), "c_ptr": c, "dh_ptr": dh, "dh_n_ptr": dh_n, "dc_ptr": dc,
             "unit_hh_ptr": r.unit_hh, "scale_hh_ptr": r.scale_hh, "unit_c_ptr": r.unit_c, "scale_c_ptr": r.scale_c,
             "dh_from_zoneout_ptr": dh_from_zoneout, "dh_total_ptr": dh_total, "dreset_h_ptr": dreset_h,
             "dreset_c_ptr": dreset_c, **buffers,
@@ -100,28 +101,25 @@ class Prepared:
         dgates = self._family.gradient_of_gates(dgates, gates)
         return LoopGradients(dgates, dc, dh_from_zoneout, dh_total, dreset_h, dreset_c)
 
+    def _shared(self, gates: Tensor, r: Recurrence) -> dict[str, Any]:
+        """What kernels of all families are given, forward and backward."""
+        return {
+            "gates_ptr": gates, "h0_ptr": r.h0, "c0_ptr": r.c0, "weight_hh_ptr": r.weight_hh,
+            "weight_hr_ptr": r.weight_hr, "peephole_ptr": r.weight_peephole, "lengths_ptr": r.lengths,
+            "resets_ptr": r.resets, "dropout_h_ptr": r.dropout_h, "zoneout_h_ptr": r.zoneout_h,
+            "zoneout_c_ptr": r.zoneout_c, "reset_h_ptr": r.reset_h, "reset_c_ptr": r.reset_c,
+            "gain_hh_ptr": r.gain_hh, "gain_c_ptr": r.gain_c, "bias_c_ptr": r.bias_c,
+            "error_ptr": self._error, "T": gates.shape[0], "B": self._batch,
+        }  # fmt: skip
 
-def _shared(gates: Tensor, r: Recurrence) -> dict[str, Any]:
-    """What kernels of all families are given, forward and backward."""
-    steps, batch, _ = gates.shape
-    return {
-        "gates_ptr": gates, "weight_hh_ptr": r.weight_hh, "weight_hr_ptr": r.weight_hr, "h0_ptr": r.h0, "c0_ptr": r.c0,
-        "lengths_ptr": r.lengths, "resets_ptr": r.resets, "dropout_h_ptr": r.dropout_h, "zoneout_h_ptr": r.zoneout_h,
-        "zoneout_c_ptr": r.zoneout_c, "reset_h_ptr": r.reset_h, "reset_c_ptr": r.reset_c,
-        "peephole_ptr": r.weight_peephole, "gain_hh_ptr": r.gain_hh, "gain_c_ptr": r.gain_c, "bias_c_ptr": r.bias_c,
-        "T": steps, "B": batch,
-    }  # fmt: skip
 
-
-def _constants(problem: Problem, which: Pass, plan: Plan, device: torch.device, kernel: Any) -> dict[str, Any]:
+def _constants(problem: Problem, which: Pass, plan: Plan) -> dict[str, Any]:
     """What problem, pass and plan fix, for kernels of all families."""
-    name = kernel.__name__
     return dict(
         H=problem.hidden, P=problem.width, REVERSE=problem.reverse, SAVE=which.save, PROJECT=problem.projected > 0,
         PEEPHOLES=problem.peepholes, PRECISION=problem.precision, POLL_LIMIT=exchange.POLL_LIMIT,
         BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k,
         UNITS=plan.columns, CHUNKS=plan.k, WARPS=plan.num_warps,
-        error_ptr=error_word(device, name) if name in KERNELS else None,
     )  # fmt: skip
 
 
@@ -235,26 +233,16 @@ def _call_of(problem: Problem) -> tuple[Tensor, Recurrence]:
     steps, batch, hidden, width = p.steps, p.batch, p.hidden, p.width
     gain_hh, gain_c, bias_c = p.norms
     return meta(True, steps, batch, 4 * hidden), Recurrence(
-        weight_hh=meta(True, 4 * hidden, width),
-        h0=meta(True, batch, width),
-        c0=meta(True, batch, hidden, dtype=f32),
-        weight_hr=meta(p.projected > 0, width, hidden),
+        weight_hh=meta(True, 4 * hidden, width), weight_hr=meta(p.projected > 0, width, hidden),
+        weight_peephole=meta(p.peepholes, 3 * hidden),
+        h0=meta(True, batch, width), c0=meta(True, batch, hidden, dtype=f32),
         lengths=meta(p.lengths is not None, batch, dtype=p.lengths or f32),
         resets=meta(p.resets, steps, batch, dtype=torch.bool),
         dropout_h=meta(p.dropout_h, batch, width),
-        zoneout_h=share(p.zoneout_h, width),
-        zoneout_c=share(p.zoneout_c, hidden),
-        reset_h=meta(p.reset_h, steps, batch, width),
-        reset_c=meta(p.reset_c, steps, batch, hidden, dtype=f32),
-        weight_peephole=meta(p.peepholes, 3 * hidden),
-        gain_hh=meta(gain_hh, 4 * hidden),
-        gain_c=meta(gain_c, hidden),
-        bias_c=meta(bias_c, hidden),
-        unit_hh=meta(gain_hh, steps, batch, 4 * hidden),
-        scale_hh=meta(gain_hh, steps, batch, dtype=f32),
-        unit_c=meta(gain_c, steps, batch, hidden, dtype=f32),
-        scale_c=meta(gain_c, steps, batch, dtype=f32),
-        reverse=p.reverse,
-        precision=p.precision,
-        side_by_side=p.side_by_side,
-    )
+        zoneout_h=share(p.zoneout_h, width), zoneout_c=share(p.zoneout_c, hidden),
+        reset_h=meta(p.reset_h, steps, batch, width), reset_c=meta(p.reset_c, steps, batch, hidden, dtype=f32),
+        gain_hh=meta(gain_hh, 4 * hidden), gain_c=meta(gain_c, hidden), bias_c=meta(bias_c, hidden),
+        unit_hh=meta(gain_hh, steps, batch, 4 * hidden), scale_hh=meta(gain_hh, steps, batch, dtype=f32),
+        unit_c=meta(gain_c, steps, batch, hidden, dtype=f32), scale_c=meta(gain_c, steps, batch, dtype=f32),
+        reverse=p.reverse, precision=p.precision, side_by_side=p.side_by_side,
+    )  # fmt: skip

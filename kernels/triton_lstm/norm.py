@@ -1,6 +1,6 @@
 """Layer norm (Ba, Kiros & Hinton, 2016) over units that many tiles share: LN(v) = gain (v - mean) scale + bias.
 
-What a tile knows of its units are two numbers a sequence, in a tensor [tiles, B, 2] that all can read after a meeting:
+A tile contributes two numbers a sequence, in a tensor [tiles, B, 2] that all can read after a grid-wide barrier:
 forward the mean and the sum of squares about it, backward two sums. They are put together in the same order every time.
 """
 

@@ -1,6 +1,6 @@
 """Problems, cards and plans: what every kernel family proposes in. Pure Python, so that it is tested without a GPU.
 
-A plan is a proposal. Registers depend on the Triton version, so the launcher takes the first plan of a list whose
+A plan is a proposal. Registers depend on the Triton version, so the launcher uses the first plan of a list whose
 kernel compiles without spills on the Triton and card at hand; the step family comes last and always works.
 """
 
@@ -23,7 +23,7 @@ class Family(Enum):
 
     RESIDENT = "resident"  # one launch; a program walks the whole sequence alone
     COOPERATIVE = "cooperative"  # one launch; programs share W_hh and exchange h
-    STEP = "step"  # one launch; programs read W_hh at every step and meet after it
+    STEP = "step"  # one launch; programs read W_hh at every step, which a grid-wide barrier ends
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Plan:
     num_stages: int
     shared: int  # bytes a block is expected to take
     why: str
-    walks: int = 1  # batch tiles that a group takes one after another at every step
+    walks: int = 1  # batch tiles of a group, processed one after another at every step
     side_by_side: int = 1  # launches of this plan that fit the card at once
 
     @property
@@ -127,9 +127,9 @@ BARRIER = 30  # of a block, from the last warp's arrival
 PRODUCT = 33  # until the next product of a chain can start
 L2_BYTES = 64  # that a multiprocessor reads from L2 in a clock; 30 to 64
 SHARED_BYTES = 128  # that a multiprocessor reads or writes in shared memory in a clock
-EXCHANGE = 800  # from a store until all readers have it; 650 to 850, taken from two latencies of L2 and a poll
+EXCHANGE = 800  # from a store until all readers have it; 650 to 850, from two latencies of L2 and a poll
 SHUFFLES = 145  # a sum over the threads of a warp: five, one after another, and an addition each
-MEETING = 1500  # of all programs: a barrier, a fence, an atomic, and as long until everybody has seen it
+GRID_BARRIER = 1500  # of all programs: a barrier, a fence, an atomic, and as long until all have seen it
 ISSUE = 0.6  # of an instruction, which takes a clock; the rest falls into the waits of other warps
 CELL = (470, 820)  # forward and backward: waits for loads, gates and cell that nothing hides
 
@@ -145,7 +145,7 @@ def expected(problem: Problem, device: Device, plan: Plan, backward: bool) -> Ex
 
 
 def _clocks_on_chip(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
-    """Of families that hold W_hh: a program takes its batch tiles one after another."""
+    """Of families that hold W_hh: a program processes its batch tiles one after another."""
     share = plan.num_warps / 4  # warps of each of a multiprocessor's four schedulers
     count, products, shared = counts_of_turn(problem, plan, backward)
     turn: dict[str, float] = {
@@ -195,14 +195,14 @@ def product_clocks(device: Device) -> int:
 
 
 def _clocks_of_tiles(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
-    """Of the step family: tile by tile W_hh comes from L2, which is taken to hold it; all meet after each round."""
+    """Of the step family: tile by tile W_hh comes from L2, which is assumed to hold it; a barrier ends each round."""
     hidden, width = problem.hidden, problem.width
     # Units of each round, columns of the product for each, and K.
     rounds = [(hidden, 1, 4 * hidden)] if backward else [(hidden, 4, width)]
     if problem.projected:
         rounds = [(width, 1, 4 * hidden), (hidden, 1, width)] if backward else [*rounds, (width, 1, hidden)]
-    meetings = len(rounds) + problem.normalised * (1 if backward else 2)
-    step: dict[str, float] = {"programs meet": meetings * MEETING}
+    barriers = len(rounds) + problem.normalised * (1 if backward else 2)
+    step: dict[str, float] = {"grid-wide barriers": barriers * GRID_BARRIER}
     for units, gates, k in rounds:
         tiles = ceil(ceil(problem.batch / plan.rows) * ceil(units / plan.columns) / plan.programs)
         columns, turns = gates * plan.columns, ceil(k / plan.k)

@@ -1,7 +1,7 @@
 """The resident family: the whole sequence in one launch, W_hh on chip, no exchange between programs.
 
 A program owns 8 sequences and all hidden units, for hidden sizes whose W_hh fits the registers of one block. The units
-are split over the warps: each holds the rows of its units as operands of products (fragments.py), takes h of all units
+are split over the warps: each holds the rows of its units as operands of products (fragments.py), reads h of all units
 from shared memory, and computes the cells that its products belong to, so that a step has one barrier. Kernels are
 written thread by thread; a thread has CELLS cells: number n is the unit 8 (n // 2) + column of its warp's, and the
 sequence 2 quarter + n % 2.
@@ -124,32 +124,16 @@ def moments(v, unit, H: tl.constexpr, PER: tl.constexpr, CELLS: tl.constexpr, WA
 def lstm_resident_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
     weights_ptr,  # [4H, W] int32: W_hh
-    peephole_ptr,  # [3H] or None
-    gain_hh_ptr,  # [4H], or None without a layer norm of W_hh h
-    gain_c_ptr,  # [H], or None without a layer norm of c
-    bias_c_ptr,  # [H] or None
-    h0_ptr,  # [B, H]
-    c0_ptr,  # [B, H] float32
+    peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr, h0_ptr, c0_ptr,
     h_ptr,  # [T*B, H]
-    c_ptr,  # [T*B, H] float32, None without SAVE
+    c_ptr,
     h_n_ptr,  # [B, H]
     c_n_ptr,  # [B, H] float32
-    lengths_ptr,  # [B] or None
-    resets_ptr,  # [T*B] or None
-    dropout_h_ptr,  # [B, H] or None
-    zoneout_h_ptr,  # [T*B, H], one float32, or None
-    zoneout_c_ptr,  # [T*B, H], one float32, or None
-    reset_h_ptr,  # [T*B, H] for zoneout_h, or None
-    reset_c_ptr,  # [T*B, H] float32 or None
-    T,
-    B,
-    H: tl.constexpr,
-    PEEPHOLES: tl.constexpr,
-    REVERSE: tl.constexpr,
-    SAVE: tl.constexpr,
+    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, T, B,
+    H: tl.constexpr, PEEPHOLES: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
     UNITS: tl.constexpr,  # at least H
     WARPS: tl.constexpr,
-):
+):  # fmt: skip
     """All steps of a batch tile."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
@@ -185,21 +169,21 @@ def lstm_resident_forward_kernel(
         time, row, valid, continues = two_positions(step, length, resets_ptr, batch, B, in_batch, REVERSE)
 
         # Load, before the product, which hides its latency.
-        x, h_prev, h_taken, c_prev = (), (), (), ()
+        x, h_prev, h_operand, c_prev = (), (), (), ()
         for n in tl.static_range(CELLS):
             x = x + load_gates(gates_ptr, row[n % 2] * (4 * H) + unit[n], valid[n % 2] & (unit[n] < H), H)
             reset = valid[n % 2] & ~continues[n % 2]
             h_prev = h_prev + (tl.where(reset, 0.0, h[n]).to(DTYPE),)
             if dropout_h_ptr is not None:
                 factors = load_factors(dropout_h_ptr, batch[n % 2], unit[n], in_batch[n % 2], H)
-                h_taken = h_taken + ((factors * h_prev[n].to(tl.float32)).to(DTYPE),)
+                h_operand = h_operand + ((factors * h_prev[n].to(tl.float32)).to(DTYPE),)
             else:
-                h_taken = h_taken + (h_prev[n],)
+                h_operand = h_operand + (h_prev[n],)
             before = tl.where(reset, 0.0, c[n])
             c_prev = c_prev + (reset_to(before, reset_c_ptr, row[n % 2] * H + unit[n], reset & (unit[n] < H)),)
 
         # Product: the four gates of the thread's cells.
-        shared = share(h_taken, sequence, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
+        shared = share(h_operand, sequence, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
         products = product(weights, take(shared, 0, CHUNKS, CHUNKS, DTYPE, WARPS), DTYPE, CHUNKS, TILES, WARPS)
         z = ()
         for n in tl.static_range(4 * CELLS):  # number n is gate n % 4 of cell n // 4
@@ -217,8 +201,8 @@ def lstm_resident_forward_kernel(
                 c_cell = c_cell + (cell_of[6 * n + 4],)
             mean, scale = moments(c_cell, unit, H, 1, CELLS, WARPS)
             for n in tl.static_range(CELLS):
-                seen = normalise(c_cell[n], mean[n % 2], scale[n % 2], gains_c[n], biases_c[n])
-                h_cell = h_cell + (output(cell_of[6 * n + 3], seen),)
+                normed = normalise(c_cell[n], mean[n % 2], scale[n % 2], gains_c[n], biases_c[n])
+                h_cell = h_cell + (output(cell_of[6 * n + 3], normed),)
 
         h, c = (), ()
         for n in tl.static_range(CELLS):
@@ -255,40 +239,20 @@ def lstm_resident_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_resident_backward_kernel(
-    dh_ptr,  # [T*B, H] or None
-    dh_n_ptr,  # [B, H] or None
+    dh_ptr, dh_n_ptr,
     gates_ptr,  # [T*B, 4H] activated
-    c_ptr,  # [T*B, H] float32
-    c0_ptr,  # [B, H] float32
+    c_ptr, c0_ptr,
     weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
-    peephole_ptr,  # [3H] or None
-    gain_hh_ptr,  # [4H]; or None, without a layer norm of W_hh h
-    unit_hh_ptr,  # [T*B, 4H] or None
-    scale_hh_ptr,  # [T*B] float32 or None
-    gain_c_ptr,  # [H]; or None, without a layer norm of c
-    bias_c_ptr,  # [H] or None
-    unit_c_ptr,  # [T*B, H] float32 or None
-    scale_c_ptr,  # [T*B] float32 or None
-    dh_total_ptr,  # [T*B, H] out: the gradient of m; None without a layer norm of c
+    peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
+    dh_total_ptr,
     dgates_ptr,  # [T*B, 4H] out
     dc_ptr,  # [B, H] float32, in: gradient of c_n; out: of c0
-    lengths_ptr,  # [B] or None
-    resets_ptr,  # [T*B] or None
-    dropout_h_ptr,  # [B, H] or None
-    zoneout_h_ptr,  # [T*B, H], one float32, or None
-    zoneout_c_ptr,  # [T*B, H], one float32, or None
-    dh_from_zoneout_ptr,  # [B, H] float32 zeros, out: what zoneout hands back to h0; or None
-    dreset_h_ptr,  # [T*B, H] float32 zeros, out where a step is reset: what zoneout hands back to h before it; or None
-    reset_c_ptr,  # [T*B, H] float32 or None
-    dreset_c_ptr,  # [T*B, H] float32 zeros, out where a step is reset: gradient of c before it; or None
-    T,
-    B,
-    H: tl.constexpr,
-    PEEPHOLES: tl.constexpr,
-    REVERSE: tl.constexpr,
+    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
+    dh_from_zoneout_ptr,  # [B, H] float32 zeros, out: the gradient of h0 through zoneout; or None
+    dreset_h_ptr, reset_c_ptr, dreset_c_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr, REVERSE: tl.constexpr,
     UNITS: tl.constexpr,  # at least H
     WARPS: tl.constexpr,
-):
+):  # fmt: skip
     """All steps of a batch tile, from the last to the first."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
@@ -398,7 +362,7 @@ def lstm_resident_backward_kernel(
             dc_prev = dc_prev + (d_c,)
 
         # Through the layer norm, to the gradient of W_hh h.
-        taken = dz_i + dz_f + dz_g + dz_o
+        operand = dz_i + dz_f + dz_g + dz_o
         if NORM_HH:
             units_hh, d_units, d_units_along = (), (), ()
             for n in tl.static_range(CELLS):
@@ -414,17 +378,17 @@ def lstm_resident_backward_kernel(
             of_d = sum_over_units(d_units, 4, CELLS, WARPS)
             of_d_unit = sum_over_units(d_units_along, 1, CELLS, WARPS)
             scale = two_scales(scale_hh_ptr, row, valid)
-            taken = ()
+            operand = ()
             for n in tl.static_range(4 * CELLS):  # number n is gate n // CELLS of cell n % CELLS
                 d = normalise_backward(
                     d_units[n % CELLS * 4 + n // CELLS], units_hh[n % CELLS * 4 + n // CELLS], scale[n % CELLS % 2],
                     of_d[n % CELLS % 2] / (4 * H), of_d_unit[n % CELLS % 2] / (4 * H),
                 )  # fmt: skip
-                taken = taken + (d.to(DTYPE),)
+                operand = operand + (d.to(DTYPE),)
 
         # Product, gate by gate: the gradient of the state before the step.
         shared = share(
-            taken, sequence + sequence + sequence + sequence, elements_of_dz, back % 2,
+            operand, sequence + sequence + sequence + sequence, elements_of_dz, back % 2,
             DTYPE, 4 * CELLS, 4 * CHUNKS, WARPS,
         )  # fmt: skip
         words_i = take(shared, 0, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)

@@ -1,10 +1,10 @@
 """The step family: every hidden size, batch, projection and dtype; W_hh is read from L2 at every step.
 
-One launch for the whole sequence. The work of a step is cut into tiles of sequences and units, which the programs share
-out among them: each walks its tiles, then all of them meet (exchange.meet), for the next step needs what all have
-computed. A step has several such rounds where something needs all units of a sequence: a projection (h = W_hr m; m is
-the output of the cell, see cell.py), and the layer norms of W_hh h and of c (norm.py). All programs must be resident at
-once. Tiles are [batch, units].
+One launch for the whole sequence. The work of a step is split into tiles of sequences and units, distributed over the
+programs. A grid-wide barrier (exchange.grid_barrier) ends the step, since the next one needs the results of all. A step
+has several such rounds where something needs all units of a sequence: a projection (h = W_hr m; m is the output of the
+cell, see cell.py), and the layer norms of W_hh h and of c (norm.py). All programs must be resident at once. Tiles are
+[batch, units].
 """
 
 from math import ceil
@@ -25,7 +25,7 @@ from .cell import (
     zoneout,
     zoneout_backward,
 )
-from .exchange import meet
+from .exchange import grid_barrier
 from .features import MOST_ROWS
 from .indexing import (
     cell_before,
@@ -67,10 +67,8 @@ def product(
     w_column,  # [columns] offset of each column's first element
     w_mask,  # [columns]
     w_stride_k,  # from one k to the next within a column
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """acc + (scale * a)[rows] @ w[:, columns], over K in tiles."""
     w_at = w_ptr + w_column[None, :] + tl.arange(0, BLOCK_K)[:, None] * w_stride_k
     for k_start in range(0, K, BLOCK_K):
@@ -95,15 +93,11 @@ def product_through_norm(
     row,  # [rows]
     row_mask,  # [rows] False: the row counts as zero
     scale,  # [rows] and below: see norm.normalise_backward
-    mean_d,
-    mean_d_unit,
+    mean_d, mean_d_unit,
     w_ptr,  # [K, columns]
     column,  # [columns]
-    K: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """acc + d' @ w[:, columns], where d' is the gradient of what was normalised."""
     w_at = w_ptr + column[None, :] + tl.arange(0, BLOCK_K)[:, None] * COLUMNS
     for k_start in range(0, K, BLOCK_K):
@@ -135,14 +129,9 @@ def recurrent_product(
     dropout_h_ptr,  # [B, P] or None
     batch,  # [BB]
     weight_hh_ptr,  # [4H, P]
-    unit_tile,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    unit_tile, H: tl.constexpr, P: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """W_hh h for all four gates of a tile's units, interleaved: [BB, 4 BH], and which columns there are, [4 BH]."""
     column, column_unit = interleaved_gates(unit_tile * BLOCK_H, H, BLOCK_H)
     z = tl.zeros((BLOCK_B, 4 * BLOCK_H), tl.float32)
@@ -163,52 +152,32 @@ def product_place(batch, unit_tile, H: tl.constexpr, BLOCK_H: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_step_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
-    weight_hh_ptr,  # [4H, P]
-    weight_hr_ptr,  # [P, H], None without a projection
-    peephole_ptr,  # [3H] or None
+    weight_hh_ptr, weight_hr_ptr, peephole_ptr,
     h_ptr,  # [T*B + B, P]: h of every step, out; then h0
     m_ptr,  # [B, H] of the step, None without a projection
-    gain_hh_ptr,  # [4H], or None without a layer norm of W_hh h
+    gain_hh_ptr,
     product_ptr,  # [B, 4H, in full tiles] float32: W_hh h of the step, or None
     moments_hh_ptr,  # [tiles, B, 2] float32 of it, or None
-    gain_c_ptr,  # [H], or None without a layer norm of c
-    bias_c_ptr,  # [H] or None
+    gain_c_ptr, bias_c_ptr,
     cell_ptr,  # [2, B, H] float32: o and c of the step, or None
     moments_c_ptr,  # [tiles, B, 2] float32 of c, or None
-    c_ptr,  # [T*B, H] float32 out, None without SAVE
+    c_ptr,
     h_n_ptr,  # [B, P] out where a sequence has a step
     c_n_ptr,  # [B, H] float32 c0, made c after every step
-    lengths_ptr,  # [B] or None
-    resets_ptr,  # [T*B] or None
-    dropout_h_ptr,  # [B, P] or None
-    zoneout_h_ptr,  # [T*B, P], one float32, or None
-    zoneout_c_ptr,  # [T*B, H], one float32, or None
-    reset_h_ptr,  # [T*B, P] for zoneout_h, or None
-    reset_c_ptr,  # [T*B, H] float32 or None
-    arrivals_ptr,  # [1] int32 zero, see exchange.meet
-    error_ptr,  # [1] int32
-    T,
-    B,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    REVERSE: tl.constexpr,
-    SAVE: tl.constexpr,
-    PROJECT: tl.constexpr,
-    PEEPHOLES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr,
+    arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier
+    error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
+    PROJECT: tl.constexpr, PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, POLL_LIMIT: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """All steps: the recurrent product, the gates and the cell; then, if there is one, the projection.
 
-    Layer norms cut this short after the product and after the cell.
+    Layer norms split it after the product and after the cell.
     """
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
-    MEETINGS: tl.constexpr = 1 + PROJECT + NORM_HH + NORM_C
-    patience = POLL_LIMIT
+    BARRIERS: tl.constexpr = 1 + PROJECT + NORM_HH + NORM_C
+    poll_limit = POLL_LIMIT
     for step in range(T):
         if NORM_HH:
             for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_H), tl.num_programs(0)):
@@ -223,7 +192,7 @@ def lstm_step_forward_kernel(
                 tl.store(product_ptr + product_place(batch, unit_tile, H, BLOCK_H), z, mask=in_batch[:, None])
                 mean, squares = moments(z, in_columns[None, :], 4 * tl.minimum(H - unit_tile * BLOCK_H, BLOCK_H))
                 store_pair(moments_hh_ptr, unit_tile, batch, in_batch, B, mean, squares)
-            patience = meet(arrivals_ptr, MEETINGS * step + 1, patience, error_ptr, step)
+            poll_limit = grid_barrier(arrivals_ptr, BARRIERS * step + 1, poll_limit, error_ptr, step)
 
         for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_H), tl.num_programs(0)):
             first, unit_tile = tile_at(tile, B, BLOCK_B)
@@ -289,7 +258,7 @@ def lstm_step_forward_kernel(
                 store_gates(gates_ptr, gates_at, valid_tile, i, f, g, o, H)
 
         if PROJECT or NORM_C:
-            patience = meet(arrivals_ptr, MEETINGS * step + MEETINGS - 1, patience, error_ptr, step)
+            poll_limit = grid_barrier(arrivals_ptr, BARRIERS * step + BARRIERS - 1, poll_limit, error_ptr, step)
             for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(P, BLOCK_H), tl.num_programs(0)):
                 first, p_tile = tile_at(tile, B, BLOCK_B)
                 batch, in_batch, length = sequences_from(first, lengths_ptr, T, B, BLOCK_B)
@@ -323,12 +292,12 @@ def lstm_step_forward_kernel(
                 final_at = batch[:, None].to(tl.int64) * P + p[None, :]
                 tl.store(h_ptr + at, h, mask=in_tile)
                 tl.store(h_n_ptr + final_at, h, mask=in_tile & (step == length - 1)[:, None])
-        patience = meet(arrivals_ptr, MEETINGS * step + MEETINGS, patience, error_ptr, step)
+        poll_limit = grid_barrier(arrivals_ptr, BARRIERS * step + BARRIERS, poll_limit, error_ptr, step)
 
 
 @triton.jit
 def pairs_of_step(step, H: tl.constexpr, BLOCK_H: tl.constexpr, B):
-    """Where the tiles' pairs of a step begin: two steps take turns, since one is written while the other is read."""
+    """Where the tiles' pairs of a step begin: two steps alternate, since one is written while the other is read."""
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     return tl.cast(step % 2, tl.int64) * (TILES * 2) * B
 
@@ -341,7 +310,7 @@ def hidden_gradient(
     weight_hh_ptr,  # [4H, P]
     dropout_h_ptr,  # [B, P] or None
     zoneout_h_ptr,  # [T*B, P], one float32, or None
-    dh_from_zoneout_ptr,  # [B, P] float32 or None: what the step after hands back through zoneout; out: this one's
+    dh_from_zoneout_ptr,  # [B, P] float32 or None: gradient through zoneout of the step after; out: of this one
     dreset_h_ptr,  # [T*B, P] float32 or None, see lstm_step_backward_kernel
     gain_hh_ptr,  # [4H] or None
     unit_hh_ptr,  # [T*B, 4H] or None
@@ -356,14 +325,9 @@ def hidden_gradient(
     p,  # [BP]
     valid,  # [BB]
     continues,  # [BB] whether this step starts from the state before it
-    B,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    B, H: tl.constexpr, P: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Gradient of what one step computed as h, [BB, BP]: from the output, the final state and the step after."""
     dh = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
     if gain_hh_ptr is None:
@@ -400,55 +364,28 @@ def hidden_gradient(
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_step_backward_kernel(
-    dh_ptr,  # [T*B, P] or None
-    dh_n_ptr,  # [B, P] or None
+    dh_ptr, dh_n_ptr,
     gates_ptr,  # [T*B, 4H] activated
-    c_ptr,  # [T*B, H] float32
-    c0_ptr,  # [B, H] float32
-    weight_hh_ptr,  # [4H, P]
-    weight_hr_ptr,  # [P, H], None without a projection
-    peephole_ptr,  # [3H] or None
-    gain_hh_ptr,  # [4H]; or None, without a layer norm of W_hh h
-    unit_hh_ptr,  # [T*B, 4H] or None
-    scale_hh_ptr,  # [T*B] float32 or None
-    sums_hh_ptr,  # [2, tiles, B, 2] float32: as sums_c, of unit_hh, for even and odd steps by turns; or None
-    gain_c_ptr,  # [H]; or None, without a layer norm of c
-    bias_c_ptr,  # [H] or None
-    unit_c_ptr,  # [T*B, H] float32 or None
-    scale_c_ptr,  # [T*B] float32 or None
+    c_ptr, c0_ptr, weight_hh_ptr, weight_hr_ptr, peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr,
+    sums_hh_ptr,  # [2, tiles, B, 2] float32: as sums_c, of unit_hh, for even and odd steps alternately; or None
+    gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
     sums_c_ptr,  # [tiles, B, 2] float32: the sums of the gradient of unit_c, and of it times unit_c; or None
     dgates_ptr,  # [T*B, 4H] out
-    dh_total_ptr,  # [T*B, P] out: the whole gradient of W_hr m, or of m; None without a projection or layer norm of c
+    dh_total_ptr,
     dc_ptr,  # [B, H] float32, gradient of c_n, made that of c before every step
-    lengths_ptr,  # [B] or None
-    resets_ptr,  # [T*B] or None
-    dropout_h_ptr,  # [B, P] or None
-    zoneout_h_ptr,  # [T*B, P], one float32, or None
-    zoneout_c_ptr,  # [T*B, H], one float32, or None
+    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, P] float32 or None, see hidden_gradient
-    dreset_h_ptr,  # [T*B, P] float32 zeros, out where a step is reset: what zoneout hands back to h before it; or None
-    reset_c_ptr,  # [T*B, H] float32 or None
-    dreset_c_ptr,  # [T*B, H] float32 zeros, out where a step is reset: gradient of c before it; or None
-    arrivals_ptr,  # [1] int32 zero, see exchange.meet
-    error_ptr,  # [1] int32
-    T,
-    B,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PROJECT: tl.constexpr,
-    PEEPHOLES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    POLL_LIMIT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    dreset_h_ptr, reset_c_ptr, dreset_c_ptr,
+    arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier
+    error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PROJECT: tl.constexpr,
+    PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, POLL_LIMIT: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """All steps, from the last to the first: the product with the dgates of the step after, and the cell."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
-    MEETINGS: tl.constexpr = 2 if PROJECT or NORM_C else 1
-    patience = POLL_LIMIT
+    BARRIERS: tl.constexpr = 2 if PROJECT or NORM_C else 1
+    poll_limit = POLL_LIMIT
     for back in range(T):
         step = T - 1 - back
         if PROJECT or NORM_C:
@@ -477,7 +414,7 @@ def lstm_step_backward_kernel(
                         o.to(tl.float32), unit_c, dh.to(tl.float32), gain[None, :], bias[None, :]
                     )
                     store_pair(sums_c_ptr, p_tile, batch, in_batch, B, tl.sum(d_unit, 1), tl.sum(d_unit * unit_c, 1))
-            patience = meet(arrivals_ptr, MEETINGS * back + 1, patience, error_ptr, step)
+            poll_limit = grid_barrier(arrivals_ptr, BARRIERS * back + 1, poll_limit, error_ptr, step)
 
         for tile in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(H, BLOCK_H), tl.num_programs(0)):
             first, unit_tile = tile_at(tile, B, BLOCK_B)
@@ -549,7 +486,7 @@ def lstm_step_backward_kernel(
             tl.store(dc_ptr + state_at, tl.where(continues[:, None], dc_prev, 0.0), mask=valid_tile)
             if dreset_c_ptr is not None:
                 tl.store(dreset_c_ptr + at, dc_prev, mask=valid_tile & ~continues[:, None])
-        patience = meet(arrivals_ptr, MEETINGS * back + MEETINGS, patience, error_ptr, step)
+        poll_limit = grid_barrier(arrivals_ptr, BARRIERS * back + BARRIERS, poll_limit, error_ptr, step)
 
 
 def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
@@ -559,10 +496,10 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
     tensor-core instructions.
     """
     rows = 16 if problem.batch <= 16 else 32 if problem.batch <= 32 else 64
-    heavy = problem.regularised or problem.normalised  # masks and norms take registers
+    heavy = problem.regularised or problem.normalised  # masks and norms need registers
     most, stages = (32, 2) if heavy else (MOST_ROWS, 3)
     if problem.exact_float32:
-        most //= 2  # and so do products without them
+        most //= 2  # and products without tensor cores do, too
     rows = min(rows, most)
     columns = 16  # of which a forward product has four gates
     tiles = ceil(problem.batch / rows) * ceil(max(problem.hidden, problem.projected) / columns)
@@ -571,7 +508,7 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
     stage = (rows + columns * (1 if backward else 4)) * k * problem.size
     why = "W_hh is read from L2 at every step"
     if problem.normalised:
-        why += "; layer norms need sums over all units, for which all programs meet once or twice more"
+        why += "; layer norms need sums over all units, for one or two more grid-wide barriers"
     return Plan(
         Family.STEP, rows, columns, k, programs, 1, 8 if problem.exact_float32 and heavy else 4,
         stages, 2 * stage, why,
@@ -603,7 +540,7 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
 
 
 def hidden_states(h_then_h0: Tensor, hidden: int) -> Tensor:
-    """h [T, B, P]; not a view, which autograd lets nobody change in place."""
+    """h [T, B, P]; not a view, which autograd forbids to change in place."""
     return h_then_h0.new_empty(0).set_(h_then_h0[:-1])
 
 

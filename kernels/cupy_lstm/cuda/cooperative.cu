@@ -1,20 +1,20 @@
 // All steps in one launch, by blocks that share W_hh and exchange h. Grid (blocks of a group, groups).
 //
-// A group's blocks own UNITS hidden units each; at every step each block takes the h of all units, of 8 sequences, from L2.
-// Groups take the batch tiles of 8 sequences in turn and never wait for each other. All blocks of a launch must be resident
+// A group's blocks own UNITS hidden units each; at every step each block reads the h of all units, of 8 sequences, from L2.
+// Groups share out the batch tiles of 8 sequences and never wait for each other. All blocks of a launch must be resident
 // at once.
 //
-// forward    A block takes the rows of W_hh of its units' four gates, and publishes h of its units.
+// forward    A block has the rows of W_hh of its units' four gates, and publishes h of its units.
 //
-// backward   dh of a unit takes the dgates of all units, four times as wide as h. PARTS blocks own PARTS * UNITS units
-//            together and take W_hh^T of all of these, each for another part of the gates: it reads that part of dgates,
+// backward   dh of a unit needs the dgates of all units, four times as wide as h. PARTS blocks own PARTS * UNITS units
+//            together and have W_hh^T of all of these, each for another part of the gates: it reads that part of dgates,
 //            and publishes its partial sums of dh in a second, small exchange. With PARTS = 1 there is none.
 //
-// CHUNKS > 0 keeps the weights in registers and takes products on tensor cores (sm_80 and newer); 0 reads them every step.
+// CHUNKS > 0 keeps the weights in registers and multiplies on tensor cores (sm_80 and newer); 0 reads them every step.
 //
 // W words make a row of H elements, at 16 bytes: W is a multiple of 4, and what is beyond H is zero.
 
-// The thread's cell: unit `unit` of the block's, of sequence `sequence` of a batch tile. Every warp takes as many, so that
+// The thread's cell: unit `unit` of the block's, of sequence `sequence` of a batch tile. Every warp has as many, so that
 // none begins to wait before its block has published. UNITS is even: neighbours in a word are neighbours in a warp.
 template <int UNITS, int WARPS>
 struct Own {
@@ -27,7 +27,7 @@ struct Own {
 template <typename E, int H>
 constexpr int WORDS = (H * sizeof(E) + 15) / 16 * 4;  // W
 
-// What a block takes one after another at every step: batch tiles and, unless it keeps the weights of ONE, shares of rows.
+// What a block processes one after another at every step: batch tiles and, unless it keeps the weights of ONE, shares of rows.
 template <bool ONE>
 struct Walk {
     const int first_row, rows, H;
@@ -46,7 +46,7 @@ template <typename E, int H, int UNITS, int WARPS, int CHUNKS>
 __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     E* gates,                 // [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, where c is given: activated gates
     const unsigned* weights,  // [4H, W] W_hh
-    unsigned* h,              // [T*B + B, W] out and the exchange, filled beforehand; then h0
+    unsigned* h,              // [T*B + B, W] out and the exchange, sentinels beforehand; then h0
     E* h_n,                   // [B, H] out, of sequences that have a step
     float* c,                 // [T*B, H] out, or null
     float* c_n,               // [B, H] in: c0; out
@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     const float* c,           // [T*B, H]
     const float* c0,          // [B, H]
     const unsigned* weights,  // [PARTS, H, 4 / PARTS * W] W_hh^T, of each part's gates
-    unsigned* dgates,         // [T*B, 4, W] out and the exchange, filled beforehand
-    unsigned* partials,       // [B, PARTS, H] floats, the second exchange, filled beforehand: phase 1; null if PARTS is 1
+    unsigned* dgates,         // [T*B, 4, W] out and the exchange, sentinels beforehand
+    unsigned* partials,       // [B, PARTS, H] floats, the second exchange, phase 1 beforehand; null if PARTS is 1
     float* dc,                // [B, H] in: dc_n; out: dc0
     const int* lengths,       // [B] or null
     const bool* resets,       // [T*B] or null
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
                                     step < T - 1 & of_column < B ? K - product.lane.first_word : 0);
             product.multiply(dz, turn, {error, step});
 
-            // What the step after hands back, for the thread's cell.
+            // The gradient through the step after, for the thread's cell.
             float handed_back;
             if (PARTS == 1) {
                 const float2 sums = Rows::sum(own.unit % (ROWS / 2), own.sequence, turn);

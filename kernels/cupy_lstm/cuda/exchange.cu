@@ -1,18 +1,18 @@
-// How the blocks of one launch hand each other what all of them need at the next step: a word is its own flag.
+// How the blocks of one launch exchange what all of them need at the next step: each word doubles as its ready flag.
 //
-// What is handed over are words of 32 bits, one float or two neighbouring elements of two bytes. Either every step's words
-// have places of their own, filled beforehand with a word that `pack` never makes; or two steps take turns in one place,
-// and the last bit of a word is its step's phase. A reader loads a word again until it is the one it waits for: one write
-// and one read a step, and no barrier.
+// Words have 32 bits, one float or two neighbouring elements of two bytes. Either every step's words have memory of their
+// own, initialised with a sentinel that `pack` never returns; or two steps alternate in the same memory, and the last bit
+// of a word is its step's phase. A reader loads a word until it is the one it waits for: one store and one load a step,
+// and no barrier.
 //
-// Waiting is bounded. A warp that looked PATIENCE times in vain writes step + 1 into the error word, and no later step
-// waits for long, so that the launch ends.
+// Waits are bounded. A warp that polled POLL_LIMIT times without success has timed out: it writes step + 1 into the error
+// word, and no later step waits for long, so that the launch ends.
 
-constexpr unsigned FILL = 0xFFFFFFFF;
+constexpr unsigned SENTINEL = 0xFFFFFFFF;
 constexpr unsigned A_NAN = 0x7FC00000;  // another
 
-constexpr int PATIENCE = 1 << 22;         // seconds, where a step takes microseconds
-constexpr int LOOKS_BETWEEN_ERRORS = 64;  // the error word is far away, at the host
+constexpr int POLL_LIMIT = 1 << 22;         // seconds, where a step takes microseconds
+constexpr int POLLS_BETWEEN_CHECKS = 64;  // the error word is in host memory
 
 // Of two bytes an even thread's word holds its element and, above, the next thread's; an odd thread's means nothing.
 template <typename E>
@@ -28,17 +28,17 @@ __device__ inline unsigned pack<float>(float x) {
 // A float whose last bit is a phase, 0 or 1: it costs half a unit in the last place.
 __device__ inline unsigned in_phase(float x, int phase) { return (pack<float>(x) & ~1u) | phase; }
 
-// How long a warp looks for what it waits for.
-struct Patience {
+// How long a warp polls for what it waits for.
+struct Polling {
     int* error;
     int step;
-    int looks = 0;
+    int polls = 0;
 
-    // Whether to look again.
-    __device__ bool lasts() {
-        if (++looks % LOOKS_BETWEEN_ERRORS) return true;
+    // Whether to poll again.
+    __device__ bool goes_on() {
+        if (++polls % POLLS_BETWEEN_CHECKS) return true;
         if (any_of_warp(load_from_host(error) != 0)) return false;
-        if (looks < PATIENCE) return true;
+        if (polls < POLL_LIMIT) return true;
         store_to_host(error, step + 1);
         return false;
     }
@@ -63,21 +63,21 @@ struct Quads {
     }
 
     __device__ bool all_there() const {
-        unsigned most = 0;  // of all words; the fill is the greatest
+        unsigned most = 0;  // of all words; the sentinel is the greatest
 #pragma unroll
         for (int n = 0; n < COUNT; ++n) most = max(most, max(max(quad[n].x, quad[n].y), max(quad[n].z, quad[n].w)));
-        return most != FILL;
+        return most != SENTINEL;
     }
 
-    __device__ void await(Patience& patience) {
-        while (any_of_warp(!all_there()) && patience.lasts()) load();
+    __device__ void await(Polling& polling) {
+        while (any_of_warp(!all_there()) && polling.goes_on()) load();
     }
 };
 
 // Floats of a phase at from[0], from[stride], ...; zeros if they are not wanted.
 template <int COUNT>
 __device__ void await_phase(float (&x)[COUNT], const unsigned* from, int stride, bool wanted, int phase,
-                            Patience patience) {
+                            Polling polling) {
     unsigned word[COUNT];
     bool missing;
     do {
@@ -89,7 +89,7 @@ __device__ void await_phase(float (&x)[COUNT], const unsigned* from, int stride,
         }
 #pragma unroll
         for (int n = 0; n < COUNT; ++n) missing |= (word[n] & 1) != phase;
-    } while (any_of_warp(missing) && patience.lasts());
+    } while (any_of_warp(missing) && polling.goes_on());
 #pragma unroll
     for (int n = 0; n < COUNT; ++n) x[n] = wanted ? __uint_as_float(word[n]) : 0.0f;
 }

@@ -138,7 +138,7 @@ __device__ inline void store_if(bool yes, unsigned short* to, unsigned short x) 
 __device__ inline void store_if(bool yes, float16* to, float16 x) { store_if(yes, &to->bits, x.bits); }
 __device__ inline void store_if(bool yes, bfloat16* to, bfloat16 x) { store_if(yes, &to->bits, x.bits); }
 
-// Words that blocks of one launch hand each other: relaxed accesses of gpu scope (PTX ISA, "Memory Consistency Model").
+// Words that blocks of one launch exchange: relaxed accesses of gpu scope (PTX ISA, "Memory Consistency Model").
 __device__ inline void load_relaxed_if(bool yes, uint4& x, const unsigned* from) {
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %5, 0; @p ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
                  : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
@@ -168,7 +168,7 @@ __device__ inline void store_to_host(int* to, int x) {
 
 // Of all threads of a warp: whether any says yes; that each sees what the others stored; what a thread's neighbour has.
 __device__ inline bool any_of_warp(bool yes) { return __any_sync(0xFFFFFFFF, yes); }
-__device__ inline void meet_in_warp() { __syncwarp(); }
+__device__ inline void barrier_of_warp() { __syncwarp(); }
 __device__ inline float of_neighbour(float x) { return __shfl_xor_sync(0xFFFFFFFF, x, 1); }
 
 // d = a b + d on a tensor core, by a warp: 16 rows of a, 8 columns of b; a word of them is two elements of two bytes, or

@@ -1,12 +1,12 @@
 // Products of weights [ROWS, W words] and 8 sequences of words that other blocks publish, by all warps of a block.
 //
-// The warps split K, which counts words: a chunk is 16 words of every row, and warp w takes the chunks w, w + WARPS, ... The
+// The warps split K, which counts words: a chunk is 16 words of every row, and warp w has the chunks w, w + WARPS, ... The
 // words of a chunk come to a warp's threads as to the operand B of a tensor core. A thread is
 //
 //     column   lane / 4: a sequence
 //     quarter  lane % 4: a quad, four words of a chunk
 //
-// Rows come in pairs, `pair` and half 0 or 1. The warps' parts of a sum meet in shared memory.
+// Rows come in pairs, `pair` and half 0 or 1. The warps' parts of a sum are added in shared memory.
 
 constexpr int SEQUENCES = 8;
 constexpr int CHUNK = 16;
@@ -20,7 +20,7 @@ struct Lane {
 // one barrier a turn; `turn` is 0 and 1 alternately.
 template <int PAIRS, int WARPS>
 struct Parts {
-    static constexpr int PITCH = PAIRS + 2;  // from one sequence to the next: no two threads meet in a bank
+    static constexpr int PITCH = PAIRS + 2;  // from one sequence to the next: no two threads have a bank conflict
 
     __device__ static float2* of_warp(int warp, int turn) {
         return reinterpret_cast<float2*>(shared_memory()) + (turn * WARPS + warp) * SEQUENCES * PITCH;
@@ -39,19 +39,19 @@ struct Parts {
     }
 };
 
-// By tensor cores. A warp takes CHUNKS chunks, and keeps the weights of these in registers as operands A. In a tile of 16
+// By tensor cores. A warp has CHUNKS chunks, and keeps the weights of these in registers as operands A. In a tile of 16
 // rows pair 8 tile + column is the rows `column` and `column + 8`; in a product's result a thread has that pair of the
-// sequences 2 quarter and 2 quarter + 1. Which words of K meet in a product is free as long as A and B agree.
+// sequences 2 quarter and 2 quarter + 1. Which words of K are multiplied together is free as long as A and B agree.
 template <typename E, int ROWS, int W, int WARPS, int CHUNKS>
 struct Product : Parts<ROWS / 2, WARPS> {
     static constexpr int TILES = ROWS / 16;
     static constexpr int STRIDE = CHUNK * WARPS;  // words from one chunk of a warp to its next
     using Words = Quads<CHUNKS, STRIDE>;
-    using Meeting = Parts<ROWS / 2, WARPS>;
+    using Sums = Parts<ROWS / 2, WARPS>;
 
     const Lane lane;
     const unsigned* const rows;  // [*, W]
-    unsigned weights[CHUNKS][TILES][2][4];  // for the two products that take a quad
+    unsigned weights[CHUNKS][TILES][2][4];  // for the two products of a quad
 
     __device__ Product(const unsigned* rows) : rows(rows) {}
 
@@ -73,8 +73,8 @@ struct Product : Parts<ROWS / 2, WARPS> {
                 }
     }
 
-    __device__ void multiply(Words& x, int turn, Patience patience) const {
-        x.await(patience);
+    __device__ void multiply(Words& x, int turn, Polling polling) const {
+        x.await(polling);
         float even[TILES][4] = {}, odd[TILES][4] = {};  // two chains of products, each of which waits for the one before
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
@@ -85,19 +85,19 @@ struct Product : Parts<ROWS / 2, WARPS> {
                 multiply_tile(E{}, odd[tile], weights[chunk][tile][1], quad.z, quad.w);
             }
         }
-        float2* const parts = Meeting::of_warp(lane.warp, turn);
+        float2* const parts = Sums::of_warp(lane.warp, turn);
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
             for (int n = 0; n < 2; ++n)
-                parts[(2 * lane.quarter + n) * Meeting::PITCH + 8 * tile + lane.column] = {
+                parts[(2 * lane.quarter + n) * Sums::PITCH + 8 * tile + lane.column] = {
                     even[tile][n] + odd[tile][n], even[tile][2 + n] + odd[tile][2 + n]};
         __syncthreads();
     }
 };
 
 // By multiply-add in float32: for every GPU, exact for float, and for any W, since the weights come from L2 at every step.
-// A thread takes the rows `lane`, `lane + 32`, ... of all sequences, whose words its warp lays into shared memory.
+// A thread has the rows `lane`, `lane + 32`, ... of all sequences, whose words its warp lays into shared memory.
 template <typename E, int ROWS, int W, int WARPS>
 struct Product<E, ROWS, W, WARPS, 0> : Parts<ROWS / 2, WARPS> {
     static constexpr int PAIRS = ROWS / 2;
@@ -105,7 +105,7 @@ struct Product<E, ROWS, W, WARPS, 0> : Parts<ROWS / 2, WARPS> {
     static constexpr int STRIDE = CHUNK * WARPS;
     static constexpr int AHEAD = 4;  // chunks that are on their way at once
     using Words = Quads<AHEAD, STRIDE>;
-    using Meeting = Parts<PAIRS, WARPS>;
+    using Sums = Parts<PAIRS, WARPS>;
 
     const Lane lane;
     const unsigned* const rows;
@@ -121,17 +121,17 @@ struct Product<E, ROWS, W, WARPS, 0> : Parts<ROWS / 2, WARPS> {
 
     __device__ static int mine(int n) { return threadIdx.x % 32 + 32 * n; }
 
-    __device__ void multiply(Words& x, int turn, Patience patience) const {
-        uint4* const stage = reinterpret_cast<uint4*>(Meeting::of_warp(0, 2)) + lane.warp * AHEAD * SEQUENCES * 4;
+    __device__ void multiply(Words& x, int turn, Polling polling) const {
+        uint4* const stage = reinterpret_cast<uint4*>(Sums::of_warp(0, 2)) + lane.warp * AHEAD * SEQUENCES * 4;
         float sums[MINE][SEQUENCES] = {};
         for (int first = 0; first < W; first += AHEAD * STRIDE) {
             if (first > 0) x = Words(x.from + AHEAD * STRIDE, x.left - AHEAD * STRIDE);
-            x.await(patience);
-            meet_in_warp();  // all have read what lay there before; a vote orders no memory
+            x.await(polling);
+            barrier_of_warp();  // all have read what lay there before; a vote orders no memory
 #pragma unroll
             for (int chunk = 0; chunk < AHEAD; ++chunk)
                 stage[(chunk * SEQUENCES + lane.column) * 4 + lane.quarter] = x.quad[chunk];
-            meet_in_warp();
+            barrier_of_warp();
 #pragma unroll 1
             for (int n = 0; n < AHEAD * 4; ++n) {  // quads of a row
                 const int chunk = n / 4, quarter = n % 4;
@@ -146,12 +146,12 @@ struct Product<E, ROWS, W, WARPS, 0> : Parts<ROWS / 2, WARPS> {
                 }
             }
         }
-        float* const parts = reinterpret_cast<float*>(Meeting::of_warp(lane.warp, turn));
+        float* const parts = reinterpret_cast<float*>(Sums::of_warp(lane.warp, turn));
 #pragma unroll
         for (int n = 0; n < MINE; ++n)
 #pragma unroll
             for (int s = 0; s < SEQUENCES; ++s)
-                parts[2 * (s * Meeting::PITCH + mine(n) % PAIRS) + mine(n) / PAIRS] = sums[n][s];
+                parts[2 * (s * Sums::PITCH + mine(n) % PAIRS) + mine(n) / PAIRS] = sums[n][s];
         __syncthreads();
     }
 };

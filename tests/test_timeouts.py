@@ -1,4 +1,4 @@
-"""A kernel that gave up waiting is never silent: the next call, backward, check() and the end of the program tell."""
+"""A kernel that timed out is never silent: the next call, backward, check() and the end of the program report it."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gpu_lstm
-from gpu_lstm.kernels import timeouts as giving_up
+from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.triton_lstm import launch
 
 CPU = torch.device("cpu")
@@ -15,9 +15,9 @@ EXPECTED = r"lstm_cooperative_backward_kernel timed out at step 7 on cpu: .* the
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="error words of the CPU")
 
 
-def _give_up() -> None:
+def _time_out() -> None:
     """What a kernel does."""
-    giving_up.error_word(CPU, "lstm_cooperative_backward_kernel")[0] = 8
+    timeouts.error_word(CPU, "lstm_cooperative_backward_kernel")[0] = 8
 
 
 def _calls():
@@ -30,17 +30,17 @@ def _calls():
 
 
 @pytest.mark.parametrize("who", ["call", "backward", "check", "stream"])
-def test_who_tells(who):
+def test_who_reports_it(who):
     call = _calls()[who]
-    _give_up()
+    _time_out()
     with pytest.raises(RuntimeError, match=EXPECTED):
         call()
-    gpu_lstm.check()  # told once
+    gpu_lstm.check()  # it is reported once
 
 
-def test_of_two_kernels_that_gave_up_both_are_told():
-    giving_up.error_word(CPU, "lstm_step_forward_kernel")[0] = 3
-    _give_up()
+def test_of_two_kernels_that_timed_out_both_are_reported():
+    timeouts.error_word(CPU, "lstm_step_forward_kernel")[0] = 3
+    _time_out()
     text = (
         "lstm_cooperative_backward_kernel timed out at step 7 and lstm_step_forward_kernel timed out at step 2 on cpu: "
     )
@@ -50,28 +50,28 @@ def test_of_two_kernels_that_gave_up_both_are_told():
 
 
 @pytest.mark.slow
-def test_the_end_of_the_program_tells():
+def test_the_end_of_the_program_reports_it():
     script = """
 import os
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from gpu_lstm.kernels import timeouts as giving_up
-giving_up.error_word(torch.device("cpu"), "lstm_cooperative_backward_kernel")[0] = 8
+from gpu_lstm.kernels import timeouts
+timeouts.error_word(torch.device("cpu"), "lstm_cooperative_backward_kernel")[0] = 8
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "timed out at step 7 on cpu" in ended.stderr
 
 
 def test_devices_do_not_share_words_and_kernels_stand_16_bytes_apart():
-    first, second = (giving_up.error_word(CPU, kernel) for kernel in giving_up.KERNELS[:2])
+    first, second = (timeouts.error_word(CPU, kernel) for kernel in timeouts.KERNELS[:2])
     assert second.data_ptr() - first.data_ptr() == 16
     other = torch.device("meta", 0)
-    assert giving_up.error_word(other, 0).device.type == "meta"
-    giving_up.raise_if_timed_out(torch.device("cuda", 5))  # never launched on: nothing to tell
-    _give_up()
-    giving_up.raise_if_timed_out(torch.device("cuda", 5))
+    assert timeouts.error_word(other, 0).device.type == "meta"
+    timeouts.raise_if_timed_out(torch.device("cuda", 5))  # never launched on: nothing to report
+    _time_out()
+    timeouts.raise_if_timed_out(torch.device("cuda", 5))
     with pytest.raises(RuntimeError, match=EXPECTED):
-        giving_up.check()
+        timeouts.check()
 
 
 @pytest.mark.slow
@@ -81,10 +81,10 @@ def test_nothing_is_imported_in_order_to_check():
 
 
 def test_check_waits_for_every_cuda_device_before_it_looks(monkeypatch):
-    """What a launch writes that still runs is seen: the word is read after the device is done."""
+    """What a launch that still runs writes is detected: the word is read after the device is done."""
     cuda = torch.device("cuda", 1)
-    word = torch.zeros(len(giving_up.KERNELS), giving_up.APART, dtype=torch.int32)
-    monkeypatch.setattr(giving_up, "_words", {cuda: word})
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: word[0, 0].fill_(3 if device == cuda else 0))
+    words = timeouts._Words(CPU)
+    monkeypatch.setattr(timeouts, "_words", {cuda: words})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: words.tensor[0, 0].fill_(3 if device == cuda else 0))
     with pytest.raises(RuntimeError, match=r"timed out at step 2 on cuda:1"):
         gpu_lstm.check()

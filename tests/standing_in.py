@@ -1,0 +1,68 @@
+"""The CPU as a card with kernels that take no time: what a call launches is looked at, not what it computes."""
+
+import zlib
+
+import torch
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
+
+from gpu_lstm.backends import kernels
+from gpu_lstm.dispatch import available
+from gpu_lstm.kernels.layer import Layer
+from gpu_lstm.kernels.problem import problem_of
+from gpu_lstm.kernels.triton_lstm import launch
+
+RESULTS = {
+    False: ("h_ptr", "c_ptr", "h_n_ptr", "c_n_ptr"),
+    True: ("dgates_ptr", "dc_ptr", "dh_total_ptr", "dh_from_zoneout_ptr", "dreset_h_ptr", "dreset_c_ptr"),
+}  # of kernels, forward and backward
+SCRATCH = ("m_ptr", "product_ptr", "moments_hh_ptr", "cell_ptr", "moments_c_ptr", "sums_hh_ptr", "sums_c_ptr")
+
+
+def stand_in(kernel, grid, **arguments):
+    """Fill the results of a kernel with a number that depends on all that it is compiled for and given."""
+    results = RESULTS["dgates_ptr" in arguments]
+    given = {name: value for name, value in arguments.items() if name not in (*results, *SCRATCH)}
+    tensors = {name: t for name, t in given.items() if isinstance(t, torch.Tensor)}
+    compiled_for = {name: value for name, value in given.items() if name not in tensors}
+    compiled_for |= {name: t.dtype for name, t in tensors.items()}
+    number = zlib.crc32(repr((kernel.__name__, grid, sorted(map(str, compiled_for.items())))).encode()) / 2**32
+    for t in tensors.values():
+        number = number / 2 + t.double().sum().sin().item() / 2
+    for name in results:
+        if arguments.get(name) is not None:
+            arguments[name].fill_(number)
+
+
+def as_a_card(monkeypatch):
+    """Make the CPU one, with `stand_in` for its kernels: a list of (way, problem) of each layer that is launched.
+
+    The problem is that of the tensors that the layer is given, which its kernels have to be made for.
+    """
+    monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(launch, "launch_kernel", stand_in)
+    monkeypatch.setattr(kernels, "verify", lambda *_: None)
+    launched = []
+
+    def recorded(way):
+        run = getattr(Layer, way)
+
+        def wrapper(layer, *given):
+            gates, r = (given[0], given[1]) if way == "forward" else (given[3], given[5])
+            problem = problem_of(gates, r)
+            launched.append((way, problem))
+            # A chunk may have one step of several.
+            assert layer.problem == problem._replace(steps=layer.problem.steps), "kernels for other tensors"
+            return run(layer, *given)
+
+        return wrapper
+
+    for way in ("forward", "backward"):
+        monkeypatch.setattr(Layer, way, recorded(way))
+    return launched
+
+
+def flat(results):
+    """The tensors of what a call returns."""
+    leaves = tree_leaves(results, is_leaf=lambda t: isinstance(t, PackedSequence))
+    return [t.data if isinstance(t, PackedSequence) else t for t in leaves]

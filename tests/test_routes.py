@@ -1,0 +1,249 @@
+"""A route never outlives a fact: whatever changes between two calls, the cached route is that of a fresh decision.
+
+The CPU counts as a card, and a race's winner depends on the kind of call alone, so that `auto` decides differently from
+call to call. A kernel in the interpreter takes 50 ms a step; a stand-in for it computes numbers that depend on all that
+the kernel is compiled for and given.
+"""
+
+import contextlib
+import os
+import zlib
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from standing_in import as_a_card, flat
+from subjects import SUBJECTS, Function, states_for
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._python_dispatch import BaseTorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import gpu_lstm
+from gpu_lstm.backends import schedule
+from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend
+from gpu_lstm.dispatch import race
+from gpu_lstm.dispatch import run as dispatch
+from gpu_lstm.dispatch.route import Decision
+from gpu_lstm.kernels.triton_lstm import launch
+
+pytestmark = [
+    pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
+    pytest.mark.usefixtures("nothing_cached"),
+    pytest.mark.filterwarnings("ignore"),  # of tracing, and of dropout where there is one layer
+]
+
+
+class Races:
+    """Who wins a race, and who is expected to: it depends on the kind of call, and they are never the same."""
+
+    def expected(self, kind, able, device):
+        other = Backend.REFERENCE if kind.only_ours else Backend.TORCH
+        self.winner = (able, other)[zlib.crc32(repr(kind.as_json()).encode()) % 2]
+        return Decision(self.winner, "expected")
+
+    def race(self, rivals, now):
+        return {name: [2.0 if name == self.winner.value else 1.0] * 4 for name in rivals}
+
+
+class Traced(nn.Module):
+    """A module to be traced: torch.jit.trace has no constants that require gradients."""
+
+    def __init__(self, module, call):
+        super().__init__()
+        self.module, self.forward = module, call
+
+
+ATTRIBUTES = {  # set on modules that have them
+    "training": (True, False), "recompute": (False, True), "batch_first": (False, True), "dropout": (0.0, 0.5),
+    "recurrent_dropout": (0.0, 0.5), "zoneout": (0.0, 0.5, (0.0, 0.5)), "weight_drop": (0.0, 0.5),
+    "backend": (None, "auto", "triton", "torch", "reference"), "bias_c": (True, False), "reverse": (False, True),
+}  # fmt: skip
+FACTS = ATTRIBUTES | {
+    "subject": tuple(SUBJECTS), "dtype": (torch.float32, torch.float64, torch.float16),
+    "parameters": (0, 1), "parameters_learn": (True, False), "x_learns": (False, True), "hx": (None, "given", "learns"),
+    "steps": (5, 1, 2, 70, 130), "batch": (2, 0, 1, 3), "form": ("padded", "unbatched", "packed"),
+    "lengths": (None, torch.int32, torch.int64), "resets": (None, "zeros", "states"),
+    "grad": (torch.enable_grad, torch.no_grad, torch.inference_mode), "precision": ("tf32", "ieee"),
+    "block": (None, "auto", "triton", "torch", "reference"), "racing": (None, "on", "off", "read"),
+    BACKEND_VARIABLE: ("", "triton", "torch", "cupy", "nonsense"), RACE_VARIABLE: ("", "off", "nonsense"),
+    "autocast": (None, torch.float16, torch.bfloat16), "around": ("nothing", "vmap", "grad", "mode", "trace"),
+}  # fmt: skip
+OF_A_CALL = ("steps", "batch", "form", "lengths", "resets", "hx", "x_learns")
+DRAWN = ("subject", "parameters_learn", "x_learns", "steps", "batch", "resets", "training")  # to begin with
+KNOWN = ((dispatch, "_routes"), (race, "_decided"), (launch, "_layers"))  # what a process has decided
+
+
+class Routes(RuleBasedStateMachine):
+    """One fact after another is given each of its values; each time the cached route is held to a fresh one."""
+
+    launched: list  # of as_a_card
+
+    def __init__(self):
+        super().__init__()
+        dispatch.forget()
+        launch.forget()
+        self.facts = {name: values[0] for name, values in FACTS.items()}
+        self.modules = {}
+
+    @initialize(start=st.fixed_dictionaries({name: st.sampled_from(FACTS[name]) for name in DRAWN}))
+    def begin(self, start):
+        self.facts |= start
+
+    @rule(name=st.sampled_from(OF_A_CALL), first=st.integers(0, 9))
+    def change_the_call(self, name, first):
+        for k in range(count := len(FACTS[name])):
+            self.facts[name] = FACTS[name][(first + k) % count]
+            self.hold_to_a_fresh_decision()
+
+    @rule(which=st.sampled_from(range(1000)), first=st.integers(0, 9))
+    def change_the_rest(self, which, first):
+        module = self.module()
+        there = [name for name in FACTS if hasattr(module, name) or name not in (*ATTRIBUTES, *OF_A_CALL)]
+        self.change_the_call(there[which % len(there)], first)
+
+    def hold_to_a_fresh_decision(self):
+        note(str({name: value for name, value in self.facts.items() if value is not FACTS[name][0]}))
+        module = self.module()
+        cached = self.outcome(module)
+        with contextlib.ExitStack() as stack:
+            for place, name in KNOWN:
+                stack.enter_context(patch.object(place, name, {}))
+            fresh = self.outcome(module)
+        assert cached[0] == fresh[0], "another backend, other kernels or another error"
+        for ours, theirs in zip(cached[1], fresh[1], strict=True):
+            assert torch.equal(ours, theirs), "other numbers"
+
+    def module(self):
+        """The one at hand, with attributes and new parameters as the facts say."""
+        facts, name = self.facts, self.facts["subject"]
+        torch.default_generator.manual_seed(facts["parameters"])
+        if name not in self.modules:
+            self.modules[name] = SUBJECTS[name]()
+        module = self.modules[name].to(facts["dtype"])
+        for attribute in ATTRIBUTES:
+            if hasattr(module, attribute):
+                setattr(module, attribute, facts[attribute])
+        for owner in module.modules():
+            for key, old in list(owner._parameters.items()):
+                setattr(owner, key, nn.Parameter(torch.rand_like(old), facts["parameters_learn"]))
+        return module
+
+    def outcome(self, module):
+        """What ran, or the error; and all numbers: results and gradients."""
+        ran, run_by = [], dispatch.run_by
+
+        def recorded(route, call):
+            ran.append(route._replace(layers=[layer.problem for layer in route.layers]))
+            self.launched.clear()  # what a race launched
+            return run_by(route, call)
+
+        with patch.object(dispatch, "run_by", recorded):
+            try:
+                numbers = self.numbers(module)
+            except (ValueError, ImportError, RuntimeError, TypeError) as error:
+                return (ran, type(error), str(error)), []
+        return (ran, list(self.launched)), [t.detach() for t in numbers]
+
+    def numbers(self, module):
+        """Results of a call, and gradients of their sum."""
+        x, given = self.arguments(module)
+        leaves = [t for t in (x, *tree_leaves(given), *module.parameters()) if t.requires_grad]
+
+        def call(x):
+            return flat(module(self.packed(x) if self.form(module) == "packed" else x, **given))
+
+        def summed(x):
+            found = call(x)
+            return sum(t.sum() for t in found), found
+
+        torch.default_generator.manual_seed(2)
+        with self.process():
+            match self.facts["around"]:
+                case "vmap":
+                    found = torch.func.vmap(call, randomness="same")(x[None])
+                case "grad":
+                    gradient, found = torch.func.grad(summed, has_aux=True)(x)
+                    found = [gradient, *found]
+                case "trace":
+                    found = torch.jit.trace(Traced(module, call), (x,), check_trace=False)(x)
+                case _:
+                    found = call(x)
+        ends = [t for t in found if t.requires_grad]
+        if not ends or not leaves:
+            return found
+        gradients = torch.autograd.grad(sum(t.sum() for t in ends), leaves, allow_unused=True)
+        return [*found, *(t for t in gradients if t is not None)]
+
+    @contextlib.contextmanager
+    def process(self):
+        """The state of the process."""
+        facts, rnn = self.facts, torch.backends.cudnn.rnn
+        environment = {name: facts[name] for name in (BACKEND_VARIABLE, RACE_VARIABLE)}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(patch.dict(os.environ, environment))
+            stack.callback(setattr, rnn, "fp32_precision", rnn.fp32_precision)
+            rnn.fp32_precision = facts["precision"]
+            stack.enter_context(facts["grad"]())
+            for block, name in ((gpu_lstm.backend, "block"), (gpu_lstm.racing, "racing")):
+                if facts[name] is not None:
+                    stack.enter_context(block(facts[name]))
+            if facts["autocast"] is not None:
+                stack.enter_context(torch.autocast("cpu", facts["autocast"]))
+            if facts["around"] == "mode":
+                stack.enter_context(BaseTorchDispatchMode())
+            yield
+
+    def arguments(self, module):
+        """x, of a PackedSequence its data, and all else that a call is given."""
+        facts, form, steps = self.facts, self.form(module), self.facts["steps"]
+        generator = torch.Generator().manual_seed(1)
+
+        def random(*size):
+            return torch.rand(size, generator=generator).to(facts["dtype"])
+
+        batch = [] if form == "unbatched" else [facts["batch"]]
+        time_and_batch = [*batch, steps] if getattr(module, "batch_first", False) else [steps, *batch]
+        x, given = random(*time_and_batch, 2), {}
+        if facts["hx"] is not None:
+            hx = states_for(module, batch, random)
+            given["hx"] = tree_map(lambda t: t.requires_grad_(facts["hx"] == "learns"), hx)
+        if isinstance(module, gpu_lstm.LSTMCell):
+            return random(*batch, 2).requires_grad_(facts["x_learns"]), given
+        if form == "packed":
+            x = self.packed(x.reshape(steps, *batch, 2)).data
+        elif facts["lengths"] is not None:
+            given["lengths"] = (random(*batch) * (steps + 1)).to(facts["lengths"])
+        if facts["resets"] is not None:
+            given["resets"] = random(*time_and_batch) < 0.3
+        if facts["resets"] == "states":
+            given["reset_states"] = states_for(module, batch, random)
+        return x.requires_grad_(facts["x_learns"]), given
+
+    def form(self, module):
+        """Of x: that of the facts where there is such."""
+        form = self.facts["form"]
+        packs = isinstance(module, gpu_lstm.LSTM | gpu_lstm.StackedLSTM) and self.facts["batch"] > 0
+        is_there = packs if form == "packed" else not isinstance(module, Function)
+        return form if is_there else "padded"
+
+    def packed(self, x):
+        """A PackedSequence, of padded data [T, B, I] or of its own [N, I]."""
+        lengths = [max(1, self.facts["steps"] - k) for k in range(self.facts["batch"])]
+        if x.dim() == 3:
+            return pack_padded_sequence(x, lengths)
+        return PackedSequence(x, torch.tensor([sum(t < length for length in lengths) for t in range(lengths[0])]))
+
+
+def test_a_cached_route_is_that_of_a_fresh_decision(monkeypatch):
+    races, Routes.launched = Races(), as_a_card(monkeypatch)
+    monkeypatch.setattr(race, "expected_winner", races.expected)
+    monkeypatch.setattr(race, "race", races.race)
+    monkeypatch.setattr(schedule, "WORKSPACE", 960)  # bytes: so that long sequences fall into chunks
+    run_state_machine_as_test(Routes, settings=settings(
+        max_examples=80, stateful_step_count=6, derandomize=True, deadline=None, database=None,
+        phases=(Phase.generate,), suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
+    ))  # fmt: skip
