@@ -71,7 +71,7 @@ TABLE = [
     Row("triton", F32, 2, ((3, 3, 3, 9),), (f"{MOST} masks recompute", f"{OF_ALL} recompute")),
     Row("triton read/4", F32, 2, ((3, 3, 3, 9, 4),), (f"{MIX} recompute",)),
     Row("kept/4", BF16, 2, ((3, 3, 3, 9, 4),), (f"{MIX} recompute",)),
-    # Several programs that meet at a barrier: 3 tiles; 4 tiles, and 6 of h
+    # Several programs with a grid-wide barrier: 3 tiles; 4 tiles, and 6 of h
     Row("step", F32, 1, ((4, 3, 3, 40), (3, 18, 3, 20, 33)), DIFFER),
     Row("step", F16, 1, ((4, 3, 3, 40), (4, 3, 3, 40, 5)), both([MOST])),
     # Whole sequences in one launch of programs that need nobody

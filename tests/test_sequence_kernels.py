@@ -69,7 +69,7 @@ def test_the_cell_is_kept_in_float32(monkeypatch, family):
                 torch.testing.assert_close(c[t, b].double(), torch.from_numpy(c_new), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("pattern", [-1, float("nan")], ids=["the fill's", "the usual"])
+@pytest.mark.parametrize("pattern", [-1, float("nan")], ids=["the sentinel's", "the usual"])
 @pytest.mark.parametrize(("dtype", "bits"), [(F32, torch.int32), (F16, torch.int16)], ids=str)
 def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, dtype, bits, pattern):
     """A NaN is data, also one with the bit pattern that stands for data which is not there."""
