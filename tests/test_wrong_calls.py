@@ -46,7 +46,7 @@ def picture(m):
     for stream in (m.stream, m.stream_of_stack):
         found[stream] = values(t for state in stream._state for t in state)
     found["random"] = torch.get_rng_state().numpy().tobytes()
-    chosen = (list(choice._open) for choice in (choices.chosen_backend, choices.chosen_racing))
+    chosen = (list(choice.blocks) for choice in (choices.chosen_backend, choices.chosen_racing))
     found["chosen"] = *chosen, dict(os.environ)
     return found
 
