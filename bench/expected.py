@@ -7,6 +7,7 @@ commit may differ inside: where gpu_lstm was not imported from this checkout, no
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,7 @@ from .results import provenance
 
 SECONDS = 0.3  # of timing, a case
 INSIDE_IS_KNOWN = Path(gpu_lstm.__file__).resolve().parents[1] == Path(__file__).resolve().parents[1]
-PLANNING, LAUNCH, FAMILIES, TRIAL = (
-    f"kernels.triton_lstm.{name}" for name in ("planning", "launch", "families", "trial")
-)
+PLANNING, LAUNCH, CHOOSE = (f"kernels.triton_lstm.{name}" for name in ("planning", "launch", "choose"))
 
 
 def inside(name: str) -> Any:
@@ -33,18 +32,24 @@ def inside(name: str) -> Any:
 
 def as_planned(case: Case) -> Any:
     """One layer in one direction, as planning sees it."""
-    sizes, settings = (case.steps, case.batch, case.hidden_size), inside("settings")
-    precision = inside("precision").recurrent_precision(case.torch_dtype)
-    kind = dict(regularised=case.variant in settings.REGULARISERS, normalised=case.variant == "layer_norm")
-    return inside(PLANNING).Problem(*sizes, case.torch_dtype, precision=precision, **kind)
+    zoneout = 3 if case.variant == "zoneout" else None
+    return inside("kernels.problem").Problem(
+        min(case.steps, 2), case.batch, case.hidden_size, case.torch_dtype,
+        precision=inside("call.modes").recurrent_precision(case.torch_dtype), zoneout_h=zoneout, zoneout_c=zoneout,
+        dropout_h=case.variant == "recurrent_dropout", norms=(case.variant == "layer_norm",) * 3,
+    )  # fmt: skip
 
 
 def families(case: Case) -> str:
     """Which kernels ran where gpu_lstm chose: "cooperative / step", forward and backward."""
-    layer, chosen = replace(as_planned(case), steps=min(case.steps, 2)), inside(LAUNCH)._chosen
+
+    def planned_by(problem: Any) -> tuple:
+        return *problem[:6], problem.regularised, problem.normalised
+
+    asked = planned_by(as_planned(case))
     ran = {
-        backward: plan.family.value for (problem, _, backward, _), plan in chosen.items()
-        if replace(problem, side_by_side=1) == layer
+        which.backward: prepared.plan.family.value for (problem, _), layer in inside(LAUNCH)._layers.items()
+        if planned_by(problem) == asked for which, prepared in layer._prepared.items()
     }  # fmt: skip
     return " / ".join(ran[backward] for backward in sorted(ran))
 
@@ -53,30 +58,43 @@ def of_family(family: str) -> Callable[..., Any]:
     """In the place of launch.choose_plan: the first plan of a family whose kernels fit the card; None if none does."""
     found: dict[tuple, Any] = {}
 
-    def choose(layer: Any, device: torch.device, backward: bool, variant: tuple, attempt: Any, *_: Any) -> Any:
-        key = layer, backward, variant
+    def choose(problem: Any, device: torch.device, which: Any, launches: Callable[[Any], Any], *_: Any) -> Any:
+        key = problem, which
         if key not in found:
-            card = inside(PLANNING).device_of(torch.cuda.get_device_properties(device))
-            offered = inside(FAMILIES).plans(layer, card, backward)
-            fit = (p for p in offered if p.family.value == family and inside(TRIAL).obstacle(p, attempt) is None)
-            found[key] = next(fit, None)
+            chooser = inside(CHOOSE)
+            offered = chooser.plans(problem, chooser.card_of(device), which.backward)
+            of_this = (plan for plan in offered if plan.family.value == family)
+            found[key] = next((p for p in of_this if chooser.why_it_does_not_fit(launches(p)) is None), None)
         return found[key]
 
     return choose
 
 
-@contextlib.contextmanager
-def running(choose: Callable[..., Any], instead: Callable[[], None] | None = None) -> Iterator[None]:
-    """Within the block kernels are chosen by `choose`. If `instead` is given it stands for launches, and no GPU."""
-    launch, backends = inside(LAUNCH), inside("backends")
-    before = launch.choose_plan, launch.launch_kernel, backends.obstacle
-    launch.choose_plan = choose
+def running(
+    choose: Callable[..., Any], instead: Callable[[], None] | None = None
+) -> Callable[[], AbstractContextManager]:
+    """Blocks in which kernels are chosen by `choose`, for all of them once; `instead` stands for launches, and no GPU.
+
+    Everything that is cached of a call is of these blocks alone, and is found again in the next.
+    """
+    launch, run, available = map(inside, (LAUNCH, "dispatch.run", "dispatch.available"))
+    changes = [(launch, "choose_plan", choose), (launch, "_layers", {}), (run, "_routes", {})]
     if instead is not None:
-        launch.launch_kernel, backends.obstacle = lambda *_, **__: instead(), lambda *_: None
-    try:
-        yield
-    finally:
-        launch.choose_plan, launch.launch_kernel, backends.obstacle = before
+        changes.append((launch, "launch_kernel", lambda *_, **__: instead()))
+        changes.append((available, "why_unavailable", lambda *_: None))
+
+    @contextlib.contextmanager
+    def block() -> Iterator[None]:
+        before = [getattr(module, name) for module, name, _ in changes]
+        for change in changes:
+            setattr(*change)
+        try:
+            yield
+        finally:
+            for (module, name, _), value in zip(changes, before):
+                setattr(module, name, value)
+
+    return block
 
 
 def rows(cards: list[str]) -> list[dict[str, Any]]:
@@ -89,9 +107,9 @@ def _row(case: Case, card: Any) -> dict[str, Any]:
     launched: list[None] = []
     with timing.float32_products(case.dtype):
         layer, planning = as_planned(case), inside(PLANNING)
-        plans = {backward: inside(FAMILIES).plans(layer, card, backward)[0] for backward in (False, True)}
+        plans = {backward: inside(CHOOSE).plans(layer, card, backward)[0] for backward in (False, True)}
         seconds = [planning.expected(layer, card, plan, backward).seconds for backward, plan in plans.items()]
-        with running(lambda layer, device, backward, *_: plans[backward], instead=lambda: launched.append(None)):
+        with running(lambda layer, device, which, *_: plans[which.backward], lambda: launched.append(None))():
             # The host does the same for every size, so a small one is timed, whose products take no time to speak of.
             forward, given = _lstm(replace(case, batch=1, input_size=16, hidden_size=16), "cpu")
             dy = torch.ones(case.steps, 1, 16, dtype=case.torch_dtype)

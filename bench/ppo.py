@@ -120,7 +120,8 @@ def run(options: argparse.Namespace) -> int:
         "loop ms": f"{1e3 * np.median(row.loop):.2f}", "one call ms": f"{1e3 * np.median(row.one_call):.2f}",
         "times as fast": f"{row.speed[0]:.2f}", "p20-p80": "{:.2f}-{:.2f}".format(*row.speed[1:]),
     } for row in rows)  # fmt: skip
-    backend = expected.inside("backends").select(None, torch.device(options.device), torch.float32).value
+    select = expected.inside("dispatch.available").select
+    backend = select(None, torch.device(options.device), torch.float32, None, False).value
     where = f"one call by {backend}; {results.provenance(options.device)['device']}, torch {torch.__version__}"
     Console().print(report.table(cells, "An update of recurrent PPO, float32", where))
     return 0

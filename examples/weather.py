@@ -95,7 +95,7 @@ def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, 
     # Time: StackedLSTM, and the same layers made of torch.nn.LSTM.
     torch_stack = TorchStack(nn.LSTM(i, h, batch_first=True) for i, h in pairwise([6, *HIDDEN_SIZES]))
     ours, theirs = step_times([model.train(), Forecaster(torch_stack).to(device)], x[:BATCH], y[:BATCH])
-    backend = gpu_lstm.backends.select(None, device, x.dtype).value
+    backend = gpu_lstm.explain(model.stack, x[:BATCH]).backend
     times = f"StackedLSTM {ours:.2f} ms, torch.nn.LSTM {theirs:.2f} ms"
     print(f"Backend {backend} on {device}; median training step: {times}")
     if backend == "torch":

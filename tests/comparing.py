@@ -9,12 +9,14 @@ import oracle
 import torch
 from torch import Tensor
 
-from gpu_lstm.backends import Backend
+from gpu_lstm.backends import autograd, fused, kernels, reference
+from gpu_lstm.call.choices import Backend
+from gpu_lstm.call.modes import recurrent_precision
+from gpu_lstm.call.noise import Noise
+from gpu_lstm.call.sequences import Traversal
+from gpu_lstm.call.weights import Weights
 from gpu_lstm.functional import lstm_layer
-from gpu_lstm.layers import one_direction
-from gpu_lstm.noise import Noise
-from gpu_lstm.sequences import Traversal
-from gpu_lstm.weights import Weights
+from gpu_lstm.kernels.problem import problem_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLACES = {  # of a module's parameters, by backend
@@ -43,8 +45,11 @@ def one_layer(x, state, weights, *, lengths, resets, reset_states, reverse, back
     """lstm_layer, where masks are given or gates recomputed as only modules do. No other test needs these internals."""
     traversal = Traversal(lengths, resets, False, None if reset_states is None else [reset_states])
     traversal = traversal.backwards() if reverse else traversal
-    given = Noise(*(noise.get(name) for name in MASKS))
-    return one_direction(x, state, Weights(*weights), traversal, Backend(backend), given, recompute)
+    given = x, state, Weights(*weights), traversal, Noise(*(noise.get(name) for name in MASKS))
+    if backend == "reference":
+        return reference.layer(*given)
+    r = fused.recurrence_of(fused.inputs_of(*given), reverse, recurrent_precision(x.dtype))
+    return autograd.layer(kernels.layer_of(Backend(backend), problem_of(x, r), x.device), *given, recompute)
 
 
 @dataclass

@@ -42,16 +42,14 @@ LEAST_SECONDS, TIMES_AS_LONG = 30, 4  # a test file may take so long, and so man
 
 # Which tests are run: test_X.py for a source file X.py, then those of its folder; in this order, until one fails.
 NUMBERS = (  # of the Triton kernels: the quick ones of those that compare all results and gradients with the oracle
-    "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 "
-    "layer::test_the_kernels_in_float16 sequence_kernels::test_step_by_several_programs "
-    "sequence_kernels::test_step_with_noise_by_several_programs sequence_kernels::test_noise "
-    "sequence_kernels::test_resident sequence_kernels::test_cooperative concurrent_interpreter exchange_ptx"
+    "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 layer::test_a_family_of_triton "
+    "layer::test_triton concurrent_interpreter exchange_ptx"
 )
 TESTS = {
-    "gpu_lstm": "lstm ragged weights regularised variants errors wrong_calls convert derivatives chunks side_by_side "
-    "stream autocast first_call giving_up races explain graphs main",
-    "kernels": f"planning plan_cache first_call tuning giving_up {NUMBERS} main compile extremes",
-    "kernels/cupy_lstm": "cupy_launch cupy_kernels main",
+    "gpu_lstm": "lstm ragged weights variants errors wrong_calls convert derivatives chunks side_by_side stream "
+    "autocast first_call timeouts races explain graphs main layer::test_without_kernels",
+    "kernels": f"planning plan_cache first_call tuning timeouts {NUMBERS} main compile extremes",
+    "kernels/cupy_lstm": "cupy_launch layer::test_cuda cupy_kernels main",
 }
 
 

@@ -4,11 +4,14 @@ The truth is torch's module in float64 on the CPU, or the NumPy oracle. Weights 
 every backend starts from the same.
 """
 
+from functools import partial
+
 import numpy as np
 import oracle
 import torch
 from comparing import PLACES
 from torch import Tensor, nn
+from torch.func import vjp
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -123,8 +126,8 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
     if hx is not None:
         states = rows_of(module, [t.double().numpy() for t in tree_leaves(hx)])
     if reset_states is not None:
-        forms = Forms(module, len(x))
-        left = rows_of(module, [forms.each_step(t.double().numpy()) for t in tree_leaves(reset_states)])
+        forms = [vjp(partial(each_step, module, len(x)), t.double()) for t in tree_leaves(reset_states)]
+        left = rows_of(module, [t.numpy() for t, _ in forms])
         noises = [[dict(reset_h=h, reset_c=c) for h, c in layer] for layer in left]
     y, finals, tapes = oracle.stack(
         x, states, layers, lengths=lengths, resets=None if resets is None else turned(resets), noises=noises,
@@ -139,8 +142,8 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
     if hx is not None:
         named |= {f"d{name}": t for name, t in zip(of_states, leaves_of(module, dstates))}
     if reset_states is not None:
-        summed = map(forms.as_given, leaves_of(module, dleft), tree_leaves(reset_states))
-        named |= {f"dreset_{name}": t for name, t in zip(of_states, summed)}
+        pulled = (pull(torch.from_numpy(d))[0].numpy() for (_, pull), d in zip(forms, leaves_of(module, dleft)))
+        named |= {f"dreset_{name}": t for name, t in zip(of_states, pulled)}
     flat_names, flat = ([t for layer in every for row in layer for t in row] for every in (names, dweights))
     of_weights = dict(zip(flat_names, flat))
     named |= {f"d{name}": of_weights[name] for name, _ in module.named_parameters()}
@@ -172,22 +175,11 @@ def noises_of(module: nn.Module, seed: int) -> list[list[dict]]:
     return noises
 
 
-class Forms:
-    """States to reset to: as a user gives them, and one a step, time-major."""
-
-    def __init__(self, module, steps: int) -> None:
-        self.lead = int(not hasattr(module, "layers") or module.bidirectional)
-        self.batch_first, self.steps = module.batch_first, steps
-
-    def each_step(self, t: np.ndarray) -> np.ndarray:
-        if t.ndim - self.lead == 2:
-            return np.broadcast_to(np.expand_dims(t, -3), (*t.shape[:-2], self.steps, *t.shape[-2:]))
-        return t.swapaxes(-2, -3) if self.batch_first else t
-
-    def as_given(self, gradient: np.ndarray, t: Tensor) -> np.ndarray:
-        if t.dim() - self.lead == 2:
-            return gradient.sum(-3)
-        return gradient.swapaxes(-2, -3) if self.batch_first else gradient
+def each_step(module: nn.Module, steps: int, t: Tensor) -> Tensor:
+    """A state to reset to, as a user gives it -> one a step, time-major."""
+    if t.dim() - int(not hasattr(module, "layers") or module.bidirectional) == 2:
+        return t.unsqueeze(-3).expand(*t.shape[:-2], steps, *t.shape[-2:])
+    return t.transpose(-2, -3) if module.batch_first else t
 
 
 def zeros_for(layers: list, batch: int) -> list[list[tuple]]:

@@ -17,7 +17,8 @@ import torch
 from concurrent_interpreter import ConcurrentRun
 from torch import Tensor, nn
 
-from gpu_lstm import backends, precision, reference
+from gpu_lstm.backends import reference
+from gpu_lstm.dispatch import available, run
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.cupy_lstm.planning import Card
 from gpu_lstm.kernels.cupy_lstm.planning import Plan as CupyPlan
@@ -30,9 +31,15 @@ from gpu_lstm.kernels.triton_lstm.step import step_plan
 INTERPRETED = launch.INTERPRETED
 
 
+def forget() -> None:
+    """Choose again, after something was chosen in this test."""
+    for module in (run, launch, cupy):
+        module.forget()
+
+
 def _with_tensor_cores(monkeypatch) -> None:
     """float32 products in TF32, without which no plan is resident; the interpreter computes them exactly."""
-    monkeypatch.setattr(precision, "_cudnn_takes_tf32", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
 
 
 def _side_by_side(monkeypatch, yield_rate) -> None:
@@ -47,8 +54,8 @@ def _side_by_side(monkeypatch, yield_rate) -> None:
 def resident(monkeypatch) -> None:
     """Every launch is resident."""
 
-    def plan(problem, device, backward, *_):
-        return next(iter(resident_plans(problem, INTERPRETER, backward)))
+    def plan(problem, device, which, *_):
+        return next(iter(resident_plans(problem, INTERPRETER, which.backward)))
 
     monkeypatch.setattr(launch, "choose_plan", plan)
     _with_tensor_cores(monkeypatch)
@@ -57,8 +64,8 @@ def resident(monkeypatch) -> None:
 def step(monkeypatch, programs=3, yield_rate=0.05) -> None:
     """Every launch is of the step family, with so many programs."""
 
-    def plan(problem, device, backward, *_):
-        return dataclasses.replace(step_plan(problem, INTERPRETER, backward), programs=programs)
+    def plan(problem, device, which, *_):
+        return dataclasses.replace(step_plan(problem, INTERPRETER, which.backward), programs=programs)
 
     monkeypatch.setattr(launch, "choose_plan", plan)
     _with_tensor_cores(monkeypatch)
@@ -68,9 +75,9 @@ def step(monkeypatch, programs=3, yield_rate=0.05) -> None:
 def cooperative(monkeypatch, units=4, groups=8, yield_rate=0.05, warps=2) -> None:
     """Every launch is cooperative, with `units` units a program."""
 
-    def plan(problem, device, backward, *_):
+    def plan(problem, device, which, *_):
         programs = -(-problem.hidden // units)
-        if backward:
+        if which.backward:
             programs = 4 * -(-problem.hidden // (4 * units))
         tiles = -(-problem.batch // 8)
         chunks = -(-problem.hidden * problem.size // (64 * warps))
@@ -90,19 +97,18 @@ def cuda(monkeypatch, choose: Callable, device="cpu", seeds=None, changes: dict[
         def launch_kernel(*args, **arguments):
             host_cuda.launcher(changes, next(seeds))(*args, **arguments)
 
-        monkeypatch.setattr(backends, "_cupy_obstacle", lambda device, dtype: None)
+        monkeypatch.setattr(available, "_cupy_obstacle", lambda device, dtype: None)
         monkeypatch.setattr(cupy, "launch_kernel", launch_kernel)
 
 
 def cupy_plan(kept: bool, parts: int, multiprocessors: int = 16) -> Callable[..., CupyPlan]:
     """In the place of choose_plan: weights in registers or read, and so many blocks that share gates backward."""
 
-    def choose(problem, card) -> CupyPlan:
+    def choose(problem, card, backward) -> CupyPlan:
         found = [
             plan
-            for plan in cupy_plans(problem, Card(90, multiprocessors))
-            if (plan.chunks > 0, plan.warps) == (kept, 4 if kept else 8)
-            and (plan.parts == parts or not problem.backward)
+            for plan in cupy_plans(problem, Card(90, multiprocessors), backward)
+            if (plan.chunks > 0, plan.warps) == (kept, 4 if kept else 8) and (plan.parts == parts or not backward)
         ]
         return min(found, key=lambda plan: plan.clocks)
 

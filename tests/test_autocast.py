@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_lstm
-from gpu_lstm import native
+from gpu_lstm.backends import torch_lstm
 
 T, B, I, H = 6, 3, 4, 5
 DTYPE = torch.float16  # the interpreter's bfloat16 products are wrong
@@ -252,7 +252,7 @@ def test_shut_gates_are_of_a_size_that_float16_holds(monkeypatch):
         given.append(layers[0][0].weight_ih)
         return x.new_zeros(*x.shape[:2], 4), state
 
-    monkeypatch.setattr(native, "stack", stack)
+    monkeypatch.setattr(torch_lstm, "stack", stack)
     with torch.autocast("cpu", torch.float16):
         gpu_lstm.LSTM(3, 4, backend="torch")(torch.randn(5, 2, 3), lengths=torch.tensor([5, 2]))
     assert given[0].dtype is torch.float16

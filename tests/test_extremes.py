@@ -21,14 +21,12 @@ from torch.nn.functional import pad
 from triton.runtime import interpreter
 
 import gpu_lstm
-from gpu_lstm import backends
+from gpu_lstm.dispatch import available
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
 from gpu_lstm.kernels.problem import MOST, Pass, Problem, Recurrence
 from gpu_lstm.kernels.triton_lstm import indexing, launch
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.triton_lstm.compile import problem_with
-from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family
 from gpu_lstm.kernels.triton_lstm.step import step_plan
 
@@ -105,7 +103,7 @@ def test_4096_units(monkeypatch):
         return dataclasses.replace(step_plan(problem, INTERPRETER, which.backward), columns=64, k=4096)
 
     monkeypatch.setattr(launch, "choose_plan", wide_tiles)
-    monkeypatch.setattr(backends, "_cupy_obstacle", lambda device, dtype: None)
+    monkeypatch.setattr(available, "_cupy_obstacle", lambda device, dtype: None)
     monkeypatch.setattr(cupy_launch, "launch_kernel", host_cuda.launcher())
     given = example(1, 1, 2, 4096).rounded(torch.float32)
     truth = {name: torch.from_numpy(true) for name, true in zip(NAMES, given.truth()) if true is not None}
@@ -214,7 +212,7 @@ F16 = torch.float16
 HUGE = {
     "step, rows": (Family.STEP, Problem(3, 2**30, 5, F16)),
     "step, rows, projection": (Family.STEP, Problem(3, 2**30, 5, F16, projected=3)),
-    "step, rows, masks": (Family.STEP, Problem(3, 2**30, 5, F16, dropout_h=True)),
+    "step, rows, masks": (Family.STEP, Problem(3, 2**30, 5, F16, dropout_h=True, zoneout_h=3, zoneout_c=3)),
     "step, rows, norms": (Family.STEP, Problem(3, 2**30, 5, F16, norms=(True,) * 3)),
     "step, W_hh": (Family.STEP, Problem(2, 17, 23_200, F16)),
     "step, W_hh and W_hr": (Family.STEP, Problem(2, 17, 46_400, F16, projected=46_400)),
@@ -237,8 +235,8 @@ def _launches(huge: tuple[Family, Problem], backward: bool) -> list:
         plan = dataclasses.replace(plan, k=4096, programs=tiles)
     else:
         plan = dataclasses.replace(plan, groups=plan.groups * plan.walks)
-    problem = problem_with(problem, ragged=True, regularised=problem.regularised, normalised=problem.normalised)
-    return recorded_launches(problem._replace(reverse=not backward), Pass(backward), plan)
+    ragged = dict(lengths=torch.int64, resets=True, reset_h=problem.regularised, reset_c=True, reverse=not backward)
+    return launch.recorded_launches(problem._replace(**ragged), Pass(backward), plan)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

@@ -7,6 +7,7 @@ import torch
 from comparing import assert_as_good_as_torch, example_of
 
 import gpu_lstm
+from gpu_lstm.backends import schedule
 from gpu_lstm.kernels.problem import Pass
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import card_of, plans
@@ -145,7 +146,7 @@ def test_a_long_sequence_takes_a_fixed_workspace():
         before = torch.cuda.memory_allocated()
         y, _ = lstm(x)
         output = y.numel() * y.element_size()
-        assert torch.cuda.max_memory_allocated() - before <= output + 3 * gpu_lstm.chunks.WORKSPACE
+        assert torch.cuda.max_memory_allocated() - before <= output + 3 * schedule.WORKSPACE
 
 
 def test_auto_takes_the_triton_kernels_and_the_doctor_says_so(capsys):

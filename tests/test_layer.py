@@ -16,8 +16,8 @@ import torch
 from comparing import DEVICE, MASKS, check, example_of
 from places import INTERPRETED, KERNELS, tf32
 
-from gpu_lstm import ops
-from gpu_lstm.kernels import layer_norm
+from gpu_lstm.backends import graph
+from gpu_lstm.backends.fused import DIFFERENTIABLE
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -71,7 +71,7 @@ TABLE = [
     Row("triton", F32, 2, ((3, 3, 3, 9),), (f"{MOST} masks recompute", f"{OF_ALL} recompute")),
     Row("triton read/4", F32, 2, ((3, 3, 3, 9, 4),), (f"{MIX} recompute",)),
     Row("kept/4", BF16, 2, ((3, 3, 3, 9, 4),), (f"{MIX} recompute",)),
-    # Several programs that meet at a barrier: 3 tiles; 4 tiles, and 6 of h
+    # Several programs with a grid-wide barrier: 3 tiles; 4 tiles, and 6 of h
     Row("step", F32, 1, ((4, 3, 3, 40), (3, 18, 3, 20, 33)), DIFFER),
     Row("step", F16, 1, ((4, 3, 3, 40), (4, 3, 3, 40, 5)), both([MOST])),
     # Whole sequences in one launch of programs that need nobody
@@ -166,17 +166,11 @@ def test_triton(monkeypatch, place, dtype, seeds, size, words, device):
     every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, device)
 
 
-def of_family(name):
-    @forced
-    @fresh_memory_is_nan
-    @cases(name)
-    def test(monkeypatch, place, dtype, seeds, size, words):
-        every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
-
-    return test
-
-
-test_step, test_resident, test_cooperative = map(of_family, ("step", "resident", "cooperative"))
+@forced
+@fresh_memory_is_nan
+@cases("step", "resident", "cooperative")
+def test_a_family_of_triton(monkeypatch, place, dtype, seeds, size, words):
+    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
 
 
 @fresh_memory_is_nan
@@ -294,16 +288,13 @@ def test_the_same_bits_every_run_with_gradients_or_without(monkeypatch, place, w
 @pytest.mark.parametrize("words", [MOST, OF_ALL])
 def test_the_operators(words, device):
     given = example_of((3, 2, 3, 5, 0 if "norm" in words else 2), f"{words} masks", 0)
-    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr, weight_peephole, _, *norms = (
-        None if t is None else t.to(device, F32) for t in given.tensors
-    )
-    noise = [(t if t.dtype is torch.bool else t.float()).to(device) for t in given.noise.values()]
-    gates, left = x @ weight_ih.T, [t.to(device, F32) for t in given.reset_states]
-    traversal = given.lengths.to(device), given.resets.to(device)
-    recurrence = [weight_hh, weight_hr, weight_peephole, h0, c0, *traversal, *noise, *left, *norms]
-    rest = True, 1, "triton"
-    torch.library.opcheck(ops.layer_forward, (gates, *ops.flat(recurrence), *rest, True))
-    h, h_n, c_n, c = ops.layer_forward(gates, *ops.flat(recurrence), *rest, True)
-    if "norm" in words:
-        recurrence += [*layer_norm.unit_of(gates), *layer_norm.unit_of(c)]
-    torch.library.opcheck(ops.layer_backward, ([h, h_n, c_n], gates, c, *ops.flat(recurrence), *rest))
+    floats = *given.tensors, *given.reset_states, given.noise["dropout_h"]
+    floats = [None if t is None else t.to(device, F32) for t in floats]
+    masks = [given.noise["zoneout_h"], given.noise["zoneout_c"], given.lengths, given.resets]
+    inputs = [*floats, *(t.to(device) for t in masks)]
+    there = [k for k, t in enumerate(inputs) if t is not None]
+    arguments = *inputs[:3], [inputs[k] for k in there[3:]], there[3:], given.reverse, "triton"
+    torch.library.opcheck(graph.OPERATOR, (*arguments, True, False))
+    h, h_n, c_n, gates, c = graph.OPERATOR(*arguments, True, False)
+    needed = [k in there and k < DIFFERENTIABLE for k in range(len(inputs))]
+    torch.library.opcheck(graph.BACKWARD, ([h, h_n, c_n], [h, gates, c], *arguments, needed))

@@ -11,40 +11,40 @@ import pytest
 import torch
 
 import gpu_lstm
-from gpu_lstm import backends, races
 from gpu_lstm.__main__ import main
-from gpu_lstm.call.choices import Backend
-from gpu_lstm.kernels import remembered
+from gpu_lstm.backends import verify
+from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend
+from gpu_lstm.call.options import Size
+from gpu_lstm.dispatch import available, race
+from gpu_lstm.dispatch.kind import Kind
+from gpu_lstm.kernels import cache
+from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.report import Report
 from gpu_lstm.kernels.sass import Loop
-from gpu_lstm.kernels.triton_lstm import plan_cache
-from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES
+from gpu_lstm.kernels.triton_lstm.choose import keep_measured, plans
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER
 
 CPU = torch.device("cpu")
-KIND = races.Kind(
-    ((6, 32, 0),), 1, "torch.float32", "tf32", True, False, 64, 8, True, False, False, False, False, "triton"
-)
-CHECK = dict(
-    family="step", rows=16, columns=64, hidden=32, dtype="torch.float32", precision="tf32", reverse=True,
-    projected=False, there=["lengths"], given=[True, False],
+KIND = Kind(
+    (Size(6, 32, 0),), 1, False, torch.float32, "tf32", True, False, 64, 8, torch.int64, False, False, None, None,
+    False, False, (False,) * 4,
 )  # fmt: skip
+SMALL = Problem(2, 8, 32, torch.float32, precision="tf32", reverse=True, lengths=torch.int64)
+CHECK = verify._key(plans(SMALL, INTERPRETER, True)[-1], SMALL, Pass(True), CPU)
 
 
 @pytest.fixture
 def findings(monkeypatch, tmp_path):
     """A race, two checks and a plan, cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(remembered.SHARED, raising=False)
-    remembered._read.cache_clear()
-    machine = remembered.machine(CPU)
+    monkeypatch.delenv(cache.SHARED, raising=False)
+    cache._read.cache_clear()
     won = dict(backend="triton", why="won a race, 2.00 times as fast", seconds={"triton": 1e-3, "torch": 2e-3})
-    remembered.write("races", races._key(KIND, CPU), won)
-    remembered.write("checks", machine | CHECK, "right")
-    remembered.write("checks", machine | CHECK | {"reverse": False}, "the RMS error of h is 1")
+    cache.write("races", race._key(KIND, Backend.TRITON, CPU), won)
+    cache.write("checks", CHECK, "right")
+    cache.write("checks", CHECK | {"reverse": False}, "the RMS error of h is 1")
     problem = Problem(2, 16, 768, torch.bfloat16)
-    plan_cache.remember(problem, DEVICES["h100"], True, plans(problem, DEVICES["h100"], True)[0])
+    keep_measured(problem, DEVICES["h100"], True, plans(problem, DEVICES["h100"], True)[0])
     return tmp_path
 
 
@@ -71,7 +71,7 @@ def test_the_doctor_names_versions_devices_and_backends_and_prints_no_secrets(mo
     assert (devices["cpu"]["auto"], devices["cpu"]["backends"]["torch"]) == ("torch", None)
 
 
-@pytest.mark.parametrize("name", [backends.ENVIRONMENT_VARIABLE, races.ENVIRONMENT_VARIABLE])
+@pytest.mark.parametrize("name", [BACKEND_VARIABLE, RACE_VARIABLE])
 def test_the_doctor_says_that_every_call_raises_where_a_variable_is_wrong(monkeypatch, capsys, name):
     monkeypatch.setenv(name, "nonsense")
     first, *_ = printed_by(capsys)
@@ -84,7 +84,7 @@ def test_cached_results_are_the_users_alone(findings):
     """Whatever the umask."""
     before = os.umask(0)
     try:
-        remembered.write("races", {"card": "cpu"}, {})
+        cache.write("races", {"card": "cpu"}, {})
     finally:
         os.umask(before)
     found = [findings / "cache" / "gpu_lstm", *(findings / "cache" / "gpu_lstm").rglob("*")]
@@ -105,19 +105,19 @@ def test_the_doctor_says_why_a_backend_is_not_available():
     assert re.search(r"reference +available", printed)
 
 
-@pytest.mark.parametrize("race", ["on", "read"])
-def test_the_doctor_begins_with_what_was_checked_and_raced_on_a_card(findings, monkeypatch, capsys, race):
-    monkeypatch.setattr(backends, "KERNEL_DEVICES", ("cpu",))
-    monkeypatch.setattr(backends, "obstacle", lambda *_: None)
+@pytest.mark.parametrize("mode", ["on", "read"])
+def test_the_doctor_begins_with_what_was_checked_and_raced_on_a_card(findings, monkeypatch, capsys, mode):
+    monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(available, "why_unavailable", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setenv(races.ENVIRONMENT_VARIABLE, race)
+    monkeypatch.setenv(RACE_VARIABLE, mode)
     lost = {"backend": "torch", "why": "", "seconds": {}}
     for changed in ({"steps": 128}, {"card": "another"}):
-        remembered.write("races", races._key(KIND, CPU) | changed, lost)
+        cache.write("races", race._key(KIND, Backend.TRITON, CPU) | changed, lost)
     ends = {"on": "; the first call of each kind races", "read": ""}
     assert printed_by(capsys)[0] == (
         "On this machine gpu_lstm.LSTM runs fused Triton kernels on the CPU where they are faster: kernels checked 2, "
-        f"of which 1 are not trusted; kinds of problems raced 2, won 1{ends[race]}"
+        f"of which 1 are not trusted; kinds of problems raced 2, won 1{ends[mode]}"
     )
 
 
@@ -126,14 +126,14 @@ def test_cached_results_are_listed_those_of_another_version_as_they_are(findings
     for pattern in (
         r"^races: 1\n  cpu, triton .*: LSTM 6 -> 32, T <= 64, B <= 8, float32 \(tf32\), lengths, training: triton: won "
         r"a race, 2.00 times as fast \(triton 1 ms, torch 2 ms\)\nchecks: 2\n",
-        r": step 16x64 backward, H = 32, float32, tf32, reverse, lengths: right\n",
-        r": step 16x64 backward, H = 32, float32, tf32, lengths: the RMS error of h is 1\n",
+        r": step 16x16 backward, H = 32, float32, tf32, reverse, lengths: right\n",
+        r": step 16x16 backward, H = 32, float32, tf32, lengths: the RMS error of h is 1\n",
         r"plans: 1\n  NVIDIA H100 SXM, triton .*: B = 16: \w+ \d+x\d+ backward, H = 768, bfloat16",
     ):
         assert re.search(pattern, lines), pattern
     kinds = [entry["kind"] for entry in printed_by(capsys, "races", "--json")]
     assert kinds == ["races", "checks", "checks", "plans"]
-    remembered.write("races", {"card": "cpu", "triton": "1"}, {"surprise": 1})
+    cache.write("races", {"card": "cpu", "triton": "1"}, {"surprise": 1})
     assert "  cpu, triton 1: {'card': 'cpu', 'triton': '1'}: {'surprise': 1}" in printed_by(capsys, "races")
 
 
@@ -141,15 +141,15 @@ def test_cached_results_go_to_another_machine_in_a_file(findings, monkeypatch, c
     file = str(findings / "findings.json")
     assert printed_by(capsys, "races", "--export", file) == ["4 finding(s) exported"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(findings / "other"))
-    remembered._read.cache_clear()
-    assert races.found(KIND, CPU) is None
-    remembered.write("checks", remembered.machine(CPU) | CHECK, "ours")
+    cache._read.cache_clear()
+    assert race._cached(KIND, Backend.TRITON, CPU) is None
+    cache.write("checks", CHECK, "ours")
     assert printed_by(capsys, "races", "--json", "--merge", file, file) == {"merged": 3}
-    assert races.found(KIND, CPU).backend == "triton"
-    assert remembered.read("checks", remembered.machine(CPU) | CHECK) == "ours", "what is known here stays"
+    assert race._cached(KIND, Backend.TRITON, CPU).backend is Backend.TRITON
+    assert cache.read("checks", CHECK) == "ours", "what is known here stays"
     assert gpu_lstm.races.merge(file) == 0
     assert printed_by(capsys, "races", "--clear") == ["4 finding(s) cleared"]
-    assert races.found(KIND, CPU) is None
+    assert race._cached(KIND, Backend.TRITON, CPU) is None
     assert gpu_lstm.races.merge(file) == 4
 
 
@@ -160,16 +160,16 @@ def test_of_several_files_none_is_merged_if_one_is_none_of_ours(findings, monkey
     if content is not None:
         broken.write_text(content)
     monkeypatch.setenv("XDG_CACHE_HOME", str(findings / "other"))
-    remembered._read.cache_clear()
+    cache._read.cache_clear()
     assert main(["races", "--merge", str(good), str(broken)]) == 2
     assert str(broken) in capsys.readouterr().err
-    assert races.found(KIND, CPU) is None
+    assert race._cached(KIND, Backend.TRITON, CPU) is None
     with pytest.raises((OSError, ValueError)):
-        races.merge(broken)
-    monkeypatch.setattr(remembered, "folder", lambda: None)
-    remembered.warn_once.cache_clear()
+        gpu_lstm.races.merge(broken)
+    monkeypatch.setattr(cache, "folder", lambda: None)
+    cache.warn_once.cache_clear()
     with pytest.warns(UserWarning, match="is not remembered: there is no home directory"):
-        assert races.merge(good) == 0, "what cannot be stored is not counted"
+        assert gpu_lstm.races.merge(good) == 0, "what cannot be stored is not counted"
 
 
 def test_the_table_of_kernels_counts_and_says_how_long_it_takes(monkeypatch, capsys):

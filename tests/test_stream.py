@@ -5,7 +5,7 @@ import torch
 from comparing import BACKENDS, PLACES
 
 import gpu_lstm
-from gpu_lstm import stream as stream_module
+from gpu_lstm.tools import stream as stream_module
 from gpu_lstm.tools.stream import Stream
 
 T, B, I, H = 9, 3, 4, 5

@@ -20,8 +20,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gpu_lstm
-from gpu_lstm.backends import Backend, select
-from gpu_lstm.convert import to_torch
+from gpu_lstm.call.choices import Backend
+from gpu_lstm.dispatch import available
+from gpu_lstm.tools.convert import to_torch
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 ABLE = ("reference", "triton")
@@ -168,7 +169,7 @@ def test_chunks_of_time(monkeypatch, kind, option):
     lstm = made(kind, "triton", option)
     whole = call_of(lstm, **RAGGED)
     lstm.recompute = True
-    monkeypatch.setattr("gpu_lstm.chunks.WORKSPACE", 2 * B * 4 * H * 4)  # two steps
+    monkeypatch.setattr("gpu_lstm.backends.schedule.WORKSPACE", 2 * B * 4 * H * 4)  # two steps
     assert_same(call_of(lstm, **RAGGED), whole)
 
 
@@ -371,10 +372,10 @@ def test_a_backend_that_cannot_says_so(kind, name, backend):
 def test_auto_chooses_triton_where_it_can_else_the_reference(monkeypatch):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     for unable, chosen in ((None, Backend.TRITON), (Backend.TRITON, Backend.REFERENCE)):
-        monkeypatch.setattr("gpu_lstm.backends.can_run", lambda b, *_, unable=unable: b is not unable)
-        assert select("auto", cuda, torch.float32, "zoneout") is chosen
-        assert select("auto", cpu, torch.float32, "zoneout") is Backend.REFERENCE
-        assert select("auto", cpu, torch.float32) is Backend.TORCH
+        monkeypatch.setattr(available, "why_unavailable", lambda b, *_, it=unable: RuntimeError() if b is it else None)
+        assert available.select("auto", cuda, torch.float32, "zoneout", False) is chosen
+        assert available.select("auto", cpu, torch.float32, "zoneout", False) is Backend.REFERENCE
+        assert available.select("auto", cpu, torch.float32, None, False) is Backend.TORCH
 
 
 @pytest.mark.parametrize("kind", ["recomputed", "one of a stack"])

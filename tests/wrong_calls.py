@@ -15,7 +15,8 @@ from torch import nn, tensor, zeros
 from torch.nn.utils.rnn import pack_sequence
 
 import gpu_lstm
-from gpu_lstm import keras, races
+from gpu_lstm import keras
+from gpu_lstm.call.choices import requested_racing
 from gpu_lstm.functional import lstm_layer
 
 BOOL, F64, F16, INT, META = torch.bool, torch.float64, torch.float16, torch.int64, "meta"
@@ -373,7 +374,7 @@ CALLS = [
     (unknown("'cuda' in the environment variable GPU_LSTM_BACKEND"),
      "in_environment('GPU_LSTM_BACKEND', 'cuda', lambda: lstm_layer(X, WEIGHTS))"),
     ("ValueError: unknown mode of racing 'yes' in the environment variable GPU_LSTM_RACE; expected...",
-     "in_environment('GPU_LSTM_RACE', 'yes', races.mode)"),
+     "in_environment('GPU_LSTM_RACE', 'yes', requested_racing)"),
     # explain, trace
     *((f"TypeError: {function} takes a...LSTM... got ...{kind_of(value)}", f"gpu_lstm.{function}({value}, X)")
       for function in ("explain", "trace") for value in ("None", "[1]", "GRU", "LINEAR")),

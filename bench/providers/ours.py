@@ -60,7 +60,7 @@ def build_family(family: str, inputs: Inputs) -> Engine:
             raise Unable(f"no {family} kernel fits this card")
         return plan
 
-    return replace(build("triton", inputs), kernels=lambda: None, within=lambda: expected.running(choose))
+    return replace(build("triton", inputs), kernels=lambda: None, within=expected.running(choose))
 
 
 def build_stream(inputs: Inputs) -> Engine:
