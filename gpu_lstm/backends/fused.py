@@ -74,7 +74,7 @@ def inputs_of(
     reset_h = reset_c = None
     if reset_states is not None:
         reset_h, reset_c = reset_states[0][0].to(x.dtype), reset_states[0][1].float()
-    return Inputs(x, *state, *weights, reset_h, reset_c, *noise, lengths, resets)
+    return Inputs(x, *state, *weights, reset_h, reset_c, *noise, lengths, resets)  # type: ignore[arg-type]
 
 
 def forward(kernels: Any, given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -149,7 +149,7 @@ def gradients(
     kernels: Any, saved: Saved, output_gradients: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Of the first Inputs, those that are `needed`, from the gradients of h, h_n and c_n; None counts as zero."""
-    given, need = saved.given, Inputs(*needed)
+    given, need = saved.given, Inputs(*needed)  # type: ignore[arg-type]
     problem = kernels.problem
     traversal = given.traversal(problem.reverse)
     gates_were_dropped = saved.gates.dim() < saved.c.dim()  # not fewer elements: a batch of none has none

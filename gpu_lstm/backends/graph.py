@@ -58,7 +58,7 @@ def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[
         return y, call.pack_rows(rows)
 
     def direction(
-        _: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
+        row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
     ) -> tuple[Tensor, State]:
         x, state, weights = cast(x, state, weights, dtype)
         with without_autocast(call):
@@ -83,7 +83,7 @@ def _by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """torch's own LSTM, both directions of a layer at once."""
     options, rows, count = call.options, call.state_rows(), call.options.directions
     _, kept = torch_lstm.draw(call.weights, (call.steps, call.batch), dtype, options)
-    x, finals = call.x, []
+    x, finals = call.x, list[State]()
     for k, layer in enumerate(call.weights):
         h0, c0 = (torch.stack(state) for state in zip(*rows[k * count : (k + 1) * count]))
         x, (h0, c0), first = cast(x, (h0, c0), layer[0], dtype)
@@ -319,7 +319,7 @@ def _backward_flops(
     gradients: list, saved: list, x: Tensor, h0: Tensor, c0: Tensor, others: list, places: list, *rest: Any, **_: Any
 ) -> int:
     """A product for the gradient of each weight, and one for that of what it multiplies; those that are recomputed."""
-    (_, gates, c), (*_, needed) = saved, rest
+    (_, gates, c), needed = saved, rest[-1]
     recomputed = ("weight_ih", "weight_hh") if gates.dim() < c.dim() else ()
     return sum(
         count * (bool(needed[k]) + (name != "weight_ih" or bool(needed[0])) + (name in recomputed))

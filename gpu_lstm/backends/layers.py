@@ -48,13 +48,11 @@ def named(layer: int, direction: int | None, backend: str) -> contextlib.Abstrac
     return profiler.record_function(f"gpu_lstm layer {layer}{way}, {backend}")
 
 
-def one_after_another(
-    call: Call, run: Direction, backend: str, dtype: torch.dtype
-) -> tuple[Tensor, list[State]]:
+def one_after_another(call: Call, run: Direction, backend: str, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """Layers in order, and the directions of each, dropout between: output [T, B, D*P] and final states [L*D]."""
     options, traversal, x = call.options, call.traversal, call.x
     noise, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
-    rows, finals = call.state_rows(), []
+    rows, finals = call.state_rows(), list[State]()
     for k, layer in enumerate(call.weights):
         parts = []
         for d, weights in enumerate(layer):

@@ -7,6 +7,7 @@ that of torch's own LSTM in the same dtype. The verdict is cached (kernels/cache
 """
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call.noise import Noise
 from ..call.sequences import Traversal
 from ..call.weights import Weights
 from ..kernels import cache  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
@@ -145,9 +145,7 @@ class Small:
         """Results of forward, or gradients of backward, in some dtype; and the gates."""
         record: list[Gates] = []
 
-        def run(*given: Any) -> Any:
-            return reference.layer(*given, Noise(*self.inputs[15:18]), record)
-
+        run = functools.partial(reference.layer, noise=self.inputs.noise(), record=record)
         return self._results(run, dtype), record[0]
 
     def by_torch(self) -> dict[str, Tensor]:

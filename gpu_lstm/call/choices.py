@@ -130,9 +130,10 @@ def parse_backend(name: str | Backend, source: str = "") -> Backend:
     """
     if isinstance(name, Backend):
         return name
-    if isinstance(name, str) and name in (known := [b.value for b in Backend]):
+    names = [b.value for b in Backend]
+    if isinstance(name, str) and name in names:
         return Backend(name)
-    known = ", ".join(repr(b.value) for b in Backend)
+    known = ", ".join(map(repr, names))
     raise ValueError(f"unknown backend {name!r}{source}; expected one of {known}")
 
 
@@ -149,7 +150,7 @@ def _parse_racing(mode: str, source: str = "") -> Racing:
         raise ValueError(f"unknown mode of racing {mode!r}{source}; expected one of {known}") from None
 
 
-def requested_backend(argument: BackendName | Backend | None) -> Backend:
+def requested_backend(argument: str | Backend | None) -> Backend:
     """What the user asked for: by argument, else by `with backend(...)`, else by environment variable, else auto."""
     if argument is not None:
         return parse_backend(argument)

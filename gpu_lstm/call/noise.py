@@ -23,7 +23,7 @@ class Noise(NamedTuple):
     zoneout_h: Tensor | None = None  # bool [T, B, P], in time: where h stays as it was; in eval() the probability, []
     zoneout_c: Tensor | None = None  # bool [T, B, H] or [], alike for c
 
-    def within(self, span: slice | None) -> "Noise":
+    def within(self, span: slice | None) -> Noise:
         """That of the times of a span alone; None: of all."""
         if span is None:
             return self

@@ -1,5 +1,6 @@
 """A user's call as one value: checked here and nowhere else, time-major, with what hands results back in his form."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -54,11 +55,10 @@ class Call(NamedTuple):
         if len(rows) == 1:
             h, c = rows[0]
             return [(h.unsqueeze(0), c.unsqueeze(0))]
-        packed, n = [], 0
+        packed, left = [], iter(rows)
         for count in self.options.blocks:
-            h, c = zip(*rows[n : n + count])
-            packed.append((torch.stack(h), torch.stack(c)))
-            n += count
+            hs, cs = zip(*itertools.islice(left, count))
+            packed.append((torch.stack(hs), torch.stack(cs)))
         return packed
 
     def states_out(self, states: list[State]) -> Any:
@@ -198,9 +198,7 @@ def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> lis
     return states
 
 
-def _check_tensors(
-    options: Options, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]
-) -> bool:
+def _check_tensors(options: Options, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> bool:
     """Raise unless all tensors fit together; whether one requires a gradient."""
     dtype, device, learns, alike = x.dtype, x.device, x.requires_grad, True
     for layer, sizes in zip(weights, options.weight_sizes):

@@ -81,7 +81,7 @@ def kind_of(call: Call) -> Kind:
         call.modes.precision if dtype is torch.float32 else "ieee", call.learns, options.recompute,
         size_class(int(call.steps)), int(call.batch), lengths, call.traversal.resets is not None,
         options.recurrent_dropout > 0, zoneout_h, zoneout_c, call.traversal.reset_states is not None,
-        weights.weight_peephole is not None, tuple([t is not None for t in weights[6:]]),
+        weights.weight_peephole is not None, tuple([t is not None for t in weights[6:]]),  # type: ignore[arg-type]
     )  # fmt: skip
 
 

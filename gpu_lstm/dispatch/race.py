@@ -8,7 +8,7 @@ import logging
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import ceil
 from typing import Any
 
@@ -170,7 +170,7 @@ def clock_of(device: torch.device) -> Callable[[], float]:
     return now
 
 
-def race(rivals: dict[str, Callable[[], object]], now: Callable[[], float]) -> dict[str, list[float]]:
+def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds a call of each rival, by turns, until the budget is spent; at least three times each.
 
     The first call of each, which may compile, does not count. Host and device run at once, as they do for a user.
