@@ -15,7 +15,7 @@ from ..layer import Chosen, Gradients, Layer, LoopGradients, Verify, zeros_for_r
 from ..operands import as_words
 from ..problem import Pass, Problem, Recurrence, problem_of
 from ..timeouts import error_word
-from .planning import Launch, Plan, card_of, choose_plan
+from .planning import Plan, card_of, choose_plan
 from .source import ELEMENTS, OPTIONS, in_order, join, name_expression, parts
 
 PACK = 16  # bytes that a thread reads at once
@@ -23,12 +23,10 @@ SENTINEL = -1  # the word, as int32, that stands for what is not there yet
 
 
 class Prepared:
-    """A plan of one problem and pass; see layer.Prepared. `launch` makes its launches, by default `launch_kernel`."""
+    """A plan of one problem and pass; see layer.Prepared."""
 
-    projects_outside: bool
-
-    def __init__(self, problem: Problem, which: Pass, plan: Plan, launch: Launch | None = None) -> None:
-        self.plan, self._launch, self._which = plan, launch, which
+    def __init__(self, problem: Problem, which: Pass, plan: Plan) -> None:
+        self.plan, self._which = plan, which
         self.at_once = plan.side_by_side
         self.projects_outside = problem.projected > 0
 
@@ -41,7 +39,7 @@ class Prepared:
         h[-1, :, :hidden] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the sentinel's
         h_n, c_n = r.h0.clone(), r.c0.clone()  # what a sequence of length 0 ends with
         c = r.c0.new_empty(steps, batch, hidden) if self._which.save else None
-        (self._launch or launch_kernel)(
+        launch_kernel(
             "lstm_cooperative_forward", gates.dtype, self.plan,
             gates=gates, weights=as_words(r.weight_hh, PACK), h=h, h_n=h_n, c=c, c_n=c_n,
             **_shared(gates, r, "lstm_cooperative_forward"),
@@ -60,7 +58,7 @@ class Prepared:
             partials = torch.full((batch, parts_, hidden), SENTINEL, dtype=torch.int32, device=gates.device)
         dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
         _, dreset_c = zeros_for_resets(r)
-        (self._launch or launch_kernel)(
+        launch_kernel(
             "lstm_cooperative_backward", gates.dtype, self.plan,
             dh=dh, dh_n=dh_n, gates=gates, c=c, c0=r.c0, weights=_transposed(r.weight_hh, parts_), dgates=dgates,
             partials=partials, dc=dc, dreset_c=dreset_c, **_shared(gates, r, "lstm_cooperative_backward"),

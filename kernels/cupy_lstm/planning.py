@@ -1,7 +1,7 @@
 """Plans: by what blocks the time loop is run. Pure Python."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -9,9 +9,6 @@ import torch
 
 from ..architectures import shared_memory_of
 from ..problem import Problem
-
-Launch = Callable[..., None]
-"""launch(kernel, dtype, plan, **arguments): `launch.launch_kernel`."""
 
 SEQUENCES = 8  # of a batch tile
 CHUNK = 16  # words of K that a warp multiplies at once

@@ -195,6 +195,7 @@ def layer_backward(
 
 def _layer(gates: Tensor, r: Recurrence, plan: Plan | None, launch: Launch | None) -> Layer:
     problem = problem_of(gates, r)
+    assert plan is not None or launch is None, "`launch` comes with a plan: a layer that is kept has none of its own"
     return layer_of(problem, gates.device) if plan is None else layer_by(problem, gates.device, plan, launch)
 
 
