@@ -219,9 +219,9 @@ def lengths_of(mask: Tensor) -> Tensor:
 def keras_init(module: Module) -> Module:
     """Give every LSTM in `module`, in place, initial values as Keras draws them.
 
-    weight_ih is glorot_uniform: uniform within sqrt(6 / (I + 4H)) of zero. weight_hh is orthogonal: its columns, for
-    all gates together, are orthonormal. Biases are zero but for a forget gate's, which is 1 (see forget_bias).
-    weight_hr, which Keras does not have, is glorot_uniform too; peepholes and layer norms stay as they are.
+    weight_ih and weight_hr, which Keras does not have, are glorot_uniform: weight_ih within sqrt(6 / (I + 4H)) of zero.
+    weight_hh is orthogonal: its columns, for all gates together, are orthonormal. Biases are zero but for a forget
+    gate's, which is 1 (see forget_bias). Peepholes and layer norms stay as they are.
 
     Args:
         module: an LSTM, StackedLSTM or LSTMCell, torch's own, or a module that holds some.

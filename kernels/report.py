@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from .architectures import REGISTERS, shared_memory_of
 from .sass import Loop
+
+PRECISIONS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
 
 
 class Resources(NamedTuple):

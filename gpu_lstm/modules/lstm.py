@@ -179,21 +179,9 @@ class LSTM(Checked, HasVariants, RNNBase):
         return weights_of(self, self._options().names)
 
     # The rest of torch.nn.LSTM's public methods, which RNNBase has for a single state only.
-
-    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
-        """The size of c_0 for `input`."""
-        rows, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
-        return rows, batch, self.hidden_size
-
-    def check_forward_args(self, input: Tensor, hidden: State, batch_sizes: Tensor | None) -> None:  # type: ignore[override]
-        """Raise unless input, h_0 and c_0 have the right dtype and sizes."""
-        self.check_input(input, batch_sizes)
-        for i, size_of in enumerate((self.get_expected_hidden_size, self.get_expected_cell_size)):
-            self.check_hidden_size(hidden[i], size_of(input, batch_sizes), f"Expected hidden[{i}] size {{}}, got {{}}")
-
-    def permute_hidden(self, hx: State, permutation: Tensor | None) -> State:  # type: ignore[override]
-        """Both states with their batch in another order."""
-        return hx if permutation is None else (hx[0].index_select(1, permutation), hx[1].index_select(1, permutation))
+    get_expected_cell_size = TorchLSTM.get_expected_cell_size
+    check_forward_args = TorchLSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = TorchLSTM.permute_hidden  # type: ignore[assignment]
 
     def extra_repr(self) -> str:
         """As torch.nn.LSTM, and our own arguments that are not at their defaults."""

@@ -174,14 +174,11 @@ class Stream:
 
     def _checked(self, hx: States) -> list[State]:
         """hx as pairs, checked to have the sizes, dtype and device of the states."""
-        if isinstance(self.lstm, StackedLSTM):
-            check_pairs(hx, len(self.lstm.hidden_sizes))  # type: ignore[arg-type]
-        else:
-            check_pair(hx)  # type: ignore[arg-type]
-        dtype = self._state[0][0].dtype
+        stacked, dtype = isinstance(self.lstm, StackedLSTM), self._state[0][0].dtype
+        check_pairs(hx, len(self._state)) if stacked else check_pair(hx)
         for k, (held, given) in enumerate(zip(self._state, self._as_list(hx))):
-            for name, ours, state in zip(("h", "c"), held, given):
-                name = f"{name} of layer {k}" if isinstance(self.lstm, StackedLSTM) else f"{name}_0"
+            for name, ours, state in zip("hc", held, given):
+                name = f"{name} of layer {k}" if stacked else f"{name}_0"
                 check_tensor(state, name)
                 if state.shape != ours.shape:
                     raise RuntimeError(f"Expected {name} of size {list(ours.shape)}, got {list(state.shape)}")

@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 
 from ..problem import Problem
-from ..report import Report
+from ..report import PRECISIONS, Report
 from ..sass import time_loops, usage
 from .planning import Card, Plan, plans
 from .source import OPTIONS, join, name_expression, parts
 
 CARDS = (Card(70, 80), Card(75, 40), Card(80, 108), Card(86, 84), Card(89, 58), Card(90, 132), Card(100, 148),
          Card(120, 170))  # fmt: skip
-PRECISIONS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
 SIZES = ((16, 64), (16, 256), (16, 768), (64, 1024), (16, 2048))  # sequences, hidden units
 READABLE = 75  # by the disassembler of CUDA 13, which recent Tritons bring
 

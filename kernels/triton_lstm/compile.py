@@ -15,7 +15,7 @@ import torch
 
 from ..architectures import shared_memory_of
 from ..problem import Pass, Problem
-from ..report import Report
+from ..report import PRECISIONS, Report
 from ..sass import time_loops
 from .binary import RecordedLaunch, compile_for, resources_of
 from .choose import plans
@@ -24,7 +24,6 @@ from .planning import DEVICES, Device, Plan
 from .step import step_plan
 
 STEP_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-PRECISIONS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
 
 SEQUENCE_DEVICES = [DEVICES[name] for name in ("a100", "h100", "b200", "rtx5090")]
 HIDDEN = (64, 128, 256, 512, 768, 1024, 1536)
