@@ -1,35 +1,27 @@
-"""python -m gpu_lstm: the doctor, the plan for a problem, what the kernels compile to, and what is cache."""
+"""python -m gpu_lstm: the doctor, the plan for a problem, what the kernels compile to, and what is cached."""
 
 import argparse
 import dataclasses
 import enum
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import __version__
 from .backends import verify
-from .call.choices import (
-    BACKEND_VARIABLE,
-    KERNEL_BACKENDS,
-    RACE_VARIABLE,
-    Backend,
-    requested_backend,
-    requested_racing,
-)
+from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Backend, requested_backend, requested_racing
 from .dispatch import race
 from .dispatch.available import select, triton_import_problem, why_unavailable, without_triton
 from .dispatch.kind import describe
 from .dispatch.route import Decision
-from .kernels import cache  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from .kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 from .kernels.problem import Problem  # type: ignore[import-not-found]
 
 
@@ -39,12 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("doctor", help="versions, devices, and which backends can run (the default)")
-    kernels = commands.add_parser(
+    table = commands.add_parser(
         "kernels", help="compile every kernel for every architecture, without a GPU, and report"
     )
-    kernels.add_argument("--quick", action="store_true", help="for an H100 in bfloat16 alone")
+    table.add_argument("--quick", action="store_true", help="for an H100 in bfloat16 alone")
     plan = commands.add_parser(
-        "plan", help="which kernels a problem takes on a card, and what a step takes there (expected)"
+        "plan", help="which kernels a problem uses on a card, and how long a step is (estimated)"
     )
     plan.add_argument("--hidden", type=_positive, required=True, help="hidden units")
     plan.add_argument("--batch", type=_positive, required=True, help="sequences")
@@ -52,11 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the tensors; tf32 and fp32 are float32")
     plan.add_argument("--directions", type=int, choices=(1, 2), default=1, help="that run side by side")
     plan.add_argument("--device", required=True, help="h100, a100, l4, rtx4090, rtx5090, b200")
-    found = commands.add_parser("races", help="what is remembered: races, checks of kernels, measured plans")
-    what = found.add_mutually_exclusive_group()
-    what.add_argument("--export", metavar="FILE", help="write all of it into one file")
-    what.add_argument("--merge", metavar="FILE", nargs="+", help="add what exported files have and is not known here")
-    what.add_argument("--clear", action="store_true", help="forget all but what is in a shared folder")
+    cached = commands.add_parser("races", help="cached results: races, verification of kernels, measured plans")
+    what = cached.add_mutually_exclusive_group()
+    what.add_argument("--export", metavar="FILE", help="write all of them into one file")
+    what.add_argument(
+        "--merge", metavar="FILE", nargs="+", help="add results of exported files that are not cached here"
+    )
+    what.add_argument("--clear", action="store_true", help="remove all but those in a shared folder")
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     options = parser.parse_args(arguments)
@@ -66,24 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "kernels" and importlib.import_module("gpu_lstm.kernels.triton_lstm.launch").INTERPRETED:
         print("python -m gpu_lstm kernels compiles them: unset TRITON_INTERPRET in the environment", file=sys.stderr)
         return 2
-    match options.command:
-        case "kernels":
-            return _kernels(options)
-        case "plan":
-            return _plan(options)
-        case "races":
-            return _races(options)
-        case _:
-            return _doctor(options.json)
+    return {"kernels": _kernels, "plan": _plan, "races": _races}.get(options.command, _doctor)(options)
 
 
 _DTYPES = {
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp16": (torch.float16, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "fp32": (torch.float32, "ieee"),
-}
-
+    "bf16": (torch.bfloat16, "ieee"), "fp16": (torch.float16, "ieee"),
+    "tf32": (torch.float32, "tf32"), "fp32": (torch.float32, "ieee"),
+}  # fmt: skip
 LARGEST_MEMORY = 192e9  # bytes; of a B200
 
 
@@ -96,19 +79,19 @@ def _positive(text: str) -> int:
     return count
 
 
-def _doctor(as_json: bool) -> int:
-    findings = diagnosis()
-    if as_json:
-        print(json.dumps(findings, indent=2))
+def _doctor(options: argparse.Namespace) -> int:
+    found = diagnosis()
+    if options.json:
+        print(json.dumps(found, indent=2))
         return 0
-    print(findings["summary"])
-    print(f"\ngpu_lstm {findings['versions']['gpu_lstm']}")
+    print(found["summary"])
+    print(f"\ngpu_lstm {found['versions']['gpu_lstm']}")
     for title in ("versions", "environment"):
         print(f"\n{title}")
-        for name, value in findings[title].items():
+        for name, value in found[title].items():
             print(f"  {name:<18} {value if value is not None else '-'}")
     print("\ndevices")
-    for device in findings["devices"]:
+    for device in found["devices"]:
         print(f"  {device['device']:<18} {device['name']}; float32 goes to {device['auto']!r} by default")
         for name, why_not in device["backends"].items():
             print(f"    {name:<16} {'available' if why_not is None else 'not available: ' + why_not}")
@@ -117,75 +100,59 @@ def _doctor(as_json: bool) -> int:
 
 def diagnosis() -> dict:
     """What a user gets; versions; environment; for each device the backends: None where available, else why not."""
-    packages = ("triton", "numpy", "cupy-cuda12x", "cupy-cuda13x")
-    versions: dict[str, str | None] = {
-        "gpu_lstm": __version__, "python": platform.python_version(), "torch": torch.__version__,
-    }  # fmt: skip
-    versions |= {package: _installed(package) for package in packages}
-    versions["CUDA of torch"] = torch.version.cuda
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     return {
         "summary": _summary(torch.device(devices[min(1, len(devices) - 1)])),
-        "versions": versions,
-        "environment": {name: os.environ.get(name) for name in _VARIABLES},
+        "versions": {
+            "gpu_lstm": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            **{package: cache.version_of(package) for package in ("triton", "numpy", "cupy-cuda12x", "cupy-cuda13x")},
+            "CUDA of torch": torch.version.cuda,
+        },
+        "environment": {
+            name: os.environ.get(name) for name in (BACKEND_VARIABLE, RACE_VARIABLE, cache.SHARED, "TRITON_INTERPRET")
+        },
         "devices": [_diagnosis_of(torch.device(device)) for device in devices],
-    }
-
-
-_VARIABLES = (BACKEND_VARIABLE, RACE_VARIABLE, cache.SHARED, "TRITON_INTERPRET")
+    }  # fmt: skip
 
 
 def _summary(device: torch.device) -> str:
-    """What a user of a device gets by default, and whether it was checked and raced there."""
+    """What a user of a device gets by default, and whether it was verified and raced there."""
     try:
         requested_backend(None), requested_racing()
     except ValueError as error:
         return f"On this machine gpu_lstm.LSTM raises: {error}"
     start = "On this machine gpu_lstm.LSTM runs"
     backend = select(Backend.AUTO, device, torch.float32, None, False)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    on_cpu = device.type == "cpu"
+    where = "the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if backend not in KERNEL_BACKENDS:
-        why_not = (
-            "there is no CUDA device"
-            if device.type == "cpu"
-            else why_unavailable(Backend.TRITON, device, torch.float32)
-        )
-        return f"{start} torch's own LSTM on {where}: {why_not}"
+        why = "there is no CUDA device" if on_cpu else why_unavailable(Backend.TRITON, device, torch.float32)
+        return f"{start} torch's own LSTM on {where}: {why}"
     here = cache.machine(device).items()
-    checks, decisions = (
+    verdicts, decisions = (
         [value for _, key, value in cache.entries(kind) if key.items() >= here] for kind in (verify.KIND, race.KIND)
     )
-    wrong = sum(verdict != "right" for verdict in checks)
+    wrong = sum(verdict != "right" for verdict in verdicts)
     won = sum(isinstance(value, dict) and value.get("backend") == backend.value for value in decisions)
     kernels = "fused Triton kernels" if backend is Backend.TRITON else "fused kernels in CUDA C++"
     return (
-        f"{start} {kernels} on {where} where they are faster: kernels checked {len(checks)}"
+        f"{start} {kernels} on {where} where they are faster: kernels checked {len(verdicts)}"
         + (f", of which {wrong} are not trusted" if wrong else "")
         + f"; kinds of problems raced {len(decisions)}, won {won}"
         + ("; the first call of each kind races" if os.environ.get(RACE_VARIABLE, "on") == "on" else "")
     )
 
 
-def _installed(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _diagnosis_of(device: torch.device) -> dict:
     problems = {b.value: why_unavailable(b, device, torch.float32) for b in Backend if b is not Backend.AUTO}
+    name = platform.processor() or platform.machine()
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
-    else:
-        name = platform.processor() or platform.machine()
     return {
-        "device": str(device),
-        "name": name,
-        "auto": select(Backend.AUTO, device, torch.float32, None, False).value,
+        "device": str(device), "name": name, "auto": select(Backend.AUTO, device, torch.float32, None, False).value,
         "backends": {backend: None if problem is None else str(problem) for backend, problem in problems.items()},
-    }
+    }  # fmt: skip
 
 
 def _kernels(options: argparse.Namespace) -> int:
@@ -205,22 +172,18 @@ def _kernels(options: argparse.Namespace) -> int:
             for done, those in enumerate(compiler.reports(cases), start=1):
                 left = (time.monotonic() - begin) / done * (len(cases) - done)
                 print(f"{backend}: {done} of {len(cases)} compiled, about {left:.0f} s left", file=sys.stderr)
-                for row in those:
-                    rows.append(_as_json(row) | {"backend": backend, "fits": row.fits})
-                    if options.json:
-                        continue
+                rows += [_as_json(row) | {"backend": backend, "fits": row.fits} for row in those]
+                for row in [] if options.json else those:
                     loop = row.loop
                     counts = ("-",) * 7 if loop is None else (
                         loop.instructions, loop.barriers, loop.products, loop.shared * row.threads, loop.loads,
                         loop.stores, row.weight_loads if backend == "triton" else "-",
                     )  # fmt: skip
-                    print(
-                        line.format(
-                            backend, row.kernel.removesuffix("_kernel"), row.case, row.architecture, row.registers,
-                            row.spills, row.shared, *counts, row.tiles + ("" if row.fits else ", DOES NOT FIT"),
-                        ),
-                        flush=True,
+                    cells = line.format(
+                        backend, row.kernel.removesuffix("_kernel"), row.case, row.architecture, row.registers,
+                        row.spills, row.shared, *counts, row.tiles + ("" if row.fits else ", DOES NOT FIT"),
                     )  # fmt: skip
+                    print(cells, flush=True)
         except ImportError as error:  # NVRTC is in the dev extra only
             print(f"{backend}: {error}", file=sys.stderr)
             complete = False
@@ -232,13 +195,12 @@ def _kernels(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    """The plans of a problem, forward and backward, and what a step is expected to take."""
+    """The plans of a problem, forward and backward, and the estimated time of a step."""
     planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
-    families = importlib.import_module("gpu_lstm.kernels.triton_lstm.choose")
+    choose = importlib.import_module("gpu_lstm.kernels.triton_lstm.choose")
     device = planning.DEVICES.get(options.device)
     if device is None:
-        known = ", ".join(planning.DEVICES)
-        print(f"unknown device {options.device!r}; known: {known}", file=sys.stderr)
+        print(f"unknown device {options.device!r}; known: {', '.join(planning.DEVICES)}", file=sys.stderr)
         return 2
     dtype, precision = _DTYPES[options.dtype]
     problem = Problem(
@@ -249,12 +211,10 @@ def _plan(options: argparse.Namespace) -> int:
         takes = f"W_hh of {problem.hidden} units takes {weights / 1e9:.0f} GB"
         print(f"{takes}, more than any known card has", file=sys.stderr)
         return 2
-    passes = {}
-    for name, backward in (("forward", False), ("backward", True)):
-        passes[name] = [
-            (plan, planning.expected(problem, device, plan, backward))
-            for plan in families.plans(problem, device, backward)
-        ]
+    passes = {
+        name: [(p, planning.expected(problem, device, p, backward)) for p in choose.plans(problem, device, backward)]
+        for name, backward in (("forward", False), ("backward", True))
+    }
     if options.json:
         found = {
             name: {"plan": _as_json(plan), "expected_seconds": expected.seconds, "expected_terms": expected.terms}
@@ -266,10 +226,8 @@ def _plan(options: argparse.Namespace) -> int:
     for name, ((plan, expected), *others) in passes.items():
         print(f"\n{name}: {plan.family.value}, {plan.why}")
         print(f"  tiles    {plan.rows} sequences x {plan.columns} units, K by {plan.k}")
-        print(
-            f"  grid     {plan.programs} programs x {plan.groups} groups, {plan.num_warps} warps each; "
-            f"{plan.walks} tile(s) after one another at every step"
-        )
+        grid = f"{plan.programs} programs x {plan.groups} groups, {plan.num_warps} warps each"
+        print(f"  grid     {grid}; {plan.walks} tile(s) after one another at every step")
         print(f"  shared   {plan.shared / 1024:.0f} KB a program, of {device.shared / 1024:.0f} KB")
         print(f"  a step   {expected.seconds * 1e6:.2f} us (expected, not measured):")
         for term, seconds in sorted(expected.terms.items(), key=lambda item: -item[1]):
@@ -281,7 +239,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _races(options: argparse.Namespace) -> int:
-    """List, export, merge or clear what is cache. Exit status 2 if a file cannot be read or written."""
+    """List, export, merge or clear cached results. Exit status 2 if a file cannot be read or written."""
     try:
         if options.export is not None:
             done = {"exported": cache.export(options.export)}
@@ -290,7 +248,7 @@ def _races(options: argparse.Namespace) -> int:
         elif options.clear:
             done = {"cleared": sum(map(cache.forget, cache.KINDS))}
         else:
-            return _list_findings(options.json)
+            return _list_cached(options.json)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -298,64 +256,48 @@ def _races(options: argparse.Namespace) -> int:
     return 0
 
 
-def _list_findings(as_json: bool) -> int:
-    found = [
-        {"kind": kind, "file": str(file), "key": key, "value": value}
-        for kind in cache.KINDS
-        for file, key, value in cache.entries(kind)
-    ]
+def _list_cached(as_json: bool) -> int:
+    found = {kind: list(cache.entries(kind)) for kind in cache.KINDS}
     if as_json:
-        print(json.dumps(found, indent=1))
+        rows = [
+            {"kind": kind, "file": str(file), "key": key, "value": value}
+            for kind, entries in found.items()
+            for file, key, value in entries
+        ]
+        print(json.dumps(rows, indent=1))
         return 0
-    for kind in cache.KINDS:
-        entries = [entry for entry in found if entry["kind"] == kind]
+    for kind, entries in found.items():
         print(f"{kind}: {len(entries)}")
-        for entry in entries:
-            key, value = entry["key"], entry["value"]
+        for _, key, value in entries:
             try:
-                text = _DESCRIBE[kind](key, value)
+                text = _in_words(kind, key, value)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # of another version, or not ours
                 text = f"{key}: {value}"
             print(f"  {key.get('card')}, triton {key.get('triton')}: {text}")
     return 0
 
 
-def _describe_race(key: dict[str, Any], value: dict[str, Any]) -> str:
-    decision = Decision(**value)._replace(backend=Backend(value["backend"]))
-    return f"{describe(key)}: {decision}"
-
-
-def _describe_check(key: dict[str, Any], value: str) -> str:
-    direction = "backward" if key["backward"] else "forward"
-    words = [name for name in ("reverse", "lengths", "resets", "dropout_h", "reset_c", "peepholes") if key[name]]
+def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
+    """A cached result; raises whatever it is where the result has other fields."""
+    if kind == race.KIND:
+        return f"{describe(key)}: {Decision(**value)._replace(backend=Backend(value['backend']))}"
+    of = key | value if kind == "plans" else key
+    direction, dtype = "backward" if of["backward"] else "forward", of["dtype"].removeprefix("torch.")
+    tiles = f"{of['family']} {of['rows']}x{of['columns']} {direction}, H = {of['hidden']}, {dtype}"
+    if kind == "plans":
+        return f"B = {of['batch']}: {tiles}"
+    words = ["projected"] * bool(key["projected"])
+    words += [name for name in ("reverse", "lengths", "resets", "dropout_h", "reset_c", "peepholes") if key[name]]
     words += [f"{name}, {key[name]}-D" for name in ("zoneout_h", "zoneout_c") if key[name] is not None]
     words += [name for name, there in zip(("gain_hh", "gain_c", "bias_c"), key["norms"]) if there]
-    options = "".join(f", {word}" for word in ["projected"] * bool(key["projected"]) + words)
-    return f"{_tiles(key, direction)}, {key['precision']}{options}: {value}"
-
-
-def _describe_plan(key: dict[str, Any], value: dict[str, Any]) -> str:
-    direction = "backward" if key["backward"] else "forward"
-    return f"B = {key['batch']}: {_tiles(key | value, direction)}"
-
-
-def _tiles(fields: dict[str, Any], direction: str) -> str:
-    dtype = fields["dtype"].removeprefix("torch.")
-    return f"{fields['family']} {fields['rows']}x{fields['columns']} {direction}, H = {fields['hidden']}, {dtype}"
-
-
-_DESCRIBE: dict[str, Callable[[dict[str, Any], Any], str]] = {
-    "races": _describe_race, "checks": _describe_check, "plans": _describe_plan,
-}  # fmt: skip
+    return f"{', '.join([tiles, key['precision'], *words])}: {value}"
 
 
 def _as_json(row: Any) -> dict[str, Any]:
     """A dataclass as plain JSON values."""
-
-    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {key: value.value if isinstance(value, enum.Enum) else value for key, value in items}
-
-    return dataclasses.asdict(row, dict_factory=plain)
+    return dataclasses.asdict(
+        row, dict_factory=lambda items: {k: v.value if isinstance(v, enum.Enum) else v for k, v in items}
+    )
 
 
 if __name__ == "__main__":

@@ -47,9 +47,9 @@ def lstm_layer(
     Raises:
         RuntimeError: a tensor of the wrong shape, device or dtype; T = 0; other than two states.
         TypeError: something that is no tensor, or no bool.
-        ValueError: wrong lengths, resets or reset_states, or a backend that does not support these, peepholes or a layer
-            norm; a layer norm with weight_hr; less than two weights or more than ten; H = 0 or P = 0; more steps,
-            sequences or units than the backend's kernels can count to; an unknown backend.
+        ValueError: wrong lengths, resets or reset_states, or a backend that does not support these, peepholes or a
+            layer norm; a layer norm with weight_hr; less than two weights or more than ten; H = 0 or P = 0; more
+            steps, sequences or units than the backend's kernels can count to; an unknown backend.
         ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
     """
     check_tensor(x, "input")

@@ -1,12 +1,12 @@
 """To Keras 3 and back, with equal numbers; and Keras's initial values for any LSTM.
 
-Keras and torch have the gates in the same order, i, f, g, o. Keras's matrices are the other way round, and it has one
-bias where torch has two. Only from_keras and to_keras import Keras.
+Both have the gates in the order i, f, g, o; Keras's matrices are transposed, and it has one bias where torch has two.
+Only from_keras and to_keras import Keras.
 """
 
 import importlib
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,26 +19,21 @@ from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from .call.checks import check_bool, check_lengths, check_tensor
 from .call.choices import Backend, BackendName
 from .call.sequences import times_of_steps
-from .call.weights import Weights
 from .modules import LSTM, LSTMCell, StackedLSTM
 from .modules.arguments import recast
 
 Module = TypeVar("Module", bound=nn.Module)
-
 BIASES = ("bias_ih", "bias_hh")
 
 
 class GoBackwards(nn.Module):
     """Runs an LSTM or StackedLSTM from the end of each sequence to its start, as Keras's go_backwards=True.
 
-    ``output`` is in the order in which the steps were taken: ``output[:, 0]`` belongs to the last time. With
-    ``lengths`` its zeros come first, since Keras turns the mask round together with the input. ``output.flip(1)`` is
-    in the order of time, with the zeros past the end.
+    A call accepts and returns what `lstm` does, batched, but ``output[:, 0]`` belongs to the last time. With lengths
+    its zeros come first, since Keras reverses the mask with the input; ``output.flip(1)`` is in the order of time.
 
     Args:
         lstm: one direction, batch_first=True. Its weights are those of a forward LSTM.
-
-    A call takes and returns what `lstm` does, of the same shapes, batched.
 
     Raises:
         TypeError: something else than an LSTM or StackedLSTM; input that is no tensor.
@@ -69,7 +64,7 @@ class GoBackwards(nn.Module):
             return self.lstm(input.flip(1), hx)
         batch, steps, _ = input.shape
         check_lengths(lengths, steps, (batch,), input.device)
-        # Each sequence is turned round inside its length, and the output back.
+        # Each sequence is reversed within its length, and so is the output.
         time = times_of_steps(steps, batch, lengths, True, input.device).T[:, :, None]  # [N, T, 1]
         output, states = self.lstm(input.take_along_dim(time, 1), hx, lengths=lengths)
         return output.take_along_dim(time, 1).flip(1), states
@@ -87,19 +82,18 @@ def from_keras(
     | RNN([LSTMCell, ...]), RNN(StackedRNNCells) | StackedLSTM |
     | any of these but Bidirectional, go_backwards | GoBackwards of the module |
 
-    The module is batch_first, as Keras is, and has the dtype of the layer's variables. It always returns the whole
-    output and the states, whatever the layer's return_sequences and return_state say. Regularizers and constraints
-    are matters of training, and are not taken along.
+    The module is batch_first and has the dtype of the layer's variables. It always returns the whole output and the
+    states, whatever return_sequences and return_state are. Regularizers and constraints are not converted.
 
     Args:
         layer: from any backend of Keras.
-        freeze_second_bias: bias_ih is Keras's bias and bias_hh is zero. If True, bias_hh gets requires_grad=False, so
-            that the bias moves as Keras's in training and not twice as fast.
+        freeze_second_bias: bias_ih is Keras's bias and bias_hh is zero. If True, bias_hh has requires_grad=False, so
+            that the bias does not train twice as fast as Keras's.
         backend: of the module, as for LSTM.
 
     Raises:
         ValueError: a layer that is not built, or an argument of it that has no counterpart here.
-        TypeError: another kind of layer, or a subclass, which may compute anything; freeze_second_bias is no bool.
+        TypeError: another layer, or a subclass, which may compute anything; freeze_second_bias is no bool.
         ImportError: Keras is not installed.
     """
     check_bool("freeze_second_bias", freeze_second_bias)
@@ -130,7 +124,7 @@ def from_keras(
         units = _same("units", sizes)
         lstm = LSTM(inputs, units, 1, bias, batch_first=True, bidirectional=both, dtype=dtype, backend=backend)
     with torch.no_grad():
-        for weights, cell in zip(_weights(lstm), cells):
+        for weights, cell in zip([w for layer in lstm._weights() for w in layer], cells):
             weights.weight_ih.copy_(_tensor(keras, cell.kernel).T)
             weights.weight_hh.copy_(_tensor(keras, cell.recurrent_kernel).T)
             for tensor in weights.present():
@@ -145,7 +139,7 @@ def to_keras(lstm: nn.Module) -> Any:
     """The built Keras layer that computes what a module computes, with a copy of its weights.
 
     One layer becomes keras.layers.LSTM or Bidirectional, several become RNN(StackedRNNCells); GoBackwards becomes
-    go_backwards=True. The layer takes (N, T, I) whatever batch_first says, has return_sequences=True and
+    go_backwards=True. The layer accepts (N, T, I) whatever batch_first is, has return_sequences=True and
     return_state=True, and returns (output, h, c), (output, h, c, h_reverse, c_reverse), or (output, [h, c], ...) with
     a pair a layer. Its bias is bias_ih + bias_hh.
 
@@ -173,7 +167,7 @@ def to_keras(lstm: nn.Module) -> Any:
         _refuse("dropout", lstm.dropout, " in Keras; set it to 0 for the numbers of eval()")
         _refuse("bidirectional", lstm.bidirectional, f" in Keras with {layers} layers")
 
-    weights = _weights(lstm)
+    weights = [w for layer in lstm._weights() for w in layer]  # [L * D]
     dtype = str(weights[0].weight_ih.dtype).removeprefix("torch.")
     sizes = [w.weight_hh.shape[1] for w in weights]
     of_cell = dict(use_bias=lstm.bias, dtype=dtype)
@@ -238,12 +232,7 @@ def keras_init(module: Module) -> Module:
     Raises:
         TypeError: there is no LSTM in `module`.
     """
-    _assign(
-        (parameter, _drawn(name, parameter))
-        for lstm in _lstms(module)
-        for name, parameter in lstm.named_parameters(recurse=False)
-        if name.startswith((*BIASES, "weight_ih", "weight_hh", "weight_hr"))
-    )
+    _assign(_lstms(module), (*BIASES, "weight_ih", "weight_hh", "weight_hr"), _drawn)
     return module
 
 
@@ -261,11 +250,9 @@ def _drawn(name: str, parameter: Tensor) -> Tensor:
 def forget_bias(module: Module, value: float = 1.0) -> Module:
     """Set the forget gates' bias of every LSTM in `module`, in place: `value` in bias_ih, zero in bias_hh.
 
-    A network whose forget gates start open remembers from the first step of training on.
-
     Args:
         module: as for keras_init.
-        value: of the bias; the two biases add up to it.
+        value: the sum of the two biases; with 1, forget gates are open when training begins.
 
     Returns:
         `module`.
@@ -279,12 +266,7 @@ def forget_bias(module: Module, value: float = 1.0) -> Module:
         raise TypeError(f"value should be a number, got: {type(value).__name__}")
     if not all(lstm.bias for lstm in lstms):
         raise ValueError("Expected an LSTM with a bias, got bias=False")
-    _assign(
-        (parameter, _with_forget_bias(name, parameter.clone(), value))
-        for lstm in lstms
-        for name, parameter in lstm.named_parameters(recurse=False)
-        if name.startswith(BIASES)
-    )
+    _assign(lstms, BIASES, lambda name, bias: _with_forget_bias(name, bias.clone(), value))
     return module
 
 
@@ -294,10 +276,10 @@ def _with_forget_bias(name: str, bias: Tensor, value: float) -> Tensor:
     return bias
 
 
-def _assign(values: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """To parameters, when all values are there and at once: what raises or is interrupted leaves nothing half done."""
-    parameters, new = zip(*values)
-    torch._foreach_copy_(parameters, new)
+def _assign(lstms: list, names: tuple[str, ...], new: Callable[[str, Tensor], Tensor]) -> None:
+    """new(name, parameter) to all parameters whose names begin so, at once: an error or interrupt changes none."""
+    named = [each for lstm in lstms for each in lstm.named_parameters(recurse=False) if each[0].startswith(names)]
+    torch._foreach_copy_([parameter for _, parameter in named], [new(*each) for each in named])
 
 
 def _import_keras() -> ModuleType:
@@ -338,23 +320,15 @@ def _same(name: str, values: list) -> Any:
     return values[0]
 
 
-def _weights(lstm: LSTM | StackedLSTM) -> list[Weights]:
-    """Layer by layer, direction by direction."""
-    return [weights for layer in lstm._weights() for weights in layer]
-
-
 def _lstms(module: nn.Module) -> list[LSTM | LSTMCell | TorchLSTM | TorchLSTMCell]:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"Expected an LSTM or a module that holds one, got {type(module).__name__}")
-    lstms = [child for child in module.modules() if isinstance(child, LSTM | LSTMCell | TorchLSTM | TorchLSTMCell)]
+    modules = module.modules() if isinstance(module, nn.Module) else ()
+    lstms = [child for child in modules if isinstance(child, LSTM | LSTMCell | TorchLSTM | TorchLSTMCell)]
     if not lstms:
         raise TypeError(f"Expected an LSTM or a module that holds one, got {type(module).__name__}")
     return lstms
 
 
-# Numbers go through float64, which holds those of every other dtype, also where NumPy does not know the dtype.
-
-
+# Numbers pass through float64, which holds those of every other dtype, also where NumPy does not know the dtype.
 def _tensor(keras: ModuleType, variable: Any) -> Tensor:
     return torch.from_numpy(keras.ops.convert_to_numpy(variable.value).astype("float64"))
 

@@ -25,9 +25,8 @@ Key = dict[str, Any]  # of JSON values: what the result depends on, versions inc
 
 def folder() -> Path | None:
     """Where results are written: gpu_lstm in the user's cache folder. None: the user has no home."""
-    cache = os.environ.get("XDG_CACHE_HOME")
     try:
-        return Path(cache or Path.home() / ".cache") / "gpu_lstm"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpu_lstm"
     except RuntimeError:  # neither HOME nor an entry in passwd, as in a container with a random user id
         return None
 
@@ -46,11 +45,12 @@ def machine(device: torch.device) -> Key:
         card, driver = torch.cuda.get_device_name(device), torch._C._cuda_getDriverVersion()
     return {
         "card": card, "driver": driver, "torch": torch.__version__, "cuDNN": torch.backends.cudnn.version(),
-        "triton": _version("triton"), "gpu_lstm": _version("gpu-lstm"),
+        "triton": version_of("triton"), "gpu_lstm": version_of("gpu-lstm"),
     }  # fmt: skip
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None: it is not there."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -64,7 +64,7 @@ def read(kind: str, key: Key) -> Any:
 
 def write(kind: str, key: Key, value: Any) -> bool:
     """Write a result; whether that was possible."""
-    ours, text, written = folder(), _text(key), False
+    ours, written = folder(), False
     try:
         if ours is None:
             raise OSError("there is no home directory, and XDG_CACHE_HOME is not set")
@@ -75,7 +75,7 @@ def write(kind: str, key: Key, value: Any) -> bool:
             try:
                 json.dump({"key": key, "value": value}, file, indent=1)
                 file.close()
-                unfinished.replace(_path(ours, kind, text))  # at once, so that no reader gets half a file
+                unfinished.replace(_path(ours, kind, _text(key)))  # at once, so that no reader gets half a file
             finally:
                 unfinished.unlink(missing_ok=True)
         written = True
@@ -89,18 +89,13 @@ def entries(kind: str) -> Iterator[tuple[Path, Key, Any]]:
     """(file, key, value) of all results of a kind."""
     for path in folders():
         for file in sorted((path / kind).glob("*.json")):
-            try:
-                entry = _entry(file)
-            except (OSError, ValueError) as error:
-                warn_once(f"a cached result ({kind}) is ignored: {file}: {error}")
-            else:
+            if entry := _entry(kind, file):
                 yield file, entry["key"], entry["value"]
 
 
 def forget(kind: str) -> int:
     """Remove the user's own results of a kind, broken ones included; how many they were."""
-    ours = folder()
-    files = [] if ours is None else list((ours / kind).glob("*.json"))
+    files = [] if (ours := folder()) is None else list((ours / kind).glob("*.json"))
     for file in files:
         file.unlink(missing_ok=True)
     _read.cache_clear()
@@ -124,11 +119,8 @@ def merge(paths: Sequence[str | Path]) -> int:
     Raises:
         OSError, ValueError: a file cannot be read, or is no such file; then nothing is added.
     """
-    added = 0
-    for result in [result for path in paths for result in _exported(path)]:  # all are read before one is written
-        if read(result["kind"], result["key"]) is None:
-            added += write(**result)
-    return added
+    results = [result for path in paths for result in _exported(path)]  # all are read before one is written
+    return sum(write(**result) for result in results if read(result["kind"], result["key"]) is None)
 
 
 def _exported(path: str | Path) -> list[dict[str, Any]]:
@@ -138,18 +130,15 @@ def _exported(path: str | Path) -> list[dict[str, Any]]:
         found = json.loads(Path(path).read_text())
     except (ValueError, RecursionError) as error:  # no text, no JSON, or lists in lists without end
         raise ValueError(f"{expected}: {error}") from None
-    if not isinstance(found, list) or not all(map(_is_result, found)):
+    if not isinstance(found, list) or not all(_is_result(entry, "kind", "key", "value") for entry in found):
         raise ValueError(expected)
     return found
 
 
-def _is_result(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and set(entry) == {"kind", "key", "value"}
-        and entry["kind"] in KINDS
-        and isinstance(entry["key"], dict)
-    )
+def _is_result(entry: Any, *fields: str) -> bool:
+    """Whether it has these fields: a dict as key, and one of KINDS as kind."""
+    fits = isinstance(entry, dict) and set(entry) == set(fields) and isinstance(entry["key"], dict)
+    return fits and entry.get("kind", "plans") in KINDS
 
 
 @functools.cache
@@ -166,28 +155,25 @@ def _path(folder: Path, kind: str, text: str) -> Path:
     return folder / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    """A file's content.
-
-    Raises:
-        OSError, ValueError: it cannot be read, or is not of this kind; JSON's and Unicode's errors are ValueErrors.
-    """
-    entry = json.loads(path.read_text())
-    if not isinstance(entry, dict) or set(entry) != {"key", "value"} or not isinstance(entry["key"], dict):
-        raise ValueError("expected a key and a value")
-    return entry
+def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | None:
+    """A file's content, of one key if `text` is given. None: there is no such file, or a broken one, with a warning."""
+    try:
+        entry = json.loads(path.read_text())  # the errors of JSON and Unicode are ValueErrors
+        if not _is_result(entry, "key", "value"):
+            raise ValueError("expected a key and a value")
+        if text not in (None, _text(entry["key"])):
+            raise ValueError(f"expected the key {text}")
+        return entry
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        warn_once(f"a cached result ({kind}) is ignored: {path}: {error}")
+        return None
 
 
 @functools.cache
 def _read(folders: tuple[Path, ...], kind: str, text: str) -> Any:
-    for path in (_path(folder, kind, text) for folder in folders):
-        try:
-            entry = _entry(path)
-            if _text(entry["key"]) != text:
-                raise ValueError(f"expected the key {text}")
+    for folder in folders:
+        if entry := _entry(kind, _path(folder, kind, text), text):
             return entry["value"]
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError) as error:
-            warn_once(f"a cached result ({kind}) is ignored: {path}: {error}")
     return None

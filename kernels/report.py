@@ -1,4 +1,4 @@
-"""What a kernel became when it was compiled, for the launchers and for the tables of `python -m gpu_lstm kernels`."""
+"""The resources of a compiled kernel, for the launchers and for the tables of `python -m gpu_lstm kernels`."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from .sass import Loop
 
 
 class Resources(NamedTuple):
-    """What a kernel takes."""
+    """What a kernel uses."""
 
     registers: int  # a thread
     spills: int  # bytes of stack a thread
@@ -16,7 +16,7 @@ class Resources(NamedTuple):
 
     def fit(self, threads: int, shared_limit: int) -> bool:
         """No spills, and no more than a block of so many threads may have."""
-        registers = -(-self.registers // 8) * 8 * threads  # a warp gets them by 256
+        registers = -(-self.registers // 8) * 8 * threads  # allocated by 256 a warp
         return self.spills == 0 and registers <= REGISTERS and self.shared <= shared_limit
 
 
@@ -40,5 +40,5 @@ class Report:
     @property
     def fits(self) -> bool:
         """No spills, and no more registers and shared memory than a block may have."""
-        taken = Resources(self.registers, self.spills, self.shared)
-        return taken.fit(self.threads, shared_memory_of(self.architecture))
+        used = Resources(self.registers, self.spills, self.shared)
+        return used.fit(self.threads, shared_memory_of(self.architecture))

@@ -1,7 +1,7 @@
-"""What a compiled kernel takes, and what its time loop does, read from the binary by the cuobjdump that Triton brings.
+"""Resources and the time loop of a compiled kernel, read from the binary by the cuobjdump that Triton ships.
 
-Counts are those of the text: an instruction of the time loop counts once, also within a loop inside it (that of a wait,
-of tiles, of K), and whether or not its predicate holds.
+Counts are static: an instruction of the time loop counts once, whatever its predicate, also within an inner loop (of a
+wait, of tiles, of K).
 """
 
 import re
@@ -9,9 +9,9 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 
+# Bytes of shared memory a block that the system reserves. From compute capability 9.0 on ptxas counts them, but the
+# limit of a block (architectures.py) does not.
 RESERVED = 1024
-"""Bytes of shared memory a block that the system takes for itself. From compute capability 9.0 on ptxas counts them,
-but the limit of a block (architectures.py) does not."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,9 @@ def time_loops(cubin: bytes) -> dict[str, Loop | None]:
     """
     text = _cuobjdump("-sass", cubin)
     _, *functions = re.split(r"Function : (\w+)", text)
-    loops = {name: _time_loop(lines) for name, lines in zip(functions[::2], functions[1::2], strict=True)}
-    if not loops:
+    if not functions:
         raise RuntimeError(f"cuobjdump printed no instructions: {text!r}")
-    return loops
+    return {name: _time_loop(lines) for name, lines in zip(functions[::2], functions[1::2], strict=True)}
 
 
 def _time_loop(text: str) -> Loop | None:
@@ -71,13 +70,10 @@ def _time_loop(text: str) -> Loop | None:
         return [name for name in names if name.split(".")[0] in kinds]
 
     return Loop(
-        instructions=len(names),
-        barriers=len(those("BAR")),
-        products=len(those("HMMA", "HGMMA", "UTCHMMA")),
-        shared=sum(map(_bytes, those("LDS", "STS", "LDSM", "STSM", "LDGSTS"))),
-        loads=len(those("LDG", "LDGSTS")),
+        instructions=len(names), barriers=len(those("BAR")), products=len(those("HMMA", "HGMMA", "UTCHMMA")),
+        shared=sum(map(_bytes, those("LDS", "STS", "LDSM", "STSM", "LDGSTS"))), loads=len(those("LDG", "LDGSTS")),
         stores=len(those("STG")),
-    )
+    )  # fmt: skip
 
 
 def _bytes(name: str) -> int:

@@ -84,7 +84,7 @@ def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch, chan
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: facts["card"])
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: facts["driver"], raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: facts["cuDNN"])
-    monkeypatch.setattr(cache, "_version", lambda package: facts[package.replace("-", "_")])
+    monkeypatch.setattr(cache, "version_of", lambda package: facts[package.replace("-", "_")])
     keys = []
     for _ in range(2):
         with pytest.MonkeyPatch.context() as patch:

@@ -21,7 +21,7 @@ from .verify import verify
 def run(
     call: Call, dtype: torch.dtype, backend: Backend, layers: list[Any], plan: Schedule
 ) -> tuple[Tensor, list[State]]:
-    """In `dtype`: output [T, B, D*P] and the final states as Call.states; `layers` [L*D] are those of kernels/layer.py."""
+    """In `dtype`: output [T, B, D*P] and final states as Call.states; `layers` [L*D] are those of kernels/layer.py."""
     recompute = call.options.recompute
     if call.modes.autocast is not None or dtype is not torch.float32:
         call = _in_dtype(call, dtype)

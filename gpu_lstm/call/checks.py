@@ -95,7 +95,7 @@ def check_pairs(hx: Any, layers: int) -> None:
 
 
 def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weights]] | None) -> None:
-    """Raise, in torch's words, unless x [..., I] has the features and the dtype of the first layer, if that is given."""
+    """Raise, in torch's words, unless x [..., I] has the features and, if it is given, the dtype of the first layer."""
     if options.kind not in ("LSTM", "StackedLSTM"):
         return
     weight = x if weights is None or form.packed is not None else weights[0][0].weight_ih

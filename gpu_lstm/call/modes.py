@@ -75,7 +75,10 @@ def modes(x: Tensor) -> Modes:
         Recording.WATCHED if watched else Recording.NOBODY,
         transforms,
         recurrent_precision(x.dtype),
-        (backends[-1].value if backends else _environment.get(_BACKEND), races[-1].value if races else _environment.get(_RACE)),
+        (
+            backends[-1].value if backends else _environment.get(_BACKEND),
+            races[-1].value if races else _environment.get(_RACE),
+        ),
         x.is_cuda and torch.cuda.is_current_stream_capturing(),
     )
 

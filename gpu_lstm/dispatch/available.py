@@ -15,7 +15,7 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def backends_with(feature: str) -> tuple[Backend, ...]:
-    """The backends that support what not all do: states to reset to; else a variant of the cell, or a regularised one."""
+    """The backends that support what not all do: states to reset to, a variant of the cell, or a regularised one."""
     kernels = (Backend.TRITON, Backend.CUPY) if feature == RESET_STATES else (Backend.TRITON,)
     return *kernels, Backend.REFERENCE
 

@@ -50,7 +50,7 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
         return Decision(able, f"asked for by {_who_asked(call)}")
     if able not in KERNEL_BACKENDS:
         return Decision(able, "backend 'auto' chooses it where no kernels run")
-    if call.modes.recording != Recording.NOBODY or call.modes.transforms is not Transforms.NONE:
+    if call.modes.recording != Recording.NOBODY or call.modes.transforms != Transforms.NONE:
         return Decision(able, "nothing is raced while a call is watched")
     device, (mode, group) = call.x.device, requested_racing()
     key = kind._replace(batch=size_class(kind.batch)), able, device, mode

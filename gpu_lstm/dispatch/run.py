@@ -89,13 +89,17 @@ def _route_in_a_graph(call: Call) -> Route:
     """
     options, traversal, dtype = call.options, call.traversal, dtype_of(call)
     lengths = traversal.lengths is not None or call.form.packed is not None
-    noise = options.zoneout != (0, 0) or options.recurrent_dropout > 0
+    noise = options.feature in ("zoneout", "recurrent_dropout")  # a comparison of rates would be a symbol
     asked = (
-        options.directions, lengths, traversal.resets is not None, traversal.reset_states is not None, noise,
+        len(call.weights[0]), lengths, traversal.resets is not None, traversal.reset_states is not None, noise,
         call.weights[0][0].variant,
     )  # fmt: skip
     transformed = call.modes.transforms == Transforms.REFERENCE
-    sizes = tuple([tuple(size) for size in options.sizes])
+    # By the weights, whose sizes are constants; a module's attributes are symbols with dynamic=True.
+    sizes = tuple([
+        (w.weight_ih.shape[1], w.weight_hh.shape[0] // 4, 0 if w.weight_hr is None else w.weight_hh.shape[1])
+        for w, *_ in call.weights
+    ])  # fmt: skip
     # What a `with backend(...)` block chose is given so that the graph is bound to it.
     given = options.backend, chosen_backend.now, call.x.device, dtype, feature_of(call), transformed
     name, problem = _decided_in_a_graph(*given, sizes, asked)

@@ -18,9 +18,7 @@ NOT_OF_TORCH = (*REGULARISERS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cann
 
 
 def accepted(name: str, value: Any) -> Any:
-    """What an argument becomes as the attribute `name` of a module, checked, whether it is given at once or set later.
-
-    Attributes that are none of ours are taken as they are.
+    """The value of an argument as the attribute `name` of a module, checked; of other attributes the value as it is.
 
     Raises:
         ValueError: no probability, or an unknown backend.
@@ -39,20 +37,15 @@ def accepted(name: str, value: Any) -> Any:
                 )
             return float(value)
         case "zoneout":
-            return _zoneout(value)
+            pair = value if isinstance(value, tuple) else (value, value)
+            if len(pair) != 2 or not all(map(is_probability, pair)):
+                raise ValueError(
+                    "zoneout should be a number in range [0, 1] representing the probability of an element staying as "
+                    f"it was, or a pair of them for h and c, got {value!r}"
+                )
+            h, c = map(float, pair)
+            return h if h == c else (h, c)
     return value
-
-
-def _zoneout(value: Any) -> float | tuple[float, float]:
-    """One number where it is the same for h and c."""
-    pair = of_h_and_c(value)
-    if len(pair) != 2 or not all(map(is_probability, pair)):
-        raise ValueError(
-            "zoneout should be a number in range [0, 1] representing the probability of an element staying as it was, "
-            f"or a pair of them for h and c, got {value!r}"
-        )
-    h, c = map(float, pair)
-    return h if h == c else (h, c)
 
 
 def is_probability(value: object) -> bool:
@@ -60,13 +53,8 @@ def is_probability(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 
-def of_h_and_c(zoneout: float | tuple[float, float]) -> tuple[float, float]:
-    """The module's attribute as a pair."""
-    return zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
-
-
 def norms_of(layer_norm: object) -> tuple[str, ...]:
-    """The argument of the modules, checked: those of NORMS that it asks for, in their order.
+    """The argument of the modules, checked, as names in the order of NORMS.
 
     Raises:
         TypeError, ValueError: neither a bool nor a tuple or list of some of NORMS.
@@ -101,7 +89,7 @@ def check_size(name: str, size: object) -> None:
 
 
 class Checked:
-    """A module whose attributes are held to what its arguments are held to, when they are set later, too."""
+    """A module whose attributes are checked like its arguments when they are set."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, accepted(name, value))
@@ -112,57 +100,40 @@ Returned = TypeVar("Returned", covariant=True)
 
 
 class Called(Protocol[Given, Returned]):
-    """The types of `forward`, for a module that is called: nn.Module does not hand them on."""
+    """The types of `forward` for a call of the module, which nn.Module loses."""
 
     @overload
     def __call__(
-        self,
-        input: Tensor,
-        hx: Given | None = None,
-        *,
-        lengths: Tensor | None = None,
-        resets: Tensor | None = None,
+        self, input: Tensor, hx: Given | None = None, *, lengths: Tensor | None = None, resets: Tensor | None = None,
         reset_states: Given | None = None,
-    ) -> tuple[Tensor, Returned]: ...
+    ) -> tuple[Tensor, Returned]:  # fmt: skip
+        ...
 
     @overload
     def __call__(
-        self,
-        input: PackedSequence,
-        hx: Given | None = None,
-        *,
-        lengths: None = None,
-        resets: Tensor | None = None,
+        self, input: PackedSequence, hx: Given | None = None, *, lengths: None = None, resets: Tensor | None = None,
         reset_states: Given | None = None,
-    ) -> tuple[PackedSequence, Returned]: ...
+    ) -> tuple[PackedSequence, Returned]:  # fmt: skip
+        ...
 
 
 def scriptable(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """What torch.jit.script gets in the place of a module."""
+    """torch's module, for torch.jit.script."""
     for name in NOT_OF_TORCH:
         if value := getattr(module, name, False):
-            raise ValueError(
-                f"the {type(module).__name__} has {name}={value!r}, and would be scripted as a torch.nn."
-                f"{cls.__name__}, which takes none"
-            )
+            ours, theirs = f"the {type(module).__name__} has {name}={value!r}", f"a torch.nn.{cls.__name__}"
+            raise ValueError(f"{ours}, and would be scripted as {theirs}, which takes none")
     return recast(module, cls)
 
 
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """`module` as an instance of `cls`, which has the same parameters: the same Parameter objects, hooks, flags.
-
-    What torch's classes have not is left behind, regularisers only where they are off.
-    """
+    """`module` as an instance of `cls`, with the same Parameter objects, hooks, flags, and regularisers that are on."""
     twin = cls.__new__(cls)
-    state = module.__dict__.copy()
-    state.pop("_flat_weights", None)  # torch's cache; ours has none
-    state.pop("_compiled_call_impl", None)  # of Module.compile(): it would go on calling `module`
-    off = [name for name in REGULARISERS if not state.get(name)]
-    for ours in ("backend", "recompute", *off):
-        state.pop(ours, None)
+    dropped = ["_flat_weights", "_compiled_call_impl"]  # torch's cache; of Module.compile(), which would call `module`
+    dropped += ["backend", "recompute", *(name for name in REGULARISERS if not module.__dict__.get(name))]
+    twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in dropped})
     for own in ("_parameters", "_buffers", "_modules"):
-        state[own] = state[own].copy()
-    twin.__dict__.update(state)
+        twin.__dict__[own] = twin.__dict__[own].copy()
     if isinstance(twin, RNNBase):
         twin._init_flat_weights()
     return twin

@@ -30,8 +30,6 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
         peepholes, layer_norm: as for LSTM; the parameters are weight_peephole, gain_ih, gain_hh, gain_c and bias_c.
             Default: False
 
-    `forward` says what a call accepts and returns.
-
     Raises:
         ValueError, TypeError: as LSTM for these.
 
@@ -45,17 +43,10 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
     backend: BackendName | None = None
 
     def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        backend: BackendName | Backend | None = None,
-        peepholes: bool = False,
+        self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, peepholes: bool = False,
         layer_norm: bool | Sequence[str] = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         name = accepted("backend", backend)
         check_bool(PEEPHOLES, peepholes)
         norms = norms_of(layer_norm)
@@ -84,11 +75,10 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
         """
         options = self._options()
         call = prepare(options, weights_of(self, options.names), input, hx)
-        _, states = run(call)
-        return call.states_out(states)
+        return call.states_out(run(call)[1])
 
     def _options(self) -> Options:
-        """What is asked of every call, by the attributes as they are now."""
+        """By the attributes as they are now."""
         return options_of(
             "LSTMCell", self.input_size, (self.hidden_size,), 0, self.bias, False, False, self._peepholes, self._norms,
             False, 0.0, 0.0, 0.0, 0.0, False, self.backend,

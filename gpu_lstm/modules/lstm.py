@@ -45,14 +45,13 @@ class LSTM(Checked, HasVariants, RNNBase):
         backend: "auto", "triton", "cupy", "torch" or "reference". Default: as chosen by `gpu_lstm.backend` or the
             environment variable GPU_LSTM_BACKEND, else "auto".
         recompute: for backward keep only h and c, and recompute the gates with one product over all steps: about a
-            third of the memory. On the backends with kernels of their own. Default: False
-        recurrent_dropout: when training, probability of zeroing an element of h before the product with W_hh, the same for all
-            gates and steps of a call (Gal & Ghahramani, 2016). Default: 0
+            third of the memory. On the backends "triton" and "cupy". Default: False
+        recurrent_dropout: when training, probability of zeroing an element of h before the product with W_hh, the same
+            for all gates and steps of a call (Gal & Ghahramani, 2016). Default: 0
         zoneout: probability that an element of a state stays as it was before the step, drawn again for every step
             (Krueger et al., 2017): a pair for h and c, or one for both. In eval() the expectation. Default: 0
         weight_drop: when training, probability of zeroing an element of W_hh, the same for all steps of a call
             (Merity et al., 2018). Default: 0
-
         peepholes: the gates see the cell state of their own unit (Gers & Schmidhuber, 2000). Parameters
             weight_peephole_l{k} and, if bidirectional, weight_peephole_l{k}_reverse: p_i, p_f and p_o, (3H,). Default:
             False. With them, before the gates are computed::
@@ -61,21 +60,19 @@ class LSTM(Checked, HasVariants, RNNBase):
 
         layer_norm: normalise W_ih x, W_hh h and c (Ba, Kiros & Hinton, 2016), or those of "ih", "hh" and "c" that are
             named. Parameters gain_ih_l{k} and gain_hh_l{k} (4H,), gain_c_l{k} and, if `bias`, bias_c_l{k} (H,), each
-            with _reverse if bidirectional; gains are ones and bias_c is zero at first. Not with proj_size. Default:
+            with _reverse if bidirectional; gains are initially one and bias_c zero. Not with proj_size. Default:
             False. With it, where LN(v) = gain (v - mean(v)) / sqrt(var(v) + 1e-5)::
 
                 z = LN(W_ih x) + b_ih + LN(W_hh h) + b_hh      h' = o tanh(LN(c') + bias_c)
 
     Recurrent dropout, zoneout, peepholes and layer norms run on the backends "triton" and "reference"; "auto" chooses
-    between these two.
-
-    `forward` says what a call accepts and returns.
+    between these two. See `forward` for calls.
 
     Raises:
-        ValueError, TypeError: as torch.nn.LSTM for its arguments, in its words; ValueError for an unknown backend, or
-            a regulariser that is no probability, or a layer norm of something else, or with proj_size; TypeError for
-            `recompute` or `peepholes` that is no bool. All of these but `peepholes` and `layer_norm`, and `dropout`,
-            may be set later as attributes, and raise the same there.
+        ValueError, TypeError: as torch.nn.LSTM for its arguments, in its words; ValueError for an unknown backend, a
+            regulariser that is no probability, or a layer norm of something else or with proj_size; TypeError for
+            `recompute` or `peepholes` that is no bool. `dropout` and these, but for `peepholes` and `layer_norm`, may
+            be set later as attributes, and raise the same there.
 
     Example::
 
@@ -91,46 +88,29 @@ class LSTM(Checked, HasVariants, RNNBase):
     weight_drop: float = 0.0
 
     def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        backend: BackendName | Backend | None = None,
-        recompute: bool = False,
-        recurrent_dropout: float = 0.0,
-        zoneout: float | tuple[float, float] = 0.0,
-        weight_drop: float = 0.0,
-        peepholes: bool = False,
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+        dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+        backend: BackendName | Backend | None = None, recompute: bool = False, recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0, weight_drop: float = 0.0, peepholes: bool = False,
         layer_norm: bool | Sequence[str] = False,
-    ) -> None:
-        ours = dict(
-            backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
-            weight_drop=weight_drop,
-        )  # fmt: skip
+    ) -> None:  # fmt: skip
         check_bool(PEEPHOLES, peepholes)
         norms = norms_of(layer_norm)
         check_unprojected(bool(norms), proj_size)
+        ours = dict(backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
+                    weight_drop=weight_drop)  # fmt: skip
         ours = {name: accepted(name, value) for name, value in ours.items()}  # before initial weights are drawn
         # Not super(): in compat.LSTM torch.nn.LSTM comes next, whose __init__ names the mode itself.
-        RNNBase.__init__(
-            self, "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
-            device, dtype,
-        )  # fmt: skip
+        RNNBase.__init__(self, "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+                         proj_size, device, dtype)  # fmt: skip
         for name, value in ours.items():
             setattr(self, name, value)
         for suffix in [name.removeprefix("weight_hh") for name, _ in self.named_parameters() if "weight_hh" in name]:
             self._add_variants(suffix, peepholes, norms)
 
-    # RNNBase caches the weights here. They are read from the module at every call instead, so that replacing one
-    # in any way (functional_call, weight_norm, pruning, assignment) just works.
+    # RNNBase caches the weights here. They are read from the module at every call instead, so that any way of replacing
+    # one works: functional_call, weight_norm, pruning, assignment.
     @property
     def _flat_weights(self) -> list[Tensor | None]:
         return [getattr(self, name, None) for name in self._flat_weights_names]
@@ -143,15 +123,9 @@ class LSTM(Checked, HasVariants, RNNBase):
         __call__: Called[State, State]
 
     def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: State | None = None,
-        *,
-        lengths: Tensor | None = None,
-        resets: Tensor | None = None,
-        reset_states: State | None = None,
-        mask: None = None,
-    ) -> tuple[Tensor | PackedSequence, State]:
+        self, input: Tensor | PackedSequence, hx: State | None = None, *, lengths: Tensor | None = None,
+        resets: Tensor | None = None, reset_states: State | None = None, mask: None = None,
+    ) -> tuple[Tensor | PackedSequence, State]:  # fmt: skip
         """Run all layers over all steps. P = proj_size or, if 0, H; D = 2 if bidirectional, else 1.
 
         Args:
@@ -163,12 +137,12 @@ class LSTM(Checked, HasVariants, RNNBase):
             reset_states: (h, c) that resets leave instead of zeros: one a sequence, as hx, or one a step, of which
                 those at resets count: (D*L, T, N, P) and (D*L, T, N, H), with batch_first (D*L, N, T, ...), unbatched
                 (D*L, T, ...). Gradients flow into them. On the backends "triton" and "reference".
-            mask: never given but by TorchRL's LSTMModule, to an LSTM that is no torch.nn.LSTM: hand it a compat.LSTM.
+            mask: None. TorchRL's LSTMModule gives one to what is no torch.nn.LSTM: hand it a compat.LSTM.
 
         ``lengths`` replaces packing: nothing is sorted or copied, and padding, NaN included, never affects results or
-        gradients. ``resets`` zeroes the states before the steps where it is True, as at the start of an episode; a reset at t separates time t from time t - 1, for both directions. With
-        ``reset_states`` the forward direction begins step t with the state given for t, and the reverse one step t - 1,
-        each from its own rows.
+        gradients. ``resets`` zeroes the states before the steps where it is True, as at the start of an episode; one at
+        t separates time t from time t - 1, for both directions. With ``reset_states`` the forward direction begins step
+        t with the state given for t, and the reverse one step t - 1, each from its own rows.
 
         Returns:
             output: as the input, with D*P features; zero past the end of a sequence.
@@ -193,7 +167,7 @@ class LSTM(Checked, HasVariants, RNNBase):
         return call.form.output(y), call.states_out(states)
 
     def _options(self) -> Options:
-        """What is asked of every call, by the attributes as they are now."""
+        """By the attributes as they are now."""
         return options_of(
             "LSTM", self.input_size, (self.hidden_size,) * self.num_layers, self.proj_size, self.bias,
             self.bidirectional, self.batch_first, self._peepholes, self._norms, self.training, self.dropout,
@@ -201,7 +175,7 @@ class LSTM(Checked, HasVariants, RNNBase):
         )  # fmt: skip
 
     def _weights(self) -> list[list[Weights]]:
-        """[L][D], as the module has them now: whatever was assigned since is what the kernels will read."""
+        """[L][D], as the module has them now."""
         return weights_of(self, self._options().names)
 
     # The rest of torch.nn.LSTM's public methods, which RNNBase has for a single state only.
@@ -214,21 +188,15 @@ class LSTM(Checked, HasVariants, RNNBase):
     def check_forward_args(self, input: Tensor, hidden: State, batch_sizes: Tensor | None) -> None:  # type: ignore[override]
         """Raise unless input, h_0 and c_0 have the right dtype and sizes."""
         self.check_input(input, batch_sizes)
-        expected = (
-            self.get_expected_hidden_size(input, batch_sizes),
-            self.get_expected_cell_size(input, batch_sizes),
-        )
-        for i in range(2):
-            self.check_hidden_size(hidden[i], expected[i], f"Expected hidden[{i}] size {{}}, got {{}}")
+        for i, size_of in enumerate((self.get_expected_hidden_size, self.get_expected_cell_size)):
+            self.check_hidden_size(hidden[i], size_of(input, batch_sizes), f"Expected hidden[{i}] size {{}}, got {{}}")
 
     def permute_hidden(self, hx: State, permutation: Tensor | None) -> State:  # type: ignore[override]
         """Both states with their batch in another order."""
-        if permutation is None:
-            return hx
-        return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
+        return hx if permutation is None else (hx[0].index_select(1, permutation), hx[1].index_select(1, permutation))
 
     def extra_repr(self) -> str:
-        """As torch.nn.LSTM, and those of our own arguments that were not left at their defaults."""
+        """As torch.nn.LSTM, and our own arguments that are not at their defaults."""
         return super().extra_repr() + repr_of(self, ("recompute", *NOT_OF_TORCH))
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -22,8 +22,8 @@ from .variants import weights_of
 class StackedLSTM(Checked, nn.Module):
     """LSTM layers of different sizes on top of each other, with one pair of states a layer.
 
-    Layer k, an LSTM of its own in ``layers``, has hidden_sizes[k] units whose input is the output of layer k - 1. A stack
-    of equal sizes gives the numbers of an LSTM with the same weights.
+    Layer k, an LSTM in ``layers``, has hidden_sizes[k] units; its input is the output of layer k - 1. A stack of equal
+    sizes gives the results of an LSTM with the same weights.
 
     Args:
         input_size: features of the input, I.
@@ -33,7 +33,7 @@ class StackedLSTM(Checked, nn.Module):
         residual: add a layer's input to its output wherever both have the same number of features (before dropout).
             At least one layer must allow it. Default: False
 
-    `forward` says what a call accepts and returns.
+    See `forward` for calls.
 
     Raises:
         ValueError, TypeError: as LSTM; hidden_sizes that is no sequence of ints, or empty; `residual` that is no bool,
@@ -51,29 +51,17 @@ class StackedLSTM(Checked, nn.Module):
     weight_drop: float = 0.0
 
     def __init__(
-        self,
-        input_size: int,
-        hidden_sizes: Sequence[int],
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        residual: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        backend: BackendName | Backend | None = None,
-        recompute: bool = False,
-        recurrent_dropout: float = 0.0,
-        zoneout: float | tuple[float, float] = 0.0,
-        weight_drop: float = 0.0,
-        peepholes: bool = False,
+        self, input_size: int, hidden_sizes: Sequence[int], bias: bool = True, batch_first: bool = False,
+        dropout: float = 0.0, bidirectional: bool = False, residual: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+        backend: BackendName | Backend | None = None, recompute: bool = False, recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0, weight_drop: float = 0.0, peepholes: bool = False,
         layer_norm: bool | Sequence[str] = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         check_bool(PEEPHOLES, peepholes)
         norms_of(layer_norm)
-        # All that could be wrong is looked at before the initial weights of the first layer are drawn.
+        # All arguments are checked before initial weights are drawn.
         sizes = layer_sizes(hidden_sizes)
         check_size("input_size", input_size)
         for name, flag in dict(batch_first=batch_first, bidirectional=bidirectional, residual=residual).items():
@@ -86,31 +74,20 @@ class StackedLSTM(Checked, nn.Module):
                 "residual=True needs a layer whose output is as wide as its input, "
                 f"got inputs of {layer_inputs} and outputs of {outputs} features"
             )
-        self.input_size = input_size
-        self.hidden_sizes = sizes
-        self.bias = bias
-        self.batch_first = batch_first
-        self.dropout = dropout
-        self.bidirectional = bidirectional
-        self.residual = residual
-        self.backend = backend  # type: ignore[assignment]  # which becomes its name
-        self.recompute = recompute
-        self.recurrent_dropout = recurrent_dropout
-        self.zoneout = zoneout
-        self.weight_drop = weight_drop
+        self.input_size, self.hidden_sizes, self.bias, self.batch_first = input_size, sizes, bias, batch_first
+        self.dropout, self.bidirectional, self.residual = dropout, bidirectional, residual
+        self.backend, self.recompute = backend, recompute  # type: ignore[assignment]  # becomes the backend's name
+        self.recurrent_dropout, self.zoneout, self.weight_drop = recurrent_dropout, zoneout, weight_drop
         if self.dropout > 0 and len(sizes) == 1:
             warnings.warn(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
                 f"num_layers greater than 1, but got dropout={dropout} and num_layers=1",
                 stacklevel=2,
             )
+        shared: Any = dict(bias=bias, bidirectional=bidirectional, device=device, dtype=dtype, peepholes=peepholes)
         self.layers = nn.ModuleList(
-            LSTM(
-                features, size, bias=bias, bidirectional=bidirectional, device=device, dtype=dtype,
-                peepholes=peepholes, layer_norm=layer_norm,
-            )
-            for features, size in zip(layer_inputs, sizes)
-        )  # fmt: skip
+            LSTM(features, size, layer_norm=layer_norm, **shared) for features, size in zip(layer_inputs, sizes)
+        )
 
     @property
     def peepholes(self) -> bool:
@@ -131,14 +108,9 @@ class StackedLSTM(Checked, nn.Module):
         __call__: Called[Sequence[State], list[State]]
 
     def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Sequence[State] | None = None,
-        *,
-        lengths: Tensor | None = None,
-        resets: Tensor | None = None,
-        reset_states: Sequence[State] | None = None,
-    ) -> tuple[Tensor | PackedSequence, list[State]]:
+        self, input: Tensor | PackedSequence, hx: Sequence[State] | None = None, *, lengths: Tensor | None = None,
+        resets: Tensor | None = None, reset_states: Sequence[State] | None = None,
+    ) -> tuple[Tensor | PackedSequence, list[State]]:  # fmt: skip
         """Run all layers over all steps. D = 2 if bidirectional, else 1.
 
         Args:
@@ -160,7 +132,7 @@ class StackedLSTM(Checked, nn.Module):
         return call.form.output(y), call.states_out(states)
 
     def _options(self) -> Options:
-        """What is asked of every call, by the attributes as they are now."""
+        """By the attributes as they are now."""
         first: Any = self.layers[0]
         return options_of(
             "StackedLSTM", self.input_size, tuple(self.hidden_sizes), 0, self.bias, self.bidirectional,

@@ -41,9 +41,8 @@ class HasVariants:
             self._peepholes = True
             weight = like.new_empty(3 * hidden).uniform_(-(hidden**-0.5), hidden**-0.5)
             self.register_parameter("weight_peephole" + suffix, nn.Parameter(weight))
-        if norms:
-            self._norms = norms
         for norm in norms:
+            self._norms = norms
             gain = like.new_ones(hidden if norm == "c" else 4 * hidden)
             self.register_parameter(f"gain_{norm}{suffix}", nn.Parameter(gain))
         if "c" in norms and self.bias:
@@ -52,13 +51,8 @@ class HasVariants:
 
 def weights_of(module: Any, names: tuple) -> list[list[Weights]]:
     """[L][D] of a module by the names of its parameters, see Options.names: as they are now."""
-    parameters = module._parameters
+    get = module._parameters.get
     return [
-        [
-            Weights(
-                *[None if n is None else p if (p := parameters.get(n)) is not None else getattr(module, n) for n in own]
-            )
-            for own in layer
-        ]
+        [Weights(*[n and (p if (p := get(n)) is not None else getattr(module, n)) for n in own]) for own in layer]
         for layer in names
     ]

@@ -1,4 +1,4 @@
-"""Measure which kernels are fastest here, once, and remember it."""
+"""Measure which kernels are fastest on the GPU at hand, and cache the result."""
 
 import importlib
 
@@ -8,23 +8,18 @@ from ..call.choices import Backend
 from ..call.modes import recurrent_precision
 from ..dispatch.available import why_unavailable
 from ..dispatch.run import forget
-from ..kernels.problem import Problem  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from ..kernels.problem import Problem  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 
 
 def autotune(
-    hidden_size: int,
-    batch: int,
-    *,
-    steps: int = 256,
-    dtype: torch.dtype = torch.float32,
-    proj_size: int = 0,
+    hidden_size: int, batch: int, *, steps: int = 256, dtype: torch.dtype = torch.float32, proj_size: int = 0,
     device: torch.device | str = "cuda",
-) -> dict[str, str]:
-    """Time the Triton kernels that a layer could run, on the GPU at hand, and remember the fastest.
+) -> dict[str, str]:  # fmt: skip
+    """Time the Triton kernels that a layer could run, on the GPU at hand, and cache the fastest.
 
-    It takes seconds to minutes, most of them for compiling. What it finds is written to gpu_lstm/plans in the
-    user's cache folder, by card and version of Triton, and is used from then on for layers of this size and batch. The
-    logger "gpu_lstm" has a line at INFO for each plan.
+    It takes seconds to minutes, mostly to compile. The result is written to gpu_lstm/plans in the user's cache folder,
+    by card and version of Triton, and used from then on for layers of this size and batch. The logger "gpu_lstm" has a
+    line at INFO for each plan.
 
     Args:
         hidden_size, proj_size: of the layer.

@@ -20,16 +20,14 @@ _log = logging.getLogger("gpu_lstm")
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell}
 _THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, compat.LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}
-
-
-_ASK_FOR_TORCHS = ("torchrl",)  # packages whose modules ask an LSTM of theirs whether it is a torch.nn.LSTM
-
+_NEED_TORCHS = (
+    "torchrl",
+)  # packages whose modules ask isinstance(lstm, torch.nn.LSTM), and act otherwise if it is none
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# A type checker cannot say "of exactly this class": it takes a subclass, which is left alone, for converted, too.
 
-
+# No type says "of exactly this class": to a checker a subclass, which is left alone, is converted too.
 @overload
 def convert(model: TorchLSTM) -> LSTM: ...  # type: ignore[overload-overlap]
 @overload
@@ -39,13 +37,13 @@ def convert(model: Model) -> Model: ...
 def convert(model: nn.Module) -> nn.Module:
     """Swap every torch.nn.LSTM and torch.nn.LSTMCell in `model`, in place, for gpu_lstm's.
 
-    Only these exact classes: a subclass may do anything in its forward, and is left alone. Parameters stay the very
-    same objects, so that optimizers keep working; hooks, training flags and names stay too. A module that is used
-    in several places is swapped for one module in all of them. In TorchRL's LSTMModule, which asks for an instance of
-    torch.nn.LSTM, it becomes a compat.LSTM.
+    Only these exact classes: a subclass may do anything in its forward, and is left alone. Parameters stay the same
+    objects, so that optimizers keep working; hooks, training flags and names stay too. A module that is used in several
+    places stays one module. In TorchRL's LSTMModule, which asks for an instance of torch.nn.LSTM, it becomes a
+    compat.LSTM.
 
-    What was swapped, and what was left and why, is a line of the logger "gpu_lstm" at INFO. A UserWarning says so where
-    there was nothing to swap, and no module of gpu_lstm is there from before.
+    The logger "gpu_lstm" tells at INFO what was swapped, and what was left and why; it is a UserWarning where there was
+    nothing to swap, and no module of gpu_lstm before.
 
     Returns:
         `model`; where it is itself one of these classes, a new module that shares its parameters.
@@ -66,11 +64,11 @@ def to_torch(model: Model) -> Model: ...
 def to_torch(model: nn.Module) -> nn.Module:
     """Swap every gpu_lstm.LSTM, gpu_lstm.compat.LSTM and gpu_lstm.LSTMCell in `model`, in place, for torch.nn's.
 
-    The way back from `convert`, with the same promises. The backend and `recompute` are dropped: they change no
-    result. Code that calls a module with lengths or resets finds that torch.nn.LSTM takes neither.
+    The inverse of `convert`, with the same promises. The backend and `recompute` are dropped: they change no result.
+    torch.nn.LSTM accepts neither lengths nor resets.
 
     Returns:
-        `model`; where it is itself one of these classes, a new module that shares its parameters.
+        As `convert`.
 
     Raises:
         TypeError: `model` is no module, or there is a StackedLSTM in it.
@@ -84,10 +82,9 @@ def to_torch(model: nn.Module) -> nn.Module:
                 f"{where} is a StackedLSTM of sizes {module.hidden_sizes}, with a pair of states a layer; a "
                 "torch.nn.LSTM has layers of one size, and one pair of states for all"
             )
-        if type(module) in _THEIRS:
-            for name in NOT_OF_TORCH:
-                if getattr(module, name, 0.0):
-                    raise ValueError(f"{where} has {name}={getattr(module, name)}, which torch.nn.LSTM has not")
+        for name in NOT_OF_TORCH if type(module) in _THEIRS else ():
+            if value := getattr(module, name, 0.0):
+                raise ValueError(f"{where} has {name}={value}, which torch.nn.LSTM has not")
     return _swap(model, _THEIRS, "to_torch")
 
 
@@ -97,16 +94,16 @@ def _check_module(model: object, function: str) -> None:
 
 
 def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], function: str) -> nn.Module:
-    """All or nothing: what raises does so before the first is swapped, and an interrupt takes all of it back."""
+    """All or nothing: errors come before the first swap, and an interrupt undoes all swaps."""
     text, unusual = _account(model, classes, function)
-    modules = list(model.modules())
-    asked = {child for owner in modules if _asks_for_torchs(owner) for child in owner.children()}
-    goals = {module: classes[type(module)] for module in modules if type(module) in classes}
-    goals = {module: compat.LSTM if goal is LSTM and module in asked else goal for module, goal in goals.items()}
-    twins = {module: recast(module, goal) for module, goal in goals.items()}
+    modules, twins = list(model.modules()), {}
+    asked = {child for owner in modules if _needs_torchs(owner) for child in owner.children()}
+    for module in modules:
+        if goal := classes.get(type(module)):
+            twins[module] = recast(module, compat.LSTM if goal is LSTM and module in asked else goal)
     with contextlib.ExitStack() as undo:
         for module in modules:
-            children = twins.get(module, module)._modules  # a twin has a list of children of its own
+            children = twins.get(module, module)._modules  # a twin has children of its own
             for name, child in module._modules.items():
                 if child in twins:
                     undo.callback(children.__setitem__, name, child)
@@ -119,13 +116,12 @@ def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], 
     return twins.get(model, model)
 
 
-def _asks_for_torchs(owner: nn.Module) -> bool:
-    """Whether it asks isinstance(lstm, torch.nn.LSTM), and does something else where the answer is no."""
-    return any(cls.__module__.partition(".")[0] in _ASK_FOR_TORCHS for cls in type(owner).__mro__)
+def _needs_torchs(owner: nn.Module) -> bool:
+    return any(cls.__module__.partition(".")[0] in _NEED_TORCHS for cls in type(owner).__mro__)
 
 
 def _account(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], function: str) -> tuple[str, bool]:
-    """What will be swapped, what is left and why; and whether a user should wonder: nothing is, or was before."""
+    """What will be swapped, what is left and why; and whether to warn: nothing is swapped, or was before."""
     swapped, left, done = [], [], False
     for path, module in model.named_modules():
         cls, where = type(module), path or "the model itself"
@@ -155,19 +151,19 @@ def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
     """A gpu_lstm.LSTM with the weights of a haste_pytorch.LSTM or LayerNormLSTM, on their device and in their dtype.
 
     Args:
-        source: the module, which gives batch_first and the training flag too, or its state_dict: kernel [I, 4H],
+        source: the module, whose batch_first and training flag are kept, or its state_dict: kernel [I, 4H],
             recurrent_kernel [H, 4H] and bias [4H], with gates in the order i, g, f, o; of a LayerNormLSTM also gamma
-            [2, 4H], gamma_h [H] and beta_h [H], which become a layer norm's gains and the bias of that of c.
+            [2, 4H], gamma_h [H] and beta_h [H], which become gain_ih and gain_hh, gain_c and bias_c.
 
-    Haste's one bias becomes bias_ih; bias_hh is zero. Its forget_bias needs no place: it is where that bias started.
+    Haste's one bias becomes bias_ih; bias_hh is zero. Its forget_bias was only the initial value of that bias.
 
     Raises:
         TypeError: something else, or a parameter that is no tensor.
         ValueError: other names or sizes than these, or a module with zoneout or dropout (of the recurrent weights).
     """
     if not isinstance(source, nn.Module | Mapping):
-        kinds = "a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict"
-        raise TypeError(f"from_haste takes {kinds}, got {type(source).__name__}")
+        name = type(source).__name__
+        raise TypeError(f"from_haste takes a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got {name}")
     state = source.state_dict() if isinstance(source, nn.Module) else source
     plain, norms = ("kernel", "recurrent_kernel", "bias"), ("gamma", "gamma_h", "beta_h")
     layer_norm = set(state) == {*plain, *norms}
@@ -181,15 +177,14 @@ def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
         check_tensor(state[name], name)
     kernel, recurrent_kernel, bias = (state[name] for name in plain)
     shapes = [list(state[name].shape) for name in names]
-    inputs, hidden = (len(tensor) if tensor.dim() else 0 for tensor in (kernel, recurrent_kernel))
+    inputs, hidden = (shape[0] if shape else 0 for shape in shapes[:2])
     rows = 4 * hidden
     if shapes != [[inputs, rows], [hidden, rows], [rows], [2, rows], [hidden], [hidden]][: len(names)]:
         sizes = "[I, 4H], [H, 4H], [4H]" + ", [2, 4H], [H], [H]" * layer_norm
         raise ValueError(f"expected sizes {sizes} of {', '.join(names)}, got {shapes}")
     for name in ("zoneout", "dropout"):
-        if getattr(source, name, 0.0):
-            raise ValueError(f"the module has {name}={getattr(source, name)}, which gpu_lstm.LSTM cannot take over")
-
+        if value := getattr(source, name, 0.0):
+            raise ValueError(f"the module has {name}={value}, which gpu_lstm.LSTM cannot take over")
     lstm = LSTM(
         inputs, hidden, batch_first=getattr(source, "batch_first", False), device=kernel.device, dtype=kernel.dtype,
         layer_norm=layer_norm,
@@ -203,6 +198,6 @@ def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
 
 
 def _of_haste(weight: Tensor) -> Tensor:
-    """With the gates in front, in the order i, f, g, o."""
+    """[..., 4H], gates i, g, f, o -> [4H, ...], gates i, f, g, o."""
     i, g, f, o = weight.chunk(4, dim=-1)
     return torch.cat([i, f, g, o], dim=-1).t()

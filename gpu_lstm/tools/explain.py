@@ -19,7 +19,7 @@ from ..dispatch import available, race
 from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.route import Decision, Route, build
 from ..dispatch.run import able_to_run, feature_of
-from ..kernels.problem import Pass  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from ..kernels.problem import Pass  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 from ..modules import LSTM, StackedLSTM
 
 
@@ -38,7 +38,7 @@ class PassPlan:
 
     @property
     def checked(self) -> str:
-        """Whether the kernel was checked here, in words."""
+        """Whether the kernel was verified on this card, in words."""
         if self.verdict is None:
             return "not checked yet"
         return "checked" if self.verdict == "right" else f"not trusted: {self.verdict}"
@@ -73,15 +73,13 @@ class Explanation:
     def __str__(self) -> str:
         lines = [self.problem, f"  backend    {Decision(Backend(self.backend), self.why, self.seconds)}"]
         lines += [f"  how        {self.how}", f"  products   {self.precision}"]
-        for name, why_not in self.others.items():
-            lines.append(f"  not taken  {name}: {why_not}")
+        lines += [f"  not taken  {name}: {why_not}" for name, why_not in self.others.items()]
         for d in self.layers:
             projected = f", projected to {d.proj_size}" if d.proj_size else ""
             lines.append(f"  layer {d.layer}, {d.name}: {d.input_size} -> {d.hidden_size}{projected}")
             for each in d.passes:
                 lines.append(f"    {each.name}: {each.family}, {each.tiles}; {each.origin}, {each.checked}")
-                lines.append(f"      {each.why}")
-                lines.append(f"      {each.launches} launch(es) of the recurrence")
+                lines += [f"      {each.why}", f"      {each.launches} launch(es) of the recurrence"]
                 if each.bounds:
                     terms = sorted(each.bounds.items(), key=lambda item: -item[1])
                     most = ", ".join(f"{name} {seconds * 1e6:.2f} us" for name, seconds in terms[:3])
@@ -93,26 +91,21 @@ class Explanation:
 
 
 def explain(
-    lstm: LSTM | StackedLSTM,
-    x: Tensor | PackedSequence,
-    hx: State | Sequence[State] | None = None,
-    *,
-    lengths: Tensor | None = None,
-    resets: Tensor | None = None,
-    reset_states: Any = None,
-) -> Explanation:
-    """Say how a call would run and why, without the call: nothing is run, raced, or remembered.
+    lstm: LSTM | StackedLSTM, x: Tensor | PackedSequence, hx: State | Sequence[State] | None = None, *,
+    lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Any = None,
+) -> Explanation:  # fmt: skip
+    """Say how a call would run and why, without the call: nothing is run, raced, or cached.
 
-    It holds for the call as it would be made here: with autograd on or off, in training or not, under autocast, and
-    within `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
+    It holds for a call made at the same place: with autograd on or off, in training or not, under autocast, and within
+    `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
 
     Args:
         lstm: an LSTM or StackedLSTM.
-        x, hx, lengths, resets, reset_states: as `lstm` accepts them. Of x, shape, dtype, device and requires_grad count;
-            of lengths, resets and reset_states, whether they are there; of hx, nothing.
+        x, hx, lengths, resets, reset_states: as `lstm` accepts them. Of x, shape, dtype, device and requires_grad
+            count; of lengths, resets and reset_states, whether they are there; of hx, nothing.
 
     Returns:
-        Readable by `print`, and as data by `dataclasses.asdict`. Times of a step are expected ones, in seconds.
+        Text by `print`, data by `dataclasses.asdict`. Times of a step are estimated ones, in seconds.
 
     Raises:
         TypeError: `lstm` is of neither class.
@@ -133,16 +126,12 @@ def explain(
     route = build(call, kind, decision.backend)
     layers = [_direction(call, kind, route, row) for row in range(call.options.rows)]
     launches = sum(each.launches for d in layers for each in d.passes) if route.backend is Backend.TRITON else None
-    sizes = {"steps": call.steps, "batch": call.batch}
+    others = [other for other in Backend if other not in (Backend.AUTO, route.backend)]
     return Explanation(
-        describe(kind.as_json() | sizes).replace("<=", "="), route.backend.value, decision.why, decision.seconds,
-        _how(call, route.backend), _precision(kind, call.x.device, route.backend),
-        {
-            other.value: _why_not(call, kind, decision, other)
-            for other in Backend
-            if other not in (Backend.AUTO, route.backend)
-        },
-        launches, layers,
+        describe(kind.as_json() | {"steps": call.steps, "batch": call.batch}).replace("<=", "="),
+        route.backend.value, decision.why, decision.seconds, _how(call, route.backend),
+        _precision(kind, call.x.device, route.backend),
+        {other.value: _why_not(call, kind, decision, other) for other in others}, launches, layers,
     )  # fmt: skip
 
 
@@ -163,8 +152,8 @@ def _pass(layer: Any, which: Pass, launches: int) -> PassPlan:
     plan, measured = layer.chosen(which)
     card = importlib.import_module("gpu_lstm.kernels.triton_lstm.choose").card_of(layer.device)
     given = [(True, True), (True, False), (False, True)] if which.backward else [(True, True)]
-    asked = [Pass(which.backward, which.save, *each) for each in given]
-    verdicts = {cached_verdict(plan, layer.problem, each, layer.device) for each in asked} - {None}
+    verified = [Pass(which.backward, which.save, *each) for each in given]
+    verdicts = {cached_verdict(plan, layer.problem, each, layer.device) for each in verified} - {None}
     return PassPlan(
         "backward" if which.backward else "forward",
         plan.family.value,
@@ -202,11 +191,10 @@ def _why_not(call: Call, kind: Kind, decision: Decision, other: Backend) -> str:
 
 def _how(call: Call, backend: Backend) -> str:
     """How a backend runs the call."""
-    match backend:
-        case Backend.TRITON | Backend.CUPY:
-            return "a layer's steps, or a chunk of them, in one launch, after one product with all inputs"
-        case Backend.REFERENCE:
-            return "a loop over steps in torch's operators"
+    if backend in KERNEL_BACKENDS:
+        return "a layer's steps, or a chunk of them, in one launch, after one product with all inputs"
+    if backend is Backend.REFERENCE:
+        return "a loop over steps in torch's operators"
     packed = call.form.packed is not None
     if packed and call.traversal.resets is None and call.options.kind == "LSTM":
         return "torch's own LSTM runs the PackedSequence as it is"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..call.checks import check_pair, check_pairs, check_tensor
 from ..call.weights import State
-from ..kernels.timeouts import raise_if_timed_out  # type: ignore[import-not-found]  # a folder beside gpu_lstm/
+from ..kernels.timeouts import raise_if_timed_out  # type: ignore[import-not-found]  # a folder next to gpu_lstm/
 from ..modules import LSTM, StackedLSTM
 
 States = State | list[State]
@@ -20,19 +20,18 @@ class Stream:
     They are the same but for rounding, since a product of another size may be summed in another order. In float16 and
     bfloat16 the cell state is held in float32. Inference only: nothing is recorded for backward.
 
-    On CUDA one step is captured in a graph when it is first taken, and replayed from then on. The graph is taken anew
-    if a parameter is replaced; parameters that are changed in place are seen as they are. From the first step on that
-    is for some of the sequences only, one graph does for all that is `active`; nothing waits for the device.
+    On CUDA the first step is captured in a graph, and later ones replay it; it is captured again if a parameter is
+    replaced, not if one is changed in place. One graph serves every `active`. Nothing waits for the device.
 
     Args:
         lstm: an LSTM or a StackedLSTM, in eval() if it has dropout; one direction.
         batch: sequences, N.
-        hx: the states to begin with, as `lstm` takes them for a batch; they are copied. Default: zeros
+        hx: the initial states, as `lstm` accepts them for a batch; they are copied. Default: zeros
 
     Raises:
         TypeError: `lstm` is no gpu_lstm.LSTM or StackedLSTM, `batch` no int, or hx is not made of pairs of tensors.
         ValueError: it is bidirectional: its reverse direction begins at an end that a stream does not have; batch < 0.
-        RuntimeError: hx of other sizes, of another dtype or on another device than `lstm` takes.
+        RuntimeError: hx of other sizes, of another dtype or on another device than `lstm` accepts.
 
     Example::
 
@@ -50,8 +49,7 @@ class Stream:
             raise TypeError(f"batch should be of type int, got: {type(batch).__name__}")
         if batch < 0:
             raise ValueError(f"batch must not be negative, got {batch}")
-        self.lstm = lstm
-        self.batch = batch
+        self.lstm, self.batch = lstm, batch
         self._state: list[State] = self._zeros()
         if hx is not None:
             self._update(self._checked(hx))
@@ -59,10 +57,9 @@ class Stream:
 
     @property
     def state(self) -> States:
-        """The state after the last step, as `lstm` takes and returns it; cell states of half precision in float32.
+        """A copy of the state after the last step, as `lstm` returns it; cell states of half precision in float32.
 
-        A copy, a snapshot: set it again, and the stream goes on from there. It may be set to whatever hx may be, and
-        raises as for hx.
+        It can be set, to this copy or whatever hx may be: the stream goes on from there. Raises as for hx.
         """
         return self._as_given(_copied(self._state))
 
@@ -71,12 +68,11 @@ class Stream:
         self._update(self._checked(hx))
 
     def __call__(self, x: Tensor, active: Tensor | None = None) -> Tensor:
-        """Take one step, x (N, I), or a chunk of T steps, (T, N, I) or with batch_first (N, T, I).
+        """Run one step, x (N, I), or a chunk of T steps, (T, N, I) or with batch_first (N, T, I).
 
         Args:
             x: the input; anything, NaN included, for sequences that are not active.
-            active: bool (N,), which sequences take the step or chunk. The others keep their state, and their output is
-                zero. Default: all.
+            active: bool (N,), which sequences advance; the others keep their state, and output zeros. Default: all.
 
         Returns:
             The output, (N, P) for a step, else as the chunk; P features, H without a projection.
@@ -96,17 +92,17 @@ class Stream:
         if self.lstm.training and any(drawn):
             raise ValueError("the LSTM drops out in training mode; call eval() on it first")
         if active is not None:
-            self._check_which("active", active)
+            self._check_each("active", active, torch.bool)
         with torch.no_grad():
             if x.dim() == 3 or not on_cuda(x):
-                return self._take(x, active)
+                return self._advance(x, active)
             if self._graph is None or not self._graph.fits(self.lstm, x, active):
                 self._graph = _StepGraph(self, x, active)
             raise_if_timed_out(x.device)  # in the replays so far
             return self._graph(x, active)
 
     def reset(self, which: Tensor | None = None) -> None:
-        """Begin anew with zero states: all sequences, or those where `which`, bool (N,), is True.
+        """Zero the states of all sequences, or of those where `which`, bool (N,), is True.
 
         Raises:
             TypeError: `which` is no tensor.
@@ -115,22 +111,20 @@ class Stream:
         if which is None:
             self._update(self._zeros())
         else:
-            self._check_which("which", which)  # states are [L, N, *] or [N, *]
+            self._check_each("which", which, torch.bool)  # states are [L, N, *] or [N, *]
             self._update([(h.masked_fill(which[:, None], 0), c.masked_fill(which[:, None], 0)) for h, c in self._state])
 
     def reorder(self, index: Tensor) -> None:
-        """Have each sequence go on from the state of another, as hypotheses of a beam search do.
+        """Let sequence n go on from the state of sequence index[n], as hypotheses of a beam search do.
 
         Args:
-            index: int64 or int32 (N,): sequence n goes on from the state of sequence index[n], which may be taken by
-                several or by none.
+            index: int64 or int32 (N,), from 0 to N - 1; repeats are allowed.
 
         Raises:
             TypeError: `index` is no tensor.
-            ValueError: it has another shape or dtype, is on another device, or names a sequence that is not there (on
-                CUDA asserted on the device).
+            ValueError: it has another shape, dtype, device or values (on CUDA asserted on the device).
         """
-        self._check_each("index", index, (torch.int64, torch.int32))
+        self._check_each("index", index, torch.int64, torch.int32)
         outside = (index < 0) | (index >= self.batch)
         if index.is_cuda:
             torch._assert_async(~outside.any(), f"Expected index from 0 to {self.batch - 1}")
@@ -138,11 +132,8 @@ class Stream:
             raise ValueError(f"Expected index from 0 to {self.batch - 1}, got {index.tolist()}")
         self._update([(h.index_select(-2, index), c.index_select(-2, index)) for h, c in self._state])
 
-    def _check_which(self, name: str, mask: Tensor) -> None:
-        self._check_each(name, mask, (torch.bool,))
-
-    def _check_each(self, name: str, given: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-        """Raise unless `given` has something for each sequence, where the states are."""
+    def _check_each(self, name: str, given: Tensor, *dtypes: torch.dtype) -> None:
+        """Raise unless `given` has an element for each sequence, on the device of the states."""
         check_tensor(given, name)
         if given.shape != (self.batch,) or given.dtype not in dtypes:
             kind = str(dtypes[0]).removeprefix("torch.")
@@ -150,17 +141,17 @@ class Stream:
         if given.device != self._state[0][0].device:
             raise ValueError(f"Expected {name} on {self._state[0][0].device}, got {given.device}")
 
-    def _take(self, x: Tensor, active: Tensor | None) -> Tensor:
-        """A step or a chunk by the sequences that are active; the states are updated in place."""
+    def _advance(self, x: Tensor, active: Tensor | None) -> Tensor:
+        """A step or a chunk of the sequences that are active; the states are updated in place."""
         time_axis = 1 if self.lstm.batch_first else 0
         of_chunk = x if x.dim() == 3 else x.unsqueeze(time_axis)
         y, after = self.lstm(of_chunk, self._as_given(self._state))  # type: ignore[arg-type]  # of the class that it is
         state = self._as_list(after)
         if active is not None:
-            takes = active[:, None]
-            y = torch.where(takes[:, None] if self.lstm.batch_first else takes, y, 0)
+            mask = active[:, None]  # [N, 1]
+            y = torch.where(mask[:, None] if self.lstm.batch_first else mask, y, 0)
             state = [
-                (torch.where(takes, h, h_before), torch.where(takes, c, c_before))
+                (torch.where(mask, h, h_before), torch.where(mask, c, c_before))
                 for (h, c), (h_before, c_before) in zip(state, self._state)
             ]
         self._update(state)
@@ -172,19 +163,17 @@ class Stream:
         torch._foreach_copy_([t for pair in self._state for t in pair], [t for pair in state for t in pair])
 
     def _zeros(self) -> list[State]:
-        like = next(self.lstm.parameters())
-        half = like.dtype in (torch.float16, torch.bfloat16)
-
-        def pair(h: tuple[int, ...], c: tuple[int, ...]) -> State:
-            return like.new_zeros(h), like.new_zeros(c, dtype=torch.float32 if half else like.dtype)
-
-        if isinstance(self.lstm, StackedLSTM):
-            return [pair((self.batch, size), (self.batch, size)) for size in self.lstm.hidden_sizes]
-        rows, hidden = (self.lstm.num_layers, self.batch), self.lstm.hidden_size
-        return [pair((*rows, self.lstm.proj_size or hidden), (*rows, hidden))]
+        lstm, like = self.lstm, next(self.lstm.parameters())
+        dtype = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
+        if isinstance(lstm, StackedLSTM):
+            sizes: list[tuple] = [((self.batch, size), (self.batch, size)) for size in lstm.hidden_sizes]
+        else:
+            rows = lstm.num_layers, self.batch
+            sizes = [((*rows, lstm.proj_size or lstm.hidden_size), (*rows, lstm.hidden_size))]
+        return [(like.new_zeros(h), like.new_zeros(c, dtype=dtype)) for h, c in sizes]
 
     def _checked(self, hx: States) -> list[State]:
-        """What a user gives, in the sizes, dtype and place of the states that are held."""
+        """hx as pairs, checked to have the sizes, dtype and device of the states."""
         if isinstance(self.lstm, StackedLSTM):
             check_pairs(hx, len(self.lstm.hidden_sizes))  # type: ignore[arg-type]
         else:
@@ -210,10 +199,7 @@ class Stream:
 
 
 class _StepGraph:
-    """One step as a CUDA graph, which reads x, and reads and writes the stream's states, where they are.
-
-    With `active` it is for any such mask, which it reads, too; without, for all sequences.
-    """
+    """One step as a CUDA graph that updates the stream's states in place: of all sequences, or with any `active`."""
 
     def __init__(self, stream: Stream, x: Tensor, active: Tensor | None) -> None:
         self._key = _key(stream.lstm, x)
@@ -221,12 +207,12 @@ class _StepGraph:
         self._active = None if active is None else active.clone()
         before = _copied(stream._state)
         try:
-            self._replay = captured(lambda: stream._take(self._x, self._active), x.device)
+            self._replay = captured(lambda: stream._advance(self._x, self._active), x.device)
         finally:
-            stream._update(before)  # the steps that were taken for warming up do not count
+            stream._update(before)  # warm-up steps do not count
 
     def fits(self, lstm: LSTM | StackedLSTM, x: Tensor, active: Tensor | None) -> bool:
-        """Whether the parameters and the kind of input are those it was captured with."""
+        """Whether parameters, shape and dtype of x are those it was captured with, and it has a mask if needed."""
         return self._key == _key(lstm, x) and (active is None or self._active is not None)
 
     def __call__(self, x: Tensor, active: Tensor | None) -> Tensor:
@@ -237,12 +223,12 @@ class _StepGraph:
 
 
 def on_cuda(x: Tensor) -> bool:
-    """Whether steps are replayed; beside `captured`, for tests."""
+    """Whether steps are replayed; tests replace it, and `captured`."""
     return x.is_cuda
 
 
 def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """`step` on a CUDA device as a replay of a graph: the seam at which a test can run it plainly."""
+    """`step` on a CUDA device, captured in a graph; a call replays it."""
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

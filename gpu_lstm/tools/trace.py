@@ -1,4 +1,4 @@
-"""Looking inside: every gate and every cell state of every step, for plots, and for losses that use them."""
+"""Every gate and state of every step, for plots, and for losses that use them."""
 
 import operator
 from collections.abc import Sequence
@@ -79,13 +79,12 @@ class Trace:
             from matplotlib.figure import Figure  # no dependency of the package, and slow to import
         except ImportError as error:
             raise ImportError(f"plot needs matplotlib: pip install matplotlib ({error})") from error
-
         batch, sequence = self.layers[0][0].cell.shape[1], operator.index(sequence)
         if not 0 <= sequence < batch:
             raise IndexError(f"sequence {sequence} of a batch of {batch}")
-        if self.lengths is not None and self.lengths[sequence] == 0:
-            raise ValueError(f"sequence {sequence} has no steps")
         steps = None if self.lengths is None else int(self.lengths[sequence])
+        if steps == 0:
+            raise ValueError(f"sequence {sequence} has no steps")
         rows = [
             (f"layer {k}" + ", reverse" * d, gates)
             for k, directions in enumerate(self.layers)
@@ -113,27 +112,20 @@ class Trace:
 
 
 def trace(
-    lstm: nn.Module,
-    x: Tensor | PackedSequence,
-    hx: State | Sequence[State] | None = None,
-    *,
-    lengths: Tensor | None = None,
-    resets: Tensor | None = None,
-    reset_states: State | Sequence[State] | None = None,
-) -> Trace:
+    lstm: nn.Module, x: Tensor | PackedSequence, hx: State | Sequence[State] | None = None, *,
+    lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: State | Sequence[State] | None = None,
+) -> Trace:  # fmt: skip
     """Call an LSTM and keep all that it computes: gates, cell and hidden states of every step, layer and direction.
 
-    The call goes through the reference whatever the backend, and its numbers are those of the other backends but for
-    rounding. Dropout between layers is applied as in any call: for a picture of it as it will be used, call `eval()`
-    first.
+    The call runs on the reference whatever the backend; results are those of other backends but for rounding. Dropout
+    between layers is applied as in any call: to trace inference, call `eval()` first.
 
     Args:
         lstm: a gpu_lstm.LSTM or StackedLSTM, or a torch.nn.LSTM.
-        x, hx, lengths, resets, reset_states: as `lstm` takes them.
+        x, hx, lengths, resets, reset_states: as `lstm` accepts them.
 
     Returns:
-        The results, and `layers[k][d]` with the gates of layer k in direction d, each [T, B, H], zero past the end of
-        a sequence.
+        The results, and in `layers[k][d]` the gates of layer k in direction d, [T, B, H], zero past a sequence's end.
 
     Raises:
         TypeError: `lstm` is of none of these classes.
@@ -158,6 +150,6 @@ def trace(
     layers = [record[k : k + directions] for k in range(0, len(record), directions)]
     if isinstance(x, PackedSequence):
         lengths = pad_packed_sequence(x)[1].to(x.data.device)
-        if x.unsorted_indices is not None:  # inside, sequences went by length
+        if x.unsorted_indices is not None:  # the gates are of sequences sorted by length
             layers = [[Gates(*(t[:, x.unsorted_indices] for t in gates)) for gates in layer] for layer in layers]
     return Trace(output, states, layers, None if lengths is None else lengths.reshape(-1))

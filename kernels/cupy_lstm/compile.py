@@ -1,6 +1,6 @@
-"""The compile report of the kernels in CUDA C++: what they become, by NVRTC, without a GPU or CuPy.
+"""The compile report of the kernels in CUDA C++, by NVRTC, without a GPU or CuPy.
 
-NVRTC comes from NVIDIA's wheel; cuobjdump is the one that the triton wheel brings along.
+NVRTC comes from NVIDIA's wheel, cuobjdump from Triton's.
 """
 
 import ctypes
@@ -58,7 +58,7 @@ class Binary:
 
     ptx: str
     cubin: bytes
-    log: str  # the compiler's warnings, other than of old architectures
+    log: str  # the compiler's warnings, except those of old architectures
 
 
 def cases(quick: bool) -> list[Case]:
@@ -80,7 +80,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
-    """What each became."""
+    """A report of each case."""
     for case in cases:
         architecture, plan = case.card.architecture, case.plan
         binary = compile_for(architecture, case.kernel, case.problem.dtype, case.template)
@@ -88,23 +88,15 @@ def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
         (loop,) = time_loops(binary.cubin).values() if architecture >= READABLE else (None,)
         kept = f"{plan.chunks} chunks kept" if plan.chunks else "W_hh read"
         instruction = re.search(r"mma\.sync\S+", binary.ptx)
+        # In the time loop: what follows the first wait for other blocks.
+        weight_loads = binary.ptx.partition("ld.relaxed.gpu")[2].count("ld.global.v4.b32")
         yield [
             Report(
-                kernel=case.kernel,
-                case=str(case),
-                architecture=architecture,
-                plan=plan,
-                threads=plan.threads,
-                tiles=f"{plan.threads} threads x {plan.units} units, {kept}",
-                registers=registers,
-                spills=spills,
-                shared=declared + plan.shared,
-                loop=loop,
-                tensor_core=instruction[0] if instruction else "",
-                # The first words that others publish are awaited in the time loop.
-                weight_loads=binary.ptx.partition("ld.relaxed.gpu")[2].count("ld.global.v4.b32"),
+                case.kernel, str(case), architecture, plan, plan.threads,
+                f"{plan.threads} threads x {plan.units} units, {kept}", registers, spills, declared + plan.shared,
+                loop, instruction[0] if instruction else "", weight_loads,
             )
-        ]
+        ]  # fmt: skip
 
 
 def architectures() -> list[int]:

@@ -1,4 +1,4 @@
-"""Measured plans: those of a problem are timed on the card at hand, and the fastest is kept in the cache."""
+"""Measured plans: those of a problem are timed on the card at hand, and the fastest is cached."""
 
 import logging
 from collections.abc import Callable
@@ -60,10 +60,9 @@ def _call(problem: Problem, which: Pass, device: torch.device) -> Callable[[Plan
     r = Recurrence(
         weight_hh=torch.randn(4 * hidden, width, **options) / width**0.5,
         weight_hr=torch.randn(width, hidden, **options) / hidden**0.5 if problem.projected else None,
-        h0=torch.zeros(batch, width, **options),
-        c0=torch.zeros(batch, hidden, device=device),
+        h0=torch.zeros(batch, width, **options), c0=torch.zeros(batch, hidden, device=device),
         precision=problem.precision,
-    )
+    )  # fmt: skip
     if which.backward:
         h, _, _, c = layer_of(problem, device).forward(gates, r, save=True)
 

@@ -15,13 +15,9 @@ from ..sass import usage
 from .features import OPTIONS
 
 _POINTER = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.bool: "*i1",
-}
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
+}  # fmt: skip
 
 
 class RecordedLaunch(NamedTuple):
@@ -38,10 +34,8 @@ def compile_for(launch: RecordedLaunch, architecture: int) -> CompiledKernel:
     Raises:
         KeyError: an argument of the kernel is missing.
     """
-    kernel = launch.kernel
-    names = kernel.arg_names
-    signature, constants, aligned = {}, {}, {}
-    for i, name in enumerate(names):
+    kernel, signature, constants, aligned = launch.kernel, {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
         value = launch.arguments[name]
         if isinstance(value, torch.Tensor):
             signature[name] = _POINTER[value.dtype]
@@ -51,13 +45,13 @@ def compile_for(launch: RecordedLaunch, architecture: int) -> CompiledKernel:
             constants[(i,)] = value
         else:
             signature[name] = "i32"
-    options = {k: v for k, v in launch.arguments.items() if k not in names}
+    options = {k: v for k, v in launch.arguments.items() if k not in signature}
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def resources_of(compiled: CompiledKernel) -> Resources:
-    """What a compiled kernel takes. Inline assembly declares shared memory of which Triton's metadata does not know."""
+    """What a compiled kernel uses. Triton's metadata lacks the shared memory that inline assembly declares."""
     ((registers, spills, declared),) = usage(compiled.asm["cubin"], compiled.metadata.target.arch).values()
     return Resources(registers, spills, declared + compiled.metadata.shared)
 

@@ -1,7 +1,7 @@
-"""The compile report: what every kernel becomes on every architecture, without a GPU.
+"""The compile report: every kernel compiled for every architecture, without a GPU.
 
-The launches are recorded from the backend's own entry points, so that what is compiled here is what would be launched:
-the same tiles, constants and argument types.
+The launches are recorded from the backend's own entry points, and so have the tiles, constants and argument types of
+real ones.
 """
 
 import itertools
@@ -38,7 +38,7 @@ class Case:
     problem: Problem
     backward: bool
     device: Device
-    step: bool = False  # by the step family, whatever is proposed besides
+    step: bool = False  # by the step family, whatever else is proposed
 
     def __str__(self) -> str:
         p = self.problem
@@ -64,7 +64,7 @@ def problem_with(
 def cases(quick: bool) -> list[Case]:
     """All of them; if `quick`, those of an H100 in bfloat16."""
     every = [*step_cases(), *sequence_cases()]
-    return [c for c in every if c.device.architecture == 90 and c.problem.dtype is torch.bfloat16] if quick else every
+    return [c for c in every if not quick or (c.device.architecture == 90 and c.problem.dtype is torch.bfloat16)]
 
 
 def step_cases() -> list[Case]:
@@ -82,9 +82,7 @@ def step_cases() -> list[Case]:
         (64, 130, 0, True, True, True, True, True),
     )
     return [
-        Case(
-            problem_with(Problem(2, batch, hidden, dtype, projected, precision), *kind), backward, device, True,
-        )
+        Case(problem_with(Problem(2, batch, hidden, dtype, projected, precision), *kind), backward, device, True)
         for (dtype, precision), (batch, hidden, projected, *kind), backward, device
         in itertools.product(PRECISIONS, kinds, (False, True), devices)
     ]  # fmt: skip
@@ -101,9 +99,7 @@ def sequence_cases() -> list[Case]:
     kinds += [(16, hidden, False, False, True, False, True) for hidden in (32, 64, 128, 256, 768)]
     kinds += [(64, 768, True, True, True, True, True)]
     return [
-        Case(
-            problem_with(Problem(2, batch, hidden, dtype, 0, precision), *kind), backward, device,
-        )
+        Case(problem_with(Problem(2, batch, hidden, dtype, 0, precision), *kind), backward, device)
         for (dtype, precision), (batch, hidden, *kind), backward, device
         in itertools.product(PRECISIONS[:3], kinds, (False, True), SEQUENCE_DEVICES)
     ]  # fmt: skip
@@ -119,12 +115,9 @@ def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
 
 def _reports_of(case: Case) -> list[Report]:
     """As the launcher chooses: the first plan whose kernels fit, else the step family."""
-    if case.step:
-        candidates = [step_plan(case.problem, case.device, case.backward)]
-    else:
-        candidates = plans(case.problem, case.device, case.backward)
+    asked = case.problem, case.device, case.backward
     rows: list[Report] = []
-    for plan in candidates:
+    for plan in [step_plan(*asked)] if case.step else plans(*asked):
         rows = [report(launch, case, plan) for launch in recorded_launches(case.problem, Pass(case.backward), plan)]
         if all(row.fits for row in rows):
             break
@@ -132,41 +125,39 @@ def _reports_of(case: Case) -> list[Report]:
 
 
 def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
-    """Compile a launch and look at what came out."""
+    """Compile a launch, and report what it became."""
     compiled = compile_for(launch, case.device.architecture)
     found = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])
     tensor_core = found[1] if found else ""
+    tiles = f"{plan.rows}x{plan.columns}, {plan.programs} programs, {tensor_core or 'no tensor core'}"
+    name, loops = launch.kernel.__name__, time_loops(compiled.asm["cubin"])
     return Report(
-        kernel=launch.kernel.__name__,
-        case=str(case),
-        architecture=case.device.architecture,
-        plan=plan,
-        threads=plan.threads,
-        tiles=f"{plan.rows}x{plan.columns}, {plan.programs} programs, {tensor_core or 'no tensor core'}",
-        **resources_of(compiled)._asdict(),
-        loop=time_loops(compiled.asm["cubin"])[launch.kernel.__name__],
-        tensor_core=tensor_core,
-        weight_loads=_weight_loads_in_loops(compiled.asm["ttgir"], launch),
-    )
+        name, str(case), case.device.architecture, plan, plan.threads, tiles, *resources_of(compiled), loops[name],
+        tensor_core, _weight_loads_in_loops(compiled.asm["ttgir"], launch),
+    )  # fmt: skip
+
+
+_OF_POINTERS = (
+    "tt.splat",
+    "tt.addptr",
+    "tt.broadcast",
+    "ttg.convert_layout",
+)  # whose result points where its operand does
 
 
 def _weight_loads_in_loops(ttgir: str, launch: RecordedLaunch) -> int:
     """Loads inside a loop from pointers that come from an argument named weight*, in Triton's GPU dialect."""
     depth, loads = 0, 0
     loops: list[int] = []  # the depth outside each that is open
-    # By their places, since Triton 3.4 does not keep the names. Constants and None are no arguments there.
+    # By position, since Triton 3.4 does not keep the names. Constants and None are no arguments there.
     given = [p.name for p in launch.kernel.params if not p.is_constexpr and launch.arguments[p.name] is not None]
     (function,) = (line for line in ttgir.splitlines() if "tt.func public" in line)
     arguments = re.findall(r"(%\w+): (?:!tt\.ptr|i32)", function)
     of_weights = {argument for argument, name in zip(arguments, given, strict=True) if name.startswith("weight")}
     for line in ttgir.splitlines():
         names = set(re.findall(r"%[\w#]+", line.split(" loc(")[0]))
-        result = re.match(r"\s*(%[\w]+)(?::\d+)? = (\S+)", line)
-        if (
-            result
-            and result[2] in ("tt.splat", "tt.addptr", "tt.broadcast", "ttg.convert_layout")
-            and names & of_weights
-        ):
+        result = re.match(r"\s*(%\w+)(?::\d+)? = (\S+)", line)
+        if result and result[2] in _OF_POINTERS and names & of_weights:
             of_weights.add(result[1])
         if loops and re.search(r"tt\.load|ttg\.async_copy", line) and names & of_weights:
             loads += 1

@@ -526,8 +526,11 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
 
 
 def hidden_states(h_then_h0: Tensor, hidden: int) -> Tensor:
-    """h [T, B, H]."""
-    return h_then_h0[:-1, ..., :hidden].contiguous()
+    """h [T, B, H]; not a view, which autograd forbids to change in place."""
+    steps, batch, width = h_then_h0.shape
+    if width > hidden:  # rows are padded to whole words
+        return h_then_h0[:-1, :, :hidden].contiguous()
+    return h_then_h0.resize_(steps - 1, batch, hidden)
 
 
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:

@@ -541,7 +541,7 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
 
 def hidden_states(h_then_h0: Tensor, hidden: int) -> Tensor:
     """h [T, B, P]; not a view, which autograd forbids to change in place."""
-    return h_then_h0.new_empty(0).set_(h_then_h0[:-1])
+    return h_then_h0.resize_(h_then_h0.shape[0] - 1, *h_then_h0.shape[1:])
 
 
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
