@@ -37,55 +37,45 @@ def forget() -> None:
         module.forget()
 
 
-def _with_tensor_cores(monkeypatch) -> None:
-    """float32 products in TF32, without which no plan is resident; the interpreter computes them exactly."""
+def _force(monkeypatch, plan: Callable, yield_rate: float | None = None) -> None:
+    """Every launch is as plan(problem, backward) says; with a rate its programs run side by side, and yield so often.
+
+    float32 products are in TF32, without which no plan is resident; the interpreter computes them exactly.
+    """
+    monkeypatch.setattr(launch, "choose_plan", lambda problem, device, which, *_: plan(problem, which.backward))
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
-
-
-def _side_by_side(monkeypatch, yield_rate) -> None:
     seeds = itertools.count()
 
     def launch_kernel(kernel, grid, **arguments):
         ConcurrentRun(seed=next(seeds), yield_rate=yield_rate)(kernel, grid, **arguments)
 
-    monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
+    if yield_rate is not None:
+        monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
 
 
 def resident(monkeypatch) -> None:
     """Every launch is resident."""
-
-    def plan(problem, device, which, *_):
-        return next(iter(resident_plans(problem, INTERPRETER, which.backward)))
-
-    monkeypatch.setattr(launch, "choose_plan", plan)
-    _with_tensor_cores(monkeypatch)
+    _force(monkeypatch, lambda problem, backward: next(iter(resident_plans(problem, INTERPRETER, backward))))
 
 
 def step(monkeypatch, programs=3, yield_rate=0.05) -> None:
     """Every launch is of the step family, with so many programs."""
 
-    def plan(problem, device, which, *_):
-        return dataclasses.replace(step_plan(problem, INTERPRETER, which.backward), programs=programs)
+    def plan(problem, backward):
+        return dataclasses.replace(step_plan(problem, INTERPRETER, backward), programs=programs)
 
-    monkeypatch.setattr(launch, "choose_plan", plan)
-    _with_tensor_cores(monkeypatch)
-    _side_by_side(monkeypatch, yield_rate)
+    _force(monkeypatch, plan, yield_rate)
 
 
 def cooperative(monkeypatch, units=4, groups=8, yield_rate=0.05, warps=2) -> None:
     """Every launch is cooperative, with `units` units a program."""
 
-    def plan(problem, device, which, *_):
-        programs = -(-problem.hidden // units)
-        if which.backward:
-            programs = 4 * -(-problem.hidden // (4 * units))
-        tiles = -(-problem.batch // 8)
-        chunks = -(-problem.hidden * problem.size // (64 * warps))
+    def plan(problem, backward):
+        programs = 4 * -(-problem.hidden // (4 * units)) if backward else -(-problem.hidden // units)
+        tiles, chunks = -(-problem.batch // 8), -(-problem.hidden * problem.size // (64 * warps))
         return Plan(Family.COOPERATIVE, 8, units, chunks, programs, min(groups, tiles), warps, 1, 0, "")
 
-    monkeypatch.setattr(launch, "choose_plan", plan)
-    _with_tensor_cores(monkeypatch)
-    _side_by_side(monkeypatch, yield_rate)
+    _force(monkeypatch, plan, yield_rate)
 
 
 def cuda(monkeypatch, choose: Callable, device="cpu", seeds=None, changes: dict[str, str] | None = None) -> None:
@@ -125,7 +115,7 @@ CUPY_PLANS = {
 
 def tf32(monkeypatch) -> None:
     """float32 products in TF32: of the kernels, and of the reference at every step."""
-    _with_tensor_cores(monkeypatch)
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
     monkeypatch.setattr(reference, "linear", _TF32.linear)
 
 

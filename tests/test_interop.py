@@ -69,7 +69,7 @@ pytestmark = [
 def results(model: nn.Module, call: Callable[[], Tensor], backend: str = "torch") -> dict[str, Tensor]:
     """The output, and the gradient of every parameter that is not frozen."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with gpu_lstm.backend(backend), torch.backends.cudnn.flags(allow_tf32=False):
+    with gpu_lstm.backend(backend):
         output = call()
         gradients = torch.autograd.grad(output.square().sum(), list(parameters.values()))
     return {"output": output.detach(), **dict(zip(parameters, gradients, strict=True))}
