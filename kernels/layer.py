@@ -18,7 +18,7 @@ class Gradients(NamedTuple):
     """What backward returns; None where there is none."""
 
     dgates: Tensor  # [T, B, 4H] of the pre-activations; zero in padding
-    dh0: Tensor  # [B, P]
+    dh0: Tensor | None  # [B, P]
     dc0: Tensor  # [B, H] float32
     dh_total: Tensor | None = None  # [T, B, P] of W_hr m with a projection, of m with a layer norm of c
     dreset_h: Tensor | None = None  # [T, B, P] float32, through zoneout; zero but at resets
@@ -131,21 +131,23 @@ class Layer:
         return h, h_n, c_n, c
 
     def backward(
-        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
-    ) -> Gradients:
+        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence,
+        of_h0: bool = True,
+    ) -> Gradients:  # fmt: skip
         """Gradients through the recurrence.
 
         Args:
             dh, dh_n, dc_n: gradients of forward's first three results; None counts as zero.
             gates, c: saved by forward: activated gates [T, B, 4H], float32 [T, B, H]. Not written to.
             r: as for forward.
+            of_h0: whether the gradient of h0 is needed.
 
         Raises:
             RuntimeError: as forward.
         """
         if self._is_elsewhere():
             with torch.cuda.device(self.device):
-                return self.backward(dh, dh_n, dc_n, gates, c, r)
+                return self.backward(dh, dh_n, dc_n, gates, c, r, of_h0)
         raise_if_timed_out(self.device)
         if self.problem.batch == 0:
             return _empty_backward(gates, r)
@@ -162,7 +164,7 @@ class Layer:
             found = found._replace(dh_total=projection.add_gradient_of_next(dh_total, found.dgates, r))
         else:
             found = prepared.backward(dh, dh_n, dc_n, gates, c, r)
-        dh0 = _initial_hidden_gradient(found.dgates, dh_n, found.dh_from_zoneout, r)
+        dh0 = _initial_hidden_gradient(found.dgates, dh_n, found.dh_from_zoneout, r) if of_h0 else None
         return Gradients(found.dgates, dh0, found.dc0, found.dh_total, found.dreset_h, found.dreset_c)
 
     def prepared(self, which: Pass) -> Prepared:

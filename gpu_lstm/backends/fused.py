@@ -165,7 +165,7 @@ def gradients(
         of_c = layer_norm.unit_of(_cell_after(saved, gates, traversal))
     dh, dh_n, dc_n = output_gradients
     r = recurrence_of(given, problem.reverse, problem.precision, of_hh, of_c)
-    d = kernels.backward(dh, dh_n, None if dc_n is None else dc_n.float(), gates, saved.c, r)
+    d = kernels.backward(dh, dh_n, None if dc_n is None else dc_n.float(), gates, saved.c, r, need.h0)
     dgates = d.dgates  # zero in padding, but zero times the NaN that may stand there is not
 
     found: dict[str, Tensor | None] = dict.fromkeys(Inputs._fields[:DIFFERENTIABLE])
@@ -184,10 +184,12 @@ def gradients(
         found["h0"] = d.dh0
     if need.c0:
         found["c0"] = d.dc0.to(given.c0.dtype)
+    rows_of_x = of_x.flatten(0, 1)  # [T*B, 4H]
+    rows_of_h = rows_of_x if of_h is of_x else of_h.flatten(0, 1)
     if need.weight_ih:
-        found["weight_ih"] = of_x.flatten(0, 1).T @ _without_padding(given.x, given.lengths).flatten(0, 1)
+        found["weight_ih"] = rows_of_x.T @ _without_padding(given.x, given.lengths).flatten(0, 1)
     if need.weight_hh:
-        found["weight_hh"] = of_h.flatten(0, 1).T @ h_prev.flatten(0, 1)
+        found["weight_hh"] = rows_of_h.T @ h_prev.flatten(0, 1)
     if need.bias_ih or need.bias_hh:
         dbias = dgates.sum((0, 1))
         found["bias_ih"], found["bias_hh"] = (dbias if needs else None for needs in (need.bias_ih, need.bias_hh))
