@@ -83,7 +83,8 @@ def _by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """torch's own LSTM, both directions of a layer at once."""
     options, rows, count = call.options, call.state_rows(), call.options.directions
     _, kept = torch_lstm.draw(call.weights, (call.steps, call.batch), dtype, options)
-    x, finals = call.x, list[State]()
+    x = call.x
+    finals: list[State] = []
     for k, layer in enumerate(call.weights):
         h0, c0 = (torch.stack(state) for state in zip(*rows[k * count : (k + 1) * count]))
         x, (h0, c0), first = cast(x, (h0, c0), layer[0], dtype)

@@ -52,7 +52,8 @@ def one_after_another(call: Call, run: Direction, backend: str, dtype: torch.dty
     """Layers in order, and the directions of each, dropout between: output [T, B, D*P] and final states [L*D]."""
     options, traversal, x = call.options, call.traversal, call.x
     noise, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
-    rows, finals = call.state_rows(), list[State]()
+    rows = call.state_rows()
+    finals: list[State] = []
     for k, layer in enumerate(call.weights):
         parts = []
         for d, weights in enumerate(layer):

@@ -54,7 +54,8 @@ def _stacked(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
         y, (h_n, c_n) = stack(call.x, (h0, c0), call.weights, options.dropout, options.training)
         return y, call.pack_rows(list(zip(h_n.unbind(0), c_n.unbind(0))))
     _, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
-    x, finals = call.x, list[State]()
+    x = call.x
+    finals: list[State] = []
     for k, layer in enumerate(call.weights):
         h0, c0 = (torch.stack(state) for state in zip(*rows[k * count : (k + 1) * count]))
         with named(k, None, "torch"):
