@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_lstm import backends
 from gpu_lstm.call.choices import Backend
+from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import projection
 from gpu_lstm.kernels.cupy_lstm import launch, planning, source
 from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, choose_plan, plans
@@ -220,7 +220,7 @@ def test_products_are_taken_in_the_precision_asked_for(monkeypatch, launches, pr
 def test_a_dtype_that_the_kernels_do_not_take(launches):
     with pytest.raises(TypeError, match=r"^backend 'cupy' takes float16, bfloat16 and float32, got torch\.float64$"):
         _call(torch.float64)
-    obstacle = backends.obstacle(Backend.CUPY, torch.device("cpu"), torch.float64)
+    obstacle = available.why_unavailable(Backend.CUPY, torch.device("cpu"), torch.float64)
     assert isinstance(obstacle, TypeError)
     assert launches == []
 
@@ -233,9 +233,9 @@ def fake_cupy(monkeypatch):
         nvrtc = SimpleNamespace(getVersion=nvrtc_version)
         monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(nvrtc=nvrtc)))
 
-    backends.cupy_import_problem.cache_clear()
+    available.cupy_import_problem.cache_clear()
     yield install
-    backends.cupy_import_problem.cache_clear()
+    available.cupy_import_problem.cache_clear()
 
 
 @pytest.mark.parametrize(("cuda", "extra"), [("12.8", "cupy12"), ("13.0", "cupy13"), (None, "cupy13")])
@@ -246,19 +246,19 @@ def test_what_is_absent_is_named_with_its_extra(monkeypatch, fake_cupy, absent, 
     else:
         fake_cupy(Mock(side_effect=RuntimeError("CuPy failed to load libnvrtc.so.13")))
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    obstacle = backends.obstacle(Backend.CUPY, torch.device("cuda"), torch.float32)
+    obstacle = available.why_unavailable(Backend.CUPY, torch.device("cuda"), torch.float32)
     assert isinstance(obstacle, ImportError)
     assert f'pip install "gpu-lstm[{extra}]"' in str(obstacle)
 
 
 def test_tensors_that_are_not_on_a_new_enough_gpu_are_refused(monkeypatch, fake_cupy):
     fake_cupy(lambda: (13, 0))
-    obstacle = backends.obstacle(Backend.CUPY, torch.device("cpu"), torch.float32)
+    obstacle = available.why_unavailable(Backend.CUPY, torch.device("cpu"), torch.float32)
     assert isinstance(obstacle, RuntimeError)
     assert str(obstacle) == "backend 'cupy' takes CUDA tensors, got cpu"
     for capability, text in (((7, 0), None), ((6, 1), "backend 'cupy' needs compute capability 7.0, cuda has 6.1")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
-        obstacle = backends.obstacle(Backend.CUPY, torch.device("cuda"), torch.float32)
+        obstacle = available.why_unavailable(Backend.CUPY, torch.device("cuda"), torch.float32)
         assert (obstacle and str(obstacle)) == text
 
 
@@ -266,9 +266,10 @@ def test_tensors_that_are_not_on_a_new_enough_gpu_are_refused(monkeypatch, fake_
     ("able", "chosen"), [("triton cupy", "triton"), ("triton", "triton"), ("cupy", "cupy"), ("", "torch")]
 )
 def test_auto_takes_triton_then_cupy_then_torch(monkeypatch, able, chosen):
-    monkeypatch.setattr(backends, "can_run", lambda choice, device, dtype: choice.value in able.split())
-    assert backends.select("auto", torch.device("cuda"), torch.float32).value == chosen
-    assert backends.select("auto", torch.device("cpu"), torch.float32) is Backend.TORCH
+    missing = RuntimeError("not here")
+    monkeypatch.setattr(available, "why_unavailable", lambda it, *_: None if it.value in able.split() else missing)
+    assert available.select("auto", torch.device("cuda"), torch.float32, None, False).value == chosen
+    assert available.select("auto", torch.device("cpu"), torch.float32, None, False) is Backend.TORCH
 
 
 def test_cupy_is_not_imported_before_first_use():

@@ -168,7 +168,7 @@ def test_of_several_files_none_is_merged_if_one_is_none_of_ours(findings, monkey
         gpu_lstm.races.merge(broken)
     monkeypatch.setattr(cache, "folder", lambda: None)
     cache.warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="is not remembered: there is no home directory"):
+    with pytest.warns(UserWarning, match="is not cached: there is no home directory"):
         assert gpu_lstm.races.merge(good) == 0, "what cannot be stored is not counted"
 
 
