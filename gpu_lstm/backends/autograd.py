@@ -33,8 +33,11 @@ def layer(
     if not torch.is_grad_enabled() or not any([t is not None and t.requires_grad for t in given]):
         h, h_n, c_n, *_ = fused.forward(kernels, given, save=False)
         return h, (h_n, c_n if c_n.dtype is state[1].dtype else c_n.to(state[1].dtype))
+    count = len(given)
+    while given[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
+        count -= 1
     function = LSTMLayerInTransforms if is_transformed() else LSTMLayer
-    h, h_n, c_n, *_ = function.apply(kernels, recompute, *given)
+    h, h_n, c_n, *_ = function.apply(kernels, recompute, *given[:count])
     return h, (h_n, c_n)
 
 
@@ -52,14 +55,15 @@ class LSTMLayer(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*given, h, gates.new_empty(0) if recompute else gates, c)
         ctx.kernels = kernels
-        return h, h_n, c_n.to(inputs.c0.dtype)
+        return h, h_n, c_n if c_n.dtype is inputs.c0.dtype else c_n.to(inputs.c0.dtype)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
         """None where no gradient is needed."""
-        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2 : 2 + DIFFERENTIABLE]
-        found = gradients(ctx.kernels, saved, (dh, dh_n, dc_n), needed)
-        return None, None, *found, *(None,) * (len(Inputs._fields) - DIFFERENTIABLE)
+        needed = ctx.needs_input_grad[2:]
+        count, padding = len(needed), (False,) * DIFFERENTIABLE
+        found = gradients(ctx.kernels, ctx.saved_tensors, (dh, dh_n, dc_n), (needed + padding)[:DIFFERENTIABLE])
+        return None, None, *found[:count], *(None,) * (count - DIFFERENTIABLE)
 
 
 class LSTMLayerInTransforms(LSTMLayer):
