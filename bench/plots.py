@@ -152,7 +152,7 @@ def _speed(rows: pd.DataFrame) -> Figure | None:
 
 
 def _instead(rows: pd.DataFrame) -> Figure | None:
-    """What people write around torch.nn.LSTM, and ours, as bars."""
+    """The usual workarounds around torch.nn.LSTM, and ours, as bars."""
     lines, base = report.instead(rows), report.headline_of(rows)
     if not len(lines):
         return None

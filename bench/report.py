@@ -20,13 +20,12 @@ from .providers import OURS, YARDSTICK
 LINES = 32  # that the summary has for cases and for the rules between their groups
 EVEN = 0.02  # a time that differs by less is called even
 MIB = 2**20
-WRITTEN = {  # what people write where torch.nn.LSTM does not do what they need, by its provider
+WRITTEN = {  # the usual workaround where torch.nn.LSTM does not do what is needed, by its provider
     "cleanrl-loop": "nn.LSTM called at every step, its state masked",
     "torch-packed": "sequences sorted, packed and unpacked",
 }
-LACKS = "without the lengths, resets or variant, which it does not take"
-STARRED = f"* torch.nn.LSTM {LACKS}"
-BEYOND = "without what the gates take beside products, launches, and that steps wait for each other"
+STARRED = "* nn.LSTM timed without the lengths, resets or variant, which it does not support"
+BEYOND = "ignoring gate arithmetic, launches and the dependency between steps"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NO_GPU = "No figure has been taken on a GPU yet."
 CPU_LINES = 8  # in the README: a CPU is not what this is for
@@ -107,7 +106,7 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def instead(rows: pd.DataFrame) -> pd.DataFrame:
-    """What people write around torch.nn.LSTM where it does not do a case, and ours: `seconds` and `ours_s` a call."""
+    """The usual workarounds where torch.nn.LSTM does not do a case, and ours: `seconds` and `ours_s` a call."""
     around = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured")]
     ours = rows[rows["contender"] == OURS].set_index("case")["median_s"]
     lines = around.assign(seconds=around["median_s"], ours_s=around["case"].map(ours))
@@ -207,19 +206,24 @@ def slug(device: str) -> str:
 
 
 def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> str:
-    """Where the figures come from, and tables of them: what people write around torch.nn.LSTM, and that itself."""
+    """Where the figures come from, and tables of them: the usual workarounds around torch.nn.LSTM, and that itself."""
     lines, around = by_case(rows), instead(rows)
     shown = lines if every_case else most_informative(lines, CPU_LINES)
     text = f"{'GPU' if on_gpu else 'CPU, not a GPU'}: {origin(rows)}; from [{link.removeprefix('../')}]({link})."
     if len(shown) < len(lines):
         text += f" {len(shown)} of {len(lines)} cases."
-        text += f" Over all that were timed, gpu_lstm is {spread(lines)} times as fast."
+        starred = lines["torch ms"].str.endswith("*")
+        text += f" Calls that nn.LSTM can do, too, run at {spread(lines[~starred])} times its speed"
+        others = f"; with lengths, resets or a variant, at {spread(lines[starred])} times nn.LSTM's without them"
+        text += f"{others}." if starred.any() else "."
     if shown["torch ms"].str.endswith("*").any():
-        text += f" Where torch.nn.LSTM's time has a star, it ran {LACKS}."
-    text += f" Of the bound: what operations and bytes take at the rates measured there, {BEYOND}."
+        text += f" \\{STARRED}."
+    text += (
+        f' "Of the bound": the fraction of a roofline (FLOPs and bytes at rates measured on this machine), {BEYOND}.'
+    )
     written = [textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)]
     if len(around):
-        written.append("\n| case | what people write | ms | gpu_lstm, ms | times as fast |\n|---|---|--:|--:|--:|")
+        written.append("\n| case | usual workaround | ms | gpu_lstm, ms | times as fast |\n|---|---|--:|--:|--:|")
     for row in around.itertuples():
         ms = f"{digits(1e3 * row.seconds)} | {digits(1e3 * row.ours_s)} | {digits(row.times)}"
         written.append(f"| {row.mode} {sizes(row.object)} | {WRITTEN[row.provider]} | {ms} |")

@@ -36,7 +36,7 @@ def box(axes: Axes, left: float, top: float, size: tuple[float, float], title: s
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], text: str = "", side: int = 1) -> None:
-    """From start to end, with a text beside its middle: right of it, or with side=-1 left."""
+    """From start to end, with a text next to its middle: right of it, or with side=-1 left."""
     axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 0.9, "shrinkA": 0, "shrinkB": 0})
     middle = (start[0] + end[0]) / 2 + 0.7 * side, (start[1] + end[1]) / 2
     axes.text(*middle, text, ha="left" if side > 0 else "right", va="center", size=6.8, color=INK, linespacing=1.2)
@@ -44,38 +44,46 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], text
 
 def data_flow() -> Figure:
     """One call, from the module to the kernels."""
-    figure, axes = canvas(92, 67)
-    box(axes, 20, 1, (52, 7), "modules.py, functional.py, races.py",
-        "LSTM, StackedLSTM, LSTMCell; lstm_layer\n"
-        "check the input, read weights and arguments; who runs it, the fastest by a race", PYTHON)  # fmt: skip
-    arrow(axes, (46, 8), (46, 12), "x [T, B, I], states, weights, Traversal (lengths, resets, direction), Settings")
-    box(axes, 20, 12, (52, 8.5), "layers.stack",
-        "draws the noise of the call; layer on layer, dropout, residual\n"
-        "chunks.py cuts time where memory is to be bounded\n"
-        "streams.py runs layers or directions side by side", PYTHON)  # fmt: skip
-    arrow(axes, (30, 20.5), (15, 25))
-    arrow(axes, (46, 20.5), (46, 25), "one direction of\none layer")
-    arrow(axes, (62, 20.5), (77, 25))
-    box(axes, 1, 25, (26, 7), "native.layer", "torch's own LSTM\n(ATen on CPU, cuDNN on CUDA)", TORCH)
-    box(axes, 32, 25, (28, 7), "fused.layer", "save for backward?\ngates_x = x W_ih^T + b: one GEMM", PYTHON)
-    box(axes, 65, 25, (26, 7), "reference.layer",
-        "a plain loop: any device and dtype,\ndifferentiable to any order", TORCH)  # fmt: skip
-    arrow(axes, (46, 32), (46, 36), "gates_x [T, B, 4H]")
-    box(axes, 22, 36, (48, 7), "autograd.py, ops.py",
-        "what is saved; weight gradients as GEMMs over all steps\n"
-        "gpu_lstm::layer_forward, layer_backward: what torch.compile sees", PYTHON)  # fmt: skip
-    arrow(axes, (70, 39.5), (78, 32), "  double\n  backward")
-    arrow(axes, (38, 43), (25, 48), "Recurrence ", side=-1)
-    arrow(axes, (54, 43), (67, 48))
-    box(axes, 1, 48, (46, 8), "kernels/triton_lstm/launch.py",
-        "the first plan that fits the card and is right there\nresident.py    cooperative.py    step.py\n"
-        "one launch: one program | many exchange h | all meet", KERNEL)  # fmt: skip
-    box(axes, 51, 48, (40, 8), "kernels/cupy_lstm/launch.py",
+    figure, axes = canvas(92, 90)
+    box(axes, 17, 1, (58, 6), "modules/, functional.py",
+        "LSTM, StackedLSTM, LSTMCell; lstm_layer: arguments and weights as they are now", PYTHON)  # fmt: skip
+    arrow(axes, (46, 7), (46, 11), "Options, weights, input, hx, lengths, resets, reset_states")
+    box(axes, 17, 11, (58, 6), "call/prepare.py", "every check of a call; time-major; what the process has set", PYTHON)
+    arrow(axes, (46, 17), (46, 21), "Call: x [T, B, I], states, weights, Traversal, Modes")
+    box(axes, 17, 21, (58, 8), "dispatch/run.py",
+        "the Route of the call, looked up; decided once for each kind of call:\n"
+        "available.py -> race.py -> route.py: backend, kernels, schedule", PYTHON)  # fmt: skip
+    for start, end in (((24, 29), (11, 34)), ((38, 29), (34, 34)), ((54, 29), (58, 34)), ((68, 29), (81, 34))):
+        arrow(axes, start, end)
+    axes.text(46, 31.5, "backends/", ha="center", va="center", size=6.8, color=INK)
+    for left, name, text, colour in (
+        (1, "torch_lstm.py", "torch's own LSTM: ATen\non the CPU, cuDNN on CUDA;\nlengths and resets", TORCH),
+        (24, "kernels.py", "layer on layer;\nschedule.py: chunks of time,\nlayers side by side", PYTHON),
+        (48, "graph.py", "torch.compile, export:\none operator a layer,\nby any of the other three", PYTHON),
+        (71, "reference.py", "a plain loop: any device,\nany dtype, differentiable\nto any order", TORCH),
+    ):
+        box(axes, left, 34, (20, 9), name, text, colour)
+    arrow(axes, (34, 43), (34, 48), "one direction of one layer")
+    box(axes, 13, 48, (48, 8), "autograd.py, fused.py",
+        "what is saved for backward; gates_x = x W_ih^T + b: one product\n"
+        "gradients of weights: products over all steps", PYTHON)  # fmt: skip
+    arrow(axes, (61, 52), (81, 43))
+    axes.text(75, 49, "gradients of gradients", va="center", size=6.8, color=INK)
+    arrow(axes, (37, 56), (37, 60), "gates_x [T, B, 4H], Recurrence")
+    box(axes, 13, 60, (48, 7), "kernels/layer.py",
+        "a Layer for each problem and card: forward, backward\n"
+        "its plan is chosen and verified once", KERNEL)  # fmt: skip
+    arrow(axes, (30, 67), (24, 71))
+    arrow(axes, (50, 67), (67, 71))
+    box(axes, 1, 71, (46, 8), "kernels/triton_lstm/launch.py",
+        "resident.py: one program | cooperative.py: many, exchange h\n"
+        "step.py: many, a grid-wide barrier after each step", KERNEL)  # fmt: skip
+    box(axes, 51, 71, (40, 8), "kernels/cupy_lstm/launch.py",
         "CUDA C++, where Triton cannot run\ncooperative", KERNEL)  # fmt: skip
-    arrow(axes, (24, 56), (24, 60))
-    arrow(axes, (67, 56), (67, 60))
-    box(axes, 1, 60, (90, 6), "GPU memory",
-        "in: gates_x, W_hh, h0, c0      out: h, h_n, c_n; for backward the activated gates (over gates_x) and c",
+    arrow(axes, (24, 79), (24, 83))
+    arrow(axes, (67, 79), (67, 83))
+    box(axes, 1, 83, (90, 6), "GPU memory",
+        "in: gates_x, W_hh, h0, c0; out: h, h_n, c_n; for backward the activated gates (over gates_x) and c",
         MEMORY)  # fmt: skip
     return figure
 
@@ -113,7 +121,7 @@ def exchange() -> Figure:
     axes.text(88, 34.3, "time", size=7.5, color=FAINT, ha="center")
     axes.text(
         13, 36, "Each program publishes h of its own units first. The next step starts once no word of h that it loads "
-        "holds the fill;\nstores and prefetched gates hide behind the wait. Every step has its own place in memory: "
+        "is the sentinel;\nstores and prefetched gates hide behind the wait. Every step has its own place in memory: "
         "nothing is overwritten.", size=7, color=INK, va="center", linespacing=1.3,
     )  # fmt: skip
     return figure

@@ -79,7 +79,7 @@ def relink(text: str) -> str:
 
 
 def main() -> None:
-    """Write the page anew."""
+    """Write the page again."""
     if "--run" in sys.argv[1:]:
         run()
     text, pictures = page(nbformat.read(NOTEBOOK, as_version=4))

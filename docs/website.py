@@ -2,7 +2,7 @@
 
 They are those of docs/ and, as the first, the README. On GitHub they are read as they are; here links to files that the
 site does not have go to the repository, and formulas become MathML, which browsers show by themselves. What the
-docstrings have beside Google's sections is turned into Markdown, too.
+docstrings have besides Google's sections is turned into Markdown, too.
 """
 
 import posixpath
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from griffe import Extension, Object
+from griffe import Extension, GriffeLoader, Module, Object
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +67,10 @@ class Docstrings(Extension):
     def on_object(self, *, obj: Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = in_markdown(obj.docstring.value)
+
+    def on_package(self, *, pkg: Module, loader: GriffeLoader, **kwargs: Any) -> None:
+        if pkg.name == "gpu_lstm":  # the kernels are next to it in a checkout
+            pkg.set_member("kernels", loader.load("kernels"))
 
 
 def in_markdown(docstring: str) -> str:

@@ -213,7 +213,7 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
     for name in ("README.md", "mkdocs.yml"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("bench", "examples", "gpu_lstm", "tests"):
+    for name in ("bench", "examples", "gpu_lstm", "kernels", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     with (tmp_path / "docs" / "faq.md").open("a") as file:
         file.write(f"\n{fault}\n")
