@@ -54,7 +54,7 @@ class LSTMLayer(torch.autograd.Function):
         h, h_n, c_n, gates, c = fused.forward(kernels, inputs, save=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*given, h, gates.new_empty(0) if recompute else gates, c)
-        ctx.kernels = kernels
+        ctx.kernels, ctx.by_operator = kernels, False
         return h, h_n, c_n if c_n.dtype is inputs.c0.dtype else c_n.to(inputs.c0.dtype)
 
     @staticmethod
@@ -62,7 +62,7 @@ class LSTMLayer(torch.autograd.Function):
         """None where no gradient is needed."""
         needed = ctx.needs_input_grad[2:]
         count, padding = len(needed), (False,) * DIFFERENTIABLE
-        found = gradients(ctx.kernels, ctx.saved_tensors, (dh, dh_n, dc_n), (needed + padding)[:DIFFERENTIABLE])
+        found = _gradients(ctx, (dh, dh_n, dc_n), (needed + padding)[:DIFFERENTIABLE])
         return None, None, *found[:count], *(None,) * (count - DIFFERENTIABLE)
 
 
@@ -78,23 +78,22 @@ class LSTMLayerInTransforms(LSTMLayer):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         """Save what backward reads."""
         ctx.kernels, _, *given = inputs
+        ctx.by_operator = True
         h, _, _, gates, c = output
         ctx.mark_non_differentiable(gates, c)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*given, h, gates, c)
 
 
-def gradients(
-    kernels: Any, saved: Sequence[Tensor | None], output_gradients: Sequence[Tensor | None], needed: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    """Of the first Inputs, from `saved`: Inputs, h, gates and c. Differentiable where somebody differentiates them."""
+def _gradients(ctx: Any, output_gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> Sequence[Tensor | None]:
+    """Of the first Inputs. Differentiable where somebody differentiates them."""
+    kernels, saved = ctx.kernels, ctx.saved_tensors
     *given, h, gates, c = saved
-    if gradients_are_differentiated(h, [*saved, *output_gradients]):  # type: ignore[arg-type]
+    if gradients_are_differentiated(h, [*saved, *output_gradients]):
         inputs = Inputs(*map(alive, given))  # type: ignore[arg-type]
-        return reference.gradients(
-            partial(reference.run_inputs, reverse=kernels.problem.reverse), inputs, output_gradients, needed
-        )
+        run = partial(reference.run_inputs, reverse=kernels.problem.reverse)
+        return reference.gradients(run, inputs, output_gradients, needed)
     with torch.no_grad():
-        if is_transformed():
+        if ctx.by_operator or is_transformed():
             return graph.gradients_of(kernels, saved, output_gradients, needed)
-        return fused.gradients(kernels, Saved(Inputs(*given), h, gates, c), output_gradients, needed)  # type: ignore[arg-type]
+        return fused.gradients(kernels, Saved(Inputs(*given), h, gates, c), output_gradients, needed)

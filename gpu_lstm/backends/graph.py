@@ -54,8 +54,7 @@ def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[
     """All layers of a call, in `dtype`, by operators: output [T, B, D*P] and the final states as Call.states."""
     _refuse_tracing(call, backend)
     if backend is Backend.TORCH and call.traversal.is_plain() and call.options.kind != "lstm_layer":
-        y, rows = _by_torch(call, dtype)
-        return y, call.pack_rows(rows)
+        return _by_torch(call, dtype)
 
     def direction(
         row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
@@ -81,19 +80,18 @@ def _refuse_tracing(call: Call, backend: Backend) -> None:
 
 def _by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """torch's own LSTM, both directions of a layer at once."""
-    options, rows, count = call.options, call.state_rows(), call.options.directions
+    options, states = call.options, call.layer_states()
     _, kept = torch_lstm.draw(call.weights, (call.steps, call.batch), dtype, options)
     x = call.x
     finals: list[State] = []
     for k, layer in enumerate(call.weights):
-        h0, c0 = (torch.stack(state) for state in zip(*rows[k * count : (k + 1) * count]))
-        x, (h0, c0), first = cast(x, (h0, c0), layer[0], dtype)
-        second = layer[1].to(dtype) if count == 2 else ()
+        x, (h0, c0), first = cast(x, states[k], layer[0], dtype)
+        second = layer[1].to(dtype) if len(layer) == 2 else ()
         with named(k, None, "torch"), without_autocast(call):
             y, h_n, c_n, *_ = _call([*Inputs(x, h0, c0, *first), *second], False, "torch", False)
         x = connect(x, y, None, kept[k], options)
-        finals += zip(h_n.unbind(0), c_n.unbind(0))
-    return x, finals
+        finals.append((h_n, c_n))
+    return x, call.pack_layers(finals)
 
 
 def _call(given: Sequence[Tensor | None], reverse: bool, backend: str, recompute: bool) -> tuple[Tensor, ...]:
@@ -129,8 +127,9 @@ def forward_of(layer: Any, given: Inputs, save: bool, recompute: bool) -> tuple[
 def gradients_of(
     layer: Any, saved: Sequence[Tensor | None], output_gradients: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """As fused.gradients, by the operator; `saved` as in autograd.gradients."""
-    *given, h, gates, c = saved
+    """As fused.gradients, by the operator; `saved`: Inputs, h, gates and c."""
+    *there, h, gates, c = saved
+    given = Inputs(*there)  # type: ignore[arg-type]  # those at the end may be left out
     found = BACKWARD(
         list(output_gradients), [h, gates, c], *_flat(given), layer.problem.reverse, layer.backend, list(needed)
     )

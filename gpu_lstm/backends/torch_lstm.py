@@ -48,21 +48,21 @@ def _direction(_: int, x: Tensor, state: State, weights: Weights, traversal: Tra
 
 def _stacked(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """Of layers with states of their own: in one call where they are of one size, else a call for each."""
-    options, rows, count = call.options, call.state_rows(), call.options.directions
+    options, states = call.options, call.layer_states()
     if options.in_one_call:
-        h0, c0 = (torch.stack(state) for state in zip(*rows))  # [L*D, B, *]
+        h0, c0 = (torch.cat(state) for state in zip(*states))  # [L*D, B, *]
         y, (h_n, c_n) = stack(call.x, (h0, c0), call.weights, options.dropout, options.training)
-        return y, call.pack_rows(list(zip(h_n.unbind(0), c_n.unbind(0))))
+        count = options.directions
+        return y, call.pack_layers(list(zip(h_n.split(count), c_n.split(count))))
     _, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
     x = call.x
     finals: list[State] = []
     for k, layer in enumerate(call.weights):
-        h0, c0 = (torch.stack(state) for state in zip(*rows[k * count : (k + 1) * count]))
         with named(k, None, "torch"):
-            y, (h_n, c_n) = stack(x, (h0, c0), [layer], training=options.training)
+            y, final = stack(x, states[k], [layer], training=options.training)
         x = connect(x, y, None, kept[k], options)
-        finals += zip(h_n.unbind(0), c_n.unbind(0))
-    return x, call.pack_rows(finals)
+        finals.append(final)
+    return x, call.pack_layers(finals)
 
 
 def stack(
