@@ -108,7 +108,7 @@ def test_after_an_interrupt_the_next_call_is_right(backend, kind):
     before, expected, names = values(module), call(), sorted(vars(module))
     for _ in interrupted_at(call, most=5 if backend == "triton" else 15):  # the interpreter is slow where it is traced
         assert sorted(vars(module)) == names
-        assert choices.chosen_backend._open == []
+        assert choices.chosen_backend.blocks == []
         assert torch.is_grad_enabled()
         assert not torch.is_autocast_enabled("cpu")
         assert_equal(call(), expected)
@@ -313,7 +313,7 @@ def test_blocks_that_are_interrupted_as_they_open_or_close_leave_nothing_behind(
         monkeypatch.setattr(choices.Choice, name, interrupted(getattr(choices.Choice, name)))
     with pytest.raises(KeyboardInterrupt), gpu_lstm.backend("torch"), block, gpu_lstm.backend("torch"), block:
         pass
-    assert choices.chosen_backend._open == []
+    assert choices.chosen_backend.blocks == []
     assert requested_backend(None) is Backend.AUTO
 
 
@@ -350,4 +350,4 @@ def test_overlapping_blocks_leave_nothing_behind(where):
     assert where(functools.partial(requested_backend, None)) is Backend.REFERENCE
     del second  # never run to its end
     assert where(functools.partial(requested_backend, None)) is Backend.AUTO
-    assert choices.chosen_backend._open == []
+    assert choices.chosen_backend.blocks == []

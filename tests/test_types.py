@@ -25,7 +25,7 @@ gpu_lstm.racing("of")
 gpu_lstm.functional.lstm_layer(x, [x, x], backend="trition")
 gpu_lstm.keras.from_keras(None, backend="trition")
 lstm(packed, lengths=x)
-lstm.forward(packed, lengths=x)
+lstm(packed, lengths=x)
 lstm(x)[0].batch_sizes
 lstm.forward(x)[0].batch_sizes
 lstm(packed)[0].relu()

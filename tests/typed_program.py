@@ -27,7 +27,7 @@ def sizes(backend: BackendName) -> list[torch.Size]:
     resets = gpu_lstm.resets_from_dones(torch.zeros(5, 3, dtype=torch.bool))
     lstm = gpu_lstm.LSTM(6, 8, num_layers=2, backend=gpu_lstm.Backend.TORCH)
     output, (h, c) = lstm(x, resets=resets)
-    output, (h, c) = lstm.forward(x, (h, c), lengths=lengths)
+    output, (h, c) = lstm(x, (h, c), lengths=lengths)
     packed, (h_n, c_n) = lstm(pack_sequence([x[:, 0], x[:2, 1]]))
     stack = gpu_lstm.StackedLSTM(6, [4, 5], backend=backend)
     stacked, [(h1, c1), (h2, c2)] = stack(x, [(x.new_zeros(3, n), x.new_zeros(3, n)) for n in stack.hidden_sizes])

@@ -204,7 +204,8 @@ def recorded_launches(problem: Problem, which: Pass, plan: Plan) -> list[Recorde
     launches: list[RecordedLaunch] = []
 
     def record(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        launches.append(RecordedLaunch(kernel, grid, arguments))
+        given = {name: a.detach() if isinstance(a, Tensor) else a for name, a in arguments.items()}  # in these sizes
+        launches.append(RecordedLaunch(kernel, grid, given))
 
     meta = torch.device("meta")
     prepared = Prepared(problem, which, plan, meta, record)
