@@ -316,3 +316,10 @@ def test_torch_jit_trace_takes_kernels_without_gradients_only():
         traced = torch.jit.trace(ours, (x,))
         x, _ = call_of(ours, 7, 3, ragged=False)
         assert_same(tree_leaves(traced(x)), tree_leaves(twin(x)))
+
+
+def test_states_to_reset_to_are_not_rounded_in_a_graph():
+    lstm, x = gpu_lstm.LSTM(3, 4, backend="reference").double(), torch.randn(5, 2, 3, dtype=torch.float64)
+    given = dict(resets=torch.rand(5, 2) < 0.5, reset_states=tuple(torch.randn(2, 1, 2, 4, dtype=torch.float64)))
+    compiled = torch.compile(lstm, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, **given), lstm(x, **given), rtol=0, atol=1e-15)

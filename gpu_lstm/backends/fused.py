@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
     gain_c: Tensor | None = None  # [H]
     bias_c: Tensor | None = None  # [H]
     reset_h: Tensor | None = None  # [T, B, P] what steps that are reset begin with, by the time of the step
-    reset_c: Tensor | None = None  # [T, B, H] float32
+    reset_c: Tensor | None = None  # [T, B, H] float32; float64 with an x of float64
     dropout_h: Tensor | None = None  # [B, P] and below: its Noise
     zoneout_h: Tensor | None = None  # [T, B, P] or []
     zoneout_c: Tensor | None = None  # [T, B, H] or []
@@ -73,7 +73,8 @@ def inputs_of(
     lengths, resets, _, reset_states = traversal
     reset_h = reset_c = None
     if reset_states is not None:
-        reset_h, reset_c = reset_states[0][0].to(x.dtype), reset_states[0][1].float()
+        reset_h, reset_c = reset_states[0][0].to(x.dtype), reset_states[0][1]
+        reset_c = reset_c if x.dtype is torch.float64 else reset_c.float()
     return Inputs(x, *state, *weights, reset_h, reset_c, *noise, lengths, resets)  # type: ignore[arg-type]
 
 
