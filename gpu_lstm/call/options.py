@@ -66,6 +66,8 @@ class Options:
         self.rows = len(self.sizes) * self.directions  # of states: layer by layer, direction by direction
         # Rows of states that stand in one tensor: an LSTM has all in one, a StackedLSTM those of a layer.
         self.blocks = (self.directions,) * len(self.sizes) if a.kind == "StackedLSTM" else (self.rows,)
+        # Whether these tensors have rows at all: states of one layer and direction are [B, *] elsewhere.
+        self.leading = a.kind == "LSTM" or (a.kind == "StackedLSTM" and self.directions == 2)
         self.names = _names(a, self.directions)
         self.present = sum(name is not None for name in self.names[0][0])  # tensors of a layer and direction
         self.weight_sizes = tuple([_weight_sizes(size) for size in self.sizes])

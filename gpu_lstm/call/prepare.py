@@ -116,8 +116,6 @@ def prepare(
         traversal = traversal._replace(reset_states=given)
         learns = learns or any(t.requires_grad for pair in given for t in pair)
     now = modes(x)
-    if now.recording is Recording.WATCHED:
-        steps, batch = int(steps), int(batch)  # torch.jit.trace has tensors there, which are no part of a key
     if options.reverse:
         traversal = traversal.backwards()
     elif resets is not None and steps == 1 and reset_states is None and now.recording < Recording.COMPILED:
@@ -175,10 +173,9 @@ def _traversal(
 
 def _zeros(options: Options, x: Tensor, batch: int) -> list[State]:
     """Initial states of zeros. Where both of a pair have the same size they may be one tensor."""
-    leading = options.kind == "LSTM" or (options.kind == "StackedLSTM" and options.directions == 2)
     states = []
     for rows, size in zip(options.blocks, options.sizes):
-        lead = (rows,) if leading else ()
+        lead = (rows,) if options.leading else ()
         c = x.new_zeros(*lead, batch, size.hidden)
         # Nor does torch.compile let an operator have one tensor twice.
         one = not size.projected and not torch.compiler.is_compiling()
@@ -260,16 +257,15 @@ def _reset_states(
         pairs = [(given, RESET_STATES)]
     if traversal.resets is None:
         raise ValueError(f"Expected resets together with {RESET_STATES}, which say what they leave, got None")
-    leading = options.kind == "LSTM" or (options.kind == "StackedLSTM" and options.directions == 2)
     rows: list[State] = []
     for (pair, name), count, size in zip(pairs, options.blocks, options.sizes):
         checks.check_reset_pair(pair, name)
-        lead = [count] if leading else []
+        lead = [count] if options.leading else []
         h, c = (
             _each_step(state, f"{letter} of {name}", (form, x, sizes, lead), features, letter == "c")
             for letter, state, features in zip("hc", pair, (size.width, size.hidden))
         )
-        rows += zip(h.unbind(0), c.unbind(0)) if leading else [(h, c)]
+        rows += zip(h.unbind(0), c.unbind(0)) if options.leading else [(h, c)]
     return rows
 
 
