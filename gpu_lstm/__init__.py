@@ -20,25 +20,9 @@ from .tools.trace import trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "LSTM",
-    "Backend",
-    "LSTMCell",
-    "StackedLSTM",
-    "Stream",
-    "autotune",
-    "backend",
-    "check",
-    "compat",
-    "convert",
-    "explain",
-    "from_haste",
-    "functional",
-    "keras",
-    "racing",
-    "resets_from_dones",
-    "to_torch",
-    "trace",
-]
+    "LSTM", "Backend", "LSTMCell", "StackedLSTM", "Stream", "autotune", "backend", "check", "compat", "convert",
+    "explain", "from_haste", "functional", "keras", "racing", "resets_from_dones", "to_torch", "trace",
+]  # fmt: skip
 
 
 def __dir__() -> list[str]:

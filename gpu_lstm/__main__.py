@@ -23,51 +23,47 @@ from .dispatch.kind import describe
 from .dispatch.route import Decision
 from .kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 from .kernels.problem import Problem  # type: ignore[import-not-found]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m gpu_lstm", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("doctor", help="versions, devices, and which backends can run (the default)")
-    table = commands.add_parser(
-        "kernels", help="compile every kernel for every architecture, without a GPU, and report"
-    )
-    table.add_argument("--quick", action="store_true", help="for an H100 in bfloat16 alone")
-    plan = commands.add_parser(
-        "plan", help="which kernels a problem uses on a card, and how long a step is (estimated)"
-    )
-    plan.add_argument("--hidden", type=_positive, required=True, help="hidden units")
-    plan.add_argument("--batch", type=_positive, required=True, help="sequences")
-    plan.add_argument("--steps", type=_positive, default=1024, help="time steps")
-    plan.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the tensors; tf32 and fp32 are float32")
-    plan.add_argument("--directions", type=int, choices=(1, 2), default=1, help="that run side by side")
-    plan.add_argument("--device", required=True, help="h100, a100, l4, rtx4090, rtx5090, b200")
-    cached = commands.add_parser("races", help="cached results: races, verification of kernels, measured plans")
-    what = cached.add_mutually_exclusive_group()
-    what.add_argument("--export", metavar="FILE", help="write all of them into one file")
-    what.add_argument(
-        "--merge", metavar="FILE", nargs="+", help="add results of exported files that are not cached here"
-    )
-    what.add_argument("--clear", action="store_true", help="remove all but those in a shared folder")
-    for command in commands.choices.values():
-        command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
-    options = parser.parse_args(arguments)
-    if options.command in ("kernels", "plan") and (problem := triton_import_problem()) is not None:
-        print(f"python -m gpu_lstm {options.command} {without_triton(problem)}", file=sys.stderr)
-        return 1
-    if options.command == "kernels" and importlib.import_module("gpu_lstm.kernels.triton_lstm.launch").INTERPRETED:
-        print("python -m gpu_lstm kernels compiles them: unset TRITON_INTERPRET in the environment", file=sys.stderr)
-        return 2
-    return {"kernels": _kernels, "plan": _plan, "races": _races}.get(options.command, _doctor)(options)
-
+from .tools.explain import terms_of, tiles_of
 
 _DTYPES = {
     "bf16": (torch.bfloat16, "ieee"), "fp16": (torch.float16, "ieee"),
     "tf32": (torch.float32, "tf32"), "fp32": (torch.float32, "ieee"),
 }  # fmt: skip
 LARGEST_MEMORY = 192e9  # bytes; of a B200
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m gpu_lstm", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_doctor)
+    subparsers, commands = parser.add_subparsers(dest="command", metavar="COMMAND"), {}
+    for name, run, text in (
+        ("doctor", _doctor, "versions, devices, and which backends can run (the default)"),
+        ("kernels", _kernels, "compile every kernel for every architecture, without a GPU, and report"),
+        ("plan", _plan, "which kernels a problem uses on a card, and how long a step is (estimated)"),
+        ("races", _races, "cached results: races, verification of kernels, measured plans"),
+    ):
+        commands[name] = command = subparsers.add_parser(name, help=text)
+        command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+        command.set_defaults(run=run)
+    commands["kernels"].add_argument("--quick", action="store_true", help="for an H100 in bfloat16 alone")
+    plan, cached = commands["plan"], commands["races"].add_mutually_exclusive_group()
+    plan.add_argument("--hidden", type=_positive, required=True, help="hidden units")
+    plan.add_argument("--batch", type=_positive, required=True, help="sequences")
+    plan.add_argument("--steps", type=_positive, default=1024, help="time steps")
+    plan.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the tensors; tf32 and fp32 are float32")
+    plan.add_argument("--directions", type=int, choices=(1, 2), default=1, help="that run side by side")
+    plan.add_argument("--device", required=True, help="h100, a100, l4, rtx4090, rtx5090, b200")
+    cached.add_argument("--export", metavar="FILE", help="write all of them into one file")
+    cached.add_argument("--merge", metavar="FILE", nargs="+", help="add those of exported files that are new here")
+    cached.add_argument("--clear", action="store_true", help="remove all but those in a shared folder")
+    options = parser.parse_args(arguments)
+    if options.command in ("kernels", "plan") and (problem := triton_import_problem()) is not None:
+        print(f"python -m gpu_lstm {options.command} {without_triton(problem)}", file=sys.stderr)
+        return 1
+    status: int = options.run(options)
+    return status
 
 
 def _positive(text: str) -> int:
@@ -79,40 +75,35 @@ def _positive(text: str) -> int:
     return count
 
 
+def _refuse(text: object) -> int:
+    print(text, file=sys.stderr)
+    return 2
+
+
 def _doctor(options: argparse.Namespace) -> int:
-    found = diagnosis()
-    if options.json:
-        print(json.dumps(found, indent=2))
-        return 0
-    print(found["summary"])
-    print(f"\ngpu_lstm {found['versions']['gpu_lstm']}")
-    for title in ("versions", "environment"):
-        print(f"\n{title}")
-        for name, value in found[title].items():
-            print(f"  {name:<18} {value if value is not None else '-'}")
-    print("\ndevices")
-    for device in found["devices"]:
-        print(f"  {device['device']:<18} {device['name']}; float32 goes to {device['auto']!r} by default")
-        for name, why_not in device["backends"].items():
-            print(f"    {name:<16} {'available' if why_not is None else 'not available: ' + why_not}")
-    return 0
-
-
-def diagnosis() -> dict:
     """What a user gets; versions; environment; for each device the backends: None where available, else why not."""
-    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    return {
-        "summary": _summary(torch.device(devices[min(1, len(devices) - 1)])),
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    variables = (BACKEND_VARIABLE, RACE_VARIABLE, cache.SHARED, "TRITON_INTERPRET")
+    found: dict[str, Any] = {
+        "summary": _summary(devices[:2][-1]),
         "versions": {
             "gpu_lstm": __version__, "python": platform.python_version(), "torch": torch.__version__,
             **{package: cache.version_of(package) for package in ("triton", "numpy", "cupy-cuda12x", "cupy-cuda13x")},
             "CUDA of torch": torch.version.cuda,
         },
-        "environment": {
-            name: os.environ.get(name) for name in (BACKEND_VARIABLE, RACE_VARIABLE, cache.SHARED, "TRITON_INTERPRET")
-        },
-        "devices": [_diagnosis_of(torch.device(device)) for device in devices],
+        "environment": {name: os.environ.get(name) for name in variables},
+        "devices": [_diagnosis(device) for device in devices],
     }  # fmt: skip
+    lines = [found["summary"]]
+    for title in ("versions", "environment"):
+        lines += ["", title, *(f"  {name:<22} {value or '-'}" for name, value in found[title].items())]
+    lines += ["", "devices"]
+    for device in found["devices"]:
+        lines.append(f"  {device['device']:<22} {device['name']}; float32 goes to {device['auto']!r} by default")
+        for name, why_not in device["backends"].items():
+            lines.append(f"    {name:<20} {'available' if why_not is None else 'not available: ' + why_not}")
+    print(json.dumps(found, indent=2) if options.json else "\n".join(lines))
+    return 0
 
 
 def _summary(device: torch.device) -> str:
@@ -121,48 +112,46 @@ def _summary(device: torch.device) -> str:
         requested_backend(None), requested_racing()
     except ValueError as error:
         return f"On this machine gpu_lstm.LSTM raises: {error}"
-    start = "On this machine gpu_lstm.LSTM runs"
     backend = select(Backend.AUTO, device, torch.float32, None, False)
-    on_cpu = device.type == "cpu"
+    on_cpu, start = device.type == "cpu", "On this machine gpu_lstm.LSTM runs"
     where = "the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if backend not in KERNEL_BACKENDS:
         why = "there is no CUDA device" if on_cpu else why_unavailable(Backend.TRITON, device, torch.float32)
         return f"{start} torch's own LSTM on {where}: {why}"
-    here = cache.machine(device).items()
     verdicts, decisions = (
-        [value for _, key, value in cache.entries(kind) if key.items() >= here] for kind in (verify.KIND, race.KIND)
+        [value for _, key, value in cache.entries(kind) if key.items() >= cache.machine(device).items()]
+        for kind in (verify.KIND, race.KIND)
     )
-    wrong = sum(verdict != "right" for verdict in verdicts)
+    wrong = len(verdicts) - verdicts.count("right")
     won = sum(isinstance(value, dict) and value.get("backend") == backend.value for value in decisions)
     kernels = "fused Triton kernels" if backend is Backend.TRITON else "fused kernels in CUDA C++"
+    failed = f", of which {wrong} failed" if wrong else ""
+    then = "; the first call of each kind races" if os.environ.get(RACE_VARIABLE, "on") == "on" else ""
     return (
-        f"{start} {kernels} on {where} where they are faster: kernels checked {len(verdicts)}"
-        + (f", of which {wrong} are not trusted" if wrong else "")
-        + f"; kinds of problems raced {len(decisions)}, won {won}"
-        + ("; the first call of each kind races" if os.environ.get(RACE_VARIABLE, "on") == "on" else "")
+        f"{start} {kernels} on {where} where they are faster: kernels checked {len(verdicts)}{failed}; kinds of "
+        f"problems raced {len(decisions)}, won {won}{then}"
     )
 
 
-def _diagnosis_of(device: torch.device) -> dict:
-    problems = {b.value: why_unavailable(b, device, torch.float32) for b in Backend if b is not Backend.AUTO}
+def _diagnosis(device: torch.device) -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+    problems = {b.value: why_unavailable(b, device, torch.float32) for b in Backend if b is not Backend.AUTO}
     return {
         "device": str(device), "name": name, "auto": select(Backend.AUTO, device, torch.float32, None, False).value,
-        "backends": {backend: None if problem is None else str(problem) for backend, problem in problems.items()},
+        "backends": {backend: problem and str(problem) for backend, problem in problems.items()},
     }  # fmt: skip
 
 
 def _kernels(options: argparse.Namespace) -> int:
     """A row for each case and kernel of both kernel backends. Exit status 1 if one spills, does not fit, or cannot be
-    compiled at all. From `instr` to `stores`: a pass of the time loop, see sass.Loop; `moved` are a block's bytes,
-    `W_hh` the loads of weights among Triton's."""
-    line = "{:<7}{:<34}{:<40}{:>4}{:>5}{:>7}{:>7}  {:>6}{:>5}{:>4}{:>7}{:>6}{:>7}{:>5}  {}"
-    title = ("regs", "spills", "shared", "instr", "bars", "mma", "moved", "loads", "stores", "W_hh", "tiles")
+    compiled at all."""
+    if importlib.import_module("gpu_lstm.kernels.triton_lstm.launch").INTERPRETED:
+        return _refuse("python -m gpu_lstm kernels compiles them: unset TRITON_INTERPRET in the environment")
     if not options.json:
-        print(line.format("", "kernel", "case", "sm", *title))
+        print(_LINE.format("", "kernel", "case", "sm", *_COLUMNS))
     rows: list[dict[str, Any]] = []
     complete = True
     for backend in ("triton", "cupy"):
@@ -174,67 +163,60 @@ def _kernels(options: argparse.Namespace) -> int:
                 print(f"{backend}: {done} of {len(cases)} compiled, about {left:.0f} s left", file=sys.stderr)
                 rows += [_as_json(row) | {"backend": backend, "fits": row.fits} for row in those]
                 for row in [] if options.json else those:
-                    loop = row.loop
-                    counts = ("-",) * 7 if loop is None else (
-                        loop.instructions, loop.barriers, loop.products, loop.shared * row.threads, loop.loads,
-                        loop.stores, row.weight_loads if backend == "triton" else "-",
-                    )  # fmt: skip
-                    cells = line.format(
-                        backend, row.kernel.removesuffix("_kernel"), row.case, row.architecture, row.registers,
-                        row.spills, row.shared, *counts, row.tiles + ("" if row.fits else ", DOES NOT FIT"),
-                    )  # fmt: skip
-                    print(cells, flush=True)
+                    print(_in_columns(backend, row), flush=True)
         except ImportError as error:  # NVRTC is in the dev extra only
             print(f"{backend}: {error}", file=sys.stderr)
             complete = False
-    if options.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        print(f"{len(rows)} kernels; {sum(not row['fits'] for row in rows)} do not fit")
-    return 0 if complete and all(row["fits"] for row in rows) else 1
+    unfit = sum(not row["fits"] for row in rows)
+    print(json.dumps(rows, indent=1) if options.json else f"{len(rows)} kernels; {unfit} do not fit")
+    return 0 if complete and not unfit else 1
+
+
+# From `instr` to `stores`: a pass of the time loop, see sass.Loop; `moved` are a block's bytes, `W_hh` the loads of
+# weights among Triton's.
+_COLUMNS = ("regs", "spills", "shared", "instr", "bars", "mma", "moved", "loads", "stores", "W_hh", "tiles")
+_LINE = "{:<7}{:<34}{:<40}{:>4}{:>5}{:>7}{:>7}  {:>6}{:>5}{:>4}{:>7}{:>6}{:>7}{:>5}  {}"
+
+
+def _in_columns(backend: str, row: Any) -> str:
+    loop, counts = row.loop, ["-"] * 7
+    if loop is not None:
+        counts = [loop.instructions, loop.barriers, loop.products, loop.shared * row.threads, loop.loads, loop.stores]
+        counts.append(row.weight_loads if backend == "triton" else "-")
+    return _LINE.format(
+        backend, row.kernel.removesuffix("_kernel"), row.case, row.architecture, row.registers, row.spills, row.shared,
+        *counts, row.tiles + ("" if row.fits else ", DOES NOT FIT"),
+    )  # fmt: skip
 
 
 def _plan(options: argparse.Namespace) -> int:
     """The plans of a problem, forward and backward, and the estimated time of a step."""
     planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
     choose = importlib.import_module("gpu_lstm.kernels.triton_lstm.choose")
-    device = planning.DEVICES.get(options.device)
-    if device is None:
-        print(f"unknown device {options.device!r}; known: {', '.join(planning.DEVICES)}", file=sys.stderr)
-        return 2
+    if (device := planning.DEVICES.get(options.device)) is None:
+        return _refuse(f"unknown device {options.device!r}; known: {', '.join(planning.DEVICES)}")
     dtype, precision = _DTYPES[options.dtype]
     problem = Problem(
         options.steps, options.batch, options.hidden, dtype, precision=precision, side_by_side=options.directions
     )
-    weights = 4 * problem.hidden**2 * problem.size
-    if weights > LARGEST_MEMORY:
+    if (weights := 4 * problem.hidden**2 * problem.size) > LARGEST_MEMORY:
         takes = f"W_hh of {problem.hidden} units takes {weights / 1e9:.0f} GB"
-        print(f"{takes}, more than any known card has", file=sys.stderr)
-        return 2
-    passes = {
-        name: [(p, planning.expected(problem, device, p, backward)) for p in choose.plans(problem, device, backward)]
-        for name, backward in (("forward", False), ("backward", True))
-    }
-    if options.json:
-        found = {
-            name: {"plan": _as_json(plan), "expected_seconds": expected.seconds, "expected_terms": expected.terms}
-            for name, ((plan, expected), *_) in passes.items()
-        }
-        print(json.dumps(found, indent=2))
-        return 0
-    print(f"{device.name}: T={options.steps} B={options.batch} H={options.hidden} {options.dtype}")
-    for name, ((plan, expected), *others) in passes.items():
-        print(f"\n{name}: {plan.family.value}, {plan.why}")
-        print(f"  tiles    {plan.rows} sequences x {plan.columns} units, K by {plan.k}")
-        grid = f"{plan.programs} programs x {plan.groups} groups, {plan.num_warps} warps each"
-        print(f"  grid     {grid}; {plan.walks} tile(s) after one another at every step")
-        print(f"  shared   {plan.shared / 1024:.0f} KB a program, of {device.shared / 1024:.0f} KB")
-        print(f"  a step   {expected.seconds * 1e6:.2f} us (expected, not measured):")
-        for term, seconds in sorted(expected.terms.items(), key=lambda item: -item[1]):
-            print(f"           {seconds * 1e6:6.2f} us  {term}")
-        for plan, expected in others:
-            tiles = f"{plan.rows}x{plan.columns}, {plan.programs} programs x {plan.groups}"
-            print(f"  else     {expected.seconds * 1e6:6.2f} us  {plan.family.value} {tiles}")
+        return _refuse(f"{takes}, more than any known card has")
+    found, lines = {}, [f"{device.name}: T={options.steps} B={options.batch} H={options.hidden} {options.dtype}"]
+    for name, backward in (("forward", False), ("backward", True)):
+        plan, *others = choose.plans(problem, device, backward)
+        expected, *of_others = (planning.expected(problem, device, each, backward) for each in (plan, *others))
+        found[name] = dict(plan=_as_json(plan), expected_seconds=expected.seconds, expected_terms=expected.terms)
+        lines += [
+            f"\n{name}: {plan.family.value}, {plan.why}",
+            f"  tiles    {tiles_of(plan)}, K by {plan.k}; batch tiles of a group, one after another: {plan.walks}",
+            f"  program  {plan.num_warps} warps, shared memory {plan.shared >> 10} KB of {device.shared >> 10} KB",
+            f"  a step   {expected.seconds * 1e6:.2f} us (expected, not measured):",
+            *(f"           {term}" for term in terms_of(expected.terms)),
+        ]
+        for each, its in zip(others, of_others):
+            lines.append(f"  else     {its.seconds * 1e6:.2f} us: {each.family.value}, {tiles_of(each)}")
+    print(json.dumps(found, indent=2) if options.json else "\n".join(lines))
     return 0
 
 
@@ -250,21 +232,16 @@ def _races(options: argparse.Namespace) -> int:
         else:
             return _list_cached(options.json)
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(json.dumps(done) if options.json else "".join(f"{count} finding(s) {what}" for what, count in done.items()))
+        return _refuse(error)
+    print(json.dumps(done) if options.json else "".join(f"cached results {what}: {n}" for what, n in done.items()))
     return 0
 
 
 def _list_cached(as_json: bool) -> int:
     found = {kind: list(cache.entries(kind)) for kind in cache.KINDS}
     if as_json:
-        rows = [
-            {"kind": kind, "file": str(file), "key": key, "value": value}
-            for kind, entries in found.items()
-            for file, key, value in entries
-        ]
-        print(json.dumps(rows, indent=1))
+        rows = [(kind, str(file), key, value) for kind, entries in found.items() for file, key, value in entries]
+        print(json.dumps([dict(zip(("kind", "file", "key", "value"), row)) for row in rows], indent=1))
         return 0
     for kind, entries in found.items():
         print(f"{kind}: {len(entries)}")

@@ -6,23 +6,17 @@ from torch import Tensor
 
 from .call.checks import check_bool, check_tensor, named_weights
 from .call.choices import Backend, BackendName, parse_backend_name
-from .call.options import options_of
+from .call.options import NORMS, options_of
 from .call.prepare import prepare
 from .call.weights import State, Weights
 from .dispatch.run import run
 
 
 def lstm_layer(
-    x: Tensor,
-    weights: Weights | Sequence[Tensor | None],
-    hx: State | None = None,
-    *,
-    lengths: Tensor | None = None,
-    resets: Tensor | None = None,
-    reset_states: State | None = None,
-    reverse: bool = False,
+    x: Tensor, weights: Weights | Sequence[Tensor | None], hx: State | None = None, *, lengths: Tensor | None = None,
+    resets: Tensor | None = None, reset_states: State | None = None, reverse: bool = False,
     backend: BackendName | Backend | None = None,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, State]:  # fmt: skip
     """One LSTM layer in one direction.
 
     Args:
@@ -38,8 +32,7 @@ def lstm_layer(
         reset_states: the states that resets leave instead of zeros: h [B, P] and c [B, H], or one a step, [T, B, P] and
             [T, B, H], of which those at resets count. On the backends "triton" and "reference".
         reverse: from each sequence's last step to its first.
-        backend: "auto", "triton", "cupy", "torch" or "reference"; None: as chosen by `gpu_lstm.backend` or by the
-            environment.
+        backend: as for `LSTM`.
 
     Returns:
         h [T, B, P], zero past the end of a sequence, and (h_n [B, P], c_n [B, H]) after its last step.
@@ -56,21 +49,16 @@ def lstm_layer(
     check_bool("reverse", reverse)
     named = named_weights(weights)
     hidden, features = named.weight_hh.shape[0] // 4, x.shape[-1] if x.dim() == 3 else 0
-    projected = hidden if named.weight_hr is None else named.weight_hr.shape[0]
+    projected = None if named.weight_hr is None else named.weight_hr.shape[0]
     for name, size in (("hidden_size", hidden), ("proj_size", projected)):
         if size == 0:
             raise ValueError(f"{name} must be greater than zero")
-    projected = 0 if named.weight_hr is None else projected
+    gains = named.gain_ih, named.gain_hh, named.gain_c
     options = options_of(
-        "lstm_layer", features, (hidden,), projected, named.bias_ih is not None, False, False,
-        named.weight_peephole is not None, _norms(named), False, 0.0, 0.0, 0.0, 0.0, False,
-        None if backend is None else parse_backend_name(backend), False, reverse,
+        "lstm_layer", features, (hidden,), projected or 0, named.bias_ih is not None, False, False,
+        named.weight_peephole is not None, tuple([n for n, gain in zip(NORMS, gains) if gain is not None]), False,
+        0.0, 0.0, 0.0, 0.0, False, None if backend is None else parse_backend_name(backend), False, reverse,
     )  # fmt: skip
     call = prepare(options, [[named]], x, hx, lengths, resets, reset_states)
     y, states = run(call)
     return y, states[0]
-
-
-def _norms(weights: Weights) -> tuple[str, ...]:
-    gains = zip(("ih", "hh", "c"), (weights.gain_ih, weights.gain_hh, weights.gain_c))
-    return tuple([name for name, gain in gains if gain is not None])

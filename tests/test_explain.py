@@ -123,11 +123,11 @@ def test_plans_and_what_bounds_a_step(an_h100, monkeypatch):
         assert "exchange, beyond other batch tiles" in each.bounds
     for line, each in zip(re.findall("(?<=most of it: ).*", str(found)), direction.passes, strict=True):
         most = sorted(each.bounds, key=each.bounds.get, reverse=True)[:3]
-        assert line == ", ".join(f"{name} {each.bounds[name] * 1e6:.2f} us" for name in most)
+        assert line == "; ".join(f"{each.bounds[name] * 1e6:.2f} us {name}" for name in most)
     assert found.precision == "of bfloat16 numbers, summed in float32"
 
 
-@pytest.mark.parametrize(("verdict", "words"), [("right", "checked"), ("an error of 1", "not trusted: an error of 1")])
+@pytest.mark.parametrize(("verdict", "words"), [("right", "checked"), ("an error of 1", "failed: an error of 1")])
 def test_what_the_verification_of_a_kernel_came_to(card, verdict, words):
     lstm = gpu_lstm.LSTM(4, 32, dtype=torch.float16, bidirectional=True, backend="triton")
     x = torch.zeros(5, 16, 4, dtype=torch.float16)

@@ -117,7 +117,7 @@ def test_the_doctor_begins_with_what_was_checked_and_raced_on_a_card(findings, m
     ends = {"on": "; the first call of each kind races", "read": ""}
     assert printed_by(capsys)[0] == (
         "On this machine gpu_lstm.LSTM runs fused Triton kernels on the CPU where they are faster: kernels checked 2, "
-        f"of which 1 are not trusted; kinds of problems raced 2, won 1{ends[mode]}"
+        f"of which 1 failed; kinds of problems raced 2, won 1{ends[mode]}"
     )
 
 
@@ -139,7 +139,7 @@ def test_cached_results_are_listed_those_of_another_version_as_they_are(findings
 
 def test_cached_results_go_to_another_machine_in_a_file(findings, monkeypatch, capsys):
     file = str(findings / "findings.json")
-    assert printed_by(capsys, "races", "--export", file) == ["4 finding(s) exported"]
+    assert printed_by(capsys, "races", "--export", file) == ["cached results exported: 4"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(findings / "other"))
     cache._read.cache_clear()
     assert race._cached(KIND, Backend.TRITON, CPU) is None
@@ -148,7 +148,7 @@ def test_cached_results_go_to_another_machine_in_a_file(findings, monkeypatch, c
     assert race._cached(KIND, Backend.TRITON, CPU).backend is Backend.TRITON
     assert cache.read("checks", CHECK) == "ours", "what is known here stays"
     assert gpu_lstm.races.merge(file) == 0
-    assert printed_by(capsys, "races", "--clear") == ["4 finding(s) cleared"]
+    assert printed_by(capsys, "races", "--clear") == ["cached results cleared: 4"]
     assert race._cached(KIND, Backend.TRITON, CPU) is None
     assert gpu_lstm.races.merge(file) == 4
 

@@ -22,10 +22,9 @@ def autotune(
     line at INFO for each plan.
 
     Args:
-        hidden_size, proj_size: of the layer.
+        hidden_size, proj_size, dtype: of the layer: float16, bfloat16 or float32.
         batch: sequences, B.
         steps: time steps to measure with, T.
-        dtype: float16, bfloat16 or float32.
         device: a CUDA device.
 
     Returns:
@@ -36,23 +35,20 @@ def autotune(
         ImportError, RuntimeError, TypeError: the Triton kernels cannot run on this device or dtype, and why.
         RuntimeError: a CUDA graph is being captured.
     """
-    for name, size, least in (
-        ("hidden_size", hidden_size, 1), ("batch", batch, 1), ("steps", steps, 1), ("proj_size", proj_size, 0),
-    ):  # fmt: skip
+    sizes = dict(hidden_size=hidden_size, batch=batch, steps=steps, proj_size=proj_size)
+    for name, size in sizes.items():
         if not isinstance(size, int):
             raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
-        if size < least:
+        if size < (least := 0 if name == "proj_size" else 1):
             raise ValueError(f"{name} must be at least {least}, got {size}")
     if proj_size >= hidden_size:
         raise ValueError(f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype should be a torch.dtype, got: {type(dtype).__name__}")
     device = torch.device(device)
-    problem = why_unavailable(Backend.TRITON, device, dtype)
-    if problem is not None:
+    if (problem := why_unavailable(Backend.TRITON, device, dtype)) is not None:
         raise problem
-    launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
-    if launch.INTERPRETED:
+    if importlib.import_module("gpu_lstm.kernels.triton_lstm.launch").INTERPRETED:
         raise RuntimeError("autotune times compiled kernels: TRITON_INTERPRET=1 is in the environment")
     layer = Problem(steps, batch, hidden_size, dtype, proj_size, recurrent_precision(dtype))
     fastest = importlib.import_module("gpu_lstm.kernels.triton_lstm.autotune").autotune(layer, device)

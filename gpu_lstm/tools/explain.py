@@ -39,9 +39,7 @@ class PassPlan:
     @property
     def checked(self) -> str:
         """Whether the kernel was verified on this card, in words."""
-        if self.verdict is None:
-            return "not checked yet"
-        return "checked" if self.verdict == "right" else f"not trusted: {self.verdict}"
+        return {None: "not checked yet", "right": "checked"}.get(self.verdict, f"failed: {self.verdict}")
 
 
 @dataclass(frozen=True)
@@ -73,20 +71,18 @@ class Explanation:
     def __str__(self) -> str:
         lines = [self.problem, f"  backend    {Decision(Backend(self.backend), self.why, self.seconds)}"]
         lines += [f"  how        {self.how}", f"  products   {self.precision}"]
-        lines += [f"  not taken  {name}: {why_not}" for name, why_not in self.others.items()]
+        lines += [f"  not used   {name}: {why_not}" for name, why_not in self.others.items()]
         for d in self.layers:
             projected = f", projected to {d.proj_size}" if d.proj_size else ""
             lines.append(f"  layer {d.layer}, {d.name}: {d.input_size} -> {d.hidden_size}{projected}")
             for each in d.passes:
                 lines.append(f"    {each.name}: {each.family}, {each.tiles}; {each.origin}, {each.checked}")
-                lines += [f"      {each.why}", f"      {each.launches} launch(es) of the recurrence"]
+                lines += [f"      {each.why}", f"      launches of the recurrence: {each.launches}"]
                 if each.bounds:
-                    terms = sorted(each.bounds.items(), key=lambda item: -item[1])
-                    most = ", ".join(f"{name} {seconds * 1e6:.2f} us" for name, seconds in terms[:3])
-                    total = sum(each.bounds.values()) * 1e6
-                    lines.append(f"      a step: {total:.2f} us (expected, not measured), most of it: {most}")
+                    total = f"{sum(each.bounds.values()) * 1e6:.2f} us (expected, not measured)"
+                    lines.append(f"      a step: {total}, most of it: {'; '.join(terms_of(each.bounds)[:3])}")
         if self.launches is not None:
-            lines.append(f"  in all {self.launches} launch(es) of the recurrence, next to products over all steps")
+            lines.append(f"  launches of the recurrence in all: {self.launches}, next to products over all steps")
         return "\n".join(lines)
 
 
@@ -110,10 +106,6 @@ def explain(
     Raises:
         TypeError: `lstm` is of neither class.
         ValueError, RuntimeError, TypeError, ImportError: as `lstm` itself for all but hx, and a chosen backend.
-
-    Example::
-
-        print(gpu_lstm.explain(lstm, x))
     """
     if not isinstance(lstm, LSTM | StackedLSTM):
         cls = type(lstm)
@@ -123,70 +115,70 @@ def explain(
     call = prepare(lstm._options(), lstm._weights(), x, None, lengths, resets, reset_states)
     able, kind = able_to_run(call), kind_of(call)
     decision = race.decide(call, kind, able, dry=True)
-    route = build(call, kind, decision.backend)
-    layers = [_direction(call, kind, route, row) for row in range(call.options.rows)]
-    launches = sum(each.launches for d in layers for each in d.passes) if route.backend is Backend.TRITON else None
-    others = [other for other in Backend if other not in (Backend.AUTO, route.backend)]
+    route, backend = build(call, kind, decision.backend), decision.backend
+    ways = ("forward", "reverse")[: kind.directions]
+    rows = [(layer, way, *size) for layer, size in enumerate(kind.layers) for way in ways]
+    layers = [Direction(*row, _passes(call, kind, route, number)) for number, row in enumerate(rows)]
+    launches = sum(each.launches for d in layers for each in d.passes) if backend is Backend.TRITON else None
     return Explanation(
         describe(kind.as_json() | {"steps": call.steps, "batch": call.batch}).replace("<=", "="),
-        route.backend.value, decision.why, decision.seconds, _how(call, route.backend),
-        _precision(kind, call.x.device, route.backend),
-        {other.value: _why_not(call, kind, decision, other) for other in others}, launches, layers,
+        backend.value, decision.why, decision.seconds, _how(call, backend), _precision(kind, call.x.device, backend),
+        {b.value: _why_not(call, kind, decision, b) for b in Backend if b not in (Backend.AUTO, backend)},
+        launches, layers,
     )  # fmt: skip
 
 
-def _direction(call: Call, kind: Kind, route: Route, row: int) -> Direction:
-    """One layer in one direction, of a route."""
-    layer, d = divmod(row, kind.directions)
-    passes = []
-    if route.backend is Backend.TRITON and route.schedule is not None:
-        launches = len(route.schedule.spans(call.steps, kind.directions))
-        asked = (Pass(), Pass(True)) if kind.training else (Pass(save=False),)
-        passes = [_pass(route.layers[row], which, launches) for which in asked]
-    return Direction(layer, "reverse" if d else "forward", *kind.layers[layer], passes)
+def tiles_of(plan: Any) -> str:
+    """How the programs of a plan share a layer, in words."""
+    return f"{plan.rows} sequences x {plan.columns} units, {plan.programs} programs x {plan.groups} groups"
 
 
-def _pass(layer: Any, which: Pass, launches: int) -> PassPlan:
-    """By the plan that was chosen, else the one that would be tried first."""
+def terms_of(terms: dict[str, float]) -> list[str]:
+    """Seconds by cause in words, the longest first."""
+    return [f"{seconds * 1e6:.2f} us {cause}" for cause, seconds in sorted(terms.items(), key=lambda item: -item[1])]
+
+
+def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
+    """Of one layer and direction, on Triton: by the plans that were chosen, else by those that would be tried first."""
+    if route.backend is not Backend.TRITON or route.schedule is None:
+        return []
     planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
-    plan, measured = layer.chosen(which)
+    layer, launches = route.layers[row], len(route.schedule.spans(call.steps, kind.directions))
     card = importlib.import_module("gpu_lstm.kernels.triton_lstm.choose").card_of(layer.device)
-    given = [(True, True), (True, False), (False, True)] if which.backward else [(True, True)]
-    verified = [Pass(which.backward, which.save, *each) for each in given]
-    verdicts = {cached_verdict(plan, layer.problem, each, layer.device) for each in verified} - {None}
-    return PassPlan(
-        "backward" if which.backward else "forward",
-        plan.family.value,
-        f"{plan.rows} sequences x {plan.columns} units, {plan.programs} programs x {plan.groups} groups",
-        plan.why,
-        "measured by autotune" if measured else "expected to be the fastest",
-        next((v for v in sorted(map(str, verdicts)) if v != "right"), "right" if verdicts else None),
-        launches,
-        {} if card is planning.INTERPRETER else planning.expected(layer.problem, card, plan, which.backward).terms,
-    )
+    passes = []
+    for which in (Pass(), Pass(True)) if kind.training else (Pass(save=False),):
+        plan, measured = layer.chosen(which)
+        # Backward is verified for each set of gradients that it may be given.
+        given = [(True, True), (True, False), (False, True)] if which.backward else [(True, True)]
+        verified = [which._replace(dh=dh, dh_n=dh_n) for dh, dh_n in given]
+        verdicts = {cached_verdict(plan, layer.problem, each, layer.device) for each in verified} - {None}
+        wrong = sorted(str(verdict) for verdict in verdicts if verdict != "right")
+        passes.append(PassPlan(
+            "backward" if which.backward else "forward", plan.family.value, tiles_of(plan), plan.why,
+            "measured by autotune" if measured else "expected to be the fastest",
+            wrong[0] if wrong else "right" if verdicts else None, launches,
+            {} if card is planning.INTERPRETER else planning.expected(layer.problem, card, plan, which.backward).terms,
+        ))  # fmt: skip
+    return passes
 
 
 def _why_not(call: Call, kind: Kind, decision: Decision, other: Backend) -> str:
     """Why a backend does not run the call."""
-    device, feature = call.x.device, feature_of(call)
-    problem = available.why_unavailable(other, device, kind.dtype)
-    if problem is not None:
+    device, feature, times = call.x.device, feature_of(call), decision.seconds or {}
+    if (problem := available.why_unavailable(other, device, kind.dtype)) is not None:
         return str(problem)
     if feature is not None and other not in available.backends_with(feature):
         return f"it takes no {feature}"
     asked = requested_backend(call.options.backend) is not Backend.AUTO
     if asked or call.modes.transforms == Transforms.REFERENCE:
         return f"{decision.backend.value!r} is {decision.why}"
-    times = decision.seconds or {}
     if {other.value, decision.backend.value} <= times.keys():
         return f"{times[other.value] / times[decision.backend.value]:.2f} times the time in the race"
     if other is Backend.REFERENCE:
         return "it is a plain loop over steps, for what the others cannot do"
     if other in KERNEL_BACKENDS and device.type not in available.KERNEL_DEVICES:
         return f"'auto' does not give {device.type} tensors to it"
-    if other is Backend.CUPY:
-        return "'auto' chooses its kernels only where Triton's cannot run"
-    return decision.why
+    return "'auto' chooses its kernels only where Triton's cannot run" if other is Backend.CUPY else decision.why
 
 
 def _how(call: Call, backend: Backend) -> str:
@@ -206,13 +198,12 @@ def _how(call: Call, backend: Backend) -> str:
 def _precision(kind: Kind, device: torch.device, backend: Backend) -> str:
     """How products are computed, and by which switch."""
     name = str(kind.dtype).removeprefix("torch.")
-    if kind.dtype in (torch.float16, torch.bfloat16):
-        return f"of {name} numbers, summed in float32"
     if kind.dtype is not torch.float32 or device.type != "cuda":
-        return f"in {name}"
-    words = {True: "TF32", False: "float32, exactly"}
-    text = f"in the recurrence {words[kind.precision == 'tf32']} (torch.backends.cudnn.rnn.fp32_precision)"
+        return f"in {name}" if kind.dtype.itemsize > 2 else f"of {name} numbers, summed in float32"
+    words = {"tf32": "TF32"}
+    exact = "float32, exactly"
+    text = f"in the recurrence {words.get(kind.precision, exact)} (torch.backends.cudnn.rnn.fp32_precision)"
     if backend is Backend.TORCH:
         return f"{text}, and all others"
-    wide = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return f"{text}, over all steps {words[wide]} (torch.backends.cuda.matmul.fp32_precision)"
+    wide = words.get(torch.backends.cuda.matmul.fp32_precision, exact)
+    return f"{text}, over all steps {wide} (torch.backends.cuda.matmul.fp32_precision)"

@@ -1,12 +1,13 @@
 """An LSTM that is fed as its input comes: one step or one chunk at a time, the state held between calls."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ..call.checks import check_pair, check_pairs, check_tensor
+from ..call.prepare import prepare
 from ..call.weights import State
 from ..kernels.timeouts import raise_if_timed_out  # type: ignore[import-not-found]  # a folder next to gpu_lstm/
 from ..modules import LSTM, StackedLSTM
@@ -14,14 +15,21 @@ from ..modules import LSTM, StackedLSTM
 States = State | list[State]
 
 
+class _StepGraph(NamedTuple):
+    """One step as a CUDA graph that updates the stream's states in place."""
+
+    key: tuple  # what it was captured with
+    x: Tensor
+    active: Tensor | None  # None: all are
+    replay: Callable[[], Tensor]
+
+
 class Stream:
-    """Runs `lstm` on a batch of sequences without end; its outputs are those of the whole sequence in one call.
+    """Runs `lstm` on a batch of sequences without end; outputs are those of one call with all steps, but for rounding.
 
-    They are the same but for rounding, since a product of another size may be summed in another order. In float16 and
-    bfloat16 the cell state is held in float32. Inference only: nothing is recorded for backward.
-
-    On CUDA the first step is captured in a graph, and later ones replay it; it is captured again if a parameter is
-    replaced, not if one is changed in place. One graph serves every `active`. Nothing waits for the device.
+    In float16 and bfloat16 the cell state is held in float32. Inference only: nothing is recorded for backward. On CUDA
+    the first step is captured in a graph, and later ones replay it; it is captured again if a parameter is replaced,
+    not if one is changed in place. One graph serves every `active`. Nothing waits for the device.
 
     Args:
         lstm: an LSTM or a StackedLSTM, in eval() if it has dropout; one direction.
@@ -30,7 +38,7 @@ class Stream:
 
     Raises:
         TypeError: `lstm` is no gpu_lstm.LSTM or StackedLSTM, `batch` no int, or hx is not made of pairs of tensors.
-        ValueError: it is bidirectional: its reverse direction begins at an end that a stream does not have; batch < 0.
+        ValueError: `lstm` is bidirectional, and the reverse direction begins at the end; batch < 0.
         RuntimeError: hx of other sizes, of another dtype or on another device than `lstm` accepts.
 
     Example::
@@ -50,22 +58,36 @@ class Stream:
         if batch < 0:
             raise ValueError(f"batch must not be negative, got {batch}")
         self.lstm, self.batch = lstm, batch
-        self._state: list[State] = self._zeros()
-        if hx is not None:
-            self._update(self._checked(hx))
+        sizes = (batch, 1) if lstm.batch_first else (1, batch)
+        step = next(lstm.parameters()).new_empty(*sizes, lstm.input_size)
+        zeros = prepare(lstm._options(), lstm._weights(), step).states  # of which two may be one tensor
+        wide = torch.promote_types(step.dtype, torch.float32)
+        self._state: list[State] = [(h.clone(), c.to(wide, copy=True)) for h, c in zeros]
         self._graph: _StepGraph | None = None
+        if hx is not None:
+            self.state = hx
 
     @property
     def state(self) -> States:
-        """A copy of the state after the last step, as `lstm` returns it; cell states of half precision in float32.
-
-        It can be set, to this copy or whatever hx may be: the stream goes on from there. Raises as for hx.
-        """
-        return self._as_given(_copied(self._state))
+        """A copy of the state after the last step, as `lstm` returns it. Set it to go on from another: as hx."""
+        return self._as_given(_each(torch.clone, self._state))
 
     @state.setter
     def state(self, hx: States) -> None:
-        self._update(self._checked(hx))
+        stacked = isinstance(self.lstm, StackedLSTM)
+        check_pairs(hx, len(self._state)) if stacked else check_pair(hx)
+        for k, (held, given) in enumerate(zip(self._state, self._as_list(hx))):
+            for letter, ours, state in zip("hc", held, given):
+                name = f"{letter} of layer {k}" if stacked else f"{letter}_0"
+                check_tensor(state, name)
+                dtype = ours.dtype if state.dtype is ours.dtype else held[0].dtype  # c may be of either
+                for what, found, expected in (
+                    ("of size", list(state.shape), list(ours.shape)), ("of dtype", state.dtype, dtype),
+                    ("on", state.device, ours.device),
+                ):  # fmt: skip
+                    if found != expected:
+                        raise RuntimeError(f"Expected {name} {what} {expected}, got {found}")
+        self._update(self._as_list(hx))
 
     def __call__(self, x: Tensor, active: Tensor | None = None) -> Tensor:
         """Run one step, x (N, I), or a chunk of T steps, (T, N, I) or with batch_first (N, T, I).
@@ -79,8 +101,8 @@ class Stream:
 
         Raises:
             TypeError: x or `active` is no tensor.
-            ValueError: x has another rank or batch; `active` another shape or dtype, or is on another device; the LSTM
-                is in training mode and has dropout.
+            ValueError: x has another rank or batch; `active` another shape, dtype or device; the LSTM is in training
+                mode and has dropout.
             RuntimeError: as `lstm`, for another number of features, dtype or device.
         """
         check_tensor(x, "x")
@@ -92,27 +114,18 @@ class Stream:
         if self.lstm.training and any(drawn):
             raise ValueError("the LSTM drops out in training mode; call eval() on it first")
         if active is not None:
-            self._check_each("active", active, torch.bool)
+            self._check_for_each("active", active, torch.bool)
         with torch.no_grad():
             if x.dim() == 3 or not on_cuda(x):
                 return self._advance(x, active)
-            if self._graph is None or not self._graph.fits(self.lstm, x, active):
-                self._graph = _StepGraph(self, x, active)
-            raise_if_timed_out(x.device)  # in the replays so far
-            return self._graph(x, active)
+            return self._replay(x, active)
 
     def reset(self, which: Tensor | None = None) -> None:
-        """Zero the states of all sequences, or of those where `which`, bool (N,), is True.
-
-        Raises:
-            TypeError: `which` is no tensor.
-            ValueError: it has another shape or dtype, or is on another device.
-        """
+        """Zero the states of all sequences, or of those where `which`, bool (N,), is True. Raises as for `active`."""
         if which is None:
-            self._update(self._zeros())
-        else:
-            self._check_each("which", which, torch.bool)  # states are [L, N, *] or [N, *]
-            self._update([(h.masked_fill(which[:, None], 0), c.masked_fill(which[:, None], 0)) for h, c in self._state])
+            return self._update(_each(torch.zeros_like, self._state))
+        self._check_for_each("which", which, torch.bool)
+        self._update(_each(lambda t: t.masked_fill(which[:, None], 0), self._state))  # t is [L, N, *] or [N, *]
 
     def reorder(self, index: Tensor) -> None:
         """Let sequence n go on from the state of sequence index[n], as hypotheses of a beam search do.
@@ -124,15 +137,15 @@ class Stream:
             TypeError: `index` is no tensor.
             ValueError: it has another shape, dtype, device or values (on CUDA asserted on the device).
         """
-        self._check_each("index", index, torch.int64, torch.int32)
+        self._check_for_each("index", index, torch.int64, torch.int32)
         outside = (index < 0) | (index >= self.batch)
         if index.is_cuda:
             torch._assert_async(~outside.any(), f"Expected index from 0 to {self.batch - 1}")
         elif outside.any():
             raise ValueError(f"Expected index from 0 to {self.batch - 1}, got {index.tolist()}")
-        self._update([(h.index_select(-2, index), c.index_select(-2, index)) for h, c in self._state])
+        self._update(_each(lambda t: t.index_select(-2, index), self._state))
 
-    def _check_each(self, name: str, given: Tensor, *dtypes: torch.dtype) -> None:
+    def _check_for_each(self, name: str, given: Tensor, *dtypes: torch.dtype) -> None:
         """Raise unless `given` has an element for each sequence, on the device of the states."""
         check_tensor(given, name)
         if given.shape != (self.batch,) or given.dtype not in dtypes:
@@ -157,66 +170,35 @@ class Stream:
         self._update(state)
         return y if x.dim() == 3 else y.squeeze(time_axis)
 
+    def _replay(self, x: Tensor, active: Tensor | None) -> Tensor:
+        """A step by its graph, which is captured where there is none for these parameters, sizes and `active`."""
+        lstm, graph = self.lstm, self._graph
+        key = x.shape, x.dtype, lstm.training, lstm.zoneout, tuple(p.data_ptr() for p in lstm.parameters())
+        if graph is None or graph.key != key or (graph.active is None and active is not None):
+            graph = self._graph = self._capture(key, x.clone(), None if active is None else active.clone())
+        raise_if_timed_out(x.device)  # in the replays so far
+        graph.x.copy_(x)
+        if graph.active is not None:
+            graph.active.fill_(True) if active is None else graph.active.copy_(active)
+        return graph.replay().clone()
+
+    def _capture(self, key: tuple, x: Tensor, active: Tensor | None) -> _StepGraph:
+        before = _each(torch.clone, self._state)
+        try:
+            return _StepGraph(key, x, active, captured(lambda: self._advance(x, active), x.device))
+        finally:
+            self._update(before)  # warm-up steps do not count
+
     @torch.no_grad()
     def _update(self, state: list[State]) -> None:
         """In place, where a graph finds them; all at once, so that an interrupt leaves the states of one step."""
         torch._foreach_copy_([t for pair in self._state for t in pair], [t for pair in state for t in pair])
-
-    def _zeros(self) -> list[State]:
-        lstm, like = self.lstm, next(self.lstm.parameters())
-        dtype = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
-        if isinstance(lstm, StackedLSTM):
-            sizes: list[tuple] = [((self.batch, size), (self.batch, size)) for size in lstm.hidden_sizes]
-        else:
-            rows = lstm.num_layers, self.batch
-            sizes = [((*rows, lstm.proj_size or lstm.hidden_size), (*rows, lstm.hidden_size))]
-        return [(like.new_zeros(h), like.new_zeros(c, dtype=dtype)) for h, c in sizes]
-
-    def _checked(self, hx: States) -> list[State]:
-        """hx as pairs, checked to have the sizes, dtype and device of the states."""
-        stacked, dtype = isinstance(self.lstm, StackedLSTM), self._state[0][0].dtype
-        check_pairs(hx, len(self._state)) if stacked else check_pair(hx)
-        for k, (held, given) in enumerate(zip(self._state, self._as_list(hx))):
-            for name, ours, state in zip("hc", held, given):
-                name = f"{name} of layer {k}" if stacked else f"{name}_0"
-                check_tensor(state, name)
-                if state.shape != ours.shape:
-                    raise RuntimeError(f"Expected {name} of size {list(ours.shape)}, got {list(state.shape)}")
-                if state.dtype not in (dtype, ours.dtype):
-                    raise RuntimeError(f"Expected {name} of dtype {dtype}, got {state.dtype}")
-                if state.device != ours.device:
-                    raise RuntimeError(f"Expected {name} on {ours.device}, got {state.device}")
-        return self._as_list(hx)
 
     def _as_given(self, state: list[State]) -> States:
         return state if isinstance(self.lstm, StackedLSTM) else state[0]
 
     def _as_list(self, states: States) -> list[State]:
         return cast(list[State], states if isinstance(self.lstm, StackedLSTM) else [states])
-
-
-class _StepGraph:
-    """One step as a CUDA graph that updates the stream's states in place: of all sequences, or with any `active`."""
-
-    def __init__(self, stream: Stream, x: Tensor, active: Tensor | None) -> None:
-        self._key = _key(stream.lstm, x)
-        self._x = x.clone()
-        self._active = None if active is None else active.clone()
-        before = _copied(stream._state)
-        try:
-            self._replay = captured(lambda: stream._advance(self._x, self._active), x.device)
-        finally:
-            stream._update(before)  # warm-up steps do not count
-
-    def fits(self, lstm: LSTM | StackedLSTM, x: Tensor, active: Tensor | None) -> bool:
-        """Whether parameters, shape and dtype of x are those it was captured with, and it has a mask if needed."""
-        return self._key == _key(lstm, x) and (active is None or self._active is not None)
-
-    def __call__(self, x: Tensor, active: Tensor | None) -> Tensor:
-        self._x.copy_(x)
-        if self._active is not None:
-            self._active.fill_(True) if active is None else self._active.copy_(active)
-        return self._replay().clone()
 
 
 def on_cuda(x: Tensor) -> bool:
@@ -246,9 +228,5 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
     return replay
 
 
-def _key(lstm: LSTM | StackedLSTM, x: Tensor) -> tuple:
-    return x.shape, x.dtype, lstm.training, lstm.zoneout, tuple(parameter.data_ptr() for parameter in lstm.parameters())
-
-
-def _copied(states: list[State]) -> list[State]:
-    return [(h.detach().clone(), c.detach().clone()) for h, c in states]
+def _each(function: Callable[[Tensor], Tensor], states: list[State]) -> list[State]:
+    return [(function(h), function(c)) for h, c in states]
