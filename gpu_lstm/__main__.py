@@ -62,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command in ("kernels", "plan") and (problem := triton_import_problem()) is not None:
         print(f"python -m gpu_lstm {options.command} {without_triton(problem)}", file=sys.stderr)
         return 1
-    status: int = options.run(options)
-    return status
+    return int(options.run(options))
 
 
 def _positive(text: str) -> int:
@@ -75,8 +74,8 @@ def _positive(text: str) -> int:
     return count
 
 
-def _refuse(text: object) -> int:
-    print(text, file=sys.stderr)
+def _refused(why: object) -> int:
+    print(why, file=sys.stderr)
     return 2
 
 
@@ -149,7 +148,7 @@ def _kernels(options: argparse.Namespace) -> int:
     """A row for each case and kernel of both kernel backends. Exit status 1 if one spills, does not fit, or cannot be
     compiled at all."""
     if importlib.import_module("gpu_lstm.kernels.triton_lstm.launch").INTERPRETED:
-        return _refuse("python -m gpu_lstm kernels compiles them: unset TRITON_INTERPRET in the environment")
+        return _refused("python -m gpu_lstm kernels compiles them: unset TRITON_INTERPRET in the environment")
     if not options.json:
         print(_LINE.format("", "kernel", "case", "sm", *_COLUMNS))
     rows: list[dict[str, Any]] = []
@@ -172,13 +171,13 @@ def _kernels(options: argparse.Namespace) -> int:
     return 0 if complete and not unfit else 1
 
 
-# From `instr` to `stores`: a pass of the time loop, see sass.Loop; `moved` are a block's bytes, `W_hh` the loads of
-# weights among Triton's.
 _COLUMNS = ("regs", "spills", "shared", "instr", "bars", "mma", "moved", "loads", "stores", "W_hh", "tiles")
 _LINE = "{:<7}{:<34}{:<40}{:>4}{:>5}{:>7}{:>7}  {:>6}{:>5}{:>4}{:>7}{:>6}{:>7}{:>5}  {}"
 
 
 def _in_columns(backend: str, row: Any) -> str:
+    """From `instr` to `stores` a pass of the time loop, see sass.Loop: `moved` are a block's bytes, `W_hh` the loads of
+    weights among Triton's."""
     loop, counts = row.loop, ["-"] * 7
     if loop is not None:
         counts = [loop.instructions, loop.barriers, loop.products, loop.shared * row.threads, loop.loads, loop.stores]
@@ -194,14 +193,14 @@ def _plan(options: argparse.Namespace) -> int:
     planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
     choose = importlib.import_module("gpu_lstm.kernels.triton_lstm.choose")
     if (device := planning.DEVICES.get(options.device)) is None:
-        return _refuse(f"unknown device {options.device!r}; known: {', '.join(planning.DEVICES)}")
+        return _refused(f"unknown device {options.device!r}; known: {', '.join(planning.DEVICES)}")
     dtype, precision = _DTYPES[options.dtype]
     problem = Problem(
         options.steps, options.batch, options.hidden, dtype, precision=precision, side_by_side=options.directions
     )
     if (weights := 4 * problem.hidden**2 * problem.size) > LARGEST_MEMORY:
         takes = f"W_hh of {problem.hidden} units takes {weights / 1e9:.0f} GB"
-        return _refuse(f"{takes}, more than any known card has")
+        return _refused(f"{takes}, more than any known card has")
     found, lines = {}, [f"{device.name}: T={options.steps} B={options.batch} H={options.hidden} {options.dtype}"]
     for name, backward in (("forward", False), ("backward", True)):
         plan, *others = choose.plans(problem, device, backward)
@@ -232,25 +231,24 @@ def _races(options: argparse.Namespace) -> int:
         else:
             return _list_cached(options.json)
     except (OSError, ValueError) as error:
-        return _refuse(error)
+        return _refused(error)
     print(json.dumps(done) if options.json else "".join(f"cached results {what}: {n}" for what, n in done.items()))
     return 0
 
 
 def _list_cached(as_json: bool) -> int:
-    found = {kind: list(cache.entries(kind)) for kind in cache.KINDS}
-    if as_json:
-        rows = [(kind, str(file), key, value) for kind, entries in found.items() for file, key, value in entries]
-        print(json.dumps([dict(zip(("kind", "file", "key", "value"), row)) for row in rows], indent=1))
-        return 0
-    for kind, entries in found.items():
-        print(f"{kind}: {len(entries)}")
-        for _, key, value in entries:
+    rows, lines = [], []
+    for kind in cache.KINDS:
+        found = list(cache.entries(kind))
+        rows += [dict(kind=kind, file=str(file), key=key, value=value) for file, key, value in found]
+        lines.append(f"{kind}: {len(found)}")
+        for _, key, value in found:
             try:
                 text = _in_words(kind, key, value)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # of another version, or not ours
                 text = f"{key}: {value}"
-            print(f"  {key.get('card')}, triton {key.get('triton')}: {text}")
+            lines.append(f"  {key.get('card')}, triton {key.get('triton')}: {text}")
+    print(json.dumps(rows, indent=1) if as_json else "\n".join(lines))
     return 0
 
 

@@ -27,8 +27,7 @@ def lstm_layer(
             for a layer norm, see `LSTM`, without a projection. Both run on the backends "triton" and "reference".
         hx: initial states (h0 [B, P], c0 [B, H]); zeros if None.
         lengths: int32 or int64 [B], each from 0 to T, in any order: how many steps each sequence has.
-        resets: bool [T, B]; where True, the state is zeroed before that step. A reset at t separates time
-            t from t - 1, for the reverse direction too.
+        resets: bool [T, B], where the state is zeroed before the step; in the reverse direction before step t - 1.
         reset_states: the states that resets leave instead of zeros: h [B, P] and c [B, H], or one a step, [T, B, P] and
             [T, B, H], of which those at resets count. On the backends "triton" and "reference".
         reverse: from each sequence's last step to its first.

@@ -113,16 +113,13 @@ def from_keras(
     for cell in cells:
         _check_cell(keras, cell)
 
-    sizes = [cell.units for cell in cells]
-    bias = _same("use_bias", [cell.use_bias for cell in cells])
-    dtype = getattr(torch, _same("dtype", [cell.kernel.dtype for cell in cells]))
-    inputs = cells[0].kernel.shape[0]
-    lstm: LSTM | StackedLSTM
-    if stacked:
-        lstm = StackedLSTM(inputs, sizes, bias, batch_first=True, dtype=dtype, backend=backend)
-    else:
-        units = _same("units", sizes)
-        lstm = LSTM(inputs, units, 1, bias, batch_first=True, bidirectional=both, dtype=dtype, backend=backend)
+    shared: Any = dict(bias=_same("use_bias", [cell.use_bias for cell in cells]), batch_first=True, backend=backend)
+    shared["dtype"] = getattr(torch, _same("dtype", [cell.kernel.dtype for cell in cells]))
+    inputs, sizes = cells[0].kernel.shape[0], [cell.units for cell in cells]
+    lstm = (
+        StackedLSTM(inputs, sizes, **shared) if stacked
+        else LSTM(inputs, _same("units", sizes), bidirectional=both, **shared)
+    )  # fmt: skip
     with torch.no_grad():
         for weights, cell in zip([w for layer in lstm._weights() for w in layer], cells):
             weights.weight_ih.copy_(_tensor(keras, cell.kernel).T)
@@ -160,7 +157,7 @@ def to_keras(lstm: nn.Module) -> Any:
     if not isinstance(lstm, LSTM | StackedLSTM):
         raise TypeError(f"to_keras takes an LSTM, StackedLSTM or GoBackwards, got {type(lstm).__name__}")
     keras = _import_keras()
-    layers = len(lstm.layers) if isinstance(lstm, StackedLSTM) else lstm.num_layers
+    layers = len(lstm._weights())
     for name in ("proj_size", "residual", "recurrent_dropout", "zoneout", "weight_drop", "peepholes"):
         _refuse(name, getattr(lstm, name, None), " in Keras")
     if layers > 1:
@@ -204,8 +201,7 @@ def lengths_of(mask: Tensor) -> Tensor:
     if mask.dim() != 2 or mask.dtype is not torch.bool:
         raise ValueError(f"Expected a mask [N, T] of dtype torch.bool, got {list(mask.shape)} of {mask.dtype}")
     lengths = mask.sum(1)
-    steps = torch.arange(mask.shape[1], device=mask.device)
-    gaps = (mask != (steps < lengths[:, None])).any(1).nonzero()
+    gaps = (mask != (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])).any(1).nonzero()
     if len(gaps):
         row = int(gaps[0])
         raise ValueError(
@@ -217,7 +213,7 @@ def lengths_of(mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def keras_init(module: Module) -> Module:
-    """Give every LSTM in `module`, in place, initial values as Keras draws them.
+    """Give every LSTM in `module`, in place, initial values as Keras draws them, and return `module`.
 
     weight_ih and weight_hr, which Keras does not have, are glorot_uniform: weight_ih within sqrt(6 / (I + 4H)) of zero.
     weight_hh is orthogonal: its columns, for all gates together, are orthonormal. Biases are zero but for a forget
@@ -225,9 +221,6 @@ def keras_init(module: Module) -> Module:
 
     Args:
         module: an LSTM, StackedLSTM or LSTMCell, torch's own, or a module that holds some.
-
-    Returns:
-        `module`.
 
     Raises:
         TypeError: there is no LSTM in `module`.
@@ -251,11 +244,8 @@ def forget_bias(module: Module, value: float = 1.0) -> Module:
     """Set the forget gates' bias of every LSTM in `module`, in place: `value` in bias_ih, zero in bias_hh.
 
     Args:
-        module: as for keras_init.
+        module: as for keras_init, and returned.
         value: the sum of the two biases; with 1, forget gates are open when training begins.
-
-    Returns:
-        `module`.
 
     Raises:
         TypeError: there is no LSTM in `module`, or `value` is no number.
@@ -271,8 +261,7 @@ def forget_bias(module: Module, value: float = 1.0) -> Module:
 
 
 def _with_forget_bias(name: str, bias: Tensor, value: float) -> Tensor:
-    hidden = len(bias) // 4
-    bias[hidden : 2 * hidden] = value if name.startswith("bias_ih") else 0.0
+    bias.chunk(4)[1].fill_(value if name.startswith("bias_ih") else 0.0)
     return bias
 
 
@@ -280,6 +269,14 @@ def _assign(lstms: list, names: tuple[str, ...], new: Callable[[str, Tensor], Te
     """new(name, parameter) to all parameters whose names begin so, at once: an error or interrupt changes none."""
     named = [each for lstm in lstms for each in lstm.named_parameters(recurse=False) if each[0].startswith(names)]
     torch._foreach_copy_([parameter for _, parameter in named], [new(*each) for each in named])
+
+
+def _lstms(module: nn.Module) -> list[LSTM | LSTMCell | TorchLSTM | TorchLSTMCell]:
+    modules = module.modules() if isinstance(module, nn.Module) else ()
+    lstms = [child for child in modules if isinstance(child, LSTM | LSTMCell | TorchLSTM | TorchLSTMCell)]
+    if not lstms:
+        raise TypeError(f"Expected an LSTM or a module that holds one, got {type(module).__name__}")
+    return lstms
 
 
 def _import_keras() -> ModuleType:
@@ -318,14 +315,6 @@ def _same(name: str, values: list) -> Any:
     if len(set(values)) > 1:
         raise ValueError(f"Expected the same {name} in all cells, got {values}")
     return values[0]
-
-
-def _lstms(module: nn.Module) -> list[LSTM | LSTMCell | TorchLSTM | TorchLSTMCell]:
-    modules = module.modules() if isinstance(module, nn.Module) else ()
-    lstms = [child for child in modules if isinstance(child, LSTM | LSTMCell | TorchLSTM | TorchLSTMCell)]
-    if not lstms:
-        raise TypeError(f"Expected an LSTM or a module that holds one, got {type(module).__name__}")
-    return lstms
 
 
 # Numbers pass through float64, which holds those of every other dtype, also where NumPy does not know the dtype.

@@ -10,9 +10,7 @@ def merge(*paths: str | Path) -> int:
     """Add the results that `python -m gpu_lstm races --export FILE` wrote.
 
     Call it before the first call of a model. Results of other cards or versions do no harm: they count only there.
-
-    Returns:
-        How many results were new.
+    Returns how many results were new.
 
     Raises:
         OSError, ValueError: a file cannot be read, or is no such file.

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Mapping
 from typing import TypeVar, overload
@@ -20,9 +21,8 @@ _log = logging.getLogger("gpu_lstm")
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell}
 _THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, compat.LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}
-_NEED_TORCHS = (
-    "torchrl",
-)  # packages whose modules ask isinstance(lstm, torch.nn.LSTM), and act otherwise if it is none
+# Packages whose modules ask isinstance(lstm, torch.nn.LSTM), and act otherwise if it is none.
+_NEED_TORCHS = ("torchrl",)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,12 +38,10 @@ def convert(model: nn.Module) -> nn.Module:
     """Swap every torch.nn.LSTM and torch.nn.LSTMCell in `model`, in place, for gpu_lstm's.
 
     Only these exact classes: a subclass may do anything in its forward, and is left alone. Parameters stay the same
-    objects, so that optimizers keep working; hooks, training flags and names stay too. A module that is used in several
-    places stays one module. In TorchRL's LSTMModule, which asks for an instance of torch.nn.LSTM, it becomes a
-    compat.LSTM.
-
-    The logger "gpu_lstm" tells at INFO what was swapped, and what was left and why; it is a UserWarning where there was
-    nothing to swap, and no module of gpu_lstm before.
+    objects, so that optimizers keep working; hooks, training flags, names and shared modules stay too. In TorchRL's
+    LSTMModule, which asks for an instance of torch.nn.LSTM, it becomes a compat.LSTM. The logger "gpu_lstm" tells at
+    INFO what was swapped, and what was left and why; it is a UserWarning where there was nothing to swap, and no module
+    of gpu_lstm before.
 
     Returns:
         `model`; where it is itself one of these classes, a new module that shares its parameters.
@@ -51,7 +49,6 @@ def convert(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: `model` is no module.
     """
-    _check_module(model, "convert")
     return _swap(model, _OURS, "convert")
 
 
@@ -64,55 +61,51 @@ def to_torch(model: Model) -> Model: ...
 def to_torch(model: nn.Module) -> nn.Module:
     """Swap every gpu_lstm.LSTM, gpu_lstm.compat.LSTM and gpu_lstm.LSTMCell in `model`, in place, for torch.nn's.
 
-    The inverse of `convert`, with the same promises. The backend and `recompute` are dropped: they change no result.
-    torch.nn.LSTM accepts neither lengths nor resets.
-
-    Returns:
-        As `convert`.
+    The inverse of `convert`, with the same promises and results. The backend and `recompute` are dropped: they change
+    no result. torch.nn.LSTM accepts neither lengths nor resets.
 
     Raises:
         TypeError: `model` is no module, or there is a StackedLSTM in it.
         ValueError: an LSTM has a regulariser or peepholes, which torch.nn.LSTM has not. Either way nothing was swapped.
     """
-    _check_module(model, "to_torch")
-    for path, module in model.named_modules():
-        where = repr(path) if path else "the model itself"
-        if isinstance(module, StackedLSTM):
-            raise TypeError(
-                f"{where} is a StackedLSTM of sizes {module.hidden_sizes}, with a pair of states a layer; a "
-                "torch.nn.LSTM has layers of one size, and one pair of states for all"
-            )
-        for name in NOT_OF_TORCH if type(module) in _THEIRS else ():
-            if value := getattr(module, name, 0.0):
-                raise ValueError(f"{where} has {name}={value}, which torch.nn.LSTM has not")
     return _swap(model, _THEIRS, "to_torch")
-
-
-def _check_module(model: object, function: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function} takes a torch.nn.Module, got {type(model).__name__}")
 
 
 def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], function: str) -> nn.Module:
     """All or nothing: errors come before the first swap, and an interrupt undoes all swaps."""
-    text, unusual = _account(model, classes, function)
-    modules, twins = list(model.modules()), {}
-    asked = {child for owner in modules if _needs_torchs(owner) for child in owner.children()}
-    for module in modules:
-        if goal := classes.get(type(module)):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} takes a torch.nn.Module, got {type(model).__name__}")
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    twins: dict[nn.Module, nn.Module] = {}
+    asked = {child for owner in modules.values() if _needs_torchs(owner) for child in owner.children()}
+    swapped, left, done = [], [], False
+    for path, module in modules.items():
+        where, cls = path or "the model itself", type(module)
+        if classes is _THEIRS:
+            _check_that_torch_has_it(repr(path) if path else where, module)
+        if goal := classes.get(cls):
             twins[module] = recast(module, compat.LSTM if goal is LSTM and module in asked else goal)
+            in_place = "" if path else ", which cannot be swapped in place: the one that is returned is new"
+            swapped.append(f"{where} ({_name(cls)}){in_place}")
+        elif isinstance(module, tuple(classes.values())):
+            done = True
+        elif isinstance(module, tuple(classes)):
+            left.append(f"{where} ({_name(cls)}), a subclass, which may do anything in its forward")
     with contextlib.ExitStack() as undo:
-        for module in modules:
+        for module in modules.values():
             children = twins.get(module, module)._modules  # a twin has children of its own
             for name, child in module._modules.items():
                 if child in twins:
                     undo.callback(children.__setitem__, name, child)
                     children[name] = twins[child]
         undo.pop_all()
-    if unusual:
-        warnings.warn(f"gpu_lstm: {text}", stacklevel=3)
-    else:
+    nothing = f"nothing: there is no {' or '.join(map(_name, classes))} in the {_name(type(model))}"
+    text = f"{function} swapped {', '.join(swapped) or nothing}"
+    text += f"; left as it is: {'; '.join(left)}" if left else ""
+    if swapped or done:
         _log.info(text)
+    else:
+        warnings.warn(f"gpu_lstm: {text}", stacklevel=3)
     return twins.get(model, model)
 
 
@@ -120,31 +113,21 @@ def _needs_torchs(owner: nn.Module) -> bool:
     return any(cls.__module__.partition(".")[0] in _NEED_TORCHS for cls in type(owner).__mro__)
 
 
-def _account(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], function: str) -> tuple[str, bool]:
-    """What will be swapped, what is left and why; and whether to warn: nothing is swapped, or was before."""
-    swapped, left, done = [], [], False
-    for path, module in model.named_modules():
-        cls, where = type(module), path or "the model itself"
-        if cls in classes:
-            in_place = "" if path else ", which cannot be swapped in place: the one that is returned is new"
-            swapped.append(f"{where} ({_name(cls)}){in_place}")
-        elif isinstance(module, tuple(classes.values())):
-            done = True
-        elif isinstance(module, tuple(classes)):
-            left.append(f"{where} ({_name(cls)}), a subclass, which may do anything in its forward")
-    kinds = " or ".join(map(_name, classes))
-    text = f"{function} swapped {', '.join(swapped) or f'nothing: there is no {kinds} in the {_name(type(model))}'}"
-    if left:
-        text += f"; left as it is: {'; '.join(left)}"
-    return text, not swapped and not done
+def _check_that_torch_has_it(where: str, module: nn.Module) -> None:
+    if isinstance(module, StackedLSTM):
+        raise TypeError(
+            f"{where} is a StackedLSTM of sizes {module.hidden_sizes}, with a pair of states a layer; a torch.nn.LSTM "
+            "has layers of one size, and one pair of states for all"
+        )
+    for name in NOT_OF_TORCH if type(module) in _THEIRS else ():
+        if value := getattr(module, name, 0.0):
+            raise ValueError(f"{where} has {name}={value}, which torch.nn.LSTM has not")
 
 
 def _name(cls: type) -> str:
     """As a user writes it."""
-    for module, public in (("torch.nn.modules.rnn", "torch.nn"), ("gpu_lstm.modules", "gpu_lstm")):
-        if cls.__module__ == module or cls.__module__.startswith(f"{module}."):
-            return f"{public}.{cls.__name__}"
-    return f"{cls.__module__}.{cls.__qualname__}"
+    full = f"{cls.__module__}.{cls.__qualname__}"
+    return re.sub(r"^(torch\.nn|gpu_lstm)\.modules\.(rnn|lstm|cell|stacked)\.", r"\1.", full)
 
 
 def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
@@ -166,38 +149,30 @@ def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
         raise TypeError(f"from_haste takes a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got {name}")
     state = source.state_dict() if isinstance(source, nn.Module) else source
     plain, norms = ("kernel", "recurrent_kernel", "bias"), ("gamma", "gamma_h", "beta_h")
-    layer_norm = set(state) == {*plain, *norms}
-    if not layer_norm and set(state) != set(plain):
+    names = plain if set(state) == set(plain) else (*plain, *norms)
+    if set(state) != set(names):
         raise ValueError(
             f"expected the parameters {sorted(plain)} of a haste_pytorch.LSTM, with {sorted(norms)} those of a "
             f"LayerNormLSTM, got {sorted(map(str, state))}"
         )
-    names = (*plain, *norms) if layer_norm else plain
     for name in names:
         check_tensor(state[name], name)
-    kernel, recurrent_kernel, bias = (state[name] for name in plain)
     shapes = [list(state[name].shape) for name in names]
     inputs, hidden = (shape[0] if shape else 0 for shape in shapes[:2])
-    rows = 4 * hidden
+    rows, layer_norm = 4 * hidden, names != plain
     if shapes != [[inputs, rows], [hidden, rows], [rows], [2, rows], [hidden], [hidden]][: len(names)]:
         sizes = "[I, 4H], [H, 4H], [4H]" + ", [2, 4H], [H], [H]" * layer_norm
         raise ValueError(f"expected sizes {sizes} of {', '.join(names)}, got {shapes}")
     for name in ("zoneout", "dropout"):
         if value := getattr(source, name, 0.0):
             raise ValueError(f"the module has {name}={value}, which gpu_lstm.LSTM cannot take over")
+    of_gates = [state[name] for name in plain] + ([*state["gamma"]] if layer_norm else [])  # [..., 4H] each, i, g, f, o
+    parts = [t.chunk(4, dim=-1) for t in of_gates]
+    kernel, recurrent_kernel, bias, *gains = (torch.cat([i, f, g, o], dim=-1).t() for i, g, f, o in parts)  # [4H, ...]
+    weights = [kernel, recurrent_kernel, bias, torch.zeros_like(bias), *gains, *(state[name] for name in names[4:])]
     lstm = LSTM(
         inputs, hidden, batch_first=getattr(source, "batch_first", False), device=kernel.device, dtype=kernel.dtype,
         layer_norm=layer_norm,
     )  # fmt: skip
-    bias = _of_haste(bias)
-    weights = [_of_haste(kernel), _of_haste(recurrent_kernel), bias, bias.new_zeros(bias.shape)]
-    if layer_norm:
-        weights += [*map(_of_haste, state["gamma"]), state["gamma_h"], state["beta_h"]]
     lstm.load_state_dict(dict(zip(lstm.state_dict(), weights, strict=True)))
     return lstm.train(getattr(source, "training", True))
-
-
-def _of_haste(weight: Tensor) -> Tensor:
-    """[..., 4H], gates i, g, f, o -> [4H, ...], gates i, f, g, o."""
-    i, g, f, o = weight.chunk(4, dim=-1)
-    return torch.cat([i, f, g, o], dim=-1).t()

@@ -1,7 +1,7 @@
 """An LSTM that is fed as its input comes: one step or one chunk at a time, the state held between calls."""
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,8 @@ class Stream:
     def state(self, hx: States) -> None:
         stacked = isinstance(self.lstm, StackedLSTM)
         check_pairs(hx, len(self._state)) if stacked else check_pair(hx)
-        for k, (held, given) in enumerate(zip(self._state, self._as_list(hx))):
+        pairs: list[Any] = list(hx) if stacked else [hx]
+        for k, (held, given) in enumerate(zip(self._state, pairs)):
             for letter, ours, state in zip("hc", held, given):
                 name = f"{letter} of layer {k}" if stacked else f"{letter}_0"
                 check_tensor(state, name)
@@ -87,7 +88,7 @@ class Stream:
                 ):  # fmt: skip
                     if found != expected:
                         raise RuntimeError(f"Expected {name} {what} {expected}, got {found}")
-        self._update(self._as_list(hx))
+        self._update(pairs)
 
     def __call__(self, x: Tensor, active: Tensor | None = None) -> Tensor:
         """Run one step, x (N, I), or a chunk of T steps, (T, N, I) or with batch_first (N, T, I).
@@ -97,7 +98,7 @@ class Stream:
             active: bool (N,), which sequences advance; the others keep their state, and output zeros. Default: all.
 
         Returns:
-            The output, (N, P) for a step, else as the chunk; P features, H without a projection.
+            The output, (N, P) for a step, else as the chunk; P = H without a projection.
 
         Raises:
             TypeError: x or `active` is no tensor.
@@ -106,19 +107,16 @@ class Stream:
             RuntimeError: as `lstm`, for another number of features, dtype or device.
         """
         check_tensor(x, "x")
-        batch_axis = 0 if x.dim() == 2 or self.lstm.batch_first else 1
+        lstm = self.lstm
+        batch_axis, chunk = (0, "(N, T, I)") if lstm.batch_first else (-2, "(T, N, I)")
         if x.dim() not in (2, 3) or x.shape[batch_axis] != self.batch:
-            expected = "(N, T, I)" if self.lstm.batch_first else "(T, N, I)"
-            raise ValueError(f"expected (N, I) or {expected} with N = {self.batch}, got {tuple(x.shape)}")
-        drawn = (getattr(self.lstm, name) for name in ("dropout", "recurrent_dropout", "zoneout", "weight_drop"))
-        if self.lstm.training and any(drawn):
+            raise ValueError(f"expected (N, I) or {chunk} with N = {self.batch}, got {tuple(x.shape)}")
+        if lstm.training and (lstm.dropout or lstm.recurrent_dropout or lstm.zoneout or lstm.weight_drop):
             raise ValueError("the LSTM drops out in training mode; call eval() on it first")
         if active is not None:
             self._check_for_each("active", active, torch.bool)
         with torch.no_grad():
-            if x.dim() == 3 or not on_cuda(x):
-                return self._advance(x, active)
-            return self._replay(x, active)
+            return self._replay(x, active) if x.dim() == 2 and on_cuda(x) else self._advance(x, active)
 
     def reset(self, which: Tensor | None = None) -> None:
         """Zero the states of all sequences, or of those where `which`, bool (N,), is True. Raises as for `active`."""
@@ -158,8 +156,8 @@ class Stream:
         """A step or a chunk of the sequences that are active; the states are updated in place."""
         time_axis = 1 if self.lstm.batch_first else 0
         of_chunk = x if x.dim() == 3 else x.unsqueeze(time_axis)
-        y, after = self.lstm(of_chunk, self._as_given(self._state))  # type: ignore[arg-type]  # of the class that it is
-        state = self._as_list(after)
+        y, after = self.lstm(of_chunk, self._as_given(self._state))
+        state: Any = after if isinstance(self.lstm, StackedLSTM) else [after]
         if active is not None:
             mask = active[:, None]  # [N, 1]
             y = torch.where(mask[:, None] if self.lstm.batch_first else mask, y, 0)
@@ -194,11 +192,9 @@ class Stream:
         """In place, where a graph finds them; all at once, so that an interrupt leaves the states of one step."""
         torch._foreach_copy_([t for pair in self._state for t in pair], [t for pair in state for t in pair])
 
-    def _as_given(self, state: list[State]) -> States:
+    def _as_given(self, state: list[State]) -> Any:
+        """As `lstm` accepts and returns it."""
         return state if isinstance(self.lstm, StackedLSTM) else state[0]
-
-    def _as_list(self, states: States) -> list[State]:
-        return cast(list[State], states if isinstance(self.lstm, StackedLSTM) else [states])
 
 
 def on_cuda(x: Tensor) -> bool:

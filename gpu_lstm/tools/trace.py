@@ -21,7 +21,6 @@ from ..modules import LSTM, StackedLSTM
 from ..modules.arguments import recast
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
@@ -45,16 +44,6 @@ def colour_map(field: str) -> "Colormap":
     return LinearSegmentedColormap.from_list(field, [*below, "white", HUES[field]])
 
 
-def draw_colour_bar(axes: "Axes", fields: Sequence[str], labels: dict[int, str]) -> None:
-    """One bar for all gates or all states: a strip in the colours of each."""
-    low, high = min(labels), max(labels)
-    strips = np.stack([colour_map(field)(np.linspace(0, 1, 256)) for field in fields], axis=1)  # [256, 3, RGBA]
-    axes.imshow(strips, aspect="auto", origin="lower", extent=(0, len(fields), low, high), interpolation="nearest")
-    axes.set_xticks([])
-    axes.yaxis.tick_right()
-    axes.set_yticks(list(labels), list(labels.values()), fontsize=9)
-
-
 @dataclass(frozen=True)
 class Trace:
     """What a call of an LSTM computes on its way. Everything is differentiable."""
@@ -71,9 +60,7 @@ class Trace:
 
         Raises:
             ImportError: matplotlib is missing.
-            TypeError: `sequence` is no int.
-            IndexError: there is no such sequence in the batch.
-            ValueError: it has no steps.
+            TypeError, IndexError, ValueError: `sequence` is no int, is not in the batch, or has no steps.
         """
         try:
             from matplotlib.figure import Figure  # no dependency of the package, and slow to import
@@ -85,19 +72,15 @@ class Trace:
         steps = None if self.lengths is None else int(self.lengths[sequence])
         if steps == 0:
             raise ValueError(f"sequence {sequence} has no steps")
-        rows = [
-            (f"layer {k}" + ", reverse" * d, gates)
-            for k, directions in enumerate(self.layers)
-            for d, gates in enumerate(directions)
-        ]
+        rows = [(k, d, gates) for k, directions in enumerate(self.layers) for d, gates in enumerate(directions)]
         figure = Figure(figsize=(10, 0.8 + 1.5 * len(rows)), layout="constrained")
         grid = figure.add_gridspec(len(rows), 8, width_ratios=[1, 1, 1, 0.12] * 2)
-        for r, (name, gates) in enumerate(rows):
+        for r, (layer, direction, gates) in enumerate(rows):
             for k, (field, values) in enumerate(gates._asdict().items()):
                 shown = values[:steps, sequence].detach().float().cpu().T.numpy()  # [H, T]
                 panel = figure.add_subplot(grid[r, k + k // 3])  # a colour bar stands behind three
-                low, high = (-1, 1) if k // 3 else (0, 1)
-                panel.imshow(shown, aspect="auto", interpolation="nearest", vmin=low, vmax=high, cmap=colour_map(field))
+                low = -1 if k // 3 else 0
+                panel.imshow(shown, aspect="auto", interpolation="nearest", vmin=low, vmax=1, cmap=colour_map(field))
                 panel.locator_params(integer=True, nbins=5)
                 panel.tick_params(labelleft=k == 0 or len(shown) != gates.cell.shape[2], labelbottom=r == len(rows) - 1)
                 if r == 0:
@@ -105,9 +88,15 @@ class Trace:
                 if r == len(rows) - 1:
                     panel.set_xlabel("step")
                 if k == 0:
-                    panel.set_ylabel(f"{name}\nunit")
-        for column, (fields, labels) in zip((3, 7), COLOUR_BARS.items()):
-            draw_colour_bar(figure.add_subplot(grid[:, column]), fields, labels)
+                    panel.set_ylabel(f"layer {layer}{', reverse' * direction}\nunit")
+        for column, (fields, labels) in zip((3, 7), COLOUR_BARS.items()):  # a strip in the colours of each
+            bar, steps_of_colour = figure.add_subplot(grid[:, column]), np.linspace(0, 1, 256)
+            strips = np.stack([colour_map(field)(steps_of_colour) for field in fields], axis=1)  # [256, 3, RGBA]
+            extent = (0, len(fields), min(labels), 1)
+            bar.imshow(strips, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
+            bar.set_xticks([])
+            bar.yaxis.tick_right()
+            bar.set_yticks(list(labels), list(labels.values()), fontsize=9)
         return figure
 
 
@@ -122,14 +111,13 @@ def trace(
 
     Args:
         lstm: a gpu_lstm.LSTM or StackedLSTM, or a torch.nn.LSTM.
-        x, hx, lengths, resets, reset_states: as `lstm` accepts them.
+        x, hx, lengths, resets, reset_states: as `lstm` accepts them, and refuses them.
 
     Returns:
         The results, and in `layers[k][d]` the gates of layer k in direction d, [T, B, H], zero past a sequence's end.
 
     Raises:
         TypeError: `lstm` is of none of these classes.
-        ValueError, RuntimeError: as `lstm` itself raises.
 
     Example::
 
@@ -144,12 +132,10 @@ def trace(
         check_tensor(x, "x")
     record: list[Gates] = []
     call = prepare(lstm._options(), lstm._weights(), x, hx, lengths, resets, reset_states)
-    y, finals = run_by(Route(Backend.REFERENCE, dtype_of(call), False, [], None), call, record)
-    output, states = call.form.output(y), call.states_out(finals)
-    directions = 2 if lstm.bidirectional else 1
+    y, states = run_by(Route(Backend.REFERENCE, dtype_of(call), False, [], None), call, record)
+    directions = call.options.directions
     layers = [record[k : k + directions] for k in range(0, len(record), directions)]
     if isinstance(x, PackedSequence):
         lengths = pad_packed_sequence(x)[1].to(x.data.device)
-        if x.unsorted_indices is not None:  # the gates are of sequences sorted by length
-            layers = [[Gates(*(t[:, x.unsorted_indices] for t in gates)) for gates in layer] for layer in layers]
-    return Trace(output, states, layers, None if lengths is None else lengths.reshape(-1))
+        layers = [[Gates(*map(call.form.state_out, gates)) for gates in layer] for layer in layers]  # sorted by length
+    return Trace(call.form.output(y), call.states_out(states), layers, None if lengths is None else lengths.reshape(-1))
