@@ -261,8 +261,8 @@ def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
     tiles = f"{of['family']} {of['rows']}x{of['columns']} {direction}, H = {of['hidden']}, {dtype}"
     if kind == "plans":
         return f"B = {of['batch']}: {tiles}"
-    words = ["projected"] * bool(key["projected"])
-    words += [name for name in ("reverse", "lengths", "resets", "dropout_h", "reset_c", "peepholes") if key[name]]
+    names = ("projected", "reverse", "lengths", "resets", "dropout_h", "reset_c", "peepholes")
+    words = [name for name in names if key[name]]
     words += [f"{name}, {key[name]}-D" for name in ("zoneout_h", "zoneout_c") if key[name] is not None]
     words += [name for name, there in zip(("gain_hh", "gain_c", "bias_c"), key["norms"]) if there]
     return f"{', '.join([tiles, key['precision'], *words])}: {value}"

@@ -111,13 +111,14 @@ def trace(
 
     Args:
         lstm: a gpu_lstm.LSTM or StackedLSTM, or a torch.nn.LSTM.
-        x, hx, lengths, resets, reset_states: as `lstm` accepts them, and refuses them.
+        x, hx, lengths, resets, reset_states: as `lstm` accepts them.
 
     Returns:
         The results, and in `layers[k][d]` the gates of layer k in direction d, [T, B, H], zero past a sequence's end.
 
     Raises:
         TypeError: `lstm` is of none of these classes.
+        ValueError, RuntimeError: as `lstm` itself raises.
 
     Example::
 
