@@ -18,25 +18,28 @@ from .fused import DIFFERENTIABLE, Inputs, Saved, inputs_of
 def layer(
     kernels: Any,  # the Layer of a backend, kernels/layer.py
     x: Tensor,  # [T, B, I]
-    state: State,  # ([B, P], [B, H])
+    state: State,  # ([B, P], [B, H]); the only row of an LSTM may be [1, B, *]
     weights: Weights,
     traversal: Traversal,
     noise: Noise,
     recompute: bool,
 ) -> tuple[Tensor, State]:
-    """h [T, B, P], and h_n [B, P] and c_n [B, H] in the dtypes of h0 and c0; differentiable to any order.
+    """h [T, B, P], and h_n and c_n as h0 and c0; differentiable to any order.
 
     For backward the activated gates are kept, [T, B, 4H]; with `recompute` they are recomputed from x and h.
     """
+    transformed = is_transformed()
+    if transformed:  # operators know by its dimensions whether a state is of both directions
+        state = rows_of(state, x.shape[1])
     given = inputs_of(x, state, weights, traversal, noise)
     # Asked here, since autograd is off inside Function.forward.
-    if not torch.is_grad_enabled() or not any([t is not None and t.requires_grad for t in given]):
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
         h, h_n, c_n, *_ = fused.forward(kernels, given, save=False)
         return h, (h_n, c_n if c_n.dtype is state[1].dtype else c_n.to(state[1].dtype))
     count = len(given)
     while given[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
         count -= 1
-    function = LSTMLayerInTransforms if is_transformed() else LSTMLayer
+    function = LSTMLayerInTransforms if transformed else LSTMLayer
     h, h_n, c_n, *_ = function.apply(kernels, recompute, *given[:count])
     return h, (h_n, c_n)
 

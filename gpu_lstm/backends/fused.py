@@ -24,8 +24,8 @@ class Inputs(NamedTuple):
     """The tensors that a layer is given; gradients have the same names, up to reset_c."""
 
     x: Tensor  # [T, B, I]
-    h0: Tensor  # [B, P]
-    c0: Tensor  # [B, H]
+    h0: Tensor  # [B, P]; the only row of an LSTM may be [1, B, P]
+    c0: Tensor  # [B, H], alike
     weight_ih: Tensor  # [4H, I] and below: a layer's Weights
     weight_hh: Tensor  # [4H, P]
     bias_ih: Tensor | None = None  # [4H]

@@ -65,7 +65,7 @@ def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[
             h, h_n, c_n, *_ = _call(given, traversal.reverse, backend.value, call.options.recompute)
         return h, (h_n, c_n)
 
-    y, rows = one_after_another(call, direction, backend.value, dtype)
+    y, rows = one_after_another(call, direction, backend.value, dtype, call.state_rows())
     return y, call.pack_rows(rows)
 
 

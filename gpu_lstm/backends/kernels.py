@@ -22,26 +22,29 @@ def run(
     call: Call, dtype: torch.dtype, backend: Backend, layers: list[Any], plan: Schedule
 ) -> tuple[Tensor, list[State]]:
     """In `dtype`: output [T, B, D*P] and final states as Call.states; `layers` [L*D] are those of kernels/layer.py."""
-    recompute = call.options.recompute
-    if call.modes.autocast is not None or dtype is not torch.float32:
+    if dtype is torch.float32 and call.modes.autocast is None:
+        return _run(call, backend, layers, plan)
+    with without_autocast(call):
         call = _in_dtype(call, dtype)
+        exact = call._replace(states=[(h, c.float()) for h, c in call.states])  # and so from chunk to chunk
+        y, states = _run(exact, backend, layers, plan)
+    return y, [(h, c.to(given.dtype)) for (h, c), (_, given) in zip(states, call.states)]
 
-    kinds = [c.dtype for _, c in call.states]
-    if dtype is not torch.float32:
-        call = call._replace(states=[(h, c.float()) for h, c in call.states])  # and so from chunk to chunk
+
+def _run(call: Call, backend: Backend, layers: list[Any], plan: Schedule) -> tuple[Tensor, list[State]]:
+    recompute = call.options.recompute
 
     def direction(
         row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
     ) -> tuple[Tensor, State]:
         return autograd.layer(layers[row], x, state, weights, traversal, noise, recompute)
 
-    with without_autocast(call):
-        if plan.in_one_piece(call.steps):
-            y, rows = one_after_another(call, direction, backend.value, dtype)
-        else:
-            y, rows = schedule.run(call, direction, plan, backend.value)
-    states = call.pack_rows(rows)
-    return y, [(h, c if c.dtype is kind else c.to(kind)) for (h, c), kind in zip(states, kinds)]
+    if not plan.in_one_piece(call.steps):
+        y, rows = schedule.run(call, direction, plan, backend.value)
+    else:
+        rows = call.states if call.options.rows == 1 else call.state_rows()  # a single row may be [1, B, *]
+        y, rows = one_after_another(call, direction, backend.value, call.x.dtype, rows)
+    return y, call.pack_rows(rows)
 
 
 def _in_dtype(call: Call, dtype: torch.dtype) -> Call:

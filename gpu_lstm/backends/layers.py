@@ -8,7 +8,7 @@ import torch.autograd.profiler as profiler
 from torch import Tensor
 
 from ..call.checks import is_exact
-from ..call.noise import draw, dropped
+from ..call.noise import NO_NOISE, draw, dropped
 from ..call.options import Options
 from ..call.prepare import Call
 from ..call.sequences import valid_steps
@@ -48,11 +48,16 @@ def named(layer: int, direction: int | None, backend: str) -> contextlib.Abstrac
     return profiler.record_function(f"gpu_lstm layer {layer}{way}, {backend}")
 
 
-def one_after_another(call: Call, run: Direction, backend: str, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
+def one_after_another(
+    call: Call,
+    run: Direction,
+    backend: str,
+    dtype: torch.dtype,
+    rows: list[State],  # [L*D] initial states, as Call.state_rows
+) -> tuple[Tensor, list[State]]:
     """Layers in order, and the directions of each, dropout between: output [T, B, D*P] and final states [L*D]."""
     options, traversal, x = call.options, call.traversal, call.x
-    noise, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
-    rows = call.state_rows()
+    noise, kept = draw(call.weights, (call.steps, call.batch), dtype, options) if options.noisy else (None, None)
     finals: list[State] = []
     for k, layer in enumerate(call.weights):
         parts = []
@@ -62,11 +67,11 @@ def one_after_another(call: Call, run: Direction, backend: str, dtype: torch.dty
             if d:
                 own = own.backwards()
             with named(k, d, backend) if profiler._is_profiler_enabled else _NOTHING:
-                y, state = run(n, x, rows[n], weights, own, noise[k][d])
+                y, state = run(n, x, rows[n], weights, own, NO_NOISE if noise is None else noise[k][d])
             parts.append(y)
             finals.append(state)
         y = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-        x = connect(x, y, traversal.lengths, kept[k], options) if options.residual or kept[k] is not None else y
+        x = connect(x, y, traversal.lengths, kept and kept[k], options) if options.connects else y
     return x, finals
 
 

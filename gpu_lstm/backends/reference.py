@@ -42,7 +42,7 @@ def run(call: Call, dtype: torch.dtype, record: list[Gates] | None = None) -> tu
         with without_autocast(call):
             return layer(x, state, weights, traversal, noise, record)
 
-    y, rows = one_after_another(call, direction, "reference", dtype)
+    y, rows = one_after_another(call, direction, "reference", dtype, call.state_rows())
     return y, call.pack_rows(rows)
 
 

@@ -34,7 +34,7 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     if not call.traversal.is_plain() or options.kind == "lstm_layer":
         if call.modes.autocast is not None:  # the weights that shut gates are of a size that their dtype must hold
             call = call._replace(weights=[[one.to(dtype) for one in each] for each in call.weights])
-        y, rows = one_after_another(call, _direction, "torch", dtype)
+        y, rows = one_after_another(call, _direction, "torch", dtype, call.state_rows())
         return y, call.pack_rows(rows)
     if options.kind == "LSTM":
         y, state = stack(call.x, call.states[0], call.weights, options.dropout, options.training)

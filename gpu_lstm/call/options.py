@@ -73,7 +73,9 @@ class Options:
         self.weight_sizes = tuple([_weight_sizes(size) for size in self.sizes])
         # With layers of one size, torch's own LSTM does all of them in one call.
         self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1
+        self.connects = a.residual or self.dropout > 0  # something stands between layers
         noise = "zoneout" if self.zoneout != (0, 0) else "recurrent_dropout" if self.recurrent_dropout else None
+        self.noisy = noise is not None or self.dropout > 0  # random numbers are drawn, or rates made tensors
         self.feature = noise or (LAYER_NORM if a.norms else PEEPHOLES if a.peepholes else None)
         """The feature that the fewest backends support; None: all support all."""
 

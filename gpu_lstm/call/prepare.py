@@ -50,7 +50,7 @@ class Call(NamedTuple):
 
     def pack_rows(self, rows: list[State]) -> list[State]:
         """The reverse of `state_rows`."""
-        if self.states[0][0].dim() == 2:
+        if self.states[0][0].dim() == rows[0][0].dim():
             return rows
         if len(rows) == 1:
             h, c = rows[0]
