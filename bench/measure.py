@@ -66,16 +66,16 @@ def rows_of(case: Case, names: list[str], device: str, run: Callable[..., list[R
             return run(case, names, device, failed)
         except ProviderFailed as error:
             provider, text = error.args
-            failed |= dict.fromkeys([provider] if provider in names else names, text)  # nobody in particular: all
+            failed |= dict.fromkeys([provider] if provider in names else names, text)  # unknown provider: all
     return [_row(case, name, device, status="failed", note=text) for name, text in failed.items()]
 
 
 def run_case(
     case: Case, names: list[str], device: str, failed: dict[str, str], tell: Callable[[str], None] = lambda name: None
 ) -> list[Row]:
-    """Rows of a case, one or more for each provider of `names`, of whom the yardstick is the first.
+    """Rows of a case, one or more for each provider of `names`, of which the yardstick is the first.
 
-    Those that `failed` before, and how, are not tried again. Whoever waits is told by `tell` whose turn it is. Raises
+    Those that `failed` before, and how, are not tried again. `tell` is called with who runs next. Raises
     ProviderFailed where a provider raises; the device may be unusable from then on.
     """
     torch.set_num_threads(1)  # as in `measure`: this may be a process of its own
@@ -102,7 +102,7 @@ def run_case(
                 outcomes[name] = {"status": "unable", "note": str(error)}
             except Exception as error:
                 raise ProviderFailed(name, f"{type(error).__name__}: {error}") from error
-        del gate  # and what it knows from float64
+        del gate  # and its results in float64
         tell("all, timed in turn")
         copy, product = timing.ceilings(case.dtype, device)
         seconds = timing.interleaved(calls, device, SECONDS)
@@ -125,7 +125,7 @@ def _row(case: Case, provider: str, device: str, graph: bool = False, **columns:
 
 
 class Trial:
-    """A provider's engine, and the leaves that gradients are taken of. Raises Unable; the yardstick does its best."""
+    """A provider's engine, and the leaves of its gradients. Raises Unable; the yardstick then runs the plain case."""
 
     def __init__(self, name: str, inputs: Inputs) -> None:
         self.name, self.status, self.training = name, "measured", inputs.case.training
@@ -136,22 +136,19 @@ class Trial:
                 raise
             self.status, inputs = "yardstick", inputs.plain()
             self.engine = PROVIDERS[name].build(inputs)
-        self.inputs, self.form = inputs, inputs.packed(inputs.dy) if inputs.case.sequences == "packed" else None
-        given = inputs.h0, inputs.c0, *map(self._elements, inputs.xs)
-        h0, c0, *self.xs = (t.detach().clone().requires_grad_(self.training) for t in given)
-        self.states, self.dy = (h0, c0), self._elements(inputs.dy)
+        self.inputs = inputs
+        self.form = inputs.packed(inputs.dy) if inputs.case.sequences == "packed" else None
+        *self.xs, self.dy = (t if self.form is None else inputs.packed(t).data for t in (*inputs.xs, inputs.dy))
+        *self.xs, h0, c0 = (t.detach().clone().requires_grad_(self.training) for t in (*self.xs, inputs.h0, inputs.c0))
+        self.states = h0, c0
 
-    def _elements(self, t: Tensor) -> Tensor:
-        """Of t [T, B, *], as a provider is given them: all, or packed [N, *]."""
-        return t if self.form is None else self.inputs.packed(t).data
-
-    def _padded(self, elements: Tensor) -> Tensor:
-        """[T, B, *] again."""
-        packed = self.form and self.form._replace(data=elements)
-        return pad_packed_sequence(packed, total_length=self.inputs.case.steps)[0] if packed else elements
+    def forward(self, number: int) -> tuple[Any, tuple[Tensor, Tensor]]:
+        """Of a call: output, (h_n, c_n)."""
+        x = self.xs[number % len(self.xs)]
+        return self.engine.call(x if self.form is None else self.form._replace(data=x), self.states)
 
     def leaves(self, number: int) -> list[Tensor]:
-        """What a call takes gradients of: x, h0, c0 and the parameters."""
+        """What a call has gradients for: x, h0, c0 and the parameters."""
         return [self.xs[number % len(self.xs)], *self.states, *self.engine.parameters.values()]
 
     def call(self, number: int) -> tuple[Any, tuple[Tensor, ...]]:
@@ -161,13 +158,8 @@ class Trial:
             y = y if self.form is None else y.data
             return (y, *finals), torch.autograd.grad(y, self.leaves(number), self.dy) if self.training else ()
 
-    def forward(self, number: int) -> tuple[Any, tuple[Tensor, Tensor]]:
-        """Of a call: output, (h_n, c_n)."""
-        x = self.xs[number % len(self.xs)]
-        return self.engine.call(x if self.form is None else self.form._replace(data=x), self.states)
-
     def kept_bytes(self) -> int:
-        """What a forward pass saves for backward, besides its leaves."""
+        """The bytes that a forward pass saves for backward, without its leaves."""
         with self.engine.within():
             return timing.kept_bytes(lambda: self.forward(0), self.leaves(0))
 
@@ -175,12 +167,13 @@ class Trial:
         """Output, final states and, for training, every gradient, by the names that `inputs.results_in` gives."""
         seed_noise()
         (y, h_n, c_n), gradients = self.call(0)
-        found = {"output": self._padded(y), "h_n": h_n, "c_n": c_n}
-        if self.training:
-            dx, dh0, dc0, *others = gradients
-            found |= {"dx": self._padded(dx), "dh0": dh0, "dc0": dc0}
-            found |= {f"d{name}": gradient for name, gradient in self.engine.named(others).items()}
-        return found
+        found = {"output": y, "h_n": h_n, "c_n": c_n} | dict(zip(("dx", "dh0", "dc0"), gradients))
+        if self.form is not None:
+            for name in found.keys() & {"output", "dx"}:
+                packed = self.form._replace(data=found[name])
+                found[name] = pad_packed_sequence(packed, total_length=self.inputs.case.steps)[0]
+        own = self.engine.named(gradients[3:]) if self.training else {}
+        return found | {f"d{name}": gradient for name, gradient in own.items()}
 
 
 class Gate:
