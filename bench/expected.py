@@ -61,30 +61,31 @@ def of_family(family: str) -> Callable[..., Any]:
     def choose(problem: Any, device: torch.device, which: Any, launches: Callable[[Any], Any], *_: Any) -> Any:
         if (problem, which) not in found:
             plans = chooser.plans(problem, chooser.card_of(device), which.backward)
-            fitting = (p for p in plans if p.family.value == family and chooser.why_it_does_not_fit(launches(p)) is None)
+            plans = (plan for plan in plans if plan.family.value == family)
+            fitting = (plan for plan in plans if chooser.why_it_does_not_fit(launches(plan)) is None)
             found[problem, which] = next(fitting, None)
         return found[problem, which]
 
     return choose
 
 
-def running(choose: Callable[..., Any], stub: Callable[..., None] | None = None) -> Callable[[], AbstractContextManager]:
+def running(choose: Callable, stub: Callable | None = None) -> Callable[[], AbstractContextManager]:
     """Blocks in which `choose` chooses kernels, with caches of their own; with a `stub` for launches, without a GPU."""
     launch, run, available = map(inside, (LAUNCH, "dispatch.run", "dispatch.available"))
-    changes: dict[tuple[Any, str], Any] = {(launch, "choose_plan"): choose, (launch, "_layers"): {}, (run, "_routes"): {}}
+    changes: list[Any] = [(launch, "choose_plan", choose), (launch, "_layers", {}), (run, "_routes", {})]
     if stub is not None:
-        changes |= {(launch, "launch_kernel"): stub, (available, "why_unavailable"): lambda *_: None}
+        changes += [(launch, "launch_kernel", stub), (available, "why_unavailable", lambda *_: None)]
 
     @contextlib.contextmanager
     def block() -> Iterator[None]:
-        before = {place: getattr(*place) for place in changes}
-        for place, value in changes.items():
-            setattr(*place, value)
+        before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+        for change in changes:
+            setattr(*change)
         try:
             yield
         finally:
-            for place, value in before.items():
-                setattr(*place, value)
+            for change in before:
+                setattr(*change)
 
     return block
 

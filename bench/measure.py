@@ -1,15 +1,16 @@
-"""Cases by all their providers: built, found right against float64, and only then timed, in turn."""
+"""Cases by all their providers: built, checked against float64, and only then timed, in turn."""
 
 import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from torch import Tensor
 from torch.nn.utils.rnn import pad_packed_sequence
 
@@ -31,22 +32,21 @@ Row = dict[str, Any]
 def measure(
     cases: list[Case], names: list[str] | None, device: str, sides: dict[Path, Path | None], deadline: float = math.inf
 ) -> list[Case]:
-    """Run `cases`, each row in its file before the next case starts; those there was no time for before `deadline`.
+    """Run `cases`, each row in its file before the next case starts. Returns those left when `deadline` passed.
 
-    All take part in the headline, elsewhere those that say so; or those who are named. On a CUDA `device` a case runs
-    in a process of its own. `sides` are new files, and for each the folder to import gpu_lstm from, None for the one
-    imported here: several take turns case by case, each in its process. The deadline is by time.monotonic().
+    All providers run the headline, and all other cases those with `everywhere`; or those in `names` run all. On a CUDA
+    `device` a case runs in a process of its own. `sides` are new files, and for each the folder to import gpu_lstm
+    from, None for the one imported here: several take turns case by case. The deadline is by time.monotonic().
     """
     for file in sides:
         results.create(file)
     torch.set_num_threads(1)  # several stall each other, by a factor of 100, where anything else wants a core
     headline = grid("cpu" if device == "cpu" else "cuda")["headline"]
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with ExitStack() as stack:
         run: dict[Path, Any] = dict.fromkeys(sides, run_case)
         if device != "cpu" or len(sides) > 1:
             run = {file: stack.enter_context(closing(Worker(run_case, path))) for file, path in sides.items()}
-        bar = stack.enter_context(Progress(*columns, transient=True))
+        bar = stack.enter_context(Progress(transient=True))
         task = bar.add_task("", total=len(cases))
         for number, case in enumerate(cases):
             if time.monotonic() > deadline:
@@ -94,7 +94,9 @@ def run_case(
                 if outcomes[name]["status"] in results.TIMED:
                     outcomes[name]["peak_bytes"] = timing.peak_bytes(trial.call, device)
                     if case.training:
-                        outcomes[name]["kept_bytes"] = trial.kept_bytes()
+                        with trial.engine.within():
+                            kept = timing.kept_bytes(partial(trial.forward, 0), trial.leaves(0))
+                        outcomes[name]["kept_bytes"] = kept
                     calls[name, False] = trial.call
                     if device != "cpu" and PROVIDERS[name].graphed:
                         calls[name, True] = timing.captured(trial.call)
@@ -157,11 +159,6 @@ class Trial:
             y, finals = self.forward(number)
             y = y if self.form is None else y.data
             return (y, *finals), torch.autograd.grad(y, self.leaves(number), self.dy) if self.training else ()
-
-    def kept_bytes(self) -> int:
-        """The bytes that a forward pass saves for backward, without its leaves."""
-        with self.engine.within():
-            return timing.kept_bytes(lambda: self.forward(0), self.leaves(0))
 
     def results(self) -> dict[str, Tensor]:
         """Output, final states and, for training, every gradient, by the names that `inputs.results_in` gives."""

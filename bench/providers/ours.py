@@ -13,7 +13,7 @@ from ..cases import VARIANTS
 from ..inputs import Inputs
 from .engine import Engine, Provider, Unable, expect, module_like_torchs
 
-# Features of backends: what torch.nn.LSTM supports and what that lacks. Those not named here support every variant, too.
+# Features of backends, more than torch.nn.LSTM's own. Backends that are not named here support every variant, too.
 PLAIN = "layers", "directions", "ragged", "packed", "active", "resets"
 SUPPORTED = {"torch": PLAIN, "cupy": (*PLAIN, "reset_states")}
 
