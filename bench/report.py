@@ -52,13 +52,7 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(contender=contenders, object=objects(rows)).drop_duplicates(["object", "contender"], keep="last")
 
 
-def by_device(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of each device, without estimates, in the order of the file."""
-    return list(rows[rows["status"] != "expected"].groupby("device", sort=False))
-
-
 def objects(rows: pd.DataFrame) -> list[Case]:
-    """The case of each row."""
     return [Case(**fields) for fields in rows[results.CASE].to_dict("records")]
 
 
@@ -185,11 +179,12 @@ def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path] | No
         raise ValueError(f"{page}: no {END if begin else BEGIN}; expected {BEGIN} on a line before {END}")
     gpus, cpus, any_measured = list[str](), list[str](), False
     for path in sorted(files):
-        for device, its in by_device(results.read(path)):
+        rows = results.read(path)
+        for device, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
             on_gpu = bool(its["cuda"].notna().any())
             any_measured |= on_gpu and bool((its["status"] == "measured").any())
-            link, every_case = os.path.relpath(path, page.parent), on_gpu or pictures is not None
-            text = _section(link, measured(its), on_gpu, every_case)
+            every_case = on_gpu or pictures is not None
+            text = _section(os.path.relpath(path, page.parent), measured(its), on_gpu, every_case)
             drawn = {f"{name}-{slug(device)}": told for name, told in SHOWN.items()}
             for picture in (picture for picture in pictures or () if picture.stem in drawn):
                 text += f"\n\n![{drawn[picture.stem]}]({os.path.relpath(picture, page.parent)})"
@@ -199,7 +194,6 @@ def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path] | No
 
 
 def slug(device: str) -> str:
-    """A device in the name of a file."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
@@ -208,13 +202,12 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
     lines, around = by_case(rows), instead(rows)
     shown = lines if every_case else most_informative(lines, CPU_LINES)
     text = f"{'GPU' if on_gpu else 'CPU, not a GPU'}: {origin(rows)}; from [{link.removeprefix('../')}]({link})."
+    starred = lines["torch ms"].str.endswith("*")
     if len(shown) < len(lines):
-        starred = lines["torch ms"].str.endswith("*")
-        text += f" {len(shown)} of {len(lines)} cases."
-        text += f" Calls that nn.LSTM can do, too, run at {spread(lines[~starred])} times its speed"
+        text += f" {len(shown)} of {len(lines)} cases. Calls that nn.LSTM can do, too, run at {spread(lines[~starred])}"
         others = f"; with lengths, resets or a variant, at {spread(lines[starred])} times nn.LSTM's without them"
-        text += f"{others}." if starred.any() else "."
-    if shown["torch ms"].str.endswith("*").any():
+        text += f" times its speed{others if starred.any() else ''}."
+    if starred[shown.index].any():
         text += f" \\{STARRED}."
     rates = "FLOPs and bytes at rates measured on this machine"
     text += f' "Of the bound": the fraction of a roofline ({rates}), {BEYOND}.'
@@ -224,9 +217,8 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
     for row in around.itertuples():
         ms = f"{digits(1e3 * row.median_s)} | {digits(1e3 * row.ours_s)} | {digits(row.times)}"
         written.append(f"| {row.mode} {sizes(row.object)} | {WRITTEN[row.provider]} | {ms} |")
-    written += ["""
-| case | torch.nn.LSTM, ms | gpu_lstm, ms | times as fast | of the bound |
-|------|------------------:|-------------:|--------------:|-------------:|"""]  # fmt: skip
+    written.append("\n| case | torch.nn.LSTM, ms | gpu_lstm, ms | times as fast | of the bound |")
+    written.append("|------|------------------:|-------------:|--------------:|-------------:|")
     for _, line in shown.replace("-", "not run").iterrows():
         ms = f"{line['torch ms'].replace('*', chr(92) + '*')} | {line['ours ms']}"
         speed = line["times as fast"].split(" ")[0]
@@ -304,7 +296,7 @@ def table(
     for name in cells:
         justify: Any = "left" if name in LEFT else "right"
         done.add_column(cell(name, name), justify=justify, no_wrap=name not in (*CUT, *folded), overflow="fold")
-    for _, group in cells.fillna("").groupby([0] * len(cells) if groups is None else groups):
+    for _, group in cells.astype(object).fillna("").groupby([0] * len(cells) if groups is None else groups):
         for line in group.values:
             done.add_row(*map(cell, cells, line))
         done.add_section()
