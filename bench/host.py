@@ -248,8 +248,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure, write and print; the exit status, 0. ValueError for a base that cannot be measured."""
     out = options.out or ROOT / "out" / f"host-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    cases = itertools.product(options.cases, MODES)
-    cases = [(case, mode) for case, mode in cases if case != "Stream" or mode == "inference"]
+    cases = [(case, mode) for case in options.cases for mode in MODES if case != "Stream" or mode == "inference"]
     turns, rounds = (1, 1) if options.count else (TURNS, ROUNDS)
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:

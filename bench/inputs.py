@@ -53,7 +53,7 @@ class Inputs:
             for name in [name for name in weights if name.startswith("weight_hh")]:
                 for kind, n in VARIANTS.get(case.variant, (None, {}))[1].items():
                     weights[name.replace("weight_hh", kind)] = normal(n * H, scale=0.1) + kind.startswith("gain")
-            states = [normal(len(h0), T, B, H, scale=0.5) for _ in range(2 * (case.variant == "reset_states"))]
+            states: Any = [normal(len(h0), T, B, H, scale=0.5) for _ in range(2 * (case.variant == "reset_states"))]
         ragged = None if case.sequences == "full" else lengths
         return cls(case, weights, xs, h0, c0, ragged, resets if case.reset_rate else None, tuple(states) or None, dy)
 
@@ -109,7 +109,8 @@ def _direction(
         boundary = t + reverse  # a reset there separates this step from the one before
         if inputs.resets is not None and boundary in steps:
             reset = (inputs.resets[boundary] & (True if lengths is None else boundary < lengths))[:, None]
-            h, c = (torch.where(reset, *each) for each in zip([each[boundary] for each in given] or [0, 0], (h, c)))
+            to: Any = [each[boundary] for each in given] or [0, 0]
+            h, c = (torch.where(reset, *each) for each in zip(to, (h, c)))
         before = h, c
         h, c = _cell(inputs.case.variant, x[t], factor * h, c, weights)
         if stays:

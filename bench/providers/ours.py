@@ -65,7 +65,7 @@ def build_stream(inputs: Inputs) -> Engine:
     if inputs.case.mode != "step":
         raise Unable("only for single steps")
     lstm: Any = module_like_torchs(gpu_lstm.LSTM, inputs)
-    stream = gpu_lstm.Stream(lstm, inputs.case.batch, (inputs.h0, inputs.c0))
+    stream: Any = gpu_lstm.Stream(lstm, inputs.case.batch, (inputs.h0, inputs.c0))
     active = {} if inputs.lengths is None else {"active": inputs.lengths > 0}
     return Engine(lambda x, state: (stream(x[0], **active)[None], stream.state), dict(lstm.named_parameters()))
 
