@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 case "readme":
                     files, pictures = sorted((ROOT / "bench" / "results").glob("*.csv")), ROOT / "docs" / "pictures"
                     named = "instead", *report.SHOWN
-                    drawn = [path for file in files for path in plots.draw(results.read(file), pictures, named, 150)]
                     report.update_page(ROOT / "README.md", files)
+                    drawn = [path for file in files for path in plots.draw(results.read(file), pictures, named, 150)]
                     report.update_page(ROOT / "docs" / "benchmarks.md", files, drawn)
                     return 0
                 case "ppo":
