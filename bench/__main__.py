@@ -1,4 +1,4 @@
-"""python -m bench: how fast is an LSTM here, by whom? Also: compare two runs, test and measure a GPU, the README."""
+"""python -m bench: how fast LSTMs are on this machine. Also: compare two runs, test and measure a GPU, the README."""
 
 import argparse
 import contextlib
@@ -24,10 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 case "compare":
                     return compare.show(results.read(options.old), results.read(options.new), options.fail_under)
                 case "readme":
-                    files = sorted((ROOT / "bench" / "results").glob("*.csv"))
+                    files, pictures = sorted((ROOT / "bench" / "results").glob("*.csv")), ROOT / "docs" / "pictures"
+                    named = "instead", *report.SHOWN
                     report.update_page(ROOT / "README.md", files)
-                    where = ROOT / "docs" / "pictures", ("instead", *report.SHOWN), 150
-                    drawn = [path for file in files for path in plots.draw(results.read(file), *where)]
+                    drawn = [path for file in files for path in plots.draw(results.read(file), pictures, named, 150)]
                     report.update_page(ROOT / "docs" / "benchmarks.md", files, drawn)
                     return 0
                 case "ppo":
@@ -36,8 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     return host.run(options)
                 case "gpu" if not torch.cuda.is_available():
                     raise ValueError("there is no CUDA device here")
-            now = datetime.datetime.now()
-            out = options.out or ROOT / "out" / f"bench-{now:%Y%m%d-%H%M%S}"
+            out = options.out or ROOT / "out" / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}"
             if options.command != "gpu":
                 chosen = cases.choose(torch.device(options.device).type, options.cases)
                 base = stack.enter_context(checkout(options.base)) if options.base else None
@@ -54,18 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure.measure(chosen, options.providers or [OURS], options.device, {old: base, file: None})
             return main(["compare", str(old), str(file)])
         measure.measure(chosen, options.providers, options.device, {file: None})
-        for row in expected.rows(options.expect) if options.device == "cpu" and options.cases is None else []:
-            results.append(file, row)
+        if options.device == "cpu" and options.cases is None:
+            for row in expected.rows(options.expect):
+                results.append(file, row)
         return show(file)
 
 
 def show(file: Path) -> int:
-    """Plots beside a file of results, and its tables, the summary last. 1 if a row of ours is wrong or failed."""
+    """Plots next to a file of results, and its tables, the summary last. 1 if a row of ours is wrong or failed."""
     rows, console = results.read(file), Console()
     drawn = plots.draw(rows, file.parent)
     wrong = rows[report.is_ours(rows) & rows["status"].isin(results.BROKEN)]
     console.print(*report.expected(rows), *report.headline(rows), sep="\n")
-    console.print(f"{file} and {len(drawn)} plots beside it", markup=False, highlight=False)
+    console.print(f"{file} and {len(drawn)} plots next to it", markup=False, highlight=False)
     for row in wrong.itertuples():
         console.print(f"{row.status.upper()} {row.case} {row.provider}: {row.note}", markup=False, highlight=False)
     console.print(report.summary(rows))
@@ -77,23 +77,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     add, cards = parser.add_argument, expected.inside(expected.PLANNING).DEVICES
     add("--cases", nargs="+", metavar="NAME", help="groups or single cases; default: all")
-    add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="who is measured beside torch.nn.LSTM")
+    add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="LSTMs to measure next to torch.nn.LSTM")
     add("--device", choices=devices, default=devices[0], help="default here: %(default)s")
     add("--out", type=Path, help="a new folder; default: out/bench-DATE-TIME")
     add("--base", metavar="REV", help="measure gpu_lstm in this commit, too, in turns, and compare")
-    expect = "on a CPU: cards that plans are shown for (expected, not measured)"
+    expect = "on a CPU: cards for which plans are shown (estimated, not measured)"
     add("--expect", nargs="*", choices=cards, default=["h100", "a100", "rtx4090"], metavar="GPU", help=expect)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    add = commands.add_parser("compare", help="what a run has faster and slower than another").add_argument
+    add = commands.add_parser("compare", help="what is faster and slower in one run than in another").add_argument
     add("old", type=Path, help="CSV of the run before")
     add("new", type=Path, help="CSV of the run now, on the same device")
     fail = "fail where the speed is less than this fraction of that before (default %(default)s)"
     add("--fail-under", type=float, default=compare.FAIL_UNDER, metavar="RATIO", help=fail)
     add = commands.add_parser("gpu", help="doctor, tests, grid, plots and a table, for a CUDA machine").add_argument
-    add("--minutes", type=_minutes, default=8.0, help="for all of it together")
-    add("--out", type=Path, required=True, help="folder for all it finds")
+    add("--minutes", type=_minutes, default=8.0, help="for everything together")
+    add("--out", type=Path, required=True, help="folder for everything it writes")
     ppo.add_arguments(commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop"))
-    host.add_arguments(commands.add_parser("host", help="microseconds that a call costs before the device begins"))
+    host.add_arguments(commands.add_parser("host", help="microseconds of a call on the host before the device begins"))
     commands.add_parser("readme", help="write the figures of README.md and docs/benchmarks.md from bench/results/*.csv")
     return parser
 

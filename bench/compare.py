@@ -1,10 +1,11 @@
 """python -m bench compare: what has become slower or faster between two runs on the same device.
 
-What is compared is `speed`, torch.nn.LSTM's time over the provider's in the same round, so that a drift cancels; of
-runs with different versions of torch, and of torch itself, seconds, where a change must go 10 % further to count. It
-counts beyond --fail-under and where three standard errors of the two medians, taken from p20, p80 and the rounds, lie
-apart. Noise of 3 % a round and drift of 5 % a run simulated, the same code is never slower in 650 pairs of runs, and a
-case slower by 10 % is found in 93 % at 20 rounds, 99 % at 30, 59 % at 9. Noise of whole processes is in no interval.
+It compares `speed`, torch.nn.LSTM's time over the provider's in the same round, so that a drift cancels; for runs with
+different versions of torch, and for torch itself, seconds, where a change must be 10 % larger to count. A change counts
+beyond --fail-under and where the intervals of three standard errors around the two medians, from p20, p80 and the
+rounds, do not overlap. Simulated with 3 % noise a round and 5 % drift a run, the same code is never slower in 650 pairs
+of runs, and a case slower by 10 % is found in 93 % at 20 rounds, 99 % at 30, 59 % at 9. No interval includes the noise
+of whole processes.
 """
 
 import numpy as np
@@ -78,20 +79,19 @@ def _interval(rows: pd.DataFrame, in_seconds: pd.Series) -> tuple[pd.Series, pd.
 
 def show(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> int:
     """Print what `compare` finds. 1 if gpu_lstm itself is slower, wrong or failed, else 0; the others fail nothing."""
-    rows, console = compare(old, new, fail_under), Console()
-    order = rows.loc[rows["verdict"] != "", "verdict"].map(VERDICTS.index)
-    told = rows.loc[order.sort_values(kind="stable").index]
-    ms, timed = {name: (1e3 / told[name]).map("{:.3g} ms".format) for name in ("before", "now")}, told["ratio"].notna()
-    why_old, why = (
-        told[f"status_{side}"].fillna("not run") + (": " + told[f"note_{side}"]).fillna("") for side in ("old", "new")
-    )
-    cells = pd.DataFrame({
-        "case": told["case"], "provider": told["provider"].where(~told["graph"], told["provider"] + " (graph)"),
-        **{name: told[name].map("{:.3g}x".format).where(~told["in_seconds"], ms[name]).where(timed, "") for name in ms},
-        "ratio": told["ratio"].map("{:.2f}".format).where(timed, ""),
-        "verdict": told["verdict"] + (": " + why.where(told["status_old"].isin(TIMED), why_old)).where(~timed, ""),
-    })  # fmt: skip
-    if len(told):
+    rows, console, lines = compare(old, new, fail_under), Console(), []
+    told = rows[rows["verdict"] != ""].sort_values("verdict", key=lambda its: its.map(VERDICTS.index), kind="stable")
+    for row in told.itertuples():
+        line = {"case": row.case, "provider": row.provider + " (graph)" * row.graph, "verdict": row.verdict}
+        if pd.notna(row.ratio):
+            before, now = (f"{1e3 / it:.3g} ms" if row.in_seconds else f"{it:.3g}x" for it in (row.before, row.now))
+            line |= {"before": before, "now": now, "ratio": f"{row.ratio:.2f}"}
+        else:
+            why = (row.status_new, row.note_new) if row.status_old in TIMED else (row.status_old, row.note_old)
+            line["verdict"] += ": " + (": ".join(filter(pd.notna, why)) or "not run")
+        lines.append(line)
+    if lines:
+        cells = pd.DataFrame(lines, columns=["case", "provider", "before", "now", "ratio", "verdict"])
         console.print(report.table(cells, "Changes (x: times as fast as torch.nn.LSTM)", folded=("case", "verdict")))
     versions = [", ".join(sorted(set(side["torch"]))) for side in (old, new)]
     console.print(f"torch {versions[0]} before, {versions[1]} now; within the noise: {(rows['verdict'] == '').sum()}")

@@ -1,7 +1,7 @@
-"""What can be told of the Triton kernels where there is no GPU; and all that the benchmark knows of gpu_lstm's inside.
+"""Plans of the Triton kernels where there is no GPU; and all that the benchmark knows of gpu_lstm's inside.
 
-Kernels are planned for a named card and never launched; what follows for a step is expected, not measured. Another
-commit may differ inside: where gpu_lstm was not imported from this checkout, nothing here is asked.
+Kernels are planned for a named card and never launched; the time of a step is estimated, not measured. Another commit
+may differ inside: where gpu_lstm was not imported from this checkout, nothing here is used.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ PLANNING, LAUNCH, CHOOSE = (f"kernels.triton_lstm.{name}" for name in ("planning
 
 
 def inside(name: str) -> Any:
-    """A module of gpu_lstm, imported when it is needed: not all can be imported everywhere."""
+    """A module of gpu_lstm, imported when it is needed: not all can be imported everywhere, or in another commit."""
     return importlib.import_module(f"gpu_lstm.{name}")
 
 
@@ -46,53 +46,46 @@ def families(case: Case) -> str:
     def planned_by(problem: Any) -> tuple:
         return *problem[:6], problem.regularised, problem.normalised
 
-    asked = planned_by(as_planned(case))
+    wanted = planned_by(as_planned(case))
     ran = {
         which.backward: prepared.plan.family.value for (problem, _), layer in inside(LAUNCH)._layers.items()
-        if planned_by(problem) == asked for which, prepared in layer._prepared.items()
+        if planned_by(problem) == wanted for which, prepared in layer._prepared.items()
     }  # fmt: skip
     return " / ".join(ran[backward] for backward in sorted(ran))
 
 
 def of_family(family: str) -> Callable[..., Any]:
     """In the place of launch.choose_plan: the first plan of a family whose kernels fit the card; None if none does."""
-    found: dict[tuple, Any] = {}
+    chooser, found = inside(CHOOSE), dict[tuple, Any]()
 
     def choose(problem: Any, device: torch.device, which: Any, launches: Callable[[Any], Any], *_: Any) -> Any:
-        key = problem, which
-        if key not in found:
-            chooser = inside(CHOOSE)
-            offered = chooser.plans(problem, chooser.card_of(device), which.backward)
-            of_this = (plan for plan in offered if plan.family.value == family)
-            found[key] = next((p for p in of_this if chooser.why_it_does_not_fit(launches(p)) is None), None)
-        return found[key]
+        if (problem, which) not in found:
+            plans = chooser.plans(problem, chooser.card_of(device), which.backward)
+            plans = (plan for plan in plans if plan.family.value == family)
+            fitting = (plan for plan in plans if chooser.why_it_does_not_fit(launches(plan)) is None)
+            found[problem, which] = next(fitting, None)
+        return found[problem, which]
 
     return choose
 
 
-def running(
-    choose: Callable[..., Any], instead: Callable[[], None] | None = None
-) -> Callable[[], AbstractContextManager]:
-    """Blocks in which kernels are chosen by `choose`, for all of them once; `instead` stands for launches, and no GPU.
-
-    Everything that is cached of a call is of these blocks alone, and is found again in the next.
-    """
+def running(choose: Callable, stub: Callable | None = None) -> Callable[[], AbstractContextManager]:
+    """Blocks in which `choose` chooses kernels, with caches of their own; with a `stub` for launches, without a GPU."""
     launch, run, available = map(inside, (LAUNCH, "dispatch.run", "dispatch.available"))
-    changes = [(launch, "choose_plan", choose), (launch, "_layers", {}), (run, "_routes", {})]
-    if instead is not None:
-        changes.append((launch, "launch_kernel", lambda *_, **__: instead()))
-        changes.append((available, "why_unavailable", lambda *_: None))
+    changes: list[Any] = [(launch, "choose_plan", choose), (launch, "_layers", {}), (run, "_routes", {})]
+    if stub is not None:
+        changes += [(launch, "launch_kernel", stub), (available, "why_unavailable", lambda *_: None)]
 
     @contextlib.contextmanager
     def block() -> Iterator[None]:
-        before = [getattr(module, name) for module, name, _ in changes]
+        before = [(module, name, getattr(module, name)) for module, name, _ in changes]
         for change in changes:
             setattr(*change)
         try:
             yield
         finally:
-            for (module, name, _), value in zip(changes, before):
-                setattr(module, name, value)
+            for change in before:
+                setattr(*change)
 
     return block
 
@@ -109,8 +102,8 @@ def _row(case: Case, card: Any) -> dict[str, Any]:
         layer, planning = as_planned(case), inside(PLANNING)
         plans = {backward: inside(CHOOSE).plans(layer, card, backward)[0] for backward in (False, True)}
         seconds = [planning.expected(layer, card, plan, backward).seconds for backward, plan in plans.items()]
-        with running(lambda layer, device, which, *_: plans[which.backward], lambda: launched.append(None))():
-            # The host does the same for every size, so a small one is timed, whose products take no time to speak of.
+        with running(lambda *of: plans[of[2].backward], lambda *_, **__: launched.append(None))():
+            # The host does the same for every size, so a small one is timed, whose matmuls take hardly any time.
             forward, given = _lstm(replace(case, batch=1, input_size=16, hidden_size=16), "cpu")
             dy = torch.ones(case.steps, 1, 16, dtype=case.torch_dtype)
             torch.autograd.grad(forward(), given, dy)

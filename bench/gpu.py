@@ -27,15 +27,12 @@ def run(minutes: float, out: Path, device: str = "cuda") -> int:
     """All parts within about `minutes`, into the folder `out`. How many tests failed, in lines."""
     start, whole_s = time.monotonic(), 60 * minutes - LAST_S
     print(command(["gpu_lstm"], DOCTOR_S, out / "doctor.txt")[0])
-    failures = []
-    for name, arguments, until in (HEADLINE, FAMILIES):
-        failures += tests(name, arguments, start + until * whole_s, out)
+    failures = [line for part in (HEADLINE, FAMILIES) for line in tests(*part[:2], start + part[2] * whole_s, out)]
     chosen, file = cases.choose(device.partition(":")[0], None), out / "results.csv"
     left_out = measure.measure(chosen, None, device, {file: None}, deadline=start + GRID_UNTIL * whole_s)
     if left_out:
         print(f"no time was left for {len(left_out)} cases: {', '.join(case.name for case in left_out)}")
-    name, arguments, until = OTHERS
-    failures += tests(name, arguments, start + until * whole_s, out)
+    failures += tests(*OTHERS[:2], start + OTHERS[2] * whole_s, out)
     print("\n".join(failures))
     return len(failures)
 
@@ -43,13 +40,13 @@ def run(minutes: float, out: Path, device: str = "cuda") -> int:
 def tests(name: str, arguments: list[str], deadline: float, out: Path) -> list[str]:
     """Run tests until `deadline`, by time.monotonic(), and print how they ended; a line for each failure.
 
-    Those that take too long are stopped, and the line says what they had done.
+    Tests that take too long are stopped, and the line says what they had done.
     """
     limit_s = max(1.0, deadline - time.monotonic())
     said, code = command([*PYTEST, *arguments], limit_s, out / f"tests-{name}.txt")
-    failures = [line for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     last = said.rstrip().rpartition("\n")[2]
     print(f"{name}: {last}")
+    failures = [line for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     if code is None:
         passed, failed = (len(re.findall(rf"\b{outcome}\b", said)) for outcome in ("PASSED", "FAILED"))
         counts = f"{passed} passed and {failed} failed before"
@@ -60,7 +57,7 @@ def tests(name: str, arguments: list[str], deadline: float, out: Path) -> list[s
 
 
 def command(module: list[str], limit_s: float, log: Path) -> tuple[str, int | None]:
-    """Run a module in the checkout; what it wrote, also to `log`, and its exit code: None if it took too long."""
+    """Run a module in the checkout; its output, also in `log`, and its exit code: None if it took too long."""
     command, code = [sys.executable, "-m", *module], None
     with log.open("w") as out, contextlib.suppress(subprocess.TimeoutExpired):
         env = os.environ | THREADS

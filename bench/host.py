@@ -1,36 +1,205 @@
 """python -m bench host: microseconds that a call costs on the host, against the whole call of torch.nn.
 
-What is called, and what is stubbed where there is no GPU: see host_calls.py.
+The calls are timed by gpu_lstm of any commit, in a process of their own. With a GPU kernels are launched there, and the
+clock stops before the device is done. Without one the CPU counts as an H100: kernels are planned for it, their launches
+do nothing, and all else runs. Triton's launcher and CUDA's own calls are not in those figures.
 """
 
 import argparse
 import datetime
+import functools
+import gc
+import itertools
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack, closing
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import gpu_lstm
 
 from . import report, results
-from .host_calls import CARD, CASES, COUNTS, MODES, TORCH, YARDSTICK, measure
+from .expected import inside
 from .isolated import ROOT, ProviderFailed, Worker, checkout
 
+Place = tuple[str, str]  # device and provider
+CARD = "cuda" if torch.cuda.is_available() else "cpu"
+YARDSTICK, KERNELS, TORCH = "torch.nn", "kernels", "torch"  # TORCH: backend "torch", on the CPU
+PLACES: tuple[Place, ...] = (*dict.fromkeys([(CARD, YARDSTICK), (CARD, KERNELS), ("cpu", YARDSTICK), ("cpu", TORCH)]),)
+MODES = ("inference", "forward+graph", "training")
+CASES = {
+    "T=1": (1, 1), "T=128": (128, 16), "two layers, bidirectional": (128, 16), "StackedLSTM": (128, 16),
+    "LSTMCell": (1, 1), "lengths": (128, 16), "resets": (128, 16), "one step with resets": (1, 16), "Stream": (1, 1),
+}  # fmt: skip
+"""T and B. torch.nn does lengths by a PackedSequence, and resets, of the first step alone, by masking its state."""
+I, H = 8, 8  # so small that the matmuls take hardly any time
+WARM_UP, SAMPLE_S = 20, 1e-3
 TURNS, ROUNDS = 4, 40  # of each commit, case by case; in each turn
 LIMIT_S = 300.0  # of a turn: the first compiles kernels on a GPU
 TIMES = ["median_s", "least_s", "torch_median_s", "torch_least_s"]
 RATIOS = ["ratio", "ratio_of_least", "target"]  # to torch.nn, both of one round, the median; of the least of all rounds
+COUNTS = ["calls", "functions", "files", "file_changes"]  # of one call; all but `calls` are gpu_lstm's own
 COLUMNS = [*results.PROVENANCE, "base", "case", "mode", "provider", "rounds", *TIMES, *RATIOS, *COUNTS]
-SHOWN = {
+SHOWN = {  # by column: its title, in which unit, how many digits
     "median_s": ("us", 1e6, ".1f"), "least_s": ("least", 1e6, ".1f"), "torch_median_s": ("nn us", 1e6, ".1f"),
     "torch_least_s": ("nn least", 1e6, ".1f"), "ratio": ("ratio", 1, ".2f"), "ratio_of_least": ("of least", 1, ".2f"),
     "target": ("target", 1, ".1f"),
 } | {name: (name.replace("_", " "), 1, ".0f") for name in COUNTS}  # fmt: skip
-"""By column: its title, in which unit, how many digits."""
+
+
+def made(case: str, mode: str, device: str, provider: str) -> Callable[[], Any]:
+    """A call of a case that returns its output; in training, the gradients of its parameters."""
+    (T, B), n, torchs = CASES[case], 2 if case.startswith("two") else 1, provider == YARDSTICK
+    package: Any = nn if torchs else gpu_lstm
+    on: Any = {"device": device} | ({"backend": "torch"} if provider == TORCH else {})
+    x, h, wide = (torch.rand(*size, device=device) for size in ((T, B, I), (n * n, B, H), (1, B, 2 * H)))
+    lstm, cell = package.LSTM(I, H, n, bidirectional=n == 2, **on), package.LSTMCell(I, H, **on)
+    stack: Any = nn.LSTM(H, 2 * H, **on) if torchs else gpu_lstm.StackedLSTM(I, [H, 2 * H], **on)
+    hx, above, of_cell, step = (h, h), (wide, wide), (h[0], h[0]), x[0]
+    stream: Any = None if torchs or n == 2 else gpu_lstm.Stream(lstm, B, hx)
+    lengths, resets = torch.linspace(1, T, B).long(), torch.arange(T * B, device=device).view(T, B) % 5 == 0
+    of_device, first = lengths.to(device), resets[0, :, None]
+    pack = functools.partial(pack_padded_sequence, lengths=lengths, enforce_sorted=False)
+    calls: dict[tuple[str, bool], Callable[[], Any]] = {
+        ("LSTMCell", torchs): lambda: cell(step, of_cell)[0],
+        ("StackedLSTM", False): lambda: stack(x, [of_cell, (wide[0], wide[0])])[0],
+        ("StackedLSTM", True): lambda: stack(lstm(x, hx)[0], above)[0],
+        ("lengths", False): lambda: lstm(x, hx, lengths=of_device)[0],
+        ("lengths", True): lambda: pad_packed_sequence(lstm(pack(x), hx)[0])[0],
+        ("resets", False): lambda: lstm(x, hx, resets=resets)[0],
+        ("resets", True): lambda: lstm(x, tuple([s.masked_fill(first, 0) for s in hx]))[0],
+        ("Stream", False): lambda: stream(step),
+    }
+    call = calls.get((case.removeprefix("one step with "), torchs), lambda: lstm(x, hx)[0])
+    if mode != "training":
+        return call
+    every, y = [p for module in (lstm, cell, stack) for p in module.parameters()], call()
+    found = torch.autograd.grad(y, every, dy := torch.ones_like(y), allow_unused=True)
+    own = [p for p, gradient in zip(every, found) if gradient is not None]
+    return lambda: torch.autograd.grad(call(), own, dy)
+
+
+@functools.cache
+def stub() -> None:
+    """Kernels win every race; without a GPU they are planned for an H100 and not launched. AttributeError: too old."""
+    os.environ["GPU_LSTM_RACE"] = "off"
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # buffers that no kernel wrote are read
+    old = not (Path(gpu_lstm.__file__).parent / "dispatch").exists()  # as it was up to commit 33b857c
+    race, launch = "races" if old else "dispatch.race", "kernels.triton_lstm.launch"
+    decision, h100 = inside(race).Decision, inside("kernels.triton_lstm.planning").DEVICES["h100"]
+    put(race, expected_winner=lambda kind, *rest: decision(kind.kernel if old else rest[0], ""))
+    if CARD == "cuda":
+        return
+    available, why_unavailable = ("backends", "obstacle") if old else ("dispatch.available", "why_unavailable")
+    put(available, **{"KERNEL_DEVICES": ("cpu",), why_unavailable: nothing})
+    if old:  # a plan is looked up at every call of a CUDA device
+        choose, cuda = inside(launch).choose_plan, torch.device("cuda", 0)
+        put(launch, launch_kernel=nothing, first_that_fits=lambda proposed, *_: proposed[0], device_of=lambda _: h100)
+        put(launch, choose_plan=lambda problem, device, *rest: choose(problem, cuda, *rest))
+        for name in ("get_device_properties", "is_current_stream_capturing"):
+            setattr(torch.cuda, name, nothing)
+    else:
+        plans = inside("kernels.triton_lstm.choose").plans
+        put(launch, launch_kernel=None, load=lambda *_: defaultdict(lambda: nothing))
+        put(launch, choose_plan=lambda problem, device, which, *_: plans(problem, h100, which.backward)[0])
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """In the place of a launch."""
+
+
+def put(name: str, **values: Any) -> None:
+    """Replace attributes that a module of gpu_lstm has."""
+    for attribute, value in values.items():
+        getattr(inside(name), attribute)
+        setattr(inside(name), attribute, value)
+
+
+def count(call: Callable[[], Any]) -> tuple[dict[str, int], set[str]]:
+    """COUNTS of a call in this thread (on CUDA backward has its own), and the files of gpu_lstm."""
+    folders = tuple(f"{Path(str(module.__file__)).parent}{os.sep}" for module in (gpu_lstm, inside("kernels")))
+    calls, files = [], [""]
+
+    def profile(frame: Any, event: str, _: Any) -> None:
+        if event in ("call", "c_call"):
+            calls.append(event)
+        if event == "call" and frame.f_code.co_filename.startswith(folders):
+            files.append(frame.f_code.co_filename)
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)  # is counted, too
+    changes = sum(a != b for a, b in itertools.pairwise(files))
+    found = {*files[1:]}
+    return dict(zip(COUNTS, (len(calls) - 1, len(files) - 1, len(found), changes))), found
+
+
+@functools.cache
+def ready(case: str, mode: str) -> dict[Place, tuple[Callable[[], Any], int, dict[str, int]]]:
+    """A call that is warm, how many of them make a sample, and its COUNTS."""
+    calls = {}
+    for device, provider in PLACES:
+        call = made(case, mode, device, provider)
+        for _ in range(WARM_UP):
+            call()
+        counts, files = count(call)
+        launched = any("triton_lstm" in file for file in files)
+        if launched != (provider == KERNELS) and (CARD == "cpu" or case != "Stream"):  # whose graph is replayed
+            raise ProviderFailed(provider, f"{case}, {mode}: kernels were{' not' * (not launched)} launched")
+        calls[device, provider] = call, max(1, round(SAMPLE_S / sample(call, 5))), counts
+    gc.freeze()  # so that collecting before each sample takes hardly any time
+    return calls
+
+
+def sample(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds a call, over some of them."""
+    synchronize = torch.cuda.synchronize if CARD == "cuda" else nothing
+    gc.collect()
+    gc.disable()
+    call()  # the others left the processor's caches without its code
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    taken = time.perf_counter() - start
+    gc.enable()
+    synchronize()
+    return taken / repeats
+
+
+def measure(case: str, mode: str, rounds: int, tell: Callable[[str], None]) -> dict[Place, Any]:
+    """Where it comes from, COUNTS, and the seconds of every round, in which all take turns.
+
+    ProviderFailed where gpu_lstm is of a commit that differs too much.
+    """
+    tell(KERNELS)
+    try:
+        stub()
+        with torch.set_grad_enabled(mode != "inference"):
+            calls = ready(case, mode)
+            seconds: dict[Place, list[float]] = {place: [] for place in PLACES}
+            for number in range(rounds):
+                for place in PLACES[:: -1 if number % 2 else 1]:
+                    call, repeats, _ = calls[place]
+                    seconds[place].append(sample(call, repeats))
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ProviderFailed(KERNELS, f"{type(error).__name__}: {error}") from error
+    return {place: (results.provenance(place[0]) | calls[place][2], seconds[place]) for place in PLACES}
 
 
 def target(case: str, mode: str, provider: str) -> float | None:
@@ -41,16 +210,15 @@ def target(case: str, mode: str, provider: str) -> float | None:
     return both.get(case) or (torchs.get(case) if provider == TORCH else kernels.get((case, mode)))
 
 
-def rows_of(case: str, mode: str, base: bool, turns: list[dict[tuple[str, str], Any]]) -> list[dict[str, Any]]:
+def rows_of(case: str, mode: str, base: bool, turns: list[dict[Place, Any]]) -> list[dict[str, Any]]:
     """A row for each provider of ours."""
-    rows, seconds = [], {place: np.concatenate([turn[place][1] for turn in turns]) for place in turns[0]}
-    for (device, provider), (origin, _) in turns[0].items():
-        if provider != YARDSTICK:
-            mine, torchs = seconds[device, provider], seconds[device, YARDSTICK]
-            times = [np.median(mine), mine.min(), np.median(torchs), torchs.min()]
-            ratios = [np.median(mine / torchs), mine.min() / torchs.min(), target(case, mode, provider)]
-            named = dict(zip([*TIMES, *RATIOS], [*times, *ratios]))
-            rows.append(origin | dict(base=base, case=case, mode=mode, provider=provider, rounds=len(mine)) | named)
+    rows, seconds = [], {place: np.concatenate([turn[place][1] for turn in turns]) for place in PLACES}
+    for place in (place for place in PLACES if place[1] != YARDSTICK):
+        mine, torchs = seconds[place], seconds[place[0], YARDSTICK]
+        times = [np.median(mine), mine.min(), np.median(torchs), torchs.min()]
+        ratios = [np.median(mine / torchs), mine.min() / torchs.min(), target(case, mode, place[1])]
+        of_call = dict(base=base, case=case, mode=mode, provider=place[1], rounds=len(mine))
+        rows.append(turns[0][place][0] | of_call | dict(zip([*TIMES, *RATIOS], [*times, *ratios])))
     return rows
 
 
@@ -62,8 +230,7 @@ def table(rows: pd.DataFrame, shown: list[str]) -> Table:
         title, unit, digits = SHOWN[column]
         for name, side in ((f"old {title}", old), (title, new)):
             if len(side) and not (side is old and column == "target"):
-                texts = [f"{unit * value:{digits}}" for value in side[column].astype(float)]
-                cells[name] = pd.Series(texts).where(side[column].notna(), "")
+                cells[name] = report.texts(unit * side[column].astype(float), f"{{:{digits}}}".format)
     told = "kernels are launched" if CARD == "cuda" else "kernels are planned for an H100, their launches do nothing"
     groups = new["case"].map(list(CASES).index)
     return report.table(cells, "A call on the host", f"{told}; {report.origin(rows)}", groups, ("case",))
@@ -81,7 +248,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure, write and print; the exit status, 0. ValueError for a base that cannot be measured."""
     out = options.out or ROOT / "out" / f"host-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    cases = [each for each in product(options.cases, MODES) if each[0] != "Stream" or each[1] == "inference"]
+    cases = [(case, mode) for case in options.cases for mode in MODES if case != "Stream" or mode == "inference"]
     turns, rounds = (1, 1) if options.count else (TURNS, ROUNDS)
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:

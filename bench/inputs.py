@@ -49,15 +49,13 @@ class Inputs:
             sets = min(MOST_SETS, math.ceil(CACHE_BYTES / (T * B * case.input_size * case.torch_dtype.itemsize)))
             xs = [normal(T, B, case.input_size) for _ in range(sets)]
             h0, c0 = (normal(case.layers * D, B, H, scale=0.5) for _ in range(2))
-            ragged = None if case.sequences == "full" else lengths
             weights, dy = lstm.requires_grad_(False).state_dict(), normal(T, B, D * H)
-            _, added = VARIANTS.get(case.variant, (None, {}))
             for name in [name for name in weights if name.startswith("weight_hh")]:
-                for kind, n in added.items():
+                for kind, n in VARIANTS.get(case.variant, (None, {}))[1].items():
                     weights[name.replace("weight_hh", kind)] = normal(n * H, scale=0.1) + kind.startswith("gain")
-            stored = case.variant == "reset_states"
-            left = (normal(len(h0), T, B, H, scale=0.5), normal(len(h0), T, B, H, scale=0.5)) if stored else None
-            return cls(case, weights, xs, h0, c0, ragged, resets if case.reset_rate else None, left, dy)
+            states: Any = [normal(len(h0), T, B, H, scale=0.5) for _ in range(2 * (case.variant == "reset_states"))]
+        ragged = None if case.sequences == "full" else lengths
+        return cls(case, weights, xs, h0, c0, ragged, resets if case.reset_rate else None, tuple(states) or None, dy)
 
     def packed(self, t: Tensor) -> PackedSequence:
         """t [T, B, *] with the lengths, packed."""
@@ -71,15 +69,14 @@ class Inputs:
 
 
 def seed_noise() -> None:
-    """Before a call that is checked. A provider draws what is random once a call, by torch's generator, as `_noise`."""
+    """Before a call that is checked. Providers draw random numbers once a call, by torch's generator, as `_noise`."""
     torch.manual_seed(NOISE_SEED)
 
 
 def results_in(dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
     """Output, final states and, for training, every gradient of the first x, step by step: by torch.lstm_cell if plain.
 
-    In float64 it is the truth, in the dtype of the case torch's own rounding. The inputs are those of the case, as
-    they are; nothing of gpu_lstm takes part.
+    In float64 these are the truth, in the dtype of the case torch's own rounding. Nothing of gpu_lstm is used.
     """
     seed_noise()
     leaves = {"x": inputs.xs[0], "h0": inputs.h0, "c0": inputs.c0, **inputs.weights}
@@ -105,16 +102,15 @@ def _direction(
     inputs: Inputs, x: Tensor, states: Sequence[tuple[Tensor, Tensor]], row: int, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs [T, B, H] and final states of a layer in one direction, that of a `row` of the states."""
-    steps, lengths, outputs = len(x), inputs.lengths, [x] * len(x)  # of which every one is replaced
-    (h, c), (factor, stays) = states[row], _noise(inputs)
-    left = [each[row].to(x.dtype) for each in inputs.reset_states or ()]
-    reverse = inputs.case.directions == 2 and row % 2 == 1
-    for t in reversed(range(steps)) if reverse else range(steps):
-        boundary = t + 1 if reverse else t  # a reset there separates this step from the one taken before
-        if inputs.resets is not None and boundary < steps:
-            afresh = (inputs.resets[boundary] & (True if lengths is None else boundary < lengths))[:, None]
-            given: list[Any] = [each[boundary] for each in left] or [0, 0]
-            h, c = (torch.where(afresh, *each) for each in zip(given, (h, c)))
+    (h, c), (factor, stays), lengths, steps = states[row], _noise(inputs), inputs.lengths, range(len(x))
+    given = [each[row].to(x.dtype) for each in inputs.reset_states or ()]  # [T, B, H]
+    reverse, outputs = row % inputs.case.directions == 1, [x] * len(x)  # of which every one is replaced
+    for t in reversed(steps) if reverse else steps:
+        boundary = t + reverse  # a reset there separates this step from the one before
+        if inputs.resets is not None and boundary in steps:
+            reset = (inputs.resets[boundary] & (True if lengths is None else boundary < lengths))[:, None]
+            to: Any = [each[boundary] for each in given] or [0, 0]
+            h, c = (torch.where(reset, *each) for each in zip(to, (h, c)))
         before = h, c
         h, c = _cell(inputs.case.variant, x[t], factor * h, c, weights)
         if stays:
@@ -141,18 +137,16 @@ def _noise(inputs: Inputs) -> tuple[Any, list[Tensor]]:
 def _cell(variant: str, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """h and c after a step, from x [B, I]."""
     weight_ih, weight_hh, bias_ih, bias_hh, *added = weights
-    match variant:
-        case "peepholes":  # Gers & Schmidhuber, 2000
-            i, f, g, o = (F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)).chunk(4, dim=1)
-            of_i, of_f, of_o = added[0].chunk(3)
-            after = (f + of_f * c).sigmoid() * c + (i + of_i * c).sigmoid() * g.tanh()
-            return (o + of_o * after).sigmoid() * after.tanh(), after
-        case "layer_norm":  # Ba, Kiros & Hinton, 2016
-            gain_ih, gain_hh, gain_c, bias_c = added
-            of_x = F.layer_norm(F.linear(x, weight_ih), gain_ih.shape, gain_ih, bias_ih)
-            of_h = F.layer_norm(F.linear(h, weight_hh), gain_hh.shape, gain_hh, bias_hh)
-            i, f, g, o = (of_x + of_h).chunk(4, dim=1)
-            after = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            return o.sigmoid() * F.layer_norm(after, gain_c.shape, gain_c, bias_c).tanh(), after
-        case _:
-            return torch.lstm_cell(x, (h, c), weight_ih, weight_hh, bias_ih, bias_hh)
+    if variant == "peepholes":  # Gers & Schmidhuber, 2000
+        i, f, g, o = (F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)).chunk(4, dim=1)
+        of_i, of_f, of_o = added[0].chunk(3)
+        after = (f + of_f * c).sigmoid() * c + (i + of_i * c).sigmoid() * g.tanh()
+        return (o + of_o * after).sigmoid() * after.tanh(), after
+    if variant == "layer_norm":  # Ba, Kiros & Hinton, 2016
+        gain_ih, gain_hh, gain_c, bias_c = added
+        of_x = F.layer_norm(F.linear(x, weight_ih), gain_ih.shape, gain_ih, bias_ih)
+        of_h = F.layer_norm(F.linear(h, weight_hh), gain_hh.shape, gain_hh, bias_hh)
+        i, f, g, o = (of_x + of_h).chunk(4, dim=1)
+        after = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * F.layer_norm(after, gain_c.shape, gain_c, bias_c).tanh(), after
+    return torch.lstm_cell(x, (h, c), weight_ih, weight_hh, bias_ih, bias_hh)

@@ -1,7 +1,7 @@
-"""Calls in a separate process: a kernel that hangs or crashes takes nothing else along.
+"""Calls in a separate process: a kernel that hangs or crashes ends nothing else.
 
-The process serves calls until one fails. Then it is thrown away, since a device that has seen a fault may stay broken,
-and the next call starts another. It may import gpu_lstm from another commit of this project.
+The process serves calls until one fails. Then it is killed, since a device may stay broken after a fault, and the next
+call starts another. It may import gpu_lstm from another commit of this project.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ LIMIT_S = 90.0  # without a sign of life; compiling kernels takes most of it
 
 
 class ProviderFailed(Exception):
-    """A provider raised, hung, or took its process along: its name, and what happened."""
+    """A provider raised, hung, or ended its process: its name, and what happened."""
 
 
 class Worker:
     """Calls a function of a module in another process; by `tell` the function says which provider runs.
 
-    The process imports from the folder `path` before all others, and may say nothing for `limit_s` seconds.
+    The process imports from the folder `path` before all others, and may be silent for `limit_s` seconds.
     """
 
     _process: Any = None
@@ -35,8 +35,8 @@ class Worker:
         self._function, self._path, self._limit_s = function, [] if path is None else [str(path)], limit_s
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the function returns. ProviderFailed if it raises that, or if its process dies or says nothing."""
-        turn, limit_s = "start", self._limit_s
+        """What the function returns. ProviderFailed if it raises that, or if its process dies or is silent."""
+        running, limit_s = "start", self._limit_s
         if self._process is None:
             limit_s, context, before = START_S, multiprocessing.get_context("spawn"), sys.path.copy()
             self._connection, theirs = context.Pipe()
@@ -55,13 +55,13 @@ class Worker:
                     return value
                 if kind == "raised":
                     raise ProviderFailed(*value)
-                turn, limit_s = value, self._limit_s
-            raise ProviderFailed(turn, f"hung: no sign for {limit_s:.0f} s")
+                running, limit_s = value, self._limit_s
+            raise ProviderFailed(running, f"hung: no sign for {limit_s:.0f} s")
         except ProviderFailed:
             self.close()
             raise
         except (EOFError, ConnectionError):
-            raise ProviderFailed(turn, f"its process died, exit code {self.close()}") from None
+            raise ProviderFailed(running, f"its process died, exit code {self.close()}") from None
 
     def close(self) -> int | None:
         """End the process, if there is one; its exit code."""
@@ -77,22 +77,19 @@ class Worker:
 
 def _serve(connection: Any, function: Callable[..., Any]) -> None:
     """The other process: receive arguments, say which provider runs, send results."""
-
-    def tell(provider: str) -> None:
-        connection.send(("turn", provider))
-
-    tell("start")
+    connection.send(("running", "start"))
     while True:
         arguments = connection.recv()
         try:
-            connection.send(("returned", function(*arguments, tell=tell)))
+            found = function(*arguments, tell=lambda provider: connection.send(("running", provider)))
+            connection.send(("returned", found))
         except ProviderFailed as error:
             connection.send(("raised", error.args))
 
 
 @contextlib.contextmanager
 def checkout(commit: str) -> Iterator[Path]:
-    """A folder to import gpu_lstm, and nothing else, from as it is in a commit: the benchmark stays this checkout's.
+    """A folder from which to import gpu_lstm of a commit, and nothing else: the benchmark stays this checkout's.
 
     It is of a git worktree that is removed afterwards. ValueError if there is no such commit, or no gpu_lstm in it.
     """

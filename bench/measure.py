@@ -1,15 +1,16 @@
-"""Cases by all their providers: built, found right against float64, and only then timed, in turn."""
+"""Cases by all their providers: built, checked against float64, and only then timed, in turn."""
 
 import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from torch import Tensor
 from torch.nn.utils.rnn import pad_packed_sequence
 
@@ -31,22 +32,21 @@ Row = dict[str, Any]
 def measure(
     cases: list[Case], names: list[str] | None, device: str, sides: dict[Path, Path | None], deadline: float = math.inf
 ) -> list[Case]:
-    """Run `cases`, each row in its file before the next case starts; those there was no time for before `deadline`.
+    """Run `cases`, each row in its file before the next case starts. Returns those left when `deadline` passed.
 
-    All take part in the headline, elsewhere those that say so; or those who are named. On a CUDA `device` a case runs
-    in a process of its own. `sides` are new files, and for each the folder to import gpu_lstm from, None for the one
-    imported here: several take turns case by case, each in its process. The deadline is by time.monotonic().
+    All providers run the headline, and all other cases those with `everywhere`; or those in `names` run all. On a CUDA
+    `device` a case runs in a process of its own. `sides` are new files, and for each the folder to import gpu_lstm
+    from, None for the one imported here: several take turns case by case. The deadline is by time.monotonic().
     """
     for file in sides:
         results.create(file)
     torch.set_num_threads(1)  # several stall each other, by a factor of 100, where anything else wants a core
     headline = grid("cpu" if device == "cpu" else "cuda")["headline"]
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with ExitStack() as stack:
         run: dict[Path, Any] = dict.fromkeys(sides, run_case)
         if device != "cpu" or len(sides) > 1:
             run = {file: stack.enter_context(closing(Worker(run_case, path))) for file, path in sides.items()}
-        bar = stack.enter_context(Progress(*columns, transient=True))
+        bar = stack.enter_context(Progress(transient=True))
         task = bar.add_task("", total=len(cases))
         for number, case in enumerate(cases):
             if time.monotonic() > deadline:
@@ -66,16 +66,16 @@ def rows_of(case: Case, names: list[str], device: str, run: Callable[..., list[R
             return run(case, names, device, failed)
         except ProviderFailed as error:
             provider, text = error.args
-            failed |= dict.fromkeys([provider] if provider in names else names, text)  # nobody in particular: all
+            failed |= dict.fromkeys([provider] if provider in names else names, text)  # unknown provider: all
     return [_row(case, name, device, status="failed", note=text) for name, text in failed.items()]
 
 
 def run_case(
     case: Case, names: list[str], device: str, failed: dict[str, str], tell: Callable[[str], None] = lambda name: None
 ) -> list[Row]:
-    """Rows of a case, one or more for each provider of `names`, of whom the yardstick is the first.
+    """Rows of a case, one or more for each provider of `names`, of which the yardstick is the first.
 
-    Those that `failed` before, and how, are not tried again. Whoever waits is told by `tell` whose turn it is. Raises
+    Those that `failed` before, and how, are not tried again. `tell` is called with who runs next. Raises
     ProviderFailed where a provider raises; the device may be unusable from then on.
     """
     torch.set_num_threads(1)  # as in `measure`: this may be a process of its own
@@ -94,7 +94,9 @@ def run_case(
                 if outcomes[name]["status"] in results.TIMED:
                     outcomes[name]["peak_bytes"] = timing.peak_bytes(trial.call, device)
                     if case.training:
-                        outcomes[name]["kept_bytes"] = trial.kept_bytes()
+                        with trial.engine.within():
+                            kept = timing.kept_bytes(partial(trial.forward, 0), trial.leaves(0))
+                        outcomes[name]["kept_bytes"] = kept
                     calls[name, False] = trial.call
                     if device != "cpu" and PROVIDERS[name].graphed:
                         calls[name, True] = timing.captured(trial.call)
@@ -102,7 +104,7 @@ def run_case(
                 outcomes[name] = {"status": "unable", "note": str(error)}
             except Exception as error:
                 raise ProviderFailed(name, f"{type(error).__name__}: {error}") from error
-        del gate  # and what it knows from float64
+        del gate  # and its results in float64
         tell("all, timed in turn")
         copy, product = timing.ceilings(case.dtype, device)
         seconds = timing.interleaved(calls, device, SECONDS)
@@ -125,7 +127,7 @@ def _row(case: Case, provider: str, device: str, graph: bool = False, **columns:
 
 
 class Trial:
-    """A provider's engine, and the leaves that gradients are taken of. Raises Unable; the yardstick does its best."""
+    """A provider's engine, and the leaves of its gradients. Raises Unable; the yardstick then runs the plain case."""
 
     def __init__(self, name: str, inputs: Inputs) -> None:
         self.name, self.status, self.training = name, "measured", inputs.case.training
@@ -136,22 +138,19 @@ class Trial:
                 raise
             self.status, inputs = "yardstick", inputs.plain()
             self.engine = PROVIDERS[name].build(inputs)
-        self.inputs, self.form = inputs, inputs.packed(inputs.dy) if inputs.case.sequences == "packed" else None
-        given = inputs.h0, inputs.c0, *map(self._elements, inputs.xs)
-        h0, c0, *self.xs = (t.detach().clone().requires_grad_(self.training) for t in given)
-        self.states, self.dy = (h0, c0), self._elements(inputs.dy)
+        self.inputs = inputs
+        self.form = inputs.packed(inputs.dy) if inputs.case.sequences == "packed" else None
+        *self.xs, self.dy = (t if self.form is None else inputs.packed(t).data for t in (*inputs.xs, inputs.dy))
+        *self.xs, h0, c0 = (t.detach().clone().requires_grad_(self.training) for t in (*self.xs, inputs.h0, inputs.c0))
+        self.states = h0, c0
 
-    def _elements(self, t: Tensor) -> Tensor:
-        """Of t [T, B, *], as a provider is given them: all, or packed [N, *]."""
-        return t if self.form is None else self.inputs.packed(t).data
-
-    def _padded(self, elements: Tensor) -> Tensor:
-        """[T, B, *] again."""
-        packed = self.form and self.form._replace(data=elements)
-        return pad_packed_sequence(packed, total_length=self.inputs.case.steps)[0] if packed else elements
+    def forward(self, number: int) -> tuple[Any, tuple[Tensor, Tensor]]:
+        """Of a call: output, (h_n, c_n)."""
+        x = self.xs[number % len(self.xs)]
+        return self.engine.call(x if self.form is None else self.form._replace(data=x), self.states)
 
     def leaves(self, number: int) -> list[Tensor]:
-        """What a call takes gradients of: x, h0, c0 and the parameters."""
+        """What a call has gradients for: x, h0, c0 and the parameters."""
         return [self.xs[number % len(self.xs)], *self.states, *self.engine.parameters.values()]
 
     def call(self, number: int) -> tuple[Any, tuple[Tensor, ...]]:
@@ -161,26 +160,17 @@ class Trial:
             y = y if self.form is None else y.data
             return (y, *finals), torch.autograd.grad(y, self.leaves(number), self.dy) if self.training else ()
 
-    def forward(self, number: int) -> tuple[Any, tuple[Tensor, Tensor]]:
-        """Of a call: output, (h_n, c_n)."""
-        x = self.xs[number % len(self.xs)]
-        return self.engine.call(x if self.form is None else self.form._replace(data=x), self.states)
-
-    def kept_bytes(self) -> int:
-        """What a forward pass saves for backward, besides its leaves."""
-        with self.engine.within():
-            return timing.kept_bytes(lambda: self.forward(0), self.leaves(0))
-
     def results(self) -> dict[str, Tensor]:
         """Output, final states and, for training, every gradient, by the names that `inputs.results_in` gives."""
         seed_noise()
         (y, h_n, c_n), gradients = self.call(0)
-        found = {"output": self._padded(y), "h_n": h_n, "c_n": c_n}
-        if self.training:
-            dx, dh0, dc0, *others = gradients
-            found |= {"dx": self._padded(dx), "dh0": dh0, "dc0": dc0}
-            found |= {f"d{name}": gradient for name, gradient in self.engine.named(others).items()}
-        return found
+        found = {"output": y, "h_n": h_n, "c_n": c_n} | dict(zip(("dx", "dh0", "dc0"), gradients))
+        if self.form is not None:
+            for name in found.keys() & {"output", "dx"}:
+                packed = self.form._replace(data=found[name])
+                found[name] = pad_packed_sequence(packed, total_length=self.inputs.case.steps)[0]
+        own = self.engine.named(gradients[3:]) if self.training else {}
+        return found | {f"d{name}": gradient for name, gradient in own.items()}
 
 
 class Gate:

@@ -1,4 +1,4 @@
-"""Rows in words: tables for a terminal (all cases, all providers, estimates for other GPUs), README and docs."""
+"""Results as text: tables for a terminal (all cases, all providers, estimates for other GPUs), README and docs."""
 
 import os
 import re
@@ -17,10 +17,10 @@ from . import results
 from .cases import Case
 from .providers import OURS, YARDSTICK
 
-LINES = 32  # that the summary has for cases and for the rules between their groups
+LINES = 32  # of the summary, for cases and for the rules between their groups
 EVEN = 0.02  # a time that differs by less is called even
 MIB = 2**20
-WRITTEN = {  # the usual workaround where torch.nn.LSTM does not do what is needed, by its provider
+WRITTEN = {  # the usual workaround where torch.nn.LSTM lacks a feature, by its provider
     "cleanrl-loop": "nn.LSTM called at every step, its state masked",
     "torch-packed": "sequences sorted, packed and unpacked",
 }
@@ -28,19 +28,19 @@ STARRED = "* nn.LSTM timed without the lengths, resets or variant, which it does
 BEYOND = "ignoring gate arithmetic, launches and the dependency between steps"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NO_GPU = "No figure has been taken on a GPU yet."
-CPU_LINES = 8  # in the README: a CPU is not what this is for
-SHOWN = {  # on the page with all cases: the pictures of a device, and what they show
+CPU_LINES = 8  # in the README, where the GPU matters
+SHOWN = {  # pictures on the page with all cases, and what they show
     "headline": "The time of every provider at the case that all have, the fastest on top",
     "speed": "How many times as fast as torch.nn.LSTM every provider is at every case",
 }
 TOGETHER = {"input_size": "hidden_size", "directions": "layers"}  # sizes that vary together
-LEFT = ("mode", "case", "provider", "kernels", "status", "note", "best other", "verdict")
-CUT = ("note", "best other")  # where the terminal ends
+LEFT = ("mode", "case", "provider", "kernels", "status", "note", "best other", "verdict")  # aligned columns
+CUT = ("note", "best other")  # columns cut with an ellipsis in a narrow terminal
 STYLES = dict.fromkeys(("slower", "wrong", "failed"), "bold red") | {"faster": "bold green"}  # by a cell's last word
 
 
 def measured(rows: pd.DataFrame) -> pd.DataFrame:
-    """All but expected rows, the last of each case and `contender`: a provider, and whether it is a replayed graph.
+    """All but estimated rows, the last of each case and `contender`: a provider, and whether it replays a graph.
 
     Raises ValueError where there is none, or where they are of several devices.
     """
@@ -52,13 +52,7 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(contender=contenders, object=objects(rows)).drop_duplicates(["object", "contender"], keep="last")
 
 
-def by_device(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The measured rows of each device, in the order of the file."""
-    return list(rows[rows["status"] != "expected"].groupby("device", sort=False))
-
-
 def objects(rows: pd.DataFrame) -> list[Case]:
-    """The case of each row."""
     return [Case(**fields) for fields in rows[results.CASE].to_dict("records")]
 
 
@@ -68,19 +62,19 @@ def headline_of(rows: pd.DataFrame) -> Case:
 
 
 def is_ours(rows: pd.DataFrame) -> pd.Series:
-    """Which rows are gpu_lstm's own, on whatever backend."""
+    """Which rows are gpu_lstm's own, on any backend."""
     return rows["provider"].str.split("-").str[0] == OURS
 
 
 def stars(rows: pd.DataFrame) -> pd.Series:
-    """A star for each row of torch.nn.LSTM at a case that it cannot do: see STARRED."""
+    """A star for each row of torch.nn.LSTM at a case that it does not support: see STARRED."""
     return rows["status"].eq("yardstick").map({True: "*", False: ""})
 
 
 def by_case(rows: pd.DataFrame) -> pd.DataFrame:
     """A line for each case, grouped by what differs from the headline, each group from small to large.
 
-    `rank` is the place in the `group` before sorting; `speed` is ours. The columns that are not rows' are text.
+    `rank` is the place in the `group` before sorting; `speed` is ours. The other new columns are text.
     """
     base = headline_of(rows)
 
@@ -97,7 +91,7 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
         times = texts(1e3 * its["median_s"]) + stars(its)
         lines[f"{provider} ms"] = times.where(its["median_s"].notna(), its["status"]).fillna("-")
     lines["speed"], lines["times as fast"] = its["speed"], verdicts(its)
-    reached = (its["bound_s"] / its["median_s"]).clip(upper=1)  # the ceilings are measured and uncertain, too
+    reached = (its["bound_s"] / its["median_s"]).clip(upper=1)  # the bound is measured, and uncertain too
     lines["bound"] = texts(reached, "{:.0%}".format)
     others = rows[(rows["status"] == "measured") & (rows["contender"] != YARDSTICK) & ~is_ours(rows)]
     best = others.sort_values("speed", ascending=False, kind="stable").drop_duplicates("case").set_index("case")
@@ -106,11 +100,11 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def instead(rows: pd.DataFrame) -> pd.DataFrame:
-    """The usual workarounds where torch.nn.LSTM does not do a case, and ours: `seconds` and `ours_s` a call."""
-    around = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured")]
+    """The usual workarounds where torch.nn.LSTM does not support a case, and ours: `ours_s` a call, `times` as fast."""
     ours = rows[rows["contender"] == OURS].set_index("case")["median_s"]
-    lines = around.assign(seconds=around["median_s"], ours_s=around["case"].map(ours))
-    return lines[lines["ours_s"].notna()].assign(times=lines["seconds"] / lines["ours_s"])
+    lines = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured")]
+    lines = lines.assign(ours_s=lines["case"].map(ours)).dropna(subset="ours_s")
+    return lines.assign(times=lines["median_s"] / lines["ours_s"])
 
 
 def most_informative(lines: pd.DataFrame, room: int) -> pd.DataFrame:
@@ -123,16 +117,16 @@ def most_informative(lines: pd.DataFrame, room: int) -> pd.DataFrame:
 def summary(rows: pd.DataFrame) -> Table:
     """A line a case: torch.nn.LSTM, ours and the best other. Where there are too many, those left out are counted."""
     rows = measured(rows)
-    lines, base, notes = by_case(rows), headline_of(rows), [origin(rows)]
+    lines, base = by_case(rows), headline_of(rows)
     rules = lines["group"].nunique() - 1
     shown = lines if len(lines) + rules <= LINES else most_informative(lines, LINES - rules - 2)
-    notes += [STARRED] * ("*" in set(stars(rows)))
     broken = rows[rows["status"].isin(results.BROKEN)].groupby(["status", "contender"], sort=False).size()
     told = [f"{status}: {name} in {count} of {len(lines)} cases" for (status, name), count in broken.items()]
+    notes = [origin(rows), *[STARRED] * ("*" in set(stars(rows))), "; ".join(told)]
     title = "gpu_lstm and torch.nn.LSTM (T steps, B batch, H hidden, L layers, D directions)"
     cells = shown.assign(case=[sizes(case, base) for case in shown["object"]])
     columns = ["mode", "case", "torch ms", "ours ms", "times as fast", "bound", "best other"]
-    done = table(cells[columns], title, "\n".join([*notes, "; ".join(told)]).strip(), shown["group"])
+    done = table(cells[columns], title, "\n".join(notes).strip(), shown["group"])
     if len(left_out := lines.drop(shown.index)):
         done.add_row("more", f"{len(left_out)} cases", "", "", spread(left_out), "", "")
     return done
@@ -162,7 +156,7 @@ def headline(rows: pd.DataFrame) -> list[Table]:
 
 
 def expected(rows: pd.DataFrame) -> list[Table]:
-    """What plans expect of GPUs that are not here, a table each."""
+    """What plans let us expect of GPUs that are not here, a table each."""
     rows = rows[rows["status"] == "expected"]
     cells = pd.DataFrame({
         "case": list(map(sizes, objects(rows))), "kernels": rows["note"],
@@ -183,53 +177,48 @@ def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path] | No
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page}: no {END if begin else BEGIN}; expected {BEGIN} on a line before {END}")
-    sections: dict[bool, list[str]] = {True: [NO_GPU], False: []}  # of GPUs, of CPUs
+    gpus, cpus, any_measured = list[str](), list[str](), False
     for path in sorted(files):
-        for device, its in by_device(results.read(path)):
+        rows = results.read(path)
+        for device, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
             on_gpu = bool(its["cuda"].notna().any())
-            text = _section(_link(page, path), measured(its), on_gpu, every_case=on_gpu or pictures is not None)
+            any_measured |= on_gpu and bool((its["status"] == "measured").any())
+            every_case = on_gpu or pictures is not None
+            text = _section(os.path.relpath(path, page.parent), measured(its), on_gpu, every_case)
             drawn = {f"{name}-{slug(device)}": told for name, told in SHOWN.items()}
-            text += "".join(f"\n\n![{drawn[p.stem]}]({_link(page, p)})" for p in pictures or () if p.stem in drawn)
-            sections[on_gpu].append(text)
-            if on_gpu and (its["status"] == "measured").any():
-                sections[True] = [section for section in sections[True] if section != NO_GPU]
-    page.write_text(f"{before}{BEGIN}\n" + "\n\n".join(sections[True] + sections[False]) + f"\n{END}{after}")
-
-
-def _link(page: Path, path: Path) -> str:
-    return Path(os.path.relpath(path, page.parent)).as_posix()
+            for picture in (picture for picture in pictures or () if picture.stem in drawn):
+                text += f"\n\n![{drawn[picture.stem]}]({os.path.relpath(picture, page.parent)})"
+            (gpus if on_gpu else cpus).append(text)
+    sections = [*[NO_GPU] * (not any_measured), *gpus, *cpus]
+    page.write_text(f"{before}{BEGIN}\n" + "\n\n".join(sections) + f"\n{END}{after}")
 
 
 def slug(device: str) -> str:
-    """A device in the name of a file."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> str:
-    """Where the figures come from, and tables of them: the usual workarounds around torch.nn.LSTM, and that itself."""
+    """Where the figures come from, and two tables: the workarounds around torch.nn.LSTM, and torch.nn.LSTM itself."""
     lines, around = by_case(rows), instead(rows)
     shown = lines if every_case else most_informative(lines, CPU_LINES)
     text = f"{'GPU' if on_gpu else 'CPU, not a GPU'}: {origin(rows)}; from [{link.removeprefix('../')}]({link})."
+    starred = lines["torch ms"].str.endswith("*")
     if len(shown) < len(lines):
-        text += f" {len(shown)} of {len(lines)} cases."
-        starred = lines["torch ms"].str.endswith("*")
-        text += f" Calls that nn.LSTM can do, too, run at {spread(lines[~starred])} times its speed"
+        text += f" {len(shown)} of {len(lines)} cases. Calls that nn.LSTM can do, too, run at {spread(lines[~starred])}"
         others = f"; with lengths, resets or a variant, at {spread(lines[starred])} times nn.LSTM's without them"
-        text += f"{others}." if starred.any() else "."
-    if shown["torch ms"].str.endswith("*").any():
+        text += f" times its speed{others if starred.any() else ''}."
+    if starred[shown.index].any():
         text += f" \\{STARRED}."
-    text += (
-        f' "Of the bound": the fraction of a roofline (FLOPs and bytes at rates measured on this machine), {BEYOND}.'
-    )
+    rates = "FLOPs and bytes at rates measured on this machine"
+    text += f' "Of the bound": the fraction of a roofline ({rates}), {BEYOND}.'
     written = [textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)]
     if len(around):
         written.append("\n| case | usual workaround | ms | gpu_lstm, ms | times as fast |\n|---|---|--:|--:|--:|")
     for row in around.itertuples():
-        ms = f"{digits(1e3 * row.seconds)} | {digits(1e3 * row.ours_s)} | {digits(row.times)}"
+        ms = f"{digits(1e3 * row.median_s)} | {digits(1e3 * row.ours_s)} | {digits(row.times)}"
         written.append(f"| {row.mode} {sizes(row.object)} | {WRITTEN[row.provider]} | {ms} |")
-    written += ["""
-| case | torch.nn.LSTM, ms | gpu_lstm, ms | times as fast | of the bound |
-|------|------------------:|-------------:|--------------:|-------------:|"""]  # fmt: skip
+    written.append("\n| case | torch.nn.LSTM, ms | gpu_lstm, ms | times as fast | of the bound |")
+    written.append("|------|------------------:|-------------:|--------------:|-------------:|")
     for _, line in shown.replace("-", "not run").iterrows():
         ms = f"{line['torch ms'].replace('*', chr(92) + '*')} | {line['ours ms']}"
         speed = line["times as fast"].split(" ")[0]
@@ -238,7 +227,7 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
 
 
 def sizes(case: Case, base: Case | None = None) -> str:
-    """What a case is, without its mode; only what differs from `base`, if anything does."""
+    """A case in words, without its mode; only what differs from `base`, if anything does."""
 
     def parts(case: Case) -> list[str]:
         size = f"{'' if case.input_size == case.hidden_size else f'I{case.input_size} '}H{case.hidden_size}"
@@ -249,14 +238,19 @@ def sizes(case: Case, base: Case | None = None) -> str:
     return " ".join(changed or (part for part in parts(case) if part not in ("L1", "D1", "full", "resets 0%", "plain")))
 
 
-def texts(values: pd.Series, write: Callable[[float], str] | None = None) -> pd.Series:
-    """Numbers with three digits, or as `write` has them; nothing for NaN."""
-    written = ["" if pd.isna(value) else (write or digits)(value) for value in values]
-    return pd.Series(written, values.index, dtype=object)
+def digits(value: float) -> str:
+    """A number with three significant digits, or all before the point if there are more."""
+    exponent = int(f"{value:.2e}".partition("e")[2])  # of the rounded value: 9.999 is 10.0
+    return f"{value:.{max(0, 2 - exponent)}f}" if value else "0"
+
+
+def texts(values: pd.Series, write: Callable[[float], str] = digits) -> pd.Series:
+    """Numbers as text; "" for NaN."""
+    return values.map(write, na_action="ignore").astype(object).fillna("")
 
 
 def verdicts(rows: pd.DataFrame) -> pd.Series:
-    """Speeds and what to think of them: faster or slower only where the spread of the rounds allows no doubt."""
+    """Speeds, and if faster or slower: only where even the 20th and the 80th percentile are."""
     itself, timed = rows["contender"] == YARDSTICK, rows["speed"].notna()
     doubtless = [rows["speed_p20"] > 1 + EVEN, rows["speed_p80"] < 1 - EVEN]
     return texts(rows["speed"]) + np.select([*doubtless, itself, timed], [" faster", " slower", " " * 7, " even  "], "")
@@ -271,24 +265,19 @@ def spread(lines: pd.DataFrame) -> str:
 def origin(rows: pd.DataFrame) -> str:
     """Device, versions, commit and date of rows; of each all that occur."""
 
-    def every(column: str, name: str = "") -> str:
-        return (name and name + " ") + "/".join(found) if (found := rows[column].dropna().unique().tolist()) else ""
+    def every(column: str, label: str = "") -> str:
+        found = rows[column].dropna().unique()
+        return label + "/".join(found) if len(found) else ""
 
-    named = {"gpu_lstm": "gpu_lstm", "torch": "torch", "triton": "triton", "cuda": "CUDA", "driver": "driver"}
-    versions = ", ".join(filter(None, (every(column, name) for column, name in named.items())))
+    labels = {"gpu_lstm": "gpu_lstm ", "torch": "torch ", "triton": "triton ", "cuda": "CUDA ", "driver": "driver "}
+    versions = ", ".join(filter(None, map(every, labels, labels.values())))
     dates = "/".join(sorted(rows["date"].str[:10].unique()))
-    return "; ".join(filter(None, (every("device"), versions, every("commit", "commit"), dates)))
+    return "; ".join(filter(None, (every("device"), versions, every("commit", "commit "), dates)))
 
 
 def memory_column(rows: pd.DataFrame) -> str:
-    """Which column says what memory a call takes: what was allocated at most, if that was measured."""
+    """The column with the memory of a call: the peak allocation, if that was measured."""
     return "peak_bytes" if rows["peak_bytes"].notna().any() else "kept_bytes"
-
-
-def digits(value: float) -> str:
-    """A number with three digits that count, or all before the point if there are more."""
-    exponent = int(f"{value:.2e}".partition("e")[2])  # of the rounded value: 9.999 is 10.0
-    return f"{value:.{max(0, 2 - exponent)}f}" if value else "0"
 
 
 def table(
@@ -307,7 +296,7 @@ def table(
     for name in cells:
         justify: Any = "left" if name in LEFT else "right"
         done.add_column(cell(name, name), justify=justify, no_wrap=name not in (*CUT, *folded), overflow="fold")
-    for _, group in cells.fillna("").groupby([0] * len(cells) if groups is None else groups):
+    for _, group in cells.astype(object).fillna("").groupby([0] * len(cells) if groups is None else groups):
         for line in group.values:
             done.add_row(*map(cell, cells, line))
         done.add_section()

@@ -57,26 +57,23 @@ def provenance(device: str) -> dict[str, Any]:
     names = re.findall(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     cpu = " ".join((names or [platform.processor() or platform.machine()])[0].split())
     git = "git", "-C", str(Path(gpu_lstm.__file__).parent)
-    commit = _said(*git, "rev-parse", "--short=10", "HEAD")
-    asked = "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader,nounits"
-    driver, _, clock = ((cuda and _said("nvidia-smi", *asked)) or "").partition(", ")
+    commit = _output(*git, "rev-parse", "--short=10", "HEAD")
+    query = "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader,nounits"
+    driver, _, clock = ((cuda and _output("nvidia-smi", *query)) or "").partition(", ")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit and commit + "+" * bool(_said(*git, "status", "--porcelain", "--untracked-files=no")),
+        "commit": commit and commit + "+" * bool(_output(*git, "status", "--porcelain", "--untracked-files=no")),
         "device": torch.cuda.get_device_name(device) if cuda else f"{cpu}, {threads} thread{'s' * (threads > 1)}",
         "gpu_lstm": gpu_lstm.__version__, "python": platform.python_version(), "torch": torch.__version__,
         "triton": versions.get("triton"),
         "cupy": versions.get("cupy-cuda13x") or versions.get("cupy-cuda12x") or versions.get("cupy"),
-        "cuda": torch.version.cuda if cuda else None,
-        "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "driver": driver or None,
-        "clock_mhz": clock or None,
-        "schema": SCHEMA,
+        "cuda": torch.version.cuda if cuda else None, "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "driver": driver or None, "clock_mhz": clock or None, "schema": SCHEMA,
     }  # fmt: skip
 
 
-def _said(*command: str) -> str | None:
-    """The first line of what a command says; None where it is not there, fails or says nothing."""
+def _output(*command: str) -> str | None:
+    """The first line of a command's output; None where it is not installed, fails or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (FileNotFoundError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Time and memory of calls, in interleaved rounds, so that a drift of the machine hits all; the device's ceilings."""
+"""Time and memory of calls, in interleaved rounds, so that a drift of the machine affects all; the device's limits."""
 
 import contextlib
 import functools
@@ -14,8 +14,7 @@ from torch import Tensor
 from .cases import DTYPES
 
 Name = TypeVar("Name")
-Call = Callable[[int], object]
-"""Something to time; the number tells calls apart, so that each may take another set of inputs."""
+Call = Callable[[int], object]  # something to time; the number of the call, so that it may use another set of inputs
 
 WARM_UP = 3  # calls
 SHORTEST = 1e-3  # seconds of a sample; quicker calls are repeated within it
@@ -26,9 +25,9 @@ CEILING_SECONDS = 1.0  # for both together
 
 
 def interleaved(calls: Mapping[Name, Call], device: str, seconds: float) -> dict[Name, np.ndarray]:
-    """Seconds a call, for each of `calls` and every round. Each round takes all of them, in an order of its own.
+    """Seconds a call, for each of `calls` and every round. Each round runs all of them, in a random order.
 
-    `device` is "cpu", or a CUDA device, where events measure. All rounds together should take `seconds`, besides the
+    `device` is "cpu", or a CUDA device, where events measure. All rounds together should take `seconds`, without the
     warm-up.
     """
     estimates = {name: [_sample(call, n, 1, device) for n in range(WARM_UP)][-1] for name, call in calls.items()}
@@ -44,16 +43,15 @@ def interleaved(calls: Mapping[Name, Call], device: str, seconds: float) -> dict
 
 
 def _sample(call: Call, first: int, repeats: int, device: str) -> float:
-    """Seconds a call, over some of them."""
-    if device == "cpu":
-        start = time.perf_counter()
-        for number in range(first, first + repeats):
-            call(number)
-        return (time.perf_counter() - start) / repeats
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    """Seconds a call, the mean of `repeats`."""
+    start = time.perf_counter()
+    if device != "cpu":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
     for number in range(first, first + repeats):
         call(number)
+    if device == "cpu":
+        return (time.perf_counter() - start) / repeats
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3 / repeats
@@ -66,7 +64,7 @@ def percentiles(values: np.ndarray) -> list[float]:
 
 @functools.cache
 def ceilings(dtype: str, device: str) -> tuple[float, float]:
-    """What the device can do at most: bytes a second of a copy, read and written; operations a second of a product."""
+    """The most that the device can do: bytes a second of a copy, read and written; FLOPs a second of a matmul."""
     kind = torch.device(device).type
     source, size = torch.ones(COPY_BYTES[kind] // 4, device=device), PRODUCT_SIZE[kind]
     target = torch.empty_like(source)
@@ -77,7 +75,7 @@ def ceilings(dtype: str, device: str) -> tuple[float, float]:
 
 
 def captured(call: Call) -> Call:
-    """`call` as a replay of a CUDA graph, with the first set of inputs for ever."""
+    """`call` as a replay of a CUDA graph, always with the first set of inputs."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -91,7 +89,7 @@ def captured(call: Call) -> Call:
 
 
 def peak_bytes(call: Call, device: str) -> int | None:
-    """What a call allocates at most, above what was there before; None on the CPU, which does not count."""
+    """The peak allocation of a call, above what was allocated before; None on the CPU, which does not count."""
     if device == "cpu":
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -101,7 +99,7 @@ def peak_bytes(call: Call, device: str) -> int | None:
 
 
 def kept_bytes(forward: Callable[[], object], but: Sequence[Tensor]) -> int:
-    """The bytes that autograd keeps of a forward pass, besides the tensors `but`: each storage once."""
+    """The bytes that autograd saves in a forward pass, without the tensors `but`: each storage once."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -116,7 +114,7 @@ def kept_bytes(forward: Callable[[], object], but: Sequence[Tensor]) -> int:
 
 @contextlib.contextmanager
 def float32_products(dtype: str) -> Iterator[None]:
-    """Products of float32 tensors in TF32 within the block, or exactly, as a DTYPE says."""
+    """Matmuls of float32 tensors in TF32 within the block, or exactly, as a DTYPE says."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = dtype == "tf32"

@@ -10,17 +10,17 @@ import torch
 
 import gpu_lstm
 from bench import __main__ as command_line
-from bench import host, host_calls
+from bench import host
 
 
 # Of a StackedLSTM other weights are drawn; torch.nn has no resets after the first step.
-@pytest.mark.parametrize("case", [case for case in host_calls.CASES if case not in ("StackedLSTM", "resets")])
+@pytest.mark.parametrize("case", [case for case in host.CASES if case not in ("StackedLSTM", "resets")])
 def test_both_sides_compute_the_same(case):
     for mode in ("inference",) if case == "Stream" else ("forward+graph", "training"):
         results = []
         for provider in ("torch.nn", "torch"):
             torch.manual_seed(0)
-            results.append(host_calls.made(case, mode, "cpu", provider)())
+            results.append(host.made(case, mode, "cpu", provider)())
         torchs, ours = (list(each) if mode == "training" else each.flatten() for each in results)
         torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5)
 
@@ -34,9 +34,9 @@ def test_counts_are_those_of_another_tracer():
     finally:
         sys.settrace(None)
     own = [file for file in entered if Path(file).is_relative_to(Path(gpu_lstm.__file__).parent)]
-    counts, files = host_calls.count(lambda: lstm(x))
+    counts, files = host.count(lambda: lstm(x))
     assert (counts["functions"], files) == (len(own), {*own})
-    assert host_calls.count(lambda: len(()))[0] == dict(zip(host_calls.COUNTS, (2, 0, 0, 0)))
+    assert host.count(lambda: len(()))[0] == dict(zip(host.COUNTS, (2, 0, 0, 0)))
 
 
 @pytest.mark.parametrize("option", [[], ["--count"]])

@@ -165,8 +165,6 @@ def test_the_benchmark_times_both_and_prints_a_line_a_size(monkeypatch, capsys):
     for sizes in ("6 2 8", "4 3 16"):
         (line,) = (line for line in map(str.split, printed.splitlines()) if line[:3] == sizes.split())
         assert line[3:7] == ["6000.00", "2000.00", "3.00", "3.00-3.60"]
-    speed = ppo.Measured(4, 3, 16, one_call=[1.0, 2.0, 4.0], loop=[3.0, 6.0, 12.0]).speed
-    assert speed == (3.0, 3.0, 3.0)
 
 
 def test_the_benchmark_times_nothing_that_differs(monkeypatch):

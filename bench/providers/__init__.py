@@ -1,11 +1,10 @@
-"""Whose LSTM runs a case. A file for each project, with its PROVIDERS by their names on the command line."""
+"""The LSTMs that run a case, PROVIDERS by their names on the command line."""
 
-from . import flashrnn, haste, keras_lstm, loops, ours, torch_lstm, torchrl_lstm
+from . import loops, ours, packages, torch_lstm
 from .engine import Provider
 
 YARDSTICK, OURS = "torch", "ours"  # torch.nn.LSTM, which all are compared with, and gpu_lstm as it chooses for itself
-MODULES = torch_lstm, ours, loops, flashrnn, haste, torchrl_lstm, keras_lstm
-PROVIDERS: dict[str, Provider] = {name: each for module in MODULES for name, each in module.PROVIDERS.items()}
+PROVIDERS: dict[str, Provider] = torch_lstm.PROVIDERS | ours.PROVIDERS | loops.PROVIDERS | packages.PROVIDERS
 
 
 def taking_part(names: list[str] | None, headline: bool) -> list[str]:

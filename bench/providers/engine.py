@@ -16,12 +16,12 @@ from ..inputs import Inputs
 
 
 class Unable(Exception):
-    """A provider does not do such a case: why."""
+    """Why a provider does not support a case."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An LSTM with the weights of the inputs: something to call, and leaves that have gradients to show."""
+    """An LSTM with the weights of the inputs: something to call, and leaves for which gradients can be shown."""
 
     # As torch.nn.LSTM: x [T, B, I], (h0, c0) [R, B, H] to output [T, B, D*H], (h_n, c_n); PackedSequence to the same
     call: Callable[..., tuple[Any, tuple[Tensor, Tensor]]]
@@ -36,7 +36,7 @@ class Engine:
         return cls(partial(module, **options), dict(module.named_parameters()), to_torch)
 
     def named(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
-        """The gradients of the parameters by torch's names; that of an only bias is that of either of torch's."""
+        """The gradients of the parameters by torch's names; that of a single bias is that of either of torch's."""
         found = self.to_torch(dict(zip(self.parameters, gradients)))
         return {name.replace("bias_l", f"bias_{of}_l"): found[name] for name in found for of in ("ih", "hh")}
 
@@ -45,9 +45,9 @@ class Engine:
 class Provider:
     """Whose LSTM is measured."""
 
-    build: Callable[[Inputs], Engine]  # raises Unable where it does not do such a case
+    build: Callable[[Inputs], Engine]  # raises Unable where it does not support a case
     absent: Callable[[str], str | None] = lambda device: None  # why it cannot run on a device at all; None if it can
-    everywhere: bool = False  # takes part in every case; the others only in the headline, or if asked for
+    everywhere: bool = False  # runs every case; the others only the headline, or if named
     graphed: bool = False  # on CUDA also replayed from a graph
 
 
@@ -68,7 +68,7 @@ def module_like_torchs(kind: Callable[..., nn.Module], inputs: Inputs, **options
 
 
 def absence(package: str, install: str, device: str, cuda: bool = True) -> str | None:
-    """Why somebody else's package cannot be used on a device, and how to install it; None if it can."""
+    """Why another project's package cannot be used on a device, and how to install it; None if it can."""
     if cuda and not device.startswith("cuda"):
         return f"{package} needs CUDA for this"
     if importlib.util.find_spec(package) is None:

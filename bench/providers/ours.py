@@ -13,9 +13,9 @@ from ..cases import VARIANTS
 from ..inputs import Inputs
 from .engine import Engine, Provider, Unable, expect, module_like_torchs
 
-# Of torch.nn.LSTM and of what that lacks; "cupy" takes states to reset to, too, all others every variant.
+# Features of backends, more than torch.nn.LSTM's own. Backends that are not named here support every variant, too.
 PLAIN = "layers", "directions", "ragged", "packed", "active", "resets"
-TAKEN = {"torch": PLAIN, "cupy": (*PLAIN, "reset_states")}
+SUPPORTED = {"torch": PLAIN, "cupy": (*PLAIN, "reset_states")}
 
 
 def absent(backend: Any, device: str) -> str | None:
@@ -37,17 +37,14 @@ def no_families(device: str) -> str | None:
 def build(backend: str | None, inputs: Inputs) -> Engine:
     """The module on one backend."""
     case = inputs.case
-    expect(case, *TAKEN.get(backend or "auto", (*PLAIN, "reset_states", *VARIANTS)))
+    expect(case, *SUPPORTED.get(backend or "auto", (*PLAIN, "reset_states", *VARIANTS)))
     on = {case.variant: VARIANTS[case.variant][0]} if case.variant in VARIANTS else {}
     lstm = module_like_torchs(gpu_lstm.LSTM, inputs, backend=backend, **on)
     given: dict[str, Any] = {"resets": inputs.resets, "lengths": None if case.sequences == "packed" else inputs.lengths}
-    if inputs.reset_states is not None:  # which another commit may not take
+    if inputs.reset_states is not None:  # which another commit may not accept
         given["reset_states"] = inputs.reset_states
-
-    def kernels() -> str | None:
-        return (expected.families(case) or None) if expected.INSIDE_IS_KNOWN and inputs.h0.is_cuda else None
-
-    return replace(Engine.of(lstm, **given), kernels=kernels)
+    known = expected.INSIDE_IS_KNOWN and inputs.h0.is_cuda
+    return replace(Engine.of(lstm, **given), kernels=lambda: (known and expected.families(case)) or None)
 
 
 def build_family(family: str, inputs: Inputs) -> Engine:
@@ -55,8 +52,7 @@ def build_family(family: str, inputs: Inputs) -> Engine:
     first = expected.of_family(family)
 
     def choose(*problem):
-        plan = first(*problem)
-        if plan is None:
+        if (plan := first(*problem)) is None:
             raise Unable(f"no {family} kernel fits this card")
         return plan
 
@@ -69,22 +65,17 @@ def build_stream(inputs: Inputs) -> Engine:
     if inputs.case.mode != "step":
         raise Unable("only for single steps")
     lstm: Any = module_like_torchs(gpu_lstm.LSTM, inputs)
-    stream = gpu_lstm.Stream(lstm, inputs.case.batch, (inputs.h0, inputs.c0))
+    stream: Any = gpu_lstm.Stream(lstm, inputs.case.batch, (inputs.h0, inputs.c0))
     active = {} if inputs.lengths is None else {"active": inputs.lengths > 0}
-
-    def call(x, state):
-        return stream(x[0], **active)[None], stream.state
-
-    return Engine(call, dict(lstm.named_parameters()))
+    return Engine(lambda x, state: (stream(x[0], **active)[None], stream.state), dict(lstm.named_parameters()))
 
 
+FAMILIES = "resident", "cooperative", "step"
 PROVIDERS = {
     "ours": Provider(partial(build, None), everywhere=True, graphed=True),
     "ours-stream": Provider(build_stream, everywhere=True),
     "ours-triton": Provider(partial(build, "triton"), partial(absent, "triton"), graphed=True),
-    "ours-resident": Provider(partial(build_family, "resident"), no_families, graphed=True),
-    "ours-cooperative": Provider(partial(build_family, "cooperative"), no_families, graphed=True),
-    "ours-step": Provider(partial(build_family, "step"), no_families, graphed=True),
+    **{f"ours-{name}": Provider(partial(build_family, name), no_families, graphed=True) for name in FAMILIES},
     "ours-cupy": Provider(partial(build, "cupy"), partial(absent, "cupy"), graphed=True),
     "ours-torch": Provider(partial(build, "torch"), graphed=True),
     "ours-reference": Provider(partial(build, "reference")),
