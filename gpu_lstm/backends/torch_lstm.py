@@ -9,6 +9,8 @@ whose weights are huge, turn a step into one that
 so that a batch with lengths and resets is one call over a plain padded batch. Shut gates pass no gradient either.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import _VF, Tensor
 
@@ -34,7 +36,11 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     if not call.traversal.is_plain() or options.kind == "lstm_layer":
         if call.modes.autocast is not None:  # the weights that shut gates are of a size that their dtype must hold
             call = call._replace(weights=[[one.to(dtype) for one in each] for each in call.weights])
-        y, rows = one_after_another(call, _direction, "torch", dtype)
+
+        def direction(_: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: object) -> tuple:
+            return layer(x, state, weights, traversal)
+
+        y, rows = one_after_another(call, direction, "torch", dtype)
         return y, call.pack_rows(rows)
     if options.kind == "LSTM":
         y, state = stack(call.x, call.states[0], call.weights, options.dropout, options.training)
@@ -42,25 +48,28 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     return _stacked(call, dtype)
 
 
-def _direction(_: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: object) -> tuple:
-    return layer(x, state, weights, traversal)
-
-
 def _stacked(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """Of layers with states of their own: in one call where they are of one size, else a call for each."""
-    options, states = call.options, call.layer_states()
+    options = call.options
     if options.in_one_call:
-        h0, c0 = (torch.cat(state) for state in zip(*states))  # [L*D, B, *]
+        h0, c0 = (torch.cat(state) for state in zip(*call.layer_states()))  # [L*D, B, *]
         y, (h_n, c_n) = stack(call.x, (h0, c0), call.weights, options.dropout, options.training)
         count = options.directions
         return y, call.pack_layers(list(zip(h_n.split(count), c_n.split(count))))
-    _, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
+    return layer_by_layer(call, dtype, lambda x, state, layer: stack(x, state, [layer], training=options.training))
+
+
+def layer_by_layer(
+    call: Call, dtype: torch.dtype, run: Callable[[Tensor, State, list[Weights]], tuple[Tensor, State]]
+) -> tuple[Tensor, list[State]]:
+    """Layers in order, each by run(x, ([D, B, P], [D, B, H]), weights [D])."""
+    _, kept = draw(call.weights, (call.steps, call.batch), dtype, call.options)
     x = call.x
     finals: list[State] = []
-    for k, layer in enumerate(call.weights):
+    for k, (state, layer) in enumerate(zip(call.layer_states(), call.weights)):
         with named(k, None, "torch"):
-            y, final = stack(x, states[k], [layer], training=options.training)
-        x = connect(x, y, None, kept[k], options)
+            y, final = run(x, state, layer)
+        x = connect(x, y, None, kept[k], call.options)
         finals.append(final)
     return x, call.pack_layers(finals)
 
