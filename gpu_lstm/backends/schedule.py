@@ -9,7 +9,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,18 +23,16 @@ WORKSPACE = 64 << 20  # bytes of pre-activations at once, where they are not kep
 WAVEFRONT = 8  # chunks that a sequence falls into where layers run side by side
 SHORTEST = 64  # steps of a chunk of the wavefront
 
-Streams = tuple[torch.cuda.Stream | None, ...]
-"""One for each layer or direction; None where work stays on the current stream."""
-
-Span = slice | None
-"""From which time to which a chunk goes; None: all times."""
+Stream = torch.cuda.Stream | None  # None: work stays on the current stream
+Streams = tuple[Stream, ...]
+Span = slice | None  # from which time to which a chunk goes; None: all times
 
 
 class Schedule(NamedTuple):
     """How a stack of layers runs, for calls of one kind."""
 
     longest: int  # steps of a chunk
-    streams: Streams  # one for each layer or, of layers with two directions, for each direction
+    streams: Streams  # one for each layer or, where layers have two directions, for each direction
 
     @property
     def side_by_side(self) -> int:
@@ -76,16 +74,15 @@ def run(call: Call, direction: Direction, schedule: Schedule, backend: str) -> t
     """As layers.one_after_another."""
     noise, kept = draw(call.weights, (call.steps, call.batch), call.x.dtype, call.options)
     spans = schedule.spans(call.steps, call.options.directions)
+    chunks = _Chunks(call, direction, schedule.streams, spans, backend, noise, kept)
+    layers, states = range(len(call.weights)), list(call.state_rows())
     if call.options.directions == 1:
-        chunks = _Chunks(call, direction, schedule.streams, spans, backend)
-        return chunks.wavefront([each[0] for each in noise], kept)
-    x, finals = call.x, []
-    for k in range(len(call.weights)):
-        chunks = _Chunks(call, direction, schedule.streams, spans, backend)
-        y, states = chunks.both_directions(k, x, noise[k])
+        return chunks.through(layers, call.x, states), states
+    x = call.x
+    for k in layers:
+        y = chunks.through(layers[k : k + 1], x, states)
         x = connect(x, y, call.traversal.lengths, kept[k], call.options)
-        finals += states
-    return x, finals
+    return x, states
 
 
 class _Chunks(NamedTuple):
@@ -96,55 +93,42 @@ class _Chunks(NamedTuple):
     streams: Streams
     spans: list[Span]
     backend: str
+    noise: list[list[Noise]]  # [L][D]
+    kept: list[Tensor | None]  # [L]
 
-    def wavefront(self, noise: list[Noise], kept: list[Tensor | None]) -> tuple[Tensor, list[State]]:
-        """Layers of one direction, chunk by chunk through all of them.
+    def through(self, layers: range, x: Tensor, states: list[State]) -> Tensor:
+        """x [T, B, I], chunk by chunk through several layers of one direction, or one of two: [T, B, D*P].
 
-        Where each has a stream, a layer computes a chunk while the layer above computes the chunk before.
+        `states` [L*D] go on from chunk to chunk. Where each layer has a stream, it computes a chunk while the layer
+        above computes the chunk before; where each direction has one, the reverse one starts at the other end.
         """
-        call, states, top = self.call, self.call.state_rows(), len(self.call.weights) - 1
-        outputs = Outputs(call.x, self.spans, 1, states[top][0].shape[1])
-        for span in self.spans:
-            y, chunk = cut(call.x, span), call.traversal.within(span)
-            for k, (weights,) in enumerate(call.weights):
-                own, part = noise[k].within(span), chunk.of(k)
-                mask = kept[k]
-                mask = None if mask is None else cut(mask, span)
-                reads = (y, *states[k], *part.reset_tensors(), *own.present(), *([] if mask is None else [mask]))
-                with on(self.streams[k], self.streams[k - 1] if k else None, reads):
-                    with named(k, 0, self.backend):
-                        h, states[k] = self.direction(k, y, states[k], weights, part, own)
-                    y = connect(y, h, part.lengths, mask, call.options)
-                    if k == top:
-                        outputs.add(y, span, 0)
-        join(self.streams, [*outputs.parts(), *(tensor for state in states for tensor in state)])
-        return outputs.whole(), states
-
-    def both_directions(self, k: int, x: Tensor, noise: list[Noise]) -> tuple[Tensor, list[State]]:
-        """Layer k, its directions side by side where there are streams: [T, B, D*P] and the final states [D]."""
-        call, rows = self.call, self.call.state_rows()
-        outputs = Outputs(x, self.spans, 2, rows[2 * k][0].shape[1])
-        finals: list[State] = []
-        for d, weights in enumerate(call.weights[k]):
-            n = 2 * k + d
-            (h, c), own = rows[n], call.traversal.of(n)
-            with on(self.streams[d], None, (x, h, c, *own.reset_tensors(), *noise[d].present())):
-                for span in reversed(self.spans) if d else self.spans:
-                    part = own.within(span)
-                    if d:
-                        part = part.backwards()
-                        h, c = own.reset_at_end_of(span, h, c)
-                    with named(k, d, self.backend):
-                        y, (h, c) = self.direction(n, cut(x, span), (h, c), weights, part, noise[d].within(span))
-                    outputs.add(y, span, d)
-            finals.append((h, c))
-        join(self.streams, [*outputs.parts(), *(tensor for final in finals for tensor in final)])
-        return outputs.whole(), finals
+        call, directions = self.call, self.call.options.directions
+        outputs = Outputs(x, self.spans, directions, states[directions * layers[-1]][0].shape[1])
+        for spans in zip(self.spans, reversed(self.spans)):
+            parts = [call.traversal.within(span) for span in spans[:directions]]
+            h = x
+            for k in layers:
+                for d, weights in enumerate(call.weights[k]):
+                    n, span, part, noise = directions * k + d, spans[d], parts[d], self.noise[k][d].within(spans[d])
+                    part, mask, y = part.of(n), cut(self.kept[k], span), cut(x, span) if k == layers[0] else h
+                    reads = y, *states[n], part.lengths, *part.reset_to(), *noise, mask
+                    after = self.streams[k - 1] if k > layers[0] else None
+                    with on(self.streams[d if directions == 2 else k], after, reads):
+                        if d:
+                            part = part.backwards()
+                            states[n] = call.traversal.of(n).reset_at_end_of(span, *states[n])
+                        with named(k, d, self.backend):
+                            h, states[n] = self.direction(n, y, states[n], weights, part, noise)
+                        if directions == 1:
+                            h = connect(y, h, part.lengths, mask, call.options)
+                        if k == layers[-1]:
+                            outputs.add(h, span, d)
+        return outputs.join(self.streams, [state for k in layers for state in states[directions * k :][:directions]])
 
 
-def cut(t: Tensor, span: Span) -> Tensor:
-    """The times of a span of t [T, ...]."""
-    return t if span is None else t[span]
+def cut(t: Any, span: Span) -> Any:
+    """The times of a span of t [T, ...], which may be None."""
+    return t if t is None or span is None else t[span]
 
 
 class Outputs:
@@ -154,30 +138,27 @@ class Outputs:
     """
 
     def __init__(self, x: Tensor, spans: list[Span], directions: int, width: int) -> None:
-        self._parts: list[dict[int, Tensor]] = [{} for _ in range(directions)]  # by their start
+        self._parts: list[list[Tensor]] = [[] for _ in range(directions)]
         self._whole: Tensor | None = None
         if not torch.is_grad_enabled() and len(spans) > 1:
             # Made here, on the stream that all others wait for, since several of them write to it.
             self._whole = x.new_empty(*x.shape[:2], directions * width)
 
     def add(self, h: Tensor, span: Span, direction: int) -> None:
-        """One chunk of one direction, [t, B, P]."""
+        """The next chunk of one direction, [t, B, P]; the reverse direction comes to the last one first."""
         if self._whole is None:
-            self._parts[direction][0 if span is None else span.start] = h
+            self._parts[direction].insert(0 if direction else len(self._parts[direction]), h)
         else:
             width = h.shape[2]
             self._whole[span, :, direction * width : (direction + 1) * width] = h
 
-    def parts(self) -> list[Tensor]:
-        """All tensors held."""
-        return [h for parts in self._parts for h in parts.values()] if self._whole is None else [self._whole]
-
-    def whole(self) -> Tensor:
-        """[T, B, D*P]."""
+    def join(self, streams: Streams, finals: list[State]) -> Tensor:
+        """[T, B, D*P], once all streams are done; the current one reads that, and final states."""
+        held = [h for parts in self._parts for h in parts] if self._whole is None else [self._whole]
+        join(streams, [*held, *(t for state in finals for t in state)])
         if self._whole is not None:
             return self._whole
-        in_time = [[parts[start] for start in sorted(parts)] for parts in self._parts]
-        directions = [torch.cat(chunks) if len(chunks) > 1 else chunks[0] for chunks in in_time]
+        directions = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in self._parts]
         return torch.cat(directions, dim=2) if len(directions) > 1 else directions[0]
 
 
@@ -187,14 +168,17 @@ def _streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
 
 
 @contextlib.contextmanager
-def on(stream: torch.cuda.Stream | None, after: torch.cuda.Stream | None, reads: Sequence[Tensor]) -> Iterator[None]:
+def on(
+    stream: torch.cuda.Stream | None, after: torch.cuda.Stream | None, reads: Sequence[Tensor | None]
+) -> Iterator[None]:
     """Work on `stream`, once what is queued on `after` (by default the current stream) is done."""
     if stream is None:
         yield
         return
     stream.wait_stream(after or torch.cuda.current_stream(stream.device))
     for tensor in reads:
-        tensor.record_stream(stream)
+        if tensor is not None:
+            tensor.record_stream(stream)
     with torch.cuda.stream(stream):
         yield
 

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call.sequences import Traversal
-from ..call.weights import Weights
 from ..kernels import cache  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from ..kernels.problem import Pass, Problem  # type: ignore[import-not-found]
 from ..kernels.timeouts import raise_if_timed_out  # type: ignore[import-not-found]
@@ -72,29 +70,20 @@ def _verdict(plan: Any, problem: Problem, which: Pass, device: torch.device) -> 
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             truth, gates = small.by_reference(torch.float64)
             as_torchs = not (problem.regularised or problem.reset_c or problem.peepholes or problem.normalised)
-            theirs = small.by_torch() if as_torchs else small.by_reference(problem.dtype)[0]
+            theirs = small.results(torch_lstm.layer) if as_torchs else small.by_reference(problem.dtype)[0]
         with torch.no_grad():
             ours = small.by_kernels(plan, gates)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # it timed out, or the card refuses it
         return f"{type(error).__name__}: {error}"
+    last_place = 2.0**-10 if problem.precision == "tf32" else torch.finfo(problem.dtype).eps  # of products
     for name, true in truth.items():
-        wrong = _wrong(name, ours[name].double(), theirs[name].double(), true, _epsilon(problem))
-        if wrong:
-            return wrong
+        error = _rms(ours[name].double() - true)
+        allowed = 2 * max(_rms(theirs[name].double() - true), last_place * float(true.abs().max()))
+        if not error <= allowed:  # nor if it is NaN
+            return f"the RMS error of {name} is {error:.2g}, where {allowed:.2g} is allowed"
     return "right"
-
-
-def _epsilon(problem: Problem) -> float:
-    """Of the products' last place."""
-    return 2.0**-10 if problem.precision == "tf32" else torch.finfo(problem.dtype).eps
-
-
-def _wrong(name: str, ours: Tensor, theirs: Tensor, true: Tensor, epsilon: float) -> str | None:
-    """What is wrong with a result; None if its error is at most twice torch's own, or twice its last place."""
-    error, allowed = _rms(ours - true), 2 * max(_rms(theirs - true), epsilon * float(true.abs().max()))
-    return None if error <= allowed else f"the RMS error of {name} is {error:.2g}, where {allowed:.2g} is allowed"
 
 
 def _rms(t: Tensor) -> float:
@@ -142,23 +131,21 @@ class Small:
         return t.to(self.device, self.problem.dtype)
 
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Gates]:
-        """Results of forward, or gradients of backward, in some dtype; and the gates."""
+        """Results in some dtype, and the gates."""
         record: list[Gates] = []
-
         run = functools.partial(reference.layer, noise=self.inputs.noise(), record=record)
-        return self._results(run, dtype), record[0]
+        return self.results(run, dtype), record[0]
 
-    def by_torch(self) -> dict[str, Tensor]:
-        """The same by torch's own LSTM in the problem's dtype."""
-        return self._results(torch_lstm.layer, self.problem.dtype)
+    def results(self, run: Callable[..., Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Results of forward, or gradients of backward, by run(x, state, weights, traversal) of torch's operators.
 
-    def _results(self, run: Callable[..., Any], dtype: torch.dtype) -> dict[str, Tensor]:
-        learns = self.which.backward
+        In the problem's dtype or another.
+        """
+        learns, dtype = self.which.backward, dtype or self.problem.dtype
         own = [None if t is None else t.to(dtype).requires_grad_(learns) for t in self.inputs[:DIFFERENTIABLE]]
         inputs = Inputs(*own, *self.inputs[DIFFERENTIABLE:])  # type: ignore[arg-type]
-        states = None if inputs.reset_h is None else [(inputs.reset_h, inputs.reset_c)]
-        traversal = Traversal(inputs.lengths, inputs.resets, self.problem.reverse, states)  # type: ignore[arg-type]
-        h, (h_n, c_n) = run(inputs.x, (inputs.h0, inputs.c0), Weights(*inputs[3:13]), traversal)
+        traversal = inputs.traversal(self.problem.reverse)
+        h, (h_n, c_n) = run(inputs.x, (inputs.h0, inputs.c0), inputs.weights(), traversal)
         if not learns:
             return dict(h=h, h_n=h_n, c_n=c_n)
         there = [each for each in zip((h, h_n), self._given, (self.which.dh, self.which.dh_n)) if each[2]]

@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
+E = TypeVar("E", bound=enum.Enum)
 
 BACKEND_VARIABLE = "GPU_LSTM_BACKEND"
 RACE_VARIABLE = "GPU_LSTM_RACE"
@@ -49,17 +50,6 @@ class Choice(Generic[T]):
         """What the youngest block chose; None: no block is open."""
         return self.blocks[-1].value if self.blocks else None
 
-    def enter(self, block: "Block[T]") -> None:
-        """Open a block."""
-        self.blocks.append(block)
-
-    def leave(self, block: "Block[T]") -> None:
-        """Close the youngest entry of a block, if there is one: a second call changes nothing."""
-        for k in reversed(range(len(self.blocks))):
-            if self.blocks[k] is block:
-                del self.blocks[k]
-                return
-
 
 class Block(contextlib.ContextDecorator, Generic[T]):
     """A choice that holds within a `with` block, or while a function runs that it decorates."""
@@ -72,13 +62,17 @@ class Block(contextlib.ContextDecorator, Generic[T]):
     def __enter__(self) -> None:
         self._used = True
         try:
-            self._choice.enter(self)
+            self._choice.blocks.append(self)
         except BaseException:  # an interrupt leaves nothing behind
-            self._choice.leave(self)
+            self.__exit__()
             raise
 
     def __exit__(self, *_: object) -> None:
-        self._choice.leave(self)
+        blocks = self._choice.blocks
+        for k in reversed(range(len(blocks))):  # the youngest entry of this block, if there is one
+            if blocks[k] is self:
+                del blocks[k]
+                return
 
     def __call__(self, function: F) -> F:
         self._used = True
@@ -118,7 +112,7 @@ def racing(mode: Literal["on", "read", "off"], group: Any = None) -> Block:
     Raises:
         ValueError: another mode.
     """
-    found = _parse_racing(mode)
+    found = _parse(Racing, mode, "mode of racing")
     return Block(chosen_racing, (found, group), f"gpu_lstm.racing({found.value!r})")
 
 
@@ -128,13 +122,7 @@ def parse_backend(name: str | Backend, source: str = "") -> Backend:
     Raises:
         ValueError: there is none of that name.
     """
-    if isinstance(name, Backend):
-        return name
-    names = [b.value for b in Backend]
-    if isinstance(name, str) and name in names:
-        return Backend(name)
-    known = ", ".join(map(repr, names))
-    raise ValueError(f"unknown backend {name!r}{source}; expected one of {known}")
+    return _parse(Backend, name, "backend", source)
 
 
 def parse_backend_name(name: str | Backend) -> BackendName:
@@ -142,12 +130,14 @@ def parse_backend_name(name: str | Backend) -> BackendName:
     return cast(BackendName, parse_backend(name).value)
 
 
-def _parse_racing(mode: str, source: str = "") -> Racing:
-    try:
-        return Racing(mode)
-    except ValueError:
-        known = ", ".join(repr(m.value) for m in Racing)
-        raise ValueError(f"unknown mode of racing {mode!r}{source}; expected one of {known}") from None
+def _parse(kind: type[E], name: object, what: str, source: str = "") -> E:
+    """The member of an enum of that name."""
+    if isinstance(name, kind):
+        return name
+    names = [each.value for each in kind]
+    if isinstance(name, str) and name in names:
+        return kind(name)
+    raise ValueError(f"unknown {what} {name!r}{source}; expected one of {', '.join(map(repr, names))}")
 
 
 def requested_backend(argument: str | Backend | None) -> Backend:
@@ -165,4 +155,4 @@ def requested_racing() -> tuple[Racing, Any]:
     if chosen_racing.now is not None:
         return chosen_racing.now
     name = os.environ.get(RACE_VARIABLE) or Racing.ON.value
-    return _parse_racing(name, f" in the environment variable {RACE_VARIABLE}"), None
+    return _parse(Racing, name, "mode of racing", f" in the environment variable {RACE_VARIABLE}"), None

@@ -136,7 +136,8 @@ def _need_the_reference(compiling: bool) -> bool:
     # torch.func.grad says that it requires a gradient, so that none would be kept for backward.
     if forward_ad._current_level >= 0:
         return True
-    return any(compiling or interpreter.key() in _ONLY_BY_REFERENCE for interpreter in _interpreters())
+    interpreters = retrieve_all_functorch_interpreters()
+    return any(compiling or interpreter.key() in _ONLY_BY_REFERENCE for interpreter in interpreters)
 
 
 def is_transformed() -> bool:
@@ -157,7 +158,7 @@ def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None
         return True
     if not torch.is_grad_enabled():
         return False
-    interpreters = _interpreters()
+    interpreters = retrieve_all_functorch_interpreters()
     own = _functorch.maybe_get_level(output) == len(interpreters)
     others = interpreters[:-1] if own else interpreters
     if any(interpreter.key() == _functorch.TransformType.Grad for interpreter in others):
@@ -168,10 +169,6 @@ def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None
 def alive(t: Tensor | None) -> Tensor | None:
     """The tensor without the wrappers of transforms that are over, which another transform does not accept."""
     return None if t is None else _functorch.unwrap_if_dead(t)
-
-
-def _interpreters() -> list[Any]:
-    return [] if _interpreter() is None else retrieve_all_functorch_interpreters()
 
 
 def _below(t: Tensor) -> Tensor:

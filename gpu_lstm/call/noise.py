@@ -30,10 +30,6 @@ class Noise(NamedTuple):
         h, c = (t[span] if t is not None and t.dim() else t for t in (self.zoneout_h, self.zoneout_c))
         return Noise(self.dropout_h, h, c)
 
-    def present(self) -> list[Tensor]:
-        """The tensors that are there."""
-        return [tensor for tensor in self if tensor is not None]
-
 
 NO_NOISE = Noise()
 
@@ -53,11 +49,6 @@ def draw(
     steps, batch = sizes
     device = layers[0][0].weight_hh.device
 
-    def dropout(features: int) -> Tensor | None:
-        if not options.recurrent_dropout:
-            return None
-        return F.dropout(torch.ones(batch, features, dtype=dtype, device=device), options.recurrent_dropout)
-
     def zoneout(probability: float, features: int) -> Tensor | None:
         if not probability:
             return None
@@ -67,7 +58,11 @@ def draw(
 
     def of_direction(weights: Weights) -> Noise:
         rows, width = weights.weight_hh.shape  # 4H, P
-        return Noise(dropout(width), zoneout(options.zoneout[0], width), zoneout(options.zoneout[1], rows // 4))
+        dropout_h = None
+        if options.recurrent_dropout:
+            ones = torch.ones(batch, width, dtype=dtype, device=device)
+            dropout_h = F.dropout(ones, options.recurrent_dropout)
+        return Noise(dropout_h, zoneout(options.zoneout[0], width), zoneout(options.zoneout[1], rows // 4))
 
     noise = [[of_direction(weights) for weights in layer] for layer in layers]
     kept: list[Tensor | None] = [None] * len(layers)

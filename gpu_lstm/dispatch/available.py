@@ -51,15 +51,14 @@ def select(
 
 def why_unavailable(choice: Backend, device: torch.device, dtype: torch.dtype) -> Exception | None:
     """Why `choice` cannot run tensors of this device and dtype; None if it can."""
-    if choice in KERNEL_BACKENDS and torch.version.hip is not None:
-        return RuntimeError(f"backend {choice.value!r} runs on NVIDIA GPUs; this torch is built for AMD's (ROCm)")
-    match choice:
-        case Backend.TRITON:
-            return _triton_obstacle(device, dtype)
-        case Backend.CUPY:
-            return _cupy_obstacle(device, dtype)
-        case _:
-            return None
+    if choice not in KERNEL_BACKENDS:
+        return None
+    name = f"backend {choice.value!r}"
+    if torch.version.hip is not None:
+        return RuntimeError(f"{name} runs on NVIDIA GPUs; this torch is built for AMD's (ROCm)")
+    if dtype not in KERNEL_DTYPES:
+        return TypeError(f"{name} takes float16, bfloat16 and float32, got {dtype}")
+    return _triton_obstacle(device, dtype) if choice is Backend.TRITON else _cupy_obstacle(device)
 
 
 @functools.cache
@@ -99,8 +98,6 @@ def _say_once(text: str) -> None:
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
-    if dtype not in KERNEL_DTYPES:
-        return TypeError(f"backend 'triton' takes float16, bfloat16 and float32, got {dtype}")
     problem = triton_import_problem()
     if problem is not None:
         return ImportError(f"backend 'triton' {without_triton(problem)}")
@@ -114,14 +111,13 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
             f"backend 'triton' takes CUDA tensors, got {device}; "
             "with TRITON_INTERPRET=1 in the environment it runs CPU tensors in Triton's interpreter"
         )
-    too_old = _too_old(Backend.TRITON, device, (8, 0))
-    if too_old is not None:
+    if (too_old := _too_old(Backend.TRITON, device, (8, 0))) is not None:
         return too_old
-    capability = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(device)
     binary = importlib.import_module("gpu_lstm.kernels.triton_lstm.binary")
-    problem = binary.compile_problem(10 * capability[0] + capability[1])
+    problem = binary.compile_problem(10 * major + minor)
     if problem is not None:
-        text = f"Triton compiles nothing for {device}, compute capability {capability[0]}.{capability[1]}: {problem}"
+        text = f"Triton compiles nothing for {device}, compute capability {major}.{minor}: {problem}"
         _say_once(f"{text}. Backend 'auto' does without it.")
         return RuntimeError(f"backend 'triton': {text}")
     return None
@@ -131,15 +127,11 @@ def _too_old(choice: Backend, device: torch.device, needed: tuple[int, int]) -> 
     capability = torch.cuda.get_device_capability(device)
     if capability >= needed:
         return None
-    (major, minor), (has_major, has_minor) = needed, capability
-    return RuntimeError(
-        f"backend {choice.value!r} needs compute capability {major}.{minor}, {device} has {has_major}.{has_minor}"
-    )
+    at_least, has = (".".join(map(str, pair)) for pair in (needed, capability))
+    return RuntimeError(f"backend {choice.value!r} needs compute capability {at_least}, {device} has {has}")
 
 
-def _cupy_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
-    if dtype not in KERNEL_DTYPES:
-        return TypeError(f"backend 'cupy' takes float16, bfloat16 and float32, got {dtype}")
+def _cupy_obstacle(device: torch.device) -> Exception | None:
     problem = cupy_import_problem()
     if problem is not None:
         extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"

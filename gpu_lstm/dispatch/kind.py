@@ -42,9 +42,11 @@ class Kind(NamedTuple):
         return LAYER_NORM if any(self.norms) else PEEPHOLES if self.peepholes else None
 
     @property
-    def only_ours(self) -> bool:
-        """Whether torch's own LSTM cannot run it."""
-        return self.noise or self.reset_states or self.variant is not None
+    def only_ours(self) -> str | None:
+        """What torch's own LSTM has not; None: it can run all of it."""
+        if self.noise:
+            return "recurrent dropout or zoneout"
+        return "states to reset to" if self.reset_states else self.variant and self.variant.replace("_", " ")
 
     def problem(self, row: int, side_by_side: int = 1) -> Problem:
         """What the kernels of one layer and direction, `row` among [L*D], are asked to do."""

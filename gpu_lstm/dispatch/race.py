@@ -211,22 +211,13 @@ def judge(times: dict[str, list[float]], expected: Decision) -> tuple[Decision, 
 def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision:
     """Who runs what was not raced. Nothing here was measured.
 
-    kernels, where torch cannot do it, or not at the speed of a plain batch: noise, reset_states, a variant of the cell,
-    lengths, resets, a projection
-    kernels, where every layer's W_hh stays on chip and no group of programs has several batch tiles
-    torch, everywhere else
+    Kernels, where torch cannot run it, or not at the speed of a plain batch; and where every layer's W_hh stays on chip
+    and no group of programs has several batch tiles. Everywhere else torch.
     """
-    if kind.noise:
-        return Decision(able, "torch's LSTM has no recurrent dropout or zoneout")
-    if kind.reset_states:
-        return Decision(able, "torch's LSTM has no states to reset to")
-    if kind.variant is not None:
-        return Decision(able, f"torch's LSTM has no {kind.variant.replace('_', ' ')}")
-    asked = (
-        ("lengths", kind.lengths is not None), ("resets", kind.resets),
-        ("a projection", any(size.projected for size in kind.layers)),
-    )  # fmt: skip
-    slow = [name for name, there in asked if there]
+    if kind.only_ours:
+        return Decision(able, f"torch's LSTM has no {kind.only_ours}")
+    slow = ["lengths"] * (kind.lengths is not None) + ["resets"] * kind.resets
+    slow += ["a projection"] * any(size.projected for size in kind.layers)
     if slow:
         return Decision(able, f"expected: torch's LSTM is slow with {' and '.join(slow)}")
     if able is not Backend.TRITON:
