@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..call.noise import Noise
 from ..call.sequences import Traversal, valid_steps
-from ..call.weights import Weights
+from ..call.weights import State, Weights
 from ..cells import lstm as cell
 from ..kernels import layer_norm  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from ..kernels.layer_norm import NO_UNIT, Unit  # type: ignore[import-not-found]
@@ -62,13 +61,7 @@ DIFFERENTIABLE = 15
 """The first of Inputs, which have gradients."""
 
 
-def inputs_of(
-    x: Tensor,  # [T, B, I]
-    state: tuple[Tensor, Tensor],  # ([B, P], [B, H])
-    weights: Weights,
-    traversal: Traversal,
-    noise: Noise,
-) -> Inputs:
+def inputs_of(x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise) -> Inputs:
     """The tensors of a layer, all in the dtype of x but for cell states."""
     lengths, resets, _, reset_states = traversal
     reset_h = reset_c = None
@@ -107,9 +100,8 @@ def recurrence_of(
 def _input_product(given: Inputs) -> Tensor:
     """The part of the pre-activations that does not depend on h: x W_ih^T + b_ih + b_hh, [T, B, 4H]."""
     bias = None if given.bias_ih is None or given.bias_hh is None else given.bias_ih + given.bias_hh
-    if given.gain_ih is None:
-        return F.linear(given.x, given.weight_ih, bias)
-    return cell.linear(given.x, given.weight_ih, bias, given.gain_ih).contiguous()
+    z = cell.linear(given.x, given.weight_ih, bias, given.gain_ih)
+    return z if given.gain_ih is None else z.contiguous()
 
 
 def _with_dropout(h: Tensor, given: Inputs) -> Tensor:

@@ -78,21 +78,15 @@ def gradients(
 
 
 def layer(
-    x: Tensor,  # [T, B, I]
-    state: State,  # ([B, P], [B, H])
-    weights: Weights,
-    traversal: Traversal,
-    noise: Noise = NO_NOISE,
-    record: list[Gates] | None = None,
-) -> tuple[Tensor, State]:
-    """One layer, one direction, step by step. The gates of all steps are appended to `record`, if there is one.
-
-    At each step, with the equations of cells/lstm.py:
+    x: Tensor, state: State, weights: Weights, traversal: Traversal,
+    noise: Noise = NO_NOISE, record: list[Gates] | None = None,
+) -> tuple[Tensor, State]:  # fmt: skip
+    """One layer, one direction, step by step, from x [T, B, I] and ([B, P], [B, H]). At each step, see cells/lstm.py:
 
         z = W_ih x + b_ih + W_hh h + b_hh       h' = m, or W_hr m with a projection
 
     With `noise`, W_hh multiplies dropout_h h, and the states after the step are zoneout_c c + (1 - zoneout_c) c' and
-    zoneout_h h + (1 - zoneout_h) h'.
+    zoneout_h h + (1 - zoneout_h) h'. The gates of all steps are appended to `record`, if there is one.
 
     Returns:
         h [T, B, P] and (h_n [B, P], c_n [B, H]), in the dtypes of x, h0 and c0.

@@ -73,93 +73,73 @@ def schedule_of(call: Call, steps: int, size: int) -> Schedule:
 def run(call: Call, direction: Direction, schedule: Schedule, backend: str) -> tuple[Tensor, list[State]]:
     """As layers.one_after_another."""
     noise, kept = draw(call.weights, (call.steps, call.batch), call.x.dtype, call.options)
-    spans = schedule.spans(call.steps, call.options.directions)
-    chunks = _Chunks(call, direction, schedule.streams, spans, backend, noise, kept)
-    layers, states = range(len(call.weights)), list(call.state_rows())
+    layers, x, states = range(len(call.weights)), call.x, list(call.state_rows())
+    given = call, direction, schedule, backend, (noise, kept)
     if call.options.directions == 1:
-        return chunks.through(layers, call.x, states), states
-    x = call.x
+        return _through(*given, layers, x, states), states
     for k in layers:
-        y = chunks.through(layers[k : k + 1], x, states)
+        y = _through(*given, layers[k : k + 1], x, states)
         x = connect(x, y, call.traversal.lengths, kept[k], call.options)
     return x, states
 
 
-class _Chunks(NamedTuple):
-    """A call cut in time."""
+def _through(
+    call: Call,
+    direction: Direction,
+    schedule: Schedule,
+    backend: str,
+    drawn: tuple[list[list[Noise]], list[Tensor | None]],  # see noise.draw
+    layers: range,
+    x: Tensor,  # [T, B, I]
+    states: list[State],  # [L*D], which go on from chunk to chunk
+) -> Tensor:
+    """Chunk by chunk through several layers of one direction, or one of two: [T, B, D*P].
 
-    call: Call
-    direction: Direction
-    streams: Streams
-    spans: list[Span]
-    backend: str
-    noise: list[list[Noise]]  # [L][D]
-    kept: list[Tensor | None]  # [L]
+    Where each layer has a stream, it computes a chunk while the layer above computes the chunk before; where each
+    direction has one, the reverse one starts at the other end.
+    """
+    directions, (noise, kept), streams = call.options.directions, drawn, schedule.streams
+    all_spans, width = schedule.spans(call.steps, directions), states[directions * layers[-1]][0].shape[1]
+    pieces: list[list[Tensor]] = [[] for _ in range(directions)]
+    whole = None
+    if not torch.is_grad_enabled() and len(all_spans) > 1:
+        # Chunks are copied into place as they come, so that no second output is ever held. It is made here, on the
+        # stream that all others wait for, since several of them write to it.
+        whole = x.new_empty(*x.shape[:2], directions * width)
+    for spans in zip(all_spans, reversed(all_spans)):
+        parts = [call.traversal.within(span) for span in spans[:directions]]
+        h = x
+        for k in layers:
+            for d, weights in enumerate(call.weights[k]):
+                n, span = directions * k + d, spans[d]
+                part, own, mask = parts[d].of(n), noise[k][d].within(span), cut(kept[k], span)
+                y = cut(x, span) if k == layers[0] else h
+                reads = y, *states[n], part.lengths, *part.reset_to(), *own, mask
+                with on(streams[d if directions == 2 else k], streams[k - 1] if k > layers[0] else None, reads):
+                    if d:
+                        part = part.backwards()
+                        states[n] = call.traversal.of(n).reset_at_end_of(span, *states[n])
+                    with named(k, d, backend):
+                        h, states[n] = direction(n, y, states[n], weights, part, own)
+                    if directions == 1:
+                        h = connect(y, h, part.lengths, mask, call.options)
+                    if k == layers[-1] and whole is not None:
+                        whole[span, :, d * width : (d + 1) * width] = h
+                    elif k == layers[-1]:
+                        pieces[d].insert(0 if d else len(pieces[d]), h)
+    finals = states[directions * layers[0] : directions * (layers[-1] + 1)]
+    held = [h for each in pieces for h in each] if whole is None else [whole]
+    join(streams, [*held, *(t for state in finals for t in state)])
+    return _cat([_cat(each, 0) for each in pieces], 2) if whole is None else whole
 
-    def through(self, layers: range, x: Tensor, states: list[State]) -> Tensor:
-        """x [T, B, I], chunk by chunk through several layers of one direction, or one of two: [T, B, D*P].
 
-        `states` [L*D] go on from chunk to chunk. Where each layer has a stream, it computes a chunk while the layer
-        above computes the chunk before; where each direction has one, the reverse one starts at the other end.
-        """
-        call, directions = self.call, self.call.options.directions
-        outputs = Outputs(x, self.spans, directions, states[directions * layers[-1]][0].shape[1])
-        for spans in zip(self.spans, reversed(self.spans)):
-            parts = [call.traversal.within(span) for span in spans[:directions]]
-            h = x
-            for k in layers:
-                for d, weights in enumerate(call.weights[k]):
-                    n, span, part, noise = directions * k + d, spans[d], parts[d], self.noise[k][d].within(spans[d])
-                    part, mask, y = part.of(n), cut(self.kept[k], span), cut(x, span) if k == layers[0] else h
-                    reads = y, *states[n], part.lengths, *part.reset_to(), *noise, mask
-                    after = self.streams[k - 1] if k > layers[0] else None
-                    with on(self.streams[d if directions == 2 else k], after, reads):
-                        if d:
-                            part = part.backwards()
-                            states[n] = call.traversal.of(n).reset_at_end_of(span, *states[n])
-                        with named(k, d, self.backend):
-                            h, states[n] = self.direction(n, y, states[n], weights, part, noise)
-                        if directions == 1:
-                            h = connect(y, h, part.lengths, mask, call.options)
-                        if k == layers[-1]:
-                            outputs.add(h, span, d)
-        return outputs.join(self.streams, [state for k in layers for state in states[directions * k :][:directions]])
+def _cat(tensors: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]
 
 
 def cut(t: Any, span: Span) -> Any:
     """The times of a span of t [T, ...], which may be None."""
     return t if t is None or span is None else t[span]
-
-
-class Outputs:
-    """Chunks of a layer's output, put together in time and over directions.
-
-    Without autograd they are copied into place as they come, so that no second output is ever held.
-    """
-
-    def __init__(self, x: Tensor, spans: list[Span], directions: int, width: int) -> None:
-        self._parts: list[list[Tensor]] = [[] for _ in range(directions)]
-        self._whole: Tensor | None = None
-        if not torch.is_grad_enabled() and len(spans) > 1:
-            # Made here, on the stream that all others wait for, since several of them write to it.
-            self._whole = x.new_empty(*x.shape[:2], directions * width)
-
-    def add(self, h: Tensor, span: Span, direction: int) -> None:
-        """The next chunk of one direction, [t, B, P]; the reverse direction comes to the last one first."""
-        if self._whole is None:
-            self._parts[direction].insert(0 if direction else len(self._parts[direction]), h)
-        else:
-            width = h.shape[2]
-            self._whole[span, :, direction * width : (direction + 1) * width] = h
-
-    def join(self, streams: Streams, finals: list[State]) -> Tensor:
-        """[T, B, D*P], once all streams are done; the current one reads that, and final states."""
-        held = [h for parts in self._parts for h in parts] if self._whole is None else [self._whole]
-        join(streams, [*held, *(t for state in finals for t in state)])
-        if self._whole is not None:
-            return self._whole
-        directions = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in self._parts]
-        return torch.cat(directions, dim=2) if len(directions) > 1 else directions[0]
 
 
 @functools.cache

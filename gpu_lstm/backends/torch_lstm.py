@@ -36,11 +36,7 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     if not call.traversal.is_plain() or options.kind == "lstm_layer":
         if call.modes.autocast is not None:  # the weights that shut gates are of a size that their dtype must hold
             call = call._replace(weights=[[one.to(dtype) for one in each] for each in call.weights])
-
-        def direction(_: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: object) -> tuple:
-            return layer(x, state, weights, traversal)
-
-        y, rows = one_after_another(call, direction, "torch", dtype)
+        y, rows = one_after_another(call, lambda _, *given: layer(*given[:4]), "torch", dtype)
         return y, call.pack_rows(rows)
     if options.kind == "LSTM":
         y, state = stack(call.x, call.states[0], call.weights, options.dropout, options.training)
@@ -86,26 +82,21 @@ def stack(
     h0, c0 = state
     flat = [tensor for layer in layers for weights in layer for tensor in weights if tensor is not None]
     bias = layers[0][0].bias_ih is not None
-    bidirectional = len(layers[0]) == 2
     if not training:
         dropout = 0.0
         training = x.is_cuda and torch.is_grad_enabled()  # to cuDNN this says whether there will be a backward
     exact = c0.dtype is not x.dtype and is_exact(c0, x)
     hx = h0, c0.to(x.dtype) if exact else c0
+    options = flat, bias, len(layers), dropout, training, len(layers[0]) == 2  # both directions
     if batch_sizes is None:
-        y, h_n, c_n = _VF.lstm(x, hx, flat, bias, len(layers), dropout, training, bidirectional, False)
+        y, h_n, c_n = _VF.lstm(x, hx, *options, False)
     else:
-        y, h_n, c_n = _VF.lstm(x, batch_sizes, hx, flat, bias, len(layers), dropout, training, bidirectional)
+        y, h_n, c_n = _VF.lstm(x, batch_sizes, hx, *options)
     return y, (h_n, c_n.float() if exact else c_n)
 
 
-def layer(
-    x: Tensor,  # [T, B, I]
-    state: State,  # ([B, P], [B, H])
-    weights: Weights,
-    traversal: Traversal,
-) -> tuple[Tensor, State]:
-    """One layer, one direction, in one call: h [T, B, P] and (h_n [B, P], c_n [B, H]).
+def layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -> tuple[Tensor, State]:
+    """One layer, one direction, in one call: x [T, B, I] -> h [T, B, P] and (h_n [B, P], c_n [B, H]), as `state` is.
 
     torch has the reverse direction only combined with the forward one, so for that time is reversed and restored.
     """

@@ -117,11 +117,7 @@ def racing(mode: Literal["on", "read", "off"], group: Any = None) -> Block:
 
 
 def parse_backend(name: str | Backend, source: str = "") -> Backend:
-    """The Backend called `name`; `source` says where a user finds it, where that is not the call at hand.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """The Backend called `name`, else a ValueError; `source` says where a user finds it, if not in the call at hand."""
     return _parse(Backend, name, "backend", source)
 
 

@@ -86,13 +86,11 @@ class Traversal(NamedTuple):
         states = self.reset_states
         if states is not None:
             states = [(torch.cat([h[1:], h[:1]]), torch.cat([c[1:], c[:1]])) for h, c in states]
-        return Traversal(self.lengths, self.resets, True, states)
+        return self._replace(reverse=True, reset_states=states)
 
     def of(self, number: int) -> "Traversal":
         """That of one layer in one direction, which has that number among [L*D]."""
-        if self.reset_states is None:
-            return self
-        return Traversal(self.lengths, self.resets, self.reverse, [self.reset_states[number]])
+        return self if self.reset_states is None else self._replace(reset_states=[self.reset_states[number]])
 
     def reset_to(self) -> tuple[Tensor | None, Tensor | None]:
         """(h [T, B, P], c [T, B, H]) that the steps of one layer and direction are reset to; None: zeros."""

@@ -57,14 +57,13 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     if key in _decided:
         return _decided[key]
     if dry or call.modes.capturing:  # the next call races
-        decision = None if mode is Racing.OFF else _cached(kind, able, device)
-        if decision is not None:
+        if (decision := _cached(kind, able, device, mode)) is not None:
             return decision
         expected = expected_winner(kind, able, device)
         then = "; the first call races it" if dry and mode is Racing.ON and not kind.only_ours else ""
         return expected._replace(why=expected.why + then)
     with _lock, torch.random.fork_rng([device] if call.x.is_cuda else []):
-        decision = _cached(kind, able, device) if mode is not Racing.OFF else None
+        decision = _cached(kind, able, device, mode)
         if decision is None and (group is None or torch.distributed.get_rank(group) == 0):
             decision = _judge(call, kind, able, mode)
         if group is not None:
@@ -90,9 +89,9 @@ def _who_asked(call: Call) -> str:
     return f"the variable {choices.BACKEND_VARIABLE}"
 
 
-def _cached(kind: Kind, able: Backend, device: torch.device) -> Decision | None:
-    """The result of a race of a kind of call on a device, if there was one."""
-    entry = cache.read(KIND, _key(kind, able, device))
+def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> Decision | None:
+    """The result of a race of a kind of call on a device, if there was one and it counts."""
+    entry = None if mode is Racing.OFF else cache.read(KIND, _key(kind, able, device))
     if entry is None:
         return None
     try:
@@ -133,12 +132,9 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
 
 def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
     """The call by a backend on random data of its size, with its own weights; and backward in training."""
-    call, is_cell = (
-        call.padded()._replace(form=Padded(batched=True, batch_first=False)),
-        call.options.kind == "LSTMCell",
-    )
-    steps, batch, features = min(call.steps, LONGEST), *call.x.shape[1:]
-    shape = (batch, features) if is_cell else (steps, batch, features)
+    call = call.padded()._replace(form=Padded(batched=True, batch_first=False))
+    steps, sizes = min(call.steps, LONGEST), call.x.shape[1:]  # (B, I)
+    shape = sizes if call.options.kind == "LSTMCell" else (steps, *sizes)
     # By uniform numbers of a generator that is forked off.
     data = torch.rand(shape, dtype=torch.float32, device=call.x.device).to(call.x.dtype)
     data.requires_grad_(kind.training and call.x.requires_grad)
