@@ -260,27 +260,27 @@ for _operator, _run, _fake in (OPERATOR, _forward, _forward_fake), (BACKWARD, _b
 torch.library.register_autograd(OPERATOR, _gradients, setup_context=_setup_context, lib=_LIBRARY)
 
 
-def _products(given: list[Tensor], places: list[int]) -> list[tuple[str, int]]:
-    """(name of a weight or "", operations of its product with all steps) of each tensor: two for a multiply-add."""
-    names = "weight_ih", "weight_hh", "weight_hr"
-    known = {first + Weights._fields.index(name): name for name in names for first in (FIRST, SECOND)}
-    rows = given[0].shape[0] * given[0].shape[1]  # T B
-    return [(known[k], 2 * rows * t.numel()) if k in known else ("", 0) for t, k in zip(given, places)]
+_MATRICES = {
+    first + Weights._fields.index(name): name
+    for name in ("weight_ih", "weight_hh", "weight_hr") for first in (FIRST, SECOND)
+}  # fmt: skip
 
 
 def _forward_flops(given: list[Tensor], places: list[int], *_: Any, **__: Any) -> int:
-    """Of products alone."""
-    return sum(count for _, count in _products(given, places))
+    """Of products with all steps alone: two operations for a multiply-add, as torch's."""
+    rows = given[0].shape[0] * given[0].shape[1]  # T B
+    return sum(2 * rows * t.numel() for t, k in zip(given, places) if k in _MATRICES)
 
 
 def _backward_flops(gradients: list, saved: list, given: list, places: list, *rest: Any, **_: Any) -> int:
     """A product for the gradient of each weight, and one for that of what it multiplies; those that are recomputed."""
-    (_, gates, c), needed = saved, rest[-1]
+    (_, gates, c), needed, total = saved, rest[-1], 0
     recomputed = ("weight_ih", "weight_hh") if gates.dim() < c.dim() else ()
-    return sum(
-        count * (bool(need) + (name != "weight_ih" or bool(needed[0])) + (name in recomputed))
-        for (name, count), need in zip(_products(given, places), needed)
-    )
+    for t, k, need in zip(given, places, needed):
+        name = _MATRICES.get(k)
+        times = bool(need) + (name != "weight_ih" or bool(needed[0])) + (name in recomputed)
+        total += times * _forward_flops([given[0], t], [0, k])
+    return total
 
 
 def count_flops() -> None:

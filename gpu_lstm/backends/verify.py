@@ -32,15 +32,14 @@ COMPARED = ("x", "h0", "c0", "weight_hh", "reset_h", "reset_c")  # whose gradien
 
 def verify(plan: Any, problem: Problem, which: Pass, device: torch.device) -> str | None:
     """Why a plan's kernel is not used for a pass of a problem on a device; None if it computes the right numbers."""
-    key = _key(plan, problem, which, device)
-    verdict = cache.read(KIND, key)
-    if not isinstance(verdict, str):
+    verdict = cached_verdict(plan, problem, which, device)
+    if verdict is None:
         verdict = _verdict(plan, problem, which, device)
-        cache.write(KIND, key, verdict)
+        cache.write(KIND, _key(plan, problem, which, device), verdict)
     if verdict == "right":
         return None
     cache.warn_once(
-        f"a kernel is not trusted on {key['card']}: {verdict}. Backend 'auto' does without it. "
+        f"a kernel is not trusted on {cache.machine(device)['card']}: {verdict}. Backend 'auto' does without it. "
         f"Please report this, with what `python -m gpu_lstm` prints and the plan: {plan}"
     )
     return verdict
@@ -96,9 +95,8 @@ class Small:
     def __init__(self, problem: Problem, which: Pass, device: torch.device) -> None:
         self.problem, self.which, self.device = problem, which, device
         self._generator = torch.Generator().manual_seed(0)
-        p, batch, hidden, width = problem, problem.batch, problem.hidden, problem.width
-        normal = self._normal
-        tensors: dict[str, Tensor | None] = dict(
+        p, batch, hidden, width, normal = problem, problem.batch, problem.hidden, problem.width, self._normal
+        tensors = dict(
             x=normal(STEPS, batch, FEATURES), h0=normal(batch, width), c0=normal(batch, hidden),
             weight_ih=normal(4 * hidden, FEATURES, scale=FEATURES**-0.5),
             weight_hh=normal(4 * hidden, width, scale=width**-0.5),
@@ -123,7 +121,7 @@ class Small:
             if dimensions is not None:
                 rate = torch.tensor(RATE, device=device)
                 tensors[name] = normal(STEPS, batch, size) > 0 if dimensions else rate
-        self.inputs = Inputs(**tensors)  # type: ignore[arg-type]
+        self.inputs = Inputs(**tensors)
         self._given = normal(STEPS, batch, width), normal(batch, width)  # gradients of h and h_n
 
     def _normal(self, *size: int, scale: float = 1.0) -> Tensor:
@@ -144,8 +142,8 @@ class Small:
         learns, dtype = self.which.backward, dtype or self.problem.dtype
         own = [None if t is None else t.to(dtype).requires_grad_(learns) for t in self.inputs[:DIFFERENTIABLE]]
         inputs = Inputs(*own, *self.inputs[DIFFERENTIABLE:])  # type: ignore[arg-type]
-        traversal = inputs.traversal(self.problem.reverse)
-        h, (h_n, c_n) = run(inputs.x, (inputs.h0, inputs.c0), inputs.weights(), traversal)
+        state, traversal = (inputs.h0, inputs.c0), inputs.traversal(self.problem.reverse)
+        h, (h_n, c_n) = run(inputs.x, state, inputs.weights(), traversal)
         if not learns:
             return dict(h=h, h_n=h_n, c_n=c_n)
         there = [each for each in zip((h, h_n), self._given, (self.which.dh, self.which.dh_n)) if each[2]]

@@ -97,7 +97,7 @@ def backend(name: BackendName | Backend) -> Block:
     Raises:
         ValueError: there is no backend of that name.
     """
-    found = parse_backend(name)
+    found = _parse(Backend, name, "backend")
     return Block(chosen_backend, found, f"gpu_lstm.backend({found.value!r})")
 
 
@@ -116,18 +116,13 @@ def racing(mode: Literal["on", "read", "off"], group: Any = None) -> Block:
     return Block(chosen_racing, (found, group), f"gpu_lstm.racing({found.value!r})")
 
 
-def parse_backend(name: str | Backend, source: str = "") -> Backend:
-    """The Backend called `name`, else a ValueError; `source` says where a user finds it, if not in the call at hand."""
-    return _parse(Backend, name, "backend", source)
-
-
 def parse_backend_name(name: str | Backend) -> BackendName:
-    """As `parse_backend`, the name itself: what modules keep."""
-    return cast(BackendName, parse_backend(name).value)
+    """The name of a Backend, which modules keep; a ValueError if there is none of that name."""
+    return cast(BackendName, _parse(Backend, name, "backend").value)
 
 
 def _parse(kind: type[E], name: object, what: str, source: str = "") -> E:
-    """The member of an enum of that name."""
+    """The member of an enum of that name; `source` says where a user finds it, where that is not the call at hand."""
     if isinstance(name, kind):
         return name
     names = [each.value for each in kind]
@@ -139,11 +134,11 @@ def _parse(kind: type[E], name: object, what: str, source: str = "") -> E:
 def requested_backend(argument: str | Backend | None) -> Backend:
     """What the user asked for: by argument, else by `with backend(...)`, else by environment variable, else auto."""
     if argument is not None:
-        return parse_backend(argument)
+        return _parse(Backend, argument, "backend")
     if chosen_backend.now is not None:
         return chosen_backend.now
     name = os.environ.get(BACKEND_VARIABLE) or Backend.AUTO
-    return parse_backend(name, f" in the environment variable {BACKEND_VARIABLE}")
+    return _parse(Backend, name, "backend", f" in the environment variable {BACKEND_VARIABLE}")
 
 
 def requested_racing() -> tuple[Racing, Any]:

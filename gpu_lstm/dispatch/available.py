@@ -2,13 +2,13 @@
 
 import functools
 import importlib
-import warnings
 from collections.abc import Callable
 
 import torch
 
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
 from ..call.options import RESET_STATES
+from ..kernels import cache  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 
 KERNEL_DEVICES = ("cuda",)  # whose tensors AUTO gives to kernels
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -25,9 +25,8 @@ def select(
 ) -> Backend:
     """The backend that will run tensors of this device and dtype unless another wins a race: never AUTO.
 
-    `feature` is what a call has that the fewest backends support. AUTO then chooses kernels that support it and can
-    run, else the reference. Within torch.func.vmap and forward-mode derivatives (`transformed`) it is the reference,
-    whatever was chosen and can run.
+    `feature` is what a call has that the fewest backends support; `transformed`, whether it is within torch.func.vmap
+    or a forward-mode derivative, which the reference runs, whatever was chosen and can run.
 
     Raises:
         ValueError: there is no backend of that name, or an explicitly chosen one does not support the feature.
@@ -87,14 +86,9 @@ def _problem_with(package: str, load: Callable[[], object]) -> str | None:
         return str(error)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-        _say_once(f"{package} is installed, but fails, and is not used: {problem}")
+        cache.warn_once(f"{package} is installed, but fails, and is not used: {problem}")
         return problem
     return None
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    warnings.warn(f"gpu_lstm: {text}", stacklevel=2)
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
@@ -118,7 +112,7 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
     problem = binary.compile_problem(10 * major + minor)
     if problem is not None:
         text = f"Triton compiles nothing for {device}, compute capability {major}.{minor}: {problem}"
-        _say_once(f"{text}. Backend 'auto' does without it.")
+        cache.warn_once(f"{text}. Backend 'auto' does without it.")
         return RuntimeError(f"backend 'triton': {text}")
     return None
 
