@@ -189,7 +189,7 @@ def test_the_precision_of_float32_products_on_a_card_and_the_switch(monkeypatch)
     explain = importlib.import_module("gpu_lstm.tools.explain")  # gpu_lstm.explain is the function
 
     def words(backend="triton", precision="tf32"):
-        kind = SimpleNamespace(dtype=torch.float32, precision=precision)
+        kind = SimpleNamespace(dtype=torch.float32, like=SimpleNamespace(precision=precision))
         return explain._precision(kind, torch.device("cuda"), Backend(backend))
 
     assert words().startswith("in the recurrence TF32 (torch.backends.cudnn.")

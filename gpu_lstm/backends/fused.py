@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..call.noise import Noise
 from ..call.sequences import Traversal, valid_steps
@@ -100,8 +101,9 @@ def recurrence_of(
 def _input_product(given: Inputs) -> Tensor:
     """The part of the pre-activations that does not depend on h: x W_ih^T + b_ih + b_hh, [T, B, 4H]."""
     bias = None if given.bias_ih is None or given.bias_hh is None else given.bias_ih + given.bias_hh
-    z = cell.linear(given.x, given.weight_ih, bias, given.gain_ih)
-    return z if given.gain_ih is None else z.contiguous()
+    if given.gain_ih is None:
+        return F.linear(given.x, given.weight_ih, bias)
+    return cell.linear(given.x, given.weight_ih, bias, given.gain_ih).contiguous()
 
 
 def _with_dropout(h: Tensor, given: Inputs) -> Tensor:
@@ -167,7 +169,9 @@ def gradients(
     d = kernels.backward(dh, dh_n, None if dc_n is None else dc_n.float(), saved.gates, saved.c, r, need.h0)
 
     found: Gradients = dict.fromkeys(Inputs._fields[:DIFFERENTIABLE])
-    of_x, of_h = _through_norms(found, saved, need, d, (of_hh, of_c))
+    of_x = of_h = d.dgates  # of W_ih x and W_hh h; zero in padding, but zero times the NaN that may stand there is not
+    if not given.gain_ih is given.gain_hh is given.gain_c is None:
+        of_x, of_h = _through_norms(found, saved, need, d, (of_hh, of_c))
     rows_of_x = of_x.flatten(0, 1)  # [T*B, 4H]
     rows_of_h = rows_of_x if of_h is of_x else of_h.flatten(0, 1)
     if need.x:
@@ -204,7 +208,7 @@ def _through_norms(
     `units` are those of W_hh h and of c; d is what kernels/layer.py calls Gradients.
     """
     given, (of_hh, of_c) = saved.given, units
-    of_x = of_h = d.dgates  # zero in padding, but zero times the NaN that may stand there is not
+    of_x = of_h = d.dgates
     if given.gain_ih is not None and (need.x or need.weight_ih or need.gain_ih):
         unit_ih = layer_norm.unit_of(_without_padding(given.x, given.lengths) @ given.weight_ih.T)
         of_x, found["gain_ih"] = _through_norm(d.dgates, given.gain_ih, unit_ih)

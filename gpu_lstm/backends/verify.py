@@ -97,14 +97,14 @@ class Small:
         self._generator = torch.Generator().manual_seed(0)
         p, batch, hidden, width, normal = problem, problem.batch, problem.hidden, problem.width, self._normal
         tensors = dict(
-            x=normal(STEPS, batch, FEATURES), h0=normal(batch, width), c0=normal(batch, hidden),
+            x=normal(STEPS, batch, FEATURES), h0=normal(batch, width), c0=normal(batch, hidden).float(),
             weight_ih=normal(4 * hidden, FEATURES, scale=FEATURES**-0.5),
             weight_hh=normal(4 * hidden, width, scale=width**-0.5),
         )  # fmt: skip
         if p.projected:
             tensors["weight_hr"] = normal(width, hidden, scale=hidden**-0.5)
         if p.reset_c:
-            tensors |= dict(reset_h=normal(STEPS, batch, width), reset_c=normal(STEPS, batch, hidden))
+            tensors |= dict(reset_h=normal(STEPS, batch, width), reset_c=normal(STEPS, batch, hidden).float())
         if p.peepholes:
             tensors["weight_peephole"] = normal(3 * hidden)
         for name, size, there in zip(("gain_hh", "gain_c", "bias_c"), (4 * hidden, hidden, hidden), p.norms):
@@ -156,13 +156,10 @@ class Small:
         """The same by the kernel of a plan; backward it is given the reference's gates and cell states."""
         launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
         layer = launch.layer_by(self.problem, self.device, plan)
-        p, inputs = self.problem, self.inputs
-        inputs = inputs._replace(
-            c0=inputs.c0.float(), reset_c=None if inputs.reset_c is None else inputs.reset_c.float()
-        )
+        dtype, inputs = self.problem.dtype, self.inputs
         if self.which.backward:
-            activated = torch.cat([gates.input, gates.forget, gates.candidate, gates.output], dim=2).to(p.dtype)
-            saved = Saved(inputs, gates.hidden.to(p.dtype), activated, gates.cell.float())
+            activated = torch.cat([gates.input, gates.forget, gates.candidate, gates.output], dim=2).to(dtype)
+            saved = Saved(inputs, gates.hidden.to(dtype), activated, gates.cell.float())
             dh, dh_n = (d if there else None for d, there in zip(self._given, (self.which.dh, self.which.dh_n)))
             needed = [name in COMPARED and t is not None for name, t in zip(Inputs._fields, inputs)]
             found = Inputs(*fused.gradients(layer, saved, (dh, dh_n, None), needed[:DIFFERENTIABLE]))  # type: ignore[arg-type]

@@ -86,7 +86,7 @@ class Traversal(NamedTuple):
         states = self.reset_states
         if states is not None:
             states = [(torch.cat([h[1:], h[:1]]), torch.cat([c[1:], c[:1]])) for h, c in states]
-        return self._replace(reverse=True, reset_states=states)
+        return Traversal(self.lengths, self.resets, True, states)
 
     def of(self, number: int) -> "Traversal":
         """That of one layer in one direction, which has that number among [L*D]."""

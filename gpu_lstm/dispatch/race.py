@@ -21,8 +21,9 @@ from ..call.forms import Padded
 from ..call.modes import Recording, Transforms, recurrent_precision
 from ..call.options import Size
 from ..call.prepare import Call
+from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels import cache  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
-from ..kernels.problem import Pass  # type: ignore[import-not-found]
+from ..kernels.problem import Pass, Problem  # type: ignore[import-not-found]
 from .kind import Kind, describe, size_class
 from .route import Decision, build, run_by
 
@@ -53,17 +54,18 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     if call.modes.recording != Recording.NOBODY or call.modes.transforms != Transforms.NONE:
         return Decision(able, "nothing is raced while a call is watched")
     device, (mode, group) = call.x.device, requested_racing()
-    key = kind._replace(batch=size_class(kind.batch)), able, device, mode
+    key = kind._replace(like=kind.like._replace(batch=size_class(kind.like.batch))), able, device, mode
     if key in _decided:
         return _decided[key]
     if dry or call.modes.capturing:  # the next call races
-        if (decision := _cached(kind, able, device, mode)) is not None:
+        decision = None if mode is Racing.OFF else _cached(kind, able, device)
+        if decision is not None:
             return decision
         expected = expected_winner(kind, able, device)
         then = "; the first call races it" if dry and mode is Racing.ON and not kind.only_ours else ""
         return expected._replace(why=expected.why + then)
     with _lock, torch.random.fork_rng([device] if call.x.is_cuda else []):
-        decision = _cached(kind, able, device, mode)
+        decision = None if mode is Racing.OFF else _cached(kind, able, device)
         if decision is None and (group is None or torch.distributed.get_rank(group) == 0):
             decision = _judge(call, kind, able, mode)
         if group is not None:
@@ -89,9 +91,9 @@ def _who_asked(call: Call) -> str:
     return f"the variable {choices.BACKEND_VARIABLE}"
 
 
-def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> Decision | None:
-    """The result of a race of a kind of call on a device, if there was one and it counts."""
-    entry = None if mode is Racing.OFF else cache.read(KIND, _key(kind, able, device))
+def _cached(kind: Kind, able: Backend, device: torch.device) -> Decision | None:
+    """The result of a race of a kind of call on a device, if there was one."""
+    entry = cache.read(KIND, _key(kind, able, device))
     if entry is None:
         return None
     try:
@@ -212,7 +214,7 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     """
     if kind.only_ours:
         return Decision(able, f"torch's LSTM has no {kind.only_ours}")
-    slow = ["lengths"] * (kind.lengths is not None) + ["resets"] * kind.resets
+    slow = ["lengths"] * (kind.like.lengths is not None) + ["resets"] * kind.like.resets
     slow += ["a projection"] * any(size.projected for size in kind.layers)
     if slow:
         return Decision(able, f"expected: torch's LSTM is slow with {' and '.join(slow)}")
@@ -237,9 +239,10 @@ def winner_in_a_graph(
     if able not in KERNEL_BACKENDS or requested_backend(argument) is not Backend.AUTO:
         return able
     directions, lengths, resets, reset_states, noise, variant = asked
-    kind = Kind(
-        tuple([Size(*size) for size in sizes]), directions, False, dtype, recurrent_precision(dtype), True, False,
-        LONGEST, BATCH_OF_A_GRAPH, torch.int64 if lengths else None, resets, noise, None, None, reset_states,
-        variant == "peepholes", (variant == "layer_norm",) * 4,
+    layers, normed = tuple([Size(*size) for size in sizes]), variant == LAYER_NORM
+    like = Problem(
+        2, BATCH_OF_A_GRAPH, layers[0].hidden, dtype, layers[0].projected, recurrent_precision(dtype),
+        lengths=torch.int64 if lengths else None, resets=resets, dropout_h=noise, reset_c=reset_states,
+        peepholes=variant == PEEPHOLES, norms=(normed,) * 3,
     )  # fmt: skip
-    return expected_winner(kind, able, device).backend
+    return expected_winner(Kind(layers, directions, True, False, LONGEST, normed, like), able, device).backend

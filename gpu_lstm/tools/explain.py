@@ -211,7 +211,7 @@ def _precision(kind: Kind, device: torch.device, backend: Backend) -> str:
     if kind.dtype is not torch.float32 or device.type != "cuda":
         return f"in {name}"
     words = {True: "TF32", False: "float32, exactly"}
-    text = f"in the recurrence {words[kind.precision == 'tf32']} (torch.backends.cudnn.rnn.fp32_precision)"
+    text = f"in the recurrence {words[kind.like.precision == 'tf32']} (torch.backends.cudnn.rnn.fp32_precision)"
     if backend is Backend.TORCH:
         return f"{text}, and all others"
     wide = torch.backends.cuda.matmul.fp32_precision == "tf32"
