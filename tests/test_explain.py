@@ -196,9 +196,9 @@ def test_the_precision_of_float32_products_on_a_card_and_the_switch(monkeypatch)
     assert ", over all steps float32, exactly (torch.backends.cuda.matmul." in words()
     assert words("torch").endswith(", and all others")
     assert words(precision="ieee").startswith("in the recurrence float32, exactly")
-    assert _kind(gpu_lstm.LSTM(4, 5)).precision == "tf32"
+    assert _kind(gpu_lstm.LSTM(4, 5)).like.precision == "tf32"
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    assert _kind(gpu_lstm.LSTM(4, 5)).precision == "ieee"
+    assert _kind(gpu_lstm.LSTM(4, 5)).like.precision == "ieee"
 
 
 def test_nothing_changes_and_all_of_it_is_data(card):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._pytree import _broadcast_to_and_flatten, tree_flatten, tree_unflatten
 
 from ..call.choices import KERNEL_BACKENDS, Backend
 from ..call.modes import Recording, gradients_are_differentiated, recurrent_precision
@@ -70,7 +71,8 @@ def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[
     def both_directions(x: Tensor, state: State, layer: list[Weights]) -> tuple[Tensor, State]:
         x, state, first = cast(x, state, layer[0], dtype)
         second = layer[1].to(dtype) if len(layer) == 2 else ()
-        return _run_operator(call, [*Inputs(x, *state, *first), *second], False, backend)
+        given = Inputs(x, *state, *first)  # type: ignore[arg-type]
+        return _run_operator(call, [*given, *second], False, backend)
 
     if backend is Backend.TORCH and call.traversal.is_plain() and call.options.kind != "lstm_layer":
         return torch_lstm.layer_by_layer(call._replace(x=call.x.to(dtype)), dtype, both_directions)
@@ -237,17 +239,16 @@ def _gradients(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | 
 def _one_after_another(operator: Any) -> Callable[..., tuple]:
     """How an operator is vmapped: one call after another, say for Jacobians row by row."""
 
-    def at(k: int, argument: Any, dim: Any) -> Any:
-        if isinstance(argument, list):
-            return [at(k, *each) for each in zip(argument, dim or [None] * len(argument))]
-        return argument.select(dim, k) if isinstance(argument, Tensor) and dim is not None else argument
-
     def call_each(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
-        each = [operator(*(at(k, *both) for both in zip(arguments, in_dims))) for k in range(info.batch_size)]
-        results = [torch.stack(tensors) for tensors in zip(*each)]
-        if isinstance(each[0], list):
-            return results, [0] * len(results)
-        return tuple(results), (0,) * len(results)
+        flat, spec = tree_flatten(arguments)
+        given = list(zip(flat, _broadcast_to_and_flatten(in_dims, spec)))  # type: ignore[arg-type]
+        each = []
+        for k in range(info.batch_size):
+            own = [t if dim is None else t.select(dim, k) for t, dim in given]
+            each.append(operator(*tree_unflatten(own, spec)))
+        kind = type(each[0])  # a tuple or a list
+        results = kind(torch.stack(tensors) for tensors in zip(*each))
+        return results, kind([0]) * len(results)
 
     return call_each
 

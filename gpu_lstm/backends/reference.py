@@ -96,16 +96,16 @@ def layer(
     if dtype in (torch.float16, torch.bfloat16):
         x, h0, c0, weights = x.float(), h0.float(), c0.float(), weights.to(torch.float32)
     time, valid, reset = traversal.steps(x)  # [T, B] each, or None
-    if valid is not None:
-        # In padding steps and times are the same, and what stands there, NaN included, is left out.
-        x = torch.where(valid[:, :, None], x, 0)
+
+    def inside(t: Tensor) -> Tensor:
+        """t [T, B, F] with zeros past the end of a sequence, where NaN may stand, and steps and times are the same."""
+        return t if valid is None else torch.where(valid[:, :, None], t, 0)
 
     def reordered(t: Tensor) -> Tensor:
         """t [T, B, F] from the order of time to that of steps, or back."""
         return t.gather(0, time[:, :, None].expand_as(t))
 
-    steps = len(x)
-    x = reordered(x)
+    steps, x = len(x), reordered(inside(x))
     reset_h, reset_c = (None if t is None else reordered(t.to(x.dtype)) for t in traversal.reset_to())
     dropout_h, *zoneout = (None if t is None else t.to(x.dtype) for t in noise)
     zoneout = [None if t is None else reordered(t.expand(steps, *s.shape)) for t, s in zip(zoneout, (h0, c0))]
@@ -121,18 +121,15 @@ def layer(
         found = _step(x[t], h_prev, c_prev, weights, own)
         if record is not None:
             gates.append(found)
+        outputs.append(found.hidden)
         if valid is None:
             h, c = found.hidden, found.cell
-            outputs.append(h)
         else:
-            h = torch.where(valid[t, :, None], found.hidden, h)
-            c = torch.where(valid[t, :, None], found.cell, c)
-            outputs.append(torch.where(valid[t, :, None], found.hidden, 0))
+            h, c = (torch.where(valid[t, :, None], *both) for both in ((found.hidden, h), (found.cell, c)))
 
     if record is not None:
-        kept = [reordered(torch.stack(every)).to(dtype) for every in zip(*gates)]
-        record.append(Gates(*(t if valid is None else torch.where(valid[:, :, None], t, 0) for t in kept)))
-    return reordered(torch.stack(outputs)).to(dtype), (h.to(dtype), c.to(cell_dtype))
+        record.append(Gates(*(inside(reordered(torch.stack(every)).to(dtype)) for every in zip(*gates))))
+    return inside(reordered(torch.stack(outputs))).to(dtype), (h.to(dtype), c.to(cell_dtype))
 
 
 def _step(x: Tensor, h: Tensor, c: Tensor, weights: Weights, noise: Noise) -> Gates:

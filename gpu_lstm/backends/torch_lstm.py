@@ -29,8 +29,9 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     if options.kind == "LSTMCell":
         h, c = _VF.lstm_cell(call.x, call.states[0], *call.weights[0][0][:4])
         return h, [(h, c)]
-    if packed is not None and call.traversal.resets is None and options.kind == "LSTM":
-        y, state = stack(call.x, call.states[0], call.weights, options.dropout, options.training, packed.batch_sizes)
+    if options.kind == "LSTM" and call.traversal.is_plain():
+        batch_sizes = None if packed is None else packed.batch_sizes
+        y, state = stack(call.x, call.states[0], call.weights, options.dropout, options.training, batch_sizes)
         return y, [state]
     call = call.padded()
     if not call.traversal.is_plain() or options.kind == "lstm_layer":
@@ -38,15 +39,6 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
             call = call._replace(weights=[[one.to(dtype) for one in each] for each in call.weights])
         y, rows = one_after_another(call, lambda _, *given: layer(*given[:4]), "torch", dtype)
         return y, call.pack_rows(rows)
-    if options.kind == "LSTM":
-        y, state = stack(call.x, call.states[0], call.weights, options.dropout, options.training)
-        return y, [state]
-    return _stacked(call, dtype)
-
-
-def _stacked(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
-    """Of layers with states of their own: in one call where they are of one size, else a call for each."""
-    options = call.options
     if options.in_one_call:
         h0, c0 = (torch.cat(state) for state in zip(*call.layer_states()))  # [L*D, B, *]
         y, (h_n, c_n) = stack(call.x, (h0, c0), call.weights, options.dropout, options.training)

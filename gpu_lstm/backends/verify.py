@@ -78,10 +78,10 @@ def _verdict(plan: Any, problem: Problem, which: Pass, device: torch.device) -> 
         return f"{type(error).__name__}: {error}"
     last_place = 2.0**-10 if problem.precision == "tf32" else torch.finfo(problem.dtype).eps  # of products
     for name, true in truth.items():
-        error = _rms(ours[name].double() - true)
+        found = _rms(ours[name].double() - true)
         allowed = 2 * max(_rms(theirs[name].double() - true), last_place * float(true.abs().max()))
-        if not error <= allowed:  # nor if it is NaN
-            return f"the RMS error of {name} is {error:.2g}, where {allowed:.2g} is allowed"
+        if not found <= allowed:  # nor if it is NaN
+            return f"the RMS error of {name} is {found:.2g}, where {allowed:.2g} is allowed"
     return "right"
 
 
