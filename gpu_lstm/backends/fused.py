@@ -146,10 +146,6 @@ class Saved(NamedTuple):
         return cell.next_cell(i, f, g, self.cell_before(traversal))
 
 
-Gradients = dict[str, Tensor | None]
-"""By the names of Inputs."""
-
-
 def gradients(
     kernels: Any, saved: Saved, output_gradients: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -168,7 +164,7 @@ def gradients(
     r = recurrence_of(given, problem.reverse, problem.precision, of_hh, of_c)
     d = kernels.backward(dh, dh_n, None if dc_n is None else dc_n.float(), saved.gates, saved.c, r, need.h0)
 
-    found: Gradients = dict.fromkeys(Inputs._fields[:DIFFERENTIABLE])
+    found: dict[str, Tensor | None] = dict.fromkeys(Inputs._fields[:DIFFERENTIABLE])
     of_x = of_h = d.dgates  # of W_ih x and W_hh h; zero in padding, but zero times the NaN that may stand there is not
     if not given.gain_ih is given.gain_hh is given.gain_c is None:
         of_x, of_h = _through_norms(found, saved, need, d, (of_hh, of_c))
@@ -201,9 +197,9 @@ def gradients(
 
 
 def _through_norms(
-    found: Gradients, saved: Saved, need: Inputs, d: Any, units: tuple[Unit, Unit]
+    found: dict[str, Tensor | None], saved: Saved, need: Inputs, d: Any, units: tuple[Unit, Unit]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients [T, B, 4H] of W_ih x and of W_hh h, from those of their sum; those of gains and bias_c are added.
+    """Gradients [T, B, 4H] of W_ih x and of W_hh h, from those of their sum; those of gains and bias_c go to `found`.
 
     `units` are those of W_hh h and of c; d is what kernels/layer.py calls Gradients.
     """

@@ -84,19 +84,14 @@ def run(call: Call, direction: Direction, schedule: Schedule, backend: str) -> t
 
 
 def _through(
-    call: Call,
-    direction: Direction,
-    schedule: Schedule,
-    backend: str,
-    drawn: tuple[list[list[Noise]], list[Tensor | None]],  # see noise.draw
-    layers: range,
-    x: Tensor,  # [T, B, I]
-    states: list[State],  # [L*D], which go on from chunk to chunk
-) -> Tensor:
-    """Chunk by chunk through several layers of one direction, or one of two: [T, B, D*P].
+    call: Call, direction: Direction, schedule: Schedule, backend: str,
+    drawn: tuple[list[list[Noise]], list[Tensor | None]], layers: range, x: Tensor, states: list[State],
+) -> Tensor:  # fmt: skip
+    """x [T, B, I], chunk by chunk through several layers of one direction, or one of two: [T, B, D*P].
 
-    Where each layer has a stream, it computes a chunk while the layer above computes the chunk before; where each
-    direction has one, the reverse one starts at the other end.
+    `drawn` is as noise.draw returns it; `states` [L*D] go on from chunk to chunk. Where each layer has a stream, it
+    computes a chunk while the layer above computes the chunk before; where each direction has one, the reverse one
+    starts at the other end.
     """
     directions, (noise, kept), streams = call.options.directions, drawn, schedule.streams
     all_spans, width = schedule.spans(call.steps, directions), states[directions * layers[-1]][0].shape[1]

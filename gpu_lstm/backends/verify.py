@@ -94,8 +94,12 @@ class Small:
 
     def __init__(self, problem: Problem, which: Pass, device: torch.device) -> None:
         self.problem, self.which, self.device = problem, which, device
-        self._generator = torch.Generator().manual_seed(0)
-        p, batch, hidden, width, normal = problem, problem.batch, problem.hidden, problem.width, self._normal
+        p, batch, hidden, width = problem, problem.batch, problem.hidden, problem.width
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*size, generator=generator) * scale).to(device, p.dtype)
+
         tensors = dict(
             x=normal(STEPS, batch, FEATURES), h0=normal(batch, width), c0=normal(batch, hidden).float(),
             weight_ih=normal(4 * hidden, FEATURES, scale=FEATURES**-0.5),
@@ -123,10 +127,6 @@ class Small:
                 tensors[name] = normal(STEPS, batch, size) > 0 if dimensions else rate
         self.inputs = Inputs(**tensors)
         self._given = normal(STEPS, batch, width), normal(batch, width)  # gradients of h and h_n
-
-    def _normal(self, *size: int, scale: float = 1.0) -> Tensor:
-        t = torch.randn(*size, generator=self._generator) * scale
-        return t.to(self.device, self.problem.dtype)
 
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Gates]:
         """Results in some dtype, and the gates."""

@@ -35,14 +35,12 @@ NO_NOISE = Noise()
 
 
 def draw(
-    layers: list[list[Weights]],  # [L][D]
-    sizes: tuple[int, int],  # T, B
-    dtype: torch.dtype,  # that the layers compute in
-    options: Options,
+    layers: list[list[Weights]], sizes: tuple[int, int], dtype: torch.dtype, options: Options
 ) -> tuple[list[list[Noise]], list[Tensor | None]]:
     """The noise of one call, [L][D]; and which elements of each layer's output are kept, [L] of bool [T, B, D*P].
 
-    The latter is None where there is no dropout, and for the last layer.
+    The latter is None where there is no dropout, and for the last layer. Of weights [L][D], `sizes` (T, B), and the
+    dtype that layers compute in.
     """
     if options.zoneout == (0, 0) and not options.recurrent_dropout and not options.dropout:
         return [[NO_NOISE] * len(layer) for layer in layers], [None] * len(layers)

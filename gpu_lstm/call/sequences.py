@@ -119,11 +119,8 @@ class Traversal(NamedTuple):
         return torch.where(separated[:, None], to_h, h), torch.where(separated[:, None], to_c, c)
 
     def steps(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of each step of x [T, B, *], in the order of processing, each [T, B].
-
-        Returns:
-            The time that it visits, int64; whether it is inside the sequence (None: all are); whether the state is
-            reset before it (None: nowhere).
+        """Of each step of x [T, B, *] the time that it visits, int64 [T, B]; and, bool [T, B] or None, whether it is
+        inside the sequence (None: all are), and whether the state is reset before it (None: nowhere).
         """
         steps, batch, _ = x.shape
         time = times_of_steps(steps, batch, self.lengths, self.reverse, x.device)
@@ -142,13 +139,11 @@ class Traversal(NamedTuple):
         valid = valid_steps(len(reset), lengths)
         return reset if valid is None else reset & valid
 
-    def states_before(
-        self,
-        states: Tensor,  # [T, B, F] h or c of every time; zero in padding
-        initial: Tensor,  # [B, F]
-        reset_to: Tensor | None,  # [T, B, F], see `reset_to`
-    ) -> Tensor:
-        """[T, B, F]: the state that the step at each time started from; anything finite in padding."""
+    def states_before(self, states: Tensor, initial: Tensor, reset_to: Tensor | None) -> Tensor:
+        """[T, B, F]: the state that the step at each time started from; anything finite in padding.
+
+        `states` [T, B, F]: h or c of every time, zero in padding; `initial` [B, F]; `reset_to` [T, B, F].
+        """
         if not self.reverse:
             before = torch.cat([initial[None], states[:-1]])
         elif self.lengths is None:
