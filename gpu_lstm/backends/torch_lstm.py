@@ -37,7 +37,9 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     if not call.traversal.is_plain() or options.kind == "lstm_layer":
         if call.modes.autocast is not None:  # the weights that shut gates are of a size that their dtype must hold
             call = call._replace(weights=[[one.to(dtype) for one in each] for each in call.weights])
-        y, rows = one_after_another(call, lambda _, *given: layer(*given[:4]), "torch", dtype)
+        y, rows = one_after_another(
+            call, lambda row, x, state, weights, traversal, noise: layer(x, state, weights, traversal), "torch", dtype
+        )
         return y, call.pack_rows(rows)
     if options.in_one_call:
         h0, c0 = (torch.cat(state) for state in zip(*call.layer_states()))  # [L*D, B, *]
