@@ -60,13 +60,12 @@ def decided_again():
 def nothing_cached(monkeypatch, tmp_path):
     """As on a new machine: nothing cached, nothing chosen by the environment, no warning given. The cache's folder."""
     from gpu_lstm.call import choices
-    from gpu_lstm.dispatch import available
     from gpu_lstm.kernels import cache
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in (choices.BACKEND_VARIABLE, choices.RACE_VARIABLE, cache.SHARED):
         monkeypatch.delenv(name, raising=False)
-    for function in (cache._read, cache.warn_once, available._say_once):
+    for function in (cache._read, cache.warn_once):
         function.cache_clear()
     return tmp_path / "gpu_lstm"
 

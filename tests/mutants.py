@@ -93,7 +93,7 @@ SWAPS: dict[type, type] = {
 }  # fmt: skip
 # What nobody computes with: texts, logs, speed, types. What is written there is not mutated.
 TALKS = {"print", "warn", "warn_once", "info", "warning", "debug", "error", "add_argument", "ArgumentParser",
-         "_say_once", "add_parser", "named", "TypeVar", "cast", "NewType", "getLogger"}  # fmt: skip
+         "add_parser", "named", "TypeVar", "cast", "NewType", "getLogger"}  # fmt: skip
 SPEED = {"cache_modifier", "eviction_policy", "num_stages", "stacklevel", "do_not_specialize", "non_blocking", "flush",
          "help", "description", "why", "msg", "indent"}  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpu_lstm.backends import graph
-from gpu_lstm.backends.fused import DIFFERENTIABLE, Inputs
+from gpu_lstm.backends.fused import Inputs
 from gpu_lstm.kernels import layer
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
 from gpu_lstm.kernels.cupy_lstm import planning
@@ -63,7 +63,7 @@ def _launches(driver, monkeypatch, backend: str, choose_plan, device: str) -> li
         sizes = (T, B, I), (B, H), (B, H), (4 * H, I), (4 * H, H)
         given = graph._flat(Inputs(*(torch.empty(size, device=device) for size in sizes)))
         h, _, _, gates, c = graph._forward(*given, False, backend, True, False)
-        needed = [k == 1 for k in range(DIFFERENTIABLE)]
+        needed = [k == 1 for k in range(len(sizes))]
         graph._backward([h, None, None], [h, gates, c], *given, False, backend, needed)
     return current
 

@@ -189,16 +189,16 @@ def test_the_precision_of_float32_products_on_a_card_and_the_switch(monkeypatch)
     explain = importlib.import_module("gpu_lstm.tools.explain")  # gpu_lstm.explain is the function
 
     def words(backend="triton", precision="tf32"):
-        kind = SimpleNamespace(dtype=torch.float32, precision=precision)
+        kind = SimpleNamespace(dtype=torch.float32, like=SimpleNamespace(precision=precision))
         return explain._precision(kind, torch.device("cuda"), Backend(backend))
 
     assert words().startswith("in the recurrence TF32 (torch.backends.cudnn.")
     assert ", over all steps float32, exactly (torch.backends.cuda.matmul." in words()
     assert words("torch").endswith(", and all others")
     assert words(precision="ieee").startswith("in the recurrence float32, exactly")
-    assert _kind(gpu_lstm.LSTM(4, 5)).precision == "tf32"
+    assert _kind(gpu_lstm.LSTM(4, 5)).like.precision == "tf32"
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    assert _kind(gpu_lstm.LSTM(4, 5)).precision == "ieee"
+    assert _kind(gpu_lstm.LSTM(4, 5)).like.precision == "ieee"
 
 
 def test_nothing_changes_and_all_of_it_is_data(card):

@@ -75,3 +75,13 @@ def test_a_kind_and_explain_name_the_kernels_that_run(monkeypatch, case, mode):
         passes = [[d.passes[k].why for d in told.layers][:: 1 - 2 * k] for k in range(len(ways))]
         assert whys == [why for each in passes for why in each]
         assert told.launches == len(launched)
+
+
+@pytest.mark.parametrize("name", ["gain_hh_l1", "bias_c_l0", "weight_peephole_l1"])
+def test_all_layers_have_the_same_cell(name):
+    """A kind of call, and so a route, has one cell: what is None in one layer alone would choose another's kernels."""
+    lstm = gpu_lstm.LSTM(2, 2, 2, layer_norm=True, peepholes=True, backend="triton")
+    lstm(X)  # the route that is cached
+    setattr(lstm, name, None)
+    with pytest.raises(RuntimeError, match=f"{name[:-3]} should be given in every layer and direction, or in none"):
+        lstm(X)

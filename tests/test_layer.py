@@ -293,8 +293,8 @@ def test_the_operators(words, device):
     masks = [given.noise["zoneout_h"], given.noise["zoneout_c"], given.lengths, given.resets]
     inputs = [*floats, *(t.to(device) for t in masks)]
     there = [k for k, t in enumerate(inputs) if t is not None]
-    arguments = *inputs[:3], [inputs[k] for k in there[3:]], there[3:], given.reverse, "triton"
+    arguments = [inputs[k] for k in there], there, given.reverse, "triton"
     torch.library.opcheck(graph.OPERATOR, (*arguments, True, False))
     h, h_n, c_n, gates, c = graph.OPERATOR(*arguments, True, False)
-    needed = [k in there and k < DIFFERENTIABLE for k in range(len(inputs))]
+    needed = [k < DIFFERENTIABLE for k in there]
     torch.library.opcheck(graph.BACKWARD, ([h, h_n, c_n], [h, gates, c], *arguments, needed))

@@ -26,8 +26,8 @@ from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER
 
 CPU = torch.device("cpu")
 KIND = Kind(
-    (Size(6, 32, 0),), 1, False, torch.float32, "tf32", True, False, 64, 8, torch.int64, False, False, None, None,
-    False, False, (False,) * 4,
+    (Size(6, 32, 0),), 1, True, False, 64, False,
+    Problem(2, 8, 32, torch.float32, precision="tf32", lengths=torch.int64),
 )  # fmt: skip
 SMALL = Problem(2, 8, 32, torch.float32, precision="tf32", reverse=True, lengths=torch.int64)
 CHECK = verify._key(plans(SMALL, INTERPRETER, True)[-1], SMALL, Pass(True), CPU)

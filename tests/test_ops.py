@@ -46,11 +46,12 @@ def _check(given, reverse, backend, recompute=False):
     given = [None if t is None else t.detach() for t in given]
     flat = graph._flat(given)
     torch.library.opcheck(graph.OPERATOR, (*flat, reverse, backend, False, recompute))
-    there = [t is not None and (k < DIFFERENTIABLE or k >= graph.SECOND) for k, t in enumerate(given)]
-    leaves = graph._flat([t.clone().requires_grad_() if learns else t for t, learns in zip(given, there)])
-    torch.library.opcheck(graph.OPERATOR, (*leaves, reverse, backend, True, recompute))
+    tensors, places = flat
+    there = [k < DIFFERENTIABLE or k >= graph.SECOND for k in places]
+    leaves = [t.clone().requires_grad_() if learns else t for t, learns in zip(tensors, there)]
+    torch.library.opcheck(graph.OPERATOR, (leaves, places, reverse, backend, True, recompute))
     h, h_n, c_n, *kept = graph.OPERATOR(*flat, reverse, backend, True, recompute)
-    one = [k == 1 for k in range(len(given))]
+    one = [k == 1 for k in places]
     for needed, gradients in ((there, [h, h_n, c_n]), (there, [h, None, None]), (one, [None, h_n, c_n])):
         torch.library.opcheck(graph.BACKWARD, (gradients, [h, *kept], *flat, reverse, backend, needed))
 
@@ -75,11 +76,12 @@ def test_both_directions_of_torch(device):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_backward_leaves_what_was_saved_alone_and_accepts_expanded_gradients(device, recompute):
     given, reverse = _given("projected ragged reverse", device)
-    flat = *graph._flat(given), reverse, "triton"
+    tensors, places = graph._flat(given)
+    flat = tensors, places, reverse, "triton"
     h, h_n, c_n, *kept = graph.OPERATOR(*flat, True, recompute)
     # In padding nothing was ever written, so NaN stands for whatever the memory held.
     before = [t.nan_to_num() for t in kept]
-    needed = [t is not None and k < DIFFERENTIABLE for k, t in enumerate(given)]
+    needed = [k < DIFFERENTIABLE for k in places]
     one = torch.ones((), device=device)  # sum() gives an expanded gradient, whose strides are zero
     found = [
         graph.BACKWARD([dh, h_n, c_n], [h, *kept], *flat, needed)

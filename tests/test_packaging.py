@@ -150,11 +150,12 @@ def test_packages_that_are_broken_in_any_way_stop_nobody(tmp_path):
         except ImportError as error:
             print(error)
         from gpu_lstm.dispatch import available
+        from gpu_lstm.kernels import cache
         from gpu_lstm.__main__ import main
 
         for error in ("OSError", "RuntimeError", "AttributeError", "SyntaxError", "KeyError", "ImportError"):
             os.environ["BROKEN"] = error
-            for cached in (available.triton_import_problem, available.cupy_import_problem, available._say_once):
+            for cached in (available.triton_import_problem, available.cupy_import_problem, cache.warn_once):
                 cached.cache_clear()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")

@@ -347,7 +347,7 @@ NOISE, RESETS = dict(dropout_h=True), dict(resets=True)
         ("resident", 1, {}, "triton"), ("cooperative", 1, {}, "triton"), ("cooperative", 2, {}, "torch"),
         ("step", 1, {}, "torch"), ("step", 1, dict(lengths=torch.int64), "triton"), ("step", 1, RESETS, "triton"),
         ("step", 1, dict(layers=(Size(4, 5, 3),)), "triton"), ("step", 1, NOISE, "triton"),
-        ("step", 1, dict(peepholes=True), "triton"), ("step", 1, dict(reset_states=True), "triton"),
+        ("step", 1, dict(peepholes=True), "triton"), ("step", 1, dict(reset_c=True), "triton"),
         ("", 1, {}, "torch"), ("", 1, RESETS, "cupy"),
     ],
 )  # fmt: skip
@@ -356,7 +356,9 @@ def test_the_expected_winner(monkeypatch, family, walks, options, winner):
     plan = SimpleNamespace(family=SimpleNamespace(value=family), walks=walks)
     layer = SimpleNamespace(chosen=lambda which: Chosen(plan, False))
     monkeypatch.setattr(kernels, "layer_of", lambda backend, problem, device: layer)
-    kind = kind_of(_call(gpu_lstm.LSTM(4, 5)))._replace(**options)
+    kind, like = kind_of(_call(gpu_lstm.LSTM(4, 5))), dict(options)
+    layers = like.pop("layers", kind.layers)
+    kind = kind._replace(layers=layers, like=kind.like._replace(**like))
     able = Backend.TRITON if family else Backend.CUPY
     assert race.expected_winner(kind, able, X.device).backend.value == winner
 

@@ -226,7 +226,7 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
     def on(stream, after, reads):
         waited.setdefault(stream, set()).update({after or "caller"} | waited[after or "caller"])
         current.append(stream)
-        held[stream].update(t.data_ptr() for t in reads)
+        held[stream].update(t.data_ptr() for t in reads if t is not None)
         yield
         current.pop()
 
@@ -235,8 +235,9 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
         waited["caller"].update(joined)
         held["caller"].update(t.data_ptr() for t in results)
 
-    def layer(kernels, x, state, *_):
-        for tensor in (x, *state):
+    def layer(kernels, x, state, weights, traversal, *_):
+        alive.append(traversal.lengths)  # of this chunk
+        for tensor in (x, *state, traversal.lengths):
             source = made_on.get(tensor.data_ptr(), "caller")
             assert source == current[-1] or source in waited[current[-1]]
             assert source == current[-1] or tensor.data_ptr() in held[current[-1]]
@@ -250,7 +251,7 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
     monkeypatch.setattr(schedule, "on", on)
     monkeypatch.setattr(schedule, "join", join)
     monkeypatch.setattr(autograd, "layer", layer)
-    lstm(torch.zeros(200, 2, 3))
+    lstm(torch.zeros(200, 2, 3), lengths=torch.tensor([200, 150]))
     assert waited["caller"] == set(names)
     finals = [tensor.data_ptr() for tensor in alive if tensor.dim() == 2][-2 * len(names) :]
     assert set(finals) <= held["caller"]

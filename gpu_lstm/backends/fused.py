@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..call.noise import Noise
 from ..call.sequences import Traversal, valid_steps
-from ..call.weights import Weights
+from ..call.weights import State, Weights
 from ..cells import lstm as cell
 from ..kernels import layer_norm  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from ..kernels.layer_norm import NO_UNIT, Unit  # type: ignore[import-not-found]
@@ -62,13 +62,7 @@ DIFFERENTIABLE = 15
 """The first of Inputs, which have gradients."""
 
 
-def inputs_of(
-    x: Tensor,  # [T, B, I]
-    state: tuple[Tensor, Tensor],  # ([B, P], [B, H])
-    weights: Weights,
-    traversal: Traversal,
-    noise: Noise,
-) -> Inputs:
+def inputs_of(x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise) -> Inputs:
     """The tensors of a layer, all in the dtype of x but for cell states."""
     lengths, resets, _, reset_states = traversal
     reset_h = reset_c = None
@@ -84,7 +78,10 @@ def forward(kernels: Any, given: Inputs, save: bool) -> tuple[Tensor, Tensor, Te
     `kernels` is the Layer of a backend, kernels/layer.py.
     """
     problem = kernels.problem
-    gates = _pre_activations(given, problem.reverse)
+    gates = _input_product(given)
+    if given.reset_h is not None:  # known before the time loop, which has h = 0 at resets
+        of_resets = _at_resets(_with_dropout(given.reset_h, given), given.traversal(problem.reverse))
+        _add_recurrent_product(gates, of_resets, given)
     h, h_n, c_n, c = kernels.forward(gates, recurrence_of(given, problem.reverse, problem.precision), save)
     return h, h_n, c_n, gates, c
 
@@ -93,25 +90,12 @@ def recurrence_of(
     given: Inputs, reverse: bool, precision: str, of_hh: Unit = NO_UNIT, of_c: Unit = NO_UNIT
 ) -> Recurrence:
     """What the kernels are given."""
-    _, h0, c0, _, weight_hh, _, _, weight_hr, weight_peephole, _, gain_hh, gain_c, bias_c, *others = given
-    reset_h, reset_c, dropout_h, zoneout_h, zoneout_c, lengths, resets = others
-    kept_h = None if zoneout_h is None else reset_h
+    g = given
     return Recurrence(
-        weight_hh, h0, c0.float(), weight_hr, lengths, resets, dropout_h, zoneout_h, zoneout_c, kept_h, reset_c,
-        weight_peephole, gain_hh, gain_c, bias_c, *of_hh, *of_c, reverse, precision,
+        g.weight_hh, g.h0, g.c0.float(), g.weight_hr, g.lengths, g.resets, g.dropout_h, g.zoneout_h, g.zoneout_c,
+        None if g.zoneout_h is None else g.reset_h, g.reset_c,
+        g.weight_peephole, g.gain_hh, g.gain_c, g.bias_c, *of_hh, *of_c, reverse, precision,
     )  # fmt: skip
-
-
-def _pre_activations(given: Inputs, reverse: bool) -> Tensor:
-    """What the kernels are given, [T, B, 4H]: the input product and, where a step is reset, that of h as it is then.
-
-    The latter are known beforehand, so that the time loop has h = 0 there.
-    """
-    z = _input_product(given)
-    if given.reset_h is not None:
-        taken = given.reset_h if given.dropout_h is None else given.dropout_h * given.reset_h
-        _add_recurrent_product(z, _at_resets(taken, given.traversal(reverse)), given)
-    return z
 
 
 def _input_product(given: Inputs) -> Tensor:
@@ -122,19 +106,24 @@ def _input_product(given: Inputs) -> Tensor:
     return cell.linear(given.x, given.weight_ih, bias, given.gain_ih).contiguous()
 
 
-def _add_recurrent_product(z: Tensor, taken: Tensor, given: Inputs) -> None:
+def _with_dropout(h: Tensor, given: Inputs) -> Tensor:
+    """What W_hh is multiplied with, from h [T, B, P]; and the gradient of h from that of the former."""
+    return h if given.dropout_h is None else given.dropout_h * h
+
+
+def _add_recurrent_product(z: Tensor, h: Tensor, given: Inputs) -> None:
     """z [T, B, 4H] += W_hh h, where W_hh is multiplied with h [T, B, P]; nothing where h is zero."""
     if given.gain_hh is None:
-        z.flatten(0, 1).addmm_(taken.flatten(0, 1), given.weight_hh.T)
+        z.flatten(0, 1).addmm_(h.flatten(0, 1), given.weight_hh.T)
     else:
-        z += cell.linear(taken, given.weight_hh, None, given.gain_hh)
+        z += cell.linear(h, given.weight_hh, None, given.gain_hh)
 
 
 def _at_resets(t: Tensor, traversal: Traversal) -> Tensor:
     """t [T, B, F], with zeros where no step is reset."""
-    anew = traversal.begins_anew()
-    assert anew is not None, "states to reset to come with resets"
-    return torch.where(anew[:, :, None], t, 0)
+    reset = traversal.resets_in_time()
+    assert reset is not None, "states to reset to come with resets"
+    return torch.where(reset[:, :, None], t, 0)
 
 
 class Saved(NamedTuple):
@@ -145,110 +134,89 @@ class Saved(NamedTuple):
     gates: Tensor  # [T, B, 4H] activated, anything in padding; empty if they are to be recomputed
     c: Tensor  # [T, B, H] float32; zero in padding
 
+    def cell_before(self, traversal: Traversal) -> Tensor:
+        """The cell states [T, B, H] that each step began with, float32; anything finite in padding."""
+        return traversal.states_before(self.c, self.given.c0.float(), self.given.reset_c)
+
+    def cell_after(self, traversal: Traversal) -> Tensor:
+        """c as each step computed it, before zoneout, [T, B, H] float32; anything in padding."""
+        if self.given.zoneout_c is None:
+            return self.c
+        i, f, g, _ = self.gates.chunk(4, dim=2)
+        return cell.next_cell(i, f, g, self.cell_before(traversal))
+
 
 def gradients(
     kernels: Any, saved: Saved, output_gradients: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Of the first Inputs, those that are `needed`, from the gradients of h, h_n and c_n; None counts as zero."""
-    given, need = saved.given, Inputs(*needed)  # type: ignore[arg-type]
-    problem = kernels.problem
+    given, need, problem = saved.given, Inputs(*needed), kernels.problem  # type: ignore[arg-type]
     traversal = given.traversal(problem.reverse)
     gates_were_dropped = saved.gates.dim() < saved.c.dim()  # not fewer elements: a batch of none has none
-    h_prev = gates = saved.gates
+    h_prev = saved.h  # [T, B, P] what each step's W_hh was multiplied with; anything finite in padding
     if gates_were_dropped or need.weight_hh or given.gain_hh is not None:
-        h_prev = _multiplied_by_weight_hh(saved, traversal)
+        h_prev = _with_dropout(traversal.states_before(saved.h, given.h0, given.reset_h), given)
     if gates_were_dropped:
-        gates = _recomputed_gates(saved, h_prev, traversal)
-    of_hh = of_c = NO_UNIT
-    if given.gain_hh is not None:
-        of_hh = layer_norm.unit_of(h_prev @ given.weight_hh.T)
-    if given.gain_c is not None:
-        of_c = layer_norm.unit_of(_cell_after(saved, gates, traversal))
+        saved = saved._replace(gates=_recomputed_gates(saved, h_prev, traversal))
+    of_hh = NO_UNIT if given.gain_hh is None else layer_norm.unit_of(h_prev @ given.weight_hh.T)
+    of_c = NO_UNIT if given.gain_c is None else layer_norm.unit_of(saved.cell_after(traversal))
     dh, dh_n, dc_n = output_gradients
     r = recurrence_of(given, problem.reverse, problem.precision, of_hh, of_c)
-    d = kernels.backward(dh, dh_n, None if dc_n is None else dc_n.float(), gates, saved.c, r, need.h0)
-    dgates = d.dgates  # zero in padding, but zero times the NaN that may stand there is not
+    d = kernels.backward(dh, dh_n, None if dc_n is None else dc_n.float(), saved.gates, saved.c, r, need.h0)
 
     found: dict[str, Tensor | None] = dict.fromkeys(Inputs._fields[:DIFFERENTIABLE])
-    of_x, of_h = dgates, dgates  # [T, B, 4H] gradients of x W_ih^T and h W_hh^T
-    if given.gain_ih is not None and (need.x or need.weight_ih or need.gain_ih):
-        unit_ih = layer_norm.unit_of(_without_padding(given.x, given.lengths) @ given.weight_ih.T)
-        of_x, found["gain_ih"] = _through_norm(dgates, given.gain_ih, unit_ih)
-    if given.gain_hh is not None and (need.weight_hh or need.gain_hh or need.reset_h):
-        of_h, found["gain_hh"] = _through_norm(dgates, given.gain_hh, of_hh)
-    if given.gain_c is not None and (need.gain_c or need.bias_c):
-        found["gain_c"], dbias_c = _gradients_of_norm_of_c(saved, given.gain_c, gates, of_c.unit, d.dh_total)
-        found["bias_c"] = dbias_c if need.bias_c else None
+    of_x = of_h = d.dgates  # of W_ih x and W_hh h; zero in padding, but zero times the NaN that may stand there is not
+    if not given.gain_ih is given.gain_hh is given.gain_c is None:
+        of_x, of_h = _through_norms(found, saved, need, d, (of_hh, of_c))
+    rows_of_x = of_x.flatten(0, 1)  # [T*B, 4H]
+    rows_of_h = rows_of_x if of_h is of_x else of_h.flatten(0, 1)
     if need.x:
         found["x"] = of_x @ given.weight_ih
     if need.h0:
         found["h0"] = d.dh0
     if need.c0:
         found["c0"] = d.dc0.to(given.c0.dtype)
-    rows_of_x = of_x.flatten(0, 1)  # [T*B, 4H]
-    rows_of_h = rows_of_x if of_h is of_x else of_h.flatten(0, 1)
     if need.weight_ih:
         found["weight_ih"] = rows_of_x.T @ _without_padding(given.x, given.lengths).flatten(0, 1)
     if need.weight_hh:
         found["weight_hh"] = rows_of_h.T @ h_prev.flatten(0, 1)
     if need.bias_ih or need.bias_hh:
-        dbias = dgates.sum((0, 1))
+        dbias = d.dgates.sum((0, 1))
         found["bias_ih"], found["bias_hh"] = (dbias if needs else None for needs in (need.bias_ih, need.bias_hh))
     if need.weight_hr:
-        m = cell.output(gates.chunk(4, dim=2)[3], _cell_after(saved, gates, traversal), None, None)  # [T, B, H]
+        m = cell.output(saved.gates.chunk(4, dim=2)[3], saved.cell_after(traversal), None, None)  # [T, B, H]
         found["weight_hr"] = d.dh_total.flatten(0, 1).T @ _without_padding(m, given.lengths).flatten(0, 1)
     if need.weight_peephole:
-        found["weight_peephole"] = _gradient_of_peepholes(saved, dgates, gates, traversal)
+        found["weight_peephole"] = _gradient_of_peepholes(saved, d.dgates, traversal)
     if need.reset_h:
-        found["reset_h"] = _gradient_of_reset_h(given, _at_resets(of_h, traversal), d.dreset_h)
+        dreset_h = _with_dropout(_at_resets(of_h, traversal) @ given.weight_hh, given)
+        found["reset_h"] = dreset_h if d.dreset_h is None else dreset_h + d.dreset_h.to(dreset_h.dtype)
     if need.reset_c:
         found["reset_c"] = d.dreset_c
     return list(found.values())
 
 
-def _gradient_of_reset_h(given: Inputs, of_h: Tensor, from_zoneout: Tensor | None) -> Tensor:
-    """[T, B, P], from of_h [T, B, 4H], zero but at resets, and float32 [T, B, P]."""
-    dreset_h = of_h @ given.weight_hh
-    if given.dropout_h is not None:
-        dreset_h = given.dropout_h * dreset_h
-    return dreset_h if from_zoneout is None else dreset_h + from_zoneout.to(dreset_h.dtype)
+def _through_norms(
+    found: dict[str, Tensor | None], saved: Saved, need: Inputs, d: Any, units: tuple[Unit, Unit]
+) -> tuple[Tensor, Tensor]:
+    """Gradients [T, B, 4H] of W_ih x and of W_hh h, from those of their sum; those of gains and bias_c go to `found`.
 
-
-def _multiplied_by_weight_hh(saved: Saved, traversal: Traversal) -> Tensor:
-    """The hidden states [T, B, P] that each step's recurrent product had; anything finite in padding."""
-    h_prev = traversal.states_before(saved.h, saved.given.h0, saved.given.reset_h)
-    return h_prev if saved.given.dropout_h is None else saved.given.dropout_h * h_prev
-
-
-def _cell_before(saved: Saved, traversal: Traversal) -> Tensor:
-    """The cell states [T, B, H] that each step began with, float32; anything finite in padding."""
-    return traversal.states_before(saved.c, saved.given.c0.float(), saved.given.reset_c)
-
-
-def _recomputed_gates(saved: Saved, h_prev: Tensor, traversal: Traversal) -> Tensor:
-    """The activated gates [T, B, 4H]: all h are known by now, so that one product does for all steps."""
-    z = _input_product(saved.given)
-    _add_recurrent_product(z, h_prev, saved.given)
-    if saved.given.weight_peephole is None:
-        return cell.activate_in_place(z)
-    return cell.activate_with_peepholes_in_place(z, _cell_before(saved, traversal), saved.given.weight_peephole)
-
-
-def _cell_after(saved: Saved, gates: Tensor, traversal: Traversal) -> Tensor:
-    """c as each step computed it, before zoneout, [T, B, H] float32; anything in padding."""
-    if saved.given.zoneout_c is None:
-        return saved.c
-    i, f, g, _ = gates.chunk(4, dim=2)
-    return cell.next_cell(i, f, g, _cell_before(saved, traversal))
-
-
-def _gradient_of_peepholes(saved: Saved, dgates: Tensor, gates: Tensor, traversal: Traversal) -> Tensor:
-    """[3H]: the gradients of z_i and z_f times the c before each step, of z_o times the c after it, over all steps."""
-    dz_i, dz_f, _, dz_o = dgates.chunk(4, dim=2)
-    before = _cell_before(saved, traversal)
-    after = _without_padding(_cell_after(saved, gates, traversal), saved.given.lengths)
-    sums = [(dz * c).sum((0, 1)) for dz, c in ((dz_i, before), (dz_f, before), (dz_o, after))]
-    return torch.cat(sums).to(dgates.dtype)
+    `units` are those of W_hh h and of c; d is what kernels/layer.py calls Gradients.
+    """
+    given, (of_hh, of_c) = saved.given, units
+    of_x = of_h = d.dgates
+    if given.gain_ih is not None and (need.x or need.weight_ih or need.gain_ih):
+        unit_ih = layer_norm.unit_of(_without_padding(given.x, given.lengths) @ given.weight_ih.T)
+        of_x, found["gain_ih"] = _through_norm(d.dgates, given.gain_ih, unit_ih)
+    if given.gain_hh is not None and (need.weight_hh or need.gain_hh or need.reset_h):
+        of_h, found["gain_hh"] = _through_norm(d.dgates, given.gain_hh, of_hh)
+    if given.gain_c is not None and (need.gain_c or need.bias_c):  # m = o tanh(LN(c))
+        normed = of_c.unit * given.gain_c if given.bias_c is None else of_c.unit * given.gain_c + given.bias_c
+        of_normed = d.dh_total * saved.gates.chunk(4, dim=2)[3] * (1 - normed.tanh().square())  # [T, B, H] float32
+        sums = (_without_padding(t, given.lengths).sum((0, 1)) for t in (of_normed * of_c.unit, of_normed))
+        dgain, dbias = (t.to(d.dh_total.dtype) for t in sums)
+        found["gain_c"], found["bias_c"] = dgain, dbias if need.bias_c else None
+    return of_x, of_h
 
 
 def _through_norm(d: Tensor, gain: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
@@ -256,14 +224,20 @@ def _through_norm(d: Tensor, gain: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
     return layer_norm.gradient(d, gain, *unit), (d * unit.unit).sum((0, 1))
 
 
-def _gradients_of_norm_of_c(
-    saved: Saved, gain: Tensor, gates: Tensor, unit: Tensor, dm: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of its gain and bias [H]; from unit [T, B, H] float32, and dm [T, B, H], the gradient of m = o tanh(LN(c))."""
-    seen = unit * gain if saved.given.bias_c is None else unit * gain + saved.given.bias_c
-    d_seen = dm * gates.chunk(4, dim=2)[3] * (1 - seen.tanh().square())
-    dgain, dbias = (_without_padding(t, saved.given.lengths).sum((0, 1)) for t in (d_seen * unit, d_seen))
-    return dgain.to(dm.dtype), dbias.to(dm.dtype)
+def _recomputed_gates(saved: Saved, h_prev: Tensor, traversal: Traversal) -> Tensor:
+    """The activated gates [T, B, 4H]: all h are known by now, so that one product does for all steps."""
+    z, peephole = _input_product(saved.given), saved.given.weight_peephole
+    _add_recurrent_product(z, h_prev, saved.given)
+    return cell.activate_in_place(z, peephole, None if peephole is None else saved.cell_before(traversal))
+
+
+def _gradient_of_peepholes(saved: Saved, dgates: Tensor, traversal: Traversal) -> Tensor:
+    """[3H]: the gradients of z_i and z_f times the c before each step, of z_o times the c after it, over all steps."""
+    dz_i, dz_f, _, dz_o = dgates.chunk(4, dim=2)
+    before = saved.cell_before(traversal)
+    after = _without_padding(saved.cell_after(traversal), saved.given.lengths)
+    sums = [(dz * c).sum((0, 1)) for dz, c in ((dz_i, before), (dz_f, before), (dz_o, after))]
+    return torch.cat(sums).to(dgates.dtype)
 
 
 def _without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:

@@ -46,16 +46,17 @@ def run(call: Call, dtype: torch.dtype, record: list[Gates] | None = None) -> tu
     return y, call.pack_rows(rows)
 
 
-def run_inputs(inputs: Inputs, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """h, h_n and c_n of one layer in one direction."""
-    state = inputs.h0, inputs.c0
-    h, (h_n, c_n) = layer(inputs.x, state, inputs.weights(), inputs.traversal(reverse), inputs.noise())
+def run_inputs(inputs: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """h, h_n and c_n of one layer in one direction, from its Inputs."""
+    given = Inputs(*inputs)  # type: ignore[arg-type]
+    state = given.h0, given.c0
+    h, (h_n, c_n) = layer(given.x, state, given.weights(), given.traversal(reverse), given.noise())
     return h, h_n, c_n
 
 
 def gradients(
-    run: Callable[[Any], tuple[Tensor, ...]],
-    given: Any,  # what `run` accepts: a tuple of tensors and None
+    run: Callable[[list[Any]], tuple[Tensor, ...]],
+    given: Sequence[Tensor | None],  # what `run` accepts
     output_gradients: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
@@ -67,7 +68,7 @@ def gradients(
         inputs: list[Any] = list(given)
         for k, tensor in zip(wanted, tensors):
             inputs[k] = tensor
-        outputs = run(type(given)(*inputs) if hasattr(given, "_fields") else inputs)
+        outputs = run(inputs)
         return tuple(outputs[k] for k in there)
 
     # torch.func.vjp, not autograd.grad: inputs may be one tensor or depend on each other, and be those of a transform.
@@ -77,21 +78,15 @@ def gradients(
 
 
 def layer(
-    x: Tensor,  # [T, B, I]
-    state: State,  # ([B, P], [B, H])
-    weights: Weights,
-    traversal: Traversal,
-    noise: Noise = NO_NOISE,
-    record: list[Gates] | None = None,
-) -> tuple[Tensor, State]:
-    """One layer, one direction, step by step. The gates of all steps are appended to `record`, if there is one.
-
-    At each step, with the equations of cells/lstm.py:
+    x: Tensor, state: State, weights: Weights, traversal: Traversal,
+    noise: Noise = NO_NOISE, record: list[Gates] | None = None,
+) -> tuple[Tensor, State]:  # fmt: skip
+    """One layer, one direction, step by step, from x [T, B, I] and ([B, P], [B, H]). At each step, see cells/lstm.py:
 
         z = W_ih x + b_ih + W_hh h + b_hh       h' = m, or W_hr m with a projection
 
     With `noise`, W_hh multiplies dropout_h h, and the states after the step are zoneout_c c + (1 - zoneout_c) c' and
-    zoneout_h h + (1 - zoneout_h) h'.
+    zoneout_h h + (1 - zoneout_h) h'. The gates of all steps are appended to `record`, if there is one.
 
     Returns:
         h [T, B, P] and (h_n [B, P], c_n [B, H]), in the dtypes of x, h0 and c0.
@@ -100,53 +95,54 @@ def layer(
     dtype, cell_dtype = x.dtype, c0.dtype
     if dtype in (torch.float16, torch.bfloat16):
         x, h0, c0, weights = x.float(), h0.float(), c0.float(), weights.to(torch.float32)
-    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole, gain_ih, gain_hh, gain_c, bias_c = weights
-    dropout_h, zoneout_h, zoneout_c = (None if t is None else t.to(x.dtype) for t in noise)
-
     time, valid, reset = traversal.steps(x)  # [T, B] each, or None
-    if valid is not None:
-        # In padding steps and times are the same, and what stands there, NaN included, is left out.
-        x = torch.where(valid[:, :, None], x, 0)
+
+    def inside(t: Tensor) -> Tensor:
+        """t [T, B, F] with zeros past the end of a sequence, where NaN may stand, and steps and times are the same."""
+        return t if valid is None else torch.where(valid[:, :, None], t, 0)
 
     def reordered(t: Tensor) -> Tensor:
         """t [T, B, F] from the order of time to that of steps, or back."""
         return t.gather(0, time[:, :, None].expand_as(t))
 
-    steps = len(x)
-    x = reordered(x)
+    steps, x = len(x), reordered(inside(x))
     reset_h, reset_c = (None if t is None else reordered(t.to(x.dtype)) for t in traversal.reset_to())
-    zoneout_h = None if zoneout_h is None else reordered(zoneout_h.expand(steps, *h0.shape))
-    zoneout_c = None if zoneout_c is None else reordered(zoneout_c.expand(steps, *c0.shape))
+    dropout_h, *zoneout = (None if t is None else t.to(x.dtype) for t in noise)
+    zoneout = [None if t is None else reordered(t.expand(steps, *s.shape)) for t, s in zip(zoneout, (h0, c0))]
 
     h, c = h0, c0
-    outputs = []
-    gates = []
+    outputs, gates = [], []
     for t in range(steps):
         h_prev, c_prev = h, c
         if reset is not None:
             h_prev = torch.where(reset[t, :, None], 0 if reset_h is None else reset_h[t], h)
             c_prev = torch.where(reset[t, :, None], 0 if reset_c is None else reset_c[t], c)
-        h_in = h_prev if dropout_h is None else dropout_h * h_prev
-        z = linear(x[t], weight_ih, bias_ih, gain_ih) + linear(h_in, weight_hh, bias_hh, gain_hh)  # [B, 4H]
-        i, f, g, o, c_next = step(z, c_prev, weight_peephole)  # [B, H] each
-        h_next = output(o, c_next, gain_c, bias_c)
-        if weight_hr is not None:
-            h_next = F.linear(h_next, weight_hr)  # [B, P]
-        if zoneout_c is not None:
-            c_next = zoneout_c[t] * c_prev + (1 - zoneout_c[t]) * c_next
-        if zoneout_h is not None:
-            h_next = zoneout_h[t] * h_prev + (1 - zoneout_h[t]) * h_next
+        own = Noise(dropout_h, *(None if each is None else each[t] for each in zoneout))
+        found = _step(x[t], h_prev, c_prev, weights, own)
         if record is not None:
-            gates.append((i, f, o, g, c_next, h_next))
+            gates.append(found)
+        outputs.append(found.hidden)
         if valid is None:
-            h, c = h_next, c_next
-            outputs.append(h)
+            h, c = found.hidden, found.cell
         else:
-            h = torch.where(valid[t, :, None], h_next, h)
-            c = torch.where(valid[t, :, None], c_next, c)
-            outputs.append(torch.where(valid[t, :, None], h_next, 0))
+            h, c = (torch.where(valid[t, :, None], *both) for both in ((found.hidden, h), (found.cell, c)))
 
     if record is not None:
-        kept = [reordered(torch.stack(every)).to(dtype) for every in zip(*gates)]
-        record.append(Gates(*(t if valid is None else torch.where(valid[:, :, None], t, 0) for t in kept)))
-    return reordered(torch.stack(outputs)).to(dtype), (h.to(dtype), c.to(cell_dtype))
+        record.append(Gates(*(inside(reordered(torch.stack(every)).to(dtype)) for every in zip(*gates))))
+    return inside(reordered(torch.stack(outputs))).to(dtype), (h.to(dtype), c.to(cell_dtype))
+
+
+def _step(x: Tensor, h: Tensor, c: Tensor, weights: Weights, noise: Noise) -> Gates:
+    """One step of x [B, I], from the states before it: each [B, *]; `noise` is that of the step."""
+    w = weights
+    h_in = h if noise.dropout_h is None else noise.dropout_h * h
+    z = linear(x, w.weight_ih, w.bias_ih, w.gain_ih) + linear(h_in, w.weight_hh, w.bias_hh, w.gain_hh)  # [B, 4H]
+    i, f, g, o, c_next = step(z, c, w.weight_peephole)
+    h_next = output(o, c_next, w.gain_c, w.bias_c)
+    if w.weight_hr is not None:
+        h_next = F.linear(h_next, w.weight_hr)
+    if noise.zoneout_c is not None:
+        c_next = noise.zoneout_c * c + (1 - noise.zoneout_c) * c_next
+    if noise.zoneout_h is not None:
+        h_next = noise.zoneout_h * h + (1 - noise.zoneout_h) * h_next
+    return Gates(i, f, o, g, c_next, h_next)

@@ -9,7 +9,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,18 +23,16 @@ WORKSPACE = 64 << 20  # bytes of pre-activations at once, where they are not kep
 WAVEFRONT = 8  # chunks that a sequence falls into where layers run side by side
 SHORTEST = 64  # steps of a chunk of the wavefront
 
-Streams = tuple[torch.cuda.Stream | None, ...]
-"""One for each layer or direction; None where work stays on the current stream."""
-
-Span = slice | None
-"""From which time to which a chunk goes; None: all times."""
+Stream = torch.cuda.Stream | None  # None: work stays on the current stream
+Streams = tuple[Stream, ...]
+Span = slice | None  # from which time to which a chunk goes; None: all times
 
 
 class Schedule(NamedTuple):
     """How a stack of layers runs, for calls of one kind."""
 
     longest: int  # steps of a chunk
-    streams: Streams  # one for each layer or, of layers with two directions, for each direction
+    streams: Streams  # one for each layer or, where layers have two directions, for each direction
 
     @property
     def side_by_side(self) -> int:
@@ -75,110 +73,68 @@ def schedule_of(call: Call, steps: int, size: int) -> Schedule:
 def run(call: Call, direction: Direction, schedule: Schedule, backend: str) -> tuple[Tensor, list[State]]:
     """As layers.one_after_another."""
     noise, kept = draw(call.weights, (call.steps, call.batch), call.x.dtype, call.options)
-    spans = schedule.spans(call.steps, call.options.directions)
+    layers, x, states = range(len(call.weights)), call.x, list(call.state_rows())
+    given = call, direction, schedule, backend, (noise, kept)
     if call.options.directions == 1:
-        chunks = _Chunks(call, direction, schedule.streams, spans, backend)
-        return chunks.wavefront([each[0] for each in noise], kept)
-    x, finals = call.x, []
-    for k in range(len(call.weights)):
-        chunks = _Chunks(call, direction, schedule.streams, spans, backend)
-        y, states = chunks.both_directions(k, x, noise[k])
+        return _through(*given, layers, x, states), states
+    for k in layers:
+        y = _through(*given, layers[k : k + 1], x, states)
         x = connect(x, y, call.traversal.lengths, kept[k], call.options)
-        finals += states
-    return x, finals
+    return x, states
 
 
-class _Chunks(NamedTuple):
-    """A call cut in time."""
+def _through(
+    call: Call, direction: Direction, schedule: Schedule, backend: str,
+    drawn: tuple[list[list[Noise]], list[Tensor | None]], layers: range, x: Tensor, states: list[State],
+) -> Tensor:  # fmt: skip
+    """x [T, B, I], chunk by chunk through several layers of one direction, or one of two: [T, B, D*P].
 
-    call: Call
-    direction: Direction
-    streams: Streams
-    spans: list[Span]
-    backend: str
-
-    def wavefront(self, noise: list[Noise], kept: list[Tensor | None]) -> tuple[Tensor, list[State]]:
-        """Layers of one direction, chunk by chunk through all of them.
-
-        Where each has a stream, a layer computes a chunk while the layer above computes the chunk before.
-        """
-        call, states, top = self.call, self.call.state_rows(), len(self.call.weights) - 1
-        outputs = Outputs(call.x, self.spans, 1, states[top][0].shape[1])
-        for span in self.spans:
-            y, chunk = cut(call.x, span), call.traversal.within(span)
-            for k, (weights,) in enumerate(call.weights):
-                own, part = noise[k].within(span), chunk.of(k)
-                mask = kept[k]
-                mask = None if mask is None else cut(mask, span)
-                reads = (y, *states[k], *part.reset_tensors(), *own.present(), *([] if mask is None else [mask]))
-                with on(self.streams[k], self.streams[k - 1] if k else None, reads):
-                    with named(k, 0, self.backend):
-                        h, states[k] = self.direction(k, y, states[k], weights, part, own)
-                    y = connect(y, h, part.lengths, mask, call.options)
-                    if k == top:
-                        outputs.add(y, span, 0)
-        join(self.streams, [*outputs.parts(), *(tensor for state in states for tensor in state)])
-        return outputs.whole(), states
-
-    def both_directions(self, k: int, x: Tensor, noise: list[Noise]) -> tuple[Tensor, list[State]]:
-        """Layer k, its directions side by side where there are streams: [T, B, D*P] and the final states [D]."""
-        call, rows = self.call, self.call.state_rows()
-        outputs = Outputs(x, self.spans, 2, rows[2 * k][0].shape[1])
-        finals: list[State] = []
-        for d, weights in enumerate(call.weights[k]):
-            n = 2 * k + d
-            (h, c), own = rows[n], call.traversal.of(n)
-            with on(self.streams[d], None, (x, h, c, *own.reset_tensors(), *noise[d].present())):
-                for span in reversed(self.spans) if d else self.spans:
-                    part = own.within(span)
+    `drawn` is as noise.draw returns it; `states` [L*D] go on from chunk to chunk. Where each layer has a stream, it
+    computes a chunk while the layer above computes the chunk before; where each direction has one, the reverse one
+    starts at the other end.
+    """
+    directions, (noise, kept), streams = call.options.directions, drawn, schedule.streams
+    all_spans, width = schedule.spans(call.steps, directions), states[directions * layers[-1]][0].shape[1]
+    pieces: list[list[Tensor]] = [[] for _ in range(directions)]
+    whole = None
+    if not torch.is_grad_enabled() and len(all_spans) > 1:
+        # Chunks are copied into place as they come, so that no second output is ever held. It is made here, on the
+        # stream that all others wait for, since several of them write to it.
+        whole = x.new_empty(*x.shape[:2], directions * width)
+    for spans in zip(all_spans, reversed(all_spans)):
+        parts = [call.traversal.within(span) for span in spans[:directions]]
+        h = x
+        for k in layers:
+            for d, weights in enumerate(call.weights[k]):
+                n, span = directions * k + d, spans[d]
+                part, own, mask = parts[d].of(n), noise[k][d].within(span), cut(kept[k], span)
+                y = cut(x, span) if k == layers[0] else h
+                reads = y, *states[n], part.lengths, *part.reset_to(), *own, mask
+                with on(streams[d if directions == 2 else k], streams[k - 1] if k > layers[0] else None, reads):
                     if d:
                         part = part.backwards()
-                        h, c = own.reset_at_end_of(span, h, c)
-                    with named(k, d, self.backend):
-                        y, (h, c) = self.direction(n, cut(x, span), (h, c), weights, part, noise[d].within(span))
-                    outputs.add(y, span, d)
-            finals.append((h, c))
-        join(self.streams, [*outputs.parts(), *(tensor for final in finals for tensor in final)])
-        return outputs.whole(), finals
+                        states[n] = call.traversal.of(n).reset_at_end_of(span, *states[n])
+                    with named(k, d, backend):
+                        h, states[n] = direction(n, y, states[n], weights, part, own)
+                    if directions == 1:
+                        h = connect(y, h, part.lengths, mask, call.options)
+                    if k == layers[-1] and whole is not None:
+                        whole[span, :, d * width : (d + 1) * width] = h
+                    elif k == layers[-1]:
+                        pieces[d].insert(0 if d else len(pieces[d]), h)
+    finals = states[directions * layers[0] : directions * (layers[-1] + 1)]
+    held = [h for each in pieces for h in each] if whole is None else [whole]
+    join(streams, [*held, *(t for state in finals for t in state)])
+    return _cat([_cat(each, 0) for each in pieces], 2) if whole is None else whole
 
 
-def cut(t: Tensor, span: Span) -> Tensor:
-    """The times of a span of t [T, ...]."""
-    return t if span is None else t[span]
+def _cat(tensors: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]
 
 
-class Outputs:
-    """Chunks of a layer's output, put together in time and over directions.
-
-    Without autograd they are copied into place as they come, so that no second output is ever held.
-    """
-
-    def __init__(self, x: Tensor, spans: list[Span], directions: int, width: int) -> None:
-        self._parts: list[dict[int, Tensor]] = [{} for _ in range(directions)]  # by their start
-        self._whole: Tensor | None = None
-        if not torch.is_grad_enabled() and len(spans) > 1:
-            # Made here, on the stream that all others wait for, since several of them write to it.
-            self._whole = x.new_empty(*x.shape[:2], directions * width)
-
-    def add(self, h: Tensor, span: Span, direction: int) -> None:
-        """One chunk of one direction, [t, B, P]."""
-        if self._whole is None:
-            self._parts[direction][0 if span is None else span.start] = h
-        else:
-            width = h.shape[2]
-            self._whole[span, :, direction * width : (direction + 1) * width] = h
-
-    def parts(self) -> list[Tensor]:
-        """All tensors held."""
-        return [h for parts in self._parts for h in parts.values()] if self._whole is None else [self._whole]
-
-    def whole(self) -> Tensor:
-        """[T, B, D*P]."""
-        if self._whole is not None:
-            return self._whole
-        in_time = [[parts[start] for start in sorted(parts)] for parts in self._parts]
-        directions = [torch.cat(chunks) if len(chunks) > 1 else chunks[0] for chunks in in_time]
-        return torch.cat(directions, dim=2) if len(directions) > 1 else directions[0]
+def cut(t: Any, span: Span) -> Any:
+    """The times of a span of t [T, ...], which may be None."""
+    return t if t is None or span is None else t[span]
 
 
 @functools.cache
@@ -187,14 +143,17 @@ def _streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
 
 
 @contextlib.contextmanager
-def on(stream: torch.cuda.Stream | None, after: torch.cuda.Stream | None, reads: Sequence[Tensor]) -> Iterator[None]:
+def on(
+    stream: torch.cuda.Stream | None, after: torch.cuda.Stream | None, reads: Sequence[Tensor | None]
+) -> Iterator[None]:
     """Work on `stream`, once what is queued on `after` (by default the current stream) is done."""
     if stream is None:
         yield
         return
     stream.wait_stream(after or torch.cuda.current_stream(stream.device))
     for tensor in reads:
-        tensor.record_stream(stream)
+        if tensor is not None:
+            tensor.record_stream(stream)
     with torch.cuda.stream(stream):
         yield
 

@@ -9,6 +9,8 @@ whose weights are huge, turn a step into one that
 so that a batch with lengths and resets is one call over a plain padded batch. Shut gates pass no gradient either.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import _VF, Tensor
 
@@ -27,8 +29,9 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     if options.kind == "LSTMCell":
         h, c = _VF.lstm_cell(call.x, call.states[0], *call.weights[0][0][:4])
         return h, [(h, c)]
-    if packed is not None and call.traversal.resets is None and options.kind == "LSTM":
-        y, state = stack(call.x, call.states[0], call.weights, options.dropout, options.training, packed.batch_sizes)
+    if options.kind == "LSTM" and call.traversal.is_plain():
+        batch_sizes = None if packed is None else packed.batch_sizes
+        y, state = stack(call.x, call.states[0], call.weights, options.dropout, options.training, batch_sizes)
         return y, [state]
     call = call.padded()
     if not call.traversal.is_plain() or options.kind == "lstm_layer":
@@ -36,31 +39,29 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
             call = call._replace(weights=[[one.to(dtype) for one in each] for each in call.weights])
         y, rows = one_after_another(call, _direction, "torch", dtype, call.state_rows())
         return y, call.pack_rows(rows)
-    if options.kind == "LSTM":
-        y, state = stack(call.x, call.states[0], call.weights, options.dropout, options.training)
-        return y, [state]
-    return _stacked(call, dtype)
+    if options.in_one_call:
+        h0, c0 = (torch.cat(state) for state in zip(*call.layer_states()))  # [L*D, B, *]
+        y, (h_n, c_n) = stack(call.x, (h0, c0), call.weights, options.dropout, options.training)
+        count = options.directions
+        return y, call.pack_layers(list(zip(h_n.split(count), c_n.split(count))))
+    return layer_by_layer(call, dtype, lambda x, state, layer: stack(x, state, [layer], training=options.training))
 
 
 def _direction(_: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: object) -> tuple:
     return layer(x, state, weights, traversal)
 
 
-def _stacked(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
-    """Of layers with states of their own: in one call where they are of one size, else a call for each."""
-    options, states = call.options, call.layer_states()
-    if options.in_one_call:
-        h0, c0 = (torch.cat(state) for state in zip(*states))  # [L*D, B, *]
-        y, (h_n, c_n) = stack(call.x, (h0, c0), call.weights, options.dropout, options.training)
-        count = options.directions
-        return y, call.pack_layers(list(zip(h_n.split(count), c_n.split(count))))
-    _, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
+def layer_by_layer(
+    call: Call, dtype: torch.dtype, run: Callable[[Tensor, State, list[Weights]], tuple[Tensor, State]]
+) -> tuple[Tensor, list[State]]:
+    """Layers in order, each by run(x, ([D, B, P], [D, B, H]), weights [D])."""
+    _, kept = draw(call.weights, (call.steps, call.batch), dtype, call.options)
     x = call.x
     finals: list[State] = []
-    for k, layer in enumerate(call.weights):
+    for k, (state, layer) in enumerate(zip(call.layer_states(), call.weights)):
         with named(k, None, "torch"):
-            y, final = stack(x, states[k], [layer], training=options.training)
-        x = connect(x, y, None, kept[k], options)
+            y, final = run(x, state, layer)
+        x = connect(x, y, None, kept[k], call.options)
         finals.append(final)
     return x, call.pack_layers(finals)
 
@@ -77,26 +78,21 @@ def stack(
     h0, c0 = state
     flat = [tensor for layer in layers for weights in layer for tensor in weights if tensor is not None]
     bias = layers[0][0].bias_ih is not None
-    bidirectional = len(layers[0]) == 2
     if not training:
         dropout = 0.0
         training = x.is_cuda and torch.is_grad_enabled()  # to cuDNN this says whether there will be a backward
     exact = c0.dtype is not x.dtype and is_exact(c0, x)
     hx = h0, c0.to(x.dtype) if exact else c0
+    options = flat, bias, len(layers), dropout, training, len(layers[0]) == 2  # both directions
     if batch_sizes is None:
-        y, h_n, c_n = _VF.lstm(x, hx, flat, bias, len(layers), dropout, training, bidirectional, False)
+        y, h_n, c_n = _VF.lstm(x, hx, *options, False)
     else:
-        y, h_n, c_n = _VF.lstm(x, batch_sizes, hx, flat, bias, len(layers), dropout, training, bidirectional)
+        y, h_n, c_n = _VF.lstm(x, batch_sizes, hx, *options)
     return y, (h_n, c_n.float() if exact else c_n)
 
 
-def layer(
-    x: Tensor,  # [T, B, I]
-    state: State,  # ([B, P], [B, H])
-    weights: Weights,
-    traversal: Traversal,
-) -> tuple[Tensor, State]:
-    """One layer, one direction, in one call: h [T, B, P] and (h_n [B, P], c_n [B, H]).
+def layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -> tuple[Tensor, State]:
+    """One layer, one direction, in one call: x [T, B, I] -> h [T, B, P] and (h_n [B, P], c_n [B, H]), as `state` is.
 
     torch has the reverse direction only combined with the forward one, so for that time is reversed and restored.
     """

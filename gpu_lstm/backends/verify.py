@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call.sequences import Traversal
-from ..call.weights import Weights
 from ..kernels import cache  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 from ..kernels.problem import Pass, Problem  # type: ignore[import-not-found]
 from ..kernels.timeouts import raise_if_timed_out  # type: ignore[import-not-found]
@@ -34,15 +32,14 @@ COMPARED = ("x", "h0", "c0", "weight_hh", "reset_h", "reset_c")  # whose gradien
 
 def verify(plan: Any, problem: Problem, which: Pass, device: torch.device) -> str | None:
     """Why a plan's kernel is not used for a pass of a problem on a device; None if it computes the right numbers."""
-    key = _key(plan, problem, which, device)
-    verdict = cache.read(KIND, key)
-    if not isinstance(verdict, str):
+    verdict = cached_verdict(plan, problem, which, device)
+    if verdict is None:
         verdict = _verdict(plan, problem, which, device)
-        cache.write(KIND, key, verdict)
+        cache.write(KIND, _key(plan, problem, which, device), verdict)
     if verdict == "right":
         return None
     cache.warn_once(
-        f"a kernel is not trusted on {key['card']}: {verdict}. Backend 'auto' does without it. "
+        f"a kernel is not trusted on {cache.machine(device)['card']}: {verdict}. Backend 'auto' does without it. "
         f"Please report this, with what `python -m gpu_lstm` prints and the plan: {plan}"
     )
     return verdict
@@ -72,29 +69,20 @@ def _verdict(plan: Any, problem: Problem, which: Pass, device: torch.device) -> 
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             truth, gates = small.by_reference(torch.float64)
             as_torchs = not (problem.regularised or problem.reset_c or problem.peepholes or problem.normalised)
-            theirs = small.by_torch() if as_torchs else small.by_reference(problem.dtype)[0]
+            theirs = small.results(torch_lstm.layer) if as_torchs else small.by_reference(problem.dtype)[0]
         with torch.no_grad():
             ours = small.by_kernels(plan, gates)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # it timed out, or the card refuses it
         return f"{type(error).__name__}: {error}"
+    last_place = 2.0**-10 if problem.precision == "tf32" else torch.finfo(problem.dtype).eps  # of products
     for name, true in truth.items():
-        wrong = _wrong(name, ours[name].double(), theirs[name].double(), true, _epsilon(problem))
-        if wrong:
-            return wrong
+        found = _rms(ours[name].double() - true)
+        allowed = 2 * max(_rms(theirs[name].double() - true), last_place * float(true.abs().max()))
+        if not found <= allowed:  # nor if it is NaN
+            return f"the RMS error of {name} is {found:.2g}, where {allowed:.2g} is allowed"
     return "right"
-
-
-def _epsilon(problem: Problem) -> float:
-    """Of the products' last place."""
-    return 2.0**-10 if problem.precision == "tf32" else torch.finfo(problem.dtype).eps
-
-
-def _wrong(name: str, ours: Tensor, theirs: Tensor, true: Tensor, epsilon: float) -> str | None:
-    """What is wrong with a result; None if its error is at most twice torch's own, or twice its last place."""
-    error, allowed = _rms(ours - true), 2 * max(_rms(theirs - true), epsilon * float(true.abs().max()))
-    return None if error <= allowed else f"the RMS error of {name} is {error:.2g}, where {allowed:.2g} is allowed"
 
 
 def _rms(t: Tensor) -> float:
@@ -106,18 +94,21 @@ class Small:
 
     def __init__(self, problem: Problem, which: Pass, device: torch.device) -> None:
         self.problem, self.which, self.device = problem, which, device
-        self._generator = torch.Generator().manual_seed(0)
         p, batch, hidden, width = problem, problem.batch, problem.hidden, problem.width
-        normal = self._normal
-        tensors: dict[str, Tensor | None] = dict(
-            x=normal(STEPS, batch, FEATURES), h0=normal(batch, width), c0=normal(batch, hidden),
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*size, generator=generator) * scale).to(device, p.dtype)
+
+        tensors = dict(
+            x=normal(STEPS, batch, FEATURES), h0=normal(batch, width), c0=normal(batch, hidden).float(),
             weight_ih=normal(4 * hidden, FEATURES, scale=FEATURES**-0.5),
             weight_hh=normal(4 * hidden, width, scale=width**-0.5),
         )  # fmt: skip
         if p.projected:
             tensors["weight_hr"] = normal(width, hidden, scale=hidden**-0.5)
         if p.reset_c:
-            tensors |= dict(reset_h=normal(STEPS, batch, width), reset_c=normal(STEPS, batch, hidden))
+            tensors |= dict(reset_h=normal(STEPS, batch, width), reset_c=normal(STEPS, batch, hidden).float())
         if p.peepholes:
             tensors["weight_peephole"] = normal(3 * hidden)
         for name, size, there in zip(("gain_hh", "gain_c", "bias_c"), (4 * hidden, hidden, hidden), p.norms):
@@ -134,31 +125,25 @@ class Small:
             if dimensions is not None:
                 rate = torch.tensor(RATE, device=device)
                 tensors[name] = normal(STEPS, batch, size) > 0 if dimensions else rate
-        self.inputs = Inputs(**tensors)  # type: ignore[arg-type]
+        self.inputs = Inputs(**tensors)
         self._given = normal(STEPS, batch, width), normal(batch, width)  # gradients of h and h_n
 
-    def _normal(self, *size: int, scale: float = 1.0) -> Tensor:
-        t = torch.randn(*size, generator=self._generator) * scale
-        return t.to(self.device, self.problem.dtype)
-
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Gates]:
-        """Results of forward, or gradients of backward, in some dtype; and the gates."""
+        """Results in some dtype, and the gates."""
         record: list[Gates] = []
-
         run = functools.partial(reference.layer, noise=self.inputs.noise(), record=record)
-        return self._results(run, dtype), record[0]
+        return self.results(run, dtype), record[0]
 
-    def by_torch(self) -> dict[str, Tensor]:
-        """The same by torch's own LSTM in the problem's dtype."""
-        return self._results(torch_lstm.layer, self.problem.dtype)
+    def results(self, run: Callable[..., Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Results of forward, or gradients of backward, by run(x, state, weights, traversal) of torch's operators.
 
-    def _results(self, run: Callable[..., Any], dtype: torch.dtype) -> dict[str, Tensor]:
-        learns = self.which.backward
+        In the problem's dtype or another.
+        """
+        learns, dtype = self.which.backward, dtype or self.problem.dtype
         own = [None if t is None else t.to(dtype).requires_grad_(learns) for t in self.inputs[:DIFFERENTIABLE]]
         inputs = Inputs(*own, *self.inputs[DIFFERENTIABLE:])  # type: ignore[arg-type]
-        states = None if inputs.reset_h is None else [(inputs.reset_h, inputs.reset_c)]
-        traversal = Traversal(inputs.lengths, inputs.resets, self.problem.reverse, states)  # type: ignore[arg-type]
-        h, (h_n, c_n) = run(inputs.x, (inputs.h0, inputs.c0), Weights(*inputs[3:13]), traversal)
+        state, traversal = (inputs.h0, inputs.c0), inputs.traversal(self.problem.reverse)
+        h, (h_n, c_n) = run(inputs.x, state, inputs.weights(), traversal)
         if not learns:
             return dict(h=h, h_n=h_n, c_n=c_n)
         there = [each for each in zip((h, h_n), self._given, (self.which.dh, self.which.dh_n)) if each[2]]
@@ -171,13 +156,10 @@ class Small:
         """The same by the kernel of a plan; backward it is given the reference's gates and cell states."""
         launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
         layer = launch.layer_by(self.problem, self.device, plan)
-        p, inputs = self.problem, self.inputs
-        inputs = inputs._replace(
-            c0=inputs.c0.float(), reset_c=None if inputs.reset_c is None else inputs.reset_c.float()
-        )
+        dtype, inputs = self.problem.dtype, self.inputs
         if self.which.backward:
-            activated = torch.cat([gates.input, gates.forget, gates.candidate, gates.output], dim=2).to(p.dtype)
-            saved = Saved(inputs, gates.hidden.to(p.dtype), activated, gates.cell.float())
+            activated = torch.cat([gates.input, gates.forget, gates.candidate, gates.output], dim=2).to(dtype)
+            saved = Saved(inputs, gates.hidden.to(dtype), activated, gates.cell.float())
             dh, dh_n = (d if there else None for d, there in zip(self._given, (self.which.dh, self.which.dh_n)))
             needed = [name in COMPARED and t is not None for name, t in zip(Inputs._fields, inputs)]
             found = Inputs(*fused.gradients(layer, saved, (dh, dh_n, None), needed[:DIFFERENTIABLE]))  # type: ignore[arg-type]

@@ -130,6 +130,16 @@ def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
         raise RuntimeError("bias_c should be given together with gain_c")
 
 
+def check_same_parts(weights: list[list[Weights]]) -> None:
+    """Raise RuntimeError unless peepholes, and each tensor of layer norms, are in all layers and directions or in none.
+
+    A kind of call has one cell, see dispatch/kind.py.
+    """
+    for name in NAMES[NAMES.index("weight_peephole") :]:
+        if len({getattr(one, name) is None for layer in weights for one in layer}) > 1:
+            raise RuntimeError(f"{name} should be given in every layer and direction, or in none")
+
+
 def named_weights(weights: Weights | Sequence[Tensor | None]) -> Weights:
     """The weights of a layer by name: tensors, each of as many dimensions as it has to have."""
     if not isinstance(weights, (list, tuple)):

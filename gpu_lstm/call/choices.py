@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
+E = TypeVar("E", bound=enum.Enum)
 
 BACKEND_VARIABLE = "GPU_LSTM_BACKEND"
 RACE_VARIABLE = "GPU_LSTM_RACE"
@@ -49,17 +50,6 @@ class Choice(Generic[T]):
         """What the youngest block chose; None: no block is open."""
         return self.blocks[-1].value if self.blocks else None
 
-    def enter(self, block: "Block[T]") -> None:
-        """Open a block."""
-        self.blocks.append(block)
-
-    def leave(self, block: "Block[T]") -> None:
-        """Close the youngest entry of a block, if there is one: a second call changes nothing."""
-        for k in reversed(range(len(self.blocks))):
-            if self.blocks[k] is block:
-                del self.blocks[k]
-                return
-
 
 class Block(contextlib.ContextDecorator, Generic[T]):
     """A choice that holds within a `with` block, or while a function runs that it decorates."""
@@ -72,13 +62,17 @@ class Block(contextlib.ContextDecorator, Generic[T]):
     def __enter__(self) -> None:
         self._used = True
         try:
-            self._choice.enter(self)
+            self._choice.blocks.append(self)
         except BaseException:  # an interrupt leaves nothing behind
-            self._choice.leave(self)
+            self.__exit__()
             raise
 
     def __exit__(self, *_: object) -> None:
-        self._choice.leave(self)
+        blocks = self._choice.blocks
+        for k in reversed(range(len(blocks))):  # the youngest entry of this block, if there is one
+            if blocks[k] is self:
+                del blocks[k]
+                return
 
     def __call__(self, function: F) -> F:
         self._used = True
@@ -103,7 +97,7 @@ def backend(name: BackendName | Backend) -> Block:
     Raises:
         ValueError: there is no backend of that name.
     """
-    found = parse_backend(name)
+    found = _parse(Backend, name, "backend")
     return Block(chosen_backend, found, f"gpu_lstm.backend({found.value!r})")
 
 
@@ -118,46 +112,33 @@ def racing(mode: Literal["on", "read", "off"], group: Any = None) -> Block:
     Raises:
         ValueError: another mode.
     """
-    found = _parse_racing(mode)
+    found = _parse(Racing, mode, "mode of racing")
     return Block(chosen_racing, (found, group), f"gpu_lstm.racing({found.value!r})")
 
 
-def parse_backend(name: str | Backend, source: str = "") -> Backend:
-    """The Backend called `name`; `source` says where a user finds it, where that is not the call at hand.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    if isinstance(name, Backend):
-        return name
-    names = [b.value for b in Backend]
-    if isinstance(name, str) and name in names:
-        return Backend(name)
-    known = ", ".join(map(repr, names))
-    raise ValueError(f"unknown backend {name!r}{source}; expected one of {known}")
-
-
 def parse_backend_name(name: str | Backend) -> BackendName:
-    """As `parse_backend`, the name itself: what modules keep."""
-    return cast(BackendName, parse_backend(name).value)
+    """The name of a Backend, which modules keep; a ValueError if there is none of that name."""
+    return cast(BackendName, _parse(Backend, name, "backend").value)
 
 
-def _parse_racing(mode: str, source: str = "") -> Racing:
-    try:
-        return Racing(mode)
-    except ValueError:
-        known = ", ".join(repr(m.value) for m in Racing)
-        raise ValueError(f"unknown mode of racing {mode!r}{source}; expected one of {known}") from None
+def _parse(kind: type[E], name: object, what: str, source: str = "") -> E:
+    """The member of an enum of that name; `source` says where a user finds it, where that is not the call at hand."""
+    if isinstance(name, kind):
+        return name
+    names = [each.value for each in kind]
+    if isinstance(name, str) and name in names:
+        return kind(name)
+    raise ValueError(f"unknown {what} {name!r}{source}; expected one of {', '.join(map(repr, names))}")
 
 
 def requested_backend(argument: str | Backend | None) -> Backend:
     """What the user asked for: by argument, else by `with backend(...)`, else by environment variable, else auto."""
     if argument is not None:
-        return parse_backend(argument)
+        return _parse(Backend, argument, "backend")
     if chosen_backend.now is not None:
         return chosen_backend.now
     name = os.environ.get(BACKEND_VARIABLE) or Backend.AUTO
-    return parse_backend(name, f" in the environment variable {BACKEND_VARIABLE}")
+    return _parse(Backend, name, "backend", f" in the environment variable {BACKEND_VARIABLE}")
 
 
 def requested_racing() -> tuple[Racing, Any]:
@@ -165,4 +146,4 @@ def requested_racing() -> tuple[Racing, Any]:
     if chosen_racing.now is not None:
         return chosen_racing.now
     name = os.environ.get(RACE_VARIABLE) or Racing.ON.value
-    return _parse_racing(name, f" in the environment variable {RACE_VARIABLE}"), None
+    return _parse(Racing, name, "mode of racing", f" in the environment variable {RACE_VARIABLE}"), None

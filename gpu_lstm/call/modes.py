@@ -63,7 +63,10 @@ class Modes(NamedTuple):
 def modes(x: Tensor) -> Modes:
     """As they are now, for a call on x."""
     if _is_compiling():
-        return _modes_in_a_graph(x)
+        # Precision and choices are asked where the decision is made, so that no graph is bound to them.
+        recording = Recording.ONNX if torch.onnx.is_in_onnx_export() else Recording.COMPILED
+        transforms = Transforms.REFERENCE if need_the_reference() else Transforms.NONE
+        return Modes(torch.is_grad_enabled(), _autocast_dtype(x), recording, transforms, "ieee", (), False)
     transforms = Transforms.NONE
     if _interpreter() is not None or forward_ad._current_level >= 0:
         transforms = Transforms.REFERENCE if need_the_reference() else Transforms.GRAD
@@ -81,14 +84,6 @@ def modes(x: Tensor) -> Modes:
         ),
         x.is_cuda and torch.cuda.is_current_stream_capturing(),
     )
-
-
-def _modes_in_a_graph(x: Tensor) -> Modes:
-    recording = Recording.ONNX if torch.onnx.is_in_onnx_export() else Recording.COMPILED
-    transforms = Transforms.REFERENCE if need_the_reference() else Transforms.NONE
-    autocast = _autocast_dtype(x) if _any_autocast() else None
-    # Precision and choices are asked where the decision is made, so that no graph is bound to them.
-    return Modes(torch.is_grad_enabled(), autocast, recording, transforms, "ieee", (), False)
 
 
 def recurrent_precision(dtype: torch.dtype) -> str:
@@ -136,7 +131,8 @@ def _need_the_reference(compiling: bool) -> bool:
     # torch.func.grad says that it requires a gradient, so that none would be kept for backward.
     if forward_ad._current_level >= 0:
         return True
-    return any(compiling or interpreter.key() in _ONLY_BY_REFERENCE for interpreter in _interpreters())
+    interpreters = retrieve_all_functorch_interpreters()
+    return any(compiling or interpreter.key() in _ONLY_BY_REFERENCE for interpreter in interpreters)
 
 
 def is_transformed() -> bool:
@@ -157,23 +153,15 @@ def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None
         return True
     if not torch.is_grad_enabled():
         return False
-    interpreters = _interpreters()
+    interpreters = retrieve_all_functorch_interpreters()
     own = _functorch.maybe_get_level(output) == len(interpreters)
     others = interpreters[:-1] if own else interpreters
     if any(interpreter.key() == _functorch.TransformType.Grad for interpreter in others):
         return True
-    return any(_below(t).requires_grad for t in tensors if t is not None)
+    wrapped = _functorch.is_functorch_wrapped_tensor
+    return any((_functorch.get_unwrapped(t) if wrapped(t) else t).requires_grad for t in tensors if t is not None)
 
 
 def alive(t: Tensor | None) -> Tensor | None:
     """The tensor without the wrappers of transforms that are over, which another transform does not accept."""
     return None if t is None else _functorch.unwrap_if_dead(t)
-
-
-def _interpreters() -> list[Any]:
-    return [] if _interpreter() is None else retrieve_all_functorch_interpreters()
-
-
-def _below(t: Tensor) -> Tensor:
-    """The tensor that a transform has wrapped."""
-    return _functorch.get_unwrapped(t) if _functorch.is_functorch_wrapped_tensor(t) else t

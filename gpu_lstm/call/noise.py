@@ -30,33 +30,22 @@ class Noise(NamedTuple):
         h, c = (t[span] if t is not None and t.dim() else t for t in (self.zoneout_h, self.zoneout_c))
         return Noise(self.dropout_h, h, c)
 
-    def present(self) -> list[Tensor]:
-        """The tensors that are there."""
-        return [tensor for tensor in self if tensor is not None]
-
 
 NO_NOISE = Noise()
 
 
 def draw(
-    layers: list[list[Weights]],  # [L][D]
-    sizes: tuple[int, int],  # T, B
-    dtype: torch.dtype,  # that the layers compute in
-    options: Options,
+    layers: list[list[Weights]], sizes: tuple[int, int], dtype: torch.dtype, options: Options
 ) -> tuple[list[list[Noise]], list[Tensor | None]]:
     """The noise of one call, [L][D]; and which elements of each layer's output are kept, [L] of bool [T, B, D*P].
 
-    The latter is None where there is no dropout, and for the last layer.
+    The latter is None where there is no dropout, and for the last layer. Of weights [L][D], `sizes` (T, B), and the
+    dtype that layers compute in.
     """
     if options.zoneout == (0, 0) and not options.recurrent_dropout and not options.dropout:
         return [[NO_NOISE] * len(layer) for layer in layers], [None] * len(layers)
     steps, batch = sizes
     device = layers[0][0].weight_hh.device
-
-    def dropout(features: int) -> Tensor | None:
-        if not options.recurrent_dropout:
-            return None
-        return F.dropout(torch.ones(batch, features, dtype=dtype, device=device), options.recurrent_dropout)
 
     def zoneout(probability: float, features: int) -> Tensor | None:
         if not probability:
@@ -67,7 +56,11 @@ def draw(
 
     def of_direction(weights: Weights) -> Noise:
         rows, width = weights.weight_hh.shape  # 4H, P
-        return Noise(dropout(width), zoneout(options.zoneout[0], width), zoneout(options.zoneout[1], rows // 4))
+        dropout_h = None
+        if options.recurrent_dropout:
+            ones = torch.ones(batch, width, dtype=dtype, device=device)
+            dropout_h = F.dropout(ones, options.recurrent_dropout)
+        return Noise(dropout_h, zoneout(options.zoneout[0], width), zoneout(options.zoneout[1], rows // 4))
 
     noise = [[of_direction(weights) for weights in layer] for layer in layers]
     kept: list[Tensor | None] = [None] * len(layers)

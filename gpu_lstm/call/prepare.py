@@ -231,6 +231,7 @@ def _check_tensors(options: Options, form: Form, x: Tensor, states: list[State],
             if not fits or present != options.present:
                 checks.check_input(options, form, x, weights)
                 checks.check_sizes(one, sizes)
+                checks.check_same_parts(weights)
     for h, c in states:
         if h.dtype is not dtype or c.dtype is not dtype or h.device != device or c.device != device:
             alike = False

@@ -66,15 +66,15 @@ def times_of_steps(steps: int, batch: int, lengths: Tensor | None, reverse: bool
 class Traversal(NamedTuple):
     """How layers go through a batch: how many steps, where the state is reset and to what, from which end.
 
-    A reset at t separates time t from time t - 1, for both directions: the forward one begins anew at t, the reverse
+    A reset at t separates time t from time t - 1, for both directions: the forward one starts again at t, the reverse
     one at t - 1.
     """
 
     lengths: Tensor | None = None  # [B]; None: all have T steps
     resets: Tensor | None = None  # bool [T, B]
     reverse: bool = False
-    # (h [T, B, P], c [T, B, H]) of each layer and direction, [L*D]: the states that steps begin anew from, by the time
-    # of the reset, in the reverse direction by that of the step. None: zeros.
+    # The states (h [T, B, P], c [T, B, H]) to reset to, of each layer and direction [L*D]: by the time of the reset, in
+    # the reverse direction by that of the step. None: zeros.
     reset_states: list[State] | None = None
 
     def is_plain(self) -> bool:
@@ -90,17 +90,11 @@ class Traversal(NamedTuple):
 
     def of(self, number: int) -> "Traversal":
         """That of one layer in one direction, which has that number among [L*D]."""
-        if self.reset_states is None:
-            return self
-        return Traversal(self.lengths, self.resets, self.reverse, [self.reset_states[number]])
+        return self if self.reset_states is None else self._replace(reset_states=[self.reset_states[number]])
 
     def reset_to(self) -> tuple[Tensor | None, Tensor | None]:
-        """(h [T, B, P], c [T, B, H]) that the steps of one layer and direction begin anew from; None: zeros."""
+        """(h [T, B, P], c [T, B, H]) that the steps of one layer and direction are reset to; None: zeros."""
         return (None, None) if self.reset_states is None else self.reset_states[0]
-
-    def reset_tensors(self) -> list[Tensor]:
-        """Those of all reset states that are there."""
-        return [] if self.reset_states is None else [t for pair in self.reset_states for t in pair]
 
     def within(self, span: slice | None) -> "Traversal":
         """That of the times of a span alone; None: of all."""
@@ -111,43 +105,31 @@ class Traversal(NamedTuple):
         states = None if self.reset_states is None else [(h[span], c[span]) for h, c in self.reset_states]
         return Traversal(lengths, resets, self.reverse, states)
 
-    def reset_at_end_of(self, span: slice | None, *states: Tensor) -> list[Tensor]:
-        """States (h, c) of one layer in the reverse direction, which comes to a span from the times after it.
+    def reset_at_end_of(self, span: slice | None, h: Tensor, c: Tensor) -> State:
+        """The state of one layer in the reverse direction, which comes to a span from the times after it.
 
         Reset where a reset separates the two.
         """
         if self.resets is None or span is None or span.stop == len(self.resets):
-            return list(states)
+            return h, c
         separated = self.resets[span.stop]  # [B]
         if self.lengths is not None:
             separated = separated & (self.lengths > span.stop)
-        to = (0 if t is None else t[span.stop].to(state.dtype) for t, state in zip(self.reset_to(), states))
-        return [torch.where(separated[:, None], start, state) for start, state in zip(to, states)]
+        to_h, to_c = (0 if t is None else t[span.stop].to(s.dtype) for t, s in zip(self.reset_to(), (h, c)))
+        return torch.where(separated[:, None], to_h, h), torch.where(separated[:, None], to_c, c)
 
     def steps(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of each step of x [T, B, *], in the order of processing, each [T, B].
-
-        Returns:
-            The time that it visits, int64; whether it is inside the sequence (None: all are); whether the state is
-            reset before it (None: nowhere).
+        """Of each step of x [T, B, *] the time that it visits, int64 [T, B]; and, bool [T, B] or None, whether it is
+        inside the sequence (None: all are), and whether the state is reset before it (None: nowhere).
         """
         steps, batch, _ = x.shape
         time = times_of_steps(steps, batch, self.lengths, self.reverse, x.device)
         valid = valid_steps(steps, self.lengths)
-        return time, valid, self._resets_before(time, valid)
+        reset = self.resets_in_time()
+        return time, valid, reset.gather(0, time) if self.reverse and reset is not None else reset
 
-    def _resets_before(self, time: Tensor, valid: Tensor | None) -> Tensor | None:
-        if self.resets is None:
-            return None
-        reset = self.resets
-        if self.reverse:
-            # The step at a time came from time + 1, and the first step from no time at all.
-            reset = reset.gather(0, (time + 1).clamp(max=len(time) - 1))
-            reset = torch.cat([torch.zeros_like(reset[:1]), reset[1:]])
-        return reset if valid is None else reset & valid
-
-    def begins_anew(self) -> Tensor | None:
-        """Bool [T, B]: whether the step at each time is reset; None: nowhere."""
+    def resets_in_time(self) -> Tensor | None:
+        """Bool [T, B]: whether the state is reset before the step that visits each time; None: nowhere."""
         reset, lengths = self.resets, self.lengths
         if reset is None:
             return None
@@ -157,13 +139,11 @@ class Traversal(NamedTuple):
         valid = valid_steps(len(reset), lengths)
         return reset if valid is None else reset & valid
 
-    def states_before(
-        self,
-        states: Tensor,  # [T, B, F] h or c of every time; zero in padding
-        initial: Tensor,  # [B, F]
-        reset_to: Tensor | None,  # [T, B, F], see `reset_to`
-    ) -> Tensor:
-        """[T, B, F]: the state that the step at each time started from; anything finite in padding."""
+    def states_before(self, states: Tensor, initial: Tensor, reset_to: Tensor | None) -> Tensor:
+        """[T, B, F]: the state that the step at each time started from; anything finite in padding.
+
+        `states` [T, B, F]: h or c of every time, zero in padding; `initial` [B, F]; `reset_to` [T, B, F].
+        """
         if not self.reverse:
             before = torch.cat([initial[None], states[:-1]])
         elif self.lengths is None:
@@ -172,11 +152,10 @@ class Traversal(NamedTuple):
             time = torch.arange(states.shape[0], device=states.device)[:, None]  # [T, 1]
             before = torch.cat([states[1:], states.new_zeros(1, *states.shape[1:])])
             before = torch.where((time == self.lengths - 1)[:, :, None], initial, before)
-        anew = self.begins_anew()
-        if anew is None:
+        reset = self.resets_in_time()
+        if reset is None:
             return before
-        return torch.where(anew[:, :, None], 0 if reset_to is None else reset_to.to(before.dtype), before)
+        return torch.where(reset[:, :, None], 0 if reset_to is None else reset_to.to(before.dtype), before)
 
 
 EVERY_STEP = Traversal()
-"""Of sequences that all have T steps, and no reset."""

@@ -46,23 +46,20 @@ def step(z: Tensor, c: Tensor, peephole: Tensor | None) -> tuple[Tensor, Tensor,
     return i, f, g, o.sigmoid(), c
 
 
-def activate_in_place(z: Tensor) -> Tensor:
-    """Pre-activations [T, B, 4H] -> gates in the same memory."""
+def activate_in_place(z: Tensor, peephole: Tensor | None, c: Tensor | None) -> Tensor:
+    """Pre-activations [T, B, 4H] -> gates in the same memory; with peepholes each step began with c [T, B, H]."""
     hidden = z.shape[2] // 4
     i_f, g, o = z.tensor_split((2 * hidden, 3 * hidden), dim=2)
+    if peephole is not None and c is not None:
+        p_i, p_f, p_o = peephole.chunk(3)
+        i, f = i_f.chunk(2, dim=2)
+        i.add_(p_i * c)
+        f.add_(p_f * c)
     i_f.sigmoid_()
     g.tanh_()
+    if peephole is not None and c is not None:
+        o.add_(p_o * next_cell(i, f, g, c))
     o.sigmoid_()
-    return z
-
-
-def activate_with_peepholes_in_place(z: Tensor, c: Tensor, peephole: Tensor) -> Tensor:
-    """The same, where each step began with c [T, B, H]."""
-    i, f, g, o = z.chunk(4, dim=2)
-    p_i, p_f, p_o = peephole.chunk(3)
-    i.add_(p_i * c).sigmoid_()
-    f.add_(p_f * c).sigmoid_()
-    o.add_(p_o * next_cell(i, f, g.tanh_(), c)).sigmoid_()
     return z
 
 

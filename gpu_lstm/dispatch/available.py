@@ -2,13 +2,13 @@
 
 import functools
 import importlib
-import warnings
 from collections.abc import Callable
 
 import torch
 
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
 from ..call.options import RESET_STATES
+from ..kernels import cache  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
 
 KERNEL_DEVICES = ("cuda",)  # whose tensors AUTO gives to kernels
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -25,9 +25,8 @@ def select(
 ) -> Backend:
     """The backend that will run tensors of this device and dtype unless another wins a race: never AUTO.
 
-    `feature` is what a call has that the fewest backends support. AUTO then chooses kernels that support it and can
-    run, else the reference. Within torch.func.vmap and forward-mode derivatives (`transformed`) it is the reference,
-    whatever was chosen and can run.
+    `feature` is what a call has that the fewest backends support; `transformed`, whether it is within torch.func.vmap
+    or a forward-mode derivative, which the reference runs, whatever was chosen and can run.
 
     Raises:
         ValueError: there is no backend of that name, or an explicitly chosen one does not support the feature.
@@ -51,15 +50,14 @@ def select(
 
 def why_unavailable(choice: Backend, device: torch.device, dtype: torch.dtype) -> Exception | None:
     """Why `choice` cannot run tensors of this device and dtype; None if it can."""
-    if choice in KERNEL_BACKENDS and torch.version.hip is not None:
-        return RuntimeError(f"backend {choice.value!r} runs on NVIDIA GPUs; this torch is built for AMD's (ROCm)")
-    match choice:
-        case Backend.TRITON:
-            return _triton_obstacle(device, dtype)
-        case Backend.CUPY:
-            return _cupy_obstacle(device, dtype)
-        case _:
-            return None
+    if choice not in KERNEL_BACKENDS:
+        return None
+    name = f"backend {choice.value!r}"
+    if torch.version.hip is not None:
+        return RuntimeError(f"{name} runs on NVIDIA GPUs; this torch is built for AMD's (ROCm)")
+    if dtype not in KERNEL_DTYPES:
+        return TypeError(f"{name} takes float16, bfloat16 and float32, got {dtype}")
+    return _triton_obstacle(device, dtype) if choice is Backend.TRITON else _cupy_obstacle(device)
 
 
 @functools.cache
@@ -88,19 +86,12 @@ def _problem_with(package: str, load: Callable[[], object]) -> str | None:
         return str(error)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-        _say_once(f"{package} is installed, but fails, and is not used: {problem}")
+        cache.warn_once(f"{package} is installed, but fails, and is not used: {problem}")
         return problem
     return None
 
 
-@functools.cache
-def _say_once(text: str) -> None:
-    warnings.warn(f"gpu_lstm: {text}", stacklevel=2)
-
-
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
-    if dtype not in KERNEL_DTYPES:
-        return TypeError(f"backend 'triton' takes float16, bfloat16 and float32, got {dtype}")
     problem = triton_import_problem()
     if problem is not None:
         return ImportError(f"backend 'triton' {without_triton(problem)}")
@@ -114,15 +105,14 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
             f"backend 'triton' takes CUDA tensors, got {device}; "
             "with TRITON_INTERPRET=1 in the environment it runs CPU tensors in Triton's interpreter"
         )
-    too_old = _too_old(Backend.TRITON, device, (8, 0))
-    if too_old is not None:
+    if (too_old := _too_old(Backend.TRITON, device, (8, 0))) is not None:
         return too_old
-    capability = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(device)
     binary = importlib.import_module("gpu_lstm.kernels.triton_lstm.binary")
-    problem = binary.compile_problem(10 * capability[0] + capability[1])
+    problem = binary.compile_problem(10 * major + minor)
     if problem is not None:
-        text = f"Triton compiles nothing for {device}, compute capability {capability[0]}.{capability[1]}: {problem}"
-        _say_once(f"{text}. Backend 'auto' does without it.")
+        text = f"Triton compiles nothing for {device}, compute capability {major}.{minor}: {problem}"
+        cache.warn_once(f"{text}. Backend 'auto' does without it.")
         return RuntimeError(f"backend 'triton': {text}")
     return None
 
@@ -131,15 +121,11 @@ def _too_old(choice: Backend, device: torch.device, needed: tuple[int, int]) -> 
     capability = torch.cuda.get_device_capability(device)
     if capability >= needed:
         return None
-    (major, minor), (has_major, has_minor) = needed, capability
-    return RuntimeError(
-        f"backend {choice.value!r} needs compute capability {major}.{minor}, {device} has {has_major}.{has_minor}"
-    )
+    at_least, has = (".".join(map(str, pair)) for pair in (needed, capability))
+    return RuntimeError(f"backend {choice.value!r} needs compute capability {at_least}, {device} has {has}")
 
 
-def _cupy_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
-    if dtype not in KERNEL_DTYPES:
-        return TypeError(f"backend 'cupy' takes float16, bfloat16 and float32, got {dtype}")
+def _cupy_obstacle(device: torch.device) -> Exception | None:
     problem = cupy_import_problem()
     if problem is not None:
         extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"

@@ -15,74 +15,66 @@ class Kind(NamedTuple):
 
     layers: tuple[Size, ...]  # [L]
     directions: int
-    reverse: bool  # of one direction
-    dtype: torch.dtype  # that layers compute in
-    precision: str  # of float32 products in the recurrence
     training: bool  # forward and backward
     recompute: bool
     steps: int  # T, up to the next power of two
-    batch: int  # B; in the key of a race up to the next power of two
-    lengths: torch.dtype | None
-    resets: bool
-    dropout_h: bool  # recurrent dropout
-    zoneout_h: int | None  # dimensions of the tensor: 0 for a rate, 3 for a mask
-    zoneout_c: int | None
-    reset_states: bool  # not zeros
-    peepholes: bool
-    norms: tuple[bool, bool, bool, bool]  # gain_ih, gain_hh, gain_c and bias_c of layer norms
+    norm_ih: bool  # a layer norm of W_ih x, which is outside the time loop
+    like: Problem  # of the first layer; in the key of a race B up to the next power of two
 
     @property
-    def noise(self) -> bool:
-        """Whether there is recurrent dropout or zoneout."""
-        return self.dropout_h or self.zoneout_h is not None or self.zoneout_c is not None
+    def dtype(self) -> torch.dtype:
+        """That layers compute in."""
+        return self.like.dtype
 
     @property
     def variant(self) -> str | None:
         """Of the cell, see Weights.variant."""
-        return LAYER_NORM if any(self.norms) else PEEPHOLES if self.peepholes else None
+        return LAYER_NORM if self.norm_ih or any(self.like.norms) else PEEPHOLES if self.like.peepholes else None
 
     @property
-    def only_ours(self) -> bool:
-        """Whether torch's own LSTM cannot run it."""
-        return self.noise or self.reset_states or self.variant is not None
+    def only_ours(self) -> str | None:
+        """What torch's own LSTM has not; None: it can run all of it."""
+        if self.like.regularised:
+            return "recurrent dropout or zoneout"
+        return "states to reset to" if self.like.reset_c else self.variant and self.variant.replace("_", " ")
 
     def problem(self, row: int, side_by_side: int = 1) -> Problem:
         """What the kernels of one layer and direction, `row` among [L*D], are asked to do."""
         layer, d = divmod(row, self.directions)
         _, hidden, projected = self.layers[layer]
-        return Problem(
-            min(self.steps, 2), self.batch, hidden, self.dtype, projected, self.precision, side_by_side,
-            reverse=self.reverse or d == 1, lengths=self.lengths, resets=self.resets, dropout_h=self.dropout_h,
-            zoneout_h=self.zoneout_h, zoneout_c=self.zoneout_c,
-            reset_h=self.reset_states and self.zoneout_h is not None, reset_c=self.reset_states,
-            peepholes=self.peepholes, norms=self.norms[1:],
-        )  # fmt: skip
+        reverse = self.like.reverse or d == 1
+        return self.like._replace(hidden=hidden, projected=projected, side_by_side=side_by_side, reverse=reverse)
 
     def as_json(self) -> dict[str, Any]:
         """The key of a race as JSON values: sizes that vary from call to call by powers of two."""
+        like = self.like
         return {
             "layers": [list(size) for size in self.layers], "directions": self.directions,
-            "dtype": str(self.dtype), "precision": self.precision, "training": self.training,
-            "recompute": self.recompute, "steps": self.steps, "batch": size_class(self.batch),
-            "lengths": self.lengths is not None, "resets": self.resets, "noise": self.noise,
-            "reset_states": self.reset_states, "variant": self.variant,
+            "dtype": str(like.dtype), "precision": like.precision, "training": self.training,
+            "recompute": self.recompute, "steps": self.steps, "batch": size_class(like.batch),
+            "lengths": like.lengths is not None, "resets": like.resets, "noise": like.regularised,
+            "reset_states": like.reset_c, "variant": self.variant,
         }  # fmt: skip
 
 
 def kind_of(call: Call) -> Kind:
     """The kind of a call."""
-    options, weights, dtype = call.options, call.weights[0][0], dtype_of(call)
+    options, weights, dtype, traversal = call.options, call.weights[0][0], dtype_of(call), call.traversal
+    _, hidden, projected = options.sizes[0]
     lengths = torch.int64 if call.form.packed is not None else None
-    if call.traversal.lengths is not None:
-        lengths = call.traversal.lengths.dtype
+    if traversal.lengths is not None:
+        lengths = traversal.lengths.dtype
     zoneout_h, zoneout_c = ((3 if options.training else 0) if p else None for p in options.zoneout)
-    return Kind(
-        options.sizes, options.directions, options.reverse, dtype,
-        call.modes.precision if dtype is torch.float32 else "ieee", call.learns, options.recompute,
-        size_class(int(call.steps)), int(call.batch), lengths, call.traversal.resets is not None,
-        options.recurrent_dropout > 0, zoneout_h, zoneout_c, call.traversal.reset_states is not None,
-        weights.weight_peephole is not None, tuple([t is not None for t in weights[6:]]),  # type: ignore[arg-type]
+    reset_c, norm_ih, *norms = traversal.reset_states is not None, *(t is not None for t in weights[6:])
+    steps = size_class(int(call.steps))
+    like = Problem(
+        min(steps, 2), int(call.batch), hidden, dtype, projected,
+        call.modes.precision if dtype is torch.float32 else "ieee", reverse=options.reverse, lengths=lengths,
+        resets=traversal.resets is not None, dropout_h=options.recurrent_dropout > 0, zoneout_h=zoneout_h,
+        zoneout_c=zoneout_c, reset_h=reset_c and zoneout_h is not None, reset_c=reset_c,
+        peepholes=weights.weight_peephole is not None, norms=tuple(norms),
     )  # fmt: skip
+    return Kind(options.sizes, options.directions, call.learns, options.recompute, steps, norm_ih, like)
 
 
 def dtype_of(call: Call) -> torch.dtype:

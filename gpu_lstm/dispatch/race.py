@@ -21,8 +21,9 @@ from ..call.forms import Padded
 from ..call.modes import Recording, Transforms, recurrent_precision
 from ..call.options import Size
 from ..call.prepare import Call
+from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels import cache  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
-from ..kernels.problem import Pass  # type: ignore[import-not-found]
+from ..kernels.problem import Pass, Problem  # type: ignore[import-not-found]
 from .kind import Kind, describe, size_class
 from .route import Decision, build, run_by
 
@@ -53,7 +54,7 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     if call.modes.recording != Recording.NOBODY or call.modes.transforms != Transforms.NONE:
         return Decision(able, "nothing is raced while a call is watched")
     device, (mode, group) = call.x.device, requested_racing()
-    key = kind._replace(batch=size_class(kind.batch)), able, device, mode
+    key = kind._replace(like=kind.like._replace(batch=size_class(kind.like.batch))), able, device, mode
     if key in _decided:
         return _decided[key]
     if dry or call.modes.capturing:  # the next call races
@@ -64,7 +65,7 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
         then = "; the first call races it" if dry and mode is Racing.ON and not kind.only_ours else ""
         return expected._replace(why=expected.why + then)
     with _lock, torch.random.fork_rng([device] if call.x.is_cuda else []):
-        decision = _cached(kind, able, device) if mode is not Racing.OFF else None
+        decision = None if mode is Racing.OFF else _cached(kind, able, device)
         if decision is None and (group is None or torch.distributed.get_rank(group) == 0):
             decision = _judge(call, kind, able, mode)
         if group is not None:
@@ -133,12 +134,9 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
 
 def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
     """The call by a backend on random data of its size, with its own weights; and backward in training."""
-    call, is_cell = (
-        call.padded()._replace(form=Padded(batched=True, batch_first=False)),
-        call.options.kind == "LSTMCell",
-    )
-    steps, batch, features = min(call.steps, LONGEST), *call.x.shape[1:]
-    shape = (batch, features) if is_cell else (steps, batch, features)
+    call = call.padded()._replace(form=Padded(batched=True, batch_first=False))
+    steps, sizes = min(call.steps, LONGEST), call.x.shape[1:]  # (B, I)
+    shape = sizes if call.options.kind == "LSTMCell" else (steps, *sizes)
     # By uniform numbers of a generator that is forked off.
     data = torch.rand(shape, dtype=torch.float32, device=call.x.device).to(call.x.dtype)
     data.requires_grad_(kind.training and call.x.requires_grad)
@@ -211,22 +209,13 @@ def judge(times: dict[str, list[float]], expected: Decision) -> tuple[Decision, 
 def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision:
     """Who runs what was not raced. Nothing here was measured.
 
-    kernels, where torch cannot do it, or not at the speed of a plain batch: noise, reset_states, a variant of the cell,
-    lengths, resets, a projection
-    kernels, where every layer's W_hh stays on chip and no group of programs has several batch tiles
-    torch, everywhere else
+    Kernels, where torch cannot run it, or not at the speed of a plain batch; and where every layer's W_hh stays on chip
+    and no group of programs has several batch tiles. Everywhere else torch.
     """
-    if kind.noise:
-        return Decision(able, "torch's LSTM has no recurrent dropout or zoneout")
-    if kind.reset_states:
-        return Decision(able, "torch's LSTM has no states to reset to")
-    if kind.variant is not None:
-        return Decision(able, f"torch's LSTM has no {kind.variant.replace('_', ' ')}")
-    asked = (
-        ("lengths", kind.lengths is not None), ("resets", kind.resets),
-        ("a projection", any(size.projected for size in kind.layers)),
-    )  # fmt: skip
-    slow = [name for name, there in asked if there]
+    if kind.only_ours:
+        return Decision(able, f"torch's LSTM has no {kind.only_ours}")
+    slow = ["lengths"] * (kind.like.lengths is not None) + ["resets"] * kind.like.resets
+    slow += ["a projection"] * any(size.projected for size in kind.layers)
     if slow:
         return Decision(able, f"expected: torch's LSTM is slow with {' and '.join(slow)}")
     if able is not Backend.TRITON:
@@ -250,9 +239,10 @@ def winner_in_a_graph(
     if able not in KERNEL_BACKENDS or requested_backend(argument) is not Backend.AUTO:
         return able
     directions, lengths, resets, reset_states, noise, variant = asked
-    kind = Kind(
-        tuple([Size(*size) for size in sizes]), directions, False, dtype, recurrent_precision(dtype), True, False,
-        LONGEST, BATCH_OF_A_GRAPH, torch.int64 if lengths else None, resets, noise, None, None, reset_states,
-        variant == "peepholes", (variant == "layer_norm",) * 4,
+    layers, normed = tuple([Size(*size) for size in sizes]), variant == LAYER_NORM
+    like = Problem(
+        2, BATCH_OF_A_GRAPH, layers[0].hidden, dtype, layers[0].projected, recurrent_precision(dtype),
+        lengths=torch.int64 if lengths else None, resets=resets, dropout_h=noise, reset_c=reset_states,
+        peepholes=variant == PEEPHOLES, norms=(normed,) * 3,
     )  # fmt: skip
-    return expected_winner(kind, able, device).backend
+    return expected_winner(Kind(layers, directions, True, False, LONGEST, normed, like), able, device).backend

@@ -202,7 +202,7 @@ def _precision(kind: Kind, device: torch.device, backend: Backend) -> str:
         return f"in {name}" if kind.dtype.itemsize > 2 else f"of {name} numbers, summed in float32"
     words = {"tf32": "TF32"}
     exact = "float32, exactly"
-    text = f"in the recurrence {words.get(kind.precision, exact)} (torch.backends.cudnn.rnn.fp32_precision)"
+    text = f"in the recurrence {words.get(kind.like.precision, exact)} (torch.backends.cudnn.rnn.fp32_precision)"
     if backend is Backend.TORCH:
         return f"{text}, and all others"
     wide = words.get(torch.backends.cuda.matmul.fp32_precision, exact)
