@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .problem import Recurrence
+from .problem import Recurrence, end_index
 
 
 def recurrence_of_m(r: Recurrence) -> Recurrence:
@@ -26,23 +26,18 @@ def add_initial_product(gates: Tensor, r: Recurrence) -> None:
     """gates [T, B, 4H] of every sequence's first step += W_hh h0, unless a reset stands before it."""
     with products_in(r.precision):
         share = r.h0 @ r.weight_hh.T  # [B, 4H]
-    at = _first_time(r)
     if r.resets is not None and not r.reverse:
         share = share.masked_fill(r.resets[0, :, None], 0)
     if r.lengths is not None:
         share = share.masked_fill((r.lengths == 0)[:, None], 0)
-    if at is None:
-        gates[-1 if r.reverse else 0] += share
-    else:
-        gates.scatter_add_(0, at.expand(1, *share.shape), share[None])
+    gates[end_index(r, first=True)] += share
 
 
 def project(m: Tensor, r: Recurrence) -> tuple[Tensor, Tensor]:
     """m [T, B, H] -> h [T, B, P], h_n [B, P]."""
     with products_in(r.precision):
         h = m @ r.weight_hr.T
-    at = _last_time(r)
-    h_n = h[0 if r.reverse else -1] if at is None else h.gather(0, at.expand(1, *h.shape[1:]))[0]
+    h_n = h[end_index(r, first=False)]
     if r.lengths is not None:
         h_n = torch.where((r.lengths == 0)[:, None], r.h0, h_n)
     return h, h_n
@@ -54,12 +49,9 @@ def gradient_of_output(dh: Tensor | None, dh_n: Tensor | None, steps: int, r: Re
     if r.lengths is not None:
         dh.masked_fill_(_padding(steps, r), 0)
     if dh_n is not None:
-        at = _last_time(r)
-        if at is None:
-            dh[0 if r.reverse else -1] += dh_n
-        else:
+        if r.lengths is not None:
             dh_n = dh_n.masked_fill((r.lengths == 0)[:, None], 0)
-            dh.scatter_add_(0, at.expand(1, *dh_n.shape), dh_n[None])
+        dh[end_index(r, first=False)] += dh_n
     return dh
 
 
@@ -73,25 +65,14 @@ def add_gradient_of_next(dh: Tensor, dgates: Tensor, r: Recurrence) -> Tensor:
     """Gradient of h [T, B, P] from outside += the gradient through the step after: the whole gradient of h."""
     with products_in(r.precision):
         from_next = dgates @ r.weight_hh
-    steps = len(dh)
-    to, of = (slice(1, None), slice(None, steps - 1)) if r.reverse else (slice(None, steps - 1), slice(1, None))
+    to, of = (slice(1, None), slice(-1)) if r.reverse else (slice(-1), slice(1, None))
     from_next = from_next[of]
     if r.resets is not None:
         from_next = from_next.masked_fill(r.resets[1:, :, None], 0)
     if r.lengths is not None and r.reverse:
-        from_next = from_next.masked_fill(_padding(steps, r)[1:], 0)
+        from_next = from_next.masked_fill(_padding(len(dh), r)[1:], 0)
     dh[to] += from_next
     return dh
-
-
-def _first_time(r: Recurrence) -> Tensor | None:
-    """Of the first step of every sequence, [1, B, 1]; None where it is the same for all."""
-    return (r.lengths.long() - 1).clamp(min=0)[None, :, None] if r.reverse and r.lengths is not None else None
-
-
-def _last_time(r: Recurrence) -> Tensor | None:
-    """Of the last step of every sequence, [1, B, 1]; None where it is the same for all."""
-    return (r.lengths.long() - 1).clamp(min=0)[None, :, None] if not r.reverse and r.lengths is not None else None
 
 
 def _padding(steps: int, r: Recurrence) -> Tensor:

@@ -111,18 +111,13 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
             store_relaxed_if(in_batch & unit % PER_WORD<E> == 0, h + at.row * W + unit / PER_WORD<E>, word);
 
             // Store.
-            E rounded;
-            round_to(rounded, h_next);
-            store_if(valid & at.last, h_n + state_at, rounded);
+            store_if(valid & at.last, h_n + state_at, h_next);
             store_if(valid, c_n + state_at, cell.c);
             if (c != nullptr) {
                 store_if(in_batch, c + at.row * H + unit, valid ? cell.c : 0.0f);
                 const float activated[GATES] = {cell.i, cell.f, cell.g, cell.o};
 #pragma unroll
-                for (int gate = I; gate < GATES; ++gate) {
-                    round_to(rounded, activated[gate]);
-                    store_if(valid, my_gates + gate * H, rounded);
-                }
+                for (int gate = I; gate < GATES; ++gate) store_if(valid, my_gates + gate * H, activated[gate]);
             }
         }
 }
