@@ -1,6 +1,6 @@
 """Timeouts of kernels whose programs wait for each other.
 
-Their waits are bounded. A kernel that times out writes the step + 1 into its error word and ends; its results are wrong.
+Their waits are bounded. A kernel that times out writes the step + 1 into its error word and ends, with wrong results.
 The words are in pinned host memory: reading them costs nothing, but detects a launch only when it has ended. They are
 read by the next call, by backward, by a Stream, by `gpu_lstm.check`, which waits for the device first, and at exit.
 """

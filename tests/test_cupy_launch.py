@@ -372,7 +372,7 @@ def rows() -> list:
         and (case.card.architecture in (70, 75, 90) or case.plan.chunks)
     ]
     assert {80, 86, 89, 90, 100, 120} <= {case.card.architecture for case in cases}
-    assert {compile_.compile_for(c.card.architecture, c.kernel, c.problem.dtype, c.template).log for c in cases} == {""}
+    assert {compile_.compile_for(case).log for case in cases} == {""}
     return [(case, row) for case, (row,) in zip(cases, compile_.reports(cases))]
 
 

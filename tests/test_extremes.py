@@ -204,8 +204,8 @@ def _of_sizes(steps: int, batch: int, hidden: int, projected: int = 0) -> tuple[
 )
 @pytest.mark.parametrize("launcher", [launch, cupy_launch], ids=["triton", "cupy"])
 def test_more_than_kernels_can_count_to_is_refused(launcher, name, sizes):
+    gates, r = _of_sizes(*sizes)
     with pytest.raises(ValueError, match=f"^expected at most {2**31 - 2**16} {name}, got {2**31}$"):
-        gates, r = _of_sizes(*sizes)
         launcher.layer_of(problem_of(gates, r), gates.device).forward(gates, r, save=True)
 
 

@@ -81,13 +81,13 @@ __device__ inline float choose(bool yes, float a, float b) {
 // Loads and stores by a predicate, so that the threads of a warp stay together. OTHERWISE: what x is without a load.
 #define IF_YES(N, OTHERWISE, INSTRUCTION) "{ .reg .pred p; setp.ne.s32 p, %" N ", 0; " OTHERWISE "@p " INSTRUCTION "; }"
 #define OPERANDS(ADDRESS) "l"(__cvta_generic_to_global(ADDRESS)), "r"(static_cast<int>(yes)) : "memory"
-#define LOAD(NAME, OTHERWISE, KIND, X, REGISTER)                                                                        \
+#define LOAD(NAME, OTHERWISE, KIND, X, REGISTER)                                                                   \
     __device__ inline void NAME(bool yes, X& x, const void* from) {                                                \
-        asm volatile(IF_YES("2", OTHERWISE, "ld." KIND " %0, [%1]") : REGISTER(x) : OPERANDS(from));                    \
+        asm volatile(IF_YES("2", OTHERWISE, "ld." KIND " %0, [%1]") : REGISTER(x) : OPERANDS(from));               \
     }
-#define LOAD_QUAD(NAME, OTHERWISE, KIND, REGISTER)                                                                      \
+#define LOAD_QUAD(NAME, OTHERWISE, KIND, REGISTER)                                                                 \
     __device__ inline void NAME(bool yes, uint4& x, const void* from) {                                            \
-        asm volatile(IF_YES("5", OTHERWISE, "ld." KIND ".v4.b32 {%0, %1, %2, %3}, [%4]")                                \
+        asm volatile(IF_YES("5", OTHERWISE, "ld." KIND ".v4.b32 {%0, %1, %2, %3}, [%4]")                           \
                      : REGISTER(x.x), REGISTER(x.y), REGISTER(x.z), REGISTER(x.w) : OPERANDS(from));               \
     }
 #define STORE(NAME, KIND, X, REGISTER)                                                                             \
