@@ -105,19 +105,14 @@ class Layer:
         if self.problem.batch == 0:
             h, c = (s.new_empty(len(gates), *s.shape) for s in (r.h0, r.c0))
             return h, torch.empty_like(r.h0), torch.empty_like(r.c0), c if save else None
-        prepared = self.prepared(SAVE if save else NO_SAVE)
+        prepared = self.prepared(Pass(save=save))
         r, own = _aligned_tensors(r), aligned(gates)
         if prepared.at_once is not None:
             await_others(prepared.at_once, self.device)
-        if prepared.projects_outside:
-            projection.add_initial_product(own, r)
-            m, _, c_n, c = prepared.forward(own, projection.recurrence_of_m(r))
-            h, h_n = projection.project(m, r)
-        else:
-            h, h_n, c_n, c = prepared.forward(own, r)
+        results = projection.forward(prepared, own, r) if prepared.projects_outside else prepared.forward(own, r)
         if own is not gates:
             gates.copy_(own)
-        return h, h_n, c_n, c
+        return results
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence,
@@ -147,13 +142,8 @@ class Layer:
         dh, dh_n, dc_n, gates, c = (None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c))
         if prepared.at_once is not None:
             await_others(prepared.at_once, self.device)
-        if prepared.projects_outside:
-            dh_total = projection.gradient_of_output(dh, dh_n, len(gates), r)
-            dm, of_m = projection.gradient_of_m(dh_total, r), projection.recurrence_of_m(r)
-            found = prepared.backward(dm, None, dc_n, gates, c, of_m)
-            found = found._replace(dh_total=projection.add_gradient_of_next(dh_total, found.dgates, r))
-        else:
-            found = prepared.backward(dh, dh_n, dc_n, gates, c, r)
+        given = dh, dh_n, dc_n, gates, c, r
+        found = projection.backward(prepared, *given) if prepared.projects_outside else prepared.backward(*given)
         return found._replace(dh0=_initial_hidden_gradient(found, dh_n, r) if of_h0 else None)
 
     def prepared(self, which: Pass) -> Prepared:
@@ -183,9 +173,6 @@ class Layer:
         return self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device())
 
 
-SAVE, NO_SAVE = Pass(), Pass(save=False)
-
-
 def aligned(t: Tensor) -> Tensor:
     """t, or a copy: contiguous, and at an address that is a multiple of 16 bytes, which kernels are compiled for."""
     if t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0:
@@ -204,10 +191,9 @@ def _check_counts(**counts: int) -> None:
             raise ValueError(f"expected at most {MOST} {name.replace('_', ' ')}, got {count}")
 
 
-def zeros_for_resets(r: Recurrence) -> tuple[Tensor | None, Tensor | None]:
+def zeros_for_resets(r: Recurrence) -> list[Tensor | None]:
     """For the gradients of reset_h (through zoneout) and reset_c, float32; None where there is none."""
-    dreset_h = None if r.reset_h is None else torch.zeros_like(r.reset_h, dtype=torch.float32)
-    return dreset_h, None if r.reset_c is None else torch.zeros_like(r.reset_c, dtype=torch.float32)
+    return [None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in (r.reset_h, r.reset_c)]
 
 
 def _initial_hidden_gradient(found: Gradients, dh_n: Tensor | None, r: Recurrence) -> Tensor:
