@@ -47,15 +47,15 @@ class Prepared:
     ) -> Gradients:
         """As layer.Layer.backward."""
         steps, batch, _ = gates.shape
-        hidden, parts = r.c0.shape[1], self.plan.parts
+        hidden, count = r.c0.shape[1], self.plan.parts
         dgates = _rows_of_words(gates, steps, batch, 4)
         partials = None
-        if parts > 1:
-            partials = torch.full((batch, parts, hidden), SENTINEL, dtype=torch.int32, device=gates.device)
+        if count > 1:
+            partials = torch.full((batch, count, hidden), SENTINEL, dtype=torch.int32, device=gates.device)
         dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
         _, dreset_c = zeros_for_resets(r)
         self._launch(
-            gates, r, dh=dh, dh_n=dh_n, c=c, c0=r.c0, weights=transposed_gates(r.weight_hh, parts, PACK),
+            gates, r, dh=dh, dh_n=dh_n, c=c, c0=r.c0, weights=transposed_gates(r.weight_hh, count, PACK),
             dgates=dgates, partials=partials, dc=dc, dreset_c=dreset_c,
         )  # fmt: skip
         return Gradients(dgates[..., :hidden].reshape(gates.shape), None, dc, dreset_c=dreset_c)
@@ -111,11 +111,7 @@ forget = layer_of.cache_clear
 def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tensor | int | None) -> None:
     """Launch a kernel on torch's current stream: the seam at which a test can run it elsewhere.
 
-    Args:
-        kernel: its name.
-        dtype: of the elements.
-        plan: its further template arguments, its grid, and what a block takes.
-        arguments: by the kernel's names for them; a tensor goes by its address, None as a null pointer.
+    The arguments are by the kernel's names for them; a tensor is passed by its address, None as a null pointer.
 
     Raises:
         TypeError: an argument is missing, or the kernel has no such parameter.

@@ -25,7 +25,7 @@ __device__ inline float to_float(float16 x) {
 
 __device__ inline float to_float(bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 
-// To the nearest, of two the even one; every NaN becomes the same positive one.
+// To nearest, ties to even; every NaN becomes the same positive one.
 __device__ inline void round_to(float& y, float x) { y = x; }
 
 __device__ inline void round_to(float16& y, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }

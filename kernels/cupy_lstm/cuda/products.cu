@@ -1,7 +1,7 @@
 // Products of weights [ROWS, W words] and 8 sequences of words that other blocks publish, by all warps of a block.
 //
 // The warps split K, which counts words: a chunk is 16 words of every row, and warp w has the chunks w, w + WARPS, ... The
-// words of a chunk come to a warp's threads as to the operand B of a tensor core. A thread is
+// words of a chunk are spread over a warp's threads like operand B of a tensor core. A thread has
 //
 //     column   lane / 4: a sequence
 //     quarter  lane % 4: a quad, four words of a chunk
