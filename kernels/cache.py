@@ -33,8 +33,7 @@ def folder() -> Path | None:
 
 def folders() -> list[Path]:
     """Where results are read, in this order."""
-    shared = os.environ.get(SHARED)
-    return [path for path in (Path(shared) if shared else None, folder()) if path is not None]
+    return [Path(path) for path in (os.environ.get(SHARED), folder()) if path]
 
 
 @functools.cache
@@ -58,13 +57,13 @@ def version_of(package: str) -> str | None:
 
 
 def read(kind: str, key: Key) -> Any:
-    """The value of a cached result of some kind ("plans", "checks", "races"); None if there is none."""
+    """The value of a cached result, of one of KINDS; None if there is none."""
     return _read(tuple(folders()), kind, _text(key))
 
 
 def write(kind: str, key: Key, value: Any) -> bool:
     """Write a result; whether that was possible."""
-    ours, written = folder(), False
+    ours = folder()
     try:
         if ours is None:
             raise OSError("there is no home directory, and XDG_CACHE_HOME is not set")
@@ -78,11 +77,11 @@ def write(kind: str, key: Key, value: Any) -> bool:
                 unfinished.replace(_path(ours, kind, _text(key)))  # at once, so that no reader gets half a file
             finally:
                 unfinished.unlink(missing_ok=True)
-        written = True
     except OSError as error:
         warn_once(f"a result ({kind}) is not cached: {error}")
+        return False
     _read.cache_clear()
-    return written
+    return True
 
 
 def entries(kind: str) -> Iterator[tuple[Path, Key, Any]]:
@@ -137,8 +136,8 @@ def _exported(path: str | Path) -> list[dict[str, Any]]:
 
 def _is_result(entry: Any, *fields: str) -> bool:
     """Whether it has these fields: a dict as key, and one of KINDS as kind."""
-    fits = isinstance(entry, dict) and set(entry) == set(fields) and isinstance(entry["key"], dict)
-    return fits and entry.get("kind", "plans") in KINDS
+    has_fields = isinstance(entry, dict) and set(entry) == set(fields)
+    return has_fields and isinstance(entry["key"], dict) and entry.get("kind", KINDS[0]) in KINDS
 
 
 @functools.cache

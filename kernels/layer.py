@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import layer_norm, projection
 from .ordering import await_others
-from .problem import MOST, TENSORS, Pass, Problem, Recurrence
+from .problem import MOST, TENSORS, Pass, Problem, Recurrence, end_index
 from .timeouts import raise_if_timed_out
 
 ALIGNMENT = 16  # bytes: what kernels are compiled for
@@ -18,22 +18,11 @@ class Gradients(NamedTuple):
     """What backward returns; None where there is none."""
 
     dgates: Tensor  # [T, B, 4H] of the pre-activations; zero in padding
-    dh0: Tensor | None  # [B, P]
+    dh0: Tensor | None  # [B, P]; from Prepared.backward: float32, and through zoneout of the first step only
     dc0: Tensor  # [B, H] float32
     dh_total: Tensor | None = None  # [T, B, P] of W_hr m with a projection, of m with a layer norm of c
     dreset_h: Tensor | None = None  # [T, B, P] float32, through zoneout; zero but at resets
     dreset_c: Tensor | None = None  # [T, B, H] float32, zero but at resets
-
-
-class LoopGradients(NamedTuple):
-    """What the kernel of a plan computes of them."""
-
-    dgates: Tensor
-    dc0: Tensor
-    dh_from_zoneout: Tensor | None = None  # [B, P] float32, through zoneout of the first step
-    dh_total: Tensor | None = None
-    dreset_h: Tensor | None = None
-    dreset_c: Tensor | None = None
 
 
 class Chosen(NamedTuple):
@@ -55,8 +44,8 @@ class Prepared(Protocol):
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
-    ) -> LoopGradients:
-        """As Layer.backward."""
+    ) -> Gradients:
+        """As Layer.backward, but for dh0."""
 
 
 Verify = Callable[[Any, Problem, Pass, torch.device], str | None]
@@ -112,23 +101,18 @@ class Layer:
             with torch.cuda.device(self.device):
                 return self.forward(gates, r, save)
         raise_if_timed_out(self.device)
-        if gates.shape[0] > MOST:
-            _check_counts(steps=len(gates))
+        _check_counts(steps=gates.shape[0])
         if self.problem.batch == 0:
-            return _empty_forward(gates, r, save)
-        prepared = self.prepared(SAVE if save else NO_SAVE)
+            h, c = (s.new_empty(len(gates), *s.shape) for s in (r.h0, r.c0))
+            return h, torch.empty_like(r.h0), torch.empty_like(r.c0), c if save else None
+        prepared = self.prepared(Pass(save=save))
         r, own = _aligned_tensors(r), aligned(gates)
         if prepared.at_once is not None:
             await_others(prepared.at_once, self.device)
-        if prepared.projects_outside:
-            projection.add_initial_product(own, r)
-            m, _, c_n, c = prepared.forward(own, projection.recurrence_of_m(r))
-            h, h_n = projection.project(m, r)
-        else:
-            h, h_n, c_n, c = prepared.forward(own, r)
+        results = projection.forward(prepared, own, r) if prepared.projects_outside else prepared.forward(own, r)
         if own is not gates:
             gates.copy_(own)
-        return h, h_n, c_n, c
+        return results
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence,
@@ -150,22 +134,17 @@ class Layer:
                 return self.backward(dh, dh_n, dc_n, gates, c, r, of_h0)
         raise_if_timed_out(self.device)
         if self.problem.batch == 0:
-            return _empty_backward(gates, r)
+            dh_total = None if r.weight_hr is r.gain_c is None else r.h0.new_empty(len(gates), *r.h0.shape)
+            empty = (torch.empty_like(t) for t in (gates, r.h0, r.c0))
+            return Gradients(*empty, dh_total, *zeros_for_resets(r))
         prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None))
         r = _aligned_tensors(r)
-        dh, dh_n, dc_n = (None if d is None else aligned(d) for d in (dh, dh_n, dc_n))
-        gates, c = aligned(gates), aligned(c)
+        dh, dh_n, dc_n, gates, c = (None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c))
         if prepared.at_once is not None:
             await_others(prepared.at_once, self.device)
-        if prepared.projects_outside:
-            dh_total = projection.gradient_of_output(dh, dh_n, len(gates), r)
-            dm, of_m = projection.gradient_of_m(dh_total, r), projection.recurrence_of_m(r)
-            found = prepared.backward(dm, None, dc_n, gates, c, of_m)
-            found = found._replace(dh_total=projection.add_gradient_of_next(dh_total, found.dgates, r))
-        else:
-            found = prepared.backward(dh, dh_n, dc_n, gates, c, r)
-        dh0 = _initial_hidden_gradient(found.dgates, dh_n, found.dh_from_zoneout, r) if of_h0 else None
-        return Gradients(found.dgates, dh0, found.dc0, found.dh_total, found.dreset_h, found.dreset_c)
+        given = dh, dh_n, dc_n, gates, c, r
+        found = projection.backward(prepared, *given) if prepared.projects_outside else prepared.backward(*given)
+        return found._replace(dh0=_initial_hidden_gradient(found, dh_n, r) if of_h0 else None)
 
     def prepared(self, which: Pass) -> Prepared:
         """The plan of a pass, chosen now if it was not before."""
@@ -181,8 +160,8 @@ class Layer:
 
         Nothing is compiled or run.
         """
-        known = [p for each, p in self._prepared.items() if each.backward == which.backward]
-        prepared = self._prepared.get(which) or (known[0] if known else None)
+        known = (p for each, p in self._prepared.items() if each.backward == which.backward)
+        prepared = self._prepared.get(which) or next(known, None)
         return self._describe(self, which, None if prepared is None else prepared.plan)
 
     def is_capturing(self) -> bool:
@@ -194,9 +173,6 @@ class Layer:
         return self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device())
 
 
-SAVE, NO_SAVE = Pass(), Pass(save=False)
-
-
 def aligned(t: Tensor) -> Tensor:
     """t, or a copy: contiguous, and at an address that is a multiple of 16 bytes, which kernels are compiled for."""
     if t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0:
@@ -205,11 +181,7 @@ def aligned(t: Tensor) -> Tensor:
 
 
 def _aligned_tensors(r: Recurrence) -> Recurrence:
-    tensors = r[:TENSORS]
-    for t in tensors:
-        if t is not None and not (t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0):
-            return Recurrence(*(None if t is None else aligned(t) for t in tensors), *r[TENSORS:])
-    return r
+    return Recurrence(*(None if t is None else aligned(t) for t in r[:TENSORS]), *r[TENSORS:])
 
 
 def _check_counts(**counts: int) -> None:
@@ -219,53 +191,24 @@ def _check_counts(**counts: int) -> None:
             raise ValueError(f"expected at most {MOST} {name.replace('_', ' ')}, got {count}")
 
 
-def _empty_forward(gates: Tensor, r: Recurrence, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Of no sequences."""
-    h, c = (s.new_empty(len(gates), *s.shape) for s in (r.h0, r.c0))
-    return h, torch.empty_like(r.h0), torch.empty_like(r.c0), c if save else None
-
-
-def _empty_backward(gates: Tensor, r: Recurrence) -> Gradients:
-    """Of no sequences."""
-    has_total = r.weight_hr is not None or r.gain_c is not None
-    dh_total = r.h0.new_empty(len(gates), *r.h0.shape) if has_total else None
-    return Gradients(
-        torch.empty_like(gates), torch.empty_like(r.h0), torch.empty_like(r.c0), dh_total, *zeros_for_resets(r)
-    )
-
-
-def zeros_for_resets(r: Recurrence) -> tuple[Tensor | None, Tensor | None]:
+def zeros_for_resets(r: Recurrence) -> list[Tensor | None]:
     """For the gradients of reset_h (through zoneout) and reset_c, float32; None where there is none."""
-    dreset_h = None if r.reset_h is None else torch.zeros_like(r.reset_h, dtype=torch.float32)
-    return dreset_h, None if r.reset_c is None else torch.zeros_like(r.reset_c, dtype=torch.float32)
+    return [None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in (r.reset_h, r.reset_c)]
 
 
-def _initial_hidden_gradient(
-    dgates: Tensor,  # [T, B, 4H]
-    dh_n: Tensor | None,  # [B, P]
-    dh_from_zoneout: Tensor | None,  # [B, P] float32, see LoopGradients
-    r: Recurrence,
-) -> Tensor:
-    """dh0 [B, P]: through the first step, unless it is reset; dh_n where a sequence has no step."""
-    first = _at_first_step(dgates, r)  # [B, 4H]; zero where length is 0
+def _initial_hidden_gradient(found: Gradients, dh_n: Tensor | None, r: Recurrence) -> Tensor:
+    """dh0 [B, P]: through the first step, unless it is reset; dh_n [B, P] where a sequence has no step."""
+    at = end_index(r, first=True)
+    first = found.dgates[at]  # [B, 4H]; zero where length is 0
     if r.gain_hh is not None:
-        unit, scale = (_at_first_step(t, r) for t in (r.unit_hh, r.scale_hh[..., None]))
-        first = layer_norm.gradient(first, r.gain_hh, unit, scale[:, 0])
+        first = layer_norm.gradient(first, r.gain_hh, r.unit_hh[at], r.scale_hh[at])
     if r.resets is not None and not r.reverse:
         first = first.masked_fill(r.resets[0, :, None], 0)
     dh0 = first @ r.weight_hh
     if r.dropout_h is not None:
         dh0 = r.dropout_h * dh0
-    if dh_from_zoneout is not None:
-        dh0 = dh0 + dh_from_zoneout.to(dh0.dtype)
+    if found.dh0 is not None:
+        dh0 = dh0 + found.dh0.to(dh0.dtype)
     if r.lengths is not None and dh_n is not None:
         dh0 = torch.where((r.lengths == 0)[:, None], dh_n, dh0)
     return dh0
-
-
-def _at_first_step(t: Tensor, r: Recurrence) -> Tensor:
-    """t [T, B, F] at every sequence's first step, [B, F]; at time 0 where it has none."""
-    if r.reverse and r.lengths is not None:
-        first_time = (r.lengths.long() - 1).clamp(min=0)  # [B]
-        return t.gather(0, first_time[None, :, None].expand(1, -1, t.shape[2]))[0]
-    return t[-1 if r.reverse else 0]

@@ -1,4 +1,4 @@
-"""Weights and masks as the words that tensor cores take: 32 bits, two elements of half precision."""
+"""Weights and masks as the words that tensor cores read: 32 bits, two elements of half precision."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def as_words(x: Tensor, size: int = 4) -> Tensor:
     return x.view(torch.int32)
 
 
-def transposed_gates(weight_hh: Tensor) -> Tensor:
-    """W_hh [4H, H] -> the words of each gate's W_hh^T, [4, H, W] int32."""
+def transposed_gates(weight_hh: Tensor, parts: int = 4, size: int = 4) -> Tensor:
+    """W_hh [4H, H] -> the words of W_hh^T of each part's gates, [parts, H, 4 / parts, W] int32."""
     hidden = weight_hh.shape[1]
-    return as_words(weight_hh.view(4, hidden, hidden).transpose(1, 2))
+    return as_words(weight_hh.view(parts, 4 // parts, hidden, hidden).permute(0, 3, 1, 2), size)

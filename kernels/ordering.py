@@ -1,12 +1,8 @@
 """Cooperative launches of several streams: which may run at once.
 
-The programs of a cooperative launch wait for each other, so all of them must be resident. CUDA checks that a launch
-fits an empty card; nothing promises that two launches of different streams become resident one whole grid after the
-other. Two grids of which each holds half the card would wait for ever. So launches run at once only if they were
-planned to share the card; all others wait for those before them, whatever streams they are on.
-
-Not within a graph that is being captured: there all work of gpu_lstm goes to one stream. Replaying two graphs with
-cooperative launches on two streams at once is for the user to avoid.
+All programs of a cooperative launch must be resident, since they wait for each other. Two launches of different streams
+of which each holds half the card would wait for ever. So launches run at once only if they were planned to share the
+card; all others wait for those before them. In a graph that is being captured all work goes to one stream.
 """
 
 import threading
@@ -17,9 +13,7 @@ import torch
 
 
 @dataclass
-class _Launched:
-    """What was launched on a device."""
-
+class _Launched:  # on a device
     group: Hashable = None  # of the latest launch
     streams: set[torch.cuda.Stream] = field(default_factory=set)  # that the group's launches went to
     before: list[torch.cuda.Event] = field(default_factory=list)  # after the groups before it

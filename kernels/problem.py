@@ -91,9 +91,7 @@ class Recurrence(NamedTuple):
     dropout_h: Tensor | None = None  # [B, P] factors of h in the recurrent product
     zoneout_h: Tensor | None = None  # the share of h that stays as it was: bool [T, B, P], or float32 [] for all
     zoneout_c: Tensor | None = None  # of c: bool [T, B, H], or float32 [] for all
-    reset_h: Tensor | None = (
-        None  # [T, B, P] h before the steps that are reset, by the step's time; for zoneout_h alone
-    )
+    reset_h: Tensor | None = None  # [T, B, P] h before the steps that are reset, by the step's time; for zoneout_h
     reset_c: Tensor | None = None  # [T, B, H] float32 c before them
     weight_peephole: Tensor | None = None  # [3H] to the gates i, f and o
     gain_hh: Tensor | None = None  # [4H]
@@ -122,3 +120,12 @@ def problem_of(gates: Tensor, r: Recurrence) -> Problem:
         r.dropout_h is not None, *dimensions, r.reset_h is not None, r.reset_c is not None,
         r.weight_peephole is not None, (r.gain_hh is not None, r.gain_c is not None, r.bias_c is not None),
     )  # fmt: skip
+
+
+def end_index(r: Recurrence, first: bool) -> Any:
+    """Index into [T, B, *] of every sequence's first or last step; of some time where a sequence has no step."""
+    if first != r.reverse:
+        return 0
+    if r.lengths is None:
+        return -1
+    return (r.lengths.long() - 1).clamp(min=0), torch.arange(len(r.lengths), device=r.lengths.device)

@@ -7,96 +7,74 @@ of h or recurrent dropout the step is not linear in m, and this does not hold.
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .problem import Recurrence
+from .problem import Recurrence, end_index
+
+if TYPE_CHECKING:
+    from .layer import Gradients, Prepared
 
 
-def recurrence_of_m(r: Recurrence) -> Recurrence:
-    """The recurrence of m [T, B, H], that starts from zeros."""
-    assert r.dropout_h is r.zoneout_h is None
-    with products_in(r.precision):
-        weight_hh = r.weight_hh @ r.weight_hr
-    return r._replace(weight_hh=weight_hh, weight_hr=None, h0=r.h0.new_zeros(r.c0.shape))
-
-
-def add_initial_product(gates: Tensor, r: Recurrence) -> None:
-    """gates [T, B, 4H] of every sequence's first step += W_hh h0, unless a reset stands before it."""
-    with products_in(r.precision):
-        share = r.h0 @ r.weight_hh.T  # [B, 4H]
-    at = _first_time(r)
+def forward(prepared: "Prepared", gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As layer.Layer.forward, by a plan that runs the recurrence of m; gates of the first steps are overwritten."""
+    share = _product(r.h0, r.weight_hh.T, r)  # [B, 4H], unless a reset is before the first step
     if r.resets is not None and not r.reverse:
         share = share.masked_fill(r.resets[0, :, None], 0)
-    if r.lengths is not None:
-        share = share.masked_fill((r.lengths == 0)[:, None], 0)
-    if at is None:
-        gates[-1 if r.reverse else 0] += share
-    else:
-        gates.scatter_add_(0, at.expand(1, *share.shape), share[None])
-
-
-def project(m: Tensor, r: Recurrence) -> tuple[Tensor, Tensor]:
-    """m [T, B, H] -> h [T, B, P], h_n [B, P]."""
-    with products_in(r.precision):
-        h = m @ r.weight_hr.T
-    at = _last_time(r)
-    h_n = h[0 if r.reverse else -1] if at is None else h.gather(0, at.expand(1, *h.shape[1:]))[0]
+    gates[end_index(r, first=True)] += _of_sequences_with_steps(share, r)
+    m, _, c_n, c = prepared.forward(gates, _recurrence_of_m(r))  # [T, B, H]
+    h = _product(m, r.weight_hr.T, r)  # [T, B, P]
+    h_n = h[end_index(r, first=False)]
     if r.lengths is not None:
         h_n = torch.where((r.lengths == 0)[:, None], r.h0, h_n)
-    return h, h_n
+    return h, h_n, c_n, c
 
 
-def gradient_of_output(dh: Tensor | None, dh_n: Tensor | None, steps: int, r: Recurrence) -> Tensor:
-    """Gradient of h [T, B, P] from outside: from the output and the final state; zero in padding."""
-    dh = r.h0.new_zeros(steps, *r.h0.shape) if dh is None else dh.clone()
+def backward(
+    prepared: "Prepared", dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor,
+    r: Recurrence,
+) -> "Gradients":  # fmt: skip
+    """As Prepared.backward, by a plan that runs the recurrence of m."""
+    # Of h from outside, [T, B, P], zero in padding: from the output and the final state.
+    dh = r.h0.new_zeros(len(gates), *r.h0.shape) if dh is None else dh.clone()
     if r.lengths is not None:
-        dh.masked_fill_(_padding(steps, r), 0)
+        dh.masked_fill_(_padding(len(dh), r), 0)
     if dh_n is not None:
-        at = _last_time(r)
-        if at is None:
-            dh[0 if r.reverse else -1] += dh_n
-        else:
-            dh_n = dh_n.masked_fill((r.lengths == 0)[:, None], 0)
-            dh.scatter_add_(0, at.expand(1, *dh_n.shape), dh_n[None])
-    return dh
-
-
-def gradient_of_m(dh: Tensor, r: Recurrence) -> Tensor:
-    """Gradient of h [T, B, P] from outside -> of m [T, B, H]."""
-    with products_in(r.precision):
-        return dh @ r.weight_hr
-
-
-def add_gradient_of_next(dh: Tensor, dgates: Tensor, r: Recurrence) -> Tensor:
-    """Gradient of h [T, B, P] from outside += the gradient through the step after: the whole gradient of h."""
-    with products_in(r.precision):
-        from_next = dgates @ r.weight_hh
-    steps = len(dh)
-    to, of = (slice(1, None), slice(None, steps - 1)) if r.reverse else (slice(None, steps - 1), slice(1, None))
-    from_next = from_next[of]
+        dh[end_index(r, first=False)] += _of_sequences_with_steps(dh_n, r)
+    found = prepared.backward(_product(dh, r.weight_hr, r), None, dc_n, gates, c, _recurrence_of_m(r))
+    # And through the step after.
+    to, of = (slice(1, None), slice(-1)) if r.reverse else (slice(-1), slice(1, None))
+    from_next = _product(found.dgates, r.weight_hh, r)[of]
     if r.resets is not None:
         from_next = from_next.masked_fill(r.resets[1:, :, None], 0)
     if r.lengths is not None and r.reverse:
-        from_next = from_next.masked_fill(_padding(steps, r)[1:], 0)
+        from_next = from_next.masked_fill(_padding(len(dh), r)[1:], 0)
     dh[to] += from_next
-    return dh
+    return found._replace(dh_total=dh)
 
 
-def _first_time(r: Recurrence) -> Tensor | None:
-    """Of the first step of every sequence, [1, B, 1]; None where it is the same for all."""
-    return (r.lengths.long() - 1).clamp(min=0)[None, :, None] if r.reverse and r.lengths is not None else None
+def _recurrence_of_m(r: Recurrence) -> Recurrence:
+    """Starting from zeros."""
+    assert r.dropout_h is r.zoneout_h is None
+    weight_hh = _product(r.weight_hh, r.weight_hr, r)
+    return r._replace(weight_hh=weight_hh, weight_hr=None, h0=r.h0.new_zeros(r.c0.shape))
 
 
-def _last_time(r: Recurrence) -> Tensor | None:
-    """Of the last step of every sequence, [1, B, 1]; None where it is the same for all."""
-    return (r.lengths.long() - 1).clamp(min=0)[None, :, None] if not r.reverse and r.lengths is not None else None
+def _of_sequences_with_steps(t: Tensor, r: Recurrence) -> Tensor:
+    """t [B, *], zero where the length is 0."""
+    return t if r.lengths is None else t.masked_fill((r.lengths == 0)[:, None], 0)
 
 
 def _padding(steps: int, r: Recurrence) -> Tensor:
     """Where there is none of a sequence, [T, B, 1]."""
     return (torch.arange(steps, device=r.h0.device)[:, None] >= r.lengths)[..., None]
+
+
+def _product(a: Tensor, b: Tensor, r: Recurrence) -> Tensor:
+    with products_in(r.precision):
+        return a @ b
 
 
 @contextlib.contextmanager

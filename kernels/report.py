@@ -1,7 +1,7 @@
-"""The resources of a compiled kernel, for the launchers and for the tables of `python -m gpu_lstm kernels`."""
+"""A row of the table of `python -m gpu_lstm kernels`."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -11,22 +11,9 @@ from .sass import Loop
 PRECISIONS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
 
 
-class Resources(NamedTuple):
-    """What a kernel uses."""
-
-    registers: int  # a thread
-    spills: int  # bytes of stack a thread
-    shared: int  # bytes a block
-
-    def fit(self, threads: int, shared_limit: int) -> bool:
-        """No spills, and no more than a block of so many threads may have."""
-        registers = -(-self.registers // 8) * 8 * threads  # allocated by 256 a warp
-        return self.spills == 0 and registers <= REGISTERS and self.shared <= shared_limit
-
-
 @dataclass(frozen=True)
 class Report:
-    """A row of the table: what one kernel became on one architecture."""
+    """What one kernel compiled to on one architecture."""
 
     kernel: str
     case: str  # what it was compiled for: dtype and sizes
@@ -44,5 +31,5 @@ class Report:
     @property
     def fits(self) -> bool:
         """No spills, and no more registers and shared memory than a block may have."""
-        used = Resources(self.registers, self.spills, self.shared)
-        return used.fit(self.threads, shared_memory_of(self.architecture))
+        registers = -(-self.registers // 8) * 8 * self.threads  # allocated by 256 a warp
+        return self.spills == 0 and registers <= REGISTERS and self.shared <= shared_memory_of(self.architecture)

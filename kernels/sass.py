@@ -7,6 +7,7 @@ wait, of tiles, of K).
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 
 # Bytes of shared memory a block that the system reserves. From compute capability 9.0 on ptxas counts them, but the
@@ -55,30 +56,24 @@ def time_loops(cubin: bytes) -> dict[str, Loop | None]:
 
 def _time_loop(text: str) -> Loop | None:
     # /*0c80*/  @!P0 LDG.E.64 R4, [R2] ;
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@\S+ )?([A-Z][^\s;]*)([^;]*);", text)
-    code = [(int(address, 16), instruction, operands) for address, instruction, operands in lines]
-    begin, end = 0, 0
-    for address, instruction, operands in code:
-        target = re.search(r"0x([0-9a-f]+)", operands)
-        if instruction.startswith("BRA") and target and end - begin < address - int(target[1], 16):
-            begin, end = int(target[1], 16), address
-    if end == 0:
+    begin_of_line = r"/\*([0-9a-f]{4,})\*/\s+(?:@\S+ )?"
+    jumps = [(int(a, 16), int(to, 16)) for a, to in re.findall(begin_of_line + r"BRA[^;]*?0x([0-9a-f]+)", text)]
+    end, begin = max(jumps, key=lambda jump: jump[0] - jump[1], default=(0, 0))
+    if end <= begin:
         return None
-    names = [instruction for address, instruction, _ in code if begin <= address <= end]
-
-    def those(*kinds: str) -> list[str]:
-        return [name for name in names if name.split(".")[0] in kinds]
-
+    names = [n for a, n in re.findall(begin_of_line + r"([A-Z][^\s;]*)[^;]*;", text) if begin <= int(a, 16) <= end]
+    count = Counter(name.split(".")[0] for name in names)
     return Loop(
-        instructions=len(names), barriers=len(those("BAR")), products=len(those("HMMA", "HGMMA", "UTCHMMA")),
-        shared=sum(map(_bytes, those("LDS", "STS", "LDSM", "STSM", "LDGSTS"))), loads=len(those("LDG", "LDGSTS")),
-        stores=len(those("STG")),
+        instructions=len(names), barriers=count["BAR"], products=count["HMMA"] + count["HGMMA"] + count["UTCHMMA"],
+        shared=sum(map(_bytes, names)), loads=count["LDG"] + count["LDGSTS"], stores=count["STG"],
     )  # fmt: skip
 
 
 def _bytes(name: str) -> int:
-    """What a thread moves by an instruction. Matrices (LDSM, STSM) have 4 bytes a thread."""
+    """What a thread moves in shared memory by an instruction. Matrices (LDSM, STSM) have 4 bytes a thread."""
     kind, *modifiers = name.split(".")
+    if kind not in ("LDS", "STS", "LDSM", "STSM", "LDGSTS"):
+        return 0
     if kind in ("LDSM", "STSM"):
         return 4 * int(modifiers[-1]) if modifiers[-1] in "24" else 4
     return next((size for width, size in _WIDTHS.items() if width in modifiers), 4)

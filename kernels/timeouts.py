@@ -1,9 +1,8 @@
 """Timeouts of kernels whose programs wait for each other.
 
-A kernel whose programs wait for each other bounds its waiting. One that times out writes the step + 1 into its device's
-error word and ends; its results are wrong. The words lie in memory that the host reads without waiting for the device,
-so that reading them costs nothing, but detects a launch only when it has ended. They are read by the next call, by
-backward, by a Stream, by `gpu_lstm.check`, which waits for the device first, and at the end of the interpreter.
+Their waits are bounded. A kernel that times out writes the step + 1 into its error word and ends, with wrong results.
+The words are in pinned host memory: reading them costs nothing, but detects a launch only when it has ended. They are
+read by the next call, by backward, by a Stream, by `gpu_lstm.check`, which waits for the device first, and at exit.
 """
 
 import atexit
@@ -22,7 +21,7 @@ KERNELS = (
     "lstm_cooperative_forward",  # in CUDA C++
     "lstm_cooperative_backward",
 )
-APART = 4  # int32 from one word to the next: 16 bytes, as a pointer to it counts as aligned to
+APART = 4  # int32 from one word to the next: 16 bytes, the alignment that kernels are compiled for
 _NONE = bytes(4 * APART * len(KERNELS))  # no kernel timed out
 
 
@@ -54,10 +53,18 @@ def raise_if_timed_out(device: torch.device) -> None:
         RuntimeError: with the kernel, the step and the device. It is raised once.
     """
     words = _words.get(device)
-    if words is not None and words.memory.raw != _NONE:
-        text = _report(device)
-        if text:
-            raise RuntimeError(text)
+    if words is None or words.memory.raw == _NONE:
+        return
+    found = [(k, step) for k, step in enumerate(words.tensor[:, 0].tolist()) if step]
+    if not found:  # another thread was faster
+        return
+    for k, _ in found:  # and no others: one may be written at this moment
+        words.tensor[k, 0] = 0
+    texts = " and ".join(f"{KERNELS[k]} timed out at step {step - 1}" for k, step in found)
+    raise RuntimeError(
+        f"{texts} on {device}: its programs wait for each other, and were not all resident at once; "
+        f"the results of {'that launch' if len(found) == 1 else 'those launches'} are wrong"
+    )
 
 
 def check() -> None:
@@ -67,31 +74,19 @@ def check() -> None:
         RuntimeError: as raise_if_timed_out.
     """
     for device in _words:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        raise_if_timed_out(device)
+        _check(device)
 
 
-def _report(device: torch.device) -> str | None:
-    """What timed out on a device since the last look; it is reported once."""
-    words = _words[device].tensor
-    found = [(k, step) for k, step in enumerate(words[:, 0].tolist()) if step]
-    if not found:
-        return None
-    for k, _ in found:  # and no others: one may be written at this moment
-        words[k, 0] = 0
-    texts = " and ".join(f"{KERNELS[k]} timed out at step {step - 1}" for k, step in found)
-    return (
-        f"{texts} on {device}: its programs wait for each other, and were not all resident at once; "
-        f"the results of {'that launch' if len(found) == 1 else 'those launches'} are wrong"
-    )
+def _check(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    raise_if_timed_out(device)
 
 
 @atexit.register
 def _report_at_exit() -> None:
     for device in _words:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        text = _report(device)
-        if text:
-            print(f"gpu_lstm: {text}", file=sys.stderr)
+        try:
+            _check(device)
+        except RuntimeError as error:
+            print(f"gpu_lstm: {error}", file=sys.stderr)

@@ -249,8 +249,8 @@ T load_if(bool yes, const T* from) {
     return yes ? *from : T{};
 }
 template <typename T>
-void store_if(bool yes, T* to, T x) {
-    if (yes) *to = x;
+void store_if(bool yes, T* to, float x) {
+    if (yes) round_to(*to, x);
 }
 
 template <typename T>

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import gpu_lstm
 from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.cupy_lstm import launch, source
-from gpu_lstm.kernels.problem import Problem, Recurrence
+from gpu_lstm.kernels.layer import Layer
+from gpu_lstm.kernels.problem import Problem, Recurrence, problem_of
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products", "nan_in_fresh_memory")
 HALF = (torch.float16, torch.bfloat16)
@@ -32,7 +33,7 @@ def device(monkeypatch, host_or_card) -> str:
 
 
 def _layer(device: str, dtype=torch.float32, T=4, B=3, H=8) -> tuple[Tensor, Recurrence]:
-    """gates and recurrence of layer_forward."""
+    """gates and recurrence of Layer.forward."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, dtype=dtype):
@@ -40,6 +41,10 @@ def _layer(device: str, dtype=torch.float32, T=4, B=3, H=8) -> tuple[Tensor, Rec
 
     recurrence = Recurrence(weight_hh=normal(4 * H, H), h0=normal(B, H), c0=normal(B, H, dtype=torch.float32))
     return normal(T, B, 4 * H), recurrence
+
+
+def _layer_of(gates: Tensor, r: Recurrence) -> Layer:
+    return launch.layer_of(problem_of(gates, r), gates.device)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -52,8 +57,9 @@ def test_tensors_that_are_not_aligned_give_the_same_bits(device, dtype):
     moved_r = r._replace(weight_hh=moved(r.weight_hh), h0=moved(r.h0), c0=moved(r.c0))
 
     def results(gates, r, move):
-        h, h_n, c_n, c = launch.layer_forward(gates, r, save=True)
-        return gates, h, h_n, c_n, *launch.layer_backward(move(h), move(h_n), None, gates, move(c), r)
+        layer = _layer_of(gates, r)
+        h, h_n, c_n, c = layer.forward(gates, r, save=True)
+        return gates, h, h_n, c_n, *layer.backward(move(h), move(h_n), None, gates, move(c), r)
 
     found, expected = results(moved(gates), moved_r, moved), results(gates.clone(), r, torch.clone)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -65,7 +71,7 @@ def test_a_nan_is_data_and_stays_in_its_sequence(monkeypatch, device):
     gates, r = _layer(device, torch.float16)
     r.h0.view(torch.int16)[0, 0] = -1  # the sentinel's bits
     gates[1, 1] = float("nan")
-    h, *_ = launch.layer_forward(gates, r, save=True)
+    h, *_ = _layer_of(gates, r).forward(gates, r, save=True)
     assert h[:, 0].isnan().all()
     assert h[1:, 1].isnan().all()
     assert h[:, 2].isfinite().all()
@@ -74,9 +80,10 @@ def test_a_nan_is_data_and_stays_in_its_sequence(monkeypatch, device):
 
 def test_an_empty_batch(device):
     gates, r = _layer(device, B=0)
-    h, h_n, c_n, c = launch.layer_forward(gates, r, save=True)
+    layer = _layer_of(gates, r)
+    h, h_n, c_n, c = layer.forward(gates, r, save=True)
     assert (h.shape, h_n.shape, c_n.shape, c.shape) == ((4, 0, 8), (0, 8), (0, 8), (4, 0, 8))
-    assert launch.layer_backward(h, None, None, gates, c, r)[0].shape == gates.shape
+    assert layer.backward(h, None, None, gates, c, r)[0].shape == gates.shape
 
 
 @pytest.mark.gpu
@@ -86,7 +93,7 @@ def test_more_elements_than_32_bits_count():
     gates[-1, -1] = 1
     r = _layer("cuda", torch.float16, 1, B, H)[1]
     zeros = r._replace(weight_hh=0 * r.weight_hh, h0=0 * r.h0, c0=0 * r.c0)
-    h, *_ = launch.layer_forward(gates, zeros, save=False)
+    h, *_ = _layer_of(gates, zeros).forward(gates, zeros, save=False)
     one = torch.ones((), device="cuda")
     last = one.sigmoid() * (one.sigmoid() * one.tanh()).tanh()
     torch.testing.assert_close(h[-1, -1], last.half().expand(H), rtol=1e-3, atol=1e-3)
@@ -175,9 +182,10 @@ def test_a_planted_fault_is_detected(monkeypatch, of, change):
 def test_a_launch_whose_blocks_are_not_all_there_ends_and_is_reported(monkeypatch):
     """As if the card held one block less than it says."""
     impatient = source.parts()["exchange"].replace("POLL_LIMIT = 1 << 22", "POLL_LIMIT = 1 << 7")
-    cuda(monkeypatch, CUPY_PLANS["kept/4"], changes={"exchange": impatient})
     gates, r = _layer("cpu", torch.float16, H=33)
     plan = CUPY_PLANS["kept/4"](Problem(2, 3, 33, torch.float16), launch.card_of(gates.device), False)
-    launch.layer_forward(gates, r, save=False, plan=replace(plan, grid=(plan.grid[0] - 1, 1)))
+    lacking = replace(plan, grid=(plan.grid[0] - 1, 1))
+    cuda(monkeypatch, lambda *_: lacking, changes={"exchange": impatient})
+    _layer_of(gates, r).forward(gates, r, save=False)
     with pytest.raises(RuntimeError, match="lstm_cooperative_forward timed out at step 1 on cpu"):
         timeouts.raise_if_timed_out(gates.device)

@@ -22,11 +22,10 @@ from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import projection
 from gpu_lstm.kernels.cupy_lstm import launch, planning, source
 from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, choose_plan, plans
-from gpu_lstm.kernels.problem import Problem, Recurrence
+from gpu_lstm.kernels.problem import Problem, Recurrence, problem_of
 
 SOURCE = source.join(source.parts())
 DTYPES = tuple(source.ELEMENTS)
-KERNELS = ("lstm_cooperative_forward", "lstm_cooperative_backward")
 H100 = Card(90, 132)
 
 
@@ -87,10 +86,11 @@ def _call(dtype, projected=0, ragged=False, backward=False, states=False, precis
         resets=torch.zeros(T, B, dtype=torch.bool) if ragged else None, reverse=ragged, precision=precision,
         reset_c=c if states else None,
     )  # fmt: skip
+    layer = launch.layer_of(problem_of(gates, recurrence), gates.device)
     if backward:
-        launch.layer_backward(*((h, h0, c0) if ragged else (None, None, None)), gates, c, recurrence)
+        layer.backward(*((h, h0, c0) if ragged else (None, None, None)), gates, c, recurrence)
     else:
-        launch.layer_forward(gates, recurrence, save=ragged)
+        layer.forward(gates, recurrence, save=ragged)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,7 +100,7 @@ def _call(dtype, projected=0, ragged=False, backward=False, states=False, precis
 def test_every_argument_is_as_the_kernel_declares_it(launches, backward, ragged, projected, dtype):
     _call(dtype, projected, ragged, backward, states=ragged)
     (made,) = launches
-    assert (made.kernel, made.dtype) == (KERNELS[backward], dtype)
+    assert (made.kernel, made.dtype) == (source.KERNELS[backward], dtype)
     parts, words = made.plan.parts, planning.words_of(Problem(2, B, H, dtype))
     sizes = {"T": T, "B": B, "H": H, "W": words, "PARTS": parts}
     types = {"E*": dtype, "float*": torch.float32, "int*": torch.int32, "bool*": torch.bool}
@@ -181,7 +181,7 @@ def test_what_is_chosen_on_an_h100(batch, hidden, backward, sizes, grid, shared,
 
 def test_the_launcher_and_the_source_agree():
     declared = re.findall(r"__global__ void __\w+__\([^)]*\) (\w+)\(", SOURCE)
-    assert tuple(declared) == KERNELS
+    assert tuple(declared) == source.KERNELS
     for name in ("SEQUENCES", "CHUNK", "AHEAD"):
         assert int(re.search(rf"constexpr int {name} = (\d+);", SOURCE)[1]) == getattr(planning, name)
     assert int(re.search(r"SENTINEL = (0x\w+);", SOURCE)[1], 16) == launch.SENTINEL & 0xFFFFFFFF
@@ -322,7 +322,7 @@ def test_a_launch_is_what_cupy_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(launch, "_stream", lambda d: Entered(f"stream of {d}"))
     monkeypatch.setattr(launch, "_kernel", launch._kernel.__wrapped__)
-    tensor, kernel = torch.zeros(3), KERNELS[0]
+    tensor, kernel = torch.zeros(3), source.KERNELS[0]
     plan = Plan(hidden=768, units=12, warps=8, chunks=3, parts=1, grid=(64, 2), shared=1234, clocks=0)
     arguments = dict.fromkeys(source.parameters(kernel), tensor) | dict(c=None, T=7, B=5, reverse=True)
     launch.launch_kernel(kernel, torch.float16, plan, **arguments)
@@ -372,7 +372,7 @@ def rows() -> list:
         and (case.card.architecture in (70, 75, 90) or case.plan.chunks)
     ]
     assert {80, 86, 89, 90, 100, 120} <= {case.card.architecture for case in cases}
-    assert {compile_.compile_for(c.card.architecture, c.kernel, c.problem.dtype, c.template).log for c in cases} == {""}
+    assert {compile_.compile_for(case).log for case in cases} == {""}
     return [(case, row) for case, (row,) in zip(cases, compile_.reports(cases))]
 
 
@@ -396,7 +396,7 @@ def test_weights_stay_in_registers_and_a_step_has_one_barrier(rows):
 
 def test_a_kernel_that_spills_does_not_fit():
     compile_ = pytest.importorskip("gpu_lstm.kernels.cupy_lstm.compile")
-    row = compile_.Report(KERNELS[0], "float32", 80, None, 128, "", registers=32, spills=0, shared=0)
+    row = compile_.Report(source.KERNELS[0], "float32", 80, None, 128, "", registers=32, spills=0, shared=0)
     assert row.fits
     for change in (dict(spills=8), dict(shared=164 * 1024), dict(registers=160, threads=512)):
         assert not replace(row, **change).fits

@@ -80,7 +80,8 @@ def test_triton_launches_on_the_device_of_the_tensors(driver, monkeypatch, famil
 
 
 def test_cupy_launches_on_the_device_of_the_tensors(driver, monkeypatch):
-    monkeypatch.setattr(cupy_launch, "as_words", lambda weights, size: weights)  # padding asks the driver
+    for name in ("as_words", "transposed_gates"):
+        monkeypatch.setattr(cupy_launch, name, lambda weights, *_: weights)  # padding asks the driver
     monkeypatch.setattr(cupy_launch, "card_of", lambda device: planning.Card(90, 132))
     current = _launches(driver, monkeypatch, "cupy", planning.choose_plan, "cuda:1")
     assert current == [1, 1]

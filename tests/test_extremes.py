@@ -24,7 +24,7 @@ import gpu_lstm
 from gpu_lstm.dispatch import available
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
-from gpu_lstm.kernels.problem import MOST, Pass, Problem, Recurrence
+from gpu_lstm.kernels.problem import MOST, Pass, Problem, Recurrence, problem_of
 from gpu_lstm.kernels.triton_lstm import indexing, launch
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family
@@ -188,7 +188,7 @@ MOST_UNITS = MOST // 4
 
 
 def _of_sizes(steps: int, batch: int, hidden: int, projected: int = 0) -> tuple[Tensor, Recurrence]:
-    """gates and recurrence of layer_forward, without memory."""
+    """gates and recurrence of Layer.forward, without memory."""
     width = projected or hidden
     sizes = dict(weight_hh=(4 * hidden, width), h0=(batch, width), c0=(batch, hidden))
     if projected:
@@ -204,8 +204,9 @@ def _of_sizes(steps: int, batch: int, hidden: int, projected: int = 0) -> tuple[
 )
 @pytest.mark.parametrize("launcher", [launch, cupy_launch], ids=["triton", "cupy"])
 def test_more_than_kernels_can_count_to_is_refused(launcher, name, sizes):
+    gates, r = _of_sizes(*sizes)
     with pytest.raises(ValueError, match=f"^expected at most {2**31 - 2**16} {name}, got {2**31}$"):
-        launcher.layer_forward(*_of_sizes(*sizes), save=True)
+        launcher.layer_of(problem_of(gates, r), gates.device).forward(gates, r, save=True)
 
 
 F16 = torch.float16

@@ -8,9 +8,9 @@ import functools
 import importlib.util
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ from ..problem import Problem
 from ..report import PRECISIONS, Report
 from ..sass import time_loops, usage
 from .planning import Card, Plan, plans
-from .source import OPTIONS, join, name_expression, parts
+from .source import KERNELS, OPTIONS, join, name_expression, parts
 
 CARDS = (Card(70, 80), Card(75, 40), Card(80, 108), Card(86, 84), Card(89, 58), Card(90, 132), Card(100, 148),
          Card(120, 170))  # fmt: skip
@@ -26,8 +26,7 @@ SIZES = ((16, 64), (16, 256), (16, 768), (64, 1024), (16, 2048))  # sequences, h
 READABLE = 75  # by the disassembler of CUDA 13, which recent Tritons bring
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A problem, and a plan for it."""
 
     problem: Problem
@@ -38,12 +37,7 @@ class Case:
     @property
     def kernel(self) -> str:
         """Its name."""
-        return f"lstm_cooperative_{'backward' if self.backward else 'forward'}"
-
-    @property
-    def template(self) -> tuple[int, ...]:
-        """Its arguments, after the element type."""
-        return self.plan.template(self.backward)
+        return KERNELS[self.backward]
 
     def __str__(self) -> str:
         p = self.problem
@@ -51,8 +45,7 @@ class Case:
         return f"{str(p.dtype).removeprefix('torch.')}{precision} B={p.batch} H={p.hidden}"
 
 
-@dataclass(frozen=True)
-class Binary:
+class Binary(NamedTuple):
     """One kernel for one architecture."""
 
     ptx: str
@@ -73,8 +66,8 @@ def cases(quick: bool) -> list[Case]:
         for kept in (True, False):
             of_kind = [plan for plan in plans(problem, card, backward) if (plan.chunks > 0) == kept]
             if of_kind:
-                case = Case(problem, backward, card, min(of_kind, key=lambda plan: plan.clocks))
-                found.setdefault((card, dtype, backward, case.template), case)
+                plan = min(of_kind, key=lambda plan: plan.clocks)
+                found.setdefault((card, dtype, backward, plan.template(backward)), Case(problem, backward, card, plan))
     return list(found.values())
 
 
@@ -82,7 +75,7 @@ def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
     """A report of each case."""
     for case in cases:
         architecture, plan = case.card.architecture, case.plan
-        binary = compile_for(architecture, case.kernel, case.problem.dtype, case.template)
+        binary = compile_for(case)
         ((registers, spills, declared),) = usage(binary.cubin, architecture).values()
         (loop,) = time_loops(binary.cubin).values() if architecture >= READABLE else (None,)
         kept = f"{plan.chunks} chunks kept" if plan.chunks else "W_hh read"
@@ -123,8 +116,8 @@ def _nvrtc() -> ctypes.CDLL:
 
 
 @functools.cache
-def compile_for(architecture: int, kernel: str, dtype: torch.dtype, template: tuple[int, ...] = ()) -> Binary:
-    """One kernel for an architecture and a dtype, as launch.py has it compiled.
+def compile_for(case: Case) -> Binary:
+    """The kernel of a case for its card, as launch.py has it compiled.
 
     Raises:
         ImportError: NVRTC is missing.
@@ -136,23 +129,23 @@ def compile_for(architecture: int, kernel: str, dtype: torch.dtype, template: tu
         if status:
             raise RuntimeError(f"NVRTC failed with status {status}\n{log() if program else ''}")
 
-    def text(size_of: str, get: str) -> bytes:
+    def result(name: str) -> bytes:
         size = ctypes.c_size_t()
-        check(getattr(nvrtc, size_of)(program, ctypes.byref(size)))
+        check(getattr(nvrtc, f"nvrtcGet{name}Size")(program, ctypes.byref(size)))
         buffer = ctypes.create_string_buffer(size.value)
-        check(getattr(nvrtc, get)(program, buffer))
+        check(getattr(nvrtc, f"nvrtcGet{name}")(program, buffer))
         return buffer.raw
 
     def log() -> str:
-        lines = text("nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0").decode().splitlines()
+        lines = result("ProgramLog").rstrip(b"\0").decode().splitlines()
         return "\n".join(line for line in lines if not re.match("nvrtc: warning: Architectures prior to", line))
 
-    options = [o.encode() for o in (*OPTIONS, f"--gpu-architecture=sm_{architecture}")]
+    expression = name_expression(case.kernel, case.problem.dtype, case.plan.template(case.backward))
+    options = [o.encode() for o in (*OPTIONS, f"--gpu-architecture=sm_{case.card.architecture}")]
     check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), join(parts()).encode(), b"lstm.cu", 0, None, None))
     try:
-        check(nvrtc.nvrtcAddNameExpression(program, name_expression(kernel, dtype, template).encode()))
+        check(nvrtc.nvrtcAddNameExpression(program, expression.encode()))
         check(nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)))
-        ptx = text("nvrtcGetPTXSize", "nvrtcGetPTX").rstrip(b"\0").decode()
-        return Binary(ptx, text("nvrtcGetCUBINSize", "nvrtcGetCUBIN"), log())
+        return Binary(result("PTX").rstrip(b"\0").decode(), result("CUBIN"), log())
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from ..architectures import shared_memory_of
-from ..layer import Chosen, Gradients, Layer, LoopGradients, Verify, zeros_for_resets
-from ..operands import as_words
-from ..problem import Pass, Problem, Recurrence, problem_of
+from ..layer import Chosen, Gradients, Layer, Verify, zeros_for_resets
+from ..operands import as_words, transposed_gates
+from ..problem import Pass, Problem, Recurrence
 from ..timeouts import error_word
 from .planning import Plan, card_of, choose_plan
-from .source import ELEMENTS, OPTIONS, in_order, join, name_expression, parts
+from .source import ELEMENTS, KERNELS, OPTIONS, in_order, join, name_expression, parts
 
 PACK = 16  # bytes that a thread reads at once
 SENTINEL = -1  # the word, as int32, that stands for what is not there yet
 
 
 class Prepared:
-    """A plan of one problem and pass; see layer.Prepared."""
+    """A plan of one problem and pass; see layer.Prepared. With a projection it runs the recurrence of m."""
 
     def __init__(self, problem: Problem, which: Pass, plan: Plan) -> None:
         self.plan, self._which = plan, which
@@ -31,7 +31,7 @@ class Prepared:
         self.projects_outside = problem.projected > 0
 
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As layer.Layer.forward, without a projection."""
+        """As layer.Layer.forward."""
         steps, batch, _ = gates.shape
         hidden = r.c0.shape[1]
         h = _rows_of_words(gates, steps + 1, batch)
@@ -39,40 +39,34 @@ class Prepared:
         h[-1, :, :hidden] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the sentinel's
         h_n, c_n = r.h0.clone(), r.c0.clone()  # what a sequence of length 0 ends with
         c = r.c0.new_empty(steps, batch, hidden) if self._which.save else None
-        launch_kernel(
-            "lstm_cooperative_forward", gates.dtype, self.plan,
-            gates=gates, weights=as_words(r.weight_hh, PACK), h=h, h_n=h_n, c=c, c_n=c_n,
-            **_shared(gates, r, "lstm_cooperative_forward"),
-        )  # fmt: skip
+        self._launch(gates, r, weights=as_words(r.weight_hh, PACK), h=h, h_n=h_n, c=c, c_n=c_n)
         return h[:-1, :, :hidden].contiguous(), h_n, c_n, c
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
-    ) -> LoopGradients:
-        """As layer.Layer.backward, without a projection."""
+    ) -> Gradients:
+        """As layer.Layer.backward."""
         steps, batch, _ = gates.shape
-        hidden, parts_ = r.c0.shape[1], self.plan.parts
+        hidden, count = r.c0.shape[1], self.plan.parts
         dgates = _rows_of_words(gates, steps, batch, 4)
         partials = None
-        if parts_ > 1:
-            partials = torch.full((batch, parts_, hidden), SENTINEL, dtype=torch.int32, device=gates.device)
+        if count > 1:
+            partials = torch.full((batch, count, hidden), SENTINEL, dtype=torch.int32, device=gates.device)
         dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
         _, dreset_c = zeros_for_resets(r)
-        launch_kernel(
-            "lstm_cooperative_backward", gates.dtype, self.plan,
-            dh=dh, dh_n=dh_n, gates=gates, c=c, c0=r.c0, weights=_transposed(r.weight_hh, parts_), dgates=dgates,
-            partials=partials, dc=dc, dreset_c=dreset_c, **_shared(gates, r, "lstm_cooperative_backward"),
+        self._launch(
+            gates, r, dh=dh, dh_n=dh_n, c=c, c0=r.c0, weights=transposed_gates(r.weight_hh, count, PACK),
+            dgates=dgates, partials=partials, dc=dc, dreset_c=dreset_c,
         )  # fmt: skip
-        return LoopGradients(dgates[..., :hidden].reshape(gates.shape), dc, dreset_c=dreset_c)
+        return Gradients(dgates[..., :hidden].reshape(gates.shape), None, dc, dreset_c=dreset_c)
 
-
-def _shared(gates: Tensor, r: Recurrence, kernel: str) -> dict[str, Any]:
-    """What both kernels are given."""
-    steps, batch, _ = gates.shape
-    return dict(
-        lengths=None if r.lengths is None else r.lengths.int(), resets=r.resets, reset_c=r.reset_c,
-        error=error_word(gates.device, kernel), T=steps, B=batch, reverse=r.reverse,
-    )  # fmt: skip
+    def _launch(self, gates: Tensor, r: Recurrence, **arguments: Tensor | None) -> None:
+        kernel = KERNELS[self._which.backward]
+        launch_kernel(
+            kernel, gates.dtype, self.plan, gates=gates, resets=r.resets, reset_c=r.reset_c,
+            lengths=None if r.lengths is None else r.lengths.int(), error=error_word(gates.device, kernel),
+            T=gates.shape[0], B=gates.shape[1], reverse=r.reverse, **arguments,
+        )  # fmt: skip
 
 
 def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:
@@ -84,15 +78,7 @@ def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:
     return filled
 
 
-def _transposed(weight_hh: Tensor, parts: int) -> Tensor:
-    """W_hh [4H, H] -> W_hh^T of each part's gates, [parts, H, 4 / parts, H and up to 16 bytes]."""
-    hidden = weight_hh.shape[1]
-    return as_words(weight_hh.view(parts, 4 // parts, hidden, hidden).permute(0, 3, 1, 2), PACK)
-
-
-_layers: dict[tuple[Problem, torch.device], Layer] = {}
-
-
+@functools.cache
 def layer_of(problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
     """The layer of a problem on a device; every call gives the same.
 
@@ -102,19 +88,6 @@ def layer_of(problem: Problem, device: torch.device, verify: Verify | None = Non
         TypeError: a dtype that the kernels do not accept.
         ValueError: recurrent dropout, zoneout, peepholes or layer norms; or as Layer.
     """
-    layer = _layers.get((problem, device))
-    if layer is None:
-        layer = _layers.setdefault((problem, device), _layer(problem, device))
-    return layer
-
-
-def forget() -> None:
-    """Choose all plans again."""
-    _layers.clear()
-
-
-def _layer(problem: Problem, device: torch.device, plan: Plan | None = None) -> Layer:
-    """A layer, by a plan if one is given."""
     if problem.dtype not in ELEMENTS:
         raise TypeError(f"backend 'cupy' takes float16, bfloat16 and float32, got {problem.dtype}")
     if problem.regularised:
@@ -122,38 +95,23 @@ def _layer(problem: Problem, device: torch.device, plan: Plan | None = None) -> 
     if problem.peepholes or problem.normalised:
         raise ValueError("backend 'cupy' takes neither peepholes nor layer norms")
 
-    def chosen(which: Pass) -> Plan:
-        return plan or choose_plan(problem, card_of(device), which.backward)
+    def plan(which: Pass) -> Plan:
+        return choose_plan(problem, card_of(device), which.backward)
 
-    def prepare(layer: Layer, which: Pass) -> Prepared:
-        return Prepared(problem, which, chosen(which))
-
-    return Layer(problem, device, prepare, lambda layer, which, _: Chosen(chosen(which), False))
-
-
-def layer_forward(
-    gates: Tensor, r: Recurrence, *, save: bool, plan: Plan | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """layer.Layer.forward of one call, by a plan if one is given."""
-    return _layer(problem_of(gates, r), gates.device, plan).forward(gates, r, save)
+    return Layer(
+        problem, device, lambda _, which: Prepared(problem, which, plan(which)),
+        lambda _, which, __: Chosen(plan(which), False),
+    )  # fmt: skip
 
 
-def layer_backward(
-    dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence, *,
-    plan: Plan | None = None,
-) -> Gradients:  # fmt: skip
-    """layer.Layer.backward of one call, by a plan if one is given."""
-    return _layer(problem_of(gates, r), gates.device, plan).backward(dh, dh_n, dc_n, gates, c, r)
+forget = layer_of.cache_clear
+"""Choose all plans again."""
 
 
 def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tensor | int | None) -> None:
     """Launch a kernel on torch's current stream: the seam at which a test can run it elsewhere.
 
-    Args:
-        kernel: its name.
-        dtype: of the elements.
-        plan: its further template arguments, its grid, and what a block takes.
-        arguments: by the kernel's names for them; a tensor goes by its address, None as a null pointer.
+    The arguments are by the kernel's names for them; a tensor is passed by its address, None as a null pointer.
 
     Raises:
         TypeError: an argument is missing, or the kernel has no such parameter.
@@ -161,15 +119,11 @@ def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tens
     import numpy
 
     def by_value(argument: Tensor | int | None) -> Any:
-        match argument:
-            case Tensor():
-                return numpy.uint64(argument.data_ptr())
-            case None:
-                return numpy.uint64(0)
-            case bool():
-                return numpy.bool_(argument)
-            case _:
-                return numpy.int32(argument)
+        if isinstance(argument, bool):
+            return numpy.bool_(argument)
+        if isinstance(argument, int):
+            return numpy.int32(argument)
+        return numpy.uint64(0 if argument is None else argument.data_ptr())
 
     values = tuple(by_value(a) for a in in_order(kernel, arguments))
     device = arguments["gates"].device

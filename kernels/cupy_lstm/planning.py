@@ -1,4 +1,4 @@
-"""Plans: by what blocks the time loop is run. Pure Python."""
+"""Plans: sizes and numbers of the blocks that run the time loop. Pure Python."""
 
 import functools
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from ..problem import Problem
 
 SEQUENCES = 8  # of a batch tile
 CHUNK = 16  # words of K that a warp multiplies at once
-AHEAD = 4  # chunks that are on their way at once, where weights are not kept
+AHEAD = 4  # chunks that are loaded at once, where weights are not kept
 MOST_REGISTERS = 192  # of a thread's 255, that may hold weights, words and sums
 
 # Clocks of an H100, for the order of plans. Latencies and rates are published ones (Luo et al., "Benchmarking and

@@ -11,6 +11,7 @@ FOLDER = Path(__file__).with_name("cuda")
 PARTS = ("instructions", "cell", "indexing", "words", "exchange", "products", "cooperative")
 """Files of the folder; each knows those before it."""
 
+KERNELS = ("lstm_cooperative_forward", "lstm_cooperative_backward")
 OPTIONS = ("-std=c++17",)
 ELEMENTS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 

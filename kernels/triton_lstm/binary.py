@@ -10,7 +10,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from ..report import Resources
 from ..sass import usage
 from .features import OPTIONS
 
@@ -50,10 +49,10 @@ def compile_for(launch: RecordedLaunch, architecture: int) -> CompiledKernel:
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def resources_of(compiled: CompiledKernel) -> Resources:
-    """What a compiled kernel uses. Triton's metadata lacks the shared memory that inline assembly declares."""
+def resources_of(compiled: CompiledKernel) -> tuple[int, int, int]:
+    """(registers, bytes of stack, bytes of shared memory), where inline assembly's is not in Triton's metadata."""
     ((registers, spills, declared),) = usage(compiled.asm["cubin"], compiled.metadata.target.arch).values()
-    return Resources(registers, spills, declared + compiled.metadata.shared)
+    return registers, spills, declared + compiled.metadata.shared
 
 
 @triton.jit

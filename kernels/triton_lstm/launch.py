@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..layer import Chosen, Gradients, Layer, LoopGradients, Verify, zeros_for_resets
+from ..layer import Chosen, Gradients, Layer, Verify, zeros_for_resets
 from ..problem import Pass, Problem, Recurrence, problem_of
 from ..timeouts import KERNELS, error_word
 from . import exchange, step
@@ -83,7 +83,7 @@ class Prepared:
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
-    ) -> LoopGradients:
+    ) -> Gradients:
         """As layer.Layer.backward: one launch."""
         dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
         dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
@@ -99,7 +99,7 @@ class Prepared:
             "dreset_c_ptr": dreset_c, **buffers,
         })  # fmt: skip
         dgates = self._family.gradient_of_gates(dgates, gates)
-        return LoopGradients(dgates, dc, dh_from_zoneout, dh_total, dreset_h, dreset_c)
+        return Gradients(dgates, dh_from_zoneout, dc, dh_total, dreset_h, dreset_c)
 
     def _shared(self, gates: Tensor, r: Recurrence) -> dict[str, Any]:
         """What kernels of all families are given, forward and backward."""

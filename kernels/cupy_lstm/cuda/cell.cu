@@ -21,7 +21,7 @@ __device__ inline float tanh_of(float x) {
     return choose(fabsf(x) < 0.6f, x + x * u * p, copysignf(far, x));
 }
 
-// The cell after a step. With a projection m is what W_hr takes.
+// The cell after a step. With a projection m is the input of W_hr.
 struct Cell {
     float i, f, g, o;  // gates
     float c, m;

@@ -62,18 +62,18 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
 
     // Load W_hh, where it is kept.
     Rows product(weights);
-    const auto take_rows_of = [&](int first_unit) {
-        product.take([=](int pair, int half) {
+    const auto load_rows_of = [&](int first_unit) {
+        product.load([=](int pair, int half) {
             const int unit = first_unit + pair % UNITS, gate = 2 * (pair / UNITS) + half;
             return unit < H ? gate * H + unit : -1;
         });
     };
-    take_rows_of(begin.row);
+    load_rows_of(begin.row);
 
     int turn = 0;
     for (int step = 0; step < T; ++step)
         for (auto walk = begin; walk.tile < B; walk.next(), turn ^= 1) {
-            if (CHUNKS == 0) take_rows_of(walk.row);
+            if (CHUNKS == 0) load_rows_of(walk.row);
             const int unit = walk.row + own.unit;
             const bool has_cell = own.cell & unit < H;
 
@@ -111,18 +111,13 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
             store_relaxed_if(in_batch & unit % PER_WORD<E> == 0, h + at.row * W + unit / PER_WORD<E>, word);
 
             // Store.
-            E rounded;
-            round_to(rounded, h_next);
-            store_if(valid & at.last, h_n + state_at, rounded);
+            store_if(valid & at.last, h_n + state_at, h_next);
             store_if(valid, c_n + state_at, cell.c);
             if (c != nullptr) {
                 store_if(in_batch, c + at.row * H + unit, valid ? cell.c : 0.0f);
                 const float activated[GATES] = {cell.i, cell.f, cell.g, cell.o};
 #pragma unroll
-                for (int gate = I; gate < GATES; ++gate) {
-                    round_to(rounded, activated[gate]);
-                    store_if(valid, my_gates + gate * H, rounded);
-                }
+                for (int gate = I; gate < GATES; ++gate) store_if(valid, my_gates + gate * H, activated[gate]);
             }
         }
 }
@@ -154,18 +149,18 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
 
     // Load W_hh^T, where it is kept.
     Rows product(weights);
-    const auto take_rows_of = [&](int first_unit) {
-        product.take([=](int pair, int half) {
+    const auto load_rows_of = [&](int first_unit) {
+        product.load([=](int pair, int half) {
             const int unit = first_unit + pair + half * (ROWS / 2);
             return unit < H ? part * H + unit : -1;
         });
     };
-    take_rows_of(begin.row);
+    load_rows_of(begin.row);
 
     int turn = 0;
     for (int step = T - 1; step >= 0; --step)
         for (auto walk = begin; walk.tile < B; walk.next(), turn ^= 1) {
-            if (CHUNKS == 0) take_rows_of(walk.row);
+            if (CHUNKS == 0) load_rows_of(walk.row);
             const int unit = walk.row + part * UNITS + own.unit;
             const bool has_cell = own.cell & unit < H;
 
@@ -187,18 +182,18 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             if (dh != nullptr) dh_output = load_if(valid, dh + output_at);
             if (dh_n != nullptr) dh_last = load_if(valid & at.last, dh_n + state_at);
 
-            // Product with dgates of the step after. Padding and what a reset cuts off is waited for, too, so that nobody
-            // publishes partial sums over others that are still waited for.
+            // Product with dgates of the step after. It waits in padding and at resets, too: otherwise partial sums could
+            // be overwritten that another block still waits for.
             const long long row_after = row_of(time_of(step + 1, its_length, reverse), of_column, B);
             typename Rows::Words dz(dgates + (row_after * 4 + 4 / PARTS * part) * W + product.lane.first_word,
                                     step < T - 1 & of_column < B ? K - product.lane.first_word : 0);
             product.multiply(dz, turn, {error, step});
 
             // The gradient through the step after, for the thread's cell.
-            float handed_back;
+            float from_next;
             if (PARTS == 1) {
                 const float2 sums = Rows::sum(own.unit % (ROWS / 2), own.sequence, turn);
-                handed_back = own.unit < ROWS / 2 ? sums.x : sums.y;
+                from_next = own.unit < ROWS / 2 ? sums.x : sums.y;
             } else {
                 // Publish the partial sums, and add up all parts in the same order every time.
                 const int phase = (T - 1 - step) % 2;
@@ -215,15 +210,15 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
                 float parts[PARTS];
                 await_phase(parts, partials + static_cast<long long>(batch) * PARTS * H + unit, H, in_batch, phase,
                             {error, step});
-                handed_back = parts[0];
+                from_next = parts[0];
 #pragma unroll
-                for (int n = 1; n < PARTS; ++n) handed_back += parts[n];
+                for (int n = 1; n < PARTS; ++n) from_next += parts[n];
             }
 
             // Cell.
             const Cell cell = {to_float(activated[I]), to_float(activated[F]), to_float(activated[G]),
                                to_float(activated[O]), c_after};
-            const float dm = to_float(dh_output) + to_float(dh_last) + (next.continues ? handed_back : 0.0f);
+            const float dm = to_float(dh_output) + to_float(dh_last) + (next.continues ? from_next : 0.0f);
             const Cell::Gradient d = cell.backward(c_prev, dm, dc_after);
 
             // Publish. In padding every factor was loaded as zero, and so are the gradients.

@@ -9,12 +9,13 @@
 // word, and no later step waits for long, so that the launch ends.
 
 constexpr unsigned SENTINEL = 0xFFFFFFFF;
-constexpr unsigned A_NAN = 0x7FC00000;  // another
+constexpr unsigned A_NAN = 0x7FC00000;  // not the sentinel
 
-constexpr int POLL_LIMIT = 1 << 22;         // seconds, where a step takes microseconds
+constexpr int POLL_LIMIT = 1 << 22;  // seconds, where a step takes microseconds
 constexpr int POLLS_BETWEEN_CHECKS = 64;  // the error word is in host memory
 
-// Of two bytes an even thread's word holds its element and, above, the next thread's; an odd thread's means nothing.
+// With elements of two bytes an even thread's word has its element below and the next thread's above; an odd thread's is
+// not used.
 template <typename E>
 __device__ unsigned pack(float x) {
     return pack_two(E{}, x, of_neighbour(x));

@@ -11,7 +11,7 @@ __device__ inline int time_of(int step, int length, bool reverse) {
 
 __device__ inline long long row_of(int time, int batch, int B) { return static_cast<long long>(time) * B + batch; }
 
-// Past the batch there are sequences without a step.
+// Sequences past the batch have no steps.
 __device__ inline int length_of(const int* lengths, int batch, int T, int B) {
     return lengths != nullptr ? load_if(batch < B, lengths + batch) : batch < B ? T : 0;
 }

@@ -1,11 +1,11 @@
-// What C++ has no words for, in PTX. tests/host_cuda.h says the same for the CPU.
-//
+// What C++ cannot express, in PTX. tests/host_cuda.h stands in for it on the CPU.
+
 __device__ inline uint4* shared_memory() {
     extern __shared__ uint4 shared_storage[];
     return shared_storage;
 }
 
-// Types of two bytes are our own, since not every CuPy brings CUDA's headers for them.
+// Our own types of two bytes, since not every CuPy ships CUDA's headers for them.
 
 struct float16 {
     unsigned short bits;
@@ -25,7 +25,7 @@ __device__ inline float to_float(float16 x) {
 
 __device__ inline float to_float(bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 
-// To the nearest, of two the even one; every NaN becomes the same positive one.
+// To nearest, ties to even; every NaN becomes the same positive one.
 __device__ inline void round_to(float& y, float x) { y = x; }
 
 __device__ inline void round_to(float16& y, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
@@ -49,19 +49,14 @@ __device__ unsigned pack_two(E, float low, float high) {
 }
 
 #if __CUDA_ARCH__ >= 800
-template <>
-__device__ inline unsigned pack_two(float16, float low, float high) {
-    unsigned word;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    return word;
-}
-
-template <>
-__device__ inline unsigned pack_two(bfloat16, float low, float high) {
-    unsigned word;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    return word;
-}
+#define PACK_TWO(E, KIND)                                                                                          \
+    __device__ inline unsigned pack_two(E, float low, float high) {                                                \
+        unsigned word;                                                                                             \
+        asm("cvt.rn." KIND ".f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));                                 \
+        return word;                                                                                               \
+    }
+PACK_TWO(float16, "f16x2")
+PACK_TWO(bfloat16, "bf16x2")
 #endif
 
 // 2^x and 1 / x to 2 units in the last place, without the many instructions for results below 2^-126: they are 0.
@@ -83,27 +78,44 @@ __device__ inline float choose(bool yes, float a, float b) {
     return x;
 }
 
-// *from, or zero: by a predicate, so that the threads of a warp stay together.
-__device__ inline int load_if(bool yes, const int* from) {
-    int x;
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b32 %0, 0; @p ld.global.b32 %0, [%1]; }"
-                 : "=r"(x) : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(yes)) : "memory");
-    return x;
-}
+// Loads and stores by a predicate, so that the threads of a warp stay together. OTHERWISE: what x is without a load.
+#define IF_YES(N, OTHERWISE, INSTRUCTION) "{ .reg .pred p; setp.ne.s32 p, %" N ", 0; " OTHERWISE "@p " INSTRUCTION "; }"
+#define OPERANDS(ADDRESS) "l"(__cvta_generic_to_global(ADDRESS)), "r"(static_cast<int>(yes)) : "memory"
+#define LOAD(NAME, OTHERWISE, KIND, X, REGISTER)                                                                   \
+    __device__ inline void NAME(bool yes, X& x, const void* from) {                                                \
+        asm volatile(IF_YES("2", OTHERWISE, "ld." KIND " %0, [%1]") : REGISTER(x) : OPERANDS(from));               \
+    }
+#define LOAD_QUAD(NAME, OTHERWISE, KIND, REGISTER)                                                                 \
+    __device__ inline void NAME(bool yes, uint4& x, const void* from) {                                            \
+        asm volatile(IF_YES("5", OTHERWISE, "ld." KIND ".v4.b32 {%0, %1, %2, %3}, [%4]")                           \
+                     : REGISTER(x.x), REGISTER(x.y), REGISTER(x.z), REGISTER(x.w) : OPERANDS(from));               \
+    }
+#define STORE(NAME, KIND, X, REGISTER)                                                                             \
+    __device__ inline void NAME(bool yes, X* to, X x) {                                                            \
+        asm volatile(IF_YES("2", "", "st." KIND " [%1], %0") :: REGISTER(x), OPERANDS(to));                        \
+    }
+LOAD(load_byte_or_zero, "mov.b32 %0, 0; ", "global.u8", int, "=r")
+LOAD(load_or_zero, "mov.b16 %0, 0; ", "global.b16", unsigned short, "=h")
+LOAD(load_or_zero, "mov.b32 %0, 0; ", "global.b32", int, "=r")
+LOAD_QUAD(load_or_zero, "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; ", "global", "=r")
+STORE(store_if, "global.b16", unsigned short, "h")
+STORE(store_if, "global.f32", float, "f")
 
-__device__ inline unsigned load_if(bool yes, const unsigned* from) {
-    return load_if(yes, reinterpret_cast<const int*>(from));
+// Words that blocks of one launch exchange: relaxed accesses of gpu scope (PTX ISA, "Memory Consistency Model").
+LOAD(load_relaxed_if, "", "relaxed.gpu.global.b32", unsigned, "+r")
+LOAD_QUAD(load_relaxed_if, "", "relaxed.gpu.global", "+r")
+STORE(store_relaxed_if, "relaxed.gpu.global.b32", unsigned, "r")
+
+// *from, or zero.
+template <typename X>
+__device__ inline X load_if(bool yes, const X* from) {
+    X x;
+    load_or_zero(yes, x, from);
+    return x;
 }
 
 __device__ inline float load_if(bool yes, const float* from) {
     return __int_as_float(load_if(yes, reinterpret_cast<const int*>(from)));
-}
-
-__device__ inline unsigned short load_if(bool yes, const unsigned short* from) {
-    unsigned short x;
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b16 %0, 0; @p ld.global.b16 %0, [%1]; }"
-                 : "=h"(x) : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(yes)) : "memory");
-    return x;
 }
 
 __device__ inline float16 load_if(bool yes, const float16* from) { return {load_if(yes, &from->bits)}; }
@@ -111,51 +123,19 @@ __device__ inline bfloat16 load_if(bool yes, const bfloat16* from) { return {loa
 
 __device__ inline bool load_if(bool yes, const bool* from) {
     int x;
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b32 %0, 0; @p ld.global.u8 %0, [%1]; }"
-                 : "=r"(x) : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(yes)) : "memory");
+    load_byte_or_zero(yes, x, from);
     return x != 0;
 }
 
-__device__ inline uint4 load_if(bool yes, const uint4* from) {
-    uint4 x;
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
-                 " @p ld.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(yes)) : "memory");
-    return x;
+// Rounded.
+template <typename E>
+__device__ inline void store_if(bool yes, E* to, float x) {
+    E rounded;
+    round_to(rounded, x);
+    store_if(yes, &to->bits, rounded.bits);
 }
 
-__device__ inline void store_if(bool yes, float* to, float x) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.f32 [%0], %1; }"
-                 :: "l"(__cvta_generic_to_global(to)), "f"(x), "r"(static_cast<int>(yes)) : "memory");
-}
-
-__device__ inline void store_if(bool yes, unsigned short* to, unsigned short x) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.b16 [%0], %1; }"
-                 :: "l"(__cvta_generic_to_global(to)), "h"(x), "r"(static_cast<int>(yes)) : "memory");
-}
-
-__device__ inline void store_if(bool yes, float16* to, float16 x) { store_if(yes, &to->bits, x.bits); }
-__device__ inline void store_if(bool yes, bfloat16* to, bfloat16 x) { store_if(yes, &to->bits, x.bits); }
-
-// Words that blocks of one launch exchange: relaxed accesses of gpu scope (PTX ISA, "Memory Consistency Model").
-__device__ inline void load_relaxed_if(bool yes, uint4& x, const unsigned* from) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %5, 0; @p ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
-                 : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
-                 : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(yes)) : "memory");
-}
-
-__device__ inline void load_relaxed_if(bool yes, unsigned& x, const unsigned* from) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p ld.relaxed.gpu.global.b32 %0, [%1]; }"
-                 : "+r"(x) : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(yes)) : "memory");
-}
-
-__device__ inline void store_relaxed_if(bool yes, unsigned* to, unsigned x) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p st.relaxed.gpu.global.b32 [%0], %1; }"
-                 :: "l"(__cvta_generic_to_global(to)), "r"(x), "r"(static_cast<int>(yes)) : "memory");
-}
-
-// The same with the host.
+// Relaxed accesses that the host takes part in.
 __device__ inline int load_from_host(const int* from) {
     int x;
     asm volatile("ld.relaxed.sys.global.b32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_global(from)) : "memory");
@@ -184,4 +164,3 @@ MULTIPLY(float16, "m16n8k16.row.col.f32.f16.f16.f32")
 MULTIPLY(bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 MULTIPLY(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #endif
-#undef MULTIPLY

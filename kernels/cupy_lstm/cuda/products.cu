@@ -1,7 +1,7 @@
 // Products of weights [ROWS, W words] and 8 sequences of words that other blocks publish, by all warps of a block.
 //
 // The warps split K, which counts words: a chunk is 16 words of every row, and warp w has the chunks w, w + WARPS, ... The
-// words of a chunk come to a warp's threads as to the operand B of a tensor core. A thread is
+// words of a chunk are spread over a warp's threads like operand B of a tensor core. A thread has
 //
 //     column   lane / 4: a sequence
 //     quarter  lane % 4: a quad, four words of a chunk
@@ -57,7 +57,7 @@ struct Product : Parts<ROWS / 2, WARPS> {
 
     // number_of(pair, half) is the number of a row, or -1 for zeros.
     template <typename NumberOf>
-    __device__ void take(NumberOf number_of) {
+    __device__ void load(NumberOf number_of) {
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk)
 #pragma unroll
@@ -97,13 +97,13 @@ struct Product : Parts<ROWS / 2, WARPS> {
 };
 
 // By multiply-add in float32: for every GPU, exact for float, and for any W, since the weights come from L2 at every step.
-// A thread has the rows `lane`, `lane + 32`, ... of all sequences, whose words its warp lays into shared memory.
+// A thread has the rows `lane`, `lane + 32`, ... of all sequences, whose words its warp copies into shared memory.
 template <typename E, int ROWS, int W, int WARPS>
 struct Product<E, ROWS, W, WARPS, 0> : Parts<ROWS / 2, WARPS> {
     static constexpr int PAIRS = ROWS / 2;
     static constexpr int MINE = ROWS / 32;  // rows of a thread
     static constexpr int STRIDE = CHUNK * WARPS;
-    static constexpr int AHEAD = 4;  // chunks that are on their way at once
+    static constexpr int AHEAD = 4;  // chunks that are loaded at once
     using Words = Quads<AHEAD, STRIDE>;
     using Sums = Parts<PAIRS, WARPS>;
 
@@ -114,7 +114,7 @@ struct Product<E, ROWS, W, WARPS, 0> : Parts<ROWS / 2, WARPS> {
     __device__ Product(const unsigned* rows) : rows(rows) {}
 
     template <typename NumberOf>
-    __device__ void take(NumberOf number_of) {
+    __device__ void load(NumberOf number_of) {
 #pragma unroll
         for (int n = 0; n < MINE; ++n) row[n] = number_of(mine(n) % PAIRS, mine(n) / PAIRS);
     }
@@ -127,7 +127,7 @@ struct Product<E, ROWS, W, WARPS, 0> : Parts<ROWS / 2, WARPS> {
         for (int first = 0; first < W; first += AHEAD * STRIDE) {
             if (first > 0) x = Words(x.from + AHEAD * STRIDE, x.left - AHEAD * STRIDE);
             x.await(polling);
-            barrier_of_warp();  // all have read what lay there before; a vote orders no memory
+            barrier_of_warp();  // all have read the words before; a vote orders no memory
 #pragma unroll
             for (int chunk = 0; chunk < AHEAD; ++chunk)
                 stage[(chunk * SEQUENCES + lane.column) * 4 + lane.quarter] = x.quad[chunk];
