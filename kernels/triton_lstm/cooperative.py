@@ -369,8 +369,8 @@ def lstm_cooperative_backward_kernel(
         dh = add_gradients_given(tl.zeros((32 * WARPS,), tl.float32), dh_ptr, dh_n_ptr, step == length - 1, cells)
         _, _, _, next_continues = position(step + 1, batch, in_batch, length, resets_ptr, B, REVERSE)
 
-        # Product: this gate's part of dh for the quartet's units. A program waits for words of padding and after a reset,
-        # too, so that none publishes partial sums over others that are still waited for.
+        # Product: this gate's part of dh for the quartet's units. A program waits for words of padding and after resets
+        # as well, so that none publishes partial sums over others that are still waited for.
         of_column, in_column, length = sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
         row_next = row_of(time_of(step + 1, length, REVERSE), of_column, B)
         dgates_at = words_ptr + row_next * (4 * W) + gate * W + first_word
