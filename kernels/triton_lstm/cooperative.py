@@ -35,28 +35,10 @@ from torch import Tensor
 from ..architectures import KB
 from ..operands import as_words, transposed_gates
 from ..problem import Problem, Recurrence
+from . import indexing
 from .cell import cell_forward, gates_backward, normed_output_backward, output, output_backward
 from .exchange import collect, in_phase, pack, publish
 from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
-from .indexing import (
-    add_gradients_given,
-    cells_at,
-    load_affine,
-    load_gates,
-    load_peepholes,
-    load_saved,
-    load_state,
-    position,
-    row_before,
-    row_in_h_then_h0,
-    row_of,
-    sequences,
-    store_gates,
-    time_of,
-    zoneout,
-    zoneout_c_backward,
-    zoneout_h_backward,
-)
 from .norm import (
     EPS,
     gates_of_unit,
@@ -98,15 +80,15 @@ def exchange_pairs(
     first,  # [THREADS] float32, the same in a sequence's whole row: of the program's units
     second,
     pairs_ptr,  # [B, programs, 2] int32: float32 words, whose last bits are one beforehand
-    batch,  # [THREADS] the thread's sequence
-    in_batch,
-    phase,  # of the step; at every step, so that none is left out
-    error_ptr, step, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, POLL_LIMIT: tl.constexpr,
+    exchanged,  # the thread's sequence and whether there is one, [THREADS], the phase of the step, error_ptr, the step
+    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, POLL_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Two numbers of each sequence: what a thread's programs, place + n ROW, say of their units; zero where none is.
 
-    A tuple of their firsts, seconds and how many units they have, alternately. Programs without units take no part.
+    A tuple of their firsts, seconds and how many units they have, alternately. Programs without units do nothing. It is
+    called at every step, so that no phase is left out.
     """
+    batch, in_batch, phase, error_ptr, step = exchanged
     ROW: tl.constexpr = 4 * WARPS
     PROGRAMS: tl.constexpr = (H + UNITS - 1) // UNITS
     COUNT: tl.constexpr = (PROGRAMS + ROW - 1) // ROW
@@ -130,8 +112,7 @@ def moments_of_group(
     v,  # tuple of GATES [THREADS]: of the thread's cell
     is_cell,  # [THREADS]
     pairs_ptr,  # and below: as for `exchange_pairs`
-    batch, in_batch, phase, error_ptr, step, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
-    GATES: tl.constexpr, POLL_LIMIT: tl.constexpr,
+    exchanged, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, GATES: tl.constexpr, POLL_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """(mean, scale) of v of all units, [THREADS]."""
     total = tl.zeros((32 * WARPS,), tl.float32)
@@ -142,9 +123,7 @@ def moments_of_group(
     for n in tl.static_range(GATES):
         distance = tl.where(is_cell, v[n] - own, 0.0)
         total += distance * distance
-    of_programs = exchange_pairs(
-        own, sum_of_row(total, WARPS), pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, POLL_LIMIT
-    )
+    of_programs = exchange_pairs(own, sum_of_row(total, WARPS), pairs_ptr, exchanged, H, UNITS, WARPS, POLL_LIMIT)
     # About this program's mean, so that both sums can be computed at once: it is not so far from that of all that much
     # would cancel, at most the square root of as many deviations as there are programs.
     shift, squares = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
@@ -162,14 +141,11 @@ def means_of_group(
     d,  # [THREADS] of the thread's cell, zero where there is none
     d_unit,
     pairs_ptr,  # and below: as for `exchange_pairs`
-    batch, in_batch, phase, error_ptr, step, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
-    GATES: tl.constexpr, POLL_LIMIT: tl.constexpr,
+    exchanged, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, GATES: tl.constexpr, POLL_LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Both sums over all units, divided by GATES * H, [THREADS]: what `normalise_backward` takes."""
-    of_programs = exchange_pairs(
-        sum_of_row(d, WARPS), sum_of_row(d_unit, WARPS),
-        pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, POLL_LIMIT,
-    )  # fmt: skip
+    """Both sums over all units, divided by GATES * H, [THREADS]: the means of `normalise_backward`."""
+    d, d_unit = sum_of_row(d, WARPS), sum_of_row(d_unit, WARPS)
+    of_programs = exchange_pairs(d, d_unit, pairs_ptr, exchanged, H, UNITS, WARPS, POLL_LIMIT)
     d, d_unit = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
     for n in tl.static_range(len(of_programs) // 3):
         d += of_programs[3 * n]
@@ -227,26 +203,26 @@ def lstm_cooperative_forward_kernel(
     z_rows = (place, place + UNITS, place + 2 * UNITS, place + 3 * UNITS)
     z_sequences = (sequence, sequence, sequence, sequence)
 
-    peepholes = load_peepholes(peephole_ptr, unit, H)
+    peepholes = indexing.load_peepholes(peephole_ptr, unit, H)
     if NORM_HH:
-        gain_hh = load_gates(gain_hh_ptr, unit, unit < H, H)
+        gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H)
     if NORM_C:
-        gain_c, bias_c = load_affine(gain_c_ptr, bias_c_ptr, unit, H)
+        gain_c, bias_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H)
 
     step, tile = 0, tl.program_id(1)
     for turn in range(T * walks_of_group(B)):
         # Load, before waiting: it arrives meanwhile.
-        batch, in_batch, length = sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
-        _, row, valid, continues = position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
-        cells = cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
+        batch, in_batch, length = indexing.sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
+        _, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
+        cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
         at, gates_at, state_at, in_tile, valid, continues, reset = cells
-        x = load_gates(gates_ptr, gates_at, valid, H)
-        c_prev = load_state(c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
+        x = indexing.load_gates(gates_ptr, gates_at, valid, H)
+        c_prev = indexing.load_state(c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
-        of_column, in_column, length = sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
-        _, _, _, from_h = position(step, of_column, in_column, length, resets_ptr, B, REVERSE)
-        h_at = words_ptr + row_in_h_then_h0(step - 1, length, of_column, T, B, REVERSE) * W + first_word
+        of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
+        _, _, _, from_h = indexing.position(step, of_column, in_column, length, resets_ptr, B, REVERSE)
+        h_at = words_ptr + indexing.row_in_h_then_h0(step - 1, length, of_column, T, B, REVERSE) * W + first_word
         # With layer norms a program waits for words of padding and before resets, too, so that none publishes numbers
         # over others that are still waited for.
         left = tl.where(in_column if NORM_HH or NORM_C else from_h, W - first_word, 0)
@@ -261,21 +237,18 @@ def lstm_cooperative_forward_kernel(
         z = sum_over_warps(parts, z_rows, z_sequences, of_cell, turn % 2, 4, TILES, WARPS)
 
         # Gates and cell.
+        exchanged = (batch, in_batch, step % 2, error_ptr, step)
         if NORM_HH:
-            mean, scale_hh = moments_of_group(
-                z, is_cell, pairs_hh_ptr, batch, in_batch, step % 2, error_ptr, step, H, UNITS, WARPS, 4, POLL_LIMIT
-            )
+            mean, scale_hh = moments_of_group(z, is_cell, pairs_hh_ptr, exchanged, H, UNITS, WARPS, 4, POLL_LIMIT)
             z = normalise_gates(z, mean, scale_hh, gain_hh)
         gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
         if NORM_C:
-            mean, scale_c = moments_of_group(
-                (c,), is_cell, pairs_c_ptr, batch, in_batch, step % 2, error_ptr, step, H, UNITS, WARPS, 1, POLL_LIMIT
-            )
+            mean, scale_c = moments_of_group((c,), is_cell, pairs_c_ptr, exchanged, H, UNITS, WARPS, 1, POLL_LIMIT)
             h = output(gates[3], normalise(c, mean, scale_c, gain_c, bias_c))
-        c = zoneout(zoneout_c_ptr, at, valid, c_prev, c)
+        c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
         if zoneout_h_ptr is not None:
-            h_before = load_state(h_n_ptr, state_at, continues, reset_h_ptr, at, reset)
-            h = zoneout(zoneout_h_ptr, at, valid, h_before, h)
+            h_before = indexing.load_state(h_n_ptr, state_at, continues, reset_h_ptr, at, reset)
+            h = indexing.zoneout(zoneout_h_ptr, at, valid, h_before, h)
 
         # Publish first: the others wait for it. Padding gets zeros.
         h = tl.where(valid, h, 0.0)
@@ -285,7 +258,7 @@ def lstm_cooperative_forward_kernel(
         tl.store(h_n_ptr + state_at, h, mask=valid)
         tl.store(c_n_ptr + state_at, c, mask=valid)
         if SAVE:
-            store_gates(gates_ptr, gates_at, valid, gates, H)
+            indexing.store_gates(gates_ptr, gates_at, valid, gates, H)
             tl.store(c_ptr + at, tl.where(valid, c, 0.0), mask=in_tile)
         step, tile = next_turn(step, tile, 1, B)
 
@@ -344,35 +317,37 @@ def lstm_cooperative_backward_kernel(
         sum_rows = sum_rows + ((thread + n * 32 * WARPS) % (4 * UNITS),)
         sum_sequences = sum_sequences + ((thread + n * 32 * WARPS) // (4 * UNITS) % SEQUENCES,)
 
-    peepholes = load_peepholes(peephole_ptr, unit, H)
+    peepholes = indexing.load_peepholes(peephole_ptr, unit, H)
     if NORM_HH:
-        gain_hh = load_gates(gain_hh_ptr, unit, unit < H, H)
+        gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H)
     if NORM_C:
-        gain_c, bias_c = load_affine(gain_c_ptr, bias_c_ptr, unit, H)
+        gain_c, bias_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H)
 
     step, tile = T - 1, tl.program_id(1)
     for turn in range(T * walks_of_group(B)):
         # Load, before waiting: it arrives meanwhile.
-        batch, in_batch, length = sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
-        time, row, valid, continues = position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
-        cells = cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
+        batch, in_batch, length = indexing.sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
+        time, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
+        cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
         at, gates_at, state_at, in_tile, valid, continues, reset = cells
-        row_prev = row_before(step, time, batch, B, REVERSE)
-        gates, c, c_prev = load_saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H)
+        row_prev = indexing.row_before(step, time, batch, B, REVERSE)
+        gates, c, c_prev = indexing.load_saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H)
         dc = tl.load(dc_ptr + state_at, mask=valid, other=0.0)
         if NORM_HH:
-            unit_hh = load_gates(unit_hh_ptr, gates_at, valid, H)
+            unit_hh = indexing.load_gates(unit_hh_ptr, gates_at, valid, H)
             scale_hh = tl.load(scale_hh_ptr + row, mask=valid, other=0.0)
         if NORM_C:
             unit_c = tl.load(unit_c_ptr + at, mask=valid, other=0.0)
             scale_c = tl.load(scale_c_ptr + row, mask=valid, other=0.0)
-        dh = add_gradients_given(tl.zeros((32 * WARPS,), tl.float32), dh_ptr, dh_n_ptr, step == length - 1, cells)
-        _, _, _, next_continues = position(step + 1, batch, in_batch, length, resets_ptr, B, REVERSE)
+        dh = indexing.add_gradients_given(
+            tl.zeros((32 * WARPS,), tl.float32), dh_ptr, dh_n_ptr, step == length - 1, cells
+        )
+        _, _, _, next_continues = indexing.position(step + 1, batch, in_batch, length, resets_ptr, B, REVERSE)
 
         # Product: this gate's part of dh for the quartet's units. A program waits for words of padding and after resets
         # as well, so that none publishes partial sums over others that are still waited for.
-        of_column, in_column, length = sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
-        row_next = row_of(time_of(step + 1, length, REVERSE), of_column, B)
+        of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
+        row_next = indexing.row_of(indexing.time_of(step + 1, length, REVERSE), of_column, B)
         dgates_at = words_ptr + row_next * (4 * W) + gate * W + first_word
         left = tl.where(in_column & (step < T - 1), W - first_word, 0)
         dz = collect(dgates_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, POLL_LIMIT)
@@ -396,16 +371,16 @@ def lstm_cooperative_backward_kernel(
         dh_next = tl.where(next_continues, dh_next, 0.0)
         if dropout_h_ptr is not None:
             dh_next *= tl.load(dropout_h_ptr + state_at, mask=valid, other=0.0).to(tl.float32)
-        dh = zoneout_h_backward(dh + dh_next, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
+        dh = indexing.zoneout_h_backward(dh + dh_next, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
 
         # Cell.
-        dc, c, dc_from_zoneout = zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
+        exchanged = (batch, in_batch, phase, error_ptr, step)
+        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
         if NORM_C:
             dz_o, d_unit = normed_output_backward(gates[3], unit_c, dh, gain_c, bias_c)
             mean_d, mean_d_unit = means_of_group(
-                d_unit, d_unit * unit_c, pairs_c_ptr, batch, in_batch, phase, error_ptr, step,
-                H, UNITS, WARPS, 1, POLL_LIMIT,
-            )  # fmt: skip
+                d_unit, d_unit * unit_c, pairs_c_ptr, exchanged, H, UNITS, WARPS, 1, POLL_LIMIT
+            )
             dc += normalise_backward(d_unit, unit_c, scale_c, mean_d, mean_d_unit)
         else:
             dz_o, dc_of_m = output_backward(gates[3], c, dh)
@@ -416,12 +391,11 @@ def lstm_cooperative_backward_kernel(
 
         # Through the layer norm of W_hh h, from dz as it is stored.
         if NORM_HH:
-            store_gates(dgates_ptr, gates_at, in_tile, dz, H)
+            indexing.store_gates(dgates_ptr, gates_at, in_tile, dz, H)
             d, sum_d, sum_d_unit = gates_of_unit(dz, gain_hh, unit_hh, DTYPE)
             mean_d, mean_d_unit = means_of_group(
-                sum_d, sum_d_unit, pairs_hh_ptr, batch, in_batch, phase, error_ptr, step,
-                H, UNITS, WARPS, 4, POLL_LIMIT,
-            )  # fmt: skip
+                sum_d, sum_d_unit, pairs_hh_ptr, exchanged, H, UNITS, WARPS, 4, POLL_LIMIT
+            )
             dz = normalise_gates_backward(d, unit_hh, scale_hh, mean_d, mean_d_unit)
 
         # Publish. In padding every factor was loaded as zero, so its gradients are zero.
@@ -472,7 +446,7 @@ KERNELS = lstm_cooperative_forward_kernel, lstm_cooperative_backward_kernel
 
 
 def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """What forward needs besides what all families are given: h, for `hidden_states`; and arguments."""
+    """What forward needs besides what all families are given: h, of words and with h0 at its end; and arguments."""
     steps, batch, gates_of_all = gates.shape
     h_then_h0 = _rows_of_words(gates, steps + 1, batch)
     words = h_then_h0.view(torch.int32).fill_(SENTINEL)
@@ -488,16 +462,8 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
     }
 
 
-def hidden_states(h_then_h0: Tensor, hidden: int) -> Tensor:
-    """h [T, B, H]; not a view, which autograd forbids to change in place."""
-    steps, batch, width = h_then_h0.shape
-    if width > hidden:  # rows are padded to whole words
-        return h_then_h0[:-1, :, :hidden].contiguous()
-    return h_then_h0.resize_(steps - 1, batch, hidden)
-
-
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """As forward_buffers, of backward: dgates, for `gradient_of_gates`; and arguments."""
+    """As forward_buffers, of backward: dgates, or their words; and arguments."""
     steps, batch, _ = gates.shape
     exchanged = _rows_of_words(gates, steps, batch, 4)  # what W_hh^T is multiplied with
     dgates = None if r.gain_hh is None else torch.empty_like(gates)
@@ -508,11 +474,6 @@ def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, 
         "partials_ptr": torch.full_like(gates[0], SENTINEL, dtype=torch.int32),
         **_pairs(r, plan),
     }
-
-
-def gradient_of_gates(dgates: Tensor, gates: Tensor) -> Tensor:
-    """dgates [T, B, 4H]."""
-    return dgates[..., : gates.shape[-1] // 4].reshape(gates.shape) if dgates.dim() == 4 else dgates
 
 
 def _pairs(r: Recurrence, plan: Plan) -> dict[str, Tensor | None]:

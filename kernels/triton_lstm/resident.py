@@ -17,24 +17,9 @@ from torch import Tensor
 
 from ..operands import as_words, transposed_gates
 from ..problem import Problem, Recurrence
+from . import indexing
 from .cell import cell_forward, gates_backward, mix_backward, normed_output_backward, output, output_backward
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
-from .indexing import (
-    add_gradients_given,
-    cells_at,
-    load_affine,
-    load_gates,
-    load_peepholes,
-    load_saved,
-    load_share,
-    position,
-    reset_to,
-    row_before,
-    sequences,
-    store_gates,
-    zoneout,
-    zoneout_c_backward,
-)
 from .norm import EPS, gates_of_unit, normalise, normalise_backward, normalise_gates, normalise_gates_backward
 from .planning import Device, Family, Plan, power_of_two
 
@@ -47,7 +32,7 @@ def cells_of_thread(lengths_ptr, T, B, UNITS: tl.constexpr, WARPS: tl.constexpr,
     for n in tl.static_range(CELLS):
         units = units + (warp * (UNITS // WARPS) + n // 2 * 8 + column,)
         places = places + (2 * quarter + n % 2,)
-        of_cells = of_cells + (sequences(tl.program_id(0) * SEQUENCES + places[n], lengths_ptr, T, B),)
+        of_cells = of_cells + (indexing.sequences(tl.program_id(0) * SEQUENCES + places[n], lengths_ptr, T, B),)
     return units, places, of_cells
 
 
@@ -57,9 +42,9 @@ def cells_at_step(step, units, sequence, resets_ptr, B, H: tl.constexpr, REVERSE
     places, cells = (), ()
     for n in tl.static_range(CELLS):
         batch, in_batch, _ = sequence[n]
-        places = places + (position(step, *sequence[n], resets_ptr, B, REVERSE),)
+        places = places + (indexing.position(step, *sequence[n], resets_ptr, B, REVERSE),)
         _, row, valid, continues = places[n]
-        cells = cells + (cells_at(row, batch, units[n], in_batch, valid, continues, H),)
+        cells = cells + (indexing.cells_at(row, batch, units[n], in_batch, valid, continues, H),)
     return places, cells
 
 
@@ -123,7 +108,7 @@ def lstm_resident_forward_kernel(
     CELLS: tl.constexpr = UNITS // WARPS // 4
     TILES: tl.constexpr = CELLS  # of 16 rows: of 8 units the gates i and f, then g and o
     thread, warp, column, quarter = threads(WARPS)
-    unit, sequence_place, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS, CELLS)
+    unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS, CELLS)
 
     # The four gates' rows of the warp's units, once: a pair of tiles is 8 units, i and f of the first, g and o.
     rows = ()
@@ -134,11 +119,11 @@ def lstm_resident_forward_kernel(
     h, c, peepholes, gain_hh, affine_c = (), (), (), (), ()
     states = cells_at_step(0, unit, sequence, None, B, H, REVERSE, CELLS)[1]
     for n in tl.static_range(CELLS):
-        peepholes = peepholes + (load_peepholes(peephole_ptr, unit[n], H),)
+        peepholes = peepholes + (indexing.load_peepholes(peephole_ptr, unit[n], H),)
         if NORM_HH:
-            gain_hh = gain_hh + (load_gates(gain_hh_ptr, unit[n], unit[n] < H, H),)
+            gain_hh = gain_hh + (indexing.load_gates(gain_hh_ptr, unit[n], unit[n] < H, H),)
         if NORM_C:
-            affine_c = affine_c + (load_affine(gain_c_ptr, bias_c_ptr, unit[n], H),)
+            affine_c = affine_c + (indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[n], H),)
         state_at, in_tile = states[n][2], states[n][3]
         h = h + (tl.load(h0_ptr + state_at, mask=in_tile, other=0.0),)
         c = c + (tl.load(c0_ptr + state_at, mask=in_tile, other=0.0),)
@@ -149,17 +134,17 @@ def lstm_resident_forward_kernel(
         x, h_prev, h_operand, c_prev = (), (), (), ()
         for n in tl.static_range(CELLS):
             at, gates_at, state_at, in_tile, valid, _, reset = cells[n]
-            x = x + (load_gates(gates_ptr, gates_at, valid, H),)
+            x = x + (indexing.load_gates(gates_ptr, gates_at, valid, H),)
             h_prev = h_prev + (tl.where(reset, 0.0, h[n]).to(DTYPE),)
             operand = h_prev[n]
             if dropout_h_ptr is not None:
                 factors = tl.load(dropout_h_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
                 operand = (factors * operand.to(tl.float32)).to(DTYPE)
             h_operand = h_operand + (operand,)
-            c_prev = c_prev + (reset_to(tl.where(reset, 0.0, c[n]), reset_c_ptr, at, reset),)
+            c_prev = c_prev + (indexing.reset_to(tl.where(reset, 0.0, c[n]), reset_c_ptr, at, reset),)
 
         # Product: the four gates of the thread's cells.
-        shared = share(h_operand, sequence_place, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
+        shared = share(h_operand, places_in_tile, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
         products = product(weights, take(shared, 0, CHUNKS, CHUNKS, DTYPE, WARPS), DTYPE, CHUNKS, TILES, WARPS)
         z = ()
         for n in tl.static_range(CELLS):
@@ -186,14 +171,14 @@ def lstm_resident_forward_kernel(
             gates, c_next, h_next = new[n]
             if NORM_C:
                 h_next = output(gates[3], normalise(c_next, mean[n % 2], scale[n % 2], *affine_c[n]))
-            c_next = zoneout(zoneout_c_ptr, at, valid, c_prev[n], c_next)
+            c_next = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev[n], c_next)
             if zoneout_h_ptr is not None:
-                h_before = reset_to(h_prev[n].to(tl.float32), reset_h_ptr, at, reset)
-                h_next = zoneout(zoneout_h_ptr, at, valid, h_before, h_next)
+                h_before = indexing.reset_to(h_prev[n].to(tl.float32), reset_h_ptr, at, reset)
+                h_next = indexing.zoneout(zoneout_h_ptr, at, valid, h_before, h_next)
             h_next = tl.where(valid, h_next, 0.0).to(DTYPE)
             tl.store(h_ptr + at, h_next, mask=in_tile)
             if SAVE:
-                store_gates(gates_ptr, gates_at, valid, gates, H)
+                indexing.store_gates(gates_ptr, gates_at, valid, gates, H)
                 tl.store(c_ptr + at, tl.where(valid, c_next, 0.0), mask=in_tile)
             h = h + (tl.where(valid, h_next, h_prev[n]),)
             c = c + (tl.where(valid, c_next, c_prev[n]),)
@@ -229,7 +214,7 @@ def lstm_resident_backward_kernel(
     CELLS: tl.constexpr = UNITS // WARPS // 4
     TILES: tl.constexpr = CELLS // 4  # of 16 units
     thread, warp, column, quarter = threads(WARPS)
-    unit, sequence_place, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS, CELLS)
+    unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS, CELLS)
 
     # The rows of W_hh^T of the warp's units, gate by gate, once.
     rows, weights, elements_of_dz = (), (), ()
@@ -244,7 +229,7 @@ def lstm_resident_backward_kernel(
     dh, dc, peepholes = (), (), ()
     states = cells_at_step(0, unit, sequence, None, B, H, REVERSE, CELLS)[1]
     for n in tl.static_range(CELLS):
-        peepholes = peepholes + (load_peepholes(peephole_ptr, unit[n], H),)
+        peepholes = peepholes + (indexing.load_peepholes(peephole_ptr, unit[n], H),)
         state_at, in_tile = states[n][2], states[n][3]
         of_h = tl.zeros((32 * WARPS,), tl.float32)
         if dh_n_ptr is not None:
@@ -259,14 +244,16 @@ def lstm_resident_backward_kernel(
         saved, d_states, from_zoneout = (), (), ()
         for n in tl.static_range(CELLS):
             at, _, _, _, valid, _, _ = cells[n]
-            dm = add_gradients_given(tl.where(valid, dh[n], 0.0), dh_ptr, None, None, cells[n])
-            row_prev = row_before(step, places[n][0], sequence[n][0], B, REVERSE)
-            gates, c, c_prev = load_saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[n], cells[n], H)
+            dm = indexing.add_gradients_given(tl.where(valid, dh[n], 0.0), dh_ptr, None, None, cells[n])
+            row_prev = indexing.row_before(step, places[n][0], sequence[n][0], B, REVERSE)
+            gates, c, c_prev = indexing.load_saved(
+                gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[n], cells[n], H
+            )
             dh_prev = tl.zeros_like(dm)
             if zoneout_h_ptr is not None:
-                dh_prev, dm = mix_backward(load_share(zoneout_h_ptr, at, valid), dm)
+                dh_prev, dm = mix_backward(indexing.load_share(zoneout_h_ptr, at, valid), dm)
             of_c = tl.where(valid, dc[n], 0.0)
-            of_c, c, dc_prev = zoneout_c_backward(of_c, zoneout_c_ptr, gates, c, c_prev, cells[n])
+            of_c, c, dc_prev = indexing.zoneout_c_backward(of_c, zoneout_c_ptr, gates, c, c_prev, cells[n])
             saved = saved + ((gates, c, c_prev),)
             d_states = d_states + ((dm, of_c),)
             from_zoneout = from_zoneout + ((dh_prev, dc_prev),)
@@ -278,7 +265,7 @@ def lstm_resident_backward_kernel(
                 at, _, _, in_tile, valid, _, _ = cells[n]
                 tl.store(dh_total_ptr + at, d_states[n][0], mask=in_tile)
                 unit_c = tl.load(unit_c_ptr + at, mask=valid, other=0.0)
-                gain, bias = load_affine(gain_c_ptr, bias_c_ptr, unit[n], H)
+                gain, bias = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[n], H)
                 dz_o, d_unit = normed_output_backward(saved[n][0][3], unit_c, d_states[n][0], gain, bias)
                 outer = outer + ((dz_o, unit_c),)
                 d_units = d_units + (d_unit,)
@@ -310,8 +297,8 @@ def lstm_resident_backward_kernel(
             of_units, units_hh, d_units, d_units_along = (), (), (), ()
             for n in tl.static_range(CELLS):
                 _, gates_at, _, _, valid, _, _ = cells[n]
-                gain = load_gates(gain_hh_ptr, unit[n], unit[n] < H, H)
-                units_hh = units_hh + (load_gates(unit_hh_ptr, gates_at, valid, H),)
+                gain = indexing.load_gates(gain_hh_ptr, unit[n], unit[n] < H, H)
+                units_hh = units_hh + (indexing.load_gates(unit_hh_ptr, gates_at, valid, H),)
                 of_unit, d, d_along = gates_of_unit(dz[n], gain, units_hh[n], DTYPE)
                 of_units = of_units + (of_unit,)
                 d_units = d_units + (d,)
@@ -330,7 +317,7 @@ def lstm_resident_backward_kernel(
             operand = operand + (dz_hh[n % CELLS][n // CELLS].to(DTYPE),)
         shared = share(
             operand,
-            sequence_place + sequence_place + sequence_place + sequence_place,
+            places_in_tile + places_in_tile + places_in_tile + places_in_tile,
             elements_of_dz,
             back % 2,
             DTYPE,
@@ -346,7 +333,7 @@ def lstm_resident_backward_kernel(
         dh_after, dc_after, dh, dc = dh, dc, (), ()
         for n in tl.static_range(CELLS):
             at, gates_at, state_at, in_tile, valid, continues, reset = cells[n]
-            store_gates(dgates_ptr, gates_at, in_tile, dz[n], H)
+            indexing.store_gates(dgates_ptr, gates_at, in_tile, dz[n], H)
             of_h = (of_gates[0][n] + of_gates[1][n]) + (of_gates[2][n] + of_gates[3][n])
             if dropout_h_ptr is not None:
                 of_h *= tl.load(dropout_h_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
@@ -389,7 +376,7 @@ KERNELS = lstm_resident_forward_kernel, lstm_resident_backward_kernel
 
 
 def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """What forward needs besides what all families are given: h, for `hidden_states`; and arguments."""
+    """What forward needs besides what all families are given: h, and arguments."""
     steps, batch, gates_of_all = gates.shape
     h = gates.new_empty(steps, batch, gates_of_all // 4)
     return h, {
@@ -400,17 +387,7 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
     }
 
 
-def hidden_states(h: Tensor, hidden: int) -> Tensor:
-    """h [T, B, H]."""
-    return h
-
-
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """As forward_buffers, of backward: dgates, for `gradient_of_gates`; and arguments."""
+    """As forward_buffers, of backward: dgates, and arguments."""
     dgates = torch.empty_like(gates)
     return dgates, {"weights_ptr": transposed_gates(r.weight_hh), "dgates_ptr": dgates}
-
-
-def gradient_of_gates(dgates: Tensor, gates: Tensor) -> Tensor:
-    """dgates [T, B, 4H]."""
-    return dgates

@@ -15,28 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem, Recurrence
+from . import indexing
 from .cell import cell_forward, gates_backward, normed_output_backward, output, output_backward
 from .exchange import grid_barrier
 from .features import MOST_ROWS
-from .indexing import (
-    add_gradients_given,
-    cells_at,
-    interleaved_gates,
-    load_affine,
-    load_gates,
-    load_peepholes,
-    load_saved,
-    load_state,
-    position,
-    row_before,
-    row_in_h_then_h0,
-    sequences,
-    split_gate_columns,
-    store_gates,
-    zoneout,
-    zoneout_c_backward,
-    zoneout_h_backward,
-)
 from .norm import gates_of_unit, moments, moments_of_tiles, normalise, normalise_backward, store_pair, sums_of_tiles
 from .planning import Device, Family, Plan
 
@@ -88,12 +70,12 @@ def tile_at(
     """
     first = number % tl.cdiv(B, BLOCK_B) * BLOCK_B
     unit_tile = number // tl.cdiv(B, BLOCK_B)
-    sequence = sequences(first + tl.arange(0, BLOCK_B), lengths_ptr, T, B)
+    sequence = indexing.sequences(first + tl.arange(0, BLOCK_B), lengths_ptr, T, B)
     batch, in_batch, _ = sequence
     unit = unit_tile * BLOCK_H + tl.arange(0, BLOCK_H)
-    place = position(step, *sequence, resets_ptr, B, REVERSE)
+    place = indexing.position(step, *sequence, resets_ptr, B, REVERSE)
     _, row, valid, continues = place
-    cells = cells_at(
+    cells = indexing.cells_at(
         row[:, None], batch[:, None], unit[None, :], in_batch[:, None], valid[:, None], continues[:, None], H
     )
     return unit_tile, unit, sequence, place, cells
@@ -118,8 +100,8 @@ def store_hidden(h, h_ptr, h_n_ptr, zoneout_h_ptr, reset_h_ptr, row_prev, unit, 
     """h of a tile, after zoneout; and h_n of sequences whose step `is_last`, [BB]."""
     at, _, state_at, in_tile, valid, continues, reset = cells
     if zoneout_h_ptr is not None:
-        h_prev = load_state(h_ptr, row_prev[:, None] * P + unit[None, :], continues, reset_h_ptr, at, reset)
-        h = zoneout(zoneout_h_ptr, at, valid, h_prev, h)
+        h_prev = indexing.load_state(h_ptr, row_prev[:, None] * P + unit[None, :], continues, reset_h_ptr, at, reset)
+        h = indexing.zoneout(zoneout_h_ptr, at, valid, h_prev, h)
     tl.store(h_ptr + at, h, mask=in_tile)
     tl.store(h_n_ptr + state_at, h, mask=in_tile & is_last[:, None])
 
@@ -164,8 +146,8 @@ def lstm_step_forward_kernel(
                 batch, in_batch, length = sequence
                 _, _, valid, continues = place
                 at, gates_at, state_at, in_tile, valid_tile, continues_tile, reset_tile = cells
-                row_prev = row_in_h_then_h0(step - 1, length, batch, T, B, REVERSE)
-                column, column_unit = interleaved_gates(unit_tile * BLOCK_H, H, BLOCK_H)
+                row_prev = indexing.row_in_h_then_h0(step - 1, length, batch, T, B, REVERSE)
+                column, column_unit = indexing.interleaved_gates(unit_tile * BLOCK_H, H, BLOCK_H)
                 count = tl.minimum(H - unit_tile * BLOCK_H, BLOCK_H)  # units of the tile
 
                 # Product: all four gates of the tile's units, [BB, 4 BH].
@@ -188,10 +170,10 @@ def lstm_step_forward_kernel(
                         mean, scale = moments_of_tiles(moments_hh_ptr, batch, in_batch, B, H, BLOCK_H, 4)
                         gain = tl.load(gain_hh_ptr + column, mask=column_unit < H, other=0.0).to(tl.float32)
                         z = normalise(z, mean[:, None], scale[:, None], gain[None, :], 0.0)
-                    z = split_gate_columns(z, BLOCK_B, BLOCK_H)
-                    x = load_gates(gates_ptr, gates_at, valid_tile, H)
-                    c_prev = load_state(c_n_ptr, state_at, continues_tile, reset_c_ptr, at, reset_tile)
-                    peepholes = load_peepholes(peephole_ptr, unit[None, :], H)
+                    z = indexing.split_gate_columns(z, BLOCK_B, BLOCK_H)
+                    x = indexing.load_gates(gates_ptr, gates_at, valid_tile, H)
+                    c_prev = indexing.load_state(c_n_ptr, state_at, continues_tile, reset_c_ptr, at, reset_tile)
+                    peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
                     gates, c, m = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
                     m = tl.where(valid_tile, m, 0.0)  # padding gets zeros
                     if NORM_C:
@@ -199,13 +181,13 @@ def lstm_step_forward_kernel(
                         tl.store(cell_ptr + tl.cast(B, tl.int64) * H + state_at, c, mask=valid_tile)
                         pair = moments(c, (unit < H)[None, :], count)
                         store_pair(moments_c_ptr, unit_tile, batch, in_batch, B, *pair)
-                    c = zoneout(zoneout_c_ptr, at, valid_tile, c_prev, c)
+                    c = indexing.zoneout(zoneout_c_ptr, at, valid_tile, c_prev, c)
                     if PROJECT:
                         tl.store(m_ptr + state_at, m, mask=in_tile)
                     tl.store(c_n_ptr + state_at, c, mask=valid_tile)
                     if SAVE:
                         tl.store(c_ptr + at, tl.where(valid_tile, c, 0.0), mask=in_tile)
-                        store_gates(gates_ptr, gates_at, valid_tile, gates, H)
+                        indexing.store_gates(gates_ptr, gates_at, valid_tile, gates, H)
 
                 # Output.
                 if round > NORM_HH:
@@ -218,7 +200,7 @@ def lstm_step_forward_kernel(
                         o = tl.load(cell_ptr + state_at, mask=valid_tile, other=0.0)
                         c = tl.load(cell_ptr + tl.cast(B, tl.int64) * H + state_at, mask=valid_tile, other=0.0)
                         mean, scale = moments_of_tiles(moments_c_ptr, batch, in_batch, B, H, BLOCK_H, 1)
-                        gain, bias = load_affine(gain_c_ptr, bias_c_ptr, unit[None, :], H)
+                        gain, bias = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[None, :], H)
                         m = output(o, normalise(c, mean[:, None], scale[:, None], gain, bias))
                         m = tl.where(valid_tile, m, 0.0)
                 if round + 1 == ROUNDS:
@@ -269,7 +251,7 @@ def lstm_step_backward_kernel(
 
                 # Product with dgates of the step after: the gradient of h.
                 if round == 0:
-                    _, row_next, _, next_continues = position(step + 1, *sequence, resets_ptr, B, REVERSE)
+                    _, row_next, _, next_continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
                     norm = None
                     if NORM_HH:
                         pairs_at = sums_hh_ptr + pairs_of_step(step + 1, H, BLOCK_H, B)
@@ -282,8 +264,8 @@ def lstm_step_backward_kernel(
                     )  # fmt: skip
                     if dropout_h_ptr is not None:
                         dm *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
-                    dm = add_gradients_given(dm, dh_ptr, dh_n_ptr, (step == length - 1)[:, None], cells)
-                    dm = zoneout_h_backward(dm, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
+                    dm = indexing.add_gradients_given(dm, dh_ptr, dh_n_ptr, (step == length - 1)[:, None], cells)
+                    dm = indexing.zoneout_h_backward(dm, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
                 if ROUNDS == 2 and round == 0:
                     dm = tl.where(valid_tile, dm, 0.0).to(DTYPE)
                     tl.store(dh_total_ptr + at, dm, mask=in_tile)
@@ -300,7 +282,7 @@ def lstm_step_backward_kernel(
                 if NORM_C:
                     o = tl.load(gates_ptr + gates_at + 3 * H, mask=valid_tile, other=0.0).to(tl.float32)
                     unit_c = tl.load(unit_c_ptr + at, mask=valid_tile, other=0.0)
-                    gain, bias = load_affine(gain_c_ptr, bias_c_ptr, unit[None, :], H)
+                    gain, bias = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[None, :], H)
                     dz_o, d_unit = normed_output_backward(o, unit_c, dm, gain, bias)
                     if round == 0:
                         sum_d, sum_d_unit = tl.sum(d_unit, 1), tl.sum(d_unit * unit_c, 1)
@@ -308,12 +290,12 @@ def lstm_step_backward_kernel(
 
                 # Cell.
                 if round + 1 == ROUNDS:
-                    row_prev = row_before(step, time, batch, B, REVERSE)[:, None]
-                    gates, c, c_prev = load_saved(
+                    row_prev = indexing.row_before(step, time, batch, B, REVERSE)[:, None]
+                    gates, c, c_prev = indexing.load_saved(
                         gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[None, :], cells, H
                     )
                     dc = tl.load(dc_ptr + state_at, mask=valid_tile, other=0.0)
-                    dc, c, dc_from_zoneout = zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
+                    dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
                     if NORM_C:
                         sum_d, sum_d_unit = sums_of_tiles(sums_c_ptr, batch, valid, B, H, BLOCK_H)
                         scale = tl.load(scale_c_ptr + row, mask=valid, other=0.0)
@@ -323,11 +305,11 @@ def lstm_step_backward_kernel(
                     else:
                         dz_o, dc_of_m = output_backward(gates[3], c, dm)
                         dc += dc_of_m
-                    peepholes = load_peepholes(peephole_ptr, unit[None, :], H)
+                    peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
                     dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES)
                     if NORM_HH:
-                        unit_hh = load_gates(unit_hh_ptr, gates_at, valid_tile, H)
-                        gain_hh = load_gates(gain_hh_ptr, unit[None, :], (unit < H)[None, :], H)
+                        unit_hh = indexing.load_gates(unit_hh_ptr, gates_at, valid_tile, H)
+                        gain_hh = indexing.load_gates(gain_hh_ptr, unit[None, :], (unit < H)[None, :], H)
                         _, d, d_unit = gates_of_unit(dz, gain_hh, unit_hh, DTYPE)
                         pairs_at = sums_hh_ptr + pairs_of_step(step, H, BLOCK_H, B)
                         store_pair(pairs_at, unit_tile, batch, in_batch, B, tl.sum(d, 1), tl.sum(d_unit, 1))
@@ -335,7 +317,7 @@ def lstm_step_backward_kernel(
                         dc_prev += dc_from_zoneout
 
                     # Store. In padding every factor was loaded as zero, so its gradients are zero.
-                    store_gates(dgates_ptr, gates_at, in_tile, dz, H)
+                    indexing.store_gates(dgates_ptr, gates_at, in_tile, dz, H)
                     tl.store(dc_ptr + state_at, tl.where(continues_tile, dc_prev, 0.0), mask=valid_tile)
                     if dreset_c_ptr is not None:
                         tl.store(dreset_c_ptr + at, dc_prev, mask=reset_tile)
@@ -373,7 +355,7 @@ KERNELS = lstm_step_forward_kernel, lstm_step_backward_kernel
 
 
 def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """What forward needs besides what all families are given: h, for `hidden_states`; and arguments."""
+    """What forward needs besides what all families are given: h, with h0 at its end; and arguments."""
     steps, batch, _ = gates.shape
     h_then_h0 = gates.new_empty(steps + 1, batch, r.h0.shape[1])
     h_then_h0[-1] = r.h0
@@ -392,13 +374,8 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
     }
 
 
-def hidden_states(h_then_h0: Tensor, hidden: int) -> Tensor:
-    """h [T, B, P]; not a view, which autograd forbids to change in place."""
-    return h_then_h0.resize_(h_then_h0.shape[0] - 1, *h_then_h0.shape[1:])
-
-
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """As forward_buffers, of backward: dgates, for `gradient_of_gates`; and arguments."""
+    """As forward_buffers, of backward: dgates, and arguments."""
     dgates, tiles, batch = torch.empty_like(gates), ceil(r.c0.shape[1] / plan.columns), len(r.h0)
     return dgates, {
         "dgates_ptr": dgates,
@@ -406,8 +383,3 @@ def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, 
         "sums_c_ptr": None if r.gain_c is None else r.c0.new_empty(tiles, batch, 2),
         "arrivals_ptr": torch.zeros(1, dtype=torch.int32, device=gates.device),
     }
-
-
-def gradient_of_gates(dgates: Tensor, gates: Tensor) -> Tensor:
-    """dgates [T, B, 4H]."""
-    return dgates
