@@ -20,7 +20,7 @@ With layer norms the cells of a sequence are threads of one warp, ROW of them. W
 two numbers a sequence, which all programs exchange once more for each norm; the programs are distributed over the
 threads of a row, which add up by shuffles. So there are no more barriers.
 
-What is exchanged are words of 32 bits (exchange.py), PER units in each: a row of H units takes W = ceil(H / PER) words,
+What is exchanged are words of 32 bits (exchange.py), PER units in each: a row of H units is W = ceil(H / PER) words,
 of which the last may be half empty. So the weights come as words, too.
 """
 
@@ -55,7 +55,7 @@ SENTINEL = -1  # as int32: the word that stands for data which is not there yet,
 
 
 @triton.jit
-def walks_of_group(B):
+def tiles_of_group(B):
     """How many batch tiles the group has."""
     return tl.cdiv(tl.cdiv(B, SEQUENCES) - tl.program_id(1), tl.num_programs(1))
 
@@ -210,7 +210,7 @@ def lstm_cooperative_forward_kernel(
         gain_c, bias_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H)
 
     step, tile = 0, tl.program_id(1)
-    for turn in range(T * walks_of_group(B)):
+    for turn in range(T * tiles_of_group(B)):
         # Load, before waiting: it arrives meanwhile.
         batch, in_batch, length = indexing.sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
         _, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
@@ -324,7 +324,7 @@ def lstm_cooperative_backward_kernel(
         gain_c, bias_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H)
 
     step, tile = T - 1, tl.program_id(1)
-    for turn in range(T * walks_of_group(B)):
+    for turn in range(T * tiles_of_group(B)):
         # Load, before waiting: it arrives meanwhile.
         batch, in_batch, length = indexing.sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
         time, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
