@@ -241,7 +241,8 @@ from gpu_lstm.kernels.triton_lstm import compile, cooperative, launch
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
 text = pathlib.Path(cooperative.__file__).read_text()
-text = text.replace("from ..", "from gpu_lstm.kernels.").replace("from .", "from gpu_lstm.kernels.triton_lstm.")
+text = text.replace("from . ", "from gpu_lstm.kernels.triton_lstm ").replace("from ..", "from gpu_lstm.kernels.")
+text = text.replace("from .", "from gpu_lstm.kernels.triton_lstm.")
 load = next(line for line in text.splitlines() if "= load_weights(" in line)
 product = next(line for line in text.splitlines() if "= product(" in line)
 pathlib.Path("faulty.py").write_text(text.replace(product, f"        tl.debug_barrier()\\n    {load}\\n{product}"))

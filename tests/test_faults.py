@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from comparing import assert_as_good_as_torch, example
 
-from gpu_lstm.kernels.triton_lstm import cell, fragments, indexing, launch, resident, step
+from gpu_lstm.kernels.triton_lstm import cell, indexing, launch, norm, resident, step
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 
@@ -20,15 +20,16 @@ pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernels
 
 
 @triton.jit
-def gates_i_and_f_swapped(z_i, z_f, z_g, z_o, c_prev, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
-    return cell.cell_forward(z_f, z_i, z_g, z_o, c_prev, p_i, p_f, p_o, PEEPHOLES)
+def gates_i_and_f_swapped(x, z, c_prev, peepholes, PEEPHOLES: tl.constexpr):
+    x, z = (x[1], x[0], x[2], x[3]), (z[1], z[0], z[2], z[3])
+    return cell.cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
 
 
 @triton.jit
-def o_sees_the_cell_before(z_i, z_f, z_g, z_o, c_prev, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
-    i, f, g, _, c, _ = cell.cell_forward(z_i, z_f, z_g, z_o, c_prev, p_i, p_f, p_o, PEEPHOLES)
-    o = cell.sigmoid(z_o + p_o * c_prev)
-    return i, f, g, o, c, o * cell.tanh(c)
+def o_sees_the_cell_before(x, z, c_prev, peepholes, PEEPHOLES: tl.constexpr):
+    gates, c, _ = cell.cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
+    o = cell.sigmoid(x[3] + z[3] + peepholes[2] * c_prev)
+    return (gates[0], gates[1], gates[2], o), c, o * cell.tanh(c)
 
 
 @triton.jit
@@ -66,25 +67,27 @@ def zeros_for_the_state_given(before, reset_ptr, at, reset):
 
 
 @triton.jit
-def cell_gradient_lost(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
-    dz_i, dz_f, dz_g, dz_o, _ = cell.cell_backward(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES)
-    return dz_i, dz_f, dz_g, dz_o, dc * 0.0
+def cell_gradient_lost(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES: tl.constexpr):
+    dz, _ = cell.gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES)
+    return dz, dc * 0.0
 
 
 @triton.jit
-def output_gate_slope_missing(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
-    dz_i, dz_f, dz_g, dz_o, dc_prev = cell.cell_backward(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES)
-    return dz_i, dz_f, dz_g, dz_o / (1.0 - o), dc_prev
+def output_gate_slope_missing(o, x, dm):
+    dz_o, dx = cell.output_backward(o, x, dm)
+    return dz_o / (1.0 - o), dx
 
 
 @triton.jit
-def nothing_through_peepholes_to_c_before(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
-    return cell.cell_backward(i, f, g, o, c, c_prev, dm, dc, 0.0 * p_i, 0.0 * p_f, p_o, PEEPHOLES)
+def nothing_through_peepholes_to_c_before(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES: tl.constexpr):
+    p_i, p_f, p_o = peepholes
+    return cell.gates_backward(gates, c_prev, dz_o, dc, (0.0 * p_i, 0.0 * p_f, p_o), PEEPHOLES)
 
 
 @triton.jit
-def nothing_through_a_peephole_to_c(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
-    return cell.cell_backward(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, 0.0 * p_o, PEEPHOLES)
+def nothing_through_a_peephole_to_c(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES: tl.constexpr):
+    p_i, p_f, p_o = peepholes
+    return cell.gates_backward(gates, c_prev, dz_o, dc, (p_i, p_f, 0.0 * p_o), PEEPHOLES)
 
 
 FAULTS = {
@@ -95,12 +98,8 @@ FAULTS = {
     "load_lengths": [lengths_ignored],
     "row_before": [previous_row_off_by_one],
     "reset_to": [zeros_for_the_state_given],
-    "cell_backward": [
-        cell_gradient_lost,
-        output_gate_slope_missing,
-        nothing_through_peepholes_to_c_before,
-        nothing_through_a_peephole_to_c,
-    ],
+    "output_backward": [output_gate_slope_missing],
+    "gates_backward": [cell_gradient_lost, nothing_through_peepholes_to_c_before, nothing_through_a_peephole_to_c],
 }
 
 
@@ -120,14 +119,17 @@ def nothing_through_the_mean(d, unit, scale, mean_d, mean_d_unit):
 
 
 @triton.jit
-def gain_of_the_next_unit(vector_ptr, unit, otherwise, H: tl.constexpr):
-    return tl.load(vector_ptr + (unit + 1) % H, mask=unit < H, other=otherwise).to(tl.float32)
+def gain_of_the_next_unit(gain_ptr, bias_ptr, unit, H: tl.constexpr):
+    return load_affine(gain_ptr, None, (unit + 1) % H, H)[0], load_affine(gain_ptr, bias_ptr, unit, H)[1]
+
+
+load_affine = indexing.load_affine  # as it was
 
 
 FAULTS_OF_NORMS = {
     "normalise": [the_mean_stays],
     "normalise_backward": [nothing_through_the_deviation, nothing_through_the_mean],
-    "load_for_units": [gain_of_the_next_unit],
+    "load_affine": [gain_of_the_next_unit],
 }
 
 
@@ -167,7 +169,7 @@ def each(faults):
 
 @each(FAULTS | FAULTS_OF_NORMS)
 def test_a_planted_fault_is_seen(monkeypatch, family, name, fault):
-    for module in (family, fragments, indexing):  # wherever the family's kernels find it
+    for module in (family, norm, indexing):  # wherever the family's kernels find it
         if hasattr(module, name):
             monkeypatch.setattr(module, name, fault)
     with pytest.raises(AssertionError):

@@ -15,7 +15,7 @@ from gpu_lstm.dispatch import available
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm import choose, indexing, launch, step
+from gpu_lstm.kernels.triton_lstm import choose, indexing, launch, norm, step
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family
 
@@ -102,7 +102,7 @@ def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, project
 
 @each(FAULTS | FAULTS_OF_NORMS)
 def test_a_wrong_kernel_is_found(monkeypatch, name, fault):
-    for module in (step, indexing):
+    for module in (step, norm, indexing):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, fault)
     problem = PLAIN._replace(**RAGGED, reverse=True, reset_c=name == "reset_to", peepholes=True)
@@ -215,8 +215,8 @@ def test_a_verification_inside_a_transform(card):
 
 
 def test_a_wrong_backward_kernel_alone_sends_training_to_torch(card, monkeypatch):
-    fault, *_ = FAULTS["cell_backward"]
-    monkeypatch.setattr(step, "cell_backward", fault)
+    fault, *_ = FAULTS["gates_backward"]
+    monkeypatch.setattr(step, "gates_backward", fault)
     lstm, x = gpu_lstm.LSTM(4, 5), torch.randn(6, 3, 4)
     gradients = []
     for backend in (None, "reference"):

@@ -62,23 +62,25 @@ def tanh(x):
 
 
 @triton.jit
-def next_cell(i, f, g, c_prev):
-    """c, [rows, units]."""
-    return f * c_prev + i * g
+def next_cell(gates, c_prev):
+    """c, [rows, units], of the gates i, f and g."""
+    return gates[1] * c_prev + gates[0] * gates[2]
 
 
 @triton.jit
-def cell_forward(z_i, z_f, z_g, z_o, c_prev, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
-    """Pre-activations and the cell state before the step -> (i, f, g, o, c, m), each [rows, units]."""
+def cell_forward(x, z, c_prev, peepholes, PEEPHOLES: tl.constexpr):
+    """The parts of the pre-activations from the input and from h, and c before the step -> ((i, f, g, o), c, m)."""
+    z_i, z_f, z_g, z_o = x[0] + z[0], x[1] + z[1], x[2] + z[2], x[3] + z[3]
+    p_i, p_f, p_o = peepholes
     if PEEPHOLES:
         z_i += p_i * c_prev
         z_f += p_f * c_prev
     i, f, g = sigmoid(z_i), sigmoid(z_f), tanh(z_g)
-    c = next_cell(i, f, g, c_prev)
+    c = next_cell((i, f, g), c_prev)
     if PEEPHOLES:
         z_o += p_o * c
     o = sigmoid(z_o)
-    return i, f, g, o, c, output(o, c)
+    return (i, f, g, o), c, output(o, c)
 
 
 @triton.jit
@@ -88,32 +90,24 @@ def output(o, x):
 
 
 @triton.jit
-def cell_backward(i, f, g, o, c, c_prev, dm, dc, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
-    """Gradients of m and (from the next step) of c -> (dz_i, dz_f, dz_g, dz_o, dc_prev), each [rows, units].
-
-    dz is the gradient of a pre-activation: sigmoid' = s (1 - s), tanh' = 1 - t^2.
-    """
-    dz_o, dc_of_m = output_backward(o, c, dm)
-    return gates_backward(i, f, g, c_prev, dz_o, dc + dc_of_m, p_i, p_f, p_o, PEEPHOLES)
-
-
-@triton.jit
 def output_backward(o, x, dm):
-    """Gradient of m = o tanh(x) -> (dz_o, of x), each [rows, units]."""
+    """Gradient of m = o tanh(x) -> (dz_o, gradient of x). dz is of a pre-activation: sigmoid' = s (1 - s)."""
     t = tanh(x)
     return dm * t * o * (1.0 - o), dm * o * (1.0 - t * t)
 
 
 @triton.jit
 def normed_output_backward(o, unit_c, dm, gain, bias):
-    """Gradient of m = o tanh(gain unit_c + bias) -> (dz_o, of unit_c), each [rows, units]."""
+    """Gradient of m = o tanh(gain unit_c + bias) -> (dz_o, gradient of unit_c)."""
     dz_o, dx = output_backward(o, gain * unit_c + bias, dm)
     return dz_o, gain * dx
 
 
 @triton.jit
-def gates_backward(i, f, g, c_prev, dz_o, dc, p_i, p_f, p_o, PEEPHOLES: tl.constexpr):
-    """dz_o and the gradient of c, from m and the next step -> as `cell_backward`."""
+def gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES: tl.constexpr):
+    """dz_o, and the gradient of c from m and the next step -> ((dz_i, dz_f, dz_g, dz_o), gradient of c_prev)."""
+    i, f, g, _ = gates
+    p_i, p_f, p_o = peepholes
     if PEEPHOLES:
         dc += dz_o * p_o
     dz_i = dc * g * i * (1.0 - i)
@@ -122,16 +116,16 @@ def gates_backward(i, f, g, c_prev, dz_o, dc, p_i, p_f, p_o, PEEPHOLES: tl.const
     dc_prev = dc * f
     if PEEPHOLES:
         dc_prev += dz_i * p_i + dz_f * p_f
-    return dz_i, dz_f, dz_g, dz_o, dc_prev
+    return (dz_i, dz_f, dz_g, dz_o), dc_prev
 
 
 @triton.jit
-def zoneout(share, before, new):
-    """A state before the step, and as the step computed it -> after zoneout. `share` of it stays as before."""
+def mix(share, before, new):
+    """Zoneout of a state: before the step, and as the step computed it."""
     return share * before + (1.0 - share) * new
 
 
 @triton.jit
-def zoneout_backward(share, d):
-    """Gradient of a state after zoneout -> (of the state before the step, of the one that the step computed)."""
+def mix_backward(share, d):
+    """Gradient of `mix` -> (of the state before the step, of the one that the step computed)."""
     return share * d, (1.0 - share) * d

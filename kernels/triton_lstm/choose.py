@@ -121,7 +121,7 @@ def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
     """A kernel, compiled and loaded on the current device: the seam at which a test can be a driver.
 
     Raises:
-        Exception: it cannot be compiled, or takes more shared memory than a block may have.
+        Exception: it cannot be compiled, or needs more shared memory than a block may have.
     """
     compiled = kernel.warmup(grid=grid, **arguments)
     compiled._init_handles()

@@ -136,12 +136,8 @@ def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
     )  # fmt: skip
 
 
-_OF_POINTERS = (
-    "tt.splat",
-    "tt.addptr",
-    "tt.broadcast",
-    "ttg.convert_layout",
-)  # whose result points where its operand does
+# Operations whose result points where their operand does.
+_OF_POINTERS = ("tt.splat", "tt.addptr", "tt.broadcast", "ttg.convert_layout")
 
 
 def _weight_loads_in_loops(ttgir: str, launch: RecordedLaunch) -> int:

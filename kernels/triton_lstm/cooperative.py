@@ -20,7 +20,7 @@ With layer norms the cells of a sequence are threads of one warp, ROW of them. W
 two numbers a sequence, which all programs exchange once more for each norm; the programs are distributed over the
 threads of a row, which add up by shuffles. So there are no more barriers.
 
-What is exchanged are words of 32 bits (exchange.py), PER units in each: a row of H units takes W = ceil(H / PER) words,
+What is exchanged are words of 32 bits (exchange.py), PER units in each: a row of H units is W = ceil(H / PER) words,
 of which the last may be half empty. So the weights come as words, too.
 """
 
@@ -35,40 +35,27 @@ from torch import Tensor
 from ..architectures import KB
 from ..operands import as_words, transposed_gates
 from ..problem import Problem, Recurrence
-from .cell import (
-    cell_backward,
-    cell_forward,
-    gates_backward,
-    next_cell,
-    normed_output_backward,
-    output,
-    zoneout,
-    zoneout_backward,
-)
+from . import indexing
+from .cell import cell_forward, gates_backward, normed_output_backward, output, output_backward
 from .exchange import collect, in_phase, pack, publish
-from .fragments import SEQUENCES, load_weights, product, scale, sequence_in, sum_over_warps, threads
-from .indexing import (
-    cell_before,
-    load_gates,
-    load_peepholes,
-    load_zoneout,
-    position,
-    reset_to,
-    row_before,
-    row_in_h_then_h0,
-    row_of,
-    step_after,
-    store_gates,
-    time_of,
+from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
+from .norm import (
+    EPS,
+    gates_of_unit,
+    normalise,
+    normalise_backward,
+    normalise_gates,
+    normalise_gates_backward,
+    squares_about,
+    units_of,
 )
-from .norm import EPS, load_for_units, normalise, normalise_backward, squares_about, units_of
 from .planning import Device, Family, Plan, expected
 
 SENTINEL = -1  # as int32: the word that stands for data which is not there yet, and that `pack` never makes
 
 
 @triton.jit
-def walks_of_group(B):
+def tiles_of_group(B):
     """How many batch tiles the group has."""
     return tl.cdiv(tl.cdiv(B, SEQUENCES) - tl.program_id(1), tl.num_programs(1))
 
@@ -93,15 +80,15 @@ def exchange_pairs(
     first,  # [THREADS] float32, the same in a sequence's whole row: of the program's units
     second,
     pairs_ptr,  # [B, programs, 2] int32: float32 words, whose last bits are one beforehand
-    batch,  # [THREADS] the thread's sequence
-    in_batch,
-    phase,  # of the step; at every step, so that none is left out
-    error_ptr, step, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, POLL_LIMIT: tl.constexpr,
+    exchanged,  # the thread's sequence and whether there is one, [THREADS], the phase of the step, error_ptr, the step
+    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, POLL_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Two numbers of each sequence: what a thread's programs, place + n ROW, say of their units; zero where none is.
 
-    A tuple of their firsts, seconds and how many units they have, alternately. Programs without units take no part.
+    A tuple of their firsts, seconds and how many units they have, alternately. Programs without units do nothing. It is
+    called at every step, so that no phase is left out.
     """
+    batch, in_batch, phase, error_ptr, step = exchanged
     ROW: tl.constexpr = 4 * WARPS
     PROGRAMS: tl.constexpr = (H + UNITS - 1) // UNITS
     COUNT: tl.constexpr = (PROGRAMS + ROW - 1) // ROW
@@ -125,8 +112,7 @@ def moments_of_group(
     v,  # tuple of GATES [THREADS]: of the thread's cell
     is_cell,  # [THREADS]
     pairs_ptr,  # and below: as for `exchange_pairs`
-    batch, in_batch, phase, error_ptr, step, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
-    GATES: tl.constexpr, POLL_LIMIT: tl.constexpr,
+    exchanged, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, GATES: tl.constexpr, POLL_LIMIT: tl.constexpr,
 ):  # fmt: skip
     """(mean, scale) of v of all units, [THREADS]."""
     total = tl.zeros((32 * WARPS,), tl.float32)
@@ -137,9 +123,7 @@ def moments_of_group(
     for n in tl.static_range(GATES):
         distance = tl.where(is_cell, v[n] - own, 0.0)
         total += distance * distance
-    of_programs = exchange_pairs(
-        own, sum_of_row(total, WARPS), pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, POLL_LIMIT
-    )
+    of_programs = exchange_pairs(own, sum_of_row(total, WARPS), pairs_ptr, exchanged, H, UNITS, WARPS, POLL_LIMIT)
     # About this program's mean, so that both sums can be computed at once: it is not so far from that of all that much
     # would cancel, at most the square root of as many deviations as there are programs.
     shift, squares = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
@@ -157,14 +141,11 @@ def means_of_group(
     d,  # [THREADS] of the thread's cell, zero where there is none
     d_unit,
     pairs_ptr,  # and below: as for `exchange_pairs`
-    batch, in_batch, phase, error_ptr, step, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
-    GATES: tl.constexpr, POLL_LIMIT: tl.constexpr,
+    exchanged, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, GATES: tl.constexpr, POLL_LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Both sums over all units, divided by GATES * H, [THREADS]: what `normalise_backward` takes."""
-    of_programs = exchange_pairs(
-        sum_of_row(d, WARPS), sum_of_row(d_unit, WARPS),
-        pairs_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, POLL_LIMIT,
-    )  # fmt: skip
+    """Both sums over all units, divided by GATES * H, [THREADS]: the means of `normalise_backward`."""
+    d, d_unit = sum_of_row(d, WARPS), sum_of_row(d_unit, WARPS)
+    of_programs = exchange_pairs(d, d_unit, pairs_ptr, exchanged, H, UNITS, WARPS, POLL_LIMIT)
     d, d_unit = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
     for n in tl.static_range(len(of_programs) // 3):
         d += of_programs[3 * n]
@@ -222,32 +203,27 @@ def lstm_cooperative_forward_kernel(
     z_rows = (place, place + UNITS, place + 2 * UNITS, place + 3 * UNITS)
     z_sequences = (sequence, sequence, sequence, sequence)
 
-    peephole_i, peephole_f, peephole_o = load_peepholes(peephole_ptr, unit, H)
+    peepholes = indexing.load_peepholes(peephole_ptr, unit, H)
     if NORM_HH:
-        gain_i, gain_f, gain_g, gain_o = load_gates(gain_hh_ptr, unit, unit < H, H)
+        gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H)
     if NORM_C:
-        gain_c, bias_c = load_for_units(gain_c_ptr, unit, 0.0, H), load_for_units(bias_c_ptr, unit, 0.0, H)
+        gain_c, bias_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H)
 
     step, tile = 0, tl.program_id(1)
-    for turn in range(T * walks_of_group(B)):
+    for turn in range(T * tiles_of_group(B)):
         # Load, before waiting: it arrives meanwhile.
-        batch, in_batch, length = sequence_in(tile, sequence, lengths_ptr, T, B)
-        time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
-        valid_cell = is_cell & valid
-        state_at = batch.to(tl.int64) * H + unit
-        gates_at = row * (4 * H) + unit
-        at = row * H + unit
-        x_i, x_f, x_g, x_o = load_gates(gates_ptr, gates_at, valid_cell, H)
-        reset_cell = valid_cell & ~continues
-        c_prev = tl.load(c_n_ptr + state_at, mask=is_cell & continues, other=0.0)
-        c_prev = reset_to(c_prev, reset_c_ptr, at, reset_cell)
+        batch, in_batch, length = indexing.sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
+        _, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
+        cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
+        at, gates_at, state_at, in_tile, valid, continues, reset = cells
+        x = indexing.load_gates(gates_ptr, gates_at, valid, H)
+        c_prev = indexing.load_state(c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
-        of_column, in_column, length = sequence_in(tile, column, lengths_ptr, T, B)
-        _, _, _, from_h = position(step, length, resets_ptr, of_column, B, in_column, REVERSE)
-        row_prev = row_in_h_then_h0(step - 1, time_of(step - 1, length, REVERSE), of_column, T, B)
-        h_at = words_ptr + row_prev * W + first_word
-        # With layer norms padding and what a reset cuts off is waited for, too, so that no program publishes numbers
+        of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
+        _, _, _, from_h = indexing.position(step, of_column, in_column, length, resets_ptr, B, REVERSE)
+        h_at = words_ptr + indexing.row_in_h_then_h0(step - 1, length, of_column, T, B, REVERSE) * W + first_word
+        # With layer norms a program waits for words of padding and before resets, too, so that none publishes numbers
         # over others that are still waited for.
         left = tl.where(in_column if NORM_HH or NORM_C else from_h, W - first_word, 0)
         h_prev = collect(h_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, POLL_LIMIT)
@@ -258,42 +234,32 @@ def lstm_cooperative_forward_kernel(
         if dropout_h_ptr is not None:
             h_prev = scale(h_prev, dropout_h_ptr + of_column.to(tl.int64) * W + first_word, left, CHUNKS, STRIDE, DTYPE)
         parts = product(weights, h_prev, DTYPE, CHUNKS, TILES, WARPS)
-        z_i, z_f, z_g, z_o = sum_over_warps(parts, z_rows, z_sequences, of_cell, turn % 2, 4, TILES, WARPS)
+        z = sum_over_warps(parts, z_rows, z_sequences, of_cell, turn % 2, 4, TILES, WARPS)
 
         # Gates and cell.
+        exchanged = (batch, in_batch, step % 2, error_ptr, step)
         if NORM_HH:
-            mean, scale_hh = moments_of_group(
-                (z_i, z_f, z_g, z_o), is_cell, pairs_hh_ptr, batch, in_batch, step % 2, error_ptr, step,
-                H, UNITS, WARPS, 4, POLL_LIMIT,
-            )  # fmt: skip
-            z_i, z_f = normalise(z_i, mean, scale_hh, gain_i, 0.0), normalise(z_f, mean, scale_hh, gain_f, 0.0)
-            z_g, z_o = normalise(z_g, mean, scale_hh, gain_g, 0.0), normalise(z_o, mean, scale_hh, gain_o, 0.0)
-        i, f, g, o, c, h = cell_forward(
-            x_i + z_i, x_f + z_f, x_g + z_g, x_o + z_o, c_prev, peephole_i, peephole_f, peephole_o, PEEPHOLES
-        )
+            mean, scale_hh = moments_of_group(z, is_cell, pairs_hh_ptr, exchanged, H, UNITS, WARPS, 4, POLL_LIMIT)
+            z = normalise_gates(z, mean, scale_hh, gain_hh)
+        gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
         if NORM_C:
-            mean, scale_c = moments_of_group(
-                (c,), is_cell, pairs_c_ptr, batch, in_batch, step % 2, error_ptr, step, H, UNITS, WARPS, 1, POLL_LIMIT
-            )
-            h = output(o, normalise(c, mean, scale_c, gain_c, bias_c))
-        if zoneout_c_ptr is not None:
-            c = zoneout(load_zoneout(zoneout_c_ptr, at, valid_cell), c_prev, c)
+            mean, scale_c = moments_of_group((c,), is_cell, pairs_c_ptr, exchanged, H, UNITS, WARPS, 1, POLL_LIMIT)
+            h = output(gates[3], normalise(c, mean, scale_c, gain_c, bias_c))
+        c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
         if zoneout_h_ptr is not None:
-            h_before = tl.load(h_n_ptr + state_at, mask=is_cell & continues, other=0.0).to(tl.float32)
-            h_before = reset_to(h_before, reset_h_ptr, at, reset_cell)
-            h = zoneout(load_zoneout(zoneout_h_ptr, at, valid_cell), h_before, h)
+            h_before = indexing.load_state(h_n_ptr, state_at, continues, reset_h_ptr, at, reset)
+            h = indexing.zoneout(zoneout_h_ptr, at, valid, h_before, h)
 
         # Publish first: the others wait for it. Padding gets zeros.
-        in_tile = sequence < B - tile * SEQUENCES
-        h = tl.where(valid_cell, h, 0.0)
-        publish(words_ptr + row * W + unit // PER, pack(h, DTYPE), is_word & in_tile)
+        h = tl.where(valid, h, 0.0)
+        publish(words_ptr + row * W + unit // PER, pack(h, DTYPE), is_word & (sequence < B - tile * SEQUENCES))
 
         # Store.
-        tl.store(h_n_ptr + state_at, h.to(DTYPE), mask=valid_cell)
-        tl.store(c_n_ptr + state_at, c, mask=valid_cell)
+        tl.store(h_n_ptr + state_at, h, mask=valid)
+        tl.store(c_n_ptr + state_at, c, mask=valid)
         if SAVE:
-            store_gates(gates_ptr, gates_at, valid_cell, i, f, g, o, H)
-            tl.store(c_ptr + at, tl.where(valid_cell, c, 0.0), mask=is_cell & in_tile)
+            indexing.store_gates(gates_ptr, gates_at, valid, gates, H)
+            tl.store(c_ptr + at, tl.where(valid, c, 0.0), mask=in_tile)
         step, tile = next_turn(step, tile, 1, B)
 
 
@@ -351,49 +317,39 @@ def lstm_cooperative_backward_kernel(
         sum_rows = sum_rows + ((thread + n * 32 * WARPS) % (4 * UNITS),)
         sum_sequences = sum_sequences + ((thread + n * 32 * WARPS) // (4 * UNITS) % SEQUENCES,)
 
-    peephole_i, peephole_f, peephole_o = load_peepholes(peephole_ptr, unit, H)
+    peepholes = indexing.load_peepholes(peephole_ptr, unit, H)
     if NORM_HH:
-        gain_i, gain_f, gain_g, gain_o = load_gates(gain_hh_ptr, unit, unit < H, H)
+        gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H)
     if NORM_C:
-        gain_c, bias_c = load_for_units(gain_c_ptr, unit, 0.0, H), load_for_units(bias_c_ptr, unit, 0.0, H)
+        gain_c, bias_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H)
 
     step, tile = T - 1, tl.program_id(1)
-    for turn in range(T * walks_of_group(B)):
+    for turn in range(T * tiles_of_group(B)):
         # Load, before waiting: it arrives meanwhile.
-        batch, in_batch, length = sequence_in(tile, sequence, lengths_ptr, T, B)
-        time, row, valid, continues = position(step, length, resets_ptr, batch, B, in_batch, REVERSE)
-        valid_cell = is_cell & valid
-        state_at = batch.to(tl.int64) * H + unit
-        at = row * H + unit
-        gates_at = row * (4 * H) + unit
-        i, f, g, o = load_gates(gates_ptr, gates_at, valid_cell, H)
-        c = tl.load(c_ptr + at, mask=valid_cell, other=0.0)
-        prev_at = row_before(step, time, batch, B, REVERSE) * H + unit
-        reset_cell = valid_cell & ~continues
-        c_prev = cell_before(c_ptr, c0_ptr, step, prev_at, is_cell & continues)
-        c_prev = reset_to(c_prev, reset_c_ptr, at, reset_cell)
-        dc = tl.load(dc_ptr + state_at, mask=valid_cell, other=0.0)
+        batch, in_batch, length = indexing.sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
+        time, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
+        cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
+        at, gates_at, state_at, in_tile, valid, continues, reset = cells
+        row_prev = indexing.row_before(step, time, batch, B, REVERSE)
+        gates, c, c_prev = indexing.load_saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H)
+        dc = tl.load(dc_ptr + state_at, mask=valid, other=0.0)
         if NORM_HH:
-            unit_i, unit_f, unit_g, unit_o = load_gates(unit_hh_ptr, gates_at, valid_cell, H)
-            scale_hh = tl.load(scale_hh_ptr + row, mask=valid_cell, other=0.0)
+            unit_hh = indexing.load_gates(unit_hh_ptr, gates_at, valid, H)
+            scale_hh = tl.load(scale_hh_ptr + row, mask=valid, other=0.0)
         if NORM_C:
-            unit_c = tl.load(unit_c_ptr + at, mask=valid_cell, other=0.0)
-            scale_c = tl.load(scale_c_ptr + row, mask=valid_cell, other=0.0)
-        dh = tl.zeros((32 * WARPS,), tl.float32)
-        if dh_ptr is not None:
-            dh += tl.load(dh_ptr + at, mask=valid_cell, other=0.0).to(tl.float32)
-        if dh_n_ptr is not None:
-            last = valid_cell & (step == length - 1)
-            dh += tl.load(dh_n_ptr + state_at, mask=last, other=0.0).to(tl.float32)
+            unit_c = tl.load(unit_c_ptr + at, mask=valid, other=0.0)
+            scale_c = tl.load(scale_c_ptr + row, mask=valid, other=0.0)
+        dh = indexing.add_gradients_given(
+            tl.zeros((32 * WARPS,), tl.float32), dh_ptr, dh_n_ptr, step == length - 1, cells
+        )
+        _, _, _, next_continues = indexing.position(step + 1, batch, in_batch, length, resets_ptr, B, REVERSE)
 
-        _, to_dh = step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE)
-
-        # Product: this gate's part of dh for the quartet's units. Padding and what a reset cuts off is waited for, too,
-        # so that no program publishes partial sums over others that a program still waits for.
-        of_sequence, in_sequences, length = sequence_in(tile, column, lengths_ptr, T, B)
-        row_next = row_of(time_of(step + 1, length, REVERSE), of_sequence, B)
+        # Product: this gate's part of dh for the quartet's units. A program waits for words of padding and after resets
+        # as well, so that none publishes partial sums over others that are still waited for.
+        of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
+        row_next = indexing.row_of(indexing.time_of(step + 1, length, REVERSE), of_column, B)
         dgates_at = words_ptr + row_next * (4 * W) + gate * W + first_word
-        left = tl.where(in_sequences & (step < T - 1), W - first_word, 0)
+        left = tl.where(in_column & (step < T - 1), W - first_word, 0)
         dz = collect(dgates_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, POLL_LIMIT)
         parts = product(weights, dz, DTYPE, CHUNKS, TILES, WARPS)
         partials = sum_over_warps(parts, sum_rows, sum_sequences, thread < 32 * UNITS, turn % 2, SUMS, TILES, WARPS)
@@ -406,70 +362,51 @@ def lstm_cooperative_backward_kernel(
             to_at = partials_ptr + (to.to(tl.int64) * 4 + gate) * H + quartet_unit + sum_rows[n]
             publish(to_at, in_phase(pack(partials[n], tl.float32), phase), wanted)
         parts_at = partials_ptr + batch.to(tl.int64) * (4 * H) + unit
-        left = tl.where(is_cell & in_batch, 4 * H, 0)  # at every step: no phase is left out
+        left = tl.where(in_tile, 4 * H, 0)  # at every step: no phase is left out
         p_i, p_f, p_g, p_o = collect(parts_at, left, phase, error_ptr, step, 4, 1, H, 1, True, POLL_LIMIT)
-        dh_prev = (
+        dh_next = (
             (p_i.to(tl.float32, bitcast=True) + p_f.to(tl.float32, bitcast=True))
             + (p_g.to(tl.float32, bitcast=True) + p_o.to(tl.float32, bitcast=True))
         )  # fmt: skip
-        dh_prev = tl.where(to_dh, dh_prev, 0.0)
+        dh_next = tl.where(next_continues, dh_next, 0.0)
         if dropout_h_ptr is not None:
-            dh_prev *= tl.load(dropout_h_ptr + state_at, mask=valid_cell, other=0.0).to(tl.float32)
-        dh += dh_prev
+            dh_next *= tl.load(dropout_h_ptr + state_at, mask=valid, other=0.0).to(tl.float32)
+        dh = indexing.zoneout_h_backward(dh + dh_next, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
 
         # Cell.
-        if zoneout_h_ptr is not None:
-            dh += tl.load(dh_from_zoneout_ptr + state_at, mask=valid_cell, other=0.0)
-            to_before, dh = zoneout_backward(load_zoneout(zoneout_h_ptr, at, valid_cell), dh)
-            tl.store(dh_from_zoneout_ptr + state_at, tl.where(continues, to_before, 0.0), mask=valid_cell)
-            if dreset_h_ptr is not None:
-                tl.store(dreset_h_ptr + at, to_before, mask=reset_cell)
-        if zoneout_c_ptr is not None:
-            c = next_cell(i, f, g, c_prev)  # as the step computed it; what was saved is after zoneout
-            dc_before, dc = zoneout_backward(load_zoneout(zoneout_c_ptr, at, valid_cell), dc)
+        exchanged = (batch, in_batch, phase, error_ptr, step)
+        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
         if NORM_C:
-            dz_o, d_unit = normed_output_backward(o, unit_c, dh, gain_c, bias_c)
+            dz_o, d_unit = normed_output_backward(gates[3], unit_c, dh, gain_c, bias_c)
             mean_d, mean_d_unit = means_of_group(
-                d_unit, d_unit * unit_c, pairs_c_ptr, batch, in_batch, phase, error_ptr, step,
-                H, UNITS, WARPS, 1, POLL_LIMIT,
-            )  # fmt: skip
+                d_unit, d_unit * unit_c, pairs_c_ptr, exchanged, H, UNITS, WARPS, 1, POLL_LIMIT
+            )
             dc += normalise_backward(d_unit, unit_c, scale_c, mean_d, mean_d_unit)
-            dz_i, dz_f, dz_g, dz_o, dc_prev = gates_backward(
-                i, f, g, c_prev, dz_o, dc, peephole_i, peephole_f, peephole_o, PEEPHOLES
-            )
         else:
-            dz_i, dz_f, dz_g, dz_o, dc_prev = cell_backward(
-                i, f, g, o, c, c_prev, dh, dc, peephole_i, peephole_f, peephole_o, PEEPHOLES
-            )
+            dz_o, dc_of_m = output_backward(gates[3], c, dh)
+            dc += dc_of_m
+        dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES)
         if zoneout_c_ptr is not None:
-            dc_prev += dc_before
+            dc_prev += dc_from_zoneout
 
         # Through the layer norm of W_hh h, from dz as it is stored.
         if NORM_HH:
-            store_gates(dgates_ptr, gates_at, is_cell & in_batch, dz_i, dz_f, dz_g, dz_o, H)
-            d_i, d_f = gain_i * dz_i.to(DTYPE).to(tl.float32), gain_f * dz_f.to(DTYPE).to(tl.float32)
-            d_g, d_o = gain_g * dz_g.to(DTYPE).to(tl.float32), gain_o * dz_o.to(DTYPE).to(tl.float32)
+            indexing.store_gates(dgates_ptr, gates_at, in_tile, dz, H)
+            d, sum_d, sum_d_unit = gates_of_unit(dz, gain_hh, unit_hh, DTYPE)
             mean_d, mean_d_unit = means_of_group(
-                (d_i + d_f) + (d_g + d_o), (d_i * unit_i + d_f * unit_f) + (d_g * unit_g + d_o * unit_o),
-                pairs_hh_ptr, batch, in_batch, phase, error_ptr, step, H, UNITS, WARPS, 4, POLL_LIMIT,
-            )  # fmt: skip
-            dz_i = normalise_backward(d_i, unit_i, scale_hh, mean_d, mean_d_unit)
-            dz_f = normalise_backward(d_f, unit_f, scale_hh, mean_d, mean_d_unit)
-            dz_g = normalise_backward(d_g, unit_g, scale_hh, mean_d, mean_d_unit)
-            dz_o = normalise_backward(d_o, unit_o, scale_hh, mean_d, mean_d_unit)
+                sum_d, sum_d_unit, pairs_hh_ptr, exchanged, H, UNITS, WARPS, 4, POLL_LIMIT
+            )
+            dz = normalise_gates_backward(d, unit_hh, scale_hh, mean_d, mean_d_unit)
 
         # Publish. In padding every factor was loaded as zero, so its gradients are zero.
-        word_at = words_ptr + row * (4 * W) + unit // PER
-        here = is_word & in_batch
-        publish(word_at, pack(dz_i, DTYPE), here)
-        publish(word_at + W, pack(dz_f, DTYPE), here)
-        publish(word_at + 2 * W, pack(dz_g, DTYPE), here)
-        publish(word_at + 3 * W, pack(dz_o, DTYPE), here)
-        tl.store(dc_ptr + state_at, tl.where(continues, dc_prev, 0.0), mask=valid_cell)
+        for n in tl.static_range(4):
+            word_at = words_ptr + row * (4 * W) + n * W + unit // PER
+            publish(word_at, pack(dz[n], DTYPE), is_word & in_batch)
+        tl.store(dc_ptr + state_at, tl.where(continues, dc_prev, 0.0), mask=valid)
         if NORM_C:
-            tl.store(dh_total_ptr + at, dh.to(DTYPE), mask=is_cell & in_batch)
+            tl.store(dh_total_ptr + at, dh, mask=in_tile)
         if dreset_c_ptr is not None:
-            tl.store(dreset_c_ptr + at, dc_prev, mask=reset_cell)
+            tl.store(dreset_c_ptr + at, dc_prev, mask=reset)
         step, tile = next_turn(step, tile, -1, B)
 
 
@@ -509,7 +446,7 @@ KERNELS = lstm_cooperative_forward_kernel, lstm_cooperative_backward_kernel
 
 
 def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """What forward needs besides what all families are given: h, for `hidden_states`; and arguments."""
+    """What forward needs besides what all families are given: h, of words and with h0 at its end; and arguments."""
     steps, batch, gates_of_all = gates.shape
     h_then_h0 = _rows_of_words(gates, steps + 1, batch)
     words = h_then_h0.view(torch.int32).fill_(SENTINEL)
@@ -525,16 +462,8 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
     }
 
 
-def hidden_states(h_then_h0: Tensor, hidden: int) -> Tensor:
-    """h [T, B, H]; not a view, which autograd forbids to change in place."""
-    steps, batch, width = h_then_h0.shape
-    if width > hidden:  # rows are padded to whole words
-        return h_then_h0[:-1, :, :hidden].contiguous()
-    return h_then_h0.resize_(steps - 1, batch, hidden)
-
-
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """As forward_buffers, of backward: dgates, for `gradient_of_gates`; and arguments."""
+    """As forward_buffers, of backward: dgates, or their words; and arguments."""
     steps, batch, _ = gates.shape
     exchanged = _rows_of_words(gates, steps, batch, 4)  # what W_hh^T is multiplied with
     dgates = None if r.gain_hh is None else torch.empty_like(gates)
@@ -545,11 +474,6 @@ def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, 
         "partials_ptr": torch.full_like(gates[0], SENTINEL, dtype=torch.int32),
         **_pairs(r, plan),
     }
-
-
-def gradient_of_gates(dgates: Tensor, gates: Tensor) -> Tensor:
-    """dgates [T, B, 4H]."""
-    return dgates[..., : gates.shape[-1] // 4].reshape(gates.shape) if dgates.dim() == 4 else dgates
 
 
 def _pairs(r: Recurrence, plan: Plan) -> dict[str, Tensor | None]:

@@ -21,7 +21,6 @@ import triton.language as tl
 from .assembly import operands, types
 from .exchange import INTERPRETED
 from .features import constexpr_function
-from .indexing import load_lengths
 
 SEQUENCES = tl.constexpr(8)  # of a product
 
@@ -31,14 +30,6 @@ def threads(WARPS: tl.constexpr):
     """Of every thread: (its number, its warp, column, quarter), each [THREADS]."""
     thread = tl.arange(0, 32 * WARPS)
     return thread, thread // 32, thread % 32 // 4, thread % 4
-
-
-@triton.jit
-def sequence_in(tile, place, lengths_ptr, T, B):
-    """Of a place in a batch tile: (the sequence, whether there is one, its length), each [THREADS]."""
-    batch = tile * SEQUENCES + place
-    in_batch = batch < B
-    return batch, in_batch, load_lengths(lengths_ptr, batch, in_batch, T)
 
 
 @triton.jit

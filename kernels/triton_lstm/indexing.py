@@ -25,6 +25,8 @@ call has not are None:
 import triton
 import triton.language as tl
 
+from .cell import mix, mix_backward, next_cell
+
 
 @triton.jit
 def load_lengths(lengths_ptr, batch, in_batch, T):
@@ -37,9 +39,8 @@ def load_lengths(lengths_ptr, batch, in_batch, T):
 
 
 @triton.jit
-def sequences_from(first, lengths_ptr, T, B, BLOCK_B: tl.constexpr):
-    """A batch tile from sequence `first` on: (batch, whether there is such a sequence, its length), each [BB]."""
-    batch = first + tl.arange(0, BLOCK_B)
+def sequences(batch, lengths_ptr, T, B):
+    """(batch, whether there is such a sequence, its length), each of the shape of `batch`."""
     in_batch = batch < B
     return batch, in_batch, load_lengths(lengths_ptr, batch, in_batch, T)
 
@@ -68,8 +69,9 @@ def row_before(step, time, batch, B, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def row_in_h_then_h0(step, time, batch, T, B):
-    """Row of h after `step` in [T * B + B, H]: h of every step, and last h0, which is h after step -1."""
+def row_in_h_then_h0(step, length, batch, T, B, REVERSE: tl.constexpr):
+    """Row of h after `step` in [T * B + B, P]: h of every step, and last h0, which is h after step -1."""
+    time = time_of(step, length, REVERSE)
     return tl.where(step < 0, row_of(tl.zeros_like(time) + T, batch, B), row_of(time, batch, B))
 
 
@@ -88,8 +90,8 @@ def is_reset(resets_ptr, time, length, batch, B, in_batch, REVERSE: tl.constexpr
 
 
 @triton.jit
-def position(step, length, resets_ptr, batch, B, in_batch, REVERSE: tl.constexpr):
-    """Where each sequence is at `step`: (time, row, valid, continues), each [BB].
+def position(step, batch, in_batch, length, resets_ptr, B, REVERSE: tl.constexpr):
+    """Where each of some `sequences` is at `step`: (time, row, valid, continues).
 
     valid: the step is one of the sequence's, not padding. continues: and its state before is not zeroed by a reset.
     """
@@ -101,33 +103,16 @@ def position(step, length, resets_ptr, batch, B, in_batch, REVERSE: tl.constexpr
 
 
 @triton.jit
-def step_after(resets_ptr, step, length, batch, B, in_batch, REVERSE: tl.constexpr):
-    """(row of the step after this one, whether it started from this one's state), each [BB]."""
-    _, row, _, continues = position(step + 1, length, resets_ptr, batch, B, in_batch, REVERSE)
-    return row, continues
+def cells_at(row, batch, unit, in_batch, valid, continues, H):
+    """Where cells lie, each a unit of a sequence at its `position`; the arguments are broadcast to the tile's shape.
 
-
-@triton.jit
-def cell_before(c_ptr, c0_ptr, step, at, continues):
-    """The cell state that `step` started from, float32: of c0 at step 0, zero where not `continues`.
-
-    `at` is its place in a tensor [rows, H], by row_before.
+    (at in [T*B, H], gates_at in [T*B, 4H], state_at in [B, H]; and whether a cell is there: it is in the batch, valid,
+    continues from the state before, starts at a reset).
     """
-    at_start = tl.zeros(at.shape, tl.int32) + step == 0
-    first = tl.load(c0_ptr + at, mask=continues & at_start, other=0.0)
-    later = tl.load(c_ptr + at, mask=continues & ~at_start, other=0.0)
-    return first + later
-
-
-@triton.jit
-def reset_to(before, reset_ptr, at, reset):
-    """The state before a step, which is zero where it is `reset`: there it is that of `reset_ptr`, if there is one.
-
-    `at` is the step's place in a tensor [T * B, width].
-    """
-    if reset_ptr is not None:
-        before += tl.load(reset_ptr + at, mask=reset, other=0.0).to(tl.float32)
-    return before
+    in_units = unit < H
+    valid_cell, continues_cell = valid & in_units, continues & in_units
+    at, gates_at, state_at = row * H + unit, row * (4 * H) + unit, batch.to(tl.int64) * H + unit
+    return at, gates_at, state_at, in_batch & in_units, valid_cell, continues_cell, valid_cell & ~continues_cell
 
 
 @triton.jit
@@ -150,9 +135,28 @@ def split_gate_columns(z, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     return i, f, g, o
 
 
+# Tiles are loaded as float32 by offsets and masks of `cells_at`.
+
+
+@triton.jit
+def load_gates(gates_ptr, at, mask, H: tl.constexpr):
+    """(i, f, g, o) of a tile of a [rows, 4H] tensor; `at` is its offsets for gate i."""
+    gates = ()
+    for n in tl.static_range(4):
+        gates = gates + (tl.load(gates_ptr + at + n * H, mask=mask, other=0.0).to(tl.float32),)
+    return gates
+
+
+@triton.jit
+def store_gates(gates_ptr, at, mask, gates, H: tl.constexpr):
+    """The reverse of load_gates, rounded to the tensor's dtype."""
+    for n in tl.static_range(4):
+        tl.store(gates_ptr + at + n * H, gates[n], mask=mask)
+
+
 @triton.jit
 def load_peepholes(peephole_ptr, unit, H: tl.constexpr):
-    """The peepholes of some units to the gates i, f and o, float32, from [3H]; zeros, unused, where there are none."""
+    """The peepholes of some units to the gates i, f and o, from [3H]; zeros, unused, where there are none."""
     p_i = tl.zeros(unit.shape, tl.float32)
     p_f, p_o = p_i, p_i
     if peephole_ptr is not None:
@@ -163,8 +167,58 @@ def load_peepholes(peephole_ptr, unit, H: tl.constexpr):
 
 
 @triton.jit
-def load_zoneout(zoneout_ptr, at, mask):
-    """The share of the state before that stays, for `cell.zoneout`: a tile of a mask, or one float32 for all."""
+def load_affine(gain_ptr, bias_ptr, unit, H: tl.constexpr):
+    """(gain, bias) of a layer norm for some units, from [H]; zeros where there is no bias."""
+    gain = tl.load(gain_ptr + unit, mask=unit < H, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + unit, mask=unit < H, other=0.0).to(tl.float32)
+    else:
+        bias = tl.zeros(unit.shape, tl.float32)
+    return gain, bias
+
+
+@triton.jit
+def reset_to(before, reset_ptr, at, reset):
+    """The state before a step, which is zero where it is `reset`: there it is that of `reset_ptr`, if there is one."""
+    if reset_ptr is not None:
+        before += tl.load(reset_ptr + at, mask=reset, other=0.0).to(tl.float32)
+    return before
+
+
+@triton.jit
+def load_state(state_ptr, state_at, continues, reset_ptr, at, reset):
+    """The state before a step, from where the step before left it."""
+    before = tl.load(state_ptr + state_at, mask=continues, other=0.0).to(tl.float32)
+    return reset_to(before, reset_ptr, at, reset)
+
+
+@triton.jit
+def load_saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H: tl.constexpr):
+    """What forward saved of a step: (its activated gates, c, c before it). `row_prev` is the `row_before`."""
+    at, gates_at, _, _, valid, continues, reset = cells
+    gates = load_gates(gates_ptr, gates_at, valid, H)
+    c = tl.load(c_ptr + at, mask=valid, other=0.0)
+    prev_at = row_prev * H + unit
+    is_first = tl.zeros(prev_at.shape, tl.int32) + step == 0
+    c_prev = tl.load(c0_ptr + prev_at, mask=continues & is_first, other=0.0)
+    c_prev += tl.load(c_ptr + prev_at, mask=continues & ~is_first, other=0.0)
+    return gates, c, reset_to(c_prev, reset_c_ptr, at, reset)
+
+
+@triton.jit
+def add_gradients_given(dh, dh_ptr, dh_n_ptr, is_last, cells):
+    """dh and the gradients that backward is given: of the step's h and, where it `is_last`, of h_n."""
+    at, _, state_at, _, valid, _, _ = cells
+    if dh_ptr is not None:
+        dh += tl.load(dh_ptr + at, mask=valid, other=0.0).to(tl.float32)
+    if dh_n_ptr is not None:
+        dh += tl.load(dh_n_ptr + state_at, mask=valid & is_last, other=0.0).to(tl.float32)
+    return dh
+
+
+@triton.jit
+def load_share(zoneout_ptr, at, mask):
+    """The share of the state before that stays: a tile of a mask, or one float32 for all."""
     if zoneout_ptr.dtype.element_ty == tl.float32:
         share = tl.load(zoneout_ptr)
     else:
@@ -173,19 +227,35 @@ def load_zoneout(zoneout_ptr, at, mask):
 
 
 @triton.jit
-def load_gates(gates_ptr, at, mask, H: tl.constexpr):
-    """The four gates of a tile of a [rows, 4H] tensor, float32; `at` is the tile's offsets for gate i."""
-    i = tl.load(gates_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    f = tl.load(gates_ptr + at + H, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(gates_ptr + at + 2 * H, mask=mask, other=0.0).to(tl.float32)
-    o = tl.load(gates_ptr + at + 3 * H, mask=mask, other=0.0).to(tl.float32)
-    return i, f, g, o
+def zoneout(zoneout_ptr, at, mask, before, new):
+    """The state after a step that computed `new`: with zoneout a share of it stays as `before`."""
+    if zoneout_ptr is not None:
+        new = mix(load_share(zoneout_ptr, at, mask), before, new)
+    return new
 
 
 @triton.jit
-def store_gates(gates_ptr, at, mask, i, f, g, o, H: tl.constexpr):
-    """The reverse of load_gates, rounded to the tensor's dtype."""
-    tl.store(gates_ptr + at, i.to(gates_ptr.dtype.element_ty), mask=mask)
-    tl.store(gates_ptr + at + H, f.to(gates_ptr.dtype.element_ty), mask=mask)
-    tl.store(gates_ptr + at + 2 * H, g.to(gates_ptr.dtype.element_ty), mask=mask)
-    tl.store(gates_ptr + at + 3 * H, o.to(gates_ptr.dtype.element_ty), mask=mask)
+def zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells):
+    """dh, without what comes through zoneout of the step after -> the gradient of the h that the step computed.
+
+    dh_from_zoneout [B, P], float32: the gradient through zoneout of the step after, made that of this one.
+    """
+    at, _, state_at, _, valid, continues, reset = cells
+    if zoneout_h_ptr is not None:
+        dh += tl.load(dh_from_zoneout_ptr + state_at, mask=valid, other=0.0)
+        dh_prev, dh = mix_backward(load_share(zoneout_h_ptr, at, valid), dh)
+        if dreset_h_ptr is not None:
+            tl.store(dreset_h_ptr + at, dh_prev, mask=reset)
+        tl.store(dh_from_zoneout_ptr + state_at, tl.where(continues, dh_prev, 0.0), mask=valid)
+    return dh
+
+
+@triton.jit
+def zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells):
+    """Gradient of c after zoneout -> (that of c as the step computed it, this c, the gradient of c_prev by zoneout)."""
+    at, _, _, _, valid, _, _ = cells
+    dc_prev = tl.zeros_like(dc)
+    if zoneout_c_ptr is not None:
+        c = next_cell(gates, c_prev)  # what was saved is after zoneout
+        dc_prev, dc = mix_backward(load_share(zoneout_c_ptr, at, valid), dc)
+    return dc, c, dc_prev

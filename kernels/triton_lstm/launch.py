@@ -79,7 +79,8 @@ class Prepared:
         c = r.c0.new_empty(gates.shape[0], self._batch, self._hidden) if self._save else None
         h, buffers = self._family.forward_buffers(gates, r, self.plan)
         self._kernel(self._launch, {**self._shared(gates, r), "c_ptr": c, **buffers})
-        return self._family.hidden_states(h, self._hidden), buffers["h_n_ptr"], buffers["c_n_ptr"], c
+        h = _hidden_states(h, *gates.shape[:2], r.h0.shape[1])
+        return h, buffers["h_n_ptr"], buffers["c_n_ptr"], c
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
@@ -98,7 +99,8 @@ class Prepared:
             "dh_from_zoneout_ptr": dh_from_zoneout, "dh_total_ptr": dh_total, "dreset_h_ptr": dreset_h,
             "dreset_c_ptr": dreset_c, **buffers,
         })  # fmt: skip
-        dgates = self._family.gradient_of_gates(dgates, gates)
+        if dgates.dim() == 4:  # [T, B, 4, H or more], rows of words
+            dgates = dgates[..., : self._hidden].reshape(gates.shape)
         return Gradients(dgates, dh_from_zoneout, dc, dh_total, dreset_h, dreset_c)
 
     def _shared(self, gates: Tensor, r: Recurrence) -> dict[str, Any]:
@@ -111,6 +113,11 @@ class Prepared:
             "gain_hh_ptr": r.gain_hh, "gain_c_ptr": r.gain_c, "bias_c_ptr": r.bias_c,
             "error_ptr": self._error, "T": gates.shape[0], "B": self._batch,
         }  # fmt: skip
+
+
+def _hidden_states(h: Tensor, steps: int, batch: int, width: int) -> Tensor:
+    """h [T, B, P], without h0 at its end and padding of rows; not a view, which autograd forbids to change in place."""
+    return h.resize_(steps, batch, width) if h.shape[2] == width else h[:steps, :, :width].contiguous()
 
 
 def _constants(problem: Problem, which: Pass, plan: Plan) -> dict[str, Any]:

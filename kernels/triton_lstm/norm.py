@@ -32,6 +32,35 @@ def normalise_backward(d, unit, scale, mean_d, mean_d_unit):
 
 
 @triton.jit
+def normalise_gates(z, mean, scale, gain):
+    """LN(z) of each of a tuple of gates, without a bias."""
+    normed = ()
+    for n in tl.static_range(len(z)):
+        normed = normed + (normalise(z[n], mean, scale, gain[n], 0.0),)
+    return normed
+
+
+@triton.jit
+def gates_of_unit(dz, gain, unit, DTYPE: tl.constexpr):
+    """Gradients of all gates LN(W_hh h), rounded as they are stored -> (of unit, and over the gates the sums of it and
+    of it times unit)."""
+    d = ()
+    for n in tl.static_range(4):
+        d = d + (gain[n] * dz[n].to(DTYPE).to(tl.float32),)
+    sum_d_unit = (d[0] * unit[0] + d[1] * unit[1]) + (d[2] * unit[2] + d[3] * unit[3])
+    return d, (d[0] + d[1]) + (d[2] + d[3]), sum_d_unit
+
+
+@triton.jit
+def normalise_gates_backward(d, unit, scale, mean_d, mean_d_unit):
+    """`normalise_backward` of each of a tuple of gates."""
+    dz = ()
+    for n in tl.static_range(len(d)):
+        dz = dz + (normalise_backward(d[n], unit[n], scale, mean_d, mean_d_unit),)
+    return dz
+
+
+@triton.jit
 def squares_about(mean, own_mean, own_squares, count):
     """Of `count` elements: their sum of squares about any mean, from that about their own.
 
@@ -65,9 +94,7 @@ def sums_of_tiles(pairs_ptr, batch, in_batch, B, H: tl.constexpr, BLOCK_H: tl.co
     first = tl.zeros(batch.shape, tl.float32)
     second = tl.zeros(batch.shape, tl.float32)
     for start in range(0, TILES, AT_ONCE):
-        some_first, some_second = load_pairs(
-            pairs_ptr, start + tl.arange(0, AT_ONCE), batch, in_batch, B, TILES
-        )  # fmt: skip
+        some_first, some_second = load_pairs(pairs_ptr, start + tl.arange(0, AT_ONCE), batch, in_batch, B, TILES)
         first += tl.sum(some_first, axis=0)
         second += tl.sum(some_second, axis=0)
     return first, second
@@ -96,12 +123,3 @@ def moments_of_tiles(pairs_ptr, batch, in_batch, B, H: tl.constexpr, BLOCK_H: tl
 def units_of(tile, H: tl.constexpr, BLOCK_H: tl.constexpr):
     """How many units a tile has, float32; 0 past the last."""
     return tl.minimum(tl.maximum(H - tile * BLOCK_H, 0), BLOCK_H).to(tl.float32)
-
-
-@triton.jit
-def load_for_units(vector_ptr, unit, otherwise, H: tl.constexpr):
-    """A gain or bias [H] of some units, float32; `otherwise` for all where there is none, and past the last."""
-    found = tl.zeros(unit.shape, tl.float32) + otherwise
-    if vector_ptr is not None:
-        found = tl.load(vector_ptr + unit, mask=unit < H, other=otherwise).to(tl.float32)
-    return found

@@ -21,7 +21,7 @@ Launch = Callable[..., None]
 class Family(Enum):
     """How the time loop is run."""
 
-    RESIDENT = "resident"  # one launch; a program walks the whole sequence alone
+    RESIDENT = "resident"  # one launch; a program runs the whole sequence alone
     COOPERATIVE = "cooperative"  # one launch; programs share W_hh and exchange h
     STEP = "step"  # one launch; programs read W_hh at every step, which a grid-wide barrier ends
 
@@ -58,7 +58,7 @@ class Plan:
     family: Family
     rows: int  # batch tile
     columns: int  # hidden units of a program
-    k: int  # inner dimension of one product; in registers: chunks of K that a warp takes
+    k: int  # inner dimension of one product; in registers: chunks of K that a warp multiplies
     programs: int  # that share W_hh
     groups: int  # of programs, each with batch tiles of its own
     num_warps: int

@@ -17,73 +17,44 @@ from torch import Tensor
 
 from ..operands import as_words, transposed_gates
 from ..problem import Problem, Recurrence
-from .cell import (
-    cell_backward,
-    cell_forward,
-    gates_backward,
-    next_cell,
-    normed_output_backward,
-    output,
-    zoneout,
-    zoneout_backward,
-)
-from .fragments import load_weights, product, sequence_in, share, take, threads
-from .indexing import (
-    cell_before,
-    load_gates,
-    load_peepholes,
-    load_zoneout,
-    position,
-    reset_to,
-    row_before,
-    store_gates,
-)
-from .norm import EPS, load_for_units, normalise, normalise_backward
+from . import indexing
+from .cell import cell_forward, gates_backward, mix_backward, normed_output_backward, output, output_backward
+from .fragments import SEQUENCES, load_weights, product, share, take, threads
+from .norm import EPS, gates_of_unit, normalise, normalise_backward, normalise_gates, normalise_gates_backward
 from .planning import Device, Family, Plan, power_of_two
 
 
 @triton.jit
-def cells(UNITS: tl.constexpr, WARPS: tl.constexpr, CELLS: tl.constexpr):
-    """A thread's cells: (units, places of their sequences in the batch tile), tuples of CELLS [THREADS]."""
+def cells_of_thread(lengths_ptr, T, B, UNITS: tl.constexpr, WARPS: tl.constexpr, CELLS: tl.constexpr):
+    """A thread's cells: their units, where in the batch tile and which their `sequences` are; tuples of CELLS."""
     _, warp, column, quarter = threads(WARPS)
-    units, sequences = (), ()
+    units, places, of_cells = (), (), ()
     for n in tl.static_range(CELLS):
         units = units + (warp * (UNITS // WARPS) + n // 2 * 8 + column,)
-        sequences = sequences + (2 * quarter + n % 2,)
-    return units, sequences
+        places = places + (2 * quarter + n % 2,)
+        of_cells = of_cells + (indexing.sequences(tl.program_id(0) * SEQUENCES + places[n], lengths_ptr, T, B),)
+    return units, places, of_cells
 
 
 @triton.jit
-def two_sequences(lengths_ptr, T, B, WARPS: tl.constexpr):
-    """Those of a thread's even and odd cells: (numbers, whether there are such, lengths), pairs of [THREADS]."""
-    _, _, _, quarter = threads(WARPS)
-    even, in_even, even_length = sequence_in(tl.program_id(0), 2 * quarter, lengths_ptr, T, B)
-    odd, in_odd, odd_length = sequence_in(tl.program_id(0), 2 * quarter + 1, lengths_ptr, T, B)
-    return (even, odd), (in_even, in_odd), (even_length, odd_length)
+def cells_at_step(step, units, sequence, resets_ptr, B, H: tl.constexpr, REVERSE: tl.constexpr, CELLS: tl.constexpr):
+    """The `position` and the `cells_at` of a thread's cells; tuples of CELLS."""
+    places, cells = (), ()
+    for n in tl.static_range(CELLS):
+        batch, in_batch, _ = sequence[n]
+        places = places + (indexing.position(step, *sequence[n], resets_ptr, B, REVERSE),)
+        _, row, valid, continues = places[n]
+        cells = cells + (indexing.cells_at(row, batch, units[n], in_batch, valid, continues, H),)
+    return places, cells
 
 
 @triton.jit
-def two_positions(step, length, resets_ptr, batch, B, in_batch, REVERSE: tl.constexpr):
-    """`position` of both: (times, rows, valid, continues), pairs of [THREADS]."""
-    time, row, valid, continues = position(step, length[0], resets_ptr, batch[0], B, in_batch[0], REVERSE)
-    time_1, row_1, valid_1, continues_1 = position(step, length[1], resets_ptr, batch[1], B, in_batch[1], REVERSE)
-    return (time, time_1), (row, row_1), (valid, valid_1), (continues, continues_1)
-
-
-@triton.jit
-def load_factors(dropout_h_ptr, batch, unit, in_batch, H: tl.constexpr):
-    """Those of h of a cell, [THREADS] float32."""
-    at = batch.to(tl.int64) * H + unit
-    return tl.load(dropout_h_ptr + at, mask=in_batch & (unit < H), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def sum_over_units(values, PER: tl.constexpr, CELLS: tl.constexpr, WARPS: tl.constexpr):
-    """Of values [THREADS], PER a cell: their sums for a thread's two sequences over all units, a pair of [THREADS]."""
+def sum_over_units(values, CELLS: tl.constexpr, WARPS: tl.constexpr):
+    """Of a value of each cell: the sums over all units for a thread's two sequences, a pair of [THREADS]."""
     even = tl.zeros((32 * WARPS,), tl.float32)
     odd = tl.zeros((32 * WARPS,), tl.float32)
-    for n in tl.static_range(PER * CELLS):
-        if n // PER % 2 == 0:
+    for n in tl.static_range(CELLS):
+        if n % 2 == 0:
             even += values[n]
         else:
             odd += values[n]
@@ -93,31 +64,24 @@ def sum_over_units(values, PER: tl.constexpr, CELLS: tl.constexpr, WARPS: tl.con
 
 
 @triton.jit
-def forward_of_cell(n: tl.constexpr, x, z, c_prev, peepholes, PEEPHOLES: tl.constexpr):
-    """`cell_forward` of a thread's cell number n."""
-    return cell_forward(
-        x[4 * n] + z[4 * n], x[4 * n + 1] + z[4 * n + 1], x[4 * n + 2] + z[4 * n + 2], x[4 * n + 3] + z[4 * n + 3],
-        c_prev[n], peepholes[3 * n], peepholes[3 * n + 1], peepholes[3 * n + 2], PEEPHOLES,
-    )  # fmt: skip
-
-
-@triton.jit
-def two_scales(scale_ptr, row, valid):
-    """Those of a thread's two sequences, from [T*B] float32: a pair of [THREADS]."""
-    return tl.load(scale_ptr + row[0], mask=valid[0], other=0.0), tl.load(scale_ptr + row[1], mask=valid[1], other=0.0)
-
-
-@triton.jit
-def moments(v, unit, H: tl.constexpr, PER: tl.constexpr, CELLS: tl.constexpr, WARPS: tl.constexpr):
-    """(means, scales) of the same, pairs of [THREADS]. Past the last unit v is zero."""
-    even, odd = sum_over_units(v, PER, CELLS, WARPS)
-    mean = (even / (PER * H), odd / (PER * H))
-    squares = ()
-    for n in tl.static_range(PER * CELLS):
-        distance = tl.where(unit[n // PER] < H, v[n] - mean[n // PER % 2], 0.0)
-        squares = squares + (distance * distance,)
-    even, odd = sum_over_units(squares, PER, CELLS, WARPS)
-    return mean, (tl.rsqrt(even / (PER * H) + EPS), tl.rsqrt(odd / (PER * H) + EPS))
+def moments(v, unit, H: tl.constexpr, GATES: tl.constexpr, CELLS: tl.constexpr, WARPS: tl.constexpr):
+    """(means, scales) of GATES values of each cell, for a thread's two sequences. Past the last unit v is zero."""
+    sums, squares = (), ()
+    for n in tl.static_range(CELLS):
+        total = v[n][0]
+        for gate in tl.static_range(1, GATES):
+            total += v[n][gate]
+        sums = sums + (total,)
+    even, odd = sum_over_units(sums, CELLS, WARPS)
+    mean = (even / (GATES * H), odd / (GATES * H))
+    for n in tl.static_range(CELLS):
+        total = tl.zeros((32 * WARPS,), tl.float32)
+        for gate in tl.static_range(GATES):
+            distance = tl.where(unit[n] < H, v[n][gate] - mean[n % 2], 0.0)
+            total += distance * distance
+        squares = squares + (total,)
+    even, odd = sum_over_units(squares, CELLS, WARPS)
+    return mean, (tl.rsqrt(even / (GATES * H) + EPS), tl.rsqrt(odd / (GATES * H) + EPS))
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -144,8 +108,7 @@ def lstm_resident_forward_kernel(
     CELLS: tl.constexpr = UNITS // WARPS // 4
     TILES: tl.constexpr = CELLS  # of 16 rows: of 8 units the gates i and f, then g and o
     thread, warp, column, quarter = threads(WARPS)
-    unit, sequence = cells(UNITS, WARPS, CELLS)
-    batch, in_batch, length = two_sequences(lengths_ptr, T, B, WARPS)
+    unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS, CELLS)
 
     # The four gates' rows of the warp's units, once: a pair of tiles is 8 units, i and f of the first, g and o.
     rows = ()
@@ -153,86 +116,74 @@ def lstm_resident_forward_kernel(
         rows = rows + (tl.where(unit[n // 4 * 2] < H, n % 4 * H + unit[n // 4 * 2], -1),)
     weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, CHUNKS, TILES)
 
-    h, c, peepholes, gains_hh, gains_c, biases_c = (), (), (), (), (), ()
+    h, c, peepholes, gain_hh, affine_c = (), (), (), (), ()
+    states = cells_at_step(0, unit, sequence, None, B, H, REVERSE, CELLS)[1]
     for n in tl.static_range(CELLS):
-        peepholes = peepholes + load_peepholes(peephole_ptr, unit[n], H)
+        peepholes = peepholes + (indexing.load_peepholes(peephole_ptr, unit[n], H),)
         if NORM_HH:
-            gains_hh = gains_hh + load_gates(gain_hh_ptr, unit[n], unit[n] < H, H)
+            gain_hh = gain_hh + (indexing.load_gates(gain_hh_ptr, unit[n], unit[n] < H, H),)
         if NORM_C:
-            gains_c = gains_c + (load_for_units(gain_c_ptr, unit[n], 0.0, H),)
-            biases_c = biases_c + (load_for_units(bias_c_ptr, unit[n], 0.0, H),)
-        state_at = batch[n % 2].to(tl.int64) * H + unit[n]
-        in_tile = in_batch[n % 2] & (unit[n] < H)
+            affine_c = affine_c + (indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[n], H),)
+        state_at, in_tile = states[n][2], states[n][3]
         h = h + (tl.load(h0_ptr + state_at, mask=in_tile, other=0.0),)
         c = c + (tl.load(c0_ptr + state_at, mask=in_tile, other=0.0),)
     for step in range(T):
-        time, row, valid, continues = two_positions(step, length, resets_ptr, batch, B, in_batch, REVERSE)
+        _, cells = cells_at_step(step, unit, sequence, resets_ptr, B, H, REVERSE, CELLS)
 
         # Load, before the product, which hides its latency.
         x, h_prev, h_operand, c_prev = (), (), (), ()
         for n in tl.static_range(CELLS):
-            x = x + load_gates(gates_ptr, row[n % 2] * (4 * H) + unit[n], valid[n % 2] & (unit[n] < H), H)
-            reset = valid[n % 2] & ~continues[n % 2]
+            at, gates_at, state_at, in_tile, valid, _, reset = cells[n]
+            x = x + (indexing.load_gates(gates_ptr, gates_at, valid, H),)
             h_prev = h_prev + (tl.where(reset, 0.0, h[n]).to(DTYPE),)
+            operand = h_prev[n]
             if dropout_h_ptr is not None:
-                factors = load_factors(dropout_h_ptr, batch[n % 2], unit[n], in_batch[n % 2], H)
-                h_operand = h_operand + ((factors * h_prev[n].to(tl.float32)).to(DTYPE),)
-            else:
-                h_operand = h_operand + (h_prev[n],)
-            before = tl.where(reset, 0.0, c[n])
-            c_prev = c_prev + (reset_to(before, reset_c_ptr, row[n % 2] * H + unit[n], reset & (unit[n] < H)),)
+                factors = tl.load(dropout_h_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
+                operand = (factors * operand.to(tl.float32)).to(DTYPE)
+            h_operand = h_operand + (operand,)
+            c_prev = c_prev + (indexing.reset_to(tl.where(reset, 0.0, c[n]), reset_c_ptr, at, reset),)
 
         # Product: the four gates of the thread's cells.
-        shared = share(h_operand, sequence, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
+        shared = share(h_operand, places_in_tile, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
         products = product(weights, take(shared, 0, CHUNKS, CHUNKS, DTYPE, WARPS), DTYPE, CHUNKS, TILES, WARPS)
         z = ()
-        for n in tl.static_range(4 * CELLS):  # number n is gate n % 4 of cell n // 4
-            z = z + (products[n // 8 * 8 + n % 4 * 2 + n // 4 % 2],)
+        for n in tl.static_range(CELLS):
+            of_cell = products[n // 2 * 8 + n % 2 : n // 2 * 8 + 8 : 2]  # both of a tile's cells alternate
+            z = z + (of_cell,)
+
+        # Gates and cell.
         if NORM_HH:
             mean, scale = moments(z, unit, H, 4, CELLS, WARPS)
-            products, z = z, ()
-            for n in tl.static_range(4 * CELLS):
-                z = z + (normalise(products[n], mean[n // 4 % 2], scale[n // 4 % 2], gains_hh[n], 0.0),)
-
+            z_hh, z = z, ()
+            for n in tl.static_range(CELLS):
+                z = z + (normalise_gates(z_hh[n], mean[n % 2], scale[n % 2], gain_hh[n]),)
+        new, new_c = (), ()
+        for n in tl.static_range(CELLS):
+            new = new + (cell_forward(x[n], z[n], c_prev[n], peepholes[n], PEEPHOLES),)
+            new_c = new_c + ((new[n][1],),)
         if NORM_C:
-            cell_of, c_cell, h_cell = (), (), ()
-            for n in tl.static_range(CELLS):
-                cell_of = cell_of + forward_of_cell(n, x, z, c_prev, peepholes, PEEPHOLES)
-                c_cell = c_cell + (cell_of[6 * n + 4],)
-            mean, scale = moments(c_cell, unit, H, 1, CELLS, WARPS)
-            for n in tl.static_range(CELLS):
-                normed = normalise(c_cell[n], mean[n % 2], scale[n % 2], gains_c[n], biases_c[n])
-                h_cell = h_cell + (output(cell_of[6 * n + 3], normed),)
+            mean, scale = moments(new_c, unit, H, 1, CELLS, WARPS)
 
+        # Store. The state of a sequence that has ended stays; its padding gets zeros.
         h, c = (), ()
         for n in tl.static_range(CELLS):
-            # Gates and cell.
+            at, gates_at, _, in_tile, valid, _, reset = cells[n]
+            gates, c_next, h_next = new[n]
             if NORM_C:
-                i, f, g, o = cell_of[6 * n], cell_of[6 * n + 1], cell_of[6 * n + 2], cell_of[6 * n + 3]
-                c_next, h_next = c_cell[n], h_cell[n]
-            else:
-                i, f, g, o, c_next, h_next = forward_of_cell(n, x, z, c_prev, peepholes, PEEPHOLES)
-            at = row[n % 2] * H + unit[n]
-            valid_cell = valid[n % 2] & (unit[n] < H)
-            if zoneout_c_ptr is not None:
-                c_next = zoneout(load_zoneout(zoneout_c_ptr, at, valid_cell), c_prev[n], c_next)
+                h_next = output(gates[3], normalise(c_next, mean[n % 2], scale[n % 2], *affine_c[n]))
+            c_next = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev[n], c_next)
             if zoneout_h_ptr is not None:
-                h_before = reset_to(h_prev[n].to(tl.float32), reset_h_ptr, at, valid_cell & ~continues[n % 2])
-                h_next = zoneout(load_zoneout(zoneout_h_ptr, at, valid_cell), h_before, h_next)
-
-            # Store. The state of a sequence that has ended stays; its padding gets zeros.
-            h_next = tl.where(valid[n % 2], h_next, 0.0).to(DTYPE)
-            in_tile = in_batch[n % 2] & (unit[n] < H)
+                h_before = indexing.reset_to(h_prev[n].to(tl.float32), reset_h_ptr, at, reset)
+                h_next = indexing.zoneout(zoneout_h_ptr, at, valid, h_before, h_next)
+            h_next = tl.where(valid, h_next, 0.0).to(DTYPE)
             tl.store(h_ptr + at, h_next, mask=in_tile)
             if SAVE:
-                gates_at = row[n % 2] * (4 * H) + unit[n]
-                store_gates(gates_ptr, gates_at, valid_cell, i, f, g, o, H)
-                tl.store(c_ptr + at, tl.where(valid[n % 2], c_next, 0.0), mask=in_tile)
-            h = h + (tl.where(valid[n % 2], h_next, h_prev[n]),)
-            c = c + (tl.where(valid[n % 2], c_next, c_prev[n]),)
+                indexing.store_gates(gates_ptr, gates_at, valid, gates, H)
+                tl.store(c_ptr + at, tl.where(valid, c_next, 0.0), mask=in_tile)
+            h = h + (tl.where(valid, h_next, h_prev[n]),)
+            c = c + (tl.where(valid, c_next, c_prev[n]),)
     for n in tl.static_range(CELLS):
-        state_at = batch[n % 2].to(tl.int64) * H + unit[n]
-        in_tile = in_batch[n % 2] & (unit[n] < H)
+        state_at, in_tile = states[n][2], states[n][3]
         tl.store(h_n_ptr + state_at, h[n], mask=in_tile)
         tl.store(c_n_ptr + state_at, c[n], mask=in_tile)
 
@@ -263,27 +214,23 @@ def lstm_resident_backward_kernel(
     CELLS: tl.constexpr = UNITS // WARPS // 4
     TILES: tl.constexpr = CELLS // 4  # of 16 units
     thread, warp, column, quarter = threads(WARPS)
-    unit, sequence = cells(UNITS, WARPS, CELLS)
-    batch, in_batch, length = two_sequences(lengths_ptr, T, B, WARPS)
+    unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS, CELLS)
 
     # The rows of W_hh^T of the warp's units, gate by gate, once.
-    rows = ()
+    rows, weights, elements_of_dz = (), (), ()
     for n in tl.static_range(2 * TILES):
         rows = rows + (tl.where(unit[2 * n] < H, unit[2 * n], -1),)
-    weights_i = load_weights(weights_ptr, rows, quarter * 4, W, 16, CHUNKS, TILES)
-    weights_f = load_weights(weights_ptr + H * W, rows, quarter * 4, W, 16, CHUNKS, TILES)
-    weights_g = load_weights(weights_ptr + 2 * H * W, rows, quarter * 4, W, 16, CHUNKS, TILES)
-    weights_o = load_weights(weights_ptr + 3 * H * W, rows, quarter * 4, W, 16, CHUNKS, TILES)
-    elements_of_dz = ()  # four gates of UNITS units are a row of K
-    for n in tl.static_range(4 * CELLS):
-        elements_of_dz = elements_of_dz + (n // CELLS * UNITS + unit[n % CELLS],)
+    for gate in tl.static_range(4):
+        weights = weights + (load_weights(weights_ptr + gate * H * W, rows, quarter * 4, W, 16, CHUNKS, TILES),)
+        for n in tl.static_range(CELLS):  # four gates of UNITS units are a row of K
+            elements_of_dz = elements_of_dz + (gate * UNITS + unit[n],)
 
     # Gradients of the state after the step in hand: at a sequence's last step, those of the final state.
     dh, dc, peepholes = (), (), ()
+    states = cells_at_step(0, unit, sequence, None, B, H, REVERSE, CELLS)[1]
     for n in tl.static_range(CELLS):
-        peepholes = peepholes + load_peepholes(peephole_ptr, unit[n], H)
-        state_at = batch[n % 2].to(tl.int64) * H + unit[n]
-        in_tile = in_batch[n % 2] & (unit[n] < H)
+        peepholes = peepholes + (indexing.load_peepholes(peephole_ptr, unit[n], H),)
+        state_at, in_tile = states[n][2], states[n][3]
         of_h = tl.zeros((32 * WARPS,), tl.float32)
         if dh_n_ptr is not None:
             of_h += tl.load(dh_n_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
@@ -291,139 +238,118 @@ def lstm_resident_backward_kernel(
         dc = dc + (tl.load(dc_ptr + state_at, mask=in_tile, other=0.0),)
     for back in range(T):
         step = T - 1 - back
-        time, row, valid, continues = two_positions(step, length, resets_ptr, batch, B, in_batch, REVERSE)
+        places, cells = cells_at_step(step, unit, sequence, resets_ptr, B, H, REVERSE, CELLS)
 
         # Load, of all cells before the first store.
-        saved, dh_before, dc_before = (), (), ()
+        saved, d_states, from_zoneout = (), (), ()
         for n in tl.static_range(CELLS):
-            at = row[n % 2] * H + unit[n]
-            valid_cell = valid[n % 2] & (unit[n] < H)
-            from_prev = continues[n % 2] & (unit[n] < H)
-            dm = tl.where(valid_cell, dh[n], 0.0)
-            if dh_ptr is not None:
-                dm += tl.load(dh_ptr + at, mask=valid_cell, other=0.0).to(tl.float32)
-            c = tl.load(c_ptr + at, mask=valid_cell, other=0.0)
-            prev_at = row_before(step, time[n % 2], batch[n % 2], B, REVERSE) * H + unit[n]
-            c_prev = cell_before(c_ptr, c0_ptr, step, prev_at, from_prev)
-            c_prev = reset_to(c_prev, reset_c_ptr, at, valid_cell & ~from_prev)
-            i, f, g, o = load_gates(gates_ptr, row[n % 2] * (4 * H) + unit[n], valid_cell, H)
-            of_c = tl.where(valid_cell, dc[n], 0.0)
+            at, _, _, _, valid, _, _ = cells[n]
+            dm = indexing.add_gradients_given(tl.where(valid, dh[n], 0.0), dh_ptr, None, None, cells[n])
+            row_prev = indexing.row_before(step, places[n][0], sequence[n][0], B, REVERSE)
+            gates, c, c_prev = indexing.load_saved(
+                gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[n], cells[n], H
+            )
+            dh_prev = tl.zeros_like(dm)
             if zoneout_h_ptr is not None:
-                to_before, dm = zoneout_backward(load_zoneout(zoneout_h_ptr, at, valid_cell), dm)
-                dh_before = dh_before + (to_before,)
-            if zoneout_c_ptr is not None:
-                c = next_cell(i, f, g, c_prev)  # as the step computed it; what was saved is after zoneout
-                to_before, of_c = zoneout_backward(load_zoneout(zoneout_c_ptr, at, valid_cell), of_c)
-                dc_before = dc_before + (to_before,)
-            saved = saved + (i, f, g, o, c, c_prev, dm, of_c)
+                dh_prev, dm = mix_backward(indexing.load_share(zoneout_h_ptr, at, valid), dm)
+            of_c = tl.where(valid, dc[n], 0.0)
+            of_c, c, dc_prev = indexing.zoneout_c_backward(of_c, zoneout_c_ptr, gates, c, c_prev, cells[n])
+            saved = saved + ((gates, c, c_prev),)
+            d_states = d_states + ((dm, of_c),)
+            from_zoneout = from_zoneout + ((dh_prev, dc_prev),)
 
-        # Cell. In padding every factor was loaded as zero, so its gradients are zero.
+        # Output.
         if NORM_C:
-            outer, d_units, d_units_along, through_c = (), (), (), ()
+            outer, d_units, d_units_along = (), (), ()
             for n in tl.static_range(CELLS):
-                at = row[n % 2] * H + unit[n]
-                unit_c = tl.load(unit_c_ptr + at, mask=valid[n % 2] & (unit[n] < H), other=0.0)
-                gain, bias = load_for_units(gain_c_ptr, unit[n], 0.0, H), load_for_units(bias_c_ptr, unit[n], 0.0, H)
-                dm = saved[8 * n + 6]
-                tl.store(dh_total_ptr + at, dm.to(DTYPE), mask=in_batch[n % 2] & (unit[n] < H))
-                d_o, d_unit = normed_output_backward(saved[8 * n + 3], unit_c, dm, gain, bias)
-                outer = outer + (d_o, unit_c)
+                at, _, _, in_tile, valid, _, _ = cells[n]
+                tl.store(dh_total_ptr + at, d_states[n][0], mask=in_tile)
+                unit_c = tl.load(unit_c_ptr + at, mask=valid, other=0.0)
+                gain, bias = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[n], H)
+                dz_o, d_unit = normed_output_backward(saved[n][0][3], unit_c, d_states[n][0], gain, bias)
+                outer = outer + ((dz_o, unit_c),)
                 d_units = d_units + (d_unit,)
                 d_units_along = d_units_along + (d_unit * unit_c,)
-            of_d = sum_over_units(d_units, 1, CELLS, WARPS)
-            of_d_unit = sum_over_units(d_units_along, 1, CELLS, WARPS)
-            scale = two_scales(scale_c_ptr, row, valid)
-            for n in tl.static_range(CELLS):
-                through_c = through_c + (
-                    normalise_backward(
-                        d_units[n], outer[2 * n + 1], scale[n % 2], of_d[n % 2] / H, of_d_unit[n % 2] / H
-                    ),
-                )
-        dz_i, dz_f, dz_g, dz_o, dc_prev = (), (), (), (), ()
+            sum_d = sum_over_units(d_units, CELLS, WARPS)
+            sum_d_unit = sum_over_units(d_units_along, CELLS, WARPS)
+
+        # Cell. In padding every factor was loaded as zero, so its gradients are zero.
+        dz, dc_before = (), ()
         for n in tl.static_range(CELLS):
+            gates, c, c_prev = saved[n]
+            dm, of_c = d_states[n]
             if NORM_C:
-                d_i, d_f, d_g, d_o, d_c = gates_backward(
-                    saved[8 * n], saved[8 * n + 1], saved[8 * n + 2], saved[8 * n + 5],
-                    outer[2 * n], saved[8 * n + 7] + through_c[n],
-                    peepholes[3 * n], peepholes[3 * n + 1], peepholes[3 * n + 2], PEEPHOLES,
-                )  # fmt: skip
+                dz_o, unit_c = outer[n]
+                scale = tl.load(scale_c_ptr + places[n][1], mask=places[n][2], other=0.0)
+                of_c += normalise_backward(d_units[n], unit_c, scale, sum_d[n % 2] / H, sum_d_unit[n % 2] / H)
             else:
-                d_i, d_f, d_g, d_o, d_c = cell_backward(
-                    saved[8 * n], saved[8 * n + 1], saved[8 * n + 2], saved[8 * n + 3], saved[8 * n + 4],
-                    saved[8 * n + 5], saved[8 * n + 6], saved[8 * n + 7],
-                    peepholes[3 * n], peepholes[3 * n + 1], peepholes[3 * n + 2], PEEPHOLES,
-                )  # fmt: skip
-            dz_i = dz_i + (d_i.to(DTYPE),)
-            dz_f = dz_f + (d_f.to(DTYPE),)
-            dz_g = dz_g + (d_g.to(DTYPE),)
-            dz_o = dz_o + (d_o.to(DTYPE),)
+                dz_o, dc_of_m = output_backward(gates[3], c, dm)
+                of_c += dc_of_m
+            d_gates, dc_prev = gates_backward(gates, c_prev, dz_o, of_c, peepholes[n], PEEPHOLES)
             if zoneout_c_ptr is not None:
-                d_c += dc_before[n]
-            dc_prev = dc_prev + (d_c,)
+                dc_prev += from_zoneout[n][1]
+            dz = dz + (d_gates,)
+            dc_before = dc_before + (dc_prev,)
 
         # Through the layer norm, to the gradient of W_hh h.
-        operand = dz_i + dz_f + dz_g + dz_o
+        dz_hh = dz
         if NORM_HH:
-            units_hh, d_units, d_units_along = (), (), ()
+            of_units, units_hh, d_units, d_units_along = (), (), (), ()
             for n in tl.static_range(CELLS):
-                gates_at = row[n % 2] * (4 * H) + unit[n]
-                of_gates = load_gates(unit_hh_ptr, gates_at, valid[n % 2] & (unit[n] < H), H)
-                gain_i, gain_f, gain_g, gain_o = load_gates(gain_hh_ptr, unit[n], unit[n] < H, H)
-                d_unit = (gain_i * dz_i[n], gain_f * dz_f[n], gain_g * dz_g[n], gain_o * dz_o[n])
-                along = d_unit[0] * of_gates[0] + d_unit[1] * of_gates[1]
-                along += d_unit[2] * of_gates[2] + d_unit[3] * of_gates[3]
-                units_hh = units_hh + of_gates
-                d_units = d_units + d_unit
-                d_units_along = d_units_along + (along,)
-            of_d = sum_over_units(d_units, 4, CELLS, WARPS)
-            of_d_unit = sum_over_units(d_units_along, 1, CELLS, WARPS)
-            scale = two_scales(scale_hh_ptr, row, valid)
-            operand = ()
-            for n in tl.static_range(4 * CELLS):  # number n is gate n // CELLS of cell n % CELLS
-                d = normalise_backward(
-                    d_units[n % CELLS * 4 + n // CELLS], units_hh[n % CELLS * 4 + n // CELLS], scale[n % CELLS % 2],
-                    of_d[n % CELLS % 2] / (4 * H), of_d_unit[n % CELLS % 2] / (4 * H),
-                )  # fmt: skip
-                operand = operand + (d.to(DTYPE),)
+                _, gates_at, _, _, valid, _, _ = cells[n]
+                gain = indexing.load_gates(gain_hh_ptr, unit[n], unit[n] < H, H)
+                units_hh = units_hh + (indexing.load_gates(unit_hh_ptr, gates_at, valid, H),)
+                of_unit, d, d_along = gates_of_unit(dz[n], gain, units_hh[n], DTYPE)
+                of_units = of_units + (of_unit,)
+                d_units = d_units + (d,)
+                d_units_along = d_units_along + (d_along,)
+            sum_d = sum_over_units(d_units, CELLS, WARPS)
+            sum_d_unit = sum_over_units(d_units_along, CELLS, WARPS)
+            dz_hh = ()
+            for n in tl.static_range(CELLS):
+                scale = tl.load(scale_hh_ptr + places[n][1], mask=places[n][2], other=0.0)
+                mean_d, mean_d_unit = sum_d[n % 2] / (4 * H), sum_d_unit[n % 2] / (4 * H)
+                dz_hh = dz_hh + (normalise_gates_backward(of_units[n], units_hh[n], scale, mean_d, mean_d_unit),)
 
         # Product, gate by gate: the gradient of the state before the step.
+        operand, of_gates = (), ()
+        for n in tl.static_range(4 * CELLS):  # number n is gate n // CELLS of cell n % CELLS
+            operand = operand + (dz_hh[n % CELLS][n // CELLS].to(DTYPE),)
         shared = share(
-            operand, sequence + sequence + sequence + sequence, elements_of_dz, back % 2,
-            DTYPE, 4 * CELLS, 4 * CHUNKS, WARPS,
-        )  # fmt: skip
-        words_i = take(shared, 0, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)
-        from_i = product(weights_i, words_i, DTYPE, CHUNKS, TILES, WARPS)
-        words_f = take(shared, CHUNKS, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)
-        from_f = product(weights_f, words_f, DTYPE, CHUNKS, TILES, WARPS)
-        words_g = take(shared, 2 * CHUNKS, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)
-        from_g = product(weights_g, words_g, DTYPE, CHUNKS, TILES, WARPS)
-        words_o = take(shared, 3 * CHUNKS, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)
-        from_o = product(weights_o, words_o, DTYPE, CHUNKS, TILES, WARPS)
+            operand,
+            places_in_tile + places_in_tile + places_in_tile + places_in_tile,
+            elements_of_dz,
+            back % 2,
+            DTYPE,
+            4 * CELLS,
+            4 * CHUNKS,
+            WARPS,
+        )
+        for gate in tl.static_range(4):
+            words = take(shared, gate * CHUNKS, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)
+            of_gates = of_gates + (product(weights[gate], words, DTYPE, CHUNKS, TILES, WARPS),)
 
         # Store; no gradient flows past a reset.
-        dh_after, dc_after = dh, dc
-        dh, dc = (), ()
+        dh_after, dc_after, dh, dc = dh, dc, (), ()
         for n in tl.static_range(CELLS):
-            gates_at = row[n % 2] * (4 * H) + unit[n]
-            store_gates(dgates_ptr, gates_at, in_batch[n % 2] & (unit[n] < H), dz_i[n], dz_f[n], dz_g[n], dz_o[n], H)
-            reset = valid[n % 2] & ~continues[n % 2] & (unit[n] < H)
-            of_h = (from_i[n] + from_f[n]) + (from_g[n] + from_o[n])
+            at, gates_at, state_at, in_tile, valid, continues, reset = cells[n]
+            indexing.store_gates(dgates_ptr, gates_at, in_tile, dz[n], H)
+            of_h = (of_gates[0][n] + of_gates[1][n]) + (of_gates[2][n] + of_gates[3][n])
             if dropout_h_ptr is not None:
-                of_h *= load_factors(dropout_h_ptr, batch[n % 2], unit[n], in_batch[n % 2], H)
+                of_h *= tl.load(dropout_h_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
             if zoneout_h_ptr is not None:
-                of_h += dh_before[n]
-                to_h0 = continues[n % 2] & (unit[n] < H) & (tl.zeros_like(unit[n]) + step == 0)
-                tl.store(dh_from_zoneout_ptr + batch[n % 2].to(tl.int64) * H + unit[n], dh_before[n], mask=to_h0)
+                dh_prev, _ = from_zoneout[n]
+                of_h += dh_prev
+                tl.store(dh_from_zoneout_ptr + state_at, dh_prev, mask=continues & (step == 0))
                 if dreset_h_ptr is not None:
-                    tl.store(dreset_h_ptr + row[n % 2] * H + unit[n], dh_before[n], mask=reset)
-            dh = dh + (tl.where(valid[n % 2], tl.where(continues[n % 2], of_h, 0.0), dh_after[n]),)
+                    tl.store(dreset_h_ptr + at, dh_prev, mask=reset)
             if dreset_c_ptr is not None:
-                tl.store(dreset_c_ptr + row[n % 2] * H + unit[n], dc_prev[n], mask=reset)
-            of_c = tl.where(continues[n % 2], dc_prev[n], 0.0)
-            dc = dc + (tl.where(valid[n % 2], of_c, dc_after[n]),)
+                tl.store(dreset_c_ptr + at, dc_before[n], mask=reset)
+            dh = dh + (tl.where(valid, tl.where(continues, of_h, 0.0), dh_after[n]),)
+            dc = dc + (tl.where(valid, tl.where(continues, dc_before[n], 0.0), dc_after[n]),)
     for n in tl.static_range(CELLS):
-        state_at = batch[n % 2].to(tl.int64) * H + unit[n]
-        tl.store(dc_ptr + state_at, dc[n], mask=in_batch[n % 2] & (unit[n] < H))
+        state_at, in_tile = states[n][2], states[n][3]
+        tl.store(dc_ptr + state_at, dc[n], mask=in_tile)
 
 
 MOST_REGISTERS = 160  # of a thread's 255 that may hold weights
@@ -450,7 +376,7 @@ KERNELS = lstm_resident_forward_kernel, lstm_resident_backward_kernel
 
 
 def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """What forward needs besides what all families are given: h, for `hidden_states`; and arguments."""
+    """What forward needs besides what all families are given: h, and arguments."""
     steps, batch, gates_of_all = gates.shape
     h = gates.new_empty(steps, batch, gates_of_all // 4)
     return h, {
@@ -461,17 +387,7 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
     }
 
 
-def hidden_states(h: Tensor, hidden: int) -> Tensor:
-    """h [T, B, H]."""
-    return h
-
-
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """As forward_buffers, of backward: dgates, for `gradient_of_gates`; and arguments."""
+    """As forward_buffers, of backward: dgates, and arguments."""
     dgates = torch.empty_like(gates)
     return dgates, {"weights_ptr": transposed_gates(r.weight_hh), "dgates_ptr": dgates}
-
-
-def gradient_of_gates(dgates: Tensor, gates: Tensor) -> Tensor:
-    """dgates [T, B, 4H]."""
-    return dgates
