@@ -21,21 +21,21 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 RAGGED = dict(lengths=torch.tensor([2, 1]), resets=torch.tensor([[0, 1], [1, 0]]).bool())
 
 
-@pytest.mark.parametrize(("arguments", "ragged"), [
-    ({}, {}), pytest.param(dict(bidirectional=True), RAGGED, marks=pytest.mark.slow), (dict(proj_size=1), {}),
-], ids=["plain", "both directions, ragged", "projection"])  # fmt: skip
+@pytest.mark.parametrize(("kind", "arguments", "ragged"), [
+    ("LSTM", dict(proj_size=1), {}), ("LSTMCell", {}, {}),
+    pytest.param("LSTM", dict(bidirectional=True), RAGGED, marks=pytest.mark.slow),
+], ids=["projection", "cell", "both directions, ragged"])  # fmt: skip
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_derivatives_by_finite_differences(backend, arguments, ragged):
+def test_derivatives_by_finite_differences(backend, kind, arguments, ragged):
     torch.manual_seed(4)
-    ours = gpu_lstm.LSTM(2, 2, dtype=torch.float64, backend=backend, **arguments)
-    rows = 1 + ours.bidirectional
-    inputs = [torch.randn(2, 2, 2), torch.randn(rows, 2, ours.proj_size or 2), torch.randn(rows, 2, 2)]
-    inputs = [t.double().requires_grad_() for t in inputs] + list(ours.parameters())
+    ours = getattr(gpu_lstm, kind)(2, 2, dtype=torch.float64, backend=backend, **arguments)
+    x, (h, c) = random_inputs(ours, 2)
+    inputs = [t.double().requires_grad_() for t in (x[:2], h, c)] + list(ours.parameters())
     names = [name for name, _ in ours.named_parameters()]
 
-    def call(x, h0, c0, *weights):
-        output, states = functional_call(ours, dict(zip(names, weights, strict=True)), (x, (h0, c0)), ragged)
-        return output, *states
+    def call(x, h, c, *weights):
+        given = dict(zip(names, weights, strict=True))
+        return tuple(tree_leaves(functional_call(ours, given, (x, (h, c)), ragged)))
 
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs)

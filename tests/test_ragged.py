@@ -130,8 +130,11 @@ def test_what_stands_in_the_padding_reaches_neither_results_nor_gradients(backen
 
 
 @every_backend
-def test_dropout_between_layers_is_drawn_again_and_keeps_padding_empty(backend):
-    _, ours = pair("LSTM", backend, num_layers=2, dropout=0.5)
+@pytest.mark.parametrize(("kind", "arguments"), [("LSTM", dict(num_layers=2)), ("StackedLSTM", {})], ids=str)
+def test_dropout_between_layers_is_drawn_again_and_keeps_padding_empty(backend, kind, arguments):
+    """And is off in eval()."""
+    _, ours = pair(kind, backend, **arguments)
+    ours.dropout = 0.5
     x, hx = random_inputs(ours, B)
     one, same, other = (results(ours, x, hx, seed=seed, **RAGGED) for seed in (1, 1, 2))
     assert_identical(one, same)
