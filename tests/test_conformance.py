@@ -16,7 +16,7 @@ from functools import partial
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES
+from comparing import BACKENDS, PLACES, assert_same
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
@@ -62,11 +62,9 @@ def call(module, arguments):
     return [*results, *torch.autograd.grad([t.square().sum() for t in results], wanted)]
 
 
-def assert_close(ours, theirs, dtype):
-    assert len(ours) == len(theirs) > 1
-    for our, their in zip(ours, theirs):
-        accuracy = 32 * torch.finfo(dtype).eps * max(1.0, their.abs().max().item())
-        torch.testing.assert_close(our, their, rtol=0, atol=accuracy)
+def assert_close(ours, theirs, backend):
+    assert len(theirs) > 1
+    assert_same(dict(enumerate(ours)), dict(enumerate(theirs)), backend, condition=4)
 
 
 # Kernels know nothing of eval(), and the interpreter is slow.
@@ -78,15 +76,14 @@ def test_forward_and_gradients(backend, name, training):
     In eval() of inputs that are not contiguous, but every other element of a larger tensor; so are the gradients that
     come from above.
     """
-    dtype = PLACES[backend]["dtype"]
     for ours, theirs, arguments, reference in modules(name, backend, training, requires_grad=True):
         with torch.no_grad():
-            assert_close(tree_leaves(ours(*arguments)), tree_leaves(reference(ours, *arguments)), dtype)
+            assert_close(tree_leaves(ours(*arguments)), tree_leaves(reference(ours, *arguments)), backend)
         expected = call(theirs, arguments)
         if not training or backend == "triton":
             arguments = tree_map(lambda t: t.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_(), arguments)
             assert not any(t.is_contiguous() for t in tree_leaves(arguments))
-        assert_close(call(ours, arguments), expected, dtype)
+        assert_close(call(ours, arguments), expected, backend)
 
 
 @every_info
