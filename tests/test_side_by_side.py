@@ -6,6 +6,7 @@ Streams, events and launches are stubbed: a program of what waits for what is re
 import collections
 import contextlib
 import functools
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -32,8 +33,8 @@ CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
 class Stream:
     """A queue; an event is a copy of what was in it, with all that waited for."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.done = name, set()
+    def __init__(self) -> None:
+        self.done = set()
 
     def record_event(self) -> set:
         return set(self.done)
@@ -48,38 +49,29 @@ def queued(monkeypatch):
     monkeypatch.setattr(ordering, "_launched", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
-    def launch_on(stream: Stream, side_by_side: int = 1) -> set:
+    def launch_on(stream: Stream, side_by_side: int) -> set:
         (plan, *_) = plans(Problem(8, 16, 768, torch.bfloat16, side_by_side=side_by_side), H100, False)
         assert plan.family is Family.COOPERATIVE
         assert plan.side_by_side == side_by_side
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
         ordering.await_others(plan.side_by_side, CUDA)
         before = set(stream.done)
-        number = len(launched) + 1
-        launched.append(number)
-        stream.done.add(number)
+        stream.done.add(next(numbers))
         return before
 
-    launched: list[int] = []
+    numbers = itertools.count(1)
     return launch_on
 
 
-def test_launches_for_the_whole_card_go_one_after_another(queued):
-    a, b = Stream("a"), Stream("b")
-    assert queued(a) == set()
-    assert queued(b) == {1}
-    assert queued(b) == {1, 2}
-    assert queued(a) == {1, 2, 3}
-
-
-def test_launches_that_share_the_card_run_at_once_and_others_wait_for_all_of_them(queued):
-    a, b, c = Stream("a"), Stream("b"), Stream("c")
-    queued(c)
-    assert queued(a, 2) == {1}
-    assert queued(b, 2) == {1}, "not for the one on a"
-    assert queued(a, 2) == {1, 2}
-    assert queued(c) == {1, 2, 3, 4}
-    assert queued(b, 3) == {1, 2, 3, 4, 5}, "three shares are not two"
+@pytest.mark.parametrize("launches", [
+    [("a", 1, set()), ("b", 1, {1}), ("b", 1, {1, 2}), ("a", 1, {1, 2, 3})],
+    # Those that share the card run at once: the second on b not after the first on a; three shares are not two.
+    [("c", 1, set()), ("a", 2, {1}), ("b", 2, {1}), ("a", 2, {1, 2}), ("c", 1, {*range(1, 5)}), ("b", 3, {*range(1, 6)})],
+], ids=["whole", "shares"])  # fmt: skip
+def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_share_it(queued, launches):
+    streams = {name: Stream() for name in "abc"}
+    for name, side_by_side, expected in launches:
+        assert queued(streams[name], side_by_side) == expected
 
 
 @pytest.mark.parametrize(("hidden", "family", "expected"), [(64, Family.RESIDENT, []), (768, Family.COOPERATIVE, [2])])
@@ -162,8 +154,8 @@ def test_chunks_of_layers_side_by_side(cuda_streams, monkeypatch, steps, workspa
     assert found.spans(steps, 1) == (chunks if len(chunks) > 1 else [None])
 
 
-class Queue:
-    """A CUDA stream that writes down what it waits for and what work it was given."""
+class Logged:
+    """A CUDA stream that writes down what it waits for and what it runs; or a tensor, who keeps its memory."""
 
     def __init__(self, name, log) -> None:
         self.name, self.log, self.device = name, log, CUDA
@@ -177,21 +169,13 @@ class Queue:
     def __exit__(self, *_) -> None:
         self.log.append((self.name, "ends"))
 
-
-class Memory:
-    """A tensor that writes down who keeps its memory."""
-
-    def __init__(self, name, log) -> None:
-        self.name, self.log = name, log
-
     def record_stream(self, stream) -> None:
         self.log.append((stream.name, "reads", self.name))
 
 
 def test_a_stream_waits_before_it_reads_and_holds_what_it_reads(monkeypatch):
     log = []
-    main, below, above = (Queue(name, log) for name in ("main", "below", "above"))
-    x, h = Memory("x", log), Memory("h", log)
+    main, below, above, x, h = (Logged(name, log) for name in ("main", "below", "above", "x", "h"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     with schedule.on(below, None, [x]):
