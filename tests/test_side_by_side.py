@@ -66,7 +66,8 @@ def queued(monkeypatch):
 @pytest.mark.parametrize("launches", [
     [("a", 1, set()), ("b", 1, {1}), ("b", 1, {1, 2}), ("a", 1, {1, 2, 3})],
     # Those that share the card run at once: the second on b not after the first on a; three shares are not two.
-    [("c", 1, set()), ("a", 2, {1}), ("b", 2, {1}), ("a", 2, {1, 2}), ("c", 1, {*range(1, 5)}), ("b", 3, {*range(1, 6)})],
+    [("c", 1, set()), ("a", 2, {1}), ("b", 2, {1}), ("a", 2, {1, 2}), ("c", 1, {1, 2, 3, 4}),
+     ("b", 3, {1, 2, 3, 4, 5})],
 ], ids=["whole", "shares"])  # fmt: skip
 def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_share_it(queued, launches):
     streams = {name: Stream() for name in "abc"}
