@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from comparing import PLACES
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
 from gpu_lstm.call import choices
@@ -68,6 +68,28 @@ def interrupted_at(call: Callable[[], object], most: int = 40) -> Iterator[int]:
         with pytest.raises(KeyboardInterrupt), traced(Line(number)):
             call()
         yield number
+
+
+def assert_all_or_nothing(restore: Callable, act: Callable, held: Callable[[], object], most: int = 1000) -> None:
+    """Interrupted at any line, an act has changed all of what is held, or none of it; it can be restored."""
+
+    def call():
+        with traced(None):
+            restore()
+            assert held() == before
+        act()
+
+    restore()
+    before = held()
+    act()
+    after = held()
+    assert before != after
+    for number in interrupted_at(call, most):
+        assert held() in (before, after), number
+
+
+def numbers(tensors) -> list[bytes]:
+    return [t.numpy().tobytes() for t in tree_leaves(tensors)]
 
 
 def values(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -121,25 +143,10 @@ ACTS = {
 def test_an_interrupted_stream_has_taken_the_step_or_not(backend, kind, act):
     torch.manual_seed(0)
     lstm = (gpu_lstm.LSTM(I, H, 2, backend=backend) if kind == "LSTM" else MODULES[kind](backend=backend)).eval()
-    x = torch.randn(T, B, I)
-    used, after = gpu_lstm.Stream(lstm, B), gpu_lstm.Stream(lstm, B)
-
-    def held(stream):
-        return torch.cat([t.flatten() for t in torch.utils._pytree.tree_leaves(stream.state)])
-
-    used(x)
-    before = after.state = used.state
-    act(after, x)
-    allowed = held(used), held(after)
-    assert not torch.equal(*allowed)
-
-    def call():
-        with traced(None):
-            used.state = before
-        act(used, x)
-
-    for number in interrupted_at(call):
-        assert any(torch.equal(held(used), each) for each in allowed), number
+    stream, x = gpu_lstm.Stream(lstm, B), torch.randn(T, B, I)
+    stream(x)
+    restore = functools.partial(setattr, stream, "state", stream.state)
+    assert_all_or_nothing(restore, lambda: act(stream, x), lambda: numbers(stream.state), most=40)
 
 
 @pytest.mark.parametrize(
@@ -211,13 +218,11 @@ def kinds(module: nn.Module) -> dict[str, type]:
 ], ids=["convert", "to_torch"])  # fmt: skip
 def test_an_interrupted_conversion_is_whole_or_not_there(convert, back):
     given = back(model())
-    before, parameters = kinds(given), dict(given.named_parameters())
-    after = kinds(convert(deepcopy(given)))
-    for number in interrupted_at(lambda: convert(given), most=1000):
-        assert kinds(given) in (before, after), number
-        assert all(p is parameters[name] for name, p in given.named_parameters())
-        back(given)
-        assert kinds(given) == before
+
+    def held():
+        return kinds(given), {name: id(p) for name, p in given.named_parameters()}
+
+    assert_all_or_nothing(lambda: back(given), lambda: convert(given), held)
 
 
 def test_a_conversion_that_raises_has_swapped_nothing():
@@ -245,16 +250,11 @@ def test_initial_values_are_for_all_or_for_none(name, text):
     given = nn.ModuleList([gpu_lstm.LSTM(I, H), gpu_lstm.LSTMCell(I, H)])
     before = values(given)
 
-    def call():
+    def restore():
         torch.manual_seed(1)
         given.load_state_dict(before)
-        set_values(given)
 
-    call()
-    after = values(given)
-    for number in interrupted_at(call, most=1000):
-        found = values(given)
-        assert any(all(torch.equal(found[n], each[n]) for n in each) for each in (before, after)), number
+    assert_all_or_nothing(restore, lambda: set_values(given), lambda: numbers(values(given)))
 
 
 # What is cached
