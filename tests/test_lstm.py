@@ -1,4 +1,4 @@
-"""LSTM, LSTMCell and StackedLSTM compute what torch's modules compute: results, gradients, dtypes, scripted or not."""
+"""LSTM, LSTMCell and StackedLSTM compute what torch's modules compute: results, gradients, dtypes."""
 
 import itertools
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from comparing import BACKENDS, PLACES, assert_same
 from pairs import KINDS, B, H, I, T, assert_alike, pair, random_inputs, results, truth
-from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -253,18 +252,3 @@ def test_cpu_autocast_gives_the_dtypes_of_torch(kind, backend, arguments):
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # which lets dtypes differ
         layer = gpu_lstm.functional.lstm_layer(torch.ones(T, B, I).bfloat16(), [torch.ones(4 * H, n) for n in (I, H)])
     assert {t.dtype for t in tree_leaves(layer)} == {torch.bfloat16}
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-@pytest.mark.parametrize(("kind", "arguments"), [
-    ("LSTM", dict(num_layers=2, batch_first=True)), ("LSTM", dict(bidirectional=True)), ("LSTMCell", {}),
-], ids=str)  # fmt: skip
-def test_scripted_it_computes_the_same_with_the_same_weights(kind, arguments):
-    theirs, ours = pair(kind, "torch", **arguments)
-    scripted = torch.jit.script(nn.Sequential(ours))
-    x = random_inputs(ours, B)[0].double()
-    for _ in range(2):
-        assert torch.equal(scripted(x)[0], theirs(x)[0])
-        with torch.no_grad():
-            for module in (ours, theirs):
-                next(module.parameters()).mul_(0.5)

@@ -259,6 +259,7 @@ def test_classes_around_compute_the_same(backend, cls, of_torch):
     assert_alike(ours, theirs, B)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_torch_nn_lstm_replaced_before_a_model_is_built(monkeypatch):
     theirs = nn.LSTM(I, H, num_layers=2, batch_first=True).double()
     monkeypatch.setattr(torch.nn, "LSTM", gpu_lstm.LSTM)
@@ -269,3 +270,8 @@ def test_torch_nn_lstm_replaced_before_a_model_is_built(monkeypatch):
     assert_alike(copy.deepcopy(model)[0], theirs, B)
     assert isinstance(gpu_lstm.compat.LSTM(I, H), type(theirs))
     assert type(gpu_lstm.convert(nn.Sequential(copy.deepcopy(theirs)))[0]) is gpu_lstm.LSTM
+    scripted, x = torch.jit.script(model), torch.randn(B, 4, I).double()
+    with torch.no_grad():
+        for module in (model[0], theirs):  # what was scripted has the same parameters
+            module.weight_hh_l1.mul_(0.5)
+    assert torch.equal(scripted(x)[0], theirs(x)[0])
