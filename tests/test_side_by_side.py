@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 from types import SimpleNamespace
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -91,8 +92,8 @@ def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypat
 def _call(lstm, steps, **facts):
     like = next(lstm.parameters())
     x = like.new_zeros(steps, facts.pop("batch", 2), lstm.input_size)
-    call = prepare(lstm._options(), lstm._weights(), x)
-    return call._replace(modes=call.modes._replace(capturing=facts.pop("capturing", False)), **facts)
+    given = prepare(lstm._options(), lstm._weights(), x)
+    return given._replace(modes=given.modes._replace(capturing=facts.pop("capturing", False)), **facts)
 
 
 @pytest.mark.parametrize("hidden", [768, 1536])
@@ -123,11 +124,9 @@ def cuda_streams(monkeypatch):
     monkeypatch.setattr(schedule, "_streams", functools.cache(schedule._streams.__wrapped__))
 
 
-@pytest.mark.parametrize(
-    ("options", "steps", "expected"),
-    [({}, 200, 1), (dict(num_layers=3), 200, 3), (dict(num_layers=3), 20, 1), (dict(bidirectional=True), 20, 2)],
-    ids=str,
-)
+@pytest.mark.parametrize(("options", "steps", "expected"), [
+    ({}, 200, 1), (dict(num_layers=3), 200, 3), (dict(num_layers=3), 20, 1), (dict(bidirectional=True), 20, 2),
+], ids=str)  # fmt: skip
 def test_layers_run_at_once_where_that_helps_and_never_in_a_graph(cuda_streams, monkeypatch, options, steps, expected):
     """On the same streams at every call; and all launches, forward and backward, know how many run at once."""
     found = _schedule(options, steps)
@@ -137,9 +136,9 @@ def test_layers_run_at_once_where_that_helps_and_never_in_a_graph(cuda_streams, 
     for why in (dict(is_cuda=False), dict(capturing=True)):
         assert set(_schedule(options, steps, **why).streams) == {None}
     monkeypatch.setattr(route, "schedule_of", lambda *_: found)
-    call = _call(gpu_lstm.LSTM(3, 4, **options), steps)
-    layers = route.build(call, kind_of(call), Backend.TRITON).layers
-    assert [layer.problem.side_by_side for layer in layers] == [expected] * call.options.rows
+    given = _call(gpu_lstm.LSTM(3, 4, **options), steps)
+    layers = route.build(given, kind_of(given), Backend.TRITON).layers
+    assert [layer.problem.side_by_side for layer in layers] == [expected] * given.options.rows
 
 
 @pytest.mark.parametrize(
@@ -155,28 +154,9 @@ def test_chunks_of_layers_side_by_side(cuda_streams, monkeypatch, steps, workspa
     assert found.spans(steps, 1) == (chunks if len(chunks) > 1 else [None])
 
 
-class Logged:
-    """A CUDA stream that writes down what it waits for and what it runs; or a tensor, who keeps its memory."""
-
-    def __init__(self, name, log) -> None:
-        self.name, self.log, self.device = name, log, CUDA
-
-    def wait_stream(self, other) -> None:
-        self.log.append((self.name, "waits for", other.name))
-
-    def __enter__(self) -> None:
-        self.log.append((self.name, "begins"))
-
-    def __exit__(self, *_) -> None:
-        self.log.append((self.name, "ends"))
-
-    def record_stream(self, stream) -> None:
-        self.log.append((stream.name, "reads", self.name))
-
-
 def test_a_stream_waits_before_it_reads_and_holds_what_it_reads(monkeypatch):
-    log = []
-    main, below, above, x, h = (Logged(name, log) for name in ("main", "below", "above", "x", "h"))
+    log = MagicMock()  # of what is called on streams and tensors, its attributes
+    main, below, above, x, h = log.main, log.below, log.above, log.x, log.h
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     with schedule.on(below, None, [x]):
@@ -186,11 +166,13 @@ def test_a_stream_waits_before_it_reads_and_holds_what_it_reads(monkeypatch):
     with schedule.on(None, None, [x]):  # as on the CPU
         pass
     schedule.join((below, None, above), [h])
-    assert log == [
-        ("below", "waits for", "main"), ("below", "reads", "x"), ("below", "begins"), ("below", "ends"),
-        ("above", "waits for", "below"), ("above", "reads", "x"), ("above", "reads", "h"),
-        ("above", "begins"), ("above", "ends"),
-        ("main", "waits for", "below"), ("main", "reads", "h"), ("main", "waits for", "above"), ("main", "reads", "h"),
+    assert [each for each in log.mock_calls if not each[0].endswith("__bool__")] == [
+        call.below.wait_stream(main), call.x.record_stream(below),
+        call.below.__enter__(), call.below.__exit__(None, None, None),
+        call.above.wait_stream(below), call.x.record_stream(above), call.h.record_stream(above),
+        call.above.__enter__(), call.above.__exit__(None, None, None),
+        call.main.wait_stream(below), call.h.record_stream(main),
+        call.main.wait_stream(above), call.h.record_stream(main),
     ]  # fmt: skip
 
 
