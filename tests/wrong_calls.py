@@ -302,8 +302,7 @@ CALLS = [
         ("hidden[0]", (2, 2, 4), (2, 2, 4), (2, 2, 4)), ("hidden[0]", (2, 4), (2, 4), (2, 4)))),
     (FLOAT64, "m.deep(X.double())", "m.stream(zeros(2, 3, dtype=F64))"),
     (pair("lstm", "Tensor"), "m.lstm(X, torch.stack([H, C]))", "m.deep(X, zeros(2, 2, 2, 4))",
-     "m.lstm(X, torch.stack([H, C]), lengths=tensor([5, 3]))",
-     "m.lstm(PACKED, torch.stack([H, C]))",
+     "m.lstm(X, torch.stack([H, C]), lengths=tensor([5, 3]))", "m.lstm(PACKED, torch.stack([H, C]))",
      "m.compat(X, torch.stack([H, C]))", "layer(m, hx=zeros(2, 2, 4))", "gpu_lstm.Stream(m.lstm, 2, X)"),
     (TWO, "m.lstm(PACKED, (H, C, C))", "m.lstm(PACKED, (H,))", "layer(m, hx=(H2,))", "layer(m, hx=())",
      "gpu_lstm.Stream(m.lstm, 2, (H,))"),
@@ -332,8 +331,7 @@ CALLS = [
       for rank in (1, 4)),
     (FEATURES, "m.stack(zeros(5, 2, 4))", "gpu_lstm.explain(m.stack, zeros(5, 2, 4))",
      "m.stream_of_stack(zeros(2, 4))"),
-    ("ValueError: RNN input dtype (torch.float64) does not match weight dtype ...float32). ...",
-     "m.stack(X.double())"),
+    ("ValueError: RNN input dtype (torch.float64) does not match weight dtype ...float32). ...", "m.stack(X.double())"),
     (devices("parameter", META, "cpu"), "m.stack(X.to(META))"),
     ("ValueError: residual=True needs ... got inputs of [3, 4] and outputs of [4, 5] ...",
      "gpu_lstm.StackedLSTM(3, [4, 5], residual=True)"),
@@ -439,8 +437,7 @@ CALLS = [
         ("ValueError: Expected index from 0 to 1, got [0, -1]", "tensor([0, -1])"))),
     ("RuntimeError: Expected h_0 of size [1, 2, 4], got [1, 3, 4]", "setattr(m.stream, 'state', (zeros(1, 3, 4), C))"),
     # convert, to_torch, from_haste
-    *((f"TypeError: {function} takes a torch.nn.Module, got {kind_of(value)}",
-       f"gpu_lstm.{function}({value})")
+    *((f"TypeError: {function} takes a torch.nn.Module, got {kind_of(value)}", f"gpu_lstm.{function}({value})")
       for function in ("convert", "to_torch") for value in ("None", "[TORCHS]", "{'a': 1}", "nn.LSTM")),
     *((f"TypeError: from_haste takes a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got {kind_of(value)}",
        f"gpu_lstm.from_haste({value})") for value in ("None", "[1]", "'haste'", "zeros(3, 16)")),
