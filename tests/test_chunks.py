@@ -136,7 +136,7 @@ def test_a_long_sequence_takes_a_fixed_workspace(monkeypatch, two_steps, device,
     monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)  # what is measured is a call that nobody watches
     if launch.INTERPRETED:
         monkeypatch.setattr(launch, "launch_kernel", _disable_current_modes()(launch.launch_kernel))  # which copies
-    lstm, x = _stack(device, **options), torch.randn(13, 1, 4, device=device)
+    lstm, x = _stack(device, **options), torch.randn(17, 1, 4, device=device)
     with torch.no_grad(), Allocations() as allocations:
         y, _ = lstm(x)
     output, outputs = y.numel() * y.element_size(), lstm.num_layers if lstm.bidirectional else 1
