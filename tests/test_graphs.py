@@ -24,6 +24,7 @@ from gpu_lstm.backends.fused import Inputs
 
 I, H = 3, 4
 SIZES = ((5, 2), (3, 4), (4, 3), (12, 5), (30, 6))  # T, B
+SMALL = ((3, 2), (2, 4), (4, 3))  # of the interpreter, which is slow
 KERNELS_AND_TORCH = ("torch", "triton")
 
 
@@ -82,8 +83,8 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize(("kind", "training", "ragged", "backend"), [
     *itertools.product(["LSTM", "StackedLSTM"], [True], [False, True], ["torch"]), ("LSTM", False, True, "torch"),
-    ("LSTM", True, True, "triton"), ("StackedLSTM", True, False, "triton"), ("LSTM", False, True, "triton"),
-    ("LSTM", True, "states", "triton"), ("StackedLSTM", False, "states", "triton"),
+    ("StackedLSTM", True, False, "triton"), ("LSTM", True, "states", "triton"),
+    ("StackedLSTM", False, "states", "triton"),
     ("LSTM", False, "states", "reference"),  # in float64: states to reset to are not rounded on their way
     ("LSTM", False, "marked", "torch"), ("LSTM", False, "marked", "triton"),
 ])  # fmt: skip
@@ -93,7 +94,7 @@ def test_two_graphs_do_for_any_number_of_sizes_and_one_where_they_are_marked_as_
     ours, twin = module(kind, backend, bidirectional=kind == "LSTM")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ours, backend=counter, fullgraph=True)
-    for size in SIZES if backend == "torch" else SIZES[:3]:  # the interpreter is slow
+    for size in SIZES if backend == "torch" else SMALL:
         x, options = call_of(ours, *size, ragged)
         expected = results(twin, twin.parameters(), x, options, training)
         if ragged == "marked":

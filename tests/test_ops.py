@@ -7,7 +7,7 @@ from comparing import example
 from gpu_lstm.backends import graph
 from gpu_lstm.backends.fused import DIFFERENTIABLE, Inputs
 
-T, B, I, H = 3, 2, 3, 5
+T, B, I, H = 2, 2, 3, 5
 
 
 def _mask(*size):
@@ -42,13 +42,14 @@ def _both_directions(device) -> list:
 
 
 @pytest.mark.parametrize(("variant", "backend"), [
-    *((variant, "triton") for variant in VARIANTS), ("plain", "torch"), ("projected ragged reverse", "torch"),
-    ("both directions", "torch"), ("norms, rates", "reference"), ("states, masks, peepholes", "reference"),
+    ("plain", "torch"), ("projected ragged reverse", "torch"), ("both directions", "torch"),
+    *((variant, backend) for variant in ("norms, rates", "states, masks, peepholes")
+      for backend in ("reference", "triton")), ("projected ragged reverse", "triton"),
 ])  # fmt: skip
 def test_a_layer(variant, backend, device):
     """Forward with and without what backward reads; backward of all, of the output alone, of the states alone."""
     given, reverse = (_both_directions(device), False) if variant == "both directions" else _given(variant, device)
-    recompute = (variant, backend) == ("plain", "triton")
+    recompute = (variant, backend) == ("projected ragged reverse", "triton")
     given = [None if t is None else t.detach() for t in given]
     flat = graph._flat(given)
     torch.library.opcheck(graph.OPERATOR, (*flat, reverse, backend, False, recompute))
