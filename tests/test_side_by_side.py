@@ -6,7 +6,6 @@ Streams, events and launches are stubbed: a program of what waits for what is re
 import collections
 import contextlib
 import functools
-import itertools
 import json
 from types import SimpleNamespace
 from unittest.mock import MagicMock, call
@@ -44,36 +43,24 @@ class Stream:
         self.done |= event
 
 
-@pytest.fixture
-def queued(monkeypatch):
-    """queued(stream, side_by_side): launch on a stream, and say which earlier launches are over by then."""
-    monkeypatch.setattr(ordering, "_launched", {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-
-    def launch_on(stream: Stream, side_by_side: int) -> set:
-        (plan, *_) = plans(Problem(8, 16, 768, torch.bfloat16, side_by_side=side_by_side), H100, False)
-        assert plan.family is Family.COOPERATIVE
-        assert plan.side_by_side == side_by_side
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-        ordering.await_others(plan.side_by_side, CUDA)
-        before = set(stream.done)
-        stream.done.add(next(numbers))
-        return before
-
-    numbers = itertools.count(1)
-    return launch_on
-
-
 @pytest.mark.parametrize("launches", [
     [("a", 1, set()), ("b", 1, {1}), ("b", 1, {1, 2}), ("a", 1, {1, 2, 3})],
     # Those that share the card run at once: the second on b not after the first on a; three shares are not two.
     [("c", 1, set()), ("a", 2, {1}), ("b", 2, {1}), ("a", 2, {1, 2}), ("c", 1, {1, 2, 3, 4}),
      ("b", 3, {1, 2, 3, 4, 5})],
 ], ids=["whole", "shares"])  # fmt: skip
-def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_share_it(queued, launches):
+def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_share_it(monkeypatch, launches):
+    """Which earlier launches, by their numbers, are over when one begins."""
+    monkeypatch.setattr(ordering, "_launched", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     streams = {name: Stream() for name in "abc"}
-    for name, side_by_side, expected in launches:
-        assert queued(streams[name], side_by_side) == expected
+    for number, (name, side_by_side, expected) in enumerate(launches, 1):
+        (plan, *_) = plans(Problem(8, 16, 768, torch.bfloat16, side_by_side=side_by_side), H100, False)
+        assert (plan.family, plan.side_by_side) == (Family.COOPERATIVE, side_by_side)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=streams[name]: stream)
+        ordering.await_others(plan.side_by_side, CUDA)
+        assert streams[name].done == expected
+        streams[name].done.add(number)
 
 
 @pytest.mark.parametrize(("hidden", "family", "expected"), [(64, Family.RESIDENT, []), (768, Family.COOPERATIVE, [2])])
