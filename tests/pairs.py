@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import oracle
 import torch
-from comparing import PLACES
+from comparing import PLACES, assert_same
 from torch import Tensor, nn
 from torch.func import vjp
 from torch.nn.utils.rnn import PackedSequence
@@ -106,6 +106,12 @@ def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragge
         names += [f"{of}{s}{k}" for k in range(len(tree_leaves(states)) // 2 if states else 0) for s in "hc"]
     names += [f"d{name}" for name in parameters]
     return dict(zip(names, (t.detach() for t in (*found, *gradients)), strict=True))
+
+
+def assert_alike(ours, theirs, *batch: int, given: bool = True, **how) -> None:
+    """Both modules compute the same results and gradients; of a batch of that size, with states if `given`."""
+    x, hx = random_inputs(ours, *batch)
+    assert_same(*(results(module, x, hx if given else None, **how) for module in (ours, theirs)))
 
 
 def weighing(found: list) -> list[Tensor]:

@@ -21,21 +21,21 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 RAGGED = dict(lengths=torch.tensor([2, 1]), resets=torch.tensor([[0, 1], [1, 0]]).bool())
 
 
-@pytest.mark.parametrize(("arguments", "ragged"), [
-    ({}, {}), pytest.param(dict(bidirectional=True), RAGGED, marks=pytest.mark.slow), (dict(proj_size=1), {}),
-], ids=["plain", "both directions, ragged", "projection"])  # fmt: skip
+@pytest.mark.parametrize(("kind", "arguments", "ragged"), [
+    ("LSTM", dict(proj_size=1), {}), ("LSTMCell", {}, {}),
+    pytest.param("LSTM", dict(bidirectional=True), RAGGED, marks=pytest.mark.slow),
+], ids=["projection", "cell", "both directions, ragged"])  # fmt: skip
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_derivatives_by_finite_differences(backend, arguments, ragged):
+def test_derivatives_by_finite_differences(backend, kind, arguments, ragged):
     torch.manual_seed(4)
-    ours = gpu_lstm.LSTM(2, 2, dtype=torch.float64, backend=backend, **arguments)
-    rows = 1 + ours.bidirectional
-    inputs = [torch.randn(2, 2, 2), torch.randn(rows, 2, ours.proj_size or 2), torch.randn(rows, 2, 2)]
-    inputs = [t.double().requires_grad_() for t in inputs] + list(ours.parameters())
+    ours = getattr(gpu_lstm, kind)(2, 2, dtype=torch.float64, backend=backend, **arguments)
+    x, (h, c) = random_inputs(ours, 2)
+    inputs = [t.double().requires_grad_() for t in (x[:2], h, c)] + list(ours.parameters())
     names = [name for name, _ in ours.named_parameters()]
 
-    def call(x, h0, c0, *weights):
-        output, states = functional_call(ours, dict(zip(names, weights, strict=True)), (x, (h0, c0)), ragged)
-        return output, *states
+    def call(x, h, c, *weights):
+        given = dict(zip(names, weights, strict=True))
+        return tuple(tree_leaves(functional_call(ours, given, (x, (h, c)), ragged)))
 
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs)
@@ -95,10 +95,7 @@ def inputs(module, *shape, seed=1):
 def assert_close(ours, theirs):
     ours, theirs = (dict(enumerate(tree_leaves(found))) for found in (ours, theirs))
     assert ours
-    for k in ours:
-        accuracy = 32 * torch.finfo(ours[k].dtype).eps * max(1.0, theirs[k].abs().max().item())
-        torch.testing.assert_close(ours[k].double().cpu(), theirs[k], rtol=0, atol=accuracy)
-    assert len(ours) == len(theirs)
+    assert_same(ours, theirs, condition=4)
 
 
 def parameters(module):
@@ -110,6 +107,7 @@ def gradients(module, loss):
 
 
 def test_grad_and_vjp(lstms):
+    """And a gradient penalty with the inner gradient by torch.func, the outer one by plain autograd."""
     theirs, ours = lstms
     found = grad(lambda p: functional_call(ours, p, (inputs(ours),))[0].square().sum())(parameters(ours))
     assert_close(found, gradients(theirs, theirs(inputs(theirs))[0].square().sum()))
@@ -117,7 +115,10 @@ def test_grad_and_vjp(lstms):
     y, _ = theirs(x)
     dy = inputs(theirs, *y.shape, seed=2)
     _, pull = vjp(lambda x: ours(x)[0], inputs(ours))
-    assert_close(pull(dy.to(inputs(ours))), torch.autograd.grad(y, x, dy))
+    assert_close(pull(dy.to(inputs(ours))), torch.autograd.grad(y, x, dy, retain_graph=True))
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    found = grad(lambda x: ours(x)[0].square().sum())(inputs(ours))
+    assert_close(gradients(ours, found.square().sum()), gradients(theirs, dx.square().sum()))
 
 
 def test_jacobians_both_ways_and_forward_mode(lstms):
@@ -136,57 +137,44 @@ def test_jacobians_both_ways_and_forward_mode(lstms):
 def test_second_derivatives(lstms):
     theirs, ours = lstms
     true = torch.autograd.functional.hessian(lambda x: theirs(x)[0][-1].square().sum(), inputs(theirs, 2, 1, I))
-
-    def loss(x):
-        return ours(x)[0][-1].square().sum()
-
     for way in (hessian, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(grad(f)), lambda f: jacrev(grad(f))):
-        assert_close(way(loss)(inputs(ours, 2, 1, I)), true)
+        assert_close(way(lambda x: ours(x)[0][-1].square().sum())(inputs(ours, 2, 1, I)), true)
 
 
-@pytest.mark.parametrize("outer", ["vjp", "jvp", "dual numbers", "vjp around both", "vmap"])
+def twice_more(pulled, module, x, dy, dx):
+    _, again = vjp(pulled, dy)
+    _, thrice = vjp(lambda dx: again(dx)[0], dx)
+    return [*again(dx), *thrice(dy)]
+
+
+OUTER = {  # transforms of dx = pulled(dy), which vjp returned
+    "vjp": twice_more,
+    "jvp": lambda pulled, module, x, dy, dx: jvp(pulled, (dy,), (dy.cos(),)),
+    "vjp around both": lambda pulled, module, x, dy, dx: vjp(
+        lambda x, dy: vjp(lambda x: module(x)[0], x)[1](dy)[0], x, dy)[1](dx),
+    "vmap": lambda pulled, module, x, dy, dx: vmap(pulled)(torch.stack([dy, dy.cos()])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("outer", [*OUTER, "dual numbers"])
 def test_what_vjp_returned_is_differentiated_inside_another_transform(lstms, outer):
     """The transform that forward ran in is over by then."""
     found = []
     for module in lstms[::-1]:
         module.requires_grad_(False)
-        x = inputs(module)
-        dy, dx = inputs(module, T, B, module.hidden_size, seed=2), inputs(module, seed=3)
+        x, dx = inputs(module), inputs(module, seed=3)
+        dy = inputs(module, T, B, module.hidden_size, seed=2)
         _, pull = vjp(lambda x: module(x)[0], x)  # noqa: B023
-
-        def pulled(dy, pull=pull):
-            return pull(dy)[0]
-
-        if outer == "vjp":
-            _, pull_again = vjp(pulled, dy)
-            _, thrice = vjp(lambda dx: pull_again(dx)[0], dx)  # noqa: B023
-            found.append([*pull_again(dx), *thrice(dy)])
-        elif outer == "jvp":
-            found.append(jvp(pulled, (dy,), (dy.cos(),)))
-        elif outer == "vjp around both":
-            _, around = vjp(lambda x, dy: vjp(lambda x: module(x)[0], x)[1](dy)[0], x, dy)  # noqa: B023
-            found.append(around(dx))
-        elif outer == "vmap":
-            found.append(vmap(pulled)(torch.stack([dy, dy.cos()])))
+        if outer in OUTER:
+            found.append(OUTER[outer](lambda dy: pull(dy)[0], module, x, dy, dx))  # noqa: B023
         elif module is lstms[1]:
-            x.requires_grad_()
-            y, _ = module(x)
+            y, _ = module(x.requires_grad_())
             with torch.autograd.forward_ad.dual_level():
                 (gradient,) = torch.autograd.grad(y, x, torch.autograd.forward_ad.make_dual(dy, dy.cos()))
                 found.append(torch.autograd.forward_ad.unpack_dual(gradient).tangent)
         else:  # torch has no forward mode there: but gradients are linear in dy
-            found.append(pulled(dy.cos()))
+            found.append(pull(dy.cos()))
     assert_close(*found)
-
-
-def test_grad_inside_plain_autograd(lstms):
-    """A gradient penalty with the inner gradient by torch.func, on one level of it only."""
-    theirs, ours = lstms
-    x = inputs(theirs).requires_grad_()
-    (dx,) = torch.autograd.grad(theirs(x)[0].square().sum(), x, create_graph=True)
-    true = gradients(theirs, dx.square().sum())
-    dx = grad(lambda x: ours(x)[0].square().sum())(inputs(ours))
-    assert_close(gradients(ours, dx.square().sum()), true)
 
 
 def test_an_ensemble(lstms):

@@ -20,26 +20,20 @@ pytestmark = [
 X = torch.rand(5, 2, 2)
 STATES = torch.rand(1, 2, 2), torch.rand(1, 2, 2)
 RESETS = torch.rand(5, 2) < 0.3
+RAGGED = dict(lengths=torch.tensor([5, 2]), resets=RESETS)
+TO_STATES = dict(resets=RESETS, reset_states=STATES)
 CASES = {  # arguments of an LSTM, and of its call
-    "plain": ({}, {}),
-    "layer norm": (dict(layer_norm=True), {}),
-    "layer norm of W_ih x": (dict(layer_norm=("ih",)), {}),
+    "plain": ({}, {}), "float16": (dict(dtype=torch.float16), dict(x=X.half())), "projection": (dict(proj_size=1), {}),
+    "layer norm, peepholes": (dict(layer_norm=True, peepholes=True), {}), "peepholes": (dict(peepholes=True), {}),
+    "layer norm of W_ih x": (dict(layer_norm=("ih",)), {}), "recurrent dropout": (dict(recurrent_dropout=0.5), {}),
     "layer norm of c without bias": (dict(layer_norm=("c",), bias=False), {}),
-    "peepholes": (dict(peepholes=True), {}),
-    "layer norm, peepholes": (dict(layer_norm=True, peepholes=True), {}),
-    "recurrent dropout": (dict(recurrent_dropout=0.5), {}),
-    "zoneout": (dict(zoneout=(0.5, 0)), dict(resets=RESETS, reset_states=STATES)),
-    "zoneout of c": (dict(zoneout=(0, 0.5)), dict(resets=RESETS, reset_states=STATES)),
-    "projection": (dict(proj_size=1), {}),
-    "lengths": ({}, dict(lengths=torch.tensor([5, 2]))),
+    "zoneout": (dict(zoneout=(0.5, 0)), TO_STATES), "zoneout of c": (dict(zoneout=(0, 0.5)), TO_STATES),
     "lengths of int32": ({}, dict(lengths=torch.tensor([5, 2], dtype=torch.int32))),
     "packed": ({}, dict(x=pack_padded_sequence(X, [5, 2]))),
-    "resets": ({}, dict(resets=RESETS)),
-    "reset_states": ({}, dict(resets=RESETS, reset_states=STATES)),
+    "resets": ({}, dict(resets=RESETS)), "reset_states": ({}, TO_STATES),
     "one step": ({}, dict(x=X[:1], resets=RESETS[:1])),
-    "both directions": (dict(bidirectional=True, num_layers=2), dict(lengths=torch.tensor([5, 2]), resets=RESETS)),
-    "float16": (dict(dtype=torch.float16), dict(x=X.half())),
-}
+    "both directions": (dict(bidirectional=True, num_layers=2), RAGGED),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", ["training", "eval", "no_grad"])

@@ -1,12 +1,11 @@
-"""LSTM, LSTMCell and StackedLSTM compute what torch's modules compute: results, gradients, dtypes, compiled or not."""
+"""LSTM, LSTMCell and StackedLSTM compute what torch's modules compute: results, gradients, dtypes."""
 
 import itertools
 
 import pytest
 import torch
 from comparing import BACKENDS, PLACES, assert_same
-from pairs import KINDS, LENGTHS, RESETS, B, H, I, T, pair, random_inputs, results, truth
-from torch import nn
+from pairs import KINDS, B, H, I, T, assert_alike, pair, random_inputs, results, truth
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -25,40 +24,22 @@ def moved(module, *inputs):
 
 # Every configuration
 
-FACTORS = ("num_layers", "bidirectional", "no_bias", "batch_first", "proj_size", "unbatched", "hx")
-# The interpreter is slow: of the 128, eight in which any two factors take all four values.
+# Of the 128 of an LSTM, eight in which any two factors take all four values; test_conformance.py has more.
 PAIRWISE = [(a, b, a ^ b, c, a ^ c, b ^ c, a ^ b ^ c) for a, b, c in itertools.product(OFF_ON, repeat=3)]
-CASES = {
-    f"{backend}: {', '.join(factor for factor, on in zip(FACTORS, case) if on)}": (backend, *case)
-    for backend in BACKENDS
-    for case in (PAIRWISE if backend == "triton" else itertools.product(OFF_ON, repeat=7))
-}
-
-
-@pytest.mark.parametrize(
-    ("backend", "deep", "bidirectional", "no_bias", "batch_first", "project", "unbatched", "given"),
-    CASES.values(), ids=CASES,
-)  # fmt: skip
-def test_an_lstm(backend, deep, bidirectional, no_bias, batch_first, project, unbatched, given):
-    theirs, ours = pair(
-        "LSTM", backend, num_layers=1 + deep, bidirectional=bidirectional, bias=not no_bias, batch_first=batch_first,
-        proj_size=2 * project,
-    )  # fmt: skip
-    x, hx = random_inputs(theirs, *[B] * (not unbatched))
-    hx = hx if given else None
-    assert_same(results(ours, x, hx), results(theirs, x, hx))
+CONFIGURATIONS = [
+    *(("LSTM", dict(num_layers=1 + deep, bidirectional=both, bias=bias, batch_first=first, proj_size=2 * project), *how)
+      for deep, both, bias, first, project, *how in PAIRWISE),
+    *((kind, dict(bias=bias, **more), unbatched, bias != unbatched)
+      for kind, more in (("LSTMCell", {}), ("StackedLSTM", {}), ("StackedLSTM", dict(bidirectional=True)))
+      for bias, unbatched in itertools.product(OFF_ON, repeat=2)),
+]  # fmt: skip
 
 
 @every_backend
-@pytest.mark.parametrize(
-    ("kind", "arguments"), [("LSTMCell", {}), ("StackedLSTM", {}), ("StackedLSTM", dict(bidirectional=True))], ids=str
-)
-@pytest.mark.parametrize(("no_bias", "unbatched", "given"), [(a, b, a == b) for a in OFF_ON for b in OFF_ON])
-def test_a_cell_and_a_stack(backend, kind, arguments, no_bias, unbatched, given):
-    theirs, ours = pair(kind, backend, bias=not no_bias, **arguments)
-    x, hx = random_inputs(ours, *[B] * (not unbatched))
-    hx = hx if given else None
-    assert_same(results(ours, x, hx), results(theirs, x, hx))
+@pytest.mark.parametrize(("kind", "arguments", "unbatched", "given"), CONFIGURATIONS, ids=str)
+def test_a_module(backend, kind, arguments, unbatched, given):
+    theirs, ours = pair(kind, backend, **arguments)
+    assert_alike(ours, theirs, *[B] * (not unbatched), given=given)
 
 
 @every_backend
@@ -88,33 +69,20 @@ def test_a_packed_sequence(backend, is_sorted, given, deep, project):
         assert their is our is None or torch.equal(our.cpu(), their)
 
 
-@every_backend
-@pytest.mark.parametrize("sizes", [[3, 3, 2, 2], [3, 3]], ids=str)
-def test_residual_connections_where_widths_are_equal(backend, sizes):
+@pytest.mark.parametrize(("x", "sizes"), [
+    ([[[3.0, 2, 2, 2, 2, 2]]], [4]),  # (1, 1, 6)
+    ([[[1.0, 2, 3, 4, 3, 2], [1, 2, 1, 1, 1, 2], [1, 2, 2, 2, 2, 2]],
+      [[1.0, 2, 3, 4, 3, 2], [3, 2, 2, 1, 1, 2], [0, 0, 0, 0, 3, 2]]], [4, 5]),  # (N = 2, T = 3, 6)
+], ids=["one sequence", "a batch"])  # fmt: skip
+def test_the_cases_that_teach(x, sizes):
     torch.manual_seed(0)
-    arguments = dict(bidirectional=len(sizes) == 2, residual=True, backend=backend)
-    ours = gpu_lstm.StackedLSTM(I, sizes, **arguments, **PLACES[backend])
-    x, hx = random_inputs(ours, B)
-    assert_same(results(ours, x, hx), truth(ours, x, hx))
-
-
-@pytest.mark.parametrize("sizes", [[4], [4, 5]], ids=str)
-def test_the_cases_that_teach(sizes):
-    x = torch.tensor([
-        [[1.0, 2, 3, 4, 3, 2], [1, 2, 1, 1, 1, 2], [1, 2, 2, 2, 2, 2]],
-        [[1.0, 2, 3, 4, 3, 2], [3, 2, 2, 1, 1, 2], [0, 0, 0, 0, 3, 2]],
-    ])  # (N = 2, T = 3, 6)  # fmt: skip
-    if len(sizes) == 1:
-        x = torch.tensor([[[3.0, 2, 2, 2, 2, 2]]])  # (1, 1, 6)
-    torch.manual_seed(0)
-    stack = gpu_lstm.StackedLSTM(6, sizes, batch_first=True)
-    output, states = stack(x)
-    assert output.shape == (*x.shape[:2], sizes[-1])
-    assert [t.shape for pair in states for t in pair] == [(len(x), size) for size in sizes for _ in "hc"]
-    assert_same(results(stack, x), truth(stack, x))
-    lstm = gpu_lstm.LSTM(6, 4, batch_first=True)
-    assert [t.shape for t in tree_leaves(lstm(x))] == [(*x.shape[:2], 4), (1, len(x), 4), (1, len(x), 4)]
-    assert_same(results(lstm, x), truth(lstm, x))
+    x = torch.tensor(x)
+    for module in (gpu_lstm.StackedLSTM(6, sizes, batch_first=True), gpu_lstm.LSTM(6, 4, batch_first=True)):
+        found = tree_leaves(module(x))
+        lead, widths = ([], sizes) if hasattr(module, "layers") else ([1], [4])
+        of_states = [[*lead, len(x), size] for size in widths for _ in "hc"]
+        assert [[*t.shape] for t in found] == [[*x.shape[:2], widths[-1]], *of_states]
+        assert_same(results(module, x), truth(module, x))
 
 
 # Inputs at the edge
@@ -124,9 +92,8 @@ def test_the_cases_that_teach(sizes):
 @every_kind
 def test_an_empty_batch(backend, kind):
     theirs, ours = pair(kind, backend, **{} if kind == "LSTMCell" else dict(bidirectional=True))
-    x, hx = random_inputs(ours, 0)
-    assert_same(results(ours, x, hx), results(theirs, x, hx))
-    assert_same(results(ours, x), results(theirs, x))
+    for given in OFF_ON:
+        assert_alike(ours, theirs, 0, given=given)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in Triton's interpreter
@@ -247,15 +214,6 @@ def test_dropout_of_everything_leaves_the_second_layer_without_input(backend):
         assert_same(dict(output=output.detach(), h=tree_leaves(states)[0].view(-1, B, 3)[0].detach()), expected)
 
 
-@every_backend
-@pytest.mark.parametrize(("kind", "arguments"), [("LSTM", dict(num_layers=2)), ("StackedLSTM", {})], ids=str)
-def test_dropout_is_off_in_eval(backend, kind, arguments):
-    theirs, ours = pair(kind, backend, **arguments)
-    ours.eval().dropout = 0.9
-    x, hx = random_inputs(ours, B)
-    assert_same(results(ours, x, hx), results(theirs, x, hx))
-
-
 # Half precision, autocast
 
 
@@ -271,21 +229,6 @@ def test_another_dtype(backend, dtype):
     assert_same(got, results(theirs, x, hx))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype):
-    _, ours = pair("LSTM", "reference", bidirectional=True, proj_size=2)
-    inputs = moved(ours.to(dtype), *random_inputs(ours, B))
-    ragged = dict(lengths=LENGTHS, resets=RESETS)
-    with torch.no_grad():
-        rounded = tree_leaves(ours(*inputs, **ragged))
-        exact = tree_leaves(ours.float()(*moved(ours, *inputs), **ragged))
-        assert all(torch.equal(a, b.to(dtype)) for a, b in zip(rounded, exact, strict=True))
-        if dtype is torch.bfloat16:  # under autocast alike
-            with torch.autocast("cpu", dtype):
-                cast = tree_leaves(ours(*moved(ours, *inputs), **ragged))
-            assert all(map(torch.equal, cast, rounded))
-
-
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 @pytest.mark.parametrize(("kind", "backend", "arguments"), [
     ("LSTM", "torch", {}), ("LSTM", "torch", dict(num_layers=2, bidirectional=True)),
@@ -295,59 +238,17 @@ def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype)
 def test_cpu_autocast_gives_the_dtypes_of_torch(kind, backend, arguments):
     theirs, ours = (module.float() for module in pair(kind, backend, **arguments))
     x, hx = random_inputs(ours, B)
-    atol = 4 * torch.finfo(torch.bfloat16).eps
-    for given in ((x,), (x, hx)):
+    every_step = dict(lengths=torch.full((B,), T), resets=torch.zeros(T, B, dtype=torch.bool))
+    for given, options in (((x,), {}), ((x, hx), {}), ((x, hx), every_step if kind == "LSTM" else {})):
         got = []
-        for module in (ours, theirs):
+        for module, how in ((ours, options), (theirs, {})):
             with torch.autocast("cpu", torch.bfloat16):
-                found = tree_leaves(module(*given))
+                found = tree_leaves(module(*given, **how))
             gradients = torch.autograd.grad(found[0].float().square().sum(), list(module.parameters()))
             got.append([*found, *gradients])
         assert [t.dtype for t in got[0]] == [t.dtype for t in got[1]]
         for our, their in zip(got[0][: len(found)], found, strict=True):
-            torch.testing.assert_close(our.float(), their.float(), rtol=0, atol=atol)
-    if kind == "LSTM":
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # which lets dtypes differ
-            layer = gpu_lstm.functional.lstm_layer(x.bfloat16(), [torch.ones(4 * H, I), torch.ones(4 * H, H)])
-        assert {t.dtype for t in tree_leaves(layer)} == {torch.bfloat16}
-        ragged = dict(lengths=torch.full((B,), T), resets=torch.zeros(T, B, dtype=torch.bool))
-        with torch.autocast("cpu", torch.bfloat16):
-            plain, ragged = (tree_leaves(ours(x, hx, **kwargs)) for kwargs in ({}, ragged))
-        for a, b in zip(plain, ragged, strict=True):
-            assert a.dtype == b.dtype
-            torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=atol)
-
-
-# torch.compile, TorchScript
-
-
-@pytest.mark.parametrize(("kind", "backend"), [
-    *(("LSTMCell", backend) for backend in BACKENDS), pytest.param("LSTM", "reference", marks=pytest.mark.slow),
-])  # fmt: skip
-def test_compiled_whole_it_computes_the_same(kind, backend):
-    """What test_graphs.py has not."""
-    _, ours = pair(kind, backend, **dict(bidirectional=True) if kind == "LSTM" else {})
-    x, hx = random_inputs(ours, B)
-    ragged = dict(lengths=LENGTHS, resets=RESETS) if kind == "LSTM" else {}
-    torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    assert_same(results(ours, x, hx, call=compiled, **ragged), results(ours, x, hx, **ragged))
-    (x,) = moved(ours.float(), x)  # which needs no gradient
-    weights = list(ours.parameters())
-    found = (torch.autograd.grad(tree_leaves(call(x))[0].square().sum(), weights) for call in (compiled, ours))
-    assert_same(*(dict(enumerate(gradients)) for gradients in found))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-@pytest.mark.parametrize(("kind", "arguments"), [
-    ("LSTM", dict(num_layers=2, batch_first=True)), ("LSTM", dict(bidirectional=True)), ("LSTMCell", {}),
-], ids=str)  # fmt: skip
-def test_scripted_it_computes_the_same_with_the_same_weights(kind, arguments):
-    theirs, ours = pair(kind, "torch", **arguments)
-    scripted = torch.jit.script(nn.Sequential(ours))
-    x = random_inputs(ours, B)[0].double()
-    for _ in range(2):
-        assert torch.equal(scripted(x)[0], theirs(x)[0])
-        with torch.no_grad():
-            for module in (ours, theirs):
-                next(module.parameters()).mul_(0.5)
+            torch.testing.assert_close(our.float(), their.float(), rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # which lets dtypes differ
+        layer = gpu_lstm.functional.lstm_layer(torch.ones(T, B, I).bfloat16(), [torch.ones(4 * H, n) for n in (I, H)])
+    assert {t.dtype for t in tree_leaves(layer)} == {torch.bfloat16}

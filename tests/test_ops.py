@@ -7,7 +7,7 @@ from comparing import example
 from gpu_lstm.backends import graph
 from gpu_lstm.backends.fused import DIFFERENTIABLE, Inputs
 
-T, B, I, H = 3, 2, 3, 5
+T, B, I, H = 2, 2, 3, 5
 
 
 def _mask(*size):
@@ -41,8 +41,15 @@ def _both_directions(device) -> list:
     return [*Inputs(torch.randn(T, B, I, device=device), *states, *first), *second]
 
 
-def _check(given, reverse, backend, recompute=False):
+@pytest.mark.parametrize(("variant", "backend"), [
+    ("plain", "torch"), ("projected ragged reverse", "torch"), ("both directions", "torch"),
+    *((variant, backend) for variant in ("norms, rates", "states, masks, peepholes")
+      for backend in ("reference", "triton")), ("projected ragged reverse", "triton"),
+])  # fmt: skip
+def test_a_layer(variant, backend, device):
     """Forward with and without what backward reads; backward of all, of the output alone, of the states alone."""
+    given, reverse = (_both_directions(device), False) if variant == "both directions" else _given(variant, device)
+    recompute = (variant, backend) == ("projected ragged reverse", "triton")
     given = [None if t is None else t.detach() for t in given]
     flat = graph._flat(given)
     torch.library.opcheck(graph.OPERATOR, (*flat, reverse, backend, False, recompute))
@@ -54,23 +61,6 @@ def _check(given, reverse, backend, recompute=False):
     one = [k == 1 for k in places]
     for needed, gradients in ((there, [h, h_n, c_n]), (there, [h, None, None]), (one, [None, h_n, c_n])):
         torch.library.opcheck(graph.BACKWARD, (gradients, [h, *kept], *flat, reverse, backend, needed))
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_layer_of_the_kernels(variant, device):
-    _check(*_given(variant, device), "triton", recompute=variant == "plain")
-
-
-@pytest.mark.parametrize(("variant", "backend"), [
-    ("plain", "torch"), ("projected ragged reverse", "torch"), ("norms, rates", "reference"),
-    ("states, masks, peepholes", "reference"),
-])  # fmt: skip
-def test_a_layer_without_kernels(variant, backend, device):
-    _check(*_given(variant, device), backend)
-
-
-def test_both_directions_of_torch(device):
-    _check(_both_directions(device), False, "torch")
 
 
 @pytest.mark.parametrize("recompute", [False, True])

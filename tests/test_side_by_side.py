@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 from types import SimpleNamespace
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -32,8 +33,8 @@ CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
 class Stream:
     """A queue; an event is a copy of what was in it, with all that waited for."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.done = name, set()
+    def __init__(self) -> None:
+        self.done = set()
 
     def record_event(self) -> set:
         return set(self.done)
@@ -42,44 +43,24 @@ class Stream:
         self.done |= event
 
 
-@pytest.fixture
-def queued(monkeypatch):
-    """queued(stream, side_by_side): launch on a stream, and say which earlier launches are over by then."""
+@pytest.mark.parametrize("launches", [
+    [("a", 1, set()), ("b", 1, {1}), ("b", 1, {1, 2}), ("a", 1, {1, 2, 3})],
+    # Those that share the card run at once: the second on b not after the first on a; three shares are not two.
+    [("c", 1, set()), ("a", 2, {1}), ("b", 2, {1}), ("a", 2, {1, 2}), ("c", 1, {1, 2, 3, 4}),
+     ("b", 3, {1, 2, 3, 4, 5})],
+], ids=["whole", "shares"])  # fmt: skip
+def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_share_it(monkeypatch, launches):
+    """Which earlier launches, by their numbers, are over when one begins."""
     monkeypatch.setattr(ordering, "_launched", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-
-    def launch_on(stream: Stream, side_by_side: int = 1) -> set:
+    streams = {name: Stream() for name in "abc"}
+    for number, (name, side_by_side, expected) in enumerate(launches, 1):
         (plan, *_) = plans(Problem(8, 16, 768, torch.bfloat16, side_by_side=side_by_side), H100, False)
-        assert plan.family is Family.COOPERATIVE
-        assert plan.side_by_side == side_by_side
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        assert (plan.family, plan.side_by_side) == (Family.COOPERATIVE, side_by_side)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=streams[name]: stream)
         ordering.await_others(plan.side_by_side, CUDA)
-        before = set(stream.done)
-        number = len(launched) + 1
-        launched.append(number)
-        stream.done.add(number)
-        return before
-
-    launched: list[int] = []
-    return launch_on
-
-
-def test_launches_for_the_whole_card_go_one_after_another(queued):
-    a, b = Stream("a"), Stream("b")
-    assert queued(a) == set()
-    assert queued(b) == {1}
-    assert queued(b) == {1, 2}
-    assert queued(a) == {1, 2, 3}
-
-
-def test_launches_that_share_the_card_run_at_once_and_others_wait_for_all_of_them(queued):
-    a, b, c = Stream("a"), Stream("b"), Stream("c")
-    queued(c)
-    assert queued(a, 2) == {1}
-    assert queued(b, 2) == {1}, "not for the one on a"
-    assert queued(a, 2) == {1, 2}
-    assert queued(c) == {1, 2, 3, 4}
-    assert queued(b, 3) == {1, 2, 3, 4, 5}, "three shares are not two"
+        assert streams[name].done == expected
+        streams[name].done.add(number)
 
 
 @pytest.mark.parametrize(("hidden", "family", "expected"), [(64, Family.RESIDENT, []), (768, Family.COOPERATIVE, [2])])
@@ -98,8 +79,8 @@ def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypat
 def _call(lstm, steps, **facts):
     like = next(lstm.parameters())
     x = like.new_zeros(steps, facts.pop("batch", 2), lstm.input_size)
-    call = prepare(lstm._options(), lstm._weights(), x)
-    return call._replace(modes=call.modes._replace(capturing=facts.pop("capturing", False)), **facts)
+    given = prepare(lstm._options(), lstm._weights(), x)
+    return given._replace(modes=given.modes._replace(capturing=facts.pop("capturing", False)), **facts)
 
 
 @pytest.mark.parametrize("hidden", [768, 1536])
@@ -130,11 +111,9 @@ def cuda_streams(monkeypatch):
     monkeypatch.setattr(schedule, "_streams", functools.cache(schedule._streams.__wrapped__))
 
 
-@pytest.mark.parametrize(
-    ("options", "steps", "expected"),
-    [({}, 200, 1), (dict(num_layers=3), 200, 3), (dict(num_layers=3), 20, 1), (dict(bidirectional=True), 20, 2)],
-    ids=str,
-)
+@pytest.mark.parametrize(("options", "steps", "expected"), [
+    ({}, 200, 1), (dict(num_layers=3), 200, 3), (dict(num_layers=3), 20, 1), (dict(bidirectional=True), 20, 2),
+], ids=str)  # fmt: skip
 def test_layers_run_at_once_where_that_helps_and_never_in_a_graph(cuda_streams, monkeypatch, options, steps, expected):
     """On the same streams at every call; and all launches, forward and backward, know how many run at once."""
     found = _schedule(options, steps)
@@ -144,9 +123,9 @@ def test_layers_run_at_once_where_that_helps_and_never_in_a_graph(cuda_streams, 
     for why in (dict(is_cuda=False), dict(capturing=True)):
         assert set(_schedule(options, steps, **why).streams) == {None}
     monkeypatch.setattr(route, "schedule_of", lambda *_: found)
-    call = _call(gpu_lstm.LSTM(3, 4, **options), steps)
-    layers = route.build(call, kind_of(call), Backend.TRITON).layers
-    assert [layer.problem.side_by_side for layer in layers] == [expected] * call.options.rows
+    given = _call(gpu_lstm.LSTM(3, 4, **options), steps)
+    layers = route.build(given, kind_of(given), Backend.TRITON).layers
+    assert [layer.problem.side_by_side for layer in layers] == [expected] * given.options.rows
 
 
 @pytest.mark.parametrize(
@@ -162,36 +141,9 @@ def test_chunks_of_layers_side_by_side(cuda_streams, monkeypatch, steps, workspa
     assert found.spans(steps, 1) == (chunks if len(chunks) > 1 else [None])
 
 
-class Queue:
-    """A CUDA stream that writes down what it waits for and what work it was given."""
-
-    def __init__(self, name, log) -> None:
-        self.name, self.log, self.device = name, log, CUDA
-
-    def wait_stream(self, other) -> None:
-        self.log.append((self.name, "waits for", other.name))
-
-    def __enter__(self) -> None:
-        self.log.append((self.name, "begins"))
-
-    def __exit__(self, *_) -> None:
-        self.log.append((self.name, "ends"))
-
-
-class Memory:
-    """A tensor that writes down who keeps its memory."""
-
-    def __init__(self, name, log) -> None:
-        self.name, self.log = name, log
-
-    def record_stream(self, stream) -> None:
-        self.log.append((stream.name, "reads", self.name))
-
-
 def test_a_stream_waits_before_it_reads_and_holds_what_it_reads(monkeypatch):
-    log = []
-    main, below, above = (Queue(name, log) for name in ("main", "below", "above"))
-    x, h = Memory("x", log), Memory("h", log)
+    log = MagicMock()  # of what is called on streams and tensors, its attributes
+    main, below, above, x, h = log.main, log.below, log.above, log.x, log.h
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     with schedule.on(below, None, [x]):
@@ -201,11 +153,13 @@ def test_a_stream_waits_before_it_reads_and_holds_what_it_reads(monkeypatch):
     with schedule.on(None, None, [x]):  # as on the CPU
         pass
     schedule.join((below, None, above), [h])
-    assert log == [
-        ("below", "waits for", "main"), ("below", "reads", "x"), ("below", "begins"), ("below", "ends"),
-        ("above", "waits for", "below"), ("above", "reads", "x"), ("above", "reads", "h"),
-        ("above", "begins"), ("above", "ends"),
-        ("main", "waits for", "below"), ("main", "reads", "h"), ("main", "waits for", "above"), ("main", "reads", "h"),
+    assert [each for each in log.mock_calls if not each[0].endswith("__bool__")] == [
+        call.below.wait_stream(main), call.x.record_stream(below),
+        call.below.__enter__(), call.below.__exit__(None, None, None),
+        call.above.wait_stream(below), call.x.record_stream(above), call.h.record_stream(above),
+        call.above.__enter__(), call.above.__exit__(None, None, None),
+        call.main.wait_stream(below), call.h.record_stream(main),
+        call.main.wait_stream(above), call.h.record_stream(main),
     ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Python prints it, with "..." for any text. Calls that torch refuses too are in t
 
 # ruff: noqa: F401  (names of calls)
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -71,6 +72,10 @@ def modules(backend):
     )  # fmt: skip
 
 
+def packed(features, **options):
+    return pack_sequence([zeros(5, features, **options), zeros(3, features, **options)])
+
+
 def kind_of(value):
     return type(eval(value)).__name__
 
@@ -93,6 +98,11 @@ def assigned(module, name, *size):
         return module(input_of(module))
     finally:
         setattr(module, name, parameter)
+
+
+def deleted(module, name):
+    delattr(module, name)
+    return module
 
 
 def input_of(module):
@@ -258,7 +268,12 @@ CALLS = [
      "gpu_lstm.from_haste(dict(kernel=zeros(3, 0), recurrent_kernel=zeros(0, 0), bias=zeros(0)))"),
     ("ValueError: input_size must be greater than zero", "gpu_lstm.StackedLSTM(0, [4, 4])"),
     (an_int("input_size", "str"), "gpu_lstm.StackedLSTM('3', [4, 4])"),
-    # Weights
+    # Weights: kernels would read beyond one that is too small; some would be broadcast
+    *((size(name, f"{expected}", f"{[*got]}"), *(f"{way}(m.{module}, '{name}{suffix}', *{got})"
+       for way in ("handed", "assigned") for module, suffix in (("lstm", "_l0"), ("triton", "_l0"), ("cell", ""))))
+      for name, got, expected in (
+        ("weight_hh", (16, 3), (16, 4)), ("weight_ih", (12, 4), (16, 3)), ("bias_hh", (64,), (16,)),
+        ("bias_ih", (1,), (16,)), ("bias_hh", (16, 1), (16,)))),
     (size("bias_ih", "(16,)", "[1]"), "handed(m.deep, 'bias_ih_l1', 1)"),
     (size("weight_ih", "(16, 3)", "[12, 3]"), "handed(m.compat, 'weight_ih_l0', 12, 3)"),
     (size("bias_hh", "(16,)", "[16, 1]"), "handed(m.both, 'bias_hh_l0_reverse', 16, 1)"),
@@ -266,6 +281,7 @@ CALLS = [
     (size("weight_peephole", "(12,)", "[16]"), "handed(m.variant, 'weight_peephole_l0', 16)"),
     (size("gain_hh", "(16,)", "[4]"), "handed(m.variant, 'gain_hh_l0', 4)"),
     (a_tensor("weight_hh", "NoneType"), "assigned(m.lstm, 'weight_hh_l0')", "layer(m, weights=(WEIGHTS[0], None))"),
+    ("AttributeError: ...weight_hh_l0...", "deleted(copy.deepcopy(m.lstm), 'weight_hh_l0')(X)"),
     ("RuntimeError: bias_ih and bias_hh should be given together", "assigned(m.lstm, 'bias_hh_l0')",
      "layer(m, weights=(*WEIGHTS, zeros(16)))"),
     *((f"ValueError: backend '{backend}' takes no {name}; use 'triton' or 'reference'",
@@ -275,20 +291,25 @@ CALLS = [
     (PROJECTED, "gpu_lstm.LSTM(3, 4, proj_size=2, layer_norm=('ih',))",
      "lstm_layer(X, [WEIGHTS[0], zeros(16, 2), None, None, zeros(2, 4), None, zeros(16)])"),
     ("RuntimeError: bias_c should be given together with gain_c", "lstm_layer(X, [*WEIGHTS, *[None] * 7, zeros(4)])"),
-    ("AttributeError: ...peepholes...", "setattr(m.lstm, 'peepholes', True)"),
+    *((f"AttributeError: ...{name}...", f"setattr(m.lstm, '{name}', True)") for name in ("peepholes", "layer_norm")),
     # Input of LSTM, and hx, where torch's own words are no guide
     (dense("LSTM", A_NESTED), "m.lstm(NESTED)"),
     (dense("LSTM", SPARSE), "m.lstm(X.to_sparse())", "m.compat(X.to_sparse())", "m.stream(X.to_sparse())",
      "gpu_lstm.explain(m.lstm, X.to_sparse())"),
+    *((FEATURES, f"m.{module}(packed(4))") for module in ("lstm", "triton")),
+    *((size(name, "(1, 2, 4)", f"{[*got]}"), f"m.{module}(PACKED, (zeros({h}), zeros({c})))")
+      for module in ("lstm", "triton") for name, got, h, c in (
+        ("hidden[0]", (1, 3, 4), (1, 3, 4), (1, 3, 4)), ("hidden[0]", (1, 2, 5), (1, 2, 5), (1, 2, 4)),
+        ("hidden[0]", (2, 2, 4), (2, 2, 4), (2, 2, 4)), ("hidden[0]", (2, 4), (2, 4), (2, 4)))),
     (FLOAT64, "m.deep(X.double())", "m.stream(zeros(2, 3, dtype=F64))"),
     (pair("lstm", "Tensor"), "m.lstm(X, torch.stack([H, C]))", "m.deep(X, zeros(2, 2, 2, 4))",
-     "m.lstm(X, torch.stack([H, C]), lengths=tensor([5, 3]))",
-     "m.lstm(PACKED, torch.stack([H, C]))",
+     "m.lstm(X, torch.stack([H, C]), lengths=tensor([5, 3]))", "m.lstm(PACKED, torch.stack([H, C]))",
      "m.compat(X, torch.stack([H, C]))", "layer(m, hx=zeros(2, 2, 4))", "gpu_lstm.Stream(m.lstm, 2, X)"),
     (TWO, "m.lstm(PACKED, (H, C, C))", "m.lstm(PACKED, (H,))", "layer(m, hx=(H2,))", "layer(m, hx=())",
      "gpu_lstm.Stream(m.lstm, 2, (H,))"),
     (dtypes("hidden", "float32", "float64"), "m.deep(X, (zeros(2, 2, 4, dtype=F64), zeros(2, 2, 4)))",
-     "m.deep(PACKED, (zeros(2, 2, 4, dtype=F64), zeros(2, 2, 4)))", "layer(m, hx=(H2.double(), H2))"),
+     "m.deep(PACKED, (zeros(2, 2, 4, dtype=F64), zeros(2, 2, 4)))",
+     "m.lstm(PACKED, (H.double(), C.double()))", "layer(m, hx=(H2.double(), H2))"),
     ("ValueError: lengths should not be given together with a PackedSequence...",
      "m.deep(PACKED, lengths=tensor([5, 3]))"),
     ("ValueError: Expected resets of shape [2, 5], got [5, 2]", "m.first(zeros(2, 5, 3), resets=RESETS)"),
@@ -311,8 +332,7 @@ CALLS = [
       for rank in (1, 4)),
     (FEATURES, "m.stack(zeros(5, 2, 4))", "gpu_lstm.explain(m.stack, zeros(5, 2, 4))",
      "m.stream_of_stack(zeros(2, 4))"),
-    ("ValueError: RNN input dtype (torch.float64) does not match weight dtype ...float32). ...",
-     "m.stack(X.double())"),
+    ("ValueError: RNN input dtype (torch.float64) does not match weight dtype ...float32). ...", "m.stack(X.double())"),
     (devices("parameter", META, "cpu"), "m.stack(X.to(META))"),
     ("ValueError: residual=True needs ... got inputs of [3, 4] and outputs of [4, 5] ...",
      "gpu_lstm.StackedLSTM(3, [4, 5], residual=True)"),
@@ -356,7 +376,7 @@ CALLS = [
         ("weight_ih", "(16, 3)", "[16, 2]", "zeros(16, 2), WEIGHTS[1]"),
         ("weight_hh", "(16, 4)", "[16, 5]", "WEIGHTS[0], zeros(16, 5)"),
         ("weight_hh", "(16, 2)", "[16, 4]", "*WEIGHTS, None, None, zeros(2, 4)"))),
-    (dtypes("parameter", "float64", "float32"), "layer(m, x=X.double())"),
+    (dtypes("parameter", "float64", "float32"), "layer(m, x=X.double())", "m.lstm(packed(3, dtype=F64))"),
     ("ValueError: proj_size must be greater than zero",
      "layer(m, weights=(zeros(16, 3), zeros(16, 0), None, None, zeros(0, 4)))"),
     (a_tensor("hidden[0]", "NoneType"), "layer(m, hx=(None, None))"),
@@ -418,8 +438,7 @@ CALLS = [
         ("ValueError: Expected index from 0 to 1, got [0, -1]", "tensor([0, -1])"))),
     ("RuntimeError: Expected h_0 of size [1, 2, 4], got [1, 3, 4]", "setattr(m.stream, 'state', (zeros(1, 3, 4), C))"),
     # convert, to_torch, from_haste
-    *((f"TypeError: {function} takes a torch.nn.Module, got {kind_of(value)}",
-       f"gpu_lstm.{function}({value})")
+    *((f"TypeError: {function} takes a torch.nn.Module, got {kind_of(value)}", f"gpu_lstm.{function}({value})")
       for function in ("convert", "to_torch") for value in ("None", "[TORCHS]", "{'a': 1}", "nn.LSTM")),
     *((f"TypeError: from_haste takes a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got {kind_of(value)}",
        f"gpu_lstm.from_haste({value})") for value in ("None", "[1]", "'haste'", "zeros(3, 16)")),
