@@ -91,7 +91,7 @@ class Layer:
             save: keep what backward needs.
 
         Returns:
-            h [T, B, P], h_n [B, P], c_n float32 [B, H], and c: float32 [T, B, H] if `save`, else None.
+            h [T, B, P], h_n as h0, c_n as c0, and c: float32 [T, B, H] if `save`, else None.
 
         Raises:
             RuntimeError: an earlier launch timed out; or no kernel can run the problem.
@@ -101,11 +101,12 @@ class Layer:
             with torch.cuda.device(self.device):
                 return self.forward(gates, r, save)
         raise_if_timed_out(self.device)
-        _check_counts(steps=gates.shape[0])
+        if gates.shape[0] > MOST:
+            _check_counts(steps=gates.shape[0])
         if self.problem.batch == 0:
-            h, c = (s.new_empty(len(gates), *s.shape) for s in (r.h0, r.c0))
+            h, c = (s.new_empty(len(gates), 0, s.shape[-1]) for s in (r.h0, r.c0))
             return h, torch.empty_like(r.h0), torch.empty_like(r.c0), c if save else None
-        prepared = self.prepared(Pass(save=save))
+        prepared = self.prepared(SAVE if save else NO_SAVE)
         r, own = _aligned_tensors(r), aligned(gates)
         if prepared.at_once is not None:
             await_others(prepared.at_once, self.device)
@@ -134,7 +135,7 @@ class Layer:
                 return self.backward(dh, dh_n, dc_n, gates, c, r, of_h0)
         raise_if_timed_out(self.device)
         if self.problem.batch == 0:
-            dh_total = None if r.weight_hr is r.gain_c is None else r.h0.new_empty(len(gates), *r.h0.shape)
+            dh_total = None if r.weight_hr is r.gain_c is None else r.h0.new_empty(len(gates), 0, r.h0.shape[-1])
             empty = (torch.empty_like(t) for t in (gates, r.h0, r.c0))
             return Gradients(*empty, dh_total, *zeros_for_resets(r))
         prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None))
@@ -173,6 +174,9 @@ class Layer:
         return self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device())
 
 
+SAVE, NO_SAVE = Pass(), Pass(save=False)
+
+
 def aligned(t: Tensor) -> Tensor:
     """t, or a copy: contiguous, and at an address that is a multiple of 16 bytes, which kernels are compiled for."""
     if t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0:
@@ -181,6 +185,11 @@ def aligned(t: Tensor) -> Tensor:
 
 
 def _aligned_tensors(r: Recurrence) -> Recurrence:
+    for t in r[:TENSORS]:
+        if t is not None and not (t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0):
+            break
+    else:
+        return r
     return Recurrence(*(None if t is None else aligned(t) for t in r[:TENSORS]), *r[TENSORS:])
 
 
@@ -197,7 +206,7 @@ def zeros_for_resets(r: Recurrence) -> list[Tensor | None]:
 
 
 def _initial_hidden_gradient(found: Gradients, dh_n: Tensor | None, r: Recurrence) -> Tensor:
-    """dh0 [B, P]: through the first step, unless it is reset; dh_n [B, P] where a sequence has no step."""
+    """dh0, as h0: through the first step, unless it is reset; dh_n [B, P] where a sequence has no step."""
     at = end_index(r, first=True)
     first = found.dgates[at]  # [B, 4H]; zero where length is 0
     if r.gain_hh is not None:
@@ -209,6 +218,7 @@ def _initial_hidden_gradient(found: Gradients, dh_n: Tensor | None, r: Recurrenc
         dh0 = r.dropout_h * dh0
     if found.dh0 is not None:
         dh0 = dh0 + found.dh0.to(dh0.dtype)
+    dh0 = dh0.view(r.h0.shape)
     if r.lengths is not None and dh_n is not None:
         dh0 = torch.where((r.lengths == 0)[:, None], dh_n, dh0)
     return dh0

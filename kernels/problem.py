@@ -83,8 +83,8 @@ class Recurrence(NamedTuple):
     """
 
     weight_hh: Tensor  # [4H, P]
-    h0: Tensor  # [B, P]
-    c0: Tensor  # [B, H] float32
+    h0: Tensor  # [B, P]; or [1, B, P], where there is no projection
+    c0: Tensor  # [B, H] or [1, B, H], float32
     weight_hr: Tensor | None = None  # [P, H]; None without projection, then P = H
     lengths: Tensor | None = None  # [B]
     resets: Tensor | None = None  # [T, B] bool
@@ -115,7 +115,7 @@ def problem_of(gates: Tensor, r: Recurrence) -> Problem:
     steps, batch, _ = gates.shape
     dimensions = [None if t is None else t.dim() for t in (r.zoneout_h, r.zoneout_c)]
     return Problem(
-        1 if steps == 1 else 2, batch, r.c0.shape[1], gates.dtype, 0 if r.weight_hr is None else r.h0.shape[1],
+        1 if steps == 1 else 2, batch, r.c0.shape[-1], gates.dtype, 0 if r.weight_hr is None else r.h0.shape[-1],
         r.precision, r.side_by_side, r.reverse, None if r.lengths is None else r.lengths.dtype, r.resets is not None,
         r.dropout_h is not None, *dimensions, r.reset_h is not None, r.reset_c is not None,
         r.weight_peephole is not None, (r.gain_hh is not None, r.gain_c is not None, r.bias_c is not None),

@@ -30,7 +30,7 @@ def layer(
     """
     transformed = is_transformed()
     if transformed:  # operators know by its dimensions whether a state is of both directions
-        state = rows_of(state, x.shape[1])
+        state = state[0].flatten(0, -2), state[1].flatten(0, -2)  # [B, *] each
     given = inputs_of(x, state, weights, traversal, noise)
     # Asked here, since autograd is off inside Function.forward.
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):

@@ -42,7 +42,8 @@ def _run(call: Call, backend: Backend, layers: list[Any], plan: Schedule) -> tup
     if not plan.in_one_piece(call.steps):
         y, rows = schedule.run(call, direction, plan, backend.value)
     else:
-        rows = call.states if call.options.rows == 1 else call.state_rows()  # a single row may be [1, B, *]
+        only = call.options.rows == 1 and not call.options.sizes[0].projected  # then [1, B, *] does as well
+        rows = call.states if only else call.state_rows()
         y, rows = one_after_another(call, direction, backend.value, call.x.dtype, rows)
     return y, call.pack_rows(rows)
 

@@ -71,7 +71,7 @@ def one_after_another(
             parts.append(y)
             finals.append(state)
         y = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-        x = connect(x, y, traversal.lengths, kept and kept[k], options) if options.connects else y
+        x = connect(x, y, traversal.lengths, kept[k] if kept else None, options) if options.connects else y
     return x, finals
 
 

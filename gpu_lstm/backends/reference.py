@@ -49,9 +49,9 @@ def run(call: Call, dtype: torch.dtype, record: list[Gates] | None = None) -> tu
 def run_inputs(inputs: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """h, h_n and c_n of one layer in one direction, from its Inputs."""
     given = Inputs(*inputs)  # type: ignore[arg-type]
-    state = given.h0, given.c0
+    state = given.h0.flatten(0, -2), given.c0.flatten(0, -2)  # [B, *] each
     h, (h_n, c_n) = layer(given.x, state, given.weights(), given.traversal(reverse), given.noise())
-    return h, h_n, c_n
+    return h, h_n.view_as(given.h0), c_n.view_as(given.c0)
 
 
 def gradients(

@@ -162,8 +162,9 @@ def lstm_cooperative_forward_kernel(
     pairs_hh_ptr,  # see `exchange_pairs`, with a layer norm of W_hh h; or None
     pairs_c_ptr,  # the same, of c; or None
     c_ptr,
-    h_n_ptr,  # [B, H] h0, made h of a sequence's last step
-    c_n_ptr,  # [B, H] float32 c0, made c after every step
+    h0_ptr, c0_ptr,
+    h_n_ptr,  # [B, H] out: h after every step
+    c_n_ptr,  # [B, H] float32 out: c after every step
     lengths_ptr, resets_ptr,
     dropout_h_ptr,  # [B, W] int32: factors of h, or None
     zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
@@ -217,7 +218,7 @@ def lstm_cooperative_forward_kernel(
         cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
         at, gates_at, state_at, in_tile, valid, continues, reset = cells
         x = indexing.load_gates(gates_ptr, gates_at, valid, H)
-        c_prev = indexing.load_state(c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
+        c_prev = indexing.load_state(c0_ptr if step == 0 else c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
         of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
@@ -247,7 +248,8 @@ def lstm_cooperative_forward_kernel(
             h = output(gates[3], normalise(c, mean, scale_c, gain_c, bias_c))
         c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
         if zoneout_h_ptr is not None:
-            h_before = indexing.load_state(h_n_ptr, state_at, continues, reset_h_ptr, at, reset)
+            h_before_ptr = h0_ptr if step == 0 else h_n_ptr
+            h_before = indexing.load_state(h_before_ptr, state_at, continues, reset_h_ptr, at, reset)
             h = indexing.zoneout(zoneout_h_ptr, at, valid, h_before, h)
 
         # Publish first: the others wait for it. Padding gets zeros.
@@ -455,8 +457,6 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
     return h_then_h0, {
         "weights_ptr": as_words(r.weight_hh),
         "words_ptr": words,
-        "h_n_ptr": r.h0.clone(),  # what a sequence of length 0 ends with
-        "c_n_ptr": r.c0.clone(),
         "dropout_h_ptr": None if r.dropout_h is None else as_words(r.dropout_h),
         **_pairs(r, plan),
     }
@@ -478,7 +478,7 @@ def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, 
 
 def _pairs(r: Recurrence, plan: Plan) -> dict[str, Tensor | None]:
     """Of `exchange_pairs`, one for each layer norm."""
-    of_programs = len(r.h0), ceil(r.c0.shape[1] / plan.columns), 2
+    of_programs = r.c0.shape[-2], ceil(r.c0.shape[-1] / plan.columns), 2
     pairs_hh, pairs_c = (
         None if gain is None else r.c0.new_full(of_programs, SENTINEL, dtype=torch.int32)
         for gain in (r.gain_hh, r.gain_c)

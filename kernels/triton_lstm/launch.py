@@ -64,23 +64,26 @@ class Prepared:
         self, problem: Problem, which: Pass, plan: Plan, device: torch.device, launch: Launch | None = None
     ) -> None:
         self.plan, self._launch, self._family = plan, launch, FAMILIES[plan.family]
-        self.at_once = None if plan.family is Family.RESIDENT else plan.side_by_side
+        one_round = problem.steps == 1 and not problem.projected and not problem.normalised
+        waits = plan.family is Family.COOPERATIVE or (plan.family is Family.STEP and not one_round)
+        self.at_once = plan.side_by_side if waits else None
         self.projects_outside = problem.projected > 0 and plan.family is not Family.STEP
         if self.projects_outside:
             problem = problem._replace(projected=0)
-        self._batch, self._hidden, self._save = problem.batch, problem.hidden, which.save
+        self._batch, self._hidden, self._width, self._save = problem.batch, problem.hidden, problem.width, which.save
         self._total_width = problem.width if problem.projected or problem.norms[1] else None
         kernel = self._family.KERNELS[which.backward]
-        self._kernel = Kernel(kernel, plan.grid, _constants(problem, which, plan), _options(plan))
+        self._kernel = Kernel(kernel, plan.grid, _constants(problem, which, plan), _options(plan, waits))
         self._error = error_word(device, kernel.__name__) if kernel.__name__ in KERNELS else None
 
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As layer.Layer.forward, without a projection unless it is in the time loop: one launch."""
         c = r.c0.new_empty(gates.shape[0], self._batch, self._hidden) if self._save else None
+        # Kernels write them at every step, which a sequence of length 0 has none of.
+        h_n, c_n = (torch.empty_like(s) if r.lengths is None else s.clone() for s in (r.h0, r.c0))
         h, buffers = self._family.forward_buffers(gates, r, self.plan)
-        self._kernel(self._launch, {**self._shared(gates, r), "c_ptr": c, **buffers})
-        h = _hidden_states(h, *gates.shape[:2], r.h0.shape[1])
-        return h, buffers["h_n_ptr"], buffers["c_n_ptr"], c
+        self._kernel(self._launch, {**self._shared(gates, r), "c_ptr": c, "h_n_ptr": h_n, "c_n_ptr": c_n, **buffers})
+        return _hidden_states(h, gates.shape[0], self._batch, self._width), h_n, c_n, c
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
@@ -111,12 +114,15 @@ class Prepared:
             "resets_ptr": r.resets, "dropout_h_ptr": r.dropout_h, "zoneout_h_ptr": r.zoneout_h,
             "zoneout_c_ptr": r.zoneout_c, "reset_h_ptr": r.reset_h, "reset_c_ptr": r.reset_c,
             "gain_hh_ptr": r.gain_hh, "gain_c_ptr": r.gain_c, "bias_c_ptr": r.bias_c,
+            "arrivals_ptr": None if self.at_once is None else r.c0.new_zeros(1, dtype=torch.int32),
             "error_ptr": self._error, "T": gates.shape[0], "B": self._batch,
         }  # fmt: skip
 
 
 def _hidden_states(h: Tensor, steps: int, batch: int, width: int) -> Tensor:
     """h [T, B, P], without h0 at its end and padding of rows; not a view, which autograd forbids to change in place."""
+    if h.shape == (steps, batch, width):
+        return h
     return h.resize_(steps, batch, width) if h.shape[2] == width else h[:steps, :, :width].contiguous()
 
 
@@ -130,12 +136,12 @@ def _constants(problem: Problem, which: Pass, plan: Plan) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _options(plan: Plan) -> dict[str, Any]:
+def _options(plan: Plan, waits: bool) -> dict[str, Any]:
     """Of Triton."""
     options = dict(num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS)
     if plan.family is Family.STEP:
         options["num_stages"] = plan.num_stages
-    if plan.family is not Family.RESIDENT:
+    if waits:
         options["launch_cooperative_grid"] = True
     return options
 

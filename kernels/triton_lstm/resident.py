@@ -382,8 +382,6 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
     return h, {
         "weights_ptr": as_words(r.weight_hh),
         "h_ptr": h,
-        "h_n_ptr": torch.empty_like(r.h0),
-        "c_n_ptr": torch.empty_like(r.c0),
     }
 
 

@@ -96,11 +96,14 @@ def pairs_of_step(step, H: tl.constexpr, BLOCK_H: tl.constexpr, B):
 
 
 @triton.jit
-def store_hidden(h, h_ptr, h_n_ptr, zoneout_h_ptr, reset_h_ptr, row_prev, unit, cells, is_last, P: tl.constexpr):
+def store_hidden(
+    h, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells, is_last, P: tl.constexpr
+):
     """h of a tile, after zoneout; and h_n of sequences whose step `is_last`, [BB]."""
     at, _, state_at, in_tile, valid, continues, reset = cells
     if zoneout_h_ptr is not None:
-        h_prev = indexing.load_state(h_ptr, row_prev[:, None] * P + unit[None, :], continues, reset_h_ptr, at, reset)
+        prev_at = row_prev[:, None] * P + unit[None, :]
+        h_prev = indexing.load_state(h_prev_ptr, prev_at, continues, reset_h_ptr, at, reset)
         h = indexing.zoneout(zoneout_h_ptr, at, valid, h_prev, h)
     tl.store(h_ptr + at, h, mask=in_tile)
     tl.store(h_n_ptr + state_at, h, mask=in_tile & is_last[:, None])
@@ -109,8 +112,8 @@ def store_hidden(h, h_ptr, h_n_ptr, zoneout_h_ptr, reset_h_ptr, row_prev, unit, 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_step_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
-    weight_hh_ptr, weight_hr_ptr, peephole_ptr,
-    h_ptr,  # [T*B + B, P]: h of every step, out; then h0
+    h0_ptr, c0_ptr, weight_hh_ptr, weight_hr_ptr, peephole_ptr,
+    h_ptr,  # [T*B, P] out
     m_ptr,  # [B, H] of the step, None without a projection
     gain_hh_ptr,
     product_ptr,  # [B, 4H, in full tiles] float32: W_hh h of the step, or None
@@ -120,9 +123,9 @@ def lstm_step_forward_kernel(
     moments_c_ptr,  # [tiles, B, 2] float32 of c, or None
     c_ptr,
     h_n_ptr,  # [B, P] out where a sequence has a step
-    c_n_ptr,  # [B, H] float32 c0, made c after every step
+    c_n_ptr,  # [B, H] float32 out: c after every step
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr,
-    arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier
+    arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier; None where one round is all
     error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
     PROJECT: tl.constexpr, PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, POLL_LIMIT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -137,6 +140,8 @@ def lstm_step_forward_kernel(
     ROUNDS: tl.constexpr = 1 + PROJECT + NORM_HH + NORM_C
     poll_limit = POLL_LIMIT
     for step in range(T):
+        h_prev_ptr = h0_ptr if step == 0 else h_ptr
+        c_prev_ptr = c0_ptr if step == 0 else c_n_ptr
         for round in tl.static_range(ROUNDS):
             width = P if round > NORM_HH else H
             for number in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(width, BLOCK_H), tl.num_programs(0)):
@@ -144,16 +149,16 @@ def lstm_step_forward_kernel(
                     number, step, lengths_ptr, resets_ptr, T, B, width, REVERSE, BLOCK_B, BLOCK_H
                 )
                 batch, in_batch, length = sequence
-                _, _, valid, continues = place
+                time, _, valid, continues = place
                 at, gates_at, state_at, in_tile, valid_tile, continues_tile, reset_tile = cells
-                row_prev = indexing.row_in_h_then_h0(step - 1, length, batch, T, B, REVERSE)
+                row_prev = indexing.row_before(step, time, batch, B, REVERSE)
                 column, column_unit = indexing.interleaved_gates(unit_tile * BLOCK_H, H, BLOCK_H)
                 count = tl.minimum(H - unit_tile * BLOCK_H, BLOCK_H)  # units of the tile
 
                 # Product: all four gates of the tile's units, [BB, 4 BH].
                 if round == 0:
                     z = product(
-                        h_ptr, row_prev, continues, dropout_h_ptr, batch.to(tl.int64), None,
+                        h_prev_ptr, row_prev, continues, dropout_h_ptr, batch.to(tl.int64), None,
                         weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, P, BLOCK_K, PRECISION,
                     )  # fmt: skip
                 if NORM_HH and round < 2:
@@ -172,7 +177,7 @@ def lstm_step_forward_kernel(
                         z = normalise(z, mean[:, None], scale[:, None], gain[None, :], 0.0)
                     z = indexing.split_gate_columns(z, BLOCK_B, BLOCK_H)
                     x = indexing.load_gates(gates_ptr, gates_at, valid_tile, H)
-                    c_prev = indexing.load_state(c_n_ptr, state_at, continues_tile, reset_c_ptr, at, reset_tile)
+                    c_prev = indexing.load_state(c_prev_ptr, state_at, continues_tile, reset_c_ptr, at, reset_tile)
                     peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
                     gates, c, m = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
                     m = tl.where(valid_tile, m, 0.0)  # padding gets zeros
@@ -205,9 +210,11 @@ def lstm_step_forward_kernel(
                         m = tl.where(valid_tile, m, 0.0)
                 if round + 1 == ROUNDS:
                     store_hidden(
-                        m, h_ptr, h_n_ptr, zoneout_h_ptr, reset_h_ptr, row_prev, unit, cells, step == length - 1, P
+                        m, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells,
+                        step == length - 1, P
                     )
-            poll_limit = grid_barrier(arrivals_ptr, ROUNDS * step + round + 1, poll_limit, error_ptr, step)
+            if arrivals_ptr is not None and (step + 1 < T or round + 1 < ROUNDS):
+                poll_limit = grid_barrier(arrivals_ptr, ROUNDS * step + round + 1, poll_limit, error_ptr, step)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -224,7 +231,7 @@ def lstm_step_backward_kernel(
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, P] float32 or None, see indexing.zoneout_h_backward
     dreset_h_ptr, reset_c_ptr, dreset_c_ptr,
-    arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier
+    arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier; None where one round is all
     error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PROJECT: tl.constexpr,
     PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, POLL_LIMIT: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -321,7 +328,8 @@ def lstm_step_backward_kernel(
                     tl.store(dc_ptr + state_at, tl.where(continues_tile, dc_prev, 0.0), mask=valid_tile)
                     if dreset_c_ptr is not None:
                         tl.store(dreset_c_ptr + at, dc_prev, mask=reset_tile)
-            poll_limit = grid_barrier(arrivals_ptr, ROUNDS * back + round + 1, poll_limit, error_ptr, step)
+            if arrivals_ptr is not None and (step > 0 or round + 1 < ROUNDS):
+                poll_limit = grid_barrier(arrivals_ptr, ROUNDS * back + round + 1, poll_limit, error_ptr, step)
 
 
 def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
@@ -355,31 +363,26 @@ KERNELS = lstm_step_forward_kernel, lstm_step_backward_kernel
 
 
 def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """What forward needs besides what all families are given: h, with h0 at its end; and arguments."""
+    """What forward needs besides what all families are given: h, and arguments."""
     steps, batch, _ = gates.shape
-    h_then_h0 = gates.new_empty(steps + 1, batch, r.h0.shape[1])
-    h_then_h0[-1] = r.h0
-    f32, hidden = r.c0, r.c0.shape[1]
+    h = gates.new_empty(steps, batch, r.h0.shape[-1])
+    f32, hidden = r.c0, r.c0.shape[-1]
     tiles, norm_hh, norm_c = ceil(hidden / plan.columns), r.gain_hh is not None, r.gain_c is not None
-    return h_then_h0, {
-        "h_ptr": h_then_h0,
+    return h, {
+        "h_ptr": h,
         "m_ptr": None if r.weight_hr is None else gates.new_empty(batch, hidden),
-        "h_n_ptr": r.h0.clone(),  # what a sequence of length 0 ends with
-        "c_n_ptr": r.c0.clone(),
         "product_ptr": f32.new_empty(batch, tiles, 4 * plan.columns) if norm_hh else None,
         "moments_hh_ptr": f32.new_empty(tiles, batch, 2) if norm_hh else None,
         "cell_ptr": f32.new_empty(2, batch, hidden) if norm_c else None,
         "moments_c_ptr": f32.new_empty(tiles, batch, 2) if norm_c else None,
-        "arrivals_ptr": torch.zeros(1, dtype=torch.int32, device=gates.device),
     }
 
 
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
     """As forward_buffers, of backward: dgates, and arguments."""
-    dgates, tiles, batch = torch.empty_like(gates), ceil(r.c0.shape[1] / plan.columns), len(r.h0)
+    dgates, tiles, batch = torch.empty_like(gates), ceil(r.c0.shape[-1] / plan.columns), gates.shape[1]
     return dgates, {
         "dgates_ptr": dgates,
         "sums_hh_ptr": None if r.gain_hh is None else r.c0.new_zeros(2, tiles, batch, 2),
         "sums_c_ptr": None if r.gain_c is None else r.c0.new_empty(tiles, batch, 2),
-        "arrivals_ptr": torch.zeros(1, dtype=torch.int32, device=gates.device),
     }
