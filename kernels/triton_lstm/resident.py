@@ -157,20 +157,22 @@ def lstm_resident_forward_kernel(
             z_hh, z = z, ()
             for n in tl.static_range(CELLS):
                 z = z + (normalise_gates(z_hh[n], mean[n % 2], scale[n % 2], gain_hh[n]),)
-        new, new_c = (), ()
-        for n in tl.static_range(CELLS):
-            new = new + (cell_forward(x[n], z[n], c_prev[n], peepholes[n], PEEPHOLES),)
-            new_c = new_c + ((new[n][1],),)
         if NORM_C:
+            new, new_c = (), ()
+            for n in tl.static_range(CELLS):
+                new = new + (cell_forward(x[n], z[n], c_prev[n], peepholes[n], PEEPHOLES),)
+                new_c = new_c + ((new[n][1],),)
             mean, scale = moments(new_c, unit, H, 1, CELLS, WARPS)
 
         # Store. The state of a sequence that has ended stays; its padding gets zeros.
         h, c = (), ()
         for n in tl.static_range(CELLS):
             at, gates_at, _, in_tile, valid, _, reset = cells[n]
-            gates, c_next, h_next = new[n]
             if NORM_C:
+                gates, c_next, h_next = new[n]
                 h_next = output(gates[3], normalise(c_next, mean[n % 2], scale[n % 2], *affine_c[n]))
+            else:  # here, not earlier: the fewer gates wait to be stored, the fewer instructions it becomes
+                gates, c_next, h_next = cell_forward(x[n], z[n], c_prev[n], peepholes[n], PEEPHOLES)
             c_next = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev[n], c_next)
             if zoneout_h_ptr is not None:
                 h_before = indexing.reset_to(h_prev[n].to(tl.float32), reset_h_ptr, at, reset)
