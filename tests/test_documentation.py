@@ -1,6 +1,5 @@
 """README, pages, examples and the lesson run, do what they say, and link to what exists; and the site is built."""
 
-import importlib.util
 import inspect
 import pkgutil
 import re
@@ -15,32 +14,21 @@ import nbformat
 import pytest
 import torch
 import yaml
+from installed import ROOT, load
 from nbclient import NotebookClient
 
 import gpu_lstm
 
-ROOT = Path(__file__).parent.parent
 DOCS, EXAMPLES, README = ROOT / "docs", ROOT / "examples", ROOT / "README.md"
 PAGES, LESSON = sorted(DOCS.glob("*.md")), EXAMPLES / "lstm_explained.ipynb"
 # The lesson's page is made from the notebook, which runs below.
 WITHOUT_EXAMPLES = (
     "api", "benchmarks", "ci", "compared", "design", "first_gpu_run", "kernels", "lesson", "testing", "versions",
 )  # fmt: skip
-
-
-def load(path: Path):
-    """A program as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 website, kernels = load(DOCS / "website.py"), load(DOCS / "kernels.py")
 
 
 def run_examples(page: Path, names: dict) -> None:
-    """One after another."""
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     assert blocks
     for number, block in enumerate(blocks):
@@ -50,7 +38,7 @@ def run_examples(page: Path, names: dict) -> None:
 @pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in WITHOUT_EXAMPLES], ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # test_graphs.py has inductor
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # test_graphs.py has the others
     torch.manual_seed(0)
     run_examples(page, {})
 
@@ -65,7 +53,7 @@ def test_the_examples_of_the_readme_run():
 
 @pytest.mark.slow
 def test_weather_beats_both_baselines_on_the_held_out_year(tmp_path):
-    errors = load(EXAMPLES / "weather.py").main(out=tmp_path)
+    errors = load(EXAMPLES / "weather.py").main(epochs=12, out=tmp_path)
     ours = errors.pop("StackedLSTM")
     assert set(errors) == {"yesterday's value", "day-of-year mean"}
     assert all(ours.mae < baseline.mae and ours.rmse < baseline.rmse for baseline in errors.values())
@@ -208,23 +196,20 @@ def test_the_stored_table_of_kernels_has_every_case_and_nothing_that_spills():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["", "[x](nowhere.md) [x](design.md#nowhere) [x](../README.md#nowhere)"], ids=len)
-def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_nothing_from_elsewhere(tmp_path, fault):
+def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_nothing_from_elsewhere(tmp_path):
+    """With three links that lead nowhere, which are all that it complains of."""
     for name in ("README.md", "mkdocs.yml"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("bench", "examples", "gpu_lstm", "kernels", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     with (tmp_path / "docs" / "faq.md").open("a") as file:
-        file.write(f"\n{fault}\n")
+        file.write("\n[x](nowhere.md) [x](design.md#nowhere) [x](../README.md#nowhere)\n")
     subprocess.run([sys.executable, "docs/website.py"], cwd=tmp_path, check=True)  # as make docs
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
     done = subprocess.run(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if fault:
-        assert done.returncode != 0
-        assert "3 issues found" in done.stdout
-        return
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 1
+    assert re.search(r"(?m)^3 issues found$.*Aborted because --strict", done.stdout, re.DOTALL), done.stdout
     assert "griffe:" not in done.stdout, done.stdout
     site = tmp_path / "out" / "site"
     pages = {path.parent.name: path for path in site.rglob("index.html") if path.parent != site}

@@ -44,13 +44,6 @@ def card(monkeypatch):
         monkeypatch.setattr(module, name, runs)
 
 
-@pytest.fixture
-def an_h100(card, monkeypatch):
-    """Its plans, and its expected times."""
-    for module in (choose, launch):
-        monkeypatch.setattr(module, "card_of", lambda device: H100)
-
-
 def _kind(lstm):
     return kind_of(prepare(lstm._options(), lstm._weights(), X))
 
@@ -69,13 +62,11 @@ def test_a_race_that_was_won_is_told_with_both_times(card):
     assert found.others["torch"] == "1.80 times the time in the race"
     assert "CuPy" in found.others["cupy"]
     assert "plain loop" in found.others["reference"]
-    assert [(d.layer, d.name, d.input_size) for d in found.layers] == [
-        (0, "forward", 4), (0, "reverse", 4), (1, "forward", 10), (1, "reverse", 10),
-    ]  # fmt: skip
+    sizes = [(layer, name, size) for layer, size in enumerate((4, 10)) for name in ("forward", "reverse")]
+    assert [(d.layer, d.name, d.input_size) for d in found.layers] == sizes
     assert [each.name for d in found.layers for each in d.passes] == ["forward", "backward"] * 4
-    text = str(found)
-    assert "backend    triton: won a race, 1.80 times as fast (triton 1 ms, torch 1.8 ms)" in text
-    assert "LSTM 4 -> 5 -> 5, T = 5, B = 3, float32" in text
+    assert "backend    triton: won a race, 1.80 times as fast (triton 1 ms, torch 1.8 ms)" in str(found)
+    assert "LSTM 4 -> 5 -> 5, T = 5, B = 3, float32" in str(found)
     with torch.no_grad():
         assert gpu_lstm.explain(lstm, X).seconds is None, "inference is another kind, and was not raced"
 
@@ -110,7 +101,10 @@ def test_a_decision_of_this_process_counts(monkeypatch):
         assert (found.backend, found.others["triton"]) == ("torch", "the kernels fail: planted")
 
 
-def test_plans_and_what_bounds_a_step(an_h100, monkeypatch):
+def test_plans_and_what_bounds_a_step(card, monkeypatch):
+    """Of an H100."""
+    for module in (choose, launch):
+        monkeypatch.setattr(module, "card_of", lambda device: H100)
     lstm = gpu_lstm.LSTM(4, 768, dtype=torch.bfloat16, backend="triton")
     x = torch.zeros(5, 16, 4, dtype=torch.bfloat16)
     monkeypatch.setattr(available, "why_unavailable", lambda *_: None)  # bfloat16, which the interpreter refuses

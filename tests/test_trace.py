@@ -28,8 +28,8 @@ def assert_close(found, true):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("ragged", [{}, dict(lengths=LENGTHS), dict(resets=RESETS)], ids=["plain", "lengths", "resets"])
-@pytest.mark.parametrize("proj_size", [0, 2])
+@pytest.mark.parametrize(("ragged", "proj_size"), [({}, 0), (dict(lengths=LENGTHS), 2), (dict(resets=RESETS), 0)],
+                         ids=["plain", "lengths", "resets"])  # fmt: skip
 def test_gates_are_the_oracles(backend, ragged, proj_size):
     lstm = gpu_lstm.LSTM(I, H, 2, bidirectional=True, proj_size=proj_size, backend=backend).double()
     x = inputs()
@@ -82,23 +82,13 @@ def test_other_inputs_and_modules():
     assert [directions[0].cell.shape[2] for directions in traced.layers] == [H, I, I]
 
 
-class Traced(nn.Module):
-    """A module whose call is a trace, for functional_call."""
-
-    def __init__(self, lstm):
-        super().__init__()
-        self.lstm = lstm
-
-    def forward(self, x, lengths):
-        return gpu_lstm.trace(self.lstm, x, lengths=lengths)
-
-
 def test_every_gate_is_differentiable():
-    traced, lengths = Traced(gpu_lstm.LSTM(2, 2, bidirectional=True).double()), torch.tensor([2, 0, 1])
+    traced, lengths = nn.Sequential(gpu_lstm.LSTM(2, 2, bidirectional=True).double()), torch.tensor([2, 0, 1])
+    traced.forward = lambda x: gpu_lstm.trace(traced[0], x, lengths=lengths)  # for functional_call
     names = [name for name, _ in traced.named_parameters()]
 
     def call(x, *weights):
-        found = torch.func.functional_call(traced, dict(zip(names, weights, strict=True)), (x, lengths))
+        found = torch.func.functional_call(traced, dict(zip(names, weights, strict=True)), x)
         return tuple(gate for direction in found.layers[0] for gate in direction)
 
     x = inputs()[:2, :, :2].clone().requires_grad_()

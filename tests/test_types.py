@@ -58,7 +58,7 @@ gpu_lstm.from_haste(3)
 def test_type_checkers_accept_a_program_and_find_every_mistake(tmp_path, checker, interpreter, install):
     """No error in the one file, and one in every line of the other."""
     folder, source = tmp_path / "environment", str(PROGRAM.parents[1])
-    given = [str(build("wheel", tmp_path / "dist"))] if install == "wheel" else ["--editable", source]
+    given = list(map(str, build(tmp_path / "dist", "wheel"))) if install == "wheel" else ["--editable", source]
     python = environment(folder, install=given)
     code = "import gpu_lstm, gpu_lstm.kernels as k; print(gpu_lstm.__file__, k.__file__, sep='\\n')"
     for file in run([str(python), "-c", code], cwd=tmp_path).stdout.splitlines():
