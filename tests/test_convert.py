@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from subjects import HasteLSTM
 from torch import nn
 
 import gpu_lstm
@@ -332,46 +333,14 @@ def test_a_model_is_scripted_and_traced_as_it_is_and_so_are_lengths(tmp_path, ki
 # from_haste
 
 
-class Haste(nn.Module):
-    """What haste_pytorch.LSTM(3, 4) has of parameters and settings; with `norm` its LayerNormLSTM."""
-
-    def __init__(self, dropout=0.0, zoneout=0.0, norm=False) -> None:
-        super().__init__()
-        self.batch_first, self.forget_bias, self.dropout, self.zoneout = False, 1.0, dropout, zoneout
-        sizes = dict(kernel=(3, 16), recurrent_kernel=(4, 16), bias=(16,))
-        for name, size in (sizes | (dict(gamma=(2, 16), gamma_h=(4,), beta_h=(4,)) if norm else {})).items():
-            self.register_parameter(name, nn.Parameter(torch.randn(size)))
-
-
-def haste(x, h, c, kernel, recurrent_kernel, bias, gamma=None, gamma_h=None, beta_h=None):
-    """Outputs and last states by Haste's formulas, in NumPy: gates i, g, f, o, products from the right."""
-    H, outputs = h.shape[1], []
-
-    def norm(v, gain):
-        mean = v.mean(axis=1, keepdims=True)
-        return v if gain is None else gain * (v - mean) / np.sqrt(((v - mean) ** 2).mean(axis=1, keepdims=True) + 1e-5)
-
-    of_x, of_h = (None, None) if gamma is None else gamma
-    for x_t in x:
-        z = norm(x_t @ kernel, of_x) + norm(h @ recurrent_kernel, of_h) + bias
-        i, f, o = (1 / (1 + np.exp(-z[:, gate * H : (gate + 1) * H])) for gate in (0, 2, 3))
-        c = f * c + i * np.tanh(z[:, H : 2 * H])
-        h = o * np.tanh(c if gamma is None else norm(c, gamma_h) + beta_h)
-        outputs.append(h)
-    return np.stack(outputs), h, c
-
-
 @pytest.mark.parametrize("norm", [False, True])
 def test_haste_weights_give_hastes_numbers(norm):
-    theirs = Haste(norm=norm).double()
-    x, h, c = (torch.randn(*size, dtype=torch.float64) for size in ((5, 2, 3), (2, 4), (2, 4)))
-    expected = haste(*(t.detach().numpy() for t in (x, h, c, *theirs.parameters())))
-    before = copy.deepcopy(theirs.state_dict())
+    theirs = HasteLSTM(3, 4, norm=norm).double()
+    x, *state = (torch.randn(*size, dtype=torch.float64) for size in ((5, 2, 3), (1, 2, 4), (1, 2, 4)))
+    expected, before = theirs(x, state), copy.deepcopy(theirs.state_dict())
     for source in (theirs, theirs.state_dict()):
         ours = from_haste(source)
-        y, (h_n, c_n) = ours(x, (h[None], c[None]))
-        for found, true in zip((y, h_n[0], c_n[0]), expected, strict=True):
-            np.testing.assert_allclose(found.detach().numpy(), true, rtol=0, atol=1e-13)
+        torch.testing.assert_close(ours(x, state), expected, rtol=0, atol=1e-13)
         assert (ours.batch_first, ours.training) == (False, True)
         assert all(parameter.requires_grad and parameter.is_leaf for parameter in ours.parameters())
         with torch.no_grad():
@@ -386,4 +355,4 @@ def test_haste_weights_give_hastes_numbers(norm):
 @pytest.mark.parametrize("name", ["zoneout", "dropout"])
 def test_what_haste_does_elsewhere_is_refused(name):
     with pytest.raises(ValueError, match=f"the module has {name}=0.1"):
-        from_haste(Haste(**{name: 0.1}))
+        from_haste(HasteLSTM(3, 4, **{name: 0.1}))
