@@ -106,11 +106,9 @@ def _called(node: ast.AST) -> str:
 def _parts(node: ast.AST) -> Iterator[ast.AST]:
     """The nodes below that are mutated: no texts, annotations, decorators, assertions, nor what type checkers read."""
     for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns", "decorator_list", "type_comment", "type_params"):
-            continue
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST) and not _is_left_alone(child):
-                yield child
+        if name not in ("annotation", "returns", "decorator_list", "type_comment", "type_params"):
+            children = (c for c in (value if isinstance(value, list) else [value]) if isinstance(c, ast.AST))
+            yield from (child for child in children if not _is_left_alone(child))
 
 
 def _is_left_alone(node: ast.AST) -> bool:
@@ -177,12 +175,9 @@ def of_python(path: str, source: bytes) -> Iterator[Mutant]:
     while nodes:
         node = nodes.pop()
         nodes += _parts(node)
-        for kind, place, new in _changes(node):
-            start, end = (
-                before[line - 1] + column
-                for line, column in ((place.lineno, place.col_offset), (place.end_lineno, place.end_col_offset))
-            )
-            yield Mutant(path, place.lineno, place.col_offset, kind, start, source[start:end].decode(), new)
+        for kind, at, new in _changes(node):
+            start, end = before[at.lineno - 1] + at.col_offset, before[at.end_lineno - 1] + at.end_col_offset
+            yield Mutant(path, at.lineno, at.col_offset, kind, start, source[start:end].decode(), new)
 
 
 C_SWAPS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+", "/": "*",
@@ -205,12 +200,11 @@ def of_cuda(path: str, source: bytes) -> Iterator[Mutant]:
 
 def all_mutants(root: Path) -> list[Mutant]:
     """Every fault that could be planted."""
-    files = sorted({file for pattern in SOURCES for file in root.glob(pattern)})
-    return [
-        mutant
-        for file in files
-        for mutant in (of_cuda if file.suffix == ".cu" else of_python)(str(file.relative_to(root)), file.read_bytes())
-    ]
+    found = []
+    for file in sorted({file for pattern in SOURCES for file in root.glob(pattern)}):
+        generate = of_cuda if file.suffix == ".cu" else of_python
+        found += generate(str(file.relative_to(root)), file.read_bytes())
+    return found
 
 
 def sample(possible: list[Mutant], count: int, seed: int) -> list[Mutant]:
@@ -226,10 +220,8 @@ class Worker:
     def __init__(self, snapshot: Path) -> None:
         self.tree = snapshot.with_name(f"{snapshot.name}-{os.getpid()}")
         shutil.copytree(snapshot, self.tree)
-        os.environ |= dict(
-            PYTHONPATH=str(self.tree), XDG_CACHE_HOME=str(self.tree / "out" / "cache"), TRITON_INTERPRET="1",
-            OMP_NUM_THREADS="1",
-        )  # fmt: skip
+        os.environ |= dict(PYTHONPATH=str(self.tree), XDG_CACHE_HOME=str(self.tree / "out" / "cache"))
+        os.environ |= dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
         sys.path[:] = [str(self.tree), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests"))]
         for name in ("hypothesis", "torch._dynamo", "triton.language"):
             importlib.import_module(name)
@@ -316,15 +308,6 @@ def _answers(pool: Executor, jobs: list, seconds: dict[str, float], what: str) -
         yield asked[done], done.result()
 
 
-def copy_of_the_checkout(to: Path) -> None:
-    """What is in git, and what is new, as it is now: later edits of the checkout change no answer."""
-    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.check_output(listing, cwd=ROOT, text=True).splitlines():
-        if (ROOT / name).is_file():
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, to / name)
-
-
 def table(found: list[dict]) -> Table:
     """How many were caught, by part of the library and by kind."""
     result = Table("", "planted", "caught", "timed out", "survived")
@@ -348,10 +331,13 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "out" / "mutants.jsonl")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        tree = Path(folder, "tree")
-        copy_of_the_checkout(tree)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.workers, context, _start, (tree,)) as pool:
+        tree, listing = Path(folder, "tree"), ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        # What is in git, and what is new, as it is now: later edits of the checkout change no answer.
+        for name in subprocess.check_output(listing, cwd=ROOT, text=True).splitlines():
+            if (ROOT / name).is_file():
+                (tree / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, tree / name)
+        with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), _start, (tree,)) as pool:
             try:
                 return run(tree, options, pool)
             finally:

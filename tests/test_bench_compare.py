@@ -19,11 +19,11 @@ TORCH = {"provider": "torch", "speed": 1.0}
 WRONG, ABSENT, GRAPH = {"status": "wrong"}, {"status": "absent"}, {"graph": True}
 
 
-def row(case, speed=2.0, ms=1.0, spread=0.01, **changes):
+def row(name, speed=2.0, ms=1.0, spread=0.01, **changes):
     """By default of ours, twice as fast as torch, p20 and p80 1 % away."""
     values = (value * end for value in (ms, speed) for end in (1, 1 - spread, 1 + spread))
     timed = changes.get("status", "measured") in results.TIMED
-    return FIELDS | {"case": case} | (dict(zip((*NAMES[0], *NAMES[1]), values)) if timed else {}) | changes
+    return FIELDS | {"case": name} | (dict(zip((*NAMES[0], *NAMES[1]), values)) if timed else {}) | changes
 
 
 def frame(**cases):
