@@ -25,16 +25,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import pytest
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("gpu_lstm/**/*.py", "kernels/**/*.py", "kernels/**/*.cu")
@@ -308,18 +307,6 @@ def _answers(pool: Executor, jobs: list, seconds: dict[str, float], what: str) -
         yield asked[done], done.result()
 
 
-def table(found: list[dict]) -> Table:
-    """How many were caught, by part of the library and by kind."""
-    result = Table("", "planted", "caught", "timed out", "survived")
-    for key in ("part", "kind", ""):
-        groups: dict[str, Counter] = defaultdict(Counter)
-        for entry in found:
-            groups[entry.get(key, "all")][entry["result"]] += 1
-        for name, counts in sorted(groups.items()):
-            result.add_row(name, *map(str, (counts.total(), counts["caught"], counts["timed out"], counts["survived"])))
-        result.add_section()
-    return result
-
 
 def main() -> int:
     """Exit status 1: fewer than 95 % were caught; 2: a test fails without a fault."""
@@ -368,8 +355,10 @@ def run(tree: Path, options: argparse.Namespace, pool: Executor) -> int:
             file.write(json.dumps(entry) + "\n")
 
     found = [known[mutant.name] for mutant in chosen]
-    console.print(table(found))
-    survivors = [entry["name"] for entry in found if entry["result"] == "survived"]
+    rows = pd.DataFrame(found, columns=["name", "part", "kind", "result"])
+    for key in ("part", "kind"):
+        console.print(pd.crosstab(rows[key], rows["result"], margins=True, margins_name="planted"), highlight=False)
+    survivors = rows["name"][rows["result"] == "survived"]
     for name in survivors:
         console.print(f"survived: {name}", highlight=False)
     return int(len(survivors) > 0.05 * len(found))

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -35,13 +36,9 @@ X = torch.zeros(5, 3, 4)
 @pytest.fixture
 def card(monkeypatch):
     """The CPU as a card, on which nothing is run."""
-
-    def runs(*_, **__):
-        raise AssertionError("something was run")
-
     monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
     for module, name in ((run, "run_by"), (route, "run_by"), (race, "run_by"), (race, "race"), (launch, "choose_plan")):
-        monkeypatch.setattr(module, name, runs)
+        monkeypatch.setattr(module, name, Mock(side_effect=AssertionError("something was run")))
 
 
 def _kind(lstm):
@@ -88,11 +85,8 @@ def test_without_a_race_it_tells_who_is_expected_to_win_and_that_there_will_be_o
 
 
 def test_a_decision_of_this_process_counts(monkeypatch):
-    def fails(*_, **__):
-        raise RuntimeError("planted")
-
     monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
-    monkeypatch.setattr(launch, "choose_plan", fails)
+    monkeypatch.setattr(launch, "choose_plan", Mock(side_effect=RuntimeError("planted")))
     lstm = gpu_lstm.LSTM(4, 5)
     with pytest.warns(UserWarning, match="planted"):
         lstm(X)
@@ -154,8 +148,9 @@ def test_launches_are_as_many_as_the_call_makes(monkeypatch, training):
 
 def test_what_a_user_asked_for_is_named(monkeypatch):
     lstm = gpu_lstm.LSTM(4, 5)
-    assert gpu_lstm.explain(lstm, X).why == "backend 'auto' chooses it where no kernels run"
-    assert gpu_lstm.explain(lstm, X).others["triton"] == "'auto' does not give cpu tensors to it"
+    found = gpu_lstm.explain(lstm, X)
+    assert found.why == "backend 'auto' chooses it where no kernels run"
+    assert found.others["triton"] == "'auto' does not give cpu tensors to it"
     monkeypatch.setenv(choices.BACKEND_VARIABLE, "reference")
     assert gpu_lstm.explain(lstm, X).why == "asked for by the variable GPU_LSTM_BACKEND"
     with gpu_lstm.backend("triton"):
