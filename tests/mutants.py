@@ -307,7 +307,6 @@ def _answers(pool: Executor, jobs: list, seconds: dict[str, float], what: str) -
         yield asked[done], done.result()
 
 
-
 def main() -> int:
     """Exit status 1: fewer than 95 % were caught; 2: a test fails without a fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
