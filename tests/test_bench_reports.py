@@ -167,12 +167,12 @@ def test_the_heat_map_has_a_number_for_every_speed_a_word_for_what_is_wrong_and_
     rows += [row(ONE, "torch", 10.0, graph=True, status="yardstick")]
     figure = plots.figures(frame(rows))["speed"]
     axes, bar = figure.axes
-    cells = {(int(t.get_position()[0]), int(t.get_position()[1])): t.get_text() for t in axes.texts}
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["ours", "haste", "torch (graph)"]
-    names = [label.get_text() for label in axes.get_yticklabels()]
+    columns, names = ([t.get_text() for t in labels] for labels in (axes.get_xticklabels(), axes.get_yticklabels()))
     assert names == ["training bf16 T1024 B16 H768", "training B1*", "training B4"]
-    assert [[cells[x, y] for y in range(3)] for x in range(3)] == [["2.00"] * 3, ["0.500", "wrong", "-"],
-                                                                   ["2.00", "-", ""]]  # fmt: skip
+    cells = {tuple(map(int, t.get_position())): t.get_text() for t in axes.texts}
+    assert {column: [cells[x, y] for y in range(3)] for x, column in enumerate(columns)} == {
+        "ours": ["2.00"] * 3, "haste": ["0.500", "wrong", "-"], "torch (graph)": ["2.00", "-", ""],
+    }  # fmt: skip
     assert bar.get_ylabel() == "times as fast as torch.nn.LSTM"
     assert report.STARRED in figure.get_supxlabel().replace("\n", " ")
 
@@ -250,8 +250,8 @@ def test_readme_and_page_are_those_of_the_stored_results(tmp_path):
 
 @pytest.mark.parametrize("text", [report.BEGIN, report.END, f"{report.END}\n{report.BEGIN}"])
 def test_a_missing_marker_is_named_and_the_file_left_alone(tmp_path, text):
-    (tmp_path / "README.md").write_text(text)
+    (readme := tmp_path / "README.md").write_text(text)
     missing = report.END if text.endswith(report.BEGIN) else report.BEGIN
     with pytest.raises(ValueError, match=re.escape(f"README.md: no {missing}")):
-        report.update_page(tmp_path / "README.md", [])
-    assert (tmp_path / "README.md").read_text() == text
+        report.update_page(readme, [])
+    assert readme.read_text() == text

@@ -39,8 +39,7 @@ class Classifier(nn.Module):
 
 
 def lstm(kind: type[nn.Module], backend: str | None, **arguments) -> nn.Module:
-    chosen = {} if backend is None else {"backend": backend}
-    return kind(I, H, batch_first=True, **arguments, **chosen)
+    return kind(I, H, batch_first=True, **arguments, **({} if backend is None else {"backend": backend}))
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -200,17 +199,15 @@ def test_torchrl(rate):
 
     def run(kind, backend):
         torch.manual_seed(0)
-        inner = lstm(kind, backend, num_layers=2)
-        policy = modules.LSTMModule(lstm=inner, **KEYS)
-        starts = torch.rand(N, T, 1) < rate
-        states = {name: torch.randn(N, T, 2, H) for name in "hc"}
-        whole = TensorDict({"x": data()[0], "is_init": starts, **states}, [N, T])
+        policy = modules.LSTMModule(lstm=lstm(kind, backend, num_layers=2), **KEYS)
+        given = {"is_init": torch.rand(N, T, 1) < rate, **{name: torch.randn(N, T, 2, H) for name in "hc"}}
+        whole = TensorDict({"x": data()[0], **given}, [N, T])
         with modules.set_recurrent_mode(False):
             step = policy(whole[:, 0].clone())
         with modules.set_recurrent_mode(True):
             whole = policy(whole)
         whole["y"].square().sum().backward()
-        found = [step["y"], step["next", "c"], whole["y"], whole["next", "h"], *(p.grad for p in inner.parameters())]
+        found = [step["y"], step["next", "c"], whole["y"], whole["next", "h"], *(p.grad for p in policy.parameters())]
         return [each.detach() for each in found]
 
     both(run, gpu_lstm.compat.LSTM)

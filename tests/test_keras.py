@@ -325,15 +325,14 @@ def test_keras_init_and_forget_bias(name):
             assert not parameter.any()
         else:  # what Keras does not have
             assert torch.equal(parameter, values[path])
-    if name == "no bias":
-        return
-    module = INITIALIZED[name]()
-    expected = {path: p.detach().clone() for path, p in module.named_parameters()}
-    assert forget_bias(module, 2.5) is module
-    for path, parameter in module.named_parameters():
-        if "bias_ih" in path or "bias_hh" in path:
-            expected[path][len(parameter) // 4 : len(parameter) // 2] = 2.5 if "bias_ih" in path else 0.0
-        assert torch.equal(parameter, expected[path])
+    if name != "no bias":
+        module = INITIALIZED[name]()
+        expected = {path: p.detach().clone() for path, p in module.named_parameters()}
+        assert forget_bias(module, 2.5) is module
+        for path, parameter in module.named_parameters():
+            if "bias_ih" in path or "bias_hh" in path:
+                expected[path][len(parameter) // 4 : len(parameter) // 2] = 2.5 if "bias_ih" in path else 0.0
+            assert torch.equal(parameter, expected[path])
 
 
 def test_keras_init_is_keras_own():
@@ -347,15 +346,13 @@ def test_keras_init_is_keras_own():
     assert torch.equal(bias, keras_init(gpu_lstm.LSTM(24, 64)).bias_ih_l0.double())
 
 
-def test_orthogonal_weights_prefer_no_sign():
+def test_keras_init_is_reproducible_prefers_no_sign_and_has_half_precision():
     """Without a correction for the signs that QR chooses, the diagonal would not be balanced around zero."""
     torch.manual_seed(0)
     cell = gpu_lstm.LSTMCell(2, 2)
     corners = torch.stack([keras_init(cell).weight_hh.diagonal().detach().clone() for _ in range(400)])
     assert (corners.mean(0).abs() < 5 * corners.std(0) / 400**0.5).all()
 
-
-def test_keras_init_is_reproducible_and_has_half_precision():
     def drawn(seed, dtype=torch.float32):
         torch.manual_seed(seed)
         return [p.detach() for p in keras_init(gpu_lstm.LSTM(24, 64, dtype=dtype)).parameters()]
