@@ -257,38 +257,34 @@ class Worker:
 
         RuntimeError if pytest failed without a failing test: then nothing is known.
         """
-        log = self.tree / "out.log"
-        child = os.fork()
-        if child == 0:
-            os.setsid()
-            with log.open("w") as out:
-                os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
-            os.chdir(self.tree)
-            name, _, only = test.partition("::")
-            where = f"tests/test_{name}.py" + (f"::{only}" if only else "")
-            code = pytest.ExitCode.INTERNAL_ERROR
-            try:  # and never back into the worker, whatever happens
-                code = pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--tb=line", where])
-            finally:
-                os._exit(code)
-        deadline = time.monotonic() + seconds
-        try:
-            while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-                if time.monotonic() > deadline:
-                    return "time"
-                time.sleep(0.05)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # what the tests have left running, too
-                os.killpg(child, signal.SIGKILL)
-        if ended[1] == 0:
+        log, (name, _, only) = self.tree / "out.log", test.partition("::")
+        where = f"tests/test_{name}.py" + (f"::{only}" if only else "")
+        child = multiprocessing.get_context("fork").Process(target=_pytest, args=(self.tree, log, where))
+        child.start()
+        child.join(seconds)
+        ended = child.exitcode  # None if it still runs
+        with contextlib.suppress(ProcessLookupError):  # what the tests have left running, too
+            os.killpg(child.pid, signal.SIGKILL)
+        if ended is None:
+            return "time"
+        if ended == 0:
             return ""
         text = log.read_text(errors="replace")
         failed = re.search(r"^(?:FAILED|ERROR) tests/test_(.*?)(?: - .*)?$", text, re.M)
         if failed:
             return failed.group(1)
-        if os.WIFSIGNALED(ended[1]):
-            return f"{test}, killed by {signal.Signals(os.WTERMSIG(ended[1])).name}"
+        if ended < 0:
+            return f"{test}, killed by {signal.Signals(-ended).name}"
         raise RuntimeError(f"{test} did not run:\n{text[-2000:]}")  # as where a package is missing, say
+
+
+def _pytest(tree: Path, log: Path, where: str) -> None:
+    """In a process group of its own."""
+    os.setsid()
+    with log.open("w") as out:
+        os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
+    os.chdir(tree)
+    sys.exit(pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--tb=line", where]))
 
 
 def _start(snapshot: Path) -> None:
