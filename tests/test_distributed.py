@@ -188,7 +188,9 @@ def test_a_distributed_checkpoint_resumes_in_two_processes_and_in_one_and_loads_
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
-@pytest.mark.parametrize(("dtype", "use_reentrant"), [(None, False), (torch.float16, True), (torch.float16, False)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "use_reentrant"), [(None, False), (torch.float16, True), (torch.float16, False)], ids=str
+)
 @every_backend
 def test_activation_checkpointing_changes_no_bit(backend, dtype, use_reentrant):
     model = Tagger(backend, dropout=0.5).to(DEVICE)
