@@ -3,6 +3,7 @@
 An environment sees the packages of the one that runs the tests, but for gpu_lstm: nothing is downloaded.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -12,19 +13,19 @@ import sysconfig
 import venv
 from collections.abc import Collection
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = [Path(folder) for folder in sys.path if Path(folder).name == "site-packages"]
 
 
-def build(target: str, folder: Path) -> Path:
-    """The wheel or the sdist, by the backend that pip asks for it, which writes into the source: so into a copy."""
+def build(folder: Path, *targets: str) -> list[Path]:
+    """The "wheel", the "sdist", by the backend that pip asks for it, which writes into the source: so into a copy."""
     source, left_out = folder / "source", (".git", ".venv*", ".*_cache", "out", "build", "*.egg-info")
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left_out))
-    call = f"from setuptools import build_meta; build_meta.build_{target}({str(folder / 'built')!r})"
-    run([sys.executable, "-c", call], cwd=source)
-    (built,) = (folder / "built").iterdir()
-    return built
+    calls = ", ".join(f"build_meta.build_{target}({str(folder)!r})" for target in targets)
+    names = run([sys.executable, "-c", f"from setuptools import build_meta; print({calls}, sep='/')"], cwd=source)
+    return [folder / name for name in names.stdout.splitlines()[-1].split("/")]
 
 
 def environment(folder: Path, *, without: Collection[str] = (), install: Collection[str] = ()) -> Path:
@@ -53,3 +54,11 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess:
     done = subprocess.run(command, env=variables, capture_output=True, text=True, **options)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def load(path: Path) -> ModuleType:
+    """A program of this checkout as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -25,16 +25,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import pytest
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("gpu_lstm/**/*.py", "kernels/**/*.py", "kernels/**/*.cu")
@@ -106,11 +105,9 @@ def _called(node: ast.AST) -> str:
 def _parts(node: ast.AST) -> Iterator[ast.AST]:
     """The nodes below that are mutated: no texts, annotations, decorators, assertions, nor what type checkers read."""
     for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns", "decorator_list", "type_comment", "type_params"):
-            continue
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST) and not _is_left_alone(child):
-                yield child
+        if name not in ("annotation", "returns", "decorator_list", "type_comment", "type_params"):
+            children = (c for c in (value if isinstance(value, list) else [value]) if isinstance(c, ast.AST))
+            yield from (child for child in children if not _is_left_alone(child))
 
 
 def _is_left_alone(node: ast.AST) -> bool:
@@ -177,12 +174,9 @@ def of_python(path: str, source: bytes) -> Iterator[Mutant]:
     while nodes:
         node = nodes.pop()
         nodes += _parts(node)
-        for kind, place, new in _changes(node):
-            start, end = (
-                before[line - 1] + column
-                for line, column in ((place.lineno, place.col_offset), (place.end_lineno, place.end_col_offset))
-            )
-            yield Mutant(path, place.lineno, place.col_offset, kind, start, source[start:end].decode(), new)
+        for kind, at, new in _changes(node):
+            start, end = before[at.lineno - 1] + at.col_offset, before[at.end_lineno - 1] + at.end_col_offset
+            yield Mutant(path, at.lineno, at.col_offset, kind, start, source[start:end].decode(), new)
 
 
 C_SWAPS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+", "/": "*",
@@ -205,12 +199,11 @@ def of_cuda(path: str, source: bytes) -> Iterator[Mutant]:
 
 def all_mutants(root: Path) -> list[Mutant]:
     """Every fault that could be planted."""
-    files = sorted({file for pattern in SOURCES for file in root.glob(pattern)})
-    return [
-        mutant
-        for file in files
-        for mutant in (of_cuda if file.suffix == ".cu" else of_python)(str(file.relative_to(root)), file.read_bytes())
-    ]
+    found = []
+    for file in sorted({file for pattern in SOURCES for file in root.glob(pattern)}):
+        generate = of_cuda if file.suffix == ".cu" else of_python
+        found += generate(str(file.relative_to(root)), file.read_bytes())
+    return found
 
 
 def sample(possible: list[Mutant], count: int, seed: int) -> list[Mutant]:
@@ -226,10 +219,8 @@ class Worker:
     def __init__(self, snapshot: Path) -> None:
         self.tree = snapshot.with_name(f"{snapshot.name}-{os.getpid()}")
         shutil.copytree(snapshot, self.tree)
-        os.environ |= dict(
-            PYTHONPATH=str(self.tree), XDG_CACHE_HOME=str(self.tree / "out" / "cache"), TRITON_INTERPRET="1",
-            OMP_NUM_THREADS="1",
-        )  # fmt: skip
+        os.environ |= dict(PYTHONPATH=str(self.tree), XDG_CACHE_HOME=str(self.tree / "out" / "cache"))
+        os.environ |= dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
         sys.path[:] = [str(self.tree), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests"))]
         for name in ("hypothesis", "torch._dynamo", "triton.language"):
             importlib.import_module(name)
@@ -266,38 +257,34 @@ class Worker:
 
         RuntimeError if pytest failed without a failing test: then nothing is known.
         """
-        log = self.tree / "out.log"
-        child = os.fork()
-        if child == 0:
-            os.setsid()
-            with log.open("w") as out:
-                os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
-            os.chdir(self.tree)
-            name, _, only = test.partition("::")
-            where = f"tests/test_{name}.py" + (f"::{only}" if only else "")
-            code = pytest.ExitCode.INTERNAL_ERROR
-            try:  # and never back into the worker, whatever happens
-                code = pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--tb=line", where])
-            finally:
-                os._exit(code)
-        deadline = time.monotonic() + seconds
-        try:
-            while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-                if time.monotonic() > deadline:
-                    return "time"
-                time.sleep(0.05)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # what the tests have left running, too
-                os.killpg(child, signal.SIGKILL)
-        if ended[1] == 0:
+        log, (name, _, only) = self.tree / "out.log", test.partition("::")
+        where = f"tests/test_{name}.py" + (f"::{only}" if only else "")
+        child = multiprocessing.get_context("fork").Process(target=_pytest, args=(self.tree, log, where))
+        child.start()
+        child.join(seconds)
+        ended = child.exitcode  # None if it still runs
+        with contextlib.suppress(ProcessLookupError):  # what the tests have left running, too
+            os.killpg(child.pid, signal.SIGKILL)
+        if ended is None:
+            return "time"
+        if ended == 0:
             return ""
         text = log.read_text(errors="replace")
         failed = re.search(r"^(?:FAILED|ERROR) tests/test_(.*?)(?: - .*)?$", text, re.M)
         if failed:
             return failed.group(1)
-        if os.WIFSIGNALED(ended[1]):
-            return f"{test}, killed by {signal.Signals(os.WTERMSIG(ended[1])).name}"
+        if ended < 0:
+            return f"{test}, killed by {signal.Signals(-ended).name}"
         raise RuntimeError(f"{test} did not run:\n{text[-2000:]}")  # as where a package is missing, say
+
+
+def _pytest(tree: Path, log: Path, where: str) -> None:
+    """In a process group of its own."""
+    os.setsid()
+    with log.open("w") as out:
+        os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
+    os.chdir(tree)
+    sys.exit(pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--tb=line", where]))
 
 
 def _start(snapshot: Path) -> None:
@@ -316,28 +303,6 @@ def _answers(pool: Executor, jobs: list, seconds: dict[str, float], what: str) -
         yield asked[done], done.result()
 
 
-def copy_of_the_checkout(to: Path) -> None:
-    """What is in git, and what is new, as it is now: later edits of the checkout change no answer."""
-    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.check_output(listing, cwd=ROOT, text=True).splitlines():
-        if (ROOT / name).is_file():
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, to / name)
-
-
-def table(found: list[dict]) -> Table:
-    """How many were caught, by part of the library and by kind."""
-    result = Table("", "planted", "caught", "timed out", "survived")
-    for key in ("part", "kind", ""):
-        groups: dict[str, Counter] = defaultdict(Counter)
-        for entry in found:
-            groups[entry.get(key, "all")][entry["result"]] += 1
-        for name, counts in sorted(groups.items()):
-            result.add_row(name, *map(str, (counts.total(), counts["caught"], counts["timed out"], counts["survived"])))
-        result.add_section()
-    return result
-
-
 def main() -> int:
     """Exit status 1: fewer than 95 % were caught; 2: a test fails without a fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -348,10 +313,13 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "out" / "mutants.jsonl")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        tree = Path(folder, "tree")
-        copy_of_the_checkout(tree)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.workers, context, _start, (tree,)) as pool:
+        tree, listing = Path(folder, "tree"), ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        # What is in git, and what is new, as it is now: later edits of the checkout change no answer.
+        for name in subprocess.check_output(listing, cwd=ROOT, text=True).splitlines():
+            if (ROOT / name).is_file():
+                (tree / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, tree / name)
+        with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), _start, (tree,)) as pool:
             try:
                 return run(tree, options, pool)
             finally:
@@ -382,8 +350,10 @@ def run(tree: Path, options: argparse.Namespace, pool: Executor) -> int:
             file.write(json.dumps(entry) + "\n")
 
     found = [known[mutant.name] for mutant in chosen]
-    console.print(table(found))
-    survivors = [entry["name"] for entry in found if entry["result"] == "survived"]
+    rows = pd.DataFrame(found, columns=["name", "part", "kind", "result"])
+    for key in ("part", "kind"):
+        console.print(pd.crosstab(rows[key], rows["result"], margins=True, margins_name="planted"), highlight=False)
+    survivors = rows["name"][rows["result"] == "survived"]
     for name in survivors:
         console.print(f"survived: {name}", highlight=False)
     return int(len(survivors) > 0.05 * len(found))

@@ -1,6 +1,7 @@
 """The benchmark: cases, the check before the timing, results as files, other processes, the command line."""
 
 import contextlib
+import itertools
 import re
 import runpy
 import shutil
@@ -8,13 +9,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import faulty_worker
 import numpy as np
 import oracle
 import pytest
 import torch
+from installed import ROOT
 from torch import nn
 
 from bench import __main__ as command_line
@@ -22,11 +24,10 @@ from bench import cases, expected, gpu, inputs, isolated, measure, providers, re
 from bench.cases import Case
 from bench.inputs import Inputs, results_in
 from bench.providers import Provider, torch_lstm
+from gpu_lstm.call.weights import NAMES
 
-ROOT = Path(__file__).parent.parent
 SMALL = Case("training", "fp32", steps=5, batch=3, input_size=4, hidden_size=6)
 FORWARD = replace(SMALL, mode="forward")
-KINDS = (*inputs.WEIGHTS, "weight_hr", "weight_peephole", "gain_ih", "gain_hh", "gain_c", "bias_c")  # as the oracle
 
 
 @pytest.fixture(autouse=True)
@@ -71,32 +72,29 @@ def test_operations_and_bytes_are_those_of_the_tensors():
                                      *({"sequences": "ragged", "variant": name} for name in cases.VARIANTS)],
                          ids=str)  # fmt: skip
 def test_the_truth_is_the_oracles(changes):
-    given = Inputs.of(replace(SMALL, directions=2, **changes), "cpu")
-    truth, outputs, dx, variant = results_in(torch.float64, given), [], 0, given.case.variant
+    given, noises = Inputs.of(replace(SMALL, directions=2, **changes), "cpu"), []
     torch.manual_seed(inputs.NOISE_SEED)
-    for d, suffix in enumerate(("", "_reverse")):
-        tensors = [given.xs[0], given.h0[d], given.c0[d], *(given.weights.get(f"{kind}_l0{suffix}") for kind in KINDS)]
-        noise = dict(zip(("reset_h", "reset_c"), (each[d] for each in given.reset_states or ())))
-        match variant:
-            case "recurrent_dropout":
-                noise["dropout_h"] = nn.functional.dropout(torch.ones(3, 6), 0.25)
-            case "zoneout":
-                noise |= {name: torch.rand(5, 3, 6) < 0.1 for name in ("zoneout_h", "zoneout_c")}
-        tensors = [None if tensor is None else tensor.double().numpy() for tensor in tensors]
-        noise = {name: tensor.double().numpy() for name, tensor in noise.items()}
-        y, h_n, c_n, tape = oracle.layer(*tensors, lengths=given.lengths, resets=given.resets, reverse=d == 1, **noise)
-        dy = given.dy[:, :, d * 6 : (d + 1) * 6].double().numpy()
-        gradients = oracle.layer_gradients(*tensors, tape=tape, dh=dy, dh_n=0 * h_n, dc_n=0 * c_n, **noise)
-        outputs, dx = [*outputs, y], dx + gradients[0]
-        found = [
-            *(truth[name][d] for name in ("h_n", "c_n", "dh0", "dc0")),
-            *(truth[f"d{kind}_l0{suffix}"] for kind in KINDS if f"{kind}_l0{suffix}" in given.weights),
-        ]
-        trues = [each for each in gradients[1:-2] if each is not None]
-        for value, true in zip(found, (h_n, c_n, *trues), strict=True):
-            np.testing.assert_allclose(value, true, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(truth["output"], np.concatenate(outputs, axis=2), rtol=1e-9)
-    np.testing.assert_allclose(truth["dx"], dx, rtol=1e-9, atol=1e-12)
+    for d in range(2):
+        noises.append(dict(zip(("reset_h", "reset_c"), (each[d].double() for each in given.reset_states or ()))))
+        if given.case.variant == "recurrent_dropout":
+            noises[d]["dropout_h"] = nn.functional.dropout(torch.ones(3, 6), 0.25).double()
+        elif given.case.variant == "zoneout":
+            noises[d] |= {name: (torch.rand(5, 3, 6) < 0.1).double() for name in ("zoneout_h", "zoneout_c")}
+        noises[d] = {name: t.numpy() for name, t in noises[d].items()}
+    x, h0, c0, dy = (t.double().numpy() for t in (given.xs[0], given.h0, given.c0, given.dy))
+    weights = {name: t.double().numpy() for name, t in given.weights.items()}
+    names = [[f"{kind}_l0{suffix}" for kind in NAMES] for suffix in ("", "_reverse")]
+    layer = [[weights.get(name) for name in row] for row in names]
+    ragged = dict(lengths=given.lengths, resets=given.resets, noises=[noises])
+    y, (finals,), tapes = oracle.stack(x, [list(zip(h0, c0))], [layer], **ragged)
+    dx, (dstates,), (dweights,), _ = oracle.stack_gradients(tapes, dy, [[(0 * h, 0 * c) for h, c in finals]])
+    true = dict(zip(("output", "h_n", "c_n"), (y, *map(np.stack, zip(*finals)))))
+    true |= zip(("dx", "dh0", "dc0"), (dx, *map(np.stack, zip(*dstates))))
+    true |= {f"d{name}": d for row, ds in zip(names, dweights) for name, d in zip(row, ds) if d is not None}
+    found = results_in(torch.float64, given)
+    assert found.keys() == true.keys()
+    for name, value in true.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def test_an_active_step_is_by_some_and_inputs_that_would_stay_in_the_cache_are_several(monkeypatch):
@@ -120,15 +118,12 @@ def test_rows_have_figures_or_a_reason(changes):
     for row in rows.values():
         assert (row["case"], row["steps"], row["schema"]) == (case.name, case.steps, results.SCHEMA)
         if row["status"] not in results.TIMED:
-            assert row["status"] in ("absent", "unable")
-            assert row["note"]
-            assert "median_s" not in row
+            assert (row["status"] in ("absent", "unable"), bool(row["note"]), "median_s" in row) == (True, True, False)
             continue
         assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
         assert 0 < row["speed_p20"] <= row["speed"] <= row["speed_p80"]
         moved, computed = case.bytes_moved() / row["copy_bytes_per_s"], case.operations() / row["product_flops_per_s"]
-        assert row["bound_s"] == max(moved, computed)
-        assert 0 < row["error"] <= 1
+        assert (row["bound_s"], 0 < row["error"] <= 1) == (max(moved, computed), True)
         assert row.get("kept_bytes", 0) > 0 or not case.training
     assert rows["ours"]["status"] == rows["ours-reference"]["status"] == "measured"
     plain = case == case.plain() or case.sequences == "packed"
@@ -195,18 +190,18 @@ def test_at_most_twice_torchs_own_error_is_allowed_which_is_compared_with_its_ce
 
 
 def test_interleaved_rounds_run_all_each_in_an_order_of_its_own(monkeypatch):
-    order, numbers, clock = [], [], [0.0]
+    order, numbers, clock, takes = [], [], [0.0], {"a": 0.001, "b": 0.002}
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
 
-    def call(name, number):
+    def call(number, name):
         order.append(name)
         numbers.append(number)
-        clock[0] += {"a": 0.001, "b": 0.002}[name]
+        clock[0] += takes[name]
 
-    taken = timing.interleaved({name: lambda number, name=name: call(name, number) for name in "ab"}, "cpu", 0.1)
-    for name, seconds in {"a": 0.001, "b": 0.002}.items():
+    taken = timing.interleaved({name: partial(call, name=name) for name in takes}, "cpu", 0.1)
+    for name, seconds in takes.items():
         assert timing.percentiles(taken[name]) == pytest.approx([seconds] * 3)
-    assert len(taken["a"]) == len(taken["b"]) == 33  # 0.1 s of 3 ms
+        assert len(taken[name]) == 33  # 0.1 s of 3 ms
     assert numbers[: timing.WARM_UP] == [0, 1, 2]
     rounds = ["".join(pair) for pair in zip(order[6::2], order[7::2])]
     assert set(rounds) == {"ab", "ba"}
@@ -223,12 +218,9 @@ def test_bytes_kept_for_backward_count_each_storage_once():
 # Results as files.
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def row():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(timing, "COPY_BYTES", {"cpu": 1 << 20})
-        monkeypatch.setattr(measure, "SECONDS", 0.01)
-        return run_case(SMALL, "torch")["torch"]
+    return run_case(SMALL, "torch")["torch"]
 
 
 def write(path, *rows):
@@ -276,7 +268,9 @@ def test_a_stopped_run_keeps_what_it_has_and_no_case_is_begun_after_the_deadline
     run, (a, b, c) = measure.run_case, (tmp_path / name for name in "abc")
 
     def stopped(case, *arguments):
-        return run(case, *arguments) if case == SMALL else exec("raise KeyboardInterrupt")
+        if case != SMALL:
+            raise KeyboardInterrupt
+        return run(case, *arguments)
 
     assert measure.measure([SMALL], ["ours"], "cpu", {a: None}, deadline=time.monotonic() - 1) == [SMALL]
     assert results.read(a).empty
@@ -287,16 +281,12 @@ def test_a_stopped_run_keeps_what_it_has_and_no_case_is_begun_after_the_deadline
     assert set(results.read(c)["case"]) == {SMALL.name}
 
 
-@pytest.mark.parametrize(("function", "limit_s", "args"), [
-    (faulty_worker.hang, 1.0, ("hangs", "hung: no sign for 1 s")),
-    (faulty_worker.die, 60.0, ("dies", "its process died, exit code 7")),
-])  # fmt: skip
-def test_what_hangs_or_dies_is_named(function, limit_s, args):
-    worker = isolated.Worker(function, limit_s=limit_s)
-    for _ in range(2):  # the second in a new process
+def test_what_hangs_or_dies_is_named_and_the_next_call_starts_another_process():
+    worker = isolated.Worker(faulty_worker.hang_or_die, limit_s=1.0)
+    for what, args in (("hangs", "hung: no sign for 1 s"), ("dies", "its process died, exit code 7")):
         with pytest.raises(isolated.ProviderFailed) as raised:
-            worker()
-        assert raised.value.args == args
+            worker(what)
+        assert raised.value.args == (what, args)
 
 
 def test_a_provider_that_fails_takes_no_other_along(monkeypatch):
@@ -318,36 +308,6 @@ def test_a_provider_that_fails_takes_no_other_along(monkeypatch):
 # Against another commit.
 
 
-def git(folder, *arguments):
-    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def test_a_commit_is_checked_out_and_removed(tmp_path, monkeypatch, capsys):
-    """Of a small repository, with gpu_lstm in its first commit and none in the second."""
-    for folder in ("gpu_lstm", "kernels"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("kernels", "__pycache__"))
-    (tmp_path / "bench.py").write_text("raise ImportError('the benchmark is that of this checkout')")
-    for command in ("init -q", "add .", "commit -qm with", "rm -rq gpu_lstm", "commit -qm without"):
-        git(tmp_path, *command.split())
-    monkeypatch.setattr(isolated, "ROOT", tmp_path)
-    for error in (None, KeyboardInterrupt):
-        with contextlib.suppress(KeyboardInterrupt), isolated.checkout("HEAD~1") as path:
-            tree = (path.parent / "tree").resolve()
-            if error is not None:
-                raise error
-            worker = isolated.Worker(faulty_worker.places, path)
-            assert worker() == [str(tree / "gpu_lstm" / "__init__.py"), str(tree / "kernels" / "__init__.py"),
-                                str(ROOT / "bench" / "__init__.py")]  # fmt: skip
-            worker.close()
-        assert not path.parent.exists()
-        assert len(git(tmp_path, "worktree", "list").splitlines()) == 1
-    assert command_line.main(["--base", "HEAD", "--out", str(tmp_path / "out")]) == 2  # which has no gpu_lstm
-    assert "no commit 'HEAD'" in capsys.readouterr().err
-    assert len(git(tmp_path, "worktree", "list").splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
 TWICE = """
 _forward = LSTM.forward
 def _twice(self, *arguments, **options):
@@ -358,20 +318,45 @@ LSTM.forward = _twice
 
 
 def test_base_measures_both_commits_in_turns_and_fails_where_ours_is_broken_now(monkeypatch, tmp_path, capsys):
-    """Here the LSTM returns twice its output; in the other commit it is right."""
-    for side, broken in (("here", TWICE), ("there", "")):
-        for folder in ("gpu_lstm", "kernels"):
-            shutil.copytree(ROOT / folder, tmp_path / side / folder)
-        with (tmp_path / side / "gpu_lstm" / "__init__.py").open("a") as file:
-            file.write(f"\n{broken}\n")
-    monkeypatch.syspath_prepend(tmp_path / "here")  # which new processes get, too; "there" goes before it
-    monkeypatch.setattr(command_line, "checkout", lambda commit: contextlib.nullcontext(tmp_path / commit))
+    """In a repository whose first commit is right; the second has no gpu_lstm; here the LSTM returns twice its output.
+
+    The other commit is checked out, and removed.
+    """
+
+    def git(*arguments):
+        command = ["git", "-C", str(there), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    here, there, out = tmp_path / "here", tmp_path / "there", tmp_path / "out"
+    for path, folder in itertools.product((here, there), ("gpu_lstm", "kernels")):
+        shutil.copytree(ROOT / folder, path / folder, ignore=shutil.ignore_patterns("kernels", "__pycache__"))
+    (here / "gpu_lstm" / "kernels").symlink_to(here / "kernels")
+    (there / "bench.py").write_text("raise ImportError('the benchmark is that of this checkout')")
+    for command in ("init -q", "add .", "commit -qm with", "rm -rq gpu_lstm", "commit -qm without"):
+        git(*command.split())
+    with (here / "gpu_lstm" / "__init__.py").open("a") as file:
+        file.write(TWICE)
+    monkeypatch.setattr(isolated, "ROOT", there)
+    with contextlib.suppress(KeyboardInterrupt), isolated.checkout("HEAD~1") as path:
+        worker, tree = isolated.Worker(faulty_worker.places, path), (path.parent / "tree").resolve()
+        places = tree / "gpu_lstm", tree / "kernels", ROOT / "bench"
+        assert worker() == [str(place / "__init__.py") for place in places]
+        worker.close()
+        raise KeyboardInterrupt
+    assert not path.parent.exists()
+
+    monkeypatch.syspath_prepend(here)  # which new processes get, too; the other commit goes before it
     monkeypatch.setattr(measure, "run_case", faulty_worker.run_case)
-    assert command_line.main(["--base", "there", "--device", "cpu", "--out", str(tmp_path / "out")]) == 1
+    command = ["--device", "cpu", "--out", str(out)]
+    assert command_line.main([*command, "--base", "HEAD"]) == 2
+    assert "no commit 'HEAD'" in capsys.readouterr().err
+    assert not out.exists()
+    assert command_line.main([*command, "--base", "HEAD~1"]) == 1
     assert "regressions of gpu_lstm: 2," in capsys.readouterr().out
     for name, status in (("base", "measured"), ("results", "wrong")):
-        rows = results.read(tmp_path / "out" / f"{name}.csv")
+        rows = results.read(out / f"{name}.csv")
         assert dict(zip(rows["provider"], rows["status"])) == {"torch": "measured", "ours": status}
+    assert len(git("worktree", "list").splitlines()) == 1
 
 
 # What can be told without a GPU, and the command line.
@@ -379,6 +364,7 @@ def test_base_measures_both_commits_in_turns_and_fails_where_ours_is_broken_now(
 
 def test_what_is_expected_of_a_card(monkeypatch):
     monkeypatch.undo()
+    monkeypatch.setattr(expected, "SECONDS", 0.01)
     rows = {row["hidden_size"]: row for row in expected.rows(["h100"])}
     assert {row["status"] for row in rows.values()} == {"expected"}
     assert (rows[768]["note"], rows[768]["launches"]) == ("cooperative / cooperative", 2)
@@ -413,13 +399,7 @@ def test_mistakes_are_answered_with_what_is_known_and_write_nothing(capsys, monk
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_a_run_ends_with_the_table_and_fails_where_ours_is_wrong(capsys, tmp_path, monkeypatch, wrong):
     def build(given):
-        engine = torch_lstm.plain(given)
-
-        def call(*leaves):
-            y, state = engine.call(*leaves)
-            return (1 + wrong) * y, state
-
-        return replace(engine, call=call)
+        return torch_lstm.plain(replace(given, weights={k: (1 + wrong) * t for k, t in given.weights.items()}))
 
     monkeypatch.setitem(providers.PROVIDERS, "ours", replace(providers.PROVIDERS["ours"], build=build))
     options = "--device cpu --cases headline --providers ours cell-loop --out"
@@ -462,12 +442,9 @@ def test_bench_gpu_rehearsed_on_a_cpu(capsys, tmp_path, monkeypatch):
     assert all(asking[1] >= 1 for asking in asked)
 
 
-def test_elsewhere_those_for_every_case_take_part():
+def test_elsewhere_those_for_every_case_take_part_and_a_command_that_hangs_is_stopped(tmp_path):
     elsewhere = ["torch", "torch-packed", "ours", "ours-stream", "cleanrl-loop", "torchrl-pad", "torchrl-triton"]
     assert providers.taking_part(None, headline=False) == elsewhere
     assert providers.taking_part(["cell-loop"], headline=False) == ["torch", "cell-loop"]
-
-
-def test_a_command_that_hangs_is_stopped(tmp_path):
     assert gpu.command(["timeit", "-n", "1", "import time; time.sleep(600)"], 0.5, tmp_path / "log")[1] is None
     assert gpu.command(["platform"], 60.0, tmp_path / "log")[1] == 0

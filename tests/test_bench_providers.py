@@ -1,12 +1,12 @@
 """What the benchmark's providers build: results and gradients, in torch's layout, are those of float64."""
 
 import sys
-import types
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from subjects import HasteLSTM
 
 from bench.cases import VARIANTS, Case
 from bench.inputs import Inputs, results_in
@@ -37,9 +37,9 @@ DONE = {  # which cases a provider does; it is unable to do the others
 }  # fmt: skip
 
 
-def assert_right(name: str, inputs: Inputs, truth=None) -> None:
+def assert_right(name: str, inputs: Inputs, truth) -> None:
     """All results and gradients are those of float64."""
-    found, truth = Trial(name, inputs).results(), truth or results_in(torch.float64, inputs)
+    found = Trial(name, inputs).results()
     assert found.keys() == truth.keys()
     for result, true in truth.items():
         assert found[result].shape == true.shape, (name, result)
@@ -80,15 +80,6 @@ def test_a_package_that_is_not_there_is_explained_in_one_line(tmp_path, monkeypa
     assert "KERAS_BACKEND=torch" in PROVIDERS["keras"].absent("cpu")
 
 
-# Peers that need CUDA, by stand-ins of the same interface and layout, written from their documentation.
-
-
-def stand_in(monkeypatch, name: str, **members) -> None:
-    module = types.ModuleType(name)
-    vars(module).update(members)
-    monkeypatch.setitem(sys.modules, name, module)
-
-
 def flashrnn(Wx, R, b, states, function, backend, dtype):
     """Wx [B, T, 4, N, D], R [4, N, D, D previous], b [4, N, D], states [2, B, 1, N, D]; gates i, f, z, o."""
     assert (function, dtype) == ("lstm", "float32")
@@ -104,36 +95,11 @@ def flashrnn(Wx, R, b, states, function, backend, dtype):
     return torch.stack(seen, dim=2), seen[-1][:, :, None]
 
 
-@pytest.mark.parametrize("name", ["flashrnn-cuda", "flashrnn-triton"])
-def test_flashrnn(monkeypatch, name):
-    stand_in(monkeypatch, "flashrnn", flashrnn=flashrnn)
-    assert_right(name, Inputs.of(replace(PLAIN, dtype="tf32"), "cpu"))
-
-
-class HasteLSTM(nn.Module):
-    """kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H]; gates i, g, f, o; time first."""
-
-    def __init__(self, input_size, hidden_size):
-        super().__init__()
-        self.hidden_size = hidden_size
-
-    def from_native_weights(self, weight_ih_l0, weight_hh_l0, bias_ih_l0, bias_hh_l0):
-        of_torch = [gate * self.hidden_size + unit for gate in (0, 2, 1, 3) for unit in range(self.hidden_size)]
-        self.kernel = nn.Parameter(weight_ih_l0.T[:, of_torch])
-        self.recurrent_kernel = nn.Parameter(weight_hh_l0.T[:, of_torch])
-        self.bias = nn.Parameter((bias_ih_l0 + bias_hh_l0)[of_torch])
-
-    def forward(self, x, state):
-        assert self.training
-        ((h,), (c,)), outputs = state, []
-        for x_t in x:
-            i, g, f, o = (x_t @ self.kernel + h @ self.recurrent_kernel + self.bias).split(self.hidden_size, dim=1)
-            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-            h = torch.sigmoid(o) * torch.tanh(c)
-            outputs.append(h)
-        return torch.stack(outputs), (h[None], c[None])
-
-
-def test_haste(monkeypatch):
-    stand_in(monkeypatch, "haste_pytorch", LSTM=HasteLSTM)
-    assert_right("haste", Inputs.of(PLAIN, "cpu"))
+@pytest.mark.parametrize("name", ["haste", "flashrnn-cuda", "flashrnn-triton"])
+def test_peers_that_need_cuda_by_what_their_documentation_says(monkeypatch, name):
+    """Stand-ins of the same interface and layout."""
+    for package, its in {"flashrnn": SimpleNamespace(flashrnn=flashrnn),
+                         "haste_pytorch": SimpleNamespace(LSTM=HasteLSTM)}.items():  # fmt: skip
+        monkeypatch.setitem(sys.modules, package, its)
+    inputs = Inputs.of(PLAIN if name == "haste" else replace(PLAIN, dtype="tf32"), "cpu")
+    assert_right(name, inputs, results_in(torch.float64, inputs))

@@ -67,6 +67,15 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=0.01)
 
 
+def third_step(model: nn.Module, checkpoint: Path, rank: int | None = None) -> None:
+    """From a checkpoint after two; a worker's, or that of one process."""
+    optimizer, alone = adam(model), rank is None
+    weights, states = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=alone))
+    dcp.load({"model": weights, "optimizer": states}, checkpoint_id=checkpoint, no_dist=alone)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
+    train(model, range(2, 3), optimizer, rank)
+
+
 # In each worker
 
 
@@ -100,11 +109,7 @@ def resumed(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
     """The whole weights after the third step, from the checkpoint after two."""
     model = Tagger(backend, seed=1)
     fully_shard(model)  # in other shards than those that were saved
-    optimizer = adam(model)
-    weights, states = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": states}, checkpoint_id=folder / f"checkpoint {backend}")
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
-    train(model, range(2, 3), optimizer, rank)
+    third_step(model, folder / f"checkpoint {backend}", rank)
     return {name: weight.full_tensor() for name, weight in model.state_dict().items()}
 
 
@@ -167,31 +172,25 @@ def test_training_with_fsdp2_is_that_of_one_process(folder, backend):
 
 
 @pytest.mark.slow
-def test_a_distributed_checkpoint_resumes_in_two_processes_and_in_one(folder):
+def test_a_distributed_checkpoint_resumes_in_two_processes_and_in_one_and_loads_into_torchs_lstm(folder):
     expected = found(folder, fsdp, "torch")
     assert_same(found(folder, resumed, "torch"), expected)
     model = Tagger("torch", seed=1)
-    optimizer = adam(model)
-    weights, states = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
-    dcp.load({"model": weights, "optimizer": states}, checkpoint_id=folder / "checkpoint torch", no_dist=True)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
-    train(model, range(2, 3), optimizer)
+    third_step(model, folder / "checkpoint torch")
     assert_same(expected, model.state_dict())
 
-
-@pytest.mark.slow
-def test_a_distributed_checkpoint_loads_into_torchs_lstm(folder):
-    expected = Tagger("torch")
-    train(expected, range(2), adam(expected))
-    model = nn.ModuleDict({"lstm": nn.LSTM(I, H, num_layers=2), "head": nn.Linear(H, 2)})
-    weights = {"model": model.state_dict()}
+    model = Tagger("torch")
+    train(model, range(2), adam(model))
+    theirs = nn.ModuleDict({"lstm": nn.LSTM(I, H, num_layers=2), "head": nn.Linear(H, 2)})
+    weights = {"model": theirs.state_dict()}
     dcp.load(weights, checkpoint_id=folder / "checkpoint triton", no_dist=True)
-    assert_same(weights["model"], expected.state_dict())
+    assert_same(weights["model"], model.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
-@pytest.mark.parametrize("dtype", [None, torch.float16], ids=["float32", "autocast"])
+@pytest.mark.parametrize(
+    ("dtype", "use_reentrant"), [(None, False), (torch.float16, True), (torch.float16, False)], ids=str
+)
 @every_backend
 def test_activation_checkpointing_changes_no_bit(backend, dtype, use_reentrant):
     model = Tagger(backend, dropout=0.5).to(DEVICE)

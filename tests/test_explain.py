@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -35,20 +36,9 @@ X = torch.zeros(5, 3, 4)
 @pytest.fixture
 def card(monkeypatch):
     """The CPU as a card, on which nothing is run."""
-
-    def runs(*_, **__):
-        raise AssertionError("something was run")
-
     monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
     for module, name in ((run, "run_by"), (route, "run_by"), (race, "run_by"), (race, "race"), (launch, "choose_plan")):
-        monkeypatch.setattr(module, name, runs)
-
-
-@pytest.fixture
-def an_h100(card, monkeypatch):
-    """Its plans, and its expected times."""
-    for module in (choose, launch):
-        monkeypatch.setattr(module, "card_of", lambda device: H100)
+        monkeypatch.setattr(module, name, Mock(side_effect=AssertionError("something was run")))
 
 
 def _kind(lstm):
@@ -69,13 +59,11 @@ def test_a_race_that_was_won_is_told_with_both_times(card):
     assert found.others["torch"] == "1.80 times the time in the race"
     assert "CuPy" in found.others["cupy"]
     assert "plain loop" in found.others["reference"]
-    assert [(d.layer, d.name, d.input_size) for d in found.layers] == [
-        (0, "forward", 4), (0, "reverse", 4), (1, "forward", 10), (1, "reverse", 10),
-    ]  # fmt: skip
+    sizes = [(layer, name, size) for layer, size in enumerate((4, 10)) for name in ("forward", "reverse")]
+    assert [(d.layer, d.name, d.input_size) for d in found.layers] == sizes
     assert [each.name for d in found.layers for each in d.passes] == ["forward", "backward"] * 4
-    text = str(found)
-    assert "backend    triton: won a race, 1.80 times as fast (triton 1 ms, torch 1.8 ms)" in text
-    assert "LSTM 4 -> 5 -> 5, T = 5, B = 3, float32" in text
+    assert "backend    triton: won a race, 1.80 times as fast (triton 1 ms, torch 1.8 ms)" in str(found)
+    assert "LSTM 4 -> 5 -> 5, T = 5, B = 3, float32" in str(found)
     with torch.no_grad():
         assert gpu_lstm.explain(lstm, X).seconds is None, "inference is another kind, and was not raced"
 
@@ -97,11 +85,8 @@ def test_without_a_race_it_tells_who_is_expected_to_win_and_that_there_will_be_o
 
 
 def test_a_decision_of_this_process_counts(monkeypatch):
-    def fails(*_, **__):
-        raise RuntimeError("planted")
-
     monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
-    monkeypatch.setattr(launch, "choose_plan", fails)
+    monkeypatch.setattr(launch, "choose_plan", Mock(side_effect=RuntimeError("planted")))
     lstm = gpu_lstm.LSTM(4, 5)
     with pytest.warns(UserWarning, match="planted"):
         lstm(X)
@@ -110,7 +95,10 @@ def test_a_decision_of_this_process_counts(monkeypatch):
         assert (found.backend, found.others["triton"]) == ("torch", "the kernels fail: planted")
 
 
-def test_plans_and_what_bounds_a_step(an_h100, monkeypatch):
+def test_plans_and_what_bounds_a_step(card, monkeypatch):
+    """Of an H100."""
+    for module in (choose, launch):
+        monkeypatch.setattr(module, "card_of", lambda device: H100)
     lstm = gpu_lstm.LSTM(4, 768, dtype=torch.bfloat16, backend="triton")
     x = torch.zeros(5, 16, 4, dtype=torch.bfloat16)
     monkeypatch.setattr(available, "why_unavailable", lambda *_: None)  # bfloat16, which the interpreter refuses
@@ -160,8 +148,9 @@ def test_launches_are_as_many_as_the_call_makes(monkeypatch, training):
 
 def test_what_a_user_asked_for_is_named(monkeypatch):
     lstm = gpu_lstm.LSTM(4, 5)
-    assert gpu_lstm.explain(lstm, X).why == "backend 'auto' chooses it where no kernels run"
-    assert gpu_lstm.explain(lstm, X).others["triton"] == "'auto' does not give cpu tensors to it"
+    found = gpu_lstm.explain(lstm, X)
+    assert found.why == "backend 'auto' chooses it where no kernels run"
+    assert found.others["triton"] == "'auto' does not give cpu tensors to it"
     monkeypatch.setenv(choices.BACKEND_VARIABLE, "reference")
     assert gpu_lstm.explain(lstm, X).why == "asked for by the variable GPU_LSTM_BACKEND"
     with gpu_lstm.backend("triton"):

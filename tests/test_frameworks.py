@@ -18,8 +18,6 @@ from gpu_lstm.tools.convert import to_torch
 
 N, T, I, H = 12, 4, 3, 5
 Found = list[Tensor]
-Net = Callable[[], nn.Module]  # makes a classifier with an LSTM
-
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.usefixtures("exact_float32_products"),
@@ -41,8 +39,7 @@ class Classifier(nn.Module):
 
 
 def lstm(kind: type[nn.Module], backend: str | None, **arguments) -> nn.Module:
-    chosen = {} if backend is None else {"backend": backend}
-    return kind(I, H, batch_first=True, **arguments, **chosen)
+    return kind(I, H, batch_first=True, **arguments, **({} if backend is None else {"backend": backend}))
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -92,13 +89,12 @@ def test_lightning(tmp_path):
         return weights(module)
 
     both(run)
-    assert all(map(torch.equal, run(gpu_lstm.LSTM, None, "bf16-mixed"), run(nn.LSTM, None, "bf16-mixed")))
+    assert all(map(torch.equal, *(run(kind, None, "bf16-mixed") for kind in (gpu_lstm.LSTM, nn.LSTM))))
 
 
 def test_hugging_face_trainer(tmp_path):
     """Trainer.train, in float32 and with autocast; save_pretrained and back; a checkpoint resumed."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+    transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
 
     class Model(transformers.PreTrainedModel):
         config_class = transformers.PretrainedConfig
@@ -132,7 +128,7 @@ def test_hugging_face_trainer(tmp_path):
         return found[0]
 
     both(run)
-    assert all(map(torch.equal, run(gpu_lstm.LSTM, None, bf16=True), run(nn.LSTM, None, bf16=True)))
+    assert all(map(torch.equal, *(run(kind, None, bf16=True) for kind in (gpu_lstm.LSTM, nn.LSTM))))
 
 
 def test_skorch():
@@ -179,10 +175,8 @@ def test_captum():
 
     def run(kind, backend):
         model, x = Classifier(kind, backend).eval(), data()[0][:2]
-        attributions = [
-            method(model).attribute(x, target=1)
-            for method in (attr.IntegratedGradients, attr.Saliency, attr.InputXGradient, attr.FeatureAblation)
-        ]
+        methods = attr.IntegratedGradients, attr.Saliency, attr.InputXGradient, attr.FeatureAblation
+        attributions = [method(model).attribute(x, target=1) for method in methods]
         np.random.seed(0)
         torch.manual_seed(0)
         attributions.append(attr.GradientShap(model).attribute(x, baselines=torch.zeros_like(x), target=1))
@@ -205,40 +199,36 @@ def test_torchrl(rate):
 
     def run(kind, backend):
         torch.manual_seed(0)
-        inner = lstm(kind, backend, num_layers=2)
-        policy = modules.LSTMModule(lstm=inner, **KEYS)
-        starts = torch.rand(N, T, 1) < rate
-        states = {name: torch.randn(N, T, 2, H) for name in "hc"}
-        whole = TensorDict({"x": data()[0], "is_init": starts, **states}, [N, T])
+        policy = modules.LSTMModule(lstm=lstm(kind, backend, num_layers=2), **KEYS)
+        given = {"is_init": torch.rand(N, T, 1) < rate, **{name: torch.randn(N, T, 2, H) for name in "hc"}}
+        whole = TensorDict({"x": data()[0], **given}, [N, T])
         with modules.set_recurrent_mode(False):
             step = policy(whole[:, 0].clone())
         with modules.set_recurrent_mode(True):
             whole = policy(whole)
         whole["y"].square().sum().backward()
-        found = [step["y"], step["next", "c"], whole["y"], whole["next", "h"], *(p.grad for p in inner.parameters())]
+        found = [step["y"], step["next", "c"], whole["y"], whole["next", "h"], *(p.grad for p in policy.parameters())]
         return [each.detach() for each in found]
 
     both(run, gpu_lstm.compat.LSTM)
 
 
-@pytest.mark.parametrize("recurrent_backend", ["pad", "scan"])
-def test_torchrl_resets_to_the_states_that_are_stored(recurrent_backend):
+def test_torchrl_resets_to_the_states_that_are_stored():
     """As LSTMModule where a trajectory starts; gradients flow into the states there. `convert` does for it."""
     modules, TensorDict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict").TensorDict
     torch.manual_seed(0)
     x, starts = data()[0], torch.rand(N, T) < 0.4
     h, c = (torch.randn(N, T, 2, H, requires_grad=True) for _ in range(2))
-    theirs = lstm(nn.LSTM, None, num_layers=2)
-    policy = modules.LSTMModule(lstm=theirs, recurrent_backend=recurrent_backend, **KEYS)
+    policy = modules.LSTMModule(lstm=lstm(nn.LSTM, None, num_layers=2), recurrent_backend="pad", **KEYS)
 
-    def by_policy():
+    def by(policy):
         with modules.set_recurrent_mode(True):
             return policy(TensorDict({"x": x, "is_init": starts[:, :, None], "h": h, "c": c}, [N, T]))["y"]
 
     def found(y, module):
         return [y.detach(), *torch.autograd.grad(y.square().sum(), [h, c, *module.parameters()])]
 
-    expected = found(by_policy(), policy)
+    expected = found(by(policy), policy)
     assert all(tensor.any() for tensor in expected)
     for backend in ("reference", "triton"):
         ours = lstm(gpu_lstm.LSTM, backend, num_layers=2)
@@ -248,11 +238,12 @@ def test_torchrl_resets_to_the_states_that_are_stored(recurrent_backend):
         torch.testing.assert_close(found(y, ours), expected, rtol=1e-5, atol=1e-6)
     gpu_lstm.convert(policy)
     assert type(policy.lstm) is gpu_lstm.compat.LSTM
-    torch.testing.assert_close(found(by_policy(), policy), expected, rtol=0, atol=0)
+    torch.testing.assert_close(found(by(policy), policy), expected, rtol=0, atol=0)
+    scan = modules.LSTMModule(lstm=policy.lstm, recurrent_backend="scan", **KEYS)
+    torch.testing.assert_close(found(by(scan), scan), expected, rtol=1e-5, atol=1e-6)
     policy.lstm = lstm(gpu_lstm.LSTM, None, num_layers=2)
-    if recurrent_backend == "pad":
-        with pytest.raises(TypeError, match=r"hand it a gpu_lstm\.compat\.LSTM$"):
-            by_policy()
+    with pytest.raises(TypeError, match=r"hand it a gpu_lstm\.compat\.LSTM$"):
+        by(policy)
 
 
 def test_opacus():

@@ -21,31 +21,24 @@ LENGTHS = torch.tensor([3, 5, 0])
 MASK = torch.arange(T) < LENGTHS[:, None]
 
 
-def many(cell, sizes, **options):
-    return keras.layers.RNN([keras.layers.LSTMCell(n, **cell) for n in sizes], dtype=cell["dtype"], **options)
+LSTM, RNN, BOTH, CELL = keras.layers.LSTM, keras.layers.RNN, keras.layers.Bidirectional, keras.layers.LSTMCell
 
 
-def stacked(cell, **options):
-    stack = keras.layers.StackedRNNCells([keras.layers.LSTMCell(n, **cell) for n in (H, H, H + 2)], dtype=cell["dtype"])
-    return keras.layers.RNN(stack, dtype=cell["dtype"], **options)
+def rnn(cell, sizes=(H,), wrap=lambda cells, dtype: cells, **options):
+    return RNN(wrap([CELL(n, **cell) for n in sizes], dtype=cell["dtype"]), dtype=cell["dtype"], **options)
 
 
 ONE_WAY = {
-    "LSTM": lambda cell, **options: keras.layers.LSTM(H, **cell, **options),
-    "RNN": lambda cell, **options: keras.layers.RNN(keras.layers.LSTMCell(H, **cell), dtype=cell["dtype"], **options),
-    "cells": lambda cell, **options: many(cell, (H, H + 1), **options),
-    "one cell": lambda cell, **options: many(cell, (H,), **options),
-    "StackedRNNCells": stacked,
-}
+    "LSTM": lambda cell, **options: LSTM(H, **cell, **options),
+    "RNN": partial(rnn, wrap=lambda cells, dtype: cells[0]),
+    "cells": partial(rnn, sizes=(H, H + 1)), "one cell": rnn,
+    "StackedRNNCells": partial(rnn, sizes=(H, H, H + 2), wrap=keras.layers.StackedRNNCells),
+}  # fmt: skip
 KINDS = ONE_WAY | {
-    f"Bidirectional {name}": lambda cell, make=ONE_WAY[name], **options: keras.layers.Bidirectional(
-        make(cell, **options), dtype=cell["dtype"]
-    )
+    f"Bidirectional {name}": lambda cell, way=ONE_WAY[name], **options: BOTH(way(cell, **options), dtype=cell["dtype"])
     for name in ("LSTM", "RNN")
 }
 MASKED = [kind for kind in KINDS if kind != "one cell"]  # a stack of one cell fails in Keras when it has a mask
-
-
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2
 
 
@@ -71,18 +64,9 @@ def states_for(layer, dtype):
     def draw(units):
         return torch.randn(N, units, generator=generator, dtype=dtype)
 
-    if isinstance(layer, keras.layers.Bidirectional):
-        return [draw(H) for _ in range(4)]
-    if isinstance(layer.cell, keras.layers.StackedRNNCells):
+    if isinstance(getattr(layer, "cell", None), keras.layers.StackedRNNCells):
         return [[draw(cell.units), draw(cell.units)] for cell in layer.cell.cells]
-    return [draw(H), draw(H)]
-
-
-def as_ours(states):
-    """Keras's initial states, as a module takes them."""
-    if isinstance(states[0], list):
-        return [tuple(pair) for pair in states]
-    return torch.stack(states[0::2]), torch.stack(states[1::2])
+    return [draw(H) for _ in range(4 if isinstance(layer, BOTH) else 2)]
 
 
 def in_keras_order(output, states):
@@ -111,21 +95,21 @@ def loss_of(results):
     return sum((r * torch.randn(r.shape, generator=generator, dtype=r.dtype)).sum() for r in results)
 
 
-def kernels(layer):
-    return [variable.value for variable in layer.trainable_variables]
-
-
 def check(layer, module, mask=None, initial=True, seen=None):
-    """Results and gradients of the two; of the output, of what is `seen` [N, T]."""
+    """Results and gradients of the two; of the output, of what is `seen` [N, T]. NaN behind a mask changes nothing."""
     dtype = next(module.parameters()).dtype
     # Keras's cells multiply in float32 on torch whatever their dtype, and so do its layers that have a mask.
-    exact = (
-        dtype is torch.float64 and mask is None and type(getattr(layer, "forward_layer", layer)) is keras.layers.LSTM
-    )
-    x, states = inputs(dtype).requires_grad_(), states_for(layer, dtype) if initial else None
-    leaves = [] if states is None else [s.requires_grad_() for s in keras.tree.flatten(states)]
-    lengths = None if mask is None else lengths_of(mask)
-    actual = in_keras_order(*module(x, None if states is None else as_ours(states), lengths=lengths))
+    exact = dtype is torch.float64 and mask is None and type(getattr(layer, "forward_layer", layer)) is LSTM
+    x, lengths = inputs(dtype).requires_grad_(), None if mask is None else lengths_of(mask)
+    states, hx = states_for(layer, dtype) if initial else None, None
+    leaves = [s.requires_grad_() for s in keras.tree.flatten(states or [])]
+    if states:  # as a module takes them
+        of_cells = isinstance(states[0], list)
+        hx = list(map(tuple, states)) if of_cells else (torch.stack(states[0::2]), torch.stack(states[1::2]))
+    actual = in_keras_order(*module(x, hx, lengths=lengths))
+    if mask is not None:
+        dirty = x.masked_fill(~mask[:, :, None], torch.nan)
+        assert_equal(in_keras_order(*module(dirty, hx, lengths=lengths)), actual)
     expected = keras_call(layer, x, initial_state=states, mask=mask)
     if seen is not None:
         actual[0], expected[0] = actual[0][seen], expected[0][seen]
@@ -133,7 +117,8 @@ def check(layer, module, mask=None, initial=True, seen=None):
     ours = [parameter for name, parameter in module.named_parameters() if "bias_hh" not in name]
     got = torch.autograd.grad(loss_of(actual), [*ours, x, *leaves])
     got = [*(g.T if g.dim() == 2 else g for g in got[: len(ours)]), *got[len(ours) :]]
-    assert_equal(got, torch.autograd.grad(loss_of(expected), [*kernels(layer), x, *leaves]), 1e-12 if exact else 1e-5)
+    kernels = [variable.value for variable in layer.trainable_variables]
+    assert_equal(got, torch.autograd.grad(loss_of(expected), [*kernels, x, *leaves]), 1e-12 if exact else 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,45 +152,29 @@ def test_masks_that_repeat_the_output(kind):
     assert not module(inputs(torch.float64), lengths=LENGTHS)[0][0, 3].any()
 
 
-def test_what_stands_in_padding_does_not_count():
-    module = from_keras(build("StackedRNNCells", go_backwards=True))
-    x = inputs(torch.float32)
-    expected = in_keras_order(*module(x, lengths=LENGTHS))
-    x[~MASK] = torch.nan
-    assert_equal(in_keras_order(*module(x, lengths=LENGTHS)), expected)
-
-
 def test_what_a_layer_returns_and_how_it_runs_does_not_matter():
     for options in (dict(unroll=True), dict(activation=keras.ops.tanh, recurrent_activation=keras.activations.sigmoid)):
         layer = build("LSTM", **options)
         check(layer, from_keras(layer))
     for return_sequences in (True, False):
-        layer = keras.layers.LSTM(H, return_sequences=return_sequences)
+        layer = LSTM(H, return_sequences=return_sequences)
         expected = layer(inputs(torch.float32))
         output, (h_n, _) = from_keras(layer)(inputs(torch.float32))
         assert_equal([output if return_sequences else h_n[0]], [expected])
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
-def test_backend(backend):
-    layer = build("LSTM")
-    module = from_keras(layer, backend=backend)
-    assert module.backend == from_keras(build("cells"), backend=backend).backend == backend
-    if backend != "triton" or not torch.cuda.is_available():
-        check(layer, module)
-
-
 @pytest.mark.parametrize("kind", ["LSTM", "Bidirectional LSTM", "cells"])
-def test_what_is_trained_is_a_copy_and_the_second_bias_only_if_asked(kind):
+def test_what_is_trained_is_a_copy_and_the_second_bias_and_another_backend_only_if_asked(kind):
     layer = build(kind)
-    before = [k.detach().clone() for k in kernels(layer)]
-    for freeze in (True, False):
-        module = from_keras(layer, freeze_second_bias=freeze)
+    before = layer.get_weights()
+    for freeze, backend in ((True, None), (False, "reference")):
+        module = from_keras(layer, backend=backend, freeze_second_bias=freeze)
+        assert module.backend == backend
         for name, parameter in module.named_parameters():
             assert parameter.requires_grad is not (freeze and "bias_hh" in name)
             assert "bias_hh" not in name or not parameter.any()
             parameter.detach().zero_()
-    assert all(map(torch.equal, kernels(layer), before))
+    assert all(map(np.array_equal, layer.get_weights(), before))
 
 
 def test_what_is_not_trained_there_is_not_trained_here_and_back():
@@ -220,35 +189,25 @@ def test_what_is_not_trained_there_is_not_trained_here_and_back():
     assert not any(p.requires_grad for p in from_keras(layer).parameters())
 
 
-@pytest.mark.parametrize(
-    ("policy", "dtype"),
-    [("mixed_bfloat16", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)],
-)
-def test_dtype_is_that_of_the_variables(policy, dtype):
-    options = dict(dtype=policy, recurrent_initializer="glorot_uniform")  # it has no QR in half
-    layer = keras.layers.RNN([keras.layers.LSTMCell(n, **options) for n in (H, H + 1)], dtype=policy)
-    layer.build((None, None, I))
-    module = from_keras(layer)
-    assert {parameter.dtype for parameter in module.parameters()} == {dtype}
-    assert torch.equal(module.layers[0].weight_ih_l0.T, layer.cell.cells[0].kernel.value)
-    assert f"torch.{to_keras(module).cell.cells[0].kernel.dtype}" == str(dtype)
-
-
-class Cell(keras.layers.LSTMCell):
-    pass
-
-
-class Layer(keras.layers.LSTM):
-    pass
-
-
 def built(kind, *args, **kwargs):
     layer = kind(*args, **kwargs)
     layer.build((N, T, I))
     return layer
 
 
-LSTM, RNN, BOTH, CELL = keras.layers.LSTM, keras.layers.RNN, keras.layers.Bidirectional, keras.layers.LSTMCell
+@pytest.mark.parametrize(("policy", "dtype"), [
+    ("mixed_bfloat16", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16),
+])  # fmt: skip
+def test_dtype_is_that_of_the_variables(policy, dtype):
+    options = dict(dtype=policy, recurrent_initializer="glorot_uniform")  # it has no QR in half
+    layer = built(rnn, options, (H, H + 1))
+    module = from_keras(layer)
+    assert {parameter.dtype for parameter in module.parameters()} == {dtype}
+    assert torch.equal(module.layers[0].weight_ih_l0.T, layer.cell.cells[0].kernel.value)
+    assert f"torch.{to_keras(module).cell.cells[0].kernel.dtype}" == str(dtype)
+
+
+Cell, Layer = type("Cell", (CELL,), {}), type("Layer", (LSTM,), {})
 LAYERS = [  # a ValueError where an option is named, a TypeError where a class is
     (lambda: built(LSTM, H, activation="relu"), "activation='relu'"),
     (lambda: built(LSTM, H, activation=None), "activation='linear'"),
@@ -275,24 +234,15 @@ MODULES = [
     *((gpu_lstm.StackedLSTM(I, [H, H], **{name: value}), f"{name}={value}") for name, value in dict(
         dropout=0.5, residual=True, weight_drop=0.5, bidirectional=True).items()),
 ]  # fmt: skip
-CALLS = [
-    *((lambda make=make: from_keras(make()), message) for make, message in LAYERS),
-    *((partial(to_keras, module), message) for module, message in MODULES),
-]
 
 
-@pytest.mark.parametrize(("call", "message"), CALLS, ids=[message[:30] for _, message in CALLS])
-def test_what_has_no_counterpart_is_refused(call, message):
+@pytest.mark.parametrize(("make", "message"), [*LAYERS, *((lambda m=module: m, text) for module, text in MODULES)],
+                         ids=lambda each: each[:30] if isinstance(each, str) else "")  # fmt: skip
+def test_what_has_no_counterpart_is_refused(make, message):
     """What is wrong whether Keras is installed or not, is in wrong_calls.py."""
+    given = make()
     with pytest.raises(TypeError if re.search(r"got \w", message) else ValueError, match=message):
-        call()
-
-
-def test_lengths_of():
-    for mask in (MASK, torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.bool)):
-        lengths = lengths_of(mask)
-        assert lengths.dtype == torch.int64
-        assert lengths.tolist() == [sum(row) for row in mask.tolist()]
+        (from_keras if isinstance(given, keras.Layer) else to_keras)(given)
 
 
 OURS = {
@@ -320,19 +270,16 @@ def test_to_keras(name):
     assert_equal(in_keras_order(output.transpose(0, 1) if time_first else output, states), keras_call(layer, x))
 
 
-@pytest.mark.parametrize(
-    ("kind", "go_backwards", "use_bias"), [*((k, False, True) for k in KINDS), *((k, True, False) for k in ONE_WAY)]
-)
-def test_round_trip(kind, go_backwards, use_bias):
-    layer = build(kind, use_bias=use_bias, **({"go_backwards": True} if go_backwards else {}))
+@pytest.mark.parametrize(("kind", "options"), [
+    *((kind, {}) for kind in KINDS), *((kind, dict(go_backwards=True, use_bias=False)) for kind in ONE_WAY),
+])  # fmt: skip
+def test_round_trip(kind, options):
+    layer, x, mask = build(kind, **options), inputs(torch.float32), MASK if kind in MASKED else None
     back = to_keras(from_keras(layer))
     for a, b in zip(back.get_weights(), layer.get_weights(), strict=True):
         assert np.array_equal(a, b)
-    x = inputs(torch.float32)
-    options = {"mask": MASK} if kind in MASKED else {}
-    assert_equal(keras_call(back, x, **options), keras_call(layer, x, **options))
-    again = from_keras(back)
-    assert isinstance(again, GoBackwards) == go_backwards
+    assert_equal(keras_call(back, x, mask=mask), keras_call(layer, x, mask=mask))
+    assert isinstance(from_keras(back), GoBackwards) == bool(options)
 
 
 INITIALIZED = {
@@ -358,7 +305,7 @@ def assert_uniform(values, limit):
 
 
 @pytest.mark.parametrize("name", INITIALIZED)
-def test_keras_init(name):
+def test_keras_init_and_forget_bias(name):
     torch.manual_seed(0)
     module = INITIALIZED[name]().double()
     before = dict(module.named_parameters())
@@ -378,23 +325,20 @@ def test_keras_init(name):
             assert not parameter.any()
         else:  # what Keras does not have
             assert torch.equal(parameter, values[path])
-
-
-@pytest.mark.parametrize("name", [name for name in INITIALIZED if name != "no bias"])
-def test_forget_bias(name):
-    module = INITIALIZED[name]()
-    expected = {path: p.detach().clone() for path, p in module.named_parameters()}
-    assert forget_bias(module, 2.5) is module
-    for path, parameter in module.named_parameters():
-        if "bias_ih" in path or "bias_hh" in path:
-            expected[path][len(parameter) // 4 : len(parameter) // 2] = 2.5 if "bias_ih" in path else 0.0
-        assert torch.equal(parameter, expected[path])
+    if name != "no bias":
+        module = INITIALIZED[name]()
+        expected = {path: p.detach().clone() for path, p in module.named_parameters()}
+        assert forget_bias(module, 2.5) is module
+        for path, parameter in module.named_parameters():
+            if "bias_ih" in path or "bias_hh" in path:
+                expected[path][len(parameter) // 4 : len(parameter) // 2] = 2.5 if "bias_ih" in path else 0.0
+            assert torch.equal(parameter, expected[path])
 
 
 def test_keras_init_is_keras_own():
     """Keras's initial weights pass the same test, and its biases are the same."""
     keras.utils.set_random_seed(0)
-    layer = keras.layers.LSTM(64, dtype="float64")
+    layer = LSTM(64, dtype="float64")
     layer.build((None, None, 24))
     kernel, recurrent, bias = (torch.from_numpy(w) for w in layer.get_weights())
     assert_uniform(kernel, (6 / (24 + 256)) ** 0.5)
@@ -402,23 +346,20 @@ def test_keras_init_is_keras_own():
     assert torch.equal(bias, keras_init(gpu_lstm.LSTM(24, 64)).bias_ih_l0.double())
 
 
-def test_orthogonal_weights_prefer_no_sign():
+def test_keras_init_is_reproducible_prefers_no_sign_and_has_half_precision():
     """Without a correction for the signs that QR chooses, the diagonal would not be balanced around zero."""
     torch.manual_seed(0)
     cell = gpu_lstm.LSTMCell(2, 2)
     corners = torch.stack([keras_init(cell).weight_hh.diagonal().detach().clone() for _ in range(400)])
     assert (corners.mean(0).abs() < 5 * corners.std(0) / 400**0.5).all()
 
-
-def test_keras_init_is_reproducible_and_has_half_precision():
     def drawn(seed, dtype=torch.float32):
         torch.manual_seed(seed)
         return [p.detach() for p in keras_init(gpu_lstm.LSTM(24, 64, dtype=dtype)).parameters()]
 
     one, same, other = drawn(1), drawn(1), drawn(2)
     assert all(map(torch.equal, one, same))
-    assert not torch.equal(one[0], other[0])
-    assert not torch.equal(one[1], other[1])
+    assert not any(map(torch.equal, one[:2], other[:2]))
     weight_hh = drawn(1, torch.bfloat16)[1].float()
     torch.testing.assert_close(weight_hh.T @ weight_hh, torch.eye(64), rtol=0, atol=2e-2)
 

@@ -34,11 +34,8 @@ CHECK = verify._key(plans(SMALL, INTERPRETER, True)[-1], SMALL, Pass(True), CPU)
 
 
 @pytest.fixture
-def findings(monkeypatch, tmp_path):
+def findings(nothing_cached, tmp_path):
     """A race, two checks and a plan, cached."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(cache.SHARED, raising=False)
-    cache._read.cache_clear()
     won = dict(backend="triton", why="won a race, 2.00 times as fast", seconds={"triton": 1e-3, "torch": 2e-3})
     cache.write("races", race._key(KIND, Backend.TRITON, CPU), won)
     cache.write("checks", CHECK, "right")
@@ -80,29 +77,28 @@ def test_the_doctor_says_that_every_call_raises_where_a_variable_is_wrong(monkey
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
-def test_cached_results_are_the_users_alone(findings):
+def test_cached_results_are_the_users_alone(nothing_cached):
     """Whatever the umask."""
     before = os.umask(0)
     try:
         cache.write("races", {"card": "cpu"}, {})
     finally:
         os.umask(before)
-    found = [findings / "cache" / "gpu_lstm", *(findings / "cache" / "gpu_lstm").rglob("*")]
-    assert {(path.is_dir(), path.stat().st_mode & 0o777) for path in found} == {(True, 0o700), (False, 0o600)}
+    found = {(path.is_dir(), path.stat().st_mode & 0o777) for path in (nothing_cached, *nothing_cached.rglob("*"))}
+    assert found == {(True, 0o700), (False, 0o600)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_the_doctor_says_why_a_backend_is_not_available():
     command = [sys.executable, "-m", "gpu_lstm"]
     printed = subprocess.run(command, env={"TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=True).stdout
-    start = "On this machine gpu_lstm.LSTM runs torch's own LSTM on the CPU: there is no CUDA device\n"
-    assert printed.startswith(start)
-    assert re.search(
+    for pattern in (
+        r"^On this machine gpu_lstm.LSTM runs torch's own LSTM on the CPU: there is no CUDA device\n",
         r"triton +not available: backend 'triton' takes CUDA tensors, got cpu; with TRITON_INTERPRET=1 in the "
-        r"environment it runs CPU tensors in Triton's interpreter\n", printed,
-    )  # fmt: skip
-    assert re.search(r"cupy +not available: ", printed)
-    assert re.search(r"reference +available", printed)
+        r"environment it runs CPU tensors in Triton's interpreter\n",
+        r"cupy +not available: ", r"reference +available",
+    ):  # fmt: skip
+        assert re.search(pattern, printed), pattern
 
 
 @pytest.mark.parametrize("mode", ["on", "read"])

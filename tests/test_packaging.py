@@ -25,20 +25,19 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    return build("wheel", tmp_path_factory.mktemp("wheel"))
+def built(tmp_path_factory) -> list[Path]:
+    """A wheel and an sdist."""
+    return build(tmp_path_factory.mktemp("built"), "wheel", "sdist")
 
 
-def test_the_wheel_has_the_package_and_nothing_else(wheel):
+def test_the_wheel_has_the_package_and_a_long_description_with_links_that_work_anywhere(built):
+    archive = zipfile.ZipFile(built[0])
     kernels = {f"gpu_lstm/kernels/{name}" for name in files(ROOT / "kernels")}
     package = {f"gpu_lstm/{name}" for name in files(ROOT / "gpu_lstm")}
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == package | kernels
     assert {"gpu_lstm/py.typed", "gpu_lstm/kernels/cupy_lstm/cuda/cooperative.cu"} <= names
 
-
-def test_the_long_description_is_the_readme_with_links_that_work_anywhere(wheel):
-    archive = zipfile.ZipFile(wheel)
     (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
     metadata = email.message_from_bytes(archive.read(name))
     text, readme, version = metadata.get_payload(), (ROOT / "README.md").read_text(), metadata["Version"]
@@ -51,10 +50,9 @@ def test_the_long_description_is_the_readme_with_links_that_work_anywhere(wheel)
         assert metadata[header], header
 
 
-def test_the_sdist_has_all_that_is_in_git_and_both_pass_the_checks_of_the_index(wheel, tmp_path):
-    sdist = build("sdist", tmp_path)
-    run([sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist)])
-    with tarfile.open(sdist) as archive:
+def test_the_sdist_has_all_that_is_in_git_and_both_pass_the_checks_of_the_index(built):
+    run([sys.executable, "-m", "twine", "check", "--strict", *map(str, built)])
+    with tarfile.open(built[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     tracked = listing.stdout.splitlines() if listing.returncode == 0 else []  # an sdist's own tests have no git

@@ -34,14 +34,6 @@ def agent():
     return agent
 
 
-def _by_steps(agent):
-    """With torch.nn.LSTM called for every step."""
-    twin = copy.deepcopy(agent)
-    twin.lstm = ppo.StepLoop(16, 16).double()
-    twin.load_state_dict(agent.state_dict())
-    return twin
-
-
 def _loss_and_gradients(agent, batch):
     names, parameters = zip(*agent.named_parameters())
     loss = example.loss(agent, batch)
@@ -55,7 +47,10 @@ def _differing(found, expected):
 
 
 def test_the_update_in_one_call_is_that_of_a_loop_over_steps(agent, batch):
-    expected = _loss_and_gradients(_by_steps(agent), batch)
+    by_steps = copy.deepcopy(agent)  # with torch.nn.LSTM called for every step
+    by_steps.lstm = ppo.StepLoop(16, 16).double()
+    by_steps.load_state_dict(agent.state_dict())
+    expected = _loss_and_gradients(by_steps, batch)
     assert all(value.abs().max() > 1e-6 for value in expected.values())
     for backend in ("torch", "reference"):
         agent.lstm.backend = backend
@@ -75,21 +70,20 @@ def test_a_rollout_at_once_gives_what_the_agent_did_step_by_step(remembers):
     with torch.no_grad():
         agent.actor.weight.mul_(100)
     _, rollout = _rollouts(agent, 2)  # the second begins amid episodes
+
+    def error(**changed):
+        given = rollout._replace(**changed)
+        policy, _, _ = agent(given.observations, given.state, given.starts)
+        return (policy.log_prob(given.actions) - given.log_probs).abs().max()
+
     assert not rollout.starts[0].all()
-    assert _log_prob_error(agent, rollout) < 1e-5
-    shifted = rollout._replace(starts=rollout.starts.roll(1, dims=0))
-    assert (_log_prob_error(agent, shifted) > 1e-3) == remembers
-    stateless = rollout._replace(state=tuple(map(torch.zeros_like, rollout.state)))
-    assert (_log_prob_error(agent, stateless) > 1e-3) == remembers
+    assert error() < 1e-5
+    assert (error(starts=rollout.starts.roll(1, dims=0)) > 1e-3) == remembers
+    assert (error(state=tuple(map(torch.zeros_like, rollout.state))) > 1e-3) == remembers
 
 
 def _rollouts(agent, count, **options):
     return [rollout for rollout, _ in itertools.islice(example.rollouts(agent, example.cartpoles(**options), 0), count)]
-
-
-def _log_prob_error(agent, rollout):
-    policy, _, _ = agent(rollout.observations, rollout.state, rollout.starts)
-    return (policy.log_prob(rollout.actions) - rollout.log_probs).abs().max()
 
 
 def test_an_episode_starts_where_the_pole_is_put_upright():
@@ -102,12 +96,10 @@ def test_an_episode_starts_where_the_pole_is_put_upright():
     assert moves[starts].min() > 0.5  # of the angle that ends an episode
     assert moves[~starts].max() < 0.3
 
-    # A return is the length of its episode: from one start to the next.
-    ends = sorted((int(t) + 1, int(n)) for t, n in starts.nonzero())
-    begun, lengths = [0] * starts.shape[1], []
-    for t, n in ends:
-        lengths.append(t - begun[n])
-        begun[n] = t
+    begun, lengths = [0] * starts.shape[1], []  # of episodes: from one start to the next
+    for t, n in starts.nonzero().tolist():
+        lengths.append(t + 1 - begun[n])
+        begun[n] = t + 1
     assert returns[: len(lengths)] == lengths
 
 
@@ -127,13 +119,12 @@ def test_an_episode_that_the_clock_ends_is_worth_what_would_have_come():
 def test_advantages_are_the_discounted_errors_up_to_the_end_of_the_episode():
     torch.manual_seed(0)
     rewards, values, starts = torch.randn(6, 3), torch.randn(7, 3), torch.rand(7, 3) < 0.4
+    errors = rewards + 0.99 * ~starts[1:] * values[1:] - values[:-1]
     expected = torch.zeros(6, 3)
     for first, n in itertools.product(range(6), range(3)):
         for t in range(first, 6):
-            ended = bool(starts[t + 1, n])
-            error = rewards[t, n] + 0.99 * (0.0 if ended else values[t + 1, n]) - values[t, n]
-            expected[first, n] += (0.99 * 0.95) ** (t - first) * error
-            if ended:
+            expected[first, n] += (0.99 * 0.95) ** (t - first) * errors[t, n]
+            if starts[t + 1, n]:
                 break
     torch.testing.assert_close(example.estimate(rewards, values, starts), expected)
 

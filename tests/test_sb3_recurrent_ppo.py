@@ -1,19 +1,15 @@
 """The example beside sb3-contrib's RecurrentPPO: one call gives its loop's updates, and what differs is not timed."""
 
-import importlib.util
 import itertools
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from installed import ROOT, load
 
 pytest.importorskip("sb3_contrib")
 pytest.importorskip("gymnasium")
-SCRIPT = Path(__file__).parents[1] / "examples" / "sb3_recurrent_ppo.py"
-spec = importlib.util.spec_from_file_location("sb3_recurrent_ppo", SCRIPT)
-example = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(example)
+example = load(ROOT / "examples" / "sb3_recurrent_ppo.py")
 
 
 @pytest.mark.slow

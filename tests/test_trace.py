@@ -28,8 +28,8 @@ def assert_close(found, true):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("ragged", [{}, dict(lengths=LENGTHS), dict(resets=RESETS)], ids=["plain", "lengths", "resets"])
-@pytest.mark.parametrize("proj_size", [0, 2])
+@pytest.mark.parametrize(("ragged", "proj_size"), [({}, 0), (dict(lengths=LENGTHS), 2), (dict(resets=RESETS), 0)],
+                         ids=["plain", "lengths", "resets"])  # fmt: skip
 def test_gates_are_the_oracles(backend, ragged, proj_size):
     lstm = gpu_lstm.LSTM(I, H, 2, bidirectional=True, proj_size=proj_size, backend=backend).double()
     x = inputs()
@@ -50,9 +50,8 @@ def test_gates_are_the_oracles(backend, ragged, proj_size):
 def test_results_are_those_of_the_call():
     lstm = gpu_lstm.LSTM(I, H, 2, batch_first=True, bidirectional=True, dropout=0.5, backend="reference").double()
     x, hx = inputs().transpose(0, 1), tuple(torch.randn(2, 4, B, H).double())
-    torch.manual_seed(5)
-    output, states = lstm(x, hx)
-    torch.manual_seed(5)
+    with torch.random.fork_rng():
+        output, states = lstm(x, hx)
     traced = gpu_lstm.trace(lstm, x, hx)
     assert_close([traced.output, *traced.states], [output, *states])
     assert traced.layers[0][0].cell.shape == (T, B, H)  # time first
@@ -82,23 +81,13 @@ def test_other_inputs_and_modules():
     assert [directions[0].cell.shape[2] for directions in traced.layers] == [H, I, I]
 
 
-class Traced(nn.Module):
-    """A module whose call is a trace, for functional_call."""
-
-    def __init__(self, lstm):
-        super().__init__()
-        self.lstm = lstm
-
-    def forward(self, x, lengths):
-        return gpu_lstm.trace(self.lstm, x, lengths=lengths)
-
-
 def test_every_gate_is_differentiable():
-    traced, lengths = Traced(gpu_lstm.LSTM(2, 2, bidirectional=True).double()), torch.tensor([2, 0, 1])
+    traced, lengths = nn.Sequential(gpu_lstm.LSTM(2, 2, bidirectional=True).double()), torch.tensor([2, 0, 1])
+    traced.forward = lambda x: gpu_lstm.trace(traced[0], x, lengths=lengths)  # for functional_call
     names = [name for name, _ in traced.named_parameters()]
 
     def call(x, *weights):
-        found = torch.func.functional_call(traced, dict(zip(names, weights, strict=True)), (x, lengths))
+        found = torch.func.functional_call(traced, dict(zip(names, weights, strict=True)), x)
         return tuple(gate for direction in found.layers[0] for gate in direction)
 
     x = inputs()[:2, :, :2].clone().requires_grad_()
@@ -125,9 +114,6 @@ def test_the_picture_shows_one_sequence():
             assert panel.title.get_color() == HUES[panel.get_title()]
     with pytest.raises(ValueError, match="sequence 1 has no steps"):
         traced.plot(1)
-
-
-def test_a_projected_hidden_state_has_its_own_units_in_the_picture():
     panels = gpu_lstm.trace(gpu_lstm.LSTM(I, H, proj_size=2), inputs().float()).plot().axes
-    assert [axes.images[0].get_array().shape for axes in panels[:6]] == [(H, T)] * 5 + [(2, T)]
+    assert [axes.images[0].get_array().shape for axes in panels[:6]] == [(H, T)] * 5 + [(2, T)]  # h's own units
     assert [bool(axes.yaxis.get_tick_params()["labelleft"]) for axes in panels[:6]] == [True, *[False] * 4, True]

@@ -1,6 +1,5 @@
 """The example of training in several processes: it goes on from a checkpoint with the same bits, and learns."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -8,16 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from installed import ROOT, load
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._pytree import tree_leaves_with_path
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "train_ddp.py"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-
-spec = importlib.util.spec_from_file_location("train_ddp", SCRIPT)
-example = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(example)
+example = load(SCRIPT)
 
 
 def in_one_process(*arguments: str) -> None:

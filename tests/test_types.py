@@ -58,7 +58,7 @@ gpu_lstm.from_haste(3)
 def test_type_checkers_accept_a_program_and_find_every_mistake(tmp_path, checker, interpreter, install):
     """No error in the one file, and one in every line of the other."""
     folder, source = tmp_path / "environment", str(PROGRAM.parents[1])
-    given = [str(build("wheel", tmp_path / "dist"))] if install == "wheel" else ["--editable", source]
+    given = list(map(str, build(tmp_path / "dist", "wheel"))) if install == "wheel" else ["--editable", source]
     python = environment(folder, install=given)
     code = "import gpu_lstm, gpu_lstm.kernels as k; print(gpu_lstm.__file__, k.__file__, sep='\\n')"
     for file in run([str(python), "-c", code], cwd=tmp_path).stdout.splitlines():
@@ -75,14 +75,11 @@ def test_type_checkers_accept_a_program_and_find_every_mistake(tmp_path, checker
     assert not missed, f"{checker} does not detect {missed}\n{said.stdout}{said.stderr}"
 
 
-def test_the_program_runs_and_is_over_all_of_the_public_api(capsys):
+def test_the_program_runs_and_is_over_all_of_the_public_api_which_dir_shows(capsys):
     runpy.run_path(str(PROGRAM), run_name="__main__")
     assert "torch.Size([5, 2, 3])" in capsys.readouterr().out
     for name in gpu_lstm.__all__:
         assert re.search(rf"\bgpu_lstm\.{name}\b", PROGRAM.read_text()), name
-
-
-def test_dir_shows_the_public_names_and_type_checkers_those_of_the_backends():
     assert sorted(name for name in dir(gpu_lstm) if not name.startswith("__")) == sorted(gpu_lstm.__all__)
     assert "__version__" in dir(gpu_lstm)
     assert get_args(BackendName) == tuple(backend.value for backend in gpu_lstm.Backend)

@@ -32,9 +32,8 @@ def main(arguments: list[str]) -> int:
         if "==" not in packages[0] or not folder.exists():
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder)]
             subprocess.run([*pip, *packages], check=True)
-        version = subprocess.check_output(
-            [sys.executable, "-c", "import triton; print(triton.__version__)"], env=environment, text=True
-        ).strip()
+        python = [sys.executable, "-c", "import triton; print(triton.__version__)"]
+        version = subprocess.check_output(python, env=environment, text=True).strip()
         tests = [f"tests/test_{name}.py" for name in TESTS]
         run = subprocess.run(
             [sys.executable, "-m", "pytest", "-n", "auto", *tests, *arguments],
