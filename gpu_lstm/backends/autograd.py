@@ -13,6 +13,7 @@ from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from . import fused, graph, reference
 from .fused import DIFFERENTIABLE, Inputs, Saved, inputs_of
+from .layers import NOTHING
 
 
 def layer(
@@ -39,8 +40,8 @@ def layer(
     count = len(given)
     while given[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
         count -= 1
-    function = LSTMLayerInTransforms if transformed else LSTMLayer
-    h, h_n, c_n, *_ = function.apply(kernels, recompute, *given[:count])
+    apply = LSTMLayerInTransforms.apply if transformed else _apply
+    h, h_n, c_n, *_ = apply(kernels, recompute, *given[:count])
     return h, (h_n, c_n)
 
 
@@ -67,6 +68,10 @@ class LSTMLayer(torch.autograd.Function):
         count, padding = len(needed), (False,) * DIFFERENTIABLE
         found = _gradients(ctx, (dh, dh_n, dc_n), (needed + padding)[:DIFFERENTIABLE])
         return None, None, *found[:count], *(None,) * (count - DIFFERENTIABLE)
+
+
+# Without what Function.apply does for transforms, argument by argument.
+_apply = super(torch.autograd.Function, LSTMLayer).apply
 
 
 class LSTMLayerInTransforms(LSTMLayer):
@@ -96,7 +101,7 @@ def _gradients(ctx: Any, output_gradients: Sequence[Tensor | None], needed: Sequ
         inputs = Inputs(*map(alive, given))  # type: ignore[arg-type]
         run = partial(reference.run_inputs, reverse=kernels.problem.reverse)
         return reference.gradients(run, inputs, output_gradients, needed)
-    with torch.no_grad():
+    with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
         if ctx.by_operator or is_transformed():
             return graph.gradients_of(kernels, saved, output_gradients, needed)
         return fused.gradients(kernels, Saved(Inputs(*given), h, gates, c), output_gradients, needed)

@@ -168,8 +168,8 @@ def gradients(
     of_x = of_h = d.dgates  # of W_ih x and W_hh h; zero in padding, but zero times the NaN that may stand there is not
     if not given.gain_ih is given.gain_hh is given.gain_c is None:
         of_x, of_h = _through_norms(found, saved, need, d, (of_hh, of_c))
-    rows_of_x = of_x.flatten(0, 1)  # [T*B, 4H]
-    rows_of_h = rows_of_x if of_h is of_x else of_h.flatten(0, 1)
+    columns_of_x = of_x.flatten(0, 1).T  # [4H, T*B]
+    columns_of_h = columns_of_x if of_h is of_x else of_h.flatten(0, 1).T
     if need.x:
         found["x"] = of_x @ given.weight_ih
     if need.h0:
@@ -177,9 +177,9 @@ def gradients(
     if need.c0:
         found["c0"] = d.dc0.to(given.c0.dtype)
     if need.weight_ih:
-        found["weight_ih"] = rows_of_x.T @ _without_padding(given.x, given.lengths).flatten(0, 1)
+        found["weight_ih"] = columns_of_x @ _without_padding(given.x, given.lengths).flatten(0, 1)
     if need.weight_hh:
-        found["weight_hh"] = rows_of_h.T @ h_prev.flatten(0, 1)
+        found["weight_hh"] = columns_of_h @ h_prev.flatten(0, 1)
     if need.bias_ih or need.bias_hh:
         dbias = d.dgates.sum((0, 1))
         found["bias_ih"], found["bias_hh"] = (dbias if needs else None for needs in (need.bias_ih, need.bias_hh))

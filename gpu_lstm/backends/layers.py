@@ -30,11 +30,11 @@ def cast(x: Tensor, state: State, weights: Weights, dtype: torch.dtype) -> tuple
 def without_autocast(call: Call) -> contextlib.AbstractContextManager:
     """A block in which autocast is off where it is on."""
     if call.modes.autocast is None:
-        return _NOTHING
+        return NOTHING
     return torch.autocast(call.x.device.type, enabled=False)
 
 
-_NOTHING = contextlib.nullcontext()
+NOTHING = contextlib.nullcontext()
 
 
 def named(layer: int, direction: int | None, backend: str) -> contextlib.AbstractContextManager:
@@ -43,7 +43,7 @@ def named(layer: int, direction: int | None, backend: str) -> contextlib.Abstrac
     Layers count from the bottom; direction 0 or 1, the reverse one; None: all.
     """
     if not profiler._is_profiler_enabled or torch.compiler.is_compiling():
-        return _NOTHING
+        return NOTHING
     way = {None: "", 0: " forward", 1: " reverse"}[direction]
     return profiler.record_function(f"gpu_lstm layer {layer}{way}, {backend}")
 
@@ -66,7 +66,7 @@ def one_after_another(
             own = traversal if traversal.reset_states is None else traversal.of(n)
             if d:
                 own = own.backwards()
-            with named(k, d, backend) if profiler._is_profiler_enabled else _NOTHING:
+            with named(k, d, backend) if profiler._is_profiler_enabled else NOTHING:
                 y, state = run(n, x, rows[n], weights, own, NO_NOISE if noise is None else noise[k][d])
             parts.append(y)
             finals.append(state)

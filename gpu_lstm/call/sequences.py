@@ -145,7 +145,9 @@ class Traversal(NamedTuple):
         `states` [T, B, F]: h or c of every time, zero in padding; `initial` [B, F] or [1, B, F]; `reset_to` [T, B, F].
         """
         first = initial.view(1, *states.shape[1:])
-        if not self.reverse:
+        if len(states) == 1:
+            before = first
+        elif not self.reverse:
             before = torch.cat([first, states[:-1]])
         elif self.lengths is None:
             before = torch.cat([states[1:], first])
