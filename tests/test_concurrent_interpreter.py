@@ -143,7 +143,8 @@ def _zeros(count: int = 1, dtype: torch.dtype = torch.int32) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def the_stock_interpreter_is_as_before():
-    threads, call, interval = threading.active_count(), interpreter.InterpretedFunction.__call__, sys.getswitchinterval()
+    threads, interval = threading.active_count(), sys.getswitchinterval()
+    call = interpreter.InterpretedFunction.__call__
     yield
     assert threading.active_count() == threads
     assert type(interpreter.interpreter_builder) is interpreter.InterpreterBuilder
