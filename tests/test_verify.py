@@ -217,4 +217,3 @@ def test_a_verification_inside_a_transform(card):
     ours = torch.func.grad(lambda x: lstm(x)[0].square().sum())(x)
     lstm.backend = "reference"
     torch.testing.assert_close(ours, torch.func.grad(lambda x: lstm(x)[0].square().sum())(x))
-
