@@ -177,7 +177,7 @@ def test_cuda(monkeypatch, place, dtype, seeds, size, words, host_or_card):
 
 @pytest.mark.parametrize("place", ["kept/4", "kept/1"])
 def test_cuda_in_tf32(monkeypatch, place, host_or_card):
-    tf32(monkeypatch)
+    tf32(monkeypatch, inputs=LARGE["kept"][2])
     every_result_and_gradient(monkeypatch, place, F32, 2, LARGE["kept"], MIX, host_or_card, yardstick="reference")
 
 
