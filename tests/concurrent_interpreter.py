@@ -183,12 +183,11 @@ def _chunks(ptrs: interpreter.TensorHandle) -> np.ndarray:
     return ptrs.data >> np.uint64(4)
 
 
-def _releases(sem: Any) -> bool:
-    return "RELEASE" in sem.name
-
-
 class _ConcurrentBuilder(interpreter.InterpreterBuilder):
-    """The interpreter's builder while programs run side by side, called from their threads."""
+    """The interpreter's builder while programs run side by side, called from their threads.
+
+    Of atomics only those that kernels use, tl.atomic_add and its like.
+    """
 
     grid_idx = property(lambda self: threading.current_thread().index)
 
@@ -213,18 +212,9 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
                 for part in program.parts(mask):
                     store(ptrs, value, part, *policy)
 
-    def create_atomic_store(self, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> None:  # newer than Triton 3.6
-        if _releases(sem):
-            threading.current_thread().perform_held()
-        super().create_atomic_store(ptr, val, mask, sem, scope)
-
     def create_atomic_rmw(self, rmw_op: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> Any:
-        with threading.current_thread().operation(ptr, _releases(sem)):
+        with threading.current_thread().operation(ptr, releases="RELEASE" in sem.name):
             return super().create_atomic_rmw(rmw_op, ptr, val, mask, sem, scope)
-
-    def create_atomic_cas(self, ptr: Any, cmp: Any, val: Any, sem: Any, scope: Any) -> Any:
-        with threading.current_thread().operation(ptr, _releases(sem)):
-            return super().create_atomic_cas(ptr, cmp, val, sem, scope)
 
 
 @contextmanager

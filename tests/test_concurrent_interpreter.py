@@ -33,23 +33,6 @@ pytestmark = pytest.mark.skipif(isinstance(who_kernel, triton.JITFunction), reas
 
 
 @triton.jit
-def atomics_kernel(counts_ptr, float_ptr, swapped_ptr, lock_ptr, guarded_ptr, TIMES: tl.constexpr, N: tl.constexpr):
-    """Count to TIMES times the number of programs, in four ways."""
-    for _ in range(TIMES):
-        tl.atomic_add(counts_ptr + tl.arange(0, N), 1, sem="relaxed")
-        tl.atomic_add(float_ptr, 1.0, sem="relaxed")
-
-        seen = tl.load(swapped_ptr)
-        while tl.atomic_cas(swapped_ptr, seen, seen + 1, sem="relaxed") != seen:
-            seen = tl.load(swapped_ptr, volatile=True)
-
-        while tl.atomic_cas(lock_ptr, 0, 1, sem="acquire") != 0:
-            pass
-        tl.store(guarded_ptr, tl.load(guarded_ptr) + 1)
-        tl.atomic_xchg(lock_ptr, 0, sem="release")
-
-
-@triton.jit
 def next_tile(tile, q):
     return tile * (q + 1)
 
@@ -137,8 +120,8 @@ def _exchange(run: ConcurrentRun, programs: int, *, flags=None, wait=True, sem="
     return x, truth
 
 
-def _zeros(count: int = 1, dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.zeros(count, dtype=dtype)
+def _zeros(count: int = 1) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32)
 
 
 @pytest.fixture(autouse=True)
@@ -159,12 +142,6 @@ def test_program_ids_and_the_options_of_a_stock_launch():
     out, options = _zeros(12), dict(num_warps=4, num_stages=2, launch_cooperative_grid=True)
     ConcurrentRun()(who_kernel, (2, 3, 2), out_ptr=out, READINGS=20, **options)
     assert out.tolist() == [20 * number for number in range(1, 13)]
-
-
-def test_atomics_and_locks():
-    counts = dict(counts_ptr=_zeros(16), float_ptr=_zeros(1, torch.float32), swapped_ptr=_zeros(), guarded_ptr=_zeros())
-    ConcurrentRun()(atomics_kernel, (6,), lock_ptr=_zeros(), TIMES=10, N=16, **counts)
-    assert {number for count in counts.values() for number in count.tolist()} == {60}
 
 
 @pytest.mark.parametrize("flags", [None, WIDTH], ids=["counter", "flagged"])
