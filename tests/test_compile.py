@@ -72,14 +72,9 @@ def wanted_sequence(case):
     of_dtype = {"torch.float16": (120,), "torch.float32": (120 if case.backward else 90,)}[str(p.dtype)]
     return sm in of_dtype and p.batch == 16 and p.hidden == 768 and p.lengths
 
-def quick_step(case):
-    p, sm = case.problem, case.device.architecture
-    return str(p.dtype) == "torch.bfloat16" and p.hidden == 768 and sm == 90
-
-def quick_sequence(case):
-    p, sm = case.problem, case.device.architecture
-    sizes = ((16, 768), (16, 128)) if sm == 90 else ((16, 768),)
-    return str(p.dtype) == "torch.bfloat16" and (p.batch, p.hidden) in sizes and not p.regularised
+def quick(case):
+    p = case.problem
+    return str(p.dtype) == "torch.bfloat16" and p.batch == 16 and p.hidden in (128, 768) and not p.regularised
 
 def with_32_registers():  # a thread may have no more: its report, and the one without that limit
     case = Case(Problem(2, 16, 64, torch.float32), False, compile.SEQUENCE_DEVICES[0])
@@ -117,11 +112,11 @@ def parameters():  # of each kernel: the numbers that it takes, and those whose 
     }
 
 if __name__ == "__main__":
-    of_step, of_sequence = WANTED
     more = (4096, {}), (128, dict(ragged=True, peepholes=True))
     more = [Case(problem_with(Problem(2, 16, hidden, torch.bfloat16), **kind), backward, DEVICES["h100"])
             for hidden, kind in more for backward in (False, True)]
-    cases = [*filter(of_step, step_cases()), *filter(of_sequence, sequence_cases()), *more]
+    wanted = *filter(wanted_step, step_cases()), *filter(wanted_sequence, sequence_cases())
+    cases = [case for case in wanted if not QUICK or quick(case)] + more
     print(json.dumps(dict(
         rows=as_json(row for rows in reports(cases) for row in rows), with_32_registers=with_32_registers(),
         parameters=parameters(), printed=of_the_command(), with_loads_in_the_loop=with_loads_in_the_loop(),
@@ -132,10 +127,8 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def compiled(request, tmp_path_factory) -> dict:
     """What REPORTS prints: of many cases; where slow tests are left out, of few."""
-    quick = "not slow" in request.config.getoption("markexpr")
-    wanted = "quick_step, quick_sequence" if quick else "wanted_step, wanted_sequence"
     path = tmp_path_factory.mktemp("compile") / "script.py"  # a file, since the processes of reports import it
-    path.write_text(REPORTS.replace("WANTED", wanted))
+    path.write_text(REPORTS.replace("QUICK", str("not slow" in request.config.getoption("markexpr"))))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, path], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(run.stdout)
