@@ -11,7 +11,7 @@ from dataclasses import replace
 from math import ceil, prod
 from types import SimpleNamespace
 from typing import NamedTuple
-from unittest.mock import MagicMock, Mock, call
+from unittest.mock import ANY, MagicMock, Mock, call
 
 import pytest
 import torch
@@ -59,18 +59,11 @@ def _elements(shape: str, sizes: dict[str, int]) -> int:
     return prod(eval(dimension.replace("/", "//")) for dimension in shape[1:-1].split(", "))
 
 
-class Launch(NamedTuple):
-    kernel: str
-    dtype: torch.dtype
-    plan: Plan
-    arguments: dict[str, Tensor | int | None]
-
-
 @pytest.fixture
-def launches(monkeypatch) -> list[Launch]:
-    made: list[Launch] = []
-    monkeypatch.setattr(launch, "launch_kernel", lambda *args, **arguments: made.append(Launch(*args, arguments)))
-    return made
+def launched(monkeypatch) -> Mock:
+    """In the place of launch_kernel."""
+    monkeypatch.setattr(launch, "launch_kernel", Mock())
+    return launch.launch_kernel
 
 
 T, B, H, P = 3, 5, 6, 4
@@ -97,17 +90,17 @@ def _call(dtype, projected=0, ragged=False, backward=False, precision="ieee") ->
 @pytest.mark.parametrize("projected", [0, P])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("backward", [False, True])
-def test_every_argument_is_as_the_kernel_declares_it(launches, backward, ragged, projected, dtype):
+def test_every_argument_is_as_the_kernel_declares_it(launched, backward, ragged, projected, dtype):
     _call(dtype, projected, ragged, backward)
-    (made,) = launches
-    assert (made.kernel, made.dtype) == (KERNELS[backward], dtype)
-    parts, words = made.plan.parts, planning.words_of(Problem(2, B, H, dtype))
-    sizes = {"T": T, "B": B, "H": H, "W": words, "PARTS": parts}
+    kernel, arguments = KERNELS[backward], launched.call_args.kwargs
+    launched.assert_called_once_with(kernel, dtype, ANY, **arguments)
+    words = planning.words_of(Problem(2, B, H, dtype))
+    sizes = {"T": T, "B": B, "H": H, "W": words, "PARTS": launched.call_args.args[2].parts}
     types = {"E*": dtype, "float*": torch.float32, "int*": torch.int32, "bool*": torch.bool}
-    parameters = _parameters(made.kernel)
-    assert source.parameters(made.kernel) == tuple(parameter.name for parameter in parameters)
-    for parameter, argument in zip(parameters, source.in_order(made.kernel, made.arguments)):
-        where = f"{made.kernel}, {parameter.name}"
+    parameters = _parameters(kernel)
+    assert source.parameters(kernel) == tuple(parameter.name for parameter in parameters)
+    for parameter, argument in zip(parameters, source.in_order(kernel, arguments)):
+        where = f"{kernel}, {parameter.name}"
         match argument:
             case None:
                 assert parameter.nullable, where
@@ -125,10 +118,10 @@ def test_every_argument_is_as_the_kernel_declares_it(launches, backward, ragged,
                 assert (parameter.type, argument) == ("int", sizes[parameter.name]), where
 
 
-def test_arguments_go_by_their_names(launches):
+def test_arguments_go_by_their_names(launched):
     """In any order; one under another's name is refused before anything is launched."""
     _call(torch.float32)
-    kernel, arguments = launches[0].kernel, launches[0].arguments
+    kernel, arguments = launched.call_args.args[0], launched.call_args.kwargs
     assert source.in_order(kernel, dict(reversed(arguments.items()))) == source.in_order(kernel, arguments)
     missing = {name: a for name, a in arguments.items() if name != "c"}
     for fault in (missing, missing | {"cell": arguments["c"]}, arguments | {"cell": arguments["c"]}):
@@ -187,7 +180,7 @@ def test_the_launcher_and_the_source_agree():
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_products_are_taken_in_the_precision_asked_for(monkeypatch, launches, precision):
+def test_products_are_taken_in_the_precision_asked_for(monkeypatch, launched, precision):
     matmul, inside = torch.backends.cuda.matmul, projection.products_in
 
     def now():
@@ -208,49 +201,46 @@ def test_products_are_taken_in_the_precision_asked_for(monkeypatch, launches, pr
 # What is refused, and what is imported when.
 
 
-def test_a_dtype_that_the_kernels_do_not_take(launches):
+def test_a_dtype_that_the_kernels_do_not_take(launched):
     with pytest.raises(TypeError, match=r"^backend 'cupy' takes float16, bfloat16 and float32, got torch\.float64$"):
         _call(torch.float64)
     obstacle = available.why_unavailable(Backend.CUPY, torch.device("cpu"), torch.float64)
     assert isinstance(obstacle, TypeError)
-    assert launches == []
+    launched.assert_not_called()
 
 
 @pytest.fixture
-def fake_cupy(monkeypatch):
-    """As if CuPy were installed: fake_cupy(what its NVRTC says)."""
-
-    def install(nvrtc_version):
-        nvrtc = SimpleNamespace(getVersion=nvrtc_version)
-        monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(nvrtc=nvrtc)))
-
-    available.cupy_import_problem.cache_clear()
-    yield install
-    available.cupy_import_problem.cache_clear()
+def cupy(monkeypatch) -> Mock:
+    """As if CuPy were installed."""
+    monkeypatch.setattr(available, "cupy_import_problem", available.cupy_import_problem.__wrapped__)
+    monkeypatch.setitem(sys.modules, "cupy", Mock())
+    return sys.modules["cupy"]
 
 
 @pytest.mark.parametrize(("cuda", "extra"), [("12.8", "cupy12"), ("13.0", "cupy13"), (None, "cupy13")])
 @pytest.mark.parametrize("absent", ["cupy", "nvrtc"])
-def test_what_is_absent_is_named_with_its_extra(monkeypatch, fake_cupy, absent, cuda, extra):
+def test_what_is_absent_is_named_with_its_extra(monkeypatch, cupy, absent, cuda, extra):
+    cupy.cuda.nvrtc.getVersion.side_effect = RuntimeError("CuPy failed to load libnvrtc.so.13")
     if absent == "cupy":
         monkeypatch.setitem(sys.modules, "cupy", None)
-    else:
-        fake_cupy(Mock(side_effect=RuntimeError("CuPy failed to load libnvrtc.so.13")))
     monkeypatch.setattr(torch.version, "cuda", cuda)
     obstacle = available.why_unavailable(Backend.CUPY, torch.device("cuda"), torch.float32)
     assert isinstance(obstacle, ImportError)
     assert f'pip install "gpu-lstm[{extra}]"' in str(obstacle)
 
 
-def test_tensors_that_are_not_on_a_new_enough_gpu_are_refused(monkeypatch, fake_cupy):
-    fake_cupy(lambda: (13, 0))
-    obstacle = available.why_unavailable(Backend.CUPY, torch.device("cpu"), torch.float32)
-    assert isinstance(obstacle, RuntimeError)
-    assert str(obstacle) == "backend 'cupy' takes CUDA tensors, got cpu"
-    for capability, text in (((7, 0), None), ((6, 1), "backend 'cupy' needs compute capability 7.0, cuda has 6.1")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
-        obstacle = available.why_unavailable(Backend.CUPY, torch.device("cuda"), torch.float32)
-        assert (obstacle and str(obstacle)) == text
+@pytest.mark.parametrize(
+    ("device", "capability", "text"),
+    [
+        ("cpu", None, "backend 'cupy' takes CUDA tensors, got cpu"), ("cuda", (7, 0), "None"),
+        ("cuda", (6, 1), "backend 'cupy' needs compute capability 7.0, cuda has 6.1"),
+    ],
+)  # fmt: skip
+def test_tensors_that_are_not_on_a_new_enough_gpu_are_refused(monkeypatch, cupy, device, capability, text):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    obstacle = available.why_unavailable(Backend.CUPY, torch.device(device), torch.float32)
+    assert isinstance(obstacle, RuntimeError | None)
+    assert str(obstacle) == text
 
 
 @pytest.mark.parametrize(
