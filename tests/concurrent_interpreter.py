@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,32 +35,6 @@ LONGEST_DELAY = 5e-3  # seconds from a store to its being visible, long enough f
 TIME_TO_STOP = 10.0  # seconds for a program to come to its next operation, where it ends
 
 
-def _check_internals() -> None:
-    """Raise if Triton's interpreter is not built as this file takes it to be: as in Triton 3.4 to 3.9."""
-
-    def uses(method: str, name: str) -> bool:
-        return name in interpreter.InterpreterBuilder.__dict__[method].__code__.co_names
-
-    try:
-        fits = (
-            type(interpreter.interpreter_builder) is interpreter.InterpreterBuilder
-            and {"binary_op", "create_atomic_rmw", "create_atomic_cas"} <= vars(interpreter.InterpreterBuilder).keys()
-            and {"rewrite", "__call__"} <= vars(interpreter.InterpretedFunction).keys()
-            and callable(interpreter._patch_lang)
-            and uses("create_get_program_id", "grid_idx")
-            and uses("create_get_num_programs", "grid_dim")
-            and uses("create_load", "create_masked_load")
-            and uses("create_store", "create_masked_store")
-        )
-    except (AttributeError, KeyError) as error:
-        raise RuntimeError(f"the interpreter of Triton {triton.__version__} lacks something: {error}") from error
-    if not fits:
-        raise RuntimeError(f"the interpreter of Triton {triton.__version__} is not built like that of 3.4 to 3.9")
-
-
-_check_internals()
-
-
 class ConcurrentRun:
     """Launches interpreted kernels, to be used in place of `launch.launch_kernel`.
 
@@ -71,10 +46,7 @@ class ConcurrentRun:
     """
 
     def __init__(self, seed: int = 0, yield_rate: float = 0.05, timeout: float = 60.0) -> None:
-        self.seed = seed
-        self.yield_rate = yield_rate
-        self.timeout = timeout
-        self.launches = 0
+        self.seed, self.yield_rate, self.timeout, self.launches = seed, yield_rate, timeout, 0
 
     def __call__(self, kernel: Any, grid: Sequence[int], **arguments: Any) -> None:
         """Launch `kernel` and wait for its end.
@@ -103,11 +75,11 @@ class ConcurrentRun:
         np.random.default_rng([self.seed, self.launches]).shuffle(indices)
         errors: list[tuple[tuple[int, ...], BaseException]] = []
         stop = threading.Event()
+        seed = self.seed, self.launches
         programs = [
-            _Program(index, body, np.random.default_rng([self.seed, self.launches, *index]), self.yield_rate,
-                     stop, errors)
+            _Program(index, body, np.random.default_rng([*seed, *index]), self.yield_rate, stop, errors)
             for index in indices
-        ]  # fmt: skip
+        ]
         late = {}
         with _concurrent_builder(grid):
             try:
@@ -134,26 +106,20 @@ class _Stopped(BaseException):
     """Ends a program from within. Not an Exception, which the interpreter would wrap in its own."""
 
 
+@dataclass(eq=False)
 class _Program(threading.Thread):
     """One program of the grid, and what happens to it at its memory operations."""
 
-    def __init__(
-        self,
-        index: tuple[int, ...],
-        body: Callable[[], None],
-        rng: np.random.Generator,
-        yield_rate: float,
-        stop: threading.Event,
-        errors: list[tuple[tuple[int, ...], BaseException]],
-    ) -> None:
+    index: tuple[int, ...]
+    body: Callable[[], None]
+    rng: np.random.Generator
+    yield_rate: float
+    stop: threading.Event
+    errors: list[tuple[tuple[int, ...], BaseException]]
+    held: tuple[np.ndarray, Callable[[], None]] | None = None  # a store not yet visible: where, and do it
+
+    def __post_init__(self) -> None:
         super().__init__(daemon=True)
-        self.index = index
-        self.body = body
-        self.rng = rng
-        self.yield_rate = yield_rate
-        self.stop = stop
-        self.errors = errors
-        self.held: tuple[np.ndarray, Callable[[], None]] | None = None  # a store not yet visible: where, and do it
 
     def run(self) -> None:
         try:
@@ -217,26 +183,23 @@ def _chunks(ptrs: interpreter.TensorHandle) -> np.ndarray:
     return ptrs.data >> np.uint64(4)
 
 
-def _releases(sem: Any) -> bool:
-    return "RELEASE" in sem.name
-
-
 class _ConcurrentBuilder(interpreter.InterpreterBuilder):
-    """The interpreter's builder while programs run side by side, called from their threads."""
+    """The interpreter's builder while programs run side by side, called from their threads.
+
+    Of atomics only those that kernels use, tl.atomic_add and its like.
+    """
 
     grid_idx = property(lambda self: threading.current_thread().index)
 
-    def binary_op(self, *args: Any) -> interpreter.TensorHandle:
+    def binary_op(self, *args: Any) -> Any:
         threading.current_thread().end_if_told()  # a loop without end need not touch memory
         return super().binary_op(*args)
 
-    def create_masked_load(
-        self, ptrs: Any, mask: Any, other: Any, *policy: Any, **named_policy: Any
-    ) -> interpreter.TensorHandle:
+    def create_masked_load(self, ptrs: Any, mask: Any, other: Any, *policy: Any, **named: Any) -> Any:
         program = threading.current_thread()
         with program.operation(ptrs):
             for part in program.parts(mask):
-                other = super().create_masked_load(ptrs, part, other, *policy, **named_policy)
+                other = super().create_masked_load(ptrs, part, other, *policy, **named)
         return other
 
     def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *policy: Any) -> None:
@@ -249,20 +212,9 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
                 for part in program.parts(mask):
                     store(ptrs, value, part, *policy)
 
-    def create_atomic_store(self, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> None:  # newer than Triton 3.6
-        if _releases(sem):
-            threading.current_thread().perform_held()
-        super().create_atomic_store(ptr, val, mask, sem, scope)
-
-    def create_atomic_rmw(
-        self, rmw_op: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any
-    ) -> interpreter.TensorHandle:
-        with threading.current_thread().operation(ptr, _releases(sem)):
+    def create_atomic_rmw(self, rmw_op: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> Any:
+        with threading.current_thread().operation(ptr, releases="RELEASE" in sem.name):
             return super().create_atomic_rmw(rmw_op, ptr, val, mask, sem, scope)
-
-    def create_atomic_cas(self, ptr: Any, cmp: Any, val: Any, sem: Any, scope: Any) -> interpreter.TensorHandle:
-        with threading.current_thread().operation(ptr, _releases(sem)):
-            return super().create_atomic_cas(ptr, cmp, val, sem, scope)
 
 
 @contextmanager

@@ -27,10 +27,6 @@ FAILURES = {
 }
 
 
-class Failed(AssertionError):
-    """A launch went wrong."""
-
-
 @functools.cache
 def _function(source: str, expression: str) -> Callable[..., int]:
     """One kernel of a version of the source; kept for the next process."""
@@ -63,19 +59,13 @@ def launcher(changes: dict[str, str] | None = None, seed: int = 0) -> Callable[.
         run = _function(source, name_expression(kernel, dtype, plan.template("backward" in kernel)))
         failure = run((ctypes.c_int * 2)(*plan.grid), plan.threads, plan.shared, seed, addresses)
         if failure:
-            raise Failed(f"{kernel}: {FAILURES[failure]}")
+            raise AssertionError(f"{kernel}: {FAILURES[failure]}")
 
     return launch_kernel
 
 
 def _by_value(argument: Tensor | int | None) -> ctypes._SimpleCData:
-    match argument:
-        case Tensor():
-            assert argument.is_contiguous()
-            return ctypes.c_void_p(argument.data_ptr())
-        case None:
-            return ctypes.c_void_p(None)
-        case bool():
-            return ctypes.c_bool(argument)
-        case _:
-            return ctypes.c_int32(argument)
+    if argument is None or isinstance(argument, Tensor):
+        assert argument is None or argument.is_contiguous()
+        return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+    return (ctypes.c_bool if isinstance(argument, bool) else ctypes.c_int32)(argument)

@@ -87,7 +87,7 @@ def cuda(monkeypatch, choose: Callable, device="cpu", seeds=None, changes: dict[
         def launch_kernel(*args, **arguments):
             host_cuda.launcher(changes, next(seeds))(*args, **arguments)
 
-        monkeypatch.setattr(available, "_cupy_obstacle", lambda device, dtype: None)
+        monkeypatch.setattr(available, "_cupy_obstacle", lambda device: None)
         monkeypatch.setattr(cupy, "launch_kernel", launch_kernel)
 
 
@@ -95,12 +95,10 @@ def cupy_plan(kept: bool, parts: int, multiprocessors: int = 16) -> Callable[...
     """In the place of choose_plan: weights in registers or read, and so many blocks that share gates backward."""
 
     def choose(problem, card, backward) -> CupyPlan:
-        found = [
-            plan
-            for plan in cupy_plans(problem, Card(90, multiprocessors), backward)
-            if (plan.chunks > 0, plan.warps) == (kept, 4 if kept else 8) and (plan.parts == parts or not backward)
-        ]
-        return min(found, key=lambda plan: plan.clocks)
+        wanted = kept, 4 if kept else 8, parts if backward else 1
+        found = cupy_plans(problem, Card(90, multiprocessors), backward)
+        fitting = (plan for plan in found if (plan.chunks > 0, plan.warps, plan.parts) == wanted)
+        return min(fitting, key=lambda plan: plan.clocks)
 
     return choose
 
@@ -113,25 +111,21 @@ CUPY_PLANS = {
 }  # fmt: skip
 
 
-def tf32(monkeypatch) -> None:
-    """float32 products in TF32: of the kernels, and of the reference at every step."""
+def tf32(monkeypatch, inputs: int) -> None:
+    """float32 products in TF32: of the kernels, and of the reference at every step, where x has `inputs` features."""
+
+    def linear(x: Tensor, w: Tensor, b: Tensor | None, gain: None) -> Tensor:
+        if w.shape[1] == inputs:
+            return nn.functional.linear(x, w, b)
+        return _CutLinear.apply(x, w) + (0 if b is None else b)
+
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
-    monkeypatch.setattr(reference, "linear", _TF32.linear)
-
-
-class _TF32:
-    """The products of the reference, which computes those of a step as W_ih x + b, then W_hh h + b: the latter with
-    operands cut to the 10 bits that tensor cores use."""
-
-    computed = 0
-
-    @classmethod
-    def linear(cls, x: Tensor, w: Tensor, b: Tensor | None, gain: None) -> Tensor:
-        cls.computed += 1
-        return nn.functional.linear(x, w, b) if cls.computed % 2 else _CutLinear.apply(x, w) + (0 if b is None else b)
+    monkeypatch.setattr(reference, "linear", linear)
 
 
 class _CutLinear(torch.autograd.Function):
+    """x W^T with operands cut to the 10 bits that tensor cores use."""
+
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)

@@ -22,7 +22,6 @@ from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Problem, Recurrence, problem_of
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products", "nan_in_fresh_memory")
-HALF = (torch.float16, torch.bfloat16)
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def _layer_of(gates: Tensor, r: Recurrence) -> Layer:
     return launch.layer_of(problem_of(gates, r), gates.device)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_tensors_that_are_not_aligned_give_the_same_bits(device, dtype):
     def moved(t: Tensor) -> Tensor:
         """The same, an element past an address that is a multiple of 16 bytes."""
@@ -107,13 +106,12 @@ def test_modules(device):
     ours.load_state_dict(theirs.state_dict())
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     x = torch.randn(6, 2, 3, device=device)
-    (y, _), (expected, _) = ours(x), theirs(x)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(compiled(x)[0], expected)
-    y.square().sum().backward()
-    expected.square().sum().backward()
-    for our, their in zip(ours.parameters(), theirs.parameters()):
-        torch.testing.assert_close(our.grad, their.grad)
+    found = []
+    for module in (ours, theirs):
+        y, _ = module(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), list(module.parameters()))])
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(compiled(x)[0], found[1][0])
 
 
 # A check that cannot fail is no check: faults are planted in the source, and the comparison must detect each.
@@ -151,20 +149,20 @@ READ_FAULTS = {
 
 
 @pytest.mark.parametrize(
-    ("of", "change"),
-    [(of, fault) for of, faults in (("kept", FAULTS), ("read", READ_FAULTS)) for fault in (*faults, None)],
-)
-def test_a_planted_fault_is_detected(monkeypatch, of, change):
+    ("faults", "change"), [(faults, fault) for faults in (FAULTS, READ_FAULTS) for fault in (*faults, None)],
+    ids=lambda value: value if isinstance(value, str | None) else ["kept", "read"][value is READ_FAULTS],
+)  # fmt: skip
+def test_a_planted_fault_is_detected(monkeypatch, faults, change):
     """By the comparison, in some order of turns."""
     changes = {}
     if change is not None:
-        part, text, fault = (FAULTS if of == "kept" else READ_FAULTS)[change]
+        part, text, fault = faults[change]
         found = source.parts()[part]
         assert found.count(text) == 1, f"{part}: {text}"
         changes[part] = found.replace(text, fault)
     # In registers by one group of blocks, which computes two batch tiles.
     choose, dtype, size = cupy_plan(True, 4, multiprocessors=12), torch.float16, (5, 9, 3, 33)
-    if of == "read":
+    if faults is READ_FAULTS:
         choose, dtype, size = CUPY_PLANS["read/4"], torch.float32, (3, 9, 3, 75)
     words = "ragged states reverse" if change and "leaves" in change else "ragged resets reverse"
 

@@ -3,15 +3,15 @@
 Every argument is held against the kernel's parameter list in cooperative.cu, shapes in comments included.
 """
 
+import itertools
 import re
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 from math import ceil, prod
 from types import SimpleNamespace
 from typing import NamedTuple
-from unittest.mock import Mock
+from unittest.mock import ANY, MagicMock, Mock, call
 
 import pytest
 import torch
@@ -58,24 +58,17 @@ def _elements(shape: str, sizes: dict[str, int]) -> int:
     return prod(eval(dimension.replace("/", "//")) for dimension in shape[1:-1].split(", "))
 
 
-class Launch(NamedTuple):
-    kernel: str
-    dtype: torch.dtype
-    plan: Plan
-    arguments: dict[str, Tensor | int | None]
-
-
 @pytest.fixture
-def launches(monkeypatch) -> list[Launch]:
-    made: list[Launch] = []
-    monkeypatch.setattr(launch, "launch_kernel", lambda *args, **arguments: made.append(Launch(*args, arguments)))
-    return made
+def launched(monkeypatch) -> Mock:
+    """In the place of launch_kernel."""
+    monkeypatch.setattr(launch, "launch_kernel", Mock())
+    return launch.launch_kernel
 
 
 T, B, H, P = 3, 5, 6, 4
 
 
-def _call(dtype, projected=0, ragged=False, backward=False, states=False, precision="ieee") -> None:
+def _call(dtype, projected=0, ragged=False, backward=False, precision="ieee") -> None:
     width = projected or H
     gates, c = torch.zeros(T, B, 4 * H, dtype=dtype), torch.zeros(T, B, H)
     h, h0, c0 = torch.zeros(T, B, width, dtype=dtype), torch.zeros(B, width, dtype=dtype), c[0]
@@ -84,7 +77,7 @@ def _call(dtype, projected=0, ragged=False, backward=False, states=False, precis
         weight_hr=torch.zeros(projected, H, dtype=dtype) if projected else None,
         h0=h0, c0=c0, lengths=torch.tensor([3, 0, 1, 2, 3]) if ragged else None,
         resets=torch.zeros(T, B, dtype=torch.bool) if ragged else None, reverse=ragged, precision=precision,
-        reset_c=c if states else None,
+        reset_c=c if ragged else None,
     )  # fmt: skip
     layer = launch.layer_of(problem_of(gates, recurrence), gates.device)
     if backward:
@@ -97,41 +90,38 @@ def _call(dtype, projected=0, ragged=False, backward=False, states=False, precis
 @pytest.mark.parametrize("projected", [0, P])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("backward", [False, True])
-def test_every_argument_is_as_the_kernel_declares_it(launches, backward, ragged, projected, dtype):
-    _call(dtype, projected, ragged, backward, states=ragged)
-    (made,) = launches
-    assert (made.kernel, made.dtype) == (source.KERNELS[backward], dtype)
-    parts, words = made.plan.parts, planning.words_of(Problem(2, B, H, dtype))
-    sizes = {"T": T, "B": B, "H": H, "W": words, "PARTS": parts}
+def test_every_argument_is_as_the_kernel_declares_it(launched, backward, ragged, projected, dtype):
+    _call(dtype, projected, ragged, backward)
+    kernel, arguments = source.KERNELS[backward], launched.call_args.kwargs
+    launched.assert_called_once_with(kernel, dtype, ANY, **arguments)
+    words = planning.words_of(Problem(2, B, H, dtype))
+    sizes = {"T": T, "B": B, "H": H, "W": words, "PARTS": launched.call_args.args[2].parts}
     types = {"E*": dtype, "float*": torch.float32, "int*": torch.int32, "bool*": torch.bool}
-    parameters = _parameters(made.kernel)
-    assert source.parameters(made.kernel) == tuple(parameter.name for parameter in parameters)
-    for parameter, argument in zip(parameters, source.in_order(made.kernel, made.arguments)):
-        where = f"{made.kernel}, {parameter.name}"
+    parameters = _parameters(kernel)
+    assert source.parameters(kernel) == tuple(parameter.name for parameter in parameters)
+    for parameter, argument in zip(parameters, source.in_order(kernel, arguments)):
+        where = f"{kernel}, {parameter.name}"
         match argument:
             case None:
                 assert parameter.nullable, where
             case Tensor() if parameter.type == "unsigned*":  # words
                 assert argument.is_contiguous(), where
                 assert argument.data_ptr() % 16 == 0 or parameter.name == "partials", where
-                assert argument.numel() * argument.itemsize == 4 * _elements(parameter.shape, sizes), where
+                assert argument.nbytes == 4 * _elements(parameter.shape, sizes), where
             case Tensor():
-                assert argument.dtype == types[parameter.type], where
-                assert argument.is_contiguous(), where
-                expected = 1 if parameter.name == "error" else _elements(parameter.shape, sizes)
-                assert argument.numel() >= expected if parameter.name == "error" else argument.numel() == expected, (
-                    where
-                )
+                assert (argument.dtype, argument.is_contiguous()) == (types[parameter.type], True), where
+                expected = argument.numel() or 1 if parameter.name == "error" else _elements(parameter.shape, sizes)
+                assert argument.numel() == expected, where
             case bool():
                 assert (parameter.type, parameter.name, argument) == ("bool", "reverse", ragged), where
             case int():
                 assert (parameter.type, argument) == ("int", sizes[parameter.name]), where
 
 
-def test_arguments_go_by_their_names(launches):
+def test_arguments_go_by_their_names(launched):
     """In any order; one under another's name is refused before anything is launched."""
     _call(torch.float32)
-    kernel, arguments = launches[0].kernel, launches[0].arguments
+    kernel, arguments = launched.call_args.args[0], launched.call_args.kwargs
     assert source.in_order(kernel, dict(reversed(arguments.items()))) == source.in_order(kernel, arguments)
     missing = {name: a for name, a in arguments.items() if name != "c"}
     for fault in (missing, missing | {"cell": arguments["c"]}, arguments | {"cell": arguments["c"]}):
@@ -139,13 +129,12 @@ def test_arguments_go_by_their_names(launches):
             source.in_order(kernel, fault)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 17, 1000])
-@pytest.mark.parametrize("hidden", [1, 33, 128, 768, 1024, 4096, 20_000])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("card", [H100, Card(86, 20), Card(75, 40)], ids=lambda card: f"sm_{card.architecture}")
-def test_there_is_a_plan_for_every_problem_and_its_blocks_cover_everything_once(card, backward, hidden, batch, dtype):
-    for side_by_side in (1, 2):
+def test_there_is_a_plan_for_every_problem_and_its_blocks_cover_everything_once(card, backward):
+    for batch, hidden, dtype, side_by_side in itertools.product(
+        (1, 17, 1000), (1, 33, 128, 768, 1024, 4096, 20_000), DTYPES, (1, 2)
+    ):
         problem = Problem(2, batch, hidden, dtype, side_by_side=side_by_side)
         found = list(plans(problem, card, backward))
         assert choose_plan(problem, card, backward) == min(found, key=lambda plan: plan.clocks)
@@ -191,22 +180,17 @@ def test_the_launcher_and_the_source_agree():
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_products_are_taken_in_the_precision_asked_for(monkeypatch, launches, precision):
-    matmul = torch.backends.cuda.matmul
+def test_products_are_taken_in_the_precision_asked_for(monkeypatch, launched, precision):
+    matmul, inside = torch.backends.cuda.matmul, projection.products_in
 
     def now():
         return matmul.fp32_precision if hasattr(matmul, "fp32_precision") else "tf32" if matmul.allow_tf32 else "ieee"
 
-    seen, before, inside = [], now(), projection.products_in
-
-    def watched(wanted):
-        seen.append(wanted)
-        return inside(wanted)
-
+    before, watched = now(), Mock(side_effect=inside)
     monkeypatch.setattr(projection, "products_in", watched)
     for backward in (False, True):
         _call(torch.float32, P, backward=backward, precision=precision)
-    assert Counter(seen) == {precision: 6}
+    assert watched.call_args_list == [call(precision)] * 6
     with inside(precision):
         assert now() == precision
     assert now() == before
@@ -217,49 +201,46 @@ def test_products_are_taken_in_the_precision_asked_for(monkeypatch, launches, pr
 # What is refused, and what is imported when.
 
 
-def test_a_dtype_that_the_kernels_do_not_take(launches):
+def test_a_dtype_that_the_kernels_do_not_take(launched):
     with pytest.raises(TypeError, match=r"^backend 'cupy' takes float16, bfloat16 and float32, got torch\.float64$"):
         _call(torch.float64)
     obstacle = available.why_unavailable(Backend.CUPY, torch.device("cpu"), torch.float64)
     assert isinstance(obstacle, TypeError)
-    assert launches == []
+    launched.assert_not_called()
 
 
 @pytest.fixture
-def fake_cupy(monkeypatch):
-    """As if CuPy were installed: fake_cupy(what its NVRTC says)."""
-
-    def install(nvrtc_version):
-        nvrtc = SimpleNamespace(getVersion=nvrtc_version)
-        monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(nvrtc=nvrtc)))
-
-    available.cupy_import_problem.cache_clear()
-    yield install
-    available.cupy_import_problem.cache_clear()
+def cupy(monkeypatch) -> Mock:
+    """As if CuPy were installed."""
+    monkeypatch.setattr(available, "cupy_import_problem", available.cupy_import_problem.__wrapped__)
+    monkeypatch.setitem(sys.modules, "cupy", Mock())
+    return sys.modules["cupy"]
 
 
 @pytest.mark.parametrize(("cuda", "extra"), [("12.8", "cupy12"), ("13.0", "cupy13"), (None, "cupy13")])
 @pytest.mark.parametrize("absent", ["cupy", "nvrtc"])
-def test_what_is_absent_is_named_with_its_extra(monkeypatch, fake_cupy, absent, cuda, extra):
+def test_what_is_absent_is_named_with_its_extra(monkeypatch, cupy, absent, cuda, extra):
+    cupy.cuda.nvrtc.getVersion.side_effect = RuntimeError("CuPy failed to load libnvrtc.so.13")
     if absent == "cupy":
         monkeypatch.setitem(sys.modules, "cupy", None)
-    else:
-        fake_cupy(Mock(side_effect=RuntimeError("CuPy failed to load libnvrtc.so.13")))
     monkeypatch.setattr(torch.version, "cuda", cuda)
     obstacle = available.why_unavailable(Backend.CUPY, torch.device("cuda"), torch.float32)
     assert isinstance(obstacle, ImportError)
     assert f'pip install "gpu-lstm[{extra}]"' in str(obstacle)
 
 
-def test_tensors_that_are_not_on_a_new_enough_gpu_are_refused(monkeypatch, fake_cupy):
-    fake_cupy(lambda: (13, 0))
-    obstacle = available.why_unavailable(Backend.CUPY, torch.device("cpu"), torch.float32)
-    assert isinstance(obstacle, RuntimeError)
-    assert str(obstacle) == "backend 'cupy' takes CUDA tensors, got cpu"
-    for capability, text in (((7, 0), None), ((6, 1), "backend 'cupy' needs compute capability 7.0, cuda has 6.1")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
-        obstacle = available.why_unavailable(Backend.CUPY, torch.device("cuda"), torch.float32)
-        assert (obstacle and str(obstacle)) == text
+@pytest.mark.parametrize(
+    ("device", "capability", "text"),
+    [
+        ("cpu", None, "backend 'cupy' takes CUDA tensors, got cpu"), ("cuda", (7, 0), "None"),
+        ("cuda", (6, 1), "backend 'cupy' needs compute capability 7.0, cuda has 6.1"),
+    ],
+)  # fmt: skip
+def test_tensors_that_are_not_on_a_new_enough_gpu_are_refused(monkeypatch, cupy, device, capability, text):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    obstacle = available.why_unavailable(Backend.CUPY, torch.device(device), torch.float32)
+    assert isinstance(obstacle, RuntimeError | None)
+    assert str(obstacle) == text
 
 
 @pytest.mark.parametrize(
@@ -297,48 +278,27 @@ def test_the_stream_is_torchs(monkeypatch, newer):
 
 def test_a_launch_is_what_cupy_is_asked_for(monkeypatch):
     """The function by its name, once loaded; its grid, block, shared memory; arguments by value, on torch's stream."""
-    asked, entered, loaded = [], [], []
-
-    class Function:
-        def __init__(self, name):
-            self.name = name
-
-        def __call__(self, *args, **options):
-            asked.append((self.name, self.max_dynamic_shared_size_bytes, list(entered), *args, options))
-
-    class Entered:
-        def __init__(self, name):
-            self.name = name
-
-        def __enter__(self):
-            entered.append(self.name)
-
-        def __exit__(self, *_):
-            entered.remove(self.name)
-
-    cupy = SimpleNamespace(
-        RawModule=lambda **given: loaded.append(given) or SimpleNamespace(get_function=Function),
-    )
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(launch, "_stream", lambda d: Entered(f"stream of {d}"))
+    asked, device = MagicMock(), torch.device("cpu")
+    monkeypatch.setitem(sys.modules, "cupy", asked.cupy)
+    monkeypatch.setattr(launch, "_stream", asked.stream)
     monkeypatch.setattr(launch, "_kernel", launch._kernel.__wrapped__)
     tensor, kernel = torch.zeros(3), source.KERNELS[0]
     plan = Plan(hidden=768, units=12, warps=8, chunks=3, parts=1, grid=(64, 2), shared=1234, clocks=0)
     arguments = dict.fromkeys(source.parameters(kernel), tensor) | dict(c=None, T=7, B=5, reverse=True)
     launch.launch_kernel(kernel, torch.float16, plan, **arguments)
-    ((name, most, inside, grid, block, given, options),) = asked
-    assert name == "lstm_cooperative_forward<float16, 768, 12, 8, 3>"
-    assert (most, grid, block, options) == (163 * 1024, (64, 2), (256,), {"shared_mem": 1234})
-    assert inside == ["stream of cpu"]
-    assert entered == []
-    values = dict(zip(source.parameters(kernel), given))
-    assert (values["gates"], values["c"], values["T"], values["reverse"]) == (tensor.data_ptr(), 0, 7, True)
-    kinds = [type(values[name]).__name__.rstrip("_") for name in ("gates", "c", "T", "reverse")]
-    assert kinds == ["uint64", "uint64", "int32", "bool"]
-    (loading,) = loaded
-    assert loading == dict(
-        code=SOURCE, options=source.OPTIONS, name_expressions=[name], enable_cooperative_groups=True
-    )  # fmt: skip
+    *before, made, after = asked.mock_calls
+    name = "lstm_cooperative_forward<float16, 768, 12, 8, 3>"
+    loading = dict(code=SOURCE, options=source.OPTIONS, name_expressions=[name], enable_cooperative_groups=True)
+    module, stream = call.cupy.RawModule(**loading), call.stream(device)
+    assert before == [module, call.cupy.RawModule().get_function(name), stream, call.stream().__enter__()]
+    assert after == call.stream().__exit__(None, None, None)
+    function = asked.cupy.RawModule().get_function()
+    grid, block, given = made.args
+    assert (grid, block, made.kwargs) == ((64, 2), (256,), {"shared_mem": 1234})
+    assert (function.call_count, function.max_dynamic_shared_size_bytes) == (1, 163 * 1024)
+    values = [dict(zip(source.parameters(kernel), given))[name] for name in ("gates", "c", "T", "reverse")]
+    assert values == [tensor.data_ptr(), 0, 7, True]
+    assert [type(value).__name__.rstrip("_") for value in values] == ["uint64", "uint64", "int32", "bool"]
 
 
 def test_the_real_cupy_takes_what_it_is_asked_for():

@@ -3,6 +3,9 @@
 Triton launches on the current device. A module on cuda:1 must work while cuda:0 is current.
 """
 
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,21 +23,17 @@ from gpu_lstm.tools import stream
 T, B, I, H = 3, 2, 4, 16
 
 
-class Driver:
-    """What torch.cuda asks the driver for; it knows which device is current."""
-
-    current = 0
-
-    def exchange(self, device: int) -> int:
-        before, self.current = self.current, device if device >= 0 else self.current
-        return before
-
-
 @pytest.fixture
 def driver(monkeypatch):
-    driver = Driver()
+    """What torch.cuda asks the driver for; it knows which device is current."""
+    driver = SimpleNamespace(current=0)
+
+    def exchange(device: int) -> int:
+        before, driver.current = driver.current, device if device >= 0 else driver.current
+        return before
+
     for name in ("_exchange_device", "_maybe_exchange_device"):
-        monkeypatch.setattr(torch.cuda, name, driver.exchange)
+        monkeypatch.setattr(torch.cuda, name, exchange)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: driver.current)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return driver
@@ -48,10 +47,18 @@ def _indexed(t, key):
     return t.narrow(0, 0, t.shape[0] - 1) if isinstance(first, slice) else t
 
 
-def _launches(driver, monkeypatch, backend: str, choose_plan, device: str) -> list[int]:
-    """The current device at each launch of forward and backward of a layer on `device`."""
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+@pytest.mark.parametrize("family", [*Family, "cupy"])
+def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, monkeypatch, family, device):
+    def of_family(problem, _, which, *__):
+        return next(plan for plan in plans(problem, DEVICES["h100"], which.backward) if plan.family is family)
+
+    backend, launcher, choose_plan = "triton", triton_launch, of_family
+    if family == "cupy":
+        backend, launcher, choose_plan = "cupy", cupy_launch, planning.choose_plan
+        monkeypatch.setattr(cupy_launch, "as_words", lambda weights, size: weights)  # padding asks the driver
+        monkeypatch.setattr(cupy_launch, "card_of", lambda device: planning.Card(90, 132))
     current: list[int] = []
-    launcher = {"triton": triton_launch, "cupy": cupy_launch}[backend]
     monkeypatch.setattr(launcher, "choose_plan", choose_plan)
     monkeypatch.setattr(launcher, "launch_kernel", lambda *_, **__: current.append(driver.current))
     monkeypatch.setattr(launcher, "error_word", lambda device, kernel: None)  # kept for as long as the process
@@ -65,46 +72,17 @@ def _launches(driver, monkeypatch, backend: str, choose_plan, device: str) -> li
         h, _, _, gates, c = graph._forward(*given, False, backend, True, False)
         needed = [k == 1 for k in range(len(sizes))]
         graph._backward([h, None, None], [h, gates, c], *given, False, backend, needed)
-    return current
-
-
-@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
-@pytest.mark.parametrize("family", Family)
-def test_triton_launches_on_the_device_of_the_tensors(driver, monkeypatch, family, device):
-    def choose_plan(problem, _, which, *__):
-        return next(plan for plan in plans(problem, DEVICES["h100"], which.backward) if plan.family is family)
-
-    current = _launches(driver, monkeypatch, "triton", choose_plan, device)
     assert current == [torch.device(device).index] * 2
     assert driver.current == 0, "and afterwards it is the one before"
-
-
-def test_cupy_launches_on_the_device_of_the_tensors(driver, monkeypatch):
-    for name in ("as_words", "transposed_gates"):
-        monkeypatch.setattr(cupy_launch, name, lambda weights, *_: weights)  # padding asks the driver
-    monkeypatch.setattr(cupy_launch, "card_of", lambda device: planning.Card(90, 132))
-    current = _launches(driver, monkeypatch, "cupy", planning.choose_plan, "cuda:1")
-    assert current == [1, 1]
-    assert driver.current == 0
 
 
 def test_a_step_of_a_stream_is_captured_on_the_device_of_its_input(driver, monkeypatch):
     """torch.cuda.Stream() and CUDAGraph() belong to the device that is current when they are made."""
     made: list[tuple[str, int]] = []
-
-    class Stub:
-        def __init__(self, *_): ...
-        def __enter__(self): ...
-        def __exit__(self, *_): ...
-        def wait_stream(self, _): ...
-
-    def maker(name):
-        return lambda *_: made.append((name, driver.current)) or Stub()
-
     for name in ("Stream", "CUDAGraph"):
-        monkeypatch.setattr(torch.cuda, name, maker(name))
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: made.append((name, driver.current)) or MagicMock())
     for name in ("current_stream", "stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, Stub)
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
     steps: list[int] = []
     stream.captured(lambda: steps.append(driver.current), torch.device("cuda", 1))
     assert made == [("Stream", 1), ("CUDAGraph", 1)]

@@ -108,10 +108,9 @@ def _events(kernel: dict, *buffers: str) -> list[tuple[str, str]]:
     return events
 
 
-def _problems(kernel: dict) -> list[str]:
+def _of_words(kernel: dict) -> list[str]:
     """What is wrong with the exchange of words, which are to be strong, of one width, all there, and in order."""
-    buffers = "words", "partials", "pairs_hh", "pairs_c"
-    events = [event for event in _events(kernel, *buffers) if event[0] != "memory"]
+    events = [event for event in _events(kernel, "words", "partials", "pairs_hh", "pairs_c") if event[0] != "memory"]
     accesses = [(kind, text) for kind, text in events if text]
     problems = [text for _, text in accesses if not re.fullmatch(r"(ld|st)\.relaxed\.gpu\.global(\.v[24])?\.b32", text)]
     order = [kind for kind, _ in groupby(kind for kind, _ in events)]
@@ -126,39 +125,9 @@ def _problems(kernel: dict) -> list[str]:
     return problems
 
 
-def test_words_are_whole_and_strong_and_in_order(kernels):
-    found = {kernel["name"]: _problems(kernel) for kernel in kernels["cooperative"]}
-    assert len(found) == 12
-    assert {name: problems for name, problems in found.items() if problems} == {}
-
-
-STORE = r"@yes st\.relaxed\.gpu\.global\.b32 [^;]*;"
-FAULTS = {  # what is replaced, by what, and what is said of it
-    "a weak load": (r"ld\.relaxed\.gpu\.global", "ld.global", "ld.global.v4.b32"),
-    "a volatile load": (r"ld\.relaxed\.gpu\.global", "ld.volatile.global", "ld.volatile.global.v4.b32"),
-    "a weak store": (r"st\.relaxed\.gpu\.global", "st.global", "st.global.b32"),
-    "half a word": (r"st\.relaxed\.gpu\.global\.b32", "st.relaxed.gpu.global.b16", "st.relaxed.gpu.global.b16"),
-    "a quad that is not loaded": (r"@missing0 ld\.relaxed[^;]*;", "", "8 x load words, not 12"),
-    "a lost store": (STORE, "", "0 x store words, not 1"),
-    "a store before the sum": (rf"(bar\.sync[^;]*;)([\s\S]*?)({STORE})", r"\3 \1 \2", "the order is"),
-    "one look": (r"@!?\w+ bra POLL;", "", "the order is"),
-    "no barrier": (r"bar\.sync[^;]*;", "", "the order is"),
-    "two barriers": (r"(bar\.sync[^;]*;)", r"\1 \1", "more than one barrier"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_exchange_of_words_is_detected(kernels, fault):
-    pattern, replacement, said = FAULTS[fault]
-    kernel = kernels["cooperative"][0]
-    ptx = re.sub(pattern, replacement, kernel["ptx"])
-    assert any(said in problem for problem in _problems(kernel | {"ptx": ptx}))
-
-
-def _problems_of_barriers(kernel: dict) -> list[str]:
+def _of_barriers(kernel: dict) -> list[str]:
     """What is wrong with `grid_barrier`: stores are to come before its release, loads after its acquire."""
-    events = _events(kernel, "arrivals")
-    problems = []
+    events, problems = _events(kernel, "arrivals"), []
     for n, (kind, text) in enumerate(events):
         if "arrivals" in kind:
             around = events[:n][::-1], events[n + 1 :]
@@ -173,24 +142,39 @@ def _problems_of_barriers(kernel: dict) -> list[str]:
     return problems
 
 
-def test_grid_barriers_of_the_step_family(kernels):
-    found = {kernel["name"]: _problems_of_barriers(kernel) for kernel in kernels["step"]}
-    assert len(found) == 3
+PROBLEMS = {"cooperative": _of_words, "step": _of_barriers}
+
+
+@pytest.mark.parametrize(("family", "count"), [("cooperative", 12), ("step", 3)])
+def test_words_and_barriers_are_strong_and_in_order(kernels, family, count):
+    found = {kernel["name"]: PROBLEMS[family](kernel) for kernel in kernels[family]}
+    assert len(found) == count
     assert {name: problems for name, problems in found.items() if problems} == {}
 
 
-@pytest.mark.parametrize(
-    ("pattern", "replacement", "said"),
-    [
-        (r"\.acq_rel\.", ".acquire.", "0 releases, not 2"),
-        (r"\.acq_rel\.", ".release.", "does not acquire"),
-        (r"global\.gpu\.acquire", "relaxed.gpu.global", "does not acquire"),
-        (r"(@%p\d+ atom\.)", r"st.global.b32 [%rd1], %r1; \1", "without a barrier"),
-        (r"(@%p\d+ atom\.[^;]*;)", r"\1 ld.global.b32 %r1, [%rd1];", "without a barrier"),
-    ],
-    ids=["no release", "no acquire", "waits without acquire", "a store too late", "a load too early"],
-)
-def test_a_fault_in_a_grid_barrier_is_detected(kernels, pattern, replacement, said):
-    kernel = kernels["step"][0]
-    ptx = re.sub(pattern, replacement, kernel["ptx"])
-    assert any(said in problem for problem in _problems_of_barriers(kernel | {"ptx": ptx}))
+STORE = r"@yes st\.relaxed\.gpu\.global\.b32 [^;]*;"
+FAULTS = {  # in which family what is replaced, by what, and what is said of it
+    "a weak load": ("cooperative", r"ld\.relaxed\.gpu\.global", "ld.global", "ld.global.v4.b32"),
+    "a volatile load": ("cooperative", r"ld\.relaxed\.gpu\.global", "ld.volatile.global", "ld.volatile.global.v4.b32"),
+    "a weak store": ("cooperative", r"st\.relaxed\.gpu\.global", "st.global", "st.global.b32"),
+    "half a word": ("cooperative", r"st\.relaxed\.gpu\.global\.b32", "st.relaxed.gpu.global.b16", "global.b16"),
+    "a quad that is not loaded": ("cooperative", r"@missing0 ld\.relaxed[^;]*;", "", "8 x load words, not 12"),
+    "a lost store": ("cooperative", STORE, "", "0 x store words, not 1"),
+    "a store before the sum": ("cooperative", rf"(bar\.sync[^;]*;)([\s\S]*?)({STORE})", r"\3 \1 \2", "the order is"),
+    "one look": ("cooperative", r"@!?\w+ bra POLL;", "", "the order is"),
+    "no barrier": ("cooperative", r"bar\.sync[^;]*;", "", "the order is"),
+    "two barriers": ("cooperative", r"(bar\.sync[^;]*;)", r"\1 \1", "more than one barrier"),
+    "no release": ("step", r"\.acq_rel\.", ".acquire.", "0 releases, not 2"),
+    "no acquire": ("step", r"\.acq_rel\.", ".release.", "does not acquire"),
+    "waits without acquire": ("step", r"global\.gpu\.acquire", "relaxed.gpu.global", "does not acquire"),
+    "a store too late": ("step", r"(@%p\d+ atom\.)", r"st.global.b32 [%rd1], %r1; \1", "without a barrier"),
+    "a load too early": ("step", r"(@%p\d+ atom\.[^;]*;)", r"\1 ld.global.b32 %r1, [%rd1];", "without a barrier"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_detected(kernels, fault):
+    family, pattern, replacement, said = FAULTS[fault]
+    kernel = kernels[family][0]
+    problems = PROBLEMS[family](kernel | {"ptx": re.sub(pattern, replacement, kernel["ptx"])})
+    assert any(said in problem for problem in problems)

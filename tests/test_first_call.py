@@ -7,6 +7,7 @@ import logging
 import math
 import warnings
 from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -38,18 +39,16 @@ def card(monkeypatch, nothing_cached):
     monkeypatch.setattr(launch, "error_word", lambda device, kernel: None)
 
 
-def _columns(arguments) -> int:
-    """Which tell one plan of PROBLEM from another."""
-    return arguments.get("UNITS", arguments.get("BLOCK_H"))
-
-
 def _choose(monkeypatch, load=lambda *_: None, which=FORWARD, verify=None):
-    """The plan that is chosen, and the columns of all that were tried; load(kernel, arguments) raises, or not."""
+    """The plan that is chosen, and the columns of all that were tried, which tell one plan of PROBLEM from another.
+
+    load(kernel, columns) raises, or not, and says how many words are spilled.
+    """
     tried = []
 
     def loaded(kernel, grid, arguments):
-        tried.append(_columns(arguments))
-        return SimpleNamespace(n_spills=load(kernel, arguments) or 0)
+        tried.append(arguments.get("UNITS", arguments.get("BLOCK_H")))
+        return SimpleNamespace(n_spills=load(kernel, tried[-1]) or 0)
 
     monkeypatch.setattr(choose, "load", loaded)
     return launch.layer_of(PROBLEM, CUDA, verify).prepared(which).plan, tried
@@ -91,22 +90,17 @@ def test_every_fact_of_a_call_is_in_its_problem():
 
 def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(card, monkeypatch):
     """Its work would become part of the graph; and what was not verified must not count as verified later."""
-    asked = []
-
-    def verify(plan, problem, which, device):
-        asked.append((plan, problem, which, device))
-        return "wrong" if plan == PLANS[0] else None
-
+    verify = Mock(side_effect=lambda plan, *_: "wrong" if plan == PLANS[0] else None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for _ in range(2):
         assert _choose(monkeypatch, verify=verify) == (PLANS[0], [PLANS[0].columns])
-    assert asked == []
+    assert verify.mock_calls == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for _ in range(2):
         assert _choose(monkeypatch, verify=verify)[0] == PLANS[1]
-    assert asked == [(plan, PROBLEM, Pass(), CUDA) for plan in PLANS[:2]]
+    assert verify.mock_calls == [call(plan, PROBLEM, Pass(), CUDA) for plan in PLANS[:2]]
     _choose(monkeypatch, which=Pass(True, dh=False, dh_n=False), verify=verify)
-    assert len(asked) == 2, "without a gradient of h there is nothing to verify"
+    assert verify.call_count == 2, "without a gradient of h there is nothing to verify"
 
 
 @pytest.mark.parametrize("shift", [0, 1, 8])
@@ -131,19 +125,15 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     plan = next(p for p in plans(problem._replace(hidden=256), H100, backward) if p.family is Family.COOPERATIVE)
     if family is not Family.COOPERATIVE:
         plan = next(p for p in plans(problem, H100, backward) if p.family is family)
-    made = []
     gates, h, c = (torch.zeros(steps, batch, n, dtype=torch.float16) for n in (4 * hidden, hidden, hidden))
-    r = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden).half(), h0=h[0], c0=c[0].float())
-
-    def record(kernel, grid, **arguments):
-        made.append((kernel.__name__, grid, arguments))
-
+    r, record = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden).half(), h0=h[0], c0=c[0].float()), Mock()
     if backward:
         launch.layer_backward(h, h[0], None, gates, c.float(), r, plan=plan, launch=record)
     else:
         launch.layer_forward(gates, r, save=True, plan=plan, launch=record)
-    ((name, grid, arguments),) = made
-    assert name == f"lstm_{family.value}_{'backward' if backward else 'forward'}_kernel"
+    record.assert_called_once()
+    (kernel, grid), arguments = record.call_args
+    assert kernel.__name__ == f"lstm_{family.value}_{'backward' if backward else 'forward'}_kernel"
     assert math.prod(grid) == plan.programs * plan.groups
     assert arguments["num_warps"] == plan.num_warps
     assert arguments["maxnreg"] == plan.registers
@@ -168,12 +158,11 @@ def test_words_of_rows_that_begin_anywhere(offset, width):
 
 @pytest.mark.parametrize("failure", [8 // 4, ValueError("M, N, K >= 16"), RuntimeError("PassManager")], ids=str)
 def test_a_plan_that_does_not_compile_does_not_fit_and_a_log_line_says_why(card, monkeypatch, caplog, failure):
-    def load(kernel, arguments):
-        if _columns(arguments) == PLANS[0].columns:
+    def load(kernel, columns):
+        if columns == PLANS[0].columns:
             if isinstance(failure, Exception):
                 raise failure
             return failure
-        return 0
 
     with caplog.at_level(logging.INFO, "gpu_lstm"):
         plan, tried = _choose(monkeypatch, load)
@@ -184,46 +173,33 @@ def test_a_plan_that_does_not_compile_does_not_fit_and_a_log_line_says_why(card,
 
 def test_hopeless_plans_are_not_all_compiled(card, monkeypatch):
     assert len(PLANS) > choose.MOST + 1
-    plan, tried = _choose(monkeypatch, lambda kernel, arguments: "step" not in kernel.__name__)
+    plan, tried = _choose(monkeypatch, lambda kernel, _: "step" not in kernel.__name__)
     assert plan.family is Family.STEP
     assert len(tried) == choose.MOST + 1 == 4
 
 
-def test_where_no_kernel_compiles_the_error_names_every_reason(card, monkeypatch):
-    def load(kernel, arguments):
+def test_where_no_kernel_compiles_the_error_names_every_reason_and_out_of_memory_is_no_matter_of_plans(
+    card, monkeypatch
+):
+    def load(kernel, _):
         raise ValueError(f"no {kernel.__name__} today")
 
+    reasons = r"no Triton kernel can run this layer on this card.*no lstm_coop.*no lstm_step.*today"
     for _ in range(2):
-        with pytest.raises(
-            RuntimeError, match=r"no Triton kernel can run this layer on this card.*no lstm_coop.*no lstm_step.*today"
-        ):
+        with pytest.raises(RuntimeError, match=reasons):
             _choose(monkeypatch, load)
-
-
-def test_out_of_memory_is_no_matter_of_plans(card, monkeypatch):
-    def load(*_):
-        raise torch.OutOfMemoryError("80 GB")
-
     with pytest.raises(torch.OutOfMemoryError):
-        _choose(monkeypatch, load)
+        _choose(monkeypatch, Mock(side_effect=torch.OutOfMemoryError("80 GB")))
 
 
 def test_a_line_says_what_takes_long(card, monkeypatch, caplog):
-    timers = []
-
-    class Timer:
-        def __init__(self, seconds, function, arguments):
-            assert seconds == choose.SLOW_S
-            self.fire, self.start = lambda: function(*arguments), lambda: timers.append(self)
-
-        def cancel(self):
-            self.fire = lambda: None
-
-    monkeypatch.setattr(choose.threading, "Timer", Timer)
+    timer = Mock()
+    monkeypatch.setattr(choose.threading, "Timer", timer)
     _choose(monkeypatch)
-    timers[0].fire()
-    assert caplog.text == "", "a quick compilation is not mentioned"
-    _choose(monkeypatch, lambda *_: timers[1].fire(), Pass(save=False))
+    seconds, function, arguments = timer.call_args.args
+    assert seconds == choose.SLOW_S
+    assert timer.mock_calls[1:] == [call().start(), call().cancel()], "a quick compilation is not mentioned"
+    function(*arguments)
     assert "compiling the kernels of a layer" in caplog.text
 
 
@@ -259,15 +235,12 @@ def test_a_torch_for_amd_is_named(monkeypatch, backend):
 
 @pytest.mark.parametrize("error", [OSError("libcuda.so"), RuntimeError("bad build"), AttributeError("no attribute")])
 def test_a_broken_package_stops_nobody_who_did_not_ask_for_it(monkeypatch, nothing_cached, error):
-    def broken(name, package=None):
-        raise error
-
     problems = available.triton_import_problem, available.cupy_import_problem
     for problem in problems:
         problem.cache_clear()
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(available.importlib, "import_module", broken)
+            patch.setattr(available.importlib, "import_module", Mock(side_effect=error))
             with pytest.warns(UserWarning, match=f"is installed, but fails, and is not used: .*{error}"):
                 assert _auto() is Backend.TORCH
             with pytest.raises(ImportError, match=str(error)):

@@ -1,10 +1,8 @@
 """What only a GPU can show: the compiled kernels, streams, graphs."""
 
-from functools import partial
-
 import pytest
 import torch
-from comparing import assert_as_good_as_torch, example_of
+from comparing import check
 
 import gpu_lstm
 from gpu_lstm.backends import schedule
@@ -18,22 +16,18 @@ pytestmark = pytest.mark.gpu
 
 def test_the_headline():
     """H=768, B=16 in bfloat16, all steps in one cooperative launch: first of all, and alone."""
-    assert_as_good_as_torch(partial(example_of, (64, 16, 256, 768), "plain"), "triton", torch.bfloat16, "cuda", seeds=1)
+    check((64, 16, 256, 768), "plain", "triton", torch.bfloat16, "cuda", seeds=1)
     gpu_lstm.check()
     layers = [layer for (problem, _), layer in launch._layers.items() if problem.hidden == 768]
     chosen = [layer.chosen(Pass(backward)).plan.family for layer in layers for backward in (False, True)]
     assert set(chosen) == {Family.COOPERATIVE}
 
 
-VARIANTS = ("plain", "reverse", "no-bias ragged resets", "ragged resets reverse")
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["plain", "reverse", "no-bias ragged resets", "ragged resets reverse"])
 @pytest.mark.parametrize("size", [(32, 16, 64, 64), (32, 16, 64, 128), (24, 17, 100, 513), (16, 70, 64, 768)], ids=str)
 def test_what_is_chosen_is_right(size, variant, dtype):
-    assert_as_good_as_torch(partial(example_of, size, variant), "triton", dtype, "cuda", seeds=1)
+    check(size, variant, "triton", dtype, "cuda", seeds=1)
 
 
 @pytest.mark.parametrize("family", Family)
@@ -46,10 +40,7 @@ def test_every_family(monkeypatch, family, hidden):
         return next(plan for plan in plans(problem, card_of(device), which.backward) if plan.family is family)
 
     monkeypatch.setattr(launch, "choose_plan", plan_of_family)
-    size = (20, 9, 32, hidden)
-    assert_as_good_as_torch(
-        partial(example_of, size, "ragged resets reverse"), "triton", torch.float16, "cuda", seeds=1
-    )
+    check((20, 9, 32, hidden), "ragged resets reverse", "triton", torch.float16, "cuda", seeds=1)
     gpu_lstm.check()
 
 
@@ -68,11 +59,9 @@ def test_layers_and_directions_side_by_side(options, recompute):
             for lstm, given in ((ours, x), (theirs, x.double())):
                 given = given.clone().requires_grad_()
                 y, _ = lstm(given)
-                y.square().mean().backward()
-                results.append([y, given.grad, *(p.grad for p in lstm.parameters())])
-                lstm.zero_grad()
-            for a, b in zip(*results):
-                torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+                gradients = torch.autograd.grad(y.square().mean(), [given, *lstm.parameters()])
+                results.append([t.double() for t in (y, *gradients)])
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(ours(x)[0].double(), theirs(x.double())[0], rtol=1e-4, atol=1e-5)
 
@@ -102,10 +91,8 @@ def test_the_same_bits_every_run(hidden):
     x = torch.randn(200, 16, 32, device="cuda", dtype=torch.bfloat16)
 
     def run():
-        lstm.zero_grad()
         y, _ = lstm(x)
-        y.sum().backward()
-        return [y, *(p.grad.clone() for p in lstm.parameters())]
+        return [y, *torch.autograd.grad(y.sum(), list(lstm.parameters()))]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run()))
 

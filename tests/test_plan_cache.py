@@ -1,11 +1,12 @@
 """Measured plans on disk: what is broken there stops no call, and nobody loses what another wrote."""
 
-import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
 import os
 import warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,22 +24,13 @@ PLAN = plans(PROBLEM, H100, False)[0]
 
 
 @pytest.fixture(autouse=True)
-def folder(monkeypatch, tmp_path) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cache._read.cache_clear()
-    cache.warn_once.cache_clear()
-    return tmp_path / "gpu_lstm" / "plans"
+def folder(nothing_cached) -> Path:
+    return nothing_cached / choose.KIND
 
 
-def _write(text: str) -> None:
-    """In the place of PROBLEM's entry."""
-    keep_measured(PROBLEM, H100, False, PLAN)
-    (file,) = (cache.folder() / choose.KIND).glob("*.json")
-    file.write_bytes(text.encode(errors="surrogateescape"))
-
-
-def _entry(**changes) -> str:
+def _entry(without: str = "", **changes) -> str:
     fields = dataclasses.asdict(PLAN) | {"family": PLAN.family.value} | changes
+    fields.pop(without, None)
     return json.dumps({"key": choose._key(PROBLEM, H100, False), "value": fields})
 
 
@@ -94,22 +86,18 @@ def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch, chan
     assert {name for name in facts if keys[0][name] != keys[1][name]} == {change}
 
 
-def _without(field: str) -> str:
-    entry = json.loads(_entry())
-    del entry["value"][field]
-    return json.dumps(entry)
-
-
 @pytest.mark.parametrize(
     "text",
     [
         "", _entry()[:-40], "[]", "null", "7", "{}", '{"key": 1, "value": {}}', "\udcff\udcfe",
-        _entry(surprise=1), _without("rows"), _entry(rows="16"), _entry(rows=16.0), _entry(rows=True),
+        _entry(surprise=1), _entry(without="rows"), _entry(rows="16"), _entry(rows=16.0), _entry(rows=True),
         _entry(family="odd"), _entry(walks=1.0), _entry().replace("768", "769"),
     ],
 )  # fmt: skip
-def test_a_broken_entry_is_ignored_with_a_warning_and_written_again(text):
-    _write(text)
+def test_a_broken_entry_is_ignored_with_a_warning_and_written_again(folder, text):
+    keep_measured(PROBLEM, H100, False, PLAN)
+    (file,) = folder.glob("*.json")
+    file.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.warns(UserWarning, match="is ignored"):
         assert measured_plan(PROBLEM, H100, False) is None
     keep_measured(PROBLEM, H100, False, PLAN)
@@ -148,18 +136,17 @@ def test_a_user_without_a_home_computes_all_the_same(monkeypatch):
         keep_measured(PROBLEM, H100, False, PLAN)
 
 
-def _remember_many(first: int) -> None:
+def _keep_many(first: int) -> None:
     for batch in range(first, first + 15):
         keep_measured(PROBLEM._replace(batch=batch), H100, False, PLAN)
 
 
-@pytest.mark.parametrize("pool", [concurrent.futures.ThreadPoolExecutor, concurrent.futures.ProcessPoolExecutor])
+@pytest.mark.parametrize(
+    "pool", [ThreadPoolExecutor, partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("fork"))]
+)
 def test_many_who_write_at_once_lose_nothing(folder, pool):
-    options = (
-        {} if pool is concurrent.futures.ThreadPoolExecutor else {"mp_context": multiprocessing.get_context("fork")}
-    )
-    with pool(6, **options) as executor:
-        list(executor.map(_remember_many, range(0, 90, 15)))
+    with pool(6) as executor:
+        list(executor.map(_keep_many, range(0, 90, 15)))
     cache._read.cache_clear()
     found = [measured_plan(PROBLEM._replace(batch=batch), H100, False) for batch in range(90)]
     assert found == [PLAN] * 90

@@ -9,18 +9,10 @@ import torch
 
 from gpu_lstm.__main__ import main
 from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm import planning
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.features import MOST_ROWS
-from gpu_lstm.kernels.triton_lstm.planning import (  # fmt: skip
-    DEVICES,
-    EXCHANGE,
-    GRID_BARRIER,
-    INTERPRETER,
-    Device,
-    Family,
-    device_of,
-    expected,
-)
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family, expected
 from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 PROBLEMS = [
@@ -35,9 +27,11 @@ PROBLEMS = [
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
-def test_every_plan_covers_the_problem_and_fits_the_card(device, backward):
+def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_first(device, backward):
     for problem in PROBLEMS:
         candidates = plans(problem, device, backward)
+        seconds = [expected(problem, device, plan, backward).seconds for plan in candidates[:-1]]
+        assert seconds == sorted(seconds)
         assert candidates[-1] == step_plan(problem, device, backward), "the step family is the last resort"
         for plan in candidates:
             assert plan.shared <= device.shared
@@ -55,28 +49,21 @@ def test_every_plan_covers_the_problem_and_fits_the_card(device, backward):
                 assert plan.programs % 4 == 0 or not backward, "backward, programs come in quartets"
 
 
-@pytest.mark.parametrize(
-    ("device", "hidden", "family"),
-    [
-        ("h100", 64, Family.RESIDENT),
-        ("h100", 128, Family.RESIDENT),
-        ("h100", 129, Family.COOPERATIVE),
-        ("h100", 768, Family.COOPERATIVE),
-        ("h100", 1024, Family.COOPERATIVE),
-        ("h100", 1536, Family.COOPERATIVE),
-        ("h100", 2048, Family.STEP),
-        ("b200", 1024, Family.COOPERATIVE),
-        ("a100", 1024, Family.COOPERATIVE),
-        ("a100", 1536, Family.STEP),
-        ("rtx4090", 64, Family.RESIDENT),
-        ("rtx4090", 128, Family.COOPERATIVE),
-        ("l4", 512, Family.COOPERATIVE),
-        ("l4", 1024, Family.STEP),
-    ],
-)
-def test_the_family_by_hidden_size(device, hidden, family):
-    problem = Problem(1024, 16, hidden, torch.bfloat16)
-    assert [plans(problem, DEVICES[device], backward)[0].family for backward in (False, True)] == [family] * 2
+RESIDENT, COOPERATIVE, STEP = Family.RESIDENT, Family.COOPERATIVE, Family.STEP
+FAMILIES = {  # by hidden size
+    "h100": {64: RESIDENT, 128: RESIDENT, 129: COOPERATIVE, 768: COOPERATIVE, 1024: COOPERATIVE, 1536: COOPERATIVE,
+             2048: STEP},
+    "b200": {1024: COOPERATIVE}, "a100": {1024: COOPERATIVE, 1536: STEP},
+    "rtx4090": {64: RESIDENT, 128: COOPERATIVE}, "l4": {512: COOPERATIVE, 1024: STEP},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", FAMILIES)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_the_family_by_hidden_size(device, backward):
+    problems = {hidden: Problem(1024, 16, hidden, torch.bfloat16) for hidden in FAMILIES[device]}
+    found = {hidden: plans(p, DEVICES[device], backward)[0].family for hidden, p in problems.items()}
+    assert found == FAMILIES[device]
 
 
 @pytest.mark.parametrize(
@@ -167,30 +154,22 @@ def test_the_terms_of_a_step():
     clocks = {term: seconds * h100.clock for term, seconds in found.terms.items()}
     assert clocks["products"] == pytest.approx(18 * 8 * 2)  # of a warp, their clocks, warps a scheduler
     assert clocks["L2: words of others"] == pytest.approx(8 * 768 * 2 / 64)
-    assert clocks["exchange, beyond other batch tiles"] == pytest.approx(EXCHANGE)
+    assert clocks["exchange, beyond other batch tiles"] == pytest.approx(planning.EXCHANGE)
     of_step = expected(problem, h100, step, False)
     assert of_step.terms["L2: weights, states"] * h100.clock == pytest.approx((16 + 64) * 768 * 2 / 64)
-    assert of_step.terms["grid-wide barriers"] * h100.clock == pytest.approx(GRID_BARRIER)
+    assert of_step.terms["grid-wide barriers"] * h100.clock == pytest.approx(planning.GRID_BARRIER)
     projected = problem._replace(projected=64)
     twice = expected(projected, h100, step_plan(projected, h100, False), False)
-    assert twice.terms["grid-wide barriers"] * h100.clock == pytest.approx(2 * GRID_BARRIER)
+    assert twice.terms["grid-wide barriers"] * h100.clock == pytest.approx(2 * planning.GRID_BARRIER)
 
 
 def test_an_exchange_hides_behind_other_batch_tiles():
     problem, h100 = Problem(1024, 16, 768, torch.bfloat16), DEVICES["h100"]
     plan = plans(problem, h100, False)[0]
     one, two = (expected(problem, h100, dataclasses.replace(plan, walks=walks), False) for walks in (1, 2))
-    turn = one.seconds - EXCHANGE / h100.clock
-    assert turn > EXCHANGE / h100.clock
+    turn = one.seconds - planning.EXCHANGE / h100.clock
+    assert turn > planning.EXCHANGE / h100.clock
     assert two.seconds == pytest.approx(2 * turn)
-
-
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_plans_are_in_the_order_of_what_is_expected(backward):
-    for problem in PROBLEMS:
-        *held, _ = plans(problem, DEVICES["h100"], backward)
-        seconds = [expected(problem, DEVICES["h100"], plan, backward).seconds for plan in held]
-        assert seconds == sorted(seconds)
 
 
 def test_memory_bounds_what_is_otherwise_fast():
@@ -205,8 +184,8 @@ def test_a_real_card_with_and_without_its_rates():
     h100 = DEVICES["h100"]
     known = SimpleNamespace(name=h100.name, major=9, minor=0, multi_processor_count=132)
     rates = dict(clock_rate=1_755_000, memory_clock_rate=2_619_000, memory_bus_width=5120)
-    plain, full = device_of(known), device_of(SimpleNamespace(**vars(known), **rates))
-    assert plain == Device(h100.name, 90, 132, h100.shared)
+    plain, full = planning.device_of(known), planning.device_of(SimpleNamespace(**vars(known), **rates))
+    assert plain == planning.Device(h100.name, 90, 132, h100.shared)
     assert (full.clock, full.memory) == (h100.clock, pytest.approx(h100.memory, rel=0.01))
     for problem in PROBLEMS:
         assert plans(problem, plain, True) == plans(problem, full, True) == plans(problem, h100, True)

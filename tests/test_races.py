@@ -3,9 +3,11 @@
 The kernels run in Triton's interpreter; the CPU counts as a card.
 """
 
+import itertools
 import json
 import logging
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -45,22 +47,21 @@ def card(monkeypatch, nothing_cached):
 
 @pytest.fixture
 def stubbed(monkeypatch):
-    """stubbed(triton=..., torch=...): seconds a call of each rival. It counts the races, and what they ran."""
+    """stubbed(triton=..., torch=...): seconds a call of each rival, by default 1 and 2 ms. Lists races and what ran."""
 
-    def costs(**seconds):
-        ran: list[str] = []
-        time = [0.0]
+    def costs(triton=1e-3, torch=2e-3):
+        ran, time = [], [0.0]
+
+        def advance(each):
+            time[0] += each if isinstance(each, float) else next(each)
 
         def race_by_the_clock(rivals, now):
             ran.append("race")
             for name, call in rivals.items():
                 call()
                 ran.append(name)
-            return REAL_RACE({name: lambda name=name: advance(name) for name in rivals}, lambda: time[0])
-
-        def advance(name):
-            each = seconds[name]
-            time[0] += each if isinstance(each, float) else each()
+            seconds = dict(triton=triton, torch=torch)
+            return REAL_RACE({name: partial(advance, seconds[name]) for name in rivals}, lambda: time[0])
 
         monkeypatch.setattr(race, "race", race_by_the_clock)
         return ran
@@ -90,14 +91,17 @@ def _forget_all_but_files():
 
 @pytest.mark.parametrize("winner", ["triton", "torch"])
 @pytest.mark.parametrize("training", [False, True])
-def test_the_faster_one_runs_and_is_cached(stubbed, card, winner, training):
+def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, training):
+    """And a log line says who won."""
     seconds = {"triton": 2e-3, "torch": 2e-3} | {winner: 1e-3}
-    ran = stubbed(**seconds)
-    lstm = gpu_lstm.LSTM(4, 5)
-    with torch.set_grad_enabled(training):
+    ran, lstm = stubbed(**seconds), gpu_lstm.LSTM(4, 5)
+    with torch.set_grad_enabled(training), caplog.at_level(logging.INFO, "gpu_lstm"):
         for _ in range(2):
             assert _backend_of(lstm) == winner
         assert ran == ["race", "triton", "torch"]
+        assert caplog.text.count("LSTM 4 -> 5, T <= 4, B <= 4, float32") == 1
+        times = "triton 1 ms, torch 2 ms" if winner == "triton" else "triton 2 ms, torch 1 ms"
+        assert f"{winner}: won a race, 2.00 times as fast ({times})" in caplog.text
         _forget_all_but_files()
         assert _backend_of(lstm) == winner
     assert ran.count("race") == 1, "not again, in another process either"
@@ -110,15 +114,15 @@ def test_the_faster_one_runs_and_is_cached(stubbed, card, winner, training):
 @pytest.mark.parametrize(("training", "of_input"), [(True, True), (True, False), (False, True)])
 def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch, training, of_input):
     """Weights and input want gradients where the call's do: else time goes into products that nobody will ask for."""
-    asked, run_by = [], race.run_by
+    asked, run_by = set(), race.run_by
 
     def record(route, call):
         (weights,), *_ = call.weights
-        asked.append((torch.is_grad_enabled(), call.x.requires_grad, weights.weight_hh.requires_grad))
+        asked.add((torch.is_grad_enabled(), call.x.requires_grad, weights.weight_hh.requires_grad))
         return run_by(route, call)
 
     monkeypatch.setattr(race, "run_by", record)
-    stubbed(triton=1e-3, torch=2e-3)
+    stubbed()
     lstm, x = gpu_lstm.LSTM(4, 5, 2, dropout=0.5), torch.zeros(1, 1, 4, requires_grad=of_input)
     before = {name: p.detach().clone() for name, p in lstm.named_parameters()}
     with torch.set_grad_enabled(training):
@@ -126,7 +130,7 @@ def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch
         random = torch.get_rng_state()
         race.decide(call, kind_of(call), Backend.TRITON)
     assert torch.equal(torch.get_rng_state(), random)
-    assert set(asked) == {(training, training and of_input, training)}
+    assert asked == {(training, training and of_input, training)}
     assert x.grad is None
     for name, p in lstm.named_parameters():
         assert p.grad is None
@@ -134,8 +138,7 @@ def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch
 
 
 def test_each_kind_has_a_race_of_its_own_and_sizes_count_by_classes(stubbed):
-    ran = stubbed(triton=1e-3, torch=2e-3)
-    lstm = gpu_lstm.LSTM(4, 5)
+    ran, lstm = stubbed(), gpu_lstm.LSTM(4, 5)
     others = gpu_lstm.LSTM(4, 6), gpu_lstm.LSTM(4, 5, 2), gpu_lstm.StackedLSTM(4, [5, 6])
     calls = [
         *(lambda lstm=lstm: lstm(X) for lstm in (lstm, *others)),
@@ -168,8 +171,7 @@ def test_ties_and_noise_go_to_the_expected_winner(ours, theirs, winner, why, tru
 
 
 def test_what_is_too_noisy_is_not_cached_but_holds_for_this_process(stubbed, card):
-    noise = iter([1e-3, 9e-3, 5e-3] * 10_000)
-    ran = stubbed(triton=lambda: next(noise), torch=5e-3)
+    ran = stubbed(triton=itertools.cycle([1e-3, 9e-3, 5e-3]), torch=5e-3)
     with torch.no_grad():
         for batch in (3, 4):
             gpu_lstm.LSTM(4, 5)(torch.zeros(3, batch, 4))
@@ -181,19 +183,16 @@ def test_a_race_is_fair_and_short():
     """By turns; as many calls as are needed to see something; no longer than the budget, but three turns at least."""
     time, order = [0.0], []
 
-    def rival(name, seconds):
-        def run():
-            order.append(name)
-            time[0] += seconds
+    def run(name, seconds):
+        order.append(name)
+        time[0] += seconds
 
-        return run
-
-    times = race.race({"a": rival("a", 1e-4), "b": rival("b", 1e-2)}, lambda: time[0])
+    times = race.race({"a": lambda: run("a", 1e-4), "b": lambda: run("b", 1e-2)}, lambda: time[0])
     assert {name: {round(s, 9) for s in found} for name, found in times.items()} == {"a": {1e-4}, "b": {1e-2}}
     assert len(times["a"]) == len(times["b"]) >= 3
     assert time[0] < race.BUDGET + 0.1
     assert order.count("a") > 15 * order.count("b"), "2 ms of calls between looks at the clock"
-    slow = race.race({"a": rival("a", 1.0), "b": rival("b", 2.0)}, lambda: time[0])
+    slow = race.race({"a": lambda: run("a", 1.0), "b": lambda: run("b", 2.0)}, lambda: time[0])
     assert {name: len(found) for name, found in slow.items()} == {"a": 3, "b": 3}
 
 
@@ -206,8 +205,7 @@ def test_on_the_cpu_torch_and_the_reference_race_for_real():
 
 @pytest.mark.parametrize(("mode", "raced", "winner"), [("on", 1, "triton"), ("read", 0, "torch"), ("off", 0, "torch")])
 def test_modes(stubbed, monkeypatch, mode, raced, winner):
-    ran = stubbed(triton=1e-3, torch=2e-3)
-    lstm = gpu_lstm.LSTM(4, 5)
+    ran, lstm = stubbed(), gpu_lstm.LSTM(4, 5)
     monkeypatch.setenv(choices.RACE_VARIABLE, mode)
     with torch.no_grad():
         assert _backend_of(lstm) == winner
@@ -221,15 +219,6 @@ def test_modes(stubbed, monkeypatch, mode, raced, winner):
     assert choices.requested_racing() == (choices.Racing(mode), None)
 
 
-def test_an_explicit_choice_is_not_raced(stubbed):
-    ran = stubbed(triton=1e-3, torch=2e-3)
-    for name in ("triton", "torch", "reference"):
-        assert _backend_of(gpu_lstm.LSTM(4, 5, backend=name)) == name
-    with gpu_lstm.backend("torch"):
-        assert _backend_of(gpu_lstm.LSTM(4, 5)) == "torch"
-    assert ran == []
-
-
 @pytest.mark.parametrize("mode", ["on", "off"])
 def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, monkeypatch, mode):
     """Or, where torch's LSTM cannot run the call, with the reference's."""
@@ -238,9 +227,7 @@ def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, monkeypat
         raise RuntimeError("no Triton kernel can run this layer on this card: planted")
 
     monkeypatch.setattr(launch, "choose_plan", fails)
-    ran = stubbed(triton=1e-3, torch=2e-3)
-    lstm = gpu_lstm.LSTM(4, 5)
-    x = torch.randn(5, 3, 4)
+    ran, lstm, x = stubbed(), gpu_lstm.LSTM(4, 5), torch.randn(5, 3, 4)
     with gpu_lstm.racing(mode), pytest.warns(UserWarning, match="auto' takes 'torch' for LSTM 4 -> 5.*planted"):
         y, _ = lstm(x)
     with gpu_lstm.backend("torch"):
@@ -259,8 +246,7 @@ def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, monkeypat
 
 
 def test_a_broken_file_is_ignored_and_written_again(stubbed, card):
-    ran = stubbed(triton=1e-3, torch=2e-3)
-    lstm = gpu_lstm.LSTM(4, 5)
+    ran, lstm = stubbed(), gpu_lstm.LSTM(4, 5)
     with torch.no_grad():
         lstm(X)
         (file,) = card.glob("*.json")
@@ -273,14 +259,13 @@ def test_a_broken_file_is_ignored_and_written_again(stubbed, card):
             cache.warn_once.cache_clear()
             with pytest.warns(UserWarning, match="is ignored"):
                 lstm(X)
-            assert ran.count("race") == races_before + 1, content
             _forget_all_but_files()
             lstm(X)
             assert ran.count("race") == races_before + 1, content
 
 
 def test_the_result_of_another_card_or_version_does_not_count(stubbed, monkeypatch):
-    stubbed(triton=1e-3, torch=2e-3)
+    stubbed()
     lstm, machine = gpu_lstm.LSTM(4, 5), cache.machine(X.device)
     assert {"card", "driver", "torch", "cuDNN", "triton", "gpu_lstm"} <= set(machine)
     with torch.no_grad():
@@ -293,8 +278,7 @@ def test_the_result_of_another_card_or_version_does_not_count(stubbed, monkeypat
 
 
 def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeypatch, tmp_path):
-    ran = stubbed(triton=1e-3, torch=2e-3)
-    lstm = gpu_lstm.LSTM(4, 5)
+    ran, lstm = stubbed(), gpu_lstm.LSTM(4, 5)
     with torch.no_grad():
         lstm(X)
         card.parent.rename(tmp_path / "shared")
@@ -308,7 +292,7 @@ def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeyp
 
 def test_ranks_that_are_to_agree_follow_rank_0_and_ask_once_for_a_kind(stubbed, monkeypatch):
     """A rank whose last batch is smaller would wait for the others for ever, if it asked again."""
-    ran, asked = stubbed(triton=1e-3, torch=2e-3), []
+    ran, asked = stubbed(), []
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
 
     def broadcast(objects, group, group_src):
@@ -324,9 +308,12 @@ def test_ranks_that_are_to_agree_follow_rank_0_and_ask_once_for_a_kind(stubbed, 
     assert len(asked) == 1
 
 
-def test_nothing_is_raced_where_it_would_be_traced_transformed_or_counted(stubbed):
-    ran = stubbed(triton=2e-3, torch=1e-3)
-    lstm = gpu_lstm.LSTM(4, 5)
+def test_nothing_is_raced_where_it_was_chosen_or_would_be_traced_transformed_or_counted(stubbed):
+    ran, lstm = stubbed(triton=2e-3, torch=1e-3), gpu_lstm.LSTM(4, 5)
+    for name in ("triton", "torch", "reference"):
+        assert _backend_of(gpu_lstm.LSTM(4, 5, backend=name)) == name
+    with gpu_lstm.backend("torch"):
+        assert _backend_of(lstm) == "torch"
     torch.compile(lstm, backend="eager")(X)
     torch.func.grad(lambda x: lstm(x)[0].sum())(X)
     with FlopCounterMode(display=False):
@@ -379,15 +366,6 @@ def test_a_graph_for_all_sizes_runs_the_expected_winner(stubbed, monkeypatch, hi
     (layer,) = (node for node in program.graph.nodes if node.target is torch.ops.gpu_lstm.layer.default)
     assert winner in layer.args
     assert ran == []
-
-
-def test_a_log_line_says_who_won(stubbed, caplog):
-    stubbed(triton=1e-3, torch=2e-3)
-    with caplog.at_level(logging.INFO, "gpu_lstm"), torch.no_grad():
-        for _ in range(2):
-            gpu_lstm.LSTM(4, 5)(X)
-    assert caplog.text.count("LSTM 4 -> 5, T <= 4, B <= 4, float32") == 1
-    assert "triton: won a race, 2.00 times as fast (triton 1 ms, torch 2 ms)" in caplog.text
 
 
 def test_torch_gets_a_packed_sequence_as_it_is(stubbed, monkeypatch):

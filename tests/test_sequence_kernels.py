@@ -5,6 +5,7 @@ What they compute where nothing is broken is in test_layer.
 
 import threading
 import time
+from functools import partial
 
 import oracle
 import pytest
@@ -52,42 +53,33 @@ def test_the_cell_is_kept_in_float32(monkeypatch, family):
     """
     family(monkeypatch)
     steps, batch, hidden = 12, 3, 8
-    gates = example(steps, batch, 4 * hidden, hidden).rounded(F16).tensors[0]
-    h0, lengths = torch.zeros(batch, hidden), torch.tensor([steps, 5, 0])
-    c0, weight_hh = (
-        torch.randn(batch, hidden, generator=torch.Generator().manual_seed(0)),
-        torch.zeros(4 * hidden, hidden),
-    )
-    tensors = [gates, h0, c0, torch.eye(4 * hidden), weight_hh]
+    given, lengths = example(steps, batch, 4 * hidden, hidden).rounded(F16), torch.tensor([steps, 5, 0])
+    gates, h0, c0 = (t.float() for t in given.tensors[:3])
+    tensors = [gates, h0, c0, torch.eye(4 * hidden), torch.zeros(4 * hidden, hidden)]
     _, _, expected, tape = oracle.layer(*(t.double().numpy() for t in tensors), lengths=lengths)
-    recurrence = Recurrence(weight_hh=weight_hh.half(), h0=h0.half(), c0=c0, lengths=lengths)
-    for save in (True, False):
-        _, _, c_n, c = launch.layer_forward(gates.half(), recurrence, save=save)
-        torch.testing.assert_close(c_n.double(), torch.from_numpy(expected), rtol=0, atol=2e-6)
-        if save:
-            for b, t, *_, c_new, _, _, _ in tape:
-                torch.testing.assert_close(c[t, b].double(), torch.from_numpy(c_new), rtol=0, atol=2e-6)
+    recurrence = Recurrence(weight_hh=tensors[-1].half(), h0=h0.half(), c0=c0, lengths=lengths)
+    close = partial(torch.testing.assert_close, rtol=0, atol=2e-6)
+    _, _, c_n, c = launch.layer_forward(gates.half(), recurrence, save=True)
+    for b, t, *_, c_new, _, _, _ in tape:
+        close(c[t, b].double(), torch.from_numpy(c_new))
+    for last in (c_n, launch.layer_forward(gates.half(), recurrence, save=False)[2]):
+        close(last.double(), torch.from_numpy(expected))
 
 
-@pytest.mark.parametrize("pattern", [-1, float("nan")], ids=["the sentinel's", "the usual"])
 @pytest.mark.parametrize(("dtype", "bits"), [(F32, torch.int32), (F16, torch.int16)], ids=str)
-def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, dtype, bits, pattern):
-    """A NaN is data, also one with the bit pattern that stands for data which is not there."""
+def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, dtype, bits):
+    """A NaN is data, also one with the bit pattern that stands for data which is not there: in h0; the usual in x."""
     cooperative(monkeypatch, units=4)
-    nan = torch.tensor(pattern, dtype=bits).view(dtype) if pattern == -1 else pattern
-    given = example(4, 3, 3, 8)
-    x, h0, c0, *weights = (None if t is None else t.to(dtype) for t in given.tensors)
-    h0[0, :2], x[1, 1, 0] = nan, nan
+    x, h0, c0, *weights = (None if t is None else t.to(dtype) for t in example(4, 3, 3, 8).tensors)
+    h0.view(bits)[0, :2], x[1, 1, 0] = -1, float("nan")
     ours, _ = lstm_layer(x, weights, (h0, c0), backend="triton")
     theirs, _ = lstm_layer(x, weights, (h0, c0), backend="torch")
     torch.testing.assert_close(ours, theirs, equal_nan=True, atol=8 * torch.finfo(dtype).eps, rtol=0)
     assert not ours[:, 2].isnan().any()
 
 
-# A broken exchange must be detected.
-
-
-# Faults are plain functions: what calls them runs in the interpreter, where constants are numbers.
+# A broken exchange must be detected. Faults are plain functions: what calls them runs in the interpreter, where
+# constants are numbers.
 
 
 def announce_early(at, words, mask):
@@ -103,38 +95,29 @@ def missing_in_the_last_word(words, left, phase, COUNT, SIZE, STRIDE, PHASED):
     return count_missing(words[COUNT - 1 :], last, phase, 1, 1, 1, PHASED)
 
 
-def nothing_missing(words, left, *_):
-    return tl.sum(left) * 0
-
-
 def any_phase(*words_and_constants):
     return count_missing(*words_and_constants[:-1], False)
 
 
-def one_phase(words, phase):
-    return words & -2
-
-
 count_missing = exchange.count_missing  # without a fault
+FAULTS = {  # where, the function, what stands in its place, norms
+    "none": (exchange, "count_missing", count_missing, ()),
+    "published before the data": (cooperative_kernels, "publish", announce_early, ()),
+    "no repeated load": (exchange, "count_missing", lambda words, left, *_: tl.sum(left) * 0, ()),
+    "one word is looked at": (exchange, "count_missing", missing_in_the_last_word, ()),
+    "the phase is not looked at": (exchange, "count_missing", any_phase, ()),
+    "nor that of a norm of W_hh h": (exchange, "count_missing", any_phase, ("hh",)),
+    "nor that of a norm of c": (exchange, "count_missing", any_phase, ("c",)),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("module", "name", "fault", "norms"),
-    [
-        pytest.param(exchange, "count_missing", count_missing, (), id="none"),
-        pytest.param(cooperative_kernels, "publish", announce_early, (), id="published before the data"),
-        pytest.param(exchange, "count_missing", nothing_missing, (), id="no repeated load"),
-        pytest.param(exchange, "count_missing", missing_in_the_last_word, (), id="one word is looked at"),
-        pytest.param(exchange, "count_missing", any_phase, (), id="the phase is not looked at"),
-        pytest.param(exchange, "count_missing", any_phase, ("hh",), id="nor that of a norm of W_hh h"),
-        pytest.param(exchange, "count_missing", any_phase, ("c",), id="nor that of a norm of c"),
-    ],
-)
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
-def test_a_broken_exchange_is_detected(monkeypatch, module, name, fault, norms, dtype):
+def test_a_broken_exchange_is_detected(monkeypatch, fault, dtype):
+    module, name, function, norms = FAULTS[fault]
     cooperative(monkeypatch, units=4, yield_rate=0.3)
-    monkeypatch.setattr(module, name, fault)
+    monkeypatch.setattr(module, name, function)
 
     def is_detected(seed: int) -> bool:
         given, yardstick = example(6, 3, 3, 8, norms=norms, seed=seed), "reference" if norms else "torch"
@@ -144,39 +127,30 @@ def test_a_broken_exchange_is_detected(monkeypatch, module, name, fault, norms, 
             return True
         return False
 
-    there = fault is not count_missing
-    assert any(map(is_detected, range(12 if there else 2))) is there, "programs run in another order at each"
-
-
-def no_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
-    return poll_limit
+    there = fault != "none"
+    assert any(map(is_detected, range(12 if there else 1))) is there, "programs run in another order at each"
 
 
 @pytest.mark.parametrize("projected", [0, 5])
 def test_a_barrier_that_does_not_wait_is_detected(monkeypatch, projected):
     step(monkeypatch, yield_rate=0.3)
-    monkeypatch.setattr(step_kernels, "grid_barrier", no_barrier)
+    monkeypatch.setattr(step_kernels, "grid_barrier", lambda arrivals_ptr, times, poll_limit, *_: poll_limit)
     with pytest.raises(AssertionError):
-        check((9, 3, 3, 40, projected), "plain", "triton", F32, seeds=5)  # in one order or another
+        check((5, 3, 3, 40, projected), "plain", "triton", F32, seeds=5)  # in one order or another
 
 
-def halves_in_the_other_order(x, DTYPE):
-    words = exchange.pack(x, DTYPE)
-    return (words << 16) | ((words >> 16) & 0xFFFF)
+pack = exchange.pack
+FAULTS_OF_WORDS = {
+    "halves in the other order": lambda x, DTYPE: (pack(x, DTYPE) << 16) | ((pack(x, DTYPE) >> 16) & 0xFFFF),
+    "NaN for zero, which only units past H are": lambda x, DTYPE: pack(tl.where(x == 0.0, float("nan"), x), DTYPE),
+    "high halves lost": lambda x, DTYPE: pack(x, DTYPE) & 0xFFFF,
+}
 
 
-def nan_for_zero(x, DTYPE):  # only units past H are zero
-    return exchange.pack(tl.where(x == 0.0, float("nan"), x), DTYPE)
-
-
-def high_halves_lost(x, DTYPE):
-    return exchange.pack(x, DTYPE) & 0xFFFF
-
-
-@pytest.mark.parametrize("fault", [halves_in_the_other_order, nan_for_zero, high_halves_lost], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("fault", FAULTS_OF_WORDS)
 def test_a_fault_in_a_word_is_detected(monkeypatch, fault):
     cooperative(monkeypatch, units=8)
-    monkeypatch.setattr(cooperative_kernels, "pack", fault)
+    monkeypatch.setattr(cooperative_kernels, "pack", FAULTS_OF_WORDS[fault])
     with pytest.raises(AssertionError):
         check((3, 3, 3, 13), "plain", "triton", F16, seeds=1)
 
@@ -206,28 +180,18 @@ def test_a_program_that_a_norm_leaves_out_is_detected(monkeypatch, norm, directi
         against_the_reference(example(3, 2, 3, 8, norms=(norm,)))
 
 
-def never_publish(at, words, mask):
-    pass
+FAULTS_OF_WAITS = {  # the module, the function, and what stands in its place
+    "lstm_cooperative_forward_kernel": (cooperative_kernels, "publish", lambda *_: None),
+    "lstm_cooperative_backward_kernel": (cooperative_kernels, "in_phase", lambda words, phase: words & -2),
+    "lstm_step_forward_kernel": (step_kernels, "grid_barrier", lambda arrivals_ptr, times, *given: (
+        exchange.grid_barrier(arrivals_ptr, times + 1, *given))),
+}  # fmt: skip
 
 
-def one_barrier_more(arrivals_ptr, times, poll_limit, error_ptr, step):
-    return exchange.grid_barrier(arrivals_ptr, times + 1, poll_limit, error_ptr, step)
-
-
-@pytest.mark.parametrize(
-    ("family", "name", "fault", "kernel"),
-    [
-        (cooperative_kernels, "publish", never_publish, "lstm_cooperative_forward_kernel"),
-        (cooperative_kernels, "in_phase", one_phase, "lstm_cooperative_backward_kernel"),
-        (step_kernels, "grid_barrier", one_barrier_more, "lstm_step_forward_kernel"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_wait_that_times_out_ends_and_is_reported(monkeypatch, family, name, fault, kernel):
-    if family is step_kernels:
-        step(monkeypatch)
-    else:
-        cooperative(monkeypatch, units=4)
+@pytest.mark.parametrize("kernel", FAULTS_OF_WAITS)
+def test_a_wait_that_times_out_ends_and_is_reported(monkeypatch, kernel):
+    family, name, fault = FAULTS_OF_WAITS[kernel]
+    step(monkeypatch) if family is step_kernels else cooperative(monkeypatch, units=4)
     run = launch.launch_kernel
 
     def run_with_the_fault(its, grid, **arguments):
@@ -239,13 +203,13 @@ def test_a_wait_that_times_out_ends_and_is_reported(monkeypatch, family, name, f
             run(its, grid, **arguments)
 
     monkeypatch.setattr(launch, "launch_kernel", run_with_the_fault)
-    tensors = [None if t is None else t.float().requires_grad_() for t in example(5, 3, 3, 8).tensors]
-    x, h0, c0, *weights = tensors
-    h, _ = lstm_layer(x, weights, (h0, c0), backend="triton")
+    x, h0, c0, *weights = (None if t is None else t.float().requires_grad_() for t in example(5, 3, 3, 8).tensors)
+    call = partial(lstm_layer, x, weights, (h0, c0), backend="triton")
+    h, _ = call()
     if "backward" in kernel:
         h.sum().backward()
     monkeypatch.undo()
     forget()
     with pytest.raises(RuntimeError, match=rf"{kernel} timed out at step \d"):
-        lstm_layer(x, weights, (h0, c0), backend="triton")
-    lstm_layer(x, weights, (h0, c0), backend="triton")  # reported once
+        call()
+    call()  # reported once

@@ -1,5 +1,6 @@
 """A kernel that timed out is never silent: the next call, backward, check() and the end of the program report it."""
 
+import os
 import subprocess
 import sys
 
@@ -20,45 +21,38 @@ def _time_out() -> None:
     timeouts.error_word(CPU, "lstm_cooperative_backward_kernel")[0] = 8
 
 
-def _calls():
-    lstm = gpu_lstm.LSTM(3, 4, backend="triton")
-    x = torch.zeros(2, 1, 3)
+def test_who_reports_it():
+    lstm, x = gpu_lstm.LSTM(3, 4, backend="triton"), torch.zeros(2, 1, 3)
     y, _ = lstm(x)
     stream = gpu_lstm.Stream(gpu_lstm.LSTM(3, 4, backend="triton").eval(), 1)
-    return {"call": lambda: lstm(x), "backward": lambda: y.sum().backward(), "check": gpu_lstm.check,
-            "stream": lambda: stream(x[0])}  # fmt: skip
-
-
-@pytest.mark.parametrize("who", ["call", "backward", "check", "stream"])
-def test_who_reports_it(who):
-    call = _calls()[who]
-    _time_out()
-    with pytest.raises(RuntimeError, match=EXPECTED):
-        call()
-    gpu_lstm.check()  # it is reported once
+    for call in (lambda: lstm(x), lambda: y.sum().backward(), gpu_lstm.check, lambda: stream(x[0])):
+        _time_out()
+        with pytest.raises(RuntimeError, match=EXPECTED):
+            call()
+        gpu_lstm.check()  # it is reported once
 
 
 def test_of_two_kernels_that_timed_out_both_are_reported():
     timeouts.error_word(CPU, "lstm_step_forward_kernel")[0] = 3
     _time_out()
-    text = (
-        "lstm_cooperative_backward_kernel timed out at step 7 and lstm_step_forward_kernel timed out at step 2 on cpu: "
-    )
-    with pytest.raises(RuntimeError, match=text + ".* the results of those launches are wrong"):
+    of = ("cooperative_backward", 7), ("step_forward", 2)
+    steps = [f"lstm_{kernel}_kernel timed out at step {step}" for kernel, step in of]
+    with pytest.raises(RuntimeError, match=" and ".join(steps) + " on cpu: .* the results of those launches are wrong"):
         gpu_lstm.check()
     gpu_lstm.check()
 
 
 @pytest.mark.slow
-def test_the_end_of_the_program_reports_it():
+def test_the_end_of_the_program_reports_it_and_nothing_is_imported_in_order_to_check():
     script = """
-import os
-os.environ["TRITON_INTERPRET"] = "1"
-import torch
+import sys, gpu_lstm, torch
+gpu_lstm.check()
+assert "gpu_lstm.kernels.triton_lstm" not in sys.modules
 from gpu_lstm.kernels import timeouts
 timeouts.error_word(torch.device("cpu"), "lstm_cooperative_backward_kernel")[0] = 8
 """
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    environment, run = os.environ | {"TRITON_INTERPRET": "1"}, [sys.executable, "-c", script]
+    ended = subprocess.run(run, env=environment, stderr=subprocess.PIPE, text=True, check=True)
     assert "timed out at step 7 on cpu" in ended.stderr
 
 
@@ -72,12 +66,6 @@ def test_devices_do_not_share_words_and_kernels_stand_16_bytes_apart():
     timeouts.raise_if_timed_out(torch.device("cuda", 5))
     with pytest.raises(RuntimeError, match=EXPECTED):
         timeouts.check()
-
-
-@pytest.mark.slow
-def test_nothing_is_imported_in_order_to_check():
-    script = "import sys, gpu_lstm; gpu_lstm.check(); assert 'gpu_lstm.kernels.triton_lstm' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_check_waits_for_every_cuda_device_before_it_looks(monkeypatch):

@@ -21,9 +21,8 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def an_h100(monkeypatch, tmp_path):
+def an_h100(monkeypatch, nothing_cached):
     """As if a card were here, and kernels that all fit."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for module in (launch, choose, autotune):
         monkeypatch.setattr(module, "card_of", lambda device: H100)
@@ -73,19 +72,15 @@ def test_a_log_line_for_each_plan_says_how_far_it_is(an_h100, monkeypatch, caplo
     ]
 
 
-@pytest.mark.parametrize("change", ["card", "triton", "problem"])
-def test_what_was_measured_elsewhere_is_not_used(an_h100, monkeypatch, change):
+def test_what_was_measured_elsewhere_is_not_used(an_h100, monkeypatch):
     monkeypatch.setattr(autotune, "time_plan", _slowest_plan_fastest)
     fastest = autotune.autotune(PROBLEM, CUDA)["forward"]
-    problem = PROBLEM
-    match change:
-        case "card":
-            monkeypatch.setattr(choose, "card_of", lambda device: dataclasses.replace(H100, name="another"))
-        case "triton":
-            monkeypatch.setattr(choose.triton, "__version__", "0.0")
-        case "problem":
-            problem = PROBLEM._replace(batch=17)
-    assert _chosen(problem, False) != fastest
+    assert _chosen(PROBLEM._replace(batch=17), False) != fastest
+    another = dataclasses.replace(H100, name="another")
+    for module, name, value in ((choose, "card_of", lambda _: another), (choose.triton, "__version__", "0.0")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert _chosen(PROBLEM, False) != fastest, name
 
 
 def test_not_while_a_graph_is_captured(an_h100, monkeypatch):

@@ -210,8 +210,17 @@ def lstm_step_forward_kernel(
                         m = tl.where(valid_tile, m, 0.0)
                 if round + 1 == ROUNDS:
                     store_hidden(
-                        m, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells,
-                        step == length - 1, P
+                        m,
+                        h_ptr,
+                        h_n_ptr,
+                        h_prev_ptr,
+                        row_prev,
+                        zoneout_h_ptr,
+                        reset_h_ptr,
+                        unit,
+                        cells,
+                        step == length - 1,
+                        P,
                     )
             if arrivals_ptr is not None and (step + 1 < T or round + 1 < ROUNDS):
                 poll_limit = grid_barrier(arrivals_ptr, ROUNDS * step + round + 1, poll_limit, error_ptr, step)
