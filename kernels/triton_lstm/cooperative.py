@@ -162,9 +162,9 @@ def lstm_cooperative_forward_kernel(
     pairs_hh_ptr,  # see `exchange_pairs`, with a layer norm of W_hh h; or None
     pairs_c_ptr,  # the same, of c; or None
     c_ptr,
-    h0_ptr, c0_ptr,
+    h0_ptr,
     h_n_ptr,  # [B, H] out: h after every step
-    c_n_ptr,  # [B, H] float32 out: c after every step
+    c_n_ptr,  # [B, H] float32 c0, made c after every step
     lengths_ptr, resets_ptr,
     dropout_h_ptr,  # [B, W] int32: factors of h, or None
     zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
@@ -218,7 +218,7 @@ def lstm_cooperative_forward_kernel(
         cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
         at, gates_at, state_at, in_tile, valid, continues, reset = cells
         x = indexing.load_gates(gates_ptr, gates_at, valid, H)
-        c_prev = indexing.load_state(c0_ptr if step == 0 else c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
+        c_prev = indexing.load_state(c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
         of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
@@ -248,7 +248,7 @@ def lstm_cooperative_forward_kernel(
             h = output(gates[3], normalise(c, mean, scale_c, gain_c, bias_c))
         c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
         if zoneout_h_ptr is not None:
-            h_before_ptr = h0_ptr if step == 0 else h_n_ptr
+            h_before_ptr = tl.where(step == 0, h0_ptr, h_n_ptr)
             h_before = indexing.load_state(h_before_ptr, state_at, continues, reset_h_ptr, at, reset)
             h = indexing.zoneout(zoneout_h_ptr, at, valid, h_before, h)
 

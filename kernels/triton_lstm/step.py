@@ -140,8 +140,8 @@ def lstm_step_forward_kernel(
     ROUNDS: tl.constexpr = 1 + PROJECT + NORM_HH + NORM_C
     poll_limit = POLL_LIMIT
     for step in range(T):
-        h_prev_ptr = h0_ptr if step == 0 else h_ptr
-        c_prev_ptr = c0_ptr if step == 0 else c_n_ptr
+        h_prev_ptr = tl.where(step == 0, h0_ptr, h_ptr)
+        c_prev_ptr = tl.where(step == 0, c0_ptr, c_n_ptr)
         for round in tl.static_range(ROUNDS):
             width = P if round > NORM_HH else H
             for number in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(width, BLOCK_H), tl.num_programs(0)):
