@@ -79,7 +79,7 @@ class Prepared:
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As layer.Layer.forward, without a projection unless it is in the time loop: one launch."""
         c = r.c0.new_empty(gates.shape[0], self._batch, self._hidden) if self._save else None
-        # Kernels write them at every step, which a sequence of length 0 has none of; cooperative ones read c there, too.
+        # Kernels write them at every step, but for sequences of length 0; cooperative ones read c there, too.
         copied = r.lengths is not None
         h_n = r.h0.clone() if copied else torch.empty_like(r.h0)
         c_n = r.c0.clone() if copied or self.plan.family is Family.COOPERATIVE else torch.empty_like(r.c0)
