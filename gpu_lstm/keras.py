@@ -43,7 +43,7 @@ class GoBackwards(nn.Module):
     def __init__(self, lstm: LSTM | StackedLSTM) -> None:
         super().__init__()
         if not isinstance(lstm, LSTM | StackedLSTM):
-            raise TypeError(f"GoBackwards takes an LSTM or a StackedLSTM, got {type(lstm).__name__}")
+            raise TypeError(f"GoBackwards accepts an LSTM or a StackedLSTM, got {type(lstm).__name__}")
         if lstm.bidirectional or not lstm.batch_first:
             raise ValueError(
                 "Expected an LSTM with bidirectional=False and batch_first=True, "
@@ -102,7 +102,7 @@ def from_keras(
     rnns = [layer.forward_layer, layer.backward_layer] if both else [layer]
     for rnn in rnns:
         if type(rnn) not in (keras.layers.LSTM, keras.layers.RNN):
-            raise TypeError(f"from_keras takes an LSTM, RNN or Bidirectional layer, got {type(rnn).__name__}")
+            raise TypeError(f"from_keras accepts an LSTM, RNN or Bidirectional layer, got {type(rnn).__name__}")
         _refuse("stateful", rnn.stateful, "; give the states of one call to the next as hx")
     if both:
         if layer.merge_mode != "concat":
@@ -155,7 +155,7 @@ def to_keras(lstm: nn.Module) -> Any:
     elif type(lstm) is TorchLSTM:
         lstm = recast(lstm, LSTM)
     if not isinstance(lstm, LSTM | StackedLSTM):
-        raise TypeError(f"to_keras takes an LSTM, StackedLSTM or GoBackwards, got {type(lstm).__name__}")
+        raise TypeError(f"to_keras accepts an LSTM, StackedLSTM or GoBackwards, got {type(lstm).__name__}")
     keras = _import_keras()
     layers = len(lstm._weights())
     for name in ("proj_size", "residual", "recurrent_dropout", "zoneout", "weight_drop", "peepholes"):

@@ -202,7 +202,7 @@ def test_products_are_taken_in_the_precision_asked_for(monkeypatch, launched, pr
 
 
 def test_a_dtype_that_the_kernels_do_not_take(launched):
-    with pytest.raises(TypeError, match=r"^backend 'cupy' takes float16, bfloat16 and float32, got torch\.float64$"):
+    with pytest.raises(TypeError, match=r"^backend 'cupy' supports float16, bfloat16 and float32, got torch\.float64$"):
         _call(torch.float64)
     obstacle = available.why_unavailable(Backend.CUPY, torch.device("cpu"), torch.float64)
     assert isinstance(obstacle, TypeError)
@@ -232,7 +232,7 @@ def test_what_is_absent_is_named_with_its_extra(monkeypatch, cupy, absent, cuda,
 @pytest.mark.parametrize(
     ("device", "capability", "text"),
     [
-        ("cpu", None, "backend 'cupy' takes CUDA tensors, got cpu"), ("cuda", (7, 0), "None"),
+        ("cpu", None, "backend 'cupy' runs on CUDA tensors, got cpu"), ("cuda", (7, 0), "None"),
         ("cuda", (6, 1), "backend 'cupy' needs compute capability 7.0, cuda has 6.1"),
     ],
 )  # fmt: skip

@@ -160,8 +160,8 @@ def test_what_a_user_asked_for_is_named(monkeypatch):
     assert (found.backend, found.why) == ("torch", "asked for by the argument `backend`")
     assert found.others["triton"] == "'torch' is asked for by the argument `backend`"
     zoneout = gpu_lstm.explain(gpu_lstm.LSTM(4, 5, zoneout=0.1).double(), X.double())
-    assert zoneout.others["torch"] == "it takes no zoneout"
-    assert "takes float16, bfloat16 and float32, got torch.float64" in zoneout.others["triton"]
+    assert zoneout.others["torch"] == "it does not support zoneout"
+    assert "supports float16, bfloat16 and float32, got torch.float64" in zoneout.others["triton"]
 
 
 def test_how_torch_goes_about_it():
@@ -201,7 +201,7 @@ def test_nothing_changes_and_all_of_it_is_data(card):
 
 
 @pytest.mark.parametrize(("lstm", "x", "options", "error", "words"), [
-    (torch.nn.LSTM(4, 5), X, {}, TypeError, "takes a gpu_lstm.LSTM or StackedLSTM, got torch.nn.modules.rnn.LSTM"),
+    (torch.nn.LSTM(4, 5), X, {}, TypeError, "accepts a gpu_lstm.LSTM or StackedLSTM, got torch.nn.modules.rnn.LSTM"),
     (gpu_lstm.LSTM(4, 5), torch.zeros(5, 3, 6), {}, RuntimeError, "4, got 6"),
     (gpu_lstm.LSTM(4, 5), torch.zeros(4), {}, ValueError, "LSTM: Expected input to be 2D or 3D, got 1D instead"),
     (gpu_lstm.LSTM(4, 5), X, dict(lengths=torch.tensor([5])), ValueError, "Expected lengths of shape"),

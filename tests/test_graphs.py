@@ -225,7 +225,7 @@ def test_a_backend_that_cannot_run_gives_its_reason():
     lstm = gpu_lstm.LSTM(I, H, backend="cupy")
     for fullgraph in (False, True):
         compiled = torch.compile(lstm, backend="eager", fullgraph=fullgraph)
-        with pytest.raises(Exception, match=r"backend 'cupy' (needs CuPy and NVRTC|takes CUDA tensors)"):
+        with pytest.raises(Exception, match=r"backend 'cupy' (needs CuPy and NVRTC|runs on CUDA tensors)"):
             compiled(torch.randn(2, 1, I))
 
 

@@ -94,7 +94,7 @@ def test_the_doctor_says_why_a_backend_is_not_available():
     printed = subprocess.run(command, env={"TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=True).stdout
     for pattern in (
         r"^On this machine gpu_lstm.LSTM runs torch's own LSTM on the CPU: there is no CUDA device\n",
-        r"triton +not available: backend 'triton' takes CUDA tensors, got cpu; with TRITON_INTERPRET=1 in the "
+        r"triton +not available: backend 'triton' runs on CUDA tensors, got cpu; with TRITON_INTERPRET=1 in the "
         r"environment it runs CPU tensors in Triton's interpreter\n",
         r"cupy +not available: ", r"reference +available",
     ):  # fmt: skip

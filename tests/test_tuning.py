@@ -92,7 +92,7 @@ def test_not_while_a_graph_is_captured(an_h100, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_without_a_gpu_it_says_so():
-    with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=1|takes CUDA tensors"):
+    with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=1|runs on CUDA tensors"):
         gpu_lstm.autotune(8, 2, device="cpu")
-    with pytest.raises(TypeError, match="takes float16, bfloat16 and float32"):
+    with pytest.raises(TypeError, match="supports float16, bfloat16 and float32"):
         gpu_lstm.autotune(8, 2, dtype=torch.float64, device="cpu")

@@ -339,7 +339,7 @@ def test_parameters(cls, variant):
 ])  # fmt: skip
 @pytest.mark.parametrize("backend", ["torch", "cupy"])
 def test_a_backend_that_cannot_says_so(kind, name, backend):
-    module, said = made(kind, backend, name).float(), f"takes no {name}"
+    module, said = made(kind, backend, name).float(), f"does not support {name}"
     inputs, packed = random_inputs(module, B), [pack_padded_sequence(torch.zeros(T, 1, I), [2])]
     refused = partial(pytest.raises, ValueError, match=f"^backend '{backend}' {said}; use 'triton' or 'reference'$")
     for given in (inputs, packed)[: 1 + (kind == "LSTM")]:

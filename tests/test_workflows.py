@@ -174,4 +174,4 @@ def test_the_pages_conftest_and_test_do_as_it_says(tmp_path):
     required = said("triton", "0", "--require-gpu")
     assert "1 failed, 1 error" in required
     assert "needs a CUDA device" in required
-    assert "backend 'triton' takes CUDA tensors" in required
+    assert "backend 'triton' runs on CUDA tensors" in required

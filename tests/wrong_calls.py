@@ -253,7 +253,7 @@ def of_reset_states():
         "m.first(zeros(2, 5, 3), resets=RESETS.T, reset_states=(H, zeros(1, 5, 2, 4)))",
     )
     yield (
-        "ValueError: backend 'torch' takes no reset_states; use 'triton' or 'cupy' or 'reference'",
+        "ValueError: backend 'torch' does not support reset_states; use 'triton' or 'cupy' or 'reference'",
         "by('torch', m.auto, X, resets=RESETS, reset_states=(H, C))",
     )
 
@@ -284,7 +284,7 @@ CALLS = [
     ("AttributeError: ...weight_hh_l0...", "deleted(copy.deepcopy(m.lstm), 'weight_hh_l0')(X)"),
     ("RuntimeError: bias_ih and bias_hh should be given together", "assigned(m.lstm, 'bias_hh_l0')",
      "layer(m, weights=(*WEIGHTS, zeros(16)))"),
-    *((f"ValueError: backend '{backend}' takes no {name}; use 'triton' or 'reference'",
+    *((f"ValueError: backend '{backend}' does not support {name}; use 'triton' or 'reference'",
        f"lstm_layer(X, {weights}, backend='{backend}')") for backend in ("torch", "cupy")
       for name, weights in (("peepholes", "[*PLAIN, zeros(12)]"), ("layer_norm", "NORMED"))),
     ("RuntimeError: weight_peephole must have 1 dimensions, got 2", "lstm_layer(X, [*PLAIN, zeros(3, 4)])"),
@@ -318,7 +318,7 @@ CALLS = [
     *((f"ValueError: Expected resets of shape [{shape}], got [8]", f"m.{module}(PACKED, resets=zeros(8, dtype=BOOL))")
       for module, shape in (("lstm", "5, 2"), ("first", "2, 5"))),
     ("TypeError: ...unexpected keyword argument 'length'...", "m.lstm(X, length=tensor([5, 2]))"),
-    ("TypeError: LSTM takes lengths, ... LSTMModule ... hand it a gpu_lstm.compat.LSTM",
+    ("TypeError: LSTM accepts lengths, ... LSTMModule ... hand it a gpu_lstm.compat.LSTM",
      "m.first(zeros(2, 5, 3), mask=zeros(2, 5, dtype=BOOL))"),
     # No steps, which torch refuses in these words
     ("RuntimeError: Expected sequence length to be larger than 0 in RNN", "m.stack(zeros(0, 2, 3))",
@@ -396,16 +396,16 @@ CALLS = [
     ("ValueError: unknown mode of racing 'yes' in the environment variable GPU_LSTM_RACE; expected...",
      "in_environment('GPU_LSTM_RACE', 'yes', requested_racing)"),
     # explain, trace
-    *((f"TypeError: {function} takes a...LSTM... got ...{kind_of(value)}", f"gpu_lstm.{function}({value}, X)")
+    *((f"TypeError: {function} accepts a...LSTM... got ...{kind_of(value)}", f"gpu_lstm.{function}({value}, X)")
       for function in ("explain", "trace") for value in ("None", "[1]", "GRU", "LINEAR")),
     *((a_tensor("x", kind_of(value)), f"gpu_lstm.{function}(m.lstm, {value})")
       for function in ("explain", "trace") for value in ("None", "[[1.0]]", "3")),
     ("TypeError: 'str' object cannot be interpreted as an integer", "m.trace.plot('first')"),
     ("IndexError: sequence 2 of a batch of 2", "m.trace.plot(2)"),
     # Stream
-    *((f"TypeError: Stream takes an LSTM or a StackedLSTM, got {kind_of(value)}", f"gpu_lstm.Stream({value}, 2)")
+    *((f"TypeError: Stream accepts an LSTM or a StackedLSTM, got {kind_of(value)}", f"gpu_lstm.Stream({value}, 2)")
       for value in ("None", "[1]", "TORCHS")),
-    ("ValueError: Stream takes one direction, got bidirectional=True...", "gpu_lstm.Stream(m.both, 2)"),
+    ("ValueError: Stream runs one direction, got bidirectional=True...", "gpu_lstm.Stream(m.both, 2)"),
     *((an_int("batch", kind_of(value)), f"gpu_lstm.Stream(m.lstm, {value})") for value in ("None", "2.0")),
     ("ValueError: batch must not be negative, got -1", "gpu_lstm.Stream(m.lstm, -1)"),
     *((text, f"gpu_lstm.Stream(m.lstm, 2, {states})") for text, states in (
@@ -438,9 +438,9 @@ CALLS = [
         ("ValueError: Expected index from 0 to 1, got [0, -1]", "tensor([0, -1])"))),
     ("RuntimeError: Expected h_0 of size [1, 2, 4], got [1, 3, 4]", "setattr(m.stream, 'state', (zeros(1, 3, 4), C))"),
     # convert, to_torch, from_haste
-    *((f"TypeError: {function} takes a torch.nn.Module, got {kind_of(value)}", f"gpu_lstm.{function}({value})")
+    *((f"TypeError: {function} accepts a torch.nn.Module, got {kind_of(value)}", f"gpu_lstm.{function}({value})")
       for function in ("convert", "to_torch") for value in ("None", "[TORCHS]", "{'a': 1}", "nn.LSTM")),
-    *((f"TypeError: from_haste takes a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got {kind_of(value)}",
+    *((f"TypeError: from_haste accepts a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got {kind_of(value)}",
        f"gpu_lstm.from_haste({value})") for value in ("None", "[1]", "'haste'", "zeros(3, 16)")),
     *((f"ValueError: expected the parameters ...recurrent_kernel... got {got}", f"gpu_lstm.from_haste({value})")
       for got, value in (("['bias_hh_l0', ...", "m.of_another"), ("['1', '2']", "{1: 1, '2': 2}"),
@@ -466,11 +466,11 @@ CALLS = [
     (an_int("hidden_size", "str"), "gpu_lstm.autotune('4', 1)"),
     ("ValueError: proj_size has to be smaller than hidden_size, got 4 and 4", "gpu_lstm.autotune(4, 1, proj_size=4)"),
     ("TypeError: dtype should be a torch.dtype, got: str", "gpu_lstm.autotune(4, 1, dtype='bf16')"),
-    ("TypeError: backend 'triton' takes float16, bfloat16 and float32, got torch.float64",
+    ("TypeError: backend 'triton' supports float16, bfloat16 and float32, got torch.float64",
      "gpu_lstm.autotune(4, 1, dtype=F64, device='cpu')"),
     ("TypeError: ...takes 0 positional arguments but 1 was given", "gpu_lstm.check('cuda')"),
     # keras, where Keras is not needed
-    *(("TypeError: GoBackwards takes an LSTM or a StackedLSTM, got ...", f"keras.GoBackwards({value})")
+    *(("TypeError: GoBackwards accepts an LSTM or a StackedLSTM, got ...", f"keras.GoBackwards({value})")
       for value in ("None", "[1]", "TORCHS_FIRST")),
     ("ValueError: ...batch_first=True, got bidirectional=False and batch_first=False", "keras.GoBackwards(m.lstm)"),
     ("ValueError: ...batch_first=True, got bidirectional=True and batch_first=False", "keras.GoBackwards(m.both)"),
@@ -483,7 +483,7 @@ CALLS = [
     ("ValueError: Expected an LSTM with a bias, got bias=False", "keras.forget_bias(m.without_bias)"),
     *((f"TypeError: value should be a number, got: {kind_of(value)}", f"keras.forget_bias(m.lstm, {value})")
       for value in ("'1'", "None")),
-    *((f"TypeError: to_keras takes an LSTM, StackedLSTM or GoBackwards, got {kind_of(value)}",
+    *((f"TypeError: to_keras accepts an LSTM, StackedLSTM or GoBackwards, got {kind_of(value)}",
        f"keras.to_keras({value})") for value in ("None", "[1]", "GRU", "CELL")),
     (a_bool("freeze_second_bias", "str"), "keras.from_keras(None, freeze_second_bias='no')"),
     (a_tensor("mask", "list"), "keras.lengths_of([[True]])"),

@@ -15,7 +15,7 @@ from ..call.noise import Noise
 from ..call.sequences import Traversal, valid_steps
 from ..call.weights import State, Weights
 from ..cells import lstm as cell
-from ..kernels import layer_norm  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from ..kernels import layer_norm  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 from ..kernels.layer_norm import NO_UNIT, Unit  # type: ignore[import-not-found]
 from ..kernels.problem import Recurrence  # type: ignore[import-not-found]
 

@@ -28,7 +28,7 @@ from ..call.noise import Noise
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from ..kernels.problem import problem_of  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from ..kernels.problem import problem_of  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 from . import fused, kernels, reference, torch_lstm
 from .fused import DIFFERENTIABLE, Inputs, Saved
 from .layers import cast, one_after_another, without_autocast

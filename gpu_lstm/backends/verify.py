@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import cache  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from ..kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 from ..kernels.problem import Pass, Problem  # type: ignore[import-not-found]
 from ..kernels.timeouts import raise_if_timed_out  # type: ignore[import-not-found]
 from . import fused, reference, torch_lstm
@@ -39,7 +39,7 @@ def verify(plan: Any, problem: Problem, which: Pass, device: torch.device) -> st
     if verdict == "right":
         return None
     cache.warn_once(
-        f"a kernel is not trusted on {cache.machine(device)['card']}: {verdict}. Backend 'auto' does without it. "
+        f"a kernel failed its verification on {cache.machine(device)['card']}: {verdict}. Backend 'auto' does without it. "
         f"Please report this, with what `python -m gpu_lstm` prints and the plan: {plan}"
     )
     return verdict

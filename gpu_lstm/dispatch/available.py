@@ -8,7 +8,7 @@ import torch
 
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
 from ..call.options import RESET_STATES
-from ..kernels import cache  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from ..kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 
 KERNEL_DEVICES = ("cuda",)  # whose tensors AUTO gives to kernels
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -42,7 +42,7 @@ def select(
                 break
     elif feature is not None and choice not in backends_with(feature):
         able = " or ".join(repr(b.value) for b in backends_with(feature))
-        raise ValueError(f"backend {choice.value!r} takes no {feature}; use {able}")
+        raise ValueError(f"backend {choice.value!r} does not support {feature}; use {able}")
     elif (problem := why_unavailable(choice, device, dtype)) is not None:
         raise problem
     return Backend.REFERENCE if transformed else choice
@@ -56,7 +56,7 @@ def why_unavailable(choice: Backend, device: torch.device, dtype: torch.dtype) -
     if torch.version.hip is not None:
         return RuntimeError(f"{name} runs on NVIDIA GPUs; this torch is built for AMD's (ROCm)")
     if dtype not in KERNEL_DTYPES:
-        return TypeError(f"{name} takes float16, bfloat16 and float32, got {dtype}")
+        return TypeError(f"{name} supports float16, bfloat16 and float32, got {dtype}")
     return _triton_obstacle(device, dtype) if choice is Backend.TRITON else _cupy_obstacle(device)
 
 
@@ -102,7 +102,7 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
         return None
     if device.type != "cuda":
         return RuntimeError(
-            f"backend 'triton' takes CUDA tensors, got {device}; "
+            f"backend 'triton' runs on CUDA tensors, got {device}; "
             "with TRITON_INTERPRET=1 in the environment it runs CPU tensors in Triton's interpreter"
         )
     if (too_old := _too_old(Backend.TRITON, device, (8, 0))) is not None:
@@ -131,5 +131,5 @@ def _cupy_obstacle(device: torch.device) -> Exception | None:
         extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
         return ImportError(f"backend 'cupy' needs CuPy and NVRTC: pip install \"gpu-lstm[{extra}]\" ({problem})")
     if device.type != "cuda":
-        return RuntimeError(f"backend 'cupy' takes CUDA tensors, got {device}")
+        return RuntimeError(f"backend 'cupy' runs on CUDA tensors, got {device}")
     return _too_old(Backend.CUPY, device, (7, 0))

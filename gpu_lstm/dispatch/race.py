@@ -22,7 +22,7 @@ from ..call.modes import Recording, Transforms, recurrent_precision
 from ..call.options import Size
 from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
-from ..kernels import cache  # type: ignore[import-not-found]  # a folder beside gpu_lstm/ in a checkout
+from ..kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 from ..kernels.problem import Pass, Problem  # type: ignore[import-not-found]
 from .kind import Kind, describe, size_class
 from .route import Decision, build, run_by
@@ -117,7 +117,7 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
     except torch.OutOfMemoryError:
         return expected
     except RuntimeError as error:
-        cache.warn_once(f"backend 'auto' takes {other.value!r} for {describe(kind.as_json())}: {error}")
+        cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {error}")
         return Decision(other, f"the kernels fail: {error}")
     if mode is not Racing.ON or kind.only_ours:
         return expected

@@ -122,7 +122,7 @@ def scriptable(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     for name in NOT_OF_TORCH:
         if value := getattr(module, name, False):
             ours, theirs = f"the {type(module).__name__} has {name}={value!r}", f"a torch.nn.{cls.__name__}"
-            raise ValueError(f"{ours}, and would be scripted as {theirs}, which takes none")
+            raise ValueError(f"{ours}, and would be scripted as {theirs}, which has none")
     return recast(module, cls)
 
 

@@ -158,7 +158,7 @@ class LSTM(Checked, HasVariants, RNNBase):
         """
         if mask is not None:
             raise TypeError(
-                "LSTM takes lengths, and no mask as TorchRL's LSTMModule gives to what is no torch.nn.LSTM: hand it a "
+                "LSTM accepts lengths, and no mask as TorchRL's LSTMModule gives to what is no torch.nn.LSTM: hand it a "
                 "gpu_lstm.compat.LSTM"
             )
         options = self._options()

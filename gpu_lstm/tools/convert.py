@@ -74,7 +74,7 @@ def to_torch(model: nn.Module) -> nn.Module:
 def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], function: str) -> nn.Module:
     """All or nothing: errors come before the first swap, and an interrupt undoes all swaps."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{function} takes a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{function} accepts a torch.nn.Module, got {type(model).__name__}")
     modules: dict[str, nn.Module] = dict(model.named_modules())
     twins: dict[nn.Module, nn.Module] = {}
     asked = {child for owner in modules.values() if _needs_torchs(owner) for child in owner.children()}
@@ -146,7 +146,7 @@ def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
     """
     if not isinstance(source, nn.Module | Mapping):
         name = type(source).__name__
-        raise TypeError(f"from_haste takes a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got {name}")
+        raise TypeError(f"from_haste accepts a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got {name}")
     state = source.state_dict() if isinstance(source, nn.Module) else source
     plain, norms = ("kernel", "recurrent_kernel", "bias"), ("gamma", "gamma_h", "beta_h")
     names = plain if set(state) == set(plain) else (*plain, *norms)
@@ -165,7 +165,7 @@ def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
         raise ValueError(f"expected sizes {sizes} of {', '.join(names)}, got {shapes}")
     for name in ("zoneout", "dropout"):
         if value := getattr(source, name, 0.0):
-            raise ValueError(f"the module has {name}={value}, which gpu_lstm.LSTM cannot take over")
+            raise ValueError(f"the module has {name}={value}, which gpu_lstm.LSTM does not support")
     of_gates = [state[name] for name in plain] + ([*state["gamma"]] if layer_norm else [])  # [..., 4H] each, i, g, f, o
     parts = [t.chunk(4, dim=-1) for t in of_gates]
     kernel, recurrent_kernel, bias, *gains = (torch.cat([i, f, g, o], dim=-1).t() for i, g, f, o in parts)  # [4H, ...]

@@ -109,7 +109,7 @@ def explain(
     """
     if not isinstance(lstm, LSTM | StackedLSTM):
         cls = type(lstm)
-        raise TypeError(f"explain takes a gpu_lstm.LSTM or StackedLSTM, got {cls.__module__}.{cls.__name__}")
+        raise TypeError(f"explain accepts a gpu_lstm.LSTM or StackedLSTM, got {cls.__module__}.{cls.__name__}")
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
     call = prepare(lstm._options(), lstm._weights(), x, None, lengths, resets, reset_states)
@@ -168,7 +168,7 @@ def _why_not(call: Call, kind: Kind, decision: Decision, other: Backend) -> str:
     if (problem := available.why_unavailable(other, device, kind.dtype)) is not None:
         return str(problem)
     if feature is not None and other not in available.backends_with(feature):
-        return f"it takes no {feature}"
+        return f"it does not support {feature}"
     asked = requested_backend(call.options.backend) is not Backend.AUTO
     if asked or call.modes.transforms == Transforms.REFERENCE:
         return f"{decision.backend.value!r} is {decision.why}"

@@ -50,9 +50,9 @@ class Stream:
 
     def __init__(self, lstm: LSTM | StackedLSTM, batch: int, hx: States | None = None) -> None:
         if not isinstance(lstm, LSTM | StackedLSTM):
-            raise TypeError(f"Stream takes an LSTM or a StackedLSTM, got {type(lstm).__name__}")
+            raise TypeError(f"Stream accepts an LSTM or a StackedLSTM, got {type(lstm).__name__}")
         if lstm.bidirectional:
-            raise ValueError("Stream takes one direction, got bidirectional=True: the reverse one begins at the end")
+            raise ValueError("Stream runs one direction, got bidirectional=True: the reverse one begins at the end")
         if not isinstance(batch, int):
             raise TypeError(f"batch should be of type int, got: {type(batch).__name__}")
         if batch < 0:

@@ -128,7 +128,7 @@ def trace(
     if type(lstm) is TorchLSTM:
         lstm = recast(lstm, LSTM)
     if not isinstance(lstm, LSTM | StackedLSTM):
-        raise TypeError(f"trace takes an LSTM or a StackedLSTM, got {type(lstm).__name__}")
+        raise TypeError(f"trace accepts an LSTM or a StackedLSTM, got {type(lstm).__name__}")
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
     record: list[Gates] = []

@@ -89,11 +89,11 @@ def layer_of(problem: Problem, device: torch.device, verify: Verify | None = Non
         ValueError: recurrent dropout, zoneout, peepholes or layer norms; or as Layer.
     """
     if problem.dtype not in ELEMENTS:
-        raise TypeError(f"backend 'cupy' takes float16, bfloat16 and float32, got {problem.dtype}")
+        raise TypeError(f"backend 'cupy' supports float16, bfloat16 and float32, got {problem.dtype}")
     if problem.regularised:
-        raise ValueError("backend 'cupy' takes neither recurrent dropout nor zoneout")
+        raise ValueError("backend 'cupy' supports neither recurrent dropout nor zoneout")
     if problem.peepholes or problem.normalised:
-        raise ValueError("backend 'cupy' takes neither peepholes nor layer norms")
+        raise ValueError("backend 'cupy' supports neither peepholes nor layer norms")
 
     def plan(which: Pass) -> Plan:
         return choose_plan(problem, card_of(device), which.backward)
