@@ -26,7 +26,7 @@ every_callable = pytest.mark.parametrize("call", CALLABLES.values(), ids=CALLABL
 
 
 def refuses_float64(name="triton"):
-    return pytest.raises(TypeError, match=f"^backend '{name}' supports float16, bfloat16 and float32, got torch.float64$")
+    return pytest.raises(TypeError, match=f"^backend '{name}' supports .* and float32, got torch.float64$")
 
 
 @every_callable

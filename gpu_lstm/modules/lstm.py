@@ -158,8 +158,8 @@ class LSTM(Checked, HasVariants, RNNBase):
         """
         if mask is not None:
             raise TypeError(
-                "LSTM accepts lengths, and no mask as TorchRL's LSTMModule gives to what is no torch.nn.LSTM: hand it a "
-                "gpu_lstm.compat.LSTM"
+                "LSTM accepts lengths, and no mask as TorchRL's LSTMModule gives to what is no torch.nn.LSTM: hand it "
+                "a gpu_lstm.compat.LSTM"
             )
         options = self._options()
         call = prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states)
