@@ -39,9 +39,8 @@ def verify(plan: Any, problem: Problem, which: Pass, device: torch.device) -> st
     if verdict == "right":
         return None
     cache.warn_once(
-        f"a kernel failed its verification on {cache.machine(device)['card']}: {verdict}. Backend 'auto' "
-        "does without it. "
-        f"Please report this, with what `python -m gpu_lstm` prints and the plan: {plan}"
+        f"a kernel failed its verification on {cache.machine(device)['card']}: {verdict}. "
+        f"Backend 'auto' does without it. Please report this, with what `python -m gpu_lstm` prints and the plan: {plan}"
     )
     return verdict
 
