@@ -21,6 +21,9 @@ KERNELS = (
     "lstm_cooperative_forward",  # in CUDA C++
     "lstm_cooperative_backward",
 )
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+"""RuntimeErrors that say nothing about what was run when they were raised: the caller gets them as they are."""
+
 APART = 4  # int32 from one word to the next: 16 bytes, the alignment that kernels are compiled for
 _NONE = bytes(4 * APART * len(KERNELS))  # no kernel timed out
 

@@ -282,17 +282,21 @@ def test_blocks_that_are_interrupted_as_they_open_or_close_leave_nothing_behind(
     """Of four, of which two are the same, entered again while it is open: each as it opens, each as it closes."""
     calls, block = [], gpu_lstm.backend("reference")
 
-    def interrupted(method):
-        def call(choice, block):
-            method(choice, block)
+    class Interrupted(list):
+        def append(self, block):
+            super().append(block)
+            self.interrupt()
+
+        def __delitem__(self, k):
+            super().__delitem__(k)
+            self.interrupt()
+
+        def interrupt(self):
             calls.append(1)
             if len(calls) == at:
                 raise KeyboardInterrupt
 
-        return call
-
-    for name in ("enter", "leave"):
-        monkeypatch.setattr(choices.Choice, name, interrupted(getattr(choices.Choice, name)))
+    monkeypatch.setattr(choices.chosen_backend, "blocks", Interrupted())
     with pytest.raises(KeyboardInterrupt), gpu_lstm.backend("torch"), block, gpu_lstm.backend("torch"), block:
         pass
     assert choices.chosen_backend.blocks == []

@@ -228,7 +228,7 @@ def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, monkeypat
 
     monkeypatch.setattr(launch, "choose_plan", fails)
     ran, lstm, x = stubbed(), gpu_lstm.LSTM(4, 5), torch.randn(5, 3, 4)
-    with gpu_lstm.racing(mode), pytest.warns(UserWarning, match="auto' takes 'torch' for LSTM 4 -> 5.*planted"):
+    with gpu_lstm.racing(mode), pytest.warns(UserWarning, match="auto' uses 'torch' for LSTM 4 -> 5.*planted"):
         y, _ = lstm(x)
     with gpu_lstm.backend("torch"):
         assert torch.equal(y, lstm(x)[0])

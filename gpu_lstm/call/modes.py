@@ -4,8 +4,9 @@ torch.func.grad and vjp run through the fused kernels, but in a graph of torch.c
 derivatives need an LSTM that is written in torch's own operators, which the reference is.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -84,6 +85,31 @@ def modes(x: Tensor) -> Modes:
         ),
         x.is_cuda and torch.cuda.is_current_stream_capturing(),
     )
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
+
+
+@contextlib.contextmanager
+def alone(grad: bool) -> Iterator[None]:
+    """A block for computations of our own inside a user's call: none of the caller's contexts acts on them.
+
+    Neither hooks of saved tensors (as of torch.utils.checkpoint), anomaly detection, function modes (a default device
+    is one), a default dtype, nor inference mode; autograd is on as `grad` says.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    # Transforms of torch.func and hooks refuse each other.
+    hooks = contextlib.nullcontext() if is_transformed() else torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    try:
+        with (
+            torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.set_grad_enabled(grad),
+            torch.autograd.set_detect_anomaly(False), hooks,
+        ):  # fmt: skip
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def recurrent_precision(dtype: torch.dtype) -> str:

@@ -5,6 +5,7 @@ by every later process. Where there may be no race, the expected winner runs.
 """
 
 import logging
+import os
 import statistics
 import threading
 import time
@@ -13,17 +14,19 @@ from math import ceil
 from typing import Any
 
 import torch
+import torch.autograd.profiler as profiler
 
 from ..backends import kernels
 from ..call import choices
 from ..call.choices import KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
 from ..call.forms import Padded
-from ..call.modes import Recording, Transforms, recurrent_precision
+from ..call.modes import Recording, Transforms, alone, recurrent_precision
 from ..call.options import Size
 from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 from ..kernels.problem import Pass, Problem  # type: ignore[import-not-found]
+from ..kernels.timeouts import DEVICE_ERRORS  # type: ignore[import-not-found]
 from .kind import Kind, describe, size_class
 from .route import Decision, build, run_by
 
@@ -31,9 +34,10 @@ KIND = "races"
 FORMAT = 5  # raised whenever a field of the key or the way of racing changes
 BUDGET = 0.3  # seconds that a race may last, after everything is compiled
 ROUND = 2e-3  # seconds of calls between two looks at the clock
+MOST_CALLS, MOST_TURNS = 64, 200  # of a round; of a race
 LONGEST = 256  # steps of a race: with more, what a step takes is all that counts
 BATCH_OF_A_GRAPH = 16  # that stands for any
-UNTRUSTED = 0.5  # quartiles of a rival's times further apart than this share of their median: nothing is cached
+UNCERTAIN = 0.5  # quartiles of a rival's times further apart than this share of their median: nothing is cached
 
 logger = logging.getLogger("gpu_lstm")
 
@@ -110,23 +114,30 @@ def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
 def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
     """By a race, if there may be one; else by expectation, once the kernels have run at all."""
     other = Backend.REFERENCE if kind.only_ours else Backend.TORCH
-    runs = {backend.value: _sample(call, kind, backend) for backend in (able, other)}
     expected = expected_winner(kind, able, call.x.device)
     try:
-        runs[able.value]()  # compiles, and verifies
+        runs = {backend.value: _sample(call, kind, backend) for backend in (able, other)}
+        with alone(grad=kind.training):
+            try:
+                runs[able.value]()  # compiles, and verifies
+            except DEVICE_ERRORS:
+                raise
+            except RuntimeError as error:
+                cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {error}")
+                return Decision(other, f"the kernels fail: {error}")
+            if mode is not Racing.ON or kind.only_ours:
+                return expected
+            try:
+                runs[other.value]()
+            except DEVICE_ERRORS:
+                raise
+            except RuntimeError as error:  # as of cuDNN that cannot be initialised
+                return Decision(able, f"torch's LSTM fails: {error}")
+            times = race(runs, clock_of(call.x.device))
     except torch.OutOfMemoryError:
         return expected
-    except RuntimeError as error:
-        cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {error}")
-        return Decision(other, f"the kernels fail: {error}")
-    if mode is not Racing.ON or kind.only_ours:
-        return expected
-    try:
-        times = race(runs, clock_of(call.x.device))
-    except torch.OutOfMemoryError:
-        return expected
-    decision, trusted = judge(times, expected)
-    if trusted:
+    decision, is_certain = judge(times, expected)
+    if is_certain and not (profiler._is_profiler_enabled or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"):
         value = decision._asdict() | {"backend": decision.backend.value}
         cache.write(KIND, _key(kind, able, call.x.device), value)
     return decision
@@ -147,12 +158,11 @@ def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
     route = build(sample, kind, backend)
 
     def run() -> None:
-        with torch.set_grad_enabled(kind.training):
-            y, _ = run_by(route, sample)
-            if kind.training:
-                inputs = [t for layer in own for one in layer for t in one.present()]
-                inputs += [data] if data.requires_grad else []
-                torch.autograd.grad(y, inputs, torch.ones_like(y))
+        y, _ = run_by(route, sample)
+        if kind.training:
+            inputs = [t for layer in own for one in layer for t in one.present()]
+            inputs += [data] if data.requires_grad else []
+            torch.autograd.grad(y, inputs, torch.ones_like(y))
 
     return run
 
@@ -178,10 +188,10 @@ def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -
         run()
         start = now()
         run()
-        calls[name] = max(1, ceil(ROUND / max(now() - start, 1e-9)))
+        calls[name] = min(MOST_CALLS, max(1, ceil(ROUND / max(now() - start, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in rivals}
     end = now() + BUDGET
-    for turn in range(1000):
+    for turn in range(MOST_TURNS):  # whatever the clock says
         for name, run in rivals.items():
             start = now()
             for _ in range(calls[name]):
@@ -193,12 +203,12 @@ def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -
 
 
 def judge(times: dict[str, list[float]], expected: Decision) -> tuple[Decision, bool]:
-    """Who won, and whether the clock is to be trusted. What is closer than the times are spread is a tie."""
+    """Who won, and whether that is certain enough to be cached. What is closer than the times are spread is a tie."""
     quartiles = {name: statistics.quantiles(seconds, n=4) for name, seconds in times.items()}
     medians = {name: middle for name, (_, middle, _) in quartiles.items()}
     spread = max(high - low for low, _, high in quartiles.values())
     first, second = sorted(medians, key=medians.__getitem__)
-    if any(high - low > UNTRUSTED * middle for low, middle, high in quartiles.values()):
+    if any(middle <= 0 or high - low > UNCERTAIN * middle for low, middle, high in quartiles.values()):
         return Decision(expected.backend, f"its times are too noisy; {expected.why}", medians), False
     if medians[second] - medians[first] <= spread:
         return Decision(expected.backend, f"a tie; {expected.why}", medians), True

@@ -18,6 +18,7 @@ import triton
 from .. import cache
 from ..layer import Verify
 from ..problem import Pass, Problem
+from ..timeouts import DEVICE_ERRORS
 from . import cooperative, resident, step
 from .binary import RecordedLaunch
 from .planning import INTERPRETER, Device, Family, Plan, device_of, expected
@@ -110,7 +111,7 @@ def why_it_does_not_fit(launches: Iterable[RecordedLaunch]) -> str | None:
             spills = load(kernel, grid, arguments).n_spills
             if spills:
                 raise DoesNotFit(f"{kernel.__name__} spills {4 * spills} bytes a thread")
-    except torch.OutOfMemoryError:
+    except DEVICE_ERRORS:
         raise
     except Exception as error:  # of many kinds: from Triton's front end, LLVM, ptxas, the driver
         return f"{type(error).__name__}: {error}"

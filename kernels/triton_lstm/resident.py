@@ -342,7 +342,7 @@ def lstm_resident_backward_kernel(
             if zoneout_h_ptr is not None:
                 dh_prev, _ = from_zoneout[n]
                 of_h += dh_prev
-                tl.store(dh_from_zoneout_ptr + state_at, dh_prev, mask=continues & (step == 0))
+                tl.store(dh_from_zoneout_ptr + state_at, dh_prev, mask=continues & (tl.zeros_like(unit[n]) + step == 0))
                 if dreset_h_ptr is not None:
                     tl.store(dreset_h_ptr + at, dh_prev, mask=reset)
             if dreset_c_ptr is not None:
