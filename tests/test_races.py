@@ -241,7 +241,7 @@ def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, monkeypat
         assert race.decide(capturing, kind_of(call), Backend.TRITON).backend is Backend.TORCH, "in a capture, too"
     with pytest.raises(RuntimeError, match="planted"):
         gpu_lstm.LSTM(4, 5, backend="triton")(x)
-    with pytest.warns(UserWarning, match="auto' takes 'reference'"):
+    with pytest.warns(UserWarning, match="auto' uses 'reference'"):
         assert _backend_of(gpu_lstm.LSTM(4, 5, zoneout=0.3)) == "reference"
 
 
@@ -379,3 +379,25 @@ def test_torch_gets_a_packed_sequence_as_it_is(stubbed, monkeypatch):
     assert x is packed.data
     assert batch_sizes is packed.batch_sizes
     assert torch.equal(y.data, expected.data)
+
+
+def test_a_rival_that_fails_has_lost(stubbed, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")
+
+    monkeypatch.setattr(torch_lstm, "run", fails)
+    ran, lstm = stubbed(), gpu_lstm.LSTM(4, 5)
+    with torch.no_grad():
+        lstm(X)
+    assert ran == []
+    (decision,) = race._decided.values()
+    assert (decision.backend, decision.why[:19]) == (Backend.TRITON, "torch's LSTM fails:")
+
+
+@pytest.mark.parametrize("clock", [itertools.repeat(0.0), itertools.count(1e9, -1e6), itertools.count(0, 1e9)])
+def test_a_race_ends_whatever_the_clock_says(clock):
+    calls = []
+    times = REAL_RACE({"triton": lambda: calls.append(1), "torch": lambda: None}, lambda: next(clock))
+    assert len(calls) <= 2 + race.MOST_CALLS * race.MOST_TURNS
+    decision, is_certain = race.judge(times, EXPECTED)
+    assert (decision.backend, is_certain) == (Backend.TORCH, next(clock) > 1e9 and decision.why.startswith("a tie"))

@@ -9,9 +9,11 @@ import torch
 from comparing import example
 from concurrent_interpreter import ConcurrentRun
 from test_faults import FAULTS, FAULTS_OF_NORMS, plant
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
-from gpu_lstm.backends import verify
+from gpu_lstm.backends import torch_lstm, verify
 from gpu_lstm.dispatch import available
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache
@@ -218,3 +220,78 @@ def test_a_verification_inside_a_transform(card):
     ours = torch.func.grad(lambda x: lstm(x)[0].square().sum())(x)
     lstm.backend = "reference"
     torch.testing.assert_close(ours, torch.func.grad(lambda x: lstm(x)[0].square().sum())(x))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+CONTEXTS = {
+    "default device": lambda: torch.device("meta"), "default dtype": lambda: default_dtype(torch.float64),
+    "deterministic": deterministic, "anomaly": torch.autograd.detect_anomaly, "inference": torch.inference_mode,
+    "no_grad": torch.no_grad, "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "profiler": torch.profiler.profile, "function mode": BaseTorchFunctionMode,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error:gpu_lstm", "ignore:Anomaly Detection")
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_contexts_of_the_caller_do_not_reach_the_first_calls_checks_and_races(card, context):
+    lstm, x = gpu_lstm.LSTM(4, 5), torch.randn(3, 3, 4)
+    found = []
+    for backend in (None, None, "reference"):  # a first call, another, and what it is held to
+        lstm.backend = backend
+        with CONTEXTS[context]():
+            found.append(lstm(x)[0].detach().float())
+    torch.testing.assert_close(found[0], found[2], rtol=1e-2 if context == "autocast" else 1e-5, atol=1e-3)
+    assert torch.equal(*found[:2])
+
+
+@pytest.mark.filterwarnings("error:gpu_lstm")
+def test_a_first_call_inside_a_checkpoint(card):
+    """Whose hooks count the tensors that are saved, and are to find as many when it is computed again."""
+    lstm, x = gpu_lstm.LSTM(4, 5), torch.randn(3, 3, 4, requires_grad=True)
+    checkpoint(lambda x: lstm(x)[0], x, use_reentrant=False).sum().backward()
+    ours, x.grad = x.grad, None
+    lstm.backend = "reference"
+    lstm(x)[0].sum().backward()
+    torch.testing.assert_close(ours, x.grad)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.AcceleratorError, torch.OutOfMemoryError])
+def test_what_says_nothing_about_numbers_is_not_cached(monkeypatch, error):
+    """And errors of the device are the caller's, as they are."""
+
+    def fails(*_):
+        raise error("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verify.Small, "by_kernels", fails)
+        if error is RuntimeError:
+            with pytest.warns(UserWarning, match="planted"):
+                assert "planted" in _verify(PLAIN)
+        else:
+            with pytest.raises(error, match="planted"):
+                _verify(PLAIN)
+    assert _verify(PLAIN) is None
+
+
+def test_where_torchs_lstm_fails_the_reference_is_the_yardstick(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")
+
+    monkeypatch.setattr(torch_lstm, "layer", fails)
+    assert _verify(PLAIN) is None
+    plant(monkeypatch, "gates i and f swapped", step)
+    with pytest.warns(UserWarning, match="RMS error"):
+        assert _verify(PLAIN, Pass(save=False))

@@ -100,8 +100,8 @@ def alone(grad: bool) -> Iterator[None]:
     """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
-    # Transforms of torch.func and hooks refuse each other.
-    hooks = contextlib.nullcontext() if is_transformed() else torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    is_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+    hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same) if is_enabled() else contextlib.nullcontext()
     try:
         with (
             torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.set_grad_enabled(grad),
