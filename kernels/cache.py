@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
+from .triton_lstm.planning import plan_of
+
 KINDS = ("races", "checks", "plans")
+BACKENDS = ("triton", "cupy", "torch", "reference")  # that a race may have decided for
 SHARED = "GPU_LSTM_SHARED_CACHE"  # environment variable: a folder that is read first, and never written to
 
 Key = dict[str, Any]  # of JSON values: what the result depends on, versions included
@@ -119,25 +122,45 @@ def merge(paths: Sequence[str | Path]) -> int:
         OSError, ValueError: a file cannot be read, or is no such file; then nothing is added.
     """
     results = [result for path in paths for result in _exported(path)]  # all are read before one is written
-    return sum(write(**result) for result in results if read(result["kind"], result["key"]) is None)
+    return sum(write(*result) for result in results if read(*result[:2]) is None)
 
 
-def _exported(path: str | Path) -> list[dict[str, Any]]:
-    """The results in a file that was exported."""
+def _exported(path: str | Path) -> Iterator[tuple[str, Key, Any]]:
+    """(kind, key, value) of the results in a file that was exported; a wrong one is left out, with a warning."""
     expected = f"{path}: expected what `python -m gpu_lstm races --export` writes"
     try:
         found = json.loads(Path(path).read_text())
     except (ValueError, RecursionError) as error:  # no text, no JSON, or lists in lists without end
         raise ValueError(f"{expected}: {error}") from None
-    if not isinstance(found, list) or not all(_is_result(entry, "kind", "key", "value") for entry in found):
+    if not isinstance(found, list) or not all(isinstance(e, dict) and e.get("kind") in KINDS for e in found):
         raise ValueError(expected)
-    return found
+    for entry in found:
+        kind = entry.pop("kind")
+        try:
+            _check(kind, entry)
+            yield kind, entry["key"], entry["value"]
+        except ValueError as error:
+            warn_once(f"a result ({kind}) is not merged: {path}: {error}")
 
 
-def _is_result(entry: Any, *fields: str) -> bool:
-    """Whether it has these fields: a dict as key, and one of KINDS as kind."""
-    has_fields = isinstance(entry, dict) and set(entry) == set(fields)
-    return has_fields and isinstance(entry["key"], dict) and entry.get("kind", KINDS[0]) in KINDS
+def _check(kind: str, entry: Any) -> None:
+    """Raise ValueError unless it is a key and a value of that kind, field by field."""
+    if not isinstance(entry, dict) or set(entry) != {"key", "value"} or not isinstance(entry["key"], dict):
+        raise ValueError("expected a key and a value")
+    value = entry["value"]
+    if kind == "plans":
+        plan_of(value)
+    elif kind == "checks" and not isinstance(value, str):
+        raise ValueError(f"expected a verdict, got {value!r}")
+    elif kind == "races":
+        if not isinstance(value, dict) or set(value) != {"backend", "why", "seconds"}:
+            raise ValueError(f"expected the fields of a decision, got {value!r}")
+        seconds = {} if value["seconds"] is None else value["seconds"]
+        if value["backend"] not in BACKENDS or not isinstance(value["why"], str) or not isinstance(seconds, dict):
+            raise ValueError(f"expected one of {BACKENDS}, a reason and the seconds of each, got {value!r}")
+        for name, each in seconds.items():
+            if type(each) not in (int, float) or not 0 < each < float("inf"):
+                raise ValueError(f"expected seconds of {name} above 0, got {each!r}")
 
 
 @functools.cache
@@ -158,14 +181,13 @@ def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | N
     """A file's content, of one key if `text` is given. None: there is no such file, or a broken one, with a warning."""
     try:
         entry = json.loads(path.read_text())  # the errors of JSON and Unicode are ValueErrors
-        if not _is_result(entry, "key", "value"):
-            raise ValueError("expected a key and a value")
+        _check(kind, entry)
         if text not in (None, _text(entry["key"])):
             raise ValueError(f"expected the key {text}")
         return entry
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last of lists in lists without end
         warn_once(f"a cached result ({kind}) is ignored: {path}: {error}")
         return None
 

@@ -401,3 +401,39 @@ def test_a_race_ends_whatever_the_clock_says(clock):
     assert len(calls) <= 2 + race.MOST_CALLS * race.MOST_TURNS
     decision, is_certain = race.judge(times, EXPECTED)
     assert (decision.backend, is_certain) == (Backend.TORCH, next(clock) > 1e9 and decision.why.startswith("a tie"))
+
+
+DECISION = {"backend": "torch", "why": "won", "seconds": {"triton": 0.2, "torch": 0.1}}
+NESTED = "[" * 100_000  # without end
+LIES = [
+    None, [], "torch", DECISION | {"backend": "auto"}, DECISION | {"backend": "odd"}, DECISION | {"backend": None},
+    DECISION | {"backend": ["torch"]}, DECISION | {"why": 7}, DECISION | {"surprise": 1}, {"backend": "torch"},
+    *(DECISION | {"seconds": seconds} for seconds in (7, "fast", [1.0], {"torch": 0}, {"torch": "1"}, {"torch": True},
+                                                     {"torch": float("nan")}, {"torch": -1.0})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [*LIES, DECISION | {"backend": "cupy"}, DECISION | {"backend": "reference"}, NESTED])
+def test_a_cached_race_that_lies_is_ignored_with_one_line(card, stubbed, tmp_path, value):
+    """And never merged; but for what another kind of call, or another machine, may have decided for."""
+    ran, lstm = stubbed(), gpu_lstm.LSTM(4, 5)
+    with torch.no_grad():
+        lstm(X)
+        (file,) = card.glob("*.json")
+        entry = json.loads(file.read_text())
+        assert ran
+        file.write_text(value if value is NESTED else json.dumps(entry | {"value": value}))
+        exported = tmp_path / "exported.json"
+        exported.write_text(json.dumps([entry | {"kind": race.KIND, "key": {"another": "key"}, "value": value}]))
+        ran.clear()
+        cache._read.cache_clear()
+        run.forget()
+        with pytest.warns(UserWarning, match="is ignored") as warned:
+            y, _ = lstm(X)
+    assert len(warned) == 1
+    assert ran
+    with gpu_lstm.backend("reference"):
+        torch.testing.assert_close(y, lstm(X)[0].detach())
+    if value in LIES:
+        with pytest.warns(UserWarning, match="is not merged"):
+            assert cache.merge([exported]) == 0

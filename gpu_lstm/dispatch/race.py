@@ -100,11 +100,11 @@ def _cached(kind: Kind, able: Backend, device: torch.device) -> Decision | None:
     entry = cache.read(KIND, _key(kind, able, device))
     if entry is None:
         return None
-    try:
-        return Decision(**entry)._replace(backend=Backend(entry["backend"]))
-    except (TypeError, ValueError, KeyError):
-        cache.warn_once(f"a race is ignored: expected the fields of a decision, got {entry!r}")
+    decision, rivals = Decision(**entry)._replace(backend=Backend(entry["backend"])), (able, _other(kind))
+    if decision.backend not in rivals:
+        cache.warn_once(f"a race is ignored: expected {' or '.join(rival.value for rival in rivals)}, got {entry!r}")
         return None
+    return decision
 
 
 def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
 
 def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
     """By a race, if there may be one; else by expectation, once the kernels have run at all."""
-    other = Backend.REFERENCE if kind.only_ours else Backend.TORCH
+    other = _other(kind)
     expected = expected_winner(kind, able, call.x.device)
     try:
         runs = {backend.value: _sample(call, kind, backend) for backend in (able, other)}
@@ -141,6 +141,11 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
         value = decision._asdict() | {"backend": decision.backend.value}
         cache.write(KIND, _key(kind, able, call.x.device), value)
     return decision
+
+
+def _other(kind: Kind) -> Backend:
+    """What runs a kind of call without kernels."""
+    return Backend.REFERENCE if kind.only_ours else Backend.TORCH
 
 
 def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:

@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +21,7 @@ from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS
 from . import cooperative, resident, step
 from .binary import RecordedLaunch
-from .planning import INTERPRETER, Device, Family, Plan, device_of, expected
+from .planning import INTERPRETER, Device, Family, Plan, device_of, expected, plan_of
 
 MOST = 3  # plans that a first call compiles, before it runs the one that comes last
 SLOW_S = 2.0  # after which a log line says what is going on
@@ -145,13 +145,7 @@ def _log_if_slow() -> Iterator[None]:
 def measured_plan(problem: Problem, card: Device, backward: bool) -> Plan | None:
     """The plan that was fastest for problems like this on this card, if it was measured."""
     fields = cache.read(KIND, _key(problem, card, backward))
-    if fields is None:
-        return None
-    try:
-        return _plan(fields)
-    except ValueError as error:
-        cache.warn_once(f"a measured plan is ignored: {error}")
-        return None
+    return None if fields is None else plan_of(fields)
 
 
 def keep_measured(problem: Problem, card: Device, backward: bool, plan: Plan) -> None:
@@ -167,18 +161,3 @@ def _key(problem: Problem, card: Device, backward: bool) -> cache.Key:
         side_by_side=problem.side_by_side, regularised=problem.regularised, normalised=problem.normalised,
         backward=backward,
     )  # fmt: skip
-
-
-def _plan(fields: Any) -> Plan:
-    """A plan out of a file, every field checked.
-
-    Raises:
-        ValueError: a field is missing, unknown, or of another type.
-    """
-    types = get_type_hints(Plan)
-    if not isinstance(fields, dict) or set(fields) != set(types):
-        raise ValueError(f"expected the fields {sorted(types)}, got {fields!r}")
-    for name, needed in types.items():
-        if type(fields[name]) is not (str if needed is Family else needed):
-            raise ValueError(f"expected {name} of type {needed.__name__}, got {fields[name]!r}")
-    return Plan(**fields | {"family": Family(fields["family"])})

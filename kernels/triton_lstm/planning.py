@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from math import ceil
+from typing import Any, get_type_hints
 
 import torch
 
@@ -88,6 +89,21 @@ class Plan:
     def registers(self) -> int:
         """The most that a thread may take, where a block has a multiprocessor to itself."""
         return min(255, REGISTERS // self.threads)
+
+
+def plan_of(fields: Any) -> Plan:
+    """A plan out of a file, every field checked.
+
+    Raises:
+        ValueError: a field is missing, unknown, or of another type.
+    """
+    types = get_type_hints(Plan)
+    if not isinstance(fields, dict) or set(fields) != set(types):
+        raise ValueError(f"expected the fields {sorted(types)}, got {fields!r}")
+    for name, needed in types.items():
+        if type(fields[name]) is not (str if needed is Family else needed):
+            raise ValueError(f"expected {name} of type {needed.__name__}, got {fields[name]!r}")
+    return Plan(**fields | {"family": Family(fields["family"])})
 
 
 def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
