@@ -23,6 +23,8 @@ MIB = 2**20
 WRITTEN = {  # the usual workaround where torch.nn.LSTM lacks a feature, by its provider
     "cleanrl-loop": "nn.LSTM called at every step, its state masked",
     "torch-packed": "sequences sorted, packed and unpacked",
+    "rl_games-pieces": "nn.LSTM called between any two resets, its state masked",
+    "rsl_rl-padded": "trajectories padded to T, from reset to reset",
 }
 STARRED = "* nn.LSTM timed without the lengths, resets or variant, which it does not support"
 BEYOND = "ignoring gate arithmetic, launches and the dependency between steps"

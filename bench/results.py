@@ -18,7 +18,7 @@ import gpu_lstm
 
 from .cases import Case
 
-SCHEMA = 3  # raised whenever a column comes, goes, or changes its name or meaning
+SCHEMA = 4  # raised whenever a column comes, goes, or changes its name or meaning
 # Right, and timed. The yardstick is torch.nn.LSTM at a case that it cannot do, without the lengths, resets or variant.
 TIMED = ("measured", "yardstick")
 BROKEN = ("wrong", "failed")  # too far from float64; raised, died or hung. Neither is timed
@@ -36,6 +36,8 @@ FIGURES = [
     "error",  # the largest of all results and gradients, over what is allowed; 1 is the most
     "rounds", "median_s", "p20_s", "p80_s",  # seconds a call, over all rounds
     "speed", "speed_p20", "speed_p80",  # torch.nn.LSTM's time over this one, both of one round; the median is `speed`
+    "over_ours", "over_ours_low", "over_ours_high",  # this time over that of `ours`, likewise; its 95 % interval
+    "sm_mhz", "celsius",  # clock and temperature of the card after the last round, where nvidia-smi tells them
     "bound_s",  # the least seconds a call can take: operations and bytes over the two ceilings that follow
     "copy_bytes_per_s", "product_flops_per_s",  # measured in the same run: a copy, a large product in this dtype
     "peak_bytes",  # allocated at most during a call, above what was there before; CUDA only
@@ -70,6 +72,16 @@ def provenance(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None, "cudnn": torch.backends.cudnn.version() if cuda else None,
         "driver": driver or None, "clock_mhz": clock or None, "schema": SCHEMA,
     }  # fmt: skip
+
+
+def card_state(device: str) -> dict[str, str]:
+    """The columns of clock and temperature, as they are now."""
+    if device == "cpu":
+        return {}
+    uuid = torch.cuda.get_device_properties(device).uuid
+    query = f"--id=GPU-{uuid}", "--query-gpu=clocks.sm,temperature.gpu", "--format=csv,noheader,nounits"
+    said = zip(("sm_mhz", "celsius"), (_output("nvidia-smi", *query) or "").split(", "))
+    return {name: value for name, value in said if value.isdecimal()}  # "[N/A]" on some cards
 
 
 def _output(*command: str) -> str | None:

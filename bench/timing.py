@@ -18,14 +18,15 @@ Call = Callable[[int], object]  # something to time; the number of the call, so 
 
 WARM_UP = 3  # calls
 SHORTEST = 1e-3  # seconds of a sample; quicker calls are repeated within it
-ROUNDS = (9, 100)  # at least, at most
+ROUNDS = (10, 100)  # at least, at most; even, so that of any two each is first equally often
+RESAMPLES = 2000
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
 CEILING_SECONDS = 1.0  # for both together
 
 
 def interleaved(calls: Mapping[Name, Call], device: str, seconds: float) -> dict[Name, np.ndarray]:
-    """Seconds a call, for each of `calls` and every round. Each round runs all of them, in a random order.
+    """Seconds a call, for each of `calls` and every round, all of them by turns: a random order, then its reverse.
 
     `device` is "cpu", or a CUDA device, where events measure. All rounds together should take `seconds`, without the
     warm-up.
@@ -33,11 +34,12 @@ def interleaved(calls: Mapping[Name, Call], device: str, seconds: float) -> dict
     estimates = {name: [_sample(call, n, 1, device) for n in range(WARM_UP)][-1] for name, call in calls.items()}
     repeats = {name: max(1, round(SHORTEST / estimate)) for name, estimate in estimates.items()}
     a_round = sum(estimates[name] * repeats[name] for name in calls)
-    rounds = min(max(ROUNDS[0], int(seconds / (a_round or 1))), ROUNDS[1])
+    rounds = min(max(ROUNDS[0], 2 * int(seconds / (a_round or 1) / 2)), ROUNDS[1])
     shuffle, order, taken = random.Random(0), list(calls), {name: np.empty(rounds) for name in calls}
     for number in range(rounds):
-        shuffle.shuffle(order)
-        for name in order:
+        if number % 2 == 0:
+            shuffle.shuffle(order)
+        for name in order[:: -1 if number % 2 else 1]:
             taken[name][number] = _sample(calls[name], number * repeats[name], repeats[name], device)
     return taken
 
@@ -60,6 +62,12 @@ def _sample(call: Call, first: int, repeats: int, device: str) -> float:
 def percentiles(values: np.ndarray) -> list[float]:
     """Median, 20th and 80th percentile."""
     return np.quantile(values, (0.5, 0.2, 0.8)).tolist()
+
+
+def bootstrapped(values: np.ndarray) -> list[float]:
+    """Median, and the ends of the interval that has it with 95 %: the percentile bootstrap over rounds."""
+    medians = np.median(np.random.default_rng(0).choice(values, (RESAMPLES, len(values))), axis=1)
+    return [float(np.median(values)), *np.quantile(medians, (0.025, 0.975)).tolist()]
 
 
 @functools.cache
