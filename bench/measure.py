@@ -109,10 +109,9 @@ def run_case(
         copy, product = timing.ceilings(case.dtype, device)
         seconds = timing.interleaved(calls, device, SECONDS)
         state = results.card_state(device)
-
     rows = [_row(case, name, device, **outcomes[name]) for name in names if (name, False) not in calls]
     bound = max(case.operations() / product, case.bytes_moved() / copy)
-    ceilings = {"bound_s": bound, "copy_bytes_per_s": copy, "product_flops_per_s": product}
+    of_all = {"bound_s": bound, "copy_bytes_per_s": copy, "product_flops_per_s": product, **state}
     for (name, graph), mine in seconds.items():
         figures = dict(zip(("median_s", "p20_s", "p80_s"), timing.percentiles(mine)))
         if (YARDSTICK, False) in seconds:
@@ -121,7 +120,7 @@ def run_case(
         if (OURS, False) in seconds:
             ratios = timing.bootstrapped(mine / seconds[OURS, False])
             figures |= zip(("over_ours", "over_ours_low", "over_ours_high"), ratios)
-        rows.append(_row(case, name, device, graph=graph, rounds=len(mine), **figures, **ceilings, **state, **outcomes[name]))
+        rows.append(_row(case, name, device, graph=graph, rounds=len(mine), **figures, **of_all, **outcomes[name]))
     return rows
 
 
