@@ -14,10 +14,11 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
@@ -31,7 +32,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import gpu_lstm
 
 from . import report, results
-from .expected import inside
+from .expected import CHOOSE, LAUNCH, PLANNING, inside
 from .isolated import ROOT, ProviderFailed, Worker, checkout
 
 Place = tuple[str, str]  # device and provider
@@ -97,35 +98,18 @@ def stub() -> None:
     os.environ["GPU_LSTM_RACE"] = "off"
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # buffers that no kernel wrote are read
-    old = not (Path(gpu_lstm.__file__).parent / "dispatch").exists()  # as it was up to commit 33b857c
-    race, launch = "races" if old else "dispatch.race", "kernels.triton_lstm.launch"
-    decision, h100 = inside(race).Decision, inside("kernels.triton_lstm.planning").DEVICES["h100"]
-    put(race, expected_winner=lambda kind, *rest: decision(kind.kernel if old else rest[0], ""))
-    if CARD == "cuda":
-        return
-    available, why_unavailable = ("backends", "obstacle") if old else ("dispatch.available", "why_unavailable")
-    put(available, **{"KERNEL_DEVICES": ("cpu",), why_unavailable: nothing})
-    if old:  # a plan is looked up at every call of a CUDA device
-        choose, cuda = inside(launch).choose_plan, torch.device("cuda", 0)
-        put(launch, launch_kernel=nothing, first_that_fits=lambda proposed, *_: proposed[0], device_of=lambda _: h100)
-        put(launch, choose_plan=lambda problem, device, *rest: choose(problem, cuda, *rest))
-        for name in ("get_device_properties", "is_current_stream_capturing"):
-            setattr(torch.cuda, name, nothing)
-    else:
-        plans = inside("kernels.triton_lstm.choose").plans
-        put(launch, launch_kernel=None, load=lambda *_: defaultdict(lambda: nothing))
-        put(launch, choose_plan=lambda problem, device, which, *_: plans(problem, h100, which.backward)[0])
+    race, plans, h100 = inside("dispatch.race"), inside(CHOOSE).plans, inside(PLANNING).DEVICES["h100"]
+    patch.multiple(race, expected_winner=lambda kind, kernel, *_: race.Decision(kernel, "")).start()
+    if CARD == "cpu":
+        patch.multiple(inside("dispatch.available"), KERNEL_DEVICES=("cpu",), why_unavailable=nothing).start()
+        patch.multiple(
+            inside(LAUNCH), launch_kernel=None, load=lambda *_: defaultdict(lambda: nothing),
+            choose_plan=lambda problem, device, which, *_: plans(problem, h100, which.backward)[0],
+        ).start()  # fmt: skip
 
 
 def nothing(*_: Any, **__: Any) -> None:
     """In the place of a launch."""
-
-
-def put(name: str, **values: Any) -> None:
-    """Replace attributes that a module of gpu_lstm has."""
-    for attribute, value in values.items():
-        getattr(inside(name), attribute)
-        setattr(inside(name), attribute, value)
 
 
 def count(call: Callable[[], Any]) -> tuple[dict[str, int], set[str]]:
@@ -144,8 +128,7 @@ def count(call: Callable[[], Any]) -> tuple[dict[str, int], set[str]]:
         call()
     finally:
         sys.setprofile(None)  # is counted, too
-    changes = sum(a != b for a, b in itertools.pairwise(files))
-    found = {*files[1:]}
+    found, changes = {*files[1:]}, sum(a != b for a, b in itertools.pairwise(files))
     return dict(zip(COUNTS, (len(calls) - 1, len(files) - 1, len(found), changes))), found
 
 
@@ -210,16 +193,15 @@ def target(case: str, mode: str, provider: str) -> float | None:
     return both.get(case) or (torchs.get(case) if provider == TORCH else kernels.get((case, mode)))
 
 
-def rows_of(case: str, mode: str, base: bool, turns: list[dict[Place, Any]]) -> list[dict[str, Any]]:
+def rows_of(case: str, mode: str, base: bool, turns: list[dict[Place, Any]]) -> Iterator[dict[str, Any]]:
     """A row for each provider of ours."""
-    rows, seconds = [], {place: np.concatenate([turn[place][1] for turn in turns]) for place in PLACES}
-    for place in (place for place in PLACES if place[1] != YARDSTICK):
-        mine, torchs = seconds[place], seconds[place[0], YARDSTICK]
+    seconds = {place: np.concatenate([turn[place][1] for turn in turns]) for place in PLACES}
+    for device, provider in (place for place in PLACES if place[1] != YARDSTICK):
+        mine, torchs = seconds[device, provider], seconds[device, YARDSTICK]
         times = [np.median(mine), mine.min(), np.median(torchs), torchs.min()]
-        ratios = [np.median(mine / torchs), mine.min() / torchs.min(), target(case, mode, place[1])]
-        of_call = dict(base=base, case=case, mode=mode, provider=place[1], rounds=len(mine))
-        rows.append(turns[0][place][0] | of_call | dict(zip([*TIMES, *RATIOS], [*times, *ratios])))
-    return rows
+        ratios = [np.median(mine / torchs), mine.min() / torchs.min(), target(case, mode, provider)]
+        of_call = dict(base=base, case=case, mode=mode, provider=provider, rounds=len(mine))
+        yield turns[0][device, provider][0] | of_call | dict(zip([*TIMES, *RATIOS], [*times, *ratios]))
 
 
 def table(rows: pd.DataFrame, shown: list[str]) -> Table:
@@ -253,9 +235,7 @@ def run(options: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         paths = {True: stack.enter_context(checkout(options.base))} if options.base else {}
-        sides = {
-            base: stack.enter_context(closing(Worker(measure, paths.get(base), LIMIT_S))) for base in (*paths, False)
-        }
+        sides = {of: stack.enter_context(closing(Worker(measure, paths.get(of), LIMIT_S))) for of in (*paths, False)}
         out.mkdir(parents=True)
         for case, mode in track(cases, "calls on the host", console=Console(stderr=True), transient=True):
             found: dict[bool, list[Any]] = {base: [] for base in sides}
@@ -266,8 +246,7 @@ def run(options: argparse.Namespace) -> int:
                     if not base:
                         raise
                     raise ValueError(f"{options.base} is too old to be measured: {error.args[1]}") from error
-            for base in sides:
-                rows += rows_of(case, mode, base, found[base])
+            rows += (row for base in sides for row in rows_of(case, mode, base, found[base]))
     frame = pd.DataFrame(rows, columns=COLUMNS)
     frame.to_csv(out / "host.csv", index=False)
     times = [name for name in TIMES if not (options.base and name.startswith("torch"))]
