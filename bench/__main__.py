@@ -24,11 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 case "compare":
                     return compare.show(results.read(options.old), results.read(options.new), options.fail_under)
                 case "readme":
-                    files, pictures = sorted((ROOT / "bench" / "results").glob("*.csv")), ROOT / "docs" / "pictures"
-                    named = "instead", *report.SHOWN
+                    files, docs = sorted((ROOT / "bench" / "results").glob("*.csv")), ROOT / "docs"
+                    for file in files:
+                        plots.draw(results.read(file), docs / "pictures", report.DRAWN, 150)
                     report.update_page(ROOT / "README.md", files)
-                    drawn = [path for file in files for path in plots.draw(results.read(file), pictures, named, 150)]
-                    report.update_page(ROOT / "docs" / "benchmarks.md", files, drawn)
+                    report.update_page(docs / "benchmarks.md", files, sorted((docs / "pictures").glob("*.png")))
                     return 0
                 case "ppo":
                     return ppo.run(options)
@@ -64,7 +64,7 @@ def show(file: Path) -> int:
     rows, console = results.read(file), Console()
     drawn = plots.draw(rows, file.parent)
     wrong = rows[report.is_ours(rows) & rows["status"].isin(results.BROKEN)]
-    console.print(*report.expected(rows), *report.headline(rows), sep="\n")
+    console.print(*report.expected(rows), *report.headline(rows), *report.workarounds(rows), sep="\n")
     console.print(f"{file} and {len(drawn)} plots next to it", markup=False, highlight=False)
     for row in wrong.itertuples():
         console.print(f"{row.status.upper()} {row.case} {row.provider}: {row.note}", markup=False, highlight=False)

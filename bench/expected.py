@@ -118,7 +118,6 @@ def _row(case: Case, card: Any) -> dict[str, Any]:
 
 
 def _lstm(case: Case, device: str) -> Any:
-    """The forward pass of a layer on the Triton backend, and what has gradients."""
     options: Any = {"dtype": case.torch_dtype, "device": device}
     lstm = gpu_lstm.LSTM(case.input_size, case.hidden_size, backend="triton", **options)
     x = torch.zeros(case.steps, case.batch, case.input_size, **options, requires_grad=True)

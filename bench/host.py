@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import gpu_lstm
 
-from . import report, results
+from . import report, results, timing
 from .expected import CHOOSE, LAUNCH, PLANNING, inside
 from .isolated import ROOT, ProviderFailed, Worker, checkout
 
@@ -46,7 +46,7 @@ CASES = {
 }  # fmt: skip
 """T and B. torch.nn does lengths by a PackedSequence, and resets, of the first step alone, by masking its state."""
 I, H = 8, 8  # so small that the matmuls take hardly any time
-WARM_UP, SAMPLE_S = 20, 1e-3
+WARM_UP = 20
 TURNS, ROUNDS = 4, 40  # of each commit, case by case; in each turn
 LIMIT_S = 300.0  # of a turn: the first compiles kernels on a GPU
 TIMES = ["median_s", "least_s", "torch_median_s", "torch_least_s"]
@@ -108,8 +108,7 @@ def stub() -> None:
         ).start()  # fmt: skip
 
 
-def nothing(*_: Any, **__: Any) -> None:
-    """In the place of a launch."""
+def nothing(*_: Any, **__: Any) -> None: ...
 
 
 def count(call: Callable[[], Any]) -> tuple[dict[str, int], set[str]]:
@@ -133,9 +132,9 @@ def count(call: Callable[[], Any]) -> tuple[dict[str, int], set[str]]:
 
 
 @functools.cache
-def ready(case: str, mode: str) -> dict[Place, tuple[Callable[[], Any], int, dict[str, int]]]:
-    """A call that is warm, how many of them make a sample, and its COUNTS."""
-    calls = {}
+def ready(case: str, mode: str) -> tuple[dict[Place, Callable[[], Any]], dict[Place, dict[str, int]]]:
+    """Calls that are warm, and their COUNTS."""
+    calls, counted = {}, {}
     for device, provider in PLACES:
         call = made(case, mode, device, provider)
         for _ in range(WARM_UP):
@@ -144,12 +143,12 @@ def ready(case: str, mode: str) -> dict[Place, tuple[Callable[[], Any], int, dic
         launched = any("triton_lstm" in file for file in files)
         if launched != (provider == KERNELS) and (CARD == "cpu" or case != "Stream"):  # whose graph is replayed
             raise ProviderFailed(provider, f"{case}, {mode}: kernels were{' not' * (not launched)} launched")
-        calls[device, provider] = call, max(1, round(SAMPLE_S / sample(call, 5))), counts
+        calls[device, provider], counted[device, provider] = call, counts
     gc.freeze()  # so that collecting before each sample takes hardly any time
-    return calls
+    return calls, counted
 
 
-def sample(call: Callable[[], Any], repeats: int) -> float:
+def sample(call: Callable[[], Any], _: int, repeats: int, device: str) -> float:
     """Seconds a call, over some of them."""
     synchronize = torch.cuda.synchronize if CARD == "cuda" else nothing
     gc.collect()
@@ -174,19 +173,14 @@ def measure(case: str, mode: str, rounds: int, tell: Callable[[str], None]) -> d
     try:
         stub()
         with torch.set_grad_enabled(mode != "inference"):
-            calls = ready(case, mode)
-            seconds: dict[Place, list[float]] = {place: [] for place in PLACES}
-            for number in range(rounds):
-                for place in PLACES[:: -1 if number % 2 else 1]:
-                    call, repeats, _ = calls[place]
-                    seconds[place].append(sample(call, repeats))
+            calls, counts = ready(case, mode)
+            seconds = timing.interleaved(calls, CARD, 0.0, (rounds, rounds), sample)
     except (ImportError, AttributeError, TypeError) as error:
         raise ProviderFailed(KERNELS, f"{type(error).__name__}: {error}") from error
-    return {place: (results.provenance(place[0]) | calls[place][2], seconds[place]) for place in PLACES}
+    return {place: (results.provenance(place[0]) | counts[place], seconds[place]) for place in PLACES}
 
 
 def target(case: str, mode: str, provider: str) -> float | None:
-    """The most that the ratio should be."""
     both = {"LSTMCell": 1.2, "one step with resets": 1.3}
     kernels = {("T=1", "inference"): 0.8, ("T=1", "forward+graph"): 0.9, ("T=1", "training"): 0.8}
     torchs = dict.fromkeys(("T=1", "T=128", "two layers, bidirectional"), 1.1)
@@ -194,7 +188,6 @@ def target(case: str, mode: str, provider: str) -> float | None:
 
 
 def rows_of(case: str, mode: str, base: bool, turns: list[dict[Place, Any]]) -> Iterator[dict[str, Any]]:
-    """A row for each provider of ours."""
     seconds = {place: np.concatenate([turn[place][1] for turn in turns]) for place in PLACES}
     for device, provider in (place for place in PLACES if place[1] != YARDSTICK):
         mine, torchs = seconds[device, provider], seconds[device, YARDSTICK]
@@ -205,7 +198,6 @@ def rows_of(case: str, mode: str, base: bool, turns: list[dict[Place, Any]]) -> 
 
 
 def table(rows: pd.DataFrame, shown: list[str]) -> Table:
-    """A line for each row of this checkout; next to its figures those of the base, if there is one."""
     old, new = (rows[rows["base"] == base].reset_index() for base in (True, False))
     cells = new[["case", "mode", "provider"]].copy()
     for column in shown:
@@ -219,7 +211,6 @@ def table(rows: pd.DataFrame, shown: list[str]) -> Table:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the subcommand."""
     add = parser.add_argument
     add("--cases", nargs="+", choices=CASES, metavar="NAME", default=list(CASES), help="of: " + "; ".join(CASES))
     add("--base", metavar="REV", help="measure gpu_lstm in this commit, too, in turns, and show both")
@@ -228,7 +219,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, write and print; the exit status, 0. ValueError for a base that cannot be measured."""
     out = options.out or ROOT / "out" / f"host-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     cases = [(case, mode) for case in options.cases for mode in MODES if case != "Stream" or mode == "inference"]
     turns, rounds = (1, 1) if options.count else (TURNS, ROUNDS)

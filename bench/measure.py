@@ -32,11 +32,10 @@ Row = dict[str, Any]
 def measure(
     cases: list[Case], names: list[str] | None, device: str, sides: dict[Path, Path | None], deadline: float = math.inf
 ) -> list[Case]:
-    """Run `cases`, each row in its file before the next case starts. Returns those left when `deadline` passed.
+    """Run `cases`, each row in its file before the next case starts; those left at the `deadline`, by time.monotonic().
 
-    All providers run the headline, and all other cases those with `everywhere`; or those in `names` run all. On a CUDA
-    `device` a case runs in a process of its own. `sides` are new files, and for each the folder to import gpu_lstm
-    from, None for the one imported here: several take turns case by case. The deadline is by time.monotonic().
+    `names`: see `taking_part`. On a CUDA `device` a case runs in a process of its own. `sides` are new files, and for
+    each the folder to import gpu_lstm from, None for the one imported here: several take turns case by case.
     """
     for file in sides:
         results.create(file)
@@ -73,10 +72,9 @@ def rows_of(case: Case, names: list[str], device: str, run: Callable[..., list[R
 def run_case(
     case: Case, names: list[str], device: str, failed: dict[str, str], tell: Callable[[str], None] = lambda name: None
 ) -> list[Row]:
-    """Rows of a case, one or more for each provider of `names`, of which the yardstick is the first.
+    """Rows of a case, for each provider of `names`, the yardstick first; those that `failed` are not tried again.
 
-    Those that `failed` before, and how, are not tried again. `tell` is called with who runs next. Raises
-    ProviderFailed where a provider raises; the device may be unusable from then on.
+    `tell` is called with who runs next. ProviderFailed where one raises: the device may be unusable from then on.
     """
     torch.set_num_threads(1)  # as in `measure`: this may be a process of its own
     outcomes: dict[str, Row] = {name: {"status": "failed", "note": text} for name, text in failed.items()}
@@ -148,12 +146,10 @@ class Trial:
         self.states = h0, c0
 
     def forward(self, number: int) -> tuple[Any, tuple[Tensor | None, Tensor | None]]:
-        """Of a call: output, (h_n, c_n)."""
         x = self.xs[number % len(self.xs)]
         return self.engine.call(x if self.form is None else self.form._replace(data=x), self.states)
 
     def leaves(self, number: int) -> list[Tensor]:
-        """What a call has gradients for: x, h0, c0 and the parameters."""
         return [self.xs[number % len(self.xs)], *self.states, *self.engine.parameters.values()]
 
     def call(self, number: int) -> tuple[Any, tuple[Tensor, ...]]:
@@ -164,7 +160,7 @@ class Trial:
             return (y, *finals), torch.autograd.grad(y, self.leaves(number), self.dy) if self.training else ()
 
     def results(self) -> dict[str, Tensor]:
-        """Output, final states and, for training, every gradient, by the names that `inputs.results_in` gives."""
+        """As `inputs.results_in` names them."""
         seed_noise()
         (y, h_n, c_n), gradients = self.call(0)
         found = {"output": y, "h_n": h_n, "c_n": c_n} | dict(zip(("dx", "dh0", "dc0"), gradients))
@@ -184,7 +180,6 @@ class Gate:
         self._torchs: dict[str, float] = {}  # errors of torch.nn.LSTM
 
     def judge(self, trial: Trial) -> Row:
-        """Status, note and error of a provider."""
         case, dtype = trial.inputs.case, trial.inputs.case.torch_dtype
         if case not in self._truths:
             true = results_in(torch.float64, trial.inputs)

@@ -36,7 +36,7 @@ LOOK: Any = {
 
 
 def draw(rows: pd.DataFrame, folder: Path, names: Collection[str] = (), dpi: int = 200) -> list[Path]:
-    """NAME-DEVICE.png in `folder`, which is made if need be: the figures of each device, all or those of `names`."""
+    """NAME-DEVICE.png in a new or old `folder`: the figures of each device, all or those of `names`."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for device, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
@@ -184,7 +184,6 @@ def _looks(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def _plain_ticks(axis: Any) -> None:
-    """On a logarithmic axis, numbers without exponents."""
     low, high = axis.get_data_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
     axis.set_major_formatter("{x:g}")

@@ -37,6 +37,7 @@ SHOWN = {  # pictures on the page with all cases, and what they show
     "headline": "The time of every provider at the case that all have, the fastest on top",
     "speed": "How many times as fast as torch.nn.LSTM every provider is at every case",
 }
+DRAWN = "instead", *SHOWN
 TOGETHER = {"input_size": "hidden_size", "directions": "layers"}  # sizes that vary together
 # Columns that are aligned on the left
 LEFT = ("mode", "case", "usual workaround", "provider", "kernels", "status", "note", "best other", "verdict")
@@ -45,10 +46,7 @@ STYLES = dict.fromkeys(("slower", "wrong", "failed"), "bold red") | {"faster": "
 
 
 def measured(rows: pd.DataFrame) -> pd.DataFrame:
-    """All but estimated rows, the last of each case and `contender`: a provider, and whether it replays a graph.
-
-    Raises ValueError where there is none, or where they are of several devices.
-    """
+    """All but estimated rows, the last of each case and `contender`, a provider or its graph. ValueError: no device."""
     rows = rows[rows["status"] != "expected"]
     devices = rows["device"].unique()
     if len(devices) != 1:
@@ -62,12 +60,10 @@ def objects(rows: pd.DataFrame) -> list[Case]:
 
 
 def headline_of(rows: pd.DataFrame) -> Case:
-    """The case with most contenders, the first of those."""
     return rows["object"].value_counts(sort=False).idxmax()
 
 
 def is_ours(rows: pd.DataFrame) -> pd.Series:
-    """Which rows are gpu_lstm's own, on any backend."""
     return rows["provider"].str.split("-").str[0] == OURS
 
 
@@ -77,10 +73,7 @@ def stars(rows: pd.DataFrame) -> pd.Series:
 
 
 def by_case(rows: pd.DataFrame) -> pd.DataFrame:
-    """A line for each case, grouped by what differs from the headline, each group from small to large.
-
-    `rank` is the place in the `group` before sorting; `speed` is ours. The other new columns are text.
-    """
+    """A line a case, by `group`: what differs from the headline; `rank` in it; our `speed`; other columns as text."""
     base = headline_of(rows)
 
     def group(case: Case) -> str:
@@ -106,8 +99,8 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def instead(rows: pd.DataFrame, every_case: bool = False) -> pd.DataFrame:
-    """The usual workarounds where torch.nn.LSTM does not support a case, with the columns of AROUND as text, or the
-    first of each group of cases; `object`, and seconds a call: theirs `median_s`, of gpu_lstm `ours_s`."""
+    """The usual workarounds where torch.nn.LSTM lacks a feature, in `every_case` or the first of each group: AROUND as
+    text, and the seconds `median_s` of them, `ours_s` of gpu_lstm."""
     ours = rows[rows["contender"] == OURS].set_index("case")["median_s"]
     its = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured") & rows["case"].isin(ours.dropna().index)]
     its = its.assign(ours_s=its["case"].map(ours), group=its["case"].map(by_case(rows)["group"]))
@@ -117,6 +110,12 @@ def instead(rows: pd.DataFrame, every_case: bool = False) -> pd.DataFrame:
     names = its["mode"] + " " + its["object"].map(sizes)
     columns = names, its["provider"].map(WRITTEN), texts(1e3 * its["median_s"]), texts(1e3 * its["ours_s"])
     return its.assign(**dict(zip(AROUND, (*columns, speed + interval))))
+
+
+def workarounds(rows: pd.DataFrame) -> list[Table]:
+    its = instead(measured(rows), every_case=True)
+    title = "The usual workarounds; their time over gpu_lstm's, with its 95 % interval"
+    return [table(its[AROUND], title)] if len(its) else []
 
 
 def most_informative(lines: pd.DataFrame, room: int) -> pd.DataFrame:
@@ -268,7 +267,6 @@ def verdicts(rows: pd.DataFrame) -> pd.Series:
 
 
 def spread(lines: pd.DataFrame) -> str:
-    """The least and the greatest speed of ours."""
     speeds = lines["speed"].dropna()
     return f"{digits(speeds.min())} to {digits(speeds.max())}" if len(speeds) else ""
 

@@ -87,10 +87,9 @@ def card_state(device: str) -> dict[str, str]:
 def _output(*command: str) -> str | None:
     """The first line of a command's output; None where it is not installed, fails or prints nothing."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+    except (FileNotFoundError, subprocess.SubprocessError, IndexError):
         return None
-    return done.stdout.partition("\n")[0].strip() or None if done.returncode == 0 else None
 
 
 def create(path: Path) -> None:

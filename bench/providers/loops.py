@@ -52,11 +52,15 @@ class StepLoop(nn.LSTM):
 
 def masked_loop(inputs: Inputs, in_pieces: bool) -> Engine:
     """StepLoop: a step at a time, as CleanRL has it; or in pieces, whose ends every call reads, as in rl_games."""
-    expect(inputs.case, "layers", "resets", "reset_states")
+    options = dict(resets=resets_of(inputs, "reset_states"), stored=inputs.reset_states, in_pieces=in_pieces)
+    return Engine.of(module_like_torchs(StepLoop, inputs), **options)
+
+
+def resets_of(inputs: Inputs, *features: str) -> Tensor:
+    expect(inputs.case, "layers", "resets", *features)
     if inputs.resets is None:
         raise Unable("only for batches with resets")
-    options = dict(resets=inputs.resets, stored=inputs.reset_states, in_pieces=in_pieces)
-    return Engine.of(module_like_torchs(StepLoop, inputs), **options)
+    return inputs.resets
 
 
 def padded_trajectories(inputs: Inputs) -> Engine:
@@ -64,14 +68,11 @@ def padded_trajectories(inputs: Inputs) -> Engine:
 
     Which steps they have is found once, as rsl_rl does before its epochs. The last states are those after the padding.
     """
-    expect(inputs.case, "layers", "resets")
-    if inputs.resets is None:
-        raise Unable("only for batches with resets")
-    lstm, begins = module_like_torchs(nn.LSTM, inputs), inputs.resets.T.clone()  # [B, T]
-    begins[:, 0] = True
+    begins = resets_of(inputs).T.clone()  # [B, T]
+    begins[:, 0], lstm = True, module_like_torchs(nn.LSTM, inputs)
     lengths = begins.flatten().nonzero()[:, 0].diff(append=torch.tensor([begins.numel()], device=begins.device))  # [N]
     valid = torch.arange(inputs.case.steps, device=begins.device) < lengths[:, None]  # [N, T]
-    firsts, keep = begins.flatten().cumsum(0).view_as(begins)[:, 0] - 1, ~inputs.resets[0, :, None]  # [B], [B, 1]
+    firsts, keep = begins.flatten().cumsum(0)[:: begins.shape[1]] - 1, ~resets_of(inputs)[0, :, None]  # [B], [B, 1]
 
     def call(x, state):
         padded = x.new_zeros(*valid.shape, x.shape[2])
