@@ -53,11 +53,6 @@ TIMES = ["median_s", "least_s", "torch_median_s", "torch_least_s"]
 RATIOS = ["ratio", "ratio_of_least", "target"]  # to torch.nn, both of one round, the median; of the least of all rounds
 COUNTS = ["calls", "functions", "files", "file_changes"]  # of one call; all but `calls` are gpu_lstm's own
 COLUMNS = [*results.PROVENANCE, "base", "case", "mode", "provider", "rounds", *TIMES, *RATIOS, *COUNTS]
-SHOWN = {  # by column: its title, in which unit, how many digits
-    "median_s": ("us", 1e6, ".1f"), "least_s": ("least", 1e6, ".1f"), "torch_median_s": ("nn us", 1e6, ".1f"),
-    "torch_least_s": ("nn least", 1e6, ".1f"), "ratio": ("ratio", 1, ".2f"), "ratio_of_least": ("of least", 1, ".2f"),
-    "target": ("target", 1, ".1f"),
-} | {name: (name.replace("_", " "), 1, ".0f") for name in COUNTS}  # fmt: skip
 
 
 def made(case: str, mode: str, device: str, provider: str) -> Callable[[], Any]:
@@ -201,10 +196,11 @@ def table(rows: pd.DataFrame, shown: list[str]) -> Table:
     old, new = (rows[rows["base"] == base].reset_index() for base in (True, False))
     cells = new[["case", "mode", "provider"]].copy()
     for column in shown:
-        title, unit, digits = SHOWN[column]
+        title = column.removesuffix("_s").replace("_", " ").replace("torch", "nn").replace("median", "us")
+        write = "{:.2f}" if column in RATIOS else "{:.0f}" if column in COUNTS else "{:.1f}"
         for name, side in ((f"old {title}", old), (title, new)):
             if len(side) and not (side is old and column == "target"):
-                cells[name] = report.texts(unit * side[column].astype(float), f"{{:{digits}}}".format)
+                cells[name] = report.texts(side[column].astype(float) * (1e6 if column in TIMES else 1), write.format)
     told = "kernels are launched" if CARD == "cuda" else "kernels are planned for an H100, their launches do nothing"
     groups = new["case"].map(list(CASES).index)
     return report.table(cells, "A call on the host", f"{told}; {report.origin(rows)}", groups, ("case",))

@@ -143,8 +143,9 @@ def _speed(rows: pd.DataFrame) -> Figure | None:
 
 
 def _instead(rows: pd.DataFrame) -> Figure | None:
-    """The usual workarounds around torch.nn.LSTM, and ours, as bars."""
+    """The usual workarounds around torch.nn.LSTM, and ours, as bars; of as many steps, so that they can be compared."""
     lines, base = report.instead(rows), report.headline_of(rows)
+    lines = lines[lines["steps"] == base.steps]
     if not len(lines):
         return None
     figure = Figure(figsize=(7.2, 1.1 + 0.62 * len(lines)))
