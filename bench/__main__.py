@@ -92,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("gpu", help="doctor, tests, grid, plots and a table, for a CUDA machine").add_argument
     add("--minutes", type=_minutes, default=8.0, help="for everything together")
     add("--out", type=Path, required=True, help="folder for everything it writes")
-    ppo.add_arguments(commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop"))
+    add = commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop").add_argument
+    add("--device", choices=devices, default=devices[0], help="default: %(default)s")
     host.add_arguments(commands.add_parser("host", help="microseconds of a call on the host before the device begins"))
     commands.add_parser("readme", help="write the figures of README.md and docs/benchmarks.md from bench/results/*.csv")
     return parser

@@ -81,11 +81,6 @@ def loss_and_gradients(example: Any, agent: nn.Module, batch: Any) -> dict[str, 
     return {"loss": loss} | {f"gradient of {name}": gradient for name, gradient in zip(parameters, gradients)}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    known = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    parser.add_argument("--device", choices=known, default=known[0], help="default: %(default)s")
-
-
 def run(options: argparse.Namespace) -> int:
     """Measure, and print a line a size. Exit status: 0, or 2 if the example cannot be loaded."""
     try:

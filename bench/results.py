@@ -46,8 +46,8 @@ FIGURES = [
 ]  # fmt: skip
 # graph: replayed from a CUDA graph. note: why there are no figures, or which kernels ran.
 COLUMNS = [*PROVENANCE, "case", *CASE, "provider", "graph", "status", "note", *FIGURES, "schema"]
-REQUIRED = ["date", "device", "gpu_lstm", "torch", "case", *CASE, "provider", "graph", "status"]
-REQUIRED += ["schema"]  # which is the last, so that a row that was cut off has none
+# The schema is the last, so that a row that was cut off has none
+REQUIRED = ["date", "device", "gpu_lstm", "torch", "case", *CASE, "provider", "graph", "status", "schema"]
 NUMBERS = [*(field.name for field in fields(Case) if field.type is not str), *FIGURES]
 
 
