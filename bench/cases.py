@@ -81,7 +81,7 @@ GRIDS: dict[str, tuple[Case, dict[str, tuple[Any, ...]]]] = {  # the headline of
     }),
     "cpu": (Case("training", "fp32", steps=128, batch=16, input_size=128, hidden_size=128), {
         "hidden_size": (32, 256, 512), "batch": (1, 64), "steps": (32, 512), "dtype": (), "reset_rate": (0.02, 0.1),
-        "rl_dtype": ("fp32",), "rl": [(T, max(8, B // 128), H) for T, B, H in RL],
+        "rl_dtype": ("fp32",), "rl": (*((T, max(8, B // 128), H) for T, B, H in RL),),
     }),
 }  # fmt: skip
 
