@@ -24,11 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 case "compare":
                     return compare.show(results.read(options.old), results.read(options.new), options.fail_under)
                 case "readme":
-                    files, pictures = sorted((ROOT / "bench" / "results").glob("*.csv")), ROOT / "docs" / "pictures"
-                    named = "instead", *report.SHOWN
+                    files, docs = sorted((ROOT / "bench" / "results").glob("*.csv")), ROOT / "docs"
+                    for file in files:
+                        plots.draw(results.read(file), docs / "pictures", report.DRAWN, 150)
                     report.update_page(ROOT / "README.md", files)
-                    drawn = [path for file in files for path in plots.draw(results.read(file), pictures, named, 150)]
-                    report.update_page(ROOT / "docs" / "benchmarks.md", files, drawn)
+                    report.update_page(docs / "benchmarks.md", files, sorted((docs / "pictures").glob("*.png")))
                     return 0
                 case "ppo":
                     return ppo.run(options)
@@ -64,7 +64,7 @@ def show(file: Path) -> int:
     rows, console = results.read(file), Console()
     drawn = plots.draw(rows, file.parent)
     wrong = rows[report.is_ours(rows) & rows["status"].isin(results.BROKEN)]
-    console.print(*report.expected(rows), *report.headline(rows), sep="\n")
+    console.print(*report.expected(rows), *report.headline(rows), *report.workarounds(rows), sep="\n")
     console.print(f"{file} and {len(drawn)} plots next to it", markup=False, highlight=False)
     for row in wrong.itertuples():
         console.print(f"{row.status.upper()} {row.case} {row.provider}: {row.note}", markup=False, highlight=False)
@@ -92,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("gpu", help="doctor, tests, grid, plots and a table, for a CUDA machine").add_argument
     add("--minutes", type=_minutes, default=8.0, help="for everything together")
     add("--out", type=Path, required=True, help="folder for everything it writes")
-    ppo.add_arguments(commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop"))
+    add = commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop").add_argument
+    add("--device", choices=devices, default=devices[0], help="default: %(default)s")
     host.add_arguments(commands.add_parser("host", help="microseconds of a call on the host before the device begins"))
     commands.add_parser("readme", help="write the figures of README.md and docs/benchmarks.md from bench/results/*.csv")
     return parser

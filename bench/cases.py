@@ -70,13 +70,18 @@ class Case:
         return 2 * (once + size * 4 * states + 4 * states) if self.training else once
 
 
+RL = (  # T, B, H of recurrent PPO: rl_games' shadow hand; Dextreme and its critic; rsl_rl; TorchRL; few environments
+    (4, 4096, 1024), (16, 1024, 1024), (16, 1024, 2048), (24, 1024, 256), (24, 4096, 256), (32, 256, 256),
+    (32, 8192, 256), (64, 128, 128),
+)  # fmt: skip
 GRIDS: dict[str, tuple[Case, dict[str, tuple[Any, ...]]]] = {  # the headline of each, and what is varied around it
     "cuda": (Case("training", "bf16", steps=1024, batch=16, input_size=768, hidden_size=768), {
         "hidden_size": (128, 512, 1024, 64, 129, 256, 1536, 2048), "batch": (1, 64, 4, 256, 12), "steps": (128, 4096),
-        "dtype": ("fp16", "tf32", "fp32"), "reset_rate": (0.02, 0.005, 0.1),
+        "dtype": ("fp16", "tf32", "fp32"), "reset_rate": (0.02, 0.005, 0.1), "rl_dtype": ("tf32", "bf16"), "rl": RL,
     }),
     "cpu": (Case("training", "fp32", steps=128, batch=16, input_size=128, hidden_size=128), {
         "hidden_size": (32, 256, 512), "batch": (1, 64), "steps": (32, 512), "dtype": (), "reset_rate": (0.02, 0.1),
+        "rl_dtype": ("fp32",), "rl": (*((T, max(8, B // 128), H) for T, B, H in RL),),
     }),
 }  # fmt: skip
 
@@ -93,6 +98,13 @@ def grid(kind: str) -> dict[str, list[Case]]:
 
     return {
         "headline": both(),
+        "rl": [
+            Case(mode, dtype, T, B, H, H, reset_rate=rate)
+            for mode in ("training", "forward")
+            for rate in (0.03, 0.005)
+            for dtype in varied["rl_dtype"]
+            for T, B, H in varied["rl"]
+        ],
         "hidden": [case for size in varied["hidden_size"] for case in both(input_size=size, hidden_size=size)],
         "dtypes": each("dtype"),
         "resets": [replace(headline, reset_rate=rate) for rate in varied["reset_rate"]],

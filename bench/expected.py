@@ -61,9 +61,8 @@ def of_family(family: str) -> Callable[..., Any]:
     def choose(problem: Any, device: torch.device, which: Any, launches: Callable[[Any], Any], *_: Any) -> Any:
         if (problem, which) not in found:
             plans = chooser.plans(problem, chooser.card_of(device), which.backward)
-            plans = (plan for plan in plans if plan.family.value == family)
-            fitting = (plan for plan in plans if chooser.why_it_does_not_fit(launches(plan)) is None)
-            found[problem, which] = next(fitting, None)
+            fits = (p for p in plans if p.family.value == family and chooser.why_it_does_not_fit(launches(p)) is None)
+            found[problem, which] = next(fits, None)
         return found[problem, which]
 
     return choose
@@ -119,7 +118,6 @@ def _row(case: Case, card: Any) -> dict[str, Any]:
 
 
 def _lstm(case: Case, device: str) -> Any:
-    """The forward pass of a layer on the Triton backend, and what has gradients."""
     options: Any = {"dtype": case.torch_dtype, "device": device}
     lstm = gpu_lstm.LSTM(case.input_size, case.hidden_size, backend="triton", **options)
     x = torch.zeros(case.steps, case.batch, case.input_size, **options, requires_grad=True)

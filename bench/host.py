@@ -14,10 +14,11 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
@@ -30,8 +31,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import gpu_lstm
 
-from . import report, results
-from .expected import inside
+from . import report, results, timing
+from .expected import CHOOSE, LAUNCH, PLANNING, inside
 from .isolated import ROOT, ProviderFailed, Worker, checkout
 
 Place = tuple[str, str]  # device and provider
@@ -45,18 +46,13 @@ CASES = {
 }  # fmt: skip
 """T and B. torch.nn does lengths by a PackedSequence, and resets, of the first step alone, by masking its state."""
 I, H = 8, 8  # so small that the matmuls take hardly any time
-WARM_UP, SAMPLE_S = 20, 1e-3
+WARM_UP = 20
 TURNS, ROUNDS = 4, 40  # of each commit, case by case; in each turn
 LIMIT_S = 300.0  # of a turn: the first compiles kernels on a GPU
 TIMES = ["median_s", "least_s", "torch_median_s", "torch_least_s"]
 RATIOS = ["ratio", "ratio_of_least", "target"]  # to torch.nn, both of one round, the median; of the least of all rounds
 COUNTS = ["calls", "functions", "files", "file_changes"]  # of one call; all but `calls` are gpu_lstm's own
 COLUMNS = [*results.PROVENANCE, "base", "case", "mode", "provider", "rounds", *TIMES, *RATIOS, *COUNTS]
-SHOWN = {  # by column: its title, in which unit, how many digits
-    "median_s": ("us", 1e6, ".1f"), "least_s": ("least", 1e6, ".1f"), "torch_median_s": ("nn us", 1e6, ".1f"),
-    "torch_least_s": ("nn least", 1e6, ".1f"), "ratio": ("ratio", 1, ".2f"), "ratio_of_least": ("of least", 1, ".2f"),
-    "target": ("target", 1, ".1f"),
-} | {name: (name.replace("_", " "), 1, ".0f") for name in COUNTS}  # fmt: skip
 
 
 def made(case: str, mode: str, device: str, provider: str) -> Callable[[], Any]:
@@ -97,35 +93,17 @@ def stub() -> None:
     os.environ["GPU_LSTM_RACE"] = "off"
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # buffers that no kernel wrote are read
-    old = not (Path(gpu_lstm.__file__).parent / "dispatch").exists()  # as it was up to commit 33b857c
-    race, launch = "races" if old else "dispatch.race", "kernels.triton_lstm.launch"
-    decision, h100 = inside(race).Decision, inside("kernels.triton_lstm.planning").DEVICES["h100"]
-    put(race, expected_winner=lambda kind, *rest: decision(kind.kernel if old else rest[0], ""))
-    if CARD == "cuda":
-        return
-    available, why_unavailable = ("backends", "obstacle") if old else ("dispatch.available", "why_unavailable")
-    put(available, **{"KERNEL_DEVICES": ("cpu",), why_unavailable: nothing})
-    if old:  # a plan is looked up at every call of a CUDA device
-        choose, cuda = inside(launch).choose_plan, torch.device("cuda", 0)
-        put(launch, launch_kernel=nothing, first_that_fits=lambda proposed, *_: proposed[0], device_of=lambda _: h100)
-        put(launch, choose_plan=lambda problem, device, *rest: choose(problem, cuda, *rest))
-        for name in ("get_device_properties", "is_current_stream_capturing"):
-            setattr(torch.cuda, name, nothing)
-    else:
-        plans = inside("kernels.triton_lstm.choose").plans
-        put(launch, launch_kernel=None, load=lambda *_: defaultdict(lambda: nothing))
-        put(launch, choose_plan=lambda problem, device, which, *_: plans(problem, h100, which.backward)[0])
+    race, plans, h100 = inside("dispatch.race"), inside(CHOOSE).plans, inside(PLANNING).DEVICES["h100"]
+    patch.multiple(race, expected_winner=lambda kind, kernel, *_: race.Decision(kernel, "")).start()
+    if CARD == "cpu":
+        patch.multiple(inside("dispatch.available"), KERNEL_DEVICES=("cpu",), why_unavailable=nothing).start()
+        patch.multiple(
+            inside(LAUNCH), launch_kernel=None, load=lambda *_: defaultdict(lambda: nothing),
+            choose_plan=lambda problem, device, which, *_: plans(problem, h100, which.backward)[0],
+        ).start()  # fmt: skip
 
 
-def nothing(*_: Any, **__: Any) -> None:
-    """In the place of a launch."""
-
-
-def put(name: str, **values: Any) -> None:
-    """Replace attributes that a module of gpu_lstm has."""
-    for attribute, value in values.items():
-        getattr(inside(name), attribute)
-        setattr(inside(name), attribute, value)
+def nothing(*_: Any, **__: Any) -> None: ...
 
 
 def count(call: Callable[[], Any]) -> tuple[dict[str, int], set[str]]:
@@ -144,15 +122,14 @@ def count(call: Callable[[], Any]) -> tuple[dict[str, int], set[str]]:
         call()
     finally:
         sys.setprofile(None)  # is counted, too
-    changes = sum(a != b for a, b in itertools.pairwise(files))
-    found = {*files[1:]}
+    found, changes = {*files[1:]}, sum(a != b for a, b in itertools.pairwise(files))
     return dict(zip(COUNTS, (len(calls) - 1, len(files) - 1, len(found), changes))), found
 
 
 @functools.cache
-def ready(case: str, mode: str) -> dict[Place, tuple[Callable[[], Any], int, dict[str, int]]]:
-    """A call that is warm, how many of them make a sample, and its COUNTS."""
-    calls = {}
+def ready(case: str, mode: str) -> tuple[dict[Place, Callable[[], Any]], dict[Place, dict[str, int]]]:
+    """Calls that are warm, and their COUNTS."""
+    calls, counted = {}, {}
     for device, provider in PLACES:
         call = made(case, mode, device, provider)
         for _ in range(WARM_UP):
@@ -161,12 +138,12 @@ def ready(case: str, mode: str) -> dict[Place, tuple[Callable[[], Any], int, dic
         launched = any("triton_lstm" in file for file in files)
         if launched != (provider == KERNELS) and (CARD == "cpu" or case != "Stream"):  # whose graph is replayed
             raise ProviderFailed(provider, f"{case}, {mode}: kernels were{' not' * (not launched)} launched")
-        calls[device, provider] = call, max(1, round(SAMPLE_S / sample(call, 5))), counts
+        calls[device, provider], counted[device, provider] = call, counts
     gc.freeze()  # so that collecting before each sample takes hardly any time
-    return calls
+    return calls, counted
 
 
-def sample(call: Callable[[], Any], repeats: int) -> float:
+def sample(call: Callable[[], Any], _: int, repeats: int, device: str) -> float:
     """Seconds a call, over some of them."""
     synchronize = torch.cuda.synchronize if CARD == "cuda" else nothing
     gc.collect()
@@ -191,53 +168,45 @@ def measure(case: str, mode: str, rounds: int, tell: Callable[[str], None]) -> d
     try:
         stub()
         with torch.set_grad_enabled(mode != "inference"):
-            calls = ready(case, mode)
-            seconds: dict[Place, list[float]] = {place: [] for place in PLACES}
-            for number in range(rounds):
-                for place in PLACES[:: -1 if number % 2 else 1]:
-                    call, repeats, _ = calls[place]
-                    seconds[place].append(sample(call, repeats))
+            calls, counts = ready(case, mode)
+            seconds = timing.interleaved(calls, CARD, 0.0, (rounds, rounds), sample)
     except (ImportError, AttributeError, TypeError) as error:
         raise ProviderFailed(KERNELS, f"{type(error).__name__}: {error}") from error
-    return {place: (results.provenance(place[0]) | calls[place][2], seconds[place]) for place in PLACES}
+    return {place: (results.provenance(place[0]) | counts[place], seconds[place]) for place in PLACES}
 
 
 def target(case: str, mode: str, provider: str) -> float | None:
-    """The most that the ratio should be."""
     both = {"LSTMCell": 1.2, "one step with resets": 1.3}
     kernels = {("T=1", "inference"): 0.8, ("T=1", "forward+graph"): 0.9, ("T=1", "training"): 0.8}
     torchs = dict.fromkeys(("T=1", "T=128", "two layers, bidirectional"), 1.1)
     return both.get(case) or (torchs.get(case) if provider == TORCH else kernels.get((case, mode)))
 
 
-def rows_of(case: str, mode: str, base: bool, turns: list[dict[Place, Any]]) -> list[dict[str, Any]]:
-    """A row for each provider of ours."""
-    rows, seconds = [], {place: np.concatenate([turn[place][1] for turn in turns]) for place in PLACES}
-    for place in (place for place in PLACES if place[1] != YARDSTICK):
-        mine, torchs = seconds[place], seconds[place[0], YARDSTICK]
+def rows_of(case: str, mode: str, base: bool, turns: list[dict[Place, Any]]) -> Iterator[dict[str, Any]]:
+    seconds = {place: np.concatenate([turn[place][1] for turn in turns]) for place in PLACES}
+    for device, provider in (place for place in PLACES if place[1] != YARDSTICK):
+        mine, torchs = seconds[device, provider], seconds[device, YARDSTICK]
         times = [np.median(mine), mine.min(), np.median(torchs), torchs.min()]
-        ratios = [np.median(mine / torchs), mine.min() / torchs.min(), target(case, mode, place[1])]
-        of_call = dict(base=base, case=case, mode=mode, provider=place[1], rounds=len(mine))
-        rows.append(turns[0][place][0] | of_call | dict(zip([*TIMES, *RATIOS], [*times, *ratios])))
-    return rows
+        ratios = [np.median(mine / torchs), mine.min() / torchs.min(), target(case, mode, provider)]
+        of_call = dict(base=base, case=case, mode=mode, provider=provider, rounds=len(mine))
+        yield turns[0][device, provider][0] | of_call | dict(zip([*TIMES, *RATIOS], [*times, *ratios]))
 
 
 def table(rows: pd.DataFrame, shown: list[str]) -> Table:
-    """A line for each row of this checkout; next to its figures those of the base, if there is one."""
     old, new = (rows[rows["base"] == base].reset_index() for base in (True, False))
     cells = new[["case", "mode", "provider"]].copy()
     for column in shown:
-        title, unit, digits = SHOWN[column]
+        title = column.removesuffix("_s").replace("_", " ").replace("torch", "nn").replace("median", "us")
+        write = "{:.2f}" if column in RATIOS else "{:.0f}" if column in COUNTS else "{:.1f}"
         for name, side in ((f"old {title}", old), (title, new)):
             if len(side) and not (side is old and column == "target"):
-                cells[name] = report.texts(unit * side[column].astype(float), f"{{:{digits}}}".format)
+                cells[name] = report.texts(side[column].astype(float) * (1e6 if column in TIMES else 1), write.format)
     told = "kernels are launched" if CARD == "cuda" else "kernels are planned for an H100, their launches do nothing"
     groups = new["case"].map(list(CASES).index)
     return report.table(cells, "A call on the host", f"{told}; {report.origin(rows)}", groups, ("case",))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the subcommand."""
     add = parser.add_argument
     add("--cases", nargs="+", choices=CASES, metavar="NAME", default=list(CASES), help="of: " + "; ".join(CASES))
     add("--base", metavar="REV", help="measure gpu_lstm in this commit, too, in turns, and show both")
@@ -246,16 +215,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, write and print; the exit status, 0. ValueError for a base that cannot be measured."""
     out = options.out or ROOT / "out" / f"host-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     cases = [(case, mode) for case in options.cases for mode in MODES if case != "Stream" or mode == "inference"]
     turns, rounds = (1, 1) if options.count else (TURNS, ROUNDS)
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         paths = {True: stack.enter_context(checkout(options.base))} if options.base else {}
-        sides = {
-            base: stack.enter_context(closing(Worker(measure, paths.get(base), LIMIT_S))) for base in (*paths, False)
-        }
+        sides = {of: stack.enter_context(closing(Worker(measure, paths.get(of), LIMIT_S))) for of in (*paths, False)}
         out.mkdir(parents=True)
         for case, mode in track(cases, "calls on the host", console=Console(stderr=True), transient=True):
             found: dict[bool, list[Any]] = {base: [] for base in sides}
@@ -266,8 +232,7 @@ def run(options: argparse.Namespace) -> int:
                     if not base:
                         raise
                     raise ValueError(f"{options.base} is too old to be measured: {error.args[1]}") from error
-            for base in sides:
-                rows += rows_of(case, mode, base, found[base])
+            rows += (row for base in sides for row in rows_of(case, mode, base, found[base]))
     frame = pd.DataFrame(rows, columns=COLUMNS)
     frame.to_csv(out / "host.csv", index=False)
     times = [name for name in TIMES if not (options.base and name.startswith("torch"))]

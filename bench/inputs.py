@@ -135,7 +135,6 @@ def _noise(inputs: Inputs) -> tuple[Any, list[Tensor]]:
 
 
 def _cell(variant: str, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """h and c after a step, from x [B, I]."""
     weight_ih, weight_hh, bias_ih, bias_hh, *added = weights
     if variant == "peepholes":  # Gers & Schmidhuber, 2000
         i, f, g, o = (F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)).chunk(4, dim=1)

@@ -23,9 +23,9 @@ class ProviderFailed(Exception):
 
 
 class Worker:
-    """Calls a function of a module in another process; by `tell` the function says which provider runs.
+    """Calls a function in another process, which imports from the folder `path` before all others.
 
-    The process imports from the folder `path` before all others, and may be silent for `limit_s` seconds.
+    By `tell` the function says which provider runs; it may be silent for `limit_s` seconds.
     """
 
     _process: Any = None
@@ -35,7 +35,6 @@ class Worker:
         self._function, self._path, self._limit_s = function, [] if path is None else [str(path)], limit_s
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the function returns. ProviderFailed if it raises that, or if its process dies or is silent."""
         running, limit_s = "start", self._limit_s
         if self._process is None:
             limit_s, context, before = START_S, multiprocessing.get_context("spawn"), sys.path.copy()
@@ -76,7 +75,6 @@ class Worker:
 
 
 def _serve(connection: Any, function: Callable[..., Any]) -> None:
-    """The other process: receive arguments, say which provider runs, send results."""
     connection.send(("running", "start"))
     while True:
         arguments = connection.recv()

@@ -18,7 +18,7 @@ from . import results, timing
 from .cases import Case, grid
 from .inputs import Inputs, results_in, seed_noise
 from .isolated import ProviderFailed, Worker
-from .providers import PROVIDERS, YARDSTICK, taking_part
+from .providers import OURS, PROVIDERS, YARDSTICK, taking_part
 from .providers.engine import Unable
 
 SECONDS = 8.0  # of timing, a case
@@ -32,11 +32,10 @@ Row = dict[str, Any]
 def measure(
     cases: list[Case], names: list[str] | None, device: str, sides: dict[Path, Path | None], deadline: float = math.inf
 ) -> list[Case]:
-    """Run `cases`, each row in its file before the next case starts. Returns those left when `deadline` passed.
+    """Run `cases`, each row in its file before the next case starts; those left at the `deadline`, by time.monotonic().
 
-    All providers run the headline, and all other cases those with `everywhere`; or those in `names` run all. On a CUDA
-    `device` a case runs in a process of its own. `sides` are new files, and for each the folder to import gpu_lstm
-    from, None for the one imported here: several take turns case by case. The deadline is by time.monotonic().
+    `names`: see `taking_part`. On a CUDA `device` a case runs in a process of its own. `sides` are new files, and for
+    each the folder to import gpu_lstm from, None for the one imported here: several take turns case by case.
     """
     for file in sides:
         results.create(file)
@@ -73,10 +72,9 @@ def rows_of(case: Case, names: list[str], device: str, run: Callable[..., list[R
 def run_case(
     case: Case, names: list[str], device: str, failed: dict[str, str], tell: Callable[[str], None] = lambda name: None
 ) -> list[Row]:
-    """Rows of a case, one or more for each provider of `names`, of which the yardstick is the first.
+    """Rows of a case, for each provider of `names`, the yardstick first; those that `failed` are not tried again.
 
-    Those that `failed` before, and how, are not tried again. `tell` is called with who runs next. Raises
-    ProviderFailed where a provider raises; the device may be unusable from then on.
+    `tell` is called with who runs next. ProviderFailed where one raises: the device may be unusable from then on.
     """
     torch.set_num_threads(1)  # as in `measure`: this may be a process of its own
     outcomes: dict[str, Row] = {name: {"status": "failed", "note": text} for name, text in failed.items()}
@@ -108,16 +106,19 @@ def run_case(
         tell("all, timed in turn")
         copy, product = timing.ceilings(case.dtype, device)
         seconds = timing.interleaved(calls, device, SECONDS)
-
+        state = results.card_state(device)
     rows = [_row(case, name, device, **outcomes[name]) for name in names if (name, False) not in calls]
     bound = max(case.operations() / product, case.bytes_moved() / copy)
-    ceilings = {"bound_s": bound, "copy_bytes_per_s": copy, "product_flops_per_s": product}
+    of_all = {"bound_s": bound, "copy_bytes_per_s": copy, "product_flops_per_s": product, **state}
     for (name, graph), mine in seconds.items():
         figures = dict(zip(("median_s", "p20_s", "p80_s"), timing.percentiles(mine)))
         if (YARDSTICK, False) in seconds:
             speeds = timing.percentiles(seconds[YARDSTICK, False] / mine)
             figures |= zip(("speed", "speed_p20", "speed_p80"), speeds)
-        rows.append(_row(case, name, device, graph=graph, rounds=len(mine), **figures, **ceilings, **outcomes[name]))
+        if (OURS, False) in seconds:
+            ratios = timing.bootstrapped(mine / seconds[OURS, False])
+            figures |= zip(("over_ours", "over_ours_low", "over_ours_high"), ratios)
+        rows.append(_row(case, name, device, graph=graph, rounds=len(mine), **figures, **of_all, **outcomes[name]))
     return rows
 
 
@@ -144,13 +145,11 @@ class Trial:
         *self.xs, h0, c0 = (t.detach().clone().requires_grad_(self.training) for t in (*self.xs, inputs.h0, inputs.c0))
         self.states = h0, c0
 
-    def forward(self, number: int) -> tuple[Any, tuple[Tensor, Tensor]]:
-        """Of a call: output, (h_n, c_n)."""
+    def forward(self, number: int) -> tuple[Any, tuple[Tensor | None, Tensor | None]]:
         x = self.xs[number % len(self.xs)]
         return self.engine.call(x if self.form is None else self.form._replace(data=x), self.states)
 
     def leaves(self, number: int) -> list[Tensor]:
-        """What a call has gradients for: x, h0, c0 and the parameters."""
         return [self.xs[number % len(self.xs)], *self.states, *self.engine.parameters.values()]
 
     def call(self, number: int) -> tuple[Any, tuple[Tensor, ...]]:
@@ -161,7 +160,7 @@ class Trial:
             return (y, *finals), torch.autograd.grad(y, self.leaves(number), self.dy) if self.training else ()
 
     def results(self) -> dict[str, Tensor]:
-        """Output, final states and, for training, every gradient, by the names that `inputs.results_in` gives."""
+        """As `inputs.results_in` names them."""
         seed_noise()
         (y, h_n, c_n), gradients = self.call(0)
         found = {"output": y, "h_n": h_n, "c_n": c_n} | dict(zip(("dx", "dh0", "dc0"), gradients))
@@ -181,13 +180,13 @@ class Gate:
         self._torchs: dict[str, float] = {}  # errors of torch.nn.LSTM
 
     def judge(self, trial: Trial) -> Row:
-        """Status, note and error of a provider."""
         case, dtype = trial.inputs.case, trial.inputs.case.torch_dtype
         if case not in self._truths:
             true = results_in(torch.float64, trial.inputs)
             self._truths[case] = true, relative_errors(results_in(dtype, trial.inputs), true)
         true, cells = self._truths[case]
-        errors = relative_errors(trial.results(), true)
+        found = trial.results()
+        errors = relative_errors(found, {name: t for name, t in true.items() if found.get(name, t) is not None})
         factor, torchs = (SANITY, {}) if trial.name == YARDSTICK else (ALLOWED, self._torchs)
         least = torch.finfo(dtype).eps / ALLOWED  # an error that nothing can be blamed for
         over = {name: errors[name] / (factor * max(cells[name], torchs.get(name, 0.0), least)) for name in errors}

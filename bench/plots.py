@@ -36,7 +36,7 @@ LOOK: Any = {
 
 
 def draw(rows: pd.DataFrame, folder: Path, names: Collection[str] = (), dpi: int = 200) -> list[Path]:
-    """NAME-DEVICE.png in `folder`, which is made if need be: the figures of each device, all or those of `names`."""
+    """NAME-DEVICE.png in a new or old `folder`: the figures of each device, all or those of `names`."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for device, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
@@ -143,8 +143,9 @@ def _speed(rows: pd.DataFrame) -> Figure | None:
 
 
 def _instead(rows: pd.DataFrame) -> Figure | None:
-    """The usual workarounds around torch.nn.LSTM, and ours, as bars."""
+    """The usual workarounds around torch.nn.LSTM, and ours, as bars; of as many steps, so that they can be compared."""
     lines, base = report.instead(rows), report.headline_of(rows)
+    lines = lines[lines["steps"] == base.steps]
     if not len(lines):
         return None
     figure = Figure(figsize=(7.2, 1.1 + 0.62 * len(lines)))
@@ -184,7 +185,6 @@ def _looks(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def _plain_ticks(axis: Any) -> None:
-    """On a logarithmic axis, numbers without exponents."""
     low, high = axis.get_data_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
     axis.set_major_formatter("{x:g}")

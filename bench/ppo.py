@@ -59,7 +59,6 @@ def measure(device: str, sizes: Sequence[tuple[int, int, int]] = SIZES) -> list[
 
 @functools.cache
 def load_example() -> Any:
-    """examples/recurrent_ppo.py as a module."""
     spec: Any = importlib.util.spec_from_file_location("recurrent_ppo", ROOT / "examples" / "recurrent_ppo.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -67,7 +66,6 @@ def load_example() -> Any:
 
 
 def random_batch(example: Any, T: int, N: int, H: int, device: str) -> Any:
-    """A rollout of random numbers, always the same."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         starts, actions = torch.rand(T, N) < 1 / EPISODE, torch.randint(2, (T, N))
@@ -83,12 +81,6 @@ def loss_and_gradients(example: Any, agent: nn.Module, batch: Any) -> dict[str, 
     return {"loss": loss} | {f"gradient of {name}": gradient for name, gradient in zip(parameters, gradients)}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the subcommand."""
-    known = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    parser.add_argument("--device", choices=known, default=known[0], help="default: %(default)s")
-
-
 def run(options: argparse.Namespace) -> int:
     """Measure, and print a line a size. Exit status: 0, or 2 if the example cannot be loaded."""
     try:
@@ -97,13 +89,13 @@ def run(options: argparse.Namespace) -> int:
         print(f'python -m bench ppo: {error}; pip install ".[examples]"', file=sys.stderr)
         return 2
     cells = []
-    for T, N, H, seconds in rows:
+    for *sizes, seconds in rows:
         speed, low, high = timing.percentiles(np.divide(seconds["loop"], seconds["one_call"]))
-        loop, one_call = (f"{1e3 * np.median(seconds[name]):.2f}" for name in ("loop", "one_call"))
-        ratios = {"times as fast": f"{speed:.2f}", "p20-p80": f"{low:.2f}-{high:.2f}"}
-        cells.append({"T": str(T), "N": str(N), "H": str(H), "loop ms": loop, "one call ms": one_call} | ratios)
+        ms = [f"{1e3 * np.median(seconds[name]):.2f}" for name in ("loop", "one_call")]
+        cells.append([*map(str, sizes), *ms, f"{speed:.2f}", f"{low:.2f}-{high:.2f}"])
+    columns = ["T", "N", "H", "loop ms", "one call ms", "times as fast", "p20-p80"]
     select = expected.inside("dispatch.available").select
     backend = select(None, torch.device(options.device), torch.float32, None, False).value
     where = f"one call by {backend}; {results.provenance(options.device)['device']}, torch {torch.__version__}"
-    Console().print(report.table(pd.DataFrame(cells), "An update of recurrent PPO, float32", where))
+    Console().print(report.table(pd.DataFrame(cells, columns=columns), "An update of recurrent PPO, float32", where))
     return 0

@@ -23,7 +23,11 @@ MIB = 2**20
 WRITTEN = {  # the usual workaround where torch.nn.LSTM lacks a feature, by its provider
     "cleanrl-loop": "nn.LSTM called at every step, its state masked",
     "torch-packed": "sequences sorted, packed and unpacked",
+    "rl_games-pieces": "nn.LSTM called between any two resets, its state masked",
+    "rsl_rl-padded": "trajectories padded to T, from reset to reset",
 }
+COLUMNS = "case", "torch.nn.LSTM, ms", "gpu_lstm, ms", "times as fast", "of the bound"
+AROUND = ["case", "usual workaround", "ms", "gpu_lstm, ms", "times as fast"]
 STARRED = "* nn.LSTM timed without the lengths, resets or variant, which it does not support"
 BEYOND = "ignoring gate arithmetic, launches and the dependency between steps"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
@@ -33,17 +37,16 @@ SHOWN = {  # pictures on the page with all cases, and what they show
     "headline": "The time of every provider at the case that all have, the fastest on top",
     "speed": "How many times as fast as torch.nn.LSTM every provider is at every case",
 }
+DRAWN = "instead", *SHOWN
 TOGETHER = {"input_size": "hidden_size", "directions": "layers"}  # sizes that vary together
-LEFT = ("mode", "case", "provider", "kernels", "status", "note", "best other", "verdict")  # aligned columns
+# Columns that are aligned on the left
+LEFT = ("mode", "case", "usual workaround", "provider", "kernels", "status", "note", "best other", "verdict")
 CUT = ("note", "best other")  # columns cut with an ellipsis in a narrow terminal
 STYLES = dict.fromkeys(("slower", "wrong", "failed"), "bold red") | {"faster": "bold green"}  # by a cell's last word
 
 
 def measured(rows: pd.DataFrame) -> pd.DataFrame:
-    """All but estimated rows, the last of each case and `contender`: a provider, and whether it replays a graph.
-
-    Raises ValueError where there is none, or where they are of several devices.
-    """
+    """All but estimated rows, the last of each case and `contender`, a provider or its graph. ValueError: no device."""
     rows = rows[rows["status"] != "expected"]
     devices = rows["device"].unique()
     if len(devices) != 1:
@@ -57,12 +60,10 @@ def objects(rows: pd.DataFrame) -> list[Case]:
 
 
 def headline_of(rows: pd.DataFrame) -> Case:
-    """The case with most contenders, the first of those."""
     return rows["object"].value_counts(sort=False).idxmax()
 
 
 def is_ours(rows: pd.DataFrame) -> pd.Series:
-    """Which rows are gpu_lstm's own, on any backend."""
     return rows["provider"].str.split("-").str[0] == OURS
 
 
@@ -72,15 +73,13 @@ def stars(rows: pd.DataFrame) -> pd.Series:
 
 
 def by_case(rows: pd.DataFrame) -> pd.DataFrame:
-    """A line for each case, grouped by what differs from the headline, each group from small to large.
-
-    `rank` is the place in the `group` before sorting; `speed` is ours. The other new columns are text.
-    """
+    """A line a case, by `group`: what differs from the headline; `rank` in it; our `speed`; other columns as text."""
     base = headline_of(rows)
 
     def group(case: Case) -> str:
         changed = {TOGETHER.get(name, name) for name in results.CASE if getattr(case, name) != getattr(base, name)}
-        return case.mode if case.mode == "step" else " ".join(sorted(changed - {"mode"}))
+        several = len(changed - {"mode"}) > 2  # as in recurrent PPO
+        return case.mode if case.mode == "step" else "several" if several else " ".join(sorted(changed - {"mode"}))
 
     lines = rows.drop_duplicates("case").set_index("case")[["object", *results.CASE]]
     lines["group"] = pd.factorize(lines["object"].map(group))[0]
@@ -99,12 +98,24 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
     return lines.sort_values(["group", *(n for n in results.CASE if lines[n].dtype.kind in "if")], kind="stable")
 
 
-def instead(rows: pd.DataFrame) -> pd.DataFrame:
-    """The usual workarounds where torch.nn.LSTM does not support a case, and ours: `ours_s` a call, `times` as fast."""
+def instead(rows: pd.DataFrame, every_case: bool = False) -> pd.DataFrame:
+    """The usual workarounds where torch.nn.LSTM lacks a feature, in `every_case` or the first of each group: AROUND as
+    text, and the seconds `median_s` of them, `ours_s` of gpu_lstm."""
     ours = rows[rows["contender"] == OURS].set_index("case")["median_s"]
-    lines = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured")]
-    lines = lines.assign(ours_s=lines["case"].map(ours)).dropna(subset="ours_s")
-    return lines.assign(times=lines["median_s"] / lines["ours_s"])
+    its = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured") & rows["case"].isin(ours.dropna().index)]
+    its = its.assign(ours_s=its["case"].map(ours), group=its["case"].map(by_case(rows)["group"]))
+    its = its if every_case else its.drop_duplicates(["group", "provider"])
+    speed = texts(its["over_ours"].fillna(its["median_s"] / its["ours_s"]))
+    interval = (" (" + texts(its["over_ours_low"]) + "-" + texts(its["over_ours_high"]) + ")").replace(" (-)", "")
+    names = its["mode"] + " " + its["object"].map(sizes)
+    columns = names, its["provider"].map(WRITTEN), texts(1e3 * its["median_s"]), texts(1e3 * its["ours_s"])
+    return its.assign(**dict(zip(AROUND, (*columns, speed + interval))))
+
+
+def workarounds(rows: pd.DataFrame) -> list[Table]:
+    its = instead(measured(rows), every_case=True)
+    title = "The usual workarounds; their time over gpu_lstm's, with its 95 % interval"
+    return [table(its[AROUND], title)] if len(its) else []
 
 
 def most_informative(lines: pd.DataFrame, room: int) -> pd.DataFrame:
@@ -199,7 +210,7 @@ def slug(device: str) -> str:
 
 def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> str:
     """Where the figures come from, and two tables: the workarounds around torch.nn.LSTM, and torch.nn.LSTM itself."""
-    lines, around = by_case(rows), instead(rows)
+    lines, around = by_case(rows), instead(rows, every_case)
     shown = lines if every_case else most_informative(lines, CPU_LINES)
     text = f"{'GPU' if on_gpu else 'CPU, not a GPU'}: {origin(rows)}; from [{link.removeprefix('../')}]({link})."
     starred = lines["torch ms"].str.endswith("*")
@@ -213,17 +224,16 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
     text += f' "Of the bound": the fraction of a roofline ({rates}), {BEYOND}.'
     written = [textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)]
     if len(around):
-        written.append("\n| case | usual workaround | ms | gpu_lstm, ms | times as fast |\n|---|---|--:|--:|--:|")
-    for row in around.itertuples():
-        ms = f"{digits(1e3 * row.median_s)} | {digits(1e3 * row.ours_s)} | {digits(row.times)}"
-        written.append(f"| {row.mode} {sizes(row.object)} | {WRITTEN[row.provider]} | {ms} |")
-    written.append("\n| case | torch.nn.LSTM, ms | gpu_lstm, ms | times as fast | of the bound |")
-    written.append("|------|------------------:|-------------:|--------------:|-------------:|")
-    for _, line in shown.replace("-", "not run").iterrows():
-        ms = f"{line['torch ms'].replace('*', chr(92) + '*')} | {line['ours ms']}"
-        speed = line["times as fast"].split(" ")[0]
-        written.append(f"| {line['mode']} {sizes(line['object'])} | {ms} | {speed} | {line['bound']} |")
-    return "\n".join(written)
+        written.append(_markdown(around[AROUND]))
+    names = shown["mode"] + " " + shown["object"].map(sizes)
+    columns = shown["torch ms"].str.replace("*", r"\*"), shown["ours ms"], shown["times as fast"].str.split(" ").str[0]
+    cells = dict(zip(COLUMNS, (names, *columns, shown["bound"])))
+    return "\n".join([*written, _markdown(pd.DataFrame(cells).replace("-", "not run"))])
+
+
+def _markdown(cells: pd.DataFrame) -> str:
+    rule = ["---" if name in LEFT else "--:" for name in cells]
+    return "\n" + "\n".join(f"| {' | '.join(line)} |" for line in (list(cells), rule, *cells.values.tolist()))
 
 
 def sizes(case: Case, base: Case | None = None) -> str:
@@ -257,7 +267,6 @@ def verdicts(rows: pd.DataFrame) -> pd.Series:
 
 
 def spread(lines: pd.DataFrame) -> str:
-    """The least and the greatest speed of ours."""
     speeds = lines["speed"].dropna()
     return f"{digits(speeds.min())} to {digits(speeds.max())}" if len(speeds) else ""
 

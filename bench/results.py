@@ -18,7 +18,7 @@ import gpu_lstm
 
 from .cases import Case
 
-SCHEMA = 3  # raised whenever a column comes, goes, or changes its name or meaning
+SCHEMA = 4  # raised whenever a column comes, goes, or changes its name or meaning
 # Right, and timed. The yardstick is torch.nn.LSTM at a case that it cannot do, without the lengths, resets or variant.
 TIMED = ("measured", "yardstick")
 BROKEN = ("wrong", "failed")  # too far from float64; raised, died or hung. Neither is timed
@@ -36,6 +36,8 @@ FIGURES = [
     "error",  # the largest of all results and gradients, over what is allowed; 1 is the most
     "rounds", "median_s", "p20_s", "p80_s",  # seconds a call, over all rounds
     "speed", "speed_p20", "speed_p80",  # torch.nn.LSTM's time over this one, both of one round; the median is `speed`
+    "over_ours", "over_ours_low", "over_ours_high",  # this time over that of `ours`, likewise; its 95 % interval
+    "sm_mhz", "celsius",  # clock and temperature of the card after the last round, where nvidia-smi tells them
     "bound_s",  # the least seconds a call can take: operations and bytes over the two ceilings that follow
     "copy_bytes_per_s", "product_flops_per_s",  # measured in the same run: a copy, a large product in this dtype
     "peak_bytes",  # allocated at most during a call, above what was there before; CUDA only
@@ -44,8 +46,8 @@ FIGURES = [
 ]  # fmt: skip
 # graph: replayed from a CUDA graph. note: why there are no figures, or which kernels ran.
 COLUMNS = [*PROVENANCE, "case", *CASE, "provider", "graph", "status", "note", *FIGURES, "schema"]
-REQUIRED = ["date", "device", "gpu_lstm", "torch", "case", *CASE, "provider", "graph", "status"]
-REQUIRED += ["schema"]  # which is the last, so that a row that was cut off has none
+# The schema is the last, so that a row that was cut off has none
+REQUIRED = ["date", "device", "gpu_lstm", "torch", "case", *CASE, "provider", "graph", "status", "schema"]
 NUMBERS = [*(field.name for field in fields(Case) if field.type is not str), *FIGURES]
 
 
@@ -72,13 +74,22 @@ def provenance(device: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def card_state(device: str) -> dict[str, str]:
+    """The columns of clock and temperature, as they are now."""
+    if device == "cpu":
+        return {}
+    uuid = torch.cuda.get_device_properties(device).uuid
+    query = f"--id=GPU-{uuid}", "--query-gpu=clocks.sm,temperature.gpu", "--format=csv,noheader,nounits"
+    said = zip(("sm_mhz", "celsius"), (_output("nvidia-smi", *query) or "").split(", "))
+    return {name: value for name, value in said if value.isdecimal()}  # "[N/A]" on some cards
+
+
 def _output(*command: str) -> str | None:
     """The first line of a command's output; None where it is not installed, fails or prints nothing."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+    except (FileNotFoundError, subprocess.SubprocessError, IndexError):
         return None
-    return done.stdout.partition("\n")[0].strip() or None if done.returncode == 0 else None
 
 
 def create(path: Path) -> None:

@@ -5,7 +5,7 @@ import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,32 +18,36 @@ Call = Callable[[int], object]  # something to time; the number of the call, so 
 
 WARM_UP = 3  # calls
 SHORTEST = 1e-3  # seconds of a sample; quicker calls are repeated within it
-ROUNDS = (9, 100)  # at least, at most
+ROUNDS = (10, 100)  # at least, at most; even, so that of any two each is first equally often
+RESAMPLES = 2000
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
 CEILING_SECONDS = 1.0  # for both together
 
 
-def interleaved(calls: Mapping[Name, Call], device: str, seconds: float) -> dict[Name, np.ndarray]:
-    """Seconds a call, for each of `calls` and every round. Each round runs all of them, in a random order.
+def interleaved(
+    calls: Mapping[Name, Any], device: str, seconds: float, rounds: tuple[int, int] = ROUNDS, sample: Any = None
+) -> dict[Name, np.ndarray]:
+    """Seconds a call, for each of `calls` and every round, all of them by turns: a random order, then its reverse.
 
-    `device` is "cpu", or a CUDA device, where events measure. All rounds together should take `seconds`, without the
-    warm-up.
+    `device` is "cpu", or a CUDA device, where events measure, unless there is another `sample`. All rounds together
+    should take `seconds`, without the warm-up; there are `rounds` at least and at most.
     """
-    estimates = {name: [_sample(call, n, 1, device) for n in range(WARM_UP)][-1] for name, call in calls.items()}
+    sample = sample or _sample
+    estimates = {name: [sample(call, n, 1, device) for n in range(WARM_UP)][-1] for name, call in calls.items()}
     repeats = {name: max(1, round(SHORTEST / estimate)) for name, estimate in estimates.items()}
     a_round = sum(estimates[name] * repeats[name] for name in calls)
-    rounds = min(max(ROUNDS[0], int(seconds / (a_round or 1))), ROUNDS[1])
-    shuffle, order, taken = random.Random(0), list(calls), {name: np.empty(rounds) for name in calls}
-    for number in range(rounds):
-        shuffle.shuffle(order)
-        for name in order:
-            taken[name][number] = _sample(calls[name], number * repeats[name], repeats[name], device)
+    count = min(max(rounds[0], 2 * int(seconds / (a_round or 1) / 2)), rounds[1])
+    shuffle, order, taken = random.Random(0), list(calls), {name: np.empty(count) for name in calls}
+    for number in range(count):
+        if number % 2 == 0:
+            shuffle.shuffle(order)
+        for name in order[:: -1 if number % 2 else 1]:
+            taken[name][number] = sample(calls[name], number * repeats[name], repeats[name], device)
     return taken
 
 
 def _sample(call: Call, first: int, repeats: int, device: str) -> float:
-    """Seconds a call, the mean of `repeats`."""
     start = time.perf_counter()
     if device != "cpu":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -58,8 +62,13 @@ def _sample(call: Call, first: int, repeats: int, device: str) -> float:
 
 
 def percentiles(values: np.ndarray) -> list[float]:
-    """Median, 20th and 80th percentile."""
     return np.quantile(values, (0.5, 0.2, 0.8)).tolist()
+
+
+def bootstrapped(values: np.ndarray) -> list[float]:
+    """Median, and the ends of the interval that has it with 95 %: the percentile bootstrap over rounds."""
+    medians = np.median(np.random.default_rng(0).choice(values, (RESAMPLES, len(values))), axis=1)
+    return [float(np.median(values)), *np.quantile(medians, (0.025, 0.975)).tolist()]
 
 
 @functools.cache
@@ -76,12 +85,11 @@ def ceilings(dtype: str, device: str) -> tuple[float, float]:
 
 def captured(call: Call) -> Call:
     """`call` as a replay of a CUDA graph, always with the first set of inputs."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(WARM_UP):
             call(0)
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call(0)

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import faulty_worker
 import numpy as np
@@ -55,6 +56,12 @@ def test_every_case_has_a_name_of_its_own(monkeypatch, kind):
     assert len({case.name for case in every}) == len(set(every)) == len(every)
     assert cases.choose(kind, None) == every
     assert cases.choose(kind, ["step", every[0].name]) == [*cases.grid(kind)["step"], every[0]]
+    assert list(cases.grid(kind))[:2] == ["headline", "rl"]
+    dtypes = {"cuda": ["tf32", "bf16"], "cpu": ["fp32"]}[kind]
+    asked = itertools.product(("training", "forward"), (0.03, 0.005), dtypes, cases.RL)
+    for case, (mode, rate, dtype, (T, B, H)) in zip(cases.grid(kind)["rl"], asked, strict=True):
+        assert replace(case, batch=0) == Case(mode, dtype, T, 0, H, H, reset_rate=rate)
+        assert case.batch == B or (kind == "cpu" and case.batch < B)
 
 
 def test_operations_and_bytes_are_those_of_the_tensors():
@@ -108,13 +115,14 @@ def test_an_active_step_is_by_some_and_inputs_that_would_stay_in_the_cache_are_s
 
 
 @pytest.mark.parametrize("changes", [{}, {"mode": "forward"}, {"sequences": "packed"}, {"layers": 2, "directions": 2},
-                                     {"reset_rate": 0.2, "variant": "reset_states"},
+                                     {"reset_rate": 0.2, "variant": "reset_states"}, {"reset_rate": 0.2},
                                      {"mode": "step", "steps": 1, "sequences": "active"},
                                      {"sequences": "ragged", "variant": "zoneout"}], ids=str)  # fmt: skip
 def test_rows_have_figures_or_a_reason(changes):
     case = replace(SMALL, **changes)
-    rows = run_case(case, "torch", "ours", "ours-cupy", "ours-reference", "torch-packed", "cell-loop", "cleanrl-loop")
-    assert len(rows) == 7
+    rows = run_case(case, "torch", "ours", "ours-cupy", "ours-reference", "torch-packed", "cell-loop", "cleanrl-loop",
+                    "rl_games-pieces", "rsl_rl-padded")  # fmt: skip
+    assert len(rows) == 9
     for row in rows.values():
         assert (row["case"], row["steps"], row["schema"]) == (case.name, case.steps, results.SCHEMA)
         if row["status"] not in results.TIMED:
@@ -122,13 +130,15 @@ def test_rows_have_figures_or_a_reason(changes):
             continue
         assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
         assert 0 < row["speed_p20"] <= row["speed"] <= row["speed_p80"]
+        assert 0 < row["over_ours_low"] <= row["over_ours"] <= row["over_ours_high"]
         moved, computed = case.bytes_moved() / row["copy_bytes_per_s"], case.operations() / row["product_flops_per_s"]
         assert (row["bound_s"], 0 < row["error"] <= 1) == (max(moved, computed), True)
         assert row.get("kept_bytes", 0) > 0 or not case.training
     assert rows["ours"]["status"] == rows["ours-reference"]["status"] == "measured"
     plain = case == case.plain() or case.sequences == "packed"
     assert rows["torch"]["status"] == ("measured" if plain else "yardstick")
-    assert rows["torch"]["speed"] == rows["torch"]["speed_p20"] == 1
+    assert rows["torch"]["speed"] == rows["torch"]["speed_p20"] == rows["ours"]["over_ours_high"] == 1
+    assert (rows["rsl_rl-padded"]["note"] == "without the last states") == (changes == {"reset_rate": 0.2})
 
 
 @pytest.mark.parametrize("variant", ["reset_states", *cases.VARIANTS])
@@ -201,12 +211,20 @@ def test_interleaved_rounds_run_all_each_in_an_order_of_its_own(monkeypatch):
     taken = timing.interleaved({name: partial(call, name=name) for name in takes}, "cpu", 0.1)
     for name, seconds in takes.items():
         assert timing.percentiles(taken[name]) == pytest.approx([seconds] * 3)
-        assert len(taken[name]) == 33  # 0.1 s of 3 ms
+        assert len(taken[name]) == 32  # 0.1 s of 3 ms, and even
     assert numbers[: timing.WARM_UP] == [0, 1, 2]
     rounds = ["".join(pair) for pair in zip(order[6::2], order[7::2])]
-    assert set(rounds) == {"ab", "ba"}
+    assert set(rounds[::2]) == {"ab", "ba"}
+    assert [pair[::-1] for pair in rounds[::2]] == rounds[1::2]  # each is first equally often
     assert numbers[6:] == [number for number in range(len(rounds)) for _ in "ab"]  # calls are given other inputs
     assert timing.percentiles(np.arange(11.0)) == [5, 2, 8]
+
+
+def test_the_interval_of_a_median_has_the_true_one_as_often_as_is_said():
+    rounds = np.random.default_rng(1).lognormal(size=(300, 40))  # whose median is 1
+    middles, lows, highs = np.transpose([timing.bootstrapped(values) for values in rounds])
+    assert (middles == np.median(rounds, axis=1)).all()
+    assert 0.91 <= np.mean((lows <= 1) & (highs >= 1)) <= 0.985
 
 
 def test_bytes_kept_for_backward_count_each_storage_once():
@@ -246,7 +264,7 @@ def test_rows_come_back_as_they_were_and_no_file_is_overwritten(tmp_path, row):
 
 
 @pytest.mark.parametrize(("damage", "said"), {
-    "schema": (lambda header, row: [header, row[: row.rindex(",")] + ",99"], "a.csv: schema 99.*reads schema 3"),
+    "schema": (lambda header, row: [header, row[: row.rindex(",")] + ",99"], "a.csv: schema 99.*reads schema 4"),
     "column": (lambda header, row: [header.replace("case", "cause"), row], r"other columns: \['case', 'cause'\]"),
     "cut": (lambda header, row: [header, row, row[:-2]], "a.csv: line 3 has no schema"),
     "blank": (lambda header, row: [header, row, "", row], "a.csv: line 3 has no date"),
@@ -259,6 +277,16 @@ def test_a_broken_file_is_named(tmp_path, row, damage, said):
     path.write_text("\n".join(damage(*path.read_text().splitlines())))
     with pytest.raises(ValueError, match=said):
         results.read(path)
+
+
+@pytest.mark.parametrize(("said", "found"), [("1980, 54", {"sm_mhz": "1980", "celsius": "54"}),
+                                             ("[N/A], 54", {"celsius": "54"}), (None, {})])  # fmt: skip
+def test_clock_and_temperature_are_those_of_the_card_or_left_out(monkeypatch, said, found):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"id of {device}"))
+    monkeypatch.setattr(results, "_output", lambda *command: asked.append(command) or said)
+    assert (results.card_state("cpu"), results.card_state("cuda:1")) == ({}, found)
+    assert asked[0][:2] == ("nvidia-smi", "--id=GPU-id of cuda:1")
 
 
 # Many cases, and other processes.
@@ -443,7 +471,8 @@ def test_bench_gpu_rehearsed_on_a_cpu(capsys, tmp_path, monkeypatch):
 
 
 def test_elsewhere_those_for_every_case_take_part_and_a_command_that_hangs_is_stopped(tmp_path):
-    elsewhere = ["torch", "torch-packed", "ours", "ours-stream", "cleanrl-loop", "torchrl-pad", "torchrl-triton"]
+    elsewhere = ["torch", "torch-packed", "ours", "ours-stream", "cleanrl-loop", "rl_games-pieces", "rsl_rl-padded"]
+    elsewhere += ["torchrl-pad", "torchrl-triton"]
     assert providers.taking_part(None, headline=False) == elsewhere
     assert providers.taking_part(["cell-loop"], headline=False) == ["torch", "cell-loop"]
     assert gpu.command(["timeit", "-n", "1", "import time; time.sleep(600)"], 0.5, tmp_path / "log")[1] is None

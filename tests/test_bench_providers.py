@@ -27,6 +27,7 @@ CASES = {
 DONE = {  # which cases a provider does; it is unable to do the others
     "torch": "plain layers directions packed step", "torch-packed": "ragged ragged-directions",
     "cell-loop": "plain step", "compiled-loop": "plain", "cleanrl-loop": "resets resets-layers to-states",
+    "rl_games-pieces": "resets resets-layers to-states", "rsl_rl-padded": "resets resets-layers",
     "haste": "plain step", "flashrnn-cuda": "", "flashrnn-triton": "",  # nothing in fp32
     "torchrl-pad": "plain layers resets resets-layers to-states step",
     "torchrl-triton": "plain layers resets resets-layers to-states step",
@@ -42,6 +43,9 @@ def assert_right(name: str, inputs: Inputs, truth) -> None:
     found = Trial(name, inputs).results()
     assert found.keys() == truth.keys()
     for result, true in truth.items():
+        if name == "rsl_rl-padded" and result in ("h_n", "c_n"):
+            assert found[result] is None  # its states have gone through padding
+            continue
         assert found[result].shape == true.shape, (name, result)
         error = (found[result].double() - true).norm() / true.norm()
         assert error < 1e-5, f"{name}, {result}: {error}"

@@ -65,18 +65,18 @@ def said_by(make, rows, width=100):
 
 
 @pytest.mark.parametrize("width", [80, 100])
-def test_sixty_cases_by_fifteen_providers_fit_a_screen_and_what_is_slower_is_shown(width):
+def test_hundred_cases_by_fifteen_providers_fit_a_screen_and_what_is_slower_is_shown(width):
     cases, names = cases_of("cuda"), ["torch", "ours", *(f"other-{n}" for n in range(13))]
-    cases += [replace(HEADLINE, batch=batch) for batch in range(300, 300 + 60 - len(cases))]
+    cases += [replace(HEADLINE, batch=batch) for batch in range(300, 420 - len(cases))]
     rows = [row(case, name, 10.0 + n) for case in cases for n, name in enumerate(names)]
     rows += [row(case, "x", "wrong") for case in cases[:3]]
     rows += [row(cases[-1], "ours", 40.0), row(cases[-2], "ours", "wrong")]  # the last of two counts
     lines = said_by(report.summary, rows, width)
     shown = sum(line.startswith(("training", "forward", "step")) for line in lines)
     assert 30 <= len(lines) <= 40
-    for pattern in (f"^more {60 - shown} cases", f"B{cases[-1].batch} .*0.500 slower", f"B{cases[-2].batch} .*wrong"):
+    for pattern in (f"^more {120 - shown} cases", f"B{cases[-1].batch} .*0.500 slower", f"B{cases[-2].batch} .*wrong"):
         assert any(re.search(pattern, line) for line in lines), pattern
-    assert "wrong: x in 3 of 60 cases" in " ".join(lines)
+    assert "wrong: x in 3 of 120 cases" in " ".join(lines)
 
 
 def test_the_summary_has_times_bound_and_the_best_other_and_marks_a_yardstick():
@@ -218,17 +218,24 @@ def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_is_short_and_has_workar
     text = updated(gpu=rows)
     assert "| training bf16 T1024 B16 H768 | 7.68\\* | 30.0 | 0.667 | 8% |" in text
     assert "| forward bf16 T1024 B16 H768 | 7.68 | wrong |  |  |" in text
-    assert text.count("\n| ") == 1 + len(rows) / 3
+    assert text.count("\n| ") == 2 + len(rows) / 3
     assert text.count(" 100% |") == 1
     assert f"\\{report.STARRED}." in text.replace("\n", " ")
     text = updated(gpu=[], cpu=whole_grid("cpu", **CPU))
-    assert text.count("\n| ") == 1 + report.CPU_LINES
+    assert text.count("\n| ") == 2 + report.CPU_LINES
     said = f"8 of {len(cases_of('cpu'))} cases. Calls that nn.LSTM can do, too, run at 0.500 to 0.500 times its speed."
     assert said in text.replace("\n", " ")
     rows = [*pair(**CPU), row(RESETS, "torch", 5.0, status="yardstick", **CPU), row(RESETS, **CPU)]
-    rows += [row(RESETS, "cleanrl-loop", 25.0, **CPU), row(RESETS, "torch-packed", "unable", **CPU)]
+    ratio = {"over_ours": 2.5, "over_ours_low": 2.4, "over_ours_high": 2.623}
+    rows += [row(RESETS, "cleanrl-loop", 25.0, **CPU, **ratio), row(RESETS, "torch-packed", "unable", **CPU)]
     text = updated(cpu=rows)
-    assert "B16 H768 resets 2% | nn.LSTM called at every step, its state masked | 25.0 | 10.0 | 2.50 |" in text
+    assert "resets 2% | nn.LSTM called at every step, its state masked | 25.0 | 10.0 | 2.50 (2.40-2.62) |" in text
+    more = replace(RESETS, reset_rate=0.1), *(replace(RESETS, steps=T, batch=64, hidden_size=8) for T in (4, 5))
+    rows += [row(case, name, 12.0, **CPU) for case in more for name in ("cleanrl-loop", "ours")]
+    text = updated(cpu=rows)  # the first of each group, of which one is for cases that differ in more than two ways
+    assert [line.split(" ")[3] for line in text.splitlines() if "its state masked" in line] == ["T1024", "T1024", "T4"]
+    report.update_page(page := tmp_path / "README.md", [tmp_path / "cpu.csv"], [])
+    assert page.read_text().count("its state masked") == 4
     assert "packed" not in text
     named = ["headline", "speed", "instead"]
     drawn = plots.draw(results.read(tmp_path / "cpu.csv"), tmp_path, named)

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from bench import __main__ as command_line
 from bench import ppo
 
 example = ppo.load_example()
@@ -148,9 +149,7 @@ def test_the_benchmark_times_both_and_prints_a_line_a_size(monkeypatch, capsys):
     monkeypatch.setattr(ppo.timing, "interleaved", timed)
     monkeypatch.setattr(ppo, "measure", functools.partial(ppo.measure, sizes=[(6, 2, 8), (4, 3, 16)]))
     monkeypatch.setenv("COLUMNS", "120")
-    parser = argparse.ArgumentParser()
-    ppo.add_arguments(parser)
-    assert ppo.run(parser.parse_args(["--device", "cpu"])) == 0
+    assert command_line.main(["ppo", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "one call by torch" in printed
     for sizes in ("6 2 8", "4 3 16"):

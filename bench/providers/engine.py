@@ -23,8 +23,9 @@ class Unable(Exception):
 class Engine:
     """An LSTM with the weights of the inputs: something to call, and leaves for which gradients can be shown."""
 
-    # As torch.nn.LSTM: x [T, B, I], (h0, c0) [R, B, H] to output [T, B, D*H], (h_n, c_n); PackedSequence to the same
-    call: Callable[..., tuple[Any, tuple[Tensor, Tensor]]]
+    # As torch.nn.LSTM: x [T, B, I], (h0, c0) [R, B, H] to output [T, B, D*H], (h_n, c_n); PackedSequence to the same.
+    # None for a last state that this way of computing does not have
+    call: Callable[..., tuple[Any, tuple[Tensor | None, Tensor | None]]]
     parameters: dict[str, Tensor]  # leaves, in the layout of the engine
     to_torch: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # gradients, to torch's names and layout
     within: Callable[[], AbstractContextManager] = contextlib.nullcontext  # of every call and its backward

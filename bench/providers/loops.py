@@ -1,5 +1,8 @@
 """Loops over the steps, as people write them where torch.nn.LSTM does not do what they need."""
 
+import itertools
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,24 +34,55 @@ def cell_loop(inputs: Inputs) -> Engine:
 class StepLoop(nn.LSTM):
     """torch.nn.LSTM called for every step, with its state masked by `resets` [T, B], as in recurrent PPO."""
 
-    def forward(self, x, state, resets, stored=None):  # type: ignore[override]
-        """x [T, B, I] and state to output [T, B, H] and the last state. Resets leave zeros or `stored` [L, T, B, H]."""
-        outputs, keeps = [], (~resets).to(x.dtype)[:, None, :, None]  # [T, 1, B, 1]
-        for t, (x_t, keep) in enumerate(zip(x.split(1), keeps)):  # [1, B, I]
-            state = keep * state[0], keep * state[1]
+    def forward(self, x, state, resets, stored=None, in_pieces=False):  # type: ignore[override]
+        """x [T, B, I] and state to output [T, B, H] and the last state. Resets leave zeros or `stored` [L, T, B, H].
+
+        `in_pieces`: called only for the steps from one time at which any sequence is reset to the next.
+        """
+        outputs, keeps = [], (~resets).to(x.dtype)[..., None]  # [T, B, 1]
+        begins = [0, *(1 + resets[1:].any(dim=1).nonzero()[:, 0]).tolist()] if in_pieces else range(len(x))
+        for begin, end in itertools.pairwise((*begins, len(x))):
+            state = keeps[begin] * state[0], keeps[begin] * state[1]
             if stored is not None:
-                state = tuple(each + (1 - keep) * left[:, t] for each, left in zip(state, stored))
-            y, state = super().forward(x_t, state)
+                state = tuple(each + (1 - keeps[begin]) * left[:, begin] for each, left in zip(state, stored))
+            y, state = super().forward(x[begin:end], state)
             outputs.append(y)
         return torch.cat(outputs), state
 
 
-def cleanrl_loop(inputs: Inputs) -> Engine:
-    """StepLoop, as CleanRL has it."""
-    expect(inputs.case, "layers", "resets", "reset_states")
+def masked_loop(inputs: Inputs, in_pieces: bool) -> Engine:
+    """StepLoop: a step at a time, as CleanRL has it; or in pieces, whose ends every call reads, as in rl_games."""
+    options = dict(resets=resets_of(inputs, "reset_states"), stored=inputs.reset_states, in_pieces=in_pieces)
+    return Engine.of(module_like_torchs(StepLoop, inputs), **options)
+
+
+def resets_of(inputs: Inputs, *features: str) -> Tensor:
+    expect(inputs.case, "layers", "resets", *features)
     if inputs.resets is None:
         raise Unable("only for batches with resets")
-    return Engine.of(module_like_torchs(StepLoop, inputs), resets=inputs.resets, stored=inputs.reset_states)
+    return inputs.resets
+
+
+def padded_trajectories(inputs: Inputs) -> Engine:
+    """Each of N trajectories, from a reset to the next, is a padded sequence of its own, as in rsl_rl.
+
+    Which steps they have is found once, as rsl_rl does before its epochs. The last states are those after the padding.
+    """
+    begins = resets_of(inputs).T.clone()  # [B, T]
+    begins[:, 0], lstm = True, module_like_torchs(nn.LSTM, inputs)
+    lengths = begins.flatten().nonzero()[:, 0].diff(append=torch.tensor([begins.numel()], device=begins.device))  # [N]
+    valid = torch.arange(inputs.case.steps, device=begins.device) < lengths[:, None]  # [N, T]
+    firsts, keep = begins.flatten().cumsum(0)[:: begins.shape[1]] - 1, ~resets_of(inputs)[0, :, None]  # [B], [B, 1]
+
+    def call(x, state):
+        padded = x.new_zeros(*valid.shape, x.shape[2])
+        padded[valid] = x.transpose(0, 1).flatten(0, 1)
+        start = [each.new_zeros(len(each), *lengths.shape, each.shape[2]) for each in state]
+        start = [zeros.index_copy(1, firsts, keep * each) for zeros, each in zip(start, state)]
+        y, _ = lstm(padded.transpose(0, 1), start)
+        return y.transpose(0, 1)[valid].view(*begins.shape, -1).transpose(0, 1), (None, None)
+
+    return Engine(call, dict(lstm.named_parameters()), kernels=lambda: "without the last states")
 
 
 def compiled_loop(inputs: Inputs) -> Engine:
@@ -84,5 +118,7 @@ def _steps(gates_x: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor) -> tuple[Te
 PROVIDERS = {
     "cell-loop": Provider(cell_loop),
     "compiled-loop": Provider(compiled_loop),
-    "cleanrl-loop": Provider(cleanrl_loop, everywhere=True),
+    "cleanrl-loop": Provider(partial(masked_loop, in_pieces=False), everywhere=True),
+    "rl_games-pieces": Provider(partial(masked_loop, in_pieces=True), everywhere=True),
+    "rsl_rl-padded": Provider(padded_trajectories, everywhere=True),
 }
