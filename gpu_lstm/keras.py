@@ -5,6 +5,7 @@ Only from_keras and to_keras import Keras.
 """
 
 import importlib
+import math
 import numbers
 from collections.abc import Callable
 from types import ModuleType
@@ -249,11 +250,13 @@ def forget_bias(module: Module, value: float = 1.0) -> Module:
 
     Raises:
         TypeError: there is no LSTM in `module`, or `value` is no number.
-        ValueError: an LSTM with bias=False. Either way nothing was set.
+        ValueError: an LSTM with bias=False, or a value that is not finite. Either way nothing was set.
     """
     lstms = _lstms(module)
     if not isinstance(value, numbers.Real):
         raise TypeError(f"value should be a number, got: {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"value should be finite, got {value}")
     if not all(lstm.bias for lstm in lstms):
         raise ValueError("Expected an LSTM with a bias, got bias=False")
     _assign(lstms, BIASES, lambda name, bias: _with_forget_bias(name, bias.clone(), value))

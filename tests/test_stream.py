@@ -55,6 +55,17 @@ def test_pieces_are_the_whole(build, backend, batch_first):
         torch.testing.assert_close(held, true.detach(), **accuracy)
 
 
+def test_one_made_in_inference_mode_runs_outside_and_the_other_way_round():
+    lstm = gpu_lstm.LSTM(3, 4)
+    with torch.inference_mode():
+        stream = gpu_lstm.Stream(lstm, 2)
+    steps = torch.randn(4, 2, 3)
+    first = stream(steps[0])
+    with torch.inference_mode():
+        y = torch.stack([first, *map(stream, steps[1:3])])
+    torch.testing.assert_close(torch.cat([y, stream(steps[3])[None]]), lstm(steps)[0].detach())
+
+
 def test_it_begins_with_the_states_it_is_given_and_leaves_them_alone(build):
     lstm = build()
     x = random_input(lstm)

@@ -333,6 +333,17 @@ def test_parameters(cls, variant):
     assert repr(lstm) == ", ".join([repr(plain)[:-1], *shown]) + ")"
 
 
+@pytest.mark.parametrize("norms", [False, True])
+def test_the_same_seed_gives_the_constructors_weights_of_every_layer_and_direction(norms):
+    build = partial(gpu_lstm.LSTM, I, H, num_layers=2, bidirectional=True, peepholes=True, layer_norm=norms)
+    torch.manual_seed(3)
+    lstm = build()
+    before = {name: t.clone() for name, t in lstm.state_dict().items()}
+    torch.manual_seed(3)
+    lstm.reset_parameters()
+    assert_identical(lstm.state_dict(), before)
+
+
 @pytest.mark.parametrize(("kind", "name"), [
     ("LSTMCell", "peepholes"), ("LSTMCell", "layer_norm"), ("projected", "peepholes"),
     *((kind, name) for kind in ("LSTM", "StackedLSTM") for name in ("peepholes", "layer_norm", *NOISE)),

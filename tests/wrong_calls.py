@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn, tensor, zeros
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import gpu_lstm
 from gpu_lstm import keras
@@ -21,6 +21,7 @@ from gpu_lstm.call.choices import requested_racing
 from gpu_lstm.functional import lstm_layer
 
 BOOL, F64, F16, INT, META = torch.bool, torch.float64, torch.float16, torch.int64, "meta"
+COMPLEX = torch.complex64
 X, H, C = zeros(5, 2, 3), zeros(1, 2, 4), zeros(1, 2, 4)
 WEIGHTS = zeros(16, 3), zeros(16, 4)
 PLAIN, NORMED = (*WEIGHTS, None, None, None), (*WEIGHTS, *[None] * 6, zeros(4))
@@ -296,6 +297,8 @@ CALLS = [
     (dense("LSTM", A_NESTED), "m.lstm(NESTED)"),
     (dense("LSTM", SPARSE), "m.lstm(X.to_sparse())", "m.compat(X.to_sparse())", "m.stream(X.to_sparse())",
      "gpu_lstm.explain(m.lstm, X.to_sparse())"),
+    *(("RuntimeError: Expected data of 5 rows, the sum of batch_sizes, got 4",
+       f"m.{module}(PackedSequence(zeros(4, 3), tensor([2, 2, 1])))") for module in ("lstm", "triton")),
     *((FEATURES, f"m.{module}(packed(4))") for module in ("lstm", "triton")),
     *((size(name, "(1, 2, 4)", f"{[*got]}"), f"m.{module}(PACKED, (zeros({h}), zeros({c})))")
       for module in ("lstm", "triton") for name, got, h, c in (
@@ -385,6 +388,8 @@ CALLS = [
     (size("hidden[1]", "(2, 4)", "[2, 5]"), "layer(m, hx=(H2, zeros(2, 5)))"),
     (devices("hidden", "cpu", META), "layer(m, hx=(H2.to(META), H2))"),
     (a_bool("reverse", "str"), "layer(m, reverse='no')"),
+    *((f"TypeError: input should be of a floating point dtype, got: {dtype}", f"layer(m, x=X.to({name}))")
+      for name, dtype in (("INT", INT), ("COMPLEX", COMPLEX))),
     (unknown("'none'"), "layer(m, backend='none')"),
     # backend, racing, Backend, the environment
     *((unknown("..."), f"gpu_lstm.backend({name})") for name in (*NAMES, "None")),
@@ -445,6 +450,8 @@ CALLS = [
     *((f"ValueError: expected the parameters ...recurrent_kernel... got {got}", f"gpu_lstm.from_haste({value})")
       for got, value in (("['bias_hh_l0', ...", "m.of_another"), ("['1', '2']", "{1: 1, '2': 2}"),
                          ("['bias', 'kernel']", "{name: HASTE[name] for name in ('kernel', 'bias')}"))),
+    ("ValueError: expected parameters of one dtype, got ['torch.float32', 'torch.float64']",
+     "gpu_lstm.from_haste(HASTE | {'bias': HASTE['bias'].to(F64)})"),
     (a_tensor("kernel", "ndarray"), "gpu_lstm.from_haste(HASTE | {'kernel': zeros(3, 16).numpy()})"),
     *((f"ValueError: expected sizes [I, 4H], ... got {got}", f"gpu_lstm.from_haste({value})") for got, value in (
         ("[[], [], []]", "dict.fromkeys(HASTE, tensor(1.0))"),
@@ -481,6 +488,7 @@ CALLS = [
     *((f"TypeError: Expected an LSTM or a module that holds one, got {kind_of(value)}", f"keras.{function}({value})")
       for function in ("keras_init", "forget_bias") for value in ("None", "[TORCHS]", "LINEAR", "GRU")),
     ("ValueError: Expected an LSTM with a bias, got bias=False", "keras.forget_bias(m.without_bias)"),
+    ("ValueError: value should be finite, got nan", "keras.forget_bias(m.lstm, float('nan'))"),
     *((f"TypeError: value should be a number, got: {kind_of(value)}", f"keras.forget_bias(m.lstm, {value})")
       for value in ("'1'", "None")),
     *((f"TypeError: to_keras accepts an LSTM, StackedLSTM or GoBackwards, got {kind_of(value)}",

@@ -132,6 +132,9 @@ def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -
     if isinstance(input, PackedSequence):
         if kind == "LSTM" and hx is not None:
             checks.check_pair(hx)
+        rows, given = int(input.batch_sizes.sum()), input.data.shape[0]
+        if rows != given:
+            raise RuntimeError(f"Expected data of {rows} rows, the sum of batch_sizes, got {given}")
         return Packed(input, options.batch_first), input.data
     if kind == "LSTMCell":
         checks.check_rank_and_layout(input, kind, (1, 2))
@@ -143,6 +146,8 @@ def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -
         checks.check_dense(input, kind)
         if input.dim() != 3:
             raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
+        if not input.is_floating_point():
+            raise TypeError(f"input should be of a floating point dtype, got: {input.dtype}")
         return _TIME_FIRST, input
     if kind == "StackedLSTM":
         checks.check_tensor(input, "input")

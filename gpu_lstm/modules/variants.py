@@ -28,11 +28,16 @@ class HasVariants:
         return self._norms if 0 < len(self._norms) < len(NORMS) else bool(self._norms)
 
     def reset_parameters(self) -> None:
-        """Draw all weights and biases again, and make gains of layer norms ones, their bias_c zero."""
-        super().reset_parameters()  # type: ignore[misc]
+        """Draw all weights and biases again, in the order of the parameters; gains become ones, bias_c zero.
+
+        So the same seed gives the weights that the constructor drew.
+        """
+        bound = self.hidden_size**-0.5
         for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
             if name.startswith(("gain_", "bias_c")):
                 nn.init.constant_(parameter, float(name.startswith("gain_")))
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
 
     def _add_variants(self: Any, suffix: str, peepholes: bool, norms: tuple[str, ...]) -> None:
         """The parameters of one layer and direction, where its others are: peepholes initialised as weights are."""

@@ -142,7 +142,8 @@ def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
 
     Raises:
         TypeError: something else, or a parameter that is no tensor.
-        ValueError: other names or sizes than these, or a module with zoneout or dropout (of the recurrent weights).
+        ValueError: other names or sizes than these, more than one dtype, or a module with zoneout or dropout (of the
+            recurrent weights).
     """
     if not isinstance(source, nn.Module | Mapping):
         name = type(source).__name__
@@ -163,6 +164,9 @@ def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
     if shapes != [[inputs, rows], [hidden, rows], [rows], [2, rows], [hidden], [hidden]][: len(names)]:
         sizes = "[I, 4H], [H, 4H], [4H]" + ", [2, 4H], [H], [H]" * layer_norm
         raise ValueError(f"expected sizes {sizes} of {', '.join(names)}, got {shapes}")
+    dtypes = {state[name].dtype for name in names}
+    if len(dtypes) > 1:
+        raise ValueError(f"expected parameters of one dtype, got {sorted(map(str, dtypes))}")
     for name in ("zoneout", "dropout"):
         if value := getattr(source, name, 0.0):
             raise ValueError(f"the module has {name}={value}, which gpu_lstm.LSTM does not support")

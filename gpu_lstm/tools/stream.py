@@ -62,7 +62,8 @@ class Stream:
         step = next(lstm.parameters()).new_empty(*sizes, lstm.input_size)
         zeros = prepare(lstm._options(), lstm._weights(), step).states  # of which two may be one tensor
         wide = torch.promote_types(step.dtype, torch.float32)
-        self._state: list[State] = [(h.clone(), c.to(wide, copy=True)) for h, c in zeros]
+        with torch.inference_mode(False):  # so that the states can be updated in any mode
+            self._state: list[State] = [(h.clone(), c.to(wide, copy=True)) for h, c in zeros]
         self._graph: _StepGraph | None = None
         if hx is not None:
             self.state = hx
