@@ -3,7 +3,10 @@
 With float64, "triton" is told apart from the rest by its TypeError.
 """
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,3 +97,38 @@ def test_a_backend_that_is_chosen_without_with_is_told():
             pass
         del block
         CALLABLES["LSTM"]()
+
+
+TWICE = """
+import importlib, sys, torch, gpu_lstm
+from gpu_lstm.backends import graph
+importlib.reload(graph)
+importlib.reload(gpu_lstm)
+torch.compile(gpu_lstm.LSTM(3, 4), backend="eager", fullgraph=True)(torch.zeros(2, 1, 3))
+for name in [name for name in sys.modules if name.startswith("gpu_lstm")]:
+    del sys.modules[name]
+try:
+    import gpu_lstm
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_the_package_may_be_reloaded_and_a_second_copy_is_refused_in_words():
+    run = subprocess.run(
+        [sys.executable, "-c", TWICE], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert run.stdout == (
+        "gpu_lstm was imported twice, say from two folders, and its operators can be registered once: restart Python\n"
+    ), run.stderr
+
+
+def test_a_block_inside_a_compiled_function():
+    lstm, x = gpu_lstm.LSTM(3, 4), torch.randn(2, 1, 3)
+
+    def inside(x):
+        with gpu_lstm.backend("reference"):
+            return lstm(x)[0]
+
+    compiled = torch.compile(inside, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), inside(x))

@@ -34,11 +34,17 @@ from .fused import DIFFERENTIABLE, Inputs, Saved
 from .layers import cast, one_after_another, without_autocast
 
 _LIBRARY = torch.library.Library("gpu_lstm", "FRAGMENT")
-_LIBRARY.define(
-    "layer(Tensor[] given, int[] places, bool reverse, str backend, bool save, bool recompute) "
-    "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)",
-    tags=(torch.Tag.needs_exact_strides,),
-)
+try:
+    _LIBRARY.define(
+        "layer(Tensor[] given, int[] places, bool reverse, str backend, bool save, bool recompute) "
+        "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)",
+        tags=(torch.Tag.needs_exact_strides,),
+    )
+except RuntimeError as error:
+    twice = (
+        "gpu_lstm was imported twice, say from two folders, and its operators can be registered once: restart Python"
+    )
+    raise ImportError(twice) from error
 _LIBRARY.define(
     "layer_backward(Tensor?[] gradients, Tensor[] saved, Tensor[] given, int[] places, bool reverse, str backend, "
     "bool[] needed) -> Tensor[]",
