@@ -41,10 +41,10 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     if not call.traversal.is_plain() or options.kind == "lstm_layer":
 
         def direction(_: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: object) -> tuple:
-            x, state, weights = cast(x, state, weights, dtype)
-            # cuDNN's autocast casts to float16 whatever its dtype is, which does not hold what shuts gates in bfloat16.
-            with without_autocast(call):
-                return layer(x, state, weights, traversal)
+            if not x.is_cuda:
+                return layer(x, state, weights.to(dtype), traversal)
+            with without_autocast(call):  # that of cuDNN is always to float16, which does not hold what shuts gates
+                return layer(*cast(x, state, weights, dtype), traversal)
 
         y, rows = one_after_another(call, direction, "torch", dtype, call.state_rows())
         return y, call.pack_rows(rows)
@@ -128,7 +128,7 @@ def layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -> tu
     if lengths is not None:
         last = (lengths.long() - 1).clamp(min=0)
         h_n = h.gather(0, last[None, :, None].expand_as(h[:1]))[0]
-        h_n, c_n = (torch.where((lengths == 0)[:, None], *both) for both in ((h0, h_n), (c0, c_n)))
+        h_n, c_n = (torch.where((lengths == 0)[:, None], t0.to(t.dtype), t) for t0, t in ((h0, h_n), (c0, c_n)))
     return reordered(h), (h_n.contiguous(), c_n.contiguous())
 
 
@@ -144,14 +144,16 @@ def _with_resets(
     What is not finite would stay: zero times NaN is NaN. So x and initial states that are not finite are replaced by
     zeros, and what follows them in the episode by NaN.
     """
-    steps, batch, inputs = x.shape
-    broken = ~x.isfinite().all(2)
-    count = broken.cumsum(0) + ~torch.cat(state, 1).isfinite().all(1)  # [T, B], up to each step
-    lost = count > torch.where(reset, count - broken.long(), 0).cummax(0).values  # more than before the episode
-    x = torch.where(lost[:, :, None], 0, x)
+    (steps, batch, inputs), host = x.shape, x.is_cpu and modes(x).recording == Recording.NOBODY
+    before, broken, lost = ~torch.cat(state, 1).isfinite().all(1), ~x.isfinite().all(2), None  # [B], [T, B]
+    if not host or before.any() or broken.any():
+        count = before + broken.cumsum(0)  # up to each step
+        lost = count > torch.where(reset, count - broken.long(), 0).cummax(0).values  # more than before the episode
+        x = torch.where(lost[:, :, None], 0, x)
+        state = torch.where(state[0].isfinite(), state[0], 0), torch.where(state[1].isfinite(), state[1], 0)
 
     episode, row = reset.cumsum(0), torch.arange(steps, device=x.device)[:, None]  # [T, B], [T, 1]
-    if x.is_cpu and modes(x).recording == Recording.NOBODY:
+    if host:
         row, copy, copies = row + episode, 0 * episode, 1
         rows = steps + (int(episode[-1].max()) if batch else 0)
     else:
@@ -159,21 +161,20 @@ def _with_resets(
     grid, column = (rows, copies * batch), copy * batch + torch.arange(batch, device=x.device)
     place = (row * copies * batch + column).flatten()  # [T*B]
     nowhere = torch.zeros(rows * copies * batch, dtype=torch.bool, device=x.device)
-    opens = nowhere.index_fill(0, place, True).view(grid)  # [S, K*B]
+    opens = nowhere.index_fill(0, place, 1).view(grid)  # [S, K*B]
     clears = ~opens
-    if copies == 1:
+    if host:
         clears &= torch.arange(rows)[:, None] < row[-1]  # what comes after the last step holds
     if valid is not None:
         opens = nowhere.index_copy(0, place, valid.flatten()).view(grid)
     x = x.new_zeros(len(nowhere), inputs).index_copy(0, place, x.flatten(0, 1)).view(*grid, inputs)
-    h0, c0 = (F.pad(torch.where(t.isfinite(), t, 0), (0, 0, 0, (copies - 1) * batch)) for t in state)
+    h0, c0 = (F.pad(t, (0, 0, 0, (copies - 1) * batch)) for t in state)
     y, c_n = _with_gates_shut(x, (h0, c0), weights, ~(opens | clears), clears)
-
     h = y.flatten(0, 1).index_select(0, place).unflatten(0, (steps, batch))
     c_n = c_n.index_select(0, column[-1])
-    # With a gradient, so that W_hh gets a NaN, and who looks for one in gradients finds it.
-    nan = torch.where(lost.any(), torch.nan, 0.0) * weights.weight_hh.sum()
-    h, c_n = (torch.where(at[..., None], nan.to(t.dtype), t) for at, t in ((lost, h), (lost[-1], c_n)))
+    if lost is not None:  # with a gradient, so that W_hh gets a NaN, and who looks for one in gradients finds it
+        nan = torch.where(lost.any(), torch.nan, 0.0) * weights.weight_hh.sum()
+        h, c_n = (torch.where(at[..., None], nan.to(t.dtype), t) for at, t in ((lost, h), (lost[-1], c_n)))
     return h, c_n
 
 

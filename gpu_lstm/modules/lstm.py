@@ -123,13 +123,12 @@ class LSTM(Checked, HasVariants, RNNBase):
     def flatten_parameters(self) -> None:
         """As torch's, and of bfloat16, too, which torch leaves as it is: cuDNN would copy the weights at every call."""
         super().flatten_parameters()
-        weights = self._flat_weights
-        if not all(type(w) is nn.Parameter and w.is_cuda and w.dtype is torch.bfloat16 for w in weights):
-            return
-        if len({w.data_ptr() for w in weights}) == len(weights):  # tied ones stay, as in torch
+        of = self._flat_weights
+        weights = [w for w in of if type(w) is nn.Parameter and w.is_cuda and w.dtype is torch.bfloat16]
+        if len({w.data_ptr() for w in weights}) == len(of):  # none is tied, as torch has it
             with torch.no_grad():
-                for weight, part in zip(weights, packed(weights)):
-                    weight.set_(part)
+                for weight, part in zip(weights, packed(weights)):  # type: ignore[arg-type]
+                    weight.set_(part)  # type: ignore[call-overload]
 
     if TYPE_CHECKING:
         __call__: Called[State, State]
