@@ -8,8 +8,8 @@ whose weights are huge, turn a step into one that
 
 so that a batch with lengths and resets is one call over a plain padded batch. Shut gates pass no gradient either.
 
-cuDNN wants all weights in one buffer, and copies those that are not at every call. Parameters of an LSTM are put there
-once (`LSTM.flatten_parameters`), others at every call (`packed`), since whoever owns them may change them in between.
+cuDNN wants all weights in one buffer. Parameters of an LSTM are put there once (`LSTM.flatten_parameters`), other
+weights, which may have changed, at every call.
 """
 
 from collections.abc import Callable
@@ -132,17 +132,13 @@ def layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -> tu
     return reordered(h), (h_n.contiguous(), c_n.contiguous())
 
 
-def _with_resets(
-    x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor
-) -> tuple[Tensor, Tensor]:
+def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor) -> tuple:
     """As _with_gates_shut, from x [T, B, I], in a grid of steps [S, K*B]; those that no step of x is put into clear.
 
-    On the CPU every reset has a step of its own, K = 1. How many steps that makes is not known on CUDA without a
+    On the CPU every reset has a step of its own, K = 1. How many that makes is not known on CUDA without a
     synchronisation, which no graph allows, nor of fake tensors. There episodes run by turns in two copies of the batch,
-    K = 2, S = T: steps wait for each other, sequences do not.
-
-    What is not finite would stay: zero times NaN is NaN. So x and initial states that are not finite are replaced by
-    zeros, and what follows them in the episode by NaN.
+    K = 2, S = T: steps wait for each other, sequences do not. Zero times NaN is NaN, and would stay: so x and initial
+    states that are not finite are replaced by zeros, and what follows them in the episode by NaN.
     """
     (steps, batch, inputs), host = x.shape, x.is_cpu and modes(x).recording == Recording.NOBODY
     before, broken, lost = ~torch.cat(state, 1).isfinite().all(1), ~x.isfinite().all(2), None  # [B], [T, B]
@@ -178,9 +174,7 @@ def _with_resets(
     return h, c_n
 
 
-def _with_gates_shut(
-    x: Tensor, state: State, weights: Weights, holds: Tensor | None, clears: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _with_gates_shut(x: Tensor, state: State, weights: Weights, holds: Tensor | None, clears: Tensor | None) -> tuple:
     """h [S, B, P] and c_n [B, H] from x [S, B, I], where steps hold or clear the state, bool [S, B]; None: nowhere."""
     (h0, c0), inputs, hidden = state, x.shape[2], weights.weight_hh.shape[0] // 4
     if holds is not None or clears is not None:
