@@ -199,6 +199,26 @@ def test_nan_stays_in_its_episode_and_shows_in_the_gradient(monkeypatch, copies)
     assert clean["dweight_hh_l0"].isfinite().all()
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("reset", [0, 2])
+def test_an_initial_state_that_is_not_finite_ends_with_its_episode(monkeypatch, copies, reset):
+    if copies == 2:
+        two_copies(monkeypatch)
+    _, ours = pair("LSTM", "torch")
+    x, hx = random_inputs(ours, B)
+    resets = torch.zeros(T, B, dtype=torch.bool)
+    resets[reset, 1] = True
+    clean, _ = ours(x.double(), tuple(t.double() for t in hx), resets=resets)
+    hx[0][0, 1, 2] = NAN
+    got, (h_n, c_n) = ours(x.double(), tuple(t.double() for t in hx), resets=resets)
+    assert got[:reset, 1].isnan().all()
+    got, clean = got.clone(), clean.clone()
+    got[:reset, 1] = clean[:reset, 1] = 0
+    torch.testing.assert_close(got, clean, rtol=1e-9, atol=1e-12)
+    assert h_n.isfinite().all()
+    assert c_n.isfinite().all()
+
+
 def test_rows_for_tensor_cores(monkeypatch):
     """Features are added up to whole 16 bytes, or 128 elements where cuDNN could not keep W_hh on chip otherwise."""
     two_copies(monkeypatch)
