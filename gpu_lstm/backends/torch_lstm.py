@@ -183,7 +183,8 @@ def _with_gates_shut(x: Tensor, state: State, weights: Weights, holds: Tensor | 
         unit = 1 if x.is_cpu or x.dtype.itemsize > 2 else 128 if x.dtype is torch.float16 and inputs % 128 == 0 else 8
         added = 2 + -(inputs + 2) % unit
         features = F.pad(torch.stack([-hold - clear, hold - clear], dim=2), (0, added - 2))  # [S, B, added]
-        weight_ih, huge = F.pad(weights.weight_ih, (0, added)), 3e4 if x.dtype is torch.float16 else 1e30
+        weight_ih = F.pad(weights.weight_ih, (0, added))
+        huge = 3e4 if weight_ih.dtype is torch.float16 else 1e30
         weight_ih[:hidden, inputs].fill_(huge)  # of gate i
         weight_ih[hidden : 2 * hidden, inputs + 1].fill_(huge)  # of gate f
         x, weights = torch.cat([x, features], dim=2), weights._replace(weight_ih=weight_ih)

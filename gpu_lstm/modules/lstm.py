@@ -123,9 +123,8 @@ class LSTM(Checked, HasVariants, RNNBase):
     def flatten_parameters(self) -> None:
         """As torch's, and of bfloat16, too, which torch leaves as it is: cuDNN would copy the weights at every call."""
         super().flatten_parameters()
-        of = self._flat_weights
-        weights = [w for w in of if type(w) is nn.Parameter and w.is_cuda and w.dtype is torch.bfloat16]
-        if len({w.data_ptr() for w in weights}) == len(of):  # none is tied, as torch has it
+        weights = [w for w in self._flat_weights if type(w) is nn.Parameter and w.is_cuda and w.dtype is torch.bfloat16]
+        if len({w.data_ptr() for w in weights}) == len(self._flat_weights_names):  # none is tied, as torch has it
             with torch.no_grad():
                 for weight, part in zip(weights, packed(weights)):  # type: ignore[arg-type]
                     weight.set_(part)  # type: ignore[call-overload]
