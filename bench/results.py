@@ -35,7 +35,8 @@ PROVENANCE = [
 FIGURES = [
     "error",  # the largest of all results and gradients, over what is allowed; 1 is the most
     "rounds", "median_s", "p20_s", "p80_s",  # seconds a call, over all rounds
-    "speed", "speed_p20", "speed_p80",  # torch.nn.LSTM's time over this one, both of one round; the median is `speed`
+    # torch.nn.LSTM's time, or torch-flat's if faster, over this one, both of one round; the median is `speed`
+    "speed", "speed_p20", "speed_p80",
     "over_ours", "over_ours_low", "over_ours_high",  # this time over that of `ours`, likewise; its 95 % interval
     "sm_mhz", "celsius",  # clock and temperature of the card after the last round, where nvidia-smi tells them
     "bound_s",  # the least seconds a call can take: operations and bytes over the two ceilings that follow

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import host_cuda
@@ -17,7 +18,8 @@ import torch
 from concurrent_interpreter import ConcurrentRun
 from torch import Tensor, nn
 
-from gpu_lstm.backends import reference
+from gpu_lstm.backends import reference, torch_lstm
+from gpu_lstm.call.modes import Recording
 from gpu_lstm.dispatch import available, run
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.cupy_lstm.planning import Card
@@ -148,8 +150,14 @@ class Kernels(NamedTuple):
     force: Callable = lambda monkeypatch: None
 
 
+def two_copies(monkeypatch) -> None:
+    """torch's own LSTM with resets as on CUDA, where the number of steps depends on no data."""
+    monkeypatch.setattr(torch_lstm, "modes", lambda x: SimpleNamespace(recording=Recording.WATCHED))
+
+
 KERNELS = {
-    "torch": Kernels("torch"), "reference": Kernels("reference"), "triton": Kernels("triton"),
+    "torch": Kernels("torch"), "torch/two": Kernels("torch", two_copies), "reference": Kernels("reference"),
+    "triton": Kernels("triton"),
     "step": Kernels("triton", step), "resident": Kernels("triton", resident),
     **{f"cooperative/{units}/{groups}": Kernels("triton", partial(cooperative, units=units, groups=groups))
        for units, groups in ((4, 1), (8, 1), (8, 2))},

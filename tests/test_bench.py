@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -139,6 +140,33 @@ def test_rows_have_figures_or_a_reason(changes):
     assert rows["torch"]["status"] == ("measured" if plain else "yardstick")
     assert rows["torch"]["speed"] == rows["torch"]["speed_p20"] == rows["ours"]["over_ours_high"] == 1
     assert (rows["rsl_rl-padded"]["note"] == "without the last states") == (changes == {"reset_rate": 0.2})
+
+
+def test_speeds_are_over_the_faster_yardstick_and_nobody_else_has_weights_copied(monkeypatch):
+    def copying(given):
+        engine = torch_lstm.plain(given)
+        call = engine.call
+
+        def warn(*arguments):
+            warnings.warn(f"{measure.COPIES}. This means they need to be compacted at every call", stacklevel=1)
+            return call(*arguments)
+
+        return replace(engine, call=warn)
+
+    for name, build in {"torch": copying, "torch-flat": torch_lstm.plain, "copying": copying}.items():
+        monkeypatch.setitem(providers.PROVIDERS, name, Provider(build))
+    took = {"torch": 4.0, "torch-flat": 2.0, "ours": 1.0}
+    monkeypatch.setattr(
+        timing, "interleaved", lambda calls, *_: {each: np.full(9, took.get(each[0], 1.0)) for each in calls}
+    )
+    with warnings.catch_warnings(record=True):
+        rows = run_case(SMALL, *took, "copying")
+    assert [rows[name]["speed"] for name in took] == [0.5, 1.0, 2.0]
+    assert (rows["copying"]["status"], "median_s" in rows["copying"]) == ("unable", False)
+    assert "not part of single contiguous chunk" in rows["copying"]["note"]
+    took["torch"] = 1.0
+    with warnings.catch_warnings(record=True):
+        assert run_case(SMALL, *took)["ours"]["speed"] == 1
 
 
 @pytest.mark.parametrize("variant", ["reset_states", *cases.VARIANTS])
@@ -471,9 +499,9 @@ def test_bench_gpu_rehearsed_on_a_cpu(capsys, tmp_path, monkeypatch):
 
 
 def test_elsewhere_those_for_every_case_take_part_and_a_command_that_hangs_is_stopped(tmp_path):
-    elsewhere = ["torch", "torch-packed", "ours", "ours-stream", "cleanrl-loop", "rl_games-pieces", "rsl_rl-padded"]
-    elsewhere += ["torchrl-pad", "torchrl-triton"]
+    elsewhere = ["torch", "torch-flat", "torch-packed", "ours", "ours-stream", "cleanrl-loop", "rl_games-pieces"]
+    elsewhere += ["rsl_rl-padded", "torchrl-pad", "torchrl-triton"]
     assert providers.taking_part(None, headline=False) == elsewhere
-    assert providers.taking_part(["cell-loop"], headline=False) == ["torch", "cell-loop"]
+    assert providers.taking_part(["cell-loop"], headline=False) == ["torch", "torch-flat", "cell-loop"]
     assert gpu.command(["timeit", "-n", "1", "import time; time.sleep(600)"], 0.5, tmp_path / "log")[1] is None
     assert gpu.command(["platform"], 60.0, tmp_path / "log")[1] == 0

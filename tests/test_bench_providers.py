@@ -11,7 +11,7 @@ from subjects import HasteLSTM
 from bench.cases import VARIANTS, Case
 from bench.inputs import Inputs, results_in
 from bench.measure import Trial
-from bench.providers import PROVIDERS, engine
+from bench.providers import PROVIDERS, engine, torch_lstm
 from bench.providers.engine import Unable
 
 PLAIN = Case("training", "fp32", steps=16, batch=3, input_size=5, hidden_size=16)
@@ -26,6 +26,7 @@ CASES = {
 } | {name: replace(SHORT, layers=2, directions=2, variant=name) for name in VARIANTS}  # fmt: skip
 DONE = {  # which cases a provider does; it is unable to do the others
     "torch": "plain layers directions packed step", "torch-packed": "ragged ragged-directions",
+    "torch-flat": "",  # nothing in fp32
     "cell-loop": "plain step", "compiled-loop": "plain", "cleanrl-loop": "resets resets-layers to-states",
     "rl_games-pieces": "resets resets-layers to-states", "rsl_rl-padded": "resets resets-layers",
     "haste": "plain step", "flashrnn-cuda": "", "flashrnn-triton": "",  # nothing in fp32
@@ -82,6 +83,24 @@ def test_a_package_that_is_not_there_is_explained_in_one_line(tmp_path, monkeypa
     monkeypatch.delitem(sys.modules, "keras", raising=False)
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     assert "KERAS_BACKEND=torch" in PROVIDERS["keras"].absent("cpu")
+
+
+def test_weights_in_one_buffer_for_cudnn(monkeypatch):
+    """What torch's function is given; and why others are not put there."""
+    given: list = []
+    inputs = Inputs.of(replace(SHORT, dtype="bf16", layers=2, directions=2), "cpu")
+    with pytest.raises(Unable, match="only for bfloat16 on CUDA"):
+        torch_lstm.flat(inputs)
+    monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", lambda *arguments: given.extend(arguments))
+    monkeypatch.setattr(torch_lstm, "get_cudnn_mode", lambda mode: mode)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", property(lambda t: True))
+        own = torch_lstm.flat(inputs).parameters
+        with pytest.raises(Unable, match="bfloat16"):
+            torch_lstm.flat(Inputs.of(SHORT, "cpu"))
+    weights, *sizes = given
+    assert [id(w) for w in weights] == [id(w) for w in own.values()]
+    assert sizes == [4, 5, "LSTM", 16, 0, 2, False, True]
 
 
 def flashrnn(Wx, R, b, states, function, backend, dtype):

@@ -111,6 +111,45 @@ def test_a_captured_graph_replays(hidden):
         assert torch.equal(y, lstm(x)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"proj_size": 8}, {"num_layers": 2, "bidirectional": True}])
+@pytest.mark.filterwarnings("error:RNN module weights are not part of single contiguous chunk of memory")
+def test_cudnn_copies_no_weights(dtype, options):
+    """Parameters, those of another call, and those that shut gates; the layout is cuDNN's own."""
+    lstm = gpu_lstm.LSTM(16, 32, device="cuda", dtype=dtype, backend="torch", **options)
+    x, resets = torch.randn(9, 4, 16, device="cuda", dtype=dtype), torch.rand(9, 4, device="cuda") < 0.3
+    others = {name: 2 * parameter for name, parameter in lstm.named_parameters()}
+    for given in ({}, {"resets": resets}, {"lengths": torch.tensor([9, 1, 0, 5], device="cuda")}):
+        lstm(x, **given)[0].sum().backward()
+        torch.func.functional_call(lstm, others, (x,), given)
+
+
+def test_an_update_of_torchs_own_with_resets_is_captured():
+    torch.manual_seed(0)
+    lstm = gpu_lstm.LSTM(16, 32, device="cuda", backend="torch")
+    x, resets = torch.randn(9, 4, 16, device="cuda"), torch.rand(9, 4, device="cuda") < 0.3
+    lengths = torch.tensor([9, 1, 0, 5], device="cuda")
+
+    def update():
+        y, _ = lstm(x, resets=resets, lengths=lengths)
+        return [y, *torch.autograd.grad(y.square().sum(), list(lstm.parameters()))]
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        update()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = update()
+    for _ in range(2):
+        x.normal_()
+        resets.copy_(torch.rand(9, 4, device="cuda") < 0.3)
+        graph.replay()
+        torch.testing.assert_close(captured, update())
+        reference = gpu_lstm.LSTM(16, 32, device="cuda", backend="reference")
+        reference.load_state_dict(lstm.state_dict())
+        torch.testing.assert_close(captured[0], reference(x, resets=resets, lengths=lengths)[0], rtol=1e-2, atol=1e-3)
+
+
 def test_more_than_65535_steps():
     lstm = gpu_lstm.LSTM(4, 16, device="cuda", backend="triton")
     x = torch.randn(70_000, 2, 4, device="cuda", requires_grad=True)

@@ -4,10 +4,11 @@ from . import loops, ours, packages, torch_lstm
 from .engine import Provider
 
 YARDSTICK, OURS = "torch", "ours"  # torch.nn.LSTM, which all are compared with, and gpu_lstm as it chooses for itself
+YARDSTICKS = (YARDSTICK, "torch-flat")  # of which the faster counts
 PROVIDERS: dict[str, Provider] = torch_lstm.PROVIDERS | ours.PROVIDERS | loops.PROVIDERS | packages.PROVIDERS
 
 
 def taking_part(names: list[str] | None, headline: bool) -> list[str]:
-    """Who runs a case, the yardstick first: `names`, or by default all in the headline, else those for every case."""
+    """Who runs a case, the yardsticks first: `names`, or by default all in the headline, else those for every case."""
     everybody = [name for name, provider in PROVIDERS.items() if headline or provider.everywhere]
-    return list(dict.fromkeys([YARDSTICK, *(everybody if names is None else names)]))
+    return list(dict.fromkeys([*YARDSTICKS, *(everybody if names is None else names)]))

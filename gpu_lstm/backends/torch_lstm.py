@@ -4,23 +4,27 @@ It takes neither, and its packed batches are slow. But a gate can be shut from o
 whose weights are huge, turn a step into one that
 
     holds    i = 0, f = 1: c stays as it is          steps past the end of a sequence
-    clears   i = 0, f = 0: c and h become zero       a step of its own, put in before a reset
+    clears   i = 0, f = 0: c and h become zero       between two episodes, which a reset separates
 
 so that a batch with lengths and resets is one call over a plain padded batch. Shut gates pass no gradient either.
+
+cuDNN wants all weights in one buffer. Parameters of an LSTM are put there once (`LSTM.flatten_parameters`), other
+weights, which may have changed, at every call.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import _VF, Tensor
+from torch.nn import functional as F
 
 from ..call.checks import is_exact
+from ..call.modes import Recording, is_transformed, modes
 from ..call.noise import draw
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from . import reference
-from .layers import connect, named, one_after_another
+from .layers import cast, connect, named, one_after_another, without_autocast
 
 
 def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
@@ -35,9 +39,14 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
         return y, [state]
     call = call.padded()
     if not call.traversal.is_plain() or options.kind == "lstm_layer":
-        if call.modes.autocast is not None:  # the weights that shut gates are of a size that their dtype must hold
-            call = call._replace(weights=[[one.to(dtype) for one in each] for each in call.weights])
-        y, rows = one_after_another(call, _direction, "torch", dtype, call.state_rows())
+
+        def direction(_: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: object) -> tuple:
+            if not x.is_cuda:
+                return layer(x, state, weights.to(dtype), traversal)
+            with without_autocast(call):  # that of cuDNN is always to float16, which does not hold what shuts gates
+                return layer(*cast(x, state, weights, dtype), traversal)
+
+        y, rows = one_after_another(call, direction, "torch", dtype, call.state_rows())
         return y, call.pack_rows(rows)
     if options.in_one_call:
         h0, c0 = (torch.cat(state) for state in zip(*call.layer_states()))  # [L*D, B, *]
@@ -45,10 +54,6 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
         count = options.directions
         return y, call.pack_layers(list(zip(h_n.split(count), c_n.split(count))))
     return layer_by_layer(call, dtype, lambda x, state, layer: stack(x, state, [layer], training=options.training))
-
-
-def _direction(_: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: object) -> tuple:
-    return layer(x, state, weights, traversal)
 
 
 def layer_by_layer(
@@ -77,6 +82,8 @@ def stack(
     """torch's own LSTM over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
     h0, c0 = state
     flat = [tensor for layer in layers for weights in layer for tensor in weights if tensor is not None]
+    if x.is_cuda and not is_transformed() and len({t.untyped_storage()._cdata for t in flat}) > 1:
+        flat = packed(flat)
     bias = layers[0][0].bias_ih is not None
     if not training:
         dropout = 0.0
@@ -91,52 +98,95 @@ def stack(
     return y, (h_n, c_n.float() if exact else c_n)
 
 
+def packed(weights: list[Tensor]) -> list[Tensor]:
+    """The same weights as parts of one buffer in cuDNN's order, matrices before biases; with other orders it copies."""
+    parts = sorted(weights, key=Tensor.dim, reverse=True)
+    if parts[-1].dim() == 2:  # cuDNN has biases all the same
+        parts.append(parts[0].new_zeros(sum(len(t) for t in weights if len(t) == len(weights[0]))))
+    pieces = torch.cat([t.flatten() for t in parts]).split([t.numel() for t in parts])
+    views = {t: piece.view_as(t) for t, piece in zip(parts, pieces)}
+    return [views[t] for t in weights]
+
+
 def layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -> tuple[Tensor, State]:
     """One layer, one direction, in one call: x [T, B, I] -> h [T, B, P] and (h_n [B, P], c_n [B, H]), as `state` is.
 
     torch has the reverse direction only combined with the forward one, so for that time is reversed and restored.
     """
-    h0, c0 = state
-    steps, batch, _ = x.shape
-    lengths = traversal.lengths
     time, valid, reset = traversal.steps(x)  # [T, B] each, or None
-    if valid is None:
-        valid = torch.ones_like(time, dtype=torch.bool)
 
-    # Each step goes behind the clearing steps before it; S is the number of steps with them.
-    place = torch.arange(steps, device=x.device)[:, None].expand(steps, batch)
-    extended = steps
-    if reset is not None:
-        place = place + reset.cumsum(0)
-        extended += int(reset.sum(0).max()) if batch else 0
-    clears = torch.zeros(extended, batch, dtype=torch.bool, device=x.device)
-    if reset is not None:
-        clears = clears.scatter(0, (place - 1).clamp(min=0), reset)
-    holds = torch.ones_like(clears).scatter(0, place, ~valid) & ~clears
-    place = place.gather(0, time)  # of each time
+    def reordered(t: Tensor) -> Tensor:
+        """t [T, B, F] from the order of time to that of steps, or back; zero past the end of a sequence."""
+        t = t if valid is None else torch.where(valid[:, :, None], t, 0)
+        return t.gather(0, time[:, :, None].expand_as(t)) if traversal.reverse else t
 
-    inside = torch.where(valid[:, :, None], x, 0)
-    gates_shut = torch.stack([holds, clears], dim=2).to(x.dtype)  # [S, B, 2]
-    x_extended = x.new_zeros(extended, *x.shape[1:]).scatter(0, place[:, :, None].expand_as(x), inside)
-    weight_ih = torch.cat([weights.weight_ih, _shut_gates(weights.weight_ih)], dim=1)  # [4H, I + 2]
-    y, (_, c_n) = stack(
-        torch.cat([x_extended, gates_shut], dim=2), (h0[None], c0[None]), [[weights._replace(weight_ih=weight_ih)]]
-    )  # [S, B, P], [1, B, H]
-    if reset is not None and bool((y[clears] != 0).any()):
-        # A NaN is not cleared by multiplying it with zero. It is cleared where there is a choice at every step.
-        return reference.layer(x, state, weights, traversal)
-
-    h = y.gather(0, place[:, :, None].expand(-1, -1, y.shape[2]))
-    h = torch.where(valid[:, :, None], h, 0)
-    last_time = time[-1] if lengths is None else time.gather(0, (lengths[None].long() - 1).clamp(min=0))[0]
-    h_n = h.gather(0, last_time[None, :, None].expand(1, -1, h.shape[2]))[0]
+    if reset is None:
+        h, c_n = _with_gates_shut(reordered(x), state, weights, None if valid is None else ~valid, None)
+    else:
+        h, c_n = _with_resets(reordered(x), state, weights, valid, reset)
+    h_n, (h0, c0), lengths = h[-1], state, traversal.lengths
     if lengths is not None:
-        h_n = torch.where((lengths == 0)[:, None], h0.to(h_n.dtype), h_n)  # dtypes differ under autocast
-    return h, (h_n.contiguous(), c_n[0].contiguous())
+        last = (lengths.long() - 1).clamp(min=0)
+        h_n = h.gather(0, last[None, :, None].expand_as(h[:1]))[0]
+        h_n, c_n = (torch.where((lengths == 0)[:, None], t0.to(t.dtype), t) for t0, t in ((h0, h_n), (c0, c_n)))
+    return reordered(h), (h_n.contiguous(), c_n.contiguous())
 
 
-def _shut_gates(weight_ih: Tensor) -> Tensor:
-    """Weights [4H, 2] of the features that hold and clear, for gates i, f, g, o; like `weight_ih` [4H, I]."""
-    huge = 3e4 if weight_ih.dtype is torch.float16 else 1e30
-    shut = weight_ih.new_tensor([[-huge, -huge], [huge, -huge], [0.0, 0.0], [0.0, 0.0]])
-    return shut.repeat_interleave(weight_ih.shape[0] // 4, dim=0)
+def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor) -> tuple:
+    """As _with_gates_shut, from x [T, B, I], in a grid of steps [S, K*B]; those that no step of x is put into clear.
+
+    On the CPU every reset has a step of its own, K = 1. How many that makes is not known on CUDA without a
+    synchronisation, which no graph allows, nor of fake tensors. There episodes run by turns in two copies of the batch,
+    K = 2, S = T: steps wait for each other, sequences do not. Zero times NaN is NaN, and would stay: so x and initial
+    states that are not finite are replaced by zeros, and what follows them in the episode by NaN.
+    """
+    (steps, batch, inputs), host = x.shape, x.is_cpu and modes(x).recording == Recording.NOBODY
+    before, broken, lost = ~torch.cat(state, 1).isfinite().all(1), ~x.isfinite().all(2), None  # [B], [T, B]
+    if not host or before.any() or broken.any():
+        count = before + broken.cumsum(0)  # up to each step
+        lost = count > torch.where(reset, count - broken.long(), 0).cummax(0).values  # more than before the episode
+        x = torch.where(lost[:, :, None], 0, x)
+        state = torch.where(state[0].isfinite(), state[0], 0), torch.where(state[1].isfinite(), state[1], 0)
+
+    episode, row = reset.cumsum(0), torch.arange(steps, device=x.device)[:, None]  # [T, B], [T, 1]
+    if host:
+        row, copy, copies = row + episode, 0 * episode, 1
+        rows = steps + (int(episode[-1].max()) if batch else 0)
+    else:
+        copy, copies, rows = episode % 2, 2, steps
+    grid, column = (rows, copies * batch), copy * batch + torch.arange(batch, device=x.device)
+    place = (row * copies * batch + column).flatten()  # [T*B]
+    nowhere = torch.zeros(rows * copies * batch, dtype=torch.bool, device=x.device)
+    opens = nowhere.index_fill(0, place, 1).view(grid)  # [S, K*B]
+    clears = ~opens
+    if host:
+        clears &= torch.arange(rows)[:, None] < row[-1]  # what comes after the last step holds
+    if valid is not None:
+        opens = nowhere.index_copy(0, place, valid.flatten()).view(grid)
+    x = x.new_zeros(len(nowhere), inputs).index_copy(0, place, x.flatten(0, 1)).view(*grid, inputs)
+    h0, c0 = (F.pad(t, (0, 0, 0, (copies - 1) * batch)) for t in state)
+    y, c_n = _with_gates_shut(x, (h0, c0), weights, ~(opens | clears), clears)
+    h = y.flatten(0, 1).index_select(0, place).unflatten(0, (steps, batch))
+    c_n = c_n.index_select(0, column[-1])
+    if lost is not None:  # with a gradient, so that W_hh gets a NaN, and who looks for one in gradients finds it
+        nan = torch.where(lost.any(), torch.nan, 0.0) * weights.weight_hh.sum()
+        h, c_n = (torch.where(at[..., None], nan.to(t.dtype), t) for at, t in ((lost, h), (lost[-1], c_n)))
+    return h, c_n
+
+
+def _with_gates_shut(x: Tensor, state: State, weights: Weights, holds: Tensor | None, clears: Tensor | None) -> tuple:
+    """h [S, B, P] and c_n [B, H] from x [S, B, I], where steps hold or clear the state, bool [S, B]; None: nowhere."""
+    (h0, c0), inputs, hidden = state, x.shape[2], weights.weight_hh.shape[0] // 4
+    if holds is not None or clears is not None:
+        hold, clear = (x.new_zeros(x.shape[:2]) if t is None else t.to(x.dtype) for t in (holds, clears))
+        # Tensor cores want rows of whole 16 bytes, and torch lets cuDNN keep W_hh on chip, in float16, for such an I.
+        unit = 1 if x.is_cpu or x.dtype.itemsize > 2 else 128 if x.dtype is torch.float16 and inputs % 128 == 0 else 8
+        added = 2 + -(inputs + 2) % unit
+        features = F.pad(torch.stack([-hold - clear, hold - clear], dim=2), (0, added - 2))  # [S, B, added]
+        weight_ih = F.pad(weights.weight_ih, (0, added))
+        huge = 3e4 if weight_ih.dtype is torch.float16 else 1e30
+        weight_ih[:hidden, inputs].fill_(huge)  # of gate i
+        weight_ih[hidden : 2 * hidden, inputs + 1].fill_(huge)  # of gate f
+        x, weights = torch.cat([x, features], dim=2), weights._replace(weight_ih=weight_ih)
+    y, (_, c_n) = stack(x, (h0[None], c0[None]), [[weights]])  # [S, B, P], [1, B, H]
+    return y, c_n[0]

@@ -9,6 +9,7 @@ from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
+from ..backends.torch_lstm import packed
 from ..call.checks import check_bool, check_unprojected
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
@@ -118,6 +119,15 @@ class LSTM(Checked, HasVariants, RNNBase):
     @_flat_weights.setter
     def _flat_weights(self, value: list[Tensor | None]) -> None:
         pass
+
+    def flatten_parameters(self) -> None:
+        """As torch's, and of bfloat16, too, which torch leaves as it is: cuDNN would copy the weights at every call."""
+        super().flatten_parameters()
+        weights = [w for w in self._flat_weights if type(w) is nn.Parameter and w.is_cuda and w.dtype is torch.bfloat16]
+        if len({w.data_ptr() for w in weights}) == len(self._flat_weights_names):  # none is tied, as torch has it
+            with torch.no_grad():
+                for weight, part in zip(weights, packed(weights)):  # type: ignore[arg-type]
+                    weight.set_(part)  # type: ignore[call-overload]
 
     if TYPE_CHECKING:
         __call__: Called[State, State]
