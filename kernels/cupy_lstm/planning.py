@@ -15,15 +15,15 @@ CHUNK = 16  # words of K that a warp multiplies at once
 AHEAD = 4  # chunks that are loaded at once, where weights are not kept
 MOST_REGISTERS = 192  # of a thread's 255, that may hold weights, words and sums
 
-# Clocks of an H100, for the order of plans. Latencies and rates are published ones (Luo et al., "Benchmarking and
-# Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide). What is left
-# of a step is fitted to cycles that were estimated instruction by instruction from SASS.
-L2_BYTES = 40  # that a multiprocessor reads from L2 in a clock, when all do
+# Clocks of an H100, for the order of plans. Rates are published ones (Luo et al., "Benchmarking and Dissecting the Nvidia
+# Hopper GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide). The last two are fitted to the cycles
+# of tests/cycles.csv, which were estimated instruction by instruction from SASS.
+L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 in a clock: when all do, and at most
 SHARED_BYTES = 128  # that it reads or writes in shared memory in a clock
 MULTIPLY_ADDS = 128  # that it does in a clock
 PRODUCTS = 2.0  # on tensor cores, of 16 rows by 8 words by 8 sequences, so many clocks each
-EXCHANGE = 700  # from a store until all readers have it
-REST = (550, 350)  # forward and backward: loads, gates and cell, the barrier
+TURN = 1160  # of a batch tile: until words are there, gates and cell, the barrier
+PARTIAL_SUMS = 1050  # from a store until all that share gates have it
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ def _plan(
     tiles = ceil(problem.batch / SEQUENCES)
     groups = max(1, min(tiles, multiprocessors // blocks))
     turns = ceil(tiles / groups) * ceil(wanted / blocks)  # of a step
-    turn = REST[backward] + SEQUENCES * (4 * k / L2_BYTES + 8 * warps * rows / SHARED_BYTES)
+    l2 = min(L2_ALONE, L2_BYTES * card.multiprocessors / (blocks * groups * problem.side_by_side))
+    turn = TURN + PARTIAL_SUMS * (parts > 1) + SEQUENCES * 4 * k / l2
+    in_shared = SEQUENCES * 8 * warps * rows / SHARED_BYTES
     if chunks:
-        turn += PRODUCTS * rows / 16 * k / 8
+        turn += max(in_shared, PRODUCTS * rows / 16 * k / 8)
     else:
         multiply_adds = rows * k * 4 // problem.size * SEQUENCES
-        turn += max(4 * rows * k / L2_BYTES, 1.5 * multiply_adds / MULTIPLY_ADDS)
-    turn += EXCHANGE * (parts > 1)
-    step = turns * turn + max(0, EXCHANGE - (turns - 1) * turn)
-    yield Plan(problem.hidden, units, warps, chunks, parts, (blocks, groups), shared, step, problem.side_by_side)
+        turn += in_shared + max(4 * rows * k / l2, 1.5 * multiply_adds / MULTIPLY_ADDS)
+    yield Plan(problem.hidden, units, warps, chunks, parts, (blocks, groups), shared, turns * turn, problem.side_by_side)

@@ -5,7 +5,6 @@ A plan is compiled for the card before it is chosen. Triton keeps what is compil
 
 import contextlib
 import dataclasses
-import heapq
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,7 @@ from . import cooperative, resident, step
 from .binary import RecordedLaunch
 from .planning import INTERPRETER, Device, Family, Plan, device_of, expected, plan_of
 
-MOST = 3  # plans that a first call compiles, before it runs the one that comes last
+MOST = 3  # plans that a first call compiles, before it runs that of the step family
 SLOW_S = 2.0  # after which a log line says what is going on
 KIND = "plans"  # of cached results
 FORMAT = 5  # raised whenever a field of Plan or of the key changes its name or meaning
@@ -46,20 +45,19 @@ class DoesNotFit(Exception):
 
 
 def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
-    """What to try, best first (estimated, until it is measured); the step family last."""
-    last = step.step_plan(problem, device, backward)
+    """What to try, best first: estimated, until it is measured. The step family is always there."""
+    step_plan = step.step_plan(problem, device, backward)
     if problem.steps == 1:
-        return [last]  # holding W_hh on chip pays from the second step on
+        return [step_plan]  # holding W_hh on chip pays from the second step on
     shared = list(cooperative.plans(problem, device, backward))
     if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
         shared = list(cooperative.plans(problem._replace(side_by_side=1), device, backward))
 
     def seconds(plan: Plan) -> float:
-        return expected(problem, device, plan, backward).seconds
+        one_after_another = problem.side_by_side // plan.side_by_side if plan.family is Family.COOPERATIVE else 1
+        return one_after_another * expected(problem, device, plan, backward).seconds
 
-    if problem.normalised:  # exchanges in the middle of a step hide behind no other batch tile
-        shared = [plan for plan in shared if seconds(plan) < seconds(last)]
-    return [*heapq.merge(resident.plans(problem, device, backward), shared, key=seconds), last]
+    return sorted([*resident.plans(problem, device, backward), *shared, step_plan], key=seconds)
 
 
 def card_of(device: torch.device) -> Device:
@@ -70,7 +68,7 @@ def card_of(device: torch.device) -> Device:
 def candidates(problem: Problem, card: Device, which: Pass) -> list[Plan]:
     """The plans of a pass: first the measured one, if there is one."""
     if card is INTERPRETER:
-        return plans(problem, card, which.backward)[-1:]  # the others are written thread by thread, which is slow there
+        return [step.step_plan(problem, card, which.backward)]  # the others go thread by thread, which is slow there
     measured = measured_plan(problem, card, which.backward)
     return [*([measured] if measured else []), *plans(problem, card, which.backward)]
 
@@ -88,12 +86,13 @@ def choose_plan(
     Raises:
         RuntimeError: no kernel can be compiled, or none computes the right numbers.
     """
-    *proposed, last = candidates(problem, card_of(device), which)
+    proposed = candidates(problem, card_of(device), which)
     if device.type != "cuda":
-        return last
+        return proposed[0]
+    last_resort = [plan for plan in proposed[MOST:] if plan.family is Family.STEP][:1]
     with _log_if_slow():
         refused = []
-        for plan in (*proposed[:MOST], last):
+        for plan in (*proposed[:MOST], *last_resort):
             reason = why_it_does_not_fit(launches(plan))
             if reason is None and verify is not None:
                 reason = verify(plan, problem, which, device)

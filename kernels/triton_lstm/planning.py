@@ -1,7 +1,7 @@
 """Problems, cards and plans: what every kernel family proposes in. Pure Python, so that it is tested without a GPU.
 
 A plan is a proposal. Registers depend on the Triton version, so the launcher uses the first plan of a list whose
-kernel compiles without spills on the Triton and card at hand; the step family comes last and always works.
+kernel compiles without spills on the Triton and card at hand; that of the step family always works.
 """
 
 from collections.abc import Callable
@@ -107,13 +107,13 @@ def plan_of(fields: Any) -> Plan:
 
 
 def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
-    """A real card. Not every version of torch knows its rates, and they change no order of plans."""
+    """A real card. Not every version of torch knows its rates, and some cards report 0."""
     architecture = properties.major * 10 + properties.minor
     known = {}
-    if hasattr(properties, "clock_rate"):  # kHz
-        known = dict(clock=1e3 * properties.clock_rate)
-    if hasattr(properties, "memory_clock_rate"):  # kHz, bits; two transfers a clock
-        known |= dict(memory=2e3 * properties.memory_clock_rate * properties.memory_bus_width / 8)
+    if clock := getattr(properties, "clock_rate", 0):  # kHz
+        known = dict(clock=1e3 * clock)
+    if bits := getattr(properties, "memory_clock_rate", 0) * properties.memory_bus_width:  # kHz; two transfers a clock
+        known |= dict(memory=2e3 * bits / 8)
     return Device(
         properties.name, architecture, properties.multi_processor_count, shared_memory_of(architecture), **known
     )
@@ -137,50 +137,79 @@ class Expected:
 
 
 # Clocks of an H100. Latencies and rates are published ones (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper
-# GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide). The last two are fitted to the cycles that
-# were estimated instruction by instruction from SASS: 54 kernels of an H100, bfloat16, 16 sequences, 32 to 1,536 units.
+# GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide). What is fitted, is so to the cycles of
+# tests/cycles.csv, which were estimated instruction by instruction from SASS.
 BARRIER = 30  # of a block, from the last warp's arrival
 PRODUCT = 33  # until the next product of a chain can start
-L2_BYTES = 64  # that a multiprocessor reads from L2 in a clock; 30 to 64
+LOAD = 270  # from L2
+L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 in a clock: when all do, and at most
 SHARED_BYTES = 128  # that a multiprocessor reads or writes in shared memory in a clock
 EXCHANGE = 800  # from a store until all readers have it; 650 to 850, from two latencies of L2 and a poll
+PARTIAL_SUMS = 1050  # the same for the second exchange of a step, of which more polls come too early; fitted
 SHUFFLES = 145  # a sum over the threads of a warp: five, one after another, and an addition each
 GRID_BARRIER = 1500  # of all programs: a barrier, a fence, an atomic, and as long until all have seen it
-ISSUE = 0.6  # of an instruction, which takes a clock; the rest falls into the waits of other warps
-CELL = (470, 820)  # forward and backward: waits for loads, gates and cell that nothing hides
+ISSUE = 0.6  # of an instruction, which takes a clock; the rest falls into the waits of other warps; fitted
+TURN = 145  # of the step family's loop over K: barriers, fragments, and products; fitted
+# Waits for loads, gates and cell that nothing hides, fitted; those of a tuple are of forward and backward.
+RESIDENT_CELL = 470, 820
+COOPERATIVE_CELL = 300
+STEP_CELL = (0, 535), (5000, 190)  # of a tile, and of each cell of a thread
 
 
 def expected(problem: Problem, device: Device, plan: Plan, backward: bool) -> Expected:
     """What a step of `plan` is expected to take on a card, by a model that is meant to put plans in order."""
-    of_family = _clocks_of_tiles if plan.family is Family.STEP else _clocks_on_chip
-    terms = {name: clocks / device.clock for name, clocks in of_family(problem, device, plan, backward).items()}
-    # Through memory: x W_ih^T and h, c and the gates forward; the gates, c twice, dh and dgates backward.
-    moved = problem.batch * problem.hidden * (13 * problem.size + 8 if backward else 9 * problem.size + 4)
-    terms["memory, beyond the rest"] = max(0.0, moved * plan.side_by_side / device.memory - sum(terms.values()))
+    clocks = CLOCKS[plan.family](problem, device, plan, backward)
+    terms = {name: each / device.clock for name, each in clocks.items()}
+    terms["memory, beyond the rest"] = max(0.0, memory_seconds(problem, device, plan, backward) - sum(terms.values()))
     return Expected(terms)
 
 
-def _clocks_on_chip(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
-    """Of families that hold W_hh: a program processes its batch tiles one after another."""
-    share = plan.num_warps / 4  # warps of each of a multiprocessor's four schedulers
-    count, products, shared = counts_of_turn(problem, plan, backward)
-    turn: dict[str, float] = {
-        "instructions or shared memory": max(ISSUE * count * share, 32 * plan.num_warps * shared / SHARED_BYTES),
-        "products": max(2 * plan.k * PRODUCT, products * product_clocks(device) * share),
-        "gates and cell": CELL[backward],
-        "barriers": (9 if problem.normalised and plan.family is Family.RESIDENT else 1) * BARRIER,
+def memory_seconds(problem: Problem, device: Device, plan: Plan, backward: bool) -> float:
+    """What goes through memory: x W_ih^T and h, c and the gates forward; the gates, c twice, dh and dgates backward."""
+    moved = problem.batch * problem.hidden * (13 * problem.size + 8 if backward else 9 * problem.size + 4)
+    return moved * plan.side_by_side / device.memory
+
+
+def l2_clocks(count: float, device: Device, plan: Plan) -> float:
+    """Until each program has read `count` bytes from L2, which all share."""
+    programs = plan.programs * plan.groups * plan.side_by_side
+    return count / min(L2_ALONE, L2_BYTES * device.multiprocessors / programs)
+
+
+def _resident_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
+    count, products, shared = _on_chip(problem, device, plan, backward)
+    turns = ceil(plan.groups / device.multiprocessors)  # of programs, where not all are resident at once
+    return {
+        "instructions or shared memory": turns * max(count, shared),
+        "products": turns * products,
+        "gates and cell": turns * RESIDENT_CELL[backward],
+        "barriers": turns * (9 if problem.normalised else 1) * BARRIER,
     }
-    if plan.family is Family.RESIDENT:
-        turns = ceil(plan.groups / device.multiprocessors)  # of programs, where not all are resident at once
-        return {name: turns * clocks for name, clocks in turn.items()}
-    turn["L2: words of others"] = plan.rows * problem.hidden * problem.size / L2_BYTES
+
+
+def _cooperative_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
+    """A program processes its batch tiles one after another."""
+    turn: dict[str, float] = {
+        "instructions, products or shared memory": max(_on_chip(problem, device, plan, backward)),
+        "gates and cell": COOPERATIVE_CELL,
+        "barriers": BARRIER,
+        "L2: words of others": l2_clocks(plan.rows * problem.hidden * problem.size, device, plan),
+        # Of one batch tile. With more, their words are there; but gates from memory and then words from L2 take as long.
+        "exchange": EXCHANGE,
+    }
     if backward:
-        turn["exchange of partial sums"] = EXCHANGE
+        turn["exchange of partial sums"] = PARTIAL_SUMS
     if problem.normalised:  # of W_hh h and of c, whose sums over all units nothing hides
         turn["exchanges of layer norms"] = 2 * (EXCHANGE + (2 if backward else 3) * SHUFFLES)
-    other_turns = (plan.walks - 1) * sum(turn.values())
-    step = {name: plan.walks * clocks for name, clocks in turn.items()}
-    return step | {"exchange, beyond other batch tiles": max(0, EXCHANGE - other_turns)}
+    return {name: plan.walks * clocks for name, clocks in turn.items()}
+
+
+def _on_chip(problem: Problem, device: Device, plan: Plan, backward: bool) -> tuple[float, float, float]:
+    """Clocks of a turn of families that hold W_hh: its instructions, products, and shared memory."""
+    share = plan.num_warps / 4  # warps of each of a multiprocessor's four schedulers
+    count, products, shared = counts_of_turn(problem, plan, backward)
+    of_products = max(2 * plan.k * PRODUCT, products * product_clocks(device) * share)
+    return ISSUE * count * share, of_products, 32 * plan.num_warps * shared / SHARED_BYTES
 
 
 def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float, int, int]:
@@ -210,8 +239,8 @@ def product_clocks(device: Device) -> int:
     return 8 if device.architecture in (80, 90, 100, 103) else 32
 
 
-def _clocks_of_tiles(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
-    """Of the step family: tile by tile W_hh comes from L2, which is assumed to hold it; a barrier ends each round."""
+def _step_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
+    """Tile by tile W_hh comes from L2, which is assumed to hold it; a barrier ends each round."""
     hidden, width = problem.hidden, problem.width
     # Units of each round, columns of the product for each, and K.
     rounds = [(hidden, 1, 4 * hidden)] if backward else [(hidden, 4, width)]
@@ -219,20 +248,25 @@ def _clocks_of_tiles(problem: Problem, device: Device, plan: Plan, backward: boo
         rounds = [(width, 1, 4 * hidden), (hidden, 1, width)] if backward else [*rounds, (width, 1, hidden)]
     barriers = len(rounds) + problem.normalised * (1 if backward else 2)
     step: dict[str, float] = {"grid-wide barriers": barriers * GRID_BARRIER}
+    of_tile, of_cell = STEP_CELL[backward]
     for units, gates, k in rounds:
         tiles = ceil(ceil(problem.batch / plan.rows) * ceil(units / plan.columns) / plan.programs)
         columns, turns = gates * plan.columns, ceil(k / plan.k)
         if problem.exact_float32:
-            products = plan.rows * columns * k / 128  # multiply-adds a clock (CUDA C++ Programming Guide)
+            products = plan.rows * columns * plan.k / 128  # multiply-adds a clock (CUDA C++ Programming Guide)
         else:
-            products = plan.rows * columns * k / (4 * 4096 / problem.size) * product_clocks(device)
+            products = plan.rows * columns * plan.k / (4 * 4096 / problem.size) * product_clocks(device)
+        l2 = l2_clocks((plan.rows + columns) * plan.k * problem.size, device, plan)
+        turn = max(l2, products, (LOAD + l2) / (plan.num_stages - 1) + TURN)  # loads of so many turns are in flight
         clocks = {
-            "L2: weights, states": (plan.rows + columns) * k * problem.size / L2_BYTES,
-            "instructions": ISSUE * (330 + 42 * turns) * plan.rows / 16,  # about those of the compile table
-            "products": products,
-            "barriers": (20 + 2 * turns) * BARRIER,
-            "gates and cell": CELL[backward],
+            "L2: weights, states": turns * l2,
+            "products, and loads in flight": turns * (turn - l2),
+            "gates and cell": of_tile + of_cell * plan.rows * plan.columns / plan.threads,
         }
         for name, each in clocks.items():
             step[name] = step.get(name, 0) + tiles * each
     return step
+
+
+CLOCKS = {Family.RESIDENT: _resident_clocks, Family.COOPERATIVE: _cooperative_clocks, Family.STEP: _step_clocks}
+"""What each family's step is made of, by name; it adds up."""
