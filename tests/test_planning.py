@@ -1,18 +1,21 @@
 """Plans for cards that are not here: what is chosen, that it fits, and what a step is expected to take."""
 
+import csv
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gpu_lstm.__main__ import main
-from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.cupy_lstm import planning as cupy
+from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import planning
-from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
 from gpu_lstm.kernels.triton_lstm.features import MOST_ROWS
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family, expected
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family, Plan, expected
 from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 PROBLEMS = [
@@ -29,11 +32,15 @@ PROBLEMS = [
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_first(device, backward):
     for problem in PROBLEMS:
-        candidates = plans(problem, device, backward)
-        seconds = [expected(problem, device, plan, backward).seconds for plan in candidates[:-1]]
+        proposed = plans(problem, device, backward)
+        seconds = []
+        for plan in proposed:
+            times = problem.side_by_side // plan.side_by_side if plan.family is Family.COOPERATIVE else 1
+            seconds.append(times * expected(problem, device, plan, backward).seconds)
         assert seconds == sorted(seconds)
-        assert candidates[-1] == step_plan(problem, device, backward), "the step family is the last resort"
-        for plan in candidates:
+        of_step = [plan for plan in proposed if plan.family is Family.STEP]
+        assert of_step == [step_plan(problem, device, backward)], "what always works is always there"
+        for plan in proposed:
             assert plan.shared <= device.shared
             at_a_time = plan.programs * plan.groups * plan.rows * plan.columns
             assert at_a_time * plan.walks >= problem.batch * problem.hidden, "every unit of every sequence has a tile"
@@ -50,9 +57,9 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
 
 
 RESIDENT, COOPERATIVE, STEP = Family.RESIDENT, Family.COOPERATIVE, Family.STEP
-FAMILIES = {  # by hidden size
-    "h100": {64: RESIDENT, 128: RESIDENT, 129: COOPERATIVE, 768: COOPERATIVE, 1024: COOPERATIVE, 1536: COOPERATIVE,
-             2048: STEP},
+FAMILIES = {  # by hidden size; a pair, if forward and backward differ
+    "h100": {64: RESIDENT, 128: (COOPERATIVE, RESIDENT), 129: COOPERATIVE, 768: COOPERATIVE, 1024: COOPERATIVE,
+             1536: COOPERATIVE, 2048: STEP},
     "b200": {1024: COOPERATIVE}, "a100": {1024: COOPERATIVE, 1536: STEP},
     "rtx4090": {64: RESIDENT, 128: COOPERATIVE}, "l4": {512: COOPERATIVE, 1024: STEP},
 }  # fmt: skip
@@ -61,9 +68,9 @@ FAMILIES = {  # by hidden size
 @pytest.mark.parametrize("device", FAMILIES)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_the_family_by_hidden_size(device, backward):
-    problems = {hidden: Problem(1024, 16, hidden, torch.bfloat16) for hidden in FAMILIES[device]}
-    found = {hidden: plans(p, DEVICES[device], backward)[0].family for hidden, p in problems.items()}
-    assert found == FAMILIES[device]
+    for hidden, families in FAMILIES[device].items():
+        first = plans(Problem(1024, 16, hidden, torch.bfloat16), DEVICES[device], backward)[0]
+        assert first.family is (families[backward] if isinstance(families, tuple) else families), hidden
 
 
 @pytest.mark.parametrize(
@@ -95,24 +102,24 @@ def test_a_projection_or_noise_has_the_plans_of_the_plain_cell(backward, change)
     for hidden in (64, 768):
         plain = Problem(128, 16, hidden, torch.bfloat16)
         changed = plain._replace(**change)
-        assert plans(changed, DEVICES["h100"], backward)[:-1] == plans(plain, DEVICES["h100"], backward)[:-1] != []
+        one, other = (
+            [plan for plan in plans(problem, DEVICES["h100"], backward) if plan.family is not Family.STEP]
+            for problem in (changed, plain)
+        )
+        assert one == other != []
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_layer_norms_take_the_plans_of_the_plain_cell_unless_their_exchanges_are_too_dear(backward):
-    h100 = DEVICES["h100"]
-    for hidden, batch in ((64, 16), (768, 16), (1024, 64)):
-        plain = Problem(128, batch, hidden, torch.bfloat16)
-        normalised = plain._replace(norms=(True,) * 3)
-        best, of_plain = plans(normalised, h100, backward)[0], plans(plain, h100, backward)[0]
-        step = step_plan(normalised, h100, backward)
-        seconds, of_step = (expected(normalised, h100, plan, backward).seconds for plan in (of_plain, step))
-        if (hidden, batch) == (1024, 64):
-            assert best == step
-            assert seconds > of_step
-        else:
-            assert (best.family, best.columns) == (of_plain.family, of_plain.columns)
-            assert seconds < of_step
+    def first(hidden, batch, norms):
+        problem = Problem(128, batch, hidden, torch.bfloat16, norms=(norms,) * 3)
+        return plans(problem, DEVICES["h100"], backward)[0]
+
+    for hidden in (64, 768):
+        best, of_plain = first(hidden, 16, True), first(hidden, 16, False)
+        assert (best.family, best.columns) == (of_plain.family, of_plain.columns) != (Family.STEP, 16)
+    if not backward:
+        assert (first(512, 128, False).family, first(512, 128, True).family) == (COOPERATIVE, STEP)
 
 
 def test_a_projection_with_noise_and_a_single_step_take_the_step_family():
@@ -124,7 +131,7 @@ def test_a_projection_with_noise_and_a_single_step_take_the_step_family():
 def test_one_program_in_the_interpreter():
     """It runs one after another, so that none may wait for another."""
     for problem in PROBLEMS:
-        plan = plans(problem, INTERPRETER, False)[-1]
+        (plan,) = candidates(problem, INTERPRETER, Pass())
         assert (plan.family, plan.programs * plan.groups) == (Family.STEP, 1)
 
 
@@ -134,42 +141,60 @@ def test_a_plan_does_not_depend_on_the_number_of_steps():
     assert by_steps[0] == by_steps[1] == by_steps[2]
 
 
-@pytest.mark.parametrize(
-    ("hidden", "batch", "forward", "backward"), [(768, 16, 2010, 3060), (128, 16, 1563, 1927), (64, 64, 850, 1229)]
-)
-def test_the_model_agrees_with_cycles_estimated_from_sass(hidden, batch, forward, backward):
-    """To 12 %: of the best plan on an H100, in bf16, by a simulation of its instructions."""
-    problem, h100 = Problem(1024, batch, hidden, torch.bfloat16), DEVICES["h100"]
-    for cycles, direction in ((forward, False), (backward, True)):
-        best = plans(problem, h100, direction)[0]
-        assert expected(problem, h100, best, direction).seconds * h100.clock == pytest.approx(cycles, rel=0.12)
+def _cycles() -> list:
+    rows = []
+    with (Path(__file__).parent / "cycles.csv").open() as file:
+        for row in csv.DictReader(line for line in file if not line.startswith("#")):
+            family, *numbers = row.values()
+            row = dict(zip(list(row)[1:], map(int, numbers)))
+            rows.append(pytest.param(family, row, id="-".join([family, *numbers[:5]])))
+    return rows
+
+
+@pytest.mark.parametrize(("family", "row"), _cycles())
+def test_the_models_agree_with_cycles_estimated_from_sass(family, row):
+    """To 25 %, of whatever plan the simulation was of: cycles.csv says how it was made."""
+    backward, h100 = bool(row["backward"]), DEVICES["h100"]
+    problem = Problem(1024, row["batch"], row["hidden"], torch.bfloat16)
+    if family == "cuda":
+        sizes = [row[name] for name in ("columns", "warps", "k", "parts")]
+        (cycles,) = (
+            plan.clocks for plan in cupy.plans(problem, cupy.Card(90, 132), backward)
+            if [plan.units, plan.warps, plan.chunks, plan.parts] == sizes
+        )  # fmt: skip
+    else:
+        names = ("rows", "columns", "k", "programs", "groups", "warps", "stages")
+        plan = Plan(Family(family), *(row[name] for name in names), shared=0, why="", walks=row["walks"])
+        cycles = expected(problem, h100, plan, backward).seconds * h100.clock
+    assert cycles == pytest.approx(row["cycles"], rel=0.25)
 
 
 def test_the_terms_of_a_step():
     """Counted by hand: H=768, B=16, bf16 on an H100."""
     problem, h100 = Problem(1024, 16, 768, torch.bfloat16), DEVICES["h100"]
-    best, *_, step = plans(problem, h100, False)
+    best, step = plans(problem, h100, False)[0], step_plan(problem, h100, False)
+    assert (best.columns, best.programs * best.groups) == (12, 128)
     found = expected(problem, h100, best, False)
     assert found.seconds == pytest.approx(sum(found.terms.values()))
     clocks = {term: seconds * h100.clock for term, seconds in found.terms.items()}
     assert clocks["products"] == pytest.approx(18 * 8 * 2)  # of a warp, their clocks, warps a scheduler
-    assert clocks["L2: words of others"] == pytest.approx(8 * 768 * 2 / 64)
-    assert clocks["exchange, beyond other batch tiles"] == pytest.approx(planning.EXCHANGE)
+    assert clocks["instructions, shared memory, or words from L2"] == pytest.approx(8 * 768 * 2 / (28.7 * 132 / 128))
+    assert clocks["exchange"] == pytest.approx(planning.EXCHANGE)
+    twice = expected(problem, h100, dataclasses.replace(best, walks=2), False)
+    assert twice.seconds == pytest.approx(2 * found.seconds)
     of_step = expected(problem, h100, step, False)
-    assert of_step.terms["L2: weights, states"] * h100.clock == pytest.approx((16 + 64) * 768 * 2 / 64)
+    assert of_step.terms["L2: weights, states"] * h100.clock == pytest.approx((16 + 64) * 768 * 2 / 64)  # 48 programs
     assert of_step.terms["grid-wide barriers"] * h100.clock == pytest.approx(planning.GRID_BARRIER)
     projected = problem._replace(projected=64)
     twice = expected(projected, h100, step_plan(projected, h100, False), False)
     assert twice.terms["grid-wide barriers"] * h100.clock == pytest.approx(2 * planning.GRID_BARRIER)
 
 
-def test_an_exchange_hides_behind_other_batch_tiles():
-    problem, h100 = Problem(1024, 16, 768, torch.bfloat16), DEVICES["h100"]
-    plan = plans(problem, h100, False)[0]
-    one, two = (expected(problem, h100, dataclasses.replace(plan, walks=walks), False) for walks in (1, 2))
-    turn = one.seconds - planning.EXCHANGE / h100.clock
-    assert turn > planning.EXCHANGE / h100.clock
-    assert two.seconds == pytest.approx(2 * turn)
+@pytest.mark.parametrize(("hidden", "batch", "backward"), [(256, 4096, False), (256, 4096, True), (512, 4096, False)])
+def test_the_step_family_comes_first_where_it_is_expected_to_be_faster(hidden, batch, backward):
+    first, *others = plans(Problem(1024, batch, hidden, torch.bfloat16), DEVICES["h100"], backward)
+    assert first.family is Family.STEP
+    assert Family.COOPERATIVE in {plan.family for plan in others}
 
 
 def test_memory_bounds_what_is_otherwise_fast():
@@ -180,12 +205,14 @@ def test_memory_bounds_what_is_otherwise_fast():
 
 
 def test_a_real_card_with_and_without_its_rates():
-    """They change what is expected, and no order."""
+    """They change what is expected, and hardly any order; a rate of 0, as some cards report, is not known."""
     h100 = DEVICES["h100"]
     known = SimpleNamespace(name=h100.name, major=9, minor=0, multi_processor_count=132)
     rates = dict(clock_rate=1_755_000, memory_clock_rate=2_619_000, memory_bus_width=5120)
     plain, full = planning.device_of(known), planning.device_of(SimpleNamespace(**vars(known), **rates))
     assert plain == planning.Device(h100.name, 90, 132, h100.shared)
+    for unknown in (dict.fromkeys(rates, 0), rates | dict(memory_bus_width=0, clock_rate=0)):
+        assert planning.device_of(SimpleNamespace(**vars(known), **unknown)) == plain
     assert (full.clock, full.memory) == (h100.clock, pytest.approx(h100.memory, rel=0.01))
     for problem in PROBLEMS:
         assert plans(problem, plain, True) == plans(problem, full, True) == plans(problem, h100, True)

@@ -22,7 +22,7 @@ L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 in a clock:
 SHARED_BYTES = 128  # that it reads or writes in shared memory in a clock
 MULTIPLY_ADDS = 128  # that it does in a clock
 PRODUCTS = 2.0  # on tensor cores, of 16 rows by 8 words by 8 sequences, so many clocks each
-TURN = 1160  # of a batch tile: until words are there, gates and cell, the barrier
+TURN = 1240  # of a batch tile: until words are there, gates and cell, the barrier
 PARTIAL_SUMS = 1050  # from a store until all that share gates have it
 
 
@@ -116,7 +116,7 @@ def _plan(
     turn = TURN + PARTIAL_SUMS * (parts > 1) + SEQUENCES * 4 * k / l2
     in_shared = SEQUENCES * 8 * warps * rows / SHARED_BYTES
     if chunks:
-        turn += max(in_shared, PRODUCTS * rows / 16 * k / 8)
+        turn += (in_shared + PRODUCTS * rows / 16 * k / 8) / 2  # which overlap
     else:
         multiply_adds = rows * k * 4 // problem.size * SEQUENCES
         turn += in_shared + max(4 * rows * k / l2, 1.5 * multiply_adds / MULTIPLY_ADDS)

@@ -112,8 +112,8 @@ def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
     known = {}
     if clock := getattr(properties, "clock_rate", 0):  # kHz
         known = dict(clock=1e3 * clock)
-    if bits := getattr(properties, "memory_clock_rate", 0) * properties.memory_bus_width:  # kHz; two transfers a clock
-        known |= dict(memory=2e3 * bits / 8)
+    if bits := getattr(properties, "memory_clock_rate", 0) * getattr(properties, "memory_bus_width", 0):  # a ms
+        known |= dict(memory=2e3 * bits / 8)  # two transfers a clock
     return Device(
         properties.name, architecture, properties.multi_processor_count, shared_memory_of(architecture), **known
     )
@@ -152,7 +152,7 @@ ISSUE = 0.6  # of an instruction, which takes a clock; the rest falls into the w
 TURN = 145  # of the step family's loop over K: barriers, fragments, and products; fitted
 # Waits for loads, gates and cell that nothing hides, fitted; those of a tuple are of forward and backward.
 RESIDENT_CELL = 470, 820
-COOPERATIVE_CELL = 300
+COOPERATIVE_CELL = 400
 STEP_CELL = (0, 535), (5000, 190)  # of a tile, and of each cell of a thread
 
 
@@ -189,12 +189,14 @@ def _resident_clocks(problem: Problem, device: Device, plan: Plan, backward: boo
 
 def _cooperative_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
     """A program processes its batch tiles one after another."""
+    count, products, shared = _on_chip(problem, device, plan, backward)
+    words = l2_clocks(plan.rows * problem.hidden * problem.size, device, plan)
     turn: dict[str, float] = {
-        "instructions, products or shared memory": max(_on_chip(problem, device, plan, backward)),
+        "instructions, shared memory, or words from L2": max(count, shared, words),
+        "products": products,
         "gates and cell": COOPERATIVE_CELL,
         "barriers": BARRIER,
-        "L2: words of others": l2_clocks(plan.rows * problem.hidden * problem.size, device, plan),
-        # Of one batch tile. With more, their words are there; but gates from memory and then words from L2 take as long.
+        # Of one batch tile. With more the words are there, but gates from memory, and words from L2, take as long.
         "exchange": EXCHANGE,
     }
     if backward:
