@@ -9,7 +9,7 @@ FOR_DOCS := .venv/.for-docs
 # in the end.
 ON_ALL_CORES := -n auto --dist worksteal
 
-.PHONY: demo lesson lesson-page docs kernels-page test test-quick test-versions mutants bench lint clean
+.PHONY: demo lesson lesson-page docs kernels-page bounds-page test test-quick test-versions mutants bench lint clean
 
 demo: $(or $(wildcard $(INSTALLED)),$(FOR_DEMO))
 	$(BIN)/python examples/weather.py
@@ -30,6 +30,10 @@ docs: $(or $(wildcard $(INSTALLED)),$(FOR_DOCS))
 # Compiles the kernels and writes docs/kernels.md from what they became.
 kernels-page: $(INSTALLED)
 	$(BIN)/python docs/kernels.py
+
+# Writes docs/bounds.md from the model that orders plans.
+bounds-page: $(INSTALLED)
+	$(BIN)/python docs/bounds.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ON_ALL_CORES) $(PYTEST)

@@ -1,5 +1,6 @@
-"""What a step could take at best, as a page: python docs/bounds.py writes docs/bounds.md from the planning model."""
+"""What a step could take at best, as a page: python docs/bounds.py writes docs/bounds.md."""
 
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -14,32 +15,32 @@ from gpu_lstm.kernels.triton_lstm.choose import plans
 PAGE = Path(__file__).with_suffix(".md")
 HIDDEN, BATCH = (64, 128, 256, 512, 768, 1024, 2048), (1, 16, 64, 256, 1024, 4096)
 DTYPES = {"bfloat16": torch.bfloat16, "TF32": torch.float32}
-FAR = 2  # times the bound, from which on the page says why
-HEAD = """<!-- make bounds-page writes this page: change docs/bounds.py. -->
+DIRECTIONS = ("forward", "backward")
+FAR = 2  # times the bound: from there on the page says why
+HEAD = f"""<!-- make bounds-page writes this page: change docs/bounds.py. -->
 
-# How far each step is from its bound
+# How far a step is from its bound
 
-All of this is estimated by the model that orders plans (`kernels/triton_lstm/planning.py`), and nothing was measured.
-A plain layer, all of whose steps have B sequences: the first plan of Triton's kernels, the time of a step, and the
-greatest of three bounds:
+All figures here are estimated by the model that orders plans (`planning.py` of the Triton kernels), and nothing was
+measured. They are of a plain layer in training: of the plan that comes first, microseconds a step, the greatest of
+three bounds, and the estimate as a multiple of that bound (*x*). The bounds:
 
-- **memory**: what a step has to read and write, at the data sheet's rate;
-- **products**: those with W_hh, on the tensor cores of all multiprocessors, at the rate of `mma.sync`;
-- **latency**: of one exchange between programs; of the gates and the cell where one program runs a sequence alone.
+- **memory**: what a step reads and writes, at the data sheet's rate;
+- **products**: those with W_hh on the tensor cores of all multiprocessors, at the rate of `mma.sync`;
+- **latency**: of one exchange between programs, or of one grid-wide barrier in the step family; where one program runs
+  a sequence alone (resident), of the gates and the cell.
 
-*x* is the estimate as a multiple of the bound. Where it is over {far}, the largest term of the estimate follows.
-`python -m gpu_lstm plan` prints all terms of one size."""
+Where *x* is over {FAR}, the largest term of the estimate is named. `python -m gpu_lstm plan` prints all terms."""
 
 
 class Row(NamedTuple):
     """Of one size and direction on one card."""
 
-    hidden: int
-    batch: int
+    size: str
     family: str
     seconds: float
     bound: float  # seconds
-    bounded_by: str
+    bound_by: str
     largest: str  # term of the estimate
 
     @property
@@ -48,53 +49,70 @@ class Row(NamedTuple):
         return self.seconds / self.bound
 
 
-def row(card: planning.Device, hidden: int, batch: int, dtype: torch.dtype, backward: bool) -> Row:
-    """What the first plan is expected to take, and its bound."""
-    problem = Problem(2, batch, hidden, dtype, precision="tf32")
-    plan = plans(problem, card, backward)[0]
-    expected = planning.expected(problem, card, plan, backward)
-    bounds = planning.bounds(problem, card, plan, backward)
-    bounded_by = max(bounds, key=bounds.__getitem__)
-    largest = max(expected.terms, key=expected.terms.__getitem__)
-    return Row(hidden, batch, plan.family.value, expected.seconds, bounds[bounded_by], bounded_by, largest)
-
-
-def rows(card: planning.Device, dtype: torch.dtype, backward: bool) -> list[Row]:
+def rows(card: planning.Device, dtype: torch.dtype, direction: str) -> list[Row]:
     """Of every size."""
-    return [row(card, hidden, batch, dtype, backward) for hidden, batch in product(HIDDEN, BATCH)]
+    found, backward = [], direction == "backward"
+    for hidden, batch in product(HIDDEN, BATCH):
+        problem = Problem(2, batch, hidden, dtype, precision="tf32")
+        plan = plans(problem, card, backward)[0]
+        expected = planning.expected(problem, card, plan, backward)
+        bound_by, bound = max(bounds(problem, card, plan, backward).items(), key=lambda item: item[1])
+        largest = max(expected.terms, key=expected.terms.__getitem__)
+        found.append(Row(f"{hidden} | {batch}", plan.family.value, expected.seconds, bound, bound_by, largest))
+    return found
 
 
-def in_full(card: planning.Device, dtype: str) -> str:
-    """A table of every size, forward and backward side by side."""
-    lines = ["| H | B | forward | us | bound | x | backward | us | bound | x |", "|--:|--:|---|--:|---|--:|---|--:|---|--:|"]
-    directions = (rows(card, DTYPES[dtype], backward) for backward in (False, True))
-    for forward, backward in zip(*directions):
-        cells = [f"{forward.hidden:,}", f"{forward.batch:,}"]
-        for each in (forward, backward):
-            why = f", {each.largest}" if each.ratio > FAR else ""
-            cells += [each.family + why, f"{1e6 * each.seconds:.2f}", f"{1e6 * each.bound:.2f} {each.bounded_by}", f"{each.ratio:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def bounds(problem: Problem, card: planning.Device, plan: planning.Plan, backward: bool) -> dict[str, float]:
+    """Seconds that no step can be below, each for a reason of its own."""
+    of_a_multiprocessor = 4 * 4096 / problem.size / planning.product_clocks(card)  # multiply-adds a clock
+    clocks = {
+        planning.Family.RESIDENT: planning.RESIDENT_CELL[backward],
+        planning.Family.COOPERATIVE: planning.EXCHANGE,
+        planning.Family.STEP: planning.GRID_BARRIER,
+    }
+    products = 4 * problem.batch * problem.hidden**2 / of_a_multiprocessor / card.multiprocessors
+    return {
+        "memory": planning.memory_seconds(problem, card, plan, backward),
+        "products": products / card.clock,
+        "latency": clocks[plan.family] / card.clock,
+    }
+
+
+def table(titles: str, lines: Iterable[Iterable[str]]) -> str:
+    """In Markdown; numbers are aligned to the right."""
+    columns = titles.split(" | ")
+    right = ["--:" if t in ("H", "B", "us", "bound") or t.endswith("x") else "---" for t in columns]
+    head = [f"| {titles} |", f"|{'|'.join(right)}|"]
+    return "\n".join([*head, *(f"| {' | '.join(cells)} |" for cells in lines)])
+
+
+def in_full(card: planning.Device, dtype: torch.dtype, direction: str) -> str:
+    """A line for each size."""
+    lines = []
+    for row in rows(card, dtype, direction):
+        figures = f"{1e6 * row.seconds:.2f}", f"{1e6 * row.bound:.2f}", row.bound_by, f"{row.ratio:.1f}"
+        lines.append([row.size, row.family, *figures, row.largest if row.ratio > FAR else ""])
+    return table("H | B | family | us | bound | bound by | x | largest term", lines)
 
 
 def summary() -> str:
-    """A line for each card, dtype and direction: the middle and the worst ratio, and what is in the way there."""
-    lines = ["| card | dtype | direction | x, median | x, worst | at | family | bound | largest term |", "|---|---|---|--:|--:|---|---|---|---|"]
-    for card, (dtype, torch_dtype), backward in product(planning.DEVICES.values(), DTYPES.items(), (False, True)):
-        found = rows(card, torch_dtype, backward)
-        worst = max(found, key=lambda each: each.ratio)
-        cells = [card.name, dtype, "backward" if backward else "forward", f"{median(each.ratio for each in found):.1f}",
-                 f"{worst.ratio:.1f}", f"H={worst.hidden:,} B={worst.batch:,}", worst.family, worst.bounded_by, worst.largest]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """A line for each card, dtype and direction: the middle and the greatest ratio, and why."""
+    lines = []
+    for card, dtype, direction in product(planning.DEVICES.values(), DTYPES, DIRECTIONS):
+        found = rows(card, DTYPES[dtype], direction)
+        far, worst = [row for row in found if row.ratio > FAR], max(found, key=lambda row: row.ratio)
+        ratios = f"{median(row.ratio for row in found):.1f}", f"{len(far)} of {len(found)}", f"{worst.ratio:.1f}"
+        lines.append([card.name, f"{dtype}, {direction}", *ratios, worst.size, worst.family, worst.largest])
+    return table(f"card | case | median x | over {FAR} | greatest x | H | B | family | largest term", lines)
 
 
 def page() -> str:
-    """The Markdown."""
-    h100 = planning.DEVICES["h100"]
-    parts = [HEAD.format(far=FAR), "## All cards", summary()]
-    for dtype in DTYPES:
-        parts += [f"## {h100.name}, {dtype}", in_full(h100, dtype)]
+    """The Markdown: all cards in short, then an H100."""
+    h100, parts = planning.DEVICES["h100"], [HEAD]
+    parts += ["## All cards", f"Over the sizes of the tables below: *x*, how often it is over {FAR}, and the"
+              " size where it is greatest.", summary()]  # fmt: skip
+    for dtype, direction in product(DTYPES, DIRECTIONS):
+        parts += [f"## {h100.name}: {dtype}, {direction}", in_full(h100, DTYPES[dtype], direction)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,6 +1,7 @@
 """README, pages, examples and the lesson run, do what they say, and link to what exists; and the site is built."""
 
 import inspect
+import itertools
 import pkgutil
 import re
 import shutil
@@ -17,13 +18,14 @@ from installed import ROOT, load
 from nbclient import NotebookClient
 
 import gpu_lstm
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 
 DOCS, EXAMPLES, README = ROOT / "docs", ROOT / "examples", ROOT / "README.md"
 PAGES, LESSON = sorted(DOCS.glob("*.md")), EXAMPLES / "lstm_explained.ipynb"
 # The lesson's page is made from the notebook, which runs below.
-WITHOUT_EXAMPLES = ("api", "benchmarks", "ci", "compared", "design", "first_gpu_run", "kernels", "lesson", "testing",
-                    "versions")  # fmt: skip
-website, kernels = load(DOCS / "website.py"), load(DOCS / "kernels.py")
+WITHOUT_EXAMPLES = ("api", "benchmarks", "bounds", "ci", "compared", "design", "first_gpu_run", "kernels", "lesson",
+                    "testing", "versions")  # fmt: skip
+website, kernels, bounds = (load(DOCS / f"{name}.py") for name in ("website", "kernels", "bounds"))
 
 
 @pytest.mark.parametrize("page", [README, *(page for page in PAGES if page.stem not in WITHOUT_EXAMPLES)],
@@ -180,6 +182,12 @@ def test_the_stored_table_of_kernels_has_every_case_and_nothing_that_spills():
     assert stored == Counter((str(c).removeprefix("bfloat16 "), c.backward) for c in compiler.cases(quick=True))
     assert {row[4] for row in rows} == {"0"}
     assert {row[9] for row in rows if "lstm_step" not in row[0]} == {"0"}
+
+
+def test_the_stored_page_of_bounds_is_that_of_the_model_and_no_estimate_is_below_its_bound():
+    assert bounds.PAGE.read_text() == bounds.page(), "make bounds-page"
+    for card, dtype, direction in itertools.product(DEVICES.values(), bounds.DTYPES.values(), bounds.DIRECTIONS):
+        assert all(row.ratio > 1 - 1e-9 for row in bounds.rows(card, dtype, direction))
 
 
 @pytest.mark.slow

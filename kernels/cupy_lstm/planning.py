@@ -15,9 +15,9 @@ CHUNK = 16  # words of K that a warp multiplies at once
 AHEAD = 4  # chunks that are loaded at once, where weights are not kept
 MOST_REGISTERS = 192  # of a thread's 255, that may hold weights, words and sums
 
-# Clocks of an H100, for the order of plans. Rates are published ones (Luo et al., "Benchmarking and Dissecting the Nvidia
-# Hopper GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide). The last two are fitted to the cycles
-# of tests/cycles.csv, which were estimated instruction by instruction from SASS.
+# Clocks of an H100, for the order of plans. Rates are published ones (Luo et al., "Benchmarking and Dissecting the
+# Nvidia Hopper GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide). The last two are fitted to
+# the cycles of tests/cycles.csv, which were estimated instruction by instruction from SASS.
 L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 in a clock: when all do, and at most
 SHARED_BYTES = 128  # that it reads or writes in shared memory in a clock
 MULTIPLY_ADDS = 128  # that it does in a clock
@@ -120,4 +120,5 @@ def _plan(
     else:
         multiply_adds = rows * k * 4 // problem.size * SEQUENCES
         turn += in_shared + max(4 * rows * k / l2, 1.5 * multiply_adds / MULTIPLY_ADDS)
-    yield Plan(problem.hidden, units, warps, chunks, parts, (blocks, groups), shared, turns * turn, problem.side_by_side)
+    grid, clocks = (blocks, groups), turns * turn
+    yield Plan(problem.hidden, units, warps, chunks, parts, grid, shared, clocks, problem.side_by_side)
