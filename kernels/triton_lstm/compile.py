@@ -20,7 +20,7 @@ from ..sass import time_loops
 from .binary import RecordedLaunch, compile_for, resources_of
 from .choose import plans
 from .launch import INTERPRETED, recorded_launches
-from .planning import DEVICES, Device, Plan
+from .planning import DEVICES, Device, Family, Plan
 from .step import step_plan
 
 STEP_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -105,7 +105,7 @@ def sequence_cases() -> list[Case]:
 
 
 def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
-    """Of each case the kernels, under the plan that the launcher would choose, compiled on all cores."""
+    """Of each case the kernels, compiled on all cores."""
     if INTERPRETED:
         raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET=1 in the environment")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -113,10 +113,11 @@ def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
 
 
 def _reports_of(case: Case) -> list[Report]:
-    """As the launcher chooses: the first plan whose kernels fit, else the step family."""
+    """Of the first plan whose kernels fit, of a family that holds W_hh if there is one: there registers may not do."""
     asked = case.problem, case.device, case.backward
     rows: list[Report] = []
-    for plan in [step_plan(*asked)] if case.step else plans(*asked):
+    order = list(Family).index  # resident, cooperative, step
+    for plan in [step_plan(*asked)] if case.step else sorted(plans(*asked), key=lambda plan: order(plan.family)):
         rows = [report(launch, case, plan) for launch in recorded_launches(case.problem, Pass(case.backward), plan)]
         if all(row.fits for row in rows):
             break
