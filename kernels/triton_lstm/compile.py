@@ -116,8 +116,7 @@ def _reports_of(case: Case) -> list[Report]:
     """Of the first plan whose kernels fit, of a family that holds W_hh if there is one: there registers may not do."""
     asked = case.problem, case.device, case.backward
     rows: list[Report] = []
-    order = list(Family).index  # resident, cooperative, step
-    for plan in [step_plan(*asked)] if case.step else sorted(plans(*asked), key=lambda plan: order(plan.family)):
+    for plan in [step_plan(*asked)] if case.step else sorted(plans(*asked), key=lambda p: [*Family].index(p.family)):
         rows = [report(launch, case, plan) for launch in recorded_launches(case.problem, Pass(case.backward), plan)]
         if all(row.fits for row in rows):
             break

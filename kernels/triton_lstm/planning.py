@@ -109,14 +109,11 @@ def plan_of(fields: Any) -> Plan:
 def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
     """A real card. Not every version of torch knows its rates, and some cards report 0."""
     architecture = properties.major * 10 + properties.minor
-    known = {}
-    if clock := getattr(properties, "clock_rate", 0):  # kHz
-        known = dict(clock=1e3 * clock)
-    if bits := getattr(properties, "memory_clock_rate", 0) * getattr(properties, "memory_bus_width", 0):  # a ms
-        known |= dict(memory=2e3 * bits / 8)  # two transfers a clock
-    return Device(
-        properties.name, architecture, properties.multi_processor_count, shared_memory_of(architecture), **known
-    )
+    names = "clock_rate", "memory_clock_rate", "memory_bus_width"  # kHz, with two transfers a clock; bits
+    clock, memory_clock, bits = (getattr(properties, name, 0) for name in names)
+    known = {name: rate for name, rate in (("clock", 1e3 * clock), ("memory", 2e3 * memory_clock * bits / 8)) if rate}
+    shared = shared_memory_of(architecture)
+    return Device(properties.name, architecture, properties.multi_processor_count, shared, **known)
 
 
 def power_of_two(n: int) -> int:
@@ -172,8 +169,7 @@ def memory_seconds(problem: Problem, device: Device, plan: Plan, backward: bool)
 
 def l2_clocks(count: float, device: Device, plan: Plan) -> float:
     """Until each program has read `count` bytes from L2, which all share."""
-    programs = plan.programs * plan.groups * plan.side_by_side
-    return count / min(L2_ALONE, L2_BYTES * device.multiprocessors / programs)
+    return count / min(L2_ALONE, L2_BYTES * device.multiprocessors / (plan.programs * plan.groups * plan.side_by_side))
 
 
 def _resident_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
@@ -254,10 +250,9 @@ def _step_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -
     for units, gates, k in rounds:
         tiles = ceil(ceil(problem.batch / plan.rows) * ceil(units / plan.columns) / plan.programs)
         columns, turns = gates * plan.columns, ceil(k / plan.k)
-        if problem.exact_float32:
-            products = plan.rows * columns * plan.k / 128  # multiply-adds a clock (CUDA C++ Programming Guide)
-        else:
-            products = plan.rows * columns * plan.k / (4 * 4096 / problem.size) * product_clocks(device)
+        # Multiply-adds a clock, without tensor cores by the CUDA C++ Programming Guide.
+        rate = 128 if problem.exact_float32 else 4 * 4096 / problem.size / product_clocks(device)
+        products = plan.rows * columns * plan.k / rate
         l2 = l2_clocks((plan.rows + columns) * plan.k * problem.size, device, plan)
         turn = max(l2, products, (LOAD + l2) / (plan.num_stages - 1) + TURN)  # loads of so many turns are in flight
         clocks = {
