@@ -67,6 +67,7 @@ class Plan:
     why: str
     walks: int = 1  # batch tiles of a group, processed one after another at every step
     side_by_side: int = 1  # launches of this plan that fit the card at once
+    parts: int = 1  # of cooperative programs, backward: how many share the gates of a unit
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -157,8 +158,9 @@ def _clocks_on_chip(problem: Problem, device: Device, plan: Plan, backward: bool
     if plan.family is Family.RESIDENT:
         turns = ceil(plan.groups / device.multiprocessors)  # of programs, where not all are resident at once
         return {name: turns * clocks for name, clocks in turn.items()}
-    turn["L2: words of others"] = plan.rows * problem.hidden * problem.size / L2_BYTES
-    if backward:
+    gates = 4 // plan.parts if backward else 1
+    turn["L2: words of others"] = gates * plan.rows * problem.hidden * problem.size / L2_BYTES
+    if plan.parts > 1:
         turn["exchange of partial sums"] = EXCHANGE
     if problem.normalised:  # of W_hh h and of c, whose sums over all units nothing hides
         turn["exchanges of layer norms"] = 2 * (EXCHANGE + (2 if backward else 3) * SHUFFLES)
@@ -181,9 +183,10 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
         if problem.normalised:  # eight sums over the block, of a word written and read each
             instructions, shared = instructions + (400 if backward else 170), shared + 8 * 8
         return instructions, products, shared
-    sums = ceil(units / warps) if backward else 4
+    rows = units * (plan.parts if backward else 4)  # of weights
+    sums = ceil(rows / (4 * warps)) if backward else 4
     instructions = (255 + 5 * units if backward else 210 + 1.5 * units) + 18 * plan.k
-    return instructions + 270 * problem.normalised, 2 * plan.k * units // 4, 4 * units + 4 * sums * warps
+    return instructions + 270 * problem.normalised, 2 * plan.k * rows // 16, rows + 4 * sums * warps
 
 
 def product_clocks(device: Device) -> int:
