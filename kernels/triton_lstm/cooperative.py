@@ -7,11 +7,11 @@ be resident at once.
 
 forward    A program holds the four gates' rows of its units, [4 UNITS, H]. It publishes h of its units.
 
-backward   dh of a unit needs dgates of all units, four times as wide as h, so the product is split by gate: the group
-           falls into quartets, four programs that own 4 UNITS units together. Program g of a quartet holds W_hh^T of
-           gate g for all units of the quartet, [4 UNITS, H], reads only the dgates of gate g, and publishes its
-           partial sums in a second, small exchange; each then adds up the four for its own units, in the same order
-           every time.
+backward   dh of a unit needs dgates of all units, four times as wide as h. PARTS programs, 1, 2 or 4, are partners and
+           own PARTS UNITS units together. Each holds W_hh^T of 4 / PARTS gates for all of these units,
+           [PARTS UNITS, 4 / PARTS H], and reads only the dgates of these gates. With PARTS = 1 the product is dh.
+           With more each publishes its partial sums in a second, small exchange, and adds up those of all partners
+           for its own units, in the same order every time: W_hh of more units fits, and a step is longer.
 
 Kernels are written thread by thread (fragments.py). A thread has two places in a batch tile of 8 sequences: in the
 product its column is a sequence, and K is split over the warps; afterwards it owns a cell, one unit of one sequence.
@@ -293,12 +293,12 @@ def lstm_cooperative_backward_kernel(
     W: tl.constexpr = (H + PER - 1) // PER
     K: tl.constexpr = 4 // PARTS * W  # words of dgates that the program multiplies
     TOGETHER: tl.constexpr = 4 if K % 4 == 0 else 2 if K % 2 == 0 else 1
-    ROWS: tl.constexpr = PARTS * UNITS  # of W_hh^T: units, those of all partners
+    ROWS: tl.constexpr = PARTS * UNITS  # of W_hh^T: the units of all partners
     TILES: tl.constexpr = ROWS // 16  # of 16 rows
     STRIDE: tl.constexpr = 16 * WARPS  # words from one chunk of a warp to its next
     ROW: tl.constexpr = 4 * WARPS if NORM_HH or NORM_C else UNITS  # threads for the cells of a sequence
-    SUM_ROW: tl.constexpr = ROW if PARTS == 1 else ROWS  # threads for the sums of a sequence: with one part those of its cells
-    SUMS: tl.constexpr = (SUM_ROW + 4 * WARPS - 1) // (4 * WARPS)  # of a thread
+    SUM_ROW: tl.constexpr = ROW if PARTS == 1 else ROWS  # threads, or turns of threads, for the sums of a sequence
+    SUMS: tl.constexpr = (SUM_ROW + 4 * WARPS - 1) // (4 * WARPS)  # of a thread: that of its cell, or what it publishes
     thread, warp, column, quarter = threads(WARPS)
     part = tl.program_id(0) % PARTS
     first_unit = tl.program_id(0) // PARTS * ROWS
@@ -473,11 +473,13 @@ def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, 
     steps, batch, _ = gates.shape
     exchanged = _rows_of_words(gates, steps, batch, 4)  # what W_hh^T is multiplied with
     dgates = None if r.gain_hh is None else torch.empty_like(gates)
+    of_parts = batch, plan.parts, r.c0.shape[1]
+    partials = r.c0.new_full(of_parts, SENTINEL, dtype=torch.int32) if plan.parts > 1 else None
     return exchanged if dgates is None else dgates, {
         "weights_ptr": transposed_gates(r.weight_hh, plan.parts),
         "words_ptr": exchanged.view(torch.int32).fill_(SENTINEL),
         "dgates_ptr": dgates,
-        "partials_ptr": r.c0.new_full((batch, plan.parts, r.c0.shape[1]), SENTINEL, dtype=torch.int32) if plan.parts > 1 else None,
+        "partials_ptr": partials,
         **_pairs(r, plan),
     }
 

@@ -7,7 +7,7 @@ kernel compiles without spills on the Triton and card at hand; the step family c
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from math import ceil
+from math import ceil, inf
 
 import torch
 
@@ -35,7 +35,7 @@ class Device:
     multiprocessors: int
     shared: int  # bytes of shared memory a block may have
     clock: float = 1.5e9  # Hz
-    memory: float = 1e12  # bytes a second
+    memory: float = inf  # bytes a second; where it is not known, it bounds nothing
 
 
 # Data sheets and CUDA C++ Programming Guide (shared memory a block: table of compute capabilities).
@@ -151,8 +151,8 @@ def _clocks_on_chip(problem: Problem, device: Device, plan: Plan, backward: bool
     count, products, shared = counts_of_turn(problem, plan, backward)
     turn: dict[str, float] = {
         "instructions or shared memory": max(ISSUE * count * share, 32 * plan.num_warps * shared / SHARED_BYTES),
-        "products": max(2 * plan.k * PRODUCT, products * product_clocks(device) * share),
-        "gates and cell": CELL[backward],
+        "products": max(min(2 * plan.k, products // 2) * PRODUCT, products * product_clocks(device) * share),
+        "gates and cell": CELL[backward and (plan.parts > 1 or plan.family is Family.RESIDENT)],
         "barriers": (9 if problem.normalised and plan.family is Family.RESIDENT else 1) * BARRIER,
     }
     if plan.family is Family.RESIDENT:
@@ -185,8 +185,12 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
         return instructions, products, shared
     rows = units * (plan.parts if backward else 4)  # of weights
     sums = ceil(rows / (4 * warps)) if backward else 4
-    instructions = (255 + 5 * units if backward else 210 + 1.5 * units) + 18 * plan.k
-    return instructions + 270 * problem.normalised, 2 * plan.k * rows // 16, rows + 4 * sums * warps
+    instructions = 18 * plan.k + 270 * problem.normalised
+    if backward:
+        instructions += 245 + 42 * sums if plan.parts > 1 else 211
+    else:
+        instructions += 210 + 1.5 * units
+    return instructions, 2 * plan.k * rows // 16, rows + 4 * sums * warps
 
 
 def product_clocks(device: Device) -> int:
