@@ -69,13 +69,16 @@ def step(monkeypatch, programs=3, yield_rate=0.05) -> None:
     _force(monkeypatch, plan, yield_rate)
 
 
-def cooperative(monkeypatch, units=4, groups=8, yield_rate=0.05, warps=2) -> None:
-    """Every launch is cooperative, with `units` units a program."""
+def cooperative(monkeypatch, units=4, groups=8, parts=4, yield_rate=0.05) -> None:
+    """Every launch is cooperative, with `units` units a program; backward, `parts` share the gates of a unit."""
+    warps = max(2, units // 4)
 
     def plan(problem, backward):
-        programs = 4 * -(-problem.hidden // (4 * units)) if backward else -(-problem.hidden // units)
-        tiles, chunks = -(-problem.batch // 8), -(-problem.hidden * problem.size // (64 * warps))
-        return Plan(Family.COOPERATIVE, 8, units, chunks, programs, min(groups, tiles), warps, 1, 0, "")
+        partners, gates = (parts, 4 // parts) if backward else (1, 1)
+        programs = partners * -(-problem.hidden // (partners * units))
+        tiles, words = -(-problem.batch // 8), gates * -(-problem.hidden * problem.size // 4)
+        chunks = -(-words // (16 * warps))
+        return Plan(Family.COOPERATIVE, 8, units, chunks, programs, min(groups, tiles), warps, 1, 0, "", parts=partners)
 
     _force(monkeypatch, plan, yield_rate)
 
@@ -155,11 +158,12 @@ def two_copies(monkeypatch) -> None:
     monkeypatch.setattr(torch_lstm, "modes", lambda x: SimpleNamespace(recording=Recording.WATCHED))
 
 
+PLAN = "units", "groups", "parts"
 KERNELS = {
     "torch": Kernels("torch"), "torch/two": Kernels("torch", two_copies), "reference": Kernels("reference"),
     "triton": Kernels("triton"),
     "step": Kernels("triton", step), "resident": Kernels("triton", resident),
-    **{f"cooperative/{units}/{groups}": Kernels("triton", partial(cooperative, units=units, groups=groups))
-       for units, groups in ((4, 1), (8, 1), (8, 2))},
+    **{f"cooperative/{'/'.join(map(str, plan))}": Kernels("triton", partial(cooperative, **dict(zip(PLAN, plan))))
+       for plan in ((4, 1, 4), (8, 1, 4), (8, 2, 4), (8, 1, 2), (16, 1, 1))},
     **{name: Kernels("cupy", partial(cuda, choose=choose)) for name, choose in CUPY_PLANS.items()},
 }  # fmt: skip

@@ -113,9 +113,9 @@ def parameters():  # of each kernel: the numbers that it takes, and those whose 
     }
 
 if __name__ == "__main__":
-    more = (4096, {}), (128, dict(ragged=True, peepholes=True))
-    more = [Case(problem_with(Problem(2, 16, hidden, torch.bfloat16), **kind), backward, DEVICES["h100"])
-            for hidden, kind in more for backward in (False, True)]
+    more = (16, 4096, {}), (4096, 128, {}), (4096, 128, dict(ragged=True, peepholes=True))
+    more = [Case(problem_with(Problem(2, batch, hidden, torch.bfloat16), **kind), backward, DEVICES["h100"])
+            for batch, hidden, kind in more for backward in (False, True)]
     wanted = *filter(wanted_step, step_cases()), *filter(wanted_sequence, sequence_cases())
     cases = [case for case in wanted if not QUICK or quick(case)] + more
     print(json.dumps(dict(
@@ -180,25 +180,26 @@ def test_the_step_kernels_do_load_weights_and_have_barriers_in_a_loop(rows):
     assert all(row["weight_loads"] and row["loop"]["barriers"] > 1 for row in of_step)
 
 
-# Of a pass of the time loop on an H100, in bf16 with B=16; of instructions, the most on any Triton from 3.4 on.
+# Of a pass of the time loop on an H100, in bf16; of instructions, the most on any Triton from 3.4 on.
+PLAIN, NORMED, MANY = "B=16 H=768", "B=16 H=768 layer norm", "B=4096 H=128"
 COUNTS = {
-    ("cooperative_forward", "768"): Loop(300, barriers=1, products=18, shared=176, loads=9, stores=9),
-    ("cooperative_backward", "768"): Loop(400, barriers=1, products=18, shared=112, loads=19, stores=9),
-    ("resident_forward", "128"): Loop(400, barriers=1, products=32, shared=72, loads=16, stores=24),
-    ("resident_backward", "128"): Loop(470, barriers=1, products=32, shared=288, loads=32, stores=16),
-    ("cooperative_forward", "768 layer norm"): Loop(600, barriers=1, products=18, shared=176, loads=15, stores=13),
-    ("cooperative_backward", "768 layer norm"): Loop(680, barriers=1, products=18, shared=112, loads=31, stores=18),
+    ("cooperative_forward", PLAIN): Loop(300, barriers=1, products=18, shared=176, loads=9, stores=9),
+    ("cooperative_backward", PLAIN): Loop(450, barriers=1, products=24, shared=48, loads=23, stores=6),
+    ("resident_forward", MANY): Loop(400, barriers=1, products=32, shared=72, loads=16, stores=24),
+    ("resident_backward", MANY): Loop(470, barriers=1, products=32, shared=288, loads=32, stores=16),
+    ("cooperative_forward", NORMED): Loop(600, barriers=1, products=18, shared=176, loads=15, stores=13),
+    ("cooperative_backward", NORMED): Loop(720, barriers=1, products=24, shared=48, loads=35, stores=15),
 }
 
 
-@pytest.mark.parametrize(("kernel", "hidden"), COUNTS)
-def test_the_counts_of_a_step(rows, kernel, hidden):
+@pytest.mark.parametrize(("kernel", "case"), COUNTS)
+def test_the_counts_of_a_step(rows, kernel, case):
     (row,) = (
         row for row in rows
-        if (row["kernel"], row["case"]) == (f"lstm_{kernel}_kernel", f"bfloat16 B=16 H={hidden}")
+        if (row["kernel"], row["case"]) == (f"lstm_{kernel}_kernel", f"bfloat16 {case}")
         and row["architecture"] == 90
     )  # fmt: skip
-    loop, expected = Loop(**row["loop"]), COUNTS[kernel, hidden]
+    loop, expected = Loop(**row["loop"]), COUNTS[kernel, case]
     assert loop.instructions <= expected.instructions
     assert dataclasses.replace(loop, instructions=expected.instructions) == expected
 

@@ -29,19 +29,19 @@ PROBLEMS = {  # of which one load takes four words of a row, two, and one
     "bf16 H=33 P=7": (3, 33, torch.bfloat16, 7),  # which only the step family takes
 }
 
-def compiled(family, name, card, backward):
+def compiled(family, name, card, backward, parts=1):
     norms = ("layer norm" in name,) * 3
     problem, device = Problem(2, *PROBLEMS[name])._replace(norms=norms), DEVICES[card]
     if family is step:
         plan = step.step_plan(problem, device, backward)
     else:
-        plan = next(cooperative.plans(problem, device, backward))
+        plan = next(plan for plan in cooperative.plans(problem, device, backward) if plan.parts == parts)
     (launch,) = recorded_launches(problem, Pass(backward), plan)
     arguments = [n for n, p in zip(launch.kernel.arg_names, launch.kernel.params)
                  if not p.is_constexpr and launch.arguments[n] is not None]
     words = {"load words": 4 * plan.k, "store words": 4 if backward else 1}  # of a thread
-    if backward:
-        words |= {"load partials": 4, "store partials": -(-plan.columns // plan.num_warps)}
+    if plan.parts > 1:
+        words |= {"load partials": parts, "store partials": -(-parts * plan.columns // (4 * plan.num_warps))}
     if problem.normalised:  # two numbers of each program, which 32 threads share
         programs = -(-problem.hidden // plan.columns)
         words |= {f"{access} pairs_{norm}": 2 * -(-programs // 32) if access == "load" else 1
@@ -50,9 +50,10 @@ def compiled(family, name, card, backward):
     return dict(name=f"{launch.kernel.__name__} {name} {card}", ptx=ptx, arguments=arguments, words=words)
 
 *held, last = PROBLEMS
-cases = [*zip(held, ("h100", "a100", "h100", "a100", "h100")), ("tf32 H=33 B=3", "h100")]
+forward = [*zip(held, ("h100", "a100", "h100", "a100", "h100")), ("tf32 H=33 B=3", "h100")]
+both = [(*case, *way) for case, parts in zip(forward, 2 * (1, 4, 2)) for way in ((False,), (True, parts))]
 print(json.dumps({
-    "cooperative": [compiled(cooperative, *case, backward) for case in cases for backward in (False, True)],
+    "cooperative": [compiled(cooperative, *case) for case in both],
     "step": [compiled(step, last, *one) for one in (("a100", False), ("h100", False), ("h100", True))],
 }))
 """
@@ -61,12 +62,7 @@ MARKS = {"mma.sync": "product", "bar.sync": "barrier", "POLL:": "poll", "bra POL
 WAIT = ["poll", "load words", "again", "product", "barrier"]
 HH, C = (["store pairs_" + norm, "poll", "load pairs_" + norm, "again"] for norm in ("hh", "c"))
 PARTIALS = ["store partials", "poll", "load partials", "again"]
-ORDERS = {  # by whether there are layer norms, and whether it is backward
-    (False, False): [*WAIT, "store words"],
-    (False, True): [*WAIT, *PARTIALS, "store words"],
-    (True, False): [*WAIT, *HH, *C, "store words"],
-    (True, True): [*WAIT, *PARTIALS, *C, *HH, "store words"],
-}
+NORMS = {False: [*HH, *C], True: [*C, *HH]}  # by whether it is backward
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +110,9 @@ def _of_words(kernel: dict) -> list[str]:
     accesses = [(kind, text) for kind, text in events if text]
     problems = [text for _, text in accesses if not re.fullmatch(r"(ld|st)\.relaxed\.gpu\.global(\.v[24])?\.b32", text)]
     order = [kind for kind, _ in groupby(kind for kind, _ in events)]
-    if order != ORDERS["layer norm" in kernel["name"], "backward" in kernel["name"]]:
+    partials = PARTIALS * ("load partials" in kernel["words"])
+    norms = NORMS["backward" in kernel["name"]] * ("layer norm" in kernel["name"])
+    if order != [*WAIT, *partials, *norms, "store words"]:
         problems.append(f"the order is {order}")
     if sum(kind == "barrier" for kind, _ in events) > 1:
         problems.append("more than one barrier a step")

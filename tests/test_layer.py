@@ -33,7 +33,7 @@ CELLS = ("plain", "reverse", "ragged resets", MIX, "no-bias ragged resets", "sta
 OF_HH, OF_C, OF_ALL = "norm-hh no-bias ragged states", "norm-c no-bias ragged resets reverse", f"{MOST} norms"
 NORMS = ("norms", OF_HH, OF_C, OF_ALL)
 LARGE = {"kept": (4, 17, 3, 33), "read": (3, 9, 3, 75)}  # more tiles, and more rows, than blocks of CUPY_PLANS
-FAMILIES = "step resident cooperative/4/1"
+FAMILIES = "step resident cooperative/4/1/4"
 
 
 class Row(NamedTuple):
@@ -85,22 +85,28 @@ TABLE = [
     Row("resident", F16, 1, ((5, 3, 3, 7), (5, 3, 3, 33, 12)), (MIX,)),
     Row("resident", F16, 1, ((3, 9, 3, 40),), ("plain",)),
     # And of programs that exchange words of one unit, or of two in half precision; programs forward, backward:
-    Row("cooperative/4/1", F32, 2, ((6, 3, 3, 8),), ("ragged", "resets")),  # 2, 4
-    Row("cooperative/8/2", F32, 1, ((3, 17, 3, 20),), (MIX,)),  # 3, 4; three batch tiles in two groups
-    Row("cooperative/4/1", F32, 1, ((3, 3, 3, 36),), ("plain",)),  # 9, 12
-    Row("cooperative/4/1", F32, 1, ((12, 2, 2, 6),), (MIX,)),  # 2, 4
-    Row("cooperative/8/1", F32, 1, ((4, 3, 3, 20, 7),), ("plain",)),  # 3, 4
-    Row("cooperative/8/1", F16, 1, ((4, 3, 3, 33), (4, 3, 3, 33, 12)), (MIX,)),  # 5, 8; half of a row's last word empty
-    Row("cooperative/4/1", F16, 1, ((3, 9, 3, 20),), ("plain",)),  # 5, 8; two batch tiles in one group
-    Row("cooperative/4/1", F16, 1, ((5, 3, 3, 20, 7),), ("ragged",)),
-    Row("cooperative/4/1", F32, 1, ((6, 3, 3, 11),), (OF_HH,)),  # 3, 4, of which one has no units
-    Row("cooperative/4/1", F16, 1, ((4, 9, 3, 20),), (OF_HH,)),
-    Row("cooperative/8/2", F32, 1, ((3, 17, 3, 20),), (OF_C,)),
-    Row("cooperative/8/1", F16, 1, ((4, 3, 3, 33),), (OF_C,)),
-    Row("cooperative/4/1", F32, 1, ((3, 2, 3, 36),), ("norms",)),  # more programs, 9, than threads of a row, 8
+    Row("cooperative/4/1/4", F32, 2, ((6, 3, 3, 8),), ("ragged", "resets")),  # 2, 4
+    Row("cooperative/8/2/4", F32, 1, ((3, 17, 3, 20),), (MIX,)),  # 3, 4; three batch tiles in two groups
+    Row("cooperative/4/1/4", F32, 1, ((3, 3, 3, 36),), ("plain",)),  # 9, 12
+    Row("cooperative/4/1/4", F32, 1, ((12, 2, 2, 6),), (MIX,)),  # 2, 4
+    Row("cooperative/8/1/4", F32, 1, ((4, 3, 3, 20, 7),), ("plain",)),  # 3, 4
+    Row("cooperative/8/1/4", F16, 1, ((4, 3, 3, 33), (4, 3, 3, 33, 12)), (MIX,)),  # 5, 8; a row ends in half a word
+    Row("cooperative/4/1/4", F16, 1, ((3, 9, 3, 20),), ("plain",)),  # 5, 8; two batch tiles in one group
+    Row("cooperative/4/1/4", F16, 1, ((5, 3, 3, 20, 7),), ("ragged",)),
+    Row("cooperative/4/1/4", F32, 1, ((6, 3, 3, 11),), (OF_HH,)),  # 3, 4, of which one has no units
+    Row("cooperative/4/1/4", F16, 1, ((4, 9, 3, 20),), (OF_HH,)),
+    Row("cooperative/8/2/4", F32, 1, ((3, 17, 3, 20),), (OF_C,)),
+    Row("cooperative/8/1/4", F16, 1, ((4, 3, 3, 33),), (OF_C,)),
+    # Backward in one piece, and by two programs that share gates; programs forward, backward:
+    Row("cooperative/16/1/1", F16, 1, ((4, 3, 3, 33), (3, 9, 3, 20)), (MIX,)),  # 3, 3 and 2, 2
+    Row("cooperative/16/1/1", F32, 1, ((5, 3, 3, 20),), ("plain", OF_HH)),
+    Row("cooperative/16/1/1", F32, 1, ((4, 9, 3, 36),), (OF_C,)),
+    Row("cooperative/8/1/2", F16, 1, ((4, 9, 3, 33),), (MIX,)),  # 5, 6
+    Row("cooperative/8/1/2", F32, 1, ((4, 3, 3, 20),), (OF_ALL,)),  # 3, 4
+    Row("cooperative/4/1/4", F32, 1, ((3, 2, 3, 36),), ("norms",)),  # more programs, 9, than threads of a row, 8
     # What torch's LSTM has not, in every family
-    Row("resident cooperative/4/1", F16, 1, ((5, 3, 3, 11),), ("ragged states reverse masks", f"{MOST} expected")),
-    Row("resident cooperative/4/1", F32, 1, ((5, 3, 3, 11),), both([MOST])),
+    Row("resident cooperative/4/1/4", F16, 1, ((5, 3, 3, 11),), ("ragged states reverse masks", f"{MOST} expected")),
+    Row("resident cooperative/4/1/4 cooperative/16/1/1", F32, 1, ((5, 3, 3, 11),), both([MOST])),
     Row(FAMILIES, F16, 1, ((5, 3, 3, 11),), ("states", OF_ALL)),
     Row(FAMILIES, F32, 1, ((5, 3, 3, 11),), (MOST,)),
     Row(FAMILIES, F16, 1, ((5, 3, 3, 11, 5),), ("peepholes",)),

@@ -25,7 +25,7 @@ from .planning import INTERPRETER, Device, Family, Plan, device_of, expected, pl
 MOST = 3  # plans that a first call compiles, before it runs that of the step family
 SLOW_S = 2.0  # after which a log line says what is going on
 KIND = "plans"  # of cached results
-FORMAT = 5  # raised whenever a field of Plan or of the key changes its name or meaning
+FORMAT = 6  # raised whenever a field of Plan or of the key changes its name or meaning
 
 FAMILIES: dict[Family, ModuleType] = {
     Family.RESIDENT: resident,

@@ -7,11 +7,11 @@ be resident at once.
 
 forward    A program holds the four gates' rows of its units, [4 UNITS, H]. It publishes h of its units.
 
-backward   dh of a unit needs dgates of all units, four times as wide as h, so the product is split by gate: the group
-           falls into quartets, four programs that own 4 UNITS units together. Program g of a quartet holds W_hh^T of
-           gate g for all units of the quartet, [4 UNITS, H], reads only the dgates of gate g, and publishes its
-           partial sums in a second, small exchange; each then adds up the four for its own units, in the same order
-           every time.
+backward   dh of a unit needs dgates of all units, four times as wide as h. PARTS programs, 1, 2 or 4, are partners and
+           own PARTS UNITS units together. Each holds W_hh^T of 4 / PARTS gates for all of these units,
+           [PARTS UNITS, 4 / PARTS H], and reads only the dgates of these gates. With PARTS = 1 the product is dh.
+           With more each publishes its partial sums in a second, small exchange, and adds up those of all partners
+           for its own units, in the same order every time: W_hh of more units fits, and a step is longer.
 
 Kernels are written thread by thread (fragments.py). A thread has two places in a batch tile of 8 sequences: in the
 product its column is a sequence, and K is split over the warps; afterwards it owns a cell, one unit of one sequence.
@@ -270,19 +270,20 @@ def lstm_cooperative_backward_kernel(
     dh_ptr, dh_n_ptr,
     gates_ptr,  # [T*B, 4H] activated
     c_ptr, c0_ptr,
-    weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
+    weights_ptr,  # [PARTS, H, 4 / PARTS * W] int32: W_hh^T of each part's gates
     peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
     words_ptr,  # [T*B, 4, W] int32: dgates, or their gradient through the norm of W_hh h; sentinels beforehand
     dgates_ptr,  # [T*B, 4H] out; None without that norm, where they are the words
     pairs_hh_ptr,  # see `exchange_pairs`, with a layer norm of W_hh h; or None
     pairs_c_ptr,  # the same, of c; or None
-    partials_ptr,  # [B, 4, H] int32: float32 words, the second exchange; their last bits are one beforehand
+    partials_ptr,  # [B, PARTS, H] int32: float32 words whose last bits are one beforehand; None if PARTS is 1
     dh_total_ptr,
     dc_ptr,  # [B, H] float32, gradient of c_n, made that of c before every step
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, H] float32 zeros, made the gradient of h before every step through zoneout; or None
     dreset_h_ptr, reset_c_ptr, dreset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
     REVERSE: tl.constexpr, POLL_LIMIT: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """All steps, from the last to the first, of the units of a program; grid (programs of a group, groups)."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
@@ -290,25 +291,28 @@ def lstm_cooperative_backward_kernel(
     DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
     PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     W: tl.constexpr = (H + PER - 1) // PER
-    TOGETHER: tl.constexpr = 4 if W % 4 == 0 else 2 if W % 2 == 0 else 1
-    TILES: tl.constexpr = UNITS // 4  # of 16 rows: one gate of 4 UNITS units
+    K: tl.constexpr = 4 // PARTS * W  # words of dgates that the program multiplies
+    TOGETHER: tl.constexpr = 4 if K % 4 == 0 else 2 if K % 2 == 0 else 1
+    ROWS: tl.constexpr = PARTS * UNITS  # of W_hh^T: the units of all partners
+    TILES: tl.constexpr = ROWS // 16  # of 16 rows
     STRIDE: tl.constexpr = 16 * WARPS  # words from one chunk of a warp to its next
-    SUMS: tl.constexpr = (UNITS + WARPS - 1) // WARPS  # of the quartet's 4 UNITS x 8, that a thread publishes
     ROW: tl.constexpr = 4 * WARPS if NORM_HH or NORM_C else UNITS  # threads for the cells of a sequence
+    SUM_ROW: tl.constexpr = ROW if PARTS == 1 else ROWS  # threads, or turns of threads, for the sums of a sequence
+    SUMS: tl.constexpr = (SUM_ROW + 4 * WARPS - 1) // (4 * WARPS)  # of a thread: that of its cell, or what it publishes
     thread, warp, column, quarter = threads(WARPS)
-    gate = tl.program_id(0) % 4
-    quartet_unit = tl.program_id(0) // 4 * (4 * UNITS)
+    part = tl.program_id(0) % PARTS
+    first_unit = tl.program_id(0) // PARTS * ROWS
     first_word = warp * 16 + quarter * 4
 
-    # W_hh^T of the program's gate for its quartet's units, once.
+    # W_hh^T of the part's gates for the units of all partners, once.
     rows = ()
     for n in tl.static_range(2 * TILES):
-        unit = quartet_unit + 8 * n + column
-        rows = rows + (tl.where(unit < H, gate * H + unit, -1),)
-    weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, CHUNKS, TILES)
+        unit = first_unit + 8 * n + column
+        rows = rows + (tl.where(unit < H, part * H + unit, -1),)
+    weights = load_weights(weights_ptr, rows, first_word, K, STRIDE, CHUNKS, TILES)
 
-    # The thread's cell, the word of dgates that it publishes, and the partial sums.
-    unit = quartet_unit + gate * UNITS + thread % ROW
+    # The thread's cell, the word of dgates that it publishes, and its sums.
+    unit = first_unit + part * UNITS + thread % ROW
     sequence = thread // ROW
     of_cell = (sequence < SEQUENCES) & (thread % ROW < UNITS)
     is_cell = of_cell & (unit < H)
@@ -316,8 +320,8 @@ def lstm_cooperative_backward_kernel(
     sequence %= SEQUENCES
     sum_rows, sum_sequences = (), ()
     for n in tl.static_range(SUMS):
-        sum_rows = sum_rows + ((thread + n * 32 * WARPS) % (4 * UNITS),)
-        sum_sequences = sum_sequences + ((thread + n * 32 * WARPS) // (4 * UNITS) % SEQUENCES,)
+        sum_rows = sum_rows + ((thread + n * 32 * WARPS) % SUM_ROW % ROWS,)
+        sum_sequences = sum_sequences + ((thread + n * 32 * WARPS) // SUM_ROW % SEQUENCES,)
 
     peepholes = indexing.load_peepholes(peephole_ptr, unit, H)
     if NORM_HH:
@@ -346,30 +350,31 @@ def lstm_cooperative_backward_kernel(
         )
         _, _, _, next_continues = indexing.position(step + 1, batch, in_batch, length, resets_ptr, B, REVERSE)
 
-        # Product: this gate's part of dh for the quartet's units. A program waits for words of padding and after resets
-        # as well, so that none publishes partial sums over others that are still waited for.
+        # Product: dh of the partners' units, as far as it comes from the part's gates. A program waits for words of
+        # padding and after resets as well, so that none publishes partial sums, or numbers of a layer norm, over others
+        # that are still waited for.
         of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
         row_next = indexing.row_of(indexing.time_of(step + 1, length, REVERSE), of_column, B)
-        dgates_at = words_ptr + row_next * (4 * W) + gate * W + first_word
-        left = tl.where(in_column & (step < T - 1), W - first_word, 0)
+        dgates_at = words_ptr + row_next * (4 * W) + part * K + first_word
+        left = tl.where(in_column & (step < T - 1), K - first_word, 0)
         dz = collect(dgates_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, POLL_LIMIT)
         parts = product(weights, dz, DTYPE, CHUNKS, TILES, WARPS)
-        partials = sum_over_warps(parts, sum_rows, sum_sequences, thread < 32 * UNITS, turn % 2, SUMS, TILES, WARPS)
-
-        # Publish it, and add up the quartet's four parts for the thread's cell.
+        has_sums = thread < SEQUENCES * SUM_ROW
+        sums = sum_over_warps(parts, sum_rows, sum_sequences, has_sums, turn % 2, SUMS, TILES, WARPS)
         phase = (T - 1 - step) % 2
-        for n in tl.static_range(SUMS):
-            to = tile * SEQUENCES + sum_sequences[n]
-            wanted = (thread + n * 32 * WARPS < 32 * UNITS) & (quartet_unit + sum_rows[n] < H) & (to < B)
-            to_at = partials_ptr + (to.to(tl.int64) * 4 + gate) * H + quartet_unit + sum_rows[n]
-            publish(to_at, in_phase(pack(partials[n], tl.float32), phase), wanted)
-        parts_at = partials_ptr + batch.to(tl.int64) * (4 * H) + unit
-        left = tl.where(in_tile, 4 * H, 0)  # at every step: no phase is left out
-        p_i, p_f, p_g, p_o = collect(parts_at, left, phase, error_ptr, step, 4, 1, H, 1, True, POLL_LIMIT)
-        dh_next = (
-            (p_i.to(tl.float32, bitcast=True) + p_f.to(tl.float32, bitcast=True))
-            + (p_g.to(tl.float32, bitcast=True) + p_o.to(tl.float32, bitcast=True))
-        )  # fmt: skip
+        dh_next = sums[0]
+        if PARTS > 1:  # publish them, and add up all parts for the thread's cell
+            for n in tl.static_range(SUMS):
+                to, sum_unit = tile * SEQUENCES + sum_sequences[n], first_unit + sum_rows[n]
+                wanted = (thread + n * 32 * WARPS < SEQUENCES * ROWS) & (sum_unit < H) & (to < B)
+                to_at = partials_ptr + (to.to(tl.int64) * PARTS + part) * H + sum_unit
+                publish(to_at, in_phase(pack(sums[n], tl.float32), phase), wanted)
+            parts_at = partials_ptr + batch.to(tl.int64) * (PARTS * H) + unit
+            left = tl.where(in_tile, PARTS * H, 0)  # at every step: no phase is left out
+            words = collect(parts_at, left, phase, error_ptr, step, PARTS, 1, H, 1, True, POLL_LIMIT)
+            dh_next = words[0].to(tl.float32, bitcast=True)
+            for n in tl.static_range(1, PARTS):
+                dh_next += words[n].to(tl.float32, bitcast=True)
         dh_next = tl.where(next_continues, dh_next, 0.0)
         if dropout_h_ptr is not None:
             dh_next *= tl.load(dropout_h_ptr + state_at, mask=valid, other=0.0).to(tl.float32)
@@ -417,26 +422,27 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
     in_the_loop = problem.projected and problem.regularised  # see kernels/projection.py
     if in_the_loop or problem.batch == 0 or problem.exact_float32:
         return
-    words = ceil(problem.hidden * problem.size / 4)
-    warps = 8 if words > 64 else 4
-    chunks = ceil(words / (16 * warps))
     candidates = []
-    for units in range(4, 4 * warps, 4):
-        # Forward a program holds four gates of its units; backward one gate for the units of its quartet.
-        programs = 4 * ceil(problem.hidden / (4 * units)) if backward else ceil(problem.hidden / units)
-        registers = (2 * units + 4) * chunks + units  # of a thread: weights, words, sums
-        tiles = ceil(problem.batch / 8)
-        groups = min(tiles, device.multiprocessors // (programs * problem.side_by_side))
-        shared = 2 * warps * 4 * units * 8 * 4  # twice the sums of all warps
-        if groups and registers <= MOST_REGISTERS and shared <= STATIC_SHARED:
-            what = ("dgates" if backward else "h") + ", and sums for layer norms" * problem.normalised
-            why = f"{programs} programs hold W_hh in registers, {2 * units * chunks} a thread, and exchange {what}"
-            candidates.append(
-                Plan(
-                    Family.COOPERATIVE, 8, units, chunks, programs, groups, warps, 1, shared, why,
-                    walks=ceil(tiles / groups), side_by_side=problem.side_by_side,
-                )
-            )  # fmt: skip
+    for parts in (1, 2, 4) if backward else (1,):
+        words = ceil(problem.hidden * problem.size / 4) * (4 // parts if backward else 1)
+        warps = 8 if words > 64 else 4
+        chunks = ceil(words / (16 * warps))
+        for units in range(4, 4 * warps + 1, 4):
+            rows = units * (parts if backward else 4)  # of weights; see the top of this file
+            programs = parts * ceil(problem.hidden / (parts * units))
+            registers = (rows // 2 + 4) * chunks + rows // 4  # of a thread: weights, words, sums
+            tiles = ceil(problem.batch / 8)
+            groups = min(tiles, device.multiprocessors // (programs * problem.side_by_side))
+            shared = 2 * warps * rows * 8 * 4  # twice the sums of all warps
+            if rows % 16 == 0 and groups and registers <= MOST_REGISTERS and shared <= STATIC_SHARED:
+                what = ("dgates" if backward else "h") + ", and sums for layer norms" * problem.normalised
+                why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange {what}"
+                candidates.append(
+                    Plan(
+                        Family.COOPERATIVE, 8, units, chunks, programs, groups, warps, 1, shared, why,
+                        walks=ceil(tiles / groups), side_by_side=problem.side_by_side, parts=parts,
+                    )
+                )  # fmt: skip
     yield from sorted(candidates, key=lambda plan: expected(problem, device, plan, backward).seconds)
 
 
@@ -467,11 +473,13 @@ def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, 
     steps, batch, _ = gates.shape
     exchanged = _rows_of_words(gates, steps, batch, 4)  # what W_hh^T is multiplied with
     dgates = None if r.gain_hh is None else torch.empty_like(gates)
+    of_parts = batch, plan.parts, r.c0.shape[1]
+    partials = r.c0.new_full(of_parts, SENTINEL, dtype=torch.int32) if plan.parts > 1 else None
     return exchanged if dgates is None else dgates, {
-        "weights_ptr": transposed_gates(r.weight_hh),
+        "weights_ptr": transposed_gates(r.weight_hh, plan.parts),
         "words_ptr": exchanged.view(torch.int32).fill_(SENTINEL),
         "dgates_ptr": dgates,
-        "partials_ptr": torch.full_like(gates[0], SENTINEL, dtype=torch.int32),
+        "partials_ptr": partials,
         **_pairs(r, plan),
     }
 

@@ -215,17 +215,20 @@ def products(chunks: int, tiles: int, dtype: tl.dtype) -> str:
         tl.float32: "m16n8k8.row.col.f32.tf32.tf32.f32",
     }[dtype]
     a0, b0 = 4 * tiles, 4 * tiles + 8 * tiles * chunks
-    zero = "0f00000000"
-    lines = []
+    zeros = ", ".join(["0f00000000"] * 4)
+    chains = 1 if tiles > 1 else 2  # of one tile's products every other one has sums of its own, and need not wait
+    lines = [".reg .f32 odd<4>;"]
     for n in range(2 * chunks):  # two products a quad
         for tile in range(tiles):  # which do not wait for each other
-            d, a, b = 4 * tile, a0 + (n // 2 * tiles + tile) * 8 + n % 2 * 4, b0 + 2 * n
-            before = f"${d}, ${d + 1}, ${d + 2}, ${d + 3}" if n else f"{zero}, {zero}, {zero}, {zero}"
+            a, b = a0 + (n // 2 * tiles + tile) * 8 + n % 2 * 4, b0 + 2 * n
+            d = ", ".join(f"odd{i}" if n % chains else f"${4 * tile + i}" for i in range(4))
             lines.append(
-                f"mma.sync.aligned.{kind} {{${d}, ${d + 1}, ${d + 2}, ${d + 3}}}, "
-                f"{{${a}, ${a + 1}, ${a + 2}, ${a + 3}}}, {{${b}, ${b + 1}}}, {{{before}}};"
+                f"mma.sync.aligned.{kind} {{{d}}}, {{${a}, ${a + 1}, ${a + 2}, ${a + 3}}}, {{${b}, ${b + 1}}}, "
+                f"{{{zeros if n < chains else d}}};"
             )
-    return "\n".join(lines)
+    if chains == 2:
+        lines += [f"add.f32 ${i}, ${i}, odd{i};" for i in range(4)]
+    return "\n".join(["{", *lines, "}"])
 
 
 @constexpr_function

@@ -7,7 +7,7 @@ kernel compiles without spills on the Triton and card at hand; that of the step 
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from math import ceil
+from math import ceil, inf
 from typing import Any, get_type_hints
 
 import torch
@@ -36,7 +36,7 @@ class Device:
     multiprocessors: int
     shared: int  # bytes of shared memory a block may have
     clock: float = 1.5e9  # Hz
-    memory: float = 1e12  # bytes a second
+    memory: float = inf  # bytes a second; where it is not known, it bounds nothing
 
 
 # Data sheets and CUDA C++ Programming Guide (shared memory a block: table of compute capabilities).
@@ -68,6 +68,7 @@ class Plan:
     why: str
     walks: int = 1  # batch tiles of a group, processed one after another at every step
     side_by_side: int = 1  # launches of this plan that fit the card at once
+    parts: int = 1  # of cooperative programs, backward: how many share the gates of a unit
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -186,7 +187,8 @@ def _resident_clocks(problem: Problem, device: Device, plan: Plan, backward: boo
 def _cooperative_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
     """A program processes its batch tiles one after another."""
     count, products, shared = _on_chip(problem, device, plan, backward)
-    words = l2_clocks(plan.rows * problem.hidden * problem.size, device, plan)
+    gates = 4 // plan.parts if backward else 1
+    words = l2_clocks(gates * plan.rows * problem.hidden * problem.size, device, plan)
     turn: dict[str, float] = {
         "instructions, shared memory, or words from L2": max(count, shared, words),
         "products": products,
@@ -195,7 +197,7 @@ def _cooperative_clocks(problem: Problem, device: Device, plan: Plan, backward: 
         # Of one batch tile. With more the words are there, but gates from memory, and words from L2, take as long.
         "exchange": EXCHANGE,
     }
-    if backward:
+    if backward and plan.parts > 1:
         turn["exchange of partial sums"] = PARTIAL_SUMS
     if problem.normalised:  # of W_hh h and of c, whose sums over all units nothing hides
         turn["exchanges of layer norms"] = 2 * (EXCHANGE + (2 if backward else 3) * SHUFFLES)
@@ -206,7 +208,7 @@ def _on_chip(problem: Problem, device: Device, plan: Plan, backward: bool) -> tu
     """Clocks of a turn of families that hold W_hh: its instructions, products, and shared memory."""
     share = plan.num_warps / 4  # warps of each of a multiprocessor's four schedulers
     count, products, shared = counts_of_turn(problem, plan, backward)
-    of_products = max(2 * plan.k * PRODUCT, products * product_clocks(device) * share)
+    of_products = max(min(2 * plan.k, products // 2) * PRODUCT, products * product_clocks(device) * share)
     return ISSUE * count * share, of_products, 32 * plan.num_warps * shared / SHARED_BYTES
 
 
@@ -224,9 +226,14 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
         if problem.normalised:  # eight sums over the block, of a word written and read each
             instructions, shared = instructions + (400 if backward else 170), shared + 8 * 8
         return instructions, products, shared
-    sums = ceil(units / warps) if backward else 4
-    instructions = (255 + 5 * units if backward else 210 + 1.5 * units) + 18 * plan.k
-    return instructions + 270 * problem.normalised, 2 * plan.k * units // 4, 4 * units + 4 * sums * warps
+    rows = units * (plan.parts if backward else 4)  # of weights
+    sums = ceil(rows / (4 * warps)) if backward else 4
+    instructions = 18 * plan.k + 270 * problem.normalised
+    if backward:
+        instructions += 245 + 42 * sums if plan.parts > 1 else 211
+    else:
+        instructions += 210 + 1.5 * units
+    return instructions, 2 * plan.k * rows // 16, rows + 4 * sums * warps
 
 
 def product_clocks(device: Device) -> int:
