@@ -37,7 +37,7 @@ from ..operands import as_words, transposed_gates
 from ..problem import Problem, Recurrence
 from . import indexing
 from .cell import cell_forward, gates_backward, normed_output_backward, output, output_backward
-from .exchange import collect, in_phase, pack, publish
+from .exchange import collect, in_phase, look, pack, publish
 from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
 from .norm import (
     EPS,
@@ -153,6 +153,22 @@ def means_of_group(
     return sum_of_row(d, WARPS) / (GATES * H), sum_of_row(d_unit, WARPS) / (GATES * H)
 
 
+@triton.jit
+def h_of_column(
+    step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W: tl.constexpr, REVERSE: tl.constexpr, WARPS: tl.constexpr,
+    EVERY: tl.constexpr,
+):  # fmt: skip
+    _, warp, column, quarter = threads(WARPS)
+    first_word = warp * 16 + quarter * 4
+    of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
+    _, _, _, from_h = indexing.position(step, of_column, in_column, length, resets_ptr, B, REVERSE)
+    h_at = words_ptr + indexing.row_in_h_then_h0(step - 1, length, of_column, T, B, REVERSE) * W + first_word
+    # With layer norms a program waits for words of padding and before resets, too, so that none publishes numbers
+    # over others that are still waited for.
+    left = tl.where(in_column if EVERY else from_h, W - first_word, 0)
+    return h_at, left, of_column, from_h
+
+
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_cooperative_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
@@ -169,7 +185,7 @@ def lstm_cooperative_forward_kernel(
     dropout_h_ptr,  # [B, W] int32: factors of h, or None
     zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
     REVERSE: tl.constexpr, SAVE: tl.constexpr, POLL_LIMIT: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr,
-    WARPS: tl.constexpr,
+    WARPS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """All steps of the units of a program; grid (programs of a group, groups)."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
@@ -184,6 +200,7 @@ def lstm_cooperative_forward_kernel(
     thread, warp, column, quarter = threads(WARPS)
     first_unit = tl.program_id(0) * UNITS
     first_word = warp * 16 + quarter * 4
+    EVERY: tl.constexpr = NORM_HH or NORM_C
 
     # The rows of W_hh that belong to the program's units, once: row number r is gate r // UNITS of unit r % UNITS.
     rows = ()
@@ -211,23 +228,29 @@ def lstm_cooperative_forward_kernel(
         gain_c, bias_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H)
 
     step, tile = 0, tl.program_id(1)
+    words = ()
+    if AHEAD:
+        h_before = h_of_column(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, EVERY)
+        words = look(h_before[0], h_before[1], CHUNKS, 4, STRIDE, TOGETHER)
     for turn in range(T * tiles_of_group(B)):
         # Load, before waiting: it arrives meanwhile.
         batch, in_batch, length = indexing.sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
         _, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
         cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
         at, gates_at, state_at, in_tile, valid, continues, reset = cells
-        x = indexing.load_gates(gates_ptr, gates_at, valid, H)
+        if AHEAD:
+            x = ()
+            for n in tl.static_range(4):
+                x = x + (tl.load(gates_ptr + gates_at + n * H, mask=valid, other=0.0),)
+        else:
+            x = indexing.load_gates(gates_ptr, gates_at, valid, H)
         c_prev = indexing.load_state(c0_ptr if step == 0 else c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
-        of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
-        _, _, _, from_h = indexing.position(step, of_column, in_column, length, resets_ptr, B, REVERSE)
-        h_at = words_ptr + indexing.row_in_h_then_h0(step - 1, length, of_column, T, B, REVERSE) * W + first_word
-        # With layer norms a program waits for words of padding and before resets, too, so that none publishes numbers
-        # over others that are still waited for.
-        left = tl.where(in_column if NORM_HH or NORM_C else from_h, W - first_word, 0)
-        h_prev = collect(h_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, POLL_LIMIT)
+        if not AHEAD:
+            h_before = h_of_column(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, EVERY)
+        h_at, left, of_column, from_h = h_before
+        h_prev = collect(h_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, POLL_LIMIT, words)
         if NORM_HH or NORM_C:
             collected, h_prev = h_prev, ()
             for n in tl.static_range(4 * CHUNKS):
@@ -236,6 +259,13 @@ def lstm_cooperative_forward_kernel(
             h_prev = scale(h_prev, dropout_h_ptr + of_column.to(tl.int64) * W + first_word, left, CHUNKS, STRIDE, DTYPE)
         parts = product(weights, h_prev, DTYPE, CHUNKS, TILES, WARPS)
         z = sum_over_warps(parts, z_rows, z_sequences, of_cell, turn % 2, 4, TILES, WARPS)
+
+        if AHEAD:
+            next_step, next_tile = next_turn(step, tile, 1, B)
+            h_before = h_of_column(
+                next_step, next_tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, EVERY
+            )
+            words = look(h_before[0], h_before[1], CHUNKS, 4, STRIDE, TOGETHER)
 
         # Gates and cell.
         exchanged = (batch, in_batch, step % 2, error_ptr, step)
@@ -248,9 +278,9 @@ def lstm_cooperative_forward_kernel(
             h = output(gates[3], normalise(c, mean, scale_c, gain_c, bias_c))
         c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
         if zoneout_h_ptr is not None:
-            h_before_ptr = h0_ptr if step == 0 else h_n_ptr
-            h_before = indexing.load_state(h_before_ptr, state_at, continues, reset_h_ptr, at, reset)
-            h = indexing.zoneout(zoneout_h_ptr, at, valid, h_before, h)
+            h_prev_ptr = h0_ptr if step == 0 else h_n_ptr
+            h_old = indexing.load_state(h_prev_ptr, state_at, continues, reset_h_ptr, at, reset)
+            h = indexing.zoneout(zoneout_h_ptr, at, valid, h_old, h)
 
         # Publish first: the others wait for it. Padding gets zeros.
         h = tl.where(valid, h, 0.0)
