@@ -232,7 +232,7 @@ def lstm_cooperative_forward_kernel(
         gain_c, bias_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H)
 
     step, tile = 0, tl.program_id(1)
-    seen = ()
+    seen = None
     if AHEAD:
         words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, H, PER, REVERSE, WARPS, PADDING)
         seen = look(words[0], words[1], CHUNKS, 4, STRIDE, TOGETHER)

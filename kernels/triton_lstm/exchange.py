@@ -107,7 +107,7 @@ def collect(
     STRIDE: tl.constexpr,  # words from one group to the next
     TOGETHER: tl.constexpr,  # 1, 2 or 4: neighbours of one load; they lie at a multiple of as many words
     PHASED: tl.constexpr, POLL_LIMIT: tl.constexpr,
-    seen=(),  # what `look` returned for the same place, instead of a first poll
+    seen=None,  # what `look` returned for the same place, instead of a first poll
 ):  # fmt: skip
     """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32. Others are zero.
 
@@ -115,7 +115,7 @@ def collect(
     for itself, without a barrier: see `polling_loop`. The interpreter loops over all.
     """
     COUNT: tl.constexpr = GROUPS * SIZE
-    SEEN: tl.constexpr = len(seen)
+    SEEN: tl.constexpr = 0 if seen is None else COUNT
     if INTERPRETED:
         words = seen if SEEN else load_volatile(at, left, GROUPS, SIZE, STRIDE)
         polls = 0
@@ -127,10 +127,11 @@ def collect(
         missing = count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED)
         tl.store(error_ptr, step + 1, mask=missing > 0)
     else:
+        given = (at, left, phase, error_ptr, step + 1)
         words = tl.inline_asm_elementwise(
             polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, POLL_LIMIT, SEEN > 0),
             operands("=&r", COUNT, "l", 1, "r", 2, "l", 1, "r", 1 + SEEN),
-            (at, left, phase, error_ptr, step + 1) + seen, dtype=types(tl.int32, COUNT), is_pure=False, pack=1,
+            given + seen if SEEN else given, dtype=types(tl.int32, COUNT), is_pure=False, pack=1,
         )  # fmt: skip
     return words
 
@@ -171,22 +172,16 @@ def count_missing(
 
 
 @constexpr_function
-def load(first: int, together: int, at: str) -> str:
-    """PTX that loads neighbouring words into the operands from `first` on."""
-    words = ", ".join(f"${first + i}" for i in range(together))
-    return f"ld.relaxed.gpu.global.{f'v{together}.b32 {{{words}}}' if together > 1 else f'b32 {words}'}, [{at}];"
-
-
-@constexpr_function
 def first_loads(groups: int, size: int, stride: int, together: int) -> str:
     """PTX of `look`: the words, the place of the first, how many are left."""
     count = groups * size
     lines = [".reg .pred there;"]
     for n in range(0, count, together):
-        offset = n // size * stride + n % size
-        lines += [f"mov.b32 ${n + i}, 0;" for i in range(together)]
-        lines += [f"setp.gt.s32 there, ${count + 1}, {offset};"]
-        lines += [f"@there {load(n, together, f'${count} + {4 * offset}')}"]
+        offset, words = n // size * stride + n % size, [f"${n + i}" for i in range(together)]
+        into = f"v{together}.b32 {{{', '.join(words)}}}" if together > 1 else f"b32 {words[0]}"
+        lines += [f"mov.b32 {word}, 0;" for word in words]
+        lines.append(f"setp.gt.s32 there, ${count + 1}, {offset};")
+        lines.append(f"@there ld.relaxed.gpu.global.{into}, [${count} + {4 * offset}];")
     return "\n".join(["{", *lines, "}"])
 
 
@@ -210,7 +205,10 @@ def polling_loop(groups: int, size: int, stride: int, together: int, phased: boo
         lines.append(f"setp.gt.s32 missing{n}, {left}, {offset[n]};")
         lines += [f"mov.b32 ${n + i}, {f'${count + 5 + n + i}' if seen else 0};" for i in range(together)]
     lines += ["bra SEEN;"] * seen + ["POLL:"]
-    lines += [f"@missing{n} {load(n, together, f'{at} + {4 * offset[n]}')}" for n in firsts]
+    for n in firsts:
+        words = ", ".join(f"${n + i}" for i in range(together))
+        into = f"v{together}.b32 {{{words}}}" if together > 1 else f"b32 {words}"
+        lines.append(f"@missing{n} ld.relaxed.gpu.global.{into}, [{at} + {4 * offset[n]}];")
     lines += ["SEEN:"] * seen
     lines.append("setp.ne.u32 any, polls, polls;")
     for n in firsts:
