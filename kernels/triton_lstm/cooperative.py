@@ -155,15 +155,13 @@ def means_of_group(
 
 @triton.jit
 def h_before(
-    step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, H: tl.constexpr, PER: tl.constexpr, REVERSE: tl.constexpr,
-    WARPS: tl.constexpr,
+    step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W: tl.constexpr, REVERSE: tl.constexpr, WARPS: tl.constexpr,
     PADDING: tl.constexpr,  # whether words of padding and before resets are waited for, too
 ):  # fmt: skip
     """Of the h that a turn starts from, for the thread's column: (where its words are, how many are left from there,
     its sequence, whether it is h and not a state to reset to), each [THREADS]."""
     _, warp, column, quarter = threads(WARPS)
     first_word = warp * 16 + quarter * 4
-    W: tl.constexpr = (H + PER - 1) // PER
     batch, in_batch, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
     _, _, _, from_h = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
     at = words_ptr + indexing.row_in_h_then_h0(step - 1, length, batch, T, B, REVERSE) * W + first_word
@@ -187,7 +185,7 @@ def lstm_cooperative_forward_kernel(
     zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
     REVERSE: tl.constexpr, SAVE: tl.constexpr, POLL_LIMIT: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr,
     WARPS: tl.constexpr,
-    AHEAD: tl.constexpr,  # whether groups have several batch tiles, so that words of the next turn may be there early
+    AHEAD: tl.constexpr,  # whether groups have several batch tiles
 ):  # fmt: skip
     """All steps of the units of a program; grid (programs of a group, groups)."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
@@ -234,7 +232,7 @@ def lstm_cooperative_forward_kernel(
     step, tile = 0, tl.program_id(1)
     seen = None
     if AHEAD:
-        words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, H, PER, REVERSE, WARPS, PADDING)
+        words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
         seen = look(words[0], words[1], CHUNKS, 4, STRIDE, TOGETHER)
     for turn in range(T * tiles_of_group(B)):
         # Load, before waiting: it arrives meanwhile.
@@ -248,7 +246,7 @@ def lstm_cooperative_forward_kernel(
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
         if not AHEAD:
-            words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, H, PER, REVERSE, WARPS, PADDING)
+            words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
         words_at, left, of_column, from_h = words
         h_prev = collect(words_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, POLL_LIMIT, seen)
         if PADDING:
@@ -263,9 +261,7 @@ def lstm_cooperative_forward_kernel(
         # The words of the next turn arrive while the cell of this one is computed.
         next_step, next_tile = next_turn(step, tile, 1, B)
         if AHEAD:
-            words = h_before(
-                next_step, next_tile, words_ptr, lengths_ptr, resets_ptr, T, B, H, PER, REVERSE, WARPS, PADDING
-            )
+            words = h_before(next_step, next_tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
             seen = look(words[0], words[1], CHUNKS, 4, STRIDE, TOGETHER)
 
         # Gates and cell.

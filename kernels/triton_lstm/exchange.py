@@ -174,8 +174,7 @@ def count_missing(
 @constexpr_function
 def first_loads(groups: int, size: int, stride: int, together: int) -> str:
     """PTX of `look`: the words, the place of the first, how many are left."""
-    count = groups * size
-    lines = [".reg .pred there;"]
+    count, lines = groups * size, [".reg .pred there;"]
     for n in range(0, count, together):
         offset, words = n // size * stride + n % size, [f"${n + i}" for i in range(together)]
         into = f"v{together}.b32 {{{', '.join(words)}}}" if together > 1 else f"b32 {words[0]}"

@@ -140,10 +140,7 @@ def split_gate_columns(z, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
 
 @triton.jit
 def load_gates(gates_ptr, at, mask, H: tl.constexpr, AS_STORED: tl.constexpr = False):
-    """(i, f, g, o) of a tile of a [rows, 4H] tensor; `at` is its offsets for gate i.
-
-    With AS_STORED in the tensor's dtype: a thread converts, and so waits for them, where it uses them.
-    """
+    """(i, f, g, o) of a tile of a [rows, 4H] tensor; `at` is its offsets for gate i. AS_STORED: not converted yet."""
     gates = ()
     for n in tl.static_range(4):
         gate = tl.load(gates_ptr + at + n * H, mask=mask, other=0.0)
