@@ -1,9 +1,9 @@
 """The cooperative family: the whole sequence in one launch, W_hh spread over many programs, h exchanged at each step.
 
 The programs of one batch tile are a group; each owns UNITS hidden units, keeps its part of W_hh in registers, and needs
-at every step what all of its group computed at the step before. A group may have several batch tiles, so that
-the words of one arrive while it works on another. Groups never wait for each other. All programs of a launch must
-be resident at once.
+at every step what all of its group computed at the step before. A group may have several batch tiles, so that the words
+of one arrive while it works on another; forward, they are asked for before the cell of the other. Groups never wait for
+each other. All programs of a launch must be resident at once.
 
 forward    A program holds the four gates' rows of its units, [4 UNITS, H]. It publishes h of its units.
 
@@ -37,7 +37,7 @@ from ..operands import as_words, transposed_gates
 from ..problem import Problem, Recurrence
 from . import indexing
 from .cell import cell_forward, gates_backward, normed_output_backward, output, output_backward
-from .exchange import collect, in_phase, pack, publish
+from .exchange import collect, in_phase, look, pack, publish
 from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
 from .norm import (
     EPS,
@@ -153,6 +153,21 @@ def means_of_group(
     return sum_of_row(d, WARPS) / (GATES * H), sum_of_row(d_unit, WARPS) / (GATES * H)
 
 
+@triton.jit
+def h_before(
+    step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W: tl.constexpr, REVERSE: tl.constexpr, WARPS: tl.constexpr,
+    PADDING: tl.constexpr,  # whether words of padding and before resets are waited for, too
+):  # fmt: skip
+    """Of the h that a turn starts from, for the thread's column: (where its words are, how many are left from there,
+    its sequence, whether it is h and not a state to reset to), each [THREADS]."""
+    _, warp, column, quarter = threads(WARPS)
+    first_word = warp * 16 + quarter * 4
+    batch, in_batch, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
+    _, _, _, from_h = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
+    at = words_ptr + indexing.row_in_h_then_h0(step - 1, length, batch, T, B, REVERSE) * W + first_word
+    return at, tl.where(in_batch if PADDING else from_h, W - first_word, 0), batch, from_h
+
+
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_cooperative_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
@@ -170,6 +185,7 @@ def lstm_cooperative_forward_kernel(
     zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
     REVERSE: tl.constexpr, SAVE: tl.constexpr, POLL_LIMIT: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr,
     WARPS: tl.constexpr,
+    AHEAD: tl.constexpr,  # whether groups have several batch tiles
 ):  # fmt: skip
     """All steps of the units of a program; grid (programs of a group, groups)."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
@@ -184,6 +200,9 @@ def lstm_cooperative_forward_kernel(
     thread, warp, column, quarter = threads(WARPS)
     first_unit = tl.program_id(0) * UNITS
     first_word = warp * 16 + quarter * 4
+    # With layer norms a program waits for words of padding and before resets, too, so that none publishes numbers over
+    # others that are still waited for.
+    PADDING: tl.constexpr = NORM_HH or NORM_C
 
     # The rows of W_hh that belong to the program's units, once: row number r is gate r // UNITS of unit r % UNITS.
     rows = ()
@@ -211,24 +230,26 @@ def lstm_cooperative_forward_kernel(
         gain_c, bias_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H)
 
     step, tile = 0, tl.program_id(1)
+    seen = None
+    if AHEAD:
+        words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
+        seen = look(words[0], words[1], CHUNKS, 4, STRIDE, TOGETHER)
     for turn in range(T * tiles_of_group(B)):
         # Load, before waiting: it arrives meanwhile.
         batch, in_batch, length = indexing.sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
         _, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
         cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
         at, gates_at, state_at, in_tile, valid, continues, reset = cells
-        x = indexing.load_gates(gates_ptr, gates_at, valid, H)
+        # With one batch tile the conversion of x waits for it before the poll, which would come too early otherwise.
+        x = indexing.load_gates(gates_ptr, gates_at, valid, H, AHEAD)
         c_prev = indexing.load_state(c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
-        of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
-        _, _, _, from_h = indexing.position(step, of_column, in_column, length, resets_ptr, B, REVERSE)
-        h_at = words_ptr + indexing.row_in_h_then_h0(step - 1, length, of_column, T, B, REVERSE) * W + first_word
-        # With layer norms a program waits for words of padding and before resets, too, so that none publishes numbers
-        # over others that are still waited for.
-        left = tl.where(in_column if NORM_HH or NORM_C else from_h, W - first_word, 0)
-        h_prev = collect(h_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, POLL_LIMIT)
-        if NORM_HH or NORM_C:
+        if not AHEAD:
+            words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
+        words_at, left, of_column, from_h = words
+        h_prev = collect(words_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, POLL_LIMIT, seen)
+        if PADDING:
             collected, h_prev = h_prev, ()
             for n in tl.static_range(4 * CHUNKS):
                 h_prev = h_prev + (tl.where(from_h, collected[n], 0),)
@@ -236,6 +257,12 @@ def lstm_cooperative_forward_kernel(
             h_prev = scale(h_prev, dropout_h_ptr + of_column.to(tl.int64) * W + first_word, left, CHUNKS, STRIDE, DTYPE)
         parts = product(weights, h_prev, DTYPE, CHUNKS, TILES, WARPS)
         z = sum_over_warps(parts, z_rows, z_sequences, of_cell, turn % 2, 4, TILES, WARPS)
+
+        # The words of the next turn arrive while the cell of this one is computed.
+        next_step, next_tile = next_turn(step, tile, 1, B)
+        if AHEAD:
+            words = h_before(next_step, next_tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
+            seen = look(words[0], words[1], CHUNKS, 4, STRIDE, TOGETHER)
 
         # Gates and cell.
         exchanged = (batch, in_batch, step % 2, error_ptr, step)
@@ -249,8 +276,8 @@ def lstm_cooperative_forward_kernel(
         c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
         if zoneout_h_ptr is not None:
             h_before_ptr = tl.where(step == 0, h0_ptr, h_n_ptr)
-            h_before = indexing.load_state(h_before_ptr, state_at, continues, reset_h_ptr, at, reset)
-            h = indexing.zoneout(zoneout_h_ptr, at, valid, h_before, h)
+            h_of_cell = indexing.load_state(h_before_ptr, state_at, continues, reset_h_ptr, at, reset)
+            h = indexing.zoneout(zoneout_h_ptr, at, valid, h_of_cell, h)
 
         # Publish first: the others wait for it. Padding gets zeros.
         h = tl.where(valid, h, 0.0)
@@ -262,7 +289,7 @@ def lstm_cooperative_forward_kernel(
         if SAVE:
             indexing.store_gates(gates_ptr, gates_at, valid, gates, H)
             tl.store(c_ptr + at, tl.where(valid, c, 0.0), mask=in_tile)
-        step, tile = next_turn(step, tile, 1, B)
+        step, tile = next_step, next_tile
 
 
 @triton.jit(do_not_specialize=["T", "B"])

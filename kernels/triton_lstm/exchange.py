@@ -107,6 +107,7 @@ def collect(
     STRIDE: tl.constexpr,  # words from one group to the next
     TOGETHER: tl.constexpr,  # 1, 2 or 4: neighbours of one load; they lie at a multiple of as many words
     PHASED: tl.constexpr, POLL_LIMIT: tl.constexpr,
+    seen=None,  # what `look` returned for the same place, instead of a first poll
 ):  # fmt: skip
     """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32. Others are zero.
 
@@ -114,8 +115,9 @@ def collect(
     for itself, without a barrier: see `polling_loop`. The interpreter loops over all.
     """
     COUNT: tl.constexpr = GROUPS * SIZE
+    SEEN: tl.constexpr = 0 if seen is None else COUNT
     if INTERPRETED:
-        words = load_volatile(at, left, GROUPS, SIZE, STRIDE)
+        words = seen if SEEN else load_volatile(at, left, GROUPS, SIZE, STRIDE)
         polls = 0
         while (count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED) > 0) & (polls < POLL_LIMIT):
             words = load_volatile(at, left, GROUPS, SIZE, STRIDE)
@@ -125,10 +127,24 @@ def collect(
         missing = count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED)
         tl.store(error_ptr, step + 1, mask=missing > 0)
     else:
+        given = (at, left, phase, error_ptr, step + 1)
         words = tl.inline_asm_elementwise(
-            polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, POLL_LIMIT),
-            operands("=&r", COUNT, "l", 1, "r", 2, "l", 1, "r", 1),
-            [at, left, phase, error_ptr, step + 1], dtype=types(tl.int32, COUNT), is_pure=False, pack=1,
+            polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, POLL_LIMIT, SEEN > 0),
+            operands("=&r", COUNT, "l", 1, "r", 2, "l", 1, "r", 1 + SEEN),
+            given + seen if SEEN else given, dtype=types(tl.int32, COUNT), is_pure=False, pack=1,
+        )  # fmt: skip
+    return words
+
+
+@triton.jit
+def look(at, left, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, TOGETHER: tl.constexpr):
+    """The words of `collect` as they are now, for its `seen`. A thread goes on until it uses them."""
+    if INTERPRETED:
+        words = load_volatile(at, left, GROUPS, SIZE, STRIDE)
+    else:
+        words = tl.inline_asm_elementwise(
+            first_loads(GROUPS, SIZE, STRIDE, TOGETHER), operands("=&r", GROUPS * SIZE, "l", 1, "r", 1),
+            [at, left], dtype=types(tl.int32, GROUPS * SIZE), is_pure=False, pack=1,
         )  # fmt: skip
     return words
 
@@ -156,12 +172,25 @@ def count_missing(
 
 
 @constexpr_function
-def polling_loop(groups: int, size: int, stride: int, together: int, phased: bool, poll_limit: int) -> str:
+def first_loads(groups: int, size: int, stride: int, together: int) -> str:
+    """PTX of `look`: the words, the place of the first, how many are left."""
+    count, lines = groups * size, [".reg .pred there;"]
+    for n in range(0, count, together):
+        offset, words = n // size * stride + n % size, [f"${n + i}" for i in range(together)]
+        into = f"v{together}.b32 {{{', '.join(words)}}}" if together > 1 else f"b32 {words[0]}"
+        lines += [f"mov.b32 {word}, 0;" for word in words]
+        lines.append(f"setp.gt.s32 there, ${count + 1}, {offset};")
+        lines.append(f"@there ld.relaxed.gpu.global.{into}, [${count} + {4 * offset}];")
+    return "\n".join(["{", *lines, "}"])
+
+
+@constexpr_function
+def polling_loop(groups: int, size: int, stride: int, together: int, phased: bool, poll_limit: int, seen: bool) -> str:
     """PTX that loads words until all are there, or a program timed out.
 
-    Operands: the words, the place of the first, how many are left, the phase, the error word, its value. A pass loads,
-    all at once, the neighbours of which one is still missing. The lanes of a warp loop together, by their
-    vote.
+    Operands: the words, the place of the first, how many are left, the phase, the error word, its value, and if `seen`
+    the words of a first look. A pass loads, all at once, the neighbours of which one is still missing. The lanes of a
+    warp loop together, by their vote.
     """
     count = groups * size
     at, left, phase, error, step = (f"${count + n}" for n in range(5))
@@ -173,12 +202,13 @@ def polling_loop(groups: int, size: int, stride: int, together: int, phased: boo
     ]  # fmt: skip
     for n in firsts:
         lines.append(f"setp.gt.s32 missing{n}, {left}, {offset[n]};")
-        lines += [f"mov.b32 ${n + i}, 0;" for i in range(together)]
-    lines.append("POLL:")
+        lines += [f"mov.b32 ${n + i}, {f'${count + 5 + n + i}' if seen else 0};" for i in range(together)]
+    lines += ["bra SEEN;"] * seen + ["POLL:"]
     for n in firsts:
         words = ", ".join(f"${n + i}" for i in range(together))
         into = f"v{together}.b32 {{{words}}}" if together > 1 else f"b32 {words}"
         lines.append(f"@missing{n} ld.relaxed.gpu.global.{into}, [{at} + {4 * offset[n]}];")
+    lines += ["SEEN:"] * seen
     lines.append("setp.ne.u32 any, polls, polls;")
     for n in firsts:
         if phased:

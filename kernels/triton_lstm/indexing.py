@@ -139,11 +139,12 @@ def split_gate_columns(z, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
-def load_gates(gates_ptr, at, mask, H: tl.constexpr):
-    """(i, f, g, o) of a tile of a [rows, 4H] tensor; `at` is its offsets for gate i."""
+def load_gates(gates_ptr, at, mask, H: tl.constexpr, AS_STORED: tl.constexpr = False):
+    """(i, f, g, o) of a tile of a [rows, 4H] tensor; `at` is its offsets for gate i. AS_STORED: not converted yet."""
     gates = ()
     for n in tl.static_range(4):
-        gates = gates + (tl.load(gates_ptr + at + n * H, mask=mask, other=0.0).to(tl.float32),)
+        gate = tl.load(gates_ptr + at + n * H, mask=mask, other=0.0)
+        gates = gates + (gate if AS_STORED else gate.to(tl.float32),)
     return gates
 
 
