@@ -18,7 +18,7 @@ import triton
 from .. import cache
 from ..layer import Verify
 from ..problem import Pass, Problem
-from . import cooperative, resident, step
+from . import cooperative, pointwise, resident, step
 from .binary import RecordedLaunch
 from .planning import INTERPRETER, Device, Family, Plan, device_of, expected
 
@@ -30,6 +30,7 @@ FORMAT = 5  # raised whenever a field of Plan or of the key changes its name or 
 FAMILIES: dict[Family, ModuleType] = {
     Family.RESIDENT: resident,
     Family.COOPERATIVE: cooperative,
+    Family.POINTWISE: pointwise,
     Family.STEP: step,
 }
 """Each has KERNELS, forward and backward, and for each of them the buffers that it needs and how its result is read."""
@@ -47,8 +48,9 @@ class DoesNotFit(Exception):
 def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     """What to try, best first (estimated, until it is measured); the step family last."""
     last = step.step_plan(problem, device, backward)
+    by_cublas = list(pointwise.plans(problem, device, backward))
     if problem.steps == 1:
-        return [last]  # holding W_hh on chip pays from the second step on
+        return [*by_cublas, last]  # holding W_hh on chip pays from the second step on
     shared = list(cooperative.plans(problem, device, backward))
     if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
         shared = list(cooperative.plans(problem._replace(side_by_side=1), device, backward))
@@ -58,7 +60,7 @@ def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
 
     if problem.normalised:  # exchanges in the middle of a step hide behind no other batch tile
         shared = [plan for plan in shared if seconds(plan) < seconds(last)]
-    return [*heapq.merge(resident.plans(problem, device, backward), shared, key=seconds), last]
+    return [*heapq.merge(resident.plans(problem, device, backward), shared, by_cublas, key=seconds), last]
 
 
 def card_of(device: torch.device) -> Device:

@@ -23,6 +23,7 @@ class Family(Enum):
 
     RESIDENT = "resident"  # one launch; a program runs the whole sequence alone
     COOPERATIVE = "cooperative"  # one launch; programs share W_hh and exchange h
+    POINTWISE = "pointwise"  # a product by cuBLAS and a launch for each step
     STEP = "step"  # one launch; programs read W_hh at every step, which a grid-wide barrier ends
 
 
@@ -76,6 +77,8 @@ class Plan:
                 return (self.groups,)
             case Family.COOPERATIVE:
                 return self.programs, self.groups
+            case Family.POINTWISE:
+                return (self.programs * self.groups,)
             case Family.STEP:
                 return (self.programs,)
 
@@ -136,7 +139,7 @@ CELL = (470, 820)  # forward and backward: waits for loads, gates and cell that 
 
 def expected(problem: Problem, device: Device, plan: Plan, backward: bool) -> Expected:
     """What a step of `plan` is expected to take on a card, by a model that is meant to put plans in order."""
-    of_family = _clocks_of_tiles if plan.family is Family.STEP else _clocks_on_chip
+    of_family = {Family.STEP: _clocks_of_tiles, Family.POINTWISE: _clocks_of_launches}.get(plan.family, _clocks_on_chip)
     terms = {name: clocks / device.clock for name, clocks in of_family(problem, device, plan, backward).items()}
     # Through memory: x W_ih^T and h, c and the gates forward; the gates, c twice, dh and dgates backward.
     moved = problem.batch * problem.hidden * (13 * problem.size + 8 if backward else 9 * problem.size + 4)
@@ -220,3 +223,30 @@ def _clocks_of_tiles(problem: Problem, device: Device, plan: Plan, backward: boo
         for name, each in clocks.items():
             step[name] = step.get(name, 0) + tiles * each
     return step
+
+
+# Of a step by cuBLAS and a kernel.
+CUBLAS = 0.65  # of the rate of tensor cores, or of float32, that its large products reach
+CUBLAS_TILE = 64  # rows and columns of a product that a multiprocessor computes at a time, or more
+FASTER = {90: 2, 100: 4, 103: 4}  # times mma.sync are the products that cuBLAS has there (data sheets)
+LAUNCH_SECONDS = 2.2e-6  # of a short kernel
+HOST_SECONDS = 10e-6  # of a product and a launch, which nothing shorter hides
+
+
+def _clocks_of_launches(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
+    """Of the pointwise family: the product, then what its kernel moves through memory."""
+    batch, hidden, size = problem.batch, problem.hidden, problem.size
+    multiprocessors = max(1, device.multiprocessors // problem.side_by_side)
+    outputs, k = (hidden, 4 * hidden) if backward else (4 * hidden, hidden)
+    tiles = ceil(batch / CUBLAS_TILE) * ceil(outputs / CUBLAS_TILE)
+    rate = 128.0  # multiply-adds a clock
+    if not problem.exact_float32:
+        rate = FASTER.get(device.architecture, 1) * 4 * 4096 / size / product_clocks(device)
+    # The gates twice, h, c thrice and forward what the next product reads; backward dh twice, c before and dc, too.
+    moved = batch * hidden * (10 * size + (16 if backward else 12)) * problem.side_by_side
+    step = {
+        "product": ceil(tiles / multiprocessors) * CUBLAS_TILE**2 * k / (CUBLAS * rate),
+        "memory": device.clock * moved / device.memory,
+        "launches": 2 * device.clock * LAUNCH_SECONDS,
+    }
+    return step | {"host, beyond the rest": max(0.0, device.clock * HOST_SECONDS - sum(step.values()))}
