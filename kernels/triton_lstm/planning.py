@@ -94,13 +94,18 @@ class Plan:
 
 
 def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
-    """A real card. Not every version of torch knows its rates, and they change no order of plans."""
+    """A real card. Not every version of torch knows its rates; then they are those of the card most like it."""
     architecture = properties.major * 10 + properties.minor
-    known = {}
+
+    def unlike(other: Device) -> tuple[int, int]:
+        return abs(other.architecture - architecture), abs(other.multiprocessors - properties.multi_processor_count)
+
+    alike = min(DEVICES.values(), key=unlike)
+    known = dict(clock=alike.clock, memory=alike.memory)
     if hasattr(properties, "clock_rate"):  # kHz
-        known = dict(clock=1e3 * properties.clock_rate)
+        known["clock"] = 1e3 * properties.clock_rate
     if hasattr(properties, "memory_clock_rate"):  # kHz, bits; two transfers a clock
-        known |= dict(memory=2e3 * properties.memory_clock_rate * properties.memory_bus_width / 8)
+        known["memory"] = 2e3 * properties.memory_clock_rate * properties.memory_bus_width / 8
     return Device(
         properties.name, architecture, properties.multi_processor_count, shared_memory_of(architecture), **known
     )
@@ -226,7 +231,7 @@ def _clocks_of_tiles(problem: Problem, device: Device, plan: Plan, backward: boo
 
 
 # Of a step by cuBLAS and a kernel.
-CUBLAS = 0.65  # of the rate of tensor cores, or of float32, that its large products reach
+CUBLAS = (0.65, 0.85)  # of the rate of tensor cores, and of that of float32, what large products reach
 CUBLAS_TILE = 64  # rows and columns of a product that a multiprocessor computes at a time, or more
 FASTER = {90: 2, 100: 4, 103: 4}  # times mma.sync are the products that cuBLAS has there (data sheets)
 LAUNCH_SECONDS = 2.2e-6  # of a short kernel
@@ -239,13 +244,13 @@ def _clocks_of_launches(problem: Problem, device: Device, plan: Plan, backward: 
     multiprocessors = max(1, device.multiprocessors // problem.side_by_side)
     outputs, k = (hidden, 4 * hidden) if backward else (4 * hidden, hidden)
     tiles = ceil(batch / CUBLAS_TILE) * ceil(outputs / CUBLAS_TILE)
-    rate = 128.0  # multiply-adds a clock
+    rate = CUBLAS[1] * 128  # multiply-adds a clock
     if not problem.exact_float32:
-        rate = FASTER.get(device.architecture, 1) * 4 * 4096 / size / product_clocks(device)
+        rate = CUBLAS[0] * FASTER.get(device.architecture, 1) * 4 * 4096 / size / product_clocks(device)
     # The gates twice, h, c thrice and forward what the next product reads; backward dh twice, c before and dc, too.
     moved = batch * hidden * (10 * size + (16 if backward else 12)) * problem.side_by_side
     step = {
-        "product": ceil(tiles / multiprocessors) * CUBLAS_TILE**2 * k / (CUBLAS * rate),
+        "product": ceil(tiles / multiprocessors) * CUBLAS_TILE**2 * k / rate,
         "memory": device.clock * moved / device.memory,
         "launches": 2 * device.clock * LAUNCH_SECONDS,
     }
