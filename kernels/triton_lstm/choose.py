@@ -48,19 +48,20 @@ class DoesNotFit(Exception):
 def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     """What to try, best first (estimated, until it is measured); the step family last."""
     last = step.step_plan(problem, device, backward)
-    by_cublas = list(pointwise.plans(problem, device, backward))
-    if problem.steps == 1:
-        return [*by_cublas, last]  # holding W_hh on chip pays from the second step on
-    shared = list(cooperative.plans(problem, device, backward))
-    if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
-        shared = list(cooperative.plans(problem._replace(side_by_side=1), device, backward))
 
     def seconds(plan: Plan) -> float:
         return expected(problem, device, plan, backward).seconds
 
+    by_product = pointwise.pointwise_plan(problem)
+    large = [by_product] if by_product is not None and seconds(by_product) < seconds(last) else []
+    if problem.steps == 1:
+        return [*large, last]  # holding W_hh on chip pays from the second step on
+    shared = list(cooperative.plans(problem, device, backward))
+    if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
+        shared = list(cooperative.plans(problem._replace(side_by_side=1), device, backward))
     if problem.normalised:  # exchanges in the middle of a step hide behind no other batch tile
         shared = [plan for plan in shared if seconds(plan) < seconds(last)]
-    return [*heapq.merge(resident.plans(problem, device, backward), shared, by_cublas, key=seconds), last]
+    return [*heapq.merge(resident.plans(problem, device, backward), shared, large, key=seconds), last]
 
 
 def card_of(device: torch.device) -> Device:

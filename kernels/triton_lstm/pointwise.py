@@ -1,12 +1,11 @@
 """The pointwise family: a step is a product by cuBLAS and one kernel, which does everything else.
 
-For layers and batches so large that a step is a product of tensor cores at full rate, and two launches are short in
-comparison. Nothing synchronises, so that all steps become part of a CUDA graph. The product is the whole batch's, of
-rows [B, *] that lie together: where sequences visit different times at the same step (reverse, with lengths) the kernel
-gathers and scatters them.
+For layers and batches so large that two launches are short in comparison with a step. Nothing synchronises, so that all
+steps become part of a CUDA graph. A product is of the whole batch, of rows [B, *] that lie together: where sequences
+visit different times at the same step (reverse, with lengths) the kernel gathers and scatters them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import ceil
 from typing import Any
 
@@ -19,8 +18,8 @@ from ..problem import Problem, Recurrence
 from ..projection import products_in
 from . import indexing
 from .cell import cell_forward, gates_backward, output_backward
-from .planning import Device, Family, Plan, expected, power_of_two
-from .step import step_plan, store_hidden, tile_at
+from .planning import Family, Plan, power_of_two
+from .step import store_hidden, tile_at
 
 
 @triton.jit(do_not_specialize=["step", "T", "B"])
@@ -116,25 +115,16 @@ def lstm_pointwise_backward_kernel(
         tl.store(dreset_c_ptr + at, dc_prev, mask=reset)
 
 
-def pointwise_plan(problem: Problem) -> Plan:
-    """16 bytes of every tensor for each of 128 threads, a row or several."""
+def pointwise_plan(problem: Problem) -> Plan | None:
+    """16 bytes of every tensor for each of 128 threads; None where a step has something between product and cells."""
+    if problem.normalised or (problem.projected and problem.regularised) or problem.batch == 0:
+        return None  # see kernels/projection.py
     columns = min(256, power_of_two(problem.hidden))
     rows = max(1, 2048 // problem.size // columns)
     return Plan(
         Family.POINTWISE, rows, columns, 0, ceil(problem.hidden / columns), ceil(problem.batch / rows), 4, 1, 0,
         "a product by cuBLAS and one more launch for each step, where a step takes much longer than two launches",
     )  # fmt: skip
-
-
-def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
-    """One, where it is expected to be faster than the step family."""
-    in_the_loop = problem.projected and problem.regularised  # see kernels/projection.py
-    if in_the_loop or problem.normalised or problem.batch == 0:
-        return
-    of_each = pointwise_plan(problem), step_plan(problem, device, backward)
-    by_products, by_step = (expected(problem, device, plan, backward).seconds for plan in of_each)
-    if by_products < by_step:
-        yield of_each[0]
 
 
 KERNELS = lstm_pointwise_forward_kernel, lstm_pointwise_backward_kernel
