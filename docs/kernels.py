@@ -20,6 +20,7 @@ count what one pass of the time loop does; where W_hh stays in registers, the la
 FAMILIES = {  # by what the names of their kernels begin with
     "lstm_resident": "Resident: W_hh in the registers of one program",
     "lstm_cooperative": "Cooperative: W_hh in the registers of many programs",
+    "lstm_pointwise": "Pointwise: a launch a step, next to a product by cuBLAS",
     "lstm_step": "Step: W_hh read from L2 at every step",
     "cupy": "CUDA C++, through CuPy",
 }

@@ -27,6 +27,7 @@ from gpu_lstm.kernels.cupy_lstm.planning import Plan as CupyPlan
 from gpu_lstm.kernels.cupy_lstm.planning import plans as cupy_plans
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family, Plan
+from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 from gpu_lstm.kernels.triton_lstm.resident import plans as resident_plans
 from gpu_lstm.kernels.triton_lstm.step import step_plan
 
@@ -58,6 +59,11 @@ def _force(monkeypatch, plan: Callable, yield_rate: float | None = None) -> None
 def resident(monkeypatch) -> None:
     """Every launch is resident."""
     _force(monkeypatch, lambda problem, backward: next(iter(resident_plans(problem, INTERPRETER, backward))))
+
+
+def pointwise(monkeypatch) -> None:
+    """Every launch is of a step after, or before, a product by torch."""
+    _force(monkeypatch, lambda problem, backward: pointwise_plan(problem))
 
 
 def step(monkeypatch, programs=3, yield_rate=0.05) -> None:
@@ -163,6 +169,7 @@ KERNELS = {
     "torch": Kernels("torch"), "torch/two": Kernels("torch", two_copies), "reference": Kernels("reference"),
     "triton": Kernels("triton"),
     "step": Kernels("triton", step), "resident": Kernels("triton", resident),
+    "pointwise": Kernels("triton", pointwise),
     **{f"cooperative/{'/'.join(map(str, plan))}": Kernels("triton", partial(cooperative, **dict(zip(PLAN, plan))))
        for plan in ((4, 1, 4), (8, 1, 4), (8, 2, 4), (8, 1, 2), (16, 1, 1))},
     **{name: Kernels("cupy", partial(cuda, choose=choose)) for name, choose in CUPY_PLANS.items()},

@@ -34,8 +34,9 @@ from gpu_lstm import __main__
 from gpu_lstm.__main__ import _as_json
 from gpu_lstm.kernels.cupy_lstm import compile as cupy
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm import compile, cooperative, launch, resident, step
-from gpu_lstm.kernels.triton_lstm.compile import PRECISIONS, Case, problem_with, reports, sequence_cases, step_cases
+from gpu_lstm.kernels.triton_lstm import compile, cooperative, launch, pointwise, resident, step
+from gpu_lstm.kernels.triton_lstm.compile import PRECISIONS, Case, problem_with, reports
+from gpu_lstm.kernels.triton_lstm.compile import large_cases, sequence_cases, step_cases
 from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
 from gpu_lstm.kernels.triton_lstm.step import step_plan
@@ -72,9 +73,14 @@ def wanted_sequence(case):
     of_dtype = {"torch.float16": (120,), "torch.float32": (120 if case.backward else 90,)}[str(p.dtype)]
     return sm in of_dtype and p.batch == 16 and p.hidden == 768 and p.lengths
 
+def wanted_large(case):  # all of what a call may have, in training and not; and the plain cell
+    p, sm = case.problem, case.device.architecture
+    return (not p.lengths and not p.regularised) or (p.peepholes and sm in (80, 90))
+
 def quick(case):
     p = case.problem
-    return str(p.dtype) == "torch.bfloat16" and p.batch == 16 and p.hidden in (128, 768) and not p.regularised
+    small = p.batch == 16 and p.hidden in (128, 768) and not p.regularised
+    return str(p.dtype) == "torch.bfloat16" and (small or p.batch == 4096 and case.device.architecture == 90)
 
 def with_32_registers():  # a thread may have no more: its report, and the one without that limit
     case = Case(Problem(2, 16, 64, torch.float32), False, compile.SEQUENCE_DEVICES[0])
@@ -98,14 +104,16 @@ def with_loads_in_the_loop():  # a copy of the cooperative family that loads its
     return as_json(compile._reports_of(Case(Problem(2, 16, 256, torch.bfloat16), False, DEVICES["h100"])))
 
 def of_the_command():  # its table of two kernels
+    compile.large_cases = lambda: []
     cases, of_cupy = compile.step_cases()[:1], cupy.cases(quick=True)[:1]
-    compile.step_cases, compile.sequence_cases, cupy.cases = lambda: cases, lambda: [], lambda quick: of_cupy
+    compile.step_cases, compile.sequence_cases, compile.large_cases = lambda: cases, lambda: [], lambda: []
+    cupy.cases = lambda quick: of_cupy
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert __main__.main(["kernels"]) == 0
     return printed.getvalue()
 
 def parameters():  # of each kernel: the numbers that it takes, and those whose values make no kernel of their own
-    kernels = {name: each for module in (cooperative, resident, step) for name, each in vars(module).items()}
+    kernels = {name: each for module in (cooperative, pointwise, resident, step) for name, each in vars(module).items()}
     return {
         name: [[p.name for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")],
                [p.name for p in kernel.params if p.do_not_specialize]]
@@ -117,6 +125,7 @@ if __name__ == "__main__":
     more = [Case(problem_with(Problem(2, batch, hidden, torch.bfloat16), **kind), backward, DEVICES["h100"])
             for batch, hidden, kind in more for backward in (False, True)]
     wanted = *filter(wanted_step, step_cases()), *filter(wanted_sequence, sequence_cases())
+    wanted += *filter(wanted_large, large_cases()),
     cases = [case for case in wanted if not QUICK or quick(case)] + more
     print(json.dumps(dict(
         rows=as_json(row for rows in reports(cases) for row in rows), with_32_registers=with_32_registers(),
@@ -152,6 +161,7 @@ def _barriers(row):
 
 
 LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+HELD = "resident", "cooperative"
 MUST_NOT_BE = {  # what no row may say of a kernel; `held`: of the families that hold the weights on chip
     "it spills": lambda row, held: row["spills"],
     "more registers than a thread or block has": lambda row, held: (
@@ -160,9 +170,14 @@ MUST_NOT_BE = {  # what no row may say of a kernel; `held`: of the families that
     "more shared memory than the architecture has": lambda row, held: row["shared"] > LIMITS[row["architecture"]],
     "it does not fit": lambda row, held: not row["fits"],
     "other shared memory than was planned": lambda row, held: held and row["shared"] != row["plan"]["shared"],
-    "no tensor cores, and not exact": lambda row, _: not row["loop"]["products"] and "ieee" not in row["case"],
-    "exact float32 by tensor cores": lambda row, _: row["loop"]["products"] and "ieee" in row["case"],
+    "no tensor cores, and not exact": lambda row, _: (
+        row["loop"] and not row["loop"]["products"] and "ieee" not in row["case"]
+    ),
+    "exact float32 by tensor cores": lambda row, _: row["tensor_core"] and "ieee" in row["case"],
     "weights are loaded inside the time loop": lambda row, held: held and row["weight_loads"],
+    "no time loop, or one where a launch is a step": lambda row, _: (
+        (row["loop"] is None) is not (row["plan"]["family"] == "pointwise")
+    ),
     "more than one barrier a step": lambda row, held: held and row["loop"]["barriers"] > _barriers(row),
 }
 
@@ -170,7 +185,7 @@ MUST_NOT_BE = {  # what no row may say of a kernel; `held`: of the families that
 @pytest.mark.parametrize("fault", MUST_NOT_BE)
 def test_no_kernel_has_this_fault(rows, fault):
     fault = MUST_NOT_BE[fault]
-    assert [row for row in rows if fault(row, row["plan"]["family"] != "step")] == []
+    assert [row for row in rows if fault(row, row["plan"]["family"] in HELD)] == []
 
 
 def test_the_step_kernels_do_load_weights_and_have_barriers_in_a_loop(rows):
@@ -210,7 +225,7 @@ def test_the_model_of_planning_knows_the_counts(rows):
     Of plain calls: lengths, resets and noise take instructions of their own.
     """
     plain = [row for row in rows if not re.search(" (masks|rates|ragged)", row["case"])]
-    held = [row for row in plain if row["plan"]["family"] != "step" and not (OLDER_TRITON and _barriers(row) > 1)]
+    held = [row for row in plain if row["plan"]["family"] in HELD and not (OLDER_TRITON and _barriers(row) > 1)]
     assert held
     for row in held:
         size = 4 if "float32" in row["case"] else 2
@@ -301,6 +316,6 @@ def test_the_command_prints_a_row_for_each_kernel(compiled):
 
 def test_the_numbers_of_steps_and_sequences_are_never_specialised(compiled):
     """A kernel compiled for one T and B serves all: their values change no key of the compile cache."""
-    assert len(compiled["parameters"]) == 6
-    for numbers, free in compiled["parameters"].values():
-        assert set(numbers) == set(free) == {"T", "B"}
+    assert len(compiled["parameters"]) == 8
+    for name, (numbers, free) in compiled["parameters"].items():
+        assert set(numbers) == set(free) == {"T", "B", *["step"] * ("pointwise" in name)}

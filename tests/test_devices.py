@@ -18,6 +18,7 @@ from gpu_lstm.kernels.cupy_lstm import planning
 from gpu_lstm.kernels.triton_lstm import launch as triton_launch
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
+from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 from gpu_lstm.tools import stream
 
 T, B, I, H = 3, 2, 4, 16
@@ -51,7 +52,8 @@ def _indexed(t, key):
 @pytest.mark.parametrize("family", [*Family, "cupy"])
 def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, monkeypatch, family, device):
     def of_family(problem, _, which, *__):
-        return next(plan for plan in plans(problem, DEVICES["h100"], which.backward) if plan.family is family)
+        every = [*plans(problem, DEVICES["h100"], which.backward), pointwise_plan(problem)]
+        return next(plan for plan in every if plan.family is family)
 
     backend, launcher, choose_plan = "triton", triton_launch, of_family
     if family == "cupy":
@@ -72,7 +74,8 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
         h, _, _, gates, c = graph._forward(*given, False, backend, True, False)
         needed = [k == 1 for k in range(len(sizes))]
         graph._backward([h, None, None], [h, gates, c], *given, False, backend, needed)
-    assert current == [torch.device(device).index] * 2
+    launches = 2 * T if family is Family.POINTWISE else 2
+    assert current == [torch.device(device).index] * launches
     assert driver.current == 0, "and afterwards it is the one before"
 
 

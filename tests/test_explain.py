@@ -23,6 +23,8 @@ from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import choose, launch
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER
+from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
@@ -131,10 +133,15 @@ def test_what_the_verification_of_a_kernel_came_to(card, verdict, words):
     assert checked(lengths=torch.full((16,), 5)) == ["not checked yet"] * 4
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_launches_are_as_many_as_the_call_makes(monkeypatch, training):
+@pytest.mark.parametrize(("training", "family", "launches"), [
+    (False, "step", 6), (True, "step", 4), (False, "pointwise", 2 * len(X)), (True, "pointwise", 4 * len(X)),
+])  # fmt: skip
+def test_launches_are_as_many_as_the_call_makes(monkeypatch, training, family, launches):
     """With a workspace for few steps, so that there are chunks where nothing is kept for backward."""
     monkeypatch.setattr(schedule, "WORKSPACE", 2 * 3 * 20 * 4)
+    if family == "pointwise":
+        for module in (choose, launch):
+            monkeypatch.setattr(module, "candidates", lambda problem, *_: [pointwise_plan(problem)])
     launched, real_launch = [], launch.launch_kernel
     monkeypatch.setattr(launch, "launch_kernel", lambda *a, **k: launched.append(1) or real_launch(*a, **k))
     lstm = gpu_lstm.LSTM(4, 5, 2, backend="triton")
@@ -143,7 +150,7 @@ def test_launches_are_as_many_as_the_call_makes(monkeypatch, training):
         y, _ = lstm(X)
         if training:
             y.sum().backward()
-    assert found.launches == len(launched) == (4 if training else 6)
+    assert found.launches == len(launched) == launches
 
 
 def test_what_a_user_asked_for_is_named(monkeypatch):

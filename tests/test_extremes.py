@@ -201,6 +201,8 @@ HUGE = {
     "step, W_hh": (Family.STEP, Problem(2, 17, 23_200, F16)),
     "step, W_hh and W_hr": (Family.STEP, Problem(2, 17, 46_400, F16, projected=46_400)),
     "resident, rows": (Family.RESIDENT, Problem(3, 2**30, 5, F16)),
+    "pointwise, rows": (Family.POINTWISE, Problem(3, 2**30, 5, F16)),
+    "pointwise, rows, masks": (Family.POINTWISE, Problem(3, 2**30, 5, F16, dropout_h=True, zoneout_h=3, zoneout_c=3)),
     "cooperative, rows": (Family.COOPERATIVE, Problem(3, 2**18, 1024, F16)),
 }
 AT_THE_LIMIT = {

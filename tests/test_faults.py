@@ -4,13 +4,14 @@ Only in the interpreter, where a device function is looked up by its name at eve
 """
 
 import contextlib
+from itertools import product
 
 import pytest
 import torch
 import triton.language as tl
 from comparing import assert_as_good_as_torch, example
 
-from gpu_lstm.kernels.triton_lstm import cell, fragments, indexing, launch, norm, resident, step
+from gpu_lstm.kernels.triton_lstm import cell, fragments, indexing, launch, norm, pointwise, resident, step
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 
@@ -103,24 +104,33 @@ def compare(seeds=1, norms=()):
     assert_as_good_as_torch(given, "triton", torch.float32, seeds=seeds, yardstick="reference")
 
 
-@pytest.fixture(params=[step, resident], ids=["step", "resident"])
+MODULES = dict(step=step, resident=resident, pointwise=pointwise)
+NORMED = "step", "resident"
+
+
+@pytest.fixture
 def family(request, monkeypatch):
-    """The module of a kernel family, whose plans every launch takes."""
-    name = request.param.__name__.rpartition(".")[2]
+    """The module of a kernel family by its name, whose plans every launch takes."""
 
     def plan(problem, device, which, *_):
-        return next(p for p in plans(problem, DEVICES["h100"], which.backward) if p.family.value == name)
+        every = [*plans(problem, DEVICES["h100"], which.backward), pointwise.pointwise_plan(problem)]
+        return next(p for p in every if p.family.value == request.param)
 
     monkeypatch.setattr(launch, "choose_plan", plan)
-    return request.param
+    return MODULES[request.param]
 
 
-@pytest.mark.parametrize("norms", [(), ("hh", "c")])
+def of_families(names, others):
+    """Cases of a family and something else."""
+    return pytest.mark.parametrize(("family", names), others, indirect=["family"])
+
+
+@of_families("norms", [*((name, ()) for name in MODULES), *((name, ("hh", "c")) for name in NORMED)])
 def test_without_a_fault(family, norms):
     compare(seeds=3, norms=norms)
 
 
-@pytest.mark.parametrize("fault", FAULTS | FAULTS_OF_NORMS)
+@of_families("fault", [*product(MODULES, FAULTS), *product(NORMED, FAULTS_OF_NORMS)])
 def test_a_planted_fault_is_detected(monkeypatch, family, fault):
     norms = plant(monkeypatch, fault, family)
     with pytest.raises(AssertionError):
@@ -135,6 +145,7 @@ SWAPS = [
 ]
 
 
+@pytest.mark.parametrize("family", MODULES, indirect=True)
 @pytest.mark.parametrize(("direction", "one", "other"), SWAPS)
 def test_two_pointers_that_change_places_are_detected(monkeypatch, family, direction, one, other):
     """The order of the arguments means nothing, a wrong name is refused, and a wrong value under a name is detected."""

@@ -21,6 +21,7 @@ from gpu_lstm.kernels.problem import Pass, Problem, Recurrence, problem_of
 from gpu_lstm.kernels.triton_lstm import binary, choose, launch
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
+from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 
 CUDA = torch.device("cuda", 0)
 H100 = DEVICES["h100"]
@@ -123,7 +124,9 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     batch, hidden, steps = 40, 64, 4
     problem = Problem(2, batch, hidden, torch.float16)
     plan = next(p for p in plans(problem._replace(hidden=256), H100, backward) if p.family is Family.COOPERATIVE)
-    if family is not Family.COOPERATIVE:
+    if family is Family.POINTWISE:
+        plan = pointwise_plan(problem)
+    elif family is not Family.COOPERATIVE:
         plan = next(p for p in plans(problem, H100, backward) if p.family is family)
     gates, h, c = (torch.zeros(steps, batch, n, dtype=torch.float16) for n in (4 * hidden, hidden, hidden))
     r, record = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden).half(), h0=h[0], c0=c[0].float()), Mock()
@@ -131,14 +134,16 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
         launch.layer_backward(h, h[0], None, gates, c.float(), r, plan=plan, launch=record)
     else:
         launch.layer_forward(gates, r, save=True, plan=plan, launch=record)
-    record.assert_called_once()
+    calls = [each.kwargs.get("step") for each in record.call_args_list]
+    order = [*range(steps)][::-1] if backward else [*range(steps)]
+    assert calls == (order if family is Family.POINTWISE else [None])
     (kernel, grid), arguments = record.call_args
     assert kernel.__name__ == f"lstm_{family.value}_{'backward' if backward else 'forward'}_kernel"
     assert math.prod(grid) == plan.programs * plan.groups
     assert arguments["num_warps"] == plan.num_warps
     assert arguments["maxnreg"] == plan.registers
     assert arguments["enable_fp_fusion"] is True
-    assert arguments.get("launch_cooperative_grid", False) is (family is not Family.RESIDENT)
+    assert arguments.get("launch_cooperative_grid", False) is (family in (Family.COOPERATIVE, Family.STEP))
     if family is Family.STEP:
         assert arguments["num_stages"] == plan.num_stages
         assert [arguments[f"BLOCK_{name}"] for name in "BHK"] == [plan.rows, plan.columns, plan.k]

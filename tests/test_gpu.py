@@ -10,6 +10,7 @@ from gpu_lstm.kernels.problem import Pass
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import card_of, plans
 from gpu_lstm.kernels.triton_lstm.planning import Family
+from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 
 pytestmark = pytest.mark.gpu
 
@@ -37,7 +38,8 @@ def test_every_family(monkeypatch, family, hidden):
         pytest.skip("W_hh does not fit one block")
 
     def plan_of_family(problem, device, which, *_):
-        return next(plan for plan in plans(problem, card_of(device), which.backward) if plan.family is family)
+        every = [*plans(problem, card_of(device), which.backward), pointwise_plan(problem)]
+        return next(plan for plan in every if plan.family is family)
 
     monkeypatch.setattr(launch, "choose_plan", plan_of_family)
     check((20, 9, 32, hidden), "ragged resets reverse", "triton", torch.float16, "cuda", seeds=1)
@@ -97,10 +99,10 @@ def test_the_same_bits_every_run(hidden):
     assert all(torch.equal(a, b) for a, b in zip(run(), run()))
 
 
-@pytest.mark.parametrize("hidden", [64, 512, 2048])
-def test_a_captured_graph_replays(hidden):
+@pytest.mark.parametrize(("hidden", "batch"), [(64, 4), (512, 4), (2048, 4), (1024, 512)])  # by each family
+def test_a_captured_graph_replays(hidden, batch):
     lstm = gpu_lstm.LSTM(32, hidden, device="cuda", dtype=torch.float16, backend="triton")
-    x = torch.randn(30, 4, 32, device="cuda", dtype=torch.float16)
+    x = torch.randn(30, batch, 32, device="cuda", dtype=torch.float16)
     with torch.no_grad():
         lstm(x)
         graph = torch.cuda.CUDAGraph()

@@ -16,6 +16,7 @@ from gpu_lstm.kernels.triton_lstm import planning
 from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
 from gpu_lstm.kernels.triton_lstm.features import MOST_ROWS
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family, Plan, expected
+from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 PROBLEMS = [
@@ -57,10 +58,10 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
                 assert plan.parts == 1 or backward
 
 
-RESIDENT, COOPERATIVE, STEP = Family.RESIDENT, Family.COOPERATIVE, Family.STEP
+RESIDENT, COOPERATIVE, STEP, POINTWISE = Family.RESIDENT, Family.COOPERATIVE, Family.STEP, Family.POINTWISE
 FAMILIES = {  # by hidden size
     "h100": {64: RESIDENT, 128: COOPERATIVE, 768: COOPERATIVE, 1024: COOPERATIVE, 1536: COOPERATIVE,
-             2048: STEP},
+             2048: (STEP, POINTWISE)},
     "b200": {1024: COOPERATIVE}, "a100": {1024: COOPERATIVE, 1536: STEP},
     "rtx4090": {64: RESIDENT, 128: COOPERATIVE}, "l4": {512: COOPERATIVE, 1024: STEP},
 }  # fmt: skip
@@ -72,6 +73,19 @@ def test_the_family_by_hidden_size(device, backward):
     for hidden, families in FAMILIES[device].items():
         first = plans(Problem(1024, 16, hidden, torch.bfloat16), DEVICES[device], backward)[0]
         assert first.family is (families[backward] if isinstance(families, tuple) else families), hidden
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "ieee"), (torch.float32, "tf32")])
+def test_large_steps_are_products_by_cublas(dtype, precision, backward):
+    """Of many sequences and units, also a single one; not where something is between products and cells."""
+    for batch, hidden in ((4096, 1024), (1024, 1024), (1024, 2048)):
+        for steps in (1, 4):
+            problem = Problem(steps, batch, hidden, dtype, precision=precision)
+            assert plans(problem, DEVICES["h100"], backward)[0].family is POINTWISE
+            for change in (dict(norms=(True, False, False)), dict(projected=hidden // 2, dropout_h=True)):
+                found = plans(problem._replace(**change), DEVICES["h100"], backward)
+                assert POINTWISE not in [plan.family for plan in found]
 
 
 @pytest.mark.parametrize(
@@ -193,11 +207,41 @@ def test_the_terms_of_a_step():
     assert twice.terms["grid-wide barriers"] * h100.clock == pytest.approx(2 * planning.GRID_BARRIER)
 
 
-@pytest.mark.parametrize(("hidden", "batch", "backward"), [(256, 4096, False), (512, 4096, False)])
+@pytest.mark.parametrize(("hidden", "batch", "backward"), [(256, 1024, False), (512, 256, False), (1536, 64, False)])
 def test_the_step_family_comes_first_where_it_is_expected_to_be_faster(hidden, batch, backward):
     first, *others = plans(Problem(1024, batch, hidden, torch.bfloat16), DEVICES["h100"], backward)
     assert first.family is Family.STEP
     assert Family.COOPERATIVE in {plan.family for plan in others}
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_plans_come_in_the_order_of_their_expected_time(problem, backward):
+    """And the step family, which runs everything, is among them."""
+    for device in DEVICES.values():
+        found = plans(problem, device, backward)
+        if problem.side_by_side == 1:
+            times = [expected(problem, device, plan, backward).seconds for plan in found]
+            assert times == sorted(times)
+        assert Family.STEP in {plan.family for plan in found}
+
+
+@pytest.mark.parametrize(("dtype", "rate"), [(torch.bfloat16, 2048), (torch.float32, 1024)])
+def test_the_terms_of_a_step_by_a_product(dtype, rate):
+    """Counted by hand: H=1024, on an H100, in bf16 and TF32."""
+    h100 = DEVICES["h100"]
+    for backward, bytes_of_cell in ((False, 10 * dtype.itemsize + 12), (True, 10 * dtype.itemsize + 16)):
+        problem = Problem(4, 4096, 1024, dtype, precision="tf32")
+        found = expected(problem, h100, plans(problem, h100, backward)[0], backward).terms
+        products = 64 * 64 * (4096 if backward else 1024) / rate / 0.65  # clocks of a tile
+        tiles = 8 if backward else 32  # of a multiprocessor: 64 times 16 or 64 of them
+        assert found["product"] * h100.clock == pytest.approx(tiles * products)
+        assert found["memory"] == pytest.approx(4096 * 1024 * bytes_of_cell / 3.35e12)
+        assert found["launches"] == pytest.approx(4.4e-6)
+        assert found["host, beyond the rest"] == 0
+        assert sum(found.values()) < 1.5 * 142e-6
+        short = expected(problem._replace(batch=8, hidden=64), h100, pointwise_plan(problem), backward)
+        assert short.seconds == pytest.approx(10e-6)
 
 
 def test_memory_bounds_what_is_otherwise_fast():
@@ -208,17 +252,19 @@ def test_memory_bounds_what_is_otherwise_fast():
 
 
 def test_a_real_card_with_and_without_its_rates():
-    """They change what is expected, and hardly any order; a rate of 0, as some cards report, is not known."""
+    """Unknown or 0, as some cards report, they are those of the card most like it."""
     h100 = DEVICES["h100"]
     known = SimpleNamespace(name=h100.name, major=9, minor=0, multi_processor_count=132)
     rates = dict(clock_rate=1_755_000, memory_clock_rate=2_619_000, memory_bus_width=5120)
     plain, full = planning.device_of(known), planning.device_of(SimpleNamespace(**vars(known), **rates))
-    assert plain == planning.Device(h100.name, 90, 132, h100.shared)
+    assert plain == h100
     for unknown in (dict.fromkeys(rates, 0), rates | dict(memory_bus_width=0, clock_rate=0)):
         assert planning.device_of(SimpleNamespace(**vars(known), **unknown)) == plain
     assert (full.clock, full.memory) == (h100.clock, pytest.approx(h100.memory, rel=0.01))
     for problem in PROBLEMS:
         assert plans(problem, plain, True) == plans(problem, full, True) == plans(problem, h100, True)
+    few = SimpleNamespace(name="another", major=8, minor=9, multi_processor_count=46)
+    assert planning.device_of(few) == dataclasses.replace(DEVICES["l4"], name="another", multiprocessors=46)
 
 
 def test_the_plan_command(capsys):

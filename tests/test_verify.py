@@ -21,6 +21,7 @@ from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import choose, launch, step
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family
+from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels"),
@@ -87,7 +88,9 @@ def test_the_numbers_of_the_small_problem_shut_no_gate():
         assert 0.75 < weight.std() * weight.shape[1] ** 0.5 < 1.25, name
 
 
-@pytest.mark.parametrize(("family", "projected"), [(Family.RESIDENT, 5), (Family.COOPERATIVE, 0)])
+@pytest.mark.parametrize(
+    ("family", "projected"), [(Family.RESIDENT, 5), (Family.COOPERATIVE, 0), (Family.POINTWISE, 0)]
+)
 def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, projected):
     kernels = []
 
@@ -98,9 +101,11 @@ def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, project
     monkeypatch.setattr(launch, "launch_kernel", run)
     problem = HALF._replace(**RAGGED, projected=projected, peepholes=True)
     for which in (Pass(), Pass(True)):
-        proposed = plans(HALF, DEVICES["h100"], which.backward)
+        proposed = [*plans(HALF, DEVICES["h100"], which.backward), pointwise_plan(HALF)]
         assert _verify(problem, which, next(p for p in proposed if p.family is family)) is None
-    assert kernels == [f"lstm_{family.value}_{direction}_kernel" for direction in ("forward", "backward")]
+    assert list(dict.fromkeys(kernels)) == [
+        f"lstm_{family.value}_{direction}_kernel" for direction in ("forward", "backward")
+    ]
 
 
 @pytest.mark.parametrize("fault", FAULTS | FAULTS_OF_NORMS)

@@ -70,7 +70,7 @@ def build_stream(inputs: Inputs) -> Engine:
     return Engine(lambda x, state: (stream(x[0], **active)[None], stream.state), dict(lstm.named_parameters()))
 
 
-FAMILIES = "resident", "cooperative", "step"
+FAMILIES = "resident", "cooperative", "pointwise", "step"
 PROVIDERS = {
     "ours": Provider(partial(build, None), everywhere=True, graphed=True),
     "ours-stream": Provider(build_stream, everywhere=True),

@@ -77,8 +77,8 @@ def _key(plan: Any, problem: Problem, which: Pass, device: torch.device) -> cach
 def _verdict(plan: Any, problem: Problem, which: Pass, device: torch.device) -> str:
     """ "right", or what is wrong."""
     batch = 2 * plan.rows + 3
-    if plan.family.value == "resident":
-        plan = dataclasses.replace(plan, groups=3)  # a program for each batch tile
+    if plan.family.value in ("resident", "pointwise"):
+        plan = dataclasses.replace(plan, groups=3)  # a program, or several, for each batch tile
     elif plan.family.value == "cooperative":
         plan = dataclasses.replace(plan, groups=min(2, plan.groups))  # one of them computes two
     with alone(grad=True), torch.autocast(device.type, enabled=False):

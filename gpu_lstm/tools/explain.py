@@ -156,7 +156,8 @@ def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
         passes.append(PassPlan(
             "backward" if which.backward else "forward", plan.family.value, tiles_of(plan), plan.why,
             "measured by autotune" if measured else "expected to be the fastest",
-            wrong[0] if wrong else "right" if verdicts else None, launches,
+            wrong[0] if wrong else "right" if verdicts else None,
+            call.steps if plan.family.value == "pointwise" else launches,
             {} if card is planning.INTERPRETER else planning.expected(layer.problem, card, plan, which.backward).terms,
         ))  # fmt: skip
     return passes

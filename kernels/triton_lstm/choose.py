@@ -18,7 +18,7 @@ from .. import cache
 from ..layer import Verify
 from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS
-from . import cooperative, resident, step
+from . import cooperative, pointwise, resident, step
 from .binary import RecordedLaunch
 from .planning import INTERPRETER, Device, Family, Plan, device_of, expected, plan_of
 
@@ -30,6 +30,7 @@ FORMAT = 6  # raised whenever a field of Plan or of the key changes its name or 
 FAMILIES: dict[Family, ModuleType] = {
     Family.RESIDENT: resident,
     Family.COOPERATIVE: cooperative,
+    Family.POINTWISE: pointwise,
     Family.STEP: step,
 }
 """Each has KERNELS, forward and backward, and for each of them the buffers that it needs and how its result is read."""
@@ -46,18 +47,20 @@ class DoesNotFit(Exception):
 
 def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     """What to try, best first: estimated, until it is measured. The step family is always there."""
-    step_plan = step.step_plan(problem, device, backward)
-    if problem.steps == 1:
-        return [step_plan]  # holding W_hh on chip pays from the second step on
-    shared = list(cooperative.plans(problem, device, backward))
-    if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
-        shared = list(cooperative.plans(problem._replace(side_by_side=1), device, backward))
 
     def seconds(plan: Plan) -> float:
         one_after_another = problem.side_by_side // plan.side_by_side if plan.family is Family.COOPERATIVE else 1
         return one_after_another * expected(problem, device, plan, backward).seconds
 
-    return sorted([*resident.plans(problem, device, backward), *shared, step_plan], key=seconds)
+    always, by_product = [step.step_plan(problem, device, backward)], pointwise.pointwise_plan(problem)
+    if by_product is not None and seconds(by_product) < seconds(always[0]):
+        always = [by_product, *always]
+    if problem.steps == 1:
+        return always  # holding W_hh on chip pays from the second step on
+    shared = list(cooperative.plans(problem, device, backward))
+    if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
+        shared = list(cooperative.plans(problem._replace(side_by_side=1), device, backward))
+    return sorted([*resident.plans(problem, device, backward), *shared, *always], key=seconds)
 
 
 def card_of(device: torch.device) -> Device:

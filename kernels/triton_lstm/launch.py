@@ -1,6 +1,7 @@
 """The launches of the Triton backend: a plan of one problem and pass, put together once and then only launched."""
 
 from collections.abc import Callable
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..layer import Chosen, Gradients, Layer, Verify, zeros_for_resets
 from ..problem import Pass, Problem, Recurrence, problem_of
 from ..timeouts import KERNELS, error_word
-from . import exchange, step
+from . import exchange, pointwise, step
 from .binary import RecordedLaunch
 from .choose import FAMILIES, candidates, card_of, choose_plan, load, measured_plan
 from .features import OPTIONS
@@ -74,23 +75,24 @@ class Prepared:
         self._total_width = problem.width if problem.projected or problem.norms[1] else None
         kernel = self._family.KERNELS[which.backward]
         self._kernel = Kernel(kernel, plan.grid, _constants(problem, which, plan), _options(plan, waits))
+        self._loop = pointwise.LOOPS[which.backward] if plan.family is Family.POINTWISE else None
         self._error = error_word(device, kernel.__name__) if kernel.__name__ in KERNELS else None
 
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As layer.Layer.forward, without a projection unless it is in the time loop: one launch."""
+        """As layer.Layer.forward, without a projection unless it is in the time loop."""
         c = r.c0.new_empty(gates.shape[0], self._batch, self._hidden) if self._save else None
         # Kernels write them at every step, but for sequences of length 0; cooperative ones read c there, too.
         copied = r.lengths is not None
         h_n = r.h0.clone() if copied else torch.empty_like(r.h0)
         c_n = r.c0.clone() if copied or self.plan.family is Family.COOPERATIVE else torch.empty_like(r.c0)
         h, buffers = self._family.forward_buffers(gates, r, self.plan)
-        self._kernel(self._launch, {**self._shared(gates, r), "c_ptr": c, "h_n_ptr": h_n, "c_n_ptr": c_n, **buffers})
+        self._run({**self._shared(gates, r), "c_ptr": c, "h_n_ptr": h_n, "c_n_ptr": c_n, **buffers}, r)
         return _hidden_states(h, gates.shape[0], self._batch, self._width), h_n, c_n, c
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
     ) -> Gradients:
-        """As layer.Layer.backward: one launch."""
+        """As layer.Layer.backward."""
         dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
         dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
         dh_total = (
@@ -98,15 +100,22 @@ class Prepared:
         )
         dreset_h, dreset_c = zeros_for_resets(r)
         dgates, buffers = self._family.backward_buffers(gates, r, self.plan)
-        self._kernel(self._launch, {
+        self._run({
             **self._shared(gates, r), "c_ptr": c, "dh_ptr": dh, "dh_n_ptr": dh_n, "dc_ptr": dc,
             "unit_hh_ptr": r.unit_hh, "scale_hh_ptr": r.scale_hh, "unit_c_ptr": r.unit_c, "scale_c_ptr": r.scale_c,
             "dh_from_zoneout_ptr": dh_from_zoneout, "dh_total_ptr": dh_total, "dreset_h_ptr": dreset_h,
             "dreset_c_ptr": dreset_c, **buffers,
-        })  # fmt: skip
+        }, r)  # fmt: skip
         if dgates.dim() == 4:  # [T, B, 4, H or more], rows of words
             dgates = dgates[..., : self._hidden].reshape(gates.shape)
         return Gradients(dgates, dh_from_zoneout, dc, dh_total, dreset_h, dreset_c)
+
+    def _run(self, given: dict[str, Any], r: Recurrence) -> None:
+        """One launch, or one a step."""
+        if self._loop is None:
+            self._kernel(self._launch, given)
+        else:
+            self._loop(partial(self._kernel, self._launch), given, r)
 
     def _shared(self, gates: Tensor, r: Recurrence) -> dict[str, Any]:
         """What kernels of all families are given, forward and backward."""

@@ -24,6 +24,7 @@ class Family(Enum):
 
     RESIDENT = "resident"  # one launch; a program runs the whole sequence alone
     COOPERATIVE = "cooperative"  # one launch; programs share W_hh and exchange h
+    POINTWISE = "pointwise"  # a product by cuBLAS and a launch for each step
     STEP = "step"  # one launch; programs read W_hh at every step, which a grid-wide barrier ends
 
 
@@ -36,7 +37,7 @@ class Device:
     multiprocessors: int
     shared: int  # bytes of shared memory a block may have
     clock: float = 1.5e9  # Hz
-    memory: float = inf  # bytes a second; where it is not known, it bounds nothing
+    memory: float = inf  # bytes a second
 
 
 # Data sheets and CUDA C++ Programming Guide (shared memory a block: table of compute capabilities).
@@ -78,6 +79,8 @@ class Plan:
                 return (self.groups,)
             case Family.COOPERATIVE:
                 return self.programs, self.groups
+            case Family.POINTWISE:
+                return (self.programs * self.groups,)
             case Family.STEP:
                 return (self.programs,)
 
@@ -108,13 +111,17 @@ def plan_of(fields: Any) -> Plan:
 
 
 def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
-    """A real card. Not every version of torch knows its rates, and some cards report 0."""
-    architecture = properties.major * 10 + properties.minor
+    """A real card. Rates that torch does not know, or the card reports as 0, are those of the card most like it."""
+    architecture, multiprocessors = properties.major * 10 + properties.minor, properties.multi_processor_count
+
+    def unlike(other: Device) -> tuple[int, int]:
+        return abs(other.architecture - architecture), abs(other.multiprocessors - multiprocessors)
+
+    alike = min(DEVICES.values(), key=unlike)
     names = "clock_rate", "memory_clock_rate", "memory_bus_width"  # kHz, with two transfers a clock; bits
     clock, memory_clock, bits = (getattr(properties, name, 0) for name in names)
-    known = {name: rate for name, rate in (("clock", 1e3 * clock), ("memory", 2e3 * memory_clock * bits / 8)) if rate}
-    shared = shared_memory_of(architecture)
-    return Device(properties.name, architecture, properties.multi_processor_count, shared, **known)
+    rates = 1e3 * clock or alike.clock, 2e3 * memory_clock * bits / 8 or alike.memory
+    return Device(properties.name, architecture, multiprocessors, shared_memory_of(architecture), *rates)
 
 
 def power_of_two(n: int) -> int:
@@ -272,5 +279,35 @@ def _step_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -
     return step
 
 
-CLOCKS = {Family.RESIDENT: _resident_clocks, Family.COOPERATIVE: _cooperative_clocks, Family.STEP: _step_clocks}
+# Of a step by cuBLAS and a kernel.
+CUBLAS = (0.65, 0.85)  # of the rate of tensor cores, and of that of float32, what large products reach
+CUBLAS_TILE = 64  # rows and columns of a product that a multiprocessor computes at a time, or more
+FASTER = {90: 2, 100: 4, 103: 4}  # times mma.sync are the products that cuBLAS has there (data sheets)
+LAUNCH_SECONDS = 2.2e-6  # of a short kernel
+HOST_SECONDS = 10e-6  # of a product and a launch, which nothing shorter hides
+
+
+def _pointwise_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
+    """The product, then what its kernel moves through memory."""
+    batch, hidden, size = problem.batch, problem.hidden, problem.size
+    multiprocessors = max(1, device.multiprocessors // problem.side_by_side)
+    outputs, k = (hidden, 4 * hidden) if backward else (4 * hidden, hidden)
+    tiles = ceil(batch / CUBLAS_TILE) * ceil(outputs / CUBLAS_TILE)
+    rate = CUBLAS[1] * 128  # multiply-adds a clock
+    if not problem.exact_float32:
+        rate = CUBLAS[0] * FASTER.get(device.architecture, 1) * 4 * 4096 / size / product_clocks(device)
+    # The gates twice, h, c thrice and forward what the next product reads; backward dh twice, c before and dc, too.
+    moved = batch * hidden * (10 * size + (16 if backward else 12)) * problem.side_by_side
+    step = {
+        "product": ceil(tiles / multiprocessors) * CUBLAS_TILE**2 * k / rate,
+        "memory": device.clock * moved / device.memory,
+        "launches": 2 * device.clock * LAUNCH_SECONDS,
+    }
+    return step | {"host, beyond the rest": max(0.0, device.clock * HOST_SECONDS - sum(step.values()))}
+
+
+CLOCKS = {
+    Family.RESIDENT: _resident_clocks, Family.COOPERATIVE: _cooperative_clocks, Family.STEP: _step_clocks,
+    Family.POINTWISE: _pointwise_clocks,
+}  # fmt: skip
 """What each family's step is made of, by name; it adds up."""

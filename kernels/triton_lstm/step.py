@@ -99,7 +99,7 @@ def pairs_of_step(step, H: tl.constexpr, BLOCK_H: tl.constexpr, B):
 def store_hidden(
     h, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells, is_last, P: tl.constexpr
 ):
-    """h of a tile, after zoneout; and h_n of sequences whose step `is_last`, [BB]."""
+    """Stores h of a tile, after zoneout, and h_n of sequences whose step `is_last`, [BB]; returns that h."""
     at, _, state_at, in_tile, valid, continues, reset = cells
     if zoneout_h_ptr is not None:
         prev_at = row_prev[:, None] * P + unit[None, :]
@@ -107,6 +107,7 @@ def store_hidden(
         h = indexing.zoneout(zoneout_h_ptr, at, valid, h_prev, h)
     tl.store(h_ptr + at, h, mask=in_tile)
     tl.store(h_n_ptr + state_at, h, mask=in_tile & is_last[:, None])
+    return h
 
 
 @triton.jit(do_not_specialize=["T", "B"])

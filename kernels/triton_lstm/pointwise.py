@@ -1,0 +1,189 @@
+"""The pointwise family: a step is a product by cuBLAS and one kernel, which does everything else.
+
+For layers and batches so large that two launches are short in comparison with a step. Nothing synchronises, so that all
+steps become part of a CUDA graph. A product is of the whole batch, of rows [B, *] that lie together: where sequences
+visit different times at the same step (reverse, with lengths) the kernel gathers and scatters them.
+"""
+
+from collections.abc import Callable
+from math import ceil
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import Problem, Recurrence
+from ..projection import products_in
+from . import indexing
+from .cell import cell_forward, gates_backward, output_backward
+from .planning import Family, Plan, power_of_two
+from .step import store_hidden, tile_at
+
+
+@triton.jit(do_not_specialize=["step", "T", "B"])
+def lstm_pointwise_forward_kernel(
+    gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh, plus W_hh h unless z_ptr has it; out, if SAVE: activated gates
+    z_ptr,  # [B, 4H] W_hh h of the step, or None
+    h0_ptr, c0_ptr, peephole_ptr,
+    h_ptr,  # [T*B, H] out
+    h_next_ptr,  # [B, H] out: what the next step multiplies with W_hh, zero where it does not continue; None: as h
+    c_ptr,
+    h_n_ptr,  # [B, H] out where a sequence has a step
+    c_n_ptr,  # [B, H] float32 out: c after every step
+    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr,
+    step, T, B, H: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr, PEEPHOLES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One step, after its product."""
+    _, unit, sequence, place, cells = tile_at(
+        tl.program_id(0), step, lengths_ptr, resets_ptr, T, B, H, REVERSE, BLOCK_B, BLOCK_H
+    )
+    batch, _, length = sequence
+    at, gates_at, state_at, in_tile, valid, continues, reset = cells
+    x = indexing.load_gates(gates_ptr, gates_at, valid, H)
+    z = (0.0, 0.0, 0.0, 0.0)
+    if z_ptr is not None:
+        z = indexing.load_gates(z_ptr, batch[:, None].to(tl.int64) * (4 * H) + unit[None, :], valid, H)
+    c_prev_ptr = c0_ptr if step == 0 else c_n_ptr
+    c_prev = indexing.load_state(c_prev_ptr, state_at, continues, reset_c_ptr, at, reset)
+    peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
+    gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
+    c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
+    tl.store(c_n_ptr + state_at, c, mask=valid)
+    if SAVE:
+        tl.store(c_ptr + at, tl.where(valid, c, 0.0), mask=in_tile)
+        indexing.store_gates(gates_ptr, gates_at, valid, gates, H)
+    h_prev_ptr = h0_ptr if step == 0 else h_ptr
+    row_prev = indexing.row_before(step, place[0], batch, B, REVERSE)
+    h = tl.where(valid, h, 0.0)  # padding gets zeros
+    h = store_hidden(
+        h, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells, step == length - 1, H
+    )
+    if h_next_ptr is not None:
+        _, _, _, next_continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
+        h = h.to(h_ptr.dtype.element_ty)
+        if dropout_h_ptr is not None:
+            h *= tl.load(dropout_h_ptr + state_at, mask=in_tile, other=0.0)
+        tl.store(h_next_ptr + state_at, tl.where(next_continues[:, None], h, 0.0), mask=in_tile)
+
+
+@triton.jit(do_not_specialize=["step", "T", "B"])
+def lstm_pointwise_backward_kernel(
+    dh_ptr, dh_n_ptr,
+    dh_next_ptr,  # [B, H]: dgates of the step after, times W_hh
+    gates_ptr,  # [T*B, 4H] activated
+    c_ptr, c0_ptr, peephole_ptr,
+    dgates_ptr,  # [T*B, 4H] out
+    dz_ptr,  # [B, 4H] out: those of the step, or None
+    dc_ptr,  # [B, H] float32, gradient of c_n, made that of c before every step
+    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
+    dh_from_zoneout_ptr,  # [B, H] float32 or None, see indexing.zoneout_h_backward
+    dreset_h_ptr, reset_c_ptr, dreset_c_ptr, step, T, B, H: tl.constexpr, REVERSE: tl.constexpr,
+    PEEPHOLES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One step, before its product."""
+    _, unit, sequence, place, cells = tile_at(
+        tl.program_id(0), step, lengths_ptr, resets_ptr, T, B, H, REVERSE, BLOCK_B, BLOCK_H
+    )
+    batch, _, length = sequence
+    at, gates_at, state_at, in_tile, valid, continues, reset = cells
+    _, _, _, next_continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
+    from_next = next_continues[:, None] & valid
+    dh = tl.load(dh_next_ptr + state_at, mask=from_next, other=0.0).to(tl.float32)
+    if dropout_h_ptr is not None:
+        dh *= tl.load(dropout_h_ptr + state_at, mask=valid, other=0.0).to(tl.float32)
+    dh = indexing.add_gradients_given(dh, dh_ptr, dh_n_ptr, (step == length - 1)[:, None], cells)
+    dh = indexing.zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
+    row_prev = indexing.row_before(step, place[0], batch, B, REVERSE)[:, None]
+    gates, c, c_prev = indexing.load_saved(
+        gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[None, :], cells, H
+    )
+    dc = tl.load(dc_ptr + state_at, mask=valid, other=0.0)
+    dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
+    dz_o, dc_of_h = output_backward(gates[3], c, dh)
+    peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
+    dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc + dc_of_h, peepholes, PEEPHOLES)
+    dc_prev += dc_from_zoneout
+    # In padding every factor was loaded as zero, so its gradients are zero.
+    indexing.store_gates(dgates_ptr, gates_at, in_tile, dz, H)
+    if dz_ptr is not None:
+        indexing.store_gates(dz_ptr, batch[:, None].to(tl.int64) * (4 * H) + unit[None, :], in_tile, dz, H)
+    tl.store(dc_ptr + state_at, tl.where(continues, dc_prev, 0.0), mask=valid)
+    if dreset_c_ptr is not None:
+        tl.store(dreset_c_ptr + at, dc_prev, mask=reset)
+
+
+def pointwise_plan(problem: Problem) -> Plan | None:
+    """16 bytes of every tensor for each of 128 threads; None where a step has something between product and cells."""
+    if problem.normalised or (problem.projected and problem.regularised) or problem.batch == 0:
+        return None  # see kernels/projection.py
+    columns = min(256, power_of_two(problem.hidden))
+    rows = max(1, 2048 // problem.size // columns)
+    return Plan(
+        Family.POINTWISE, rows, columns, 0, ceil(problem.hidden / columns), ceil(problem.batch / rows), 4, 1, 0,
+        "a product by cuBLAS and one more launch for each step, where a step takes much longer than two launches",
+    )  # fmt: skip
+
+
+KERNELS = lstm_pointwise_forward_kernel, lstm_pointwise_backward_kernel
+
+
+def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """What forward needs besides what all families are given: h, and arguments."""
+    (steps, batch, _), hidden, scattered = gates.shape, r.c0.shape[-1], _is_scattered(r)
+    h, h_is_operand = gates.new_empty(steps, batch, hidden), not scattered and r.resets is r.dropout_h is None
+    return h, {
+        "z_ptr": gates.new_empty(gates.shape[1:]) if scattered else None,
+        "h_ptr": h,
+        "h_next_ptr": None if h_is_operand else gates.new_empty(batch, hidden),
+    }
+
+
+def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """As forward_buffers, of backward: dgates, and arguments."""
+    dgates = torch.empty_like(gates)
+    return dgates, {
+        "dgates_ptr": dgates,
+        "dz_ptr": gates.new_empty(gates.shape[1:]) if _is_scattered(r) else None,
+        "dh_next_ptr": gates.new_empty(gates.shape[1], r.c0.shape[-1]),
+    }
+
+
+def _is_scattered(r: Recurrence) -> bool:
+    """Whether sequences visit different times at the same step."""
+    return r.reverse and r.lengths is not None
+
+
+def forward_steps(launch: Callable[[dict[str, Any]], None], given: dict[str, Any], r: Recurrence) -> None:
+    """All steps, the kernel by launch(arguments)."""
+    gates, z, h, h_next = (given[name] for name in ("gates_ptr", "z_ptr", "h_ptr", "h_next_ptr"))
+    operand = r.h0.view(h.shape[1:])
+    if r.dropout_h is not None:
+        operand = r.dropout_h * operand
+    if r.resets is not None and not r.reverse:  # in reverse none is before the first step
+        operand = operand.masked_fill(r.resets[0, :, None], 0)
+    times, weight = range(len(gates)), r.weight_hh.T
+    with products_in(r.precision):
+        for step, time in enumerate(reversed(times) if r.reverse else times):
+            if z is None:
+                gates[time].addmm_(operand, weight)
+            else:
+                torch.mm(operand, weight, out=z)
+            launch(given | {"step": step})
+            operand = h[time] if h_next is None else h_next
+
+
+def backward_steps(launch: Callable[[dict[str, Any]], None], given: dict[str, Any], r: Recurrence) -> None:
+    """As forward_steps, from the last to the first."""
+    dgates, dz, dh_next = (given[name] for name in ("dgates_ptr", "dz_ptr", "dh_next_ptr"))
+    times = range(len(dgates))
+    with products_in(r.precision):
+        for step, time in zip(reversed(times), times if r.reverse else reversed(times)):
+            launch(given | {"step": step})
+            if step:
+                torch.mm(dgates[time] if dz is None else dz, r.weight_hh, out=dh_next)
+
+
+LOOPS = forward_steps, backward_steps
