@@ -49,7 +49,7 @@ def lstm_pointwise_forward_kernel(
     c_prev_ptr = c0_ptr if step == 0 else c_n_ptr
     c_prev = indexing.load_state(c_prev_ptr, state_at, continues, reset_c_ptr, at, reset)
     peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
-    gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
+    gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)  # zero in padding, where all was loaded as zero
     c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
     tl.store(c_n_ptr + state_at, c, mask=valid)
     if SAVE:
@@ -57,7 +57,6 @@ def lstm_pointwise_forward_kernel(
         indexing.store_gates(gates_ptr, gates_at, valid, gates, H)
     h_prev_ptr = h0_ptr if step == 0 else h_ptr
     row_prev = indexing.row_before(step, place[0], batch, B, REVERSE)
-    h = tl.where(valid, h, 0.0)  # padding gets zeros
     h = store_hidden(
         h, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells, step == length - 1, H
     )
