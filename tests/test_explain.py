@@ -24,7 +24,6 @@ from gpu_lstm.kernels.triton_lstm import choose, launch
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
-from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
