@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
 from gpu_lstm.call import choices
-from gpu_lstm.call.choices import Backend, requested_backend
+from gpu_lstm.call.choices import Backend, Racing, requested_backend, requested_racing
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.triton_lstm import launch as launcher
 from gpu_lstm.tools import stream as stream_module
@@ -315,7 +315,11 @@ def test_a_function_in_a_block_may_call_itself_within_another():
 
 
 @pytest.mark.parametrize("where", ["one thread", "a thread each"])
-def test_overlapping_blocks_leave_nothing_behind(where):
+@pytest.mark.parametrize(("chooser", "values", "now"), [
+    (gpu_lstm.backend, (Backend.TORCH, Backend.REFERENCE), lambda: requested_backend(None)),
+    (gpu_lstm.racing, (Racing.OFF, Racing.READ), lambda: requested_racing()[0]),
+])  # fmt: skip
+def test_overlapping_blocks_leave_nothing_behind(chooser, values, now, where):
     """The test fixes the order, so that no scheduler has a say."""
 
     def run(call, *arguments):
@@ -324,16 +328,15 @@ def test_overlapping_blocks_leave_nothing_behind(where):
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(call, *arguments).result()
 
-    def choosing(name):
-        with gpu_lstm.backend(name):
-            yield requested_backend(None)
+    def choosing(number):
+        with chooser(values[number].value):
+            yield now()
 
-    first, second, third = choosing("torch"), choosing("reference"), choosing("torch")
-    opened = [run(next, block) for block in (first, second, third)]
-    assert opened == [Backend.TORCH, Backend.REFERENCE, Backend.TORCH]
+    chosen, by_default = [values[0], values[1], values[0]], now()
+    first, second, third = (choosing(number) for number in (0, 1, 0))
+    assert [run(next, block) for block in (first, second, third)] == chosen
     run(third.close)
     run(first.close)
-    assert run(requested_backend, None) is Backend.REFERENCE
+    assert run(now) is values[1]
     del second  # never run to its end
-    assert run(requested_backend, None) is Backend.AUTO
-    assert choices.chosen_backend.blocks == []
+    assert run(now) is by_default
