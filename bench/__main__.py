@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import cases, compare, expected, gpu, host, measure, plots, ppo, report, results
+from . import cases, compare, gpu, host, measure, plots, ppo, report, results
 from .isolated import ROOT, checkout
 from .providers import OURS, PROVIDERS
 
@@ -53,9 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure.measure(chosen, options.providers or [OURS], options.device, {old: base, file: None})
             return main(["compare", str(old), str(file)])
         measure.measure(chosen, options.providers, options.device, {file: None})
-        if options.device == "cpu" and options.cases is None:
-            for row in expected.rows(options.expect):
-                results.append(file, row)
         return show(file)
 
 
@@ -64,7 +61,7 @@ def show(file: Path) -> int:
     rows, console = results.read(file), Console()
     drawn = plots.draw(rows, file.parent)
     wrong = rows[report.is_ours(rows) & rows["status"].isin(results.BROKEN)]
-    console.print(*report.expected(rows), *report.headline(rows), *report.workarounds(rows), sep="\n")
+    console.print(*report.headline(rows), *report.workarounds(rows), sep="\n")
     console.print(f"{file} and {len(drawn)} plots next to it", markup=False, highlight=False)
     for row in wrong.itertuples():
         console.print(f"{row.status.upper()} {row.case} {row.provider}: {row.note}", markup=False, highlight=False)
@@ -75,14 +72,12 @@ def show(file: Path) -> int:
 def _parser() -> argparse.ArgumentParser:
     devices = ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    add, cards = parser.add_argument, expected.inside(expected.PLANNING).DEVICES
+    add = parser.add_argument
     add("--cases", nargs="+", metavar="NAME", help="groups or single cases; default: all")
     add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="LSTMs to measure next to torch.nn.LSTM")
     add("--device", choices=devices, default=devices[0], help="default here: %(default)s")
     add("--out", type=Path, help="a new folder; default: out/bench-DATE-TIME")
     add("--base", metavar="REV", help="measure gpu_lstm in this commit, too, in turns, and compare")
-    expect = "on a CPU: cards for which plans are shown (estimated, not measured)"
-    add("--expect", nargs="*", choices=cards, default=["h100", "a100", "rtx4090"], metavar="GPU", help=expect)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add = commands.add_parser("compare", help="what is faster and slower in one run than in another").add_argument
     add("old", type=Path, help="CSV of the run before")

@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import gpu_lstm
 
 from . import report, results, timing
-from .expected import CHOOSE, LAUNCH, PLANNING, inside
+from .inside import CHOOSE, LAUNCH, inside
 from .isolated import ROOT, ProviderFailed, Worker, checkout
 
 Place = tuple[str, str]  # device and provider
@@ -93,7 +93,11 @@ def stub() -> None:
     os.environ["GPU_LSTM_RACE"] = "off"
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # buffers that no kernel wrote are read
-    race, plans, h100 = inside("dispatch.race"), inside(CHOOSE).plans, inside(PLANNING).DEVICES["h100"]
+    race, plans, h100 = (
+        inside("dispatch.race"),
+        inside(CHOOSE).plans,
+        inside("kernels.triton_lstm.planning").DEVICES["h100"],
+    )
     patch.multiple(race, expected_winner=lambda kind, kernel, *_: race.Decision(kernel, "")).start()
     if CARD == "cpu":
         patch.multiple(inside("dispatch.available"), KERNEL_DEVICES=("cpu",), why_unavailable=nothing).start()

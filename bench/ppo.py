@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from . import expected, report, results, timing
+from . import inside, report, results, timing
 from .isolated import ROOT
 from .measure import relative_errors
 from .providers.loops import StepLoop
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
         ms = [f"{1e3 * np.median(seconds[name]):.2f}" for name in ("loop", "one_call")]
         cells.append([*map(str, sizes), *ms, f"{speed:.2f}", f"{low:.2f}-{high:.2f}"])
     columns = ["T", "N", "H", "loop ms", "one call ms", "times as fast", "p20-p80"]
-    select = expected.inside("dispatch.available").select
+    select = inside.inside("dispatch.available").select
     backend = select(None, torch.device(options.device), torch.float32, None, False).value
     where = f"one call by {backend}; {results.provenance(options.device)['device']}, torch {torch.__version__}"
     Console().print(report.table(pd.DataFrame(cells, columns=columns), "An update of recurrent PPO, float32", where))

@@ -46,8 +46,7 @@ STYLES = dict.fromkeys(("slower", "wrong", "failed"), "bold red") | {"faster": "
 
 
 def measured(rows: pd.DataFrame) -> pd.DataFrame:
-    """All but estimated rows, the last of each case and `contender`, a provider or its graph. ValueError: no device."""
-    rows = rows[rows["status"] != "expected"]
+    """The last row of each case and `contender`, a provider or its graph. ValueError: no device."""
     devices = rows["device"].unique()
     if len(devices) != 1:
         raise ValueError(f"expected rows of one device, got {len(devices)}: {', '.join(devices)}")
@@ -166,18 +165,6 @@ def headline(rows: pd.DataFrame) -> list[Table]:
     return [table(cells, f"All providers: {base.mode} {sizes(base)}"), table(notes, "", "\n".join(footnotes))]
 
 
-def expected(rows: pd.DataFrame) -> list[Table]:
-    """What plans let us expect of GPUs that are not here, a table each."""
-    rows = rows[rows["status"] == "expected"]
-    cells = pd.DataFrame({
-        "case": list(map(sizes, objects(rows))), "kernels": rows["note"],
-        "launches": texts(rows["launches"], "{:.0f}".format), "kept MiB": texts(rows["kept_bytes"] / MIB),
-        "host us": texts(1e6 * rows["host_s"]), "us a step": texts(rows["expected_us_per_step"]),
-    })  # fmt: skip
-    title, devices = "Expected, not measured: training, {}", rows.groupby("device", sort=False)
-    return [table(cells.loc[its.index], title.format(device), origin(its)) for device, its in devices]
-
-
 def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path] | None = None) -> None:
     """Write what the files of results say between the two markers of `page`, GPUs first; the rest stays as it is.
 
@@ -191,7 +178,7 @@ def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path] | No
     gpus, cpus, any_measured = list[str](), list[str](), False
     for path in sorted(files):
         rows = results.read(path)
-        for device, its in rows[rows["status"] != "expected"].groupby("device", sort=False):
+        for device, its in rows.groupby("device", sort=False):
             on_gpu = bool(its["cuda"].notna().any())
             any_measured |= on_gpu and bool((its["status"] == "measured").any())
             every_case = on_gpu or pictures is not None

@@ -18,12 +18,12 @@ import gpu_lstm
 
 from .cases import Case
 
-SCHEMA = 4  # raised whenever a column comes, goes, or changes its name or meaning
+SCHEMA = 5  # raised whenever a column comes, goes, or changes its name or meaning
 # Right, and timed. The yardstick is torch.nn.LSTM at a case that it cannot do, without the lengths, resets or variant.
 TIMED = ("measured", "yardstick")
 BROKEN = ("wrong", "failed")  # too far from float64; raised, died or hung. Neither is timed
-# Not installed or unable to run here; not meant for such cases; what a plan expects of a named GPU.
-OTHERS = ("absent", "unable", "expected")
+# Not installed or unable to run here; not meant for such cases.
+OTHERS = ("absent", "unable")
 CASE = [field.name for field in fields(Case)]
 PROVENANCE = [
     "date",  # UTC, ISO 8601
@@ -43,7 +43,6 @@ FIGURES = [
     "copy_bytes_per_s", "product_flops_per_s",  # measured in the same run: a copy, a large product in this dtype
     "peak_bytes",  # allocated at most during a call, above what was there before; CUDA only
     "kept_bytes",  # for backward, besides input and parameters
-    "launches", "host_s", "expected_us_per_step",  # of plans: kernels, seconds of the host a call
 ]  # fmt: skip
 # graph: replayed from a CUDA graph. note: why there are no figures, or which kernels ran.
 COLUMNS = [*PROVENANCE, "case", *CASE, "provider", "graph", "status", "note", *FIGURES, "schema"]

@@ -22,7 +22,7 @@ from installed import ROOT
 from torch import nn
 
 from bench import __main__ as command_line
-from bench import cases, expected, gpu, inputs, isolated, measure, providers, report, results, timing
+from bench import cases, gpu, inputs, isolated, measure, providers, report, results, timing
 from bench.cases import Case
 from bench.inputs import Inputs, results_in
 from bench.providers import Provider, torch_lstm
@@ -292,7 +292,7 @@ def test_rows_come_back_as_they_were_and_no_file_is_overwritten(tmp_path, row):
 
 
 @pytest.mark.parametrize(("damage", "said"), {
-    "schema": (lambda header, row: [header, row[: row.rindex(",")] + ",99"], "a.csv: schema 99.*reads schema 4"),
+    "schema": (lambda header, row: [header, row[: row.rindex(",")] + ",99"], "a.csv: schema 99.*reads schema 5"),
     "column": (lambda header, row: [header.replace("case", "cause"), row], r"other columns: \['case', 'cause'\]"),
     "cut": (lambda header, row: [header, row, row[:-2]], "a.csv: line 3 has no schema"),
     "blank": (lambda header, row: [header, row, "", row], "a.csv: line 3 has no date"),
@@ -419,20 +419,8 @@ def test_base_measures_both_commits_in_turns_and_fails_where_ours_is_broken_now(
 # What can be told without a GPU, and the command line.
 
 
-def test_what_is_expected_of_a_card(monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr(expected, "SECONDS", 0.01)
-    rows = {row["hidden_size"]: row for row in expected.rows(["h100"])}
-    assert {row["status"] for row in rows.values()} == {"expected"}
-    assert (rows[768]["note"], rows[768]["launches"]) == ("cooperative / cooperative", 2)
-    assert (rows[2048]["note"], rows[2048]["launches"]) == ("step / step", 2)
-    assert all(row["host_s"] > 0 and row["expected_us_per_step"] > 0 and "median_s" not in row for row in rows.values())
-    cells = 1024 * 16 * 768  # T B H
-    assert rows[768]["kept_bytes"] == pytest.approx(cells * (4 * 2 + 4 + 2), rel=0.01)  # gates, float32 c, h
-
-
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["--help"], ""), (["--expect", "h1000"], "invalid choice: 'h1000' (choose from"),
+    (["--help"], ""), (["--device", "h1000"], "invalid choice: 'h1000' (choose from"),
     (["readme"], "a.csv: schema 1"), (["gpu", "--out", "a"], "there is no CUDA device here"),
 ], ids=str)  # fmt: skip
 def test_mistakes_are_answered_with_what_is_known_and_write_nothing(capsys, monkeypatch, tmp_path, arguments, said):

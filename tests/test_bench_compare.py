@@ -86,10 +86,9 @@ def test_a_change_is_real_beyond_the_threshold_and_with_intervals_apart_or_a_mar
 
 
 def test_every_verdict_what_changed_most_first_and_only_ours_fails():
-    plan = {"status": "expected", "device": "another card"}
-    old = {"a": {}, "b": {}, "c": {}, "d": WRONG, "e": GRAPH, "e_2": {}, "g": {}, "g_2": GRAPH, "x": plan, "h": TORCH,
+    old = {"a": {}, "b": {}, "c": {}, "d": WRONG, "e": GRAPH, "e_2": {}, "g": {}, "g_2": GRAPH, "h": TORCH,
            "i": HASTE, "j": HASTE, "k": {}, "l": {}, "m": {}}  # fmt: skip
-    new = {"a": {"speed": 1.92}, "b": ABSENT, "d": {}, "e": {}, "f": {}, "g": WRONG, "x": plan, "h": TORCH | {"ms": 2},
+    new = {"a": {"speed": 1.92}, "b": ABSENT, "d": {}, "e": {}, "f": {}, "g": WRONG, "h": TORCH | {"ms": 2},
            "i": HASTE | {"speed": 1}, "j": HASTE | WRONG, "k": {"speed": 1.8}, "l": {"speed": 1},
            "m": {"speed": 3}}  # fmt: skip
     rows = compare.compare(frame(**old), frame(**new), 0.95)

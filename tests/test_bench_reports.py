@@ -108,13 +108,7 @@ def test_the_headline_has_every_provider_the_fastest_first_and_a_reason_for_the_
     assert "kept MiB" in " ".join(said_by(report.headline, pair(**CPU)))
 
 
-def test_what_is_expected_says_so_and_rows_of_two_devices_do_not_mix():
-    plan = row(ms="expected", device="H100", note="cooperative / step", launches=5, host_s=2.5e-4, kept_bytes=2**21,
-               expected_us_per_step=1.75)  # fmt: skip
-    lines = said_by(report.expected, [plan, *pair()])
-    assert lines[0].startswith("Expected, not measured: training, H100")
-    assert "bf16 T1024 B16 H768 cooperative / step 5 2.00 250 1.75" in lines
-    assert "H100" not in " ".join(said_by(report.summary, [plan, *pair()]))
+def test_rows_of_two_devices_do_not_mix():
     with pytest.raises(ValueError, match="one device, got 2: NVIDIA Imaginary 9000, Imaginary CPU, 2 threads"):
         report.summary(frame(pair() + pair(**CPU)))
 
@@ -133,7 +127,7 @@ def test_all_figures_are_written_for_each_device_and_none_of_fewer_than_two_poin
     stems = [f"{name}-nvidia-imaginary-9000" for name in names]
     assert [path.stem for path in paths] == [*stems, "headline-imaginary-cpu-2-threads"]
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000 for path in paths)
-    for rows in ([], [row()], [row(ms="expected", device="H100")]):
+    for rows in ([], [row()]):
         assert plots.draw(frame(rows), tmp_path) == []
 
 
@@ -200,9 +194,8 @@ def updated(tmp_path):
 
 def test_the_sentence_goes_when_a_gpu_was_measured_and_not_before(updated):
     assert updated() == f"{report.NO_GPU}\n"
-    text = updated(cpu=pair(**CPU), plans=[row(ms="expected", device="H100")], broken=[row(ms="failed", note="driver")])
+    text = updated(cpu=pair(**CPU), broken=[row(ms="failed", note="driver")])
     assert text.startswith(report.NO_GPU)
-    assert "H100" not in text
     text = updated(gpu=pair(), broken=[])
     assert report.NO_GPU not in text
     assert text.index("[gpu.csv](gpu.csv)") < text.index("CPU, not a GPU")

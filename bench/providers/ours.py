@@ -8,7 +8,7 @@ import torch
 
 import gpu_lstm
 
-from .. import expected
+from .. import inside
 from ..cases import VARIANTS
 from ..inputs import Inputs
 from .engine import Engine, Provider, Unable, expect, module_like_torchs
@@ -31,7 +31,7 @@ def no_families(device: str) -> str | None:
     """A family is chosen inside of gpu_lstm, as it is in this checkout, and for a GPU."""
     if device == "cpu":
         return "a family of kernels is planned for a GPU"
-    return absent("triton", device) if expected.INSIDE_IS_KNOWN else "no family can be chosen in another commit"
+    return absent("triton", device) if inside.INSIDE_IS_KNOWN else "no family can be chosen in another commit"
 
 
 def build(backend: str | None, inputs: Inputs) -> Engine:
@@ -43,20 +43,20 @@ def build(backend: str | None, inputs: Inputs) -> Engine:
     given: dict[str, Any] = {"resets": inputs.resets, "lengths": None if case.sequences == "packed" else inputs.lengths}
     if inputs.reset_states is not None:  # which another commit may not accept
         given["reset_states"] = inputs.reset_states
-    known = expected.INSIDE_IS_KNOWN and inputs.h0.is_cuda
-    return replace(Engine.of(lstm, **given), kernels=lambda: (known and expected.families(case)) or None)
+    known = inside.INSIDE_IS_KNOWN and inputs.h0.is_cuda
+    return replace(Engine.of(lstm, **given), kernels=lambda: (known and inside.families(case)) or None)
 
 
 def build_family(family: str, inputs: Inputs) -> Engine:
     """The module on Triton kernels of one family, forward and backward."""
-    first = expected.of_family(family)
+    first = inside.of_family(family)
 
     def choose(*problem):
         if (plan := first(*problem)) is None:
             raise Unable(f"no {family} kernel fits this card")
         return plan
 
-    return replace(build("triton", inputs), kernels=lambda: None, within=expected.running(choose))
+    return replace(build("triton", inputs), kernels=lambda: None, within=inside.running(choose))
 
 
 def build_stream(inputs: Inputs) -> Engine:
