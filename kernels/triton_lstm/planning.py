@@ -150,6 +150,7 @@ LOAD = 270  # from L2
 L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 in a clock: when all do, and at most
 SHARED_BYTES = 128  # that a multiprocessor reads or writes in shared memory in a clock
 EXCHANGE = 800  # from a store until all readers have it; 650 to 850, from two latencies of L2 and a poll
+EXCHANGE_AHEAD = 100  # what is left of it where words are asked for a turn ahead; fitted
 PARTIAL_SUMS = 1050  # the same for the second exchange of a step, of which more polls come too early; fitted
 SHUFFLES = 145  # a sum over the threads of a warp: five, one after another, and an addition each
 GRID_BARRIER = 1500  # of all programs: a barrier, a fence, an atomic, and as long until all have seen it
@@ -201,8 +202,9 @@ def _cooperative_clocks(problem: Problem, device: Device, plan: Plan, backward: 
         "products": products,
         "gates and cell": COOPERATIVE_CELL,
         "barriers": BARRIER,
-        # Of one batch tile. With more the words are there, but gates from memory, and words from L2, take as long.
-        "exchange": EXCHANGE,
+        # Forward with several batch tiles the words of the next are asked for ahead. Backward they are there, too, but
+        # gates from memory, and words from L2, take as long.
+        "exchange": EXCHANGE_AHEAD if plan.walks > 1 and not backward else EXCHANGE,
     }
     if backward and plan.parts > 1:
         turn["exchange of partial sums"] = PARTIAL_SUMS
