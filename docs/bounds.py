@@ -26,9 +26,9 @@ measured. They are of a plain layer in training: of the plan that comes first, m
 three bounds, and the estimate as a multiple of that bound (*x*). The bounds:
 
 - **memory**: what a step reads and writes, at the data sheet's rate;
-- **products**: those with W_hh on the tensor cores of all multiprocessors, at the rate of `mma.sync`;
+- **products**: those with W_hh on the tensor cores of all multiprocessors, at the data sheet's rate;
 - **latency**: of one exchange between programs, or of one grid-wide barrier in the step family; where one program runs
-  a sequence alone (resident), of the gates and the cell.
+  a sequence alone (resident), of the gates and the cell; of two launches in the pointwise family.
 
 Where *x* is over {FAR}, the largest term of the estimate is named. `python -m gpu_lstm plan` prints all terms."""
 
@@ -64,11 +64,13 @@ def rows(card: planning.Device, dtype: torch.dtype, direction: str) -> list[Row]
 
 def bounds(problem: Problem, card: planning.Device, plan: planning.Plan, backward: bool) -> dict[str, float]:
     """Seconds that no step can be below, each for a reason of its own."""
-    of_a_multiprocessor = 4 * 4096 / problem.size / planning.product_clocks(card)  # multiply-adds a clock
+    of_mma = 4 * 4096 / problem.size / planning.product_clocks(card)  # multiply-adds a clock of a multiprocessor
+    of_a_multiprocessor = of_mma * planning.FASTER.get(card.architecture, 1)
     clocks = {
         planning.Family.RESIDENT: planning.RESIDENT_CELL[backward],
         planning.Family.COOPERATIVE: planning.EXCHANGE,
         planning.Family.STEP: planning.GRID_BARRIER,
+        planning.Family.POINTWISE: 2 * planning.LAUNCH_SECONDS * card.clock,
     }
     products = 4 * problem.batch * problem.hidden**2 / of_a_multiprocessor / card.multiprocessors
     return {
