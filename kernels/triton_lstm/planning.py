@@ -241,7 +241,7 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
     if backward:
         instructions += 245 + 42 * sums if plan.parts > 1 else 211
     else:
-        instructions += 210 + 1.5 * units
+        instructions += 210 + 1.5 * units + 8 * plan.k * (plan.walks > 1)  # words are asked for ahead
     return instructions, 2 * plan.k * rows // 16, rows + 4 * sums * warps
 
 
