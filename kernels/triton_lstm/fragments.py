@@ -216,7 +216,8 @@ def products(chunks: int, tiles: int, dtype: tl.dtype) -> str:
     }[dtype]
     a0, b0 = 4 * tiles, 4 * tiles + 8 * tiles * chunks
     zeros = ", ".join(["0f00000000"] * 4)
-    chains = 1 if tiles > 1 else 2  # of one tile's products every other one has sums of its own, and need not wait
+    # Of one tile's products every other one has sums of its own, and need not wait, where they are many.
+    chains = 2 if tiles == 1 and chunks >= 4 else 1
     lines = [".reg .f32 odd<4>;"]
     for n in range(2 * chunks):  # two products a quad
         for tile in range(tiles):  # which do not wait for each other
