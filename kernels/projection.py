@@ -81,14 +81,8 @@ def _product(a: Tensor, b: Tensor, r: Recurrence) -> Tensor:
 def products_in(precision: str) -> Iterator[None]:
     """Products of float32 tensors by cuBLAS in `precision`, whatever torch's switch for the others says."""
     matmul = torch.backends.cuda.matmul
-    value: str | bool
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer
-        switch, value = "fp32_precision", precision
-    else:
-        switch, value = "allow_tf32", precision == "tf32"
-    before = getattr(matmul, switch)
-    setattr(matmul, switch, value)
+    before, matmul.fp32_precision = matmul.fp32_precision, precision
     try:
         yield
     finally:
-        setattr(matmul, switch, before)
+        matmul.fp32_precision = before

@@ -130,10 +130,11 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
         plan = next(p for p in plans(problem, H100, backward) if p.family is family)
     gates, h, c = (torch.zeros(steps, batch, n, dtype=torch.float16) for n in (4 * hidden, hidden, hidden))
     r, record = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden).half(), h0=h[0], c0=c[0].float()), Mock()
+    layer = launch.layer_by(problem, gates.device, plan, record)
     if backward:
-        launch.layer_backward(h, h[0], None, gates, c.float(), r, plan=plan, launch=record)
+        layer.backward(h, h[0], None, gates, c.float(), r)
     else:
-        launch.layer_forward(gates, r, save=True, plan=plan, launch=record)
+        layer.forward(gates, r, save=True)
     calls = [each.kwargs.get("step") for each in record.call_args_list]
     order = [*range(steps)][::-1] if backward else [*range(steps)]
     assert calls == (order if family is Family.POINTWISE else [None])

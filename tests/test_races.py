@@ -437,3 +437,12 @@ def test_a_cached_race_that_lies_is_ignored_with_one_line(card, stubbed, tmp_pat
     if value in LIES:
         with pytest.warns(UserWarning, match="is not merged"):
             assert cache.merge([exported]) == 0
+
+
+@pytest.mark.parametrize(("steps", "winner"), [(65_000, "torch"), (70_000, "triton")])
+def test_more_steps_than_cudnn_runs_are_not_given_to_it(stubbed, steps, winner):
+    """Though a race is of fewer steps, which torch would win."""
+    stubbed(triton=2e-3, torch=1e-3)
+    call = _call(gpu_lstm.LSTM(4, 5), torch.zeros(steps, 1, 4))
+    call = call._replace(learns=False)
+    assert race.decide(call, kind_of(call), Backend.TRITON).backend.value == winner

@@ -15,7 +15,7 @@ from comparing import assert_as_good_as_torch, check, example
 from places import INTERPRETED, cooperative, forget, resident, step
 
 from gpu_lstm.functional import lstm_layer
-from gpu_lstm.kernels.problem import Recurrence
+from gpu_lstm.kernels.problem import Recurrence, problem_of
 from gpu_lstm.kernels.triton_lstm import cooperative as cooperative_kernels
 from gpu_lstm.kernels.triton_lstm import exchange, launch
 from gpu_lstm.kernels.triton_lstm import step as step_kernels
@@ -59,10 +59,11 @@ def test_the_cell_is_kept_in_float32(monkeypatch, family):
     _, _, expected, tape = oracle.layer(*(t.double().numpy() for t in tensors), lengths=lengths)
     recurrence = Recurrence(weight_hh=tensors[-1].half(), h0=h0.half(), c0=c0, lengths=lengths)
     close = partial(torch.testing.assert_close, rtol=0, atol=2e-6)
-    _, _, c_n, c = launch.layer_forward(gates.half(), recurrence, save=True)
+    layer = launch.layer_of(problem_of(gates.half(), recurrence), gates.device)
+    _, _, c_n, c = layer.forward(gates.half(), recurrence, save=True)
     for b, t, *_, c_new, _, _, _ in tape:
         close(c[t, b].double(), torch.from_numpy(c_new))
-    for last in (c_n, launch.layer_forward(gates.half(), recurrence, save=False)[2]):
+    for last in (c_n, layer.forward(gates.half(), recurrence, save=False)[2]):
         close(last.double(), torch.from_numpy(expected))
 
 

@@ -72,7 +72,7 @@ def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypat
     assert plan.family is family
     gates, c0 = torch.zeros(2, 16, 4 * hidden, dtype=torch.bfloat16), torch.zeros(16, hidden)
     r = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden).bfloat16(), h0=c0.bfloat16(), c0=c0)
-    launch.layer_forward(gates, r, save=False, plan=plan, launch=lambda *_, **__: None)
+    launch.layer_by(problem, gates.device, plan, lambda *_, **__: None).forward(gates, r, save=False)
     assert waited == expected
 
 

@@ -9,6 +9,8 @@ from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels.problem import Problem  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 
+MOST_OF_CUDNN = 65_536  # steps of a sequence, as Kind.steps counts them: cuDNN refuses more than 65,535
+
 
 class Kind(NamedTuple):
     """A kind of call. The number of steps, which varies from call to call, counts by powers of two."""
@@ -36,6 +38,8 @@ class Kind(NamedTuple):
         """What torch's own LSTM has not; None: it can run all of it."""
         if self.like.regularised:
             return "recurrent dropout or zoneout"
+        if self.steps > MOST_OF_CUDNN:
+            return f"sequences of more than {MOST_OF_CUDNN:,} steps"
         return "states to reset to" if self.like.reset_c else self.variant and self.variant.replace("_", " ")
 
     def problem(self, row: int, side_by_side: int = 1) -> Problem:

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ..layer import Chosen, Gradients, Layer, Verify, zeros_for_resets
-from ..problem import Pass, Problem, Recurrence, problem_of
+from ..problem import Pass, Problem, Recurrence
 from ..timeouts import KERNELS, error_word
 from . import exchange, pointwise, step
 from .binary import RecordedLaunch
@@ -200,27 +200,6 @@ def layer_by(problem: Problem, device: torch.device, plan: Plan, launch: Launch 
         return Prepared(problem, which, plan, device, launch)
 
     return Layer(problem, device, prepare, lambda *_: Chosen(plan, False))
-
-
-def layer_forward(
-    gates: Tensor, r: Recurrence, *, save: bool, plan: Plan | None = None, launch: Launch | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """layer.Layer.forward of one call, by a plan if one is given."""
-    return _layer(gates, r, plan, launch).forward(gates, r, save)
-
-
-def layer_backward(
-    dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence, *,
-    plan: Plan | None = None, launch: Launch | None = None,
-) -> Gradients:  # fmt: skip
-    """layer.Layer.backward of one call, by a plan if one is given."""
-    return _layer(gates, r, plan, launch).backward(dh, dh_n, dc_n, gates, c, r)
-
-
-def _layer(gates: Tensor, r: Recurrence, plan: Plan | None, launch: Launch | None) -> Layer:
-    problem = problem_of(gates, r)
-    assert plan is not None or launch is None, "`launch` comes with a plan: a layer that is kept has none of its own"
-    return layer_of(problem, gates.device) if plan is None else layer_by(problem, gates.device, plan, launch)
 
 
 def recorded_launches(problem: Problem, which: Pass, plan: Plan) -> list[RecordedLaunch]:
