@@ -1,12 +1,14 @@
 """Timeouts of kernels whose programs wait for each other.
 
-Their waits are bounded. A kernel that times out writes the step + 1 into its error word and ends, with wrong results.
+Their waits are bounded. A kernel that times out writes the step + 1 into its error word and ends; its results are NaN
+from there on.
 The words are in pinned host memory: reading them costs nothing, but detects a launch only when it has ended. They are
 read by the next call, by backward, by a Stream, by `gpu_lstm.check`, which waits for the device first, and at exit.
 """
 
 import atexit
 import ctypes
+import os
 import sys
 from typing import Any
 
@@ -24,29 +26,79 @@ KERNELS = (
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """RuntimeErrors that say nothing about what was run when they were raised: the caller gets them as they are."""
 
+PATIENCE = "GPU_LSTM_PATIENCE"  # environment variable: seconds that programs wait for each other, about
+SPARE = "GPU_LSTM_SPARE_MULTIPROCESSORS"  # environment variable: how many plans leave to other kernels
+SECONDS, SECONDS_OF_TRIALS = 120.0, 1.0  # a kernel of NCCL waits as long for a slow rank, and holds multiprocessors
+POLLS_A_SECOND = 4_000_000  # a poll takes 0.2 to 0.35 us, by estimate
+SPARE_OF_RANKS = 1 / 8  # of the card, where torch.distributed has several ranks
+
 APART = 4  # int32 from one word to the next: 16 bytes, the alignment that kernels are compiled for
-_NONE = bytes(4 * APART * len(KERNELS))  # no kernel timed out
 
 
 class _Words:
-    """The error words of a device."""
+    """The error words of a device: of users' calls, and of plans that are tried. Beside each is its limit of polls."""
 
     def __init__(self, device: torch.device) -> None:
-        self.tensor = torch.zeros(len(KERNELS), APART, dtype=torch.int32, pin_memory=device.type == "cuda")
+        with torch.inference_mode(False):
+            size = 2, len(KERNELS), APART
+            self.tensor = torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
         # The same memory: read at every call, which takes microseconds through the tensor.
-        self.memory: Any = (ctypes.c_char * len(_NONE)).from_address(self.tensor.data_ptr())
+        self.memory: Any = (ctypes.c_int32 * self.tensor.numel()).from_address(self.tensor.data_ptr())
+        self.as_bytes: Any = (ctypes.c_char * self.tensor.nbytes).from_address(self.tensor.data_ptr())
+        self.process = os.getpid()
+        for k in range(2 * len(KERNELS)):
+            seconds = patience() if k < len(KERNELS) else SECONDS_OF_TRIALS
+            self.memory[k * APART + 1] = min(int(seconds * POLLS_A_SECOND), 2**31 - 1)
+        self.none = self.as_bytes.raw  # what they are where no kernel timed out
 
 
 _words: dict[torch.device, _Words] = {}  # of each device that had a launch
 
 
-def error_word(device: torch.device, kernel: str) -> Tensor:
-    """The word of one of the KERNELS on a device, int32 [APART], of which the first counts."""
+def patience() -> float:
+    """Seconds that the programs of a launch wait for each other, by the environment.
+
+    Raises:
+        ValueError: it is no number above 0.
+    """
+    text = os.environ.get(PATIENCE) or str(SECONDS)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"expected a number of seconds above 0 in the environment variable {PATIENCE}, got {text!r}")
+    return seconds
+
+
+def spare_multiprocessors(count: int) -> int:
+    """How many of a card's multiprocessors plans leave to other kernels, whose blocks may hold them for long.
+
+    By the environment; else an eighth where torch.distributed has several ranks, for the kernels of NCCL.
+
+    Raises:
+        ValueError: it is no number of multiprocessors, or all of them.
+    """
+    text = os.environ.get(SPARE)
+    if not text:
+        distributed = torch.distributed
+        ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        return int(count * SPARE_OF_RANKS) if ranks > 1 else 0
+    if not text.isdecimal() or int(text) >= count:
+        raise ValueError(f"expected a number below {count} in the environment variable {SPARE}, got {text!r}")
+    return int(text)
+
+
+def error_word(device: torch.device, kernel: str, tried: bool = False) -> Tensor:
+    """The word of one of the KERNELS on a device, int32 [APART]: the error, and how many polls a wait may take.
+
+    `tried`: for a plan that is tried, not for a user's call.
+    """
     if device.type == "meta":  # a launch that is only recorded
         return torch.empty(APART, dtype=torch.int32, device=device)
     if device not in _words:
         _words[device] = _Words(device)
-    return _words[device].tensor[KERNELS.index(kernel)]
+    return _words[device].tensor[int(tried), KERNELS.index(kernel)]
 
 
 def raise_if_timed_out(device: torch.device) -> None:
@@ -56,18 +108,19 @@ def raise_if_timed_out(device: torch.device) -> None:
         RuntimeError: with the kernel, the step and the device. It is raised once.
     """
     words = _words.get(device)
-    if words is None or words.memory.raw == _NONE:
+    if words is None or words.as_bytes.raw == words.none:
         return
-    found = [(k, step) for k, step in enumerate(words.tensor[:, 0].tolist()) if step]
-    if not found:  # another thread was faster
-        return
-    for k, _ in found:  # and no others: one may be written at this moment
-        words.tensor[k, 0] = 0
-    texts = " and ".join(f"{KERNELS[k]} timed out at step {step - 1}" for k, step in found)
-    raise RuntimeError(
-        f"{texts} on {device}: its programs wait for each other, and were not all resident at once; "
-        f"the results of {'that launch' if len(found) == 1 else 'those launches'} are wrong"
-    )
+    found = []
+    for k in range(2 * len(KERNELS)):
+        if step := words.memory[k * APART]:
+            words.memory[k * APART] = 0  # and no others: one may be written at this moment
+            found.append(f"{KERNELS[k % len(KERNELS)]} timed out at step {step - 1}")
+    if found:  # else another thread was faster
+        raise RuntimeError(
+            f"{' and '.join(found)} on {device}: its programs wait for each other, and were not all resident at once; "
+            f"the results of that launch, and of all launches since, are wrong. If other kernels hold the card for "
+            f"long, {PATIENCE} (seconds, now {patience():g}) and {SPARE} in the environment help"
+        )
 
 
 def check() -> None:
@@ -88,7 +141,9 @@ def _check(device: torch.device) -> None:
 
 @atexit.register
 def _report_at_exit() -> None:
-    for device in _words:
+    for device, words in _words.items():
+        if words.process != os.getpid():  # a forked child, whose parent reports it
+            continue
         try:
             _check(device)
         except RuntimeError as error:

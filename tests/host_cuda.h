@@ -261,7 +261,7 @@ inline void store_relaxed_if(bool yes, unsigned* to, unsigned x) {
     if (yes) host::launch->publish(to, x);
 }
 
-inline int load_from_host(const int* from) { return *from != 0 || host::launch->stuck; }
+inline int load_from_host(const int* from) { return host::launch->stuck ? 1 : *from; }
 inline void store_to_host(int* to, int x) { *to = x; }
 
 inline bool any_of_warp(bool yes) {

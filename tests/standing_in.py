@@ -1,6 +1,8 @@
 """The CPU as a card with kernels that take no time: what a call launches is looked at, not what it computes."""
 
+import contextlib
 import zlib
+from collections.abc import Iterator
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
@@ -8,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from gpu_lstm.backends import kernels
 from gpu_lstm.dispatch import available
+from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import problem_of
 from gpu_lstm.kernels.triton_lstm import launch
@@ -66,3 +69,12 @@ def flat(results):
     """The tensors of what a call returns."""
     leaves = tree_leaves(results, is_leaf=lambda t: isinstance(t, PackedSequence))
     return [t.data if isinstance(t, PackedSequence) else t for t in leaves]
+
+
+@contextlib.contextmanager
+def few_polls(kernel: str, polls: int = 20, tried: bool = False) -> Iterator[None]:
+    """A kernel on the CPU waits for so many polls, where it waits for seconds else."""
+    word = timeouts.error_word(torch.device("cpu"), kernel, tried)
+    before, word[1] = int(word[1]), polls
+    yield
+    word[1] = before

@@ -13,6 +13,7 @@ import pytest
 import torch
 from comparing import check
 from places import CUPY_PLANS, cuda, cupy_plan
+from standing_in import few_polls
 from torch import Tensor, nn
 
 import gpu_lstm
@@ -179,11 +180,11 @@ def test_a_planted_fault_is_detected(monkeypatch, faults, change):
 
 def test_a_launch_whose_blocks_are_not_all_there_ends_and_is_reported(monkeypatch):
     """As if the card held one block less than it says."""
-    impatient = source.parts()["exchange"].replace("POLL_LIMIT = 1 << 22", "POLL_LIMIT = 1 << 7")
     gates, r = _layer("cpu", torch.float16, H=33)
     plan = CUPY_PLANS["kept/4"](Problem(2, 3, 33, torch.float16), launch.card_of(gates.device), False)
     lacking = replace(plan, grid=(plan.grid[0] - 1, 1))
-    cuda(monkeypatch, lambda *_: lacking, changes={"exchange": impatient})
-    _layer_of(gates, r).forward(gates, r, save=False)
+    cuda(monkeypatch, lambda *_: lacking)
+    with few_polls("lstm_cooperative_forward", 1 << 7):
+        _layer_of(gates, r).forward(gates, r, save=False)
     with pytest.raises(RuntimeError, match="lstm_cooperative_forward timed out at step 1 on cpu"):
         timeouts.raise_if_timed_out(gates.device)

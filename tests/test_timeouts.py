@@ -3,16 +3,21 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import gpu_lstm
 from gpu_lstm.kernels import timeouts
-from gpu_lstm.kernels.triton_lstm import launch
+from gpu_lstm.kernels.cupy_lstm import planning
+from gpu_lstm.kernels.triton_lstm import choose, launch
 
 CPU = torch.device("cpu")
-EXPECTED = r"lstm_cooperative_backward_kernel timed out at step 7 on cpu: .* the results of that launch are wrong"
+EXPECTED = (
+    r"lstm_cooperative_backward_kernel timed out at step 7 on cpu: .* the results of that launch, and of all launches "
+    "since, are wrong"
+)
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="error words of the CPU")
 
 
@@ -37,7 +42,7 @@ def test_of_two_kernels_that_timed_out_both_are_reported():
     _time_out()
     of = ("cooperative_backward", 7), ("step_forward", 2)
     steps = [f"lstm_{kernel}_kernel timed out at step {step}" for kernel, step in of]
-    with pytest.raises(RuntimeError, match=" and ".join(steps) + " on cpu: .* the results of those launches are wrong"):
+    with pytest.raises(RuntimeError, match=" and ".join(steps) + " on cpu"):
         gpu_lstm.check()
     gpu_lstm.check()
 
@@ -73,6 +78,52 @@ def test_check_waits_for_every_cuda_device_before_it_looks(monkeypatch):
     cuda = torch.device("cuda", 1)
     words = timeouts._Words(CPU)
     monkeypatch.setattr(timeouts, "_words", {cuda: words})
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: words.tensor[0, 0].fill_(3 if device == cuda else 0))
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda device: words.tensor[0, 0, 0].fill_(3 if device == cuda else 0)
+    )
     with pytest.raises(RuntimeError, match=r"timed out at step 2 on cuda:1"):
         gpu_lstm.check()
+
+
+@pytest.mark.parametrize("variable", [timeouts.PATIENCE, timeouts.SPARE])
+@pytest.mark.parametrize("text", ["0.0", "-1", "soon", "nan", "inf"])
+def test_variables_that_are_no_such_numbers_are_refused(monkeypatch, variable, text):
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(ValueError, match=f"in the environment variable {variable}, got '{text}'"):
+        timeouts.patience() if variable == timeouts.PATIENCE else timeouts.spare_multiprocessors(132)
+
+
+def test_patience_is_that_of_the_environment_but_for_plans_that_are_tried(monkeypatch):
+    monkeypatch.setattr(timeouts, "_words", {})
+    monkeypatch.setenv(timeouts.PATIENCE, "60")
+    with torch.inference_mode():  # words that were made in it can be written to outside
+        limits = [int(timeouts.error_word(CPU, timeouts.KERNELS[0], tried)[1]) for tried in (False, True)]
+    assert limits == [60 * timeouts.POLLS_A_SECOND, timeouts.POLLS_A_SECOND]
+    _time_out()
+    with pytest.raises(RuntimeError, match=r"GPU_LSTM_PATIENCE \(seconds, now 60\)"):
+        gpu_lstm.check()
+
+
+def test_multiprocessors_are_left_where_there_are_several_ranks_or_the_environment_says_so(monkeypatch):
+    assert timeouts.spare_multiprocessors(132) == 0
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert [timeouts.spare_multiprocessors(count) for count in (132, 40)] == [16, 5]
+    monkeypatch.setenv(timeouts.SPARE, "3")
+    assert timeouts.spare_multiprocessors(132) == 3
+    properties = SimpleNamespace(name="a card", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    cuda = torch.device("cuda", 0)
+    assert choose.card_of(cuda).multiprocessors == planning.card_of(cuda).multiprocessors == 129
+
+
+def test_a_forked_child_does_not_report_at_exit(monkeypatch, capsys):
+    words = timeouts._Words(CPU)
+    monkeypatch.setattr(timeouts, "_words", {CPU: words})
+    words.tensor[0, 0, 0] = 3
+    words.process += 1
+    timeouts._report_at_exit()
+    assert capsys.readouterr().err == ""
+    words.process -= 1
+    timeouts._report_at_exit()
+    assert "timed out at step 2 on cpu" in capsys.readouterr().err

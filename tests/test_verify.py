@@ -8,6 +8,7 @@ import pytest
 import torch
 from comparing import example
 from concurrent_interpreter import ConcurrentRun
+from standing_in import few_polls
 from test_faults import FAULTS, FAULTS_OF_NORMS, plant
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -125,7 +126,8 @@ def test_a_kernel_that_times_out_is_found(monkeypatch):
 
     def one_arrival_is_lost(kernel, grid, **arguments):
         arguments["arrivals_ptr"] -= 1
-        run(kernel, grid, **arguments | {"POLL_LIMIT": 20})
+        with few_polls(kernel.__name__, tried=True):
+            run(kernel, grid, **arguments)
 
     monkeypatch.setattr(launch, "launch_kernel", one_arrival_is_lost)
     with pytest.warns(UserWarning, match="timed out at step"):

@@ -9,6 +9,7 @@ import torch
 
 from ..architectures import shared_memory_of
 from ..problem import Problem
+from ..timeouts import spare_multiprocessors
 
 SEQUENCES = 8  # of a batch tile
 CHUNK = 16  # words of K that a warp multiplies at once
@@ -37,13 +38,13 @@ class Card:
 HOST = Card(80, 8)  # stands in where the tensors are on the CPU
 
 
-@functools.cache
 def card_of(device: torch.device) -> Card:
-    """That of a device."""
+    """That of a device, without what is left to others."""
     if device.type != "cuda":
         return HOST
     properties = torch.cuda.get_device_properties(device)
-    return Card(10 * properties.major + properties.minor, properties.multi_processor_count)
+    count = properties.multi_processor_count
+    return Card(10 * properties.major + properties.minor, count - spare_multiprocessors(count))
 
 
 def words_of(problem: Problem) -> int:

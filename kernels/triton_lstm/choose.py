@@ -17,7 +17,7 @@ import triton
 from .. import cache
 from ..layer import Verify
 from ..problem import Pass, Problem
-from ..timeouts import DEVICE_ERRORS
+from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
 from . import cooperative, pointwise, resident, step
 from .binary import RecordedLaunch
 from .planning import INTERPRETER, Device, Family, Plan, device_of, expected, plan_of
@@ -25,7 +25,7 @@ from .planning import INTERPRETER, Device, Family, Plan, device_of, expected, pl
 MOST = 3  # plans that a first call compiles, before it runs that of the step family
 SLOW_S = 2.0  # after which a log line says what is going on
 KIND = "plans"  # of cached results
-FORMAT = 6  # raised whenever a field of Plan or of the key changes its name or meaning
+FORMAT = 7  # raised whenever a field of Plan or of the key changes its name or meaning
 
 FAMILIES: dict[Family, ModuleType] = {
     Family.RESIDENT: resident,
@@ -64,8 +64,12 @@ def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
 
 
 def card_of(device: torch.device) -> Device:
-    """What planning knows of a device: the seam at which a test can be a card."""
-    return device_of(torch.cuda.get_device_properties(device)) if device.type == "cuda" else INTERPRETER
+    """What planning knows of a device, without what is left to others: the seam at which a test can be a card."""
+    if device.type != "cuda":
+        return INTERPRETER
+    card = device_of(torch.cuda.get_device_properties(device))
+    left = card.multiprocessors - spare_multiprocessors(card.multiprocessors)
+    return dataclasses.replace(card, multiprocessors=left)
 
 
 def candidates(problem: Problem, card: Device, which: Pass) -> list[Plan]:
@@ -158,8 +162,8 @@ def keep_measured(problem: Problem, card: Device, backward: bool, plan: Plan) ->
 def _key(problem: Problem, card: Device, backward: bool) -> cache.Key:
     """What decides which plan is fastest. A direction, lengths, resets and the like change no order."""
     return dict(
-        format=FORMAT, triton=triton.__version__, card=card.name, batch=problem.batch, hidden=problem.hidden,
-        projected=problem.projected, dtype=str(problem.dtype), precision=problem.precision,
-        side_by_side=problem.side_by_side, regularised=problem.regularised, normalised=problem.normalised,
-        backward=backward,
+        format=FORMAT, triton=triton.__version__, card=card.name, multiprocessors=card.multiprocessors,
+        batch=problem.batch, hidden=problem.hidden, projected=problem.projected, dtype=str(problem.dtype),
+        precision=problem.precision, side_by_side=problem.side_by_side, regularised=problem.regularised,
+        normalised=problem.normalised, backward=backward,
     )  # fmt: skip

@@ -81,7 +81,7 @@ def exchange_pairs(
     second,
     pairs_ptr,  # [B, programs, 2] int32: float32 words, whose last bits are one beforehand
     exchanged,  # the thread's sequence and whether there is one, [THREADS], the phase of the step, error_ptr, the step
-    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, POLL_LIMIT: tl.constexpr,
+    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Two numbers of each sequence: what a thread's programs, place + n ROW, say of their units; zero where none is.
 
@@ -99,7 +99,7 @@ def exchange_pairs(
     own = in_phase(pack(tl.where(place == 0, first, second), tl.float32), phase)
     publish(pairs_at + 2 * program + place, own, here & (place < 2))
     left = tl.where(here, 2 * (PROGRAMS - place), 0)
-    words = collect(pairs_at + 2 * place, left, phase, error_ptr, step, COUNT, 2, 2 * ROW, 2, True, POLL_LIMIT)
+    words = collect(pairs_at + 2 * place, left, phase, error_ptr, step, COUNT, 2, 2 * ROW, 2, True)
     found = ()
     for n in tl.static_range(COUNT):
         numbers = words[2 * n].to(tl.float32, bitcast=True), words[2 * n + 1].to(tl.float32, bitcast=True)
@@ -112,7 +112,7 @@ def moments_of_group(
     v,  # tuple of GATES [THREADS]: of the thread's cell
     is_cell,  # [THREADS]
     pairs_ptr,  # and below: as for `exchange_pairs`
-    exchanged, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, GATES: tl.constexpr, POLL_LIMIT: tl.constexpr,
+    exchanged, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
     """(mean, scale) of v of all units, [THREADS]."""
     total = tl.zeros((32 * WARPS,), tl.float32)
@@ -123,7 +123,7 @@ def moments_of_group(
     for n in tl.static_range(GATES):
         distance = tl.where(is_cell, v[n] - own, 0.0)
         total += distance * distance
-    of_programs = exchange_pairs(own, sum_of_row(total, WARPS), pairs_ptr, exchanged, H, UNITS, WARPS, POLL_LIMIT)
+    of_programs = exchange_pairs(own, sum_of_row(total, WARPS), pairs_ptr, exchanged, H, UNITS, WARPS)
     # About this program's mean, so that both sums can be computed at once: it is not so far from that of all that much
     # would cancel, at most the square root of as many deviations as there are programs.
     shift, squares = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
@@ -141,11 +141,11 @@ def means_of_group(
     d,  # [THREADS] of the thread's cell, zero where there is none
     d_unit,
     pairs_ptr,  # and below: as for `exchange_pairs`
-    exchanged, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, GATES: tl.constexpr, POLL_LIMIT: tl.constexpr,
+    exchanged, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
     """Both sums over all units, divided by GATES * H, [THREADS]: the means of `normalise_backward`."""
     d, d_unit = sum_of_row(d, WARPS), sum_of_row(d_unit, WARPS)
-    of_programs = exchange_pairs(d, d_unit, pairs_ptr, exchanged, H, UNITS, WARPS, POLL_LIMIT)
+    of_programs = exchange_pairs(d, d_unit, pairs_ptr, exchanged, H, UNITS, WARPS)
     d, d_unit = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
     for n in tl.static_range(len(of_programs) // 3):
         d += of_programs[3 * n]
@@ -183,8 +183,7 @@ def lstm_cooperative_forward_kernel(
     lengths_ptr, resets_ptr,
     dropout_h_ptr,  # [B, W] int32: factors of h, or None
     zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
-    REVERSE: tl.constexpr, SAVE: tl.constexpr, POLL_LIMIT: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr,
-    WARPS: tl.constexpr,
+    REVERSE: tl.constexpr, SAVE: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
     AHEAD: tl.constexpr,  # whether groups have several batch tiles
 ):  # fmt: skip
     """All steps of the units of a program; grid (programs of a group, groups)."""
@@ -248,7 +247,7 @@ def lstm_cooperative_forward_kernel(
         if not AHEAD:
             words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
         words_at, left, of_column, from_h = words
-        h_prev = collect(words_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, POLL_LIMIT, seen)
+        h_prev = collect(words_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, seen)
         if PADDING:
             collected, h_prev = h_prev, ()
             for n in tl.static_range(4 * CHUNKS):
@@ -267,11 +266,11 @@ def lstm_cooperative_forward_kernel(
         # Gates and cell.
         exchanged = (batch, in_batch, step % 2, error_ptr, step)
         if NORM_HH:
-            mean, scale_hh = moments_of_group(z, is_cell, pairs_hh_ptr, exchanged, H, UNITS, WARPS, 4, POLL_LIMIT)
+            mean, scale_hh = moments_of_group(z, is_cell, pairs_hh_ptr, exchanged, H, UNITS, WARPS, 4)
             z = normalise_gates(z, mean, scale_hh, gain_hh)
         gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
         if NORM_C:
-            mean, scale_c = moments_of_group((c,), is_cell, pairs_c_ptr, exchanged, H, UNITS, WARPS, 1, POLL_LIMIT)
+            mean, scale_c = moments_of_group((c,), is_cell, pairs_c_ptr, exchanged, H, UNITS, WARPS, 1)
             h = output(gates[3], normalise(c, mean, scale_c, gain_c, bias_c))
         c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
         if zoneout_h_ptr is not None:
@@ -309,8 +308,7 @@ def lstm_cooperative_backward_kernel(
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, H] float32 zeros, made the gradient of h before every step through zoneout; or None
     dreset_h_ptr, reset_c_ptr, dreset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
-    REVERSE: tl.constexpr, POLL_LIMIT: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
-    PARTS: tl.constexpr,
+    REVERSE: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """All steps, from the last to the first, of the units of a program; grid (programs of a group, groups)."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
@@ -384,7 +382,7 @@ def lstm_cooperative_backward_kernel(
         row_next = indexing.row_of(indexing.time_of(step + 1, length, REVERSE), of_column, B)
         dgates_at = words_ptr + row_next * (4 * W) + part * K + first_word
         left = tl.where(in_column & (step < T - 1), K - first_word, 0)
-        dz = collect(dgates_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, POLL_LIMIT)
+        dz = collect(dgates_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False)
         parts = product(weights, dz, DTYPE, CHUNKS, TILES, WARPS)
         has_sums = thread < SEQUENCES * SUM_ROW
         sums = sum_over_warps(parts, sum_rows, sum_sequences, has_sums, turn % 2, SUMS, TILES, WARPS)
@@ -398,7 +396,7 @@ def lstm_cooperative_backward_kernel(
                 publish(to_at, in_phase(pack(sums[n], tl.float32), phase), wanted)
             parts_at = partials_ptr + batch.to(tl.int64) * (PARTS * H) + unit
             left = tl.where(in_tile, PARTS * H, 0)  # at every step: no phase is left out
-            words = collect(parts_at, left, phase, error_ptr, step, PARTS, 1, H, 1, True, POLL_LIMIT)
+            words = collect(parts_at, left, phase, error_ptr, step, PARTS, 1, H, 1, True)
             dh_next = words[0].to(tl.float32, bitcast=True)
             for n in tl.static_range(1, PARTS):
                 dh_next += words[n].to(tl.float32, bitcast=True)
@@ -412,9 +410,7 @@ def lstm_cooperative_backward_kernel(
         dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
         if NORM_C:
             dz_o, d_unit = normed_output_backward(gates[3], unit_c, dh, gain_c, bias_c)
-            mean_d, mean_d_unit = means_of_group(
-                d_unit, d_unit * unit_c, pairs_c_ptr, exchanged, H, UNITS, WARPS, 1, POLL_LIMIT
-            )
+            mean_d, mean_d_unit = means_of_group(d_unit, d_unit * unit_c, pairs_c_ptr, exchanged, H, UNITS, WARPS, 1)
             dc += normalise_backward(d_unit, unit_c, scale_c, mean_d, mean_d_unit)
         else:
             dz_o, dc_of_m = output_backward(gates[3], c, dh)
@@ -427,9 +423,7 @@ def lstm_cooperative_backward_kernel(
         if NORM_HH:
             indexing.store_gates(dgates_ptr, gates_at, in_tile, dz, H)
             d, sum_d, sum_d_unit = gates_of_unit(dz, gain_hh, unit_hh, DTYPE)
-            mean_d, mean_d_unit = means_of_group(
-                sum_d, sum_d_unit, pairs_hh_ptr, exchanged, H, UNITS, WARPS, 4, POLL_LIMIT
-            )
+            mean_d, mean_d_unit = means_of_group(sum_d, sum_d_unit, pairs_hh_ptr, exchanged, H, UNITS, WARPS, 4)
             dz = normalise_gates_backward(d, unit_hh, scale_hh, mean_d, mean_d_unit)
 
         # Publish. In padding every factor was loaded as zero, so its gradients are zero.

@@ -10,8 +10,9 @@ No memory is overwritten while a program may still read it, and none is reset in
                   it waits for. One store and one load a step, and no barrier.
     grid_barrier  A counter of arrivals: store everything, count up (release), wait for it (acquire), then load.
 
-Waits are bounded. A poll is one load of a counter or of words, and a wait may take POLL_LIMIT of them. A wait of
-more has timed out: the error word is set to step + 1 and no later step waits for long, so that the launch ends.
+Waits are bounded. A poll is one load of a counter or of words, and the word after the error word says how many of them
+a wait may take (timeouts.py). A wait of more has timed out: the error word is set to step + 1, no later step waits for
+long, so that the launch ends, and what was waited for counts as NaN.
 """
 
 import triton
@@ -19,8 +20,6 @@ import triton.language as tl
 
 from .assembly import operands, types
 from .features import constexpr_function
-
-POLL_LIMIT = 1 << 22  # seconds, where a step takes microseconds
 
 POLLS_BETWEEN_CHECKS = 64  # a power of two
 """How often a reader that waits for words checks whether another timed out: the error word is in host memory."""
@@ -82,7 +81,8 @@ def grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
     """All programs wait for each other: what any of them stored before, all can load after.
 
     `times` is the number of barriers so far, this one included: arrivals are counted up and never reset. Returns the
-    poll limit of later barriers. Past 2^31 arrivals the count wraps around below zero, which the difference ignores.
+    poll limit of later barriers, 0 if this one timed out. Past 2^31 arrivals the count wraps around below zero, which
+    the difference ignores.
     """
     tl.debug_barrier()  # every thread's stores come before the one thread's release
     expected = times * tl.num_programs(0)
@@ -98,6 +98,12 @@ def grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
 
 
 @triton.jit
+def unless_timed_out(x, poll_limit):
+    """x, computed from what other programs stored; NaN after a barrier that timed out: it may not be there."""
+    return tl.where(poll_limit > 0, x, float("nan"))
+
+
+@triton.jit
 def collect(
     at,  # [THREADS] pointers to words: of the first group
     left,  # [THREADS] how many words there are from here on; none where not positive
@@ -106,7 +112,7 @@ def collect(
     SIZE: tl.constexpr,  # words of a group, neighbours
     STRIDE: tl.constexpr,  # words from one group to the next
     TOGETHER: tl.constexpr,  # 1, 2 or 4: neighbours of one load; they lie at a multiple of as many words
-    PHASED: tl.constexpr, POLL_LIMIT: tl.constexpr,
+    PHASED: tl.constexpr,
     seen=None,  # what `look` returned for the same place, instead of a first poll
 ):  # fmt: skip
     """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32. Others are zero.
@@ -118,18 +124,21 @@ def collect(
     SEEN: tl.constexpr = 0 if seen is None else COUNT
     if INTERPRETED:
         words = seen if SEEN else load_volatile(at, left, GROUPS, SIZE, STRIDE)
-        polls = 0
-        while (count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED) > 0) & (polls < POLL_LIMIT):
+        polls, poll_limit = 0, tl.load(error_ptr + 1)
+        while (count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED) > 0) & (polls < poll_limit):
             words = load_volatile(at, left, GROUPS, SIZE, STRIDE)
             polls += 1
             if tl.load(error_ptr, volatile=True) != 0:
-                polls = POLL_LIMIT
+                polls = poll_limit
         missing = count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED)
         tl.store(error_ptr, step + 1, mask=missing > 0)
+        found, words = words, ()
+        for n in tl.static_range(COUNT):
+            words = words + (tl.where(is_missing(found, left, phase, n, SIZE, STRIDE, PHASED), -1, found[n]),)
     else:
         given = (at, left, phase, error_ptr, step + 1)
         words = tl.inline_asm_elementwise(
-            polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, POLL_LIMIT, SEEN > 0),
+            polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, SEEN > 0),
             operands("=&r", COUNT, "l", 1, "r", 2, "l", 1, "r", 1 + SEEN),
             given + seen if SEEN else given, dtype=types(tl.int32, COUNT), is_pure=False, pack=1,
         )  # fmt: skip
@@ -166,9 +175,15 @@ def count_missing(
     """How many of the words are not there yet."""
     missing = 0
     for n in tl.static_range(COUNT):
-        absent = (words[n] & 1) != phase if PHASED else words[n] == -1
-        missing += tl.sum((absent & (left > n // SIZE * STRIDE + n % SIZE)).to(tl.int32))
+        missing += tl.sum(is_missing(words, left, phase, n, SIZE, STRIDE, PHASED).to(tl.int32))
     return missing
+
+
+@triton.jit
+def is_missing(words, left, phase, n: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, PHASED: tl.constexpr):
+    """Whether word number n is not there yet."""
+    absent = (words[n] & 1) != phase if PHASED else words[n] == -1
+    return absent & (left > n // SIZE * STRIDE + n % SIZE)
 
 
 @constexpr_function
@@ -185,8 +200,8 @@ def first_loads(groups: int, size: int, stride: int, together: int) -> str:
 
 
 @constexpr_function
-def polling_loop(groups: int, size: int, stride: int, together: int, phased: bool, poll_limit: int, seen: bool) -> str:
-    """PTX that loads words until all are there, or a program timed out.
+def polling_loop(groups: int, size: int, stride: int, together: int, phased: bool, seen: bool) -> str:
+    """PTX that loads words until all are there, or a program timed out; words that are not become the sentinel, a NaN.
 
     Operands: the words, the place of the first, how many are left, the phase, the error word, its value, and if `seen`
     the words of a first look. A pass loads, all at once, the neighbours of which one is still missing. The lanes of a
@@ -227,9 +242,11 @@ def polling_loop(groups: int, size: int, stride: int, together: int, phased: boo
         "add.s32 polls, polls, 1;", f"and.b32 rest, polls, {POLLS_BETWEEN_CHECKS - 1};",
         "setp.ne.s32 any, rest, 0;", "@any bra POLL;",
         f"ld.relaxed.sys.global.b32 rest, [{error}];",
-        "setp.ne.s32 any, rest, 0;", "vote.sync.any.pred any, any, -1;", "@any bra DONE;",
-        f"setp.lt.s32 any, polls, {poll_limit};", "@any bra POLL;",
+        "setp.ne.s32 any, rest, 0;", "vote.sync.any.pred any, any, -1;", "@any bra TIMED_OUT;",
+        f"ld.relaxed.sys.global.b32 rest, [{error} + 4];",
+        "setp.lt.s32 any, polls, rest;", "vote.sync.all.pred any, any, -1;", "@any bra POLL;",
         f"st.relaxed.sys.global.b32 [{error}], {step};",
-        "DONE:",
+        "TIMED_OUT:",
     ]  # fmt: skip
-    return "\n".join(["{", *lines, "}"])
+    lines += [f"@missing{n} mov.b32 ${n + i}, -1;" for n in firsts for i in range(together)] if phased else []
+    return "\n".join(["{", *lines, "DONE:", "}"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..layer import Chosen, Gradients, Layer, Verify, zeros_for_resets
 from ..problem import Pass, Problem, Recurrence
 from ..timeouts import KERNELS, error_word
-from . import exchange, pointwise, step
+from . import pointwise, step
 from .binary import RecordedLaunch
 from .choose import FAMILIES, candidates, card_of, choose_plan, load, measured_plan
 from .features import OPTIONS
@@ -59,11 +59,15 @@ class Kernel:
 
 
 class Prepared:
-    """A plan of one problem and pass; see layer.Prepared. `launch` makes its launches, by default `launch_kernel`."""
+    """A plan of one problem and pass; see layer.Prepared. `launch` makes its launches, by default `launch_kernel`.
+
+    A plan that is only `tried` waits a second for other programs, not as long as the user's calls.
+    """
 
     def __init__(
-        self, problem: Problem, which: Pass, plan: Plan, device: torch.device, launch: Launch | None = None
-    ) -> None:
+        self, problem: Problem, which: Pass, plan: Plan, device: torch.device, launch: Launch | None = None,
+        tried: bool = False,
+    ) -> None:  # fmt: skip
         self.plan, self._launch, self._family = plan, launch, FAMILIES[plan.family]
         one_round = problem.steps == 1 and not problem.projected and not problem.normalised
         waits = plan.family is Family.COOPERATIVE or (plan.family is Family.STEP and not one_round)
@@ -76,7 +80,7 @@ class Prepared:
         kernel = self._family.KERNELS[which.backward]
         self._kernel = Kernel(kernel, plan.grid, _constants(problem, which, plan), _options(plan, waits))
         self._loop = pointwise.LOOPS[which.backward] if plan.family is Family.POINTWISE else None
-        self._error = error_word(device, kernel.__name__) if kernel.__name__ in KERNELS else None
+        self._error = error_word(device, kernel.__name__, tried) if kernel.__name__ in KERNELS else None
 
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As layer.Layer.forward, without a projection unless it is in the time loop."""
@@ -141,7 +145,7 @@ def _constants(problem: Problem, which: Pass, plan: Plan) -> dict[str, Any]:
     """What problem, pass and plan fix, for kernels of all families."""
     return dict(
         H=problem.hidden, P=problem.width, REVERSE=problem.reverse, SAVE=which.save, PROJECT=problem.projected > 0,
-        PEEPHOLES=problem.peepholes, PRECISION=problem.precision, POLL_LIMIT=exchange.POLL_LIMIT,
+        PEEPHOLES=problem.peepholes, PRECISION=problem.precision,
         BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k,
         UNITS=plan.columns, CHUNKS=plan.k, WARPS=plan.num_warps, PARTS=plan.parts, AHEAD=plan.walks > 1,
     )  # fmt: skip
@@ -194,10 +198,10 @@ def _describe(layer: Layer, which: Pass, plan: Plan | None) -> Chosen:
 
 
 def layer_by(problem: Problem, device: torch.device, plan: Plan, launch: Launch | None = None) -> Layer:
-    """A layer that is run by a given plan."""
+    """A layer that is run by a given plan, in order to try it."""
 
     def prepare(layer: Layer, which: Pass) -> Prepared:
-        return Prepared(problem, which, plan, device, launch)
+        return Prepared(problem, which, plan, device, launch, tried=True)
 
     return Layer(problem, device, prepare, lambda *_: Chosen(plan, False))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..problem import Problem, Recurrence
 from . import indexing
 from .cell import cell_forward, gates_backward, normed_output_backward, output, output_backward
-from .exchange import grid_barrier
+from .exchange import grid_barrier, unless_timed_out
 from .features import MOST_ROWS
 from .norm import gates_of_unit, moments, moments_of_tiles, normalise, normalise_backward, store_pair, sums_of_tiles
 from .planning import Device, Family, Plan
@@ -128,8 +128,8 @@ def lstm_step_forward_kernel(
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr,
     arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier; None where one round is all
     error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
-    PROJECT: tl.constexpr, PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, POLL_LIMIT: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    PROJECT: tl.constexpr, PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """All steps. A step has up to three rounds over the tiles, each ended by a grid-wide barrier.
 
@@ -139,7 +139,7 @@ def lstm_step_forward_kernel(
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
     ROUNDS: tl.constexpr = 1 + PROJECT + NORM_HH + NORM_C
-    poll_limit = POLL_LIMIT
+    poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
     for step in range(T):
         h_prev_ptr = tl.where(step == 0, h0_ptr, h_ptr)
         c_prev_ptr = tl.where(step == 0, c0_ptr, c_n_ptr)
@@ -176,7 +176,7 @@ def lstm_step_forward_kernel(
                         mean, scale = moments_of_tiles(moments_hh_ptr, batch, in_batch, B, H, BLOCK_H, 4)
                         gain = tl.load(gain_hh_ptr + column, mask=column_unit < H, other=0.0).to(tl.float32)
                         z = normalise(z, mean[:, None], scale[:, None], gain[None, :], 0.0)
-                    z = indexing.split_gate_columns(z, BLOCK_B, BLOCK_H)
+                    z = indexing.split_gate_columns(unless_timed_out(z, poll_limit), BLOCK_B, BLOCK_H)
                     x = indexing.load_gates(gates_ptr, gates_at, valid_tile, H)
                     c_prev = indexing.load_state(c_prev_ptr, state_at, continues_tile, reset_c_ptr, at, reset_tile)
                     peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
@@ -208,20 +208,11 @@ def lstm_step_forward_kernel(
                         mean, scale = moments_of_tiles(moments_c_ptr, batch, in_batch, B, H, BLOCK_H, 1)
                         gain, bias = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[None, :], H)
                         m = output(o, normalise(c, mean[:, None], scale[:, None], gain, bias))
-                        m = tl.where(valid_tile, m, 0.0)
+                    m = tl.where(valid_tile, unless_timed_out(m, poll_limit), 0.0)
                 if round + 1 == ROUNDS:
+                    is_last = step == length - 1
                     store_hidden(
-                        m,
-                        h_ptr,
-                        h_n_ptr,
-                        h_prev_ptr,
-                        row_prev,
-                        zoneout_h_ptr,
-                        reset_h_ptr,
-                        unit,
-                        cells,
-                        step == length - 1,
-                        P,
+                        m, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells, is_last, P
                     )
             if arrivals_ptr is not None and (step + 1 < T or round + 1 < ROUNDS):
                 poll_limit = grid_barrier(arrivals_ptr, ROUNDS * step + round + 1, poll_limit, error_ptr, step)
@@ -243,8 +234,8 @@ def lstm_step_backward_kernel(
     dreset_h_ptr, reset_c_ptr, dreset_c_ptr,
     arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier; None where one round is all
     error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PROJECT: tl.constexpr,
-    PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, POLL_LIMIT: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """All steps, from the last to the first. A step has two rounds over the tiles if there is a projection, or a layer
     norm of c, which needs sums over all units; each ends with a grid-wide barrier.
@@ -253,7 +244,7 @@ def lstm_step_backward_kernel(
     NORM_C: tl.constexpr = gain_c_ptr is not None
     DTYPE: tl.constexpr = dgates_ptr.dtype.element_ty
     ROUNDS: tl.constexpr = 2 if PROJECT or NORM_C else 1
-    poll_limit = POLL_LIMIT
+    poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
     for back in range(T):
         step = T - 1 - back
         for round in tl.static_range(ROUNDS):
@@ -283,10 +274,6 @@ def lstm_step_backward_kernel(
                         dm *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
                     dm = indexing.add_gradients_given(dm, dh_ptr, dh_n_ptr, (step == length - 1)[:, None], cells)
                     dm = indexing.zoneout_h_backward(dm, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
-                if ROUNDS == 2 and round == 0:
-                    dm = tl.where(valid_tile, dm, 0.0).to(DTYPE)
-                    tl.store(dh_total_ptr + at, dm, mask=in_tile)
-                    dm = dm.to(tl.float32)
                 elif PROJECT:
                     dm = product(
                         dh_total_ptr, row, valid, None, row, None,
@@ -294,6 +281,11 @@ def lstm_step_backward_kernel(
                     )  # fmt: skip
                 elif NORM_C:
                     dm = tl.load(dh_total_ptr + at, mask=valid_tile, other=0.0).to(tl.float32)
+                dm = unless_timed_out(dm, poll_limit)
+                if ROUNDS == 2 and round == 0:
+                    dm = tl.where(valid_tile, dm, 0.0).to(DTYPE)
+                    tl.store(dh_total_ptr + at, dm, mask=in_tile)
+                    dm = dm.to(tl.float32)
 
                 # Output.
                 if NORM_C:

@@ -5,13 +5,13 @@
 // of a word is its step's phase. A reader loads a word until it is the one it waits for: one store and one load a step,
 // and no barrier.
 //
-// Waits are bounded. A warp that polled POLL_LIMIT times without success has timed out: it writes step + 1 into the error
-// word, and no later step waits for long, so that the launch ends.
+// Waits are bounded: the word after the error word says how often a warp may poll. A warp that polled more has timed out:
+// it writes step + 1 into the error word, no later step waits for long, so that the launch ends, and what was waited for
+// counts as NaN.
 
 constexpr unsigned SENTINEL = 0xFFFFFFFF;
 constexpr unsigned A_NAN = 0x7FC00000;  // not the sentinel
 
-constexpr int POLL_LIMIT = 1 << 22;  // seconds, where a step takes microseconds
 constexpr int POLLS_BETWEEN_CHECKS = 64;  // the error word is in host memory
 
 // With elements of two bytes an even thread's word has its element below and the next thread's above; an odd thread's is
@@ -39,7 +39,7 @@ struct Polling {
     __device__ bool goes_on() {
         if (++polls % POLLS_BETWEEN_CHECKS) return true;
         if (any_of_warp(load_from_host(error) != 0)) return false;
-        if (polls < POLL_LIMIT) return true;
+        if (!any_of_warp(polls >= load_from_host(error + 1))) return true;
         store_to_host(error, step + 1);
         return false;
     }
@@ -90,7 +90,12 @@ __device__ void await_phase(float (&x)[COUNT], const unsigned* from, int stride,
         }
 #pragma unroll
         for (int n = 0; n < COUNT; ++n) missing |= (word[n] & 1) != phase;
-    } while (any_of_warp(missing) && polling.goes_on());
+        missing = any_of_warp(missing);
+    } while (missing && polling.goes_on());
+    if (missing)
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n)
+            if ((word[n] & 1) != phase) word[n] = A_NAN;
 #pragma unroll
     for (int n = 0; n < COUNT; ++n) x[n] = wanted ? __uint_as_float(word[n]) : 0.0f;
 }
