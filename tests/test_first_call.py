@@ -37,7 +37,7 @@ def card(monkeypatch, nothing_cached):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for module in (choose, launch):
         monkeypatch.setattr(module, "card_of", lambda device: H100)
-    monkeypatch.setattr(launch, "error_word", lambda device, kernel: None)
+    monkeypatch.setattr(launch, "error_word", lambda device, kernel, tried=False: None)
 
 
 def _choose(monkeypatch, load=lambda *_: None, which=FORWARD, verify=None):
@@ -222,8 +222,8 @@ def test_the_triton_at_hand_compiles_for_a_card_and_not_for_one_that_is_unknown(
 def test_a_card_that_triton_cannot_compile_for_goes_to_torch_and_an_explicit_choice_raises(card, monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(available, "cupy_import_problem", lambda: "not here")
-    monkeypatch.setattr(binary, "compile_problem", lambda architecture: f"ptxas fatal: sm_{architecture}")
-    with pytest.warns(UserWarning, match=r"compiles nothing for cuda:0, compute capability 9.0: ptxas fatal: sm_90"):
+    monkeypatch.setattr(choose, "compile_problem", lambda architecture: f"ptxas fatal: sm_{architecture}")
+    with pytest.warns(UserWarning, match=r"launches nothing on cuda:0, compute capability 9.0: ptxas fatal: sm_90"):
         assert _auto() is Backend.TORCH
     with pytest.raises(RuntimeError, match=r"backend 'triton': .* compute capability 9.0: ptxas fatal: sm_90"):
         select("triton", CUDA, torch.float32, None, False)

@@ -27,7 +27,7 @@ def an_h100(monkeypatch, nothing_cached):
     for module in (launch, choose, autotune):
         monkeypatch.setattr(module, "card_of", lambda device: H100)
     monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
-    monkeypatch.setattr(launch, "error_word", lambda device, kernel: None)
+    monkeypatch.setattr(launch, "error_word", lambda device, kernel, tried=False: None)
     monkeypatch.setattr(autotune, "_call", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
 

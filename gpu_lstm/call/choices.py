@@ -84,7 +84,7 @@ class Block(contextlib.ContextDecorator, Generic[T]):
 
 
 chosen_backend: Choice[Backend] = Choice()
-chosen_racing: Choice[tuple[Racing, Any]] = Choice()  # and the group of ranks that are to agree
+chosen_racing: Choice[Racing] = Choice()
 
 
 def backend(name: BackendName | Backend) -> Block:
@@ -101,19 +101,17 @@ def backend(name: BackendName | Backend) -> Block:
     return Block(chosen_backend, found, f"gpu_lstm.backend({found.value!r})")
 
 
-def racing(mode: Literal["on", "read", "off"], group: Any = None) -> Block:
+def racing(mode: Literal["on", "read", "off"]) -> Block:
     """Choose within a `with` block whether backend "auto" races; for the whole process, as the environment variable.
 
     Args:
         mode: "on", "read" (use cached results only, as on a cluster or in CI) or "off".
-        group: ranks of a torch.distributed process group that are to agree: rank 0 decides. All of them must then
-            make the same first calls.
 
     Raises:
         ValueError: another mode.
     """
     found = _parse(Racing, mode, "mode of racing")
-    return Block(chosen_racing, (found, group), f"gpu_lstm.racing({found.value!r})")
+    return Block(chosen_racing, found, f"gpu_lstm.racing({found.value!r})")
 
 
 def parse_backend_name(name: str | Backend) -> BackendName:
@@ -141,9 +139,9 @@ def requested_backend(argument: str | Backend | None) -> Backend:
     return _parse(Backend, name, "backend", f" in the environment variable {BACKEND_VARIABLE}")
 
 
-def requested_racing() -> tuple[Racing, Any]:
-    """The mode and the group that is to agree: by `with racing(...)`, else by environment variable, else on."""
+def requested_racing() -> Racing:
+    """The mode: by `with racing(...)`, else by environment variable, else on."""
     if chosen_racing.now is not None:
         return chosen_racing.now
     name = os.environ.get(RACE_VARIABLE) or Racing.ON.value
-    return _parse(Racing, name, "mode of racing", f" in the environment variable {RACE_VARIABLE}"), None
+    return _parse(Racing, name, "mode of racing", f" in the environment variable {RACE_VARIABLE}")

@@ -108,10 +108,10 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
     if (too_old := _too_old(Backend.TRITON, device, (8, 0))) is not None:
         return too_old
     major, minor = torch.cuda.get_device_capability(device)
-    binary = importlib.import_module("gpu_lstm.kernels.triton_lstm.binary")
-    problem = binary.compile_problem(10 * major + minor)
+    choose = importlib.import_module("gpu_lstm.kernels.triton_lstm.choose")
+    problem = choose.launch_problem(device, 10 * major + minor)
     if problem is not None:
-        text = f"Triton compiles nothing for {device}, compute capability {major}.{minor}: {problem}"
+        text = f"Triton launches nothing on {device}, compute capability {major}.{minor}: {problem}"
         cache.warn_once(f"{text}. Backend 'auto' does without it.")
         return RuntimeError(f"backend 'triton': {text}")
     return None

@@ -4,6 +4,7 @@ The first call of a kind races them, once, on random data of its size; the resul
 by every later process. Where there may be no race, the expected winner runs.
 """
 
+import json
 import logging
 import os
 import statistics
@@ -26,17 +27,18 @@ from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 from ..kernels.problem import Pass, Problem  # type: ignore[import-not-found]
-from ..kernels.timeouts import DEVICE_ERRORS  # type: ignore[import-not-found]
+from ..kernels.timeouts import DEVICE_ERRORS, spare_multiprocessors  # type: ignore[import-not-found]
 from .kind import Kind, describe, size_class
 from .route import Decision, build, run_by
 
 KIND = "races"
-FORMAT = 5  # raised whenever a field of the key or the way of racing changes
+FORMAT = 6  # raised whenever a field of the key or the way of racing changes
 BUDGET = 0.3  # seconds that a race may last, after everything is compiled
 ROUND = 2e-3  # seconds of calls between two looks at the clock
 MOST_CALLS, MOST_TURNS = 64, 200  # of a round; of a race
 LONGEST = 256  # steps of a race: with more, what a step takes is all that counts
 BATCH_OF_A_GRAPH = 16  # that stands for any
+FAILED = "the kernels fail"
 UNCERTAIN = 0.5  # quartiles of a rival's times further apart than this share of their median: nothing is cached
 
 logger = logging.getLogger("gpu_lstm")
@@ -57,7 +59,7 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
         return Decision(able, "backend 'auto' chooses it where no kernels run")
     if call.modes.recording != Recording.NOBODY or call.modes.transforms != Transforms.NONE:
         return Decision(able, "nothing is raced while a call is watched")
-    device, (mode, group) = call.x.device, requested_racing()
+    device, mode = call.x.device, requested_racing()
     key = kind._replace(like=kind.like._replace(batch=size_class(kind.like.batch))), able, device, mode
     if key in _decided:
         return _decided[key]
@@ -70,14 +72,9 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
         return expected._replace(why=expected.why + then)
     with _lock, torch.random.fork_rng([device] if call.x.is_cuda else []):
         decision = None if mode is Racing.OFF else _cached(kind, able, device)
-        if decision is None and (group is None or torch.distributed.get_rank(group) == 0):
+        if decision is None:
             decision = _judge(call, kind, able, mode)
-        if group is not None:
-            agreed = [decision]
-            torch.distributed.broadcast_object_list(agreed, group=group, group_src=0)
-            (decision,) = agreed
-        assert decision is not None
-        _decided[key] = decision
+        _decided[key] = decision = _agreed(decision, _key(kind, able, device))
     logger.info("%s: %s", describe(kind.as_json()), decision)
     return decision
 
@@ -85,6 +82,21 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
 def forget() -> None:
     """Decide again, since more is known."""
     _decided.clear()
+
+
+def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
+    """What the rank of torch.distributed that decided first decided; but for a rank whose kernels fail.
+
+    Close to a tie ranks would decide differently. Through the store of the process group none waits for another, so
+    that they may make different calls, in any order.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or decision.why.startswith(FAILED):
+        return decision
+    store = distributed.distributed_c10d._get_default_store()
+    own = json.dumps((decision.backend.value, *decision[1:]))
+    backend, *rest = json.loads(store.compare_set(f"gpu_lstm/{json.dumps(key, sort_keys=True)}", "", own))
+    return Decision(Backend(backend), *rest)
 
 
 def _who_asked(call: Call) -> str:
@@ -108,7 +120,9 @@ def _cached(kind: Kind, able: Backend, device: torch.device) -> Decision | None:
 
 
 def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
-    return cache.machine(device) | {"format": FORMAT, "kernel": able.value} | kind.as_json()
+    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    how = {"format": FORMAT, "kernel": able.value, "spare": spare_multiprocessors(count)}
+    return cache.machine(device) | how | kind.as_json()
 
 
 def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
@@ -124,7 +138,7 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
                 raise
             except RuntimeError as error:
                 cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {error}")
-                return Decision(other, f"the kernels fail: {error}")
+                return Decision(other, f"{FAILED}: {error}")
             if mode is not Racing.ON or kind.only_ours:
                 return expected
             try:

@@ -5,6 +5,7 @@ A plan is compiled for the card before it is chosen. Triton keeps what is compil
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,8 @@ from ..layer import Verify
 from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
 from . import cooperative, pointwise, resident, step
-from .binary import RecordedLaunch
+from .binary import RecordedLaunch, compile_problem, empty_kernel
+from .features import OPTIONS
 from .planning import INTERPRETER, Device, Family, Plan, device_of, expected, plan_of
 
 MOST = 3  # plans that a first call compiles, before it runs that of the step family
@@ -39,6 +41,14 @@ logger = logging.getLogger("gpu_lstm")
 
 Launches = Callable[[Plan], Iterable[RecordedLaunch]]
 """launches(plan): what a plan would launch."""
+
+
+CURES = {  # of what Triton says where nothing can be launched, by a part of it
+    "C compiler": "Triton builds its launchers with a C compiler: install gcc, or name one in CC",
+    "non-zero exit status": "Triton builds its launchers with Python's headers: install python3-dev",
+    "kernel image": "the driver is older than what this Triton compiles for: use a newer driver, or an older Triton",
+    "unsupported toolchain": "the driver is older than this Triton: use a newer driver, or an older Triton",
+}
 
 
 class DoesNotFit(Exception):
@@ -133,6 +143,28 @@ def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
     compiled = kernel.warmup(grid=grid, **arguments)
     compiled._init_handles()
     return compiled
+
+
+def launch_problem(device: torch.device, architecture: int) -> str | None:
+    """Why Triton launches nothing on a device, and what helps. None: it does, as far as an empty kernel shows."""
+    if (problem := compile_problem(architecture)) is not None or torch.cuda.is_current_stream_capturing():
+        return problem  # older drivers load nothing into a capture
+    return _load_problem(device)
+
+
+@functools.cache
+def _load_problem(device: torch.device) -> str | None:
+    try:
+        with torch.cuda.device(device):
+            load(empty_kernel, (1,), OPTIONS)
+    except DEVICE_ERRORS:
+        raise
+    except Exception as error:  # from the C compiler or the driver
+        if "out of memory" in str(error):  # which passes
+            raise
+        cure = next((cure for text, cure in CURES.items() if text in str(error)), None)
+        return f"{error}" + (f" ({cure})" if cure else "")
+    return None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,61 @@
+"""What a card, its driver and its machine can do to a first call: what the user sees, and that the numbers survive."""
+
+import pytest
+import torch
+
+from gpu_lstm.call.choices import Backend
+from gpu_lstm.dispatch import available
+from gpu_lstm.kernels.triton_lstm import choose, launch
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def card(monkeypatch, nothing_cached):
+    """A card that loads nothing; which is found out again by each test."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    monkeypatch.setattr(choose, "compile_problem", lambda architecture: None)
+    choose._load_problem.cache_clear()
+    yield
+    choose._load_problem.cache_clear()
+
+
+CAUSES = {  # what Triton or the driver says, and a word of what the user is told to do
+    "no C compiler": (RuntimeError("Failed to find C compiler. Please specify via CC environment variable."), "gcc"),
+    "no Python.h": (RuntimeError("Command '['gcc', 'main.c']' returned non-zero exit status 1."), "python3-dev"),
+    "old driver": (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "newer driver"),
+    "old driver, PTX": (RuntimeError("the provided PTX was compiled with an unsupported toolchain."), "newer driver"),
+    "unknown": (OSError("no space left on device"), "no space left"),
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_without(card, monkeypatch, cause):
+    error, cure = CAUSES[cause]
+    monkeypatch.setattr(choose, "load", lambda *_: exec("raise error", {"error": error}))
+    monkeypatch.setattr(available, "cupy_import_problem", lambda: "not here")
+    with pytest.warns(UserWarning, match="launches nothing on cuda:0.*Backend 'auto' does without it"):
+        assert available.select(None, CUDA, torch.float32, None, False) is Backend.TORCH
+    with pytest.raises(RuntimeError, match=f"backend 'triton': .*{cure}"):
+        available.select("triton", CUDA, torch.float32, None, False)
+
+
+def test_memory_that_is_full_says_nothing_about_the_card(card, monkeypatch):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Triton Error [CUDA]: out of memory")):
+        monkeypatch.setattr(choose, "load", lambda *_, error=error: exec("raise error", {"error": error}))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            available.select("triton", CUDA, torch.float32, None, False)
+    monkeypatch.setattr(choose, "load", lambda *_: None)
+    assert available.select("triton", CUDA, torch.float32, None, False) is Backend.TRITON
+
+
+def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(choose, "load", lambda kernel, *_: loaded.append(kernel.__name__))
+    for capturing in (True, False, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert available.select("triton", CUDA, torch.float32, None, False) is Backend.TRITON
+        assert loaded == ([] if capturing else ["empty_kernel"])
