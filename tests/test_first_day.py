@@ -1,13 +1,17 @@
 """What a card, its driver and its machine can do to a first call: what the user sees, and that the numbers survive."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
+from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import choose, launch
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 
-CUDA = torch.device("cuda", 0)
+CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
 
 
 @pytest.fixture
@@ -59,3 +63,22 @@ def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypat
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         assert available.select("triton", CUDA, torch.float32, None, False) is Backend.TRITON
         assert loaded == ([] if capturing else ["empty_kernel"])
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("hidden", [64, 256, 768, 1024])
+def test_the_last_smaller_batch_of_an_epoch_compiles_nothing(monkeypatch, hidden, backward):
+    """It runs by the plan of the others, unless that is expected to take much longer."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(launch, "error_word", lambda device, kernel, tried=False: None)
+    monkeypatch.setattr(choose, "card_of", lambda device: H100)
+    monkeypatch.setattr(launch, "card_of", lambda device: H100)
+    monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
+    launch.forget()
+    problem, which = Problem(2, 64, hidden, torch.bfloat16), Pass(backward)
+    plan = launch.layer_of(problem, CUDA).prepared(which).plan
+    ours = [launch.layer_of(problem._replace(batch=batch), CUDA).chosen(which).plan for batch in range(1, 64)]
+    assert ours[8:] == [plan] * 55
+    larger = launch.layer_of(problem._replace(batch=4096), CUDA)
+    assert larger.chosen(which).plan == choose.plans(larger.problem, H100, backward)[0], "it may not fit a larger one"
+    launch.forget()

@@ -120,8 +120,9 @@ def test_layers_run_at_once_where_that_helps_and_never_in_a_graph(cuda_streams, 
     assert found.side_by_side == expected
     assert len(set(found.streams) - {None}) == (expected if expected > 1 else 0)
     assert _schedule(options, steps) == found
-    for why in (dict(is_cuda=False), dict(capturing=True)):
-        assert set(_schedule(options, steps, **why).streams) == {None}
+    for why, at_once in ((dict(is_cuda=False), 1), (dict(capturing=True), expected)):  # by the plans of the warm-up
+        one_stream = _schedule(options, steps, **why)
+        assert (set(one_stream.streams), one_stream.side_by_side) == ({None}, at_once)
     monkeypatch.setattr(route, "schedule_of", lambda *_: found)
     given = _call(gpu_lstm.LSTM(3, 4, **options), steps)
     layers = route.build(given, kind_of(given), Backend.TRITON).layers
@@ -201,7 +202,7 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
             alive.append(tensor)
         return found
 
-    monkeypatch.setattr(route, "schedule_of", lambda *_: schedule.Schedule(2**31, names))
+    monkeypatch.setattr(route, "schedule_of", lambda *_: schedule.Schedule(2**31, names, len(names)))
     monkeypatch.setattr(schedule, "on", on)
     monkeypatch.setattr(schedule, "join", join)
     monkeypatch.setattr(autograd, "layer", layer)

@@ -33,11 +33,7 @@ class Schedule(NamedTuple):
 
     longest: int  # steps of a chunk
     streams: Streams  # one for each layer or, where layers have two directions, for each direction
-
-    @property
-    def side_by_side(self) -> int:
-        """How many layers or directions run at once."""
-        return max(1, sum(stream is not None for stream in self.streams))
+    side_by_side: int  # layers or directions that plans share the card among
 
     def in_one_piece(self, steps: int) -> bool:
         """Whether a sequence is one chunk on the current stream."""
@@ -63,11 +59,11 @@ def schedule_of(call: Call, steps: int, size: int) -> Schedule:
     kept = call.learns and not options.recompute
     longest = 2**31 if kept else max(1, WORKSPACE // max(4 * call.batch * widest * size, 1))
     count = len(options.sizes) if options.directions == 1 else options.directions
-    # While a graph is captured launches of several streams are kept apart by what ran before the capture, too.
-    alone = (
-        not call.x.is_cuda or call.modes.capturing or count == 1 or (options.directions == 1 and steps <= 2 * SHORTEST)
-    )
-    return Schedule(longest, (None,) * count if alone else _streams(call.x.device, count))
+    if not call.x.is_cuda or count == 1 or (options.directions == 1 and steps <= 2 * SHORTEST):
+        return Schedule(longest, (None,) * count, 1)
+    # While a graph is captured launches of several streams are kept apart by what ran before the capture, too. So they
+    # become one stream, by the plans of the calls before: older drivers load no other kernel into a capture.
+    return Schedule(longest, (None,) * count if call.modes.capturing else _streams(call.x.device, count), count)
 
 
 def run(call: Call, direction: Direction, schedule: Schedule, backend: str) -> tuple[Tensor, list[State]]:

@@ -9,6 +9,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from math import ceil
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +26,7 @@ from .features import OPTIONS
 from .planning import INTERPRETER, Device, Family, Plan, device_of, expected, plan_of
 
 MOST = 3  # plans that a first call compiles, before it runs that of the step family
+MOST_LONGER = 1.25  # times the expected time of the best plan may a plan take that is compiled already
 SLOW_S = 2.0  # after which a log line says what is going on
 KIND = "plans"  # of cached results
 FORMAT = 7  # raised whenever a field of Plan or of the key changes its name or meaning
@@ -43,6 +45,9 @@ Launches = Callable[[Plan], Iterable[RecordedLaunch]]
 """launches(plan): what a plan would launch."""
 
 
+# Plans that run, by problem but for its batch, card and pass; and by batch.
+plans_in_use: dict[tuple[Problem, Device, Pass], dict[int, Plan]] = {}
+
 CURES = {  # of what Triton says where nothing can be launched, by a part of it
     "C compiler": "Triton builds its launchers with a C compiler: install gcc, or name one in CC",
     "non-zero exit status": "Triton builds its launchers with Python's headers: install python3-dev",
@@ -59,8 +64,7 @@ def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     """What to try, best first: estimated, until it is measured. The step family is always there."""
 
     def seconds(plan: Plan) -> float:
-        one_after_another = problem.side_by_side // plan.side_by_side if plan.family is Family.COOPERATIVE else 1
-        return one_after_another * expected(problem, device, plan, backward).seconds
+        return expected_seconds(problem, device, plan, backward)
 
     always, by_product = [step.step_plan(problem, device, backward)], pointwise.pointwise_plan(problem)
     if by_product is not None and seconds(by_product) < seconds(always[0]):
@@ -73,6 +77,12 @@ def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     return sorted([*resident.plans(problem, device, backward), *shared, *always], key=seconds)
 
 
+def expected_seconds(problem: Problem, device: Device, plan: Plan, backward: bool) -> float:
+    """Of a step of all layers or directions that run at once, by the model."""
+    one_after_another = problem.side_by_side // plan.side_by_side if plan.family is Family.COOPERATIVE else 1
+    return one_after_another * expected(problem, device, plan, backward).seconds
+
+
 def card_of(device: torch.device) -> Device:
     """What planning knows of a device, without what is left to others: the seam at which a test can be a card."""
     if device.type != "cuda":
@@ -83,11 +93,23 @@ def card_of(device: torch.device) -> Device:
 
 
 def candidates(problem: Problem, card: Device, which: Pass) -> list[Plan]:
-    """The plans of a pass: first the measured one, if there is one."""
+    """The plans of a pass: first the measured one, if there is one; or one that runs a larger batch already.
+
+    Every plan runs smaller batches, too. So nothing is compiled for the last, smaller batch of an epoch.
+    """
     if card is INTERPRETER:
         return [step.step_plan(problem, card, which.backward)]  # the others go thread by thread, which is slow there
-    measured = measured_plan(problem, card, which.backward)
-    return [*([measured] if measured else []), *plans(problem, card, which.backward)]
+    measured, proposed = measured_plan(problem, card, which.backward), plans(problem, card, which.backward)
+    if measured is not None:
+        return [measured, *proposed]
+    in_use = plans_in_use.get((problem._replace(batch=0), card, which), {})
+    if larger := [batch for batch in in_use if batch > problem.batch]:
+        plan = in_use[min(larger)]
+        walks = ceil(ceil(problem.batch / plan.rows) / plan.groups)  # of this batch
+        asked = proposed[0], dataclasses.replace(plan, walks=walks)
+        best, its = (expected_seconds(problem, card, each, which.backward) for each in asked)
+        proposed = [plan, *proposed] if its <= MOST_LONGER * best else proposed
+    return proposed
 
 
 def choose_plan(

@@ -14,7 +14,7 @@ from ..problem import Pass, Problem, Recurrence
 from ..timeouts import KERNELS, error_word
 from . import pointwise, step
 from .binary import RecordedLaunch
-from .choose import FAMILIES, candidates, card_of, choose_plan, load, measured_plan
+from .choose import FAMILIES, candidates, card_of, choose_plan, load, measured_plan, plans_in_use
 from .features import OPTIONS
 from .planning import Family, Launch, Plan
 
@@ -177,6 +177,7 @@ def layer_of(problem: Problem, device: torch.device, verify: Verify | None = Non
 def forget() -> None:
     """Choose all plans again, since more has been measured."""
     _layers.clear()
+    plans_in_use.clear()
 
 
 def _prepare(layer: Layer, which: Pass) -> Prepared:
@@ -188,6 +189,9 @@ def _prepare(layer: Layer, which: Pass) -> Prepared:
         return recorded_launches(layer.problem, which, plan)
 
     plan = choose_plan(layer.problem, layer.device, which, launches, verify)
+    if not layer.is_capturing():
+        key = layer.problem._replace(batch=0), card_of(layer.device), which
+        plans_in_use.setdefault(key, {})[layer.problem.batch] = plan
     return Prepared(layer.problem, which, plan, layer.device)
 
 
