@@ -1,0 +1,73 @@
+"""Compiled and exported programs: every result, gradient and gradient of a gradient is that of eager mode."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gpu_lstm
+
+T, B, I, H = 4, 3, 3, 4
+STATES = tuple(torch.randn(1, T, B, H, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
+VARIANTS = {  # of a module, and of a call
+    "plain": ({}, {}),
+    "two layers": (dict(num_layers=2), {}),
+    "both directions": (dict(bidirectional=True), {}),
+    "projection": (dict(proj_size=2), {}),
+    "lengths": ({}, dict(lengths=torch.tensor([4, 2, 1]))),
+    "resets": ({}, dict(resets=torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 1, 0]]).bool())),
+    "peepholes": (dict(peepholes=True), {}),
+    "layer norm": (dict(layer_norm=True), {}),
+    "recompute": (dict(recompute=True), {}),
+}
+VARIANTS["reset states"] = ({}, VARIANTS["resets"][1] | dict(reset_states=STATES))
+
+
+class Program(nn.Module):
+    """A module with the arguments of its call."""
+
+    def __init__(self, backend: str, options: dict, given: dict) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm = gpu_lstm.LSTM(
+            I, H, backend=backend, dtype=torch.float64 if backend != "triton" else None, **options
+        )
+        self.given = {name: self._in_dtype(value) for name, value in given.items()}
+
+    def _in_dtype(self, value):
+        if isinstance(value, tuple):
+            return tuple(map(self._in_dtype, value))
+        return value.to(self.lstm.weight_hh_l0.dtype) if value.is_floating_point() else value
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, (h_n, c_n) = self.lstm(x, **self.given)
+        return y.square().sum() + h_n.sum() + c_n.square().sum()
+
+
+def derivatives(program: nn.Module, x: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    """The result, all gradients, and the gradients of their squares."""
+    result = program(x)
+    leaves = [x, *parameters]
+    first = torch.autograd.grad(result, leaves, create_graph=True)
+    second = torch.autograd.grad(sum(t.square().sum() for t in first), leaves)
+    assert all(t.any() for t in second)
+    return [result, *first, *second]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["compiled", "exported"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_programs_have_the_derivatives_of_eager_mode(exact_float32_products, variant, backend, way):
+    if backend == "torch" and variant in ("peepholes", "layer norm", "reset states"):
+        backend = "reference"
+    program = Program(backend, *VARIANTS[variant])
+    x = torch.randn(T, B, I, dtype=program.lstm.weight_hh_l0.dtype, requires_grad=True)
+    true = derivatives(program, x, list(program.parameters()))
+    if way == "compiled":
+        torch._dynamo.reset()
+        other = torch.compile(program, backend="eager")
+    else:
+        other = torch.export.export(program, (x.detach(),)).module()
+    found = derivatives(other, x, list(other.parameters()))
+    for one, its in zip(true, found, strict=True):
+        torch.testing.assert_close(its, one)
