@@ -9,7 +9,7 @@ FOR_DOCS := .venv/.for-docs
 # in the end.
 ON_ALL_CORES := -n auto --dist worksteal
 
-.PHONY: demo lesson lesson-page docs kernels-page bounds-page test test-quick test-versions mutants bench lint clean
+.PHONY: demo lesson lesson-page docs kernels-page bounds-page test test-quick test-versions mutants soak bench lint clean
 
 demo: $(or $(wildcard $(INSTALLED)),$(FOR_DEMO))
 	$(BIN)/python examples/weather.py
@@ -51,6 +51,10 @@ test-versions: $(INSTALLED)
 # Plants single faults in copies of the tree and asks the tests. Half an hour and more; it goes on where it was stopped.
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants.py $(MUTANTS)
+
+# Ten minutes of random calls, each against the oracle; nothing may grow.
+soak: $(INSTALLED)
+	PYTHONPATH=tests TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(SOAK)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench

@@ -1,0 +1,98 @@
+"""Ten minutes of random calls, each against the oracle; memory, open files, threads and temporary files may not grow.
+
+    make soak                       # SOAK="--minutes 1 --seed 7" for others
+
+Backends torch, reference, triton in its interpreter, and the kernels in CUDA C++ compiled for the host, with all
+options that each supports. The seed is told at the start.
+"""
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from comparing import OF_TORCH, OPTIONS, check
+from places import CUPY_PLANS, cooperative, cuda, forget, pointwise, resident, step
+
+SHAPES = [(1, 1, 3, 5), (1, 9, 4, 8), (4, 3, 3, 8), (7, 2, 5, 6), (3, 10, 2, 9), (5, 0, 3, 4), (4, 3, 3, 8, 5)]
+KERNELS = {
+    "resident": resident, "pointwise": pointwise, "step": step, "cooperative": cooperative,
+    **{f"CUDA C++, {name}": lambda patch, plan=plan: cuda(patch, plan) for name, plan in CUPY_PLANS.items()},
+}  # fmt: skip
+CONFLICTS = [{"norms", "norm-hh", "norm-c"}, {"masks", "expected", "dropout_h", "zoneout_h", "zoneout_c"}]
+WARM = 0.3  # of the time, in which caches fill
+GROWTH = 32 << 20  # bytes that an allocator may still take after it
+
+
+def words_of(rng: random.Random, place: str, shape: tuple[int, ...]) -> list[str]:
+    """Random options of an example that a place supports, at most one of each conflict."""
+    known = OF_TORCH if place == "torch" or "CUDA" in place else list(OPTIONS)
+    words = rng.sample(known, rng.randint(1, min(4, len(known))))
+    for conflict in CONFLICTS:
+        for word in [word for word in words if word in conflict][1:]:
+            words.remove(word)
+    norms, noise = CONFLICTS
+    if len(shape) == 5 or place == "pointwise":  # a layer norm is not defined with a projection, or not in this family
+        words = [word for word in words if word not in norms]
+    if len(shape) == 5 and place in ("resident", "cooperative", "pointwise"):
+        words = [word for word in words if word not in noise]
+    return words or ["plain"]
+
+
+def call(rng: random.Random) -> str:
+    """One random call, compared; in words."""
+    place = rng.choice(["torch", "reference", *KERNELS])
+    shape = rng.choice([shape for shape in SHAPES if shape[1] or place not in KERNELS])
+    words = " ".join(words_of(rng, place, shape))
+    with pytest.MonkeyPatch.context() as patch:
+        if place in KERNELS:
+            KERNELS[place](patch)
+            # The kernels in CUDA C++ round as a card does, to half precision as torch's own LSTM.
+            backend, dtype = ("cupy", torch.float16) if "CUDA" in place else ("triton", torch.float32)
+        else:
+            backend, dtype = place, torch.float64
+        try:
+            check(shape, words, backend, dtype, seeds=1 if dtype is torch.float64 else 6)
+        except Exception as error:
+            raise AssertionError(f"{place}, (T, B, I, H[, P]) = {shape}, {words}: {error}") from error
+    forget()
+    return place
+
+
+def held() -> dict[str, int]:
+    """What a process may not take more and more of."""
+    memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    files, temporary = len(os.listdir("/proc/self/fd")), len(os.listdir(tempfile.gettempdir()))
+    return {"memory": memory, "open files": files, "threads": threading.active_count(), "temporary files": temporary}
+
+
+def main() -> int:
+    """Run until the time is over; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    options = parser.parse_args()
+    print(f"seed {options.seed}", flush=True)
+    rng, begin, counts, warm = random.Random(options.seed), time.monotonic(), Counter(), None
+    with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder  # so that no other process's files count
+        while (passed := (time.monotonic() - begin) / (60 * options.minutes)) < 1:
+            counts[call(rng)] += 1
+            if warm is None and passed > WARM:
+                warm = held()
+        end = held()
+    print(f"{counts.total()} calls: {dict(counts)}")
+    grown = {name: (warm[name], n) for name, n in end.items() if n > warm[name] + GROWTH * (name == "memory")}
+    print(f"held after {WARM:.0%} of the time and at the end: {grown or 'nothing more'}; {end}")
+    return bool(grown)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
