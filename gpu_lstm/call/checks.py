@@ -23,12 +23,25 @@ def check_bool(name: str, value: object) -> None:
 def check_tensor(value: object, name: str) -> None:
     """Raise TypeError unless it is one."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} should be a tensor, got: {type(value).__name__}")
+        raise TypeError(f"{name} should be a tensor, got: {type(value).__name__}{_cure_of(value)}")
+
+
+def _cure_of(value: object) -> str:
+    """What makes a tensor of something that a user may take for one."""
+    return "; use torch.as_tensor" if isinstance(value, list | tuple) or hasattr(value, "__array__") else ""
+
+
+def _other_way_round(given: Sequence[int], wanted: Sequence[int]) -> str:
+    """What to do where the sizes of `given` fit if the first two dimensions of the input change places."""
+    return "; it fits if the input's first two dimensions change places, see batch_first" if given == wanted else ""
 
 
 def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> None:
     """Raise unless the input of `name` has one of two ranks, and its elements in memory: not sparse, not nested."""
-    rank = input.dim()
+    try:
+        rank = input.dim()
+    except AttributeError as error:  # torch.nn.LSTM's error
+        raise AttributeError(f"{error}; expected a tensor{_cure_of(input)}") from None
     if rank not in ranks:
         low, high = ranks
         raise ValueError(f"{name}: Expected input to be {low}D or {high}D, got {rank}D instead")
@@ -46,7 +59,8 @@ def check_pair(hx: object, function: str = "lstm") -> None:
     """Raise, in torch's words, unless there are two states. One tensor that holds both is no pair."""
     if not isinstance(hx, tuple | list):
         kind = type(hx).__name__
-        raise TypeError(f"{function}(): argument 'hx' (position 2) must be tuple of Tensors, not {kind}")
+        what = f"argument 'hx' (position 2) must be tuple of Tensors, not {kind}"
+        raise TypeError(f"{function}(): {what}{_cure_of_one(hx)}")
     if len(hx) != 2:
         raise RuntimeError(f"{function} expects two hidden states")
 
@@ -57,10 +71,15 @@ def check_rank_of_states(rank: int, hx: State) -> None:
         kind = "batched" if rank == 3 else "unbatched"
         raise RuntimeError(
             f"For {kind} {rank}-D input, hx and cx should also be {rank}-D "
-            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{_cure_of_one(hx)}"
         )
     if rank == 3:  # of an unbatched hx torch takes what it needs
         check_pair(hx)
+
+
+def _cure_of_one(hx: object) -> str:
+    """What to do where somebody gives lengths, or one state, in the place of hx."""
+    return "; hx is one tensor: lengths and resets are given by keyword" if isinstance(hx, Tensor) else ""
 
 
 def check_states_of_a_cell(hx: Any, batched: bool) -> None:
@@ -104,12 +123,13 @@ def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weig
         RNNBase.check_input(as_torchs, x, None if x.dim() == 3 else x)
 
 
-def check_sizes_of_states(options: Options, batch: int, hx: State) -> None:
+def check_sizes_of_states(options: Options, x: Tensor, batch: int, hx: State) -> None:
     """Raise, in torch's words, unless h_0 and c_0 of an LSTM have the right sizes."""
     for i, (state, features) in enumerate(zip(hx, (options.width, options.hidden))):
         expected = options.rows, batch, features
         if state.shape != expected:
-            raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(state.shape)}")
+            hint = _other_way_round(state.shape, (options.rows, x.shape[0], features))
+            raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(state.shape)}{hint}")
 
 
 def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
@@ -224,8 +244,9 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: t
     """
     check_tensor(lengths, "lengths")
     if lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"lengths should be of dtype torch.int32 or torch.int64, got {lengths.dtype}")
-    _check_place("lengths", lengths, shape, device)
+        cure = "; use lengths.long()" if lengths.is_floating_point() else ""
+        raise ValueError(f"lengths should be of dtype torch.int32 or torch.int64, got {lengths.dtype}{cure}")
+    _check_place("lengths", lengths, shape, device, (steps,) * len(shape))
     if need_the_reference():  # inside vmap there is no value to look at
         return
     fits = ((lengths >= 0) & (lengths <= steps)).all()
@@ -249,13 +270,16 @@ def check_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -
     """
     check_tensor(resets, "resets")
     if resets.dtype != torch.bool:
-        raise ValueError(f"resets should be of dtype torch.bool, got {resets.dtype}")
-    _check_place("resets", resets, shape, device)
+        raise ValueError(f"resets should be of dtype torch.bool, got {resets.dtype}; use resets.bool()")
+    _check_place("resets", resets, shape, device, shape[::-1])
 
 
-def _check_place(name: str, given: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+def _check_place(
+    name: str, given: Tensor, shape: tuple[int, ...], device: torch.device, other_way_round: tuple[int, ...]
+) -> None:
     if given.shape != shape:
-        raise ValueError(f"Expected {name} of shape {list(shape)}, got {list(given.shape)}")
+        hint = _other_way_round(given.shape, other_way_round)
+        raise ValueError(f"Expected {name} of shape {list(shape)}, got {list(given.shape)}{hint}")
     if given.device != device:
         raise ValueError(f"Expected {name} on {device}, where the input is, got {given.device}")
 

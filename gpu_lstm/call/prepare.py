@@ -195,7 +195,7 @@ def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> lis
             h, c = (hx[0], hx[1]) if form.packed is None and form.batched else map(form.state_in, hx[:2])
             if h.shape != (options.rows, batch, options.width) or c.shape != (options.rows, batch, options.hidden):
                 checks.check_input(options, form, x, None)
-                checks.check_sizes_of_states(options, batch, (h, c))
+                checks.check_sizes_of_states(options, x, batch, (h, c))
             return [(h, c)]
         case "LSTMCell":
             h, c = hx
