@@ -23,7 +23,8 @@ from .dispatch.kind import describe
 from .dispatch.route import Decision
 from .kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 from .kernels.problem import Problem  # type: ignore[import-not-found]
-from .tools.explain import terms_of, tiles_of
+from .modules import LSTM
+from .tools.explain import explain, terms_of, tiles_of
 
 _DTYPES = {
     "bf16": (torch.bfloat16, "ieee"), "fp16": (torch.float16, "ieee"),
@@ -35,6 +36,7 @@ LARGEST_MEMORY = 192e9  # bytes; of a B200
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m gpu_lstm", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"gpu_lstm {__version__}")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_doctor)
     subparsers, commands = parser.add_subparsers(dest="command", metavar="COMMAND"), {}
@@ -42,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("doctor", _doctor, "versions, devices, and which backends can run (the default)"),
         ("kernels", _kernels, "compile every kernel for every architecture, without a GPU, and report"),
         ("plan", _plan, "which kernels a problem uses on a card, and how long a step is (estimated)"),
+        ("explain", _explain, "which backend would run an LSTM on this machine, how, and why"),
         ("races", _races, "cached results: races, verification of kernels, measured plans"),
     ):
         commands[name] = command = subparsers.add_parser(name, help=text)
@@ -49,12 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.set_defaults(run=run)
     commands["kernels"].add_argument("--quick", action="store_true", help="for an H100 in bfloat16 alone")
     plan, cached = commands["plan"], commands["races"].add_mutually_exclusive_group()
-    plan.add_argument("--hidden", type=_positive, required=True, help="hidden units")
-    plan.add_argument("--batch", type=_positive, required=True, help="sequences")
-    plan.add_argument("--steps", type=_positive, default=1024, help="time steps")
-    plan.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the tensors; tf32 and fp32 are float32")
-    plan.add_argument("--directions", type=int, choices=(1, 2), default=1, help="that run side by side")
+    for command, dtype in ((plan, "bf16"), (commands["explain"], "tf32")):
+        command.add_argument("--hidden", type=_positive, required=True, help="hidden units")
+        command.add_argument("--batch", type=_positive, required=True, help="sequences")
+        command.add_argument("--steps", type=_positive, default=1024, help="time steps")
+        command.add_argument("--dtype", choices=_DTYPES, default=dtype, help="of the tensors; tf32, fp32: float32")
+        command.add_argument("--directions", type=int, choices=(1, 2), default=1, help="that run side by side")
     plan.add_argument("--device", required=True, help="h100, a100, l4, rtx4090, rtx5090, b200")
+    commands["explain"].add_argument("--layers", type=_positive, default=1, help="on top of each other")
+    commands["explain"].add_argument("--inference", action="store_true", help="without gradients")
     cached.add_argument("--export", metavar="FILE", help="write all of them into one file")
     cached.add_argument("--merge", metavar="FILE", nargs="+", help="add those of exported files that are new here")
     cached.add_argument("--clear", action="store_true", help="remove all but those in a shared folder")
@@ -219,6 +225,20 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _explain(options: argparse.Namespace) -> int:
+    """How an LSTM with as many features as hidden units runs on the first CUDA device, or the CPU."""
+    dtype, precision = _DTYPES[options.dtype]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    made: Any = dict(device=device, dtype=dtype)
+    lstm = LSTM(options.hidden, options.hidden, options.layers, bidirectional=options.directions == 2, **made)
+    x = torch.empty(options.steps, options.batch, options.hidden, **made)
+    with torch.set_grad_enabled(not options.inference):
+        found = explain(lstm, x)
+    print(json.dumps(dataclasses.asdict(found), indent=2) if options.json else found)
+    return 0
+
+
 def _races(options: argparse.Namespace) -> int:
     """List, export, merge or clear cached results. Exit status 2 if a file cannot be read or written."""
     try:
@@ -236,12 +256,19 @@ def _races(options: argparse.Namespace) -> int:
     return 0
 
 
+_KINDS = {
+    "races": "the first call of each kind on a card races the kernels against torch's own LSTM",
+    "checks": "each kernel is verified on a card before it is used",
+    "plans": "gpu_lstm.autotune measures them",
+}
+
+
 def _list_cached(as_json: bool) -> int:
     rows, lines = [], []
     for kind in cache.KINDS:
         found = list(cache.entries(kind))
         rows += [dict(kind=kind, file=str(file), key=key, value=value) for file, key, value in found]
-        lines.append(f"{kind}: {len(found)}")
+        lines.append(f"{kind}: {len(found) or f'none yet; {_KINDS[kind]}'}")
         for _, key, value in found:
             try:
                 text = _in_words(kind, key, value)

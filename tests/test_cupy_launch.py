@@ -226,7 +226,7 @@ def test_what_is_absent_is_named_with_its_extra(monkeypatch, cupy, absent, cuda,
     monkeypatch.setattr(torch.version, "cuda", cuda)
     obstacle = available.why_unavailable(Backend.CUPY, torch.device("cuda"), torch.float32)
     assert isinstance(obstacle, ImportError)
-    assert f'pip install "gpu-lstm[{extra}]"' in str(obstacle)
+    assert f'pip install ".[{extra}]" in a clone' in str(obstacle)
 
 
 @pytest.mark.parametrize(

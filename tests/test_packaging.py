@@ -87,7 +87,7 @@ def test_a_checkout_on_pythonpath_works_and_for_a_package_that_is_missing_names_
     environ = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
     assert says(python, code, cwd=tmp_path, env=environ) == [
         "backend 'triton' needs Triton: pip install triton (No module named 'triton')",
-        f"backend 'cupy' needs CuPy and NVRTC: pip install \"gpu-lstm[{extra}]\" (No module named 'cupy')",
+        f"backend 'cupy' needs CuPy and NVRTC: pip install \".[{extra}]\" in a clone (No module named 'cupy')",
         "plot needs matplotlib: pip install matplotlib (No module named 'matplotlib')",
         'bench needs matplotlib: pip install --editable ".[bench]"',
         "[]",

@@ -129,7 +129,7 @@ def _cupy_obstacle(device: torch.device) -> Exception | None:
     problem = cupy_import_problem()
     if problem is not None:
         extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
-        return ImportError(f"backend 'cupy' needs CuPy and NVRTC: pip install \"gpu-lstm[{extra}]\" ({problem})")
+        return ImportError(f"backend 'cupy' needs CuPy and NVRTC: pip install \".[{extra}]\" in a clone ({problem})")
     if device.type != "cuda":
         return RuntimeError(f"backend 'cupy' runs on CUDA tensors, got {device}")
     return _too_old(Backend.CUPY, device, (7, 0))

@@ -46,6 +46,8 @@ def autotune(
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype should be a torch.dtype, got: {type(dtype).__name__}")
     device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("autotune times kernels on a CUDA device, and torch finds none here")
     if (problem := why_unavailable(Backend.TRITON, device, dtype)) is not None:
         raise problem
     if importlib.import_module("gpu_lstm.kernels.triton_lstm.launch").INTERPRETED:
