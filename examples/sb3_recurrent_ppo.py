@@ -163,10 +163,10 @@ def main(rollouts: int = 24, hidden: int = 256, epochs: int = 4, out: Path = Pat
 
 
 def plot(measured: list[Measured], hidden: int, path: Path) -> None:
-    """Draw, for each rollout, updates a second, how many times as fast one call was, and the length of episodes."""
-    figure = Figure(figsize=(8, 7), layout="constrained")
+    """Draw, for each rollout, updates a second and how many times as fast one call was."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
     figure.suptitle(f"sb3-contrib's RecurrentPPO, CartPole-v1 without velocities, H = {hidden}, CPU, 1 thread")
-    above, middle, below = figure.subplots(3, sharex=True, height_ratios=[3, 3, 2])
+    above, below = figure.subplots(2, sharex=True)
     steps = [each.steps for each in measured]
     for label, way, colour in (("one call", "one_call", "black"), ("sb3-contrib's loop", "loop", "0.6")):
         speeds = [each.updates / getattr(each, way) for each in measured]
@@ -174,18 +174,14 @@ def plot(measured: list[Measured], hidden: int, path: Path) -> None:
     above.set(ylabel="updates a second")
     ratios = [each.loop / each.one_call for each in measured]
     low, median, high = np.percentile(ratios, [20, 50, 80])
-    label = f"median {median:.1f}, 20th to 80th percentile {low:.1f} to {high:.1f}"
-    middle.plot(steps, ratios, "o-", color="black", markersize=4, label=label)
-    middle.axhspan(low, high, color="0.9")
-    middle.set(ylabel="one call: times as fast")
-    below.plot(steps, [each.episode for each in measured], "o-", color="black", markersize=4)
-    below.set(xlabel="steps of the agent", ylabel="steps an episode")
-    for axes in (above, middle, below):
+    label = f"one call over the loop, median {median:.1f}"
+    below.plot(steps, ratios, "o-", color="black", markersize=4, label=label)
+    below.axhspan(low, high, color="0.9", label=f"20th to 80th percentile, {low:.1f} to {high:.1f}")
+    below.set(xlabel="steps of the agent", ylabel="times as fast")
+    for axes, place in ((above, "upper left"), (below, "lower right")):
         axes.set_ylim(bottom=0)
         axes.grid(color="0.9")
-    for axes in (above, middle):
-        axes.set_ylim(top=1.25 * axes.get_ylim()[1])  # room for the legend
-        axes.legend(loc="upper left", ncols=2)
+        axes.legend(loc=place)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(f"Plot: {path}")
