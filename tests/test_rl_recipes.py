@@ -143,24 +143,20 @@ def test_rl_games(recipes):
 
 def test_rsl_rl(recipes):
     """Trajectories that are padded to the longest, each from the state stored at its start; dones [T, N] are ends."""
-    memory = recipes.Memory(I, H, L)
-    assert isinstance(memory.rnn, nn.LSTM)
-    theirs, _ = pair(memory.rnn)
+    theirs, ours = pair(gpu_lstm.LSTM(I, H, L))
     x, dones = torch.randn(T, N, I), ends_of_episodes()
 
     # The rollout goes on from one before it. Acting stores every state, and zeroes it in place where an episode ended.
     state, stored = a_state(), []
-    memory.hidden_state = tuple(each.clone() for each in state)
+    memory = SimpleNamespace(rnn=ours, hidden_state=tuple(each.clone() for each in state))
     with torch.no_grad():
         for x_t, done in zip(x, dones):
             stored.append([each.clone() for each in state])
             y, state = theirs(x_t[None], state)
-            torch.testing.assert_close(memory(x_t), y, rtol=0, atol=TOLERANCE)
-            for each in state:
+            torch.testing.assert_close(recipes.forward(memory, x_t), y, rtol=0, atol=TOLERANCE)
+            for each in (*state, *memory.hidden_state):
                 each[:, done] = 0
-            memory.reset(done.byte())
-            for ours, each in zip(memory.hidden_state, state):
-                torch.testing.assert_close(ours, each, rtol=0, atol=TOLERANCE)
+            torch.testing.assert_close(memory.hidden_state, state, rtol=0, atol=TOLERANCE)
 
     def padded(environments):
         """One after another their trajectories, each (environment, begin, end); outputs [T, environments, H]."""
@@ -183,8 +179,8 @@ def test_rsl_rl(recipes):
     for environments, (some, resets, state) in zip(([0, 1, 2], [3, 4]), found):
         expected = with_gradients([padded(environments)], list(theirs.parameters()))
         for late in (0, 1):
-            y = memory(some, masks=resets.roll(late, 0), hidden_state=state)
-            assert same(with_gradients([y], list(memory.parameters())), expected) == (late == 0)
+            y = recipes.forward(memory, some, masks=resets.roll(late, 0), hidden_state=state)
+            assert same(with_gradients([y], list(ours.parameters())), expected) == (late == 0)
 
 
 def test_skrl(recipes):
