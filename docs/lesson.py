@@ -1,6 +1,6 @@
-"""The lesson as a page: python docs/lesson.py writes docs/lesson.md and its pictures from the notebook as it is stored.
+"""The lesson as a page: python docs/lesson.py writes docs/lesson.md and its pictures from the stored notebook.
 
-With --run it first executes the notebook from its first cell to its last and stores what comes out.
+With --run it first executes the notebook from its first cell to its last and stores the outputs.
 """
 
 import base64
@@ -24,7 +24,7 @@ The notebook [lstm_explained.ipynb](../examples/lstm_explained.ipynb) as a page.
 
 
 def run() -> None:
-    """Execute the notebook and store its outputs, without what is true of this run only."""
+    """Execute the notebook and store its outputs, without anything specific to this run."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     folder = {"metadata": {"path": NOTEBOOK.parent}}
     client = NotebookClient(notebook, timeout=300, resources=folder, record_timing=False, coalesce_streams=True)
@@ -40,7 +40,7 @@ def run() -> None:
 
 
 def smaller(png: bytes) -> bytes:
-    """The picture in 256 colours, which takes a third of the room; none is off by more than the eye sees."""
+    """The picture in 256 colours: a third of the size, with no visible difference."""
     picture, kept = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
     reduced = picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
     reduced.save(kept, "PNG", optimize=True)
@@ -50,7 +50,7 @@ def smaller(png: bytes) -> bytes:
 def page(notebook: NotebookNode) -> tuple[str, dict[str, bytes]]:
     """The Markdown, and the pictures by their path in docs/pictures; the first by trace.plot is gates.png, too.
 
-    What a picture shows is said by its cell's last comment.
+    The last comment of a picture's cell says what it shows.
     """
     parts, pictures = [HEAD], {}
     for cell in notebook.cells:

@@ -88,7 +88,7 @@ def cell() -> Figure:
         box(axes, (x, 16), (11, 6), f"${letter}_t$   ${squashing}$\n", HUES[field], "white")
         label(axes, x, 14.6, "forget (keep)" if field == "forget" else field, HUES[field], size=8.5)
 
-    # Along the top goes the cell state.
+    # The cell state runs along the top.
     arrow(axes, (4.5, 37), (17.3, 37), colour=memory)
     arrow(axes, (20.7, 37), (36.8, 37), colour=memory)
     arrow(axes, (40.2, 37), (83, 37), colour=memory)
@@ -103,7 +103,7 @@ def cell() -> Figure:
     arrow(axes, (38.5, 29.2), (38.5, 35.3), colour=new)
     operation(axes, (38.5, 27.5), r"$\odot$", write)
 
-    # What is shown of it.
+    # The hidden state.
     arrow(axes, (72, 37), (72, 33.2), colour=memory)
     box(axes, (72, 31.2), (6.5, 4), r"$\tanh$", memory, "white")
     arrow(axes, (72, 29.2), (72, 25.2), colour=memory)
@@ -113,7 +113,7 @@ def cell() -> Figure:
     label(axes, 83, 11.5, "$h_t$", shown)
     label(axes, 71, 11, "hidden state", shown, size=9, ha="right")
 
-    # Along the bottom goes what every gate reads.
+    # The inputs of all gates run along the bottom.
     arrow(axes, (4.5, 9), (60, 9), head=False)
     arrow(axes, (12, 3.2), (12, 9), head=False)
     label(axes, 4.5, 11.5, "$h_{t-1}$", shown)

@@ -1,4 +1,4 @@
-"""The plots of lstm_explained.ipynb: each takes what a cell computed; gates and states have the colours of trace."""
+"""The plots of lstm_explained.ipynb, each of what a cell computed; gates and states have the colours of trace."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from gpu_lstm.tools.trace import HUES, colour_map
 
 INK, GREY, PALE = "#22303c", "0.6", "0.85"
-OTHER = ("#b8860b", "#111111", "#5f9ea0", "#a0a0a0")  # of networks, which are neither gates nor states
+OTHER = ("#b8860b", "#6c757d", "#3a9ca0", "#111111")  # of networks, which are neither gates nor states
 
 
 def panels(rows: int, height: float, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
@@ -111,13 +111,14 @@ def keeper(
 def far_back(
     lengths: Sequence[int], norms: Mapping[str, np.ndarray], forget: Mapping[str, float], smallest: float = 1e-45
 ) -> Figure:
-    """Gradient norms [seeds, lengths] by network; dashed, where there is one, its forget gate's product."""
+    """Gradient norms [seeds, lengths] by network, the last one emphasised; dashed, the product of its forget gates."""
     figure, ((axes,),) = panels(1, 4.4)
     for (name, measured), colour in zip(norms.items(), OTHER):
         middle = np.exp(np.log(measured).mean(axis=0))
         axes.fill_between(lengths, measured.min(axis=0), measured.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-        axes.plot(lengths, middle, "o-", color=colour, markersize=4)
-        axes.annotate(name, (lengths[-1], middle[-1]), (8, -3), textcoords="offset points", color=colour)
+        width, weight = (3.0, "bold") if name == list(norms)[-1] else (1.5, "normal")
+        axes.plot(lengths, middle, "o-", color=colour, markersize=4, linewidth=width)
+        axes.annotate(name, (lengths[-1], middle[-1]), (8, -3), textcoords="offset points", color=colour, weight=weight)
         if name in forget:
             product = middle[0] * forget[name] ** (np.array(lengths) - lengths[0])
             axes.plot(lengths, product, "--", color=colour, linewidth=1)
@@ -143,17 +144,17 @@ def losses(curve: Sequence[tuple[float, float]], baseline: float) -> Figure:
     figure, ((axes,),) = panels(1, 2.8)
     for values, name, colour in zip(zip(*curve), ("training years, with dropout", "2015, held out"), (GREY, INK)):
         axes.plot(np.arange(1, len(curve) + 1), values, color=colour, linewidth=2, label=name)
-    axes.axhline(baseline, color=OTHER[0], linestyle="--", label="2015, forecast: as yesterday")
+    axes.axhline(baseline, color=OTHER[0], linestyle="--", label="2015, forecast: same as today")
     axes.set(xlabel="epoch", ylabel="mean squared error", ylim=(None, 1.03 * baseline))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left")
     return figure
 
 
-def forecast(dates: np.ndarray, truth: np.ndarray, yesterday: np.ndarray, ours: np.ndarray) -> Figure:
+def forecast(dates: np.ndarray, truth: np.ndarray, today: np.ndarray, ours: np.ndarray) -> Figure:
     """What was measured and what was forecast the day before, [days], in °C."""
     figure, ((axes,),) = panels(1, 2.8)
     axes.plot(dates, truth, "o", color=GREY, markersize=4, label="measured")
-    axes.plot(dates, yesterday, color=OTHER[0], linewidth=1, linestyle="--", label="as yesterday")
+    axes.plot(dates, today, color=OTHER[0], linewidth=1, linestyle="--", label="same as today")
     axes.plot(dates, ours, color=INK, linewidth=1.8, label="the stack")
     axes.set(ylabel="daily maximum, °C", ylim=(None, truth.max() + 6))
     axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator(), show_offset=False))

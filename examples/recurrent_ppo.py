@@ -5,12 +5,12 @@ Run it from the root of the repository::
     pip install -e ".[examples]"
     python examples/recurrent_ppo.py
 
-Of CartPole-v1's observations it keeps the cart's position and the pole's angle. How fast they change is hidden, so an
-agent has to remember. Two agents with the same network learn, on the GPU if there is one; the second forgets all before
-every step. Their returns are printed, and drawn in out/recurrent_ppo.png.
+Of CartPole-v1's observations only the cart's position and the pole's angle are used. How fast they change is hidden, so
+an agent has to remember. Two agents with the same network learn, on the GPU if there is one; the second forgets
+everything before every step. Their returns are printed, and drawn in out/recurrent_ppo.png.
 
-Episodes end anywhere within a rollout. gpu_lstm.LSTM takes the steps at which they start as `resets`, so the update is
-one call over the whole rollout, with no loop over its steps.
+Episodes end anywhere within a rollout. gpu_lstm.LSTM accepts the steps at which they start as `resets`, so the update
+is one call over the whole rollout, with no loop over its steps.
 """
 
 import time
@@ -32,15 +32,15 @@ from torch.distributions import Categorical
 import gpu_lstm
 
 ENVIRONMENTS = 16  # N
-STEPS = 128  # T, that each environment takes between updates
+STEPS = 128  # T, of each environment between updates
 HIDDEN = 64  # H
-EPOCHS = 4  # that a rollout is learned from
-MINIBATCHES = 4  # of an epoch, each all steps of some environments
+EPOCHS = 4  # for each rollout
+MINIBATCHES = 4  # in an epoch, each with all steps of some environments
 LEARNING_RATE = 2.5e-3  # at first; it falls to zero
 DISCOUNT = 0.99
-TRACE = 0.95  # lambda, by which later errors count for an advantage
-CLIP = 0.2  # beyond 1 +- this, a change of an action's probability gains nothing
-ENTROPY = 0.01  # what the policy's entropy is worth
+TRACE = 0.95  # lambda of the generalised advantages
+CLIP = 0.2  # of the ratio of probabilities, to 1 +- this
+ENTROPY = 0.01  # weight of the entropy in the loss
 MAX_NORM = 0.5  # of the gradient
 
 State = tuple[Tensor, Tensor]
@@ -48,7 +48,7 @@ State = tuple[Tensor, Tensor]
 
 
 def main(updates: int = 60, seed: int = 0, out: Path = Path("out")) -> dict[str, float]:
-    """Let both agents learn, print and plot; returns the mean return of each one's last 100 episodes."""
+    """Train both agents, print and plot; returns the mean return of each one's last 100 episodes."""
     torch.set_num_threads(1)  # more do not help so small a model, and slow it down where other work shares the cores
     curves = {name: learn(updates, seed, name) for name in ("remembers", "forgets")}
     table = Table("agent", "episodes", "mean return of the last 100", "seconds", title="CartPole-v1 without velocities")
@@ -68,7 +68,7 @@ class Curve(NamedTuple):
 
 
 def learn(updates: int, seed: int, name: str) -> Curve:
-    """Train the agent that `name`s: "remembers" or "forgets"."""
+    """Train one agent; `name` is "remembers" or "forgets"."""
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     agent = Agent(remembers=name == "remembers").to(device)
@@ -87,13 +87,13 @@ def learn(updates: int, seed: int, name: str) -> Curve:
 
 
 def cartpoles(**options: int) -> VectorEnv:
-    """The environments. A step that ends an episode returns the first observation of the next, not its own."""
+    """The environments. A step that ends an episode returns the first observation of the next episode."""
     autoreset = {"autoreset_mode": AutoresetMode.SAME_STEP}
     return gymnasium.make_vec("CartPole-v1", ENVIRONMENTS, "sync", autoreset, [WithoutVelocities], **options)
 
 
 class WithoutVelocities(gymnasium.ObservationWrapper):
-    """The cart's position and the pole's angle, each 1 where it ends the episode."""
+    """The cart's position and the pole's angle, scaled so that the episode ends at 1."""
 
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
@@ -105,7 +105,7 @@ class WithoutVelocities(gymnasium.ObservationWrapper):
 
 
 class Agent(nn.Module):
-    """Policy and values. The same call acts, one step at a time, and learns, from all steps of a rollout."""
+    """Policy and values. The same call serves for acting, one step at a time, and for learning, all steps at once."""
 
     def __init__(self, hidden: int = HIDDEN, remembers: bool = True) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Agent(nn.Module):
         self.actor = nn.Linear(hidden, 2)
         self.critic = nn.Linear(hidden, 1)
         self.remembers = remembers
-        nn.init.orthogonal_(self.actor.weight, 0.01)  # so that at first all actions are as likely
+        nn.init.orthogonal_(self.actor.weight, 0.01)  # so that at first both actions are equally likely
 
     def forward(self, observations: Tensor, state: State, starts: Tensor) -> tuple[Categorical, Tensor, State]:
         """From observations [T, N, 2] and where episodes start, [T, N]: policy and values, [T, N], and the state."""
@@ -129,9 +129,9 @@ class Rollout(NamedTuple):
     observations: Tensor  # [T, N, 2]
     starts: Tensor  # bool: an episode starts with this observation
     actions: Tensor
-    log_probs: Tensor  # of the actions, as the policy was when it took them
+    log_probs: Tensor  # of the actions, by the policy that chose them
     advantages: Tensor
-    returns: Tensor  # what the values should be
+    returns: Tensor  # targets of the values
     state: State  # before the first step
 
     def of(self, chosen: Tensor) -> "Rollout":
@@ -141,10 +141,10 @@ class Rollout(NamedTuple):
 
 
 def rollouts(agent: Agent, envs: VectorEnv, seed: int) -> Iterator[tuple[Rollout, list[float]]]:
-    """Act without end: rollouts, each with the returns of the episodes that ended in it.
+    """Act, and yield one rollout after another, each with the returns of the episodes that ended in it.
 
-    Where a step is the last of its episode, the next step starts another: done at t is `starts` at t + 1. State and
-    `starts` go on from one rollout to the next.
+    The step after the last one of an episode starts another: done at t is `starts` at t + 1. State and `starts` carry
+    over from one rollout to the next.
     """
     N, device = envs.num_envs, agent.actor.weight.device
 
@@ -163,7 +163,7 @@ def rollouts(agent: Agent, envs: VectorEnv, seed: int) -> Iterator[tuple[Rollout
                 action = policy.sample()
                 seen, earned, terminated, truncated, info = envs.step(action[0].cpu().numpy())
                 reward = tensor((1 - DISCOUNT) * earned.astype(np.float32))  # so that values are at most 1
-                if truncated.any():  # ended by the clock, so what would have come counts
+                if truncated.any():  # cut off by the time limit: add the value of what would have followed
                     last = seen.copy()
                     last[truncated] = np.stack(info["final_obs"][truncated])
                     reward += DISCOUNT * tensor(truncated) * agent(tensor(last), (h, c), never)[1]
@@ -181,7 +181,7 @@ def rollouts(agent: Agent, envs: VectorEnv, seed: int) -> Iterator[tuple[Rollout
 
 def estimate(rewards: Tensor, values: Tensor, starts: Tensor) -> Tensor:
     """Generalised advantages [T, N], from rewards [T, N], and values and starts [T + 1, N]."""
-    factors = DISCOUNT * ~starts[1:]  # of what comes after a step, which is nothing at the end of an episode
+    factors = DISCOUNT * ~starts[1:]  # of what follows a step, which is nothing at the end of an episode
     errors = rewards + factors * values[1:] - values[:-1]
     advantages = torch.zeros_like(values)
     for t in reversed(range(len(errors))):
@@ -198,7 +198,7 @@ def training_step(agent: Agent, optimiser: torch.optim.Optimizer, batch: Rollout
 
 
 def loss(agent: Agent, batch: Rollout) -> Tensor:
-    """Of PPO: the clipped objective, the error of the values and the entropy, from all steps at once."""
+    """The loss of PPO: clipped objective, error of the values and entropy, over all steps at once."""
     policy, values, _ = agent(batch.observations, batch.state, batch.starts)
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
     ratio = (policy.log_prob(batch.actions) - batch.log_probs).exp()
@@ -207,7 +207,7 @@ def loss(agent: Agent, batch: Rollout) -> Tensor:
 
 
 def plot(curves: dict[str, Curve], path: Path) -> None:
-    """Draw the mean return of the last 100 episodes over the steps taken."""
+    """Draw the mean return of the last 100 episodes against the steps so far."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for (name, curve), colour in zip(curves.items(), ("black", "0.6"), strict=True):

@@ -1,19 +1,19 @@
-"""sb3-contrib's RecurrentPPO with one call over all steps in the place of its loop: the same updates, timed in turns.
+"""sb3-contrib's RecurrentPPO with one call over all steps instead of its loop: the same updates, timed in turns.
 
 Run it from the root of the repository::
 
     pip install -e ".[examples]" "sb3-contrib>=2.6"
     python examples/sb3_recurrent_ppo.py
 
-sb3-contrib cuts a minibatch into its episodes and calls torch.nn.LSTM at every step of them. OneCall says the same as
-`resets`. That, and gpu_lstm.convert, is all that a program of your own needs::
+sb3-contrib cuts a minibatch into its episodes and calls torch.nn.LSTM at every step of them. OneCall passes the starts
+of episodes as `resets` instead. Your own program needs only that policy and gpu_lstm.convert::
 
     model = RecurrentPPO(OneCall, env)
     gpu_lstm.convert(model.policy)
     model.learn(...)
 
-Here a model learns by one call, and at every update sb3-contrib's own policy does the same update aside, from the same
-weights and rollout, after its gradients were found the same. The plot is out/sb3_recurrent_ppo.png.
+Here a model learns by one call. At every update sb3-contrib's own policy makes the same update from the same weights
+and rollout, after their gradients were found equal, and both are timed. The plot is out/sb3_recurrent_ppo.png.
 """
 
 import copy
@@ -42,13 +42,13 @@ TOLERANCE = 1e-4  # by which gradients may differ, relative to their norm
 
 
 class OneCall(RecurrentActorCriticPolicy):
-    """sb3-contrib's policy, which calls its LSTMs once for all steps of a minibatch."""
+    """sb3-contrib's policy, but with one call of each LSTM for all steps of a minibatch."""
 
     @staticmethod
     def _process_sequence(
         features: Tensor,  # [N*T, I], one sequence after another
         lstm_states: tuple[Tensor, Tensor],  # each [L, N, H]
-        episode_starts: Tensor,  # [N*T], 1 where an episode starts
+        episode_starts: Tensor,  # [N*T], 1 where an episode starts: these are resets, not dones
         lstm: nn.Module,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         sequences = lstm_states[0].shape[1]
@@ -74,8 +74,8 @@ class WithoutVelocities(gymnasium.ObservationWrapper):
 class Measured(NamedTuple):
     """One rollout and the updates from it."""
 
-    steps: int  # taken by all environments, up to here
-    episode: float  # steps of one, in the mean
+    steps: int  # of all environments, up to here
+    episode: float  # mean length, in steps
     acting: float  # seconds
     loop: float
     one_call: float
@@ -83,9 +83,9 @@ class Measured(NamedTuple):
 
 
 class Timed(RecurrentPPO):
-    """Times how long it learns from a rollout, and how long a twin with sb3-contrib's own policy takes for the same.
+    """Times its own updates from a rollout, and the same updates of a twin with sb3-contrib's own policy.
 
-    Each takes one of the `epochs` in turns with the other, so that both meet the same load of the machine.
+    The two take turns, one of the `epochs` each, so that the machine's load is the same for both.
     """
 
     def __init__(self, twin: RecurrentPPO, epochs: int, *arguments, **named) -> None:
@@ -119,7 +119,7 @@ class Timed(RecurrentPPO):
 
 
 def check(twin: RecurrentPPO, buffer, ours: RecurrentPPO) -> None:
-    """Raise RuntimeError unless values, probabilities and gradients of a minibatch are the same."""
+    """Raise RuntimeError unless values, probabilities and gradients of a minibatch are equal."""
     np.random.seed(0)
     batch = next(buffer.get(ours.batch_size))
     found = []
@@ -173,10 +173,11 @@ def plot(measured: list[Measured], hidden: int, path: Path) -> None:
         above.plot(steps, speeds, "o-", color=colour, markersize=4, label=f"{label}, median {np.median(speeds):.1f}")
     above.set(ylabel="updates a second")
     ratios = [each.loop / each.one_call for each in measured]
-    label = f"one call is so many times as fast, median {np.median(ratios):.1f}"
+    low, median, high = np.percentile(ratios, [20, 50, 80])
+    label = f"one call over the loop, median {median:.1f}"
     below.plot(steps, ratios, "o-", color="black", markersize=4, label=label)
-    below.plot(steps, [each.episode / 10 for each in measured], "--", color="0.6", label="steps of an episode / 10")
-    below.set(xlabel="steps taken by the agent", ylabel="times as fast")
+    below.axhspan(low, high, color="0.9", label=f"20th to 80th percentile, {low:.1f} to {high:.1f}")
+    below.set(xlabel="steps of the agent", ylabel="times as fast")
     for axes, place in ((above, "upper left"), (below, "lower right")):
         axes.set_ylim(bottom=0)
         axes.grid(color="0.9")

@@ -1,4 +1,4 @@
-"""Train a language model of bytes in several processes, stop, and go on with the same bits.
+"""Train a byte-level language model in several processes, stop, and resume with bit-identical results.
 
 Run it from the root of the repository, in one process or in more::
 
@@ -7,13 +7,13 @@ Run it from the root of the repository, in one process or in more::
     torchrun --nproc-per-node 2 examples/train_ddp.py
     torchrun --nproc-per-node 2 examples/train_ddp.py --resume --steps 600
 
-The text is the language reference that every Python ships for `help()`. It is cut into STREAMS pieces of one length,
-which are read side by side, and shared out among the processes. Backpropagation is truncated: a step of training reads
-the next WINDOW bytes of every piece, and h and c go on from step to step without their gradient. The processes exchange
-gradients by DistributedDataParallel: by NCCL with a GPU for each, else by gloo.
+The text is the language reference that every Python ships for `help()`. It is cut into STREAMS pieces of equal length,
+which are divided among the processes and read in parallel. Back-propagation through time is truncated: a training step
+reads the next WINDOW bytes of every piece, and h and c carry over from step to step without their gradient. The
+processes exchange gradients by DistributedDataParallel: by NCCL with a GPU for each, else by gloo.
 
-A checkpoint has all that a run consists of: weights, the optimizer, how many steps were taken, which says where in the
-text each piece is, and of each process the states of its pieces and of its generator of random numbers.
+A checkpoint holds everything that a run needs: weights, the optimizer, the number of steps so far, which gives the
+position in every piece, and for each process the states of its pieces and of its random number generator.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Model(nn.Module):
 
 
 class Training:
-    """One process's part of a run."""
+    """The part of a run that one process does."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.rank, workers = device, dist.get_rank(), dist.get_world_size()
@@ -78,7 +78,7 @@ class Training:
         mine = [piece[:length] for piece in pieces[self.rank :: workers]]
         self.text = torch.stack(mine, dim=1).long().to(device)  # [bytes, N]
         self.counts = text[:-HELD_OUT].long().bincount(minlength=256).to(device) + 1.0
-        torch.manual_seed(self.rank)  # for dropout; the weights are those of rank 0 everywhere
+        torch.manual_seed(self.rank)  # for dropout; DDP copies the weights of rank 0 to all
         self.model = DistributedDataParallel(Model().to(device))
         self.optimizer = torch.optim.Adam(self.model.parameters(), LEARNING_RATE)
         self.steps = 0
@@ -86,10 +86,10 @@ class Training:
         self.state: State = zeros, zeros.clone()
 
     def step(self) -> float:
-        """Read the next bytes of every piece and learn from them; the loss of this process in bits a byte."""
+        """Train on the next bytes of every piece; returns the loss of this process in bits per byte."""
         per_round = (len(self.text) - 1) // WINDOW  # windows of a piece
         first = self.steps % per_round * WINDOW
-        if first == 0:  # at the beginning of the pieces
+        if first == 0:  # at the start of the pieces
             self.state = tuple(map(torch.zeros_like, self.state))
         window = self.text[first : first + WINDOW + 1]
         logits, (h, c) = self.model(window[:-1], self.state)
@@ -103,12 +103,12 @@ class Training:
         return loss.item() / math.log(2)
 
     def save(self, folder: Path) -> None:
-        """All of the run, by all processes together."""
+        """Write the whole run, by all processes together."""
         dcp.save(self._parts(), checkpoint_id=folder)
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint, which must be one of as many processes."""
-        self.step()  # in which DDP chooses in what order it sums up; the rest of it is overwritten
+        """Continue from a checkpoint, which must be from the same number of processes."""
+        self.step()  # in which DDP fixes the order of its sums; everything else of it is overwritten
         parts = self._parts()
         dcp.load(parts, checkpoint_id=folder)
         set_state_dict(self.model, self.optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
@@ -127,7 +127,7 @@ class Training:
 
     @torch.no_grad()
     def bits(self) -> dict[str, float]:
-        """Bits a byte of the text that was held out: the model's, and those of how often each byte occurs."""
+        """Bits per byte on the held-out text: of the model, and of the frequencies of single bytes."""
         model = self.model.module.eval()
         logits, _ = model(self.held_out[:-1])
         model.train()
@@ -144,11 +144,11 @@ def the_text() -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Train and print; the bits a byte of what was held out."""
+    """Train and print; returns the bits per byte on the held-out text."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400, help="of training, in all; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=400, help="of training, in total; default: %(default)s")
     parser.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="default: %(default)s")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     parser.add_argument("--out", type=Path, default=Path("out/train_ddp"), help="for checkpoints; default: %(default)s")
     options = parser.parse_args(arguments)
     device = start()
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
 
 def start() -> torch.device:
-    """Meet the other processes that torchrun has started, or be the only one; the device of this one."""
+    """Join the other processes that torchrun has started, if any; returns the device of this one."""
     torch.set_num_threads(1)  # the processes share the cores
     device = torch.device("cpu")
     if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
@@ -171,16 +171,17 @@ def start() -> torch.device:
 
 
 def train(training: Training, options: argparse.Namespace) -> dict[str, float]:
-    """Up to the last step, with a checkpoint now and then and at the end."""
+    """Train up to the last step, with checkpoints on the way and at the end."""
     if options.resume:
         complete = [path.parent for path in options.out.glob("step-*/.metadata")]  # which is written last
         if not complete:
             raise SystemExit(f"there is no checkpoint in {options.out}")
         training.resume(max(complete, key=lambda folder: int(folder.name.removeprefix("step-"))))
     elif training.rank == 0:
-        for folder in options.out.glob("step-*"):  # of another run
+        for folder in options.out.glob("step-*"):  # of an earlier run
             shutil.rmtree(folder)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[loss]:.2f} bits a byte"))
+    loss_column = TextColumn("{task.fields[loss]:.2f} bits per byte")
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), loss_column)
     console = Console(quiet=training.rank > 0)
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=options.steps, completed=training.steps, loss=8.0)
@@ -191,7 +192,7 @@ def train(training: Training, options: argparse.Namespace) -> dict[str, float]:
                 training.save(options.out / f"step-{training.steps}")
     bits = training.bits()
     table = Table(
-        "held-out text", "bits a byte", title=f"after {training.steps} steps, {dist.get_world_size()} processes"
+        "held-out text", "bits per byte", title=f"after {training.steps} steps, {dist.get_world_size()} processes"
     )
     for name, value in bits.items():
         table.add_row(name, f"{value:.2f}")

@@ -59,7 +59,7 @@ def test_the_update_in_one_call_is_that_of_a_loop_over_steps(agent, batch):
     for shift in (1, -1):  # a step late or early makes every gradient another
         shifted = batch._replace(starts=batch.starts.roll(shift, dims=0))
         assert _differing(_loss_and_gradients(agent, shifted), expected) == set(expected)
-    part = batch.of(torch.tensor([3, 1]))  # a minibatch takes the states of its environments
+    part = batch.of(torch.tensor([3, 1]))  # a minibatch uses the states of its environments
     values, of_part = (agent(some.observations, some.state, some.starts)[1] for some in (batch, part))
     torch.testing.assert_close(of_part, values[:, [3, 1]])
 
@@ -70,7 +70,7 @@ def test_a_rollout_at_once_gives_what_the_agent_did_step_by_step(remembers):
     agent = example.Agent(remembers=remembers)
     with torch.no_grad():
         agent.actor.weight.mul_(100)
-    _, rollout = _rollouts(agent, 2)  # the second begins amid episodes
+    _, rollout = _rollouts(agent, 2)  # the second begins in the middle of episodes
 
     def error(**changed):
         given = rollout._replace(**changed)

@@ -1,4 +1,4 @@
-"""The example beside sb3-contrib's RecurrentPPO: one call gives its loop's updates, and what differs is not timed."""
+"""The example against sb3-contrib's RecurrentPPO: one call makes the updates of its loop, or nothing is timed."""
 
 import itertools
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ example = load(ROOT / "examples" / "sb3_recurrent_ppo.py")
 
 @pytest.mark.slow
 def test_it_learns_checks_times_and_draws(tmp_path, capsys, monkeypatch):
-    clock = itertools.count()  # a second passes at every look
+    clock = itertools.count()  # advances by 1 s at every look
     monkeypatch.setattr(example, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     measured = example.main(rollouts=2, hidden=8, epochs=1, out=tmp_path)
     assert [each.steps for each in measured] == [1024, 2048]
@@ -27,7 +27,7 @@ def test_it_learns_checks_times_and_draws(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_resets_a_step_late_are_seen(tmp_path, monkeypatch):
+def test_resets_a_step_late_are_detected(tmp_path, monkeypatch):
     one_call = example.OneCall._process_sequence
 
     def late(features, lstm_states, episode_starts, lstm):

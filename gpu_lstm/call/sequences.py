@@ -17,13 +17,17 @@ from .weights import State
 def resets_from_dones(dones: Tensor, first: Tensor | None = None) -> Tensor:
     """The `resets` of a rollout: where an episode starts, from where the episodes end.
 
-    An environment says at a step that it was the last of its episode. The state is zeroed before the step that follows,
-    so `resets` are `dones` one step later.
+    An environment reports at a step that it was the last of its episode. The state is zeroed before the next step, so
+    `resets` are `dones` one step later.
+
+    Not for buffers that hold starts already: CleanRL's and rl_games' `dones`, Stable-Baselines3's `episode_starts`,
+    TorchRL's `is_init`. These are `resets` as they are. Shifted a second time, each episode's first step would run on
+    the state of the episode before; nothing raises.
 
     Args:
         dones: bool [T, B]; at t whether step t was the last of its episode.
         first: bool [B], whether step 0 starts an episode: `dones` at the last step of the rollout before. Default:
-            nowhere; the states that are handed over go on.
+            nowhere; the states handed over are kept, which is right where they were zeroed at the ends of episodes.
 
     Returns:
         bool [T, B].
