@@ -202,7 +202,7 @@ def test_the_sentence_goes_when_a_gpu_was_measured_and_not_before(updated):
     assert updated() == text  # a second time nothing changes
 
 
-def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_is_short_and_has_workarounds(updated, tmp_path):
+def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_has_workarounds_only(updated, tmp_path):
     rows = whole_grid()
     rows[0] |= {"status": "yardstick"}
     rows[1] |= {"median_s": 0.03, "speed": 0.667, "bound_s": 0.0025}
@@ -215,9 +215,8 @@ def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_is_short_and_has_workar
     assert text.count(" 100% |") == 1
     assert f"\\{report.STARRED}." in text.replace("\n", " ")
     text = updated(gpu=[], cpu=whole_grid("cpu", **CPU))
-    assert text.count("\n| ") == 2 + report.CPU_LINES
-    said = f"8 of {len(cases_of('cpu'))} cases. Calls that nn.LSTM can do, too, run at 0.500 to 0.500 times its speed."
-    assert said in text.replace("\n", " ")
+    assert "\n| " not in text  # without workarounds there is no table
+    assert "Calls that nn.LSTM can do too run at 0.500 to 0.500 of its speed." in text.replace("\n", " ")
     rows = [*pair(**CPU), row(RESETS, "torch", 5.0, status="yardstick", **CPU), row(RESETS, **CPU)]
     ratio = {"over_ours": 2.5, "over_ours_low": 2.4, "over_ours_high": 2.623}
     rows += [row(RESETS, "cleanrl-loop", 25.0, **CPU, **ratio), row(RESETS, "torch-packed", "unable", **CPU)]

@@ -11,6 +11,7 @@ from collections import Counter
 from functools import partial
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -34,7 +35,7 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # test_graphs.py has the others
     torch.manual_seed(0)
-    names = {"model": torch.nn.Sequential(torch.nn.LSTM(3, 4))} if page == README else {}
+    names: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     assert blocks
     for number, block in enumerate(blocks):
@@ -44,6 +45,14 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     found = [names[name] for name in ("output", "h1", "c1", "h2", "c2")]  # of the last example, as its comment says
     assert [tuple(t.shape) for t in found] == [(2, 3, 5), (2, 4), (2, 4), (2, 5), (2, 5)]
     assert type(names["model"][0]) is names["gpu_lstm"].LSTM
+
+
+def test_the_readmes_figures_of_an_update_are_those_of_its_picture():
+    times = pd.read_csv(DOCS / "pictures" / "ppo_updates.csv")["times_as_fast"]
+    ((low, high),) = re.findall(
+        r"an\s+update of recurrent PPO is ([\d.]+) to ([\d.]+) times as fast", README.read_text()
+    )
+    assert (low, high) == (f"{times.min():.1f}", f"{times.max():.1f}")
 
 
 @pytest.mark.slow
