@@ -175,6 +175,7 @@ def test_formulas_become_mathml_in_lines_and_on_their_own_and_docstrings_markdow
     line = website.page("the state $c_t$ of", "docs/lesson.md", REPOSITORY)
     inside = "<mrow><msub><mi>c</mi><mi>t</mi></msub></mrow>"
     assert re.fullmatch(rf'the state <span><math [^>]*display="inline">{inside}</math></span> of', line)
+    assert re.search(r"<mi>log</mi><mspace [^>]*/><mi>f</mi>", website.page(r"$\log f$", "docs/lesson.md", REPOSITORY))
     rows = website.page("$$\\begin{aligned}\na &= b \\\\\nc &= d\n\\end{aligned}$$", "docs/lesson.md", REPOSITORY)
     assert ('display="block"' in rows, rows.count("<mtr>"), "&<" in rows) == (True, 2, False)
     docstring = "It computes::\n\n    a = b\n\nx is (D*L, N).\n\nExample::\n\n    a = 1\n\n    b = 2\n"
@@ -222,8 +223,10 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
     for path in pages.values():
         for target in re.findall(loaded, path.read_text()):
             assert (path.parent / target.split("?")[0]).exists() or target.startswith("data:"), (path, target)
+        assert 'data-md-component="source"' not in path.read_text(), "from which a script asks GitHub"
     text = pages["lesson"].read_text()
     assert text.count("<math") > 50
     assert "$" not in re.sub(r"<(pre|script|code).*?</\1>", "", text, flags=re.DOTALL)
     assert "(D*L, N, P) and (D*L, N, H)" in pages["api"].read_text()
+    assert "Bases: " not in pages["api"].read_text()
     assert "resets_from_dones" in (site / "search.json").read_text()
