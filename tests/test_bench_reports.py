@@ -157,7 +157,8 @@ def test_axes_have_units_and_lines_the_plain_rows_that_differ_in_their_size_only
 def test_the_heat_map_has_a_number_for_every_speed_a_word_for_what_is_wrong_and_a_star_for_a_yardstick():
     four = replace(HEADLINE, batch=4)
     rows = [*pair(), row(provider="haste", ms=40.0), *pair(ONE), *pair(four)]
-    rows += [row(ONE, "haste", "wrong"), row(four, "haste", "unable"), row(HEADLINE, "torch", 10.0, graph=True)]
+    rows += [row(ONE, "haste", "wrong"), row(four, "haste", "failed"), row(HEADLINE, "torch", 10.0, graph=True)]
+    rows += pair(replace(HEADLINE, batch=8))  # ours alone, which is left out
     rows += [row(ONE, "torch", 10.0, graph=True, status="yardstick")]
     figure = plots.figures(frame(rows))["speed"]
     axes, bar = figure.axes
@@ -165,7 +166,7 @@ def test_the_heat_map_has_a_number_for_every_speed_a_word_for_what_is_wrong_and_
     assert names == ["training bf16 T1024 B16 H768", "training B1*", "training B4"]
     cells = {tuple(map(int, t.get_position())): t.get_text() for t in axes.texts}
     assert {column: [cells[x, y] for y in range(3)] for x, column in enumerate(columns)} == {
-        "ours": ["2.00"] * 3, "haste": ["0.500", "wrong", "-"], "torch (graph)": ["2.00", "-", ""],
+        "ours": ["2.00"] * 3, "haste": ["0.500", "wrong", "failed"], "torch (graph)": ["2.00", "-", ""],
     }  # fmt: skip
     assert bar.get_ylabel() == "times as fast as torch.nn.LSTM"
     assert report.STARRED in figure.get_supxlabel().replace("\n", " ")
