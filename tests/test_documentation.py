@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import json
 import pkgutil
 import re
 import shutil
@@ -129,6 +130,19 @@ def test_every_cell_and_answer_of_the_lesson_runs_and_the_kinds_of_output_are_st
     for ran, stored in zip(code(executed), kept):
         assert kinds(ran) == kinds(stored), ran.source
     assert sum(ran.source != stored.source for ran, stored in zip(code(executed), kept)) == 4
+
+
+@pytest.mark.slow
+def test_the_notebook_for_a_card_runs_on_a_cpu_too_and_ends_in_the_line_to_send_back(monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    notebook = nbformat.read(EXAMPLES / "colab_gpu.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": ROOT}}).execute()
+    found = json.loads(code(notebook)[-1].outputs[0].text)
+    assert {"device", "backend", "torch", "gpu_lstm"} <= set(found)
+    assert all(row[found["columns"].index("error")] <= 1 for row in found["rows"])
+    assert frozenset({"text/plain", "image/png"}) in kinds(code(notebook)[-2])
 
 
 def test_the_lesson_is_stored_of_one_run_without_errors_or_the_machine_that_ran_it_and_its_page_is_of_it():
