@@ -16,7 +16,7 @@ demo: $(or $(wildcard $(INSTALLED)),$(FOR_DEMO))
 
 # Opens the notebook. What is there of its outputs was stored by make lesson-page.
 lesson: $(FOR_LESSON)
-	$(BIN)/python -m notebook examples/lstm_explained.ipynb
+	$(BIN)/python -m notebook $(if $(filter 0,$(shell id -u)),--allow-root) examples/lstm_explained.ipynb
 
 # Executes the notebook from the first cell to the last, stores it, and writes docs/lesson.md from it.
 lesson-page: $(INSTALLED)

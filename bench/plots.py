@@ -25,7 +25,7 @@ SIZES = {"hidden_size": ("hidden size", "H", "units"), "batch": ("batch size", "
 MEMORY = {"peak_bytes": "allocated at most during a call (MiB)", "kept_bytes": "kept for backward (MiB)"}
 STRONGEST = 4.0  # a speed of this, or of its inverse, has the last colour
 BARS = "Medians; bars from the 20th to the 80th percentile."
-NAMES = "Cases are named by what differs from the first: T steps, B batch, H hidden, L layers, D directions."
+NAMES = "T steps, B batch, H hidden, L layers, D directions"
 MARKERS = "^Dv<>PXphHd*8+x1234|_"  # distinguish the contenders in print without colour, too
 COLOURS = style.library["tableau-colorblind10"]["axes.prop_cycle"].by_key()["color"]
 LOOK: Any = {
@@ -115,6 +115,8 @@ def _lines(rows: pd.DataFrame, panels: Any, memory: str | None = None) -> Figure
 def _speed(rows: pd.DataFrame) -> Figure | None:
     """How many times as fast as torch.nn.LSTM each contender is at each case: a number, and a colour."""
     base, lines, starred = report.headline_of(rows), report.by_case(rows), set(rows["case"][report.stars(rows) == "*"])
+    rows = _side_by_side(rows)
+    lines = lines[lines.index.isin(rows["case"])]
     names = [f"{case.mode} {report.sizes(case, base)}{'*' * (case.name in starred)}" for case in lines["object"]]
     known = rows.assign(speed=rows["speed"].where(rows["status"] == "measured"))
     speeds, status = (known.pivot(index="case", columns="contender", values=of).loc[lines.index]
@@ -138,8 +140,17 @@ def _speed(rows: pd.DataFrame) -> Figure | None:
     bar = figure.colorbar(image, extend="both", aspect=40, pad=0.02, label="times as fast as torch.nn.LSTM")
     bar.set_ticks([1 / 4, 1 / 2, 1, 2, 4], labels=["1/4", "1/2", "1", "2", "4"])
     bar.minorticks_off()
-    words = f"{NAMES} A dash: the provider does not do this case."
+    words = f"Named by what differs from {report.sizes(base)}: {NAMES}. A dash: the provider does not do this case."
     return _described(figure, "Times as fast as torch.nn.LSTM", rows[rows["median_s"].notna()], words)
+
+
+def _side_by_side(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of contenders that were timed at many cases, and of cases at which several of them were."""
+    timed = rows["status"].isin(["measured", *BROKEN]) & (rows["contender"] != YARDSTICK)
+    several = timed & (rows["case"].map(rows["case"][timed].value_counts()) > 1)
+    many = rows["contender"].map(rows["contender"][several].value_counts()) >= several.sum() / 20
+    left = rows["case"].map(rows["case"][timed & many].value_counts()) > 1
+    return rows[left & (many | (rows["contender"] == YARDSTICK))]
 
 
 def _instead(rows: pd.DataFrame) -> Figure | None:
@@ -158,6 +169,7 @@ def _instead(rows: pd.DataFrame) -> Figure | None:
     axes.set_yticks(range(len(lines)), [report.sizes(case, base) for case in lines["object"]])
     axes.set(xlabel="time a call, forward and backward (ms)", xlim=(0, 2.0e3 * lines["median_s"].max()))
     axes.invert_yaxis()
+    axes.grid(False)  # it would run through the labels
     return _described(figure, "Where torch.nn.LSTM needs help", lines, f"All: {report.sizes(base)}. Medians.")
 
 

@@ -32,12 +32,12 @@ STARRED = "* nn.LSTM timed without the lengths, resets or variant, which it does
 BEYOND = "ignoring gate arithmetic, launches and the dependency between steps"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NO_GPU = "No figure has been taken on a GPU yet."
-CPU_LINES = 8  # in the README, where the GPU matters
 SHOWN = {  # pictures on the page with all cases, and what they show
     "headline": "The time of every provider at the case that all have, the fastest on top",
-    "speed": "How many times as fast as torch.nn.LSTM every provider is at every case",
+    "instead": "One call, and the usual workarounds",
+    "speed": "How many times as fast as torch.nn.LSTM providers are, at the cases that several of them were timed at",
 }
-DRAWN = "instead", *SHOWN
+DRAWN = tuple(SHOWN)
 TOGETHER = {"input_size": "hidden_size", "directions": "layers"}  # sizes that vary together
 # Columns that are aligned on the left
 LEFT = ("mode", "case", "usual workaround", "provider", "kernels", "status", "note", "best other", "verdict")
@@ -168,7 +168,8 @@ def headline(rows: pd.DataFrame) -> list[Table]:
 def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path] | None = None) -> None:
     """Write what the files of results say between the two markers of `page`, GPUs first; the rest stays as it is.
 
-    With `pictures`, as plots.draw drew them, it has every case and those pictures; without, as the README, less.
+    With `pictures`, as plots.draw drew them, it has every case and those pictures. Without, as the README, it has of a
+    CPU only the workarounds, and how fast calls are that torch.nn.LSTM can do too.
     Raises ValueError where a marker is missing, or a file of results is broken.
     """
     before, begin, rest = page.read_text().partition(BEGIN)
@@ -198,24 +199,27 @@ def slug(device: str) -> str:
 def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> str:
     """Where the figures come from, and two tables: the workarounds around torch.nn.LSTM, and torch.nn.LSTM itself."""
     lines, around = by_case(rows), instead(rows, every_case)
-    shown = lines if every_case else most_informative(lines, CPU_LINES)
     text = f"{'GPU' if on_gpu else 'CPU, not a GPU'}: {origin(rows)}; from [{link.removeprefix('../')}]({link})."
     starred = lines["torch ms"].str.endswith("*")
-    if len(shown) < len(lines):
-        text += f" {len(shown)} of {len(lines)} cases. Calls that nn.LSTM can do, too, run at {spread(lines[~starred])}"
-        others = f"; with lengths, resets or a variant, at {spread(lines[starred])} times nn.LSTM's without them"
-        text += f" times its speed{others if starred.any() else ''}."
-    if starred[shown.index].any():
-        text += f" \\{STARRED}."
-    rates = "FLOPs and bytes at rates measured on this machine"
-    text += f' "Of the bound": the fraction of a roofline ({rates}), {BEYOND}.'
-    written = [textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)]
+    if every_case:
+        text += f" \\{STARRED}." if starred.any() else ""
+        rates = "FLOPs and bytes at rates measured on this machine"
+        text += f' "Of the bound": the fraction of a roofline ({rates}), {BEYOND}.'
+    written = [_wrapped(text)]
     if len(around):
         written.append(_markdown(around[AROUND]))
-    names = shown["mode"] + " " + shown["object"].map(sizes)
-    columns = shown["torch ms"].str.replace("*", r"\*"), shown["ours ms"], shown["times as fast"].str.split(" ").str[0]
-    cells = dict(zip(COLUMNS, (names, *columns, shown["bound"])))
+    if not every_case:
+        others = f"; with lengths, resets or a variant, at {spread(lines[starred])} of nn.LSTM's without them"
+        plain = f"Calls that nn.LSTM can do too run at {spread(lines[~starred])} of its speed"
+        return "\n".join([*written, "", _wrapped(f"{plain}{others if starred.any() else ''}.")])
+    names = lines["mode"] + " " + lines["object"].map(sizes)
+    columns = lines["torch ms"].str.replace("*", r"\*"), lines["ours ms"], lines["times as fast"].str.split(" ").str[0]
+    cells = dict(zip(COLUMNS, (names, *columns, lines["bound"])))
     return "\n".join([*written, _markdown(pd.DataFrame(cells).replace("-", "not run"))])
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _markdown(cells: pd.DataFrame) -> str:

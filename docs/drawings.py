@@ -38,8 +38,8 @@ def box(axes: Axes, left: float, top: float, size: tuple[float, float], title: s
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], text: str = "", side: int = 1) -> None:
     """From start to end, with a text next to its middle: right of it, or with side=-1 left."""
     axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 0.9, "shrinkA": 0, "shrinkB": 0})
-    middle = (start[0] + end[0]) / 2 + 0.7 * side, (start[1] + end[1]) / 2
-    axes.text(*middle, text, ha="left" if side > 0 else "right", va="center", size=6.8, color=INK, linespacing=1.2)
+    middle = (start[0] + end[0]) / 2 + 1.2 * side, (start[1] + end[1]) / 2
+    axes.text(*middle, text, ha="left" if side > 0 else "right", va="center", size=7, color=INK, linespacing=1.2)
 
 
 def data_flow() -> Figure:
@@ -68,7 +68,7 @@ def data_flow() -> Figure:
         "what is saved for backward; gates_x = x W_ih^T + b: one product\n"
         "gradients of weights: products over all steps", PYTHON)  # fmt: skip
     arrow(axes, (61, 52), (81, 43))
-    axes.text(75, 49, "gradients of gradients", va="center", size=6.8, color=INK)
+    axes.text(74, 50, "gradients of gradients", va="center", size=7, color=INK)
     arrow(axes, (37, 56), (37, 60), "gates_x [T, B, 4H], Recurrence")
     box(axes, 13, 60, (48, 7), "kernels/layer.py",
         "a Layer for each problem and card: forward, backward\n"
@@ -77,9 +77,9 @@ def data_flow() -> Figure:
     arrow(axes, (50, 67), (67, 71))
     box(axes, 1, 71, (46, 8), "kernels/triton_lstm/launch.py",
         "resident.py: one program | cooperative.py: many, exchange h\n"
-        "step.py: many, a grid-wide barrier after each step", KERNEL)  # fmt: skip
+        "step.py: many, a grid-wide barrier after each step | pointwise.py: cuBLAS at each step", KERNEL)  # fmt: skip
     box(axes, 51, 71, (40, 8), "kernels/cupy_lstm/launch.py",
-        "CUDA C++, where Triton cannot run\ncooperative", KERNEL)  # fmt: skip
+        "CUDA C++, where Triton cannot run:\ncooperative programs", KERNEL)  # fmt: skip
     arrow(axes, (24, 79), (24, 83))
     arrow(axes, (67, 79), (67, 83))
     box(axes, 1, 83, (90, 6), "GPU memory",
@@ -114,7 +114,7 @@ def exchange() -> Figure:
                 if other != lane:
                     end = other + (4 if other < lane else 0)
                     start = published[number], lane + (4 if other > lane else 0)
-                    axes.annotate("", (ready, end), start, arrowprops=HANDED_OVER)
+                    axes.annotate("", (ready, end), start, arrowprops=HANDED_OVER, zorder=0.5)  # behind the bars
             starts[number] = max(ready, published[number] + 8)
         axes.text(min(published), lanes[0] - 1.6, f"h of step {step} published", size=6.8, color="#c0392b", ha="center")
     axes.annotate("", (90, 33), (13, 33), arrowprops={"arrowstyle": "-|>", "color": FAINT})

@@ -23,7 +23,7 @@ def write() -> None:
     """All pages and what they show."""
     repository = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["repo_url"]
     shutil.rmtree(PAGES, ignore_errors=True)
-    shutil.copytree(ROOT / "docs", PAGES, ignore=shutil.ignore_patterns("*.py", "*.md", "__pycache__"))
+    shutil.copytree(ROOT / "docs", PAGES, ignore=shutil.ignore_patterns("*.py", "*.md", "theme", "__pycache__"))
     for source in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         name = "index.md" if source.name == "README.md" else source.name
         text = page(source.read_text(), source.relative_to(ROOT).as_posix(), repository)
@@ -40,8 +40,10 @@ def page(text: str, source: str, repository: str) -> str:
         if link:
             return f"]({target(link, source, repository)})"
         tex = (block or formula).replace("{aligned}", "{align*}")  # the converter does not know `aligned`
+        tex = re.sub(r"\\log (?=[a-zA-Z0-9])", r"\\log\\,", tex)  # nor the space between a function and its argument
         # In a <span>, since a line that begins with a tag Markdown does not know would be a paragraph of its own.
-        return f"<span>{convert(tex, display='block' if block else 'inline')}</span>"
+        formula = convert(tex, display="block" if block else "inline")
+        return f'<span class="formula">{formula}</span>' if block else f"<span>{formula}</span>"
 
     pattern = r"(```.*?```|`[^`]*`)|\]\(([^)\s]+)\)|\$\$(.+?)\$\$|\$([^$\n]+)\$"
     return re.sub(pattern, turned, text, flags=re.DOTALL).replace("<details>", '<details markdown="1">')

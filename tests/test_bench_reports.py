@@ -157,7 +157,8 @@ def test_axes_have_units_and_lines_the_plain_rows_that_differ_in_their_size_only
 def test_the_heat_map_has_a_number_for_every_speed_a_word_for_what_is_wrong_and_a_star_for_a_yardstick():
     four = replace(HEADLINE, batch=4)
     rows = [*pair(), row(provider="haste", ms=40.0), *pair(ONE), *pair(four)]
-    rows += [row(ONE, "haste", "wrong"), row(four, "haste", "unable"), row(HEADLINE, "torch", 10.0, graph=True)]
+    rows += [row(ONE, "haste", "wrong"), row(four, "haste", "failed"), row(HEADLINE, "torch", 10.0, graph=True)]
+    rows += pair(replace(HEADLINE, batch=8))  # ours alone, which is left out
     rows += [row(ONE, "torch", 10.0, graph=True, status="yardstick")]
     figure = plots.figures(frame(rows))["speed"]
     axes, bar = figure.axes
@@ -165,7 +166,7 @@ def test_the_heat_map_has_a_number_for_every_speed_a_word_for_what_is_wrong_and_
     assert names == ["training bf16 T1024 B16 H768", "training B1*", "training B4"]
     cells = {tuple(map(int, t.get_position())): t.get_text() for t in axes.texts}
     assert {column: [cells[x, y] for y in range(3)] for x, column in enumerate(columns)} == {
-        "ours": ["2.00"] * 3, "haste": ["0.500", "wrong", "-"], "torch (graph)": ["2.00", "-", ""],
+        "ours": ["2.00"] * 3, "haste": ["0.500", "wrong", "failed"], "torch (graph)": ["2.00", "-", ""],
     }  # fmt: skip
     assert bar.get_ylabel() == "times as fast as torch.nn.LSTM"
     assert report.STARRED in figure.get_supxlabel().replace("\n", " ")
@@ -202,7 +203,7 @@ def test_the_sentence_goes_when_a_gpu_was_measured_and_not_before(updated):
     assert updated() == text  # a second time nothing changes
 
 
-def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_is_short_and_has_workarounds(updated, tmp_path):
+def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_has_workarounds_only(updated, tmp_path):
     rows = whole_grid()
     rows[0] |= {"status": "yardstick"}
     rows[1] |= {"median_s": 0.03, "speed": 0.667, "bound_s": 0.0025}
@@ -215,9 +216,8 @@ def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_is_short_and_has_workar
     assert text.count(" 100% |") == 1
     assert f"\\{report.STARRED}." in text.replace("\n", " ")
     text = updated(gpu=[], cpu=whole_grid("cpu", **CPU))
-    assert text.count("\n| ") == 2 + report.CPU_LINES
-    said = f"8 of {len(cases_of('cpu'))} cases. Calls that nn.LSTM can do, too, run at 0.500 to 0.500 times its speed."
-    assert said in text.replace("\n", " ")
+    assert "\n| " not in text  # without workarounds there is no table
+    assert "Calls that nn.LSTM can do too run at 0.500 to 0.500 of its speed." in text.replace("\n", " ")
     rows = [*pair(**CPU), row(RESETS, "torch", 5.0, status="yardstick", **CPU), row(RESETS, **CPU)]
     ratio = {"over_ours": 2.5, "over_ours_low": 2.4, "over_ours_high": 2.623}
     rows += [row(RESETS, "cleanrl-loop", 25.0, **CPU, **ratio), row(RESETS, "torch-packed", "unable", **CPU)]

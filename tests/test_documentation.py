@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import json
 import pkgutil
 import re
 import shutil
@@ -11,6 +12,7 @@ from collections import Counter
 from functools import partial
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -34,7 +36,7 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # test_graphs.py has the others
     torch.manual_seed(0)
-    names = {"model": torch.nn.Sequential(torch.nn.LSTM(3, 4))} if page == README else {}
+    names: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     assert blocks
     for number, block in enumerate(blocks):
@@ -44,6 +46,14 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     found = [names[name] for name in ("output", "h1", "c1", "h2", "c2")]  # of the last example, as its comment says
     assert [tuple(t.shape) for t in found] == [(2, 3, 5), (2, 4), (2, 4), (2, 5), (2, 5)]
     assert type(names["model"][0]) is names["gpu_lstm"].LSTM
+
+
+def test_the_readmes_figures_of_an_update_are_those_of_its_picture():
+    times = pd.read_csv(DOCS / "pictures" / "ppo_updates.csv")["times_as_fast"]
+    ((low, high),) = re.findall(
+        r"an\s+update of recurrent PPO is ([\d.]+) to ([\d.]+) times as fast", README.read_text()
+    )
+    assert (low, high) == (f"{times.min():.1f}", f"{times.max():.1f}")
 
 
 @pytest.mark.slow
@@ -124,6 +134,19 @@ def test_every_cell_and_answer_of_the_lesson_runs_and_the_kinds_of_output_are_st
     assert sum(ran.source != stored.source for ran, stored in zip(code(executed), kept)) == 4
 
 
+@pytest.mark.slow
+def test_the_notebook_for_a_card_runs_on_a_cpu_too_and_ends_in_the_line_to_send_back(monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    notebook = nbformat.read(EXAMPLES / "colab_gpu.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": ROOT}}).execute()
+    found = json.loads(code(notebook)[-1].outputs[0].text)
+    assert {"device", "backend", "torch", "gpu_lstm"} <= set(found)
+    assert all(row[found["columns"].index("error")] <= 1 for row in found["rows"])
+    assert frozenset({"text/plain", "image/png"}) in kinds(code(notebook)[-2])
+
+
 def test_the_lesson_is_stored_of_one_run_without_errors_or_the_machine_that_ran_it_and_its_page_is_of_it():
     stored = lesson()
     nbformat.validate(stored)
@@ -168,6 +191,7 @@ def test_formulas_become_mathml_in_lines_and_on_their_own_and_docstrings_markdow
     line = website.page("the state $c_t$ of", "docs/lesson.md", REPOSITORY)
     inside = "<mrow><msub><mi>c</mi><mi>t</mi></msub></mrow>"
     assert re.fullmatch(rf'the state <span><math [^>]*display="inline">{inside}</math></span> of', line)
+    assert re.search(r"<mi>log</mi><mspace [^>]*/><mi>f</mi>", website.page(r"$\log f$", "docs/lesson.md", REPOSITORY))
     rows = website.page("$$\\begin{aligned}\na &= b \\\\\nc &= d\n\\end{aligned}$$", "docs/lesson.md", REPOSITORY)
     assert ('display="block"' in rows, rows.count("<mtr>"), "&<" in rows) == (True, 2, False)
     docstring = "It computes::\n\n    a = b\n\nx is (D*L, N).\n\nExample::\n\n    a = 1\n\n    b = 2\n"
@@ -215,8 +239,10 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
     for path in pages.values():
         for target in re.findall(loaded, path.read_text()):
             assert (path.parent / target.split("?")[0]).exists() or target.startswith("data:"), (path, target)
+        assert 'data-md-component="source"' not in path.read_text(), "from which a script asks GitHub"
     text = pages["lesson"].read_text()
     assert text.count("<math") > 50
     assert "$" not in re.sub(r"<(pre|script|code).*?</\1>", "", text, flags=re.DOTALL)
     assert "(D*L, N, P) and (D*L, N, H)" in pages["api"].read_text()
+    assert "Bases: " not in pages["api"].read_text()
     assert "resets_from_dones" in (site / "search.json").read_text()

@@ -33,7 +33,7 @@ def run(*command: str, **options) -> subprocess.CompletedProcess:
 
 
 def test_all_are_found_and_valid(tmp_path, capsys):
-    assert {"ci", "docs", "gpu", "release", "docs-0", "docs-1"} == set(WORKFLOWS)
+    assert {"ci", "docs", "gpu", "nightly", "release", "docs-0", "docs-1"} == set(WORKFLOWS)
     paths = [tmp_path / f"{name}.yml" for name in TEXTS]
     for path in paths:
         path.write_text(TEXTS[path.stem])
