@@ -83,6 +83,16 @@ def test_what_was_measured_elsewhere_is_not_used(an_h100, monkeypatch):
             assert _chosen(PROBLEM, False) != fastest, name
 
 
+@pytest.mark.parametrize("change", [dict(programs=1), dict(groups=9), dict(walks=7), dict(rows=16)], ids=str)
+def test_a_plan_in_a_file_that_nobody_proposes_is_not_used(an_h100, change):
+    """Its numbers may fit no problem, and its kernel was verified with others."""
+    best, other, *_ = choose.plans(PROBLEM, H100, False)
+    choose.keep_measured(PROBLEM, H100, False, other)
+    assert _chosen(PROBLEM, False) == other
+    choose.keep_measured(PROBLEM, H100, False, dataclasses.replace(other, **change))
+    assert _chosen(PROBLEM, False) == best
+
+
 def test_not_while_a_graph_is_captured(an_h100, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -100,7 +100,7 @@ def candidates(problem: Problem, card: Device, which: Pass) -> list[Plan]:
     if card is INTERPRETER:
         return [step.step_plan(problem, card, which.backward)]  # the others go thread by thread, which is slow there
     measured, proposed = measured_plan(problem, card, which.backward), plans(problem, card, which.backward)
-    if measured is not None:
+    if measured in proposed:  # whatever a file says: what runs is what was proposed, and verified
         return [measured, *proposed]
     in_use = plans_in_use.get((problem._replace(batch=0), card, which), {})
     if larger := [batch for batch in in_use if batch > problem.batch]:
