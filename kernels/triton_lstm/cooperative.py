@@ -208,7 +208,7 @@ def lstm_cooperative_forward_kernel(
     for n in tl.static_range(2 * TILES):
         unit = first_unit + (8 * n + column) % UNITS
         rows = rows + (tl.where(unit < H, (8 * n + column) // UNITS * H + unit, -1),)
-    weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, CHUNKS, TILES)
+    weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, DTYPE, CHUNKS, TILES)
 
     # The thread's cell, and the word of h that it publishes.
     place = thread % ROW
@@ -334,7 +334,7 @@ def lstm_cooperative_backward_kernel(
     for n in tl.static_range(2 * TILES):
         unit = first_unit + 8 * n + column
         rows = rows + (tl.where(unit < H, part * H + unit, -1),)
-    weights = load_weights(weights_ptr, rows, first_word, K, STRIDE, CHUNKS, TILES)
+    weights = load_weights(weights_ptr, rows, first_word, K, STRIDE, DTYPE, CHUNKS, TILES)
 
     # The thread's cell, the word of dgates that it publishes, and its sums.
     unit = first_unit + part * UNITS + thread % ROW

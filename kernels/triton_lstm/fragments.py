@@ -39,7 +39,7 @@ def load_weights(
     first,  # [THREADS] the first word of the thread's first quad
     W: tl.constexpr,
     STRIDE: tl.constexpr,  # words from one chunk of the thread to the next
-    CHUNKS: tl.constexpr, TILES: tl.constexpr,
+    DTYPE: tl.constexpr, CHUNKS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """A of TILES x 16 rows and CHUNKS chunks: a tuple of [THREADS] words, which stays in registers."""
     weights = ()
@@ -48,8 +48,15 @@ def load_weights(
             row = rows[n // 8 * 2 + n % 2]
             word = first + chunk * STRIDE + n % 8 // 2
             there = (row >= 0) & (word < W)
-            weights = weights + (tl.load(words_ptr + row.to(tl.int64) * W + word, mask=there, other=0),)
+            loaded = tl.load(words_ptr + row.to(tl.int64) * W + word, mask=there, other=0)
+            weights = weights + (to_tf32(loaded) if tl.float32 == DTYPE and not INTERPRETED else loaded,)
     return weights
+
+
+@triton.jit
+def to_tf32(words):
+    """float32 words, rounded to the nearest TF32, ties away from zero: tensor cores would cut off the rest."""
+    return tl.where((words & 0x7F800000) == 0x7F800000, words, (words + 0x1000) & -0x2000)  # but infinity and NaN
 
 
 @triton.jit

@@ -114,7 +114,7 @@ def lstm_resident_forward_kernel(
     rows = ()
     for n in tl.static_range(2 * TILES):
         rows = rows + (tl.where(unit[n // 4 * 2] < H, n % 4 * H + unit[n // 4 * 2], -1),)
-    weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, CHUNKS, TILES)
+    weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, DTYPE, CHUNKS, TILES)
 
     h, c, peepholes, gain_hh, affine_c = (), (), (), (), ()
     states = cells_at_step(0, unit, sequence, None, B, H, REVERSE, CELLS)[1]
@@ -223,7 +223,7 @@ def lstm_resident_backward_kernel(
     for n in tl.static_range(2 * TILES):
         rows = rows + (tl.where(unit[2 * n] < H, unit[2 * n], -1),)
     for gate in tl.static_range(4):
-        weights = weights + (load_weights(weights_ptr + gate * H * W, rows, quarter * 4, W, 16, CHUNKS, TILES),)
+        weights = weights + (load_weights(weights_ptr + gate * H * W, rows, quarter * 4, W, 16, DTYPE, CHUNKS, TILES),)
         for n in tl.static_range(CELLS):  # four gates of UNITS units are a row of K
             elements_of_dz = elements_of_dz + (gate * UNITS + unit[n],)
 

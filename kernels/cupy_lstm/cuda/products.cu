@@ -67,7 +67,8 @@ struct Product : Parts<ROWS / 2, WARPS> {
                     const long long row = number_of(8 * tile + lane.column, half);
                     const int word = lane.first_word + chunk * STRIDE;
                     const auto* const from = reinterpret_cast<const uint4*>(rows + row * W + word);
-                    const uint4 quad = load_if(row >= 0 & word < W, from);
+                    uint4 quad = load_if(row >= 0 & word < W, from);
+                    if (sizeof(E) == 4) quad = {to_tf32(quad.x), to_tf32(quad.y), to_tf32(quad.z), to_tf32(quad.w)};
                     auto& of = weights[chunk][tile];
                     of[0][half] = quad.x, of[0][2 + half] = quad.y, of[1][half] = quad.z, of[1][2 + half] = quad.w;
                 }
