@@ -6,6 +6,7 @@ import datetime
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,14 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 case "readme":
                     files, docs = sorted((ROOT / "bench" / "results").glob("*.csv")), ROOT / "docs"
                     for file in files:
-                        plots.draw(results.read(file), docs / "pictures", report.DRAWN, 150)
+                        plots.draw(results.read(file), docs / "pictures")
                     report.update_page(ROOT / "README.md", files)
                     report.update_page(docs / "benchmarks.md", files, sorted((docs / "pictures").glob("*.png")))
                     return 0
                 case "ppo":
-                    return ppo.run(options)
+                    return ppo.run(options.device)
                 case "host":
-                    return host.run(options)
+                    return host.run(options.cases, options.base)
                 case "gpu" if not torch.cuda.is_available():
                     raise ValueError("there is no CUDA device here")
             out = options.out or ROOT / "out" / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -44,12 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"python -m bench: {error}", file=sys.stderr)
             return 2
-        file = out / "results.csv"
+        file, old = out / "results.csv", out / "base.csv"
         if options.command == "gpu":
             failures = gpu.run(options.minutes, out)
             return show(file) or int(failures > 0)
         if base is not None:
-            old = out / "base.csv"
             measure.measure(chosen, options.providers or [OURS], options.device, {old: base, file: None})
             return main(["compare", str(old), str(file)])
         measure.measure(chosen, options.providers, options.device, {file: None})
@@ -58,26 +58,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def show(file: Path) -> int:
     """Plots next to a file of results, and its tables, the summary last. 1 if a row of ours is wrong or failed."""
-    rows, console = results.read(file), Console()
-    drawn = plots.draw(rows, file.parent)
+    rows, console = results.read(file), Console(markup=False, highlight=False)
     wrong = rows[report.is_ours(rows) & rows["status"].isin(results.BROKEN)]
-    console.print(*report.headline(rows), *report.workarounds(rows), sep="\n")
-    console.print(f"{file} and {len(drawn)} plots next to it", markup=False, highlight=False)
+    console.print(*report.details(rows), f"{file} and {len(plots.draw(rows, file.parent))} plots next to it", sep="\n")
     for row in wrong.itertuples():
-        console.print(f"{row.status.upper()} {row.case} {row.provider}: {row.note}", markup=False, highlight=False)
+        console.print(f"{row.status.upper()} {row.case} {row.provider}: {row.note}")
     console.print(report.summary(rows))
     return int(len(wrong) > 0)
 
 
 def _parser() -> argparse.ArgumentParser:
     devices = ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+    device: Any = dict(choices=devices, default=devices[0], help="default here: %(default)s")
+    base: Any = dict(metavar="REV", help="measure gpu_lstm in this commit, too, in turns, and compare")
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     add = parser.add_argument
     add("--cases", nargs="+", metavar="NAME", help="groups or single cases; default: all")
     add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="LSTMs to measure next to torch.nn.LSTM")
-    add("--device", choices=devices, default=devices[0], help="default here: %(default)s")
+    add("--device", **device)
     add("--out", type=Path, help="a new folder; default: out/bench-DATE-TIME")
-    add("--base", metavar="REV", help="measure gpu_lstm in this commit, too, in turns, and compare")
+    add("--base", **base)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add = commands.add_parser("compare", help="what is faster and slower in one run than in another").add_argument
     add("old", type=Path, help="CSV of the run before")
@@ -88,8 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=_minutes, default=8.0, help="for everything together")
     add("--out", type=Path, required=True, help="folder for everything it writes")
     add = commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop").add_argument
-    add("--device", choices=devices, default=devices[0], help="default: %(default)s")
-    host.add_arguments(commands.add_parser("host", help="microseconds of a call on the host before the device begins"))
+    add("--device", **device)
+    add = commands.add_parser("host", help="microseconds of a call on the host before the device begins").add_argument
+    add("--cases", nargs="+", choices=host.CASES, metavar="NAME", default=[*host.CASES], help="; ".join(host.CASES))
+    add("--base", **base)
     commands.add_parser("readme", help="write the figures of README.md and docs/benchmarks.md from bench/results/*.csv")
     return parser
 

@@ -1,5 +1,6 @@
 """What is measured: single cases, and the grid of them for a kind of device, the most informative first."""
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +34,6 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Unique; in the order of the fields."""
         name = f"{self.mode}-{self.dtype}-T{self.steps}-B{self.batch}-I{self.input_size}-H{self.hidden_size}"
         name += f"-L{self.layers}" * (self.layers > 1) + "-both-directions" * (self.directions > 1)
         name += f"-{self.sequences}" * (self.sequences != "full")
@@ -59,11 +59,7 @@ class Case:
         return 2 * self.steps * self.batch * elements * (3 if self.training else 1)
 
     def bytes_moved(self) -> int:
-        """The minimum memory traffic: every input read once, every result written once.
-
-        Training also reads the output's gradient, writes those of input and weights, and between the two passes writes
-        and reads the four gates and c (float32) of every unit and step.
-        """
+        """The minimum: every input read once, every result written once; in training gates and c (float32) as well."""
         size, cells, units = self.torch_dtype.itemsize, self.steps * self.batch, self.hidden_size * self.directions
         weights = replace(self, mode="forward").operations() // (2 * cells) + 8 * units * self.layers
         once, states = size * (weights + cells * (self.input_size + units)), cells * units * self.layers
@@ -88,41 +84,33 @@ GRIDS: dict[str, tuple[Case, dict[str, tuple[Any, ...]]]] = {  # the headline of
 
 def grid(kind: str) -> dict[str, list[Case]]:
     """The cases for a kind of device, "cuda" or "cpu": groups by name, groups and cases in order of importance."""
-    headline, varied = GRIDS[kind]
+    (headline, varied), modes = GRIDS[kind], ("training", "forward")
 
-    def both(**changes) -> list[Case]:
-        return [replace(headline, mode=mode, **changes) for mode in ("training", "forward")]
+    def each(*fields: str) -> list[Case]:
+        values = (dict.fromkeys(fields, value) for value in varied[fields[0]])
+        return [replace(headline, mode=mode, **changes) for changes in values for mode in modes]
 
-    def each(field: str) -> list[Case]:
-        return [case for value in varied[field] for case in both(**{field: value})]
-
+    rl = itertools.product(modes, (0.03, 0.005), varied["rl_dtype"], varied["rl"])
+    step = replace(headline, mode="step", steps=1)
+    resets = [replace(headline, reset_rate=rate) for rate in varied["reset_rate"]]
+    others = replace(resets[0], variant="reset_states"), replace(step, sequences="active")
     return {
-        "headline": both(),
-        "rl": [
-            Case(mode, dtype, T, B, H, H, reset_rate=rate)
-            for mode in ("training", "forward")
-            for rate in (0.03, 0.005)
-            for dtype in varied["rl_dtype"]
-            for T, B, H in varied["rl"]
-        ],
-        "hidden": [case for size in varied["hidden_size"] for case in both(input_size=size, hidden_size=size)],
+        "headline": [replace(headline, mode=mode) for mode in modes],
+        "rl": [Case(mode, dtype, T, B, H, H, reset_rate=rate) for mode, rate, dtype, (T, B, H) in rl],
+        "hidden": each("hidden_size", "input_size"),
         "dtypes": each("dtype"),
-        "resets": [replace(headline, reset_rate=rate) for rate in varied["reset_rate"]],
+        "resets": resets,
         "ragged": [replace(headline, sequences=sequences) for sequences in ("ragged", "packed")],
         "stacks": [replace(headline, layers=layers, directions=D) for layers, D in ((2, 1), (1, 2), (2, 2))],
-        "step": [replace(headline, mode="step", steps=1, batch=batch) for batch in (1, headline.batch)],
-        "variants": [
-            *(replace(headline, variant=variant) for variant in VARIANTS),
-            replace(headline, reset_rate=varied["reset_rate"][0], variant="reset_states"),
-            replace(headline, mode="step", steps=1, sequences="active"),
-        ],
+        "step": [replace(step, batch=1), step],
+        "variants": [*(replace(headline, variant=name) for name in VARIANTS), *others],
         "batch": each("batch"),
         "steps": each("steps"),
     }
 
 
 def choose(kind: str, names: list[str] | None) -> list[Case]:
-    """The cases of groups or of single cases by name; the whole grid if None. ValueError for a name that is neither."""
+    """The cases of groups, or single cases, by name; the whole grid if None."""
     groups = grid(kind)
     known = groups | {case.name: [case] for cases in groups.values() for case in cases}
     if unknown := set(names or ()) - set(known):

@@ -4,8 +4,7 @@ It compares `speed`, torch.nn.LSTM's time over the provider's in the same round,
 different versions of torch, and for torch itself, seconds, where a change must be 10 % larger to count. A change counts
 beyond --fail-under and where the intervals of three standard errors around the two medians, from p20, p80 and the
 rounds, do not overlap. Simulated with 3 % noise a round and 5 % drift a run, the same code is never slower in 650 pairs
-of runs, and a case slower by 10 % is found in 93 % at 20 rounds, 99 % at 30, 59 % at 9. No interval includes the noise
-of whole processes.
+of runs, and a case slower by 10 % is found in 93 % at 20 rounds, 99 % at 30, 59 % at 9.
 """
 
 import numpy as np
@@ -25,15 +24,10 @@ VERDICTS = ["slower", "broken", "faster", "not timed now", "not timed before"]
 
 
 def compare(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> pd.DataFrame:
-    """The rows timed in either run: `verdict` of VERDICTS or "", `ratio` below 1 where slower now, if `is_regression`.
-
-    Raises ValueError for fail_under outside (0, 1]; rows of several devices; a row that is there twice, or timed
-    without its times; nothing of gpu_lstm that was timed before and is timed or broken now.
-    """
+    """The rows timed in either run: `verdict` of VERDICTS or "", `ratio` below 1 where slower now, `is_regression`."""
     if not 0 < fail_under <= 1:
         raise ValueError(f"--fail-under is {fail_under:g}, expected more than 0 and at most 1")
     report.measured(pd.concat([old, new]))  # raises unless they are of one device
-    same_torch = set(old["torch"]) == set(new["torch"])
     replayed = new[~new["status"].isin(TIMED)].assign(graph=True)  # what was not timed has no row of its own for that
     try:
         rows = old.merge(pd.concat([new, replayed]), "outer", KEY, suffixes=("_old", "_new"), validate="one_to_one")
@@ -45,22 +39,19 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> pd.DataF
     ours = report.is_ours(rows)
     if not (ours & before & (now | broken)).any():
         raise ValueError(f"nothing to compare: no case of gpu_lstm was timed in both runs; {'; '.join(others)}")
-
-    without_speed = rows[["speed_old", "speed_new"]].isna().any(axis=1)
-    in_seconds = (rows["provider"] == YARDSTICK) | without_speed | (not same_torch)
+    in_seconds = (rows["provider"] == YARDSTICK) | rows[["speed_old", "speed_new"]].isna().any(axis=1)
+    in_seconds |= set(old["torch"]) != set(new["torch"])
     (low_old, middle_old, high_old), (low_new, middle_new, high_new) = (
         _interval(rows.filter(regex=f"_{side}$"), in_seconds) for side in ("old", "new")
     )
-    unsound = before & now & ~np.isfinite(low_old + high_old + low_new + high_new)
-    if unsound.any():
-        case, provider = rows.loc[unsound, ["case", "provider"]].values[0]
-        raise ValueError(f"{provider} at {case} was timed, expected positive times and rounds")
+    unsound = rows[before & now & ~np.isfinite(low_old + high_old + low_new + high_new)]
+    for row in unsound.itertuples():
+        raise ValueError(f"{row.provider} at {row.case} was timed, expected positive times and rounds")
     ratio, threshold = middle_new / middle_old, fail_under * np.where(in_seconds, IN_SECONDS, 1)
     slower, faster = (ratio < threshold) & (high_new < low_old), (ratio > 1 / threshold) & (high_old < low_new)
     verdict = np.select([slower, before & broken, faster, before & ~now, ~before], VERDICTS, "")
-    regression = ours & (slower | before & broken)
     figures = {"ratio": ratio, "in_seconds": in_seconds, "before": middle_old, "now": middle_new}
-    rows = rows.assign(verdict=verdict, is_regression=regression, **figures)
+    rows = rows.assign(verdict=verdict, is_regression=ours & (slower | before & broken), **figures)
     return rows.sort_values("ratio", key=lambda ratio: -np.abs(np.log(ratio)), kind="stable")  # the most changed first
 
 
@@ -81,20 +72,20 @@ def show(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> int:
     rows, console, lines = compare(old, new, fail_under), Console(), []
     told = rows[rows["verdict"] != ""].sort_values("verdict", key=lambda its: its.map(VERDICTS.index), kind="stable")
     for row in told.itertuples():
-        line = {"case": row.case, "provider": row.provider + " (graph)" * row.graph, "verdict": row.verdict}
+        cells, verdict = ["", "", ""], row.verdict
         if pd.notna(row.ratio):
-            before, now = (f"{1e3 / it:.3g} ms" if row.in_seconds else f"{it:.3g}x" for it in (row.before, row.now))
-            line |= {"before": before, "now": now, "ratio": f"{row.ratio:.2f}"}
+            cells = [f"{1e3 * it:.3g} ms" if row.in_seconds else f"{it:.3g}x" for it in (row.before, row.now)]
+            cells.append(f"{row.ratio:.2f}")
         else:
             why = (row.status_new, row.note_new) if row.status_old in TIMED else (row.status_old, row.note_old)
-            line["verdict"] += ": " + (": ".join(filter(pd.notna, why)) or "not run")
-        lines.append(line)
+            verdict += ": " + (": ".join(filter(pd.notna, why)) or "not run")
+        lines.append([row.case, row.provider + " (graph)" * row.graph, *cells, verdict])
     if lines:
-        cells = pd.DataFrame(lines, columns=["case", "provider", "before", "now", "ratio", "verdict"])
-        console.print(report.table(cells, "Changes (x: times as fast as torch.nn.LSTM)", folded=("case", "verdict")))
-    versions = [", ".join(sorted(set(side["torch"]))) for side in (old, new)]
-    console.print(f"torch {versions[0]} before, {versions[1]} now; within the noise: {(rows['verdict'] == '').sum()}")
+        table = pd.DataFrame(lines, columns=["case", "provider", "before", "now", "ratio", "verdict"])
+        console.print(report.table(table, "Changes (x: times as fast as torch.nn.LSTM)", folded=("case",)))
+    before, now = (", ".join(sorted(set(side["torch"]))) for side in (old, new))
+    console.print(f"torch {before} before, {now} now; within the noise: {(rows['verdict'] == '').sum()}")
     count = rows["is_regression"].sum()
-    style = "bold red" if count else "bold green"
-    console.print(Text(f"regressions of gpu_lstm: {count}, at --fail-under {fail_under:g}", style=style))
+    text = f"regressions of gpu_lstm: {count}, at --fail-under {fail_under:g}"
+    console.print(Text(text, style="bold red" if count else "bold green"))
     return int(count > 0)

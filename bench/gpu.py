@@ -11,25 +11,22 @@ from pathlib import Path
 from . import cases, measure
 from .isolated import ROOT
 
-DOCTOR_S = 120.0
-LAST_S = 20.0  # for plots and tables
 FIRST = "tests/test_gpu.py"
 PYTEST = ["pytest", "-v", "-m", "gpu", "--require-gpu", "-rfE"]
-SIDE_BY_SIDE = ["-n", "4"]  # processes, which compile kernels at once
-HEADLINE = ("headline", [FIRST, "-k", "headline"], 0.15)  # one problem, alone: a fault in it explains all others
-FAMILIES = ("families", [FIRST, "-k", "not headline", *SIDE_BY_SIDE], 0.35)
-OTHERS = ("others", ["--ignore", FIRST, *SIDE_BY_SIDE], 1.0)
-GRID_UNTIL = 0.75  # of the time
-THREADS = {f"{library}_NUM_THREADS": "2" for library in ("OMP", "MKL", "OPENBLAS")}  # of each process of the tests
+# Name, arguments (several processes compile kernels at once), and when it ends, of the time.
+HEADLINE = "headline", [FIRST, "-k", "headline"], 0.15  # one problem, alone: a fault in it explains all others
+FAMILIES = "families", [FIRST, "-k", "not headline", "-n", "4"], 0.35
+GRID_UNTIL = 0.75
+OTHERS = "others", ["--ignore", FIRST, "-n", "4"], 1.0
 
 
 def run(minutes: float, out: Path, device: str = "cuda") -> int:
     """All parts within about `minutes`, into the folder `out`. How many tests failed, in lines."""
-    start, whole_s = time.monotonic(), 60 * minutes - LAST_S
-    print(command(["gpu_lstm"], DOCTOR_S, out / "doctor.txt")[0])
+    start, whole_s = time.monotonic(), 60 * minutes - 20  # for plots and tables
+    print(command(["gpu_lstm"], 120, out / "doctor.txt")[0])
     failures = [line for part in (HEADLINE, FAMILIES) for line in tests(*part[:2], start + part[2] * whole_s, out)]
-    chosen, file = cases.choose(device.partition(":")[0], None), out / "results.csv"
-    left_out = measure.measure(chosen, None, device, {file: None}, deadline=start + GRID_UNTIL * whole_s)
+    chosen = cases.choose(device.partition(":")[0], None)
+    left_out = measure.measure(chosen, None, device, {out / "results.csv": None}, start + GRID_UNTIL * whole_s)
     if left_out:
         print(f"no time was left for {len(left_out)} cases: {', '.join(case.name for case in left_out)}")
     failures += tests(*OTHERS[:2], start + OTHERS[2] * whole_s, out)
@@ -38,10 +35,7 @@ def run(minutes: float, out: Path, device: str = "cuda") -> int:
 
 
 def tests(name: str, arguments: list[str], deadline: float, out: Path) -> list[str]:
-    """Run tests until `deadline`, by time.monotonic(), and print how they ended; a line for each failure.
-
-    Tests that take too long are stopped, and the line says what they had done.
-    """
+    """Run tests until `deadline`, by time.monotonic(), and print how they ended; a line for each failure."""
     limit_s = max(1.0, deadline - time.monotonic())
     said, code = command([*PYTEST, *arguments], limit_s, out / f"tests-{name}.txt")
     last = said.rstrip().rpartition("\n")[2]
@@ -58,8 +52,8 @@ def tests(name: str, arguments: list[str], deadline: float, out: Path) -> list[s
 
 def command(module: list[str], limit_s: float, log: Path) -> tuple[str, int | None]:
     """Run a module in the checkout; its output, also in `log`, and its exit code: None if it took too long."""
-    command, code = [sys.executable, "-m", *module], None
+    env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "2")
+    words, code = [sys.executable, "-m", *module], None
     with log.open("w") as out, contextlib.suppress(subprocess.TimeoutExpired):
-        env = os.environ | THREADS
-        code = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, env=env, timeout=limit_s).returncode
+        code = subprocess.run(words, cwd=ROOT, stdout=out, stderr=out, env=env, timeout=limit_s).returncode
     return log.read_text(errors="replace"), code

@@ -1,8 +1,4 @@
-"""Calls in a separate process: a kernel that hangs or crashes ends nothing else.
-
-The process serves calls until one fails. Then it is killed, since a device may stay broken after a fault, and the next
-call starts another. It may import gpu_lstm from another commit of this project.
-"""
+"""Calls in a separate process: a kernel that hangs or crashes ends nothing else."""
 
 import contextlib
 import multiprocessing
@@ -12,10 +8,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
-START_S = 120.0  # for a process to import what it needs
-LIMIT_S = 90.0  # without a sign of life; compiling kernels takes most of it
+START_S, LIMIT_S = 120.0, 90.0  # to import what is needed; without a sign of life, of which compiling takes most
 
 
 class ProviderFailed(Exception):
@@ -23,13 +19,9 @@ class ProviderFailed(Exception):
 
 
 class Worker:
-    """Calls a function in another process, which imports from the folder `path` before all others.
-
-    By `tell` the function says which provider runs; it may be silent for `limit_s` seconds.
-    """
+    """Calls a function, which says by `tell` who runs, in a process that imports from `path` before all else."""
 
     _process: Any = None
-    _connection: Any
 
     def __init__(self, function: Callable[..., Any], path: Path | None = None, limit_s: float = LIMIT_S) -> None:
         self._function, self._path, self._limit_s = function, [] if path is None else [str(path)], limit_s
@@ -37,14 +29,11 @@ class Worker:
     def __call__(self, *arguments: Any) -> Any:
         running, limit_s = "start", self._limit_s
         if self._process is None:
-            limit_s, context, before = START_S, multiprocessing.get_context("spawn"), sys.path.copy()
+            limit_s, context = START_S, multiprocessing.get_context("spawn")
             self._connection, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
-            sys.path[:0] = self._path  # a new process gets a copy
-            try:
+            with patch.object(sys, "path", [*self._path, *sys.path]):  # of which a new process gets a copy
                 self._process.start()
-            finally:
-                sys.path[:] = before
             theirs.close()
         try:
             self._connection.send(arguments)
@@ -53,14 +42,14 @@ class Worker:
                 if kind == "returned":
                     return value
                 if kind == "raised":
+                    self.close()  # the device may stay broken; the next call starts another process
                     raise ProviderFailed(*value)
                 running, limit_s = value, self._limit_s
-            raise ProviderFailed(running, f"hung: no sign for {limit_s:.0f} s")
-        except ProviderFailed:
+            failure = running, f"hung: no sign for {limit_s:.0f} s"
             self.close()
-            raise
         except (EOFError, ConnectionError):
-            raise ProviderFailed(running, f"its process died, exit code {self.close()}") from None
+            failure = running, f"its process died, exit code {self.close()}"
+        raise ProviderFailed(*failure)
 
     def close(self) -> int | None:
         """End the process, if there is one; its exit code."""
@@ -79,18 +68,14 @@ def _serve(connection: Any, function: Callable[..., Any]) -> None:
     while True:
         arguments = connection.recv()
         try:
-            found = function(*arguments, tell=lambda provider: connection.send(("running", provider)))
-            connection.send(("returned", found))
+            connection.send(("returned", function(*arguments, tell=lambda who: connection.send(("running", who)))))
         except ProviderFailed as error:
             connection.send(("raised", error.args))
 
 
 @contextlib.contextmanager
 def checkout(commit: str) -> Iterator[Path]:
-    """A folder from which to import gpu_lstm of a commit, and nothing else: the benchmark stays this checkout's.
-
-    It is of a git worktree that is removed afterwards. ValueError if there is no such commit, or no gpu_lstm in it.
-    """
+    """A folder from which to import gpu_lstm of a commit, and nothing else: the benchmark stays this checkout's."""
     with tempfile.TemporaryDirectory(prefix="gpu-lstm-base-") as folder:
         tree, path, git = Path(folder) / "tree", Path(folder) / "path", ["git", "-C", str(ROOT), "worktree"]
         try:

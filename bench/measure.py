@@ -5,20 +5,19 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import Progress
+from rich.progress import track
 from torch import Tensor
 from torch.nn.utils.rnn import pad_packed_sequence
 
 from . import results, timing
 from .cases import Case, grid
-from .inputs import Inputs, results_in, seed_noise
+from .inputs import NOISE_SEED, Inputs, results_in
 from .isolated import ProviderFailed, Worker
 from .providers import OURS, PROVIDERS, YARDSTICK, YARDSTICKS, taking_part
 from .providers.engine import Unable
@@ -28,9 +27,7 @@ ALLOWED = 2.0  # times torch's own error in the same dtype
 SANITY = 8.0  # times the error of torch.lstm_cell, for torch.nn.LSTM itself, whose error is the measure of the rest
 # What torch says where cuDNN copies the weights at every call: nobody is timed so but torch.nn.LSTM as it is.
 COPIES = "RNN module weights are not part of single contiguous chunk of memory"
-
-Row = dict[str, Any]
-"""Columns of results.COLUMNS; those without a value may be left out."""
+Row = dict[str, Any]  # of results.COLUMNS; those without a value may be left out
 
 
 def measure(
@@ -38,8 +35,7 @@ def measure(
 ) -> list[Case]:
     """Run `cases`, each row in its file before the next case starts; those left at the `deadline`, by time.monotonic().
 
-    `names`: see `taking_part`. On a CUDA `device` a case runs in a process of its own. `sides` are new files, and for
-    each the folder to import gpu_lstm from, None for the one imported here: several take turns case by case.
+    `sides`: new files, and the folders to import gpu_lstm from if it is not the one here; several take turns.
     """
     for file in sides:
         results.create(file)
@@ -47,14 +43,11 @@ def measure(
     headline = grid("cpu" if device == "cpu" else "cuda")["headline"]
     with ExitStack() as stack:
         run: dict[Path, Any] = dict.fromkeys(sides, run_case)
-        if device != "cpu" or len(sides) > 1:
+        if device != "cpu" or len(sides) > 1:  # in processes of their own
             run = {file: stack.enter_context(closing(Worker(run_case, path))) for file, path in sides.items()}
-        bar = stack.enter_context(Progress(transient=True))
-        task = bar.add_task("", total=len(cases))
-        for number, case in enumerate(cases):
+        for number, case in enumerate(track(cases, "cases", transient=True)):
             if time.monotonic() > deadline:
                 return cases[number:]
-            bar.update(task, description=case.name, completed=number)
             for file in list(sides)[:: -1 if number % 2 else 1]:  # now the one side first, now the other
                 for row in rows_of(case, taking_part(names, case in headline), device, run[file]):
                     results.append(file, row)
@@ -76,13 +69,13 @@ def rows_of(case: Case, names: list[str], device: str, run: Callable[..., list[R
 def run_case(
     case: Case, names: list[str], device: str, failed: dict[str, str], tell: Callable[[str], None] = lambda name: None
 ) -> list[Row]:
-    """Rows of a case, for each provider of `names`, the yardstick first; those that `failed` are not tried again.
+    """Rows of a case by `names`, the yardstick first; `tell` is called with who runs next.
 
-    `tell` is called with who runs next. ProviderFailed where one raises: the device may be unusable from then on.
+    ProviderFailed where one raises, since the device may be unusable from then on; who `failed` is not tried again.
     """
     torch.set_num_threads(1)  # as in `measure`: this may be a process of its own
     outcomes: dict[str, Row] = {name: {"status": "failed", "note": text} for name, text in failed.items()}
-    calls: dict[tuple[str, bool], timing.Call] = {}
+    calls: dict[tuple[str, bool], Callable[[], object]] = {}
     with timing.float32_products(case.dtype):
         inputs, gate = Inputs.of(case, device), Gate()
         for name in (name for name in names if name not in failed):
@@ -97,11 +90,7 @@ def run_case(
                         warnings.filterwarnings("error", COPIES)
                     outcomes[name] = gate.judge(trial)
                 if outcomes[name]["status"] in results.TIMED:
-                    outcomes[name]["peak_bytes"] = timing.peak_bytes(trial.call, device)
-                    if case.training:
-                        with trial.engine.within():
-                            kept = timing.kept_bytes(partial(trial.forward, 0), trial.leaves(0))
-                        outcomes[name]["kept_bytes"] = kept
+                    outcomes[name] |= trial.memory(device)
                     calls[name, False] = trial.call
                     if device != "cpu" and PROVIDERS[name].graphed:
                         calls[name, True] = timing.captured(trial.call)
@@ -113,16 +102,14 @@ def run_case(
         tell("all, timed in turn")
         copy, product = timing.ceilings(case.dtype, device)
         seconds = timing.interleaved(calls, device, SECONDS)
-        state = results.card_state(device)
+    of_all = {"copy_bytes_per_s": copy, "product_flops_per_s": product, **results.card_state(device)}
+    of_all["bound_s"] = max(case.operations() / product, case.bytes_moved() / copy)
     rows = [_row(case, name, device, **outcomes[name]) for name in names if (name, False) not in calls]
-    bound = max(case.operations() / product, case.bytes_moved() / copy)
-    of_all = {"bound_s": bound, "copy_bytes_per_s": copy, "product_flops_per_s": product, **state}
     best = min((seconds[name, False] for name in YARDSTICKS if (name, False) in seconds), key=np.median, default=None)
     for (name, graph), mine in seconds.items():
         figures = dict(zip(("median_s", "p20_s", "p80_s"), timing.percentiles(mine)))
         if best is not None:
-            speeds = timing.percentiles(best / mine)
-            figures |= zip(("speed", "speed_p20", "speed_p80"), speeds)
+            figures |= zip(("speed", "speed_p20", "speed_p80"), timing.percentiles(best / mine))
         if (OURS, False) in seconds:
             ratios = timing.bootstrapped(mine / seconds[OURS, False])
             figures |= zip(("over_ours", "over_ours_low", "over_ours_high"), ratios)
@@ -146,38 +133,39 @@ class Trial:
             if name not in YARDSTICKS:
                 raise
             self.status, inputs = "yardstick", inputs.plain()
-            self.engine = PROVIDERS[name].build(inputs)
+            self.engine = replace(PROVIDERS[name].build(inputs), kernels=lambda: "without lengths, resets or variant")
         self.inputs = inputs
         self.form = inputs.packed(inputs.dy) if inputs.case.sequences == "packed" else None
-        *self.xs, self.dy = (t if self.form is None else inputs.packed(t).data for t in (*inputs.xs, inputs.dy))
-        *self.xs, h0, c0 = (t.detach().clone().requires_grad_(self.training) for t in (*self.xs, inputs.h0, inputs.c0))
-        self.states = h0, c0
+        x, self.dy = (t if self.form is None else inputs.packed(t).data for t in (inputs.x, inputs.dy))
+        given = (t.detach().clone().requires_grad_(self.training) for t in (x, inputs.h0, inputs.c0))
+        self.leaves = [*given, *self.engine.parameters.values()]
 
-    def forward(self, number: int) -> tuple[Any, tuple[Tensor | None, Tensor | None]]:
-        x = self.xs[number % len(self.xs)]
-        return self.engine.call(x if self.form is None else self.form._replace(data=x), self.states)
+    def forward(self) -> tuple[Any, Any]:
+        x, *states = self.leaves[:3]
+        return self.engine.call(x if self.form is None else self.form._replace(data=x), tuple(states))
 
-    def leaves(self, number: int) -> list[Tensor]:
-        return [self.xs[number % len(self.xs)], *self.states, *self.engine.parameters.values()]
-
-    def call(self, number: int) -> tuple[Any, tuple[Tensor, ...]]:
+    def call(self) -> tuple[Any, tuple[Tensor, ...]]:
         """One call, with backward if the case has it: (output, h_n, c_n) and the gradients of all leaves."""
         with self.engine.within(), torch.set_grad_enabled(self.training):
-            y, finals = self.forward(number)
+            y, finals = self.forward()
             y = y if self.form is None else y.data
-            return (y, *finals), torch.autograd.grad(y, self.leaves(number), self.dy) if self.training else ()
+            return (y, *finals), torch.autograd.grad(y, self.leaves, self.dy) if self.training else ()
+
+    def memory(self, device: str) -> Row:
+        found: Row = {} if device == "cpu" else {"peak_bytes": timing.peak_bytes(self.call, device)}
+        with self.engine.within():
+            return found | ({"kept_bytes": timing.kept_bytes(self.forward, self.leaves)} if self.training else {})
 
     def results(self) -> dict[str, Tensor]:
         """As `inputs.results_in` names them."""
-        seed_noise()
-        (y, h_n, c_n), gradients = self.call(0)
+        torch.manual_seed(NOISE_SEED)
+        (y, h_n, c_n), gradients = self.call()
         found = {"output": y, "h_n": h_n, "c_n": c_n} | dict(zip(("dx", "dh0", "dc0"), gradients))
         if self.form is not None:
             for name in found.keys() & {"output", "dx"}:
                 packed = self.form._replace(data=found[name])
                 found[name] = pad_packed_sequence(packed, total_length=self.inputs.case.steps)[0]
-        own = self.engine.named(gradients[3:]) if self.training else {}
-        return found | {f"d{name}": gradient for name, gradient in own.items()}
+        return found | (self.engine.named(gradients[3:]) if self.training else {})
 
 
 class Gate:
@@ -188,24 +176,22 @@ class Gate:
         self._torchs: dict[str, float] = {}  # errors of torch.nn.LSTM
 
     def judge(self, trial: Trial) -> Row:
-        case, dtype = trial.inputs.case, trial.inputs.case.torch_dtype
+        case, dtype, found = trial.inputs.case, trial.inputs.case.torch_dtype, trial.results()
         if case not in self._truths:
             true = results_in(torch.float64, trial.inputs)
             self._truths[case] = true, relative_errors(results_in(dtype, trial.inputs), true)
         true, cells = self._truths[case]
-        found = trial.results()
         errors = relative_errors(found, {name: t for name, t in true.items() if found.get(name, t) is not None})
         factor, torchs = (SANITY, {}) if trial.name == YARDSTICK else (ALLOWED, self._torchs)
         least = torch.finfo(dtype).eps / ALLOWED  # an error that nothing can be blamed for
         over = {name: errors[name] / (factor * max(cells[name], torchs.get(name, 0.0), least)) for name in errors}
         worst = max(over, key=lambda name: (math.isnan(over[name]), over[name]))
+        status, note = trial.status, trial.engine.kernels()
         if not over[worst] <= 1:
-            note = f"error of {worst} is {over[worst]:.2g} times what is allowed"
-            return {"status": "wrong", "note": note, "error": over[worst]}
-        if trial.name == YARDSTICK:
+            status, note = "wrong", f"error of {worst} is {over[worst]:.2g} times what is allowed"
+        elif trial.name == YARDSTICK:
             self._torchs = errors
-        kernels = "without the lengths, resets or variant" if trial.status == "yardstick" else trial.engine.kernels()
-        return {"status": trial.status, "note": kernels, "error": over[worst]}
+        return {"status": status, "note": note, "error": over[worst]}
 
 
 def relative_errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:

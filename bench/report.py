@@ -1,9 +1,10 @@
-"""Results as text: tables for a terminal (all cases, all providers, estimates for other GPUs), README and docs."""
+"""Results as text: tables for a terminal, README and docs."""
 
 import os
 import re
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from . import results
 from .cases import Case
 from .providers import OURS, YARDSTICK
 
-LINES = 32  # of the summary, for cases and for the rules between their groups
 EVEN = 0.02  # a time that differs by less is called even
 MIB = 2**20
 WRITTEN = {  # the usual workaround where torch.nn.LSTM lacks a feature, by its provider
@@ -26,7 +26,6 @@ WRITTEN = {  # the usual workaround where torch.nn.LSTM lacks a feature, by its 
     "rl_games-pieces": "nn.LSTM called between any two resets, its state masked",
     "rsl_rl-padded": "trajectories padded to T, from reset to reset",
 }
-COLUMNS = "case", "torch.nn.LSTM, ms", "gpu_lstm, ms", "times as fast", "of the bound"
 AROUND = ["case", "usual workaround", "ms", "gpu_lstm, ms", "times as fast"]
 STARRED = "* nn.LSTM timed without the lengths, resets or variant, which it does not support"
 BEYOND = "ignoring gate arithmetic, launches and the dependency between steps"
@@ -37,11 +36,10 @@ SHOWN = {  # pictures on the page with all cases, and what they show
     "instead": "One call, and the usual workarounds",
     "speed": "How many times as fast as torch.nn.LSTM providers are, at the cases that several of them were timed at",
 }
-DRAWN = tuple(SHOWN)
 TOGETHER = {"input_size": "hidden_size", "directions": "layers"}  # sizes that vary together
-# Columns that are aligned on the left
-LEFT = ("mode", "case", "usual workaround", "provider", "kernels", "status", "note", "best other", "verdict")
-CUT = ("note", "best other")  # columns cut with an ellipsis in a narrow terminal
+# Columns that are aligned on the left; those that are folded in a narrow terminal, and more where a table says so.
+LEFT = ("mode", "case", "usual workaround", "provider", "status", "note", "best other", "verdict")
+FOLDED = ("note", "best other", "verdict")
 STYLES = dict.fromkeys(("slower", "wrong", "failed"), "bold red") | {"faster": "bold green"}  # by a cell's last word
 
 
@@ -51,14 +49,12 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
     if len(devices) != 1:
         raise ValueError(f"expected rows of one device, got {len(devices)}: {', '.join(devices)}")
     contenders = rows["provider"].where(~rows["graph"], rows["provider"] + " (graph)")
-    return rows.assign(contender=contenders, object=objects(rows)).drop_duplicates(["object", "contender"], keep="last")
-
-
-def objects(rows: pd.DataFrame) -> list[Case]:
-    return [Case(**fields) for fields in rows[results.CASE].to_dict("records")]
+    objects = [Case(**fields) for fields in rows[results.CASE].to_dict("records")]
+    return rows.assign(contender=contenders, object=objects).drop_duplicates(["object", "contender"], keep="last")
 
 
 def headline_of(rows: pd.DataFrame) -> Case:
+    """The case that most contenders have."""
     return rows["object"].value_counts(sort=False).idxmax()
 
 
@@ -72,17 +68,16 @@ def stars(rows: pd.DataFrame) -> pd.Series:
 
 
 def by_case(rows: pd.DataFrame) -> pd.DataFrame:
-    """A line a case, by `group`: what differs from the headline; `rank` in it; our `speed`; other columns as text."""
+    """A line a case, by `group`: what differs from the headline; our `speed`; other columns as text."""
     base = headline_of(rows)
 
     def group(case: Case) -> str:
-        changed = {TOGETHER.get(name, name) for name in results.CASE if getattr(case, name) != getattr(base, name)}
-        several = len(changed - {"mode"}) > 2  # as in recurrent PPO
-        return case.mode if case.mode == "step" else "several" if several else " ".join(sorted(changed - {"mode"}))
+        differing = (name for name in results.CASE if getattr(case, name) != getattr(base, name))
+        changed = sorted({TOGETHER.get(name, name) for name in differing} - {"mode"})
+        return case.mode if case.mode == "step" else " ".join(changed) if len(changed) < 3 else "several"  # as in rl
 
     lines = rows.drop_duplicates("case").set_index("case")[["object", *results.CASE]]
     lines["group"] = pd.factorize(lines["object"].map(group))[0]
-    lines["rank"] = lines.groupby("group").cumcount()
     for provider in (YARDSTICK, OURS):
         its = rows[rows["provider"] == provider].sort_values("graph", kind="stable").drop_duplicates("case")
         its = its.set_index("case").reindex(lines.index)
@@ -98,8 +93,7 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def instead(rows: pd.DataFrame, every_case: bool = False) -> pd.DataFrame:
-    """The usual workarounds where torch.nn.LSTM lacks a feature, in `every_case` or the first of each group: AROUND as
-    text, and the seconds `median_s` of them, `ours_s` of gpu_lstm."""
+    """The usual workarounds, in `every_case` or the first of each group: AROUND as text, `ours_s` of gpu_lstm."""
     ours = rows[rows["contender"] == OURS].set_index("case")["median_s"]
     its = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured") & rows["case"].isin(ours.dropna().index)]
     its = its.assign(ours_s=its["case"].map(ours), group=its["case"].map(by_case(rows)["group"]))
@@ -111,46 +105,29 @@ def instead(rows: pd.DataFrame, every_case: bool = False) -> pd.DataFrame:
     return its.assign(**dict(zip(AROUND, (*columns, speed + interval))))
 
 
-def workarounds(rows: pd.DataFrame) -> list[Table]:
-    its = instead(measured(rows), every_case=True)
-    title = "The usual workarounds; their time over gpu_lstm's, with its 95 % interval"
-    return [table(its[AROUND], title)] if len(its) else []
-
-
-def most_informative(lines: pd.DataFrame, room: int) -> pd.DataFrame:
-    """At most `room` lines: the headline, where ours is slower or has no figure, then the first of every group."""
-    fine = (lines["ours ms"] == "-") | (lines["speed"] >= 1 - EVEN)
-    order = lines.assign(later=lines["group"] > 0, fine=fine).sort_values(["later", "fine", "rank", "group"])
-    return lines[lines.index.isin(order.index[:room])]
-
-
 def summary(rows: pd.DataFrame) -> Table:
-    """A line a case: torch.nn.LSTM, ours and the best other. Where there are too many, those left out are counted."""
+    """A line a case: torch.nn.LSTM, ours and the best other."""
     rows = measured(rows)
     lines, base = by_case(rows), headline_of(rows)
-    rules = lines["group"].nunique() - 1
-    shown = lines if len(lines) + rules <= LINES else most_informative(lines, LINES - rules - 2)
-    broken = rows[rows["status"].isin(results.BROKEN)].groupby(["status", "contender"], sort=False).size()
+    broken = rows[rows["status"].isin(results.BROKEN)].value_counts(["status", "contender"])
     told = [f"{status}: {name} in {count} of {len(lines)} cases" for (status, name), count in broken.items()]
     notes = [origin(rows), *[STARRED] * ("*" in set(stars(rows))), "; ".join(told)]
+    cells = lines.assign(case=[sizes(case, base) for case in lines["object"]])
+    cells = cells[["mode", "case", "torch ms", "ours ms", "times as fast", "bound", "best other"]]
     title = "gpu_lstm and torch.nn.LSTM (T steps, B batch, H hidden, L layers, D directions)"
-    cells = shown.assign(case=[sizes(case, base) for case in shown["object"]])
-    columns = ["mode", "case", "torch ms", "ours ms", "times as fast", "bound", "best other"]
-    done = table(cells[columns], title, "\n".join(notes).strip(), shown["group"])
-    if len(left_out := lines.drop(shown.index)):
-        done.add_row("more", f"{len(left_out)} cases", "", "", spread(left_out), "", "")
-    return done
+    return table(cells, title, "\n".join(notes).strip(), lines["group"])
 
 
-def headline(rows: pd.DataFrame) -> list[Table]:
-    """Every provider at the case that most of them have, the fastest first; which kernels ran, or why none did."""
+def details(rows: pd.DataFrame) -> list[Table]:
+    """Every provider at the headline, the fastest first; which kernels ran, or why none did; the usual workarounds."""
     rows = measured(rows)
-    base, memory = headline_of(rows), memory_column(rows)
-    rows = rows[rows["object"] == base].sort_values("median_s", kind="stable")  # those without a time last
-    timed = rows[rows["median_s"].notna()]
-    ms = {name: texts(1e3 * timed[f"{name}_s"]) for name in ("median", "p20", "p80")}
+    base, around = headline_of(rows), instead(rows, every_case=True)
+    memory = "peak_bytes" if rows["peak_bytes"].notna().any() else "kept_bytes"
+    its = rows[rows["object"] == base].sort_values("median_s", kind="stable")  # those without a time last
+    timed = its[its["median_s"].notna()]
+    median, low, high = (texts(1e3 * timed[f"{name}_s"]) for name in ("median", "p20", "p80"))
     cells = pd.DataFrame({
-        "provider": timed["contender"], "ms": ms["median"], "p20-p80": ms["p20"] + "-" + ms["p80"],
+        "provider": timed["contender"], "ms": median, "p20-p80": low + "-" + high,
         "us a step": texts(1e6 * timed["median_s"] / base.steps),
         f"{memory.removesuffix('_bytes')} MiB": texts(timed[memory] / MIB),
         "times as fast": verdicts(timed), "error": texts(timed["error"]),
@@ -159,37 +136,33 @@ def headline(rows: pd.DataFrame) -> list[Table]:
     for copy, product in timed[["copy_bytes_per_s", "product_flops_per_s"]].dropna().values[:1] / 1e9:
         reached = f"bytes over {digits(copy)} GB/s, operations over {digits(product)} GFLOP/s, as measured here"
         footnotes.insert(1, f"bound: {reached}; {BEYOND}")
-    others = rows[rows["median_s"].isna() | (rows["note"].notna() & ~rows["graph"])]
+    others = its[its["median_s"].isna() | (its["note"].notna() & ~its["graph"])]
     status = others["status"].where(others["median_s"].isna(), "kernels")
     notes = pd.DataFrame({"provider": others["contender"], "status": status, "note": others["note"]})
-    return [table(cells, f"All providers: {base.mode} {sizes(base)}"), table(notes, "", "\n".join(footnotes))]
+    tables = [table(cells, f"All providers: {base.mode} {sizes(base)}"), table(notes, "", "\n".join(footnotes))]
+    title = "The usual workarounds; their time over gpu_lstm's, with its 95 % interval"
+    return [*tables, table(around[AROUND], title)] if len(around) else tables
 
 
 def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path] | None = None) -> None:
-    """Write what the files of results say between the two markers of `page`, GPUs first; the rest stays as it is.
-
-    With `pictures`, as plots.draw drew them, it has every case and those pictures. Without, as the README, it has of a
-    CPU only the workarounds, and how fast calls are that torch.nn.LSTM can do too.
-    Raises ValueError where a marker is missing, or a file of results is broken.
-    """
+    """Write what files of results say between the markers of `page`, GPUs first: with `pictures` of every case."""
     before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page}: no {END if begin else BEGIN}; expected {BEGIN} on a line before {END}")
-    gpus, cpus, any_measured = list[str](), list[str](), False
+    sections, timed = list[tuple[bool, str]](), False
     for path in sorted(files):
-        rows = results.read(path)
-        for device, its in rows.groupby("device", sort=False):
+        for device, its in results.read(path).groupby("device", sort=False):
             on_gpu = bool(its["cuda"].notna().any())
-            any_measured |= on_gpu and bool((its["status"] == "measured").any())
+            timed |= on_gpu and bool((its["status"] == "measured").any())
             every_case = on_gpu or pictures is not None
             text = _section(os.path.relpath(path, page.parent), measured(its), on_gpu, every_case)
             drawn = {f"{name}-{slug(device)}": told for name, told in SHOWN.items()}
             for picture in (picture for picture in pictures or () if picture.stem in drawn):
                 text += f"\n\n![{drawn[picture.stem]}]({os.path.relpath(picture, page.parent)})"
-            (gpus if on_gpu else cpus).append(text)
-    sections = [*[NO_GPU] * (not any_measured), *gpus, *cpus]
-    page.write_text(f"{before}{BEGIN}\n" + "\n\n".join(sections) + f"\n{END}{after}")
+            sections.append((not on_gpu, text))
+    texts = [NO_GPU] * (not timed) + [text for _, text in sorted(sections, key=lambda section: section[0])]
+    page.write_text(f"{before}{BEGIN}\n" + "\n\n".join(texts) + f"\n{END}{after}")
 
 
 def slug(device: str) -> str:
@@ -197,29 +170,28 @@ def slug(device: str) -> str:
 
 
 def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> str:
-    """Where the figures come from, and two tables: the workarounds around torch.nn.LSTM, and torch.nn.LSTM itself."""
+    """Where the figures come from, and two tables: the usual workarounds, and torch.nn.LSTM itself."""
     lines, around = by_case(rows), instead(rows, every_case)
+    wrapped = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
     text = f"{'GPU' if on_gpu else 'CPU, not a GPU'}: {origin(rows)}; from [{link.removeprefix('../')}]({link})."
     starred = lines["torch ms"].str.endswith("*")
     if every_case:
         text += f" \\{STARRED}." if starred.any() else ""
-        rates = "FLOPs and bytes at rates measured on this machine"
-        text += f' "Of the bound": the fraction of a roofline ({rates}), {BEYOND}.'
-    written = [_wrapped(text)]
+        roofline = "a roofline (FLOPs and bytes at rates measured on this machine)"
+        text += f' "Of the bound": the fraction of {roofline}, {BEYOND}.'
+    written = [wrapped(text)]
     if len(around):
         written.append(_markdown(around[AROUND]))
     if not every_case:
-        others = f"; with lengths, resets or a variant, at {spread(lines[starred])} of nn.LSTM's without them"
-        plain = f"Calls that nn.LSTM can do too run at {spread(lines[~starred])} of its speed"
-        return "\n".join([*written, "", _wrapped(f"{plain}{others if starred.any() else ''}.")])
-    names = lines["mode"] + " " + lines["object"].map(sizes)
-    columns = lines["torch ms"].str.replace("*", r"\*"), lines["ours ms"], lines["times as fast"].str.split(" ").str[0]
-    cells = dict(zip(COLUMNS, (names, *columns, lines["bound"])))
+        plain, beyond = (f"{digits(speed.min())} to {digits(speed.max())}" if len(speed) else ""
+                         for speed in (lines["speed"][which].dropna() for which in (~starred, starred)))  # fmt: skip
+        text = f"Calls that nn.LSTM can do too run at {plain} of its speed"
+        text += f"; with lengths, resets or a variant, at {beyond} of nn.LSTM's without them" * (beyond != "")
+        return "\n".join([*written, "", wrapped(f"{text}.")])
+    cells = {"case": lines["mode"] + " " + lines["object"].map(sizes),
+             "torch.nn.LSTM, ms": lines["torch ms"].str.replace("*", r"\*"), "gpu_lstm, ms": lines["ours ms"],
+             "times as fast": lines["times as fast"].str.split(" ").str[0], "of the bound": lines["bound"]}  # fmt: skip
     return "\n".join([*written, _markdown(pd.DataFrame(cells).replace("-", "not run"))])
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _markdown(cells: pd.DataFrame) -> str:
@@ -231,7 +203,7 @@ def sizes(case: Case, base: Case | None = None) -> str:
     """A case in words, without its mode; only what differs from `base`, if anything does."""
 
     def parts(case: Case) -> list[str]:
-        size = f"{'' if case.input_size == case.hidden_size else f'I{case.input_size} '}H{case.hidden_size}"
+        size = f"I{case.input_size} " * (case.input_size != case.hidden_size) + f"H{case.hidden_size}"
         rest = [f"L{case.layers}", f"D{case.directions}", case.sequences, f"resets {100 * case.reset_rate:.3g}%"]
         return [case.dtype, f"T{case.steps}", f"B{case.batch}", size, *rest, case.variant]
 
@@ -257,47 +229,26 @@ def verdicts(rows: pd.DataFrame) -> pd.Series:
     return texts(rows["speed"]) + np.select([*doubtless, itself, timed], [" faster", " slower", " " * 7, " even  "], "")
 
 
-def spread(lines: pd.DataFrame) -> str:
-    speeds = lines["speed"].dropna()
-    return f"{digits(speeds.min())} to {digits(speeds.max())}" if len(speeds) else ""
-
-
 def origin(rows: pd.DataFrame) -> str:
     """Device, versions, commit and date of rows; of each all that occur."""
-
-    def every(column: str, label: str = "") -> str:
-        found = rows[column].dropna().unique()
-        return label + "/".join(found) if len(found) else ""
-
     labels = {"gpu_lstm": "gpu_lstm ", "torch": "torch ", "triton": "triton ", "cuda": "CUDA ", "driver": "driver "}
-    versions = ", ".join(filter(None, map(every, labels, labels.values())))
-    dates = "/".join(sorted(rows["date"].str[:10].unique()))
-    return "; ".join(filter(None, (every("device"), versions, every("commit", "commit "), dates)))
+    every = {name: "/".join(rows[name].dropna().unique()) for name in (*labels, "device", "commit")}
+    versions = ", ".join(label + every[name] for name, label in labels.items() if every[name])
+    commits, dates = every["commit"] and f"commit {every['commit']}", "/".join(sorted(rows["date"].str[:10].unique()))
+    return "; ".join(filter(None, (every["device"], versions, commits, dates)))
 
 
-def memory_column(rows: pd.DataFrame) -> str:
-    """The column with the memory of a call: the peak allocation, if that was measured."""
-    return "peak_bytes" if rows["peak_bytes"].notna().any() else "kept_bytes"
-
-
-def table(
-    cells: pd.DataFrame, title: str, caption: str = "", groups: pd.Series | None = None, folded: tuple[str, ...] = ()
-) -> Table:
-    """Cells of text, with rules between groups. Where the terminal is too narrow, some columns are folded or CUT."""
-
-    def cell(column: str, text: str) -> Text:
-        cut: Any = {"no_wrap": True, "overflow": "ellipsis"} if column in CUT else {}
-        return Text(text, style=STYLES.get(text.strip().split(" ")[-1], ""), **cut)
-
+def table(cells: pd.DataFrame, title: str, caption: str = "", groups: Any = None, folded: Sequence[str] = ()) -> Table:
+    """Cells of text, with rules between groups."""
     done = Table(
         title=Text(title, style="bold"), title_justify="left", caption=Text(caption), caption_justify="left",
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True,
     )  # fmt: skip
     for name in cells:
         justify: Any = "left" if name in LEFT else "right"
-        done.add_column(cell(name, name), justify=justify, no_wrap=name not in (*CUT, *folded), overflow="fold")
+        done.add_column(name, justify=justify, no_wrap=name not in (*FOLDED, *folded), overflow="fold")
     for _, group in cells.astype(object).fillna("").groupby([0] * len(cells) if groups is None else groups):
         for line in group.values:
-            done.add_row(*map(cell, cells, line))
+            done.add_row(*(Text(text, style=STYLES.get(text.strip().split(" ")[-1], "")) for text in line))
         done.add_section()
     return done

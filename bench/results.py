@@ -4,6 +4,7 @@ import csv
 import datetime
 import functools
 import importlib.metadata
+import io
 import platform
 import re
 import subprocess
@@ -11,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import torch
 
@@ -19,24 +21,19 @@ import gpu_lstm
 from .cases import Case
 
 SCHEMA = 5  # raised whenever a column comes, goes, or changes its name or meaning
-# Right, and timed. The yardstick is torch.nn.LSTM at a case that it cannot do, without the lengths, resets or variant.
+# By status. Right, and timed: a yardstick is torch.nn.LSTM at a case that it cannot do, without what it cannot do.
 TIMED = ("measured", "yardstick")
 BROKEN = ("wrong", "failed")  # too far from float64; raised, died or hung. Neither is timed
-# Not installed or unable to run here; not meant for such cases.
-OTHERS = ("absent", "unable")
+OTHERS = ("absent", "unable")  # not installed or unable to run here; not meant for such cases
 CASE = [field.name for field in fields(Case)]
-PROVENANCE = [
-    "date",  # UTC, ISO 8601
-    "commit",  # of gpu_lstm's checkout, "+" where it has changes
-    "device",  # the card's or processor's name
-    "clock_mhz",  # of the card's multiprocessors, at most
-    "gpu_lstm", "python", "torch", "triton", "cupy", "cuda", "cudnn", "driver",  # versions; cuda is torch's
-]  # fmt: skip
+# date: UTC, ISO 8601. commit: of gpu_lstm's checkout, "+" where it has changes. clock_mhz: of the card's
+# multiprocessors, at most. From gpu_lstm on: versions, of which cuda is torch's.
+PROVENANCE = ["date", "commit", "device", "clock_mhz", "gpu_lstm", "python", "torch", "triton", "cupy", "cuda", "cudnn",
+              "driver"]  # fmt: skip
 FIGURES = [
     "error",  # the largest of all results and gradients, over what is allowed; 1 is the most
     "rounds", "median_s", "p20_s", "p80_s",  # seconds a call, over all rounds
-    # torch.nn.LSTM's time, or torch-flat's if faster, over this one, both of one round; the median is `speed`
-    "speed", "speed_p20", "speed_p80",
+    "speed", "speed_p20", "speed_p80",  # torch.nn.LSTM's time, or torch-flat's if faster, over this, of one round
     "over_ours", "over_ours_low", "over_ours_high",  # this time over that of `ours`, likewise; its 95 % interval
     "sm_mhz", "celsius",  # clock and temperature of the card after the last round, where nvidia-smi tells them
     "bound_s",  # the least seconds a call can take: operations and bytes over the two ceilings that follow
@@ -44,10 +41,11 @@ FIGURES = [
     "peak_bytes",  # allocated at most during a call, above what was there before; CUDA only
     "kept_bytes",  # for backward, besides input and parameters
 ]  # fmt: skip
-# graph: replayed from a CUDA graph. note: why there are no figures, or which kernels ran.
+# graph: replayed from a CUDA graph. note: why there are no figures, or which kernels ran. The schema is the last, so
+# that a row that was cut off has none.
 COLUMNS = [*PROVENANCE, "case", *CASE, "provider", "graph", "status", "note", *FIGURES, "schema"]
-# The schema is the last, so that a row that was cut off has none
 REQUIRED = ["date", "device", "gpu_lstm", "torch", "case", *CASE, "provider", "graph", "status", "schema"]
+SMI = "nvidia-smi", "--format=csv,noheader,nounits"
 NUMBERS = [*(field.name for field in fields(Case) if field.type is not str), *FIGURES]
 
 
@@ -60,8 +58,7 @@ def provenance(device: str) -> dict[str, Any]:
     cpu = " ".join((names or [platform.processor() or platform.machine()])[0].split())
     git = "git", "-C", str(Path(gpu_lstm.__file__).parent)
     commit = _output(*git, "rev-parse", "--short=10", "HEAD")
-    query = "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader,nounits"
-    driver, _, clock = ((cuda and _output("nvidia-smi", *query)) or "").partition(", ")
+    driver, _, clock = ((cuda and _output(*SMI, "--query-gpu=driver_version,clocks.max.sm")) or "").partition(", ")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit and commit + "+" * bool(_output(*git, "status", "--porcelain", "--untracked-files=no")),
@@ -78,50 +75,47 @@ def card_state(device: str) -> dict[str, str]:
     """The columns of clock and temperature, as they are now."""
     if device == "cpu":
         return {}
-    uuid = torch.cuda.get_device_properties(device).uuid
-    query = f"--id=GPU-{uuid}", "--query-gpu=clocks.sm,temperature.gpu", "--format=csv,noheader,nounits"
-    said = zip(("sm_mhz", "celsius"), (_output("nvidia-smi", *query) or "").split(", "))
-    return {name: value for name, value in said if value.isdecimal()}  # "[N/A]" on some cards
+    card = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    named = zip(("sm_mhz", "celsius"), _output(*SMI, "--query-gpu=clocks.sm,temperature.gpu", card).split(", "))
+    return {name: value for name, value in named if value.isdecimal()}  # "[N/A]" on some cards
 
 
-def _output(*command: str) -> str | None:
-    """The first line of a command's output; None where it is not installed, fails or prints nothing."""
+def _output(*command: str) -> str:
+    """The first line of a command's output; "" where it is not installed, fails or prints nothing."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
     except (FileNotFoundError, subprocess.SubprocessError, IndexError):
-        return None
+        return ""
 
 
 def create(path: Path) -> None:
-    """A new file without rows. FileExistsError if there is one: nothing is overwritten."""
+    """A new file without rows: nothing is overwritten."""
     with path.open("x", newline="") as file:
         csv.writer(file).writerow(COLUMNS)
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """One more row, in the file as soon as this returns. ValueError for a column that the schema does not have."""
-    note = row.get("note")
+    """One more row, in the file as soon as this returns."""
     with path.open("a", newline="") as file:
-        csv.DictWriter(file, COLUMNS).writerow(row | {"note": note and " ".join(note.split())})  # on one line
+        csv.DictWriter(file, COLUMNS).writerow(row | {"note": " ".join((row.get("note") or "").split())})  # on one line
 
 
 def read(path: Path) -> pd.DataFrame:
     """All rows of a file. ValueError, with its name, for another schema or a row that is broken."""
     try:
-        options = dict(dtype=str, keep_default_na=False, na_values=[""], skip_blank_lines=False, compression=None)
-        rows = pd.read_csv(path, **options)  # type: ignore[call-overload]
+        if "\0" in (text := path.read_text()):  # which pandas reads as nothing, as a column's name, or as it is
+            raise ValueError("it holds NUL bytes")
+        options: Any = dict(dtype=str, keep_default_na=False, na_values=[""], skip_blank_lines=False)
+        rows = pd.read_csv(io.StringIO(text), **options)
         schemas = set(rows["schema"].dropna()) if "schema" in rows else {"none"}
         if schemas - {str(SCHEMA)} or list(rows) != COLUMNS:
             strange = f"schema {', '.join(sorted(schemas))}, and other columns: {sorted(set(rows) ^ set(COLUMNS))}"
             raise ValueError(f"{strange}; this version reads schema {SCHEMA}")
         rows["status"] = rows["status"].where(rows["status"].isin([*TIMED, *BROKEN, *OTHERS]))
         rows["graph"] = rows["graph"].map({"True": True, "False": False})
-        broken = rows[REQUIRED].isna()
-        if broken.any(axis=None):
-            line = broken.any(axis=1).idxmax()
-            raise ValueError(f"line {line + 2} has no {broken.loc[line].idxmax()}, or one that is not known")
+        for line, column in np.argwhere(rows[REQUIRED].isna()):
+            raise ValueError(f"line {line + 2} has no {REQUIRED[column]}, or one that is not known")
         rows[NUMBERS] = rows[NUMBERS].apply(pd.to_numeric)
         return rows.astype({"graph": bool})
-    except ValueError as error:  # pandas' own among them
-        why = " ".join(str(error).split())  # on one line
-        raise ValueError(f"{path}: {why}; expected what `python -m bench` writes") from error
+    except ValueError as error:  # pandas' own, of several lines, among them
+        raise ValueError(f"{path}: {' '.join(str(error).split())}; expected what `python -m bench` writes") from error

@@ -5,7 +5,7 @@ import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,47 +13,42 @@ from torch import Tensor
 
 from .cases import DTYPES
 
-Name = TypeVar("Name")
-Call = Callable[[int], object]  # something to time; the number of the call, so that it may use another set of inputs
-
 WARM_UP = 3  # calls
 SHORTEST = 1e-3  # seconds of a sample; quicker calls are repeated within it
 ROUNDS = (10, 100)  # at least, at most; even, so that of any two each is first equally often
-RESAMPLES = 2000
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
 CEILING_SECONDS = 1.0  # for both together
 
 
 def interleaved(
-    calls: Mapping[Name, Any], device: str, seconds: float, rounds: tuple[int, int] = ROUNDS, sample: Any = None
-) -> dict[Name, np.ndarray]:
+    calls: Mapping[Any, Any], device: str, seconds: float, rounds: tuple[int, int] = ROUNDS, sample: Any = None
+) -> dict[Any, np.ndarray]:
     """Seconds a call, for each of `calls` and every round, all of them by turns: a random order, then its reverse.
 
-    `device` is "cpu", or a CUDA device, where events measure, unless there is another `sample`. All rounds together
-    should take `seconds`, without the warm-up; there are `rounds` at least and at most.
+    All rounds together should take `seconds`, without the warm-up; there are `rounds` at least and at most.
     """
     sample = sample or _sample
-    estimates = {name: [sample(call, n, 1, device) for n in range(WARM_UP)][-1] for name, call in calls.items()}
+    estimates = {name: [sample(call, 1, device) for _ in range(WARM_UP)][-1] for name, call in calls.items()}
     repeats = {name: max(1, round(SHORTEST / estimate)) for name, estimate in estimates.items()}
-    a_round = sum(estimates[name] * repeats[name] for name in calls)
+    a_round = sum(estimates[name] * repeats[name] for name in calls)  # 0 if there are none
     count = min(max(rounds[0], 2 * int(seconds / (a_round or 1) / 2)), rounds[1])
     shuffle, order, taken = random.Random(0), list(calls), {name: np.empty(count) for name in calls}
     for number in range(count):
         if number % 2 == 0:
             shuffle.shuffle(order)
         for name in order[:: -1 if number % 2 else 1]:
-            taken[name][number] = sample(calls[name], number * repeats[name], repeats[name], device)
+            taken[name][number] = sample(calls[name], repeats[name], device)
     return taken
 
 
-def _sample(call: Call, first: int, repeats: int, device: str) -> float:
+def _sample(call: Callable[[], object], repeats: int, device: str) -> float:
     start = time.perf_counter()
     if device != "cpu":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-    for number in range(first, first + repeats):
-        call(number)
+    for _ in range(repeats):
+        call()
     if device == "cpu":
         return (time.perf_counter() - start) / repeats
     end.record()
@@ -67,7 +62,7 @@ def percentiles(values: np.ndarray) -> list[float]:
 
 def bootstrapped(values: np.ndarray) -> list[float]:
     """Median, and the ends of the interval that has it with 95 %: the percentile bootstrap over rounds."""
-    medians = np.median(np.random.default_rng(0).choice(values, (RESAMPLES, len(values))), axis=1)
+    medians = np.median(np.random.default_rng(0).choice(values, (2000, len(values))), axis=1)
     return [float(np.median(values)), *np.quantile(medians, (0.025, 0.975)).tolist()]
 
 
@@ -75,49 +70,40 @@ def bootstrapped(values: np.ndarray) -> list[float]:
 def ceilings(dtype: str, device: str) -> tuple[float, float]:
     """The most that the device can do: bytes a second of a copy, read and written; FLOPs a second of a matmul."""
     kind = torch.device(device).type
-    source, size = torch.ones(COPY_BYTES[kind] // 4, device=device), PRODUCT_SIZE[kind]
-    target = torch.empty_like(source)
-    a, b, product = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(3))
-    calls: dict[str, Call] = {"copy": lambda _: target.copy_(source), "product": lambda _: torch.mm(a, b, out=product)}
+    (source, target), size = torch.ones(2, COPY_BYTES[kind] // 4, device=device), PRODUCT_SIZE[kind]
+    a, b, product = torch.randn(3, size, size, device=device).to(DTYPES[dtype])
+    calls: dict[str, Any] = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=product)}
     taken = interleaved(calls, device, CEILING_SECONDS)  # of which the best counts: no ceiling is exceeded
     return 2 * COPY_BYTES[kind] / float(taken["copy"].min()), 2 * size**3 / float(taken["product"].min())
 
 
-def captured(call: Call) -> Call:
-    """`call` as a replay of a CUDA graph, always with the first set of inputs."""
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """`call` as a replay of a CUDA graph."""
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(WARM_UP):
-            call(0)
-    torch.cuda.synchronize()
+            call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call(0)
-    return lambda number: graph.replay()
+    with torch.cuda.graph(graph):  # which waits for the device before it captures
+        call()
+    return graph.replay
 
 
-def peak_bytes(call: Call, device: str) -> int | None:
-    """The peak allocation of a call, above what was allocated before; None on the CPU, which does not count."""
-    if device == "cpu":
-        return None
+def peak_bytes(call: Callable[[], object], device: str) -> int:
+    """The peak allocation of a call on CUDA, above what was allocated before."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    call(0)
+    call()
     return torch.cuda.max_memory_allocated(device) - before
 
 
 def kept_bytes(forward: Callable[[], object], but: Sequence[Tensor]) -> int:
     """The bytes that autograd saves in a forward pass, without the tensors `but`: each storage once."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    saved = list[Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda nothing: nothing):
         forward()
-    given = {tensor.untyped_storage()._cdata for tensor in but}
-    return sum(size for storage, size in storages.items() if storage not in given)
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
+    return sum(size for storage, size in sizes.items() if storage not in {t.untyped_storage()._cdata for t in but})
 
 
 @contextlib.contextmanager

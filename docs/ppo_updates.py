@@ -25,11 +25,11 @@ def measured() -> pd.DataFrame:
     """A row for each size, over the rounds of all runs: medians of both sides, and of their ratio in a round."""
     from bench import ppo, results
 
-    runs = [ppo.measure("cpu", SIZES) for _ in range(RUNS)]
+    runs = [[ppo.measure("cpu", *sizes) for sizes in SIZES] for _ in range(RUNS)]
     where = {name: results.provenance("cpu")[name] for name in ("device", "torch", "gpu_lstm", "commit", "date")}
     rows = []
     for (T, B, H), of_size in zip(SIZES, zip(*runs)):
-        loop, one_call = (np.concatenate([seconds[name] for *_, seconds in of_size]) for name in ("loop", "one_call"))
+        loop, one_call = (np.concatenate([seconds[name] for seconds in of_size]) for name in ("loop", "one_call"))
         low, ratio, high = np.percentile(loop / one_call, [20, 50, 80])
         times = dict(loop_ms=1e3 * np.median(loop), one_call_ms=1e3 * np.median(one_call))
         rows.append(dict(T=T, B=B, H=H, rounds=len(loop), **times, times_as_fast=ratio, p20=low, p80=high, **where))

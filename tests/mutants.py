@@ -12,6 +12,7 @@ mutmut nor cosmic-ray.
 import argparse
 import ast
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
@@ -39,7 +40,12 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ("gpu_lstm/**/*.py", "kernels/**/*.py", "kernels/**/*.cu")
 LEAST_SECONDS, TIMES_AS_LONG = 30, 4  # a test file may take so long, and so many times what it takes without a fault
 
-# Which tests are run: test_X.py for a source file X.py, then those of its folder; in this order, until one fails.
+# Which tests are run: test_X.py for a source file X.py, those of OWN, then those of its folder; until one fails.
+OWN = {
+    "autograd": "layer variants", "sequences": "chunks", "convert": "interrupted", "options": "variants",
+    "noise": "variants", "graph": "ops", "schedule": "chunks routes", "torch_lstm": "torch_backend", "race": "races",
+    "kind": "kinds routes", "route": "routes", "run": "routes", "autotune": "tuning", "choose": "planning",
+}  # fmt: skip
 NUMBERS = (  # of the Triton kernels: the quick ones of those that compare all results and gradients with the oracle
     "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 layer::test_a_family_of_triton "
     "layer::test_triton concurrent_interpreter exchange_ptx"
@@ -54,9 +60,9 @@ TESTS = {
 
 def tests_of(path: str) -> list[str]:
     """The tests for a source file."""
-    folder = max((name for name in TESTS if path.startswith(name + "/")), key=len)
-    named = (ROOT / "tests" / f"test_{Path(path).stem}.py").exists()
-    return list(dict.fromkeys([Path(path).stem] * named + TESTS[folder].split()))
+    folder, stem = max((name for name in TESTS if path.startswith(name + "/")), key=len), Path(path).stem
+    named = [stem] * (ROOT / "tests" / f"test_{stem}.py").exists()
+    return list(dict.fromkeys([*named, *OWN.get(stem, "").split(), *TESTS[folder].split()]))
 
 
 class Mutant(NamedTuple):
@@ -72,7 +78,6 @@ class Mutant(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What a run is known by in the file of results."""
         old, new = (" ".join(text.split()) for text in (self.old, self.new))
         return f"{self.path}:{self.line}:{self.column}: {old}  ->  {new}"
 
@@ -226,18 +231,14 @@ class Worker:
             importlib.import_module(name)
 
     def ask(self, job: Mutant | str, seconds: dict[str, float]) -> dict:
-        """What became of a fault: {"result": "caught", "timed out" or "survived", "by": test, "seconds": ...}.
-
-        For the name of a test file: of no fault, within 15 minutes.
-        """
-        start, found = time.monotonic(), {"result": "survived", "by": ""}
-        with contextlib.nullcontext() if isinstance(job, str) else self.planted(job):
-            for test in [job] if isinstance(job, str) else tests_of(job.path):
-                by = self.first_failure(test, max(LEAST_SECONDS, TIMES_AS_LONG * seconds.get(test, 225)))
-                if by:
-                    found = {"result": "timed out" if by == "time" else "caught", "by": by}
+        """What became of a fault; for the name of a test file, of none, within 15 minutes."""
+        start, by, only = time.monotonic(), "", isinstance(job, str)
+        with contextlib.nullcontext() if only else self.planted(job):
+            for test in [job] if only else tests_of(job.path):
+                if by := self.first_failure(test, max(LEAST_SECONDS, TIMES_AS_LONG * seconds.get(test, 225))):
                     break
-        return found | {"seconds": round(time.monotonic() - start, 1)}
+        result = {"": "survived", "time": "timed out"}.get(by, "caught")
+        return {"result": result, "by": by, "seconds": round(time.monotonic() - start, 1)}
 
     @contextlib.contextmanager
     def planted(self, mutant: Mutant) -> Iterator[None]:
@@ -253,12 +254,9 @@ class Worker:
             cached.unlink(missing_ok=True)
 
     def first_failure(self, test: str, seconds: float) -> str:
-        """The first failure of a test file, "time" if it takes too long, a signal if it crashes; else nothing.
-
-        RuntimeError if pytest failed without a failing test: then nothing is known.
-        """
-        log, (name, _, only) = self.tree / "out.log", test.partition("::")
-        where = f"tests/test_{name}.py" + (f"::{only}" if only else "")
+        """The first failure of a test file, "time" if it takes too long, a signal if it crashes; else nothing."""
+        log, (name, *only) = self.tree / "out.log", test.split("::")
+        where = "::".join([f"tests/test_{name}.py", *only])
         child = multiprocessing.get_context("fork").Process(target=_pytest, args=(self.tree, log, where))
         child.start()
         child.join(seconds)
@@ -270,8 +268,7 @@ class Worker:
         if ended == 0:
             return ""
         text = log.read_text(errors="replace")
-        failed = re.search(r"^(?:FAILED|ERROR) tests/test_(.*?)(?: - .*)?$", text, re.M)
-        if failed:
+        if failed := re.search(r"^(?:FAILED|ERROR) tests/test_(.*?)(?: - .*)?$", text, re.M):
             return failed.group(1)
         if ended < 0:
             return f"{test}, killed by {signal.Signals(-ended).name}"
@@ -287,18 +284,16 @@ def _pytest(tree: Path, log: Path, where: str) -> None:
     sys.exit(pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--tb=line", where]))
 
 
-def _start(snapshot: Path) -> None:
-    global worker  # of this process
-    worker = Worker(snapshot)
+_worker = functools.cache(Worker)  # one in each process
 
 
-def _ask(*job) -> dict:
-    return worker.ask(*job)
+def _ask(tree: Path, *job) -> dict:
+    return _worker(tree).ask(*job)
 
 
-def _answers(pool: Executor, jobs: list, seconds: dict[str, float], what: str) -> Iterator[tuple]:
+def _answers(pool: Executor, tree: Path, jobs: list, seconds: dict[str, float], what: str) -> Iterator[tuple]:
     """(job, answer) as they come, with a bar."""
-    asked = {pool.submit(_ask, job, seconds): job for job in jobs}
+    asked = {pool.submit(_ask, tree, job, seconds): job for job in jobs}
     for done in track(as_completed(asked), what, total=len(jobs)):
         yield asked[done], done.result()
 
@@ -309,8 +304,6 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200, help="faults to plant")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="files whose path begins so")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--results", type=Path, default=ROOT / "out" / "mutants.jsonl")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree, listing = Path(folder, "tree"), ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
@@ -319,7 +312,7 @@ def main() -> int:
             if (ROOT / name).is_file():
                 (tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, tree / name)
-        with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), _start, (tree,)) as pool:
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
             try:
                 return run(tree, options, pool)
             finally:
@@ -328,27 +321,24 @@ def main() -> int:
 
 def run(tree: Path, options: argparse.Namespace, pool: Executor) -> int:
     """All of it, on copies of a tree."""
-    console = Console()
+    console, file = Console(), ROOT / "out" / "mutants.jsonl"
     possible = [mutant for mutant in all_mutants(tree) if mutant.path.startswith(options.only)]
     chosen = sample(possible, options.count, options.seed)
     console.print(f"{len(chosen)} of {len(possible)} faults, seed {options.seed}")
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    lines = options.results.read_text().splitlines() if options.results.exists() else []
+    file.parent.mkdir(exist_ok=True)
+    lines = file.read_text().splitlines() if file.exists() else []
     known = {entry["name"]: entry for entry in map(json.loads, lines)}  # the last of a name counts
-
-    with options.results.open("a", buffering=1) as file:
-        jobs = [m for m in chosen if known.get(m.name, {}).get("result", "survived") == "survived"]
-        needed, seconds = sorted({test for mutant in jobs for test in tests_of(mutant.path)}), {}
-        for test, answer in _answers(pool, needed, {}, "without a fault"):
-            if answer["by"]:
-                console.print(f"[red]fails without a fault: {answer['by']}")
-                return 2
-            seconds[test] = answer["seconds"]
-        for mutant, answer in _answers(pool, jobs, seconds, "planted"):
-            entry = dict(name=mutant.name, part=str(Path(mutant.path).parent), kind=mutant.kind, **answer)
-            known[mutant.name] = entry
-            file.write(json.dumps(entry) + "\n")
-
+    jobs = [m for m in chosen if known.get(m.name, {}).get("result", "survived") == "survived"]
+    needed, seconds = sorted({test for mutant in jobs for test in tests_of(mutant.path)}), {}
+    for test, answer in _answers(pool, tree, needed, {}, "without a fault"):
+        if answer["by"]:
+            console.print(f"[red]fails without a fault: {answer['by']}")
+            return 2
+        seconds[test] = answer["seconds"]
+    for mutant, answer in _answers(pool, tree, jobs, seconds, "planted"):
+        known[mutant.name] = dict(name=mutant.name, part=str(Path(mutant.path).parent), kind=mutant.kind, **answer)
+        with file.open("a") as results:
+            results.write(json.dumps(known[mutant.name]) + "\n")
     found = [known[mutant.name] for mutant in chosen]
     rows = pd.DataFrame(found, columns=["name", "part", "kind", "result"])
     for key in ("part", "kind"):

@@ -11,7 +11,7 @@ from subjects import HasteLSTM
 from bench.cases import VARIANTS, Case
 from bench.inputs import Inputs, results_in
 from bench.measure import Trial
-from bench.providers import PROVIDERS, engine, torch_lstm
+from bench.providers import PROVIDERS, engine, torchs
 from bench.providers.engine import Unable
 
 PLAIN = Case("training", "fp32", steps=16, batch=3, input_size=5, hidden_size=16)
@@ -24,17 +24,15 @@ CASES = {
     "to-states": replace(SHORT, layers=2, reset_rate=0.3, variant="reset_states"),
     "step": replace(PLAIN, mode="step", steps=1), "active": replace(PLAIN, mode="step", steps=1, sequences="active"),
 } | {name: replace(SHORT, layers=2, directions=2, variant=name) for name in VARIANTS}  # fmt: skip
+RESETS = "resets resets-layers to-states"
 DONE = {  # which cases a provider does; it is unable to do the others
     "torch": "plain layers directions packed step", "torch-packed": "ragged ragged-directions",
-    "torch-flat": "",  # nothing in fp32
-    "cell-loop": "plain step", "compiled-loop": "plain", "cleanrl-loop": "resets resets-layers to-states",
-    "rl_games-pieces": "resets resets-layers to-states", "rsl_rl-padded": "resets resets-layers",
-    "haste": "plain step", "flashrnn-cuda": "", "flashrnn-triton": "",  # nothing in fp32
-    "torchrl-pad": "plain layers resets resets-layers to-states step",
-    "torchrl-triton": "plain layers resets resets-layers to-states step",
-    "keras": "plain layers directions ragged ragged-directions step",
-} | {name: " ".join(CASES) for name in PROVIDERS if name.startswith("ours")} | {
-    "ours-stream": "step active", "ours-cupy": " ".join(name for name in CASES if name not in VARIANTS),
+    "torch-flat": "", "flashrnn-cuda": "",  # nothing in fp32
+    "cell-loop": "plain step", "compiled-loop": "plain", "haste": "plain step", "keras": "plain step",
+    "cleanrl-loop": RESETS, "rl_games-pieces": RESETS, "rsl_rl-padded": "resets resets-layers",
+    "torchrl-pad": f"plain layers {RESETS} step", "torchrl-triton": f"plain layers {RESETS} step",
+    **dict.fromkeys(("ours", "ours-triton", "ours-reference"), " ".join(CASES)), "ours-stream": "step active",
+    "ours-cupy": " ".join(name for name in CASES if name not in VARIANTS),
     "ours-torch": " ".join(name for name in CASES if name not in (*VARIANTS, "to-states")),
 }  # fmt: skip
 
@@ -69,6 +67,14 @@ def test_results_and_gradients(monkeypatch, case):
     assert ran >= 2
 
 
+@pytest.mark.parametrize(("name", "case", "families"), [
+    ("ours-triton", "plain", "step / step"), ("ours-triton", "packed", "step / step"), ("ours-triton", "step", "step"),
+    ("ours-torch", "plain", None),
+])  # fmt: skip
+def test_families_of_kernels_that_run_are_told(name, case, families):
+    assert PROVIDERS[name].build(Inputs.of(CASES[case], "cpu")).kernels() == families
+
+
 def test_a_package_that_is_not_there_is_explained_in_one_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken_peer.py").write_text("raise OSError('undefined symbol: f')")
@@ -80,7 +86,6 @@ def test_a_package_that_is_not_there_is_explained_in_one_line(tmp_path, monkeypa
     with pytest.raises(RuntimeError, match="no matter of installing"):
         engine.absence("faulty_peer", "", "cuda")
     assert "backend 'cupy' needs CuPy" in PROVIDERS["ours-cupy"].absent("cpu")
-    monkeypatch.delitem(sys.modules, "keras", raising=False)
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     assert "KERAS_BACKEND=torch" in PROVIDERS["keras"].absent("cpu")
 
@@ -90,14 +95,14 @@ def test_weights_in_one_buffer_for_cudnn(monkeypatch):
     given: list = []
     inputs = Inputs.of(replace(SHORT, dtype="bf16", layers=2, directions=2), "cpu")
     with pytest.raises(Unable, match="only for bfloat16 on CUDA"):
-        torch_lstm.flat(inputs)
+        torchs.flat(inputs)
     monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", lambda *arguments: given.extend(arguments))
-    monkeypatch.setattr(torch_lstm, "get_cudnn_mode", lambda mode: mode)
+    monkeypatch.setattr(torchs, "get_cudnn_mode", lambda mode: mode)
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "is_cuda", property(lambda t: True))
-        own = torch_lstm.flat(inputs).parameters
+        own = torchs.flat(inputs).parameters
         with pytest.raises(Unable, match="bfloat16"):
-            torch_lstm.flat(Inputs.of(SHORT, "cpu"))
+            torchs.flat(Inputs.of(SHORT, "cpu"))
     weights, *sizes = given
     assert [id(w) for w in weights] == [id(w) for w in own.values()]
     assert sizes == [4, 5, "LSTM", 16, 0, 2, False, True]
@@ -105,10 +110,9 @@ def test_weights_in_one_buffer_for_cudnn(monkeypatch):
 
 def flashrnn(Wx, R, b, states, function, backend, dtype):
     """Wx [B, T, 4, N, D], R [4, N, D, D previous], b [4, N, D], states [2, B, 1, N, D]; gates i, f, z, o."""
-    assert (function, dtype) == ("lstm", "float32")
-    if backend == "cuda_fused":
-        assert Wx.permute(1, 0, 3, 4, 2).is_contiguous()  # [T, B, N, D, 4]
-        assert R.permute(1, 2, 0, 3).is_contiguous()  # [N, D, 4, D previous]
+    assert (function, backend, dtype) == ("lstm", "cuda_fused", "float32")
+    assert Wx.permute(1, 0, 3, 4, 2).is_contiguous()  # [T, B, N, D, 4]
+    assert R.permute(1, 2, 0, 3).is_contiguous()  # [N, D, 4, D previous]
     (h, c), seen = states[:, :, 0], []
     for t in range(Wx.shape[1]):
         z = Wx[:, t] + torch.einsum("gndp,bnp->bgnd", R, h) + b
@@ -118,11 +122,10 @@ def flashrnn(Wx, R, b, states, function, backend, dtype):
     return torch.stack(seen, dim=2), seen[-1][:, :, None]
 
 
-@pytest.mark.parametrize("name", ["haste", "flashrnn-cuda", "flashrnn-triton"])
-def test_peers_that_need_cuda_by_what_their_documentation_says(monkeypatch, name):
+@pytest.mark.parametrize(("name", "dtype"), [("haste", "fp32"), ("flashrnn-cuda", "tf32")])
+def test_peers_that_need_cuda_by_what_their_documentation_says(monkeypatch, name, dtype):
     """Stand-ins of the same interface and layout."""
-    for package, its in {"flashrnn": SimpleNamespace(flashrnn=flashrnn),
-                         "haste_pytorch": SimpleNamespace(LSTM=HasteLSTM)}.items():  # fmt: skip
-        monkeypatch.setitem(sys.modules, package, its)
-    inputs = Inputs.of(PLAIN if name == "haste" else replace(PLAIN, dtype="tf32"), "cpu")
+    monkeypatch.setitem(sys.modules, "flashrnn", SimpleNamespace(flashrnn=flashrnn))
+    monkeypatch.setitem(sys.modules, "haste_pytorch", SimpleNamespace(LSTM=HasteLSTM))
+    inputs = Inputs.of(replace(PLAIN, dtype=dtype), "cpu")
     assert_right(name, inputs, results_in(torch.float64, inputs))

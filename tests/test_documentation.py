@@ -78,9 +78,9 @@ def test_every_page_is_in_the_readme_and_the_navigation_and_every_link_leads_som
     named = re.findall(r"\w+\.md", str(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     assert sorted(named) == sorted(["index.md", *(page.name for page in PAGES)])  # index.md is the README
     markdown = "\n".join(cell.source for cell in lesson().cells if cell.cell_type == "markdown")
-    for page, text in [(LESSON, markdown), *((page, page.read_text()) for page in (README, *PAGES))]:
-        for path in links(text):
-            assert (page.parent / path).exists(), (page.name, path)
+    texts = {LESSON: markdown} | {page: page.read_text() for page in (README, *PAGES)}
+    for page, path in ((page, path) for page, text in texts.items() for path in links(text)):
+        assert (page.parent / path).exists(), (page.name, path)
 
 
 def test_the_page_of_the_api_has_every_public_name_once():
@@ -94,9 +94,6 @@ def test_the_page_of_the_api_has_every_public_name_once():
     ours = lambda value: callable(value) and getattr(value, "__module__", "") == "gpu_lstm.keras"  # noqa: E731
     of_keras = {value for name, value in vars(gpu_lstm.keras).items() if not name.startswith("_") and ours(value)}
     assert public | of_keras - {gpu_lstm.keras.Module} <= set(described)
-
-
-# The lesson
 
 
 def lesson():
@@ -166,8 +163,6 @@ def test_the_lesson_is_stored_of_one_run_without_errors_or_the_machine_that_ran_
     kept = {path.relative_to(folder).as_posix(): path.read_bytes() for path in (folder / "lesson").iterdir()}
     assert kept | {"gates.png": (folder / "gates.png").read_bytes()} == pictures
 
-
-# The site
 
 REPOSITORY = "https://example.org/r"
 

@@ -54,8 +54,10 @@ def test_a_sample_is_drawn_by_its_seed_of_every_kind_and_each_fault_is_another_p
             assert ast.dump(ast.parse(planted)) != ast.dump(ast.parse(source)), mutant.name
 
 
-def test_the_tests_that_are_run_exist():
-    for file in (file for pattern in mutants.SOURCES for file in ROOT.glob(pattern)):
+def test_the_tests_that_are_run_exist_and_so_do_the_files_that_have_their_own():
+    files = [file for pattern in mutants.SOURCES for file in ROOT.glob(pattern)]
+    assert set(mutants.OWN) <= {file.stem for file in files}
+    for file in files:
         for test in mutants.tests_of(str(file.relative_to(ROOT))):
             name, _, function = test.partition("::")
             assert f"def {function}" in (ROOT / "tests" / f"test_{name}.py").read_text(), (file, test)

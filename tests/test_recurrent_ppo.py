@@ -1,8 +1,6 @@
 """The example of recurrent PPO learns, its update is that of a loop over steps, and so is what the benchmark times."""
 
-import argparse
 import copy
-import functools
 import itertools
 import sys
 
@@ -16,49 +14,37 @@ example = ppo.load_example()
 LIMITS = torch.tensor([2.4, 0.2095])  # position and angle, in m and rad, at which CartPole-v1 ends an episode
 
 
-@pytest.fixture
-def batch():
-    """A random rollout of 24 steps in 5 environments, float64; an episode starts within each."""
-    batch = ppo.random_batch(example, 24, 5, 16, "cpu")
-    batch.starts[[7, 3, 0, 15, 23], torch.arange(5)] = True
-    fields = (field.double() if field.is_floating_point() else field for field in batch[:-1])
-    return example.Rollout(*fields, tuple(each.double() for each in batch.state))
-
-
-@pytest.fixture
-def agent():
-    """In float64, with a policy so decided that some of the batch is clipped."""
-    torch.manual_seed(0)
-    agent = example.Agent(16).double()
-    with torch.no_grad():
-        agent.actor.weight.mul_(100)
-    return agent
-
-
-def _loss_and_gradients(agent, batch):
-    names, parameters = zip(*agent.named_parameters())
-    loss = example.loss(agent, batch)
-    return {"loss": loss, **dict(zip(names, torch.autograd.grad(loss, parameters)))}
-
-
 def _differing(found, expected):
     """The names of what differs by more than 1e-10 of its largest element."""
     assert set(found) == set(expected)
     return {name for name, value in expected.items() if (found[name] - value).abs().max() > 1e-10 * value.abs().max()}
 
 
-def test_the_update_in_one_call_is_that_of_a_loop_over_steps(agent, batch):
+def _rollouts(agent, count, **options):
+    return [rollout for rollout, _ in itertools.islice(example.rollouts(agent, example.cartpoles(**options), 0), count)]
+
+
+def test_the_update_in_one_call_is_that_of_a_loop_over_steps():
+    """In float64, of a random rollout: an episode starts within each environment, and some of the policy is clipped."""
+    batch = ppo.random_batch(example, 24, 5, 16, "cpu")
+    batch.starts[[7, 3, 0, 15, 23], torch.arange(5)] = True
+    fields = (field.double() if field.is_floating_point() else field for field in batch[:-1])
+    batch = example.Rollout(*fields, tuple(each.double() for each in batch.state))
+    torch.manual_seed(0)
+    agent = example.Agent(16).double()
+    with torch.no_grad():
+        agent.actor.weight.mul_(100)
     by_steps = copy.deepcopy(agent)  # with torch.nn.LSTM called for every step
     by_steps.lstm = ppo.StepLoop(16, 16).double()
     by_steps.load_state_dict(agent.state_dict())
-    expected = _loss_and_gradients(by_steps, batch)
+    expected = ppo.loss_and_gradients(example, by_steps, batch)
     assert all(value.abs().max() > 1e-6 for value in expected.values())
     for backend in ("torch", "reference"):
         agent.lstm.backend = backend
-        assert not _differing(_loss_and_gradients(agent, batch), expected)
+        assert not _differing(ppo.loss_and_gradients(example, agent, batch), expected)
     for shift in (1, -1):  # a step late or early makes every gradient another
         shifted = batch._replace(starts=batch.starts.roll(shift, dims=0))
-        assert _differing(_loss_and_gradients(agent, shifted), expected) == set(expected)
+        assert _differing(ppo.loss_and_gradients(example, agent, shifted), expected) == set(expected)
     part = batch.of(torch.tensor([3, 1]))  # a minibatch uses the states of its environments
     values, of_part = (agent(some.observations, some.state, some.starts)[1] for some in (batch, part))
     torch.testing.assert_close(of_part, values[:, [3, 1]])
@@ -81,10 +67,6 @@ def test_a_rollout_at_once_gives_what_the_agent_did_step_by_step(remembers):
     assert error() < 1e-5
     assert (error(starts=rollout.starts.roll(1, dims=0)) > 1e-3) == remembers
     assert (error(state=tuple(map(torch.zeros_like, rollout.state))) > 1e-3) == remembers
-
-
-def _rollouts(agent, count, **options):
-    return [rollout for rollout, _ in itertools.islice(example.rollouts(agent, example.cartpoles(**options), 0), count)]
 
 
 def test_an_episode_starts_where_the_pole_is_put_upright():
@@ -143,11 +125,11 @@ def test_the_benchmark_times_both_and_prints_a_line_a_size(monkeypatch, capsys):
 
     def timed(calls, device, seconds):
         for call in calls.values():
-            call(0)
+            call()
         return dict(one_call=[1.0, 2.0, 4.0], loop=[3.0, 6.0, 16.0])
 
     monkeypatch.setattr(ppo.timing, "interleaved", timed)
-    monkeypatch.setattr(ppo, "measure", functools.partial(ppo.measure, sizes=[(6, 2, 8), (4, 3, 16)]))
+    monkeypatch.setattr(ppo, "SIZES", [(6, 2, 8), (4, 3, 16)])
     monkeypatch.setenv("COLUMNS", "120")
     assert command_line.main(["ppo", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
@@ -163,11 +145,11 @@ def test_the_benchmark_times_nothing_that_differs(monkeypatch):
     monkeypatch.setattr(ppo.StepLoop, "forward", late)
     monkeypatch.setattr(ppo.timing, "interleaved", lambda *_: pytest.fail("it was timed"))
     with pytest.raises(RuntimeError, match=r"the loop differ by .*, expected 0\.0001"):
-        ppo.measure("cpu", [(24, 5, 16)])
+        ppo.measure("cpu", 24, 5, 16)
 
 
 def test_without_gymnasium_the_command_says_what_to_install(monkeypatch, capsys):
     ppo.load_example.cache_clear()
     monkeypatch.setitem(sys.modules, "gymnasium", None)
-    assert ppo.run(argparse.Namespace(device="cpu")) == 2
+    assert ppo.run("cpu") == 2
     assert "gymnasium" in capsys.readouterr().err

@@ -19,9 +19,7 @@ def test_it_learns_checks_times_and_draws(tmp_path, capsys, monkeypatch):
     measured = example.main(rollouts=2, hidden=8, epochs=1, out=tmp_path)
     assert [each.steps for each in measured] == [1024, 2048]
     for each in measured:
-        assert each.updates == 8
-        assert (each.acting, each.loop, each.one_call) == (1.0, 1.0, 1.0)
-        assert 10 < each.episode < 60
+        assert (each.updates, each.acting, each.loop, each.one_call, 10 < each.episode < 60) == (8, 1.0, 1.0, 1.0, True)
     assert (tmp_path / "sb3_recurrent_ppo.png").stat().st_size > 10_000
     assert "updates a second" in capsys.readouterr().out
 
@@ -29,10 +27,7 @@ def test_it_learns_checks_times_and_draws(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_resets_a_step_late_are_detected(tmp_path, monkeypatch):
     one_call = example.OneCall._process_sequence
-
-    def late(features, lstm_states, episode_starts, lstm):
-        return one_call(features, lstm_states, episode_starts.roll(1), lstm)
-
+    late = lambda x, states, starts, lstm: one_call(x, states, starts.roll(1), lstm)  # noqa: E731
     monkeypatch.setattr(example.OneCall, "_process_sequence", staticmethod(late))
     with pytest.raises(RuntimeError, match=r"one call and the loop differ by .*, expected 0\.0001"):
         example.main(rollouts=1, hidden=8, epochs=1, out=tmp_path)

@@ -128,11 +128,11 @@ def test_commands_and_their_options_exist(capsys):
             assert re.search(rf"{option}\b", usage), f"{module} {word} {option}"
 
 
-@pytest.mark.parametrize(("status", "stored", "baseline"), [(1, False, ""), *((n, True, "") for n in range(3)),
-                                                            (2, True, "ci/mine.csv")])  # fmt: skip
-def test_the_action_compares_with_the_run_of_this_card_if_there_is_one_and_ends_as_that(
-    tmp_path, status, stored, baseline
-):
+RUNS = [(1, False, ""), *((n, True, "") for n in range(3)), (2, True, "ci/mine.csv")]
+
+
+@pytest.mark.parametrize(("status", "stored", "baseline"), RUNS)
+def test_the_action_compares_with_the_run_of_this_card_if_any_and_ends_as_that(tmp_path, status, stored, baseline):
     (script,) = (script for script in SCRIPTS if "bench compare" in script)
     python, summary, file = tmp_path / "bin/python", tmp_path / "summary", "bench/results/nvidia-h100-80gb-hbm3.csv"
     for folder in ("bin", "gpu-lstm", "bench/results"):

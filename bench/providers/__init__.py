@@ -1,11 +1,11 @@
 """The LSTMs that run a case, PROVIDERS by their names on the command line."""
 
-from . import loops, ours, packages, torch_lstm
+from . import ours, packages, torchs
 from .engine import Provider
 
 YARDSTICK, OURS = "torch", "ours"  # torch.nn.LSTM, which all are compared with, and gpu_lstm as it chooses for itself
 YARDSTICKS = (YARDSTICK, "torch-flat")  # of which the faster counts
-PROVIDERS: dict[str, Provider] = torch_lstm.PROVIDERS | ours.PROVIDERS | loops.PROVIDERS | packages.PROVIDERS
+PROVIDERS: dict[str, Provider] = torchs.PROVIDERS | ours.PROVIDERS | packages.PROVIDERS
 
 
 def taking_part(names: list[str] | None, headline: bool) -> list[str]:

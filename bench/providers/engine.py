@@ -1,12 +1,11 @@
 """What a provider is, and helpers to build one."""
 
 import contextlib
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module, util
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,9 +22,8 @@ class Unable(Exception):
 class Engine:
     """An LSTM with the weights of the inputs: something to call, and leaves for which gradients can be shown."""
 
-    # As torch.nn.LSTM: x [T, B, I], (h0, c0) [R, B, H] to output [T, B, D*H], (h_n, c_n); PackedSequence to the same.
-    # None for a last state that this way of computing does not have
-    call: Callable[..., tuple[Any, tuple[Tensor | None, Tensor | None]]]
+    # x [T, B, I], (h0, c0) [R, B, H] to output [T, B, D*H], (h_n, c_n), as torch.nn.LSTM; None for a state not computed
+    call: Callable[..., tuple[Any, Any]]
     parameters: dict[str, Tensor]  # leaves, in the layout of the engine
     to_torch: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # gradients, to torch's names and layout
     within: Callable[[], AbstractContextManager] = contextlib.nullcontext  # of every call and its backward
@@ -37,26 +35,25 @@ class Engine:
         return cls(partial(module, **options), dict(module.named_parameters()), to_torch)
 
     def named(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
-        """The gradients of the parameters by torch's names; that of a single bias is that of either of torch's."""
+        """The gradients of the parameters, d and torch's names; that of a single bias is that of either of torch's."""
         found = self.to_torch(dict(zip(self.parameters, gradients)))
-        return {name.replace("bias_l", f"bias_{of}_l"): found[name] for name in found for of in ("ih", "hh")}
+        return {"d" + name.replace("bias_l", f"bias_{of}_l"): found[name] for name in found for of in ("ih", "hh")}
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Whose LSTM is measured."""
-
     build: Callable[[Inputs], Engine]  # raises Unable where it does not support a case
     absent: Callable[[str], str | None] = lambda device: None  # why it cannot run on a device at all; None if it can
     everywhere: bool = False  # runs every case; the others only the headline, or if named
     graphed: bool = False  # on CUDA also replayed from a graph
 
 
-def expect(case: Case, *features: str) -> None:
-    """Raise Unable unless a case has none but these: "layers", "directions", "resets", its sequences, its variant."""
+def expect(case: Case, *features: str) -> Case:
+    """The case. Unable unless it has none but these: "layers", "directions", "resets", its sequences, its variant."""
     asked = ["layers"] * (case.layers > 1) + ["directions"] * (case.directions > 1) + ["resets"] * (case.reset_rate > 0)
     if beyond := {*asked, case.sequences, case.variant} - {*features, "full", "plain"}:
         raise Unable(f"does not do {' or '.join(sorted(beyond))}")
+    return case
 
 
 def module_like_torchs(kind: Callable[..., nn.Module], inputs: Inputs, **options: Any) -> nn.Module:
@@ -72,10 +69,10 @@ def absence(package: str, install: str, device: str, cuda: bool = True) -> str |
     """Why another project's package cannot be used on a device, and how to install it; None if it can."""
     if cuda and not device.startswith("cuda"):
         return f"{package} needs CUDA for this"
-    if importlib.util.find_spec(package) is None:
+    if util.find_spec(package) is None:
         return f"{package} is not installed: {install}"
     try:
-        importlib.import_module(package)
+        import_module(package)
     except (ImportError, OSError) as error:  # most often an extension built for another torch
         return f"{package} is installed but cannot be imported: {error}"
     return None

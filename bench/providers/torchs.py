@@ -1,22 +1,55 @@
-"""Loops over the steps, as people write them where torch.nn.LSTM does not do what they need."""
+"""What PyTorch has: torch.nn.LSTM, and loops around it or its cell, as people write them for what it does not do."""
 
 import itertools
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cudnn.rnn import get_cudnn_mode
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..inputs import Inputs
 from .engine import Engine, Provider, Unable, expect, module_like_torchs
 
+NO_RESETS = "only for batches with resets"
 CHUNK = 16  # steps that are compiled at once: compiling unrolls the loop, so that its time grows with them
+
+
+def plain(inputs: Inputs) -> Engine:
+    """The module: ATen on the CPU, cuDNN on CUDA."""
+    expect(inputs.case, "layers", "directions", "packed")
+    return Engine.of(module_like_torchs(nn.LSTM, inputs))
+
+
+def flat(inputs: Inputs) -> Engine:
+    """The module with weights in one buffer also in bfloat16, where torch leaves them for cuDNN to copy each time."""
+    case, engine = inputs.case, plain(inputs)
+    if case.torch_dtype is not torch.bfloat16 or not inputs.h0.is_cuda:
+        raise Unable("only for bfloat16 on CUDA: other weights are in one buffer anyway")
+    sizes = case.input_size, get_cudnn_mode("LSTM"), case.hidden_size, 0, case.layers
+    with torch.no_grad():
+        torch._cudnn_rnn_flatten_weight(list(engine.parameters.values()), 4, *sizes, False, case.directions == 2)
+    return engine
+
+
+def packed(inputs: Inputs) -> Engine:
+    """For a padded batch: pack, run, pad again, all of it part of the call."""
+    expect(inputs.case, "layers", "directions", "ragged")
+    if inputs.lengths is None:
+        raise Unable("only for padded batches with lengths")
+    engine, lengths = plain(inputs.plain()), inputs.lengths.cpu()  # where packing wants them
+
+    def call(x, state):
+        y, state = engine.call(pack_padded_sequence(x, lengths, enforce_sorted=False), state)
+        return pad_packed_sequence(y, total_length=inputs.case.steps)[0], state
+
+    return Engine(call, engine.parameters)
 
 
 def cell_loop(inputs: Inputs) -> Engine:
     """One torch.nn.LSTMCell, called T times."""
-    expect(inputs.case)
-    case = inputs.case
+    case = expect(inputs.case)
     cell = nn.LSTMCell(case.input_size, case.hidden_size, device=inputs.h0.device, dtype=case.torch_dtype)
     cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in inputs.weights.items()})
     cell.requires_grad_(case.training)
@@ -35,10 +68,7 @@ class StepLoop(nn.LSTM):
     """torch.nn.LSTM called for every step, with its state masked by `resets` [T, B], as in recurrent PPO."""
 
     def forward(self, x, state, resets, stored=None, in_pieces=False):  # type: ignore[override]
-        """x [T, B, I] and state to output [T, B, H] and the last state. Resets leave zeros or `stored` [L, T, B, H].
-
-        `in_pieces`: called only for the steps from one time at which any sequence is reset to the next.
-        """
+        """Resets leave zeros or `stored` [L, T, B, H]. In pieces: called for all steps between any two resets."""
         outputs, keeps = [], (~resets).to(x.dtype)[..., None]  # [T, B, 1]
         begins = [0, *(1 + resets[1:].any(dim=1).nonzero()[:, 0]).tolist()] if in_pieces else range(len(x))
         for begin, end in itertools.pairwise((*begins, len(x))):
@@ -52,27 +82,22 @@ class StepLoop(nn.LSTM):
 
 def masked_loop(inputs: Inputs, in_pieces: bool) -> Engine:
     """StepLoop: a step at a time, as CleanRL has it; or in pieces, whose ends every call reads, as in rl_games."""
-    options = dict(resets=resets_of(inputs, "reset_states"), stored=inputs.reset_states, in_pieces=in_pieces)
+    if expect(inputs.case, "layers", "resets", "reset_states").reset_rate == 0:
+        raise Unable(NO_RESETS)
+    options = dict(resets=inputs.resets, stored=inputs.reset_states, in_pieces=in_pieces)
     return Engine.of(module_like_torchs(StepLoop, inputs), **options)
 
 
-def resets_of(inputs: Inputs, *features: str) -> Tensor:
-    expect(inputs.case, "layers", "resets", *features)
-    if inputs.resets is None:
-        raise Unable("only for batches with resets")
-    return inputs.resets
-
-
 def padded_trajectories(inputs: Inputs) -> Engine:
-    """Each of N trajectories, from a reset to the next, is a padded sequence of its own, as in rsl_rl.
-
-    Which steps they have is found once, as rsl_rl does before its epochs. The last states are those after the padding.
-    """
-    begins = resets_of(inputs).T.clone()  # [B, T]
+    """Each of N trajectories, from a reset to the next, is a padded sequence of its own: found once, as in rsl_rl."""
+    expect(inputs.case, "layers", "resets")
+    if inputs.resets is None:
+        raise Unable(NO_RESETS)
+    begins = inputs.resets.T.clone()  # [B, T]
     begins[:, 0], lstm = True, module_like_torchs(nn.LSTM, inputs)
     lengths = begins.flatten().nonzero()[:, 0].diff(append=torch.tensor([begins.numel()], device=begins.device))  # [N]
     valid = torch.arange(inputs.case.steps, device=begins.device) < lengths[:, None]  # [N, T]
-    firsts, keep = begins.flatten().cumsum(0)[:: begins.shape[1]] - 1, ~resets_of(inputs)[0, :, None]  # [B], [B, 1]
+    firsts, keep = begins.flatten().cumsum(0)[:: begins.shape[1]] - 1, ~inputs.resets[0, :, None]  # [B], [B, 1]
 
     def call(x, state):
         padded = x.new_zeros(*valid.shape, x.shape[2])
@@ -87,12 +112,20 @@ def padded_trajectories(inputs: Inputs) -> Engine:
 
 def compiled_loop(inputs: Inputs) -> Engine:
     """The input product for all steps at once, then CHUNK steps by torch.compile, T / CHUNK times."""
-    expect(inputs.case)
-    if inputs.case.steps % CHUNK:
+    if expect(inputs.case).steps % CHUNK:
         raise Unable(f"T is no multiple of {CHUNK}")
     parameters = {name: t.detach().clone().requires_grad_(inputs.case.training) for name, t in inputs.weights.items()}
     weight_ih, weight_hh, bias_ih, bias_hh = parameters.values()
-    steps = torch.compile(_steps, fullgraph=True, dynamic=False)
+
+    @partial(torch.compile, fullgraph=True, dynamic=False)
+    def steps(gates_x: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor):  # from pre-activations [CHUNK, B, 4H]
+        outputs = []
+        for z in gates_x.unbind():
+            i, f, g, o = (z + h @ weight_hh.T).chunk(4, dim=1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            outputs.append(h)
+        return torch.stack(outputs), h, c
 
     def call(x, state):
         ((h,), (c,)), outputs = state, []
@@ -104,18 +137,10 @@ def compiled_loop(inputs: Inputs) -> Engine:
     return Engine(call, parameters)
 
 
-def _steps(gates_x: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """CHUNK steps from pre-activations [CHUNK, B, 4H]."""
-    outputs = []
-    for z in gates_x.unbind():
-        i, f, g, o = (z + h @ weight_hh.T).chunk(4, dim=1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        outputs.append(h)
-    return torch.stack(outputs), h, c
-
-
 PROVIDERS = {
+    "torch": Provider(plain, everywhere=True, graphed=True),
+    "torch-flat": Provider(flat, everywhere=True, graphed=True),
+    "torch-packed": Provider(packed, everywhere=True),
     "cell-loop": Provider(cell_loop),
     "compiled-loop": Provider(compiled_loop),
     "cleanrl-loop": Provider(partial(masked_loop, in_pieces=False), everywhere=True),
