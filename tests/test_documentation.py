@@ -83,7 +83,8 @@ def test_every_page_is_in_the_readme_and_the_navigation_and_every_link_leads_som
         assert (page.parent / path).exists(), (page.name, path)
 
 
-def test_the_page_of_the_api_has_every_public_name_once():
+def test_the_page_of_the_api_has_every_public_name_once(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")  # gpu_lstm.keras.LSTM imports Keras
     described = [pkgutil.resolve_name(name) for name in re.findall(r"(?m)^::: (\S+)$", (DOCS / "api.md").read_text())]
     assert len(described) == len(set(described))
     named = [getattr(gpu_lstm, name) for name in gpu_lstm.__all__]
@@ -91,9 +92,8 @@ def test_the_page_of_the_api_has_every_public_name_once():
     assert modules == [gpu_lstm.compat, gpu_lstm.functional, gpu_lstm.keras]
     public = {value for value in named if not inspect.ismodule(value)}
     public |= {gpu_lstm.compat.LSTM, gpu_lstm.functional.lstm_layer}  # the rest of these modules is for our own
-    ours = lambda value: callable(value) and getattr(value, "__module__", "") == "gpu_lstm.keras"  # noqa: E731
-    of_keras = {value for name, value in vars(gpu_lstm.keras).items() if not name.startswith("_") and ours(value)}
-    assert public | of_keras - {gpu_lstm.keras.Module} <= set(described)
+    of_keras = {getattr(gpu_lstm.keras, name) for name in [*gpu_lstm.keras.__all__, "LSTM"]}
+    assert public | of_keras <= set(described)
 
 
 def lesson():

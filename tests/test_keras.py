@@ -367,5 +367,5 @@ def test_keras_init_is_reproducible_prefers_no_sign_and_has_half_precision():
 @pytest.mark.parametrize("function", [from_keras, to_keras])
 def test_without_keras(function, monkeypatch):
     monkeypatch.setitem(sys.modules, "keras", None)
-    with pytest.raises(ImportError, match=r"pip install 'gpu-lstm\[keras\]'.*KERAS_BACKEND=torch"):
+    with pytest.raises(ImportError, match=r'pip install "\.\[keras\]".*KERAS_BACKEND=torch'):
         function(gpu_lstm.LSTM(I, H))

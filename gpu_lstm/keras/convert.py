@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
-from .call.checks import check_bool, check_lengths, check_tensor
-from .call.choices import Backend, BackendName
-from .call.sequences import times_of_steps
-from .modules import LSTM, LSTMCell, StackedLSTM
-from .modules.arguments import recast
+from ..call.checks import check_bool, check_lengths, check_tensor
+from ..call.choices import Backend, BackendName
+from ..call.sequences import times_of_steps
+from ..modules import LSTM, LSTMCell, StackedLSTM
+from ..modules.arguments import recast
 
 Module = TypeVar("Module", bound=nn.Module)
 BIASES = ("bias_ih", "bias_hh")
@@ -78,7 +78,7 @@ def from_keras(
 
     | Keras | here |
     |---|---|
-    | LSTM, RNN(LSTMCell) | LSTM |
+    | LSTM, gpu_lstm.keras.LSTM, RNN(LSTMCell) | LSTM |
     | Bidirectional of these, merge_mode="concat" | LSTM, bidirectional=True |
     | RNN([LSTMCell, ...]), RNN(StackedRNNCells) | StackedLSTM |
     | any of these but Bidirectional, go_backwards | GoBackwards of the module |
@@ -98,11 +98,13 @@ def from_keras(
         ImportError: Keras is not installed.
     """
     check_bool("freeze_second_bias", freeze_second_bias)
-    keras = _import_keras()
+    keras = import_keras()
+    from .layer import LSTM as OurLayer
+
     both = type(layer) is keras.layers.Bidirectional
     rnns = [layer.forward_layer, layer.backward_layer] if both else [layer]
     for rnn in rnns:
-        if type(rnn) not in (keras.layers.LSTM, keras.layers.RNN):
+        if type(rnn) not in (keras.layers.LSTM, OurLayer, keras.layers.RNN):
             raise TypeError(f"from_keras accepts an LSTM, RNN or Bidirectional layer, got {type(rnn).__name__}")
         _refuse("stateful", rnn.stateful, "; give the states of one call to the next as hx")
     if both:
@@ -157,7 +159,7 @@ def to_keras(lstm: nn.Module) -> Any:
         lstm = recast(lstm, LSTM)
     if not isinstance(lstm, LSTM | StackedLSTM):
         raise TypeError(f"to_keras accepts an LSTM, StackedLSTM or GoBackwards, got {type(lstm).__name__}")
-    keras = _import_keras()
+    keras = import_keras()
     layers = len(lstm._weights())
     for name in ("proj_size", "residual", "recurrent_dropout", "zoneout", "weight_drop", "peepholes"):
         _refuse(name, getattr(lstm, name, None), " in Keras")
@@ -282,13 +284,13 @@ def _lstms(module: nn.Module) -> list[LSTM | LSTMCell | TorchLSTM | TorchLSTMCel
     return lstms
 
 
-def _import_keras() -> ModuleType:
+def import_keras() -> ModuleType:
     try:
         return importlib.import_module("keras")
     except ImportError as error:
         raise ImportError(
-            f"this needs Keras 3 and a backend of it ({error}): pip install 'gpu-lstm[keras]', and to let Keras run on "
-            "torch set KERAS_BACKEND=torch in the environment before it is imported"
+            f'this needs Keras 3 and a backend of it ({error}): pip install ".[keras]" from a clone of gpu_lstm, and '
+            "to let Keras run on torch set KERAS_BACKEND=torch in the environment before it is imported"
         ) from error
 
 
@@ -298,13 +300,18 @@ def _check_cell(keras: ModuleType, cell: Any) -> None:
         raise TypeError(f"Expected cells of type LSTMCell, got {type(cell).__name__}")
     if not cell.built:
         raise ValueError("the layer has no weights yet: build it first, by layer.build((None, None, features))")
+    check_activations(keras, cell)
+    for name in ("dropout", "recurrent_dropout"):
+        _refuse(name, getattr(cell, name), "; set it to 0 in the layer's cell for the numbers of inference")
+
+
+def check_activations(keras: ModuleType, cell: Any) -> None:
+    """Raise ValueError unless those of an LSTMCell are tanh and sigmoid."""
     for name, expected in (("activation", "tanh"), ("recurrent_activation", "sigmoid")):
         function = getattr(cell, name)
         if function not in (getattr(keras.activations, expected), getattr(keras.ops, expected)):
             actual = getattr(function, "__name__", function)
             raise ValueError(f"{name}={actual!r} has no counterpart; expected {expected!r}")
-    for name in ("dropout", "recurrent_dropout"):
-        _refuse(name, getattr(cell, name), "; set it to 0 in the layer's cell for the numbers of inference")
 
 
 def _refuse(argument: str, value: Any, hint: str) -> None:

@@ -1,0 +1,28 @@
+"""Keras 3: its layers to and from ours, its masks and initial values; and its LSTM layer on our kernels.
+
+Importing this does not import Keras. from_keras, to_keras and the name LSTM do.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .convert import GoBackwards, forget_bias, from_keras, keras_init, lengths_of, to_keras
+from .convert import import_keras as _import_keras
+
+if TYPE_CHECKING:
+    from .layer import LSTM as LSTM
+
+# Without LSTM: `import *` works where Keras is not installed.
+__all__ = ["GoBackwards", "forget_bias", "from_keras", "keras_init", "lengths_of", "to_keras"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "LSTM":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _import_keras()
+    from .layer import LSTM
+
+    return LSTM
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "LSTM"]

@@ -1,0 +1,85 @@
+"""Keras's LSTM layer, computed by lstm_layer. Importing this imports Keras. Written against Keras 3.15."""
+
+from typing import Any
+
+import keras
+import torch
+from torch import Tensor
+
+from ..functional import lstm_layer
+from .convert import check_activations
+
+
+@keras.saving.register_keras_serializable("gpu_lstm")
+class LSTM(keras.layers.LSTM):
+    """keras.layers.LSTM on Keras's torch backend, computed by gpu_lstm: the same arguments, weights and numbers.
+
+    Weights, initial values, regularizers, constraints, states, dtype policies and the configuration are Keras's own;
+    weights load both ways. docs/keras_layer.md shows how to replace the layers of an existing model.
+
+    - A mask may have any form. A masked step leaves the state as it is; its output repeats that of the last valid step
+      or, with zero_output_for_mask, is zero. Values at masked steps, even NaN, affect neither results nor gradients.
+    - dropout draws the same numbers as Keras from the same seed.
+    - recurrent_dropout, and dropout with implementation=1, need a mask for each gate, which the kernels do not have. So
+      calls with training=True run Keras's own loop over the steps, at its speed; inference does not.
+      `gpu_lstm.LSTM(recurrent_dropout=...)` has one mask for all gates and no loop.
+    - unroll and use_cudnn are accepted and ignored. `gpu_lstm.backend` and GPU_LSTM_BACKEND choose the backend.
+
+    Args:
+        units, args, kwargs: as for keras.layers.LSTM.
+
+    Raises:
+        ValueError: activation other than tanh or recurrent_activation other than sigmoid; Keras does not run on torch;
+            what keras.layers.LSTM raises.
+    """
+
+    def __init__(self, units: int, *args: Any, **kwargs: Any) -> None:
+        if keras.backend.backend() != "torch":
+            raise ValueError(
+                f"gpu_lstm.keras.LSTM needs Keras on torch, not on {keras.backend.backend()}: set KERAS_BACKEND=torch "
+                "in the environment before keras is imported"
+            )
+        super().__init__(units, *args, **kwargs)
+        check_activations(keras, self.cell)
+        self.use_cudnn = False  # Bidirectional would call cuDNN in the place of its layers
+
+    def inner_loop(self, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> tuple:
+        """What Keras calls: (last output [B, H], outputs [B, T, H], [h, c]) of sequences [B, T, I]."""
+        cell, to_tensor = self.cell, keras.ops.convert_to_tensor
+        mask = keras.tree.flatten(mask)[0]
+        if training and cell.implementation == 1 and (cell.dropout or cell.recurrent_dropout):
+            return keras.layers.RNN.inner_loop(self, sequences, initial_state, mask, training=training)
+
+        weights = [to_tensor(cell.kernel).T, to_tensor(cell.recurrent_kernel).T]
+        if cell.use_bias:
+            bias = to_tensor(cell.bias)
+            weights += [bias, torch.zeros_like(bias)]
+        x = to_tensor(sequences).to(weights[0].dtype).transpose(0, 1)
+        if training and cell.dropout:
+            x = x * cell.get_dropout_mask(sequences[:, 0, :])  # of all steps
+        hx = [to_tensor(state).to(x.dtype) for state in initial_state]
+        if self.stateful:
+            hx = [state.clone() for state in hx]  # Keras writes the new states into the old, which backward reads
+        if self.go_backwards:
+            x = x.flip(0)
+        if mask is None:
+            y, (h, c) = lstm_layer(x, weights, (hx[0], hx[1]))
+            return h, y.transpose(0, 1), [h, c]
+
+        mask = to_tensor(mask, dtype="bool").reshape(x.shape[1], x.shape[0]).T
+        return self._masked(x, weights, hx, mask.flip(0) if self.go_backwards else mask)
+
+    def _masked(self, x: Tensor, weights: list[Tensor], hx: list[Tensor], mask: Tensor) -> tuple:
+        """inner_loop with x [T, B, I] and mask [T, B] in the order of the steps.
+
+        The valid steps of each sequence are put before its masked ones, so that a mask of any form becomes lengths.
+        """
+        valid_first = (~mask).byte().argsort(dim=0, stable=True)
+        y, (h, c) = lstm_layer(
+            x.take_along_dim(valid_first[:, :, None], 0), weights, (hx[0], hx[1]), lengths=mask.sum(0)
+        )
+        number = mask.cumsum(0)  # of valid steps up to each, with it
+        shown = (mask if self.zero_output_for_mask else number > 0)[:, :, None]
+        if self.return_sequences:
+            y = torch.where(shown, y.take_along_dim((number - 1).clamp(min=0)[:, :, None], 0), 0)
+        return torch.where(shown[-1], h, 0), y.transpose(0, 1), [h, c]

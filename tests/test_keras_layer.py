@@ -1,0 +1,252 @@
+"""gpu_lstm.keras.LSTM against keras.layers.LSTM: results, gradients, states, files and training."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+import keras
+
+import gpu_lstm
+from gpu_lstm.functional import lstm_layer
+from gpu_lstm.keras import LSTM, from_keras, layer
+
+B, T, I, H = 4, 6, 5, 3
+KERAS, BOTH = keras.layers.LSTM, keras.layers.Bidirectional
+ALL = {"return_sequences": True, "return_state": True}
+BACK, ZERO = {"go_backwards": True}, {"zero_output_for_mask": True}
+MASKS = {name: torch.tensor(rows).bool() for name, rows in {
+    "right": [[1, 1, 1, 0, 0, 0], [1] * T, [0] * T, [1, 0, 0, 0, 0, 0]],
+    "left": [[0, 0, 0, 1, 1, 1], [1] * T, [0] * T, [0, 0, 0, 0, 0, 1]],
+    "gaps": [[0, 1, 0, 0, 1, 0], [1, 0, 1, 1, 0, 1], [0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 1]],
+}.items()}  # fmt: skip
+MASKED = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+MASKED_OR_NOT = pytest.mark.parametrize("mask", [None, MASKS["gaps"]], ids=["all", "gaps"])
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    with keras.device("cpu"):
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A list with an element for each call of lstm_layer."""
+    made = []
+    monkeypatch.setattr(layer, "lstm_layer", lambda *given, **named: made.append(1) or lstm_layer(*given, **named))
+    return made
+
+
+def draw(*shape, dtype="float32", seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape).astype(dtype))
+
+
+def pair(wrap=lambda one: one, **options):
+    """Our layer and Keras's, with the same random weights."""
+    both = [wrap(kind(H, **options)) for kind in (LSTM, KERAS)]
+    for one in both:
+        one.build((B, T, I))
+        one.set_weights([draw(*w.shape, seed=k).numpy() / 2 for k, w in enumerate(one.get_weights())])
+    return both
+
+
+def close(actual, expected, tolerance):
+    for a, e in zip(keras.tree.flatten(actual), keras.tree.flatten(expected), strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=0, atol=tolerance)
+
+
+def run(one, x, initial=(), **arguments):
+    """The results of a call, and the gradients of a random sum of them: of the weights, x and the initial states."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *initial)]
+    results = keras.tree.flatten(one(leaves[0], initial_state=leaves[1:] or None, **arguments))
+    loss = sum((r * draw(*r.shape, seed=9 + k).to(r)).sum() for k, r in enumerate(results))
+    wanted = [*(weight.value for weight in one.trainable_weights), *leaves]
+    return results, torch.autograd.grad(loss, wanted, materialize_grads=True)
+
+
+def compare(layers, x, tolerances, **arguments):
+    (y, gradients), (expected, expected_gradients) = (run(one, x, **arguments) for one in layers)
+    close(y, expected, tolerances[0])
+    close(gradients, expected_gradients, tolerances[1])
+    return y, gradients
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("options", [
+    {}, {"return_sequences": True}, ALL, BACK | ALL, {"use_bias": False, **ALL}, {"unroll": True, "return_state": True},
+    BACK | {"use_cudnn": True},
+], ids=str)  # fmt: skip
+def test_results_and_gradients(options, dtype, calls):
+    layers = pair(dtype=dtype, **options)
+    layers[1].use_cudnn = "auto"  # or Keras would ask for a GPU
+    tolerances = (1e-10, 1e-10) if dtype == "float64" else (1e-6, 1e-5)
+    for initial in ((), [draw(B, H, dtype=dtype, seed=k) for k in (1, 2)]):
+        compare(layers, draw(B, T, I, dtype=dtype), tolerances, initial=initial)
+    assert len(calls) == 2
+
+
+@MASKED
+@pytest.mark.parametrize("options", [{}, ALL, BACK | ALL, ZERO, ZERO | BACK | ALL], ids=str)
+def test_masks(mask, options, calls):
+    layers, x, initial = pair(**options), draw(B, T, I), [draw(B, H, seed=k) for k in (1, 2)]
+    results = compare(layers, x, (1e-6, 1e-5), initial=initial, mask=mask)
+    dirty = x.masked_fill(~mask[:, :, None], torch.nan)
+    for given, form in ((dirty, mask), (x, mask.int().numpy()), (x, mask[:, :, None])):
+        close(run(layers[0], given, initial, mask=form), results, 0)
+    assert len(calls) == 4
+
+
+@MASKED_OR_NOT
+def test_on_the_kernels(mask, device, exact_float32_products):
+    with gpu_lstm.backend("triton"), keras.device(device):
+        compare(pair(**ALL), draw(B, T, I).to(device), (1e-6, 1e-5), mask=mask)
+
+
+def test_a_masked_sequence_is_its_valid_steps_alone():
+    """With a mask Keras multiplies in float32 on torch, and so does not say what is right in float64."""
+    ours, theirs = pair(dtype="float64", **ALL)
+    x, masks = draw(B, 64, I, dtype="float64"), draw(B, 64, seed=1) > 0
+    output, h, c = ours(x, mask=masks)
+    for row, mask in enumerate(masks):
+        alone = theirs(x[row : row + 1, mask])
+        close((output[row : row + 1, mask], h[row : row + 1], c[row : row + 1]), alone, 1e-10)
+
+
+@pytest.mark.parametrize(("options", "looped"), [
+    ({"dropout": 0.4}, False), ({"recurrent_dropout": 0.4}, True), ({"dropout": 0.3, "recurrent_dropout": 0.4}, True),
+], ids=str)  # fmt: skip
+@MASKED_OR_NOT
+def test_dropout_draws_what_keras_draws(options, looped, mask, calls):
+    layers, x = pair(seed=7, **options, **ALL), draw(B, T, I)
+    first, second = ([one(x, mask=mask, training=True) for one in layers] for _ in range(2))
+    close(first[0], first[1], 1e-6)
+    close(second[0], second[1], 1e-6)
+    assert (first[0][0] - second[0][0]).abs().max() > 1e-2
+    assert len(calls) == (0 if looped else 2)
+    close(*(one(x, mask=mask) for one in layers), 1e-6)
+    assert len(calls) == (1 if looped else 3)
+
+
+def test_dropout_of_each_gate():
+    """Where keras.layers.LSTM raises; Keras's RNN does not."""
+    options, x = {"dropout": 0.4, "implementation": 1, "seed": 7}, draw(B, T, I)
+    ours, theirs = LSTM(H, **options), keras.layers.RNN(keras.layers.LSTMCell(H, **options))
+    ours(x), theirs(x)  # are built
+    theirs.set_weights(ours.get_weights())
+    close(ours(x, training=True), theirs(x, training=True), 1e-6)
+
+
+@MASKED_OR_NOT
+def test_stateful(mask):
+    """Keras's own cannot train on torch: its gradients are those of given states."""
+    (ours, theirs), (_, plain) = pair(stateful=True, **ALL), pair(**ALL)
+    for step in range(4):
+        if step == 2:
+            ours.reset_state(), theirs.reset_state()
+        x, initial = draw(B, T, I, seed=step), [state.value.clone() for state in ours.states]
+        results = ours(x, mask=mask)
+        close(results, theirs(x, mask=mask), 1e-6)
+        close([state.value for state in ours.states], list(results[1:]), 0)
+    results, expected = results[0].sum(), plain(x, mask=mask, initial_state=initial)[0].sum()
+    gradients = [torch.autograd.grad(y, [w.value for w in of.trainable_weights])
+                 for y, of in ((results, ours), (expected, plain))]  # fmt: skip
+    close(*gradients, 1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, *MASKS.values()], ids=["all", *MASKS])
+@pytest.mark.parametrize(("merge", "options"), [("concat", ALL), ("concat", {}), ("sum", ALL), (None, ALL)], ids=str)
+def test_bidirectional(merge, options, mask, calls):
+    layers = pair(lambda one: BOTH(one, merge_mode=merge), **options)
+    compare(layers, draw(B, T, I), (1e-6, 1e-5), mask=mask)
+    assert len(calls) == 2
+    assert not layers[0]._can_attempt_fused_lstm(None), "on a GPU cuDNN would run in our place"
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
+@MASKED_OR_NOT
+def test_dtype_policies(policy, mask):
+    layers = pair(dtype=policy, recurrent_initializer="glorot_uniform", **ALL)  # torch has no QR in half
+    compare(layers, draw(B, T, I), (2e-2, 0.1), mask=mask)
+
+
+def model(kind, wrap=lambda one: one):
+    keras.utils.set_random_seed(1)
+    first, second = wrap(kind(H, return_sequences=True, **OPTIONS)), kind(H)
+    built = keras.Sequential([keras.Input((T, I)), keras.layers.Masking(), first, second, keras.layers.Dense(1)])
+    built.compile(keras.optimizers.SGD(0.5), "mse")
+    return built
+
+
+OPTIONS = dict(
+    kernel_regularizer="l2", bias_constraint="non_neg", recurrent_constraint="max_norm", activity_regularizer="l1",
+    bias_initializer="ones", unit_forget_bias=False, **ZERO,
+)  # fmt: skip
+X, Y = draw(2 * B, T, I).numpy(), draw(2 * B, 1, seed=1).numpy()
+X[1, 3:] = X[2, :2] = 0  # what Masking masks
+
+
+def equal(one, other, tolerance):
+    np.testing.assert_allclose(*(m.predict(X, verbose=0) for m in (one, other)), rtol=0, atol=tolerance)
+
+
+def test_fit_gives_the_same_weights():
+    both = [model(kind) for kind in (LSTM, KERAS)]
+    before = [one.get_weights() for one in both]
+    losses = [one.fit(X, Y, batch_size=B, shuffle=False, verbose=0).history["loss"] for one in both]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    for mine, start, theirs, drawn in zip(both[0].get_weights(), before[0], both[1].get_weights(), before[1]):
+        assert np.array_equal(start, drawn)  # from the same seed
+        assert not np.array_equal(mine, start)
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_files_and_config(tmp_path):
+    assert LSTM(H, name="a", **OPTIONS).get_config() == KERAS(H, name="a", **OPTIONS).get_config()
+    ours = model(LSTM, BOTH)
+    ours.fit(X, Y, verbose=0)
+    ours.save(tmp_path / "ours.keras")
+    loaded = keras.models.load_model(tmp_path / "ours.keras")
+    assert [type(loaded.layers[1].forward_layer), type(loaded.layers[2])] == [LSTM, LSTM]
+    equal(loaded, ours, 0)
+
+    both = [model(LSTM), model(KERAS)]
+    for source, target in (both, both[::-1]):  # weights load both ways
+        source.set_weights([w + 0.25 for w in source.get_weights()])
+        source.save_weights(tmp_path / "model.weights.h5")
+        target.load_weights(tmp_path / "model.weights.h5")
+        equal(source, target, 1e-6)
+
+
+def test_conversions_and_a_symbolic_call():
+    theirs = model(KERAS)
+    ours = keras.models.clone_model(theirs, clone_function=lambda one: (
+        LSTM if type(one) is KERAS else type(one)).from_config(one.get_config()))  # fmt: skip
+    ours.set_weights(theirs.get_weights())
+    assert [type(one) for one in ours.layers[1:3]] == [LSTM, LSTM]
+    equal(ours, theirs, 1e-6)
+
+    one, x = LSTM(H, **ALL), draw(B, T, I)
+    expected, (output, (h, c)) = one(x), from_keras(one)(x)
+    close((output, h[0], c[0]), expected, 1e-6)
+    assert keras.layers.Lambda(lambda x: one(x)[0])(keras.Input((T, I))).shape == (None, T, H)
+
+
+def test_what_is_refused(monkeypatch):
+    for options, text in (({"activation": "relu"}, "activation='relu' has no counterpart; expected 'tanh'"),
+                          ({"recurrent_activation": None}, "recurrent_activation='linear'")):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            LSTM(H, **options)
+    with pytest.raises(AttributeError, match=r"gpu_lstm\.keras.*no attribute 'GRU'"):
+        gpu_lstm.keras.GRU  # noqa: B018
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(ValueError, match="needs Keras on torch, not on jax: set KERAS_BACKEND=torch"):
+        LSTM(H)
+    monkeypatch.setitem(sys.modules, "keras", None)
+    with pytest.raises(ImportError, match=r'pip install "\.\[keras\]" from a clone'):
+        gpu_lstm.keras.LSTM  # noqa: B018
