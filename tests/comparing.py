@@ -179,11 +179,10 @@ def assert_as_good_as_torch(
 ) -> None:
     """Every result and gradient: its RMS error is at most twice that of torch's own LSTM in the same dtype.
 
-    Or that of another backend, the `yardstick`, where torch's LSTM does not take the example. Both are held against the
-    oracle, over `seeds` examples, so that one lucky rounding of theirs decides nothing; an RMS below the unit in the
-    last place of the largest element counts as that unit. In half precision, where torch's LSTM rounds h and dgates at
-    every step as the kernels do, that floor is the RMS of the truth's own rounding. (The reference rounds only once.)
-    And errors must not lean to one side, as they do where what is stored is cut off, not rounded to the nearest.
+    Or that of another backend, the `yardstick`, where torch's LSTM does not take the example; over `seeds` examples,
+    so that one lucky rounding decides nothing. An RMS below the unit in the last place of the largest element counts as
+    that unit; in half precision, where torch's LSTM rounds at every step as the kernels do, below the RMS of the
+    truth's own rounding. And errors must not lean to one side, as where what is stored is cut off, not rounded.
     """
     errors: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for seed in range(seeds):

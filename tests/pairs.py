@@ -1,7 +1,4 @@
-"""A module of torch and ours with the same weights, and all that a call of either gives.
-
-The truth is torch's module in float64 on the CPU, or the NumPy oracle. Weights and inputs are float32 numbers.
-"""
+"""A module of torch, in float64, and ours with the same weights, all that a call of either gives, and the truth."""
 
 from functools import partial
 

@@ -1,7 +1,4 @@
-"""Which backend is chosen, by whom, and what it says when it cannot run; wrong calls are in test_wrong_calls.py.
-
-With float64, "triton" is told apart from the rest by its TypeError.
-"""
+"""Which backend is chosen, by whom, and what it says when it cannot run: with float64 "triton" raises a TypeError."""
 
 import subprocess
 import sys

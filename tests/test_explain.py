@@ -133,8 +133,8 @@ def test_what_the_verification_of_a_kernel_came_to(card, verdict, words):
 
 
 @pytest.mark.parametrize(("training", "family", "launches"), [
-    (False, "step", 6), (True, "step", 4), (False, "pointwise", 2 * len(X)), (True, "pointwise", 4 * len(X))],
-)  # fmt: skip
+    (False, "step", 6), (True, "step", 4), (False, "pointwise", 2 * len(X)), (True, "pointwise", 4 * len(X)),
+])  # fmt: skip
 def test_launches_are_as_many_as_the_call_makes(monkeypatch, training, family, launches):
     """With a workspace for few steps, so that there are chunks where nothing is kept for backward."""
     monkeypatch.setattr(schedule, "WORKSPACE", 2 * 3 * 20 * 4)
@@ -204,13 +204,3 @@ def test_nothing_changes_and_all_of_it_is_data(card):
     assert run._routes == race._decided == {}
     assert not list(cache.entries(race.KIND))
     assert json.loads(json.dumps(dataclasses.asdict(found)))["backend"] == "torch"
-
-
-@pytest.mark.parametrize(("lstm", "x", "options", "error", "words"), [
-    (torch.nn.LSTM(4, 5), X, {}, TypeError, "accepts a gpu_lstm.LSTM or StackedLSTM, got torch.nn.modules.rnn.LSTM"),
-    (gpu_lstm.LSTM(4, 5), torch.zeros(5, 3, 6), {}, RuntimeError, "4, got 6"),
-    (gpu_lstm.LSTM(4, 5), torch.zeros(4), {}, ValueError, "LSTM: Expected input to be 2D or 3D, got 1D instead"),
-    (gpu_lstm.LSTM(4, 5), X, dict(lengths=torch.tensor([5])), ValueError, "Expected lengths of shape")])  # fmt: skip
-def test_errors_are_those_of_the_module(lstm, x, options, error, words):
-    with pytest.raises(error, match=words):
-        gpu_lstm.explain(lstm, x, **options)

@@ -1,7 +1,4 @@
-"""Trainers and tools of other packages (the extra `frameworks`): with our LSTM they give what torch.nn.LSTM gives.
-
-docs/frameworks.md has the table. A package that is not installed is skipped; sb3-contrib is in test_interop.py.
-"""
+"""Trainers and tools of other packages (the extra `frameworks`): with our LSTM they give what torch.nn.LSTM gives."""
 
 import pickle
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Graphs of torch.compile and torch.export: one operator a layer, few graphs for all sizes, eager's numbers.
-
-What eager gives is held to the oracle elsewhere; here it is the reference's, in the dtype of each backend.
-"""
+"""Graphs of torch.compile and torch.export: one operator a layer, few graphs for all sizes, the reference's numbers."""
 
 import contextlib
 import copy

@@ -1,7 +1,4 @@
-"""convert and to_torch on models of other packages (the extra `interop`), two of them with the weights they ship.
-
-Each model is taken as the package builds it, with inputs of its own kind. The truth is the model before conversion.
-"""
+"""convert and to_torch on models of other packages (the extra `interop`), against the model before conversion."""
 # ruff: noqa: RUF001  (phonemes look like other letters)
 
 import copy

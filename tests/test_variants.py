@@ -1,7 +1,4 @@
-"""Modules with what torch's LSTM has not, against the oracle, ONNX's LSTM and the reference; and who refuses them.
-
-One layer in one direction is in test_layer.
-"""
+"""Modules with what torch's LSTM has not, against the oracle, ONNX's LSTM and the reference; and who refuses them."""
 
 import copy
 import pickle

@@ -1,7 +1,4 @@
-"""Wrong calls: the type of the error, its text, and that nothing is changed by the call.
-
-A text says what was expected and what came. Where torch.nn has the same call, type and text are its own.
-"""
+"""Wrong calls: the error's type and text, torch.nn's where it has the same call, and that the call changes nothing."""
 
 import os
 import re

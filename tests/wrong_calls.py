@@ -1,7 +1,6 @@
-"""Wrong calls of all that is public, as (call, what it raises): the table of test_wrong_calls.
+"""Wrong calls of all that is public, as (what it raises, call, ...): the table of test_wrong_calls.
 
-A call is an expression of the names in this file and of `m`, the modules of one backend. What it raises is written as
-Python prints it, with "..." for any text. Calls that torch refuses too are in test_wrong_calls, where torch is asked.
+A call is an expression of the names in this file and of `m`, the modules of one backend; "..." stands for any text.
 """
 
 # ruff: noqa: F401  (names of calls)
@@ -161,7 +160,8 @@ def of_arguments():
 
 def of_lengths_and_resets():
     """Of a batch of 2 sequences with 5 steps."""
-    calls = "m.auto(X, {})", "m.deep(X, {})", "m.stack(X, {})", "m.triton(X, {})", "layer(m, {})"
+    calls = ("m.auto(X, {})", "m.deep(X, {})", "m.stack(X, {})", "m.triton(X, {})", "layer(m, {})",
+             "gpu_lstm.explain(m.lstm, X, {})")  # fmt: skip
     limits = "ValueError: Expected lengths from 0 to 5, the number of steps, got lengths from"
     a_dtype = "ValueError: lengths should be of dtype torch.int32 or torch.int64, got torch."
     for text, argument in (
@@ -286,8 +286,8 @@ CALLS = [
     (dense("StackedLSTM", A_NESTED), "m.stack(NESTED)"), (dense("StackedLSTM", SPARSE), "m.stack(X.to_sparse())"),
     *((f"ValueError: StackedLSTM: Expected input to be 2D or 3D, got {rank}D instead", f"m.stack(zeros([3] * {rank}))")
       for rank in (1, 4)),
-    (FEATURES, "m.stack(zeros(5, 2, 4))", "gpu_lstm.explain(m.stack, zeros(5, 2, 4))",
-     "m.stream_of_stack(zeros(2, 4))"),
+    (FEATURES, "m.stack(zeros(5, 2, 4))", "gpu_lstm.explain(m.stack, zeros(5, 2, 4))", "m.stream_of_stack(zeros(2, 4))",
+     "gpu_lstm.explain(m.lstm, zeros(5, 2, 4))"),
     ("ValueError: RNN input dtype (torch.float64) does not match weight dtype ...float32). ...", "m.stack(X.double())"),
     (devices("parameter", META, "cpu"), "m.stack(X.to(META))"),
     ("ValueError: residual=True needs ... got inputs of [3, 4] and outputs of [4, 5] ...",
@@ -354,6 +354,9 @@ CALLS = [
     # explain, trace
     *((f"TypeError: {function} accepts a...LSTM... got ...{kind_of(value)}", f"gpu_lstm.{function}({value}, X)")
       for function in ("explain", "trace") for value in ("None", "[1]", "GRU", "LINEAR")),
+    ("TypeError: explain accepts a gpu_lstm.LSTM or StackedLSTM, got torch.nn.modules.rnn.LSTM...",
+     "gpu_lstm.explain(TORCHS, X)"),
+    ("ValueError: LSTM: Expected input to be 2D or 3D, got 1D instead", "gpu_lstm.explain(m.lstm, zeros(3))"),
     *((a_tensor("x", kind_of(value)), f"gpu_lstm.{function}(m.lstm, {value})")
       for function in ("explain", "trace") for value in ("None", "[[1.0]]", "3")),
     ("TypeError: 'str' object cannot be interpreted as an integer", "m.trace.plot('first')"),
