@@ -116,20 +116,6 @@ def test_what_stands_in_the_padding_reaches_neither_results_nor_gradients(backen
         assert_identical(got, clean)
 
 
-@every_backend
-@pytest.mark.parametrize(("kind", "arguments"), [("LSTM", dict(num_layers=2)), ("StackedLSTM", {})], ids=str)
-def test_dropout_between_layers_is_drawn_again_and_keeps_padding_empty(backend, kind, arguments):
-    """And is off in eval()."""
-    _, ours = pair(kind, backend, **arguments)
-    ours.dropout = 0.5
-    x, hx = random_inputs(ours, B)
-    one, same, other = (results(ours, x, hx, seed=seed, **RAGGED) for seed in (1, 1, 2))
-    assert_identical(one, same)
-    assert not torch.equal(one["output"], other["output"])
-    assert one["output"].cpu()[PADDING].count_nonzero() == 0
-    assert_same(results(ours.eval(), x, hx, **RAGGED), truth(ours, x, hx, **RAGGED))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ragged", [["lengths"], ["resets"], ["lengths", "resets"]], ids=" and ".join)
 def test_half_precision_holds_and_clears_whatever_the_gates_would(ragged, dtype):

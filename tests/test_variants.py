@@ -149,12 +149,13 @@ def test_gradients_of_gradients_by_the_kernels(kind, option, frozen):
 @pytest.mark.parametrize(("kind", "option", "ragged"), [
     ("LSTM", "both", RAGGED), ("LSTM", "all noise", RAGGED), ("deep", "all noise", {}), ("deep", "all noise", RAGGED),
     ("deep", "all noise in eval", RAGGED), ("projected", "all noise", RAGGED),
-    ("projected", "all noise in eval", RAGGED)], ids=str)  # fmt: skip
+    ("projected", "all noise in eval", RAGGED)], ids=["both", *map(str, range(6))])  # fmt: skip
 def test_a_seed_means_the_same_on_every_backend_and_in_chunks_of_time(monkeypatch, kind, option, ragged):
     """Each chunk gets its part of the noise."""
     between = dict(dropout=0.3) if kind != "projected" else {}
     ours, expected = (made(kind, backend, option, **between).to(PLACES["triton"]["dtype"]) for backend in ABLE[::-1])
     whole = call_of(ours, **ragged)
+    assert ("eval" in option) is torch.equal(call_of(ours, seed=6, **ragged)["output"], whole["output"])
     assert_same(whole, call_of(expected, **ragged), condition=CONDITION.get(option, 1))
     ours.recompute = True
     monkeypatch.setattr("gpu_lstm.backends.schedule.WORKSPACE", 2 * B * 4 * H * 4)  # two steps
@@ -208,11 +209,12 @@ def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype,
                 assert all(map(torch.equal, tree_leaves(lstm(*given, **RAGGED)), rounded))
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "projected"])
+@pytest.mark.parametrize("kind", ["LSTM", "projected", "StackedLSTM"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_in_eval_dropout_of_any_kind_changes_no_bit(backend, kind):
     dropped = made(kind, backend, recurrent_dropout=0.5, weight_drop=0.5).eval()
-    assert_identical(call_of(dropped), call_of(made(kind, backend).eval()))
+    dropped.dropout = 0.5
+    assert_identical(call_of(dropped, **RAGGED), call_of(made(kind, backend).eval(), **RAGGED))
 
 
 @pytest.mark.parametrize("kind", ["recomputed", "one of a stack"])

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES, assert_same
-from pairs import KINDS, B, H, I, assert_alike, assert_identical, pair, random_inputs, results
+from comparing import BACKENDS, PLACES
+from pairs import B, H, I, assert_alike, assert_identical, pair, random_inputs, results
 from torch import nn
 from torch.nn.utils import prune
 
@@ -187,21 +187,6 @@ def test_weights_are_read_at_every_call(backend, change):
     for _ in zip(change(ours), change(theirs), strict=True):
         assert_alike(ours, theirs, B)
     assert not torch.equal(theirs(x.double())[0], before)
-
-
-@every_backend
-@pytest.mark.parametrize("kind", KINDS)
-def test_functional_call(backend, kind):
-    theirs, ours = pair(kind, backend)
-    x, _ = random_inputs(ours, B)
-    before, got = results(ours, x), []
-    for module in (ours, theirs):
-        others = {name: (p * 2).detach().requires_grad_() for name, p in module.named_parameters()}
-        output, _ = torch.func.functional_call(module, others, (x.to(next(module.parameters())),))
-        gradients = torch.autograd.grad(output.square().sum(), list(others.values()))
-        got.append({"output": output.detach(), **dict(zip(others, gradients, strict=True))})
-    assert_same(*got)
-    assert_identical(results(ours, x), before)
 
 
 def scaled(base):

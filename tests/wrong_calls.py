@@ -44,8 +44,7 @@ def of_torch():
     return SimpleNamespace(
         lstm=nn.LSTM(3, 4), deep=nn.LSTM(3, 4, 2, dropout=0.5), first=nn.LSTM(3, 4, batch_first=True),
         both=nn.LSTM(3, 4, bidirectional=True), projected=nn.LSTM(3, 4, proj_size=2), cell=nn.LSTMCell(3, 4),
-        weightless=nn.LSTM(3, 4, device=META),
-    )  # fmt: skip
+        weightless=nn.LSTM(3, 4, device=META))  # fmt: skip
 
 
 def modules(backend):
@@ -63,8 +62,7 @@ def modules(backend):
         stream_of_stack=gpu_lstm.Stream(gpu_lstm.StackedLSTM(3, [4, 4], **by), 2),
         dropping=nn.ModuleDict({name: gpu_lstm.LSTM(3, 4, 2, **{name: 0.5}) for name in DROPS}),
         backwards=keras.GoBackwards(first), without_bias=WITHOUT_BIAS, of_another=MyLSTM(3, 4),
-        trace=gpu_lstm.trace(lstm, zeros(5, 2, 3)), **by,
-    )  # fmt: skip
+        trace=gpu_lstm.trace(lstm, zeros(5, 2, 3)), **by)  # fmt: skip
 
 
 def packed(features, **options):
@@ -177,8 +175,7 @@ def of_lengths_and_resets():
         ("ValueError: resets should be of dtype torch.bool, got torch.float32", "resets=zeros(5, 2)"),
         ("ValueError: resets should be of dtype torch.bool, got torch.uint8", "resets=zeros(5, 2, dtype=torch.uint8)"),
         ("ValueError: Expected resets on cpu, where the input is, got meta", "resets=RESETS.to(META)"),
-        (a_tensor("resets", "int"), "resets=3"), (a_tensor("resets", "bool"), "resets=True"),
-    ):  # fmt: skip
+        (a_tensor("resets", "int"), "resets=3"), (a_tensor("resets", "bool"), "resets=True")):  # fmt: skip
         yield text, *(call.format(argument) for call in calls)
 
 
@@ -204,8 +201,7 @@ def of_reset_states():
         ("TypeError: reset_states should be a list of pairs (h, c), got: Tensor", "stack", "H"),
         ("ValueError: Expected reset_states of 2 pairs, one a layer, got 1", "stack", "PAIRS[:1]"),
         ("ValueError: Expected c of reset_states of layer 1 of size [2, 4], ... got [2, 5]", "stack",
-         "[PAIRS[0], (H2, zeros(2, 5))]"),
-    ):  # fmt: skip
+         "[PAIRS[0], (H2, zeros(2, 5))]")):  # fmt: skip
         yield text, calls[call].format(f"resets=RESETS, reset_states={states}")
 
 
