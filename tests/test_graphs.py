@@ -73,8 +73,7 @@ def results(call, parameters, x, options, training=True):
 
 def assert_same(found, expected):
     tolerance = 1e-10 if expected[0].dtype is torch.float64 else 2e-5
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(list(found), list(expected), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("kind", "training", "ragged", "backend"), [
