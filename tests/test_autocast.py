@@ -46,11 +46,10 @@ def cells(backend: str) -> tuple[nn.LSTMCell, gpu_lstm.LSTMCell]:
 
 def loop(cell: nn.Module, x: Tensor) -> Tensor:
     """h of all steps, [T, B, H]."""
-    state, outputs = None, []
+    states = [None]
     for x_t in x:
-        state = cell(x_t, state)
-        outputs.append(state[0])
-    return torch.stack(outputs)
+        states.append(cell(x_t, states[-1]))
+    return torch.stack([h for h, _ in states[1:]])
 
 
 def inputs(seed: int = 1) -> Tensor:
@@ -114,11 +113,9 @@ def test_a_weight_that_changes_within_a_block_is_cast_again():
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 def test_a_call_without_autograd_takes_no_gradient_from_the_next(without):
-    _, cell = cells("reference")
+    (_, cell), x = cells("reference"), inputs()[0]
     with Casts() as casts, autocast():
-        with without():
-            first = [cell(inputs()[0])[0] for _ in range(2)]
-        second = [cell(inputs()[0])[0] for _ in range(2)]
+        first, second = ([call(x)[0] for _ in range(2)] for call in (without()(cell), cell))
     assert casts.count == 8
     assert torch.equal(first[1], second[1])
     (gradient,) = torch.autograd.grad(second[1].float().sum(), [cell.weight_hh], retain_graph=True)
@@ -177,10 +174,9 @@ def train(lstm: nn.Module, seed: int, skipped: list[int] | None = None) -> tuple
     exact, dtype = skipped is not None, torch.float32 if skipped is None else torch.float64
     for parameter in lstm.parameters():
         nn.init.uniform_(parameter, -0.5, 0.5)
-    model = nn.ModuleList([lstm, nn.Linear(H, 1)]).to(DEVICE, dtype)
+    model, too_large = nn.ModuleList([lstm, nn.Linear(H, 1)]).to(DEVICE, dtype), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**18, growth_interval=4, enabled=not exact)
-    too_large = []
     for step in range(12):
         x = inputs(step).to(dtype)
         with autocast(enabled=not exact):

@@ -197,16 +197,16 @@ def test_a_model_that_is_itself_one_gives_a_new_module_with_its_parameters(old, 
     assert kind.__module__.startswith("torch") or new.__dict__.keys() == expected.__dict__.keys()
     assert all(a is b for a, b in zip(new.parameters(), old.parameters(), strict=True))
     expected.load_state_dict(old.state_dict())
-    outputs = []
-    for module in (new, expected, old):
+
+    def output(module):
         torch.manual_seed(0)
-        outputs.append(module(x)[0])
-    assert torch.equal(*outputs[:2])
-    names = list(old.state_dict())  # what happens to the new one does not touch the old
-    new.weight_hh_l0, new.head = nn.Parameter(torch.zeros(16, 4)), nn.Linear(4, 1)
+        return module(x)[0]
+
+    before, names = output(old), list(old.state_dict())
+    assert torch.equal(output(new), output(expected))
+    new.weight_hh_l0, new.head = nn.Parameter(torch.zeros(16, 4)), nn.Linear(4, 1)  # which does not touch the old
     delattr(new, names[0])
-    torch.manual_seed(0)
-    assert torch.equal(old(x)[0], outputs[2])
+    assert torch.equal(output(old), before)
     assert list(old.state_dict()) == names
 
 
@@ -233,20 +233,29 @@ def test_moves_after_conversion_reach_the_weights_and_compiled_ones_do_not_call_
     assert (output[3:, 1] == 0).all()
 
 
-@pytest.mark.parametrize(("module", "text"), [
-    (gpu_lstm.StackedLSTM(3, [4, 5]), "is a StackedLSTM of sizes [4, 5], with a pair of states a layer; a "
-     "torch.nn.LSTM has layers of one size, and one pair of states for all"),
-    *((gpu_lstm.LSTM(3, 4, **{name: 0.25}), f"has {name}=0.25, which torch.nn.LSTM has not")
-      for name in ("recurrent_dropout", "zoneout", "weight_drop")),
-], ids=["stack", "recurrent_dropout", "zoneout", "weight_drop"])  # fmt: skip
-def test_what_torch_has_not_is_refused_and_nothing_is_swapped(module, text):
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize(("module", "name", "value"), [
+    (gpu_lstm.StackedLSTM(3, [4, 5]), "sizes", [4, 5]),
+    *((gpu_lstm.LSTM(3, 4, **{name: 0.25}), name, 0.25) for name in ("recurrent_dropout", "zoneout", "weight_drop")),
+    *((cls(3, 4, **{name: True}), name, True) for cls in (gpu_lstm.LSTM, gpu_lstm.LSTMCell)
+      for name in ("peepholes", "layer_norm"))], ids=str)  # fmt: skip
+def test_what_torch_has_not_is_refused_and_nothing_is_swapped(module, name, value):
     model = nn.ModuleDict(dict(first=gpu_lstm.LSTM(3, 4), second=nn.Sequential(module)))
-    before = list(model.modules())
+    before, text = list(model.modules()), f"has {name}={value}, which torch.nn.LSTM has not"
+    if name == "sizes":
+        text = "is a StackedLSTM of sizes [4, 5], with a pair of states a layer; a torch.nn.LSTM has layers of one size"
+        text += ", and one pair of states for all"
+    else:
+        with pytest.raises(ValueError, match=rf" has {name}=.* scripted as a torch\.nn\.{type(module).__name__}"):
+            torch.jit.script(model["second"])
     for given, path in ((model, "'second.0'"), (module, "the model itself")):
-        with pytest.raises(TypeError if "StackedLSTM" in text else ValueError) as refused:
+        with pytest.raises(TypeError if name == "sizes" else ValueError) as refused:
             to_torch(given)
         assert str(refused.value) == f"{path} {text}"
     assert all(a is b for a, b in zip(model.modules(), before, strict=True))
+    if value == 0.25:
+        setattr(module, name, 0.0)
+        torch.jit.script(model["second"])
 
 
 class Reader(nn.Module):

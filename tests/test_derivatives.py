@@ -7,6 +7,7 @@ import pytest
 import torch
 from comparing import BACKENDS, PLACES, assert_same
 from pairs import B, I, T, pair, random_inputs
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -40,17 +41,15 @@ def test_derivatives_by_finite_differences(backend, kind, arguments, ragged):
 ], ids=str)  # fmt: skip
 def test_gradient_penalty(backend, kind, arguments):
     """Gradients of (|d loss / d inputs| - 1)^2."""
-    found = []
-    for module in pair(kind, backend, **arguments)[::-1]:
-        like = next(module.parameters())
-        x, hx = tree_map(lambda t: t.to(like).requires_grad_(), random_inputs(module, B))  # noqa: B023
-        inputs = [x, *tree_leaves(hx)]
+
+    def penalised(module):
+        x, hx = tree_map(lambda t: t.to(next(module.parameters())).requires_grad_(), random_inputs(module, B))
         loss = sum(t.square().sum() for t in tree_leaves(module(x, hx)))
-        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        first = torch.autograd.grad(loss, [x, *tree_leaves(hx)], create_graph=True)
         penalty = (torch.cat([g.flatten() for g in first]).norm() - 1).square()
-        second = torch.autograd.grad(penalty, [*inputs, *module.parameters()])
-        found.append(dict(enumerate([penalty.detach(), *second])))
-    assert_same(*found)
+        return dict(enumerate(torch.autograd.grad(penalty, [x, *tree_leaves(hx), *module.parameters()])))
+
+    assert_same(*(penalised(module) for module in pair(kind, backend, **arguments)[::-1]))
 
 
 @pytest.mark.parametrize(("recompute", "names"), [(False, ()), (True, ("x", "bias_hh_l0"))], ids=["kept", "recomputed"])
@@ -58,18 +57,17 @@ def test_a_gradient_is_the_same_where_no_other_is_asked_for(recompute, names):
     """All inputs and parameters but one frozen: the kernels' backward leaves out what nobody needs, and no more."""
     theirs, ours = pair("LSTM", "triton", proj_size=2)
     ours.recompute = recompute
-    found = []
-    for module in (ours, theirs):
-        like = next(module.parameters())
-        x, (h0, c0) = tree_map(lambda t: t.to(like), random_inputs(module, B))  # noqa: B023
+
+    def gradients_of(module):
+        x, (h0, c0) = tree_map(lambda t: t.to(next(module.parameters())), random_inputs(module, B))
         differentiable = dict(x=x[:2], h0=h0, c0=c0, **dict(module.requires_grad_(False).named_parameters()))
-        found.append({})
         for name in names or differentiable:
             tensor = differentiable[name].requires_grad_(True)
             loss = sum(t.square().sum() for t in tree_leaves(module(differentiable["x"], (h0, c0))))
-            (found[-1][name],) = torch.autograd.grad(loss, [tensor])
+            yield name, *torch.autograd.grad(loss, [tensor])
             tensor.requires_grad_(False)
-    assert_same(*found)
+
+    assert_same(*(dict(gradients_of(module)) for module in (ours, theirs)))
 
 
 # torch.func, on one layer
@@ -120,9 +118,8 @@ def test_jacobians_both_ways_and_forward_mode(lstms):
     x, direction = inputs(ours), inputs(ours, seed=2)
     _, true = torch.autograd.functional.jvp(lambda x: theirs(x)[0], inputs(theirs), inputs(theirs, seed=2))
     assert_close(jvp(lambda x: ours(x)[0], (x,), (direction,))[1], true)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, direction)
-        assert_close(torch.autograd.forward_ad.unpack_dual(ours(dual)[0]).tangent, true)
+    with forward_ad.dual_level():
+        assert_close(forward_ad.unpack_dual(ours(forward_ad.make_dual(x, direction))[0]).tangent, true)
 
 
 def test_second_derivatives(lstms):
@@ -155,9 +152,9 @@ def test_what_vjp_returned_is_differentiated_inside_another_transform(lstms, out
         if module is lstms[0]:  # torch has no forward mode there: but gradients are linear in dy
             return pulled(dy.cos())
         y, _ = module(x.requires_grad_())
-        with torch.autograd.forward_ad.dual_level():
-            (gradient,) = torch.autograd.grad(y, x, torch.autograd.forward_ad.make_dual(dy, dy.cos()))
-            return torch.autograd.forward_ad.unpack_dual(gradient).tangent
+        with forward_ad.dual_level():
+            (gradient,) = torch.autograd.grad(y, x, forward_ad.make_dual(dy, dy.cos()))
+            return forward_ad.unpack_dual(gradient).tangent
 
     assert_close(*(transformed(module.requires_grad_(False)) for module in lstms[::-1]))
 
@@ -191,19 +188,14 @@ def test_per_sample_gradients(lstms, ragged):
 
 
 def test_grad_goes_through_the_kernels_and_what_cannot_does_not():
-    _, ours = pair("LSTM", "triton")
-    ours.requires_grad_(False)
+    ours = pair("LSTM", "triton")[1].requires_grad_(False)
     x = inputs(ours)
-
-    def backward_kernels(call):
+    once = grad(lambda x: ours(x)[0].sum())
+    for call, backward_kernels in ((once, 1), (grad(lambda x: once(x).square().sum()), 0), (vmap(once, in_dims=1), 0)):
         with torch.profiler.profile() as profile:
             call(x)
-        return sum(event.count for event in profile.key_averages() if event.key == "gpu_lstm::layer_backward")
-
-    once = grad(lambda x: ours(x)[0].sum())
-    assert backward_kernels(once) == 1
-    assert backward_kernels(grad(lambda x: once(x).square().sum())) == 0
-    assert backward_kernels(vmap(once, in_dims=1)) == 0
+        counts = {event.key: event.count for event in profile.key_averages()}
+        assert counts.get("gpu_lstm::layer_backward", 0) == backward_kernels
 
 
 BITS = """

@@ -89,27 +89,23 @@ def test_an_empty_batch(backend, kind):
 def test_nan_and_inf_appear_where_torch_has_them(backend, kind):
     theirs, ours = pair(kind, backend)
     x, hx = random_inputs(ours, B)
-    h, c = tree_leaves(hx)[:2]
-    x.view(-1)[1], x.view(-1)[-1] = float("nan"), float("inf")
-    c[..., 1, 2], c[..., 1, 3], h[..., 2, 0] = float("inf"), float("-inf"), float("inf")
-    with torch.no_grad():
-        got, true = (tree_leaves(module(*moved(module, x, hx))) for module in (ours, theirs))
+    (h, c, *_), (nan, inf) = tree_leaves(hx), map(float, ("nan", "inf"))
+    x.view(-1)[1], x.view(-1)[-1], c[..., 1, 2], c[..., 1, 3], h[..., 2, 0] = nan, inf, inf, -inf, inf
+    got, true = (tree_leaves(module(*moved(module, x, hx))) for module in (ours, theirs))
     assert true[0].isnan().any()
     assert any(t.isinf().any() for t in true)
-    for our, their in zip(got, true, strict=True):
-        atol = 16 * torch.finfo(our.dtype).eps
-        torch.testing.assert_close(our.double().cpu(), their, rtol=0, atol=atol, equal_nan=True)
+    atol, got = 16 * torch.finfo(got[0].dtype).eps, [our.double().cpu() for our in got]
+    torch.testing.assert_close(got, true, rtol=0, atol=atol, equal_nan=True)
 
 
 @every_backend
 def test_states_in_lists_and_those_of_a_cell_in_one_tensor(backend):
-    for kind, form in (("LSTMCell", list), ("StackedLSTM", lambda hx: tuple(map(list, hx)))):
+    for kind, form, batch in (
+        ("LSTMCell", list, [B]), ("StackedLSTM", lambda hx: tuple(map(list, hx)), [B]), ("LSTMCell", torch.stack, []),
+    ):  # fmt: skip
         _, ours = pair(kind, backend)
-        x, hx = moved(ours, *random_inputs(ours, B))
+        x, hx = moved(ours, *random_inputs(ours, *batch))
         assert all(map(torch.equal, tree_leaves(ours(x, form(hx))), tree_leaves(ours(x, hx))))
-    _, ours = pair("LSTMCell", backend)
-    x, hx = moved(ours, *random_inputs(ours))
-    assert all(map(torch.equal, ours(x, torch.stack(hx)), ours(x, hx)))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -124,15 +120,15 @@ def test_shapes_of_meta_tensors(backend, kind):
 
 @every_backend
 def test_gradients_of_one_result_alone_twice_from_one_graph(backend):
+    def gradients(module, k):
+        loss = tree_leaves(module(*moved(module, random_inputs(module, B)[0])))[k].sum()
+        first, again = (torch.autograd.grad(loss, list(module.parameters()), retain_graph=True) for _ in range(2))
+        assert all(map(torch.equal, first, again))
+        return dict(enumerate(first))
+
     theirs, ours = pair("LSTM", backend, proj_size=2)
     for k in range(3):
-        gradients = []
-        for module in (ours, theirs):
-            weights = list(module.parameters())
-            loss = tree_leaves(module(*moved(module, random_inputs(module, B)[0])))[k].sum()
-            gradients.append(torch.autograd.grad(loss, weights, retain_graph=True))
-            assert all(map(torch.equal, gradients[-1], torch.autograd.grad(loss, weights)))
-        assert_same(*(dict(enumerate(found)) for found in gradients))
+        assert_same(gradients(ours, k), gradients(theirs, k))
 
 
 @every_backend

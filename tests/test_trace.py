@@ -19,8 +19,7 @@ RESETS = torch.tensor([[0, 1, 0]] * 3 + [[1, 0, 0]] * 3).bool()
 
 
 def inputs():
-    torch.manual_seed(0)
-    return torch.randn(T, B, I, dtype=torch.float64)
+    return torch.randn(T, B, I, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import gpu_lstm
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
-from gpu_lstm.tools.convert import to_torch
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 ABLE = ("reference", "triton")
@@ -101,18 +100,18 @@ def test_onnxs_lstm_gives_the_same():
     given = dict(X=x.numpy(), W=of_both("weight_ih"), R=of_both("weight_hh"),
                  B=np.concatenate([of_both("bias_ih"), of_both("bias_hh")], axis=1), lengths=np.full(B, T, np.int32),
                  h=h0.numpy(), c=c0.numpy(), P=of_both("weight_peephole", (0, 2, 1)))  # fmt: skip
+    info = onnx.helper.make_tensor_value_info
     node = onnx.helper.make_node("LSTM", list(given), ["Y", "Y_h", "Y_c"], hidden_size=H, direction="bidirectional")
-    types = {np.dtype(np.float32): onnx.TensorProto.FLOAT, np.dtype(np.int32): onnx.TensorProto.INT32}
-    values = [onnx.helper.make_tensor_value_info(n, types[t.dtype], t.shape) for n, t in given.items()]
-    outputs = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in node.output]
+    values = [info(n, onnx.helper.np_dtype_to_tensor_dtype(t.dtype), t.shape) for n, t in given.items()]
+    outputs = [info(n, onnx.TensorProto.FLOAT, None) for n in node.output]
     graph = onnx.helper.make_graph([node], "lstm", values, outputs)
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 14)], ir_version=8)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    y, h_n, c_n = map(torch.from_numpy, session.run(None, given))
-    with torch.no_grad():
-        output, states = lstm(x, (h0, c0))
-    for ours, theirs in zip((output, *states), (y.transpose(1, 2).flatten(2), h_n, c_n)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 14)], ir_version=8
+    ).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    y, *states = map(torch.from_numpy, session.run(None, given))
+    theirs = [y.transpose(1, 2).flatten(2), *states]
+    torch.testing.assert_close(tree_leaves(lstm(x, (h0, c0))), theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "option", "frozen"), [
@@ -168,14 +167,12 @@ def test_streams_and_traces(backend, option):
     """A trace shows the states after zoneout."""
     lstm, one_way = made("LSTM", backend, option), made("recomputed", backend, option).eval()
     x = random_inputs(lstm, B)[0].to(lstm.weight_ih_l0)
-    with torch.no_grad():
-        torch.manual_seed(5)
-        output, (h_n, c_n) = lstm(x, lengths=LENGTHS)
-        torch.manual_seed(5)
-        traced = gpu_lstm.trace(lstm, x, lengths=LENGTHS)
-        stream = gpu_lstm.Stream(one_way, B)
-        torch.testing.assert_close(torch.stack([stream(step) for step in x]), one_way(x)[0])
-    torch.testing.assert_close((traced.output, traced.states), (output, (h_n, c_n)))
+    torch.manual_seed(5)
+    whole = lstm(x, lengths=LENGTHS)
+    torch.manual_seed(5)
+    traced, stream = gpu_lstm.trace(lstm, x, lengths=LENGTHS), gpu_lstm.Stream(one_way, B)
+    torch.testing.assert_close(torch.stack([stream(step) for step in x]), one_way(x)[0])
+    torch.testing.assert_close((traced.output, traced.states), whole)
     upper = traced.layers[1]
     assert torch.equal(torch.cat([gates.hidden for gates in upper], dim=2), traced.output)
     assert torch.equal(upper[0].cell[3, 2], traced.states[1][2, 2])
@@ -199,14 +196,12 @@ def test_dropping_all_of_h_is_an_lstm_without_recurrent_weights(backend, name):
 def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype, option):
     lstm = made("projected", "reference", option).to(dtype)
     x, hx = tree_map_only(torch.Tensor, lambda t: t.to(dtype), random_inputs(lstm, B))
-    with torch.no_grad():
-        rounded = tree_leaves(lstm(x, hx, **RAGGED))
-        given = tree_map_only(torch.Tensor, torch.Tensor.float, (x, hx))
-        exact = tree_leaves(lstm.float()(*given, **RAGGED))
-        assert all(torch.equal(a, b.to(dtype)) for a, b in zip(rounded, exact, strict=True))
-        if dtype is torch.bfloat16:  # under autocast alike
-            with torch.autocast("cpu", dtype):
-                assert all(map(torch.equal, tree_leaves(lstm(*given, **RAGGED)), rounded))
+    rounded, given = tree_leaves(lstm(x, hx, **RAGGED)), tree_map_only(torch.Tensor, torch.Tensor.float, (x, hx))
+    exact = tree_leaves(lstm.float()(*given, **RAGGED))
+    assert all(torch.equal(a, b.to(dtype)) for a, b in zip(rounded, exact, strict=True))
+    if dtype is torch.bfloat16:  # under autocast alike
+        found = torch.autocast("cpu", dtype)(lstm)(*given, **RAGGED)
+        assert all(map(torch.equal, tree_leaves(found), rounded))
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "projected", "StackedLSTM"])
@@ -259,13 +254,11 @@ def test_compiled_and_exported(kind, option, backend):
 def test_autocast(backend, device):
     lstm = made("LSTM", backend, "all noise", dropout=0.3).to(device, torch.float32)
     x = random_inputs(lstm, B)[0].to(device)
-    outputs = []
-    for dtype in (torch.float16, None):
-        torch.manual_seed(5)
-        with torch.autocast(device, dtype, enabled=dtype is not None):
-            outputs.append(lstm(x)[0])
-    assert outputs[0].dtype is torch.float16
-    torch.testing.assert_close(outputs[0].float(), outputs[1], rtol=0, atol=5e-3)
+    torch.manual_seed(5)
+    half = torch.autocast(device, torch.float16)(lstm)(x)[0]
+    assert half.dtype is torch.float16
+    torch.manual_seed(5)
+    torch.testing.assert_close(half.float(), lstm(x)[0], rtol=0, atol=5e-3)
 
 
 def test_per_sample_noise_under_vmap():
@@ -352,19 +345,3 @@ def test_pickles(kind):
     old = pickle.loads(pickle.dumps(old))
     assert repr(old) == repr(made(kind, None))
     old(torch.zeros(2, 1, I))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-@pytest.mark.parametrize(("cls", "name"), [
-    *((gpu_lstm.LSTM, name) for name in ("peepholes", "layer_norm", *ALL)),
-    (gpu_lstm.LSTMCell, "peepholes"), (gpu_lstm.LSTMCell, "layer_norm")])  # fmt: skip
-def test_torch_cannot_have_them(cls, name):
-    model = nn.Sequential(cls(I, H, **OPTIONS[name]))
-    with pytest.raises(ValueError, match=rf" has {name}=.*, and would be scripted as a torch\.nn\.{cls.__name__}"):
-        torch.jit.script(model)
-    if name in ALL:
-        setattr(model[0], name, 0.0)
-        torch.jit.script(model)
-    else:
-        with pytest.raises(ValueError, match=rf"'0' has {name}=True, which torch\.nn\.LSTM has not"):
-            to_torch(model)
