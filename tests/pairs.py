@@ -51,6 +51,12 @@ def pair(kind: str, backend: str, **arguments) -> tuple[nn.Module, nn.Module]:
     return theirs, ours
 
 
+def seeded(call, *arguments, **options):
+    """A call after a fixed seed."""
+    torch.manual_seed(7)
+    return call(*arguments, **options)
+
+
 def random_inputs(module: nn.Module, *batch: int, seed: int = 2) -> tuple[Tensor, tuple | list]:
     """x and hx for a module, float32; unbatched without `batch`."""
     torch.manual_seed(seed)

@@ -28,8 +28,7 @@ SUBJECTS = {
     "projected": partial(gpu_lstm.LSTM, 2, 3, proj_size=2), "cell": partial(gpu_lstm.LSTMCell, 2, 2),
     "variant": partial(gpu_lstm.LSTM, 2, 2, peepholes=True, layer_norm=True),
     "stack": partial(gpu_lstm.StackedLSTM, 2, [2, 3], residual=True), "function": partial(Function, False),
-    "function, normed": partial(Function, True),
-}  # fmt: skip
+    "function, normed": partial(Function, True)}  # fmt: skip
 
 
 def states_for(module, batch, random):

@@ -45,17 +45,15 @@ def test_who_chooses_the_backend(call, monkeypatch):
     monkeypatch.setenv("GPU_LSTM_BACKEND", "triton")
     with refuses_float64():
         call()
-    with gpu_lstm.backend("reference"):
-        assert by_reference()
-    with gpu_lstm.backend(gpu_lstm.Backend.TRITON):
-        for backend in ("torch", "auto", "reference"):  # of which auto is torch on the CPU
-            assert by_reference(backend=backend) is (backend == "reference")
+    assert gpu_lstm.backend("reference")(by_reference)()
+    for backend in ("torch", "auto", "reference"):  # of which auto is torch on the CPU
+        found = gpu_lstm.backend(gpu_lstm.Backend.TRITON)(by_reference)(backend=backend)
+        assert found is (backend == "reference")
     monkeypatch.setenv("GPU_LSTM_BACKEND", "reference")
     assert by_reference()
-    with gpu_lstm.backend("triton"), refuses_float64():
-        call()
-    with gpu_lstm.backend("torch"), refuses_float64():
-        call(backend="triton")
+    for block, arguments in (("triton", {}), ("torch", dict(backend="triton"))):
+        with gpu_lstm.backend(block), refuses_float64():
+            call(**arguments)
     monkeypatch.setenv("GPU_LSTM_BACKEND", "")
     assert not by_reference()
 
@@ -94,10 +92,9 @@ def test_a_backend_that_is_chosen_without_with_is_told():
 
 
 TWICE = """
-import importlib, sys, torch, gpu_lstm
-from gpu_lstm.backends import graph
-importlib.reload(graph)
-importlib.reload(gpu_lstm)
+import importlib, sys, torch, gpu_lstm, gpu_lstm.backends.graph
+for module in (gpu_lstm.backends.graph, gpu_lstm):
+    importlib.reload(module)
 torch.compile(gpu_lstm.LSTM(3, 4), backend="eager", fullgraph=True)(torch.zeros(2, 1, 3))
 for name in [name for name in sys.modules if name.startswith("gpu_lstm")]:
     del sys.modules[name]

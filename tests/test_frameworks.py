@@ -175,8 +175,7 @@ def torchrl(kind, backend, folder, rate=0.0) -> Found:
 
 @pytest.mark.parametrize(("run", "options"), [
     (lightning, {}), (hugging_face, {}), (skorch, {}), (safetensors, {}), (captum, {}), (torchrl, {}),
-    (torchrl, dict(rate=0.4)),
-], ids=lambda run: getattr(run, "__name__", str(run)))  # fmt: skip
+    (torchrl, dict(rate=0.4))], ids=lambda run: getattr(run, "__name__", str(run)))  # fmt: skip
 def test_what_torch_nn_lstm_gives(run, options, tmp_path):
     """The same by torch's own LSTM, also with autocast; close by the kernels."""
     expected = run(nn.LSTM, None, tmp_path, **options)
@@ -237,8 +236,7 @@ def test_opacus():
         torch.manual_seed(0)
         private, optimizer, batches = PrivacyEngine().make_private(
             module=model, optimizer=optimizer, data_loader=DataLoader(TensorDataset(*data()), batch_size=4),
-            noise_multiplier=1.0, max_grad_norm=1.0, noise_generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+            noise_multiplier=1.0, max_grad_norm=1.0, noise_generator=torch.Generator().manual_seed(0))  # fmt: skip
         for x, y in batches:
             optimizer.zero_grad()
             nn.functional.cross_entropy(private(x), y).backward()

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from comparing import BACKENDS, PLACES
-from pairs import B, H, I, assert_alike, assert_identical, pair, random_inputs, results
+from pairs import B, H, I, assert_alike, assert_identical, pair, random_inputs, results, seeded
 from torch import nn
 from torch.nn.utils import prune
 
@@ -19,11 +19,6 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 def same_weights(a, b) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-
-
-def seeded(cls, *sizes, **arguments):
-    torch.manual_seed(7)
-    return cls(*sizes, **arguments)
 
 
 @pytest.mark.parametrize(("cls", "arguments"), [
@@ -41,8 +36,7 @@ def test_names_values_and_repr_are_those_of_torch(cls, arguments):
         assert repr(module) == repr(theirs)
         module.load_state_dict(cls(I, H, **arguments).state_dict())
         assert not same_weights(module, theirs)
-        torch.manual_seed(7)
-        module.reset_parameters()
+        seeded(module.reset_parameters)
         assert same_weights(module, theirs)
         if cls is nn.LSTM:
             shapes, of_torch = ([[w.shape for w in layer] for layer in m.all_weights] for m in (module, theirs))

@@ -97,8 +97,7 @@ SHAPES = {
     "deep": "5,2,4  5,2,3,1  0,2,3  0,0,3  5,2,3;1,2,4;1,2,4",  # where the next layer could catch it
     "both": "5,2,3;1,2,4;1,2,4", "projected": "5,2,3;1,2,4;1,2,4  5,2,3;1,2,2;1,2,2", "weightless": "5,2,3",
     "cell": "2,1,3  []  2,5  5  2,3;1,2,4;2,4  2,3;2,4;[]  2,3;3,4;2,4  2,3;2,4;3,4  2,3;2,5;2,4  2,3;2,4;2,5 "
-            "3;5;5  3;2,4;2,4  2,3;4;4  2,3;2,4;4  2,3;2,4  2,3;2,4;2,4;2,4",
-}  # fmt: skip
+            "3;5;5  3;2,4;2,4  2,3;4;4  2,3;2,4;4  2,3;2,4  2,3;2,4;2,4;2,4"}  # fmt: skip
 X3 = "zeros(5, 2, 3), "
 AS_TORCH = [
     *(f"m.{module}({x}{f', [{hx}]' if hx else ''})" for module, shapes in SHAPES.items() for shape in shapes.split()
@@ -109,16 +108,14 @@ AS_TORCH = [
         "zeros(5, 2, 3, device=META)", X3 + "[zeros(1, 2, 4, device=META)] * 2",
         X3 + "(zeros(1, 2, 4, device=META), zeros(1, 2, 4))", X3 + "(zeros(1, 2, 4), zeros(1, 2, 4, device=META))")),
     "m.cell(None)", "m.cell(zeros(2, 3), ())",
-    "m.cell(zeros(2, 3), zeros(2, 2, 4))",
-]  # fmt: skip
+    "m.cell(zeros(2, 3), zeros(2, 2, 4))"]  # fmt: skip
 # For these torch's text is that of the library that computes, or of a product deep inside.
 BADLY_WORDED = [
     *(f"m.lstm({X3}(zeros(1, 2, 4, dtype={h}), zeros(1, 2, 4, dtype={c})))"
       for dtype in ("F64", "F16") for h, c in ((dtype, "None"), ("None", dtype), (dtype, dtype))),
     *(f"m.cell({arguments})" for arguments in (
         "zeros(2, 3, dtype=F64)", "zeros(2, 3, dtype=INT)", "zeros(2, 3), [zeros(2, 4, dtype=F64)] * 2",
-        "zeros(2, 3, device=META)", "zeros(2, 3), [zeros(2, 4, device=META)] * 2")),
-]  # fmt: skip
+        "zeros(2, 3, device=META)", "zeros(2, 3), [zeros(2, 4, device=META)] * 2"))]  # fmt: skip
 
 
 @pytest.mark.parametrize("call", AS_TORCH)
@@ -150,8 +147,7 @@ def test_the_table_is_long_and_names_all_that_is_public():
 OF_LSTM = dict(
     dropout=(1.5, -0.1, True, "0.5", "half", None), bias=(1, None), batch_first=(1, None), input_size=(3.0, 0, -1, "3"),
     hidden_size=(4.0, 0, -1, None), num_layers=(0, -1, 1.5, "2"), proj_size=(-1, 4, 5, 1.5, "1"),
-    dtype=(INT, "float32"), device=("nowhere",), hidden=(5,),
-)  # fmt: skip
+    dtype=(INT, "float32"), device=("nowhere",), hidden=(5,))  # fmt: skip
 OF_CELL = dict(input_size=(3.0, -1), hidden_size=("4", -4), dtype=(INT,), units=(4,))
 
 
@@ -159,8 +155,7 @@ OF_CELL = dict(input_size=(3.0, -1), hidden_size=("4", -4), dtype=(INT,), units=
     (nn.LSTM, dict(hidden_size=4)), (nn.LSTM, dict(input_size=3)),
     *((cls, dict(input_size=3, hidden_size=4) | layers | {name: value})
       for cls, layers, arguments in ((nn.LSTM, dict(num_layers=2), OF_LSTM), (nn.LSTMCell, {}, OF_CELL))
-      for name, values in arguments.items() for value in values),
-], ids=str)  # fmt: skip
+      for name, values in arguments.items() for value in values)], ids=str)  # fmt: skip
 def test_bad_arguments_raise_what_torch_raises(cls, wrong):
     (error, text), told = error_of(cls, **wrong)
     text = text.replace("RNNBase", "LSTM")
@@ -180,8 +175,7 @@ OURS, BENCH = gpu_lstm.__main__.main, bench.__main__.main
 PLAN = ["plan", "--hidden", "8", "--batch", "2", "--device", "h100"]
 LEAST, WHOLE = "expected at least 1, got {}$", "expected a whole number, got '{}'$"
 COMMANDS = [
-    (OURS, ["nonsense"], "invalid choice: 'nonsense'"),
-    (OURS, ["--nonsense"], "unrecognized arguments: --nonsense"),
+    (OURS, ["nonsense"], "invalid choice: 'nonsense'"), (OURS, ["--nonsense"], "unrecognized arguments: --nonsense"),
     (OURS, ["plan"], "the following arguments are required: --hidden, --batch, --device"),
     *((OURS, [*PLAN, flag, value], f"argument {flag}: {text.format(value)}") for flag, value, text in (
         ("--hidden", "0", LEAST), ("--batch", "-1", LEAST), ("--steps", "0", LEAST), ("--steps", "-3", LEAST),
@@ -208,8 +202,7 @@ COMMANDS = [
         ("--providers nobody", "argument --providers: invalid choice: 'nobody'"),
         ("--device tpu", "argument --device: invalid choice: 'tpu'"),
         ("--out {folder} --device cpu", "^python -m bench: .*File exists: '"),
-        ("--base no-such-commit --out {absent} --device cpu", "no commit 'no-such-commit'"))),
-]  # fmt: skip
+        ("--base no-such-commit --out {absent} --device cpu", "no commit 'no-such-commit'")))]  # fmt: skip
 
 
 @pytest.fixture
