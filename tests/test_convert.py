@@ -33,8 +33,7 @@ def tagger() -> nn.Module:
 
 def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     y, _ = model["encoders"][0](model["embed"](x).tanh())
-    y, _ = model["encoders"][1](y)
-    h = None
+    (y, _), h = model["encoders"][1](y), None
     for t in range(y.shape[1]):
         h = model["cell"](y[:, t], h)
     return model["out"](h[0])

@@ -145,8 +145,7 @@ def test_launches_are_as_many_as_the_call_makes(monkeypatch, training, family, l
     monkeypatch.setattr(launch, "launch_kernel", launched)
     lstm = gpu_lstm.LSTM(4, 5, 2, backend="triton")
     with torch.set_grad_enabled(training):
-        found = gpu_lstm.explain(lstm, X)
-        y, _ = lstm(X)
+        found, (y, _) = gpu_lstm.explain(lstm, X), lstm(X)
         if training:
             y.sum().backward()
     assert found.launches == launched.call_count == launches
@@ -197,8 +196,7 @@ def test_the_precision_of_float32_products_on_a_card_and_the_switch(monkeypatch)
 
 
 def test_nothing_changes_and_all_of_it_is_data(card):
-    lstm = gpu_lstm.LSTM(4, 5, 2, dropout=0.5, weight_drop=0.5)
-    before = torch.get_rng_state()
+    lstm, before = gpu_lstm.LSTM(4, 5, 2, dropout=0.5, weight_drop=0.5), torch.get_rng_state()
     found = gpu_lstm.explain(lstm, X, (torch.zeros(2, 3, 5), torch.zeros(2, 3, 5)))
     assert torch.equal(torch.get_rng_state(), before)
     assert run._routes == race._decided == {}

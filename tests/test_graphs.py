@@ -173,8 +173,7 @@ def test_backward_does_not_run_the_layer_again_unless_what_was_kept_is_gone(call
 
 
 def test_backward_twice_and_nothing_kept_for_longer_than_the_graph(calls):
-    ours, _ = module("LSTM", "torch")
-    x = torch.randn(5, 2, I).double()
+    (ours, _), x = module("LSTM", "torch"), torch.randn(5, 2, I).double()
     y = torch.compile(ours, backend="aot_eager")(x)[0].square().sum()
     first, second = (torch.autograd.grad(y, list(ours.parameters()), retain_graph=True) for _ in range(2))
     assert_same(first, second)
@@ -234,8 +233,7 @@ T, B = Dim("T"), Dim("B")
 def test_an_exported_program_is_for_all_sizes_and_can_be_trained(kind, strict, backend):
     ours, twin = module(kind, backend, bidirectional=kind == "LSTM")
     x, options = call_of(ours, 5, 2, ragged=True)
-    sizes = dict(input={0: T, 1: B}, lengths={0: B}, resets={0: T, 1: B})
-    file = io.BytesIO()
+    sizes, file = dict(input={0: T, 1: B}, lengths={0: B}, resets={0: T, 1: B}), io.BytesIO()
     torch.export.save(torch.export.export(ours, (x,), options, dynamic_shapes=sizes, strict=strict), file)
     loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
     parameters = [loaded.get_parameter(name) for name, _ in ours.named_parameters()]
@@ -263,6 +261,5 @@ def test_torch_jit_trace_takes_kernels_without_gradients_only():
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record the gradients of backend 'triton'"):
         torch.jit.trace(ours, (x,))
     with torch.no_grad():
-        traced = torch.jit.trace(ours, (x,))
-        x, _ = call_of(ours, 7, 3, ragged=False)
+        traced, (x, _) = torch.jit.trace(ours, (x,)), call_of(ours, 7, 3, ragged=False)
         assert_same(tree_leaves(traced(x)), tree_leaves(twin(x)))

@@ -38,8 +38,7 @@ def test_a_layer(words, backend, device):
     there = [k < DIFFERENTIABLE or k >= graph.SECOND for k in places]
     leaves = [t.clone().requires_grad_() if learns else t for t, learns in zip(tensors, there)]
     torch.library.opcheck(graph.OPERATOR, (leaves, places, reverse, backend, True, recompute))
-    h, h_n, c_n, *kept = graph.OPERATOR(*flat, reverse, backend, True, recompute)
-    one = [k == 1 for k in places]
+    (h, h_n, c_n, *kept), one = graph.OPERATOR(*flat, reverse, backend, True, recompute), [k == 1 for k in places]
     for needed, gradients in ((there, [h, h_n, c_n]), (there, [h, None, None]), (one, [None, h_n, c_n])):
         torch.library.opcheck(graph.BACKWARD, (gradients, [h, *kept], *flat, reverse, backend, needed))
 
@@ -51,8 +50,7 @@ def test_backward_leaves_what_was_saved_alone_and_accepts_expanded_gradients(dev
     flat = tensors, places, reverse, "triton"
     h, h_n, c_n, *kept = graph.OPERATOR(*flat, True, recompute)
     # In padding nothing was ever written, so NaN stands for whatever the memory held.
-    before = [t.nan_to_num() for t in kept]
-    needed = [k < DIFFERENTIABLE for k in places]
+    before, needed = [t.nan_to_num() for t in kept], [k < DIFFERENTIABLE for k in places]
     ones = torch.ones_like(h), torch.ones_like(h), torch.ones((), device=device).expand_as(h)  # the last as of sum()
     first, *others = (graph.BACKWARD([dh, h_n, c_n], [h, *kept], *flat, needed) for dh in ones)
     assert all(torch.equal(t.nan_to_num(), b) for t, b in zip(kept, before))

@@ -34,8 +34,7 @@ def problems(draw, longest: int, most: int, left: bool):
         sizes = [hidden, draw(st.integers(1, 3))]
         widths = [inputs, *((1 + arguments["bidirectional"]) * size for size in sizes)]
         arguments |= dict(hidden_sizes=sizes, residual=any(map(int.__eq__, widths, widths[1:])) and draw(st.booleans()))
-    form = draw(st.sampled_from(["padded", "packed", "unbatched"]))
-    steps = draw(st.integers(1, longest))
+    form, steps = draw(st.sampled_from(["padded", "packed", "unbatched"])), draw(st.integers(1, longest))
     batch = 1 if form == "unbatched" else draw(st.integers(form == "packed", most))
     lengths = st.lists(st.integers(form == "packed", steps), min_size=batch, max_size=batch)
     lengths = lengths.map(lambda values: torch.tensor(values, dtype=draw(st.sampled_from([torch.int32, torch.int64]))))
@@ -53,8 +52,7 @@ def check_against_the_oracle(backend, problem):
     build, form, steps, batch, lengths, resets, left, has_hx, seed = problem
     torch.manual_seed(seed)
     module = build(backend=backend).to(**PLACES[backend])
-    first = module.batch_first
-    _, hx = random_inputs(module, batch, seed=seed)
+    first, (_, hx) = module.batch_first, random_inputs(module, batch, seed=seed)
     x = torch.randn(*((batch, steps) if first else (steps, batch)), module.input_size)
     batch_axis = -3 if first and left == "a step" else -2  # of what resets leave
     left = None if left is None else states_left(module, hx, steps, left == "a step")
@@ -125,8 +123,7 @@ def test_half_precision_holds_and_clears_whatever_the_gates_would(ragged, dtype)
     for name, parameter in ours.named_parameters():
         if "bias" in name:
             parameter.data[: 2 * ours.hidden_size] = 20.0  # of gates i and f
-    x, hx = tree_map(lambda t: t.to(dtype), (x, hx))
-    ragged = {name: RAGGED[name] for name in ragged}
+    (x, hx), ragged = tree_map(lambda t: t.to(dtype), (x, hx)), {name: RAGGED[name] for name in ragged}
     found = truth(ours.to(dtype), x, hx, **ragged), results(ours, x, hx, **ragged)
     expected, got = ({name: t[name] for name in ("output", "h0", "c0", "dh0", "dc0", "dx")} for t in found)
     assert_same(got, expected)

@@ -26,8 +26,7 @@ def inputs():
 @pytest.mark.parametrize(("ragged", "proj_size"), [({}, 0), (dict(lengths=LENGTHS), 2), (dict(resets=RESETS), 0)],
                          ids=["plain", "lengths", "resets"])  # fmt: skip
 def test_gates_are_the_oracles(backend, ragged, proj_size):
-    lstm = gpu_lstm.LSTM(I, H, 2, bidirectional=True, proj_size=proj_size, backend=backend).double()
-    x = inputs()
+    lstm, x = gpu_lstm.LSTM(I, H, 2, bidirectional=True, proj_size=proj_size, backend=backend).double(), inputs()
     traced, (_, layers) = gpu_lstm.trace(lstm, x, **ragged), weights_of(lstm)
     y, _, tapes = oracle.stack(x.numpy(), zeros_for(layers, B), layers, **ragged)
     for layer, (_, taken) in zip(traced.layers, tapes, strict=True):
@@ -52,8 +51,7 @@ def test_results_are_those_of_the_call():
 
 def test_other_inputs_and_modules():
     x, lengths = inputs(), torch.tensor([2, 6, 4])
-    lstm = gpu_lstm.LSTM(I, H).double()
-    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    lstm, packed = gpu_lstm.LSTM(I, H).double(), pack_padded_sequence(x, lengths, enforce_sorted=False)
     traced, padded = gpu_lstm.trace(lstm, packed), gpu_lstm.trace(lstm, x, lengths=lengths)
     assert_close(traced.layers[0][0], padded.layers[0][0])
     assert_close(traced.output.data, lstm(packed)[0].data)

@@ -261,8 +261,7 @@ def test_autocast(backend, device):
 
 
 def test_per_sample_noise_under_vmap():
-    lstm = gpu_lstm.LSTM(3, 4, zoneout=0.5, recurrent_dropout=0.5)
-    x = torch.randn(4, 1, 3).expand(5, 4, 1, 3)
+    lstm, x = gpu_lstm.LSTM(3, 4, zoneout=0.5, recurrent_dropout=0.5), torch.randn(4, 1, 3).expand(5, 4, 1, 3)
     outputs = torch.func.vmap(lambda x: lstm(x)[0], randomness="different")(x)
     assert len({tuple(o.flatten().tolist()) for o in outputs}) == 5
 
