@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import oracle
+import pytest
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ PLACES = {  # of a module's parameters, by backend
     "triton": {"dtype": torch.float32, "device": DEVICE},  # without a GPU in Triton's interpreter
 }
 BACKENDS = tuple(PLACES)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 LARGE = 20_000  # elements of h
 RAGGED = "lengths", "resets"
 DEFAULTS = dict(bias=True, ragged=False, resets=0.0, states=False, peepholes=False, norms=(), noise=(), reverse=False,

@@ -53,26 +53,17 @@ def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr
                 of_x, *units["ih"] = norm(of_x, gain_ih)
             if gain_hh is not None:
                 of_h, *units["hh"] = norm(of_h, gain_hh)
-            z = of_x + of_h
-            if bias_ih is not None:
-                z = z + bias_ih + bias_hh
-            zi, zf, zg, zo = np.split(z, 4)
-            if peephole is not None:
-                w_ic, w_fc, w_oc = np.split(peephole, 3)
-                zi, zf = zi + w_ic * c_prev, zf + w_fc * c_prev
-            c_new = c = sigmoid(zf) * c_prev + sigmoid(zi) * np.tanh(zg)
-            if peephole is not None:
-                zo = zo + w_oc * c_new
-            i, f, g, o = sigmoid(zi), sigmoid(zf), np.tanh(zg), sigmoid(zo)
-            seen = c
+            zi, zf, zg, zo = np.split(of_x + of_h + (0.0 if bias_ih is None else bias_ih + bias_hh), 4)
+            w_ic, w_fc, w_oc = (0.0, 0.0, 0.0) if peephole is None else np.split(peephole, 3)
+            i, f, g = sigmoid(zi + w_ic * c_prev), sigmoid(zf + w_fc * c_prev), np.tanh(zg)
+            seen = c_new = c = f * c_prev + i * g
+            o = sigmoid(zo + w_oc * c_new)
             if gain_c is not None:
                 seen, *units["c"] = norm(c, gain_c, 0.0 if bias_c is None else bias_c)
             m = o * np.tanh(seen)
             h = m if weight_hr is None else weight_hr @ m
-            if zoneout_h is not None:
-                h = zoneout_h[t, b] * h_prev + (1 - zoneout_h[t, b]) * h
-            if zoneout_c is not None:
-                c = zoneout_c[t, b] * c_prev + (1 - zoneout_c[t, b]) * c
+            stays_h, stays_c = (0.0 if stays is None else stays[t, b] for stays in (zoneout_h, zoneout_c))
+            h, c = stays_h * h_prev + (1 - stays_h) * h, stays_c * c_prev + (1 - stays_c) * c
             out[t, b] = h
             tape.append((b, t, boundary if reset else None, h_in, c_prev, i, f, g, o, c_new, seen, m, units))
         h_n[b], c_n[b] = h, c
@@ -90,8 +81,7 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
     into_h, into_c = dh_n.copy(), dc_n.copy()  # [B, *] gradient of each sequence's state after the step in hand
     for b, t, reset, h_in, c_prev, i, f, g, o, c_new, seen, m, units in reversed(tape):
         factors = 1.0 if dropout_h is None else dropout_h[b]
-        stays_h = 0.0 if zoneout_h is None else zoneout_h[t, b]
-        stays_c = 0.0 if zoneout_c is None else zoneout_c[t, b]
+        stays_h, stays_c = (0.0 if stays is None else stays[t, b] for stays in (zoneout_h, zoneout_c))
         grad_h = dh[t, b] + into_h[b]
         grad_m = grad_h_new = (1 - stays_h) * grad_h
         if weight_hr is not None:
@@ -104,11 +94,8 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
             if bias_c is not None:
                 dbias_c += grad_seen
             grad_seen = norm_gradient(grad_seen, gain_c, *units["c"])
-        grad_c = (1 - stays_c) * into_c[b] + grad_seen
-        w_ic = w_fc = w_oc = 0.0
-        if peephole is not None:
-            w_ic, w_fc, w_oc = np.split(peephole, 3)
-            grad_c = grad_c + w_oc * grad_m * tanh_c * o * (1 - o)
+        w_ic, w_fc, w_oc = (0.0, 0.0, 0.0) if peephole is None else np.split(peephole, 3)
+        grad_c = (1 - stays_c) * into_c[b] + grad_seen + w_oc * grad_m * tanh_c * o * (1 - o)
         dz_i, dz_f = grad_c * g * i * (1 - i), grad_c * c_prev * f * (1 - f)
         dz_g, dz_o = grad_c * i * (1 - g**2), grad_m * tanh_c * o * (1 - o)
         dz_x = dz_h = dz = np.concatenate([dz_i, dz_f, dz_g, dz_o])

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -18,6 +19,7 @@ from gpu_lstm.backends import torch_lstm
 
 T, B, I, H = 6, 3, 4, 5
 DTYPE = torch.float16  # the interpreter's bfloat16 products are wrong
+autocast = partial(torch.autocast, DEVICE, DTYPE)
 own_kernels = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
@@ -31,10 +33,6 @@ class Casts(TorchDispatchMode):
         if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.to):  # the latter in inference mode
             self.count += result.dtype is DTYPE is not args[0].dtype and result.shape[0] == 4 * H
         return result
-
-
-def autocast(**arguments) -> torch.autocast:
-    return torch.autocast(DEVICE, DTYPE, **arguments)
 
 
 def cells(backend: str) -> tuple[nn.LSTMCell, gpu_lstm.LSTMCell]:
@@ -90,9 +88,8 @@ def test_layers_are_cast_once_in_a_block_and_again_in_the_next(backend):
 def test_where_torch_casts_at_every_call_so_do_we(learns, options):
     """With autocast's cache off, and weights that do not learn."""
     for cell in cells("reference"):
-        cell.requires_grad_(learns)
         with Casts() as casts, autocast(**options):
-            loop(cell, inputs())
+            loop(cell.requires_grad_(learns), inputs())
         assert casts.count == 4 * T
 
 
@@ -125,9 +122,9 @@ def test_a_call_without_autograd_takes_no_gradient_from_the_next(without):
 
 def test_nothing_is_kept_past_the_block():
     _, cell = cells("reference")
+    weight = weakref.ref(cell.weight_hh)
     with autocast(), torch.no_grad():
         cell(inputs()[0])
-        weight = weakref.ref(cell.weight_hh)
         del cell
         gc.collect()
         assert weight() is not None  # kept by its cast

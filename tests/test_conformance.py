@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES, assert_same
+from comparing import BACKENDS, PLACES, assert_same, every_backend
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
@@ -73,7 +73,7 @@ def test_forward_and_gradients(backend, name, training):
 
 
 @every_info
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_what_must_raise(backend, name):
     """The infos' own wrong calls: class and text of the error are those that torch's are held to."""
     info, place = INFOS[name], PLACES[backend]

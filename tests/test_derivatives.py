@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES, assert_same
+from comparing import BACKENDS, PLACES, assert_same, every_backend
 from pairs import B, I, T, pair, random_inputs
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
@@ -35,7 +35,7 @@ def test_derivatives_by_finite_differences(backend, kind, arguments, ragged):
     assert torch.autograd.gradgradcheck(call, inputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize(("kind", "arguments"), [
     ("LSTM", {}), ("LSTM", dict(bidirectional=True, proj_size=2)), ("LSTMCell", {}), ("StackedLSTM", {}),
 ], ids=str)  # fmt: skip

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES, assert_same
+from comparing import PLACES, assert_same, every_backend
 from pairs import KINDS, B, H, I, T, assert_alike, pair, random_inputs, results, truth
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -14,7 +14,6 @@ import gpu_lstm
 from gpu_lstm.functional import lstm_layer
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 OFF_ON = (False, True)
 

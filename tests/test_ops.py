@@ -38,7 +38,8 @@ def test_a_layer(words, backend, device):
     there = [k < DIFFERENTIABLE or k >= graph.SECOND for k in places]
     leaves = [t.clone().requires_grad_() if learns else t for t, learns in zip(tensors, there)]
     torch.library.opcheck(graph.OPERATOR, (leaves, places, reverse, backend, True, recompute))
-    (h, h_n, c_n, *kept), one = graph.OPERATOR(*flat, reverse, backend, True, recompute), [k == 1 for k in places]
+    h, h_n, c_n, *kept = graph.OPERATOR(*flat, reverse, backend, True, recompute)
+    one = [k == 1 for k in places]
     for needed, gradients in ((there, [h, h_n, c_n]), (there, [h, None, None]), (one, [None, h_n, c_n])):
         torch.library.opcheck(graph.BACKWARD, (gradients, [h, *kept], *flat, reverse, backend, needed))
 

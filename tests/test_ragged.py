@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES, assert_same
+from comparing import PLACES, assert_same, every_backend
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from pairs import LENGTHS, RAGGED, RESETS, B, T, assert_identical, pair, random_inputs, results, states_left, truth
@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map
 import gpu_lstm
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 PADDING = torch.arange(T)[:, None] >= LENGTHS  # [T, B]
 
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES
+from comparing import BACKENDS, PLACES, every_backend
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
@@ -129,7 +129,7 @@ def test_half_precision_keeps_the_cell_in_float32(dtype):
     assert (steps - lstm(x)[0]).abs().max() <= 4 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}], ids=str)
 def test_a_cell_state_in_float32_beside_half_precision(backend, options):
     torch.manual_seed(0)

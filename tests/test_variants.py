@@ -10,7 +10,7 @@ import onnxruntime
 import pairs
 import pytest
 import torch
-from comparing import BACKENDS, PLACES, assert_same
+from comparing import BACKENDS, PLACES, assert_same, every_backend
 from pairs import LENGTHS, RAGGED, B, H, I, T, assert_identical, noises_of, random_inputs, results, states_left, truth
 from torch import nn
 from torch.nn.functional import dropout
@@ -204,7 +204,7 @@ def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype,
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "projected", "StackedLSTM"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_in_eval_dropout_of_any_kind_changes_no_bit(backend, kind):
     dropped = made(kind, backend, recurrent_dropout=0.5, weight_drop=0.5).eval()
     dropped.dropout = 0.5
@@ -212,7 +212,7 @@ def test_in_eval_dropout_of_any_kind_changes_no_bit(backend, kind):
 
 
 @pytest.mark.parametrize("kind", ["recomputed", "one of a stack"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_weight_drop_runs_everywhere(backend, kind):
     """As an LSTM whose weight_hh has what a seed leaves of it; gradients pass what was left only."""
     lstm, plain = made(kind, backend, weight_drop=0.5), made(kind, "reference").to(**PLACES[backend])

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES
+from comparing import BACKENDS, PLACES, every_backend
 from pairs import B, H, I, assert_alike, assert_identical, pair, random_inputs, results, seeded
 from torch import nn
 from torch.nn.utils import prune
@@ -14,7 +14,6 @@ from torch.nn.utils import prune
 import gpu_lstm
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def same_weights(a, b) -> bool:
