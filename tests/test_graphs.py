@@ -82,9 +82,7 @@ def assert_same(found, expected):
     ("StackedLSTM", False, "states", "triton"),
     ("LSTM", False, "states", "reference"),  # in float64: states to reset to are not rounded on their way
     ("LSTM", False, "marked", "torch"), ("LSTM", False, "marked", "triton")])  # fmt: skip
-def test_two_graphs_do_for_any_number_of_sizes_and_one_where_they_are_marked_as_dynamic(
-    kind, training, ragged, backend
-):
+def test_two_graphs_do_for_all_sizes_and_one_where_they_are_marked_as_dynamic(kind, training, ragged, backend):
     ours, twin = module(kind, backend, bidirectional=kind == "LSTM")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ours, backend=counter, fullgraph=True)
