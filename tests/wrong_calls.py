@@ -112,48 +112,39 @@ PROJECTED = "ValueError: layer_norm is not defined with a projection: expected p
 TWO = "RuntimeError: lstm expects two hidden states"
 FEATURES = "RuntimeError: input.size(-1) must be equal to input_size. Expected 3, got 4"
 FLOAT64 = "ValueError: ...input...torch.float64..."
-RATES = {"recurrent_dropout": ("2.0", "-0.5", "'0.5'", "None", "[0.1]", "math.nan", "True"),
-         "weight_drop": ("1.5", "-1", "(0.1, 0.2)", "'a'")}  # fmt: skip
-ZONEOUTS = ("2.0", "-0.5", "[0.1, 0.1]", "(0.1,)", "(0.1, 0.2, 0.3)", "(0.1, 2)", "'0.1'", "None", "math.nan", "True",
-            "{'h': 0.1}")  # fmt: skip
 NAMES = ("'cuda'", "'Triton'", "''", "1", "['torch']")
 
 
 def of_arguments():
-    """Arguments of the constructors, and what is set later."""
+    """Arguments of the constructors, and what is set later; in a text {v} is the value, {k} its type."""
     classes = ("LSTM(3, 4", "StackedLSTM(3, [4, 4]", "compat.LSTM(3, 4", "LSTMCell(3, 4")
-    made = [f"gpu_lstm.{cls}, {{}}={{}})" for cls in classes]
-    later = [f"setattr(m.{module}, '{{}}', {{}})" for module in ("lstm", "stack")]
-
-    def calls(templates, name, value):
-        return [template.format(name, value) for template in templates]
-
-    yield from ((unknown("..."), *calls(made, "backend", value)) for value in NAMES)
-    yield unknown("'cuda'"), *(f"setattr(m.{name}, 'backend', 'cuda')" for name in ("lstm", "stack", "cell", "compat"))
-    for value in ("'yes'", "1", "None"):
-        yield a_bool("recompute", kind_of(value)), *calls(made[:3], "recompute", value)
-        yield a_bool("peepholes", kind_of(value)), *calls(made, "peepholes", value)
-    text = "TypeError: layer_norm should be of type bool, or a tuple of names, got: "
-    yield from ((text + kind_of(value), *calls(made, "layer_norm", value)) for value in ("'hh'", "1"))
-    text = "ValueError: layer_norm should be a bool, or name some of ... got ...'x'..."
-    yield text, *calls(made, "layer_norm", "('hh', 'x')")
-    for name, values in RATES.items():
+    made = [f"gpu_lstm.{cls}, {{0}}={{1}})" for cls in classes]
+    later = [f"setattr(m.{module}, '{{0}}', {{1}})" for module in ("lstm", "stack", "cell", "compat")]
+    both, a_rate, rates = [*made[:2], *later[:2]], f"ValueError: {{0}} {DROPOUT}, got {{v!r}}", ("2.0", "-0.5")
+    for text, templates, name, values in (
+        (unknown("..."), made, "backend", NAMES), (unknown("'cuda'"), later, "backend", ("'cuda'",)),
+        (a_bool("{0}", "{k}"), made[:3], "recompute", ("'yes'", "1", "None")),
+        (a_bool("{0}", "{k}"), made, "peepholes", ("'yes'", "1", "None")),
+        ("TypeError: layer_norm should be of type bool, or a tuple of names, got: {k}", made, "layer_norm",
+         ("'hh'", "1")),
+        ("ValueError: layer_norm should be a bool, or name some of ... got ...'x'...", made, "layer_norm",
+         ("('hh', 'x')",)),
+        (a_rate, both, "recurrent_dropout", (*rates, "'0.5'", "None", "[0.1]", "math.nan", "True")),
+        (a_rate, both, "weight_drop", ("1.5", "-1", "(0.1, 0.2)", "'a'")),
+        (a_rate, made[2:3], "recurrent_dropout", rates),
+        (ZONEOUT + "{v!r}", both, "zoneout", (*rates, "[0.1, 0.1]", "(0.1,)", "(0.1, 0.2, 0.3)", "(0.1, 2)", "'0.1'",
+                                              "None", "math.nan", "True", "{'h': 0.1}")),
+        (f"ValueError: dropout {DROPOUT}", both[1:], "dropout", (*rates, "'half'", "None", "True", "[0.5]")),
+        *((a_bool("{0}", "{k}"), made[1:2], name, ("'no'",)) for name in ("residual", "batch_first", "bidirectional")),
+        (a_bool("{0}", "{k}"), made[1:2], "bias", ("1",)), (a_bool("{0}", "{k}"), later[1:2], "residual", ("'yes'",)),
+        (a_bool("{0}", "{k}"), later[1::2], "recompute", ("'yes'",)),
+        ("TypeError: hidden_sizes should be a sequence of ints, got: {k}", ["gpu_lstm.StackedLSTM(3, {1})"], "",
+         ("4", "{4, 5}", "'44'", "None", "{4: 1}", "4.0", "(size for size in (4, 5))")),
+        (an_int("hidden_size", "{k}"), ["gpu_lstm.StackedLSTM(3, [4, {1}])"], "", ("2.0", "None", "'4'", "[4, 5]")),
+    ):  # fmt: skip
         for value in values:
-            yield f"ValueError: {name} {DROPOUT}, got {eval(value)!r}", *calls([*made[:2], *later], name, value)
-    for value in ("2.0", "-0.5"):
-        yield f"ValueError: recurrent_dropout {DROPOUT}, got {value}", *calls(made[2:3], "recurrent_dropout", value)
-    yield from ((ZONEOUT + repr(eval(value)), *calls([*made[:2], *later], "zoneout", value)) for value in ZONEOUTS)
-    for value in ("2.0", "-0.5", "'half'", "None", "True", "[0.5]"):
-        yield f"ValueError: dropout {DROPOUT}", *calls([made[1], *later], "dropout", value)
-    for name, value in dict(residual="'no'", bias="1", batch_first="'no'", bidirectional="'no'").items():
-        yield a_bool(name, kind_of(value)), *calls(made[1:2], name, value)
-    for module, name in (("stack", "recompute"), ("stack", "residual"), ("compat", "recompute")):
-        yield a_bool(name, "str"), f"setattr(m.{module}, '{name}', 'yes')"
-    text, sizes = "TypeError: hidden_sizes should be a sequence of ints, got: ", "(size for size in (4, 5))"
-    for value in ("4", "{4, 5}", "'44'", "None", "{4: 1}", "4.0", sizes):
-        yield text + kind_of(value), f"gpu_lstm.StackedLSTM(3, {value})"
-    for value in ("2.0", "None", "'4'", "[4, 5]"):
-        yield an_int("hidden_size", kind_of(value)), f"gpu_lstm.StackedLSTM(3, [4, {value}])"
+            found = text.format(name, k=kind_of(value), v=eval(value))
+            yield found, *(template.format(name, value) for template in templates)
 
 
 def of_lengths_and_resets():
