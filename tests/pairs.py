@@ -94,17 +94,14 @@ def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragge
     ragged = {name: t.to(like.device) for name, t in ragged.items() if t is not None}
     ragged |= {} if left is None else dict(reset_states=left)
     torch.manual_seed(seed)
-    found = tree_leaves((call or module)(x, *([] if hx is None else [hx]), **ragged), is_leaf=is_packed)
-    found = [t.data if is_packed(t) else t for t in found]
+    found = (call or module)(x, *([] if hx is None else [hx]), **ragged)
+    found = tree_leaves(found, is_leaf=lambda t: isinstance(t, PackedSequence))
+    found = [t.data if isinstance(t, PackedSequence) else t for t in found]
     states, left = (tree_leaves(given) if given else [] for given in (hx, left))
     gradients = torch.autograd.grad(found, [x, *states, *left, *parameters.values()], weighing(found))
     names = ["output"] * (len(found) % 2) + names_of(found)  # a cell has none
     names += ["dx", *names_of(states, "d"), *names_of(left, "dreset_"), *(f"d{name}" for name in parameters)]
     return dict(zip(names, (t.detach() for t in (*found, *gradients)), strict=True))
-
-
-def is_packed(value) -> bool:
-    return isinstance(value, PackedSequence)
 
 
 def names_of(states: list, of: str = "") -> list[str]:

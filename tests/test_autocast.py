@@ -135,7 +135,7 @@ def test_nothing_is_kept_past_the_block():
 def test_per_sample_gradients_under_autocast():
     """torch.func's tensors live as long as the transform, and are not kept."""
     _, cell = cells("reference")
-    parameters = {name: p.detach() for name, p in cell.named_parameters()}
+    parameters = cell.state_dict()
     gradients = grad(lambda parameters, x: functional_call(cell, parameters, (x,))[0].float().sum())
     with autocast():
         whole, each = gradients(parameters, inputs()[0]), vmap(gradients, (None, 0))(parameters, inputs()[0])

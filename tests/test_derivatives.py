@@ -28,7 +28,7 @@ def test_derivatives_by_finite_differences(backend, kind, arguments, ragged):
     inputs = [t.double().requires_grad_() for t in (x[:2], h, c)] + list(ours.parameters())
 
     def call(x, h, c, *weights):
-        given = dict(zip(parameters(ours), weights, strict=True))
+        given = dict(zip(ours.state_dict(), weights, strict=True))
         return tuple(tree_leaves(functional_call(ours, given, (x, (h, c)), ragged)))
 
     assert torch.autograd.gradcheck(call, inputs)
@@ -87,18 +87,14 @@ def assert_close(*found):
     assert_same(ours, theirs, condition=4)
 
 
-def parameters(module):
-    return {name: p.detach() for name, p in module.named_parameters()}
-
-
 def gradients(module, loss):
-    return dict(zip(parameters(module), torch.autograd.grad(loss, list(module.parameters()))))
+    return dict(zip(module.state_dict(), torch.autograd.grad(loss, list(module.parameters()))))
 
 
 def test_grad_and_vjp(lstms):
     """And a gradient penalty with the inner gradient by torch.func, the outer one by plain autograd."""
     theirs, ours = lstms
-    found = grad(lambda p: functional_call(ours, p, (inputs(ours),))[0].square().sum())(parameters(ours))
+    found = grad(lambda p: functional_call(ours, p, (inputs(ours),))[0].square().sum())(ours.state_dict())
     assert_close(found, gradients(theirs, theirs(inputs(theirs))[0].square().sum()))
     x = inputs(theirs).requires_grad_()
     y, _ = theirs(x)
@@ -180,7 +176,7 @@ def test_per_sample_gradients(lstms, ragged):
     def loss(p, x, length):
         return functional_call(ours, p, (x,), {"lengths": length} if ragged else {})[0].square().sum()
 
-    found = vmap(grad(loss), in_dims=(None, 1, 0))(parameters(ours), x, lengths.to(x.device))
+    found = vmap(grad(loss), in_dims=(None, 1, 0))(ours.state_dict(), x, lengths.to(x.device))
     for b in range(B):
         y, _ = theirs(inputs(theirs)[: lengths[b], b])
         assert_close({name: g[b] for name, g in found.items()}, gradients(theirs, y.square().sum()))

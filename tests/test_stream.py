@@ -14,24 +14,20 @@ from gpu_lstm.tools.stream import Stream
 T, B, I, H = 9, 3, 4, 5
 KINDS = {  # without a projection: where the cell is of another dtype, below
     "projection": partial(gpu_lstm.LSTM, I, H, 2, proj_size=3), "StackedLSTM": partial(gpu_lstm.StackedLSTM, I, [H, 3]),
+    "LSTM": partial(gpu_lstm.LSTM, I, H),
 }  # fmt: skip
 
 
-@pytest.fixture(params=KINDS)
+def built(kind, backend="reference", **kwargs):
+    """A module, and its input."""
+    torch.manual_seed(0)
+    lstm = KINDS[kind](**PLACES[backend] | kwargs, backend=backend).eval()
+    return lstm, torch.randn(T, B, I).to(next(lstm.parameters()))
+
+
+@pytest.fixture(params=["projection", "StackedLSTM"])
 def build(request):
-    """A module of that kind, and its input."""
-
-    def of(backend="reference", **kwargs):
-        torch.manual_seed(0)
-        lstm = KINDS[request.param](backend=backend, **PLACES[backend], **kwargs).eval()
-        return lstm, random_input(lstm)
-
-    return of
-
-
-def random_input(lstm):
-    torch.manual_seed(1)
-    return torch.randn(T, B, I).to(next(lstm.parameters()))
+    return partial(built, request.param)
 
 
 @pytest.mark.parametrize(("backend", "batch_first"), [*((name, True) for name in BACKENDS), ("reference", False)])
@@ -132,9 +128,7 @@ def test_half_precision_keeps_the_cell_in_float32(dtype):
 @every_backend
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}], ids=str)
 def test_a_cell_state_in_float32_beside_half_precision(backend, options):
-    torch.manual_seed(0)
-    lstm = gpu_lstm.LSTM(I, H, dtype=torch.float16, device=PLACES[backend]["device"], backend=backend, **options)
-    x = random_input(lstm)
+    lstm, x = built("LSTM", backend, dtype=torch.float16, **options)
     h_0, c_0 = (torch.randn(2, 2, B, H) * 0.5).to(x.device)
     y, (h_n, c_n) = lstm(x, (h_0.half(), c_0))
     assert (y.dtype, h_n.dtype, c_n.dtype) == (torch.float16, torch.float16, torch.float32)
