@@ -25,13 +25,10 @@ from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 
-pytestmark = [
-    pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
-    pytest.mark.usefixtures("nothing_cached"),
-]
-
+pytestmark = [pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
+              pytest.mark.usefixtures("nothing_cached")]  # fmt: skip
 CPU, H100 = torch.device("cpu"), DEVICES["h100"]
-X = torch.zeros(5, 3, 4)
+X, TIMES = torch.zeros(5, 3, 4), {"triton": 1e-3, "torch": 1.8e-3}
 
 
 @pytest.fixture
@@ -44,9 +41,6 @@ def card(monkeypatch):
 
 def _kind(lstm):
     return kind_of(prepare(lstm._options(), lstm._weights(), X))
-
-
-TIMES = {"triton": 1e-3, "torch": 1.8e-3}
 
 
 def _won(lstm):

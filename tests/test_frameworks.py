@@ -14,11 +14,8 @@ from gpu_lstm.tools.convert import to_torch
 
 N, T, I, H = 12, 4, 3, 5
 Found = list[Tensor]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.usefixtures("exact_float32_products"),
-    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),  # theirs
-]
+THEIRS = "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("exact_float32_products"), pytest.mark.filterwarnings(*THEIRS)]
 
 
 class Classifier(nn.Module):

@@ -55,11 +55,8 @@ def policy() -> Built:
     return model.to(DEVICE), call
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.usefixtures("exact_float32_products"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # of the packages
-]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("exact_float32_products"),
+              pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")]  # fmt: skip
 
 
 def results(model: nn.Module, call: Callable[[], Tensor], backend: str = "torch") -> dict[str, Tensor]:
