@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
+import pytest
 import torch
 from torch import Tensor
 
@@ -25,8 +27,11 @@ PLACES = {  # of a module's parameters, by backend
     "triton": {"dtype": torch.float32, "device": DEVICE},  # without a GPU in Triton's interpreter
 }
 BACKENDS = tuple(PLACES)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 LARGE = 20_000  # elements of h
-
+RAGGED = "lengths", "resets"
+DEFAULTS = dict(bias=True, ragged=False, resets=0.0, states=False, peepholes=False, norms=(), noise=(), reverse=False,
+                recompute=False)  # fmt: skip
 NAMES = ("h", "h_n", "c_n", "dx", "dh0", "dc0", "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dweight_hr",
          "dweight_peephole", "dgain_ih", "dgain_hh", "dgain_c", "dbias_c", "dreset_h", "dreset_c")  # fmt: skip
 MASKS = ("dropout_h", "zoneout_h", "zoneout_c")
@@ -36,13 +41,12 @@ OPTIONS = {  # of `example`, by the words that cases are written in; the first f
     "states": dict(resets=0.4, states=True), "peepholes": dict(peepholes=True), "norms": dict(norms=("ih", "hh", "c")),
     **{f"norm-{norm}": dict(norms=(norm,)) for norm in ("hh", "c")},
     "masks": dict(noise=MASKS), **{name: dict(noise=(name,)) for name in MASKS}, "expected": dict(noise="expected"),
-    "recompute": dict(recompute=True),
-}  # fmt: skip
+    "recompute": dict(recompute=True)}  # fmt: skip
 OF_TORCH = list(OPTIONS)[:5]
 
 
 def one_layer(x, state, weights, *, lengths, resets, reset_states, reverse, backend, noise, recompute):
-    """lstm_layer, where masks are given or gates recomputed as only modules do. No other test needs these internals."""
+    """lstm_layer, where masks are given or gates recomputed as only modules do."""
     traversal = Traversal(lengths, resets, False, None if reset_states is None else [reset_states])
     traversal = traversal.backwards() if reverse else traversal
     given = x, state, Weights(*weights), traversal, Noise(*(noise.get(name) for name in MASKS))
@@ -72,32 +76,23 @@ class Example:
         def through(t):
             return None if t is None else t.to(dtype).double()
 
-        return replace(
-            self,
-            tensors=[through(t) for t in self.tensors],
-            output_gradients=[through(t) for t in self.output_gradients],
-            noise={name: through(t) if name == "dropout_h" else t for name, t in self.noise.items()},
-            reset_states=tuple(map(through, self.reset_states)),
-        )
+        lists = {name: [*map(through, getattr(self, name))] for name in ("tensors", "output_gradients", "reset_states")}
+        noise = {name: through(t) if name == "dropout_h" else t for name, t in self.noise.items()}
+        return replace(self, noise=noise, **lists)
 
     def truth(self) -> list[np.ndarray | None]:
         """Results and gradients in the order of NAMES, from the NumPy oracle."""
-        inputs = [None if t is None else t.numpy() for t in self.tensors]
-        steps = len(self.tensors[0])
-        sizes = self.tensors[1].shape, (steps, *self.tensors[1].shape), (steps, *self.tensors[2].shape)
-        sizes = dict(zip(MASKS, sizes))
+        *inputs, reset_h, reset_c = (None if t is None else t.numpy() for t in (*self.tensors, *self.reset_states))
+        x, h0, c0, *_ = inputs
+        sizes = dict(zip(MASKS, (h0.shape, (len(x), *h0.shape), (len(x), *c0.shape))))
         noise = {name: np.broadcast_to(t.double().numpy(), sizes[name]) for name, t in self.noise.items()}
-        left = (None if t is None else t.numpy() for t in self.reset_states)
-        noise |= zip(("reset_h", "reset_c"), left)
+        noise |= dict(reset_h=reset_h, reset_c=reset_c)
         *results, tape = oracle.layer(*inputs, lengths=self.lengths, resets=self.resets, reverse=self.reverse, **noise)
         dh, dh_n, dc_n = (g.numpy() for g in self.output_gradients)
         return [*results, *oracle.layer_gradients(*inputs, tape=tape, dh=dh, dh_n=dh_n, dc_n=dc_n, **noise)]
 
     def truth_for(self, device: str) -> list[np.ndarray | None]:
-        """The same; a large example on a GPU by the reference there, in float64, which test_layer holds to the oracle.
-
-        NumPy's loops would take ten seconds for one.
-        """
+        """The same; a large example on a GPU by the float64 reference there, since NumPy's loops would take long."""
         if device == "cpu" or self.output_gradients[0].numel() <= LARGE:
             return self.truth()
         found = self.run("reference", torch.float64, device)
@@ -108,9 +103,7 @@ class Example:
         x, h0, c0, *weights, reset_h, reset_c = tensors
         options = dict(reverse=self.reverse, backend=backend)
         options["reset_states"] = None if reset_h is None else (reset_h, reset_c)
-        for name in ("lengths", "resets"):
-            given = getattr(self, name)
-            options[name] = None if given is None else given.to(x.device)
+        options |= {name: t if t is None else t.to(x.device) for name, t in vars(self).items() if name in RAGGED}
         noise = {n: t.to(x.device, x.dtype if n == "dropout_h" else t.dtype) for n, t in self.noise.items()}
         if not noise and not self.recompute:
             h, state = lstm_layer(x, weights, (h0, c0), **options)
@@ -128,24 +121,15 @@ class Example:
         return [*found, *(None if t is None else t.grad for t in tensors)]
 
 
-@dataclass(frozen=True)
-class Options:
-    """What an example has."""
-
-    bias: bool = True
-    ragged: bool = False  # lengths from 0 to T, both among them where B allows
-    resets: float = 0.0  # their rate
-    states: bool = False  # resets leave some, not zeros
-    peepholes: bool = False
-    norms: tuple[str, ...] = ()  # what is normalised, of "ih", "hh" and "c"
-    noise: tuple[str, ...] | str = ()  # which of MASKS, each element a coin toss; or "expected", as in eval()
-    reverse: bool = False
-    recompute: bool = False
-
-
 def example(T: int, B: int, I: int, H: int, P: int = 0, *, seed: int = 0, **options) -> Example:
-    """A random example with these `Options`."""
-    has, generator = Options(**options), torch.Generator().manual_seed(seed)
+    """A random example that has these options.
+
+    ragged: lengths from 0 to T, both among them where B allows. resets: their rate; they leave states, not zeros, with
+    `states`. norms: what is normalised, of "ih", "hh" and "c". noise: which of MASKS, each element a coin toss; or
+    "expected", as in eval().
+    """
+    assert options.keys() <= DEFAULTS.keys()
+    has, generator = SimpleNamespace(**DEFAULTS | options), torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
         return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
@@ -154,14 +138,11 @@ def example(T: int, B: int, I: int, H: int, P: int = 0, *, seed: int = 0, **opti
     tensors = [
         normal(T, B, I), normal(B, width), normal(B, H),
         normal(4 * H, I, scale=I**-0.5), normal(4 * H, width, scale=width**-0.5),
-        normal(4 * H) if has.bias else None, normal(4 * H) if has.bias else None,
-        normal(P, H, scale=H**-0.5) if P else None,
+        *(normal(4 * H) if has.bias else None for _ in range(2)), normal(P, H, scale=H**-0.5) if P else None,
     ]  # fmt: skip
-    lengths = None
+    lengths = torch.randint(0, T + 1, (B,), generator=generator) if has.ragged else None
     if has.ragged:
-        lengths = torch.randint(0, T + 1, (B,), generator=generator)
-        lengths[0] = 0
-        lengths[-1] = T
+        lengths[0], lengths[-1] = 0, T
     resets = torch.rand(T, B, generator=generator) < has.resets if has.resets else None
     output_gradients = [normal(T, B, width), normal(B, width), normal(B, H)]
     left = (normal(T, B, width), normal(T, B, H)) if has.states else (None, None)
@@ -171,9 +152,9 @@ def example(T: int, B: int, I: int, H: int, P: int = 0, *, seed: int = 0, **opti
     tensors.append(normal(H) if has.bias and "c" in has.norms else None)
     noise = dict(zoneout_h=torch.tensor(0.3), zoneout_c=torch.tensor(0.45))
     if has.noise != "expected":
-        draws = [torch.rand(*shape, generator=generator) for shape in ((B, width), (T, B, width), (T, B, H))]
-        tosses = (draws[0] < 0.7).double() / 0.7, draws[1] < 0.3, draws[2] < 0.45
-        noise = {name: toss for name, toss in zip(MASKS, tosses) if name in has.noise}
+        dropped, h, c = (torch.rand(*size, generator=generator) for size in ((B, width), (T, B, width), (T, B, H)))
+        tosses = dict(zip(MASKS, ((dropped < 0.7).double() / 0.7, h < 0.3, c < 0.45)))
+        noise = {name: tosses[name] for name in MASKS if name in has.noise}
     return Example(tensors, lengths, resets, has.reverse, output_gradients, left, noise, has.recompute)
 
 
@@ -196,27 +177,20 @@ def check(size: tuple[int, ...], words: str, backend: str, dtype: torch.dtype, d
 
 
 def assert_as_good_as_torch(
-    make_example: Callable[[int], Example],
-    backend: str,
-    dtype: torch.dtype,
-    device: str = "cpu",
-    seeds: int = 3,
-    yardstick: str = "torch",
+    make_example: Callable[[int], Example], backend: str, dtype: torch.dtype, device="cpu", seeds=3, yardstick="torch"
 ) -> None:
     """Every result and gradient: its RMS error is at most twice that of torch's own LSTM in the same dtype.
 
-    Or that of another backend, the `yardstick`, where torch's LSTM does not take the example. Both are held against the
-    oracle, over `seeds` examples, so that one lucky rounding of theirs decides nothing; an RMS below the unit in the
-    last place of the largest element counts as that unit. In half precision, where torch's LSTM rounds h and dgates at
-    every step as the kernels do, that floor is the RMS of the truth's own rounding. (The reference rounds only once.)
-    And errors must not lean to one side, as they do where what is stored is cut off, not rounded to the nearest.
+    Or that of another backend, the `yardstick`, where torch's LSTM does not take the example; over `seeds` examples,
+    so that one lucky rounding decides nothing. An RMS below the unit in the last place of the largest element counts as
+    that unit; in half precision, where torch's LSTM rounds at every step as the kernels do, below the RMS of the
+    truth's own rounding. And errors must not lean to one side, as where what is stored is cut off, not rounded.
     """
     errors: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for seed in range(seeds):
         given = make_example(seed).rounded(dtype)
         runs = (given.run(name, dtype, device) for name in (backend, yardstick))
-        results = zip(NAMES, given.truth_for(device), *runs)
-        for name, true, our, their in results:
+        for name, true, our, their in zip(NAMES, given.truth_for(device), *runs):
             if true is not None:
                 our_error, their_error = (t.detach().double().cpu().numpy() - true for t in (our, their))
                 assert np.isfinite(our_error).all(), f"{name}: not finite at {np.argwhere(~np.isfinite(our_error))[0]}"
@@ -255,13 +229,7 @@ def _leaning(error: np.ndarray, true: np.ndarray, dtype: torch.dtype) -> tuple[f
     return float(away.mean()), float(4 * away.std() / np.sqrt(away.size))
 
 
-def assert_same(
-    ours: dict[str, Tensor],
-    theirs: dict[str, Tensor],
-    backend: str | None = None,
-    equal_nan: bool = False,
-    condition: float = 1,
-) -> None:
+def assert_same(ours: dict, theirs: dict, backend: str | None = None, equal_nan=False, condition: float = 1) -> None:
     """Equal but for rounding: a few units in the last place of the larger of 1 and the largest element.
 
     The last place is that of the dtype which `backend` computed in, by default that of our result. `condition`: what
@@ -273,5 +241,4 @@ def assert_same(
         dtype = ours[name].dtype if backend is None else PLACES[backend]["dtype"]
         torch.testing.assert_close(
             ours[name].double().cpu(), true.double().cpu(), rtol=0, atol=8 * torch.finfo(dtype).eps * scale * condition,
-            equal_nan=equal_nan, msg=lambda text, name=name: f"{name}: {text}",
-        )  # fmt: skip
+            equal_nan=equal_nan, msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip

@@ -34,19 +34,15 @@ def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr
     gain_ih and gain_hh [4H], gain_c and bias_c [H]: layer norm of weight_ih @ x, of weight_hh @ h, and of c in tanh(c).
     """
     T, B, _ = x.shape
-    P = h0.shape[1]
-    out = np.zeros((T, B, P))
+    out, tape = np.zeros((T, *h0.shape)), []
     h_n, c_n = h0.copy(), c0.copy()
-    tape = []
     for b in range(B):
         length = T if lengths is None else int(lengths[b])
         h, c = h0[b], c0[b]
-        previous_time = None
-        for t in reversed(range(length)) if reverse else range(length):
+        for step, t in enumerate(reversed(range(length)) if reverse else range(length)):
             # A reset at r separates time r from time r - 1.
             boundary = t + 1 if reverse else t
-            at_start = previous_time is None
-            reset = resets is not None and (not at_start or not reverse) and bool(resets[boundary, b])
+            reset = resets is not None and (step > 0 or not reverse) and bool(resets[boundary, b])
             h_prev, c_prev = h, c
             if reset:
                 h_prev = np.zeros_like(h) if reset_h is None else reset_h[boundary, b]
@@ -57,29 +53,19 @@ def layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, weight_hr
                 of_x, *units["ih"] = norm(of_x, gain_ih)
             if gain_hh is not None:
                 of_h, *units["hh"] = norm(of_h, gain_hh)
-            z = of_x + of_h
-            if bias_ih is not None:
-                z = z + bias_ih + bias_hh
-            zi, zf, zg, zo = np.split(z, 4)
-            if peephole is not None:
-                w_ic, w_fc, w_oc = np.split(peephole, 3)
-                zi, zf = zi + w_ic * c_prev, zf + w_fc * c_prev
-            c_new = c = sigmoid(zf) * c_prev + sigmoid(zi) * np.tanh(zg)
-            if peephole is not None:
-                zo = zo + w_oc * c_new
-            i, f, g, o = sigmoid(zi), sigmoid(zf), np.tanh(zg), sigmoid(zo)
-            seen = c
+            zi, zf, zg, zo = np.split(of_x + of_h + (0.0 if bias_ih is None else bias_ih + bias_hh), 4)
+            w_ic, w_fc, w_oc = (0.0, 0.0, 0.0) if peephole is None else np.split(peephole, 3)
+            i, f, g = sigmoid(zi + w_ic * c_prev), sigmoid(zf + w_fc * c_prev), np.tanh(zg)
+            seen = c_new = c = f * c_prev + i * g
+            o = sigmoid(zo + w_oc * c_new)
             if gain_c is not None:
                 seen, *units["c"] = norm(c, gain_c, 0.0 if bias_c is None else bias_c)
             m = o * np.tanh(seen)
             h = m if weight_hr is None else weight_hr @ m
-            if zoneout_h is not None:
-                h = zoneout_h[t, b] * h_prev + (1 - zoneout_h[t, b]) * h
-            if zoneout_c is not None:
-                c = zoneout_c[t, b] * c_prev + (1 - zoneout_c[t, b]) * c
+            stays_h, stays_c = (0.0 if stays is None else stays[t, b] for stays in (zoneout_h, zoneout_c))
+            h, c = stays_h * h_prev + (1 - stays_h) * h, stays_c * c_prev + (1 - stays_c) * c
             out[t, b] = h
             tape.append((b, t, boundary if reset else None, h_in, c_prev, i, f, g, o, c_new, seen, m, units))
-            previous_time = t
         h_n[b], c_n[b] = h, c
     return out, h_n, c_n, tape
 
@@ -89,15 +75,13 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
                     zoneout_h=None, zoneout_c=None, reset_h=None, reset_c=None):  # fmt: skip
     """Gradients of x, h0, c0, the weights and what resets leave (None where there is none), through time."""
     weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, gain_ih, gain_hh, gain_c, bias_c)
-    dx, dreset_h, dreset_c, *dweights = (
-        None if a is None else np.zeros(a.shape) for a in (x, reset_h, reset_c, *weights)
-    )
+    every = x, reset_h, reset_c, *weights
+    dx, dreset_h, dreset_c, *dweights = (None if a is None else np.zeros(a.shape) for a in every)
     dw_ih, dw_hh, db_ih, db_hh, dw_hr, dpeephole, dgain_ih, dgain_hh, dgain_c, dbias_c = dweights
     into_h, into_c = dh_n.copy(), dc_n.copy()  # [B, *] gradient of each sequence's state after the step in hand
     for b, t, reset, h_in, c_prev, i, f, g, o, c_new, seen, m, units in reversed(tape):
         factors = 1.0 if dropout_h is None else dropout_h[b]
-        stays_h = 0.0 if zoneout_h is None else zoneout_h[t, b]
-        stays_c = 0.0 if zoneout_c is None else zoneout_c[t, b]
+        stays_h, stays_c = (0.0 if stays is None else stays[t, b] for stays in (zoneout_h, zoneout_c))
         grad_h = dh[t, b] + into_h[b]
         grad_m = grad_h_new = (1 - stays_h) * grad_h
         if weight_hr is not None:
@@ -110,20 +94,11 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
             if bias_c is not None:
                 dbias_c += grad_seen
             grad_seen = norm_gradient(grad_seen, gain_c, *units["c"])
-        grad_c = (1 - stays_c) * into_c[b] + grad_seen
-        w_ic = w_fc = w_oc = 0.0
-        if peephole is not None:
-            w_ic, w_fc, w_oc = np.split(peephole, 3)
-            grad_c = grad_c + w_oc * grad_m * tanh_c * o * (1 - o)
-        dz = np.concatenate(
-            [
-                grad_c * g * i * (1 - i),
-                grad_c * c_prev * f * (1 - f),
-                grad_c * i * (1 - g**2),
-                grad_m * tanh_c * o * (1 - o),
-            ]
-        )
-        dz_x = dz_h = dz
+        w_ic, w_fc, w_oc = (0.0, 0.0, 0.0) if peephole is None else np.split(peephole, 3)
+        grad_c = (1 - stays_c) * into_c[b] + grad_seen + w_oc * grad_m * tanh_c * o * (1 - o)
+        dz_i, dz_f = grad_c * g * i * (1 - i), grad_c * c_prev * f * (1 - f)
+        dz_g, dz_o = grad_c * i * (1 - g**2), grad_m * tanh_c * o * (1 - o)
+        dz_x = dz_h = dz = np.concatenate([dz_i, dz_f, dz_g, dz_o])
         if gain_ih is not None:
             dgain_ih += dz * units["ih"][0]
             dz_x = norm_gradient(dz, gain_ih, *units["ih"])
@@ -137,7 +112,6 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
             db_ih += dz
             db_hh += dz
         into_h[b] = factors * (weight_hh.T @ dz_h) + stays_h * grad_h
-        dz_i, dz_f, _, dz_o = np.split(dz, 4)
         if peephole is not None:
             dpeephole += np.concatenate([dz_i * c_prev, dz_f * c_prev, dz_o * c_new])
         into_c[b] = grad_c * f + w_ic * dz_i + w_fc * dz_f + stays_c * into_c[b]
@@ -158,17 +132,17 @@ def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual
     valid = np.arange(len(x))[:, None] < (len(x) if lengths is None else np.asarray(lengths))  # [T, B] or [T, 1]
     finals, tapes = [], []
     for k, directions in enumerate(layers):
-        outputs, taken = [], []
+        outputs, final, taken = [], [], []
         for d, weights in enumerate(directions):
-            noise = {} if noises is None else noises[k][d]
-            inputs = (x, *states[k][d], *weights)
+            noise, inputs = {} if noises is None else noises[k][d], (x, *states[k][d], *weights)
             h, h_n, c_n, tape = layer(*inputs, lengths=lengths, resets=resets, reverse=d == 1, **noise)
-            outputs.append((h, (h_n, c_n)))
+            outputs.append(h)
+            final.append((h_n, c_n))
             taken.append((inputs, noise, tape))
-        y = np.concatenate([h for h, _ in outputs], axis=2)
+        y = np.concatenate(outputs, axis=2)
         passed = valid[:, :, None] * (residual and x.shape == y.shape)  # the share of x that is added to y
         x = passed * x + y if passed.any() else y
-        finals.append([final for _, final in outputs])
+        finals.append(final)
         tapes.append((passed, taken))
     return x, finals, tapes
 

@@ -1,8 +1,4 @@
-"""A module of torch and ours with the same weights, and all that a call of either gives.
-
-The truth is torch's module in float64 on the CPU, or the NumPy oracle. Weights and inputs are float32 numbers, so that
-every backend starts from the same.
-"""
+"""A module of torch, in float64, and ours with the same weights, all that a call of either gives, and the truth."""
 
 from functools import partial
 
@@ -29,13 +25,10 @@ RAGGED = dict(lengths=LENGTHS, resets=RESETS)
 class Chain(nn.Module):
     """torch.nn.LSTM layers, each fed the output of the one before, called as a StackedLSTM is."""
 
-    def __init__(self, input_size, hidden_sizes, bias=True, bidirectional=False) -> None:
+    def __init__(self, input_size, hidden_sizes, bidirectional=False, **options) -> None:
         super().__init__()
-        inputs = [input_size, *((1 + bidirectional) * size for size in hidden_sizes)]
-        self.layers = nn.ModuleList(
-            nn.LSTM(features, size, bias=bias, bidirectional=bidirectional)
-            for features, size in zip(inputs, hidden_sizes)
-        )
+        sizes = zip([input_size, *((1 + bidirectional) * size for size in hidden_sizes)], hidden_sizes)
+        self.layers = nn.ModuleList(nn.LSTM(*size, bidirectional=bidirectional, **options) for size in sizes)
         self.hidden_sizes, self.bidirectional = hidden_sizes, bidirectional
 
     def forward(self, x: Tensor, hx: list | None = None) -> tuple[Tensor, list]:
@@ -58,6 +51,12 @@ def pair(kind: str, backend: str, **arguments) -> tuple[nn.Module, nn.Module]:
     return theirs, ours
 
 
+def seeded(call, *arguments, **options):
+    """A call after a fixed seed."""
+    torch.manual_seed(7)
+    return call(*arguments, **options)
+
+
 def random_inputs(module: nn.Module, *batch: int, seed: int = 2) -> tuple[Tensor, tuple | list]:
     """x and hx for a module, float32; unbatched without `batch`."""
     torch.manual_seed(seed)
@@ -70,7 +69,7 @@ def random_inputs(module: nn.Module, *batch: int, seed: int = 2) -> tuple[Tensor
         hx = torch.randn(*rows, module.proj_size or module.hidden_size), torch.randn(*rows, module.hidden_size)
         return torch.randn(*time_and_batch, module.input_size), hx
     rows = (2, *batch) if module.bidirectional else batch
-    hx = [(torch.randn(*rows, size), torch.randn(*rows, size)) for size in module.hidden_sizes]
+    hx = [tuple(torch.randn(2, *rows, size)) for size in module.hidden_sizes]
     return torch.randn(*time_and_batch, module.layers[0].input_size), hx
 
 
@@ -95,17 +94,19 @@ def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragge
     ragged = {name: t.to(like.device) for name, t in ragged.items() if t is not None}
     ragged |= {} if left is None else dict(reset_states=left)
     torch.manual_seed(seed)
-    found = (module if call is None else call)(x, *([] if hx is None else [hx]), **ragged)
+    found = (call or module)(x, *([] if hx is None else [hx]), **ragged)
     found = tree_leaves(found, is_leaf=lambda t: isinstance(t, PackedSequence))
     found = [t.data if isinstance(t, PackedSequence) else t for t in found]
-    inputs = [x, *(tree_leaves(hx) if hx else ()), *(tree_leaves(left) if left else ())]
-    gradients = torch.autograd.grad(found, [*inputs, *parameters.values()], weighing(found))
-    names = ["output"] * (len(found) % 2) + [f"{s}{k}" for k in range(len(found) // 2) for s in "hc"]  # a cell has none
-    for of, states in (("d", hx), ("dreset_", left)):
-        names += ["dx"] * (of == "d")
-        names += [f"{of}{s}{k}" for k in range(len(tree_leaves(states)) // 2 if states else 0) for s in "hc"]
-    names += [f"d{name}" for name in parameters]
+    states, left = (tree_leaves(given) if given else [] for given in (hx, left))
+    gradients = torch.autograd.grad(found, [x, *states, *left, *parameters.values()], weighing(found))
+    names = ["output"] * (len(found) % 2) + names_of(found)  # a cell has none
+    names += ["dx", *names_of(states, "d"), *names_of(left, "dreset_"), *(f"d{name}" for name in parameters)]
     return dict(zip(names, (t.detach() for t in (*found, *gradients)), strict=True))
+
+
+def names_of(states: list, of: str = "") -> list[str]:
+    """Of tensors h, c, h, c, ... of which the first may be an output."""
+    return [f"{of}{s}{k}" for k in range(len(states) // 2) for s in "hc"]
 
 
 def assert_alike(ours, theirs, *batch: int, given: bool = True, **how) -> None:
@@ -135,23 +136,20 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
         forms = [vjp(partial(each_step, module, len(x)), t.double()) for t in tree_leaves(reset_states)]
         left = rows_of(module, [t.numpy() for t, _ in forms])
         noises = [[dict(reset_h=h, reset_c=c) for h, c in layer] for layer in left]
-    y, finals, tapes = oracle.stack(
-        x, states, layers, lengths=lengths, resets=None if resets is None else turned(resets), noises=noises,
-        residual=getattr(module, "residual", False),
-    )  # fmt: skip
+    ragged = dict(lengths=lengths, resets=None if resets is None else turned(resets))
+    residual = getattr(module, "residual", False)
+    y, finals, tapes = oracle.stack(x, states, layers, **ragged, noises=noises, residual=residual)
     found = [turned(y), *leaves_of(module, finals)]
     dy, *dfinals = (t.numpy() for t in weighing(found))
     dx, dstates, dweights, dleft = oracle.stack_gradients(tapes, turned(dy), rows_of(module, dfinals))
 
-    of_states = [f"{s}{k}" for k in range(len(found) // 2) for s in "hc"]
-    named = dict(zip(["output", *of_states, "dx"], [*found, turned(dx)]))
+    named = dict(zip(["output", *names_of(found), "dx"], [*found, turned(dx)]))
     if hx is not None:
-        named |= {f"d{name}": t for name, t in zip(of_states, leaves_of(module, dstates))}
+        named |= zip(names_of(found, "d"), leaves_of(module, dstates))
     if reset_states is not None:
         pulled = (pull(torch.from_numpy(d))[0].numpy() for (_, pull), d in zip(forms, leaves_of(module, dleft)))
-        named |= {f"dreset_{name}": t for name, t in zip(of_states, pulled)}
-    flat_names, flat = ([t for layer in every for row in layer for t in row] for every in (names, dweights))
-    of_weights = dict(zip(flat_names, flat))
+        named |= zip(names_of(found, "dreset_"), pulled)
+    of_weights = dict(zip(*([t for layer in every for row in layer for t in row] for every in (names, dweights))))
     named |= {f"d{name}": of_weights[name] for name, _ in module.named_parameters()}
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in named.items()}
 
@@ -159,26 +157,23 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
 def noises_of(module: nn.Module, seed: int) -> list[list[dict]]:
     """What a call of an LSTM or StackedLSTM draws after torch.manual_seed(seed), as the oracle takes it, [L][D].
 
-    Layer by layer and direction by direction: dropout's factors of h, then where h and c stay as they were. In eval()
-    only the probabilities of the latter.
+    Dropout's factors of h, then where h and c stay as they were; in eval() only the probabilities of the latter.
     """
-    like, noises = next(module.parameters()), []
+    like = next(module.parameters())
     torch.manual_seed(seed)
-    for layer in weights_of(module)[1]:
-        noises.append([])
-        for _, weight_hh, *_ in layer:
-            width, hidden = weight_hh.shape[1], len(weight_hh) // 4
-            noise = {}
+
+    def drawn(weight_hh):
+        width, hidden = weight_hh.shape[1], len(weight_hh) // 4
+        noise = {}
+        if module.training:
+            noise["dropout_h"] = nn.functional.dropout(like.new_ones(B, width), module.recurrent_dropout)
+        for state, rate, size in zip("hc", module.zoneout, (width, hidden)):
+            noise[f"zoneout_{state}"] = torch.full((T, B, size), rate, dtype=torch.float64)
             if module.training:
-                factors = nn.functional.dropout(like.new_ones(B, width), module.recurrent_dropout)
-                noise["dropout_h"] = factors.double().cpu().numpy()
-            for state, rate, size in zip("hc", module.zoneout, (width, hidden)):
-                share = torch.full((T, B, size), rate, dtype=torch.float64)
-                if module.training:
-                    share = torch.rand(T, B, size, device=like.device).cpu() < rate
-                noise[f"zoneout_{state}"] = share.double().numpy()
-            noises[-1].append(noise)
-    return noises
+                noise[f"zoneout_{state}"] = torch.rand(T, B, size, device=like.device) < rate
+        return {name: t.double().cpu().numpy() for name, t in noise.items()}
+
+    return [[drawn(weight_hh) for _, weight_hh, *_ in layer] for layer in weights_of(module)[1]]
 
 
 def each_step(module: nn.Module, steps: int, t: Tensor) -> Tensor:
@@ -195,14 +190,10 @@ def zeros_for(layers: list, batch: int) -> list[list[tuple]]:
 
 def weights_of(module: nn.Module) -> tuple[list, list]:
     """Names and values, float64 NumPy or None, of the weights that a layer may have in a direction: [L][D][10]."""
-    stacked = hasattr(module, "layers")
-    names = [
-        [
-            [f"layers.{k}.{kind}_l0{suffix}" if stacked else f"{kind}_l{k}{suffix}" for kind in NAMES]
-            for suffix in ("", "_reverse")[: 1 + module.bidirectional]
-        ]
-        for k in range(len(module.layers) if stacked else module.num_layers)
-    ]
+    form = "layers.{1}.{0}_l0{2}" if hasattr(module, "layers") else "{0}_l{1}{2}"
+    suffixes = ("", "_reverse")[: 1 + module.bidirectional]
+    count = len(module.layers) if hasattr(module, "layers") else module.num_layers
+    names = [[[form.format(kind, k, suffix) for kind in NAMES] for suffix in suffixes] for k in range(count)]
     values = {name: p.detach().cpu().double().numpy() for name, p in module.named_parameters()}
     return names, [[[values.get(name) for name in direction] for direction in layer] for layer in names]
 
@@ -227,5 +218,4 @@ def leaves_of(module: nn.Module, rows: list[list[tuple]]) -> list:
 def assert_identical(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """The same to the last bit."""
     assert list(got) == list(expected)
-    for name in got:
-        assert torch.equal(got[name], expected[name]), name
+    assert [name for name in got if not torch.equal(got[name], expected[name])] == []

@@ -1,5 +1,7 @@
 """A small module of every kind, and states for it; and a package's LSTM, by its formulas."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -12,8 +14,8 @@ class Function(nn.Module):
 
     def __init__(self, normed):
         super().__init__()
-        self.own = nn.ParameterList([torch.randn(size) for size in ((8, 2), (8, 2), (8,), (8,))])
-        self.of_c = nn.ParameterList([torch.rand(2) for _ in range(2 * normed)])
+        self.own = nn.ParameterList(torch.randn(size) for size in ((8, 2), (8, 2), (8,), (8,)))
+        self.of_c = nn.ParameterList(torch.rand(2) for _ in range(2 * normed))
         self.backend, self.bias_c, self.reverse = None, True, False
 
     def forward(self, x, hx=None, **given):
@@ -22,15 +24,11 @@ class Function(nn.Module):
 
 
 SUBJECTS = {
-    "plain": lambda: gpu_lstm.LSTM(2, 2),
-    "deep": lambda: gpu_lstm.LSTM(2, 2, 2, bidirectional=True),
-    "projected": lambda: gpu_lstm.LSTM(2, 3, proj_size=2),
-    "variant": lambda: gpu_lstm.LSTM(2, 2, peepholes=True, layer_norm=True),
-    "stack": lambda: gpu_lstm.StackedLSTM(2, [2, 3], residual=True),
-    "cell": lambda: gpu_lstm.LSTMCell(2, 2),
-    "function": lambda: Function(False),
-    "function, normed": lambda: Function(True),
-}
+    "plain": partial(gpu_lstm.LSTM, 2, 2), "deep": partial(gpu_lstm.LSTM, 2, 2, 2, bidirectional=True),
+    "projected": partial(gpu_lstm.LSTM, 2, 3, proj_size=2), "cell": partial(gpu_lstm.LSTMCell, 2, 2),
+    "variant": partial(gpu_lstm.LSTM, 2, 2, peepholes=True, layer_norm=True),
+    "stack": partial(gpu_lstm.StackedLSTM, 2, [2, 3], residual=True), "function": partial(Function, False),
+    "function, normed": partial(Function, True)}  # fmt: skip
 
 
 def states_for(module, batch, random):

@@ -2,6 +2,8 @@
 
 import gc
 import weakref
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from comparing import DEVICE
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_lstm
@@ -16,26 +19,20 @@ from gpu_lstm.backends import torch_lstm
 
 T, B, I, H = 6, 3, 4, 5
 DTYPE = torch.float16  # the interpreter's bfloat16 products are wrong
+autocast = partial(torch.autocast, DEVICE, DTYPE)
 own_kernels = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
 class Casts(TorchDispatchMode):
     """Counts the casts to DTYPE of tensors that have as many rows as the weights."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
+        result = function(*args, **(kwargs or {}))
         if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.to):  # the latter in inference mode
             self.count += result.dtype is DTYPE is not args[0].dtype and result.shape[0] == 4 * H
         return result
-
-
-def autocast(**arguments) -> torch.autocast:
-    return torch.autocast(DEVICE, DTYPE, **arguments)
 
 
 def cells(backend: str) -> tuple[nn.LSTMCell, gpu_lstm.LSTMCell]:
@@ -47,15 +44,14 @@ def cells(backend: str) -> tuple[nn.LSTMCell, gpu_lstm.LSTMCell]:
 
 def loop(cell: nn.Module, x: Tensor) -> Tensor:
     """h of all steps, [T, B, H]."""
-    state, outputs = None, []
+    states = [None]
     for x_t in x:
-        state = cell(x_t, state)
-        outputs.append(state[0])
-    return torch.stack(outputs)
+        states.append(cell(x_t, states[-1]))
+    return torch.stack([h for h, _ in states[1:]])
 
 
-def inputs() -> Tensor:
-    return torch.randn(T, B, I, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
+def inputs(seed: int = 1) -> Tensor:
+    return torch.randn(T, B, I, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def rms(error: Tensor) -> float:
@@ -65,15 +61,13 @@ def rms(error: Tensor) -> float:
 @own_kernels
 def test_a_loop_over_a_cell_casts_each_weight_once_as_torch_does(backend):
     found = []
-    for cell in cells(backend):
-        with Casts() as casts, autocast():
-            h = loop(cell, inputs())
-        assert casts.count == 4
-        found.append([h.float(), *torch.autograd.grad(h.float().square().sum(), list(cell.parameters()))])
-    truth = cells("reference")[0].double()
-    h = loop(truth, inputs().double())
-    exact = [h, *torch.autograd.grad(h.square().sum(), list(truth.parameters()))]
-    for their, our, true in zip(*found, exact, strict=True):
+    for cell, half in (*((cell, True) for cell in cells(backend)), (cells(backend)[0].double(), False)):
+        with Casts() as casts, autocast(enabled=half):
+            h = loop(cell, inputs().to(cell.weight_ih))
+        assert casts.count == 4 * half
+        h = h.float() if half else h
+        found.append([h, *torch.autograd.grad(h.square().sum(), list(cell.parameters()))])
+    for their, our, true in zip(*found, strict=True):
         assert rms(our - true) <= 2 * max(rms(their - true), torch.finfo(DTYPE).eps * true.abs().max().item())
 
 
@@ -85,8 +79,7 @@ def test_layers_are_cast_once_in_a_block_and_again_in_the_next(backend):
             for _ in range(blocks):
                 with autocast():
                     for _ in range(calls):
-                        with autocast(enabled=False):  # an inner block ends nothing
-                            pass
+                        autocast(enabled=False)(stack.eval)()  # an inner block ends nothing
                         stack(inputs()[:1])
         assert casts.count == expected
 
@@ -95,36 +88,31 @@ def test_layers_are_cast_once_in_a_block_and_again_in_the_next(backend):
 def test_where_torch_casts_at_every_call_so_do_we(learns, options):
     """With autocast's cache off, and weights that do not learn."""
     for cell in cells("reference"):
-        cell.requires_grad_(learns)
         with Casts() as casts, autocast(**options):
-            loop(cell, inputs())
+            loop(cell.requires_grad_(learns), inputs())
         assert casts.count == 4 * T
 
 
 def test_a_weight_that_changes_within_a_block_is_cast_again():
     """And a block within another has its own casts, of its own dtype."""
-    _, cell = cells("reference")
+    (_, cell), x = cells("reference"), inputs()[0]
     with torch.autocast(DEVICE, torch.bfloat16):
-        outer = cell(inputs()[0])[0]
+        outer = cell(x)[0]
         with autocast():
-            before = cell(inputs()[0])[0]
+            before = cell(x)[0]
             with torch.no_grad():
                 cell.weight_ih.mul_(2)
-            within = cell(inputs()[0])[0]
-    with autocast():
-        after = cell(inputs()[0])[0]
-    assert torch.equal(within, after)
-    assert not torch.equal(before, after)
+            within = cell(x)[0]
+    assert torch.equal(within, autocast()(cell)(x)[0])
+    assert not torch.equal(before, within)
     assert (outer.dtype, before.dtype) == (torch.bfloat16, DTYPE)
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 def test_a_call_without_autograd_takes_no_gradient_from_the_next(without):
-    _, cell = cells("reference")
+    (_, cell), x = cells("reference"), inputs()[0]
     with Casts() as casts, autocast():
-        with without():
-            first = [cell(inputs()[0])[0] for _ in range(2)]
-        second = [cell(inputs()[0])[0] for _ in range(2)]
+        first, second = ([call(x)[0] for _ in range(2)] for call in (without()(cell), cell))
     assert casts.count == 8
     assert torch.equal(first[1], second[1])
     (gradient,) = torch.autograd.grad(second[1].float().sum(), [cell.weight_hh], retain_graph=True)
@@ -134,9 +122,9 @@ def test_a_call_without_autograd_takes_no_gradient_from_the_next(without):
 
 def test_nothing_is_kept_past_the_block():
     _, cell = cells("reference")
+    weight = weakref.ref(cell.weight_hh)
     with autocast(), torch.no_grad():
         cell(inputs()[0])
-        weight = weakref.ref(cell.weight_hh)
         del cell
         gc.collect()
         assert weight() is not None  # kept by its cast
@@ -147,16 +135,12 @@ def test_nothing_is_kept_past_the_block():
 def test_per_sample_gradients_under_autocast():
     """torch.func's tensors live as long as the transform, and are not kept."""
     _, cell = cells("reference")
-    parameters = {name: p.detach() for name, p in cell.named_parameters()}
-
-    def loss(parameters, x):
-        return torch.func.functional_call(cell, parameters, (x,))[0].float().sum()
-
+    parameters = cell.state_dict()
+    gradients = grad(lambda parameters, x: functional_call(cell, parameters, (x,))[0].float().sum())
     with autocast():
-        whole = torch.func.grad(loss)(parameters, inputs()[0])
-        each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, inputs()[0])
-    for name, gradient in whole.items():
-        torch.testing.assert_close(each[name].sum(0), gradient, rtol=1e-2, atol=1e-2)
+        whole, each = gradients(parameters, inputs()[0]), vmap(gradients, (None, 0))(parameters, inputs()[0])
+    total = {name: gradient.sum(0) for name, gradient in each.items()}
+    torch.testing.assert_close(total, whole, rtol=1e-2, atol=1e-2)
 
 
 @own_kernels
@@ -164,17 +148,14 @@ def test_compiled_whole_each_weight_is_cast_once_as_torch_does(backend):
     counts = []
 
     def count(graph, _):
-        nodes = [node for node in graph.graph.nodes if node.target is torch.ops.aten._to_copy.default]
-        values = [node.meta["val"] for node in nodes]
+        values = [n.meta["val"] for n in graph.graph.nodes if n.target is torch.ops.aten._to_copy.default]
         counts.append(sum(value.dtype is DTYPE and value.shape[0] == 4 * H for value in values))
-        return run(graph, _)
-
-    def run(graph, _):
         return make_boxed_func(graph.forward)
 
+    as_inductor = aot_autograd(fw_compiler=count, bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+                               partition_fn=min_cut_rematerialization_partition)  # fmt: skip
     for cell in cells(backend):
         torch._dynamo.reset()
-        as_inductor = aot_autograd(fw_compiler=count, bw_compiler=run, partition_fn=min_cut_rematerialization_partition)
         compiled = torch.compile(loop, fullgraph=True, backend=as_inductor)
         with autocast():
             found, expected = (call(cell, inputs()[:2]) for call in (compiled, loop))  # every step is traced
@@ -184,24 +165,17 @@ def test_compiled_whole_each_weight_is_cast_once_as_torch_does(backend):
     assert counts == [4, 4]
 
 
-# GradScaler
-
-
 def train(lstm: nn.Module, seed: int, skipped: list[int] | None = None) -> tuple[Tensor, list[int]]:
-    """All parameters after 12 steps with autocast and a GradScaler, and the steps that it skipped.
-
-    With `skipped` in float64 without either, but for these steps.
-    """
+    """All parameters after 12 steps with autocast and a GradScaler, or in float64 without, and the steps skipped."""
     torch.manual_seed(seed)
     exact, dtype = skipped is not None, torch.float32 if skipped is None else torch.float64
     for parameter in lstm.parameters():
         nn.init.uniform_(parameter, -0.5, 0.5)
-    model = nn.ModuleList([lstm, nn.Linear(H, 1)]).to(DEVICE, dtype)
+    model, too_large = nn.ModuleList([lstm, nn.Linear(H, 1)]).to(DEVICE, dtype), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**18, growth_interval=4, enabled=not exact)
-    too_large = []
     for step in range(12):
-        x = torch.randn(T, B, I, generator=torch.Generator().manual_seed(step)).to(DEVICE, dtype)
+        x = inputs(step).to(dtype)
         with autocast(enabled=not exact):
             hidden, _ = lstm(x)
             loss = (model[1](hidden).to(dtype) - x.cumsum(0).mean(2, keepdim=True).tanh()).square().mean()
@@ -214,8 +188,7 @@ def train(lstm: nn.Module, seed: int, skipped: list[int] | None = None) -> tuple
         scaler.step(optimizer)
         before = scaler.get_scale()
         scaler.update()
-        if scaler.get_scale() < before:
-            too_large.append(step)
+        too_large += [step] * (scaler.get_scale() < before)
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), too_large
 
 
@@ -238,14 +211,10 @@ def test_training_with_a_grad_scaler_is_as_exact_as_with_torchs_lstm(backend):
 
 def test_shut_gates_are_of_a_size_that_float16_holds(monkeypatch):
     """oneDNN has no LSTM in float16, cuDNN has: what it is given must not be infinite."""
-    given = []
-
-    def stack(x, state, layers, **options):
-        given.append(layers[0][0].weight_ih)
-        return x.new_zeros(*x.shape[:2], 4), state
-
+    stack = Mock(side_effect=lambda x, state, layers, **_: (x.new_zeros(*x.shape[:2], 4), state))
     monkeypatch.setattr(torch_lstm, "stack", stack)
     with torch.autocast("cpu", torch.float16):
         gpu_lstm.LSTM(3, 4, backend="torch")(torch.randn(5, 2, 3), lengths=torch.tensor([5, 2]))
-    assert given[0].dtype is torch.float16
-    assert given[0].isfinite().all()
+    given = stack.call_args[0][2][0][0].weight_ih
+    assert given.dtype is torch.float16
+    assert given.isfinite().all()

@@ -1,22 +1,16 @@
 """PyTorch's own descriptions of nn.LSTM and nn.LSTMCell, which its test suite runs over every module, run over ours.
 
 A ModuleInfo says how a module is built and called, what its results are held to, and which calls must raise. The checks
-are those of torch's test_modules.py, which torch does not ship; here the truth is torch's module with the same weights.
-
-Every call, every result and every error is torch's. What its checks do and these leave out:
-
-- gradcheck: test_derivatives.py has it; on "triton" most samples: the interpreter is slow;
-- repr, state, copies, moves, and where parameters are created: test_weights.py has them;
-- half precision: its tolerances need the yardstick of test_layer.py;
-- channels_last inputs: no input of an LSTM has four dimensions; a module that is moved to it stays as it is;
-- in-place variants: there are none; and two devices at once: test_devices.py and test_gpu.py have them.
+are those of torch's test_modules.py, which torch does not ship; the truth is torch's module with the same weights. They
+leave out what other files have (gradcheck, weights, copies and moves, half precision, several devices), inputs in
+channels_last, which have four dimensions, and on "triton" most samples: the interpreter is slow.
 """
 
 from functools import partial
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES, assert_same
+from comparing import BACKENDS, PLACES, assert_same, every_backend
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
@@ -32,17 +26,13 @@ pytestmark = [pytest.mark.usefixtures("exact_float32_products"), pytest.mark.fil
 
 INFOS = {info.name: info for info in module_db if info.name in ("nn.LSTM", "nn.LSTMCell")}
 OURS = {"nn.LSTM": gpu_lstm.LSTM, "nn.LSTMCell": gpu_lstm.LSTMCell}
-
 every_info = pytest.mark.parametrize("name", INFOS)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def modules(name, backend, training=True, requires_grad=False):
+def modules(name, backend, training):
     """(ours, theirs, arguments, reference function) for each sample of an info."""
     info, place = INFOS[name], PLACES[backend]
-    samples = info.module_inputs_func(
-        info, device=place["device"], dtype=place["dtype"], requires_grad=requires_grad, training=training
-    )
+    samples = info.module_inputs_func(info, **place, requires_grad=True, training=training)
     assert len(samples) == {"nn.LSTM": 32, "nn.LSTMCell": 2}[name]
     # The interpreter is slow: of its 32 samples those with a bias, the time first and states, and the first of all.
     for sample in [samples[0], *samples[17:24:2]] if backend == "triton" and name == "nn.LSTM" else samples:
@@ -71,12 +61,8 @@ def assert_close(ours, theirs, backend):
 @pytest.mark.parametrize(("backend", "training"), [(b, t) for b in BACKENDS for t in (True, False)][:-1])
 @every_info
 def test_forward_and_gradients(backend, name, training):
-    """Against torch's module, and against torch's reference function: of one unbatched call, the same in a batch.
-
-    In eval() of inputs that are not contiguous, but every other element of a larger tensor; so are the gradients that
-    come from above.
-    """
-    for ours, theirs, arguments, reference in modules(name, backend, training, requires_grad=True):
+    """Against torch's module, and torch's reference function. In eval() inputs and gradients are not contiguous."""
+    for ours, theirs, arguments, reference in modules(name, backend, training):
         with torch.no_grad():
             assert_close(tree_leaves(ours(*arguments)), tree_leaves(reference(ours, *arguments)), backend)
         expected = call(theirs, arguments)

@@ -5,19 +5,15 @@ import sys
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES, assert_same
+from comparing import BACKENDS, PLACES, assert_same, every_backend
 from pairs import B, I, T, pair, random_inputs
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-# Gradients of gradients by torch.autograd
-
 RAGGED = dict(lengths=torch.tensor([2, 1]), resets=torch.tensor([[0, 1], [1, 0]]).bool())
 
 
@@ -27,14 +23,12 @@ RAGGED = dict(lengths=torch.tensor([2, 1]), resets=torch.tensor([[0, 1], [1, 0]]
 ], ids=["projection", "cell", "both directions, ragged"])  # fmt: skip
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_derivatives_by_finite_differences(backend, kind, arguments, ragged):
-    torch.manual_seed(4)
     ours = getattr(gpu_lstm, kind)(2, 2, dtype=torch.float64, backend=backend, **arguments)
     x, (h, c) = random_inputs(ours, 2)
     inputs = [t.double().requires_grad_() for t in (x[:2], h, c)] + list(ours.parameters())
-    names = [name for name, _ in ours.named_parameters()]
 
     def call(x, h, c, *weights):
-        given = dict(zip(names, weights, strict=True))
+        given = dict(zip(ours.state_dict(), weights, strict=True))
         return tuple(tree_leaves(functional_call(ours, given, (x, (h, c)), ragged)))
 
     assert torch.autograd.gradcheck(call, inputs)
@@ -47,17 +41,15 @@ def test_derivatives_by_finite_differences(backend, kind, arguments, ragged):
 ], ids=str)  # fmt: skip
 def test_gradient_penalty(backend, kind, arguments):
     """Gradients of (|d loss / d inputs| - 1)^2."""
-    found = []
-    for module in pair(kind, backend, **arguments)[::-1]:
-        like = next(module.parameters())
-        x, hx = tree_map(lambda t: t.to(like).requires_grad_(), random_inputs(module, B))  # noqa: B023
-        inputs = [x, *tree_leaves(hx)]
+
+    def penalised(module):
+        x, hx = tree_map(lambda t: t.to(next(module.parameters())).requires_grad_(), random_inputs(module, B))
         loss = sum(t.square().sum() for t in tree_leaves(module(x, hx)))
-        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        first = torch.autograd.grad(loss, [x, *tree_leaves(hx)], create_graph=True)
         penalty = (torch.cat([g.flatten() for g in first]).norm() - 1).square()
-        second = torch.autograd.grad(penalty, [*inputs, *module.parameters()])
-        found.append(dict(enumerate([penalty.detach(), *second])))
-    assert_same(*found)
+        return dict(enumerate(torch.autograd.grad(penalty, [x, *tree_leaves(hx), *module.parameters()])))
+
+    assert_same(*(penalised(module) for module in pair(kind, backend, **arguments)[::-1]))
 
 
 @pytest.mark.parametrize(("recompute", "names"), [(False, ()), (True, ("x", "bias_hh_l0"))], ids=["kept", "recomputed"])
@@ -65,56 +57,48 @@ def test_a_gradient_is_the_same_where_no_other_is_asked_for(recompute, names):
     """All inputs and parameters but one frozen: the kernels' backward leaves out what nobody needs, and no more."""
     theirs, ours = pair("LSTM", "triton", proj_size=2)
     ours.recompute = recompute
-    found = []
-    for module in (ours, theirs):
-        like = next(module.parameters())
-        x, (h0, c0) = tree_map(lambda t: t.to(like), random_inputs(module, B))  # noqa: B023
+
+    def gradients_of(module):
+        x, (h0, c0) = tree_map(lambda t: t.to(next(module.parameters())), random_inputs(module, B))
         differentiable = dict(x=x[:2], h0=h0, c0=c0, **dict(module.requires_grad_(False).named_parameters()))
-        found.append({})
         for name in names or differentiable:
             tensor = differentiable[name].requires_grad_(True)
             loss = sum(t.square().sum() for t in tree_leaves(module(differentiable["x"], (h0, c0))))
-            (found[-1][name],) = torch.autograd.grad(loss, [tensor])
+            yield name, *torch.autograd.grad(loss, [tensor])
             tensor.requires_grad_(False)
-    assert_same(*found)
+
+    assert_same(*(dict(gradients_of(module)) for module in (ours, theirs)))
 
 
 # torch.func, on one layer
-
-
 @pytest.fixture(params=BACKENDS)
 def lstms(request):
     return pair("LSTM", request.param)
 
 
 def inputs(module, *shape, seed=1):
-    torch.manual_seed(seed)
-    return torch.randn(*shape or (T, B, I), dtype=torch.float64).to(next(module.parameters()))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape or (T, B, I), dtype=torch.float64, generator=generator).to(next(module.parameters()))
 
 
-def assert_close(ours, theirs):
-    ours, theirs = (dict(enumerate(tree_leaves(found))) for found in (ours, theirs))
+def assert_close(*found):
+    ours, theirs = (dict(enumerate(tree_leaves(each))) for each in found)
     assert ours
     assert_same(ours, theirs, condition=4)
 
 
-def parameters(module):
-    return {name: p.detach() for name, p in module.named_parameters()}
-
-
 def gradients(module, loss):
-    return dict(zip(parameters(module), torch.autograd.grad(loss, list(module.parameters()))))
+    return dict(zip(module.state_dict(), torch.autograd.grad(loss, list(module.parameters()))))
 
 
 def test_grad_and_vjp(lstms):
     """And a gradient penalty with the inner gradient by torch.func, the outer one by plain autograd."""
     theirs, ours = lstms
-    found = grad(lambda p: functional_call(ours, p, (inputs(ours),))[0].square().sum())(parameters(ours))
+    found = grad(lambda p: functional_call(ours, p, (inputs(ours),))[0].square().sum())(ours.state_dict())
     assert_close(found, gradients(theirs, theirs(inputs(theirs))[0].square().sum()))
     x = inputs(theirs).requires_grad_()
     y, _ = theirs(x)
-    dy = inputs(theirs, *y.shape, seed=2)
-    _, pull = vjp(lambda x: ours(x)[0], inputs(ours))
+    dy, (_, pull) = inputs(theirs, *y.shape, seed=2), vjp(lambda x: ours(x)[0], inputs(ours))
     assert_close(pull(dy.to(inputs(ours))), torch.autograd.grad(y, x, dy, retain_graph=True))
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     found = grad(lambda x: ours(x)[0].square().sum())(inputs(ours))
@@ -129,9 +113,8 @@ def test_jacobians_both_ways_and_forward_mode(lstms):
     x, direction = inputs(ours), inputs(ours, seed=2)
     _, true = torch.autograd.functional.jvp(lambda x: theirs(x)[0], inputs(theirs), inputs(theirs, seed=2))
     assert_close(jvp(lambda x: ours(x)[0], (x,), (direction,))[1], true)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, direction)
-        assert_close(torch.autograd.forward_ad.unpack_dual(ours(dual)[0]).tangent, true)
+    with forward_ad.dual_level():
+        assert_close(forward_ad.unpack_dual(ours(forward_ad.make_dual(x, direction))[0]).tangent, true)
 
 
 def test_second_derivatives(lstms):
@@ -141,53 +124,42 @@ def test_second_derivatives(lstms):
         assert_close(way(lambda x: ours(x)[0][-1].square().sum())(inputs(ours, 2, 1, I)), true)
 
 
-def twice_more(pulled, module, x, dy, dx):
-    _, again = vjp(pulled, dy)
-    _, thrice = vjp(lambda dx: again(dx)[0], dx)
-    return [*again(dx), *thrice(dy)]
-
-
-OUTER = {  # transforms of dx = pulled(dy), which vjp returned
-    "vjp": twice_more,
-    "jvp": lambda pulled, module, x, dy, dx: jvp(pulled, (dy,), (dy.cos(),)),
-    "vjp around both": lambda pulled, module, x, dy, dx: vjp(
-        lambda x, dy: vjp(lambda x: module(x)[0], x)[1](dy)[0], x, dy)[1](dx),
-    "vmap": lambda pulled, module, x, dy, dx: vmap(pulled)(torch.stack([dy, dy.cos()])),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("outer", [*OUTER, "dual numbers"])
+@pytest.mark.parametrize("outer", ["vjp", "jvp", "vjp around both", "vmap", "dual numbers"])
 def test_what_vjp_returned_is_differentiated_inside_another_transform(lstms, outer):
     """The transform that forward ran in is over by then."""
-    found = []
-    for module in lstms[::-1]:
-        module.requires_grad_(False)
-        x, dx = inputs(module), inputs(module, seed=3)
-        dy = inputs(module, T, B, module.hidden_size, seed=2)
-        _, pull = vjp(lambda x: module(x)[0], x)  # noqa: B023
-        if outer in OUTER:
-            found.append(OUTER[outer](lambda dy: pull(dy)[0], module, x, dy, dx))  # noqa: B023
-        elif module is lstms[1]:
-            y, _ = module(x.requires_grad_())
-            with torch.autograd.forward_ad.dual_level():
-                (gradient,) = torch.autograd.grad(y, x, torch.autograd.forward_ad.make_dual(dy, dy.cos()))
-                found.append(torch.autograd.forward_ad.unpack_dual(gradient).tangent)
-        else:  # torch has no forward mode there: but gradients are linear in dy
-            found.append(pull(dy.cos()))
-    assert_close(*found)
+
+    def transformed(module):
+        def pulled(dy):
+            return pull(dy)[0]
+
+        x, dx, dy = inputs(module), inputs(module, seed=3), inputs(module, T, B, module.hidden_size, seed=2)
+        _, pull = vjp(lambda x: module(x)[0], x)
+        match outer:
+            case "vjp":
+                _, again = vjp(pulled, dy)
+                return [*again(dx), *vjp(lambda dx: again(dx)[0], dx)[1](dy)]
+            case "jvp":
+                return jvp(pulled, (dy,), (dy.cos(),))
+            case "vjp around both":
+                return vjp(lambda x, dy: vjp(lambda x: module(x)[0], x)[1](dy)[0], x, dy)[1](dx)
+            case "vmap":
+                return vmap(pulled)(torch.stack([dy, dy.cos()]))
+        if module is lstms[0]:  # torch has no forward mode there: but gradients are linear in dy
+            return pulled(dy.cos())
+        y, _ = module(x.requires_grad_())
+        with forward_ad.dual_level():
+            (gradient,) = torch.autograd.grad(y, x, forward_ad.make_dual(dy, dy.cos()))
+            return forward_ad.unpack_dual(gradient).tangent
+
+    assert_close(*(transformed(module.requires_grad_(False)) for module in lstms[::-1]))
 
 
 def test_an_ensemble(lstms):
     theirs, ours = lstms
-    torch.manual_seed(1)
-    members = [ours, gpu_lstm.LSTM(I, ours.hidden_size, backend=ours.backend).to(inputs(ours))]
-    stacked, _ = stack_module_state(members)
     x = inputs(ours)
-
-    def every(p):
-        return vmap(lambda p: functional_call(ours, p, (x,))[0])(p)
-
-    outputs, pull = vjp(every, {name: t.detach() for name, t in stacked.items()})
+    members = [ours, gpu_lstm.LSTM(I, ours.hidden_size, backend=ours.backend).to(x)]
+    stacked = {name: t.detach() for name, t in stack_module_state(members)[0].items()}
+    outputs, pull = vjp(vmap(lambda p: functional_call(ours, p, (x,))[0]), stacked)
     (found,) = pull(torch.ones_like(outputs))
     for k, member in enumerate(members):
         theirs.load_state_dict(member.state_dict())
@@ -199,34 +171,27 @@ def test_an_ensemble(lstms):
 @pytest.mark.parametrize("ragged", [False, True])
 def test_per_sample_gradients(lstms, ragged):
     theirs, ours = lstms
-    x, lengths = inputs(ours), torch.tensor([4, 1, 3])
+    x, lengths = inputs(ours), torch.tensor([4, 1, 3] if ragged else [T] * B)
 
     def loss(p, x, length):
         return functional_call(ours, p, (x,), {"lengths": length} if ragged else {})[0].square().sum()
 
-    found = vmap(grad(loss), in_dims=(None, 1, 0))(parameters(ours), x, lengths.to(x.device))
+    found = vmap(grad(loss), in_dims=(None, 1, 0))(ours.state_dict(), x, lengths.to(x.device))
     for b in range(B):
-        y, _ = theirs(inputs(theirs)[: int(lengths[b]) if ragged else T, b])
+        y, _ = theirs(inputs(theirs)[: lengths[b], b])
         assert_close({name: g[b] for name, g in found.items()}, gradients(theirs, y.square().sum()))
 
 
 def test_grad_goes_through_the_kernels_and_what_cannot_does_not():
-    _, ours = pair("LSTM", "triton")
-    ours.requires_grad_(False)
+    ours = pair("LSTM", "triton")[1].requires_grad_(False)
     x = inputs(ours)
-
-    def backward_kernels(call):
+    once = grad(lambda x: ours(x)[0].sum())
+    for call, backward_kernels in ((once, 1), (grad(lambda x: once(x).square().sum()), 0), (vmap(once, in_dims=1), 0)):
         with torch.profiler.profile() as profile:
             call(x)
-        return sum(event.count for event in profile.key_averages() if event.key == "gpu_lstm::layer_backward")
+        counts = {event.key: event.count for event in profile.key_averages()}
+        assert counts.get("gpu_lstm::layer_backward", 0) == backward_kernels
 
-    once = grad(lambda x: ours(x)[0].sum())
-    assert backward_kernels(once) == 1
-    assert backward_kernels(grad(lambda x: once(x).square().sum())) == 0
-    assert backward_kernels(vmap(once, in_dims=1)) == 0
-
-
-# The same bits
 
 BITS = """
 import torch
@@ -244,11 +209,9 @@ def bits(backend, dtype):
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_in_every_process():
-    calls = [f"bits({backend!r}, {place['dtype']})" for backend, place in PLACES.items()]
-    names: dict = {}
+    calls, names = [f"bits({backend!r}, {place['dtype']})" for backend, place in PLACES.items()], {}
     exec(BITS, names)
-    here = [eval(call, names) for call in calls]
-    assert here == [eval(call, names) for call in calls]
+    here, again = ([eval(call, names) for call in calls] for _ in range(2))
     program = "\n".join([BITS, "torch.set_num_threads(1)", *(f"print({call})" for call in calls)])
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert said.stdout.split() == here
+    assert said.stdout.split() == here == again

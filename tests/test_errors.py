@@ -1,12 +1,10 @@
-"""Which backend is chosen, by whom, and what it says when it cannot run; wrong calls are in test_wrong_calls.py.
-
-With float64, "triton" is told apart from the rest by its TypeError.
-"""
+"""Which backend is chosen, by whom, and what it says when it cannot run: with float64 "triton" raises a TypeError."""
 
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,31 +15,29 @@ from gpu_lstm.backends import reference
 from gpu_lstm.functional import lstm_layer
 
 F64 = torch.float64
-WEIGHTS = zeros(16, 3, dtype=F64), zeros(16, 4, dtype=F64)
-X = zeros(5, 2, 3, dtype=F64)
+X, *WEIGHTS = (zeros(size, dtype=F64) for size in ((5, 2, 3), (16, 3), (16, 4)))
 CALLABLES = dict(
     LSTM=lambda **kwargs: gpu_lstm.LSTM(3, 4, dtype=F64, **kwargs)(X),
     LSTMCell=lambda **kwargs: gpu_lstm.LSTMCell(3, 4, dtype=F64, **kwargs)(X[0]),
     StackedLSTM=lambda **kwargs: gpu_lstm.StackedLSTM(3, [4, 2], dtype=F64, **kwargs)(X),
     lstm_layer=lambda **kwargs: lstm_layer(X, WEIGHTS, **kwargs),
 )
-every_callable = pytest.mark.parametrize("call", CALLABLES.values(), ids=CALLABLES)
 
 
 def refuses_float64(name="triton"):
     return pytest.raises(TypeError, match=f"^backend '{name}' supports .* and float32, got torch.float64$")
 
 
-@every_callable
+@pytest.mark.parametrize("call", CALLABLES.values(), ids=CALLABLES)
 def test_who_chooses_the_backend(call, monkeypatch):
     """The argument before `with`, `with` before the environment, which is auto if empty."""
-    layer, calls = reference.layer, []
-    monkeypatch.setattr(reference, "layer", lambda *given, **options: calls.append(1) or layer(*given, **options))
+    layer = Mock(side_effect=reference.layer)
+    monkeypatch.setattr(reference, "layer", layer)
 
     def by_reference(**arguments) -> bool:
-        calls.clear()
+        layer.reset_mock()
         call(**arguments)
-        return bool(calls)
+        return layer.called
 
     for backend in ("triton", "cupy", gpu_lstm.Backend.TRITON, gpu_lstm.Backend.CUPY):
         with refuses_float64(gpu_lstm.Backend(backend).value):
@@ -49,17 +45,15 @@ def test_who_chooses_the_backend(call, monkeypatch):
     monkeypatch.setenv("GPU_LSTM_BACKEND", "triton")
     with refuses_float64():
         call()
-    with gpu_lstm.backend("reference"):
-        assert by_reference()
-    with gpu_lstm.backend(gpu_lstm.Backend.TRITON):
-        for backend in ("torch", "auto", "reference"):  # of which auto is torch on the CPU
-            assert by_reference(backend=backend) is (backend == "reference")
+    assert gpu_lstm.backend("reference")(by_reference)()
+    for backend in ("torch", "auto", "reference"):  # of which auto is torch on the CPU
+        found = gpu_lstm.backend(gpu_lstm.Backend.TRITON)(by_reference)(backend=backend)
+        assert found is (backend == "reference")
     monkeypatch.setenv("GPU_LSTM_BACKEND", "reference")
     assert by_reference()
-    with gpu_lstm.backend("triton"), refuses_float64():
-        call()
-    with gpu_lstm.backend("torch"), refuses_float64():
-        call(backend="triton")
+    for block, arguments in (("triton", {}), ("torch", dict(backend="triton"))):
+        with gpu_lstm.backend(block), refuses_float64():
+            call(**arguments)
     monkeypatch.setenv("GPU_LSTM_BACKEND", "")
     assert not by_reference()
 
@@ -68,8 +62,7 @@ def test_with_ends_with_its_block(monkeypatch):
     monkeypatch.delenv("GPU_LSTM_BACKEND", raising=False)
     call = CALLABLES["LSTM"]
     with gpu_lstm.backend("triton"):
-        with gpu_lstm.backend("torch"):
-            call()
+        gpu_lstm.backend("torch")(call)()
         with refuses_float64():
             call()
         with pytest.raises(ValueError, match="unknown backend 'none'"), gpu_lstm.backend("none"):
@@ -83,8 +76,7 @@ def test_with_ends_with_its_block(monkeypatch):
 
 
 def test_a_backend_that_is_chosen_without_with_is_told():
-    words = r"^gpu_lstm.backend\('triton'\) chose nothing: write `with gpu_lstm.backend"
-    with pytest.warns(RuntimeWarning, match=words):
+    with pytest.warns(RuntimeWarning, match=r"^gpu_lstm.backend\('triton'\) chose nothing: write `with gpu_lstm.backe"):
         gpu_lstm.backend("triton")
     decorated = gpu_lstm.backend("triton")(CALLABLES["LSTM"])
     with warnings.catch_warnings():
@@ -100,10 +92,9 @@ def test_a_backend_that_is_chosen_without_with_is_told():
 
 
 TWICE = """
-import importlib, sys, torch, gpu_lstm
-from gpu_lstm.backends import graph
-importlib.reload(graph)
-importlib.reload(gpu_lstm)
+import importlib, sys, torch, gpu_lstm, gpu_lstm.backends.graph
+for module in (gpu_lstm.backends.graph, gpu_lstm):
+    importlib.reload(module)
 torch.compile(gpu_lstm.LSTM(3, 4), backend="eager", fullgraph=True)(torch.zeros(2, 1, 3))
 for name in [name for name in sys.modules if name.startswith("gpu_lstm")]:
     del sys.modules[name]
@@ -115,12 +106,11 @@ except ImportError as error:
 
 
 def test_the_package_may_be_reloaded_and_a_second_copy_is_refused_in_words():
-    run = subprocess.run(
-        [sys.executable, "-c", TWICE], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    words = (
+        "gpu_lstm was imported twice, say from two folders, and its operators can be registered once: restart Python"
     )
-    assert run.stdout == (
-        "gpu_lstm was imported twice, say from two folders, and its operators can be registered once: restart Python\n"
-    ), run.stderr
+    assert run.stdout == f"{words}\n", run.stderr
 
 
 def test_a_block_inside_a_compiled_function():
@@ -130,5 +120,4 @@ def test_a_block_inside_a_compiled_function():
         with gpu_lstm.backend("reference"):
             return lstm(x)[0]
 
-    compiled = torch.compile(inside, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), inside(x))
+    torch.testing.assert_close(torch.compile(inside, backend="eager", fullgraph=True)(x), inside(x))

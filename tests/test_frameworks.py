@@ -1,10 +1,6 @@
-"""Trainers and tools of other packages (the extra `frameworks`): with our LSTM they give what torch.nn.LSTM gives.
-
-docs/frameworks.md has the table. A package that is not installed is skipped; sb3-contrib is in test_interop.py.
-"""
+"""Trainers and tools of other packages (the extra `frameworks`): with our LSTM they give what torch.nn.LSTM gives."""
 
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +14,8 @@ from gpu_lstm.tools.convert import to_torch
 
 N, T, I, H = 12, 4, 3, 5
 Found = list[Tensor]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.usefixtures("exact_float32_products"),
-    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),  # theirs
-]
+THEIRS = "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("exact_float32_products"), pytest.mark.filterwarnings(*THEIRS)]
 
 
 class Classifier(nn.Module):
@@ -51,16 +44,7 @@ def weights(*modules: nn.Module) -> Found:
     return [parameter.detach().clone() for module in modules for parameter in module.parameters()]
 
 
-def both(run: Callable[[type[nn.Module], str | None], Found], kind: type[nn.Module] = gpu_lstm.LSTM) -> None:
-    """`run` with torch.nn.LSTM and ours: the same by torch's own LSTM, close by the kernels."""
-    expected = run(nn.LSTM, None)
-    assert all(tensor.any() for tensor in expected)
-    for backend, tolerance in ((None, 0.0), ("triton", 1e-4)):
-        for found, true in zip(run(kind, backend), expected, strict=True):
-            torch.testing.assert_close(found, true, rtol=tolerance, atol=tolerance)
-
-
-def test_lightning(tmp_path):
+def lightning(kind, backend, folder, half=False) -> Found:
     """Trainer.fit with clipped gradients, in float32 and with autocast; a checkpoint there and back."""
     lightning = pytest.importorskip("lightning")
 
@@ -76,23 +60,18 @@ def test_lightning(tmp_path):
         def configure_optimizers(self):
             return torch.optim.Adam(self.parameters(), 1e-2)
 
-    def run(kind, backend, precision="32-true"):
-        module = Module(kind, backend)
-        trainer = lightning.Trainer(
-            max_epochs=2, accelerator="cpu", precision=precision, gradient_clip_val=0.1, logger=False,
-            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-        )  # fmt: skip
-        trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=4))
-        trainer.save_checkpoint(tmp_path / "checkpoint")
-        loaded = Module.load_from_checkpoint(tmp_path / "checkpoint", weights_only=False)
-        assert all(map(torch.equal, weights(loaded), weights(module)))
-        return weights(module)
-
-    both(run)
-    assert all(map(torch.equal, *(run(kind, None, "bf16-mixed") for kind in (gpu_lstm.LSTM, nn.LSTM))))
+    module = Module(kind, backend)
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", precision="bf16-mixed" if half else "32-true", gradient_clip_val=0.1,
+        logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder)  # fmt: skip
+    trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=4))
+    trainer.save_checkpoint(folder / "checkpoint")
+    loaded = Module.load_from_checkpoint(folder / "checkpoint", weights_only=False)
+    assert all(map(torch.equal, weights(loaded), weights(module)))
+    return weights(module)
 
 
-def test_hugging_face_trainer(tmp_path):
+def hugging_face(kind, backend, folder, half=False) -> Found:
     """Trainer.train, in float32 and with autocast; save_pretrained and back; a checkpoint resumed."""
     transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
 
@@ -110,107 +89,99 @@ def test_hugging_face_trainer(tmp_path):
         def forward(self, x, labels=None):
             return {"loss": nn.functional.cross_entropy(self.net(x), labels)}
 
-    def run(kind, backend, bf16=False):
-        found, out = [], tmp_path / f"{kind.__module__} {backend} {bf16}"
-        for resume in (False, out / "checkpoint-3"):
-            model = Model(transformers.PretrainedConfig(), kind, backend)
-            arguments = transformers.TrainingArguments(
-                out, num_train_epochs=2, per_device_train_batch_size=4, use_cpu=True, bf16=bf16, report_to=[],
-                save_strategy="epoch", logging_strategy="no", disable_tqdm=True,
-            )  # fmt: skip
-            examples = [{"x": x, "labels": y} for x, y in zip(*data())]
-            transformers.Trainer(model, arguments, train_dataset=examples).train(resume_from_checkpoint=resume)
-            model.save_pretrained(out / "model")
-            loaded = Model.from_pretrained(out / "model", kind=kind, backend=backend)
-            assert all(map(torch.equal, weights(loaded), weights(model)))
-            found.append(weights(model))
-        assert all(map(torch.equal, *found)), "resumed it differs"
-        return found[0]
-
-    both(run)
-    assert all(map(torch.equal, *(run(kind, None, bf16=True) for kind in (gpu_lstm.LSTM, nn.LSTM))))
+    found, out = [], folder / f"{kind.__module__} {backend} {half}"
+    for resume in (False, out / "checkpoint-3"):
+        model = Model(transformers.PretrainedConfig(), kind, backend)
+        arguments = transformers.TrainingArguments(
+            out, num_train_epochs=2, per_device_train_batch_size=4, use_cpu=True, bf16=half, report_to=[],
+            save_strategy="epoch", logging_strategy="no", disable_tqdm=True)  # fmt: skip
+        examples = [{"x": x, "labels": y} for x, y in zip(*data())]
+        transformers.Trainer(model, arguments, train_dataset=examples).train(resume_from_checkpoint=resume)
+        model.save_pretrained(out / "model")
+        loaded = Model.from_pretrained(out / "model", kind=kind, backend=backend)
+        assert all(map(torch.equal, weights(loaded), weights(model)))
+        found.append(weights(model))
+    assert all(map(torch.equal, *found)), "resumed it differs"
+    return found[0]
 
 
-def test_skorch():
+def skorch(kind, backend, folder) -> Found:
     """A classifier for scikit-learn: fitted, pickled, and cloned by a grid search over its learning rate."""
     skorch = pytest.importorskip("skorch")
     from sklearn.model_selection import GridSearchCV
 
-    def run(kind, backend):
-        x, y = (t.numpy() for t in data())
-        classifier = skorch.NeuralNetClassifier(
-            Classifier, module__kind=kind, module__backend=backend, criterion=nn.CrossEntropyLoss, max_epochs=2, lr=0.1,
-            train_split=None, verbose=0,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        classifier.fit(x, y)
-        copy = pickle.loads(pickle.dumps(classifier))
-        assert (copy.predict_proba(x) == classifier.predict_proba(x)).all()
-        search = GridSearchCV(classifier, {"lr": [0.1, 0.2]}, cv=2, scoring="accuracy").fit(x, y)
-        return weights(classifier.module_, search.best_estimator_.module_)
-
-    both(run)
+    x, y = (t.numpy() for t in data())
+    classifier = skorch.NeuralNetClassifier(
+        Classifier, module__kind=kind, module__backend=backend, criterion=nn.CrossEntropyLoss, max_epochs=2, lr=0.1,
+        train_split=None, verbose=0)  # fmt: skip
+    torch.manual_seed(0)
+    classifier.fit(x, y)
+    copy = pickle.loads(pickle.dumps(classifier))
+    assert (copy.predict_proba(x) == classifier.predict_proba(x)).all()
+    search = GridSearchCV(classifier, {"lr": [0.1, 0.2]}, cv=2, scoring="accuracy").fit(x, y)
+    return weights(classifier.module_, search.best_estimator_.module_)
 
 
-def test_safetensors(tmp_path):
+def safetensors(kind, backend, folder) -> Found:
     """A model's weights in a file, read by torch.nn.LSTM too."""
     safetensors = pytest.importorskip("safetensors.torch")
-
-    def run(kind, backend):
-        model, others = Classifier(kind, backend), [Classifier(kind, backend), Classifier()]
-        safetensors.save_model(model, tmp_path / "model.safetensors")
-        for other in others:
-            for parameter in other.parameters():
-                nn.init.zeros_(parameter)
-            safetensors.load_model(other, tmp_path / "model.safetensors")
-            assert all(map(torch.equal, weights(other), weights(model)))
-        return weights(*others)
-
-    both(run)
+    model, others = Classifier(kind, backend), [Classifier(kind, backend), Classifier()]
+    safetensors.save_model(model, folder / "model.safetensors")
+    for other in others:
+        for parameter in other.parameters():
+            nn.init.zeros_(parameter)
+        safetensors.load_model(other, folder / "model.safetensors")
+        assert all(map(torch.equal, weights(other), weights(model)))
+    return weights(*others)
 
 
-def test_captum():
+def captum(kind, backend, folder) -> Found:
     """Attributions to the input, and activations and conductance of the head. Layers with states it does not take."""
     attr = pytest.importorskip("captum.attr")
-
-    def run(kind, backend):
-        model, x = Classifier(kind, backend).eval(), data()[0][:2]
-        methods = attr.IntegratedGradients, attr.Saliency, attr.InputXGradient, attr.FeatureAblation
-        attributions = [method(model).attribute(x, target=1) for method in methods]
-        np.random.seed(0)
-        torch.manual_seed(0)
-        attributions.append(attr.GradientShap(model).attribute(x, baselines=torch.zeros_like(x), target=1))
-        attributions.append(attr.LayerActivation(model, model.head).attribute(x))
-        attributions.append(attr.LayerConductance(model, model.head).attribute(x, target=1))
-        with pytest.raises(AttributeError, match="'tuple' object has no attribute 'clone'"):
-            attr.LayerActivation(model, model.lstm).attribute(x)
-        return [each.detach() for each in attributions]
-
-    both(run)
+    model, x = Classifier(kind, backend).eval(), data()[0][:2]
+    methods = attr.IntegratedGradients, attr.Saliency, attr.InputXGradient, attr.FeatureAblation
+    np.random.seed(0)
+    torch.manual_seed(0)
+    shap = attr.GradientShap(model).attribute(x, baselines=torch.zeros_like(x), target=1)
+    activation = attr.LayerActivation(model, model.head).attribute(x)
+    conductance = attr.LayerConductance(model, model.head).attribute(x, target=1)
+    with pytest.raises(AttributeError, match="'tuple' object has no attribute 'clone'"):
+        attr.LayerActivation(model, model.lstm).attribute(x)
+    found = [*(method(model).attribute(x, target=1) for method in methods), shap, activation, conductance]
+    return [each.detach() for each in found]
 
 
 KEYS = dict(in_keys=["x", "h", "c"], out_keys=["y", ("next", "h"), ("next", "c")])  # of TorchRL's LSTMModule
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.4], ids=["one_trajectory", "several"])
-def test_torchrl(rate):
+def torchrl(kind, backend, folder, rate=0.0) -> Found:
     """LSTMModule, step by step and over trajectories, which it tells apart by is_init. It asks for nn.LSTM's class."""
     modules, TensorDict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict").TensorDict
+    kind = gpu_lstm.compat.LSTM if kind is gpu_lstm.LSTM else kind
+    torch.manual_seed(0)
+    policy = modules.LSTMModule(lstm=lstm(kind, backend, num_layers=2), **KEYS)
+    given = {"is_init": torch.rand(N, T, 1) < rate, **{name: torch.randn(N, T, 2, H) for name in "hc"}}
+    whole = TensorDict({"x": data()[0], **given}, [N, T])
+    with modules.set_recurrent_mode(False):
+        step = policy(whole[:, 0].clone())
+    with modules.set_recurrent_mode(True):
+        whole = policy(whole)
+    gradients = torch.autograd.grad(whole["y"].square().sum(), list(policy.parameters()))
+    return [t.detach() for t in (step["y"], step["next", "c"], whole["y"], whole["next", "h"], *gradients)]
 
-    def run(kind, backend):
-        torch.manual_seed(0)
-        policy = modules.LSTMModule(lstm=lstm(kind, backend, num_layers=2), **KEYS)
-        given = {"is_init": torch.rand(N, T, 1) < rate, **{name: torch.randn(N, T, 2, H) for name in "hc"}}
-        whole = TensorDict({"x": data()[0], **given}, [N, T])
-        with modules.set_recurrent_mode(False):
-            step = policy(whole[:, 0].clone())
-        with modules.set_recurrent_mode(True):
-            whole = policy(whole)
-        whole["y"].square().sum().backward()
-        found = [step["y"], step["next", "c"], whole["y"], whole["next", "h"], *(p.grad for p in policy.parameters())]
-        return [each.detach() for each in found]
 
-    both(run, gpu_lstm.compat.LSTM)
+@pytest.mark.parametrize(("run", "options"), [
+    (lightning, {}), (hugging_face, {}), (skorch, {}), (safetensors, {}), (captum, {}), (torchrl, {}),
+    (torchrl, dict(rate=0.4))], ids=lambda run: getattr(run, "__name__", str(run)))  # fmt: skip
+def test_what_torch_nn_lstm_gives(run, options, tmp_path):
+    """The same by torch's own LSTM, also with autocast; close by the kernels."""
+    expected = run(nn.LSTM, None, tmp_path, **options)
+    assert all(tensor.any() for tensor in expected)
+    for backend, tolerance in ((None, 0.0), ("triton", 1e-4)):
+        found = run(gpu_lstm.LSTM, backend, tmp_path, **options)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    if run in (lightning, hugging_face):
+        assert all(map(torch.equal, *(run(kind, None, tmp_path, half=True) for kind in (gpu_lstm.LSTM, nn.LSTM))))
 
 
 def test_torchrl_resets_to_the_states_that_are_stored():
@@ -226,7 +197,7 @@ def test_torchrl_resets_to_the_states_that_are_stored():
             return policy(TensorDict({"x": x, "is_init": starts[:, :, None], "h": h, "c": c}, [N, T]))["y"]
 
     def found(y, module):
-        return [y.detach(), *torch.autograd.grad(y.square().sum(), [h, c, *module.parameters()])]
+        return [y, *torch.autograd.grad(y.square().sum(), [h, c, *module.parameters()])]
 
     expected = found(by(policy), policy)
     assert all(tensor.any() for tensor in expected)
@@ -255,15 +226,13 @@ def test_opacus():
 
     assert type(ModuleValidator.fix(Classifier(gpu_lstm.LSTM)).lstm) is gpu_lstm.LSTM
     found = []
-    for model in (Classifier(), to_torch(Classifier(gpu_lstm.LSTM))):
-        model = ModuleValidator.fix(model)
+    for model in map(ModuleValidator.fix, (Classifier(), to_torch(Classifier(gpu_lstm.LSTM)))):
         assert type(model.lstm) is DPLSTM
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         torch.manual_seed(0)
         private, optimizer, batches = PrivacyEngine().make_private(
             module=model, optimizer=optimizer, data_loader=DataLoader(TensorDataset(*data()), batch_size=4),
-            noise_multiplier=1.0, max_grad_norm=1.0, noise_generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+            noise_multiplier=1.0, max_grad_norm=1.0, noise_generator=torch.Generator().manual_seed(0))  # fmt: skip
         for x, y in batches:
             optimizer.zero_grad()
             nn.functional.cross_entropy(private(x), y).backward()

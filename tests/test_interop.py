@@ -1,7 +1,4 @@
-"""convert and to_torch on models of other packages (the extra `interop`), two of them with the weights they ship.
-
-Each model is taken as the package builds it, with inputs of its own kind. The truth is the model before conversion.
-"""
+"""convert and to_torch on models of other packages (the extra `interop`), against the model before conversion."""
 # ruff: noqa: RUF001  (phonemes look like other letters)
 
 import copy
@@ -22,8 +19,8 @@ def tokenizer() -> Built:
     """stanza's tokenizer: bidirectional, over packed sequences, twice."""
     from stanza.models.tokenization.model import Tokenizer
 
-    settings = dict(feat_dim=2, rnn_layers=2, conv_res=None, hierarchical=True, use_mwt=True, hier_invtemp=0.5,
-                    tok_noise=0.02)  # fmt: skip
+    sizes = dict(feat_dim=2, rnn_layers=2, conv_res=None, hier_invtemp=0.5, tok_noise=0.02)
+    settings = sizes | dict(hierarchical=True, use_mwt=True)
     model = Tokenizer(settings, nchars=20, emb_dim=4, hidden_dim=5, dropout=0.33, feat_dropout=0.05).to(DEVICE)
     units, features = torch.randint(1, 20, (3, 7), device=DEVICE), torch.rand(3, 7, 2, device=DEVICE)
     return model, lambda: model(units, features, [7, 4, 2])
@@ -58,19 +55,15 @@ def policy() -> Built:
     return model.to(DEVICE), call
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.usefixtures("exact_float32_products"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # of the packages
-]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("exact_float32_products"),
+              pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")]  # fmt: skip
 
 
 def results(model: nn.Module, call: Callable[[], Tensor], backend: str = "torch") -> dict[str, Tensor]:
     """The output, and the gradient of every parameter that is not frozen."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with gpu_lstm.backend(backend):
-        output = call()
-        gradients = torch.autograd.grad(output.square().sum(), list(parameters.values()))
+    output = gpu_lstm.backend(backend)(call)()
+    gradients = torch.autograd.grad(output.square().sum(), list(parameters.values()))
     return {"output": output.detach(), **dict(zip(parameters, gradients, strict=True))}
 
 
@@ -88,25 +81,19 @@ def test_there_and_back(build):
     torch.manual_seed(0)
     model, call = build()
     for module in model.modules():  # without dropout
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(module, nn.LSTM):
-            module.dropout = 0.0
-
-    def kinds():
-        return [type(module) for module in model.modules()]
-
-    before, kinds_before, keys = results(model, call), kinds(), list(model.state_dict())
-    assert gpu_lstm.convert(model) is model
-    assert kinds() == [gpu_lstm.LSTM if kind is nn.LSTM else kind for kind in kinds_before] != kinds_before
-    assert list(model.state_dict()) == keys
-    for backend, tolerance in (("torch", 1e-6), ("reference", 1e-5), ("triton", 1e-5)):
-        assert_close(results(model, call, backend), before, tolerance)
-
-    assert to_torch(model) is model
-    assert kinds() == kinds_before
-    assert list(model.state_dict()) == keys
-    assert_close(results(model, call), before, 0)
+        if isinstance(module, nn.Dropout | nn.LSTM):
+            setattr(module, "p" if isinstance(module, nn.Dropout) else "dropout", 0.0)
+    before, kinds, keys = results(model, call), [type(module) for module in model.modules()], list(model.state_dict())
+    ours = [gpu_lstm.LSTM if kind is nn.LSTM else kind for kind in kinds]
+    assert ours != kinds
+    for swap, expected, backends in (
+        (gpu_lstm.convert, ours, dict(torch=1e-6, reference=1e-5, triton=1e-5)), (to_torch, kinds, dict(torch=0)),
+    ):  # fmt: skip
+        assert swap(model) is model
+        assert [type(module) for module in model.modules()] == expected
+        assert list(model.state_dict()) == keys
+        for backend, tolerance in backends.items():
+            assert_close(results(model, call, backend), before, tolerance)
 
 
 def test_pretrained_phonemes_stay_the_same():
@@ -133,6 +120,6 @@ def test_pretrained_languages_stay_the_same():
     before = {language: dict(model.rank(sentence)) for language, sentence in sentences.items()}
     for swap in (gpu_lstm.convert, to_torch):
         swap(model)
+        assert [model.predict(sentence) for sentence in sentences.values()] == list(sentences)
         for language, sentence in sentences.items():
-            assert model.predict(sentence) == language
             assert dict(model.rank(sentence)) == pytest.approx(before[language], abs=1e-3)

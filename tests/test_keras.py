@@ -1,5 +1,6 @@
 """from_keras, to_keras, masks and initial values, against Keras itself."""
 
+import copy
 import os
 import re
 import sys
@@ -19,9 +20,8 @@ from gpu_lstm.keras import GoBackwards, forget_bias, from_keras, keras_init, len
 N, T, I, H = 3, 5, 6, 4
 LENGTHS = torch.tensor([3, 5, 0])
 MASK = torch.arange(T) < LENGTHS[:, None]
-
-
 LSTM, RNN, BOTH, CELL = keras.layers.LSTM, keras.layers.RNN, keras.layers.Bidirectional, keras.layers.LSTMCell
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2
 
 
 def rnn(cell, sizes=(H,), wrap=lambda cells, dtype: cells, **options):
@@ -32,14 +32,12 @@ ONE_WAY = {
     "LSTM": lambda cell, **options: LSTM(H, **cell, **options),
     "RNN": partial(rnn, wrap=lambda cells, dtype: cells[0]),
     "cells": partial(rnn, sizes=(H, H + 1)), "one cell": rnn,
-    "StackedRNNCells": partial(rnn, sizes=(H, H, H + 2), wrap=keras.layers.StackedRNNCells),
-}  # fmt: skip
+    "StackedRNNCells": partial(rnn, sizes=(H, H, H + 2), wrap=keras.layers.StackedRNNCells)}  # fmt: skip
 KINDS = ONE_WAY | {
     f"Bidirectional {name}": lambda cell, way=ONE_WAY[name], **options: BOTH(way(cell, **options), dtype=cell["dtype"])
     for name in ("LSTM", "RNN")
 }
 MASKED = [kind for kind in KINDS if kind != "one cell"]  # a stack of one cell fails in Keras when it has a mask
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2
 
 
 @pytest.fixture(autouse=True)
@@ -57,18 +55,6 @@ def build(kind, dtype="float32", use_bias=True, **options):
     return layer
 
 
-def states_for(layer, dtype):
-    """Random initial states, as Keras takes them."""
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(units):
-        return torch.randn(N, units, generator=generator, dtype=dtype)
-
-    if isinstance(getattr(layer, "cell", None), keras.layers.StackedRNNCells):
-        return [[draw(cell.units), draw(cell.units)] for cell in layer.cell.cells]
-    return [draw(H) for _ in range(4 if isinstance(layer, BOTH) else 2)]
-
-
 def in_keras_order(output, states):
     """A module's results in a flat list, in Keras's order."""
     rows = [states] if isinstance(states, tuple) else states  # of several layers or directions, unless a stack's
@@ -76,23 +62,18 @@ def in_keras_order(output, states):
     return [output, *(state for pair in pairs for state in pair)]
 
 
-def keras_call(layer, x, **options):
-    return keras.tree.flatten(layer(x, **options))
+def drawn(seed, *sizes, dtype=torch.float64):
+    """Random tensors, the same for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*size, generator=generator, dtype=dtype) for size in sizes]
 
 
 def inputs(dtype):
-    return torch.randn(N, T, I, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    return drawn(2, (N, T, I), dtype=dtype)[0]
 
 
 def assert_equal(actual, expected, tolerance=1e-6):
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=0, atol=tolerance)
-
-
-def loss_of(results):
-    """A sum in which every result has weights of its own."""
-    generator = torch.Generator().manual_seed(3)
-    return sum((r * torch.randn(r.shape, generator=generator, dtype=r.dtype)).sum() for r in results)
+    torch.testing.assert_close(list(actual), list(expected), rtol=0, atol=tolerance)
 
 
 def check(layer, module, mask=None, initial=True, seen=None):
@@ -101,30 +82,33 @@ def check(layer, module, mask=None, initial=True, seen=None):
     # Keras's cells multiply in float32 on torch whatever their dtype, and so do its layers that have a mask.
     exact = dtype is torch.float64 and mask is None and type(getattr(layer, "forward_layer", layer)) is LSTM
     x, lengths = inputs(dtype).requires_grad_(), None if mask is None else lengths_of(mask)
-    states, hx = states_for(layer, dtype) if initial else None, None
-    leaves = [s.requires_grad_() for s in keras.tree.flatten(states or [])]
-    if states:  # as a module takes them
-        of_cells = isinstance(states[0], list)
+    leaves, states, hx = [], None, None
+    if initial:  # as Keras takes them, and as a module does
+        of_cells = isinstance(getattr(layer, "cell", None), keras.layers.StackedRNNCells)
+        cells = layer.cell.cells if of_cells else [layer] * (1 + isinstance(layer, BOTH))
+        leaves = drawn(1, *((N, cell.units if of_cells else H) for cell in cells for _ in "hc"), dtype=dtype)
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        states = [leaves[k : k + 2] for k in range(0, len(leaves), 2)] if of_cells else leaves
         hx = list(map(tuple, states)) if of_cells else (torch.stack(states[0::2]), torch.stack(states[1::2]))
     actual = in_keras_order(*module(x, hx, lengths=lengths))
     if mask is not None:
         dirty = x.masked_fill(~mask[:, :, None], torch.nan)
         assert_equal(in_keras_order(*module(dirty, hx, lengths=lengths)), actual)
-    expected = keras_call(layer, x, initial_state=states, mask=mask)
+    expected = keras.tree.flatten(layer(x, initial_state=states, mask=mask))
     if seen is not None:
         actual[0], expected[0] = actual[0][seen], expected[0][seen]
     assert_equal(actual, expected, 1e-13 if exact else 1e-6)
     ours = [parameter for name, parameter in module.named_parameters() if "bias_hh" not in name]
-    got = torch.autograd.grad(loss_of(actual), [*ours, x, *leaves])
+    kernels, dy = [variable.value for variable in layer.trainable_variables], drawn(3, *(r.shape for r in expected))
+    got, true = (torch.autograd.grad(found, [*of, x, *leaves], [d.to(r) for d, r in zip(dy, found)])
+                 for found, of in ((actual, ours), (expected, kernels)))  # fmt: skip
     got = [*(g.T if g.dim() == 2 else g for g in got[: len(ours)]), *got[len(ours) :]]
-    kernels = [variable.value for variable in layer.trainable_variables]
-    assert_equal(got, torch.autograd.grad(loss_of(expected), [*kernels, x, *leaves]), 1e-12 if exact else 1e-5)
+    assert_equal(got, true, 1e-12 if exact else 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("use_bias", "initial", "masked"), [
-    (True, True, False), (True, False, True), (False, True, True), (False, False, False),
-], ids=str)  # fmt: skip
+    (True, True, False), (True, False, True), (False, True, True), (False, False, False)], ids=str)  # fmt: skip
 def test_results_and_gradients_are_equal(kind, use_bias, initial, masked):
     layer = build(kind, "float64", use_bias, zero_output_for_mask=True)
     check(layer, from_keras(layer), MASK if masked and kind in MASKED else None, initial)
@@ -157,9 +141,8 @@ def test_what_a_layer_returns_and_how_it_runs_does_not_matter():
         layer = build("LSTM", **options)
         check(layer, from_keras(layer))
     for return_sequences in (True, False):
-        layer = LSTM(H, return_sequences=return_sequences)
-        expected = layer(inputs(torch.float32))
-        output, (h_n, _) = from_keras(layer)(inputs(torch.float32))
+        layer, x = LSTM(H, return_sequences=return_sequences), inputs(torch.float32)
+        expected, (output, (h_n, _)) = layer(x), from_keras(layer)(x)
         assert_equal([output if return_sequences else h_n[0]], [expected])
 
 
@@ -181,8 +164,7 @@ def test_what_is_not_trained_there_is_not_trained_here_and_back():
     layer = build("cells")
     layer.cell.cells[0].trainable = False
     module = from_keras(layer, freeze_second_bias=False)
-    assert not any(p.requires_grad for p in module.layers[0].parameters())
-    assert all(p.requires_grad for p in module.layers[1].parameters())
+    assert [{p.requires_grad for p in one.parameters()} for one in module.layers] == [{False}, {True}]
     assert to_keras(module).trainable
     layer = to_keras(module.requires_grad_(False))
     assert not layer.trainable
@@ -190,17 +172,14 @@ def test_what_is_not_trained_there_is_not_trained_here_and_back():
 
 
 def built(kind, *args, **kwargs):
-    layer = kind(*args, **kwargs)
-    layer.build((N, T, I))
+    (layer := kind(*args, **kwargs)).build((N, T, I))
     return layer
 
 
 @pytest.mark.parametrize(("policy", "dtype"), [
-    ("mixed_bfloat16", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16),
-])  # fmt: skip
+    ("mixed_bfloat16", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)])  # fmt: skip
 def test_dtype_is_that_of_the_variables(policy, dtype):
-    options = dict(dtype=policy, recurrent_initializer="glorot_uniform")  # it has no QR in half
-    layer = built(rnn, options, (H, H + 1))
+    layer = built(rnn, dict(dtype=policy, recurrent_initializer="glorot_uniform"), (H, H + 1))  # it has no QR in half
     module = from_keras(layer)
     assert {parameter.dtype for parameter in module.parameters()} == {dtype}
     assert torch.equal(module.layers[0].weight_ih_l0.T, layer.cell.cells[0].kernel.value)
@@ -208,32 +187,25 @@ def test_dtype_is_that_of_the_variables(policy, dtype):
 
 
 Cell, Layer = type("Cell", (CELL,), {}), type("Layer", (LSTM,), {})
+OTHER_UNITS = dict(backward_layer=LSTM(H + 1, go_backwards=True))
 LAYERS = [  # a ValueError where an option is named, a TypeError where a class is
-    (lambda: built(LSTM, H, activation="relu"), "activation='relu'"),
-    (lambda: built(LSTM, H, activation=None), "activation='linear'"),
-    (lambda: built(RNN, CELL(H, recurrent_activation="hard_sigmoid")), "recurrent_activation='hard_sigmoid'"),
-    (lambda: built(LSTM, H, dropout=0.2), "dropout=0.2"),
-    (lambda: built(RNN, CELL(H, recurrent_dropout=0.3)), "recurrent_dropout=0.3"),
-    (lambda: built(LSTM, H, stateful=True), "stateful=True"),
-    (lambda: built(BOTH, LSTM(H), "sum"), "merge_mode='sum'"),
-    (lambda: built(BOTH, LSTM(H), None), "merge_mode=None"),
-    (lambda: built(BOTH, LSTM(H), backward_layer=LSTM(H + 1, go_backwards=True)),
-     r"same units in all cells, got \[4, 5\]"),
+    *((partial(built, LSTM, H, **{name: value}), f"{name}={value or 'linear'!r}") for name, value in (
+        ("activation", "relu"), ("activation", None), ("dropout", 0.2), ("stateful", True))),
+    *((lambda name=name, value=value: built(RNN, CELL(H, **{name: value})), f"{name}={value!r}") for name, value in (
+        ("recurrent_activation", "hard_sigmoid"), ("recurrent_dropout", 0.3))),
+    *((lambda mode=mode: built(BOTH, LSTM(H), mode), f"merge_mode={mode!r}") for mode in ("sum", None)),
+    (lambda: built(BOTH, LSTM(H), **OTHER_UNITS), r"same units in all cells, got \[4, 5\]"),
     (lambda: built(BOTH, LSTM(H, go_backwards=True), backward_layer=LSTM(H)), "go_backwards=True"),
     (lambda: built(RNN, [CELL(H), CELL(H, use_bias=False)]), r"same use_bias in all cells, got \[True, False\]"),
-    (lambda: built(RNN, Cell(H)), "LSTMCell, got Cell"),
-    (lambda: built(Layer, H), "got Layer"),
-    (lambda: built(keras.layers.GRU, H), "got GRU"),
+    (lambda: built(RNN, Cell(H)), "LSTMCell, got Cell"), (lambda: built(Layer, H), "got Layer"),
+    (lambda: built(keras.layers.GRU, H), "got GRU"), (lambda: built(BOTH, RNN([CELL(H)])), "got StackedRNNCells"),
     (lambda: built(RNN, [CELL(H), keras.layers.GRUCell(H)]), "got GRUCell"),
-    (lambda: built(BOTH, RNN([CELL(H)])), "got StackedRNNCells"),
-    *((lambda kind=kind: KINDS[kind]({"dtype": "float32"}), "build it first") for kind in KINDS),
-]  # fmt: skip
+    *((lambda kind=kind: KINDS[kind]({"dtype": "float32"}), "build it first") for kind in KINDS)]  # fmt: skip
 MODULES = [
     *((gpu_lstm.LSTM(I, H, num_layers=2, **{name: value}), f"{name}={value}") for name, value in dict(
         proj_size=2, dropout=0.5, bidirectional=True, recurrent_dropout=0.3, zoneout=0.1, peepholes=True).items()),
     *((gpu_lstm.StackedLSTM(I, [H, H], **{name: value}), f"{name}={value}") for name, value in dict(
-        dropout=0.5, residual=True, weight_drop=0.5, bidirectional=True).items()),
-]  # fmt: skip
+        dropout=0.5, residual=True, weight_drop=0.5, bidirectional=True).items())]  # fmt: skip
 
 
 @pytest.mark.parametrize(("make", "message"), [*LAYERS, *((lambda m=module: m, text) for module, text in MODULES)],
@@ -246,28 +218,22 @@ def test_what_has_no_counterpart_is_refused(make, message):
 
 
 OURS = {
-    "one layer": lambda: gpu_lstm.LSTM(I, H),
-    "three layers": lambda: gpu_lstm.LSTM(I, H, num_layers=3),
-    "bidirectional": lambda: gpu_lstm.LSTM(I, H, bidirectional=True),
-    "compat": lambda: gpu_lstm.compat.LSTM(I, H),
-    "torch": lambda: nn.LSTM(I, H, num_layers=2),
-    "stack": lambda: gpu_lstm.StackedLSTM(I, [H, H + 1]),
-    "stack, no bias": lambda: gpu_lstm.StackedLSTM(I, [H, H + 1], bias=False),
-    "stack of one": lambda: gpu_lstm.StackedLSTM(I, [H]),
-    "stack of one, bidirectional": lambda: gpu_lstm.StackedLSTM(I, [H], bidirectional=True),
-    "backwards": lambda: GoBackwards(gpu_lstm.LSTM(I, H, num_layers=2, batch_first=True)),
-    "stack backwards": lambda: GoBackwards(gpu_lstm.StackedLSTM(I, [H, H + 1], batch_first=True)),
-}
+    "one layer": gpu_lstm.LSTM(I, H), "three layers": gpu_lstm.LSTM(I, H, num_layers=3),
+    "bidirectional": gpu_lstm.LSTM(I, H, bidirectional=True), "compat": gpu_lstm.compat.LSTM(I, H),
+    "torch": nn.LSTM(I, H, num_layers=2), "stack": gpu_lstm.StackedLSTM(I, [H, H + 1]),
+    "stack, no bias": gpu_lstm.StackedLSTM(I, [H, H + 1], bias=False), "stack of one": gpu_lstm.StackedLSTM(I, [H]),
+    "stack of one, bidirectional": gpu_lstm.StackedLSTM(I, [H], bidirectional=True),
+    "backwards": GoBackwards(gpu_lstm.LSTM(I, H, num_layers=2, batch_first=True)),
+    "stack backwards": GoBackwards(gpu_lstm.StackedLSTM(I, [H, H + 1], batch_first=True))}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_to_keras(name):
-    torch.manual_seed(0)
-    module = OURS[name]().double()
-    layer, x = to_keras(module), inputs(torch.float64)
-    time_first = not getattr(module, "batch_first", True)
+@pytest.mark.parametrize("module", OURS.values(), ids=OURS)
+def test_to_keras(module):
+    module = module.double()
+    layer, x, time_first = to_keras(module), inputs(torch.float64), not getattr(module, "batch_first", True)
     output, states = module(x.transpose(0, 1) if time_first else x)
-    assert_equal(in_keras_order(output.transpose(0, 1) if time_first else output, states), keras_call(layer, x))
+    found = in_keras_order(output.transpose(0, 1) if time_first else output, states)
+    assert_equal(found, keras.tree.flatten(layer(x)))
 
 
 @pytest.mark.parametrize(("kind", "options"), [
@@ -276,30 +242,23 @@ def test_to_keras(name):
 def test_round_trip(kind, options):
     layer, x, mask = build(kind, **options), inputs(torch.float32), MASK if kind in MASKED else None
     back = to_keras(from_keras(layer))
-    for a, b in zip(back.get_weights(), layer.get_weights(), strict=True):
-        assert np.array_equal(a, b)
-    assert_equal(keras_call(back, x, mask=mask), keras_call(layer, x, mask=mask))
+    assert all(np.array_equal(a, b) for a, b in zip(back.get_weights(), layer.get_weights(), strict=True))
+    assert_equal(*(keras.tree.flatten(each(x, mask=mask)) for each in (back, layer)))
     assert isinstance(from_keras(back), GoBackwards) == bool(options)
 
 
 INITIALIZED = {
-    "LSTM": lambda: gpu_lstm.LSTM(24, 64, num_layers=2, bidirectional=True),
-    "projected": lambda: gpu_lstm.LSTM(24, 64, proj_size=32),
-    "no bias": lambda: gpu_lstm.LSTM(24, 64, bias=False),
-    "StackedLSTM": lambda: gpu_lstm.StackedLSTM(24, [64, 32]),
-    "LSTMCell": lambda: gpu_lstm.LSTMCell(24, 64),
-    "torch LSTM": lambda: nn.LSTM(24, 64, num_layers=2),
-    "torch LSTMCell": lambda: nn.LSTMCell(24, 64),
-    "inside": lambda: nn.Sequential(nn.Linear(24, 24), gpu_lstm.LSTM(24, 64)),
-    "variants": lambda: gpu_lstm.LSTM(24, 64, peepholes=True, layer_norm=True),
-}
+    "LSTM": gpu_lstm.LSTM(24, 64, num_layers=2, bidirectional=True), "LSTMCell": gpu_lstm.LSTMCell(24, 64),
+    "projected": gpu_lstm.LSTM(24, 64, proj_size=32), "no bias": gpu_lstm.LSTM(24, 64, bias=False),
+    "StackedLSTM": gpu_lstm.StackedLSTM(24, [64, 32]), "torch LSTM": nn.LSTM(24, 64, num_layers=2),
+    "torch LSTMCell": nn.LSTMCell(24, 64), "inside": nn.Sequential(nn.Linear(24, 24), gpu_lstm.LSTM(24, 64)),
+    "variants": gpu_lstm.LSTM(24, 64, peepholes=True, layer_norm=True)}  # fmt: skip
 
 
 def assert_uniform(values, limit):
     """Within the limit, and with the moments of a uniform distribution: the odds of a false alarm are below 1e-6."""
     n = values.numel()
-    assert values.abs().max() <= limit
-    assert values.abs().max() > limit * (1 - 20 / n)
+    assert limit * (1 - 20 / n) < values.abs().max() <= limit
     assert abs(values.mean()) < 5 * limit / (3 * n) ** 0.5
     assert abs(values.square().mean() / (limit**2 / 3) - 1) < 5 * (4 / 5 / n) ** 0.5
 
@@ -307,9 +266,8 @@ def assert_uniform(values, limit):
 @pytest.mark.parametrize("name", INITIALIZED)
 def test_keras_init_and_forget_bias(name):
     torch.manual_seed(0)
-    module = INITIALIZED[name]().double()
-    before = dict(module.named_parameters())
-    values = {path: parameter.detach().clone() for path, parameter in before.items()}
+    module = copy.deepcopy(INITIALIZED[name]).double()
+    before, values = dict(module.named_parameters()), copy.deepcopy(module.state_dict())
     assert keras_init(module) is module
     for path, parameter in module.named_parameters():
         assert parameter is before[path]
@@ -326,8 +284,7 @@ def test_keras_init_and_forget_bias(name):
         else:  # what Keras does not have
             assert torch.equal(parameter, values[path])
     if name != "no bias":
-        module = INITIALIZED[name]()
-        expected = {path: p.detach().clone() for path, p in module.named_parameters()}
+        module, expected = INITIALIZED[name], copy.deepcopy(INITIALIZED[name].state_dict())
         assert forget_bias(module, 2.5) is module
         for path, parameter in module.named_parameters():
             if "bias_ih" in path or "bias_hh" in path:
@@ -352,16 +309,14 @@ def test_keras_init_is_reproducible_prefers_no_sign_and_has_half_precision():
     cell = gpu_lstm.LSTMCell(2, 2)
     corners = torch.stack([keras_init(cell).weight_hh.diagonal().detach().clone() for _ in range(400)])
     assert (corners.mean(0).abs() < 5 * corners.std(0) / 400**0.5).all()
-
-    def drawn(seed, dtype=torch.float32):
+    found = []
+    for seed, dtype in ((1, torch.float32), (1, torch.float32), (2, torch.float32), (1, torch.bfloat16)):
         torch.manual_seed(seed)
-        return [p.detach() for p in keras_init(gpu_lstm.LSTM(24, 64, dtype=dtype)).parameters()]
-
-    one, same, other = drawn(1), drawn(1), drawn(2)
+        found.append([p.detach() for p in keras_init(gpu_lstm.LSTM(24, 64, dtype=dtype)).parameters()])
+    one, same, other, (_, weight_hh, *_) = found
     assert all(map(torch.equal, one, same))
     assert not any(map(torch.equal, one[:2], other[:2]))
-    weight_hh = drawn(1, torch.bfloat16)[1].float()
-    torch.testing.assert_close(weight_hh.T @ weight_hh, torch.eye(64), rtol=0, atol=2e-2)
+    torch.testing.assert_close(weight_hh.float().T @ weight_hh.float(), torch.eye(64), rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("function", [from_keras, to_keras])

@@ -1,18 +1,19 @@
 """LSTM, LSTMCell and StackedLSTM compute what torch's modules compute: results, gradients, dtypes."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES, assert_same
+from comparing import PLACES, assert_same, every_backend
 from pairs import KINDS, B, H, I, T, assert_alike, pair, random_inputs, results, truth
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gpu_lstm
+from gpu_lstm.functional import lstm_layer
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 OFF_ON = (False, True)
 
@@ -22,8 +23,6 @@ def moved(module, *inputs):
     return tree_map_only(torch.Tensor, lambda t: t.to(next(module.parameters())), inputs)
 
 
-# Every configuration
-
 # Of the 128 of an LSTM, eight in which any two factors take all four values; test_conformance.py has more.
 PAIRWISE = [(a, b, a ^ b, c, a ^ c, b ^ c, a ^ b ^ c) for a, b, c in itertools.product(OFF_ON, repeat=3)]
 CONFIGURATIONS = [
@@ -31,8 +30,7 @@ CONFIGURATIONS = [
       for deep, both, bias, first, project, *how in PAIRWISE),
     *((kind, dict(bias=bias, **more), unbatched, bias != unbatched)
       for kind, more in (("LSTMCell", {}), ("StackedLSTM", {}), ("StackedLSTM", dict(bidirectional=True)))
-      for bias, unbatched in itertools.product(OFF_ON, repeat=2)),
-]  # fmt: skip
+      for bias, unbatched in itertools.product(OFF_ON, repeat=2))]  # fmt: skip
 
 
 @every_backend
@@ -47,45 +45,33 @@ def test_a_module(backend, kind, arguments, unbatched, given):
 @pytest.mark.parametrize(("given", "deep", "project"), [(a, b, a == b) for a in OFF_ON for b in OFF_ON])
 def test_a_packed_sequence(backend, is_sorted, given, deep, project):
     batch_first = given == is_sorted
-    theirs, ours = pair(
-        "LSTM", backend, num_layers=1 + deep, bidirectional=deep, proj_size=2 * project, batch_first=batch_first
-    )
+    arguments = dict(num_layers=1 + deep, bidirectional=deep, proj_size=2 * project, batch_first=batch_first)
+    theirs, ours = pair("LSTM", backend, **arguments)
     x, hx = random_inputs(theirs, B)
     lengths = [4, 2, 1] if is_sorted else [2, 1, 4]  # sorting and its inverse differ
     outputs = []
 
-    def packed(module):
-        def call(x, *hx):
-            packed = pack_padded_sequence(x, lengths, batch_first=batch_first, enforce_sorted=is_sorted)
-            output, states = module(packed, *hx)
-            outputs.append(output)
-            return output, states
+    def call(module, x, *hx):
+        packed = pack_padded_sequence(x, lengths, batch_first=batch_first, enforce_sorted=is_sorted)
+        outputs.append(module(packed, *hx))
+        return outputs[-1]
 
-        return call
-
-    got, true = (results(m, x, hx if given else None, call=packed(m)) for m in (ours, theirs))
-    assert_same(got, true)
-    for our, their in zip(outputs[0][1:], outputs[1][1:]):
+    assert_same(*(results(m, x, hx if given else None, call=partial(call, m)) for m in (ours, theirs)))
+    for our, their in zip(*(output[1:] for output, _ in outputs)):
         assert their is our is None or torch.equal(our.cpu(), their)
 
 
 @pytest.mark.parametrize(("x", "sizes"), [
-    ([[[3.0, 2, 2, 2, 2, 2]]], [4]),  # (1, 1, 6)
-    ([[[1.0, 2, 3, 4, 3, 2], [1, 2, 1, 1, 1, 2], [1, 2, 2, 2, 2, 2]],
-      [[1.0, 2, 3, 4, 3, 2], [3, 2, 2, 1, 1, 2], [0, 0, 0, 0, 3, 2]]], [4, 5]),  # (N = 2, T = 3, 6)
-], ids=["one sequence", "a batch"])  # fmt: skip
+    ([["322222"]], [4]), ([["123432", "121112", "122222"], ["123432", "322112", "000032"]], [4, 5]),
+], ids=["(1, 1, 6)", "(N = 2, T = 3, 6)"])  # fmt: skip
 def test_the_cases_that_teach(x, sizes):
-    torch.manual_seed(0)
-    x = torch.tensor(x)
+    x = torch.tensor([[list(map(float, features)) for features in sequence] for sequence in x])
     for module in (gpu_lstm.StackedLSTM(6, sizes, batch_first=True), gpu_lstm.LSTM(6, 4, batch_first=True)):
         found = tree_leaves(module(x))
         lead, widths = ([], sizes) if hasattr(module, "layers") else ([1], [4])
         of_states = [[*lead, len(x), size] for size in widths for _ in "hc"]
         assert [[*t.shape] for t in found] == [[*x.shape[:2], widths[-1]], *of_states]
         assert_same(results(module, x), truth(module, x))
-
-
-# Inputs at the edge
 
 
 @every_backend
@@ -102,27 +88,23 @@ def test_an_empty_batch(backend, kind):
 def test_nan_and_inf_appear_where_torch_has_them(backend, kind):
     theirs, ours = pair(kind, backend)
     x, hx = random_inputs(ours, B)
-    h, c = tree_leaves(hx)[:2]
-    x.view(-1)[1], x.view(-1)[-1] = float("nan"), float("inf")
-    c[..., 1, 2], c[..., 1, 3], h[..., 2, 0] = float("inf"), float("-inf"), float("inf")
-    with torch.no_grad():
-        got, true = (tree_leaves(module(*moved(module, x, hx))) for module in (ours, theirs))
+    (h, c, *_), (nan, inf) = tree_leaves(hx), map(float, ("nan", "inf"))
+    x.view(-1)[1], x.view(-1)[-1], c[..., 1, 2], c[..., 1, 3], h[..., 2, 0] = nan, inf, inf, -inf, inf
+    got, true = (tree_leaves(module(*moved(module, x, hx))) for module in (ours, theirs))
     assert true[0].isnan().any()
     assert any(t.isinf().any() for t in true)
-    for our, their in zip(got, true, strict=True):
-        atol = 16 * torch.finfo(our.dtype).eps
-        torch.testing.assert_close(our.double().cpu(), their, rtol=0, atol=atol, equal_nan=True)
+    atol, got = 16 * torch.finfo(got[0].dtype).eps, [our.double().cpu() for our in got]
+    torch.testing.assert_close(got, true, rtol=0, atol=atol, equal_nan=True)
 
 
 @every_backend
 def test_states_in_lists_and_those_of_a_cell_in_one_tensor(backend):
-    for kind, form in (("LSTMCell", list), ("StackedLSTM", lambda hx: tuple(map(list, hx)))):
+    for kind, form, batch in (
+        ("LSTMCell", list, [B]), ("StackedLSTM", lambda hx: tuple(map(list, hx)), [B]), ("LSTMCell", torch.stack, []),
+    ):  # fmt: skip
         _, ours = pair(kind, backend)
-        x, hx = moved(ours, *random_inputs(ours, B))
+        x, hx = moved(ours, *random_inputs(ours, *batch))
         assert all(map(torch.equal, tree_leaves(ours(x, form(hx))), tree_leaves(ours(x, hx))))
-    _, ours = pair("LSTMCell", backend)
-    x, hx = moved(ours, *random_inputs(ours))
-    assert all(map(torch.equal, ours(x, torch.stack(hx)), ours(x, hx)))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -135,27 +117,23 @@ def test_shapes_of_meta_tensors(backend, kind):
     assert all(t.is_meta for t in got)
 
 
-# Gradients
-
-
 @every_backend
 def test_gradients_of_one_result_alone_twice_from_one_graph(backend):
+    def gradients(module, k):
+        loss = tree_leaves(module(*moved(module, random_inputs(module, B)[0])))[k].sum()
+        first, again = (torch.autograd.grad(loss, list(module.parameters()), retain_graph=True) for _ in range(2))
+        assert all(map(torch.equal, first, again))
+        return dict(enumerate(first))
+
     theirs, ours = pair("LSTM", backend, proj_size=2)
     for k in range(3):
-        gradients = []
-        for module in (ours, theirs):
-            weights = list(module.parameters())
-            loss = tree_leaves(module(*moved(module, random_inputs(module, B)[0])))[k].sum()
-            gradients.append(torch.autograd.grad(loss, weights, retain_graph=True))
-            assert all(map(torch.equal, gradients[-1], torch.autograd.grad(loss, weights)))
-        assert_same(*(dict(enumerate(found)) for found in gradients))
+        assert_same(gradients(ours, k), gradients(theirs, k))
 
 
 @every_backend
 def test_gradients_of_tensors_that_are_one_or_depend_on_each_other(backend):
     """Once, and under create_graph, where they are taken another way."""
-    theirs, ours = pair("LSTM", backend)
-    cells = pair("LSTMCell", backend)
+    (theirs, ours), cells = pair("LSTM", backend), pair("LSTMCell", backend)
     for create_graph in OFF_ON:
         got = []
         for lstm, cell in ((ours, cells[1]), (theirs, cells[0])):
@@ -164,19 +142,13 @@ def test_gradients_of_tensors_that_are_one_or_depend_on_each_other(backend):
             h0.requires_grad_()
             of_lstm = lstm(x + h0[..., :I].tanh(), (h0, c0 + h0))[0].square().sum()
             of_cell = cell(x[0], (h0[0], h0[0]))[0].square().sum()
-            weights = list(lstm.parameters())
+            weights, h = list(lstm.parameters()), h0[0]
             found = torch.autograd.grad(of_lstm + of_cell, [h0, *weights], create_graph=create_graph)
-            if lstm is ours:
-                weights = [*weights, lstm.bias_ih_l0]
-                output, _ = gpu_lstm.functional.lstm_layer(x, weights, (h0[0], h0[0]), backend=backend)
-            else:
-                output, _ = lstm(x, (h0, h0))
+            ours_alone = partial(lstm_layer, x, [*weights, lstm.bias_ih_l0], (h, h), backend=backend)
+            output, _ = ours_alone() if lstm is ours else lstm(x, (h0, h0))
             found += torch.autograd.grad(output.square().sum(), [h0], create_graph=create_graph)
             got.append({str(k): t.detach() for k, t in enumerate(found)})
         assert_same(*got)
-
-
-# Dropout
 
 
 def test_dropout_with_the_same_seed_gives_the_numbers_of_torch():
@@ -185,16 +157,15 @@ def test_dropout_with_the_same_seed_gives_the_numbers_of_torch():
     stack.load_state_dict(dict(zip(stack.state_dict(), ours.state_dict().values(), strict=True)))
     x = random_inputs(ours, B)[0].double()
     packed = pack_padded_sequence(x, [2, 1, 4], enforce_sorted=False)
-    for training in (True, False):
-        for modules, given in (((theirs, ours, stack), x), ((theirs, ours), packed)):
-            outputs = []
-            for module in modules:
-                torch.manual_seed(5)
-                output = module.train(training)(given)[0]
-                outputs.append(output if given is x else output.data)
-            assert all(torch.equal(output, outputs[0]) for output in outputs)
-    torch.manual_seed(6)
-    assert not torch.equal(outputs[0], ours.train()(packed)[0].data)
+
+    def output(module, given, training, seed=5):
+        torch.manual_seed(seed)
+        found = module.train(training)(given)[0]
+        return found if given is x else found.data
+
+    for training, (module, given) in itertools.product(OFF_ON, ((ours, x), (stack, x), (ours, packed))):
+        assert torch.equal(output(module, given, training), output(theirs, given, training))
+    assert not torch.equal(output(ours, packed, True), output(ours, packed, True, seed=6))
 
 
 @every_backend
@@ -214,9 +185,6 @@ def test_dropout_of_everything_leaves_the_second_layer_without_input(backend):
         assert_same(dict(output=output.detach(), h=tree_leaves(states)[0].view(-1, B, 3)[0].detach()), expected)
 
 
-# Half precision, autocast
-
-
 @pytest.mark.parametrize(("backend", "dtype"), [
     ("torch", torch.float32), ("reference", torch.float32), ("reference", torch.float16), ("triton", torch.float16),
 ])  # fmt: skip
@@ -233,22 +201,20 @@ def test_another_dtype(backend, dtype):
 @pytest.mark.parametrize(("kind", "backend", "arguments"), [
     ("LSTM", "torch", {}), ("LSTM", "torch", dict(num_layers=2, bidirectional=True)),
     ("LSTM", "torch", dict(proj_size=2)), ("LSTM", "reference", dict(num_layers=2, bidirectional=True)),
-    ("LSTMCell", "torch", {}),
-], ids=str)  # fmt: skip
+    ("LSTMCell", "torch", {})], ids=str)  # fmt: skip
 def test_cpu_autocast_gives_the_dtypes_of_torch(kind, backend, arguments):
     theirs, ours = (module.float() for module in pair(kind, backend, **arguments))
     x, hx = random_inputs(ours, B)
     every_step = dict(lengths=torch.full((B,), T), resets=torch.zeros(T, B, dtype=torch.bool))
     for given, options in (((x,), {}), ((x, hx), {}), ((x, hx), every_step if kind == "LSTM" else {})):
-        got = []
+        got, dtypes = [], []
         for module, how in ((ours, options), (theirs, {})):
             with torch.autocast("cpu", torch.bfloat16):
-                found = tree_leaves(module(*given, **how))
-            gradients = torch.autograd.grad(found[0].float().square().sum(), list(module.parameters()))
-            got.append([*found, *gradients])
-        assert [t.dtype for t in got[0]] == [t.dtype for t in got[1]]
-        for our, their in zip(got[0][: len(found)], found, strict=True):
-            torch.testing.assert_close(our.float(), their.float(), rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps)
+                got.append(tree_leaves(module(*given, **how)))
+            gradients = torch.autograd.grad(got[-1][0].float().square().sum(), list(module.parameters()))
+            dtypes.append([t.dtype for t in (*got[-1], *gradients)])
+        assert dtypes[0] == dtypes[1]
+        torch.testing.assert_close(*got, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # which lets dtypes differ
-        layer = gpu_lstm.functional.lstm_layer(torch.ones(T, B, I).bfloat16(), [torch.ones(4 * H, n) for n in (I, H)])
+        layer = lstm_layer(torch.ones(T, B, I).bfloat16(), [torch.ones(4 * H, n) for n in (I, H)])
     assert {t.dtype for t in tree_leaves(layer)} == {torch.bfloat16}

@@ -2,55 +2,36 @@
 
 import pytest
 import torch
-from comparing import example
+from comparing import example_of
 
 from gpu_lstm.backends import graph
 from gpu_lstm.backends.fused import DIFFERENTIABLE, Inputs
 
 T, B, I, H = 2, 2, 3, 5
+NORMS, MASKS = "norms expected", "no-bias ragged states peepholes masks"
 
 
-def _mask(*size):
-    return torch.arange(torch.Size(size).numel()).view(size) % 2 == 1
+def _given(words, device) -> tuple[list, bool]:
+    """The inputs of a layer, and whether it is reverse; or of torch's own layer with two directions."""
+    if words == "both directions":
+        lstm = torch.nn.LSTM(I, H, bidirectional=True, device=device).requires_grad_(False)
+        states = (torch.randn(2, B, H, device=device) for _ in range(2))
+        first, second = (list(lstm.parameters())[k : k + 4] for k in (0, 4))
+        return [*Inputs(torch.randn(T, B, I, device=device), *states, *first), *second], False
+    made = example_of((T, B, I, H, 0 if "norm" in words or words == "plain" else 2), words, 0)
+    floats = {name: t.float() if name == "dropout_h" else t for name, t in made.noise.items()}
+    tensors = [None if t is None else t.float() for t in (*made.tensors, *made.reset_states)]
+    given = Inputs(*tensors)._replace(lengths=made.lengths, resets=made.resets, **floats)
+    return [None if t is None else t.to(device) for t in given], made.reverse
 
 
-RATES = dict(zoneout_h=torch.tensor(0.1), zoneout_c=torch.tensor(0.2))
-MASKS = dict(dropout_h=torch.full((B, H), 2.0), zoneout_h=_mask(T, B, H), zoneout_c=_mask(T, B, H))
-RAGGED = dict(ragged=True, resets=0.4)
-VARIANTS = {
-    "plain": ({}, {}), "projected ragged reverse": (dict(P=2, reverse=True, **RAGGED), {}),
-    "states, masks, peepholes": (dict(**RAGGED, bias=False, peepholes=True, states=True), MASKS),
-    "norms, rates": (dict(norms=("ih", "hh", "c")), RATES),
-}  # fmt: skip
-
-
-def _given(variant, device) -> tuple[Inputs, bool]:
-    """The inputs of a layer, and whether it is reverse."""
-    options, noise = VARIANTS[variant]
-    made = example(T, B, I, H, **options)
-    tensors = [None if t is None else t.to(torch.float32) for t in (*made.tensors, *made.reset_states)]
-    given = Inputs(*tensors)._replace(lengths=made.lengths, resets=made.resets, **noise)
-    return Inputs(*(None if t is None else t.to(device) for t in given)), made.reverse
-
-
-def _both_directions(device) -> list:
-    """Inputs of torch's own layer with two directions."""
-    lstm = torch.nn.LSTM(I, H, bidirectional=True, device=device)
-    states = (torch.randn(2, B, H, device=device) for _ in range(2))
-    first, second = (list(lstm.parameters())[k : k + 4] for k in (0, 4))
-    return [*Inputs(torch.randn(T, B, I, device=device), *states, *first), *second]
-
-
-@pytest.mark.parametrize(("variant", "backend"), [
-    ("plain", "torch"), ("projected ragged reverse", "torch"), ("both directions", "torch"),
-    *((variant, backend) for variant in ("norms, rates", "states, masks, peepholes")
-      for backend in ("reference", "triton")), ("projected ragged reverse", "triton"),
-])  # fmt: skip
-def test_a_layer(variant, backend, device):
+@pytest.mark.parametrize(("words", "backend"), [
+    ("plain", "torch"), ("ragged resets reverse", "torch"), ("both directions", "torch"),
+    ("ragged resets reverse", "triton"), ("ragged states peepholes reverse norms masks", "triton"),
+    (NORMS, "reference"), (NORMS, "triton"), (MASKS, "reference"), (MASKS, "triton")])  # fmt: skip
+def test_a_layer(words, backend, device):
     """Forward with and without what backward reads; backward of all, of the output alone, of the states alone."""
-    given, reverse = (_both_directions(device), False) if variant == "both directions" else _given(variant, device)
-    recompute = (variant, backend) == ("projected ragged reverse", "triton")
-    given = [None if t is None else t.detach() for t in given]
+    (given, reverse), recompute = _given(words, device), (words, backend) == ("ragged resets reverse", "triton")
     flat = graph._flat(given)
     torch.library.opcheck(graph.OPERATOR, (*flat, reverse, backend, False, recompute))
     tensors, places = flat
@@ -65,18 +46,13 @@ def test_a_layer(variant, backend, device):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_backward_leaves_what_was_saved_alone_and_accepts_expanded_gradients(device, recompute):
-    given, reverse = _given("projected ragged reverse", device)
+    given, reverse = _given("ragged resets reverse", device)
     tensors, places = graph._flat(given)
     flat = tensors, places, reverse, "triton"
     h, h_n, c_n, *kept = graph.OPERATOR(*flat, True, recompute)
     # In padding nothing was ever written, so NaN stands for whatever the memory held.
-    before = [t.nan_to_num() for t in kept]
-    needed = [k < DIFFERENTIABLE for k in places]
-    one = torch.ones((), device=device)  # sum() gives an expanded gradient, whose strides are zero
-    found = [
-        graph.BACKWARD([dh, h_n, c_n], [h, *kept], *flat, needed)
-        for dh in (torch.ones_like(h), torch.ones_like(h), one.expand_as(h))
-    ]
+    before, needed = [t.nan_to_num() for t in kept], [k < DIFFERENTIABLE for k in places]
+    ones = torch.ones_like(h), torch.ones_like(h), torch.ones((), device=device).expand_as(h)  # the last as of sum()
+    first, *others = (graph.BACKWARD([dh, h_n, c_n], [h, *kept], *flat, needed) for dh in ones)
     assert all(torch.equal(t.nan_to_num(), b) for t, b in zip(kept, before))
-    for again in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
+    assert all(torch.equal(a, b) for again in others for a, b in zip(again, first, strict=True))

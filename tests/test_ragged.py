@@ -1,8 +1,10 @@
 """Lengths and resets: an LSTM or StackedLSTM with them gives the numbers of the NumPy oracle, on every backend."""
 
+from functools import partial
+
 import pytest
 import torch
-from comparing import BACKENDS, PLACES, assert_same
+from comparing import PLACES, assert_same, every_backend
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from pairs import LENGTHS, RAGGED, RESETS, B, T, assert_identical, pair, random_inputs, results, states_left, truth
@@ -12,11 +14,7 @@ from torch.utils._pytree import tree_map
 import gpu_lstm
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-NAN, INF = float("nan"), float("inf")
 PADDING = torch.arange(T)[:, None] >= LENGTHS  # [T, B]
-
-# Any problem at all
 
 
 @st.composite
@@ -25,21 +23,17 @@ def problems(draw, longest: int, most: int, left: bool):
 
     And, where resets may have states `left`, whether these are one a sequence, one a step, or zeros (None).
     """
-    hidden = draw(st.integers(1, 4))
-    arguments = dict(
-        input_size=draw(st.integers(1, 3)), bias=draw(st.booleans()), batch_first=draw(st.booleans()),
-        bidirectional=draw(st.booleans()),
-    )  # fmt: skip
+    hidden, inputs = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    arguments = {name: draw(st.booleans()) for name in ("bias", "batch_first", "bidirectional")}
     cls = draw(st.sampled_from([gpu_lstm.LSTM, gpu_lstm.LSTM, gpu_lstm.StackedLSTM]))
     if cls is gpu_lstm.LSTM:
         layers, projected = draw(st.integers(1, 2)), draw(st.integers(0, hidden - 1))
         arguments |= dict(hidden_size=hidden, num_layers=layers, proj_size=projected)
     else:
         sizes = [hidden, draw(st.integers(1, 3))]
-        widths = [arguments["input_size"], *((1 + arguments["bidirectional"]) * size for size in sizes)]
+        widths = [inputs, *((1 + arguments["bidirectional"]) * size for size in sizes)]
         arguments |= dict(hidden_sizes=sizes, residual=any(map(int.__eq__, widths, widths[1:])) and draw(st.booleans()))
-    form = draw(st.sampled_from(["padded", "packed", "unbatched"]))
-    steps = draw(st.integers(1, longest))
+    form, steps = draw(st.sampled_from(["padded", "packed", "unbatched"])), draw(st.integers(1, longest))
     batch = 1 if form == "unbatched" else draw(st.integers(form == "packed", most))
     lengths = st.lists(st.integers(form == "packed", steps), min_size=batch, max_size=batch)
     lengths = lengths.map(lambda values: torch.tensor(values, dtype=draw(st.sampled_from([torch.int32, torch.int64]))))
@@ -49,15 +43,15 @@ def problems(draw, longest: int, most: int, left: bool):
     flags = st.lists(st.booleans(), min_size=steps * batch, max_size=steps * batch)
     resets = draw(st.none() | flags.map(lambda values: torch.tensor(values, dtype=torch.bool).view(steps, batch)))
     left = draw(st.sampled_from(["a sequence", "a step", None])) if left and resets is not None else None
-    return cls, arguments, form, steps, batch, lengths, resets, left, draw(st.booleans()), draw(st.integers(0, 2**16))
+    build = partial(cls, inputs, **arguments)
+    return build, form, steps, batch, lengths, resets, left, draw(st.booleans()), draw(st.integers(0, 2**16))
 
 
 def check_against_the_oracle(backend, problem):
-    cls, arguments, form, steps, batch, lengths, resets, left, has_hx, seed = problem
+    build, form, steps, batch, lengths, resets, left, has_hx, seed = problem
     torch.manual_seed(seed)
-    module = cls(**arguments, backend=backend).to(**PLACES[backend])
-    first = module.batch_first
-    _, hx = random_inputs(module, batch, seed=seed)
+    module = build(backend=backend).to(**PLACES[backend])
+    first, (_, hx) = module.batch_first, random_inputs(module, batch, seed=seed)
     x = torch.randn(*((batch, steps) if first else (steps, batch)), module.input_size)
     batch_axis = -3 if first and left == "a step" else -2  # of what resets leave
     left = None if left is None else states_left(module, hx, steps, left == "a step")
@@ -65,31 +59,26 @@ def check_against_the_oracle(backend, problem):
     turned = resets.T if resets is not None and first else resets
     expected = truth(module, x, hx, lengths=lengths, resets=turned, reset_states=left)
 
-    if form == "padded":
-        got = results(module, x, hx, lengths=lengths, resets=turned, reset_states=left)
-    elif form == "packed":
+    def by_packing(x, *hx, lengths, **ragged):
+        packed = pack_padded_sequence(x, lengths.long().cpu(), batch_first=first, enforce_sorted=False)
+        output, states = module(packed, *hx, **ragged)
+        assert isinstance(output, PackedSequence)
+        return pad_packed_sequence(output, batch_first=first)[0], states
 
-        def call(x, *hx, **ragged):
-            packed = pack_padded_sequence(x, lengths.long(), batch_first=first, enforce_sorted=False)
-            output, states = module(packed, *hx, **ragged)
-            assert isinstance(output, PackedSequence)
-            return pad_packed_sequence(output, batch_first=first)[0], states
-
-        got = results(module, x, hx, call=call, resets=turned, reset_states=left)
+    if form != "unbatched":
+        call = by_packing if form == "packed" else None
+        got = results(module, x, hx, call=call, lengths=lengths, resets=turned, reset_states=left)
     else:
         alone = tree_map(lambda t: t.squeeze(-2), hx) if has_hx else None
-        time_major = x[0] if first else x[:, 0]
         ragged = dict(lengths=None if lengths is None else lengths[0], resets=None if resets is None else resets[:, 0])
         left = left and tree_map(lambda t: t.squeeze(batch_axis), left)
-        got = results(module, time_major, alone, reset_states=left, **ragged)
-        sizes = {name: t.shape for name, t in got.items()}
-        expected = {name: t.view(sizes[name]) for name, t in expected.items()}
+        got = results(module, x.squeeze(int(not first)), alone, reset_states=left, **ragged)
+        expected = {name: t.view(got[name].shape) for name, t in expected.items()}
     assert_same(got, expected, backend)
 
 
 @pytest.mark.parametrize(("backend", "examples", "longest", "most"), [
-    ("torch", 150, 5, 4), ("reference", 200, 5, 4), ("triton", 12, 3, 3),
-])  # fmt: skip
+    ("torch", 150, 5, 4), ("reference", 200, 5, 4), ("triton", 12, 3, 3)])  # fmt: skip
 def test_any_problem_gives_the_numbers_of_the_oracle(backend, examples, longest, most):
     phases = [Phase.generate] if backend == "triton" else settings().phases  # shrinking takes minutes
 
@@ -101,9 +90,6 @@ def test_any_problem_gives_the_numbers_of_the_oracle(backend, examples, longest,
     check()
 
 
-# Problems chosen by hand
-
-
 @every_backend
 @pytest.mark.parametrize(("kind", "arguments", "resets"), [
     ("LSTM", dict(bidirectional=True, proj_size=2), RESETS), ("StackedLSTM", dict(hidden_sizes=[3, 3]), None),
@@ -112,34 +98,19 @@ def test_what_stands_in_the_padding_reaches_neither_results_nor_gradients(backen
     _, ours = pair(kind, backend, **arguments)
     ours.residual = kind == "StackedLSTM"
     x, hx = random_inputs(ours, B)
-    garbage = NAN
 
-    def call(x, hx, **ragged):
+    def call(garbage, x, hx, **ragged):
         """The output's gradient has the same garbage in the padding as x."""
         output, states = ours(x, hx, **ragged)
-        if output.requires_grad:
-            output.register_hook(lambda g: g.masked_fill(PADDING.to(g.device)[:, :, None], garbage))
+        output.register_hook(lambda g: g.masked_fill(PADDING.to(g.device)[:, :, None], garbage))
         return output, states
 
-    ours_alone = results(ours, x, hx, lengths=LENGTHS, resets=resets)
-    assert ours_alone["dx"][PADDING.to(ours_alone["dx"].device)].count_nonzero() == 0
-    for garbage in (NAN, INF):
+    clean = results(ours, x, hx, lengths=LENGTHS, resets=resets)
+    assert clean["dx"][PADDING.to(clean["dx"].device)].count_nonzero() == 0
+    for garbage in (float("nan"), float("inf")):
         dirty = x.masked_fill(PADDING[:, :, None], garbage)
-        assert_identical(results(ours, dirty, hx, call=call, lengths=LENGTHS, resets=resets), ours_alone)
-
-
-@every_backend
-@pytest.mark.parametrize(("kind", "arguments"), [("LSTM", dict(num_layers=2)), ("StackedLSTM", {})], ids=str)
-def test_dropout_between_layers_is_drawn_again_and_keeps_padding_empty(backend, kind, arguments):
-    """And is off in eval()."""
-    _, ours = pair(kind, backend, **arguments)
-    ours.dropout = 0.5
-    x, hx = random_inputs(ours, B)
-    one, same, other = (results(ours, x, hx, seed=seed, **RAGGED) for seed in (1, 1, 2))
-    assert_identical(one, same)
-    assert not torch.equal(one["output"], other["output"])
-    assert one["output"].cpu()[PADDING].count_nonzero() == 0
-    assert_same(results(ours.eval(), x, hx, **RAGGED), truth(ours, x, hx, **RAGGED))
+        got = results(ours, dirty, hx, call=partial(call, garbage), lengths=LENGTHS, resets=resets)
+        assert_identical(got, clean)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -148,16 +119,13 @@ def test_half_precision_holds_and_clears_whatever_the_gates_would(ragged, dtype)
     """On torch's own LSTM padding and resets shut gates that the biases open wide."""
     _, ours = pair("LSTM", "torch", bidirectional=True)
     x, hx = random_inputs(ours, B)
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            if "bias" in name:
-                parameter[: 2 * ours.hidden_size] = 20.0  # of gates i and f
-    x, hx = tree_map(lambda t: t.to(dtype), (x, hx))
-    ragged = {name: RAGGED[name] for name in ragged}
-    expected = truth(ours.to(dtype), x, hx, **ragged)
-    got = results(ours, x, hx, **ragged)
-    for name in ("output", "h0", "c0", "dh0", "dc0", "dx"):
-        assert_same({name: got[name]}, {name: expected[name]})
+    for name, parameter in ours.named_parameters():
+        if "bias" in name:
+            parameter.data[: 2 * ours.hidden_size] = 20.0  # of gates i and f
+    (x, hx), ragged = tree_map(lambda t: t.to(dtype), (x, hx)), {name: RAGGED[name] for name in ragged}
+    found = truth(ours.to(dtype), x, hx, **ragged), results(ours, x, hx, **ragged)
+    expected, got = ({name: t[name] for name in ("output", "h0", "c0", "dh0", "dc0", "dx")} for t in found)
+    assert_same(got, expected)
 
 
 def test_resets_are_dones_a_step_later():

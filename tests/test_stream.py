@@ -1,43 +1,38 @@
 """Streams: steps and chunks, one after another, are the whole sequence at once."""
 
+from functools import partial
+
 import pytest
 import torch
-from comparing import BACKENDS, PLACES
+from comparing import BACKENDS, PLACES, every_backend
+from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
 from gpu_lstm.tools import stream as stream_module
 from gpu_lstm.tools.stream import Stream
 
 T, B, I, H = 9, 3, 4, 5
-
 KINDS = {  # without a projection: where the cell is of another dtype, below
-    "projection": lambda **kwargs: gpu_lstm.LSTM(I, H, 2, proj_size=3, **kwargs),
-    "StackedLSTM": lambda **kwargs: gpu_lstm.StackedLSTM(I, [H, 3], **kwargs),
-}
+    "projection": partial(gpu_lstm.LSTM, I, H, 2, proj_size=3), "StackedLSTM": partial(gpu_lstm.StackedLSTM, I, [H, 3]),
+    "LSTM": partial(gpu_lstm.LSTM, I, H),
+}  # fmt: skip
 
 
-@pytest.fixture(params=KINDS)
+def built(kind, backend="reference", **kwargs):
+    """A module, and its input."""
+    torch.manual_seed(0)
+    lstm = KINDS[kind](**PLACES[backend] | kwargs, backend=backend).eval()
+    return lstm, torch.randn(T, B, I).to(next(lstm.parameters()))
+
+
+@pytest.fixture(params=["projection", "StackedLSTM"])
 def build(request):
-    def of(backend="reference", **kwargs):
-        torch.manual_seed(0)
-        return KINDS[request.param](backend=backend, **PLACES[backend], **kwargs).eval()
-
-    return of
-
-
-def random_input(lstm, steps=T):
-    torch.manual_seed(1)
-    return torch.randn(steps, B, I).to(next(lstm.parameters()))
-
-
-def flat(states):
-    return [t for state in states for t in ((state,) if isinstance(state, torch.Tensor) else state)]
+    return partial(built, request.param)
 
 
 @pytest.mark.parametrize(("backend", "batch_first"), [*((name, True) for name in BACKENDS), ("reference", False)])
 def test_pieces_are_the_whole(build, backend, batch_first):
-    lstm = build(backend, batch_first=batch_first)
-    x = random_input(lstm)
+    lstm, x = build(backend, batch_first=batch_first)
 
     def turned(t):
         return t.transpose(0, 1) if batch_first else t
@@ -48,39 +43,34 @@ def test_pieces_are_the_whole(build, backend, batch_first):
     # A step is (N, I); a chunk, of one step too, (T, N, I) or (N, T, I).
     parts = [stream(turned(x[:4])), turned(stream(x[4])[None]), turned(stream(x[5])[None]), stream(turned(x[6:7])),
              stream(turned(x[7:]))]  # fmt: skip
-    accuracy = {"rtol": 0, "atol": 4 * torch.finfo(whole.dtype).eps}
-    torch.testing.assert_close(torch.cat(parts, dim=int(batch_first)), whole.detach(), **accuracy)
     assert not any(part.requires_grad for part in parts)
-    for held, true in zip(flat(stream.state), flat(states), strict=True):
-        torch.testing.assert_close(held, true.detach(), **accuracy)
+    found = [torch.cat(parts, dim=int(batch_first)), *tree_leaves(stream.state)]
+    torch.testing.assert_close(found, [whole, *tree_leaves(states)], rtol=0, atol=4 * torch.finfo(whole.dtype).eps)
 
 
 def test_one_made_in_inference_mode_runs_outside_and_the_other_way_round():
-    lstm = gpu_lstm.LSTM(3, 4)
+    lstm, steps = gpu_lstm.LSTM(3, 4), torch.randn(4, 2, 3)
     with torch.inference_mode():
-        stream = gpu_lstm.Stream(lstm, 2)
-    steps = torch.randn(4, 2, 3)
+        stream = Stream(lstm, 2)
     first = stream(steps[0])
     with torch.inference_mode():
         y = torch.stack([first, *map(stream, steps[1:3])])
-    torch.testing.assert_close(torch.cat([y, stream(steps[3])[None]]), lstm(steps)[0].detach())
+    torch.testing.assert_close(torch.cat([y, stream(steps[3])[None]]), lstm(steps)[0])
 
 
 def test_it_begins_with_the_states_it_is_given_and_leaves_them_alone(build):
-    lstm = build()
-    x = random_input(lstm)
+    lstm, x = build()
     _, states = lstm(x)
-    before, stream = [t.clone() for t in flat(states)], Stream(lstm, B, states)
+    before, stream = tree_map(torch.clone, states), Stream(lstm, B, states)
     torch.testing.assert_close(stream(x), lstm(x, states)[0])
-    assert all(map(torch.equal, flat(states), before))
-    taken = flat(stream.state)
+    torch.testing.assert_close(states, before, rtol=0, atol=0)
+    taken = tree_leaves(stream.state)
     stream(x)
-    assert not torch.equal(taken[0], flat(stream.state)[0])  # what was handed out is a copy
+    assert not torch.equal(taken[0], tree_leaves(stream.state)[0])  # what was handed out is a copy
 
 
 def test_reset_is_the_whole_sequence_with_resets(build):
-    lstm = build()
-    x, resets = random_input(lstm), torch.zeros(T, B, dtype=torch.bool)
+    (lstm, x), resets = build(), torch.zeros(T, B, dtype=torch.bool)
     resets[4, 1] = resets[6] = True
     whole, _ = lstm(x, resets=resets)
     stream, parts = Stream(lstm, B), []
@@ -94,11 +84,9 @@ def test_reset_is_the_whole_sequence_with_resets(build):
 def test_each_sequence_takes_the_steps_that_it_is_active_for(build, request, batch_first, graph):
     """As if it were alone; what stands in the input of the others, NaN here, is not looked at."""
     captures = request.getfixturevalue("captures") if graph else None
-    lstm = build(batch_first=batch_first)
-    stream, x = Stream(lstm, B), random_input(lstm)
-    active = torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.5
-    active[2], active[5], active[7:] = True, False, torch.tensor([True, False, True])
-    active[0] = True
+    lstm, x = build(batch_first=batch_first)
+    stream, active = Stream(lstm, B), torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.5
+    active[0], active[2], active[5], active[7:] = True, True, False, torch.tensor([True, False, True])
     dirty = x.masked_fill(~active[:, :, None], float("nan"))
     parts = [stream(dirty[t], None if t in (0, 2) else active[t]) for t in range(7)]
     chunk = stream(dirty[7:].transpose(0, 1) if batch_first else dirty[7:], active=active[7])
@@ -106,15 +94,14 @@ def test_each_sequence_takes_the_steps_that_it_is_active_for(build, request, bat
     assert (outputs[~active] == 0).all()
     for n in range(B):
         alone, states = lstm(x[active[:, n], n])
-        torch.testing.assert_close(outputs[active[:, n], n], alone.detach())
-        for held, true in zip(flat(stream.state), flat(states), strict=True):
-            torch.testing.assert_close(held[..., n, :], true.detach())
+        found = [outputs[active[:, n], n], *(held[..., n, :] for held in tree_leaves(stream.state))]
+        torch.testing.assert_close(found, [alone, *tree_leaves(states)])
     assert not graph or len(captures) == 2  # the second when some are active for the first time
 
 
 def test_sequences_change_places_and_go_back(build):
-    lstm = build()
-    stream, x = Stream(lstm, B), random_input(lstm)
+    lstm, x = build()
+    stream = Stream(lstm, B)
     stream(x[:4])
     snapshot = stream.state
     for index in (torch.tensor([2, 0, 0]), torch.tensor([1, 1, 2], dtype=torch.int32)):
@@ -124,30 +111,25 @@ def test_sequences_change_places_and_go_back(build):
         torch.testing.assert_close(stream(x[4:]), expected[4:])
     stream.state = snapshot
     torch.testing.assert_close(stream(x[4:]), lstm(x)[0][4:])
-    assert not any(t.requires_grad for t in flat(stream.state))
+    assert not any(t.requires_grad for t in tree_leaves(stream.state))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_the_cell_in_float32(dtype):
     """A cell state that is rounded after every step drifts away from that of the whole sequence."""
     torch.manual_seed(0)
-    lstm = gpu_lstm.LSTM(I, H, 2, dtype=dtype, backend="reference").eval()
-    x = torch.randn(200, B, I, dtype=dtype)
+    lstm, x = gpu_lstm.LSTM(I, H, 2, dtype=dtype, backend="reference").eval(), torch.randn(200, B, I, dtype=dtype)
     stream = Stream(lstm, B)
     steps = torch.stack([stream(x_t) for x_t in x])
-    assert flat(stream.state)[1].dtype is torch.float32
-    whole, _ = lstm(x)
-    assert (steps - whole).abs().max() <= 4 * torch.finfo(dtype).eps
+    assert stream.state[1].dtype is torch.float32
+    assert (steps - lstm(x)[0]).abs().max() <= 4 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}], ids=str)
 def test_a_cell_state_in_float32_beside_half_precision(backend, options):
-    torch.manual_seed(0)
-    lstm = gpu_lstm.LSTM(I, H, dtype=torch.float16, device=PLACES[backend]["device"], backend=backend, **options)
-    x = random_input(lstm)
-    rows = lstm.num_layers * (2 if lstm.bidirectional else 1)
-    h_0, c_0 = (torch.randn(2, rows, B, H) * 0.5).to(x.device)
+    lstm, x = built("LSTM", backend, dtype=torch.float16, **options)
+    h_0, c_0 = (torch.randn(2, 2, B, H) * 0.5).to(x.device)
     y, (h_n, c_n) = lstm(x, (h_0.half(), c_0))
     assert (y.dtype, h_n.dtype, c_n.dtype) == (torch.float16, torch.float16, torch.float32)
     _, (_, c_rounded) = lstm(x, (h_0.half(), c_0.half()))
@@ -172,12 +154,7 @@ def captures(monkeypatch):
         """As a CUDA graph: steps to warm up, one for the capture, and replays that write where it wrote."""
         captures.append(step)
         static = [step() for _ in range(4)][-1]
-
-        def replay():
-            static.copy_(step())
-            return static
-
-        return replay
+        return lambda: static.copy_(step())
 
     monkeypatch.setattr(stream_module, "captured", captured)
     monkeypatch.setattr(stream_module, "on_cuda", lambda x: True)
@@ -185,10 +162,8 @@ def captures(monkeypatch):
 
 
 def test_a_step_is_captured_once_and_again_when_a_parameter_is_replaced_or_a_setting_changed(build, captures):
-    lstm = build(zoneout=0.5)
-    x = random_input(lstm)
-    stream = Stream(lstm, B)
-    whole, _ = lstm(x)
+    lstm, x = build(zoneout=0.5)
+    stream, (whole, _) = Stream(lstm, B), lstm(x)
     torch.testing.assert_close(torch.stack([stream(x_t) for x_t in x]), whole)
     stream.reset()
     stream(x[:4])  # a chunk goes by without the graph and leaves the state where the graph finds it
@@ -199,8 +174,7 @@ def test_a_step_is_captured_once_and_again_when_a_parameter_is_replaced_or_a_set
     for count, change in enumerate((
         lambda: parameter.detach().mul_(2.0),
         lambda: setattr(lstm.get_submodule(path), last, torch.nn.Parameter(parameter.detach() * 3.0)),
-        lambda: setattr(lstm, "zoneout", (0.1, 0.3)), lambda: setattr(lstm, "zoneout", 0.0),
-    ), start=1):  # fmt: skip
+        lambda: setattr(lstm, "zoneout", (0.1, 0.3)), lambda: setattr(lstm, "zoneout", 0.0)), start=1):  # fmt: skip
         change()
         stream.reset()
         torch.testing.assert_close(torch.stack([stream(x_t) for x_t in x[:3]]), lstm(x[:3])[0])
@@ -211,7 +185,6 @@ def test_a_step_is_captured_once_and_again_when_a_parameter_is_replaced_or_a_set
 @pytest.mark.parametrize("hidden", [64, 512])
 def test_a_step_is_replayed_from_a_graph(hidden):
     lstm = gpu_lstm.LSTM(32, hidden, 2, device="cuda", dtype=torch.bfloat16, backend="triton").eval()
-    x = torch.randn(50, 4, 32, device="cuda", dtype=torch.bfloat16)
-    stream = Stream(lstm, 4)
+    stream, x = Stream(lstm, 4), torch.randn(50, 4, 32, device="cuda", dtype=torch.bfloat16)
     steps = torch.stack([stream(x_t) for x_t in x])
     torch.testing.assert_close(steps, lstm(x)[0], rtol=0, atol=8 * torch.finfo(torch.bfloat16).eps)

@@ -1,12 +1,14 @@
 """Looking inside: gates and states of every step against the NumPy oracle, and their picture."""
 
+import numpy as np
 import oracle
 import pytest
 import torch
-from comparing import BACKENDS
+from comparing import every_backend
 from pairs import weights_of, zeros_for
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.testing import assert_close
 
 import gpu_lstm
 from gpu_lstm.tools.trace import HUES, Gates
@@ -17,33 +19,23 @@ RESETS = torch.tensor([[0, 1, 0]] * 3 + [[1, 0, 0]] * 3).bool()
 
 
 def inputs():
-    torch.manual_seed(0)
-    return torch.randn(T, B, I, dtype=torch.float64)
+    return torch.randn(T, B, I, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def assert_close(found, true):
-    assert len(found) == len(true)
-    for our, their in zip(found, true):
-        torch.testing.assert_close(our, their)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize(("ragged", "proj_size"), [({}, 0), (dict(lengths=LENGTHS), 2), (dict(resets=RESETS), 0)],
                          ids=["plain", "lengths", "resets"])  # fmt: skip
 def test_gates_are_the_oracles(backend, ragged, proj_size):
-    lstm = gpu_lstm.LSTM(I, H, 2, bidirectional=True, proj_size=proj_size, backend=backend).double()
-    x = inputs()
-    traced = gpu_lstm.trace(lstm, x, **ragged)
-    _, layers = weights_of(lstm)
+    lstm, x = gpu_lstm.LSTM(I, H, 2, bidirectional=True, proj_size=proj_size, backend=backend).double(), inputs()
+    traced, (_, layers) = gpu_lstm.trace(lstm, x, **ragged), weights_of(lstm)
     y, _, tapes = oracle.stack(x.numpy(), zeros_for(layers, B), layers, **ragged)
     for layer, (_, taken) in zip(traced.layers, tapes, strict=True):
         for gates, (_, _, tape) in zip(layer, taken, strict=True):
-            expected = {field: torch.zeros(T, B, H).double() for field in Gates._fields if field != "hidden"}
-            for b, t, _, _, _, i, f, g, o, c, *_ in tape:
-                for field, value in zip(("input", "forget", "candidate", "output", "cell"), (i, f, g, o, c)):
-                    expected[field][t, b] = torch.from_numpy(value)
-            for field, value in expected.items():
-                torch.testing.assert_close(getattr(gates, field), value)
+            expected = torch.zeros(5, T, B, H).double()
+            for b, t, _, _, _, *values in tape:
+                expected[:, t, b] = torch.tensor(np.array(values[:5]))
+            names = "input", "forget", "candidate", "output", "cell"
+            assert_close({name: getattr(gates, name) for name in names}, dict(zip(names, expected)))
     assert_close([traced.output, torch.cat([gates.hidden for gates in traced.layers[1]], 2)], [torch.from_numpy(y)] * 2)
 
 
@@ -51,43 +43,38 @@ def test_results_are_those_of_the_call():
     lstm = gpu_lstm.LSTM(I, H, 2, batch_first=True, bidirectional=True, dropout=0.5, backend="reference").double()
     x, hx = inputs().transpose(0, 1), tuple(torch.randn(2, 4, B, H).double())
     with torch.random.fork_rng():
-        output, states = lstm(x, hx)
+        expected = lstm(x, hx)
     traced = gpu_lstm.trace(lstm, x, hx)
-    assert_close([traced.output, *traced.states], [output, *states])
+    assert_close((traced.output, traced.states), expected)
     assert traced.layers[0][0].cell.shape == (T, B, H)  # time first
 
 
 def test_other_inputs_and_modules():
     x, lengths = inputs(), torch.tensor([2, 6, 4])
-    lstm = gpu_lstm.LSTM(I, H).double()
-    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    lstm, packed = gpu_lstm.LSTM(I, H).double(), pack_padded_sequence(x, lengths, enforce_sorted=False)
     traced, padded = gpu_lstm.trace(lstm, packed), gpu_lstm.trace(lstm, x, lengths=lengths)
     assert_close(traced.layers[0][0], padded.layers[0][0])
-    torch.testing.assert_close(traced.output.data, lstm(packed)[0].data)
+    assert_close(traced.output.data, lstm(packed)[0].data)
     assert traced.lengths.tolist() == padded.lengths.tolist() == [2, 6, 4]
 
     alone = gpu_lstm.trace(lstm, x[:, 0], lengths=torch.tensor(2))
-    assert alone.output.shape == (T, H)
-    assert alone.lengths.tolist() == [2]
-    assert_close(alone.layers[0][0], [t[:, :1] for t in padded.layers[0][0]])
+    assert (alone.output.shape, alone.lengths.tolist()) == ((T, H), [2])
+    assert_close(list(alone.layers[0][0]), [t[:, :1] for t in padded.layers[0][0]])
 
-    theirs = nn.LSTM(I, H).double()
-    torch.testing.assert_close(gpu_lstm.trace(theirs, x).output, theirs(x)[0])
+    theirs, stack = nn.LSTM(I, H).double(), gpu_lstm.StackedLSTM(I, [H, I, I], residual=True).double()
+    assert_close(gpu_lstm.trace(theirs, x).output, theirs(x)[0])
     assert type(theirs) is nn.LSTM
-
-    stack = gpu_lstm.StackedLSTM(I, [H, I, I], residual=True).double()
     traced = gpu_lstm.trace(stack, x)
-    torch.testing.assert_close(traced.output, stack(x)[0])
+    assert_close(traced.output, stack(x)[0])
     assert [directions[0].cell.shape[2] for directions in traced.layers] == [H, I, I]
 
 
 def test_every_gate_is_differentiable():
     traced, lengths = nn.Sequential(gpu_lstm.LSTM(2, 2, bidirectional=True).double()), torch.tensor([2, 0, 1])
     traced.forward = lambda x: gpu_lstm.trace(traced[0], x, lengths=lengths)  # for functional_call
-    names = [name for name, _ in traced.named_parameters()]
 
     def call(x, *weights):
-        found = torch.func.functional_call(traced, dict(zip(names, weights, strict=True)), x)
+        found = torch.func.functional_call(traced, dict(zip(traced.state_dict(), weights, strict=True)), x)
         return tuple(gate for direction in found.layers[0] for gate in direction)
 
     x = inputs()[:2, :, :2].clone().requires_grad_()
@@ -100,17 +87,16 @@ def test_the_picture_shows_one_sequence():
     figure = traced.plot(2)
     panels, bars = figure.axes[: 4 * 6], figure.axes[4 * 6 :]
     assert [axes.get_title() for axes in panels[:6]] == list(Gates._fields)
-    assert panels[6].get_ylabel() == "layer 0, reverse\nunit"
-    assert panels[-1].get_xlabel() == "step"
+    assert (panels[6].get_ylabel(), panels[-1].get_xlabel()) == ("layer 0, reverse\nunit", "step")
     forget, cell = (panels[6 * 2 + k].images[0] for k in (1, 4))  # layer 1, forward
-    torch.testing.assert_close(torch.tensor(forget.get_array().data), traced.layers[1][0].forget[:3, 2].T.detach())
+    assert_close(torch.tensor(forget.get_array().data), traced.layers[1][0].forget[:3, 2].T)
     assert (forget.get_clim(), cell.get_clim()) == ((0.0, 1.0), (-1.0, 1.0))
     assert [axes.get_ylim() for axes in bars] == [(0, 1), (-1, 1)]  # one for gates, one for states
     for k, bar in enumerate(bars):  # which have the colours of the three panels beside them
         strips = torch.tensor(bar.images[0].get_array().data)
         for strip, panel in enumerate(panels[3 * k : 3 * k + 3]):
             scale = panel.images[0].to_rgba(torch.linspace(*panel.images[0].get_clim(), 256))
-            torch.testing.assert_close(strips[:, strip], torch.tensor(scale))
+            assert_close(strips[:, strip], torch.tensor(scale))
             assert panel.title.get_color() == HUES[panel.get_title()]
     with pytest.raises(ValueError, match="sequence 1 has no steps"):
         traced.plot(1)

@@ -1,18 +1,16 @@
-"""Modules with what torch's LSTM has not: peepholes, layer norms, recurrent dropout, zoneout, weight drop.
+"""Modules with what torch's LSTM has not, against the oracle, ONNX's LSTM and the reference; and who refuses them."""
 
-Against the oracle, against ONNX's LSTM, which has peepholes, and against the reference; and who refuses them. One layer
-in one direction is in test_layer.
-"""
-
+import copy
 import pickle
 from functools import partial
 
 import numpy as np
 import onnx
 import onnxruntime
+import pairs
 import pytest
 import torch
-from comparing import BACKENDS, PLACES, assert_same
+from comparing import BACKENDS, PLACES, assert_same, every_backend
 from pairs import LENGTHS, RAGGED, B, H, I, T, assert_identical, noises_of, random_inputs, results, states_left, truth
 from torch import nn
 from torch.nn.functional import dropout
@@ -22,7 +20,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import gpu_lstm
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
-from gpu_lstm.tools.convert import to_torch
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 ABLE = ("reference", "triton")
@@ -32,17 +29,14 @@ KINDS = {
     "LSTM": partial(LSTM, num_layers=2, bidirectional=True), "deep": partial(LSTM, num_layers=2),
     "projected": partial(LSTM, proj_size=2, bidirectional=True, recompute=True),
     "recomputed": partial(LSTM, recompute=True), "LSTMCell": partial(gpu_lstm.LSTMCell, I, H),
-    "StackedLSTM": partial(Stack, [H, H], bidirectional=True, residual=True),
-    "residual": partial(Stack, [I, I, 2, 2], residual=True),
-    "one of a stack": partial(Stack, [H]),
-}  # fmt: skip
+    "StackedLSTM": partial(Stack, [H, H], bidirectional=True, residual=True), "one of a stack": partial(Stack, [H]),
+    "residual": partial(Stack, [I, I, 2, 2], residual=True)}  # fmt: skip
 NOISE = dict(recurrent_dropout=0.3, zoneout=(0.2, 0.4))
 ALL = dict(**NOISE, weight_drop=0.25)
 OPTIONS = {
     "plain": {}, "peepholes": dict(peepholes=True), "layer_norm": dict(layer_norm=True),
     "both": dict(peepholes=True, layer_norm=("hh", "c"), bias=False), "noise": NOISE, "noise in eval": NOISE,
-    "all noise": ALL, "all noise in eval": ALL, **{name: {name: value} for name, value in ALL.items()},
-}  # fmt: skip
+    "all noise": ALL, "all noise in eval": ALL, **{name: {name: value} for name, value in ALL.items()}}  # fmt: skip
 CONDITION = {"layer_norm": 16, "both": 16}
 ADDED = {"weight_peephole": 3, "gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1}  # times H
 
@@ -60,23 +54,21 @@ def call_of(module, **how):
     return results(module, *random_inputs(module, B), **dict(seed=5) | how)
 
 
-# Numbers
-
-CHAINS = {  # of kinds, on the reference; those of KERNELS also by the kernels, which are slow in the interpreter
-    "LSTM": ("peepholes", "layer_norm", "both", "noise", "noise in eval"),
-    "projected": ("peepholes", "noise", "noise in eval"), "recomputed": ("peepholes", "layer_norm", "both"),
-    "StackedLSTM": ("plain", "peepholes", "layer_norm", "both"), "residual": ("plain", "noise", "noise in eval"),
-}  # fmt: skip
-KERNELS = {
-    "LSTM": ("layer_norm", "noise", "noise in eval"), "projected": ("peepholes", "noise", "noise in eval"),
-    "recomputed": ("layer_norm", "both"), "StackedLSTM": ("plain", "both"), "residual": ("plain", "noise"),
+CHAINS = {  # of kinds, by backend; fewer by the kernels, which are slow in the interpreter
+    "torch": dict.fromkeys(("LSTM", "projected", "StackedLSTM", "residual"), ("plain",)),
+    "reference": {
+        "LSTM": ("peepholes", "layer_norm", "both", "noise", "noise in eval"),
+        "projected": ("peepholes", "noise", "noise in eval"), "recomputed": ("peepholes", "layer_norm", "both"),
+        "StackedLSTM": ("plain", "peepholes", "layer_norm", "both"), "residual": ("plain", "noise", "noise in eval")},
+    "triton": {
+        "LSTM": ("layer_norm", "noise", "noise in eval"), "projected": ("peepholes", "noise", "noise in eval"),
+        "recomputed": ("layer_norm", "both"), "StackedLSTM": ("plain", "both"), "residual": ("plain", "noise")},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("backend", "kind", "option"), [
-    *(("torch", kind, "plain") for kind in ("LSTM", "projected", "StackedLSTM", "residual")),
-    *((backend, kind, option) for backend, chains in (("reference", CHAINS), ("triton", KERNELS))
-      for kind, options in chains.items() for option in options),
+    (backend, kind, option) for backend, chains in CHAINS.items() for kind, options in chains.items()
+    for option in options
 ])  # fmt: skip
 def test_a_module_is_a_chain_of_oracles(backend, kind, option):
     """With lengths and resets; without gradients the same bits."""
@@ -102,37 +94,29 @@ def test_onnxs_lstm_gives_the_same():
     x, (h0, c0) = random_inputs(lstm, B)
     weights = {name: t.detach().numpy() for name, t in lstm.named_parameters()}
 
-    def of_both(kind, order):
-        parts = [np.split(weights[f"{kind}_l0{suffix}"], 4 if kind != "weight_peephole" else 3) for suffix in SUFFIXES]
+    def of_both(kind, order=(0, 3, 1, 2)):
+        parts = [np.split(weights[f"{kind}_l0{suffix}"], len(order)) for suffix in ("", "_reverse")]
         return np.stack([np.concatenate([part[k] for k in order]) for part in parts])
 
-    given = dict(
-        X=x.numpy(), W=of_both("weight_ih", GATES), R=of_both("weight_hh", GATES),
-        B=np.concatenate([of_both("bias_ih", GATES), of_both("bias_hh", GATES)], axis=1),
-        lengths=np.full(B, T, np.int32), h=h0.numpy(), c=c0.numpy(), P=of_both("weight_peephole", (0, 2, 1)),
-    )  # fmt: skip
+    given = dict(X=x.numpy(), W=of_both("weight_ih"), R=of_both("weight_hh"),
+                 B=np.concatenate([of_both("bias_ih"), of_both("bias_hh")], axis=1), lengths=np.full(B, T, np.int32),
+                 h=h0.numpy(), c=c0.numpy(), P=of_both("weight_peephole", (0, 2, 1)))  # fmt: skip
+    info = onnx.helper.make_tensor_value_info
     node = onnx.helper.make_node("LSTM", list(given), ["Y", "Y_h", "Y_c"], hidden_size=H, direction="bidirectional")
-    types = {np.dtype(np.float32): onnx.TensorProto.FLOAT, np.dtype(np.int32): onnx.TensorProto.INT32}
-    values = [onnx.helper.make_tensor_value_info(n, types[t.dtype], t.shape) for n, t in given.items()]
-    outputs = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in node.output]
-    graph = onnx.helper.make_graph([node], "lstm", values, outputs)
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 14)], ir_version=8)
+    values = [info(n, onnx.helper.np_dtype_to_tensor_dtype(t.dtype), t.shape) for n, t in given.items()]
+    outputs = [info(n, onnx.TensorProto.FLOAT, None) for n in node.output]
+    graph, opset = onnx.helper.make_graph([node], "lstm", values, outputs), onnx.helper.make_opsetid("", 14)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    y, h_n, c_n = map(torch.from_numpy, session.run(None, given))
-    with torch.no_grad():
-        output, states = lstm(x, (h0, c0))
-    for ours, theirs in zip((output, *states), (y.transpose(1, 2).flatten(2), h_n, c_n)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-SUFFIXES, GATES = ("", "_reverse"), (0, 3, 1, 2)
+    y, *states = map(torch.from_numpy, session.run(None, given))
+    theirs = [y.transpose(1, 2).flatten(2), *states]
+    torch.testing.assert_close(tree_leaves(lstm(x, (h0, c0))), theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "option", "frozen"), [
     ("LSTMCell", "peepholes", ""), ("LSTMCell", "peepholes", "weight_peephole"), ("recomputed", "both", ""),
     ("projected", "peepholes", "weight_hh"), ("recomputed", "both", "gain"), ("recomputed", "both", "weight_peephole"),
-    ("projected", "plain", ""), ("projected", "noise", ""),
-])  # fmt: skip
+    ("projected", "plain", ""), ("projected", "noise", "")])  # fmt: skip
 def test_gradients_of_gradients_by_the_kernels(kind, option, frozen):
     """Of c alone, with parts frozen; or of everything, with states to reset to."""
     found = []
@@ -159,16 +143,21 @@ def test_gradients_of_gradients_by_the_kernels(kind, option, frozen):
     assert_same(*found, condition=CONDITION.get(option, 1))
 
 
-@pytest.mark.parametrize(("kind", "option"), [
-    ("LSTM", "both"), ("deep", "all noise"), ("projected", "all noise"), ("projected", "all noise in eval"),
-])  # fmt: skip
-def test_chunks_of_time(monkeypatch, kind, option):
-    """Each gets its part of the noise."""
-    lstm = made(kind, "triton", option)
-    whole = call_of(lstm, **RAGGED)
-    lstm.recompute = True
+# The chain of oracles has the other noises; here are also weight drop, and dropout between layers.
+@pytest.mark.parametrize(("kind", "option", "ragged"), [
+    ("LSTM", "both", RAGGED), ("LSTM", "all noise", RAGGED), ("deep", "all noise", {}), ("deep", "all noise", RAGGED),
+    ("deep", "all noise in eval", RAGGED), ("projected", "all noise", RAGGED),
+    ("projected", "all noise in eval", RAGGED)], ids=["both", *map(str, range(6))])  # fmt: skip
+def test_a_seed_means_the_same_on_every_backend_and_in_chunks_of_time(monkeypatch, kind, option, ragged):
+    """Each chunk gets its part of the noise."""
+    between = dict(dropout=0.3) if kind != "projected" else {}
+    ours, expected = (made(kind, backend, option, **between).to(torch.float32) for backend in ("triton", "reference"))
+    whole = call_of(ours, **ragged)
+    assert ("eval" in option) is torch.equal(call_of(ours, seed=6, **ragged)["output"], whole["output"])
+    assert_same(whole, call_of(expected, **ragged), condition=CONDITION.get(option, 1))
+    ours.recompute = True
     monkeypatch.setattr("gpu_lstm.backends.schedule.WORKSPACE", 2 * B * 4 * H * 4)  # two steps
-    assert_same(call_of(lstm, **RAGGED), whole)
+    assert_same(call_of(ours, **ragged), whole)
 
 
 @pytest.mark.parametrize("option", ["both", "zoneout"])
@@ -177,38 +166,24 @@ def test_streams_and_traces(backend, option):
     """A trace shows the states after zoneout."""
     lstm, one_way = made("LSTM", backend, option), made("recomputed", backend, option).eval()
     x = random_inputs(lstm, B)[0].to(lstm.weight_ih_l0)
-    with torch.no_grad():
-        torch.manual_seed(5)
-        output, (h_n, c_n) = lstm(x, lengths=LENGTHS)
-        torch.manual_seed(5)
-        traced = gpu_lstm.trace(lstm, x, lengths=LENGTHS)
-        stream = gpu_lstm.Stream(one_way, B)
-        torch.testing.assert_close(torch.stack([stream(step) for step in x]), one_way(x)[0])
-    torch.testing.assert_close((traced.output, traced.states), (output, (h_n, c_n)))
+    torch.manual_seed(5)
+    whole = lstm(x, lengths=LENGTHS)
+    torch.manual_seed(5)
+    traced, stream = gpu_lstm.trace(lstm, x, lengths=LENGTHS), gpu_lstm.Stream(one_way, B)
+    torch.testing.assert_close(torch.stack([stream(step) for step in x]), one_way(x)[0])
+    torch.testing.assert_close((traced.output, traced.states), whole)
     upper = traced.layers[1]
     assert torch.equal(torch.cat([gates.hidden for gates in upper], dim=2), traced.output)
     assert torch.equal(upper[0].cell[3, 2], traced.states[1][2, 2])
     assert torch.equal(upper[1].hidden[0], torch.where(LENGTHS[:, None] > 0, traced.states[0][3], 0))
 
 
-# The chain of oracles has the other noises; here are also weight drop, and dropout between layers.
-@pytest.mark.parametrize(("kind", "option", "ragged"), [
-    ("LSTM", "all noise", RAGGED), ("deep", "all noise", {}), ("projected", "all noise", RAGGED),
-    ("deep", "all noise in eval", RAGGED),
-], ids=str)  # fmt: skip
-def test_a_seed_means_the_same_on_every_backend(kind, option, ragged):
-    between = dict(dropout=0.3) if kind != "projected" else {}
-    ours, expected = (made(kind, backend, option, **between).to(PLACES["triton"]["dtype"]) for backend in ABLE[::-1])
-    assert_same(call_of(ours, **ragged), call_of(expected, **ragged))
-
-
 @pytest.mark.parametrize("name", ["recurrent_dropout", "weight_drop"])
 @every_able
 def test_dropping_all_of_h_is_an_lstm_without_recurrent_weights(backend, name):
     lstm, plain = made("LSTM", backend, **{name: 1.0}), made("LSTM", "reference").to(PLACES[backend]["dtype"])
-    with torch.no_grad():
-        for parameter in (p for n, p in plain.named_parameters() if n.startswith("weight_hh")):
-            parameter.zero_()
+    for name in (name for name in plain.state_dict() if name.startswith("weight_hh")):
+        nn.init.zeros_(plain.get_parameter(name))
     got, expected = call_of(lstm, lengths=LENGTHS), call_of(plain, lengths=LENGTHS)
     others = [n for n in got if not n.startswith("dweight_hh") and n != "dh0"]
     assert_same({n: got[n] for n in others}, {n: expected[n] for n in others})
@@ -220,33 +195,31 @@ def test_dropping_all_of_h_is_an_lstm_without_recurrent_weights(backend, name):
 def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype, option):
     lstm = made("projected", "reference", option).to(dtype)
     x, hx = tree_map_only(torch.Tensor, lambda t: t.to(dtype), random_inputs(lstm, B))
-    with torch.no_grad():
-        rounded = tree_leaves(lstm(x, hx, **RAGGED))
-        given = tree_map_only(torch.Tensor, torch.Tensor.float, (x, hx))
-        exact = tree_leaves(lstm.float()(*given, **RAGGED))
-        assert all(torch.equal(a, b.to(dtype)) for a, b in zip(rounded, exact, strict=True))
-        if dtype is torch.bfloat16:  # under autocast alike
-            with torch.autocast("cpu", dtype):
-                assert all(map(torch.equal, tree_leaves(lstm(*given, **RAGGED)), rounded))
+    rounded, given = tree_leaves(lstm(x, hx, **RAGGED)), tree_map_only(torch.Tensor, torch.Tensor.float, (x, hx))
+    exact = tree_leaves(lstm.float()(*given, **RAGGED))
+    assert all(torch.equal(a, b.to(dtype)) for a, b in zip(rounded, exact, strict=True))
+    if dtype is torch.bfloat16:  # under autocast alike
+        found = torch.autocast("cpu", dtype)(lstm)(*given, **RAGGED)
+        assert all(map(torch.equal, tree_leaves(found), rounded))
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "projected"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["LSTM", "projected", "StackedLSTM"])
+@every_backend
 def test_in_eval_dropout_of_any_kind_changes_no_bit(backend, kind):
     dropped = made(kind, backend, recurrent_dropout=0.5, weight_drop=0.5).eval()
-    assert_identical(call_of(dropped), call_of(made(kind, backend).eval()))
+    dropped.dropout = 0.5
+    assert_identical(call_of(dropped, **RAGGED), call_of(made(kind, backend).eval(), **RAGGED))
 
 
 @pytest.mark.parametrize("kind", ["recomputed", "one of a stack"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_weight_drop_runs_everywhere(backend, kind):
     """As an LSTM whose weight_hh has what a seed leaves of it; gradients pass what was left only."""
     lstm, plain = made(kind, backend, weight_drop=0.5), made(kind, "reference").to(**PLACES[backend])
     name, weight_hh = next((n, p) for n, p in plain.named_parameters() if "weight_hh" in n)
     torch.manual_seed(5)
     factors = dropout(torch.ones_like(weight_hh), 0.5)
-    with torch.no_grad():
-        weight_hh *= factors
+    weight_hh.data *= factors
     got, expected = call_of(lstm), call_of(plain)
     expected[f"d{name}"] *= factors
     assert_same(got, expected)
@@ -255,16 +228,12 @@ def test_weight_drop_runs_everywhere(backend, kind):
     torch.testing.assert_close(lstm(packed)[0].data, plain(packed)[0].data, rtol=1e-5, atol=1e-6)
 
 
-# torch.compile, torch.export, autocast, vmap, trace
-
-
 # test_graphs.py has LSTM and StackedLSTM without variants.
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "option", "backend"), [
     *(("LSTMCell", "plain", backend) for backend in BACKENDS), ("recomputed", "both", "triton"),
     ("recomputed", "peepholes", "reference"), ("projected", "all noise", "triton"),
-    ("projected", "all noise in eval", "reference"),
-])  # fmt: skip
+    ("projected", "all noise in eval", "reference")])  # fmt: skip
 def test_compiled_and_exported(kind, option, backend):
     module = made(kind, backend, option)
     ragged = RAGGED if "noise" in option else {}
@@ -284,23 +253,17 @@ def test_compiled_and_exported(kind, option, backend):
 def test_autocast(backend, device):
     lstm = made("LSTM", backend, "all noise", dropout=0.3).to(device, torch.float32)
     x = random_inputs(lstm, B)[0].to(device)
-    outputs = []
-    for dtype in (torch.float16, None):
-        torch.manual_seed(5)
-        with torch.autocast(device, dtype, enabled=dtype is not None):
-            outputs.append(lstm(x)[0])
-    assert outputs[0].dtype is torch.float16
-    torch.testing.assert_close(outputs[0].float(), outputs[1], rtol=0, atol=5e-3)
+    torch.manual_seed(5)
+    half = torch.autocast(device, torch.float16)(lstm)(x)[0]
+    assert half.dtype is torch.float16
+    torch.manual_seed(5)
+    torch.testing.assert_close(half.float(), lstm(x)[0], rtol=0, atol=5e-3)
 
 
 def test_per_sample_noise_under_vmap():
-    lstm = gpu_lstm.LSTM(3, 4, zoneout=0.5, recurrent_dropout=0.5)
-    x = torch.randn(4, 1, 3).expand(5, 4, 1, 3)
+    lstm, x = gpu_lstm.LSTM(3, 4, zoneout=0.5, recurrent_dropout=0.5), torch.randn(4, 1, 3).expand(5, 4, 1, 3)
     outputs = torch.func.vmap(lambda x: lstm(x)[0], randomness="different")(x)
     assert len({tuple(o.flatten().tolist()) for o in outputs}) == 5
-
-
-# Arguments
 
 
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.LSTMCell])
@@ -308,14 +271,10 @@ def test_per_sample_noise_under_vmap():
 def test_parameters(cls, variant):
     """Those of an LSTM without a variant first, from the same random numbers; all are saved, copied and shown."""
     bias = OPTIONS[variant].get("bias", True)
-    torch.manual_seed(3)
-    plain = cls(I, H, bias=bias)
-    torch.manual_seed(3)
-    lstm = cls(I, H, **OPTIONS[variant])
+    plain, lstm = pairs.seeded(cls, I, H, bias=bias), pairs.seeded(cls, I, H, **OPTIONS[variant])
     count = len(list(plain.parameters()))
     assert list(lstm.state_dict())[:count] == list(plain.state_dict())
     assert all(map(torch.equal, plain.parameters(), lstm.parameters()))
-    before = {name: t.clone() for name, t in lstm.state_dict().items()}
     added = list(lstm.named_parameters())[count:]
     norms = lstm.layer_norm if isinstance(lstm.layer_norm, tuple) else ("ih", "hh", "c") * lstm.layer_norm
     names = ["weight_peephole"] * lstm.peepholes + [f"gain_{norm}" for norm in norms]
@@ -323,31 +282,22 @@ def test_parameters(cls, variant):
     assert {name.removesuffix("_l0"): len(t) // H for name, t in added} == {name: ADDED[name] for name in names}
     for name, parameter in added:
         assert 0 < parameter.abs().max() <= H**-0.5 if "weight" in name else (parameter == ("gain" in name)).all()
-        nn.init.constant_(parameter, 2.0)
     x = torch.randn(2, 1, I) if cls is gpu_lstm.LSTM else torch.randn(1, I)
     assert torch.equal(pickle.loads(pickle.dumps(lstm))(x)[0], lstm(x)[0])
-    torch.manual_seed(3)
-    lstm.reset_parameters()
-    assert_identical(lstm.state_dict(), before)
     shown = [f"{name}={getattr(lstm, name)!r}" for name in ("peepholes", "layer_norm") if getattr(lstm, name)]
     assert repr(lstm) == ", ".join([repr(plain)[:-1], *shown]) + ")"
-
-
-@pytest.mark.parametrize("norms", [False, True])
-def test_the_same_seed_gives_the_constructors_weights_of_every_layer_and_direction(norms):
-    build = partial(gpu_lstm.LSTM, I, H, num_layers=2, bidirectional=True, peepholes=True, layer_norm=norms)
-    torch.manual_seed(3)
-    lstm = build()
-    before = {name: t.clone() for name, t in lstm.state_dict().items()}
-    torch.manual_seed(3)
-    lstm.reset_parameters()
-    assert_identical(lstm.state_dict(), before)
+    for sizes in ([I, H], [I, H, 2])[: 1 + (cls is gpu_lstm.LSTM)]:  # the same seed gives the constructor's weights
+        lstm = pairs.seeded(cls, *sizes, **OPTIONS[variant], **dict(bidirectional=True) if len(sizes) == 3 else {})
+        before = copy.deepcopy(lstm.state_dict())
+        for parameter in lstm.parameters():
+            nn.init.constant_(parameter, 2.0)
+        pairs.seeded(lstm.reset_parameters)
+        assert_identical(lstm.state_dict(), before)
 
 
 @pytest.mark.parametrize(("kind", "name"), [
     ("LSTMCell", "peepholes"), ("LSTMCell", "layer_norm"), ("projected", "peepholes"),
-    *((kind, name) for kind in ("LSTM", "StackedLSTM") for name in ("peepholes", "layer_norm", *NOISE)),
-])  # fmt: skip
+    *((kind, name) for kind in ("LSTM", "StackedLSTM") for name in ("peepholes", "layer_norm", *NOISE))])  # fmt: skip
 @pytest.mark.parametrize("backend", ["torch", "cupy"])
 def test_a_backend_that_cannot_says_so(kind, name, backend):
     module, said = made(kind, backend, name).float(), f"does not support {name}"
@@ -370,38 +320,19 @@ def test_a_backend_that_cannot_says_so(kind, name, backend):
 
 
 def test_auto_chooses_triton_where_it_can_else_the_reference(monkeypatch):
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
     for unable, chosen in ((None, Backend.TRITON), (Backend.TRITON, Backend.REFERENCE)):
         monkeypatch.setattr(available, "why_unavailable", lambda b, *_, it=unable: RuntimeError() if b is it else None)
-        assert available.select("auto", cuda, torch.float32, "zoneout", False) is chosen
-        assert available.select("auto", cpu, torch.float32, "zoneout", False) is Backend.REFERENCE
-        assert available.select("auto", cpu, torch.float32, None, False) is Backend.TORCH
+        cases = ("cuda", "zoneout", chosen), ("cpu", "zoneout", Backend.REFERENCE), ("cpu", None, Backend.TORCH)
+        for device, feature, expected in cases:
+            assert available.select("auto", torch.device(device), torch.float32, feature, False) is expected
 
 
 @pytest.mark.parametrize("kind", ["recomputed", "one of a stack"])
 def test_pickles(kind):
-    twin = pickle.loads(pickle.dumps(made(kind, None, "all noise")))
+    twin, old = pickle.loads(pickle.dumps(made(kind, None, "all noise"))), made(kind, None)
     assert {name: getattr(twin, name) for name in ALL} == ALL
-    old = made(kind, None)
     for name in ALL:
         del old.__dict__[name]  # as in a pickle from before there were any
     old = pickle.loads(pickle.dumps(old))
     assert repr(old) == repr(made(kind, None))
     old(torch.zeros(2, 1, I))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-@pytest.mark.parametrize(("cls", "name"), [
-    *((gpu_lstm.LSTM, name) for name in ("peepholes", "layer_norm", *ALL)),
-    (gpu_lstm.LSTMCell, "peepholes"), (gpu_lstm.LSTMCell, "layer_norm"),
-])  # fmt: skip
-def test_torch_cannot_have_them(cls, name):
-    model = nn.Sequential(cls(I, H, **OPTIONS[name]))
-    with pytest.raises(ValueError, match=rf" has {name}=.*, and would be scripted as a torch\.nn\.{cls.__name__}"):
-        torch.jit.script(model)
-    if name in ALL:
-        setattr(model[0], name, 0.0)
-        torch.jit.script(model)
-    else:
-        with pytest.raises(ValueError, match=rf"'0' has {name}=True, which torch\.nn\.LSTM has not"):
-            to_torch(model)

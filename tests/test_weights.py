@@ -2,60 +2,44 @@
 
 import copy
 import io
-import itertools
 import pickle
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES, assert_same
-from pairs import KINDS, B, H, I, assert_alike, assert_identical, pair, random_inputs, results
+from comparing import BACKENDS, PLACES, every_backend
+from pairs import B, H, I, assert_alike, assert_identical, pair, random_inputs, results, seeded
 from torch import nn
 from torch.nn.utils import prune
 
 import gpu_lstm
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def same_weights(a, b) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-# As torch has them
-
-CONFIGURATIONS = [
-    (nn.LSTM, {}),
-    (nn.LSTM, dict(num_layers=2, bidirectional=True)),
-    (nn.LSTM, dict(bias=False, batch_first=True)),
+@pytest.mark.parametrize(("cls", "arguments"), [
+    (nn.LSTM, {}), (nn.LSTM, dict(num_layers=2, bidirectional=True)), (nn.LSTM, dict(bias=False, batch_first=True)),
     (nn.LSTM, dict(num_layers=2, bidirectional=True, proj_size=2, dropout=0.3)),
-    (nn.LSTM, dict(bias=False, proj_size=1)),
-    (nn.LSTMCell, {}),
-    (nn.LSTMCell, dict(bias=False)),
-]
-
-
-@pytest.mark.parametrize(("cls", "arguments"), CONFIGURATIONS, ids=str)
+    (nn.LSTM, dict(bias=False, proj_size=1)), (nn.LSTMCell, {}), (nn.LSTMCell, dict(bias=False))], ids=str)  # fmt: skip
 def test_names_values_and_repr_are_those_of_torch(cls, arguments):
     """And parameters are created where and as device and dtype say."""
-    torch.manual_seed(7)
-    theirs = cls(I, H, **arguments)
+    theirs = seeded(cls, I, H, **arguments)
     for ours in (getattr(gpu_lstm, cls.__name__), *([gpu_lstm.compat.LSTM] if cls is nn.LSTM else [])):
-        torch.manual_seed(7)
-        module = ours(I, H, **arguments)
+        module = seeded(ours, I, H, **arguments)
         assert list(module.state_dict()) == list(theirs.state_dict())
         assert sorted(module.__constants__) == sorted(theirs.__constants__)
         assert same_weights(module, theirs)
         assert repr(module) == repr(theirs)
         module.load_state_dict(cls(I, H, **arguments).state_dict())
         assert not same_weights(module, theirs)
-        torch.manual_seed(7)
-        module.reset_parameters()
+        seeded(module.reset_parameters)
         assert same_weights(module, theirs)
         if cls is nn.LSTM:
-            shapes = [[[w.shape for w in layer] for layer in m.all_weights] for m in (module, theirs)]
-            assert shapes[0] == shapes[1]
+            shapes, of_torch = ([[w.shape for w in layer] for layer in m.all_weights] for m in (module, theirs))
+            assert shapes == of_torch
             flat = [w for layer in module.all_weights for w in layer]
             assert all(a is b is c for a, b, c in zip(flat, module._flat_weights, module.parameters(), strict=True))
         for place in (dict(dtype=torch.float64), dict(dtype=torch.float16, device="meta")):
@@ -64,28 +48,25 @@ def test_names_values_and_repr_are_those_of_torch(cls, arguments):
 
 
 def test_a_stack_has_the_initial_values_of_a_deep_lstm_and_takes_device_and_dtype():
-    torch.manual_seed(3)
-    deep = nn.LSTM(I, H, num_layers=3, bidirectional=True)
-    torch.manual_seed(3)
-    assert same_weights(gpu_lstm.StackedLSTM(I, [H, H, H], bidirectional=True), deep)
+    deep = seeded(nn.LSTM, I, H, num_layers=3, bidirectional=True)
+    assert same_weights(seeded(gpu_lstm.StackedLSTM, I, [H, H, H], bidirectional=True), deep)
     stack = gpu_lstm.StackedLSTM(I, [4, 2], device="meta", dtype=torch.float64)
     assert {(p.device.type, p.dtype) for p in stack.parameters()} == {("meta", torch.float64)}
 
 
-def test_what_is_not_default_is_shown():
-    noise = dict(recurrent_dropout=0.3, zoneout=(0.2, 0.4), weight_drop=0.25)
-    ours = dict(backend="reference", recompute=True, **noise)
-    torchs = dict(bias=False, batch_first=True, dropout=0.5, bidirectional=True)
+NOISE = "recurrent_dropout=0.3, zoneout=(0.2, 0.4), weight_drop=0.25"
 
-    def shown(arguments):
-        return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
-    assert repr(gpu_lstm.LSTM(3, 4, 2, **ours)) == f"LSTM(3, 4, num_layers=2, {shown(ours)})"
+@pytest.mark.parametrize("shown", [
+    "LSTM(3, 4)", f"LSTM(3, 4, num_layers=2, backend='reference', recompute=True, {NOISE})",
+    "LSTMCell(3, 4, bias=False, backend='torch')", "StackedLSTM(3, [4, 2])",
+    "StackedLSTM(8, [4, 2, 2], bias=False, batch_first=True, dropout=0.5, bidirectional=True, residual=True, "
+    f"backend='reference', recompute=True, {NOISE})"])  # fmt: skip
+def test_what_is_not_default_is_shown(shown):
+    module = eval(shown, vars(gpu_lstm))
+    assert f"{type(module).__name__}({module.extra_repr()})" == shown
+    assert isinstance(module, gpu_lstm.StackedLSTM) or repr(module) == shown
     assert repr(gpu_lstm.LSTM(3, 4, zoneout=(0.0, 0.0))) == "LSTM(3, 4)"
-    assert repr(gpu_lstm.LSTMCell(3, 4, bias=False, backend="torch")) == "LSTMCell(3, 4, bias=False, backend='torch')"
-    assert gpu_lstm.StackedLSTM(3, [4, 2]).extra_repr() == "3, [4, 2]"
-    every = torchs | dict(residual=True) | ours
-    assert gpu_lstm.StackedLSTM(8, (4, 2, 2), **every).extra_repr() == f"8, [4, 2, 2], {shown(every)}"
 
 
 @every_backend
@@ -98,41 +79,29 @@ def test_flat_weights_are_harmless(backend):
     assert_alike(ours, theirs, B)
 
 
-# Copies, pickles, moves
-
-
-def _through_pickle(module):
-    return pickle.loads(pickle.dumps(module))
-
-
-def _through_torch_save(module):
-    file = io.BytesIO()
-    torch.save(module, file)
+def copies(module):
+    torch.save(module, file := io.BytesIO())
     file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = dict(pickle=_through_pickle, deepcopy=copy.deepcopy, torch_save=_through_torch_save)
+    return pickle.loads(pickle.dumps(module)), copy.deepcopy(module), torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize(("kind", "backend", "arguments"), [
     *(("LSTM", backend, dict(bidirectional=True, proj_size=2)) for backend in BACKENDS), ("LSTMCell", "triton", {}),
-    ("StackedLSTM", "reference", dict(bias=False)),
-], ids=str)  # fmt: skip
+    ("StackedLSTM", "reference", dict(bias=False))], ids=str)  # fmt: skip
 def test_copies_and_moves_compute_the_same_and_copies_have_weights_of_their_own(kind, backend, arguments):
     _, ours = pair(kind, backend, **arguments)
     x, hx = random_inputs(ours, B)
     before = results(ours, x, hx)
     ours = ours.to(torch.float64).to(memory_format=torch.channels_last).cpu().to(**PLACES[backend])
     assert_identical(results(ours, x, hx), before)
-    twins = [copied(ours) for copied in COPIES.values()]
+    twins = copies(ours)
     for parameter in ours.parameters():
         parameter.data.zero_()
     for twin in twins:
         assert (type(twin), repr(twin)) == (type(ours), repr(ours))
         assert_identical(results(twin, x, hx), before)
-    for cls, copied in itertools.product((gpu_lstm.compat.LSTM, nn.LSTM), COPIES.values()):
-        assert type(copied(cls(I, H))) is cls
+    for cls in (gpu_lstm.compat.LSTM, nn.LSTM):
+        assert {type(twin) for twin in copies(cls(I, H))} == {cls}
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -151,7 +120,7 @@ def test_states_of_pickled_torch_modules(age, bias):
         assert restored.proj_size == 0
         assert restored._flat_weights_names == list(state["_parameters"])
         assert all(a is b for a, b in zip(restored._flat_weights, state["_parameters"].values(), strict=True))
-    for module in (restored, _through_pickle(restored)):
+    for module in (restored, pickle.loads(pickle.dumps(restored))):
         assert_alike(module, theirs, B)
 
     theirs, cell = nn.LSTMCell(I, H), gpu_lstm.LSTMCell.__new__(gpu_lstm.LSTMCell)
@@ -170,16 +139,13 @@ def test_from_the_meta_device():
 
 
 # Weights that come from elsewhere: what is done to ours and to torch's alike
-
-
 def weight_norm(put_on):
     def change(module):
         for name in ("weight_hh_l0", "weight_ih_l1"):
             put_on(module, name)
         yield
-        with torch.no_grad():  # the weights move with their parameters
-            for parameter in module.parameters():
-                parameter.mul_(1.5)
+        for parameter in module.parameters():  # the weights move with them
+            parameter.data.mul_(1.5)
         yield
 
     return change
@@ -187,10 +153,8 @@ def weight_norm(put_on):
 
 def pruning(module):
     prune.l1_unstructured(module, "weight_hh_l0", amount=0.5)
-    prune.l1_unstructured(module, "bias_ih_l0", amount=3)
-    yield
-    prune.remove(module, "weight_hh_l0")
-    yield
+    yield prune.l1_unstructured(module, "bias_ih_l0", amount=3)
+    yield prune.remove(module, "weight_hh_l0")
 
 
 def replaced(module):
@@ -210,29 +174,11 @@ def replaced(module):
 ], ids=["old weight_norm", "weight_norm", "pruning", "replaced"])  # fmt: skip
 def test_weights_are_read_at_every_call(backend, change):
     theirs, ours = pair("LSTM", backend, num_layers=2)
-    x, _ = random_inputs(theirs, B)
-    before = theirs(x.double())[0]
+    x = random_inputs(theirs, B)[0].double()
+    before = theirs(x)[0]
     for _ in zip(change(ours), change(theirs), strict=True):
         assert_alike(ours, theirs, B)
-    assert not torch.equal(theirs(x.double())[0], before)
-
-
-@every_backend
-@every_kind
-def test_functional_call(backend, kind):
-    theirs, ours = pair(kind, backend)
-    x, _ = random_inputs(ours, B)
-    before, got = results(ours, x), []
-    for module in (ours, theirs):
-        others = {name: (p * 2).detach().requires_grad_() for name, p in module.named_parameters()}
-        output, _ = torch.func.functional_call(module, others, (x.to(next(module.parameters())),))
-        gradients = torch.autograd.grad(output.square().sum(), list(others.values()))
-        got.append({"output": output.detach(), **dict(zip(others, gradients, strict=True))})
-    assert_same(*got)
-    assert_identical(results(ours, x), before)
-
-
-# Classes
+    assert not torch.equal(theirs(x)[0], before)
 
 
 def scaled(base):
@@ -247,31 +193,26 @@ def scaled(base):
 
 @every_backend
 @pytest.mark.parametrize(("cls", "of_torch"), [
-    (gpu_lstm.compat.LSTM, nn.LSTM), (scaled(gpu_lstm.LSTM), scaled(nn.LSTM)),
-], ids=["compat", "subclass"])  # fmt: skip
+    (gpu_lstm.compat.LSTM, nn.LSTM), (scaled(gpu_lstm.LSTM), scaled(nn.LSTM))], ids=["compat", "subclass"])  # fmt: skip
 def test_classes_around_compute_the_same(backend, cls, of_torch):
     assert issubclass(cls, gpu_lstm.LSTM)
     assert (issubclass(cls, nn.LSTM), issubclass(cls, nn.RNNBase)) == (cls is gpu_lstm.compat.LSTM, True)
-    torch.manual_seed(0)
-    theirs = of_torch(I, H, num_layers=2, bidirectional=True, proj_size=2).double()
-    ours = cls(I, H, num_layers=2, bidirectional=True, proj_size=2, backend=backend, **PLACES[backend])
+    every = dict(num_layers=2, bidirectional=True, proj_size=2)
+    theirs, ours = of_torch(I, H, **every).double(), cls(I, H, **every, backend=backend, **PLACES[backend])
     ours.load_state_dict(theirs.state_dict())
     assert_alike(ours, theirs, B)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_torch_nn_lstm_replaced_before_a_model_is_built(monkeypatch):
-    theirs = nn.LSTM(I, H, num_layers=2, batch_first=True).double()
+    theirs = seeded(nn.LSTM, I, H, num_layers=2, batch_first=True).double()
     monkeypatch.setattr(torch.nn, "LSTM", gpu_lstm.LSTM)
-    model = nn.Sequential(torch.nn.LSTM(I, H, num_layers=2, batch_first=True)).double()
-    assert type(model[0]) is gpu_lstm.LSTM
-    assert isinstance(model[0], torch.nn.LSTM)
-    model[0].load_state_dict(theirs.state_dict())
+    model = nn.Sequential(seeded(torch.nn.LSTM, I, H, num_layers=2, batch_first=True)).double()
+    assert type(model[0]) is gpu_lstm.LSTM is torch.nn.LSTM
     assert_alike(copy.deepcopy(model)[0], theirs, B)
     assert isinstance(gpu_lstm.compat.LSTM(I, H), type(theirs))
     assert type(gpu_lstm.convert(nn.Sequential(copy.deepcopy(theirs)))[0]) is gpu_lstm.LSTM
     scripted, x = torch.jit.script(model), torch.randn(B, 4, I).double()
-    with torch.no_grad():
-        for module in (model[0], theirs):  # what was scripted has the same parameters
-            module.weight_hh_l1.mul_(0.5)
+    for module in (model[0], theirs):  # what was scripted has the same parameters
+        module.weight_hh_l1.data.mul_(0.5)
     assert torch.equal(scripted(x)[0], theirs(x)[0])

@@ -1,10 +1,8 @@
-"""Wrong calls: the type of the error, its text, and that nothing is changed by the call.
-
-A text says what was expected and what came. Where torch.nn has the same call, type and text are its own.
-"""
+"""Wrong calls: the error's type and text, torch.nn's where it has the same call, and that the call changes nothing."""
 
 import os
 import re
+import sys
 import warnings
 from collections import Counter
 
@@ -28,24 +26,17 @@ def ours_of(backend):
     return m
 
 
-@pytest.fixture(scope="module", params=["torch", "reference"])
-def m(request):
-    return ours_of(request.param)
-
-
 def picture(m):
     """All that a call could change: what modules hold, random numbers, and who was chosen to run."""
 
     def values(tensors):
         return [(id(t), None if t.is_meta else t.detach().cpu().numpy().tobytes()) for t in tensors]
 
-    def held(attribute):
-        return attribute.copy() if isinstance(attribute, dict | list | set) else attribute
-
     found = {"random": torch.get_rng_state().numpy().tobytes()}
     for name, value in vars(m).items():
         for path, module in value.named_modules() if isinstance(value, nn.Module) else ():
-            found[name, path] = {key: held(attribute) for key, attribute in vars(module).items()}
+            held = vars(module).items()
+            found[name, path] = {k: v.copy() if isinstance(v, dict | list | set) else v for k, v in held}
             found[name, path, "values"] = values(module._parameters.values())
     for stream in (m.stream, m.stream_of_stack):
         found[stream] = values(t for state in stream._state for t in state)
@@ -58,9 +49,9 @@ def error_of(call, *args, **kwargs):
     """(type, text) of the exception that a call raises, or None, and the texts of its warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        error = None
         try:
             call(*args, **kwargs)
-            error = None
         except Exception as e:
             error = type(e), str(e)
     return error, [(w.category, str(w.message)) for w in caught]
@@ -76,6 +67,18 @@ def refusals(m, *calls):
     return [error for error, _ in found]
 
 
+@pytest.fixture(scope="module", params=["torch", "reference"])
+def m(request):
+    return ours_of(request.param)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def both(request):
+    """torch's modules and ours, on a GPU if there is one."""
+    with torch.device(DEVICE):
+        return wrong_calls.of_torch(), ours_of(request.param)
+
+
 @pytest.mark.parametrize("row", CALLS, ids=lambda row: row[1])
 def test_wrong_calls_are_refused_and_change_nothing(m, row):
     text, *calls = row
@@ -85,62 +88,33 @@ def test_wrong_calls_are_refused_and_change_nothing(m, row):
         assert re.fullmatch(re.escape(text).replace(r"\.\.\.", ".*"), found), (call, found)
 
 
-# Calls that torch refuses, too
-
-# The shapes of x, h and c, by module,
+# Calls that torch refuses, too: the shapes of x, h and c, by module
 SHAPES = {
-    "lstm": [
-        # the rank of x, its features, no steps
-        ((3,),), ((5, 2, 1, 3),), ((5, 2, 4),), ((5, 4),), ((0, 2, 3),), ((0, 0, 3),), ((0, 3),),
-        # the rank of states, their widths and batch
-        ((5, 2, 3), (2, 4), (2, 4)), ((5, 2, 3), (1, 2, 4), (2, 4)), ((5, 3), (1, 1, 4), (1, 1, 4)),
-        ((5, 2, 3), (1, 2, 5), (1, 2, 4)), ((5, 2, 3), (1, 2, 4), (1, 2, 5)), ((5, 2, 3), (1, 3, 4), (1, 2, 4)),
-        ((5, 2, 3), (1, 2, 4), (1, 3, 4)), ((5, 3), (2, 4), (1, 4)),
-        # other than two states
-        ((5, 2, 3), (1, 2, 4)), ((5, 2, 3), (1, 2, 4), (1, 2, 4), (1, 2, 4)),
-    ],
-    "first": [((2, 5, 2),), ((2, 0, 3),), ((2, 5, 3), (2, 1, 4), (2, 1, 4)), ((2, 5, 3), (1, 5, 4), (1, 5, 4)),
-              ((5, 3), (1, 4), (1, 5))],
-    # where the next layer could catch it; states of one layer, of one direction; h not projected, c projected
-    "deep": [((5, 2, 4),), ((5, 2, 3, 1),), ((0, 2, 3),), ((0, 0, 3),), ((5, 2, 3), (1, 2, 4), (1, 2, 4))],
-    "both": [((5, 2, 3), (1, 2, 4), (1, 2, 4))],
-    "projected": [((5, 2, 3), (1, 2, 4), (1, 2, 4)), ((5, 2, 3), (1, 2, 2), (1, 2, 2))],
-    "weightless": [((5, 2, 3),)],
-    # the rank of x and its features, the rank of states, batch and widths, unbatched, other than two
-    "cell": [
-        ((2, 1, 3),), ((),), ((2, 5),), ((5,),), ((2, 3), (1, 2, 4), (2, 4)), ((2, 3), (2, 4), ()),
-        ((2, 3), (3, 4), (2, 4)), ((2, 3), (2, 4), (3, 4)), ((2, 3), (2, 5), (2, 4)), ((2, 3), (2, 4), (2, 5)),
-        ((3,), (5,), (5,)), ((3,), (2, 4), (2, 4)), ((2, 3), (4,), (4,)), ((2, 3), (2, 4), (4,)),
-        ((2, 3), (2, 4)), ((2, 3), (2, 4), (2, 4), (2, 4)),
-    ],
-}  # fmt: skip
+    "lstm": "3  5,2,1,3  5,2,4  5,4  0,2,3  0,0,3  0,3 "  # the rank of x, its features, no steps
+            "5,2,3;2,4;2,4  5,2,3;1,2,4;2,4  5,3;1,1,4;1,1,4  5,2,3;1,2,5;1,2,4  5,2,3;1,2,4;1,2,5 "  # of states
+            "5,2,3;1,3,4;1,2,4  5,2,3;1,2,4;1,3,4  5,3;2,4;1,4  5,2,3;1,2,4  5,2,3;1,2,4;1,2,4;1,2,4",
+    "first": "2,5,2  2,0,3  2,5,3;2,1,4;2,1,4  2,5,3;1,5,4;1,5,4  5,3;1,4;1,5",
+    "deep": "5,2,4  5,2,3,1  0,2,3  0,0,3  5,2,3;1,2,4;1,2,4",  # where the next layer could catch it
+    "both": "5,2,3;1,2,4;1,2,4", "projected": "5,2,3;1,2,4;1,2,4  5,2,3;1,2,2;1,2,2", "weightless": "5,2,3",
+    "cell": "2,1,3  []  2,5  5  2,3;1,2,4;2,4  2,3;2,4;[]  2,3;3,4;2,4  2,3;2,4;3,4  2,3;2,5;2,4  2,3;2,4;2,5 "
+            "3;5;5  3;2,4;2,4  2,3;4;4  2,3;2,4;4  2,3;2,4  2,3;2,4;2,4;2,4"}  # fmt: skip
 X3 = "zeros(5, 2, 3), "
 AS_TORCH = [
-    *(f"m.{module}(zeros({x}){f', [zeros(n) for n in {hx}]' if hx else ''})"
-      for module, calls in SHAPES.items() for x, *hx in calls),
+    *(f"m.{module}({x}{f', [{hx}]' if hx else ''})" for module, shapes in SHAPES.items() for shape in shapes.split()
+      for x, _, hx in [", ".join(f"zeros({size})" for size in shape.split(";")).partition(", ")]),
     *(f"m.lstm({arguments})" for arguments in (
         "None", "[[1.0, 2.0, 3.0]]", "zeros(5, 2, 3, dtype=F64)", "zeros(5, 2, 3, dtype=F16)",
         "zeros(5, 2, 3, dtype=INT)", X3 + "zeros(1, 2, 4)", X3 + "(None, None)",
         "zeros(5, 2, 3, device=META)", X3 + "[zeros(1, 2, 4, device=META)] * 2",
         X3 + "(zeros(1, 2, 4, device=META), zeros(1, 2, 4))", X3 + "(zeros(1, 2, 4), zeros(1, 2, 4, device=META))")),
-    "m.cell(None)", "m.cell(zeros(2, 3), ())",
-    "m.cell(zeros(2, 3), zeros(2, 2, 4))",
-]  # fmt: skip
+    "m.cell(None)", "m.cell(zeros(2, 3), ())", "m.cell(zeros(2, 3), zeros(2, 2, 4))"]  # fmt: skip
 # For these torch's text is that of the library that computes, or of a product deep inside.
 BADLY_WORDED = [
     *(f"m.lstm({X3}(zeros(1, 2, 4, dtype={h}), zeros(1, 2, 4, dtype={c})))"
       for dtype in ("F64", "F16") for h, c in ((dtype, "None"), ("None", dtype), (dtype, dtype))),
     *(f"m.cell({arguments})" for arguments in (
         "zeros(2, 3, dtype=F64)", "zeros(2, 3, dtype=INT)", "zeros(2, 3), [zeros(2, 4, dtype=F64)] * 2",
-        "zeros(2, 3, device=META)", "zeros(2, 3), [zeros(2, 4, device=META)] * 2")),
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module", params=BACKENDS)
-def both(request):
-    """torch's modules and ours, on a GPU if there is one."""
-    with torch.device(DEVICE):
-        return wrong_calls.of_torch(), ours_of(request.param)
+        "zeros(2, 3, device=META)", "zeros(2, 3), [zeros(2, 4, device=META)] * 2"))]  # fmt: skip
 
 
 @pytest.mark.parametrize("call", AS_TORCH)
@@ -164,27 +138,23 @@ def test_the_table_is_long_and_names_all_that_is_public():
     counts = Counter(call for _, *calls in CALLS for call in calls)
     assert counts.most_common(1)[0][1] == 1
     assert len(counts) >= 400
-    names = " ".join(counts).replace("lstm_layer", "functional")
-    assert [name for name in gpu_lstm.__all__ if not re.search(rf"\b{name}\b", names)] == []
+    words = re.findall(r"\w+", " ".join(counts).replace("lstm_layer", "functional"))
+    assert set(gpu_lstm.__all__) <= set(words)
 
 
 # Arguments of the constructors, of which torch's refuse the same
-
-
 OF_LSTM = dict(
     dropout=(1.5, -0.1, True, "0.5", "half", None), bias=(1, None), batch_first=(1, None), input_size=(3.0, 0, -1, "3"),
     hidden_size=(4.0, 0, -1, None), num_layers=(0, -1, 1.5, "2"), proj_size=(-1, 4, 5, 1.5, "1"),
-    dtype=(INT, "float32"), device=("nowhere",), hidden=(5,),
-)  # fmt: skip
+    dtype=(INT, "float32"), device=("nowhere",), hidden=(5,))  # fmt: skip
 OF_CELL = dict(input_size=(3.0, -1), hidden_size=("4", -4), dtype=(INT,), units=(4,))
 
 
 @pytest.mark.parametrize(("cls", "wrong"), [
     (nn.LSTM, dict(hidden_size=4)), (nn.LSTM, dict(input_size=3)),
-    *((cls, dict(input_size=3, hidden_size=4) | (dict(num_layers=2) if cls is nn.LSTM else {}) | {name: value})
-      for cls, arguments in ((nn.LSTM, OF_LSTM), (nn.LSTMCell, OF_CELL)) for name in arguments
-      for value in arguments[name]),
-], ids=str)  # fmt: skip
+    *((cls, dict(input_size=3, hidden_size=4) | layers | {name: value})
+      for cls, layers, arguments in ((nn.LSTM, dict(num_layers=2), OF_LSTM), (nn.LSTMCell, {}, OF_CELL))
+      for name, values in arguments.items() for value in values)], ids=str)  # fmt: skip
 def test_bad_arguments_raise_what_torch_raises(cls, wrong):
     (error, text), told = error_of(cls, **wrong)
     text = text.replace("RNNBase", "LSTM")
@@ -193,73 +163,63 @@ def test_bad_arguments_raise_what_torch_raises(cls, wrong):
 
 
 def test_dropout_of_one_layer_warns_as_torch_does():
-    error, theirs = error_of(nn.LSTM, 3, 4, dropout=0.5)
-    assert (error, len(theirs)) == (None, 1)
-    assert error_of(gpu_lstm.LSTM, 3, 4, dropout=0.5) == (None, theirs)
-    assert error_of(gpu_lstm.StackedLSTM, 3, [4], dropout=0.5) == (None, theirs)
+    theirs = error_of(nn.LSTM, 3, 4, dropout=0.5)
+    assert (theirs[0], len(theirs[1])) == (None, 1)
+    assert error_of(gpu_lstm.LSTM, 3, 4, dropout=0.5) == error_of(gpu_lstm.StackedLSTM, 3, [4], dropout=0.5) == theirs
 
 
 # Command lines: exit status 2, one line that says why, nothing on stdout
-
-
 OURS, BENCH = gpu_lstm.__main__.main, bench.__main__.main
 PLAN = ["plan", "--hidden", "8", "--batch", "2", "--device", "h100"]
 LEAST, WHOLE = "expected at least 1, got {}$", "expected a whole number, got '{}'$"
 COMMANDS = [
-    (OURS, ["nonsense"], "invalid choice: 'nonsense'"),
-    (OURS, ["--nonsense"], "unrecognized arguments: --nonsense"),
+    (OURS, ["nonsense"], "invalid choice: 'nonsense'"), (OURS, ["--nonsense"], "unrecognized arguments: --nonsense"),
     (OURS, ["plan"], "the following arguments are required: --hidden, --batch, --device"),
-    *((OURS, [*PLAN, flag, value], f"argument {flag}: {text}") for flag, value, text in (
-        ("--hidden", "0", LEAST.format(0)), ("--batch", "-1", LEAST.format("-1")), ("--steps", "0", LEAST.format(0)),
-        ("--steps", "-3", LEAST.format("-3")), ("--hidden", "many", WHOLE.format("many")),
-        ("--hidden", "1.5", WHOLE.format("1.5")), ("--dtype", "fp64", "invalid choice: 'fp64'"),
-        ("--directions", "3", "invalid choice: 3"))),
+    *((OURS, [*PLAN, flag, value], f"argument {flag}: {text.format(value)}") for flag, value, text in (
+        ("--hidden", "0", LEAST), ("--batch", "-1", LEAST), ("--steps", "0", LEAST), ("--steps", "-3", LEAST),
+        ("--hidden", "many", WHOLE), ("--hidden", "1.5", WHOLE), ("--dtype", "fp64", "invalid choice: '{}'"),
+        ("--directions", "3", "invalid choice: {}"))),
     (OURS, [*PLAN, "--device", "k80"], "^unknown device 'k80'; known: h100, a100, "),
     (OURS, [*PLAN, "--hidden", "1000000"], "^W_hh of 1000000 units takes 8000 GB, more than any known card has$"),
     (OURS, ["kernels"], "^python -m gpu_lstm kernels compiles them: unset TRITON_INTERPRET in the environment$"),
-    (OURS, ["races", "--merge", "{binary}"], "binary.csv: expected what `python -m gpu_lstm races --export` writes: "),
-    (OURS, ["races", "--merge", "{deep}"], "deep.json: expected what `python -m gpu_lstm races --export` writes: "),
+    *((OURS, ["races", "--merge", name], name[1:-1] + ".*: expected what `python -m gpu_lstm races --export` writes: ")
+      for name in ("{binary}", "{deep}")),
     (OURS, ["races", "--merge", "{absent}"], "No such file or directory: '.*absent'$"),
     (OURS, ["races", "--export", "{absent}/file"], "No such file or directory: '.*absent/file'$"),
     (OURS, ["races", "--clear", "--export", "file"], "argument --export: not allowed with argument --clear$"),
-    *((BENCH, ["compare", file, file], text) for file, text in (
-        ("{binary}", "binary.csv: .*; expected what `python -m bench` writes$"), ("{folder}", "Is a directory: '"),
-        ("{zipped}", "results.zip: .*; expected what `python -m bench` writes$"),
-        ("{empty}", "empty.csv: No columns .*; expected what `python -m bench` writes$"),
-        ("{absent}", "No such file or directory: '.*absent'$"))),
-    (BENCH, ["compare", "{absent}"], "the following arguments are required: new$"),
-    (BENCH, ["compare", "a", "b", "--fail-under", "half"], "argument --fail-under: invalid float value: 'half'$"),
+    *((BENCH, ["compare", file, file], text + "; expected what `python -m bench` writes$") for file, text in (
+        ("{binary}", "binary.csv: .*"), ("{results}", "results.zip: .*"), ("{empty}", "empty.csv: No columns .*"))),
     *((BENCH, ["gpu", "--minutes", minutes, "--out", "{absent}"],
        f"argument --minutes: expected more than 0 minutes, got '{minutes}'$") for minutes in ("-3", "nan")),
-    (BENCH, ["--cases", "nonsense"], "^python -m bench: unknown case 'nonsense'; known groups: headline, "),
-    (BENCH, ["--providers", "nobody"], "argument --providers: invalid choice: 'nobody'"),
-    (BENCH, ["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
-    (BENCH, ["--out", "{folder}", "--device", "cpu"], "^python -m bench: .*File exists: '"),
-    (BENCH, ["--base", "no-such-commit", "--out", "{absent}", "--device", "cpu"], "no commit 'no-such-commit'"),
-]  # fmt: skip
+    *((BENCH, line.split(), text) for line, text in (
+        ("compare {folder} {folder}", "Is a directory: '"),
+        ("compare {absent} {absent}", "No such file or directory: '.*absent'$"),
+        ("compare {absent}", "the following arguments are required: new$"),
+        ("compare a b --fail-under half", "argument --fail-under: invalid float value: 'half'$"),
+        ("--cases nonsense", "^python -m bench: unknown case 'nonsense'; known groups: headline, "),
+        ("--providers nobody", "argument --providers: invalid choice: 'nobody'"),
+        ("--device tpu", "argument --device: invalid choice: 'tpu'"),
+        ("--out {folder} --device cpu", "^python -m bench: .*File exists: '"),
+        ("--base no-such-commit --out {absent} --device cpu", "no commit 'no-such-commit'")))]  # fmt: skip
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     monkeypatch.setattr("gpu_lstm.kernels.triton_lstm.launch.INTERPRETED", True)
-    binary, deep, zipped, empty = (tmp_path / name for name in ("binary.csv", "deep.json", "results.zip", "empty.csv"))
-    binary.write_bytes(bytes(range(256)))
-    deep.write_text("[" * 10**6)
-    zipped.write_bytes(b"PK\3\4" + bytes(range(128, 256)))
-    empty.touch()
-    found = dict(binary=binary, deep=deep, zipped=zipped, empty=empty, folder=tmp_path, absent=tmp_path / "absent")
-    yield found
-    assert sorted(tmp_path.iterdir()) == sorted((binary, deep, zipped, empty))
+    contents = {"binary.csv": bytes(range(256)), "deep.json": b"[" * 10**6, "empty.csv": b"",
+                "results.zip": b"PK\3\4" + bytes(range(128, 256))}  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    yield {name.split(".")[0]: tmp_path / name for name in contents} | dict(folder=tmp_path, absent=tmp_path / "absent")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(contents)
 
 
 @pytest.mark.parametrize(("main", "arguments", "text"), COMMANDS, ids=[" ".join(row[1]) for row in COMMANDS])
 def test_a_wrong_command_line_ends_with_2_and_says_why(files, capsys, main, arguments, text):
-    try:
-        status = main([argument.format(**files) for argument in arguments])
-    except SystemExit as end:  # argparse's
-        status = end.code
+    with pytest.raises(SystemExit) as end:  # argparse's, or of the status
+        sys.exit(main([argument.format(**files) for argument in arguments]))
     printed, told = capsys.readouterr()
-    assert (status, printed) == (2, "")
+    assert (end.value.code, printed) == (2, "")
     *usage, line = told.rstrip("\n").split("\n")
     assert not usage or usage[0].startswith("usage: ")
     assert re.search(text, line), line

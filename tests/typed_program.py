@@ -28,26 +28,20 @@ def sizes(backend: BackendName) -> list[torch.Size]:
     lstm = gpu_lstm.LSTM(6, 8, num_layers=2, backend=gpu_lstm.Backend.TORCH)
     output, (h, c) = lstm(x, resets=resets)
     output, (h, c) = lstm(x, (h, c), lengths=lengths)
-    packed, (h_n, c_n) = lstm(pack_sequence([x[:, 0], x[:2, 1]]))
-    stack = gpu_lstm.StackedLSTM(6, [4, 5], backend=backend)
+    of_lengths: PackedSequence = pack_sequence([x[:, 0], x[:, 1], x[:1, 2]])
+    (packed, (h_n, c_n)), stack = lstm(of_lengths), gpu_lstm.StackedLSTM(6, [4, 5], backend=backend)
     stacked, [(h1, c1), (h2, c2)] = stack(x, [(x.new_zeros(3, n), x.new_zeros(3, n)) for n in stack.hidden_sizes])
-    same, states = stack(packed_input(x))
-    same, states = stack(packed_input(x), resets=resets, reset_states=states)
-    cell_h, cell_c = gpu_lstm.LSTMCell(6, 8)(x[0])
-    compat, _ = gpu_lstm.compat.LSTM(6, 8)(x)
+    same, states = stack(of_lengths)
+    same, states = stack(of_lengths, resets=resets, reset_states=states)
+    (cell_h, cell_c), (compat, _) = gpu_lstm.LSTMCell(6, 8)(x[0]), gpu_lstm.compat.LSTM(6, 8)(x)
     weights = list(gpu_lstm.LSTM(6, 8).parameters())
     of_layer, (h0, c0) = gpu_lstm.functional.lstm_layer(x, weights, lengths=lengths, backend="reference")
-    gates = gpu_lstm.trace(lstm, x).layers[0][0]
-    stream = gpu_lstm.Stream(lstm, batch=3)
+    gates, stream = gpu_lstm.trace(lstm, x).layers[0][0], gpu_lstm.Stream(lstm, batch=3)
     step = stream(x[0], active=lengths > 0)
     stream.reorder(lengths.clamp(max=2))
     stream.state = stream.state
     tensors = [output, h, c, packed.data, h_n, c_n, stacked, h1, c1, h2, c2, same.data, states[0][0], cell_h, cell_c]
     return [tensor.shape for tensor in [*tensors, compat, of_layer, h0, c0, gates.forget, step]]
-
-
-def packed_input(x: Tensor) -> PackedSequence:
-    return pack_sequence([x[:, 0], x[:, 1], x[:1, 2]])
 
 
 def main() -> None:

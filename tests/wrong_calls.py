@@ -1,16 +1,16 @@
-"""Wrong calls of all that is public, as (call, what it raises): the table of test_wrong_calls.
+"""Wrong calls of all that is public, as (what it raises, call, ...): the table of test_wrong_calls.
 
-A call is an expression of the names in this file and of `m`, the modules of one backend. What it raises is written as
-Python prints it, with "..." for any text. Calls that torch refuses too are in test_wrong_calls, where torch is asked.
+A call is an expression of the names in this file and of `m`, the modules of one backend; "..." stands for any text.
 """
 
 # ruff: noqa: F401  (names of calls)
 
 import copy
 import math
+import os
 from types import SimpleNamespace
+from unittest.mock import patch
 
-import pytest
 import torch
 from torch import nn, tensor, zeros
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -20,15 +20,12 @@ from gpu_lstm import keras
 from gpu_lstm.call.choices import requested_racing
 from gpu_lstm.functional import lstm_layer
 
-BOOL, F64, F16, INT, META = torch.bool, torch.float64, torch.float16, torch.int64, "meta"
-COMPLEX = torch.complex64
-X, H, C = zeros(5, 2, 3), zeros(1, 2, 4), zeros(1, 2, 4)
+BOOL, F64, F16, INT, COMPLEX, META = torch.bool, torch.float64, torch.float16, torch.int64, torch.complex64, "meta"
+X, H, C, H2, RESETS = zeros(5, 2, 3), zeros(1, 2, 4), zeros(1, 2, 4), zeros(2, 4), zeros(5, 2, dtype=BOOL)
 WEIGHTS = zeros(16, 3), zeros(16, 4)
 PLAIN, NORMED = (*WEIGHTS, None, None, None), (*WEIGHTS, *[None] * 6, zeros(4))
 HASTE = dict(kernel=zeros(3, 16), recurrent_kernel=zeros(4, 16), bias=zeros(16))
 PACKED = pack_sequence([zeros(5, 3), zeros(3, 3)])
-RESETS = zeros(5, 2, dtype=BOOL)
-H2 = zeros(2, 4)
 PAIRS = [(H2, H2)] * 2  # of StackedLSTM(3, [4, 4])
 NESTED = torch.nested.nested_tensor([zeros(4, 3), zeros(2, 3)], layout=torch.jagged)
 NESTED_STEP = torch.nested.nested_tensor([zeros(3), zeros(2)], layout=torch.jagged)
@@ -47,30 +44,25 @@ def of_torch():
     return SimpleNamespace(
         lstm=nn.LSTM(3, 4), deep=nn.LSTM(3, 4, 2, dropout=0.5), first=nn.LSTM(3, 4, batch_first=True),
         both=nn.LSTM(3, 4, bidirectional=True), projected=nn.LSTM(3, 4, proj_size=2), cell=nn.LSTMCell(3, 4),
-        weightless=nn.LSTM(3, 4, device=META),
-    )  # fmt: skip
+        weightless=nn.LSTM(3, 4, device=META))  # fmt: skip
 
 
 def modules(backend):
     """Made once: a wrong call leaves them as they are."""
     drops = dict(recurrent_dropout=0.5, zoneout=0.5) if backend == "reference" else {}
-    noise = dict(dropout=0.5, weight_drop=0.5, backend=backend) | drops
-    lstm = gpu_lstm.LSTM(3, 4, backend=backend)
-    first = gpu_lstm.LSTM(3, 4, batch_first=True, backend=backend)
+    noise, by = dict(dropout=0.5, weight_drop=0.5, backend=backend) | drops, dict(backend=backend)
+    lstm, first = gpu_lstm.LSTM(3, 4, **by), gpu_lstm.LSTM(3, 4, batch_first=True, **by)
     return SimpleNamespace(
-        lstm=lstm, deep=gpu_lstm.LSTM(3, 4, 2, **noise), first=first,
-        both=gpu_lstm.LSTM(3, 4, bidirectional=True, backend=backend),
-        projected=gpu_lstm.LSTM(3, 4, proj_size=2, backend=backend), cell=gpu_lstm.LSTMCell(3, 4, backend=backend),
-        weightless=gpu_lstm.LSTM(3, 4, device=META, backend=backend),
-        compat=gpu_lstm.compat.LSTM(3, 4, backend=backend), stack=gpu_lstm.StackedLSTM(3, [4, 4], **noise),
-        one=gpu_lstm.StackedLSTM(3, [4], backend=backend), auto=gpu_lstm.LSTM(3, 4),
-        triton=gpu_lstm.LSTM(3, 4, backend="triton"), variant=gpu_lstm.LSTM(3, 4, peepholes=True, layer_norm=True),
-        stream=gpu_lstm.Stream(lstm.eval(), 2),
-        stream_of_stack=gpu_lstm.Stream(gpu_lstm.StackedLSTM(3, [4, 4], backend=backend), 2),
+        lstm=lstm, deep=gpu_lstm.LSTM(3, 4, 2, **noise), first=first, cell=gpu_lstm.LSTMCell(3, 4, **by),
+        both=gpu_lstm.LSTM(3, 4, bidirectional=True, **by), projected=gpu_lstm.LSTM(3, 4, proj_size=2, **by),
+        weightless=gpu_lstm.LSTM(3, 4, device=META, **by), compat=gpu_lstm.compat.LSTM(3, 4, **by),
+        stack=gpu_lstm.StackedLSTM(3, [4, 4], **noise), one=gpu_lstm.StackedLSTM(3, [4], **by),
+        auto=gpu_lstm.LSTM(3, 4), triton=gpu_lstm.LSTM(3, 4, backend="triton"),
+        variant=gpu_lstm.LSTM(3, 4, peepholes=True, layer_norm=True), stream=gpu_lstm.Stream(lstm.eval(), 2),
+        stream_of_stack=gpu_lstm.Stream(gpu_lstm.StackedLSTM(3, [4, 4], **by), 2),
         dropping=nn.ModuleDict({name: gpu_lstm.LSTM(3, 4, 2, **{name: 0.5}) for name in DROPS}),
         backwards=keras.GoBackwards(first), without_bias=WITHOUT_BIAS, of_another=MyLSTM(3, 4),
-        trace=gpu_lstm.trace(lstm, zeros(5, 2, 3)), backend=backend,
-    )  # fmt: skip
+        trace=gpu_lstm.trace(lstm, zeros(5, 2, 3)), **by)  # fmt: skip
 
 
 def packed(features, **options):
@@ -87,38 +79,17 @@ def layer(m, **arguments):
 
 def handed(module, name, *size):
     """A call with a tensor of another size in the place of a parameter, by functional_call."""
-    like = next(module.parameters())
-    return torch.func.functional_call(module, {name: like.new_zeros(size)}, input_of(module))
+    return torch.func.functional_call(module, {name: zeros(size)}, H2[:, :3] if "_l" not in name else X)
 
 
 def assigned(module, name, *size):
     """A call with a parameter of another size, or without it, in its place; it comes back."""
     parameter = module._parameters[name]
-    setattr(module, name, nn.Parameter(parameter.new_zeros(size)) if size else None)
+    setattr(module, name, nn.Parameter(zeros(size)) if size else None)
     try:
-        return module(input_of(module))
+        return module(H2[:, :3] if "_l" not in name else X)
     finally:
         setattr(module, name, parameter)
-
-
-def deleted(module, name):
-    delattr(module, name)
-    return module
-
-
-def input_of(module):
-    return next(module.parameters()).new_zeros((2, 3) if isinstance(module, nn.RNNCellBase) else (5, 2, 3))
-
-
-def by(backend, module, *arguments, **options):
-    with gpu_lstm.backend(backend):
-        return module(*arguments, **options)
-
-
-def in_environment(name, value, call):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv(name, value)
-        call()
 
 
 a_bool = "TypeError: {} should be of type bool, got: {}".format
@@ -128,83 +99,65 @@ dense = "RuntimeError: {}: Expected input to be a dense tensor, got {}".format
 pair = "TypeError: {}(): argument 'hx' (position 2) must be tuple of Tensors, not {}".format
 a_list = "TypeError: hx should be a list of pairs (h, c), one a layer, got{}: {}".format
 size = "RuntimeError: Expected {} size {}, got {}".format
-dtypes = (
-    "RuntimeError: Input and {0} tensors are not the same dtype, found input tensor with torch.{1} and {0} tensor with "
-    "torch.{2}"
-).format
-devices = (
-    "RuntimeError: Input and {0} tensors are not at the same device, found input tensor at {1} and {0} tensor at {2}"
-).format
+DTYPES = "RuntimeError: Input and {0} tensors are not the same dtype, found input tensor with torch.{1} and {0} tensor "
+dtypes = f"{DTYPES}with torch.{{2}}".format
+DEVICES = "RuntimeError: Input and {0} tensors are not at the same device, found input tensor at {1} and {0} tensor at "
+devices = f"{DEVICES}{{2}}".format
 unknown = "ValueError: unknown backend {}; expected one of 'auto', 'triton', 'cupy', 'torch', 'reference'".format
 SPARSE, A_NESTED = "a tensor of layout torch.sparse_coo", "a nested tensor"
-DROPOUT = "should be a number in range [0, 1] representing the probability of an element being zeroed"
-ZONEOUT = (
-    "ValueError: zoneout should be a number in range [0, 1] representing the probability of an element staying as it "
-    "was, or a pair of them for h and c, got "
-)
+RANGE = "should be a number in range [0, 1] representing the probability of an element"
+DROPOUT = f"{RANGE} being zeroed"
+ZONEOUT = f"ValueError: zoneout {RANGE} staying as it was, or a pair of them for h and c, got "
 PROJECTED = "ValueError: layer_norm is not defined with a projection: expected proj_size 0, got 2"
 TWO = "RuntimeError: lstm expects two hidden states"
 FEATURES = "RuntimeError: input.size(-1) must be equal to input_size. Expected 3, got 4"
 FLOAT64 = "ValueError: ...input...torch.float64..."
-RATES = {
-    "recurrent_dropout": ("2.0", "-0.5", "'0.5'", "None", "[0.1]", "math.nan", "True"),
-    "weight_drop": ("1.5", "-1", "(0.1, 0.2)", "'a'"),
-}
-ZONEOUTS = ("2.0", "-0.5", "[0.1, 0.1]", "(0.1,)", "(0.1, 0.2, 0.3)", "(0.1, 2)", "'0.1'", "None", "math.nan", "True",
-            "{'h': 0.1}")  # fmt: skip
 NAMES = ("'cuda'", "'Triton'", "''", "1", "['torch']")
 
 
 def of_arguments():
-    """Arguments of the constructors, and what is set later."""
+    """Arguments of the constructors, and what is set later; in a text {v} is the value, {k} its type."""
     classes = ("LSTM(3, 4", "StackedLSTM(3, [4, 4]", "compat.LSTM(3, 4", "LSTMCell(3, 4")
-    made = [f"gpu_lstm.{cls}, {{}}={{}})" for cls in classes]
-    later = [f"setattr(m.{module}, '{{}}', {{}})" for module in ("lstm", "stack")]
-
-    def calls(templates, name, value):
-        return [template.format(name, value) for template in templates]
-
-    yield from ((unknown("..."), *calls(made, "backend", value)) for value in NAMES)
-    yield unknown("'cuda'"), *(f"setattr(m.{name}, 'backend', 'cuda')" for name in ("lstm", "stack", "cell", "compat"))
-    for value in ("'yes'", "1", "None"):
-        yield a_bool("recompute", kind_of(value)), *calls(made[:3], "recompute", value)
-        yield a_bool("peepholes", kind_of(value)), *calls(made, "peepholes", value)
-    for value in ("'hh'", "1"):
-        text = f"TypeError: layer_norm should be of type bool, or a tuple of names, got: {kind_of(value)}"
-        yield text, *calls(made, "layer_norm", value)
-    text = "ValueError: layer_norm should be a bool, or name some of ... got ...'x'..."
-    yield text, *calls(made, "layer_norm", "('hh', 'x')")
-    for name, values in RATES.items():
+    made = [f"gpu_lstm.{cls}, {{0}}={{1}})" for cls in classes]
+    later = [f"setattr(m.{module}, '{{0}}', {{1}})" for module in ("lstm", "stack", "cell", "compat")]
+    both, a_rate, rates = [*made[:2], *later[:2]], f"ValueError: {{0}} {DROPOUT}, got {{v!r}}", ("2.0", "-0.5")
+    for text, templates, name, values in (
+        (unknown("..."), made, "backend", NAMES), (unknown("'cuda'"), later, "backend", ("'cuda'",)),
+        (a_bool("{0}", "{k}"), made[:3], "recompute", ("'yes'", "1", "None")),
+        (a_bool("{0}", "{k}"), made, "peepholes", ("'yes'", "1", "None")),
+        ("TypeError: layer_norm should be of type bool, or a tuple of names, got: {k}", made, "layer_norm",
+         ("'hh'", "1")),
+        ("ValueError: layer_norm should be a bool, or name some of ... got ...'x'...", made, "layer_norm",
+         ("('hh', 'x')",)),
+        (a_rate, both, "recurrent_dropout", (*rates, "'0.5'", "None", "[0.1]", "math.nan", "True")),
+        (a_rate, both, "weight_drop", ("1.5", "-1", "(0.1, 0.2)", "'a'")),
+        (a_rate, made[2:3], "recurrent_dropout", rates),
+        (ZONEOUT + "{v!r}", both, "zoneout", (*rates, "[0.1, 0.1]", "(0.1,)", "(0.1, 0.2, 0.3)", "(0.1, 2)", "'0.1'",
+                                              "None", "math.nan", "True", "{'h': 0.1}")),
+        (f"ValueError: dropout {DROPOUT}", both[1:], "dropout", (*rates, "'half'", "None", "True", "[0.5]")),
+        *((a_bool("{0}", "{k}"), made[1:2], name, ("'no'",)) for name in ("residual", "batch_first", "bidirectional")),
+        (a_bool("{0}", "{k}"), made[1:2], "bias", ("1",)), (a_bool("{0}", "{k}"), later[1:2], "residual", ("'yes'",)),
+        (a_bool("{0}", "{k}"), later[1::2], "recompute", ("'yes'",)),
+        ("TypeError: hidden_sizes should be a sequence of ints, got: {k}", ["gpu_lstm.StackedLSTM(3, {1})"], "",
+         ("4", "{4, 5}", "'44'", "None", "{4: 1}", "4.0", "(size for size in (4, 5))")),
+        (an_int("hidden_size", "{k}"), ["gpu_lstm.StackedLSTM(3, [4, {1}])"], "", ("2.0", "None", "'4'", "[4, 5]")),
+    ):  # fmt: skip
         for value in values:
-            yield f"ValueError: {name} {DROPOUT}, got {eval(value)!r}", *calls([*made[:2], *later], name, value)
-    for value in ("2.0", "-0.5"):
-        yield f"ValueError: recurrent_dropout {DROPOUT}, got {value}", *calls(made[2:3], "recurrent_dropout", value)
-    yield from ((ZONEOUT + repr(eval(value)), *calls([*made[:2], *later], "zoneout", value)) for value in ZONEOUTS)
-    for value in ("2.0", "-0.5", "'half'", "None", "True", "[0.5]"):
-        yield f"ValueError: dropout {DROPOUT}", *calls([made[1], *later], "dropout", value)
-    for name, value in dict(residual="'no'", bias="1", batch_first="'no'", bidirectional="'no'").items():
-        yield a_bool(name, kind_of(value)), *calls(made[1:2], name, value)
-    for module, name in (("stack", "recompute"), ("stack", "residual"), ("compat", "recompute")):
-        yield a_bool(name, "str"), f"setattr(m.{module}, '{name}', 'yes')"
-    for value in ("4", "{4, 5}", "'44'", "None", "{4: 1}", "4.0", "(size for size in (4, 5))"):
-        text = f"TypeError: hidden_sizes should be a sequence of ints, got: {kind_of(value)}"
-        yield text, f"gpu_lstm.StackedLSTM(3, {value})"
-    for value in ("2.0", "None", "'4'", "[4, 5]"):
-        yield an_int("hidden_size", kind_of(value)), f"gpu_lstm.StackedLSTM(3, [4, {value}])"
+            found = text.format(name, k=kind_of(value), v=eval(value))
+            yield found, *(template.format(name, value) for template in templates)
 
 
 def of_lengths_and_resets():
     """Of a batch of 2 sequences with 5 steps."""
-    calls = "m.auto(X, {})", "m.deep(X, {})", "m.stack(X, {})", "m.triton(X, {})", "layer(m, {})"
+    calls = ("m.auto(X, {})", "m.deep(X, {})", "m.stack(X, {})", "m.triton(X, {})", "layer(m, {})",
+             "gpu_lstm.explain(m.lstm, X, {})")  # fmt: skip
     limits = "ValueError: Expected lengths from 0 to 5, the number of steps, got lengths from"
     a_dtype = "ValueError: lengths should be of dtype torch.int32 or torch.int64, got torch."
     for text, argument in (
-        (f"{limits} 2 to 6", "lengths=tensor([6, 2])"),
-        (f"{limits} -1 to 3", "lengths=tensor([3, -1])"),
+        (f"{limits} 2 to 6", "lengths=tensor([6, 2])"), (f"{limits} -1 to 3", "lengths=tensor([3, -1])"),
         *((f"ValueError: Expected lengths of shape [2], got {shape}", f"lengths={value}") for value, shape in (
             ("tensor([3])", [1]), ("tensor(3)", []), ("tensor([[1, 2]])", [1, 2]), ("tensor([5, 2, 1])", [3]))),
-        (a_dtype + "float32", "lengths=tensor([1.0, 2.0])"),
-        (a_dtype + "bool", "lengths=tensor([True, False])"),
+        (a_dtype + "float32", "lengths=tensor([1.0, 2.0])"), (a_dtype + "bool", "lengths=tensor([True, False])"),
         (a_dtype + "int16", "lengths=tensor([1, 2], dtype=torch.int16)"),
         ("ValueError: Expected lengths on cpu, where the input is, got meta", "lengths=tensor([1, 2], device=META)"),
         (a_tensor("lengths", "list"), "lengths=[5, 2]"),
@@ -213,50 +166,34 @@ def of_lengths_and_resets():
         ("ValueError: resets should be of dtype torch.bool, got torch.float32", "resets=zeros(5, 2)"),
         ("ValueError: resets should be of dtype torch.bool, got torch.uint8", "resets=zeros(5, 2, dtype=torch.uint8)"),
         ("ValueError: Expected resets on cpu, where the input is, got meta", "resets=RESETS.to(META)"),
-        (a_tensor("resets", "int"), "resets=3"),
-        (a_tensor("resets", "bool"), "resets=True"),
-    ):  # fmt: skip
+        (a_tensor("resets", "int"), "resets=3"), (a_tensor("resets", "bool"), "resets=True")):  # fmt: skip
         yield text, *(call.format(argument) for call in calls)
 
 
 def of_reset_states():
     calls = dict(lstm="m.lstm(X, {})", stack="m.stack(X, {})", layer="layer(m, {})")
-    for call, states in (("lstm", "(H, C)"), ("stack", "PAIRS"), ("layer", "PAIRS[0]")):
-        alone = calls[call].format(f"reset_states={states}")
-        yield "ValueError: Expected resets together with reset_states, ..., got None", alone
-
-    sizes = (
-        "ValueError: Expected {0} of reset_states of size [{1}2, 4], one a sequence, or [{1}5, 2, 4], one a step, "
-        "got {2}"
-    ).format
+    alone = [calls[call].format(f"reset_states={states}") for call, states in (
+        ("lstm", "(H, C)"), ("stack", "PAIRS"), ("layer", "PAIRS[0]"))]  # fmt: skip
+    yield "ValueError: Expected resets together with reset_states, ..., got None", *alone
+    sizes = "ValueError: Expected {0} of reset_states of size [{1}2, 4], one a sequence, or [{1}5, 2, 4], one a step, "
+    sizes = f"{sizes}got {{2}}".format
     dtype = "ValueError: Expected {} of reset_states of dtype torch.float32, got torch.{}"
     a_pair = "TypeError: reset_states{} should be a pair of tensors (h, c), got: {}"
     for text, call, states in (
-        (sizes("c", "1, ", [1, 2, 5]), "lstm", "(H, zeros(1, 2, 5))"),
-        (sizes("h", "1, ", [2, 4]), "lstm", "(H[0], C)"),
+        (sizes("c", "1, ", [1, 2, 5]), "lstm", "(H, zeros(1, 2, 5))"), (sizes("h", "1, ", [2, 4]), "lstm", "(H[0], C)"),
         (dtype.format("h", "float64"), "lstm", "(H.double(), C)"),
         (dtype.format("c", "int64"), "lstm", "(H, C.long())"),
         ("ValueError: Expected h of ... on cpu, ..., got meta", "lstm", "(H.to(META), C)"),
         (a_tensor("c of reset_states", "NoneType"), "lstm", "(H, None)"),
         (a_pair.format("", "Tensor"), "lstm", "torch.stack([H, C])"),
         ("ValueError: Expected reset_states of two states (h, c), got 1", "lstm", "(H,)"),
-        (sizes("h", "", [1, 2, 4]), "layer", "(H, C)"),
-        (a_pair.format("", "int"), "layer", "1"),
+        (sizes("h", "", [1, 2, 4]), "layer", "(H, C)"), (a_pair.format("", "int"), "layer", "1"),
         (a_pair.format(" of layer 0", "Tensor"), "stack", "(H, C)"),
         ("TypeError: reset_states should be a list of pairs (h, c), got: Tensor", "stack", "H"),
         ("ValueError: Expected reset_states of 2 pairs, one a layer, got 1", "stack", "PAIRS[:1]"),
         ("ValueError: Expected c of reset_states of layer 1 of size [2, 4], ... got [2, 5]", "stack",
-         "[PAIRS[0], (H2, zeros(2, 5))]"),
-    ):  # fmt: skip
+         "[PAIRS[0], (H2, zeros(2, 5))]")):  # fmt: skip
         yield text, calls[call].format(f"resets=RESETS, reset_states={states}")
-    yield (
-        "ValueError: Expected c of reset_states of size [1, 2, 4], ..., or [1, 2, 5, 4], one a step, got [1, 5, 2, 4]",
-        "m.first(zeros(2, 5, 3), resets=RESETS.T, reset_states=(H, zeros(1, 5, 2, 4)))",
-    )
-    yield (
-        "ValueError: backend 'torch' does not support reset_states; use 'triton' or 'cupy' or 'reference'",
-        "by('torch', m.auto, X, resets=RESETS, reset_states=(H, C))",
-    )
 
 
 CALLS = [
@@ -282,7 +219,7 @@ CALLS = [
     (size("weight_peephole", "(12,)", "[16]"), "handed(m.variant, 'weight_peephole_l0', 16)"),
     (size("gain_hh", "(16,)", "[4]"), "handed(m.variant, 'gain_hh_l0', 4)"),
     (a_tensor("weight_hh", "NoneType"), "assigned(m.lstm, 'weight_hh_l0')", "layer(m, weights=(WEIGHTS[0], None))"),
-    ("AttributeError: ...weight_hh_l0...", "deleted(copy.deepcopy(m.lstm), 'weight_hh_l0')(X)"),
+    ("AttributeError: ...weight_hh_l0...", "delattr(lstm := copy.deepcopy(m.lstm), 'weight_hh_l0'), lstm(X)"),
     ("RuntimeError: bias_ih and bias_hh should be given together", "assigned(m.lstm, 'bias_hh_l0')",
      "layer(m, weights=(*WEIGHTS, zeros(16)))"),
     *((f"ValueError: backend '{backend}' does not support {name}; use 'triton' or 'reference'",
@@ -320,6 +257,10 @@ CALLS = [
     ("ValueError: Expected resets of shape [5], got [5, 1]", "m.first(X[:, 0], resets=RESETS[:, :1])"),
     *((f"ValueError: Expected resets of shape [{shape}], got [8]", f"m.{module}(PACKED, resets=zeros(8, dtype=BOOL))")
       for module, shape in (("lstm", "5, 2"), ("first", "2, 5"))),
+    ("ValueError: Expected c of reset_states of size [1, 2, 4], ..., or [1, 2, 5, 4], one a step, got [1, 5, 2, 4]",
+     "m.first(zeros(2, 5, 3), resets=RESETS.T, reset_states=(H, zeros(1, 5, 2, 4)))"),
+    ("ValueError: backend 'torch' does not support reset_states; use 'triton' or 'cupy' or 'reference'",
+     "gpu_lstm.backend('torch')(m.auto)(X, resets=RESETS, reset_states=(H, C))"),
     ("TypeError: ...unexpected keyword argument 'length'...", "m.lstm(X, length=tensor([5, 2]))"),
     ("TypeError: LSTM accepts lengths, ... LSTMModule ... hand it a gpu_lstm.compat.LSTM",
      "m.first(zeros(2, 5, 3), mask=zeros(2, 5, dtype=BOOL))"),
@@ -329,12 +270,11 @@ CALLS = [
      *(f"layer(m, x=zeros(0, {n}, 3){by})" for n in (0, 2) for by in ("", ", backend='triton'"))),
     # StackedLSTM
     *((a_tensor("input", kind_of(value)), f"m.stack({value})") for value in ("None", "[[1.0, 2.0, 3.0]]", "X.numpy()")),
-    (dense("StackedLSTM", A_NESTED), "m.stack(NESTED)"),
-    (dense("StackedLSTM", SPARSE), "m.stack(X.to_sparse())"),
+    (dense("StackedLSTM", A_NESTED), "m.stack(NESTED)"), (dense("StackedLSTM", SPARSE), "m.stack(X.to_sparse())"),
     *((f"ValueError: StackedLSTM: Expected input to be 2D or 3D, got {rank}D instead", f"m.stack(zeros([3] * {rank}))")
       for rank in (1, 4)),
-    (FEATURES, "m.stack(zeros(5, 2, 4))", "gpu_lstm.explain(m.stack, zeros(5, 2, 4))",
-     "m.stream_of_stack(zeros(2, 4))"),
+    (FEATURES, "m.stack(zeros(5, 2, 4))", "gpu_lstm.explain(m.stack, zeros(5, 2, 4))", "m.stream_of_stack(zeros(2, 4))",
+     "gpu_lstm.explain(m.lstm, zeros(5, 2, 4))"),
     ("ValueError: RNN input dtype (torch.float64) does not match weight dtype ...float32). ...", "m.stack(X.double())"),
     (devices("parameter", META, "cpu"), "m.stack(X.to(META))"),
     ("ValueError: residual=True needs ... got inputs of [3, 4] and outputs of [4, 5] ...",
@@ -362,8 +302,7 @@ CALLS = [
     ("RuntimeError: lstm_cell expects two hidden states", "m.cell(zeros(2, 3), [H2])"),
     # functional.lstm_layer
     (a_tensor("input", "NoneType"), "layer(m, x=None)", "m.backwards(None)"),
-    (a_tensor("input", "PackedSequence"), "layer(m, x=PACKED)"),
-    (dense("lstm_layer", A_NESTED), "layer(m, x=NESTED)"),
+    (a_tensor("input", "PackedSequence"), "layer(m, x=PACKED)"), (dense("lstm_layer", A_NESTED), "layer(m, x=NESTED)"),
     (dense("lstm_layer", SPARSE), "layer(m, x=X.to_sparse())"),
     ("RuntimeError: input must have 3 dimensions, got 2", "layer(m, x=zeros(5, 3))"),
     *((f"TypeError: weights should be a tuple or list of tensors, got: {kind_of(value)}", f"layer(m, weights={value})")
@@ -382,8 +321,7 @@ CALLS = [
     (dtypes("parameter", "float64", "float32"), "layer(m, x=X.double())", "m.lstm(packed(3, dtype=F64))"),
     ("ValueError: proj_size must be greater than zero",
      "layer(m, weights=(zeros(16, 3), zeros(16, 0), None, None, zeros(0, 4)))"),
-    (a_tensor("hidden[0]", "NoneType"), "layer(m, hx=(None, None))"),
-    (pair("lstm", "int"), "layer(m, hx=1)"),
+    (a_tensor("hidden[0]", "NoneType"), "layer(m, hx=(None, None))"), (pair("lstm", "int"), "layer(m, hx=1)"),
     (size("hidden[0]", "(2, 4)", "[4]"), "layer(m, hx=(zeros(4), H2))"),
     (size("hidden[1]", "(2, 4)", "[2, 5]"), "layer(m, hx=(H2, zeros(2, 5)))"),
     (devices("hidden", "cpu", META), "layer(m, hx=(H2.to(META), H2))"),
@@ -397,12 +335,15 @@ CALLS = [
     *(("ValueError: unknown mode of racing ...; expected one of 'on', 'read', 'off'", f"gpu_lstm.racing({name})")
       for name in ("'never'", "''", "None", "True", "['on']")),
     (unknown("'cuda' in the environment variable GPU_LSTM_BACKEND"),
-     "in_environment('GPU_LSTM_BACKEND', 'cuda', lambda: lstm_layer(X, WEIGHTS))"),
+     "patch.dict(os.environ, GPU_LSTM_BACKEND='cuda')(lstm_layer)(X, WEIGHTS)"),
     ("ValueError: unknown mode of racing 'yes' in the environment variable GPU_LSTM_RACE; expected...",
-     "in_environment('GPU_LSTM_RACE', 'yes', requested_racing)"),
+     "patch.dict(os.environ, GPU_LSTM_RACE='yes')(requested_racing)()"),
     # explain, trace
     *((f"TypeError: {function} accepts a...LSTM... got ...{kind_of(value)}", f"gpu_lstm.{function}({value}, X)")
       for function in ("explain", "trace") for value in ("None", "[1]", "GRU", "LINEAR")),
+    ("TypeError: explain accepts a gpu_lstm.LSTM or StackedLSTM, got torch.nn.modules.rnn.LSTM...",
+     "gpu_lstm.explain(TORCHS, X)"),
+    ("ValueError: LSTM: Expected input to be 2D or 3D, got 1D instead", "gpu_lstm.explain(m.lstm, zeros(3))"),
     *((a_tensor("x", kind_of(value)), f"gpu_lstm.{function}(m.lstm, {value})")
       for function in ("explain", "trace") for value in ("None", "[[1.0]]", "3")),
     ("TypeError: 'str' object cannot be interpreted as an integer", "m.trace.plot('first')"),
@@ -422,8 +363,7 @@ CALLS = [
         (a_tensor("h_0", "list"), "([0.0], [0.0])"))),
     ("RuntimeError: Expected c of layer 1 of size [2, 4], got [2, 1]",
      "gpu_lstm.Stream(m.stack, 2, [PAIRS[0], (H2, zeros(2, 1))])"),
-    (a_tensor("x", "NoneType"), "m.stream(None)"),
-    (a_tensor("x", "PackedSequence"), "m.stream(PACKED)"),
+    (a_tensor("x", "NoneType"), "m.stream(None)"), (a_tensor("x", "PackedSequence"), "m.stream(PACKED)"),
     *((f"ValueError: expected (N, I) or (T, N, I) with N = 2, got {shape}", f"m.stream(zeros({shape}))")
       for shape in ((3, 3), (3,))),
     ("ValueError: expected (N, I) or (N, T, I) with N = 2, got (5, 2, 3)", "gpu_lstm.Stream(m.first, 2)(X)"),
