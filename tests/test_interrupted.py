@@ -317,7 +317,7 @@ def test_a_function_in_a_block_may_call_itself_within_another():
 @pytest.mark.parametrize("where", ["one thread", "a thread each"])
 @pytest.mark.parametrize(("chooser", "values", "now"), [
     (gpu_lstm.backend, (Backend.TORCH, Backend.REFERENCE), lambda: requested_backend(None)),
-    (gpu_lstm.racing, (Racing.OFF, Racing.READ), lambda: requested_racing()[0]),
+    (gpu_lstm.racing, (Racing.OFF, Racing.READ), requested_racing),
 ])  # fmt: skip
 def test_overlapping_blocks_leave_nothing_behind(chooser, values, now, where):
     """The test fixes the order, so that no scheduler has a say."""
