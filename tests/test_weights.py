@@ -32,7 +32,7 @@ def test_names_values_and_repr_are_those_of_torch(cls, arguments):
         assert list(module.state_dict()) == list(theirs.state_dict())
         assert sorted(module.__constants__) == sorted(theirs.__constants__)
         assert same_weights(module, theirs)
-        assert repr(module) == repr(theirs)
+        assert repr(module) == f"gpu_lstm.{theirs!r}"
         module.load_state_dict(cls(I, H, **arguments).state_dict())
         assert not same_weights(module, theirs)
         seeded(module.reset_parameters)
@@ -65,8 +65,8 @@ NOISE = "recurrent_dropout=0.3, zoneout=(0.2, 0.4), weight_drop=0.25"
 def test_what_is_not_default_is_shown(shown):
     module = eval(shown, vars(gpu_lstm))
     assert f"{type(module).__name__}({module.extra_repr()})" == shown
-    assert isinstance(module, gpu_lstm.StackedLSTM) or repr(module) == shown
-    assert repr(gpu_lstm.LSTM(3, 4, zoneout=(0.0, 0.0))) == "LSTM(3, 4)"
+    assert isinstance(module, gpu_lstm.StackedLSTM) or repr(module) == f"gpu_lstm.{shown}"
+    assert repr(gpu_lstm.LSTM(3, 4, zoneout=(0.0, 0.0))) == "gpu_lstm.LSTM(3, 4)"
 
 
 @every_backend

@@ -5,9 +5,12 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from typing_extensions import assert_type
 
 import gpu_lstm
 from gpu_lstm.call.choices import BackendName
+
+State = tuple[Tensor, Tensor]
 
 
 class Tagger(nn.Module):
@@ -44,7 +47,27 @@ def sizes(backend: BackendName) -> list[torch.Size]:
     return [tensor.shape for tensor in [*tensors, compat, of_layer, h0, c0, gates.forget, step]]
 
 
+def types_of_calls(x: Tensor, packed: PackedSequence) -> None:
+    """What every public call returns, to type checkers; and to Python."""
+    lstm, stack, cell = gpu_lstm.LSTM(6, 8), gpu_lstm.StackedLSTM(6, [4, 5]), gpu_lstm.LSTMCell(6, 8)
+    assert_type(lstm(x), tuple[Tensor, State])
+    assert_type(lstm(x, resets=x[..., 0] > 0), tuple[Tensor, State])
+    assert_type(lstm(packed), tuple[PackedSequence, State])
+    assert_type(stack(x), tuple[Tensor, list[State]])
+    assert_type(stack(packed), tuple[PackedSequence, list[State]])
+    assert_type(cell(x[0]), State)
+    assert_type(gpu_lstm.compat.LSTM(6, 8)(x), tuple[Tensor, State])
+    assert_type(gpu_lstm.functional.lstm_layer(x, list(lstm.parameters())), tuple[Tensor, State])
+    assert_type(gpu_lstm.Stream(lstm, batch=3)(x[0]), Tensor)
+    assert_type(gpu_lstm.trace(lstm, x).layers[0][0].forget, Tensor)
+    assert_type(gpu_lstm.explain(lstm, x).seconds, dict[str, float] | None)
+    assert_type(gpu_lstm.resets_from_dones(x[..., 0] > 0), Tensor)
+    assert_type(gpu_lstm.convert(nn.LSTM(6, 8)), gpu_lstm.LSTM)
+    assert_type(gpu_lstm.to_torch(lstm), nn.LSTM)
+
+
 def main() -> None:
+    types_of_calls(torch.randn(5, 3, 6), pack_sequence([torch.randn(2, 6)]))
     tagger: Tagger = gpu_lstm.convert(Tagger("reference"))
     print(tagger(torch.randn(5, 2, 6), torch.tensor([5, 2])).shape)
     ours: gpu_lstm.LSTM = gpu_lstm.convert(nn.LSTM(6, 8))

@@ -94,6 +94,11 @@ class Checked:
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, accepted(name, value))
 
+    def _get_name(self) -> str:
+        """In the text of a model, where one wants to see whose LSTM it is; a user's subclass by its own name."""
+        cls = type(self)
+        return f"gpu_lstm.{cls.__name__}" if cls.__module__.startswith("gpu_lstm.") else cls.__name__
+
 
 Given = TypeVar("Given", contravariant=True)
 Returned = TypeVar("Returned", covariant=True)
