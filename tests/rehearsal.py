@@ -150,11 +150,10 @@ def arguments(swapped: bool = False) -> list[dict]:
             continue
         every = [*choose.plans(problem, DEVICES["h100"], which.backward), pointwise_plan(problem)]
         plan = next(plan for plan in every if plan is not None and plan.family.value == family)
-        layer = launch.layer_by(problem, CUDA, plan)
-        for steps in (5, 16):
+        for steps in (5, 16):  # of which Triton may make different kernels
             before = compiled()
             given.clear()
-            named = one_pass(problem, which, steps, layer)
+            named = one_pass(problem, which, steps, launch.layer_by(problem, CUDA, plan))
             kernel, asked = given[0][0], events()
             named["error_ptr"] = launch.error_word(CUDA, kernel.__name__, True) if family in WAITING else None
             launches = [event for event in asked if event["event"] == "launch"]
