@@ -159,7 +159,7 @@ class Layer:
     def chosen(self, which: Pass) -> Chosen:
         """The plan that was chosen for a pass, or for another of its direction; else the first that would be tried.
 
-        Nothing is compiled or run.
+        Nothing of the problem is compiled or run.
         """
         known = (p for each, p in self._prepared.items() if each.backward == which.backward)
         prepared = self._prepared.get(which) or next(known, None)

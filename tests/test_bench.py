@@ -433,15 +433,15 @@ def test_bench_gpu_rehearsed_on_a_cpu(capsys, tmp_path, monkeypatch):
         found = set(results.read(out / "results.csv")["provider"])
         assert found == (set(providers.PROVIDERS) if minutes == 1.0 else set())  # in the headline all take part
         assert (f"no time was left for 2 cases: {SMALL.name}, {FORWARD.name}" in printed) == (not found)
-    commands, limits, _ = zip(*asked)
-    assert [command[0] for command in commands] == ["gpu_lstm", "pytest", "pytest", "pytest"] * 2
-    for command, end in zip(commands[1:4], (f"{gpu.FIRST} -k headline", "not headline -n 4", f"{gpu.FIRST} -n 4")):
-        assert {"--require-gpu", "gpu"} <= set(command)
-        assert " ".join(command).endswith(end)
-    assert "--ignore" in commands[3]
-    assert re.findall(r"def (test_\w*headline\w*)", (ROOT / gpu.FIRST).read_text()) == ["test_the_headline"]
-    assert limits[1] == pytest.approx(gpu.HEADLINE[2] * 40, abs=1)
-    assert min(limits) >= 1
+    assert [asking[0][0] for asking in asked] == ["gpu_lstm", "pytest", "pytest", "pytest"] * 2
+    _, headline, families, others = (asking[0] for asking in asked[:4])
+    assert headline[-4:] == ["tests/test_gpu.py", "tests/test_hog.py", "-k", "headline or hog"]
+    assert re.findall(r"def (test_\w*headline\w*)", (ROOT / "tests/test_gpu.py").read_text()) == ["test_the_headline"]
+    assert "not headline" in families
+    assert [others[k + 1] for k, word in enumerate(others) if word == "--ignore"] == headline[-4:-2]
+    assert all({"--require-gpu", "gpu"} <= set(words) for words in (headline, families, others))
+    assert asked[1][1] == pytest.approx(gpu.HEADLINE[2] * 40, abs=1)
+    assert all(asking[1] >= 1 for asking in asked)
 
 
 def test_elsewhere_those_for_every_case_take_part_and_a_command_that_hangs_is_stopped(tmp_path):

@@ -111,8 +111,11 @@ def test_multiprocessors_are_left_where_there_are_several_ranks_or_the_environme
     assert [timeouts.spare_multiprocessors(count) for count in (132, 40)] == [16, 5]
     monkeypatch.setenv(timeouts.SPARE, "3")
     assert timeouts.spare_multiprocessors(132) == 3
-    properties = SimpleNamespace(name="a card", major=9, minor=0, multi_processor_count=132)
+    properties = SimpleNamespace(
+        name="a card", major=9, minor=0, multi_processor_count=132, max_threads_per_multi_processor=2048
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # where the driver is not asked
     cuda = torch.device("cuda", 0)
     assert choose.card_of(cuda).multiprocessors == planning.card_of(cuda).multiprocessors == 129
 

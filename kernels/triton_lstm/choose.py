@@ -3,6 +3,7 @@
 A plan is compiled for the card before it is chosen. Triton keeps what is compiled here, and that is what is launched.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -30,6 +31,7 @@ MOST_LONGER = 1.25  # times the expected time of the best plan may a plan take t
 SLOW_S = 2.0  # after which a log line says what is going on
 KIND = "plans"  # of cached results
 FORMAT = 7  # raised whenever a field of Plan or of the key changes its name or meaning
+EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES: dict[Family, ModuleType] = {
     Family.RESIDENT: resident,
@@ -87,9 +89,37 @@ def card_of(device: torch.device) -> Device:
     """What planning knows of a device, without what is left to others: the seam at which a test can be a card."""
     if device.type != "cuda":
         return INTERPRETER
-    card = device_of(torch.cuda.get_device_properties(device))
-    left = card.multiprocessors - spare_multiprocessors(card.multiprocessors)
-    return dataclasses.replace(card, multiprocessors=left)
+    properties = torch.cuda.get_device_properties(device)
+    card, count = device_of(properties), properties.multi_processor_count
+    if not torch.cuda.is_current_stream_capturing():
+        count = _multiprocessors_of_context(device, count, properties.max_threads_per_multi_processor)
+    return dataclasses.replace(card, multiprocessors=count - spare_multiprocessors(count))
+
+
+def _multiprocessors_of_context(device: torch.device, count: int, threads: int) -> int:
+    """How many of a card's multiprocessors the current context has: fewer in a green context, or with a share of MPS.
+
+    By the largest grid of an empty kernel whose programs may wait for each other that the driver accepts.
+    """
+    blocks = threads // (32 * EMPTY["num_warps"])  # of a multiprocessor
+    with torch.cuda.device(device):
+        empty = load(empty_kernel, (1,), EMPTY)
+
+        def is_too_large(multiprocessors: int) -> bool:
+            try:
+                with errors_as_of_torch():
+                    empty[(multiprocessors * blocks, 1, 1)]()
+            except RuntimeError as error:
+                if "too many blocks" in str(error):
+                    return True
+                raise
+            return False
+
+        if not is_too_large(count):
+            return count
+        found = max(1, bisect.bisect(range(1, count), False, key=is_too_large))
+    cache.warn_once(f"kernels use {found} of the {count} multiprocessors of {device}: the context has no more")
+    return found
 
 
 def candidates(problem: Problem, card: Device, which: Pass) -> list[Plan]:
@@ -161,10 +191,32 @@ def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
 
     Raises:
         Exception: it cannot be compiled, or needs more shared memory than a block may have.
+        torch.OutOfMemoryError, torch.AcceleratorError: see errors_as_of_torch.
     """
-    compiled = kernel.warmup(grid=grid, **arguments)
-    compiled._init_handles()
+    with errors_as_of_torch():
+        compiled = kernel.warmup(grid=grid, **arguments)
+        compiled._init_handles()
     return compiled
+
+
+@contextlib.contextmanager
+def errors_as_of_torch() -> Iterator[None]:
+    """A block for Triton's driver, whose errors are all RuntimeErrors, and need not be those of the kernel at hand.
+
+    Raises:
+        torch.OutOfMemoryError: memory is full.
+        torch.AcceleratorError: an earlier operation failed; or a CUDA graph is being captured.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        if torch.cuda.is_current_stream_capturing():
+            text = "while a CUDA graph is captured; call the layer once before the capture, which loads its kernels"
+            raise torch.AcceleratorError(f"{error}, {text}") from error
+        torch.cuda.synchronize()
+        raise
 
 
 def launch_problem(device: torch.device, architecture: int) -> str | None:
@@ -178,12 +230,10 @@ def launch_problem(device: torch.device, architecture: int) -> str | None:
 def _load_problem(device: torch.device) -> str | None:
     try:
         with torch.cuda.device(device):
-            load(empty_kernel, (1,), OPTIONS)
+            load(empty_kernel, (1,), EMPTY)
     except DEVICE_ERRORS:
         raise
     except Exception as error:  # from the C compiler or the driver
-        if "out of memory" in str(error):  # which passes
-            raise
         cure = next((cure for text, cure in CURES.items() if text in str(error)), None)
         return f"{error}" + (f" ({cure})" if cure else "")
     return None

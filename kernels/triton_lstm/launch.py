@@ -14,7 +14,16 @@ from ..problem import Pass, Problem, Recurrence
 from ..timeouts import KERNELS, error_word
 from . import pointwise, step
 from .binary import RecordedLaunch
-from .choose import FAMILIES, candidates, card_of, choose_plan, load, measured_plan, plans_in_use
+from .choose import (
+    FAMILIES,
+    candidates,
+    card_of,
+    choose_plan,
+    errors_as_of_torch,
+    load,
+    measured_plan,
+    plans_in_use,
+)
 from .features import OPTIONS
 from .planning import Family, Launch, Plan
 
@@ -53,7 +62,8 @@ class Kernel:
         arguments = dict(zip(self._given, values)) | self._fixed
         if launch is None:
             self._run = load(self._kernel, self._grid, arguments)[(*self._grid, 1, 1)[:3]]
-            self._run(*values, *self._constants)
+            with errors_as_of_torch():
+                self._run(*values, *self._constants)
         else:
             launch(self._kernel, self._grid, **arguments)
 

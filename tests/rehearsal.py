@@ -1,0 +1,281 @@
+"""A process with a card of which only the driver is missing: driver_stub.c stands for it, and all above it is real.
+
+    python tests/rehearsal.py NAME [SETTING=NUMBER]    # a function below; the last line is what it returns, as JSON
+
+Tensors are on the CPU, and layers are told that they run on cuda:0. Kernels compute nothing.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import sys
+import warnings
+from functools import partial
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+import gpu_lstm
+from gpu_lstm.backends import kernels, verify
+from gpu_lstm.dispatch import available, race
+from gpu_lstm.kernels import cache, timeouts
+from gpu_lstm.kernels.layer import Layer
+from gpu_lstm.kernels.problem import TENSORS, Pass, Problem, Recurrence
+from gpu_lstm.kernels.triton_lstm import choose, launch
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES
+from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
+
+DRIVER = ctypes.CDLL(f"{os.environ['TRITON_LIBCUDA_PATH']}/libcuda.so.1")  # which Triton finds by its name from now on
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+LOG = Path(os.environ["DRIVER_STUB_LOG"])
+PROPERTIES = SimpleNamespace(
+    name="a stub", major=9, minor=0, multi_processor_count=132, max_threads_per_multi_processor=2048
+)
+
+
+def plant(**values: int) -> None:
+    """Set variables of the driver."""
+    for name, value in values.items():
+        kind = ctypes.c_void_p if name == "late_word" else ctypes.c_int
+        kind.in_dll(DRIVER, name).value = value
+
+
+def _capturing() -> bool:
+    return ctypes.c_int.in_dll(DRIVER, "capturing").value != 0
+
+
+def _synchronize(device=None) -> None:
+    if ctypes.c_int.in_dll(DRIVER, "failed").value:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+
+def be_a_card() -> None:
+    """torch.cuda, as far as Triton's driver and the library ask; and calls on CPU tensors are calls on a card."""
+    stream = mock.Mock(cuda_stream=0)
+    for name, value in dict(
+        is_available=lambda: True, current_device=lambda: 0, set_device=lambda device: None,
+        device=lambda device: contextlib.nullcontext(), current_stream=lambda device=None: stream,
+        get_device_properties=lambda device=None: PROPERTIES, get_device_name=lambda device=None: PROPERTIES.name,
+        get_device_capability=lambda device=None: (9, 0), is_current_stream_capturing=_capturing,
+        synchronize=_synchronize,
+    ).items():  # fmt: skip
+        setattr(torch.cuda, name, value)
+    torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDriverVersion = lambda device: 0, lambda: 13000
+    unavailable, layer_of, small = available.why_unavailable, kernels.layer_of, verify.Small
+    available.KERNEL_DEVICES = ("cpu",)
+    available.why_unavailable = lambda choice, device, dtype: unavailable(choice, CUDA, dtype)
+    kernels.layer_of = lambda backend, problem, device: layer_of(backend, problem, CUDA)
+    verify.Small = lambda problem, which, device: small(problem, which, CPU)
+    race.race = lambda runs, now: {name: [1.0 + (name == "torch")] * 3 for name in runs}
+    timeouts._words[CPU] = timeouts._words[CUDA] = timeouts._Words(CPU)
+
+
+def events() -> list[dict]:
+    """What the driver was asked for since the last time, but for the empty kernel."""
+    lines = LOG.read_text().splitlines() if LOG.exists() else []
+    new = [json.loads(line) for line in lines[_seen[0] :]]
+    _seen[0] = len(lines)
+    return [event for event in new if event.get("kernel") != "empty_kernel"]
+
+
+_seen = [0]
+
+
+def compiled() -> int:
+    """How many kernels Triton has compiled, in this process or another."""
+    return len(list(Path(os.environ["TRITON_CACHE_DIR"]).glob("*/*.cubin")))
+
+
+# What kernels are given
+
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+RAGGED = dict(lengths=torch.int64, resets=True, reset_h=True, reset_c=True, reverse=True)
+MASKS, RATES = dict(dropout_h=True, zoneout_h=3, zoneout_c=3), dict(zoneout_h=0, zoneout_c=0)
+NORMS, TF32 = dict(norms=(True, True, True)), dict(precision="tf32")
+CASES = [  # a family and its problem: each dtype, and each option, forward and backward
+    ("resident", Problem(2, 5, 32, F16)),
+    ("resident", Problem(2, 5, 32, BF16, **RAGGED, **MASKS)),
+    ("resident", Problem(2, 5, 32, F32, **RATES, **NORMS, **TF32)),
+    ("cooperative", Problem(2, 5, 64, BF16, peepholes=True)),
+    ("cooperative", Problem(2, 5, 64, F32, **RAGGED, **MASKS, **TF32)),
+    ("cooperative", Problem(2, 5, 64, F16, **RATES, **NORMS)),
+    ("pointwise", Problem(2, 5, 32, F32, **RAGGED, **MASKS)),
+    ("pointwise", Problem(2, 5, 32, BF16, **RATES, peepholes=True)),
+    ("step", Problem(2, 5, 32, F32)),
+    ("step", Problem(2, 5, 32, F16, projected=16, **RAGGED, **RATES)),
+    ("step", Problem(2, 5, 32, F32, **MASKS, **NORMS, **TF32, peepholes=True, lengths=torch.int32)),
+]
+WAITING = "cooperative", "step"  # whose programs wait for each other
+
+
+def one_pass(problem: Problem, which: Pass, steps: int, layer: Layer) -> dict:
+    """Run it; what the kernel has to be given, by the name of its parameter, and None where it is given none."""
+    gates, shapes = launch._call_of(problem._replace(steps=steps))
+    gates, *tensors = (None if t is None else torch.zeros_like(t, device=CPU) for t in (gates, *shapes[:TENSORS]))
+    r = Recurrence(*tensors, *shapes[TENSORS:])
+    named = {f"{name}_ptr".replace("weight_peephole", "peephole"): t for name, t in zip(r._fields, tensors)}
+    named |= {"gates_ptr": gates, "T": steps, "B": problem.batch}
+    if which.backward:
+        dh, dh_n, saved = r.h0.new_zeros(steps, *r.h0.shape), r.h0.clone(), r.c0.new_zeros(steps, *r.c0.shape)
+        found = layer.backward(dh, dh_n, r.c0.clone(), gates, saved, r, of_h0=False)
+        named |= dict(dh_ptr=dh, dh_n_ptr=dh_n, c_ptr=saved, dc_ptr=found.dc0, dh_total_ptr=found.dh_total)
+        return named | dict(dreset_h_ptr=found.dreset_h, dreset_c_ptr=found.dreset_c)
+    names = "h_ptr", "h_n_ptr", "c_n_ptr", "c_ptr"
+    return named | dict(zip(names, layer.forward(gates, r, which.save)))
+
+
+def arguments(swapped: bool = False) -> list[dict]:
+    """Each case by two lengths of sequences: what the driver was asked for, and mistakes.
+
+    `swapped`: of two arguments each is given the other's value, in the first case.
+    """
+    given, call = [], launch.Kernel.__call__
+
+    def recorded(kernel, launch, arguments):
+        if swapped:
+            arguments = arguments | {"h0_ptr": arguments["gates_ptr"], "gates_ptr": arguments["h0_ptr"]}
+        given.append((kernel._kernel, arguments))
+        call(kernel, launch, arguments)
+
+    launch.Kernel.__call__ = recorded
+    results = []
+    for (family, problem), which in product(CASES[:1] if swapped else CASES, (Pass(), Pass(True), Pass(save=False))):
+        if not which.save and family != "resident":
+            continue
+        every = [*choose.plans(problem, DEVICES["h100"], which.backward), pointwise_plan(problem)]
+        plan = next(plan for plan in every if plan is not None and plan.family.value == family)
+        for steps in (5, 16):  # of which Triton may make different kernels
+            before = compiled()
+            given.clear()
+            named = one_pass(problem, which, steps, launch.layer_by(problem, CUDA, plan))
+            kernel, asked = given[0][0], events()
+            named["error_ptr"] = launch.error_word(CUDA, kernel.__name__, True) if family in WAITING else None
+            launches = [event for event in asked if event["event"] == "launch"]
+            mistakes = [] if len(given) == len(launches) else [f"{len(given)} launches became {len(launches)}"]
+            mistakes += [m for (_, a), e in zip(given, launches) for m in _mistakes(kernel, a, e["arguments"], named)]
+            results.append(dict(
+                case=f"{kernel.__name__} {problem}", family=family, precision=f"{problem.dtype} {problem.precision}",
+                steps=steps, size=[*(*plan.grid, 1, 1)[:3], plan.threads], launches=launches,
+                loads=len(asked) - len(launches), compiled=compiled() - before, mistakes=mistakes,
+            ))  # fmt: skip
+    return results
+
+
+def _mistakes(kernel: Any, given: dict, got: list[int], meant: dict) -> list[str]:
+    """Of one launch: what the library gave by a name, and the driver got by its place, against what is meant."""
+    runtime = [p.name for p in kernel.params if not p.is_constexpr]
+    names = [name for name in runtime if given[name] is not None]
+    there = dict(zip(names, got))
+    found = [] if len(got) >= len(names) and not any(got[len(names) :]) else [f"{names} became {got}"]  # and scratch: 0
+    for name in runtime:
+        for value in (given[name], meant.get(name, given[name])):
+            value = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            if there.get(name) != value or (name.endswith("_ptr") and value == 0):
+                found.append(f"{name} is {there.get(name)}, not {value}")
+    return found
+
+
+# What a card can do
+
+
+def attempt(backend: str | None = None, hidden: int = 32, dtype: torch.dtype = F32) -> dict:
+    """A call and its gradients, by modules with the same weights: what the user sees, and what is left behind."""
+    torch.manual_seed(0)
+    lstm, theirs = (m(8, hidden, dtype=dtype) for m in (partial(gpu_lstm.LSTM, backend=backend), torch.nn.LSTM))
+    theirs.load_state_dict(lstm.state_dict())
+    x, error, right = torch.randn(6, 3, 8, dtype=dtype), None, None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            found = [[(y := module(x)[0]), *torch.autograd.grad(y.sum(), list(module.parameters()))]
+                     for module in (lstm, theirs)]  # fmt: skip
+            right = all(torch.equal(ours, other) for ours, other in zip(*found))
+        except Exception as e:
+            error = f"{type(e).__name__}: {e}"
+    stored = {kind: [value for _, _, value in cache.entries(kind)] for kind in cache.KINDS}
+    return dict(
+        error=error, right=right, said=" ".join(str(w.message) for w in said), stored=stored, compiled=compiled(),
+        events=events(),
+    )  # fmt: skip
+
+
+def believe() -> None:
+    """Kernels that compute nothing pass their verification."""
+    verify._verdict = lambda *_: "right"
+
+
+def two_calls(**faults: int) -> list[dict]:
+    """By backend `auto`, and by the kernels."""
+    plant(**faults)
+    return [attempt(), attempt("triton")]
+
+
+def before_and_after(**faults: int) -> list[dict]:
+    """With a fault before the first call; the same once the card is known to launch kernels; and without it."""
+    believe()
+    results, nothing = two_calls(**faults), dict.fromkeys(faults, 0)
+    plant(**nothing)
+    assert choose.launch_problem(CUDA, 90) is None
+    return results + two_calls(**faults) + two_calls(**nothing)
+
+
+def fewer_multiprocessors() -> list[dict]:
+    """Than the card has; and then fewer still, for a layer that has its plan."""
+    believe()
+    plant(multiprocessors=66)
+    first = attempt("triton", 256, F16)
+    plant(multiprocessors=4)
+    return [first, attempt("triton", 256, F16)]
+
+
+def words_that_never_arrive() -> list[dict]:
+    """In a kernel that is verified; and in a call, of which its backward tells."""
+    kernel = "lstm_cooperative_forward_kernel"
+    plant(late_word=launch.error_word(CUDA, kernel, tried=True).data_ptr())
+    tried = attempt(None, 256, F16)
+    believe()
+    plant(late_word=launch.error_word(CUDA, kernel).data_ptr())
+    first = attempt("triton", 192, F16)
+    plant(late_word=0)
+    results = [tried, first, attempt("triton", 192, F16)]
+    gpu_lstm.check()
+    return results
+
+
+def capture() -> list:
+    """Events of a capture after a call like it; the error of one without; and events of that call outside."""
+    problem = CASES[0][1]
+    layer = launch.layer_of(problem, CUDA)
+    for which in (Pass(), Pass(True)):
+        one_pass(problem, which, 5, layer)
+    events()
+    plant(capturing=1)
+    for which in (Pass(), Pass(True)):
+        one_pass(problem, which, 16, layer)
+    results = [events()]
+    try:
+        one_pass(problem, Pass(save=False), 5, layer)
+    except torch.AcceleratorError as error:
+        results += [str(error), events()]
+    plant(capturing=0)
+    one_pass(problem, Pass(save=False), 5, layer)
+    return [*results, events()]
+
+
+def training(believed: int) -> dict:
+    """By what is fastest: the kernels, since they take no time, if they are believed to be right."""
+    if believed:
+        believe()
+    return attempt()
+
+
+if __name__ == "__main__":
+    be_a_card()
+    name, *settings = sys.argv[1:]
+    print(json.dumps(globals()[name](**{name: int(value) for name, value in (s.split("=") for s in settings)})))

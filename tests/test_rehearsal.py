@@ -1,0 +1,176 @@
+"""Kernels through Triton's own JIT, driver and launcher, over driver_stub.c: what a card is asked for, and its faults.
+
+Each scenario is a function of rehearsal.py, in a process of its own, where kernels are compiled.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+HERE = Path(__file__).parent
+INCLUDE = Path(triton.__file__).parent / "backends/nvidia/include"
+SECONDS = 300
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real driver")
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """The folder of the stub, and of what Triton compiles."""
+    folder = tmp_path_factory.mktemp("driver")
+    library = folder / "libcuda.so.1"
+    flags = ["-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{INCLUDE}"]
+    try:
+        subprocess.run(["gcc", *flags, HERE / "driver_stub.c", "-o", library], check=True)
+    except FileNotFoundError:
+        pytest.skip("there is no gcc")
+    (folder / "libcuda.so").symlink_to(library)  # by this name older versions of Triton link it
+    return folder
+
+
+@pytest.fixture
+def start(driver, tmp_path):
+    """start(scenario): its process, with results of its own on disk; those of a test share them."""
+    numbers = iter(range(9))
+
+    def start(*scenario, **environment):
+        settings = os.environ | {
+            "TRITON_LIBCUDA_PATH": str(driver), "TRITON_CACHE_DIR": str(driver / "triton"), "OMP_NUM_THREADS": "1",
+            "XDG_CACHE_HOME": str(tmp_path), "DRIVER_STUB_LOG": str(tmp_path / f"log{next(numbers)}"),
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, sys.path)]),
+        } | environment  # fmt: skip
+        for name in ("TRITON_INTERPRET", "GPU_LSTM_BACKEND", "GPU_LSTM_RACE", "GPU_LSTM_CACHE", "CC"):
+            settings.pop(name, None)
+        command = [sys.executable, HERE / "rehearsal.py", *scenario]
+        return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.fixture
+def rehearse(start):
+    """rehearse(scenario): what it found."""
+    return lambda *scenario, **environment: results_of(start(*scenario, **environment))
+
+
+def results_of(process):
+    said, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, errors
+    return json.loads(said.splitlines()[-1])
+
+
+def test_kernels_get_what_they_are_meant_to_by_one_compilation_of_each_kind(rehearse):
+    """Every argument at its place; the grid; and all programs resident at once where they wait, and only there."""
+    results = rehearse("arguments")
+    families, precisions = ({result[key] for result in results} for key in ("family", "precision"))
+    assert len(families) == len(precisions) == 4
+    for each in results:
+        first, steps = each["steps"] == 5, each["steps"] if each["family"] == "pointwise" else 1
+        assert each["mistakes"] == [], each["case"]
+        assert (each["compiled"], each["loads"]) == ((1, 1) if first else (0, 0)), each["case"]
+        assert len(each["launches"]) == steps, each["case"]
+        for launched in each["launches"]:
+            assert [*launched["grid"], launched["threads"]] == each["size"], each["case"]
+            assert launched["waits"] == (each["family"] in ("cooperative", "step")), each["case"]
+            assert launched["result"] == 0, each["case"]
+
+
+def test_two_arguments_that_change_places_are_detected(rehearse):
+    for each in rehearse("arguments", "swapped=1"):
+        names = {mistake.split()[0] for mistake in each["mistakes"]}
+        assert names == ({"gates_ptr"} if "backward" in each["case"] else {"gates_ptr", "h0_ptr"})
+
+
+def test_nothing_is_loaded_into_a_capture_after_a_call_and_without_one_the_error_says_what_to_do(rehearse):
+    captured, error, tried, outside = rehearse("capture")
+    assert [(event["event"], event["result"]) for event in captured] == [("launch", 0)] * 2
+    assert "operation not permitted when stream is capturing" in error
+    assert "call the layer once before the capture" in error
+    assert [event["result"] for event in tried] == [900]
+    assert [event["event"] for event in outside] == ["load", "launch"], "what failed is not kept"
+
+
+NOTHING = {"races": [], "checks": [], "plans": []}  # cached
+
+
+@pytest.mark.parametrize(
+    ("fault", "cure"),
+    [("no compiler", "install gcc, or name one in CC"), ("old driver", "use a newer driver, or an older Triton")],
+)
+def test_where_nothing_can_be_launched_auto_is_torch_and_says_why(rehearse, tmp_path, fault, cure):
+    if fault == "no compiler":
+        auto, kernels = rehearse("two_calls", PATH="", TRITON_CACHE_DIR=str(tmp_path / "triton"))
+    else:
+        auto, kernels = rehearse("two_calls", "refused_loads=200")
+    assert auto["right"]
+    assert "Triton launches nothing on cuda:0" in auto["said"]
+    assert auto["said"].endswith("Backend 'auto' does without it.")
+    assert kernels["error"].startswith("RuntimeError: backend 'triton': Triton launches nothing on cuda:0")
+    assert cure in auto["said"]
+    assert cure in kernels["error"]
+    assert auto["stored"] == kernels["stored"] == NOTHING
+
+
+def test_memory_that_is_full_is_the_callers_error_until_it_is_not(rehearse):
+    *full, auto, kernels = rehearse("before_and_after", "refused_loads=2")
+    errors = {(each["error"], each["said"]) for each in full}
+    assert errors == {("OutOfMemoryError: Triton Error [CUDA]: out of memory", "")}
+    assert all(each["stored"] == NOTHING for each in full)
+    assert auto["error"] is kernels["error"] is None
+    assert any("kernel" in event for event in kernels["events"])
+
+
+def test_an_assertion_of_somebody_elses_kernel_is_raised_as_it_is_and_blamed_on_nobody(rehearse):
+    *failed, _, _ = rehearse("before_and_after", "failed=710")
+    errors = {(each["error"], each["said"]) for each in failed}
+    assert errors == {("AcceleratorError: CUDA error: device-side assert triggered", "")}
+    assert all(each["stored"] == NOTHING for each in failed)
+
+
+def test_kernels_that_compute_nothing_do_not_pass_their_verification(rehearse):
+    auto = rehearse("training", "believed=0")
+    assert auto["right"]
+    assert "a kernel failed its verification on a stub: the RMS error of h" in auto["said"]
+    assert auto["stored"]["checks"]
+    assert not any(value == "right" for value in auto["stored"]["checks"])
+
+
+def test_plans_are_for_the_multiprocessors_of_the_context(rehearse):
+    """As in a green context or a share of MPS. A layer that was planned for more says that they are too few."""
+    first, later = rehearse("fewer_multiprocessors")
+    grids = [math.prod(event["grid"]) for event in first["events"] if event["event"] == "launch"]
+    assert first["error"] is None
+    assert grids == [64, 16]
+    assert "kernels use 66 of the 132 multiprocessors of cuda:0" in first["said"]
+    assert later["error"] == "RuntimeError: Triton Error [CUDA]: too many blocks in cooperative launch"
+
+
+def test_a_word_that_never_arrives(rehearse):
+    """In a verification, whose kernel is not used; and in a call, of which its backward tells."""
+    verified, call, later = rehearse("words_that_never_arrive")
+    assert verified["right"]
+    assert "RuntimeError: lstm_cooperative_forward_kernel timed out at step 4 on cuda:0" in verified["said"]
+    assert not any("timed out" in value for value in verified["stored"]["checks"])
+    assert call["error"].startswith("RuntimeError: lstm_cooperative_forward_kernel timed out at step 4 on cuda:0")
+    assert "the results of that launch, and of all launches since, are wrong" in call["error"]
+    assert later["error"] is None, "it is raised once"
+
+
+def test_a_second_process_compiles_verifies_and_races_nothing(start):
+    """Nor do two at once disturb each other."""
+    twins = [results_of(process) for process in [start("training", "believed=1") for _ in range(2)]]
+    third = results_of(start("training", "believed=1"))
+    assert all(each["error"] is None for each in (*twins, third))
+    assert third["compiled"] == max(each["compiled"] for each in twins)
+    for each in (*twins, third):
+        assert each["stored"]["checks"] == ["right", "right"]
+        assert [race["backend"] for race in each["stored"]["races"]] == ["triton"]
+    launches = [event["kernel"] for event in third["events"] if event["event"] == "launch"]
+    assert launches == ["lstm_resident_forward_kernel", "lstm_resident_backward_kernel"]
