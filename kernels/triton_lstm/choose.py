@@ -155,7 +155,8 @@ def choose_plan(
     Raises:
         RuntimeError: no kernel can be compiled, or none computes the right numbers.
     """
-    proposed = candidates(problem, card_of(device), which)
+    card = card_of(device)
+    proposed = candidates(problem, card, which)
     if device.type != "cuda":
         return proposed[0]
     last_resort = [plan for plan in proposed[MOST:] if plan.family is Family.STEP][:1]
@@ -166,6 +167,8 @@ def choose_plan(
             if reason is None and verify is not None:
                 reason = verify(plan, problem, which, device)
             if reason is None:
+                if not torch.cuda.is_current_stream_capturing():
+                    plans_in_use.setdefault((problem._replace(batch=0), card, which), {})[problem.batch] = plan
                 return plan
             refused.append(f"{plan.family.value} {plan.rows}x{plan.columns}: {reason}")
             logger.info("a plan does not fit: %s", refused[-1])

@@ -199,9 +199,6 @@ def _prepare(layer: Layer, which: Pass) -> Prepared:
         return recorded_launches(layer.problem, which, plan)
 
     plan = choose_plan(layer.problem, layer.device, which, launches, verify)
-    if not layer.is_capturing():
-        key = layer.problem._replace(batch=0), card_of(layer.device), which
-        plans_in_use.setdefault(key, {})[layer.problem.batch] = plan
     return Prepared(layer.problem, which, plan, layer.device)
 
 
