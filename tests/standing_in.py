@@ -9,9 +9,12 @@ from torch.utils._pytree import tree_leaves
 from gpu_lstm.backends import kernels
 from gpu_lstm.dispatch import available
 from gpu_lstm.kernels.layer import Layer
-from gpu_lstm.kernels.problem import problem_of
-from gpu_lstm.kernels.triton_lstm import launch
+from gpu_lstm.kernels.problem import Problem, problem_of
+from gpu_lstm.kernels.triton_lstm import choose, launch
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Device, Plan
+from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 
+H100 = DEVICES["h100"]
 RESULTS = {
     False: ("h_ptr", "c_ptr", "h_n_ptr", "c_n_ptr"),
     True: ("dgates_ptr", "dc_ptr", "dh_total_ptr", "dh_from_zoneout_ptr", "dreset_h_ptr", "dreset_c_ptr"),
@@ -60,6 +63,12 @@ def as_a_card(monkeypatch):
     for way in ("forward", "backward"):
         monkeypatch.setattr(Layer, way, recorded(way))
     return launched
+
+
+def plan_of(family: str, problem: Problem, backward: bool, device: Device = H100) -> Plan:
+    """The first plan of a family of kernels."""
+    every = [*choose.plans(problem, device, backward), pointwise_plan(problem)]
+    return next(plan for plan in every if plan.family.value == family)
 
 
 def flat(results):

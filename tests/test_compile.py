@@ -1,7 +1,8 @@
 """The kernels, compiled ahead of time for every architecture. It needs no GPU.
 
-In processes of their own, since in this one the kernels may belong to Triton's interpreter. The tests compile what
-differs most; `python -m gpu_lstm kernels` compiles all.
+In processes of their own, since in this one the kernels may belong to Triton's interpreter. `make test` compiles what
+is needed so that any two of dtype, architecture, direction and family meet, and every variant; `make test-versions`
+compiles more, and `python -m gpu_lstm kernels` all.
 """
 
 import dataclasses
@@ -41,21 +42,28 @@ from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
 from gpu_lstm.kernels.triton_lstm.step import step_plan
 
+ARCHITECTURES = 80, 90, 100, 120  # sm_86 and sm_89: the instructions of sm_80 and the shared memory of sm_120
+SLOW = "B=16 H=128 layer norm", "B=64 H=768 ragged peepholes layer norm masks", "B=256 H=768"
+ONE_DIRECTION = {"B=16 H=512": False, "B=16 H=1536": True, "B=16 H=768 peepholes": True,
+                 "B=4096 H=128 ragged peepholes": True}  # and of which
+
 def training(p):
     return p.dropout_h or not p.regularised
 
 def as_json(rows):
     return [_as_json(row) | {"fits": row.fits} for row in rows]
 
-def wanted_step(case):  # sm_86 and sm_89 have the instructions of sm_80 and the shared memory of sm_120
-    p, sm, architectures = case.problem, case.device.architecture, (80, 90, 100, 120)
+def of_pair(case):  # of dtypes and architectures: the direction in which both meet, and whether with masks
+    p = case.problem
+    precision, turn = PRECISIONS.index((p.dtype, p.precision)), ARCHITECTURES.index(case.device.architecture)
+    return case.backward == (precision + turn) % 2, training(p) == (precision // 2 + turn) % 2
+
+def wanted_step(case):
+    p, sm = case.problem, case.device.architecture
     if not (p.projected and p.regularised):
         plain = not (p.projected or p.regularised or p.peepholes)
         return sm == 90 and str(p.dtype) == "torch.bfloat16" and (plain or not training(p))
-    if sm not in architectures or not p.peepholes:  # with them it takes most registers
-        return False
-    precision = PRECISIONS.index((p.dtype, p.precision))
-    return case.backward == (precision + architectures.index(sm)) % 2  # so that any two meet of the three
+    return sm in ARCHITECTURES and p.peepholes and of_pair(case)[0]  # with them it takes most registers
 
 def wanted_sequence(case):
     p, sm = case.problem, case.device.architecture
@@ -77,10 +85,18 @@ def wanted_large(case):  # all of what a call may have, in training and not; and
     p, sm = case.problem, case.device.architecture
     return (not p.lengths and not p.regularised) or (p.peepholes and sm in (80, 90))
 
+def in_pairs(case):  # of what is wanted: without what takes long, or differs from another in no two facts
+    p, name = case.problem, str(case).removeprefix("bfloat16 ")
+    if (p.batch, p.hidden) == (4096, 1024):
+        direction, masks = of_pair(case)
+        return direction and (masks or not p.regularised)
+    return name not in SLOW and case.backward == ONE_DIRECTION.get(name, case.backward)
+
 def quick(case):
     p = case.problem
     small = p.batch == 16 and p.hidden in (128, 768) and not p.regularised
-    return str(p.dtype) == "torch.bfloat16" and (small or p.batch == 4096 and case.device.architecture == 90)
+    large = p.batch == 4096 and case.device.architecture == 90
+    return str(p.dtype) == "torch.bfloat16" and (small or large or p.hidden == 4096)
 
 def with_32_registers():  # a thread may have no more: its report, and the one without that limit
     case = Case(Problem(2, 16, 64, torch.float32), False, compile.SEQUENCE_DEVICES[0])
@@ -126,7 +142,7 @@ if __name__ == "__main__":
             for batch, hidden, kind in more for backward in (False, True)]
     wanted = *filter(wanted_step, step_cases()), *filter(wanted_sequence, sequence_cases())
     wanted += *filter(wanted_large, large_cases()),
-    cases = [case for case in wanted if not QUICK or quick(case)] + more
+    cases = filter(dict(quick=quick, pairs=in_pairs, whole=lambda case: True)[TABLE], [*wanted, *more])
     print(json.dumps(dict(
         rows=as_json(row for rows in reports(cases) for row in rows), with_32_registers=with_32_registers(),
         parameters=parameters(), printed=of_the_command(), with_loads_in_the_loop=with_loads_in_the_loop(),
@@ -136,9 +152,10 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def compiled(request, tmp_path_factory) -> dict:
-    """What REPORTS prints: of many cases; where slow tests are left out, of few."""
+    """What REPORTS prints: of many cases; where slow tests are left out, of few; where versions.py asks, of more."""
     path = tmp_path_factory.mktemp("compile") / "script.py"  # a file, since the processes of reports import it
-    path.write_text(REPORTS.replace("QUICK", str("not slow" in request.config.getoption("markexpr"))))
+    table = "quick" if "not slow" in request.config.getoption("markexpr") else os.environ.get("COMPILED", "pairs")
+    path.write_text(REPORTS.replace("TABLE", repr(table)))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, path], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(run.stdout)
@@ -240,11 +257,23 @@ def test_the_model_of_planning_knows_the_counts(rows):
 @pytest.mark.slow
 def test_step_kernels_architectures_and_dtypes_meet_in_pairs(rows):
     """All at once: `python -m gpu_lstm kernels`."""
-    names = ("lstm_step_forward_kernel", "lstm_step_backward_kernel")
+    names = [f"lstm_step_{direction}_kernel" for direction in ("forward", "backward")]
     kinds = names, (80, 90, 100, 120), ("float16", "bfloat16", "float32 tf32", "float32 ieee")
     found = [(row["kernel"], row["architecture"], _dtype(row)) for row in rows]
     for one, other in itertools.combinations(range(3), 2):
         assert set(itertools.product(kinds[one], kinds[other])) <= {(kind[one], kind[other]) for kind in found}
+
+
+VARIANTS = "ragged", "peepholes", "layer norm", "masks", "rates", "P="
+LACKS = {"step": [], "resident": ["P="], "cooperative": ["P="], "pointwise": ["layer norm", "P="]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", LACKS)
+def test_every_family_is_compiled_in_both_directions_and_with_every_variant(rows, family):
+    cases = {(row["kernel"], row["case"]) for row in rows if row["plan"]["family"] == family}
+    assert {kernel for kernel, _ in cases} == {f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")}
+    assert [name for name in VARIANTS if not any(f" {name}" in case for _, case in cases)] == LACKS[family]
 
 
 @pytest.mark.slow

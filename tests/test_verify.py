@@ -8,6 +8,7 @@ import pytest
 import torch
 from comparing import example
 from concurrent_interpreter import ConcurrentRun
+from standing_in import plan_of
 from test_faults import FAULTS, FAULTS_OF_NORMS, plant
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -20,8 +21,7 @@ from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import choose, launch, step
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family
-from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels"),
@@ -41,18 +41,22 @@ def _verify(problem, which=FORWARD, plan=None):
     return verify.verify(plan or plans(problem, INTERPRETER, which.backward)[-1], problem, which, CPU)
 
 
-@pytest.mark.parametrize(
-    ("problem", "gradients"),
-    [
-        (PLAIN._replace(peepholes=True), {}),
-        (PLAIN._replace(**RAGGED, **MASKS, dropout_h=True, projected=5, reverse=True, reset_h=True, reset_c=True),
-         dict(dh_n=False)),
-        (HALF._replace(**RAGGED, projected=5), dict(dh=False)),
-        (PLAIN._replace(**RAGGED, **NORMS, reverse=True, reset_c=True), {}),
-        (HALF._replace(**RAGGED, **RATES, reverse=True, reset_h=True, reset_c=True, peepholes=True), {}),
-        (HALF._replace(**MASKS, dropout_h=True, norms=(False, True, True)), {}),
-    ],
-)  # fmt: skip
+def _raising(error):
+    def fails(*_, **__):
+        raise error
+
+    return fails
+
+
+@pytest.mark.parametrize(("problem", "gradients"), [
+    (PLAIN._replace(peepholes=True), {}),
+    (PLAIN._replace(**RAGGED, **MASKS, dropout_h=True, projected=5, reverse=True, reset_h=True, reset_c=True),
+     dict(dh_n=False)),
+    (HALF._replace(**RAGGED, projected=5), dict(dh=False)),
+    (PLAIN._replace(**RAGGED, **NORMS, reverse=True, reset_c=True), {}),
+    (HALF._replace(**RAGGED, **RATES, reverse=True, reset_h=True, reset_c=True, peepholes=True), {}),
+    (HALF._replace(**MASKS, dropout_h=True, norms=(False, True, True)), {}),
+])  # fmt: skip
 def test_right_kernels_are_used(problem, gradients):
     assert _verify(problem, Pass(save=False)) is None
     assert _verify(problem, Pass(True, **gradients)) is None
@@ -88,9 +92,7 @@ def test_the_numbers_of_the_small_problem_shut_no_gate():
         assert 0.75 < weight.std() * weight.shape[1] ** 0.5 < 1.25, name
 
 
-@pytest.mark.parametrize(
-    ("family", "projected"), [(Family.RESIDENT, 5), (Family.COOPERATIVE, 0), (Family.POINTWISE, 0)]
-)
+@pytest.mark.parametrize(("family", "projected"), [("resident", 5), ("cooperative", 0), ("pointwise", 0)])
 def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, projected):
     kernels = []
 
@@ -101,11 +103,8 @@ def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, project
     monkeypatch.setattr(launch, "launch_kernel", run)
     problem = HALF._replace(**RAGGED, projected=projected, peepholes=True)
     for which in (Pass(), Pass(True)):
-        proposed = [*plans(HALF, DEVICES["h100"], which.backward), pointwise_plan(HALF)]
-        assert _verify(problem, which, next(p for p in proposed if p.family is family)) is None
-    assert list(dict.fromkeys(kernels)) == [
-        f"lstm_{family.value}_{direction}_kernel" for direction in ("forward", "backward")
-    ]
+        assert _verify(problem, which, plan_of(family, HALF, which.backward)) is None
+    assert list(dict.fromkeys(kernels)) == [f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")]
 
 
 @pytest.mark.parametrize("fault", FAULTS | FAULTS_OF_NORMS)
@@ -131,16 +130,6 @@ def test_a_kernel_that_times_out_is_found(monkeypatch):
     with pytest.warns(UserWarning, match="timed out at step"):
         assert "lstm_step_forward_kernel timed out" in _verify(PLAIN)
     gpu_lstm.check()  # nothing is left to tell
-
-
-def test_no_memory_is_no_verdict(monkeypatch, nothing_cached):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("80 GB")
-
-    monkeypatch.setattr(launch, "launch_kernel", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        _verify(PLAIN)
-    assert not (nothing_cached / verify.KIND).exists()
 
 
 def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
@@ -219,32 +208,18 @@ def test_the_user_of_a_card_with_a_wrong_kernel_gets_right_numbers(card, monkeyp
         lstm(x)[0].sum().backward()
 
 
-def test_a_verification_inside_a_transform(card):
-    """As of a first call there: it neither fails nor changes the numbers."""
-    x, lstm = torch.randn(6, 3, 4), gpu_lstm.LSTM(4, 5, backend="triton")
-    ours = torch.func.grad(lambda x: lstm(x)[0].square().sum())(x)
-    lstm.backend = "reference"
-    torch.testing.assert_close(ours, torch.func.grad(lambda x: lstm(x)[0].square().sum())(x))
-
-
 @contextlib.contextmanager
-def default_dtype(dtype):
-    torch.set_default_dtype(dtype)
+def switched(switch, inside, outside):
+    switch(inside)
     yield
-    torch.set_default_dtype(torch.float32)
-
-
-@contextlib.contextmanager
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    switch(outside)
 
 
 CONTEXTS = {
-    "default device": lambda: torch.device("meta"), "default dtype": lambda: default_dtype(torch.float64),
-    "deterministic": deterministic, "anomaly": torch.autograd.detect_anomaly, "inference": torch.inference_mode,
-    "no_grad": torch.no_grad, "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "default device": lambda: torch.device("meta"), "inference": torch.inference_mode,
+    "default dtype": lambda: switched(torch.set_default_dtype, torch.float64, torch.float32),
+    "deterministic": lambda: switched(torch.use_deterministic_algorithms, True, False), "no_grad": torch.no_grad,
+    "anomaly": torch.autograd.detect_anomaly, "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "profiler": torch.profiler.profile, "function mode": BaseTorchFunctionMode,
 }  # fmt: skip
 
@@ -262,40 +237,45 @@ def test_contexts_of_the_caller_do_not_reach_the_first_calls_checks_and_races(ca
     assert torch.equal(*found[:2])
 
 
-@pytest.mark.filterwarnings("error:gpu_lstm")
-def test_a_first_call_inside_a_checkpoint(card):
+def gradient_in_a_checkpoint(call, x):
     """Whose hooks count the tensors that are saved, and are to find as many when it is computed again."""
-    lstm, x = gpu_lstm.LSTM(4, 5), torch.randn(3, 3, 4, requires_grad=True)
-    checkpoint(lambda x: lstm(x)[0], x, use_reentrant=False).sum().backward()
-    ours, x.grad = x.grad, None
+    x.requires_grad_()
+    return torch.autograd.grad(checkpoint(call, x, use_reentrant=False), x)[0]
+
+
+@pytest.mark.filterwarnings("error:gpu_lstm")
+@pytest.mark.parametrize(("backend", "gradient"), [
+    (None, gradient_in_a_checkpoint), ("triton", lambda call, x: torch.func.grad(call)(x)),
+], ids=["checkpoint", "transform"])  # fmt: skip
+def test_a_first_call_that_is_verified_inside_a_checkpoint_or_a_transform(card, backend, gradient):
+    """It neither fails nor changes the numbers."""
+    lstm, x = gpu_lstm.LSTM(4, 5, backend=backend), torch.randn(6, 3, 4)
+
+    def call(x):
+        return lstm(x)[0].square().sum()
+
+    ours = gradient(call, x)
     lstm.backend = "reference"
-    lstm(x)[0].sum().backward()
-    torch.testing.assert_close(ours, x.grad)
+    torch.testing.assert_close(ours, torch.func.grad(call)(x))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.AcceleratorError, torch.OutOfMemoryError])
-def test_what_says_nothing_about_numbers_is_not_cached(monkeypatch, error):
+def test_what_says_nothing_about_numbers_is_not_cached(monkeypatch, nothing_cached, error):
     """And errors of the device are the caller's, as they are."""
-
-    def fails(*_):
-        raise error("planted")
-
     with monkeypatch.context() as patch:
-        patch.setattr(verify.Small, "by_kernels", fails)
+        patch.setattr(launch, "launch_kernel", _raising(error("planted")))
         if error is RuntimeError:
             with pytest.warns(UserWarning, match="planted"):
                 assert "planted" in _verify(PLAIN)
         else:
             with pytest.raises(error, match="planted"):
                 _verify(PLAIN)
+    assert not (nothing_cached / verify.KIND).exists()
     assert _verify(PLAIN) is None
 
 
 def test_where_torchs_lstm_fails_the_reference_is_the_yardstick(monkeypatch):
-    def fails(*_):
-        raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")
-
-    monkeypatch.setattr(torch_lstm, "layer", fails)
+    monkeypatch.setattr(torch_lstm, "layer", _raising(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")))
     assert _verify(PLAIN) is None
     plant(monkeypatch, "gates i and f swapped", step)
     with pytest.warns(UserWarning, match="RMS error"):
