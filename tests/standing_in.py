@@ -47,21 +47,18 @@ def as_a_card(monkeypatch):
     monkeypatch.setattr(kernels, "verify", lambda *_: None)
     launched = []
 
-    def recorded(way):
-        run = getattr(Layer, way)
-
+    def recorded(run, way, gates, recurrence):
         def wrapper(layer, *given):
-            gates, r = (given[0], given[1]) if way == "forward" else (given[3], given[5])
-            problem = problem_of(gates, r)
+            problem = problem_of(given[gates], given[recurrence])
             launched.append((way, problem))
             # A chunk may have one step of several.
             assert layer.problem == problem._replace(steps=layer.problem.steps), "kernels for other tensors"
             return run(layer, *given)
 
-        return wrapper
+        monkeypatch.setattr(Layer, way, wrapper)
 
-    for way in ("forward", "backward"):
-        monkeypatch.setattr(Layer, way, recorded(way))
+    recorded(Layer.forward, "forward", 0, 1)
+    recorded(Layer.backward, "backward", 3, 5)
     return launched
 
 

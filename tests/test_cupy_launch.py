@@ -30,8 +30,6 @@ H100 = Card(90, 132)
 T, B, H, P = 3, 5, 6, 4
 CUDA = torch.device("cuda")
 SUPPORTED = "backend 'cupy' supports float16, bfloat16 and float32"
-
-
 Parameter = collections.namedtuple("Parameter", "type name shape nullable")
 """Of a kernel, as it declares it: its type without const; the shape of what a pointer points to, or None."""
 
@@ -64,19 +62,18 @@ def launched(monkeypatch) -> Mock:
 
 
 def _call(dtype, projected=0, ragged=False, backward=False, precision="ieee") -> None:
-    width = projected or H
-    gates, c = torch.zeros(T, B, 4 * H, dtype=dtype), torch.zeros(T, B, H)
-    h, h0, c0 = torch.zeros(T, B, width, dtype=dtype), torch.zeros(B, width, dtype=dtype), c[0]
-    recurrence = Recurrence(
-        weight_hh=torch.zeros(4 * H, width, dtype=dtype),
-        weight_hr=torch.zeros(projected, H, dtype=dtype) if projected else None,
-        h0=h0, c0=c0, lengths=torch.tensor([3, 0, 1, 2, 3]) if ragged else None,
-        resets=torch.zeros(T, B, dtype=torch.bool) if ragged else None, reverse=ragged, precision=precision,
-        reset_c=c if ragged else None,
-    )  # fmt: skip
+    width, c = projected or H, torch.zeros(T, B, H)
+    sizes = (T, B, 4 * H), (T, B, width), (B, width), (4 * H, width), (projected, H)
+    gates, h, h0, weight_hh, weight_hr = (torch.zeros(size, dtype=dtype) for size in sizes)
+    recurrence = Recurrence(weight_hh=weight_hh, h0=h0, c0=c[0], precision=precision)
+    if projected:
+        recurrence = recurrence._replace(weight_hr=weight_hr)
+    if ragged:
+        lengths, resets = torch.tensor([3, 0, 1, 2, 3]), torch.zeros(T, B).bool()
+        recurrence = recurrence._replace(lengths=lengths, resets=resets, reverse=True, reset_c=c)
     layer = launch.layer_of(problem_of(gates, recurrence), gates.device)
     if backward:
-        layer.backward(*((h, h0, c0) if ragged else (None, None, None)), gates, c, recurrence)
+        layer.backward(*((h, h0, c[0]) if ragged else (None, None, None)), gates, c, recurrence)
     else:
         layer.forward(gates, recurrence, save=ragged)
 

@@ -1,6 +1,7 @@
 """What only a GPU can show: the compiled kernels, streams, graphs."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from comparing import check
 from standing_in import plan_of
 
 import gpu_lstm
+from gpu_lstm.__main__ import main
 from gpu_lstm.backends import schedule
 from gpu_lstm.kernels.problem import Pass
 from gpu_lstm.kernels.triton_lstm import launch
@@ -26,9 +28,9 @@ def random(*size, dtype=torch.float32, **options):
 
 
 def results(lstm, x, **given):
-    """Output and gradients of the parameters."""
+    """Output and gradients."""
     y, _ = lstm(x, **given)
-    return [y, *torch.autograd.grad(y.square().mean(), list(lstm.parameters()))]
+    return [y, *torch.autograd.grad(y.square().mean(), [t for t in (x, *lstm.parameters()) if t.requires_grad])]
 
 
 def test_the_headline():
@@ -67,18 +69,13 @@ def test_layers_and_directions_side_by_side(options, recompute):
     ours = kernels(64, 96, recompute=recompute, **options)
     theirs = kernels(64, 96, backend="reference", **options).double()
     theirs.load_state_dict(ours.state_dict())
-    x = random(400, 8, 64)
+    x, close = random(400, 8, 64, requires_grad=True), partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    expected = results(theirs, x.double().detach().requires_grad_())
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for _ in range(5):
-            found = []
-            for lstm, given in ((ours, x), (theirs, x.double())):
-                given = given.clone().requires_grad_()
-                y, _ = lstm(given)
-                gradients = torch.autograd.grad(y.square().mean(), [given, *lstm.parameters()])
-                found.append([t.double() for t in (y, *gradients)])
-            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+            close([t.double() for t in results(ours, x)], expected)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x)[0].double(), theirs(x.double())[0], rtol=1e-4, atol=1e-5)
+        close(ours(x)[0].double(), expected[0])
 
 
 def test_two_grids_at_once():
@@ -97,7 +94,7 @@ def test_two_grids_at_once():
                 with torch.cuda.stream(stream):
                     together.append(model(x)[0])
             gpu_lstm.check()
-            assert all(torch.equal(a, b) for a, b in zip(alone, together))
+            assert all(map(torch.equal, alone, together))
 
 
 @pytest.mark.parametrize("hidden", [64, 512])
@@ -177,7 +174,5 @@ def test_a_long_sequence_takes_a_fixed_workspace():
 
 
 def test_auto_takes_the_triton_kernels_and_the_doctor_says_so(capsys):
-    from gpu_lstm.__main__ import main
-
     assert main(["--json"]) == 0
     assert '"auto": "triton"' in capsys.readouterr().out

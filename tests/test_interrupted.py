@@ -54,18 +54,19 @@ class Line:
 
 
 @contextmanager
-def traced(line: Line | None) -> Iterator[Line | None]:
+def traced(line: Line | None) -> Iterator[None]:
     before = sys.gettrace()
     sys.settrace(line and line.trace)
     try:
-        yield line
+        yield
     finally:
         sys.settrace(before)
 
 
-def interrupted_at(call: Callable[[], object], most: int = 40) -> Iterator[int]:
+def interrupted_at(call: Callable[[], object], most: int) -> Iterator[int]:
     """Calls again and again, each interrupted at another line; at `most` of them, evenly spread."""
-    with traced(Line()) as whole:
+    whole = Line()
+    with traced(whole):
         call()
     assert whole.seen > 3
     for number in range(1, whole.seen + 1, max(1, whole.seen // most)):
@@ -137,16 +138,14 @@ ACTS = {
 @pytest.mark.parametrize(("backend", "kind"), [("torch", "LSTM"), ("reference", "StackedLSTM")])
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 def test_an_interrupted_stream_has_taken_the_step_or_not(backend, kind, act):
-    lstm = (gpu_lstm.LSTM(I, H, 2, backend=backend) if kind == "LSTM" else MODULES[kind](backend=backend)).eval()
-    stream, x = gpu_lstm.Stream(lstm, B), torch.randn(T, B, I)
+    lstm = gpu_lstm.LSTM(I, H, 2, backend=backend) if kind == "LSTM" else MODULES[kind](backend=backend)
+    stream, x = gpu_lstm.Stream(lstm.eval(), B), torch.randn(T, B, I)
     stream(x)
     restore = functools.partial(setattr, stream, "state", stream.state)
     assert_all_or_nothing(restore, lambda: act(stream, x), lambda: numbers(stream.state), most=40)
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("no capture"), torch.OutOfMemoryError("none left"), KeyboardInterrupt()]
-)
+@pytest.mark.parametrize("error", [RuntimeError("none"), torch.OutOfMemoryError("none left"), KeyboardInterrupt()])
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(error, monkeypatch):
     def captured(step, device):
         for _ in range(3):
@@ -229,17 +228,15 @@ def test_initial_values_are_for_all_or_for_none(name, text):
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
-def test_a_result_that_is_written_in_part_leaves_no_file(error, tmp_path, monkeypatch):
+def test_a_result_that_is_written_in_part_leaves_no_file(error, nothing_cached, monkeypatch):
     def dump(value, file, **options):
         file.write("{")
         raise error
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cache.json, "dump", dump)
-    cache.warn_once.cache_clear()
     with pytest.warns(UserWarning, match=str(error)) if isinstance(error, OSError) else pytest.raises(type(error)):
         cache.write("checks", {"card": "interrupted"}, "right")
-    assert list((tmp_path / "gpu_lstm/checks").iterdir()) == []
+    assert list((nothing_cached / "checks").iterdir()) == []
 
 
 class Interrupted(list):
@@ -277,26 +274,25 @@ def test_a_function_in_a_block_may_call_itself_within_another():
     decorated(True)
 
 
-@pytest.mark.parametrize("where", ["one thread", "a thread each"])
+def in_a_thread(call, *arguments):
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(call, *arguments).result()
+
+
+@pytest.mark.parametrize("run", [lambda call, *arguments: call(*arguments), in_a_thread], ids=["one thread", "many"])
 @pytest.mark.parametrize(("chooser", "values", "now"), [
     (gpu_lstm.backend, (Backend.TORCH, Backend.REFERENCE), lambda: requested_backend(None)),
     (gpu_lstm.racing, (Racing.OFF, Racing.READ), lambda: requested_racing()[0]),
 ])  # fmt: skip
-def test_overlapping_blocks_leave_nothing_behind(chooser, values, now, where):
+def test_overlapping_blocks_leave_nothing_behind(chooser, values, now, run):
     """The test fixes the order, so that no scheduler has a say."""
 
-    def run(call, *arguments):
-        if where == "one thread":
-            return call(*arguments)
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(call, *arguments).result()
-
-    def choosing(number):
-        with chooser(values[number].value):
+    def choosing(value):
+        with chooser(value.value):
             yield now()
 
     chosen, by_default = [values[0], values[1], values[0]], now()
-    first, second, third = (choosing(number) for number in (0, 1, 0))
+    first, second, third = map(choosing, chosen)
     assert [run(next, block) for block in (first, second, third)] == chosen
     run(third.close)
     run(first.close)

@@ -53,11 +53,10 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
             assert plan.programs * plan.columns >= problem.hidden, "every unit has a program"
             assert plan.rows * plan.groups * plan.walks >= problem.batch, "every sequence has a tile"
             if plan.family is COOPERATIVE:
-                assert plan.side_by_side in (1, problem.side_by_side)
                 at_once = plan.programs * plan.groups * plan.side_by_side
                 assert at_once <= device.multiprocessors, "programs that wait for each other are resident at once"
                 assert plan.programs % plan.parts == 0, "programs that share gates are all there"
-                assert plan.parts == 1 or backward
+                assert (plan.side_by_side in (1, problem.side_by_side), plan.parts == 1 or backward) == (True, True)
 
 
 FAMILIES = {  # by hidden size
@@ -80,31 +79,24 @@ def test_the_family_by_hidden_size(device, backward):
 @pytest.mark.parametrize(("dtype", "precision"), [(BF16, "ieee"), (torch.float32, "tf32")])
 def test_large_steps_are_products_by_cublas(dtype, precision, backward):
     """Of many sequences and units, also a single one; not where something is between products and cells."""
-    for batch, hidden in ((4096, 1024), (1024, 1024), (1024, 2048)):
-        for steps in (1, 4):
-            problem = Problem(steps, batch, hidden, dtype, precision=precision)
-            assert plans(problem, H100, backward)[0].family is POINTWISE
-            for change in (dict(norms=(True, False, False)), dict(projected=hidden // 2, dropout_h=True)):
-                found = plans(problem._replace(**change), H100, backward)
-                assert POINTWISE not in [plan.family for plan in found]
+    for (batch, hidden), steps in itertools.product(((4096, 1024), (1024, 1024), (1024, 2048)), (1, 4)):
+        problem = Problem(steps, batch, hidden, dtype, precision=precision)
+        assert plans(problem, H100, backward)[0].family is POINTWISE
+        for change in (dict(norms=(True, False, False)), dict(projected=hidden // 2, dropout_h=True)):
+            assert POINTWISE not in [plan.family for plan in plans(problem._replace(**change), H100, backward)]
 
 
-@pytest.mark.parametrize(
-    ("problem", "forward", "warps"),
-    [  # rows, and bytes of shared memory: two stages of 128 bytes for each row, and each column of each of four gates
-        (Problem(9, 7, 64, BF16), (16, 2 * 128 * (16 + 64)), 4),
-        (Problem(9, 17, 64, BF16), (32, 2 * 128 * (32 + 64)), 4),
-        (Problem(9, 100, 64, BF16), (MOST_ROWS, 2 * 128 * (MOST_ROWS + 64)), 4),
-        (Problem(9, 100, 64, torch.float32, precision="tf32"), (MOST_ROWS, 2 * 128 * (MOST_ROWS + 64)), 4),
-        (Problem(9, 100, 64, torch.float32), (MOST_ROWS // 2, 2 * 128 * (MOST_ROWS // 2 + 64)), 4),
-        (Problem(9, 100, 64, BF16, dropout_h=True), (32, 2 * 128 * (32 + 64)), 4),
-        (Problem(9, 100, 64, torch.float32, dropout_h=True), (16, 2 * 128 * (16 + 64)), 8),
-    ],
-)  # fmt: skip
-def test_tiles_of_the_step_family(problem, forward, warps):
+@pytest.mark.parametrize(("batch", "dtype", "options", "rows", "warps"), [
+    (7, BF16, {}, 16, 4), (17, BF16, {}, 32, 4), (100, BF16, {}, MOST_ROWS, 4),
+    (100, torch.float32, dict(precision="tf32"), MOST_ROWS, 4), (100, torch.float32, {}, MOST_ROWS // 2, 4),
+    (100, BF16, dict(dropout_h=True), 32, 4), (100, torch.float32, dict(dropout_h=True), 16, 8),
+])  # fmt: skip
+def test_tiles_of_the_step_family(batch, dtype, options, rows, warps):
     """Fewer rows where a product has no tensor cores, or masks take registers; backward has one column, not four."""
+    problem = Problem(9, batch, 64, dtype, **options)
     plan, back = (step_plan(problem, H100, backward) for backward in (False, True))
-    assert (plan.rows, plan.shared) == forward
+    # Of two stages 128 bytes for each row, and each column of each of four gates
+    assert (plan.rows, plan.shared) == (rows, 2 * 128 * (rows + 64))
     assert back.shared == plan.shared - 2 * 128 * 3 * plan.columns
     assert plan.num_warps == back.num_warps == warps
     tiles = -(-problem.batch // plan.rows) * (64 // plan.columns)
@@ -247,9 +239,8 @@ def test_the_plan_command(capsys):
     arguments = ["plan", "--hidden", "768", "--batch", "16", "--dtype", "bf16", "--device", "h100"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "cooperative" in printed
-    assert "expected, not measured" in printed
+    assert ("cooperative" in printed, "expected, not measured" in printed) == (True, True)
     assert main([*arguments, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)["forward"]
-    assert plan["plan"]["family"] == "cooperative"
-    assert plan["expected_seconds"] == pytest.approx(sum(plan["expected_terms"].values()))
+    seconds = pytest.approx(sum(plan["expected_terms"].values()))
+    assert (plan["plan"]["family"], plan["expected_seconds"]) == ("cooperative", seconds)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,23 +30,15 @@ pytestmark = [
 ]
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-PLAIN = Problem(2, 3, 20, torch.float32)
-HALF = PLAIN._replace(dtype=torch.float16)
+PLAIN, HALF = (Problem(2, 3, 20, dtype) for dtype in (torch.float32, torch.float16))
 RAGGED = dict(lengths=torch.int64, resets=True)
 MASKS, RATES = (dict(zoneout_h=n, zoneout_c=n) for n in (3, 0))
 NORMS = dict(norms=(True, True, True))
-FORWARD = Pass()
 
 
-def _verify(problem, which=FORWARD, plan=None):
+def _verify(problem, which=None, plan=None):
+    which = which or Pass()
     return verify.verify(plan or plans(problem, INTERPRETER, which.backward)[-1], problem, which, CPU)
-
-
-def _raising(error):
-    def fails(*_, **__):
-        raise error
-
-    return fails
 
 
 @pytest.mark.parametrize(("problem", "gradients"), [
@@ -64,47 +57,38 @@ def test_right_kernels_are_used(problem, gradients):
 
 def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):
     """Kernels are compiled for the dtypes of their arguments, and for those that are None."""
-    launches, run = {}, launch.launch_kernel
-
-    def record(kernel, grid, **arguments):
-        kinds = {name: t.dtype if isinstance(t, torch.Tensor) else t is None for name, t in arguments.items()}
-        launches.setdefault(kernel.__name__, []).append(kinds)
-        run(kernel, grid, **arguments)
-
-    monkeypatch.setattr(launch, "launch_kernel", record)
+    recorded = Mock(side_effect=launch.launch_kernel)
+    monkeypatch.setattr(launch, "launch_kernel", recorded)
     given = example(3, 3, 3, 20, ragged=True, resets=0.4, states=True, peepholes=True, norms=("hh", "c"))
     x, h0, c0, *weights = (None if t is None else t.half().requires_grad_() for t in given.tensors)
     states = [t.half().requires_grad_() for t in given.reset_states]
     traversal = dict(lengths=given.lengths, resets=given.resets, reset_states=states)
     lstm_layer(x, weights, (h0, c0), **traversal, backend="triton")[0].sum().backward()
-    problem = HALF._replace(**RAGGED, **NORMS, peepholes=True, reset_c=True)
     for which in (Pass(), Pass(True, dh_n=False)):
-        _verify(problem, which)
-    assert len(launches) == 2
-    assert all(call == check for call, check in launches.values())
+        _verify(HALF._replace(**RAGGED, **NORMS, peepholes=True, reset_c=True), which)
+    *calls, forward, backward = [
+        (each.args[0], {name: t.dtype if isinstance(t, torch.Tensor) else t is None for name, t in each.kwargs.items()})
+        for each in recorded.call_args_list
+    ]
+    assert calls == [forward, backward]
 
 
 def test_the_numbers_of_the_small_problem_shut_no_gate():
     """Products are of the size of their factors: in gates that are shut or wide open no fault would show."""
     inputs = verify.Small(PLAIN._replace(projected=5), Pass(), CPU).inputs
-    for name in ("weight_ih", "weight_hh", "weight_hr"):
-        weight = getattr(inputs, name)
-        assert 0.75 < weight.std() * weight.shape[1] ** 0.5 < 1.25, name
+    for weight in (inputs.weight_ih, inputs.weight_hh, inputs.weight_hr):
+        assert 0.75 < weight.std() * weight.shape[1] ** 0.5 < 1.25
 
 
 @pytest.mark.parametrize(("family", "projected"), [("resident", 5), ("cooperative", 0), ("pointwise", 0)])
 def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, projected):
-    kernels = []
-
-    def run(kernel, grid, **arguments):
-        kernels.append(kernel.__name__)
-        ConcurrentRun(seed=0)(kernel, grid, **arguments)
-
+    run = Mock(side_effect=ConcurrentRun(seed=0))
     monkeypatch.setattr(launch, "launch_kernel", run)
     problem = HALF._replace(**RAGGED, projected=projected, peepholes=True)
     for which in (Pass(), Pass(True)):
         assert _verify(problem, which, plan_of(family, HALF, which.backward)) is None
-    assert list(dict.fromkeys(kernels)) == [f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")]
+    kernels = dict.fromkeys(each.args[0].__name__ for each in run.call_args_list)
+    assert list(kernels) == [f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")]
 
 
 @pytest.mark.parametrize("fault", FAULTS | FAULTS_OF_NORMS)
@@ -114,17 +98,15 @@ def test_a_wrong_kernel_is_found(monkeypatch, fault):
         problem = problem._replace(**NORMS)
     text = r"failed its verification on cpu: the RMS error of .* where .* is allowed.*report"
     with pytest.warns(UserWarning, match=text):
-        found = _verify(problem) or _verify(problem, Pass(True))
-    assert found.startswith("the RMS error of")
+        assert (_verify(problem) or _verify(problem, Pass(True))).startswith("the RMS error of")
 
 
 def test_a_kernel_that_times_out_is_found(monkeypatch):
     """Its programs wait for one arrival more than there will be."""
     run = launch.launch_kernel
 
-    def one_arrival_is_lost(kernel, grid, **arguments):
-        arguments["arrivals_ptr"] -= 1
-        run(kernel, grid, **arguments | {"POLL_LIMIT": 20})
+    def one_arrival_is_lost(kernel, grid, arrivals_ptr, **arguments):
+        run(kernel, grid, arrivals_ptr=arrivals_ptr.sub_(1), **arguments | {"POLL_LIMIT": 20})
 
     monkeypatch.setattr(launch, "launch_kernel", one_arrival_is_lost)
     with pytest.warns(UserWarning, match="timed out at step"):
@@ -156,8 +138,7 @@ def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
     for number, (problem, which, other) in enumerate(others, start=2):
         assert verify.cached_verdict(other, problem, which, CPU) is None
         _verify(problem, which, other)
-        assert len(verdicts) == number
-        assert verify.cached_verdict(other, problem, which, CPU) == "right"
+        assert (len(verdicts), verify.cached_verdict(other, problem, which, CPU)) == (number, "right")
     other_grid = dataclasses.replace(plan, programs=7, groups=3, walks=2)
     _verify(PLAIN._replace(batch=99, steps=1, side_by_side=2), plan=other_grid)
     assert len(verdicts) == len(others) + 1, "neither the grid nor sizes in time are part of a kernel"
@@ -175,10 +156,8 @@ def card(monkeypatch):
     choose_plan = choose.choose_plan
 
     def as_on_a_card(problem, device, which, launches, verify=None):
-        def verify_here(plan, problem, which, _):
-            return verify(plan, problem, which, device)
-
-        return choose_plan(problem, CUDA, which, launches, verify and verify_here)
+        verify_here = verify and (lambda plan, problem, which, _: verify(plan, problem, which, device))
+        return choose_plan(problem, CUDA, which, launches, verify_here)
 
     monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setattr(launch, "choose_plan", as_on_a_card)
@@ -186,22 +165,19 @@ def card(monkeypatch):
     monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
 
 
-@pytest.mark.parametrize(
-    ("fault", "training"),
-    [("gates i and f swapped", False), ("gates i and f swapped", True), ("cell gradient lost", True)],
-)
+@pytest.mark.parametrize(("fault", "training"), [
+    ("gates i and f swapped", False), ("gates i and f swapped", True), ("cell gradient lost", True),
+])  # fmt: skip
 def test_the_user_of_a_card_with_a_wrong_kernel_gets_right_numbers(card, monkeypatch, fault, training):
     plant(monkeypatch, fault, step)
     lstm, x, found = gpu_lstm.LSTM(4, 5), torch.randn(6, 3, 4), []
     for backend in (None, "reference"):
         lstm.backend = backend
-        lstm.zero_grad()
         untrusted = contextlib.nullcontext() if backend else pytest.warns(UserWarning, match="failed its verification")
         with torch.set_grad_enabled(training), untrusted:
             y, _ = lstm(x)
-        if training:
-            y.square().sum().backward()
-        found.append([y, *(p.grad.clone() for p in lstm.parameters() if training)])
+        gradients = torch.autograd.grad(y.square().sum(), list(lstm.parameters())) if training else ()
+        found.append([y, *gradients])
     torch.testing.assert_close(*found)
     lstm.backend = "triton"
     with pytest.raises(RuntimeError, match=r"no Triton kernel can run this layer on this card.*RMS error"):
@@ -263,7 +239,7 @@ def test_a_first_call_that_is_verified_inside_a_checkpoint_or_a_transform(card, 
 def test_what_says_nothing_about_numbers_is_not_cached(monkeypatch, nothing_cached, error):
     """And errors of the device are the caller's, as they are."""
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "launch_kernel", _raising(error("planted")))
+        patch.setattr(launch, "launch_kernel", Mock(side_effect=error("planted")))
         if error is RuntimeError:
             with pytest.warns(UserWarning, match="planted"):
                 assert "planted" in _verify(PLAIN)
@@ -275,7 +251,8 @@ def test_what_says_nothing_about_numbers_is_not_cached(monkeypatch, nothing_cach
 
 
 def test_where_torchs_lstm_fails_the_reference_is_the_yardstick(monkeypatch):
-    monkeypatch.setattr(torch_lstm, "layer", _raising(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")))
+    fails = Mock(side_effect=RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
+    monkeypatch.setattr(torch_lstm, "layer", fails)
     assert _verify(PLAIN) is None
     plant(monkeypatch, "gates i and f swapped", step)
     with pytest.warns(UserWarning, match="RMS error"):

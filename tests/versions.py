@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     failed = False
     for packages in VERSIONS:
         folder = FOLDERS / packages[0].replace("==", "-")
-        environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "COMPILED": "whole"}
+        environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "WHOLE_TABLE": "1"}
         if "==" not in packages[0] or not folder.exists():
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder)]
             subprocess.run([*pip, *packages], check=True)
