@@ -1,6 +1,6 @@
 """What the kernels in CUDA C++ have of their own: memory, NaN that stands for data; and planted faults are detected.
 
-What they compute is in test_layer. Without a GPU the very same source is compiled by g++ (host_cuda.py). On a GPU:
+Without a GPU the very same source is compiled by g++ (host_cuda.py). On a GPU:
 
     pytest tests/test_cupy_kernels.py --require-gpu
     compute-sanitizer --tool memcheck   python -m pytest tests/test_cupy_kernels.py -k cuda

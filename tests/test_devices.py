@@ -1,7 +1,4 @@
-"""Which CUDA device is current when a kernel is launched, as a stubbed driver has it: tensors are fake.
-
-Triton launches on the current device. A module on cuda:1 must work while cuda:0 is current.
-"""
+"""Which CUDA device is current when a kernel is launched on tensors of cuda:1: fake ones, with a stubbed driver."""
 
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -78,13 +75,10 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
 
 def test_a_step_of_a_stream_is_captured_on_the_device_of_its_input(driver, monkeypatch):
     """torch.cuda.Stream() and CUDAGraph() belong to the device that is current when they are made."""
-    made: list[tuple[str, int]] = []
+    made, steps = [], set()
     for name in ("Stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: made.append((name, driver.current)) or MagicMock())
     for name in ("current_stream", "stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
-    steps: list[int] = []
-    stream.captured(lambda: steps.append(driver.current), torch.device("cuda", 1))
-    assert made == [("Stream", 1), ("CUDAGraph", 1)]
-    assert set(steps) == {1}
-    assert driver.current == 0
+    stream.captured(lambda: steps.add(driver.current), torch.device("cuda", 1))
+    assert (made, steps, driver.current) == ([("Stream", 1), ("CUDAGraph", 1)], {1}, 0)

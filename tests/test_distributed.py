@@ -1,7 +1,4 @@
-"""DDP, FSDP2 and distributed checkpoints in two processes by gloo, beside one process; activation checkpointing.
-
-Two workers are started once, do everything that needs two, and leave their results in a folder.
-"""
+"""DDP, FSDP2 and distributed checkpoints in two processes by gloo, next to one process; activation checkpointing."""
 
 import os
 import socket

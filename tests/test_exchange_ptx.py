@@ -1,7 +1,7 @@
 """What the exchange of the sequence kernels became in PTX: which instructions touch it, and in which order.
 
-Compiled in a process of its own, since in this one the kernels may belong to Triton's interpreter. PTX is read as text:
-an access belongs to a buffer if its address was computed from the pointer to it.
+Compiled in a process of its own, without Triton's interpreter. An access belongs to a buffer if its address was
+computed from the pointer to it.
 """
 
 import json

@@ -1,7 +1,6 @@
 """Nothing to do, and more than fits into 32 bits: batches of none, sizes of 0, offsets and grids of huge problems.
 
-What is too large for any memory is launched on tensors without any: in the interpreter, where every address that a
-kernel touches is held against the tensors that it was given.
+What is too large for any memory is interpreted on none: every address is held against the tensors that there are.
 """
 
 import dataclasses
@@ -289,7 +288,7 @@ def row_in_int32(time, batch, B):
 
 
 @interpreted
-def test_an_offset_in_int32_is_seen(monkeypatch):
+def test_an_offset_in_int32_is_detected(monkeypatch):
     monkeypatch.setattr(indexing, "row_of", row_in_int32)
     (one,) = _launches("step, rows", False)
     with pytest.raises(Exception, match="element -"):

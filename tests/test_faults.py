@@ -1,9 +1,5 @@
-"""A check that cannot fail is no check: faults are planted in the kernels, and the comparison must detect each.
+"""A check that cannot fail is no check: faults are planted in interpreted kernels, and the comparison detects each."""
 
-Only in the interpreter, where a device function is looked up by its name at every call.
-"""
-
-import contextlib
 from functools import partial
 from itertools import product
 
@@ -118,23 +114,13 @@ def test_a_planted_fault_is_detected(monkeypatch, family, fault):
     ("backward", "reset_c_ptr", "dreset_c_ptr"),
 ])  # fmt: skip
 def test_two_pointers_that_change_places_are_detected(monkeypatch, family, direction, one, other):
-    """The order of the arguments means nothing, a wrong name is refused, and a wrong value under a name is detected."""
     run = launch.launch_kernel
-
-    def reordered(kernel, grid, **arguments):
-        run(kernel, grid, **dict(reversed(arguments.items())))
-
-    def renamed(kernel, grid, **arguments):
-        names = {one: "a_" + one} if direction in kernel.__name__ else {}
-        run(kernel, grid, **{names.get(name, name): value for name, value in arguments.items()})
 
     def swapped(kernel, grid, **arguments):
         if direction in kernel.__name__:
             arguments[one], arguments[other] = arguments[other], arguments[one]
         run(kernel, grid, **arguments)
 
-    right = [(reordered, None)] if direction == "forward" else []
-    for fault, error in (*right, (renamed, TypeError), (swapped, AssertionError)):
-        monkeypatch.setattr(launch, "launch_kernel", fault)
-        with pytest.raises(error) if error else contextlib.nullcontext():
-            compare()
+    monkeypatch.setattr(launch, "launch_kernel", swapped)
+    with pytest.raises(AssertionError):
+        compare()

@@ -1,7 +1,4 @@
-"""The first call of a kind of layer on a card: what is tried, what is said, and what the user gets where nothing works.
-
-The driver is stubbed: `choose.load` stands for compiling and loading a kernel.
-"""
+"""The first call of a kind of layer on a card with a stubbed driver: what is tried and said, and what the user gets."""
 
 import logging
 import math
@@ -215,10 +212,10 @@ def test_a_card_that_triton_cannot_compile_for_goes_to_torch_and_an_explicit_cho
         assert _selected() is Backend.TORCH
 
 
-@pytest.mark.parametrize("backend", [Backend.TRITON, Backend.CUPY])
-def test_a_torch_for_amd_is_named(monkeypatch, backend):
+def test_a_torch_for_amd_is_named(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "ROCm" in str(why_unavailable(backend, CUDA, torch.float32))
+    for backend in (Backend.TRITON, Backend.CUPY):
+        assert "ROCm" in str(why_unavailable(backend, CUDA, torch.float32))
     assert _selected() is Backend.TORCH
 
 

@@ -1,7 +1,4 @@
-"""Faults in the middle: a launch that raises, memory that runs out, Ctrl-C at any line of ours.
-
-What raises leaves modules, states and caches as they were, or as they are after the call; the next call is right.
-"""
+"""A launch that raises, memory that runs out, Ctrl-C at any line of ours: modules, states and caches stay whole."""
 
 import copy
 import functools

@@ -73,7 +73,7 @@ def test_a_plan_is_for_one_kind_of_problem(change):
 @pytest.mark.parametrize("change", ["card", "driver", "torch", "cuDNN", "triton", "gpu_lstm"])
 def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch, change):
     """Each may change who is faster, or which kernel is right: what was found with another does not count."""
-    facts = {name: "1" for name in ("card", "driver", "torch", "cuDNN", "triton", "gpu_lstm")}
+    facts = dict.fromkeys(("card", "driver", "torch", "cuDNN", "triton", "gpu_lstm"), "1")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: facts["card"])
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: facts["driver"], raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: facts["cuDNN"])

@@ -1,7 +1,6 @@
 """A route never outlives a fact: whatever changes between two calls, the cached route is that of a fresh decision.
 
-The CPU counts as a card, and a race's winner depends on the kind of call alone, so that `auto` decides differently from
-call to call. What stands in for kernels computes numbers that depend on all that they are compiled for and given.
+The CPU counts as a card, and a race's winner depends on the kind of call alone; kernels are stood in for.
 """
 
 import contextlib

@@ -1,7 +1,4 @@
-"""Programs and threads that wait for each other: broken exchanges and barriers are detected, and waiting ends.
-
-What they compute where nothing is broken is in test_layer.
-"""
+"""Programs and threads that wait for each other: broken exchanges and barriers are detected, and waiting ends."""
 
 import threading
 import time

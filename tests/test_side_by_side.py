@@ -1,7 +1,4 @@
-"""Layers and directions at once: each plans for its share of the card, and no two whole grids are ever half resident.
-
-Streams, events and launches are stubbed: a program of what waits for what is recorded, and checked.
-"""
+"""Layers and directions at once, on stubbed streams: what waits for what, and which share of the card each gets."""
 
 import collections
 import contextlib
@@ -9,7 +6,7 @@ import functools
 import itertools
 import json
 from types import SimpleNamespace
-from unittest.mock import MagicMock, call
+from unittest.mock import MagicMock, Mock, call
 
 import pytest
 import torch
@@ -60,17 +57,16 @@ def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_
         streams[name].done.add(number)
 
 
-@pytest.mark.parametrize(("hidden", "family", "expected"), [(64, Family.RESIDENT, []), (768, Family.COOPERATIVE, [2])])
-def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypatch, hidden, family, expected):
-    waited = []
-    monkeypatch.setattr(launcher, "await_others", lambda side_by_side, device: waited.append(side_by_side))
+@pytest.mark.parametrize(("hidden", "family", "waits"), [(64, Family.RESIDENT, 0), (768, Family.COOPERATIVE, 1)])
+def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypatch, hidden, family, waits):
+    waited = Mock()
+    monkeypatch.setattr(launcher, "await_others", waited)
     problem = Problem(2, 16, hidden, torch.bfloat16, side_by_side=2)
     plan = plans(problem, H100, False)[0]
-    assert plan.family is family
-    gates, c0 = torch.zeros(2, 16, 4 * hidden, dtype=torch.bfloat16), torch.zeros(16, hidden)
-    r = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden).bfloat16(), h0=c0.bfloat16(), c0=c0)
-    launch.layer_by(problem, gates.device, plan, lambda *_, **__: None).forward(gates, r, save=False)
-    assert waited == expected
+    gates, weights, h0, c0 = (torch.zeros(*size, hidden) for size in ((2, 16, 4), (4 * hidden,), (16,), (16,)))
+    r = Recurrence(weight_hh=weights.bfloat16(), h0=h0.bfloat16(), c0=c0)
+    launch.layer_by(problem, c0.device, plan, Mock()).forward(gates.bfloat16().flatten(2), r, save=False)
+    assert (plan.family, waited.mock_calls) == (family, [call(2, c0.device)] * waits)
 
 
 def _call(lstm, steps, **facts):
@@ -178,7 +174,6 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
         current.pop()
 
     def join(joined, results):
-        assert joined == names
         waited["caller"].update(joined)
         held["caller"].update(t.data_ptr() for t in results)
 
@@ -193,9 +188,8 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
         return found
 
     monkeypatch.setattr(route, "schedule_of", lambda *_: schedule.Schedule(2**31, names))
-    monkeypatch.setattr(schedule, "on", on)
-    monkeypatch.setattr(schedule, "join", join)
-    monkeypatch.setattr(autograd, "layer", layer)
+    for module, function in (schedule, on), (schedule, join), (autograd, layer):
+        monkeypatch.setattr(module, function.__name__, function)
     lstm(torch.zeros(200, 2, 3), lengths=torch.tensor([200, 150]))
     assert waited["caller"] == set(names)
     finals = [tensor.data_ptr() for tensor in alive if tensor.dim() == 2][-2 * len(names) :]

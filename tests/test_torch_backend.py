@@ -1,6 +1,6 @@
 """torch's own LSTM as a backend: weights in one buffer for cuDNN, and resets that ask the device for nothing.
 
-No GPU is here: parameters only say that they are on one, and what cuDNN does with the buffer is left to test_gpu.py.
+No GPU is here: parameters only say that they are on one; what cuDNN does with the buffer is in test_gpu.py.
 """
 
 import copy
@@ -26,9 +26,9 @@ SHAPES = [{}, dict(bias=False), dict(proj_size=2), dict(num_layers=2, bidirectio
 def in_order(parameters) -> torch.Tensor:
     """All matrices, then all biases; without biases cuDNN wants zeros for them."""
     matrices, biases = ([p.detach().flatten() for p in parameters if p.dim() == n] for n in (2, 1))
-    hidden = max(len(p) for p in parameters)
-    directions = sum(len(p) == hidden for p in parameters) // 2
-    return torch.cat([*matrices, *(biases or [torch.zeros(2 * hidden * directions).to(matrices[0])])])
+    gates = max(map(len, parameters))
+    zeros = torch.zeros(sum(gates for p in parameters if len(p) == gates)).to(matrices[0])
+    return torch.cat([*matrices, *(biases or [zeros])])
 
 
 def buffers(parameters) -> list[torch.Tensor]:
@@ -111,9 +111,6 @@ def test_cudnn_is_given_one_buffer(monkeypatch, whole):
     given = called.call_args.args[2]
     assert len({t.untyped_storage()._cdata for t in given}) == 1
     assert all(t is w for t, w in zip(given, weights)) == whole
-
-
-# Lengths and resets
 
 
 class Blind(TorchDispatchMode):

@@ -63,11 +63,9 @@ def test_a_log_line_for_each_plan_says_how_far_it_is(an_h100, monkeypatch, caplo
     with caplog.at_level(logging.INFO, "gpu_lstm"):
         autotune.autotune(PROBLEM, CUDA)
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("forward")]
-    assert lines == [
-        f"forward, plan {number} of {len(proposed)}: {plan.family.value} {plan.rows}x{plan.columns}: "
-        + ("it spills" if number == 1 else "1.23 ms")
-        for number, plan in enumerate(proposed, start=1)
-    ]
+    for number, (plan, line) in enumerate(zip(proposed, lines, strict=True), start=1):
+        named = f"{number} of {len(proposed)}: {plan.family.value} {plan.rows}x{plan.columns}"
+        assert line == f"forward, plan {named}: {'it spills' if number == 1 else '1.23 ms'}"
 
 
 def test_not_while_a_graph_is_captured(an_h100, monkeypatch):
