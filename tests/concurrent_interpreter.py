@@ -37,23 +37,16 @@ TIME_TO_STOP = 10.0  # seconds for a program to come to its next operation, wher
 class ConcurrentRun:
     """Launches interpreted kernels, to be used in place of `launch.launch_kernel`.
 
-    Args:
-        seed: of the order in which programs start, and of everything that happens to them. The threads themselves
-            are scheduled by the system, so a seed makes a failure likely to come again, not certain.
-        yield_rate: how likely each of the things above is at a memory operation.
-        timeout: seconds that a launch may take.
+    `seed`: of the order in which programs start, and of all that happens to them, each at a memory operation with a
+    probability of `yield_rate`. The system schedules threads, so a seed makes a failure likely to come again, not
+    certain. `timeout`: seconds that a launch may take.
     """
 
     def __init__(self, seed: int = 0, yield_rate: float = 0.05, timeout: float = 60.0) -> None:
         self.seed, self.yield_rate, self.timeout, self.launches = seed, yield_rate, timeout, 0
 
     def __call__(self, kernel: Any, grid: Sequence[int], **arguments: Any) -> None:
-        """Launch `kernel` and wait for its end.
-
-        Raises:
-            InterpreterError: a program raised; the others were stopped.
-            TimeoutError: the programs it names were still running; they were stopped.
-        """
+        """Launch `kernel` and wait for its end. Programs are stopped if one raises, or time is up: it is named."""
         if not isinstance(kernel, interpreter.InterpretedFunction):
             raise TypeError(f"expected a kernel in the interpreter (TRITON_INTERPRET=1), got {type(kernel).__name__}")
         launches = self.launches
@@ -179,10 +172,7 @@ def _chunks(ptrs: interpreter.TensorHandle) -> np.ndarray:
 
 
 class _ConcurrentBuilder(interpreter.InterpreterBuilder):
-    """The interpreter's builder while programs run side by side, called from their threads.
-
-    Of atomics only those that kernels use, tl.atomic_add and its like.
-    """
+    """The interpreter's builder while programs run side by side, in threads; of atomics, tl.atomic_add and its like."""
 
     grid_idx = property(lambda self: threading.current_thread().index)
 

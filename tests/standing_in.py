@@ -38,10 +38,7 @@ def stand_in(kernel, grid, **arguments):
 
 
 def as_a_card(monkeypatch):
-    """Make the CPU one, with `stand_in` for its kernels: a list of (way, problem) of each layer that is launched.
-
-    The problem is that of the tensors that the layer is given, which its kernels have to be made for.
-    """
+    """Make the CPU one, with `stand_in` for its kernels: a list of (way, problem of its tensors) of layers launched."""
     monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setattr(launch, "launch_kernel", stand_in)
     monkeypatch.setattr(kernels, "verify", lambda *_: None)

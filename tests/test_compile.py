@@ -211,10 +211,7 @@ def test_the_counts_of_a_step(rows, kernel, case):
 
 
 def test_the_model_of_planning_knows_the_counts(rows):
-    """Products and bytes in shared memory of families that hold the weights to the last, instructions to 12 %.
-
-    Of plain calls: lengths, resets and noise take instructions of their own.
-    """
+    """Of families that hold W_hh, in plain calls: products and bytes in shared memory exactly, instructions to 12 %."""
     plain = [row for row in rows if not re.search(" (masks|rates|ragged)", row["case"])]
     held = [row for row in plain if row["plan"]["family"] in HELD and not (OLDER_TRITON and _barriers(row) > 1)]
     assert held

@@ -226,10 +226,7 @@ APART = 50  # bits: what lies outside of one tensor lies in no other
 
 
 class Memory:
-    """In the place of the interpreter's: every access is held against the tensors there are.
-
-    Lengths are read as T, all else as zeros.
-    """
+    """In the place of the interpreter's: lengths are read as T, all else as zeros, within the tensors there are."""
 
     def __init__(self, arguments: dict) -> None:
         tensors = [(name, t) for name, t in arguments.items() if isinstance(t, Tensor)]

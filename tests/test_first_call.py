@@ -36,10 +36,7 @@ def card(monkeypatch, nothing_cached):
 
 
 def _choose(monkeypatch, load=lambda *_: None, which=FORWARD, verify=None):
-    """The plan that is chosen, and the columns of all that were tried, which tell one plan of PROBLEM from another.
-
-    load(kernel, columns) raises, or not, and says how many words are spilled.
-    """
+    """The plan, and the columns of those tried, which tell them apart; load(kernel, columns) says what spills."""
     tried = []
 
     def loaded(kernel, grid, arguments):

@@ -74,8 +74,8 @@ def test_layers_and_directions_side_by_side(options, recompute):
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for _ in range(5):
             close([t.double() for t in results(ours, x)], expected)
-    with torch.no_grad():
-        close(ours(x)[0].double(), expected[0])
+        with torch.no_grad():
+            close(ours(x)[0].double(), expected[0])
 
 
 def test_two_grids_at_once():

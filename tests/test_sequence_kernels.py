@@ -44,10 +44,7 @@ def test_programs_of_a_norm_wait_for_each_other_where_every_step_is_reset(monkey
 
 @pytest.mark.parametrize("family", [step, resident, cooperative], ids=lambda family: family.__name__)
 def test_the_cell_is_kept_in_float32(monkeypatch, family):
-    """In float16, too: c, saved and final, is that of a recurrence in float32, to float32's accuracy.
-
-    W_hh is zero, so that the rounding of h plays no part.
-    """
+    """c, saved and final, is that of a recurrence in float32; W_hh is zero, so that the rounding of h plays no part."""
     family(monkeypatch)
     steps, batch, hidden = 12, 3, 8
     given, lengths = example(steps, batch, 4 * hidden, hidden).rounded(F16), torch.tensor([steps, 5, 0])

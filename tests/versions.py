@@ -34,11 +34,8 @@ def main(arguments: list[str]) -> int:
             subprocess.run([*pip, *packages], check=True)
         python = [sys.executable, "-c", "import triton; print(triton.__version__)"]
         version = subprocess.check_output(python, env=environment, text=True).strip()
-        tests = [f"tests/test_{name}.py" for name in TESTS]
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-n", "auto", *tests, *arguments],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        pytest = [sys.executable, "-m", "pytest", "-n", "auto", *(f"tests/test_{name}.py" for name in TESTS)]
+        run = subprocess.run([*pytest, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         print(run.stdout)
         *_, summary = run.stdout.splitlines()  # "1 failed, 98 passed, 2 skipped in 60.00s"
         counts = {outcome: count for count, outcome in re.findall(r"(\d+) (\w+)", summary)}
