@@ -5,6 +5,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -105,13 +106,10 @@ def resumed(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
     return {name: weight.full_tensor() for name, weight in model.state_dict().items()}
 
 
-TASKS = [(task, backend) for backend in BACKENDS for task in (ddp, fsdp)] + [(resumed, "torch")]
-
-
 def work(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORKERS)
-    for task, backend in TASKS:
+    for task, backend in [*product((ddp, fsdp), BACKENDS), (resumed, "torch")]:
         with torch.backends.cudnn.flags(allow_tf32=False):
             try:
                 found = task(backend, rank, folder)

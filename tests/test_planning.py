@@ -147,19 +147,14 @@ def test_a_plan_does_not_depend_on_the_number_of_steps():
     assert by_steps[0] == by_steps[1] == by_steps[2]
 
 
-def _cycles() -> list:
-    rows = []
-    with (Path(__file__).parent / "cycles.csv").open() as file:
-        for row in csv.DictReader(line for line in file if not line.startswith("#")):
-            family, *numbers = row.values()
-            row = dict(zip(list(row)[1:], map(int, numbers)))
-            rows.append(pytest.param(family, row, id="-".join([family, *numbers[:5]])))
-    return rows
+LINES = Path(__file__).with_name("cycles.csv").read_text().splitlines()
+CYCLES = list(csv.DictReader(line for line in LINES if not line.startswith("#")))
 
 
-@pytest.mark.parametrize(("family", "row"), _cycles())
-def test_the_models_agree_with_cycles_estimated_from_sass(family, row):
+@pytest.mark.parametrize("row", CYCLES, ids=["-".join(list(row.values())[:6]) for row in CYCLES])
+def test_the_models_agree_with_cycles_estimated_from_sass(row):
     """To 25 %, of whatever plan the simulation was of: cycles.csv says how it was made."""
+    family, row = row["family"], {name: int(number) for name, number in row.items() if name != "family"}
     backward = bool(row["backward"])
     problem = Problem(1024, row["batch"], row["hidden"], BF16)
     if family == "cuda":
@@ -222,17 +217,20 @@ def test_memory_bounds_what_is_otherwise_fast():
 
 def test_a_real_card_with_and_without_its_rates():
     """Unknown or 0, as some cards report, they are those of the card most like it."""
-    known = SimpleNamespace(name=H100.name, major=9, minor=0, multi_processor_count=132)
+
+    def device(**facts):
+        named = dict(name=H100.name, major=9, minor=0, multi_processor_count=132) | facts
+        return planning.device_of(SimpleNamespace(**named))
+
     rates = dict(clock_rate=1_755_000, memory_clock_rate=2_619_000, memory_bus_width=5120)
-    plain, full = planning.device_of(known), planning.device_of(SimpleNamespace(**vars(known), **rates))
-    assert plain == H100
-    for unknown in (dict.fromkeys(rates, 0), rates | dict(memory_bus_width=0, clock_rate=0)):
-        assert planning.device_of(SimpleNamespace(**vars(known), **unknown)) == plain
+    plain, full = device(), device(**rates)
+    unknown = [dict.fromkeys(rates, 0), rates | dict(memory_bus_width=0, clock_rate=0)]
+    assert [plain, *(device(**facts) for facts in unknown)] == [H100] * 3
     assert (full.clock, full.memory) == (H100.clock, pytest.approx(H100.memory, rel=0.01))
     for problem in PROBLEMS:
         assert plans(problem, plain, True) == plans(problem, full, True) == plans(problem, H100, True)
-    few = SimpleNamespace(name="another", major=8, minor=9, multi_processor_count=46)
-    assert planning.device_of(few) == dataclasses.replace(DEVICES["l4"], name="another", multiprocessors=46)
+    few = device(name="another", major=8, minor=9, multi_processor_count=46)
+    assert few == dataclasses.replace(DEVICES["l4"], name="another", multiprocessors=46)
 
 
 def test_the_plan_command(capsys):

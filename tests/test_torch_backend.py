@@ -14,7 +14,7 @@ from places import two_copies
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
 from gpu_lstm.backends import torch_lstm
@@ -135,11 +135,10 @@ def test_lengths_and_resets_need_no_values(monkeypatch, ragged, arguments):
         return [t.shape for t in (*found, *gradients)]
 
     expected = shapes(lstm, x, **ragged)
-    meta = {name: t.to("meta") for name, t in ragged.items()}
-    assert shapes(copy.deepcopy(lstm).to("meta"), x.to("meta"), **meta) == expected
+    meta = tree_map(lambda t: t.to("meta"), dict(ragged, x=x))
+    assert shapes(copy.deepcopy(lstm).to("meta"), **meta) == expected
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = {name: mode.from_tensor(t) for name, t in ragged.items()}
-        assert shapes(lstm, mode.from_tensor(x), **fake) == expected
+        assert shapes(lstm, **tree_map(mode.from_tensor, dict(ragged, x=x))) == expected
     monkeypatch.setattr("gpu_lstm.call.checks.check_lengths", lambda *given: None)  # on CUDA they are asserted there
     with Blind():
         assert shapes(lstm, x, **ragged) == expected
@@ -164,7 +163,7 @@ def test_nan_stays_in_its_episode_and_shows_in_the_gradient(monkeypatch, copies)
     dirty[1, 0, 0], dirty[2, 1, 1] = NAN, -torch.inf
     hx[0][0, 2], hx[1][0, 2] = torch.inf, NAN  # what a reset at the first step replaces
     got = results(ours, dirty, hx, resets=resets)
-    lost = torch.zeros(T, B, dtype=torch.bool)
+    lost = torch.zeros(T, B).bool()
     lost[1, 0] = lost[2, 1] = True
     assert got["output"][lost].isnan().all()
     close(got["output"][~lost], clean["output"][~lost])

@@ -1,6 +1,6 @@
 """`make test-versions`: the kernels' tests on the oldest Triton that is supported, one in between, and the newest.
 
-Each version lies in a folder of its own, which comes before the environment's packages; all else is the environment's.
+Each version lies in a folder of its own, before the environment's packages. test_compile.py compiles its whole table.
 """
 
 import os
