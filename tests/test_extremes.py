@@ -142,6 +142,15 @@ def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(
 
 
 @every_backend
+def test_results_may_be_changed_in_place_where_nothing_goes_back(backend):
+    """Of one layer, whose states are stacked from no others."""
+    place = PLACES[backend]
+    y, state = gpu_lstm.LSTM(I, H, backend=backend, **place)(zeros(T, 2, I, **place))
+    for result in (y, *state):
+        torch.testing.assert_close(result.detach() + 1, result.add_(1).detach())
+
+
+@every_backend
 def test_a_layer_without_features(backend):
     """It computes what it would from a feature that is always zero."""
     place = PLACES[backend]
