@@ -171,11 +171,12 @@ class Routes(RuleBasedStateMachine):
     @contextlib.contextmanager
     def process(self):
         """The state of the process."""
-        facts = self.facts
+        facts, rnn = self.facts, torch.backends.cudnn.rnn
         variables = {name: facts[name] for name in (BACKEND_VARIABLE, RACE_VARIABLE)}
         with contextlib.ExitStack() as stack:
             stack.enter_context(patch.dict(os.environ, variables))
-            stack.enter_context(patch.object(torch.backends.cudnn.rnn, "fp32_precision", facts["precision"]))
+            stack.callback(setattr, rnn, "fp32_precision", rnn.fp32_precision)
+            rnn.fp32_precision = facts["precision"]
             stack.enter_context(facts["grad"]())
             for name, enter in BLOCKS.items():
                 if facts[name] is not None:
