@@ -9,8 +9,7 @@ Here they run concurrently, in the same memory, and whatever a GPU may do at a m
     touches the same memory.
 
 So a missing wait, a missing release, and a flag that stands for less than it should give wrong results. What cannot
-be seen here: loads that move before a wait that does not acquire, and what the threads inside one program do to each
-other (a missing debug_barrier).
+be detected here: loads that move before a wait that does not acquire, and a missing barrier of one program's threads.
 """
 
 import itertools
@@ -38,23 +37,16 @@ TIME_TO_STOP = 10.0  # seconds for a program to come to its next operation, wher
 class ConcurrentRun:
     """Launches interpreted kernels, to be used in place of `launch.launch_kernel`.
 
-    Args:
-        seed: of the order in which programs start, and of everything that happens to them. The threads themselves
-            are scheduled by the system, so a seed makes a failure likely to come again, not certain.
-        yield_rate: how likely each of the things above is at a memory operation.
-        timeout: seconds that a launch may take.
+    `seed`: of the order in which programs start, and of all that happens to them, each at a memory operation with a
+    probability of `yield_rate`. The system schedules threads, so a seed makes a failure likely to come again, not
+    certain. `timeout`: seconds that a launch may take.
     """
 
     def __init__(self, seed: int = 0, yield_rate: float = 0.05, timeout: float = 60.0) -> None:
         self.seed, self.yield_rate, self.timeout, self.launches = seed, yield_rate, timeout, 0
 
     def __call__(self, kernel: Any, grid: Sequence[int], **arguments: Any) -> None:
-        """Launch `kernel` and wait for its end.
-
-        Raises:
-            InterpreterError: a program raised; the others were stopped.
-            TimeoutError: the programs it names were still running; they were stopped.
-        """
+        """Launch `kernel` and wait for its end. Programs are stopped if one raises, or time is up: it is named."""
         if not isinstance(kernel, interpreter.InterpretedFunction):
             raise TypeError(f"expected a kernel in the interpreter (TRITON_INTERPRET=1), got {type(kernel).__name__}")
         launches = self.launches
@@ -71,16 +63,13 @@ class ConcurrentRun:
 
     def _run_all(self, name: str, grid: tuple[int, ...], body: Callable[[], None]) -> None:
         grid += (1,) * (3 - len(grid))
-        indices = list(itertools.product(*map(range, grid)))
-        np.random.default_rng([self.seed, self.launches]).shuffle(indices)
-        errors: list[tuple[tuple[int, ...], BaseException]] = []
-        stop = threading.Event()
-        seed = self.seed, self.launches
+        indices, seed = list(itertools.product(*map(range, grid))), (self.seed, self.launches)
+        np.random.default_rng(seed).shuffle(indices)
+        errors, stop, late = [], threading.Event(), {}
         programs = [
             _Program(index, body, np.random.default_rng([*seed, *index]), self.yield_rate, stop, errors)
             for index in indices
         ]
-        late = {}
         with _concurrent_builder(grid):
             try:
                 deadline = time.monotonic() + self.timeout
@@ -91,9 +80,8 @@ class ConcurrentRun:
                 late = {program.index: program.line() for program in programs if program.is_alive()}
             finally:
                 stop.set()
-                for program in programs:
-                    if program.is_alive():
-                        program.join(TIME_TO_STOP)
+                for program in filter(_Program.is_alive, programs):
+                    program.join(TIME_TO_STOP)
         if errors:
             index, error = errors[0]
             raise InterpreterError(f"{name}, program {index}: {error!r}") from error
@@ -149,9 +137,9 @@ class _Program(threading.Thread):
         time.sleep(LONGEST_PAUSE * self.rng.random() ** 4)
 
     def perform_held(self) -> None:
-        if self.held:
-            self.held[1]()
-            self.held = None
+        held, self.held = self.held, None
+        if held:
+            held[1]()
 
     @contextmanager
     def operation(self, ptrs: interpreter.TensorHandle, releases: bool = False) -> Iterator[None]:
@@ -184,10 +172,7 @@ def _chunks(ptrs: interpreter.TensorHandle) -> np.ndarray:
 
 
 class _ConcurrentBuilder(interpreter.InterpreterBuilder):
-    """The interpreter's builder while programs run side by side, called from their threads.
-
-    Of atomics only those that kernels use, tl.atomic_add and its like.
-    """
+    """The interpreter's builder while programs run side by side, in threads; of atomics, tl.atomic_add and its like."""
 
     grid_idx = property(lambda self: threading.current_thread().index)
 
@@ -203,8 +188,7 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
         return other
 
     def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *policy: Any) -> None:
-        program = threading.current_thread()
-        store = super().create_masked_store
+        program, store = threading.current_thread(), super().create_masked_store
         with program.operation(ptrs):
             if program.happens():
                 program.held = _chunks(ptrs), lambda: store(ptrs, value, mask, *policy)
@@ -220,8 +204,7 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
 @contextmanager
 def _concurrent_builder(grid: tuple[int, int, int]) -> Iterator[None]:
     """Make the interpreter fit for several threads, and put everything back."""
-    lock = threading.Lock()
-    bodies: dict[Callable, Callable] = {}
+    lock, bodies = threading.Lock(), {}
 
     def call_device_function(function: interpreter.InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
         """InterpretedFunction.__call__, but the first calls, which walk and fill their module's globals, in turn."""
@@ -235,8 +218,7 @@ def _concurrent_builder(grid: tuple[int, int, int]) -> Iterator[None]:
             raise InterpreterError(repr(error)) from error
 
     builder = interpreter.interpreter_builder  # many hold this object, so it changes its class and not its identity
-    call = interpreter.InterpretedFunction.__call__
-    switch_interval = sys.getswitchinterval()
+    call, switch_interval = interpreter.InterpretedFunction.__call__, sys.getswitchinterval()
     builder.set_grid_dim(*grid)
     try:
         builder.__class__ = _ConcurrentBuilder

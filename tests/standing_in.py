@@ -12,9 +12,12 @@ from gpu_lstm.backends import kernels
 from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.layer import Layer
-from gpu_lstm.kernels.problem import problem_of
-from gpu_lstm.kernels.triton_lstm import launch
+from gpu_lstm.kernels.problem import Problem, problem_of
+from gpu_lstm.kernels.triton_lstm import choose, launch
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Device, Plan
+from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 
+H100 = DEVICES["h100"]
 RESULTS = {
     False: ("h_ptr", "c_ptr", "h_n_ptr", "c_n_ptr"),
     True: ("dgates_ptr", "dc_ptr", "dh_total_ptr", "dh_from_zoneout_ptr", "dreset_h_ptr", "dreset_c_ptr"),
@@ -38,31 +41,31 @@ def stand_in(kernel, grid, **arguments):
 
 
 def as_a_card(monkeypatch):
-    """Make the CPU one, with `stand_in` for its kernels: a list of (way, problem) of each layer that is launched.
-
-    The problem is that of the tensors that the layer is given, which its kernels have to be made for.
-    """
+    """Make the CPU one, with `stand_in` for its kernels: a list of (way, problem of its tensors) of layers launched."""
     monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setattr(launch, "launch_kernel", stand_in)
     monkeypatch.setattr(kernels, "verify", lambda *_: None)
     launched = []
 
-    def recorded(way):
-        run = getattr(Layer, way)
-
+    def recorded(run, way, gates, recurrence):
         def wrapper(layer, *given):
-            gates, r = (given[0], given[1]) if way == "forward" else (given[3], given[5])
-            problem = problem_of(gates, r)
+            problem = problem_of(given[gates], given[recurrence])
             launched.append((way, problem))
             # A chunk may have one step of several.
             assert layer.problem == problem._replace(steps=layer.problem.steps), "kernels for other tensors"
             return run(layer, *given)
 
-        return wrapper
+        monkeypatch.setattr(Layer, way, wrapper)
 
-    for way in ("forward", "backward"):
-        monkeypatch.setattr(Layer, way, recorded(way))
+    recorded(Layer.forward, "forward", 0, 1)
+    recorded(Layer.backward, "backward", 3, 5)
     return launched
+
+
+def plan_of(family: str, problem: Problem, backward: bool, device: Device = H100) -> Plan:
+    """The first plan of a family of kernels."""
+    every = [*choose.plans(problem, device, backward), pointwise_plan(problem)]
+    return next(plan for plan in every if plan.family.value == family)
 
 
 def flat(results):

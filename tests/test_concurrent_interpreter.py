@@ -1,23 +1,24 @@
-"""The concurrent interpreter: kernels whose programs wait for each other end, faults in their waiting are seen.
+"""The concurrent interpreter: kernels whose programs wait for each other end, faults in their waiting are detected.
 
-The toy kernels exchange what the cooperative kernels exchange, in the two ways they do it.
+The toy kernels exchange as the real ones do. That a missing wait is detected is in test_sequence_kernels.py.
 """
 
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from concurrent_interpreter import ConcurrentRun
-from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
 STEPS, WIDTH = 4, 8
 OFTEN = 0.3  # a yield_rate at which something happens at most steps
+_zeros = partial(torch.zeros, dtype=torch.int32)
 
 
 @triton.jit
@@ -38,15 +39,12 @@ def next_tile(tile, q):
 
 
 @triton.jit
-def counter_kernel(x_ptr, arrivals_ptr, T, N: tl.constexpr, WAIT: tl.constexpr, SEM: tl.constexpr):
+def counter_kernel(x_ptr, arrivals_ptr, T, N: tl.constexpr, SEM: tl.constexpr):
     """x[t+1, p] = (sum over q of (q+1) x[t, q] + p) mod 97, waiting for a counter; x is [T+1, programs, N]."""
-    p = tl.program_id(0)
-    programs = tl.num_programs(0)
-    n = tl.arange(0, N)
+    p, programs, n = tl.program_id(0), tl.num_programs(0), tl.arange(0, N)
     for t in range(T):
-        if WAIT:
-            while tl.atomic_add(arrivals_ptr, 0, sem="acquire") < programs * t:
-                pass
+        while tl.atomic_add(arrivals_ptr, 0, sem="acquire") < programs * t:
+            pass
         tile = tl.zeros((N,), tl.float32) + p
         for q in range(programs):
             tile += next_tile(tl.load(x_ptr + (t * programs + q) * N + n), q)
@@ -56,13 +54,8 @@ def counter_kernel(x_ptr, arrivals_ptr, T, N: tl.constexpr, WAIT: tl.constexpr, 
 
 @triton.jit
 def flagged_kernel(x_ptr, T, N: tl.constexpr, FLAGS: tl.constexpr):
-    """The same, where the data is its own flag: x is filled with the NaN whose bits are all one.
-
-    FLAGS: how many of a tile's elements are looked at; right are all N.
-    """
-    p = tl.program_id(0)
-    programs = tl.num_programs(0)
-    n = tl.arange(0, N)
+    """The same, where the data is its own flag: x holds the NaN whose bits are all one. FLAGS are looked at."""
+    p, programs, n = tl.program_id(0), tl.num_programs(0), tl.arange(0, N)
     for t in range(T):
         tile = tl.zeros((N,), tl.float32) + p
         for q in range(programs):
@@ -105,79 +98,63 @@ def failing_kernel(out_ptr):
         pass
 
 
-def _exchange(run: ConcurrentRun, programs: int, *, flags=None, wait=True, sem="release") -> tuple[Tensor, Tensor]:
-    """What a toy kernel makes of x [T+1, programs, N], and what it should make; `flags` chooses the flagged one."""
+def _is_right(programs: int, seed: int, rate: float, sem="release", flags=None) -> bool:
+    """What a toy kernel makes of x [T+1, programs, N] is what it should make; `flags` chooses the flagged one."""
     x = torch.full((STEPS + 1, programs, WIDTH), -1, dtype=torch.int32).view(torch.float32)
     x[0] = torch.arange(programs * WIDTH).view(programs, WIDTH) % 89
-    truth = x.clone()
-    p = torch.arange(programs)[:, None]
+    truth, p = x.clone(), torch.arange(programs)[:, None]
     for t in range(STEPS):
         truth[t + 1] = (((p + 1) * truth[t]).sum(0) + p) % 97
-    if flags:
-        run(flagged_kernel, (programs,), x_ptr=x, T=STEPS, N=WIDTH, FLAGS=flags)
-    else:
-        run(counter_kernel, (programs,), x_ptr=x, arrivals_ptr=_zeros(), T=STEPS, N=WIDTH, WAIT=wait, SEM=sem)
-    return x, truth
-
-
-def _zeros(count: int = 1) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32)
+    kernel = flagged_kernel if flags else counter_kernel
+    options = dict(FLAGS=flags) if flags else dict(arrivals_ptr=_zeros(1), SEM=sem)
+    ConcurrentRun(seed, rate)(kernel, (programs,), x_ptr=x, T=STEPS, N=WIDTH, **options)
+    return torch.equal(x, truth)
 
 
 @pytest.fixture(autouse=True)
 def the_stock_interpreter_is_as_before():
-    threads, interval = threading.active_count(), sys.getswitchinterval()
-    call = interpreter.InterpretedFunction.__call__
+    def state():
+        function, builder = interpreter.InterpretedFunction.__call__, type(interpreter.interpreter_builder)
+        return threading.active_count(), sys.getswitchinterval(), function, builder
+
+    before = state()
     yield
-    assert threading.active_count() == threads
-    assert type(interpreter.interpreter_builder) is interpreter.InterpreterBuilder
-    assert interpreter.InterpretedFunction.__call__ is call
-    assert sys.getswitchinterval() == interval
+    assert state() == before
     out = _zeros(12)
     who_kernel[2, 3, 2](out, READINGS=2)
-    assert out.tolist() == [2 * number for number in range(1, 13)]
+    assert out.tolist() == [*range(2, 26, 2)]
 
 
 def test_program_ids_and_the_options_of_a_stock_launch():
     out, options = _zeros(12), dict(num_warps=4, num_stages=2, launch_cooperative_grid=True)
     ConcurrentRun()(who_kernel, (2, 3, 2), out_ptr=out, READINGS=20, **options)
-    assert out.tolist() == [20 * number for number in range(1, 13)]
+    assert out.tolist() == [*range(20, 260, 20)]
 
 
 @pytest.mark.parametrize("flags", [None, WIDTH], ids=["counter", "flagged"])
-@pytest.mark.parametrize(
-    ("programs", "rate"), [(2, 0.0), (3, 0.05), (3, OFTEN), pytest.param(8, OFTEN, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("programs", "rate"), [(2, 0.0), (3, 0.05), (3, OFTEN), (8, OFTEN)])
 def test_exchange(programs, flags, rate):
-    for seed in range(3):
-        x, truth = _exchange(ConcurrentRun(seed, rate), programs, flags=flags)
-        assert torch.equal(x, truth), f"seed {seed}"
+    assert all(_is_right(programs, seed, rate, flags=flags) for seed in range(3))
 
 
-@pytest.mark.parametrize("fault", [dict(wait=False), dict(sem="relaxed"), dict(flags=1)], ids=str)
-def test_a_planted_race_is_seen(fault):
-    def wrong(seed: int) -> bool:
-        return not torch.equal(*_exchange(ConcurrentRun(seed, OFTEN), 3, **fault))
-
-    assert any(map(wrong, range(30)))
+@pytest.mark.parametrize("fault", [dict(sem="relaxed"), dict(flags=1)], ids=str)
+def test_a_planted_race_is_detected(fault):
+    assert not all(_is_right(3, seed, OFTEN, **fault) for seed in range(30))
 
 
 @pytest.mark.parametrize("kernel", [one_never_comes_kernel, endless_kernel], ids=["deadlock", "endless loop"])
 def test_what_does_not_end_is_ended(kernel):
     start = time.monotonic()
     with pytest.raises(TimeoutError) as caught:
-        ConcurrentRun(timeout=0.3)(kernel, (3,), out_ptr=_zeros())
+        ConcurrentRun(timeout=0.3)(kernel, (3,), out_ptr=_zeros(1))
     assert time.monotonic() - start < 5
     message = str(caught.value)
     assert kernel.__name__ in message
     assert [f"({p}, 0, 0) in line" in message for p in range(3)] == [kernel is endless_kernel, True, True]
 
 
-def test_an_exception_stops_all_programs():
+def test_an_exception_stops_all_programs_and_a_kernel_that_is_not_interpreted_is_refused():
     with pytest.raises(InterpreterError, match=r"failing_kernel, program \(1, 0, 0\).*not for program 1"):
-        ConcurrentRun()(failing_kernel, (4,), out_ptr=_zeros())
-
-
-def test_a_kernel_that_is_not_interpreted_is_refused():
+        ConcurrentRun()(failing_kernel, (4,), out_ptr=_zeros(1))
     with pytest.raises(TypeError, match="TRITON_INTERPRET"):
         ConcurrentRun()(print, (1,))

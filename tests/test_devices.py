@@ -1,13 +1,11 @@
-"""Which CUDA device is current when a kernel is launched, as a stubbed driver has it: tensors are fake.
-
-Triton launches on the current device. A module on cuda:1 must work while cuda:0 is current.
-"""
+"""Which CUDA device is current when a kernel is launched on tensors of cuda:1: fake ones, with a stubbed driver."""
 
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from standing_in import plan_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpu_lstm.backends import graph
@@ -16,9 +14,7 @@ from gpu_lstm.kernels import layer
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
 from gpu_lstm.kernels.cupy_lstm import planning
 from gpu_lstm.kernels.triton_lstm import launch as triton_launch
-from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
-from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_lstm.planning import Family
 from gpu_lstm.tools import stream
 
 T, B, I, H = 3, 2, 4, 16
@@ -49,11 +45,10 @@ def _indexed(t, key):
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
-@pytest.mark.parametrize("family", [*Family, "cupy"])
+@pytest.mark.parametrize("family", [*(family.value for family in Family), "cupy"])
 def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, monkeypatch, family, device):
     def of_family(problem, _, which, *__):
-        every = [*plans(problem, DEVICES["h100"], which.backward), pointwise_plan(problem)]
-        return next(plan for plan in every if plan.family is family)
+        return plan_of(family, problem, which.backward)
 
     backend, launcher, choose_plan = "triton", triton_launch, of_family
     if family == "cupy":
@@ -74,20 +69,16 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
         h, _, _, gates, c = graph._forward(*given, False, backend, True, False)
         needed = [k == 1 for k in range(len(sizes))]
         graph._backward([h, None, None], [h, gates, c], *given, False, backend, needed)
-    launches = 2 * T if family is Family.POINTWISE else 2
-    assert current == [torch.device(device).index] * launches
+    assert current == [torch.device(device).index] * (2 * T if family == "pointwise" else 2)
     assert driver.current == 0, "and afterwards it is the one before"
 
 
 def test_a_step_of_a_stream_is_captured_on_the_device_of_its_input(driver, monkeypatch):
     """torch.cuda.Stream() and CUDAGraph() belong to the device that is current when they are made."""
-    made: list[tuple[str, int]] = []
+    made, steps = [], set()
     for name in ("Stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: made.append((name, driver.current)) or MagicMock())
     for name in ("current_stream", "stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
-    steps: list[int] = []
-    stream.captured(lambda: steps.append(driver.current), torch.device("cuda", 1))
-    assert made == [("Stream", 1), ("CUDAGraph", 1)]
-    assert set(steps) == {1}
-    assert driver.current == 0
+    stream.captured(lambda: steps.add(driver.current), torch.device("cuda", 1))
+    assert (made, steps, driver.current) == ([("Stream", 1), ("CUDAGraph", 1)], {1}, 0)

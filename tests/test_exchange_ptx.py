@@ -1,7 +1,7 @@
 """What the exchange of the sequence kernels became in PTX: which instructions touch it, and in which order.
 
-Compiled in a process of its own, since in this one the kernels may belong to Triton's interpreter. PTX is read as text:
-an access belongs to a buffer if its address was computed from the pointer to it.
+Compiled in a process of its own, without Triton's interpreter. An access belongs to a buffer if its address was
+computed from the pointer to it.
 """
 
 import json
@@ -53,7 +53,7 @@ def compiled(family, name, card, backward, parts=1):
                 ahead=ahead)
 
 *held, last = PROBLEMS
-forward = [*zip(held, ("h100", "a100", "h100", "a100", "h100", "a100")), ("tf32 H=33 B=3", "h100")]
+forward = [*zip(held, 3 * ("h100", "a100")), ("tf32 H=33 B=3", "h100")]
 both = [(*case, *way) for case, parts in zip(forward, 3 * (1, 4, 2)) for way in ((False,), (True, parts))]
 print(json.dumps({
     "cooperative": [compiled(cooperative, *case) for case in both],
@@ -63,9 +63,7 @@ print(json.dumps({
 
 MARKS = {"mma.sync": "product", "bar.sync": "barrier", "POLL:": "poll", "bra POLL": "again"}
 WAIT = ["poll", "load words", "again", "product", "barrier"]
-HH, C = (["store pairs_" + norm, "poll", "load pairs_" + norm, "again"] for norm in ("hh", "c"))
-PARTIALS = ["store partials", "poll", "load partials", "again"]
-NORMS = {False: [*HH, *C], True: [*C, *HH]}  # by whether it is backward
+PARTIALS, HH, C = ([f"store {of}", "poll", f"load {of}", "again"] for of in ("partials", "pairs_hh", "pairs_c"))
 AHEAD = ["load words", *WAIT, "load words", "store words"]
 
 
@@ -73,9 +71,7 @@ AHEAD = ["load words", *WAIT, "load words", "store words"]
 def kernels() -> dict[str, list[dict]]:
     """The kernels of each family: their names, PTX and pointers, and how many words a thread exchanges."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT]
-    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(run.stdout)
+    return json.loads(subprocess.check_output([sys.executable, "-c", SCRIPT], env=environment))
 
 
 def _addresses(kernel: dict, *buffers: str) -> dict[str, str]:
@@ -96,8 +92,7 @@ def _addresses(kernel: dict, *buffers: str) -> dict[str, str]:
 
 def _events(kernel: dict, *buffers: str) -> list[tuple[str, str]]:
     """(kind, instruction) of what matters here, in the order of the text; "memory" is other global memory."""
-    of = _addresses(kernel, *buffers)
-    events = []
+    of, events = _addresses(kernel, *buffers), []
     for line in re.split(r"[;\n]", kernel["ptx"]):
         # The address of cp.async, which has two, is the second.
         access = re.search(r"\b((ld|st|\w+)\.[\w.:]*global[\w.:]*)\s[^\[]*(?:\[[^\]]*\],\s*)?\[\s*(%rd\d+)", line)
@@ -115,7 +110,7 @@ def _of_words(kernel: dict) -> list[str]:
     problems = [text for _, text in accesses if not re.fullmatch(r"(ld|st)\.relaxed\.gpu\.global(\.v[24])?\.b32", text)]
     order = [kind for kind, _ in groupby(kind for kind, _ in events)]
     partials = PARTIALS * ("load partials" in kernel["words"])
-    norms = NORMS["backward" in kernel["name"]] * ("layer norm" in kernel["name"])
+    norms = (C + HH if "backward" in kernel["name"] else HH + C) * ("layer norm" in kernel["name"])
     if order != (AHEAD if kernel["ahead"] else [*WAIT, *partials, *norms, "store words"]):
         problems.append(f"the order is {order}")
     if sum(kind == "barrier" for kind, _ in events) > 1:
@@ -150,8 +145,7 @@ PROBLEMS = {"cooperative": _of_words, "step": _of_barriers}
 @pytest.mark.parametrize(("family", "count"), [("cooperative", 14), ("step", 3)])
 def test_words_and_barriers_are_strong_and_in_order(kernels, family, count):
     found = {kernel["name"]: PROBLEMS[family](kernel) for kernel in kernels[family]}
-    assert len(found) == count
-    assert {name: problems for name, problems in found.items() if problems} == {}
+    assert (len(found), {name: problems for name, problems in found.items() if problems}) == (count, {})
 
 
 STORE = r"@yes st\.relaxed\.gpu\.global\.b32 [^;]*;"

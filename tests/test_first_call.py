@@ -1,7 +1,4 @@
-"""The first call of a kind of layer on a card: what is tried, what is said, and what the user gets where nothing works.
-
-The driver is stubbed: `choose.load` stands for compiling and loading a kernel.
-"""
+"""The first call of a kind of layer on a card with a stubbed driver: what is tried and said, and what the user gets."""
 
 import logging
 import math
@@ -11,6 +8,7 @@ from unittest.mock import Mock, call
 
 import pytest
 import torch
+from standing_in import H100, plan_of
 
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
@@ -19,14 +17,11 @@ from gpu_lstm.kernels.layer import aligned
 from gpu_lstm.kernels.operands import as_words
 from gpu_lstm.kernels.problem import Pass, Problem, Recurrence, problem_of
 from gpu_lstm.kernels.triton_lstm import binary, choose, launch
-from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
-from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_lstm.planning import Family
 
 CUDA = torch.device("cuda", 0)
-H100 = DEVICES["h100"]
 PROBLEM = Problem(2, 64, 256, torch.float16)  # many plans of the cooperative family
-PLANS = plans(PROBLEM, H100, False)
+PLANS = choose.plans(PROBLEM, H100, False)
 FORWARD = Pass()
 
 
@@ -41,10 +36,7 @@ def card(monkeypatch, nothing_cached):
 
 
 def _choose(monkeypatch, load=lambda *_: None, which=FORWARD, verify=None):
-    """The plan that is chosen, and the columns of all that were tried, which tell one plan of PROBLEM from another.
-
-    load(kernel, columns) raises, or not, and says how many words are spilled.
-    """
+    """The plan, and the columns of those tried, which tell them apart; load(kernel, columns) says what spills."""
     tried = []
 
     def loaded(kernel, grid, arguments):
@@ -84,9 +76,8 @@ def test_every_fact_of_a_call_is_in_its_problem():
     assert len(set(problems)) == len(changes) + 2
     assert problem_of(gates[:2], plain) == problem_of(gates[:3], plain) == problems[0]
     assert {str(p.as_json()) for p in problems} == {str(p.as_json()) for p in set(problems)}
-    assert launch.layer_of(problems[0], h.device) is launch.layer_of(problems[0], h.device)
-    assert launch.layer_of(problems[0], h.device) is not launch.layer_of(problems[1], h.device)
-    assert launch.layer_of(problems[0], h.device) is not launch.layer_of(problems[0], CUDA)
+    keys = (problems[0], h.device), (problems[1], h.device), (problems[0], CUDA)
+    assert len({id(launch.layer_of(*key)) for key in 2 * keys}) == 3
 
 
 def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(card, monkeypatch):
@@ -109,12 +100,10 @@ def test_a_tensor_is_copied_unless_it_is_contiguous_and_aligned(shift):
     storage = torch.arange(200.0).to(torch.float16)
     first = -storage.data_ptr() % 16 // 2 + shift
     t = storage[first : first + 64].view(8, 8)
-    copied = aligned(t)
-    assert (copied is t) == (shift % 8 == 0)
+    assert (aligned(t) is t) == (shift % 8 == 0)
     for each in (t, t.T, t[:, ::2]):
         assert torch.equal(aligned(each), each)
-        assert aligned(each).is_contiguous()
-        assert aligned(each).data_ptr() % 16 == 0
+        assert (aligned(each).is_contiguous(), aligned(each).data_ptr() % 16) == (True, 0)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -123,11 +112,8 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     """Its warps, stages, registers, programs; and cooperatively wherever programs wait for each other."""
     batch, hidden, steps = 40, 64, 4
     problem = Problem(2, batch, hidden, torch.float16)
-    plan = next(p for p in plans(problem._replace(hidden=256), H100, backward) if p.family is Family.COOPERATIVE)
-    if family is Family.POINTWISE:
-        plan = pointwise_plan(problem)
-    elif family is not Family.COOPERATIVE:
-        plan = next(p for p in plans(problem, H100, backward) if p.family is family)
+    of = problem._replace(hidden=256) if family is Family.COOPERATIVE else problem
+    plan = plan_of(family.value, of, backward)
     gates, h, c = (torch.zeros(steps, batch, n, dtype=torch.float16) for n in (4 * hidden, hidden, hidden))
     r, record = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden).half(), h0=h[0], c0=c[0].float()), Mock()
     layer = launch.layer_by(problem, gates.device, plan, record)
@@ -141,13 +127,11 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     (kernel, grid), arguments = record.call_args
     assert kernel.__name__ == f"lstm_{family.value}_{'backward' if backward else 'forward'}_kernel"
     assert math.prod(grid) == plan.programs * plan.groups
-    assert arguments["num_warps"] == plan.num_warps
-    assert arguments["maxnreg"] == plan.registers
-    assert arguments["enable_fp_fusion"] is True
-    assert arguments.get("launch_cooperative_grid", False) is (family in (Family.COOPERATIVE, Family.STEP))
+    options = dict(num_warps=plan.num_warps, maxnreg=plan.registers, enable_fp_fusion=True)
+    options["launch_cooperative_grid"] = family in (Family.COOPERATIVE, Family.STEP)
     if family is Family.STEP:
-        assert arguments["num_stages"] == plan.num_stages
-        assert [arguments[f"BLOCK_{name}"] for name in "BHK"] == [plan.rows, plan.columns, plan.k]
+        options |= dict(num_stages=plan.num_stages, BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k)
+    assert {name: arguments.get(name, False) for name in options} == options
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2])
@@ -158,23 +142,18 @@ def test_words_of_rows_that_begin_anywhere(offset, width):
     words = as_words(x)
     halves = words.view(torch.float16).view(4, -1)
     assert torch.equal(halves[:, :width], x)
-    assert (halves[:, width:] == 0).all()
-    assert words.shape == (4, -(-width // 2))
+    assert ((halves[:, width:] == 0).all(), words.shape) == (True, (4, -(-width // 2)))
 
 
-@pytest.mark.parametrize("failure", [8 // 4, ValueError("M, N, K >= 16"), RuntimeError("PassManager")], ids=str)
-def test_a_plan_that_does_not_compile_does_not_fit_and_a_log_line_says_why(card, monkeypatch, caplog, failure):
-    def load(kernel, columns):
-        if columns == PLANS[0].columns:
-            if isinstance(failure, Exception):
-                raise failure
-            return failure
-
+@pytest.mark.parametrize(("failure", "said"), [
+    (8 // 4, "spills 8 bytes a thread"), *((kind(text), text) for kind, text in (
+        (ValueError, "M, N, K >= 16"), (RuntimeError, "PassManager"))),
+], ids=str)  # fmt: skip
+def test_a_plan_that_does_not_compile_does_not_fit_and_a_log_line_says_why(card, monkeypatch, caplog, failure, said):
     with caplog.at_level(logging.INFO, "gpu_lstm"):
-        plan, tried = _choose(monkeypatch, load)
-    assert tried == [p.columns for p in PLANS[:2]]
-    assert plan == PLANS[1]
-    assert (str(failure) if isinstance(failure, Exception) else "spills 8 bytes a thread") in caplog.text
+        found = _choose(monkeypatch, Mock(side_effect=[failure, None]))
+    assert found == (PLANS[1], [plan.columns for plan in PLANS[:2]])
+    assert said in caplog.text
 
 
 def test_hopeless_plans_are_not_all_compiled(card, monkeypatch):
@@ -184,9 +163,7 @@ def test_hopeless_plans_are_not_all_compiled(card, monkeypatch):
     assert len(tried) == choose.MOST + 1 == 4
 
 
-def test_where_no_kernel_compiles_the_error_names_every_reason_and_out_of_memory_is_no_matter_of_plans(
-    card, monkeypatch
-):
+def test_where_no_kernel_compiles_the_error_names_every_reason_but_out_of_memory_is_itself(card, monkeypatch):
     def load(kernel, _):
         raise ValueError(f"no {kernel.__name__} today")
 
@@ -209,8 +186,8 @@ def test_a_line_says_what_takes_long(card, monkeypatch, caplog):
     assert "compiling the kernels of a layer" in caplog.text
 
 
-def _auto() -> Backend:
-    return select(None, CUDA, torch.float32, None, False)
+def _selected(asked: str | None = None) -> Backend:
+    return select(asked, CUDA, torch.float32, None, False)
 
 
 @pytest.mark.skipif(launch.INTERPRETED, reason="kernels are interpreted here")
@@ -224,33 +201,27 @@ def test_a_card_that_triton_cannot_compile_for_goes_to_torch_and_an_explicit_cho
     monkeypatch.setattr(available, "cupy_import_problem", lambda: "not here")
     monkeypatch.setattr(choose, "compile_problem", lambda architecture: f"ptxas fatal: sm_{architecture}")
     with pytest.warns(UserWarning, match=r"launches nothing on cuda:0, compute capability 9.0: ptxas fatal: sm_90"):
-        assert _auto() is Backend.TORCH
+        assert _selected() is Backend.TORCH
     with pytest.raises(RuntimeError, match=r"backend 'triton': .* compute capability 9.0: ptxas fatal: sm_90"):
-        select("triton", CUDA, torch.float32, None, False)
+        _selected("triton")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is said once
-        assert _auto() is Backend.TORCH
+        assert _selected() is Backend.TORCH
 
 
-@pytest.mark.parametrize("backend", [Backend.TRITON, Backend.CUPY])
-def test_a_torch_for_amd_is_named(monkeypatch, backend):
+def test_a_torch_for_amd_is_named(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "ROCm" in str(why_unavailable(backend, CUDA, torch.float32))
-    assert _auto() is Backend.TORCH
+    for backend in (Backend.TRITON, Backend.CUPY):
+        assert "ROCm" in str(why_unavailable(backend, CUDA, torch.float32))
+    assert _selected() is Backend.TORCH
 
 
 @pytest.mark.parametrize("error", [OSError("libcuda.so"), RuntimeError("bad build"), AttributeError("no attribute")])
 def test_a_broken_package_stops_nobody_who_did_not_ask_for_it(monkeypatch, nothing_cached, error):
-    problems = available.triton_import_problem, available.cupy_import_problem
-    for problem in problems:
-        problem.cache_clear()
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(available.importlib, "import_module", Mock(side_effect=error))
-            with pytest.warns(UserWarning, match=f"is installed, but fails, and is not used: .*{error}"):
-                assert _auto() is Backend.TORCH
-            with pytest.raises(ImportError, match=str(error)):
-                select("triton", CUDA, torch.float32, None, False)
-    finally:
-        for problem in problems:
-            problem.cache_clear()
+    for name in ("triton_import_problem", "cupy_import_problem"):
+        monkeypatch.setattr(available, name, getattr(available, name).__wrapped__)
+    monkeypatch.setattr(available.importlib, "import_module", Mock(side_effect=error))
+    with pytest.warns(UserWarning, match=f"is installed, but fails, and is not used: .*{error}"):
+        assert _selected() is Backend.TORCH
+    with pytest.raises(ImportError, match=str(error)):
+        _selected("triton")

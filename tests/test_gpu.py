@@ -1,18 +1,36 @@
 """What only a GPU can show: the compiled kernels, streams, graphs."""
 
+import itertools
+from functools import partial
+
 import pytest
 import torch
 from comparing import check
+from standing_in import plan_of
 
 import gpu_lstm
+from gpu_lstm.__main__ import main
 from gpu_lstm.backends import schedule
 from gpu_lstm.kernels.problem import Pass
 from gpu_lstm.kernels.triton_lstm import launch
-from gpu_lstm.kernels.triton_lstm.choose import card_of, plans
-from gpu_lstm.kernels.triton_lstm.planning import Family
-from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_lstm.choose import card_of
 
 pytestmark = pytest.mark.gpu
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+def kernels(inputs, hidden, layers=1, backend="triton", **options):
+    return gpu_lstm.LSTM(inputs, hidden, layers, device="cuda", backend=backend, **options)
+
+
+def random(*size, dtype=torch.float32, **options):
+    return torch.randn(*size, device="cuda", dtype=dtype, **options)
+
+
+def results(lstm, x, **given):
+    """Output and gradients."""
+    y, _ = lstm(x, **given)
+    return [y, *torch.autograd.grad(y.square().mean(), [t for t in (x, *lstm.parameters()) if t.requires_grad])]
 
 
 def test_the_headline():
@@ -21,27 +39,24 @@ def test_the_headline():
     gpu_lstm.check()
     layers = [layer for (problem, _), layer in launch._layers.items() if problem.hidden == 768]
     chosen = [layer.chosen(Pass(backward)).plan.family for layer in layers for backward in (False, True)]
-    assert set(chosen) == {Family.COOPERATIVE}
+    assert {family.value for family in chosen} == {"cooperative"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@every_dtype
 @pytest.mark.parametrize("variant", ["plain", "reverse", "no-bias ragged resets", "ragged resets reverse"])
 @pytest.mark.parametrize("size", [(32, 16, 64, 64), (32, 16, 64, 128), (24, 17, 100, 513), (16, 70, 64, 768)], ids=str)
 def test_what_is_chosen_is_right(size, variant, dtype):
     check(size, variant, "triton", dtype, "cuda", seeds=1)
 
 
-@pytest.mark.parametrize("family", Family)
-@pytest.mark.parametrize("hidden", [100, 300])
+@pytest.mark.parametrize(("family", "hidden"), [
+    ("resident", 100), *itertools.product(("cooperative", "step", "pointwise"), (100, 300)),
+])  # fmt: skip
 def test_every_family(monkeypatch, family, hidden):
-    if family is Family.RESIDENT and hidden > 128:
-        pytest.skip("W_hh does not fit one block")
+    def of_family(problem, device, which, *_):
+        return plan_of(family, problem, which.backward, card_of(device))
 
-    def plan_of_family(problem, device, which, *_):
-        every = [*plans(problem, card_of(device), which.backward), pointwise_plan(problem)]
-        return next(plan for plan in every if plan.family is family)
-
-    monkeypatch.setattr(launch, "choose_plan", plan_of_family)
+    monkeypatch.setattr(launch, "choose_plan", of_family)
     check((20, 9, 32, hidden), "ragged resets reverse", "triton", torch.float16, "cuda", seeds=1)
     gpu_lstm.check()
 
@@ -51,29 +66,24 @@ def test_every_family(monkeypatch, family, hidden):
 def test_layers_and_directions_side_by_side(options, recompute):
     """Streams hand tensors to each other: the numbers are those of one after another, run after run."""
     torch.manual_seed(0)
-    ours = gpu_lstm.LSTM(64, 96, device="cuda", backend="triton", recompute=recompute, **options)
-    theirs = gpu_lstm.LSTM(64, 96, device="cuda", backend="reference", **options).double()
+    ours = kernels(64, 96, recompute=recompute, **options)
+    theirs = kernels(64, 96, backend="reference", **options).double()
     theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(400, 8, 64, device="cuda")
+    x, close = random(400, 8, 64, requires_grad=True), partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    expected = results(theirs, x.double().detach().requires_grad_())
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for _ in range(5):
-            results = []
-            for lstm, given in ((ours, x), (theirs, x.double())):
-                given = given.clone().requires_grad_()
-                y, _ = lstm(given)
-                gradients = torch.autograd.grad(y.square().mean(), [given, *lstm.parameters()])
-                results.append([t.double() for t in (y, *gradients)])
-            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x)[0].double(), theirs(x.double())[0], rtol=1e-4, atol=1e-5)
+            close([t.double() for t in results(ours, x)], expected)
+        with torch.no_grad():
+            close(ours(x)[0].double(), expected[0])
 
 
 def test_two_grids_at_once():
     """Two models of which each fills the card, on two streams, and a layer whose directions share it: no launch times
     out, and the numbers are those of one after another."""
-    models = [gpu_lstm.LSTM(64, 1024, device="cuda", dtype=torch.float16, backend="triton") for _ in range(2)]
-    models.append(gpu_lstm.LSTM(64, 512, bidirectional=True, device="cuda", dtype=torch.float16, backend="triton"))
-    x = torch.randn(200, 16, 64, device="cuda", dtype=torch.float16)
+    models = [kernels(64, 1024, dtype=torch.float16) for _ in range(2)]
+    models.append(kernels(64, 512, bidirectional=True, dtype=torch.float16))
+    x = random(200, 16, 64, dtype=torch.float16)
     with torch.no_grad():
         alone = [model(x)[0] for model in models]
         torch.cuda.synchronize()
@@ -84,25 +94,18 @@ def test_two_grids_at_once():
                 with torch.cuda.stream(stream):
                     together.append(model(x)[0])
             gpu_lstm.check()
-            assert all(torch.equal(a, b) for a, b in zip(alone, together))
+            assert all(map(torch.equal, alone, together))
 
 
 @pytest.mark.parametrize("hidden", [64, 512])
 def test_the_same_bits_every_run(hidden):
-    lstm = gpu_lstm.LSTM(32, hidden, 2, device="cuda", dtype=torch.bfloat16, backend="triton")
-    x = torch.randn(200, 16, 32, device="cuda", dtype=torch.bfloat16)
-
-    def run():
-        y, _ = lstm(x)
-        return [y, *torch.autograd.grad(y.sum(), list(lstm.parameters()))]
-
-    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+    lstm, x = kernels(32, hidden, 2, dtype=torch.bfloat16), random(200, 16, 32, dtype=torch.bfloat16)
+    assert all(map(torch.equal, results(lstm, x), results(lstm, x)))
 
 
 @pytest.mark.parametrize(("hidden", "batch"), [(64, 4), (512, 4), (2048, 4), (1024, 512)])  # by each family
 def test_a_captured_graph_replays(hidden, batch):
-    lstm = gpu_lstm.LSTM(32, hidden, device="cuda", dtype=torch.float16, backend="triton")
-    x = torch.randn(30, batch, 32, device="cuda", dtype=torch.float16)
+    lstm, x = kernels(32, hidden, dtype=torch.float16), random(30, batch, 32, dtype=torch.float16)
     with torch.no_grad():
         lstm(x)
         graph = torch.cuda.CUDAGraph()
@@ -113,13 +116,13 @@ def test_a_captured_graph_replays(hidden, batch):
         assert torch.equal(y, lstm(x)[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@every_dtype
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"proj_size": 8}, {"num_layers": 2, "bidirectional": True}])
 @pytest.mark.filterwarnings("error:RNN module weights are not part of single contiguous chunk of memory")
 def test_cudnn_copies_no_weights(dtype, options):
     """Parameters, those of another call, and those that shut gates; the layout is cuDNN's own."""
-    lstm = gpu_lstm.LSTM(16, 32, device="cuda", dtype=dtype, backend="torch", **options)
-    x, resets = torch.randn(9, 4, 16, device="cuda", dtype=dtype), torch.rand(9, 4, device="cuda") < 0.3
+    lstm = kernels(16, 32, dtype=dtype, backend="torch", **options)
+    x, resets = random(9, 4, 16, dtype=dtype), torch.rand(9, 4, device="cuda") < 0.3
     others = {name: 2 * parameter for name, parameter in lstm.named_parameters()}
     for given in ({}, {"resets": resets}, {"lengths": torch.tensor([9, 1, 0, 5], device="cuda")}):
         lstm(x, **given)[0].sum().backward()
@@ -128,36 +131,30 @@ def test_cudnn_copies_no_weights(dtype, options):
 
 def test_an_update_of_torchs_own_with_resets_is_captured():
     torch.manual_seed(0)
-    lstm = gpu_lstm.LSTM(16, 32, device="cuda", backend="torch")
-    x, resets = torch.randn(9, 4, 16, device="cuda"), torch.rand(9, 4, device="cuda") < 0.3
-    lengths = torch.tensor([9, 1, 0, 5], device="cuda")
-
-    def update():
-        y, _ = lstm(x, resets=resets, lengths=lengths)
-        return [y, *torch.autograd.grad(y.square().sum(), list(lstm.parameters()))]
-
+    lstm, x = kernels(16, 32, backend="torch"), random(9, 4, 16)
+    resets, lengths = torch.rand(9, 4, device="cuda") < 0.3, torch.tensor([9, 1, 0, 5], device="cuda")
+    ragged = dict(resets=resets, lengths=lengths)
     with torch.cuda.stream(torch.cuda.Stream()):
-        update()
+        results(lstm, x, **ragged)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = update()
+        captured = results(lstm, x, **ragged)
     for _ in range(2):
         x.normal_()
         resets.copy_(torch.rand(9, 4, device="cuda") < 0.3)
         graph.replay()
-        torch.testing.assert_close(captured, update())
-        reference = gpu_lstm.LSTM(16, 32, device="cuda", backend="reference")
+        torch.testing.assert_close(captured, results(lstm, x, **ragged))
+        reference = kernels(16, 32, backend="reference")
         reference.load_state_dict(lstm.state_dict())
-        torch.testing.assert_close(captured[0], reference(x, resets=resets, lengths=lengths)[0], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(captured[0], reference(x, **ragged)[0], rtol=1e-2, atol=1e-3)
 
 
 def test_more_than_65535_steps():
-    lstm = gpu_lstm.LSTM(4, 16, device="cuda", backend="triton")
-    x = torch.randn(70_000, 2, 4, device="cuda", requires_grad=True)
+    lstm, torchs = kernels(4, 16), kernels(4, 16, backend="torch")
+    x = random(70_000, 2, 4, requires_grad=True)
     y, _ = lstm(x)
     y[-1].sum().backward()
-    torchs = gpu_lstm.LSTM(4, 16, device="cuda", backend="torch")
     torchs.load_state_dict(lstm.state_dict())
     with torch.no_grad():
         theirs, _ = torchs(x)
@@ -166,8 +163,7 @@ def test_more_than_65535_steps():
 
 
 def test_a_long_sequence_takes_a_fixed_workspace():
-    lstm = gpu_lstm.LSTM(256, 256, device="cuda", dtype=torch.bfloat16, backend="triton")
-    x = torch.randn(200_000, 1, 256, device="cuda", dtype=torch.bfloat16)
+    lstm, x = kernels(256, 256, dtype=torch.bfloat16), random(200_000, 1, 256, dtype=torch.bfloat16)
     with torch.no_grad():
         lstm(x[:1000])
         torch.cuda.reset_peak_memory_stats()
@@ -178,7 +174,5 @@ def test_a_long_sequence_takes_a_fixed_workspace():
 
 
 def test_auto_takes_the_triton_kernels_and_the_doctor_says_so(capsys):
-    from gpu_lstm.__main__ import main
-
     assert main(["--json"]) == 0
     assert '"auto": "triton"' in capsys.readouterr().out

@@ -1,8 +1,6 @@
-"""Faults in the middle: a launch that raises, memory that runs out, Ctrl-C at any line of ours.
+"""A launch that raises, memory that runs out, Ctrl-C at any line of ours: modules, states and caches stay whole."""
 
-What raises leaves modules, states and caches as they were, or as they are after the call; the next call is right.
-"""
-
+import copy
 import functools
 import itertools
 import linecache
@@ -11,7 +9,9 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -31,11 +31,12 @@ OURS = tuple(str(Path(module.__file__).parent) for module in (gpu_lstm, cache))
 KERNELS = re.compile(r"kernels/triton_lstm/(?!launch|choose)")  # and what only they call
 
 
+@dataclass
 class Line:
     """Raises KeyboardInterrupt at one line of this package that is run, counted over all; else only counts."""
 
-    def __init__(self, number: int | None = None) -> None:
-        self.number, self.seen = number, 0
+    number: int | None = None
+    seen: int = 0
 
     def trace(self, frame, event, argument):
         file = frame.f_code.co_filename
@@ -50,18 +51,19 @@ class Line:
 
 
 @contextmanager
-def traced(line: Line | None) -> Iterator[Line | None]:
+def traced(line: Line | None) -> Iterator[None]:
     before = sys.gettrace()
     sys.settrace(line and line.trace)
     try:
-        yield line
+        yield
     finally:
         sys.settrace(before)
 
 
-def interrupted_at(call: Callable[[], object], most: int = 40) -> Iterator[int]:
+def interrupted_at(call: Callable[[], object], most: int) -> Iterator[int]:
     """Calls again and again, each interrupted at another line; at `most` of them, evenly spread."""
-    with traced(Line()) as whole:
+    whole = Line()
+    with traced(whole):
         call()
     assert whole.seen > 3
     for number in range(1, whole.seen + 1, max(1, whole.seen // most)):
@@ -92,13 +94,7 @@ def numbers(tensors) -> list[bytes]:
     return [t.numpy().tobytes() for t in tree_leaves(tensors)]
 
 
-def values(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: t.detach().clone() for name, t in module.state_dict().items()}
-
-
 assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
-
-
 MODULES = {
     "LSTM": lambda **k: gpu_lstm.LSTM(I, H, 2, bidirectional=True, **k),
     "StackedLSTM": lambda **k: gpu_lstm.StackedLSTM(I, [H, 3], **k),
@@ -121,14 +117,12 @@ def test_after_an_interrupt_the_next_call_is_right(backend, kind):
         y, _ = module(x, **ragged)
         return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
 
-    before, expected, names = values(module), call(), sorted(vars(module))
+    before, expected, names = copy.deepcopy(module.state_dict()), call(), sorted(vars(module))
     for _ in interrupted_at(call, most=4 if backend == "triton" else 15):  # the interpreter is slow where it is traced
-        assert sorted(vars(module)) == names
-        assert choices.chosen_backend.blocks == []
-        assert torch.is_grad_enabled()
-        assert not torch.is_autocast_enabled("cpu")
+        assert (sorted(vars(module)), choices.chosen_backend.blocks) == (names, [])
+        assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")) == (True, False)
         assert_equal(call(), expected)
-    assert_equal(values(module), before)
+    assert_equal(module.state_dict(), before)
 
 
 ACTS = {
@@ -141,28 +135,23 @@ ACTS = {
 @pytest.mark.parametrize(("backend", "kind"), [("torch", "LSTM"), ("reference", "StackedLSTM")])
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 def test_an_interrupted_stream_has_taken_the_step_or_not(backend, kind, act):
-    torch.manual_seed(0)
-    lstm = (gpu_lstm.LSTM(I, H, 2, backend=backend) if kind == "LSTM" else MODULES[kind](backend=backend)).eval()
-    stream, x = gpu_lstm.Stream(lstm, B), torch.randn(T, B, I)
+    lstm = gpu_lstm.LSTM(I, H, 2, backend=backend) if kind == "LSTM" else MODULES[kind](backend=backend)
+    stream, x = gpu_lstm.Stream(lstm.eval(), B), torch.randn(T, B, I)
     stream(x)
     restore = functools.partial(setattr, stream, "state", stream.state)
     assert_all_or_nothing(restore, lambda: act(stream, x), lambda: numbers(stream.state), most=40)
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("no capture"), torch.OutOfMemoryError("none left"), KeyboardInterrupt()]
-)
+@pytest.mark.parametrize("error", [RuntimeError("none"), torch.OutOfMemoryError("none left"), KeyboardInterrupt()])
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(error, monkeypatch):
-    torch.manual_seed(0)
-    lstm, x = gpu_lstm.LSTM(I, H, backend="reference").eval(), torch.randn(T, B, I)
-    stream = gpu_lstm.Stream(lstm, B)
-    stream(x[:2])
-
     def captured(step, device):
         for _ in range(3):
             step()
         raise error
 
+    lstm, x = gpu_lstm.LSTM(I, H, backend="reference").eval(), torch.randn(T, B, I)
+    stream = gpu_lstm.Stream(lstm, B)
+    stream(x[:2])
     monkeypatch.setattr(stream_module, "on_cuda", lambda x: True)
     monkeypatch.setattr(stream_module, "captured", captured)
     with pytest.raises(type(error)):
@@ -178,61 +167,39 @@ def test_a_launch_that_raises_raises_once(error, backward, monkeypatch):
     torch.manual_seed(0)
     lstm = gpu_lstm.LSTM(I, H, 2, backend="triton", **PLACES["triton"])
     x = torch.randn(T, B, I, requires_grad=True, **PLACES["triton"])
-    expected = lstm(x)[0]
-    gradients = torch.autograd.grad(expected.sum(), list(lstm.parameters()))
-    y = lstm(x)[0]
-    launches = []
-
-    def fails(*arguments, **options):
-        launches.append(1)
-        if len(launches) == 2:  # of the second layer
-            raise error
-        return launch(*arguments, **options)
-
-    launch = launcher.launch_kernel
-    monkeypatch.setattr(launcher, "launch_kernel", fails)
+    gradients_of = functools.partial(torch.autograd.grad, inputs=list(lstm.parameters()))
+    expected, y = lstm(x)[0], lstm(x)[0]
+    gradients = gradients_of(expected.sum())
+    launches = [launcher.launch_kernel, Mock(side_effect=error), *[launcher.launch_kernel] * 20]  # of the second layer
+    monkeypatch.setattr(launcher, "launch_kernel", lambda *given, **named: launches.pop(0)(*given, **named))
     with pytest.raises(type(error), match=str(error)):
-        torch.autograd.grad(y.sum(), list(lstm.parameters()), retain_graph=True) if backward else lstm(x)
+        gradients_of(y.sum(), retain_graph=True) if backward else lstm(x)
     if not backward:
         y = lstm(x)[0]
-    assert_equal(y, expected)
-    assert_equal(torch.autograd.grad(y.sum(), list(lstm.parameters())), gradients)
+    assert_equal([y, *gradients_of(y.sum())], [expected, *gradients])
 
 
-# Conversions, and initial values: for all of a model, or for none
-
-
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.ModuleDict(
-        {"a": nn.LSTM(I, H), "b": nn.Sequential(nn.LSTMCell(H, H), nn.Linear(H, 2)), "c": nn.LSTM(I, 2)}
-    )
-
-
-def kinds(module: nn.Module) -> dict[str, type]:
-    return {name: type(child) for name, child in module.named_modules()}
+def parts(module: nn.Module) -> tuple[dict, dict]:
+    """What a module consists of."""
+    children = {name: type(child) for name, child in module.named_modules()}
+    return children, {name: id(p) for name, p in module.named_parameters()}
 
 
 @pytest.mark.parametrize(("convert", "back"), [
     (gpu_lstm.convert, gpu_lstm.to_torch), (gpu_lstm.to_torch, gpu_lstm.convert),
 ], ids=["convert", "to_torch"])  # fmt: skip
-def test_an_interrupted_conversion_is_whole_or_not_there(convert, back):
-    given = back(model())
+def test_a_conversion_that_is_interrupted_or_raises_is_whole_or_not_there(convert, back):
+    b = nn.Sequential(nn.LSTMCell(H, H), nn.Linear(H, 2))
+    given = back(nn.ModuleDict({"a": nn.LSTM(I, H), "b": b, "c": nn.LSTM(I, 2)}))
+    assert_all_or_nothing(lambda: back(given), lambda: convert(given), lambda: parts(given))
 
-    def held():
-        return kinds(given), {name: id(p) for name, p in given.named_parameters()}
-
-    assert_all_or_nothing(lambda: back(given), lambda: convert(given), held)
-
-
-def test_a_conversion_that_raises_has_swapped_nothing():
-    given = model()
-    before = kinds(given)
+    back(given)
+    before, of_c = parts(given), given["c"]._parameters
     given["c"].__dict__["_parameters"] = None  # broken, as by a subclass of Module that went wrong
     with pytest.raises(AttributeError):
-        gpu_lstm.convert(given)
-    given["c"].__dict__["_parameters"] = {}
-    assert kinds(given) == before
+        convert(given)
+    given["c"].__dict__["_parameters"] = of_c
+    assert parts(given) == before
 
 
 @pytest.mark.parametrize(("name", "text"), [("forget_bias", "bias=False"), ("keras_init", "Fan in")])
@@ -242,61 +209,51 @@ def test_initial_values_are_for_all_or_for_none(name, text):
     wrong = nn.ModuleList([gpu_lstm.LSTM(I, H), gpu_lstm.LSTM(I, H, bias=name == "keras_init")])
     if name == "keras_init":
         wrong[1].weight_ih_l0 = nn.Parameter(torch.zeros(4))
-    before = values(wrong)
+    before = numbers(wrong.state_dict())
     with pytest.raises(ValueError, match=text):
         set_values(wrong)
-    assert_equal(values(wrong), before)
+    assert numbers(wrong.state_dict()) == before
 
     given = nn.ModuleList([gpu_lstm.LSTM(I, H), gpu_lstm.LSTMCell(I, H)])
-    before = values(given)
+    first = copy.deepcopy(given.state_dict())
 
     def restore():
         torch.manual_seed(1)
-        given.load_state_dict(before)
+        given.load_state_dict(first)
 
-    assert_all_or_nothing(restore, lambda: set_values(given), lambda: numbers(values(given)))
-
-
-# What is cached
+    assert_all_or_nothing(restore, lambda: set_values(given), lambda: numbers(given.state_dict()))
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
-def test_a_result_that_is_written_in_part_leaves_no_file(error, tmp_path, monkeypatch):
+def test_a_result_that_is_written_in_part_leaves_no_file(error, nothing_cached, monkeypatch):
     def dump(value, file, **options):
         file.write("{")
         raise error
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cache.json, "dump", dump)
-    cache.warn_once.cache_clear()
     with pytest.warns(UserWarning, match=str(error)) if isinstance(error, OSError) else pytest.raises(type(error)):
         cache.write("checks", {"card": "interrupted"}, "right")
-    assert list((tmp_path / "gpu_lstm/checks").iterdir()) == []
+    assert list((nothing_cached / "checks").iterdir()) == []
 
 
-# Blocks of backend()
+class Interrupted(list):
+    """A list that is interrupted after its changes, if its `interrupt` raises."""
+
+    def append(self, element):
+        super().append(element)
+        self.interrupt()
+
+    def __delitem__(self, k):
+        super().__delitem__(k)
+        self.interrupt()
 
 
-@pytest.mark.parametrize("at", range(1, 9))
+@pytest.mark.parametrize("at", range(8))
 def test_blocks_that_are_interrupted_as_they_open_or_close_leave_nothing_behind(monkeypatch, at):
     """Of four, of which two are the same, entered again while it is open: each as it opens, each as it closes."""
-    calls, block = [], gpu_lstm.backend("reference")
-
-    class Interrupted(list):
-        def append(self, block):
-            super().append(block)
-            self.interrupt()
-
-        def __delitem__(self, k):
-            super().__delitem__(k)
-            self.interrupt()
-
-        def interrupt(self):
-            calls.append(1)
-            if len(calls) == at:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(choices.chosen_backend, "blocks", Interrupted())
+    blocks, block = Interrupted(), gpu_lstm.backend("reference")
+    blocks.interrupt = Mock(side_effect=[*[None] * at, KeyboardInterrupt, *[None] * 8])
+    monkeypatch.setattr(choices.chosen_backend, "blocks", blocks)
     with pytest.raises(KeyboardInterrupt), gpu_lstm.backend("torch"), block, gpu_lstm.backend("torch"), block:
         pass
     assert choices.chosen_backend.blocks == []
@@ -314,26 +271,25 @@ def test_a_function_in_a_block_may_call_itself_within_another():
     decorated(True)
 
 
-@pytest.mark.parametrize("where", ["one thread", "a thread each"])
+def in_a_thread(call, *arguments):
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(call, *arguments).result()
+
+
+@pytest.mark.parametrize("run", [lambda call, *arguments: call(*arguments), in_a_thread], ids=["one thread", "many"])
 @pytest.mark.parametrize(("chooser", "values", "now"), [
     (gpu_lstm.backend, (Backend.TORCH, Backend.REFERENCE), lambda: requested_backend(None)),
     (gpu_lstm.racing, (Racing.OFF, Racing.READ), requested_racing),
 ])  # fmt: skip
-def test_overlapping_blocks_leave_nothing_behind(chooser, values, now, where):
+def test_overlapping_blocks_leave_nothing_behind(chooser, values, now, run):
     """The test fixes the order, so that no scheduler has a say."""
 
-    def run(call, *arguments):
-        if where == "one thread":
-            return call(*arguments)
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(call, *arguments).result()
-
-    def choosing(number):
-        with chooser(values[number].value):
+    def choosing(value):
+        with chooser(value.value):
             yield now()
 
     chosen, by_default = [values[0], values[1], values[0]], now()
-    first, second, third = (choosing(number) for number in (0, 1, 0))
+    first, second, third = map(choosing, chosen)
     assert [run(next, block) for block in (first, second, third)] == chosen
     run(third.close)
     run(first.close)

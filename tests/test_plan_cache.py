@@ -8,6 +8,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -42,15 +43,20 @@ NO_KEYS = [  # and for which it is not
     dict(steps=1), dict(reverse=True), dict(lengths=torch.int64), dict(resets=True), dict(reset_h=True),
     dict(reset_c=True), dict(peepholes=True),
 ]  # fmt: skip
+assert {name for change in (*KEYS, *NO_KEYS) for name in change} == set(Problem._fields)
 
 
-def test_a_measured_plan_is_read_until_it_is_measured_again_or_forgotten():
-    """Results are read once in a process, and again after each that is written or removed."""
+def test_a_measured_plan_is_read_until_it_is_measured_again_or_forgotten(monkeypatch):
+    """Results are read once in a process, and again after each that is written or removed; where they are valid."""
     assert measured_plan(PROBLEM, H100, False) is None
     for plan in (PLAN, dataclasses.replace(PLAN, why="measured again")):
         keep_measured(PROBLEM, H100, False, plan)
         assert measured_plan(PROBLEM, H100, False) == plan
     assert measured_plan(PROBLEM, H100, True) is None
+    assert measured_plan(PROBLEM, dataclasses.replace(H100, name="another"), False) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(choose.triton, "__version__", "0.0")
+        assert measured_plan(PROBLEM, H100, False) is None
     assert cache.forget(choose.KIND) == 1
     assert measured_plan(PROBLEM, H100, False) is None
 
@@ -58,21 +64,16 @@ def test_a_measured_plan_is_read_until_it_is_measured_again_or_forgotten():
 @pytest.mark.parametrize("change", [*KEYS, *NO_KEYS], ids=str)
 def test_a_plan_is_for_one_kind_of_problem(change):
     keep_measured(PROBLEM, H100, False, PLAN)
-    other = PROBLEM._replace(**change)
+    other, another = PROBLEM._replace(**change), dataclasses.replace(PLAN, why="measured for the other")
     assert measured_plan(other, H100, False) == (None if change in KEYS else PLAN)
-    another = dataclasses.replace(PLAN, why="measured for the other")
     keep_measured(other, H100, False, another)
     assert measured_plan(PROBLEM, H100, False) == (PLAN if change in KEYS else another)
-
-
-def test_every_field_of_a_problem_is_in_the_test_above():
-    assert {name for change in (*KEYS, *NO_KEYS) for name in change} == set(Problem._fields)
 
 
 @pytest.mark.parametrize("change", ["card", "driver", "torch", "cuDNN", "triton", "gpu_lstm"])
 def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch, change):
     """Each may change who is faster, or which kernel is right: what was found with another does not count."""
-    facts = {name: "1" for name in ("card", "driver", "torch", "cuDNN", "triton", "gpu_lstm")}
+    facts = dict.fromkeys(("card", "driver", "torch", "cuDNN", "triton", "gpu_lstm"), "1")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: facts["card"])
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: facts["driver"], raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: facts["cuDNN"])
@@ -86,14 +87,11 @@ def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch, chan
     assert {name for name in facts if keys[0][name] != keys[1][name]} == {change}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", _entry()[:-40], "[]", "null", "7", "{}", '{"key": 1, "value": {}}', "\udcff\udcfe",
-        _entry(surprise=1), _entry(without="rows"), _entry(rows="16"), _entry(rows=16.0), _entry(rows=True),
-        _entry(family="odd"), _entry(walks=1.0), _entry().replace("768", "769"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("text", [
+    "", _entry()[:-40], "[]", "null", "7", "{}", '{"key": 1, "value": {}}', "\udcff\udcfe",
+    _entry(surprise=1), _entry(without="rows"), _entry(rows="16"), _entry(rows=16.0), _entry(rows=True),
+    _entry(family="odd"), _entry(walks=1.0), _entry().replace("768", "769"),
+])  # fmt: skip
 def test_a_broken_entry_is_ignored_with_a_warning_and_written_again(folder, text):
     keep_measured(PROBLEM, H100, False, PLAN)
     (file,) = folder.glob("*.json")
@@ -126,11 +124,8 @@ def test_a_folder_without_permissions_stops_nobody(folder):
 
 
 def test_a_user_without_a_home_computes_all_the_same(monkeypatch):
-    def nowhere():
-        raise RuntimeError("Could not determine home directory.")
-
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
     assert measured_plan(PROBLEM, H100, False) is None
     with pytest.warns(UserWarning, match="no home directory"):
         keep_measured(PROBLEM, H100, False, PLAN)
@@ -141,13 +136,12 @@ def _keep_many(first: int) -> None:
         keep_measured(PROBLEM._replace(batch=batch), H100, False, PLAN)
 
 
-@pytest.mark.parametrize(
-    "pool", [ThreadPoolExecutor, partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("fork"))]
-)
+@pytest.mark.parametrize("pool", [
+    ThreadPoolExecutor, partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("fork")),
+])  # fmt: skip
 def test_many_who_write_at_once_lose_nothing(folder, pool):
     with pool(6) as executor:
         list(executor.map(_keep_many, range(0, 90, 15)))
     cache._read.cache_clear()
-    found = [measured_plan(PROBLEM._replace(batch=batch), H100, False) for batch in range(90)]
-    assert found == [PLAN] * 90
+    assert [measured_plan(PROBLEM._replace(batch=batch), H100, False) for batch in range(90)] == [PLAN] * 90
     assert list(folder.glob("*.unfinished")) == []

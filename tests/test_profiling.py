@@ -22,9 +22,9 @@ X = torch.randn(2, 3, 4)
 ])  # fmt: skip
 def test_torch_profiler_names_layers_and_directions(device, options, lengths, expected):
     kind = gpu_lstm.StackedLSTM if "hidden_sizes" in options else partial(gpu_lstm.LSTM, hidden_size=5)
-    lstm = kind(4, **options).to(device)
+    lstm, lengths = kind(4, **options).to(device), lengths and torch.tensor(lengths, device=device)
     with profile() as profiler:
-        lstm(X.to(device), lengths=None if lengths is None else torch.tensor(lengths, device=device))
+        lstm(X.to(device), lengths=lengths)
     names = {event.name for event in profiler.events() if event.name.startswith("gpu_lstm ")}
     assert sorted(names) == [f"gpu_lstm layer {name}" for name in expected]
 

@@ -1,8 +1,6 @@
 """A route never outlives a fact: whatever changes between two calls, the cached route is that of a fresh decision.
 
-The CPU counts as a card, and a race's winner depends on the kind of call alone, so that `auto` decides differently from
-call to call. A kernel in the interpreter takes 50 ms a step; a stand-in for it computes numbers that depend on all that
-the kernel is compiled for and given.
+The CPU counts as a card, and a race's winner depends on the kind of call alone; kernels are stood in for.
 """
 
 import contextlib
@@ -49,14 +47,6 @@ class Races:
         return {name: [2.0 if name == self.winner.value else 1.0] * 4 for name in rivals}
 
 
-class Traced(nn.Module):
-    """A module to be traced: torch.jit.trace has no constants that require gradients."""
-
-    def __init__(self, module, call):
-        super().__init__()
-        self.module, self.forward = module, call
-
-
 ATTRIBUTES = {  # set on modules that have them
     "training": (True, False), "recompute": (False, True), "batch_first": (False, True), "dropout": (0.0, 0.5),
     "recurrent_dropout": (0.0, 0.5), "zoneout": (0.0, 0.5, (0.0, 0.5)), "weight_drop": (0.0, 0.5),
@@ -72,9 +62,9 @@ FACTS = ATTRIBUTES | {
     BACKEND_VARIABLE: ("", "triton", "torch", "cupy", "nonsense"), RACE_VARIABLE: ("", "off", "nonsense"),
     "autocast": (None, torch.float16, torch.bfloat16), "around": ("nothing", "vmap", "grad", "mode", "trace"),
 }  # fmt: skip
+BLOCKS = dict(block=gpu_lstm.backend, racing=gpu_lstm.racing, autocast=lambda dtype: torch.autocast("cpu", dtype))
 OF_A_CALL = ("steps", "batch", "form", "lengths", "resets", "hx", "x_learns")
 DRAWN = ("subject", "parameters_learn", "x_learns", "steps", "batch", "resets", "training")  # to begin with
-KNOWN = ((dispatch, "_routes"), (race, "_decided"), (launch, "_layers"))  # what a process has decided
 
 
 class Routes(RuleBasedStateMachine):
@@ -86,8 +76,7 @@ class Routes(RuleBasedStateMachine):
         super().__init__()
         dispatch.forget()
         launch.forget()
-        self.facts = {name: values[0] for name, values in FACTS.items()}
-        self.modules = {}
+        self.facts, self.modules = {name: values[0] for name, values in FACTS.items()}, {}
 
     @initialize(start=st.fixed_dictionaries({name: st.sampled_from(FACTS[name]) for name in DRAWN}))
     def begin(self, start):
@@ -95,8 +84,9 @@ class Routes(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(OF_A_CALL), first=st.integers(0, 9))
     def change_the_call(self, name, first):
-        for k in range(count := len(FACTS[name])):
-            self.facts[name] = FACTS[name][(first + k) % count]
+        values = FACTS[name]
+        for k in range(len(values)):
+            self.facts[name] = values[(first + k) % len(values)]
             self.hold_to_a_fresh_decision()
 
     @rule(which=st.sampled_from(range(1000)), first=st.integers(0, 9))
@@ -110,7 +100,7 @@ class Routes(RuleBasedStateMachine):
         module = self.module()
         cached = self.outcome(module)
         with contextlib.ExitStack() as stack:
-            for place, name in KNOWN:
+            for place, name in (dispatch, "_routes"), (race, "_decided"), (launch, "_layers"):
                 stack.enter_context(patch.object(place, name, {}))
             fresh = self.outcome(module)
         assert cached[0] == fresh[0], "another backend, other kernels or another error"
@@ -169,30 +159,28 @@ class Routes(RuleBasedStateMachine):
                     gradient, found = torch.func.grad(summed, has_aux=True)(x)
                     found = [gradient, *found]
                 case "trace":
-                    found = torch.jit.trace(Traced(module, call), (x,), check_trace=False)(x)
+                    traced = nn.ModuleList([module])  # torch.jit.trace has no constants that require gradients
+                    traced.forward = call
+                    found = torch.jit.trace(traced, (x,), check_trace=False)(x)
                 case _:
                     found = call(x)
-        ends = [t for t in found if t.requires_grad]
-        if not ends or not leaves:
-            return found
-        gradients = torch.autograd.grad(sum(t.sum() for t in ends), leaves, allow_unused=True)
+        ends = [t.sum() for t in found if t.requires_grad]
+        gradients = torch.autograd.grad(sum(ends), leaves, allow_unused=True) if ends and leaves else []
         return [*found, *(t for t in gradients if t is not None)]
 
     @contextlib.contextmanager
     def process(self):
         """The state of the process."""
         facts, rnn = self.facts, torch.backends.cudnn.rnn
-        environment = {name: facts[name] for name in (BACKEND_VARIABLE, RACE_VARIABLE)}
+        variables = {name: facts[name] for name in (BACKEND_VARIABLE, RACE_VARIABLE)}
         with contextlib.ExitStack() as stack:
-            stack.enter_context(patch.dict(os.environ, environment))
+            stack.enter_context(patch.dict(os.environ, variables))
             stack.callback(setattr, rnn, "fp32_precision", rnn.fp32_precision)
             rnn.fp32_precision = facts["precision"]
             stack.enter_context(facts["grad"]())
-            for block, name in ((gpu_lstm.backend, "block"), (gpu_lstm.racing, "racing")):
+            for name, enter in BLOCKS.items():
                 if facts[name] is not None:
-                    stack.enter_context(block(facts[name]))
-            if facts["autocast"] is not None:
-                stack.enter_context(torch.autocast("cpu", facts["autocast"]))
+                    stack.enter_context(enter(facts[name]))
             if facts["around"] == "mode":
                 stack.enter_context(BaseTorchDispatchMode())
             yield
@@ -225,10 +213,9 @@ class Routes(RuleBasedStateMachine):
 
     def form(self, module):
         """Of x: that of the facts where there is such."""
-        form = self.facts["form"]
         packs = isinstance(module, gpu_lstm.LSTM | gpu_lstm.StackedLSTM) and self.facts["batch"] > 0
-        is_there = packs if form == "packed" else not isinstance(module, Function)
-        return form if is_there else "padded"
+        is_there = packs if self.facts["form"] == "packed" else not isinstance(module, Function)
+        return self.facts["form"] if is_there else "padded"
 
     def packed(self, x):
         """A PackedSequence, of padded data [T, B, I] or of its own [N, I]."""

@@ -1,8 +1,6 @@
-"""Programs and threads that wait for each other: broken exchanges and barriers are detected, and waiting ends.
+"""Programs and threads that wait for each other: broken exchanges and barriers are detected, and waiting ends."""
 
-What they compute where nothing is broken is in test_layer.
-"""
-
+import contextlib
 import threading
 import time
 from functools import partial
@@ -28,8 +26,8 @@ pytestmark = [
 F32, F16 = torch.float32, torch.float16
 
 
-def against_the_reference(given, dtype=F32, **how) -> None:
-    assert_as_good_as_torch(lambda seed: given, "triton", dtype, seeds=1, yardstick="reference", **how)
+def compare(given, dtype=F32, yardstick="reference") -> None:
+    assert_as_good_as_torch(lambda seed: given, "triton", dtype, seeds=1, yardstick=yardstick)
 
 
 def test_programs_of_a_norm_wait_for_each_other_where_every_step_is_reset(monkeypatch):
@@ -43,15 +41,12 @@ def test_programs_of_a_norm_wait_for_each_other_where_every_step_is_reset(monkey
         return load(at, left, GROUPS, SIZE, STRIDE)
 
     monkeypatch.setattr(exchange, "load_volatile", load_late)
-    against_the_reference(example(4, 2, 3, 11, resets=1.0, norms=("c",)))
+    compare(example(4, 2, 3, 11, resets=1.0, norms=("c",)))
 
 
 @pytest.mark.parametrize("family", [step, resident, cooperative], ids=lambda family: family.__name__)
 def test_the_cell_is_kept_in_float32(monkeypatch, family):
-    """In float16, too: c, saved and final, is that of a recurrence in float32, to float32's accuracy.
-
-    W_hh is zero, so that the rounding of h plays no part.
-    """
+    """c, saved and final, is that of a recurrence in float32; W_hh is zero, so that the rounding of h plays no part."""
     family(monkeypatch)
     steps, batch, hidden = 12, 3, 8
     given, lengths = example(steps, batch, 4 * hidden, hidden).rounded(F16), torch.tensor([steps, 5, 0])
@@ -59,13 +54,12 @@ def test_the_cell_is_kept_in_float32(monkeypatch, family):
     tensors = [gates, h0, c0, torch.eye(4 * hidden), torch.zeros(4 * hidden, hidden)]
     _, _, expected, tape = oracle.layer(*(t.double().numpy() for t in tensors), lengths=lengths)
     recurrence = Recurrence(weight_hh=tensors[-1].half(), h0=h0.half(), c0=c0, lengths=lengths)
-    close = partial(torch.testing.assert_close, rtol=0, atol=2e-6)
     layer = launch.layer_of(problem_of(gates.half(), recurrence), gates.device)
     _, _, c_n, c = layer.forward(gates.half(), recurrence, save=True)
-    for b, t, *_, c_new, _, _, _ in tape:
-        close(c[t, b].double(), torch.from_numpy(c_new))
-    for last in (c_n, layer.forward(gates.half(), recurrence, save=False)[2]):
-        close(last.double(), torch.from_numpy(expected))
+    unsaved = layer.forward(gates.half(), recurrence, save=False)[2]
+    found = [c_n, unsaved, *(c[t, b] for b, t, *_ in tape)]
+    for ours, true in zip(found, [expected, expected, *(c_new for *_, c_new, _, _, _ in tape)], strict=True):
+        torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(F32, torch.int32), (F16, torch.int16)], ids=str)
@@ -82,6 +76,7 @@ def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, dtype, bits):
 
 # A broken exchange must be detected. Faults are plain functions: what calls them runs in the interpreter, where
 # constants are numbers.
+count_missing, exchange_pairs, pack = exchange.count_missing, cooperative_kernels.exchange_pairs, exchange.pack
 
 
 def announce_early(at, words, mask):
@@ -101,7 +96,6 @@ def any_phase(*words_and_constants):
     return count_missing(*words_and_constants[:-1], False)
 
 
-count_missing = exchange.count_missing  # without a fault
 FAULTS = {  # where, the function, what stands in its place, norms
     "none": (exchange, "count_missing", count_missing, ()),
     "published before the data": (cooperative_kernels, "publish", announce_early, ()),
@@ -122,9 +116,8 @@ def test_a_broken_exchange_is_detected(monkeypatch, fault, dtype):
     monkeypatch.setattr(module, name, function)
 
     def is_detected(seed: int) -> bool:
-        given, yardstick = example(6, 3, 3, 8, norms=norms, seed=seed), "reference" if norms else "torch"
         try:
-            assert_as_good_as_torch(lambda _: given, "triton", dtype, seeds=1, yardstick=yardstick)
+            compare(example(6, 3, 3, 8, norms=norms, seed=seed), dtype, "reference" if norms else "torch")
         except AssertionError:
             return True
         return False
@@ -141,7 +134,6 @@ def test_a_barrier_that_does_not_wait_is_detected(monkeypatch, projected):
         check((5, 3, 3, 40, projected), "plain", "triton", F32, seeds=5)  # in one order or another
 
 
-pack = exchange.pack
 FAULTS_OF_WORDS = {
     "halves in the other order": lambda x, DTYPE: (pack(x, DTYPE) << 16) | ((pack(x, DTYPE) >> 16) & 0xFFFF),
     "NaN for zero, which only units past H are": lambda x, DTYPE: pack(tl.where(x == 0.0, float("nan"), x), DTYPE),
@@ -163,23 +155,27 @@ def one_program_left_out(*given):
     return (tl.where(is_first, 0.0, found[0]), tl.where(is_first, 0.0, found[1]), *found[2:])
 
 
-exchange_pairs = cooperative_kernels.exchange_pairs
+def launch_with(monkeypatch, module, name, fault, kernels: str, around=lambda kernel: contextlib.nullcontext()) -> None:
+    """A fault for the kernels of such names alone, which are launched within around(name)."""
+    run = launch.launch_kernel
+
+    def launch_kernel(kernel, grid, **given):
+        if kernels not in kernel.__name__:
+            return run(kernel, grid, **given)
+        with monkeypatch.context() as patch, around(kernel.__name__):
+            patch.setattr(module, name, fault)
+            run(kernel, grid, **given)
+
+    monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("norm", ["hh", "c"])
 def test_a_program_that_a_norm_leaves_out_is_detected(monkeypatch, norm, direction):
     cooperative(monkeypatch, units=4)
-    run = launch.launch_kernel
-
-    def run_with_the_fault(kernel, grid, **arguments):
-        there = direction in kernel.__name__
-        monkeypatch.setattr(cooperative_kernels, "exchange_pairs", one_program_left_out if there else exchange_pairs)
-        run(kernel, grid, **arguments)
-
-    monkeypatch.setattr(launch, "launch_kernel", run_with_the_fault)
+    launch_with(monkeypatch, cooperative_kernels, "exchange_pairs", one_program_left_out, direction)
     with pytest.raises(AssertionError):
-        against_the_reference(example(3, 2, 3, 8, norms=(norm,)))
+        compare(example(3, 2, 3, 8, norms=(norm,)))
 
 
 FAULTS_OF_WAITS = {  # the module, the function, and what stands in its place
@@ -192,19 +188,10 @@ FAULTS_OF_WAITS = {  # the module, the function, and what stands in its place
 
 @pytest.mark.parametrize("kernel", FAULTS_OF_WAITS)
 def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel):
+    """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
     family, name, fault = FAULTS_OF_WAITS[kernel]
     step(monkeypatch) if family is step_kernels else cooperative(monkeypatch, units=4)
-    run = launch.launch_kernel
-
-    def run_with_the_fault(its, grid, **arguments):
-        """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
-        if its.__name__ != kernel:
-            return run(its, grid, **arguments)
-        with monkeypatch.context() as patch, few_polls(kernel):
-            patch.setattr(family, name, fault)
-            run(its, grid, **arguments)
-
-    monkeypatch.setattr(launch, "launch_kernel", run_with_the_fault)
+    launch_with(monkeypatch, family, name, fault, kernel, few_polls)
     x, h0, c0, *weights = (None if t is None else t.float().requires_grad_() for t in example(5, 3, 3, 8).tensors)
     call = partial(lstm_layer, x, weights, (h0, c0), backend="triton")
     h, (_, c_n) = call()

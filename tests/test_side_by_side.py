@@ -1,17 +1,16 @@
-"""Layers and directions at once: each plans for its share of the card, and no two whole grids are ever half resident.
-
-Streams, events and launches are stubbed: a program of what waits for what is recorded, and checked.
-"""
+"""Layers and directions at once, on stubbed streams: what waits for what, and which share of the card each gets."""
 
 import collections
 import contextlib
 import functools
+import itertools
 import json
 from types import SimpleNamespace
-from unittest.mock import MagicMock, call
+from unittest.mock import MagicMock, Mock, call
 
 import pytest
 import torch
+from standing_in import H100
 
 import gpu_lstm
 from gpu_lstm.__main__ import main
@@ -25,22 +24,17 @@ from gpu_lstm.kernels import ordering
 from gpu_lstm.kernels.problem import Pass, Problem, Recurrence
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
+from gpu_lstm.kernels.triton_lstm.planning import Family
 
-CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
+CUDA = torch.device("cuda", 0)
 
 
 class Stream:
-    """A queue; an event is a copy of what was in it, with all that waited for."""
+    """A queue; an event is a copy of what was done in it, with all that it waited for."""
 
     def __init__(self) -> None:
         self.done = set()
-
-    def record_event(self) -> set:
-        return set(self.done)
-
-    def wait_event(self, event: set) -> None:
-        self.done |= event
+        self.record_event, self.wait_event = self.done.copy, self.done.update
 
 
 @pytest.mark.parametrize("launches", [
@@ -63,17 +57,16 @@ def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_
         streams[name].done.add(number)
 
 
-@pytest.mark.parametrize(("hidden", "family", "expected"), [(64, Family.RESIDENT, []), (768, Family.COOPERATIVE, [2])])
-def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypatch, hidden, family, expected):
-    waited = []
-    monkeypatch.setattr(launcher, "await_others", lambda side_by_side, device: waited.append(side_by_side))
+@pytest.mark.parametrize(("hidden", "family", "waits"), [(64, Family.RESIDENT, 0), (768, Family.COOPERATIVE, 1)])
+def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypatch, hidden, family, waits):
+    waited = Mock()
+    monkeypatch.setattr(launcher, "await_others", waited)
     problem = Problem(2, 16, hidden, torch.bfloat16, side_by_side=2)
     plan = plans(problem, H100, False)[0]
-    assert plan.family is family
-    gates, c0 = torch.zeros(2, 16, 4 * hidden, dtype=torch.bfloat16), torch.zeros(16, hidden)
-    r = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden).bfloat16(), h0=c0.bfloat16(), c0=c0)
-    launch.layer_by(problem, gates.device, plan, lambda *_, **__: None).forward(gates, r, save=False)
-    assert waited == expected
+    gates, weights, h0, c0 = (torch.zeros(*size, hidden) for size in ((2, 16, 4), (4 * hidden,), (16,), (16,)))
+    r = Recurrence(weight_hh=weights.bfloat16(), h0=h0.bfloat16(), c0=c0)
+    launch.layer_by(problem, c0.device, plan, Mock()).forward(gates.bfloat16().flatten(2), r, save=False)
+    assert (plan.family, waited.mock_calls) == (family, [call(2, c0.device)] * waits)
 
 
 def _call(lstm, steps, **facts):
@@ -91,37 +84,36 @@ def test_the_plans_of_a_call_are_those_that_the_plan_command_shows(nothing_cache
     shown = [each["plan"] for each in json.loads(capsys.readouterr().out).values()]
     lstm = gpu_lstm.LSTM(8, hidden, bidirectional=True, dtype=torch.bfloat16, device="meta")
     kind = kind_of(_call(lstm, 1024, batch=16))
-    for which, plan in zip((Pass(), Pass(True)), shown, strict=True):
-        for row in range(2):
-            ours = candidates(kind.problem(row, side_by_side=2), H100, which)[0]
-            assert plan == ours.__dict__ | {"family": ours.family.value}
-            assert ours.family is Family.COOPERATIVE
-            assert ours.side_by_side == (2 if hidden == 768 else 1)
-
-
-def _schedule(options, steps, is_cuda=True, **facts):
-    x = SimpleNamespace(is_cuda=is_cuda, device=CUDA)
-    return schedule.schedule_of(_call(gpu_lstm.LSTM(3, 4, **options), steps, x=x, **facts), size_class(steps), 4)
+    for (which, plan), row in itertools.product(zip((Pass(), Pass(True)), shown, strict=True), range(2)):
+        ours = candidates(kind.problem(row, side_by_side=2), H100, which)[0]
+        assert plan == ours.__dict__ | {"family": ours.family.value}
+        assert (ours.family, ours.side_by_side) == (Family.COOPERATIVE, 2 if hidden == 768 else 1)
 
 
 @pytest.fixture
-def cuda_streams(monkeypatch):
-    """Objects in their place."""
+def schedule_of(monkeypatch):
+    """Of an LSTM with options and a call of so many steps; objects in the place of streams."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
     monkeypatch.setattr(schedule, "_streams", functools.cache(schedule._streams.__wrapped__))
+
+    def schedule_of(options, steps, is_cuda=True, **facts):
+        x = SimpleNamespace(is_cuda=is_cuda, device=CUDA)
+        return schedule.schedule_of(_call(gpu_lstm.LSTM(3, 4, **options), steps, x=x, **facts), size_class(steps), 4)
+
+    return schedule_of
 
 
 @pytest.mark.parametrize(("options", "steps", "expected"), [
     ({}, 200, 1), (dict(num_layers=3), 200, 3), (dict(num_layers=3), 20, 1), (dict(bidirectional=True), 20, 2),
 ], ids=str)  # fmt: skip
-def test_layers_run_at_once_where_that_helps_and_never_in_a_graph(cuda_streams, monkeypatch, options, steps, expected):
+def test_layers_run_at_once_where_that_helps_and_never_in_a_graph(schedule_of, monkeypatch, options, steps, expected):
     """On the same streams at every call; and all launches, forward and backward, know how many run at once."""
-    found = _schedule(options, steps)
+    found = schedule_of(options, steps)
     assert found.side_by_side == expected
     assert len(set(found.streams) - {None}) == (expected if expected > 1 else 0)
-    assert _schedule(options, steps) == found
+    assert schedule_of(options, steps) == found
     for why, at_once in ((dict(is_cuda=False), 1), (dict(capturing=True), expected)):  # by the plans of the warm-up
-        one_stream = _schedule(options, steps, **why)
+        one_stream = schedule_of(options, steps, **why)
         assert (set(one_stream.streams), one_stream.side_by_side) == ({None}, at_once)
     monkeypatch.setattr(route, "schedule_of", lambda *_: found)
     given = _call(gpu_lstm.LSTM(3, 4, **options), steps)
@@ -129,14 +121,13 @@ def test_layers_run_at_once_where_that_helps_and_never_in_a_graph(cuda_streams, 
     assert [layer.problem.side_by_side for layer in layers] == [expected] * given.options.rows
 
 
-@pytest.mark.parametrize(
-    ("steps", "workspace", "length"),
-    [(128, 1 << 30, 128), (129, 1 << 30, 64), (512, 1 << 30, 64), (1000, 1 << 30, 125), (1000, 20 * 2 * 16 * 4, 20)],
-)
-def test_chunks_of_layers_side_by_side(cuda_streams, monkeypatch, steps, workspace, length):
+@pytest.mark.parametrize(("steps", "workspace", "length"), [
+    (128, 1 << 30, 128), (129, 1 << 30, 64), (512, 1 << 30, 64), (1000, 1 << 30, 125), (1000, 20 * 2 * 16 * 4, 20),
+])  # fmt: skip
+def test_chunks_of_layers_side_by_side(schedule_of, monkeypatch, steps, workspace, length):
     """An eighth of the sequence, though no fewer than 64 steps, and no more than the workspace holds."""
     monkeypatch.setattr(schedule, "WORKSPACE", workspace)
-    found = _schedule(dict(num_layers=2), steps, learns=False)
+    found = schedule_of(dict(num_layers=2), steps, learns=False)
     assert found.side_by_side == (2 if steps > 128 else 1)
     chunks = [slice(start, min(start + length, steps)) for start in range(0, steps, length)]
     assert found.spans(steps, 1) == (chunks if len(chunks) > 1 else [None])
@@ -171,41 +162,35 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
     """As if the CPU had streams: whatever one of them reads was made on it, is waited for, and is held for it."""
     lstm = gpu_lstm.LSTM(3, 4, backend="triton", **options)
     names = tuple(f"stream {k}" for k in range(max(lstm.num_layers, 1 + lstm.bidirectional)))
-    made_on: dict[int, str] = {}  # by address
-    waited: dict[str, set] = {"caller": set()}  # whose work a stream has waited for
-    held = collections.defaultdict(set)
-    current = ["caller"]
-    alive: list[torch.Tensor] = []  # so that no address is given twice
+    made_on, current = {}, ["caller"]  # by address
+    waited, held = (collections.defaultdict(set) for _ in range(2))  # whose work a stream has waited for; addresses
+    alive = []  # so that no address is given twice
 
     @contextlib.contextmanager
     def on(stream, after, reads):
-        waited.setdefault(stream, set()).update({after or "caller"} | waited[after or "caller"])
+        waited[stream] |= {after or "caller"} | waited[after or "caller"]
         current.append(stream)
         held[stream].update(t.data_ptr() for t in reads if t is not None)
         yield
         current.pop()
 
     def join(joined, results):
-        assert joined == names
         waited["caller"].update(joined)
         held["caller"].update(t.data_ptr() for t in results)
 
     def layer(kernels, x, state, weights, traversal, *_):
         alive.append(traversal.lengths)  # of this chunk
         for tensor in (x, *state, traversal.lengths):
-            source = made_on.get(tensor.data_ptr(), "caller")
-            assert source == current[-1] or source in waited[current[-1]]
-            assert source == current[-1] or tensor.data_ptr() in held[current[-1]]
+            source, here = made_on.get(tensor.data_ptr(), "caller"), current[-1]
+            assert source == here or (source in waited[here] and tensor.data_ptr() in held[here])
         found = x.new_zeros(*x.shape[:2], state[0].shape[1]), tuple(torch.zeros_like(t) for t in state)
-        for tensor in (found[0], *found[1]):
-            made_on[tensor.data_ptr()] = current[-1]
-            alive.append(tensor)
+        made_on.update({tensor.data_ptr(): current[-1] for tensor in (found[0], *found[1])})
+        alive.extend((found[0], *found[1]))
         return found
 
     monkeypatch.setattr(route, "schedule_of", lambda *_: schedule.Schedule(2**31, names, len(names)))
-    monkeypatch.setattr(schedule, "on", on)
-    monkeypatch.setattr(schedule, "join", join)
-    monkeypatch.setattr(autograd, "layer", layer)
+    for module, function in (schedule, on), (schedule, join), (autograd, layer):
+        monkeypatch.setattr(module, function.__name__, function)
     lstm(torch.zeros(200, 2, 3), lengths=torch.tensor([200, 150]))
     assert waited["caller"] == set(names)
     finals = [tensor.data_ptr() for tensor in alive if tensor.dim() == 2][-2 * len(names) :]

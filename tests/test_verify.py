@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from comparing import example
 from concurrent_interpreter import ConcurrentRun
-from standing_in import few_polls
+from standing_in import few_polls, plan_of
 from test_faults import FAULTS, FAULTS_OF_NORMS, plant
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -21,8 +22,7 @@ from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import choose, launch, step
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Family
-from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels"),
@@ -30,30 +30,26 @@ pytestmark = [
 ]
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-PLAIN = Problem(2, 3, 20, torch.float32)
-HALF = PLAIN._replace(dtype=torch.float16)
+PLAIN, HALF = (Problem(2, 3, 20, dtype) for dtype in (torch.float32, torch.float16))
 RAGGED = dict(lengths=torch.int64, resets=True)
 MASKS, RATES = (dict(zoneout_h=n, zoneout_c=n) for n in (3, 0))
 NORMS = dict(norms=(True, True, True))
-FORWARD = Pass()
 
 
-def _verify(problem, which=FORWARD, plan=None):
+def _verify(problem, which=None, plan=None):
+    which = which or Pass()
     return verify.verify(plan or plans(problem, INTERPRETER, which.backward)[-1], problem, which, CPU)
 
 
-@pytest.mark.parametrize(
-    ("problem", "gradients"),
-    [
-        (PLAIN._replace(peepholes=True), {}),
-        (PLAIN._replace(**RAGGED, **MASKS, dropout_h=True, projected=5, reverse=True, reset_h=True, reset_c=True),
-         dict(dh_n=False)),
-        (HALF._replace(**RAGGED, projected=5), dict(dh=False)),
-        (PLAIN._replace(**RAGGED, **NORMS, reverse=True, reset_c=True), {}),
-        (HALF._replace(**RAGGED, **RATES, reverse=True, reset_h=True, reset_c=True, peepholes=True), {}),
-        (HALF._replace(**MASKS, dropout_h=True, norms=(False, True, True)), {}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("problem", "gradients"), [
+    (PLAIN._replace(peepholes=True), {}),
+    (PLAIN._replace(**RAGGED, **MASKS, dropout_h=True, projected=5, reverse=True, reset_h=True, reset_c=True),
+     dict(dh_n=False)),
+    (HALF._replace(**RAGGED, projected=5), dict(dh=False)),
+    (PLAIN._replace(**RAGGED, **NORMS, reverse=True, reset_c=True), {}),
+    (HALF._replace(**RAGGED, **RATES, reverse=True, reset_h=True, reset_c=True, peepholes=True), {}),
+    (HALF._replace(**MASKS, dropout_h=True, norms=(False, True, True)), {}),
+])  # fmt: skip
 def test_right_kernels_are_used(problem, gradients):
     assert _verify(problem, Pass(save=False)) is None
     assert _verify(problem, Pass(True, **gradients)) is None
@@ -61,52 +57,38 @@ def test_right_kernels_are_used(problem, gradients):
 
 def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):
     """Kernels are compiled for the dtypes of their arguments, and for those that are None."""
-    launches, run = {}, launch.launch_kernel
-
-    def record(kernel, grid, **arguments):
-        kinds = {name: t.dtype if isinstance(t, torch.Tensor) else t is None for name, t in arguments.items()}
-        launches.setdefault(kernel.__name__, []).append(kinds)
-        run(kernel, grid, **arguments)
-
-    monkeypatch.setattr(launch, "launch_kernel", record)
+    recorded = Mock(side_effect=launch.launch_kernel)
+    monkeypatch.setattr(launch, "launch_kernel", recorded)
     given = example(3, 3, 3, 20, ragged=True, resets=0.4, states=True, peepholes=True, norms=("hh", "c"))
     x, h0, c0, *weights = (None if t is None else t.half().requires_grad_() for t in given.tensors)
     states = [t.half().requires_grad_() for t in given.reset_states]
     traversal = dict(lengths=given.lengths, resets=given.resets, reset_states=states)
     lstm_layer(x, weights, (h0, c0), **traversal, backend="triton")[0].sum().backward()
-    problem = HALF._replace(**RAGGED, **NORMS, peepholes=True, reset_c=True)
     for which in (Pass(), Pass(True, dh_n=False)):
-        _verify(problem, which)
-    assert len(launches) == 2
-    assert all(call == check for call, check in launches.values())
+        _verify(HALF._replace(**RAGGED, **NORMS, peepholes=True, reset_c=True), which)
+    *calls, forward, backward = [
+        (each.args[0], {name: t.dtype if isinstance(t, torch.Tensor) else t is None for name, t in each.kwargs.items()})
+        for each in recorded.call_args_list
+    ]
+    assert calls == [forward, backward]
 
 
 def test_the_numbers_of_the_small_problem_shut_no_gate():
     """Products are of the size of their factors: in gates that are shut or wide open no fault would show."""
     inputs = verify.Small(PLAIN._replace(projected=5), Pass(), CPU).inputs
-    for name in ("weight_ih", "weight_hh", "weight_hr"):
-        weight = getattr(inputs, name)
-        assert 0.75 < weight.std() * weight.shape[1] ** 0.5 < 1.25, name
+    for weight in (inputs.weight_ih, inputs.weight_hh, inputs.weight_hr):
+        assert 0.75 < weight.std() * weight.shape[1] ** 0.5 < 1.25
 
 
-@pytest.mark.parametrize(
-    ("family", "projected"), [(Family.RESIDENT, 5), (Family.COOPERATIVE, 0), (Family.POINTWISE, 0)]
-)
+@pytest.mark.parametrize(("family", "projected"), [("resident", 5), ("cooperative", 0), ("pointwise", 0)])
 def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, projected):
-    kernels = []
-
-    def run(kernel, grid, **arguments):
-        kernels.append(kernel.__name__)
-        ConcurrentRun(seed=0)(kernel, grid, **arguments)
-
+    run = Mock(side_effect=ConcurrentRun(seed=0))
     monkeypatch.setattr(launch, "launch_kernel", run)
     problem = HALF._replace(**RAGGED, projected=projected, peepholes=True)
     for which in (Pass(), Pass(True)):
-        proposed = [*plans(HALF, DEVICES["h100"], which.backward), pointwise_plan(HALF)]
-        assert _verify(problem, which, next(p for p in proposed if p.family is family)) is None
-    assert list(dict.fromkeys(kernels)) == [
-        f"lstm_{family.value}_{direction}_kernel" for direction in ("forward", "backward")
-    ]
+        assert _verify(problem, which, plan_of(family, HALF, which.backward)) is None
+    kernels = dict.fromkeys(each.args[0].__name__ for each in run.call_args_list)
+    assert list(kernels) == [f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")]
 
 
 @pytest.mark.parametrize("fault", FAULTS | FAULTS_OF_NORMS)
@@ -116,33 +98,21 @@ def test_a_wrong_kernel_is_found(monkeypatch, fault):
         problem = problem._replace(**NORMS)
     text = r"failed its verification on cpu: the RMS error of .* where .* is allowed.*report"
     with pytest.warns(UserWarning, match=text):
-        found = _verify(problem) or _verify(problem, Pass(True))
-    assert found.startswith("the RMS error of")
+        assert (_verify(problem) or _verify(problem, Pass(True))).startswith("the RMS error of")
 
 
 def test_a_kernel_that_times_out_is_found(monkeypatch):
     """Its programs wait for one arrival more than there will be."""
     run = launch.launch_kernel
 
-    def one_arrival_is_lost(kernel, grid, **arguments):
-        arguments["arrivals_ptr"] -= 1
+    def one_arrival_is_lost(kernel, grid, arrivals_ptr, **arguments):
         with few_polls(kernel.__name__, tried=True):
-            run(kernel, grid, **arguments)
+            run(kernel, grid, arrivals_ptr=arrivals_ptr.sub_(1), **arguments)
 
     monkeypatch.setattr(launch, "launch_kernel", one_arrival_is_lost)
     with pytest.warns(UserWarning, match="timed out at step"):
         assert "lstm_step_forward_kernel timed out" in _verify(PLAIN)
     gpu_lstm.check()  # nothing is left to tell
-
-
-def test_no_memory_is_no_verdict(monkeypatch, nothing_cached):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("80 GB")
-
-    monkeypatch.setattr(launch, "launch_kernel", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        _verify(PLAIN)
-    assert not (nothing_cached / verify.KIND).exists()
 
 
 def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
@@ -169,8 +139,7 @@ def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
     for number, (problem, which, other) in enumerate(others, start=2):
         assert verify.cached_verdict(other, problem, which, CPU) is None
         _verify(problem, which, other)
-        assert len(verdicts) == number
-        assert verify.cached_verdict(other, problem, which, CPU) == "right"
+        assert (len(verdicts), verify.cached_verdict(other, problem, which, CPU)) == (number, "right")
     other_grid = dataclasses.replace(plan, programs=7, groups=3, walks=2)
     _verify(PLAIN._replace(batch=99, steps=1, side_by_side=2), plan=other_grid)
     assert len(verdicts) == len(others) + 1, "neither the grid nor sizes in time are part of a kernel"
@@ -188,10 +157,8 @@ def card(monkeypatch):
     choose_plan = choose.choose_plan
 
     def as_on_a_card(problem, device, which, launches, verify=None):
-        def verify_here(plan, problem, which, _):
-            return verify(plan, problem, which, device)
-
-        return choose_plan(problem, CUDA, which, launches, verify and verify_here)
+        verify_here = verify and (lambda plan, problem, which, _: verify(plan, problem, which, device))
+        return choose_plan(problem, CUDA, which, launches, verify_here)
 
     monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setattr(launch, "choose_plan", as_on_a_card)
@@ -199,54 +166,37 @@ def card(monkeypatch):
     monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
 
 
-@pytest.mark.parametrize(
-    ("fault", "training"),
-    [("gates i and f swapped", False), ("gates i and f swapped", True), ("cell gradient lost", True)],
-)
+@pytest.mark.parametrize(("fault", "training"), [
+    ("gates i and f swapped", False), ("gates i and f swapped", True), ("cell gradient lost", True),
+])  # fmt: skip
 def test_the_user_of_a_card_with_a_wrong_kernel_gets_right_numbers(card, monkeypatch, fault, training):
     plant(monkeypatch, fault, step)
     lstm, x, found = gpu_lstm.LSTM(4, 5), torch.randn(6, 3, 4), []
     for backend in (None, "reference"):
         lstm.backend = backend
-        lstm.zero_grad()
         untrusted = contextlib.nullcontext() if backend else pytest.warns(UserWarning, match="failed its verification")
         with torch.set_grad_enabled(training), untrusted:
             y, _ = lstm(x)
-        if training:
-            y.square().sum().backward()
-        found.append([y, *(p.grad.clone() for p in lstm.parameters() if training)])
+        gradients = torch.autograd.grad(y.square().sum(), list(lstm.parameters())) if training else ()
+        found.append([y, *gradients])
     torch.testing.assert_close(*found)
     lstm.backend = "triton"
     with pytest.raises(RuntimeError, match=r"no Triton kernel can run this layer on this card.*RMS error"):
         lstm(x)[0].sum().backward()
 
 
-def test_a_verification_inside_a_transform(card):
-    """As of a first call there: it neither fails nor changes the numbers."""
-    x, lstm = torch.randn(6, 3, 4), gpu_lstm.LSTM(4, 5, backend="triton")
-    ours = torch.func.grad(lambda x: lstm(x)[0].square().sum())(x)
-    lstm.backend = "reference"
-    torch.testing.assert_close(ours, torch.func.grad(lambda x: lstm(x)[0].square().sum())(x))
-
-
 @contextlib.contextmanager
-def default_dtype(dtype):
-    torch.set_default_dtype(dtype)
+def switched(switch, inside, outside):
+    switch(inside)
     yield
-    torch.set_default_dtype(torch.float32)
-
-
-@contextlib.contextmanager
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    switch(outside)
 
 
 CONTEXTS = {
-    "default device": lambda: torch.device("meta"), "default dtype": lambda: default_dtype(torch.float64),
-    "deterministic": deterministic, "anomaly": torch.autograd.detect_anomaly, "inference": torch.inference_mode,
-    "no_grad": torch.no_grad, "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "default device": lambda: torch.device("meta"), "inference": torch.inference_mode,
+    "default dtype": lambda: switched(torch.set_default_dtype, torch.float64, torch.float32),
+    "deterministic": lambda: switched(torch.use_deterministic_algorithms, True, False), "no_grad": torch.no_grad,
+    "anomaly": torch.autograd.detect_anomaly, "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "profiler": torch.profiler.profile, "function mode": BaseTorchFunctionMode,
 }  # fmt: skip
 
@@ -264,39 +214,45 @@ def test_contexts_of_the_caller_do_not_reach_the_first_calls_checks_and_races(ca
     assert torch.equal(*found[:2])
 
 
-@pytest.mark.filterwarnings("error:gpu_lstm")
-def test_a_first_call_inside_a_checkpoint(card):
+def gradient_in_a_checkpoint(call, x):
     """Whose hooks count the tensors that are saved, and are to find as many when it is computed again."""
-    lstm, x = gpu_lstm.LSTM(4, 5), torch.randn(3, 3, 4, requires_grad=True)
-    checkpoint(lambda x: lstm(x)[0], x, use_reentrant=False).sum().backward()
-    ours, x.grad = x.grad, None
+    x.requires_grad_()
+    return torch.autograd.grad(checkpoint(call, x, use_reentrant=False), x)[0]
+
+
+@pytest.mark.filterwarnings("error:gpu_lstm")
+@pytest.mark.parametrize(("backend", "gradient"), [
+    (None, gradient_in_a_checkpoint), ("triton", lambda call, x: torch.func.grad(call)(x)),
+], ids=["checkpoint", "transform"])  # fmt: skip
+def test_a_first_call_that_is_verified_inside_a_checkpoint_or_a_transform(card, backend, gradient):
+    """It neither fails nor changes the numbers."""
+    lstm, x = gpu_lstm.LSTM(4, 5, backend=backend), torch.randn(6, 3, 4)
+
+    def call(x):
+        return lstm(x)[0].square().sum()
+
+    ours = gradient(call, x)
     lstm.backend = "reference"
-    lstm(x)[0].sum().backward()
-    torch.testing.assert_close(ours, x.grad)
+    torch.testing.assert_close(ours, torch.func.grad(call)(x))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.AcceleratorError, torch.OutOfMemoryError])
-def test_what_says_nothing_about_numbers_is_not_cached(monkeypatch, error):
+def test_what_says_nothing_about_numbers_is_not_cached(monkeypatch, nothing_cached, error):
     """And errors of the device are the caller's, as they are."""
-
-    def fails(*_):
-        raise error("planted")
-
     with monkeypatch.context() as patch:
-        patch.setattr(verify.Small, "by_kernels", fails)
+        patch.setattr(launch, "launch_kernel", Mock(side_effect=error("planted")))
         if error is RuntimeError:
             with pytest.warns(UserWarning, match="planted"):
                 assert "planted" in _verify(PLAIN)
         else:
             with pytest.raises(error, match="planted"):
                 _verify(PLAIN)
+    assert not (nothing_cached / verify.KIND).exists()
     assert _verify(PLAIN) is None
 
 
 def test_where_torchs_lstm_fails_the_reference_is_the_yardstick(monkeypatch):
-    def fails(*_):
-        raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")
-
+    fails = Mock(side_effect=RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
     monkeypatch.setattr(torch_lstm, "layer", fails)
     assert _verify(PLAIN) is None
     plant(monkeypatch, "gates i and f swapped", step)

@@ -1,6 +1,6 @@
 """`make test-versions`: the kernels' tests on the oldest Triton that is supported, one in between, and the newest.
 
-Each version lies in a folder of its own, which comes before the environment's packages; all else is the environment's.
+Each version lies in a folder of its own, before the environment's packages. test_compile.py compiles its whole table.
 """
 
 import os
@@ -28,17 +28,14 @@ def main(arguments: list[str]) -> int:
     failed = False
     for packages in VERSIONS:
         folder = FOLDERS / packages[0].replace("==", "-")
-        environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+        environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "WHOLE_TABLE": "1"}
         if "==" not in packages[0] or not folder.exists():
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder)]
             subprocess.run([*pip, *packages], check=True)
         python = [sys.executable, "-c", "import triton; print(triton.__version__)"]
         version = subprocess.check_output(python, env=environment, text=True).strip()
-        tests = [f"tests/test_{name}.py" for name in TESTS]
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-n", "auto", *tests, *arguments],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        pytest = [sys.executable, "-m", "pytest", "-n", "auto", *(f"tests/test_{name}.py" for name in TESTS)]
+        run = subprocess.run([*pytest, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         print(run.stdout)
         *_, summary = run.stdout.splitlines()  # "1 failed, 98 passed, 2 skipped in 60.00s"
         counts = {outcome: count for count, outcome in re.findall(r"(\d+) (\w+)", summary)}

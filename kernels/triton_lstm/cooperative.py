@@ -51,7 +51,7 @@ from .norm import (
 )
 from .planning import Device, Family, Plan, expected
 
-SENTINEL = -1  # as int32: the word that stands for data which is not there yet, and that `pack` never makes
+SENTINEL = tl.constexpr(-1)  # as int32: the word of data that are not there yet, which `pack` never makes
 
 
 @triton.jit
@@ -154,6 +154,13 @@ def means_of_group(
 
 
 @triton.jit
+def is_of_a_timeout(x, error_ptr):
+    """[THREADS]: whether x is NaN and a program timed out."""
+    at = tl.zeros_like(x).to(tl.int32)
+    return tl.load(error_ptr + at, mask=x != x, other=0, volatile=True) != 0
+
+
+@triton.jit
 def h_before(
     step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W: tl.constexpr, REVERSE: tl.constexpr, WARPS: tl.constexpr,
     PADDING: tl.constexpr,  # whether words of padding and before resets are waited for, too
@@ -251,7 +258,8 @@ def lstm_cooperative_forward_kernel(
         if PADDING:
             collected, h_prev = h_prev, ()
             for n in tl.static_range(4 * CHUNKS):
-                h_prev = h_prev + (tl.where(from_h, collected[n], 0),)
+                # What never arrived is no number, whatever it counts for: nor is what is published in its place.
+                h_prev = h_prev + (tl.where(from_h | (collected[n] == SENTINEL), collected[n], 0),)
         if dropout_h_ptr is not None:
             h_prev = scale(h_prev, dropout_h_ptr + of_column.to(tl.int64) * W + first_word, left, CHUNKS, STRIDE, DTYPE)
         parts = product(weights, h_prev, DTYPE, CHUNKS, TILES, WARPS)
@@ -355,6 +363,7 @@ def lstm_cooperative_backward_kernel(
         gain_c, bias_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H)
 
     step, tile = T - 1, tl.program_id(1)
+    lost = tl.zeros((32 * WARPS,), tl.int1)  # a program timed out: numbers that depend on it are none, past resets, too
     for turn in range(T * tiles_of_group(B)):
         # Load, before waiting: it arrives meanwhile.
         batch, in_batch, length = indexing.sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
@@ -410,7 +419,9 @@ def lstm_cooperative_backward_kernel(
         dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
         if NORM_C:
             dz_o, d_unit = normed_output_backward(gates[3], unit_c, dh, gain_c, bias_c)
-            mean_d, mean_d_unit = means_of_group(d_unit, d_unit * unit_c, pairs_c_ptr, exchanged, H, UNITS, WARPS, 1)
+            summed = tl.where(lost, float("nan"), d_unit)
+            mean_d, mean_d_unit = means_of_group(summed, d_unit * unit_c, pairs_c_ptr, exchanged, H, UNITS, WARPS, 1)
+            lost |= is_of_a_timeout(mean_d, error_ptr)
             dc += normalise_backward(d_unit, unit_c, scale_c, mean_d, mean_d_unit)
         else:
             dz_o, dc_of_m = output_backward(gates[3], c, dh)
@@ -423,7 +434,9 @@ def lstm_cooperative_backward_kernel(
         if NORM_HH:
             indexing.store_gates(dgates_ptr, gates_at, in_tile, dz, H)
             d, sum_d, sum_d_unit = gates_of_unit(dz, gain_hh, unit_hh, DTYPE)
+            sum_d = tl.where(lost, float("nan"), sum_d)
             mean_d, mean_d_unit = means_of_group(sum_d, sum_d_unit, pairs_hh_ptr, exchanged, H, UNITS, WARPS, 4)
+            lost |= is_of_a_timeout(mean_d, error_ptr)
             dz = normalise_gates_backward(d, unit_hh, scale_hh, mean_d, mean_d_unit)
 
         # Publish. In padding every factor was loaded as zero, so its gradients are zero.
@@ -478,7 +491,7 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
     """What forward needs besides what all families are given: h, of words and with h0 at its end; and arguments."""
     steps, batch, gates_of_all = gates.shape
     h_then_h0 = _rows_of_words(gates, steps + 1, batch)
-    words = h_then_h0.view(torch.int32).fill_(SENTINEL)
+    words = h_then_h0.view(torch.int32).fill_(SENTINEL.value)
     h_then_h0[-1].zero_()
     h_then_h0[-1, :, : gates_of_all // 4] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the sentinel's
     return h_then_h0, {
@@ -495,10 +508,10 @@ def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, 
     exchanged = _rows_of_words(gates, steps, batch, 4)  # what W_hh^T is multiplied with
     dgates = None if r.gain_hh is None else torch.empty_like(gates)
     of_parts = batch, plan.parts, r.c0.shape[1]
-    partials = r.c0.new_full(of_parts, SENTINEL, dtype=torch.int32) if plan.parts > 1 else None
+    partials = r.c0.new_full(of_parts, SENTINEL.value, dtype=torch.int32) if plan.parts > 1 else None
     return exchanged if dgates is None else dgates, {
         "weights_ptr": transposed_gates(r.weight_hh, plan.parts),
-        "words_ptr": exchanged.view(torch.int32).fill_(SENTINEL),
+        "words_ptr": exchanged.view(torch.int32).fill_(SENTINEL.value),
         "dgates_ptr": dgates,
         "partials_ptr": partials,
         **_pairs(r, plan),
@@ -509,7 +522,7 @@ def _pairs(r: Recurrence, plan: Plan) -> dict[str, Tensor | None]:
     """Of `exchange_pairs`, one for each layer norm."""
     of_programs = r.c0.shape[-2], ceil(r.c0.shape[-1] / plan.columns), 2
     pairs_hh, pairs_c = (
-        None if gain is None else r.c0.new_full(of_programs, SENTINEL, dtype=torch.int32)
+        None if gain is None else r.c0.new_full(of_programs, SENTINEL.value, dtype=torch.int32)
         for gain in (r.gain_hh, r.gain_c)
     )
     return {"pairs_hh_ptr": pairs_hh, "pairs_c_ptr": pairs_c}

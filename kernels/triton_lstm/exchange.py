@@ -21,8 +21,8 @@ import triton.language as tl
 from .assembly import operands, types
 from .features import constexpr_function
 
-POLLS_BETWEEN_CHECKS = 64  # a power of two
-"""How often a reader that waits for words checks whether another timed out: the error word is in host memory."""
+POLLS_BETWEEN_CHECKS = tl.constexpr(64)  # a power of two
+"""How often a program that waits checks whether another timed out: the error word is in host memory."""
 
 
 @triton.jit
@@ -86,14 +86,17 @@ def grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
     """
     tl.debug_barrier()  # every thread's stores come before the one thread's release
     expected = times * tl.num_programs(0)
-    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1
+    own = tl.where(poll_limit > 0, 1, 0)  # one that timed out arrives no more: others would go on by its later arrivals
+    arrived = tl.atomic_add(arrivals_ptr, own, sem="acq_rel") + own
     polls = 0
     while (arrived - expected < 0) & (polls < poll_limit):
         arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
         polls += 1
+        error = tl.load(error_ptr, mask=polls % POLLS_BETWEEN_CHECKS == 0, other=0, volatile=True)
+        polls = tl.where(error != 0, poll_limit, polls)
     tl.debug_barrier()  # no thread loads before the one thread's acquire
     failed = arrived - expected < 0
-    tl.store(error_ptr, step + 1, mask=failed)
+    tl.store(error_ptr, step + 1, mask=failed & (poll_limit > 0))
     return tl.where(failed, 0, poll_limit)
 
 
@@ -239,7 +242,7 @@ def polling_loop(groups: int, size: int, stride: int, together: int, phased: boo
         lines.append(f"or.pred any, any, missing{n};")
     lines += [
         "vote.sync.any.pred any, any, -1;", "@!any bra DONE;",
-        "add.s32 polls, polls, 1;", f"and.b32 rest, polls, {POLLS_BETWEEN_CHECKS - 1};",
+        "add.s32 polls, polls, 1;", f"and.b32 rest, polls, {POLLS_BETWEEN_CHECKS.value - 1};",
         "setp.ne.s32 any, rest, 0;", "@any bra POLL;",
         f"ld.relaxed.sys.global.b32 rest, [{error}];",
         "setp.ne.s32 any, rest, 0;", "vote.sync.any.pred any, any, -1;", "@any bra TIMED_OUT;",

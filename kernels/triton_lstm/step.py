@@ -162,6 +162,7 @@ def lstm_step_forward_kernel(
                         h_prev_ptr, row_prev, continues, dropout_h_ptr, batch.to(tl.int64), None,
                         weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, P, BLOCK_K, PRECISION,
                     )  # fmt: skip
+                    z = unless_timed_out(z, poll_limit)
                 if NORM_HH and round < 2:
                     z_at = product_ptr + product_place(batch, unit_tile, H, BLOCK_H)
                 if NORM_HH and round == 0:
