@@ -164,6 +164,7 @@ def card(monkeypatch):
     monkeypatch.setattr(launch, "choose_plan", as_on_a_card)
     monkeypatch.setattr(choose, "card_of", lambda device: INTERPRETER)
     monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 @pytest.mark.parametrize(("fault", "training"), [
