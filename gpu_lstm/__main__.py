@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands[name] = command = subparsers.add_parser(name, help=text)
         command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
         command.set_defaults(run=run)
-    commands["kernels"].add_argument("--quick", action="store_true", help="for an H100 in bfloat16 alone")
+    commands["kernels"].add_argument("--h100", action="store_true", help="for an H100 in bfloat16 alone: minutes")
     plan, cached = commands["plan"], commands["races"].add_mutually_exclusive_group()
     for command, dtype in ((plan, "bf16"), (commands["explain"], "tf32")):
         command.add_argument("--hidden", type=_positive, required=True, help="hidden units")
@@ -162,7 +162,7 @@ def _kernels(options: argparse.Namespace) -> int:
     for backend in ("triton", "cupy"):
         try:
             compiler = importlib.import_module(f"gpu_lstm.kernels.{backend}_lstm.compile")
-            cases, begin = compiler.cases(options.quick), time.monotonic()
+            cases, begin = compiler.cases(options.h100), time.monotonic()
             for done, those in enumerate(compiler.reports(cases), start=1):
                 left = (time.monotonic() - begin) / done * (len(cases) - done)
                 print(f"{backend}: {done} of {len(cases)} compiled, about {left:.0f} s left", file=sys.stderr)

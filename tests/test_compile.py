@@ -105,8 +105,8 @@ def with_loads_in_the_loop():  # a copy of the cooperative family that loads its
     return as_json(compile._reports_of(Case(Problem(2, 16, 256, torch.bfloat16), False, DEVICES["h100"])))
 
 def of_the_command():  # its table of two kernels
-    cases, of_cupy = compile.step_cases()[:1], cupy.cases(quick=True)[:1]
-    compile.cases, cupy.cases = lambda quick: cases, lambda quick: of_cupy
+    cases, of_cupy = compile.step_cases()[:1], cupy.cases(h100=True)[:1]
+    compile.cases, cupy.cases = lambda h100: cases, lambda h100: of_cupy
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert __main__.main(["kernels"]) == 0
     return printed.getvalue()

@@ -178,7 +178,7 @@ def test_the_table_of_kernels_counts_and_says_how_long_it_takes(monkeypatch, cap
     row = Report("lstm_step_forward_kernel", "bfloat16", 90, None, 128, "16x16", 100, 0, 1024, loop, "mma.sync", 7)
     found = {triton: [[row], [row]], cupy: [[dataclasses.replace(row, kernel="lstm_step_forward", loop=None)]]}
     for module, rows in found.items():
-        monkeypatch.setattr(module, "cases", lambda quick, rows=rows: rows[: 1 if quick else None])
+        monkeypatch.setattr(module, "cases", lambda h100, rows=rows: rows[: 1 if h100 else None])
         monkeypatch.setattr(module, "reports", lambda cases: iter(cases))
     monkeypatch.setattr("gpu_lstm.kernels.triton_lstm.launch.INTERPRETED", False)
     assert main(["kernels"]) == 0
@@ -186,7 +186,7 @@ def test_the_table_of_kernels_counts_and_says_how_long_it_takes(monkeypatch, cap
     assert printed.splitlines()[1].split()[3:14] == ["90", "100", "0", "1024", "300", "1", "18", "4096", "9", "8", "7"]
     assert printed.splitlines()[-1] == "3 kernels; 0 do not fit"
     assert "triton: 1 of 2 compiled, about 0 s left\n" in told
-    assert [row["backend"] for row in printed_by(capsys, "--json", "kernels", "--quick")] == ["triton", "cupy"]
+    assert [row["backend"] for row in printed_by(capsys, "--json", "kernels", "--h100")] == ["triton", "cupy"]
     found[triton][1][0] = dataclasses.replace(row, spills=8)
     assert main(["kernels"]) == 1
     assert "16x16, DOES NOT FIT\n" in (printed := capsys.readouterr().out)

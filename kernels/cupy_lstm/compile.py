@@ -53,14 +53,14 @@ class Binary(NamedTuple):
     log: str  # the compiler's warnings, except those of old architectures
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(h100: bool) -> list[Case]:
     """For every size the best plan that keeps the weights, and the best that reads them at every step.
 
-    If `quick`, an H100 and bfloat16.
+    If `h100`, for that and in bfloat16 alone.
     """
     found: dict[tuple, Case] = {}
     for card, (dtype, precision), (batch, hidden), backward in product(CARDS, PRECISIONS, SIZES, (False, True)):
-        if quick and (card.architecture != 90 or dtype is not torch.bfloat16):
+        if h100 and (card.architecture != 90 or dtype is not torch.bfloat16):
             continue
         problem = Problem(2, batch, hidden, dtype, precision=precision)
         for kept in (True, False):

@@ -60,10 +60,10 @@ def problem_with(
     )  # fmt: skip
 
 
-def cases(quick: bool) -> list[Case]:
-    """All of them; if `quick`, those of an H100 in bfloat16."""
+def cases(h100: bool) -> list[Case]:
+    """All of them; if `h100`, those of an H100 in bfloat16."""
     every = [*step_cases(), *sequence_cases(), *large_cases()]
-    return [c for c in every if not quick or (c.device.architecture == 90 and c.problem.dtype is torch.bfloat16)]
+    return [c for c in every if not h100 or (c.device.architecture == 90 and c.problem.dtype is torch.bfloat16)]
 
 
 def step_cases() -> list[Case]:
