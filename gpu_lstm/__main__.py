@@ -214,7 +214,7 @@ def _plan(options: argparse.Namespace) -> int:
         found[name] = dict(plan=_as_json(plan), expected_seconds=expected.seconds, expected_terms=expected.terms)
         lines += [
             f"\n{name}: {plan.family.value}, {plan.why}",
-            f"  tiles    {tiles_of(plan)}, K by {plan.k}; batch tiles of a group, one after another: {plan.walks}",
+            f"  tiles    {tiles_of(plan)}, K by {plan.k}; batch tiles per group: {plan.tiles_per_group}",
             f"  program  {plan.num_warps} warps, shared memory {plan.shared >> 10} KB of {device.shared >> 10} KB",
             f"  a step   {expected.seconds * 1e6:.2f} us (expected, not measured):",
             *(f"           {term}" for term in terms_of(expected.terms)),

@@ -26,7 +26,7 @@ KERNELS = (
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """RuntimeErrors that say nothing about what was run when they were raised: the caller gets them as they are."""
 
-PATIENCE = "GPU_LSTM_PATIENCE"  # environment variable: seconds that programs wait for each other, about
+TIMEOUT = "GPU_LSTM_TIMEOUT"  # environment variable: seconds that programs wait for each other, about
 SPARE = "GPU_LSTM_SPARE_MULTIPROCESSORS"  # environment variable: how many plans leave to other kernels
 SECONDS, SECONDS_OF_TRIALS = 120.0, 1.0  # a kernel of NCCL waits as long for a slow rank, and holds multiprocessors
 POLLS_A_SECOND = 4_000_000  # a poll takes 0.2 to 0.35 us, by estimate
@@ -47,7 +47,7 @@ class _Words:
         self.as_bytes: Any = (ctypes.c_char * self.tensor.nbytes).from_address(self.tensor.data_ptr())
         self.process = os.getpid()
         for k in range(2 * len(KERNELS)):
-            seconds = patience() if k < len(KERNELS) else SECONDS_OF_TRIALS
+            seconds = timeout_seconds() if k < len(KERNELS) else SECONDS_OF_TRIALS
             self.memory[k * APART + 1] = min(int(seconds * POLLS_A_SECOND), 2**31 - 1)
         self.none = self.as_bytes.raw  # what they are where no kernel timed out
 
@@ -55,19 +55,19 @@ class _Words:
 _words: dict[torch.device, _Words] = {}  # of each device that had a launch
 
 
-def patience() -> float:
+def timeout_seconds() -> float:
     """Seconds that the programs of a launch wait for each other, by the environment.
 
     Raises:
         ValueError: it is no number above 0.
     """
-    text = os.environ.get(PATIENCE) or str(SECONDS)
+    text = os.environ.get(TIMEOUT) or str(SECONDS)
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise ValueError(f"expected a number of seconds above 0 in the environment variable {PATIENCE}, got {text!r}")
+        raise ValueError(f"expected a number of seconds above 0 in the environment variable {TIMEOUT}, got {text!r}")
     return seconds
 
 
@@ -119,7 +119,7 @@ def raise_if_timed_out(device: torch.device) -> None:
         raise RuntimeError(
             f"{' and '.join(found)} on {device}: its programs wait for each other, and were not all resident at once; "
             f"the results of that launch, and of all launches since, are wrong. If other kernels hold the card for "
-            f"long, {PATIENCE} (seconds, now {patience():g}) and {SPARE} in the environment help"
+            f"long, {TIMEOUT} (seconds, now {timeout_seconds():g}) and {SPARE} in the environment help"
         )
 
 

@@ -40,7 +40,7 @@ def compiled(family, name, card, backward, parts=1):
     (launch,) = recorded_launches(problem, Pass(backward), plan)
     arguments = [n for n, p in zip(launch.kernel.arg_names, launch.kernel.params)
                  if not p.is_constexpr and launch.arguments[n] is not None]
-    ahead = plan.walks > 1 and not backward  # a look before the loop, and one for the next turn
+    ahead = plan.tiles_per_group > 1 and not backward  # a look before the loop, and one for the next turn
     words = {"load words": 4 * plan.k * (3 if ahead else 1), "store words": 4 if backward else 1}  # of a thread
     if plan.parts > 1:
         words |= {"load partials": parts, "store partials": -(-parts * plan.columns // (4 * plan.num_warps))}

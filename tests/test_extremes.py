@@ -207,7 +207,7 @@ def _launches(name: str, backward: bool) -> list:
         tiles = ceil(problem.batch / plan.rows) * ceil(max(problem.hidden, problem.projected) / plan.columns)
         plan = dataclasses.replace(plan, k=4096, programs=tiles)
     else:
-        plan = dataclasses.replace(plan, groups=plan.groups * plan.walks)
+        plan = dataclasses.replace(plan, groups=plan.groups * plan.tiles_per_group)
     ragged = dict(lengths=torch.int64, resets=True, reset_h=problem.regularised, reset_c=True, reverse=not backward)
     return launch.recorded_launches(problem._replace(**ragged), Pass(backward), plan)
 

@@ -90,7 +90,7 @@ def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch, chan
 @pytest.mark.parametrize("text", [
     "", _entry()[:-40], "[]", "null", "7", "{}", '{"key": 1, "value": {}}', "\udcff\udcfe",
     _entry(surprise=1), _entry(without="rows"), _entry(rows="16"), _entry(rows=16.0), _entry(rows=True),
-    _entry(family="odd"), _entry(walks=1.0), _entry().replace("768", "769"),
+    _entry(family="odd"), _entry(tiles_per_group=1.0), _entry().replace("768", "769"),
 ])  # fmt: skip
 def test_a_broken_entry_is_ignored_with_a_warning_and_written_again(folder, text):
     keep_measured(PROBLEM, H100, False, PLAN)

@@ -46,12 +46,14 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
         for plan in proposed:
             assert plan.shared <= device.shared
             at_a_time = plan.programs * plan.groups * plan.rows * plan.columns
-            assert at_a_time * plan.walks >= problem.batch * problem.hidden, "every unit of every sequence has a tile"
+            assert at_a_time * plan.tiles_per_group >= problem.batch * problem.hidden, (
+                "every unit of every sequence has a tile"
+            )
             if plan.family is STEP:
                 assert plan.programs * plan.side_by_side <= max(device.multiprocessors, problem.side_by_side)
                 continue
             assert plan.programs * plan.columns >= problem.hidden, "every unit has a program"
-            assert plan.rows * plan.groups * plan.walks >= problem.batch, "every sequence has a tile"
+            assert plan.rows * plan.groups * plan.tiles_per_group >= problem.batch, "every sequence has a tile"
             if plan.family is COOPERATIVE:
                 at_once = plan.programs * plan.groups * plan.side_by_side
                 assert at_once <= device.multiprocessors, "programs that wait for each other are resident at once"
@@ -100,7 +102,7 @@ def test_tiles_of_the_step_family(batch, dtype, options, rows, warps):
     assert back.shared == plan.shared - 2 * 128 * 3 * plan.columns
     assert plan.num_warps == back.num_warps == warps
     tiles = -(-problem.batch // plan.rows) * (64 // plan.columns)
-    assert (plan.programs, plan.walks) == (min(tiles, 132), -(-tiles // 132))
+    assert (plan.programs, plan.tiles_per_group) == (min(tiles, 132), -(-tiles // 132))
 
 
 @both_ways
@@ -163,7 +165,7 @@ def test_the_models_agree_with_cycles_estimated_from_sass(row):
         (cycles,) = (plan.clocks for plan in found if [plan.units, plan.warps, plan.chunks, plan.parts] == sizes)
     else:
         names = ("rows", "columns", "k", "programs", "groups", "warps", "stages")
-        turns = dict(walks=row["walks"], parts=row["parts"])
+        turns = dict(tiles_per_group=row["tiles_per_group"], parts=row["parts"])
         plan = Plan(Family(family), *(row[name] for name in names), shared=0, why="", **turns)
         cycles = expected(problem, H100, plan, backward).seconds * H100.clock
     assert cycles == pytest.approx(row["cycles"], rel=0.25)
@@ -180,7 +182,7 @@ def test_the_terms_of_a_step():
     assert clocks["products"] == pytest.approx(18 * 8 * 2)  # of a warp, their clocks, warps a scheduler
     assert clocks["instructions, shared memory, or words from L2"] == pytest.approx(8 * 768 * 2 / (28.7 * 132 / 128))
     assert clocks["exchange"] == pytest.approx(planning.EXCHANGE)
-    twice = expected(problem, H100, dataclasses.replace(best, walks=2), False)
+    twice = expected(problem, H100, dataclasses.replace(best, tiles_per_group=2), False)
     ahead = 2 * (planning.EXCHANGE - planning.EXCHANGE_AHEAD) / H100.clock  # of which words are asked for
     assert twice.seconds == pytest.approx(2 * found.seconds - ahead)
     of_step = expected(problem, H100, step, False)

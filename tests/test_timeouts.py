@@ -84,22 +84,22 @@ def test_check_waits_for_every_cuda_device_before_it_looks(monkeypatch):
         gpu_lstm.check()
 
 
-@pytest.mark.parametrize("variable", [timeouts.PATIENCE, timeouts.SPARE])
+@pytest.mark.parametrize("variable", [timeouts.TIMEOUT, timeouts.SPARE])
 @pytest.mark.parametrize("text", ["0.0", "-1", "soon", "nan", "inf"])
 def test_variables_that_are_no_such_numbers_are_refused(monkeypatch, variable, text):
     monkeypatch.setenv(variable, text)
     with pytest.raises(ValueError, match=f"in the environment variable {variable}, got '{text}'"):
-        timeouts.patience() if variable == timeouts.PATIENCE else timeouts.spare_multiprocessors(132)
+        timeouts.timeout_seconds() if variable == timeouts.TIMEOUT else timeouts.spare_multiprocessors(132)
 
 
-def test_patience_is_that_of_the_environment_but_for_plans_that_are_tried(monkeypatch):
+def test_the_timeout_is_that_of_the_environment_but_for_plans_that_are_tried(monkeypatch):
     monkeypatch.setattr(timeouts, "_words", {})
-    monkeypatch.setenv(timeouts.PATIENCE, "60")
+    monkeypatch.setenv(timeouts.TIMEOUT, "60")
     with torch.inference_mode():  # words that were made in it can be written to outside
         limits = [int(timeouts.error_word(CPU, timeouts.KERNELS[0], tried)[1]) for tried in (False, True)]
     assert limits == [60 * timeouts.POLLS_A_SECOND, timeouts.POLLS_A_SECOND]
     _time_out()
-    with pytest.raises(RuntimeError, match=r"GPU_LSTM_PATIENCE \(seconds, now 60\)"):
+    with pytest.raises(RuntimeError, match=r"GPU_LSTM_TIMEOUT \(seconds, now 60\)"):
         gpu_lstm.check()
 
 

@@ -69,7 +69,7 @@ def test_a_log_line_for_each_plan_says_how_far_it_is(an_h100, monkeypatch, caplo
         assert line == f"forward, plan {named}: {'it spills' if number == 1 else '1.23 ms'}"
 
 
-@pytest.mark.parametrize("change", [dict(programs=1), dict(groups=9), dict(walks=7), dict(rows=16)], ids=str)
+@pytest.mark.parametrize("change", [dict(programs=1), dict(groups=9), dict(tiles_per_group=7), dict(rows=16)], ids=str)
 def test_a_plan_in_a_file_that_nobody_proposes_is_not_used(an_h100, change):
     """Its numbers may fit no problem, and its kernel was verified with others."""
     best, other, *_ = choose.plans(PROBLEM, H100, False)

@@ -140,7 +140,7 @@ def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
         assert verify.cached_verdict(other, problem, which, CPU) is None
         _verify(problem, which, other)
         assert (len(verdicts), verify.cached_verdict(other, problem, which, CPU)) == (number, "right")
-    other_grid = dataclasses.replace(plan, programs=7, groups=3, walks=2)
+    other_grid = dataclasses.replace(plan, programs=7, groups=3, tiles_per_group=2)
     _verify(PLAIN._replace(batch=99, steps=1, side_by_side=2), plan=other_grid)
     assert len(verdicts) == len(others) + 1, "neither the grid nor sizes in time are part of a kernel"
     for other in ({"format": 0}, {"card": "another"}):

@@ -30,7 +30,7 @@ MOST = 3  # plans that a first call compiles, before it runs that of the step fa
 MOST_LONGER = 1.25  # times the expected time of the best plan may a plan take that is compiled already
 SLOW_S = 2.0  # after which a log line says what is going on
 KIND = "plans"  # of cached results
-FORMAT = 7  # raised whenever a field of Plan or of the key changes its name or meaning
+FORMAT = 8  # raised whenever a field of Plan or of the key changes its name or meaning
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES: dict[Family, ModuleType] = {
@@ -135,8 +135,8 @@ def candidates(problem: Problem, card: Device, which: Pass) -> list[Plan]:
     in_use = plans_in_use.get((problem._replace(batch=0), card, which), {})
     if larger := [batch for batch in in_use if batch > problem.batch]:
         plan = in_use[min(larger)]
-        walks = ceil(ceil(problem.batch / plan.rows) / plan.groups)  # of this batch
-        asked = proposed[0], dataclasses.replace(plan, walks=walks)
+        tiles_per_group = ceil(ceil(problem.batch / plan.rows) / plan.groups)  # of this batch
+        asked = proposed[0], dataclasses.replace(plan, tiles_per_group=tiles_per_group)
         best, its = (expected_seconds(problem, card, each, which.backward) for each in asked)
         proposed = [plan, *proposed] if its <= MOST_LONGER * best else proposed
     return proposed

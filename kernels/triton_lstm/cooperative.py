@@ -474,7 +474,7 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
                 candidates.append(
                     Plan(
                         Family.COOPERATIVE, 8, units, chunks, programs, groups, warps, 1, shared, why,
-                        walks=ceil(tiles / groups), side_by_side=problem.side_by_side, parts=parts,
+                        tiles_per_group=ceil(tiles / groups), side_by_side=problem.side_by_side, parts=parts,
                     )
                 )  # fmt: skip
     yield from sorted(candidates, key=lambda plan: expected(problem, device, plan, backward).seconds)

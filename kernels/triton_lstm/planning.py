@@ -67,7 +67,7 @@ class Plan:
     num_stages: int
     shared: int  # bytes a block is expected to take
     why: str
-    walks: int = 1  # batch tiles of a group, processed one after another at every step
+    tiles_per_group: int = 1  # batch tiles of a group, processed one after another at every step
     side_by_side: int = 1  # launches of this plan that fit the card at once
     parts: int = 1  # of cooperative programs, backward: how many share the gates of a unit
 
@@ -204,13 +204,13 @@ def _cooperative_clocks(problem: Problem, device: Device, plan: Plan, backward: 
         "barriers": BARRIER,
         # Forward with several batch tiles the words of the next are asked for ahead. Backward they are there, too, but
         # gates from memory, and words from L2, take as long.
-        "exchange": EXCHANGE_AHEAD if plan.walks > 1 and not backward else EXCHANGE,
+        "exchange": EXCHANGE_AHEAD if plan.tiles_per_group > 1 and not backward else EXCHANGE,
     }
     if backward and plan.parts > 1:
         turn["exchange of partial sums"] = PARTIAL_SUMS
     if problem.normalised:  # of W_hh h and of c, whose sums over all units nothing hides
         turn["exchanges of layer norms"] = 2 * (EXCHANGE + (2 if backward else 3) * SHUFFLES)
-    return {name: plan.walks * clocks for name, clocks in turn.items()}
+    return {name: plan.tiles_per_group * clocks for name, clocks in turn.items()}
 
 
 def _on_chip(problem: Problem, device: Device, plan: Plan, backward: bool) -> tuple[float, float, float]:
@@ -241,7 +241,7 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
     if backward:
         instructions += 245 + 42 * sums if plan.parts > 1 else 211
     else:
-        instructions += 210 + 1.5 * units + 8 * plan.k * (plan.walks > 1)  # words are asked for ahead
+        instructions += 210 + 1.5 * units + 8 * plan.k * (plan.tiles_per_group > 1)  # words are asked for ahead
     return instructions, 2 * plan.k * rows // 16, rows + 4 * sums * warps
 
 

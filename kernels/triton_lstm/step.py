@@ -358,7 +358,7 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
     return Plan(
         Family.STEP, rows, columns, k, programs, 1, 8 if problem.exact_float32 and heavy else 4,
         stages, 2 * stage, why,
-        walks=ceil(tiles / programs), side_by_side=problem.side_by_side,
+        tiles_per_group=ceil(tiles / programs), side_by_side=problem.side_by_side,
     )  # fmt: skip
 
 
