@@ -20,6 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
+from gpu_lstm.call.choices import Backend
+from gpu_lstm.call.prepare import prepare
+from gpu_lstm.dispatch import available, race, run
 
 WORKERS = 2
 T, B, I, H = 4, 4, 3, 6
@@ -106,10 +109,26 @@ def resumed(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
     return {name: weight.full_tensor() for name, weight in model.state_dict().items()}
 
 
+def agreed(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
+    """Whether kernels run two kinds of calls, which the ranks make in other orders and would decide differently."""
+    seconds = {"triton": [1e-3 + rank] * 4, "torch": [2e-3 - rank * 1e-3] * 4}
+    by_kernels = {}
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setenv("XDG_CACHE_HOME", str(folder / f"cache {rank}"))
+        patch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+        patch.setattr(race, "race", lambda rivals, now: seconds)
+        for hidden in (5, 9) if rank else (9, 5):
+            lstm = gpu_lstm.LSTM(I, hidden)
+            call = prepare(lstm._options(), lstm._weights(), torch.zeros(T, B, I))
+            by_kernels[str(hidden)] = torch.tensor(run.route_of(call).backend is Backend.TRITON)
+        run.forget()
+    return dict(sorted(by_kernels.items()))
+
+
 def work(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORKERS)
-    for task, backend in [*product((ddp, fsdp), BACKENDS), (resumed, "torch")]:
+    for task, backend in [*product((ddp, fsdp), BACKENDS), (resumed, "torch"), (agreed, "auto")]:
         with torch.backends.cudnn.flags(allow_tf32=False):
             try:
                 found = task(backend, rank, folder)
@@ -192,3 +211,8 @@ def test_activation_checkpointing_changes_no_bit(backend, dtype, use_reentrant):
         found.append([y, leaf.grad, *(parameter.grad for parameter in model.parameters())])
     assert all(t.any() for t in found[0])
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.slow
+def test_ranks_run_the_same_backend_and_none_waits_for_another(folder):
+    assert len(found(folder, agreed, "auto")) == 2
