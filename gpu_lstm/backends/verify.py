@@ -43,6 +43,7 @@ def verify(plan: Any, problem: Problem, which: Pass, device: torch.device) -> st
         torch.AcceleratorError: an error of the device, of an earlier operation or by the kernel.
     """
     verdict = cached_verdict(plan, problem, which, device)
+    report = f" Please report this, with what `python -m gpu_lstm` prints and the plan: {plan}"
     if verdict is None:
         _raise_earlier_errors(device)
         try:
@@ -50,15 +51,12 @@ def verify(plan: Any, problem: Problem, which: Pass, device: torch.device) -> st
             cache.write(KIND, _key(plan, problem, which, device), verdict)
         except DEVICE_ERRORS:
             raise
-        except RuntimeError as error:  # it timed out, or cannot be launched
-            verdict = f"{type(error).__name__}: {error}"
+        except RuntimeError as error:  # it timed out, as next to another process, or cannot be launched
+            verdict, report = f"{type(error).__name__}: {error}", ""
     if verdict == "right":
         return None
-    cache.warn_once(
-        f"a kernel failed its verification on {cache.machine(device)['card']}: {verdict}. "
-        "Backend 'auto' does without it. Please report this, with what `python -m gpu_lstm` prints and the plan: "
-        f"{plan}"
-    )
+    card = cache.machine(device)["card"]
+    cache.warn_once(f"a kernel failed its verification on {card}: {verdict}. Backend 'auto' does without it.{report}")
     return verdict
 
 
