@@ -94,7 +94,7 @@ def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragge
     ragged = {name: t.to(like.device) for name, t in ragged.items() if t is not None}
     ragged |= {} if left is None else dict(reset_states=left)
     torch.manual_seed(seed)
-    found = (call or module)(x, *([] if hx is None else [hx]), **ragged)
+    found = (module if call is None else call)(x, *([] if hx is None else [hx]), **ragged)
     found = tree_leaves(found, is_leaf=lambda t: isinstance(t, PackedSequence))
     found = [t.data if isinstance(t, PackedSequence) else t for t in found]
     states, left = (tree_leaves(given) if given else [] for given in (hx, left))
