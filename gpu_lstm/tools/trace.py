@@ -73,7 +73,7 @@ class Trace:
         if steps == 0:
             raise ValueError(f"sequence {sequence} has no steps")
         rows = [(k, d, gates) for k, directions in enumerate(self.layers) for d, gates in enumerate(directions)]
-        figure = Figure(figsize=(10, 0.8 + 1.5 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(8.5, 0.9 + 2.1 * len(rows)), layout="constrained")
         grid = figure.add_gridspec(len(rows), 8, width_ratios=[1, 1, 1, 0.12] * 2)
         for r, (layer, direction, gates) in enumerate(rows):
             for k, (field, values) in enumerate(gates._asdict().items()):
