@@ -289,6 +289,21 @@ def test_onnx_computes_the_same_for_any_size(tmp_path):
         np.testing.assert_allclose(ours, true, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_module_of_ours_becomes_onnxs_for_any_batch_and_is_refused_where_steps_are_free(tmp_path):
+    """torch's exporter would fix them inside the file, whose input says that they are free."""
+    lstm, x, batch = gpu_lstm.LSTM(3, 4).eval(), torch.randn(5, 2, 3), torch.export.Dim("batch")
+    free = {0: torch.export.Dim("time"), 1: batch}
+    with pytest.raises(torch.onnx.OnnxExporterError, match=r"gpu_lstm\.layer"):
+        torch.onnx.export(lstm, (x,), tmp_path / "free.onnx", dynamo=True, dynamic_shapes=(free,))
+    torch.onnx.export(lstm, (x,), tmp_path / "fixed.onnx", dynamo=True, dynamic_shapes=({1: batch},))
+    session = onnxruntime.InferenceSession(tmp_path / "fixed.onnx")
+    for given in (x, torch.randn(5, 7, 3)):
+        found, *_ = session.run(None, {session.get_inputs()[0].name: given.numpy()})
+        np.testing.assert_allclose(found, lstm(given)[0].detach().numpy(), rtol=0, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_dynamic_quantization_finds_the_lstm():
     model = Reader().eval()

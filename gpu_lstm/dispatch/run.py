@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..backends import graph
@@ -89,6 +90,9 @@ def _route_in_a_graph(call: Call) -> Route:
     torch's ONNX exporter, which knows no operator of ours, gets torch's own LSTM.
     """
     options, traversal, dtype = call.options, call.traversal, dtype_of(call)
+    if call.modes.recording == Recording.ONNX and isinstance(call.steps, torch.SymInt):
+        # The file would say that T is free, and fail at another than the example's.
+        raise RuntimeError("ONNX: the number of steps is free only in a model that gpu_lstm.to_torch has converted")
     lengths = traversal.lengths is not None or call.form.packed is not None
     noise = options.feature in ("zoneout", "recurrent_dropout")  # a comparison of rates would be a symbol
     asked = (

@@ -119,10 +119,8 @@ def from_keras(
     shared: Any = dict(bias=_same("use_bias", [cell.use_bias for cell in cells]), batch_first=True, backend=backend)
     shared["dtype"] = getattr(torch, _same("dtype", [cell.kernel.dtype for cell in cells]))
     inputs, sizes = cells[0].kernel.shape[0], [cell.units for cell in cells]
-    lstm = (
-        StackedLSTM(inputs, sizes, **shared) if stacked
-        else LSTM(inputs, _same("units", sizes), bidirectional=both, **shared)
-    )  # fmt: skip
+    lstm: LSTM | StackedLSTM = StackedLSTM(inputs, sizes, **shared) if stacked else LSTM(
+        inputs, _same("units", sizes), bidirectional=both, **shared)  # fmt: skip
     with torch.no_grad():
         for weights, cell in zip([w for layer in lstm._weights() for w in layer], cells):
             weights.weight_ih.copy_(_tensor(keras, cell.kernel).T)
