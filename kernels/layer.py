@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import layer_norm, projection
-from .ordering import await_others
+from .ordering import await_others, record_launch
 from .problem import MOST, TENSORS, Pass, Problem, Recurrence, end_index
 from .timeouts import raise_if_timed_out
 
@@ -111,6 +111,8 @@ class Layer:
         if prepared.at_once is not None:
             await_others(prepared.at_once, self.device)
         results = projection.forward(prepared, own, r) if prepared.projects_outside else prepared.forward(own, r)
+        if prepared.at_once is not None:
+            record_launch(self.device)
         if own is not gates:
             gates.copy_(own)
         return results
@@ -145,6 +147,8 @@ class Layer:
             await_others(prepared.at_once, self.device)
         given = dh, dh_n, dc_n, gates, c, r
         found = projection.backward(prepared, *given) if prepared.projects_outside else prepared.backward(*given)
+        if prepared.at_once is not None:
+            record_launch(self.device)
         return found._replace(dh0=_initial_hidden_gradient(found, dh_n, r) if of_h0 else None)
 
     def prepared(self, which: Pass) -> Prepared:

@@ -15,8 +15,10 @@ import torch
 @dataclass
 class _Launched:  # on a device
     group: Hashable = None  # of the latest launch
-    streams: set[torch.cuda.Stream] = field(default_factory=set)  # that the group's launches went to
+    # The streams that the group's launches went to, with an event after the latest of each; None: none was recorded.
+    streams: dict[torch.cuda.Stream, torch.cuda.Event | None] = field(default_factory=dict)
     before: list[torch.cuda.Event] = field(default_factory=list)  # after the groups before it
+    several: bool = False  # whether there was more than one group, so that events are recorded
 
 
 _launched: dict[torch.device, _Launched] = {}
@@ -26,7 +28,7 @@ _lock = threading.Lock()
 def await_others(side_by_side: int, device: torch.device) -> None:
     """Have the current stream wait for launches on other streams that must not run at the same time as the next one.
 
-    `side_by_side` launches were planned to share the card.
+    `side_by_side` launches were planned to share the card. The next one is followed by `record_launch`.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
@@ -35,9 +37,23 @@ def await_others(side_by_side: int, device: torch.device) -> None:
     with _lock:
         latest = _launched.setdefault(device, _Launched())
         if group != latest.group:
-            latest.before = [earlier.record_event() for earlier in latest.streams if earlier != stream]
-            latest.group, latest.streams = group, set()
+            events = [event for earlier, event in latest.streams.items() if earlier != stream]
+            if None in events:  # the first switch of a program; the stream may be gone by now
+                torch.cuda.synchronize(device)
+            latest.before = [event for event in events if event is not None]
+            latest.several = latest.several or latest.group is not None
+            latest.group, latest.streams = group, {}
         if stream not in latest.streams:
             for event in latest.before:
                 stream.wait_event(event)
-            latest.streams.add(stream)  # last: whoever is interrupted here has not waited
+            latest.streams[stream] = None  # last: whoever is interrupted here has not waited
+
+
+def record_launch(device: torch.device) -> None:
+    """Note that a launch was made on the current stream, where others may have to wait for it."""
+    latest = _launched.get(device)
+    if latest is not None and latest.several and not torch.cuda.is_current_stream_capturing():
+        stream = torch.cuda.current_stream(device)
+        with _lock:
+            if stream in latest.streams:
+                latest.streams[stream] = stream.record_event()

@@ -44,7 +44,14 @@ class Stream:
      ("b", 3, {1, 2, 3, 4, 5})],
 ], ids=["whole", "shares"])  # fmt: skip
 def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_share_it(monkeypatch, launches):
-    """Which earlier launches, by their numbers, are over when one begins."""
+    """Which earlier launches, by their numbers, are over when one begins. Nothing is recorded before there are two."""
+
+    def synchronize(device):
+        for stream in streams.values():
+            stream.done.update(range(1, number))
+
+    synchronised = Mock(side_effect=synchronize)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronised)
     monkeypatch.setattr(ordering, "_launched", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     streams = {name: Stream() for name in "abc"}
@@ -55,6 +62,8 @@ def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_
         ordering.await_others(plan.side_by_side, CUDA)
         assert streams[name].done == expected
         streams[name].done.add(number)
+        ordering.record_launch(CUDA)
+    assert synchronised.mock_calls == [call(CUDA)]  # at the first switch, since that stream may be gone
 
 
 @pytest.mark.parametrize(("hidden", "family", "waits"), [(64, Family.RESIDENT, 0), (768, Family.COOPERATIVE, 1)])
