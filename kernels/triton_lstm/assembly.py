@@ -7,11 +7,11 @@ from .features import constexpr_function
 
 @constexpr_function
 def operands(*kinds: str | int) -> str:
-    """Constraints: a kind, how many operands are of it, the next kind..."""
+    """Constraints, given as a kind, the number of operands of that kind, the next kind..."""
     return ",".join(",".join([kind] * count) for kind, count in zip(kinds[::2], kinds[1::2]))
 
 
 @constexpr_function
 def types(dtype: tl.dtype, count: int) -> tuple[tl.dtype, ...]:
-    """Of the results."""
+    """The types of the results."""
     return (dtype,) * count

@@ -1,4 +1,4 @@
-"""Measured plans: those of a problem are timed on the card at hand, and the fastest is cached."""
+"""Measured plans: all plans of a problem are timed on the present card, and the fastest is cached."""
 
 import logging
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def autotune(problem: Problem, device: torch.device) -> dict[str, Plan]:
     """Time the plans of a problem on `device`, forward and backward, and keep the fastest of each.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured, of which timing would become part; or no plan can be compiled.
+        RuntimeError: a CUDA graph is being captured, and would include the timing; or no plan can be compiled.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("autotune cannot time kernels while a CUDA graph is captured; call it before the capture")
@@ -48,12 +48,12 @@ def autotune(problem: Problem, device: torch.device) -> dict[str, Plan]:
 
 
 def time_plan(plan: Plan, call: Callable[[Plan], Callable[[], object]]) -> float:
-    """Milliseconds of a plan, the median of many runs."""
+    """Milliseconds that a plan needs, the median of many runs."""
     return triton.testing.do_bench(call(plan), return_mode="median")
 
 
 def _call(problem: Problem, which: Pass, device: torch.device) -> Callable[[Plan], Callable[[], object]]:
-    """call(plan)() runs random data through a plan, all saved and the gradient of every h given."""
+    """call(plan)() runs a plan on random data, with everything saved and the gradient of every h given."""
     steps, batch, hidden, width = problem.steps, problem.batch, problem.hidden, problem.width
     options: Any = {"dtype": problem.dtype, "device": device}
     gates = torch.randn(steps, batch, 4 * hidden, **options)

@@ -50,7 +50,7 @@ def compile_for(launch: RecordedLaunch, architecture: int) -> CompiledKernel:
 
 
 def resources_of(compiled: CompiledKernel) -> tuple[int, int, int]:
-    """(registers, bytes of stack, bytes of shared memory), where inline assembly's is not in Triton's metadata."""
+    """(registers, bytes of stack, bytes of shared memory, with inline assembly's, which Triton's metadata omits)."""
     ((registers, spills, declared),) = usage(compiled.asm["cubin"], compiled.metadata.target.arch).values()
     return registers, spills, declared + compiled.metadata.shared
 
@@ -62,10 +62,10 @@ def empty_kernel():
 
 @functools.cache
 def compile_problem(architecture: int) -> str | None:
-    """Why the Triton at hand compiles nothing for an architecture, as for one newer than its ptxas. None: it does."""
+    """Why the installed Triton cannot compile for an architecture, e.g. one newer than its ptxas; None if it can."""
     target = GPUTarget("cuda", architecture, 32)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # on which Triton would print all of the kernel
+        with contextlib.redirect_stdout(io.StringIO()):  # where Triton would print the whole kernel
             triton.compile(ASTSource(empty_kernel, {}), target=target, options=OPTIONS)
     except Exception as error:  # of many kinds: from LLVM, ptxas, or the folder of Triton's cache
         lines = [line for line in str(error).splitlines() if line.strip()]

@@ -121,7 +121,7 @@ def gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES: tl.constexpr):
 
 @triton.jit
 def mix(share, before, new):
-    """Zoneout of a state: before the step, and as the step computed it."""
+    """Zoneout of a state: a mixture of that before the step and the one that the step computed."""
     return share * before + (1.0 - share) * new
 
 

@@ -1,6 +1,6 @@
-"""Which plan runs a pass of a problem: the kernel families propose, measured plans come first, and what fits is run.
+"""Which plan runs a pass of a problem: kernel families propose plans, measured ones first, and the first that fits runs.
 
-A plan is compiled for the card before it is chosen. Triton keeps what is compiled here, and that is what is launched.
+A plan is compiled for the card before it is chosen. Triton keeps the compiled kernel, which is then launched.
 """
 
 import bisect
@@ -26,9 +26,9 @@ from .binary import RecordedLaunch, compile_problem, empty_kernel
 from .features import OPTIONS
 from .planning import INTERPRETER, Device, Family, Plan, device_of, expected, plan_of
 
-MOST = 3  # plans that a first call compiles, before it runs that of the step family
-MOST_LONGER = 1.25  # times the expected time of the best plan may a plan take that is compiled already
-SLOW_S = 2.0  # after which a log line says what is going on
+MOST = 3  # plans that a first call compiles before it falls back on the step family's
+MOST_LONGER = 1.25  # a plan that is compiled already may take so many times the best plan's estimated time
+SLOW_S = 2.0  # after which a log line says what is happening
 KIND = "plans"  # of cached results
 FORMAT = 8  # raised whenever a field of Plan or of the key changes its name or meaning
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
@@ -47,10 +47,10 @@ Launches = Callable[[Plan], Iterable[RecordedLaunch]]
 """launches(plan): what a plan would launch."""
 
 
-# Plans that run, by problem but for its batch, card and pass; and by batch.
+# Plans in use, by problem without its batch, card and pass; then by batch.
 plans_in_use: dict[tuple[Problem, Device, Pass], dict[int, Plan]] = {}
 
-CURES = {  # of what Triton says where nothing can be launched, by a part of it
+CURES = {  # remedies for Triton's errors where nothing can be launched, by a part of the message
     "C compiler": "Triton builds its launchers with a C compiler: install gcc, or name one in CC",
     "non-zero exit status": "Triton builds its launchers with Python's headers: install python3-dev",
     "kernel image": "the driver is older than what this Triton compiles for: use a newer driver, or an older Triton",
@@ -59,11 +59,11 @@ CURES = {  # of what Triton says where nothing can be launched, by a part of it
 
 
 class DoesNotFit(Exception):
-    """A kernel compiles to more than a thread or a block may have."""
+    """A compiled kernel needs more than a thread or a block may use."""
 
 
 def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
-    """What to try, best first: estimated, until it is measured. The step family is always there."""
+    """The plans to try, the best estimate first, before any is measured. The step family's is always among them."""
 
     def seconds(plan: Plan) -> float:
         return expected_seconds(problem, device, plan, backward)
@@ -72,7 +72,7 @@ def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     if by_product is not None and seconds(by_product) < seconds(always[0]):
         always = [by_product, *always]
     if problem.steps == 1:
-        return always  # holding W_hh on chip pays from the second step on
+        return always  # holding W_hh on chip pays off from the second step on
     shared = list(cooperative.plans(problem, device, backward))
     if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
         shared = list(cooperative.plans(problem._replace(side_by_side=1), device, backward))
@@ -80,13 +80,13 @@ def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
 
 
 def expected_seconds(problem: Problem, device: Device, plan: Plan, backward: bool) -> float:
-    """Of a step of all layers or directions that run at once, by the model."""
+    """Estimated time of a step of all layers or directions that run at once, by the model."""
     one_after_another = problem.side_by_side // plan.side_by_side if plan.family is Family.COOPERATIVE else 1
     return one_after_another * expected(problem, device, plan, backward).seconds
 
 
 def card_of(device: torch.device) -> Device:
-    """What planning knows of a device, without what is left to others: the seam at which a test can be a card."""
+    """What planning knows of a device, without what is left to other kernels. Tests replace this to simulate a card."""
     if device.type != "cuda":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
@@ -99,7 +99,7 @@ def card_of(device: torch.device) -> Device:
 def _multiprocessors_of_context(device: torch.device, count: int, threads: int) -> int:
     """How many of a card's multiprocessors the current context has: fewer in a green context, or with a share of MPS.
 
-    By the largest grid of an empty kernel whose programs may wait for each other that the driver accepts.
+    It is found as the largest cooperative grid of an empty kernel that the driver accepts.
     """
     blocks = threads // (32 * EMPTY["num_warps"])  # of a multiprocessor
     with torch.cuda.device(device):
@@ -123,14 +123,14 @@ def _multiprocessors_of_context(device: torch.device, count: int, threads: int) 
 
 
 def candidates(problem: Problem, card: Device, which: Pass) -> list[Plan]:
-    """The plans of a pass: first the measured one, if there is one; or one that runs a larger batch already.
+    """The plans of a pass: first the measured one, if there is one; or one that is already in use for a larger batch.
 
-    Every plan runs smaller batches, too. So nothing is compiled for the last, smaller batch of an epoch.
+    Every plan can run smaller batches, too. So nothing is compiled for the last, smaller batch of an epoch.
     """
     if card is INTERPRETER:
-        return [step.step_plan(problem, card, which.backward)]  # the others go thread by thread, which is slow there
+        return [step.step_plan(problem, card, which.backward)]  # the others are written thread by thread, which is slow there
     measured, proposed = measured_plan(problem, card, which.backward), plans(problem, card, which.backward)
-    if measured in proposed:  # whatever a file says: what runs is what was proposed, and verified
+    if measured in proposed:  # whatever a file says, only a proposed and verified plan runs
         return [measured, *proposed]
     in_use = plans_in_use.get((problem._replace(batch=0), card, which), {})
     if larger := [batch for batch in in_use if batch > problem.batch]:
@@ -148,9 +148,9 @@ def choose_plan(
     """The best plan whose kernels the device can run.
 
     Args:
-        problem, device, which: what is to be run.
+        problem, device, which: what to run.
         launches: what a plan would launch.
-        verify: why a plan that compiles is refused all the same.
+        verify: says why a plan that compiles is refused all the same.
 
     Raises:
         RuntimeError: no kernel can be compiled, or none computes the right numbers.
@@ -190,7 +190,7 @@ def why_it_does_not_fit(launches: Iterable[RecordedLaunch]) -> str | None:
 
 
 def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
-    """A kernel, compiled and loaded on the current device: the seam at which a test can be a driver.
+    """A kernel, compiled and loaded on the current device. Tests replace this function to simulate a driver.
 
     Raises:
         Exception: it cannot be compiled, or needs more shared memory than a block may have.
@@ -204,7 +204,7 @@ def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def errors_as_of_torch() -> Iterator[None]:
-    """A block for Triton's driver, whose errors are all RuntimeErrors, and need not be those of the kernel at hand.
+    """A context for calls of Triton's driver, whose errors are all RuntimeErrors, and may come from another kernel.
 
     Raises:
         torch.OutOfMemoryError: memory is full.
@@ -223,9 +223,9 @@ def errors_as_of_torch() -> Iterator[None]:
 
 
 def launch_problem(device: torch.device, architecture: int) -> str | None:
-    """Why Triton launches nothing on a device, and what helps. None: it does, as far as an empty kernel shows."""
+    """Why Triton cannot launch kernels on a device, and what helps; None if it can, as far as an empty kernel shows."""
     if (problem := compile_problem(architecture)) is not None or torch.cuda.is_current_stream_capturing():
-        return problem  # older drivers load nothing into a capture
+        return problem  # older drivers cannot load kernels during a capture
     return _load_problem(device)
 
 
@@ -244,7 +244,7 @@ def _load_problem(device: torch.device) -> str | None:
 
 @contextlib.contextmanager
 def _log_if_slow() -> Iterator[None]:
-    """Kernels take seconds to compile, once for a kind of layer: somebody who waits wants to know."""
+    """Kernels take seconds to compile, once for each kind of layer: tell the user who waits."""
     text = "compiling the kernels of a layer; this happens once for each kind of layer, and Triton keeps the result"
     timer = threading.Timer(SLOW_S, logger.warning, (text,))
     timer.daemon = True
@@ -267,7 +267,7 @@ def keep_measured(problem: Problem, card: Device, backward: bool, plan: Plan) ->
 
 
 def _key(problem: Problem, card: Device, backward: bool) -> cache.Key:
-    """What decides which plan is fastest. A direction, lengths, resets and the like change no order."""
+    """What decides which plan is fastest. Direction, lengths, resets and the like do not change the order of plans."""
     return dict(
         format=FORMAT, triton=triton.__version__, card=card.name, multiprocessors=card.multiprocessors,
         batch=problem.batch, hidden=problem.hidden, projected=problem.projected, dtype=str(problem.dtype),

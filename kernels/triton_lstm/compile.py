@@ -1,6 +1,6 @@
 """The compile report: every kernel compiled for every architecture, without a GPU.
 
-The launches are recorded from the backend's own entry points, and so have the tiles, constants and argument types of
+The launches are recorded from the backend's own entry points, so they have the tiles, constants and argument types of
 real ones.
 """
 
@@ -32,7 +32,7 @@ BATCHES = (16, 64, 256)
 
 @dataclass(frozen=True)
 class Case:
-    """A problem in one direction of derivation on one card."""
+    """A problem, forward or backward, on one card."""
 
     problem: Problem
     backward: bool
@@ -115,7 +115,7 @@ def large_cases() -> list[Case]:
 
 
 def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
-    """Of each case the kernels, compiled on all cores."""
+    """For each case the reports of its kernels, compiled on all cores."""
     if INTERPRETED:
         raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET=1 in the environment")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -123,7 +123,7 @@ def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
 
 
 def _reports_of(case: Case) -> list[Report]:
-    """Of the first plan whose kernels fit, of a family that holds W_hh if there is one: there registers may not do."""
+    """For the first plan whose kernels fit; families that hold W_hh come first, but may lack registers."""
     asked = case.problem, case.device, case.backward
     for plan in [step_plan(*asked)] if case.step else sorted(plans(*asked), key=lambda p: p.family is Family.STEP):
         launch, *_ = recorded_launches(case.problem, Pass(case.backward), plan)  # those of other steps are alike
@@ -134,7 +134,7 @@ def _reports_of(case: Case) -> list[Report]:
 
 
 def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
-    """Compile a launch, and report what it became."""
+    """Compile a launch, and report the result."""
     compiled = compile_for(launch, case.device.architecture)
     found = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])
     tensor_core = found[1] if found else ""
@@ -153,8 +153,8 @@ _OF_POINTERS = ("tt.splat", "tt.addptr", "tt.broadcast", "ttg.convert_layout")
 def _weight_loads_in_loops(ttgir: str, launch: RecordedLaunch) -> int:
     """Loads inside a loop from pointers that come from an argument named weight*, in Triton's GPU dialect."""
     depth, loads = 0, 0
-    loops: list[int] = []  # the depth outside each that is open
-    # By position, since Triton 3.4 does not keep the names. Constants and None are no arguments there.
+    loops: list[int] = []  # for each open loop, the depth outside it
+    # By position, since Triton 3.4 does not keep the names. Constants and None are not arguments there.
     given = [p.name for p in launch.kernel.params if not p.is_constexpr and launch.arguments[p.name] is not None]
     (function,) = (line for line in ttgir.splitlines() if "tt.func public" in line)
     arguments = re.findall(r"(%\w+): (?:!tt\.ptr|i32)", function)

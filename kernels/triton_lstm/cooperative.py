@@ -1,27 +1,27 @@
 """The cooperative family: the whole sequence in one launch, W_hh spread over many programs, h exchanged at each step.
 
 The programs of one batch tile are a group; each owns UNITS hidden units, keeps its part of W_hh in registers, and needs
-at every step what all of its group computed at the step before. A group may have several batch tiles, so that the words
-of one arrive while it works on another; forward, they are asked for before the cell of the other. Groups never wait for
-each other. All programs of a launch must be resident at once.
+at every step what its whole group computed at the step before. A group may have several batch tiles, so that the words
+of one arrive while it works on another; forward requests them before it computes the cell of the other. Groups never
+wait for each other. All programs of a launch must be resident at once.
 
 forward    A program holds the four gates' rows of its units, [4 UNITS, H]. It publishes h of its units.
 
 backward   dh of a unit needs dgates of all units, four times as wide as h. PARTS programs, 1, 2 or 4, are partners and
            own PARTS UNITS units together. Each holds W_hh^T of 4 / PARTS gates for all of these units,
            [PARTS UNITS, 4 / PARTS H], and reads only the dgates of these gates. With PARTS = 1 the product is dh.
-           With more each publishes its partial sums in a second, small exchange, and adds up those of all partners
-           for its own units, in the same order every time: W_hh of more units fits, and a step is longer.
+           With more, each publishes its partial sums in a second, small exchange, and adds up those of all partners
+           for its own units, in the same order every time: W_hh of more units fits, but a step takes longer.
 
 Kernels are written thread by thread (fragments.py). A thread has two places in a batch tile of 8 sequences: in the
 product its column is a sequence, and K is split over the warps; afterwards it owns a cell, one unit of one sequence.
 
-With layer norms the cells of a sequence are threads of one warp, ROW of them. What its program knows of its units are
-two numbers a sequence, which all programs exchange once more for each norm; the programs are distributed over the
-threads of a row, which add up by shuffles. So there are no more barriers.
+With layer norms, ROW threads of one warp have the cells of a sequence. Their program sums up its units in two numbers
+per sequence, and all programs exchange these in one more exchange for each norm. The threads of a row share the
+programs' numbers among them, and add up by shuffles. So no barriers are added.
 
-What is exchanged are words of 32 bits (exchange.py), PER units in each: a row of H units is W = ceil(H / PER) words,
-of which the last may be half empty. So the weights come as words, too.
+Programs exchange words of 32 bits (exchange.py), PER units in each: a row of H units is W = ceil(H / PER) words, of
+which the last may be half empty. So the weights are passed as words, too.
 """
 
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ from .norm import (
 )
 from .planning import Device, Family, Plan, expected
 
-SENTINEL = tl.constexpr(-1)  # as int32: the word of data that are not there yet, which `pack` never makes
+SENTINEL = tl.constexpr(-1)  # as int32: the word for data that are not there yet, which `pack` never returns
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def tiles_of_group(B):
 
 @triton.jit
 def next_turn(step, tile, steps: tl.constexpr, B):
-    """(step, tile) of the turn after this one: a group has its batch tiles in turn, then advances by `steps`."""
+    """(step, tile) of the turn after this one: a group processes its batch tiles in turn, then advances by `steps`."""
     tile += tl.num_programs(1)
     last = tile * SEQUENCES >= B
     return tl.where(last, step + steps, step), tl.where(last, tl.program_id(1), tile)
@@ -83,10 +83,10 @@ def exchange_pairs(
     exchanged,  # the thread's sequence and whether there is one, [THREADS], the phase of the step, error_ptr, the step
     H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Two numbers of each sequence: what a thread's programs, place + n ROW, say of their units; zero where none is.
+    """Two numbers per sequence from each of a thread's programs, place + n ROW, about their units; zero without one.
 
-    A tuple of their firsts, seconds and how many units they have, alternately. Programs without units do nothing. It is
-    called at every step, so that no phase is left out.
+    A tuple: first number, second number and number of units, for each in turn. Programs without units do nothing. It is
+    called at every step, so that no phase is skipped.
     """
     batch, in_batch, phase, error_ptr, step = exchanged
     ROW: tl.constexpr = 4 * WARPS
@@ -124,8 +124,8 @@ def moments_of_group(
         distance = tl.where(is_cell, v[n] - own, 0.0)
         total += distance * distance
     of_programs = exchange_pairs(own, sum_of_row(total, WARPS), pairs_ptr, exchanged, H, UNITS, WARPS)
-    # About this program's mean, so that both sums can be computed at once: it is not so far from that of all that much
-    # would cancel, at most the square root of as many deviations as there are programs.
+    # About this program's mean, so that both sums can be computed at once. Little cancels, since it is close enough to
+    # the mean of all: no further from it than the square root of the number of programs times the deviation.
     shift, squares = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
     for n in tl.static_range(len(of_programs) // 3):
         mean, its_squares, units = of_programs[3 * n], of_programs[3 * n + 1], of_programs[3 * n + 2]
@@ -163,7 +163,7 @@ def is_of_a_timeout(x, error_ptr):
 @triton.jit
 def h_before(
     step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W: tl.constexpr, REVERSE: tl.constexpr, WARPS: tl.constexpr,
-    PADDING: tl.constexpr,  # whether words of padding and before resets are waited for, too
+    PADDING: tl.constexpr,  # whether to wait for words of padding and before resets, too
 ):  # fmt: skip
     """Of the h that a turn starts from, for the thread's column: (where its words are, how many are left from there,
     its sequence, whether it is h and not a state to reset to), each [THREADS]."""
@@ -186,7 +186,7 @@ def lstm_cooperative_forward_kernel(
     c_ptr,
     h0_ptr,
     h_n_ptr,  # [B, H] out: h after every step
-    c_n_ptr,  # [B, H] float32 c0, made c after every step
+    c_n_ptr,  # [B, H] float32 c0, becomes c after every step
     lengths_ptr, resets_ptr,
     dropout_h_ptr,  # [B, W] int32: factors of h, or None
     zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
@@ -206,8 +206,8 @@ def lstm_cooperative_forward_kernel(
     thread, warp, column, quarter = threads(WARPS)
     first_unit = tl.program_id(0) * UNITS
     first_word = warp * 16 + quarter * 4
-    # With layer norms a program waits for words of padding and before resets, too, so that none publishes numbers over
-    # others that are still waited for.
+    # With layer norms a program waits for words of padding and before resets, too, so that none overwrites numbers that
+    # another still waits for.
     PADDING: tl.constexpr = NORM_HH or NORM_C
 
     # The rows of W_hh that belong to the program's units, once: row number r is gate r // UNITS of unit r % UNITS.
@@ -241,7 +241,7 @@ def lstm_cooperative_forward_kernel(
         words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
         seen = look(words[0], words[1], CHUNKS, 4, STRIDE, TOGETHER)
     for turn in range(T * tiles_of_group(B)):
-        # Load, before waiting: it arrives meanwhile.
+        # Load before waiting: the data arrive meanwhile.
         batch, in_batch, length = indexing.sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
         _, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
         cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
@@ -258,7 +258,7 @@ def lstm_cooperative_forward_kernel(
         if PADDING:
             collected, h_prev = h_prev, ()
             for n in tl.static_range(4 * CHUNKS):
-                # What never arrived is no number, whatever it counts for: nor is what is published in its place.
+                # What never arrived is NaN even where it is not used, and so is what is published in its place.
                 h_prev = h_prev + (tl.where(from_h | (collected[n] == SENTINEL), collected[n], 0),)
         if dropout_h_ptr is not None:
             h_prev = scale(h_prev, dropout_h_ptr + of_column.to(tl.int64) * W + first_word, left, CHUNKS, STRIDE, DTYPE)
@@ -312,9 +312,9 @@ def lstm_cooperative_backward_kernel(
     pairs_c_ptr,  # the same, of c; or None
     partials_ptr,  # [B, PARTS, H] int32: float32 words whose last bits are one beforehand; None if PARTS is 1
     dh_total_ptr,
-    dc_ptr,  # [B, H] float32, gradient of c_n, made that of c before every step
+    dc_ptr,  # [B, H] float32, gradient of c_n, becomes that of c before every step
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
-    dh_from_zoneout_ptr,  # [B, H] float32 zeros, made the gradient of h before every step through zoneout; or None
+    dh_from_zoneout_ptr,  # [B, H] float32 zeros, becomes the gradient of h before every step through zoneout; or None
     dreset_h_ptr, reset_c_ptr, dreset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
     REVERSE: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -363,9 +363,9 @@ def lstm_cooperative_backward_kernel(
         gain_c, bias_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H)
 
     step, tile = T - 1, tl.program_id(1)
-    lost = tl.zeros((32 * WARPS,), tl.int1)  # a program timed out: numbers that depend on it are none, past resets, too
+    lost = tl.zeros((32 * WARPS,), tl.int1)  # a program timed out: what depends on it is NaN, past resets, too
     for turn in range(T * tiles_of_group(B)):
-        # Load, before waiting: it arrives meanwhile.
+        # Load before waiting: the data arrive meanwhile.
         batch, in_batch, length = indexing.sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
         time, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
         cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
@@ -385,8 +385,8 @@ def lstm_cooperative_backward_kernel(
         _, _, _, next_continues = indexing.position(step + 1, batch, in_batch, length, resets_ptr, B, REVERSE)
 
         # Product: dh of the partners' units, as far as it comes from the part's gates. A program waits for words of
-        # padding and after resets as well, so that none publishes partial sums, or numbers of a layer norm, over others
-        # that are still waited for.
+        # padding and after resets as well, so that none overwrites partial sums, or numbers of a layer norm, that
+        # another still waits for.
         of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
         row_next = indexing.row_of(indexing.time_of(step + 1, length, REVERSE), of_column, B)
         dgates_at = words_ptr + row_next * (4 * W) + part * K + first_word
@@ -404,7 +404,7 @@ def lstm_cooperative_backward_kernel(
                 to_at = partials_ptr + (to.to(tl.int64) * PARTS + part) * H + sum_unit
                 publish(to_at, in_phase(pack(sums[n], tl.float32), phase), wanted)
             parts_at = partials_ptr + batch.to(tl.int64) * (PARTS * H) + unit
-            left = tl.where(in_tile, PARTS * H, 0)  # at every step: no phase is left out
+            left = tl.where(in_tile, PARTS * H, 0)  # at every step: no phase is skipped
             words = collect(parts_at, left, phase, error_ptr, step, PARTS, 1, H, 1, True)
             dh_next = words[0].to(tl.float32, bitcast=True)
             for n in tl.static_range(1, PARTS):
@@ -488,12 +488,12 @@ KERNELS = lstm_cooperative_forward_kernel, lstm_cooperative_backward_kernel
 
 
 def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """What forward needs besides what all families are given: h, of words and with h0 at its end; and arguments."""
+    """What forward needs beyond what all families share: h, as words with h0 at their end, and more arguments."""
     steps, batch, gates_of_all = gates.shape
     h_then_h0 = _rows_of_words(gates, steps + 1, batch)
     words = h_then_h0.view(torch.int32).fill_(SENTINEL.value)
     h_then_h0[-1].zero_()
-    h_then_h0[-1, :, : gates_of_all // 4] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the sentinel's
+    h_then_h0[-1, :, : gates_of_all // 4] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the sentinel
     return h_then_h0, {
         "weights_ptr": as_words(r.weight_hh),
         "words_ptr": words,
@@ -503,7 +503,7 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
 
 
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """As forward_buffers, of backward: dgates, or their words; and arguments."""
+    """As forward_buffers, for backward: dgates, or their words, and more arguments."""
     steps, batch, _ = gates.shape
     exchanged = _rows_of_words(gates, steps, batch, 4)  # what W_hh^T is multiplied with
     dgates = None if r.gain_hh is None else torch.empty_like(gates)
@@ -519,7 +519,7 @@ def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, 
 
 
 def _pairs(r: Recurrence, plan: Plan) -> dict[str, Tensor | None]:
-    """Of `exchange_pairs`, one for each layer norm."""
+    """Buffers of `exchange_pairs`, one for each layer norm."""
     of_programs = r.c0.shape[-2], ceil(r.c0.shape[-1] / plan.columns), 2
     pairs_hh, pairs_c = (
         None if gain is None else r.c0.new_full(of_programs, SENTINEL.value, dtype=torch.int32)
@@ -529,6 +529,6 @@ def _pairs(r: Recurrence, plan: Plan) -> dict[str, Tensor | None]:
 
 
 def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:
-    """[*rows, H or one more] of the dtype of `gates` [T, B, 4H]: so many that a row is a whole number of words."""
+    """[*rows, H or one more] of the dtype of `gates` [T, B, 4H], so that a row is a whole number of words."""
     hidden = gates.shape[-1] // 4
     return gates.new_empty(*rows, hidden + hidden * gates.itemsize % 4 // gates.itemsize)

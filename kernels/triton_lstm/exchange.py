@@ -1,4 +1,4 @@
-"""How the programs of one launch exchange what every one of them needs at the next step.
+"""How the programs of one launch exchange what all of them need at the next step.
 
 No memory is overwritten while a program may still read it, and none is reset inside a launch. Two exchanges:
 
@@ -7,12 +7,12 @@ No memory is overwritten while a program may still read it, and none is reset in
                   Consistency Model": of one width, so that a race of them is defined). Either every step's words have
                   memory of their own, initialised with a sentinel that `pack` never returns; or two steps alternate in
                   the same memory, and a word's last bit is its step's phase. A reader loads a word until it is the one
-                  it waits for. One store and one load a step, and no barrier.
+                  it waits for: one store and one load per step, and no barrier.
     grid_barrier  A counter of arrivals: store everything, count up (release), wait for it (acquire), then load.
 
-Waits are bounded. A poll is one load of a counter or of words, and the word after the error word says how many of them
-a wait may take (timeouts.py). A wait of more has timed out: the error word is set to step + 1, no later step waits for
-long, so that the launch ends, and what was waited for counts as NaN.
+Waits are bounded. A poll is one load of a counter or of words, and the word after the error word limits the polls of a
+wait (timeouts.py). A wait that needs more times out: the error word is set to step + 1, and the missing values count as
+NaN. Later steps do not wait for long, so that the launch ends.
 """
 
 import triton
@@ -27,7 +27,7 @@ POLLS_BETWEEN_CHECKS = tl.constexpr(64)  # a power of two
 
 @triton.jit
 def pack(x, DTYPE: tl.constexpr):
-    """[THREADS] float32, rounded to DTYPE -> words [THREADS], never the sentinel. Of half precision an even thread's
+    """[THREADS] float32, rounded to DTYPE -> words [THREADS], never the sentinel. In half precision an even thread's
     word holds its element and, in the high half, the next thread's; an odd thread's is not used.
 
     The sentinel has all bits one, a NaN in every floating-point format; a NaN that was computed becomes another.
@@ -49,7 +49,7 @@ def in_phase(words, phase):
 
 @triton.jit
 def of_the_next_thread(x):
-    """[THREADS] int32: an even thread's neighbour's."""
+    """[THREADS] int32: for an even thread, its neighbour's."""
     if INTERPRETED:
         pairs = tl.reshape(x, (x.shape[0] // 2, 2))
         even, odd = tl.split(pairs)
@@ -86,7 +86,7 @@ def grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
     """
     tl.debug_barrier()  # every thread's stores come before the one thread's release
     expected = times * tl.num_programs(0)
-    own = tl.where(poll_limit > 0, 1, 0)  # one that timed out arrives no more: others would go on by its later arrivals
+    own = tl.where(poll_limit > 0, 1, 0)  # after a timeout none arrives: later arrivals would release others
     arrived = tl.atomic_add(arrivals_ptr, own, sem="acq_rel") + own
     polls = 0
     while (arrived - expected < 0) & (polls < poll_limit):
@@ -102,7 +102,7 @@ def grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
 
 @triton.jit
 def unless_timed_out(x, poll_limit):
-    """x, computed from what other programs stored; NaN after a barrier that timed out: it may not be there."""
+    """x, computed from what other programs stored; NaN after a barrier that timed out, since that may be missing."""
     return tl.where(poll_limit > 0, x, float("nan"))
 
 
@@ -150,7 +150,7 @@ def collect(
 
 @triton.jit
 def look(at, left, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, TOGETHER: tl.constexpr):
-    """The words of `collect` as they are now, for its `seen`. A thread goes on until it uses them."""
+    """The words of `collect` as they are now, for its `seen`. A thread does not wait for them until it uses them."""
     if INTERPRETED:
         words = load_volatile(at, left, GROUPS, SIZE, STRIDE)
     else:
@@ -204,11 +204,11 @@ def first_loads(groups: int, size: int, stride: int, together: int) -> str:
 
 @constexpr_function
 def polling_loop(groups: int, size: int, stride: int, together: int, phased: bool, seen: bool) -> str:
-    """PTX that loads words until all are there, or a program timed out; words that are not become the sentinel, a NaN.
+    """PTX that loads words until all are there, or a program timed out; missing words become the sentinel, a NaN.
 
     Operands: the words, the place of the first, how many are left, the phase, the error word, its value, and if `seen`
-    the words of a first look. A pass loads, all at once, the neighbours of which one is still missing. The lanes of a
-    warp loop together, by their vote.
+    the words of a first look. A pass loads at once all groups of neighbours of which one is still missing. The lanes of
+    a warp loop together, by vote.
     """
     count = groups * size
     at, left, phase, error, step = (f"${count + n}" for n in range(5))

@@ -12,7 +12,7 @@ Every thread of a warp holds parts of A, B and D, by its
     quarter  lane % 4: two words of K in A and B; the sequences 2 quarter and 2 quarter + 1 in D
 
 Which words of K are multiplied together is free as long as A and B agree. Here a thread has a quad, four neighbouring
-words (16 bytes), for two products after one another; the four quads of a row are a chunk of K, 16 words.
+words (16 bytes), for two successive products; the four quads of a row are a chunk of K, 16 words.
 """
 
 import triton
@@ -56,7 +56,7 @@ def load_weights(
 @triton.jit
 def to_tf32(words):
     """float32 words, rounded to the nearest TF32, ties away from zero: tensor cores would cut off the rest."""
-    return tl.where((words & 0x7F800000) == 0x7F800000, words, (words + 0x1000) & -0x2000)  # but infinity and NaN
+    return tl.where((words & 0x7F800000) == 0x7F800000, words, (words + 0x1000) & -0x2000)  # except infinity and NaN
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def scale(
     left,  # [THREADS] how many words there are from here on
     CHUNKS: tl.constexpr, STRIDE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """x times as many factors, rounded to DTYPE."""
+    """x times the factors there, rounded to DTYPE."""
     scaled = ()
     for n in tl.static_range(4 * CHUNKS):
         offset = n // 4 * STRIDE + n % 4
@@ -106,14 +106,14 @@ def multiply_halves(a, b, DTYPE: tl.constexpr):
 @triton.jit
 def share(
     values,  # tuple of COUNT [THREADS] of DTYPE
-    sequences,  # tuple of COUNT [THREADS]: of which sequence each is
+    sequences,  # tuple of COUNT [THREADS]: to which sequence each belongs
     elements_of_k,  # tuple of COUNT [THREADS]: and which element of its row
-    turn,  # 0 and 1 alternately, so that a call writes other memory than the one before
+    turn,  # 0 and 1 alternately, so that a call does not write where the one before did
     DTYPE: tl.constexpr, COUNT: tl.constexpr,
     CHUNKS: tl.constexpr,  # of a row; even
     WARPS: tl.constexpr,
 ):  # fmt: skip
-    """What the threads of a program hold of 8 rows of K, for all its warps: where it lies, for `take`.
+    """Make 8 rows of K, held in parts by the threads of a program, readable to all its warps; their place, for `take`.
 
     In shared memory [2, 8 sequences, 16 CHUNKS words], with one barrier, as in `sum_over_warps`.
     """
@@ -167,8 +167,8 @@ def bits(values, DTYPE: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def shared_place(sequence, byte, CHUNKS: tl.constexpr):
-    """Where a byte of a sequence's row lies in shared memory: quads change places with the sequence, so that neither
-    the threads of a store nor those of a load have a bank conflict."""
+    """Where a byte of a sequence's row lies in shared memory: quads are swizzled by the sequence, so that neither the
+    threads of a store nor those of a load have a bank conflict."""
     quad = (byte // 16) ^ (sequence % 2 * 4 + sequence // 2)
     return sequence * (64 * CHUNKS) + quad * 16 + byte % 16
 
@@ -178,8 +178,8 @@ def sum_over_warps(
     parts,  # of product: each warp has another part of K
     rows,  # tuple of COUNT [THREADS]: which rows of the sum a thread wants
     sequences,  # tuple of COUNT [THREADS]: and of which sequence
-    wanted,  # [THREADS] whether it wants any, the same in all threads of a warp; where not, sums mean nothing
-    turn,  # 0 and 1 alternately, so that a call writes other memory than the one before
+    wanted,  # [THREADS] whether it wants any, the same in all threads of a warp; elsewhere sums are undefined
+    turn,  # 0 and 1 alternately, so that a call does not write where the one before did
     COUNT: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Elements of the sum of all warps' products, COUNT [THREADS] float32, in the same order every time.
@@ -206,8 +206,8 @@ def sum_over_warps(
 def place(row, sequence):
     """Where an element of a product lies in shared memory, in bytes.
 
-    Pairs of sequences change places with the row, so that neither the threads of a product nor neighbouring rows of
-    one sequence have a bank conflict.
+    Pairs of sequences are swizzled by the row, so that neither the threads of a product nor neighbouring rows of one
+    sequence have a bank conflict.
     """
     pair = (sequence // 2) ^ (row // 4 % 4)
     return 4 * (8 * row + 2 * pair + sequence % 2)
@@ -223,7 +223,7 @@ def products(chunks: int, tiles: int, dtype: tl.dtype) -> str:
     }[dtype]
     a0, b0 = 4 * tiles, 4 * tiles + 8 * tiles * chunks
     zeros = ", ".join(["0f00000000"] * 4)
-    # Of one tile's products every other one has sums of its own, and need not wait, where they are many.
+    # Where a tile has many products, every other one has sums of its own, and need not wait.
     chains = 2 if tiles == 1 and chunks >= 4 else 1
     lines = [".reg .f32 odd<4>;"]
     for n in range(2 * chunks):  # two products a quad

@@ -7,8 +7,8 @@ A *step* counts in the order of processing. With a sequence of length L in a bat
     reverse   step s visits time L - 1 - s
     padding   steps s >= L visit time s in both directions, so that each padded position is visited once
 
-Pointers that mean the same in every kernel, for H units and P features of h (H without a projection); those of what a
-call has not are None:
+Pointers that mean the same in every kernel, for H units and P features of h (H without a projection); those of absent
+tensors are None:
 
     h0 [B, P]  c0 [B, H] float32  c [T*B, H] float32  lengths [B]  resets [T*B]  error [1] int32, see timeouts.py
     weight_hh [4H, P]  weight_hr [P, H]  peephole [3H]  dropout_h [B, P]
@@ -30,7 +30,7 @@ from .cell import mix, mix_backward, next_cell
 
 @triton.jit
 def load_lengths(lengths_ptr, batch, in_batch, T):
-    """Lengths of the sequences `batch`, T where there are none given."""
+    """Lengths of the sequences `batch`, T where none are given."""
     if lengths_ptr is None:
         length = tl.zeros_like(batch) + T
     else:
@@ -79,7 +79,7 @@ def row_in_h_then_h0(step, length, batch, T, B, REVERSE: tl.constexpr):
 def is_reset(resets_ptr, time, length, batch, B, in_batch, REVERSE: tl.constexpr):
     """Where the state is zeroed before the step at `time`.
 
-    A reset at t separates time t from time t - 1, either way round; the reverse direction comes from time + 1.
+    A reset at t separates time t from time t - 1 in both directions; the reverse direction comes from time + 1.
     """
     if resets_ptr is None:
         reset = time < 0
@@ -180,7 +180,7 @@ def load_affine(gain_ptr, bias_ptr, unit, H: tl.constexpr):
 
 @triton.jit
 def reset_to(before, reset_ptr, at, reset):
-    """The state before a step, which is zero where it is `reset`: there it is that of `reset_ptr`, if there is one."""
+    """The state before a step; where it is `reset`, and so zero, that of `reset_ptr`, if there is one."""
     if reset_ptr is not None:
         before += tl.load(reset_ptr + at, mask=reset, other=0.0).to(tl.float32)
     return before
@@ -219,7 +219,7 @@ def add_gradients_given(dh, dh_ptr, dh_n_ptr, is_last, cells):
 
 @triton.jit
 def load_share(zoneout_ptr, at, mask):
-    """The share of the state before that stays: a tile of a mask, or one float32 for all."""
+    """The share of the previous state that stays: a tile of a mask, or one float32 for all."""
     if zoneout_ptr.dtype.element_ty == tl.float32:
         share = tl.load(zoneout_ptr)
     else:
@@ -237,9 +237,9 @@ def zoneout(zoneout_ptr, at, mask, before, new):
 
 @triton.jit
 def zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells):
-    """dh, without what comes through zoneout of the step after -> the gradient of the h that the step computed.
+    """dh, without the part through zoneout of the step after -> the gradient of the h that the step computed.
 
-    dh_from_zoneout [B, P], float32: the gradient through zoneout of the step after, made that of this one.
+    dh_from_zoneout [B, P], float32: the gradient through zoneout of the step after, replaced by that of this one.
     """
     at, _, state_at, _, valid, continues, reset = cells
     if zoneout_h_ptr is not None:
@@ -257,6 +257,6 @@ def zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells):
     at, _, _, _, valid, _, _ = cells
     dc_prev = tl.zeros_like(dc)
     if zoneout_c_ptr is not None:
-        c = next_cell(gates, c_prev)  # what was saved is after zoneout
+        c = next_cell(gates, c_prev)  # the saved one is after zoneout
         dc_prev, dc = mix_backward(load_share(zoneout_c_ptr, at, valid), dc)
     return dc, c, dc_prev

@@ -1,4 +1,4 @@
-"""The launches of the Triton backend: a plan of one problem and pass, put together once and then only launched."""
+"""The launches of the Triton backend: a plan of one problem and pass, prepared once and then only launched."""
 
 from collections.abc import Callable
 from functools import partial
@@ -44,7 +44,7 @@ The seam at which a test can look at every launch, or make it differently.
 
 
 class Kernel:
-    """A kernel as one plan launches it: its constants and options are fixed, so that a call gives the rest."""
+    """A kernel as one plan launches it: its constants and options are fixed, and a call passes the rest."""
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], options: dict[str, Any]) -> None:
         self._kernel, self._grid = kernel, grid
@@ -54,7 +54,7 @@ class Kernel:
         self._run: Callable[..., None] | None = None  # of the compiled kernel
 
     def __call__(self, launch: Launch | None, given: dict[str, Any]) -> None:
-        """Launch it; of what is given it uses the arguments that it has parameters for."""
+        """Launch it with those of the given arguments that it has parameters for."""
         values, launch = self._values(given), launch or launch_kernel
         if launch is None and self._run is not None:
             self._run(*values, *self._constants)
@@ -95,7 +95,7 @@ class Prepared:
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As layer.Layer.forward, without a projection unless it is in the time loop."""
         c = r.c0.new_empty(gates.shape[0], self._batch, self._hidden) if self._save else None
-        # Kernels write them at every step, but for sequences of length 0; cooperative ones read c there, too.
+        # Kernels write them at every step, except for sequences of length 0; cooperative ones read c there, too.
         copied = r.lengths is not None
         h_n = r.h0.clone() if copied else torch.empty_like(r.h0)
         c_n = r.c0.clone() if copied or self.plan.family is Family.COOPERATIVE else torch.empty_like(r.c0)
@@ -125,7 +125,7 @@ class Prepared:
         return Gradients(dgates, dh_from_zoneout, dc, dh_total, dreset_h, dreset_c)
 
     def _run(self, given: dict[str, Any], r: Recurrence) -> None:
-        """One launch, or one a step."""
+        """One launch, or one per step."""
         if self._loop is None:
             self._kernel(self._launch, given)
         else:
@@ -145,7 +145,7 @@ class Prepared:
 
 
 def _hidden_states(h: Tensor, steps: int, batch: int, width: int) -> Tensor:
-    """h [T, B, P], without h0 at its end and padding of rows; not a view, which autograd forbids to change in place."""
+    """h [T, B, P], without h0 at its end and padding of rows; not a view: autograd forbids changing one in place."""
     if h.shape == (steps, batch, width):
         return h
     return h.resize_(steps, batch, width) if h.shape[2] == width else h[:steps, :, :width].contiguous()
@@ -162,7 +162,7 @@ def _constants(problem: Problem, which: Pass, plan: Plan) -> dict[str, Any]:
 
 
 def _options(plan: Plan, waits: bool) -> dict[str, Any]:
-    """Of Triton."""
+    """Triton's options."""
     options = dict(num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS)
     if plan.family is Family.STEP:
         options["num_stages"] = plan.num_stages
@@ -175,7 +175,7 @@ _layers: dict[tuple[Problem, torch.device], Layer] = {}
 
 
 def layer_of(problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
-    """The layer of a problem on a device; every call gives the same."""
+    """The layer of a problem on a device; every call returns the same one."""
     layer = _layers.get((problem, device))
     if layer is None:
         layer = _layers.setdefault((problem, device), Layer(problem, device, _prepare, _describe, verify))
@@ -191,7 +191,7 @@ def forget() -> None:
 
 
 def _prepare(layer: Layer, which: Pass) -> Prepared:
-    # With neither gradient backward is zeros but for what dc_n brings, which every plan computes alike.
+    # With neither gradient, backward returns zeros except for what dc_n contributes, which all plans compute alike.
     has_results = not which.backward or which.dh or which.dh_n
     verify = layer.verify if has_results and not layer.is_capturing() else None
 
@@ -209,7 +209,7 @@ def _describe(layer: Layer, which: Pass, plan: Plan | None) -> Chosen:
 
 
 def layer_by(problem: Problem, device: torch.device, plan: Plan, launch: Launch | None = None) -> Layer:
-    """A layer that is run by a given plan, in order to try it."""
+    """A layer that uses a given plan, in order to try it."""
 
     def prepare(layer: Layer, which: Pass) -> Prepared:
         return Prepared(problem, which, plan, device, launch, tried=True)

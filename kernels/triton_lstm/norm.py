@@ -1,7 +1,7 @@
 """Layer norm (Ba, Kiros & Hinton, 2016) over units that many tiles share: LN(v) = gain (v - mean) scale + bias.
 
 A tile contributes two numbers a sequence, in a tensor [tiles, B, 2] that all can read after a grid-wide barrier:
-forward the mean and the sum of squares about it, backward two sums. They are put together in the same order every time.
+forward the mean and the sum of squares about it, backward two sums. They are combined in the same order every time.
 """
 
 import triton
@@ -13,7 +13,7 @@ AT_ONCE = tl.constexpr(16)  # tiles whose numbers are loaded together
 
 @triton.jit
 def moments(v, mask, count):
-    """v [rows, n], of which `count` elements a row are there -> (mean, sum of squares about it), each [rows]."""
+    """v [rows, n], with `count` valid elements per row -> (mean, sum of squares about it), each [rows]."""
     mean = tl.sum(tl.where(mask, v, 0.0), axis=1) / count
     distance = tl.where(mask, v - mean[:, None], 0.0)
     return mean, tl.sum(distance * distance, axis=1)
@@ -42,8 +42,8 @@ def normalise_gates(z, mean, scale, gain):
 
 @triton.jit
 def gates_of_unit(dz, gain, unit, DTYPE: tl.constexpr):
-    """Gradients of all gates LN(W_hh h), rounded as they are stored -> (of unit, and over the gates the sums of it and
-    of it times unit)."""
+    """Gradients of all gates LN(W_hh h), rounded as they are stored -> (gradients of unit, and over the gates the sums
+    of these and of these times unit)."""
     d = ()
     for n in tl.static_range(4):
         d = d + (gain[n] * dz[n].to(DTYPE).to(tl.float32),)
@@ -64,7 +64,7 @@ def normalise_gates_backward(d, unit, scale, mean_d, mean_d_unit):
 def squares_about(mean, own_mean, own_squares, count):
     """Of `count` elements: their sum of squares about any mean, from that about their own.
 
-    Together with the mean of all it is what parts add up to (Chan, Golub & LeVeque, 1979).
+    About the mean of all elements, the sums of the parts can be added up (Chan, Golub & LeVeque, 1979).
     """
     distance = own_mean - mean
     return own_squares + count * distance * distance

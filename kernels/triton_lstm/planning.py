@@ -1,4 +1,4 @@
-"""Problems, cards and plans: what every kernel family proposes in. Pure Python, so that it is tested without a GPU.
+"""Cards, plans and their estimated times, common to all kernel families. Pure Python, so that it is tested without a GPU.
 
 A plan is a proposal. Registers depend on the Triton version, so the launcher uses the first plan of a list whose
 kernel compiles without spills on the Triton and card at hand; that of the step family always works.
@@ -40,7 +40,7 @@ class Device:
     memory: float = inf  # bytes a second
 
 
-# Data sheets and CUDA C++ Programming Guide (shared memory a block: table of compute capabilities).
+# Data sheets and CUDA C++ Programming Guide (shared memory per block: table of compute capabilities).
 DEVICES = {
     "h100": Device("NVIDIA H100 SXM", 90, 132, 227 * KB, 1.755e9, 3.35e12),
     "a100": Device("NVIDIA A100 SXM 80 GB", 80, 108, 163 * KB, 1.41e9, 2.04e12),
@@ -65,7 +65,7 @@ class Plan:
     groups: int  # of programs, each with batch tiles of its own
     num_warps: int
     num_stages: int
-    shared: int  # bytes a block is expected to take
+    shared: int  # estimated bytes per block
     why: str
     tiles_per_group: int = 1  # batch tiles of a group, processed one after another at every step
     side_by_side: int = 1  # launches of this plan that fit the card at once
@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Of a launch."""
+        """The grid of a launch."""
         match self.family:
             case Family.RESIDENT:
                 return (self.groups,)
@@ -86,17 +86,17 @@ class Plan:
 
     @property
     def threads(self) -> int:
-        """Of a block."""
+        """Threads per block."""
         return 32 * self.num_warps
 
     @property
     def registers(self) -> int:
-        """The most that a thread may take, where a block has a multiprocessor to itself."""
+        """The most that a thread may use, where a block has a multiprocessor to itself."""
         return min(255, REGISTERS // self.threads)
 
 
 def plan_of(fields: Any) -> Plan:
-    """A plan out of a file, every field checked.
+    """A plan read from a file, with every field checked.
 
     Raises:
         ValueError: a field is missing, unknown, or of another type.
@@ -111,7 +111,7 @@ def plan_of(fields: Any) -> Plan:
 
 
 def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
-    """A real card. Rates that torch does not know, or the card reports as 0, are those of the card most like it."""
+    """A real card. Rates that torch does not know, or the card reports as 0, are those of the most similar card."""
     architecture, multiprocessors = properties.major * 10 + properties.minor, properties.multi_processor_count
 
     def unlike(other: Device) -> tuple[int, int]:
@@ -131,26 +131,26 @@ def power_of_two(n: int) -> int:
 
 @dataclass(frozen=True)
 class Expected:
-    """What one step of a plan is expected to take. Nothing of it was measured."""
+    """The estimated time of one step of a plan. None of it was measured."""
 
     terms: dict[str, float]  # seconds; they add up
 
     @property
     def seconds(self) -> float:
-        """Of the step."""
+        """Seconds per step."""
         return sum(self.terms.values())
 
 
 # Clocks of an H100. Latencies and rates are published ones (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper
-# GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide). What is fitted, is so to the cycles of
+# GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide). Fitted values are fitted to the cycles of
 # tests/cycles.csv, which were estimated instruction by instruction from SASS.
 BARRIER = 30  # of a block, from the last warp's arrival
 PRODUCT = 33  # until the next product of a chain can start
 LOAD = 270  # from L2
-L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 in a clock: when all do, and at most
-SHARED_BYTES = 128  # that a multiprocessor reads or writes in shared memory in a clock
+L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 per clock: when all do, and at most
+SHARED_BYTES = 128  # that a multiprocessor reads or writes in shared memory per clock
 EXCHANGE = 800  # from a store until all readers have it; 650 to 850, from two latencies of L2 and a poll
-EXCHANGE_AHEAD = 100  # what is left of it where words are asked for a turn ahead; fitted
+EXCHANGE_AHEAD = 100  # what is left of it where words are requested a turn ahead; fitted
 PARTIAL_SUMS = 1050  # the same for the second exchange of a step, of which more polls come too early; fitted
 SHUFFLES = 145  # a sum over the threads of a warp: five, one after another, and an addition each
 GRID_BARRIER = 1500  # of all programs: a barrier, a fence, an atomic, and as long until all have seen it
@@ -163,7 +163,7 @@ STEP_CELL = (0, 535), (5000, 190)  # of a tile, and of each cell of a thread
 
 
 def expected(problem: Problem, device: Device, plan: Plan, backward: bool) -> Expected:
-    """What a step of `plan` is expected to take on a card, by a model that is meant to put plans in order."""
+    """The estimated time of a step of `plan` on a card, by a model that is meant for ranking plans."""
     clocks = CLOCKS[plan.family](problem, device, plan, backward)
     terms = {name: each / device.clock for name, each in clocks.items()}
     terms["memory, beyond the rest"] = max(0.0, memory_seconds(problem, device, plan, backward) - sum(terms.values()))
@@ -171,13 +171,13 @@ def expected(problem: Problem, device: Device, plan: Plan, backward: bool) -> Ex
 
 
 def memory_seconds(problem: Problem, device: Device, plan: Plan, backward: bool) -> float:
-    """What goes through memory: x W_ih^T and h, c and the gates forward; the gates, c twice, dh and dgates backward."""
+    """Of memory traffic: x W_ih^T and h, c and the gates forward; the gates, c twice, dh and dgates backward."""
     moved = problem.batch * problem.hidden * (13 * problem.size + 8 if backward else 9 * problem.size + 4)
     return moved * plan.side_by_side / device.memory
 
 
 def l2_clocks(count: float, device: Device, plan: Plan) -> float:
-    """Until each program has read `count` bytes from L2, which all share."""
+    """Clocks until each program has read `count` bytes from L2, which all share."""
     return count / min(L2_ALONE, L2_BYTES * device.multiprocessors / (plan.programs * plan.groups * plan.side_by_side))
 
 
@@ -202,8 +202,8 @@ def _cooperative_clocks(problem: Problem, device: Device, plan: Plan, backward: 
         "products": products,
         "gates and cell": COOPERATIVE_CELL,
         "barriers": BARRIER,
-        # Forward with several batch tiles the words of the next are asked for ahead. Backward they are there, too, but
-        # gates from memory, and words from L2, take as long.
+        # With several batch tiles, forward requests the words of the next one ahead. In backward they arrive in time,
+        # too, but gates from memory, and words from L2, take as long.
         "exchange": EXCHANGE_AHEAD if plan.tiles_per_group > 1 and not backward else EXCHANGE,
     }
     if backward and plan.parts > 1:
@@ -241,7 +241,7 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
     if backward:
         instructions += 245 + 42 * sums if plan.parts > 1 else 211
     else:
-        instructions += 210 + 1.5 * units + 8 * plan.k * (plan.tiles_per_group > 1)  # words are asked for ahead
+        instructions += 210 + 1.5 * units + 8 * plan.k * (plan.tiles_per_group > 1)  # words are requested ahead
     return instructions, 2 * plan.k * rows // 16, rows + 4 * sums * warps
 
 
@@ -254,7 +254,7 @@ def product_clocks(device: Device) -> int:
 
 
 def _step_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
-    """Tile by tile W_hh comes from L2, which is assumed to hold it; a barrier ends each round."""
+    """W_hh is read tile by tile from L2, which is assumed to hold it; a barrier ends each round."""
     hidden, width = problem.hidden, problem.width
     # Units of each round, columns of the product for each, and K.
     rounds = [(hidden, 1, 4 * hidden)] if backward else [(hidden, 4, width)]
@@ -281,10 +281,10 @@ def _step_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -
     return step
 
 
-# Of a step by cuBLAS and a kernel.
-CUBLAS = (0.65, 0.85)  # of the rate of tensor cores, and of that of float32, what large products reach
+# For a step by cuBLAS and a kernel.
+CUBLAS = (0.65, 0.85)  # the fraction that large products reach of the rate of tensor cores, and of that of float32
 CUBLAS_TILE = 64  # rows and columns of a product that a multiprocessor computes at a time, or more
-FASTER = {90: 2, 100: 4, 103: 4}  # times mma.sync are the products that cuBLAS has there (data sheets)
+FASTER = {90: 2, 100: 4, 103: 4}  # how many times as fast as mma.sync cuBLAS's products are there (data sheets)
 LAUNCH_SECONDS = 2.2e-6  # of a short kernel
 HOST_SECONDS = 10e-6  # of a product and a launch, which nothing shorter hides
 

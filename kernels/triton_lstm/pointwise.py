@@ -1,8 +1,8 @@
 """The pointwise family: a step is a product by cuBLAS and one kernel, which does everything else.
 
-For layers and batches so large that two launches are short in comparison with a step. Nothing synchronises, so that all
-steps become part of a CUDA graph. A product is of the whole batch, of rows [B, *] that lie together: where sequences
-visit different times at the same step (reverse, with lengths) the kernel gathers and scatters them.
+For layers and batches so large that two launches are short compared with a step. Nothing synchronises, so all steps
+become part of a CUDA graph. A product covers the whole batch, as contiguous rows [B, *]: where sequences visit
+different times at the same step (reverse, with lengths), the kernel gathers and scatters them.
 """
 
 from collections.abc import Callable
@@ -76,7 +76,7 @@ def lstm_pointwise_backward_kernel(
     c_ptr, c0_ptr, peephole_ptr,
     dgates_ptr,  # [T*B, 4H] out
     dz_ptr,  # [B, 4H] out: those of the step, or None
-    dc_ptr,  # [B, H] float32, gradient of c_n, made that of c before every step
+    dc_ptr,  # [B, H] float32, gradient of c_n, becomes that of c before every step
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, H] float32 or None, see indexing.zoneout_h_backward
     dreset_h_ptr, reset_c_ptr, dreset_c_ptr, step, T, B, H: tl.constexpr, REVERSE: tl.constexpr,
@@ -130,7 +130,7 @@ KERNELS = lstm_pointwise_forward_kernel, lstm_pointwise_backward_kernel
 
 
 def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """What forward needs besides what all families are given: h, and arguments."""
+    """What forward needs beyond what all families share: h, and more arguments."""
     (steps, batch, _), hidden, scattered = gates.shape, r.c0.shape[-1], _is_scattered(r)
     h, h_is_operand = gates.new_empty(steps, batch, hidden), not scattered and r.resets is r.dropout_h is None
     return h, {
@@ -141,7 +141,7 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
 
 
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """As forward_buffers, of backward: dgates, and arguments."""
+    """As forward_buffers, for backward: dgates, and more arguments."""
     dgates = torch.empty_like(gates)
     return dgates, {
         "dgates_ptr": dgates,
@@ -156,7 +156,7 @@ def _is_scattered(r: Recurrence) -> bool:
 
 
 def forward_steps(launch: Callable[[dict[str, Any]], None], given: dict[str, Any], r: Recurrence) -> None:
-    """All steps, the kernel by launch(arguments)."""
+    """Run all steps; launch(arguments) launches the kernel."""
     gates, z, h, h_next = (given[name] for name in ("gates_ptr", "z_ptr", "h_ptr", "h_next_ptr"))
     operand = r.h0.view(h.shape[1:])
     if r.dropout_h is not None:

@@ -50,7 +50,7 @@ def cells_at_step(step, units, sequence, resets_ptr, B, H: tl.constexpr, REVERSE
 
 @triton.jit
 def sum_over_units(values, CELLS: tl.constexpr, WARPS: tl.constexpr):
-    """Of a value of each cell: the sums over all units for a thread's two sequences, a pair of [THREADS]."""
+    """Sums over all units of one value per cell, for a thread's two sequences: a pair of [THREADS]."""
     even = tl.zeros((32 * WARPS,), tl.float32)
     odd = tl.zeros((32 * WARPS,), tl.float32)
     for n in tl.static_range(CELLS):
@@ -171,7 +171,7 @@ def lstm_resident_forward_kernel(
             if NORM_C:
                 gates, c_next, h_next = new[n]
                 h_next = output(gates[3], normalise(c_next, mean[n % 2], scale[n % 2], *affine_c[n]))
-            else:  # here, not earlier: the fewer gates wait to be stored, the fewer instructions it becomes
+            else:  # here, not earlier: the fewer gates wait to be stored, the fewer the instructions
                 gates, c_next, h_next = cell_forward(x[n], z[n], c_prev[n], peepholes[n], PEEPHOLES)
             c_next = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev[n], c_next)
             if zoneout_h_ptr is not None:
@@ -227,7 +227,7 @@ def lstm_resident_backward_kernel(
         for n in tl.static_range(CELLS):  # four gates of UNITS units are a row of K
             elements_of_dz = elements_of_dz + (gate * UNITS + unit[n],)
 
-    # Gradients of the state after the step in hand: at a sequence's last step, those of the final state.
+    # Gradients of the state after the current step: at a sequence's last step, those of the final state.
     dh, dc, peepholes = (), (), ()
     states = cells_at_step(0, unit, sequence, None, B, H, REVERSE, CELLS)[1]
     for n in tl.static_range(CELLS):
@@ -362,7 +362,7 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
     in_the_loop = problem.projected and problem.regularised  # see kernels/projection.py
     if in_the_loop or problem.batch == 0 or problem.exact_float32:
         return
-    units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` wants
+    units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` requires
     warps = units // 16 if backward else min(8, units // 8)
     registers = 4 * units * units * problem.size // (4 * 32 * warps)  # of a thread
     if warps <= 8 and registers <= MOST_REGISTERS:
@@ -378,7 +378,7 @@ KERNELS = lstm_resident_forward_kernel, lstm_resident_backward_kernel
 
 
 def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """What forward needs besides what all families are given: h, and arguments."""
+    """What forward needs beyond what all families share: h, and more arguments."""
     steps, batch, gates_of_all = gates.shape
     h = gates.new_empty(steps, batch, gates_of_all // 4)
     return h, {
@@ -388,6 +388,6 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
 
 
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """As forward_buffers, of backward: dgates, and arguments."""
+    """As forward_buffers, for backward: dgates, and more arguments."""
     dgates = torch.empty_like(gates)
     return dgates, {"weights_ptr": transposed_gates(r.weight_hh), "dgates_ptr": dgates}

@@ -99,7 +99,7 @@ def pairs_of_step(step, H: tl.constexpr, BLOCK_H: tl.constexpr, B):
 def store_hidden(
     h, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells, is_last, P: tl.constexpr
 ):
-    """Stores h of a tile, after zoneout, and h_n of sequences whose step `is_last`, [BB]; returns that h."""
+    """Store h of a tile, after zoneout, and h_n of sequences whose step `is_last`, [BB]; returns that h."""
     at, _, state_at, in_tile, valid, continues, reset = cells
     if zoneout_h_ptr is not None:
         prev_at = row_prev[:, None] * P + unit[None, :]
@@ -126,7 +126,7 @@ def lstm_step_forward_kernel(
     h_n_ptr,  # [B, P] out where a sequence has a step
     c_n_ptr,  # [B, H] float32 out: c after every step
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr,
-    arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier; None where one round is all
+    arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier; None if there is only one round
     error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
     PROJECT: tl.constexpr, PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -229,11 +229,11 @@ def lstm_step_backward_kernel(
     sums_c_ptr,  # [tiles, B, 2] float32: the sums of the gradient of unit_c, and of it times unit_c; or None
     dgates_ptr,  # [T*B, 4H] out
     dh_total_ptr,
-    dc_ptr,  # [B, H] float32, gradient of c_n, made that of c before every step
+    dc_ptr,  # [B, H] float32, gradient of c_n, becomes that of c before every step
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, P] float32 or None, see indexing.zoneout_h_backward
     dreset_h_ptr, reset_c_ptr, dreset_c_ptr,
-    arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier; None where one round is all
+    arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier; None if there is only one round
     error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PROJECT: tl.constexpr,
     PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -336,10 +336,10 @@ def lstm_step_backward_kernel(
 
 
 def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
-    """Works for every problem: no more programs than fit the card at once, and tiles that fill them.
+    """A plan that works for every problem: no more programs than fit the card at once, and tiles that fill them.
 
-    The product of a step is small, so what counts is that many programs share it: the narrowest tiles that still fill
-    tensor-core instructions.
+    The product of a step is small, so many programs must share it: tiles are the narrowest that still fill tensor-core
+    instructions.
     """
     rows = 16 if problem.batch <= 16 else 32 if problem.batch <= 32 else 64
     heavy = problem.regularised or problem.normalised  # masks and norms need registers
@@ -366,7 +366,7 @@ KERNELS = lstm_step_forward_kernel, lstm_step_backward_kernel
 
 
 def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """What forward needs besides what all families are given: h, and arguments."""
+    """What forward needs beyond what all families share: h, and more arguments."""
     steps, batch, _ = gates.shape
     h = gates.new_empty(steps, batch, r.h0.shape[-1])
     f32, hidden = r.c0, r.c0.shape[-1]
@@ -382,7 +382,7 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
 
 
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """As forward_buffers, of backward: dgates, and arguments."""
+    """As forward_buffers, for backward: dgates, and more arguments."""
     dgates, tiles, batch = torch.empty_like(gates), ceil(r.c0.shape[-1] / plan.columns), gates.shape[1]
     return dgates, {
         "dgates_ptr": dgates,

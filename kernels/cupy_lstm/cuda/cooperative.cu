@@ -1,8 +1,8 @@
 // All steps in one launch, by blocks that share W_hh and exchange h. Grid (blocks of a group, groups).
 //
-// A group's blocks own UNITS hidden units each; at every step each block reads the h of all units, of 8 sequences, from L2.
-// Groups share out the batch tiles of 8 sequences and never wait for each other. All blocks of a launch must be resident
-// at once.
+// A group's blocks own UNITS hidden units each; at every step each block reads h of all units of 8 sequences from L2.
+// The batch tiles of 8 sequences are split among groups, which never wait for each other. All blocks of a launch must be
+// resident at once.
 //
 // forward    A block has the rows of W_hh of its units' four gates, and publishes h of its units.
 //
@@ -27,7 +27,7 @@ struct Own {
 template <typename E, int H>
 constexpr int WORDS = (H * sizeof(E) + 15) / 16 * 4;  // W
 
-// What a block processes one after another at every step: batch tiles and, unless it keeps the weights of ONE, shares of rows.
+// What a block processes in turn at every step: batch tiles and, unless it keeps the weights of ONE, shares of rows.
 template <bool ONE>
 struct Walk {
     const int first_row, rows, H;

@@ -76,7 +76,7 @@ struct Product : Parts<ROWS / 2, WARPS> {
 
     __device__ void multiply(Words& x, int turn, Polling polling) const {
         x.await(polling);
-        float even[TILES][4] = {}, odd[TILES][4] = {};  // two chains of products, each of which waits for the one before
+        float even[TILES][4] = {}, odd[TILES][4] = {};  // two chains of dependent products
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             const uint4& quad = x.quad[chunk];
@@ -97,7 +97,7 @@ struct Product : Parts<ROWS / 2, WARPS> {
     }
 };
 
-// By multiply-add in float32: for every GPU, exact for float, and for any W, since the weights come from L2 at every step.
+// By multiply-add in float32: for every GPU, exact for float, and for any W, since weights come from L2 at every step.
 // A thread has the rows `lane`, `lane + 32`, ... of all sequences, whose words its warp copies into shared memory.
 template <typename E, int ROWS, int W, int WARPS>
 struct Product<E, ROWS, W, WARPS, 0> : Parts<ROWS / 2, WARPS> {
