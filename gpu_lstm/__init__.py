@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-# Installed, the kernels are in this folder. In a checkout they stand beside it, and it works without an installation.
+# Installed, the kernels are in this folder. In a checkout they are next to it, so that no installation is needed.
 if not Path(__file__).with_name("kernels").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
@@ -26,5 +26,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names, without modules that were imported on the way."""
+    """The public names, without the modules that were imported above."""
     return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -86,7 +86,7 @@ def _refused(why: object) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    """What a user gets; versions; environment; for each device the backends: None where available, else why not."""
+    """Print what a user gets, versions, environment and each device's backends: None where available, else why not."""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     variables = (BACKEND_VARIABLE, RACE_VARIABLE, cache.SHARED, "TRITON_INTERPRET")
     found: dict[str, Any] = {
@@ -182,8 +182,8 @@ _LINE = "{:<7}{:<34}{:<40}{:>4}{:>5}{:>7}{:>7}  {:>6}{:>5}{:>4}{:>7}{:>6}{:>7}{:
 
 
 def _in_columns(backend: str, row: Any) -> str:
-    """From `instr` to `stores` a pass of the time loop, see sass.Loop: `moved` are a block's bytes, `W_hh` the loads of
-    weights among Triton's."""
+    """From `instr` to `stores`: one pass of the time loop, see sass.Loop. `moved` is in bytes per block; `W_hh` counts
+    those of Triton's loads that read weights."""
     loop, counts = row.loop, ["-"] * 7
     if loop is not None:
         counts = [loop.instructions, loop.barriers, loop.products, loop.shared * row.threads, loop.loads, loop.stores]
@@ -280,7 +280,7 @@ def _list_cached(as_json: bool) -> int:
 
 
 def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
-    """A cached result; raises whatever it is where the result has other fields."""
+    """A cached result in words; raises one of several errors if it has other fields."""
     if kind == race.KIND:
         return f"{describe(key)}: {Decision(**value)._replace(backend=Backend(value['backend']))}"
     of = key | value if kind == "plans" else key

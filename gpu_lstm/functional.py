@@ -23,13 +23,13 @@ def lstm_layer(
         x: input, floating point [T, B, I].
         weights: (weight_ih [4H, I], weight_hh [4H, P], bias_ih [4H], bias_hh [4H], weight_hr [P, H],
             weight_peephole [3H], gain_ih [4H], gain_hh [4H], gain_c [H], bias_c [H]) in the dtype of x; from bias_ih
-            on they may be None or left out. P = H without weight_hr. Peepholes are to the gates i, f and o; gains ask
-            for a layer norm, see `LSTM`, without a projection. Both run on the backends "triton" and "reference".
+            on they may be None or left out. P = H without weight_hr. Peepholes are for the gates i, f and o; gains turn
+            on a layer norm, see `LSTM`, not with weight_hr. Both run on the backends "triton" and "reference".
         hx: initial states (h0 [B, P], c0 [B, H]); zeros if None.
         lengths: int32 or int64 [B], each from 0 to T, in any order: how many steps each sequence has.
-        resets: bool [T, B], where the state is zeroed before the step; in the reverse direction before step t - 1.
-        reset_states: the states that resets leave instead of zeros: h [B, P] and c [B, H], or one a step, [T, B, P] and
-            [T, B, H], of which those at resets count. On the backends "triton" and "reference".
+        resets: bool [T, B]; True at t zeroes the state before step t, or in the reverse direction before step t - 1.
+        reset_states: the states that resets set instead of zeros: h [B, P] and c [B, H], or one per step, [T, B, P] and
+            [T, B, H], of which only those at resets are used. On the backends "triton" and "reference".
         reverse: from each sequence's last step to its first.
         backend: as for `LSTM`.
 
@@ -37,10 +37,10 @@ def lstm_layer(
         h [T, B, P], zero past the end of a sequence, and (h_n [B, P], c_n [B, H]) after its last step.
 
     Raises:
-        RuntimeError: a tensor of the wrong shape, device or dtype; T = 0; other than two states.
-        TypeError: something that is no tensor, or no bool.
+        RuntimeError: a tensor of the wrong shape, device or dtype; T = 0; not exactly two states.
+        TypeError: an argument that is not a tensor, or not a bool.
         ValueError: wrong lengths, resets or reset_states, or a backend that does not support these, peepholes or a
-            layer norm; a layer norm with weight_hr; less than two weights or more than ten; H = 0 or P = 0; more
+            layer norm; a layer norm with weight_hr; fewer than two weights or more than ten; H = 0 or P = 0; more
             steps, sequences or units than the backend's kernels can count to; an unknown backend.
         ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
     """

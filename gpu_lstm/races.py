@@ -1,4 +1,4 @@
-"""Cached results of races, verifications and autotuning, for a program that ships those of its cards."""
+"""Cached results of races, verifications and autotuning, for programs that ship those for their cards."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from .kernels import cache  # type: ignore[import-not-found]  # a folder next to
 def merge(*paths: str | Path) -> int:
     """Add the results that `python -m gpu_lstm races --export FILE` wrote.
 
-    Call it before the first call of a model. Results of other cards or versions do no harm: they count only there.
+    Call it before the first call of a model. Results for other cards or versions do no harm: they are used only there.
     Returns how many results were new.
 
     Raises:
-        OSError, ValueError: a file cannot be read, or is no such file.
+        OSError, ValueError: a file cannot be read, or was not written by that command.
     """
     added: int = cache.merge(paths)
     forget()

@@ -27,10 +27,10 @@ def layer(
 ) -> tuple[Tensor, State]:
     """h [T, B, P], and h_n and c_n as h0 and c0; differentiable to any order.
 
-    For backward the activated gates are kept, [T, B, 4H]; with `recompute` they are recomputed from x and h.
+    The activated gates [T, B, 4H] are saved for backward; with `recompute` they are recomputed from x and h.
     """
     transformed = is_transformed()
-    if transformed:  # operators know by its dimensions whether a state is of both directions
+    if transformed:  # operators tell by its number of dimensions whether a state is for both directions
         state = state[0].flatten(0, -2), state[1].flatten(0, -2)  # [B, *] each
     given = inputs_of(x, state, weights, traversal, noise)
     # Asked here, since autograd is off inside Function.forward.
@@ -46,9 +46,9 @@ def layer(
 
 
 class LSTMLayer(torch.autograd.Function):
-    """Forward saves the activated gates (over the input product) and the cell states; backward reads them.
+    """Forward saves the activated gates (in the memory of the input product) and the cell states; backward reads them.
 
-    A gradient of a gradient goes through reference.py, which is differentiable to any order.
+    Gradients of gradients are computed by reference.py, which is differentiable to any order.
     """
 
     @staticmethod
@@ -70,16 +70,16 @@ class LSTMLayer(torch.autograd.Function):
         return None, None, *found[:count], *(None,) * (count - DIFFERENTIABLE)
 
 
-# Without what Function.apply does for transforms, argument by argument.
+# Skips what Function.apply does for transforms, argument by argument.
 _apply = super(torch.autograd.Function, LSTMLayer).apply
 
 
 class LSTMLayerInTransforms(LSTMLayer):
-    """The same for transforms of torch.func, which split forward in two; by operators, which see through them."""
+    """The same for transforms of torch.func, which need setup_context; by operators, which work inside transforms."""
 
     @staticmethod
     def forward(kernels: Any, recompute: bool, *given: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """As LSTMLayer.forward, and gates [T, B, 4H] or empty, and c [T, B, H]."""
+        """As LSTMLayer.forward, plus gates [T, B, 4H] or empty, and c [T, B, H]."""
         return graph.forward_of(kernels, Inputs(*given), True, recompute)  # type: ignore[arg-type]
 
     @staticmethod
@@ -94,7 +94,7 @@ class LSTMLayerInTransforms(LSTMLayer):
 
 
 def _gradients(ctx: Any, output_gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> Sequence[Tensor | None]:
-    """Of the first Inputs. Differentiable where somebody differentiates them."""
+    """Gradients of the first Inputs, differentiable where they may be differentiated."""
     kernels, saved = ctx.kernels, ctx.saved_tensors
     *given, h, gates, c = saved
     if gradients_are_differentiated(h, [*saved, *output_gradients]):

@@ -1,6 +1,6 @@
 """One layer in one direction by the kernels of a backend: forward, its gradients, and what both share.
 
-The kernels do only the recurrence. The input product and every weight gradient are products over all steps at
+The kernels compute only the recurrence. The input product and every weight gradient are products over all steps at
 once, outside the time loop.
 """
 
@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
 
     x: Tensor  # [T, B, I]
     h0: Tensor  # [B, P]; the only row of an LSTM may be [1, B, P]
-    c0: Tensor  # [B, H], alike
+    c0: Tensor  # [B, H], likewise
     weight_ih: Tensor  # [4H, I] and below: a layer's Weights
     weight_hh: Tensor  # [4H, P]
     bias_ih: Tensor | None = None  # [4H]
@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
     gain_hh: Tensor | None = None  # [4H]
     gain_c: Tensor | None = None  # [H]
     bias_c: Tensor | None = None  # [H]
-    reset_h: Tensor | None = None  # [T, B, P] what steps that are reset begin with, by the time of the step
+    reset_h: Tensor | None = None  # [T, B, P] the h that reset steps begin with, indexed by the time of the step
     reset_c: Tensor | None = None  # [T, B, H] float32; float64 with an x of float64
     dropout_h: Tensor | None = None  # [B, P] and below: its Noise
     zoneout_h: Tensor | None = None  # [T, B, P] or []
@@ -45,11 +45,11 @@ class Inputs(NamedTuple):
     resets: Tensor | None = None  # [T, B]
 
     def weights(self) -> Weights:
-        """Those of the layer."""
+        """The weights of the layer."""
         return Weights(*self[3:13])
 
     def noise(self) -> Noise:
-        """That of the call."""
+        """The noise of the call."""
         return Noise(*self[15:18])
 
     def traversal(self, reverse: bool) -> Traversal:
@@ -63,7 +63,7 @@ DIFFERENTIABLE = 15
 
 
 def inputs_of(x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise) -> Inputs:
-    """The tensors of a layer, all in the dtype of x but for cell states."""
+    """The tensors of a layer, all in the dtype of x except cell states."""
     lengths, resets, _, reset_states = traversal
     reset_h = reset_c = None
     if reset_states is not None:
@@ -107,12 +107,12 @@ def _input_product(given: Inputs) -> Tensor:
 
 
 def _with_dropout(h: Tensor, given: Inputs) -> Tensor:
-    """What W_hh is multiplied with, from h [T, B, P]; and the gradient of h from that of the former."""
+    """The operand of W_hh, from h [T, B, P]; also the gradient of h, from that of the operand."""
     return h if given.dropout_h is None else given.dropout_h * h
 
 
 def _add_recurrent_product(z: Tensor, h: Tensor, given: Inputs) -> None:
-    """z [T, B, 4H] += W_hh h, where W_hh is multiplied with h [T, B, P]; nothing where h is zero."""
+    """z [T, B, 4H] += W_hh h, where h [T, B, P] is the operand of W_hh; adds nothing where h is zero."""
     if given.gain_hh is None:
         z.flatten(0, 1).addmm_(h.flatten(0, 1), given.weight_hh.T)
     else:
@@ -127,7 +127,7 @@ def _at_resets(t: Tensor, traversal: Traversal) -> Tensor:
 
 
 class Saved(NamedTuple):
-    """What backward reads: the inputs, and what forward left."""
+    """What backward reads: the inputs, and what forward saved."""
 
     given: Inputs
     h: Tensor  # [T, B, P]
@@ -149,11 +149,11 @@ class Saved(NamedTuple):
 def gradients(
     kernels: Any, saved: Saved, output_gradients: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Of the first Inputs, those that are `needed`, from the gradients of h, h_n and c_n; None counts as zero."""
+    """Gradients of the first Inputs, where `needed`, from those of h, h_n and c_n, of which None means zero."""
     given, need, problem = saved.given, Inputs(*needed), kernels.problem  # type: ignore[arg-type]
     traversal = given.traversal(problem.reverse)
-    gates_were_dropped = saved.gates.dim() < saved.c.dim()  # not fewer elements: a batch of none has none
-    h_prev = saved.h  # [T, B, P] what each step's W_hh was multiplied with; anything finite in padding
+    gates_were_dropped = saved.gates.dim() < saved.c.dim()  # not by elements: an empty batch has none
+    h_prev = saved.h  # [T, B, P] the operand of W_hh at each step; anything finite in padding
     if gates_were_dropped or need.weight_hh or given.gain_hh is not None:
         h_prev = _with_dropout(traversal.states_before(saved.h, given.h0, given.reset_h), given)
     if gates_were_dropped:
@@ -165,7 +165,7 @@ def gradients(
     d = kernels.backward(dh, dh_n, None if dc_n is None else dc_n.float(), saved.gates, saved.c, r, need.h0)
 
     found: dict[str, Tensor | None] = dict.fromkeys(Inputs._fields[:DIFFERENTIABLE])
-    of_x = of_h = d.dgates  # of W_ih x and W_hh h; zero in padding, but zero times the NaN that may stand there is not
+    of_x = of_h = d.dgates  # of W_ih x and W_hh h; zero in padding, but zero times a NaN in there is NaN
     if not given.gain_ih is given.gain_hh is given.gain_c is None:
         of_x, of_h = _through_norms(found, saved, need, d, (of_hh, of_c))
     columns_of_x = of_x.flatten(0, 1).T  # [4H, T*B]
@@ -199,7 +199,7 @@ def gradients(
 def _through_norms(
     found: dict[str, Tensor | None], saved: Saved, need: Inputs, d: Any, units: tuple[Unit, Unit]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients [T, B, 4H] of W_ih x and of W_hh h, from those of their sum; those of gains and bias_c go to `found`.
+    """Gradients [T, B, 4H] of W_ih x and of W_hh h, from those of their sum; those of gains and bias_c go into `found`.
 
     `units` are those of W_hh h and of c; d is what kernels/layer.py calls Gradients.
     """
@@ -220,12 +220,12 @@ def _through_norms(
 
 
 def _through_norm(d: Tensor, gain: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
-    """Gradient d [T, B, N] of a layer norm's result -> (of what was normalised, of the gain [N])."""
+    """Gradient d [T, B, N] of a layer norm's result -> gradients of (its input, its gain [N])."""
     return layer_norm.gradient(d, gain, *unit), (d * unit.unit).sum((0, 1))
 
 
 def _recomputed_gates(saved: Saved, h_prev: Tensor, traversal: Traversal) -> Tensor:
-    """The activated gates [T, B, 4H]: all h are known by now, so that one product does for all steps."""
+    """The activated gates [T, B, 4H]: all h are known by now, so one product serves all steps."""
     z, peephole = _input_product(saved.given), saved.given.weight_peephole
     _add_recurrent_product(z, h_prev, saved.given)
     return cell.activate_in_place(z, peephole, None if peephole is None else saved.cell_before(traversal))

@@ -1,16 +1,16 @@
 """A layer as one operator, gpu_lstm::layer: what graphs of torch.compile, exported programs and dispatch modes see.
 
-Traced by itself torch's LSTM would fall into its steps, a graph for each T, in which torch's decomposition loses
+Traced by itself, torch's LSTM would be decomposed into its steps, a graph for each T, and torch's decomposition loses
 dropout and autocast's dtype. An exported program keeps operators and their derivatives, not an autograd.Function.
 
-What oneDNN and cuDNN keep for backward has a size that only they know, and no place in a graph of tensors. So on the
-backends without kernels of their own forward runs with autograd of its own, and hands out a tensor without elements,
-in the place of the gates, that has what came of it as an attribute: it lives as long as that tensor, which is saved for
+What oneDNN and cuDNN save for backward has a size that only they know, so it cannot be part of a graph of tensors. On
+the backends without kernels of their own, forward therefore runs with its own autograd graph and returns, instead of
+the gates, an empty tensor with that graph as an attribute: the graph lives as long as this tensor, which is saved for
 backward. Where only the elements were saved (by hooks that copy, in CUDA graphs, in an exported program), backward
 recomputes the layer.
 """
 
-from __future__ import annotations  # torch.compile evaluates those of nested functions, and cannot
+from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -53,8 +53,8 @@ _LIBRARY.define(
 OPERATOR = torch.ops.gpu_lstm.layer.default
 BACKWARD = torch.ops.gpu_lstm.layer_backward.default
 
-# Operators are given those of the Inputs that are there, and their places; torch.jit.trace records no list with None.
-FIRST = Inputs._fields.index("weight_ih")  # from this place on a layer's Weights
+# Operators get the Inputs that are not None, and their places, since torch.jit.trace cannot record a list with None.
+FIRST = Inputs._fields.index("weight_ih")  # where a layer's Weights begin
 SECOND = len(Inputs._fields)  # and those of torch's second direction
 
 
@@ -94,7 +94,7 @@ def _run_operator(call: Call, inputs: Sequence[Tensor | None], reverse: bool, ba
 
 
 def _flat(inputs: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
-    """The tensors that are there, and their places."""
+    """The tensors that are not None, and their places."""
     return [t for t in inputs if t is not None], [k for k, t in enumerate(inputs) if t is not None]
 
 
@@ -107,14 +107,14 @@ def _inputs(given: Sequence[Tensor], places: list[int]) -> tuple[Inputs, list[We
 
 
 def forward_of(layer: Any, given: Inputs, save: bool, recompute: bool) -> tuple[Tensor, ...]:
-    """What autograd.LSTMLayer does forward, by the operator: h, h_n, c_n, gates and c."""
+    """The forward pass of autograd.LSTMLayer, by the operator: h, h_n, c_n, gates and c."""
     return OPERATOR(*_flat(given), layer.problem.reverse, layer.backend, save, recompute)
 
 
 def gradients_of(
     layer: Any, saved: Sequence[Tensor | None], output_gradients: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """As fused.gradients, by the operator; `saved`: Inputs, of which the last may be left out, h, gates and c."""
+    """As fused.gradients, by the operator; `saved`: Inputs (the last may be left out), h, gates and c."""
     *inputs, h, gates, c = saved
     given, places = _flat(inputs)
     asked = [k < DIFFERENTIABLE and needed[k] for k in places]
@@ -151,7 +151,7 @@ def _without_kernels(
 def _with_autograd(
     given: Sequence[Tensor], places: list[int], reverse: bool, backend: Backend, record: bool = True
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Forward with autograd of its own, if `record`: the leaves, which are the tensors given, and h, h_n and c_n."""
+    """Forward, with its own autograd graph if `record`: the leaves (the given tensors, detached), and h, h_n, c_n."""
     with _apart(given[0], record):
         leaves = [t.detach().requires_grad_(record and t.is_floating_point()) for t in given]
         return leaves, _without_kernels(leaves, places, reverse, backend)
@@ -159,7 +159,7 @@ def _with_autograd(
 
 @contextlib.contextmanager
 def _apart(x: Tensor, record: bool) -> Iterator[None]:
-    """Inside an operator: autograd as `record` says, which is off there in any case, no autocast, and x's device."""
+    """A block inside an operator, where autograd is off: turned on if `record`; no autocast; on x's device."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     with (
         torch._C._ForceDispatchKeyGuard(include, exclude & torch._C._after_autograd_keyset),
@@ -211,7 +211,7 @@ def _backward(gradients, saved, given, places, reverse, backend, needed):
                 materialize_grads=True,
             ))  # fmt: skip
         found = [next(by_autograd) if need else None for need in needed]
-    # Both biases' may be the same tensor.
+    # The gradients of both biases may be the same tensor.
     return [given[0].new_empty(0) if d is None else d.clone() if d.dim() == 1 else d.contiguous() for d in found]
 
 
@@ -274,13 +274,13 @@ _MATRICES = {
 
 
 def _forward_flops(given: list[Tensor], places: list[int], *_: Any, **__: Any) -> int:
-    """Of products with all steps alone: two operations for a multiply-add, as torch's."""
+    """Only those of products over all steps; a multiply-add counts as two operations, as in torch."""
     rows = given[0].shape[0] * given[0].shape[1]  # T B
     return sum(2 * rows * t.numel() for t, k in zip(given, places) if k in _MATRICES)
 
 
 def _backward_flops(gradients: list, saved: list, given: list, places: list, *rest: Any, **_: Any) -> int:
-    """A product for the gradient of each weight, and one for that of what it multiplies; those that are recomputed."""
+    """One product for each weight's gradient, one for that of its operand, and those that are recomputed."""
     (_, gates, c), needed, total = saved, rest[-1], 0
     recomputed = ("weight_ih", "weight_hh") if gates.dim() < c.dim() else ()
     for t, k, need in zip(given, places, needed):
@@ -291,7 +291,7 @@ def _backward_flops(gradients: list, saved: list, given: list, places: list, *re
 
 
 def count_flops() -> None:
-    """Have the FlopCounterModes that are open know the operators; their registry is a copy, made when they were."""
+    """Register the operators with every open FlopCounterMode, whose registry is a copy made when it was created."""
     for mode in _get_current_dispatch_mode_stack():
         registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
         if registry is not None:

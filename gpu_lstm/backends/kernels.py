@@ -26,7 +26,7 @@ def run(
         return _run(call, backend, layers, plan)
     with without_autocast(call):
         call = _in_dtype(call, dtype)
-        exact = call._replace(states=[(h, c.float()) for h, c in call.states])  # and so from chunk to chunk
+        exact = call._replace(states=[(h, c.float()) for h, c in call.states])  # also from chunk to chunk
         y, states = _run(exact, backend, layers, plan)
     return y, [(h, c.to(given.dtype)) for (h, c), (_, given) in zip(states, call.states)]
 
@@ -42,14 +42,14 @@ def _run(call: Call, backend: Backend, layers: list[Any], plan: Schedule) -> tup
     if not plan.in_one_piece(call.steps):
         y, rows = schedule.run(call, direction, plan, backend.value)
     else:
-        only = call.options.rows == 1 and not call.options.sizes[0].projected  # then [1, B, *] does as well
+        only = call.options.rows == 1 and not call.options.sizes[0].projected  # then [1, B, *] works too
         rows = call.states if only else call.state_rows()
         y, rows = one_after_another(call, direction, backend.value, call.x.dtype, rows)
     return y, call.pack_rows(rows)
 
 
 def _in_dtype(call: Call, dtype: torch.dtype) -> Call:
-    """A call with all in the dtype that it is computed in, once and not for every chunk."""
+    """The call with all tensors in the dtype that it is computed in, cast once rather than for every chunk."""
     states = [(h.to(dtype), c if is_exact(c, call.x) else c.to(dtype)) for h, c in call.states]
     weights = [[one.to(dtype) for one in layer] for layer in call.weights]
     return call._replace(x=call.x.to(dtype), states=states, weights=weights)

@@ -20,7 +20,7 @@ is its number among [L*D]."""
 
 
 def cast(x: Tensor, state: State, weights: Weights, dtype: torch.dtype) -> tuple[Tensor, State, Weights]:
-    """The same in the dtype that it is computed in; c in float32 where it was given so with an x of half precision."""
+    """The same in `dtype`; but c stays float32 where it was given so together with an x in half precision."""
     h, c = state
     if all([t.dtype is dtype for t in (x, h, c, *weights) if t is not None]):
         return x, state, weights
@@ -28,7 +28,7 @@ def cast(x: Tensor, state: State, weights: Weights, dtype: torch.dtype) -> tuple
 
 
 def without_autocast(call: Call) -> contextlib.AbstractContextManager:
-    """A block in which autocast is off where it is on."""
+    """A block with autocast off; nothing if it is off already."""
     if call.modes.autocast is None:
         return NOTHING
     return torch.autocast(call.x.device.type, enabled=False)
@@ -40,7 +40,7 @@ NOTHING = contextlib.nullcontext()
 def named(layer: int, direction: int | None, backend: str) -> contextlib.AbstractContextManager:
     """A block that torch.profiler shows as, say, "gpu_lstm layer 0 forward, triton"; without a profiler, nothing.
 
-    Layers count from the bottom; direction 0 or 1, the reverse one; None: all.
+    Layers are numbered from the bottom. Direction 1 is the reverse one; None: all.
     """
     if not profiler._is_profiler_enabled or torch.compiler.is_compiling():
         return NOTHING
@@ -82,7 +82,7 @@ def connect(
     kept: Tensor | None,  # bool [t, B, F]
     options: Options,
 ) -> Tensor:
-    """What the next layer gets: the output, with the input added where it is residual and widths allow, and dropout."""
+    """The next layer's input: the output, plus the input if it is residual and equally wide, after dropout."""
     if options.residual and y.shape == x.shape:
         valid = valid_steps(x.shape[0], lengths)
         y = y + (x if valid is None else torch.where(valid[:, :, None], x, 0))

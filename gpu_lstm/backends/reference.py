@@ -1,9 +1,9 @@
 """The readable oracle: one LSTM layer in plain torch. Any device, any dtype, differentiable to any order.
 
-Every other backend is held to these numbers. Half-precision inputs are computed in float32 and rounded once.
+Every other backend is compared with it. Inputs in half precision are computed in float32, and results rounded once.
 """
 
-from __future__ import annotations  # torch.compile evaluates those of nested functions, and cannot
+from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ def gradients(
     output_gradients: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Of the first tensors given, those that are `needed`, themselves differentiable: run(given) is recomputed."""
+    """Gradients of the first given tensors, where `needed`, themselves differentiable: run(given) is recomputed."""
     wanted = [k for k, need in enumerate(needed) if need]
     there = [k for k, gradient in enumerate(output_gradients) if gradient is not None]
 
@@ -71,7 +71,7 @@ def gradients(
         outputs = run(inputs)
         return tuple(outputs[k] for k in there)
 
-    # torch.func.vjp, not autograd.grad: inputs may be one tensor or depend on each other, and be those of a transform.
+    # torch.func.vjp, not autograd.grad: inputs may be one tensor, depend on each other, or belong to a transform.
     _, pull = torch.func.vjp(recomputed, *(given[k] for k in wanted))[:2]
     found = dict(zip(wanted, pull(tuple(output_gradients[k] for k in there))))
     return [found.get(k) for k in range(len(needed))]
@@ -98,7 +98,7 @@ def layer(
     time, valid, reset = traversal.steps(x)  # [T, B] each, or None
 
     def inside(t: Tensor) -> Tensor:
-        """t [T, B, F] with zeros past the end of a sequence, where NaN may stand, and steps and times are the same."""
+        """t [T, B, F] with zeros past the end of a sequence, where it may be NaN, and steps and times are the same."""
         return t if valid is None else torch.where(valid[:, :, None], t, 0)
 
     def reordered(t: Tensor) -> Tensor:

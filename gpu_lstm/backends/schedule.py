@@ -1,8 +1,8 @@
-"""Layers by kernels, in chunks of time and side by side on CUDA streams.
+"""Layers run by kernels, in chunks of time and side by side on CUDA streams.
 
 Chunks bound the memory for pre-activations, and let layers run side by side. States are handed from chunk to chunk,
-cell states in float32, so that chunks change nothing in the recurrence. A tensor that another stream reads than the one
-that made it is recorded on that other, so that its memory is not handed out again too early.
+cell states in float32, so that chunks change nothing in the recurrence. A tensor that is read on another stream than
+the one that made it is recorded on that stream, so that its memory is not reused too early.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from ..call.prepare import Call
 from ..call.weights import State
 from .layers import Direction, connect, named
 
-WORKSPACE = 64 << 20  # bytes of pre-activations at once, where they are not kept for backward
-WAVEFRONT = 8  # chunks that a sequence falls into where layers run side by side
-SHORTEST = 64  # steps of a chunk of the wavefront
+WORKSPACE = 64 << 20  # bytes of pre-activations at once, where they are not saved for backward
+WAVEFRONT = 8  # chunks of a sequence where layers run side by side
+SHORTEST = 64  # the fewest steps of a chunk of the wavefront
 
 Stream = torch.cuda.Stream | None  # None: work stays on the current stream
 Streams = tuple[Stream, ...]
-Span = slice | None  # from which time to which a chunk goes; None: all times
+Span = slice | None  # the times of a chunk; None: all
 
 
 class Schedule(NamedTuple):
@@ -33,14 +33,14 @@ class Schedule(NamedTuple):
 
     longest: int  # steps of a chunk
     streams: Streams  # one for each layer or, where layers have two directions, for each direction
-    side_by_side: int  # layers or directions that plans share the card among
+    side_by_side: int  # layers or directions that share the card
 
     def in_one_piece(self, steps: int) -> bool:
         """Whether a sequence is one chunk on the current stream."""
         return steps <= self.longest and self.streams[0] is None
 
     def spans(self, steps: int, directions: int) -> list[Span]:
-        """Of the chunks, in time."""
+        """The times of each chunk, in order."""
         length = self.longest
         if directions == 1 and self.streams[0] is not None:
             length = min(length, max(SHORTEST, ceil(steps / WAVEFRONT)))
@@ -50,9 +50,9 @@ class Schedule(NamedTuple):
 
 
 def schedule_of(call: Call, steps: int, size: int) -> Schedule:
-    """For calls of up to `steps` steps, in elements of `size` bytes. Layers run side by side where that may pay.
+    """For calls of up to `steps` steps, with elements of `size` bytes. Layers run side by side where that may pay.
 
-    Chunks are such that pre-activations fit the workspace, but where they are kept for backward anyway.
+    Chunks are so short that pre-activations fit in the workspace, unless all are saved for backward anyway.
     """
     options = call.options
     widest = max(hidden for _, hidden, _ in options.sizes)
@@ -61,8 +61,8 @@ def schedule_of(call: Call, steps: int, size: int) -> Schedule:
     count = len(options.sizes) if options.directions == 1 else options.directions
     if not call.x.is_cuda or count == 1 or (options.directions == 1 and steps <= 2 * SHORTEST):
         return Schedule(longest, (None,) * count, 1)
-    # While a graph is captured launches of several streams are kept apart by what ran before the capture, too. So they
-    # become one stream, by the plans of the calls before: older drivers load no other kernel into a capture.
+    # While a graph is captured, launches on several streams would also have to wait for what ran before the capture. So
+    # all go to one stream, with the plans of the calls before: older drivers load no other kernel into a capture.
     return Schedule(longest, (None,) * count if call.modes.capturing else _streams(call.x.device, count), count)
 
 
@@ -83,19 +83,19 @@ def _through(
     call: Call, direction: Direction, schedule: Schedule, backend: str,
     drawn: tuple[list[list[Noise]], list[Tensor | None]], layers: range, x: Tensor, states: list[State],
 ) -> Tensor:  # fmt: skip
-    """x [T, B, I], chunk by chunk through several layers of one direction, or one of two: [T, B, D*P].
+    """x [T, B, I] -> [T, B, D*P], chunk by chunk, through several layers of one direction or one layer of two.
 
-    `drawn` is as noise.draw returns it; `states` [L*D] go on from chunk to chunk. Where each layer has a stream, it
-    computes a chunk while the layer above computes the chunk before; where each direction has one, the reverse one
-    starts at the other end.
+    `drawn` is what noise.draw returns; `states` [L*D] are updated at every chunk. Where each layer has a stream, it
+    computes a chunk while the layer above computes the previous one; where each direction has one, the reverse
+    direction starts at the other end.
     """
     directions, (noise, kept), streams = call.options.directions, drawn, schedule.streams
     all_spans, width = schedule.spans(call.steps, directions), states[directions * layers[-1]][0].shape[1]
     pieces: list[list[Tensor]] = [[] for _ in range(directions)]
     whole = None
     if not torch.is_grad_enabled() and len(all_spans) > 1:
-        # Chunks are copied into place as they come, so that no second output is ever held. It is made here, on the
-        # stream that all others wait for, since several of them write to it.
+        # Chunks are copied into place as they come, so that there is never a second output. It is allocated here, on
+        # the stream that all others wait for, since several of them write to it.
         whole = x.new_empty(*x.shape[:2], directions * width)
     for spans in zip(all_spans, reversed(all_spans)):
         parts = [call.traversal.within(span) for span in spans[:directions]]
@@ -155,7 +155,7 @@ def on(
 
 
 def join(streams: Streams, results: Sequence[Tensor]) -> None:
-    """Have the current stream wait for all others, and read their results."""
+    """Make the current stream wait for all others, and record that it reads their results."""
     for stream in streams:
         if stream is not None:
             current = torch.cuda.current_stream(stream.device)

@@ -1,15 +1,15 @@
 """torch's own LSTM (ATen on the CPU, cuDNN on CUDA), with lengths and resets.
 
-It takes neither, and its packed batches are slow. But a gate can be shut from outside: two more input features,
-whose weights are huge, turn a step into one that
+It supports neither, and its packed batches are slow. But a gate can be shut from outside: two more input features,
+with huge weights, turn a step into one that
 
     holds    i = 0, f = 1: c stays as it is          steps past the end of a sequence
     clears   i = 0, f = 0: c and h become zero       between two episodes, which a reset separates
 
 so that a batch with lengths and resets is one call over a plain padded batch. Shut gates pass no gradient either.
 
-cuDNN wants all weights in one buffer. Parameters of an LSTM are put there once (`LSTM.flatten_parameters`), other
-weights, which may have changed, at every call.
+cuDNN needs all weights in one buffer. Parameters of an LSTM are put there once (`LSTM.flatten_parameters`); other
+weights, which may have changed, are put there at every call.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
         def direction(_: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: object) -> tuple:
             if not x.is_cuda:
                 return layer(x, state, weights.to(dtype), traversal)
-            with without_autocast(call):  # that of cuDNN is always to float16, which does not hold what shuts gates
+            with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
                 return layer(*cast(x, state, weights, dtype), traversal)
 
         y, rows = one_after_another(call, direction, "torch", dtype, call.state_rows())
@@ -87,7 +87,7 @@ def stack(
     bias = layers[0][0].bias_ih is not None
     if not training:
         dropout = 0.0
-        training = x.is_cuda and torch.is_grad_enabled()  # to cuDNN this says whether there will be a backward
+        training = x.is_cuda and torch.is_grad_enabled()  # tells cuDNN whether there will be a backward
     exact = c0.dtype is not x.dtype and is_exact(c0, x)
     hx = h0, c0.to(x.dtype) if exact else c0
     options = flat, bias, len(layers), dropout, training, len(layers[0]) == 2  # both directions
@@ -99,9 +99,9 @@ def stack(
 
 
 def packed(weights: list[Tensor]) -> list[Tensor]:
-    """The same weights as parts of one buffer in cuDNN's order, matrices before biases; with other orders it copies."""
+    """The same weights as parts of one buffer in cuDNN's order, matrices before biases: cuDNN copies other orders."""
     parts = sorted(weights, key=Tensor.dim, reverse=True)
-    if parts[-1].dim() == 2:  # cuDNN has biases all the same
+    if parts[-1].dim() == 2:  # cuDNN always has biases
         parts.append(parts[0].new_zeros(sum(len(t) for t in weights if len(t) == len(weights[0]))))
     pieces = torch.cat([t.flatten() for t in parts]).split([t.numel() for t in parts])
     views = {t: piece.view_as(t) for t, piece in zip(parts, pieces)}
@@ -111,7 +111,7 @@ def packed(weights: list[Tensor]) -> list[Tensor]:
 def layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -> tuple[Tensor, State]:
     """One layer, one direction, in one call: x [T, B, I] -> h [T, B, P] and (h_n [B, P], c_n [B, H]), as `state` is.
 
-    torch has the reverse direction only combined with the forward one, so for that time is reversed and restored.
+    torch runs the reverse direction only together with the forward one, so here time is reversed before and after.
     """
     time, valid, reset = traversal.steps(x)  # [T, B] each, or None
 
@@ -133,12 +133,12 @@ def layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -> tu
 
 
 def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor) -> tuple:
-    """As _with_gates_shut, from x [T, B, I], in a grid of steps [S, K*B]; those that no step of x is put into clear.
+    """As _with_gates_shut, from x [T, B, I], in a grid of steps [S, K*B]; those into which no step of x is put, clear.
 
-    On the CPU every reset has a step of its own, K = 1. How many that makes is not known on CUDA without a
-    synchronisation, which no graph allows, nor of fake tensors. There episodes run by turns in two copies of the batch,
-    K = 2, S = T: steps wait for each other, sequences do not. Zero times NaN is NaN, and would stay: so x and initial
-    states that are not finite are replaced by zeros, and what follows them in the episode by NaN.
+    On the CPU every reset gets a step of its own, K = 1. How many these are is not known on CUDA without a
+    synchronisation, which no graph allows, nor for fake tensors. There episodes alternate between two copies of the
+    batch, K = 2, S = T: steps run one after another, sequences in parallel. Zero times NaN is NaN, and would persist.
+    So x and initial states that are not finite become zeros, and the results after them in the episode NaN.
     """
     (steps, batch, inputs), host = x.shape, x.is_cpu and modes(x).recording == Recording.NOBODY
     before, broken, lost = ~torch.cat(state, 1).isfinite().all(1), ~x.isfinite().all(2), None  # [B], [T, B]
@@ -168,7 +168,7 @@ def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None
     y, c_n = _with_gates_shut(x, (h0, c0), weights, ~(opens | clears), clears)
     h = y.flatten(0, 1).index_select(0, place).unflatten(0, (steps, batch))
     c_n = c_n.index_select(0, column[-1])
-    if lost is not None:  # with a gradient, so that W_hh gets a NaN, and who looks for one in gradients finds it
+    if lost is not None:  # differentiable, so that W_hh's gradient is NaN too, and checks of gradients detect it
         nan = torch.where(lost.any(), torch.nan, 0.0) * weights.weight_hh.sum()
         h, c_n = (torch.where(at[..., None], nan.to(t.dtype), t) for at, t in ((lost, h), (lost[-1], c_n)))
     return h, c_n
@@ -179,7 +179,7 @@ def _with_gates_shut(x: Tensor, state: State, weights: Weights, holds: Tensor | 
     (h0, c0), inputs, hidden = state, x.shape[2], weights.weight_hh.shape[0] // 4
     if holds is not None or clears is not None:
         hold, clear = (x.new_zeros(x.shape[:2]) if t is None else t.to(x.dtype) for t in (holds, clears))
-        # Tensor cores want rows of whole 16 bytes, and torch lets cuDNN keep W_hh on chip, in float16, for such an I.
+        # Tensor cores need rows of whole 16 bytes; in float16 torch lets cuDNN keep W_hh on chip if 128 divides I.
         unit = 1 if x.is_cpu or x.dtype.itemsize > 2 else 128 if x.dtype is torch.float16 and inputs % 128 == 0 else 8
         added = 2 + -(inputs + 2) % unit
         features = F.pad(torch.stack([-hold - clear, hold - clear], dim=2), (0, added - 2))  # [S, B, added]

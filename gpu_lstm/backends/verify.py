@@ -1,9 +1,9 @@
-"""Kernels are verified on the card at hand before their numbers are used.
+"""Kernels are verified on the present card before their results are used.
 
-The first time that a plan is to run a kind of layer there, it runs a small problem that exercises it: several batch
-tiles and the tail of one, and, where the call has them, lengths from 0 to T, resets and noise, through the very kernel
-that the call launches. Each result and gradient is held to the reference in float64: its error may be at most twice
-that of torch's own LSTM in the same dtype. The verdict is cached (kernels/cache.py).
+Before a plan runs a kind of layer there for the first time, it runs a small problem through the very kernel that the
+call launches: several batch tiles, the last one partial, and, where the call has them, lengths from 0 to T, resets and
+noise. Each result and gradient is compared with the reference in float64: its error may be at most twice that of
+torch's own LSTM in the same dtype. The verdict is cached (kernels/cache.py).
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ COMPARED = ("x", "h0", "c0", "weight_hh", "reset_h", "reset_c")  # whose gradien
 def verify(plan: Any, problem: Problem, which: Pass, device: torch.device) -> str | None:
     """Why a plan's kernel is not used for a pass of a problem on a device; None if it computes the right numbers.
 
-    Cached are verdicts about numbers alone: what else goes wrong may not happen again.
+    Only verdicts about numbers are cached: any other failure may not happen again.
 
     Raises:
         RuntimeError: an earlier launch timed out.
@@ -51,7 +51,7 @@ def verify(plan: Any, problem: Problem, which: Pass, device: torch.device) -> st
             cache.write(KIND, _key(plan, problem, which, device), verdict)
         except DEVICE_ERRORS:
             raise
-        except RuntimeError as error:  # it timed out, as next to another process, or cannot be launched
+        except RuntimeError as error:  # it timed out, say next to another process, or cannot be launched
             verdict, report = f"{type(error).__name__}: {error}", ""
     if verdict == "right":
         return None
@@ -61,14 +61,14 @@ def verify(plan: Any, problem: Problem, which: Pass, device: torch.device) -> st
 
 
 def cached_verdict(plan: Any, problem: Problem, which: Pass, device: torch.device) -> str | None:
-    """What the verification of a kernel came to on a device: "right", or what is wrong; None: there was none yet."""
+    """The cached verdict on a kernel on a device: "right", or what is wrong; None: it was not verified yet."""
     verdict = cache.read(KIND, _key(plan, problem, which, device))
     return verdict if isinstance(verdict, str) else None
 
 
 def _key(plan: Any, problem: Problem, which: Pass, device: torch.device) -> cache.Key:
     kernel = {name: getattr(plan, name) for name in TILES} | {"family": plan.family.value}
-    problem = problem._replace(batch=0, steps=0, side_by_side=1)  # which change no kernel
+    problem = problem._replace(batch=0, steps=0, side_by_side=1)  # they do not change the kernel
     return cache.machine(device) | {"format": FORMAT} | kernel | problem.as_json() | which._asdict()
 
 
@@ -90,7 +90,7 @@ def _verdict(plan: Any, problem: Problem, which: Pass, device: torch.device) -> 
     for name, true in truth.items():
         found = _rms(ours[name].double() - true)
         allowed = 2 * max(_rms(theirs[name].double() - true), last_place * float(true.abs().max()))
-        if not found <= allowed:  # nor if it is NaN
+        if not found <= allowed:  # also where it is NaN
             return f"the RMS error of {name} is {found:.2g}, where {allowed:.2g} is allowed"
     return "right"
 
@@ -106,7 +106,7 @@ def _rms(t: Tensor) -> float:
 
 
 class Small:
-    """A small problem of random numbers that are exact in its dtype: what a layer in one direction is given."""
+    """A small problem: the inputs of a layer in one direction, random numbers that are exact in its dtype."""
 
     def __init__(self, problem: Problem, which: Pass, device: torch.device) -> None:
         self.problem, self.which, self.device = problem, which, device
@@ -145,7 +145,7 @@ class Small:
         self._given = normal(STEPS, batch, width), normal(batch, width)  # gradients of h and h_n
 
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Gates]:
-        """Results in some dtype, and the gates."""
+        """Results in a given dtype, and the gates."""
         record: list[Gates] = []
         run = functools.partial(reference.layer, noise=self.inputs.noise(), record=record)
         return self.results(run, dtype), record[0]
@@ -181,7 +181,7 @@ class Small:
         return {f"the gradient of {name}": gradient for name, gradient in zip(wanted, found)}
 
     def by_kernels(self, plan: Any, gates: Gates) -> dict[str, Tensor]:
-        """The same by the kernel of a plan; backward it is given the reference's gates and cell states."""
+        """The same by the kernel of a plan; backward reads the reference's gates and cell states."""
         launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
         layer = launch.layer_by(self.problem, self.device, plan)
         dtype, inputs = self.problem.dtype, self.inputs

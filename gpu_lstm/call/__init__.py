@@ -1,1 +1,1 @@
-"""A call, prepared: what the user gave, checked, time-major, with all that decides how it is run."""
+"""A prepared call: the user's arguments, checked and time-major, with everything that decides how it runs."""

@@ -1,4 +1,4 @@
-"""Every check of a call: cheap comparisons at every call, words only on failure; torch's own where it has them."""
+"""Every check of a call: cheap comparisons at every call, texts only on failure; torch's own where it has one."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -15,29 +15,29 @@ from .weights import LAYER_NORM, NAMES, State, Weights
 
 
 def check_bool(name: str, value: object) -> None:
-    """Raise TypeError, in torch's words, unless it is one."""
+    """Raise TypeError, in torch's words, unless `value` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
 
 
 def check_tensor(value: object, name: str) -> None:
-    """Raise TypeError unless it is one."""
+    """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} should be a tensor, got: {type(value).__name__}{_cure_of(value)}")
 
 
 def _cure_of(value: object) -> str:
-    """What makes a tensor of something that a user may take for one."""
+    """How to make a tensor of a value that a user may mistake for one."""
     return "; use torch.as_tensor" if isinstance(value, list | tuple) or hasattr(value, "__array__") else ""
 
 
 def _other_way_round(given: Sequence[int], wanted: Sequence[int]) -> str:
-    """What to do where the sizes of `given` fit if the first two dimensions of the input change places."""
+    """What to do where the sizes of `given` would fit if the first two dimensions of the input were swapped."""
     return "; it fits if the input's first two dimensions change places, see batch_first" if given == wanted else ""
 
 
 def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> None:
-    """Raise unless the input of `name` has one of two ranks, and its elements in memory: not sparse, not nested."""
+    """Raise unless the input of `name` has one of two ranks and is dense: neither sparse nor nested."""
     try:
         rank = input.dim()
     except AttributeError as error:  # torch.nn.LSTM's error
@@ -49,14 +49,14 @@ def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> N
 
 
 def check_dense(input: Tensor, name: str) -> None:
-    """Raise RuntimeError unless the input of `name` has its elements in memory as they are: not sparse, not nested."""
+    """Raise RuntimeError unless the input of `name` is dense: neither sparse nor nested."""
     if input.layout is not torch.strided or input.is_nested:
         what = "a nested tensor" if input.is_nested else f"a tensor of layout {input.layout}"
         raise RuntimeError(f"{name}: Expected input to be a dense tensor, got {what}")
 
 
 def check_pair(hx: object, function: str = "lstm") -> None:
-    """Raise, in torch's words, unless there are two states. One tensor that holds both is no pair."""
+    """Raise, in torch's words, unless there are two states. One tensor that holds both is not a pair."""
     if not isinstance(hx, tuple | list):
         kind = type(hx).__name__
         what = f"argument 'hx' (position 2) must be tuple of Tensors, not {kind}"
@@ -73,12 +73,12 @@ def check_rank_of_states(rank: int, hx: State) -> None:
             f"For {kind} {rank}-D input, hx and cx should also be {rank}-D "
             f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{_cure_of_one(hx)}"
         )
-    if rank == 3:  # of an unbatched hx torch takes what it needs
+    if rank == 3:  # torch uses the first two states of an unbatched hx
         check_pair(hx)
 
 
 def _cure_of_one(hx: object) -> str:
-    """What to do where somebody gives lengths, or one state, in the place of hx."""
+    """What to do where a user passes lengths, or one state, as hx."""
     return "; hx is one tensor: lengths and resets are given by keyword" if isinstance(hx, Tensor) else ""
 
 
@@ -95,8 +95,8 @@ def check_pairs(hx: Any, layers: int) -> None:
     """Raise unless it is [(h, c), ...], a pair of tensors for each layer of a StackedLSTM.
 
     Raises:
-        TypeError: something else, as torch's (h_0, c_0) with all layers in two tensors.
-        RuntimeError: another number of pairs, or of states for a layer.
+        TypeError: something else, such as torch's (h_0, c_0) with all layers in two tensors.
+        RuntimeError: a wrong number of pairs, or of states for a layer.
     """
     expected = "hx should be a list of pairs (h, c), one a layer"
     if not isinstance(hx, list | tuple):
@@ -136,7 +136,7 @@ def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
     """Raise unless every tensor of a layer and direction has its size, of `sizes` in the order of Weights.
 
     Raises:
-        RuntimeError: one has not.
+        RuntimeError: one has another size, or of two that belong together one is None.
         TypeError: weight_ih or weight_hh is None.
     """
     for name, tensor, size in zip(NAMES, layer, sizes):
@@ -161,7 +161,7 @@ def check_same_parts(weights: list[list[Weights]]) -> None:
 
 
 def named_weights(weights: Weights | Sequence[Tensor | None]) -> Weights:
-    """The weights of a layer by name: tensors, each of as many dimensions as it has to have."""
+    """The weights of a layer by name, checked: each a tensor with the right number of dimensions."""
     if not isinstance(weights, (list, tuple)):
         raise TypeError(f"weights should be a tuple or list of tensors, got: {type(weights).__name__}")
     if not 2 <= len(weights) <= len(NAMES):
@@ -182,17 +182,17 @@ def named_weights(weights: Weights | Sequence[Tensor | None]) -> Weights:
 
 
 def check_unprojected(layer_norm: bool, projected: int) -> None:
-    """Raise unless one of the two is off.
+    """Raise unless layer norm or the projection is off.
 
     Raises:
-        ValueError: Ba et al. (2016) have no projection, and nobody has said which of its sides is normalised.
+        ValueError: both are on: Ba et al. (2016) have no projection, and do not say which side of one is normalised.
     """
     if layer_norm and projected:
         raise ValueError(f"layer_norm is not defined with a projection: expected proj_size 0, got {projected}")
 
 
 def check_cell(options: Options, x: Tensor, state: State, weights: Weights, alike: bool) -> None:
-    """Raise, in the words of the torch at hand, unless x [B, I] and the states of a cell fit; `alike` as it seems."""
+    """Raise, in the installed torch's words, unless x [B, I] and a cell's states fit; `alike`: one dtype and device."""
     (inputs, hidden, _), (h, c) = options.sizes[0], state
     expected = x.shape[0], hidden
     if x.shape[-1] == inputs and h.shape == c.shape == expected:
@@ -208,7 +208,7 @@ def check_cell(options: Options, x: Tensor, state: State, weights: Weights, alik
 
 
 def is_exact(c: Tensor, x: Tensor) -> bool:
-    """Whether a cell state is float32 beside an input of half precision: not rounded, as kernels keep it."""
+    """Whether a cell state is float32 with an input in half precision: not rounded, as kernels keep it."""
     return c.dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16) and not autocasts(x)
 
 
@@ -250,7 +250,7 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: t
     if need_the_reference():  # inside vmap there is no value to look at
         return
     fits = ((lengths >= 0) & (lengths <= steps)).all()
-    if torch.compiler.is_compiling():  # a text with the number in it would be a graph for each number
+    if torch.compiler.is_compiling():  # a text with the number in it would need a graph for each number
         torch._assert_async(fits, "Expected lengths from 0 to the number of steps")
     elif lengths.is_cuda or type(lengths) is not Tensor:  # fake tensors have no values
         torch._assert_async(fits, f"Expected lengths from 0 to {steps}, the number of steps")
@@ -301,9 +301,9 @@ def check_reset_pairs(given: object, layers: int) -> None:
 
 
 def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_cell: bool) -> None:
-    """Raise unless `state` is of one of two sizes, a state a sequence or one a step, and of the dtype and device of x.
+    """Raise unless `state` has one of two sizes, a state per sequence or per step, and the dtype and device of x.
 
-    As of any state, dtypes may differ under autocast, and a cell state may be float32 with half precision.
+    As for any state, dtypes may differ under autocast, and a cell state may be float32 with half precision.
 
     Raises:
         TypeError: not a tensor.

@@ -40,21 +40,21 @@ KERNEL_BACKENDS = (Backend.TRITON, Backend.CUPY)
 
 
 class Choice(Generic[T]):
-    """What the open blocks of a process chose: the youngest counts, whatever the order in which they close."""
+    """What the open `with` blocks of a process chose: the last opened counts, in whatever order they close."""
 
     def __init__(self) -> None:
         self.blocks: list[Block[T]] = []  # that are open
 
     @property
     def now(self) -> T | None:
-        """What the youngest block chose; None: no block is open."""
+        """What the last opened block chose; None: no block is open."""
         return self.blocks[-1].value if self.blocks else None
 
 
 class Block(contextlib.ContextDecorator, Generic[T]):
-    """A choice that holds within a `with` block, or while a function runs that it decorates."""
+    """A choice that holds within a `with` block, or while a function that it decorates runs."""
 
-    _used = True  # where torch.compile makes one without __init__
+    _used = True  # for those that torch.compile makes without __init__
 
     def __init__(self, choice: Choice[T], value: T, call: str) -> None:
         self.value, self._choice, self._call, self._used = value, choice, call, False
@@ -69,7 +69,7 @@ class Block(contextlib.ContextDecorator, Generic[T]):
 
     def __exit__(self, *_: object) -> None:
         blocks = self._choice.blocks
-        for k in reversed(range(len(blocks))):  # the youngest entry of this block, if there is one
+        for k in reversed(range(len(blocks))):  # the last entry of this block, if there is one
             if blocks[k] is self:
                 del blocks[k]
                 return
@@ -90,8 +90,8 @@ chosen_racing: Choice[Racing] = Choice()
 def backend(name: BackendName | Backend) -> Block:
     """Choose the backend within a `with` block, for every module and function that was not given one itself.
 
-    It holds for the whole process, as torch.backends' flags do. Of blocks that are open in several threads at once the
-    youngest counts; when all are closed, none leaves anything behind. Without `with` nothing is chosen, and a
+    It holds for the whole process, as torch.backends' flags do. Of blocks that are open in several threads at once, the
+    last opened counts; once all are closed, nothing is left behind. Without `with` nothing is chosen, and a
     RuntimeWarning says so, as for a coroutine that is never awaited.
 
     Raises:
@@ -115,12 +115,12 @@ def racing(mode: Literal["on", "read", "off"]) -> Block:
 
 
 def parse_backend_name(name: str | Backend) -> BackendName:
-    """The name of a Backend, which modules keep; a ValueError if there is none of that name."""
+    """The name of a Backend, which modules store; a ValueError if there is no Backend of that name."""
     return cast(BackendName, _parse(Backend, name, "backend").value)
 
 
 def _parse(kind: type[E], name: object, what: str, source: str = "") -> E:
-    """The member of an enum of that name; `source` says where a user finds it, where that is not the call at hand."""
+    """The member of an enum of that name; `source` says where the name comes from, if not from the call itself."""
     if isinstance(name, kind):
         return name
     names = [each.value for each in kind]

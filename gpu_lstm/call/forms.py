@@ -1,4 +1,4 @@
-"""The forms in which an input comes: padded, unbatched, packed. In and out of the time-major form inside."""
+"""The forms of an input: padded, unbatched, packed. Conversion to the time-major form used inside, and back."""
 
 from typing import NamedTuple
 
@@ -36,14 +36,14 @@ class Padded(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A PackedSequence. Inside, sequences go by length, as in its data."""
+    """A PackedSequence. Inside, sequences are sorted by length, as in its data."""
 
     packed: PackedSequence
-    batch_first: bool  # of what is given with it
+    batch_first: bool  # of the tensors given with it
     batched: bool = True
 
     def time_major(self, t: Tensor) -> Tensor:
-        """What a user gives for each step, (T, N, ...) or (N, T, ...) in his order -> [T, B, ...]."""
+        """A user's values for each step, (T, N, ...) or (N, T, ...) in the user's order -> [T, B, ...]."""
         t = t.transpose(0, 1) if self.batch_first else t
         return t if self.packed.sorted_indices is None else t.index_select(1, self.packed.sorted_indices)
 
@@ -55,7 +55,7 @@ class Packed(NamedTuple):
         return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
 
     def state_in(self, state: Tensor) -> Tensor:
-        """A user's state [*, B, H], by length."""
+        """A user's state [*, B, H], sorted by length."""
         indices = self.packed.sorted_indices
         return state if indices is None else state.index_select(-2, indices)
 
@@ -70,11 +70,11 @@ class Packed(NamedTuple):
         return torch.arange(int(sizes[0])) < sizes[:, None]
 
     def lengths(self) -> Tensor:
-        """Of the sequences, [B]."""
+        """The lengths of the sequences, [B]."""
         return self.inside().sum(0).to(self.packed.data.device)
 
     def rows(self) -> Tensor:
-        """Of each of the N rows of data, time * B + batch."""
+        """time * B + batch of each of the N rows of data."""
         return self.inside().flatten().nonzero().squeeze(1).to(self.packed.data.device)
 
     def padded(self) -> Tensor:

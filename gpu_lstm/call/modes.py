@@ -1,7 +1,7 @@
-"""What of the process decides how a call is run, asked once a call: autograd, autocast, tracing, transforms, TF32.
+"""What decides how a call is run, read from the process once per call: autograd, autocast, tracing, transforms, TF32.
 
-torch.func.grad and vjp run through the fused kernels, but in a graph of torch.compile. There, vmap and forward-mode
-derivatives need an LSTM that is written in torch's own operators, which the reference is.
+torch.func.grad and vjp run through the fused kernels, except in a graph of torch.compile. There, and everywhere for
+vmap and forward-mode derivatives, an LSTM in torch's own operators is needed, which the reference is.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _is_compiling = torch.compiler.is_compiling
 
 
 class Recording:
-    """Who watches a call. (Plain numbers: they are hashed at every call, and an Enum's hash is a Python function.)"""
+    """What watches a call. (Plain numbers: they are hashed at every call, and an Enum's hash is a Python function.)"""
 
     NOBODY = 0  # eager mode: there is no operator of ours
     WATCHED = 1  # torch.jit.trace, dispatch modes, subclasses of Tensor: kernels run as operators; nothing is raced
@@ -62,9 +62,9 @@ class Modes(NamedTuple):
 
 
 def modes(x: Tensor) -> Modes:
-    """As they are now, for a call on x."""
+    """The modes as they are now, for a call on x."""
     if _is_compiling():
-        # Precision and choices are asked where the decision is made, so that no graph is bound to them.
+        # Precision and choices are read where the decision is made, so that no graph is bound to them.
         recording = Recording.ONNX if torch.onnx.is_in_onnx_export() else Recording.COMPILED
         transforms = Transforms.REFERENCE if need_the_reference() else Transforms.NONE
         return Modes(torch.is_grad_enabled(), _autocast_dtype(x), recording, transforms, "ieee", (), False)
@@ -95,8 +95,8 @@ def _same(t: Tensor) -> Tensor:
 def alone(grad: bool) -> Iterator[None]:
     """A block for computations of our own inside a user's call: none of the caller's contexts acts on them.
 
-    Neither hooks of saved tensors (as of torch.utils.checkpoint), anomaly detection, function modes (a default device
-    is one), a default dtype, nor inference mode; autograd is on as `grad` says.
+    That is, no hooks of saved tensors (such as torch.utils.checkpoint's), anomaly detection, function modes (such as a
+    default device), default dtype or inference mode; autograd is on if `grad`.
     """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -134,7 +134,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 def constant_when_traced(function: F) -> F:
     """What torch.compiler.assume_constant_result does: torch.compile calls the function, and uses what it returns.
 
-    By hand, since that imports torch's compiler, and with it Triton, whether or not anything is ever compiled.
+    Done by hand, since torch's imports its compiler, and with it Triton, whether or not anything is ever compiled.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -147,14 +147,14 @@ def _knows_autocast(device_type: str) -> bool:
 
 
 def need_the_reference() -> bool:
-    """Whether the call at hand is inside vmap or a forward-mode derivative; in a compiled graph, in any transform."""
+    """Whether the current call is inside vmap or a forward-mode derivative; in a compiled graph, in any transform."""
     return _need_the_reference(_is_compiling())
 
 
 @constant_when_traced
 def _need_the_reference(compiling: bool) -> bool:
-    # Not traced but asked: torch.compile enters a transform while it traces what is inside. There no tensor of
-    # torch.func.grad says that it requires a gradient, so that none would be kept for backward.
+    # Called rather than traced: torch.compile enters a transform while it traces what is inside. There no tensor of
+    # torch.func.grad says that it requires a gradient, so that nothing would be saved for backward.
     if forward_ad._current_level >= 0:
         return True
     interpreters = retrieve_all_functorch_interpreters()
@@ -162,16 +162,16 @@ def _need_the_reference(compiling: bool) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether the call at hand is inside a transform of torch.func."""
+    """Whether the current call is inside a transform of torch.func."""
     return _interpreter() is not None
 
 
 def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None]) -> bool:
-    """In backward: whether somebody may differentiate the gradients, which are made from `tensors`.
+    """In backward: whether the gradients, which are computed from `tensors`, may be differentiated.
 
-    torch.func.grad always asks for a graph. It is of use only inside another transform, or if a tensor below takes part
-    in plain autograd. The transform that forward was in is the one whose level `output`, a saved result of it, has; it
-    may be over, as it is when the function that torch.func.vjp returned is called.
+    torch.func.grad always asks for a graph. It is needed only inside another transform, or if a tensor underneath takes
+    part in plain autograd. `output`, a saved result of forward, has the level of the transform that forward ran in;
+    that one may have ended, as it has when the function that torch.func.vjp returned is called.
     """
     if _is_compiling():
         return False
@@ -189,5 +189,5 @@ def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None
 
 
 def alive(t: Tensor | None) -> Tensor | None:
-    """The tensor without the wrappers of transforms that are over, which another transform does not accept."""
+    """The tensor without the wrappers of transforms that have ended, which other transforms do not accept."""
     return None if t is None else _functorch.unwrap_if_dead(t)

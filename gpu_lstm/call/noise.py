@@ -1,10 +1,10 @@
 """The random numbers of a call: recurrent dropout, zoneout, dropout between layers, weight drop.
 
-Drawn once a call, for all backends and for whole sequences, by torch's own generator and one layer and direction after
-another: a seed means the same noise on every backend, whatever chunks of time a sequence is computed in.
+Drawn once per call, for whole sequences, by torch's own generator, one layer and direction after another: a seed gives
+the same noise on every backend, whatever chunks of time a sequence is computed in.
 """
 
-from __future__ import annotations  # torch.compile evaluates those of nested functions, and cannot
+from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
 from typing import NamedTuple
 
@@ -20,11 +20,11 @@ class Noise(NamedTuple):
     """The noise of one layer in one direction for one call; None where there is none."""
 
     dropout_h: Tensor | None = None  # [B, P], 0 or 1 / (1 - p): factors of h in the recurrent product, at every step
-    zoneout_h: Tensor | None = None  # bool [T, B, P], in time: where h stays as it was; in eval() the probability, []
-    zoneout_c: Tensor | None = None  # bool [T, B, H] or [], alike for c
+    zoneout_h: Tensor | None = None  # bool [T, B, P], by time: where h stays as it was; in eval() the probability, []
+    zoneout_c: Tensor | None = None  # bool [T, B, H] or [], likewise for c
 
     def within(self, span: slice | None) -> Noise:
-        """That of the times of a span alone; None: of all."""
+        """The noise at the times of a span; None: at all times."""
         if span is None:
             return self
         h, c = (t[span] if t is not None and t.dim() else t for t in (self.zoneout_h, self.zoneout_c))
@@ -37,10 +37,10 @@ NO_NOISE = Noise()
 def draw(
     layers: list[list[Weights]], sizes: tuple[int, int], dtype: torch.dtype, options: Options
 ) -> tuple[list[list[Noise]], list[Tensor | None]]:
-    """The noise of one call, [L][D]; and which elements of each layer's output are kept, [L] of bool [T, B, D*P].
+    """The noise of one call, [L][D]; and the dropout mask of each layer's output, [L] of bool [T, B, D*P].
 
-    The latter is None where there is no dropout, and for the last layer. Of weights [L][D], `sizes` (T, B), and the
-    dtype that layers compute in.
+    A mask is True for elements that are not dropped; None without dropout, and for the last layer. `layers` [L][D],
+    `sizes` (T, B), `dtype`: that layers compute in.
     """
     if options.zoneout == (0, 0) and not options.recurrent_dropout and not options.dropout:
         return [[NO_NOISE] * len(layer) for layer in layers], [None] * len(layers)
@@ -73,7 +73,7 @@ def draw(
 
 
 def dropped(y: Tensor, kept: Tensor | None, probability: float) -> Tensor:
-    """y [T, B, F] after dropout: torch.nn.functional.dropout's numbers, for a mask that was drawn before."""
+    """y [T, B, F] after dropout: the numbers of torch.nn.functional.dropout, for a mask that was drawn before."""
     if kept is None:
         return y
     return y * (kept.to(y.dtype) / (1 - probability) if probability < 1 else 0)

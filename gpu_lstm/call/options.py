@@ -7,12 +7,12 @@ import torch
 
 from .weights import LAYER_NORM, NAMES, PEEPHOLES
 
-NORMS = ("ih", "hh", "c")  # what a layer norm may be of: W_ih x, W_hh h, c
+NORMS = ("ih", "hh", "c")  # what may be normalised: W_ih x, W_hh h, c
 RESET_STATES = "reset_states"  # the argument of a call, as errors name it
 
 
 class Size(NamedTuple):
-    """Of a layer."""
+    """The sizes of a layer."""
 
     inputs: int  # I
     hidden: int  # H
@@ -25,7 +25,7 @@ class Size(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """All that is asked of every call of a module, as its attributes are now."""
+    """What a module asks of every call, from its attributes as they are now."""
 
     kind: str  # "LSTM", "StackedLSTM", "LSTMCell" or "lstm_layer", as errors name it
     input_size: int
@@ -41,10 +41,10 @@ class Arguments(NamedTuple):
     recurrent_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0  # of h and c
     weight_drop: float = 0.0
-    recompute: bool = False  # kernels keep no gates for backward
+    recompute: bool = False  # kernels save no gates for backward
     backend: str | None = None
     residual: bool = False  # a layer whose output is as wide as its input adds the two
-    reverse: bool = False  # lstm_layer alone
+    reverse: bool = False  # only for lstm_layer
 
 
 class Options:
@@ -64,16 +64,16 @@ class Options:
         self.weight_drop = a.weight_drop if a.training else 0.0
         self.zoneout = a.zoneout if isinstance(a.zoneout, tuple) else (a.zoneout, a.zoneout)
         self.rows = len(self.sizes) * self.directions  # of states: layer by layer, direction by direction
-        # Rows of states that stand in one tensor: an LSTM has all in one, a StackedLSTM those of a layer.
+        # Rows of states per tensor: an LSTM has all in one tensor, a StackedLSTM those of a layer.
         self.blocks = (self.directions,) * len(self.sizes) if a.kind == "StackedLSTM" else (self.rows,)
         # Whether these tensors have rows at all: states of one layer and direction are [B, *] elsewhere.
         self.leading = a.kind == "LSTM" or (a.kind == "StackedLSTM" and self.directions == 2)
         self.names = _names(a, self.directions)
         self.present = sum(name is not None for name in self.names[0][0])  # tensors of a layer and direction
         self.weight_sizes = tuple([_weight_sizes(size) for size in self.sizes])
-        # With layers of one size, torch's own LSTM does all of them in one call.
+        # With layers of one size, torch's own LSTM runs all of them in one call.
         self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1
-        self.connects = a.residual or self.dropout > 0  # something stands between layers
+        self.connects = a.residual or self.dropout > 0  # something is done between layers
         noise = "zoneout" if self.zoneout != (0, 0) else "recurrent_dropout" if self.recurrent_dropout else None
         self.noisy = noise is not None or self.dropout > 0  # random numbers are drawn, or rates made tensors
         self.feature = noise or (LAYER_NORM if a.norms else PEEPHOLES if a.peepholes else None)
@@ -81,7 +81,7 @@ class Options:
 
 
 def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...], ...], ...]:
-    """Of the parameters of each layer and direction, [L][D][10], in the order of Weights; None where there is none."""
+    """The names of the parameters of each layer and direction, [L][D][10], in the order of Weights; None for absent."""
     there = (
         True, True, a.bias, a.bias, a.proj_size > 0, a.peepholes,
         "ih" in a.norms, "hh" in a.norms, "c" in a.norms, "c" in a.norms and a.bias,
@@ -98,7 +98,7 @@ def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...],
 
 
 def _weight_sizes(size: Size) -> tuple[tuple[int, ...], ...]:
-    """Of a layer's tensors, in the order of Weights."""
+    """The sizes of a layer's tensors, in the order of Weights."""
     inputs, hidden, _ = size
     rows, width = 4 * hidden, size.width
     return (
@@ -108,7 +108,7 @@ def _weight_sizes(size: Size) -> tuple[tuple[int, ...], ...]:
 
 
 def options_of(*fields: Any) -> Options:
-    """The Options of these Arguments: the same object for equal ones, but in a graph of torch.compile."""
+    """The Options of these Arguments: the same object for equal ones, except in a graph of torch.compile."""
     return Options(Arguments(*fields)) if torch.compiler.is_compiling() else _cached(*fields)
 
 

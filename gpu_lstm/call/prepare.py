@@ -1,4 +1,4 @@
-"""A user's call as one value: checked here and nowhere else, time-major, with what hands results back in his form."""
+"""A user's call as one value: checked here and nowhere else, time-major; it returns results in the user's form."""
 
 import itertools
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ from .weights import State, Weights
 class Call(NamedTuple):
     """What a stack of layers is asked to do. T steps, B sequences, L layers, D directions."""
 
-    x: Tensor  # [T, B, I]; as torch's own take it: of a PackedSequence its data [N, I], of a cell [B, I]
+    x: Tensor  # [T, B, I]; as torch's own accept it: for a PackedSequence its data [N, I], for a cell [B, I]
     steps: int
     batch: int
-    # Of LSTM one pair ([L*D, B, P], [L*D, B, H]); of a bidirectional StackedLSTM [L] of ([D, B, P], [D, B, H]); else
+    # For LSTM one pair ([L*D, B, P], [L*D, B, H]); for a bidirectional StackedLSTM [L] of ([D, B, P], [D, B, H]); else
     # [L] of ([B, P], [B, H]).
     states: list[State]
     weights: list[list[Weights]]  # [L][D]
@@ -80,7 +80,7 @@ class Call(NamedTuple):
         return [(torch.cat(h), torch.cat(c))]
 
     def states_out(self, states: list[State]) -> Any:
-        """Final states, as `states` is, in the user's form."""
+        """Final states, laid out as `self.states`, in the user's form."""
         if self.form is _TIME_FIRST and self.options.kind != "StackedLSTM":
             return states[0]
         out = [(self.form.state_out(h), self.form.state_out(c)) for h, c in states]
@@ -96,7 +96,7 @@ def prepare(
     resets: Tensor | None = None,
     reset_states: Any = None,
 ) -> Call:
-    """The call, checked. What a user may give is said by the modules and `lstm_layer`, and so is what is raised."""
+    """The call, checked. The modules and `lstm_layer` document what a user may give, and what is raised."""
     form, x = _form_and_input(options, input, hx)
     if form.packed is not None:
         steps, batch = len(form.packed.batch_sizes), int(form.packed.batch_sizes[0])
@@ -127,7 +127,7 @@ _UNBATCHED, _TIME_FIRST, _BATCH_FIRST = Padded(False, False), Padded(True, False
 
 
 def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -> tuple[Form, Tensor]:
-    """The form of an input and the input as Call.x; hx as far as it depends on the form alone."""
+    """The form of an input and the input as Call.x; hx is checked as far as that depends on the form alone."""
     kind = options.kind
     if isinstance(input, PackedSequence):
         if kind == "LSTM" and hx is not None:
@@ -162,7 +162,7 @@ def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -
 def _traversal(
     form: Form, x: Tensor, sizes: tuple[int, int], lengths: Tensor | None, resets: Tensor | None
 ) -> Traversal:
-    """How sequences lie in a batch of `sizes` (T, B), checked; forward."""
+    """The traversal of a batch of `sizes` (T, B), checked; in the forward direction."""
     steps, batch = sizes
     if form.packed is not None and lengths is not None:
         raise ValueError("lengths should not be given together with a PackedSequence, which has its own")
@@ -182,7 +182,7 @@ def _zeros(options: Options, x: Tensor, batch: int) -> list[State]:
     for rows, size in zip(options.blocks, options.sizes):
         lead = (rows,) if options.leading else ()
         c = x.new_zeros(*lead, batch, size.hidden)
-        # Nor does torch.compile let an operator have one tensor twice.
+        # But torch.compile does not let an operator have the same tensor twice.
         one = not size.projected and not torch.compiler.is_compiling()
         states.append((c if one else x.new_zeros(*lead, batch, size.width), c))
     return states
@@ -219,7 +219,7 @@ def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> lis
 
 
 def _check_tensors(options: Options, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> bool:
-    """Raise unless all tensors fit together; whether one requires a gradient."""
+    """Raise unless all tensors fit together; return whether one requires a gradient."""
     dtype, device, learns, alike = x.dtype, x.device, x.requires_grad, True
     for layer, sizes in zip(weights, options.weight_sizes):
         for one in layer:
@@ -278,7 +278,7 @@ def _reset_states(
 def _each_step(
     state: Tensor, name: str, of: tuple[Form, Tensor, tuple[int, int], list[int]], features: int, is_cell: bool
 ) -> Tensor:
-    """A state a sequence or a state a step, checked -> [*lead, T, B, features]."""
+    """A state per sequence or per step, checked -> [*lead, T, B, features]."""
     form, x, (steps, batch), lead = of
     of_batch = [batch] if form.batched else []
     a_sequence = [*lead, *of_batch, features]
@@ -292,7 +292,7 @@ def _each_step(
 def _reset_before_the_only_step(
     options: Options, states: Sequence[State], traversal: Traversal
 ) -> tuple[list[State], Traversal]:
-    """With one step a reset is zeros in the place of the initial state; the reverse direction has none before it."""
+    """With one step, a reset zeroes the initial state; in the reverse direction no reset comes before the step."""
     lengths, resets, *_ = traversal
     assert resets is not None
     reset = resets[0, :, None]  # [B, 1]

@@ -1,6 +1,6 @@
 """Sequences of different lengths and with resets inside: index arithmetic.
 
-A *step* counts in the order of processing. For a sequence of length L in a batch padded to T, the forward direction
+*Steps* are counted in the order of processing. For a sequence of length L in a batch padded to T, the forward direction
 visits time s at step s, and the reverse direction time L - 1 - s. Steps s >= L are padding; both directions visit
 time s there.
 """
@@ -15,25 +15,25 @@ from .weights import State
 
 
 def resets_from_dones(dones: Tensor, first: Tensor | None = None) -> Tensor:
-    """The `resets` of a rollout: where an episode starts, from where the episodes end.
+    """The `resets` of a rollout: where episodes start, from where they end.
 
     An environment reports at a step that it was the last of its episode. The state is zeroed before the next step, so
     `resets` are `dones` one step later.
 
     Not for buffers that hold starts already: CleanRL's and rl_games' `dones`, Stable-Baselines3's `episode_starts`,
-    TorchRL's `is_init`. These are `resets` as they are. Shifted a second time, each episode's first step would run on
-    the state of the episode before; nothing raises.
+    TorchRL's `is_init`. These are `resets` as they are. If they are shifted a second time, each episode's first step
+    runs on the state of the episode before, and no error is raised.
 
     Args:
         dones: bool [T, B]; at t whether step t was the last of its episode.
         first: bool [B], whether step 0 starts an episode: `dones` at the last step of the rollout before. Default:
-            nowhere; the states handed over are kept, which is right where they were zeroed at the ends of episodes.
+            nowhere; the initial states are used as they are, which is right if they were zeroed at ends of episodes.
 
     Returns:
         bool [T, B].
 
     Raises:
-        TypeError: not tensors.
+        TypeError: they are not tensors.
         ValueError: wrong dtype, shape or device; T = 0.
     """
     check_tensor(dones, "dones")
@@ -77,8 +77,8 @@ class Traversal(NamedTuple):
     lengths: Tensor | None = None  # [B]; None: all have T steps
     resets: Tensor | None = None  # bool [T, B]
     reverse: bool = False
-    # The states (h [T, B, P], c [T, B, H]) to reset to, of each layer and direction [L*D]: by the time of the reset, in
-    # the reverse direction by that of the step. None: zeros.
+    # The states (h [T, B, P], c [T, B, H]) to reset to, of each layer and direction [L*D], indexed by the time of the
+    # reset, in the reverse direction by that of the step. None: zeros.
     reset_states: list[State] | None = None
 
     def is_plain(self) -> bool:
@@ -93,7 +93,7 @@ class Traversal(NamedTuple):
         return Traversal(self.lengths, self.resets, True, states)
 
     def of(self, number: int) -> "Traversal":
-        """That of one layer in one direction, which has that number among [L*D]."""
+        """The traversal of one layer in one direction, by its number among [L*D]."""
         return self if self.reset_states is None else self._replace(reset_states=[self.reset_states[number]])
 
     def reset_to(self) -> tuple[Tensor | None, Tensor | None]:
@@ -101,7 +101,7 @@ class Traversal(NamedTuple):
         return (None, None) if self.reset_states is None else self.reset_states[0]
 
     def within(self, span: slice | None) -> "Traversal":
-        """That of the times of a span alone; None: of all."""
+        """The traversal of the times of a span; None: of all times."""
         if span is None:
             return self
         lengths = None if self.lengths is None else (self.lengths - span.start).clamp(0, span.stop - span.start)
@@ -110,9 +110,9 @@ class Traversal(NamedTuple):
         return Traversal(lengths, resets, self.reverse, states)
 
     def reset_at_end_of(self, span: slice | None, h: Tensor, c: Tensor) -> State:
-        """The state of one layer in the reverse direction, which comes to a span from the times after it.
+        """The state with which one layer in the reverse direction enters a span, coming from the times after it.
 
-        Reset where a reset separates the two.
+        It is reset where a reset separates the two.
         """
         if self.resets is None or span is None or span.stop == len(self.resets):
             return h, c
@@ -123,8 +123,8 @@ class Traversal(NamedTuple):
         return torch.where(separated[:, None], to_h, h), torch.where(separated[:, None], to_c, c)
 
     def steps(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of each step of x [T, B, *] the time that it visits, int64 [T, B]; and, bool [T, B] or None, whether it is
-        inside the sequence (None: all are), and whether the state is reset before it (None: nowhere).
+        """For each step of x [T, B, *]: the time that it visits, int64 [T, B]; whether it is inside the sequence, and
+        whether the state is reset before it, each bool [T, B] or None (all are inside; nowhere).
         """
         steps, batch, _ = x.shape
         time = times_of_steps(steps, batch, self.lengths, self.reverse, x.device)

@@ -1,4 +1,4 @@
-"""The tensors of one layer, named as in torch.nn.LSTM; in another dtype, under autocast."""
+"""The tensors of one layer, named as in torch.nn.LSTM, and their casts to another dtype, as under autocast."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ class Weights(NamedTuple):
     bias_ih: Tensor | None = None  # [4H]
     bias_hh: Tensor | None = None  # [4H]
     weight_hr: Tensor | None = None  # [P, H]
-    weight_peephole: Tensor | None = None  # [3H], to the gates i, f and o
+    weight_peephole: Tensor | None = None  # [3H], for the gates i, f and o
     gain_ih: Tensor | None = None  # [4H], of the layer norm of W_ih x, whose bias is bias_ih
     gain_hh: Tensor | None = None  # [4H], of that of W_hh h, whose bias is bias_hh
     gain_c: Tensor | None = None  # [H], of that of c
@@ -32,21 +32,21 @@ class Weights(NamedTuple):
 
     @property
     def variant(self) -> str | None:
-        """What torch's own cell has not: of two such things, that which the fewest backends support."""
+        """What torch's own cell lacks; of two such features, the one that the fewest backends support."""
         if not self.gain_ih is self.gain_hh is self.gain_c is None:
             return LAYER_NORM
         return None if self.weight_peephole is None else PEEPHOLES
 
     def present(self) -> list[Tensor]:
-        """Those that are there, in torch's order."""
+        """The tensors that are not None, in torch's order."""
         return [tensor for tensor in self if tensor is not None]
 
     def to(self, dtype: torch.dtype) -> "Weights":
-        """The same in another dtype; under autocast cast once for all calls of a block."""
+        """The same in another dtype; under autocast they are cast once for all calls of a block."""
         return Weights(*cast(self, dtype))  # type: ignore[arg-type]
 
     def detached(self, need_gradients: bool) -> "Weights":
-        """The same tensors for a computation of its own."""
+        """The same tensors, detached, for a separate computation."""
         return Weights(*(None if t is None else t.detach().requires_grad_(need_gradients) for t in self))  # type: ignore[arg-type]
 
 
@@ -54,9 +54,9 @@ NAMES = Weights._fields
 
 
 def cast(weights: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """A layer's weights in another dtype; in an autocast block once for all calls, as torch's operators do.
+    """A layer's weights in another dtype; in an autocast block cast once for all calls, as torch's operators do.
 
-    Cast again where one was changed in place since.
+    A weight that was changed in place since is cast again.
     """
     present = [weight for weight in weights if weight is not None]
     if not all(map(_is_kept, present)):
@@ -74,7 +74,7 @@ def cast(weights: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | 
 
 
 def _is_kept(weight: Tensor) -> bool:
-    """Whether torch's autocast would keep the cast, that of a float32 leaf that learns, and no graph is being recorded.
+    """Whether torch's autocast would cache the cast (of a float32 leaf that learns), and no graph is being recorded.
 
     A graph that is traced or captured has to cast at every run.
     """
@@ -88,11 +88,11 @@ def _is_kept(weight: Tensor) -> bool:
 
 
 def _casts_of_this_block(device_type: str, dtype: torch.dtype) -> dict[tuple[Tensor, bool], tuple[int, Tensor]]:
-    """By weight and whether autograd is on: its version and its cast. Gone when the outermost autocast block ends.
+    """By weight and whether autograd is on: its version and its cast. Dropped when the outermost autocast block ends.
 
-    torch tells nobody when that is, but then forgets its own casts. So ours are kept by one of them: by the graph node
-    of the cast of a weight without elements, which is found through an operator that casts it. With autocast's cache
-    turned off there is a new node, and an empty dict, at every call.
+    torch does not report when that is, but then drops its own casts. So ours are attached to one of these: to the graph
+    node of the cast of an empty weight, which is found through an operator that casts it. With autocast's cache turned
+    off there is a new node, and an empty dict, at every call.
     """
     weight, factor = _without_elements(device_type, dtype)
     with contextlib.nullcontext() if torch.is_grad_enabled() else _differentiable():

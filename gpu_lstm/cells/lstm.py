@@ -5,9 +5,9 @@ Gate order i, f, g, o, as torch.nn.LSTM states the equations:
     i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)
     c' = f c + i g                                          m = o tanh(c')
 
-m is the hidden state h', or what a projection W_hr takes to h' where there is one (Sak et al., 2014). With peepholes
-(Gers & Schmidhuber, 2000) p [3H] each gate but g sees the cell state of its own unit: z_i + p_i c, z_f + p_f c and
-z_o + p_o c' take the places of z_i, z_f and z_o. With layer norms (Ba, Kiros & Hinton, 2016, their equations 20 to 22)
+m is the hidden state h'; with a projection, h' = W_hr m (Sak et al., 2014). With peepholes p [3H] (Gers & Schmidhuber,
+2000) each gate but g also depends on the cell state of its own unit: z_i + p_i c, z_f + p_f c and z_o + p_o c' replace
+z_i, z_f and z_o. With layer norms (Ba, Kiros & Hinton, 2016, their equations 20 to 22)
 
     z = LN(W_ih x) + LN(W_hh h)                             m = o tanh(LN(c'))
 
@@ -47,7 +47,7 @@ def step(z: Tensor, c: Tensor, peephole: Tensor | None) -> tuple[Tensor, Tensor,
 
 
 def activate_in_place(z: Tensor, peephole: Tensor | None, c: Tensor | None) -> Tensor:
-    """Pre-activations [T, B, 4H] -> gates in the same memory; with peepholes each step began with c [T, B, H]."""
+    """Pre-activations [T, B, 4H] -> gates in the same memory; c [T, B, H], for peepholes: before each step."""
     hidden = z.shape[2] // 4
     i_f, g, o = z.tensor_split((2 * hidden, 3 * hidden), dim=2)
     if peephole is not None and c is not None:

@@ -15,7 +15,7 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def backends_with(feature: str) -> tuple[Backend, ...]:
-    """The backends that support what not all do: states to reset to, a variant of the cell, or a regularised one."""
+    """The backends that support a feature that not all do: states to reset to, a variant of the cell, a regulariser."""
     kernels = (Backend.TRITON, Backend.CUPY) if feature == RESET_STATES else (Backend.TRITON,)
     return *kernels, Backend.REFERENCE
 
@@ -25,8 +25,8 @@ def select(
 ) -> Backend:
     """The backend that will run tensors of this device and dtype unless another wins a race: never AUTO.
 
-    `feature` is what a call has that the fewest backends support; `transformed`, whether it is within torch.func.vmap
-    or a forward-mode derivative, which the reference runs, whatever was chosen and can run.
+    `feature` is the one of a call that the fewest backends support; `transformed`, whether it is within torch.func.vmap
+    or a forward-mode derivative: those the reference runs, whatever was chosen and can run.
 
     Raises:
         ValueError: there is no backend of that name, or an explicitly chosen one does not support the feature.
@@ -79,7 +79,7 @@ def without_triton(problem: str) -> str:
 
 
 def _problem_with(package: str, load: Callable[[], object]) -> str | None:
-    """What `load` raises: an optional package that is missing or broken stops nobody who did not ask for it."""
+    """What `load` raises: a missing or broken optional package must not stop users who did not ask for it."""
     try:
         load()
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Kinds of calls: what decides who is faster, and from which the kernels' problems follow."""
+"""Kinds of calls: what decides which backend is faster, and determines the kernels' problems."""
 
 from typing import Any, NamedTuple
 
@@ -13,29 +13,29 @@ MOST_OF_CUDNN = 65_536  # steps of a sequence, as Kind.steps counts them: cuDNN 
 
 
 class Kind(NamedTuple):
-    """A kind of call. The number of steps, which varies from call to call, counts by powers of two."""
+    """A kind of call. The number of steps, which varies from call to call, is rounded up to a power of two."""
 
     layers: tuple[Size, ...]  # [L]
     directions: int
     training: bool  # forward and backward
     recompute: bool
-    steps: int  # T, up to the next power of two
+    steps: int  # T, rounded up to a power of two
     norm_ih: bool  # a layer norm of W_ih x, which is outside the time loop
-    like: Problem  # of the first layer; in the key of a race B up to the next power of two
+    like: Problem  # of the first layer; in the key of a race B is rounded up to a power of two
 
     @property
     def dtype(self) -> torch.dtype:
-        """That layers compute in."""
+        """The dtype that layers compute in."""
         return self.like.dtype
 
     @property
     def variant(self) -> str | None:
-        """Of the cell, see Weights.variant."""
+        """The variant of the cell, see Weights.variant."""
         return LAYER_NORM if self.norm_ih or any(self.like.norms) else PEEPHOLES if self.like.peepholes else None
 
     @property
     def only_ours(self) -> str | None:
-        """What torch's own LSTM has not; None: it can run all of it."""
+        """What torch's own LSTM lacks; None: it can run all of it."""
         if self.like.regularised:
             return "recurrent dropout or zoneout"
         if self.steps > MOST_OF_CUDNN:
@@ -50,7 +50,7 @@ class Kind(NamedTuple):
         return self.like._replace(hidden=hidden, projected=projected, side_by_side=side_by_side, reverse=reverse)
 
     def as_json(self) -> dict[str, Any]:
-        """The key of a race as JSON values: sizes that vary from call to call by powers of two."""
+        """The key of a race as JSON values: sizes that vary from call to call are rounded up to powers of two."""
         like = self.like
         return {
             "layers": [list(size) for size in self.layers], "directions": self.directions,
@@ -88,7 +88,7 @@ def dtype_of(call: Call) -> torch.dtype:
 
 
 def size_class(n: int) -> int:
-    """n, up to the next power of two."""
+    """n, rounded up to a power of two."""
     return 1 << max(n - 1, 0).bit_length()
 
 

@@ -36,21 +36,21 @@ FORMAT = 6  # raised whenever a field of the key or the way of racing changes
 BUDGET = 0.3  # seconds that a race may last, after everything is compiled
 ROUND = 2e-3  # seconds of calls between two looks at the clock
 MOST_CALLS, MOST_TURNS = 64, 200  # of a round; of a race
-LONGEST = 256  # steps of a race: with more, what a step takes is all that counts
-BATCH_OF_A_GRAPH = 16  # that stands for any
+LONGEST = 256  # steps of a race: with more, only the time of a step matters
+BATCH_OF_A_GRAPH = 16  # assumed, whatever the batch is
 FAILED = "the kernels fail"
-UNCERTAIN = 0.5  # quartiles of a rival's times further apart than this share of their median: nothing is cached
+UNCERTAIN = 0.5  # if a rival's quartiles differ by more than this share of its median, nothing is cached
 
 logger = logging.getLogger("gpu_lstm")
 
 _lock = threading.RLock()
-# What this process decided. It holds more than the cache: times that are too noisy, kernels that fail, expected
-# winners; so that neither a batch of another size nor a capture decides again.
+# What this process decided. It holds more than the cache (noisy races, kernels that fail, expected winners), so that
+# neither a batch of another size nor a capture decides again.
 _decided: dict[tuple, Decision] = {}
 
 
 def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision:
-    """Who runs a kind of call, and why; `able` runs it unless another wins. If `dry`, as far as it is known."""
+    """Which backend runs a kind of call, and why; `able` unless another wins. If `dry`, as far as it is known."""
     if call.modes.transforms == Transforms.REFERENCE:
         return Decision(able, "only it runs inside vmap and forward-mode derivatives")
     if requested_backend(call.options.backend) is not Backend.AUTO:
@@ -80,15 +80,15 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
 
 
 def forget() -> None:
-    """Decide again, since more is known."""
+    """Drop all decisions, so that later calls decide again: more is known."""
     _decided.clear()
 
 
 def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
-    """What the rank of torch.distributed that decided first decided; but for a rank whose kernels fail.
+    """The decision of the rank of torch.distributed that decided first, except on a rank whose kernels fail.
 
-    Close to a tie ranks would decide differently. Through the store of the process group none waits for another, so
-    that they may make different calls, in any order.
+    Close to a tie, ranks would decide differently. They share decisions through the store of the process group, where
+    none waits for another, so that they may make different calls, in any order.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or decision.why.startswith(FAILED):
@@ -126,7 +126,7 @@ def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
 
 
 def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
-    """By a race, if there may be one; else by expectation, once the kernels have run at all."""
+    """Decide by a race, if one is allowed; else the expected winner, once the kernels have run at all."""
     other = _other(kind)
     expected = expected_winner(kind, able, call.x.device)
     try:
@@ -145,7 +145,7 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
                 runs[other.value]()
             except DEVICE_ERRORS:
                 raise
-            except RuntimeError as error:  # as of cuDNN that cannot be initialised
+            except RuntimeError as error:  # say cuDNN cannot be initialised
                 return Decision(able, f"torch's LSTM fails: {error}")
             times = race(runs, clock_of(call.x.device))
     except torch.OutOfMemoryError:
@@ -158,16 +158,16 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
 
 
 def _other(kind: Kind) -> Backend:
-    """What runs a kind of call without kernels."""
+    """The backend that runs a kind of call without our kernels."""
     return Backend.REFERENCE if kind.only_ours else Backend.TORCH
 
 
 def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
-    """The call by a backend on random data of its size, with its own weights; and backward in training."""
+    """The call by a backend on random data of its size, with its own weights; in training, backward too."""
     call = call.padded()._replace(form=Padded(batched=True, batch_first=False))
     steps, sizes = min(call.steps, LONGEST), call.x.shape[1:]  # (B, I)
     shape = sizes if call.options.kind == "LSTMCell" else (steps, *sizes)
-    # By uniform numbers of a generator that is forked off.
+    # Uniform numbers; the caller has forked the generators.
     data = torch.rand(shape, dtype=torch.float32, device=call.x.device).to(call.x.dtype)
     data.requires_grad_(kind.training and call.x.requires_grad)
     own = [[one.detached(kind.training) for one in layer] for layer in call.weights]
@@ -187,7 +187,7 @@ def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """Seconds, once a device has done all that it was given: the seam at which a test can be a card."""
+    """A clock in seconds that first waits for the device's queued work; tests can replace it to simulate a card."""
 
     def now() -> float:
         if device.type == "cuda":
@@ -198,9 +198,9 @@ def clock_of(device: torch.device) -> Callable[[], float]:
 
 
 def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds a call of each rival, by turns, until the budget is spent; at least three times each.
+    """Seconds per call of each rival, timed in turn until the budget is spent; at least three times each.
 
-    The first call of each, which may compile, does not count. Host and device run at once, as they do for a user.
+    The first call of each, which may compile, does not count. Host and device overlap, as they do for a user.
     """
     calls = {}
     for name, run in rivals.items():
@@ -222,7 +222,7 @@ def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -
 
 
 def judge(times: dict[str, list[float]], expected: Decision) -> tuple[Decision, bool]:
-    """Who won, and whether that is certain enough to be cached. What is closer than the times are spread is a tie."""
+    """The winner, and whether it is certain enough to be cached. A difference within the times' spread is a tie."""
     quartiles = {name: statistics.quantiles(seconds, n=4) for name, seconds in times.items()}
     medians = {name: middle for name, (_, middle, _) in quartiles.items()}
     spread = max(high - low for low, _, high in quartiles.values())
@@ -236,10 +236,10 @@ def judge(times: dict[str, list[float]], expected: Decision) -> tuple[Decision, 
 
 
 def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision:
-    """Who runs what was not raced. Nothing here was measured.
+    """The backend for a kind that was not raced. Nothing here was measured.
 
-    Kernels, where torch cannot run it, or not at the speed of a plain batch; and where every layer's W_hh stays on chip
-    and no group of programs has several batch tiles. Everywhere else torch.
+    The kernels, where torch cannot run it, or not at the speed of a plain batch; and where every layer's W_hh stays on
+    chip and no group of programs has several batch tiles. Everywhere else, torch.
     """
     if kind.only_ours:
         return Decision(able, f"torch's LSTM has no {kind.only_ours}")

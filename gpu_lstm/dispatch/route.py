@@ -25,11 +25,11 @@ class Route(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Who runs a kind of call, and why."""
+    """Which backend runs a kind of call, and why."""
 
     backend: Backend
     why: str
-    seconds: dict[str, float] | None = None  # a call of each rival, the median; None: there was no race
+    seconds: dict[str, float] | None = None  # the median of each rival's calls; None: there was no race
 
     def __str__(self) -> str:
         times = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in (self.seconds or {}).items())
@@ -47,7 +47,7 @@ def build(call: Call, kind: Kind, backend: Backend) -> Route:
 
 
 def run_by(route: Route, call: Call, record: list[reference.Gates] | None = None) -> tuple[Tensor, list[State]]:
-    """The output [T, B, D*P], of a PackedSequence perhaps [N, D*P], and the final states as Call.states.
+    """The output [T, B, D*P] (for a PackedSequence it may be [N, D*P]), and the final states as Call.states.
 
     The reference appends the gates of every layer and direction to `record`, if there is one.
     """

@@ -1,4 +1,4 @@
-"""The one way of every call: its route, decided once for each kind of call and state of the process, then looked up."""
+"""The one path of every call: its route, decided once per kind of call and state of the process, then looked up."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def route_of(call: Call) -> Route:
     route = _routes.get(key)
     if route is None:
         route = _resolve(call)
-        if not call.modes.capturing:  # where nothing is checked or raced
+        if not call.modes.capturing:  # when nothing is verified or raced
             if len(_routes) >= MOST_ROUTES:
                 _routes.clear()
             _routes[key] = route
@@ -50,7 +50,7 @@ def route_of(call: Call) -> Route:
 
 
 def forget() -> None:
-    """Decide again, since more is known."""
+    """Drop all decisions, so that later calls decide again: more is known."""
     _routes.clear()
     race.forget()
 
@@ -85,13 +85,13 @@ def _route_while_watched(call: Call) -> Route:
 
 
 def _route_in_a_graph(call: Call) -> Route:
-    """In a graph of torch.compile, which is for all sizes: nothing is raced, and every backend is an operator a layer.
+    """In a graph of torch.compile, for all sizes: nothing is raced, and every backend is one operator per layer.
 
     torch's ONNX exporter, which knows no operator of ours, gets torch's own LSTM.
     """
     options, traversal, dtype = call.options, call.traversal, dtype_of(call)
     if call.modes.recording == Recording.ONNX and isinstance(call.steps, torch.SymInt):
-        # The file would say that T is free, and fail at another than the example's.
+        # The file would say that T is free, and fail for any T but the example's.
         raise RuntimeError("ONNX: the number of steps is free only in a model that gpu_lstm.to_torch has converted")
     lengths = traversal.lengths is not None or call.form.packed is not None
     noise = options.feature in ("zoneout", "recurrent_dropout")  # a comparison of rates would be a symbol
@@ -100,12 +100,12 @@ def _route_in_a_graph(call: Call) -> Route:
         call.weights[0][0].variant,
     )  # fmt: skip
     transformed = call.modes.transforms == Transforms.REFERENCE
-    # By the weights, whose sizes are constants; a module's attributes are symbols with dynamic=True.
+    # From the weights, whose sizes are constants; a module's attributes are symbols with dynamic=True.
     sizes = tuple([
         (w.weight_ih.shape[1], w.weight_hh.shape[0] // 4, 0 if w.weight_hr is None else w.weight_hh.shape[1])
         for w, *_ in call.weights
     ])  # fmt: skip
-    # What a `with backend(...)` block chose is given so that the graph is bound to it.
+    # What a `with backend(...)` block chose is passed so that the graph is bound to it.
     given = options.backend, chosen_backend.now, call.x.device, dtype, feature_of(call), transformed
     name, problem = _decided_in_a_graph(*given, sizes, asked)
     if problem:
@@ -117,7 +117,7 @@ def _route_in_a_graph(call: Call) -> Route:
 
 @constant_when_traced
 def _decided_in_a_graph(*facts: Any) -> tuple[str, str]:
-    """The name of the backend and "", or the class and text of what stands in the way. Not to be traced."""
+    """The name of the backend and "", or the class and text of the error. Not traced."""
     argument, _, device, dtype, feature, transformed, sizes, asked = facts
     try:
         able = available.select(argument, device, dtype, feature, transformed)

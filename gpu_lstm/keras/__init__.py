@@ -1,4 +1,4 @@
-"""Keras 3: its layers to and from ours, its masks and initial values; and its LSTM layer on our kernels.
+"""Keras 3: conversion of its layers to ours and back, its masks and initial values; its LSTM layer on our kernels.
 
 Importing this does not import Keras. from_keras, to_keras and the name LSTM do.
 """
@@ -11,7 +11,7 @@ from .convert import import_keras as _import_keras
 if TYPE_CHECKING:
     from .layer import LSTM as LSTM
 
-# Without LSTM: `import *` works where Keras is not installed.
+# Without LSTM, so that `import *` works where Keras is not installed.
 __all__ = ["GoBackwards", "forget_bias", "from_keras", "keras_init", "lengths_of", "to_keras"]
 
 

@@ -1,4 +1,4 @@
-"""To Keras 3 and back, with equal numbers; and Keras's initial values for any LSTM.
+"""Conversion to Keras 3 and back, with equal results; and Keras's initial values for any LSTM.
 
 Both have the gates in the order i, f, g, o; Keras's matrices are transposed, and it has one bias where torch has two.
 Only from_keras and to_keras import Keras.
@@ -28,7 +28,7 @@ BIASES = ("bias_ih", "bias_hh")
 
 
 class GoBackwards(nn.Module):
-    """Runs an LSTM or StackedLSTM from the end of each sequence to its start, as Keras's go_backwards=True.
+    """Runs an LSTM or StackedLSTM from the end of each sequence to its start, like Keras's go_backwards=True.
 
     A call accepts and returns what `lstm` does, batched, but ``output[:, 0]`` belongs to the last time. With lengths
     its zeros come first, since Keras reverses the mask with the input; ``output.flip(1)`` is in the order of time.
@@ -37,7 +37,7 @@ class GoBackwards(nn.Module):
         lstm: one direction, batch_first=True. Its weights are those of a forward LSTM.
 
     Raises:
-        TypeError: something else than an LSTM or StackedLSTM; input that is no tensor.
+        TypeError: `lstm` is not an LSTM or StackedLSTM; input that is not a tensor.
         ValueError: an LSTM that is bidirectional or not batch_first; input that is not batched.
     """
 
@@ -94,7 +94,7 @@ def from_keras(
 
     Raises:
         ValueError: a layer that is not built, or an argument of it that has no counterpart here.
-        TypeError: another layer, or a subclass, which may compute anything; freeze_second_bias is no bool.
+        TypeError: another layer, or a subclass, which may compute anything; freeze_second_bias is not a bool.
         ImportError: Keras is not installed.
     """
     check_bool("freeze_second_bias", freeze_second_bias)
@@ -139,7 +139,7 @@ def to_keras(lstm: nn.Module) -> Any:
     One layer becomes keras.layers.LSTM or Bidirectional, several become RNN(StackedRNNCells); GoBackwards becomes
     go_backwards=True. The layer accepts (N, T, I) whatever batch_first is, has return_sequences=True and
     return_state=True, and returns (output, h, c), (output, h, c, h_reverse, c_reverse), or (output, [h, c], ...) with
-    a pair a layer. Its bias is bias_ih + bias_hh.
+    one pair per layer. Its bias is bias_ih + bias_hh.
 
     Args:
         lstm: an LSTM, StackedLSTM, GoBackwards or torch.nn.LSTM.
@@ -192,10 +192,10 @@ def to_keras(lstm: nn.Module) -> Any:
 
 
 def lengths_of(mask: Tensor) -> Tensor:
-    """The lengths [N], int64, that say what a Keras mask [N, T], bool, says: True up to a length and False after it.
+    """The lengths [N], int64, of a Keras mask [N, T], bool, that is True up to each length and False after it.
 
     Raises:
-        TypeError: a mask that is no tensor.
+        TypeError: a mask that is not a tensor.
         ValueError: a mask that is not bool or not [N, T], or a row of it with a False before a True.
     """
     check_tensor(mask, "mask")
@@ -217,8 +217,8 @@ def keras_init(module: Module) -> Module:
     """Give every LSTM in `module`, in place, initial values as Keras draws them, and return `module`.
 
     weight_ih and weight_hr, which Keras does not have, are glorot_uniform: weight_ih within sqrt(6 / (I + 4H)) of zero.
-    weight_hh is orthogonal: its columns, for all gates together, are orthonormal. Biases are zero but for a forget
-    gate's, which is 1 (see forget_bias). Peepholes and layer norms stay as they are.
+    weight_hh is orthogonal: its columns, for all gates together, are orthonormal. Biases are zero, except that a forget
+    gate's is 1 (see forget_bias). Peepholes and layer norms stay as they are.
 
     Args:
         module: an LSTM, StackedLSTM or LSTMCell, torch's own, or a module that holds some.
@@ -249,8 +249,8 @@ def forget_bias(module: Module, value: float = 1.0) -> Module:
         value: the sum of the two biases; with 1, forget gates are open when training begins.
 
     Raises:
-        TypeError: there is no LSTM in `module`, or `value` is no number.
-        ValueError: an LSTM with bias=False, or a value that is not finite. Either way nothing was set.
+        TypeError: there is no LSTM in `module`, or `value` is not a number.
+        ValueError: an LSTM with bias=False, or a value that is not finite. Either way nothing is set.
     """
     lstms = _lstms(module)
     if not isinstance(value, numbers.Real):
@@ -269,7 +269,7 @@ def _with_forget_bias(name: str, bias: Tensor, value: float) -> Tensor:
 
 
 def _assign(lstms: list, names: tuple[str, ...], new: Callable[[str, Tensor], Tensor]) -> None:
-    """new(name, parameter) to all parameters whose names begin so, at once: an error or interrupt changes none."""
+    """Set parameters whose names begin with `names` to new(name, parameter); an error or interrupt changes none."""
     named = [each for lstm in lstms for each in lstm.named_parameters(recurse=False) if each[0].startswith(names)]
     torch._foreach_copy_([parameter for _, parameter in named], [new(*each) for each in named])
 
@@ -325,7 +325,7 @@ def _same(name: str, values: list) -> Any:
     return values[0]
 
 
-# Numbers pass through float64, which holds those of every other dtype, also where NumPy does not know the dtype.
+# Numbers are converted through float64, which holds those of every other dtype, even of one that NumPy does not know.
 def _tensor(keras: ModuleType, variable: Any) -> Tensor:
     return torch.from_numpy(keras.ops.convert_to_numpy(variable.value).astype("float64"))
 

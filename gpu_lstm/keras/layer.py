@@ -41,7 +41,7 @@ class LSTM(keras.layers.LSTM):
             )
         super().__init__(units, *args, **kwargs)
         check_activations(keras, self.cell)
-        self.use_cudnn = False  # Bidirectional would call cuDNN in the place of its layers
+        self.use_cudnn = False  # Bidirectional would call cuDNN instead of its layers
 
     def inner_loop(self, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> tuple:
         """What Keras calls: (last output [B, H], outputs [B, T, H], [h, c]) of sequences [B, T, I]."""
@@ -56,7 +56,7 @@ class LSTM(keras.layers.LSTM):
             weights += [bias, torch.zeros_like(bias)]
         x = to_tensor(sequences).to(weights[0].dtype).transpose(0, 1)
         if training and cell.dropout:
-            x = x * cell.get_dropout_mask(sequences[:, 0, :])  # of all steps
+            x = x * cell.get_dropout_mask(sequences[:, 0, :])  # the same for all steps
         hx = [to_tensor(state).to(x.dtype) for state in initial_state]
         if self.stateful:
             hx = [state.clone() for state in hx]  # Keras writes the new states into the old, which backward reads
@@ -78,7 +78,7 @@ class LSTM(keras.layers.LSTM):
         y, (h, c) = lstm_layer(
             x.take_along_dim(valid_first[:, :, None], 0), weights, (hx[0], hx[1]), lengths=mask.sum(0)
         )
-        number = mask.cumsum(0)  # of valid steps up to each, with it
+        number = mask.cumsum(0)  # of valid steps up to and including each
         shown = (mask if self.zero_output_for_mask else number > 0)[:, :, None]
         if self.return_sequences:
             y = torch.where(shown, y.take_along_dim((number - 1).clamp(min=0)[:, :, None], 0), 0)

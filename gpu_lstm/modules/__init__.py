@@ -1,4 +1,4 @@
-"""The modules: LSTM and LSTMCell stand in for torch's own, StackedLSTM stacks layers of different sizes."""
+"""The modules: LSTM and LSTMCell replace torch's own, StackedLSTM stacks layers of different sizes."""
 
 from .cell import LSTMCell
 from .lstm import LSTM

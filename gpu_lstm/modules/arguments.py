@@ -18,11 +18,11 @@ NOT_OF_TORCH = (*REGULARISERS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cann
 
 
 def accepted(name: str, value: Any) -> Any:
-    """The value of an argument as the attribute `name` of a module, checked; of other attributes the value as it is.
+    """The value of an argument as the attribute `name` of a module, checked; for other attributes the value as it is.
 
     Raises:
-        ValueError: no probability, or an unknown backend.
-        TypeError: `recompute` that is no bool.
+        ValueError: not a probability, or an unknown backend.
+        TypeError: `recompute` that is not a bool.
     """
     match name:
         case "backend":
@@ -49,7 +49,7 @@ def accepted(name: str, value: Any) -> Any:
 
 
 def is_probability(value: object) -> bool:
-    """Whether it is a number from 0 to 1."""
+    """Whether `value` is a number from 0 to 1."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 
@@ -81,7 +81,7 @@ def layer_sizes(hidden_sizes: Sequence[int]) -> list[int]:
 
 
 def check_size(name: str, size: object) -> None:
-    """Raise, in torch's words, unless it is a positive int."""
+    """Raise, in torch's words, unless `size` is a positive int."""
     if not isinstance(size, int):
         raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
     if size <= 0:
@@ -95,7 +95,7 @@ class Checked:
         super().__setattr__(name, accepted(name, value))
 
     def _get_name(self) -> str:
-        """In the text of a model, where one wants to see whose LSTM it is; a user's subclass by its own name."""
+        """The name in a model's repr, which shows whose LSTM it is; a user's subclass keeps its own name."""
         cls = type(self)
         return f"gpu_lstm.{cls.__name__}" if cls.__module__.startswith("gpu_lstm.") else cls.__name__
 
@@ -134,7 +134,7 @@ def scriptable(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """`module` as an instance of `cls`, with the same Parameter objects, hooks, flags, and regularisers that are on."""
     twin = cls.__new__(cls)
-    dropped = ["_flat_weights", "_compiled_call_impl"]  # torch's cache; of Module.compile(), which would call `module`
+    dropped = ["_flat_weights", "_compiled_call_impl"]  # torch's cache; Module.compile()'s, which would call `module`
     dropped += ["backend", "recompute", *(name for name in REGULARISERS if not module.__dict__.get(name))]
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in dropped})
     for own in ("_parameters", "_buffers", "_modules"):
@@ -145,7 +145,7 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 
 
 def repr_of(module: nn.Module, names: Sequence[str]) -> str:
-    """The backend, if one was chosen, and of other arguments those that are on."""
+    """The backend, if one was chosen, and those of the other arguments that are on."""
     backend: Any = module.backend
     text = "" if backend is None else f", backend={backend!r}"
     return text + "".join(f", {name}={getattr(module, name)!r}" for name in names if getattr(module, name))

@@ -39,7 +39,7 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
         h, c = cell(torch.randn(3, 10))
     """
 
-    # On the class, so that they are there in pickles of older modules.
+    # On the class, so that modules pickled by older versions have it.
     backend: BackendName | None = None
 
     def __init__(
@@ -78,7 +78,7 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
         return call.states_out(run(call)[1])
 
     def _options(self) -> Options:
-        """By the attributes as they are now."""
+        """From the attributes as they are now."""
         return options_of(
             "LSTMCell", self.input_size, (self.hidden_size,), 0, self.bias, False, False, self._peepholes, self._norms,
             False, 0.0, 0.0, 0.0, 0.0, False, self.backend,

@@ -27,7 +27,7 @@ class LSTM(Checked, HasVariants, RNNBase):
 
     Each layer computes, at every step, with gates in the order i, f, g, o::
 
-        i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)      f, o alike
+        i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)      f, o likewise
         g = tanh   (W_ig x + b_ig + W_hg h + b_hg)
         c' = f c + i g          h' = o tanh(c'), or W_hr (o tanh(c')) if proj_size > 0
 
@@ -45,7 +45,7 @@ class LSTM(Checked, HasVariants, RNNBase):
         device, dtype: of the parameters.
         backend: "auto", "triton", "cupy", "torch" or "reference". Default: as chosen by `gpu_lstm.backend` or the
             environment variable GPU_LSTM_BACKEND, else "auto".
-        recompute: for backward keep only h and c, and recompute the gates with one product over all steps: about a
+        recompute: save only h and c for backward, and recompute the gates with one product over all steps: about a
             third of the memory. On the backends "triton" and "cupy". Default: False
         recurrent_dropout: when training, probability of zeroing an element of h before the product with W_hh, the same
             for all gates and steps of a call (Gal & Ghahramani, 2016). Default: 0
@@ -53,7 +53,7 @@ class LSTM(Checked, HasVariants, RNNBase):
             (Krueger et al., 2017): a pair for h and c, or one for both. In eval() the expectation. Default: 0
         weight_drop: when training, probability of zeroing an element of W_hh, the same for all steps of a call
             (Merity et al., 2018). Default: 0
-        peepholes: the gates see the cell state of their own unit (Gers & Schmidhuber, 2000). Parameters
+        peepholes: gates depend on the cell state of their own unit (Gers & Schmidhuber, 2000). Parameters
             weight_peephole_l{k} and, if bidirectional, weight_peephole_l{k}_reverse: p_i, p_f and p_o, (3H,). Default:
             False. With them, before the gates are computed::
 
@@ -71,9 +71,9 @@ class LSTM(Checked, HasVariants, RNNBase):
 
     Raises:
         ValueError, TypeError: as torch.nn.LSTM for its arguments, in its words; ValueError for an unknown backend, a
-            regulariser that is no probability, or a layer norm of something else or with proj_size; TypeError for
-            `recompute` or `peepholes` that is no bool. `dropout` and these, but for `peepholes` and `layer_norm`, may
-            be set later as attributes, and raise the same there.
+            regulariser that is not a probability, or a layer norm of something else or with proj_size; TypeError for
+            `recompute` or `peepholes` that is not a bool. `dropout` and these, except `peepholes` and `layer_norm`, may
+            be set later as attributes, and raise the same errors then.
 
     Example::
 
@@ -121,10 +121,10 @@ class LSTM(Checked, HasVariants, RNNBase):
         pass
 
     def flatten_parameters(self) -> None:
-        """As torch's, and of bfloat16, too, which torch leaves as it is: cuDNN would copy the weights at every call."""
+        """As torch's, but also for bfloat16, which torch skips: cuDNN would copy the weights at every call."""
         super().flatten_parameters()
         weights = [w for w in self._flat_weights if type(w) is nn.Parameter and w.is_cuda and w.dtype is torch.bfloat16]
-        if len({w.data_ptr() for w in weights}) == len(self._flat_weights_names):  # none is tied, as torch has it
+        if len({w.data_ptr() for w in weights}) == len(self._flat_weights_names):  # none are tied, as torch requires
             with torch.no_grad():
                 for weight, part in zip(weights, packed(weights)):  # type: ignore[arg-type]
                     weight.set_(part)  # type: ignore[call-overload]
@@ -144,10 +144,10 @@ class LSTM(Checked, HasVariants, RNNBase):
             lengths: (N,), unbatched (). int32 or int64 on the input's device, each from 0 to T, in any order.
                 Default: T.
             resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
-            reset_states: (h, c) that resets leave instead of zeros: one a sequence, as hx, or one a step, of which
-                those at resets count: (D*L, T, N, P) and (D*L, T, N, H), with batch_first (D*L, N, T, ...), unbatched
-                (D*L, T, ...). Gradients flow into them. On the backends "triton" and "reference".
-            mask: None. TorchRL's LSTMModule gives one to what is no torch.nn.LSTM: hand it a compat.LSTM.
+            reset_states: (h, c) that resets set instead of zeros: one per sequence, as hx, or one per step, of which
+                only those at resets are used: (D*L, T, N, P) and (D*L, T, N, H), with batch_first (D*L, N, T, ...),
+                unbatched (D*L, T, ...). Gradients flow into them. On the backends "triton" and "reference".
+            mask: None. TorchRL's LSTMModule passes one to what is not a torch.nn.LSTM: give it a compat.LSTM.
 
         ``lengths`` replaces packing: nothing is sorted or copied, and padding, NaN included, never affects results or
         gradients. ``resets`` zeroes the states before the steps where it is True, as at the start of an episode; one at
@@ -157,7 +157,7 @@ class LSTM(Checked, HasVariants, RNNBase):
         Returns:
             output: as the input, with D*P features; zero past the end of a sequence.
             (h_n, c_n): as h_0 and c_0; the states after the last step of each sequence. In half precision c_0 may be
-            float32, as the kernels keep it, and then c_n is: a sequence in pieces is that of the whole.
+            float32, as the kernels keep it, and then so is c_n: a sequence in pieces gives the results of the whole.
 
         Raises:
             ValueError, RuntimeError, TypeError: as torch.nn.LSTM, in its words. ValueError for lengths, resets or
@@ -177,7 +177,7 @@ class LSTM(Checked, HasVariants, RNNBase):
         return call.form.output(y), call.states_out(states)
 
     def _options(self) -> Options:
-        """By the attributes as they are now."""
+        """From the attributes as they are now."""
         return options_of(
             "LSTM", self.input_size, (self.hidden_size,) * self.num_layers, self.proj_size, self.bias,
             self.bidirectional, self.batch_first, self._peepholes, self._norms, self.training, self.dropout,

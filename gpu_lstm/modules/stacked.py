@@ -20,7 +20,7 @@ from .variants import weights_of
 
 
 class StackedLSTM(Checked, nn.Module):
-    """LSTM layers of different sizes on top of each other, with one pair of states a layer.
+    """LSTM layers of different sizes on top of each other, with one pair of states per layer.
 
     Layer k, an LSTM in ``layers``, has hidden_sizes[k] units; its input is the output of layer k - 1. A stack of equal
     sizes gives the results of an LSTM with the same weights.
@@ -36,8 +36,8 @@ class StackedLSTM(Checked, nn.Module):
     See `forward` for calls.
 
     Raises:
-        ValueError, TypeError: as LSTM; hidden_sizes that is no sequence of ints, or empty; `residual` that is no bool,
-            or True where no layer allows it.
+        ValueError, TypeError: as LSTM; hidden_sizes that is not a sequence of ints, or empty; `residual` that is not a
+            bool, or True where no layer allows it.
 
     Example::
 
@@ -45,7 +45,7 @@ class StackedLSTM(Checked, nn.Module):
         output, [(h1, c1), (h2, c2)] = stack(torch.randn(2, 3, 6))
     """
 
-    # On the class, so that they are there in pickles of older modules.
+    # On the class, so that modules pickled by older versions have them.
     recurrent_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
     weight_drop: float = 0.0
@@ -91,12 +91,12 @@ class StackedLSTM(Checked, nn.Module):
 
     @property
     def peepholes(self) -> bool:
-        """As of an LSTM."""
+        """As for LSTM."""
         return cast(LSTM, self.layers[0]).peepholes
 
     @property
     def layer_norm(self) -> bool | tuple[str, ...]:
-        """As of an LSTM."""
+        """As for LSTM."""
         return cast(LSTM, self.layers[0]).layer_norm
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -115,24 +115,24 @@ class StackedLSTM(Checked, nn.Module):
 
         Args:
             input, lengths, resets: as for `LSTM.forward`.
-            hx: [(h, c), ...], a pair a layer, each (N, H_k), or (2, N, H_k) if bidirectional; unbatched without N.
+            hx: [(h, c), ...], one pair per layer, each (N, H_k), or (2, N, H_k) if bidirectional; unbatched without N.
                 Default: zeros.
-            reset_states: as for `LSTM.forward`, a pair a layer, each as in hx, or with (T, N) or (N, T) for N.
+            reset_states: as for `LSTM.forward`, one pair per layer, each as in hx, or with (T, N) or (N, T) for N.
 
         Returns:
             output: as the input, with D * H_k features of the last layer; zero past the end of a sequence.
             states: as hx, after the last step of each sequence.
 
         Raises:
-            ValueError, RuntimeError, ImportError, TypeError: as `LSTM.forward`; TypeError for hx that is no list of
-                pairs, as torch's (h_0, c_0) is none; RuntimeError for another number of them, or other sizes.
+            ValueError, RuntimeError, ImportError, TypeError: as `LSTM.forward`; TypeError for hx that is not a list of
+                pairs, such as torch's (h_0, c_0); RuntimeError for a wrong number of them, or wrong sizes.
         """
         call = prepare(self._options(), self._weights(), input, hx, lengths, resets, reset_states)
         y, states = run(call)
         return call.form.output(y), call.states_out(states)
 
     def _options(self) -> Options:
-        """By the attributes as they are now."""
+        """From the attributes as they are now."""
         first: Any = self.layers[0]
         return options_of(
             "StackedLSTM", self.input_size, tuple(self.hidden_sizes), 0, self.bias, self.bidirectional,

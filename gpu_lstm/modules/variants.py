@@ -9,9 +9,9 @@ from ..call.weights import Weights
 
 
 class HasVariants:
-    """Of LSTM and LSTMCell, combined with torch's RNNBase or RNNCellBase."""
+    """A mixin of LSTM and LSTMCell, next to torch's RNNBase or RNNCellBase."""
 
-    # On the class, so that they are there in pickles of older modules, and in the dicts of those alone that have one.
+    # On the class, so that modules pickled by older versions have them; only modules with a variant have their own.
     _peepholes: bool = False
     _norms: tuple[str, ...] = ()
     bias: bool
@@ -24,7 +24,7 @@ class HasVariants:
 
     @property
     def layer_norm(self) -> bool | tuple[str, ...]:
-        """Whether all of "ih", "hh" and "c" are normalised, or which; fixed, as peepholes."""
+        """Whether all of "ih", "hh" and "c" are normalised, or which; fixed, like peepholes."""
         return self._norms if 0 < len(self._norms) < len(NORMS) else bool(self._norms)
 
     def reset_parameters(self) -> None:

@@ -1,4 +1,4 @@
-"""Measure which kernels are fastest on the GPU at hand, and cache the result."""
+"""Measure which kernels are fastest on the present GPU, and cache the result."""
 
 import importlib
 
@@ -15,11 +15,11 @@ def autotune(
     hidden_size: int, batch: int, *, steps: int = 256, dtype: torch.dtype = torch.float32, proj_size: int = 0,
     device: torch.device | str = "cuda",
 ) -> dict[str, str]:  # fmt: skip
-    """Time the Triton kernels that a layer could run, on the GPU at hand, and cache the fastest.
+    """Time the Triton kernels that a layer could run, on the present GPU, and cache the fastest.
 
     It takes seconds to minutes, mostly to compile. The result is written to gpu_lstm/plans in the user's cache folder,
-    by card and version of Triton, and used from then on for layers of this size and batch. The logger "gpu_lstm" has a
-    line at INFO for each plan.
+    by card and version of Triton, and used from then on for layers of this size and batch. The logger "gpu_lstm" writes
+    a line at INFO for each plan.
 
     Args:
         hidden_size, proj_size, dtype: of the layer: float16, bfloat16 or float32.
@@ -31,7 +31,7 @@ def autotune(
         For "forward" and "backward" the fastest family of kernels and why it was proposed.
 
     Raises:
-        TypeError, ValueError: a size that is no int, or too small; proj_size >= hidden_size; dtype that is none.
+        TypeError, ValueError: a size that is not an int, or too small; proj_size >= hidden_size; dtype that is not one.
         ImportError, RuntimeError, TypeError: the Triton kernels cannot run on this device or dtype, and why.
         RuntimeError: a CUDA graph is being captured.
     """

@@ -21,13 +21,13 @@ _log = logging.getLogger("gpu_lstm")
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell}
 _THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, compat.LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}
-# Packages whose modules ask isinstance(lstm, torch.nn.LSTM), and act otherwise if it is none.
+# Packages whose modules check isinstance(lstm, torch.nn.LSTM), and behave differently if it is False.
 _NEED_TORCHS = ("torchrl",)
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-# No type says "of exactly this class": to a checker a subclass, which is left alone, is converted too.
+# No type means "of exactly this class": to a type checker a subclass, which is left alone, is converted too.
 @overload
 def convert(model: TorchLSTM) -> LSTM: ...  # type: ignore[overload-overlap]
 @overload
@@ -39,15 +39,15 @@ def convert(model: nn.Module) -> nn.Module:
 
     Only these exact classes: a subclass may do anything in its forward, and is left alone. Parameters stay the same
     objects, so that optimizers keep working; hooks, training flags, names and shared modules stay too. In TorchRL's
-    LSTMModule, which asks for an instance of torch.nn.LSTM, it becomes a compat.LSTM. The logger "gpu_lstm" tells at
-    INFO what was swapped, and what was left and why; it is a UserWarning where there was nothing to swap, and no module
-    of gpu_lstm before.
+    LSTMModule, which needs an instance of torch.nn.LSTM, an LSTM becomes a compat.LSTM. The logger "gpu_lstm" reports
+    at INFO what was swapped, and what was left and why; if nothing was, and there was no module of gpu_lstm before, a
+    UserWarning does.
 
     Returns:
         `model`; where it is itself one of these classes, a new module that shares its parameters.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
     """
     return _swap(model, _OURS, "convert")
 
@@ -65,8 +65,8 @@ def to_torch(model: nn.Module) -> nn.Module:
     no result. torch.nn.LSTM accepts neither lengths nor resets.
 
     Raises:
-        TypeError: `model` is no module, or there is a StackedLSTM in it.
-        ValueError: an LSTM has a regulariser or peepholes, which torch.nn.LSTM has not. Either way nothing was swapped.
+        TypeError: `model` is not a module, or there is a StackedLSTM in it.
+        ValueError: an LSTM has a regulariser or peepholes, which torch.nn.LSTM lacks. Either way nothing is swapped.
     """
     return _swap(model, _THEIRS, "to_torch")
 
@@ -125,7 +125,7 @@ def _check_that_torch_has_it(where: str, module: nn.Module) -> None:
 
 
 def _name(cls: type) -> str:
-    """As a user writes it."""
+    """The name of a class as users write it."""
     full = f"{cls.__module__}.{cls.__qualname__}"
     return re.sub(r"^(torch\.nn|gpu_lstm)\.modules\.(rnn|lstm|cell|stacked)\.", r"\1.", full)
 
@@ -141,7 +141,7 @@ def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
     Haste's one bias becomes bias_ih; bias_hh is zero. Its forget_bias was only the initial value of that bias.
 
     Raises:
-        TypeError: something else, or a parameter that is no tensor.
+        TypeError: something else, or a parameter that is not a tensor.
         ValueError: other names or sizes than these, more than one dtype, or a module with zoneout or dropout (of the
             recurrent weights).
     """

@@ -51,7 +51,7 @@ class Direction:
     input_size: int
     hidden_size: int
     proj_size: int
-    passes: list[PassPlan]  # [] but for the Triton backend
+    passes: list[PassPlan]  # [] except on the Triton backend
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class Explanation:
     backend: str  # of all its layers and directions
     why: str
     seconds: dict[str, float] | None  # a call of each rival in the race; None: there was none
-    how: str  # the backend runs it
+    how: str  # in which way the backend runs it
     precision: str  # of products
     others: dict[str, str]  # the backends that do not run it: why not
-    launches: int | None  # of kernels of the recurrence; None: there are more than those, or others
+    launches: int | None  # of kernels of the recurrence; None: there are others, or more than those
     layers: list[Direction]
 
     def __str__(self) -> str:
@@ -90,18 +90,18 @@ def explain(
     lstm: LSTM | StackedLSTM, x: Tensor | PackedSequence, hx: State | Sequence[State] | None = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Any = None,
 ) -> Explanation:  # fmt: skip
-    """Say how a call would run and why, without the call: nothing is run, raced, or cached.
+    """Say how a call would run and why, without making it: nothing is run, raced, or cached.
 
     It holds for a call made at the same place: with autograd on or off, in training or not, under autocast, and within
     `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
 
     Args:
         lstm: an LSTM or StackedLSTM.
-        x, hx, lengths, resets, reset_states: as `lstm` accepts them. Of x, shape, dtype, device and requires_grad
-            count; of lengths, resets and reset_states, whether they are there; of hx, nothing.
+        x, hx, lengths, resets, reset_states: as `lstm` accepts them. Only the shape, dtype, device and requires_grad of
+            x matter, and whether lengths, resets and reset_states are given; hx is ignored.
 
     Returns:
-        Text by `print`, data by `dataclasses.asdict`. Times of a step are estimated ones, in seconds.
+        Text by `print`, data by `dataclasses.asdict`. Times of a step are estimates, in seconds.
 
     Raises:
         TypeError: `lstm` is of neither class.
@@ -139,7 +139,7 @@ def terms_of(terms: dict[str, float]) -> list[str]:
 
 
 def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
-    """Of one layer and direction, on Triton: by the plans that were chosen, else by those that would be tried first."""
+    """Those of one layer and direction, on Triton: by the chosen plans, else by those that would be tried first."""
     if route.backend is not Backend.TRITON or route.schedule is None:
         return []
     planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")

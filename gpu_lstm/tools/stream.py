@@ -1,4 +1,4 @@
-"""An LSTM that is fed as its input comes: one step or one chunk at a time, the state held between calls."""
+"""An LSTM that runs as its input arrives: one step or one chunk at a time, with the state kept between calls."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class _StepGraph(NamedTuple):
 
 
 class Stream:
-    """Runs `lstm` on a batch of sequences without end; outputs are those of one call with all steps, but for rounding.
+    """Runs `lstm` on a batch of endless sequences; outputs are those of one call with all steps, except for rounding.
 
     In float16 and bfloat16 the cell state is held in float32. Inference only: nothing is recorded for backward. On CUDA
     the first step is captured in a graph, and later ones replay it; it is captured again if a parameter is replaced,
@@ -37,8 +37,8 @@ class Stream:
         hx: the initial states, as `lstm` accepts them for a batch; they are copied. Default: zeros
 
     Raises:
-        TypeError: `lstm` is no gpu_lstm.LSTM or StackedLSTM, `batch` no int, or hx is not made of pairs of tensors.
-        ValueError: `lstm` is bidirectional, and the reverse direction begins at the end; batch < 0.
+        TypeError: `lstm` is not a gpu_lstm.LSTM or StackedLSTM, `batch` not an int, or hx not made of pairs of tensors.
+        ValueError: `lstm` is bidirectional, since the reverse direction begins at the end; batch < 0.
         RuntimeError: hx of other sizes, of another dtype or on another device than `lstm` accepts.
 
     Example::
@@ -70,7 +70,7 @@ class Stream:
 
     @property
     def state(self) -> States:
-        """A copy of the state after the last step, as `lstm` returns it. Set it to go on from another: as hx."""
+        """A copy of the state after the last step, as `lstm` returns it. To continue from another, set it, as hx."""
         return self._as_given(_each(torch.clone, self._state))
 
     @state.setter
@@ -102,10 +102,10 @@ class Stream:
             The output, (N, P) for a step, else as the chunk; P = H without a projection.
 
         Raises:
-            TypeError: x or `active` is no tensor.
-            ValueError: x has another rank or batch; `active` another shape, dtype or device; the LSTM is in training
+            TypeError: x or `active` is not a tensor.
+            ValueError: x has a wrong rank or batch; `active` a wrong shape, dtype or device; the LSTM is in training
                 mode and has dropout.
-            RuntimeError: as `lstm`, for another number of features, dtype or device.
+            RuntimeError: as `lstm`, for a wrong number of features, dtype or device.
         """
         check_tensor(x, "x")
         lstm = self.lstm
@@ -127,14 +127,14 @@ class Stream:
         self._update(_each(lambda t: t.masked_fill(which[:, None], 0), self._state))  # t is [L, N, *] or [N, *]
 
     def reorder(self, index: Tensor) -> None:
-        """Let sequence n go on from the state of sequence index[n], as hypotheses of a beam search do.
+        """Let sequence n continue from the state of sequence index[n], as hypotheses of a beam search do.
 
         Args:
             index: int64 or int32 (N,), from 0 to N - 1; repeats are allowed.
 
         Raises:
-            TypeError: `index` is no tensor.
-            ValueError: it has another shape, dtype, device or values (on CUDA asserted on the device).
+            TypeError: `index` is not a tensor.
+            ValueError: it has a wrong shape, dtype, device or values (on CUDA asserted on the device).
         """
         self._check_for_each("index", index, torch.int64, torch.int32)
         outside = (index < 0) | (index >= self.batch)
@@ -170,7 +170,7 @@ class Stream:
         return y if x.dim() == 3 else y.squeeze(time_axis)
 
     def _replay(self, x: Tensor, active: Tensor | None) -> Tensor:
-        """A step by its graph, which is captured where there is none for these parameters, sizes and `active`."""
+        """Run a step by its graph, captured first if there is none for these parameters, sizes and `active`."""
         lstm, graph = self.lstm, self._graph
         key = x.shape, x.dtype, lstm.training, lstm.zoneout, tuple(p.data_ptr() for p in lstm.parameters())
         if graph is None or graph.key != key or (graph.active is None and active is not None):
@@ -190,7 +190,7 @@ class Stream:
 
     @torch.no_grad()
     def _update(self, state: list[State]) -> None:
-        """In place, where a graph finds them; all at once, so that an interrupt leaves the states of one step."""
+        """In place, where a graph reads them; all at once, so that an interrupt leaves the states of one step."""
         torch._foreach_copy_([t for pair in self._state for t in pair], [t for pair in state for t in pair])
 
     def _as_given(self, state: list[State]) -> Any:

@@ -46,7 +46,7 @@ def colour_map(field: str) -> "Colormap":
 
 @dataclass(frozen=True)
 class Trace:
-    """What a call of an LSTM computes on its way. Everything is differentiable."""
+    """Everything that a call of an LSTM computes, differentiable."""
 
     output: Tensor | PackedSequence  # the call's results
     states: State | list[State]
@@ -60,10 +60,10 @@ class Trace:
 
         Raises:
             ImportError: matplotlib is missing.
-            TypeError, IndexError, ValueError: `sequence` is no int, is not in the batch, or has no steps.
+            TypeError, IndexError, ValueError: `sequence` is not an int, is not in the batch, or has no steps.
         """
         try:
-            from matplotlib.figure import Figure  # no dependency of the package, and slow to import
+            from matplotlib.figure import Figure  # not a dependency of the package, and slow to import
         except ImportError as error:
             raise ImportError(f"plot needs matplotlib: pip install matplotlib ({error})") from error
         batch, sequence = self.layers[0][0].cell.shape[1], operator.index(sequence)
@@ -78,7 +78,7 @@ class Trace:
         for r, (layer, direction, gates) in enumerate(rows):
             for k, (field, values) in enumerate(gates._asdict().items()):
                 shown = values[:steps, sequence].detach().float().cpu().T.numpy()  # [H, T]
-                panel = figure.add_subplot(grid[r, k + k // 3])  # a colour bar stands behind three
+                panel = figure.add_subplot(grid[r, k + k // 3])  # a colour bar follows every three
                 low = -1 if k // 3 else 0
                 panel.imshow(shown, aspect="auto", interpolation="nearest", vmin=low, vmax=1, cmap=colour_map(field))
                 panel.locator_params(integer=True, nbins=5)
@@ -104,9 +104,9 @@ def trace(
     lstm: nn.Module, x: Tensor | PackedSequence, hx: State | Sequence[State] | None = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: State | Sequence[State] | None = None,
 ) -> Trace:  # fmt: skip
-    """Call an LSTM and keep all that it computes: gates, cell and hidden states of every step, layer and direction.
+    """Call an LSTM and record all that it computes: gates, cell and hidden states of every step, layer and direction.
 
-    The call runs on the reference whatever the backend; results are those of other backends but for rounding. Dropout
+    The call runs on the reference whatever the backend; results equal other backends' except for rounding. Dropout
     between layers is applied as in any call: to trace inference, call `eval()` first.
 
     Args:
