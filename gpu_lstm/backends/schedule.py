@@ -61,8 +61,8 @@ def schedule_of(call: Call, steps: int, size: int) -> Schedule:
     count = len(options.sizes) if options.directions == 1 else options.directions
     if not call.x.is_cuda or count == 1 or (options.directions == 1 and steps <= 2 * SHORTEST):
         return Schedule(longest, (None,) * count, 1)
-    # While a graph is captured, launches on several streams would also have to wait for what ran before the capture. So
-    # all go to one stream, with the plans of the calls before: older drivers load no other kernel into a capture.
+    # While a graph is captured, what was launched before it cannot be waited for. So all goes to one stream, with the
+    # plans of the calls before: older drivers load no other kernel into a capture.
     return Schedule(longest, (None,) * count if call.modes.capturing else _streams(call.x.device, count), count)
 
 
