@@ -17,7 +17,7 @@ from .providers import OURS, PROVIDERS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status: 0 fine, 1 something is wrong or slower, 2 a mistake of the user's."""
+    """Run the command line; return the exit status: 0 fine, 1 something is wrong or slower, 2 a user error."""
     options = _parser().parse_args(arguments)
     with contextlib.ExitStack() as stack:
         try:
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def show(file: Path) -> int:
-    """Plots next to a file of results, and its tables, the summary last. 1 if a row of ours is wrong or failed."""
+    """Draw plots next to a results file; print its tables, the summary last. 1 if a row of ours is wrong or failed."""
     rows, console = results.read(file), Console(markup=False, highlight=False)
     wrong = rows[report.is_ours(rows) & rows["status"].isin(results.BROKEN)]
     console.print(*report.details(rows), f"{file} and {len(plots.draw(rows, file.parent))} plots next to it", sep="\n")

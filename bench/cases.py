@@ -1,4 +1,4 @@
-"""What is measured: single cases, and the grid of them for a kind of device, the most informative first."""
+"""What is measured: single cases, and a grid of cases for each kind of device, the most informative first."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-# Of every tensor. tf32 and fp32 differ in how float32 matmuls are computed: in TF32, or exactly.
+# The dtype of every tensor. tf32 and fp32 differ in how float32 matmuls are computed: in TF32, or exactly.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
-# Variants of the cell by the argument of gpu_lstm.LSTM: its value, and the weights [n * H] that it adds, n of each.
+# Variants of the cell by gpu_lstm.LSTM's argument: its value, and n for each of the weights [n * H] that it adds.
 VARIANTS: dict[str, tuple[Any, dict[str, int]]] = {
     "peepholes": (True, {"weight_peephole": 3}), "recurrent_dropout": (0.25, {}), "zoneout": (0.1, {}),
     "layer_norm": (True, {"gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1}),
@@ -110,7 +110,7 @@ def grid(kind: str) -> dict[str, list[Case]]:
 
 
 def choose(kind: str, names: list[str] | None) -> list[Case]:
-    """The cases of groups, or single cases, by name; the whole grid if None."""
+    """The cases with these names, or of groups with these names; the whole grid if None."""
     groups = grid(kind)
     known = groups | {case.name: [case] for cases in groups.values() for case in cases}
     if unknown := set(names or ()) - set(known):

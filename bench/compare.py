@@ -1,10 +1,10 @@
 """python -m bench compare: what has become slower or faster between two runs on the same device.
 
-It compares `speed`, torch.nn.LSTM's time over the provider's in the same round, so that a drift cancels; for runs with
-different versions of torch, and for torch itself, seconds, where a change must be 10 % larger to count. A change counts
-beyond --fail-under and where the intervals of three standard errors around the two medians, from p20, p80 and the
-rounds, do not overlap. Simulated with 3 % noise a round and 5 % drift a run, the same code is never slower in 650 pairs
-of runs, and a case slower by 10 % is found in 93 % at 20 rounds, 99 % at 30, 59 % at 9.
+It compares `speed`, torch.nn.LSTM's time over the provider's in the same round, so that drift cancels. For runs with
+different versions of torch, and for torch itself, it compares seconds, and a change must be 10 % larger to count. A
+change counts if it exceeds --fail-under and the intervals of three standard errors around the two medians, from p20,
+p80 and the rounds, do not overlap. Simulated with 3 % noise per round and 5 % drift per run, the same code is never
+slower in 650 pairs of runs; a case slower by 10 % is found in 93 % of pairs at 20 rounds, 99 % at 30, 59 % at 9.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ from .providers import YARDSTICK
 from .results import BROKEN, TIMED
 
 FAIL_UNDER = 0.95
-IN_SECONDS = 0.9  # of the threshold, where the drift of the machine does not cancel
+IN_SECONDS = 0.9  # times the threshold, where the drift of the machine does not cancel
 ROUNDS = 20  # at which three standard errors of a median reach as far as p20 and p80: 3 * 1.253 = 0.842 * 20**0.5
 KEY, STATUS = ["case", "provider", "graph"], ["status_old", "status_new"]
 VERDICTS = ["slower", "broken", "faster", "not timed now", "not timed before"]
@@ -28,7 +28,7 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> pd.DataF
     if not 0 < fail_under <= 1:
         raise ValueError(f"--fail-under is {fail_under:g}, expected more than 0 and at most 1")
     report.measured(pd.concat([old, new]))  # raises unless they are of one device
-    replayed = new[~new["status"].isin(TIMED)].assign(graph=True)  # what was not timed has no row of its own for that
+    replayed = new[~new["status"].isin(TIMED)].assign(graph=True)  # what was not timed has no separate row for a graph
     try:
         rows = old.merge(pd.concat([new, replayed]), "outer", KEY, suffixes=("_old", "_new"), validate="one_to_one")
     except pd.errors.MergeError as error:
@@ -68,7 +68,7 @@ def _interval(rows: pd.DataFrame, in_seconds: pd.Series) -> tuple[pd.Series, pd.
 
 
 def show(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> int:
-    """Print what `compare` finds. 1 if gpu_lstm itself is slower, wrong or failed, else 0; the others fail nothing."""
+    """Print what `compare` finds. 1 if gpu_lstm itself is slower, wrong or failed, else 0, whatever others do."""
     rows, console, lines = compare(old, new, fail_under), Console(), []
     told = rows[rows["verdict"] != ""].sort_values("verdict", key=lambda its: its.map(VERDICTS.index), kind="stable")
     for row in told.itertuples():

@@ -1,4 +1,4 @@
-"""The whole check of a CUDA machine in one command, the most informative first: see docs/first_gpu_run.md."""
+"""The whole check of a CUDA machine in one command, the most informative parts first: see docs/first_gpu_run.md."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ CUPY = "cupy", [*(f"--ignore={file}" for file in (FIRST, HELD, STREAM)), "-n", "
 
 
 def run(minutes: float, out: Path, device: str = "cuda") -> int:
-    """All parts within about `minutes`, into the folder `out`. How many tests failed, in lines."""
+    """Run all parts within about `minutes`, with results in the folder `out`. How many tests failed, in lines."""
     start, whole_s = time.monotonic(), 60 * minutes - 20  # for plots and tables
     print(command(["gpu_lstm"], 120, out / "doctor.txt")[0])
     failures = [line for part in (HEADLINE, FAMILIES) for line in tests(*part[:2], start + part[2] * whole_s, out)]
@@ -36,7 +36,7 @@ def run(minutes: float, out: Path, device: str = "cuda") -> int:
 
 
 def tests(name: str, arguments: list[str], deadline: float, out: Path) -> list[str]:
-    """Run tests until `deadline`, by time.monotonic(), and print how they ended; a line for each failure."""
+    """Run tests until `deadline`, by time.monotonic(), and print how they ended; return a line for each failure."""
     limit_s = max(1.0, deadline - time.monotonic())
     said, code = command([*PYTEST, *arguments], limit_s, out / f"tests-{name}.txt")
     last = said.rstrip().rpartition("\n")[2]
@@ -52,7 +52,7 @@ def tests(name: str, arguments: list[str], deadline: float, out: Path) -> list[s
 
 
 def command(module: list[str], limit_s: float, log: Path) -> tuple[str, int | None]:
-    """Run a module in the checkout; its output, also in `log`, and its exit code: None if it took too long."""
+    """Run a module in the checkout; return its output, also in `log`, and exit code, None if it took too long."""
     env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "2")
     words, code = [sys.executable, "-m", *module], None
     with log.open("w") as out, contextlib.suppress(subprocess.TimeoutExpired):

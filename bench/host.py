@@ -1,7 +1,7 @@
-"""python -m bench host: microseconds that a call costs on the host, against the whole call of torch.nn.
+"""python -m bench host: microseconds that a call costs on the host, compared with the whole call of torch.nn.
 
-With a GPU kernels are launched there, and the clock stops before the device is done. Without one the CPU counts as an
-H100: kernels are planned for it, and all runs but their launches, Triton's launcher and CUDA's own calls.
+With a GPU, kernels are launched on it, and the clock stops before the device is done. Without one, the CPU counts as an
+H100: kernels are planned for it, and everything runs except launches, Triton's launcher and CUDA's own calls.
 """
 
 import functools
@@ -103,7 +103,7 @@ def runs_kernels(call: Callable[[], Any]) -> bool:
 
 @functools.cache
 def ready(case: str, mode: str) -> dict[Any, Callable[[], Any]]:
-    """Calls that are warm, of kernels or not as they should be."""
+    """Warmed-up calls, each checked to run kernels, or not, as it should."""
     calls = {place: made(case, mode, *place) for place in PLACES}
     for (_, provider), call in calls.items():
         for _ in range(20):  # to warm up
@@ -116,7 +116,7 @@ def ready(case: str, mode: str) -> dict[Any, Callable[[], Any]]:
 
 
 def sample(call: Callable[[], Any], repeats: int, device: str) -> float:
-    """Seconds a call, over some of them."""
+    """Seconds per call, averaged over `repeats` calls."""
     synchronize = torch.cuda.synchronize if CARD == "cuda" else nothing
     gc.collect()
     gc.disable()
@@ -132,13 +132,13 @@ def sample(call: Callable[[], Any], repeats: int, device: str) -> float:
 
 
 def measure(case: str, mode: str, rounds: int, tell: Callable[[str], None]) -> tuple[list[Any], dict[Any, Any]]:
-    """Where it comes from, by device, and the seconds of every round, in which all take turns."""
+    """The provenance, by device, and the seconds of every round, in which all calls take turns."""
     tell(KERNELS)
     try:
         stub()
         with torch.set_grad_enabled(mode != "inference"):
             seconds = timing.interleaved(ready(case, mode), CARD, 0.0, (rounds, rounds), sample)
-    except (ImportError, AttributeError, TypeError) as error:  # gpu_lstm is of a commit that differs too much
+    except (ImportError, AttributeError, TypeError) as error:  # gpu_lstm's commit differs too much
         raise ProviderFailed(KERNELS, f"{type(error).__name__}: {error}") from error
     return [results.provenance(device) for device in dict.fromkeys([CARD, "cpu"])], seconds
 
@@ -158,7 +158,7 @@ def line(case: str, mode: str, place: tuple[str, str], found: dict[str, list[Any
 
 
 def run(names: list[str], commit: str | None) -> int:
-    """Measure cases, of another commit, too, if there is one, in turns; and print a table."""
+    """Measure cases, in turns with those of another commit if one is given, and print a table."""
     cases = [(case, mode) for case in names for mode in MODES if case != "Stream" or mode == "inference"]
     lines, origins = [], []
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The tensors of a case, the same for every provider, and what float64 says of them."""
+"""The tensors of a case, the same for every provider, and their results in float64."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,7 @@ NOISE_SEED = 0  # before a call that is checked: providers draw random numbers a
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every provider of a case is given. Weights by the names of gpu_lstm.LSTM; D*L = R rows of states."""
+    """What every provider of a case is given. Weights by their names in gpu_lstm.LSTM; states have D*L = R rows."""
 
     case: Case
     weights: dict[str, Tensor]
@@ -105,7 +105,7 @@ def _direction(inputs: Inputs, x: Tensor, state: Any, row: int, weights: list[Te
 
 
 def _noise(inputs: Inputs) -> tuple[Any, list[Tensor]]:
-    """Of a layer in one direction: factors of h in the recurrent product [B, H]; where h and c stay, bool [T, B, H]."""
+    """For a layer in one direction: factors of h in the recurrent product [B, H]; bool [T, B, H] where h and c stay."""
     case, like, (p, _) = inputs.case, inputs.h0[0], VARIANTS.get(inputs.case.variant, (0, {}))
     if case.variant == "recurrent_dropout":  # Gal & Ghahramani, 2016: one mask for all steps
         return F.dropout(torch.ones_like(like), p), []

@@ -1,4 +1,4 @@
-"""Calls in a separate process: a kernel that hangs or crashes ends nothing else."""
+"""Calls in a separate process, so that a kernel that hangs or crashes ends nothing else."""
 
 import contextlib
 import multiprocessing
@@ -19,7 +19,7 @@ class ProviderFailed(Exception):
 
 
 class Worker:
-    """Calls a function, which says by `tell` who runs, in a process that imports from `path` before all else."""
+    """Calls a function, which reports by `tell` who runs, in a process that imports from `path` first."""
 
     _process: Any = None
 
@@ -52,11 +52,11 @@ class Worker:
         raise ProviderFailed(*failure)
 
     def close(self) -> int | None:
-        """End the process, if there is one; its exit code."""
+        """End the process, if there is one; return its exit code."""
         process, self._process = self._process, None
         if process is None:
             return None
-        process.join(1)  # one that dies by itself has a second to leave its exit code
+        process.join(1)  # one that dies by itself has a second to set its exit code
         process.kill()
         process.join()
         self._connection.close()

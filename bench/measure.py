@@ -1,4 +1,4 @@
-"""Cases by all their providers: built, checked against float64, and only then timed, in turn."""
+"""Runs cases by all their providers, which are built, checked against float64, and only then timed, in turn."""
 
 import math
 import time
@@ -25,7 +25,7 @@ from .providers.engine import Unable
 SECONDS = 8.0  # of timing, a case
 ALLOWED = 2.0  # times torch's own error in the same dtype
 SANITY = 8.0  # times the error of torch.lstm_cell, for torch.nn.LSTM itself, whose error is the measure of the rest
-# What torch says where cuDNN copies the weights at every call: nobody is timed so but torch.nn.LSTM as it is.
+# torch's warning where cuDNN copies the weights at every call: only torch.nn.LSTM as it is may be timed so.
 COPIES = "RNN module weights are not part of single contiguous chunk of memory"
 Row = dict[str, Any]  # of results.COLUMNS; those without a value may be left out
 
@@ -33,7 +33,7 @@ Row = dict[str, Any]  # of results.COLUMNS; those without a value may be left ou
 def measure(
     cases: list[Case], names: list[str] | None, device: str, sides: dict[Path, Path | None], deadline: float = math.inf
 ) -> list[Case]:
-    """Run `cases`, each row in its file before the next case starts; those left at the `deadline`, by time.monotonic().
+    """Run `cases` until the `deadline`, by time.monotonic(), and return the rest. Rows are written case by case.
 
     `sides`: new files, and the folders to import gpu_lstm from if it is not the one here; several take turns.
     """
@@ -55,7 +55,7 @@ def measure(
 
 
 def rows_of(case: Case, names: list[str], device: str, run: Callable[..., list[Row]]) -> list[Row]:
-    """What `run` gives for one case. Providers that fail are named as failed, and the others run without them."""
+    """What `run` returns for one case. Providers that fail are reported as failed, and the others run without them."""
     failed: dict[str, str] = {}
     while set(failed) != set(names):
         try:
@@ -69,9 +69,9 @@ def rows_of(case: Case, names: list[str], device: str, run: Callable[..., list[R
 def run_case(
     case: Case, names: list[str], device: str, failed: dict[str, str], tell: Callable[[str], None] = lambda name: None
 ) -> list[Row]:
-    """Rows of a case by `names`, the yardstick first; `tell` is called with who runs next.
+    """Rows of a case by `names`, the yardstick first; `tell` is called with the provider that runs next.
 
-    ProviderFailed where one raises, since the device may be unusable from then on; who `failed` is not tried again.
+    ProviderFailed if one raises, since the device may then be unusable; those that `failed` are not tried again.
     """
     torch.set_num_threads(1)  # as in `measure`: this may be a process of its own
     outcomes: dict[str, Row] = {name: {"status": "failed", "note": text} for name, text in failed.items()}
@@ -123,7 +123,7 @@ def _row(case: Case, provider: str, device: str, graph: bool = False, **columns:
 
 
 class Trial:
-    """A provider's engine, and the leaves of its gradients. Raises Unable; a yardstick then runs the plain case."""
+    """A provider's engine, and the leaves of its gradients. Raises Unable, but a yardstick then runs the plain case."""
 
     def __init__(self, name: str, inputs: Inputs) -> None:
         self.name, self.status, self.training = name, "measured", inputs.case.training
@@ -169,7 +169,7 @@ class Trial:
 
 
 class Gate:
-    """Tells who is right: against float64, with at most ALLOWED times torch's own error in the dtype of the case."""
+    """Decides who is right: compared with float64, at most ALLOWED times torch's own error in the dtype of the case."""
 
     def __init__(self) -> None:
         self._truths: dict[Case, tuple[dict[str, Tensor], dict[str, float]]] = {}  # and the errors of torch.lstm_cell
@@ -195,7 +195,7 @@ class Gate:
 
 
 def relative_errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
-    """Of every true result, relative, by the Euclidean norm; absolute where it is zero; NaN where none was found."""
+    """Of every true result: relative, in the Euclidean norm; absolute where it is zero; NaN where none was found."""
     errors = dict.fromkeys(true, math.nan)
     for name, truth in true.items():
         if name in found and found[name].shape == truth.shape:

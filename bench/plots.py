@@ -27,7 +27,7 @@ LOOK: Any = {
 
 
 def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
-    """NAME-DEVICE.png in a new or old `folder`: the figures of each device."""
+    """Save the figures of each device as NAME-DEVICE.png in `folder`, which may exist."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for device, its in rows.groupby("device", sort=False):
@@ -112,7 +112,7 @@ def _side_by_side(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _instead(rows: pd.DataFrame) -> Figure | None:
-    """The usual workarounds around torch.nn.LSTM, and ours, as bars; of as many steps, so that they can be compared."""
+    """The usual workarounds around torch.nn.LSTM, and ours, as bars for equally many steps, so that they compare."""
     lines, base = report.instead(rows), report.headline_of(rows)
     lines = lines[lines["steps"] == base.steps]
     if not len(lines):
@@ -131,7 +131,7 @@ def _instead(rows: pd.DataFrame) -> Figure | None:
 
 
 def _described(figure: Figure, title: str, rows: pd.DataFrame, words: str) -> Figure:
-    """With a title, and a caption that says where the figures come from."""
+    """Add a title, and a caption that says where the figures come from."""
     starred = report.STARRED if "*" in set(report.stars(rows)) else ""
     figure.suptitle(title, fontsize=10)
     caption = "\n".join(filter(None, (words, starred, report.origin(rows))))

@@ -50,7 +50,7 @@ def loss_and_gradients(example: Any, agent: nn.Module, batch: Any) -> dict[str, 
 
 @timing.float32_products("fp32")
 def measure(device: str, T: int, N: int, H: int) -> dict[str, np.ndarray]:
-    """Seconds of every round in float32, by either way, once loss and gradients are found equal: else RuntimeError."""
+    """Seconds of every round in float32, for both ways. RuntimeError unless their losses and gradients are equal."""
     torch.set_num_threads(1)  # as in `measure.measure`
     example = load_example()
     agents = {name: example.Agent(H).to(device) for name in ("one_call", "loop")}
@@ -69,7 +69,7 @@ def measure(device: str, T: int, N: int, H: int) -> dict[str, np.ndarray]:
 
 
 def run(device: str) -> int:
-    """Measure, and print a line a size. Exit status: 0, or 2 if the example cannot be loaded."""
+    """Measure, and print a line per size. Exit status: 0, or 2 if the example cannot be loaded."""
     try:
         load_example()
     except ImportError as error:

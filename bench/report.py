@@ -1,4 +1,4 @@
-"""Results as text: tables for a terminal, README and docs."""
+"""Results as text: tables for a terminal, the README and the docs."""
 
 import os
 import re
@@ -68,7 +68,7 @@ def stars(rows: pd.DataFrame) -> pd.Series:
 
 
 def by_case(rows: pd.DataFrame) -> pd.DataFrame:
-    """A line a case, by `group`: what differs from the headline; our `speed`; other columns as text."""
+    """One line per case, by `group`: what differs from the headline; our `speed`; other columns as text."""
     base = headline_of(rows)
 
     def group(case: Case) -> str:
@@ -106,7 +106,7 @@ def instead(rows: pd.DataFrame, every_case: bool = False) -> pd.DataFrame:
 
 
 def summary(rows: pd.DataFrame) -> Table:
-    """A line a case: torch.nn.LSTM, ours and the best other."""
+    """One line per case: torch.nn.LSTM, ours and the best other."""
     rows = measured(rows)
     lines, base = by_case(rows), headline_of(rows)
     broken = rows[rows["status"].isin(results.BROKEN)].value_counts(["status", "contender"])
@@ -145,7 +145,7 @@ def details(rows: pd.DataFrame) -> list[Table]:
 
 
 def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path] | None = None) -> None:
-    """Write what files of results say between the markers of `page`, GPUs first: with `pictures` of every case."""
+    """Write the results in `files` between the markers of `page`, GPUs first: with `pictures` of every case."""
     before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -223,14 +223,14 @@ def texts(values: pd.Series, write: Callable[[float], str] = digits) -> pd.Serie
 
 
 def verdicts(rows: pd.DataFrame) -> pd.Series:
-    """Speeds, and if faster or slower: only where even the 20th and the 80th percentile are."""
+    """Speeds, and whether faster or slower: only where both the 20th and the 80th percentile are."""
     itself, timed = rows["contender"] == YARDSTICK, rows["speed"].notna()
     doubtless = [rows["speed_p20"] > 1 + EVEN, rows["speed_p80"] < 1 - EVEN]
     return texts(rows["speed"]) + np.select([*doubtless, itself, timed], [" faster", " slower", " " * 7, " even  "], "")
 
 
 def origin(rows: pd.DataFrame) -> str:
-    """Device, versions, commit and date of rows; of each all that occur."""
+    """Device, versions, commit and date of rows; all values of each that occur."""
     labels = {"gpu_lstm": "gpu_lstm ", "torch": "torch ", "triton": "triton ", "cuda": "CUDA ", "driver": "driver "}
     every = {name: "/".join(rows[name].dropna().unique()) for name in (*labels, "device", "commit")}
     versions = ", ".join(label + every[name] for name, label in labels.items() if every[name])

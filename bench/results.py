@@ -1,4 +1,4 @@
-"""The results of benchmarks as CSV: one schema, a row for each case and provider, with where it comes from."""
+"""The results of benchmarks as CSV: one schema, a row for each case and provider, with its provenance."""
 
 import csv
 import datetime
@@ -20,7 +20,7 @@ import gpu_lstm
 
 from .cases import Case
 
-SCHEMA = 5  # raised whenever a column comes, goes, or changes its name or meaning
+SCHEMA = 5  # raised whenever a column is added, removed, or changes its name or meaning
 # By status. Right, and timed: a yardstick is torch.nn.LSTM at a case that it cannot do, without what it cannot do.
 TIMED = ("measured", "yardstick")
 BROKEN = ("wrong", "failed")  # too far from float64; raised, died or hung. Neither is timed
@@ -35,14 +35,14 @@ FIGURES = [
     "rounds", "median_s", "p20_s", "p80_s",  # seconds a call, over all rounds
     "speed", "speed_p20", "speed_p80",  # torch.nn.LSTM's time, or torch-flat's if faster, over this, of one round
     "over_ours", "over_ours_low", "over_ours_high",  # this time over that of `ours`, likewise; its 95 % interval
-    "sm_mhz", "celsius",  # clock and temperature of the card after the last round, where nvidia-smi tells them
-    "bound_s",  # the least seconds a call can take: operations and bytes over the two ceilings that follow
+    "sm_mhz", "celsius",  # clock and temperature of the card after the last round, where nvidia-smi reports them
+    "bound_s",  # the least time a call can need: operations and bytes over the two ceilings that follow
     "copy_bytes_per_s", "product_flops_per_s",  # measured in the same run: a copy, a large product in this dtype
     "peak_bytes",  # allocated at most during a call, above what was there before; CUDA only
     "kept_bytes",  # for backward, besides input and parameters
 ]  # fmt: skip
-# graph: replayed from a CUDA graph. note: why there are no figures, or which kernels ran. The schema is the last, so
-# that a row that was cut off has none.
+# graph: replayed from a CUDA graph. note: why there are no figures, or which kernels ran. The schema comes last, so
+# that a truncated row has none.
 COLUMNS = [*PROVENANCE, "case", *CASE, "provider", "graph", "status", "note", *FIGURES, "schema"]
 REQUIRED = ["date", "device", "gpu_lstm", "torch", "case", *CASE, "provider", "graph", "status", "schema"]
 SMI = "nvidia-smi", "--format=csv,noheader,nounits"
@@ -89,13 +89,13 @@ def _output(*command: str) -> str:
 
 
 def create(path: Path) -> None:
-    """A new file without rows: nothing is overwritten."""
+    """Create a new file without rows; nothing is overwritten."""
     with path.open("x", newline="") as file:
         csv.writer(file).writerow(COLUMNS)
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """One more row, in the file as soon as this returns."""
+    """Append a row, which is in the file as soon as this returns."""
     with path.open("a", newline="") as file:
         csv.DictWriter(file, COLUMNS).writerow(row | {"note": " ".join((row.get("note") or "").split())})  # on one line
 

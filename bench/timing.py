@@ -1,4 +1,4 @@
-"""Time and memory of calls, in interleaved rounds, so that a drift of the machine affects all; the device's limits."""
+"""Time and memory of calls, in interleaved rounds, so that the machine's drift affects all; the device's limits."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ from torch import Tensor
 from .cases import DTYPES
 
 WARM_UP = 3  # calls
-SHORTEST = 1e-3  # seconds of a sample; quicker calls are repeated within it
+SHORTEST = 1e-3  # seconds of a sample; shorter calls are repeated within it
 ROUNDS = (10, 100)  # at least, at most; even, so that of any two each is first equally often
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
@@ -24,9 +24,9 @@ CEILING_SECONDS = 1.0  # for both together
 def interleaved(
     calls: Mapping[Any, Any], device: str, seconds: float, rounds: tuple[int, int] = ROUNDS, sample: Any = None
 ) -> dict[Any, np.ndarray]:
-    """Seconds a call, for each of `calls` and every round, all of them by turns: a random order, then its reverse.
+    """Seconds per call, for each of `calls` and every round, all in turn: in a random order, then its reverse.
 
-    All rounds together should take `seconds`, without the warm-up; there are `rounds` at least and at most.
+    All rounds together should last `seconds`, without the warm-up; `rounds`: the least and greatest number of them.
     """
     sample = sample or _sample
     estimates = {name: [sample(call, 1, device) for _ in range(WARM_UP)][-1] for name, call in calls.items()}
@@ -61,14 +61,14 @@ def percentiles(values: np.ndarray) -> list[float]:
 
 
 def bootstrapped(values: np.ndarray) -> list[float]:
-    """Median, and the ends of the interval that has it with 95 %: the percentile bootstrap over rounds."""
+    """Median, and the ends of its 95 % confidence interval, by the percentile bootstrap over rounds."""
     medians = np.median(np.random.default_rng(0).choice(values, (2000, len(values))), axis=1)
     return [float(np.median(values)), *np.quantile(medians, (0.025, 0.975)).tolist()]
 
 
 @functools.cache
 def ceilings(dtype: str, device: str) -> tuple[float, float]:
-    """The most that the device can do: bytes a second of a copy, read and written; FLOPs a second of a matmul."""
+    """The most that the device can do: bytes per second of a copy, read and written; FLOPs per second of a matmul."""
     kind = torch.device(device).type
     (source, target), size = torch.ones(2, COPY_BYTES[kind] // 4, device=device), PRODUCT_SIZE[kind]
     a, b, product = torch.randn(3, size, size, device=device).to(DTYPES[dtype])
@@ -84,7 +84,7 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
         for _ in range(WARM_UP):
             call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # which waits for the device before it captures
+    with torch.cuda.graph(graph):  # this waits for the device before it captures
         call()
     return graph.replay
 

@@ -1,11 +1,11 @@
-"""What a GPU's architecture gives a block, by compute capability: 90 stands for 9.0."""
+"""What a GPU's architecture offers a block, by compute capability: 90 stands for 9.0."""
 
 KB = 1024
 
 _SHARED = {60: 48, 70: 96, 75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # KB; all others 99
-REGISTERS = 65536  # of a multiprocessor, which a block may have to itself
+REGISTERS = 65536  # per multiprocessor; one block may use all of them
 
 
 def shared_memory_of(architecture: int) -> int:
-    """Bytes of shared memory that a block may have (CUDA C++ Programming Guide, table of compute capabilities)."""
+    """Bytes of shared memory that a block may use (CUDA C++ Programming Guide, table of compute capabilities)."""
     return _SHARED.get(architecture, 99) * KB

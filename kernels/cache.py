@@ -1,7 +1,7 @@
 """Results cached on disk, from one process to the next: measured plans, verification of kernels, races.
 
-One small file for each key, so that concurrent writers lose nothing; for the user alone to read or write. Nothing here
-stops a call: what cannot be read or written is ignored, with one warning.
+One small file per key, so that concurrent writers lose nothing; only the user may read or write it. No failure here
+stops a call: a file that cannot be read or written is ignored, with one warning.
 """
 
 import functools
@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 KINDS = ("races", "checks", "plans")
-BACKENDS = ("triton", "cupy", "torch", "reference")  # that a race may have decided for
+BACKENDS = ("triton", "cupy", "torch", "reference")  # that may win a race
 SHARED = "GPU_LSTM_SHARED_CACHE"  # environment variable: a folder that is read first, and never written to
 
 Key = dict[str, Any]  # of JSON values: what the result depends on, versions included
 
 
 def folder() -> Path | None:
-    """Where results are written: gpu_lstm in the user's cache folder. None: the user has no home."""
+    """The folder that results are written to: gpu_lstm in the user's cache folder; None if the user has no home."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpu_lstm"
     except RuntimeError:  # neither HOME nor an entry in passwd, as in a container with a random user id
@@ -33,7 +33,7 @@ def folder() -> Path | None:
 
 
 def folders() -> list[Path]:
-    """Where results are read, in this order."""
+    """The folders that results are read from, in this order."""
     return [Path(path) for path in (os.environ.get(SHARED), folder()) if path]
 
 
@@ -50,7 +50,7 @@ def machine(device: torch.device) -> Key:
 
 
 def version_of(package: str) -> str | None:
-    """Of an installed package; None: it is not there."""
+    """The version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -63,7 +63,7 @@ def read(kind: str, key: Key) -> Any:
 
 
 def write(kind: str, key: Key, value: Any) -> bool:
-    """Write a result; whether that was possible."""
+    """Write a result; return whether that succeeded."""
     ours = folder()
     try:
         if ours is None:
@@ -94,7 +94,7 @@ def entries(kind: str) -> Iterator[tuple[Path, Key, Any]]:
 
 
 def forget(kind: str) -> int:
-    """Remove the user's own results of a kind, broken ones included; how many they were."""
+    """Remove the user's own results of a kind, broken ones included; return how many."""
     files = [] if (ours := folder()) is None else list((ours / kind).glob("*.json"))
     for file in files:
         file.unlink(missing_ok=True)
@@ -103,7 +103,7 @@ def forget(kind: str) -> int:
 
 
 def export(path: str | Path) -> int:
-    """Write all results, of all kinds, into one file that can be merged; how many they were.
+    """Write all results, of all kinds, into one file that can be merged; return how many.
 
     Raises:
         OSError: the file cannot be written.
@@ -114,21 +114,21 @@ def export(path: str | Path) -> int:
 
 
 def merge(paths: Sequence[str | Path]) -> int:
-    """Add the results of exported files that are not cached here; how many they were.
+    """Add the results of exported files that are not cached here; return how many.
 
     Raises:
-        OSError, ValueError: a file cannot be read, or is no such file; then nothing is added.
+        OSError, ValueError: a file cannot be read, or is not an exported file; then nothing is added.
     """
     results = [result for path in paths for result in _exported(path)]  # all are read before one is written
     return sum(write(*result) for result in results if read(*result[:2]) is None)
 
 
 def _exported(path: str | Path) -> Iterator[tuple[str, Key, Any]]:
-    """(kind, key, value) of the results in a file that was exported; a wrong one is left out, with a warning."""
+    """(kind, key, value) of each result in an exported file; an invalid one is skipped, with a warning."""
     expected = f"{path}: expected what `python -m gpu_lstm races --export` writes"
     try:
         found = json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:  # no text, no JSON, or lists in lists without end
+    except (ValueError, RecursionError) as error:  # not text, not JSON, or nested too deeply
         raise ValueError(f"{expected}: {error}") from None
     if not isinstance(found, list) or not all(isinstance(e, dict) and e.get("kind") in KINDS for e in found):
         raise ValueError(expected)
@@ -147,7 +147,7 @@ def _check(kind: str, entry: Any) -> None:
         raise ValueError("expected a key and a value")
     value = entry["value"]
     if kind == "plans":
-        from .triton_lstm.planning import plan_of  # not before there is one
+        from .triton_lstm.planning import plan_of  # only once there is a plan
 
         plan_of(value)
     elif kind == "checks" and not isinstance(value, str):
@@ -165,7 +165,7 @@ def _check(kind: str, entry: Any) -> None:
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """A warning that is given once in a process."""
+    """Issue a warning once per process."""
     warnings.warn(f"gpu_lstm: {text}", stacklevel=3)
 
 
@@ -178,7 +178,7 @@ def _path(folder: Path, kind: str, text: str) -> Path:
 
 
 def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | None:
-    """A file's content, of one key if `text` is given. None: there is no such file, or a broken one, with a warning."""
+    """A file's content, for one key if `text` is given. None if it is missing or, with a warning, broken."""
     try:
         entry = json.loads(path.read_text())  # the errors of JSON and Unicode are ValueErrors
         _check(kind, entry)
@@ -187,7 +187,7 @@ def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | N
         return entry
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:  # the last of lists in lists without end
+    except (OSError, ValueError, RecursionError) as error:  # the last if nested too deeply
         warn_once(f"a cached result ({kind}) is ignored: {path}: {error}")
         return None
 

@@ -11,7 +11,7 @@ from .ordering import await_others, record_launch
 from .problem import MOST, TENSORS, Pass, Problem, Recurrence, end_index
 from .timeouts import raise_if_timed_out
 
-ALIGNMENT = 16  # bytes: what kernels are compiled for
+ALIGNMENT = 16  # bytes, which compiled kernels assume
 
 
 class Gradients(NamedTuple):
@@ -26,7 +26,7 @@ class Gradients(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """A plan, and how it came to be the one."""
+    """A plan, and how it was chosen."""
 
     plan: Any  # the backend's own
     measured: bool  # by autotune; else it is the first that fits in the order of estimated times
@@ -45,7 +45,7 @@ class Prepared(Protocol):
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
     ) -> Gradients:
-        """As Layer.backward, but for dh0."""
+        """As Layer.backward, except for dh0."""
 
 
 Verify = Callable[[Any, Problem, Pass, torch.device], str | None]
@@ -53,12 +53,12 @@ Verify = Callable[[Any, Problem, Pass, torch.device], str | None]
 
 
 class Layer:
-    """One problem on one card. Its plan is chosen once for each Pass, by the first call of its kind.
+    """One problem on one card. Its plan is chosen once for each Pass, by the first call that needs it.
 
     Args:
-        problem, device: what is to be run, and where.
+        problem, device: what to run, and where.
         prepare: prepare(layer, which) chooses a plan; what it returns while a CUDA graph is captured is not kept.
-        describe: describe(layer, which, plan) is what `chosen` returns of a plan, or of the first that would be tried.
+        describe: describe(layer, which, plan) is what `chosen` returns for a plan, or for the first one to be tried.
         verify: asked once for each plan that is chosen, and never while a CUDA graph is captured.
 
     Raises:
@@ -75,7 +75,7 @@ class Layer:
         verify: Verify | None = None,
     ) -> None:
         _check_counts(sequences=problem.batch, gates_of_all_units=4 * problem.hidden)
-        if problem.projected and problem.normalised:  # a step would need as many grid-wide barriers for each
+        if problem.projected and problem.normalised:  # a step would need grid-wide barriers for both
             raise ValueError("expected no projection combined with a layer norm inside the time loop")
         self.problem, self.device, self.verify = problem, device, verify
         self._prepare, self._describe = prepare, describe
@@ -161,7 +161,7 @@ class Layer:
         return prepared
 
     def chosen(self, which: Pass) -> Chosen:
-        """The plan that was chosen for a pass, or for another of its direction; else the first that would be tried.
+        """The plan chosen for a pass, or for another pass in the same direction; else the first one to be tried.
 
         Nothing of the problem is compiled or run.
         """
@@ -205,7 +205,7 @@ def _check_counts(**counts: int) -> None:
 
 
 def zeros_for_resets(r: Recurrence) -> list[Tensor | None]:
-    """For the gradients of reset_h (through zoneout) and reset_c, float32; None where there is none."""
+    """Zeros for the gradients of reset_h (through zoneout) and reset_c, float32; None where there is none."""
     return [None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in (r.reset_h, r.reset_c)]
 
 

@@ -23,7 +23,7 @@ NO_UNIT = Unit(None, None)
 
 
 def unit_of(v: Tensor) -> Unit:
-    """Of v [..., N]."""
+    """The Unit of v [..., N]."""
     exact = torch.promote_types(v.dtype, torch.float32)
     unit, _, scale = torch.native_layer_norm(v.to(exact), v.shape[-1:], None, None, EPS)
     return Unit(unit.to(v.dtype), scale[..., 0])

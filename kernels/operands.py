@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def as_words(x: Tensor, size: int = 4) -> Tensor:
-    """[*, H] -> [*, W] int32, where rows are multiples of `size` bytes and begin at one; with zeros past H."""
+    """[*, H] -> [*, W] int32, with zeros past H; row lengths and row addresses are multiples of `size` bytes."""
     missing = -x.shape[-1] * x.itemsize % size // x.itemsize
     if missing:
         x = torch.nn.functional.pad(x, (0, missing))

@@ -1,7 +1,7 @@
-"""Cooperative launches of several streams: which may run at once.
+"""Cooperative launches from several streams: which may run at once.
 
-All programs of a cooperative launch must be resident, since they wait for each other. Two launches of different streams
-of which each holds half the card would wait for ever. So launches run at once only if they were planned to share the
+All programs of a cooperative launch must be resident, since they wait for each other. Two launches from different
+streams, each holding half the card, would wait for ever. So launches run at once only if they were planned to share the
 card; all others wait for those before them. In a graph that is being captured all work goes to one stream.
 """
 
@@ -46,7 +46,7 @@ def await_others(side_by_side: int, device: torch.device) -> None:
         if stream not in latest.streams:
             for event in latest.before:
                 stream.wait_event(event)
-            latest.streams[stream] = None  # last: whoever is interrupted here has not waited
+            latest.streams[stream] = None  # last: a call that is interrupted must not count as having waited
 
 
 def record_launch(device: torch.device) -> None:

@@ -15,13 +15,13 @@ class Problem(NamedTuple):
     The one key of plans, of their verification and of cached plans.
     """
 
-    steps: int  # T, where it decides: 1, or 2 for more
+    steps: int  # T as far as it matters: 1, or 2 for more
     batch: int  # B
     hidden: int  # H
     dtype: torch.dtype
     projected: int = 0  # P, or 0 without a projection
     precision: str = "ieee"  # of float32 products: "tf32" or "ieee"
-    side_by_side: int = 1  # such layers or directions run at once, and share the card
+    side_by_side: int = 1  # how many such layers or directions run at once and share the card
     reverse: bool = False
     lengths: torch.dtype | None = None  # int32 or int64
     resets: bool = False
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
 
     @property
     def exact_float32(self) -> bool:
-        """Whether products are float32 without rounding, which tensor cores do not have."""
+        """Whether products are float32 without rounding, which tensor cores do not support."""
         return self.dtype is torch.float32 and self.precision == "ieee"
 
     def as_json(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Problem(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """What of a problem is run: forward, or backward and which gradients are given."""
+    """Which part of a problem is run: forward, or backward and which gradients are given."""
 
     backward: bool = False
     save: bool = True  # forward: keep what backward reads
@@ -74,12 +74,12 @@ class Pass(NamedTuple):
 
 
 class Recurrence(NamedTuple):
-    """The tensors of one call, but for the input product; and what else makes its problem.
+    """The tensors of one call, except for the input product, and what else defines its problem.
 
-    Of the kernels only Triton's accept recurrent dropout, zoneout, peepholes and layer norms. The layer norms are those
-    inside the time loop, of W_hh h and of c in tanh(c); that of W_ih x is outside.
+    Only Triton's kernels accept recurrent dropout, zoneout, peepholes and layer norms. The layer norms are those inside
+    the time loop, of W_hh h and of c in tanh(c); that of W_ih x is outside.
 
-    A reset step begins with h = 0 and c = 0, or with `reset_c`. The product of W_hh with another h is in the gates.
+    A reset step begins with h = 0 and c = 0, or with `reset_c`. For another h, its product with W_hh is in the gates.
     """
 
     weight_hh: Tensor  # [4H, P]
@@ -102,12 +102,12 @@ class Recurrence(NamedTuple):
     scale_hh: Tensor | None = None  # [T, B] float32
     unit_c: Tensor | None = None  # [T, B, H] float32
     scale_c: Tensor | None = None  # [T, B] float32
-    reverse: bool = False  # the first field that is no tensor
+    reverse: bool = False  # the first field that is not a tensor
     precision: str = "ieee"
     side_by_side: int = 1
 
 
-TENSORS = Recurrence._fields.index("reverse")  # of a Recurrence, its first fields
+TENSORS = Recurrence._fields.index("reverse")  # how many of a Recurrence's fields, the first ones
 
 
 def problem_of(gates: Tensor, r: Recurrence) -> Problem:
@@ -123,7 +123,7 @@ def problem_of(gates: Tensor, r: Recurrence) -> Problem:
 
 
 def end_index(r: Recurrence, first: bool) -> Any:
-    """Index into [T, B, *] of every sequence's first or last step; of some time where a sequence has no step."""
+    """Index into [T, B, *] of every sequence's first or last step; of an arbitrary time if a sequence has no step."""
     if first != r.reverse:
         return 0
     if r.lengths is None:

@@ -1,8 +1,8 @@
-"""A projection, h = W_hr m, without one in the time loop: the product is W_hh h = (W_hh W_hr) m.
+"""A projection, h = W_hr m, moved out of the time loop, where the product is W_hh h = (W_hh W_hr) m.
 
-So the recurrence of m is that of a cell without a projection, whose weights are W_hh W_hr; h and what flows back into
-it are products over all steps. Only h0 comes from no m: its share is added to the gates of the first step. With zoneout
-of h or recurrent dropout the step is not linear in m, and this does not hold.
+So the recurrence of m is that of a cell without a projection, whose weights are W_hh W_hr; h and the gradient of m are
+products over all steps. Only h0 is not computed from an m: its share is added to the gates of the first step. With
+zoneout of h or recurrent dropout the step is not linear in m, and this does not hold.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def forward(prepared: "Prepared", gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As layer.Layer.forward, by a plan that runs the recurrence of m; gates of the first steps are overwritten."""
+    """As layer.Layer.forward, with a plan that runs the recurrence of m; gates of the first steps are overwritten."""
     share = _product(r.h0, r.weight_hh.T, r)  # [B, 4H], unless a reset is before the first step
     if r.resets is not None and not r.reverse:
         share = share.masked_fill(r.resets[0, :, None], 0)
@@ -36,7 +36,7 @@ def backward(
     prepared: "Prepared", dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor,
     r: Recurrence,
 ) -> "Gradients":  # fmt: skip
-    """As Prepared.backward, by a plan that runs the recurrence of m."""
+    """As Prepared.backward, with a plan that runs the recurrence of m."""
     # Of h from outside, [T, B, P], zero in padding: from the output and the final state.
     dh = r.h0.new_zeros(len(gates), *r.h0.shape) if dh is None else dh.clone()
     if r.lengths is not None:
@@ -56,7 +56,7 @@ def backward(
 
 
 def _recurrence_of_m(r: Recurrence) -> Recurrence:
-    """Starting from zeros."""
+    """The recurrence of m, starting from zeros."""
     assert r.dropout_h is r.zoneout_h is None
     weight_hh = _product(r.weight_hh, r.weight_hr, r)
     return r._replace(weight_hh=weight_hh, weight_hr=None, h0=r.h0.new_zeros(r.c0.shape))
@@ -68,7 +68,7 @@ def _of_sequences_with_steps(t: Tensor, r: Recurrence) -> Tensor:
 
 
 def _padding(steps: int, r: Recurrence) -> Tensor:
-    """Where there is none of a sequence, [T, B, 1]."""
+    """Where a step is padding, [T, B, 1]."""
     return (torch.arange(steps, device=r.h0.device)[:, None] >= r.lengths)[..., None]
 
 
@@ -79,7 +79,7 @@ def _product(a: Tensor, b: Tensor, r: Recurrence) -> Tensor:
 
 @contextlib.contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """Products of float32 tensors by cuBLAS in `precision`, whatever torch's switch for the others says."""
+    """Products of float32 tensors by cuBLAS in `precision`, whatever torch's own setting is."""
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, precision
     try:

@@ -1,7 +1,7 @@
 """Resources and the time loop of a compiled kernel, read from the binary by the cuobjdump that Triton ships.
 
-Counts are static: an instruction of the time loop counts once, whatever its predicate, also within an inner loop (of a
-wait, of tiles, of K).
+Counts are static: an instruction of the time loop counts once, whatever its predicate, also within an inner loop (over
+polls, tiles or K).
 """
 
 import re
@@ -10,8 +10,8 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 
-# Bytes of shared memory a block that the system reserves. From compute capability 9.0 on ptxas counts them, but the
-# limit of a block (architectures.py) does not.
+# Bytes of shared memory per block that the system reserves. From compute capability 9.0 on, ptxas counts them, but the
+# limit per block (architectures.py) does not.
 RESERVED = 1024
 
 
@@ -70,7 +70,7 @@ def _time_loop(text: str) -> Loop | None:
 
 
 def _bytes(name: str) -> int:
-    """What a thread moves in shared memory by an instruction. Matrices (LDSM, STSM) have 4 bytes a thread."""
+    """Bytes of shared memory that an instruction reads or writes per thread: 4 for each matrix of LDSM and STSM."""
     kind, *modifiers = name.split(".")
     if kind not in ("LDS", "STS", "LDSM", "STSM", "LDGSTS"):
         return 0

@@ -2,8 +2,8 @@
 
 Their waits are bounded. A kernel that times out writes the step + 1 into its error word and ends; its results are NaN
 from there on.
-The words are in pinned host memory: reading them costs nothing, but detects a launch only when it has ended. They are
-read by the next call, by backward, by a Stream, by `gpu_lstm.check`, which waits for the device first, and at exit.
+The words are in pinned host memory: reading them costs nothing, but shows a timeout only after the launch has ended.
+They are read by the next call, backward, a Stream, `gpu_lstm.check`, which waits for the device first, and at exit.
 """
 
 import atexit
@@ -26,40 +26,40 @@ KERNELS = (
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """RuntimeErrors that say nothing about what was run when they were raised: the caller gets them as they are."""
 
-TIMEOUT = "GPU_LSTM_TIMEOUT"  # environment variable: seconds that programs wait for each other, about
-SPARE = "GPU_LSTM_SPARE_MULTIPROCESSORS"  # environment variable: how many plans leave to other kernels
+TIMEOUT = "GPU_LSTM_TIMEOUT"  # environment variable: about how many seconds programs wait for each other
+SPARE = "GPU_LSTM_SPARE_MULTIPROCESSORS"  # environment variable: how many of them plans leave to other kernels
 SECONDS, SECONDS_OF_TRIALS = 120.0, 1.0  # a kernel of NCCL waits as long for a slow rank, and holds multiprocessors
-POLLS_A_SECOND = 4_000_000  # a poll takes 0.2 to 0.35 us, by estimate
+POLLS_A_SECOND = 4_000_000  # a poll takes an estimated 0.2 to 0.35 us
 SPARE_OF_RANKS = 1 / 8  # of the card, where torch.distributed has several ranks
 
 APART = 4  # int32 from one word to the next: 16 bytes, the alignment that kernels are compiled for
 
 
 class _Words:
-    """The error words of a device: of users' calls, and of plans that are tried. Beside each is its limit of polls."""
+    """The error words of a device, for users' calls and for plans that are tried, each followed by its poll limit."""
 
     def __init__(self, device: torch.device) -> None:
         with torch.inference_mode(False):
             size = 2, len(KERNELS), APART
             self.tensor = torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-        # The same memory: read at every call, which takes microseconds through the tensor.
+        # The same memory, since it is read at every call, and reading the tensor would take microseconds.
         self.memory: Any = (ctypes.c_int32 * self.tensor.numel()).from_address(self.tensor.data_ptr())
         self.as_bytes: Any = (ctypes.c_char * self.tensor.nbytes).from_address(self.tensor.data_ptr())
         self.process = os.getpid()
         for k in range(2 * len(KERNELS)):
             seconds = timeout_seconds() if k < len(KERNELS) else SECONDS_OF_TRIALS
             self.memory[k * APART + 1] = min(int(seconds * POLLS_A_SECOND), 2**31 - 1)
-        self.none = self.as_bytes.raw  # what they are where no kernel timed out
+        self.none = self.as_bytes.raw  # their value while no kernel has timed out
 
 
 _words: dict[torch.device, _Words] = {}  # of each device that had a launch
 
 
 def timeout_seconds() -> float:
-    """Seconds that the programs of a launch wait for each other, by the environment.
+    """Seconds that the programs of a launch wait for each other, as the environment sets them.
 
     Raises:
-        ValueError: it is no number above 0.
+        ValueError: it is not a number above 0.
     """
     text = os.environ.get(TIMEOUT) or str(SECONDS)
     try:
@@ -72,12 +72,12 @@ def timeout_seconds() -> float:
 
 
 def spare_multiprocessors(count: int) -> int:
-    """How many of a card's multiprocessors plans leave to other kernels, whose blocks may hold them for long.
+    """How many of a card's multiprocessors plans leave to other kernels, whose blocks may hold them for a long time.
 
     By the environment; else an eighth where torch.distributed has several ranks, for the kernels of NCCL.
 
     Raises:
-        ValueError: it is no number of multiprocessors, or all of them.
+        ValueError: it is not a number of multiprocessors, or it is all of them.
     """
     text = os.environ.get(SPARE)
     if not text:

@@ -58,7 +58,7 @@ def one_layer(x, state, weights, *, lengths, resets, reset_states, reverse, back
 
 @dataclass
 class Example:
-    """One layer, one direction: float64 inputs, output gradients, and what the oracle says of them."""
+    """One layer, one direction: float64 inputs, output gradients, and the oracle's results for them."""
 
     tensors: list[Tensor | None]  # x, h0, c0 and the weights, in the order of lstm_layer's
     lengths: Tensor | None
@@ -92,14 +92,14 @@ class Example:
         return [*results, *oracle.layer_gradients(*inputs, tape=tape, dh=dh, dh_n=dh_n, dc_n=dc_n, **noise)]
 
     def truth_for(self, device: str) -> list[np.ndarray | None]:
-        """The same; a large example on a GPU by the float64 reference there, since NumPy's loops would take long."""
+        """The same; for a large example on a GPU by the float64 reference there, since NumPy's loops would be slow."""
         if device == "cpu" or self.output_gradients[0].numel() <= LARGE:
             return self.truth()
         found = self.run("reference", torch.float64, device)
         return [None if t is None else t.detach().cpu().numpy() for t in found]
 
     def call(self, backend: str, tensors: list[Tensor | None]) -> list[Tensor]:
-        """h, h_n and c_n from gpu_lstm, of `tensors` (those of the example, then reset_states) as they are."""
+        """h, h_n and c_n from gpu_lstm for `tensors` (those of the example, then reset_states), unconverted."""
         x, h0, c0, *weights, reset_h, reset_c = tensors
         options = dict(reverse=self.reverse, backend=backend)
         options["reset_states"] = None if reset_h is None else (reset_h, reset_c)
@@ -122,7 +122,7 @@ class Example:
 
 
 def example(T: int, B: int, I: int, H: int, P: int = 0, *, seed: int = 0, **options) -> Example:
-    """A random example that has these options.
+    """A random example with these options.
 
     ragged: lengths from 0 to T, both among them where B allows. resets: their rate; they leave states, not zeros, with
     `states`. norms: what is normalised, of "ih", "hh" and "c". noise: which of MASKS, each element a coin toss; or
@@ -181,10 +181,10 @@ def assert_as_good_as_torch(
 ) -> None:
     """Every result and gradient: its RMS error is at most twice that of torch's own LSTM in the same dtype.
 
-    Or that of another backend, the `yardstick`, where torch's LSTM does not take the example; over `seeds` examples,
+    Or that of another backend, the `yardstick`, where torch's LSTM does not support the example; over `seeds` examples,
     so that one lucky rounding decides nothing. An RMS below the unit in the last place of the largest element counts as
     that unit; in half precision, where torch's LSTM rounds at every step as the kernels do, below the RMS of the
-    truth's own rounding. And errors must not lean to one side, as where what is stored is cut off, not rounded.
+    truth's own rounding. And errors must not be biased, as they are where results are truncated, not rounded.
     """
     errors: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for seed in range(seeds):
@@ -220,7 +220,7 @@ def _rms(error: np.ndarray) -> float:
 
 
 def _leaning(error: np.ndarray, true: np.ndarray, dtype: torch.dtype) -> tuple[float, float]:
-    """The mean of errors away from zero, in mean units in the last place, and what chance makes of it: 4 sigma."""
+    """The mean of errors away from zero, in mean units in the last place, and what chance explains of it: 4 sigma."""
     if not error.size:
         return 0.0, 0.0
     info = torch.finfo(dtype)
@@ -232,8 +232,8 @@ def _leaning(error: np.ndarray, true: np.ndarray, dtype: torch.dtype) -> tuple[f
 def assert_same(ours: dict, theirs: dict, backend: str | None = None, equal_nan=False, condition: float = 1) -> None:
     """Equal but for rounding: a few units in the last place of the larger of 1 and the largest element.
 
-    The last place is that of the dtype which `backend` computed in, by default that of our result. `condition`: what
-    rounding errors are multiplied by on their way, as layer norms do, which divide by the deviation of a few numbers.
+    The last place is that of the dtype which `backend` computed in, by default that of our result. `condition`: the
+    factor by which rounding errors grow, as in layer norms, which divide by the deviation of a few numbers.
     """
     assert list(ours) == list(theirs)
     for name, true in theirs.items():

@@ -1,15 +1,15 @@
 """Triton's interpreter with the programs of a grid side by side, each in a thread of its own.
 
 The stock interpreter runs one program after another, so a kernel whose programs wait for each other would never end.
-Here they run concurrently, in the same memory, and whatever a GPU may do at a memory operation happens now and then:
+Here they run concurrently, in the same memory, and what a GPU may do at a memory operation happens at random:
 
     a program pauses, so that others run ahead of it;
     a tile is loaded or stored in two parts, with a pause between them;
     a store becomes visible to others only after the program's next memory operation, unless that one releases, or
     touches the same memory.
 
-So a missing wait, a missing release, and a flag that stands for less than it should give wrong results. What cannot
-be detected here: loads that move before a wait that does not acquire, and a missing barrier of one program's threads.
+So a missing wait, a missing release, and a flag that covers less than it should give wrong results. Not detected are
+loads that move before a wait that does not acquire, and a missing barrier of one program's threads.
 """
 
 import itertools
@@ -37,9 +37,9 @@ TIME_TO_STOP = 10.0  # seconds for a program to come to its next operation, wher
 class ConcurrentRun:
     """Launches interpreted kernels, to be used in place of `launch.launch_kernel`.
 
-    `seed`: of the order in which programs start, and of all that happens to them, each at a memory operation with a
-    probability of `yield_rate`. The system schedules threads, so a seed makes a failure likely to come again, not
-    certain. `timeout`: seconds that a launch may take.
+    `seed`: of the order in which programs start, and of all that happens to them, at each memory operation with
+    probability `yield_rate`. The system schedules threads, so a seed makes it likely that a failure recurs, but not
+    certain. `timeout`: seconds that a launch may last.
     """
 
     def __init__(self, seed: int = 0, yield_rate: float = 0.05, timeout: float = 60.0) -> None:
@@ -91,7 +91,7 @@ class ConcurrentRun:
 
 
 class _Stopped(BaseException):
-    """Ends a program from within. Not an Exception, which the interpreter would wrap in its own."""
+    """Ends a program from within. Not an Exception, since the interpreter would wrap it in its own."""
 
 
 @dataclass(eq=False)
@@ -120,7 +120,7 @@ class _Program(threading.Thread):
             self.stop.set()
 
     def line(self) -> int | None:
-        """The line of the kernel at which the program is."""
+        """The line of the kernel that the program has reached."""
         frame = sys._current_frames().get(self.ident)
         file = self.body.func.__code__.co_filename
         lines = [entry.lineno for entry in traceback.extract_stack(frame) if entry.filename == file]
@@ -156,7 +156,7 @@ class _Program(threading.Thread):
             held[1]()
 
     def parts(self, mask: interpreter.TensorHandle) -> Iterator[interpreter.TensorHandle]:
-        """The mask of a load or store, at times in two parts."""
+        """The mask of a load or store, sometimes in two parts."""
         if mask.data.size == 1 or not self.happens():
             yield mask
         else:
@@ -167,7 +167,7 @@ class _Program(threading.Thread):
 
 
 def _chunks(ptrs: interpreter.TensorHandle) -> np.ndarray:
-    """The 16-byte chunks that are pointed at, the same for pointers of different types to the same memory."""
+    """The 16-byte chunks that pointers point into, the same for pointers of different types to the same memory."""
     return ptrs.data >> np.uint64(4)
 
 
@@ -203,11 +203,11 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
 
 @contextmanager
 def _concurrent_builder(grid: tuple[int, int, int]) -> Iterator[None]:
-    """Make the interpreter fit for several threads, and put everything back."""
+    """Make the interpreter safe for several threads, and restore everything afterwards."""
     lock, bodies = threading.Lock(), {}
 
     def call_device_function(function: interpreter.InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
-        """InterpretedFunction.__call__, but the first calls, which walk and fill their module's globals, in turn."""
+        """InterpretedFunction.__call__, but first calls, which walk and fill their module's globals, take turns."""
         with lock:
             if function.fn not in bodies:
                 interpreter._patch_lang(function.fn)

@@ -34,13 +34,13 @@ def no_gpu_is_an_error():
 
 @pytest.fixture
 def device() -> str:
-    """Where the kernels run: CUDA if there is one, else the CPU, by the interpreter."""
+    """Where the kernels run: CUDA if available, else the CPU, in the interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")
 def exact_float32_products():
-    """Kernels take float32 products exactly, not in TF32, so that results can be held to float64's."""
+    """Kernels compute float32 products exactly, not in TF32, so that results can be compared with float64's."""
     # By torch's older switch, for all of cuDNN: torch.compile asks it, and refuses a mixture of both.
     torch.backends.cudnn.allow_tf32 = False
     yield
@@ -49,7 +49,7 @@ def exact_float32_products():
 
 @pytest.fixture(autouse=True)
 def decided_again():
-    """What a test put in the place of a card, or of a choice, stays with that test."""
+    """Whatever a test substitutes for a card, or for a choice, does not outlast that test."""
     for name in ("dispatch.run", "kernels.triton_lstm.launch", "kernels.cupy_lstm.launch"):
         module = sys.modules.get(f"gpu_lstm.{name}")
         if module is not None:

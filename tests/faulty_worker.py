@@ -12,7 +12,7 @@ def hang_or_die(what, tell):
 
 
 def places(tell):
-    """Where the process has gpu_lstm, its kernels and the benchmark from."""
+    """Where the process imports gpu_lstm, its kernels and the benchmark from."""
     import bench
     import gpu_lstm
     import gpu_lstm.kernels

@@ -1,4 +1,4 @@
-"""The kernels in CUDA C++ on the CPU: compiled by g++ with host_cuda.h, and launched in the place of launch_kernel."""
+"""The kernels in CUDA C++ on the CPU, compiled by g++ with host_cuda.h, launched by a stand-in for launch_kernel."""
 
 import ctypes
 import functools

@@ -20,7 +20,7 @@ PACKAGES = [Path(folder) for folder in sys.path if Path(folder).name == "site-pa
 
 
 def build(folder: Path, *targets: str) -> list[Path]:
-    """The "wheel", the "sdist", by the backend that pip asks for it, which writes into the source: so into a copy."""
+    """The "wheel" or "sdist", built by the backend that pip uses; it writes into the source, so it gets a copy."""
     source, left_out = folder / "source", (".git", ".venv*", ".*_cache", "out", "build", "*.egg-info")
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left_out))
     calls = ", ".join(f"build_meta.build_{target}({str(folder)!r})" for target in targets)

@@ -1,4 +1,4 @@
-"""Plants single faults in the library, one at a time, and runs the tests that ought to detect them.
+"""Plants single faults in the library, one at a time, and runs the tests that should detect them.
 
     make mutants                      # 200 faults, drawn by a fixed seed
     make mutants MUTANTS="--count 50 --only kernels/triton_lstm"
@@ -212,7 +212,7 @@ def all_mutants(root: Path) -> list[Mutant]:
 
 
 def sample(possible: list[Mutant], count: int, seed: int) -> list[Mutant]:
-    """Some of them, as many of each kind as there are or as it takes."""
+    """Some of them, equally many of each kind as far as there are enough."""
     shuffled = random.Random(seed).sample(possible, len(possible))
     of_kinds = [[m for m in shuffled if m.kind == kind] for kind in sorted({m.kind for m in possible})]
     return [m for m in itertools.chain(*itertools.zip_longest(*of_kinds)) if m is not None][:count]
@@ -231,7 +231,7 @@ class Worker:
             importlib.import_module(name)
 
     def ask(self, job: Mutant | str, seconds: dict[str, float]) -> dict:
-        """What became of a fault; for the name of a test file, of none, within 15 minutes."""
+        """The outcome for a fault; for the name of a test file, that without a fault, within 15 minutes."""
         start, by, only = time.monotonic(), "", isinstance(job, str)
         with contextlib.nullcontext() if only else self.planted(job):
             for test in [job] if only else tests_of(job.path):
@@ -276,7 +276,7 @@ class Worker:
 
 
 def _pytest(tree: Path, log: Path, where: str) -> None:
-    """In a process group of its own."""
+    """Run pytest in a separate process group."""
     os.setsid()
     with log.open("w") as out:
         os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
@@ -292,7 +292,7 @@ def _ask(tree: Path, *job) -> dict:
 
 
 def _answers(pool: Executor, tree: Path, jobs: list, seconds: dict[str, float], what: str) -> Iterator[tuple]:
-    """(job, answer) as they come, with a bar."""
+    """(job, answer) as they arrive, with a progress bar."""
     asked = {pool.submit(_ask, tree, job, seconds): job for job in jobs}
     for done in track(as_completed(asked), what, total=len(jobs)):
         yield asked[done], done.result()

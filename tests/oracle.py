@@ -1,4 +1,4 @@
-"""An LSTM layer in NumPy, float64, written from the formulas: one sequence and one step after another.
+"""An LSTM layer in NumPy, float64, written from the formulas: one sequence and one step at a time.
 
 Independent of everything it judges: no torch, no shared index arithmetic, gradients by hand.
 """

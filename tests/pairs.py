@@ -1,4 +1,4 @@
-"""A module of torch, in float64, and ours with the same weights, all that a call of either gives, and the truth."""
+"""A module of torch, in float64, and ours with the same weights; all results of a call of either, and the truth."""
 
 from functools import partial
 
@@ -74,7 +74,7 @@ def random_inputs(module: nn.Module, *batch: int, seed: int = 2) -> tuple[Tensor
 
 
 def states_left(module: nn.Module, hx: tuple | list, steps: int, a_step: bool) -> tuple | list:
-    """Random states to reset to, like hx of a batch: one a sequence, or one a step."""
+    """Random states to reset to, like hx of a batch: one per sequence, or one per step."""
 
     def random(t: Tensor) -> Tensor:
         *lead, batch, features = t.shape
@@ -86,7 +86,7 @@ def states_left(module: nn.Module, hx: tuple | list, steps: int, a_step: bool) -
 
 
 def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragged) -> dict[str, Tensor]:
-    """Output and final states, and the gradients of a random weighing of them by x, hx, reset_states and parameters."""
+    """Output, final states, the gradients of a random weighted sum of them by x, hx, reset_states and parameters."""
     parameters = dict(module.named_parameters())
     like = next(iter(parameters.values()))
     given = x, hx, reset_states
@@ -155,7 +155,7 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
 
 
 def noises_of(module: nn.Module, seed: int) -> list[list[dict]]:
-    """What a call of an LSTM or StackedLSTM draws after torch.manual_seed(seed), as the oracle takes it, [L][D].
+    """What a call of an LSTM or StackedLSTM draws after torch.manual_seed(seed), as the oracle accepts it, [L][D].
 
     Dropout's factors of h, then where h and c stay as they were; in eval() only the probabilities of the latter.
     """
@@ -177,7 +177,7 @@ def noises_of(module: nn.Module, seed: int) -> list[list[dict]]:
 
 
 def each_step(module: nn.Module, steps: int, t: Tensor) -> Tensor:
-    """A state to reset to, as a user gives it -> one a step, time-major."""
+    """A state to reset to, as a user passes it -> one per step, time-major."""
     if t.dim() - int(not hasattr(module, "layers") or module.bidirectional) == 2:
         return t.unsqueeze(-3).expand(*t.shape[:-2], steps, *t.shape[-2:])
     return t.transpose(-2, -3) if module.batch_first else t

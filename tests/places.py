@@ -1,9 +1,9 @@
 """Where a layer runs: on a backend, whose kernels of one family are forced by their plans.
 
-The Triton kernels run in the interpreter; families whose programs wait for each other with a thread for each program,
+The Triton kernels run in the interpreter; families whose programs wait for each other use a thread for each program,
 started in shuffled order, with random pauses and with stores that become visible late. Those in CUDA C++ are compiled
-by g++ (host_cuda.py), and their threads take turns in an order that a seed decides. How kernels are planned and
-launched is known here, and to no test of numbers.
+by g++ (host_cuda.py), and their threads take turns in an order that a seed decides. Only this file knows how kernels
+are planned and launched; tests of numbers do not.
 """
 
 import dataclasses
@@ -63,12 +63,12 @@ def resident(monkeypatch) -> None:
 
 
 def pointwise(monkeypatch) -> None:
-    """Every launch is of a step after, or before, a product by torch."""
+    """Every launch is one step, after or before a product by torch."""
     _force(monkeypatch, lambda problem, backward: pointwise_plan(problem))
 
 
 def step(monkeypatch, programs=3, yield_rate=0.05) -> None:
-    """Every launch is of the step family, with so many programs."""
+    """Every launch is of the step family, with this many programs."""
 
     def plan(problem, backward):
         return dataclasses.replace(step_plan(problem, INTERPRETER, backward), programs=programs)
@@ -77,7 +77,7 @@ def step(monkeypatch, programs=3, yield_rate=0.05) -> None:
 
 
 def cooperative(monkeypatch, units=4, groups=8, parts=4, yield_rate=0.05) -> None:
-    """Every launch is cooperative, with `units` units a program; backward, `parts` share the gates of a unit."""
+    """Every launch is cooperative, with `units` units per program; backward, `parts` share the gates of a unit."""
     warps = max(2, units // 4)
 
     def plan(problem, backward):
@@ -91,7 +91,7 @@ def cooperative(monkeypatch, units=4, groups=8, parts=4, yield_rate=0.05) -> Non
 
 
 def cuda(monkeypatch, choose: Callable, device="cpu", seeds=None, changes: dict[str, str] | None = None) -> None:
-    """The kernels in CUDA C++, as `choose` plans them; on the CPU with a seed a launch, and some parts `changed`."""
+    """The kernels in CUDA C++, as `choose` plans them; on the CPU, with a seed per launch and `changes` to parts."""
     monkeypatch.setattr(cupy, "choose_plan", choose)
     if device == "cpu":
         seeds = itertools.count() if seeds is None else seeds
@@ -104,7 +104,7 @@ def cuda(monkeypatch, choose: Callable, device="cpu", seeds=None, changes: dict[
 
 
 def cupy_plan(kept: bool, parts: int, multiprocessors: int = 16) -> Callable[..., CupyPlan]:
-    """In the place of choose_plan: weights in registers or read, and so many blocks that share gates backward."""
+    """Replaces choose_plan: weights kept in registers or read, and this many blocks that share gates backward."""
 
     def choose(problem, card, backward) -> CupyPlan:
         wanted = kept, 4 if kept else 8, parts if backward else 1
@@ -138,7 +138,7 @@ def tf32(monkeypatch, inputs: int) -> None:
 
 
 class _CutLinear(torch.autograd.Function):
-    """x W^T with operands cut to the 10 bits that tensor cores use."""
+    """x W^T with operands truncated to the 10 bits that tensor cores use."""
 
     @staticmethod
     def forward(ctx, x, w):

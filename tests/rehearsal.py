@@ -1,4 +1,4 @@
-"""A process with a card of which only the driver is missing: driver_stub.c stands for it, and all above it is real.
+"""A process with a card that lacks only its driver: driver_stub.c replaces it, and everything above it is real.
 
     python tests/rehearsal.py NAME [SETTING=NUMBER]    # a function below; the last line is what it returns, as JSON
 
@@ -55,7 +55,7 @@ def _synchronize(device=None) -> None:
 
 
 def be_a_card() -> None:
-    """torch.cuda, as far as Triton's driver and the library ask; and calls on CPU tensors are calls on a card."""
+    """Stub torch.cuda as far as Triton's driver and the library need it; calls on CPU tensors count as on a card."""
     stream = mock.Mock(cuda_stream=0)
     for name, value in dict(
         is_available=lambda: True, current_device=lambda: 0, set_device=lambda device: None,
@@ -76,7 +76,7 @@ def be_a_card() -> None:
 
 
 def events() -> list[dict]:
-    """What the driver was asked for since the last time, but for the empty kernel."""
+    """The calls of the driver since the last time, except for the empty kernel."""
     lines = LOG.read_text().splitlines() if LOG.exists() else []
     new = [json.loads(line) for line in lines[_seen[0] :]]
     _seen[0] = len(lines)
@@ -115,7 +115,7 @@ WAITING = "cooperative", "step"  # whose programs wait for each other
 
 
 def one_pass(problem: Problem, which: Pass, steps: int, layer: Layer) -> dict:
-    """Run it; what the kernel has to be given, by the name of its parameter, and None where it is given none."""
+    """Run it; return what the kernel must be passed, by the name of its parameter, and None where it is passed none."""
     gates, shapes = launch._call_of(problem._replace(steps=steps))
     gates, *tensors = (None if t is None else torch.zeros_like(t, device=CPU) for t in (gates, *shapes[:TENSORS]))
     r = Recurrence(*tensors, *shapes[TENSORS:])
@@ -133,7 +133,7 @@ def one_pass(problem: Problem, which: Pass, steps: int, layer: Layer) -> dict:
 def arguments(swapped: bool = False) -> list[dict]:
     """Each case by two lengths of sequences: what the driver was asked for, and mistakes.
 
-    `swapped`: of two arguments each is given the other's value, in the first case.
+    `swapped`: two arguments have each other's value, in the first case.
     """
     given, call = [], launch.Kernel.__call__
 
@@ -168,7 +168,7 @@ def arguments(swapped: bool = False) -> list[dict]:
 
 
 def _mistakes(kernel: Any, given: dict, got: list[int], meant: dict) -> list[str]:
-    """Of one launch: what the library gave by a name, and the driver got by its place, against what is meant."""
+    """Of one launch: what the library passed by name, and the driver got by position, against what is meant."""
     runtime = [p.name for p in kernel.params if not p.is_constexpr]
     names = [name for name in runtime if given[name] is not None]
     there = dict(zip(names, got))

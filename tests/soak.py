@@ -3,7 +3,7 @@
     make soak                       # SOAK="--minutes 1 --seed 7" for others
 
 Backends torch, reference, triton in its interpreter, and the kernels in CUDA C++ compiled for the host, with all
-options that each supports. The seed is told at the start.
+options that each supports. The seed is printed at the start.
 """
 
 import argparse
@@ -67,14 +67,14 @@ def call(rng: random.Random) -> str:
 
 
 def held() -> dict[str, int]:
-    """What a process may not take more and more of."""
+    """The resources whose use by a process must not grow."""
     memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     files, temporary = len(os.listdir("/proc/self/fd")), len(os.listdir(tempfile.gettempdir()))
     return {"memory": memory, "open files": files, "threads": threading.active_count(), "temporary files": temporary}
 
 
 def main() -> int:
-    """Run until the time is over; the exit status."""
+    """Run until the time is up; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))

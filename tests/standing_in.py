@@ -1,4 +1,4 @@
-"""The CPU as a card with kernels that take no time: what a call launches is looked at, not what it computes."""
+"""The CPU as a card with kernels that need no time: tests look at what a call launches, not at what it computes."""
 
 import contextlib
 import zlib
@@ -26,7 +26,7 @@ SCRATCH = ("m_ptr", "product_ptr", "moments_hh_ptr", "cell_ptr", "moments_c_ptr"
 
 
 def stand_in(kernel, grid, **arguments):
-    """Fill the results of a kernel with a number that depends on all that it is compiled for and given."""
+    """Fill the results of a kernel with a number that depends on all that it is compiled for and passed."""
     results = RESULTS["dgates_ptr" in arguments]
     given = {name: value for name, value in arguments.items() if name not in (*results, *SCRATCH)}
     tensors = {name: t for name, t in given.items() if isinstance(t, torch.Tensor)}
@@ -76,7 +76,7 @@ def flat(results):
 
 @contextlib.contextmanager
 def few_polls(kernel: str, polls: int = 20, tried: bool = False) -> Iterator[None]:
-    """A kernel on the CPU waits for so many polls, where it waits for seconds else."""
+    """A kernel on the CPU waits for this many polls, where it would otherwise wait for seconds."""
     word = timeouts.error_word(torch.device("cpu"), kernel, tried)
     before, word[1] = int(word[1]), polls
     yield

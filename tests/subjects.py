@@ -32,7 +32,7 @@ SUBJECTS = {
 
 
 def states_for(module, batch, random):
-    """Initial states, or states to reset to, one a sequence; `batch` is [] of an unbatched call."""
+    """Initial states, or states to reset to, one per sequence; `batch` is [] of an unbatched call."""
     if isinstance(module, gpu_lstm.LSTM):
         rows = module.num_layers * (1 + module.bidirectional)
         return random(rows, *batch, module.proj_size or module.hidden_size), random(rows, *batch, module.hidden_size)

@@ -210,7 +210,7 @@ def test_training_with_a_grad_scaler_is_as_exact_as_with_torchs_lstm(backend):
 
 
 def test_shut_gates_are_of_a_size_that_float16_holds(monkeypatch):
-    """oneDNN has no LSTM in float16, cuDNN has: what it is given must not be infinite."""
+    """oneDNN has no LSTM in float16, but cuDNN has one, which must not be passed infinite values."""
     stack = Mock(side_effect=lambda x, state, layers, **_: (x.new_zeros(*x.shape[:2], 4), state))
     monkeypatch.setattr(torch_lstm, "stack", stack)
     with torch.autocast("cpu", torch.float16):

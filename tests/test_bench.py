@@ -34,7 +34,7 @@ FORWARD = replace(SMALL, mode="forward")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A grid of two small cases; what is timed is not what these tests are about."""
+    """A grid of two small cases, since these tests are not about the times."""
     for module in (cases, measure):
         monkeypatch.setattr(module, "grid", lambda kind: {"headline": [SMALL, FORWARD]})
     monkeypatch.setattr(measure, "SECONDS", 0.01)
@@ -414,7 +414,7 @@ def test_a_run_ends_with_the_table_and_fails_where_ours_is_wrong(capsys, tmp_pat
 
 
 def test_bench_gpu_rehearsed_on_a_cpu(capsys, tmp_path, monkeypatch):
-    """All parts in their order; what would ask the device is stubbed. A test fails; then all hang."""
+    """All parts in their order; queries of the device are stubbed. One test fails; then all hang."""
     asked = []
     for name in set(providers.PROVIDERS) - {"torch", "ours", "cell-loop"}:
         monkeypatch.setitem(providers.PROVIDERS, name, Provider(torchs.plain, lambda device: "slow"))

@@ -1,4 +1,4 @@
-"""Two runs of the same code do not cry wolf, and a case that was slowed down is found."""
+"""Two runs of the same code raise no false alarm, and a case that was slowed down is found."""
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,7 @@ def frame(**cases):
 
 
 def simulated(seed, rounds, runs=200, cases=3, slowdown=1.0, torch="2.9.0"):
-    """`runs` of some cases, the first slowed down, torch's row and ours; the drift is a run's, the noise a round's."""
+    """`runs` of some cases, the first slowed down, torch's row and ours; drift is per run, noise per round."""
     generator, frames = np.random.default_rng(seed), []
     drift = np.exp(DRIFT * generator.normal(size=(runs, 1, 1)))
     torchs, mine = 2e-3 * drift * np.exp(NOISE * generator.normal(size=(2, runs, cases, rounds)))

@@ -1,4 +1,4 @@
-"""What the benchmark's providers build: results and gradients, in torch's layout, are those of float64."""
+"""The benchmark's providers: their results and gradients, in torch's layout, are those of float64."""
 
 import sys
 from dataclasses import replace
@@ -91,7 +91,7 @@ def test_a_package_that_is_not_there_is_explained_in_one_line(tmp_path, monkeypa
 
 
 def test_weights_in_one_buffer_for_cudnn(monkeypatch):
-    """What torch's function is given; and why others are not put there."""
+    """What torch's function is passed, and why other cases are refused."""
     given: list = []
     inputs = Inputs.of(replace(SHORT, dtype="bf16", layers=2, directions=2), "cpu")
     with pytest.raises(Unable, match="only for bfloat16 on CUDA"):

@@ -1,4 +1,4 @@
-"""What the benchmark tells: its tables, its pictures, the README."""
+"""What the benchmark reports: its tables, its pictures, the README."""
 
 import re
 from dataclasses import replace
@@ -22,7 +22,7 @@ FIELDS = {
 
 
 def row(case=HEADLINE, provider="ours", ms=10.0, theirs=20.0, **changes):
-    """A provider that takes `ms` a call where torch.nn.LSTM takes `theirs`; with a status for `ms`, without figures."""
+    """A provider that needs `ms` per call where torch.nn.LSTM needs `theirs`; if `ms` is a status, without figures."""
     named = FIELDS | vars(case) | {"case": case.name, "provider": provider}
     if isinstance(ms, str):
         return named | {"status": ms} | changes
@@ -144,7 +144,7 @@ def test_the_heat_map_has_a_number_for_every_speed_a_word_for_what_is_wrong_and_
 
 @pytest.fixture
 def updated(tmp_path):
-    """Write files of rows, and what the README has then between its markers."""
+    """Write files of rows, and return what the README then has between its markers."""
     readme, before, after = tmp_path / "README.md", f"# A title\n\n{report.BEGIN}\n", f"{report.END}\n\nThe end.\n"
     readme.write_text(before + after)
 

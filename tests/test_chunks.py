@@ -1,4 +1,4 @@
-"""Layers, directions and chunks of time side by side change no number; what is kept for backward is bounded."""
+"""Layers, directions and chunks of time side by side change no number; memory kept for backward is bounded."""
 
 import pytest
 import torch

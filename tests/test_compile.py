@@ -1,8 +1,8 @@
 """The kernels, compiled ahead of time for every architecture. It needs no GPU.
 
 In processes of their own, since in this one the kernels may belong to Triton's interpreter. `make test` compiles what
-is needed so that any two of dtype, architecture, direction and family meet, and every variant; `make test-versions`
-compiles more, and `python -m gpu_lstm kernels` all.
+is needed so that any two of dtype, architecture, direction and family are combined, and every variant;
+`make test-versions` compiles more, and `python -m gpu_lstm kernels` all.
 """
 
 import dataclasses
@@ -151,7 +151,7 @@ def _dtype(row):
 
 
 def _barriers(row):
-    """The most of a step where W_hh is held: one; resident programs have layer norms sum over all warps' units."""
+    """The most per step where W_hh is held: one, and more in resident programs whose layer norms sum over all warps."""
     sums = "resident" in row["kernel"] and "layer norm" in row["case"]
     return 1 + (12 if OLDER_TRITON else 8) * sums
 

@@ -1,4 +1,4 @@
-"""The concurrent interpreter: kernels whose programs wait for each other end, faults in their waiting are detected.
+"""The concurrent interpreter: kernels whose programs wait for each other end, and faults in their waits are detected.
 
 The toy kernels exchange as the real ones do. That a missing wait is detected is in test_sequence_kernels.py.
 """
@@ -99,7 +99,7 @@ def failing_kernel(out_ptr):
 
 
 def _is_right(programs: int, seed: int, rate: float, sem="release", flags=None) -> bool:
-    """What a toy kernel makes of x [T+1, programs, N] is what it should make; `flags` chooses the flagged one."""
+    """Whether a toy kernel computes x [T+1, programs, N] as it should; `flags` chooses the flagged kernel."""
     x = torch.full((STEPS + 1, programs, WIDTH), -1, dtype=torch.int32).view(torch.float32)
     x[0] = torch.arange(programs * WIDTH).view(programs, WIDTH) % 89
     truth, p = x.clone(), torch.arange(programs)[:, None]

@@ -1,8 +1,8 @@
 """PyTorch's own descriptions of nn.LSTM and nn.LSTMCell, which its test suite runs over every module, run over ours.
 
-A ModuleInfo says how a module is built and called, what its results are held to, and which calls must raise. The checks
+A ModuleInfo says how a module is built and called, what its results must equal, and which calls must raise. The checks
 are those of torch's test_modules.py, which torch does not ship; the truth is torch's module with the same weights. They
-leave out what other files have (gradcheck, weights, copies and moves, half precision, several devices), inputs in
+leave out what other files test (gradcheck, weights, copies and moves, half precision, several devices), inputs in
 channels_last, which have four dimensions, and on "triton" most samples: the interpreter is slow.
 """
 
@@ -75,7 +75,7 @@ def test_forward_and_gradients(backend, name, training):
 @every_info
 @every_backend
 def test_what_must_raise(backend, name):
-    """The infos' own wrong calls: class and text of the error are those that torch's are held to."""
+    """The infos' own wrong calls: class and text of the error are those that torch's modules must raise."""
     info, place = INFOS[name], PLACES[backend]
     inputs = info.module_error_inputs_func(info, requires_grad=False, training=True, **place)
     assert len(inputs) >= 2

@@ -49,7 +49,7 @@ def x():
 
 
 def test_there_and_back_in_place_nothing_else_changes(x):
-    """Among others the parameters: an optimizer that was built before keeps on working. And copies."""
+    """Not even the parameters: an optimizer that was built before keeps working. And copies."""
     model = tagger()
     text, before, classes = repr(model), dict(model.named_parameters()), kinds(model)
     wanted = [p for p in model.parameters() if p.requires_grad]

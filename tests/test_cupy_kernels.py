@@ -1,4 +1,4 @@
-"""What the kernels in CUDA C++ have of their own: memory, NaN that stands for data; and planted faults are detected.
+"""What is particular to the kernels in CUDA C++: memory, NaN as data; and planted faults are detected.
 
 Without a GPU the very same source is compiled by g++ (host_cuda.py). On a GPU:
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("exact_float32_products", "nan_in_fresh_mem
 
 @pytest.fixture
 def device(monkeypatch, host_or_card) -> str:
-    """Where the kernels run, as they are planned there."""
+    """Where the kernels run, with the plans that are made there."""
     cuda(monkeypatch, launch.choose_plan, host_or_card)
     return host_or_card
 
@@ -147,7 +147,7 @@ READ_FAULTS = {
     ids=lambda value: value if isinstance(value, str | None) else ["kept", "read"][value is READ_FAULTS],
 )  # fmt: skip
 def test_a_planted_fault_is_detected(monkeypatch, faults, change):
-    """By the comparison, in some order of turns."""
+    """By the comparison, in at least one order of turns."""
     changes = {}
     if change is not None:
         part, text, fault = faults[change]

@@ -1,4 +1,4 @@
-"""The CuPy backend's launcher, every argument held against cooperative.cu, what its kernels compile to: no GPU."""
+"""The CuPy backend's launcher, every argument compared with cooperative.cu; what its kernels compile to: no GPU."""
 
 import collections
 import itertools
@@ -53,7 +53,7 @@ def _elements(shape: str, sizes: dict[str, int]) -> int:
 
 @pytest.fixture
 def launched(monkeypatch) -> Mock:
-    """In the place of launch_kernel."""
+    """Replaces launch_kernel."""
     monkeypatch.setattr(launch, "launch_kernel", Mock())
     return launch.launch_kernel
 

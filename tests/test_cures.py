@@ -1,4 +1,4 @@
-"""Mistakes that users of torch.nn.LSTM make: torch's type of error, and in its text what to do."""
+"""Mistakes that users of torch.nn.LSTM make: torch's type of error, with a text that says what to do."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Gradients of gradients, torch.func, and the same bits every run. The truth is torch's own modules in float64."""
+"""Gradients of gradients, torch.func, and bit-identical runs. The truth is torch's own modules in float64."""
 
 import subprocess
 import sys

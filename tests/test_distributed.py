@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and distributed checkpoints in two processes by gloo, next to one process; activation checkpointing."""
+"""DDP, FSDP2 and distributed checkpoints in two gloo processes, compared with one; activation checkpointing."""
 
 import os
 import socket
@@ -110,7 +110,7 @@ def resumed(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
 
 
 def agreed(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
-    """Whether kernels run two kinds of calls, which the ranks make in other orders and would decide differently."""
+    """Whether kernels run two kinds of calls, which the ranks make in different orders and would decide differently."""
     seconds = {"triton": [1e-3 + rank] * 4, "torch": [2e-3 - rank * 1e-3] * 4}
     by_kernels = {}
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():

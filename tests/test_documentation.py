@@ -1,4 +1,4 @@
-"""README, pages, examples and the lesson run, do what they say, and link to what exists; and the site is built."""
+"""README, pages, examples and the lesson run, do what they say, and have no dead links; and the site is built."""
 
 import inspect
 import itertools
@@ -68,7 +68,7 @@ def test_weather_beats_both_baselines_on_the_held_out_year_and_a_linear_forecast
 
 
 def links(text: str) -> list[str]:
-    """The files that Markdown links to, but for its examples."""
+    """The files that Markdown links to, except in its examples."""
     text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
     return re.findall(r"\]\((?!https?:)([^)#]+)", text)
 

@@ -1,6 +1,6 @@
-"""What the exchange of the sequence kernels became in PTX: which instructions touch it, and in which order.
+"""What the exchange of the sequence kernels compiles to in PTX: which instructions access it, and in which order.
 
-Compiled in a process of its own, without Triton's interpreter. An access belongs to a buffer if its address was
+It is compiled in a separate process, without Triton's interpreter. An access belongs to a buffer if its address was
 computed from the pointer to it.
 """
 
@@ -104,7 +104,7 @@ def _events(kernel: dict, *buffers: str) -> list[tuple[str, str]]:
 
 
 def _of_words(kernel: dict) -> list[str]:
-    """What is wrong with the exchange of words, which are to be strong, of one width, all there, and in order."""
+    """What is wrong with the exchange of words: accesses must be strong, of one width, complete, and in order."""
     events = [event for event in _events(kernel, "words", "partials", "pairs_hh", "pairs_c") if event[0] != "memory"]
     accesses = [(kind, text) for kind, text in events if text]
     problems = [text for _, text in accesses if not re.fullmatch(r"(ld|st)\.relaxed\.gpu\.global(\.v[24])?\.b32", text)]
@@ -123,7 +123,7 @@ def _of_words(kernel: dict) -> list[str]:
 
 
 def _of_barriers(kernel: dict) -> list[str]:
-    """What is wrong with `grid_barrier`: stores are to come before its release, loads after its acquire."""
+    """What is wrong with `grid_barrier`: stores must precede its release, loads must follow its acquire."""
     events, problems = _events(kernel, "arrivals"), []
     for n, (kind, text) in enumerate(events):
         if "arrivals" in kind:

@@ -1,6 +1,6 @@
 """Nothing to do, and more than fits into 32 bits: batches of none, sizes of 0, offsets and grids of huge problems.
 
-What is too large for any memory is interpreted on none: every address is held against the tensors that there are.
+What is too large for any memory is interpreted without any: every address is checked against the existing tensors.
 """
 
 import dataclasses
@@ -236,7 +236,7 @@ APART = 50  # bits: what lies outside of one tensor lies in no other
 
 
 class Memory:
-    """In the place of the interpreter's: lengths are read as T, all else as zeros, within the tensors there are."""
+    """Replaces the interpreter's: lengths are read as T, all else as zeros, within the existing tensors."""
 
     def __init__(self, arguments: dict) -> None:
         tensors = [(name, t) for name, t in arguments.items() if isinstance(t, Tensor)]
@@ -266,7 +266,7 @@ class Memory:
 
 
 def _run_last_program(monkeypatch, one) -> int:
-    """Launch a recorded kernel, on no memory, and of its programs only the last: the largest index it touched."""
+    """Launch only the last program of a recorded kernel, without memory; return the largest index it touched."""
     memory = Memory(one.arguments)
     native = {name: getattr(interpreter._interpreter, name) for name in dir(interpreter._interpreter)}
     native |= dict(load=memory.load, store=memory.store, atomic_rmw=memory.count)

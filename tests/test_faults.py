@@ -90,7 +90,7 @@ of_families = partial(pytest.mark.parametrize, indirect=["family"])
 
 @pytest.fixture
 def family(request, monkeypatch):
-    """The module of a kernel family by its name, whose plans every launch takes."""
+    """The module of a kernel family by its name, whose plans every launch uses."""
     by = request.param
     monkeypatch.setattr(launch, "choose_plan", lambda problem, device, which, *_: plan_of(by, problem, which.backward))
     return MODULES[by]

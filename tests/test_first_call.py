@@ -1,4 +1,4 @@
-"""The first call of a kind of layer on a card with a stubbed driver: what is tried and said, and what the user gets."""
+"""The first call of a kind of layer on a card with a stubbed driver: what is tried and logged, and what users get."""
 
 import logging
 import math
@@ -58,7 +58,7 @@ def test_the_first_plan_that_loads_is_chosen_and_kept(card, monkeypatch):
 
 
 def test_every_fact_of_a_call_is_in_its_problem():
-    """What is compiled for itself is chosen for itself; a sequence of another length from 2 on is not."""
+    """What is compiled separately is chosen separately; a sequence of another length from 2 on is not."""
     batch, hidden, steps = 3, 8, 4
     gates, h, c = (torch.zeros(steps, batch, n) for n in (4 * hidden, hidden, hidden))
     plain = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden), h0=h[0], c0=c[0])

@@ -16,7 +16,7 @@ CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
 
 @pytest.fixture
 def card(monkeypatch, nothing_cached):
-    """A card that loads nothing; which is found out again by each test."""
+    """A card that cannot load kernels, as each test finds out anew."""
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -68,7 +68,7 @@ def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypat
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("hidden", [64, 256, 768, 1024])
 def test_the_last_smaller_batch_of_an_epoch_compiles_nothing(monkeypatch, hidden, backward):
-    """It runs by the plan of the others, unless that is expected to take much longer."""
+    """It uses the plan of the others, unless that is estimated to be much slower."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(launch, "error_word", lambda device, kernel, tried=False: None)
     monkeypatch.setattr(choose, "card_of", lambda device: H100)

@@ -136,7 +136,7 @@ def safetensors(kind, backend, folder) -> Found:
 
 
 def captum(kind, backend, folder) -> Found:
-    """Attributions to the input, and activations and conductance of the head. Layers with states it does not take."""
+    """Attributions to the input; activations and conductance of the head. It does not support layers with states."""
     attr = pytest.importorskip("captum.attr")
     model, x = Classifier(kind, backend).eval(), data()[0][:2]
     methods = attr.IntegratedGradients, attr.Saliency, attr.InputXGradient, attr.FeatureAblation
@@ -218,7 +218,7 @@ def test_torchrl_resets_to_the_states_that_are_stored():
 
 
 def test_opacus():
-    """By way of to_torch: opacus puts an LSTM of its own in the place of torch.nn.LSTM, and of no other class."""
+    """By way of to_torch: opacus replaces torch.nn.LSTM, and no other class, with its own LSTM."""
     pytest.importorskip("opacus")
     from opacus import PrivacyEngine
     from opacus.layers import DPLSTM

@@ -1,4 +1,4 @@
-"""Graphs of torch.compile and torch.export: one operator a layer, few graphs for all sizes, the reference's numbers."""
+"""Graphs of torch.compile and torch.export: one operator per layer, few graphs for all sizes, the right numbers."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""What a cooperative grid does while another kernel holds multiprocessors, as NCCL's does that waits for a slow rank.
+"""What a cooperative grid does while another kernel holds multiprocessors, e.g. NCCL's that waits for a slow rank.
 
 See docs/first_gpu_run.md.
 """
@@ -19,7 +19,7 @@ HELD, BLOCK = 16, 32768  # multiprocessors; elements of a block, so many that no
 
 @triton.jit
 def occupy(memory_ptr, nanoseconds, BLOCK: tl.constexpr):
-    """A program that stays for so long, with its elements in registers meanwhile."""
+    """A program that stays for a given time, with its elements in registers meanwhile."""
     at = memory_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     elements = tl.load(at)
     waited = tl.inline_asm_elementwise(
@@ -42,7 +42,7 @@ def occupy(memory_ptr, nanoseconds, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize(("seconds", "limit"), [(0.2, None), (8.0, None), (8.0, 1.0)])
 def test_a_grid_waits_for_multiprocessors_that_another_kernel_holds(seconds, limit):
-    """Or, where it may wait for less, it says so."""
+    """Or, where its time limit is shorter, reports a timeout."""
     lstm = gpu_lstm.LSTM(768, 768, device="cuda", dtype=torch.bfloat16, backend="triton")
     x = torch.randn(64, 16, 768, device="cuda", dtype=torch.bfloat16)
     memory = torch.zeros(HELD * BLOCK, dtype=torch.int32, device="cuda")

@@ -33,7 +33,7 @@ KERNELS = re.compile(r"kernels/triton_lstm/(?!launch|choose)")  # and what only 
 
 @dataclass
 class Line:
-    """Raises KeyboardInterrupt at one line of this package that is run, counted over all; else only counts."""
+    """Raises KeyboardInterrupt at one executed line of this package, by its number; otherwise only counts them."""
 
     number: int | None = None
     seen: int = 0
@@ -73,7 +73,7 @@ def interrupted_at(call: Callable[[], object], most: int) -> Iterator[int]:
 
 
 def assert_all_or_nothing(restore: Callable, act: Callable, held: Callable[[], object], most: int = 1000) -> None:
-    """Interrupted at any line, an act has changed all of what is held, or none of it; it can be restored."""
+    """Interrupted at any line, an action has changed all of the state or none of it; it can be restored."""
 
     def call():
         with traced(None):
@@ -163,7 +163,7 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(error, monkeypatch):
 @pytest.mark.parametrize("error", [RuntimeError("launch failed"), torch.OutOfMemoryError("none left")])
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_launch_that_raises_raises_once(error, backward, monkeypatch):
-    """In forward, or in a backward that can be taken again."""
+    """In forward, or in a backward that can be run again."""
     torch.manual_seed(0)
     lstm = gpu_lstm.LSTM(I, H, 2, backend="triton", **PLACES["triton"])
     x = torch.randn(T, B, I, requires_grad=True, **PLACES["triton"])

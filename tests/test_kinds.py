@@ -1,4 +1,4 @@
-"""The kernels that a kind of call is given, and that explain tells, are those for the tensors of the call."""
+"""The kernels that a kind of call gets, and that explain reports, are those for the tensors of the call."""
 
 import dataclasses
 

@@ -218,7 +218,7 @@ def test_padding_and_what_no_reset_leaves_change_no_bit(monkeypatch, place, word
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize(("place", "words", "dtype"), EVERYWHERE)
 def test_nan_does_not_pass_a_reset(monkeypatch, place, words, dtype):
-    """Nor into another sequence: x, h0 and c0 with NaN or infinity change no bit of what is not behind them."""
+    """Nor into another sequence: x, h0 and c0 with NaN or infinity change no bit of what does not follow them."""
     KERNELS[place].force(monkeypatch)
     given = example_of((5, 4, 3, 12), words.replace("ragged ", "").replace("masks", "zoneout_h zoneout_c"), 0)
     given = dataclasses.replace(given, resets=torch.zeros(5, 4, dtype=torch.bool))

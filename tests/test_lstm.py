@@ -132,7 +132,7 @@ def test_gradients_of_one_result_alone_twice_from_one_graph(backend):
 
 @every_backend
 def test_gradients_of_tensors_that_are_one_or_depend_on_each_other(backend):
-    """Once, and under create_graph, where they are taken another way."""
+    """Once, and under create_graph, where they are computed another way."""
     (theirs, ours), cells = pair("LSTM", backend), pair("LSTMCell", backend)
     for create_graph in OFF_ON:
         got = []

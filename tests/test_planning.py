@@ -1,4 +1,4 @@
-"""Plans for cards that are not here: what is chosen, that it fits, and what a step is expected to take."""
+"""Plans for cards that are not here: what is chosen, that it fits, and the estimated time of a step."""
 
 import csv
 import dataclasses
@@ -137,7 +137,7 @@ def test_a_projection_with_noise_and_a_single_step_take_the_step_family():
 
 
 def test_one_program_in_the_interpreter():
-    """It runs one after another, so that none may wait for another."""
+    """It runs programs one after another, so that none may wait for another."""
     for problem in PROBLEMS:
         (plan,) = candidates(problem, INTERPRETER, Pass())
         assert (plan.family, plan.programs * plan.groups) == (STEP, 1)
@@ -218,7 +218,7 @@ def test_memory_bounds_what_is_otherwise_fast():
 
 
 def test_a_real_card_with_and_without_its_rates():
-    """Unknown or 0, as some cards report, they are those of the card most like it."""
+    """Rates that are unknown or, as some cards report, 0 are those of the most similar card."""
 
     def device(**facts):
         named = dict(name=H100.name, major=9, minor=0, multi_processor_count=132) | facts

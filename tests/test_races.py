@@ -158,7 +158,7 @@ def test_what_is_too_noisy_is_not_cached_but_holds_for_this_process(stubbed, car
 
 
 def test_a_race_is_fair_and_short():
-    """By turns; as many calls as are needed to see something; no longer than the budget, but three turns at least."""
+    """In turn; as many calls as are needed to see a difference; within the budget, but with three turns at least."""
     time, order = [0.0], []
 
     def run(name, seconds):

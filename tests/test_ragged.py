@@ -21,7 +21,7 @@ PADDING = torch.arange(T)[:, None] >= LENGTHS  # [T, B]
 def problems(draw, longest: int, most: int, left: bool):
     """A module's class and arguments, the form of its input, lengths [B] or None, resets [T, B] or None, whether hx.
 
-    And, where resets may have states `left`, whether these are one a sequence, one a step, or zeros (None).
+    And, where resets may have states `left`, whether these are one per sequence, one per step, or zeros (None).
     """
     hidden, inputs = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     arguments = {name: draw(st.booleans()) for name in ("bias", "batch_first", "bidirectional")}

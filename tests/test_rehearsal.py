@@ -1,4 +1,4 @@
-"""Kernels through Triton's own JIT, driver and launcher, over driver_stub.c: what a card is asked for, and its faults.
+"""Kernels through Triton's own JIT, driver and launcher, over driver_stub.c: which calls a card gets, and its faults.
 
 Each scenario is a function of rehearsal.py, in a process of its own, where kernels are compiled.
 """
@@ -67,7 +67,7 @@ def results_of(process):
 
 
 def test_kernels_get_what_they_are_meant_to_by_one_compilation_of_each_kind(rehearse):
-    """Every argument at its place; the grid; and all programs resident at once where they wait, and only there."""
+    """Every argument in its position; the grid; and all programs resident at once where they wait, and only there."""
     results = rehearse("arguments")
     families, precisions = ({result[key] for result in results} for key in ("family", "precision"))
     assert len(families) == len(precisions) == 4

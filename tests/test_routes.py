@@ -1,6 +1,6 @@
 """A route never outlives a fact: whatever changes between two calls, the cached route is that of a fresh decision.
 
-The CPU counts as a card, and a race's winner depends on the kind of call alone; kernels are stood in for.
+The CPU counts as a card, and a race's winner depends on the kind of call alone; kernels are stubbed.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ DRAWN = ("subject", "parameters_learn", "x_learns", "steps", "batch", "resets", 
 
 
 class Routes(RuleBasedStateMachine):
-    """One fact after another is given each of its values; each time the cached route is held to a fresh one."""
+    """One fact after another gets each of its values; each time the cached route is compared with a fresh one."""
 
     launched: list  # of as_a_card
 
@@ -108,7 +108,7 @@ class Routes(RuleBasedStateMachine):
             assert torch.equal(ours, theirs), "other numbers"
 
     def module(self):
-        """The one at hand, with attributes and new parameters as the facts say."""
+        """The current module, with attributes and new parameters as the facts say."""
         facts, name = self.facts, self.facts["subject"]
         torch.default_generator.manual_seed(facts["parameters"])
         if name not in self.modules:

@@ -1,4 +1,4 @@
-"""Programs and threads that wait for each other: broken exchanges and barriers are detected, and waiting ends."""
+"""Programs and threads that wait for each other: broken exchanges and barriers are detected, and waits end."""
 
 import contextlib
 import threading

@@ -101,7 +101,7 @@ def test_the_plans_of_a_call_are_those_that_the_plan_command_shows(nothing_cache
 
 @pytest.fixture
 def schedule_of(monkeypatch):
-    """Of an LSTM with options and a call of so many steps; objects in the place of streams."""
+    """Of an LSTM with options and a call of so many steps; objects stand in for streams."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
     monkeypatch.setattr(schedule, "_streams", functools.cache(schedule._streams.__wrapped__))
 

@@ -1,4 +1,4 @@
-"""Streams: steps and chunks, one after another, are the whole sequence at once."""
+"""Streams: steps and chunks, one after another, give the results of the whole sequence at once."""
 
 from functools import partial
 
@@ -82,7 +82,7 @@ def test_reset_is_the_whole_sequence_with_resets(build):
 
 @pytest.mark.parametrize(("graph", "batch_first"), [(False, True), (True, False)], ids=["plain", "graph"])
 def test_each_sequence_takes_the_steps_that_it_is_active_for(build, request, batch_first, graph):
-    """As if it were alone; what stands in the input of the others, NaN here, is not looked at."""
+    """As if it were alone; the input of the others, NaN here, is ignored."""
     captures = request.getfixturevalue("captures") if graph else None
     lstm, x = build(batch_first=batch_first)
     stream, active = Stream(lstm, B), torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.5

@@ -1,4 +1,4 @@
-"""torch's own LSTM as a backend: weights in one buffer for cuDNN, and resets that ask the device for nothing.
+"""torch's own LSTM as a backend: weights in one buffer for cuDNN, and resets without synchronising with the device.
 
 No GPU is here: parameters only say that they are on one; what cuDNN does with the buffer is in test_gpu.py.
 """
@@ -39,7 +39,7 @@ def buffers(parameters) -> list[torch.Tensor]:
 
 @pytest.fixture
 def says_cuda(monkeypatch):
-    """Every tensor says that it is on a GPU, which torch's own flatten_parameters does not believe."""
+    """Every tensor claims to be on a GPU, which torch's own flatten_parameters does not believe."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True))
     return monkeypatch
 

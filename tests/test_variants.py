@@ -1,4 +1,4 @@
-"""Modules with what torch's LSTM has not, against the oracle, ONNX's LSTM and the reference; and who refuses them."""
+"""Modules with features that torch's LSTM lacks, against the oracle, ONNX's LSTM, the reference; what refuses them."""
 
 import copy
 import pickle

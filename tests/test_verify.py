@@ -1,4 +1,4 @@
-"""A kernel that computes wrong numbers on a card, times out or fails there is found before anybody uses its numbers."""
+"""A kernel that computes wrong numbers on a card, times out or fails there is found before its numbers are used."""
 
 import contextlib
 import dataclasses
@@ -217,7 +217,7 @@ def test_contexts_of_the_caller_do_not_reach_the_first_calls_checks_and_races(ca
 
 
 def gradient_in_a_checkpoint(call, x):
-    """Whose hooks count the tensors that are saved, and are to find as many when it is computed again."""
+    """Whose hooks count the tensors that are saved, and must find equally many when it is recomputed."""
     x.requires_grad_()
     return torch.autograd.grad(checkpoint(call, x, use_reentrant=False), x)[0]
 

@@ -122,7 +122,7 @@ BADLY_WORDED = [
 
 @pytest.mark.parametrize("call", AS_TORCH)
 def test_a_call_that_torch_refuses_too_raises_what_torch_raises(both, call):
-    """In its words, after which may stand what to do."""
+    """In its words, possibly followed by what to do."""
     theirs, ours = both
     with torch.device(DEVICE):
         ((found, text),), ((expected, its),) = refusals(ours, call), refusals(theirs, call)

@@ -1,4 +1,4 @@
-"""What a user writes, over all of the public API: test_types.py has it checked by mypy and pyright, and runs it."""
+"""A user's program that covers the public API: test_types.py checks it with mypy and pyright, and runs it."""
 
 import dataclasses
 

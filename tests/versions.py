@@ -1,4 +1,4 @@
-"""`make test-versions`: the kernels' tests on the oldest Triton that is supported, one in between, and the newest.
+"""`make test-versions`: the kernels' tests on the oldest supported Triton, one in between, and the newest.
 
 Each version lies in a folder of its own, before the environment's packages. test_compile.py compiles its whole table.
 """

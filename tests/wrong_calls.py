@@ -1,4 +1,4 @@
-"""Wrong calls of all that is public, as (what it raises, call, ...): the table of test_wrong_calls.
+"""Wrong calls of the whole public API, as (what it raises, call, ...): the table of test_wrong_calls.
 
 A call is an expression of the names in this file and of `m`, the modules of one backend; "..." stands for any text.
 """
@@ -78,12 +78,12 @@ def layer(m, **arguments):
 
 
 def handed(module, name, *size):
-    """A call with a tensor of another size in the place of a parameter, by functional_call."""
+    """A call with a tensor of another size instead of a parameter, by functional_call."""
     return torch.func.functional_call(module, {name: zeros(size)}, H2[:, :3] if "_l" not in name else X)
 
 
 def assigned(module, name, *size):
-    """A call with a parameter of another size, or without it, in its place; it comes back."""
+    """A call with a parameter of another size, or with none, in its place; it is restored afterwards."""
     parameter = module._parameters[name]
     setattr(module, name, nn.Parameter(zeros(size)) if size else None)
     try:

@@ -20,7 +20,7 @@ class Unable(Exception):
 
 @dataclass(frozen=True)
 class Engine:
-    """An LSTM with the weights of the inputs: something to call, and leaves for which gradients can be shown."""
+    """An LSTM with the weights of the inputs: a callable, and leaves whose gradients are compared."""
 
     # x [T, B, I], (h0, c0) [R, B, H] to output [T, B, D*H], (h_n, c_n), as torch.nn.LSTM; None for a state not computed
     call: Callable[..., tuple[Any, Any]]
@@ -35,7 +35,7 @@ class Engine:
         return cls(partial(module, **options), dict(module.named_parameters()), to_torch)
 
     def named(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
-        """The gradients of the parameters, d and torch's names; that of a single bias is that of either of torch's."""
+        """The gradients of the parameters, by "d" and torch's names; a single bias stands for both of torch's."""
         found = self.to_torch(dict(zip(self.parameters, gradients)))
         return {"d" + name.replace("bias_l", f"bias_{of}_l"): found[name] for name in found for of in ("ih", "hh")}
 
@@ -49,7 +49,7 @@ class Provider:
 
 
 def expect(case: Case, *features: str) -> Case:
-    """The case. Unable unless it has none but these: "layers", "directions", "resets", its sequences, its variant."""
+    """The case. Unable if it has features but these: "layers", "directions", "resets", its sequences, its variant."""
     asked = ["layers"] * (case.layers > 1) + ["directions"] * (case.directions > 1) + ["resets"] * (case.reset_rate > 0)
     if beyond := {*asked, case.sequences, case.variant} - {*features, "full", "plain"}:
         raise Unable(f"does not do {' or '.join(sorted(beyond))}")

@@ -18,7 +18,7 @@ SUPPORTED = {"torch": PLAIN, "cupy": (*PLAIN, "reset_states")}
 
 
 def absent(backend: Any, device: str) -> str | None:
-    """What gpu_lstm itself says of a backend."""
+    """Why gpu_lstm itself says that a backend is unavailable; None if it is not."""
     try:  # an empty batch asks for the backend and runs no kernel
         gpu_lstm.LSTM(1, 1, backend=backend, device=device)(torch.zeros(1, 0, 1, device=device))
     except (ImportError, RuntimeError, TypeError) as error:
@@ -27,7 +27,7 @@ def absent(backend: Any, device: str) -> str | None:
 
 
 def build(backend: str | None, inputs: Inputs) -> Engine:
-    """The module on one backend; where kernels of Triton run, with their families: "cooperative / step"."""
+    """The module on one backend; where Triton's kernels run, with their families: "cooperative / step"."""
     case = expect(inputs.case, *SUPPORTED.get(backend or "auto", (*PLAIN, "reset_states", *VARIANTS)))
     on = {case.variant: VARIANTS[case.variant][0]} if case.variant in VARIANTS else {}
     lstm: Any = module_like_torchs(gpu_lstm.LSTM, inputs, backend=backend, **on)
@@ -46,7 +46,7 @@ def build(backend: str | None, inputs: Inputs) -> Engine:
 
 
 def build_stream(backend: str | None, inputs: Inputs) -> Engine:
-    """A step of a stream, which goes on from call to call; on CUDA by its own graph. The states are read each time."""
+    """A step of a stream, continued from call to call; on CUDA by its own graph. The states are read each time."""
     if expect(inputs.case, "layers", "active").mode != "step":
         raise Unable("only for single steps")
     lstm: Any = module_like_torchs(gpu_lstm.LSTM, inputs, backend=backend)

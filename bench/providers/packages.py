@@ -16,7 +16,7 @@ def flashrnn(inputs: Inputs) -> Engine:
     """The input's matmul, then one call of flashrnn's fused CUDA kernels, with one head. Written against 1.0.8.
 
     Wx [B, T, 4, heads, H], R [4, heads, H, H], bias [4, heads, H], states [2, B, 1, heads, H], gates in torch's order.
-    Its kernels store the four gates of a unit together, [H, 4]: so do the leaves, and nothing is copied.
+    Its kernels store the four gates of a unit together, [H, 4]; the leaves do, too, so that nothing is copied.
     """
     case, H = expect(inputs.case), inputs.case.hidden_size
     if case.dtype == "fp32":
@@ -65,7 +65,7 @@ def torchrl(backend: str, inputs: Inputs) -> Engine:
     """TorchRL's LSTMModule in recurrent mode, which supports resets. Written against torchrl 0.14.
 
     Its "pad" backend cuts sequences at the resets and pads the pieces for torch.nn.LSTM; its "triton" backend resets
-    within kernels. The module has the batch first, and states for every step, which count at resets and at first.
+    within kernels. The module has the batch first, and states for every step, used at resets and at the first step.
     """
     case = expect(inputs.case, "layers", "resets", "reset_states")
     if backend == "triton" and case.dtype == "fp16":

@@ -1,4 +1,4 @@
-"""What PyTorch has: torch.nn.LSTM, and loops around it or its cell, as people write them for what it does not do."""
+"""What PyTorch offers: torch.nn.LSTM, and the loops around it or its cell that people write for what it lacks."""
 
 import itertools
 from functools import partial
@@ -23,7 +23,7 @@ def plain(inputs: Inputs) -> Engine:
 
 
 def flat(inputs: Inputs) -> Engine:
-    """The module with weights in one buffer also in bfloat16, where torch leaves them for cuDNN to copy each time."""
+    """The module with weights in one buffer, also in bfloat16, where torch itself has cuDNN copy them each time."""
     case, engine = inputs.case, plain(inputs)
     if case.torch_dtype is not torch.bfloat16 or not inputs.h0.is_cuda:
         raise Unable("only for bfloat16 on CUDA: other weights are in one buffer anyway")
@@ -81,7 +81,7 @@ class StepLoop(nn.LSTM):
 
 
 def masked_loop(inputs: Inputs, in_pieces: bool) -> Engine:
-    """StepLoop: a step at a time, as CleanRL has it; or in pieces, whose ends every call reads, as in rl_games."""
+    """StepLoop: one step at a time, as in CleanRL; or in pieces, whose ends every call reads, as in rl_games."""
     if expect(inputs.case, "layers", "resets", "reset_states").reset_rate == 0:
         raise Unable(NO_RESETS)
     options = dict(resets=inputs.resets, stored=inputs.reset_states, in_pieces=in_pieces)
@@ -89,7 +89,7 @@ def masked_loop(inputs: Inputs, in_pieces: bool) -> Engine:
 
 
 def padded_trajectories(inputs: Inputs) -> Engine:
-    """Each of N trajectories, from a reset to the next, is a padded sequence of its own: found once, as in rsl_rl."""
+    """Each of N trajectories, from one reset to the next, as a separate padded sequence: found once, as in rsl_rl."""
     expect(inputs.case, "layers", "resets")
     if inputs.resets is None:
         raise Unable(NO_RESETS)

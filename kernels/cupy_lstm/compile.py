@@ -23,7 +23,7 @@ from .source import KERNELS, OPTIONS, join, name_expression, parts
 CARDS = (Card(70, 80), Card(75, 40), Card(80, 108), Card(86, 84), Card(89, 58), Card(90, 132), Card(100, 148),
          Card(120, 170))  # fmt: skip
 SIZES = ((16, 64), (16, 256), (16, 768), (64, 1024), (16, 2048))  # sequences, hidden units
-READABLE = 75  # by the disassembler of CUDA 13, which recent Tritons bring
+READABLE = 75  # the oldest that the disassembler of CUDA 13, shipped with recent Tritons, reads
 
 
 class Case(NamedTuple):
@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
     @property
     def kernel(self) -> str:
-        """Its name."""
+        """The kernel's name."""
         return KERNELS[self.backward]
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Binary(NamedTuple):
 def cases(h100: bool) -> list[Case]:
     """For every size the best plan that keeps the weights, and the best that reads them at every step.
 
-    If `h100`, for that and in bfloat16 alone.
+    If `h100`, only for an H100 and in bfloat16.
     """
     found: dict[tuple, Case] = {}
     for card, (dtype, precision), (batch, hidden), backward in product(CARDS, PRECISIONS, SIZES, (False, True)):
@@ -92,7 +92,7 @@ def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
 
 
 def architectures() -> list[int]:
-    """Those of CARDS that the NVRTC at hand knows; from CUDA 13 on it knows none before sm_75."""
+    """Those of CARDS that the installed NVRTC supports; from CUDA 13 on, none before sm_75."""
     count = ctypes.c_int()
     _nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count))
     known = (ctypes.c_int * count.value)()
@@ -102,7 +102,7 @@ def architectures() -> list[int]:
 
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
-    """NVRTC out of NVIDIA's wheel; the oldest there is, which knows the most architectures.
+    """NVRTC from NVIDIA's wheel; the oldest one installed, which supports the most architectures.
 
     Raises:
         ImportError: there is no such wheel.
@@ -117,7 +117,7 @@ def _nvrtc() -> ctypes.CDLL:
 
 @functools.cache
 def compile_for(case: Case) -> Binary:
-    """The kernel of a case for its card, as launch.py has it compiled.
+    """The kernel of a case, compiled for its card as launch.py does it.
 
     Raises:
         ImportError: NVRTC is missing.

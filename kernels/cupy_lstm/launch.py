@@ -1,6 +1,6 @@
-"""The launches of the CuPy backend: a plan of one problem and pass, put together once and then only launched.
+"""The launches of the CuPy backend: a plan of one problem and pass, prepared once and then only launched.
 
-The kernels are in cuda/, compiled at first use; CuPy is imported then, not before. Memory and products are torch's.
+The kernels are in cuda/, compiled at first use, when CuPy is imported. torch allocates memory and computes products.
 """
 
 import functools
@@ -19,7 +19,7 @@ from .planning import Plan, card_of, choose_plan
 from .source import ELEMENTS, KERNELS, OPTIONS, in_order, join, name_expression, parts
 
 PACK = 16  # bytes that a thread reads at once
-SENTINEL = -1  # the word, as int32, that stands for what is not there yet
+SENTINEL = -1  # the word, as int32, for data that are not there yet
 
 
 class Prepared:
@@ -36,7 +36,7 @@ class Prepared:
         hidden = r.c0.shape[1]
         h = _rows_of_words(gates, steps + 1, batch)
         h[-1].zero_()
-        h[-1, :, :hidden] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the sentinel's
+        h[-1, :, :hidden] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the sentinel
         h_n, c_n = r.h0.clone(), r.c0.clone()  # what a sequence of length 0 ends with
         c = r.c0.new_empty(steps, batch, hidden) if self._which.save else None
         self._launch(gates, r, weights=as_words(r.weight_hh, PACK), h=h, h_n=h_n, c=c, c_n=c_n)
@@ -80,7 +80,7 @@ def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:
 
 @functools.cache
 def layer_of(problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
-    """The layer of a problem on a device; every call gives the same.
+    """The layer of a problem on a device; every call returns the same one.
 
     Plans are not verified: one source is compiled for all problems.
 
@@ -109,9 +109,9 @@ forget = layer_of.cache_clear
 
 
 def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tensor | int | None) -> None:
-    """Launch a kernel on torch's current stream: the seam at which a test can run it elsewhere.
+    """Launch a kernel on torch's current stream. Tests replace this function to run the kernel elsewhere.
 
-    The arguments are by the kernel's names for them; a tensor is passed by its address, None as a null pointer.
+    Arguments are named as the kernel's parameters; a tensor is passed as its address, None as a null pointer.
 
     Raises:
         TypeError: an argument is missing, or the kernel has no such parameter.

@@ -11,7 +11,7 @@ from ..architectures import shared_memory_of
 from ..problem import Problem
 from ..timeouts import spare_multiprocessors
 
-SEQUENCES = 8  # of a batch tile
+SEQUENCES = 8  # per batch tile
 CHUNK = 16  # words of K that a warp multiplies at once
 AHEAD = 4  # chunks that are loaded at once, where weights are not kept
 MOST_REGISTERS = 192  # of a thread's 255, that may hold weights, words and sums
@@ -19,11 +19,11 @@ MOST_REGISTERS = 192  # of a thread's 255, that may hold weights, words and sums
 # Clocks of an H100, for the order of plans. Rates are published ones (Luo et al., "Benchmarking and Dissecting the
 # Nvidia Hopper GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide). The last two are fitted to
 # the cycles of tests/cycles.csv, which were estimated instruction by instruction from SASS.
-L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 in a clock: when all do, and at most
-SHARED_BYTES = 128  # that it reads or writes in shared memory in a clock
-MULTIPLY_ADDS = 128  # that it does in a clock
-PRODUCTS = 2.0  # on tensor cores, of 16 rows by 8 words by 8 sequences, so many clocks each
-TURN = 1240  # of a batch tile: until words are there, gates and cell, the barrier
+L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 per clock: when all do, and at most
+SHARED_BYTES = 128  # that it reads or writes in shared memory per clock
+MULTIPLY_ADDS = 128  # per clock and multiprocessor
+PRODUCTS = 2.0  # clocks per product of 16 rows by 8 words by 8 sequences on tensor cores
+TURN = 1240  # per batch tile: until words arrive, gates and cell, the barrier
 PARTIAL_SUMS = 1050  # from a store until all that share gates have it
 
 
@@ -39,7 +39,7 @@ HOST = Card(80, 8)  # stands in where the tensors are on the CPU
 
 
 def card_of(device: torch.device) -> Card:
-    """That of a device, without what is left to others."""
+    """The card of a device, without the multiprocessors that are left to other kernels."""
     if device.type != "cuda":
         return HOST
     properties = torch.cuda.get_device_properties(device)
@@ -48,7 +48,7 @@ def card_of(device: torch.device) -> Card:
 
 
 def words_of(problem: Problem) -> int:
-    """W: of 32 bits, of a row of H elements, padded to 16 bytes."""
+    """W: how many words of 32 bits a row of H elements has, padded to 16 bytes."""
     return 4 * ceil(problem.hidden * problem.size / 16)
 
 
@@ -59,16 +59,16 @@ class Plan:
     hidden: int
     units: int
     warps: int
-    chunks: int  # of K that a warp keeps the weights of; 0: they are read at every step
+    chunks: int  # of K whose weights a warp keeps; 0: they are read at every step
     parts: int  # blocks that share the gates of a unit, backward; 1 forward
     grid: tuple[int, int]  # blocks of a group, groups
     shared: int  # bytes of a block
-    clocks: float  # of a step, expected, by a model that is meant to put plans in order
+    clocks: float  # per step, estimated by a model that is meant for ranking plans
     side_by_side: int = 1  # launches of this plan that fit the card at once
 
     @property
     def threads(self) -> int:
-        """Of a block."""
+        """Threads per block."""
         return 32 * self.warps
 
     def template(self, backward: bool) -> tuple[int, ...]:
@@ -78,12 +78,12 @@ class Plan:
 
 @functools.cache
 def choose_plan(problem: Problem, card: Card, backward: bool) -> Plan:
-    """The plan that is estimated to be the fastest. There always is one: weights can be read at every step."""
+    """The plan that is estimated to be the fastest. There is always one, since weights can be read at every step."""
     return min(plans(problem, card, backward), key=lambda plan: plan.clocks)
 
 
 def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
-    """All there are."""
+    """All possible plans."""
     tensor_cores = card.architecture >= 80 and not problem.exact_float32
     for parts in (1, 2, 4) if backward else (1,):
         k = words_of(problem) * (4 // parts if backward else 1)  # of a row of weights

@@ -1,4 +1,4 @@
-"""The kernels in CUDA C++ as Python knows them: their text, what they are called, and the order of their parameters."""
+"""The kernels in CUDA C++ as Python sees them: their text, their names, and the order of their parameters."""
 
 import functools
 import re
@@ -17,7 +17,7 @@ ELEMENTS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "b
 
 
 def join(parts: dict[str, str]) -> str:
-    """One text of all parts, in which the compiler's messages name file and line."""
+    """All parts as one text, for which the compiler's messages still name file and line."""
     return "\n".join(f'#line 1 "{name}.cu"\n{text}' for name, text in parts.items())
 
 
@@ -28,7 +28,7 @@ def parts() -> dict[str, str]:
 
 
 def name_expression(kernel: str, dtype: torch.dtype, template: tuple[int, ...] = ()) -> str:
-    """A kernel for one dtype, with its further template arguments, in C++."""
+    """The C++ name of a kernel for one dtype, with its further template arguments."""
     return f"{kernel}<{', '.join((ELEMENTS[dtype], *map(str, template)))}>"
 
 

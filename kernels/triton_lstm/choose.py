@@ -1,4 +1,4 @@
-"""Which plan runs a pass of a problem: kernel families propose plans, measured ones first, and the first that fits runs.
+"""Which plan runs a pass of a problem: kernel families propose plans, measured ones first; the first that fits runs.
 
 A plan is compiled for the card before it is chosen. Triton keeps the compiled kernel, which is then launched.
 """
@@ -128,7 +128,7 @@ def candidates(problem: Problem, card: Device, which: Pass) -> list[Plan]:
     Every plan can run smaller batches, too. So nothing is compiled for the last, smaller batch of an epoch.
     """
     if card is INTERPRETER:
-        return [step.step_plan(problem, card, which.backward)]  # the others are written thread by thread, which is slow there
+        return [step.step_plan(problem, card, which.backward)]  # others are written thread by thread: slow there
     measured, proposed = measured_plan(problem, card, which.backward), plans(problem, card, which.backward)
     if measured in proposed:  # whatever a file says, only a proposed and verified plan runs
         return [measured, *proposed]

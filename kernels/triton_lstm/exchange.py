@@ -11,7 +11,7 @@ No memory is overwritten while a program may still read it, and none is reset in
     grid_barrier  A counter of arrivals: store everything, count up (release), wait for it (acquire), then load.
 
 Waits are bounded. A poll is one load of a counter or of words, and the word after the error word limits the polls of a
-wait (timeouts.py). A wait that needs more times out: the error word is set to step + 1, and the missing values count as
+wait (timeouts.py). A longer wait times out: the error word is set to step + 1, and the missing values count as
 NaN. Later steps do not wait for long, so that the launch ends.
 """
 

@@ -113,7 +113,7 @@ def share(
     CHUNKS: tl.constexpr,  # of a row; even
     WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Make 8 rows of K, held in parts by the threads of a program, readable to all its warps; their place, for `take`.
+    """Share 8 rows of K, held in parts by a program's threads, with all its warps; return their place, for `take`.
 
     In shared memory [2, 8 sequences, 16 CHUNKS words], with one barrier, as in `sum_over_warps`.
     """

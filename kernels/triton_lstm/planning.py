@@ -1,4 +1,4 @@
-"""Cards, plans and their estimated times, common to all kernel families. Pure Python, so that it is tested without a GPU.
+"""Cards, plans and their estimated times, for all kernel families. Pure Python, so that it is tested without a GPU.
 
 A plan is a proposal. Registers depend on the Triton version, so the launcher uses the first plan of a list whose
 kernel compiles without spills on the Triton and card at hand; that of the step family always works.

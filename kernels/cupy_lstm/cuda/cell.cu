@@ -43,7 +43,7 @@ struct Cell {
         float c_prev;
     };
 
-    // From the gradients of m and (from the step after) of c. Of the cell it needs all but m.
+    // From the gradients of m and (from the step after) of c. It needs all fields of the cell but m.
     __device__ Gradient backward(float c_prev, float dm, float dc) const {
         const float t = tanh_of(c);
         dc += dm * o * (1.0f - t * t);

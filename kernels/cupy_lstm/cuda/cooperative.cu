@@ -1,21 +1,21 @@
 // All steps in one launch, by blocks that share W_hh and exchange h. Grid (blocks of a group, groups).
 //
 // A group's blocks own UNITS hidden units each; at every step each block reads h of all units of 8 sequences from L2.
-// The batch tiles of 8 sequences are split among groups, which never wait for each other. All blocks of a launch must be
-// resident at once.
+// The batch tiles of 8 sequences are split among groups, which never wait for each other. All blocks of a launch must
+// be resident at once.
 //
-// forward    A block has the rows of W_hh of its units' four gates, and publishes h of its units.
+// forward    A block holds the rows of W_hh for its units' four gates, and publishes h of its units.
 //
 // backward   dh of a unit needs the dgates of all units, four times as wide as h. PARTS blocks own PARTS * UNITS units
-//            together and have W_hh^T of all of these, each for another part of the gates: it reads that part of dgates,
-//            and publishes its partial sums of dh in a second, small exchange. With PARTS = 1 there is none.
+//            together. Each holds W_hh^T of all of these for its own part of the gates, reads that part of dgates, and
+//            publishes its partial sums of dh in a second, small exchange, which PARTS = 1 does not need.
 //
 // CHUNKS > 0 keeps the weights in registers and multiplies on tensor cores (sm_80 and newer); 0 reads them every step.
 //
-// W words make a row of H elements, at 16 bytes: W is a multiple of 4, and what is beyond H is zero.
+// A row of H elements is padded to W words, a multiple of 16 bytes: W is a multiple of 4. All beyond H is zero.
 
-// The thread's cell: unit `unit` of the block's, of sequence `sequence` of a batch tile. Every warp has as many, so that
-// none begins to wait before its block has published. UNITS is even: neighbours in a word are neighbours in a warp.
+// The thread's cell: unit `unit` of the block, in sequence `sequence` of a batch tile. Every warp has equally many, so
+// that none waits before its block has published. UNITS is even: neighbours in a word are neighbours in a warp.
 template <int UNITS, int WARPS>
 struct Own {
     static constexpr int OF_WARP = SEQUENCES / WARPS;  // sequences
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
             const int unit = walk.row + own.unit;
             const bool has_cell = own.cell & unit < H;
 
-            // Load, before waiting: what belongs to the thread's cell.
+            // Load the data of the thread's cell before waiting.
             const int batch = walk.tile + own.sequence, length = length_of(lengths, batch, T, B);
             const int of_column = walk.tile + product.lane.column, its_length = length_of(lengths, of_column, T, B);
             const Position at(step, batch, length, resets, B, reverse);
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             const int unit = walk.row + part * UNITS + own.unit;
             const bool has_cell = own.cell & unit < H;
 
-            // Load, before waiting: what belongs to the thread's cell.
+            // Load the data of the thread's cell before waiting.
             const int batch = walk.tile + own.sequence, length = length_of(lengths, batch, T, B);
             const int of_column = walk.tile + product.lane.column, its_length = length_of(lengths, of_column, T, B);
             const Position at(step, batch, length, resets, B, reverse);
@@ -182,8 +182,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             if (dh != nullptr) dh_output = load_if(valid, dh + output_at);
             if (dh_n != nullptr) dh_last = load_if(valid & at.last, dh_n + state_at);
 
-            // Product with dgates of the step after. It waits in padding and at resets, too: otherwise partial sums could
-            // be overwritten that another block still waits for.
+            // Product with dgates of the step after. It waits in padding and at resets, too: otherwise it could
+            // overwrite partial sums that another block still waits for.
             const long long row_after = row_of(time_of(step + 1, its_length, reverse), of_column, B);
             typename Rows::Words dz(dgates + (row_after * 4 + 4 / PARTS * part) * W + product.lane.first_word,
                                     step < T - 1 & of_column < B ? K - product.lane.first_word : 0);

@@ -1,21 +1,21 @@
 // How the blocks of one launch exchange what all of them need at the next step: each word doubles as its ready flag.
 //
-// Words have 32 bits, one float or two neighbouring elements of two bytes. Either every step's words have memory of their
-// own, initialised with a sentinel that `pack` never returns; or two steps alternate in the same memory, and the last bit
-// of a word is its step's phase. A reader loads a word until it is the one it waits for: one store and one load a step,
-// and no barrier.
+// Words have 32 bits, one float or two neighbouring two-byte elements. Either every step's words have memory of their
+// own, initialised with a sentinel that `pack` never returns; or two steps alternate in the same memory, and a word's
+// last bit is its step's phase. A reader loads a word until it is the one it waits for: one store and one load per
+// step, and no barrier.
 //
-// Waits are bounded: the word after the error word says how often a warp may poll. A warp that polled more has timed out:
-// it writes step + 1 into the error word, no later step waits for long, so that the launch ends, and what was waited for
-// counts as NaN.
+// Waits are bounded: the word after the error word says how often a warp may poll. A warp beyond this limit times out:
+// it writes step + 1 into the error word, and the missing values count as NaN. Later steps do not wait for long, so
+// that the launch ends.
 
 constexpr unsigned SENTINEL = 0xFFFFFFFF;
 constexpr unsigned A_NAN = 0x7FC00000;  // not the sentinel
 
 constexpr int POLLS_BETWEEN_CHECKS = 64;  // the error word is in host memory
 
-// With elements of two bytes an even thread's word has its element below and the next thread's above; an odd thread's is
-// not used.
+// With two-byte elements, an even thread's word has its own element in the low half and the next thread's in the high
+// half; an odd thread's word is not used.
 template <typename E>
 __device__ unsigned pack(float x) {
     return pack_two(E{}, x, of_neighbour(x));
@@ -29,7 +29,7 @@ __device__ inline unsigned pack<float>(float x) {
 // A float whose last bit is a phase, 0 or 1: it costs half a unit in the last place.
 __device__ inline unsigned in_phase(float x, int phase) { return (pack<float>(x) & ~1u) | phase; }
 
-// How long a warp polls for what it waits for.
+// Limits how long a warp polls.
 struct Polling {
     int* error;
     int step;

@@ -16,8 +16,8 @@ __device__ inline int length_of(const int* lengths, int batch, int T, int B) {
     return lengths != nullptr ? load_if(batch < B, lengths + batch) : batch < B ? T : 0;
 }
 
-// Whether the state is zeroed before the step at `time`. A reset at t separates time t from time t - 1, either way
-// round; the reverse direction comes from time + 1.
+// Whether the state is zeroed before the step at `time`. A reset at t separates time t from time t - 1 in both
+// directions; the reverse direction comes from time + 1.
 __device__ inline bool is_reset(const bool* resets, int time, int length, int batch, int B, bool reverse) {
     const int later = reverse ? time + 1 : time;  // of the two times that a reset may separate
     return resets != nullptr && load_if(later < length, resets + row_of(later, batch, B));

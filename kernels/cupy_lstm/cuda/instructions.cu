@@ -5,7 +5,7 @@ __device__ inline uint4* shared_memory() {
     return shared_storage;
 }
 
-// Our own types of two bytes, since not every CuPy ships CUDA's headers for them.
+// Our own two-byte types, since not every CuPy ships CUDA's headers for them.
 
 struct float16 {
     unsigned short bits;
@@ -39,7 +39,7 @@ __device__ inline void round_to(bfloat16& y, float x) {
 #endif
 }
 
-// Both in a word, rounded; two NaN are not all ones.
+// Both in one word, rounded; even two NaNs are not all ones.
 template <typename E>
 __device__ unsigned pack_two(E, float low, float high) {
     E first, second;
@@ -70,7 +70,7 @@ __device__ inline float reciprocal(float x) {
     return x;
 }
 
-// yes ? a : b, where the compiler would make a branch.
+// yes ? a : b, where the compiler would emit a branch.
 __device__ inline float choose(bool yes, float a, float b) {
     float x;
     asm("{ .reg .pred p; setp.ne.s32 p, %3, 0; selp.f32 %0, %1, %2, p; }"
@@ -78,7 +78,7 @@ __device__ inline float choose(bool yes, float a, float b) {
     return x;
 }
 
-// Loads and stores by a predicate, so that the threads of a warp stay together. OTHERWISE: what x is without a load.
+// Predicated loads and stores, so that the threads of a warp stay together. OTHERWISE: what x is without a load.
 #define IF_YES(N, OTHERWISE, INSTRUCTION) "{ .reg .pred p; setp.ne.s32 p, %" N ", 0; " OTHERWISE "@p " INSTRUCTION "; }"
 #define OPERANDS(ADDRESS) "l"(__cvta_generic_to_global(ADDRESS)), "r"(static_cast<int>(yes)) : "memory"
 #define LOAD(NAME, OTHERWISE, KIND, X, REGISTER)                                                                   \
@@ -135,7 +135,7 @@ __device__ inline void store_if(bool yes, E* to, float x) {
     store_if(yes, &to->bits, rounded.bits);
 }
 
-// Relaxed accesses that the host takes part in.
+// Relaxed accesses to memory shared with the host.
 __device__ inline int load_from_host(const int* from) {
     int x;
     asm volatile("ld.relaxed.sys.global.b32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_global(from)) : "memory");
@@ -146,13 +146,13 @@ __device__ inline void store_to_host(int* to, int x) {
     asm volatile("st.relaxed.sys.global.b32 [%0], %1;" :: "l"(__cvta_generic_to_global(to)), "r"(x) : "memory");
 }
 
-// Of all threads of a warp: whether any says yes; that each sees what the others stored; what a thread's neighbour has.
+// Across a warp: whether any thread says yes; a barrier, after which each sees the others' stores; a neighbour's value.
 __device__ inline bool any_of_warp(bool yes) { return __any_sync(0xFFFFFFFF, yes); }
 __device__ inline void barrier_of_warp() { __syncwarp(); }
 __device__ inline float of_neighbour(float x) { return __shfl_xor_sync(0xFFFFFFFF, x, 1); }
 
-// d = a b + d on a tensor core, by a warp: 16 rows of a, 8 columns of b; a word of them is two elements of two bytes, or
-// a float of which 10 bits of the fraction count. PTX ISA, "Matrix Fragments for mma.m16n8k16" and, for float, "m16n8k8".
+// d = a b + d on a tensor core, by a warp: 16 rows of a, 8 columns of b; a word of them is two two-byte elements, or a
+// float, 10 bits of whose fraction are used. PTX ISA, "Matrix Fragments for mma.m16n8k16" and, for float, "m16n8k8".
 #define MULTIPLY(E, KIND)                                                                                          \
     __device__ inline void multiply_tile(E, float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {     \
         asm volatile("mma.sync.aligned." KIND " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"   \

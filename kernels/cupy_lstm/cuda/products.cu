@@ -1,7 +1,7 @@
 // Products of weights [ROWS, W words] and 8 sequences of words that other blocks publish, by all warps of a block.
 //
-// The warps split K, which counts words: a chunk is 16 words of every row, and warp w has the chunks w, w + WARPS, ... The
-// words of a chunk are spread over a warp's threads like operand B of a tensor core. A thread has
+// The warps split K, counted in words: a chunk is 16 words of every row, and warp w has the chunks w, w + WARPS, ...
+// The words of a chunk are spread over a warp's threads like operand B of a tensor core. A thread has
 //
 //     column   lane / 4: a sequence
 //     quarter  lane % 4: a quad, four words of a chunk
@@ -16,8 +16,8 @@ struct Lane {
     const int first_word = warp * CHUNK + quarter * 4;
 };
 
-// Shared memory float2 [2, WARPS, SEQUENCES, PITCH]: while one half is read, the other half is written, so that there is
-// one barrier a turn; `turn` is 0 and 1 alternately.
+// Shared memory float2 [2, WARPS, SEQUENCES, PITCH]: while one half is read, the other half is written, so that one
+// barrier per turn suffices; `turn` is 0 and 1 alternately.
 template <int PAIRS, int WARPS>
 struct Parts {
     static constexpr int PITCH = PAIRS + 2;  // from one sequence to the next: no two threads have a bank conflict
@@ -39,7 +39,7 @@ struct Parts {
     }
 };
 
-// By tensor cores. A warp has CHUNKS chunks, and keeps the weights of these in registers as operands A. In a tile of 16
+// On tensor cores. A warp has CHUNKS chunks, and keeps the weights of these in registers as operands A. In a tile of 16
 // rows pair 8 tile + column is the rows `column` and `column + 8`; in a product's result a thread has that pair of the
 // sequences 2 quarter and 2 quarter + 1. Which words of K are multiplied together is free as long as A and B agree.
 template <typename E, int ROWS, int W, int WARPS, int CHUNKS>

@@ -11,7 +11,7 @@ __device__ float unpack(unsigned word, int n) {
 
 // A float, rounded to the nearest TF32, ties away from zero: tensor cores would cut off the rest.
 __device__ inline unsigned to_tf32(unsigned word) {
-    return (word & 0x7F800000) == 0x7F800000 ? word : (word + 0x1000) & 0xFFFFE000;  // but infinity and NaN
+    return (word & 0x7F800000) == 0x7F800000 ? word : (word + 0x1000) & 0xFFFFE000;  // except infinity and NaN
 }
 
 // sum += the products of a quad's elements, in their order.
