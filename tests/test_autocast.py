@@ -109,7 +109,7 @@ def test_a_weight_that_changes_within_a_block_is_cast_again():
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-def test_a_call_without_autograd_takes_no_gradient_from_the_next(without):
+def test_a_call_without_autograd_leaves_the_next_its_gradient(without):
     (_, cell), x = cells("reference"), inputs()[0]
     with Casts() as casts, autocast():
         first, second = ([call(x)[0] for _ in range(2)] for call in (without()(cell), cell))

@@ -229,7 +229,7 @@ def test_the_interval_of_a_median_has_the_true_one_as_often_as_is_said():
     assert 0.91 <= np.mean((lows <= 1) & (highs >= 1)) <= 0.985
 
 
-def test_bytes_kept_for_backward_count_each_storage_once():
+def test_bytes_saved_for_backward_count_each_storage_once():
     a, b = (torch.randn(10, 10, requires_grad=True) for _ in range(2))
     c = a @ b
     assert timing.kept_bytes(lambda: (c * c) * c.T, [a, b]) == 2 * 400  # c, and the product of two
@@ -315,7 +315,7 @@ def test_what_hangs_or_dies_is_named_and_the_next_call_starts_another_process():
         assert raised.value.args == (what, args)
 
 
-def test_a_provider_that_fails_takes_no_other_along(monkeypatch):
+def test_a_provider_that_fails_stops_no_other(monkeypatch):
     def run(case, names, device, failed):
         raise isolated.ProviderFailed(*(("start", "died") if "a" in failed else ("a", "hung")))  # nobody's; one's
 

@@ -81,7 +81,7 @@ def _kept_elements(lstm, x) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_what_is_kept_for_backward(device, dtype):
+def test_what_is_saved_for_backward(device, dtype):
     steps, batch, inputs, hidden = 20, 3, 8, 16
     x = torch.randn(steps, batch, inputs, dtype=dtype, device=device, requires_grad=True)
     for recompute, elements in ((False, 6 * hidden), (True, 2 * hidden)):
@@ -115,7 +115,7 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", STACKS.values(), ids=STACKS)
 @pytest.mark.slow
-def test_a_long_sequence_takes_a_fixed_workspace(monkeypatch, two_steps, device, options):
+def test_a_long_sequence_needs_a_fixed_workspace(monkeypatch, two_steps, device, options):
     """Without autograd only one chunk's pre-activations are there: next to outputs no tensor exceeds the workspace."""
     two_steps(batch=1, hidden=6)
     monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)  # what is measured is a call that nobody watches

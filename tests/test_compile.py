@@ -225,7 +225,7 @@ def test_the_model_of_planning_knows_the_counts(rows):
 
 
 @pytest.mark.slow
-def test_step_kernels_architectures_and_dtypes_meet_in_pairs(rows):
+def test_step_kernels_architectures_and_dtypes_are_combined_in_pairs(rows):
     """All at once: `python -m gpu_lstm kernels`."""
     names = [f"lstm_step_{direction}_kernel" for direction in ("forward", "backward")]
     kinds = names, (80, 90, 100, 120), ("float16", "bfloat16", "float32 tf32", "float32 ieee")
@@ -260,7 +260,7 @@ def test_the_families_on_an_h100(rows, hidden, family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("hidden", "family"), [(64, "resident"), (768, "cooperative")])
-def test_regularised_problems_take_the_families_of_the_plain_cell(rows, hidden, family):
+def test_regularised_problems_use_the_families_of_the_plain_cell(rows, hidden, family):
     regularised = [row for row in rows if re.search(f" H={hidden} .*(masks|rates)", row["case"])]
     assert {row["case"].split()[-1] for row in regularised} == {"masks", "rates"}
     assert {row["plan"]["family"] for row in regularised} == {family}

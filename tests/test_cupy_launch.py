@@ -160,7 +160,7 @@ def test_the_launcher_and_the_source_agree():
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_products_are_taken_in_the_precision_asked_for(monkeypatch, launched, precision):
+def test_products_are_computed_in_the_precision_asked_for(monkeypatch, launched, precision):
     matmul, inside = torch.backends.cuda.matmul, projection.products_in
     before, watched = matmul.fp32_precision, Mock(side_effect=inside)
     monkeypatch.setattr(projection, "products_in", watched)
@@ -177,7 +177,7 @@ def test_products_are_taken_in_the_precision_asked_for(monkeypatch, launched, pr
 # What is refused, and what is imported when.
 
 
-def test_a_dtype_that_the_kernels_do_not_take(launched):
+def test_a_dtype_that_the_kernels_do_not_support(launched):
     with pytest.raises(TypeError, match=f"^{SUPPORTED}, got torch.float64$"):
         _call(torch.float64)
     launched.assert_not_called()
@@ -209,7 +209,7 @@ def test_why_it_is_unavailable(monkeypatch, facts, kind, text):
 @pytest.mark.parametrize(("able", "chosen"), [
     ("triton cupy", "triton"), ("triton", "triton"), ("cupy", "cupy"), ("", "torch"),
 ])  # fmt: skip
-def test_auto_takes_triton_then_cupy_then_torch(monkeypatch, able, chosen):
+def test_auto_chooses_triton_then_cupy_then_torch(monkeypatch, able, chosen):
     missing = RuntimeError("not here")
     monkeypatch.setattr(available, "why_unavailable", lambda it, *_: None if it.value in able.split() else missing)
     assert available.select("auto", CUDA, torch.float32, None, False).value == chosen
@@ -265,7 +265,7 @@ def test_a_launch_is_what_cupy_is_asked_for(monkeypatch):
     assert (values, types) == ([tensor.data_ptr(), 0, 7, True], ["uint64", "uint64", "int32", "bool"])
 
 
-def test_the_real_cupy_takes_what_it_is_asked_for():
+def test_the_real_cupy_accepts_what_it_is_given():
     """Without a GPU, as far as its own code goes: the module's arguments, and the launch of a cooperative kernel."""
     cupy = pytest.importorskip("cupy")
     options = dict(options=source.OPTIONS, name_expressions=["f<float>"], enable_cooperative_groups=True)

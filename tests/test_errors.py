@@ -29,7 +29,7 @@ def refuses_float64(name="triton"):
 
 
 @pytest.mark.parametrize("call", CALLABLES.values(), ids=CALLABLES)
-def test_who_chooses_the_backend(call, monkeypatch):
+def test_what_chooses_the_backend(call, monkeypatch):
     """The argument overrides `with`, and `with` the environment, which means auto if empty."""
     layer = Mock(side_effect=reference.layer)
     monkeypatch.setattr(reference, "layer", layer)

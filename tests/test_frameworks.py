@@ -241,7 +241,7 @@ def test_opacus():
     assert all(map(torch.equal, *found))
 
 
-def test_a_checkout_is_not_taken_for_the_package_kernels(monkeypatch):
+def test_a_checkout_is_not_mistaken_for_the_package_kernels(monkeypatch):
     """transformers looks for a distribution of that name, and finds the folder if the root is on the path."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
     import kernels

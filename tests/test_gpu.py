@@ -162,7 +162,7 @@ def test_more_than_65535_steps():
     assert x.grad[-50:].abs().sum() > 0
 
 
-def test_a_long_sequence_takes_a_fixed_workspace():
+def test_a_long_sequence_needs_a_fixed_workspace():
     lstm, x = kernels(256, 256, dtype=torch.bfloat16), random(200_000, 1, 256, dtype=torch.bfloat16)
     with torch.no_grad():
         lstm(x[:1000])
@@ -173,6 +173,6 @@ def test_a_long_sequence_takes_a_fixed_workspace():
         assert torch.cuda.max_memory_allocated() - before <= output + 3 * schedule.WORKSPACE
 
 
-def test_auto_takes_the_triton_kernels_and_the_doctor_says_so(capsys):
+def test_auto_chooses_the_triton_kernels_and_the_doctor_says_so(capsys):
     assert main(["--json"]) == 0
     assert '"auto": "triton"' in capsys.readouterr().out

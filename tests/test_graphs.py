@@ -159,7 +159,7 @@ def calls(monkeypatch):
     return stack
 
 
-def test_backward_does_not_run_the_layer_again_unless_what_was_kept_is_gone(calls):
+def test_backward_does_not_run_the_layer_again_unless_what_was_saved_is_gone(calls):
     ours, twin = module("LSTM", "torch", num_layers=2)
     compiled, (x, options) = torch.compile(ours, backend="aot_eager"), call_of(ours, 6, 2, ragged=True)
     expected = results(twin, twin.parameters(), x, options)
@@ -170,7 +170,7 @@ def test_backward_does_not_run_the_layer_again_unless_what_was_kept_is_gone(call
     assert calls.call_count == 2 + 2 + 2
 
 
-def test_backward_twice_and_nothing_kept_for_longer_than_the_graph(calls):
+def test_backward_twice_and_nothing_saved_for_longer_than_the_graph(calls):
     (ours, _), x = module("LSTM", "torch"), torch.randn(5, 2, I).double()
     y = torch.compile(ours, backend="aot_eager")(x)[0].square().sum()
     first, second = (torch.autograd.grad(y, list(ours.parameters()), retain_graph=True) for _ in range(2))
@@ -253,7 +253,7 @@ def test_ahead_of_time_by_inductor(tmp_path, quick_gpp):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_torch_jit_trace_takes_kernels_without_gradients_only():
+def test_torch_jit_trace_runs_kernels_only_without_gradients():
     ours, twin = module("LSTM", "triton", num_layers=2)
     x, _ = call_of(ours, 5, 2, ragged=False)
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record the gradients of backend 'triton'"):

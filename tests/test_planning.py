@@ -119,7 +119,7 @@ def test_a_projection_or_noise_has_the_plans_of_the_plain_cell(backward, change)
 
 
 @both_ways
-def test_layer_norms_take_the_plans_of_the_plain_cell_unless_their_exchanges_are_too_dear(backward):
+def test_layer_norms_use_the_plans_of_the_plain_cell_unless_their_exchanges_are_too_dear(backward):
     def first(hidden, batch, norms):
         return plans(Problem(128, batch, hidden, BF16, norms=(norms,) * 3), H100, backward)[0]
 
@@ -130,7 +130,7 @@ def test_layer_norms_take_the_plans_of_the_plain_cell_unless_their_exchanges_are
         assert (first(512, 256, False).family, first(512, 256, True).family) == (COOPERATIVE, STEP)
 
 
-def test_a_projection_with_noise_and_a_single_step_take_the_step_family():
+def test_a_projection_with_noise_and_a_single_step_use_the_step_family():
     noisy = Problem(128, 16, 128, BF16, projected=64, dropout_h=True)
     for problem in (noisy, Problem(1, 16, 128, BF16)):
         assert [plan.family for plan in plans(problem, H100, False)] == [STEP]

@@ -81,7 +81,7 @@ def test_reset_is_the_whole_sequence_with_resets(build):
 
 
 @pytest.mark.parametrize(("graph", "batch_first"), [(False, True), (True, False)], ids=["plain", "graph"])
-def test_each_sequence_takes_the_steps_that_it_is_active_for(build, request, batch_first, graph):
+def test_each_sequence_runs_the_steps_that_it_is_active_for(build, request, batch_first, graph):
     """As if it were alone; the input of the others, NaN here, is ignored."""
     captures = request.getfixturevalue("captures") if graph else None
     lstm, x = build(batch_first=batch_first)
@@ -127,7 +127,7 @@ def test_half_precision_keeps_the_cell_in_float32(dtype):
 
 @every_backend
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}], ids=str)
-def test_a_cell_state_in_float32_beside_half_precision(backend, options):
+def test_a_cell_state_in_float32_with_half_precision(backend, options):
     lstm, x = built("LSTM", backend, dtype=torch.float16, **options)
     h_0, c_0 = (torch.randn(2, 2, B, H) * 0.5).to(x.device)
     y, (h_n, c_n) = lstm(x, (h_0.half(), c_0))

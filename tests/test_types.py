@@ -67,7 +67,7 @@ def test_the_program_runs_and_is_over_all_of_the_public_api_which_dir_shows(caps
 
 
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.StackedLSTM, gpu_lstm.LSTMCell], ids=lambda cls: cls.__name__)
-def test_forward_says_what_it_takes_and_raises(cls):
+def test_forward_says_what_it_accepts_and_raises(cls):
     said = vars(cls)["forward"].__doc__
     for name in inspect.signature(cls.forward).parameters:
         assert name == "self" or re.search(rf"^ +(\w+, )*{name}(, \w+)*: ", said, re.MULTILINE), name
