@@ -1,9 +1,9 @@
 """Timeouts of kernels whose programs wait for each other.
 
 Their waits are bounded. A kernel that times out writes the step + 1 into its error word and ends; its results are NaN
-from there on.
-The words are in pinned host memory: reading them costs nothing, but shows a timeout only after the launch has ended.
-They are read by the next call, backward, a Stream, `gpu_lstm.check`, which waits for the device first, and at exit.
+from there on. The words are in pinned host memory: reading them costs nothing, but shows a timeout only after the
+launch has ended. They are read by the next call, backward, a Stream, `gpu_lstm.check`, which waits for the device
+first, and at exit.
 """
 
 import atexit
@@ -48,7 +48,7 @@ class _Words:
         self.process = os.getpid()
         for k in range(2 * len(KERNELS)):
             seconds = timeout_seconds() if k < len(KERNELS) else SECONDS_OF_TRIALS
-            self.memory[k * APART + 1] = min(int(seconds * POLLS_A_SECOND), 2**31 - 1)
+            self.memory[k * APART + 1] = min(max(1, int(seconds * POLLS_A_SECOND)), 2**31 - 1)
         self.none = self.as_bytes.raw  # their value while no kernel has timed out
 
 

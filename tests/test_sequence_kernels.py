@@ -1,6 +1,7 @@
 """Programs and threads that wait for each other: broken exchanges and barriers are detected, and waits end."""
 
 import contextlib
+import dataclasses
 import threading
 import time
 from functools import partial
@@ -10,7 +11,7 @@ import pytest
 import torch
 import triton.language as tl
 from comparing import assert_as_good_as_torch, check, example
-from places import INTERPRETED, cooperative, forget, resident, step
+from places import INTERPRETED, cooperative, forget, pointwise, resident, step
 from standing_in import few_polls
 
 from gpu_lstm.functional import lstm_layer
@@ -206,3 +207,18 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel):
     with pytest.raises(RuntimeError, match=rf"{kernel} timed out at step \d"):
         call()
     call()  # reported once
+
+
+@pytest.mark.parametrize("tiles_per_group", [1, 2])
+@pytest.mark.parametrize("family", [resident, cooperative, pointwise, step], ids=lambda family: family.__name__)
+def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles_per_group):
+    """Programs, or whole groups, have no sequence then; the last batch of an epoch runs so."""
+    family(monkeypatch)
+    choose_plan = launch.choose_plan
+
+    def for_more(problem, *given):
+        plan = choose_plan(problem._replace(batch=27), *given)
+        return dataclasses.replace(plan, tiles_per_group=tiles_per_group)
+
+    monkeypatch.setattr(launch, "choose_plan", for_more)
+    check((4, 5, 3, 8), "ragged resets", "triton", torch.float32)

@@ -98,6 +98,9 @@ def test_the_timeout_is_that_of_the_environment_but_for_plans_that_are_tried(mon
     with torch.inference_mode():  # words that were made in it can be written to outside
         limits = [int(timeouts.error_word(CPU, timeouts.KERNELS[0], tried)[1]) for tried in (False, True)]
     assert limits == [60 * timeouts.POLLS_A_SECOND, timeouts.POLLS_A_SECOND]
+    monkeypatch.setenv(timeouts.TIMEOUT, "1e-9")
+    assert timeouts._Words(CPU).tensor[0, 0, 1] == 1, "0 polls would count as a timeout that happened"
+    monkeypatch.setenv(timeouts.TIMEOUT, "60")
     _time_out()
     with pytest.raises(RuntimeError, match=r"GPU_LSTM_TIMEOUT \(seconds, now 60\)"):
         gpu_lstm.check()

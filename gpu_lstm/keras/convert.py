@@ -283,6 +283,7 @@ def _lstms(module: nn.Module) -> list[LSTM | LSTMCell | TorchLSTM | TorchLSTMCel
 
 
 def import_keras() -> ModuleType:
+    """Keras, imported when it is first needed; an ImportError that says what to install where it is absent."""
     try:
         return importlib.import_module("keras")
     except ImportError as error:
