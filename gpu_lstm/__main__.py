@@ -229,11 +229,11 @@ def _explain(options: argparse.Namespace) -> int:
     """How an LSTM with as many features as hidden units runs on the first CUDA device, or the CPU."""
     dtype, precision = _DTYPES[options.dtype]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     made: Any = dict(device=device, dtype=dtype)
     lstm = LSTM(options.hidden, options.hidden, options.layers, bidirectional=options.directions == 2, **made)
     x = torch.empty(options.steps, options.batch, options.hidden, **made)
-    with torch.set_grad_enabled(not options.inference):
+    tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32")
+    with torch.set_grad_enabled(not options.inference), tf32:
         found = explain(lstm, x)
     print(json.dumps(dataclasses.asdict(found), indent=2) if options.json else found)
     return 0

@@ -29,7 +29,7 @@ def lstm_layer(
         lengths: int32 or int64 [B], each from 0 to T, in any order: how many steps each sequence has.
         resets: bool [T, B]; True at t zeroes the state before step t, or in the reverse direction before step t - 1.
         reset_states: the states that resets set instead of zeros: h [B, P] and c [B, H], or one per step, [T, B, P] and
-            [T, B, H], of which only those at resets are used. On the backends "triton" and "reference".
+            [T, B, H], of which only those at resets are used. On the backends "triton", "cupy", "reference".
         reverse: from each sequence's last step to its first.
         backend: as for `LSTM`.
 

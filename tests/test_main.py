@@ -52,6 +52,27 @@ def printed_by(capsys, *arguments):
     return json.loads(printed) if "--json" in arguments else printed.splitlines()
 
 
+@pytest.mark.parametrize(("dtype", "options", "said"), [
+    ("tf32", [], "LSTM 8 -> 8, T = 4, B = 2, float32 (tf32), training"),
+    ("fp32", ["--inference"], "LSTM 8 -> 8, T = 4, B = 2, float32 (ieee), inference"),
+    ("bf16", ["--layers", "2", "--directions", "2"],
+     "LSTM 8 -> 8 -> 8, T = 4, B = 2, bfloat16, both directions, training"),
+])  # fmt: skip
+def test_explain_says_of_a_layer_of_these_sizes_what_the_function_says(capsys, dtype, options, said):
+    asked = ["explain", "--hidden", "8", "--batch", "2", "--steps", "4", "--dtype", dtype, *options]
+    switch = torch.backends.cudnn.allow_tf32
+    found, lines = printed_by(capsys, *asked, "--json"), printed_by(capsys, *asked)
+    assert (found["problem"], lines[0]) == (said, said)
+    assert lines[1].split()[:2] == ["backend", f"{found['backend']}:"]
+    assert torch.backends.cudnn.allow_tf32 == switch
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"gpu_lstm {gpu_lstm.__version__}\n"
+
+
 def test_the_doctor_names_versions_devices_and_backends_and_prints_no_secrets(monkeypatch, capsys):
     """Of the environment it shows four variables of ours and Triton's, which hold no secrets."""
     for name in ("AWS_SECRET_ACCESS_KEY", "GPU_LSTM_TOKEN", "TRITON_PASSWORD", "HF_TOKEN"):

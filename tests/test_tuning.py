@@ -88,6 +88,8 @@ def test_not_while_a_graph_is_captured(an_h100, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_without_a_gpu_it_says_so():
+    with pytest.raises(RuntimeError, match="times kernels on a CUDA device, and torch finds none here"):
+        gpu_lstm.autotune(8, 2)
     with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=1|runs on CUDA tensors"):
         gpu_lstm.autotune(8, 2, device="cpu")
     with pytest.raises(TypeError, match="supports float16, bfloat16 and float32"):

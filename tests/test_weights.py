@@ -67,6 +67,7 @@ def test_what_is_not_default_is_shown(shown):
     assert f"{type(module).__name__}({module.extra_repr()})" == shown
     assert isinstance(module, gpu_lstm.StackedLSTM) or repr(module) == f"gpu_lstm.{shown}"
     assert repr(gpu_lstm.LSTM(3, 4, zoneout=(0.0, 0.0))) == "gpu_lstm.LSTM(3, 4)"
+    assert repr(type("Mine", (gpu_lstm.LSTM,), {"__module__": "mine"})(3, 4)) == "Mine(3, 4)"
 
 
 @every_backend

@@ -146,7 +146,7 @@ class LSTM(Checked, HasVariants, RNNBase):
             resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
             reset_states: (h, c) that resets set instead of zeros: one per sequence, as hx, or one per step, of which
                 only those at resets are used: (D*L, T, N, P) and (D*L, T, N, H), with batch_first (D*L, N, T, ...),
-                unbatched (D*L, T, ...). Gradients flow into them. On the backends "triton" and "reference".
+                unbatched (D*L, T, ...). Gradients flow into them. On the backends "triton", "cupy" and "reference".
             mask: None. TorchRL's LSTMModule passes one to what is not a torch.nn.LSTM: give it a compat.LSTM.
 
         ``lengths`` replaces packing: nothing is sorted or copied, and padding, NaN included, never affects results or
