@@ -93,6 +93,22 @@ def test_more_elements_than_32_bits_count():
     assert (h[-1, :-1] == 0).all()
 
 
+def test_tf32_rounds_the_weights_where_tensor_cores_would_cut_them_off(monkeypatch, host_or_card):
+    """The same bits as from weights that were rounded before, but not from weights that were cut off."""
+    cuda(monkeypatch, CUPY_PLANS["kept/1"], host_or_card)
+    gates, r = _given(host_or_card, torch.float32, H=9)
+    r = r._replace(precision="tf32")
+    words = r.weight_hh.view(torch.int32)
+    found = []
+    for weights in (words, (words + 0x1000) & -0x2000, words & -0x2000):
+        given = r._replace(weight_hh=weights.view(torch.float32))
+        layer, own = _layer_of(gates, given), gates.clone()
+        h, _, _, c = layer.forward(own, given, save=True)
+        found.append(torch.stack([h.sum(), layer.backward(h, None, None, own, c, given).dgates.sum()]))
+    assert torch.equal(found[0], found[1])
+    assert (found[0] != found[2]).all()
+
+
 def test_modules(device):
     torch.manual_seed(0)
     theirs = nn.LSTM(3, 5, 2, bidirectional=True).to(device)

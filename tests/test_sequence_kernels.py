@@ -9,6 +9,7 @@ from functools import partial
 import oracle
 import pytest
 import torch
+import triton
 import triton.language as tl
 from comparing import assert_as_good_as_torch, check, example
 from places import INTERPRETED, cooperative, forget, pointwise, resident, step
@@ -19,6 +20,7 @@ from gpu_lstm.kernels.problem import Recurrence, problem_of
 from gpu_lstm.kernels.triton_lstm import cooperative as cooperative_kernels
 from gpu_lstm.kernels.triton_lstm import exchange, launch
 from gpu_lstm.kernels.triton_lstm import step as step_kernels
+from gpu_lstm.kernels.triton_lstm.fragments import to_tf32
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="compiled kernels hold their device functions"),
@@ -222,3 +224,20 @@ def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles
 
     monkeypatch.setattr(launch, "choose_plan", for_more)
     check((4, 5, 3, 8), "ragged resets", "triton", torch.float32)
+
+
+@triton.jit
+def to_tf32_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(y_ptr + at, to_tf32(tl.load(x_ptr + at)))
+
+
+def test_a_weight_is_rounded_to_the_nearest_tf32(device):
+    """Ten bits after the point, ties away from zero; infinity and NaN stay."""
+    ulp = 2.0**-10
+    cases = {1 + 0.49 * ulp: 1.0, 1 + 0.5 * ulp: 1 + ulp, -1 - 0.5 * ulp: -1 - ulp, 3.0: 3.0, 0.0: 0.0,
+             2 - 0.25 * ulp: 2.0, float("inf"): float("inf"), float("nan"): float("nan")}  # fmt: skip
+    x, expected = (torch.tensor([*values], device=device) for values in (cases, cases.values()))
+    y = torch.zeros_like(x)
+    to_tf32_kernel[1,](x.view(torch.int32), y.view(torch.int32), N=len(cases))
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
