@@ -184,31 +184,43 @@ def test_a_program_that_a_norm_leaves_out_is_detected(monkeypatch, norm, directi
 FAULTS_OF_WAITS = {  # the module, the function, and what stands in its place
     "lstm_cooperative_forward_kernel": (cooperative_kernels, "publish", lambda *_: None),
     "lstm_cooperative_backward_kernel": (cooperative_kernels, "in_phase", lambda words, phase: words & -2),
-    "lstm_step_forward_kernel": (step_kernels, "grid_barrier", lambda arrivals_ptr, times, *given: (
-        exchange.grid_barrier(arrivals_ptr, times + 1, *given))),
+    **dict.fromkeys(("lstm_step_forward_kernel", "lstm_step_backward_kernel"), (
+        step_kernels, "grid_barrier", lambda arrivals_ptr, times, *given: (
+            exchange.grid_barrier(arrivals_ptr, times + 1, *given)))),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kernel", FAULTS_OF_WAITS)
-def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel):
+@pytest.mark.parametrize(("kernel", "projected"), [*((kernel, 0) for kernel in FAULTS_OF_WAITS), *(
+    (kernel, 4) for kernel, (family, *_) in FAULTS_OF_WAITS.items() if family is step_kernels)])  # fmt: skip
+def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, projected):
     """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
     family, name, fault = FAULTS_OF_WAITS[kernel]
-    step(monkeypatch) if family is step_kernels else cooperative(monkeypatch, units=4)
-    launch_with(monkeypatch, family, name, fault, kernel, few_polls)
-    x, h0, c0, *weights = (None if t is None else t.float().requires_grad_() for t in example(5, 3, 3, 8).tensors)
+    given = [None if t is None else t.float().requires_grad_() for t in example(5, 3, 3, 8, projected).tensors]
+    x, h0, c0, *weights = given
     call = partial(lstm_layer, x, weights, (h0, c0), backend="triton")
-    h, (_, c_n) = call()
-    if "backward" in kernel:
-        h.sum().backward()
-        assert x.grad[0].isnan().all()  # what was waited for is nothing stale
-    else:
-        assert h[-1].isnan().all()
-        assert c_n.isnan().all()
+
+    def gradients(h):
+        return torch.autograd.grad(h.sum(), (x, h0, c0))
+
+    step(monkeypatch) if family is step_kernels else cooperative(monkeypatch, units=4)
+    h, states = call()
+    right = h, *states, *gradients(h)
+    launch_with(monkeypatch, family, name, fault, kernel, few_polls)
+    h, states = call()
+    forward, report = "forward" in kernel, pytest.raises(RuntimeError, match=rf"{kernel} timed out at step \d")
+    if forward:
+        with report:  # once
+            gradients(h)
+    found = (h, *states, *(() if forward else gradients(h)))
+    for ours, true in zip(found, right):  # nothing is stale
+        assert (ours.isnan() | (ours == true)).all()
+    assert (found[0][-1] if forward else found[3][0]).isnan().all()
     monkeypatch.undo()
     forget()
-    with pytest.raises(RuntimeError, match=rf"{kernel} timed out at step \d"):
-        call()
-    call()  # reported once
+    if not forward:
+        with report:
+            call()
+    call()
 
 
 @pytest.mark.parametrize("tiles_per_group", [1, 2])
