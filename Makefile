@@ -29,7 +29,7 @@ docs: $(or $(wildcard $(INSTALLED)),$(FOR_DOCS))
 
 # Compiles the kernels and writes docs/kernels.md from what they became.
 kernels-page: $(INSTALLED)
-	$(BIN)/python docs/kernels.py
+	$(BIN)/python -m compile_table
 
 # Writes docs/bounds.md from the model that orders plans.
 bounds-page: $(INSTALLED)

@@ -1,14 +1,12 @@
-"""python -m gpu_lstm: the doctor, the plan for a problem, what the kernels compile to, and what is cached."""
+"""python -m gpu_lstm: the doctor, the plan for a problem, how an LSTM runs here, and what is cached."""
 
 import argparse
 import dataclasses
-import enum
 import importlib
 import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers, commands = parser.add_subparsers(dest="command", metavar="COMMAND"), {}
     for name, run, text in (
         ("doctor", _doctor, "versions, devices, and which backends can run (the default)"),
-        ("kernels", _kernels, "compile every kernel for every architecture, without a GPU, and report"),
         ("plan", _plan, "which kernels a problem uses on a card, and how long a step is (estimated)"),
         ("explain", _explain, "which backend would run an LSTM on this machine, how, and why"),
         ("races", _races, "cached results: races, verification of kernels, measured plans"),
@@ -50,7 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands[name] = command = subparsers.add_parser(name, help=text)
         command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
         command.set_defaults(run=run)
-    commands["kernels"].add_argument("--h100", action="store_true", help="for an H100 in bfloat16 alone: minutes")
     plan, cached = commands["plan"], commands["races"].add_mutually_exclusive_group()
     for command, dtype in ((plan, "bf16"), (commands["explain"], "tf32")):
         command.add_argument("--hidden", type=_positive, required=True, help="hidden units")
@@ -65,10 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cached.add_argument("--merge", metavar="FILE", nargs="+", help="add those of exported files that are new here")
     cached.add_argument("--clear", action="store_true", help="remove all but those in a shared folder")
     options = parser.parse_args(arguments)
-    if options.command in ("kernels", "plan") and (problem := triton_import_problem()) is not None:
-        print(f"python -m gpu_lstm {options.command} {without_triton(problem)}", file=sys.stderr)
+    if options.command == "plan" and (problem := triton_import_problem()) is not None:
+        print(f"python -m gpu_lstm plan {without_triton(problem)}", file=sys.stderr)
         return 1
-    return int(options.run(options))
+    try:
+        found, text = options.run(options)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps(found, indent=2) if options.json else text)
+    return 0
 
 
 def _positive(text: str) -> int:
@@ -80,13 +82,11 @@ def _positive(text: str) -> int:
     return count
 
 
-def _refused(why: object) -> int:
-    print(why, file=sys.stderr)
-    return 2
+# A command returns what --json prints, and the text without it.
 
 
-def _doctor(options: argparse.Namespace) -> int:
-    """Print what a user gets, versions, environment and each device's backends: None where available, else why not."""
+def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What a user gets, versions, environment and each device's backends: None where available, else why not."""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     variables = (BACKEND_VARIABLE, RACE_VARIABLE, cache.SHARED, "TRITON_INTERPRET")
     found: dict[str, Any] = {
@@ -107,8 +107,7 @@ def _doctor(options: argparse.Namespace) -> int:
         lines.append(f"  {device['device']:<22} {device['name']}; float32 goes to {device['auto']!r} by default")
         for name, why_not in device["backends"].items():
             lines.append(f"    {name:<20} {'available' if why_not is None else 'not available: ' + why_not}")
-    print(json.dumps(found, indent=2) if options.json else "\n".join(lines))
-    return 0
+    return found, "\n".join(lines)
 
 
 def _summary(device: torch.device) -> str:
@@ -150,68 +149,25 @@ def _diagnosis(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _kernels(options: argparse.Namespace) -> int:
-    """A row for each case and kernel of both kernel backends. Exit status 1 if one spills, does not fit, or cannot be
-    compiled at all."""
-    if importlib.import_module("gpu_lstm.kernels.triton_lstm.launch").INTERPRETED:
-        return _refused("python -m gpu_lstm kernels compiles them: unset TRITON_INTERPRET in the environment")
-    if not options.json:
-        print(_LINE.format("", "kernel", "case", "sm", *_COLUMNS))
-    rows: list[dict[str, Any]] = []
-    complete = True
-    for backend in ("triton", "cupy"):
-        try:
-            compiler = importlib.import_module(f"gpu_lstm.kernels.{backend}_lstm.compile")
-            cases, begin = compiler.cases(options.h100), time.monotonic()
-            for done, those in enumerate(compiler.reports(cases), start=1):
-                left = (time.monotonic() - begin) / done * (len(cases) - done)
-                print(f"{backend}: {done} of {len(cases)} compiled, about {left:.0f} s left", file=sys.stderr)
-                rows += [_as_json(row) | {"backend": backend, "fits": row.fits} for row in those]
-                for row in [] if options.json else those:
-                    print(_in_columns(backend, row), flush=True)
-        except ImportError as error:  # NVRTC is in the dev extra only
-            print(f"{backend}: {error}", file=sys.stderr)
-            complete = False
-    unfit = sum(not row["fits"] for row in rows)
-    print(json.dumps(rows, indent=1) if options.json else f"{len(rows)} kernels; {unfit} do not fit")
-    return 0 if complete and not unfit else 1
-
-
-_COLUMNS = ("regs", "spills", "shared", "instr", "bars", "mma", "moved", "loads", "stores", "W_hh", "tiles")
-_LINE = "{:<7}{:<34}{:<40}{:>4}{:>5}{:>7}{:>7}  {:>6}{:>5}{:>4}{:>7}{:>6}{:>7}{:>5}  {}"
-
-
-def _in_columns(backend: str, row: Any) -> str:
-    """From `instr` to `stores`: one pass of the time loop, see sass.Loop. `moved` is in bytes per block; `W_hh` counts
-    those of Triton's loads that read weights."""
-    loop, counts = row.loop, ["-"] * 7
-    if loop is not None:
-        counts = [loop.instructions, loop.barriers, loop.products, loop.shared * row.threads, loop.loads, loop.stores]
-        counts.append(row.weight_loads if backend == "triton" else "-")
-    return _LINE.format(
-        backend, row.kernel.removesuffix("_kernel"), row.case, row.architecture, row.registers, row.spills, row.shared,
-        *counts, row.tiles + ("" if row.fits else ", DOES NOT FIT"),
-    )  # fmt: skip
-
-
-def _plan(options: argparse.Namespace) -> int:
+def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The plans of a problem, forward and backward, and the estimated time of a step."""
     planning = importlib.import_module("gpu_lstm.kernels.triton_lstm.planning")
     choose = importlib.import_module("gpu_lstm.kernels.triton_lstm.choose")
     if (device := planning.DEVICES.get(options.device)) is None:
-        return _refused(f"unknown device {options.device!r}; known: {', '.join(planning.DEVICES)}")
+        raise ValueError(f"unknown device {options.device!r}; known: {', '.join(planning.DEVICES)}")
     dtype, precision = _DTYPES[options.dtype]
     problem = Problem(
         options.steps, options.batch, options.hidden, dtype, precision=precision, side_by_side=options.directions
     )
     if (weights := 4 * problem.hidden**2 * problem.size) > LARGEST_MEMORY:
         takes = f"W_hh of {problem.hidden} units takes {weights / 1e9:.0f} GB"
-        return _refused(f"{takes}, more than any known card has")
+        raise ValueError(f"{takes}, more than any known card has")
     found, lines = {}, [f"{device.name}: T={options.steps} B={options.batch} H={options.hidden} {options.dtype}"]
     for name, backward in (("forward", False), ("backward", True)):
         plan, *others = choose.plans(problem, device, backward)
         expected, *of_others = (planning.expected(problem, device, each, backward) for each in (plan, *others))
-        found[name] = dict(plan=_as_json(plan), expected_seconds=expected.seconds, expected_terms=expected.terms)
+        as_json = dataclasses.asdict(plan) | {"family": plan.family.value}
+        found[name] = dict(plan=as_json, expected_seconds=expected.seconds, expected_terms=expected.terms)
         lines += [
             f"\n{name}: {plan.family.value}, {plan.why}",
             f"  tiles    {tiles_of(plan)}, K by {plan.k}; batch tiles per group: {plan.tiles_per_group}",
@@ -221,39 +177,32 @@ def _plan(options: argparse.Namespace) -> int:
         ]
         for each, its in zip(others, of_others):
             lines.append(f"  else     {its.seconds * 1e6:.2f} us: {each.family.value}, {tiles_of(each)}")
-    print(json.dumps(found, indent=2) if options.json else "\n".join(lines))
-    return 0
+    return found, "\n".join(lines)
 
 
-def _explain(options: argparse.Namespace) -> int:
+def _explain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """How an LSTM with as many features as hidden units runs on the first CUDA device, or the CPU."""
     dtype, precision = _DTYPES[options.dtype]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    made: Any = dict(device=device, dtype=dtype)
+    made: Any = dict(device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
     lstm = LSTM(options.hidden, options.hidden, options.layers, bidirectional=options.directions == 2, **made)
     x = torch.empty(options.steps, options.batch, options.hidden, **made)
     tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32")
     with torch.set_grad_enabled(not options.inference), tf32:
         found = explain(lstm, x)
-    print(json.dumps(dataclasses.asdict(found), indent=2) if options.json else found)
-    return 0
+    return dataclasses.asdict(found), str(found)
 
 
-def _races(options: argparse.Namespace) -> int:
-    """List, export, merge or clear cached results. Exit status 2 if a file cannot be read or written."""
-    try:
-        if options.export is not None:
-            done = {"exported": cache.export(options.export)}
-        elif options.merge is not None:
-            done = {"merged": cache.merge(options.merge)}
-        elif options.clear:
-            done = {"cleared": sum(map(cache.forget, cache.KINDS))}
-        else:
-            return _list_cached(options.json)
-    except (OSError, ValueError) as error:
-        return _refused(error)
-    print(json.dumps(done) if options.json else "".join(f"cached results {what}: {n}" for what, n in done.items()))
-    return 0
+def _races(options: argparse.Namespace) -> tuple[Any, str]:
+    """List, export, merge or clear cached results."""
+    if options.export is not None:
+        done = {"exported": cache.export(options.export)}
+    elif options.merge is not None:
+        done = {"merged": cache.merge(options.merge)}
+    elif options.clear:
+        done = {"cleared": sum(map(cache.forget, cache.KINDS))}
+    else:
+        return _cached()
+    return done, "".join(f"cached results {what}: {count}" for what, count in done.items())
 
 
 _KINDS = {
@@ -263,20 +212,19 @@ _KINDS = {
 }
 
 
-def _list_cached(as_json: bool) -> int:
+def _cached() -> tuple[list[dict[str, Any]], str]:
     rows, lines = [], []
     for kind in cache.KINDS:
         found = list(cache.entries(kind))
-        rows += [dict(kind=kind, file=str(file), key=key, value=value) for file, key, value in found]
         lines.append(f"{kind}: {len(found) or f'none yet; {_KINDS[kind]}'}")
-        for _, key, value in found:
+        for file, key, value in found:
+            rows.append(dict(kind=kind, file=str(file), key=key, value=value))
             try:
                 text = _in_words(kind, key, value)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # of another version, or not ours
                 text = f"{key}: {value}"
             lines.append(f"  {key.get('card')}, triton {key.get('triton')}: {text}")
-    print(json.dumps(rows, indent=1) if as_json else "\n".join(lines))
-    return 0
+    return rows, "\n".join(lines)
 
 
 def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
@@ -293,13 +241,6 @@ def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
     words += [f"{name}, {key[name]}-D" for name in ("zoneout_h", "zoneout_c") if key[name] is not None]
     words += [name for name, there in zip(("gain_hh", "gain_c", "bias_c"), key["norms"]) if there]
     return f"{', '.join([tiles, key['precision'], *words])}: {value}"
-
-
-def _as_json(row: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON values."""
-    return dataclasses.asdict(
-        row, dict_factory=lambda items: {k: v.value if isinstance(v, enum.Enum) else v for k, v in items}
-    )
 
 
 if __name__ == "__main__":

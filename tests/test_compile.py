@@ -2,7 +2,7 @@
 
 In processes of their own, since in this one the kernels may belong to Triton's interpreter. `make test` compiles what
 is needed so that any two of dtype, architecture, direction and family are combined, and every variant;
-`make test-versions` compiles more, and `python -m gpu_lstm kernels` all.
+`make test-versions` compiles more, and `python -m compile_table --all` all.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ import pytest
 import torch
 import triton
 
+from compile_table.report import Loop, Report, time_loop
 from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.kernels.sass import Loop, _time_loop
 from gpu_lstm.kernels.triton_lstm.planning import Family, Plan, counts_of_turn
 
 OLDER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -26,17 +26,17 @@ OLDER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 REPORTS = """
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
 import pathlib
 import re
 import torch
-from gpu_lstm import __main__
-from gpu_lstm.kernels.cupy_lstm import compile as cupy
+from compile_table import __main__, cuda_kernels, triton_kernels
+from compile_table.triton_kernels import PRECISIONS, Case, problem_with
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm import compile, cooperative, launch, pointwise, resident, step
-from gpu_lstm.kernels.triton_lstm.compile import PRECISIONS, Case, problem_with
+from gpu_lstm.kernels.triton_lstm import cooperative, launch, pointwise, resident, step
 from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
 from gpu_lstm.kernels.triton_lstm.step import step_plan
@@ -79,7 +79,7 @@ def quick(case):
     return p.dtype is torch.bfloat16 and (small or large or p.hidden == 4096)
 
 def as_json(rows):
-    return [__main__._as_json(row) | {"fits": row.fits} for row in rows]
+    return [dataclasses.asdict(row) | {"fits": row.fits} for row in rows]
 
 def of_pair(case):  # of dtypes and architectures: the direction in which both meet, and whether with masks
     p = case.problem
@@ -87,11 +87,11 @@ def of_pair(case):  # of dtypes and architectures: the direction in which both m
     return case.backward == (precision + turn) % 2, training(p) == (precision // 2 + turn) % 2
 
 def with_32_registers():  # a thread may have no more: its report, and the one without that limit
-    case = Case(Problem(2, 16, 64, torch.float32), False, compile.SEQUENCE_DEVICES[0])
+    case = Case(Problem(2, 16, 64, torch.float32), False, triton_kernels.SEQUENCE_DEVICES[0])
     plan = step_plan(case.problem, case.device, False)
     launch = recorded_launches(case.problem, Pass(), plan)[0]
     few = launch._replace(arguments=launch.arguments | dict(maxnreg=32))
-    return as_json(compile.report(each, case, plan) for each in (few, launch))
+    return as_json(triton_kernels.report(each, case, plan) for each in (few, launch))
 
 def with_loads_in_the_loop():  # a copy of the cooperative family that loads its weights at every step, after a barrier
     text = pathlib.Path(cooperative.__file__).read_text()
@@ -102,13 +102,13 @@ def with_loads_in_the_loop():  # a copy of the cooperative family that loads its
     path = pathlib.Path(__file__).with_name("faulty.py")
     path.write_text(text.replace(product, f"        tl.debug_barrier()\\n    {load}\\n{product}"))
     launch.FAMILIES[Family.COOPERATIVE] = importlib.import_module("faulty")
-    return as_json(compile._reports_of(Case(Problem(2, 16, 256, torch.bfloat16), False, DEVICES["h100"])))
+    return as_json([triton_kernels.report_of(Case(Problem(2, 16, 256, torch.bfloat16), False, DEVICES["h100"]))])
 
 def of_the_command():  # its table of two kernels
-    cases, of_cupy = compile.step_cases()[:1], cupy.cases(h100=True)[:1]
-    compile.cases, cupy.cases = lambda h100: cases, lambda h100: of_cupy
+    cases, of_cupy = triton_kernels.step_cases()[:1], cuda_kernels.cases(h100=True)[:1]
+    triton_kernels.cases, cuda_kernels.cases = lambda h100: cases, lambda h100: of_cupy
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert __main__.main(["kernels"]) == 0
+        assert __main__.main(["--all"]) == 0
     return printed.getvalue()
 
 def parameters():  # of each kernel: the numbers that it takes, and those whose values make no kernel of their own
@@ -123,11 +123,11 @@ if __name__ == "__main__":
     more = (16, 4096, {}), (4096, 128, {}), (4096, 128, dict(ragged=True, peepholes=True))
     more = [Case(problem_with(Problem(2, batch, hidden, torch.bfloat16), **kind), backward, DEVICES["h100"])
             for batch, hidden, kind in more for backward in (False, True)]
-    cases = [case for case in compile.cases(False) + more if wanted(case) and (not QUICK or quick(case))]
+    cases = [case for case in triton_kernels.cases(False) + more if wanted(case) and (not QUICK or quick(case))]
     print(json.dumps(dict(
-        rows=as_json(row for rows in compile.reports(cases) for row in rows), with_32_registers=with_32_registers(),
+        rows=as_json(triton_kernels.reports(cases)), with_32_registers=with_32_registers(),
         parameters=parameters(), printed=of_the_command(), with_loads_in_the_loop=with_loads_in_the_loop(),
-    )))
+    ), default=lambda family: family.value))
 """
 
 
@@ -226,7 +226,7 @@ def test_the_model_of_planning_knows_the_counts(rows):
 
 @pytest.mark.slow
 def test_step_kernels_architectures_and_dtypes_are_combined_in_pairs(rows):
-    """All at once: `python -m gpu_lstm kernels`."""
+    """All at once: `python -m compile_table --all`."""
     names = [f"lstm_step_{direction}_kernel" for direction in ("forward", "backward")]
     kinds = names, (80, 90, 100, 120), ("float16", "bfloat16", "float32 tf32", "float32 ieee")
     found = [(row["kernel"], row["architecture"], _dtype(row)) for row in rows]
@@ -292,16 +292,34 @@ def test_the_time_loop_is_the_longest_and_a_poll_in_it_counts_once():
         /*00a0*/  EXIT ;
         /*00b0*/  BRA 0xb0;
     """
-    assert _time_loop(text) == Loop(instructions=8, barriers=1, products=1, shared=18, loads=1, stores=1)
-    assert _time_loop("/*0000*/ EXIT ;\n/*0010*/ BRA 0x10;") is None
+    assert time_loop(text) == Loop(instructions=8, barriers=1, products=1, shared=18, loads=1, stores=1)
+    assert time_loop("/*0000*/ EXIT ;\n/*0010*/ BRA 0x10;") is None
 
 
 def test_the_command_prints_a_row_for_each_kernel(compiled):
-    title, *rows = compiled["printed"].splitlines()
-    assert title.split()[:8] == ["kernel", "case", "sm", "regs", "spills", "shared", "instr", "bars"]
-    names = ["triton", "lstm_step_forward"], ["cupy", "lstm_cooperative_forward"]
-    assert [row.split()[:2] for row in rows[:2]] == [*names]
-    assert not any("DOES NOT FIT" in row for row in rows)
+    assert re.findall(r"(?m)^\| `(\w+)`", compiled["printed"]) == ["lstm_step_forward", "lstm_cooperative_forward"]
+    assert "DOES NOT FIT" not in compiled["printed"]
+
+
+def test_the_page_has_fewer_columns_and_is_not_written_if_a_kernel_does_not_fit(monkeypatch, tmp_path, capsys):
+    from compile_table import __main__ as command
+
+    loop = Loop(300, 1, 18, 32, 9, 8)
+    row = Report("lstm_step_forward_kernel", "bfloat16 B=1", 90, None, 128, "16x16", 100, 0, 1024, loop)
+    rows = [row, dataclasses.replace(row, kernel="lstm_step_forward", loop=None)]
+    monkeypatch.setattr(command, "rows", lambda h100: rows)
+    monkeypatch.setattr(command, "PAGE", tmp_path / "kernels.md")
+    counted = "| `lstm_step_forward` | B=1 | 90 | 100 | 0 | 1024 | 300 | 1 | 18 | 0 |"
+    assert command.main([]) == command.main(["--all"]) == 0
+    assert f"{counted}\n" in command.PAGE.read_text()
+    printed = capsys.readouterr().out
+    assert f"{counted} 4096 | 9 | 8 | 16x16 |\n" in printed
+    assert printed.endswith("2 kernels; 0 do not fit\n")
+    command.PAGE.unlink()
+    rows.append(dataclasses.replace(row, spills=8))
+    assert command.main([]) == 1
+    assert not command.PAGE.exists()
+    assert re.search("16x16, DOES NOT FIT .*3 kernels; 1 do not fit\n$", capsys.readouterr().out, re.DOTALL)
 
 
 def test_the_numbers_of_steps_and_sequences_are_never_specialised(compiled):

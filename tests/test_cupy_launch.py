@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from compile_table import cuda_kernels
+from compile_table.report import Report
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import projection
@@ -279,10 +281,9 @@ def test_the_real_cupy_accepts_what_it_is_given():
 
 @pytest.fixture(scope="module")
 def rows() -> list:
-    """On every architecture in bfloat16, and on an H100 in all; `python -m gpu_lstm kernels` has the rest."""
-    compile_ = pytest.importorskip("gpu_lstm.kernels.cupy_lstm.compile")
+    """On every architecture in bfloat16, and on an H100 in all; `python -m compile_table --all` has the rest."""
     try:
-        known = compile_.architectures()
+        known = cuda_kernels.architectures()
     except ImportError as error:
         pytest.skip(str(error))
 
@@ -291,10 +292,10 @@ def rows() -> list:
         on_h100 = sm == 90 and (is_bf16 or is_large)
         return sm in known and (on_h100 or (is_bf16 and is_large and (case.plan.chunks or sm in (70, 75))))
 
-    cases = list(filter(is_wanted, compile_.cases(h100=False)))
+    cases = list(filter(is_wanted, cuda_kernels.cases(h100=False)))
     assert {80, 86, 89, 90, 100, 120} <= {case.card.architecture for case in cases}
-    assert {compile_.compile_for(case).log for case in cases} == {""}
-    return [(case, row) for case, (row,) in zip(cases, compile_.reports(cases))]
+    assert {cuda_kernels.compile_for(case).log for case in cases} == {""}
+    return list(zip(cases, cuda_kernels.reports(cases)))
 
 
 @pytest.mark.slow
@@ -312,8 +313,7 @@ def test_no_kernel_spills_weights_stay_in_registers_and_a_step_has_one_barrier(r
 
 
 def test_a_kernel_that_spills_does_not_fit():
-    compile_ = pytest.importorskip("gpu_lstm.kernels.cupy_lstm.compile")
-    row = compile_.Report(source.KERNELS[0], "float32", 80, None, 128, "", registers=32, spills=0, shared=0)
+    row = Report(source.KERNELS[0], "float32", 80, None, 128, "", registers=32, spills=0, shared=0)
     assert row.fits
     for change in (dict(spills=8), dict(shared=164 * 1024), dict(registers=160, threads=512)):
         assert not replace(row, **change).fits

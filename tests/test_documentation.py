@@ -27,7 +27,7 @@ PAGES, LESSON = sorted(DOCS.glob("*.md")), EXAMPLES / "lstm_explained.ipynb"
 # The lesson's page is made from the notebook, which runs below.
 WITHOUT_EXAMPLES = ("api", "benchmarks", "bounds", "ci", "compared", "design", "first_gpu_run", "kernels", "lesson",
                     "testing", "versions")  # fmt: skip
-website, kernels, bounds = (load(DOCS / f"{name}.py") for name in ("website", "kernels", "bounds"))
+website, bounds = (load(DOCS / f"{name}.py") for name in ("website", "bounds"))
 
 
 @pytest.mark.parametrize("page", [README, *(page for page in PAGES if page.stem not in WITHOUT_EXAMPLES)],
@@ -195,12 +195,12 @@ def test_formulas_become_mathml_in_lines_and_on_their_own_and_docstrings_markdow
 
 
 def test_the_stored_table_of_kernels_has_every_case_and_nothing_that_spills():
-    from gpu_lstm.kernels.triton_lstm import compile as compiler
+    from compile_table import triton_kernels
 
-    triton, _ = kernels.PAGE.read_text().split("## CUDA C++")
+    triton, _ = (DOCS / "kernels.md").read_text().split("## CUDA C++")
     rows = [line.strip("| ").split(" | ") for line in triton.splitlines() if line.startswith("| `")]
     stored = Counter((case, "backward" in kernel) for kernel, case, *_ in rows)
-    assert stored == Counter((str(c).removeprefix("bfloat16 "), c.backward) for c in compiler.cases(h100=True))
+    assert stored == Counter((str(c).removeprefix("bfloat16 "), c.backward) for c in triton_kernels.cases(h100=True))
     assert {row[4] for row in rows} == {"0"}
     assert {row[9] for row in rows if "lstm_step" not in row[0]} == {"0"}
 

@@ -1,6 +1,5 @@
 """The doctor: python -m gpu_lstm."""
 
-import dataclasses
 import json
 import os
 import re
@@ -19,8 +18,6 @@ from gpu_lstm.dispatch import available, race
 from gpu_lstm.dispatch.kind import Kind
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.report import Report
-from gpu_lstm.kernels.sass import Loop
 from gpu_lstm.kernels.triton_lstm.choose import keep_measured, plans
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER
 
@@ -188,27 +185,3 @@ def test_of_several_files_none_is_merged_if_one_is_none_of_ours(findings, monkey
     cache.warn_once.cache_clear()
     with pytest.warns(UserWarning, match="is not cached: there is no home directory"):
         assert gpu_lstm.races.merge(good) == 0, "what cannot be stored is not counted"
-
-
-def test_the_table_of_kernels_counts_and_says_how_long_it_takes(monkeypatch, capsys):
-    """Of two kernels of Triton's and one of CuPy's in the place of all that are compiled."""
-    from gpu_lstm.kernels.cupy_lstm import compile as cupy
-    from gpu_lstm.kernels.triton_lstm import compile as triton
-
-    loop = Loop(instructions=300, barriers=1, products=18, shared=32, loads=9, stores=8)
-    row = Report("lstm_step_forward_kernel", "bfloat16", 90, None, 128, "16x16", 100, 0, 1024, loop, "mma.sync", 7)
-    found = {triton: [[row], [row]], cupy: [[dataclasses.replace(row, kernel="lstm_step_forward", loop=None)]]}
-    for module, rows in found.items():
-        monkeypatch.setattr(module, "cases", lambda h100, rows=rows: rows[: 1 if h100 else None])
-        monkeypatch.setattr(module, "reports", lambda cases: iter(cases))
-    monkeypatch.setattr("gpu_lstm.kernels.triton_lstm.launch.INTERPRETED", False)
-    assert main(["kernels"]) == 0
-    printed, told = capsys.readouterr()
-    assert printed.splitlines()[1].split()[3:14] == ["90", "100", "0", "1024", "300", "1", "18", "4096", "9", "8", "7"]
-    assert printed.splitlines()[-1] == "3 kernels; 0 do not fit"
-    assert "triton: 1 of 2 compiled, about 0 s left\n" in told
-    assert [row["backend"] for row in printed_by(capsys, "--json", "kernels", "--h100")] == ["triton", "cupy"]
-    found[triton][1][0] = dataclasses.replace(row, spills=8)
-    assert main(["kernels"]) == 1
-    assert "16x16, DOES NOT FIT\n" in (printed := capsys.readouterr().out)
-    assert printed.endswith("3 kernels; 1 do not fit\n")

@@ -73,7 +73,7 @@ def test_a_checkout_on_pythonpath_works_and_for_a_package_that_is_missing_names_
                 print(error)
         print(main(["plan", "--hidden", "8", "--batch", "2", "--device", "h100"]), main(["races", "--json"]))
         with contextlib.redirect_stderr(sys.stdout):
-            print(main(["kernels"]))
+            print(main("plan --hidden 8 --batch 1 --device h100".split()))
         output, _ = gpu_lstm.convert(torch.nn.Sequential(torch.nn.LSTM(3, 4)))(x)
         output.sum().backward()
         print(gpu_lstm.__file__)
@@ -87,7 +87,7 @@ def test_a_checkout_on_pythonpath_works_and_for_a_package_that_is_missing_names_
         'bench needs matplotlib: pip install --editable ".[bench]"',
         "[]",
         "1 0",
-        "python -m gpu_lstm kernels needs Triton: pip install triton (No module named 'triton')",
+        "python -m gpu_lstm plan needs Triton: pip install triton (No module named 'triton')",
         "1",
         str(ROOT / "gpu_lstm/__init__.py"),
     ]

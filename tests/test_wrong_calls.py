@@ -187,7 +187,6 @@ COMMANDS = [
         ("--directions", "3", "invalid choice: {}"))),
     (OURS, [*PLAN, "--device", "k80"], "^unknown device 'k80'; known: h100, a100, "),
     (OURS, [*PLAN, "--hidden", "1000000"], "^W_hh of 1000000 units takes 8000 GB, more than any known card has$"),
-    (OURS, ["kernels"], "^python -m gpu_lstm kernels compiles them: unset TRITON_INTERPRET in the environment$"),
     *((OURS, ["races", "--merge", name], name[1:-1] + ".*: expected what `python -m gpu_lstm races --export` writes: ")
       for name in ("{binary}", "{deep}")),
     (OURS, ["races", "--merge", "{absent}"], "No such file or directory: '.*absent'$"),

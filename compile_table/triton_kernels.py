@@ -1,4 +1,4 @@
-"""The compile report: every kernel compiled for every architecture, without a GPU.
+"""The kernels of the Triton backend, compiled for every architecture.
 
 The launches are recorded from the backend's own entry points, so they have the tiles, constants and argument types of
 real ones.
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..architectures import shared_memory_of
-from ..problem import Pass, Problem
-from ..report import PRECISIONS, Report
-from ..sass import time_loops
-from .binary import RecordedLaunch, compile_for, resources_of
-from .choose import plans
-from .launch import INTERPRETED, recorded_launches
-from .planning import DEVICES, Device, Family, Plan
-from .step import step_plan
+from gpu_lstm.kernels.architectures import shared_memory_of
+from gpu_lstm.kernels.problem import Pass, Problem
+from gpu_lstm.kernels.triton_lstm.binary import RecordedLaunch, compile_for
+from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.triton_lstm.launch import INTERPRETED, recorded_launches
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Device, Family, Plan
+from gpu_lstm.kernels.triton_lstm.step import step_plan
+
+from .report import PRECISIONS, Report, read
 
 STEP_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
@@ -114,15 +114,15 @@ def large_cases() -> list[Case]:
     ]  # fmt: skip
 
 
-def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
-    """For each case the reports of its kernels, compiled on all cores."""
+def reports(cases: Iterable[Case]) -> Iterator[Report]:
+    """A report of each case, compiled on all cores."""
     if INTERPRETED:
         raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET=1 in the environment")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(_reports_of, cases)
+        yield from pool.map(report_of, cases)
 
 
-def _reports_of(case: Case) -> list[Report]:
+def report_of(case: Case) -> Report:
     """For the first plan whose kernels fit; families that hold W_hh come first, but may lack registers."""
     asked = case.problem, case.device, case.backward
     for plan in [step_plan(*asked)] if case.step else sorted(plans(*asked), key=lambda p: p.family is Family.STEP):
@@ -130,19 +130,22 @@ def _reports_of(case: Case) -> list[Report]:
         row = report(launch, case, plan)
         if row.fits:
             break
-    return [row]
+    return row
 
 
 def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
     """Compile a launch, and report the result."""
-    compiled = compile_for(launch, case.device.architecture)
+    architecture = case.device.architecture
+    compiled = compile_for(launch, architecture)
     found = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])
     tensor_core = found[1] if found else ""
     tiles = f"{plan.rows}x{plan.columns}, {plan.programs} programs, {tensor_core or 'no tensor core'}"
-    name, loops = launch.kernel.__name__, time_loops(compiled.asm["cubin"])
+    # Triton's metadata omit what inline assembly declares.
+    resources = read(compiled.asm["cubin"], architecture, compiled.metadata.shared)
+    weight_loads = _weight_loads_in_loops(compiled.asm["ttgir"], launch)
     return Report(
-        name, str(case), case.device.architecture, plan, plan.threads, tiles, *resources_of(compiled), loops[name],
-        tensor_core, _weight_loads_in_loops(compiled.asm["ttgir"], launch),
+        launch.kernel.__name__, str(case), architecture, plan, plan.threads, tiles, **resources,
+        tensor_core=tensor_core, weight_loads=weight_loads,
     )  # fmt: skip
 
 

@@ -1,7 +1,4 @@
-"""The compile report of the kernels in CUDA C++, by NVRTC, without a GPU or CuPy.
-
-NVRTC comes from NVIDIA's wheel, cuobjdump from Triton's.
-"""
+"""The kernels in CUDA C++, compiled by NVRTC from NVIDIA's wheel: no CuPy is needed."""
 
 import ctypes
 import functools
@@ -14,16 +11,15 @@ from typing import NamedTuple
 
 import torch
 
-from ..problem import Problem
-from ..report import PRECISIONS, Report
-from ..sass import time_loops, usage
-from .planning import Card, Plan, plans
-from .source import KERNELS, OPTIONS, join, name_expression, parts
+from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, plans
+from gpu_lstm.kernels.cupy_lstm.source import KERNELS, OPTIONS, join, name_expression, parts
+from gpu_lstm.kernels.problem import Problem
+
+from .report import PRECISIONS, Report, read
 
 CARDS = (Card(70, 80), Card(75, 40), Card(80, 108), Card(86, 84), Card(89, 58), Card(90, 132), Card(100, 148),
          Card(120, 170))  # fmt: skip
 SIZES = ((16, 64), (16, 256), (16, 768), (64, 1024), (16, 2048))  # sequences, hidden units
-READABLE = 75  # the oldest that the disassembler of CUDA 13, shipped with recent Tritons, reads
 
 
 class Case(NamedTuple):
@@ -33,11 +29,6 @@ class Case(NamedTuple):
     backward: bool
     card: Card
     plan: Plan
-
-    @property
-    def kernel(self) -> str:
-        """The kernel's name."""
-        return KERNELS[self.backward]
 
     def __str__(self) -> str:
         p = self.problem
@@ -71,24 +62,19 @@ def cases(h100: bool) -> list[Case]:
     return list(found.values())
 
 
-def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
+def reports(cases: Iterable[Case]) -> Iterator[Report]:
     """A report of each case."""
     for case in cases:
-        architecture, plan = case.card.architecture, case.plan
-        binary = compile_for(case)
-        ((registers, spills, declared),) = usage(binary.cubin, architecture).values()
-        (loop,) = time_loops(binary.cubin).values() if architecture >= READABLE else (None,)
+        architecture, plan, binary = case.card.architecture, case.plan, compile_for(case)
         kept = f"{plan.chunks} chunks kept" if plan.chunks else "W_hh read"
         instruction = re.search(r"mma\.sync\S+", binary.ptx)
         # In the time loop: what follows the first wait for other blocks.
         weight_loads = binary.ptx.partition("ld.relaxed.gpu")[2].count("ld.global.v4.b32")
-        yield [
-            Report(
-                case.kernel, str(case), architecture, plan, plan.threads,
-                f"{plan.threads} threads x {plan.units} units, {kept}", registers, spills, declared + plan.shared,
-                loop, instruction[0] if instruction else "", weight_loads,
-            )
-        ]  # fmt: skip
+        yield Report(
+            KERNELS[case.backward], str(case), architecture, plan, plan.threads,
+            f"{plan.threads} threads x {plan.units} units, {kept}", **read(binary.cubin, architecture, plan.shared),
+            tensor_core=instruction[0] if instruction else "", weight_loads=weight_loads,
+        )  # fmt: skip
 
 
 def architectures() -> list[int]:
@@ -117,7 +103,7 @@ def _nvrtc() -> ctypes.CDLL:
 
 @functools.cache
 def compile_for(case: Case) -> Binary:
-    """The kernel of a case, compiled for its card as launch.py does it.
+    """The kernel of a case, compiled for its card as the launcher does it.
 
     Raises:
         ImportError: NVRTC is missing.
@@ -140,11 +126,12 @@ def compile_for(case: Case) -> Binary:
         lines = result("ProgramLog").rstrip(b"\0").decode().splitlines()
         return "\n".join(line for line in lines if not re.match("nvrtc: warning: Architectures prior to", line))
 
-    expression = name_expression(case.kernel, case.problem.dtype, case.plan.template(case.backward))
+    template = case.plan.template(case.backward)
+    expression = name_expression(KERNELS[case.backward], case.problem.dtype, template).encode()
     options = [o.encode() for o in (*OPTIONS, f"--gpu-architecture=sm_{case.card.architecture}")]
     check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), join(parts()).encode(), b"lstm.cu", 0, None, None))
     try:
-        check(nvrtc.nvrtcAddNameExpression(program, expression.encode()))
+        check(nvrtc.nvrtcAddNameExpression(program, expression))
         check(nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)))
         return Binary(result("PTX").rstrip(b"\0").decode(), result("CUBIN"), log())
     finally:

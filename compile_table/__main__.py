@@ -1,0 +1,102 @@
+"""python -m compile_table compiles the kernels, without a GPU, and writes docs/kernels.md from what they became.
+
+With --all it prints a table of every architecture and dtype instead. The exit status is 1 if a kernel spills or does
+not fit.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
+from operator import attrgetter
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from . import cuda_kernels, triton_kernels
+from .report import Report
+
+PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
+HEAD = """<!-- make kernels-page writes this page: change compile_table/__main__.py. -->
+
+# What the kernels compile to
+
+For an H100 (sm_90) in bfloat16, without a GPU, by Triton {triton} and NVRTC {nvrtc}. In a clone
+`python -m compile_table --all` prints this for every architecture and dtype; its exit status is 1 if a kernel spills or
+does not fit.
+
+[CONTRIBUTING.md](../CONTRIBUTING.md#reading-the-compile-table) says what the columns are. From `instructions` on they
+count what one pass of the time loop does; where W_hh stays in registers, the last one is 0."""
+FAMILIES = {  # by what the names of their kernels begin with; those in CUDA C++ do not end with _kernel
+    "lstm_resident": "Resident: W_hh in the registers of one program",
+    "lstm_cooperative": "Cooperative: W_hh in the registers of many programs",
+    "lstm_pointwise": "Pointwise: a launch a step, next to a product by cuBLAS",
+    "lstm_step": "Step: W_hh read from L2 at every step",
+}
+CUDA = "CUDA C++, through CuPy"
+NOTES = """In a case B is sequences, H hidden units, P projected features; *ragged*: with lengths, and resets to given
+states, in reverse; *masks* and *rates*: with recurrent dropout and zoneout, in training and in `eval()`;
+*peepholes*, *layer norm*: with those. Of the kernels in CUDA C++ those without `mma` read W_hh at every step."""
+
+
+def _of_loop(name: str) -> Callable[[Report], object]:
+    return lambda row: getattr(row.loop, name, "")
+
+
+COLUMNS: dict[str, Callable[[Report], object]] = {  # the page has those up to OF_PAGE
+    "kernel": lambda row: f"`{row.kernel.removesuffix('_kernel')}`",
+    "case": lambda row: row.case.removeprefix("bfloat16 "),
+    "sm": attrgetter("architecture"),
+    "registers": attrgetter("registers"),
+    "spills": attrgetter("spills"),
+    "shared": attrgetter("shared"),
+    "instructions": _of_loop("instructions"),
+    "barriers": _of_loop("barriers"),
+    "mma": _of_loop("products"),
+    "loads of W_hh": attrgetter("weight_loads"),
+    "bytes moved": lambda row: "" if row.loop is None else row.loop.shared * row.threads,
+    "loads": _of_loop("loads"),
+    "stores": _of_loop("stores"),
+    "tiles": lambda row: row.tiles + ("" if row.fits else ", DOES NOT FIT"),
+}
+OF_PAGE = 10
+
+
+def rows(h100: bool) -> Iterator[Report]:
+    """A row for each case of both backends; if `h100`, only for an H100 and in bfloat16."""
+    for backend, compiler in (("triton", triton_kernels), ("cupy", cuda_kernels)):
+        cases = compiler.cases(h100)
+        yield from track(compiler.reports(cases), backend, len(cases), console=Console(stderr=True))
+
+
+def tables(rows: Iterable[Report], count: int) -> list[str]:
+    """Titles and tables of all families, in Markdown, with the first `count` columns."""
+    columns = list(COLUMNS)[:count]
+    head = f"| {' | '.join(columns)} |\n|---|---|{'--:|' * (count - 2)}"
+    found = {title: [head] for title in (*FAMILIES.values(), CUDA)}
+    for row in rows:
+        (title,) = (title for begin, title in FAMILIES.items() if row.kernel.startswith(begin))
+        cells = [str(COLUMNS[column](row)) for column in columns]
+        found[title if row.kernel.endswith("_kernel") else CUDA].append(f"| {' | '.join(cells)} |")
+    return [part for title, lines in found.items() for part in (f"## {title}", "\n".join(lines))]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m compile_table", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="print the table of every architecture and dtype")
+    options = parser.parse_args(arguments)
+    found = list(rows(h100=not options.all))
+    unfit = [row for row in found if not row.fits]
+    if options.all or unfit:
+        print("\n\n".join(tables(found, len(COLUMNS))))
+    else:
+        head = HEAD.format(triton=version("triton"), nvrtc=version("nvidia-cuda-nvrtc-cu12"))
+        PAGE.write_text("\n\n".join([head, *tables(found, OF_PAGE), NOTES]) + "\n")
+    print(f"{len(found)} kernels; {len(unfit)} do not fit")
+    return int(bool(unfit))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""What one kernel compiled to: resources and time loop, read from the binary by the cuobjdump that Triton ships.
+
+Counts are static: an instruction of the time loop counts once, whatever its predicate, also within an inner loop (over
+polls, tiles or K).
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gpu_lstm.kernels.architectures import REGISTERS, shared_memory_of
+
+PRECISIONS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+
+# Bytes of shared memory per block that the system reserves. From compute capability 9.0 on, ptxas counts them, but the
+# limit per block (architectures.py) does not.
+RESERVED = 1024
+READABLE = 75  # the oldest architecture that the disassembler of CUDA 13, shipped with recent Tritons, reads
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One pass of a time loop: a step, or one batch tile of it."""
+
+    instructions: int  # of a warp
+    barriers: int  # of all warps of a block
+    products: int  # of a warp, on tensor cores
+    shared: int  # bytes of shared memory that a thread reads and writes; not what tensor cores read by themselves
+    loads: int  # of a thread, from global memory
+    stores: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """One kernel on one architecture."""
+
+    kernel: str
+    case: str  # what it was compiled for: dtype and sizes
+    architecture: int  # compute capability, 90 for 9.0
+    plan: Any  # the backend's own
+    threads: int  # per block
+    tiles: str  # the plan in a few words
+    registers: int  # per thread
+    spills: int  # bytes of stack per thread
+    shared: int  # bytes per block
+    loop: Loop | None = None  # the time loop, if the kernel has one
+    tensor_core: str = ""  # the PTX instruction, or "" if there is none
+    weight_loads: int = 0  # of W_hh inside the time loop
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing spills, and a block needs no more registers and shared memory than it may use."""
+        registers = -(-self.registers // 8) * 8 * self.threads  # allocated in units of 256 per warp
+        return self.spills == 0 and registers <= REGISTERS and self.shared <= shared_memory_of(self.architecture)
+
+
+def read(cubin: bytes, architecture: int, dynamic: int) -> dict[str, Any]:
+    """Fields of a Report, from the binary of one kernel, which does not declare `dynamic` bytes of shared memory."""
+    usage = re.findall(r"Function \w+:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", _cuobjdump("-res-usage", cubin))
+    ((registers, spills, declared),) = (map(int, numbers) for numbers in usage)
+    declared = max(0, declared - RESERVED * (architecture >= 90))
+    loop = time_loop(_cuobjdump("-sass", cubin)) if architecture >= READABLE else None
+    return dict(registers=registers, spills=spills, shared=declared + dynamic, loop=loop)
+
+
+def time_loop(sass: str) -> Loop | None:
+    """The time loop of a kernel, which is its longest loop; None if it has none."""
+    # /*0c80*/  @!P0 LDG.E.64 R4, [R2] ;
+    begin_of_line = r"/\*([0-9a-f]{4,})\*/\s+(?:@\S+ )?"
+    jumps = [(int(a, 16), int(to, 16)) for a, to in re.findall(begin_of_line + r"BRA[^;]*?0x([0-9a-f]+)", sass)]
+    end, begin = max(jumps, key=lambda jump: jump[0] - jump[1], default=(0, 0))
+    if end <= begin:
+        return None
+    names = [n for a, n in re.findall(begin_of_line + r"([A-Z][^\s;]*)[^;]*;", sass) if begin <= int(a, 16) <= end]
+    count = Counter(name.split(".")[0] for name in names)
+    return Loop(
+        instructions=len(names), barriers=count["BAR"], products=count["HMMA"] + count["HGMMA"] + count["UTCHMMA"],
+        shared=sum(map(_bytes, names)), loads=count["LDG"] + count["LDGSTS"], stores=count["STG"],
+    )  # fmt: skip
+
+
+def _bytes(name: str) -> int:
+    """Bytes of shared memory that an instruction reads or writes per thread: 4 for each matrix of LDSM and STSM."""
+    kind, *modifiers = name.split(".")
+    if kind in ("LDSM", "STSM"):
+        return 4 * int(modifiers[-1]) if modifiers[-1] in "24" else 4
+    if kind in ("LDS", "STS", "LDGSTS"):
+        return next((size for width, size in _WIDTHS.items() if width in modifiers), 4)
+    return 0
+
+
+_WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
