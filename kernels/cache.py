@@ -25,16 +25,16 @@ Key = dict[str, Any]  # of JSON values: what the result depends on, versions inc
 
 
 def folder() -> Path | None:
-    """The folder that results are written to: gpu_lstm in the user's cache folder; None if the user has no home."""
+    """The folder that results are written to; None if the user has no home."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpu_lstm"
     except RuntimeError:  # neither HOME nor an entry in passwd, as in a container with a random user id
         return None
 
 
-def folders() -> list[Path]:
+def folders() -> tuple[Path, ...]:
     """The folders that results are read from, in this order."""
-    return [Path(path) for path in (os.environ.get(SHARED), folder()) if path]
+    return tuple(Path(path) for path in (os.environ.get(SHARED), folder()) if path)
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def version_of(package: str) -> str | None:
 
 def read(kind: str, key: Key) -> Any:
     """The value of a cached result, of one of KINDS; None if there is none."""
-    return _read(tuple(folders()), kind, _text(key))
+    return _read(folders(), kind, _text(key))
 
 
 def write(kind: str, key: Key, value: Any) -> bool:
@@ -153,14 +153,12 @@ def _check(kind: str, entry: Any) -> None:
     elif kind == "checks" and not isinstance(value, str):
         raise ValueError(f"expected a verdict, got {value!r}")
     elif kind == "races":
-        if not isinstance(value, dict) or set(value) != {"backend", "why", "seconds"}:
-            raise ValueError(f"expected the fields of a decision, got {value!r}")
-        seconds = {} if value["seconds"] is None else value["seconds"]
-        if value["backend"] not in BACKENDS or not isinstance(value["why"], str) or not isinstance(seconds, dict):
-            raise ValueError(f"expected one of {BACKENDS}, a reason and the seconds of each, got {value!r}")
-        for name, each in seconds.items():
-            if type(each) not in (int, float) or not 0 < each < float("inf"):
-                raise ValueError(f"expected seconds of {name} above 0, got {each!r}")
+        match value:
+            case {"backend": str(name), "why": str(), "seconds": dict() | None as seconds} if len(value) == 3:
+                times = (seconds or {}).values()
+                if name in BACKENDS and all(type(t) in (int, float) and 0 < t < float("inf") for t in times):
+                    return
+        raise ValueError(f"expected one of {BACKENDS}, a reason and the seconds of each above 0, got {value!r}")
 
 
 @functools.cache
@@ -194,7 +192,5 @@ def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | N
 
 @functools.cache
 def _read(folders: tuple[Path, ...], kind: str, text: str) -> Any:
-    for folder in folders:
-        if entry := _entry(kind, _path(folder, kind, text), text):
-            return entry["value"]
-    return None
+    found = (_entry(kind, _path(folder, kind, text), text) for folder in folders)
+    return next((entry["value"] for entry in found if entry), None)

@@ -29,7 +29,7 @@ class Chosen(NamedTuple):
     """A plan, and how it was chosen."""
 
     plan: Any  # the backend's own
-    measured: bool  # by autotune; else it is the first that fits in the order of estimated times
+    measured: bool  # by autotune; else the first that fits in the order of estimated times
 
 
 class Prepared(Protocol):
@@ -56,14 +56,12 @@ class Layer:
     """One problem on one card. Its plan is chosen once for each Pass, by the first call that needs it.
 
     Args:
-        problem, device: what to run, and where.
         prepare: prepare(layer, which) chooses a plan; what it returns while a CUDA graph is captured is not kept.
         describe: describe(layer, which, plan) is what `chosen` returns for a plan, or for the first one to be tried.
         verify: asked once for each plan that is chosen, and never while a CUDA graph is captured.
 
     Raises:
-        ValueError: B or H is more than the kernels can count to, or the problem has both a projection and a layer norm
-            inside the time loop.
+        ValueError: more sequences or units than kernels can count; a projection together with a layer norm in the loop.
     """
 
     def __init__(
@@ -74,7 +72,8 @@ class Layer:
         describe: "Callable[[Layer, Pass, Any], Chosen]",
         verify: Verify | None = None,
     ) -> None:
-        _check_counts(sequences=problem.batch, gates_of_all_units=4 * problem.hidden)
+        _check_count("sequences", problem.batch)
+        _check_count("gates of all units", 4 * problem.hidden)
         if problem.projected and problem.normalised:  # a step would need grid-wide barriers for both
             raise ValueError("expected no projection combined with a layer norm inside the time loop")
         self.problem, self.device, self.verify = problem, device, verify
@@ -101,8 +100,7 @@ class Layer:
             with torch.cuda.device(self.device):
                 return self.forward(gates, r, save)
         raise_if_timed_out(self.device)
-        if gates.shape[0] > MOST:
-            _check_counts(steps=gates.shape[0])
+        _check_count("steps", gates.shape[0])
         if self.problem.batch == 0:
             h, c = (s.new_empty(len(gates), 0, s.shape[-1]) for s in (r.h0, r.c0))
             return h, torch.empty_like(r.h0), torch.empty_like(r.c0), c if save else None
@@ -153,18 +151,14 @@ class Layer:
 
     def prepared(self, which: Pass) -> Prepared:
         """The plan of a pass, chosen now if it was not before."""
-        prepared = self._prepared.get(which)
-        if prepared is None:
+        if (prepared := self._prepared.get(which)) is None:
             prepared = self._prepare(self, which)
             if not self.is_capturing():
                 self._prepared[which] = prepared
         return prepared
 
     def chosen(self, which: Pass) -> Chosen:
-        """The plan chosen for a pass, or for another pass in the same direction; else the first one to be tried.
-
-        Nothing of the problem is compiled or run.
-        """
+        """The plan chosen for a pass, or another in its direction; else the first to be tried. Nothing is compiled."""
         known = (p for each, p in self._prepared.items() if each.backward == which.backward)
         prepared = self._prepared.get(which) or next(known, None)
         return self._describe(self, which, None if prepared is None else prepared.plan)
@@ -197,11 +191,9 @@ def _aligned_tensors(r: Recurrence) -> Recurrence:
     return Recurrence(*(None if t is None else aligned(t) for t in r[:TENSORS]), *r[TENSORS:])
 
 
-def _check_counts(**counts: int) -> None:
-    """Raise a ValueError if one is larger than MOST."""
-    for name, count in counts.items():
-        if count > MOST:
-            raise ValueError(f"expected at most {MOST} {name.replace('_', ' ')}, got {count}")
+def _check_count(of: str, count: int) -> None:
+    if count > MOST:
+        raise ValueError(f"expected at most {MOST} {of}, got {count}")
 
 
 def zeros_for_resets(r: Recurrence) -> list[Tensor | None]:

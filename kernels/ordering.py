@@ -26,9 +26,9 @@ _lock = threading.Lock()
 
 
 def await_others(side_by_side: int, device: torch.device) -> None:
-    """Have the current stream wait for launches on other streams that must not run at the same time as the next one.
+    """Have the current stream wait for launches that must not run at the same time as the next one.
 
-    `side_by_side` launches were planned to share the card. The next one is followed by `record_launch`.
+    That one was planned as one of `side_by_side` that share the card; `record_launch` follows it.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return

@@ -10,10 +10,7 @@ MOST = 2**31 - 2**16
 
 
 class Problem(NamedTuple):
-    """One layer in one direction: everything that decides which kernels run it, and how they are compiled.
-
-    The one key of plans, of their verification and of cached plans.
-    """
+    """One layer in one direction: all that decides which kernels run it. The key of plans and of their verification."""
 
     steps: int  # T as far as it matters: 1, or 2 for more
     batch: int  # B
@@ -76,10 +73,8 @@ class Pass(NamedTuple):
 class Recurrence(NamedTuple):
     """The tensors of one call, except for the input product, and what else defines its problem.
 
-    Only Triton's kernels accept recurrent dropout, zoneout, peepholes and layer norms. The layer norms are those inside
-    the time loop, of W_hh h and of c in tanh(c); that of W_ih x is outside.
-
-    A reset step begins with h = 0 and c = 0, or with `reset_c`. For another h, its product with W_hh is in the gates.
+    Layer norms are those inside the time loop, of W_hh h and of c in tanh(c); that of W_ih x is outside. A reset step
+    begins with h = 0 and c = 0, or with `reset_c`. For another h, its product with W_hh is in the gates.
     """
 
     weight_hh: Tensor  # [4H, P]

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 def forward(prepared: "Prepared", gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As layer.Layer.forward, with a plan that runs the recurrence of m; gates of the first steps are overwritten."""
-    share = _product(r.h0, r.weight_hh.T, r)  # [B, 4H], unless a reset is before the first step
-    if r.resets is not None and not r.reverse:
-        share = share.masked_fill(r.resets[0, :, None], 0)
-    gates[end_index(r, first=True)] += _of_sequences_with_steps(share, r)
-    m, _, c_n, c = prepared.forward(gates, _recurrence_of_m(r))  # [T, B, H]
-    h = _product(m, r.weight_hr.T, r)  # [T, B, P]
+    with products_in(r.precision):
+        share = r.h0 @ r.weight_hh.T  # [B, 4H], unless a reset is before the first step
+        if r.resets is not None and not r.reverse:
+            share = share.masked_fill(r.resets[0, :, None], 0)
+        gates[end_index(r, first=True)] += _of_sequences_with_steps(share, r)
+        m, _, c_n, c = prepared.forward(gates, _recurrence_of_m(r))  # [T, B, H]
+        h = m @ r.weight_hr.T  # [T, B, P]
     h_n = h[end_index(r, first=False)]
     if r.lengths is not None:
         h_n = torch.where((r.lengths == 0)[:, None], r.h0, h_n)
@@ -40,41 +41,31 @@ def backward(
     # Of h from outside, [T, B, P], zero in padding: from the output and the final state.
     dh = r.h0.new_zeros(len(gates), *r.h0.shape) if dh is None else dh.clone()
     if r.lengths is not None:
-        dh.masked_fill_(_padding(len(dh), r), 0)
+        padding = (torch.arange(len(dh), device=dh.device)[:, None] >= r.lengths)[..., None]  # [T, B, 1]
+        dh.masked_fill_(padding, 0)
     if dh_n is not None:
         dh[end_index(r, first=False)] += _of_sequences_with_steps(dh_n, r)
-    found = prepared.backward(_product(dh, r.weight_hr, r), None, dc_n, gates, c, _recurrence_of_m(r))
-    # And through the step after.
+    with products_in(r.precision):
+        found = prepared.backward(dh @ r.weight_hr, None, dc_n, gates, c, _recurrence_of_m(r))
+        from_next = found.dgates @ r.weight_hh  # and through the step after
     to, of = (slice(1, None), slice(-1)) if r.reverse else (slice(-1), slice(1, None))
-    from_next = _product(found.dgates, r.weight_hh, r)[of]
+    from_next = from_next[of]
     if r.resets is not None:
         from_next = from_next.masked_fill(r.resets[1:, :, None], 0)
     if r.lengths is not None and r.reverse:
-        from_next = from_next.masked_fill(_padding(len(dh), r)[1:], 0)
+        from_next = from_next.masked_fill(padding[1:], 0)
     dh[to] += from_next
     return found._replace(dh_total=dh)
 
 
 def _recurrence_of_m(r: Recurrence) -> Recurrence:
     """The recurrence of m, starting from zeros."""
-    assert r.dropout_h is r.zoneout_h is None
-    weight_hh = _product(r.weight_hh, r.weight_hr, r)
-    return r._replace(weight_hh=weight_hh, weight_hr=None, h0=r.h0.new_zeros(r.c0.shape))
+    return r._replace(weight_hh=r.weight_hh @ r.weight_hr, weight_hr=None, h0=r.h0.new_zeros(r.c0.shape))
 
 
 def _of_sequences_with_steps(t: Tensor, r: Recurrence) -> Tensor:
     """t [B, *], zero where the length is 0."""
     return t if r.lengths is None else t.masked_fill((r.lengths == 0)[:, None], 0)
-
-
-def _padding(steps: int, r: Recurrence) -> Tensor:
-    """Where a step is padding, [T, B, 1]."""
-    return (torch.arange(steps, device=r.h0.device)[:, None] >= r.lengths)[..., None]
-
-
-def _product(a: Tensor, b: Tensor, r: Recurrence) -> Tensor:
-    with products_in(r.precision):
-        return a @ b
 
 
 @contextlib.contextmanager

@@ -1,9 +1,8 @@
 """Timeouts of kernels whose programs wait for each other.
 
-Their waits are bounded. A kernel that times out writes the step + 1 into its error word and ends; its results are NaN
-from there on. The words are in pinned host memory: reading them costs nothing, but shows a timeout only after the
-launch has ended. They are read by the next call, backward, a Stream, `gpu_lstm.check`, which waits for the device
-first, and at exit.
+A kernel that times out writes the step + 1 into its error word and ends; its results are NaN from there on. The words
+are in pinned host memory: reading them costs nothing, but shows a timeout only after the launch has ended. They are read
+by the next call, backward, a Stream, `gpu_lstm.check`, which waits for the device first, and at exit.
 """
 
 import atexit
@@ -24,7 +23,7 @@ KERNELS = (
     "lstm_cooperative_backward",
 )
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
-"""RuntimeErrors that say nothing about what was run when they were raised: the caller gets them as they are."""
+"""RuntimeErrors that say nothing about what was run when they were raised."""
 
 TIMEOUT = "GPU_LSTM_TIMEOUT"  # environment variable: about how many seconds programs wait for each other
 SPARE = "GPU_LSTM_SPARE_MULTIPROCESSORS"  # environment variable: how many of them plans leave to other kernels
@@ -42,13 +41,12 @@ class _Words:
         with torch.inference_mode(False):
             size = 2, len(KERNELS), APART
             self.tensor = torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+            for of, seconds in zip(self.tensor, (timeout_seconds(), SECONDS_OF_TRIALS)):
+                of[:, 1] = min(max(1, int(seconds * POLLS_A_SECOND)), 2**31 - 1)
         # The same memory, since it is read at every call, and reading the tensor would take microseconds.
         self.memory: Any = (ctypes.c_int32 * self.tensor.numel()).from_address(self.tensor.data_ptr())
         self.as_bytes: Any = (ctypes.c_char * self.tensor.nbytes).from_address(self.tensor.data_ptr())
         self.process = os.getpid()
-        for k in range(2 * len(KERNELS)):
-            seconds = timeout_seconds() if k < len(KERNELS) else SECONDS_OF_TRIALS
-            self.memory[k * APART + 1] = min(max(1, int(seconds * POLLS_A_SECOND)), 2**31 - 1)
         self.none = self.as_bytes.raw  # their value while no kernel has timed out
 
 
@@ -77,7 +75,7 @@ def spare_multiprocessors(count: int) -> int:
     By the environment; else an eighth where torch.distributed has several ranks, for the kernels of NCCL.
 
     Raises:
-        ValueError: it is not a number of multiprocessors, or it is all of them.
+        ValueError: the environment does not name a number below `count`.
     """
     text = os.environ.get(SPARE)
     if not text:
@@ -90,9 +88,9 @@ def spare_multiprocessors(count: int) -> int:
 
 
 def error_word(device: torch.device, kernel: str, tried: bool = False) -> Tensor:
-    """The word of one of the KERNELS on a device, int32 [APART]: the error, and how many polls a wait may take.
+    """The word of one of the KERNELS on a device, for a user's call or for a plan that is `tried`.
 
-    `tried`: for a plan that is tried, not for a user's call.
+    int32 [APART]: the error, and how many polls a wait may take.
     """
     if device.type == "meta":  # a launch that is only recorded
         return torch.empty(APART, dtype=torch.int32, device=device)
@@ -127,7 +125,7 @@ def check() -> None:
     """Wait for every device that had a launch, and raise if one timed out.
 
     Raises:
-        RuntimeError: as raise_if_timed_out.
+        RuntimeError: with the kernel, the step and the device.
     """
     for device in _words:
         _check(device)

@@ -13,12 +13,12 @@ from unittest.mock import MagicMock, Mock, call
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compile_table import cuda_kernels
 from compile_table.report import Report
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
-from gpu_lstm.kernels import projection
 from gpu_lstm.kernels.cupy_lstm import launch, planning, source
 from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, choose_plan, plans
 from gpu_lstm.kernels.problem import Problem, Recurrence, problem_of
@@ -162,16 +162,21 @@ def test_the_launcher_and_the_source_agree():
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_products_are_computed_in_the_precision_asked_for(monkeypatch, launched, precision):
-    matmul, inside = torch.backends.cuda.matmul, projection.products_in
-    before, watched = matmul.fp32_precision, Mock(side_effect=inside)
-    monkeypatch.setattr(projection, "products_in", watched)
-    for backward in (False, True):
-        _call(torch.float32, P, backward=backward, precision=precision)
-    assert watched.call_args_list == [call(precision)] * 6
-    with inside(precision):
-        assert matmul.fp32_precision == precision
-    assert matmul.fp32_precision == before
+def test_products_are_computed_in_the_precision_asked_for(launched, precision):
+    """All of a projection; dh0 is computed as torch is set to compute."""
+    matmul, found = torch.backends.cuda.matmul, []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.mm.default:
+                found.append(matmul.fp32_precision)
+            return function(*args, **(kwargs or {}))
+
+    before = matmul.fp32_precision
+    with Products():
+        for backward in (False, True):
+            _call(torch.float32, P, backward=backward, precision=precision)
+    assert found == [precision] * 6 + [before]
     kept = any(plan.chunks for plan in plans(Problem(2, 16, 768, torch.float32, precision=precision), H100, False))
     assert kept == (precision == "tf32")
 

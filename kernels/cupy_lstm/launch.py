@@ -119,10 +119,8 @@ def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tens
     import numpy
 
     def by_value(argument: Tensor | int | None) -> Any:
-        if isinstance(argument, bool):
-            return numpy.bool_(argument)
         if isinstance(argument, int):
-            return numpy.int32(argument)
+            return (numpy.bool_ if isinstance(argument, bool) else numpy.int32)(argument)
         return numpy.uint64(0 if argument is None else argument.data_ptr())
 
     values = tuple(by_value(a) for a in in_order(kernel, arguments))
@@ -137,11 +135,11 @@ def _kernel(device: torch.device, name: str, dtype: torch.dtype, template: tuple
     """A kernel, loaded on a device, which is the current one."""
     import cupy
 
-    expression = name_expression(name, dtype, template)
+    name = name_expression(name, dtype, template)
     module = cupy.RawModule(
-        code=join(parts()), options=OPTIONS, name_expressions=[expression], enable_cooperative_groups=True
+        code=join(parts()), options=OPTIONS, name_expressions=[name], enable_cooperative_groups=True
     )
-    kernel = module.get_function(expression)
+    kernel = module.get_function(name)
     kernel.max_dynamic_shared_size_bytes = shared_memory_of(card_of(device).architecture)
     return kernel
 
