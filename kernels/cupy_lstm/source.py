@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).with_name("cuda")
-PARTS = ("instructions", "cell", "indexing", "words", "exchange", "products", "cooperative")
+PARTS = ("instructions", "cell", "indexing", "exchange", "products", "cooperative")
 """Files of the folder; each knows those before it."""
 
 KERNELS = ("lstm_cooperative_forward", "lstm_cooperative_backward")

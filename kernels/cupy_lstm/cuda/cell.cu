@@ -1,9 +1,7 @@
-// The cell, in float32. Every kernel computes it here.
+// The cell, in float32. Gate order as in torch; m is named as by Sak, Senior & Beaufays (2014).
 //
 //     i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)      z = gates_x + W_hh h_prev
 //     c = f * c_prev + i * g                                  m = o * tanh(c)    h = m, or W_hr m with a projection
-//
-// Gate order i, f, g, o, as in torch; m is named as by Sak, Senior & Beaufays (2014).
 
 enum Gate { I, F, G, O, GATES };
 

@@ -60,7 +60,6 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     const Own<UNITS, WARPS> own;
     const Walk<(CHUNKS > 0)> begin(blockIdx.x, gridDim.x, UNITS, H);
 
-    // Load W_hh, where it is kept.
     Rows product(weights);
     const auto load_rows_of = [&](int first_unit) {
         product.load([=](int pair, int half) {
@@ -147,7 +146,6 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     const int part = blockIdx.x % PARTS;
     const Walk<(CHUNKS > 0)> begin(blockIdx.x / PARTS, gridDim.x / PARTS, ROWS, H);
 
-    // Load W_hh^T, where it is kept.
     Rows product(weights);
     const auto load_rows_of = [&](int first_unit) {
         product.load([=](int pair, int half) {

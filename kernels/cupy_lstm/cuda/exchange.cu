@@ -2,16 +2,13 @@
 //
 // Words have 32 bits, one float or two neighbouring two-byte elements. Either every step's words have memory of their
 // own, initialised with a sentinel that `pack` never returns; or two steps alternate in the same memory, and a word's
-// last bit is its step's phase. A reader loads a word until it is the one it waits for: one store and one load per
-// step, and no barrier.
+// last bit is its step's phase. A reader loads a word until it is the one it waits for.
 //
-// Waits are bounded: the word after the error word says how often a warp may poll. A warp beyond this limit times out:
-// it writes step + 1 into the error word, and the missing values count as NaN. Later steps do not wait for long, so
-// that the launch ends.
+// The word after the error word says how often a warp may poll. A warp beyond this limit times out: it writes step + 1
+// into the error word, and the missing values count as NaN. Later steps do not wait for long, so that the launch ends.
 
 constexpr unsigned SENTINEL = 0xFFFFFFFF;
-constexpr unsigned A_NAN = 0x7FC00000;  // not the sentinel
-
+constexpr unsigned A_NAN = 0x7FC00000;    // not the sentinel
 constexpr int POLLS_BETWEEN_CHECKS = 64;  // the error word is in host memory
 
 // With two-byte elements, an even thread's word has its own element in the low half and the next thread's in the high
