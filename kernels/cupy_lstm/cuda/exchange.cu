@@ -15,12 +15,8 @@ constexpr int POLLS_BETWEEN_CHECKS = 64;  // the error word is in host memory
 // half; an odd thread's word is not used.
 template <typename E>
 __device__ unsigned pack(float x) {
-    return pack_two(E{}, x, of_neighbour(x));
-}
-
-template <>
-__device__ inline unsigned pack<float>(float x) {
-    return x == x ? __float_as_uint(x) : A_NAN;
+    if constexpr (sizeof(E) == 4) return x == x ? __float_as_uint(x) : A_NAN;
+    else return pack_two(E{}, x, of_neighbour(x));
 }
 
 // A float whose last bit is a phase, 0 or 1: it costs half a unit in the last place.
