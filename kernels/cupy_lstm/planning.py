@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import ceil
 
 import torch
@@ -84,31 +85,29 @@ def choose_plan(problem: Problem, card: Card, backward: bool) -> Plan:
 
 def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
     """All possible plans."""
-    tensor_cores = card.architecture >= 80 and not problem.exact_float32
-    for parts in (1, 2, 4) if backward else (1,):
-        k = words_of(problem) * (4 // parts if backward else 1)  # of a row of weights
-        for warps in (4, 8):
-            chunks = ceil(k / (CHUNK * warps))
-            for units in range(4, 4 * warps + 1, 4):
-                rows = units * (parts if backward else 4)  # of weights that a block keeps
-                if tensor_cores and rows % 16 == 0 and (rows // 2 + 4) * chunks + rows // 2 <= MOST_REGISTERS:
-                    yield from _plan(problem, card, backward, units, warps, chunks, parts)
-                if warps == 8 and rows in (32, 64):
-                    yield from _plan(problem, card, backward, units, warps, 0, parts)
+    for parts, warps in product((1, 2, 4) if backward else (1,), (4, 8)):
+        for units, kept in product(range(4, 4 * warps + 1, 4), (True, False)):
+            yield from _plan(problem, card, backward, parts, warps, units, kept)
 
 
 def _plan(
-    problem: Problem, card: Card, backward: bool, units: int, warps: int, chunks: int, parts: int
+    problem: Problem, card: Card, backward: bool, parts: int, warps: int, units: int, kept: bool
 ) -> Iterator[Plan]:
-    """The plan of these sizes, if all its blocks can be resident at once."""
-    multiprocessors = card.multiprocessors // problem.side_by_side
+    """The plan of these sizes, if there are kernels for them, and all blocks can be resident at once."""
     # Rows: gates of a block's units; backward units of all the blocks that it shares gates with.
     rows, k = units * (parts if backward else 4), words_of(problem) * (4 // parts if backward else 1)
+    chunks = ceil(k / (CHUNK * warps)) if kept else 0
+    if kept:
+        tensor_cores = card.architecture >= 80 and not problem.exact_float32
+        possible = tensor_cores and rows % 16 == 0 and (rows // 2 + 4) * chunks + rows // 2 <= MOST_REGISTERS
+    else:
+        possible = warps == 8 and rows in (32, 64)
+    multiprocessors = card.multiprocessors // problem.side_by_side
     shared = 16 * warps * SEQUENCES * (rows // 2 + 2)
-    shared += 0 if chunks else 4 * warps * AHEAD * SEQUENCES * CHUNK
+    shared += 0 if kept else 4 * warps * AHEAD * SEQUENCES * CHUNK
     wanted, most = parts * ceil(problem.hidden / (parts * units)), multiprocessors // parts * parts
-    blocks = wanted if chunks else min(wanted, most)
-    if not 0 < blocks <= most or shared > shared_memory_of(card.architecture):
+    blocks = wanted if kept else min(wanted, most)
+    if not (possible and 0 < blocks <= most and shared <= shared_memory_of(card.architecture)):
         return
     tiles = ceil(problem.batch / SEQUENCES)
     groups = max(1, min(tiles, multiprocessors // blocks))
@@ -116,10 +115,10 @@ def _plan(
     l2 = min(L2_ALONE, L2_BYTES * card.multiprocessors / (blocks * groups * problem.side_by_side))
     turn = TURN + PARTIAL_SUMS * (parts > 1) + SEQUENCES * 4 * k / l2
     in_shared = SEQUENCES * 8 * warps * rows / SHARED_BYTES
-    if chunks:
+    if kept:
         turn += (in_shared + PRODUCTS * rows / 16 * k / 8) / 2  # which overlap
     else:
         multiply_adds = rows * k * 4 // problem.size * SEQUENCES
         turn += in_shared + max(4 * rows * k / l2, 1.5 * multiply_adds / MULTIPLY_ADDS)
-    grid, clocks = (blocks, groups), turns * turn
-    yield Plan(problem.hidden, units, warps, chunks, parts, grid, shared, clocks, problem.side_by_side)
+    grid = blocks, groups
+    yield Plan(problem.hidden, units, warps, chunks, parts, grid, shared, turns * turn, problem.side_by_side)
