@@ -1,8 +1,8 @@
 """Timeouts of kernels whose programs wait for each other.
 
 A kernel that times out writes the step + 1 into its error word and ends; its results are NaN from there on. The words
-are in pinned host memory: reading them costs nothing, but shows a timeout only after the launch has ended. They are read
-by the next call, backward, a Stream, `gpu_lstm.check`, which waits for the device first, and at exit.
+are in pinned host memory: reading them costs nothing, but shows a timeout only after the launch has ended. The next
+call, backward, a Stream, `gpu_lstm.check`, which waits for the device first, and the end of the program read them.
 """
 
 import atexit
