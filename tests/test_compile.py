@@ -25,15 +25,13 @@ OLDER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 """Its compiler takes more registers and shared memory than is planned for. The launcher looks at what it became."""
 
 REPORTS = """
-import contextlib
 import dataclasses
 import importlib
-import io
 import json
 import pathlib
 import re
 import torch
-from compile_table import __main__, cuda_kernels, triton_kernels
+from compile_table import triton_kernels
 from compile_table.triton_kernels import PRECISIONS, Case, problem_with
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import cooperative, launch, pointwise, resident, step
@@ -81,11 +79,6 @@ def quick(case):
 def as_json(rows):
     return [dataclasses.asdict(row) | {"fits": row.fits} for row in rows]
 
-def of_pair(case):  # of dtypes and architectures: the direction in which both meet, and whether with masks
-    p = case.problem
-    precision, turn = PRECISIONS.index((p.dtype, p.precision)), ARCHITECTURES.index(case.device.architecture)
-    return case.backward == (precision + turn) % 2, training(p) == (precision // 2 + turn) % 2
-
 def with_32_registers():  # a thread may have no more: its report, and the one without that limit
     case = Case(Problem(2, 16, 64, torch.float32), False, triton_kernels.SEQUENCE_DEVICES[0])
     plan = step_plan(case.problem, case.device, False)
@@ -104,13 +97,6 @@ def with_loads_in_the_loop():  # a copy of the cooperative family that loads its
     launch.FAMILIES[Family.COOPERATIVE] = importlib.import_module("faulty")
     return as_json([triton_kernels.report_of(Case(Problem(2, 16, 256, torch.bfloat16), False, DEVICES["h100"]))])
 
-def of_the_command():  # its table of two kernels
-    cases, of_cupy = triton_kernels.step_cases()[:1], cuda_kernels.cases(h100=True)[:1]
-    triton_kernels.cases, cuda_kernels.cases = lambda h100: cases, lambda h100: of_cupy
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert __main__.main(["--all"]) == 0
-    return printed.getvalue()
-
 def parameters():  # of each kernel: the numbers that it takes, and those whose values make no kernel of their own
     kernels = {name: each for module in (cooperative, pointwise, resident, step) for name, each in vars(module).items()}
     return {
@@ -126,7 +112,7 @@ if __name__ == "__main__":
     cases = [case for case in triton_kernels.cases(False) + more if wanted(case) and (not QUICK or quick(case))]
     print(json.dumps(dict(
         rows=as_json(triton_kernels.reports(cases)), with_32_registers=with_32_registers(),
-        parameters=parameters(), printed=of_the_command(), with_loads_in_the_loop=with_loads_in_the_loop(),
+        parameters=parameters(), with_loads_in_the_loop=with_loads_in_the_loop(),
     ), default=lambda family: family.value))
 """
 
@@ -296,18 +282,15 @@ def test_the_time_loop_is_the_longest_and_a_poll_in_it_counts_once():
     assert time_loop("/*0000*/ EXIT ;\n/*0010*/ BRA 0x10;") is None
 
 
-def test_the_command_prints_a_row_for_each_kernel(compiled):
-    assert re.findall(r"(?m)^\| `(\w+)`", compiled["printed"]) == ["lstm_step_forward", "lstm_cooperative_forward"]
-    assert "DOES NOT FIT" not in compiled["printed"]
-
-
 def test_the_page_has_fewer_columns_and_is_not_written_if_a_kernel_does_not_fit(monkeypatch, tmp_path, capsys):
     from compile_table import __main__ as command
 
     loop = Loop(300, 1, 18, 32, 9, 8)
     row = Report("lstm_step_forward_kernel", "bfloat16 B=1", 90, None, 128, "16x16", 100, 0, 1024, loop)
-    rows = [row, dataclasses.replace(row, kernel="lstm_step_forward", loop=None)]
-    monkeypatch.setattr(command, "rows", lambda h100: rows)
+    rows, of_cuda = [row], dataclasses.replace(row, kernel="lstm_step_forward", loop=None)
+    for compiler, those in ((command.triton_kernels, rows), (command.cuda_kernels, [of_cuda])):
+        monkeypatch.setattr(compiler, "cases", lambda h100, those=those: those)
+        monkeypatch.setattr(compiler, "reports", iter)
     monkeypatch.setattr(command, "PAGE", tmp_path / "kernels.md")
     counted = "| `lstm_step_forward` | B=1 | 90 | 100 | 0 | 1024 | 300 | 1 | 18 | 0 |"
     assert command.main([]) == command.main(["--all"]) == 0
