@@ -26,14 +26,17 @@ from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from .layers import cast, connect, named, one_after_another, without_autocast
 
+lstm, lstm_cell = _VF.lstm, _VF.lstm_cell  # here, since looking up an attribute of _VF takes a microsecond
+
 
 def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """All layers of a call, computed in `dtype`: the output and the final states, both as the call has them."""
-    options, packed = call.options, call.form.packed
+    options = call.options
     if options.kind == "LSTMCell":
-        h, c = _VF.lstm_cell(call.x, call.states[0], *call.weights[0][0][:4])
-        return h, [(h, c)]
+        h, c = state = lstm_cell(call.x, call.states[0], *call.weights[0][0][:4])
+        return h, [state]
     if options.kind == "LSTM" and call.traversal.is_plain():
+        packed = call.form.packed
         batch_sizes = None if packed is None else packed.batch_sizes
         y, state = stack(call.x, call.states[0], call.weights, options.dropout, options.training, batch_sizes)
         return y, [state]
@@ -92,9 +95,9 @@ def stack(
     hx = h0, c0.to(x.dtype) if exact else c0
     options = flat, bias, len(layers), dropout, training, len(layers[0]) == 2  # both directions
     if batch_sizes is None:
-        y, h_n, c_n = _VF.lstm(x, hx, *options, False)
+        y, h_n, c_n = lstm(x, hx, *options, False)
     else:
-        y, h_n, c_n = _VF.lstm(x, batch_sizes, hx, *options)
+        y, h_n, c_n = lstm(x, batch_sizes, hx, *options)
     return y, (h_n, c_n.float() if exact else c_n)
 
 

@@ -13,6 +13,8 @@ from .modes import autocasts, need_the_reference
 from .options import RESET_STATES, Options
 from .weights import LAYER_NORM, NAMES, State, Weights
 
+_STRIDED = torch.strided
+
 
 def check_bool(name: str, value: object) -> None:
     """Raise TypeError, in torch's words, unless `value` is a bool."""
@@ -36,8 +38,8 @@ def _other_way_round(given: Sequence[int], wanted: Sequence[int]) -> str:
     return "; it fits if the input's first two dimensions change places, see batch_first" if given == wanted else ""
 
 
-def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> None:
-    """Raise unless the input of `name` has one of two ranks and is dense: neither sparse nor nested."""
+def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> int:
+    """Raise unless the input of `name` has one of two ranks, which is returned, and is dense."""
     try:
         rank = input.dim()
     except AttributeError as error:  # torch.nn.LSTM's error
@@ -46,11 +48,12 @@ def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> N
         low, high = ranks
         raise ValueError(f"{name}: Expected input to be {low}D or {high}D, got {rank}D instead")
     check_dense(input, name)
+    return rank
 
 
 def check_dense(input: Tensor, name: str) -> None:
     """Raise RuntimeError unless the input of `name` is dense: neither sparse nor nested."""
-    if input.layout is not torch.strided or input.is_nested:
+    if input.layout is not _STRIDED or input.is_nested:
         what = "a nested tensor" if input.is_nested else f"a tensor of layout {input.layout}"
         raise RuntimeError(f"{name}: Expected input to be a dense tensor, got {what}")
 
@@ -191,13 +194,14 @@ def check_unprojected(layer_norm: bool, projected: int) -> None:
         raise ValueError(f"layer_norm is not defined with a projection: expected proj_size 0, got {projected}")
 
 
-def check_cell(options: Options, x: Tensor, state: State, weights: Weights, alike: bool) -> None:
+def check_cell(options: Options, form: Form, x: Tensor, state: State, weights: Weights, alike: bool) -> None:
     """Raise, in the installed torch's words, unless x [B, I] and a cell's states fit; `alike`: one dtype and device."""
-    (inputs, hidden, _), (h, c) = options.sizes[0], state
-    expected = x.shape[0], hidden
-    if x.shape[-1] == inputs and h.shape == c.shape == expected:
-        if alike:
-            return
+    (inputs, hidden, _), (h, c), (batch, features) = options.sizes[0], state, x.shape
+    expected = batch, hidden
+    if alike and features == inputs and h.shape == expected and c.shape == expected:
+        return
+    check_states_of_a_cell(state if form.batched else (h[0], c[0]), form.batched)
+    if features == inputs and h.shape == c.shape == expected:
         try:
             return check_alike(x, [state], [[weights]])
         except RuntimeError:
