@@ -33,8 +33,8 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """All layers of a call, computed in `dtype`: the output and the final states, both as the call has them."""
     options = call.options
     if options.kind == "LSTMCell":
-        h, c = state = lstm_cell(call.x, call.states[0], *call.weights[0][0][:4])
-        return h, [state]
+        state = lstm_cell(call.x, call.states[0], *call.weights[0][0][:4])
+        return state[0], [state]
     if options.kind == "LSTM" and call.traversal.is_plain():
         packed = call.form.packed
         batch_sizes = None if packed is None else packed.batch_sizes
@@ -52,10 +52,8 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
         y, rows = one_after_another(call, direction, "torch", dtype, call.state_rows())
         return y, call.pack_rows(rows)
     if options.in_one_call:
-        h0, c0 = (torch.cat(state) for state in zip(*call.layer_states()))  # [L*D, B, *]
-        y, (h_n, c_n) = stack(call.x, (h0, c0), call.weights, options.dropout, options.training)
-        count = options.directions
-        return y, call.pack_layers(list(zip(h_n.split(count), c_n.split(count))))
+        y, final = stack(call.x, stacked(call.state_rows()), call.weights, options.dropout, options.training)
+        return y, call.pack_rows(list(zip(*final)))
     return layer_by_layer(call, dtype, lambda x, state, layer: stack(x, state, [layer], training=options.training))
 
 
@@ -64,14 +62,20 @@ def layer_by_layer(
 ) -> tuple[Tensor, list[State]]:
     """Layers in order, each by run(x, ([D, B, P], [D, B, H]), weights [D])."""
     _, kept = draw(call.weights, (call.steps, call.batch), dtype, call.options)
-    x = call.x
-    finals: list[State] = []
-    for k, (state, layer) in enumerate(zip(call.layer_states(), call.weights)):
+    x, rows, count = call.x, call.state_rows(), call.options.directions
+    finals: list[State] = []  # [L*D]
+    for k, layer in enumerate(call.weights):
         with named(k, None, "torch"):
-            y, final = run(x, state, layer)
+            y, final = run(x, stacked(rows[k * count : (k + 1) * count]), layer)
         x = connect(x, y, None, kept[k], call.options)
-        finals.append(final)
-    return x, call.pack_layers(finals)
+        finals += zip(*final)
+    return x, call.pack_rows(finals)
+
+
+def stacked(rows: list[State]) -> State:
+    """([n, B, P], [n, B, H]) of n layers and directions."""
+    h, c = zip(*rows)
+    return torch.stack(h), torch.stack(c)
 
 
 def stack(

@@ -95,12 +95,7 @@ def check_states_of_a_cell(hx: Any, batched: bool) -> None:
 
 
 def check_pairs(hx: Any, layers: int) -> None:
-    """Raise unless it is [(h, c), ...], a pair of tensors for each layer of a StackedLSTM.
-
-    Raises:
-        TypeError: something else, such as torch's (h_0, c_0) with all layers in two tensors.
-        RuntimeError: a wrong number of pairs, or of states for a layer.
-    """
+    """Raise unless it is [(h, c), ...], a pair of tensors for each layer of a StackedLSTM."""
     expected = "hx should be a list of pairs (h, c), one a layer"
     if not isinstance(hx, list | tuple):
         raise TypeError(f"{expected}, got: {type(hx).__name__}")
@@ -136,12 +131,7 @@ def check_sizes_of_states(options: Options, x: Tensor, batch: int, hx: State) ->
 
 
 def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
-    """Raise unless every tensor of a layer and direction has its size, of `sizes` in the order of Weights.
-
-    Raises:
-        RuntimeError: one has another size, or of two that belong together one is None.
-        TypeError: weight_ih or weight_hh is None.
-    """
+    """Raise unless every tensor of a layer and direction has its size, of `sizes` in the order of Weights."""
     for name, tensor, size in zip(NAMES, layer, sizes):
         if tensor is None and name in ("weight_ih", "weight_hh"):
             raise TypeError(f"{name} should be a tensor, got: NoneType")
@@ -154,10 +144,7 @@ def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
 
 
 def check_same_parts(weights: list[list[Weights]]) -> None:
-    """Raise RuntimeError unless peepholes, and each tensor of layer norms, are in all layers and directions or in none.
-
-    A kind of call has one cell, see dispatch/kind.py.
-    """
+    """Raise unless peepholes, and each tensor of layer norms, are in all layers and directions or in none."""
     for name in NAMES[NAMES.index("weight_peephole") :]:
         if len({getattr(one, name) is None for layer in weights for one in layer}) > 1:
             raise RuntimeError(f"{name} should be given in every layer and direction, or in none")
@@ -185,11 +172,7 @@ def named_weights(weights: Weights | Sequence[Tensor | None]) -> Weights:
 
 
 def check_unprojected(layer_norm: bool, projected: int) -> None:
-    """Raise unless layer norm or the projection is off.
-
-    Raises:
-        ValueError: both are on: Ba et al. (2016) have no projection, and do not say which side of one is normalised.
-    """
+    """Raise unless layer norm or the projection is off: Ba et al. (2016) do not say which side of one is normalised."""
     if layer_norm and projected:
         raise ValueError(f"layer_norm is not defined with a projection: expected proj_size 0, got {projected}")
 
@@ -241,10 +224,6 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: t
     """Raise unless `lengths` is an int tensor of `shape` on `device` with values from 0 to `steps`.
 
     On CUDA the values are asserted on the device, without a synchronisation; elsewhere at once.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: wrong dtype, shape, device or values.
     """
     check_tensor(lengths, "lengths")
     if lengths.dtype not in (torch.int32, torch.int64):
@@ -266,12 +245,7 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: t
 
 
 def check_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise unless `resets` is a bool tensor of `shape` on `device`.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: wrong dtype, shape or device.
-    """
+    """Raise unless `resets` is a bool tensor of `shape` on `device`."""
     check_tensor(resets, "resets")
     if resets.dtype != torch.bool:
         raise ValueError(f"resets should be of dtype torch.bool, got {resets.dtype}; use resets.bool()")
@@ -308,10 +282,6 @@ def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int
     """Raise unless `state` has one of two sizes, a state per sequence or per step, and the dtype and device of x.
 
     As for any state, dtypes may differ under autocast, and a cell state may be float32 with half precision.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: wrong size, dtype or device.
     """
     check_tensor(state, name)
     if list(state.shape) not in sizes:

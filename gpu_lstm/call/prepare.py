@@ -61,24 +61,6 @@ class Call(NamedTuple):
             packed.append((torch.stack(hs), torch.stack(cs)))
         return packed
 
-    def layer_states(self) -> list[State]:
-        """([D, B, P], [D, B, H]) of each layer, [L]."""
-        if self.states[0][0].dim() == 2:
-            return [(h.unsqueeze(0), c.unsqueeze(0)) for h, c in self.states]
-        if self.options.kind == "StackedLSTM":
-            return self.states
-        h, c = self.states[0]
-        return list(zip(h.split(self.options.directions), c.split(self.options.directions)))
-
-    def pack_layers(self, states: list[State]) -> list[State]:
-        """The reverse of `layer_states`."""
-        if self.states[0][0].dim() == 2:
-            return [(h.squeeze(0), c.squeeze(0)) for h, c in states]
-        if self.options.kind == "StackedLSTM":
-            return states
-        h, c = zip(*states)
-        return [(torch.cat(h), torch.cat(c))]
-
     def states_out(self, states: list[State]) -> Any:
         """Final states, laid out as `self.states`, in the user's form."""
         if self.form is _TIME_FIRST and self.options.kind != "StackedLSTM":
