@@ -100,7 +100,7 @@ def test_weights_that_are_somebody_elses_are_packed_at_every_call(arguments, tie
 @pytest.mark.parametrize("whole", [False, True])
 def test_cudnn_is_given_one_buffer(monkeypatch, whole):
     called = Mock(side_effect=lambda x, hx, *rest: (x, *hx))
-    monkeypatch.setattr(torch_lstm._VF, "lstm", called)
+    monkeypatch.setattr(torch_lstm, "lstm", called)
     with FakeTensorMode():
         sizes = (16, 3), (16, 4), (16,), (16,)
         weights = [torch.empty(size, device="cuda") for size in sizes]

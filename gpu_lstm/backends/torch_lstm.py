@@ -26,14 +26,17 @@ from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from .layers import cast, connect, named, one_after_another, without_autocast
 
+lstm, lstm_cell = _VF.lstm, _VF.lstm_cell  # here, since looking up an attribute of _VF takes a microsecond
+
 
 def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """All layers of a call, computed in `dtype`: the output and the final states, both as the call has them."""
-    options, packed = call.options, call.form.packed
+    options = call.options
     if options.kind == "LSTMCell":
-        h, c = _VF.lstm_cell(call.x, call.states[0], *call.weights[0][0][:4])
-        return h, [(h, c)]
+        state = lstm_cell(call.x, call.states[0], *call.weights[0][0][:4])
+        return state[0], [state]
     if options.kind == "LSTM" and call.traversal.is_plain():
+        packed = call.form.packed
         batch_sizes = None if packed is None else packed.batch_sizes
         y, state = stack(call.x, call.states[0], call.weights, options.dropout, options.training, batch_sizes)
         return y, [state]
@@ -49,10 +52,8 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
         y, rows = one_after_another(call, direction, "torch", dtype, call.state_rows())
         return y, call.pack_rows(rows)
     if options.in_one_call:
-        h0, c0 = (torch.cat(state) for state in zip(*call.layer_states()))  # [L*D, B, *]
-        y, (h_n, c_n) = stack(call.x, (h0, c0), call.weights, options.dropout, options.training)
-        count = options.directions
-        return y, call.pack_layers(list(zip(h_n.split(count), c_n.split(count))))
+        y, final = stack(call.x, stacked(call.state_rows()), call.weights, options.dropout, options.training)
+        return y, call.pack_rows(list(zip(*final)))
     return layer_by_layer(call, dtype, lambda x, state, layer: stack(x, state, [layer], training=options.training))
 
 
@@ -61,14 +62,20 @@ def layer_by_layer(
 ) -> tuple[Tensor, list[State]]:
     """Layers in order, each by run(x, ([D, B, P], [D, B, H]), weights [D])."""
     _, kept = draw(call.weights, (call.steps, call.batch), dtype, call.options)
-    x = call.x
-    finals: list[State] = []
-    for k, (state, layer) in enumerate(zip(call.layer_states(), call.weights)):
+    x, rows, count = call.x, call.state_rows(), call.options.directions
+    finals: list[State] = []  # [L*D]
+    for k, layer in enumerate(call.weights):
         with named(k, None, "torch"):
-            y, final = run(x, state, layer)
+            y, final = run(x, stacked(rows[k * count : (k + 1) * count]), layer)
         x = connect(x, y, None, kept[k], call.options)
-        finals.append(final)
-    return x, call.pack_layers(finals)
+        finals += zip(*final)
+    return x, call.pack_rows(finals)
+
+
+def stacked(rows: list[State]) -> State:
+    """([n, B, P], [n, B, H]) of n layers and directions."""
+    h, c = zip(*rows)
+    return torch.stack(h), torch.stack(c)
 
 
 def stack(
@@ -92,9 +99,9 @@ def stack(
     hx = h0, c0.to(x.dtype) if exact else c0
     options = flat, bias, len(layers), dropout, training, len(layers[0]) == 2  # both directions
     if batch_sizes is None:
-        y, h_n, c_n = _VF.lstm(x, hx, *options, False)
+        y, h_n, c_n = lstm(x, hx, *options, False)
     else:
-        y, h_n, c_n = _VF.lstm(x, batch_sizes, hx, *options)
+        y, h_n, c_n = lstm(x, batch_sizes, hx, *options)
     return y, (h_n, c_n.float() if exact else c_n)
 
 

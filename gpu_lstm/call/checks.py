@@ -13,6 +13,8 @@ from .modes import autocasts, need_the_reference
 from .options import RESET_STATES, Options
 from .weights import LAYER_NORM, NAMES, State, Weights
 
+_STRIDED = torch.strided
+
 
 def check_bool(name: str, value: object) -> None:
     """Raise TypeError, in torch's words, unless `value` is a bool."""
@@ -36,8 +38,8 @@ def _other_way_round(given: Sequence[int], wanted: Sequence[int]) -> str:
     return "; it fits if the input's first two dimensions change places, see batch_first" if given == wanted else ""
 
 
-def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> None:
-    """Raise unless the input of `name` has one of two ranks and is dense: neither sparse nor nested."""
+def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> int:
+    """Raise unless the input of `name` has one of two ranks, which is returned, and is dense."""
     try:
         rank = input.dim()
     except AttributeError as error:  # torch.nn.LSTM's error
@@ -46,11 +48,12 @@ def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> N
         low, high = ranks
         raise ValueError(f"{name}: Expected input to be {low}D or {high}D, got {rank}D instead")
     check_dense(input, name)
+    return rank
 
 
 def check_dense(input: Tensor, name: str) -> None:
     """Raise RuntimeError unless the input of `name` is dense: neither sparse nor nested."""
-    if input.layout is not torch.strided or input.is_nested:
+    if input.layout is not _STRIDED or input.is_nested:
         what = "a nested tensor" if input.is_nested else f"a tensor of layout {input.layout}"
         raise RuntimeError(f"{name}: Expected input to be a dense tensor, got {what}")
 
@@ -92,12 +95,7 @@ def check_states_of_a_cell(hx: Any, batched: bool) -> None:
 
 
 def check_pairs(hx: Any, layers: int) -> None:
-    """Raise unless it is [(h, c), ...], a pair of tensors for each layer of a StackedLSTM.
-
-    Raises:
-        TypeError: something else, such as torch's (h_0, c_0) with all layers in two tensors.
-        RuntimeError: a wrong number of pairs, or of states for a layer.
-    """
+    """Raise unless it is [(h, c), ...], a pair of tensors for each layer of a StackedLSTM."""
     expected = "hx should be a list of pairs (h, c), one a layer"
     if not isinstance(hx, list | tuple):
         raise TypeError(f"{expected}, got: {type(hx).__name__}")
@@ -133,12 +131,7 @@ def check_sizes_of_states(options: Options, x: Tensor, batch: int, hx: State) ->
 
 
 def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
-    """Raise unless every tensor of a layer and direction has its size, of `sizes` in the order of Weights.
-
-    Raises:
-        RuntimeError: one has another size, or of two that belong together one is None.
-        TypeError: weight_ih or weight_hh is None.
-    """
+    """Raise unless every tensor of a layer and direction has its size, of `sizes` in the order of Weights."""
     for name, tensor, size in zip(NAMES, layer, sizes):
         if tensor is None and name in ("weight_ih", "weight_hh"):
             raise TypeError(f"{name} should be a tensor, got: NoneType")
@@ -151,10 +144,7 @@ def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
 
 
 def check_same_parts(weights: list[list[Weights]]) -> None:
-    """Raise RuntimeError unless peepholes, and each tensor of layer norms, are in all layers and directions or in none.
-
-    A kind of call has one cell, see dispatch/kind.py.
-    """
+    """Raise unless peepholes, and each tensor of layer norms, are in all layers and directions or in none."""
     for name in NAMES[NAMES.index("weight_peephole") :]:
         if len({getattr(one, name) is None for layer in weights for one in layer}) > 1:
             raise RuntimeError(f"{name} should be given in every layer and direction, or in none")
@@ -182,22 +172,19 @@ def named_weights(weights: Weights | Sequence[Tensor | None]) -> Weights:
 
 
 def check_unprojected(layer_norm: bool, projected: int) -> None:
-    """Raise unless layer norm or the projection is off.
-
-    Raises:
-        ValueError: both are on: Ba et al. (2016) have no projection, and do not say which side of one is normalised.
-    """
+    """Raise unless layer norm or the projection is off: Ba et al. (2016) do not say which side of one is normalised."""
     if layer_norm and projected:
         raise ValueError(f"layer_norm is not defined with a projection: expected proj_size 0, got {projected}")
 
 
-def check_cell(options: Options, x: Tensor, state: State, weights: Weights, alike: bool) -> None:
+def check_cell(options: Options, form: Form, x: Tensor, state: State, weights: Weights, alike: bool) -> None:
     """Raise, in the installed torch's words, unless x [B, I] and a cell's states fit; `alike`: one dtype and device."""
-    (inputs, hidden, _), (h, c) = options.sizes[0], state
-    expected = x.shape[0], hidden
-    if x.shape[-1] == inputs and h.shape == c.shape == expected:
-        if alike:
-            return
+    (inputs, hidden, _), (h, c), (batch, features) = options.sizes[0], state, x.shape
+    expected = batch, hidden
+    if alike and features == inputs and h.shape == expected and c.shape == expected:
+        return
+    check_states_of_a_cell(state if form.batched else (h[0], c[0]), form.batched)
+    if features == inputs and h.shape == c.shape == expected:
         try:
             return check_alike(x, [state], [[weights]])
         except RuntimeError:
@@ -237,10 +224,6 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: t
     """Raise unless `lengths` is an int tensor of `shape` on `device` with values from 0 to `steps`.
 
     On CUDA the values are asserted on the device, without a synchronisation; elsewhere at once.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: wrong dtype, shape, device or values.
     """
     check_tensor(lengths, "lengths")
     if lengths.dtype not in (torch.int32, torch.int64):
@@ -262,12 +245,7 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: t
 
 
 def check_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise unless `resets` is a bool tensor of `shape` on `device`.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: wrong dtype, shape or device.
-    """
+    """Raise unless `resets` is a bool tensor of `shape` on `device`."""
     check_tensor(resets, "resets")
     if resets.dtype != torch.bool:
         raise ValueError(f"resets should be of dtype torch.bool, got {resets.dtype}; use resets.bool()")
@@ -304,10 +282,6 @@ def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int
     """Raise unless `state` has one of two sizes, a state per sequence or per step, and the dtype and device of x.
 
     As for any state, dtypes may differ under autocast, and a cell state may be float32 with half precision.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: wrong size, dtype or device.
     """
     check_tensor(state, name)
     if list(state.shape) not in sizes:

@@ -30,6 +30,8 @@ _any_autocast = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _interpreter = _functorch.peek_interpreter_stack
 _is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_tracing = torch._C._is_tracing
 
 
 class Recording:
@@ -72,9 +74,9 @@ def modes(x: Tensor) -> Modes:
     if _interpreter() is not None or forward_ad._current_level >= 0:
         transforms = Transforms.REFERENCE if need_the_reference() else Transforms.GRAD
     backends, races = chosen_backend.blocks, chosen_racing.blocks
-    watched = _dispatch_modes() > 0 or type(x) not in _PLAIN or torch._C._is_tracing()
+    watched = _dispatch_modes() > 0 or type(x) not in _PLAIN or _is_tracing()
     return Modes(
-        torch.is_grad_enabled(),
+        _is_grad_enabled(),
         _autocast_dtype(x) if _any_autocast() else None,
         Recording.WATCHED if watched else Recording.NOBODY,
         transforms,

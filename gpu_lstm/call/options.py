@@ -70,7 +70,8 @@ class Options:
         self.leading = a.kind == "LSTM" or (a.kind == "StackedLSTM" and self.directions == 2)
         self.names = _names(a, self.directions)
         self.present = sum(name is not None for name in self.names[0][0])  # tensors of a layer and direction
-        self.weight_sizes = tuple([_weight_sizes(size) for size in self.sizes])
+        tensors = len(NAMES) if a.kind == "lstm_layer" else len(self.names[0][0])
+        self.weight_sizes = tuple([_weight_sizes(size)[:tensors] for size in self.sizes])
         # With layers of one size, torch's own LSTM runs all of them in one call.
         self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1
         self.connects = a.residual or self.dropout > 0  # something is done between layers
@@ -81,18 +82,21 @@ class Options:
 
 
 def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...], ...], ...]:
-    """The names of the parameters of each layer and direction, [L][D][10], in the order of Weights; None for absent."""
+    """The names of the parameters of each layer and direction, [L][D], in the order of Weights up to the last that is
+    there; None for absent ones before it.
+    """
     there = (
         True, True, a.bias, a.bias, a.proj_size > 0, a.peepholes,
         "ih" in a.norms, "hh" in a.norms, "c" in a.norms, "c" in a.norms and a.bias,
     )  # fmt: skip
+    count = max(k for k, is_there in enumerate(there) if is_there) + 1
     layers = []
     for k in range(len(a.hidden_sizes)):
         suffix = "" if a.kind == "LSTMCell" else "_l0" if a.kind == "StackedLSTM" else f"_l{k}"
         layer = []
         for d in range(directions):
             own = suffix + "_reverse" * d
-            layer.append(tuple([name + own if is_there else None for name, is_there in zip(NAMES, there)]))
+            layer.append(tuple([name + own if is_there else None for name, is_there in zip(NAMES, there[:count])]))
         layers.append(tuple(layer))
     return tuple(layers)
 

@@ -61,24 +61,6 @@ class Call(NamedTuple):
             packed.append((torch.stack(hs), torch.stack(cs)))
         return packed
 
-    def layer_states(self) -> list[State]:
-        """([D, B, P], [D, B, H]) of each layer, [L]."""
-        if self.states[0][0].dim() == 2:
-            return [(h.unsqueeze(0), c.unsqueeze(0)) for h, c in self.states]
-        if self.options.kind == "StackedLSTM":
-            return self.states
-        h, c = self.states[0]
-        return list(zip(h.split(self.options.directions), c.split(self.options.directions)))
-
-    def pack_layers(self, states: list[State]) -> list[State]:
-        """The reverse of `layer_states`."""
-        if self.states[0][0].dim() == 2:
-            return [(h.squeeze(0), c.squeeze(0)) for h, c in states]
-        if self.options.kind == "StackedLSTM":
-            return states
-        h, c = zip(*states)
-        return [(torch.cat(h), torch.cat(c))]
-
     def states_out(self, states: list[State]) -> Any:
         """Final states, laid out as `self.states`, in the user's form."""
         if self.form is _TIME_FIRST and self.options.kind != "StackedLSTM":
@@ -108,19 +90,19 @@ def prepare(
     if lengths is not None or resets is not None:
         traversal = _traversal(form, x, (steps, batch), lengths, resets)
     states = _zeros(options, x, batch) if hx is None else _states(options, form, x, batch, hx)
-    learns = _check_tensors(options, form, x, states, weights)
+    now = modes(x)
+    learns = _check_tensors(options, form, x, states, weights, now.grad)
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if reset_states is not None:
         given = _reset_states(options, form, x, (steps, batch), traversal, reset_states)
         traversal = traversal._replace(reset_states=given)
-        learns = learns or any(t.requires_grad for pair in given for t in pair)
-    now = modes(x)
+        learns = learns or (now.grad and any(t.requires_grad for pair in given for t in pair))
     if options.reverse:
         traversal = traversal.backwards()
     elif resets is not None and steps == 1 and reset_states is None and now.recording < Recording.COMPILED:
         states, traversal = _reset_before_the_only_step(options, states, traversal)
-    return Call(x, steps, batch, states, weights, traversal, options, form, now, learns and now.grad)
+    return Call(x, steps, batch, states, weights, traversal, options, form, now, learns)
 
 
 _UNBATCHED, _TIME_FIRST, _BATCH_FIRST = Padded(False, False), Padded(True, False), Padded(True, True)
@@ -137,11 +119,8 @@ def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -
             raise RuntimeError(f"Expected data of {rows} rows, the sum of batch_sizes, got {given}")
         return Packed(input, options.batch_first), input.data
     if kind == "LSTMCell":
-        checks.check_rank_and_layout(input, kind, (1, 2))
-        batched = input.dim() == 2
-        if hx is not None:
-            checks.check_states_of_a_cell(hx, batched)
-        return (_TIME_FIRST, input) if batched else (_UNBATCHED, input.unsqueeze(0))
+        rank = checks.check_rank_and_layout(input, kind, (1, 2))
+        return (_TIME_FIRST, input) if rank == 2 else (_UNBATCHED, input.unsqueeze(0))
     if kind == "lstm_layer":
         checks.check_dense(input, kind)
         if input.dim() != 3:
@@ -151,10 +130,10 @@ def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -
         return _TIME_FIRST, input
     if kind == "StackedLSTM":
         checks.check_tensor(input, "input")
-    checks.check_rank_and_layout(input, kind, (2, 3))
+    rank = checks.check_rank_and_layout(input, kind, (2, 3))
     if hx is not None and kind == "LSTM":
-        checks.check_rank_of_states(input.dim(), hx)
-    if input.dim() == 2:
+        checks.check_rank_of_states(rank, hx)
+    if rank == 2:
         return _UNBATCHED, input.unsqueeze(1)
     return (_BATCH_FIRST, input.transpose(0, 1)) if options.batch_first else (_TIME_FIRST, input)
 
@@ -198,6 +177,8 @@ def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> lis
                 checks.check_sizes_of_states(options, x, batch, (h, c))
             return [(h, c)]
         case "LSTMCell":
+            if type(hx) is not tuple or len(hx) != 2:
+                checks.check_states_of_a_cell(hx, form.batched)
             h, c = hx
             return [(h, c) if form.batched else (h.unsqueeze(0), c.unsqueeze(0))]
         case "lstm_layer":
@@ -218,9 +199,12 @@ def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> lis
     return states
 
 
-def _check_tensors(options: Options, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> bool:
-    """Raise unless all tensors fit together; return whether one requires a gradient."""
-    dtype, device, learns, alike = x.dtype, x.device, x.requires_grad, True
+def _check_tensors(
+    options: Options, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]], grad: bool
+) -> bool:
+    """Raise unless all tensors fit together; return whether autograd, which records if `grad`, has to."""
+    dtype, device, learns, alike = x.dtype, x.device, grad and x.requires_grad, True
+    asks = grad and not learns
     for layer, sizes in zip(weights, options.weight_sizes):
         for one in layer:
             fits, present = True, 0
@@ -231,8 +215,8 @@ def _check_tensors(options: Options, form: Form, x: Tensor, states: list[State],
                         fits = False
                     if tensor.dtype is not dtype or tensor.device != device:
                         alike = False
-                    if tensor.requires_grad:
-                        learns = True
+                    if asks and tensor.requires_grad:
+                        learns, asks = True, False
             if not fits or present != options.present:
                 checks.check_input(options, form, x, weights)
                 checks.check_sizes(one, sizes)
@@ -240,10 +224,10 @@ def _check_tensors(options: Options, form: Form, x: Tensor, states: list[State],
     for h, c in states:
         if h.dtype is not dtype or c.dtype is not dtype or h.device != device or c.device != device:
             alike = False
-        if h.requires_grad or c.requires_grad:
+        if asks and (h.requires_grad or c.requires_grad):
             learns = True
     if options.kind == "LSTMCell":
-        checks.check_cell(options, x, states[0], weights[0][0], alike)
+        checks.check_cell(options, form, x, states[0], weights[0][0], alike)
     elif not alike:
         checks.check_input(options, form, x, weights)
         checks.check_alike(x, states, weights)

@@ -31,13 +31,11 @@ def route_of(call: Call) -> Route:
     if call.modes.recording != Recording.NOBODY:
         return _route_while_watched(call) if call.modes.recording == Recording.WATCHED else _route_in_a_graph(call)
     x, traversal = call.x, call.traversal
-    *_, peephole, ih, hh, c, bias_c = call.weights[0][0]  # of which bias_c is not in options
-    plain = peephole is ih is hh is c is bias_c is None
     key = (
         call.options, x.dtype, x.device, size_class(call.steps), call.batch, call.form.packed is None,
         None if traversal.lengths is None else traversal.lengths.dtype, traversal.resets is None,
         traversal.reset_states is None, call.learns, call.modes,
-        plain or (peephole is None, ih is None, hh is None, c is None, bias_c is None),
+        call.weights[0][0].bias_c is None,  # the only tensor of lstm_layer that options say nothing about
     )  # fmt: skip
     route = _routes.get(key)
     if route is None:

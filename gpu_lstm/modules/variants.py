@@ -56,8 +56,8 @@ class HasVariants:
 
 def weights_of(module: Any, names: tuple) -> list[list[Weights]]:
     """[L][D] of a module by the names of its parameters, see Options.names: as they are now."""
-    get = module._parameters.get
-    return [
-        [Weights(*[n and (p if (p := get(n)) is not None else getattr(module, n)) for n in own]) for own in layer]
-        for layer in names
-    ]
+    parameters = module._parameters
+    try:
+        return [[Weights(*[n and parameters[n] for n in own]) for own in layer] for layer in names]
+    except KeyError:  # another tensor has taken a parameter's place, as weight_norm's does
+        return [[Weights(*[n and getattr(module, n) for n in own]) for own in layer] for layer in names]
