@@ -65,7 +65,7 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
     monkeypatch.setattr(torch.Tensor, "__setitem__", lambda *_: None)
     with FakeTensorMode():
         sizes = (T, B, I), (B, H), (B, H), (4 * H, I), (4 * H, H)
-        given = graph._flat(Inputs(*(torch.empty(size, device=device) for size in sizes)))
+        given = graph.flat(Inputs(*(torch.empty(size, device=device) for size in sizes)))
         h, _, _, gates, c = graph._forward(*given, False, backend, True, False)
         needed = [k == 1 for k in range(len(sizes))]
         graph._backward([h, None, None], [h, gates, c], *given, False, backend, needed)

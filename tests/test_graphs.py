@@ -177,7 +177,7 @@ def test_backward_twice_and_nothing_saved_for_longer_than_the_graph(calls):
     assert_same(first, second)
     assert calls.call_count == 1
     zeros = torch.zeros(1, 2, H).double()
-    kept = graph.OPERATOR(*graph._flat(Inputs(x, zeros, zeros, *ours.parameters())), False, "torch", True, False)[3]
+    kept = graph.OPERATOR(*graph.flat(Inputs(x, zeros, zeros, *ours.parameters())), False, "torch", True, False)[3]
     assert kept.numel() == 0
     (leaf, *_), _ = kept.graph
     assert leaf.data_ptr() == x.data_ptr()  # no copy of what is there already

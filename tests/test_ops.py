@@ -32,7 +32,7 @@ def _given(words, device) -> tuple[list, bool]:
 def test_a_layer(words, backend, device):
     """Forward with and without what backward reads; backward of all, of the output alone, of the states alone."""
     (given, reverse), recompute = _given(words, device), (words, backend) == ("ragged resets reverse", "triton")
-    flat = graph._flat(given)
+    flat = graph.flat(given)
     torch.library.opcheck(graph.OPERATOR, (*flat, reverse, backend, False, recompute))
     tensors, places = flat
     there = [k < DIFFERENTIABLE or k >= graph.SECOND for k in places]
@@ -47,7 +47,7 @@ def test_a_layer(words, backend, device):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_backward_leaves_what_was_saved_alone_and_accepts_expanded_gradients(device, recompute):
     given, reverse = _given("ragged resets reverse", device)
-    tensors, places = graph._flat(given)
+    tensors, places = graph.flat(given)
     flat = tensors, places, reverse, "triton"
     h, h_n, c_n, *kept = graph.OPERATOR(*flat, True, recompute)
     # In padding nothing was ever written, so NaN stands for whatever the memory held.

@@ -46,10 +46,7 @@ def layer(
 
 
 class LSTMLayer(torch.autograd.Function):
-    """Forward saves the activated gates (in the memory of the input product) and the cell states; backward reads them.
-
-    Gradients of gradients are computed by reference.py, which is differentiable to any order.
-    """
+    """Forward saves gates and cell states for backward; gradients of gradients are computed by reference.py."""
 
     @staticmethod
     def forward(ctx: Any, kernels: Any, recompute: bool, *given: Tensor | None) -> tuple[Tensor, ...]:
@@ -80,14 +77,14 @@ class LSTMLayerInTransforms(LSTMLayer):
     @staticmethod
     def forward(kernels: Any, recompute: bool, *given: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
         """As LSTMLayer.forward, plus gates [T, B, 4H] or empty, and c [T, B, H]."""
-        return graph.forward_of(kernels, Inputs(*given), True, recompute)  # type: ignore[arg-type]
+        return graph.OPERATOR(*graph.flat(given), kernels.problem.reverse, kernels.backend, True, recompute)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         """Save what backward reads."""
         ctx.kernels, _, *given = inputs
-        ctx.by_operator = True
         h, _, _, gates, c = output
+        ctx.by_operator = True
         ctx.mark_non_differentiable(gates, c)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*given, h, gates, c)

@@ -1,13 +1,11 @@
 """A layer as one operator, gpu_lstm::layer: what graphs of torch.compile, exported programs and dispatch modes see.
 
-Traced by itself, torch's LSTM would be decomposed into its steps, a graph for each T, and torch's decomposition loses
-dropout and autocast's dtype. An exported program keeps operators and their derivatives, not an autograd.Function.
+Traced by itself, torch's LSTM would be decomposed into its steps, and lose dropout and autocast's dtype.
 
 What oneDNN and cuDNN save for backward has a size that only they know, so it cannot be part of a graph of tensors. On
-the backends without kernels of their own, forward therefore runs with its own autograd graph and returns, instead of
-the gates, an empty tensor with that graph as an attribute: the graph lives as long as this tensor, which is saved for
-backward. Where only the elements were saved (by hooks that copy, in CUDA graphs, in an exported program), backward
-recomputes the layer.
+the backends without kernels of their own, forward therefore runs with its own autograd graph, and returns instead of
+the gates an empty tensor that has this graph as an attribute, and is saved for backward. Where only the elements were
+saved (by hooks that copy, in CUDA graphs, in an exported program), backward recomputes the layer.
 """
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
@@ -35,21 +33,17 @@ from .layers import cast, one_after_another, without_autocast
 
 _LIBRARY = torch.library.Library("gpu_lstm", "FRAGMENT")
 try:
-    _LIBRARY.define(
+    for _schema in (
         "layer(Tensor[] given, int[] places, bool reverse, str backend, bool save, bool recompute) "
         "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)",
-        tags=(torch.Tag.needs_exact_strides,),
-    )
+        "layer_backward(Tensor?[] gradients, Tensor[] saved, Tensor[] given, int[] places, bool reverse, "
+        "str backend, bool[] needed) -> Tensor[]",
+    ):
+        _LIBRARY.define(_schema, tags=(torch.Tag.needs_exact_strides,))
 except RuntimeError as error:
-    twice = (
+    raise ImportError(
         "gpu_lstm was imported twice, say from two folders, and its operators can be registered once: restart Python"
-    )
-    raise ImportError(twice) from error
-_LIBRARY.define(
-    "layer_backward(Tensor?[] gradients, Tensor[] saved, Tensor[] given, int[] places, bool reverse, str backend, "
-    "bool[] needed) -> Tensor[]",
-    tags=(torch.Tag.needs_exact_strides,),
-)
+    ) from error
 OPERATOR = torch.ops.gpu_lstm.layer.default
 BACKWARD = torch.ops.gpu_lstm.layer_backward.default
 
@@ -76,9 +70,8 @@ def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[
 
     def both_directions(x: Tensor, state: State, layer: list[Weights]) -> tuple[Tensor, State]:
         x, state, first = cast(x, state, layer[0], dtype)
-        second = layer[1].to(dtype) if len(layer) == 2 else ()
-        given = Inputs(x, *state, *first)  # type: ignore[arg-type]
-        return _run_operator(call, [*given, *second], False, backend)
+        second = [t for weights in layer[1:] for t in weights.to(dtype)]
+        return _run_operator(call, [*Inputs(x, *state, *first), *second], False, backend)  # type: ignore[arg-type]
 
     if backend is Backend.TORCH and call.traversal.is_plain() and call.options.kind != "lstm_layer":
         return torch_lstm.layer_by_layer(call._replace(x=call.x.to(dtype)), dtype, both_directions)
@@ -89,26 +82,21 @@ def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[
 def _run_operator(call: Call, inputs: Sequence[Tensor | None], reverse: bool, backend: Backend) -> tuple[Tensor, State]:
     save = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
     with without_autocast(call):
-        h, h_n, c_n, *_ = OPERATOR(*_flat(inputs), reverse, backend.value, save, call.options.recompute)
+        h, h_n, c_n, *_ = OPERATOR(*flat(inputs), reverse, backend.value, save, call.options.recompute)
     return h, (h_n, c_n)
 
 
-def _flat(inputs: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
+def flat(inputs: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
     """The tensors that are not None, and their places."""
     return [t for t in inputs if t is not None], [k for k, t in enumerate(inputs) if t is not None]
 
 
 def _inputs(given: Sequence[Tensor], places: list[int]) -> tuple[Inputs, list[Weights]]:
-    """The reverse of `_flat`: Inputs, and the Weights of every direction."""
+    """The reverse of `flat`: Inputs, and the Weights of every direction."""
     there = dict(zip(places, given))
     every: list[Any] = [there.get(k) for k in range(SECOND + len(Weights._fields))]
     first = Inputs(*every[:SECOND])
     return first, [first.weights(), Weights(*every[SECOND:])] if SECOND in there else [first.weights()]
-
-
-def forward_of(layer: Any, given: Inputs, save: bool, recompute: bool) -> tuple[Tensor, ...]:
-    """The forward pass of autograd.LSTMLayer, by the operator: h, h_n, c_n, gates and c."""
-    return OPERATOR(*_flat(given), layer.problem.reverse, layer.backend, save, recompute)
 
 
 def gradients_of(
@@ -116,10 +104,9 @@ def gradients_of(
 ) -> list[Tensor | None]:
     """As fused.gradients, by the operator; `saved`: Inputs (the last may be left out), h, gates and c."""
     *inputs, h, gates, c = saved
-    given, places = _flat(inputs)
-    asked = [k < DIFFERENTIABLE and needed[k] for k in places]
-    problem = layer.problem
-    found = BACKWARD(list(output_gradients), [h, gates, c], given, places, problem.reverse, layer.backend, asked)
+    given, places = flat(inputs)
+    asked, reverse = [k < DIFFERENTIABLE and needed[k] for k in places], layer.problem.reverse
+    found = BACKWARD(list(output_gradients), [h, gates, c], given, places, reverse, layer.backend, asked)
     gradients = {k: d for k, d, need in zip(places, found, asked) if need}
     return [gradients.get(k) for k in range(DIFFERENTIABLE)]
 
@@ -196,11 +183,12 @@ def _forward_fake(given, places, reverse, backend, save, recompute):
 def _backward(gradients, saved, given, places, reverse, backend, needed):
     (h, gates, c), way = saved, Backend(backend)
     if way in KERNEL_BACKENDS:
-        inputs, _ = _inputs(given, places)
-        asked = {k for k, need in zip(places, needed) if need}
-        layer, asked = _kernels_for(inputs, reverse, way), [k in asked for k in range(DIFFERENTIABLE)]
-        every = fused.gradients(layer, Saved(inputs, h, gates, c), gradients, asked)
-        found = [every[k] if need else None for k, need in zip(places, needed)]
+        (inputs, _), asked = _inputs(given, places), dict(zip(places, needed))
+        every = fused.gradients(
+            _kernels_for(inputs, reverse, way), Saved(inputs, h, gates, c), gradients,
+            [asked.get(k, False) for k in range(DIFFERENTIABLE)],
+        )  # fmt: skip
+        found = [every[k] if need else None for k, need in asked.items()]
     else:
         leaves, results = gates.graph if hasattr(gates, "graph") else _with_autograd(given, places, reverse, way)
         pairs = [(result, d) for result, d in zip(results, gradients) if d is not None]

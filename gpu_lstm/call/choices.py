@@ -40,7 +40,7 @@ KERNEL_BACKENDS = (Backend.TRITON, Backend.CUPY)
 
 
 class Choice(Generic[T]):
-    """What the open `with` blocks of a process chose: the last opened counts, in whatever order they close."""
+    """What the open `with` blocks chose: the last opened counts, in whatever order they close."""
 
     def __init__(self) -> None:
         self.blocks: list[Block[T]] = []  # that are open
@@ -90,9 +90,8 @@ chosen_racing: Choice[Racing] = Choice()
 def backend(name: BackendName | Backend) -> Block:
     """Choose the backend within a `with` block, for every module and function that was not given one itself.
 
-    It holds for the whole process, as torch.backends' flags do. Of blocks that are open in several threads at once, the
-    last opened counts; once all are closed, nothing is left behind. Without `with` nothing is chosen, and a
-    RuntimeWarning says so, as for a coroutine that is never awaited.
+    It holds for the whole process, as torch.backends' flags do; of blocks in several threads, the last opened counts.
+    Without `with` nothing is chosen, and a RuntimeWarning says so.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -120,7 +119,7 @@ def parse_backend_name(name: str | Backend) -> BackendName:
 
 
 def _parse(kind: type[E], name: object, what: str, source: str = "") -> E:
-    """The member of an enum of that name; `source` says where the name comes from, if not from the call itself."""
+    """The member of that name; `source` says where the name comes from, if not from the call itself."""
     if isinstance(name, kind):
         return name
     names = [each.value for each in kind]

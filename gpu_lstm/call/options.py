@@ -86,23 +86,20 @@ def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...],
         True, True, a.bias, a.bias, a.proj_size > 0, a.peepholes,
         "ih" in a.norms, "hh" in a.norms, "c" in a.norms, "c" in a.norms and a.bias,
     )  # fmt: skip
+    present = [name if is_there else None for name, is_there in zip(NAMES, there)]
     layers = []
     for k in range(len(a.hidden_sizes)):
         suffix = "" if a.kind == "LSTMCell" else "_l0" if a.kind == "StackedLSTM" else f"_l{k}"
-        layer = []
-        for d in range(directions):
-            own = suffix + "_reverse" * d
-            layer.append(tuple([name + own if is_there else None for name, is_there in zip(NAMES, there)]))
-        layers.append(tuple(layer))
+        ways = (suffix, suffix + "_reverse")[:directions]
+        layers.append(tuple([tuple([name and name + way for name in present]) for way in ways]))
     return tuple(layers)
 
 
 def _weight_sizes(size: Size) -> tuple[tuple[int, ...], ...]:
     """The sizes of a layer's tensors, in the order of Weights."""
-    inputs, hidden, _ = size
-    rows, width = 4 * hidden, size.width
+    rows, hidden, width = 4 * size.hidden, size.hidden, size.width
     return (
-        (rows, inputs), (rows, width), (rows,), (rows,), (width, hidden), (3 * hidden,),
+        (rows, size.inputs), (rows, width), (rows,), (rows,), (width, hidden), (3 * hidden,),
         (rows,), (rows,), (hidden,), (hidden,),
     )  # fmt: skip
 
@@ -112,6 +109,4 @@ def options_of(*fields: Any) -> Options:
     return Options(Arguments(*fields)) if torch.compiler.is_compiling() else _cached(*fields)
 
 
-@functools.cache
-def _cached(*fields: Any) -> Options:
-    return Options(Arguments(*fields))
+_cached = functools.cache(lambda *fields: Options(Arguments(*fields)))

@@ -14,14 +14,14 @@ from .convert import check_activations
 class LSTM(keras.layers.LSTM):
     """keras.layers.LSTM on Keras's torch backend, computed by gpu_lstm: the same arguments, weights and numbers.
 
-    Weights, initial values, regularizers, constraints, states, dtype policies and the configuration are Keras's own;
-    weights load both ways. docs/keras_layer.md shows how to replace the layers of an existing model.
+    All but the computation is Keras's own; weights load both ways. docs/keras_layer.md shows how to replace the layers
+    of an existing model.
 
     - A mask may have any form. A masked step leaves the state as it is; its output repeats that of the last valid step
       or, with zero_output_for_mask, is zero. Values at masked steps, even NaN, affect neither results nor gradients.
     - dropout draws the same numbers as Keras from the same seed.
-    - recurrent_dropout, and dropout with implementation=1, need a mask for each gate, which the kernels do not have. So
-      calls with training=True run Keras's own loop over the steps, at its speed; inference does not.
+    - recurrent_dropout, and dropout with implementation=1, need a mask for each gate, which the kernels do not have:
+      calls with training=True run Keras's own loop over the steps, at its speed.
       `gpu_lstm.LSTM(recurrent_dropout=...)` has one mask for all gates and no loop.
     - unroll and use_cudnn are accepted and ignored. `gpu_lstm.backend` and GPU_LSTM_BACKEND choose the backend.
 

@@ -54,7 +54,7 @@ class Trace:
     lengths: Tensor | None  # [B]
 
     def plot(self, sequence: int = 0) -> "Figure":
-        """Draw one sequence: a row of heat maps a layer and direction, units against time; needs matplotlib.
+        """Draw one sequence: a row of heat maps a layer and direction, units against time.
 
         Gates go from 0 to 1. States go from -1 to 1, and a cell state beyond is drawn as -1 or 1.
 
@@ -106,8 +106,8 @@ def trace(
 ) -> Trace:  # fmt: skip
     """Call an LSTM and record all that it computes: gates, cell and hidden states of every step, layer and direction.
 
-    The call runs on the reference whatever the backend; results equal other backends' except for rounding. Dropout
-    between layers is applied as in any call: to trace inference, call `eval()` first.
+    It runs on the reference; other backends' results are equal except for rounding. To trace inference, call `eval()`
+    first, as dropout is applied.
 
     Args:
         lstm: a gpu_lstm.LSTM or StackedLSTM, or a torch.nn.LSTM.
