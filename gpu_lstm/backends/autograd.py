@@ -40,8 +40,10 @@ def layer(
     count = len(given)
     while given[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
         count -= 1
-    apply = LSTMLayerInTransforms.apply if transformed else _apply
-    h, h_n, c_n, *_ = apply(kernels, recompute, *given[:count])
+    if transformed:
+        h, h_n, c_n, *_ = graph.InTransforms.apply(kernels.problem.reverse, kernels.backend, True, recompute, *given)
+    else:
+        h, h_n, c_n = _apply(kernels, recompute, *given[:count])
     return h, (h_n, c_n)
 
 
@@ -55,39 +57,20 @@ class LSTMLayer(torch.autograd.Function):
         h, h_n, c_n, gates, c = fused.forward(kernels, inputs, save=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*given, h, gates.new_empty(0) if recompute else gates, c)
-        ctx.kernels, ctx.by_operator = kernels, False
+        ctx.kernels = kernels
         return h, h_n, c_n if c_n.dtype is inputs.c0.dtype else c_n.to(inputs.c0.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
+    def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple:
         """None where no gradient is needed."""
         needed = ctx.needs_input_grad[2:]
         count, padding = len(needed), (False,) * DIFFERENTIABLE
-        found = _gradients(ctx, (dh, dh_n, dc_n), (needed + padding)[:DIFFERENTIABLE])
+        found = _gradients(ctx, output_gradients, (needed + padding)[:DIFFERENTIABLE])
         return None, None, *found[:count], *(None,) * (count - DIFFERENTIABLE)
 
 
 # Skips what Function.apply does for transforms, argument by argument.
 _apply = super(torch.autograd.Function, LSTMLayer).apply
-
-
-class LSTMLayerInTransforms(LSTMLayer):
-    """The same for transforms of torch.func, which need setup_context; by operators, which work inside transforms."""
-
-    @staticmethod
-    def forward(kernels: Any, recompute: bool, *given: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """As LSTMLayer.forward, plus gates [T, B, 4H] or empty, and c [T, B, H]."""
-        return graph.OPERATOR(*graph.flat(given), kernels.problem.reverse, kernels.backend, True, recompute)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        """Save what backward reads."""
-        ctx.kernels, _, *given = inputs
-        h, _, _, gates, c = output
-        ctx.by_operator = True
-        ctx.mark_non_differentiable(gates, c)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*given, h, gates, c)
 
 
 def _gradients(ctx: Any, output_gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> Sequence[Tensor | None]:
@@ -99,6 +82,7 @@ def _gradients(ctx: Any, output_gradients: Sequence[Tensor | None], needed: Sequ
         run = partial(reference.run_inputs, reverse=kernels.problem.reverse)
         return reference.gradients(run, inputs, output_gradients, needed)
     with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
-        if ctx.by_operator or is_transformed():
-            return graph.gradients_of(kernels, saved, output_gradients, needed)
+        if is_transformed():  # operators work there: backward is vmapped, say
+            reverse, kept = kernels.problem.reverse, (h, gates, c)
+            return graph.gradients_of(reverse, kernels.backend, output_gradients, kept, needed, given)
         return fused.gradients(kernels, Saved(Inputs(*given), h, gates, c), output_gradients, needed)

@@ -164,8 +164,13 @@ def gradients(
 
     found: dict[str, Tensor | None] = dict.fromkeys(Inputs._fields[:DIFFERENTIABLE])
     of_x = of_h = d.dgates  # of W_ih x and W_hh h; zero in padding, but zero times a NaN in there is NaN
-    if not given.gain_ih is given.gain_hh is given.gain_c is None:
-        of_x, of_h = _through_norms(found, saved, need, d, (of_hh, of_c))
+    if given.gain_ih is not None and (need.x or need.weight_ih or need.gain_ih):
+        of_ih = layer_norm.unit_of(_without_padding(given.x, given.lengths) @ given.weight_ih.T)
+        of_x, found["gain_ih"] = _through_norm(d.dgates, given.gain_ih, of_ih)
+    if given.gain_hh is not None and (need.weight_hh or need.gain_hh or need.reset_h):
+        of_h, found["gain_hh"] = _through_norm(d.dgates, given.gain_hh, of_hh)
+    if given.gain_c is not None and (need.gain_c or need.bias_c):
+        found["gain_c"], found["bias_c"] = _gradients_of_norm_of_c(saved, d.dh_total, of_c.unit)
     columns_of_x = of_x.flatten(0, 1).T  # [4H, T*B]
     columns_of_h = columns_of_x if of_h is of_x else of_h.flatten(0, 1).T
     if need.x:
@@ -193,32 +198,18 @@ def gradients(
     return list(found.values())
 
 
-def _through_norms(
-    found: dict[str, Tensor | None], saved: Saved, need: Inputs, d: Any, units: tuple[Unit, Unit]
-) -> tuple[Tensor, Tensor]:
-    """Gradients [T, B, 4H] of W_ih x and of W_hh h, from those of their sum; those of gains and bias_c go into `found`.
-
-    `units` of W_hh h and c; `d` are Gradients of kernels/layer.py.
-    """
-    given, (of_hh, of_c) = saved.given, units
-    of_x = of_h = d.dgates
-    if given.gain_ih is not None and (need.x or need.weight_ih or need.gain_ih):
-        unit_ih = layer_norm.unit_of(_without_padding(given.x, given.lengths) @ given.weight_ih.T)
-        of_x, found["gain_ih"] = _through_norm(d.dgates, given.gain_ih, unit_ih)
-    if given.gain_hh is not None and (need.weight_hh or need.gain_hh or need.reset_h):
-        of_h, found["gain_hh"] = _through_norm(d.dgates, given.gain_hh, of_hh)
-    if given.gain_c is not None and (need.gain_c or need.bias_c):  # m = o tanh(LN(c))
-        normed = of_c.unit * given.gain_c if given.bias_c is None else of_c.unit * given.gain_c + given.bias_c
-        of_normed = d.dh_total * saved.gates.chunk(4, dim=2)[3] * (1 - normed.tanh().square())  # [T, B, H] float32
-        for name, t in (("gain_c", of_normed * of_c.unit), ("bias_c", of_normed)):
-            if getattr(need, name):
-                found[name] = _without_padding(t, given.lengths).sum((0, 1)).to(d.dh_total.dtype)
-    return of_x, of_h
-
-
 def _through_norm(d: Tensor, gain: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
     """Gradient d [T, B, N] of a layer norm's result -> gradients of (its input, its gain [N])."""
     return layer_norm.gradient(d, gain, *unit), (d * unit.unit).sum((0, 1))
+
+
+def _gradients_of_norm_of_c(saved: Saved, dm: Tensor, unit: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[H]: of gain_c and of bias_c, from dm [T, B, H], that of m = o tanh(LN(c))."""
+    given = saved.given
+    normed = unit * given.gain_c if given.bias_c is None else unit * given.gain_c + given.bias_c
+    d = dm * saved.gates.chunk(4, dim=2)[3] * (1 - normed.tanh().square())  # [T, B, H] float32
+    dgain, dbias = (_without_padding(t, given.lengths).sum((0, 1)).to(dm.dtype) for t in (d * unit, d))
+    return dgain, None if given.bias_c is None else dbias
 
 
 def _gradient_of_peepholes(saved: Saved, dgates: Tensor, traversal: Traversal) -> Tensor:

@@ -129,14 +129,12 @@ def cut(t: Any, span: Span) -> Any:
 
 
 @functools.cache
-def _streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
+def _streams(device: torch.device, count: int) -> Streams:
     return tuple(torch.cuda.Stream(device) for _ in range(count))
 
 
 @contextlib.contextmanager
-def on(
-    stream: torch.cuda.Stream | None, after: torch.cuda.Stream | None, reads: Sequence[Tensor | None]
-) -> Iterator[None]:
+def on(stream: Stream, after: Stream, reads: Sequence[Tensor | None]) -> Iterator[None]:
     """Work on `stream`, once what is queued on `after` (by default the current stream) is done."""
     if stream is None:
         yield

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
 E = TypeVar("E", bound=enum.Enum)
 
 BACKEND_VARIABLE = "GPU_LSTM_BACKEND"
@@ -39,24 +38,24 @@ class Racing(enum.Enum):
 KERNEL_BACKENDS = (Backend.TRITON, Backend.CUPY)
 
 
-class Choice(Generic[T]):
+class Choice(Generic[E]):
     """What the open `with` blocks chose: the last opened counts, in whatever order they close."""
 
     def __init__(self) -> None:
-        self.blocks: list[Block[T]] = []  # that are open
+        self.blocks: list[Block[E]] = []  # that are open
 
     @property
-    def now(self) -> T | None:
+    def now(self) -> E | None:
         """What the last opened block chose; None: no block is open."""
         return self.blocks[-1].value if self.blocks else None
 
 
-class Block(contextlib.ContextDecorator, Generic[T]):
+class Block(contextlib.ContextDecorator, Generic[E]):
     """A choice that holds within a `with` block, or while a function that it decorates runs."""
 
     _used = True  # for those that torch.compile makes without __init__
 
-    def __init__(self, choice: Choice[T], value: T, call: str) -> None:
+    def __init__(self, choice: Choice[E], value: E, call: str) -> None:
         self.value, self._choice, self._call, self._used = value, choice, call, False
 
     def __enter__(self) -> None:

@@ -54,7 +54,8 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     if call.modes.transforms == Transforms.REFERENCE:
         return Decision(able, "only it runs inside vmap and forward-mode derivatives")
     if requested_backend(call.options.backend) is not Backend.AUTO:
-        return Decision(able, f"asked for by {_who_asked(call)}")
+        who = "gpu_lstm.backend(...)" if choices.chosen_backend.now else f"the variable {choices.BACKEND_VARIABLE}"
+        return Decision(able, f"asked for by {who if call.options.backend is None else 'the argument `backend`'}")
     if able not in KERNEL_BACKENDS:
         return Decision(able, "backend 'auto' chooses it where no kernels run")
     if call.modes.recording != Recording.NOBODY or call.modes.transforms != Transforms.NONE:
@@ -96,14 +97,6 @@ def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
     own = json.dumps((decision.backend.value, *decision[1:]))
     backend, *rest = json.loads(store.compare_set(f"gpu_lstm/{json.dumps(key, sort_keys=True)}", "", own))
     return Decision(Backend(backend), *rest)
-
-
-def _who_asked(call: Call) -> str:
-    if call.options.backend is not None:
-        return "the argument `backend`"
-    if choices.chosen_backend.now is not None:
-        return "gpu_lstm.backend(...)"
-    return f"the variable {choices.BACKEND_VARIABLE}"
 
 
 def _cached(kind: Kind, able: Backend, device: torch.device) -> Decision | None:
