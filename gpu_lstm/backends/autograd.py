@@ -1,17 +1,16 @@
 """One layer in one direction by kernels, for autograd: what is saved, backward, and gradients of gradients."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..call.modes import alive, gradients_are_differentiated, is_transformed
+from ..call.modes import gradients_are_differentiated, is_transformed
 from ..call.noise import Noise
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from . import fused, graph, reference
+from . import fused, graph
 from .fused import DIFFERENTIABLE, Inputs, Saved, inputs_of
 from .layers import NOTHING
 
@@ -37,12 +36,12 @@ def layer(
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
         h, h_n, c_n, *_ = fused.forward(kernels, given, save=False)
         return h, (h_n, c_n if c_n.dtype is state[1].dtype else c_n.to(state[1].dtype))
-    count = len(given)
-    while given[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
-        count -= 1
     if transformed:
         h, h_n, c_n, *_ = graph.InTransforms.apply(kernels.problem.reverse, kernels.backend, True, recompute, *given)
     else:
+        count = len(given)
+        while given[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
+            count -= 1
         h, h_n, c_n = _apply(kernels, recompute, *given[:count])
     return h, (h_n, c_n)
 
@@ -63,26 +62,18 @@ class LSTMLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple:
         """None where no gradient is needed."""
-        needed = ctx.needs_input_grad[2:]
-        count, padding = len(needed), (False,) * DIFFERENTIABLE
-        found = _gradients(ctx, output_gradients, (needed + padding)[:DIFFERENTIABLE])
+        kernels, saved, count = ctx.kernels, ctx.saved_tensors, len(ctx.needs_input_grad) - 2
+        *given, h, gates, c = saved
+        needed = (*ctx.needs_input_grad[2:], *(False,) * DIFFERENTIABLE)[:DIFFERENTIABLE]
+        found: Sequence[Tensor | None]
+        if is_transformed() or gradients_are_differentiated(h, [*saved, *output_gradients]):
+            kept, reverse = (h, gates, c), kernels.problem.reverse
+            found = graph.gradients_of(reverse, kernels.backend, output_gradients, kept, needed, given)
+        else:
+            with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
+                found = fused.gradients(kernels, Saved(Inputs(*given), h, gates, c), output_gradients, needed)
         return None, None, *found[:count], *(None,) * (count - DIFFERENTIABLE)
 
 
 # Skips what Function.apply does for transforms, argument by argument.
 _apply = super(torch.autograd.Function, LSTMLayer).apply
-
-
-def _gradients(ctx: Any, output_gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> Sequence[Tensor | None]:
-    """Gradients of the first Inputs, differentiable where they may be differentiated."""
-    kernels, saved = ctx.kernels, ctx.saved_tensors
-    *given, h, gates, c = saved
-    if gradients_are_differentiated(h, [*saved, *output_gradients]):
-        inputs = Inputs(*map(alive, given))  # type: ignore[arg-type]
-        run = partial(reference.run_inputs, reverse=kernels.problem.reverse)
-        return reference.gradients(run, inputs, output_gradients, needed)
-    with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
-        if is_transformed():  # operators work there: backward is vmapped, say
-            reverse, kept = kernels.problem.reverse, (h, gates, c)
-            return graph.gradients_of(reverse, kernels.backend, output_gradients, kept, needed, given)
-        return fused.gradients(kernels, Saved(Inputs(*given), h, gates, c), output_gradients, needed)

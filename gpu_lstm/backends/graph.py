@@ -88,8 +88,15 @@ def gradients_of(
     reverse: bool, backend: str, gradients: Sequence[Tensor | None], saved: Sequence[Tensor], needed: Sequence[bool],
     given: Sequence[Tensor | None],
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of the given tensors where `needed`, by the operator, from those of h, h_n, c_n; saved: h, gates, c."""
-    found = iter(BACKWARD(reverse, backend, list(gradients), list(saved), list(needed), list(given)))
+    """Gradients of the given tensors where `needed`, from those of h, h_n and c_n; `saved`: h, gates and c.
+
+    By the operator; where they may be differentiated, by the reference, which is differentiable to any order.
+    """
+    if gradients_are_differentiated(saved[0], [*saved, *given, *gradients]):
+        run = partial(_without_kernels, reverse=reverse, backend=Backend.REFERENCE)
+        return reference.gradients(run, [*map(alive, given)], gradients, needed)
+    with torch.no_grad():
+        found = iter(BACKWARD(reverse, backend, list(gradients), list(saved), list(needed), list(given)))
     return [next(found) if need else None for need in needed]
 
 
@@ -114,7 +121,7 @@ def _without_kernels(given: Sequence[Tensor | None], reverse: bool, backend: Bac
         else:
             h, (h_n, c_n) = torch_lstm.layer(x, (h0, c0), inputs.weights(), inputs.traversal(reverse))
         return h, h_n, c_n
-    if h0.dim() == 2:
+    if len(directions) == 1:
         return reference.run_inputs(inputs, reverse)
     parts = [reference.run_inputs(Inputs(x, h0[d], c0[d], *each), d == 1) for d, each in enumerate(directions)]
     hs, h_ns, c_ns = zip(*parts)
@@ -199,13 +206,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _gradients(ctx: Any, *output_gradients: Tensor | None) -> tuple:
-    (h, gates, c, *given), gradients, needed = ctx.saved_tensors, output_gradients[:3], ctx.needs_input_grad[4:]
-    if gradients_are_differentiated(h, [*ctx.saved_tensors, *gradients]):
-        run = partial(_without_kernels, reverse=ctx.reverse, backend=Backend.REFERENCE)
-        found = reference.gradients(run, [*map(alive, given)], gradients, needed)
-    else:
-        with torch.no_grad():
-            found = gradients_of(ctx.reverse, ctx.backend, gradients, [h, gates, c], needed, given)
+    saved, given, needed = ctx.saved_tensors[:3], ctx.saved_tensors[3:], ctx.needs_input_grad[4:]
+    found = gradients_of(ctx.reverse, ctx.backend, output_gradients[:3], saved, needed, given)
     return None, None, None, None, *found
 
 

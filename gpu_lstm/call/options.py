@@ -50,8 +50,7 @@ class Arguments(NamedTuple):
 class Options:
     """Arguments and what follows from them. There is one object for equal arguments, so that it can be a key."""
 
-    def __init__(self, arguments: Arguments) -> None:
-        a = self.arguments = arguments
+    def __init__(self, a: Arguments) -> None:
         self.kind, self.batch_first, self.training, self.backend = a.kind, a.batch_first, a.training, a.backend
         self.recompute, self.residual, self.reverse = a.recompute, a.residual, a.reverse
         self.directions = 2 if a.bidirectional else 1

@@ -80,9 +80,7 @@ class Traversal(NamedTuple):
 
     def backwards(self) -> "Traversal":
         """The same batch in the reverse direction."""
-        states = self.reset_states
-        if states is not None:
-            states = [(torch.cat([h[1:], h[:1]]), torch.cat([c[1:], c[:1]])) for h, c in states]
+        states = self.reset_states and [(h.roll(-1, 0), c.roll(-1, 0)) for h, c in self.reset_states]
         return Traversal(self.lengths, self.resets, True, states)
 
     def of(self, number: int) -> "Traversal":

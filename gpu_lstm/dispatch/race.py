@@ -65,16 +65,13 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     if key in _decided:
         return _decided[key]
     if dry or call.modes.capturing:  # the next call races
-        decision = None if mode is Racing.OFF else _cached(kind, able, device)
-        if decision is not None:
+        if decision := _cached(kind, able, device, mode):
             return decision
         expected = expected_winner(kind, able, device)
         then = "; the first call races it" if dry and mode is Racing.ON and not kind.only_ours else ""
         return expected._replace(why=expected.why + then)
     with _lock, torch.random.fork_rng([device] if call.x.is_cuda else []):
-        decision = None if mode is Racing.OFF else _cached(kind, able, device)
-        if decision is None:
-            decision = _judge(call, kind, able, mode)
+        decision = _cached(kind, able, device, mode) or _judge(call, kind, able, mode)
         _decided[key] = decision = _agreed(decision, _key(kind, able, device))
     logger.info("%s: %s", describe(kind.as_json()), decision)
     return decision
@@ -99,9 +96,9 @@ def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
     return Decision(Backend(backend), *rest)
 
 
-def _cached(kind: Kind, able: Backend, device: torch.device) -> Decision | None:
-    """The result of a race of a kind of call on a device, if there was one."""
-    entry = cache.read(KIND, _key(kind, able, device))
+def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> Decision | None:
+    """The result of a race of a kind of call on a device, if there was one, and it may be used."""
+    entry = None if mode is Racing.OFF else cache.read(KIND, _key(kind, able, device))
     if entry is None:
         return None
     rivals = [able.value, _other(kind).value]
