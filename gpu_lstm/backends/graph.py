@@ -11,7 +11,7 @@ saved (by hooks that copy, in CUDA graphs, in an exported program), backward rec
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -219,28 +219,24 @@ class InTransforms(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
-def _one_after_another(operator: Any) -> Callable[..., tuple]:
+def _one_after_another(operator: Any, info: Any, in_dims: tuple, *arguments: Any) -> tuple:
     """How an operator is vmapped: one call after another, say for Jacobians row by row."""
-
-    def call_each(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
-        flat, spec = tree_flatten(arguments)
-        given = list(zip(flat, _broadcast_to_and_flatten(in_dims, spec)))  # type: ignore[arg-type]
-        each = []
-        for k in range(info.batch_size):
-            own = [t if dim is None else t.select(dim, k) for t, dim in given]
-            each.append(operator(*tree_unflatten(own, spec)))
-        kind = type(each[0])  # a tuple or a list
-        results = kind(torch.stack(tensors) for tensors in zip(*each))
-        return results, kind([0]) * len(results)
-
-    return call_each
+    flat, spec = tree_flatten(arguments)
+    given = list(zip(flat, _broadcast_to_and_flatten(in_dims, spec)))  # type: ignore[arg-type]
+    each = []
+    for k in range(info.batch_size):
+        own = [t if dim is None else t.select(dim, k) for t, dim in given]
+        each.append(operator(*tree_unflatten(own, spec)))
+    kind = type(each[0])  # a tuple or a list
+    results = kind(torch.stack(tensors) for tensors in zip(*each))
+    return results, kind([0]) * len(results)
 
 
 for _operator, _run, _fake in (OPERATOR, _forward, _forward_fake), (BACKWARD, _backward, _backward_fake):
     for _key in ("CPU", "CUDA"):
         _LIBRARY.impl(_operator, _run, _key)
     torch.library.register_fake(_operator, _fake, lib=_LIBRARY)
-    torch.library.register_vmap(_operator, _one_after_another(_operator), lib=_LIBRARY)
+    torch.library.register_vmap(_operator, partial(_one_after_another, _operator), lib=_LIBRARY)
 torch.library.register_autograd(OPERATOR, _gradients, setup_context=_setup_context, lib=_LIBRARY)
 
 

@@ -11,6 +11,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -127,7 +128,7 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
                 return expected
             if error := _error_of(runs[other.value]):  # say cuDNN cannot be initialised
                 return Decision(able, f"torch's LSTM fails: {error}")
-            times = race(runs, clock_of(call.x.device))
+            times = race(runs, partial(clock, call.x.device))
     except torch.OutOfMemoryError:
         return expected
     decision, is_certain = judge(times, expected)
@@ -176,15 +177,11 @@ def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
     return run
 
 
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """A clock in seconds that first waits for the device's queued work; tests can replace it to simulate a card."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return now
+def clock(device: torch.device) -> float:
+    """The time in seconds, once the device's queued work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -> dict[str, list[float]]:

@@ -124,7 +124,8 @@ def from_keras(
         for weights, cell in zip([w for layer in lstm._weights() for w in layer], cells):
             # Of two tensors or, with a bias, four, of which the last is bias_hh.
             for tensor, name in zip(weights.present(), ("kernel", "recurrent_kernel", "bias")):
-                tensor.copy_(_tensor(keras, getattr(cell, name)).t()).requires_grad_(cell.trainable)
+                values = keras.ops.convert_to_numpy(getattr(cell, name).value).astype("float64")
+                tensor.copy_(torch.from_numpy(values).t()).requires_grad_(cell.trainable)
             if weights.bias_hh is not None:
                 weights.bias_hh.zero_().requires_grad_(cell.trainable and not freeze_second_bias)
     return GoBackwards(lstm) if not both and layer.go_backwards else lstm
@@ -315,10 +316,6 @@ def _same(name: str, values: list) -> Any:
     return values[0]
 
 
-# Numbers are converted through float64, which holds those of every other dtype, even of one that NumPy does not know.
-def _tensor(keras: ModuleType, variable: Any) -> Tensor:
-    return torch.from_numpy(keras.ops.convert_to_numpy(variable.value).astype("float64"))
-
-
 def _array(tensor: Tensor) -> np.ndarray:
+    """Through float64, which holds the numbers of every other dtype, even of one that NumPy does not know."""
     return tensor.detach().cpu().double().numpy()

@@ -4,7 +4,6 @@ from typing import Any
 
 import keras
 import torch
-from torch import Tensor
 
 from ..functional import lstm_layer
 from .convert import check_activations
@@ -67,13 +66,9 @@ class LSTM(keras.layers.LSTM):
             return h, y.transpose(0, 1), [h, c]
 
         mask = to_tensor(mask, dtype="bool").reshape(x.shape[1], x.shape[0]).T
-        return self._masked(x, weights, hx, mask.flip(0) if self.go_backwards else mask)
-
-    def _masked(self, x: Tensor, weights: list[Tensor], hx: list[Tensor], mask: Tensor) -> tuple:
-        """inner_loop with x [T, B, I] and mask [T, B] in the order of the steps.
-
-        The valid steps of each sequence are put before its masked ones, so that a mask of any form becomes lengths.
-        """
+        if self.go_backwards:
+            mask = mask.flip(0)
+        # The valid steps of each sequence are put before its masked ones, so that a mask of any form becomes lengths.
         valid_first = (~mask).byte().argsort(dim=0, stable=True)
         y, (h, c) = lstm_layer(
             x.take_along_dim(valid_first[:, :, None], 0), weights, (hx[0], hx[1]), lengths=mask.sum(0)

@@ -132,7 +132,7 @@ def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
             recurrent_kernel [H, 4H] and bias [4H], with gates in the order i, g, f, o; of a LayerNormLSTM also gamma
             [2, 4H], gamma_h [H] and beta_h [H], which become gain_ih and gain_hh, gain_c and bias_c.
 
-    Haste's one bias becomes bias_ih; bias_hh is zero. Its forget_bias was only the initial value of that bias.
+    Haste's one bias becomes bias_ih; bias_hh is zero.
 
     Raises:
         TypeError: something else, or a parameter that is not a tensor.

@@ -27,9 +27,8 @@ class _StepGraph(NamedTuple):
 class Stream:
     """Runs `lstm` on a batch of endless sequences; outputs are those of one call with all steps, except for rounding.
 
-    In float16 and bfloat16 the cell state is held in float32. Inference only: nothing is recorded for backward. On CUDA
-    the first step is captured in a graph that later ones replay, and again if a parameter is replaced (not if one is
-    changed in place). One graph serves every `active`. Nothing waits for the device.
+    Inference only. In float16 and bfloat16 the cell state is held in float32. On CUDA the first step is captured in a
+    graph that later ones replay, and again if a parameter is replaced (not if one is changed in place).
 
     Args:
         lstm: an LSTM or a StackedLSTM, in eval() if it has dropout; one direction.

@@ -104,10 +104,9 @@ def trace(
     lstm: nn.Module, x: Tensor | PackedSequence, hx: State | Sequence[State] | None = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: State | Sequence[State] | None = None,
 ) -> Trace:  # fmt: skip
-    """Call an LSTM and record all that it computes: gates, cell and hidden states of every step, layer and direction.
+    """Call an LSTM, on the reference, and record gates, cell and hidden states of every step, layer and direction.
 
-    It runs on the reference; other backends' results are equal except for rounding. To trace inference, call `eval()`
-    first, as dropout is applied.
+    Dropout is applied as in any call: to trace inference, call `eval()` first.
 
     Args:
         lstm: a gpu_lstm.LSTM or StackedLSTM, or a torch.nn.LSTM.
