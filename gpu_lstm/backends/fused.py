@@ -170,7 +170,7 @@ def gradients(
     if given.gain_hh is not None and (need.weight_hh or need.gain_hh or need.reset_h):
         of_h, found["gain_hh"] = _through_norm(d.dgates, given.gain_hh, of_hh)
     if given.gain_c is not None and (need.gain_c or need.bias_c):
-        found["gain_c"], found["bias_c"] = _gradients_of_norm_of_c(saved, d.dh_total, of_c.unit)
+        found["gain_c"], found["bias_c"] = _gradients_of_norm_of_c(saved, d.dh_total, given.gain_c, of_c.unit)
     columns_of_x = of_x.flatten(0, 1).T  # [4H, T*B]
     columns_of_h = columns_of_x if of_h is of_x else of_h.flatten(0, 1).T
     if need.x:
@@ -203,13 +203,13 @@ def _through_norm(d: Tensor, gain: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
     return layer_norm.gradient(d, gain, *unit), (d * unit.unit).sum((0, 1))
 
 
-def _gradients_of_norm_of_c(saved: Saved, dm: Tensor, unit: Tensor) -> tuple[Tensor, Tensor | None]:
+def _gradients_of_norm_of_c(saved: Saved, dm: Tensor, gain: Tensor, unit: Tensor) -> tuple[Tensor, Tensor | None]:
     """[H]: of gain_c and of bias_c, from dm [T, B, H], that of m = o tanh(LN(c))."""
-    given = saved.given
-    normed = unit * given.gain_c if given.bias_c is None else unit * given.gain_c + given.bias_c
+    bias, lengths = saved.given.bias_c, saved.given.lengths
+    normed = unit * gain if bias is None else unit * gain + bias
     d = dm * saved.gates.chunk(4, dim=2)[3] * (1 - normed.tanh().square())  # [T, B, H] float32
-    dgain, dbias = (_without_padding(t, given.lengths).sum((0, 1)).to(dm.dtype) for t in (d * unit, d))
-    return dgain, None if given.bias_c is None else dbias
+    dgain, dbias = (_without_padding(t, lengths).sum((0, 1)).to(dm.dtype) for t in (d * unit, d))
+    return dgain, None if bias is None else dbias
 
 
 def _gradient_of_peepholes(saved: Saved, dgates: Tensor, traversal: Traversal) -> Tensor:

@@ -100,20 +100,15 @@ def gradients_of(
     return [next(found) if need else None for need in needed]
 
 
-def _split(given: Sequence[Any]) -> tuple[Inputs, list[Weights]]:
-    """Inputs, and the Weights of every direction."""
-    first, second = Inputs(*given[:SECOND]), given[SECOND:]
-    return first, [first.weights(), *([Weights(*second)] if second and second[0] is not None else [])]
-
-
 def _kernels_for(given: Inputs, reverse: bool, backend: Backend) -> Any:
     r = fused.recurrence_of(given, reverse, recurrent_precision(given.x.dtype))
     return kernels.layer_of(backend, problem_of(given.x, r), given.x.device)
 
 
-def _without_kernels(given: Sequence[Tensor | None], reverse: bool, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
+def _without_kernels(given: Sequence[Any], reverse: bool, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
     """h, h_n and c_n, by torch's operators, which autograd records."""
-    inputs, directions = _split(given)
+    inputs, second = Inputs(*given[:SECOND]), given[SECOND:]
+    directions = [inputs.weights(), *([Weights(*second)] if second and second[0] is not None else [])]
     x, h0, c0, *_ = inputs
     if backend is Backend.TORCH:
         if h0.dim() == 3:
@@ -150,10 +145,10 @@ def _apart(x: Tensor, record: bool) -> Iterator[None]:
 
 
 def _forward(reverse, backend, save, recompute, *given):
-    (x, _, c0, *_), way = given, Backend(backend)
+    inputs, way = Inputs(*given[:SECOND]), Backend(backend)
+    x, _, c0, *_ = inputs
     nothing, no_c = x.new_empty(0), c0.new_empty(0, dtype=torch.float32)
     if way in KERNEL_BACKENDS:
-        inputs, _ = _split(given)
         h, h_n, c_n, gates, c = fused.forward(_kernels_for(inputs, reverse, way), inputs, save)
         return h, h_n, c_n.to(c0.dtype), nothing if recompute or not save else gates, no_c if c is None else c
     leaves, results = _with_autograd(given, reverse, way, save)
@@ -175,7 +170,7 @@ def _forward_fake(reverse, backend, save, recompute, x, h0, c0, *_):
 def _backward(reverse, backend, gradients, saved, needed, given):
     (h, gates, c), way = saved, Backend(backend)
     if way in KERNEL_BACKENDS:
-        inputs, _ = _split(given)
+        inputs = Inputs(*given[:SECOND])
         layer = _kernels_for(inputs, reverse, way)
         every = fused.gradients(layer, Saved(inputs, h, gates, c), gradients, needed[:DIFFERENTIABLE])
         found = [d for d, need in zip(every, needed) if need]

@@ -148,12 +148,11 @@ def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
         plan, measured = layer.chosen(which)
         # Backward is verified for each set of gradients that it may be given.
         verified = [which, which._replace(dh_n=False), which._replace(dh=False)] if which.backward else [which]
-        verdicts = {cached_verdict(plan, layer.problem, each, layer.device) for each in verified} - {None}
-        wrong = sorted(map(str, verdicts - {"right"}))
+        verdicts = [v for each in verified if (v := cached_verdict(plan, layer.problem, each, layer.device))]
         passes.append(PassPlan(
             "backward" if which.backward else "forward", plan.family.value, tiles_of(plan), plan.why,
             "measured by autotune" if measured else "expected to be the fastest",
-            wrong[0] if wrong else "right" if verdicts else None,
+            min(verdicts, key="right".__eq__, default=None),  # what is wrong, if anything is
             call.steps if plan.family.value == "pointwise" else launches,
             {} if card is planning.INTERPRETER else planning.expected(layer.problem, card, plan, which.backward).terms,
         ))  # fmt: skip
