@@ -85,12 +85,14 @@ def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...],
         True, True, a.bias, a.bias, a.proj_size > 0, a.peepholes,
         "ih" in a.norms, "hh" in a.norms, "c" in a.norms, "c" in a.norms and a.bias,
     )  # fmt: skip
-    present = [name if is_there else None for name, is_there in zip(NAMES, there)]
     layers = []
     for k in range(len(a.hidden_sizes)):
         suffix = "" if a.kind == "LSTMCell" else "_l0" if a.kind == "StackedLSTM" else f"_l{k}"
-        ways = (suffix, suffix + "_reverse")[:directions]
-        layers.append(tuple([tuple([name and name + way for name in present]) for way in ways]))
+        layer = []
+        for d in range(directions):
+            own = suffix + "_reverse" * d
+            layer.append(tuple([name + own if is_there else None for name, is_there in zip(NAMES, there)]))
+        layers.append(tuple(layer))
     return tuple(layers)
 
 
