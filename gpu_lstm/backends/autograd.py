@@ -1,6 +1,5 @@
 """One layer in one direction by kernels, for autograd: what is saved, backward, and gradients of gradients."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,7 +64,6 @@ class LSTMLayer(torch.autograd.Function):
         kernels, saved, count = ctx.kernels, ctx.saved_tensors, len(ctx.needs_input_grad) - 2
         *given, h, gates, c = saved
         needed = (*ctx.needs_input_grad[2:], *(False,) * DIFFERENTIABLE)[:DIFFERENTIABLE]
-        found: Sequence[Tensor | None]
         if is_transformed() or gradients_are_differentiated(h, [*saved, *output_gradients]):
             kept, reverse = (h, gates, c), kernels.problem.reverse
             found = graph.gradients_of(reverse, kernels.backend, output_gradients, kept, needed, given)

@@ -20,7 +20,7 @@ from ..call.checks import check_bool, check_lengths, check_tensor
 from ..call.choices import Backend, BackendName
 from ..call.sequences import times_of_steps
 from ..modules import LSTM, LSTMCell, StackedLSTM
-from ..modules.arguments import recast
+from ..modules.arguments import NOT_OF_TORCH, recast
 
 Module = TypeVar("Module", bound=nn.Module)
 BIASES = ("bias_ih", "bias_hh")
@@ -143,7 +143,7 @@ def to_keras(lstm: nn.Module) -> Any:
 
     Raises:
         ValueError: an argument that has no counterpart in Keras: proj_size, residual, recurrent_dropout, zoneout,
-            weight_drop, peepholes, and for several layers dropout and bidirectional.
+            weight_drop, peepholes, layer_norm, and for several layers dropout and bidirectional.
         TypeError: another kind of module.
         ImportError: Keras is not installed.
     """
@@ -156,7 +156,7 @@ def to_keras(lstm: nn.Module) -> Any:
         raise TypeError(f"to_keras accepts an LSTM, StackedLSTM or GoBackwards, got {type(lstm).__name__}")
     keras = import_keras()
     layers = len(lstm._weights())
-    for name in ("proj_size", "residual", "recurrent_dropout", "zoneout", "weight_drop", "peepholes"):
+    for name in ("proj_size", "residual", *NOT_OF_TORCH):
         _refuse(name, getattr(lstm, name, None), " in Keras")
     if layers > 1:
         _refuse("dropout", lstm.dropout, " in Keras; set it to 0 for the numbers of eval()")

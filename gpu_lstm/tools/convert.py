@@ -58,7 +58,8 @@ def to_torch(model: Model) -> Model: ...
 def to_torch(model: nn.Module) -> nn.Module:
     """Swap every gpu_lstm.LSTM, gpu_lstm.compat.LSTM and gpu_lstm.LSTMCell in `model`, in place, for torch.nn's.
 
-    The inverse of `convert`, with the same promises and results. The backend and `recompute` are dropped.
+    The inverse of `convert`, with the same promises and results. The backend and `recompute` are dropped. torch.nn.LSTM
+    accepts neither lengths nor resets.
 
     Raises:
         TypeError: `model` is not a module, or there is a StackedLSTM in it.
