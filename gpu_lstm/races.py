@@ -9,8 +9,7 @@ from .kernels import cache  # type: ignore[import-not-found]  # a folder next to
 def merge(*paths: str | Path) -> int:
     """Add the results that `python -m gpu_lstm races --export FILE` wrote.
 
-    Call it before the first call of a model. Results for other cards or versions do no harm: they are used only there.
-    Returns how many results were new.
+    Call it before the first call of a model; returns how many were new. Results for other cards or versions do no harm.
 
     Raises:
         OSError, ValueError: a file cannot be read, or was not written by that command.

@@ -9,7 +9,6 @@ from standing_in import plan_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpu_lstm.backends import graph
-from gpu_lstm.backends.fused import Inputs
 from gpu_lstm.kernels import layer
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
 from gpu_lstm.kernels.cupy_lstm import planning
@@ -65,10 +64,10 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
     monkeypatch.setattr(torch.Tensor, "__setitem__", lambda *_: None)
     with FakeTensorMode():
         sizes = (T, B, I), (B, H), (B, H), (4 * H, I), (4 * H, H)
-        given = graph._flat(Inputs(*(torch.empty(size, device=device) for size in sizes)))
-        h, _, _, gates, c = graph._forward(*given, False, backend, True, False)
+        given = [torch.empty(size, device=device) for size in sizes]
+        h, _, _, gates, c = graph._forward(False, backend, True, False, *given)
         needed = [k == 1 for k in range(len(sizes))]
-        graph._backward([h, None, None], [h, gates, c], *given, False, backend, needed)
+        graph._backward(False, backend, [h, None, None], [h, gates, c], needed, given)
     assert current == [torch.device(device).index] * (2 * T if family == "pointwise" else 2)
     assert driver.current == 0, "and afterwards it is the one before"
 

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
 from gpu_lstm.backends import graph, torch_lstm
-from gpu_lstm.backends.fused import Inputs
 
 I, H = 3, 4
 SIZES = ((5, 2), (3, 4), (4, 3), (12, 5), (30, 6))  # T, B
@@ -177,7 +176,7 @@ def test_backward_twice_and_nothing_saved_for_longer_than_the_graph(calls):
     assert_same(first, second)
     assert calls.call_count == 1
     zeros = torch.zeros(1, 2, H).double()
-    kept = graph.OPERATOR(*graph._flat(Inputs(x, zeros, zeros, *ours.parameters())), False, "torch", True, False)[3]
+    kept = graph.OPERATOR(False, "torch", True, False, x, zeros, zeros, *ours.parameters())[3]
     assert kept.numel() == 0
     (leaf, *_), _ = kept.graph
     assert leaf.data_ptr() == x.data_ptr()  # no copy of what is there already

@@ -205,7 +205,7 @@ MODULES = [
     *((gpu_lstm.LSTM(I, H, num_layers=2, **{name: value}), f"{name}={value}") for name, value in dict(
         proj_size=2, dropout=0.5, bidirectional=True, recurrent_dropout=0.3, zoneout=0.1, peepholes=True).items()),
     *((gpu_lstm.StackedLSTM(I, [H, H], **{name: value}), f"{name}={value}") for name, value in dict(
-        dropout=0.5, residual=True, weight_drop=0.5, bidirectional=True).items())]  # fmt: skip
+        dropout=0.5, residual=True, weight_drop=0.5, bidirectional=True, layer_norm=True).items())]  # fmt: skip
 
 
 @pytest.mark.parametrize(("make", "message"), [*LAYERS, *((lambda m=module: m, text) for module, text in MODULES)],

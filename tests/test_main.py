@@ -12,7 +12,7 @@ import torch
 import gpu_lstm
 from gpu_lstm.__main__ import main
 from gpu_lstm.backends import verify
-from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend
+from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend, Racing
 from gpu_lstm.call.options import Size
 from gpu_lstm.dispatch import available, race
 from gpu_lstm.dispatch.kind import Kind
@@ -157,14 +157,14 @@ def test_cached_results_go_to_another_machine_in_a_file(findings, monkeypatch, c
     assert printed_by(capsys, "races", "--export", file) == ["cached results exported: 4"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(findings / "other"))
     cache._read.cache_clear()
-    assert race._cached(KIND, Backend.TRITON, CPU) is None
+    assert race._cached(KIND, Backend.TRITON, CPU, Racing.READ) is None
     cache.write("checks", CHECK, "ours")
     assert printed_by(capsys, "races", "--json", "--merge", file, file) == {"merged": 3}
-    assert race._cached(KIND, Backend.TRITON, CPU).backend is Backend.TRITON
+    assert race._cached(KIND, Backend.TRITON, CPU, Racing.READ).backend is Backend.TRITON
     assert cache.read("checks", CHECK) == "ours", "what is known here stays"
     assert gpu_lstm.races.merge(file) == 0
     assert printed_by(capsys, "races", "--clear") == ["cached results cleared: 4"]
-    assert race._cached(KIND, Backend.TRITON, CPU) is None
+    assert race._cached(KIND, Backend.TRITON, CPU, Racing.READ) is None
     assert gpu_lstm.races.merge(file) == 4
 
 
@@ -178,7 +178,7 @@ def test_of_several_files_none_is_merged_if_one_is_none_of_ours(findings, monkey
     cache._read.cache_clear()
     assert main(["races", "--merge", str(good), str(broken)]) == 2
     assert str(broken) in capsys.readouterr().err
-    assert race._cached(KIND, Backend.TRITON, CPU) is None
+    assert race._cached(KIND, Backend.TRITON, CPU, Racing.READ) is None
     with pytest.raises((OSError, ValueError)):
         gpu_lstm.races.merge(broken)
     monkeypatch.setattr(cache, "folder", lambda: None)

@@ -32,27 +32,23 @@ def _given(words, device) -> tuple[list, bool]:
 def test_a_layer(words, backend, device):
     """Forward with and without what backward reads; backward of all, of the output alone, of the states alone."""
     (given, reverse), recompute = _given(words, device), (words, backend) == ("ragged resets reverse", "triton")
-    flat = graph._flat(given)
-    torch.library.opcheck(graph.OPERATOR, (*flat, reverse, backend, False, recompute))
-    tensors, places = flat
-    there = [k < DIFFERENTIABLE or k >= graph.SECOND for k in places]
-    leaves = [t.clone().requires_grad_() if learns else t for t, learns in zip(tensors, there)]
-    torch.library.opcheck(graph.OPERATOR, (leaves, places, reverse, backend, True, recompute))
-    h, h_n, c_n, *kept = graph.OPERATOR(*flat, reverse, backend, True, recompute)
-    one = [k == 1 for k in places]
+    torch.library.opcheck(graph.OPERATOR, (reverse, backend, False, recompute, *given))
+    there = [t is not None and (k < DIFFERENTIABLE or k >= graph.SECOND) for k, t in enumerate(given)]
+    leaves = [t.clone().requires_grad_() if learns else t for t, learns in zip(given, there)]
+    torch.library.opcheck(graph.OPERATOR, (reverse, backend, True, recompute, *leaves))
+    h, h_n, c_n, *kept = graph.OPERATOR(reverse, backend, True, recompute, *given)
+    one = [k == 1 for k in range(len(given))]
     for needed, gradients in ((there, [h, h_n, c_n]), (there, [h, None, None]), (one, [None, h_n, c_n])):
-        torch.library.opcheck(graph.BACKWARD, (gradients, [h, *kept], *flat, reverse, backend, needed))
+        torch.library.opcheck(graph.BACKWARD, (reverse, backend, gradients, [h, *kept], needed, given))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_backward_leaves_what_was_saved_alone_and_accepts_expanded_gradients(device, recompute):
     given, reverse = _given("ragged resets reverse", device)
-    tensors, places = graph._flat(given)
-    flat = tensors, places, reverse, "triton"
-    h, h_n, c_n, *kept = graph.OPERATOR(*flat, True, recompute)
+    h, h_n, c_n, *kept = graph.OPERATOR(reverse, "triton", True, recompute, *given)
     # In padding nothing was ever written, so NaN stands for whatever the memory held.
-    before, needed = [t.nan_to_num() for t in kept], [k < DIFFERENTIABLE for k in places]
+    before, needed = [t.nan_to_num() for t in kept], [k < DIFFERENTIABLE and t is not None for k, t in enumerate(given)]
     ones = torch.ones_like(h), torch.ones_like(h), torch.ones((), device=device).expand_as(h)  # the last as of sum()
-    first, *others = (graph.BACKWARD([dh, h_n, c_n], [h, *kept], *flat, needed) for dh in ones)
+    first, *others = (graph.BACKWARD(reverse, "triton", [dh, h_n, c_n], [h, *kept], needed, given) for dh in ones)
     assert all(torch.equal(t.nan_to_num(), b) for t, b in zip(kept, before))
     assert all(torch.equal(a, b) for again in others for a, b in zip(again, first, strict=True))

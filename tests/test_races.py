@@ -177,7 +177,7 @@ def test_a_race_is_fair_and_short():
 def test_on_the_cpu_torch_and_the_reference_race_for_real():
     call = _call(gpu_lstm.LSTM(8, 16, 2), torch.zeros(60, 4, 8))
     rivals = {b.value: race._sample(call, kind_of(call), b) for b in (Backend.REFERENCE, Backend.TORCH)}
-    decision, _ = race.judge(REAL_RACE(rivals, race.clock_of(X.device)), EXPECTED)
+    decision, _ = race.judge(REAL_RACE(rivals, partial(race.clock, X.device)), EXPECTED)
     assert decision.seconds["reference"] > 2 * decision.seconds["torch"]
 
 

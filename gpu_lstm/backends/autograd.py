@@ -1,17 +1,15 @@
 """One layer in one direction by kernels, for autograd: what is saved, backward, and gradients of gradients."""
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..call.modes import alive, gradients_are_differentiated, is_transformed
+from ..call.modes import gradients_are_differentiated, is_transformed
 from ..call.noise import Noise
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from . import fused, graph, reference
+from . import fused, graph
 from .fused import DIFFERENTIABLE, Inputs, Saved, inputs_of
 from .layers import NOTHING
 
@@ -37,19 +35,18 @@ def layer(
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
         h, h_n, c_n, *_ = fused.forward(kernels, given, save=False)
         return h, (h_n, c_n if c_n.dtype is state[1].dtype else c_n.to(state[1].dtype))
-    count = len(given)
-    while given[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
-        count -= 1
-    apply = LSTMLayerInTransforms.apply if transformed else _apply
-    h, h_n, c_n, *_ = apply(kernels, recompute, *given[:count])
+    if transformed:
+        h, h_n, c_n, *_ = graph.InTransforms.apply(kernels.problem.reverse, kernels.backend, True, recompute, *given)
+    else:
+        count = len(given)
+        while given[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
+            count -= 1
+        h, h_n, c_n = _apply(kernels, recompute, *given[:count])
     return h, (h_n, c_n)
 
 
 class LSTMLayer(torch.autograd.Function):
-    """Forward saves the activated gates (in the memory of the input product) and the cell states; backward reads them.
-
-    Gradients of gradients are computed by reference.py, which is differentiable to any order.
-    """
+    """Forward saves gates and cell states for backward; gradients of gradients are computed by reference.py."""
 
     @staticmethod
     def forward(ctx: Any, kernels: Any, recompute: bool, *given: Tensor | None) -> tuple[Tensor, ...]:
@@ -58,50 +55,23 @@ class LSTMLayer(torch.autograd.Function):
         h, h_n, c_n, gates, c = fused.forward(kernels, inputs, save=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*given, h, gates.new_empty(0) if recompute else gates, c)
-        ctx.kernels, ctx.by_operator = kernels, False
+        ctx.kernels = kernels
         return h, h_n, c_n if c_n.dtype is inputs.c0.dtype else c_n.to(inputs.c0.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
+    def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple:
         """None where no gradient is needed."""
-        needed = ctx.needs_input_grad[2:]
-        count, padding = len(needed), (False,) * DIFFERENTIABLE
-        found = _gradients(ctx, (dh, dh_n, dc_n), (needed + padding)[:DIFFERENTIABLE])
+        kernels, saved, count = ctx.kernels, ctx.saved_tensors, len(ctx.needs_input_grad) - 2
+        *given, h, gates, c = saved
+        needed = (*ctx.needs_input_grad[2:], *(False,) * DIFFERENTIABLE)[:DIFFERENTIABLE]
+        if is_transformed() or gradients_are_differentiated(h, [*saved, *output_gradients]):
+            kept, reverse = (h, gates, c), kernels.problem.reverse
+            found = graph.gradients_of(reverse, kernels.backend, output_gradients, kept, needed, given)
+        else:
+            with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
+                found = fused.gradients(kernels, Saved(Inputs(*given), h, gates, c), output_gradients, needed)
         return None, None, *found[:count], *(None,) * (count - DIFFERENTIABLE)
 
 
 # Skips what Function.apply does for transforms, argument by argument.
 _apply = super(torch.autograd.Function, LSTMLayer).apply
-
-
-class LSTMLayerInTransforms(LSTMLayer):
-    """The same for transforms of torch.func, which need setup_context; by operators, which work inside transforms."""
-
-    @staticmethod
-    def forward(kernels: Any, recompute: bool, *given: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """As LSTMLayer.forward, plus gates [T, B, 4H] or empty, and c [T, B, H]."""
-        return graph.forward_of(kernels, Inputs(*given), True, recompute)  # type: ignore[arg-type]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        """Save what backward reads."""
-        ctx.kernels, _, *given = inputs
-        ctx.by_operator = True
-        h, _, _, gates, c = output
-        ctx.mark_non_differentiable(gates, c)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*given, h, gates, c)
-
-
-def _gradients(ctx: Any, output_gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> Sequence[Tensor | None]:
-    """Gradients of the first Inputs, differentiable where they may be differentiated."""
-    kernels, saved = ctx.kernels, ctx.saved_tensors
-    *given, h, gates, c = saved
-    if gradients_are_differentiated(h, [*saved, *output_gradients]):
-        inputs = Inputs(*map(alive, given))  # type: ignore[arg-type]
-        run = partial(reference.run_inputs, reverse=kernels.problem.reverse)
-        return reference.gradients(run, inputs, output_gradients, needed)
-    with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
-        if ctx.by_operator or is_transformed():
-            return graph.gradients_of(kernels, saved, output_gradients, needed)
-        return fused.gradients(kernels, Saved(Inputs(*given), h, gates, c), output_gradients, needed)

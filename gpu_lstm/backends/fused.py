@@ -1,7 +1,6 @@
-"""One layer in one direction by the kernels of a backend: forward, its gradients, and what both share.
+"""One layer in one direction by the kernels of a backend: forward and its gradients.
 
-The kernels compute only the recurrence. The input product and every weight gradient are products over all steps at
-once, outside the time loop.
+The kernels compute only the recurrence. The input product and every weight gradient are products over all steps.
 """
 
 from collections.abc import Sequence
@@ -49,11 +48,11 @@ class Inputs(NamedTuple):
         return Weights(*self[3:13])
 
     def noise(self) -> Noise:
-        """The noise of the call."""
+        """Its noise."""
         return Noise(*self[15:18])
 
     def traversal(self, reverse: bool) -> Traversal:
-        """How the layer goes through the batch."""
+        """How it goes through the batch."""
         states = None if self.reset_h is None or self.reset_c is None else [(self.reset_h, self.reset_c)]
         return Traversal(self.lengths, self.resets, reverse, states)
 
@@ -77,11 +76,10 @@ def forward(kernels: Any, given: Inputs, save: bool) -> tuple[Tensor, Tensor, Te
 
     `kernels` is the Layer of a backend, kernels/layer.py.
     """
-    problem = kernels.problem
-    gates = _input_product(given)
+    problem, of_resets = kernels.problem, None
     if given.reset_h is not None:  # known before the time loop, which has h = 0 at resets
         of_resets = _at_resets(_with_dropout(given.reset_h, given), given.traversal(problem.reverse))
-        _add_recurrent_product(gates, of_resets, given)
+    gates = _products(given, of_resets)
     h, h_n, c_n, c = kernels.forward(gates, recurrence_of(given, problem.reverse, problem.precision), save)
     return h, h_n, c_n, gates, c
 
@@ -98,25 +96,23 @@ def recurrence_of(
     )  # fmt: skip
 
 
-def _input_product(given: Inputs) -> Tensor:
-    """The part of the pre-activations that does not depend on h: x W_ih^T + b_ih + b_hh, [T, B, 4H]."""
+def _products(given: Inputs, h: Tensor | None) -> Tensor:
+    """x W_ih^T + b_ih + b_hh + h W_hh^T, [T, B, 4H]; `h` [T, B, P] is the operand of W_hh, None if it is zero."""
     bias = None if given.bias_ih is None or given.bias_hh is None else given.bias_ih + given.bias_hh
     if given.gain_ih is None:
-        return F.linear(given.x, given.weight_ih, bias)
-    return cell.linear(given.x, given.weight_ih, bias, given.gain_ih).contiguous()
+        z = F.linear(given.x, given.weight_ih, bias)
+    else:
+        z = cell.linear(given.x, given.weight_ih, bias, given.gain_ih).contiguous()
+    if h is not None and given.gain_hh is None:
+        z.flatten(0, 1).addmm_(h.flatten(0, 1), given.weight_hh.T)
+    elif h is not None:
+        z += cell.linear(h, given.weight_hh, None, given.gain_hh)
+    return z
 
 
 def _with_dropout(h: Tensor, given: Inputs) -> Tensor:
     """The operand of W_hh, from h [T, B, P]; also the gradient of h, from that of the operand."""
     return h if given.dropout_h is None else given.dropout_h * h
-
-
-def _add_recurrent_product(z: Tensor, h: Tensor, given: Inputs) -> None:
-    """z [T, B, 4H] += W_hh h, where h [T, B, P] is the operand of W_hh; adds nothing where h is zero."""
-    if given.gain_hh is None:
-        z.flatten(0, 1).addmm_(h.flatten(0, 1), given.weight_hh.T)
-    else:
-        z += cell.linear(h, given.weight_hh, None, given.gain_hh)
 
 
 def _at_resets(t: Tensor, traversal: Traversal) -> Tensor:
@@ -156,8 +152,10 @@ def gradients(
     h_prev = saved.h  # [T, B, P] the operand of W_hh at each step; anything finite in padding
     if gates_were_dropped or need.weight_hh or given.gain_hh is not None:
         h_prev = _with_dropout(traversal.states_before(saved.h, given.h0, given.reset_h), given)
-    if gates_were_dropped:
-        saved = saved._replace(gates=_recomputed_gates(saved, h_prev, traversal))
+    if gates_were_dropped:  # all h are known by now, so that one product serves all steps
+        z, peephole = _products(given, h_prev), given.weight_peephole
+        c_prev = None if peephole is None else saved.cell_before(traversal)
+        saved = saved._replace(gates=cell.activate_in_place(z, peephole, c_prev))
     of_hh = NO_UNIT if given.gain_hh is None else layer_norm.unit_of(h_prev @ given.weight_hh.T)
     of_c = NO_UNIT if given.gain_c is None else layer_norm.unit_of(saved.cell_after(traversal))
     dh, dh_n, dc_n = output_gradients
@@ -166,8 +164,13 @@ def gradients(
 
     found: dict[str, Tensor | None] = dict.fromkeys(Inputs._fields[:DIFFERENTIABLE])
     of_x = of_h = d.dgates  # of W_ih x and W_hh h; zero in padding, but zero times a NaN in there is NaN
-    if not given.gain_ih is given.gain_hh is given.gain_c is None:
-        of_x, of_h = _through_norms(found, saved, need, d, (of_hh, of_c))
+    if given.gain_ih is not None and (need.x or need.weight_ih or need.gain_ih):
+        of_ih = layer_norm.unit_of(_without_padding(given.x, given.lengths) @ given.weight_ih.T)
+        of_x, found["gain_ih"] = _through_norm(d.dgates, given.gain_ih, of_ih)
+    if given.gain_hh is not None and (need.weight_hh or need.gain_hh or need.reset_h):
+        of_h, found["gain_hh"] = _through_norm(d.dgates, given.gain_hh, of_hh)
+    if given.gain_c is not None and (need.gain_c or need.bias_c):
+        found["gain_c"], found["bias_c"] = _gradients_of_norm_of_c(saved, d.dh_total, given.gain_c, of_c.unit)
     columns_of_x = of_x.flatten(0, 1).T  # [4H, T*B]
     columns_of_h = columns_of_x if of_h is of_x else of_h.flatten(0, 1).T
     if need.x:
@@ -181,8 +184,7 @@ def gradients(
     if need.weight_hh:
         found["weight_hh"] = columns_of_h @ h_prev.flatten(0, 1)
     if need.bias_ih or need.bias_hh:
-        dbias = d.dgates.sum((0, 1))
-        found["bias_ih"], found["bias_hh"] = (dbias if needs else None for needs in (need.bias_ih, need.bias_hh))
+        found["bias_ih"] = found["bias_hh"] = d.dgates.sum((0, 1))
     if need.weight_hr:
         m = cell.output(saved.gates.chunk(4, dim=2)[3], saved.cell_after(traversal), None, None)  # [T, B, H]
         found["weight_hr"] = d.dh_total.flatten(0, 1).T @ _without_padding(m, given.lengths).flatten(0, 1)
@@ -196,39 +198,18 @@ def gradients(
     return list(found.values())
 
 
-def _through_norms(
-    found: dict[str, Tensor | None], saved: Saved, need: Inputs, d: Any, units: tuple[Unit, Unit]
-) -> tuple[Tensor, Tensor]:
-    """Gradients [T, B, 4H] of W_ih x and of W_hh h, from those of their sum; those of gains and bias_c go into `found`.
-
-    `units` are those of W_hh h and of c; d is what kernels/layer.py calls Gradients.
-    """
-    given, (of_hh, of_c) = saved.given, units
-    of_x = of_h = d.dgates
-    if given.gain_ih is not None and (need.x or need.weight_ih or need.gain_ih):
-        unit_ih = layer_norm.unit_of(_without_padding(given.x, given.lengths) @ given.weight_ih.T)
-        of_x, found["gain_ih"] = _through_norm(d.dgates, given.gain_ih, unit_ih)
-    if given.gain_hh is not None and (need.weight_hh or need.gain_hh or need.reset_h):
-        of_h, found["gain_hh"] = _through_norm(d.dgates, given.gain_hh, of_hh)
-    if given.gain_c is not None and (need.gain_c or need.bias_c):  # m = o tanh(LN(c))
-        normed = of_c.unit * given.gain_c if given.bias_c is None else of_c.unit * given.gain_c + given.bias_c
-        of_normed = d.dh_total * saved.gates.chunk(4, dim=2)[3] * (1 - normed.tanh().square())  # [T, B, H] float32
-        sums = (_without_padding(t, given.lengths).sum((0, 1)) for t in (of_normed * of_c.unit, of_normed))
-        dgain, dbias = (t.to(d.dh_total.dtype) for t in sums)
-        found["gain_c"], found["bias_c"] = dgain, dbias if need.bias_c else None
-    return of_x, of_h
-
-
 def _through_norm(d: Tensor, gain: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
     """Gradient d [T, B, N] of a layer norm's result -> gradients of (its input, its gain [N])."""
     return layer_norm.gradient(d, gain, *unit), (d * unit.unit).sum((0, 1))
 
 
-def _recomputed_gates(saved: Saved, h_prev: Tensor, traversal: Traversal) -> Tensor:
-    """The activated gates [T, B, 4H]: all h are known by now, so one product serves all steps."""
-    z, peephole = _input_product(saved.given), saved.given.weight_peephole
-    _add_recurrent_product(z, h_prev, saved.given)
-    return cell.activate_in_place(z, peephole, None if peephole is None else saved.cell_before(traversal))
+def _gradients_of_norm_of_c(saved: Saved, dm: Tensor, gain: Tensor, unit: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[H]: of gain_c and of bias_c, from dm [T, B, H], that of m = o tanh(LN(c))."""
+    bias, lengths = saved.given.bias_c, saved.given.lengths
+    normed = unit * gain if bias is None else unit * gain + bias
+    d = dm * saved.gates.chunk(4, dim=2)[3] * (1 - normed.tanh().square())  # [T, B, H] float32
+    dgain, dbias = (_without_padding(t, lengths).sum((0, 1)).to(dm.dtype) for t in (d * unit, d))
+    return dgain, None if bias is None else dbias
 
 
 def _gradient_of_peepholes(saved: Saved, dgates: Tensor, traversal: Traversal) -> Tensor:

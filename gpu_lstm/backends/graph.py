@@ -1,19 +1,17 @@
 """A layer as one operator, gpu_lstm::layer: what graphs of torch.compile, exported programs and dispatch modes see.
 
-Traced by itself, torch's LSTM would be decomposed into its steps, a graph for each T, and torch's decomposition loses
-dropout and autocast's dtype. An exported program keeps operators and their derivatives, not an autograd.Function.
+Traced by itself, torch's LSTM would be decomposed into its steps, and lose dropout and autocast's dtype.
 
 What oneDNN and cuDNN save for backward has a size that only they know, so it cannot be part of a graph of tensors. On
-the backends without kernels of their own, forward therefore runs with its own autograd graph and returns, instead of
-the gates, an empty tensor with that graph as an attribute: the graph lives as long as this tensor, which is saved for
-backward. Where only the elements were saved (by hooks that copy, in CUDA graphs, in an exported program), backward
-recomputes the layer.
+the backends without kernels of their own, forward therefore runs with its own autograd graph, and returns instead of
+the gates an empty tensor that has this graph as an attribute, and is saved for backward. Where only the elements were
+saved (by hooks that copy, in CUDA graphs, in an exported program), backward recomputes the layer.
 """
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import _broadcast_to_and_flatten, tree_flatten, tree_unflatten
 
 from ..call.choices import KERNEL_BACKENDS, Backend
-from ..call.modes import Recording, gradients_are_differentiated, recurrent_precision
+from ..call.modes import Recording, alive, gradients_are_differentiated, recurrent_precision
 from ..call.noise import Noise
 from ..call.prepare import Call
 from ..call.sequences import Traversal
@@ -34,28 +32,22 @@ from .fused import DIFFERENTIABLE, Inputs, Saved
 from .layers import cast, one_after_another, without_autocast
 
 _LIBRARY = torch.library.Library("gpu_lstm", "FRAGMENT")
+SECOND = len(Inputs._fields)  # among the tensors that are given, where the Weights of torch's second direction begin
+_GIVEN = ", ".join(f"Tensor? {name}=None" for name in (*Inputs._fields, *(f"{w}_reverse" for w in Weights._fields)))
 try:
-    _LIBRARY.define(
-        "layer(Tensor[] given, int[] places, bool reverse, str backend, bool save, bool recompute) "
+    for _schema in (
+        f"layer(bool reverse, str backend, bool save, bool recompute, {_GIVEN}) "
         "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)",
-        tags=(torch.Tag.needs_exact_strides,),
-    )
+        "layer_backward(bool reverse, str backend, Tensor?[] gradients, Tensor[] saved, bool[] needed, "
+        "Tensor?[] given) -> Tensor[]",
+    ):
+        _LIBRARY.define(_schema, tags=(torch.Tag.needs_exact_strides,))
 except RuntimeError as error:
-    twice = (
+    raise ImportError(
         "gpu_lstm was imported twice, say from two folders, and its operators can be registered once: restart Python"
-    )
-    raise ImportError(twice) from error
-_LIBRARY.define(
-    "layer_backward(Tensor?[] gradients, Tensor[] saved, Tensor[] given, int[] places, bool reverse, str backend, "
-    "bool[] needed) -> Tensor[]",
-    tags=(torch.Tag.needs_exact_strides,),
-)
+    ) from error
 OPERATOR = torch.ops.gpu_lstm.layer.default
 BACKWARD = torch.ops.gpu_lstm.layer_backward.default
-
-# Operators get the Inputs that are not None, and their places, since torch.jit.trace cannot record a list with None.
-FIRST = Inputs._fields.index("weight_ih")  # where a layer's Weights begin
-SECOND = len(Inputs._fields)  # and those of torch's second direction
 
 
 def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[State]]:
@@ -76,9 +68,8 @@ def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[
 
     def both_directions(x: Tensor, state: State, layer: list[Weights]) -> tuple[Tensor, State]:
         x, state, first = cast(x, state, layer[0], dtype)
-        second = layer[1].to(dtype) if len(layer) == 2 else ()
-        given = Inputs(x, *state, *first)  # type: ignore[arg-type]
-        return _run_operator(call, [*given, *second], False, backend)
+        second = [t for weights in layer[1:] for t in weights.to(dtype)]
+        return _run_operator(call, [*Inputs(x, *state, *first), *second], False, backend)  # type: ignore[arg-type]
 
     if backend is Backend.TORCH and call.traversal.is_plain() and call.options.kind != "lstm_layer":
         return torch_lstm.layer_by_layer(call._replace(x=call.x.to(dtype)), dtype, both_directions)
@@ -89,39 +80,24 @@ def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[
 def _run_operator(call: Call, inputs: Sequence[Tensor | None], reverse: bool, backend: Backend) -> tuple[Tensor, State]:
     save = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
     with without_autocast(call):
-        h, h_n, c_n, *_ = OPERATOR(*_flat(inputs), reverse, backend.value, save, call.options.recompute)
+        h, h_n, c_n, *_ = OPERATOR(reverse, backend.value, save, call.options.recompute, *inputs)
     return h, (h_n, c_n)
 
 
-def _flat(inputs: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
-    """The tensors that are not None, and their places."""
-    return [t for t in inputs if t is not None], [k for k, t in enumerate(inputs) if t is not None]
-
-
-def _inputs(given: Sequence[Tensor], places: list[int]) -> tuple[Inputs, list[Weights]]:
-    """The reverse of `_flat`: Inputs, and the Weights of every direction."""
-    there = dict(zip(places, given))
-    every: list[Any] = [there.get(k) for k in range(SECOND + len(Weights._fields))]
-    first = Inputs(*every[:SECOND])
-    return first, [first.weights(), Weights(*every[SECOND:])] if SECOND in there else [first.weights()]
-
-
-def forward_of(layer: Any, given: Inputs, save: bool, recompute: bool) -> tuple[Tensor, ...]:
-    """The forward pass of autograd.LSTMLayer, by the operator: h, h_n, c_n, gates and c."""
-    return OPERATOR(*_flat(given), layer.problem.reverse, layer.backend, save, recompute)
-
-
 def gradients_of(
-    layer: Any, saved: Sequence[Tensor | None], output_gradients: Sequence[Tensor | None], needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """As fused.gradients, by the operator; `saved`: Inputs (the last may be left out), h, gates and c."""
-    *inputs, h, gates, c = saved
-    given, places = _flat(inputs)
-    asked = [k < DIFFERENTIABLE and needed[k] for k in places]
-    problem = layer.problem
-    found = BACKWARD(list(output_gradients), [h, gates, c], given, places, problem.reverse, layer.backend, asked)
-    gradients = {k: d for k, d, need in zip(places, found, asked) if need}
-    return [gradients.get(k) for k in range(DIFFERENTIABLE)]
+    reverse: bool, backend: str, gradients: Sequence[Tensor | None], saved: Sequence[Tensor], needed: Sequence[bool],
+    given: Sequence[Tensor | None],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of the given tensors where `needed`, from those of h, h_n and c_n; `saved`: h, gates and c.
+
+    By the operator; where they may be differentiated, by the reference, which is differentiable to any order.
+    """
+    if gradients_are_differentiated(saved[0], [*saved, *given, *gradients]):
+        run = partial(_without_kernels, reverse=reverse, backend=Backend.REFERENCE)
+        return reference.gradients(run, [*map(alive, given)], gradients, needed)
+    with torch.no_grad():
+        found = iter(BACKWARD(reverse, backend, list(gradients), list(saved), list(needed), list(given)))
+    return [next(found) if need else None for need in needed]
 
 
 def _kernels_for(given: Inputs, reverse: bool, backend: Backend) -> Any:
@@ -129,11 +105,10 @@ def _kernels_for(given: Inputs, reverse: bool, backend: Backend) -> Any:
     return kernels.layer_of(backend, problem_of(given.x, r), given.x.device)
 
 
-def _without_kernels(
-    given: Sequence[Tensor], places: list[int], reverse: bool, backend: Backend
-) -> tuple[Tensor, Tensor, Tensor]:
+def _without_kernels(given: Sequence[Any], reverse: bool, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
     """h, h_n and c_n, by torch's operators, which autograd records."""
-    inputs, directions = _inputs(given, places)
+    inputs, second = Inputs(*given[:SECOND]), given[SECOND:]
+    directions = [inputs.weights(), *([Weights(*second)] if second and second[0] is not None else [])]
     x, h0, c0, *_ = inputs
     if backend is Backend.TORCH:
         if h0.dim() == 3:
@@ -141,7 +116,7 @@ def _without_kernels(
         else:
             h, (h_n, c_n) = torch_lstm.layer(x, (h0, c0), inputs.weights(), inputs.traversal(reverse))
         return h, h_n, c_n
-    if h0.dim() == 2:
+    if len(directions) == 1:
         return reference.run_inputs(inputs, reverse)
     parts = [reference.run_inputs(Inputs(x, h0[d], c0[d], *each), d == 1) for d, each in enumerate(directions)]
     hs, h_ns, c_ns = zip(*parts)
@@ -149,12 +124,12 @@ def _without_kernels(
 
 
 def _with_autograd(
-    given: Sequence[Tensor], places: list[int], reverse: bool, backend: Backend, record: bool = True
-) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    given: Sequence[Any], reverse: bool, backend: Backend, record: bool = True
+) -> tuple[list[Tensor | None], tuple[Tensor, ...]]:
     """Forward, with its own autograd graph if `record`: the leaves (the given tensors, detached), and h, h_n, c_n."""
     with _apart(given[0], record):
-        leaves = [t.detach().requires_grad_(record and t.is_floating_point()) for t in given]
-        return leaves, _without_kernels(leaves, places, reverse, backend)
+        leaves = [t if t is None else t.detach().requires_grad_(record and t.is_floating_point()) for t in given]
+        return leaves, _without_kernels(leaves, reverse, backend)
 
 
 @contextlib.contextmanager
@@ -169,22 +144,21 @@ def _apart(x: Tensor, record: bool) -> Iterator[None]:
         yield
 
 
-def _forward(given, places, reverse, backend, save, recompute):
-    (x, _, c0, *_), way = given, Backend(backend)
+def _forward(reverse, backend, save, recompute, *given):
+    inputs, way = Inputs(*given[:SECOND]), Backend(backend)
+    x, _, c0, *_ = inputs
     nothing, no_c = x.new_empty(0), c0.new_empty(0, dtype=torch.float32)
     if way in KERNEL_BACKENDS:
-        inputs, _ = _inputs(given, places)
         h, h_n, c_n, gates, c = fused.forward(_kernels_for(inputs, reverse, way), inputs, save)
         return h, h_n, c_n.to(c0.dtype), nothing if recompute or not save else gates, no_c if c is None else c
-    leaves, results = _with_autograd(given, places, reverse, way, save)
+    leaves, results = _with_autograd(given, reverse, way, save)
     if save:
         nothing.graph = leaves, results
     h, h_n, c_n = (t.detach() for t in results)
     return h.contiguous(), h_n.clone(), c_n.clone(), nothing, no_c
 
 
-def _forward_fake(given, places, reverse, backend, save, recompute):
-    x, h0, c0, *_ = given
+def _forward_fake(reverse, backend, save, recompute, x, h0, c0, *_):
     directions = h0.shape[0] if h0.dim() == 3 else 1
     h = x.new_empty(*x.shape[:-1], directions * h0.shape[-1])
     by_kernels = Backend(backend) in KERNEL_BACKENDS and save
@@ -193,100 +167,99 @@ def _forward_fake(given, places, reverse, backend, save, recompute):
     return h, torch.empty_like(h0), torch.empty_like(c0), gates, c
 
 
-def _backward(gradients, saved, given, places, reverse, backend, needed):
+def _backward(reverse, backend, gradients, saved, needed, given):
     (h, gates, c), way = saved, Backend(backend)
     if way in KERNEL_BACKENDS:
-        inputs, _ = _inputs(given, places)
-        asked = {k for k, need in zip(places, needed) if need}
-        layer, asked = _kernels_for(inputs, reverse, way), [k in asked for k in range(DIFFERENTIABLE)]
-        every = fused.gradients(layer, Saved(inputs, h, gates, c), gradients, asked)
-        found = [every[k] if need else None for k, need in zip(places, needed)]
+        inputs = Inputs(*given[:SECOND])
+        layer = _kernels_for(inputs, reverse, way)
+        every = fused.gradients(layer, Saved(inputs, h, gates, c), gradients, needed[:DIFFERENTIABLE])
+        found = [d for d, need in zip(every, needed) if need]
     else:
-        leaves, results = gates.graph if hasattr(gates, "graph") else _with_autograd(given, places, reverse, way)
+        leaves, results = gates.graph if hasattr(gates, "graph") else _with_autograd(given, reverse, way)
         pairs = [(result, d) for result, d in zip(results, gradients) if d is not None]
         wanted = [t for t, need in zip(leaves, needed) if need]
         with _apart(given[0], record=False):
-            by_autograd = iter(torch.autograd.grad(
+            found = torch.autograd.grad(
                 [result for result, _ in pairs], wanted, [d for _, d in pairs], retain_graph=True,
                 materialize_grads=True,
-            ))  # fmt: skip
-        found = [next(by_autograd) if need else None for need in needed]
+            )  # fmt: skip
     # The gradients of both biases may be the same tensor.
-    return [given[0].new_empty(0) if d is None else d.clone() if d.dim() == 1 else d.contiguous() for d in found]
+    return [d.clone() if d.dim() == 1 else d.contiguous() for d in found]
 
 
-def _backward_fake(gradients, saved, given, places, reverse, backend, needed):
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else given[0].new_empty(0)
-        for t, need in zip(given, needed)
-    ]
+def _backward_fake(reverse, backend, gradients, saved, needed, given):
+    wanted = (t for t, need in zip(given, needed) if need)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    given, ctx.places, ctx.reverse, ctx.backend, _, _ = inputs
+    ctx.reverse, ctx.backend, _, _, *given = inputs
     h, _, _, gates, c = output
     ctx.mark_non_differentiable(gates, c)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(h, gates, c, *given)
 
 
-def _gradients(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
-    saved, given = list(ctx.saved_tensors[:3]), list(ctx.saved_tensors[3:])
-    gradients, needed = [dh, dh_n, dc_n], list(ctx.needs_input_grad[0])
-    if gradients_are_differentiated(saved[0], [*ctx.saved_tensors, *gradients]):
-        run = partial(_without_kernels, places=ctx.places, reverse=ctx.reverse, backend=Backend.REFERENCE)
-        found = reference.gradients(run, given, gradients, needed)
-    else:
-        found = BACKWARD(gradients, saved, given, ctx.places, ctx.reverse, ctx.backend, needed)
-        found = [d if need else None for d, need in zip(found, needed)]
-    return found, *(None,) * 5
+def _gradients(ctx: Any, *output_gradients: Tensor | None) -> tuple:
+    saved, given, needed = ctx.saved_tensors[:3], ctx.saved_tensors[3:], ctx.needs_input_grad[4:]
+    found = gradients_of(ctx.reverse, ctx.backend, output_gradients[:3], saved, needed, given)
+    return None, None, None, None, *found
 
 
-def _one_after_another(operator: Any) -> Callable[..., tuple]:
+class InTransforms(torch.autograd.Function):
+    """The operator for transforms of torch.func, which refuse what is registered below."""
+
+    forward = staticmethod(OPERATOR)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_gradients)
+
+
+def _one_after_another(operator: Any, info: Any, in_dims: tuple, *arguments: Any) -> tuple:
     """How an operator is vmapped: one call after another, say for Jacobians row by row."""
-
-    def call_each(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
-        flat, spec = tree_flatten(arguments)
-        given = list(zip(flat, _broadcast_to_and_flatten(in_dims, spec)))  # type: ignore[arg-type]
-        each = []
-        for k in range(info.batch_size):
-            own = [t if dim is None else t.select(dim, k) for t, dim in given]
-            each.append(operator(*tree_unflatten(own, spec)))
-        kind = type(each[0])  # a tuple or a list
-        results = kind(torch.stack(tensors) for tensors in zip(*each))
-        return results, kind([0]) * len(results)
-
-    return call_each
+    flat, spec = tree_flatten(arguments)
+    given = list(zip(flat, _broadcast_to_and_flatten(in_dims, spec)))  # type: ignore[arg-type]
+    each = []
+    for k in range(info.batch_size):
+        own = [t if dim is None else t.select(dim, k) for t, dim in given]
+        each.append(operator(*tree_unflatten(own, spec)))
+    kind = type(each[0])  # a tuple or a list
+    results = kind(torch.stack(tensors) for tensors in zip(*each))
+    return results, kind([0]) * len(results)
 
 
 for _operator, _run, _fake in (OPERATOR, _forward, _forward_fake), (BACKWARD, _backward, _backward_fake):
     for _key in ("CPU", "CUDA"):
         _LIBRARY.impl(_operator, _run, _key)
     torch.library.register_fake(_operator, _fake, lib=_LIBRARY)
-    torch.library.register_vmap(_operator, _one_after_another(_operator), lib=_LIBRARY)
+    torch.library.register_vmap(_operator, partial(_one_after_another, _operator), lib=_LIBRARY)
 torch.library.register_autograd(OPERATOR, _gradients, setup_context=_setup_context, lib=_LIBRARY)
 
 
 _MATRICES = {
     first + Weights._fields.index(name): name
-    for name in ("weight_ih", "weight_hh", "weight_hr") for first in (FIRST, SECOND)
+    for name in ("weight_ih", "weight_hh", "weight_hr") for first in (Inputs._fields.index("weight_ih"), SECOND)
 }  # fmt: skip
 
 
-def _forward_flops(given: list[Tensor], places: list[int], *_: Any, **__: Any) -> int:
-    """Only those of products over all steps; a multiply-add counts as two operations, as in torch."""
+def _products(given: Sequence[Any]) -> dict[int, int]:
+    """Operations of each matrix's product over all steps, by its place; a multiply-add counts as two, as in torch."""
     rows = given[0].shape[0] * given[0].shape[1]  # T B
-    return sum(2 * rows * t.numel() for t, k in zip(given, places) if k in _MATRICES)
+    return {k: 2 * rows * t.numel() for k, t in enumerate(given) if k in _MATRICES and t is not None}
 
 
-def _backward_flops(gradients: list, saved: list, given: list, places: list, *rest: Any, **_: Any) -> int:
+def _forward_flops(reverse: bool, backend: str, save: bool, recompute: bool, *given: Any, **_: Any) -> int:
+    return sum(_products(given).values())
+
+
+def _backward_flops(
+    reverse: bool, backend: str, gradients: list, saved: list, needed: list[bool], given: list, **_: Any
+) -> int:
     """One product for each weight's gradient, one for that of its operand, and those that are recomputed."""
-    (_, gates, c), needed, total = saved, rest[-1], 0
+    (_, gates, c), total = saved, 0
     recomputed = ("weight_ih", "weight_hh") if gates.dim() < c.dim() else ()
-    for t, k, need in zip(given, places, needed):
-        name = _MATRICES.get(k)
-        times = bool(need) + (name != "weight_ih" or bool(needed[0])) + (name in recomputed)
-        total += times * _forward_flops([given[0], t], [0, k])
+    for k, operations in _products(given).items():
+        name = _MATRICES[k]
+        total += operations * (needed[k] + (name != "weight_ih" or needed[0]) + (name in recomputed))
     return total
 
 

@@ -1,8 +1,7 @@
 """Layers run by kernels, in chunks of time and side by side on CUDA streams.
 
-Chunks bound the memory for pre-activations, and let layers run side by side. States are handed from chunk to chunk,
-cell states in float32, so that chunks change nothing in the recurrence. A tensor that is read on another stream than
-the one that made it is recorded on that stream, so that its memory is not reused too early.
+Chunks bound the memory for pre-activations, and let layers run side by side; cell states go from chunk to chunk in
+float32. A tensor that is read on another stream is recorded there, so that its memory is not reused too early.
 """
 
 import contextlib
@@ -50,14 +49,11 @@ class Schedule(NamedTuple):
 
 
 def schedule_of(call: Call, steps: int, size: int) -> Schedule:
-    """For calls of up to `steps` steps, with elements of `size` bytes. Layers run side by side where that may pay.
-
-    Chunks are so short that pre-activations fit in the workspace, unless all are saved for backward anyway.
-    """
+    """For calls of up to `steps` steps, with elements of `size` bytes. Layers run side by side where that may pay."""
     options = call.options
     widest = max(hidden for _, hidden, _ in options.sizes)
     kept = call.learns and not options.recompute
-    longest = 2**31 if kept else max(1, WORKSPACE // max(4 * call.batch * widest * size, 1))
+    longest = 2**31 if kept else max(1, WORKSPACE // max(4 * call.batch * widest * size, 1))  # fits in the workspace
     count = len(options.sizes) if options.directions == 1 else options.directions
     if not call.x.is_cuda or count == 1 or (options.directions == 1 and steps <= 2 * SHORTEST):
         return Schedule(longest, (None,) * count, 1)
@@ -85,9 +81,8 @@ def _through(
 ) -> Tensor:  # fmt: skip
     """x [T, B, I] -> [T, B, D*P], chunk by chunk, through several layers of one direction or one layer of two.
 
-    `drawn` is what noise.draw returns; `states` [L*D] are updated at every chunk. Where each layer has a stream, it
-    computes a chunk while the layer above computes the previous one; where each direction has one, the reverse
-    direction starts at the other end.
+    `drawn` is what noise.draw returns; `states` [L*D] are updated. Where each layer has a stream, it computes a chunk
+    while the layer above computes the previous one; where each direction has one, the reverse one starts at the end.
     """
     directions, (noise, kept), streams = call.options.directions, drawn, schedule.streams
     all_spans, width = schedule.spans(call.steps, directions), states[directions * layers[-1]][0].shape[1]
@@ -134,14 +129,12 @@ def cut(t: Any, span: Span) -> Any:
 
 
 @functools.cache
-def _streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
+def _streams(device: torch.device, count: int) -> Streams:
     return tuple(torch.cuda.Stream(device) for _ in range(count))
 
 
 @contextlib.contextmanager
-def on(
-    stream: torch.cuda.Stream | None, after: torch.cuda.Stream | None, reads: Sequence[Tensor | None]
-) -> Iterator[None]:
+def on(stream: Stream, after: Stream, reads: Sequence[Tensor | None]) -> Iterator[None]:
     """Work on `stream`, once what is queued on `after` (by default the current stream) is done."""
     if stream is None:
         yield

@@ -1,9 +1,8 @@
 """Kernels are verified on the present card before their results are used.
 
-Before a plan runs a kind of layer there for the first time, it runs a small problem through the very kernel that the
-call launches: several batch tiles, the last one partial, and, where the call has them, lengths from 0 to T, resets and
-noise. Each result and gradient is compared with the reference in float64: its error may be at most twice that of
-torch's own LSTM in the same dtype. The verdict is cached (kernels/cache.py).
+The very kernel that a call launches first runs a small problem: several batch tiles, the last one partial, and, where
+the call has them, lengths from 0 to T, resets and noise. Each result and gradient is compared with the reference in
+float64: its error may be at most twice that of torch's own LSTM in the same dtype. The verdict is cached on disk.
 """
 
 import dataclasses
@@ -62,8 +61,8 @@ def verify(plan: Any, problem: Problem, which: Pass, device: torch.device) -> st
 
 def cached_verdict(plan: Any, problem: Problem, which: Pass, device: torch.device) -> str | None:
     """The cached verdict on a kernel on a device: "right", or what is wrong; None: it was not verified yet."""
-    verdict = cache.read(KIND, _key(plan, problem, which, device))
-    return verdict if isinstance(verdict, str) else None
+    verdict: str | None = cache.read(KIND, _key(plan, problem, which, device))
+    return verdict
 
 
 def _key(plan: Any, problem: Problem, which: Pass, device: torch.device) -> cache.Key:
@@ -139,13 +138,12 @@ class Small:
             tensors["dropout_h"] = (normal(batch, width) > 0).to(p.dtype) * 2
         for name, dimensions, size in (("zoneout_h", p.zoneout_h, width), ("zoneout_c", p.zoneout_c, hidden)):
             if dimensions is not None:
-                rate = torch.tensor(RATE, device=device)
-                tensors[name] = normal(STEPS, batch, size) > 0 if dimensions else rate
+                tensors[name] = normal(STEPS, batch, size) > 0 if dimensions else torch.tensor(RATE, device=device)
         self.inputs = Inputs(**tensors)
-        self._given = normal(STEPS, batch, width), normal(batch, width)  # gradients of h and h_n
+        of_h, of_h_n = normal(STEPS, batch, width), normal(batch, width)
+        self.output_gradients = of_h if which.dh else None, of_h_n if which.dh_n else None
 
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Gates]:
-        """Results in a given dtype, and the gates."""
         record: list[Gates] = []
         run = functools.partial(reference.layer, noise=self.inputs.noise(), record=record)
         return self.results(run, dtype), record[0]
@@ -163,21 +161,16 @@ class Small:
         return self.by_reference(p.dtype)[0]
 
     def results(self, run: Callable[..., Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Results of forward, or gradients of backward, by run(x, state, weights, traversal) of torch's operators.
-
-        In the problem's dtype or another.
-        """
+        """Results of forward, or gradients of backward, by run(x, state, weights, traversal); in any dtype."""
         learns, dtype = self.which.backward, dtype or self.problem.dtype
         own = [None if t is None else t.to(dtype).requires_grad_(learns) for t in self.inputs[:DIFFERENTIABLE]]
-        inputs = Inputs(*own, *self.inputs[DIFFERENTIABLE:])  # type: ignore[arg-type]
-        state, traversal = (inputs.h0, inputs.c0), inputs.traversal(self.problem.reverse)
-        h, (h_n, c_n) = run(inputs.x, state, inputs.weights(), traversal)
+        g = Inputs(*own, *self.inputs[DIFFERENTIABLE:])  # type: ignore[arg-type]
+        h, (h_n, c_n) = run(g.x, (g.h0, g.c0), g.weights(), g.traversal(self.problem.reverse))
         if not learns:
             return dict(h=h, h_n=h_n, c_n=c_n)
-        there = [each for each in zip((h, h_n), self._given, (self.which.dh, self.which.dh_n)) if each[2]]
-        wanted = {name: t for name in COMPARED if (t := getattr(inputs, name)) is not None}
-        gradients = [d.to(dtype) for _, d, _ in there]
-        found = torch.autograd.grad([output for output, *_ in there], list(wanted.values()), gradients)
+        pairs = [(y, d.to(dtype)) for y, d in zip((h, h_n), self.output_gradients) if d is not None]
+        wanted = {name: t for name in COMPARED if (t := getattr(g, name)) is not None}
+        found = torch.autograd.grad([y for y, _ in pairs], list(wanted.values()), [d for _, d in pairs])
         return {f"the gradient of {name}": gradient for name, gradient in zip(wanted, found)}
 
     def by_kernels(self, plan: Any, gates: Gates) -> dict[str, Tensor]:
@@ -185,14 +178,11 @@ class Small:
         launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
         layer = launch.layer_by(self.problem, self.device, plan)
         dtype, inputs = self.problem.dtype, self.inputs
-        if self.which.backward:
-            activated = torch.cat([gates.input, gates.forget, gates.candidate, gates.output], dim=2).to(dtype)
-            saved = Saved(inputs, gates.hidden.to(dtype), activated, gates.cell.float())
-            dh, dh_n = (d if there else None for d, there in zip(self._given, (self.which.dh, self.which.dh_n)))
-            needed = [name in COMPARED and t is not None for name, t in zip(Inputs._fields, inputs)]
-            found = Inputs(*fused.gradients(layer, saved, (dh, dh_n, None), needed[:DIFFERENTIABLE]))  # type: ignore[arg-type]
-            results = {f"the gradient of {n}": t for n in COMPARED if (t := getattr(found, n)) is not None}
-        else:
+        if not self.which.backward:
             h, h_n, c_n, *_ = fused.forward(layer, inputs, self.which.save)
-            results = dict(h=h, h_n=h_n, c_n=c_n)
-        return results
+            return dict(h=h, h_n=h_n, c_n=c_n)
+        activated = torch.cat([gates.input, gates.forget, gates.candidate, gates.output], dim=2).to(dtype)
+        saved = Saved(inputs, gates.hidden.to(dtype), activated, gates.cell.float())
+        needed = [name in COMPARED and t is not None for name, t in zip(Inputs._fields, inputs)]
+        found = fused.gradients(layer, saved, (*self.output_gradients, None), needed[:DIFFERENTIABLE])
+        return {f"the gradient of {name}": d for name, d in zip(Inputs._fields, found) if d is not None}

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
 E = TypeVar("E", bound=enum.Enum)
 
 BACKEND_VARIABLE = "GPU_LSTM_BACKEND"
@@ -39,24 +38,24 @@ class Racing(enum.Enum):
 KERNEL_BACKENDS = (Backend.TRITON, Backend.CUPY)
 
 
-class Choice(Generic[T]):
-    """What the open `with` blocks of a process chose: the last opened counts, in whatever order they close."""
+class Choice(Generic[E]):
+    """What the open `with` blocks chose: the last opened counts, in whatever order they close."""
 
     def __init__(self) -> None:
-        self.blocks: list[Block[T]] = []  # that are open
+        self.blocks: list[Block[E]] = []  # that are open
 
     @property
-    def now(self) -> T | None:
+    def now(self) -> E | None:
         """What the last opened block chose; None: no block is open."""
         return self.blocks[-1].value if self.blocks else None
 
 
-class Block(contextlib.ContextDecorator, Generic[T]):
+class Block(contextlib.ContextDecorator, Generic[E]):
     """A choice that holds within a `with` block, or while a function that it decorates runs."""
 
     _used = True  # for those that torch.compile makes without __init__
 
-    def __init__(self, choice: Choice[T], value: T, call: str) -> None:
+    def __init__(self, choice: Choice[E], value: E, call: str) -> None:
         self.value, self._choice, self._call, self._used = value, choice, call, False
 
     def __enter__(self) -> None:
@@ -90,9 +89,8 @@ chosen_racing: Choice[Racing] = Choice()
 def backend(name: BackendName | Backend) -> Block:
     """Choose the backend within a `with` block, for every module and function that was not given one itself.
 
-    It holds for the whole process, as torch.backends' flags do. Of blocks that are open in several threads at once, the
-    last opened counts; once all are closed, nothing is left behind. Without `with` nothing is chosen, and a
-    RuntimeWarning says so, as for a coroutine that is never awaited.
+    It holds for the whole process, as torch.backends' flags do; of blocks in several threads, the last opened counts.
+    Without `with` nothing is chosen, and a RuntimeWarning says so.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -120,7 +118,7 @@ def parse_backend_name(name: str | Backend) -> BackendName:
 
 
 def _parse(kind: type[E], name: object, what: str, source: str = "") -> E:
-    """The member of an enum of that name; `source` says where the name comes from, if not from the call itself."""
+    """The member of that name; `source` says where the name comes from, if not from the call itself."""
     if isinstance(name, kind):
         return name
     names = [each.value for each in kind]

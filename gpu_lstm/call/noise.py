@@ -1,7 +1,6 @@
 """The random numbers of a call: recurrent dropout, zoneout, dropout between layers, weight drop.
 
-Drawn once per call, for whole sequences, by torch's own generator, one layer and direction after another: a seed gives
-the same noise on every backend, whatever chunks of time a sequence is computed in.
+Drawn once per call, for whole sequences: a seed gives the same noise on every backend, and in any chunks of time.
 """
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
@@ -37,12 +36,11 @@ NO_NOISE = Noise()
 def draw(
     layers: list[list[Weights]], sizes: tuple[int, int], dtype: torch.dtype, options: Options
 ) -> tuple[list[list[Noise]], list[Tensor | None]]:
-    """The noise of one call, [L][D]; and the dropout mask of each layer's output, [L] of bool [T, B, D*P].
+    """The noise of one call, [L][D]; and of each layer's output, [L] of bool [T, B, D*P], which elements dropout keeps.
 
-    A mask is True for elements that are not dropped; None without dropout, and for the last layer. `layers` [L][D],
-    `sizes` (T, B), `dtype`: that layers compute in.
+    The latter is None without dropout, and for the last layer. `sizes` is (T, B), `dtype` that which layers compute in.
     """
-    if options.zoneout == (0, 0) and not options.recurrent_dropout and not options.dropout:
+    if not options.noisy:
         return [[NO_NOISE] * len(layer) for layer in layers], [None] * len(layers)
     steps, batch = sizes
     device = layers[0][0].weight_hh.device
@@ -55,25 +53,21 @@ def draw(
         return torch.full((), probability, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
     def of_direction(weights: Weights) -> Noise:
-        rows, width = weights.weight_hh.shape  # 4H, P
-        dropout_h = None
+        (rows, width), dropout_h = weights.weight_hh.shape, None  # 4H, P
         if options.recurrent_dropout:
-            ones = torch.ones(batch, width, dtype=dtype, device=device)
-            dropout_h = F.dropout(ones, options.recurrent_dropout)
+            dropout_h = F.dropout(torch.ones(batch, width, dtype=dtype, device=device), options.recurrent_dropout)
         return Noise(dropout_h, zoneout(options.zoneout[0], width), zoneout(options.zoneout[1], rows // 4))
 
     noise = [[of_direction(weights) for weights in layer] for layer in layers]
     kept: list[Tensor | None] = [None] * len(layers)
-    if options.dropout:
-        for k, layer in enumerate(layers[:-1]):
-            width = sum(weights.weight_hh.shape[1] for weights in layer)
-            mask = torch.empty(steps, batch, width, dtype=torch.bool, device=device)
-            kept[k] = mask.bernoulli_(1 - options.dropout)
+    for k, layer in enumerate(layers[:-1] if options.dropout else ()):
+        width = sum(weights.weight_hh.shape[1] for weights in layer)
+        kept[k] = torch.empty(steps, batch, width, dtype=torch.bool, device=device).bernoulli_(1 - options.dropout)
     return noise, kept
 
 
 def dropped(y: Tensor, kept: Tensor | None, probability: float) -> Tensor:
-    """y [T, B, F] after dropout: the numbers of torch.nn.functional.dropout, for a mask that was drawn before."""
+    """y [T, B, F] after dropout, by a mask of `draw`."""
     if kept is None:
         return y
     return y * (kept.to(y.dtype) / (1 - probability) if probability < 1 else 0)

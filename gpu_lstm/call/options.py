@@ -50,8 +50,7 @@ class Arguments(NamedTuple):
 class Options:
     """Arguments and what follows from them. There is one object for equal arguments, so that it can be a key."""
 
-    def __init__(self, arguments: Arguments) -> None:
-        a = self.arguments = arguments
+    def __init__(self, a: Arguments) -> None:
         self.kind, self.batch_first, self.training, self.backend = a.kind, a.batch_first, a.training, a.backend
         self.recompute, self.residual, self.reverse = a.recompute, a.residual, a.reverse
         self.directions = 2 if a.bidirectional else 1
@@ -103,10 +102,9 @@ def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...],
 
 def _weight_sizes(size: Size) -> tuple[tuple[int, ...], ...]:
     """The sizes of a layer's tensors, in the order of Weights."""
-    inputs, hidden, _ = size
-    rows, width = 4 * hidden, size.width
+    rows, hidden, width = 4 * size.hidden, size.hidden, size.width
     return (
-        (rows, inputs), (rows, width), (rows,), (rows,), (width, hidden), (3 * hidden,),
+        (rows, size.inputs), (rows, width), (rows,), (rows,), (width, hidden), (3 * hidden,),
         (rows,), (rows,), (hidden,), (hidden,),
     )  # fmt: skip
 
@@ -116,6 +114,4 @@ def options_of(*fields: Any) -> Options:
     return Options(Arguments(*fields)) if torch.compiler.is_compiling() else _cached(*fields)
 
 
-@functools.cache
-def _cached(*fields: Any) -> Options:
-    return Options(Arguments(*fields))
+_cached = functools.cache(lambda *fields: Options(Arguments(*fields)))

@@ -15,22 +15,16 @@ from .weights import State
 
 
 def resets_from_dones(dones: Tensor, first: Tensor | None = None) -> Tensor:
-    """The `resets` of a rollout: where episodes start, from where they end.
-
-    An environment reports at a step that it was the last of its episode. The state is zeroed before the next step, so
-    `resets` are `dones` one step later.
+    """The `resets` of a rollout, bool [T, B]: where episodes start, from where they end, which is one step earlier.
 
     Not for buffers that hold starts already: CleanRL's and rl_games' `dones`, Stable-Baselines3's `episode_starts`,
-    TorchRL's `is_init`. These are `resets` as they are. If they are shifted a second time, each episode's first step
-    runs on the state of the episode before, and no error is raised.
+    TorchRL's `is_init`. These are `resets` as they are; shifted a second time, they would silently let each episode
+    begin with the state of the one before.
 
     Args:
         dones: bool [T, B]; at t whether step t was the last of its episode.
         first: bool [B], whether step 0 starts an episode: `dones` at the last step of the rollout before. Default:
-            nowhere; the initial states are used as they are, which is right if they were zeroed at ends of episodes.
-
-    Returns:
-        bool [T, B].
+            nowhere, which is right if the initial states were zeroed at ends of episodes.
 
     Raises:
         TypeError: they are not tensors.
@@ -70,15 +64,14 @@ def times_of_steps(steps: int, batch: int, lengths: Tensor | None, reverse: bool
 class Traversal(NamedTuple):
     """How layers go through a batch: how many steps, where the state is reset and to what, from which end.
 
-    A reset at t separates time t from time t - 1, for both directions: the forward one starts again at t, the reverse
-    one at t - 1.
+    A reset at t separates t from t - 1: the forward direction starts again at t, the reverse one at t - 1.
     """
 
     lengths: Tensor | None = None  # [B]; None: all have T steps
     resets: Tensor | None = None  # bool [T, B]
     reverse: bool = False
-    # The states (h [T, B, P], c [T, B, H]) to reset to, of each layer and direction [L*D], indexed by the time of the
-    # reset, in the reverse direction by that of the step. None: zeros.
+    # The states (h [T, B, P], c [T, B, H]) to reset to, of each layer and direction [L*D], by the time of the reset, in
+    # the reverse direction by that of the step. None: zeros.
     reset_states: list[State] | None = None
 
     def is_plain(self) -> bool:
@@ -87,9 +80,7 @@ class Traversal(NamedTuple):
 
     def backwards(self) -> "Traversal":
         """The same batch in the reverse direction."""
-        states = self.reset_states
-        if states is not None:
-            states = [(torch.cat([h[1:], h[:1]]), torch.cat([c[1:], c[:1]])) for h, c in states]
+        states = self.reset_states and [(h.roll(-1, 0), c.roll(-1, 0)) for h, c in self.reset_states]
         return Traversal(self.lengths, self.resets, True, states)
 
     def of(self, number: int) -> "Traversal":
@@ -110,10 +101,7 @@ class Traversal(NamedTuple):
         return Traversal(lengths, resets, self.reverse, states)
 
     def reset_at_end_of(self, span: slice | None, h: Tensor, c: Tensor) -> State:
-        """The state with which one layer in the reverse direction enters a span, coming from the times after it.
-
-        It is reset where a reset separates the two.
-        """
+        """The state of one layer in the reverse direction as it enters a span, reset where a reset is just after it."""
         if self.resets is None or span is None or span.stop == len(self.resets):
             return h, c
         separated = self.resets[span.stop]  # [B]

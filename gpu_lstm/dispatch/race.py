@@ -1,7 +1,7 @@
 """Which backend `auto` chooses for a kind of call on a card: the kernels, or torch's own LSTM.
 
-The first call of a kind races them, once, on random data of its size; the result is cached (kernels/cache.py), and read
-by every later process. Where there may be no race, the expected winner runs.
+The first call of a kind races them on random data of its size; the result is cached on disk. Where there may be no
+race, the expected winner runs.
 """
 
 import json
@@ -11,6 +11,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -54,7 +55,8 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     if call.modes.transforms == Transforms.REFERENCE:
         return Decision(able, "only it runs inside vmap and forward-mode derivatives")
     if requested_backend(call.options.backend) is not Backend.AUTO:
-        return Decision(able, f"asked for by {_who_asked(call)}")
+        who = "gpu_lstm.backend(...)" if choices.chosen_backend.now else f"the variable {choices.BACKEND_VARIABLE}"
+        return Decision(able, f"asked for by {who if call.options.backend is None else 'the argument `backend`'}")
     if able not in KERNEL_BACKENDS:
         return Decision(able, "backend 'auto' chooses it where no kernels run")
     if call.modes.recording != Recording.NOBODY or call.modes.transforms != Transforms.NONE:
@@ -64,16 +66,13 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     if key in _decided:
         return _decided[key]
     if dry or call.modes.capturing:  # the next call races
-        decision = None if mode is Racing.OFF else _cached(kind, able, device)
-        if decision is not None:
+        if decision := _cached(kind, able, device, mode):
             return decision
         expected = expected_winner(kind, able, device)
         then = "; the first call races it" if dry and mode is Racing.ON and not kind.only_ours else ""
         return expected._replace(why=expected.why + then)
     with _lock, torch.random.fork_rng([device] if call.x.is_cuda else []):
-        decision = None if mode is Racing.OFF else _cached(kind, able, device)
-        if decision is None:
-            decision = _judge(call, kind, able, mode)
+        decision = _cached(kind, able, device, mode) or _judge(call, kind, able, mode)
         _decided[key] = decision = _agreed(decision, _key(kind, able, device))
     logger.info("%s: %s", describe(kind.as_json()), decision)
     return decision
@@ -87,8 +86,7 @@ def forget() -> None:
 def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
     """The decision of the rank of torch.distributed that decided first, except on a rank whose kernels fail.
 
-    Close to a tie, ranks would decide differently. They share decisions through the store of the process group, where
-    none waits for another, so that they may make different calls, in any order.
+    It is read from the store of the process group, where no rank waits for another, whatever calls they make.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or decision.why.startswith(FAILED):
@@ -99,24 +97,16 @@ def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
     return Decision(Backend(backend), *rest)
 
 
-def _who_asked(call: Call) -> str:
-    if call.options.backend is not None:
-        return "the argument `backend`"
-    if choices.chosen_backend.now is not None:
-        return "gpu_lstm.backend(...)"
-    return f"the variable {choices.BACKEND_VARIABLE}"
-
-
-def _cached(kind: Kind, able: Backend, device: torch.device) -> Decision | None:
-    """The result of a race of a kind of call on a device, if there was one."""
-    entry = cache.read(KIND, _key(kind, able, device))
+def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> Decision | None:
+    """The result of a race of a kind of call on a device, if there was one, and it may be used."""
+    entry = None if mode is Racing.OFF else cache.read(KIND, _key(kind, able, device))
     if entry is None:
         return None
-    decision, rivals = Decision(**entry)._replace(backend=Backend(entry["backend"])), (able, _other(kind))
-    if decision.backend not in rivals:
-        cache.warn_once(f"a race is ignored: expected {' or '.join(rival.value for rival in rivals)}, got {entry!r}")
+    rivals = [able.value, _other(kind).value]
+    if entry["backend"] not in rivals:
+        cache.warn_once(f"a race is ignored: expected {' or '.join(rivals)}, got {entry!r}")
         return None
-    return decision
+    return Decision(Backend(entry["backend"]), entry["why"], entry["seconds"])
 
 
 def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
@@ -127,27 +117,18 @@ def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
 
 def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
     """Decide by a race, if one is allowed; else the expected winner, once the kernels have run at all."""
-    other = _other(kind)
-    expected = expected_winner(kind, able, call.x.device)
+    other, expected = _other(kind), expected_winner(kind, able, call.x.device)
     try:
         runs = {backend.value: _sample(call, kind, backend) for backend in (able, other)}
         with alone(grad=kind.training):
-            try:
-                runs[able.value]()  # compiles, and verifies
-            except DEVICE_ERRORS:
-                raise
-            except RuntimeError as error:
+            if error := _error_of(runs[able.value]):  # which compiles, and verifies
                 cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {error}")
                 return Decision(other, f"{FAILED}: {error}")
             if mode is not Racing.ON or kind.only_ours:
                 return expected
-            try:
-                runs[other.value]()
-            except DEVICE_ERRORS:
-                raise
-            except RuntimeError as error:  # say cuDNN cannot be initialised
+            if error := _error_of(runs[other.value]):  # say cuDNN cannot be initialised
                 return Decision(able, f"torch's LSTM fails: {error}")
-            times = race(runs, clock_of(call.x.device))
+            times = race(runs, partial(clock, call.x.device))
     except torch.OutOfMemoryError:
         return expected
     decision, is_certain = judge(times, expected)
@@ -157,13 +138,24 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
     return decision
 
 
+def _error_of(run: Callable[[], None]) -> RuntimeError | None:
+    """What a run raises, except for errors of the device."""
+    try:
+        run()
+    except DEVICE_ERRORS:
+        raise
+    except RuntimeError as error:
+        return error
+    return None
+
+
 def _other(kind: Kind) -> Backend:
     """The backend that runs a kind of call without our kernels."""
     return Backend.REFERENCE if kind.only_ours else Backend.TORCH
 
 
 def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
-    """The call by a backend on random data of its size, with its own weights; in training, backward too."""
+    """The call by a backend on random data, with its own weights; in training, backward too."""
     call = call.padded()._replace(form=Padded(batched=True, batch_first=False))
     steps, sizes = min(call.steps, LONGEST), call.x.shape[1:]  # (B, I)
     shape = sizes if call.options.kind == "LSTMCell" else (steps, *sizes)
@@ -179,28 +171,23 @@ def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
     def run() -> None:
         y, _ = run_by(route, sample)
         if kind.training:
-            inputs = [t for layer in own for one in layer for t in one.present()]
-            inputs += [data] if data.requires_grad else []
+            inputs = [t for layer in own for one in layer for t in one.present()] + [data] * data.requires_grad
             torch.autograd.grad(y, inputs, torch.ones_like(y))
 
     return run
 
 
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """A clock in seconds that first waits for the device's queued work; tests can replace it to simulate a card."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return now
+def clock(device: torch.device) -> float:
+    """The time in seconds, once the device's queued work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds per call of each rival, timed in turn until the budget is spent; at least three times each.
 
-    The first call of each, which may compile, does not count. Host and device overlap, as they do for a user.
+    The first call of each, which may compile, does not count.
     """
     calls = {}
     for name, run in rivals.items():

@@ -1,7 +1,6 @@
 """Conversion to Keras 3 and back, with equal results; and Keras's initial values for any LSTM.
 
 Both have the gates in the order i, f, g, o; Keras's matrices are transposed, and it has one bias where torch has two.
-Only from_keras and to_keras import Keras.
 """
 
 import importlib
@@ -21,7 +20,7 @@ from ..call.checks import check_bool, check_lengths, check_tensor
 from ..call.choices import Backend, BackendName
 from ..call.sequences import times_of_steps
 from ..modules import LSTM, LSTMCell, StackedLSTM
-from ..modules.arguments import recast
+from ..modules.arguments import NOT_OF_TORCH, recast
 
 Module = TypeVar("Module", bound=nn.Module)
 BIASES = ("bias_ih", "bias_hh")
@@ -30,8 +29,8 @@ BIASES = ("bias_ih", "bias_hh")
 class GoBackwards(nn.Module):
     """Runs an LSTM or StackedLSTM from the end of each sequence to its start, like Keras's go_backwards=True.
 
-    A call accepts and returns what `lstm` does, batched, but ``output[:, 0]`` belongs to the last time. With lengths
-    its zeros come first, since Keras reverses the mask with the input; ``output.flip(1)`` is in the order of time.
+    A call accepts and returns what `lstm` does, batched, but ``output[:, 0]`` belongs to the last time. With lengths,
+    zeros come first, as in Keras.
 
     Args:
         lstm: one direction, batch_first=True. Its weights are those of a forward LSTM.
@@ -83,13 +82,13 @@ def from_keras(
     | RNN([LSTMCell, ...]), RNN(StackedRNNCells) | StackedLSTM |
     | any of these but Bidirectional, go_backwards | GoBackwards of the module |
 
-    The module is batch_first and has the dtype of the layer's variables. It always returns the whole output and the
-    states, whatever return_sequences and return_state are. Regularizers and constraints are not converted.
+    The module is batch_first, has the dtype of the layer's variables, and always returns the whole output and the
+    states. Regularizers and constraints are not converted.
 
     Args:
         layer: from any backend of Keras.
-        freeze_second_bias: bias_ih is Keras's bias and bias_hh is zero. If True, bias_hh has requires_grad=False, so
-            that the bias does not train twice as fast as Keras's.
+        freeze_second_bias: whether bias_hh, which is zero, has requires_grad=False. If False, the bias trains twice as
+            fast as Keras's.
         backend: of the module, as for LSTM.
 
     Raises:
@@ -123,12 +122,11 @@ def from_keras(
         inputs, _same("units", sizes), bidirectional=both, **shared)  # fmt: skip
     with torch.no_grad():
         for weights, cell in zip([w for layer in lstm._weights() for w in layer], cells):
-            weights.weight_ih.copy_(_tensor(keras, cell.kernel).T)
-            weights.weight_hh.copy_(_tensor(keras, cell.recurrent_kernel).T)
-            for tensor in weights.present():
-                tensor.requires_grad_(cell.trainable)
-            if weights.bias_ih is not None and weights.bias_hh is not None:
-                weights.bias_ih.copy_(_tensor(keras, cell.bias))
+            # Of two tensors or, with a bias, four, of which the last is bias_hh.
+            for tensor, name in zip(weights.present(), ("kernel", "recurrent_kernel", "bias")):
+                values = keras.ops.convert_to_numpy(getattr(cell, name).value).astype("float64")
+                tensor.copy_(torch.from_numpy(values).t()).requires_grad_(cell.trainable)
+            if weights.bias_hh is not None:
                 weights.bias_hh.zero_().requires_grad_(cell.trainable and not freeze_second_bias)
     return GoBackwards(lstm) if not both and layer.go_backwards else lstm
 
@@ -136,17 +134,16 @@ def from_keras(
 def to_keras(lstm: nn.Module) -> Any:
     """The built Keras layer that computes what a module computes, with a copy of its weights.
 
-    One layer becomes keras.layers.LSTM or Bidirectional, several become RNN(StackedRNNCells); GoBackwards becomes
-    go_backwards=True. The layer accepts (N, T, I) whatever batch_first is, has return_sequences=True and
-    return_state=True, and returns (output, h, c), (output, h, c, h_reverse, c_reverse), or (output, [h, c], ...) with
-    one pair per layer. Its bias is bias_ih + bias_hh.
+    One layer becomes keras.layers.LSTM or Bidirectional, several become RNN(StackedRNNCells), GoBackwards becomes
+    go_backwards=True. It accepts (N, T, I) whatever batch_first is, and returns (output, h, c), (output, h, c,
+    h_reverse, c_reverse), or (output, [h, c], ...) with one pair per layer. Its bias is bias_ih + bias_hh.
 
     Args:
         lstm: an LSTM, StackedLSTM, GoBackwards or torch.nn.LSTM.
 
     Raises:
-        ValueError: an argument of the module that has no counterpart in Keras: proj_size, residual, recurrent_dropout,
-            zoneout, weight_drop, peepholes, and for several layers dropout and bidirectional.
+        ValueError: an argument that has no counterpart in Keras: proj_size, residual, recurrent_dropout, zoneout,
+            weight_drop, peepholes, layer_norm, and for several layers dropout and bidirectional.
         TypeError: another kind of module.
         ImportError: Keras is not installed.
     """
@@ -159,7 +156,7 @@ def to_keras(lstm: nn.Module) -> Any:
         raise TypeError(f"to_keras accepts an LSTM, StackedLSTM or GoBackwards, got {type(lstm).__name__}")
     keras = import_keras()
     layers = len(lstm._weights())
-    for name in ("proj_size", "residual", "recurrent_dropout", "zoneout", "weight_drop", "peepholes"):
+    for name in ("proj_size", "residual", *NOT_OF_TORCH):
         _refuse(name, getattr(lstm, name, None), " in Keras")
     if layers > 1:
         _refuse("dropout", lstm.dropout, " in Keras; set it to 0 for the numbers of eval()")
@@ -167,16 +164,15 @@ def to_keras(lstm: nn.Module) -> Any:
 
     weights = [w for layer in lstm._weights() for w in layer]  # [L * D]
     dtype = str(weights[0].weight_ih.dtype).removeprefix("torch.")
-    sizes = [w.weight_hh.shape[1] for w in weights]
     of_cell = dict(use_bias=lstm.bias, dtype=dtype)
     if dtype in ("float16", "bfloat16"):
         of_cell["recurrent_initializer"] = "glorot_uniform"  # building draws values, and torch has no QR in half
     of_layer = dict(return_sequences=True, return_state=True, go_backwards=backwards)
     if layers > 1:
-        cells = [keras.layers.LSTMCell(units, **of_cell) for units in sizes]
+        cells = [keras.layers.LSTMCell(w.weight_hh.shape[1], **of_cell) for w in weights]
         layer = keras.layers.RNN(cells, dtype=dtype, **of_layer)
     else:
-        layer = keras.layers.LSTM(sizes[0], **of_cell, **of_layer)
+        layer = keras.layers.LSTM(weights[0].weight_hh.shape[1], **of_cell, **of_layer)
         cells = [layer.cell]
     if lstm.bidirectional:
         layer = keras.layers.Bidirectional(layer, dtype=dtype)
@@ -216,9 +212,8 @@ def lengths_of(mask: Tensor) -> Tensor:
 def keras_init(module: Module) -> Module:
     """Give every LSTM in `module`, in place, initial values as Keras draws them, and return `module`.
 
-    weight_ih and weight_hr, which Keras does not have, are glorot_uniform: weight_ih within sqrt(6 / (I + 4H)) of zero.
-    weight_hh is orthogonal: its columns, for all gates together, are orthonormal. Biases are zero, except that a forget
-    gate's is 1 (see forget_bias). Peepholes and layer norms stay as they are.
+    weight_ih, and weight_hr, which Keras does not have, are glorot_uniform, weight_hh is orthogonal for all gates
+    together, and biases are zero, but 1 for forget gates (see forget_bias). Peepholes and layer norms stay as they are.
 
     Args:
         module: an LSTM, StackedLSTM or LSTMCell, torch's own, or a module that holds some.
@@ -232,12 +227,10 @@ def keras_init(module: Module) -> Module:
 
 def _drawn(name: str, parameter: Tensor) -> Tensor:
     new = torch.zeros_like(parameter)
-    if name.startswith(BIASES):
-        return _with_forget_bias(name, new, 1.0)
     if name.startswith("weight_hh"):
         wide = new.to(torch.promote_types(new.dtype, torch.float32))  # torch has no QR in half
         return nn.init.orthogonal_(wide).to(new.dtype)
-    return nn.init.xavier_uniform_(new)
+    return _with_forget_bias(name, new, 1.0) if name.startswith(BIASES) else nn.init.xavier_uniform_(new)
 
 
 @torch.no_grad()
@@ -283,7 +276,7 @@ def _lstms(module: nn.Module) -> list[LSTM | LSTMCell | TorchLSTM | TorchLSTMCel
 
 
 def import_keras() -> ModuleType:
-    """Keras, imported when it is first needed; an ImportError that says what to install where it is absent."""
+    """Keras; an ImportError says what to install."""
     try:
         return importlib.import_module("keras")
     except ImportError as error:
@@ -294,7 +287,6 @@ def import_keras() -> ModuleType:
 
 
 def _check_cell(keras: ModuleType, cell: Any) -> None:
-    """Raise unless `cell` has weights and does what an LSTM here does."""
     if type(cell) is not keras.layers.LSTMCell:
         raise TypeError(f"Expected cells of type LSTMCell, got {type(cell).__name__}")
     if not cell.built:
@@ -305,7 +297,7 @@ def _check_cell(keras: ModuleType, cell: Any) -> None:
 
 
 def check_activations(keras: ModuleType, cell: Any) -> None:
-    """Raise ValueError unless those of an LSTMCell are tanh and sigmoid."""
+    """Raise ValueError unless those of a cell are tanh and sigmoid."""
     for name, expected in (("activation", "tanh"), ("recurrent_activation", "sigmoid")):
         function = getattr(cell, name)
         if function not in (getattr(keras.activations, expected), getattr(keras.ops, expected)):
@@ -314,22 +306,16 @@ def check_activations(keras: ModuleType, cell: Any) -> None:
 
 
 def _refuse(argument: str, value: Any, hint: str) -> None:
-    """Raise unless `value` is false."""
     if value:
         raise ValueError(f"{argument}={value!r} has no counterpart{hint}")
 
 
 def _same(name: str, values: list) -> Any:
-    """The one value of all cells."""
     if len(set(values)) > 1:
         raise ValueError(f"Expected the same {name} in all cells, got {values}")
     return values[0]
 
 
-# Numbers are converted through float64, which holds those of every other dtype, even of one that NumPy does not know.
-def _tensor(keras: ModuleType, variable: Any) -> Tensor:
-    return torch.from_numpy(keras.ops.convert_to_numpy(variable.value).astype("float64"))
-
-
 def _array(tensor: Tensor) -> np.ndarray:
+    """Through float64, which holds the numbers of every other dtype, even of one that NumPy does not know."""
     return tensor.detach().cpu().double().numpy()

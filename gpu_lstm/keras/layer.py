@@ -4,7 +4,6 @@ from typing import Any
 
 import keras
 import torch
-from torch import Tensor
 
 from ..functional import lstm_layer
 from .convert import check_activations
@@ -14,14 +13,14 @@ from .convert import check_activations
 class LSTM(keras.layers.LSTM):
     """keras.layers.LSTM on Keras's torch backend, computed by gpu_lstm: the same arguments, weights and numbers.
 
-    Weights, initial values, regularizers, constraints, states, dtype policies and the configuration are Keras's own;
-    weights load both ways. docs/keras_layer.md shows how to replace the layers of an existing model.
+    All but the computation is Keras's own; weights load both ways. docs/keras_layer.md shows how to replace the layers
+    of an existing model.
 
     - A mask may have any form. A masked step leaves the state as it is; its output repeats that of the last valid step
       or, with zero_output_for_mask, is zero. Values at masked steps, even NaN, affect neither results nor gradients.
     - dropout draws the same numbers as Keras from the same seed.
-    - recurrent_dropout, and dropout with implementation=1, need a mask for each gate, which the kernels do not have. So
-      calls with training=True run Keras's own loop over the steps, at its speed; inference does not.
+    - recurrent_dropout, and dropout with implementation=1, need a mask for each gate, which the kernels do not have:
+      calls with training=True run Keras's own loop over the steps, at its speed.
       `gpu_lstm.LSTM(recurrent_dropout=...)` has one mask for all gates and no loop.
     - unroll and use_cudnn are accepted and ignored. `gpu_lstm.backend` and GPU_LSTM_BACKEND choose the backend.
 
@@ -67,13 +66,9 @@ class LSTM(keras.layers.LSTM):
             return h, y.transpose(0, 1), [h, c]
 
         mask = to_tensor(mask, dtype="bool").reshape(x.shape[1], x.shape[0]).T
-        return self._masked(x, weights, hx, mask.flip(0) if self.go_backwards else mask)
-
-    def _masked(self, x: Tensor, weights: list[Tensor], hx: list[Tensor], mask: Tensor) -> tuple:
-        """inner_loop with x [T, B, I] and mask [T, B] in the order of the steps.
-
-        The valid steps of each sequence are put before its masked ones, so that a mask of any form becomes lengths.
-        """
+        if self.go_backwards:
+            mask = mask.flip(0)
+        # The valid steps of each sequence are put before its masked ones, so that a mask of any form becomes lengths.
         valid_first = (~mask).byte().argsort(dim=0, stable=True)
         y, (h, c) = lstm_layer(
             x.take_along_dim(valid_first[:, :, None], 0), weights, (hx[0], hx[1]), lengths=mask.sum(0)

@@ -17,9 +17,8 @@ def autotune(
 ) -> dict[str, str]:  # fmt: skip
     """Time the Triton kernels that a layer could run, on the present GPU, and cache the fastest.
 
-    It takes seconds to minutes, mostly to compile. The result is written to gpu_lstm/plans in the user's cache folder,
-    by card and version of Triton, and used from then on for layers of this size and batch. The logger "gpu_lstm" writes
-    a line at INFO for each plan.
+    It takes seconds to minutes. The result is cached by card and version of Triton, and used from then on for layers of
+    this size and batch. The logger "gpu_lstm" writes a line at INFO for each plan.
 
     Args:
         hidden_size, proj_size, dtype: of the layer: float16, bfloat16 or float32.

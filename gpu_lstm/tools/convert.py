@@ -21,8 +21,6 @@ _log = logging.getLogger("gpu_lstm")
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell}
 _THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, compat.LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}
-# Packages whose modules check isinstance(lstm, torch.nn.LSTM), and behave differently if it is False.
-_NEED_TORCHS = ("torchrl",)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,8 +38,7 @@ def convert(model: nn.Module) -> nn.Module:
     Only these exact classes: a subclass may do anything in its forward, and is left alone. Parameters stay the same
     objects, so that optimizers keep working; hooks, training flags, names and shared modules stay too. In TorchRL's
     LSTMModule, which needs an instance of torch.nn.LSTM, an LSTM becomes a compat.LSTM. The logger "gpu_lstm" reports
-    at INFO what was swapped, and what was left and why; if nothing was, and there was no module of gpu_lstm before, a
-    UserWarning does.
+    at INFO what was swapped or left; a UserWarning says if nothing was, and no module of gpu_lstm was there before.
 
     Returns:
         `model`; where it is itself one of these classes, a new module that shares its parameters.
@@ -61,8 +58,8 @@ def to_torch(model: Model) -> Model: ...
 def to_torch(model: nn.Module) -> nn.Module:
     """Swap every gpu_lstm.LSTM, gpu_lstm.compat.LSTM and gpu_lstm.LSTMCell in `model`, in place, for torch.nn's.
 
-    The inverse of `convert`, with the same promises and results. The backend and `recompute` are dropped: they change
-    no result. torch.nn.LSTM accepts neither lengths nor resets.
+    The inverse of `convert`, with the same promises and results. The backend and `recompute` are dropped. torch.nn.LSTM
+    accepts neither lengths nor resets.
 
     Raises:
         TypeError: `model` is not a module, or there is a StackedLSTM in it.
@@ -77,7 +74,9 @@ def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], 
         raise TypeError(f"{function} accepts a torch.nn.Module, got {type(model).__name__}")
     modules: dict[str, nn.Module] = dict(model.named_modules())
     twins: dict[nn.Module, nn.Module] = {}
-    asked = {child for owner in modules.values() if _needs_torchs(owner) for child in owner.children()}
+    # TorchRL's modules check isinstance(lstm, torch.nn.LSTM), and behave differently if it is False.
+    of_torchrl = (m for m in modules.values() if any(c.__module__.split(".")[0] == "torchrl" for c in type(m).__mro__))
+    asked = {child for owner in of_torchrl for child in owner.children()}
     swapped, left, done = [], [], False
     for path, module in modules.items():
         where, cls = path or "the model itself", type(module)
@@ -109,10 +108,6 @@ def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], 
     return twins.get(model, model)
 
 
-def _needs_torchs(owner: nn.Module) -> bool:
-    return any(cls.__module__.partition(".")[0] in _NEED_TORCHS for cls in type(owner).__mro__)
-
-
 def _check_that_torch_has_it(where: str, module: nn.Module) -> None:
     if isinstance(module, StackedLSTM):
         raise TypeError(
@@ -138,7 +133,7 @@ def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
             recurrent_kernel [H, 4H] and bias [4H], with gates in the order i, g, f, o; of a LayerNormLSTM also gamma
             [2, 4H], gamma_h [H] and beta_h [H], which become gain_ih and gain_hh, gain_c and bias_c.
 
-    Haste's one bias becomes bias_ih; bias_hh is zero. Its forget_bias was only the initial value of that bias.
+    Haste's one bias becomes bias_ih; bias_hh is zero.
 
     Raises:
         TypeError: something else, or a parameter that is not a tensor.

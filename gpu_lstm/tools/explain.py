@@ -90,10 +90,9 @@ def explain(
     lstm: LSTM | StackedLSTM, x: Tensor | PackedSequence, hx: State | Sequence[State] | None = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Any = None,
 ) -> Explanation:  # fmt: skip
-    """Say how a call would run and why, without making it: nothing is run, raced, or cached.
+    """Say how a call made at the same place would run, and why: nothing is run, raced, or cached.
 
-    It holds for a call made at the same place: with autograd on or off, in training or not, under autocast, and within
-    `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
+    The place matters: autograd on or off, training, autocast, `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
 
     Args:
         lstm: an LSTM or StackedLSTM.
@@ -116,8 +115,7 @@ def explain(
     able, kind = able_to_run(call), kind_of(call)
     decision = race.decide(call, kind, able, dry=True)
     route, backend = build(call, kind, decision.backend), decision.backend
-    ways = ("forward", "reverse")[: kind.directions]
-    rows = [(layer, way, *size) for layer, size in enumerate(kind.layers) for way in ways]
+    rows = [(k, way, *size) for k, size in enumerate(kind.layers) for way in ("forward", "reverse")[: kind.directions]]
     layers = [Direction(*row, _passes(call, kind, route, number)) for number, row in enumerate(rows)]
     launches = sum(each.launches for d in layers for each in d.passes) if backend is Backend.TRITON else None
     return Explanation(
@@ -149,14 +147,12 @@ def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
     for which in (Pass(), Pass(True)) if kind.training else (Pass(save=False),):
         plan, measured = layer.chosen(which)
         # Backward is verified for each set of gradients that it may be given.
-        given = [(True, True), (True, False), (False, True)] if which.backward else [(True, True)]
-        verified = [which._replace(dh=dh, dh_n=dh_n) for dh, dh_n in given]
-        verdicts = {cached_verdict(plan, layer.problem, each, layer.device) for each in verified} - {None}
-        wrong = sorted(str(verdict) for verdict in verdicts if verdict != "right")
+        verified = [which, which._replace(dh_n=False), which._replace(dh=False)] if which.backward else [which]
+        verdicts = [v for each in verified if (v := cached_verdict(plan, layer.problem, each, layer.device))]
         passes.append(PassPlan(
             "backward" if which.backward else "forward", plan.family.value, tiles_of(plan), plan.why,
             "measured by autotune" if measured else "expected to be the fastest",
-            wrong[0] if wrong else "right" if verdicts else None,
+            min(verdicts, key="right".__eq__, default=None),  # what is wrong, if anything is
             call.steps if plan.family.value == "pointwise" else launches,
             {} if card is planning.INTERPRETER else planning.expected(layer.problem, card, plan, which.backward).terms,
         ))  # fmt: skip
@@ -201,10 +197,9 @@ def _precision(kind: Kind, device: torch.device, backend: Backend) -> str:
     name = str(kind.dtype).removeprefix("torch.")
     if kind.dtype is not torch.float32 or device.type != "cuda":
         return f"in {name}" if kind.dtype.itemsize > 2 else f"of {name} numbers, summed in float32"
-    words = {"tf32": "TF32"}
-    exact = "float32, exactly"
-    text = f"in the recurrence {words.get(kind.like.precision, exact)} (torch.backends.cudnn.rnn.fp32_precision)"
+    switches = kind.like.precision, torch.backends.cuda.matmul.fp32_precision
+    inner, wide = ("TF32" if switch == "tf32" else "float32, exactly" for switch in switches)
+    text = f"in the recurrence {inner} (torch.backends.cudnn.rnn.fp32_precision)"
     if backend is Backend.TORCH:
         return f"{text}, and all others"
-    wide = words.get(torch.backends.cuda.matmul.fp32_precision, exact)
     return f"{text}, over all steps {wide} (torch.backends.cuda.matmul.fp32_precision)"

@@ -27,9 +27,8 @@ class _StepGraph(NamedTuple):
 class Stream:
     """Runs `lstm` on a batch of endless sequences; outputs are those of one call with all steps, except for rounding.
 
-    In float16 and bfloat16 the cell state is held in float32. Inference only: nothing is recorded for backward. On CUDA
-    the first step is captured in a graph, and later ones replay it; it is captured again if a parameter is replaced,
-    not if one is changed in place. One graph serves every `active`. Nothing waits for the device.
+    Inference only. In float16 and bfloat16 the cell state is held in float32. On CUDA the first step is captured in a
+    graph that later ones replay, and again if a parameter is replaced (not if one is changed in place).
 
     Args:
         lstm: an LSTM or a StackedLSTM, in eval() if it has dropout; one direction.
@@ -174,19 +173,16 @@ class Stream:
         lstm, graph = self.lstm, self._graph
         key = x.shape, x.dtype, lstm.training, lstm.zoneout, tuple(p.data_ptr() for p in lstm.parameters())
         if graph is None or graph.key != key or (graph.active is None and active is not None):
-            graph = self._graph = self._capture(key, x.clone(), None if active is None else active.clone())
+            before, own = _each(torch.clone, self._state), (x.clone(), None if active is None else active.clone())
+            try:
+                graph = self._graph = _StepGraph(key, *own, captured(lambda: self._advance(*own), x.device))
+            finally:
+                self._update(before)  # warm-up steps do not count
         raise_if_timed_out(x.device)  # in the replays so far
         graph.x.copy_(x)
         if graph.active is not None:
             graph.active.fill_(True) if active is None else graph.active.copy_(active)
         return graph.replay().clone()
-
-    def _capture(self, key: tuple, x: Tensor, active: Tensor | None) -> _StepGraph:
-        before = _each(torch.clone, self._state)
-        try:
-            return _StepGraph(key, x, active, captured(lambda: self._advance(x, active), x.device))
-        finally:
-            self._update(before)  # warm-up steps do not count
 
     @torch.no_grad()
     def _update(self, state: list[State]) -> None:

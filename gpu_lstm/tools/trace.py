@@ -54,7 +54,7 @@ class Trace:
     lengths: Tensor | None  # [B]
 
     def plot(self, sequence: int = 0) -> "Figure":
-        """Draw one sequence: a row of heat maps a layer and direction, units against time; needs matplotlib.
+        """Draw one sequence: a row of heat maps a layer and direction, units against time.
 
         Gates go from 0 to 1. States go from -1 to 1, and a cell state beyond is drawn as -1 or 1.
 
@@ -104,10 +104,9 @@ def trace(
     lstm: nn.Module, x: Tensor | PackedSequence, hx: State | Sequence[State] | None = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: State | Sequence[State] | None = None,
 ) -> Trace:  # fmt: skip
-    """Call an LSTM and record all that it computes: gates, cell and hidden states of every step, layer and direction.
+    """Call an LSTM, on the reference, and record gates, cell and hidden states of every step, layer and direction.
 
-    The call runs on the reference whatever the backend; results equal other backends' except for rounding. Dropout
-    between layers is applied as in any call: to trace inference, call `eval()` first.
+    Dropout is applied as in any call: to trace inference, call `eval()` first.
 
     Args:
         lstm: a gpu_lstm.LSTM or StackedLSTM, or a torch.nn.LSTM.
