@@ -3,10 +3,8 @@
 import contextlib
 import itertools
 import re
-import runpy
 import shutil
 import subprocess
-import sys
 import time
 import warnings
 from dataclasses import replace
@@ -22,7 +20,7 @@ from installed import ROOT
 from torch import nn
 
 from bench import __main__ as command_line
-from bench import cases, gpu, inputs, isolated, measure, providers, report, results, timing
+from bench import cases, gpu, inputs, isolated, measure, providers, results, timing
 from bench.cases import Case
 from bench.inputs import Inputs, results_in
 from bench.providers import Provider, torchs
@@ -377,26 +375,6 @@ def test_base_measures_both_commits_in_turns_and_fails_where_ours_is_broken_now(
         statuses = {"torch": "measured", "torch-flat": "unable", "ours": status}
         assert dict(zip(rows["provider"], rows["status"])) == statuses
     assert len(git("worktree", "list").splitlines()) == 1
-
-
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["readme"], "a.csv: schema 1"), (["gpu", "--out", "a"], "there is no CUDA device here"),
-], ids=["readme", "gpu"])  # fmt: skip
-def test_mistakes_are_answered_with_what_is_known_and_write_nothing(capsys, monkeypatch, tmp_path, arguments, said):
-    """More of them: test_wrong_calls.py."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (tmp_path / "bench" / "results").mkdir(parents=True)
-    (tmp_path / "README.md").write_text(f"{report.BEGIN}\nb\n{report.END}\n")
-    (tmp_path / "bench" / "results" / "a.csv").write_text("schema,date\n1,now\n")
-    before = {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")}
-    monkeypatch.setattr(isolated, "ROOT", tmp_path)  # which the program imports again
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-    monkeypatch.delitem(sys.modules, "bench.__main__")
-    with pytest.raises(SystemExit, match=r"^2$"):
-        runpy.run_module("bench", run_name="__main__")
-    assert said in capsys.readouterr().err
-    assert {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.parametrize("wrong", [0, 1])
