@@ -170,7 +170,8 @@ def test_the_sentence_goes_when_a_gpu_was_measured_and_not_before(updated):
     assert updated() == text  # a second time nothing changes
 
 
-def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_has_workarounds_only(updated, tmp_path):
+def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_has_workarounds_only(updated):
+    """The workarounds: test_readme_and_page_are_those_of_the_stored_results, which are of a CPU."""
     rows = whole_grid()
     rows[0] |= {"status": "yardstick"}
     rows[1] |= {"median_s": 0.03, "speed": 0.667, "bound_s": 0.0025}
@@ -185,18 +186,6 @@ def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_has_workarounds_only(up
     text = updated(gpu=[], cpu=whole_grid("cpu", **CPU))
     assert "\n| " not in text  # without workarounds there is no table
     assert "Calls that nn.LSTM can do too run at 0.500 to 0.500 of its speed." in text.replace("\n", " ")
-    rows = [*pair(**CPU), row(RESETS, "torch", 5.0, status="yardstick", **CPU), row(RESETS, **CPU)]
-    ratio = {"over_ours": 2.5, "over_ours_low": 2.4, "over_ours_high": 2.623}
-    rows += [row(RESETS, "cleanrl-loop", 25.0, **CPU, **ratio), row(RESETS, "torch-packed", "unable", **CPU)]
-    text = updated(cpu=rows)
-    assert "resets 2% | nn.LSTM called at every step, its state masked | 25.0 | 10.0 | 2.50 (2.40-2.62) |" in text
-    more = replace(RESETS, reset_rate=0.1), *(replace(RESETS, steps=T, batch=64, hidden_size=8) for T in (4, 5))
-    rows += [row(case, name, 12.0, **CPU) for case in more for name in ("cleanrl-loop", "ours")]
-    text = updated(cpu=rows)  # the first of each group, of which one is for cases that differ in more than two ways
-    assert [line.split(" ")[3] for line in text.splitlines() if "its state masked" in line] == ["T1024", "T1024", "T4"]
-    report.update_page(page := tmp_path / "README.md", [tmp_path / "cpu.csv"], [])
-    assert page.read_text().count("its state masked") == 4
-    assert "packed" not in text
 
 
 def test_readme_and_page_are_those_of_the_stored_results(tmp_path):
