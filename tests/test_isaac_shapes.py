@@ -34,13 +34,6 @@ def test_a_line_for_each_shape_and_one_to_send(example, capsys):
     assert line.endswith("; ".join(f"{shape} 1000.00 1000.00 1000.00" for shape in shapes))
 
 
-def test_the_shapes_are_those_that_are_trained(example):
-    sizes = [(T, B, H) for _, T, B, H in example.SHAPES]
-    assert {T for T, _, _ in sizes} == {4, 16, 24, 32}
-    assert (min(B for _, B, _ in sizes), max(B for _, B, _ in sizes)) == (256, 8192)
-    assert (min(H for _, _, H in sizes), max(H for _, _, H in sizes)) == (256, 2048)
-
-
 def test_padding_and_pieces_are_what_one_call_gives_and_differ_without_resets(example):
     lstm, ways, cuts = example.prepare(24, 40, 5, torch.device("cpu"))
     assert 5 < cuts <= 24
