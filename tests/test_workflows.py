@@ -163,7 +163,7 @@ def test_the_pages_conftest_and_test_do_as_it_says(tmp_path):
     def said(backend, interpret, *arguments):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), *arguments]
         environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "GPU_LSTM_BACKEND": backend,
-                       "TRITON_INTERPRET": interpret}  # fmt: skip
+                       "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}  # fmt: skip
         return run(*command, cwd=tmp_path, env=environment).stdout
 
     assert "1 passed, 1 skipped" in said("triton", "1")
