@@ -56,17 +56,6 @@ def test_the_readmes_figures_of_an_update_are_those_of_its_picture():
     assert (low, high) == (f"{times.min():.1f}", f"{times.max():.1f}")
 
 
-@pytest.mark.slow
-def test_weather_beats_both_baselines_on_the_held_out_year_and_a_linear_forecast_of_two_days_is_as_good(tmp_path):
-    errors = load(EXAMPLES / "weather.py").main(epochs=12, out=tmp_path)
-    ours, linear = errors.pop("StackedLSTM"), errors.pop("ridge, last 2 days")
-    assert set(errors) == {"same as today", "day-of-year mean"}
-    for forecast in (ours, linear):
-        assert all(forecast.mae < baseline.mae and forecast.rmse < baseline.rmse for baseline in errors.values())
-    assert abs(ours.mae - linear.mae) < 0.1
-    assert (tmp_path / "weather.png").stat().st_size > 10_000
-
-
 def links(text: str) -> list[str]:
     """The files that Markdown links to, except in its examples."""
     text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
