@@ -1,4 +1,4 @@
-"""A user's program that covers the public API: test_types.py checks it with mypy and pyright, and runs it."""
+"""A user's program that covers the public API: test_packaging.py checks it with mypy and pyright, and runs it."""
 
 import dataclasses
 
