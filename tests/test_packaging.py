@@ -130,7 +130,7 @@ def test_importing_it_is_cheap_and_writes_nothing():
 
 
 def test_packages_that_are_broken_in_any_way_stop_nobody(tmp_path):
-    """Neither the import, nor a call, nor auto, nor the doctor, who says what is broken.
+    """Neither the import, nor a call, nor the doctor, who says what is broken; nor auto: test_first_call.py.
 
     A call on the CPU imports no compiler of torch's, which takes a second, and imports Triton.
     """
@@ -149,18 +149,13 @@ def test_packages_that_are_broken_in_any_way_stop_nobody(tmp_path):
         except ImportError as error:
             print(error)
         from gpu_lstm.dispatch import available
-        from gpu_lstm.kernels import cache
         from gpu_lstm.__main__ import main
 
         for error in ("OSError", "RuntimeError", "AttributeError", "SyntaxError", "KeyError", "ImportError"):
             os.environ["BROKEN"] = error
-            for cached in (available.triton_import_problem, available.cupy_import_problem, cache.warn_once):
-                cached.cache_clear()
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                found = available.select(None, torch.device("cuda"), torch.float32, None, False)
-                assert found is gpu_lstm.Backend.TORCH
-            assert len(caught) == (0 if error == "ImportError" else 2), caught
+            available.triton_import_problem.cache_clear(), available.cupy_import_problem.cache_clear()
+            if error == "ImportError":
+                warnings.simplefilter("error")  # of what is absent nothing is told
             gpu_lstm.LSTM(3, 4)(torch.randn(5, 2, 3))
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 assert main(["doctor"]) == 0
