@@ -106,24 +106,18 @@ def check(layer, module, mask=None, initial=True, seen=None):
     assert_equal(got, true, 1e-12 if exact else 1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("use_bias", "initial", "masked"), [
-    (True, True, False), (True, False, True), (False, True, True), (False, False, False)], ids=str)  # fmt: skip
-def test_results_and_gradients_are_equal(kind, use_bias, initial, masked):
-    layer = build(kind, "float64", use_bias, zero_output_for_mask=True)
+ZERO, BACK = dict(zero_output_for_mask=True), dict(go_backwards=True)
+
+
+@pytest.mark.parametrize(("kind", "use_bias", "initial", "masked", "options"), [
+    *((kind, *case, ZERO) for kind in KINDS
+      for case in ((True, True, False), (True, False, True), (False, True, True), (False, False, False))),
+    # Backwards masked steps come first, where Keras has no output to repeat but zero.
+    *((kind, True, zero == ZERO, masked, zero | BACK) for kind in ONE_WAY for zero in (ZERO, {}) for masked in (0, 1)),
+], ids=str)  # fmt: skip
+def test_results_and_gradients_are_equal(kind, use_bias, initial, masked, options):
+    layer = build(kind, "float64", use_bias, **options)
     check(layer, from_keras(layer), MASK if masked and kind in MASKED else None, initial)
-
-
-@pytest.mark.parametrize("kind", ONE_WAY)
-@pytest.mark.parametrize(("initial", "zero_output_for_mask"), [(True, True), (False, False)])
-def test_go_backwards(kind, initial, zero_output_for_mask):
-    layer = build(kind, "float64", go_backwards=True, zero_output_for_mask=zero_output_for_mask)
-    module = from_keras(layer)
-    assert isinstance(module, GoBackwards)
-    check(layer, module, initial=initial)
-    # Masked steps come first, where Keras has no output to repeat but zero: nothing is left out here.
-    if kind in MASKED:
-        check(layer, module, MASK, initial)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MASKED if kind in ONE_WAY])
