@@ -39,14 +39,11 @@ def pair(case=HEADLINE, **changes):
     return [row(case, "torch", 20.0, **changes), row(case, "ours", 10.0, **changes)]
 
 
-def cases_of(kind):
-    return [case for group in grid(kind).values() for case in group]
-
-
 def whole_grid(kind="cuda", **changes):
     """Rows of all cases of the grid by torch, ours and haste; torch takes H / 100 ms, the others 2 and 3 times that."""
     return [row(case, name, (n + 1) * case.hidden_size / 100, case.hidden_size / 100, **changes)
-            for case in cases_of(kind) for n, name in enumerate(("torch", "ours", "haste"))]  # fmt: skip
+            for group in grid(kind).values() for case in group
+            for n, name in enumerate(("torch", "ours", "haste"))]  # fmt: skip
 
 
 def frame(rows):

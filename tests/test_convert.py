@@ -351,9 +351,3 @@ def test_haste_weights_give_hastes_numbers(norm):
     theirs.batch_first = True
     ours = from_haste(theirs.eval())
     assert (ours.batch_first, ours.training, ours.weight_ih_l0.dtype) == (True, False, torch.float64)
-
-
-@pytest.mark.parametrize("name", ["zoneout", "dropout"])
-def test_what_haste_does_elsewhere_is_refused(name):
-    with pytest.raises(ValueError, match=f"the module has {name}=0.1"):
-        from_haste(HasteLSTM(3, 4, **{name: 0.1}))

@@ -82,6 +82,7 @@ def test_actions_of_others_are_pinned_to_commits_with_their_versions():
         for action, rest in re.findall(r"uses: ([^.@\s][^@\s]+)(.*)", path.read_text()):
             assert re.fullmatch(r"@[0-9a-f]{40} # v\d+\.\d+\.\d+", rest), f"{path.name}: {action}{rest}"
             assert pinned.setdefault(action, rest) == rest
+    assert {"actions/checkout", "pypa/gh-action-pypi-publish"} <= set(pinned)
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert all(re.fullmatch("[0-9a-f]{40}", hook["rev"]) for hook in hooks)
 
