@@ -77,4 +77,4 @@ def test_a_failure_is_a_test_that_fails_and_nothing_else(tmp_path, capfd, body, 
     (tmp_path / "tests" / "test_a.py").write_text(body)
     raises = contextlib.nullcontext() if found is not None else pytest.raises(RuntimeError, match="a did not run")
     with capfd.disabled(), raises:  # a fork's output goes where the fork sends it
-        assert mutants.first_failure(tmp_path, "a", 2 if found == "time" else 60) == found
+        assert mutants.first_failure(tmp_path, "a", 0.5 if found == "time" else 60) == found
