@@ -218,61 +218,62 @@ def sample(possible: list[Mutant], count: int, seed: int) -> list[Mutant]:
     return [m for m in itertools.chain(*itertools.zip_longest(*of_kinds)) if m is not None][:count]
 
 
-class Worker:
-    """Plants faults in a copy of the tree of its own, and runs test files in forks of itself, which has torch."""
+@functools.cache  # one in each process
+def own_copy(snapshot: Path) -> Path:
+    """A copy of the tree in which this process plants faults; forks of the process, which has torch, run test files."""
+    tree = snapshot.with_name(f"{snapshot.name}-{os.getpid()}")
+    shutil.copytree(snapshot, tree)
+    os.environ |= dict(PYTHONPATH=str(tree), XDG_CACHE_HOME=str(tree / "out" / "cache"))
+    os.environ |= dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    sys.path[:] = [str(tree), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests"))]
+    for name in ("hypothesis", "torch._dynamo", "triton.language"):
+        importlib.import_module(name)
+    return tree
 
-    def __init__(self, snapshot: Path) -> None:
-        self.tree = snapshot.with_name(f"{snapshot.name}-{os.getpid()}")
-        shutil.copytree(snapshot, self.tree)
-        os.environ |= dict(PYTHONPATH=str(self.tree), XDG_CACHE_HOME=str(self.tree / "out" / "cache"))
-        os.environ |= dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-        sys.path[:] = [str(self.tree), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests"))]
-        for name in ("hypothesis", "torch._dynamo", "triton.language"):
-            importlib.import_module(name)
 
-    def ask(self, job: Mutant | str, seconds: dict[str, float]) -> dict:
-        """The outcome for a fault; for the name of a test file, that without a fault, within 15 minutes."""
-        start, by, only = time.monotonic(), "", isinstance(job, str)
-        with contextlib.nullcontext() if only else self.planted(job):
-            for test in [job] if only else tests_of(job.path):
-                if by := self.first_failure(test, max(LEAST_SECONDS, TIMES_AS_LONG * seconds.get(test, 225))):
-                    break
-        result = {"": "survived", "time": "timed out"}.get(by, "caught")
-        return {"result": result, "by": by, "seconds": round(time.monotonic() - start, 1)}
+@contextlib.contextmanager
+def planted(tree: Path, mutant: Mutant) -> Iterator[None]:
+    """Within the block the tree has the fault."""
+    file = tree / mutant.path
+    source, cached = file.read_bytes(), Path(importlib.util.cache_from_source(str(file)))
+    try:
+        file.write_bytes(mutant.planted(source))
+        cached.unlink(missing_ok=True)  # Python compares only its second and its size with the source's
+        yield
+    finally:
+        file.write_bytes(source)
+        cached.unlink(missing_ok=True)
 
-    @contextlib.contextmanager
-    def planted(self, mutant: Mutant) -> Iterator[None]:
-        """Within the block the tree has the fault."""
-        file = self.tree / mutant.path
-        source, cached = file.read_bytes(), Path(importlib.util.cache_from_source(str(file)))
-        try:
-            file.write_bytes(mutant.planted(source))
-            cached.unlink(missing_ok=True)  # Python compares only its second and its size with the source's
-            yield
-        finally:
-            file.write_bytes(source)
-            cached.unlink(missing_ok=True)
 
-    def first_failure(self, test: str, seconds: float) -> str:
-        """The first failure of a test file, "time" if it takes too long, a signal if it crashes; else nothing."""
-        log, (name, *only) = self.tree / "out.log", test.split("::")
-        where = "::".join([f"tests/test_{name}.py", *only])
-        child = multiprocessing.get_context("fork").Process(target=_pytest, args=(self.tree, log, where))
-        child.start()
-        child.join(seconds)
-        ended = child.exitcode  # None if it still runs
-        with contextlib.suppress(ProcessLookupError):  # what the tests have left running, too
-            os.killpg(child.pid, signal.SIGKILL)
-        if ended is None:
-            return "time"
-        if ended == 0:
-            return ""
-        text = log.read_text(errors="replace")
-        if failed := re.search(r"^(?:FAILED|ERROR) tests/test_(.*?)(?: - .*)?$", text, re.M):
-            return failed.group(1)
-        if ended < 0:
-            return f"{test}, killed by {signal.Signals(-ended).name}"
-        raise RuntimeError(f"{test} did not run:\n{text[-2000:]}")  # as where a package is missing, say
+def outcome(snapshot: Path, job: Mutant | str, seconds: dict[str, float]) -> dict:
+    """That of a fault; for the name of a test file, that without a fault, within 15 minutes."""
+    tree, start, by = own_copy(snapshot), time.monotonic(), ""
+    with planted(tree, job) if isinstance(job, Mutant) else contextlib.nullcontext():
+        for test in tests_of(job.path) if isinstance(job, Mutant) else [job]:
+            if by := first_failure(tree, test, max(LEAST_SECONDS, TIMES_AS_LONG * seconds.get(test, 225))):
+                break
+    result = {"": "survived", "time": "timed out"}.get(by, "caught")
+    return {"result": result, "by": by, "seconds": round(time.monotonic() - start, 1)}
+
+
+def first_failure(tree: Path, test: str, seconds: float) -> str:
+    """The first failure of a test file, "time" if it takes too long, a signal if it crashes; else nothing."""
+    log, (name, *only) = tree / "out.log", test.split("::")
+    where = "::".join([f"tests/test_{name}.py", *only])
+    child = multiprocessing.get_context("fork").Process(target=_pytest, args=(tree, log, where))
+    child.start()
+    child.join(seconds)
+    ended = child.exitcode  # None if it still runs
+    with contextlib.suppress(ProcessLookupError):  # what the tests have left running, too
+        os.killpg(child.pid, signal.SIGKILL)
+    if not ended:
+        return "time" if ended is None else ""
+    text = log.read_text(errors="replace")
+    if failed := re.search(r"^(?:FAILED|ERROR) tests/test_(.*?)(?: - .*)?$", text, re.M):
+        return failed.group(1)
+    if ended < 0:
+        return f"{test}, killed by {signal.Signals(-ended).name}"
+    raise RuntimeError(f"{test} did not run:\n{text[-2000:]}")  # as where a package is missing, say
 
 
 def _pytest(tree: Path, log: Path, where: str) -> None:
@@ -284,16 +285,9 @@ def _pytest(tree: Path, log: Path, where: str) -> None:
     sys.exit(pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--tb=line", where]))
 
 
-_worker = functools.cache(Worker)  # one in each process
-
-
-def _ask(tree: Path, *job) -> dict:
-    return _worker(tree).ask(*job)
-
-
-def _answers(pool: Executor, tree: Path, jobs: list, seconds: dict[str, float], what: str) -> Iterator[tuple]:
-    """(job, answer) as they arrive, with a progress bar."""
-    asked = {pool.submit(_ask, tree, job, seconds): job for job in jobs}
+def _outcomes(pool: Executor, tree: Path, jobs: list, seconds: dict[str, float], what: str) -> Iterator[tuple]:
+    """(job, outcome) as they arrive, with a progress bar."""
+    asked = {pool.submit(outcome, tree, job, seconds): job for job in jobs}
     for done in track(as_completed(asked), what, total=len(jobs)):
         yield asked[done], done.result()
 
@@ -321,32 +315,30 @@ def main() -> int:
 
 def run(tree: Path, options: argparse.Namespace, pool: Executor) -> int:
     """All of it, on copies of a tree."""
-    console, file = Console(), ROOT / "out" / "mutants.jsonl"
+    console, file = Console(highlight=False), ROOT / "out" / "mutants.jsonl"
     possible = [mutant for mutant in all_mutants(tree) if mutant.path.startswith(options.only)]
     chosen = sample(possible, options.count, options.seed)
     console.print(f"{len(chosen)} of {len(possible)} faults, seed {options.seed}")
     file.parent.mkdir(exist_ok=True)
-    lines = file.read_text().splitlines() if file.exists() else []
-    known = {entry["name"]: entry for entry in map(json.loads, lines)}  # the last of a name counts
+    file.touch()
+    known = {entry["name"]: entry for entry in map(json.loads, file.read_text().splitlines())}  # the last counts
     jobs = [m for m in chosen if known.get(m.name, {}).get("result", "survived") == "survived"]
     needed, seconds = sorted({test for mutant in jobs for test in tests_of(mutant.path)}), {}
-    for test, answer in _answers(pool, tree, needed, {}, "without a fault"):
-        if answer["by"]:
-            console.print(f"[red]fails without a fault: {answer['by']}")
+    for test, found in _outcomes(pool, tree, needed, {}, "without a fault"):
+        if found["by"]:
+            console.print(f"[red]fails without a fault: {found['by']}")
             return 2
-        seconds[test] = answer["seconds"]
-    for mutant, answer in _answers(pool, tree, jobs, seconds, "planted"):
-        known[mutant.name] = dict(name=mutant.name, part=str(Path(mutant.path).parent), kind=mutant.kind, **answer)
+        seconds[test] = found["seconds"]
+    for mutant, found in _outcomes(pool, tree, jobs, seconds, "planted"):
+        known[mutant.name] = dict(name=mutant.name, part=str(Path(mutant.path).parent), kind=mutant.kind, **found)
         with file.open("a") as results:
             results.write(json.dumps(known[mutant.name]) + "\n")
-    found = [known[mutant.name] for mutant in chosen]
-    rows = pd.DataFrame(found, columns=["name", "part", "kind", "result"])
+    rows = pd.DataFrame([known[mutant.name] for mutant in chosen], columns=["name", "part", "kind", "result"])
     for key in ("part", "kind"):
-        console.print(pd.crosstab(rows[key], rows["result"], margins=True, margins_name="planted"), highlight=False)
+        console.print(pd.crosstab(rows[key], rows["result"], margins=True, margins_name="planted"))
     survivors = rows["name"][rows["result"] == "survived"]
-    for name in survivors:
-        console.print(f"survived: {name}", highlight=False)
-    return int(len(survivors) > 0.05 * len(found))
+    console.print(*(f"survived: {name}" for name in survivors), sep="\n", markup=False)
+    return int(len(survivors) > 0.05 * len(rows))
 
 
 if __name__ == "__main__":

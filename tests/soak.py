@@ -19,13 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 from comparing import OF_TORCH, OPTIONS, check
-from places import CUPY_PLANS, cooperative, cuda, forget, pointwise, resident, step
+from places import KERNELS, forget
 
 SHAPES = [(1, 1, 3, 5), (1, 9, 4, 8), (4, 3, 3, 8), (7, 2, 5, 6), (3, 10, 2, 9), (5, 0, 3, 4), (4, 3, 3, 8, 5)]
-KERNELS = {
-    "resident": resident, "pointwise": pointwise, "step": step, "cooperative": cooperative,
-    **{f"CUDA C++, {name}": lambda patch, plan=plan: cuda(patch, plan) for name, plan in CUPY_PLANS.items()},
-}  # fmt: skip
 CONFLICTS = [{"norms", "norm-hh", "norm-c"}, {"masks", "expected", "dropout_h", "zoneout_h", "zoneout_c"}]
 WARM = 0.3  # of the time, in which caches fill
 GROWTH = 32 << 20  # bytes that an allocator may still take after it
@@ -33,7 +29,8 @@ GROWTH = 32 << 20  # bytes that an allocator may still take after it
 
 def words_of(rng: random.Random, place: str, shape: tuple[int, ...]) -> list[str]:
     """Random options of an example that a place supports, at most one of each conflict."""
-    known = OF_TORCH if place == "torch" or "CUDA" in place else list(OPTIONS)
+    (backend, _), (family, *_) = KERNELS[place], place.split("/")
+    known = OF_TORCH if backend in ("torch", "cupy") else list(OPTIONS)
     words = rng.sample(known, rng.randint(1, min(4, len(known))))
     for conflict in CONFLICTS:
         for word in [word for word in words if word in conflict][1:]:
@@ -41,9 +38,9 @@ def words_of(rng: random.Random, place: str, shape: tuple[int, ...]) -> list[str
     norms, noise = CONFLICTS
     # A layer norm is not defined with a projection. Of few units that are alike it multiplies rounding errors, and in
     # kernels up to twenty times as much as in the reference: test_layer compares kernels, of other numbers.
-    if len(shape) == 5 or place in KERNELS:
+    if len(shape) == 5 or backend == "triton":
         words = [word for word in words if word not in norms]
-    if len(shape) == 5 and place in ("resident", "cooperative", "pointwise"):
+    if len(shape) == 5 and family in ("resident", "cooperative", "pointwise"):
         words = [word for word in words if word not in noise]
     if shape[1] == 0:
         words = [word for word in words if word != "ragged"]  # whose first sequence has no steps
@@ -52,17 +49,15 @@ def words_of(rng: random.Random, place: str, shape: tuple[int, ...]) -> list[str
 
 def call(rng: random.Random) -> str:
     """One random call, compared; in words."""
-    place = rng.choice(["torch", "reference", *KERNELS])
+    place = rng.choice(list(KERNELS))
+    backend, force = KERNELS[place]
+    # The kernels in CUDA C++ round as a card does, to half precision as torch's own LSTM.
+    dtype = dict(triton=torch.float32, cupy=torch.float16).get(backend, torch.float64)
     # Of few numbers the root mean square says little: kernels, which are compared by it, have more than one sequence.
-    shape = rng.choice([shape for shape in SHAPES if shape[1] > 1 or place not in KERNELS])
+    shape = rng.choice([shape for shape in SHAPES if shape[1] > 1 or dtype is torch.float64])
     words = " ".join(words_of(rng, place, shape))
     with pytest.MonkeyPatch.context() as patch:
-        if place in KERNELS:
-            KERNELS[place](patch)
-            # The kernels in CUDA C++ round as a card does, to half precision as torch's own LSTM.
-            backend, dtype = ("cupy", torch.float16) if "CUDA" in place else ("triton", torch.float32)
-        else:
-            backend, dtype = place, torch.float64
+        force(patch)
         try:
             check(shape, words, backend, dtype, seeds=1 if dtype is torch.float64 else 6)
         except Exception as error:

@@ -1,14 +1,16 @@
-"""What the benchmark reports: its tables, its pictures, the README."""
+"""What the benchmark reports: its tables, its pictures, the README, and the comparison of two runs."""
 
 import re
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 from installed import ROOT
 from rich.console import Console
 
-from bench import plots, report, results
+from bench import __main__ as command_line
+from bench import compare, plots, report, results
 from bench.cases import Case, grid
 
 HEADLINE = Case("training", "bf16", 1024, 16, 768, 768)
@@ -37,14 +39,11 @@ def pair(case=HEADLINE, **changes):
     return [row(case, "torch", 20.0, **changes), row(case, "ours", 10.0, **changes)]
 
 
-def cases_of(kind):
-    return [case for group in grid(kind).values() for case in group]
-
-
 def whole_grid(kind="cuda", **changes):
     """Rows of all cases of the grid by torch, ours and haste; torch takes H / 100 ms, the others 2 and 3 times that."""
     return [row(case, name, (n + 1) * case.hidden_size / 100, case.hidden_size / 100, **changes)
-            for case in cases_of(kind) for n, name in enumerate(("torch", "ours", "haste"))]  # fmt: skip
+            for group in grid(kind).values() for case in group
+            for n, name in enumerate(("torch", "ours", "haste"))]  # fmt: skip
 
 
 def frame(rows):
@@ -170,7 +169,8 @@ def test_the_sentence_goes_when_a_gpu_was_measured_and_not_before(updated):
     assert updated() == text  # a second time nothing changes
 
 
-def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_has_workarounds_only(updated, tmp_path):
+def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_has_workarounds_only(updated):
+    """The workarounds: test_readme_and_page_are_those_of_the_stored_results, which are of a CPU."""
     rows = whole_grid()
     rows[0] |= {"status": "yardstick"}
     rows[1] |= {"median_s": 0.03, "speed": 0.667, "bound_s": 0.0025}
@@ -185,18 +185,6 @@ def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_has_workarounds_only(up
     text = updated(gpu=[], cpu=whole_grid("cpu", **CPU))
     assert "\n| " not in text  # without workarounds there is no table
     assert "Calls that nn.LSTM can do too run at 0.500 to 0.500 of its speed." in text.replace("\n", " ")
-    rows = [*pair(**CPU), row(RESETS, "torch", 5.0, status="yardstick", **CPU), row(RESETS, **CPU)]
-    ratio = {"over_ours": 2.5, "over_ours_low": 2.4, "over_ours_high": 2.623}
-    rows += [row(RESETS, "cleanrl-loop", 25.0, **CPU, **ratio), row(RESETS, "torch-packed", "unable", **CPU)]
-    text = updated(cpu=rows)
-    assert "resets 2% | nn.LSTM called at every step, its state masked | 25.0 | 10.0 | 2.50 (2.40-2.62) |" in text
-    more = replace(RESETS, reset_rate=0.1), *(replace(RESETS, steps=T, batch=64, hidden_size=8) for T in (4, 5))
-    rows += [row(case, name, 12.0, **CPU) for case in more for name in ("cleanrl-loop", "ours")]
-    text = updated(cpu=rows)  # the first of each group, of which one is for cases that differ in more than two ways
-    assert [line.split(" ")[3] for line in text.splitlines() if "its state masked" in line] == ["T1024", "T1024", "T4"]
-    report.update_page(page := tmp_path / "README.md", [tmp_path / "cpu.csv"], [])
-    assert page.read_text().count("its state masked") == 4
-    assert "packed" not in text
 
 
 def test_readme_and_page_are_those_of_the_stored_results(tmp_path):
@@ -219,3 +207,132 @@ def test_a_missing_marker_is_named_and_the_file_left_alone(tmp_path, text):
     with pytest.raises(ValueError, match=re.escape(f"README.md: no {missing}")):
         report.update_page(readme, [])
     assert readme.read_text() == text
+
+
+# compare: two runs of the same code raise no false alarm, and a case that was slowed down is found
+
+NOISE, DRIFT = 0.03, 0.05  # of a round; of a whole run
+OURS = FIELDS | vars(HEADLINE) | {"provider": "ours", "status": "measured", "rounds": 30}
+NAMES = ("median_s", "p20_s", "p80_s"), ("speed", "speed_p20", "speed_p80")
+HASTE, TORCH = {"provider": "haste"}, {"provider": "torch", "speed": 1.0}
+BROKEN, ABSENT, GRAPH = {"status": "wrong"}, {"status": "absent"}, {"graph": True}
+
+
+def compared(name, speed=2.0, ms=1.0, spread=0.01, **changes):
+    """By default of ours, twice as fast as torch, p20 and p80 1 % away."""
+    values = (value * end for value in (ms, speed) for end in (1, 1 - spread, 1 + spread))
+    timed = changes.get("status", "measured") in results.TIMED
+    return OURS | {"case": name} | (dict(zip((*NAMES[0], *NAMES[1]), values)) if timed else {}) | changes
+
+
+def run(**cases):
+    """Rows of a case, or of `case_2` and so on."""
+    return frame([compared(case[0], **changes) for case, changes in cases.items()])
+
+
+def simulated(seed, rounds, runs=200, cases=3, slowdown=1.0, torch="2.9.0"):
+    """`runs` of some cases, the first slowed down, torch's row and ours; drift is per run, noise per round."""
+    generator, frames = np.random.default_rng(seed), []
+    drift = np.exp(DRIFT * generator.normal(size=(runs, 1, 1)))
+    torchs, mine = 2e-3 * drift * np.exp(NOISE * generator.normal(size=(2, runs, cases, rounds)))
+    mine[:, 0] *= slowdown
+    for provider, seconds in (("torch", torchs), ("ours", mine / 2)):
+        rows = {"case": [f"case {case} of run {run}" for run in range(runs) for case in range(cases)]}
+        for names, values in zip(NAMES, (seconds, torchs / seconds)):
+            rows |= zip(names, np.quantile(values.reshape(runs * cases, rounds), [0.5, 0.2, 0.8], axis=1))
+        fields = OURS | {"provider": provider, "torch": torch, "rounds": rounds}
+        frames.append(pd.DataFrame(rows).assign(**fields))
+    return pd.concat(frames, ignore_index=True).reindex(columns=results.COLUMNS)
+
+
+def regressions(old, new, fail_under=0.95):
+    rows = compare.compare(old, new, fail_under)
+    return list(rows["case"][rows["is_regression"]])
+
+
+@pytest.mark.parametrize(("slowdown", "rounds", "least", "most"), [
+    (1.03, 30, 0.0, 0.05), (1.10, 9, 0.4, 0.75), (1.10, 20, 0.85, 0.98), (1.10, 40, 0.97, 1.0), (1.15, 20, 0.98, 1.0),
+    (1.07, 60, 0.85, 0.99),
+])  # fmt: skip
+def test_a_slowdown_is_found_as_often_as_is_said(slowdown, rounds, least, most):
+    found = regressions(simulated(2, rounds), simulated(3, rounds, slowdown=slowdown))
+    assert all(case.startswith("case 0 ") for case in found)  # the others are of the same code
+    assert least <= len(found) / 200 <= most
+
+
+def test_where_versions_of_torch_differ_drift_alone_is_seldom_a_regression():
+    found = regressions(simulated(4, 30, cases=5), simulated(5, 30, cases=5, torch="2.10.0"))
+    assert len({case.split("run")[1] for case in found}) <= 10  # of 200 runs
+    slow = regressions(simulated(6, 30, runs=1, cases=5), simulated(7, 30, 1, 5, slowdown=2.0, torch="2.10.0"))
+    assert slow == ["case 0 of run 0"]
+
+
+@pytest.mark.parametrize(("old", "new", "fail_under", "real"), [
+    *((changes, changes | {"speed": 1.8}, fail_under, real) for changes, fail_under, real in (
+        ({}, 0.95, True), ({"spread": 0.08}, 0.95, False), ({}, 0.89, False),
+        ({"spread": 0.03, "rounds": 20}, 0.95, True), ({"spread": 0.03, "rounds": 5}, 0.95, False),  # twice as wide
+    )),
+    *(({}, {"ms": ms} | changes, 0.95, real) for ms, real in ((1.12, False), (1.25, True))  # of the speed; 0.855 counts
+      for changes in ({"torch": "2.10.0"}, {"speed": float("nan")})),
+])  # fmt: skip
+def test_a_change_is_real_beyond_the_threshold_and_with_intervals_apart_or_a_margin(old, new, fail_under, real):
+    """A margin where seconds are compared, without a common yardstick."""
+    assert regressions(run(a=old), run(a=new), fail_under) == ["a"] * real
+
+
+def test_every_verdict_what_changed_most_first_and_only_ours_fails():
+    old = {"a": {}, "b": {}, "c": {}, "d": BROKEN, "e": GRAPH, "e_2": {}, "g": {}, "g_2": GRAPH, "h": TORCH,
+           "i": HASTE, "j": HASTE, "k": {}, "l": {}, "m": {}}  # fmt: skip
+    new = {"a": {"speed": 1.92}, "b": ABSENT, "d": {}, "e": {}, "f": {}, "g": BROKEN, "h": TORCH | {"ms": 2},
+           "i": HASTE | {"speed": 1}, "j": HASTE | BROKEN, "k": {"speed": 1.8}, "l": {"speed": 1},
+           "m": {"speed": 3}}  # fmt: skip
+    rows = compare.compare(run(**old), run(**new), 0.95)
+    names = rows["case"] + rows["graph"].map({True: "+", False: ""})
+    told = {verdict: list(its) for verdict, its in names.groupby(rows["verdict"])}
+    assert told["slower"][-1] == "k"  # h, i and l are half as fast
+    assert {verdict: sorted(its) for verdict, its in told.items()} == {
+        "": ["a", "e"], "slower": ["h", "i", "k", "l"], "faster": ["m"], "broken": ["g", "g+", "j"],
+        "not timed now": ["b", "c", "e+"], "not timed before": ["d", "f"],
+    }  # fmt: skip
+    assert sorted(rows["case"][rows["is_regression"]]) == ["g", "g", "k", "l"]
+    assert rows.set_index("case")["ratio"]["k"] == pytest.approx(0.9)
+
+
+A = {"a": {}}
+
+
+@pytest.mark.parametrize(("old", "new", "fail_under", "message"), [
+    (A, A, 0.0, "--fail-under is 0, expected"), (A, A, 1.01, "--fail-under is 1.01, expected"),
+    (A, A, float("nan"), "--fail-under is nan, expected"), ({}, {}, 0.95, "one device, got 0"),
+    (A, {"a": {"device": "b"}}, 0.95, "one device, got 2: NVIDIA Imaginary 9000, b"),
+    (A | {"a_2": TORCH}, {"a": TORCH}, 0.95, "nothing to compare"), (A, {"b": {}}, 0.95, "nothing to compare"),
+    (A | {"a_2": {}}, A, 0.95, "is there twice"),
+    *((A, {"a": {name: value}}, 0.95, "ours at a was timed, expected positive times and rounds")
+      for name, value in (("rounds", None), ("speed_p80", float("nan")), ("speed", 0.0), ("ms", -1.0))),
+])  # fmt: skip
+def test_what_cannot_be_compared_is_refused(old, new, fail_under, message):
+    with pytest.raises(ValueError, match=message):
+        compare.compare(run(**old), run(**new), fail_under)
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    name, note = "training-bf16-T1024-B16-I768-H768-L2-both-directions-ragged-resets-2.0%", "[not] here"
+    monkeypatch.setenv("COLUMNS", "100")
+    for path, speed, lost in (("old", 2.0, {}), ("slow", 1.8, BROKEN | {"note": note})):
+        results.create(tmp_path / path)
+        for row in run(a={"case": name, "speed": speed}, b=lost, c=ABSENT | {"note": note}).to_dict("records"):
+            results.append(tmp_path / path, {column: value for column, value in row.items() if value == value})
+    old, slow = str(tmp_path / "old"), str(tmp_path / "slow")
+    assert command_line.main(["compare", old, old]) == 0
+    assert "regressions of gpu_lstm: 0" in capsys.readouterr().out
+    assert command_line.main(["compare", old, slow]) == 1
+    said = capsys.readouterr().out
+    assert "regressions of gpu_lstm: 2, at --fail-under 0.95" in said
+    assert said.index("0.90") < said.index("wrong: [not] here")
+    assert "".join(line[:50].strip() for line in said.splitlines()).count("2.0%") == 1  # the name is whole
+    (tmp_path / "nul").write_bytes((tmp_path / "old").read_bytes().replace(b"Imaginary", b"\0"))
+    wrong = {"--fail-under is 2": [slow, "--fail-under", "2"], "holds NUL bytes": [str(tmp_path / "nul")]}
+    for why, arguments in wrong.items():
+        assert command_line.main(["compare", old, *arguments]) == 2
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err.count("\n"), why in printed.err) == ("", 1, True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from subjects import HasteLSTM
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
 from gpu_lstm.tools.convert import from_haste, to_torch
@@ -278,30 +279,29 @@ TEXTS = [torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[8, 1], [1, 8
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_onnx_computes_the_same_for_any_size(tmp_path):
-    model, file = Reader().eval(), tmp_path / "model.onnx"
-    expected = [model(text).detach().numpy() for text in TEXTS]
-    sizes = {"text": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}}
-    torch.onnx.export(to_torch(model), (TEXTS[0],), file, dynamo=True, dynamic_shapes=sizes)
-    assert [node.op_type for node in onnx.load(file).graph.node].count("LSTM") == 2
-    found = [onnxruntime.InferenceSession(file).run(None, {"text": text.numpy()})[0] for text in TEXTS]
-    for ours, true in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, true, rtol=0, atol=1e-6)
+@pytest.mark.parametrize(("build", "swap", "inputs", "free", "nodes"), [
+    (Reader, to_torch, TEXTS, {0: "batch", 1: "time"}, 2),
+    (lambda: gpu_lstm.LSTM(3, 4), lambda own: own, [torch.randn(5, n, 3) for n in (2, 7)], {1: "batch"}, 1),
+], ids=["by to_torch", "as it is"])  # fmt: skip
+def test_onnx_computes_the_same_for_any_size(tmp_path, build, swap, inputs, free, nodes):
+    model, file = build().eval(), tmp_path / "model.onnx"
+    expected = [tree_leaves(model(x))[0].detach().numpy() for x in inputs]
+    shapes = ({dimension: torch.export.Dim(name) for dimension, name in free.items()},)
+    torch.onnx.export(swap(model), (inputs[0],), file, dynamo=True, dynamic_shapes=shapes)
+    assert [node.op_type for node in onnx.load(file).graph.node].count("LSTM") == nodes
+    session = onnxruntime.InferenceSession(file)
+    for x, true in zip(inputs, expected, strict=True):
+        found, *_ = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        np.testing.assert_allclose(found, true, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_a_module_of_ours_becomes_onnxs_for_any_batch_and_is_refused_where_steps_are_free(tmp_path):
+def test_a_module_of_ours_with_a_free_number_of_steps_is_refused():
     """torch's exporter would fix them inside the file, whose input says that they are free."""
-    lstm, x, batch = gpu_lstm.LSTM(3, 4).eval(), torch.randn(5, 2, 3), torch.export.Dim("batch")
-    free = {0: torch.export.Dim("time"), 1: batch}
     with pytest.raises(torch.onnx.OnnxExporterError, match=r"gpu_lstm\.layer"):
-        torch.onnx.export(lstm, (x,), tmp_path / "free.onnx", dynamo=True, dynamic_shapes=(free,))
-    torch.onnx.export(lstm, (x,), tmp_path / "fixed.onnx", dynamo=True, dynamic_shapes=({1: batch},))
-    session = onnxruntime.InferenceSession(tmp_path / "fixed.onnx")
-    for given in (x, torch.randn(5, 7, 3)):
-        found, *_ = session.run(None, {session.get_inputs()[0].name: given.numpy()})
-        np.testing.assert_allclose(found, lstm(given)[0].detach().numpy(), rtol=0, atol=1e-6)
+        torch.onnx.export(gpu_lstm.LSTM(3, 4).eval(), (torch.randn(5, 2, 3),), dynamo=True,
+                          dynamic_shapes=({0: torch.export.Dim("time")},))  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -351,9 +351,3 @@ def test_haste_weights_give_hastes_numbers(norm):
     theirs.batch_first = True
     ours = from_haste(theirs.eval())
     assert (ours.batch_first, ours.training, ours.weight_ih_l0.dtype) == (True, False, torch.float64)
-
-
-@pytest.mark.parametrize("name", ["zoneout", "dropout"])
-def test_what_haste_does_elsewhere_is_refused(name):
-    with pytest.raises(ValueError, match=f"the module has {name}=0.1"):
-        from_haste(HasteLSTM(3, 4, **{name: 0.1}))

@@ -73,10 +73,8 @@ ENDS = {
 
 @pytest.mark.parametrize(("body", "found"), ENDS.values(), ids=ENDS)
 def test_a_failure_is_a_test_that_fails_and_nothing_else(tmp_path, capfd, body, found):
-    worker = object.__new__(mutants.Worker)
-    worker.tree = tmp_path
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_a.py").write_text(body)
     raises = contextlib.nullcontext() if found is not None else pytest.raises(RuntimeError, match="a did not run")
     with capfd.disabled(), raises:  # a fork's output goes where the fork sends it
-        assert worker.first_failure("a", 2 if found == "time" else 60) == found
+        assert mutants.first_failure(tmp_path, "a", 0.5 if found == "time" else 60) == found

@@ -222,9 +222,8 @@ def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, monkeypat
 def test_the_result_of_another_card_or_version_does_not_count(stubbed, monkeypatch):
     stubbed()
     machine = cache.machine(X.device)
-    assert {"card", "driver", "torch", "cuDNN", "triton", "gpu_lstm"} <= set(machine)
     LSTM(X)
-    for other, winner in ({}, "triton"), *(({what: "another"}, "torch") for what in machine):
+    for other, winner in ({}, "triton"), ({"driver": "another"}, "torch"):  # what else there is: test_plan_cache.py
         _forget_all_but_files()
         monkeypatch.setattr(cache, "machine", lambda device, other=other: machine | other)
         with gpu_lstm.racing("read"):
@@ -365,17 +364,20 @@ LIES = [
                                                      {"torch": float("nan")}, {"torch": -1.0})),
 ]  # fmt: skip
 OF_OTHERS = [DECISION | {"backend": backend} for backend in ("cupy", "reference")]  # another kind of call, or machine
-BROKEN = {"empty": "", "a list": "[]", "of nothing": '{"key": {}, "value": {}}', "nested without end": "[" * 100_000}
+NESTED = "[" * 100_000
 
 
-@pytest.mark.parametrize("value", [*LIES, *OF_OTHERS, *(pytest.param(text, id=name) for name, text in BROKEN.items())])
+@pytest.mark.parametrize("value", [*LIES, *OF_OTHERS, pytest.param(NESTED, id="nested without end")])
 def test_a_cached_race_that_lies_is_ignored_with_one_line_and_written_again(card, stubbed, tmp_path, value):
-    """And never merged; but for what another kind of call, or another machine, may have decided for."""
+    """And never merged; but for what another kind of call, or another machine, may have decided for.
+
+    Files that are broken in other ways: test_plan_cache.py.
+    """
     ran, x = stubbed(), X[:1]  # the interpreter is slow
     LSTM(x)
     (file,) = card.glob("*.json")
     entry = json.loads(file.read_text())
-    file.write_text(value if value in BROKEN.values() else json.dumps(entry | {"value": value}))
+    file.write_text(value if value is NESTED else json.dumps(entry | {"value": value}))
     _forget_all_but_files()
     with pytest.warns(UserWarning, match="is ignored") as warned:
         y, _ = LSTM(x)

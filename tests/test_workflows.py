@@ -54,14 +54,16 @@ def test_jobs_may_only_read_but_for_two_that_publish_and_run_no_code_of_ours():
         assert "group" in workflow["concurrency"]
         assert "self-hosted" not in job["runs-on"] or "pull_request" not in workflow[True]  # YAML 1.1: on is True
         assert key == "publish" or "permissions" not in job, name
-    release, site = JOBS["release", "publish"], JOBS["docs", "publish"]
-    assert release["permissions"] == {"id-token": "write"}
-    assert site["permissions"] == {"id-token": "write", "pages": "write"}
-    actions = [[step["uses"].split("@")[0] for step in job["steps"]] for job in (release, site)]
-    assert actions == [["actions/download-artifact", "pypa/gh-action-pypi-publish"], ["actions/deploy-pages"]]
+    for name, permissions, actions, needs in (
+        ("release", {}, ["actions/download-artifact", "pypa/gh-action-pypi-publish"], "test"),
+        ("docs", {"pages": "write"}, ["actions/deploy-pages"], "build"),
+    ):
+        job = JOBS[name, "publish"]
+        assert (job["permissions"], job["needs"]) == ({"id-token": "write"} | permissions, needs)
+        assert [step["uses"].split("@")[0] for step in job["steps"]] == actions
+    assert JOBS["release", "test"]["needs"] == "build"
     assert WORKFLOWS["release"][True] == {"push": {"tags": ["v*"]}}
-    assert (JOBS["release", "test"]["needs"], release["needs"]) == ("build", "test")
-    assert (site["if"], site["needs"]) == ("github.ref == 'refs/heads/main'", "build")
+    assert JOBS["docs", "publish"]["if"] == "github.ref == 'refs/heads/main'"
     (uploaded,) = (step["with"]["path"] for step in JOBS["docs", "build"]["steps"] if "upload" in step.get("uses", ""))
     assert uploaded == yaml.safe_load((ROOT / "mkdocs.yml").read_text())["site_dir"]
 
@@ -80,6 +82,7 @@ def test_actions_of_others_are_pinned_to_commits_with_their_versions():
         for action, rest in re.findall(r"uses: ([^.@\s][^@\s]+)(.*)", path.read_text()):
             assert re.fullmatch(r"@[0-9a-f]{40} # v\d+\.\d+\.\d+", rest), f"{path.name}: {action}{rest}"
             assert pinned.setdefault(action, rest) == rest
+    assert {"actions/checkout", "pypa/gh-action-pypi-publish"} <= set(pinned)
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert all(re.fullmatch("[0-9a-f]{40}", hook["rev"]) for hook in hooks)
 
@@ -108,15 +111,12 @@ def test_scripts_are_bash_without_expressions_and_name_files_and_make_targets_th
         assert made or (ROOT / name).exists(), name
 
 
-def test_inputs_of_this_repositorys_action_exist():
+def test_inputs_of_this_repositorys_action_exist_and_so_do_commands_and_their_options(capsys):
     inputs = set(yaml.safe_load(ACTION.read_text())["inputs"])
     used = [step for step in STEPS if re.search(r"/\.github/actions/gpu-lstm(@|$)", step.get("uses", ""))]
     assert len(used) == 2
     assert all(set(step["with"]) <= inputs for step in used)
     assert set(re.findall(r"^ +# ([\w-]+):", PAGE, flags=re.MULTILINE)) <= inputs
-
-
-def test_commands_and_their_options_exist(capsys):
     mains = {"bench": bench_main, "gpu_lstm": gpu_lstm_main}
     named = re.findall(r"python -m (bench|gpu_lstm)(?: ([a-z]\w*))?([^\n]*)", COMMANDS)
     assert {("bench", "gpu"), ("bench", "compare"), ("gpu_lstm", "")} <= {(module, word) for module, word, _ in named}
@@ -128,32 +128,29 @@ def test_commands_and_their_options_exist(capsys):
             assert re.search(rf"{option}\b", usage), f"{module} {word} {option}"
 
 
-RUNS = [(1, False, ""), *((n, True, "") for n in range(3)), (2, True, "ci/mine.csv")]
-
-
-@pytest.mark.parametrize(("status", "stored", "baseline"), RUNS)
-def test_the_action_compares_with_the_run_of_this_card_if_any_and_ends_as_that(tmp_path, status, stored, baseline):
+@pytest.mark.parametrize(("status", "baseline"), [(0, ""), (1, ""), (2, "ci/mine.csv"), (1, None)])
+def test_the_action_compares_with_the_run_of_this_card_if_any_and_ends_as_that(tmp_path, status, baseline):
+    """The run of this card is stored, or another `baseline` is given; None: neither."""
     (script,) = (script for script in SCRIPTS if "bench compare" in script)
     python, summary, file = tmp_path / "bin/python", tmp_path / "summary", "bench/results/nvidia-h100-80gb-hbm3.csv"
     for folder in ("bin", "gpu-lstm", "bench/results"):
         (tmp_path / folder).mkdir(parents=True)
     card = 'if [ "$1" = -c ]; then echo "NVIDIA H100 80GB HBM3"; exit; fi'
-    python.write_text(f'#!/bin/bash\n{card}\necho "$@"\nexit $STATUS\n')
+    python.write_text(f'#!/bin/bash\n{card}\necho "$@"\nexit {status}\n')
     python.chmod(0o755)
-    if stored:
+    if baseline is not None:
         (tmp_path / file).touch()
     environment = {
-        "PATH": f"{python.parent}:/usr/bin:/bin", "STATUS": str(status), "BASELINE": baseline, "FAIL_UNDER": "0.9",
+        "PATH": f"{python.parent}:/usr/bin:/bin", "BASELINE": baseline or "", "FAIL_UNDER": "0.9",
         "GITHUB_WORKSPACE": "/project", "GITHUB_STEP_SUMMARY": str(summary), "RUNNER_TEMP": str(tmp_path),
     }  # fmt: skip
-    done = run(*BASH, script, cwd=tmp_path, env=environment)
-    assert done.returncode == (status if stored else 0)
-    if not stored:
+    done, path = run(*BASH, script, cwd=tmp_path, env=environment), f"/project/{baseline}" if baseline else file
+    if baseline is None:
         assert f"no earlier run on NVIDIA H100 80GB HBM3, no {file}" in done.stdout == summary.read_text()
-        return
-    path = f"/project/{baseline}" if baseline else file
-    assert done.stdout == f"-m bench compare {path} {tmp_path}/gpu-lstm/results.csv --fail-under 0.9\n"
-    assert summary.read_text() == f"```\n{done.stdout}```\n"
+    else:
+        assert done.stdout == f"-m bench compare {path} {tmp_path}/gpu-lstm/results.csv --fail-under 0.9\n"
+        assert summary.read_text() == f"```\n{done.stdout}```\n"
+    assert done.returncode == (0 if baseline is None else status)
 
 
 @pytest.mark.slow
@@ -167,7 +164,7 @@ def test_the_pages_conftest_and_test_do_as_it_says(tmp_path):
     def said(backend, interpret, *arguments):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), *arguments]
         environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "GPU_LSTM_BACKEND": backend,
-                       "TRITON_INTERPRET": interpret}  # fmt: skip
+                       "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}  # fmt: skip
         return run(*command, cwd=tmp_path, env=environment).stdout
 
     assert "1 passed, 1 skipped" in said("triton", "1")

@@ -91,6 +91,24 @@ def test_wrong_calls_are_refused_and_change_nothing(m, row):
         assert re.fullmatch(re.escape(text).replace(r"\.\.\.", ".*") + CURE, found), (call, found)
 
 
+CURES = {  # what an error tells users of torch.nn.LSTM to do
+    "; expected a tensor; use torch.as_tensor": "m.lstm(X.numpy())  m.lstm(X.tolist())",
+    "use torch.as_tensor": "m.cell(X[0].numpy())  m.stack(X.numpy())  layer(m, x=X.numpy())  m.lstm(X, lengths=[5, 2])",
+    "has no attribute 'dim'; expected a tensor$": "m.lstm(None)",
+    "lengths and resets are given by keyword":
+        "m.lstm(X, tensor([5, 2]))  m.lstm(X, RESETS)  m.lstm(X, zeros(2, 2, 4))",
+    r"use lengths\.long\(\)": "m.lstm(X, lengths=tensor([5.0, 2.0]))",
+    r"use resets\.bool\(\)": "m.lstm(X, resets=zeros(5, 2))",
+    "first two dimensions change places, see batch_first":
+        "m.first(X, (H, C))  m.first(X, lengths=tensor([5, 2]))  m.lstm(X, resets=RESETS.T)"}  # fmt: skip
+
+
+@pytest.mark.parametrize("cure", CURES)
+def test_the_text_says_what_to_do(m, cure):
+    calls = CURES[cure].split("  ")
+    assert all(re.search(cure, text) for _, text in refusals(m, *calls)), refusals(m, *calls)
+
+
 # Calls that torch refuses, too: the shapes of x, h and c, by module
 SHAPES = {
     "lstm": "3  5,2,1,3  5,2,4  5,4  0,2,3  0,0,3  0,3 "  # the rank of x, its features, no steps
@@ -106,11 +124,12 @@ AS_TORCH = [
     *(f"m.{module}({x}{f', [{hx}]' if hx else ''})" for module, shapes in SHAPES.items() for shape in shapes.split()
       for x, _, hx in [", ".join(f"zeros({size})" for size in shape.split(";")).partition(", ")]),
     *(f"m.lstm({arguments})" for arguments in (
-        "None", "[[1.0, 2.0, 3.0]]", "zeros(5, 2, 3, dtype=F64)", "zeros(5, 2, 3, dtype=F16)",
-        "zeros(5, 2, 3, dtype=INT)", X3 + "zeros(1, 2, 4)", X3 + "(None, None)",
+        "None", "[[1.0, 2.0, 3.0]]", "X.numpy()", "zeros(5, 2, 3, dtype=F64)", "zeros(5, 2, 3, dtype=F16)",
+        "zeros(5, 2, 3, dtype=INT)", X3 + "tensor([5, 2])", X3 + "RESETS", X3 + "zeros(1, 2, 4)", X3 + "(None, None)",
         "zeros(5, 2, 3, device=META)", X3 + "[zeros(1, 2, 4, device=META)] * 2",
         X3 + "(zeros(1, 2, 4, device=META), zeros(1, 2, 4))", X3 + "(zeros(1, 2, 4), zeros(1, 2, 4, device=META))")),
-    "m.cell(None)", "m.cell(zeros(2, 3), ())", "m.cell(zeros(2, 3), zeros(2, 2, 4))"]  # fmt: skip
+    *(f"m.cell({arguments})" for arguments in (
+        "None", "zeros(2, 3).numpy()", "zeros(2, 3), ()", "zeros(2, 3), zeros(2, 2, 4)"))]  # fmt: skip
 # For these torch's text is that of the library that computes, or of a product deep inside.
 BADLY_WORDED = [
     *(f"m.lstm({X3}(zeros(1, 2, 4, dtype={h}), zeros(1, 2, 4, dtype={c})))"
@@ -194,6 +213,7 @@ COMMANDS = [
     (OURS, ["races", "--clear", "--export", "file"], "argument --export: not allowed with argument --clear$"),
     *((BENCH, ["compare", file, file], text + "; expected what `python -m bench` writes$") for file, text in (
         ("{binary}", "binary.csv: .*"), ("{results}", "results.zip: .*"), ("{empty}", "empty.csv: No columns .*"))),
+    (BENCH, ["readme"], "old.csv: schema 1.*"), (BENCH, ["gpu", "--out", "{absent}"], "there is no CUDA device here$"),
     *((BENCH, ["gpu", "--minutes", minutes, "--out", "{absent}"],
        f"argument --minutes: expected more than 0 minutes, got '{minutes}'$") for minutes in ("-3", "nan")),
     *((BENCH, line.split(), text) for line, text in (
@@ -211,12 +231,17 @@ COMMANDS = [
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     monkeypatch.setattr("gpu_lstm.kernels.triton_lstm.launch.INTERPRETED", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench.__main__, "ROOT", tmp_path)
     contents = {"binary.csv": bytes(range(256)), "deep.json": b"[" * 10**6, "empty.csv": b"",
-                "results.zip": b"PK\3\4" + bytes(range(128, 256))}  # fmt: skip
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    yield {name.split(".")[0]: tmp_path / name for name in contents} | dict(folder=tmp_path, absent=tmp_path / "absent")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(contents)
+                "results.zip": b"PK\3\4" + bytes(range(128, 256)), "README.md": b"",
+                "bench/results/old.csv": b"schema,date\n1,now\n"}  # fmt: skip
+    contents = {tmp_path / name: content for name, content in contents.items()}
+    for path, content in contents.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    yield {path.stem: path for path in contents} | dict(folder=tmp_path, absent=tmp_path / "absent")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == contents
 
 
 @pytest.mark.parametrize(("main", "arguments", "text"), COMMANDS, ids=[" ".join(row[1]) for row in COMMANDS])

@@ -1,4 +1,4 @@
-"""A user's program that covers the public API: test_types.py checks it with mypy and pyright, and runs it."""
+"""A user's program that covers the public API: test_packaging.py checks it with mypy and pyright, and runs it."""
 
 import dataclasses
 
@@ -28,28 +28,26 @@ class Tagger(nn.Module):
 def sizes(backend: BackendName) -> list[torch.Size]:
     x, lengths = torch.randn(5, 3, 6), torch.tensor([5, 0, 4])
     resets = gpu_lstm.resets_from_dones(torch.zeros(5, 3, dtype=torch.bool))
-    lstm = gpu_lstm.LSTM(6, 8, num_layers=2, backend=gpu_lstm.Backend.TORCH)
+    lstm, stack = gpu_lstm.LSTM(6, 8, num_layers=2), gpu_lstm.StackedLSTM(6, [4, 5], backend=backend)
     output, (h, c) = lstm(x, resets=resets)
     output, (h, c) = lstm(x, (h, c), lengths=lengths)
     of_lengths: PackedSequence = pack_sequence([x[:, 0], x[:, 1], x[:1, 2]])
-    (packed, (h_n, c_n)), stack = lstm(of_lengths), gpu_lstm.StackedLSTM(6, [4, 5], backend=backend)
+    packed, (h_n, c_n) = lstm(of_lengths)
     stacked, [(h1, c1), (h2, c2)] = stack(x, [(x.new_zeros(3, n), x.new_zeros(3, n)) for n in stack.hidden_sizes])
     same, states = stack(of_lengths)
     same, states = stack(of_lengths, resets=resets, reset_states=states)
-    (cell_h, cell_c), (compat, _) = gpu_lstm.LSTMCell(6, 8)(x[0]), gpu_lstm.compat.LSTM(6, 8)(x)
-    weights = list(gpu_lstm.LSTM(6, 8).parameters())
-    of_layer, (h0, c0) = gpu_lstm.functional.lstm_layer(x, weights, lengths=lengths, backend="reference")
-    gates, stream = gpu_lstm.trace(lstm, x).layers[0][0], gpu_lstm.Stream(lstm, batch=3)
+    stream = gpu_lstm.Stream(lstm, batch=3)
     step = stream(x[0], active=lengths > 0)
     stream.reorder(lengths.clamp(max=2))
     stream.state = stream.state
-    tensors = [output, h, c, packed.data, h_n, c_n, stacked, h1, c1, h2, c2, same.data, states[0][0], cell_h, cell_c]
-    return [tensor.shape for tensor in [*tensors, compat, of_layer, h0, c0, gates.forget, step]]
+    tensors = [output, h, c, packed.data, h_n, c_n, stacked, h1, c1, h2, c2, same.data, states[0][0], step]
+    return [tensor.shape for tensor in tensors]
 
 
 def types_of_calls(x: Tensor, packed: PackedSequence) -> None:
     """What every public call returns, to type checkers; and to Python."""
-    lstm, stack, cell = gpu_lstm.LSTM(6, 8), gpu_lstm.StackedLSTM(6, [4, 5]), gpu_lstm.LSTMCell(6, 8)
+    lstm = gpu_lstm.LSTM(6, 8, backend=gpu_lstm.Backend.TORCH)
+    stack, cell = gpu_lstm.StackedLSTM(6, [4, 5]), gpu_lstm.LSTMCell(6, 8)
     assert_type(lstm(x), tuple[Tensor, State])
     assert_type(lstm(x, resets=x[..., 0] > 0), tuple[Tensor, State])
     assert_type(lstm(packed), tuple[PackedSequence, State])
@@ -57,7 +55,7 @@ def types_of_calls(x: Tensor, packed: PackedSequence) -> None:
     assert_type(stack(packed), tuple[PackedSequence, list[State]])
     assert_type(cell(x[0]), State)
     assert_type(gpu_lstm.compat.LSTM(6, 8)(x), tuple[Tensor, State])
-    assert_type(gpu_lstm.functional.lstm_layer(x, list(lstm.parameters())), tuple[Tensor, State])
+    assert_type(gpu_lstm.functional.lstm_layer(x, list(lstm.parameters()), backend="torch"), tuple[Tensor, State])
     assert_type(gpu_lstm.Stream(lstm, batch=3)(x[0]), Tensor)
     assert_type(gpu_lstm.trace(lstm, x).layers[0][0].forget, Tensor)
     assert_type(gpu_lstm.explain(lstm, x).seconds, dict[str, float] | None)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+from subjects import HasteLSTM
 from torch import nn, tensor, zeros
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -25,6 +26,7 @@ X, H, C, H2, RESETS = zeros(5, 2, 3), zeros(1, 2, 4), zeros(1, 2, 4), zeros(2, 4
 WEIGHTS = zeros(16, 3), zeros(16, 4)
 PLAIN, NORMED = (*WEIGHTS, None, None, None), (*WEIGHTS, *[None] * 6, zeros(4))
 HASTE = dict(kernel=zeros(3, 16), recurrent_kernel=zeros(4, 16), bias=zeros(16))
+HASTES = {name: HasteLSTM(3, 4, **{name: 0.1}) for name in ("zoneout", "dropout")}
 PACKED = pack_sequence([zeros(5, 3), zeros(3, 3)])
 PAIRS = [(H2, H2)] * 2  # of StackedLSTM(3, [4, 4])
 NESTED = torch.nested.nested_tensor([zeros(4, 3), zeros(2, 3)], layout=torch.jagged)
@@ -392,6 +394,8 @@ CALLS = [
                          ("['bias', 'kernel']", "{name: HASTE[name] for name in ('kernel', 'bias')}"))),
     ("ValueError: expected parameters of one dtype, got ['torch.float32', 'torch.float64']",
      "gpu_lstm.from_haste(HASTE | {'bias': HASTE['bias'].to(F64)})"),
+    *((f"ValueError: ...the module has {name}=0.1...", f"gpu_lstm.from_haste(HASTES['{name}'])")
+      for name in ("zoneout", "dropout")),
     (a_tensor("kernel", "ndarray"), "gpu_lstm.from_haste(HASTE | {'kernel': zeros(3, 16).numpy()})"),
     *((f"ValueError: expected sizes [I, 4H], ... got {got}", f"gpu_lstm.from_haste({value})") for got, value in (
         ("[[], [], []]", "dict.fromkeys(HASTE, tensor(1.0))"),

@@ -1,0 +1,301 @@
+"""The examples learn, check what they say that they check, and print what they should; and the benchmark of one."""
+
+import copy
+import itertools
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from installed import ROOT, load
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.utils._pytree import tree_leaves_with_path
+
+from bench import __main__ as command_line
+from bench import ppo
+
+EXAMPLES = ROOT / "examples"
+example, ddp = ppo.load_example(), load(EXAMPLES / "train_ddp.py")
+QUIET = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+LIMITS = torch.tensor([2.4, 0.2095])  # position and angle, in m and rad, at which CartPole-v1 ends an episode
+
+
+@pytest.fixture
+def clock():
+    """The module `time` with a clock that advances by 1 s at every look."""
+    return SimpleNamespace(perf_counter=map(float, itertools.count()).__next__)
+
+
+# recurrent_ppo.py, and python -m bench ppo
+
+
+def _differing(found, expected):
+    """The names of what differs by more than 1e-10 of its largest element."""
+    assert set(found) == set(expected)
+    return {name for name, value in expected.items() if (found[name] - value).abs().max() > 1e-10 * value.abs().max()}
+
+
+def _rollouts(agent, count, **options):
+    return [rollout for rollout, _ in itertools.islice(example.rollouts(agent, example.cartpoles(**options), 0), count)]
+
+
+def test_the_update_in_one_call_is_that_of_a_loop_over_steps():
+    """In float64, of a random rollout: an episode starts within each environment, and some of the policy is clipped."""
+    batch = ppo.random_batch(example, 24, 5, 16, "cpu")
+    batch.starts[[7, 3, 0, 15, 23], torch.arange(5)] = True
+    fields = (field.double() if field.is_floating_point() else field for field in batch[:-1])
+    batch = example.Rollout(*fields, tuple(each.double() for each in batch.state))
+    torch.manual_seed(0)
+    agent = example.Agent(16).double()
+    with torch.no_grad():
+        agent.actor.weight.mul_(100)
+    by_steps = copy.deepcopy(agent)  # with torch.nn.LSTM called for every step
+    by_steps.lstm = ppo.StepLoop(16, 16).double()
+    by_steps.load_state_dict(agent.state_dict())
+    expected = ppo.loss_and_gradients(example, by_steps, batch)
+    assert all(value.abs().max() > 1e-6 for value in expected.values())
+    for backend in ("torch", "reference"):
+        agent.lstm.backend = backend
+        assert not _differing(ppo.loss_and_gradients(example, agent, batch), expected)
+    for shift in (1, -1):  # a step late or early makes every gradient another
+        shifted = batch._replace(starts=batch.starts.roll(shift, dims=0))
+        assert _differing(ppo.loss_and_gradients(example, agent, shifted), expected) == set(expected)
+    part = batch.of(torch.tensor([3, 1]))  # a minibatch uses the states of its environments
+    values, of_part = (agent(some.observations, some.state, some.starts)[1] for some in (batch, part))
+    torch.testing.assert_close(of_part, values[:, [3, 1]])
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_a_rollout_at_once_gives_what_the_agent_did_step_by_step(remembers):
+    torch.manual_seed(0)
+    agent = example.Agent(remembers=remembers)
+    with torch.no_grad():
+        agent.actor.weight.mul_(100)
+    _, rollout = _rollouts(agent, 2)  # the second begins in the middle of episodes
+
+    def error(**changed):
+        given = rollout._replace(**changed)
+        policy, _, _ = agent(given.observations, given.state, given.starts)
+        return (policy.log_prob(given.actions) - given.log_probs).abs().max()
+
+    assert not rollout.starts[0].all()
+    assert error() < 1e-5
+    assert (error(starts=rollout.starts.roll(1, dims=0)) > 1e-3) == remembers
+    assert (error(state=tuple(map(torch.zeros_like, rollout.state))) > 1e-3) == remembers
+
+
+def test_an_episode_starts_where_the_pole_is_put_upright():
+    torch.manual_seed(0)
+    rollout, _ = next(example.rollouts(example.Agent(), example.cartpoles(), 0))
+    assert rollout.starts[0].all()
+    assert (rollout.observations[rollout.starts].abs() * LIMITS < 0.05 + 1e-4).all()  # as CartPole puts it
+    moves = rollout.observations.diff(dim=0)[..., 1].abs()
+    starts = rollout.starts[1:]
+    assert moves[starts].min() > 0.5  # of the angle that ends an episode
+    assert moves[~starts].max() < 0.3
+
+
+def test_an_episode_that_the_clock_ends_is_worth_what_would_have_come():
+    agent = example.Agent()
+    with torch.no_grad():
+        agent.critic.weight.zero_()
+        agent.critic.bias.fill_(0.5)
+    (cut,) = _rollouts(agent, 1, max_episode_steps=5)  # before a pole can fall
+    (fallen,) = _rollouts(agent, 1)
+    assert (cut.starts == (torch.arange(len(cut.starts)) % 5 == 0)[:, None]).all()
+    for rollout, worth in ((cut, 0.01 + 0.99 * 0.5), (fallen, 0.01)):
+        last = rollout.returns[:-1][rollout.starts[1:]]  # of an episode
+        torch.testing.assert_close(last, torch.full_like(last, worth))
+
+
+def test_advantages_are_the_discounted_errors_up_to_the_end_of_the_episode():
+    torch.manual_seed(0)
+    rewards, values, starts = torch.randn(6, 3), torch.randn(7, 3), torch.rand(7, 3) < 0.4
+    errors = rewards + 0.99 * ~starts[1:] * values[1:] - values[:-1]
+    expected = torch.zeros(6, 3)
+    for first, n in itertools.product(range(6), range(3)):
+        for t in range(first, 6):
+            expected[first, n] += (0.99 * 0.95) ** (t - first) * errors[t, n]
+            if starts[t + 1, n]:
+                break
+    torch.testing.assert_close(example.estimate(rewards, values, starts), expected)
+
+
+@pytest.mark.slow
+def test_it_learns_and_only_with_memory(tmp_path):
+    returns = example.main(updates=20, seed=0, out=tmp_path)
+    assert returns["remembers"] > 150  # 217 to 258 with seeds 0 to 4, from about 20
+    assert returns["forgets"] < 80  # 46 to 53
+    assert (tmp_path / "recurrent_ppo.png").stat().st_size > 10_000
+
+
+def test_the_benchmark_times_both_and_prints_a_line_a_size(monkeypatch, capsys):
+    """What is timed is called once, and said to take this long."""
+
+    def timed(calls, device, seconds):
+        for call in calls.values():
+            call()
+        return dict(one_call=[1.0, 2.0, 4.0], loop=[3.0, 6.0, 16.0])
+
+    monkeypatch.setattr(ppo.timing, "interleaved", timed)
+    monkeypatch.setattr(ppo, "SIZES", [(6, 2, 8), (4, 3, 16)])
+    monkeypatch.setenv("COLUMNS", "120")
+    assert command_line.main(["ppo", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "one call by torch" in printed
+    for sizes in ("6 2 8", "4 3 16"):
+        (line,) = (line for line in map(str.split, printed.splitlines()) if line[:3] == sizes.split())
+        assert line[3:7] == ["6000.00", "2000.00", "3.00", "3.00-3.60"]
+
+
+def test_the_benchmark_times_nothing_that_differs(monkeypatch):
+    forward = ppo.StepLoop.forward
+    late = lambda self, x, state, resets: forward(self, x, state, resets.roll(1, dims=0))  # noqa: E731
+    monkeypatch.setattr(ppo.StepLoop, "forward", late)
+    monkeypatch.setattr(ppo.timing, "interleaved", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(RuntimeError, match=r"the loop differ by .*, expected 0\.0001"):
+        ppo.measure("cpu", 24, 5, 16)
+
+
+def test_without_gymnasium_the_command_says_what_to_install(monkeypatch, capsys):
+    ppo.load_example.cache_clear()
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    assert ppo.run("cpu") == 2
+    assert "gymnasium" in capsys.readouterr().err
+
+
+# sb3_recurrent_ppo.py
+
+
+@pytest.fixture(scope="module")
+def sb3():
+    pytest.importorskip("sb3_contrib")
+    return load(EXAMPLES / "sb3_recurrent_ppo.py")
+
+
+@pytest.mark.slow
+def test_it_learns_checks_times_and_draws_with_sb3(sb3, clock, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sb3, "time", clock)
+    measured = sb3.main(rollouts=2, hidden=8, epochs=1, out=tmp_path)
+    assert [each.steps for each in measured] == [1024, 2048]
+    for each in measured:
+        assert (each.updates, each.acting, each.loop, each.one_call, 10 < each.episode < 60) == (8, 1.0, 1.0, 1.0, True)
+    assert (tmp_path / "sb3_recurrent_ppo.png").stat().st_size > 10_000
+    assert "updates a second" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_resets_a_step_late_are_detected(sb3, tmp_path, monkeypatch):
+    one_call = sb3.OneCall._process_sequence
+    late = lambda x, states, starts, lstm: one_call(x, states, starts.roll(1), lstm)  # noqa: E731
+    monkeypatch.setattr(sb3.OneCall, "_process_sequence", staticmethod(late))
+    with pytest.raises(RuntimeError, match=r"one call and the loop differ by .*, expected 0\.0001"):
+        sb3.main(rollouts=1, hidden=8, epochs=1, out=tmp_path)
+
+
+# isaac_shapes.py
+
+
+@pytest.fixture
+def isaac(monkeypatch, clock):
+    example = load(EXAMPLES / "isaac_shapes.py")
+    monkeypatch.setattr(example, "time", clock)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32  # which main() sets
+    yield example
+    matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def test_a_line_for_each_shape_and_one_to_send(isaac, capsys):
+    line = isaac.main(["--environments", "64", "--hidden", "4", "--rounds", "2"])
+    *rows, empty, last = capsys.readouterr().out.splitlines()
+    assert (empty, last) == ("", line)
+    shapes = ["T4 B64 H4", "T16 B64 H4", "T24 B64 H4", "T32 B64 H4"]  # of seven, cut to these sizes
+    for row, shape in zip(rows[1:], shapes, strict=True):
+        assert re.fullmatch(rf"\w+ +{shape}, [1-9]\d* pieces( +1000\.00){{3}} +1\.00, 1\.00", row), row
+    assert "gpu_lstm 0." in line
+    assert line.endswith("; ".join(f"{shape} 1000.00 1000.00 1000.00" for shape in shapes))
+
+
+def test_padding_and_pieces_are_what_one_call_gives_and_differ_without_resets(isaac):
+    lstm, ways, cuts = isaac.prepare(24, 40, 5, torch.device("cpu"))
+    assert 5 < cuts <= 24
+    expected = ways["one call"]()
+    for name in ("pieces", "padded"):
+        torch.testing.assert_close(ways[name](), expected)
+    lstm.forward = lambda x, state, resets: type(lstm).forward(lstm, x, state)
+    with pytest.raises(RuntimeError, match=r"one call and pieces differ by"):
+        isaac.measure(lstm, ways, 1)
+
+
+# train_ddp.py
+
+
+def in_two_processes(arguments: list[str]) -> None:
+    """As torchrun does it, in forks, which have torch."""
+    config = dict(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
+    handlers = [(number, signal.getsignal(number)) for number in numbers]
+    elastic_launch(LaunchConfig(**config, start_method="fork", monitor_interval=0.01), ddp.main)(arguments)
+    for number, handler in handlers:  # which the launcher replaces
+        signal.signal(number, handler)
+
+
+def contents(checkpoint: Path, tmp_path: Path) -> dict:
+    """All that a checkpoint holds, by its place there."""
+    dcp_to_torch_save(checkpoint, tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
+    return {str(path): leaf for path, leaf in tree_leaves_with_path(whole)}
+
+
+@pytest.mark.slow
+@QUIET
+@pytest.mark.parametrize(("run", "processes"), [(ddp.main, 1), (in_two_processes, 2)], ids=["one", "two"])
+def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(run, processes, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(["--out", str(whole), "--steps", "6", "--save-every", "3"])
+    shutil.copytree(whole / "step-3", parts / "step-3")
+    shutil.copytree(whole / "step-6", parts / "step-5", ignore=shutil.ignore_patterns(".metadata"))  # not yet whole
+    run(["--out", str(parts), "--steps", "6", "--resume"])
+    expected, found = (contents(folder / "step-6", tmp_path) for folder in (whole, parts))
+    assert expected.keys() == found.keys()
+    assert len(expected) > 60
+    for path, value in expected.items():
+        assert torch.equal(value, found[path]) if isinstance(value, torch.Tensor) else value == found[path], path
+    dropped = [value for path, value in expected.items() if "random" in path]
+    assert len(dropped) == processes
+    assert processes == 1 or not torch.equal(*dropped)
+
+
+@pytest.mark.slow
+@QUIET
+def test_it_learns_more_than_the_frequencies_of_bytes(tmp_path):
+    bits = ddp.main(["--steps", "60", "--out", str(tmp_path)])
+    assert 4.0 < bits["frequencies of bytes"] < 5.2
+    assert bits["the model"] < bits["frequencies of bytes"] - 0.5  # 3.77 against 4.61
+
+
+@QUIET
+def test_there_is_nothing_to_resume(tmp_path):
+    with pytest.raises(SystemExit, match="there is no checkpoint in"):
+        ddp.main(["--resume", "--out", str(tmp_path)])
+
+
+# weather.py
+
+
+@pytest.mark.slow
+def test_weather_beats_both_baselines_on_the_held_out_year_and_a_linear_forecast_of_two_days_is_as_good(tmp_path):
+    errors = load(EXAMPLES / "weather.py").main(epochs=12, out=tmp_path)
+    ours, linear = errors.pop("StackedLSTM"), errors.pop("ridge, last 2 days")
+    assert set(errors) == {"same as today", "day-of-year mean"}
+    for forecast in (ours, linear):
+        assert all(forecast.mae < baseline.mae and forecast.rmse < baseline.rmse for baseline in errors.values())
+    assert abs(ours.mae - linear.mae) < 0.1
+    assert (tmp_path / "weather.png").stat().st_size > 10_000
