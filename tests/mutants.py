@@ -134,6 +134,10 @@ def _is_left_alone(node: ast.AST) -> bool:
     return False
 
 
+def _names_in(node: ast.AST) -> set[str]:
+    return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+
+
 def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
     """(kind, the node whose text is replaced, by what)."""
 
@@ -166,6 +170,11 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
         case ast.Tuple(ctx=ast.Load(), elts=[_, _, *_]) if not any(isinstance(e, ast.Slice) for e in node.elts):
             for k in range(len(node.elts)):
                 yield swapped("element left out", elts=[*node.elts[:k], *node.elts[k + 1 :]])
+    match node:  # faults of several lines, and what was forgotten
+        case ast.If(orelse=[]) | ast.For() | ast.AugAssign() | ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
+            yield "statement left out", node, "pass"
+        case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in _names_in(value):
+            yield "statement left out", node, "pass"
     if isinstance(node, ast.If | ast.While | ast.IfExp) and not isinstance(node.test, ast.UnaryOp):
         yield "condition negated", node.test, f"(not ({ast.unparse(node.test)}))"
 
@@ -298,6 +307,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200, help="faults to plant")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="files whose path begins so")
+    parser.add_argument("--kind", default="", help="kinds of faults that begin so")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree, listing = Path(folder, "tree"), ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
@@ -316,7 +326,11 @@ def main() -> int:
 def run(tree: Path, options: argparse.Namespace, pool: Executor) -> int:
     """All of it, on copies of a tree."""
     console, file = Console(highlight=False), ROOT / "out" / "mutants.jsonl"
-    possible = [mutant for mutant in all_mutants(tree) if mutant.path.startswith(options.only)]
+    possible = [
+        mutant
+        for mutant in all_mutants(tree)
+        if mutant.path.startswith(options.only) and mutant.kind.startswith(options.kind)
+    ]
     chosen = sample(possible, options.count, options.seed)
     console.print(f"{len(chosen)} of {len(possible)} faults, seed {options.seed}")
     file.parent.mkdir(exist_ok=True)

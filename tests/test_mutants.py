@@ -17,6 +17,7 @@ def f(a: int | None, b=True):
         raise ValueError(f"{a + 1}")
     warn("a", 1, stacklevel=2)
     g(a, x=1)
+    a = g(a)
     return -a * 2, b
 '''
 PLANTED = {
@@ -26,6 +27,8 @@ PLANTED = {
     ("argument left out", "g(a, x=1)", "(g(a))"), ("constant", "1", "2"), ("return of None", "-a * 2, b", "None"),
     ("element left out", "-a * 2, b", "((b,))"), ("element left out", "-a * 2, b", "((-a * 2,))"),
     ("arithmetic", "-a * 2", "(-a + 2)"), ("sign, not", "-a", "(a)"), ("constant", "2", "3"),
+    ("statement left out", 'if a < b and not a:\n        raise ValueError(f"{a + 1}")', "pass"),
+    ("statement left out", "a = g(a)", "pass"),
 }  # fmt: skip
 CUDA = b"// a < b\n#define A 1 + 1\ntemplate <int N>\nif (i < n && a == 2) x += y * z;  // 1 + 1\n"
 OF_CUDA = ("<", "<="), ("&&", "||"), ("==", "!="), ("2", "3"), ("+=", "-="), ("*", "+")
