@@ -8,29 +8,24 @@ from itertools import product
 from math import ceil
 from types import SimpleNamespace
 
-import host_cuda
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from comparing import BACKENDS, NAMES, PLACES, example
+from comparing import BACKENDS, PLACES, every_backend
 from standing_in import plan_of
 from torch import Tensor, zeros
 from torch.nn.functional import pad
 from triton.runtime import interpreter
 
 import gpu_lstm
-from gpu_lstm.dispatch import available
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
 from gpu_lstm.kernels.problem import MOST, Pass, Problem, Recurrence, problem_of
 from gpu_lstm.kernels.triton_lstm import indexing, launch
-from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER
-from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 T, I, H = 3, 3, 4
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernels have the GPU's memory")
 EMPTY = {
     "plain": lambda **k: gpu_lstm.LSTM(I, H, **k),
@@ -77,29 +72,6 @@ def test_of_none_what_goes_round_a_call(backend):
         assert stream(zeros(0, I, **place)).shape == (0, width)
     h, c = gpu_lstm.LSTMCell(I, H, backend=backend, **place)(zeros(0, I, **place))
     assert h.shape == c.shape == (0, H)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU test_gpu.py has large sizes")
-@pytest.mark.usefixtures("exact_float32_products")
-def test_1100_units(monkeypatch):
-    """On every backend each RMS error is at most twice that of torch's own LSTM in float32."""
-
-    def wide_tiles(problem, device, which, *_):  # with few of them the interpreter is soon done
-        return dataclasses.replace(step_plan(problem, INTERPRETER, which.backward), columns=64, k=2048)
-
-    monkeypatch.setattr(launch, "choose_plan", wide_tiles)
-    monkeypatch.setattr(available, "_cupy_obstacle", lambda device: None)
-    monkeypatch.setattr(cupy_launch, "launch_kernel", host_cuda.launcher())
-    given = example(1, 1, 2, 1100).rounded(torch.float32)
-    truth, backends = given.truth(), ("torch", "reference", "triton", "cupy")
-    for name, true, *found in zip(NAMES, truth, *(given.run(backend, torch.float32) for backend in backends)):
-        if true is not None:
-            largest = np.abs(true).max()
-            torchs, *ours = (np.sqrt(np.mean((t.detach().numpy() - true) ** 2)) for t in found)
-            allowed = 2 * max(torchs, torch.finfo(torch.float32).eps * largest)
-            assert torchs <= 1e-5 * largest, name
-            assert all(error <= allowed for error in ours), (name, ours, allowed)
 
 
 IN_PLACE = ("output", "h_n", "c_n", "input", "lengths", "weight")

@@ -222,18 +222,20 @@ def test_nan_does_not_pass_a_reset(monkeypatch, place, words, dtype):
     KERNELS[place].force(monkeypatch)
     given = example_of((5, 4, 3, 12), words.replace("ragged ", "").replace("masks", "zoneout_h zoneout_c"), 0)
     given = dataclasses.replace(given, resets=torch.zeros(5, 4, dtype=torch.bool))
-    given.resets[[3, 2, 4, 0], [0, 1, 2, 3]] = True  # the last before the first step
+    given.resets[[1, 3, 2, 4, 0], [0, 0, 1, 2, 3]] = True  # the last before the first step
     dtype = None if place.startswith("torch") else dtype  # whose float16 on the CPU rounds otherwise next to NaN
     clean = run(place, given, dtype)
-    first = 4 if given.reverse else 0
+    first = 2 if given.reverse else 1  # step of an episode in the middle
     given.tensors[0][first, 0, 1], given.tensors[1][1, 0], given.tensors[2][2, 0] = NAN, NAN, INF
     if not given.reverse:
         given.tensors[1][3], given.tensors[2][3] = NAN, INF
-    behind = torch.zeros(5, 4, dtype=torch.bool)  # [T, B] between the step of NaN and the reset
-    for b, reset in enumerate((3, 2, 4)):
+    behind = torch.zeros(5, 4, dtype=torch.bool)  # [T, B] between NaN and the reset
+    behind[1:3, 0] = True
+    for b, reset in ((1, 2), (2, 4)):
         behind[slice(reset, None) if given.reverse else slice(reset), b] = True
     dirty = run(place, given, dtype)
     assert (dirty[0] != clean[0]).any(2)[behind].all()
+    assert dirty[7].isnan().any(), "of weight_hh"
     for k in (0, 3):  # h and dx, in time
         assert torch.equal(dirty[k][~behind], clean[k][~behind])
     assert identical([*dirty[1:3], dirty[4][3], dirty[5][3]], [*clean[1:3], clean[4][3], clean[5][3]])

@@ -18,8 +18,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gpu_lstm
-from gpu_lstm.call.choices import Backend
-from gpu_lstm.dispatch import available
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 ABLE = ("reference", "triton")
@@ -36,7 +34,8 @@ ALL = dict(**NOISE, weight_drop=0.25)
 OPTIONS = {
     "plain": {}, "peepholes": dict(peepholes=True), "layer_norm": dict(layer_norm=True),
     "both": dict(peepholes=True, layer_norm=("hh", "c"), bias=False), "noise": NOISE, "noise in eval": NOISE,
-    "all noise": ALL, "all noise in eval": ALL, **{name: {name: value} for name, value in ALL.items()}}  # fmt: skip
+    "all noise": ALL, "all noise in eval": ALL, **{name: {name: value} for name, value in ALL.items()},
+    "noise, all of h dropped": dict(recurrent_dropout=1.0)}  # fmt: skip
 CONDITION = {"layer_norm": 16, "both": 16}
 ADDED = {"weight_peephole": 3, "gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1}  # times H
 
@@ -57,12 +56,13 @@ def call_of(module, **how):
 CHAINS = {  # of kinds, by backend; fewer by the kernels, which are slow in the interpreter
     "torch": dict.fromkeys(("LSTM", "projected", "StackedLSTM", "residual"), ("plain",)),
     "reference": {
-        "LSTM": ("peepholes", "layer_norm", "both", "noise", "noise in eval"),
+        "LSTM": ("peepholes", "layer_norm", "both", "noise", "noise in eval", "noise, all of h dropped"),
         "projected": ("peepholes", "noise", "noise in eval"), "recomputed": ("peepholes", "layer_norm", "both"),
         "StackedLSTM": ("plain", "peepholes", "layer_norm", "both"), "residual": ("plain", "noise", "noise in eval")},
     "triton": {
         "LSTM": ("layer_norm", "noise", "noise in eval"), "projected": ("peepholes", "noise", "noise in eval"),
-        "recomputed": ("layer_norm", "both"), "StackedLSTM": ("plain", "both"), "residual": ("plain", "noise")},
+        "recomputed": ("layer_norm", "both"), "StackedLSTM": ("plain", "both"),
+        "residual": ("plain", "noise", "noise, all of h dropped")},
 }  # fmt: skip
 
 
@@ -178,18 +178,6 @@ def test_streams_and_traces(backend, option):
     assert torch.equal(upper[1].hidden[0], torch.where(LENGTHS[:, None] > 0, traced.states[0][3], 0))
 
 
-@pytest.mark.parametrize("name", ["recurrent_dropout", "weight_drop"])
-@every_able
-def test_dropping_all_of_h_is_an_lstm_without_recurrent_weights(backend, name):
-    lstm, plain = made("LSTM", backend, **{name: 1.0}), made("LSTM", "reference").to(PLACES[backend]["dtype"])
-    for name in (name for name in plain.state_dict() if name.startswith("weight_hh")):
-        nn.init.zeros_(plain.get_parameter(name))
-    got, expected = call_of(lstm, lengths=LENGTHS), call_of(plain, lengths=LENGTHS)
-    others = [n for n in got if not n.startswith("dweight_hh") and n != "dh0"]
-    assert_same({n: got[n] for n in others}, {n: expected[n] for n in others})
-    assert all((got[n] == 0).all() for n in got if n.startswith("dweight_hh"))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("option", ["plain", "noise in eval"])
 def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype, option):
@@ -211,14 +199,14 @@ def test_in_eval_dropout_of_any_kind_changes_no_bit(backend, kind):
     assert_identical(call_of(dropped, **RAGGED), call_of(made(kind, backend).eval(), **RAGGED))
 
 
-@pytest.mark.parametrize("kind", ["recomputed", "one of a stack"])
+@pytest.mark.parametrize(("kind", "rate"), [("recomputed", 0.5), ("one of a stack", 0.5), ("recomputed", 1.0)])
 @every_backend
-def test_weight_drop_runs_everywhere(backend, kind):
+def test_weight_drop_runs_everywhere(backend, kind, rate):
     """As an LSTM whose weight_hh has what a seed leaves of it; gradients pass what was left only."""
-    lstm, plain = made(kind, backend, weight_drop=0.5), made(kind, "reference").to(**PLACES[backend])
+    lstm, plain = made(kind, backend, weight_drop=rate), made(kind, "reference").to(**PLACES[backend])
     name, weight_hh = next((n, p) for n, p in plain.named_parameters() if "weight_hh" in n)
     torch.manual_seed(5)
-    factors = dropout(torch.ones_like(weight_hh), 0.5)
+    factors = dropout(torch.ones_like(weight_hh), rate)
     weight_hh.data *= factors
     got, expected = call_of(lstm), call_of(plain)
     expected[f"d{name}"] *= factors
@@ -228,11 +216,10 @@ def test_weight_drop_runs_everywhere(backend, kind):
     torch.testing.assert_close(lstm(packed)[0].data, plain(packed)[0].data, rtol=1e-5, atol=1e-6)
 
 
-# test_graphs.py has LSTM and StackedLSTM without variants.
+# test_graphs.py has LSTM and StackedLSTM without variants, test_programs.py LSTM with those that draw no noise.
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "option", "backend"), [
-    *(("LSTMCell", "plain", backend) for backend in BACKENDS), ("recomputed", "both", "triton"),
-    ("recomputed", "peepholes", "reference"), ("projected", "all noise", "triton"),
+    *(("LSTMCell", "plain", backend) for backend in BACKENDS), ("projected", "all noise", "triton"),
     ("projected", "all noise in eval", "reference")])  # fmt: skip
 def test_compiled_and_exported(kind, option, backend):
     module = made(kind, backend, option)
@@ -317,14 +304,6 @@ def test_a_backend_that_cannot_says_so(kind, name, backend):
     if kind != "LSTMCell" and backend == "torch":
         explained = gpu_lstm.explain(module, torch.zeros(T, 1, I))
         assert (explained.backend, explained.others["torch"]) == ("reference", f"it {said}")
-
-
-def test_auto_chooses_triton_where_it_can_else_the_reference(monkeypatch):
-    for unable, chosen in ((None, Backend.TRITON), (Backend.TRITON, Backend.REFERENCE)):
-        monkeypatch.setattr(available, "why_unavailable", lambda b, *_, it=unable: RuntimeError() if b is it else None)
-        cases = ("cuda", "zoneout", chosen), ("cpu", "zoneout", Backend.REFERENCE), ("cpu", None, Backend.TORCH)
-        for device, feature, expected in cases:
-            assert available.select("auto", torch.device(device), torch.float32, feature, False) is expected
 
 
 @pytest.mark.parametrize("kind", ["recomputed", "one of a stack"])
