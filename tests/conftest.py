@@ -1,5 +1,6 @@
 """Options and the environment of the tests."""
 
+import importlib.util
 import os
 import sys
 
@@ -30,6 +31,15 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def no_gpu_is_an_error():
     pytest.fail("needs a CUDA device, and --require-gpu was given")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+        from concurrent_interpreter import prepared_once
+        from triton.runtime.interpreter import GridExecutor
+
+        GridExecutor.__call__ = prepared_once()(GridExecutor.__call__)
 
 
 @pytest.fixture

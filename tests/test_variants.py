@@ -35,7 +35,7 @@ OPTIONS = {
     "plain": {}, "peepholes": dict(peepholes=True), "layer_norm": dict(layer_norm=True),
     "both": dict(peepholes=True, layer_norm=("hh", "c"), bias=False), "noise": NOISE, "noise in eval": NOISE,
     "all noise": ALL, "all noise in eval": ALL, **{name: {name: value} for name, value in ALL.items()},
-    "noise, all of h dropped": dict(recurrent_dropout=1.0)}  # fmt: skip
+    "noise, all of h dropped": NOISE | dict(recurrent_dropout=1.0)}  # fmt: skip
 CONDITION = {"layer_norm": 16, "both": 16}
 ADDED = {"weight_peephole": 3, "gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1}  # times H
 
@@ -51,6 +51,15 @@ def made(kind, backend, option="plain", **arguments):
 
 def call_of(module, **how):
     return results(module, *random_inputs(module, B), **dict(seed=5) | how)
+
+
+def without_gradients(module, x, hx, **ragged):
+    """Output and states of the call of `call_of`."""
+    like, given = next(module.parameters()), ((x, hx), ragged)
+    given = tree_map_only(torch.Tensor, lambda t: t.to(like) if t.is_floating_point() else t.to(like.device), given)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        return tree_leaves(module(*given[0], **given[1]))
 
 
 CHAINS = {  # of kinds, by backend; fewer by the kernels, which are slow in the interpreter
@@ -78,11 +87,7 @@ def test_a_module_is_a_chain_of_oracles(backend, kind, option):
     noises = noises_of(ours, seed=5) if "noise" in option else None
     got = results(ours, x, hx, seed=5, **ragged)
     assert_same(got, truth(ours, x, hx, **ragged, noises=noises), backend, condition=CONDITION.get(option, 1))
-    given = tree_map_only(torch.Tensor, lambda t: t.to(got["dx"]), (x, hx))
-    torch.manual_seed(5)
-    with torch.no_grad():
-        plain = tree_leaves(ours(*given, **{name: t.to(got["dx"].device) for name, t in ragged.items()}))
-    assert all(map(torch.equal, plain, got.values()))
+    assert all(map(torch.equal, without_gradients(ours, x, hx, **ragged), got.values()))
     if ragged:
         assert (got["output"].cpu()[torch.arange(T)[:, None] >= LENGTHS] == 0).all()
         assert torch.equal(got["h0"][..., 1, :].cpu(), tree_leaves(hx)[0][..., 1, :].to(got["h0"].dtype))  # of no steps
@@ -144,20 +149,27 @@ def test_gradients_of_gradients_by_the_kernels(kind, option, frozen):
 
 
 # The chain of oracles has the other noises; here are also weight drop, and dropout between layers.
-@pytest.mark.parametrize(("kind", "option", "ragged"), [
-    ("LSTM", "both", RAGGED), ("LSTM", "all noise", RAGGED), ("deep", "all noise", {}), ("deep", "all noise", RAGGED),
-    ("deep", "all noise in eval", RAGGED), ("projected", "all noise", RAGGED),
-    ("projected", "all noise in eval", RAGGED)], ids=["both", *map(str, range(6))])  # fmt: skip
-def test_a_seed_means_the_same_on_every_backend_and_in_chunks_of_time(monkeypatch, kind, option, ragged):
-    """Each chunk gets its part of the noise."""
-    between = dict(dropout=0.3) if kind != "projected" else {}
+@pytest.mark.parametrize(("kind", "option", "how"), [
+    ("recomputed", "both", "ragged"), ("LSTM", "all noise", "ragged"), ("deep", "all noise", ""), ("projected", "plain", ""),
+    ("deep", "all noise", "ragged"), ("deep", "all noise in eval", "ragged"), ("projected", "all noise", "ragged"),
+    ("projected", "all noise in eval", "ragged"), ("recomputed", "plain", "states"), ("projected", "plain", "states"),
+])  # fmt: skip
+def test_a_seed_means_the_same_on_every_backend_and_in_chunks_of_time(monkeypatch, kind, option, how):
+    """Each chunk gets its part of the noise, of lengths, resets and states to reset to."""
+    between = dict(dropout=0.3) if kind in ("LSTM", "deep") else {}
     ours, expected = (made(kind, backend, option, **between).to(torch.float32) for backend in ("triton", "reference"))
+    ours.recompute, ragged, (x, hx) = False, dict(RAGGED) if how else {}, random_inputs(ours, B)
+    if how == "states":
+        ragged["reset_states"] = states_left(ours, hx, T, a_step=True)
     whole = call_of(ours, **ragged)
-    assert ("eval" in option) is torch.equal(call_of(ours, seed=6, **ragged)["output"], whole["output"])
+    noisy = bool(between or "noise" in option) and "eval" not in option
+    assert noisy is not torch.equal(call_of(ours, seed=6, **ragged)["output"], whole["output"])
     assert_same(whole, call_of(expected, **ragged), condition=CONDITION.get(option, 1))
     ours.recompute = True
     monkeypatch.setattr("gpu_lstm.backends.schedule.WORKSPACE", 2 * B * 4 * H * 4)  # two steps
     assert_same(call_of(ours, **ragged), whole)
+    found = without_gradients(ours, x, hx, **ragged)
+    assert_same(dict(zip(whole, found)), dict(zip(whole, list(whole.values())[: len(found)])))
 
 
 @pytest.mark.parametrize("option", ["both", "zoneout"])
