@@ -136,4 +136,3 @@ def test_what_does_not_end_is_ended(kernel):
 def test_an_exception_stops_all_programs():
     with pytest.raises(InterpreterError, match=r"failing_kernel, program \(1, 0, 0\).*not for program 1"):
         ConcurrentRun()(failing_kernel, (4,), out_ptr=_zeros(1))
-

@@ -150,9 +150,10 @@ def test_gradients_of_gradients_by_the_kernels(kind, option, frozen):
 
 # The chain of oracles has the other noises; here are also weight drop, and dropout between layers.
 @pytest.mark.parametrize(("kind", "option", "how"), [
-    ("recomputed", "both", "ragged"), ("LSTM", "all noise", "ragged"), ("deep", "all noise", ""), ("projected", "plain", ""),
-    ("deep", "all noise", "ragged"), ("deep", "all noise in eval", "ragged"), ("projected", "all noise", "ragged"),
-    ("projected", "all noise in eval", "ragged"), ("recomputed", "plain", "states"), ("projected", "plain", "states"),
+    ("recomputed", "both", "ragged"), ("LSTM", "all noise", "ragged"), ("deep", "all noise", ""),
+    ("projected", "plain", ""), ("deep", "all noise", "ragged"), ("deep", "all noise in eval", "ragged"),
+    ("projected", "all noise", "ragged"), ("projected", "all noise in eval", "ragged"),
+    ("recomputed", "plain", "states"), ("projected", "plain", "states"),
 ])  # fmt: skip
 def test_a_seed_means_the_same_on_every_backend_and_in_chunks_of_time(monkeypatch, kind, option, how):
     """Each chunk gets its part of the noise, of lengths, resets and states to reset to."""

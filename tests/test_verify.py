@@ -165,6 +165,7 @@ def card(monkeypatch):
     monkeypatch.setattr(choose, "card_of", lambda device: INTERPRETER)
     monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(verify, "STEPS", 2)  # the interpreter is slow
 
 
 @pytest.mark.parametrize(("fault", "training"), [
