@@ -254,15 +254,6 @@ def test_a_launch_is_what_cupy_is_asked_for(monkeypatch):
     assert (values, types) == ([tensor.data_ptr(), 0, 7, True], ["uint64", "uint64", "int32", "bool"])
 
 
-def test_the_real_cupy_accepts_what_it_is_given():
-    """Without a GPU, as far as its own code goes: the module's arguments, and the launch of a cooperative kernel."""
-    cupy = pytest.importorskip("cupy")
-    options = dict(options=source.OPTIONS, name_expressions=["f<float>"], enable_cooperative_groups=True)
-    module = cupy.RawModule(code=SOURCE, **options)
-    assert (module.enable_cooperative_groups, module.name_expressions) == (True, ("f<float>",))
-    assert {"max_dynamic_shared_size_bytes", "__call__"} <= set(dir(cupy.RawKernel))
-
-
 # What the kernels compile to, by NVRTC.
 
 

@@ -14,7 +14,6 @@ from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
 from gpu_lstm.dispatch.available import select, why_unavailable
 from gpu_lstm.kernels.layer import aligned
-from gpu_lstm.kernels.operands import as_words
 from gpu_lstm.kernels.problem import Pass, Problem, Recurrence, problem_of
 from gpu_lstm.kernels.triton_lstm import binary, choose, launch
 from gpu_lstm.kernels.triton_lstm.planning import Family
@@ -132,17 +131,6 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     if family is Family.STEP:
         options |= dict(num_stages=plan.num_stages, BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k)
     assert {name: arguments.get(name, False) for name in options} == options
-
-
-@pytest.mark.parametrize("offset", [0, 1, 2])
-@pytest.mark.parametrize("width", [6, 7])
-def test_words_of_rows_that_begin_anywhere(offset, width):
-    """Two halves in a word, the lower first, zero where H is odd; also where memory begins in the middle of a word."""
-    x = torch.arange(1, 60, dtype=torch.int16).view(torch.float16)[offset : offset + 4 * width].view(4, width)
-    words = as_words(x)
-    halves = words.view(torch.float16).view(4, -1)
-    assert torch.equal(halves[:, :width], x)
-    assert ((halves[:, width:] == 0).all(), words.shape) == (True, (4, -(-width // 2)))
 
 
 @pytest.mark.parametrize(("failure", "said"), [

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import multiprocessing
-import os
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -112,15 +111,6 @@ def test_a_folder_that_is_a_file_stops_nobody_and_is_named_once(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         keep_measured(PROBLEM, H100, False, PLAN)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
-def test_a_folder_without_permissions_stops_nobody(folder):
-    keep_measured(PROBLEM, H100, False, PLAN)
-    folder.chmod(0)
-    with pytest.warns(UserWarning, match="ignored"):
-        assert measured_plan(PROBLEM, H100, False) is None
-    folder.chmod(0o700)
 
 
 def test_a_user_without_a_home_computes_all_the_same(monkeypatch):
