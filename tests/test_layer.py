@@ -171,12 +171,9 @@ def test_second_derivatives_of_the_reference_by_finite_differences(projected, wo
 
 
 NOISY_CELLS = f"{MOST} masks", "ragged states peepholes norms masks"
+OTHERS = "torch", "torch/two", "kept/4", "read/4"
 EVERYWHERE = [
-    *(
-        (place, *case)
-        for place in ("torch", "torch/two", "kept/4", "read/4")
-        for case in ((MIX, None), ("resets", F16))
-    ),
+    *((place, *case) for place in OTHERS for case in ((MIX, None), ("resets", F16))),
     *((place, *case) for place in ("reference", "triton") for case in zip(NOISY_CELLS, (None, F16))),
     *(pytest.param(place, NOISY_CELLS[0], F16, marks=forced) for place in FAMILIES.split()),
     *(pytest.param(place, NOISY_CELLS[1], None, marks=forced) for place in WITH_NORMS.split()),

@@ -1,9 +1,7 @@
 """Autotuning picks the fastest plan, caches it by card and version, and stays out of graph captures."""
 
-import contextlib
 import dataclasses
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,18 +16,6 @@ from gpu_lstm.kernels.triton_lstm.planning import Family
 
 PROBLEM = Problem(256, 16, 768, torch.bfloat16)
 CUDA = torch.device("cuda", 0)
-
-
-@pytest.fixture
-def an_h100(monkeypatch, nothing_cached):
-    """As if a card were here, and kernels that all fit."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    for module in (launch, choose, autotune):
-        monkeypatch.setattr(module, "card_of", lambda device: H100)
-    monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
-    monkeypatch.setattr(launch, "error_word", lambda device, kernel, tried=False: None)
-    monkeypatch.setattr(autotune, "_call", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
 
 
 def _chosen(problem, backward):
