@@ -1,4 +1,4 @@
-"""Measured plans: autotuning finds and caches the fastest; what is broken on disk stops no call, and nothing is lost."""
+"""Measured plans: autotuning finds the fastest; what is broken on disk stops no call, and nobody loses what was written."""
 
 import dataclasses
 import json
