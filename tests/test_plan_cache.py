@@ -1,4 +1,4 @@
-"""Measured plans: autotuning finds the fastest; what is broken on disk stops no call, and nobody loses what was written."""
+"""Measured plans: autotuning finds the fastest; what is broken on disk stops no call, and nothing written is lost."""
 
 import dataclasses
 import json
