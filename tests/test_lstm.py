@@ -33,8 +33,14 @@ CONFIGURATIONS = [
       for bias, unbatched in itertools.product(OFF_ON, repeat=2))]  # fmt: skip
 
 
-@every_backend
-@pytest.mark.parametrize(("kind", "arguments", "unbatched", "given"), CONFIGURATIONS, ids=str)
+FEWER = (
+    CONFIGURATIONS[:8] + CONFIGURATIONS[8::3]
+)  # the interpreter is slow: of cells and stacks four
+
+
+@pytest.mark.parametrize(("backend", "kind", "arguments", "unbatched", "given"), [
+    (backend, *how) for backend in PLACES for how in (FEWER if backend == "triton" else CONFIGURATIONS)
+], ids=str)  # fmt: skip
 def test_a_module(backend, kind, arguments, unbatched, given):
     theirs, ours = pair(kind, backend, **arguments)
     assert_alike(ours, theirs, *[B] * (not unbatched), given=given)
