@@ -33,9 +33,7 @@ CONFIGURATIONS = [
       for bias, unbatched in itertools.product(OFF_ON, repeat=2))]  # fmt: skip
 
 
-FEWER = (
-    CONFIGURATIONS[:8] + CONFIGURATIONS[8::3]
-)  # the interpreter is slow: of cells and stacks four
+FEWER = CONFIGURATIONS[:8] + CONFIGURATIONS[8::3]  # the interpreter is slow: of cells and stacks four
 
 
 @pytest.mark.parametrize(("backend", "kind", "arguments", "unbatched", "given"), [
