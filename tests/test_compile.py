@@ -25,12 +25,15 @@ OLDER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 """Its compiler takes more registers and shared memory than is planned for. The launcher looks at what it became."""
 
 REPORTS = """
+import contextlib
 import importlib
+import io
 import json
 import pathlib
 import re
 import torch
 from gpu_lstm import __main__
+from gpu_lstm.kernels.cupy_lstm import compile as cupy
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import compile, cooperative, launch, pointwise, resident, step
 from gpu_lstm.kernels.triton_lstm.compile import PRECISIONS, Case, problem_with
@@ -78,6 +81,10 @@ def quick(case):
 def as_json(rows):
     return [__main__._as_json(row) | {"fits": row.fits} for row in rows]
 
+def of_pair(case):  # of dtypes and architectures: the direction in which both meet, and whether with masks
+    p = case.problem
+    precision, turn = PRECISIONS.index((p.dtype, p.precision)), ARCHITECTURES.index(case.device.architecture)
+    return case.backward == (precision + turn) % 2, training(p) == (precision // 2 + turn) % 2
 
 def with_32_registers():  # a thread may have no more: its report, and the one without that limit
     case = Case(Problem(2, 16, 64, torch.float32), False, compile.SEQUENCE_DEVICES[0])
@@ -97,6 +104,12 @@ def with_loads_in_the_loop():  # a copy of the cooperative family that loads its
     launch.FAMILIES[Family.COOPERATIVE] = importlib.import_module("faulty")
     return as_json(compile._reports_of(Case(Problem(2, 16, 256, torch.bfloat16), False, DEVICES["h100"])))
 
+def of_the_command():  # its table of two kernels
+    cases, of_cupy = compile.step_cases()[:1], cupy.cases(h100=True)[:1]
+    compile.cases, cupy.cases = lambda h100: cases, lambda h100: of_cupy
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert __main__.main(["kernels"]) == 0
+    return printed.getvalue()
 
 def parameters():  # of each kernel: the numbers that it takes, and those whose values make no kernel of their own
     kernels = {name: each for module in (cooperative, pointwise, resident, step) for name, each in vars(module).items()}
@@ -113,7 +126,7 @@ if __name__ == "__main__":
     cases = [case for case in compile.cases(False) + more if wanted(case) and (not QUICK or quick(case))]
     print(json.dumps(dict(
         rows=as_json(row for rows in compile.reports(cases) for row in rows), with_32_registers=with_32_registers(),
-        parameters=parameters(), with_loads_in_the_loop=with_loads_in_the_loop(),
+        parameters=parameters(), printed=of_the_command(), with_loads_in_the_loop=with_loads_in_the_loop(),
     )))
 """
 
@@ -281,6 +294,14 @@ def test_the_time_loop_is_the_longest_and_a_poll_in_it_counts_once():
     """
     assert _time_loop(text) == Loop(instructions=8, barriers=1, products=1, shared=18, loads=1, stores=1)
     assert _time_loop("/*0000*/ EXIT ;\n/*0010*/ BRA 0x10;") is None
+
+
+def test_the_command_prints_a_row_for_each_kernel(compiled):
+    title, *rows = compiled["printed"].splitlines()
+    assert title.split()[:8] == ["kernel", "case", "sm", "regs", "spills", "shared", "instr", "bars"]
+    names = ["triton", "lstm_step_forward"], ["cupy", "lstm_cooperative_forward"]
+    assert [row.split()[:2] for row in rows[:2]] == [*names]
+    assert not any("DOES NOT FIT" in row for row in rows)
 
 
 def test_the_numbers_of_steps_and_sequences_are_never_specialised(compiled):
