@@ -43,7 +43,7 @@ LEAST_SECONDS, TIMES_AS_LONG = 30, 4  # a test file may take so long, and so man
 # Which tests are run: test_X.py for a source file X.py, those of OWN, then those of its folder; until one fails.
 OWN = {
     "autograd": "layer variants", "sequences": "chunks", "convert": "interrupted", "options": "variants",
-    "noise": "variants", "graph": "graphs", "schedule": "chunks routes", "torch_lstm": "torch_backend", "race": "races",
+    "noise": "variants", "graph": "ops", "schedule": "chunks routes", "torch_lstm": "torch_backend", "race": "races",
     "kind": "routes", "route": "routes", "run": "routes", "autotune": "plan_cache", "choose": "planning",
 }  # fmt: skip
 NUMBERS = (  # of the Triton kernels: the quick ones of those that compare all results and gradients with the oracle

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import PLACES, example_of
+from comparing import PLACES
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.export import Dim
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
 from gpu_lstm.backends import graph, torch_lstm
-from gpu_lstm.backends.fused import DIFFERENTIABLE, Inputs
+from gpu_lstm.backends.fused import Inputs
 
 I, H = 3, 4
 SIZES = ((5, 2), (3, 4), (4, 3), (12, 5), (30, 6))  # T, B
@@ -261,40 +261,3 @@ def test_torch_jit_trace_runs_kernels_only_without_gradients():
     with torch.no_grad():
         traced, (x, _) = torch.jit.trace(ours, (x,)), call_of(ours, 7, 3, ragged=False)
         assert_same(tree_leaves(traced(x)), tree_leaves(twin(x)))
-
-
-# The operators as torch.library sees them: schemas, fakes, gradients, and use under torch.compile
-NORMS, MASKS = "norms expected", "no-bias ragged states peepholes masks"
-
-
-def inputs_of(words, device) -> tuple[list, bool]:
-    """The inputs of a layer, and whether it is reverse; or of torch's own layer with two directions."""
-    if words == "both directions":
-        lstm = torch.nn.LSTM(I, H, bidirectional=True, device=device).requires_grad_(False)
-        states = (torch.randn(2, 2, H, device=device) for _ in range(2))
-        first, second = (list(lstm.parameters())[k : k + 4] for k in (0, 4))
-        return [*Inputs(torch.randn(2, 2, I, device=device), *states, *first), *second], False
-    made = example_of((2, 2, I, H, 0 if "norm" in words or words == "plain" else 2), words, 0)
-    floats = {name: t.float() if name == "dropout_h" else t for name, t in made.noise.items()}
-    tensors = [None if t is None else t.float() for t in (*made.tensors, *made.reset_states)]
-    given = Inputs(*tensors)._replace(lengths=made.lengths, resets=made.resets, **floats)
-    return [None if t is None else t.to(device) for t in given], made.reverse
-
-
-@pytest.mark.parametrize(("words", "backend"), [
-    ("plain", "torch"), ("ragged resets reverse", "torch"), ("both directions", "torch"),
-    ("ragged resets reverse", "triton"), ("ragged states peepholes reverse norms masks", "triton"),
-    (NORMS, "reference"), (NORMS, "triton"), (MASKS, "reference"), (MASKS, "triton")])  # fmt: skip
-def test_the_operators_of_a_layer(words, backend, device):
-    """Forward with and without what backward reads; backward of all, of the output alone, of the states alone."""
-    (given, reverse), recompute = inputs_of(words, device), (words, backend) == ("ragged resets reverse", "triton")
-    flat = graph._flat(given)
-    torch.library.opcheck(graph.OPERATOR, (*flat, reverse, backend, False, recompute))
-    tensors, places = flat
-    there = [k < DIFFERENTIABLE or k >= graph.SECOND for k in places]
-    leaves = [t.clone().requires_grad_() if learns else t for t, learns in zip(tensors, there)]
-    torch.library.opcheck(graph.OPERATOR, (leaves, places, reverse, backend, True, recompute))
-    h, h_n, c_n, *kept = graph.OPERATOR(*flat, reverse, backend, True, recompute)
-    one = [k == 1 for k in places]
-    for needed, gradients in ((there, [h, h_n, c_n]), (there, [h, None, None]), (one, [None, h_n, c_n])):
-        torch.library.opcheck(graph.BACKWARD, (gradients, [h, *kept], *flat, reverse, backend, needed))
