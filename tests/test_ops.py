@@ -42,3 +42,17 @@ def test_a_layer(words, backend, device):
     one = [k == 1 for k in places]
     for needed, gradients in ((there, [h, h_n, c_n]), (there, [h, None, None]), (one, [None, h_n, c_n])):
         torch.library.opcheck(graph.BACKWARD, (gradients, [h, *kept], *flat, reverse, backend, needed))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_backward_leaves_what_was_saved_alone_and_accepts_expanded_gradients(device, recompute):
+    given, reverse = _given("ragged resets reverse", device)
+    tensors, places = graph._flat(given)
+    flat = tensors, places, reverse, "triton"
+    h, h_n, c_n, *kept = graph.OPERATOR(*flat, True, recompute)
+    # In padding nothing was ever written, so NaN stands for whatever the memory held.
+    before, needed = [t.nan_to_num() for t in kept], [k < DIFFERENTIABLE for k in places]
+    ones = torch.ones_like(h), torch.ones_like(h), torch.ones((), device=device).expand_as(h)  # the last as of sum()
+    first, *others = (graph.BACKWARD([dh, h_n, c_n], [h, *kept], *flat, needed) for dh in ones)
+    assert all(torch.equal(t.nan_to_num(), b) for t, b in zip(kept, before))
+    assert all(torch.equal(a, b) for again in others for a, b in zip(again, first, strict=True))
