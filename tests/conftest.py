@@ -1,7 +1,10 @@
 """Options and the environment of the tests."""
 
+import contextlib
+import importlib.util
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,6 +33,15 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def no_gpu_is_an_error():
     pytest.fail("needs a CUDA device, and --require-gpu was given")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+        from concurrent_interpreter import prepared_once
+        from triton.runtime.interpreter import GridExecutor
+
+        GridExecutor.__call__ = prepared_once()(GridExecutor.__call__)
 
 
 @pytest.fixture
@@ -68,6 +80,23 @@ def nothing_cached(monkeypatch, tmp_path):
     for function in (cache._read, cache.warn_once):
         function.cache_clear()
     return tmp_path / "gpu_lstm"
+
+
+@pytest.fixture
+def an_h100(monkeypatch, nothing_cached):
+    """As if a card were here, on which no plan was measured or chosen yet, and kernels that all load."""
+    from standing_in import H100
+
+    from gpu_lstm.kernels.triton_lstm import autotune, choose, launch
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for module in (launch, choose, autotune):
+        monkeypatch.setattr(module, "card_of", lambda device: H100)
+    monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
+    monkeypatch.setattr(autotune, "_call", lambda *_: None)
+    monkeypatch.setattr(launch, "error_word", lambda device, kernel, tried=False: None)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

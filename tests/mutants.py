@@ -44,7 +44,7 @@ LEAST_SECONDS, TIMES_AS_LONG = 30, 4  # a test file may take so long, and so man
 OWN = {
     "autograd": "layer variants", "sequences": "chunks", "convert": "interrupted", "options": "variants",
     "noise": "variants", "graph": "ops", "schedule": "chunks routes", "torch_lstm": "torch_backend", "race": "races",
-    "kind": "kinds routes", "route": "routes", "run": "routes", "autotune": "tuning", "choose": "planning",
+    "kind": "routes", "route": "routes", "run": "routes", "autotune": "plan_cache", "choose": "planning",
 }  # fmt: skip
 NUMBERS = (  # of the Triton kernels: the quick ones of those that compare all results and gradients with the oracle
     "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 layer::test_a_family_of_triton "
@@ -53,7 +53,7 @@ NUMBERS = (  # of the Triton kernels: the quick ones of those that compare all r
 TESTS = {
     "gpu_lstm": "lstm ragged weights variants errors wrong_calls convert derivatives chunks side_by_side stream "
     "autocast first_call timeouts races explain graphs main layer::test_without_kernels",
-    "kernels": f"planning plan_cache first_call tuning timeouts {NUMBERS} main compile extremes",
+    "kernels": f"planning plan_cache first_call timeouts {NUMBERS} main compile extremes",
     "kernels/cupy_lstm": "cupy_launch layer::test_cuda cupy_kernels main",
 }
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from comparing import BACKENDS, DEVICE, assert_same
+from comparing import BACKENDS, DEVICE, assert_same, every_backend
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -26,7 +26,7 @@ from gpu_lstm.dispatch import available, race, run
 
 WORKERS = 2
 T, B, I, H = 4, 4, 3, 6
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
 Adam = partial(torch.optim.Adam, lr=0.01)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 

@@ -14,7 +14,6 @@ from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
 from gpu_lstm.dispatch.available import select, why_unavailable
 from gpu_lstm.kernels.layer import aligned
-from gpu_lstm.kernels.operands import as_words
 from gpu_lstm.kernels.problem import Pass, Problem, Recurrence, problem_of
 from gpu_lstm.kernels.triton_lstm import binary, choose, launch
 from gpu_lstm.kernels.triton_lstm.planning import Family
@@ -23,16 +22,6 @@ CUDA = torch.device("cuda", 0)
 PROBLEM = Problem(2, 64, 256, torch.float16)  # many plans of the cooperative family
 PLANS = choose.plans(PROBLEM, H100, False)
 FORWARD = Pass()
-
-
-@pytest.fixture
-def card(monkeypatch, nothing_cached):
-    """An H100, on which no plan was measured or chosen yet."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for module in (choose, launch):
-        monkeypatch.setattr(module, "card_of", lambda device: H100)
-    monkeypatch.setattr(launch, "error_word", lambda device, kernel, tried=False: None)
 
 
 def _choose(monkeypatch, load=lambda *_: None, which=FORWARD, verify=None):
@@ -47,7 +36,7 @@ def _choose(monkeypatch, load=lambda *_: None, which=FORWARD, verify=None):
     return launch.layer_of(PROBLEM, CUDA, verify).prepared(which).plan, tried
 
 
-def test_the_first_plan_that_loads_is_chosen_and_kept(card, monkeypatch):
+def test_the_first_plan_that_loads_is_chosen_and_kept(an_h100, monkeypatch):
     assert launch.layer_of(PROBLEM, CUDA).chosen(Pass()) == (PLANS[0], False), "before there is a choice"
     assert _choose(monkeypatch) == (PLANS[0], [PLANS[0].columns])
     assert _choose(monkeypatch) == (PLANS[0], []), "from the second call on nothing is tried"
@@ -80,7 +69,7 @@ def test_every_fact_of_a_call_is_in_its_problem():
     assert len({id(launch.layer_of(*key)) for key in 2 * keys}) == 3
 
 
-def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(card, monkeypatch):
+def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(an_h100, monkeypatch):
     """Its work would become part of the graph; and what was not verified must not count as verified later."""
     verify = Mock(side_effect=lambda plan, *_: "wrong" if plan == PLANS[0] else None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -134,36 +123,25 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     assert {name: arguments.get(name, False) for name in options} == options
 
 
-@pytest.mark.parametrize("offset", [0, 1, 2])
-@pytest.mark.parametrize("width", [6, 7])
-def test_words_of_rows_that_begin_anywhere(offset, width):
-    """Two halves in a word, the lower first, zero where H is odd; also where memory begins in the middle of a word."""
-    x = torch.arange(1, 60, dtype=torch.int16).view(torch.float16)[offset : offset + 4 * width].view(4, width)
-    words = as_words(x)
-    halves = words.view(torch.float16).view(4, -1)
-    assert torch.equal(halves[:, :width], x)
-    assert ((halves[:, width:] == 0).all(), words.shape) == (True, (4, -(-width // 2)))
-
-
 @pytest.mark.parametrize(("failure", "said"), [
     (8 // 4, "spills 8 bytes a thread"), *((kind(text), text) for kind, text in (
         (ValueError, "M, N, K >= 16"), (RuntimeError, "PassManager"))),
 ], ids=str)  # fmt: skip
-def test_a_plan_that_does_not_compile_does_not_fit_and_a_log_line_says_why(card, monkeypatch, caplog, failure, said):
+def test_a_plan_that_does_not_compile_does_not_fit_and_a_log_line_says_why(an_h100, monkeypatch, caplog, failure, said):
     with caplog.at_level(logging.INFO, "gpu_lstm"):
         found = _choose(monkeypatch, Mock(side_effect=[failure, None]))
     assert found == (PLANS[1], [plan.columns for plan in PLANS[:2]])
     assert said in caplog.text
 
 
-def test_hopeless_plans_are_not_all_compiled(card, monkeypatch):
+def test_hopeless_plans_are_not_all_compiled(an_h100, monkeypatch):
     assert len(PLANS) > choose.MOST + 1
     plan, tried = _choose(monkeypatch, lambda kernel, _: "step" not in kernel.__name__)
     assert plan.family is Family.STEP
     assert len(tried) == choose.MOST + 1 == 4
 
 
-def test_where_no_kernel_compiles_the_error_names_every_reason_but_out_of_memory_is_itself(card, monkeypatch):
+def test_where_no_kernel_compiles_the_error_names_every_reason_but_out_of_memory_is_itself(an_h100, monkeypatch):
     def load(kernel, _):
         raise ValueError(f"no {kernel.__name__} today")
 
@@ -175,7 +153,7 @@ def test_where_no_kernel_compiles_the_error_names_every_reason_but_out_of_memory
         _choose(monkeypatch, Mock(side_effect=torch.OutOfMemoryError("80 GB")))
 
 
-def test_a_line_says_what_takes_long(card, monkeypatch, caplog):
+def test_a_line_says_what_takes_long(an_h100, monkeypatch, caplog):
     timer = Mock()
     monkeypatch.setattr(choose.threading, "Timer", timer)
     _choose(monkeypatch)
@@ -196,7 +174,7 @@ def test_the_triton_at_hand_compiles_for_a_card_and_not_for_one_that_is_unknown(
     assert "sm_999" in binary.compile_problem(999)
 
 
-def test_a_card_that_triton_cannot_compile_for_goes_to_torch_and_an_explicit_choice_raises(card, monkeypatch):
+def test_a_card_that_triton_cannot_compile_for_goes_to_torch_and_an_explicit_choice_raises(an_h100, monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(available, "cupy_import_problem", lambda: "not here")
     monkeypatch.setattr(choose, "compile_problem", lambda architecture: f"ptxas fatal: sm_{architecture}")

@@ -16,6 +16,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from comparing import PLACES
+from subjects import SUBJECTS
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -26,7 +27,7 @@ from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.triton_lstm import launch as launcher
 from gpu_lstm.tools import stream as stream_module
 
-T, B, I, H = 3, 2, 3, 4
+T, B, I, H = 3, 2, 2, 4
 OURS = tuple(str(Path(module.__file__).parent) for module in (gpu_lstm, cache))
 KERNELS = re.compile(r"kernels/triton_lstm/(?!launch|choose)")  # and what only they call
 
@@ -95,23 +96,18 @@ def numbers(tensors) -> list[bytes]:
 
 
 assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
-MODULES = {
-    "LSTM": lambda **k: gpu_lstm.LSTM(I, H, 2, bidirectional=True, **k),
-    "StackedLSTM": lambda **k: gpu_lstm.StackedLSTM(I, [H, 3], **k),
-    "LSTMCell": lambda **k: gpu_lstm.LSTMCell(I, H, **k),
-}
 
 
 @pytest.mark.parametrize(("backend", "kind"), [
-    *itertools.product(["torch", "reference"], MODULES), ("triton", "LSTMCell"),
-    pytest.param("triton", "StackedLSTM", marks=pytest.mark.slow),
+    *itertools.product(["torch", "reference"], ["deep", "stack", "cell"]), ("triton", "cell"),
+    pytest.param("triton", "stack", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_after_an_interrupt_the_next_call_is_right(backend, kind):
     """Of a step of training: results and gradients."""
     torch.manual_seed(0)
-    module = MODULES[kind](backend=backend, **PLACES[backend])
-    x = torch.randn((B, I) if kind == "LSTMCell" else (T, B, I)).to(next(module.parameters())).requires_grad_()
-    ragged = {} if kind == "LSTMCell" else dict(lengths=torch.tensor([T, 1], device=x.device))
+    module = SUBJECTS[kind](backend=backend, **PLACES[backend])
+    x = torch.randn((B, I) if kind == "cell" else (T, B, I)).to(next(module.parameters())).requires_grad_()
+    ragged = {} if kind == "cell" else dict(lengths=torch.tensor([T, 1], device=x.device))
 
     def call() -> list[torch.Tensor]:
         y, _ = module(x, **ragged)
@@ -132,11 +128,10 @@ ACTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("backend", "kind"), [("torch", "LSTM"), ("reference", "StackedLSTM")])
+@pytest.mark.parametrize(("backend", "kind"), [("torch", "projected"), ("reference", "stack")])
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 def test_an_interrupted_stream_has_taken_the_step_or_not(backend, kind, act):
-    lstm = gpu_lstm.LSTM(I, H, 2, backend=backend) if kind == "LSTM" else MODULES[kind](backend=backend)
-    stream, x = gpu_lstm.Stream(lstm.eval(), B), torch.randn(T, B, I)
+    stream, x = gpu_lstm.Stream(SUBJECTS[kind](backend=backend).eval(), B), torch.randn(T, B, I)
     stream(x)
     restore = functools.partial(setattr, stream, "state", stream.state)
     assert_all_or_nothing(restore, lambda: act(stream, x), lambda: numbers(stream.state), most=40)

@@ -1,9 +1,9 @@
-"""Measured plans on disk: what is broken there stops no call, and nobody loses what another wrote."""
+"""Measured plans: autotuning finds the fastest; what is broken on disk stops no call, and nothing written is lost."""
 
 import dataclasses
 import json
+import logging
 import multiprocessing
-import os
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -12,14 +12,16 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from standing_in import H100
 
+import gpu_lstm
 from gpu_lstm.kernels import cache
-from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.kernels.triton_lstm import choose
+from gpu_lstm.kernels.problem import Pass, Problem
+from gpu_lstm.kernels.triton_lstm import autotune, choose, launch
 from gpu_lstm.kernels.triton_lstm.choose import keep_measured, measured_plan, plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES
+from gpu_lstm.kernels.triton_lstm.planning import Family
 
-H100 = DEVICES["h100"]
+CUDA = torch.device("cuda", 0)
 PROBLEM = Problem(2, 16, 768, torch.bfloat16)
 PLAN = plans(PROBLEM, H100, False)[0]
 
@@ -114,15 +116,6 @@ def test_a_folder_that_is_a_file_stops_nobody_and_is_named_once(folder):
         keep_measured(PROBLEM, H100, False, PLAN)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
-def test_a_folder_without_permissions_stops_nobody(folder):
-    keep_measured(PROBLEM, H100, False, PLAN)
-    folder.chmod(0)
-    with pytest.warns(UserWarning, match="ignored"):
-        assert measured_plan(PROBLEM, H100, False) is None
-    folder.chmod(0o700)
-
-
 def test_a_user_without_a_home_computes_all_the_same(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
@@ -145,3 +138,70 @@ def test_many_who_write_at_once_lose_nothing(folder, pool):
     cache._read.cache_clear()
     assert [measured_plan(PROBLEM._replace(batch=batch), H100, False) for batch in range(90)] == [PLAN] * 90
     assert list(folder.glob("*.unfinished")) == []
+
+
+# Autotuning
+
+
+def _chosen(problem, backward):
+    launch.forget()  # as another process would
+    cache._read.cache_clear()
+    return launch.layer_of(problem, CUDA).prepared(Pass(backward)).plan
+
+
+def test_the_fastest_plan_is_found_and_used_from_then_on(an_h100, monkeypatch):
+    """As if the widest tiles of the cooperative family were the fastest."""
+
+    def seconds(plan, call=None):
+        return 1000 * (plan.family is Family.STEP) - plan.columns
+
+    before = _chosen(PROBLEM, False)
+    monkeypatch.setattr(autotune, "time_plan", seconds)
+    fastest = autotune.autotune(PROBLEM, CUDA)
+    assert set(fastest) == {"forward", "backward"}
+    assert fastest["forward"] == min(plans(PROBLEM, H100, False), key=seconds) != before
+    layer = launch.layer_of(PROBLEM, CUDA)
+    assert layer.chosen(Pass()) == (fastest["forward"], True), "without a launch"
+    assert layer.prepared(Pass()).plan == fastest["forward"], "in this process, too"
+    assert _chosen(PROBLEM._replace(steps=128, reverse=True), False) == fastest["forward"]
+    assert _chosen(PROBLEM, True) == fastest["backward"]
+
+
+def test_a_log_line_for_each_plan_says_how_far_it_is(an_h100, monkeypatch, caplog):
+    proposed = plans(PROBLEM, H100, False)
+    monkeypatch.setattr(autotune, "time_plan", lambda plan, call: 1.2345)
+    monkeypatch.setattr(autotune, "recorded_launches", lambda problem, which, plan: plan)
+    monkeypatch.setattr(autotune, "why_it_does_not_fit", lambda plan: "it spills" if plan == proposed[0] else None)
+    with caplog.at_level(logging.INFO, "gpu_lstm"):
+        autotune.autotune(PROBLEM, CUDA)
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("forward")]
+    for number, (plan, line) in enumerate(zip(proposed, lines, strict=True), start=1):
+        named = f"{number} of {len(proposed)}: {plan.family.value} {plan.rows}x{plan.columns}"
+        assert line == f"forward, plan {named}: {'it spills' if number == 1 else '1.23 ms'}"
+
+
+@pytest.mark.parametrize("change", [dict(programs=1), dict(groups=9), dict(tiles_per_group=7), dict(rows=16)], ids=str)
+def test_a_plan_in_a_file_that_nobody_proposes_is_not_used(an_h100, change):
+    """Its numbers may fit no problem, and its kernel was verified with others."""
+    best, other, *_ = plans(PROBLEM, H100, False)
+    keep_measured(PROBLEM, H100, False, other)
+    assert _chosen(PROBLEM, False) == other
+    keep_measured(PROBLEM, H100, False, dataclasses.replace(other, **change))
+    assert _chosen(PROBLEM, False) == best
+
+
+def test_not_while_a_graph_is_captured(an_h100, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+        autotune.autotune(PROBLEM, CUDA)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_without_a_gpu_it_says_so():
+    with pytest.raises(RuntimeError, match="times kernels on a CUDA device, and torch finds none here"):
+        gpu_lstm.autotune(8, 2)
+    with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=1|runs on CUDA tensors"):
+        gpu_lstm.autotune(8, 2, device="cpu")
+    with pytest.raises(TypeError, match="supports float16, bfloat16 and float32"):
+        gpu_lstm.autotune(8, 2, dtype=torch.float64, device="cpu")

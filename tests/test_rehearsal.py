@@ -118,20 +118,16 @@ def test_where_nothing_can_be_launched_auto_is_torch_and_says_why(rehearse, tmp_
     assert auto["stored"] == kernels["stored"] == NOTHING
 
 
-def test_memory_that_is_full_is_the_callers_error_until_it_is_not(rehearse):
-    *full, auto, kernels = rehearse("before_and_after", "refused_loads=2")
-    errors = {(each["error"], each["said"]) for each in full}
-    assert errors == {("OutOfMemoryError: Triton Error [CUDA]: out of memory", "")}
-    assert all(each["stored"] == NOTHING for each in full)
+@pytest.mark.parametrize(("fault", "error"), [
+    ("refused_loads=2", "OutOfMemoryError: Triton Error [CUDA]: out of memory"),
+    ("failed=710", "AcceleratorError: CUDA error: device-side assert triggered"),
+], ids=["full memory", "an assertion of somebody else's kernel"])  # fmt: skip
+def test_an_error_of_the_device_is_raised_as_it_is_until_it_is_over_and_blamed_on_nobody(rehearse, fault, error):
+    *failed, auto, kernels = rehearse("before_and_after", fault)
+    assert {(each["error"], each["said"]) for each in failed} == {(error, "")}
+    assert all(each["stored"] == NOTHING for each in failed)
     assert auto["error"] is kernels["error"] is None
     assert any("kernel" in event for event in kernels["events"])
-
-
-def test_an_assertion_of_somebody_elses_kernel_is_raised_as_it_is_and_blamed_on_nobody(rehearse):
-    *failed, _, _ = rehearse("before_and_after", "failed=710")
-    errors = {(each["error"], each["said"]) for each in failed}
-    assert errors == {("AcceleratorError: CUDA error: device-side assert triggered", "")}
-    assert all(each["stored"] == NOTHING for each in failed)
 
 
 def test_kernels_that_compute_nothing_do_not_pass_their_verification(rehearse):

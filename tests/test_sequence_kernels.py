@@ -235,7 +235,7 @@ def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles
         return dataclasses.replace(plan, tiles_per_group=tiles_per_group)
 
     monkeypatch.setattr(launch, "choose_plan", for_more)
-    check((4, 5, 3, 8), "ragged resets", "triton", torch.float32)
+    check((4, 5, 3, 8), "ragged resets", "triton", torch.float32, seeds=1)
 
 
 @triton.jit

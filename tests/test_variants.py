@@ -18,8 +18,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gpu_lstm
-from gpu_lstm.call.choices import Backend
-from gpu_lstm.dispatch import available
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 ABLE = ("reference", "triton")
@@ -36,7 +34,8 @@ ALL = dict(**NOISE, weight_drop=0.25)
 OPTIONS = {
     "plain": {}, "peepholes": dict(peepholes=True), "layer_norm": dict(layer_norm=True),
     "both": dict(peepholes=True, layer_norm=("hh", "c"), bias=False), "noise": NOISE, "noise in eval": NOISE,
-    "all noise": ALL, "all noise in eval": ALL, **{name: {name: value} for name, value in ALL.items()}}  # fmt: skip
+    "all noise": ALL, "all noise in eval": ALL, **{name: {name: value} for name, value in ALL.items()},
+    "noise, all of h dropped": NOISE | dict(recurrent_dropout=1.0)}  # fmt: skip
 CONDITION = {"layer_norm": 16, "both": 16}
 ADDED = {"weight_peephole": 3, "gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1}  # times H
 
@@ -54,15 +53,25 @@ def call_of(module, **how):
     return results(module, *random_inputs(module, B), **dict(seed=5) | how)
 
 
+def without_gradients(module, x, hx, **ragged):
+    """Output and states of the call of `call_of`."""
+    like, given = next(module.parameters()), ((x, hx), ragged)
+    given = tree_map_only(torch.Tensor, lambda t: t.to(like) if t.is_floating_point() else t.to(like.device), given)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        return tree_leaves(module(*given[0], **given[1]))
+
+
 CHAINS = {  # of kinds, by backend; fewer by the kernels, which are slow in the interpreter
     "torch": dict.fromkeys(("LSTM", "projected", "StackedLSTM", "residual"), ("plain",)),
     "reference": {
-        "LSTM": ("peepholes", "layer_norm", "both", "noise", "noise in eval"),
+        "LSTM": ("peepholes", "layer_norm", "both", "noise", "noise in eval", "noise, all of h dropped"),
         "projected": ("peepholes", "noise", "noise in eval"), "recomputed": ("peepholes", "layer_norm", "both"),
         "StackedLSTM": ("plain", "peepholes", "layer_norm", "both"), "residual": ("plain", "noise", "noise in eval")},
     "triton": {
         "LSTM": ("layer_norm", "noise", "noise in eval"), "projected": ("peepholes", "noise", "noise in eval"),
-        "recomputed": ("layer_norm", "both"), "StackedLSTM": ("plain", "both"), "residual": ("plain", "noise")},
+        "recomputed": ("layer_norm", "both"), "StackedLSTM": ("plain", "both"),
+        "residual": ("plain", "noise", "noise, all of h dropped")},
 }  # fmt: skip
 
 
@@ -78,11 +87,7 @@ def test_a_module_is_a_chain_of_oracles(backend, kind, option):
     noises = noises_of(ours, seed=5) if "noise" in option else None
     got = results(ours, x, hx, seed=5, **ragged)
     assert_same(got, truth(ours, x, hx, **ragged, noises=noises), backend, condition=CONDITION.get(option, 1))
-    given = tree_map_only(torch.Tensor, lambda t: t.to(got["dx"]), (x, hx))
-    torch.manual_seed(5)
-    with torch.no_grad():
-        plain = tree_leaves(ours(*given, **{name: t.to(got["dx"].device) for name, t in ragged.items()}))
-    assert all(map(torch.equal, plain, got.values()))
+    assert all(map(torch.equal, without_gradients(ours, x, hx, **ragged), got.values()))
     if ragged:
         assert (got["output"].cpu()[torch.arange(T)[:, None] >= LENGTHS] == 0).all()
         assert torch.equal(got["h0"][..., 1, :].cpu(), tree_leaves(hx)[0][..., 1, :].to(got["h0"].dtype))  # of no steps
@@ -144,20 +149,28 @@ def test_gradients_of_gradients_by_the_kernels(kind, option, frozen):
 
 
 # The chain of oracles has the other noises; here are also weight drop, and dropout between layers.
-@pytest.mark.parametrize(("kind", "option", "ragged"), [
-    ("LSTM", "both", RAGGED), ("LSTM", "all noise", RAGGED), ("deep", "all noise", {}), ("deep", "all noise", RAGGED),
-    ("deep", "all noise in eval", RAGGED), ("projected", "all noise", RAGGED),
-    ("projected", "all noise in eval", RAGGED)], ids=["both", *map(str, range(6))])  # fmt: skip
-def test_a_seed_means_the_same_on_every_backend_and_in_chunks_of_time(monkeypatch, kind, option, ragged):
-    """Each chunk gets its part of the noise."""
-    between = dict(dropout=0.3) if kind != "projected" else {}
+@pytest.mark.parametrize(("kind", "option", "how"), [
+    ("recomputed", "both", "ragged"), ("LSTM", "all noise", "ragged"), ("deep", "all noise", ""),
+    ("projected", "plain", ""), ("deep", "all noise", "ragged"), ("deep", "all noise in eval", "ragged"),
+    ("projected", "all noise", "ragged"), ("projected", "all noise in eval", "ragged"),
+    ("recomputed", "plain", "states"), ("projected", "plain", "states"),
+])  # fmt: skip
+def test_a_seed_means_the_same_on_every_backend_and_in_chunks_of_time(monkeypatch, kind, option, how):
+    """Each chunk gets its part of the noise, of lengths, resets and states to reset to."""
+    between = dict(dropout=0.3) if kind in ("LSTM", "deep") else {}
     ours, expected = (made(kind, backend, option, **between).to(torch.float32) for backend in ("triton", "reference"))
+    ours.recompute, ragged, (x, hx) = False, dict(RAGGED) if how else {}, random_inputs(ours, B)
+    if how == "states":
+        ragged["reset_states"] = states_left(ours, hx, T, a_step=True)
     whole = call_of(ours, **ragged)
-    assert ("eval" in option) is torch.equal(call_of(ours, seed=6, **ragged)["output"], whole["output"])
+    noisy = bool(between or "noise" in option) and "eval" not in option
+    assert noisy is not torch.equal(call_of(ours, seed=6, **ragged)["output"], whole["output"])
     assert_same(whole, call_of(expected, **ragged), condition=CONDITION.get(option, 1))
     ours.recompute = True
     monkeypatch.setattr("gpu_lstm.backends.schedule.WORKSPACE", 2 * B * 4 * H * 4)  # two steps
     assert_same(call_of(ours, **ragged), whole)
+    found = without_gradients(ours, x, hx, **ragged)
+    assert_same(dict(zip(whole, found)), dict(zip(whole, list(whole.values())[: len(found)])))
 
 
 @pytest.mark.parametrize("option", ["both", "zoneout"])
@@ -176,18 +189,6 @@ def test_streams_and_traces(backend, option):
     assert torch.equal(torch.cat([gates.hidden for gates in upper], dim=2), traced.output)
     assert torch.equal(upper[0].cell[3, 2], traced.states[1][2, 2])
     assert torch.equal(upper[1].hidden[0], torch.where(LENGTHS[:, None] > 0, traced.states[0][3], 0))
-
-
-@pytest.mark.parametrize("name", ["recurrent_dropout", "weight_drop"])
-@every_able
-def test_dropping_all_of_h_is_an_lstm_without_recurrent_weights(backend, name):
-    lstm, plain = made("LSTM", backend, **{name: 1.0}), made("LSTM", "reference").to(PLACES[backend]["dtype"])
-    for name in (name for name in plain.state_dict() if name.startswith("weight_hh")):
-        nn.init.zeros_(plain.get_parameter(name))
-    got, expected = call_of(lstm, lengths=LENGTHS), call_of(plain, lengths=LENGTHS)
-    others = [n for n in got if not n.startswith("dweight_hh") and n != "dh0"]
-    assert_same({n: got[n] for n in others}, {n: expected[n] for n in others})
-    assert all((got[n] == 0).all() for n in got if n.startswith("dweight_hh"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -211,14 +212,14 @@ def test_in_eval_dropout_of_any_kind_changes_no_bit(backend, kind):
     assert_identical(call_of(dropped, **RAGGED), call_of(made(kind, backend).eval(), **RAGGED))
 
 
-@pytest.mark.parametrize("kind", ["recomputed", "one of a stack"])
+@pytest.mark.parametrize(("kind", "rate"), [("recomputed", 0.5), ("one of a stack", 0.5), ("recomputed", 1.0)])
 @every_backend
-def test_weight_drop_runs_everywhere(backend, kind):
+def test_weight_drop_runs_everywhere(backend, kind, rate):
     """As an LSTM whose weight_hh has what a seed leaves of it; gradients pass what was left only."""
-    lstm, plain = made(kind, backend, weight_drop=0.5), made(kind, "reference").to(**PLACES[backend])
+    lstm, plain = made(kind, backend, weight_drop=rate), made(kind, "reference").to(**PLACES[backend])
     name, weight_hh = next((n, p) for n, p in plain.named_parameters() if "weight_hh" in n)
     torch.manual_seed(5)
-    factors = dropout(torch.ones_like(weight_hh), 0.5)
+    factors = dropout(torch.ones_like(weight_hh), rate)
     weight_hh.data *= factors
     got, expected = call_of(lstm), call_of(plain)
     expected[f"d{name}"] *= factors
@@ -228,11 +229,10 @@ def test_weight_drop_runs_everywhere(backend, kind):
     torch.testing.assert_close(lstm(packed)[0].data, plain(packed)[0].data, rtol=1e-5, atol=1e-6)
 
 
-# test_graphs.py has LSTM and StackedLSTM without variants.
+# test_graphs.py has LSTM and StackedLSTM without variants, test_programs.py LSTM with those that draw no noise.
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "option", "backend"), [
-    *(("LSTMCell", "plain", backend) for backend in BACKENDS), ("recomputed", "both", "triton"),
-    ("recomputed", "peepholes", "reference"), ("projected", "all noise", "triton"),
+    *(("LSTMCell", "plain", backend) for backend in BACKENDS), ("projected", "all noise", "triton"),
     ("projected", "all noise in eval", "reference")])  # fmt: skip
 def test_compiled_and_exported(kind, option, backend):
     module = made(kind, backend, option)
@@ -317,14 +317,6 @@ def test_a_backend_that_cannot_says_so(kind, name, backend):
     if kind != "LSTMCell" and backend == "torch":
         explained = gpu_lstm.explain(module, torch.zeros(T, 1, I))
         assert (explained.backend, explained.others["torch"]) == ("reference", f"it {said}")
-
-
-def test_auto_chooses_triton_where_it_can_else_the_reference(monkeypatch):
-    for unable, chosen in ((None, Backend.TRITON), (Backend.TRITON, Backend.REFERENCE)):
-        monkeypatch.setattr(available, "why_unavailable", lambda b, *_, it=unable: RuntimeError() if b is it else None)
-        cases = ("cuda", "zoneout", chosen), ("cpu", "zoneout", Backend.REFERENCE), ("cpu", None, Backend.TORCH)
-        for device, feature, expected in cases:
-            assert available.select("auto", torch.device(device), torch.float32, feature, False) is expected
 
 
 @pytest.mark.parametrize("kind", ["recomputed", "one of a stack"])

@@ -73,13 +73,6 @@ def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):
     assert calls == [forward, backward]
 
 
-def test_the_numbers_of_the_small_problem_shut_no_gate():
-    """Products are of the size of their factors: in gates that are shut or wide open no fault would show."""
-    inputs = verify.Small(PLAIN._replace(projected=5), Pass(), CPU).inputs
-    for weight in (inputs.weight_ih, inputs.weight_hh, inputs.weight_hr):
-        assert 0.75 < weight.std() * weight.shape[1] ** 0.5 < 1.25
-
-
 @pytest.mark.parametrize(("family", "projected"), [("resident", 5), ("cooperative", 0), ("pointwise", 0)])
 def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, projected):
     run = Mock(side_effect=ConcurrentRun(seed=0))
@@ -165,6 +158,7 @@ def card(monkeypatch):
     monkeypatch.setattr(choose, "card_of", lambda device: INTERPRETER)
     monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(verify, "STEPS", 2)  # the interpreter is slow
 
 
 @pytest.mark.parametrize(("fault", "training"), [
