@@ -26,15 +26,12 @@ class Program(nn.Module):
         self.lstm = gpu_lstm.LSTM(
             I, H, backend=backend, dtype=None if backend == "triton" else torch.float64, **options
         )
-        self.given = {name: self._in_dtype(value) for name, value in given.items()}
-
-    def _in_dtype(self, value):
-        if isinstance(value, tuple):
-            return tuple(map(self._in_dtype, value))
-        return value.to(self.lstm.weight_hh_l0.dtype) if value.is_floating_point() else value
+        states = [state.to(self.lstm.weight_hh_l0.dtype) for state in given.get("reset_states", ())]
+        self.given, self.reset_states = given, nn.ParameterList(states)  # whose gradients are compared, too
 
     def forward(self, x: Tensor) -> Tensor:
-        y, (h_n, c_n) = self.lstm(x, **self.given)
+        given = self.given | ({"reset_states": tuple(self.reset_states)} if len(self.reset_states) else {})
+        y, (h_n, c_n) = self.lstm(x, **given)
         return y.square().sum() + h_n.sum() + c_n.square().sum()
 
 

@@ -296,6 +296,26 @@ def test_a_kind_and_explain_name_the_kernels_that_run(monkeypatch, case, mode):
         assert told.launches == len(launched)
 
 
+def test_what_a_race_is_about_is_in_its_key():
+    """Two kinds of calls that differ in one of these are raced on their own."""
+    given: dict = dict(lengths=torch.tensor([3, 1, 2]), resets=torch.zeros(4, 3, dtype=torch.bool))
+    states = given | dict(reset_states=(torch.zeros(1, 3, 2), torch.zeros(1, 3, 2)))
+    calls = [
+        ({}, {}),
+        ({}, given),
+        ({}, states),
+        (dict(zoneout=0.5), {}),
+        (dict(peepholes=True), {}),
+        (dict(recompute=True), {}),
+    ]
+    keys = set()
+    for arguments, own in calls:
+        lstm = gpu_lstm.LSTM(2, 2, **arguments)
+        call = prepare(lstm._options(), lstm._weights(), torch.zeros(4, 3, 2), **own)
+        keys.add(str(kind_of(call).as_json()))
+    assert len(keys) == len(calls)
+
+
 @pytest.mark.parametrize("name", ["gain_hh_l1", "bias_c_l0", "weight_peephole_l1"])
 def test_all_layers_have_the_same_cell(name):
     """A kind of call, and so a route, has one cell: what is None in one layer alone would choose another's kernels."""

@@ -15,7 +15,7 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
-from gpu_lstm.backends import torch_lstm, verify
+from gpu_lstm.backends import fused, torch_lstm, verify
 from gpu_lstm.dispatch import available
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache
@@ -71,6 +71,25 @@ def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):
         for each in recorded.call_args_list
     ]
     assert calls == [forward, backward]
+
+
+@pytest.mark.parametrize("name", ["x", "h0", "c0", "weight_hh", "reset_h", "reset_c"])
+def test_every_gradient_of_a_recurrence_is_verified(monkeypatch, name):
+    right, place = fused.gradients, fused.Inputs._fields.index(name)
+
+    def twice(*given):
+        found = right(*given)
+        return [d if k != place or d is None else 2 * d for k, d in enumerate(found)]
+
+    monkeypatch.setattr(fused, "gradients", twice)
+    assert f"gradient of {name} " in _verify(HALF._replace(**RAGGED, reset_c=True), Pass(True))
+
+
+def test_the_numbers_of_the_small_problem_shut_no_gate():
+    """Products are of the size of their factors: in gates that are shut or wide open no fault would show."""
+    inputs = verify.Small(PLAIN._replace(projected=5), Pass(), CPU).inputs
+    for weight in (inputs.weight_ih, inputs.weight_hh, inputs.weight_hr):
+        assert 0.75 < weight.std() * weight.shape[1] ** 0.5 < 1.25
 
 
 @pytest.mark.parametrize(("family", "projected"), [("resident", 5), ("cooperative", 0), ("pointwise", 0)])
