@@ -50,30 +50,18 @@ def in_phase(words, phase):
 @triton.jit
 def of_the_next_thread(x):
     """[THREADS] int32: for an even thread, its neighbour's."""
-    if INTERPRETED:
-        pairs = tl.reshape(x, (x.shape[0] // 2, 2))
-        even, odd = tl.split(pairs)
-        x = tl.reshape(tl.join(odd, even), x.shape)
-    else:
-        x = tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
-        )
-    return x
+    return tl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
 def publish(at, words, mask):
     """Store words for the other programs, by relaxed stores of gpu scope."""
-    if INTERPRETED:
-        tl.store(at, words, mask=mask)
-    else:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred yes; setp.ne.b32 yes, $3, 0; @yes st.relaxed.gpu.global.b32 [$1], $2; mov.b32 $0, 0; }",
-            "=r,l,r,r", [at, words, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-INTERPRETED = tl.constexpr(not isinstance(publish, triton.JITFunction))
+    tl.inline_asm_elementwise(
+        "{ .reg .pred yes; setp.ne.b32 yes, $3, 0; @yes st.relaxed.gpu.global.b32 [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r,r", [at, words, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -121,72 +109,25 @@ def collect(
     """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32. Others are zero.
 
     Relaxed loads of gpu scope, repeated while a word is the sentinel or, if PHASED, of the other phase. Each warp polls
-    for itself, without a barrier: see `polling_loop`. The interpreter loops over all.
+    for itself, without a barrier: see `polling_loop`.
     """
     COUNT: tl.constexpr = GROUPS * SIZE
     SEEN: tl.constexpr = 0 if seen is None else COUNT
-    if INTERPRETED:
-        words = seen if SEEN else load_volatile(at, left, GROUPS, SIZE, STRIDE)
-        polls, poll_limit = 0, tl.load(error_ptr + 1)
-        while (count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED) > 0) & (polls < poll_limit):
-            words = load_volatile(at, left, GROUPS, SIZE, STRIDE)
-            polls += 1
-            if tl.load(error_ptr, volatile=True) != 0:
-                polls = poll_limit
-        missing = count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED)
-        tl.store(error_ptr, step + 1, mask=missing > 0)
-        found, words = words, ()
-        for n in tl.static_range(COUNT):
-            words = words + (tl.where(is_missing(found, left, phase, n, SIZE, STRIDE, PHASED), -1, found[n]),)
-    else:
-        given = (at, left, phase, error_ptr, step + 1)
-        words = tl.inline_asm_elementwise(
-            polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, SEEN > 0),
-            operands("=&r", COUNT, "l", 1, "r", 2, "l", 1, "r", 1 + SEEN),
-            given + seen if SEEN else given, dtype=types(tl.int32, COUNT), is_pure=False, pack=1,
-        )  # fmt: skip
-    return words
+    given = (at, left, phase, error_ptr, step + 1)
+    return tl.inline_asm_elementwise(
+        polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, SEEN > 0),
+        operands("=&r", COUNT, "l", 1, "r", 2, "l", 1, "r", 1 + SEEN),
+        given + seen if SEEN else given, dtype=types(tl.int32, COUNT), is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
 def look(at, left, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, TOGETHER: tl.constexpr):
     """The words of `collect` as they are now, for its `seen`. A thread does not wait for them until it uses them."""
-    if INTERPRETED:
-        words = load_volatile(at, left, GROUPS, SIZE, STRIDE)
-    else:
-        words = tl.inline_asm_elementwise(
-            first_loads(GROUPS, SIZE, STRIDE, TOGETHER), operands("=&r", GROUPS * SIZE, "l", 1, "r", 1),
-            [at, left], dtype=types(tl.int32, GROUPS * SIZE), is_pure=False, pack=1,
-        )  # fmt: skip
-    return words
-
-
-@triton.jit
-def load_volatile(at, left, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr):
-    """The words of `collect` as they are now."""
-    words = ()
-    for n in tl.static_range(GROUPS * SIZE):
-        offset = n // SIZE * STRIDE + n % SIZE
-        words = words + (tl.load(at + offset, mask=left > offset, other=0, volatile=True),)
-    return words
-
-
-@triton.jit
-def count_missing(
-    words, left, phase, COUNT: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, PHASED: tl.constexpr
-):
-    """How many of the words are not there yet."""
-    missing = 0
-    for n in tl.static_range(COUNT):
-        missing += tl.sum(is_missing(words, left, phase, n, SIZE, STRIDE, PHASED).to(tl.int32))
-    return missing
-
-
-@triton.jit
-def is_missing(words, left, phase, n: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, PHASED: tl.constexpr):
-    """Whether word number n is not there yet."""
-    absent = (words[n] & 1) != phase if PHASED else words[n] == -1
-    return absent & (left > n // SIZE * STRIDE + n % SIZE)
+    return tl.inline_asm_elementwise(
+        first_loads(GROUPS, SIZE, STRIDE, TOGETHER), operands("=&r", GROUPS * SIZE, "l", 1, "r", 1),
+        [at, left], dtype=types(tl.int32, GROUPS * SIZE), is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @constexpr_function
