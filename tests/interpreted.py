@@ -4,6 +4,8 @@ Where kernels are interpreted, importing this module puts them in the place of t
 are exact in float32, where the library rounds weights to TF32.
 """
 
+import itertools
+
 import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
@@ -29,29 +31,30 @@ def to_tf32(words):
     return words
 
 
-def product(weights, x, DTYPE, CHUNKS, TILES, WARPS):
+def product(weights, x, DTYPE):
+    a, b = _elements(weights, DTYPE), _elements(x, DTYPE)
+    chunks, tiles, of_column = len(b) // 4, len(a) // len(b) // 2, 4 * a.shape[-1]
     # By chunk, tile, word of a quad, half of a tile; then by warp, column, and quarter and element.
-    a = _elements(weights, DTYPE).reshape(CHUNKS, TILES, 4, 2, WARPS, 8, -1)
-    b = _elements(x, DTYPE).reshape(CHUNKS, 4, WARPS, 8, -1)
-    sums = np.einsum("ctkhwre,ckwse->thwrs", a, b).reshape(2 * TILES, 8 * WARPS, 4, 2)
+    a, b = a.reshape(chunks, tiles, 4, 2, -1, 8, of_column), b.reshape(chunks, 4, -1, 8, of_column)
+    sums = np.einsum("ctkhwre,ckwse->thwrs", a, b).reshape(2 * tiles, -1, 4, 2)
     return _tensors((half[:, :, k].ravel() for half in sums for k in range(2)), tl.float32)
 
 
-def sum_over_warps(parts, rows, sequences, wanted, turn, COUNT, TILES, WARPS):
-    by_warp = np.stack([part.handle.data for part in parts]).reshape(TILES, 2, 2, WARPS, 8, 4)
-    total = by_warp.sum(axis=3).transpose(0, 1, 3, 4, 2).reshape(16 * TILES, 8)
+def sum_over_warps(parts, rows, sequences, wanted, turn, WARPS):
+    by_warp = np.stack([part.handle.data for part in parts]).reshape(-1, 2, 2, WARPS, 8, 4)
+    total = by_warp.sum(axis=3).transpose(0, 1, 3, 4, 2).reshape(-1, 8)
     places = (tuple(t.handle.data for t in place) for place in zip(rows, sequences))
     return _tensors((np.where(wanted.handle.data, total[place], np.nan) for place in places), tl.float32)
 
 
-def share(values, sequences, elements_of_k, turn, DTYPE, COUNT, CHUNKS, WARPS):
-    shared = np.zeros((8, 64 * CHUNKS), np.uint8).view(FLOATS[DTYPE])
-    for value, *place in zip(values, sequences, elements_of_k):
+def share(values, sequences, elements, turn, CHUNKS):
+    shared = np.zeros((8, 64 * CHUNKS), np.uint8).view(FLOATS[values[0].dtype])
+    for value, *place in zip(values, itertools.cycle(sequences), elements):
         shared[tuple(t.handle.data for t in place)] = value.handle.data
     return shared
 
 
-def take(shared, FIRST, COUNT, CHUNKS, DTYPE, WARPS):
+def take(shared, FIRST, COUNT, CHUNKS, WARPS):
     words = shared.view(np.int32).reshape(8, CHUNKS, 4, 4)[:, FIRST : FIRST + COUNT]  # column, chunk, quarter, word
     of_warp = words.transpose(1, 3, 0, 2).reshape(4 * COUNT, 32)
     return _tensors(np.tile(of_warp, WARPS), tl.int32)

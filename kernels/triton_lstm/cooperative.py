@@ -261,9 +261,9 @@ def lstm_cooperative_forward_kernel(
                 # What never arrived is NaN even where it is not used, and so is what is published in its place.
                 h_prev = h_prev + (tl.where(from_h | (collected[n] == SENTINEL), collected[n], 0),)
         if dropout_h_ptr is not None:
-            h_prev = scale(h_prev, dropout_h_ptr + of_column.to(tl.int64) * W + first_word, left, CHUNKS, STRIDE, DTYPE)
-        parts = product(weights, h_prev, DTYPE, CHUNKS, TILES, WARPS)
-        z = sum_over_warps(parts, z_rows, z_sequences, of_cell, turn % 2, 4, TILES, WARPS)
+            h_prev = scale(h_prev, dropout_h_ptr + of_column.to(tl.int64) * W + first_word, left, STRIDE, DTYPE)
+        parts = product(weights, h_prev, DTYPE)
+        z = sum_over_warps(parts, z_rows, z_sequences, of_cell, turn % 2, WARPS)
 
         # The words of the next turn arrive while the cell of this one is computed.
         next_step, next_tile = next_turn(step, tile, 1, B)
@@ -392,9 +392,9 @@ def lstm_cooperative_backward_kernel(
         dgates_at = words_ptr + row_next * (4 * W) + part * K + first_word
         left = tl.where(in_column & (step < T - 1), K - first_word, 0)
         dz = collect(dgates_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False)
-        parts = product(weights, dz, DTYPE, CHUNKS, TILES, WARPS)
+        parts = product(weights, dz, DTYPE)
         has_sums = thread < SEQUENCES * SUM_ROW
-        sums = sum_over_warps(parts, sum_rows, sum_sequences, has_sums, turn % 2, SUMS, TILES, WARPS)
+        sums = sum_over_warps(parts, sum_rows, sum_sequences, has_sums, turn % 2, WARPS)
         phase = (T - 1 - step) % 2
         dh_next = sums[0]
         if PARTS > 1:  # publish them, and add up all parts for the thread's cell

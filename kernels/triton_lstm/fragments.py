@@ -62,11 +62,13 @@ def to_tf32(words):
 def product(
     weights,  # of load_weights
     x,  # tuple of CHUNKS quads of [THREADS] words: B
-    DTYPE: tl.constexpr, CHUNKS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
+    DTYPE: tl.constexpr,
+):
     """D: for each tile the rows column and column + 8, of each two sequences: a tuple of 4 TILES [THREADS] float32."""
+    CHUNKS: tl.constexpr = len(x) // 4
+    TILES: tl.constexpr = len(weights) // (8 * CHUNKS)
     return tl.inline_asm_elementwise(
-        products(CHUNKS, TILES, DTYPE), operands("=&f", 4 * TILES, "r", (8 * TILES + 4) * CHUNKS),
+        products(CHUNKS, TILES, DTYPE), operands("=&f", 4 * TILES, "r", len(weights) + len(x)),
         weights + x, dtype=types(tl.float32, 4 * TILES), is_pure=True, pack=1,
     )  # fmt: skip
 
@@ -76,11 +78,11 @@ def scale(
     x,  # as for `product`
     factors_at,  # [THREADS] pointers to words: of the first quad
     left,  # [THREADS] how many words there are from here on
-    CHUNKS: tl.constexpr, STRIDE: tl.constexpr, DTYPE: tl.constexpr,
+    STRIDE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """x times the factors there, rounded to DTYPE."""
     scaled = ()
-    for n in tl.static_range(4 * CHUNKS):
+    for n in tl.static_range(len(x)):
         offset = n // 4 * STRIDE + n % 4
         factors = tl.load(factors_at + offset, mask=left > offset, other=0)
         if tl.float32 == DTYPE:
@@ -100,25 +102,25 @@ def multiply_halves(a, b, DTYPE: tl.constexpr):
 
 @triton.jit
 def share(
-    values,  # tuple of COUNT [THREADS] of DTYPE
-    sequences,  # tuple of COUNT [THREADS]: to which sequence each belongs
-    elements_of_k,  # tuple of COUNT [THREADS]: and which element of its row
+    values,  # tuple of [THREADS]
+    sequences,  # tuple of [THREADS]: to which sequence each belongs, repeated as often as needed
+    elements,  # tuple of [THREADS]: and which element of its row
     turn,  # 0 and 1 alternately, so that a call does not write where the one before did
-    DTYPE: tl.constexpr, COUNT: tl.constexpr,
     CHUNKS: tl.constexpr,  # of a row; even
-    WARPS: tl.constexpr,
-):  # fmt: skip
+):
     """Share 8 rows of K, held in parts by a program's threads, with all its warps; return their place, for `take`.
 
     In shared memory [2, 8 sequences, 16 CHUNKS words], with one barrier, as in `sum_over_warps`.
     """
-    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    places = ()
+    COUNT: tl.constexpr = len(values)
+    SIZE: tl.constexpr = values[0].dtype.primitive_bitwidth // 8
+    bits, places = (), ()
     for n in tl.static_range(COUNT):
-        places = places + (shared_place(sequences[n], elements_of_k[n] * SIZE, CHUNKS),)
+        bits = bits + (values[n].to(tl.int16 if SIZE == 2 else tl.int32, bitcast=True),)
+        places = places + (shared_place(sequences[n % len(sequences)], elements[n] * SIZE, CHUNKS),)
     return tl.inline_asm_elementwise(
         sharing(COUNT, CHUNKS, SIZE), operands("=&r", 1, "h" if SIZE == 2 else "r", COUNT, "r", COUNT + 1),
-        bits(values, DTYPE, COUNT) + places + (turn,), dtype=tl.int32, is_pure=False, pack=1,
+        bits + places + (turn,), dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -128,8 +130,8 @@ def take(
     FIRST: tl.constexpr,  # chunk of a row; even
     COUNT: tl.constexpr,  # chunks
     CHUNKS: tl.constexpr,  # of a row
-    DTYPE: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
+    WARPS: tl.constexpr,
+):
     """COUNT quads of the thread's column, a tuple of 4 COUNT [THREADS] words: B."""
     _, _, column, quarter = threads(WARPS)
     even = shared + shared_place(column, 16 * quarter, CHUNKS)
@@ -138,18 +140,6 @@ def take(
         taking(FIRST, COUNT), operands("=&r", 4 * COUNT, "r", 2),
         [even, odd], dtype=types(tl.int32, 4 * COUNT), is_pure=False, pack=1,
     )  # fmt: skip
-
-
-@triton.jit
-def bits(values, DTYPE: tl.constexpr, COUNT: tl.constexpr):
-    """The elements' bits, int16 or int32."""
-    found = ()
-    for n in tl.static_range(COUNT):
-        if tl.float32 == DTYPE:
-            found = found + (values[n].to(tl.int32, bitcast=True),)
-        else:
-            found = found + (values[n].to(tl.int16, bitcast=True),)
-    return found
 
 
 @triton.jit
@@ -163,17 +153,19 @@ def shared_place(sequence, byte, CHUNKS: tl.constexpr):
 @triton.jit
 def sum_over_warps(
     parts,  # of product: each warp has another part of K
-    rows,  # tuple of COUNT [THREADS]: which rows of the sum a thread wants
-    sequences,  # tuple of COUNT [THREADS]: and of which sequence
+    rows,  # tuple of [THREADS]: which rows of the sum a thread wants
+    sequences,  # tuple of [THREADS]: and of which sequence
     wanted,  # [THREADS] whether it wants any, the same in all threads of a warp; elsewhere sums are undefined
-    turn,  # 0 and 1 alternately, so that a call does not write where the one before did
-    COUNT: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
-    """Elements of the sum of all warps' products, COUNT [THREADS] float32, in the same order every time.
+    turn,  # as for `share`
+    WARPS: tl.constexpr,
+):
+    """Elements of the sum of all warps' products, as many [THREADS] float32, in the same order every time.
 
     The products are added in shared memory [2, WARPS, 16 TILES rows, 8 sequences], with one barrier: while one half is
     read, the other half is written. Warps that want nothing leave shared memory's bandwidth to the others.
     """
+    COUNT: tl.constexpr = len(rows)
+    TILES: tl.constexpr = len(parts) // 4
     _, warp, column, quarter = threads(WARPS)
     warp_at = warp * (16 * TILES)
     places = (place(warp_at + column, 2 * quarter), place(warp_at + column + 8, 2 * quarter))

@@ -25,11 +25,11 @@ from .planning import Device, Family, Plan, power_of_two
 
 
 @triton.jit
-def cells_of_thread(lengths_ptr, T, B, UNITS: tl.constexpr, WARPS: tl.constexpr, CELLS: tl.constexpr):
+def cells_of_thread(lengths_ptr, T, B, UNITS: tl.constexpr, WARPS: tl.constexpr):
     """A thread's cells: their units, where in the batch tile and which their `sequences` are; tuples of CELLS."""
     _, warp, column, quarter = threads(WARPS)
     units, places, of_cells = (), (), ()
-    for n in tl.static_range(CELLS):
+    for n in tl.static_range(UNITS // WARPS // 4):
         units = units + (warp * (UNITS // WARPS) + n // 2 * 8 + column,)
         places = places + (2 * quarter + n % 2,)
         of_cells = of_cells + (indexing.sequences(tl.program_id(0) * SEQUENCES + places[n], lengths_ptr, T, B),)
@@ -37,10 +37,10 @@ def cells_of_thread(lengths_ptr, T, B, UNITS: tl.constexpr, WARPS: tl.constexpr,
 
 
 @triton.jit
-def cells_at_step(step, units, sequence, resets_ptr, B, H: tl.constexpr, REVERSE: tl.constexpr, CELLS: tl.constexpr):
+def cells_at_step(step, units, sequence, resets_ptr, B, H: tl.constexpr, REVERSE: tl.constexpr):
     """The `position` and the `cells_at` of a thread's cells; tuples of CELLS."""
     places, cells = (), ()
-    for n in tl.static_range(CELLS):
+    for n in tl.static_range(len(units)):
         batch, in_batch, _ = sequence[n]
         places = places + (indexing.position(step, *sequence[n], resets_ptr, B, REVERSE),)
         _, row, valid, continues = places[n]
@@ -49,11 +49,11 @@ def cells_at_step(step, units, sequence, resets_ptr, B, H: tl.constexpr, REVERSE
 
 
 @triton.jit
-def sum_over_units(values, CELLS: tl.constexpr, WARPS: tl.constexpr):
+def sum_over_units(values, WARPS: tl.constexpr):
     """Sums over all units of one value per cell, for a thread's two sequences: a pair of [THREADS]."""
     even = tl.zeros((32 * WARPS,), tl.float32)
     odd = tl.zeros((32 * WARPS,), tl.float32)
-    for n in tl.static_range(CELLS):
+    for n in tl.static_range(len(values)):
         if n % 2 == 0:
             even += values[n]
         else:
@@ -64,24 +64,25 @@ def sum_over_units(values, CELLS: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def moments(v, unit, H: tl.constexpr, GATES: tl.constexpr, CELLS: tl.constexpr, WARPS: tl.constexpr):
-    """(means, scales) of GATES values of each cell, for a thread's two sequences. Past the last unit v is zero."""
+def moments(v, unit, H: tl.constexpr, WARPS: tl.constexpr):
+    """(means, scales) of a tuple of values for each cell, for a thread's two sequences; zero past the last unit."""
+    COUNT: tl.constexpr = len(v[0]) * H
     sums, squares = (), ()
-    for n in tl.static_range(CELLS):
+    for n in tl.static_range(len(v)):
         total = v[n][0]
-        for gate in tl.static_range(1, GATES):
-            total += v[n][gate]
+        for k in tl.static_range(1, len(v[n])):
+            total += v[n][k]
         sums = sums + (total,)
-    even, odd = sum_over_units(sums, CELLS, WARPS)
-    mean = (even / (GATES * H), odd / (GATES * H))
-    for n in tl.static_range(CELLS):
+    even, odd = sum_over_units(sums, WARPS)
+    mean = (even / COUNT, odd / COUNT)
+    for n in tl.static_range(len(v)):
         total = tl.zeros((32 * WARPS,), tl.float32)
-        for gate in tl.static_range(GATES):
-            distance = tl.where(unit[n] < H, v[n][gate] - mean[n % 2], 0.0)
+        for k in tl.static_range(len(v[n])):
+            distance = tl.where(unit[n] < H, v[n][k] - mean[n % 2], 0.0)
             total += distance * distance
         squares = squares + (total,)
-    even, odd = sum_over_units(squares, CELLS, WARPS)
-    return mean, (tl.rsqrt(even / (GATES * H) + EPS), tl.rsqrt(odd / (GATES * H) + EPS))
+    even, odd = sum_over_units(squares, WARPS)
+    return mean, (tl.rsqrt(even / COUNT + EPS), tl.rsqrt(odd / COUNT + EPS))
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -108,7 +109,7 @@ def lstm_resident_forward_kernel(
     CELLS: tl.constexpr = UNITS // WARPS // 4
     TILES: tl.constexpr = CELLS  # of 16 rows: of 8 units the gates i and f, then g and o
     thread, warp, column, quarter = threads(WARPS)
-    unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS, CELLS)
+    unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS)
 
     # The four gates' rows of the warp's units, once: a pair of tiles is 8 units, i and f of the first, g and o.
     rows = ()
@@ -117,7 +118,7 @@ def lstm_resident_forward_kernel(
     weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, DTYPE, CHUNKS, TILES)
 
     h, c, peepholes, gain_hh, affine_c = (), (), (), (), ()
-    states = cells_at_step(0, unit, sequence, None, B, H, REVERSE, CELLS)[1]
+    states = cells_at_step(0, unit, sequence, None, B, H, REVERSE)[1]
     for n in tl.static_range(CELLS):
         peepholes = peepholes + (indexing.load_peepholes(peephole_ptr, unit[n], H),)
         if NORM_HH:
@@ -128,7 +129,7 @@ def lstm_resident_forward_kernel(
         h = h + (tl.load(h0_ptr + state_at, mask=in_tile, other=0.0),)
         c = c + (tl.load(c0_ptr + state_at, mask=in_tile, other=0.0),)
     for step in range(T):
-        _, cells = cells_at_step(step, unit, sequence, resets_ptr, B, H, REVERSE, CELLS)
+        _, cells = cells_at_step(step, unit, sequence, resets_ptr, B, H, REVERSE)
 
         # Load, before the product, which hides its latency.
         x, h_prev, h_operand, c_prev = (), (), (), ()
@@ -144,8 +145,8 @@ def lstm_resident_forward_kernel(
             c_prev = c_prev + (indexing.reset_to(tl.where(reset, 0.0, c[n]), reset_c_ptr, at, reset),)
 
         # Product: the four gates of the thread's cells.
-        shared = share(h_operand, places_in_tile, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
-        products = product(weights, take(shared, 0, CHUNKS, CHUNKS, DTYPE, WARPS), DTYPE, CHUNKS, TILES, WARPS)
+        shared = share(h_operand, places_in_tile, unit, step % 2, CHUNKS)
+        products = product(weights, take(shared, 0, CHUNKS, CHUNKS, WARPS), DTYPE)
         z = ()
         for n in tl.static_range(CELLS):
             of_cell = products[n // 2 * 8 + n % 2 : n // 2 * 8 + 8 : 2]  # both of a tile's cells alternate
@@ -153,7 +154,7 @@ def lstm_resident_forward_kernel(
 
         # Gates and cell.
         if NORM_HH:
-            mean, scale = moments(z, unit, H, 4, CELLS, WARPS)
+            mean, scale = moments(z, unit, H, WARPS)
             z_hh, z = z, ()
             for n in tl.static_range(CELLS):
                 z = z + (normalise_gates(z_hh[n], mean[n % 2], scale[n % 2], gain_hh[n]),)
@@ -162,7 +163,7 @@ def lstm_resident_forward_kernel(
             for n in tl.static_range(CELLS):
                 new = new + (cell_forward(x[n], z[n], c_prev[n], peepholes[n], PEEPHOLES),)
                 new_c = new_c + ((new[n][1],),)
-            mean, scale = moments(new_c, unit, H, 1, CELLS, WARPS)
+            mean, scale = moments(new_c, unit, H, WARPS)
 
         # Store. The state of a sequence that has ended stays; its padding gets zeros.
         h, c = (), ()
@@ -216,7 +217,7 @@ def lstm_resident_backward_kernel(
     CELLS: tl.constexpr = UNITS // WARPS // 4
     TILES: tl.constexpr = CELLS // 4  # of 16 units
     thread, warp, column, quarter = threads(WARPS)
-    unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS, CELLS)
+    unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS)
 
     # The rows of W_hh^T of the warp's units, gate by gate, once.
     rows, weights, elements_of_dz = (), (), ()
@@ -229,7 +230,7 @@ def lstm_resident_backward_kernel(
 
     # Gradients of the state after the current step: at a sequence's last step, those of the final state.
     dh, dc, peepholes = (), (), ()
-    states = cells_at_step(0, unit, sequence, None, B, H, REVERSE, CELLS)[1]
+    states = cells_at_step(0, unit, sequence, None, B, H, REVERSE)[1]
     for n in tl.static_range(CELLS):
         peepholes = peepholes + (indexing.load_peepholes(peephole_ptr, unit[n], H),)
         state_at, in_tile = states[n][2], states[n][3]
@@ -240,7 +241,7 @@ def lstm_resident_backward_kernel(
         dc = dc + (tl.load(dc_ptr + state_at, mask=in_tile, other=0.0),)
     for back in range(T):
         step = T - 1 - back
-        places, cells = cells_at_step(step, unit, sequence, resets_ptr, B, H, REVERSE, CELLS)
+        places, cells = cells_at_step(step, unit, sequence, resets_ptr, B, H, REVERSE)
 
         # Load, of all cells before the first store.
         saved, d_states, from_zoneout = (), (), ()
@@ -272,8 +273,8 @@ def lstm_resident_backward_kernel(
                 outer = outer + ((dz_o, unit_c),)
                 d_units = d_units + (d_unit,)
                 d_units_along = d_units_along + (d_unit * unit_c,)
-            sum_d = sum_over_units(d_units, CELLS, WARPS)
-            sum_d_unit = sum_over_units(d_units_along, CELLS, WARPS)
+            sum_d = sum_over_units(d_units, WARPS)
+            sum_d_unit = sum_over_units(d_units_along, WARPS)
 
         # Cell. In padding every factor was loaded as zero, so its gradients are zero.
         dz, dc_before = (), ()
@@ -305,8 +306,8 @@ def lstm_resident_backward_kernel(
                 of_units = of_units + (of_unit,)
                 d_units = d_units + (d,)
                 d_units_along = d_units_along + (d_along,)
-            sum_d = sum_over_units(d_units, CELLS, WARPS)
-            sum_d_unit = sum_over_units(d_units_along, CELLS, WARPS)
+            sum_d = sum_over_units(d_units, WARPS)
+            sum_d_unit = sum_over_units(d_units_along, WARPS)
             dz_hh = ()
             for n in tl.static_range(CELLS):
                 scale = tl.load(scale_hh_ptr + places[n][1], mask=places[n][2], other=0.0)
@@ -317,19 +318,10 @@ def lstm_resident_backward_kernel(
         operand, of_gates = (), ()
         for n in tl.static_range(4 * CELLS):  # number n is gate n // CELLS of cell n % CELLS
             operand = operand + (dz_hh[n % CELLS][n // CELLS].to(DTYPE),)
-        shared = share(
-            operand,
-            places_in_tile + places_in_tile + places_in_tile + places_in_tile,
-            elements_of_dz,
-            back % 2,
-            DTYPE,
-            4 * CELLS,
-            4 * CHUNKS,
-            WARPS,
-        )
+        shared = share(operand, places_in_tile, elements_of_dz, back % 2, 4 * CHUNKS)
         for gate in tl.static_range(4):
-            words = take(shared, gate * CHUNKS, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)
-            of_gates = of_gates + (product(weights[gate], words, DTYPE, CHUNKS, TILES, WARPS),)
+            words = take(shared, gate * CHUNKS, CHUNKS, 4 * CHUNKS, WARPS)
+            of_gates = of_gates + (product(weights[gate], words, DTYPE),)
 
         # Store; no gradient flows past a reset.
         dh_after, dc_after, dh, dc = dh, dc, (), ()
