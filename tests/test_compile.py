@@ -34,9 +34,9 @@ import re
 import torch
 from gpu_lstm import __main__
 from gpu_lstm.kernels.cupy_lstm import compile as cupy
-from gpu_lstm.kernels.problem import Pass
+from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import compile, cooperative, launch, pointwise, resident, step
-from gpu_lstm.kernels.triton_lstm.compile import PRECISIONS, Case
+from gpu_lstm.kernels.triton_lstm.compile import PRECISIONS, Case, problem_with
 from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
 from gpu_lstm.kernels.triton_lstm.step import step_plan
@@ -87,7 +87,7 @@ def of_pair(case):  # of dtypes and architectures: the direction in which both m
     return case.backward == (precision + turn) % 2, training(p) == (precision // 2 + turn) % 2
 
 def with_32_registers():  # a thread may have no more: its report, and the one without that limit
-    case = Case("B=16 H=64", torch.float32, "ieee", False, compile.SEQUENCE_DEVICES[0])
+    case = Case(Problem(2, 16, 64, torch.float32), False, compile.SEQUENCE_DEVICES[0])
     plan = step_plan(case.problem, case.device, False)
     launch = recorded_launches(case.problem, Pass(), plan)[0]
     few = launch._replace(arguments=launch.arguments | dict(maxnreg=32))
@@ -102,10 +102,10 @@ def with_loads_in_the_loop():  # a copy of the cooperative family that loads its
     path = pathlib.Path(__file__).with_name("faulty.py")
     path.write_text(text.replace(product, f"        tl.debug_barrier()\\n    {load}\\n{product}"))
     launch.FAMILIES[Family.COOPERATIVE] = importlib.import_module("faulty")
-    return as_json(compile._reports_of(Case("B=16 H=256", torch.bfloat16, "ieee", False, DEVICES["h100"])))
+    return as_json(compile._reports_of(Case(Problem(2, 16, 256, torch.bfloat16), False, DEVICES["h100"])))
 
 def of_the_command():  # its table of two kernels
-    cases, of_cupy = compile.cases(False)[:1], cupy.cases(h100=True)[:1]
+    cases, of_cupy = compile.step_cases()[:1], cupy.cases(h100=True)[:1]
     compile.cases, cupy.cases = lambda h100: cases, lambda h100: of_cupy
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert __main__.main(["kernels"]) == 0
@@ -120,8 +120,9 @@ def parameters():  # of each kernel: the numbers that it takes, and those whose 
     }
 
 if __name__ == "__main__":
-    more = [Case(name, torch.bfloat16, "ieee", backward, DEVICES["h100"]) for backward in (False, True)
-            for name in ("B=16 H=4096", "B=4096 H=128", "B=4096 H=128 ragged peepholes")]
+    more = (16, 4096, {}), (4096, 128, {}), (4096, 128, dict(ragged=True, peepholes=True))
+    more = [Case(problem_with(Problem(2, batch, hidden, torch.bfloat16), **kind), backward, DEVICES["h100"])
+            for batch, hidden, kind in more for backward in (False, True)]
     cases = [case for case in compile.cases(False) + more if wanted(case) and (not QUICK or quick(case))]
     print(json.dumps(dict(
         rows=as_json(row for rows in compile.reports(cases) for row in rows), with_32_registers=with_32_registers(),

@@ -1,4 +1,4 @@
-"""A kernel launch as a compiled binary, for any architecture, without a GPU."""
+"""A kernel launch as a compiled binary, for any architecture, without a GPU: registers, spills, shared memory."""
 
 import contextlib
 import functools
@@ -10,7 +10,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from .features import OPTIONS, empty_kernel
+from ..sass import usage
+from .features import OPTIONS
 
 _POINTER = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
@@ -46,6 +47,17 @@ def compile_for(launch: RecordedLaunch, architecture: int) -> CompiledKernel:
     options = {k: v for k, v in launch.arguments.items() if k not in signature}
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def resources_of(compiled: CompiledKernel) -> tuple[int, int, int]:
+    """(registers, bytes of stack, bytes of shared memory, with inline assembly's, which Triton's metadata omits)."""
+    ((registers, spills, declared),) = usage(compiled.asm["cubin"], compiled.metadata.target.arch).values()
+    return registers, spills, declared + compiled.metadata.shared
+
+
+@triton.jit
+def empty_kernel():
+    pass
 
 
 @functools.cache

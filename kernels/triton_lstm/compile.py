@@ -9,92 +9,109 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 from ..architectures import shared_memory_of
 from ..problem import Pass, Problem
 from ..report import PRECISIONS, Report
-from ..sass import time_loops, usage
-from .binary import RecordedLaunch, compile_for
+from ..sass import time_loops
+from .binary import RecordedLaunch, compile_for, resources_of
 from .choose import plans
 from .launch import INTERPRETED, recorded_launches
 from .planning import DEVICES, Device, Family, Plan
 from .step import step_plan
 
-STEP_DEVICES = [Device(f"sm_{sm}", sm, 1, shared_memory_of(sm)) for sm in (80, 86, 89, 90, 100, 120)]
+STEP_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+
 SEQUENCE_DEVICES = [DEVICES[name] for name in ("a100", "h100", "b200", "rtx5090")]
-
-# Problems by name, see Case. For the step family, whatever else is proposed:
-STEP = (
-    "B=16 H=768", "B=64 H=130 P=33 ragged", "B=64 H=130 ragged masks", "B=64 H=130 P=33 ragged masks",
-    "B=64 H=130 ragged rates", "B=16 H=768 peepholes", "B=64 H=130 P=33 ragged peepholes masks",
-    "B=16 H=768 layer norm", "B=64 H=130 ragged peepholes layer norm masks",
-)  # fmt: skip
-# For the families that hold W_hh:
 HIDDEN = (64, 128, 256, 512, 768, 1024, 1536)
-SEQUENCE = (
-    *(f"B={batch} H={hidden}" for hidden in HIDDEN for batch in (16, 64, 256)),
-    *(f"B=16 H={hidden}{ragged} {noise}" for hidden in (64, 768) for ragged in ("", " ragged")
-      for noise in ("masks", "rates")),
-    *(f"B=16 H={hidden} ragged" for hidden in HIDDEN),
-    *(f"B=16 H={hidden} peepholes" for hidden in (128, 768, 1536)),
-    "B=16 H=768 ragged peepholes masks", "B=16 H=64 ragged peepholes layer norm masks",
-    *(f"B=16 H={hidden} layer norm" for hidden in (32, 64, 128, 256, 768)),
-    "B=64 H=768 ragged peepholes layer norm masks",
-)  # fmt: skip
-# For the pointwise family:
-LARGE = tuple(
-    f"B=4096 H=1024{variant}"
-    for variant in ("", " ragged", " masks", " ragged peepholes masks", " ragged peepholes rates")
-)
+BATCHES = (16, 64, 256)
 
 
-class Case(NamedTuple):
-    """A problem, forward or backward, on one card.
+@dataclass(frozen=True)
+class Case:
+    """A problem, forward or backward, on one card."""
 
-    In its name B is sequences, H hidden units, P projected features. ragged: lengths, and resets to given states, in
-    reverse. masks and rates: recurrent dropout and zoneout, in training and not.
-    """
-
-    name: str
-    dtype: torch.dtype
-    precision: str
+    problem: Problem
     backward: bool
     device: Device
-    step: bool = False  # by the step family
+    step: bool = False  # by the step family, whatever else is proposed
 
     def __str__(self) -> str:
-        precision = f" {self.precision}" * (self.dtype is torch.float32)
-        return f"{str(self.dtype).removeprefix('torch.')}{precision} {self.name}"
+        p = self.problem
+        name = str(p.dtype).removeprefix("torch.") + f" {p.precision}" * (p.dtype is torch.float32)
+        name += f" B={p.batch} H={p.hidden}" + f" P={p.projected}" * bool(p.projected) + " ragged" * bool(p.lengths)
+        name += " peepholes" * p.peepholes + " layer norm" * p.normalised
+        return name + (" masks" if p.dropout_h else " rates") * p.regularised
 
-    @property
-    def problem(self) -> Problem:
-        """What the name says."""
-        size = {name: int(number) for name, number in re.findall(r"(\w)=(\d+)", self.name)}
-        ragged, masks = "ragged" in self.name, "masks" in self.name
-        zoneout = 3 if masks else 0 if "rates" in self.name else None
-        return Problem(
-            2, size["B"], size["H"], self.dtype, size.get("P", 0), self.precision, reverse=ragged,
-            lengths=torch.int64 if ragged else None, resets=ragged, reset_h=ragged and zoneout is not None,
-            reset_c=ragged, dropout_h=masks, zoneout_h=zoneout, zoneout_c=zoneout,
-            peepholes="peepholes" in self.name, norms=("layer norm" in self.name,) * 3,
-        )  # fmt: skip
+
+def problem_with(
+    problem: Problem, ragged: bool = False, regularised: bool = False, training: bool = True, peepholes: bool = False,
+    normalised: bool = False,
+) -> Problem:  # fmt: skip
+    """A problem with lengths and resets to given states in reverse, with noise, or with a variant of the cell."""
+    zoneout = (3 if training else 0) if regularised else None
+    return problem._replace(
+        lengths=torch.int64 if ragged else None, resets=ragged, reset_h=ragged and regularised, reset_c=ragged,
+        reverse=ragged, dropout_h=regularised and training, zoneout_h=zoneout, zoneout_c=zoneout, peepholes=peepholes,
+        norms=(normalised,) * 3,
+    )  # fmt: skip
 
 
 def cases(h100: bool) -> list[Case]:
     """All of them; if `h100`, those of an H100 in bfloat16."""
-    every = [
-        Case(name, dtype, precision, backward, device, names is STEP)
-        for names, precisions, devices in (
-            (STEP, PRECISIONS, STEP_DEVICES), (SEQUENCE, PRECISIONS[:3], SEQUENCE_DEVICES),
-            (LARGE, PRECISIONS, SEQUENCE_DEVICES),
-        )
-        for (dtype, precision), name, backward, device
-        in itertools.product(precisions, names, (False, True), devices)
+    every = [*step_cases(), *sequence_cases(), *large_cases()]
+    return [c for c in every if not h100 or (c.device.architecture == 90 and c.problem.dtype is torch.bfloat16)]
+
+
+def step_cases() -> list[Case]:
+    """Every dtype, precision and architecture; with a projection and without; regularised and not; and variants."""
+    devices = [Device(f"sm_{sm}", sm, 1, shared_memory_of(sm)) for sm in STEP_ARCHITECTURES]
+    kinds = (  # B, H, P, ragged; whether regularised, and in training; peepholes; layer norms
+        (16, 768, 0, False, False, True, False, False),
+        (64, 130, 33, True, False, True, False, False),
+        (64, 130, 0, True, True, True, False, False),
+        (64, 130, 33, True, True, True, False, False),
+        (64, 130, 0, True, True, False, False, False),
+        (16, 768, 0, False, False, True, True, False),
+        (64, 130, 33, True, True, True, True, False),
+        (16, 768, 0, False, False, True, False, True),
+        (64, 130, 0, True, True, True, True, True),
+    )
+    return [
+        Case(problem_with(Problem(2, batch, hidden, dtype, projected, precision), *kind), backward, device, True)
+        for (dtype, precision), (batch, hidden, projected, *kind), backward, device
+        in itertools.product(PRECISIONS, kinds, (False, True), devices)
     ]  # fmt: skip
-    return [c for c in every if not h100 or (c.device.architecture == 90 and c.dtype is torch.bfloat16)]
+
+
+def sequence_cases() -> list[Case]:
+    """Hidden sizes and batches for the families that hold W_hh; regularised, with masks and with rates; variants."""
+    plain = (False, False, True, False, False)
+    kinds = [(batch, hidden, *plain) for hidden, batch in itertools.product(HIDDEN, BATCHES)]
+    kinds += itertools.product((16,), (64, 768), (False, True), (True,), (True, False), (False,), (False,))
+    kinds += [(16, hidden, True, False, True, False, False) for hidden in HIDDEN]
+    kinds += [(16, hidden, False, False, True, True, False) for hidden in (128, 768, 1536)]
+    kinds += [(16, 768, True, True, True, True, False), (16, 64, True, True, True, True, True)]
+    kinds += [(16, hidden, False, False, True, False, True) for hidden in (32, 64, 128, 256, 768)]
+    kinds += [(64, 768, True, True, True, True, True)]
+    return [
+        Case(problem_with(Problem(2, batch, hidden, dtype, 0, precision), *kind), backward, device)
+        for (dtype, precision), (batch, hidden, *kind), backward, device
+        in itertools.product(PRECISIONS[:3], kinds, (False, True), SEQUENCE_DEVICES)
+    ]  # fmt: skip
+
+
+def large_cases() -> list[Case]:
+    """For the pointwise family; and ragged, with noise and peepholes."""
+    kinds = ((False,) * 2, (True, False), (False, True), (True, True, True, True), (True, True, False, True))
+    return [
+        Case(problem_with(Problem(2, 4096, 1024, dtype, 0, precision), *kind), backward, device)
+        for (dtype, precision), kind, backward, device
+        in itertools.product(PRECISIONS, kinds, (False, True), SEQUENCE_DEVICES)
+    ]  # fmt: skip
 
 
 def reports(cases: Iterable[Case]) -> Iterator[list[Report]]:
@@ -118,16 +135,14 @@ def _reports_of(case: Case) -> list[Report]:
 
 def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
     """Compile a launch, and report the result."""
-    architecture, name = case.device.architecture, launch.kernel.__name__
-    compiled = compile_for(launch, architecture)
+    compiled = compile_for(launch, case.device.architecture)
     found = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])
     tensor_core = found[1] if found else ""
     tiles = f"{plan.rows}x{plan.columns}, {plan.programs} programs, {tensor_core or 'no tensor core'}"
-    ((registers, spills, declared),) = usage(compiled.asm["cubin"], architecture).values()
-    shared = declared + compiled.metadata.shared  # the former is inline assembly's, which the latter omits
+    name, loops = launch.kernel.__name__, time_loops(compiled.asm["cubin"])
     return Report(
-        name, str(case), architecture, plan, plan.threads, tiles, registers, spills, shared,
-        time_loops(compiled.asm["cubin"])[name], tensor_core, _weight_loads(compiled.asm["ttgir"], launch),
+        name, str(case), case.device.architecture, plan, plan.threads, tiles, *resources_of(compiled), loops[name],
+        tensor_core, _weight_loads_in_loops(compiled.asm["ttgir"], launch),
     )  # fmt: skip
 
 
@@ -135,19 +150,25 @@ def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
 _OF_POINTERS = ("tt.splat", "tt.addptr", "tt.broadcast", "ttg.convert_layout")
 
 
-def _weight_loads(ttgir: str, launch: RecordedLaunch) -> int:
-    """Loads from arguments named weight*, in Triton's GPU dialect, from where the first loop begins."""
+def _weight_loads_in_loops(ttgir: str, launch: RecordedLaunch) -> int:
+    """Loads inside a loop from pointers that come from an argument named weight*, in Triton's GPU dialect."""
+    depth, loads = 0, 0
+    loops: list[int] = []  # for each open loop, the depth outside it
     # By position, since Triton 3.4 does not keep the names. Constants and None are not arguments there.
     given = [p.name for p in launch.kernel.params if not p.is_constexpr and launch.arguments[p.name] is not None]
     (function,) = (line for line in ttgir.splitlines() if "tt.func public" in line)
     arguments = re.findall(r"(%\w+): (?:!tt\.ptr|i32)", function)
     of_weights = {argument for argument, name in zip(arguments, given, strict=True) if name.startswith("weight")}
-    loads, in_loop = 0, False
     for line in ttgir.splitlines():
-        in_loop |= "scf.for" in line or "scf.while" in line
-        if of_weights.isdisjoint(re.findall(r"%[\w#]+", line.split(" loc(")[0])):
-            continue
-        if result := re.match(rf"\s*(%\w+)(?::\d+)? = ({'|'.join(_OF_POINTERS)})\b", line):
+        names = set(re.findall(r"%[\w#]+", line.split(" loc(")[0]))
+        result = re.match(r"\s*(%\w+)(?::\d+)? = (\S+)", line)
+        if result and result[2] in _OF_POINTERS and names & of_weights:
             of_weights.add(result[1])
-        loads += in_loop and bool(re.search(r"tt\.load|ttg\.async_copy", line))
+        if loops and re.search(r"tt\.load|ttg\.async_copy", line) and names & of_weights:
+            loads += 1
+        if "scf.for" in line or "scf.while" in line:
+            loops.append(depth)
+        depth += line.count("{") - line.count("}")
+        while loops and depth <= loops[-1]:
+            loops.pop()
     return loads
