@@ -125,31 +125,20 @@ def collect(
 def look(at, left, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, TOGETHER: tl.constexpr):
     """The words of `collect` as they are now, for its `seen`. A thread does not wait for them until it uses them."""
     return tl.inline_asm_elementwise(
-        first_loads(GROUPS, SIZE, STRIDE, TOGETHER), operands("=&r", GROUPS * SIZE, "l", 1, "r", 1),
+        polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, once=True), operands("=&r", GROUPS * SIZE, "l", 1, "r", 1),
         [at, left], dtype=types(tl.int32, GROUPS * SIZE), is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @constexpr_function
-def first_loads(groups: int, size: int, stride: int, together: int) -> str:
-    """PTX of `look`: the words, the place of the first, how many are left."""
-    count, lines = groups * size, [".reg .pred there;"]
-    for n in range(0, count, together):
-        offset, words = n // size * stride + n % size, [f"${n + i}" for i in range(together)]
-        into = f"v{together}.b32 {{{', '.join(words)}}}" if together > 1 else f"b32 {words[0]}"
-        lines += [f"mov.b32 {word}, 0;" for word in words]
-        lines.append(f"setp.gt.s32 there, ${count + 1}, {offset};")
-        lines.append(f"@there ld.relaxed.gpu.global.{into}, [${count} + {4 * offset}];")
-    return "\n".join(["{", *lines, "}"])
-
-
-@constexpr_function
-def polling_loop(groups: int, size: int, stride: int, together: int, phased: bool, seen: bool) -> str:
+def polling_loop(
+    groups: int, size: int, stride: int, together: int, phased: bool = False, seen: bool = False, once: bool = False
+) -> str:
     """PTX that loads words until all are there, or a program timed out; missing words become the sentinel, a NaN.
 
-    Operands: the words, the place of the first, how many are left, the phase, the error word, its value, and if `seen`
-    the words of a first look. A pass loads at once all groups of neighbours of which one is still missing. The lanes of
-    a warp loop together, by vote.
+    Operands: the words, the place of the first, how many are left; unless they are loaded `once`, the phase, the error
+    word, its value, and if `seen` the words of a first look. A pass loads at once all groups of neighbours of which one
+    is still missing. The lanes of a warp loop together, by vote.
     """
     count = groups * size
     at, left, phase, error, step = (f"${count + n}" for n in range(5))
@@ -162,11 +151,13 @@ def polling_loop(groups: int, size: int, stride: int, together: int, phased: boo
     for n in firsts:
         lines.append(f"setp.gt.s32 missing{n}, {left}, {offset[n]};")
         lines += [f"mov.b32 ${n + i}, {f'${count + 5 + n + i}' if seen else 0};" for i in range(together)]
-    lines += ["bra SEEN;"] * seen + ["POLL:"]
+    lines += ["bra SEEN;"] * seen + ["POLL:"] * (not once)
     for n in firsts:
         words = ", ".join(f"${n + i}" for i in range(together))
         into = f"v{together}.b32 {{{words}}}" if together > 1 else f"b32 {words}"
         lines.append(f"@missing{n} ld.relaxed.gpu.global.{into}, [{at} + {4 * offset[n]}];")
+    if once:
+        return "\n".join(["{", *lines, "}"])
     lines += ["SEEN:"] * seen
     lines.append("setp.ne.u32 any, polls, polls;")
     for n in firsts:
