@@ -156,7 +156,8 @@ def test_a_fault_in_a_word_is_detected(monkeypatch, fault):
 def one_program_left_out(*given):
     found, (*_, WARPS) = exchange_pairs(*given), given
     is_first = tl.arange(0, 32 * WARPS) % (4 * WARPS) == 0
-    return (tl.where(is_first, 0.0, found[0]), tl.where(is_first, 0.0, found[1]), *found[2:])
+    (one, other, units), *rest = found
+    return ((tl.where(is_first, 0.0, one), tl.where(is_first, 0.0, other), units), *rest)
 
 
 def launch_with(monkeypatch, module, name, fault, kernels: str, around=lambda kernel: contextlib.nullcontext()) -> None:

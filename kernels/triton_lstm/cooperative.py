@@ -9,16 +9,16 @@ forward    A program holds the four gates' rows of its units, [4 UNITS, H]. It p
 
 backward   dh of a unit needs dgates of all units, four times as wide as h. PARTS programs, 1, 2 or 4, are partners and
            own PARTS UNITS units together. Each holds W_hh^T of 4 / PARTS gates for all of these units,
-           [PARTS UNITS, 4 / PARTS H], and reads only the dgates of these gates. With PARTS = 1 the product is dh.
-           With more, each publishes its partial sums in a second, small exchange, and adds up those of all partners
-           for its own units, in the same order every time: W_hh of more units fits, but a step takes longer.
+           [PARTS UNITS, 4 / PARTS H], and reads only the dgates of these gates. With more than one, each publishes its
+           partial sums in a second, small exchange, and adds up those of all for its own units, in the same order every
+           time: W_hh of more units fits, but a step takes longer.
 
-Kernels are written thread by thread (fragments.py). A thread has two places in a batch tile of 8 sequences: in the
-product its column is a sequence, and K is split over the warps; afterwards it owns a cell, one unit of one sequence.
+A thread (fragments.py) has two places in a batch tile of 8 sequences: in the product its column is a sequence, and K is
+split over the warps; afterwards it owns a cell, one unit of one sequence.
 
 With layer norms, ROW threads of one warp have the cells of a sequence. Their program sums up its units in two numbers
-per sequence, and all programs exchange these in one more exchange for each norm. The threads of a row share the
-programs' numbers among them, and add up by shuffles. So no barriers are added.
+per sequence, and all programs exchange these, once for each norm. The threads of a row share the programs' numbers
+among them, and add up by shuffles, without a barrier.
 
 Programs exchange words of 32 bits (exchange.py), PER units in each: a row of H units is W = ceil(H / PER) words, of
 which the last may be half empty. So the weights are passed as words, too.
@@ -83,10 +83,10 @@ def exchange_pairs(
     exchanged,  # the thread's sequence and whether there is one, [THREADS], the phase of the step, error_ptr, the step
     H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Two numbers per sequence from each of a thread's programs, place + n ROW, about their units; zero without one.
+    """Of each of a thread's programs, place + n ROW: (first number, second number, number of its units).
 
-    A tuple: first number, second number and number of units, for each in turn. Programs without units do nothing. It is
-    called at every step, so that no phase is skipped.
+    Zeros where there is none. Programs without units do nothing. It is called at every step, so that no phase is
+    skipped.
     """
     batch, in_batch, phase, error_ptr, step = exchanged
     ROW: tl.constexpr = 4 * WARPS
@@ -102,19 +102,20 @@ def exchange_pairs(
     words = collect(pairs_at + 2 * place, left, phase, error_ptr, step, COUNT, 2, 2 * ROW, 2, True)
     found = ()
     for n in tl.static_range(COUNT):
-        numbers = words[2 * n].to(tl.float32, bitcast=True), words[2 * n + 1].to(tl.float32, bitcast=True)
-        found = found + numbers + (units_of(place + n * ROW, H, UNITS),)
+        one, other = words[2 * n].to(tl.float32, bitcast=True), words[2 * n + 1].to(tl.float32, bitcast=True)
+        found = found + ((one, other, units_of(place + n * ROW, H, UNITS)),)
     return found
 
 
 @triton.jit
 def moments_of_group(
-    v,  # tuple of GATES [THREADS]: of the thread's cell
+    v,  # tuple of [THREADS]: of the thread's cell
     is_cell,  # [THREADS]
     pairs_ptr,  # and below: as for `exchange_pairs`
-    exchanged, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, GATES: tl.constexpr,
+    exchanged, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """(mean, scale) of v of all units, [THREADS]."""
+    GATES: tl.constexpr = len(v)
     total = tl.zeros((32 * WARPS,), tl.float32)
     for n in tl.static_range(GATES):
         total += tl.where(is_cell, v[n], 0.0)
@@ -127,8 +128,8 @@ def moments_of_group(
     # About this program's mean, so that both sums can be computed at once. Little cancels, since it is close enough to
     # the mean of all: no further from it than the square root of the number of programs times the deviation.
     shift, squares = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
-    for n in tl.static_range(len(of_programs) // 3):
-        mean, its_squares, units = of_programs[3 * n], of_programs[3 * n + 1], of_programs[3 * n + 2]
+    for n in tl.static_range(len(of_programs)):
+        mean, its_squares, units = of_programs[n]
         shift += units * (mean - own)
         squares += squares_about(own, mean, its_squares, GATES * units)
     shift = sum_of_row(shift, WARPS) / H
@@ -147,9 +148,9 @@ def means_of_group(
     d, d_unit = sum_of_row(d, WARPS), sum_of_row(d_unit, WARPS)
     of_programs = exchange_pairs(d, d_unit, pairs_ptr, exchanged, H, UNITS, WARPS)
     d, d_unit = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
-    for n in tl.static_range(len(of_programs) // 3):
-        d += of_programs[3 * n]
-        d_unit += of_programs[3 * n + 1]
+    for n in tl.static_range(len(of_programs)):
+        d += of_programs[n][0]
+        d_unit += of_programs[n][1]
     return sum_of_row(d, WARPS) / (GATES * H), sum_of_row(d_unit, WARPS) / (GATES * H)
 
 
@@ -274,11 +275,11 @@ def lstm_cooperative_forward_kernel(
         # Gates and cell.
         exchanged = (batch, in_batch, step % 2, error_ptr, step)
         if NORM_HH:
-            mean, scale_hh = moments_of_group(z, is_cell, pairs_hh_ptr, exchanged, H, UNITS, WARPS, 4)
+            mean, scale_hh = moments_of_group(z, is_cell, pairs_hh_ptr, exchanged, H, UNITS, WARPS)
             z = normalise_gates(z, mean, scale_hh, gain_hh)
         gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
         if NORM_C:
-            mean, scale_c = moments_of_group((c,), is_cell, pairs_c_ptr, exchanged, H, UNITS, WARPS, 1)
+            mean, scale_c = moments_of_group((c,), is_cell, pairs_c_ptr, exchanged, H, UNITS, WARPS)
             h = output(gates[3], normalise(c, mean, scale_c, gain_c, bias_c))
         c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
         if zoneout_h_ptr is not None:
