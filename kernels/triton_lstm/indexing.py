@@ -18,8 +18,7 @@ tensors are None:
     unit_hh [T*B, 4H]  unit_c [T*B, H] float32  scale_hh [T*B] float32  scale_c [T*B] float32
     dh [T*B, P]  dh_n [B, P]                  gradients given to backward
     dh_total [T*B, P]                         out: the whole gradient of W_hr m, or with a layer norm of c that of m
-    dreset_h [T*B, P] float32                 zeros; out where a step is reset: through zoneout, of the h before it
-    dreset_c [T*B, H] float32                 zeros; out where a step is reset: of the c before it
+    dreset_h [T*B, P]  dreset_c [T*B, H]      float32 zeros; out at resets: of h before, by zoneout, and of c before
 """
 
 import triton
@@ -31,9 +30,8 @@ from .cell import mix, mix_backward, next_cell
 @triton.jit
 def load_lengths(lengths_ptr, batch, in_batch, T):
     """Lengths of the sequences `batch`, T where none are given."""
-    if lengths_ptr is None:
-        length = tl.zeros_like(batch) + T
-    else:
+    length = tl.zeros_like(batch) + T
+    if lengths_ptr is not None:
         length = tl.load(lengths_ptr + batch, mask=in_batch, other=0).to(tl.int32)
     return length
 
@@ -48,11 +46,7 @@ def sequences(batch, lengths_ptr, T, B):
 @triton.jit
 def time_of(step, length, REVERSE: tl.constexpr):
     """The time that each sequence visits at `step`."""
-    if REVERSE:
-        time = tl.where(step < length, length - 1 - step, step)
-    else:
-        time = tl.zeros_like(length) + step
-    return time
+    return tl.where(step < length, length - 1 - step, step) if REVERSE else tl.zeros_like(length) + step
 
 
 @triton.jit
@@ -81,10 +75,9 @@ def is_reset(resets_ptr, time, length, batch, B, in_batch, REVERSE: tl.constexpr
 
     A reset at t separates time t from time t - 1 in both directions; the reverse direction comes from time + 1.
     """
-    if resets_ptr is None:
-        reset = time < 0
-    else:
-        later = time + 1 if REVERSE else time  # of the two times that a reset may separate
+    later = time + 1 if REVERSE else time  # of the two times that a reset may separate
+    reset = time < 0
+    if resets_ptr is not None:
         reset = tl.load(resets_ptr + row_of(later, batch, B), mask=in_batch & (later < length), other=0) != 0
     return reset
 
@@ -170,11 +163,9 @@ def load_peepholes(peephole_ptr, unit, H: tl.constexpr):
 @triton.jit
 def load_affine(gain_ptr, bias_ptr, unit, H: tl.constexpr):
     """(gain, bias) of a layer norm for some units, from [H]; zeros where there is no bias."""
-    gain = tl.load(gain_ptr + unit, mask=unit < H, other=0.0).to(tl.float32)
+    gain, bias = tl.load(gain_ptr + unit, mask=unit < H, other=0.0).to(tl.float32), tl.zeros(unit.shape, tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + unit, mask=unit < H, other=0.0).to(tl.float32)
-    else:
-        bias = tl.zeros(unit.shape, tl.float32)
     return gain, bias
 
 
