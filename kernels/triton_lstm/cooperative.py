@@ -116,18 +116,18 @@ def moments_of_group(
 ):  # fmt: skip
     """(mean, scale) of v of all units, [THREADS]."""
     GATES: tl.constexpr = len(v)
-    total = tl.zeros((32 * WARPS,), tl.float32)
+    zeros = tl.zeros((32 * WARPS,), tl.float32)
+    total, squares = zeros, zeros
     for n in tl.static_range(GATES):
         total += tl.where(is_cell, v[n], 0.0)
     own = sum_of_row(total, WARPS) / (GATES * units_of(tl.program_id(0), H, UNITS))
-    total = tl.zeros((32 * WARPS,), tl.float32)
     for n in tl.static_range(GATES):
         distance = tl.where(is_cell, v[n] - own, 0.0)
-        total += distance * distance
-    of_programs = exchange_pairs(own, sum_of_row(total, WARPS), pairs_ptr, exchanged, H, UNITS, WARPS)
+        squares += distance * distance
+    of_programs = exchange_pairs(own, sum_of_row(squares, WARPS), pairs_ptr, exchanged, H, UNITS, WARPS)
     # About this program's mean, so that both sums can be computed at once. Little cancels, since it is close enough to
     # the mean of all: no further from it than the square root of the number of programs times the deviation.
-    shift, squares = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
+    shift, squares = zeros, zeros
     for n in tl.static_range(len(of_programs)):
         mean, its_squares, units = of_programs[n]
         shift += units * (mean - own)
@@ -182,8 +182,7 @@ def lstm_cooperative_forward_kernel(
     weights_ptr,  # [4H, W] int32: W_hh
     peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr,
     words_ptr,  # [T*B + B, W] int32: h of every step, out and the exchange, sentinels beforehand; then h0
-    pairs_hh_ptr,  # see `exchange_pairs`, with a layer norm of W_hh h; or None
-    pairs_c_ptr,  # the same, of c; or None
+    pairs_hh_ptr, pairs_c_ptr,  # see `exchange_pairs`, for the layer norms of W_hh h and of c; or None
     c_ptr,
     h0_ptr,
     h_n_ptr,  # [B, H] out: h after every step
@@ -203,13 +202,13 @@ def lstm_cooperative_forward_kernel(
     TOGETHER: tl.constexpr = 4 if W % 4 == 0 else 2 if W % 2 == 0 else 1
     TILES: tl.constexpr = UNITS // 4  # of 16 rows: four gates of UNITS units
     STRIDE: tl.constexpr = 16 * WARPS  # words from one chunk of a warp to its next
-    ROW: tl.constexpr = 4 * WARPS if NORM_HH or NORM_C else UNITS  # threads for the cells of a sequence
-    thread, warp, column, quarter = threads(WARPS)
-    first_unit = tl.program_id(0) * UNITS
-    first_word = warp * 16 + quarter * 4
     # With layer norms a program waits for words of padding and before resets, too, so that none overwrites numbers that
     # another still waits for.
     PADDING: tl.constexpr = NORM_HH or NORM_C
+    ROW: tl.constexpr = 4 * WARPS if PADDING else UNITS  # threads for the cells of a sequence
+    thread, warp, column, quarter = threads(WARPS)
+    first_unit = tl.program_id(0) * UNITS
+    first_word = warp * 16 + quarter * 4
 
     # The rows of W_hh that belong to the program's units, once: row number r is gate r // UNITS of unit r % UNITS.
     rows = ()
@@ -231,10 +230,8 @@ def lstm_cooperative_forward_kernel(
     z_sequences = (sequence, sequence, sequence, sequence)
 
     peepholes = indexing.load_peepholes(peephole_ptr, unit, H)
-    if NORM_HH:
-        gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H)
-    if NORM_C:
-        gain_c, bias_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H)
+    gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H) if NORM_HH else None
+    affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H) if NORM_C else None
 
     step, tile = 0, tl.program_id(1)
     seen = None
@@ -280,7 +277,7 @@ def lstm_cooperative_forward_kernel(
         gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
         if NORM_C:
             mean, scale_c = moments_of_group((c,), is_cell, pairs_c_ptr, exchanged, H, UNITS, WARPS)
-            h = output(gates[3], normalise(c, mean, scale_c, gain_c, bias_c))
+            h = output(gates[3], normalise(c, mean, scale_c, *affine_c))
         c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
         if zoneout_h_ptr is not None:
             h_before_ptr = tl.where(step == 0, h0_ptr, h_n_ptr)
@@ -309,8 +306,7 @@ def lstm_cooperative_backward_kernel(
     peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
     words_ptr,  # [T*B, 4, W] int32: dgates, or their gradient through the norm of W_hh h; sentinels beforehand
     dgates_ptr,  # [T*B, 4H] out; None without that norm, where they are the words
-    pairs_hh_ptr,  # see `exchange_pairs`, with a layer norm of W_hh h; or None
-    pairs_c_ptr,  # the same, of c; or None
+    pairs_hh_ptr, pairs_c_ptr,  # see `exchange_pairs`, for the layer norms of W_hh h and of c; or None
     partials_ptr,  # [B, PARTS, H] int32: float32 words whose last bits are one beforehand; None if PARTS is 1
     dh_total_ptr,
     dc_ptr,  # [B, H] float32, gradient of c_n, becomes that of c before every step
@@ -358,10 +354,8 @@ def lstm_cooperative_backward_kernel(
         sum_sequences = sum_sequences + ((thread + n * 32 * WARPS) // SUM_ROW % SEQUENCES,)
 
     peepholes = indexing.load_peepholes(peephole_ptr, unit, H)
-    if NORM_HH:
-        gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H)
-    if NORM_C:
-        gain_c, bias_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H)
+    gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H) if NORM_HH else None
+    affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H) if NORM_C else None
 
     step, tile = T - 1, tl.program_id(1)
     lost = tl.zeros((32 * WARPS,), tl.int1)  # a program timed out: what depends on it is NaN, past resets, too
@@ -386,8 +380,7 @@ def lstm_cooperative_backward_kernel(
         _, _, _, next_continues = indexing.position(step + 1, batch, in_batch, length, resets_ptr, B, REVERSE)
 
         # Product: dh of the partners' units, as far as it comes from the part's gates. A program waits for words of
-        # padding and after resets as well, so that none overwrites partial sums, or numbers of a layer norm, that
-        # another still waits for.
+        # padding and after resets, too, so that none overwrites sums that another still waits for.
         of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
         row_next = indexing.row_of(indexing.time_of(step + 1, length, REVERSE), of_column, B)
         dgates_at = words_ptr + row_next * (4 * W) + part * K + first_word
@@ -419,7 +412,7 @@ def lstm_cooperative_backward_kernel(
         exchanged = (batch, in_batch, phase, error_ptr, step)
         dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
         if NORM_C:
-            dz_o, d_unit = normed_output_backward(gates[3], unit_c, dh, gain_c, bias_c)
+            dz_o, d_unit = normed_output_backward(gates[3], unit_c, dh, *affine_c)
             summed = tl.where(lost, float("nan"), d_unit)
             mean_d, mean_d_unit = means_of_group(summed, d_unit * unit_c, pairs_c_ptr, exchanged, H, UNITS, WARPS, 1)
             lost |= is_of_a_timeout(mean_d, error_ptr)
