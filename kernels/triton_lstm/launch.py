@@ -110,9 +110,8 @@ class Prepared:
         """As layer.Layer.backward."""
         dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
         dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
-        dh_total = (
-            None if self._total_width is None else gates.new_empty(gates.shape[0], self._batch, self._total_width)
-        )
+        width = self._total_width
+        dh_total = None if width is None else gates.new_empty(gates.shape[0], self._batch, width)
         dreset_h, dreset_c = zeros_for_resets(r)
         dgates, buffers = self._family.backward_buffers(gates, r, self.plan)
         self._run({

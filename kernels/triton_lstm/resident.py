@@ -49,15 +49,13 @@ def cells_at_step(step, units, sequence, resets_ptr, B, H: tl.constexpr, REVERSE
 
 
 @triton.jit
-def sum_over_units(values, WARPS: tl.constexpr):
-    """Sums over all units of one value per cell, for a thread's two sequences: a pair of [THREADS]."""
+def sum_over_units(values, K: tl.constexpr, WARPS: tl.constexpr):
+    """Sums over all units of number K of each cell's values, for a thread's two sequences: a pair of [THREADS]."""
     even = tl.zeros((32 * WARPS,), tl.float32)
     odd = tl.zeros((32 * WARPS,), tl.float32)
-    for n in tl.static_range(len(values)):
-        if n % 2 == 0:
-            even += values[n]
-        else:
-            odd += values[n]
+    for n in tl.static_range(0, len(values), 2):
+        even += values[n][K]
+        odd += values[n + 1][K]
     both = tl.reshape(tl.join(even, odd), (8 * WARPS, 4, 2))  # [warps and columns, quarters, sequences]
     total = tl.broadcast_to(tl.sum(both, axis=0)[None, :, :], (8 * WARPS, 4, 2))
     return tl.split(tl.reshape(total, (32 * WARPS, 2)))
@@ -72,16 +70,16 @@ def moments(v, unit, H: tl.constexpr, WARPS: tl.constexpr):
         total = v[n][0]
         for k in tl.static_range(1, len(v[n])):
             total += v[n][k]
-        sums = sums + (total,)
-    even, odd = sum_over_units(sums, WARPS)
+        sums = sums + ((total,),)
+    even, odd = sum_over_units(sums, 0, WARPS)
     mean = (even / COUNT, odd / COUNT)
     for n in tl.static_range(len(v)):
         total = tl.zeros((32 * WARPS,), tl.float32)
         for k in tl.static_range(len(v[n])):
             distance = tl.where(unit[n] < H, v[n][k] - mean[n % 2], 0.0)
             total += distance * distance
-        squares = squares + (total,)
-    even, odd = sum_over_units(squares, WARPS)
+        squares = squares + ((total,),)
+    even, odd = sum_over_units(squares, 0, WARPS)
     return mean, (tl.rsqrt(even / COUNT + EPS), tl.rsqrt(odd / COUNT + EPS))
 
 
@@ -244,7 +242,7 @@ def lstm_resident_backward_kernel(
         places, cells = cells_at_step(step, unit, sequence, resets_ptr, B, H, REVERSE)
 
         # Load, of all cells before the first store.
-        saved, d_states, from_zoneout = (), (), ()
+        loaded = ()
         for n in tl.static_range(CELLS):
             at, _, _, _, valid, _, _ = cells[n]
             dm = indexing.add_gradients_given(tl.where(valid, dh[n], 0.0), dh_ptr, None, None, cells[n])
@@ -257,62 +255,54 @@ def lstm_resident_backward_kernel(
                 dh_prev, dm = mix_backward(indexing.load_share(zoneout_h_ptr, at, valid), dm)
             of_c = tl.where(valid, dc[n], 0.0)
             of_c, c, dc_prev = indexing.zoneout_c_backward(of_c, zoneout_c_ptr, gates, c, c_prev, cells[n])
-            saved = saved + ((gates, c, c_prev),)
-            d_states = d_states + ((dm, of_c),)
-            from_zoneout = from_zoneout + ((dh_prev, dc_prev),)
+            loaded = loaded + ((gates, c, c_prev, dm, of_c, dh_prev, dc_prev),)
 
         # Output.
         if NORM_C:
-            outer, d_units, d_units_along = (), (), ()
+            units = ()
             for n in tl.static_range(CELLS):
                 at, _, _, in_tile, valid, _, _ = cells[n]
-                tl.store(dh_total_ptr + at, d_states[n][0], mask=in_tile)
+                gates, _, _, dm, _, _, _ = loaded[n]
+                tl.store(dh_total_ptr + at, dm, mask=in_tile)
                 unit_c = tl.load(unit_c_ptr + at, mask=valid, other=0.0)
                 gain, bias = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[n], H)
-                dz_o, d_unit = normed_output_backward(saved[n][0][3], unit_c, d_states[n][0], gain, bias)
-                outer = outer + ((dz_o, unit_c),)
-                d_units = d_units + (d_unit,)
-                d_units_along = d_units_along + (d_unit * unit_c,)
-            sum_d = sum_over_units(d_units, WARPS)
-            sum_d_unit = sum_over_units(d_units_along, WARPS)
+                dz_o, d_unit = normed_output_backward(gates[3], unit_c, dm, gain, bias)
+                units = units + ((d_unit, d_unit * unit_c, dz_o, unit_c),)
+            sum_d, sum_d_unit = sum_over_units(units, 0, WARPS), sum_over_units(units, 1, WARPS)
 
         # Cell. In padding every factor was loaded as zero, so its gradients are zero.
         dz, dc_before = (), ()
         for n in tl.static_range(CELLS):
-            gates, c, c_prev = saved[n]
-            dm, of_c = d_states[n]
+            gates, c, c_prev, dm, of_c, _, dc_from_zoneout = loaded[n]
             if NORM_C:
-                dz_o, unit_c = outer[n]
+                d_unit, _, dz_o, unit_c = units[n]
                 scale = tl.load(scale_c_ptr + places[n][1], mask=places[n][2], other=0.0)
-                of_c += normalise_backward(d_units[n], unit_c, scale, sum_d[n % 2] / H, sum_d_unit[n % 2] / H)
+                of_c += normalise_backward(d_unit, unit_c, scale, sum_d[n % 2] / H, sum_d_unit[n % 2] / H)
             else:
                 dz_o, dc_of_m = output_backward(gates[3], c, dm)
                 of_c += dc_of_m
             d_gates, dc_prev = gates_backward(gates, c_prev, dz_o, of_c, peepholes[n], PEEPHOLES)
             if zoneout_c_ptr is not None:
-                dc_prev += from_zoneout[n][1]
+                dc_prev += dc_from_zoneout
             dz = dz + (d_gates,)
             dc_before = dc_before + (dc_prev,)
 
         # Through the layer norm, to the gradient of W_hh h.
         dz_hh = dz
         if NORM_HH:
-            of_units, units_hh, d_units, d_units_along = (), (), (), ()
+            units_hh, dz_hh = (), ()
             for n in tl.static_range(CELLS):
                 _, gates_at, _, _, valid, _, _ = cells[n]
                 gain = indexing.load_gates(gain_hh_ptr, unit[n], unit[n] < H, H)
-                units_hh = units_hh + (indexing.load_gates(unit_hh_ptr, gates_at, valid, H),)
-                of_unit, d, d_along = gates_of_unit(dz[n], gain, units_hh[n], DTYPE)
-                of_units = of_units + (of_unit,)
-                d_units = d_units + (d,)
-                d_units_along = d_units_along + (d_along,)
-            sum_d = sum_over_units(d_units, WARPS)
-            sum_d_unit = sum_over_units(d_units_along, WARPS)
-            dz_hh = ()
+                unit_hh = indexing.load_gates(unit_hh_ptr, gates_at, valid, H)
+                d, sum_of_d, sum_of_d_unit = gates_of_unit(dz[n], gain, unit_hh, DTYPE)
+                units_hh = units_hh + ((sum_of_d, sum_of_d_unit, d, unit_hh),)
+            sum_d, sum_d_unit = sum_over_units(units_hh, 0, WARPS), sum_over_units(units_hh, 1, WARPS)
             for n in tl.static_range(CELLS):
+                _, _, d, unit_hh = units_hh[n]
                 scale = tl.load(scale_hh_ptr + places[n][1], mask=places[n][2], other=0.0)
                 mean_d, mean_d_unit = sum_d[n % 2] / (4 * H), sum_d_unit[n % 2] / (4 * H)
-                dz_hh = dz_hh + (normalise_gates_backward(of_units[n], units_hh[n], scale, mean_d, mean_d_unit),)
+                dz_hh = dz_hh + (normalise_gates_backward(d, unit_hh, scale, mean_d, mean_d_unit),)
 
         # Product, gate by gate: the gradient of the state before the step.
         operand, of_gates = (), ()
@@ -332,7 +322,7 @@ def lstm_resident_backward_kernel(
             if dropout_h_ptr is not None:
                 of_h *= tl.load(dropout_h_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
             if zoneout_h_ptr is not None:
-                dh_prev, _ = from_zoneout[n]
+                _, _, _, _, _, dh_prev, _ = loaded[n]
                 of_h += dh_prev
                 tl.store(dh_from_zoneout_ptr + state_at, dh_prev, mask=continues & (tl.zeros_like(unit[n]) + step == 0))
                 if dreset_h_ptr is not None:
@@ -373,10 +363,7 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
     """What forward needs beyond what all families share: h, and more arguments."""
     steps, batch, gates_of_all = gates.shape
     h = gates.new_empty(steps, batch, gates_of_all // 4)
-    return h, {
-        "weights_ptr": as_words(r.weight_hh),
-        "h_ptr": h,
-    }
+    return h, {"weights_ptr": as_words(r.weight_hh), "h_ptr": h}
 
 
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
