@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layer import Chosen, Gradients, Layer, Verify, zeros_for_resets
-from ..problem import Pass, Problem, Recurrence
+from ..problem import TENSORS, Pass, Problem, Recurrence
 from ..timeouts import KERNELS, error_word
 from . import features, pointwise
 from .binary import RecordedLaunch
@@ -60,6 +60,10 @@ class Kernel:
                 self._run(*values, *self._constants)
         else:
             launch(self._kernel, self._grid, **arguments)
+
+
+# The parameters of kernels that are given the tensors of a Recurrence.
+_POINTERS = tuple(f"{name}_ptr".replace("weight_peephole", "peephole") for name in Recurrence._fields[:TENSORS])
 
 
 class Prepared:
@@ -116,7 +120,6 @@ class Prepared:
         dgates, buffers = self._family.backward_buffers(gates, r, self.plan)
         self._run({
             **self._shared(gates, r), "c_ptr": c, "dh_ptr": dh, "dh_n_ptr": dh_n, "dc_ptr": dc,
-            "unit_hh_ptr": r.unit_hh, "scale_hh_ptr": r.scale_hh, "unit_c_ptr": r.unit_c, "scale_c_ptr": r.scale_c,
             "dh_from_zoneout_ptr": dh_from_zoneout, "dh_total_ptr": dh_total, "dreset_h_ptr": dreset_h,
             "dreset_c_ptr": dreset_c, **buffers,
         }, r)  # fmt: skip
@@ -133,15 +136,11 @@ class Prepared:
 
     def _shared(self, gates: Tensor, r: Recurrence) -> dict[str, Any]:
         """What kernels of all families are given, forward and backward."""
-        return {
-            "gates_ptr": gates, "h0_ptr": r.h0, "c0_ptr": r.c0, "weight_hh_ptr": r.weight_hh,
-            "weight_hr_ptr": r.weight_hr, "peephole_ptr": r.weight_peephole, "lengths_ptr": r.lengths,
-            "resets_ptr": r.resets, "dropout_h_ptr": r.dropout_h, "zoneout_h_ptr": r.zoneout_h,
-            "zoneout_c_ptr": r.zoneout_c, "reset_h_ptr": r.reset_h, "reset_c_ptr": r.reset_c,
-            "gain_hh_ptr": r.gain_hh, "gain_c_ptr": r.gain_c, "bias_c_ptr": r.bias_c,
-            "arrivals_ptr": None if self.at_once is None else r.c0.new_zeros(1, dtype=torch.int32),
-            "error_ptr": self._error, "T": gates.shape[0], "B": self._batch,
-        }  # fmt: skip
+        arrivals = None if self.at_once is None else r.c0.new_zeros(1, dtype=torch.int32)
+        return dict(
+            zip(_POINTERS, r), gates_ptr=gates, arrivals_ptr=arrivals, error_ptr=self._error, T=gates.shape[0],
+            B=self._batch,
+        )  # fmt: skip
 
 
 def _constants(problem: Problem, which: Pass, plan: Plan) -> dict[str, Any]:
