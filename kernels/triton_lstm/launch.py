@@ -100,7 +100,7 @@ class Prepared:
         h_n = r.h0.clone() if copied else torch.empty_like(r.h0)
         c_n = r.c0.clone() if copied or self.plan.family is Family.COOPERATIVE else torch.empty_like(r.c0)
         h, buffers = self._family.forward_buffers(gates, r, self.plan)
-        self._run({**self._shared(gates, r), "c_ptr": c, "h_n_ptr": h_n, "c_n_ptr": c_n, **buffers}, r)
+        self._run(gates, r, {"c_ptr": c, "h_n_ptr": h_n, "c_n_ptr": c_n, **buffers})
         steps, _, width = h.shape
         if width > self._width:  # rows of words
             h = h[: gates.shape[0], :, : self._width].contiguous()
@@ -118,29 +118,26 @@ class Prepared:
         dh_total = None if width is None else gates.new_empty(gates.shape[0], self._batch, width)
         dreset_h, dreset_c = zeros_for_resets(r)
         dgates, buffers = self._family.backward_buffers(gates, r, self.plan)
-        self._run({
-            **self._shared(gates, r), "c_ptr": c, "dh_ptr": dh, "dh_n_ptr": dh_n, "dc_ptr": dc,
-            "dh_from_zoneout_ptr": dh_from_zoneout, "dh_total_ptr": dh_total, "dreset_h_ptr": dreset_h,
-            "dreset_c_ptr": dreset_c, **buffers,
-        }, r)  # fmt: skip
+        self._run(gates, r, {
+            "c_ptr": c, "dh_ptr": dh, "dh_n_ptr": dh_n, "dc_ptr": dc, "dh_from_zoneout_ptr": dh_from_zoneout,
+            "dh_total_ptr": dh_total, "dreset_h_ptr": dreset_h, "dreset_c_ptr": dreset_c, **buffers,
+        })  # fmt: skip
         if dgates.dim() == 4:  # [T, B, 4, H or more], rows of words
             dgates = dgates[..., : self._hidden].reshape(gates.shape)
         return Gradients(dgates, dh_from_zoneout, dc, dh_total, dreset_h, dreset_c)
 
-    def _run(self, given: dict[str, Any], r: Recurrence) -> None:
-        """One launch, or one per step."""
+    def _run(self, gates: Tensor, r: Recurrence, own: dict[str, Any]) -> None:
+        """One launch, or one per step, with `own` arguments besides those of all families and both directions."""
+        given: dict[str, Any] = dict(zip(_POINTERS, r))
+        given |= {
+            "gates_ptr": gates, "error_ptr": self._error, "T": gates.shape[0], "B": self._batch,
+            "arrivals_ptr": None if self.at_once is None else r.c0.new_zeros(1, dtype=torch.int32),
+        }  # fmt: skip
+        given |= own
         if self._loop is None:
             self._kernel(self._launch, given)
         else:
             self._loop(partial(self._kernel, self._launch), given, r)
-
-    def _shared(self, gates: Tensor, r: Recurrence) -> dict[str, Any]:
-        """What kernels of all families are given, forward and backward."""
-        arrivals = None if self.at_once is None else r.c0.new_zeros(1, dtype=torch.int32)
-        return dict(
-            zip(_POINTERS, r), gates_ptr=gates, arrivals_ptr=arrivals, error_ptr=self._error, T=gates.shape[0],
-            B=self._batch,
-        )  # fmt: skip
 
 
 def _constants(problem: Problem, which: Pass, plan: Plan) -> dict[str, Any]:
