@@ -83,11 +83,8 @@ def exchange_pairs(
     exchanged,  # the thread's sequence and whether there is one, [THREADS], the phase of the step, error_ptr, the step
     H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Of each of a thread's programs, place + n ROW: (first number, second number, number of its units).
-
-    Zeros where there is none. Programs without units do nothing. It is called at every step, so that no phase is
-    skipped.
-    """
+    """Of each of a thread's programs, place + n ROW: (first number, second number, number of its units); zeros where
+    there is none. Programs without units do nothing. It is called at every step: no phase is skipped."""
     batch, in_batch, phase, error_ptr, step = exchanged
     ROW: tl.constexpr = 4 * WARPS
     PROGRAMS: tl.constexpr = (H + UNITS - 1) // UNITS
@@ -125,8 +122,8 @@ def moments_of_group(
         distance = tl.where(is_cell, v[n] - own, 0.0)
         squares += distance * distance
     of_programs = exchange_pairs(own, sum_of_row(squares, WARPS), pairs_ptr, exchanged, H, UNITS, WARPS)
-    # About this program's mean, so that both sums can be computed at once. Little cancels, since it is close enough to
-    # the mean of all: no further from it than the square root of the number of programs times the deviation.
+    # About this program's mean, so that both sums can be computed at once. Little cancels: it is no further from the
+    # mean of all than the square root of the number of programs times the deviation.
     shift, squares = zeros, zeros
     for n in tl.static_range(len(of_programs)):
         mean, its_squares, units = of_programs[n]

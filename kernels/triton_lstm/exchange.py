@@ -27,11 +27,9 @@ POLLS_BETWEEN_CHECKS = tl.constexpr(64)  # a power of two
 
 @triton.jit
 def pack(x, DTYPE: tl.constexpr):
-    """[THREADS] float32, rounded to DTYPE -> words [THREADS], never the sentinel. In half precision an even thread's
-    word holds its element and, in the high half, the next thread's; an odd thread's is not used.
-
-    The sentinel has all bits one, a NaN in every floating-point format; a NaN that was computed becomes another.
-    """
+    """[THREADS] float32, rounded to DTYPE -> words [THREADS]. In half precision an even thread's word holds its element
+    and, in the high half, the next thread's; an odd thread's is not used. None is the sentinel, all bits one, a NaN in
+    every floating-point format: a NaN that was computed becomes another."""
     x = tl.where(x == x, x, float("nan")).to(DTYPE)
     if DTYPE.primitive_bitwidth == 32:
         words = x.to(tl.int32, bitcast=True)
@@ -68,9 +66,8 @@ def publish(at, words, mask):
 def grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
     """All programs wait for each other: what any of them stored before, all can load after.
 
-    `times` is the number of barriers so far, this one included: arrivals are counted up and never reset. Returns the
-    poll limit of later barriers, 0 if this one timed out. Past 2^31 arrivals the count wraps around below zero, which
-    the difference ignores.
+    `times` is the number of barriers so far, this one included: arrivals are counted up and never reset; past 2^31 they
+    wrap around, which the difference ignores. Returns the poll limit of later barriers, 0 if this one timed out.
     """
     tl.debug_barrier()  # every thread's stores come before the one thread's release
     expected = times * tl.num_programs(0)
@@ -106,11 +103,8 @@ def collect(
     PHASED: tl.constexpr,
     seen=None,  # what `look` returned for the same place, instead of a first poll
 ):  # fmt: skip
-    """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32. Others are zero.
-
-    Relaxed loads of gpu scope, repeated while a word is the sentinel or, if PHASED, of the other phase. Each warp polls
-    for itself, without a barrier: see `polling_loop`.
-    """
+    """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32; others are zero. Relaxed loads of
+    gpu scope, repeated while a word is the sentinel or, if PHASED, of the other phase; each warp polls for itself."""
     COUNT: tl.constexpr = GROUPS * SIZE
     SEEN: tl.constexpr = 0 if seen is None else COUNT
     given = (at, left, phase, error_ptr, step + 1)

@@ -108,10 +108,8 @@ def share(
     turn,  # 0 and 1 alternately, so that a call does not write where the one before did
     CHUNKS: tl.constexpr,  # of a row; even
 ):
-    """Share 8 rows of K, held in parts by a program's threads, with all its warps; return their place, for `take`.
-
-    In shared memory [2, 8 sequences, 16 CHUNKS words], with one barrier, as in `sum_over_warps`.
-    """
+    """Share 8 rows of K, held in parts by a program's threads, with all its warps, through shared memory
+    [2, 8 sequences, 16 CHUNKS words] and with one barrier, as `sum_over_warps`. Returns their place, for `take`."""
     COUNT: tl.constexpr = len(values)
     SIZE: tl.constexpr = values[0].dtype.primitive_bitwidth // 8
     bits, places = (), ()
@@ -161,8 +159,8 @@ def sum_over_warps(
 ):
     """Elements of the sum of all warps' products, as many [THREADS] float32, in the same order every time.
 
-    The products are added in shared memory [2, WARPS, 16 TILES rows, 8 sequences], with one barrier: while one half is
-    read, the other half is written. Warps that want nothing leave shared memory's bandwidth to the others.
+    In shared memory [2, WARPS, 16 TILES rows, 8 sequences], with one barrier: while one half is read, the other half is
+    written. Warps that want nothing leave its bandwidth to the others.
     """
     COUNT: tl.constexpr = len(rows)
     TILES: tl.constexpr = len(parts) // 4
@@ -179,11 +177,8 @@ def sum_over_warps(
 
 @triton.jit
 def place(row, sequence):
-    """Where an element of a product lies in shared memory, in bytes.
-
-    Pairs of sequences are swizzled by the row, so that neither the threads of a product nor neighbouring rows of one
-    sequence have a bank conflict.
-    """
+    """Where an element of a product lies in shared memory, in bytes: pairs of sequences are swizzled by the row, so
+    that neither the threads of a product nor neighbouring rows of one sequence have a bank conflict."""
     pair = (sequence // 2) ^ (row // 4 % 4)
     return 4 * (8 * row + 2 * pair + sequence % 2)
 

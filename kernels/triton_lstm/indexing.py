@@ -71,10 +71,8 @@ def row_in_h_then_h0(step, length, batch, T, B, REVERSE: tl.constexpr):
 
 @triton.jit
 def is_reset(resets_ptr, time, length, batch, B, in_batch, REVERSE: tl.constexpr):
-    """Where the state is zeroed before the step at `time`.
-
-    A reset at t separates time t from time t - 1 in both directions; the reverse direction comes from time + 1.
-    """
+    """Where the state is zeroed before the step at `time`. A reset at t separates time t from time t - 1 in both
+    directions; the reverse direction comes from time + 1."""
     later = time + 1 if REVERSE else time  # of the two times that a reset may separate
     reset = time < 0
     if resets_ptr is not None:
@@ -84,10 +82,8 @@ def is_reset(resets_ptr, time, length, batch, B, in_batch, REVERSE: tl.constexpr
 
 @triton.jit
 def position(step, batch, in_batch, length, resets_ptr, B, REVERSE: tl.constexpr):
-    """Where each of some `sequences` is at `step`: (time, row, valid, continues).
-
-    valid: the step is one of the sequence's, not padding. continues: and its state before is not zeroed by a reset.
-    """
+    """Where each of some `sequences` is at `step`: (time, row, valid: it is no padding, continues: nor is the state
+    before it zeroed by a reset)."""
     time = time_of(step, length, REVERSE)
     row = row_of(time, batch, B)
     valid = in_batch & (step < length)
@@ -110,10 +106,8 @@ def cells_at(row, batch, unit, in_batch, valid, continues, H):
 
 @triton.jit
 def interleaved_gates(unit_start, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The order in which one product yields all four gates of BLOCK_H units: number n is gate n % 4 of unit n // 4.
-
-    Returns (index into 4H, unit), each [4 * BLOCK_H]. So a thread holds all four gates of its units.
-    """
+    """(index into 4H, unit), each [4 * BLOCK_H], of columns of which number n is gate n % 4 of unit n // 4: one product
+    yields all four gates of BLOCK_H units, and a thread holds all those of its units."""
     n = tl.arange(0, 4 * BLOCK_H)
     unit = unit_start + n // 4
     return (n % 4) * H + unit, unit
@@ -228,10 +222,8 @@ def zoneout(zoneout_ptr, at, mask, before, new):
 
 @triton.jit
 def zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells):
-    """dh, without the part through zoneout of the step after -> the gradient of the h that the step computed.
-
-    dh_from_zoneout [B, P], float32: the gradient through zoneout of the step after, replaced by that of this one.
-    """
+    """dh, without the part through zoneout of the step after -> the gradient of the h that the step computed. That part
+    is in dh_from_zoneout [B, P], float32, and is replaced by this step's."""
     at, _, state_at, _, valid, continues, reset = cells
     if zoneout_h_ptr is not None:
         dh += tl.load(dh_from_zoneout_ptr + state_at, mask=valid, other=0.0)
