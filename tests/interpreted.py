@@ -43,7 +43,7 @@ def product(weights, x, DTYPE):
 def sum_over_warps(parts, rows, sequences, wanted, turn, WARPS):
     by_warp = np.stack([part.handle.data for part in parts]).reshape(-1, 2, 2, WARPS, 8, 4)
     total = by_warp.sum(axis=3).transpose(0, 1, 3, 4, 2).reshape(-1, 8)
-    places = (tuple(t.handle.data for t in place) for place in zip(rows, sequences))
+    places = (tuple(t.handle.data for t in place) for place in zip(rows, itertools.cycle(sequences)))
     return _tensors((np.where(wanted.handle.data, total[place], np.nan) for place in places), tl.float32)
 
 

@@ -175,13 +175,12 @@ def h_before(
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_cooperative_forward_kernel(
-    gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
+    gates_ptr,
     weights_ptr,  # [4H, W] int32: W_hh
     peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr,
     words_ptr,  # [T*B + B, W] int32: h of every step, out and the exchange, sentinels beforehand; then h0
     pairs_hh_ptr, pairs_c_ptr,  # see `exchange_pairs`, for the layer norms of W_hh h and of c; or None
-    c_ptr,
-    h0_ptr,
+    c_ptr, h0_ptr,
     h_n_ptr,  # [B, H] out: h after every step
     c_n_ptr,  # [B, H] float32 c0, becomes c after every step
     lengths_ptr, resets_ptr,
@@ -224,7 +223,6 @@ def lstm_cooperative_forward_kernel(
     sequence %= SEQUENCES
     place %= UNITS
     z_rows = (place, place + UNITS, place + 2 * UNITS, place + 3 * UNITS)
-    z_sequences = (sequence, sequence, sequence, sequence)
 
     peepholes = indexing.load_peepholes(peephole_ptr, unit, H)
     gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H) if NORM_HH else None
@@ -258,7 +256,7 @@ def lstm_cooperative_forward_kernel(
         if dropout_h_ptr is not None:
             h_prev = scale(h_prev, dropout_h_ptr + of_column.to(tl.int64) * W + first_word, left, STRIDE, DTYPE)
         parts = product(weights, h_prev, DTYPE)
-        z = sum_over_warps(parts, z_rows, z_sequences, of_cell, turn % 2, WARPS)
+        z = sum_over_warps(parts, z_rows, (sequence,), of_cell, turn % 2, WARPS)
 
         # The words of the next turn arrive while the cell of this one is computed.
         next_step, next_tile = next_turn(step, tile, 1, B)
@@ -296,18 +294,14 @@ def lstm_cooperative_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_cooperative_backward_kernel(
-    dh_ptr, dh_n_ptr,
-    gates_ptr,  # [T*B, 4H] activated
-    c_ptr, c0_ptr,
+    dh_ptr, dh_n_ptr, gates_ptr, c_ptr, c0_ptr,
     weights_ptr,  # [PARTS, H, 4 / PARTS * W] int32: W_hh^T of each part's gates
     peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
     words_ptr,  # [T*B, 4, W] int32: dgates, or their gradient through the norm of W_hh h; sentinels beforehand
-    dgates_ptr,  # [T*B, 4H] out; None without that norm, where they are the words
+    dgates_ptr,  # None without that norm, where they are the words
     pairs_hh_ptr, pairs_c_ptr,  # see `exchange_pairs`, for the layer norms of W_hh h and of c; or None
     partials_ptr,  # [B, PARTS, H] int32: float32 words whose last bits are one beforehand; None if PARTS is 1
-    dh_total_ptr,
-    dc_ptr,  # [B, H] float32, gradient of c_n, becomes that of c before every step
-    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
+    dh_total_ptr, dc_ptr, lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, H] float32 zeros, becomes the gradient of h before every step through zoneout; or None
     dreset_h_ptr, reset_c_ptr, dreset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
     REVERSE: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,

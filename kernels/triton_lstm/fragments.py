@@ -152,7 +152,7 @@ def shared_place(sequence, byte, CHUNKS: tl.constexpr):
 def sum_over_warps(
     parts,  # of product: each warp has another part of K
     rows,  # tuple of [THREADS]: which rows of the sum a thread wants
-    sequences,  # tuple of [THREADS]: and of which sequence
+    sequences,  # tuple of [THREADS]: and of which sequence, repeated as often as needed
     wanted,  # [THREADS] whether it wants any, the same in all threads of a warp; elsewhere sums are undefined
     turn,  # as for `share`
     WARPS: tl.constexpr,
@@ -168,7 +168,7 @@ def sum_over_warps(
     warp_at = warp * (16 * TILES)
     places = (place(warp_at + column, 2 * quarter), place(warp_at + column + 8, 2 * quarter))
     for n in tl.static_range(COUNT):
-        places = places + (place(rows[n], sequences[n]),)
+        places = places + (place(rows[n], sequences[n % len(sequences)]),)
     return tl.inline_asm_elementwise(
         summation(COUNT, TILES, WARPS), operands("=&f", COUNT, "f", 4 * TILES, "r", COUNT + 4),
         parts + places + (turn, wanted.to(tl.int32)), dtype=types(tl.float32, COUNT), is_pure=False, pack=1,

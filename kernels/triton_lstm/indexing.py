@@ -10,6 +10,7 @@ A *step* counts in the order of processing. With a sequence of length L in a bat
 Pointers that mean the same in every kernel, for H units and P features of h (H without a projection); those of absent
 tensors are None:
 
+    gates [T*B, 4H]                           forward in: x W_ih^T + b_ih + b_hh; out, if SAVE, and backward: activated
     h0 [B, P]  c0 [B, H] float32  c [T*B, H] float32  lengths [B]  resets [T*B]  error [1] int32, see timeouts.py
     weight_hh [4H, P]  weight_hr [P, H]  peephole [3H]  dropout_h [B, P]
     zoneout_h [T*B, P] or one float32         reset_h [T*B, P], read with zoneout_h alone
@@ -17,6 +18,8 @@ tensors are None:
     gain_hh [4H]  gain_c [H]  bias_c [H]      of the layer norms of W_hh h and of c, and what they normalised:
     unit_hh [T*B, 4H]  unit_c [T*B, H] float32  scale_hh [T*B] float32  scale_c [T*B] float32
     dh [T*B, P]  dh_n [B, P]                  gradients given to backward
+    dgates [T*B, 4H]                          out: the gradient of the pre-activations
+    dc [B, H] float32                         gradient of c_n, becomes that of c before every step
     dh_total [T*B, P]                         out: the whole gradient of W_hr m, or with a layer norm of c that of m
     dreset_h [T*B, P]  dreset_c [T*B, H]      float32 zeros; out at resets: of h before, by zoneout, and of c before
 """

@@ -85,13 +85,12 @@ def moments(v, unit, H: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_resident_forward_kernel(
-    gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
+    gates_ptr,
     weights_ptr,  # [4H, W] int32: W_hh
     peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr, h0_ptr, c0_ptr,
-    h_ptr,  # [T*B, H]
+    h_ptr,  # [T*B, H] out
     c_ptr,
-    h_n_ptr,  # [B, H]
-    c_n_ptr,  # [B, H] float32
+    h_n_ptr, c_n_ptr,  # [B, H] out, the latter float32
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, T, B,
     H: tl.constexpr, PEEPHOLES: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
     UNITS: tl.constexpr,  # at least H
@@ -191,14 +190,11 @@ def lstm_resident_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_resident_backward_kernel(
-    dh_ptr, dh_n_ptr,
-    gates_ptr,  # [T*B, 4H] activated
-    c_ptr, c0_ptr,
+    dh_ptr, dh_n_ptr, gates_ptr, c_ptr, c0_ptr,
     weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
     peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
-    dh_total_ptr,
-    dgates_ptr,  # [T*B, 4H] out
-    dc_ptr,  # [B, H] float32, in: gradient of c_n; out: of c0
+    dh_total_ptr, dgates_ptr,
+    dc_ptr,  # in: the gradient of c_n; out: of c0
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, H] float32 zeros, out: the gradient of h0 through zoneout; or None
     dreset_h_ptr, reset_c_ptr, dreset_c_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr, REVERSE: tl.constexpr,
