@@ -1,27 +1,18 @@
 """The cooperative family: the whole sequence in one launch, W_hh spread over many programs, h exchanged at each step.
 
-The programs of one batch tile are a group; each owns UNITS hidden units, keeps its part of W_hh in registers, and needs
-at every step what its whole group computed at the step before. A group may have several batch tiles, so that the words
-of one arrive while it works on another; forward requests them before it computes the cell of the other. Groups never
-wait for each other. All programs of a launch must be resident at once.
+The programs of one batch tile are a group, which never waits for another. Each owns UNITS hidden units, and keeps its
+part of W_hh in registers. A group may have several batch tiles: forward requests the words of one before it computes
+the cell of the other. All programs of a launch must be resident at once.
 
-forward    A program holds the four gates' rows of its units, [4 UNITS, H]. It publishes h of its units.
+forward    A program holds the four gates' rows of its units, [4 UNITS, H], and publishes h of its units.
+backward   PARTS programs, 1, 2 or 4, are partners and own PARTS UNITS units together. Each holds W_hh^T of 4 / PARTS
+           gates for all of these, [PARTS UNITS, 4 / PARTS H], and reads only the dgates of these gates. With partners
+           it publishes its partial sums in a second, small exchange, and adds up all partners' for its own units.
 
-backward   dh of a unit needs dgates of all units, four times as wide as h. PARTS programs, 1, 2 or 4, are partners and
-           own PARTS UNITS units together. Each holds W_hh^T of 4 / PARTS gates for all of these units,
-           [PARTS UNITS, 4 / PARTS H], and reads only the dgates of these gates. With more than one, each publishes its
-           partial sums in a second, small exchange, and adds up those of all for its own units, in the same order every
-           time: W_hh of more units fits, but a step takes longer.
-
-A thread (fragments.py) has two places in a batch tile of 8 sequences: in the product its column is a sequence, and K is
-split over the warps; afterwards it owns a cell, one unit of one sequence.
-
-With layer norms, ROW threads of one warp have the cells of a sequence. Their program sums up its units in two numbers
-per sequence, and all programs exchange these, once for each norm. The threads of a row share the programs' numbers
-among them, and add up by shuffles, without a barrier.
-
-Programs exchange words of 32 bits (exchange.py), PER units in each: a row of H units is W = ceil(H / PER) words, of
-which the last may be half empty. So the weights are passed as words, too.
+In the product a thread's column is a sequence, and K is split over the warps (fragments.py); afterwards it owns a cell,
+one unit of one sequence. With layer norms, ROW threads of one warp have the cells of a sequence, sum them up in two
+numbers, exchange these with all programs, and add up by shuffles. Words (exchange.py) have PER units: a row of H units
+is W = ceil(H / PER) words, of which the last may be half empty; so the weights are passed as words, too.
 """
 
 from collections.abc import Iterator

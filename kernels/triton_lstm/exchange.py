@@ -1,18 +1,15 @@
-"""How the programs of one launch exchange what all of them need at the next step.
+"""How the programs of one launch exchange what all of them need at the next step; docs/design.md says why it is sound.
 
 No memory is overwritten while a program may still read it, and none is reset inside a launch. Two exchanges:
 
-    words         Each word of 32 bits doubles as its ready flag. A word has one element of float32 or two neighbouring
-                  ones of half precision, and is stored and loaded by relaxed operations of gpu scope (PTX ISA, "Memory
-                  Consistency Model": of one width, so that a race of them is defined). Either every step's words have
-                  memory of their own, initialised with a sentinel that `pack` never returns; or two steps alternate in
-                  the same memory, and a word's last bit is its step's phase. A reader loads a word until it is the one
-                  it waits for: one store and one load per step, and no barrier.
+    words         of 32 bits, each its own ready flag: an element of float32 or two neighbouring ones of half precision.
+                  Either every step's words have memory of their own, initialised with a sentinel that `pack` never
+                  returns; or two steps alternate in the same memory, and a word's last bit is its step's phase.
     grid_barrier  A counter of arrivals: store everything, count up (release), wait for it (acquire), then load.
 
 Waits are bounded. A poll is one load of a counter or of words, and the word after the error word limits the polls of a
-wait (timeouts.py). A longer wait times out: the error word is set to step + 1, and the missing values count as
-NaN. Later steps do not wait for long, so that the launch ends.
+wait (timeouts.py). A longer wait times out: the error word is set to step + 1, and the missing values count as NaN.
+Later steps do not wait for long, so that the launch ends.
 """
 
 import triton
