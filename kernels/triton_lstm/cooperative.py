@@ -187,7 +187,6 @@ def lstm_cooperative_forward_kernel(
     PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     W: tl.constexpr = (H + PER - 1) // PER
     TOGETHER: tl.constexpr = 4 if W % 4 == 0 else 2 if W % 2 == 0 else 1
-    TILES: tl.constexpr = UNITS // 4  # of 16 rows: four gates of UNITS units
     STRIDE: tl.constexpr = 16 * WARPS  # words from one chunk of a warp to its next
     # With layer norms a program waits for words of padding and before resets, too, so that none overwrites numbers that
     # another still waits for.
@@ -199,10 +198,10 @@ def lstm_cooperative_forward_kernel(
 
     # The rows of W_hh that belong to the program's units, once: row number r is gate r // UNITS of unit r % UNITS.
     rows = ()
-    for n in tl.static_range(2 * TILES):
+    for n in tl.static_range(UNITS // 2):
         unit = first_unit + (8 * n + column) % UNITS
         rows = rows + (tl.where(unit < H, (8 * n + column) // UNITS * H + unit, -1),)
-    weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, DTYPE, CHUNKS, TILES)
+    weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, DTYPE, CHUNKS)
 
     # The thread's cell, and the word of h that it publishes.
     place = thread % ROW
@@ -306,7 +305,6 @@ def lstm_cooperative_backward_kernel(
     K: tl.constexpr = 4 // PARTS * W  # words of dgates that the program multiplies
     TOGETHER: tl.constexpr = 4 if K % 4 == 0 else 2 if K % 2 == 0 else 1
     ROWS: tl.constexpr = PARTS * UNITS  # of W_hh^T: the units of all partners
-    TILES: tl.constexpr = ROWS // 16  # of 16 rows
     STRIDE: tl.constexpr = 16 * WARPS  # words from one chunk of a warp to its next
     ROW: tl.constexpr = 4 * WARPS if NORM_HH or NORM_C else UNITS  # threads for the cells of a sequence
     SUM_ROW: tl.constexpr = ROW if PARTS == 1 else ROWS  # threads, or turns of threads, for the sums of a sequence
@@ -318,10 +316,10 @@ def lstm_cooperative_backward_kernel(
 
     # W_hh^T of the part's gates for the units of all partners, once.
     rows = ()
-    for n in tl.static_range(2 * TILES):
+    for n in tl.static_range(ROWS // 8):
         unit = first_unit + 8 * n + column
         rows = rows + (tl.where(unit < H, part * H + unit, -1),)
-    weights = load_weights(weights_ptr, rows, first_word, K, STRIDE, DTYPE, CHUNKS, TILES)
+    weights = load_weights(weights_ptr, rows, first_word, K, STRIDE, DTYPE, CHUNKS)
 
     # The thread's cell, the word of dgates that it publishes, and its sums.
     unit = first_unit + part * UNITS + thread % ROW

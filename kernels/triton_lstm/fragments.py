@@ -38,12 +38,12 @@ def load_weights(
     first,  # [THREADS] the first word of the thread's first quad
     W: tl.constexpr,
     STRIDE: tl.constexpr,  # words from one chunk of the thread to the next
-    DTYPE: tl.constexpr, CHUNKS: tl.constexpr, TILES: tl.constexpr,
+    DTYPE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """A of TILES x 16 rows and CHUNKS chunks: a tuple of [THREADS] words, which stays in registers."""
     weights = ()
     for chunk in tl.static_range(CHUNKS):
-        for n in tl.static_range(8 * TILES):
+        for n in tl.static_range(4 * len(rows)):
             row = rows[n // 8 * 2 + n % 2]
             word = first + chunk * STRIDE + n % 8 // 2
             there = (row >= 0) & (word < W)

@@ -104,15 +104,14 @@ def lstm_resident_forward_kernel(
     W: tl.constexpr = (H + PER - 1) // PER
     CHUNKS: tl.constexpr = UNITS // PER // 16
     CELLS: tl.constexpr = UNITS // WARPS // 4
-    TILES: tl.constexpr = CELLS  # of 16 rows: of 8 units the gates i and f, then g and o
     thread, warp, column, quarter = threads(WARPS)
     unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS)
 
     # The four gates' rows of the warp's units, once: a pair of tiles is 8 units, i and f of the first, g and o.
     rows = ()
-    for n in tl.static_range(2 * TILES):
+    for n in tl.static_range(2 * CELLS):
         rows = rows + (tl.where(unit[n // 4 * 2] < H, n % 4 * H + unit[n // 4 * 2], -1),)
-    weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, DTYPE, CHUNKS, TILES)
+    weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, DTYPE, CHUNKS)
 
     h, c, peepholes, gain_hh, affine_c = (), (), (), (), ()
     states = cells_at_step(0, unit, sequence, None, B, H, REVERSE)[1]
@@ -209,16 +208,15 @@ def lstm_resident_backward_kernel(
     W: tl.constexpr = (H + PER - 1) // PER
     CHUNKS: tl.constexpr = UNITS // PER // 16  # of one gate
     CELLS: tl.constexpr = UNITS // WARPS // 4
-    TILES: tl.constexpr = CELLS // 4  # of 16 units
     thread, warp, column, quarter = threads(WARPS)
     unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS)
 
     # The rows of W_hh^T of the warp's units, gate by gate, once.
     rows, weights, elements_of_dz = (), (), ()
-    for n in tl.static_range(2 * TILES):
+    for n in tl.static_range(CELLS // 2):
         rows = rows + (tl.where(unit[2 * n] < H, unit[2 * n], -1),)
     for gate in tl.static_range(4):
-        weights = weights + (load_weights(weights_ptr + gate * H * W, rows, quarter * 4, W, 16, DTYPE, CHUNKS, TILES),)
+        weights = weights + (load_weights(weights_ptr + gate * H * W, rows, quarter * 4, W, 16, DTYPE, CHUNKS),)
         for n in tl.static_range(CELLS):  # four gates of UNITS units are a row of K
             elements_of_dz = elements_of_dz + (gate * UNITS + unit[n],)
 
