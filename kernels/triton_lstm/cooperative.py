@@ -68,8 +68,7 @@ def sum_of_row(x, WARPS: tl.constexpr):
 
 @triton.jit
 def exchange_pairs(
-    first,  # [THREADS] float32, the same in a sequence's whole row: of the program's units
-    second,
+    first, second,  # [THREADS] float32, the same in a sequence's whole row: of the program's units
     pairs_ptr,  # [B, programs, 2] int32: float32 words, whose last bits are one beforehand
     exchanged,  # the thread's sequence and whether there is one, [THREADS], the phase of the step, error_ptr, the step
     H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
@@ -99,8 +98,8 @@ def exchange_pairs(
 def moments_of_group(
     v,  # tuple of [THREADS]: of the thread's cell
     is_cell,  # [THREADS]
-    pairs_ptr,  # and below: as for `exchange_pairs`
-    exchanged, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
+    pairs_ptr, exchanged,  # as for `exchange_pairs`
+    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """(mean, scale) of v of all units, [THREADS]."""
     GATES: tl.constexpr = len(v)
@@ -127,14 +126,13 @@ def moments_of_group(
 
 @triton.jit
 def means_of_group(
-    d,  # [THREADS] of the thread's cell, zero where there is none
-    d_unit,
-    pairs_ptr,  # and below: as for `exchange_pairs`
-    exchanged, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, GATES: tl.constexpr,
+    d, d_unit,  # [THREADS] of the thread's cell, zero where there is none
+    pairs_ptr, exchanged,  # as for `exchange_pairs`
+    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
     """Both sums over all units, divided by GATES * H, [THREADS]: the means of `normalise_backward`."""
-    d, d_unit = sum_of_row(d, WARPS), sum_of_row(d_unit, WARPS)
-    of_programs = exchange_pairs(d, d_unit, pairs_ptr, exchanged, H, UNITS, WARPS)
+    sums = sum_of_row(d, WARPS), sum_of_row(d_unit, WARPS)
+    of_programs = exchange_pairs(*sums, pairs_ptr, exchanged, H, UNITS, WARPS)
     d, d_unit = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
     for n in tl.static_range(len(of_programs)):
         d += of_programs[n][0]
@@ -188,8 +186,7 @@ def lstm_cooperative_forward_kernel(
     W: tl.constexpr = (H + PER - 1) // PER
     TOGETHER: tl.constexpr = 4 if W % 4 == 0 else 2 if W % 2 == 0 else 1
     STRIDE: tl.constexpr = 16 * WARPS  # words from one chunk of a warp to its next
-    # With layer norms a program waits for words of padding and before resets, too, so that none overwrites numbers that
-    # another still waits for.
+    # With layer norms, words of padding and before resets are awaited, too: none overwrites what another waits for.
     PADDING: tl.constexpr = NORM_HH or NORM_C
     ROW: tl.constexpr = 4 * WARPS if PADDING else UNITS  # threads for the cells of a sequence
     thread, warp, column, quarter = threads(WARPS)
@@ -354,13 +351,12 @@ def lstm_cooperative_backward_kernel(
         if NORM_C:
             unit_c = tl.load(unit_c_ptr + at, mask=valid, other=0.0)
             scale_c = tl.load(scale_c_ptr + row, mask=valid, other=0.0)
-        dh = indexing.add_gradients_given(
-            tl.zeros((32 * WARPS,), tl.float32), dh_ptr, dh_n_ptr, step == length - 1, cells
-        )
+        zeros = tl.zeros((32 * WARPS,), tl.float32)
+        dh = indexing.add_gradients_given(zeros, dh_ptr, dh_n_ptr, step == length - 1, cells)
         _, _, _, next_continues = indexing.position(step + 1, batch, in_batch, length, resets_ptr, B, REVERSE)
 
-        # Product: dh of the partners' units, as far as it comes from the part's gates. A program waits for words of
-        # padding and after resets, too, so that none overwrites sums that another still waits for.
+        # Product: dh of the partners' units, as far as it comes from the part's gates. Words of padding and after
+        # resets are awaited, too: none overwrites sums that another waits for.
         of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
         row_next = indexing.row_of(indexing.time_of(step + 1, length, REVERSE), of_column, B)
         dgates_at = words_ptr + row_next * (4 * W) + part * K + first_word
@@ -445,18 +441,15 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
             if rows % 16 == 0 and groups and registers <= MOST_REGISTERS and shared <= STATIC_SHARED:
                 what = ("dgates" if backward else "h") + ", and sums for layer norms" * problem.normalised
                 why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange {what}"
-                candidates.append(
-                    Plan(
-                        Family.COOPERATIVE, 8, units, chunks, programs, groups, warps, 1, shared, why,
-                        tiles_per_group=ceil(tiles / groups), side_by_side=problem.side_by_side, parts=parts,
-                    )
-                )  # fmt: skip
+                candidates.append(Plan(
+                    Family.COOPERATIVE, 8, units, chunks, programs, groups, warps, 1, shared, why,
+                    tiles_per_group=ceil(tiles / groups), side_by_side=problem.side_by_side, parts=parts,
+                ))  # fmt: skip
     yield from sorted(candidates, key=lambda plan: expected(problem, device, plan, backward).seconds)
 
 
 MOST_REGISTERS = 190  # of a thread's 255 that may hold weights, words and sums
 STATIC_SHARED = 48 * KB  # that a kernel may declare (CUDA C++ Programming Guide)
-
 
 KERNELS = lstm_cooperative_forward_kernel, lstm_cooperative_backward_kernel
 
@@ -468,12 +461,9 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
     words = h_then_h0.view(torch.int32).fill_(SENTINEL.value)
     h_then_h0[-1].zero_()
     h_then_h0[-1, :, : gates_of_all // 4] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the sentinel
-    return h_then_h0, {
-        "weights_ptr": as_words(r.weight_hh),
-        "words_ptr": words,
-        "dropout_h_ptr": None if r.dropout_h is None else as_words(r.dropout_h),
-        **_pairs(r, plan),
-    }
+    dropout_h = None if r.dropout_h is None else as_words(r.dropout_h)
+    own = {"weights_ptr": as_words(r.weight_hh), "words_ptr": words, "dropout_h_ptr": dropout_h}
+    return h_then_h0, own | _pairs(r, plan)
 
 
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
