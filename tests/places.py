@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import host_cuda
+import interpreted  # noqa: F401  # puts functions in the place of assembly
 import pytest
 import torch
 from concurrent_interpreter import ConcurrentRun

@@ -25,7 +25,7 @@ from gpu_lstm.backends import kernels, verify
 from gpu_lstm.dispatch import available, race
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import Layer
-from gpu_lstm.kernels.problem import TENSORS, Pass, Problem, Recurrence
+from gpu_lstm.kernels.problem import TENSORS, Pass, Problem
 from gpu_lstm.kernels.triton_lstm import choose, launch
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
@@ -116,10 +116,8 @@ WAITING = "cooperative", "step"  # whose programs wait for each other
 
 def one_pass(problem: Problem, which: Pass, steps: int, layer: Layer) -> dict:
     """Run it; return what the kernel must be passed, by the name of its parameter, and None where it is passed none."""
-    gates, shapes = launch._call_of(problem._replace(steps=steps))
-    gates, *tensors = (None if t is None else torch.zeros_like(t, device=CPU) for t in (gates, *shapes[:TENSORS]))
-    r = Recurrence(*tensors, *shapes[TENSORS:])
-    named = {f"{name}_ptr".replace("weight_peephole", "peephole"): t for name, t in zip(r._fields, tensors)}
+    gates, r = launch.call_of(problem._replace(steps=steps), CPU)
+    named = {f"{name}_ptr".replace("weight_peephole", "peephole"): t for name, t in zip(r._fields, r[:TENSORS])}
     named |= {"gates_ptr": gates, "T": steps, "B": problem.batch}
     if which.backward:
         dh, dh_n, saved = r.h0.new_zeros(steps, *r.h0.shape), r.h0.clone(), r.c0.new_zeros(steps, *r.c0.shape)

@@ -4,6 +4,7 @@ import contextlib
 import zlib
 from collections.abc import Iterator
 
+import interpreted  # noqa: F401  # puts functions in the place of assembly
 import torch
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves

@@ -6,12 +6,14 @@ import threading
 import time
 from functools import partial
 
+import interpreted
 import oracle
 import pytest
 import torch
 import triton
 import triton.language as tl
 from comparing import assert_as_good_as_torch, check, example
+from interpreted import rounded_to_tf32
 from places import INTERPRETED, cooperative, forget, pointwise, resident, step
 from standing_in import few_polls
 
@@ -20,7 +22,6 @@ from gpu_lstm.kernels.problem import Recurrence, problem_of
 from gpu_lstm.kernels.triton_lstm import cooperative as cooperative_kernels
 from gpu_lstm.kernels.triton_lstm import exchange, launch
 from gpu_lstm.kernels.triton_lstm import step as step_kernels
-from gpu_lstm.kernels.triton_lstm.fragments import to_tf32
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="compiled kernels hold their device functions"),
@@ -36,14 +37,14 @@ def compare(given, dtype=F32, yardstick="reference") -> None:
 def test_programs_of_a_norm_wait_for_each_other_where_every_step_is_reset(monkeypatch):
     """No step needs the h of others, but nobody may run ahead of one who has yet to read the numbers of his units."""
     cooperative(monkeypatch, units=4)
-    load = exchange.load_volatile
+    look = interpreted.look
 
-    def load_late(at, left, GROUPS, SIZE, STRIDE):
+    def look_late(at, left, GROUPS, SIZE, *strides):
         if SIZE == 2 and threading.current_thread().index[0] == 0:
             time.sleep(0.1)
-        return load(at, left, GROUPS, SIZE, STRIDE)
+        return look(at, left, GROUPS, SIZE, *strides)
 
-    monkeypatch.setattr(exchange, "load_volatile", load_late)
+    monkeypatch.setattr(interpreted, "look", look_late)
     compare(example(4, 2, 3, 11, resets=1.0, norms=("c",)))
 
 
@@ -79,7 +80,7 @@ def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, dtype, bits):
 
 # A broken exchange must be detected. Faults are plain functions: what calls them runs in the interpreter, where
 # constants are numbers.
-count_missing, exchange_pairs, pack = exchange.count_missing, cooperative_kernels.exchange_pairs, exchange.pack
+count_missing, exchange_pairs, pack = interpreted.count_missing, cooperative_kernels.exchange_pairs, exchange.pack
 
 
 def announce_early(at, words, mask):
@@ -88,11 +89,11 @@ def announce_early(at, words, mask):
     exchange.publish(at, words, mask)
 
 
-def missing_in_the_last_word(words, left, phase, COUNT, SIZE, STRIDE, PHASED):
+def missing_in_the_last_word(words, left, phase, SIZE, STRIDE, PHASED):
     if PHASED:  # where a word of the wrong phase keeps its partners waiting
-        return count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED)
-    last = left - (COUNT - 1) // SIZE * STRIDE - (COUNT - 1) % SIZE
-    return count_missing(words[COUNT - 1 :], last, phase, 1, 1, 1, PHASED)
+        return count_missing(words, left, phase, SIZE, STRIDE, PHASED)
+    n = len(words) - 1
+    return count_missing(words[n:], left - n // SIZE * STRIDE - n % SIZE, phase, 1, 1, PHASED)
 
 
 def any_phase(*words_and_constants):
@@ -100,13 +101,13 @@ def any_phase(*words_and_constants):
 
 
 FAULTS = {  # where, the function, what stands in its place, norms
-    "none": (exchange, "count_missing", count_missing, ()),
+    "none": (interpreted, "count_missing", count_missing, ()),
     "published before the data": (cooperative_kernels, "publish", announce_early, ()),
-    "no repeated load": (exchange, "count_missing", lambda words, left, *_: tl.sum(left) * 0, ()),
-    "one word is looked at": (exchange, "count_missing", missing_in_the_last_word, ()),
-    "the phase is not looked at": (exchange, "count_missing", any_phase, ()),
-    "nor that of a norm of W_hh h": (exchange, "count_missing", any_phase, ("hh",)),
-    "nor that of a norm of c": (exchange, "count_missing", any_phase, ("c",)),
+    "no repeated load": (interpreted, "count_missing", lambda *_: 0, ()),
+    "one word is looked at": (interpreted, "count_missing", missing_in_the_last_word, ()),
+    "the phase is not looked at": (interpreted, "count_missing", any_phase, ()),
+    "nor that of a norm of W_hh h": (interpreted, "count_missing", any_phase, ("hh",)),
+    "nor that of a norm of c": (interpreted, "count_missing", any_phase, ("c",)),
 }
 
 
@@ -155,7 +156,8 @@ def test_a_fault_in_a_word_is_detected(monkeypatch, fault):
 def one_program_left_out(*given):
     found, (*_, WARPS) = exchange_pairs(*given), given
     is_first = tl.arange(0, 32 * WARPS) % (4 * WARPS) == 0
-    return (tl.where(is_first, 0.0, found[0]), tl.where(is_first, 0.0, found[1]), *found[2:])
+    (one, other, units), *rest = found
+    return ((tl.where(is_first, 0.0, one), tl.where(is_first, 0.0, other), units), *rest)
 
 
 def launch_with(monkeypatch, module, name, fault, kernels: str, around=lambda kernel: contextlib.nullcontext()) -> None:
@@ -241,7 +243,7 @@ def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles
 @triton.jit
 def to_tf32_kernel(x_ptr, y_ptr, N: tl.constexpr):
     at = tl.arange(0, N)
-    tl.store(y_ptr + at, to_tf32(tl.load(x_ptr + at)))
+    tl.store(y_ptr + at, rounded_to_tf32(tl.load(x_ptr + at)))
 
 
 def test_a_weight_is_rounded_to_the_nearest_tf32(device):

@@ -2,15 +2,14 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 import triton
 
-from ..layer import Layer
-from ..problem import Pass, Problem, Recurrence
+from ..problem import Pass, Problem
 from .choose import card_of, keep_measured, plans, why_it_does_not_fit
-from .launch import forget, layer_by, layer_of, recorded_launches
+from .launch import call_of, forget, layer_by, layer_of, recorded_launches
 from .planning import Plan
 
 logger = logging.getLogger("gpu_lstm")
@@ -54,22 +53,18 @@ def time_plan(plan: Plan, call: Callable[[Plan], Callable[[], object]]) -> float
 
 def _call(problem: Problem, which: Pass, device: torch.device) -> Callable[[Plan], Callable[[], object]]:
     """call(plan)() runs a plan on random data, with everything saved and the gradient of every h given."""
-    steps, batch, hidden, width = problem.steps, problem.batch, problem.hidden, problem.width
-    options: Any = {"dtype": problem.dtype, "device": device}
-    gates = torch.randn(steps, batch, 4 * hidden, **options)
-    r = Recurrence(
-        weight_hh=torch.randn(4 * hidden, width, **options) / width**0.5,
-        weight_hr=torch.randn(width, hidden, **options) / hidden**0.5 if problem.projected else None,
-        h0=torch.zeros(batch, width, **options), c0=torch.zeros(batch, hidden, device=device),
-        precision=problem.precision,
-    )  # fmt: skip
+    gates, r = call_of(problem, device)
+    gates.normal_()
+    for weight, width in ((r.weight_hh, problem.width), (r.weight_hr, problem.hidden)):
+        if weight is not None:
+            weight.normal_(std=width**-0.5)
     if which.backward:
         h, _, _, c = layer_of(problem, device).forward(gates, r, save=True)
 
     def call(plan: Plan) -> Callable[[], object]:
-        layer: Layer = layer_by(problem, device, plan)
+        layer = layer_by(problem, device, plan)
         if which.backward:
-            return lambda: layer.backward(h, None, None, gates, c, r)
-        return lambda: layer.forward(gates, r, save=True)
+            return partial(layer.backward, h, None, None, gates, c, r)
+        return partial(layer.forward, gates, r, save=True)
 
     return call

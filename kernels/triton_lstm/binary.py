@@ -27,11 +27,7 @@ class RecordedLaunch(NamedTuple):
 
 
 def compile_for(launch: RecordedLaunch, architecture: int) -> CompiledKernel:
-    """The compiled kernel of a launch. Pointers count as aligned to 16 bytes, as torch's allocator gives them.
-
-    Raises:
-        KeyError: an argument of the kernel is missing.
-    """
+    """The compiled kernel of a launch. Pointers count as aligned to 16 bytes, as torch's allocator gives them."""
     kernel, signature, constants, aligned = launch.kernel, {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = launch.arguments[name]

@@ -18,31 +18,26 @@ of each state, all or nothing in training, stays as it was before the step.
 import triton
 import triton.language as tl
 
-from .exchange import INTERPRETED
+from .features import INTERPRETED
 
 # Triton's division and exp need more instructions, for subnormal results, which do not matter here.
 
 
 @triton.jit
+def approximate(PTX: tl.constexpr, x):
+    return tl.inline_asm_elementwise(PTX, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def reciprocal(x):
     """1 / x for x >= 1, to one unit in the last place; 0 where the result is below 2^-126, and for inf."""
-    if INTERPRETED:
-        x = 1.0 / x
-    else:
-        x = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return x
+    return 1.0 / x if INTERPRETED else approximate("rcp.approx.ftz.f32 $0, $1;", x)
 
 
 @triton.jit
 def exp(x):
     """e^x, 0 where it is below 2^-126."""
-    if INTERPRETED:
-        x = tl.exp(x)
-    else:
-        x = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return x
+    return tl.exp(x) if INTERPRETED else approximate("ex2.approx.ftz.f32 $0, $1;", x * 1.4426950408889634)
 
 
 @triton.jit

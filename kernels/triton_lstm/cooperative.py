@@ -1,27 +1,18 @@
 """The cooperative family: the whole sequence in one launch, W_hh spread over many programs, h exchanged at each step.
 
-The programs of one batch tile are a group; each owns UNITS hidden units, keeps its part of W_hh in registers, and needs
-at every step what its whole group computed at the step before. A group may have several batch tiles, so that the words
-of one arrive while it works on another; forward requests them before it computes the cell of the other. Groups never
-wait for each other. All programs of a launch must be resident at once.
+The programs of one batch tile are a group, which never waits for another. Each owns UNITS hidden units, and keeps its
+part of W_hh in registers. A group may have several batch tiles: forward requests the words of one before it computes
+the cell of the other. All programs of a launch must be resident at once.
 
-forward    A program holds the four gates' rows of its units, [4 UNITS, H]. It publishes h of its units.
+forward    A program holds the four gates' rows of its units, [4 UNITS, H], and publishes h of its units.
+backward   PARTS programs, 1, 2 or 4, are partners and own PARTS UNITS units together. Each holds W_hh^T of 4 / PARTS
+           gates for all of these, [PARTS UNITS, 4 / PARTS H], and reads only the dgates of these gates. With partners
+           it publishes its partial sums in a second, small exchange, and adds up all partners' for its own units.
 
-backward   dh of a unit needs dgates of all units, four times as wide as h. PARTS programs, 1, 2 or 4, are partners and
-           own PARTS UNITS units together. Each holds W_hh^T of 4 / PARTS gates for all of these units,
-           [PARTS UNITS, 4 / PARTS H], and reads only the dgates of these gates. With PARTS = 1 the product is dh.
-           With more, each publishes its partial sums in a second, small exchange, and adds up those of all partners
-           for its own units, in the same order every time: W_hh of more units fits, but a step takes longer.
-
-Kernels are written thread by thread (fragments.py). A thread has two places in a batch tile of 8 sequences: in the
-product its column is a sequence, and K is split over the warps; afterwards it owns a cell, one unit of one sequence.
-
-With layer norms, ROW threads of one warp have the cells of a sequence. Their program sums up its units in two numbers
-per sequence, and all programs exchange these in one more exchange for each norm. The threads of a row share the
-programs' numbers among them, and add up by shuffles. So no barriers are added.
-
-Programs exchange words of 32 bits (exchange.py), PER units in each: a row of H units is W = ceil(H / PER) words, of
-which the last may be half empty. So the weights are passed as words, too.
+In the product a thread's column is a sequence, and K is split over the warps (fragments.py); afterwards it owns a cell,
+one unit of one sequence. With layer norms, ROW threads of one warp have the cells of a sequence, sum them up in two
+numbers, exchange these with all programs, and add up by shuffles. Words (exchange.py) have PER units: a row of H units
+is W = ceil(H / PER) words, of which the last may be half empty; so the weights are passed as words, too.
 """
 
 from collections.abc import Iterator
@@ -77,17 +68,13 @@ def sum_of_row(x, WARPS: tl.constexpr):
 
 @triton.jit
 def exchange_pairs(
-    first,  # [THREADS] float32, the same in a sequence's whole row: of the program's units
-    second,
+    first, second,  # [THREADS] float32, the same in a sequence's whole row: of the program's units
     pairs_ptr,  # [B, programs, 2] int32: float32 words, whose last bits are one beforehand
     exchanged,  # the thread's sequence and whether there is one, [THREADS], the phase of the step, error_ptr, the step
     H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Two numbers per sequence from each of a thread's programs, place + n ROW, about their units; zero without one.
-
-    A tuple: first number, second number and number of units, for each in turn. Programs without units do nothing. It is
-    called at every step, so that no phase is skipped.
-    """
+    """Of each of a thread's programs, place + n ROW: (first number, second number, number of its units); zeros where
+    there is none. Programs without units do nothing. It is called at every step: no phase is skipped."""
     batch, in_batch, phase, error_ptr, step = exchanged
     ROW: tl.constexpr = 4 * WARPS
     PROGRAMS: tl.constexpr = (H + UNITS - 1) // UNITS
@@ -102,33 +89,34 @@ def exchange_pairs(
     words = collect(pairs_at + 2 * place, left, phase, error_ptr, step, COUNT, 2, 2 * ROW, 2, True)
     found = ()
     for n in tl.static_range(COUNT):
-        numbers = words[2 * n].to(tl.float32, bitcast=True), words[2 * n + 1].to(tl.float32, bitcast=True)
-        found = found + numbers + (units_of(place + n * ROW, H, UNITS),)
+        one, other = words[2 * n].to(tl.float32, bitcast=True), words[2 * n + 1].to(tl.float32, bitcast=True)
+        found = found + ((one, other, units_of(place + n * ROW, H, UNITS)),)
     return found
 
 
 @triton.jit
 def moments_of_group(
-    v,  # tuple of GATES [THREADS]: of the thread's cell
+    v,  # tuple of [THREADS]: of the thread's cell
     is_cell,  # [THREADS]
-    pairs_ptr,  # and below: as for `exchange_pairs`
-    exchanged, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, GATES: tl.constexpr,
+    pairs_ptr, exchanged,  # as for `exchange_pairs`
+    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """(mean, scale) of v of all units, [THREADS]."""
-    total = tl.zeros((32 * WARPS,), tl.float32)
+    GATES: tl.constexpr = len(v)
+    zeros = tl.zeros((32 * WARPS,), tl.float32)
+    total, squares = zeros, zeros
     for n in tl.static_range(GATES):
         total += tl.where(is_cell, v[n], 0.0)
     own = sum_of_row(total, WARPS) / (GATES * units_of(tl.program_id(0), H, UNITS))
-    total = tl.zeros((32 * WARPS,), tl.float32)
     for n in tl.static_range(GATES):
         distance = tl.where(is_cell, v[n] - own, 0.0)
-        total += distance * distance
-    of_programs = exchange_pairs(own, sum_of_row(total, WARPS), pairs_ptr, exchanged, H, UNITS, WARPS)
-    # About this program's mean, so that both sums can be computed at once. Little cancels, since it is close enough to
-    # the mean of all: no further from it than the square root of the number of programs times the deviation.
-    shift, squares = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
-    for n in tl.static_range(len(of_programs) // 3):
-        mean, its_squares, units = of_programs[3 * n], of_programs[3 * n + 1], of_programs[3 * n + 2]
+        squares += distance * distance
+    of_programs = exchange_pairs(own, sum_of_row(squares, WARPS), pairs_ptr, exchanged, H, UNITS, WARPS)
+    # About this program's mean, so that both sums can be computed at once. Little cancels: it is no further from the
+    # mean of all than the square root of the number of programs times the deviation.
+    shift, squares = zeros, zeros
+    for n in tl.static_range(len(of_programs)):
+        mean, its_squares, units = of_programs[n]
         shift += units * (mean - own)
         squares += squares_about(own, mean, its_squares, GATES * units)
     shift = sum_of_row(shift, WARPS) / H
@@ -138,18 +126,17 @@ def moments_of_group(
 
 @triton.jit
 def means_of_group(
-    d,  # [THREADS] of the thread's cell, zero where there is none
-    d_unit,
-    pairs_ptr,  # and below: as for `exchange_pairs`
-    exchanged, H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, GATES: tl.constexpr,
+    d, d_unit,  # [THREADS] of the thread's cell, zero where there is none
+    pairs_ptr, exchanged,  # as for `exchange_pairs`
+    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
     """Both sums over all units, divided by GATES * H, [THREADS]: the means of `normalise_backward`."""
-    d, d_unit = sum_of_row(d, WARPS), sum_of_row(d_unit, WARPS)
-    of_programs = exchange_pairs(d, d_unit, pairs_ptr, exchanged, H, UNITS, WARPS)
+    sums = sum_of_row(d, WARPS), sum_of_row(d_unit, WARPS)
+    of_programs = exchange_pairs(*sums, pairs_ptr, exchanged, H, UNITS, WARPS)
     d, d_unit = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
-    for n in tl.static_range(len(of_programs) // 3):
-        d += of_programs[3 * n]
-        d_unit += of_programs[3 * n + 1]
+    for n in tl.static_range(len(of_programs)):
+        d += of_programs[n][0]
+        d_unit += of_programs[n][1]
     return sum_of_row(d, WARPS) / (GATES * H), sum_of_row(d_unit, WARPS) / (GATES * H)
 
 
@@ -177,14 +164,12 @@ def h_before(
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_cooperative_forward_kernel(
-    gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
+    gates_ptr,
     weights_ptr,  # [4H, W] int32: W_hh
     peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr,
     words_ptr,  # [T*B + B, W] int32: h of every step, out and the exchange, sentinels beforehand; then h0
-    pairs_hh_ptr,  # see `exchange_pairs`, with a layer norm of W_hh h; or None
-    pairs_c_ptr,  # the same, of c; or None
-    c_ptr,
-    h0_ptr,
+    pairs_hh_ptr, pairs_c_ptr,  # see `exchange_pairs`, for the layer norms of W_hh h and of c; or None
+    c_ptr, h0_ptr,
     h_n_ptr,  # [B, H] out: h after every step
     c_n_ptr,  # [B, H] float32 c0, becomes c after every step
     lengths_ptr, resets_ptr,
@@ -200,22 +185,20 @@ def lstm_cooperative_forward_kernel(
     PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     W: tl.constexpr = (H + PER - 1) // PER
     TOGETHER: tl.constexpr = 4 if W % 4 == 0 else 2 if W % 2 == 0 else 1
-    TILES: tl.constexpr = UNITS // 4  # of 16 rows: four gates of UNITS units
     STRIDE: tl.constexpr = 16 * WARPS  # words from one chunk of a warp to its next
-    ROW: tl.constexpr = 4 * WARPS if NORM_HH or NORM_C else UNITS  # threads for the cells of a sequence
+    # With layer norms, words of padding and before resets are awaited, too: none overwrites what another waits for.
+    PADDING: tl.constexpr = NORM_HH or NORM_C
+    ROW: tl.constexpr = 4 * WARPS if PADDING else UNITS  # threads for the cells of a sequence
     thread, warp, column, quarter = threads(WARPS)
     first_unit = tl.program_id(0) * UNITS
     first_word = warp * 16 + quarter * 4
-    # With layer norms a program waits for words of padding and before resets, too, so that none overwrites numbers that
-    # another still waits for.
-    PADDING: tl.constexpr = NORM_HH or NORM_C
 
     # The rows of W_hh that belong to the program's units, once: row number r is gate r // UNITS of unit r % UNITS.
     rows = ()
-    for n in tl.static_range(2 * TILES):
+    for n in tl.static_range(UNITS // 2):
         unit = first_unit + (8 * n + column) % UNITS
         rows = rows + (tl.where(unit < H, (8 * n + column) // UNITS * H + unit, -1),)
-    weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, DTYPE, CHUNKS, TILES)
+    weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, DTYPE, CHUNKS)
 
     # The thread's cell, and the word of h that it publishes.
     place = thread % ROW
@@ -227,13 +210,10 @@ def lstm_cooperative_forward_kernel(
     sequence %= SEQUENCES
     place %= UNITS
     z_rows = (place, place + UNITS, place + 2 * UNITS, place + 3 * UNITS)
-    z_sequences = (sequence, sequence, sequence, sequence)
 
     peepholes = indexing.load_peepholes(peephole_ptr, unit, H)
-    if NORM_HH:
-        gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H)
-    if NORM_C:
-        gain_c, bias_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H)
+    gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H) if NORM_HH else None
+    affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H) if NORM_C else None
 
     step, tile = 0, tl.program_id(1)
     seen = None
@@ -261,9 +241,9 @@ def lstm_cooperative_forward_kernel(
                 # What never arrived is NaN even where it is not used, and so is what is published in its place.
                 h_prev = h_prev + (tl.where(from_h | (collected[n] == SENTINEL), collected[n], 0),)
         if dropout_h_ptr is not None:
-            h_prev = scale(h_prev, dropout_h_ptr + of_column.to(tl.int64) * W + first_word, left, CHUNKS, STRIDE, DTYPE)
-        parts = product(weights, h_prev, DTYPE, CHUNKS, TILES, WARPS)
-        z = sum_over_warps(parts, z_rows, z_sequences, of_cell, turn % 2, 4, TILES, WARPS)
+            h_prev = scale(h_prev, dropout_h_ptr + of_column.to(tl.int64) * W + first_word, left, STRIDE, DTYPE)
+        parts = product(weights, h_prev, DTYPE)
+        z = sum_over_warps(parts, z_rows, (sequence,), of_cell, turn % 2, WARPS)
 
         # The words of the next turn arrive while the cell of this one is computed.
         next_step, next_tile = next_turn(step, tile, 1, B)
@@ -274,12 +254,12 @@ def lstm_cooperative_forward_kernel(
         # Gates and cell.
         exchanged = (batch, in_batch, step % 2, error_ptr, step)
         if NORM_HH:
-            mean, scale_hh = moments_of_group(z, is_cell, pairs_hh_ptr, exchanged, H, UNITS, WARPS, 4)
+            mean, scale_hh = moments_of_group(z, is_cell, pairs_hh_ptr, exchanged, H, UNITS, WARPS)
             z = normalise_gates(z, mean, scale_hh, gain_hh)
         gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
         if NORM_C:
-            mean, scale_c = moments_of_group((c,), is_cell, pairs_c_ptr, exchanged, H, UNITS, WARPS, 1)
-            h = output(gates[3], normalise(c, mean, scale_c, gain_c, bias_c))
+            mean, scale_c = moments_of_group((c,), is_cell, pairs_c_ptr, exchanged, H, UNITS, WARPS)
+            h = output(gates[3], normalise(c, mean, scale_c, *affine_c))
         c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
         if zoneout_h_ptr is not None:
             h_before_ptr = tl.where(step == 0, h0_ptr, h_n_ptr)
@@ -301,19 +281,14 @@ def lstm_cooperative_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_cooperative_backward_kernel(
-    dh_ptr, dh_n_ptr,
-    gates_ptr,  # [T*B, 4H] activated
-    c_ptr, c0_ptr,
+    dh_ptr, dh_n_ptr, gates_ptr, c_ptr, c0_ptr,
     weights_ptr,  # [PARTS, H, 4 / PARTS * W] int32: W_hh^T of each part's gates
     peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
     words_ptr,  # [T*B, 4, W] int32: dgates, or their gradient through the norm of W_hh h; sentinels beforehand
-    dgates_ptr,  # [T*B, 4H] out; None without that norm, where they are the words
-    pairs_hh_ptr,  # see `exchange_pairs`, with a layer norm of W_hh h; or None
-    pairs_c_ptr,  # the same, of c; or None
+    dgates_ptr,  # None without that norm, where they are the words
+    pairs_hh_ptr, pairs_c_ptr,  # see `exchange_pairs`, for the layer norms of W_hh h and of c; or None
     partials_ptr,  # [B, PARTS, H] int32: float32 words whose last bits are one beforehand; None if PARTS is 1
-    dh_total_ptr,
-    dc_ptr,  # [B, H] float32, gradient of c_n, becomes that of c before every step
-    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
+    dh_total_ptr, dc_ptr, lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, H] float32 zeros, becomes the gradient of h before every step through zoneout; or None
     dreset_h_ptr, reset_c_ptr, dreset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
     REVERSE: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,
@@ -327,7 +302,6 @@ def lstm_cooperative_backward_kernel(
     K: tl.constexpr = 4 // PARTS * W  # words of dgates that the program multiplies
     TOGETHER: tl.constexpr = 4 if K % 4 == 0 else 2 if K % 2 == 0 else 1
     ROWS: tl.constexpr = PARTS * UNITS  # of W_hh^T: the units of all partners
-    TILES: tl.constexpr = ROWS // 16  # of 16 rows
     STRIDE: tl.constexpr = 16 * WARPS  # words from one chunk of a warp to its next
     ROW: tl.constexpr = 4 * WARPS if NORM_HH or NORM_C else UNITS  # threads for the cells of a sequence
     SUM_ROW: tl.constexpr = ROW if PARTS == 1 else ROWS  # threads, or turns of threads, for the sums of a sequence
@@ -339,10 +313,10 @@ def lstm_cooperative_backward_kernel(
 
     # W_hh^T of the part's gates for the units of all partners, once.
     rows = ()
-    for n in tl.static_range(2 * TILES):
+    for n in tl.static_range(ROWS // 8):
         unit = first_unit + 8 * n + column
         rows = rows + (tl.where(unit < H, part * H + unit, -1),)
-    weights = load_weights(weights_ptr, rows, first_word, K, STRIDE, DTYPE, CHUNKS, TILES)
+    weights = load_weights(weights_ptr, rows, first_word, K, STRIDE, DTYPE, CHUNKS)
 
     # The thread's cell, the word of dgates that it publishes, and its sums.
     unit = first_unit + part * UNITS + thread % ROW
@@ -357,10 +331,8 @@ def lstm_cooperative_backward_kernel(
         sum_sequences = sum_sequences + ((thread + n * 32 * WARPS) // SUM_ROW % SEQUENCES,)
 
     peepholes = indexing.load_peepholes(peephole_ptr, unit, H)
-    if NORM_HH:
-        gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H)
-    if NORM_C:
-        gain_c, bias_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H)
+    gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H) if NORM_HH else None
+    affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H) if NORM_C else None
 
     step, tile = T - 1, tl.program_id(1)
     lost = tl.zeros((32 * WARPS,), tl.int1)  # a program timed out: what depends on it is NaN, past resets, too
@@ -379,22 +351,20 @@ def lstm_cooperative_backward_kernel(
         if NORM_C:
             unit_c = tl.load(unit_c_ptr + at, mask=valid, other=0.0)
             scale_c = tl.load(scale_c_ptr + row, mask=valid, other=0.0)
-        dh = indexing.add_gradients_given(
-            tl.zeros((32 * WARPS,), tl.float32), dh_ptr, dh_n_ptr, step == length - 1, cells
-        )
+        zeros = tl.zeros((32 * WARPS,), tl.float32)
+        dh = indexing.add_gradients_given(zeros, dh_ptr, dh_n_ptr, step == length - 1, cells)
         _, _, _, next_continues = indexing.position(step + 1, batch, in_batch, length, resets_ptr, B, REVERSE)
 
-        # Product: dh of the partners' units, as far as it comes from the part's gates. A program waits for words of
-        # padding and after resets as well, so that none overwrites partial sums, or numbers of a layer norm, that
-        # another still waits for.
+        # Product: dh of the partners' units, as far as it comes from the part's gates. Words of padding and after
+        # resets are awaited, too: none overwrites sums that another waits for.
         of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
         row_next = indexing.row_of(indexing.time_of(step + 1, length, REVERSE), of_column, B)
         dgates_at = words_ptr + row_next * (4 * W) + part * K + first_word
         left = tl.where(in_column & (step < T - 1), K - first_word, 0)
         dz = collect(dgates_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False)
-        parts = product(weights, dz, DTYPE, CHUNKS, TILES, WARPS)
+        parts = product(weights, dz, DTYPE)
         has_sums = thread < SEQUENCES * SUM_ROW
-        sums = sum_over_warps(parts, sum_rows, sum_sequences, has_sums, turn % 2, SUMS, TILES, WARPS)
+        sums = sum_over_warps(parts, sum_rows, sum_sequences, has_sums, turn % 2, WARPS)
         phase = (T - 1 - step) % 2
         dh_next = sums[0]
         if PARTS > 1:  # publish them, and add up all parts for the thread's cell
@@ -418,7 +388,7 @@ def lstm_cooperative_backward_kernel(
         exchanged = (batch, in_batch, phase, error_ptr, step)
         dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
         if NORM_C:
-            dz_o, d_unit = normed_output_backward(gates[3], unit_c, dh, gain_c, bias_c)
+            dz_o, d_unit = normed_output_backward(gates[3], unit_c, dh, *affine_c)
             summed = tl.where(lost, float("nan"), d_unit)
             mean_d, mean_d_unit = means_of_group(summed, d_unit * unit_c, pairs_c_ptr, exchanged, H, UNITS, WARPS, 1)
             lost |= is_of_a_timeout(mean_d, error_ptr)
@@ -471,18 +441,15 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
             if rows % 16 == 0 and groups and registers <= MOST_REGISTERS and shared <= STATIC_SHARED:
                 what = ("dgates" if backward else "h") + ", and sums for layer norms" * problem.normalised
                 why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange {what}"
-                candidates.append(
-                    Plan(
-                        Family.COOPERATIVE, 8, units, chunks, programs, groups, warps, 1, shared, why,
-                        tiles_per_group=ceil(tiles / groups), side_by_side=problem.side_by_side, parts=parts,
-                    )
-                )  # fmt: skip
+                candidates.append(Plan(
+                    Family.COOPERATIVE, 8, units, chunks, programs, groups, warps, 1, shared, why,
+                    tiles_per_group=ceil(tiles / groups), side_by_side=problem.side_by_side, parts=parts,
+                ))  # fmt: skip
     yield from sorted(candidates, key=lambda plan: expected(problem, device, plan, backward).seconds)
 
 
 MOST_REGISTERS = 190  # of a thread's 255 that may hold weights, words and sums
 STATIC_SHARED = 48 * KB  # that a kernel may declare (CUDA C++ Programming Guide)
-
 
 KERNELS = lstm_cooperative_forward_kernel, lstm_cooperative_backward_kernel
 
@@ -494,12 +461,9 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
     words = h_then_h0.view(torch.int32).fill_(SENTINEL.value)
     h_then_h0[-1].zero_()
     h_then_h0[-1, :, : gates_of_all // 4] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the sentinel
-    return h_then_h0, {
-        "weights_ptr": as_words(r.weight_hh),
-        "words_ptr": words,
-        "dropout_h_ptr": None if r.dropout_h is None else as_words(r.dropout_h),
-        **_pairs(r, plan),
-    }
+    dropout_h = None if r.dropout_h is None else as_words(r.dropout_h)
+    own = {"weights_ptr": as_words(r.weight_hh), "words_ptr": words, "dropout_h_ptr": dropout_h}
+    return h_then_h0, own | _pairs(r, plan)
 
 
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:

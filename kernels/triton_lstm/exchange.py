@@ -1,18 +1,15 @@
-"""How the programs of one launch exchange what all of them need at the next step.
+"""How the programs of one launch exchange what all of them need at the next step; docs/design.md says why it is sound.
 
 No memory is overwritten while a program may still read it, and none is reset inside a launch. Two exchanges:
 
-    words         Each word of 32 bits doubles as its ready flag. A word has one element of float32 or two neighbouring
-                  ones of half precision, and is stored and loaded by relaxed operations of gpu scope (PTX ISA, "Memory
-                  Consistency Model": of one width, so that a race of them is defined). Either every step's words have
-                  memory of their own, initialised with a sentinel that `pack` never returns; or two steps alternate in
-                  the same memory, and a word's last bit is its step's phase. A reader loads a word until it is the one
-                  it waits for: one store and one load per step, and no barrier.
+    words         of 32 bits, each its own ready flag: an element of float32 or two neighbouring ones of half precision.
+                  Either every step's words have memory of their own, initialised with a sentinel that `pack` never
+                  returns; or two steps alternate in the same memory, and a word's last bit is its step's phase.
     grid_barrier  A counter of arrivals: store everything, count up (release), wait for it (acquire), then load.
 
 Waits are bounded. A poll is one load of a counter or of words, and the word after the error word limits the polls of a
-wait (timeouts.py). A longer wait times out: the error word is set to step + 1, and the missing values count as
-NaN. Later steps do not wait for long, so that the launch ends.
+wait (timeouts.py). A longer wait times out: the error word is set to step + 1, and the missing values count as NaN.
+Later steps do not wait for long, so that the launch ends.
 """
 
 import triton
@@ -27,11 +24,9 @@ POLLS_BETWEEN_CHECKS = tl.constexpr(64)  # a power of two
 
 @triton.jit
 def pack(x, DTYPE: tl.constexpr):
-    """[THREADS] float32, rounded to DTYPE -> words [THREADS], never the sentinel. In half precision an even thread's
-    word holds its element and, in the high half, the next thread's; an odd thread's is not used.
-
-    The sentinel has all bits one, a NaN in every floating-point format; a NaN that was computed becomes another.
-    """
+    """[THREADS] float32, rounded to DTYPE -> words [THREADS]. In half precision an even thread's word holds its element
+    and, in the high half, the next thread's; an odd thread's is not used. None is the sentinel, all bits one, a NaN in
+    every floating-point format: a NaN that was computed becomes another."""
     x = tl.where(x == x, x, float("nan")).to(DTYPE)
     if DTYPE.primitive_bitwidth == 32:
         words = x.to(tl.int32, bitcast=True)
@@ -50,39 +45,26 @@ def in_phase(words, phase):
 @triton.jit
 def of_the_next_thread(x):
     """[THREADS] int32: for an even thread, its neighbour's."""
-    if INTERPRETED:
-        pairs = tl.reshape(x, (x.shape[0] // 2, 2))
-        even, odd = tl.split(pairs)
-        x = tl.reshape(tl.join(odd, even), x.shape)
-    else:
-        x = tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
-        )
-    return x
+    return tl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
 def publish(at, words, mask):
     """Store words for the other programs, by relaxed stores of gpu scope."""
-    if INTERPRETED:
-        tl.store(at, words, mask=mask)
-    else:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred yes; setp.ne.b32 yes, $3, 0; @yes st.relaxed.gpu.global.b32 [$1], $2; mov.b32 $0, 0; }",
-            "=r,l,r,r", [at, words, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-INTERPRETED = tl.constexpr(not isinstance(publish, triton.JITFunction))
+    tl.inline_asm_elementwise(
+        "{ .reg .pred yes; setp.ne.b32 yes, $3, 0; @yes st.relaxed.gpu.global.b32 [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r,r", [at, words, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
 def grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
     """All programs wait for each other: what any of them stored before, all can load after.
 
-    `times` is the number of barriers so far, this one included: arrivals are counted up and never reset. Returns the
-    poll limit of later barriers, 0 if this one timed out. Past 2^31 arrivals the count wraps around below zero, which
-    the difference ignores.
+    `times` is the number of barriers so far, this one included: arrivals are counted up and never reset; past 2^31 they
+    wrap around, which the difference ignores. Returns the poll limit of later barriers, 0 if this one timed out.
     """
     tl.debug_barrier()  # every thread's stores come before the one thread's release
     expected = times * tl.num_programs(0)
@@ -118,97 +100,36 @@ def collect(
     PHASED: tl.constexpr,
     seen=None,  # what `look` returned for the same place, instead of a first poll
 ):  # fmt: skip
-    """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32. Others are zero.
-
-    Relaxed loads of gpu scope, repeated while a word is the sentinel or, if PHASED, of the other phase. Each warp polls
-    for itself, without a barrier: see `polling_loop`. The interpreter loops over all.
-    """
+    """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32; others are zero. Relaxed loads of
+    gpu scope, repeated while a word is the sentinel or, if PHASED, of the other phase; each warp polls for itself."""
     COUNT: tl.constexpr = GROUPS * SIZE
     SEEN: tl.constexpr = 0 if seen is None else COUNT
-    if INTERPRETED:
-        words = seen if SEEN else load_volatile(at, left, GROUPS, SIZE, STRIDE)
-        polls, poll_limit = 0, tl.load(error_ptr + 1)
-        while (count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED) > 0) & (polls < poll_limit):
-            words = load_volatile(at, left, GROUPS, SIZE, STRIDE)
-            polls += 1
-            if tl.load(error_ptr, volatile=True) != 0:
-                polls = poll_limit
-        missing = count_missing(words, left, phase, COUNT, SIZE, STRIDE, PHASED)
-        tl.store(error_ptr, step + 1, mask=missing > 0)
-        found, words = words, ()
-        for n in tl.static_range(COUNT):
-            words = words + (tl.where(is_missing(found, left, phase, n, SIZE, STRIDE, PHASED), -1, found[n]),)
-    else:
-        given = (at, left, phase, error_ptr, step + 1)
-        words = tl.inline_asm_elementwise(
-            polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, SEEN > 0),
-            operands("=&r", COUNT, "l", 1, "r", 2, "l", 1, "r", 1 + SEEN),
-            given + seen if SEEN else given, dtype=types(tl.int32, COUNT), is_pure=False, pack=1,
-        )  # fmt: skip
-    return words
+    given = (at, left, phase, error_ptr, step + 1)
+    return tl.inline_asm_elementwise(
+        polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, SEEN > 0),
+        operands("=&r", COUNT, "l", 1, "r", 2, "l", 1, "r", 1 + SEEN),
+        given + seen if SEEN else given, dtype=types(tl.int32, COUNT), is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
 def look(at, left, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, TOGETHER: tl.constexpr):
     """The words of `collect` as they are now, for its `seen`. A thread does not wait for them until it uses them."""
-    if INTERPRETED:
-        words = load_volatile(at, left, GROUPS, SIZE, STRIDE)
-    else:
-        words = tl.inline_asm_elementwise(
-            first_loads(GROUPS, SIZE, STRIDE, TOGETHER), operands("=&r", GROUPS * SIZE, "l", 1, "r", 1),
-            [at, left], dtype=types(tl.int32, GROUPS * SIZE), is_pure=False, pack=1,
-        )  # fmt: skip
-    return words
-
-
-@triton.jit
-def load_volatile(at, left, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr):
-    """The words of `collect` as they are now."""
-    words = ()
-    for n in tl.static_range(GROUPS * SIZE):
-        offset = n // SIZE * STRIDE + n % SIZE
-        words = words + (tl.load(at + offset, mask=left > offset, other=0, volatile=True),)
-    return words
-
-
-@triton.jit
-def count_missing(
-    words, left, phase, COUNT: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, PHASED: tl.constexpr
-):
-    """How many of the words are not there yet."""
-    missing = 0
-    for n in tl.static_range(COUNT):
-        missing += tl.sum(is_missing(words, left, phase, n, SIZE, STRIDE, PHASED).to(tl.int32))
-    return missing
-
-
-@triton.jit
-def is_missing(words, left, phase, n: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, PHASED: tl.constexpr):
-    """Whether word number n is not there yet."""
-    absent = (words[n] & 1) != phase if PHASED else words[n] == -1
-    return absent & (left > n // SIZE * STRIDE + n % SIZE)
+    return tl.inline_asm_elementwise(
+        polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, once=True), operands("=&r", GROUPS * SIZE, "l", 1, "r", 1),
+        [at, left], dtype=types(tl.int32, GROUPS * SIZE), is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @constexpr_function
-def first_loads(groups: int, size: int, stride: int, together: int) -> str:
-    """PTX of `look`: the words, the place of the first, how many are left."""
-    count, lines = groups * size, [".reg .pred there;"]
-    for n in range(0, count, together):
-        offset, words = n // size * stride + n % size, [f"${n + i}" for i in range(together)]
-        into = f"v{together}.b32 {{{', '.join(words)}}}" if together > 1 else f"b32 {words[0]}"
-        lines += [f"mov.b32 {word}, 0;" for word in words]
-        lines.append(f"setp.gt.s32 there, ${count + 1}, {offset};")
-        lines.append(f"@there ld.relaxed.gpu.global.{into}, [${count} + {4 * offset}];")
-    return "\n".join(["{", *lines, "}"])
-
-
-@constexpr_function
-def polling_loop(groups: int, size: int, stride: int, together: int, phased: bool, seen: bool) -> str:
+def polling_loop(
+    groups: int, size: int, stride: int, together: int, phased: bool = False, seen: bool = False, once: bool = False
+) -> str:
     """PTX that loads words until all are there, or a program timed out; missing words become the sentinel, a NaN.
 
-    Operands: the words, the place of the first, how many are left, the phase, the error word, its value, and if `seen`
-    the words of a first look. A pass loads at once all groups of neighbours of which one is still missing. The lanes of
-    a warp loop together, by vote.
+    Operands: the words, the place of the first, how many are left; unless they are loaded `once`, the phase, the error
+    word, its value, and if `seen` the words of a first look. A pass loads at once all groups of neighbours of which one
+    is still missing. The lanes of a warp loop together, by vote.
     """
     count = groups * size
     at, left, phase, error, step = (f"${count + n}" for n in range(5))
@@ -221,11 +142,13 @@ def polling_loop(groups: int, size: int, stride: int, together: int, phased: boo
     for n in firsts:
         lines.append(f"setp.gt.s32 missing{n}, {left}, {offset[n]};")
         lines += [f"mov.b32 ${n + i}, {f'${count + 5 + n + i}' if seen else 0};" for i in range(together)]
-    lines += ["bra SEEN;"] * seen + ["POLL:"]
+    lines += ["bra SEEN;"] * seen + ["POLL:"] * (not once)
     for n in firsts:
         words = ", ".join(f"${n + i}" for i in range(together))
         into = f"v{together}.b32 {{{words}}}" if together > 1 else f"b32 {words}"
         lines.append(f"@missing{n} ld.relaxed.gpu.global.{into}, [{at} + {4 * offset[n]}];")
+    if once:
+        return "\n".join(["{", *lines, "}"])
     lines += ["SEEN:"] * seen
     lines.append("setp.ne.u32 any, polls, polls;")
     for n in firsts:

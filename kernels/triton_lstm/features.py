@@ -13,3 +13,6 @@ OPTIONS = {"enable_fp_fusion": True}
 
 constexpr_function = getattr(triton, "constexpr_function", None) or tl.constexpr_function  # until Triton 3.5 in tl
 """Makes a Python function one that kernels call while they are compiled."""
+
+INTERPRETED = tl.constexpr(not isinstance(tl.sum, triton.JITFunction))
+"""Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when triton was imported."""

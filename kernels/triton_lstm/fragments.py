@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 from .assembly import operands, types
-from .exchange import INTERPRETED
 from .features import constexpr_function
 
 SEQUENCES = tl.constexpr(8)  # of a product
@@ -39,17 +38,17 @@ def load_weights(
     first,  # [THREADS] the first word of the thread's first quad
     W: tl.constexpr,
     STRIDE: tl.constexpr,  # words from one chunk of the thread to the next
-    DTYPE: tl.constexpr, CHUNKS: tl.constexpr, TILES: tl.constexpr,
+    DTYPE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """A of TILES x 16 rows and CHUNKS chunks: a tuple of [THREADS] words, which stays in registers."""
     weights = ()
     for chunk in tl.static_range(CHUNKS):
-        for n in tl.static_range(8 * TILES):
+        for n in tl.static_range(4 * len(rows)):
             row = rows[n // 8 * 2 + n % 2]
             word = first + chunk * STRIDE + n % 8 // 2
             there = (row >= 0) & (word < W)
             loaded = tl.load(words_ptr + row.to(tl.int64) * W + word, mask=there, other=0)
-            weights = weights + (to_tf32(loaded) if tl.float32 == DTYPE and not INTERPRETED else loaded,)
+            weights = weights + (to_tf32(loaded) if tl.float32 == DTYPE else loaded,)
     return weights
 
 
@@ -63,17 +62,15 @@ def to_tf32(words):
 def product(
     weights,  # of load_weights
     x,  # tuple of CHUNKS quads of [THREADS] words: B
-    DTYPE: tl.constexpr, CHUNKS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
+    DTYPE: tl.constexpr,
+):
     """D: for each tile the rows column and column + 8, of each two sequences: a tuple of 4 TILES [THREADS] float32."""
-    if INTERPRETED:
-        sums = product_by_definition(weights, x, DTYPE, CHUNKS, TILES, WARPS)
-    else:
-        sums = tl.inline_asm_elementwise(
-            products(CHUNKS, TILES, DTYPE), operands("=&f", 4 * TILES, "r", (8 * TILES + 4) * CHUNKS),
-            weights + x, dtype=types(tl.float32, 4 * TILES), is_pure=True, pack=1,
-        )  # fmt: skip
-    return sums
+    CHUNKS: tl.constexpr = len(x) // 4
+    TILES: tl.constexpr = len(weights) // (8 * CHUNKS)
+    return tl.inline_asm_elementwise(
+        products(CHUNKS, TILES, DTYPE), operands("=&f", 4 * TILES, "r", len(weights) + len(x)),
+        weights + x, dtype=types(tl.float32, 4 * TILES), is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -81,11 +78,11 @@ def scale(
     x,  # as for `product`
     factors_at,  # [THREADS] pointers to words: of the first quad
     left,  # [THREADS] how many words there are from here on
-    CHUNKS: tl.constexpr, STRIDE: tl.constexpr, DTYPE: tl.constexpr,
+    STRIDE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """x times the factors there, rounded to DTYPE."""
     scaled = ()
-    for n in tl.static_range(4 * CHUNKS):
+    for n in tl.static_range(len(x)):
         offset = n // 4 * STRIDE + n % 4
         factors = tl.load(factors_at + offset, mask=left > offset, other=0)
         if tl.float32 == DTYPE:
@@ -105,30 +102,24 @@ def multiply_halves(a, b, DTYPE: tl.constexpr):
 
 @triton.jit
 def share(
-    values,  # tuple of COUNT [THREADS] of DTYPE
-    sequences,  # tuple of COUNT [THREADS]: to which sequence each belongs
-    elements_of_k,  # tuple of COUNT [THREADS]: and which element of its row
+    values,  # tuple of [THREADS]
+    sequences,  # tuple of [THREADS]: to which sequence each belongs, repeated as often as needed
+    elements,  # tuple of [THREADS]: and which element of its row
     turn,  # 0 and 1 alternately, so that a call does not write where the one before did
-    DTYPE: tl.constexpr, COUNT: tl.constexpr,
     CHUNKS: tl.constexpr,  # of a row; even
-    WARPS: tl.constexpr,
-):  # fmt: skip
-    """Share 8 rows of K, held in parts by a program's threads, with all its warps; return their place, for `take`.
-
-    In shared memory [2, 8 sequences, 16 CHUNKS words], with one barrier, as in `sum_over_warps`.
-    """
-    if INTERPRETED:
-        shared = share_by_definition(values, sequences, elements_of_k, DTYPE, COUNT, CHUNKS)
-    else:
-        SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
-        places = ()
-        for n in tl.static_range(COUNT):
-            places = places + (shared_place(sequences[n], elements_of_k[n] * SIZE, CHUNKS),)
-        shared = tl.inline_asm_elementwise(
-            sharing(COUNT, CHUNKS, SIZE), operands("=&r", 1, "h" if SIZE == 2 else "r", COUNT, "r", COUNT + 1),
-            bits(values, DTYPE, COUNT) + places + (turn,), dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    return shared
+):
+    """Share 8 rows of K, held in parts by a program's threads, with all its warps, through shared memory
+    [2, 8 sequences, 16 CHUNKS words] and with one barrier, as `sum_over_warps`. Returns their place, for `take`."""
+    COUNT: tl.constexpr = len(values)
+    SIZE: tl.constexpr = values[0].dtype.primitive_bitwidth // 8
+    bits, places = (), ()
+    for n in tl.static_range(COUNT):
+        bits = bits + (values[n].to(tl.int16 if SIZE == 2 else tl.int32, bitcast=True),)
+        places = places + (shared_place(sequences[n % len(sequences)], elements[n] * SIZE, CHUNKS),)
+    return tl.inline_asm_elementwise(
+        sharing(COUNT, CHUNKS, SIZE), operands("=&r", 1, "h" if SIZE == 2 else "r", COUNT, "r", COUNT + 1),
+        bits + places + (turn,), dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -137,32 +128,16 @@ def take(
     FIRST: tl.constexpr,  # chunk of a row; even
     COUNT: tl.constexpr,  # chunks
     CHUNKS: tl.constexpr,  # of a row
-    DTYPE: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
+    WARPS: tl.constexpr,
+):
     """COUNT quads of the thread's column, a tuple of 4 COUNT [THREADS] words: B."""
     _, _, column, quarter = threads(WARPS)
-    if INTERPRETED:
-        words = take_by_definition(shared, FIRST, COUNT, CHUNKS, DTYPE, column, quarter)
-    else:
-        even = shared + shared_place(column, 16 * quarter, CHUNKS)
-        odd = shared + shared_place(column, 16 * quarter + 64, CHUNKS)
-        words = tl.inline_asm_elementwise(
-            taking(FIRST, COUNT), operands("=&r", 4 * COUNT, "r", 2),
-            [even, odd], dtype=types(tl.int32, 4 * COUNT), is_pure=False, pack=1,
-        )  # fmt: skip
-    return words
-
-
-@triton.jit
-def bits(values, DTYPE: tl.constexpr, COUNT: tl.constexpr):
-    """The elements' bits, int16 or int32."""
-    found = ()
-    for n in tl.static_range(COUNT):
-        if tl.float32 == DTYPE:
-            found = found + (values[n].to(tl.int32, bitcast=True),)
-        else:
-            found = found + (values[n].to(tl.int16, bitcast=True),)
-    return found
+    even = shared + shared_place(column, 16 * quarter, CHUNKS)
+    odd = shared + shared_place(column, 16 * quarter + 64, CHUNKS)
+    return tl.inline_asm_elementwise(
+        taking(FIRST, COUNT), operands("=&r", 4 * COUNT, "r", 2),
+        [even, odd], dtype=types(tl.int32, 4 * COUNT), is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -176,39 +151,34 @@ def shared_place(sequence, byte, CHUNKS: tl.constexpr):
 @triton.jit
 def sum_over_warps(
     parts,  # of product: each warp has another part of K
-    rows,  # tuple of COUNT [THREADS]: which rows of the sum a thread wants
-    sequences,  # tuple of COUNT [THREADS]: and of which sequence
+    rows,  # tuple of [THREADS]: which rows of the sum a thread wants
+    sequences,  # tuple of [THREADS]: and of which sequence, repeated as often as needed
     wanted,  # [THREADS] whether it wants any, the same in all threads of a warp; elsewhere sums are undefined
-    turn,  # 0 and 1 alternately, so that a call does not write where the one before did
-    COUNT: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
-    """Elements of the sum of all warps' products, COUNT [THREADS] float32, in the same order every time.
+    turn,  # as for `share`
+    WARPS: tl.constexpr,
+):
+    """Elements of the sum of all warps' products, as many [THREADS] float32, in the same order every time.
 
-    The products are added in shared memory [2, WARPS, 16 TILES rows, 8 sequences], with one barrier: while one half is
-    read, the other half is written. Warps that want nothing leave shared memory's bandwidth to the others.
+    In shared memory [2, WARPS, 16 TILES rows, 8 sequences], with one barrier: while one half is read, the other half is
+    written. Warps that want nothing leave its bandwidth to the others.
     """
-    if INTERPRETED:
-        sums = sum_by_definition(parts, rows, sequences, COUNT, TILES, WARPS)
-    else:
-        _, warp, column, quarter = threads(WARPS)
-        warp_at = warp * (16 * TILES)
-        places = (place(warp_at + column, 2 * quarter), place(warp_at + column + 8, 2 * quarter))
-        for n in tl.static_range(COUNT):
-            places = places + (place(rows[n], sequences[n]),)
-        sums = tl.inline_asm_elementwise(
-            summation(COUNT, TILES, WARPS), operands("=&f", COUNT, "f", 4 * TILES, "r", COUNT + 4),
-            parts + places + (turn, wanted.to(tl.int32)), dtype=types(tl.float32, COUNT), is_pure=False, pack=1,
-        )  # fmt: skip
-    return sums
+    COUNT: tl.constexpr = len(rows)
+    TILES: tl.constexpr = len(parts) // 4
+    _, warp, column, quarter = threads(WARPS)
+    warp_at = warp * (16 * TILES)
+    places = (place(warp_at + column, 2 * quarter), place(warp_at + column + 8, 2 * quarter))
+    for n in tl.static_range(COUNT):
+        places = places + (place(rows[n], sequences[n % len(sequences)]),)
+    return tl.inline_asm_elementwise(
+        summation(COUNT, TILES, WARPS), operands("=&f", COUNT, "f", 4 * TILES, "r", COUNT + 4),
+        parts + places + (turn, wanted.to(tl.int32)), dtype=types(tl.float32, COUNT), is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
 def place(row, sequence):
-    """Where an element of a product lies in shared memory, in bytes.
-
-    Pairs of sequences are swizzled by the row, so that neither the threads of a product nor neighbouring rows of one
-    sequence have a bank conflict.
-    """
+    """Where an element of a product lies in shared memory, in bytes: pairs of sequences are swizzled by the row, so
+    that neither the threads of a product nor neighbouring rows of one sequence have a bank conflict."""
     pair = (sequence // 2) ^ (row // 4 % 4)
     return 4 * (8 * row + 2 * pair + sequence % 2)
 
@@ -283,81 +253,3 @@ def taking(first: int, count: int) -> str:
         words = f"${4 * n}, ${4 * n + 1}, ${4 * n + 2}, ${4 * n + 3}"
         lines.append(f"ld.shared.v4.b32 {{{words}}}, [${4 * count + n % 2} + {(first + n) // 2 * 128}];")
     return "\n".join(lines)
-
-
-# What the assembly does, for the interpreter.
-
-
-@triton.jit
-def product_by_definition(
-    weights, x, DTYPE: tl.constexpr, CHUNKS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr
-):
-    """As `product`."""
-    sums = ()
-    for half in tl.static_range(2 * TILES):  # of the 16 rows of a tile
-        d = tl.zeros((WARPS, 8, 8), tl.float32)  # [WARPS, rows, sequences]
-        for chunk in tl.static_range(CHUNKS):
-            at = (chunk * TILES + half // 2) * 8 + half % 2
-            a = elements(weights[at], weights[at + 2], weights[at + 4], weights[at + 6], DTYPE, WARPS)
-            b = elements(x[4 * chunk], x[4 * chunk + 1], x[4 * chunk + 2], x[4 * chunk + 3], DTYPE, WARPS)
-            d = tl.dot(a, tl.permute(b, (0, 2, 1)), d, input_precision="ieee")
-        even, odd = tl.split(tl.reshape(d, (WARPS, 8, 4, 2)))
-        sums = sums + (tl.reshape(even, (32 * WARPS,)), tl.reshape(odd, (32 * WARPS,)))
-    return sums
-
-
-@triton.jit
-def elements(word_0, word_1, word_2, word_3, DTYPE: tl.constexpr, WARPS: tl.constexpr):
-    """A chunk: quads of words [THREADS] -> float32 [WARPS, columns, elements], in an order of its own."""
-    words = tl.join(tl.join(word_0, word_1), tl.join(word_2, word_3))  # [THREADS, 2, 2]
-    if tl.float32 == DTYPE:
-        x = words.to(tl.float32, bitcast=True)
-    else:
-        x = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16)).to(DTYPE, bitcast=True).to(tl.float32)
-    return tl.reshape(x, (WARPS, 8, 512 // DTYPE.primitive_bitwidth))
-
-
-@triton.jit
-def sum_by_definition(parts, rows, sequences, COUNT: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr):
-    """As `sum_over_warps`."""
-    totals = ()
-    for n in tl.static_range(4 * TILES):
-        totals = totals + (tl.sum(tl.reshape(parts[n], (WARPS, 32)), axis=0),)
-    sums = ()
-    for n in tl.static_range(COUNT):
-        found = tl.zeros((32 * WARPS,), tl.float32)
-        lane = rows[n] % 8 * 4 + sequences[n] // 2
-        for part in tl.static_range(4 * TILES):
-            here = (rows[n] // 8 == part // 2) & (sequences[n] % 2 == part % 2)
-            found = tl.where(here, tl.gather(totals[part], lane, 0), found)
-        sums = sums + (found,)
-    return sums
-
-
-@triton.jit
-def share_by_definition(
-    values, sequences, elements_of_k, DTYPE: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr
-):
-    """As `share`: the bits of all elements, [8 K] int32."""
-    K: tl.constexpr = 16 * CHUNKS * (32 // DTYPE.primitive_bitwidth)
-    shared = tl.zeros((8 * K,), tl.int32)
-    for n in tl.static_range(COUNT):
-        here = (sequences[n] * K + elements_of_k[n])[:, None] == tl.arange(0, 8 * K)[None, :]
-        shared += tl.sum(tl.where(here, bits(values, DTYPE, COUNT)[n].to(tl.int32)[:, None], 0), axis=0)
-    return shared
-
-
-@triton.jit
-def take_by_definition(
-    shared, FIRST: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, DTYPE: tl.constexpr, column, quarter
-):
-    """As `take`."""
-    PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
-    words = ()
-    for n in tl.static_range(4 * COUNT):
-        at = (column * (16 * CHUNKS) + (FIRST + n // 4) * 16 + quarter * 4 + n % 4) * PER
-        word = tl.gather(shared, at, 0)
-        if PER == 2:
-            word = (word & 0xFFFF) | (tl.gather(shared, at + 1, 0) << 16)
-        words = words + (word,)
-    return words

@@ -10,6 +10,7 @@ A *step* counts in the order of processing. With a sequence of length L in a bat
 Pointers that mean the same in every kernel, for H units and P features of h (H without a projection); those of absent
 tensors are None:
 
+    gates [T*B, 4H]                           forward in: x W_ih^T + b_ih + b_hh; out, if SAVE, and backward: activated
     h0 [B, P]  c0 [B, H] float32  c [T*B, H] float32  lengths [B]  resets [T*B]  error [1] int32, see timeouts.py
     weight_hh [4H, P]  weight_hr [P, H]  peephole [3H]  dropout_h [B, P]
     zoneout_h [T*B, P] or one float32         reset_h [T*B, P], read with zoneout_h alone
@@ -17,9 +18,10 @@ tensors are None:
     gain_hh [4H]  gain_c [H]  bias_c [H]      of the layer norms of W_hh h and of c, and what they normalised:
     unit_hh [T*B, 4H]  unit_c [T*B, H] float32  scale_hh [T*B] float32  scale_c [T*B] float32
     dh [T*B, P]  dh_n [B, P]                  gradients given to backward
+    dgates [T*B, 4H]                          out: the gradient of the pre-activations
+    dc [B, H] float32                         gradient of c_n, becomes that of c before every step
     dh_total [T*B, P]                         out: the whole gradient of W_hr m, or with a layer norm of c that of m
-    dreset_h [T*B, P] float32                 zeros; out where a step is reset: through zoneout, of the h before it
-    dreset_c [T*B, H] float32                 zeros; out where a step is reset: of the c before it
+    dreset_h [T*B, P]  dreset_c [T*B, H]      float32 zeros; out at resets: of h before, by zoneout, and of c before
 """
 
 import triton
@@ -31,9 +33,8 @@ from .cell import mix, mix_backward, next_cell
 @triton.jit
 def load_lengths(lengths_ptr, batch, in_batch, T):
     """Lengths of the sequences `batch`, T where none are given."""
-    if lengths_ptr is None:
-        length = tl.zeros_like(batch) + T
-    else:
+    length = tl.zeros_like(batch) + T
+    if lengths_ptr is not None:
         length = tl.load(lengths_ptr + batch, mask=in_batch, other=0).to(tl.int32)
     return length
 
@@ -48,11 +49,7 @@ def sequences(batch, lengths_ptr, T, B):
 @triton.jit
 def time_of(step, length, REVERSE: tl.constexpr):
     """The time that each sequence visits at `step`."""
-    if REVERSE:
-        time = tl.where(step < length, length - 1 - step, step)
-    else:
-        time = tl.zeros_like(length) + step
-    return time
+    return tl.where(step < length, length - 1 - step, step) if REVERSE else tl.zeros_like(length) + step
 
 
 @triton.jit
@@ -77,24 +74,19 @@ def row_in_h_then_h0(step, length, batch, T, B, REVERSE: tl.constexpr):
 
 @triton.jit
 def is_reset(resets_ptr, time, length, batch, B, in_batch, REVERSE: tl.constexpr):
-    """Where the state is zeroed before the step at `time`.
-
-    A reset at t separates time t from time t - 1 in both directions; the reverse direction comes from time + 1.
-    """
-    if resets_ptr is None:
-        reset = time < 0
-    else:
-        later = time + 1 if REVERSE else time  # of the two times that a reset may separate
+    """Where the state is zeroed before the step at `time`. A reset at t separates time t from time t - 1 in both
+    directions; the reverse direction comes from time + 1."""
+    later = time + 1 if REVERSE else time  # of the two times that a reset may separate
+    reset = time < 0
+    if resets_ptr is not None:
         reset = tl.load(resets_ptr + row_of(later, batch, B), mask=in_batch & (later < length), other=0) != 0
     return reset
 
 
 @triton.jit
 def position(step, batch, in_batch, length, resets_ptr, B, REVERSE: tl.constexpr):
-    """Where each of some `sequences` is at `step`: (time, row, valid, continues).
-
-    valid: the step is one of the sequence's, not padding. continues: and its state before is not zeroed by a reset.
-    """
+    """Where each of some `sequences` is at `step`: (time, row, valid: it is no padding, continues: nor is the state
+    before it zeroed by a reset)."""
     time = time_of(step, length, REVERSE)
     row = row_of(time, batch, B)
     valid = in_batch & (step < length)
@@ -117,10 +109,8 @@ def cells_at(row, batch, unit, in_batch, valid, continues, H):
 
 @triton.jit
 def interleaved_gates(unit_start, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The order in which one product yields all four gates of BLOCK_H units: number n is gate n % 4 of unit n // 4.
-
-    Returns (index into 4H, unit), each [4 * BLOCK_H]. So a thread holds all four gates of its units.
-    """
+    """(index into 4H, unit), each [4 * BLOCK_H], of columns of which number n is gate n % 4 of unit n // 4: one product
+    yields all four gates of BLOCK_H units, and a thread holds all those of its units."""
     n = tl.arange(0, 4 * BLOCK_H)
     unit = unit_start + n // 4
     return (n % 4) * H + unit, unit
@@ -170,11 +160,9 @@ def load_peepholes(peephole_ptr, unit, H: tl.constexpr):
 @triton.jit
 def load_affine(gain_ptr, bias_ptr, unit, H: tl.constexpr):
     """(gain, bias) of a layer norm for some units, from [H]; zeros where there is no bias."""
-    gain = tl.load(gain_ptr + unit, mask=unit < H, other=0.0).to(tl.float32)
+    gain, bias = tl.load(gain_ptr + unit, mask=unit < H, other=0.0).to(tl.float32), tl.zeros(unit.shape, tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + unit, mask=unit < H, other=0.0).to(tl.float32)
-    else:
-        bias = tl.zeros(unit.shape, tl.float32)
     return gain, bias
 
 
@@ -237,10 +225,8 @@ def zoneout(zoneout_ptr, at, mask, before, new):
 
 @triton.jit
 def zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells):
-    """dh, without the part through zoneout of the step after -> the gradient of the h that the step computed.
-
-    dh_from_zoneout [B, P], float32: the gradient through zoneout of the step after, replaced by that of this one.
-    """
+    """dh, without the part through zoneout of the step after -> the gradient of the h that the step computed. That part
+    is in dh_from_zoneout [B, P], float32, and is replaced by this step's."""
     at, _, state_at, _, valid, continues, reset = cells
     if zoneout_h_ptr is not None:
         dh += tl.load(dh_from_zoneout_ptr + state_at, mask=valid, other=0.0)

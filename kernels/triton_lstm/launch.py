@@ -6,13 +6,12 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..layer import Chosen, Gradients, Layer, Verify, zeros_for_resets
-from ..problem import Pass, Problem, Recurrence
+from ..problem import TENSORS, Pass, Problem, Recurrence
 from ..timeouts import KERNELS, error_word
-from . import pointwise, step
+from . import features, pointwise
 from .binary import RecordedLaunch
 from .choose import (
     FAMILIES,
@@ -24,11 +23,9 @@ from .choose import (
     measured_plan,
     plans_in_use,
 )
-from .features import OPTIONS
 from .planning import Family, Launch, Plan
 
-INTERPRETED = not isinstance(step.lstm_step_forward_kernel, triton.JITFunction)
-"""Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when triton was imported."""
+INTERPRETED: bool = features.INTERPRETED.value
 
 
 def interpret(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -37,10 +34,7 @@ def interpret(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 
 launch_kernel: Launch | None = interpret if INTERPRETED else None
-"""What every launch goes through, unless the compiled kernel itself is launched: None.
-
-The seam at which a test can look at every launch, or make it differently.
-"""
+"""What makes every launch; None: the compiled kernel itself. Tests replace it."""
 
 
 class Kernel:
@@ -68,6 +62,10 @@ class Kernel:
             launch(self._kernel, self._grid, **arguments)
 
 
+# The parameters of kernels that are given the tensors of a Recurrence.
+_POINTERS = tuple(f"{name}_ptr".replace("weight_peephole", "peephole") for name in Recurrence._fields[:TENSORS])
+
+
 class Prepared:
     """A plan of one problem and pass; see layer.Prepared. `launch` makes its launches, by default `launch_kernel`.
 
@@ -88,7 +86,9 @@ class Prepared:
         self._batch, self._hidden, self._width, self._save = problem.batch, problem.hidden, problem.width, which.save
         self._total_width = problem.width if problem.projected or problem.norms[1] else None
         kernel = self._family.KERNELS[which.backward]
-        self._kernel = Kernel(kernel, plan.grid, _constants(problem, which, plan), _options(plan, waits))
+        options = dict(num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.registers,
+                       launch_cooperative_grid=waits, **features.OPTIONS)  # fmt: skip
+        self._kernel = Kernel(kernel, plan.grid, _constants(problem, which, plan), options)
         self._loop = pointwise.LOOPS[which.backward] if plan.family is Family.POINTWISE else None
         self._error = error_word(device, kernel.__name__, tried) if kernel.__name__ in KERNELS else None
 
@@ -100,8 +100,13 @@ class Prepared:
         h_n = r.h0.clone() if copied else torch.empty_like(r.h0)
         c_n = r.c0.clone() if copied or self.plan.family is Family.COOPERATIVE else torch.empty_like(r.c0)
         h, buffers = self._family.forward_buffers(gates, r, self.plan)
-        self._run({**self._shared(gates, r), "c_ptr": c, "h_n_ptr": h_n, "c_n_ptr": c_n, **buffers}, r)
-        return _hidden_states(h, gates.shape[0], self._batch, self._width), h_n, c_n, c
+        self._run(gates, r, {"c_ptr": c, "h_n_ptr": h_n, "c_n_ptr": c_n, **buffers})
+        steps, _, width = h.shape
+        if width > self._width:  # rows of words
+            h = h[: gates.shape[0], :, : self._width].contiguous()
+        elif steps > gates.shape[0]:  # h0 at its end; not a view, since autograd forbids changing one in place
+            h.resize_(gates.shape[0], self._batch, width)
+        return h, h_n, c_n, c
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
@@ -109,46 +114,30 @@ class Prepared:
         """As layer.Layer.backward."""
         dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
         dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
-        dh_total = (
-            None if self._total_width is None else gates.new_empty(gates.shape[0], self._batch, self._total_width)
-        )
+        width = self._total_width
+        dh_total = None if width is None else gates.new_empty(gates.shape[0], self._batch, width)
         dreset_h, dreset_c = zeros_for_resets(r)
         dgates, buffers = self._family.backward_buffers(gates, r, self.plan)
-        self._run({
-            **self._shared(gates, r), "c_ptr": c, "dh_ptr": dh, "dh_n_ptr": dh_n, "dc_ptr": dc,
-            "unit_hh_ptr": r.unit_hh, "scale_hh_ptr": r.scale_hh, "unit_c_ptr": r.unit_c, "scale_c_ptr": r.scale_c,
-            "dh_from_zoneout_ptr": dh_from_zoneout, "dh_total_ptr": dh_total, "dreset_h_ptr": dreset_h,
-            "dreset_c_ptr": dreset_c, **buffers,
-        }, r)  # fmt: skip
+        self._run(gates, r, {
+            "c_ptr": c, "dh_ptr": dh, "dh_n_ptr": dh_n, "dc_ptr": dc, "dh_from_zoneout_ptr": dh_from_zoneout,
+            "dh_total_ptr": dh_total, "dreset_h_ptr": dreset_h, "dreset_c_ptr": dreset_c, **buffers,
+        })  # fmt: skip
         if dgates.dim() == 4:  # [T, B, 4, H or more], rows of words
             dgates = dgates[..., : self._hidden].reshape(gates.shape)
         return Gradients(dgates, dh_from_zoneout, dc, dh_total, dreset_h, dreset_c)
 
-    def _run(self, given: dict[str, Any], r: Recurrence) -> None:
-        """One launch, or one per step."""
+    def _run(self, gates: Tensor, r: Recurrence, own: dict[str, Any]) -> None:
+        """One launch, or one per step, with `own` arguments besides those of all families and both directions."""
+        given: dict[str, Any] = dict(zip(_POINTERS, r))
+        given |= {
+            "gates_ptr": gates, "error_ptr": self._error, "T": gates.shape[0], "B": self._batch,
+            "arrivals_ptr": None if self.at_once is None else r.c0.new_zeros(1, dtype=torch.int32),
+        }  # fmt: skip
+        given |= own
         if self._loop is None:
             self._kernel(self._launch, given)
         else:
             self._loop(partial(self._kernel, self._launch), given, r)
-
-    def _shared(self, gates: Tensor, r: Recurrence) -> dict[str, Any]:
-        """What kernels of all families are given, forward and backward."""
-        return {
-            "gates_ptr": gates, "h0_ptr": r.h0, "c0_ptr": r.c0, "weight_hh_ptr": r.weight_hh,
-            "weight_hr_ptr": r.weight_hr, "peephole_ptr": r.weight_peephole, "lengths_ptr": r.lengths,
-            "resets_ptr": r.resets, "dropout_h_ptr": r.dropout_h, "zoneout_h_ptr": r.zoneout_h,
-            "zoneout_c_ptr": r.zoneout_c, "reset_h_ptr": r.reset_h, "reset_c_ptr": r.reset_c,
-            "gain_hh_ptr": r.gain_hh, "gain_c_ptr": r.gain_c, "bias_c_ptr": r.bias_c,
-            "arrivals_ptr": None if self.at_once is None else r.c0.new_zeros(1, dtype=torch.int32),
-            "error_ptr": self._error, "T": gates.shape[0], "B": self._batch,
-        }  # fmt: skip
-
-
-def _hidden_states(h: Tensor, steps: int, batch: int, width: int) -> Tensor:
-    """h [T, B, P], without h0 at its end and padding of rows; not a view: autograd forbids changing one in place."""
-    if h.shape == (steps, batch, width):
-        return h
-    return h.resize_(steps, batch, width) if h.shape[2] == width else h[:steps, :, :width].contiguous()
 
 
 def _constants(problem: Problem, which: Pass, plan: Plan) -> dict[str, Any]:
@@ -159,16 +148,6 @@ def _constants(problem: Problem, which: Pass, plan: Plan) -> dict[str, Any]:
         BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k,
         UNITS=plan.columns, CHUNKS=plan.k, WARPS=plan.num_warps, PARTS=plan.parts, AHEAD=plan.tiles_per_group > 1,
     )  # fmt: skip
-
-
-def _options(plan: Plan, waits: bool) -> dict[str, Any]:
-    """Triton's options."""
-    options = dict(num_warps=plan.num_warps, maxnreg=plan.registers, **OPTIONS)
-    if plan.family is Family.STEP:
-        options["num_stages"] = plan.num_stages
-    if waits:
-        options["launch_cooperative_grid"] = True
-    return options
 
 
 _layers: dict[tuple[Problem, torch.device], Layer] = {}
@@ -194,10 +173,7 @@ def _prepare(layer: Layer, which: Pass) -> Prepared:
     # With neither gradient, backward returns zeros except for what dc_n contributes, which all plans compute alike.
     has_results = not which.backward or which.dh or which.dh_n
     verify = layer.verify if has_results and not layer.is_capturing() else None
-
-    def launches(plan: Plan) -> list[RecordedLaunch]:
-        return recorded_launches(layer.problem, which, plan)
-
+    launches = partial(recorded_launches, layer.problem, which)
     plan = choose_plan(layer.problem, layer.device, which, launches, verify)
     return Prepared(layer.problem, which, plan, layer.device)
 
@@ -229,7 +205,7 @@ def recorded_launches(problem: Problem, which: Pass, plan: Plan) -> list[Recorde
     prepared = Prepared(problem, which, plan, meta, record)
     if prepared.projects_outside:  # then all gradients of m are given
         problem, which = problem._replace(projected=0), which._replace(dh=True, dh_n=False)
-    gates, r = _call_of(problem)
+    gates, r = call_of(problem, meta)
     if which.backward:
         dh = r.h0.new_empty(problem.steps, *r.h0.shape) if which.dh else None
         c = r.c0.new_empty(problem.steps, *r.c0.shape)
@@ -239,30 +215,30 @@ def recorded_launches(problem: Problem, which: Pass, plan: Plan) -> list[Recorde
     return launches
 
 
-def _call_of(problem: Problem) -> tuple[Tensor, Recurrence]:
-    """The gates and tensors of a call, on the meta device."""
+def call_of(problem: Problem, device: torch.device) -> tuple[Tensor, Recurrence]:
+    """The gates and tensors of a call; zeros."""
     p, f32 = problem, torch.float32
 
-    def meta(there: bool, *shape: int, dtype: torch.dtype = p.dtype) -> Any:
-        return torch.empty(shape, dtype=dtype, device="meta") if there else None
+    def zeros(there: bool, *shape: int, dtype: torch.dtype = p.dtype) -> Any:
+        return torch.zeros(shape, dtype=dtype, device=device) if there else None
 
     def share(dimensions: int | None, features: int) -> Any:
         shape, dtype = ((p.steps, p.batch, features), torch.bool) if dimensions else ((), f32)
-        return meta(dimensions is not None, *shape, dtype=dtype)
+        return zeros(dimensions is not None, *shape, dtype=dtype)
 
     steps, batch, hidden, width = p.steps, p.batch, p.hidden, p.width
     gain_hh, gain_c, bias_c = p.norms
-    return meta(True, steps, batch, 4 * hidden), Recurrence(
-        weight_hh=meta(True, 4 * hidden, width), weight_hr=meta(p.projected > 0, width, hidden),
-        weight_peephole=meta(p.peepholes, 3 * hidden),
-        h0=meta(True, batch, width), c0=meta(True, batch, hidden, dtype=f32),
-        lengths=meta(p.lengths is not None, batch, dtype=p.lengths or f32),
-        resets=meta(p.resets, steps, batch, dtype=torch.bool),
-        dropout_h=meta(p.dropout_h, batch, width),
+    return zeros(True, steps, batch, 4 * hidden), Recurrence(
+        weight_hh=zeros(True, 4 * hidden, width), weight_hr=zeros(p.projected > 0, width, hidden),
+        weight_peephole=zeros(p.peepholes, 3 * hidden),
+        h0=zeros(True, batch, width), c0=zeros(True, batch, hidden, dtype=f32),
+        lengths=zeros(p.lengths is not None, batch, dtype=p.lengths or f32),
+        resets=zeros(p.resets, steps, batch, dtype=torch.bool),
+        dropout_h=zeros(p.dropout_h, batch, width),
         zoneout_h=share(p.zoneout_h, width), zoneout_c=share(p.zoneout_c, hidden),
-        reset_h=meta(p.reset_h, steps, batch, width), reset_c=meta(p.reset_c, steps, batch, hidden, dtype=f32),
-        gain_hh=meta(gain_hh, 4 * hidden), gain_c=meta(gain_c, hidden), bias_c=meta(bias_c, hidden),
-        unit_hh=meta(gain_hh, steps, batch, 4 * hidden), scale_hh=meta(gain_hh, steps, batch, dtype=f32),
-        unit_c=meta(gain_c, steps, batch, hidden, dtype=f32), scale_c=meta(gain_c, steps, batch, dtype=f32),
+        reset_h=zeros(p.reset_h, steps, batch, width), reset_c=zeros(p.reset_c, steps, batch, hidden, dtype=f32),
+        gain_hh=zeros(gain_hh, 4 * hidden), gain_c=zeros(gain_c, hidden), bias_c=zeros(bias_c, hidden),
+        unit_hh=zeros(gain_hh, steps, batch, 4 * hidden), scale_hh=zeros(gain_hh, steps, batch, dtype=f32),
+        unit_c=zeros(gain_c, steps, batch, hidden, dtype=f32), scale_c=zeros(gain_c, steps, batch, dtype=f32),
         reverse=p.reverse, precision=p.precision, side_by_side=p.side_by_side,
     )  # fmt: skip

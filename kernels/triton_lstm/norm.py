@@ -42,8 +42,8 @@ def normalise_gates(z, mean, scale, gain):
 
 @triton.jit
 def gates_of_unit(dz, gain, unit, DTYPE: tl.constexpr):
-    """Gradients of all gates LN(W_hh h), rounded as they are stored -> (gradients of unit, and over the gates the sums
-    of these and of these times unit)."""
+    """Gradients of all gates LN(W_hh h), rounded as they are stored -> (gradients d of unit, over the gates the sums of
+    d and of d * unit)."""
     d = ()
     for n in tl.static_range(4):
         d = d + (gain[n] * dz[n].to(DTYPE).to(tl.float32),)
@@ -62,10 +62,8 @@ def normalise_gates_backward(d, unit, scale, mean_d, mean_d_unit):
 
 @triton.jit
 def squares_about(mean, own_mean, own_squares, count):
-    """Of `count` elements: their sum of squares about any mean, from that about their own.
-
-    About the mean of all elements, the sums of the parts can be added up (Chan, Golub & LeVeque, 1979).
-    """
+    """Of `count` elements: their sum of squares about any mean, from that about their own (Chan, Golub & LeVeque,
+    1979). About the mean of all, the sums of the parts can be added up."""
     distance = own_mean - mean
     return own_squares + count * distance * distance
 

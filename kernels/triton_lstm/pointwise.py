@@ -24,7 +24,7 @@ from .step import store_hidden, tile_at
 
 @triton.jit(do_not_specialize=["step", "T", "B"])
 def lstm_pointwise_forward_kernel(
-    gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh, plus W_hh h unless z_ptr has it; out, if SAVE: activated gates
+    gates_ptr,  # with W_hh h added, unless z_ptr has it
     z_ptr,  # [B, 4H] W_hh h of the step, or None
     h0_ptr, c0_ptr, peephole_ptr,
     h_ptr,  # [T*B, H] out
@@ -72,12 +72,9 @@ def lstm_pointwise_forward_kernel(
 def lstm_pointwise_backward_kernel(
     dh_ptr, dh_n_ptr,
     dh_next_ptr,  # [B, H]: dgates of the step after, times W_hh
-    gates_ptr,  # [T*B, 4H] activated
-    c_ptr, c0_ptr, peephole_ptr,
-    dgates_ptr,  # [T*B, 4H] out
-    dz_ptr,  # [B, 4H] out: those of the step, or None
-    dc_ptr,  # [B, H] float32, gradient of c_n, becomes that of c before every step
-    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
+    gates_ptr, c_ptr, c0_ptr, peephole_ptr, dgates_ptr,
+    dz_ptr,  # [B, 4H] out: dgates of the step, or None
+    dc_ptr, lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, H] float32 or None, see indexing.zoneout_h_backward
     dreset_h_ptr, reset_c_ptr, dreset_c_ptr, step, T, B, H: tl.constexpr, REVERSE: tl.constexpr,
     PEEPHOLES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,

@@ -25,11 +25,11 @@ from .planning import Device, Family, Plan, power_of_two
 
 
 @triton.jit
-def cells_of_thread(lengths_ptr, T, B, UNITS: tl.constexpr, WARPS: tl.constexpr, CELLS: tl.constexpr):
+def cells_of_thread(lengths_ptr, T, B, UNITS: tl.constexpr, WARPS: tl.constexpr):
     """A thread's cells: their units, where in the batch tile and which their `sequences` are; tuples of CELLS."""
     _, warp, column, quarter = threads(WARPS)
     units, places, of_cells = (), (), ()
-    for n in tl.static_range(CELLS):
+    for n in tl.static_range(UNITS // WARPS // 4):
         units = units + (warp * (UNITS // WARPS) + n // 2 * 8 + column,)
         places = places + (2 * quarter + n % 2,)
         of_cells = of_cells + (indexing.sequences(tl.program_id(0) * SEQUENCES + places[n], lengths_ptr, T, B),)
@@ -37,10 +37,10 @@ def cells_of_thread(lengths_ptr, T, B, UNITS: tl.constexpr, WARPS: tl.constexpr,
 
 
 @triton.jit
-def cells_at_step(step, units, sequence, resets_ptr, B, H: tl.constexpr, REVERSE: tl.constexpr, CELLS: tl.constexpr):
+def cells_at_step(step, units, sequence, resets_ptr, B, H: tl.constexpr, REVERSE: tl.constexpr):
     """The `position` and the `cells_at` of a thread's cells; tuples of CELLS."""
     places, cells = (), ()
-    for n in tl.static_range(CELLS):
+    for n in tl.static_range(len(units)):
         batch, in_batch, _ = sequence[n]
         places = places + (indexing.position(step, *sequence[n], resets_ptr, B, REVERSE),)
         _, row, valid, continues = places[n]
@@ -49,50 +49,48 @@ def cells_at_step(step, units, sequence, resets_ptr, B, H: tl.constexpr, REVERSE
 
 
 @triton.jit
-def sum_over_units(values, CELLS: tl.constexpr, WARPS: tl.constexpr):
-    """Sums over all units of one value per cell, for a thread's two sequences: a pair of [THREADS]."""
+def sum_over_units(values, K: tl.constexpr, WARPS: tl.constexpr):
+    """Sums over all units of number K of each cell's values, for a thread's two sequences: a pair of [THREADS]."""
     even = tl.zeros((32 * WARPS,), tl.float32)
     odd = tl.zeros((32 * WARPS,), tl.float32)
-    for n in tl.static_range(CELLS):
-        if n % 2 == 0:
-            even += values[n]
-        else:
-            odd += values[n]
+    for n in tl.static_range(0, len(values), 2):
+        even += values[n][K]
+        odd += values[n + 1][K]
     both = tl.reshape(tl.join(even, odd), (8 * WARPS, 4, 2))  # [warps and columns, quarters, sequences]
     total = tl.broadcast_to(tl.sum(both, axis=0)[None, :, :], (8 * WARPS, 4, 2))
     return tl.split(tl.reshape(total, (32 * WARPS, 2)))
 
 
 @triton.jit
-def moments(v, unit, H: tl.constexpr, GATES: tl.constexpr, CELLS: tl.constexpr, WARPS: tl.constexpr):
-    """(means, scales) of GATES values of each cell, for a thread's two sequences. Past the last unit v is zero."""
+def moments(v, unit, H: tl.constexpr, WARPS: tl.constexpr):
+    """(means, scales) of a tuple of values for each cell, for a thread's two sequences; zero past the last unit."""
+    COUNT: tl.constexpr = len(v[0]) * H
     sums, squares = (), ()
-    for n in tl.static_range(CELLS):
+    for n in tl.static_range(len(v)):
         total = v[n][0]
-        for gate in tl.static_range(1, GATES):
-            total += v[n][gate]
-        sums = sums + (total,)
-    even, odd = sum_over_units(sums, CELLS, WARPS)
-    mean = (even / (GATES * H), odd / (GATES * H))
-    for n in tl.static_range(CELLS):
+        for k in tl.static_range(1, len(v[n])):
+            total += v[n][k]
+        sums = sums + ((total,),)
+    even, odd = sum_over_units(sums, 0, WARPS)
+    mean = (even / COUNT, odd / COUNT)
+    for n in tl.static_range(len(v)):
         total = tl.zeros((32 * WARPS,), tl.float32)
-        for gate in tl.static_range(GATES):
-            distance = tl.where(unit[n] < H, v[n][gate] - mean[n % 2], 0.0)
+        for k in tl.static_range(len(v[n])):
+            distance = tl.where(unit[n] < H, v[n][k] - mean[n % 2], 0.0)
             total += distance * distance
-        squares = squares + (total,)
-    even, odd = sum_over_units(squares, CELLS, WARPS)
-    return mean, (tl.rsqrt(even / (GATES * H) + EPS), tl.rsqrt(odd / (GATES * H) + EPS))
+        squares = squares + ((total,),)
+    even, odd = sum_over_units(squares, 0, WARPS)
+    return mean, (tl.rsqrt(even / COUNT + EPS), tl.rsqrt(odd / COUNT + EPS))
 
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_resident_forward_kernel(
-    gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
+    gates_ptr,
     weights_ptr,  # [4H, W] int32: W_hh
     peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr, h0_ptr, c0_ptr,
-    h_ptr,  # [T*B, H]
+    h_ptr,  # [T*B, H] out
     c_ptr,
-    h_n_ptr,  # [B, H]
-    c_n_ptr,  # [B, H] float32
+    h_n_ptr, c_n_ptr,  # [B, H] out, the latter float32
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, T, B,
     H: tl.constexpr, PEEPHOLES: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
     UNITS: tl.constexpr,  # at least H
@@ -106,18 +104,17 @@ def lstm_resident_forward_kernel(
     W: tl.constexpr = (H + PER - 1) // PER
     CHUNKS: tl.constexpr = UNITS // PER // 16
     CELLS: tl.constexpr = UNITS // WARPS // 4
-    TILES: tl.constexpr = CELLS  # of 16 rows: of 8 units the gates i and f, then g and o
     thread, warp, column, quarter = threads(WARPS)
-    unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS, CELLS)
+    unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS)
 
     # The four gates' rows of the warp's units, once: a pair of tiles is 8 units, i and f of the first, g and o.
     rows = ()
-    for n in tl.static_range(2 * TILES):
+    for n in tl.static_range(2 * CELLS):
         rows = rows + (tl.where(unit[n // 4 * 2] < H, n % 4 * H + unit[n // 4 * 2], -1),)
-    weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, DTYPE, CHUNKS, TILES)
+    weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, DTYPE, CHUNKS)
 
     h, c, peepholes, gain_hh, affine_c = (), (), (), (), ()
-    states = cells_at_step(0, unit, sequence, None, B, H, REVERSE, CELLS)[1]
+    states = cells_at_step(0, unit, sequence, None, B, H, REVERSE)[1]
     for n in tl.static_range(CELLS):
         peepholes = peepholes + (indexing.load_peepholes(peephole_ptr, unit[n], H),)
         if NORM_HH:
@@ -128,7 +125,7 @@ def lstm_resident_forward_kernel(
         h = h + (tl.load(h0_ptr + state_at, mask=in_tile, other=0.0),)
         c = c + (tl.load(c0_ptr + state_at, mask=in_tile, other=0.0),)
     for step in range(T):
-        _, cells = cells_at_step(step, unit, sequence, resets_ptr, B, H, REVERSE, CELLS)
+        _, cells = cells_at_step(step, unit, sequence, resets_ptr, B, H, REVERSE)
 
         # Load, before the product, which hides its latency.
         x, h_prev, h_operand, c_prev = (), (), (), ()
@@ -144,8 +141,8 @@ def lstm_resident_forward_kernel(
             c_prev = c_prev + (indexing.reset_to(tl.where(reset, 0.0, c[n]), reset_c_ptr, at, reset),)
 
         # Product: the four gates of the thread's cells.
-        shared = share(h_operand, places_in_tile, unit, step % 2, DTYPE, CELLS, CHUNKS, WARPS)
-        products = product(weights, take(shared, 0, CHUNKS, CHUNKS, DTYPE, WARPS), DTYPE, CHUNKS, TILES, WARPS)
+        shared = share(h_operand, places_in_tile, unit, step % 2, CHUNKS)
+        products = product(weights, take(shared, 0, CHUNKS, CHUNKS, WARPS), DTYPE)
         z = ()
         for n in tl.static_range(CELLS):
             of_cell = products[n // 2 * 8 + n % 2 : n // 2 * 8 + 8 : 2]  # both of a tile's cells alternate
@@ -153,7 +150,7 @@ def lstm_resident_forward_kernel(
 
         # Gates and cell.
         if NORM_HH:
-            mean, scale = moments(z, unit, H, 4, CELLS, WARPS)
+            mean, scale = moments(z, unit, H, WARPS)
             z_hh, z = z, ()
             for n in tl.static_range(CELLS):
                 z = z + (normalise_gates(z_hh[n], mean[n % 2], scale[n % 2], gain_hh[n]),)
@@ -162,7 +159,7 @@ def lstm_resident_forward_kernel(
             for n in tl.static_range(CELLS):
                 new = new + (cell_forward(x[n], z[n], c_prev[n], peepholes[n], PEEPHOLES),)
                 new_c = new_c + ((new[n][1],),)
-            mean, scale = moments(new_c, unit, H, 1, CELLS, WARPS)
+            mean, scale = moments(new_c, unit, H, WARPS)
 
         # Store. The state of a sequence that has ended stays; its padding gets zeros.
         h, c = (), ()
@@ -192,14 +189,11 @@ def lstm_resident_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_resident_backward_kernel(
-    dh_ptr, dh_n_ptr,
-    gates_ptr,  # [T*B, 4H] activated
-    c_ptr, c0_ptr,
+    dh_ptr, dh_n_ptr, gates_ptr, c_ptr, c0_ptr,
     weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
     peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
-    dh_total_ptr,
-    dgates_ptr,  # [T*B, 4H] out
-    dc_ptr,  # [B, H] float32, in: gradient of c_n; out: of c0
+    dh_total_ptr, dgates_ptr,
+    dc_ptr,  # in: the gradient of c_n; out: of c0
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, H] float32 zeros, out: the gradient of h0 through zoneout; or None
     dreset_h_ptr, reset_c_ptr, dreset_c_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr, REVERSE: tl.constexpr,
@@ -214,22 +208,21 @@ def lstm_resident_backward_kernel(
     W: tl.constexpr = (H + PER - 1) // PER
     CHUNKS: tl.constexpr = UNITS // PER // 16  # of one gate
     CELLS: tl.constexpr = UNITS // WARPS // 4
-    TILES: tl.constexpr = CELLS // 4  # of 16 units
     thread, warp, column, quarter = threads(WARPS)
-    unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS, CELLS)
+    unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS)
 
     # The rows of W_hh^T of the warp's units, gate by gate, once.
     rows, weights, elements_of_dz = (), (), ()
-    for n in tl.static_range(2 * TILES):
+    for n in tl.static_range(CELLS // 2):
         rows = rows + (tl.where(unit[2 * n] < H, unit[2 * n], -1),)
     for gate in tl.static_range(4):
-        weights = weights + (load_weights(weights_ptr + gate * H * W, rows, quarter * 4, W, 16, DTYPE, CHUNKS, TILES),)
+        weights = weights + (load_weights(weights_ptr + gate * H * W, rows, quarter * 4, W, 16, DTYPE, CHUNKS),)
         for n in tl.static_range(CELLS):  # four gates of UNITS units are a row of K
             elements_of_dz = elements_of_dz + (gate * UNITS + unit[n],)
 
     # Gradients of the state after the current step: at a sequence's last step, those of the final state.
     dh, dc, peepholes = (), (), ()
-    states = cells_at_step(0, unit, sequence, None, B, H, REVERSE, CELLS)[1]
+    states = cells_at_step(0, unit, sequence, None, B, H, REVERSE)[1]
     for n in tl.static_range(CELLS):
         peepholes = peepholes + (indexing.load_peepholes(peephole_ptr, unit[n], H),)
         state_at, in_tile = states[n][2], states[n][3]
@@ -240,10 +233,10 @@ def lstm_resident_backward_kernel(
         dc = dc + (tl.load(dc_ptr + state_at, mask=in_tile, other=0.0),)
     for back in range(T):
         step = T - 1 - back
-        places, cells = cells_at_step(step, unit, sequence, resets_ptr, B, H, REVERSE, CELLS)
+        places, cells = cells_at_step(step, unit, sequence, resets_ptr, B, H, REVERSE)
 
         # Load, of all cells before the first store.
-        saved, d_states, from_zoneout = (), (), ()
+        loaded = ()
         for n in tl.static_range(CELLS):
             at, _, _, _, valid, _, _ = cells[n]
             dm = indexing.add_gradients_given(tl.where(valid, dh[n], 0.0), dh_ptr, None, None, cells[n])
@@ -256,80 +249,63 @@ def lstm_resident_backward_kernel(
                 dh_prev, dm = mix_backward(indexing.load_share(zoneout_h_ptr, at, valid), dm)
             of_c = tl.where(valid, dc[n], 0.0)
             of_c, c, dc_prev = indexing.zoneout_c_backward(of_c, zoneout_c_ptr, gates, c, c_prev, cells[n])
-            saved = saved + ((gates, c, c_prev),)
-            d_states = d_states + ((dm, of_c),)
-            from_zoneout = from_zoneout + ((dh_prev, dc_prev),)
+            loaded = loaded + ((gates, c, c_prev, dm, of_c, dh_prev, dc_prev),)
 
         # Output.
         if NORM_C:
-            outer, d_units, d_units_along = (), (), ()
+            units = ()
             for n in tl.static_range(CELLS):
                 at, _, _, in_tile, valid, _, _ = cells[n]
-                tl.store(dh_total_ptr + at, d_states[n][0], mask=in_tile)
+                gates, _, _, dm, _, _, _ = loaded[n]
+                tl.store(dh_total_ptr + at, dm, mask=in_tile)
                 unit_c = tl.load(unit_c_ptr + at, mask=valid, other=0.0)
                 gain, bias = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[n], H)
-                dz_o, d_unit = normed_output_backward(saved[n][0][3], unit_c, d_states[n][0], gain, bias)
-                outer = outer + ((dz_o, unit_c),)
-                d_units = d_units + (d_unit,)
-                d_units_along = d_units_along + (d_unit * unit_c,)
-            sum_d = sum_over_units(d_units, CELLS, WARPS)
-            sum_d_unit = sum_over_units(d_units_along, CELLS, WARPS)
+                dz_o, d_unit = normed_output_backward(gates[3], unit_c, dm, gain, bias)
+                units = units + ((d_unit, d_unit * unit_c, dz_o, unit_c),)
+            sum_d, sum_d_unit = sum_over_units(units, 0, WARPS), sum_over_units(units, 1, WARPS)
 
         # Cell. In padding every factor was loaded as zero, so its gradients are zero.
         dz, dc_before = (), ()
         for n in tl.static_range(CELLS):
-            gates, c, c_prev = saved[n]
-            dm, of_c = d_states[n]
+            gates, c, c_prev, dm, of_c, _, dc_from_zoneout = loaded[n]
             if NORM_C:
-                dz_o, unit_c = outer[n]
+                d_unit, _, dz_o, unit_c = units[n]
                 scale = tl.load(scale_c_ptr + places[n][1], mask=places[n][2], other=0.0)
-                of_c += normalise_backward(d_units[n], unit_c, scale, sum_d[n % 2] / H, sum_d_unit[n % 2] / H)
+                of_c += normalise_backward(d_unit, unit_c, scale, sum_d[n % 2] / H, sum_d_unit[n % 2] / H)
             else:
                 dz_o, dc_of_m = output_backward(gates[3], c, dm)
                 of_c += dc_of_m
             d_gates, dc_prev = gates_backward(gates, c_prev, dz_o, of_c, peepholes[n], PEEPHOLES)
             if zoneout_c_ptr is not None:
-                dc_prev += from_zoneout[n][1]
+                dc_prev += dc_from_zoneout
             dz = dz + (d_gates,)
             dc_before = dc_before + (dc_prev,)
 
         # Through the layer norm, to the gradient of W_hh h.
         dz_hh = dz
         if NORM_HH:
-            of_units, units_hh, d_units, d_units_along = (), (), (), ()
+            units_hh, dz_hh = (), ()
             for n in tl.static_range(CELLS):
                 _, gates_at, _, _, valid, _, _ = cells[n]
                 gain = indexing.load_gates(gain_hh_ptr, unit[n], unit[n] < H, H)
-                units_hh = units_hh + (indexing.load_gates(unit_hh_ptr, gates_at, valid, H),)
-                of_unit, d, d_along = gates_of_unit(dz[n], gain, units_hh[n], DTYPE)
-                of_units = of_units + (of_unit,)
-                d_units = d_units + (d,)
-                d_units_along = d_units_along + (d_along,)
-            sum_d = sum_over_units(d_units, CELLS, WARPS)
-            sum_d_unit = sum_over_units(d_units_along, CELLS, WARPS)
-            dz_hh = ()
+                unit_hh = indexing.load_gates(unit_hh_ptr, gates_at, valid, H)
+                d, sum_of_d, sum_of_d_unit = gates_of_unit(dz[n], gain, unit_hh, DTYPE)
+                units_hh = units_hh + ((sum_of_d, sum_of_d_unit, d, unit_hh),)
+            sum_d, sum_d_unit = sum_over_units(units_hh, 0, WARPS), sum_over_units(units_hh, 1, WARPS)
             for n in tl.static_range(CELLS):
+                _, _, d, unit_hh = units_hh[n]
                 scale = tl.load(scale_hh_ptr + places[n][1], mask=places[n][2], other=0.0)
                 mean_d, mean_d_unit = sum_d[n % 2] / (4 * H), sum_d_unit[n % 2] / (4 * H)
-                dz_hh = dz_hh + (normalise_gates_backward(of_units[n], units_hh[n], scale, mean_d, mean_d_unit),)
+                dz_hh = dz_hh + (normalise_gates_backward(d, unit_hh, scale, mean_d, mean_d_unit),)
 
         # Product, gate by gate: the gradient of the state before the step.
         operand, of_gates = (), ()
         for n in tl.static_range(4 * CELLS):  # number n is gate n // CELLS of cell n % CELLS
             operand = operand + (dz_hh[n % CELLS][n // CELLS].to(DTYPE),)
-        shared = share(
-            operand,
-            places_in_tile + places_in_tile + places_in_tile + places_in_tile,
-            elements_of_dz,
-            back % 2,
-            DTYPE,
-            4 * CELLS,
-            4 * CHUNKS,
-            WARPS,
-        )
+        shared = share(operand, places_in_tile, elements_of_dz, back % 2, 4 * CHUNKS)
         for gate in tl.static_range(4):
-            words = take(shared, gate * CHUNKS, CHUNKS, 4 * CHUNKS, DTYPE, WARPS)
-            of_gates = of_gates + (product(weights[gate], words, DTYPE, CHUNKS, TILES, WARPS),)
+            words = take(shared, gate * CHUNKS, CHUNKS, 4 * CHUNKS, WARPS)
+            of_gates = of_gates + (product(weights[gate], words, DTYPE),)
 
         # Store; no gradient flows past a reset.
         dh_after, dc_after, dh, dc = dh, dc, (), ()
@@ -340,7 +316,7 @@ def lstm_resident_backward_kernel(
             if dropout_h_ptr is not None:
                 of_h *= tl.load(dropout_h_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
             if zoneout_h_ptr is not None:
-                dh_prev, _ = from_zoneout[n]
+                _, _, _, _, _, dh_prev, _ = loaded[n]
                 of_h += dh_prev
                 tl.store(dh_from_zoneout_ptr + state_at, dh_prev, mask=continues & (tl.zeros_like(unit[n]) + step == 0))
                 if dreset_h_ptr is not None:
@@ -381,10 +357,7 @@ def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, d
     """What forward needs beyond what all families share: h, and more arguments."""
     steps, batch, gates_of_all = gates.shape
     h = gates.new_empty(steps, batch, gates_of_all // 4)
-    return h, {
-        "weights_ptr": as_words(r.weight_hh),
-        "h_ptr": h,
-    }
+    return h, {"weights_ptr": as_words(r.weight_hh), "h_ptr": h}
 
 
 def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:

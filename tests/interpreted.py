@@ -1,0 +1,102 @@
+"""What the inline assembly of the kernels does, for Triton's interpreter, which has none: functions in NumPy.
+
+Where kernels are interpreted, importing this module puts them in the place of the library's of the same names. Products
+are exact in float32, where the library rounds weights to TF32.
+"""
+
+import itertools
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import TensorHandle
+
+from gpu_lstm.kernels.triton_lstm import cooperative, exchange, features, fragments, resident
+
+FLOATS = {tl.float32: np.float32, tl.float16: np.float16}  # bfloat16 is wrong in the interpreter
+rounded_to_tf32 = fragments.to_tf32
+
+
+def _tensors(arrays, dtype):
+    """A tuple of [THREADS]."""
+    return tuple(tl.tensor(TensorHandle(a.copy(), dtype), tl.block_type(dtype, [a.size])) for a in arrays)
+
+
+def _elements(words, DTYPE):
+    """[THREADS] words each -> [words, THREADS, elements of a word]."""
+    words = np.stack([word.handle.data for word in words])[..., None]
+    return words.view(FLOATS[DTYPE]).astype(np.float32)
+
+
+def to_tf32(words):
+    return words
+
+
+def product(weights, x, DTYPE):
+    a, b = _elements(weights, DTYPE), _elements(x, DTYPE)
+    chunks, tiles, of_column = len(b) // 4, len(a) // len(b) // 2, 4 * a.shape[-1]
+    # By chunk, tile, word of a quad, half of a tile; then by warp, column, and quarter and element.
+    a, b = a.reshape(chunks, tiles, 4, 2, -1, 8, of_column), b.reshape(chunks, 4, -1, 8, of_column)
+    sums = np.einsum("ctkhwre,ckwse->thwrs", a, b).reshape(2 * tiles, -1, 4, 2)
+    return _tensors((half[:, :, k].ravel() for half in sums for k in range(2)), tl.float32)
+
+
+def sum_over_warps(parts, rows, sequences, wanted, turn, WARPS):
+    by_warp = np.stack([part.handle.data for part in parts]).reshape(-1, 2, 2, WARPS, 8, 4)
+    total = by_warp.sum(axis=3).transpose(0, 1, 3, 4, 2).reshape(-1, 8)
+    places = (tuple(t.handle.data for t in place) for place in zip(rows, itertools.cycle(sequences)))
+    return _tensors((np.where(wanted.handle.data, total[place], np.nan) for place in places), tl.float32)
+
+
+def share(values, sequences, elements, turn, CHUNKS):
+    shared = np.zeros((8, 64 * CHUNKS), np.uint8).view(FLOATS[values[0].dtype])
+    for value, *place in zip(values, itertools.cycle(sequences), elements):
+        shared[tuple(t.handle.data for t in place)] = value.handle.data
+    return shared
+
+
+def take(shared, FIRST, COUNT, CHUNKS, WARPS):
+    words = shared.view(np.int32).reshape(8, CHUNKS, 4, 4)[:, FIRST : FIRST + COUNT]  # column, chunk, quarter, word
+    of_warp = words.transpose(1, 3, 0, 2).reshape(4 * COUNT, 32)
+    return _tensors(np.tile(of_warp, WARPS), tl.int32)
+
+
+def of_the_next_thread(x):
+    return _tensors([x.handle.data.reshape(-1, 2)[:, ::-1].ravel()], tl.int32)[0]
+
+
+def publish(at, words, mask):
+    tl.store(at, words, mask=mask)
+
+
+def look(at, left, GROUPS, SIZE, STRIDE, TOGETHER):
+    offsets = (n // SIZE * STRIDE + n % SIZE for n in range(GROUPS * SIZE))
+    return tuple(tl.load(at + offset, mask=left > offset, other=0, volatile=True) for offset in offsets)
+
+
+def collect(at, left, phase, error_ptr, step, GROUPS, SIZE, STRIDE, TOGETHER, PHASED, seen=None):
+    place, awaited = (at, left, GROUPS, SIZE, STRIDE, TOGETHER), (left, phase, SIZE, STRIDE, PHASED)
+    words = seen or look(*place)
+    polls, poll_limit = 0, tl.load(error_ptr + 1)
+    while count_missing(words, *awaited) > 0 and polls < poll_limit:
+        words, polls = look(*place), polls + 1
+        if tl.load(error_ptr, volatile=True) != 0:
+            break
+    if count_missing(words, *awaited) > 0:
+        tl.store(error_ptr, step + 1)
+    return tuple(tl.where(missing, -1, word) for missing, word in zip(are_missing(words, *awaited), words))
+
+
+def count_missing(*awaited):
+    return sum(int(missing.handle.data.sum()) for missing in are_missing(*awaited))
+
+
+def are_missing(words, left, phase, SIZE, STRIDE, PHASED):
+    """Of each word, whether it is not there yet."""
+    absent = [(word & 1) != phase if PHASED else word == -1 for word in words]
+    return [one & (left > n // SIZE * STRIDE + n % SIZE) for n, one in enumerate(absent)]
+
+
+for _module in (exchange, fragments, cooperative, resident):
+    for _function in (to_tf32, product, sum_over_warps, share, take, of_the_next_thread, publish, look, collect):
+        if features.INTERPRETED and hasattr(_module, _function.__name__):
+            setattr(_module, _function.__name__, _function)
