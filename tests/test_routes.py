@@ -30,7 +30,7 @@ from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch import run as dispatch
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.route import Decision
-from gpu_lstm.kernels.triton_lstm import choose, launch
+from gpu_lstm.kernels.triton_lstm import launch, step
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
@@ -265,16 +265,16 @@ CASES = {  # arguments of an LSTM, and of its call
 @pytest.mark.parametrize("case", CASES)
 def test_a_kind_and_explain_name_the_kernels_that_run(monkeypatch, case, mode):
     """A plan's `why` is made to tell the problem that it is of."""
-    launched, real, whys = as_a_card(monkeypatch), choose.plans, []
+    launched, real, whys = as_a_card(monkeypatch), step.step_plan, []
 
-    def plans(problem, card, backward):
-        return [dataclasses.replace(plan, why=f"{problem}, {backward}") for plan in real(problem, card, backward)]
+    def step_plan(problem, card, backward):
+        return dataclasses.replace(real(problem, card, backward), why=f"{problem}, {backward}")
 
     def recorded(way):
         run = getattr(launch.Prepared, way)
         return lambda prepared, *given: whys.append(prepared.plan.why) or run(prepared, *given)
 
-    monkeypatch.setattr(choose, "plans", plans)
+    monkeypatch.setattr(step, "step_plan", step_plan)
     for way in ("forward", "backward"):
         monkeypatch.setattr(launch.Prepared, way, recorded(way))
     arguments, given = CASES[case]

@@ -33,7 +33,7 @@ NOISE = dict(recurrent_dropout=0.3, zoneout=(0.2, 0.4))
 ALL = dict(**NOISE, weight_drop=0.25)
 OPTIONS = {
     "plain": {}, "peepholes": dict(peepholes=True), "layer_norm": dict(layer_norm=True),
-    "both": dict(peepholes=True, layer_norm=("hh", "c"), bias=False), "noise": NOISE, "noise in eval": NOISE,
+    "both": dict(peepholes=True, layer_norm=("c", "hh"), bias=False), "noise": NOISE, "noise in eval": NOISE,
     "all noise": ALL, "all noise in eval": ALL, **{name: {name: value} for name, value in ALL.items()},
     "noise, all of h dropped": NOISE | dict(recurrent_dropout=1.0)}  # fmt: skip
 CONDITION = {"layer_norm": 16, "both": 16}
@@ -273,6 +273,7 @@ def test_parameters(cls, variant):
     bias = OPTIONS[variant].get("bias", True)
     plain, lstm = pairs.seeded(cls, I, H, bias=bias), pairs.seeded(cls, I, H, **OPTIONS[variant])
     count = len(list(plain.parameters()))
+    assert lstm.layer_norm in (False, True, ("hh", "c")), "in the order of the parameters"
     assert list(lstm.state_dict())[:count] == list(plain.state_dict())
     assert all(map(torch.equal, plain.parameters(), lstm.parameters()))
     added = list(lstm.named_parameters())[count:]

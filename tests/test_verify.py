@@ -85,6 +85,16 @@ def test_every_gradient_of_a_recurrence_is_verified(monkeypatch, name):
     assert f"gradient of {name} " in _verify(HALF._replace(**RAGGED, reset_c=True), Pass(True))
 
 
+@pytest.mark.parametrize(("times", "wrong"), [(1.9, False), (2.1, True)])
+def test_an_error_of_twice_torchs_or_of_the_last_place_is_allowed(monkeypatch, times, wrong):
+    def by_kernels(small, plan, gates):
+        truth, _ = small.by_reference(torch.float64)
+        return {name: t + times * torch.finfo(torch.half).eps * t.abs().max() for name, t in truth.items()}
+
+    monkeypatch.setattr(verify.Small, "by_kernels", by_kernels)
+    assert (_verify(HALF) is not None) == wrong
+
+
 def test_the_numbers_of_the_small_problem_shut_no_gate():
     """Products are of the size of their factors: in gates that are shut or wide open no fault would show."""
     inputs = verify.Small(PLAIN._replace(projected=5), Pass(), CPU).inputs
