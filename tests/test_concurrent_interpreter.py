@@ -5,7 +5,6 @@ That a missing wait is detected, and one that looks at too little, is in test_se
 
 import sys
 import threading
-import time
 from functools import partial
 
 import pytest
