@@ -116,7 +116,7 @@ ZERO, BACK = dict(zero_output_for_mask=True), dict(go_backwards=True)
     *((kind, True, zero == ZERO, masked, zero | BACK) for kind in ONE_WAY for zero in (ZERO, {}) for masked in (0, 1)),
     *(("LSTM", True, True, False, options) for options in (
         dict(unroll=True), dict(activation=keras.ops.tanh, recurrent_activation=keras.activations.sigmoid))),
-], ids=str)  # fmt: skip
+], ids=lambda each: re.sub(" at 0x[0-9a-f]+", "", str(each)))  # fmt: skip
 def test_results_and_gradients_are_equal(kind, use_bias, initial, masked, options):
     layer = build(kind, "float64", use_bias, **options)
     check(layer, from_keras(layer), MASK if masked and kind in MASKED else None, initial)
