@@ -45,18 +45,14 @@ def product(
 ):  # fmt: skip
     """(factors * a)[rows] @ w[:, columns], [rows, columns] float32, over K in tiles."""
     acc = tl.zeros((row.shape[0], w_column.shape[0]), tl.float32)
-    row, mask = indexing.rows_of_product(row), indexing.rows_of_product(mask)
     for k_start in range(0, K, BLOCK_K):
         k = k_start + tl.arange(0, BLOCK_K)
         at, in_a = row[:, None] * K + k[None, :], mask[:, None] & (k < K)[None, :]
         a = tl.load(a_ptr + at, mask=in_a, other=0.0, cache_modifier=".cg")
         if factors_ptr is not None:
-            factor_row = indexing.rows_of_product(factors_row)
-            a *= tl.load(factors_ptr + factor_row[:, None] * K + k[None, :], mask=in_a, other=0.0)
+            a *= tl.load(factors_ptr + factors_row[:, None] * K + k[None, :], mask=in_a, other=0.0)
         if norm is not None:
             unit_ptr, gain_ptr, scale, mean_d, mean_d_unit = norm
-            scale, mean_d = indexing.rows_of_product(scale), indexing.rows_of_product(mean_d)
-            mean_d_unit = indexing.rows_of_product(mean_d_unit)
             unit = tl.load(unit_ptr + at, mask=in_a, other=0.0).to(tl.float32)
             gain = tl.load(gain_ptr + k, mask=k < K, other=0.0).to(tl.float32)
             d = gain[None, :] * a.to(tl.float32)
@@ -66,7 +62,7 @@ def product(
         if held is None:
             w = load_weights(w_ptr, w_column, w_mask, w_stride_k, k_start, K, BLOCK_K)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
-    return indexing.rows_of_tile(acc)
+    return acc
 
 
 @triton.jit
@@ -117,6 +113,14 @@ def tile_at(
         row[:, None], batch[:, None], unit[None, :], in_batch[:, None], valid[:, None], continues[:, None], H
     )
     return unit_tile, unit, sequence, place, cells
+
+
+@triton.jit
+def load_cells(gates_ptr, c_prev_ptr, reset_c_ptr, cells, H: tl.constexpr):
+    """The part of a tile's gates from the input, as stored, and c before the step."""
+    at, gates_at, state_at, _, valid, continues, reset = cells
+    x = indexing.load_gates(gates_ptr, gates_at, valid, H, True)
+    return x, indexing.load_state(c_prev_ptr, state_at, continues, reset_c_ptr, at, reset)
 
 
 @triton.jit
@@ -181,7 +185,7 @@ def lstm_step_forward_kernel(
     poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
     held = None
     if HELD:
-        column, column_unit = indexing.columns_of_gates(tl.program_id(0) * BLOCK_H, H, BLOCK_H)
+        column, column_unit = indexing.columns_of_gates(tl.program_id(0) * BLOCK_H, H, BLOCK_H, HELD)
         held = load_weights(weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, 0, P, BLOCK_K)
     for step in range(T):
         h_prev_ptr = tl.where(step == 0, h0_ptr, h_ptr)
@@ -197,22 +201,23 @@ def lstm_step_forward_kernel(
                 time, _, valid, continues = place
                 at, gates_at, state_at, in_tile, valid_tile, continues_tile, reset_tile = cells
                 row_prev = indexing.row_before(step, time, batch, B, REVERSE)
-                column, column_unit = indexing.columns_of_gates(unit_tile * BLOCK_H, H, BLOCK_H)
+                column, column_unit = indexing.columns_of_gates(unit_tile * BLOCK_H, H, BLOCK_H, HELD)
                 count = tl.minimum(H - unit_tile * BLOCK_H, BLOCK_H)  # units of the tile
 
                 # Load.
                 if HELD and step > 0:
                     poll_limit = wait_for_tile(arrivals_ptr, number, step, poll_limit, error_ptr, step, B, BLOCK_B)
-                if round == NORM_HH:
-                    x = indexing.load_gates(gates_ptr, gates_at, valid_tile, H, True)
-                    c_prev = indexing.load_state(c_prev_ptr, state_at, continues_tile, reset_c_ptr, at, reset_tile)
+                if HELD:
+                    x, c_prev = load_cells(gates_ptr, c_prev_ptr, reset_c_ptr, cells, H)
 
                 # Product: all four gates of the tile's units, [BB, 4 BH].
                 if round == 0:
+                    rows = indexing.rows_of_product((row_prev, continues, batch.to(tl.int64)), HELD)
                     z = product(
-                        h_prev_ptr, row_prev, continues, dropout_h_ptr, batch.to(tl.int64), None,
+                        h_prev_ptr, rows[0], rows[1], dropout_h_ptr, rows[2], None,
                         weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, held, P, BLOCK_K, PRECISION,
                     )  # fmt: skip
+                    z = indexing.rows_of_tile(z, HELD)
                     z = unless_timed_out(z, poll_limit)
                 if NORM_HH and round < 2:
                     z_at = product_ptr + product_place(batch, unit_tile, H, BLOCK_H)
@@ -223,13 +228,15 @@ def lstm_step_forward_kernel(
 
                 # Gates and cell.
                 if round == NORM_HH:
+                    if not HELD:
+                        x, c_prev = load_cells(gates_ptr, c_prev_ptr, reset_c_ptr, cells, H)
                     if NORM_HH:
                         z = tl.load(z_at, mask=in_batch[:, None], other=0.0, cache_modifier=".cg")
                         mean, scale = moments_of_tiles(moments_hh_ptr, batch, in_batch, B, H, BLOCK_H, 4)
                         gain = tl.load(gain_hh_ptr + column, mask=column_unit < H, other=0.0).to(tl.float32)
                         z = normalise(z, mean[:, None], scale[:, None], gain[None, :], 0.0)
                         z = unless_timed_out(z, poll_limit)
-                    z = indexing.split_gates(z, BLOCK_B, BLOCK_H)
+                    z = indexing.split_gates(z, BLOCK_B, BLOCK_H, HELD)
                     peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
                     gates, c, m = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
                     m = tl.where(valid_tile, m, 0.0)  # padding gets zeros
@@ -326,10 +333,12 @@ def lstm_step_backward_kernel(
                         sum_d, sum_d_unit = sums_of_tiles(pairs_at, batch, valid, B, H, BLOCK_H)
                         scale = tl.load(scale_hh_ptr + row_next, mask=next_continues, other=0.0)
                         norm = (unit_hh_ptr, gain_hh_ptr, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
+                    row_next, next_continues = indexing.rows_of_product((row_next, next_continues), not NORM_HH)
                     dm = product(
                         dgates_ptr, row_next, next_continues, None, row_next, norm,
                         weight_hh_ptr, unit, unit < P, P, held, 4 * H, BLOCK_K, PRECISION,
                     )  # fmt: skip
+                    dm = indexing.rows_of_tile(dm, not NORM_HH)
                     if dropout_h_ptr is not None:
                         dm *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
                     dm = indexing.add_gradients_given(dm, dh_ptr, dh_n_ptr, (step == length - 1)[:, None], cells)
