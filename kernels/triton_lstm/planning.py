@@ -160,7 +160,7 @@ TURN = 145  # of the step family's loop over K: barriers, fragments, and product
 # Waits for loads, gates and cell that nothing hides, fitted; those of a tuple are of forward and backward.
 RESIDENT_CELL = 470, 820
 COOPERATIVE_CELL = 400
-STEP_CELL = (0, 490), (1000, 150)  # of a tile, and of each cell of a thread
+STEP_CELL = (0, 535), (1000, 150)  # of a tile, and of each cell of a thread
 HELD_CELL = (2100, 1.85), (2570, 1.62)  # the same where W_hh is held, and of each cell of the tile
 HELD_ARRIVALS = 1000  # of GRID_BARRIER, what is not in them
 
