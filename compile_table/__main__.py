@@ -27,12 +27,12 @@ For an H100 (sm_90) in bfloat16, without a GPU, by Triton {triton} and NVRTC {nv
 does not fit.
 
 [CONTRIBUTING.md](../CONTRIBUTING.md#reading-the-compile-table) says what the columns are. From `instructions` on they
-count what one pass of the time loop does; where W_hh stays in registers, the last one is 0."""
+count what one pass of the time loop does; where W_hh stays on chip, the last one is 0."""
 FAMILIES = {  # by what the names of their kernels begin with; those in CUDA C++ do not end with _kernel
     "lstm_resident": "Resident: W_hh in the registers of one program",
     "lstm_cooperative": "Cooperative: W_hh in the registers of many programs",
     "lstm_pointwise": "Pointwise: a launch a step, next to a product by cuBLAS",
-    "lstm_step": "Step: W_hh read from L2 at every step",
+    "lstm_step": "Step: W_hh read from L2 at every step, or held in shared memory",
 }
 CUDA = "CUDA C++, through CuPy"
 NOTES = """In a case B is sequences, H hidden units, P projected features; *ragged*: with lengths, and resets to given

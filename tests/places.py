@@ -28,7 +28,7 @@ from gpu_lstm.kernels.cupy_lstm.planning import Card
 from gpu_lstm.kernels.cupy_lstm.planning import Plan as CupyPlan
 from gpu_lstm.kernels.cupy_lstm.planning import plans as cupy_plans
 from gpu_lstm.kernels.triton_lstm import launch
-from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family, Plan
+from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family, Plan, power_of_two
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 from gpu_lstm.kernels.triton_lstm.resident import plans as resident_plans
 from gpu_lstm.kernels.triton_lstm.step import step_plan
@@ -73,6 +73,16 @@ def step(monkeypatch, programs=3, yield_rate=0.05) -> None:
 
     def plan(problem, backward):
         return dataclasses.replace(step_plan(problem, INTERPRETER, backward), programs=programs)
+
+    _force(monkeypatch, plan, yield_rate)
+
+
+def held(monkeypatch, groups=2, yield_rate=0.05) -> None:
+    """Every launch is of the step family, of groups of programs that hold W_hh of 16 units."""
+
+    def plan(problem, backward):
+        k, programs, tiles = (4 if backward else 1) * problem.hidden, -(-problem.hidden // 16), -(-problem.batch // 16)
+        return Plan(Family.STEP, 16, 16, power_of_two(max(16, k)), programs, min(groups, tiles), 4, 1, 0, "", held=1)
 
     _force(monkeypatch, plan, yield_rate)
 
@@ -172,7 +182,7 @@ PLAN = "units", "groups", "parts"
 KERNELS = {
     "torch": Kernels("torch"), "torch/two": Kernels("torch", two_copies), "reference": Kernels("reference"),
     "triton": Kernels("triton"),
-    "step": Kernels("triton", step), "resident": Kernels("triton", resident),
+    "step": Kernels("triton", step), "held": Kernels("triton", held), "resident": Kernels("triton", resident),
     "pointwise": Kernels("triton", pointwise),
     **{f"cooperative/{'/'.join(map(str, plan))}": Kernels("triton", partial(cooperative, **dict(zip(PLAN, plan))))
        for plan in ((4, 1, 4), (8, 1, 4), (8, 2, 4), (8, 1, 2), (16, 1, 1))},

@@ -52,6 +52,9 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("triton read/4", F32, (2, "3,3,3,9,4", f"{MIX} recompute")),
     # Several programs with a grid-wide barrier: 3 tiles; 4 tiles, and 6 of h
     ("step", F32, (1, "4,3,3,40 3,18,3,20,33", *DIFFER)), ("step", F16, (1, "4,3,3,40 4,3,3,40,5", *both([MOST]))),
+    # And with W_hh in shared memory: two groups, of which one has two tiles of sequences; and three programs
+    ("held", F32, (1, "4,35,3,18 4,3,3,40", *DIFFER), (1, "4,18,3,18,7", "plain", MOST)),
+    ("held", F16, (1, "4,18,3,40", *both([MOST], ("masks", "expected")))),
     # Whole sequences in one launch of programs that need nobody
     ("resident", F32, (2, "5,3,4,6", "ragged", MIX), (2, "4,3,3,20,7", "plain", "resets"), (4, "1,1,3,1", MIX),
      (1, "3,11,3,33", "plain"), (1, "4,2,3,60", MIX)),
@@ -131,7 +134,7 @@ def test_triton(monkeypatch, place, dtype, seeds, size, words, device):
 
 @forced
 @fresh_memory_is_nan
-@cases("step", "resident", "cooperative", "pointwise")
+@cases("step", "held", "resident", "cooperative", "pointwise")
 def test_a_family_of_triton(monkeypatch, place, dtype, seeds, size, words):
     every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
 

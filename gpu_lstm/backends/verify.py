@@ -27,7 +27,7 @@ KIND = "checks"
 STEPS, FEATURES = 4, 8  # T, I
 FORMAT = 5  # raised whenever the small problem or the rule changes
 RATE = 0.25  # of zoneout, where it is the same for all elements
-TILES = ("rows", "columns", "k", "num_warps", "num_stages", "parts")  # of a plan
+TILES = ("rows", "columns", "k", "num_warps", "num_stages", "parts", "held")  # of a plan
 logger = logging.getLogger("gpu_lstm")
 COMPARED = ("x", "h0", "c0", "weight_hh", "reset_h", "reset_c")  # whose gradients come from the recurrence
 

@@ -30,7 +30,7 @@ MOST = 3  # plans that a first call compiles before it falls back on the step fa
 MOST_LONGER = 1.25  # a plan that is compiled already may take so many times the best plan's estimated time
 SLOW_S = 2.0  # after which a log line says what is happening
 KIND = "plans"  # of cached results
-FORMAT = 8  # raised whenever a field of Plan or of the key changes its name or meaning
+FORMAT = 9  # raised whenever a field of Plan or of the key changes its name or meaning
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES: dict[Family, ModuleType] = {
@@ -76,7 +76,8 @@ def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     shared = list(cooperative.plans(problem, device, backward))
     if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
         shared = list(cooperative.plans(problem._replace(side_by_side=1), device, backward))
-    return sorted([*resident.plans(problem, device, backward), *shared, *always], key=seconds)
+    held = step.held_plans(problem, device, backward)
+    return sorted([*resident.plans(problem, device, backward), *shared, *held, *always], key=seconds)
 
 
 def expected_seconds(problem: Problem, device: Device, plan: Plan, backward: bool) -> float:
@@ -159,7 +160,7 @@ def choose_plan(
     proposed = candidates(problem, card, which)
     if device.type != "cuda":
         return proposed[0]
-    last_resort = [plan for plan in proposed[MOST:] if plan.family is Family.STEP][:1]
+    last_resort = [plan for plan in proposed[MOST:] if plan.family is Family.STEP and not plan.held][:1]
     with _log_if_slow():
         refused = []
         for plan in (*proposed[:MOST], *last_resort):

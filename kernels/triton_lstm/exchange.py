@@ -5,7 +5,8 @@ No memory is overwritten while a program may still read it, and none is reset in
     words         of 32 bits, each its own ready flag: an element of float32 or two neighbouring ones of half precision.
                   Either every step's words have memory of their own, initialised with a sentinel that `pack` never
                   returns; or two steps alternate in the same memory, and a word's last bit is its step's phase.
-    grid_barrier  A counter of arrivals: store everything, count up (release), wait for it (acquire), then load.
+    grid_barrier  A counter of arrivals: store everything, count up (release), wait for it (acquire), then load. Or
+                  by halves, `arrive` and `wait_for`, with a counter for each tile of sequences.
 
 Waits are bounded. A poll is one load of a counter or of words, and the word after the error word limits the polls of a
 wait (timeouts.py). A longer wait times out: the error word is set to step + 1, and the missing values count as NaN.
@@ -63,13 +64,27 @@ def publish(at, words, mask):
 def grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
     """All programs wait for each other: what any of them stored before, all can load after.
 
-    `times` is the number of barriers so far, this one included: arrivals are counted up and never reset; past 2^31 they
-    wrap around, which the difference ignores. Returns the poll limit of later barriers, 0 if this one timed out.
+    `times` is the number of barriers so far, this one included: arrivals are counted up and never reset. Returns the
+    poll limit of later barriers, 0 if this one timed out.
     """
+    arrived = arrive(arrivals_ptr, poll_limit)
+    return wait_for(arrivals_ptr, arrived, times * tl.num_programs(0), poll_limit, error_ptr, step)
+
+
+@triton.jit
+def arrive(arrivals_ptr, poll_limit):
+    """Count this program in: who waits for it can load what it stored before. Returns the arrivals so far."""
     tl.debug_barrier()  # every thread's stores come before the one thread's release
-    expected = times * tl.num_programs(0)
     own = tl.where(poll_limit > 0, 1, 0)  # after a timeout none arrives: later arrivals would release others
-    arrived = tl.atomic_add(arrivals_ptr, own, sem="acq_rel") + own
+    return tl.atomic_add(arrivals_ptr, own, sem="acq_rel") + own
+
+
+@triton.jit
+def wait_for(arrivals_ptr, arrived, expected, poll_limit, error_ptr, step):
+    """Wait for the arrivals `expected`, of which `arrived` were seen already; returns the poll limit of later waits.
+
+    Past 2^31 arrivals the count wraps around below zero, which the difference ignores.
+    """
     polls = 0
     while (arrived - expected < 0) & (polls < poll_limit):
         arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")

@@ -107,18 +107,56 @@ def cells_at(row, batch, unit, in_batch, valid, continues, H):
     return at, gates_at, state_at, in_batch & in_units, valid_cell, continues_cell, valid_cell & ~continues_cell
 
 
+# Tensor cores leave a product [rows, columns] in threads of which each has two rows, 8 apart, of its warp's 16, and of
+# every 8 columns two neighbours. Memory is read and written by threads that have 16 neighbouring bytes of rows farther
+# apart. Which row is which sequence, and which column which unit, is free: if ORDERED both are such that (with 32 units
+# in half precision) a thread's products are those of the cells that it reads, and none go to another thread.
+
+
 @triton.jit
-def interleaved_gates(unit_start, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """(index into 4H, unit), each [4 * BLOCK_H], of columns of which number n is gate n % 4 of unit n // 4: one product
-    yields all four gates of BLOCK_H units, and a thread holds all those of its units."""
+def rows_of_product(xs, ORDERED: tl.constexpr):
+    """Each [rows] of a tile; if ORDERED, 8 of its first half, 8 of its second, 8 of its first, ..."""
+    ROWS: tl.constexpr = xs[0].shape[0]
+    if ORDERED and ROWS >= 16:
+        ordered = ()
+        for n in tl.static_range(len(xs)):
+            x = tl.permute(tl.reshape(xs[n], (2, ROWS // 16, 8)), (1, 0, 2))
+            ordered = ordered + (tl.reshape(x, (ROWS,)),)
+        xs = ordered
+    return xs
+
+
+@triton.jit
+def rows_of_tile(z, ORDERED: tl.constexpr):
+    """The reverse of rows_of_product, for a product [rows, columns]."""
+    ROWS: tl.constexpr = z.shape[0]
+    if ORDERED and ROWS >= 16:
+        shape: tl.constexpr = z.shape
+        z = tl.permute(tl.reshape(z, (ROWS // 16, 2, 8, z.shape[1])), (1, 0, 2, 3))
+        z = tl.reshape(z, shape)
+    return z
+
+
+@triton.jit
+def columns_of_gates(unit_start, H: tl.constexpr, BLOCK_H: tl.constexpr, ORDERED: tl.constexpr):
+    """The columns of a product of all four gates of BLOCK_H units: (index into 4H, unit), each [4 * BLOCK_H].
+
+    Number n is gate n % 4 of unit n // 4. If ORDERED, gate after gate; the first quarter of the units has the first two
+    of every 8 columns, the next quarter the next two, ...
+    """
     n = tl.arange(0, 4 * BLOCK_H)
-    unit = unit_start + n // 4
-    return (n % 4) * H + unit, unit
+    if ORDERED:
+        gate, unit = n // BLOCK_H, unit_start + n % 8 // 2 * (BLOCK_H // 4) + n % BLOCK_H // 8 * 2 + n % 2
+    else:
+        gate, unit = n % 4, unit_start + n // 4
+    return gate * H + unit, unit
 
 
 @triton.jit
-def split_gate_columns(z, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
-    """[ROWS, 4 * BLOCK_H] with interleaved columns -> (i, f, g, o), each [ROWS, BLOCK_H]."""
+def split_gates(z, ROWS: tl.constexpr, BLOCK_H: tl.constexpr, ORDERED: tl.constexpr):
+    """[ROWS, 4 * BLOCK_H] with those columns -> (i, f, g, o), each [ROWS, BLOCK_H]."""
+    if ORDERED:
+        z = tl.permute(tl.reshape(z, (ROWS, 2, 2, BLOCK_H // 8, 4, 2)), (0, 4, 3, 5, 1, 2))
     ig, fo = tl.split(tl.reshape(z, (ROWS, BLOCK_H, 2, 2)))
     i, g = tl.split(ig)
     f, o = tl.split(fo)

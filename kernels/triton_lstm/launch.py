@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from math import ceil
 from operator import itemgetter
 from typing import Any
 
@@ -80,9 +81,10 @@ class Prepared:
         one_round = problem.steps == 1 and not problem.projected and not problem.normalised
         waits = plan.family is Family.COOPERATIVE or (plan.family is Family.STEP and not one_round)
         self.at_once = plan.side_by_side if waits else None
-        self.projects_outside = problem.projected > 0 and plan.family is not Family.STEP
+        self.projects_outside = problem.projected > 0 and (plan.family is not Family.STEP or plan.held > 0)
         if self.projects_outside:
             problem = problem._replace(projected=0)
+        self._batch_tiles = ceil(problem.batch / plan.rows)
         self._batch, self._hidden, self._width, self._save = problem.batch, problem.hidden, problem.width, which.save
         self._total_width = problem.width if problem.projected or problem.norms[1] else None
         kernel = self._family.KERNELS[which.backward]
@@ -131,7 +133,7 @@ class Prepared:
         given: dict[str, Any] = dict(zip(_POINTERS, r))
         given |= {
             "gates_ptr": gates, "error_ptr": self._error, "T": gates.shape[0], "B": self._batch,
-            "arrivals_ptr": None if self.at_once is None else r.c0.new_zeros(1, dtype=torch.int32),
+            "arrivals_ptr": None if self.at_once is None else r.c0.new_zeros(self._batch_tiles, dtype=torch.int32),
         }  # fmt: skip
         given |= own
         if self._loop is None:
@@ -147,6 +149,7 @@ def _constants(problem: Problem, which: Pass, plan: Plan) -> dict[str, Any]:
         PEEPHOLES=problem.peepholes, PRECISION=problem.precision,
         BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k,
         UNITS=plan.columns, CHUNKS=plan.k, WARPS=plan.num_warps, PARTS=plan.parts, AHEAD=plan.tiles_per_group > 1,
+        HELD=plan.held > 0,
     )  # fmt: skip
 
 

@@ -70,6 +70,7 @@ class Plan:
     tiles_per_group: int = 1  # batch tiles of a group, processed one after another at every step
     side_by_side: int = 1  # launches of this plan that fit the card at once
     parts: int = 1  # of cooperative programs, backward: how many share the gates of a unit
+    held: int = 0  # of the step family: how many programs of a multiprocessor hold W_hh of their units; or none does
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -82,7 +83,7 @@ class Plan:
             case Family.POINTWISE:
                 return (self.programs * self.groups,)
             case Family.STEP:
-                return (self.programs,)
+                return (self.programs, self.groups) if self.held else (self.programs,)
 
     @property
     def threads(self) -> int:
@@ -91,8 +92,8 @@ class Plan:
 
     @property
     def registers(self) -> int:
-        """The most that a thread may use, where a block has a multiprocessor to itself."""
-        return min(255, REGISTERS // self.threads)
+        """The most that a thread may use, where a multiprocessor has as many blocks as planned."""
+        return min(255, REGISTERS // self.threads // max(1, self.held))
 
 
 def plan_of(fields: Any) -> Plan:
@@ -159,7 +160,9 @@ TURN = 145  # of the step family's loop over K: barriers, fragments, and product
 # Waits for loads, gates and cell that nothing hides, fitted; those of a tuple are of forward and backward.
 RESIDENT_CELL = 470, 820
 COOPERATIVE_CELL = 400
-STEP_CELL = (0, 535), (5000, 190)  # of a tile, and of each cell of a thread
+STEP_CELL = (0, 535), (1000, 150)  # of a tile, and of each cell of a thread
+HELD_CELL = (2100, 1.85), (2570, 1.62)  # the same where W_hh is held, and of each cell of the tile
+HELD_ARRIVALS = 1000  # of GRID_BARRIER, what is not in them
 
 
 def expected(problem: Problem, device: Device, plan: Plan, backward: bool) -> Expected:
@@ -255,6 +258,8 @@ def product_clocks(device: Device) -> int:
 
 def _step_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
     """W_hh is read tile by tile from L2, which is assumed to hold it; a barrier ends each round."""
+    if plan.held:
+        return _held_clocks(problem, device, plan, backward)
     hidden, width = problem.hidden, problem.width
     # Units of each round, columns of the product for each, and K.
     rounds = [(hidden, 1, 4 * hidden)] if backward else [(hidden, 4, width)]
@@ -279,6 +284,19 @@ def _step_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -
         for name, each in clocks.items():
             step[name] = step.get(name, 0) + tiles * each
     return step
+
+
+def _held_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
+    """W_hh is in shared memory, and each tile waits for those of the same sequences."""
+    of_tile, of_cell = HELD_CELL[backward]
+    columns = plan.columns * (1 if backward else 4)
+    tile: dict[str, float] = {
+        # Blocks of the same multiprocessor load at different times.
+        "L2: states": l2_clocks(plan.rows * plan.k * problem.size, device, plan) / plan.held,
+        "products": plan.rows * columns * plan.k / (FASTER[90] * 4 * 4096 / problem.size / product_clocks(device)),
+        "gates and cell": of_tile + of_cell * plan.rows * plan.columns,
+    }
+    return {name: plan.tiles_per_group * clocks for name, clocks in tile.items()} | {"arrivals": HELD_ARRIVALS}
 
 
 # For a step by cuBLAS and a kernel.

@@ -1,12 +1,16 @@
-"""The step family: every hidden size, batch, projection and dtype; W_hh is read from L2 at every step.
+"""The step family: every hidden size, batch, projection and dtype; W_hh is read from L2 at every step, or held.
 
 One launch for the whole sequence. The work of a step is split into tiles of sequences and units, distributed over the
 programs. A grid-wide barrier (exchange.grid_barrier) ends the step, since the next one needs the results of all. A step
 has several such rounds where something needs all units of a sequence: a projection (h = W_hr m; m is the output of the
 cell, see cell.py), and the layer norms of W_hh h and of c (norm.py). All programs must be resident at once. Tiles are
 [batch, units].
+
+Where W_hh of a tile's units fits in shared memory, a program can hold it: all its tiles have the same units, and are of
+the sequences of its group. Before the product a tile waits for the other units' tiles of the same sequences, no others.
 """
 
+from collections.abc import Iterator
 from math import ceil
 
 import torch
@@ -17,10 +21,10 @@ from torch import Tensor
 from ..problem import Problem, Recurrence
 from . import indexing
 from .cell import cell_forward, gates_backward, normed_output_backward, output, output_backward
-from .exchange import grid_barrier, unless_timed_out
+from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
 from .features import MOST_ROWS
 from .norm import gates_of_unit, moments, moments_of_tiles, normalise, normalise_backward, store_pair, sums_of_tiles
-from .planning import Device, Family, Plan
+from .planning import KB, Device, Family, Plan, power_of_two
 
 
 @triton.jit
@@ -36,11 +40,11 @@ def product(
     w_column,  # [columns] offset of each column's first element
     w_mask,  # [columns]
     w_stride_k,  # from one k to the next within a column
+    held,  # all of these columns as `load_weights` returned them, in one tile; or None
     K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(factors * a)[rows] @ w[:, columns], [rows, columns] float32, over K in tiles."""
     acc = tl.zeros((row.shape[0], w_column.shape[0]), tl.float32)
-    w_at = w_ptr + w_column[None, :] + tl.arange(0, BLOCK_K)[:, None] * w_stride_k
     for k_start in range(0, K, BLOCK_K):
         k = k_start + tl.arange(0, BLOCK_K)
         at, in_a = row[:, None] * K + k[None, :], mask[:, None] & (k < K)[None, :]
@@ -54,10 +58,40 @@ def product(
             d = gain[None, :] * a.to(tl.float32)
             d = normalise_backward(d, unit, scale[:, None], mean_d[:, None], mean_d_unit[:, None])
             a = tl.where(in_a, d, 0.0).to(a.dtype)
-        w_start = tl.cast(k_start, tl.int64) * w_stride_k  # K w_stride_k may be more than int32 holds
-        w = tl.load(w_at + w_start, mask=(k < K)[:, None] & w_mask[None, :], other=0.0)
+        w = held
+        if held is None:
+            w = load_weights(w_ptr, w_column, w_mask, w_stride_k, k_start, K, BLOCK_K)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def load_weights(w_ptr, w_column, w_mask, w_stride_k, k_start, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile [BLOCK_K, columns] of a product's weights."""
+    offset = tl.arange(0, BLOCK_K)
+    w_at = w_ptr + w_column[None, :] + offset[:, None] * w_stride_k
+    w_start = tl.cast(k_start, tl.int64) * w_stride_k  # K w_stride_k may be more than int32 holds
+    return tl.load(w_at + w_start, mask=(k_start + offset < K)[:, None] & w_mask[None, :], other=0.0)
+
+
+@triton.jit
+def tiles_of_program(B, width, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, HELD: tl.constexpr):
+    """(The first tile of a program, the end, from one to the next); if HELD, all have the same units."""
+    batch_tiles = tl.cdiv(B, BLOCK_B)
+    if HELD:
+        first = tl.program_id(0) * batch_tiles
+        tiles = first + tl.program_id(1), first + batch_tiles, tl.num_programs(1)
+    else:
+        tiles = tl.program_id(0), batch_tiles * tl.cdiv(width, BLOCK_H), tl.num_programs(0)
+    return tiles
+
+
+@triton.jit
+def wait_for_tile(arrivals_ptr, number, times, poll_limit, error_ptr, step, B, BLOCK_B: tl.constexpr):
+    """Wait until all programs that have units of a tile's sequences have arrived so many times; see wait_for."""
+    expected = times * tl.num_programs(0)
+    arrivals_at = arrivals_ptr + number % tl.cdiv(B, BLOCK_B)
+    return wait_for(arrivals_at, expected - 1, expected, poll_limit, error_ptr, step)
 
 
 @triton.jit
@@ -79,6 +113,14 @@ def tile_at(
         row[:, None], batch[:, None], unit[None, :], in_batch[:, None], valid[:, None], continues[:, None], H
     )
     return unit_tile, unit, sequence, place, cells
+
+
+@triton.jit
+def load_cells(gates_ptr, c_prev_ptr, reset_c_ptr, cells, H: tl.constexpr):
+    """The part of a tile's gates from the input, as stored, and c before the step."""
+    at, gates_at, state_at, _, valid, continues, reset = cells
+    x = indexing.load_gates(gates_ptr, gates_at, valid, H, True)
+    return x, indexing.load_state(c_prev_ptr, state_at, continues, reset_c_ptr, at, reset)
 
 
 @triton.jit
@@ -126,26 +168,32 @@ def lstm_step_forward_kernel(
     h_n_ptr,  # [B, P] out where a sequence has a step
     c_n_ptr,  # [B, H] float32 out: c after every step
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr,
-    arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier; None if there is only one round
+    arrivals_ptr,  # [tiles of sequences] int32 zero, see exchange.grid_barrier; None if there is only one round
     error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
     PROJECT: tl.constexpr, PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """All steps. A step has up to three rounds over the tiles, each ended by a grid-wide barrier.
 
     Round NORM_HH is the cell. The recurrent product belongs to it, or is round 0 if a layer norm needs all of W_hh h.
-    One more round has what needs the cells of all units: a projection, or a layer norm of c.
+    One more round has what needs the cells of all units: a projection, or a layer norm of c. HELD, there is one round,
+    and a tile waits for those of the same sequences alone.
     """
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
     ROUNDS: tl.constexpr = 1 + PROJECT + NORM_HH + NORM_C
     poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
+    held = None
+    if HELD:
+        column, column_unit = indexing.columns_of_gates(tl.program_id(0) * BLOCK_H, H, BLOCK_H, HELD)
+        held = load_weights(weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, 0, P, BLOCK_K)
     for step in range(T):
         h_prev_ptr = tl.where(step == 0, h0_ptr, h_ptr)
         c_prev_ptr = tl.where(step == 0, c0_ptr, c_n_ptr)
         for round in tl.static_range(ROUNDS):
             width = P if round > NORM_HH else H
-            for number in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(width, BLOCK_H), tl.num_programs(0)):
+            first, end, stride = tiles_of_program(B, width, BLOCK_B, BLOCK_H, HELD)
+            for number in range(first, end, stride):
                 unit_tile, unit, sequence, place, cells = tile_at(
                     number, step, lengths_ptr, resets_ptr, T, B, width, REVERSE, BLOCK_B, BLOCK_H
                 )
@@ -153,15 +201,23 @@ def lstm_step_forward_kernel(
                 time, _, valid, continues = place
                 at, gates_at, state_at, in_tile, valid_tile, continues_tile, reset_tile = cells
                 row_prev = indexing.row_before(step, time, batch, B, REVERSE)
-                column, column_unit = indexing.interleaved_gates(unit_tile * BLOCK_H, H, BLOCK_H)
+                column, column_unit = indexing.columns_of_gates(unit_tile * BLOCK_H, H, BLOCK_H, HELD)
                 count = tl.minimum(H - unit_tile * BLOCK_H, BLOCK_H)  # units of the tile
+
+                # Load.
+                if HELD and step > 0:
+                    poll_limit = wait_for_tile(arrivals_ptr, number, step, poll_limit, error_ptr, step, B, BLOCK_B)
+                if HELD:
+                    x, c_prev = load_cells(gates_ptr, c_prev_ptr, reset_c_ptr, cells, H)
 
                 # Product: all four gates of the tile's units, [BB, 4 BH].
                 if round == 0:
+                    rows = indexing.rows_of_product((row_prev, continues, batch.to(tl.int64)), HELD)
                     z = product(
-                        h_prev_ptr, row_prev, continues, dropout_h_ptr, batch.to(tl.int64), None,
-                        weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, P, BLOCK_K, PRECISION,
+                        h_prev_ptr, rows[0], rows[1], dropout_h_ptr, rows[2], None,
+                        weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, held, P, BLOCK_K, PRECISION,
                     )  # fmt: skip
+                    z = indexing.rows_of_tile(z, HELD)
                     z = unless_timed_out(z, poll_limit)
                 if NORM_HH and round < 2:
                     z_at = product_ptr + product_place(batch, unit_tile, H, BLOCK_H)
@@ -172,15 +228,15 @@ def lstm_step_forward_kernel(
 
                 # Gates and cell.
                 if round == NORM_HH:
+                    if not HELD:
+                        x, c_prev = load_cells(gates_ptr, c_prev_ptr, reset_c_ptr, cells, H)
                     if NORM_HH:
                         z = tl.load(z_at, mask=in_batch[:, None], other=0.0, cache_modifier=".cg")
                         mean, scale = moments_of_tiles(moments_hh_ptr, batch, in_batch, B, H, BLOCK_H, 4)
                         gain = tl.load(gain_hh_ptr + column, mask=column_unit < H, other=0.0).to(tl.float32)
                         z = normalise(z, mean[:, None], scale[:, None], gain[None, :], 0.0)
                         z = unless_timed_out(z, poll_limit)
-                    z = indexing.split_gate_columns(z, BLOCK_B, BLOCK_H)
-                    x = indexing.load_gates(gates_ptr, gates_at, valid_tile, H)
-                    c_prev = indexing.load_state(c_prev_ptr, state_at, continues_tile, reset_c_ptr, at, reset_tile)
+                    z = indexing.split_gates(z, BLOCK_B, BLOCK_H, HELD)
                     peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
                     gates, c, m = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
                     m = tl.where(valid_tile, m, 0.0)  # padding gets zeros
@@ -202,7 +258,7 @@ def lstm_step_forward_kernel(
                     if PROJECT:
                         m = product(
                             m_ptr, batch.to(tl.int64), valid, None, batch, None,
-                            weight_hr_ptr, unit.to(tl.int64) * H, unit < P, 1, H, BLOCK_K, PRECISION,
+                            weight_hr_ptr, unit.to(tl.int64) * H, unit < P, 1, None, H, BLOCK_K, PRECISION,
                         )  # fmt: skip
                     else:
                         o = tl.load(cell_ptr + state_at, mask=valid_tile, other=0.0)
@@ -216,7 +272,9 @@ def lstm_step_forward_kernel(
                     store_hidden(
                         m, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells, is_last, P
                     )
-            if arrivals_ptr is not None and (step + 1 < T or round + 1 < ROUNDS):
+                if HELD and step + 1 < T:
+                    arrive(arrivals_ptr + number % tl.cdiv(B, BLOCK_B), poll_limit)
+            if (arrivals_ptr is not None and not HELD) and (step + 1 < T or round + 1 < ROUNDS):
                 poll_limit = grid_barrier(arrivals_ptr, ROUNDS * step + round + 1, poll_limit, error_ptr, step)
 
 
@@ -234,30 +292,37 @@ def lstm_step_backward_kernel(
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, P] float32 or None, see indexing.zoneout_h_backward
     dreset_h_ptr, reset_c_ptr, dreset_c_ptr,
-    arrivals_ptr,  # [1] int32 zero, see exchange.grid_barrier; None if there is only one round
+    arrivals_ptr,  # [tiles of sequences] int32 zero, see exchange.grid_barrier; None if there is only one round
     error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PROJECT: tl.constexpr,
     PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """All steps, from the last to the first. A step has two rounds over the tiles if there is a projection, or a layer
-    norm of c, which needs sums over all units; each ends with a grid-wide barrier.
+    norm of c, which needs sums over all units; each ends with a grid-wide barrier. HELD: as forward.
     """
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
     DTYPE: tl.constexpr = dgates_ptr.dtype.element_ty
     ROUNDS: tl.constexpr = 2 if PROJECT or NORM_C else 1
     poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
+    held = None
+    if HELD:
+        unit = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+        held = load_weights(weight_hh_ptr, unit, unit < P, P, 0, 4 * H, BLOCK_K)
     for back in range(T):
         step = T - 1 - back
         for round in tl.static_range(ROUNDS):
             width = H if round + 1 == ROUNDS else P
-            for number in range(tl.program_id(0), tl.cdiv(B, BLOCK_B) * tl.cdiv(width, BLOCK_H), tl.num_programs(0)):
+            first, end, stride = tiles_of_program(B, width, BLOCK_B, BLOCK_H, HELD)
+            for number in range(first, end, stride):
                 unit_tile, unit, sequence, place, cells = tile_at(
                     number, step, lengths_ptr, resets_ptr, T, B, width, REVERSE, BLOCK_B, BLOCK_H
                 )
                 batch, in_batch, length = sequence
                 time, row, valid, continues = place
                 at, gates_at, state_at, in_tile, valid_tile, continues_tile, reset_tile = cells
+                if HELD and back > 0:
+                    poll_limit = wait_for_tile(arrivals_ptr, number, back, poll_limit, error_ptr, step, B, BLOCK_B)
 
                 # Product with dgates of the step after: the gradient of h.
                 if round == 0:
@@ -268,10 +333,12 @@ def lstm_step_backward_kernel(
                         sum_d, sum_d_unit = sums_of_tiles(pairs_at, batch, valid, B, H, BLOCK_H)
                         scale = tl.load(scale_hh_ptr + row_next, mask=next_continues, other=0.0)
                         norm = (unit_hh_ptr, gain_hh_ptr, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
+                    row_next, next_continues = indexing.rows_of_product((row_next, next_continues), not NORM_HH)
                     dm = product(
                         dgates_ptr, row_next, next_continues, None, row_next, norm,
-                        weight_hh_ptr, unit, unit < P, P, 4 * H, BLOCK_K, PRECISION,
+                        weight_hh_ptr, unit, unit < P, P, held, 4 * H, BLOCK_K, PRECISION,
                     )  # fmt: skip
+                    dm = indexing.rows_of_tile(dm, not NORM_HH)
                     if dropout_h_ptr is not None:
                         dm *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
                     dm = indexing.add_gradients_given(dm, dh_ptr, dh_n_ptr, (step == length - 1)[:, None], cells)
@@ -279,7 +346,7 @@ def lstm_step_backward_kernel(
                 elif PROJECT:
                     dm = product(
                         dh_total_ptr, row, valid, None, row, None,
-                        weight_hr_ptr, unit, unit < H, H, P, BLOCK_K, PRECISION,
+                        weight_hr_ptr, unit, unit < H, H, None, P, BLOCK_K, PRECISION,
                     )  # fmt: skip
                 elif NORM_C:
                     dm = tl.load(dh_total_ptr + at, mask=valid_tile, other=0.0).to(tl.float32)
@@ -332,7 +399,9 @@ def lstm_step_backward_kernel(
                     tl.store(dc_ptr + state_at, tl.where(continues_tile, dc_prev, 0.0), mask=valid_tile)
                     if dreset_c_ptr is not None:
                         tl.store(dreset_c_ptr + at, dc_prev, mask=reset_tile)
-            if arrivals_ptr is not None and (step > 0 or round + 1 < ROUNDS):
+                if HELD and step > 0:
+                    arrive(arrivals_ptr + number % tl.cdiv(B, BLOCK_B), poll_limit)
+            if (arrivals_ptr is not None and not HELD) and (step > 0 or round + 1 < ROUNDS):
                 poll_limit = grid_barrier(arrivals_ptr, ROUNDS * back + round + 1, poll_limit, error_ptr, step)
 
 
@@ -363,6 +432,28 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
         stages, 2 * stage, why,
         tiles_per_group=ceil(tiles / programs), side_by_side=problem.side_by_side,
     )  # fmt: skip
+
+
+def held_plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
+    """Plans whose programs hold the weights of 32 or 16 units in shared memory, and multiply all of K at once.
+
+    For products of half precision by wgmma, whose operands are there; and for more units than a resident program has.
+    """
+    rounds = problem.normalised or (problem.projected and problem.regularised)
+    if device.architecture != 90 or problem.size != 2 or problem.hidden <= 128 or rounds:
+        return
+    rows, k = 64, power_of_two(problem.hidden * (4 if backward else 1))
+    multiprocessors, batch_tiles = device.multiprocessors // problem.side_by_side, ceil(problem.batch / rows)
+    for columns in (32, 16):
+        programs, shared = ceil(problem.hidden / columns), (rows + columns * (1 if backward else 4)) * k * problem.size
+        # While one block of a multiprocessor waits another one computes. The system takes 1 KB of each.
+        blocks = 2 if programs * batch_tiles > multiprocessors and 2 * (shared + KB) <= device.shared + KB else 1
+        groups = min(batch_tiles, blocks * multiprocessors // programs)
+        if groups > 0 and shared <= device.shared:
+            yield Plan(
+                Family.STEP, rows, columns, k, programs, groups, 8, 1, shared, "programs hold W_hh in shared memory",
+                tiles_per_group=ceil(batch_tiles / groups), side_by_side=problem.side_by_side, held=blocks,
+            )  # fmt: skip
 
 
 KERNELS = lstm_step_forward_kernel, lstm_step_backward_kernel
