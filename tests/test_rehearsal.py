@@ -66,9 +66,9 @@ def results_of(process):
     return json.loads(said.splitlines()[-1])
 
 
-def test_kernels_get_what_they_are_meant_to_by_one_compilation_of_each_kind(rehearse):
+def test_kernels_get_what_they_are_meant_to_by_one_compilation_of_each_kind(rehearse, tmp_path):
     """Every argument in its position; the grid; and all programs resident at once where they wait, and only there."""
-    results = rehearse("arguments")
+    results = rehearse("arguments", TRITON_CACHE_DIR=str(tmp_path / "triton"))  # where nothing was compiled before
     families, precisions = ({result[key] for result in results} for key in ("family", "precision"))
     assert len(families) == len(precisions) == 4
     for each in results:
