@@ -12,10 +12,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
 
 from gpu_lstm.kernels.architectures import shared_memory_of
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm.binary import RecordedLaunch, compile_for
+from gpu_lstm.kernels.triton_lstm.binary import RecordedLaunch
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.launch import INTERPRETED, recorded_launches
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Device, Family, Plan
@@ -28,6 +31,30 @@ STEP_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SEQUENCE_DEVICES = [DEVICES[name] for name in ("a100", "h100", "b200", "rtx5090")]
 HIDDEN = (64, 128, 256, 512, 768, 1024, 1536)
 BATCHES = (16, 64, 256)
+
+
+_POINTER = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
+}  # fmt: skip
+
+
+def compile_for(launch: RecordedLaunch, architecture: int) -> CompiledKernel:
+    """The compiled kernel of a launch. Pointers count as aligned to 16 bytes, as torch's allocator gives them."""
+    kernel, signature, constants, aligned = launch.kernel, {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = launch.arguments[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = _POINTER[value.dtype]
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif kernel.params[i].is_constexpr or value is None:
+            signature[name] = "constexpr"
+            constants[(i,)] = value
+        else:
+            signature[name] = "i32"
+    options = {k: v for k, v in launch.arguments.items() if k not in signature}
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import pytest
 SCRIPT = """
 import json
 import torch
+from compile_table.triton_kernels import compile_for
 from gpu_lstm.kernels.triton_lstm import cooperative, step
-from gpu_lstm.kernels.triton_lstm.binary import compile_for
 from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES

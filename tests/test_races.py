@@ -290,14 +290,16 @@ NOISE, RESETS = dict(dropout_h=True), dict(resets=True)
 
 @pytest.mark.parametrize(("family", "tiles_per_group", "options", "winner"), [
     ("resident", 1, {}, "triton"), ("cooperative", 1, {}, "triton"), ("cooperative", 2, {}, "torch"),
-    ("step", 1, {}, "torch"), ("step", 1, dict(lengths=torch.int64), "triton"), ("step", 1, RESETS, "triton"),
+    ("step", 1, {}, "torch"), ("step held 2", 1, {}, "triton"), ("step held 1", 2, {}, "torch"),
+    ("pointwise", 1, {}, "torch"), ("step", 1, dict(lengths=torch.int64), "triton"), ("step", 1, RESETS, "triton"),
     ("step", 1, dict(layers=(Size(4, 5, 3),)), "triton"), ("step", 1, NOISE, "triton"),
     ("step", 1, dict(peepholes=True), "triton"), ("step", 1, dict(reset_c=True), "triton"),
     ("", 1, {}, "torch"), ("", 1, RESETS, "cupy"),
 ])  # fmt: skip
 def test_the_expected_winner(monkeypatch, family, tiles_per_group, options, winner):
     """Kernels of no family of Triton's are CuPy's."""
-    plan = SimpleNamespace(family=SimpleNamespace(value=family), tiles_per_group=tiles_per_group)
+    family, _, held = family.partition(" held")
+    plan = SimpleNamespace(family=SimpleNamespace(value=family), tiles_per_group=tiles_per_group, held=int(held or 0))
     layer = SimpleNamespace(chosen=lambda which: Chosen(plan, False))
     monkeypatch.setattr(kernels, "layer_of", lambda backend, problem, device: layer)
     kind, like = kind_of(_call()), dict(options)
