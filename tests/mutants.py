@@ -45,6 +45,7 @@ OWN = {
     "autograd": "layer variants", "sequences": "chunks", "convert": "interrupted", "options": "variants",
     "noise": "variants", "graph": "ops", "schedule": "chunks routes", "torch_lstm": "torch_backend", "race": "races",
     "kind": "routes", "route": "routes", "run": "routes", "autotune": "plan_cache", "choose": "planning",
+    "available": "cupy_launch",
 }  # fmt: skip
 NUMBERS = (  # of the Triton kernels: the quick ones of those that compare all results and gradients with the oracle
     "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 layer::test_a_family_of_triton "

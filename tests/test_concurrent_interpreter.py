@@ -98,11 +98,12 @@ def _is_right(programs: int, seed: int, rate: float, sem: str) -> bool:
 def the_stock_interpreter_is_as_before():
     def state():
         function, builder = interpreter.InterpretedFunction.__call__, type(interpreter.interpreter_builder)
-        return threading.active_count(), sys.getswitchinterval(), function, builder
+        return sys.getswitchinterval(), function, builder
 
-    before = state()
+    before, threads = state(), set(threading.enumerate())
     yield
     assert state() == before
+    assert set(threading.enumerate()) <= threads  # others', from before, may have ended
     out = _zeros(12)
     who_kernel[2, 3, 2](out, READINGS=2)
     assert out.tolist() == [*range(2, 26, 2)]

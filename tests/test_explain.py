@@ -99,6 +99,7 @@ def test_plans_and_what_bounds_a_step(card, monkeypatch):
     lstm = gpu_lstm.LSTM(4, 768, dtype=torch.bfloat16, backend="triton")
     monkeypatch.setattr(available, "why_unavailable", lambda *_: None)  # bfloat16, which the interpreter refuses
     found = gpu_lstm.explain(lstm, torch.zeros(5, 16, 4, dtype=torch.bfloat16))
+    assert "  layer 0, forward: 4 -> 768\n" in str(found)
     (direction,), lines = found.layers, re.findall("(?<=most of it: ).*", str(found))
     for each, line, backward in zip(direction.passes, lines, (False, True), strict=True):
         plan = plans(Problem(2, 16, 768, torch.bfloat16), H100, backward)[0]

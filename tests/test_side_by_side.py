@@ -202,5 +202,6 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
         monkeypatch.setattr(module, function.__name__, function)
     lstm(torch.zeros(200, 2, 3), lengths=torch.tensor([200, 150]))
     assert waited["caller"] == set(names)
+    assert set(made_on.values()) == set(names), "each layer, or direction, on its own"
     finals = [tensor.data_ptr() for tensor in alive if tensor.dim() == 2][-2 * len(names) :]
     assert set(finals) <= held["caller"]

@@ -94,6 +94,7 @@ def test_the_picture_shows_one_sequence():
     assert (panels[6].get_ylabel(), panels[-1].get_xlabel()) == ("layer 0, reverse\nunit", "step")
     forget, cell = (panels[6 * 2 + k].images[0] for k in (1, 4))  # layer 1, forward
     assert_close(torch.tensor(forget.get_array().data), traced.layers[1][0].forget[:3, 2].T)
+    assert panels[0].get_aspect() == "auto"  # units and steps fill the panel
     assert (forget.get_clim(), cell.get_clim()) == ((0.0, 1.0), (-1.0, 1.0))
     assert [axes.get_ylim() for axes in bars] == [(0, 1), (-1, 1)]  # one for gates, one for states
     for k, bar in enumerate(bars):  # which have the colours of the three panels beside them

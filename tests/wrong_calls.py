@@ -220,6 +220,7 @@ CALLS = [
     (size("weight_ih", "(16, 4)", "[16, 5]"), "handed(m.stack, 'layers.1.weight_ih_l0', 16, 5)"),
     (size("weight_peephole", "(12,)", "[16]"), "handed(m.variant, 'weight_peephole_l0', 16)"),
     (size("gain_hh", "(16,)", "[4]"), "handed(m.variant, 'gain_hh_l0', 4)"),
+    (a_tensor("weight_ih", "NoneType"), "assigned(m.lstm, 'weight_ih_l0')"),
     (a_tensor("weight_hh", "NoneType"), "assigned(m.lstm, 'weight_hh_l0')", "layer(m, weights=(WEIGHTS[0], None))"),
     ("AttributeError: ...weight_hh_l0...", "delattr(lstm := copy.deepcopy(m.lstm), 'weight_hh_l0'), lstm(X)"),
     ("RuntimeError: bias_ih and bias_hh should be given together", "assigned(m.lstm, 'bias_hh_l0')",
