@@ -129,7 +129,9 @@ AS_TORCH = [
         "zeros(5, 2, 3, device=META)", X3 + "[zeros(1, 2, 4, device=META)] * 2",
         X3 + "(zeros(1, 2, 4, device=META), zeros(1, 2, 4))", X3 + "(zeros(1, 2, 4), zeros(1, 2, 4, device=META))")),
     *(f"m.cell({arguments})" for arguments in (
-        "None", "zeros(2, 3).numpy()", "zeros(2, 3), ()", "zeros(2, 3), zeros(2, 2, 4)"))]  # fmt: skip
+        "None", "zeros(2, 3).numpy()", "zeros(2, 3), ()", "zeros(2, 3), zeros(2, 2, 4)",
+        "zeros(2, 3), (zeros(1, 2, 4), zeros(1, 2, 4))", "zeros(2, 3), (zeros(2, 4), zeros(1, 2, 4))",
+        "zeros(3), (zeros(4), zeros(1, 1, 4))"))]  # fmt: skip
 # For these torch's text is that of the library that computes, or of a product deep inside.
 BADLY_WORDED = [
     *(f"m.lstm({X3}(zeros(1, 2, 4, dtype={h}), zeros(1, 2, 4, dtype={c})))"
