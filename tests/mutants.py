@@ -43,7 +43,8 @@ LEAST_SECONDS, TIMES_AS_LONG = 30, 4  # a test file may take so long, and so man
 # Which tests are run: test_X.py for a source file X.py, those of OWN, then those of its folder; until one fails.
 OWN = {
     "autograd": "layer variants", "sequences": "chunks", "convert": "interrupted", "options": "variants",
-    "noise": "variants", "graph": "ops", "schedule": "chunks routes", "torch_lstm": "torch_backend", "race": "races",
+    "noise": "variants", "graph": "ops", "schedule": "chunks routes", "race": "races",
+    "torch_lstm": "torch_backend layer::test_nan_does_not_pass_a_reset",
     "kind": "routes", "route": "routes", "run": "routes", "autotune": "plan_cache", "choose": "planning",
     "available": "cupy_launch",
 }  # fmt: skip
@@ -54,6 +55,7 @@ NUMBERS = (  # of the Triton kernels: the quick ones of those that compare all r
 TESTS = {
     "gpu_lstm": "lstm ragged weights variants errors wrong_calls convert derivatives chunks side_by_side stream "
     "autocast first_call timeouts races explain graphs main layer::test_without_kernels",
+    "gpu_lstm/keras": "keras keras_layer main",
     "kernels": f"planning plan_cache first_call timeouts {NUMBERS} main compile extremes",
     "kernels/cupy_lstm": "cupy_launch layer::test_cuda cupy_kernels main",
 }
