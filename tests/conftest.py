@@ -1,11 +1,15 @@
 """Options and the environment of the tests."""
 
 import contextlib
+import dataclasses
+import functools
+import gc
 import importlib.util
 import os
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 # The tests run side by side, a process a core; torch reads it when it is imported, here and in processes of tests.
@@ -35,13 +39,25 @@ def no_gpu_is_an_error():
     pytest.fail("needs a CUDA device, and --require-gpu was given")
 
 
+def pytest_collection_finish():
+    gc.freeze()  # no later collection goes through what has been imported
+
+
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter():
     if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+        import triton.language as tl
         from concurrent_interpreter import prepared_once
-        from triton.runtime.interpreter import GridExecutor
+        from triton.runtime import interpreter
 
-        GridExecutor.__call__ = prepared_once()(GridExecutor.__call__)
+        interpreter.GridExecutor.__call__ = prepared_once()(interpreter.GridExecutor.__call__)
+        of_scalar = functools.cache(interpreter._get_np_dtype)  # which makes a table at each call
+        interpreter._get_np_dtype = lambda t: (
+            np.dtype(np.uint64) if isinstance(t.scalar, tl.pointer_type) else of_scalar(t.scalar)
+        )
+        # Otherwise it computes whether sums fit into 32 bits, and does not look at the result unless it debugs.
+        builder = interpreter.interpreter_builder
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 @pytest.fixture

@@ -83,17 +83,20 @@ def collect(at, left, phase, error_ptr, step, GROUPS, SIZE, STRIDE, TOGETHER, PH
             break
     if count_missing(words, *awaited) > 0:
         tl.store(error_ptr, step + 1)
-    return tuple(tl.where(missing, -1, word) for missing, word in zip(are_missing(words, *awaited), words))
+    there = ~are_missing(words, *awaited)
+    return _tensors(np.where(there, [word.handle.data for word in words], np.int32(-1)), tl.int32)
 
 
 def count_missing(*awaited):
-    return sum(int(missing.handle.data.sum()) for missing in are_missing(*awaited))
+    return are_missing(*awaited).sum()
 
 
 def are_missing(words, left, phase, SIZE, STRIDE, PHASED):
-    """Of each word, whether it is not there yet."""
-    absent = [(word & 1) != phase if PHASED else word == -1 for word in words]
-    return [one & (left > n // SIZE * STRIDE + n % SIZE) for n, one in enumerate(absent)]
+    """Of each word, whether it is not there yet: [words, THREADS]."""
+    words = np.stack([word.handle.data for word in words])
+    n, phase = np.arange(len(words))[:, None], phase.handle.data if isinstance(phase, tl.tensor) else phase
+    absent = (words & 1) != phase if PHASED else words == -1
+    return absent & (left.handle.data > n // SIZE * STRIDE + n % SIZE)
 
 
 for _module in (exchange, fragments, cooperative, resident):

@@ -3,16 +3,19 @@
     make mutants                      # 200 faults, drawn by a fixed seed
     make mutants MUTANTS="--count 50 --only kernels/triton_lstm"
 
-Each worker has a copy of the tree, in which it plants a fault; the checkout itself is never touched. Results go to a
-file, a line for each fault, so that a run that was stopped continues where it was. Faults that survived are planted
-again, since tests may have been added. docs/testing.md has a table of a run, what survived it, and why this is neither
-mutmut nor cosmic-ray.
+First all tests run without a fault, under coverage.py, which records the lines that each of them executes; then, for
+each fault, the tests that execute its statement. Each worker has a copy of the tree, in which it plants a fault; the
+checkout itself is never touched. Results go to files, a line for each fault, so that a run that was stopped continues
+where it was. Faults that survived are planted again, since tests may have been added. docs/testing.md has a table of a
+run, what survived it, and why this is neither mutmut nor cosmic-ray.
 """
 
 import argparse
 import ast
+import bisect
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -26,11 +29,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import coverage
 import pandas as pd
 import pytest
 from rich.console import Console
@@ -38,34 +43,12 @@ from rich.progress import track
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("gpu_lstm/**/*.py", "kernels/**/*.py", "kernels/**/*.cu")
-LEAST_SECONDS, TIMES_AS_LONG = 30, 4  # a test file may take so long, and so many times what it takes without a fault
-
-# Which tests are run: test_X.py for a source file X.py, those of OWN, then those of its folder; until one fails.
-OWN = {
-    "autograd": "layer variants", "sequences": "chunks", "convert": "interrupted", "options": "variants",
-    "noise": "variants", "graph": "ops", "schedule": "chunks routes", "race": "races",
-    "torch_lstm": "torch_backend layer::test_nan_does_not_pass_a_reset",
-    "kind": "routes", "route": "routes", "run": "routes", "autotune": "plan_cache", "choose": "planning",
-    "available": "cupy_launch",
-}  # fmt: skip
-NUMBERS = (  # of the Triton kernels: the quick ones of those that compare all results and gradients with the oracle
-    "faults::test_without_a_fault sequence_kernels::test_the_cell_is_kept_in_float32 layer::test_a_family_of_triton "
-    "layer::test_triton concurrent_interpreter exchange_ptx"
-)
-TESTS = {
-    "gpu_lstm": "lstm ragged weights variants errors wrong_calls convert derivatives chunks side_by_side stream "
-    "autocast first_call timeouts races explain graphs main layer::test_without_kernels",
-    "gpu_lstm/keras": "keras keras_layer main",
-    "kernels": f"planning plan_cache first_call timeouts {NUMBERS} main compile extremes",
-    "kernels/cupy_lstm": "cupy_launch layer::test_cuda cupy_kernels main",
-}
-
-
-def tests_of(path: str) -> list[str]:
-    """The tests for a source file."""
-    folder, stem = max((name for name in TESTS if path.startswith(name + "/")), key=len), Path(path).stem
-    named = [stem] * (ROOT / "tests" / f"test_{stem}.py").exists()
-    return list(dict.fromkeys([*named, *OWN.get(stem, "").split(), *TESTS[folder].split()]))
+RESULTS = ROOT / "out" / "mutants"
+LEAST_SECONDS, TIMES_AS_LONG = 30, 4  # tests may take so long, and so many times what they take without a fault
+WITHOUT_A_FAULT = 900  # seconds that a test file may take without a fault
+BATCHES = 15, 60, 240, float("inf")  # seconds of the tests that run together: most faults fail the first few
+START = 3  # seconds until a test file has been imported
+HOST = "tests/host_cuda.py"  # what executes it executes the kernels in CUDA C++
 
 
 class Mutant(NamedTuple):
@@ -78,6 +61,8 @@ class Mutant(NamedTuple):
     start: int
     old: str
     new: str
+    first: int  # line of its statement
+    last: int
 
     @property
     def name(self) -> str:
@@ -182,18 +167,27 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
         yield "condition negated", node.test, f"(not ({ast.unparse(node.test)}))"
 
 
+def _lines_of(statement: ast.stmt) -> tuple[int, int]:
+    """The first and last line of a statement; of one with a block only those before the block."""
+    body = getattr(statement, "body", None) or getattr(statement, "cases", None)
+    if body is None:
+        return statement.lineno, statement.end_lineno
+    return statement.lineno, max(statement.lineno, getattr(body[0], "lineno", statement.lineno + 1) - 1)
+
+
 def of_python(path: str, source: bytes) -> Iterator[Mutant]:
     """Every fault of a Python file."""
     before = [0]  # bytes before each line
     for line in source.splitlines(keepends=True):
         before.append(before[-1] + len(line))
-    nodes: list[ast.AST] = [ast.parse(source)]
+    nodes: list[tuple[ast.AST, tuple[int, int]]] = [(ast.parse(source), (0, 0))]
     while nodes:
-        node = nodes.pop()
-        nodes += _parts(node)
+        node, lines = nodes.pop()
+        lines = _lines_of(node) if isinstance(node, ast.stmt) else lines
+        nodes += [(part, lines) for part in _parts(node)]
         for kind, at, new in _changes(node):
             start, end = before[at.lineno - 1] + at.col_offset, before[at.end_lineno - 1] + at.end_col_offset
-            yield Mutant(path, at.lineno, at.col_offset, kind, start, source[start:end].decode(), new)
+            yield Mutant(path, at.lineno, at.col_offset, kind, start, source[start:end].decode(), new, *lines)
 
 
 C_SWAPS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+", "/": "*",
@@ -210,7 +204,7 @@ def of_cuda(path: str, source: bytes) -> Iterator[Mutant]:
                 old = found.group()
                 for new in [C_SWAPS[old]] if old in C_SWAPS else [str(int(old) + 1)]:
                     at = start + len(line[: found.start()].encode())
-                    yield Mutant(path, number, found.start(), "in CUDA C++", at, old, new)
+                    yield Mutant(path, number, found.start(), "in CUDA C++", at, old, new, number, number)
         start += len(line.encode())
 
 
@@ -257,61 +251,128 @@ def planted(tree: Path, mutant: Mutant) -> Iterator[None]:
         cached.unlink(missing_ok=True)
 
 
-def outcome(snapshot: Path, job: Mutant | str, seconds: dict[str, float]) -> dict:
-    """That of a fault; for the name of a test file, that without a fault, within 15 minutes."""
+class Covered(NamedTuple):
+    """What the tests did without a fault."""
+
+    seconds: dict[str, float]  # of each test, by its name
+    data: coverage.CoverageData  # lines that each executed
+
+    def time_of(self, names: list[str]) -> float:
+        """Seconds of some tests."""
+        return START + sum(map(self.seconds.__getitem__, names))
+
+    def batches(self, mutant: Mutant) -> list[list[str]]:
+        """Tests that execute a fault's statement; or its file, if the statement is executed when that is imported.
+
+        Those of a test file together, files of many quick tests first.
+        """
+        lines = self.data.contexts_by_lineno(HOST if mutant.path.endswith(".cu") else mutant.path)
+        own = {name for n in range(mutant.first, mutant.last + 1) for name in lines.get(n, ()) if name}
+        files: dict[str, list[str]] = {}
+        for name in sorted(own or {name for names in lines.values() for name in names if name}):
+            files.setdefault(name.partition("::")[0], []).append(name)
+        batches: list[list[str]] = [[] for _ in BATCHES]
+        total = 0.0
+        for file in sorted(files, key=lambda file: len(files[file]) / self.time_of(files[file]), reverse=True):
+            total += START
+            for name in sorted(files[file], key=self.seconds.__getitem__):
+                total += self.seconds[name]
+                batches[bisect.bisect(BATCHES, total)].append(name)
+        return [batch for batch in batches if batch]
+
+
+class Recording:
+    """A plugin of pytest: how long each test takes, and the lines that it executes."""
+
+    def __init__(self, data: Path) -> None:
+        self.seconds, self.file = {}, data.with_suffix(".json")
+        of = ["gpu_lstm/*", "kernels/*", HOST]
+        self.coverage = coverage.Coverage(data_file=data, include=of, config_file=False)
+        self.coverage.set_option("run:relative_files", True)
+        self.coverage.start()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item):
+        self.coverage.switch_context(item.nodeid)
+        start = time.monotonic()
+        result = yield
+        self.seconds[item.nodeid] = time.monotonic() - start
+        return result
+
+    def pytest_sessionfinish(self) -> None:
+        self.coverage.stop()
+        self.coverage.save()
+        self.file.write_text(json.dumps(self.seconds))
+
+
+class Chosen(NamedTuple):
+    """A plugin of pytest: only these tests run, in their order."""
+
+    names: list[str]
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        place = {name: n for n, name in enumerate(self.names)}
+        items[:] = sorted((item for item in items if item.nodeid in place), key=lambda item: place[item.nodeid])
+
+
+def without_a_fault(snapshot: Path, file: str, data: Path) -> str:
+    """The first failure of a test file; what each test executes goes to `data`."""
+    return first_failure(own_copy(snapshot), [file], WITHOUT_A_FAULT, partial(Recording, data))
+
+
+def outcome(snapshot: Path, mutant: Mutant, batches: list[tuple[list[str], float]]) -> dict:
+    """What the tests make of a fault; `batches` of them, each with its time without a fault."""
     tree, start, by = own_copy(snapshot), time.monotonic(), ""
-    with planted(tree, job) if isinstance(job, Mutant) else contextlib.nullcontext():
-        for test in tests_of(job.path) if isinstance(job, Mutant) else [job]:
-            if by := first_failure(tree, test, max(LEAST_SECONDS, TIMES_AS_LONG * seconds.get(test, 225))):
+    with planted(tree, mutant):
+        for tests, seconds in batches:
+            files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+            limit = max(LEAST_SECONDS, TIMES_AS_LONG * seconds)
+            if by := first_failure(tree, files, limit, partial(Chosen, tests)):
                 break
     result = {"": "survived", "time": "timed out"}.get(by, "caught")
     return {"result": result, "by": by, "seconds": round(time.monotonic() - start, 1)}
 
 
-def first_failure(tree: Path, test: str, seconds: float) -> str:
-    """The first failure of a test file, "time" if it takes too long, a signal if it crashes; else nothing."""
-    log, (name, *only) = tree / "out.log", test.split("::")
-    where = "::".join([f"tests/test_{name}.py", *only])
-    child = multiprocessing.get_context("fork").Process(target=_pytest, args=(tree, log, where))
+def first_failure(tree: Path, files: list[str], seconds: float, plugin: Callable[[], object]) -> str:
+    """The first failure of test files, "time" if they take too long, a signal if they crash; else nothing."""
+    log = tree / "out.log"
+    child = multiprocessing.get_context("fork").Process(target=_pytest, args=(tree, log, files, plugin))
     child.start()
     child.join(seconds)
     ended = child.exitcode  # None if it still runs
     with contextlib.suppress(ProcessLookupError):  # what the tests have left running, too
         os.killpg(child.pid, signal.SIGKILL)
-    if not ended:
-        return "time" if ended is None else ""
+    if ended is None:
+        return "time"
+    if ended in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):  # all of a file may be slow
+        return ""
     text = log.read_text(errors="replace")
     if failed := re.search(r"^(?:FAILED|ERROR) tests/test_(.*?)(?: - .*)?$", text, re.M):
         return failed.group(1)
     if ended < 0:
-        return f"{test}, killed by {signal.Signals(-ended).name}"
-    raise RuntimeError(f"{test} did not run:\n{text[-2000:]}")  # as where a package is missing, say
+        return f"killed by {signal.Signals(-ended).name}"
+    raise RuntimeError(f"{', '.join(files)} did not run:\n{text[-2000:]}")  # as where a package is missing, say
 
 
-def _pytest(tree: Path, log: Path, where: str) -> None:
+def _pytest(tree: Path, log: Path, files: list[str], plugin: Callable[[], object]) -> None:
     """Run pytest in a separate process group."""
     os.setsid()
     with log.open("w") as out:
         os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
     os.chdir(tree)
-    sys.exit(pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--tb=line", where]))
-
-
-def _outcomes(pool: Executor, tree: Path, jobs: list, seconds: dict[str, float], what: str) -> Iterator[tuple]:
-    """(job, outcome) as they arrive, with a progress bar."""
-    asked = {pool.submit(outcome, tree, job, seconds): job for job in jobs}
-    for done in track(as_completed(asked), what, total=len(jobs)):
-        yield asked[done], done.result()
+    options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--tb=line"]
+    sys.exit(pytest.main([*options, *files], plugins=[plugin()]))
 
 
 def main() -> int:
-    """Exit status 1: fewer than 95 % were caught; 2: a test fails without a fault."""
+    """Exit status 1: fewer than 97 % were caught."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200, help="faults to plant")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="files whose path begins so")
     parser.add_argument("--kind", default="", help="kinds of faults that begin so")
     options = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree, listing = Path(folder, "tree"), ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
         # What is in git, and what is new, as it is now: later edits of the checkout change no answer.
@@ -326,9 +387,35 @@ def main() -> int:
                 pool.shutdown(cancel_futures=True)
 
 
+def covered(tree: Path, pool: Executor) -> Covered:
+    """What the tests do without a fault, recorded once for each state of sources and tests. Raises if one fails."""
+    files = sorted(file for folder in ("gpu_lstm", "kernels", "tests") for file in (tree / folder).rglob("*.*"))
+    state = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    data, seconds = RESULTS / f"{state}.coverage", RESULTS / f"{state}.json"
+    if not seconds.exists():
+        found, combined, times = RESULTS / "files", coverage.CoverageData(data), {}
+        shutil.rmtree(found, ignore_errors=True)
+        found.mkdir()
+        tests = [str(file.relative_to(tree)) for file in files if file.match("tests/test_*.py")]
+        asked = {pool.submit(without_a_fault, tree, test, found / Path(test).stem): test for test in tests}
+        ended = track(as_completed(asked), "without a fault", total=len(asked))
+        if failures := [failure for done in ended if (failure := done.result())]:
+            raise RuntimeError(f"fails without a fault: {', '.join(failures)}")
+        for each in found.glob("*.json"):
+            times |= json.loads(each.read_text())
+            if (recorded := each.with_suffix("")).exists():
+                part = coverage.CoverageData(recorded)
+                part.read()
+                combined.update(part)
+        seconds.write_text(json.dumps(times))
+    known = coverage.CoverageData(data)
+    known.read()
+    return Covered(json.loads(seconds.read_text()), known)
+
+
 def run(tree: Path, options: argparse.Namespace, pool: Executor) -> int:
     """All of it, on copies of a tree."""
-    console, file = Console(highlight=False), ROOT / "out" / "mutants.jsonl"
+    console, file = Console(highlight=False), RESULTS / "results.jsonl"
     possible = [
         mutant
         for mutant in all_mutants(tree)
@@ -336,18 +423,18 @@ def run(tree: Path, options: argparse.Namespace, pool: Executor) -> int:
     ]
     chosen = sample(possible, options.count, options.seed)
     console.print(f"{len(chosen)} of {len(possible)} faults, seed {options.seed}")
-    file.parent.mkdir(exist_ok=True)
     file.touch()
     known = {entry["name"]: entry for entry in map(json.loads, file.read_text().splitlines())}  # the last counts
     jobs = [m for m in chosen if known.get(m.name, {}).get("result", "survived") == "survived"]
-    needed, seconds = sorted({test for mutant in jobs for test in tests_of(mutant.path)}), {}
-    for test, found in _outcomes(pool, tree, needed, {}, "without a fault"):
-        if found["by"]:
-            console.print(f"[red]fails without a fault: {found['by']}")
-            return 2
-        seconds[test] = found["seconds"]
-    for mutant, found in _outcomes(pool, tree, jobs, seconds, "planted"):
-        known[mutant.name] = dict(name=mutant.name, part=str(Path(mutant.path).parent), kind=mutant.kind, **found)
+    tests, asked = covered(tree, pool), {}
+    for mutant in jobs:
+        batches = [(names, tests.time_of(names)) for names in tests.batches(mutant)]
+        asked[pool.submit(outcome, tree, mutant, batches)] = mutant
+    for done in track(as_completed(asked), "planted", total=len(asked)):
+        mutant = asked[done]
+        known[mutant.name] = dict(
+            name=mutant.name, part=str(Path(mutant.path).parent), kind=mutant.kind, **done.result()
+        )
         with file.open("a") as results:
             results.write(json.dumps(known[mutant.name]) + "\n")
     rows = pd.DataFrame([known[mutant.name] for mutant in chosen], columns=["name", "part", "kind", "result"])
@@ -355,7 +442,7 @@ def run(tree: Path, options: argparse.Namespace, pool: Executor) -> int:
         console.print(pd.crosstab(rows[key], rows["result"], margins=True, margins_name="planted"))
     survivors = rows["name"][rows["result"] == "survived"]
     console.print(*(f"survived: {name}" for name in survivors), sep="\n", markup=False)
-    return int(len(survivors) > 0.05 * len(rows))
+    return int(len(survivors) > 0.03 * len(rows))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The tool that plants faults: each is a fault, in code that computes, and tests run against it."""
 
 import ast
-import contextlib
+import json
+from functools import partial
 
+import coverage
 import mutants
 import pytest
 from mutants import ROOT, all_mutants, of_cuda, of_python, sample
@@ -57,20 +59,41 @@ def test_a_sample_is_drawn_by_its_seed_of_every_kind_and_each_fault_is_another_p
             assert ast.dump(ast.parse(planted)) != ast.dump(ast.parse(source)), mutant.name
 
 
-def test_the_tests_that_are_run_exist_and_so_do_the_files_that_have_their_own():
-    files = [file for pattern in mutants.SOURCES for file in ROOT.glob(pattern)]
-    assert set(mutants.OWN) <= {file.stem for file in files}
-    for file in files:
-        for test in mutants.tests_of(str(file.relative_to(ROOT))):
-            name, _, function = test.partition("::")
-            assert f"def {function}" in (ROOT / "tests" / f"test_{name}.py").read_text(), (file, test)
+def test_the_statement_of_a_fault_is_all_of_its_lines_but_not_its_block():
+    lines = {
+        (mutant.old, mutant.first, mutant.last)
+        for mutant in of_python("a", b"if (\n    a < 1\n):\n    b = (2 +\n         c)")
+    }
+    assert {("a < 1", 1, 3), ("2 +\n         c", 4, 5)} <= lines
+
+
+class Data:
+    """As coverage.CoverageData: which tests execute each line."""
+
+    def contexts_by_lineno(self, path):
+        return {
+            "a.py": {1: [""], 2: ["tests/test_a.py::slow", "tests/test_b.py::quick"], 3: ["tests/test_a.py::quick"]},
+            mutants.HOST: {1: [""], 7: ["tests/test_a.py::host"]},
+        }[path]
+
+
+@pytest.mark.parametrize(("path", "line", "batches"), [
+    ("a.py", 2, [["tests/test_b.py::quick"], ["tests/test_a.py::slow"]]), ("a.py", 3, [["tests/test_a.py::quick"]]),
+    ("a.py", 1, [["tests/test_b.py::quick", "tests/test_a.py::quick"], ["tests/test_a.py::slow"]]),
+    ("a.cu", 1, [["tests/test_a.py::host"]]),
+])  # fmt: skip
+def test_the_tests_that_execute_a_fault_run_in_batches_the_quick_first(path, line, batches):
+    seconds = {"tests/test_a.py::slow": 40.0, "tests/test_a.py::quick": 1.0, "tests/test_b.py::quick": 1.0}
+    tests = mutants.Covered(seconds | {"tests/test_a.py::host": 1.0}, Data())
+    fault = mutants.Mutant(path, line, 0, "constant", 0, "1", "2", line, line)
+    assert tests.batches(fault) == batches
 
 
 ENDS = {
     "passes": ("def test_it():\n    pass\n", ""), "fails": ("def test_it():\n    assert False\n", "a.py::test_it"),
     "cannot be imported": ("import nothing_of_this_name\n", "a.py"),
-    "crashes": ("import os\n\ndef test_it():\n    os.abort()\n", "a, killed by SIGABRT"),
-    "takes too long": ("import time\n\ndef test_it():\n    time.sleep(60)\n", "time"), "has no test": ("", None),
+    "crashes": ("import os\n\ndef test_it():\n    os.abort()\n", "killed by SIGABRT"),
+    "takes too long": ("import time\n\ndef test_it():\n    time.sleep(60)\n", "time"), "has no test": ("", ""),
 }  # fmt: skip
 
 
@@ -78,6 +101,34 @@ ENDS = {
 def test_a_failure_is_a_test_that_fails_and_nothing_else(tmp_path, capfd, body, found):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_a.py").write_text(body)
-    raises = contextlib.nullcontext() if found is not None else pytest.raises(RuntimeError, match="a did not run")
-    with capfd.disabled(), raises:  # a fork's output goes where the fork sends it
-        assert mutants.first_failure(tmp_path, "a", 0.5 if found == "time" else 60) == found
+    with capfd.disabled():  # a fork's output goes where the fork sends it
+        seconds = 0.5 if found == "time" else 60
+        assert mutants.first_failure(tmp_path, ["tests/test_a.py"], seconds, object) == found
+
+
+def test_what_does_not_run_is_no_failure_of_a_test(tmp_path, capfd):
+    with capfd.disabled(), pytest.raises(RuntimeError, match=r"tests/test_a.py did not run"):
+        mutants.first_failure(tmp_path, ["tests/test_a.py"], 60, object)
+
+
+def test_what_tests_execute_is_recorded_and_those_that_are_chosen_run_alone(tmp_path, capfd):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "gpu_lstm").mkdir()
+    (tmp_path / "gpu_lstm" / "a.py").write_text("def one():\n    return 1\n\ndef two():\n    return 2\n")
+    (tmp_path / "tests" / "test_a.py").write_text(
+        "import sys\nsys.path.insert(0, 'gpu_lstm')\nimport a\n\ndef test_one():\n    assert a.one() == 1\n\n"
+        "def test_two():\n    assert a.two() == 1\n"
+    )
+    data, files = tmp_path / "data", ["tests/test_a.py"]
+    with capfd.disabled():
+        assert mutants.first_failure(tmp_path, files, 60, partial(mutants.Recording, data)) == "a.py::test_two"
+        one = partial(mutants.Chosen, ["tests/test_a.py::test_one"])
+        assert mutants.first_failure(tmp_path, files, 60, one) == ""
+    recorded = coverage.CoverageData(data)
+    recorded.read()
+    lines = recorded.contexts_by_lineno(str(next(iter(recorded.measured_files()))))
+    assert (lines[2], lines[5]) == (["tests/test_a.py::test_one"], ["tests/test_a.py::test_two"])
+    assert set(json.loads(data.with_suffix(".json").read_text())) == {
+        "tests/test_a.py::test_one",
+        "tests/test_a.py::test_two",
+    }
