@@ -282,17 +282,23 @@ class Covered(NamedTuple):
 
 
 class Recording:
-    """A plugin of pytest: how long each test takes, and the lines that it executes."""
+    """A plugin of pytest: how long each test takes, and the lines that it and processes it starts execute.
 
-    def __init__(self, data: Path) -> None:
-        self.seconds, self.file = {}, data.with_suffix(".json")
-        of = ["gpu_lstm/*", "kernels/*", HOST]
-        self.coverage = coverage.Coverage(data_file=data, include=of, config_file=False)
-        self.coverage.set_option("run:relative_files", True)
+    They go to `folder`: a file of coverage.py for each process, and one of seconds.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.seconds, self.folder, config = {}, folder, folder / "coverage.ini"
+        folder.mkdir()
+        of = "".join(f"    {Path.cwd() / one}\n" for one in ("gpu_lstm/*", "kernels/*", HOST))
+        config.write_text(f"[run]\nparallel = true\ndata_file = {folder}/lines\ncontext = ${{TEST}}\ninclude =\n{of}")
+        self.coverage = coverage.Coverage(config_file=str(config))
+        os.environ["COVERAGE_PROCESS_START"] = str(config)  # coverage.py starts in every process that sees this
         self.coverage.start()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item):
+        os.environ["TEST"] = item.nodeid
         self.coverage.switch_context(item.nodeid)
         start = time.monotonic()
         result = yield
@@ -302,7 +308,7 @@ class Recording:
     def pytest_sessionfinish(self) -> None:
         self.coverage.stop()
         self.coverage.save()
-        self.file.write_text(json.dumps(self.seconds))
+        (self.folder / "seconds.json").write_text(json.dumps(self.seconds))
 
 
 class Chosen(NamedTuple):
@@ -315,9 +321,10 @@ class Chosen(NamedTuple):
         items[:] = sorted((item for item in items if item.nodeid in place), key=lambda item: place[item.nodeid])
 
 
-def without_a_fault(snapshot: Path, file: str, data: Path) -> str:
-    """The first failure of a test file; what each test executes goes to `data`."""
-    return first_failure(own_copy(snapshot), [file], WITHOUT_A_FAULT, partial(Recording, data))
+def without_a_fault(snapshot: Path, file: str, folder: Path) -> tuple[str, Path]:
+    """The first failure of a test file, and the tree it ran in; what each test executes goes to `folder`."""
+    tree = own_copy(snapshot)
+    return first_failure(tree, [file], WITHOUT_A_FAULT, partial(Recording, folder)), tree
 
 
 def outcome(snapshot: Path, mutant: Mutant, batches: list[tuple[list[str], float]]) -> dict:
@@ -393,20 +400,25 @@ def covered(tree: Path, pool: Executor) -> Covered:
     state = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     data, seconds = RESULTS / f"{state}.coverage", RESULTS / f"{state}.json"
     if not seconds.exists():
-        found, combined, times = RESULTS / "files", coverage.CoverageData(data), {}
-        shutil.rmtree(found, ignore_errors=True)
-        found.mkdir()
+        data.unlink(missing_ok=True)
+        recorded, combined, times = RESULTS / "recorded", coverage.CoverageData(data), {}
+        shutil.rmtree(recorded, ignore_errors=True)
+        recorded.mkdir()
         tests = [str(file.relative_to(tree)) for file in files if file.match("tests/test_*.py")]
-        asked = {pool.submit(without_a_fault, tree, test, found / Path(test).stem): test for test in tests}
-        ended = track(as_completed(asked), "without a fault", total=len(asked))
-        if failures := [failure for done in ended if (failure := done.result())]:
-            raise RuntimeError(f"fails without a fault: {', '.join(failures)}")
-        for each in found.glob("*.json"):
-            times |= json.loads(each.read_text())
-            if (recorded := each.with_suffix("")).exists():
-                part = coverage.CoverageData(recorded)
+        asked = {pool.submit(without_a_fault, tree, test, recorded / Path(test).stem): test for test in tests}
+        failures = []
+        for done in track(as_completed(asked), "without a fault", total=len(asked)):
+            failure, where = done.result()
+            failures += [failure] if failure else []
+            folder = recorded / Path(asked[done]).stem
+            if (file := folder / "seconds.json").exists():
+                times |= json.loads(file.read_text())
+            for file in folder.glob("lines.*"):
+                part = coverage.CoverageData(file)
                 part.read()
-                combined.update(part)
+                combined.update(part, map_path=lambda path, where=where: os.path.relpath(path, where))
+        if failures:
+            raise RuntimeError(f"fails without a fault: {', '.join(failures)}")
         seconds.write_text(json.dumps(times))
     known = coverage.CoverageData(data)
     known.read()

@@ -111,24 +111,29 @@ def test_what_does_not_run_is_no_failure_of_a_test(tmp_path, capfd):
         mutants.first_failure(tmp_path, ["tests/test_a.py"], 60, object)
 
 
-def test_what_tests_execute_is_recorded_and_those_that_are_chosen_run_alone(tmp_path, capfd):
+def test_what_tests_and_their_processes_execute_is_recorded_and_those_that_are_chosen_run_alone(tmp_path, capfd):
     (tmp_path / "tests").mkdir()
     (tmp_path / "gpu_lstm").mkdir()
-    (tmp_path / "gpu_lstm" / "a.py").write_text("def one():\n    return 1\n\ndef two():\n    return 2\n")
-    (tmp_path / "tests" / "test_a.py").write_text(
-        "import sys\nsys.path.insert(0, 'gpu_lstm')\nimport a\n\ndef test_one():\n    assert a.one() == 1\n\n"
-        "def test_two():\n    assert a.two() == 1\n"
+    (tmp_path / "gpu_lstm" / "a.py").write_text(
+        "def one():\n    return 1\n\ndef two():\n    return 2\n\nif __name__ == '__main__':\n    one()\n"
     )
-    data, files = tmp_path / "data", ["tests/test_a.py"]
+    (tmp_path / "tests" / "test_a.py").write_text(
+        "import subprocess, sys\nsys.path.insert(0, 'gpu_lstm')\n\n"
+        "def test_one():\n    subprocess.run([sys.executable, 'gpu_lstm/a.py'], check=True)\n\n"
+        "def test_two():\n    import a\n    assert a.two() == 1\n"
+    )
+    folder, files = tmp_path / "recorded", ["tests/test_a.py"]
     with capfd.disabled():
-        assert mutants.first_failure(tmp_path, files, 60, partial(mutants.Recording, data)) == "a.py::test_two"
+        assert mutants.first_failure(tmp_path, files, 60, partial(mutants.Recording, folder)) == "a.py::test_two"
         one = partial(mutants.Chosen, ["tests/test_a.py::test_one"])
         assert mutants.first_failure(tmp_path, files, 60, one) == ""
-    recorded = coverage.CoverageData(data)
-    recorded.read()
-    lines = recorded.contexts_by_lineno(str(next(iter(recorded.measured_files()))))
+    lines = {}
+    for file in folder.glob("lines.*"):
+        recorded = coverage.CoverageData(file)
+        recorded.read()
+        for line, tests in recorded.contexts_by_lineno(str(tmp_path / "gpu_lstm" / "a.py")).items():
+            lines.setdefault(line, []).extend(tests)
     assert (lines[2], lines[5]) == (["tests/test_a.py::test_one"], ["tests/test_a.py::test_two"])
-    assert set(json.loads(data.with_suffix(".json").read_text())) == {
-        "tests/test_a.py::test_one",
-        "tests/test_a.py::test_two",
-    }
+    assert list(json.loads((folder / "seconds.json").read_text())) == [
+        f"tests/test_a.py::test_{n}" for n in ("one", "two")
+    ]
