@@ -48,6 +48,7 @@ LEAST_SECONDS, TIMES_AS_LONG = 30, 4  # tests may take so long, and so many time
 WITHOUT_A_FAULT = 900  # seconds that a test file may take without a fault
 BATCHES = 15, 60, 240, float("inf")  # seconds of the tests that run together: most faults fail the first few
 START = 3  # seconds until a test file has been imported
+IMPORTED = 0, 0  # instead of the lines of a statement that is executed when its file is imported
 HOST = "tests/host_cuda.py"  # what executes it executes the kernels in CUDA C++
 
 
@@ -61,7 +62,7 @@ class Mutant(NamedTuple):
     start: int
     old: str
     new: str
-    first: int  # line of its statement
+    first: int  # line of its statement in a function; or IMPORTED
     last: int
 
     @property
@@ -180,11 +181,11 @@ def of_python(path: str, source: bytes) -> Iterator[Mutant]:
     before = [0]  # bytes before each line
     for line in source.splitlines(keepends=True):
         before.append(before[-1] + len(line))
-    nodes: list[tuple[ast.AST, tuple[int, int]]] = [(ast.parse(source), (0, 0))]
+    nodes: list[tuple[ast.AST, tuple[int, int], bool]] = [(ast.parse(source), IMPORTED, False)]
     while nodes:
-        node, lines = nodes.pop()
-        lines = _lines_of(node) if isinstance(node, ast.stmt) else lines
-        nodes += [(part, lines) for part in _parts(node)]
+        node, lines, called = nodes.pop()
+        lines = _lines_of(node) if called and isinstance(node, ast.stmt) else lines
+        nodes += [(part, lines, called or isinstance(node, ast.FunctionDef)) for part in _parts(node)]
         for kind, at, new in _changes(node):
             start, end = before[at.lineno - 1] + at.col_offset, before[at.end_lineno - 1] + at.end_col_offset
             yield Mutant(path, at.lineno, at.col_offset, kind, start, source[start:end].decode(), new, *lines)

@@ -117,7 +117,7 @@ class Blind(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("ragged", [dict(lengths=LENGTHS), dict(resets=RESETS), RAGGED])
-@pytest.mark.parametrize("arguments", [dict(num_layers=2, bidirectional=True), dict(proj_size=2)], ids=str)
+@pytest.mark.parametrize("arguments", [dict(num_layers=2, bidirectional=True, dropout=0.5), dict(proj_size=2)], ids=str)
 def test_lengths_and_resets_need_no_values(monkeypatch, ragged, arguments):
     """On a device that has none, as fake tensors, and blind."""
     torch.manual_seed(0)

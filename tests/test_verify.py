@@ -108,9 +108,13 @@ def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, project
     monkeypatch.setattr(launch, "launch_kernel", run)
     problem = HALF._replace(**RAGGED, projected=projected, peepholes=True)
     for which in (Pass(), Pass(True)):
-        assert _verify(problem, which, plan_of(family, HALF, which.backward)) is None
+        plan = plan_of(family, HALF._replace(batch=64), which.backward)
+        assert _verify(problem, which, plan) is None
     kernels = dict.fromkeys(each.args[0].__name__ for each in run.call_args_list)
     assert list(kernels) == [f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")]
+    if family == "cooperative":
+        grids = [each.args[1] for each in run.call_args_list]
+        assert {groups for _, groups in grids} == {2}, "one group has two of the three batch tiles"
 
 
 @pytest.mark.parametrize("fault", FAULTS | FAULTS_OF_NORMS)
