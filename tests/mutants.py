@@ -49,6 +49,7 @@ WITHOUT_A_FAULT = 900  # seconds that a test file may take without a fault
 BATCHES = 15, 60, 240, float("inf")  # seconds of the tests that run together: most faults fail the first few
 START = 3  # seconds until a test file has been imported
 IMPORTED = 0, 0  # instead of the lines of a statement that is executed when its file is imported
+OWN = "test_mutants.py"  # records what it executes itself
 HOST = "tests/host_cuda.py"  # what executes it executes the kernels in CUDA C++
 
 
@@ -292,14 +293,15 @@ class Recording:
         self.seconds, self.folder, config = {}, folder, folder / "coverage.ini"
         folder.mkdir()
         of = "".join(f"    {Path.cwd() / one}\n" for one in ("gpu_lstm/*", "kernels/*", HOST))
-        config.write_text(f"[run]\nparallel = true\ndata_file = {folder}/lines\ncontext = ${{TEST}}\ninclude =\n{of}")
+        self.config, self.text = config, f"[run]\nparallel = true\ndata_file = {folder}/lines\ninclude =\n{of}"
+        config.write_text(self.text)
         self.coverage = coverage.Coverage(config_file=str(config))
         os.environ["COVERAGE_PROCESS_START"] = str(config)  # coverage.py starts in every process that sees this
         self.coverage.start()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item):
-        os.environ["TEST"] = item.nodeid
+        self.config.write_text(f"{self.text}context = {item.nodeid.replace('$', '$$')}\n")
         self.coverage.switch_context(item.nodeid)
         start = time.monotonic()
         result = yield
@@ -405,7 +407,7 @@ def covered(tree: Path, pool: Executor) -> Covered:
         recorded, combined, times = RESULTS / "recorded", coverage.CoverageData(data), {}
         shutil.rmtree(recorded, ignore_errors=True)
         recorded.mkdir()
-        tests = [str(file.relative_to(tree)) for file in files if file.match("tests/test_*.py")]
+        tests = [str(file.relative_to(tree)) for file in files if file.match("tests/test_*.py") and file.name != OWN]
         asked = {pool.submit(without_a_fault, tree, test, recorded / Path(test).stem): test for test in tests}
         failures = []
         for done in track(as_completed(asked), "without a fault", total=len(asked)):
