@@ -13,6 +13,8 @@ from itertools import groupby
 
 import pytest
 
+from gpu_lstm.kernels.triton_lstm import exchange
+
 SCRIPT = """
 import json
 import torch
@@ -181,3 +183,13 @@ def test_a_fault_is_detected(kernels, fault):
     for kernel in (kernels[family][0], kernels[family][-1]) if family == "step" else kernels[family][:1]:
         problems = PROBLEMS[family](kernel | {"ptx": re.sub(pattern, replacement, kernel["ptx"])})
         assert any(said in problem for problem in problems) or (kernel["held"] and fault == "a load too early")
+
+
+@pytest.mark.parametrize(("sizes", "words"), [
+    ((2, 4, 64, 2), [0, 2, 64, 66]), ((3, 1, 7, 1), [0, 7, 14]), ((1, 4, 9, 4), [0])])  # fmt: skip
+def test_words_are_loaded_from_where_they_lie_and_only_as_many_as_there_are(sizes, words):
+    """Groups of neighbours, from one to the next a stride, and so many in one load."""
+    text = exchange.polling_loop(*sizes)
+    places = [int(place) for place in re.findall(r"ld\.relaxed\.gpu\.[^\[]*\[\$\d+ \+ (\d+)\]", text)]
+    counts = [int(count) for count in re.findall(r"setp\.gt\.s32 missing\d+, \$\d+, (\d+);", text)]
+    assert (places, counts) == ([4 * word for word in words], words)
