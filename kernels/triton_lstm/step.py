@@ -278,6 +278,34 @@ def lstm_step_forward_kernel(
                 poll_limit = grid_barrier(arrivals_ptr, ROUNDS * step + round + 1, poll_limit, error_ptr, step)
 
 
+@triton.jit
+def product_backward(
+    step, sequence, unit,
+    part,  # of K, of PARTS equal ones
+    dgates_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, sums_hh_ptr, weight_hh_ptr, held, resets_ptr, B,
+    H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """dgates of a step times W_hh, the gradient of the h before it, [BB, units] float32; or a part of that sum."""
+    NORM_HH: tl.constexpr = gain_hh_ptr is not None
+    K: tl.constexpr = 4 * H // PARTS
+    batch, _, _ = sequence
+    _, row, _, continues = indexing.position(step, *sequence, resets_ptr, B, REVERSE)
+    norm = None
+    if NORM_HH:
+        sum_d, sum_d_unit = sums_of_tiles(
+            sums_hh_ptr + pairs_of_step(step, H, BLOCK_H, B), batch, continues, B, H, BLOCK_H
+        )
+        scale = tl.load(scale_hh_ptr + row, mask=continues, other=0.0)
+        norm = (unit_hh_ptr, gain_hh_ptr + part * K, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
+    row, continues = indexing.rows_of_product((row * PARTS + part, continues), not NORM_HH)
+    dh = product(
+        dgates_ptr, row, continues, None, row, norm,
+        weight_hh_ptr, unit + tl.cast(part, tl.int64) * K * P, unit < P, P, held, K, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    return indexing.rows_of_tile(dh, not NORM_HH)
+
+
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_step_backward_kernel(
     dh_ptr, dh_n_ptr,
@@ -287,6 +315,7 @@ def lstm_step_backward_kernel(
     gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
     sums_c_ptr,  # [tiles, B, 2] float32: the sums of the gradient of unit_c, and of it times unit_c; or None
     dgates_ptr,  # [T*B, 4H] out
+    parts_ptr,  # [PARTS, B, P] float32: of the product of a step; None if PARTS is 1
     dh_total_ptr,
     dc_ptr,  # [B, H] float32, gradient of c_n, becomes that of c before every step
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
@@ -295,7 +324,7 @@ def lstm_step_backward_kernel(
     arrivals_ptr,  # [tiles of sequences] int32 zero, see exchange.grid_barrier; None if there is only one round
     error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PROJECT: tl.constexpr,
     PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr, HELD: tl.constexpr,
+    BLOCK_K: tl.constexpr, HELD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """All steps, from the last to the first. A step has two rounds over the tiles if there is a projection, or a layer
     norm of c, which needs sums over all units; each ends with a grid-wide barrier. HELD: as forward.
@@ -304,6 +333,7 @@ def lstm_step_backward_kernel(
     NORM_C: tl.constexpr = gain_c_ptr is not None
     DTYPE: tl.constexpr = dgates_ptr.dtype.element_ty
     ROUNDS: tl.constexpr = 2 if PROJECT or NORM_C else 1
+    SPLIT: tl.constexpr = PARTS > 1
     poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
     held = None
     if HELD:
@@ -311,6 +341,21 @@ def lstm_step_backward_kernel(
         held = load_weights(weight_hh_ptr, unit, unit < P, P, 0, 4 * H, BLOCK_K)
     for back in range(T):
         step = T - 1 - back
+        if PARTS > 1:
+            first, end, stride = tiles_of_program(B, tl.cdiv(P, PARTS * BLOCK_H) * PARTS, BLOCK_B, 1, HELD)
+            for number in range(first, end, stride):
+                _, unit, sequence, _, cells = tile_at(
+                    number // PARTS, step, lengths_ptr, resets_ptr, T, B, P, REVERSE, BLOCK_B, PARTS * BLOCK_H
+                )
+                _, _, state_at, in_tile, _, _, _ = cells
+                part = number % PARTS
+                dm = product_backward(
+                    step + 1, sequence, unit, part, dgates_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr,
+                    sums_hh_ptr, weight_hh_ptr, None, resets_ptr, B, H, P, REVERSE, PRECISION, BLOCK_H,
+                    BLOCK_K, PARTS,
+                )  # fmt: skip
+                tl.store(parts_ptr + tl.cast(B, tl.int64) * P * part + state_at, dm, mask=in_tile)
+            poll_limit = grid_barrier(arrivals_ptr, (ROUNDS + 1) * back + 1, poll_limit, error_ptr, step)
         for round in tl.static_range(ROUNDS):
             width = H if round + 1 == ROUNDS else P
             first, end, stride = tiles_of_program(B, width, BLOCK_B, BLOCK_H, HELD)
@@ -326,19 +371,17 @@ def lstm_step_backward_kernel(
 
                 # Product with dgates of the step after: the gradient of h.
                 if round == 0:
-                    _, row_next, _, next_continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
-                    norm = None
-                    if NORM_HH:
-                        pairs_at = sums_hh_ptr + pairs_of_step(step + 1, H, BLOCK_H, B)
-                        sum_d, sum_d_unit = sums_of_tiles(pairs_at, batch, valid, B, H, BLOCK_H)
-                        scale = tl.load(scale_hh_ptr + row_next, mask=next_continues, other=0.0)
-                        norm = (unit_hh_ptr, gain_hh_ptr, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
-                    row_next, next_continues = indexing.rows_of_product((row_next, next_continues), not NORM_HH)
-                    dm = product(
-                        dgates_ptr, row_next, next_continues, None, row_next, norm,
-                        weight_hh_ptr, unit, unit < P, P, held, 4 * H, BLOCK_K, PRECISION,
-                    )  # fmt: skip
-                    dm = indexing.rows_of_tile(dm, not NORM_HH)
+                    if PARTS > 1:
+                        dm = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+                        for part in tl.static_range(PARTS):
+                            part_ptr = parts_ptr + tl.cast(B, tl.int64) * (P * part)
+                            dm += tl.load(part_ptr + state_at, mask=valid_tile, other=0.0, cache_modifier=".cg")
+                    else:
+                        dm = product_backward(
+                            step + 1, sequence, unit, 0, dgates_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr,
+                            sums_hh_ptr, weight_hh_ptr, held, resets_ptr, B, H, P, REVERSE, PRECISION, BLOCK_H,
+                            BLOCK_K, PARTS,
+                        )  # fmt: skip
                     if dropout_h_ptr is not None:
                         dm *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
                     dm = indexing.add_gradients_given(dm, dh_ptr, dh_n_ptr, (step == length - 1)[:, None], cells)
@@ -402,7 +445,7 @@ def lstm_step_backward_kernel(
                 if HELD and step > 0:
                     arrive(arrivals_ptr + number % tl.cdiv(B, BLOCK_B), poll_limit)
             if (arrivals_ptr is not None and not HELD) and (step > 0 or round + 1 < ROUNDS):
-                poll_limit = grid_barrier(arrivals_ptr, ROUNDS * back + round + 1, poll_limit, error_ptr, step)
+                poll_limit = grid_barrier(arrivals_ptr, (ROUNDS + SPLIT) * back + SPLIT + round + 1, poll_limit, error_ptr, step)
 
 
 def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
@@ -480,6 +523,7 @@ def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, 
     dgates, tiles, batch = torch.empty_like(gates), ceil(r.c0.shape[-1] / plan.columns), gates.shape[1]
     return dgates, {
         "dgates_ptr": dgates,
+        "parts_ptr": r.c0.new_empty(plan.parts, *r.h0.shape) if plan.parts > 1 else None,
         "sums_hh_ptr": None if r.gain_hh is None else r.c0.new_zeros(2, tiles, batch, 2),
         "sums_c_ptr": None if r.gain_c is None else r.c0.new_empty(tiles, batch, 2),
     }
