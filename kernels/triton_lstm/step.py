@@ -10,6 +10,7 @@ Where W_hh of a tile's units fits in shared memory, a program can hold it: all i
 the sequences of its group. Before the product a tile waits for the other units' tiles of the same sequences, no others.
 """
 
+import itertools
 from collections.abc import Iterator
 from math import ceil
 
@@ -24,7 +25,7 @@ from .cell import cell_forward, gates_backward, normed_output_backward, output, 
 from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
 from .features import MOST_ROWS
 from .norm import gates_of_unit, moments, moments_of_tiles, normalise, normalise_backward, store_pair, sums_of_tiles
-from .planning import KB, Device, Family, Plan, power_of_two
+from .planning import KB, Device, Family, Plan, expected, power_of_two
 
 
 @triton.jit
@@ -96,17 +97,19 @@ def wait_for_tile(arrivals_ptr, number, times, poll_limit, error_ptr, step, B, B
 
 @triton.jit
 def tile_at(
-    number, step, lengths_ptr, resets_ptr, T, B, H, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr
-):
+    number, step, lengths_ptr, resets_ptr, T, B, H, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr = 1,
+):  # fmt: skip
     """A tile of sequences and units at a step; neighbours share the units, whose weights they read.
 
-    (number of its units' tile, units [BH], its `sequences` [BB], their `position` [BB], its `cells_at` [BB, BH]).
+    (number of its units' tile, units [BH], its `sequences` [BB], their `position` [BB], its `cells_at` [BB, BH]). Of
+    every PARTS numbers of units each stands for all of their units, and for a part of a product.
     """
     first = number % tl.cdiv(B, BLOCK_B) * BLOCK_B
     unit_tile = number // tl.cdiv(B, BLOCK_B)
     sequence = indexing.sequences(first + tl.arange(0, BLOCK_B), lengths_ptr, T, B)
     batch, in_batch, _ = sequence
-    unit = unit_tile * BLOCK_H + tl.arange(0, BLOCK_H)
+    unit = unit_tile // PARTS * (PARTS * BLOCK_H) + tl.arange(0, PARTS * BLOCK_H)
     place = indexing.position(step, *sequence, resets_ptr, B, REVERSE)
     _, row, valid, continues = place
     cells = indexing.cells_at(
@@ -278,34 +281,6 @@ def lstm_step_forward_kernel(
                 poll_limit = grid_barrier(arrivals_ptr, ROUNDS * step + round + 1, poll_limit, error_ptr, step)
 
 
-@triton.jit
-def product_backward(
-    step, sequence, unit,
-    part,  # of K, of PARTS equal ones
-    dgates_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, sums_hh_ptr, weight_hh_ptr, held, resets_ptr, B,
-    H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """dgates of a step times W_hh, the gradient of the h before it, [BB, units] float32; or a part of that sum."""
-    NORM_HH: tl.constexpr = gain_hh_ptr is not None
-    K: tl.constexpr = 4 * H // PARTS
-    batch, _, _ = sequence
-    _, row, _, continues = indexing.position(step, *sequence, resets_ptr, B, REVERSE)
-    norm = None
-    if NORM_HH:
-        sum_d, sum_d_unit = sums_of_tiles(
-            sums_hh_ptr + pairs_of_step(step, H, BLOCK_H, B), batch, continues, B, H, BLOCK_H
-        )
-        scale = tl.load(scale_hh_ptr + row, mask=continues, other=0.0)
-        norm = (unit_hh_ptr, gain_hh_ptr + part * K, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
-    row, continues = indexing.rows_of_product((row * PARTS + part, continues), not NORM_HH)
-    dh = product(
-        dgates_ptr, row, continues, None, row, norm,
-        weight_hh_ptr, unit + tl.cast(part, tl.int64) * K * P, unit < P, P, held, K, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    return indexing.rows_of_tile(dh, not NORM_HH)
-
-
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_step_backward_kernel(
     dh_ptr, dh_n_ptr,
@@ -315,7 +290,7 @@ def lstm_step_backward_kernel(
     gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
     sums_c_ptr,  # [tiles, B, 2] float32: the sums of the gradient of unit_c, and of it times unit_c; or None
     dgates_ptr,  # [T*B, 4H] out
-    parts_ptr,  # [PARTS, B, P] float32: of the product of a step; None if PARTS is 1
+    sums_ptr,  # [PARTS, B, P] float32: what parts of a step's product add up to, or None
     dh_total_ptr,
     dc_ptr,  # [B, H] float32, gradient of c_n, becomes that of c before every step
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
@@ -328,12 +303,15 @@ def lstm_step_backward_kernel(
 ):  # fmt: skip
     """All steps, from the last to the first. A step has two rounds over the tiles if there is a projection, or a layer
     norm of c, which needs sums over all units; each ends with a grid-wide barrier. HELD: as forward.
+
+    With PARTS there is one more round, before the others: products of PARTS times as many units, each over a part of K.
     """
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
     DTYPE: tl.constexpr = dgates_ptr.dtype.element_ty
-    ROUNDS: tl.constexpr = 2 if PROJECT or NORM_C else 1
     SPLIT: tl.constexpr = PARTS > 1
+    ROUNDS: tl.constexpr = SPLIT + (2 if PROJECT or NORM_C else 1)
+    K: tl.constexpr = 4 * H // PARTS
     poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
     held = None
     if HELD:
@@ -341,71 +319,71 @@ def lstm_step_backward_kernel(
         held = load_weights(weight_hh_ptr, unit, unit < P, P, 0, 4 * H, BLOCK_K)
     for back in range(T):
         step = T - 1 - back
-        if PARTS > 1:
-            first, end, stride = tiles_of_program(B, tl.cdiv(P, PARTS * BLOCK_H) * PARTS, BLOCK_B, 1, HELD)
-            for number in range(first, end, stride):
-                _, unit, sequence, _, cells = tile_at(
-                    number // PARTS, step, lengths_ptr, resets_ptr, T, B, P, REVERSE, BLOCK_B, PARTS * BLOCK_H
-                )
-                _, _, state_at, in_tile, _, _, _ = cells
-                part = number % PARTS
-                dm = product_backward(
-                    step + 1, sequence, unit, part, dgates_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr,
-                    sums_hh_ptr, weight_hh_ptr, None, resets_ptr, B, H, P, REVERSE, PRECISION, BLOCK_H,
-                    BLOCK_K, PARTS,
-                )  # fmt: skip
-                tl.store(parts_ptr + tl.cast(B, tl.int64) * P * part + state_at, dm, mask=in_tile)
-            poll_limit = grid_barrier(arrivals_ptr, (ROUNDS + 1) * back + 1, poll_limit, error_ptr, step)
         for round in tl.static_range(ROUNDS):
             width = H if round + 1 == ROUNDS else P
-            first, end, stride = tiles_of_program(B, width, BLOCK_B, BLOCK_H, HELD)
+            rounded = tl.cdiv(P, PARTS * BLOCK_H) * PARTS * BLOCK_H if round < SPLIT else width
+            first, end, stride = tiles_of_program(B, rounded, BLOCK_B, BLOCK_H, HELD)
             for number in range(first, end, stride):
                 unit_tile, unit, sequence, place, cells = tile_at(
-                    number, step, lengths_ptr, resets_ptr, T, B, width, REVERSE, BLOCK_B, BLOCK_H
-                )
+                    number, step, lengths_ptr, resets_ptr, T, B, width, REVERSE, BLOCK_B, BLOCK_H,
+                    PARTS if round < SPLIT else 1,
+                )  # fmt: skip
                 batch, in_batch, length = sequence
                 time, row, valid, continues = place
                 at, gates_at, state_at, in_tile, valid_tile, continues_tile, reset_tile = cells
                 if HELD and back > 0:
                     poll_limit = wait_for_tile(arrivals_ptr, number, back, poll_limit, error_ptr, step, B, BLOCK_B)
 
-                # Product with dgates of the step after: the gradient of h.
+                # Product with dgates of the step after, whose [*, 4H] are [PARTS *, K] here.
                 if round == 0:
-                    if PARTS > 1:
+                    part = unit_tile % PARTS
+                    _, row_next, _, next_continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
+                    norm = None
+                    if NORM_HH:
+                        pairs_at = sums_hh_ptr + pairs_of_step(step + 1, H, BLOCK_H, B)
+                        sum_d, sum_d_unit = sums_of_tiles(pairs_at, batch, valid, B, H, BLOCK_H)
+                        scale = tl.load(scale_hh_ptr + row_next, mask=next_continues, other=0.0)
+                        norm = (unit_hh_ptr, gain_hh_ptr + part * K, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
+                    rows = indexing.rows_of_product((row_next * PARTS + part, next_continues), not NORM_HH)
+                    dm = product(
+                        dgates_ptr, *rows, None, row_next, norm, weight_hh_ptr + tl.cast(part, tl.int64) * (K * P),
+                        unit, unit < P, P, held, K, BLOCK_K, PRECISION,
+                    )  # fmt: skip
+                    dm = indexing.rows_of_tile(dm, not NORM_HH)
+                    if SPLIT:
+                        tl.store(sums_ptr + tl.cast(part * B, tl.int64) * P + state_at, dm, mask=in_tile)
+
+                # The gradient of h.
+                if round == SPLIT:
+                    if SPLIT:
                         dm = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
                         for part in tl.static_range(PARTS):
-                            part_ptr = parts_ptr + tl.cast(B, tl.int64) * (P * part)
-                            dm += tl.load(part_ptr + state_at, mask=valid_tile, other=0.0, cache_modifier=".cg")
-                    else:
-                        dm = product_backward(
-                            step + 1, sequence, unit, 0, dgates_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr,
-                            sums_hh_ptr, weight_hh_ptr, held, resets_ptr, B, H, P, REVERSE, PRECISION, BLOCK_H,
-                            BLOCK_K, PARTS,
-                        )  # fmt: skip
+                            sum_at = sums_ptr + tl.cast(part * B, tl.int64) * P + state_at
+                            dm += tl.load(sum_at, mask=valid_tile, other=0.0, cache_modifier=".cg")
                     if dropout_h_ptr is not None:
                         dm *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
                     dm = indexing.add_gradients_given(dm, dh_ptr, dh_n_ptr, (step == length - 1)[:, None], cells)
                     dm = indexing.zoneout_h_backward(dm, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
-                elif PROJECT:
+                elif round > SPLIT and PROJECT:
                     dm = product(
                         dh_total_ptr, row, valid, None, row, None,
                         weight_hr_ptr, unit, unit < H, H, None, P, BLOCK_K, PRECISION,
                     )  # fmt: skip
-                elif NORM_C:
+                elif round > SPLIT:
                     dm = tl.load(dh_total_ptr + at, mask=valid_tile, other=0.0).to(tl.float32)
                 dm = unless_timed_out(dm, poll_limit)
-                if ROUNDS == 2 and round == 0:
+                if round == SPLIT and round + 1 < ROUNDS:
                     dm = tl.where(valid_tile, dm, 0.0).to(DTYPE)
                     tl.store(dh_total_ptr + at, dm, mask=in_tile)
                     dm = dm.to(tl.float32)
 
                 # Output.
-                if NORM_C:
+                if NORM_C and round >= SPLIT:
                     o = tl.load(gates_ptr + gates_at + 3 * H, mask=valid_tile, other=0.0).to(tl.float32)
                     unit_c = tl.load(unit_c_ptr + at, mask=valid_tile, other=0.0)
                     gain, bias = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[None, :], H)
                     dz_o, d_unit = normed_output_backward(o, unit_c, dm, gain, bias)
-                    if round == 0:
+                    if round == SPLIT:
                         sum_d, sum_d_unit = tl.sum(d_unit, 1), tl.sum(d_unit * unit_c, 1)
                         store_pair(sums_c_ptr, unit_tile, batch, in_batch, B, sum_d, sum_d_unit)
 
@@ -445,7 +423,7 @@ def lstm_step_backward_kernel(
                 if HELD and step > 0:
                     arrive(arrivals_ptr + number % tl.cdiv(B, BLOCK_B), poll_limit)
             if (arrivals_ptr is not None and not HELD) and (step > 0 or round + 1 < ROUNDS):
-                poll_limit = grid_barrier(arrivals_ptr, (ROUNDS + SPLIT) * back + SPLIT + round + 1, poll_limit, error_ptr, step)
+                poll_limit = grid_barrier(arrivals_ptr, ROUNDS * back + round + 1, poll_limit, error_ptr, step)
 
 
 def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
@@ -499,6 +477,27 @@ def held_plans(problem: Problem, device: Device, backward: bool) -> Iterator[Pla
             )  # fmt: skip
 
 
+def split_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
+    """The plan, by expected time, of those whose backward splits products into parts of K; where it can be.
+
+    A part's product is of more units, so that W_hh is multiplied with more of the dgates that a program reads.
+    """
+    if not backward or problem.projected or problem.normalised or problem.exact_float32:
+        return []
+    found = []
+    for rows, (columns, parts) in itertools.product((16, 32, 64, 128), ((8, 8), (16, 4), (16, 8), (32, 4))):
+        tiles, shared = ceil(problem.batch / rows) * ceil(problem.hidden / columns), 3 * 128 * (rows + parts * columns)
+        programs = max(1, min(tiles, device.multiprocessors // problem.side_by_side))
+        in_words = 4 * problem.hidden * problem.size % (16 * parts) == 0  # of 16 bytes, as a part's K is loaded
+        if in_words and rows <= max(16, power_of_two(problem.batch)) and rows * columns <= 2048 and shared <= device.shared:
+            found.append(Plan(
+                Family.STEP, rows, columns, 128 // problem.size, programs, 1, max(4, rows * columns // 128), 3, shared,
+                "W_hh is read from L2 at every step, for products of parts of K",
+                tiles_per_group=ceil(tiles / programs), side_by_side=problem.side_by_side, parts=parts,
+            ))  # fmt: skip
+    return sorted(found, key=lambda plan: expected(problem, device, plan, backward).seconds)[:1]
+
+
 KERNELS = lstm_step_forward_kernel, lstm_step_backward_kernel
 
 
@@ -523,7 +522,7 @@ def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, 
     dgates, tiles, batch = torch.empty_like(gates), ceil(r.c0.shape[-1] / plan.columns), gates.shape[1]
     return dgates, {
         "dgates_ptr": dgates,
-        "parts_ptr": r.c0.new_empty(plan.parts, *r.h0.shape) if plan.parts > 1 else None,
+        "sums_ptr": r.c0.new_empty(plan.parts, *r.h0.shape) if plan.parts > 1 else None,
         "sums_hh_ptr": None if r.gain_hh is None else r.c0.new_zeros(2, tiles, batch, 2),
         "sums_c_ptr": None if r.gain_c is None else r.c0.new_empty(tiles, batch, 2),
     }
