@@ -335,8 +335,8 @@ def lstm_step_backward_kernel(
                     poll_limit = wait_for_tile(arrivals_ptr, number, back, poll_limit, error_ptr, step, B, BLOCK_B)
 
                 # Product with dgates of the step after, whose [*, 4H] are [PARTS *, K] here.
+                part = unit_tile % PARTS
                 if round == 0:
-                    part = unit_tile % PARTS
                     _, row_next, _, next_continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
                     norm = None
                     if NORM_HH:
@@ -350,32 +350,32 @@ def lstm_step_backward_kernel(
                         unit, unit < P, P, held, K, BLOCK_K, PRECISION,
                     )  # fmt: skip
                     dm = indexing.rows_of_tile(dm, not NORM_HH)
-                    if SPLIT:
-                        tl.store(sums_ptr + tl.cast(part * B, tl.int64) * P + state_at, dm, mask=in_tile)
-
-                # The gradient of h.
-                if round == SPLIT:
-                    if SPLIT:
-                        dm = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-                        for part in tl.static_range(PARTS):
-                            sum_at = sums_ptr + tl.cast(part * B, tl.int64) * P + state_at
-                            dm += tl.load(sum_at, mask=valid_tile, other=0.0, cache_modifier=".cg")
-                    if dropout_h_ptr is not None:
-                        dm *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
-                    dm = indexing.add_gradients_given(dm, dh_ptr, dh_n_ptr, (step == length - 1)[:, None], cells)
-                    dm = indexing.zoneout_h_backward(dm, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
-                elif round > SPLIT and PROJECT:
+                elif round == SPLIT:
+                    dm = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+                    for part in tl.static_range(PARTS):
+                        sum_at = sums_ptr + tl.cast(part * B, tl.int64) * P + state_at
+                        dm += tl.load(sum_at, mask=valid_tile, other=0.0, cache_modifier=".cg")
+                elif PROJECT:
                     dm = product(
                         dh_total_ptr, row, valid, None, row, None,
                         weight_hr_ptr, unit, unit < H, H, None, P, BLOCK_K, PRECISION,
                     )  # fmt: skip
-                elif round > SPLIT:
+                elif NORM_C:
                     dm = tl.load(dh_total_ptr + at, mask=valid_tile, other=0.0).to(tl.float32)
                 dm = unless_timed_out(dm, poll_limit)
-                if round == SPLIT and round + 1 < ROUNDS:
-                    dm = tl.where(valid_tile, dm, 0.0).to(DTYPE)
-                    tl.store(dh_total_ptr + at, dm, mask=in_tile)
-                    dm = dm.to(tl.float32)
+
+                # The gradient of h.
+                if round < SPLIT:
+                    tl.store(sums_ptr + tl.cast(part * B, tl.int64) * P + state_at, dm, mask=in_tile)
+                if round == SPLIT:
+                    if dropout_h_ptr is not None:
+                        dm *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
+                    dm = indexing.add_gradients_given(dm, dh_ptr, dh_n_ptr, (step == length - 1)[:, None], cells)
+                    dm = indexing.zoneout_h_backward(dm, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
+                    if round + 1 < ROUNDS:
+                        dm = tl.where(valid_tile, dm, 0.0).to(DTYPE)
+                        tl.store(dh_total_ptr + at, dm, mask=in_tile)
+                        dm = dm.to(tl.float32)
 
                 # Output.
                 if NORM_C and round >= SPLIT:
