@@ -353,7 +353,7 @@ def lstm_step_backward_kernel(
                 elif round == SPLIT:
                     dm = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
                     for part in tl.static_range(PARTS):
-                        sum_at = sums_ptr + tl.cast(part * B, tl.int64) * P + state_at
+                        sum_at = sums_ptr + tl.cast(B, tl.int64) * P * part + state_at
                         dm += tl.load(sum_at, mask=valid_tile, other=0.0, cache_modifier=".cg")
                 elif PROJECT:
                     dm = product(
@@ -366,7 +366,7 @@ def lstm_step_backward_kernel(
 
                 # The gradient of h.
                 if round < SPLIT:
-                    tl.store(sums_ptr + tl.cast(part * B, tl.int64) * P + state_at, dm, mask=in_tile)
+                    tl.store(sums_ptr + tl.cast(B, tl.int64) * P * part + state_at, dm, mask=in_tile)
                 if round == SPLIT:
                     if dropout_h_ptr is not None:
                         dm *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
