@@ -351,10 +351,10 @@ def lstm_step_backward_kernel(
                     )  # fmt: skip
                     dm = indexing.rows_of_tile(dm, not NORM_HH)
                 elif round == SPLIT:
-                    dm = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-                    for part in tl.static_range(PARTS):
-                        sum_at = sums_ptr + tl.cast(B, tl.int64) * P * part + state_at
+                    sum_at, dm = sums_ptr + state_at, tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+                    for _ in tl.static_range(PARTS):
                         dm += tl.load(sum_at, mask=valid_tile, other=0.0, cache_modifier=".cg")
+                        sum_at += tl.cast(B, tl.int64) * P
                 elif PROJECT:
                     dm = product(
                         dh_total_ptr, row, valid, None, row, None,
