@@ -213,7 +213,7 @@ def test_the_terms_of_a_step():
     of_parts = expected(problem, H100, split, True).terms
     assert of_parts["L2: weights, states"] * H100.clock == pytest.approx((16 + 64) * 768 * 2 / 64)  # K is 768, too
     assert of_parts["grid-wide barriers"] * H100.clock == pytest.approx(2 * planning.GRID_BARRIER)
-    sums = 2 * 4 * 4 * 16 * 16 / 64  # written and read, float32, four parts
+    sums = (2 * 4 * 4 + 10 * 2) * 16 * 16 / 64  # written and read, float32, four parts; what cells move besides
     assert of_parts["partial sums"] * H100.clock == pytest.approx(sums + planning.STEP_PART)
     projected = problem._replace(projected=64)
     twice = expected(projected, H100, step_plan(projected, H100, False), False)

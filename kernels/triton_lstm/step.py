@@ -102,8 +102,8 @@ def tile_at(
 ):  # fmt: skip
     """A tile of sequences and units at a step; neighbours share the units, whose weights they read.
 
-    (number of its units' tile, units [BH], its `sequences` [BB], their `position` [BB], its `cells_at` [BB, BH]). Of
-    every PARTS numbers of units each stands for all of their units, and for a part of a product.
+    (number of its units' tile, units [BH], its `sequences` [BB], their `position` [BB], its `cells_at` [BB, BH]). With
+    PARTS a tile has the units of PARTS neighbours, whose numbers stand for parts of a product.
     """
     first = number % tl.cdiv(B, BLOCK_B) * BLOCK_B
     unit_tile = number // tl.cdiv(B, BLOCK_B)
@@ -290,7 +290,7 @@ def lstm_step_backward_kernel(
     gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
     sums_c_ptr,  # [tiles, B, 2] float32: the sums of the gradient of unit_c, and of it times unit_c; or None
     dgates_ptr,  # [T*B, 4H] out
-    sums_ptr,  # [PARTS, B, P] float32: what parts of a step's product add up to, or None
+    sums_ptr,  # [PARTS, B, P] float32: the products of a step, which add up; or None
     dh_total_ptr,
     dc_ptr,  # [B, H] float32, gradient of c_n, becomes that of c before every step
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
@@ -304,7 +304,8 @@ def lstm_step_backward_kernel(
     """All steps, from the last to the first. A step has two rounds over the tiles if there is a projection, or a layer
     norm of c, which needs sums over all units; each ends with a grid-wide barrier. HELD: as forward.
 
-    With PARTS there is one more round, before the others: products of PARTS times as many units, each over a part of K.
+    With PARTS one more round comes first: products over parts of K, for PARTS times as many units. They are tiles that
+    read less, which the next round adds up.
     """
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
@@ -478,9 +479,9 @@ def held_plans(problem: Problem, device: Device, backward: bool) -> Iterator[Pla
 
 
 def split_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
-    """The plan, by expected time, of those whose backward splits products into parts of K; where it can be.
+    """The best two plans, by expected time, whose backward splits the product into parts of K.
 
-    A part's product is of more units, so that W_hh is multiplied with more of the dgates that a program reads.
+    A program has a part for more units. So it reads fewer dgates, of which one for 16 units reads far more than of W_hh.
     """
     if not backward or problem.projected or problem.normalised or problem.exact_float32:
         return []
@@ -488,7 +489,7 @@ def split_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     for rows, (columns, parts) in itertools.product((16, 32, 64, 128), ((8, 8), (16, 4), (16, 8), (32, 4))):
         tiles, shared = ceil(problem.batch / rows) * ceil(problem.hidden / columns), 3 * 128 * (rows + parts * columns)
         programs = max(1, min(tiles, device.multiprocessors // problem.side_by_side))
-        in_words = 4 * problem.hidden * problem.size % (16 * parts) == 0  # of 16 bytes, as a part's K is loaded
+        in_words = 4 * problem.hidden * problem.size % (16 * parts) == 0  # of 16 bytes, in which a part is loaded
         if in_words and rows <= max(16, power_of_two(problem.batch)) and rows * columns <= 2048 and shared <= device.shared:
             found.append(Plan(
                 Family.STEP, rows, columns, 128 // problem.size, programs, 1, max(4, rows * columns // 128), 3, shared,
