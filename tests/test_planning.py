@@ -140,7 +140,7 @@ def test_layer_norms_use_the_plans_of_the_plain_cell_unless_their_exchanges_are_
     (768, 256, (64, 32, 4)),
 ])  # fmt: skip
 def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
-    """First on an H100. Never forward, with more rounds, without tensor cores, or where a part's rows have no 16 bytes."""
+    """First on an H100. Never forward, with more rounds, without tensor cores, or where a part is not read in words."""
     problem = Problem(128, batch, hidden, BF16)
     first, second = split_plans(problem, H100, True)
     assert ((first.rows, first.columns, first.parts), plans(problem, H100, True)[0]) == (tiles, first)

@@ -264,7 +264,7 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, 
 
 
 @pytest.mark.parametrize("tiles_per_group", [1, 2])
-@pytest.mark.parametrize("family", [resident, cooperative, pointwise, step, split, held], ids=lambda family: family.__name__)
+@pytest.mark.parametrize("family", [resident, cooperative, pointwise, step, split, held], ids=lambda f: f.__name__)
 def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles_per_group):
     """Programs, or whole groups, have no sequence then; the last batch of an epoch runs so."""
     family(monkeypatch)

@@ -481,7 +481,7 @@ def held_plans(problem: Problem, device: Device, backward: bool) -> Iterator[Pla
 def split_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     """The best two plans, by expected time, whose backward splits the product into parts of K.
 
-    A program has a part for more units. So it reads fewer dgates, of which one for 16 units reads far more than of W_hh.
+    A program has a part for more units: for 16 units and all of K it would read far more of dgates than of W_hh.
     """
     if not backward or problem.projected or problem.normalised or problem.exact_float32:
         return []
@@ -490,7 +490,8 @@ def split_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
         tiles, shared = ceil(problem.batch / rows) * ceil(problem.hidden / columns), 3 * 128 * (rows + parts * columns)
         programs = max(1, min(tiles, device.multiprocessors // problem.side_by_side))
         in_words = 4 * problem.hidden * problem.size % (16 * parts) == 0  # of 16 bytes, in which a part is loaded
-        if in_words and rows <= max(16, power_of_two(problem.batch)) and rows * columns <= 2048 and shared <= device.shared:
+        fits = rows <= max(16, power_of_two(problem.batch)) and rows * columns <= 2048 and shared <= device.shared
+        if in_words and fits:
             found.append(Plan(
                 Family.STEP, rows, columns, 128 // problem.size, programs, 1, max(4, rows * columns // 128), 3, shared,
                 "W_hh is read from L2 at every step, for products of parts of K",
