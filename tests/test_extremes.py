@@ -169,7 +169,7 @@ AT_THE_LIMIT = {
 
 def _launches(name: str, backward: bool) -> list:
     family, problem = (HUGE | AT_THE_LIMIT)[name]
-    plan = plan_of("step" if family == "split" else family, problem, backward)
+    plan = plan_of("step" if family == "split" else family, problem, backward)  # whose tiles are those of parts, too
     # No more than a tile for each program, and wide tiles of K, so that the interpreter is soon done.
     if family in ("step", "split"):
         tiles = ceil(problem.batch / plan.rows) * ceil(max(problem.hidden, problem.projected) / plan.columns)
