@@ -22,7 +22,7 @@ from gpu_lstm.kernels.triton_lstm.binary import RecordedLaunch
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.launch import INTERPRETED, recorded_launches
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Device, Family, Plan
-from gpu_lstm.kernels.triton_lstm.step import step_plan
+from gpu_lstm.kernels.triton_lstm.step import split_plans, step_plan
 
 from .report import PRECISIONS, Report, read
 
@@ -65,6 +65,7 @@ class Case:
     backward: bool
     device: Device
     step: bool = False  # by the step family, whatever else is proposed
+    split: bool = False  # and its products of parts of K
 
     def __str__(self) -> str:
         p = self.problem
@@ -89,7 +90,7 @@ def problem_with(
 
 def cases(h100: bool) -> list[Case]:
     """All of them; if `h100`, those of an H100 in bfloat16."""
-    every = [*step_cases(), *sequence_cases(), *large_cases()]
+    every = [*step_cases(), *split_cases(), *sequence_cases(), *large_cases()]
     return [c for c in every if not h100 or (c.device.architecture == 90 and c.problem.dtype is torch.bfloat16)]
 
 
@@ -111,6 +112,16 @@ def step_cases() -> list[Case]:
         Case(problem_with(Problem(2, batch, hidden, dtype, projected, precision), *kind), backward, device, True)
         for (dtype, precision), (batch, hidden, projected, *kind), backward, device
         in itertools.product(PRECISIONS, kinds, (False, True), devices)
+    ]  # fmt: skip
+
+
+def split_cases() -> list[Case]:
+    """Sizes whose products of parts of K are in every kind of tiles; and ragged, with noise and peepholes."""
+    kinds = [(batch, hidden, False) for hidden, batch in ((2048, 16), (1024, 64), (1024, 256), (1000, 256))]
+    return [
+        Case(problem_with(Problem(2, batch, hidden, dtype, 0, precision), *4 * (more,)), True, device, True, True)
+        for (dtype, precision), (batch, hidden, more), device
+        in itertools.product(PRECISIONS[:3], [*kinds, (256, 1024, True)], SEQUENCE_DEVICES)
     ]  # fmt: skip
 
 
@@ -154,7 +165,8 @@ def report_of(case: Case) -> Report:
     """For the first plan whose kernels fit; families that hold W_hh come first, but may lack registers."""
     asked = case.problem, case.device, case.backward
     proposed = sorted(plans(*asked), key=lambda plan: plan.family is Family.STEP and not plan.held)
-    for plan in [step_plan(*asked)] if case.step else proposed:
+    of_step = split_plans(*asked) if case.split else [step_plan(*asked)]
+    for plan in of_step if case.step else proposed:
         launch, *_ = recorded_launches(case.problem, Pass(case.backward), plan)  # those of other steps are alike
         row = report(launch, case, plan)
         if row.fits:

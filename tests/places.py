@@ -77,6 +77,16 @@ def step(monkeypatch, programs=3, yield_rate=0.05) -> None:
     _force(monkeypatch, plan, yield_rate)
 
 
+def split(monkeypatch, parts=4, yield_rate=0.05) -> None:
+    """Every launch is of the step family, in tiles of 16 sequences; backward, products are split into parts of K."""
+
+    def plan(problem, backward):
+        found = step_plan(problem, INTERPRETER, backward)
+        return dataclasses.replace(found, programs=3, rows=16, parts=parts if backward else 1)
+
+    _force(monkeypatch, plan, yield_rate)
+
+
 def held(monkeypatch, groups=2, yield_rate=0.05) -> None:
     """Every launch is of the step family, of groups of programs that hold W_hh of 16 units."""
 
@@ -183,6 +193,7 @@ KERNELS = {
     "torch": Kernels("torch"), "torch/two": Kernels("torch", two_copies), "reference": Kernels("reference"),
     "triton": Kernels("triton"),
     "step": Kernels("triton", step), "held": Kernels("triton", held), "resident": Kernels("triton", resident),
+    "split/4": Kernels("triton", split), "split/8": Kernels("triton", partial(split, parts=8)),
     "pointwise": Kernels("triton", pointwise),
     **{f"cooperative/{'/'.join(map(str, plan))}": Kernels("triton", partial(cooperative, **dict(zip(PLAN, plan))))
        for plan in ((4, 1, 4), (8, 1, 4), (8, 2, 4), (8, 1, 2), (16, 1, 1))},

@@ -64,9 +64,11 @@ def as_a_card(monkeypatch):
 
 
 def plan_of(family: str, problem: Problem, backward: bool, device: Device = H100) -> Plan:
-    """The first plan of a family of kernels."""
+    """The first plan of a family of kernels; split: of the step family, backward with products of parts of K."""
     every = [*choose.plans(problem, device, backward), pointwise_plan(problem)]
-    return next(plan for plan in every if plan.family.value == family)
+    in_parts = family == "split" and backward
+    family = "step" if family == "split" else family
+    return next(p for p in every if p.family.value == family and (family != "step" or (p.parts > 1) == in_parts))
 
 
 def flat(results):

@@ -62,6 +62,8 @@ def wanted(case):
     dtype, name = re.split(" (?=B=)", str(case))
     precision, turn = PRECISIONS.index((p.dtype, p.precision)), ARCHITECTURES.index(sm)
     direction, masks = (precision + turn) % 2, (precision // 2 + turn) % 2  # so that any two facts meet
+    if case.split:
+        return WHOLE or (dtype, sm) == ("bfloat16", 90) or (name[:12] == "B=256 H=1024" and precision == turn % 3)
     if name in (STEP, PRODUCT):
         return backward == direction or (WHOLE and name == PRODUCT)
     if name.startswith(PRODUCT):
@@ -184,6 +186,13 @@ def test_the_step_family_holds_weights_where_that_is_planned(rows):
     for row in held:
         assert row["tensor_core"] == "wgmma.mma_async"
         assert row["registers"] * row["threads"] * row["plan"]["held"] <= 65536
+
+
+@pytest.mark.slow
+def test_products_of_parts_of_k_are_compiled_in_every_kind_of_tiles(rows):
+    split = {tuple(row["plan"][name] for name in ("rows", "columns", "parts")) for row in rows
+             if row["kernel"] == "lstm_step_backward_kernel" and row["plan"]["parts"] > 1}  # fmt: skip
+    assert split >= {(16, 16, 8), (64, 16, 8), (128, 16, 8), (64, 32, 4)}
 
 
 # Of a pass of the time loop on an H100, in bf16; of instructions, the most on any Triton from 3.4 on.

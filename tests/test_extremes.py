@@ -153,6 +153,8 @@ HUGE = {
     "step, rows, norms": ("step", Problem(3, 2**30, 5, F16, norms=(True,) * 3)),
     "step, W_hh": ("step", Problem(2, 17, 23_200, F16)),
     "step, W_hh and W_hr": ("step", Problem(2, 17, 46_400, F16, projected=46_400)),
+    "split, rows": ("split", Problem(3, 2**30, 64, F16)),  # where a program has a tile of products and one of cells
+    "split, W_hh": ("split", Problem(2, 17, 23_232, F16)),
     "resident, rows": ("resident", Problem(3, 2**30, 5, F16)),
     "pointwise, rows": ("pointwise", Problem(3, 2**30, 5, F16)),
     "pointwise, rows, masks": ("pointwise", Problem(3, 2**30, 5, F16, dropout_h=True, zoneout_h=3, zoneout_c=3)),
@@ -167,11 +169,12 @@ AT_THE_LIMIT = {
 
 def _launches(name: str, backward: bool) -> list:
     family, problem = (HUGE | AT_THE_LIMIT)[name]
-    plan = plan_of(family, problem, backward)
+    plan = plan_of("step" if family == "split" else family, problem, backward)  # whose tiles are those of parts, too
     # No more than a tile for each program, and wide tiles of K, so that the interpreter is soon done.
-    if family == "step":
+    if family in ("step", "split"):
         tiles = ceil(problem.batch / plan.rows) * ceil(max(problem.hidden, problem.projected) / plan.columns)
-        plan = dataclasses.replace(plan, k=4096, programs=tiles)
+        parts = 4 if family == "split" and backward else 1
+        plan = dataclasses.replace(plan, k=4096, programs=tiles, parts=parts)
     else:
         plan = dataclasses.replace(plan, groups=plan.groups * plan.tiles_per_group)
     ragged = dict(lengths=torch.int64, resets=True, reset_h=problem.regularised, reset_c=True, reverse=not backward)

@@ -49,7 +49,7 @@ def test_what_is_chosen_is_right(size, variant, dtype):
 
 
 @pytest.mark.parametrize(("family", "hidden"), [
-    ("resident", 100), *itertools.product(("cooperative", "step", "pointwise"), (100, 300)),
+    ("resident", 100), ("split", 304), *itertools.product(("cooperative", "step", "pointwise"), (100, 300)),
 ])  # fmt: skip
 def test_every_family(monkeypatch, family, hidden):
     def of_family(problem, device, which, *_):

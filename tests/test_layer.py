@@ -52,6 +52,10 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("triton read/4", F32, (2, "3,3,3,9,4", f"{MIX} recompute")),
     # Several programs with a grid-wide barrier: 3 tiles; 4 tiles, and 6 of h
     ("step", F32, (1, "4,3,3,40 3,18,3,20,33", *DIFFER)), ("step", F16, (1, "4,3,3,40 4,3,3,40,5", *both([MOST]))),
+    # And with one more for products of parts of K: two tiles of sequences, and of 64 units; of h alone; a single step
+    ("split/4", F32, (1, "3,18,3,70", *DIFFER), (1, "4,3,3,20,70", "plain", *both([MOST])), (1, "1,3,3,40", MIX),
+     (1, "5,3,3,11", OF_HH, OF_C)),
+    ("split/8", F16, (1, "4,18,3,40", *both([MOST], ("masks", "expected"))), (1, "5,3,3,10", OF_ALL)),
     # And with W_hh in shared memory: two groups, of which one has two tiles of sequences; and three programs
     ("held", F32, (1, "4,35,3,18 4,3,3,40", *DIFFER), (1, "4,18,3,18,7", "plain", MOST)),
     ("held", F16, (1, "4,18,3,40", *both([MOST], ("masks", "expected")))),
@@ -134,7 +138,7 @@ def test_triton(monkeypatch, place, dtype, seeds, size, words, device):
 
 @forced
 @fresh_memory_is_nan
-@cases("step", "held", "resident", "cooperative", "pointwise")
+@cases("step", "split", "held", "resident", "cooperative", "pointwise")
 def test_a_family_of_triton(monkeypatch, place, dtype, seeds, size, words):
     every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
 

@@ -18,7 +18,7 @@ from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
 from gpu_lstm.kernels.triton_lstm.features import MOST_ROWS
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, KB, Family, Plan, expected
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
-from gpu_lstm.kernels.triton_lstm.step import step_plan
+from gpu_lstm.kernels.triton_lstm.step import split_plans, step_plan
 
 H100, BF16 = DEVICES["h100"], torch.bfloat16
 RESIDENT, COOPERATIVE, STEP, POINTWISE = Family.RESIDENT, Family.COOPERATIVE, Family.STEP, Family.POINTWISE
@@ -41,7 +41,7 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
             times = problem.side_by_side // plan.side_by_side if plan.family is COOPERATIVE else 1
             seconds.append(times * expected(problem, device, plan, backward).seconds)
         assert seconds == sorted(seconds)
-        of_step = [plan for plan in proposed if plan.family is STEP and not plan.held]
+        of_step = [plan for plan in proposed if plan.family is STEP and not plan.held and plan.parts == 1]
         assert of_step == [step_plan(problem, device, backward)], "what always works is always there"
         for plan in proposed:
             assert plan.shared <= device.shared
@@ -68,7 +68,7 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
 
 FAMILIES = {  # by hidden size
     "h100": {64: RESIDENT, 128: COOPERATIVE, 768: COOPERATIVE, 1024: COOPERATIVE, 1536: COOPERATIVE,
-             2048: (STEP, POINTWISE)},
+             2048: STEP},
     "b200": {1024: COOPERATIVE}, "a100": {1024: COOPERATIVE, 1536: STEP},
     "rtx4090": {64: RESIDENT, 128: COOPERATIVE}, "l4": {512: COOPERATIVE, 1024: STEP},
 }  # fmt: skip
@@ -77,9 +77,9 @@ FAMILIES = {  # by hidden size
 @pytest.mark.parametrize("device", FAMILIES)
 @both_ways
 def test_the_family_by_hidden_size(device, backward):
-    for hidden, families in FAMILIES[device].items():
+    for hidden, family in FAMILIES[device].items():
         first = plans(Problem(1024, 16, hidden, BF16), DEVICES[device], backward)[0]
-        assert first.family is (families[backward] if isinstance(families, tuple) else families), hidden
+        assert first.family is family, hidden
 
 
 @both_ways
@@ -133,6 +133,22 @@ def test_layer_norms_use_the_plans_of_the_plain_cell_unless_their_exchanges_are_
         assert (best.family, best.columns) == (of_plain.family, of_plain.columns) != (STEP, 16)
     if not backward:
         assert (first(256, 256, False).family, first(256, 256, True).family) == (COOPERATIVE, STEP)
+
+
+@pytest.mark.parametrize(("hidden", "batch", "tiles"), [
+    (2048, 16, (16, 16, 8)), (2048, 64, (64, 16, 8)), (1024, 64, (64, 16, 8)), (1024, 256, (128, 16, 8)),
+    (768, 256, (64, 32, 4)),
+])  # fmt: skip
+def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
+    """First on an H100. Never forward, with more rounds, without tensor cores, or where a part is not read in words."""
+    problem = Problem(128, batch, hidden, BF16)
+    first, second = split_plans(problem, H100, True)
+    assert ((first.rows, first.columns, first.parts), plans(problem, H100, True)[0]) == (tiles, first)
+    assert second in plans(problem, H100, True)
+    assert split_plans(problem, H100, False) == []
+    for change in (dict(projected=64), dict(norms=(False, True, False)), dict(dtype=torch.float32), dict(hidden=66)):
+        assert split_plans(problem._replace(**change), H100, True) == []
+    assert {plan.parts for plan in split_plans(problem._replace(hidden=hidden - 8), H100, True)} == {4}
 
 
 def test_a_projection_with_noise_and_a_single_step_use_the_step_family():
@@ -193,6 +209,12 @@ def test_the_terms_of_a_step():
     of_step = expected(problem, H100, step, False)
     assert of_step.terms["L2: weights, states"] * H100.clock == pytest.approx((16 + 64) * 768 * 2 / 64)  # 48 programs
     assert of_step.terms["grid-wide barriers"] * H100.clock == pytest.approx(planning.GRID_BARRIER)
+    split = dataclasses.replace(step_plan(problem, H100, True), parts=4)
+    of_parts = expected(problem, H100, split, True).terms
+    assert of_parts["L2: weights, states"] * H100.clock == pytest.approx((16 + 64) * 768 * 2 / 64)  # K is 768, too
+    assert of_parts["grid-wide barriers"] * H100.clock == pytest.approx(2 * planning.GRID_BARRIER)
+    sums = (2 * 4 * 4 + 10 * 2) * 16 * 16 / 64  # written and read, float32, four parts; what cells move besides
+    assert of_parts["partial sums"] * H100.clock == pytest.approx(sums + planning.STEP_PART)
     projected = problem._replace(projected=64)
     twice = expected(projected, H100, step_plan(projected, H100, False), False)
     assert twice.terms["grid-wide barriers"] * H100.clock == pytest.approx(2 * planning.GRID_BARRIER)

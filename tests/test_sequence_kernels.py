@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from comparing import assert_as_good_as_torch, check, example
 from interpreted import rounded_to_tf32
-from places import INTERPRETED, cooperative, forget, held, pointwise, resident, step
+from places import INTERPRETED, cooperative, forget, held, pointwise, resident, split, step
 from standing_in import few_polls
 
 from gpu_lstm.functional import lstm_layer
@@ -48,7 +48,7 @@ def test_programs_of_a_norm_wait_for_each_other_where_every_step_is_reset(monkey
     compare(example(4, 2, 3, 11, resets=1.0, norms=("c",)))
 
 
-@pytest.mark.parametrize("family", [step, held, resident, cooperative], ids=lambda family: family.__name__)
+@pytest.mark.parametrize("family", [step, split, held, resident, cooperative], ids=lambda family: family.__name__)
 def test_the_cell_is_kept_in_float32(monkeypatch, family):
     """c, saved and final, is that of a recurrence in float32; W_hh is zero, so that the rounding of h plays no part."""
     family(monkeypatch)
@@ -138,6 +138,22 @@ def test_a_barrier_that_does_not_wait_is_detected(monkeypatch, projected):
         check((5, 3, 3, 40, projected), "plain", "triton", F32, seeds=5)  # in one order or another
 
 
+@pytest.mark.parametrize("after", ["products", "cells"])
+def test_a_barrier_that_does_not_wait_after_half_of_the_rounds_is_detected(monkeypatch, after):
+    """All count themselves in. By turns a round is one of products of parts of K, and one of cells."""
+
+    def grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
+        if int(times) % 2 == (after == "products"):
+            exchange.arrive(arrivals_ptr, poll_limit)
+            return poll_limit
+        return exchange.grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step)
+
+    split(monkeypatch, yield_rate=0.3)
+    launch_with(monkeypatch, step_kernels, "grid_barrier", grid_barrier, "backward")
+    with pytest.raises(AssertionError):
+        check((5, 3, 3, 40), "plain", "triton", F32, seeds=5)  # in one order or another
+
+
 wait_for_tile = step_kernels.wait_for_tile
 FAULTS_OF_TILES = {  # of those that hold W_hh
     "no wait": lambda arrivals_ptr, number, times, poll_limit, *_: poll_limit,
@@ -203,7 +219,7 @@ def test_a_program_that_a_norm_leaves_out_is_detected(monkeypatch, norm, directi
 FAULTS_OF_WAITS = {  # the module, the function, and what stands in its place
     "lstm_cooperative_forward_kernel": (cooperative_kernels, "publish", lambda *_: None),
     "lstm_cooperative_backward_kernel": (cooperative_kernels, "in_phase", lambda words, phase: words & -2),
-    **dict.fromkeys(("lstm_step_forward_kernel", "lstm_step_backward_kernel"), (
+    **dict.fromkeys(("lstm_step_forward_kernel", "lstm_step_backward_kernel", "lstm_step_backward_kernel split"), (
         step_kernels, "grid_barrier", lambda arrivals_ptr, times, *given: (
             exchange.grid_barrier(arrivals_ptr, times + 1, *given)))),
     **dict.fromkeys(("lstm_step_forward_kernel held", "lstm_step_backward_kernel held"), (
@@ -217,7 +233,7 @@ FAULTS_OF_WAITS = {  # the module, the function, and what stands in its place
 def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, projected):
     """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
     family, name, fault = FAULTS_OF_WAITS[kernel]
-    kernel, _, is_held = kernel.partition(" ")
+    kernel, _, how = kernel.partition(" ")
     given = [None if t is None else t.float().requires_grad_() for t in example(5, 3, 3, 8, projected).tensors]
     x, h0, c0, *weights = given
     call = partial(lstm_layer, x, weights, (h0, c0), backend="triton")
@@ -225,7 +241,8 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, 
     def gradients(h):
         return torch.autograd.grad(h.sum(), (x, h0, c0))
 
-    held(monkeypatch) if is_held else step(monkeypatch) if family is step_kernels else cooperative(monkeypatch, units=4)
+    force = {"held": held, "split": split}.get(how, step if family is step_kernels else partial(cooperative, units=4))
+    force(monkeypatch)
     h, states = call()
     right = h, *states, *gradients(h)
     launch_with(monkeypatch, family, name, fault, kernel, few_polls)
@@ -247,7 +264,7 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, 
 
 
 @pytest.mark.parametrize("tiles_per_group", [1, 2])
-@pytest.mark.parametrize("family", [resident, cooperative, pointwise, step, held], ids=lambda family: family.__name__)
+@pytest.mark.parametrize("family", [resident, cooperative, pointwise, step, split, held], ids=lambda f: f.__name__)
 def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles_per_group):
     """Programs, or whole groups, have no sequence then; the last batch of an epoch runs so."""
     family(monkeypatch)

@@ -76,8 +76,8 @@ def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     shared = list(cooperative.plans(problem, device, backward))
     if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
         shared = list(cooperative.plans(problem._replace(side_by_side=1), device, backward))
-    held = step.held_plans(problem, device, backward)
-    return sorted([*resident.plans(problem, device, backward), *shared, *held, *always], key=seconds)
+    of_step = [*step.held_plans(problem, device, backward), *step.split_plans(problem, device, backward)]
+    return sorted([*resident.plans(problem, device, backward), *shared, *of_step, *always], key=seconds)
 
 
 def expected_seconds(problem: Problem, device: Device, plan: Plan, backward: bool) -> float:
@@ -160,7 +160,8 @@ def choose_plan(
     proposed = candidates(problem, card, which)
     if device.type != "cuda":
         return proposed[0]
-    last_resort = [plan for plan in proposed[MOST:] if plan.family is Family.STEP and not plan.held][:1]
+    always = step.step_plan(problem, card, which.backward)
+    last_resort = [plan for plan in proposed[MOST:] if plan == always]
     with _log_if_slow():
         refused = []
         for plan in (*proposed[:MOST], *last_resort):

@@ -78,7 +78,7 @@ class Prepared:
         tried: bool = False,
     ) -> None:  # fmt: skip
         self.plan, self._launch, self._family = plan, launch, FAMILIES[plan.family]
-        one_round = problem.steps == 1 and not problem.projected and not problem.normalised
+        one_round = problem.steps == 1 and plan.parts == 1 and not problem.projected and not problem.normalised
         waits = plan.family is Family.COOPERATIVE or (plan.family is Family.STEP and not one_round)
         self.at_once = plan.side_by_side if waits else None
         self.projects_outside = problem.projected > 0 and (plan.family is not Family.STEP or plan.held > 0)

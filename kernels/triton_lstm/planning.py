@@ -69,7 +69,7 @@ class Plan:
     why: str
     tiles_per_group: int = 1  # batch tiles of a group, processed one after another at every step
     side_by_side: int = 1  # launches of this plan that fit the card at once
-    parts: int = 1  # of cooperative programs, backward: how many share the gates of a unit
+    parts: int = 1  # backward: how many cooperative programs share the gates of a unit; of the step family, parts of K
     held: int = 0  # of the step family: how many programs of a multiprocessor hold W_hh of their units; or none does
 
     @property
@@ -161,6 +161,7 @@ TURN = 145  # of the step family's loop over K: barriers, fragments, and product
 RESIDENT_CELL = 470, 820
 COOPERATIVE_CELL = 400
 STEP_CELL = (0, 535), (1000, 150)  # of a tile, and of each cell of a thread
+STEP_PART = 1400  # of a tile's product of a part of K: until its first operands are there, and after the last; fitted
 HELD_CELL = (2100, 1.85), (2570, 1.62)  # the same where W_hh is held, and of each cell of the tile
 HELD_ARRIVALS = 1000  # of GRID_BARRIER, what is not in them
 
@@ -262,10 +263,10 @@ def _step_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -
         return _held_clocks(problem, device, plan, backward)
     hidden, width = problem.hidden, problem.width
     # Units of each round, columns of the product for each, and K.
-    rounds = [(hidden, 1, 4 * hidden)] if backward else [(hidden, 4, width)]
+    rounds = [(width, plan.parts, 4 * hidden // plan.parts)] if backward else [(hidden, 4, width)]
     if problem.projected:
-        rounds = [(width, 1, 4 * hidden), (hidden, 1, width)] if backward else [*rounds, (width, 1, hidden)]
-    barriers = len(rounds) + problem.normalised * (1 if backward else 2)
+        rounds.append((hidden, 1, width) if backward else (width, 1, hidden))
+    barriers = len(rounds) + (plan.parts > 1) + problem.normalised * (1 if backward else 2)
     step: dict[str, float] = {"grid-wide barriers": barriers * GRID_BARRIER}
     of_tile, of_cell = STEP_CELL[backward]
     for units, gates, k in rounds:
@@ -283,6 +284,9 @@ def _step_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -
         }
         for name, each in clocks.items():
             step[name] = step.get(name, 0) + tiles * each
+    if plan.parts > 1:  # float32, written and read; and there what cells read and write hides behind nothing
+        of_sums = l2_clocks((8 * plan.parts + 10 * problem.size) * plan.rows * plan.columns, device, plan)
+        step["partial sums"] = plan.tiles_per_group * (of_sums + STEP_PART)
     return step
 
 

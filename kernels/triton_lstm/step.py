@@ -10,6 +10,7 @@ Where W_hh of a tile's units fits in shared memory, a program can hold it: all i
 the sequences of its group. Before the product a tile waits for the other units' tiles of the same sequences, no others.
 """
 
+import itertools
 from collections.abc import Iterator
 from math import ceil
 
@@ -24,7 +25,7 @@ from .cell import cell_forward, gates_backward, normed_output_backward, output, 
 from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
 from .features import MOST_ROWS
 from .norm import gates_of_unit, moments, moments_of_tiles, normalise, normalise_backward, store_pair, sums_of_tiles
-from .planning import KB, Device, Family, Plan, power_of_two
+from .planning import KB, Device, Family, Plan, expected, power_of_two
 
 
 @triton.jit
@@ -96,17 +97,19 @@ def wait_for_tile(arrivals_ptr, number, times, poll_limit, error_ptr, step, B, B
 
 @triton.jit
 def tile_at(
-    number, step, lengths_ptr, resets_ptr, T, B, H, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr
-):
+    number, step, lengths_ptr, resets_ptr, T, B, H, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr = 1,
+):  # fmt: skip
     """A tile of sequences and units at a step; neighbours share the units, whose weights they read.
 
-    (number of its units' tile, units [BH], its `sequences` [BB], their `position` [BB], its `cells_at` [BB, BH]).
+    (number of its units' tile, units [BH], its `sequences` [BB], their `position` [BB], its `cells_at` [BB, BH]). With
+    PARTS a tile has the units of PARTS neighbours, whose numbers stand for parts of a product.
     """
     first = number % tl.cdiv(B, BLOCK_B) * BLOCK_B
     unit_tile = number // tl.cdiv(B, BLOCK_B)
     sequence = indexing.sequences(first + tl.arange(0, BLOCK_B), lengths_ptr, T, B)
     batch, in_batch, _ = sequence
-    unit = unit_tile * BLOCK_H + tl.arange(0, BLOCK_H)
+    unit = unit_tile // PARTS * (PARTS * BLOCK_H) + tl.arange(0, PARTS * BLOCK_H)
     place = indexing.position(step, *sequence, resets_ptr, B, REVERSE)
     _, row, valid, continues = place
     cells = indexing.cells_at(
@@ -287,6 +290,7 @@ def lstm_step_backward_kernel(
     gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
     sums_c_ptr,  # [tiles, B, 2] float32: the sums of the gradient of unit_c, and of it times unit_c; or None
     dgates_ptr,  # [T*B, 4H] out
+    sums_ptr,  # [PARTS, B, P] float32: the products of a step, which add up; or None
     dh_total_ptr,
     dc_ptr,  # [B, H] float32, gradient of c_n, becomes that of c before every step
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
@@ -295,15 +299,20 @@ def lstm_step_backward_kernel(
     arrivals_ptr,  # [tiles of sequences] int32 zero, see exchange.grid_barrier; None if there is only one round
     error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PROJECT: tl.constexpr,
     PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr, HELD: tl.constexpr,
+    BLOCK_K: tl.constexpr, HELD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """All steps, from the last to the first. A step has two rounds over the tiles if there is a projection, or a layer
     norm of c, which needs sums over all units; each ends with a grid-wide barrier. HELD: as forward.
+
+    With PARTS one more round comes first: products over parts of K, for PARTS times as many units. They are tiles that
+    read less, which the next round adds up.
     """
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
     DTYPE: tl.constexpr = dgates_ptr.dtype.element_ty
-    ROUNDS: tl.constexpr = 2 if PROJECT or NORM_C else 1
+    SPLIT: tl.constexpr = PARTS > 1
+    ROUNDS: tl.constexpr = SPLIT + (2 if PROJECT or NORM_C else 1)
+    K: tl.constexpr = 4 * H // PARTS
     poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
     held = None
     if HELD:
@@ -313,18 +322,21 @@ def lstm_step_backward_kernel(
         step = T - 1 - back
         for round in tl.static_range(ROUNDS):
             width = H if round + 1 == ROUNDS else P
-            first, end, stride = tiles_of_program(B, width, BLOCK_B, BLOCK_H, HELD)
+            rounded = tl.cdiv(P, PARTS * BLOCK_H) * PARTS * BLOCK_H if round < SPLIT else width
+            first, end, stride = tiles_of_program(B, rounded, BLOCK_B, BLOCK_H, HELD)
             for number in range(first, end, stride):
                 unit_tile, unit, sequence, place, cells = tile_at(
-                    number, step, lengths_ptr, resets_ptr, T, B, width, REVERSE, BLOCK_B, BLOCK_H
-                )
+                    number, step, lengths_ptr, resets_ptr, T, B, width, REVERSE, BLOCK_B, BLOCK_H,
+                    PARTS if round < SPLIT else 1,
+                )  # fmt: skip
                 batch, in_batch, length = sequence
                 time, row, valid, continues = place
                 at, gates_at, state_at, in_tile, valid_tile, continues_tile, reset_tile = cells
                 if HELD and back > 0:
                     poll_limit = wait_for_tile(arrivals_ptr, number, back, poll_limit, error_ptr, step, B, BLOCK_B)
 
-                # Product with dgates of the step after: the gradient of h.
+                # Product with dgates of the step after, whose [*, 4H] are [PARTS *, K] here.
+                part = unit_tile % PARTS
                 if round == 0:
                     _, row_next, _, next_continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
                     norm = None
@@ -332,17 +344,18 @@ def lstm_step_backward_kernel(
                         pairs_at = sums_hh_ptr + pairs_of_step(step + 1, H, BLOCK_H, B)
                         sum_d, sum_d_unit = sums_of_tiles(pairs_at, batch, valid, B, H, BLOCK_H)
                         scale = tl.load(scale_hh_ptr + row_next, mask=next_continues, other=0.0)
-                        norm = (unit_hh_ptr, gain_hh_ptr, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
-                    row_next, next_continues = indexing.rows_of_product((row_next, next_continues), not NORM_HH)
+                        norm = (unit_hh_ptr, gain_hh_ptr + part * K, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
+                    rows = indexing.rows_of_product((row_next * PARTS + part, next_continues), not NORM_HH)
                     dm = product(
-                        dgates_ptr, row_next, next_continues, None, row_next, norm,
-                        weight_hh_ptr, unit, unit < P, P, held, 4 * H, BLOCK_K, PRECISION,
+                        dgates_ptr, *rows, None, row_next, norm, weight_hh_ptr + tl.cast(part, tl.int64) * (K * P),
+                        unit, unit < P, P, held, K, BLOCK_K, PRECISION,
                     )  # fmt: skip
                     dm = indexing.rows_of_tile(dm, not NORM_HH)
-                    if dropout_h_ptr is not None:
-                        dm *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
-                    dm = indexing.add_gradients_given(dm, dh_ptr, dh_n_ptr, (step == length - 1)[:, None], cells)
-                    dm = indexing.zoneout_h_backward(dm, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
+                elif round == SPLIT:
+                    sum_at, dm = sums_ptr + state_at, tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+                    for _ in tl.static_range(PARTS):
+                        dm += tl.load(sum_at, mask=valid_tile, other=0.0, cache_modifier=".cg")
+                        sum_at += tl.cast(B, tl.int64) * P
                 elif PROJECT:
                     dm = product(
                         dh_total_ptr, row, valid, None, row, None,
@@ -351,18 +364,27 @@ def lstm_step_backward_kernel(
                 elif NORM_C:
                     dm = tl.load(dh_total_ptr + at, mask=valid_tile, other=0.0).to(tl.float32)
                 dm = unless_timed_out(dm, poll_limit)
-                if ROUNDS == 2 and round == 0:
-                    dm = tl.where(valid_tile, dm, 0.0).to(DTYPE)
-                    tl.store(dh_total_ptr + at, dm, mask=in_tile)
-                    dm = dm.to(tl.float32)
+
+                # The gradient of h.
+                if round < SPLIT:
+                    tl.store(sums_ptr + tl.cast(B, tl.int64) * P * part + state_at, dm, mask=in_tile)
+                if round == SPLIT:
+                    if dropout_h_ptr is not None:
+                        dm *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
+                    dm = indexing.add_gradients_given(dm, dh_ptr, dh_n_ptr, (step == length - 1)[:, None], cells)
+                    dm = indexing.zoneout_h_backward(dm, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
+                    if round + 1 < ROUNDS:
+                        dm = tl.where(valid_tile, dm, 0.0).to(DTYPE)
+                        tl.store(dh_total_ptr + at, dm, mask=in_tile)
+                        dm = dm.to(tl.float32)
 
                 # Output.
-                if NORM_C:
+                if NORM_C and round >= SPLIT:
                     o = tl.load(gates_ptr + gates_at + 3 * H, mask=valid_tile, other=0.0).to(tl.float32)
                     unit_c = tl.load(unit_c_ptr + at, mask=valid_tile, other=0.0)
                     gain, bias = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[None, :], H)
                     dz_o, d_unit = normed_output_backward(o, unit_c, dm, gain, bias)
-                    if round == 0:
+                    if round == SPLIT:
                         sum_d, sum_d_unit = tl.sum(d_unit, 1), tl.sum(d_unit * unit_c, 1)
                         store_pair(sums_c_ptr, unit_tile, batch, in_batch, B, sum_d, sum_d_unit)
 
@@ -456,6 +478,28 @@ def held_plans(problem: Problem, device: Device, backward: bool) -> Iterator[Pla
             )  # fmt: skip
 
 
+def split_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
+    """The best two plans, by expected time, whose backward splits the product into parts of K.
+
+    A program has a part for more units: for 16 units and all of K it would read far more of dgates than of W_hh.
+    """
+    if not backward or problem.projected or problem.normalised or problem.exact_float32:
+        return []
+    found = []
+    for rows, (columns, parts) in itertools.product((16, 32, 64, 128), ((8, 8), (16, 4), (16, 8), (32, 4))):
+        tiles, shared = ceil(problem.batch / rows) * ceil(problem.hidden / columns), 3 * 128 * (rows + parts * columns)
+        programs = max(1, min(tiles, device.multiprocessors // problem.side_by_side))
+        in_words = 4 * problem.hidden * problem.size % (16 * parts) == 0  # of 16 bytes, in which a part is loaded
+        fits = rows <= max(16, power_of_two(problem.batch)) and rows * columns <= 2048 and shared <= device.shared
+        if in_words and fits:
+            found.append(Plan(
+                Family.STEP, rows, columns, 128 // problem.size, programs, 1, max(4, rows * columns // 128), 3, shared,
+                "W_hh is read from L2 at every step, for products of parts of K",
+                tiles_per_group=ceil(tiles / programs), side_by_side=problem.side_by_side, parts=parts,
+            ))  # fmt: skip
+    return sorted(found, key=lambda plan: expected(problem, device, plan, backward).seconds)[:2]
+
+
 KERNELS = lstm_step_forward_kernel, lstm_step_backward_kernel
 
 
@@ -480,6 +524,7 @@ def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, 
     dgates, tiles, batch = torch.empty_like(gates), ceil(r.c0.shape[-1] / plan.columns), gates.shape[1]
     return dgates, {
         "dgates_ptr": dgates,
+        "sums_ptr": r.c0.new_empty(plan.parts, *r.h0.shape) if plan.parts > 1 else None,
         "sums_hh_ptr": None if r.gain_hh is None else r.c0.new_zeros(2, tiles, batch, 2),
         "sums_c_ptr": None if r.gain_c is None else r.c0.new_empty(tiles, batch, 2),
     }
