@@ -66,16 +66,23 @@ def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_
     assert synchronised.mock_calls == [call(CUDA)]  # at the first switch, since that stream may be gone
 
 
-@pytest.mark.parametrize(("hidden", "family", "waits"), [(64, Family.RESIDENT, 0), (768, Family.COOPERATIVE, 1)])
-def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypatch, hidden, family, waits):
-    waited = Mock()
-    monkeypatch.setattr(launcher, "await_others", waited)
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("hidden", "family"), [(64, Family.RESIDENT), (768, Family.COOPERATIVE)])
+def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypatch, hidden, family, backward):
+    seen = Mock()
+    monkeypatch.setattr(launcher, "await_others", seen.waits)
+    monkeypatch.setattr(launcher, "record_launch", seen.recorded)
     problem = Problem(2, 16, hidden, torch.bfloat16, side_by_side=2)
-    plan = plans(problem, H100, False)[0]
+    plan = plans(problem, H100, backward)[0]
     gates, weights, h0, c0 = (torch.zeros(*size, hidden) for size in ((2, 16, 4), (4 * hidden,), (16,), (16,)))
-    r = Recurrence(weight_hh=weights.bfloat16(), h0=h0.bfloat16(), c0=c0)
-    launch.layer_by(problem, c0.device, plan, Mock()).forward(gates.bfloat16().flatten(2), r, save=False)
-    assert (plan.family, waited.mock_calls) == (family, [call(2, c0.device)] * waits)
+    gates, r = gates.bfloat16().flatten(2), Recurrence(weight_hh=weights.bfloat16(), h0=h0.bfloat16(), c0=c0)
+    layer = launch.layer_by(problem, c0.device, plan, lambda *_, **__: seen.launched())
+    if backward:
+        layer.backward(None, h0.bfloat16(), None, gates, torch.zeros(2, 16, hidden), r, of_h0=False)
+    else:
+        layer.forward(gates, r, save=False)
+    waits = [call.waits(2, c0.device), call.launched(), call.recorded(c0.device)]
+    assert (plan.family, seen.mock_calls) == (family, waits if family is Family.COOPERATIVE else [call.launched()])
 
 
 def _call(lstm, steps, **facts):
