@@ -78,7 +78,8 @@ def test_the_last_smaller_batch_of_an_epoch_compiles_nothing(monkeypatch, hidden
     problem, which = Problem(2, 64, hidden, torch.bfloat16), Pass(backward)
     plan = launch.layer_of(problem, CUDA).prepared(which).plan
     ours = [launch.layer_of(problem._replace(batch=batch), CUDA).chosen(which).plan for batch in range(1, 64)]
-    assert ours[8:] == [plan] * 55
+    least = 33 if (hidden, backward) == (1024, True) else 9  # there a cooperative plan is faster for half the batch
+    assert ours[least - 1 :] == [plan] * (64 - least)
     larger = launch.layer_of(problem._replace(batch=4096), CUDA)
     assert larger.chosen(which).plan == choose.plans(larger.problem, H100, backward)[0], "it may not fit a larger one"
     launch.forget()

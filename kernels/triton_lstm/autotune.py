@@ -9,7 +9,7 @@ import triton
 
 from ..problem import Pass, Problem
 from .choose import card_of, keep_measured, plans, why_it_does_not_fit
-from .launch import call_of, forget, layer_by, layer_of, recorded_launches
+from .launch import call_of, forget, layer_by, recorded_launches
 from .planning import Plan
 
 logger = logging.getLogger("gpu_lstm")
@@ -29,7 +29,7 @@ def autotune(problem: Problem, device: torch.device) -> dict[str, Plan]:
     fastest = {}
     with torch.cuda.device(device):
         for name, which in (("forward", Pass()), ("backward", Pass(backward=True, dh_n=False))):
-            call = _call(problem, which, device)
+            call = _call(problem, which, device, fastest.get("forward"))
             proposed = plans(problem, card, which.backward)
             milliseconds = {}
             for number, plan in enumerate(proposed, start=1):
@@ -51,19 +51,24 @@ def time_plan(plan: Plan, call: Callable[[Plan], Callable[[], object]]) -> float
     return triton.testing.do_bench(call(plan), return_mode="median")
 
 
-def _call(problem: Problem, which: Pass, device: torch.device) -> Callable[[Plan], Callable[[], object]]:
-    """call(plan)() runs a plan on random data, with everything saved and the gradient of every h given."""
+def _call(
+    problem: Problem, which: Pass, device: torch.device, forward: Plan | None
+) -> Callable[[Plan], Callable[[], object]]:  # fmt: skip
+    """call(plan)() runs a plan on random data, with everything saved and the gradient of every h given.
+
+    Backward is of what the plan `forward` computes.
+    """
     gates, r = call_of(problem, device)
     gates.normal_()
     for weight, width in ((r.weight_hh, problem.width), (r.weight_hr, problem.hidden)):
         if weight is not None:
             weight.normal_(std=width**-0.5)
-    if which.backward:
-        h, _, _, c = layer_of(problem, device).forward(gates, r, save=True)
+    if forward is not None:
+        h, _, _, c = layer_by(problem, device, forward).forward(gates, r, save=True)
 
     def call(plan: Plan) -> Callable[[], object]:
         layer = layer_by(problem, device, plan)
-        if which.backward:
+        if forward is not None:
             return partial(layer.backward, h, None, None, gates, c, r)
         return partial(layer.forward, gates, r, save=True)
 

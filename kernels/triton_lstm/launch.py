@@ -161,8 +161,6 @@ def layer_of(problem: Problem, device: torch.device, verify: Verify | None = Non
     layer = _layers.get((problem, device))
     if layer is None:
         layer = _layers.setdefault((problem, device), Layer(problem, device, _prepare, _describe, verify))
-    if verify is not None:
-        layer.verify = verify
     return layer
 
 
