@@ -19,7 +19,7 @@ from gpu_lstm.backends import fused, torch_lstm, verify
 from gpu_lstm.dispatch import available
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache
-from gpu_lstm.kernels.problem import Pass, Problem
+from gpu_lstm.kernels.problem import Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import choose, launch, step
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family
@@ -71,6 +71,16 @@ def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):
         for each in recorded.call_args_list
     ]
     assert calls == [forward, backward]
+
+
+@pytest.mark.parametrize("problem", [
+    HALF, PLAIN._replace(**RAGGED, **MASKS, dropout_h=True, projected=5, reset_h=True, reset_c=True),
+    HALF._replace(**RATES, **NORMS, peepholes=True, reverse=True), HALF._replace(zoneout_h=3),
+])  # fmt: skip
+def test_the_small_problem_has_all_that_its_kind_has(problem):
+    inputs = verify.Small(problem, Pass(), CPU).inputs
+    found = problem_of(inputs.x, fused.recurrence_of(inputs, problem.reverse, problem.precision))
+    assert found._replace(steps=problem.steps) == problem
 
 
 @pytest.mark.parametrize("name", ["x", "h0", "c0", "weight_hh", "reset_h", "reset_c"])
