@@ -110,6 +110,9 @@ def test_the_numbers_of_the_small_problem_shut_no_gate():
     inputs = verify.Small(PLAIN._replace(projected=5), Pass(), CPU).inputs
     for weight in (inputs.weight_ih, inputs.weight_hh, inputs.weight_hr):
         assert 0.75 < weight.std() * weight.shape[1] ** 0.5 < 1.25
+    inputs = verify.Small(PLAIN._replace(**NORMS), Pass(), CPU).inputs
+    for gain in (inputs.gain_hh, inputs.gain_c, inputs.bias_c):
+        assert 0.2 < gain.std() < 0.4
 
 
 @pytest.mark.parametrize(("family", "projected"), [("resident", 5), ("cooperative", 0), ("pointwise", 0)])
