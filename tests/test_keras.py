@@ -76,6 +76,12 @@ def assert_equal(actual, expected, tolerance=1e-6):
     torch.testing.assert_close(list(actual), list(expected), rtol=0, atol=tolerance)
 
 
+def test_lengths_are_where_the_mask_is_whatever_the_default_device():
+    mask = torch.arange(3) < torch.tensor([[2], [0], [3]])
+    with torch.device("meta"):
+        assert lengths_of(mask).tolist() == [2, 0, 3]
+
+
 def check(layer, module, mask=None, initial=True, seen=None):
     """Results and gradients of the two; of the output, of what is `seen` [N, T]. NaN behind a mask changes nothing."""
     dtype = next(module.parameters()).dtype

@@ -20,7 +20,7 @@ from standing_in import few_polls
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels.problem import Recurrence, problem_of
 from gpu_lstm.kernels.triton_lstm import cooperative as cooperative_kernels
-from gpu_lstm.kernels.triton_lstm import exchange, launch
+from gpu_lstm.kernels.triton_lstm import exchange, fragments, launch
 from gpu_lstm.kernels.triton_lstm import step as step_kernels
 
 pytestmark = [
@@ -293,3 +293,20 @@ def test_a_weight_is_rounded_to_the_nearest_tf32(device):
     y = torch.zeros_like(x)
     to_tf32_kernel[1,](x.view(torch.int32), y.view(torch.int32), N=len(cases))
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def store_places(out_ptr, CHUNKS: tl.constexpr):
+    sequence, byte = tl.arange(0, 8)[:, None], tl.arange(0, 64 * CHUNKS)[None, :]
+    tl.store(out_ptr + sequence * (64 * CHUNKS) + byte, fragments.shared_place(sequence, byte, CHUNKS))
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+def test_words_have_places_of_their_own_in_shared_memory_quads_stay_whole_and_sequences_use_all_banks(chunks):
+    place = torch.zeros(8, 64 * chunks, dtype=torch.int32, device="cpu" if INTERPRETED else "cuda")
+    store_places[(1,)](place, chunks)
+    assert place.flatten().sort().values.equal(torch.arange(place.numel(), dtype=torch.int32, device=place.device))
+    quads = place.view(8, -1, 16)
+    assert quads.equal(quads[:, :, :1] + torch.arange(16, dtype=torch.int32, device=place.device))
+    banks = quads[:, :, 0] // 16 % 8  # quads of 4 banks, of which there are 32
+    assert all(len(set(of_quad.tolist())) == 8 for of_quad in banks.T)
