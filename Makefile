@@ -48,7 +48,7 @@ test-quick: $(INSTALLED)
 test-versions: $(INSTALLED)
 	$(BIN)/python tests/versions.py $(PYTEST)
 
-# Plants single faults in copies of the tree and asks the tests. Half an hour and more; it goes on where it was stopped.
+# Plants single faults in copies of the tree and asks the tests. An hour and more; it goes on where it was stopped.
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants.py $(MUTANTS)
 
