@@ -312,6 +312,7 @@ def lstm_step_backward_kernel(
     DTYPE: tl.constexpr = dgates_ptr.dtype.element_ty
     SPLIT: tl.constexpr = PARTS > 1
     ROUNDS: tl.constexpr = SPLIT + (2 if PROJECT or NORM_C else 1)
+    tl.static_assert(4 * H % PARTS == 0, "parts of K are equal")
     K: tl.constexpr = 4 * H // PARTS
     poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
     held = None
