@@ -164,6 +164,18 @@ def test_what_a_user_asked_for_is_named(monkeypatch):
     assert "supports float16, bfloat16 and float32, got torch.float64" in zoneout.others["triton"]
 
 
+def test_inside_vmap_it_tells_why_the_reference_runs():
+    said = []
+
+    def output(x):
+        said.append(gpu_lstm.explain(lstm, x))
+        return lstm(x)[0]
+
+    lstm = gpu_lstm.LSTM(4, 5, backend="auto")
+    torch.func.vmap(output, in_dims=1)(X[:, :, None])
+    assert (said[0].backend, said[0].why) == ("reference", "only it runs inside vmap and forward-mode derivatives")
+
+
 def test_how_torch_goes_about_it():
     lstm, packed = gpu_lstm.LSTM(4, 5), pack_padded_sequence(X, [5, 3, 2])
     assert "all layers in one call" in gpu_lstm.explain(lstm, X).how

@@ -52,6 +52,8 @@ _decided: dict[tuple, Decision] = {}
 
 def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision:
     """Which backend runs a kind of call, and why; `able` unless another wins. If `dry`, as far as it is known."""
+    if call.modes.transforms == Transforms.REFERENCE:
+        return Decision(able, "only it runs inside vmap and forward-mode derivatives")
     if requested_backend(call.options.backend) is not Backend.AUTO:
         who = "gpu_lstm.backend(...)" if choices.chosen_backend.now else f"the variable {choices.BACKEND_VARIABLE}"
         return Decision(able, f"asked for by {who if call.options.backend is None else 'the argument `backend`'}")
