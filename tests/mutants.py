@@ -48,7 +48,7 @@ LEAST_SECONDS, TIMES_AS_LONG = 30, 4  # tests may take so long, and so many time
 WITHOUT_A_FAULT = 900  # seconds that a test file may take without a fault
 BATCHES = 15, 60, 240, float("inf")  # seconds of the tests that run together: most faults fail the first few
 START = 3  # seconds until a test file has been imported
-IMPORTED = 0, 0  # instead of the lines of a statement that is executed when its file is imported
+IMPORTED = 0, 0  # instead of the lines of a statement that is executed when its file is imported, and in CUDA C++
 OWN = "test_mutants.py"  # records what it executes itself
 HOST = "tests/host_cuda.py"  # what executes it executes the kernels in CUDA C++
 
@@ -206,7 +206,7 @@ def of_cuda(path: str, source: bytes) -> Iterator[Mutant]:
                 old = found.group()
                 for new in [C_SWAPS[old]] if old in C_SWAPS else [str(int(old) + 1)]:
                     at = start + len(line[: found.start()].encode())
-                    yield Mutant(path, number, found.start(), "in CUDA C++", at, old, new, number, number)
+                    yield Mutant(path, number, found.start(), "in CUDA C++", at, old, new, *IMPORTED)
         start += len(line.encode())
 
 

@@ -71,20 +71,21 @@ class Data:
     def contexts_by_lineno(self, path):
         return {
             "a.py": {1: [""], 2: ["tests/test_a.py::slow", "tests/test_b.py::quick"], 3: ["tests/test_a.py::quick"]},
-            mutants.HOST: {1: [""], 7: ["tests/test_a.py::host"]},
+            mutants.HOST: {1: [""], 6: ["tests/test_a.py::host"], 7: ["tests/test_b.py::quick"]},
         }[path]
 
 
 @pytest.mark.parametrize(("path", "line", "batches"), [
     ("a.py", 2, [["tests/test_b.py::quick"], ["tests/test_a.py::slow"]]), ("a.py", 3, [["tests/test_a.py::quick"]]),
     ("a.py", 1, [["tests/test_b.py::quick", "tests/test_a.py::quick"], ["tests/test_a.py::slow"]]),
-    ("a.cu", 1, [["tests/test_a.py::host"]]),
 ])  # fmt: skip
 def test_the_tests_that_execute_a_fault_run_in_batches_the_quick_first(path, line, batches):
     seconds = {"tests/test_a.py::slow": 40.0, "tests/test_a.py::quick": 1.0, "tests/test_b.py::quick": 1.0}
     tests = mutants.Covered(seconds | {"tests/test_a.py::host": 1.0}, Data())
     fault = mutants.Mutant(path, line, 0, "constant", 0, "1", "2", line, line)
     assert tests.batches(fault) == batches
+    *_, in_cuda = of_cuda("a.cu", b"\n" * 6 + b"a + b\n")  # on a line of its number the host has another test
+    assert tests.batches(in_cuda) == [["tests/test_a.py::host", "tests/test_b.py::quick"]]
 
 
 ENDS = {
