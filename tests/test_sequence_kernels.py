@@ -156,10 +156,10 @@ def test_a_barrier_that_does_not_wait_after_half_of_the_rounds_is_detected(monke
 
 wait_for_tile = step_kernels.wait_for_tile
 FAULTS_OF_TILES = {  # of those that hold W_hh
-    "no wait": lambda arrivals_ptr, number, times, poll_limit, *_: poll_limit,
-    "a step too few": lambda arrivals_ptr, number, times, *given: wait_for_tile(
-        arrivals_ptr, number, times - 1, *given),
-    "of other sequences": lambda arrivals_ptr, number, *given: wait_for_tile(arrivals_ptr, number + 1, *given),
+    "no wait": lambda arrivals_ptr, batch_tile, times, poll_limit, *_: poll_limit,
+    "a step too few": lambda arrivals_ptr, batch_tile, times, *given: wait_for_tile(
+        arrivals_ptr, batch_tile, times - 1, *given),
+    "of other sequences": lambda arrivals_ptr, batch_tile, *given: wait_for_tile(arrivals_ptr, 0, *given),
 }  # fmt: skip
 
 
@@ -223,8 +223,8 @@ FAULTS_OF_WAITS = {  # the module, the function, and what stands in its place
         step_kernels, "grid_barrier", lambda arrivals_ptr, times, *given: (
             exchange.grid_barrier(arrivals_ptr, times + 1, *given)))),
     **dict.fromkeys(("lstm_step_forward_kernel held", "lstm_step_backward_kernel held"), (
-        step_kernels, "wait_for_tile", lambda arrivals_ptr, number, times, *given: (
-            wait_for_tile(arrivals_ptr, number, times + 1, *given)))),
+        step_kernels, "wait_for_tile", lambda arrivals_ptr, batch_tile, times, *given: (
+            wait_for_tile(arrivals_ptr, batch_tile, times + 1, *given)))),
 }  # fmt: skip
 
 

@@ -67,34 +67,29 @@ def grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
     `times` is the number of barriers so far, this one included: arrivals are counted up and never reset. Returns the
     poll limit of later barriers, 0 if this one timed out.
     """
-    arrived = arrive(arrivals_ptr, poll_limit)
-    return wait_for(arrivals_ptr, arrived, times * tl.num_programs(0), poll_limit, error_ptr, step)
+    arrive(arrivals_ptr, poll_limit)
+    return wait_for(arrivals_ptr, times * tl.num_programs(0), poll_limit, error_ptr, step)
 
 
 @triton.jit
 def arrive(arrivals_ptr, poll_limit):
-    """Count this program in: who waits for it can load what it stored before. Returns the arrivals so far."""
+    """Count this program in: who waits for it can load what it stored before."""
     tl.debug_barrier()  # every thread's stores come before the one thread's release
     own = tl.where(poll_limit > 0, 1, 0)  # after a timeout none arrives: later arrivals would release others
-    return tl.atomic_add(arrivals_ptr, own, sem="acq_rel") + own
+    tl.atomic_add(arrivals_ptr, own, sem="release")
 
 
 @triton.jit
-def wait_for(arrivals_ptr, arrived, expected, poll_limit, error_ptr, step):
-    """Wait for the arrivals `expected`, of which `arrived` were seen already; returns the poll limit of later waits.
+def wait_for(arrivals_ptr, expected, poll_limit, error_ptr, step):
+    """Wait for so many arrivals; returns the poll limit of later waits, 0 if this one timed out.
 
-    Past 2^31 arrivals the count wraps around below zero, which the difference ignores.
+    The first warp polls, and a barrier tells the others whether they are there: what is loaded after it comes after the
+    acquire. Past 2^31 arrivals the count wraps around below zero, which the difference ignores.
     """
-    polls = 0
-    while (arrived - expected < 0) & (polls < poll_limit):
-        arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
-        polls += 1
-        error = tl.load(error_ptr, mask=polls % POLLS_BETWEEN_CHECKS == 0, other=0, volatile=True)
-        polls = tl.where(error != 0, poll_limit, polls)
-    tl.debug_barrier()  # no thread loads before the one thread's acquire
-    failed = arrived - expected < 0
-    tl.store(error_ptr, step + 1, mask=failed & (poll_limit > 0))
-    return tl.where(failed, 0, poll_limit)
+    return tl.inline_asm_elementwise(
+        waiting_loop(), "=r,l,r,r,l,r", [arrivals_ptr, expected, poll_limit, error_ptr, step + 1],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -178,8 +173,28 @@ def polling_loop(
             lines += [f"max.u32 seen, seen, ${n + i};" for i in range(1, together)]
             lines.append(f"setp.eq.u32 missing{n}, seen, -1;")
         lines.append(f"or.pred any, any, missing{n};")
-    lines += [
-        "vote.sync.any.pred any, any, -1;", "@!any bra DONE;",
+    lines += ["vote.sync.any.pred any, any, -1;", "@!any bra DONE;", *_polling_again(error, step)]
+    lines += [f"@missing{n} mov.b32 ${n + i}, -1;" for n in firsts for i in range(together)] if phased else []
+    return "\n".join(["{", *lines, "DONE:", "}"])
+
+
+@constexpr_function
+def waiting_loop() -> str:
+    """PTX of `wait_for`, whose results and arguments are its operands."""
+    return "\n".join([
+        "{", ".reg .pred any, missing;", ".reg .b32 seen, polls, rest;",
+        "mov.u32 rest, %tid.x;", "setp.ge.u32 any, rest, 32;", "setp.le.s32 missing, $3, 0;",
+        "@any bra DONE;", "@missing bra DONE;", "mov.b32 polls, 0;",
+        "POLL:", "ld.acquire.gpu.global.b32 seen, [$1];", "sub.s32 seen, seen, $2;", "setp.lt.s32 missing, seen, 0;",
+        "vote.sync.any.pred missing, missing, -1;", "@!missing bra DONE;", *_polling_again("$4", "$5"),
+        "DONE:", "bar.red.or.pred missing, 0, missing;", "selp.b32 $0, 0, $3, missing;", "}",
+    ])  # fmt: skip
+
+
+@constexpr_function
+def _polling_again(error: str, step: str) -> list[str]:
+    """PTX after a poll in vain: back to POLL, or on once another program timed out, or this one does."""
+    return [
         "add.s32 polls, polls, 1;", f"and.b32 rest, polls, {POLLS_BETWEEN_CHECKS.value - 1};",
         "setp.ne.s32 any, rest, 0;", "@any bra POLL;",
         f"ld.relaxed.sys.global.b32 rest, [{error}];",
@@ -189,5 +204,3 @@ def polling_loop(
         f"st.relaxed.sys.global.b32 [{error}], {step};",
         "TIMED_OUT:",
     ]  # fmt: skip
-    lines += [f"@missing{n} mov.b32 ${n + i}, -1;" for n in firsts for i in range(together)] if phased else []
-    return "\n".join(["{", *lines, "DONE:", "}"])

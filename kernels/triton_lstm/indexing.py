@@ -138,25 +138,19 @@ def rows_of_tile(z, ORDERED: tl.constexpr):
 
 
 @triton.jit
-def columns_of_gates(unit_start, H: tl.constexpr, BLOCK_H: tl.constexpr, ORDERED: tl.constexpr):
+def columns_of_gates(unit_start, H: tl.constexpr, BLOCK_H: tl.constexpr):
     """The columns of a product of all four gates of BLOCK_H units: (index into 4H, unit), each [4 * BLOCK_H].
 
-    Number n is gate n % 4 of unit n // 4. If ORDERED, gate after gate; the first quarter of the units has the first two
-    of every 8 columns, the next quarter the next two, ...
+    Number n is gate n % 4 of unit n // 4.
     """
     n = tl.arange(0, 4 * BLOCK_H)
-    if ORDERED:
-        gate, unit = n // BLOCK_H, unit_start + n % 8 // 2 * (BLOCK_H // 4) + n % BLOCK_H // 8 * 2 + n % 2
-    else:
-        gate, unit = n % 4, unit_start + n // 4
-    return gate * H + unit, unit
+    unit = unit_start + n // 4
+    return n % 4 * H + unit, unit
 
 
 @triton.jit
-def split_gates(z, ROWS: tl.constexpr, BLOCK_H: tl.constexpr, ORDERED: tl.constexpr):
+def split_gates(z, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     """[ROWS, 4 * BLOCK_H] with those columns -> (i, f, g, o), each [ROWS, BLOCK_H]."""
-    if ORDERED:
-        z = tl.permute(tl.reshape(z, (ROWS, 2, 2, BLOCK_H // 8, 4, 2)), (0, 4, 3, 5, 1, 2))
     ig, fo = tl.split(tl.reshape(z, (ROWS, BLOCK_H, 2, 2)))
     i, g = tl.split(ig)
     f, o = tl.split(fo)

@@ -151,7 +151,7 @@ LOAD = 270  # from L2
 L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 per clock: when all do, and at most
 SHARED_BYTES = 128  # that a multiprocessor reads or writes in shared memory per clock
 EXCHANGE = 800  # from a store until all readers have it; 650 to 850, from two latencies of L2 and a poll
-EXCHANGE_AHEAD = 100  # what is left of it where words are requested a turn ahead; fitted
+TURN_AHEAD = 1050  # the shortest turn where words are requested a turn ahead; fitted
 PARTIAL_SUMS = 1050  # the same for the second exchange of a step, of which more polls come too early; fitted
 SHUFFLES = 145  # a sum over the threads of a warp: five, one after another, and an addition each
 GRID_BARRIER = 1500  # of all programs: a barrier, a fence, an atomic, and as long until all have seen it
@@ -162,8 +162,10 @@ RESIDENT_CELL = 470, 820
 COOPERATIVE_CELL = 400
 STEP_CELL = (0, 535), (1000, 150)  # of a tile, and of each cell of a thread
 STEP_PART = 1400  # of a tile's product of a part of K: until its first operands are there, and after the last; fitted
-HELD_CELL = (2100, 1.85), (2570, 1.62)  # the same where W_hh is held, and of each cell of the tile
-HELD_ARRIVALS = 1000  # of GRID_BARRIER, what is not in them
+# The same where W_hh is held: of a tile, of each of its cells, and of each cell of a thread beyond four.
+HELD_CELL = (1430, 0.73, 150), (1760, 0.73, 225)
+HELD_BESIDE = 0.75  # of what two blocks of a multiprocessor read, as one loads while the other computes; fitted
+HELD_ARRIVALS = 700  # of GRID_BARRIER, what is not in them
 
 
 def expected(problem: Problem, device: Device, plan: Plan, backward: bool) -> Expected:
@@ -206,10 +208,11 @@ def _cooperative_clocks(problem: Problem, device: Device, plan: Plan, backward: 
         "products": products,
         "gates and cell": COOPERATIVE_CELL,
         "barriers": BARRIER,
-        # With several batch tiles, forward requests the words of the next one ahead. In backward they arrive in time,
-        # too, but gates from memory, and words from L2, take as long.
-        "exchange": EXCHANGE_AHEAD if plan.tiles_per_group > 1 and not backward else EXCHANGE,
     }
+    # With several batch tiles, forward requests the words of the next one ahead. In backward they arrive in time, too,
+    # but gates from memory, and words from L2, take as long.
+    ahead = plan.tiles_per_group > 1 and not backward
+    turn["exchange"] = max(0.0, TURN_AHEAD - sum(turn.values())) if ahead else EXCHANGE
     if backward and plan.parts > 1:
         turn["exchange of partial sums"] = PARTIAL_SUMS
     if problem.normalised:  # of W_hh h and of c, whose sums over all units nothing hides
@@ -292,13 +295,13 @@ def _step_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -
 
 def _held_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
     """W_hh is in shared memory, and each tile waits for those of the same sequences."""
-    of_tile, of_cell = HELD_CELL[backward]
-    columns = plan.columns * (1 if backward else 4)
+    of_tile, of_cell, beyond_four = HELD_CELL[backward]
+    cells, gates = plan.rows * plan.columns, 1 if backward else 4
+    read = plan.rows * plan.k * problem.size + cells * (5 * problem.size + 16 if backward else 4 * problem.size + 8)
     tile: dict[str, float] = {
-        # Blocks of the same multiprocessor load at different times.
-        "L2: states": l2_clocks(plan.rows * plan.k * problem.size, device, plan) / plan.held,
-        "products": plan.rows * columns * plan.k / (FASTER[90] * 4 * 4096 / problem.size / product_clocks(device)),
-        "gates and cell": of_tile + of_cell * plan.rows * plan.columns,
+        "L2: states, gates": l2_clocks(read, device, plan) * (HELD_BESIDE if plan.held > 1 else 1),
+        "products": cells * gates * plan.k / (FASTER[90] * 4 * 4096 / problem.size / product_clocks(device)),
+        "gates and cell": of_tile + of_cell * cells + beyond_four * max(0, cells / plan.threads - 4),
     }
     return {name: plan.tiles_per_group * clocks for name, clocks in tile.items()} | {"arrivals": HELD_ARRIVALS}
 

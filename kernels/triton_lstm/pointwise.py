@@ -19,7 +19,7 @@ from ..projection import products_in
 from . import indexing
 from .cell import cell_forward, gates_backward, output_backward
 from .planning import Family, Plan, power_of_two
-from .step import store_hidden, tile_at
+from .step import store_hidden, tile_at, tile_of
 
 
 @triton.jit(do_not_specialize=["step", "T", "B"])
@@ -37,8 +37,8 @@ def lstm_pointwise_forward_kernel(
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One step, after its product."""
-    _, unit, sequence, place, cells = tile_at(
-        tl.program_id(0), step, lengths_ptr, resets_ptr, T, B, H, REVERSE, BLOCK_B, BLOCK_H
+    unit, sequence, place, cells = tile_at(
+        tile_of(tl.program_id(0), B, BLOCK_B, False), step, lengths_ptr, resets_ptr, T, B, H, REVERSE, BLOCK_B, BLOCK_H
     )
     batch, _, length = sequence
     at, gates_at, state_at, in_tile, valid, continues, reset = cells
@@ -80,8 +80,8 @@ def lstm_pointwise_backward_kernel(
     PEEPHOLES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One step, before its product."""
-    _, unit, sequence, place, cells = tile_at(
-        tl.program_id(0), step, lengths_ptr, resets_ptr, T, B, H, REVERSE, BLOCK_B, BLOCK_H
+    unit, sequence, place, cells = tile_at(
+        tile_of(tl.program_id(0), B, BLOCK_B, False), step, lengths_ptr, resets_ptr, T, B, H, REVERSE, BLOCK_B, BLOCK_H
     )
     batch, _, length = sequence
     at, gates_at, state_at, in_tile, valid, continues, reset = cells

@@ -41,17 +41,13 @@ def product(
     w_column,  # [columns] offset of each column's first element
     w_mask,  # [columns]
     w_stride_k,  # from one k to the next within a column
-    held,  # all of these columns as `load_weights` returned them, in one tile; or None
     K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(factors * a)[rows] @ w[:, columns], [rows, columns] float32, over K in tiles."""
     acc = tl.zeros((row.shape[0], w_column.shape[0]), tl.float32)
     for k_start in range(0, K, BLOCK_K):
         k = k_start + tl.arange(0, BLOCK_K)
-        at, in_a = row[:, None] * K + k[None, :], mask[:, None] & (k < K)[None, :]
-        a = tl.load(a_ptr + at, mask=in_a, other=0.0, cache_modifier=".cg")
-        if factors_ptr is not None:
-            a *= tl.load(factors_ptr + factors_row[:, None] * K + k[None, :], mask=in_a, other=0.0)
+        a, at, in_a = load_rows(a_ptr, row, mask, factors_ptr, factors_row, k, K)
         if norm is not None:
             unit_ptr, gain_ptr, scale, mean_d, mean_d_unit = norm
             unit = tl.load(unit_ptr + at, mask=in_a, other=0.0).to(tl.float32)
@@ -59,11 +55,29 @@ def product(
             d = gain[None, :] * a.to(tl.float32)
             d = normalise_backward(d, unit, scale[:, None], mean_d[:, None], mean_d_unit[:, None])
             a = tl.where(in_a, d, 0.0).to(a.dtype)
-        w = held
-        if held is None:
-            w = load_weights(w_ptr, w_column, w_mask, w_stride_k, k_start, K, BLOCK_K)
+        w = load_weights(w_ptr, w_column, w_mask, w_stride_k, k_start, K, BLOCK_K)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def product_of_held(
+    held,  # [columns, BLOCK_K] weights
+    a_ptr, row, mask, factors_ptr, factors_row, K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same, all of K at once; computed as held (factors * a)^T, as wgmma takes 64 rows, and 8 columns or more."""
+    a, _, _ = load_rows(a_ptr, row, mask, factors_ptr, factors_row, tl.arange(0, BLOCK_K), K)
+    return tl.trans(tl.dot(held, tl.trans(a), input_precision=PRECISION))
+
+
+@triton.jit
+def load_rows(a_ptr, row, mask, factors_ptr, factors_row, k, K: tl.constexpr):
+    """(factors * a)[rows] of some k; where they lie; which of them there are."""
+    at, in_a = row[:, None] * K + k[None, :], mask[:, None] & (k < K)[None, :]
+    a = tl.load(a_ptr + at, mask=in_a, other=0.0, cache_modifier=".cg")
+    if factors_ptr is not None:
+        a *= tl.load(factors_ptr + factors_row[:, None] * K + k[None, :], mask=in_a, other=0.0)
+    return a, at, in_a
 
 
 @triton.jit
@@ -80,34 +94,38 @@ def tiles_of_program(B, width, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, HEL
     """(The first tile of a program, the end, from one to the next); if HELD, all have the same units."""
     batch_tiles = tl.cdiv(B, BLOCK_B)
     if HELD:
-        first = tl.program_id(0) * batch_tiles
-        tiles = first + tl.program_id(1), first + batch_tiles, tl.num_programs(1)
+        tiles = tl.program_id(1), batch_tiles, tl.num_programs(1)
     else:
         tiles = tl.program_id(0), batch_tiles * tl.cdiv(width, BLOCK_H), tl.num_programs(0)
     return tiles
 
 
 @triton.jit
-def wait_for_tile(arrivals_ptr, number, times, poll_limit, error_ptr, step, B, BLOCK_B: tl.constexpr):
+def tile_of(number, B, BLOCK_B: tl.constexpr, HELD: tl.constexpr):
+    """(Which sequences, which units) a tile has; neighbours share the units, whose weights they read."""
+    batch_tile, unit_tile = number, tl.program_id(0)
+    if not HELD:
+        batch_tile, unit_tile = number % tl.cdiv(B, BLOCK_B), number // tl.cdiv(B, BLOCK_B)
+    return batch_tile, unit_tile
+
+
+@triton.jit
+def wait_for_tile(arrivals_ptr, batch_tile, times, poll_limit, error_ptr, step):
     """Wait until all programs that have units of a tile's sequences have arrived so many times; see wait_for."""
-    expected = times * tl.num_programs(0)
-    arrivals_at = arrivals_ptr + number % tl.cdiv(B, BLOCK_B)
-    return wait_for(arrivals_at, expected - 1, expected, poll_limit, error_ptr, step)
+    return wait_for(arrivals_ptr + batch_tile, times * tl.num_programs(0), poll_limit, error_ptr, step)
 
 
 @triton.jit
 def tile_at(
-    number, step, lengths_ptr, resets_ptr, T, B, H, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    tile, step, lengths_ptr, resets_ptr, T, B, H, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
     PARTS: tl.constexpr = 1,
 ):  # fmt: skip
-    """A tile of sequences and units at a step; neighbours share the units, whose weights they read.
+    """A `tile_of` at a step: (units [BH], its `sequences` [BB], their `position` [BB], its `cells_at` [BB, BH]).
 
-    (number of its units' tile, units [BH], its `sequences` [BB], their `position` [BB], its `cells_at` [BB, BH]). With
-    PARTS a tile has the units of PARTS neighbours, whose numbers stand for parts of a product.
+    With PARTS a tile has the units of PARTS neighbours, whose numbers stand for parts of a product.
     """
-    first = number % tl.cdiv(B, BLOCK_B) * BLOCK_B
-    unit_tile = number // tl.cdiv(B, BLOCK_B)
-    sequence = indexing.sequences(first + tl.arange(0, BLOCK_B), lengths_ptr, T, B)
+    batch_tile, unit_tile = tile
+    sequence = indexing.sequences(batch_tile * BLOCK_B + tl.arange(0, BLOCK_B), lengths_ptr, T, B)
     batch, in_batch, _ = sequence
     unit = unit_tile // PARTS * (PARTS * BLOCK_H) + tl.arange(0, PARTS * BLOCK_H)
     place = indexing.position(step, *sequence, resets_ptr, B, REVERSE)
@@ -115,7 +133,7 @@ def tile_at(
     cells = indexing.cells_at(
         row[:, None], batch[:, None], unit[None, :], in_batch[:, None], valid[:, None], continues[:, None], H
     )
-    return unit_tile, unit, sequence, place, cells
+    return unit, sequence, place, cells
 
 
 @triton.jit
@@ -188,8 +206,8 @@ def lstm_step_forward_kernel(
     poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
     held = None
     if HELD:
-        column, column_unit = indexing.columns_of_gates(tl.program_id(0) * BLOCK_H, H, BLOCK_H, HELD)
-        held = load_weights(weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, 0, P, BLOCK_K)
+        column, column_unit = indexing.columns_of_gates(tl.program_id(0) * BLOCK_H, H, BLOCK_H)
+        held = tl.trans(load_weights(weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, 0, P, BLOCK_K))
     for step in range(T):
         h_prev_ptr = tl.where(step == 0, h0_ptr, h_ptr)
         c_prev_ptr = tl.where(step == 0, c0_ptr, c_n_ptr)
@@ -197,30 +215,34 @@ def lstm_step_forward_kernel(
             width = P if round > NORM_HH else H
             first, end, stride = tiles_of_program(B, width, BLOCK_B, BLOCK_H, HELD)
             for number in range(first, end, stride):
-                unit_tile, unit, sequence, place, cells = tile_at(
-                    number, step, lengths_ptr, resets_ptr, T, B, width, REVERSE, BLOCK_B, BLOCK_H
+                tile = tile_of(number, B, BLOCK_B, HELD)
+                batch_tile, unit_tile = tile
+                unit, sequence, place, cells = tile_at(
+                    tile, step, lengths_ptr, resets_ptr, T, B, width, REVERSE, BLOCK_B, BLOCK_H
                 )
                 batch, in_batch, length = sequence
                 time, _, valid, continues = place
                 at, gates_at, state_at, in_tile, valid_tile, continues_tile, reset_tile = cells
                 row_prev = indexing.row_before(step, time, batch, B, REVERSE)
-                column, column_unit = indexing.columns_of_gates(unit_tile * BLOCK_H, H, BLOCK_H, HELD)
+                column, column_unit = indexing.columns_of_gates(unit_tile * BLOCK_H, H, BLOCK_H)
                 count = tl.minimum(H - unit_tile * BLOCK_H, BLOCK_H)  # units of the tile
 
                 # Load.
                 if HELD and step > 0:
-                    poll_limit = wait_for_tile(arrivals_ptr, number, step, poll_limit, error_ptr, step, B, BLOCK_B)
+                    poll_limit = wait_for_tile(arrivals_ptr, batch_tile, step, poll_limit, error_ptr, step)
                 if HELD:
                     x, c_prev = load_cells(gates_ptr, c_prev_ptr, reset_c_ptr, cells, H)
 
                 # Product: all four gates of the tile's units, [BB, 4 BH].
                 if round == 0:
-                    rows = indexing.rows_of_product((row_prev, continues, batch.to(tl.int64)), HELD)
-                    z = product(
-                        h_prev_ptr, rows[0], rows[1], dropout_h_ptr, rows[2], None,
-                        weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, held, P, BLOCK_K, PRECISION,
-                    )  # fmt: skip
-                    z = indexing.rows_of_tile(z, HELD)
+                    rows = h_prev_ptr, row_prev, continues, dropout_h_ptr, batch.to(tl.int64)
+                    if HELD:
+                        z = product_of_held(held, *rows, P, BLOCK_K, PRECISION)
+                    else:
+                        z = product(
+                            *rows, None,
+                            weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, P, BLOCK_K, PRECISION,
+                        )  # fmt: skip
                     z = unless_timed_out(z, poll_limit)
                 if NORM_HH and round < 2:
                     z_at = product_ptr + product_place(batch, unit_tile, H, BLOCK_H)
@@ -239,7 +261,7 @@ def lstm_step_forward_kernel(
                         gain = tl.load(gain_hh_ptr + column, mask=column_unit < H, other=0.0).to(tl.float32)
                         z = normalise(z, mean[:, None], scale[:, None], gain[None, :], 0.0)
                         z = unless_timed_out(z, poll_limit)
-                    z = indexing.split_gates(z, BLOCK_B, BLOCK_H, HELD)
+                    z = indexing.split_gates(z, BLOCK_B, BLOCK_H)
                     peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
                     gates, c, m = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
                     m = tl.where(valid_tile, m, 0.0)  # padding gets zeros
@@ -261,7 +283,7 @@ def lstm_step_forward_kernel(
                     if PROJECT:
                         m = product(
                             m_ptr, batch.to(tl.int64), valid, None, batch, None,
-                            weight_hr_ptr, unit.to(tl.int64) * H, unit < P, 1, None, H, BLOCK_K, PRECISION,
+                            weight_hr_ptr, unit.to(tl.int64) * H, unit < P, 1, H, BLOCK_K, PRECISION,
                         )  # fmt: skip
                     else:
                         o = tl.load(cell_ptr + state_at, mask=valid_tile, other=0.0)
@@ -276,7 +298,7 @@ def lstm_step_forward_kernel(
                         m, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells, is_last, P
                     )
                 if HELD and step + 1 < T:
-                    arrive(arrivals_ptr + number % tl.cdiv(B, BLOCK_B), poll_limit)
+                    arrive(arrivals_ptr + batch_tile, poll_limit)
             if (arrivals_ptr is not None and not HELD) and (step + 1 < T or round + 1 < ROUNDS):
                 poll_limit = grid_barrier(arrivals_ptr, ROUNDS * step + round + 1, poll_limit, error_ptr, step)
 
@@ -318,7 +340,7 @@ def lstm_step_backward_kernel(
     held = None
     if HELD:
         unit = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-        held = load_weights(weight_hh_ptr, unit, unit < P, P, 0, 4 * H, BLOCK_K)
+        held = tl.trans(load_weights(weight_hh_ptr, unit, unit < P, P, 0, 4 * H, BLOCK_K))
     for back in range(T):
         step = T - 1 - back
         for round in tl.static_range(ROUNDS):
@@ -326,15 +348,22 @@ def lstm_step_backward_kernel(
             rounded = tl.cdiv(P, PARTS * BLOCK_H) * PARTS * BLOCK_H if round < SPLIT else width
             first, end, stride = tiles_of_program(B, rounded, BLOCK_B, BLOCK_H, HELD)
             for number in range(first, end, stride):
-                unit_tile, unit, sequence, place, cells = tile_at(
-                    number, step, lengths_ptr, resets_ptr, T, B, width, REVERSE, BLOCK_B, BLOCK_H,
+                tile = tile_of(number, B, BLOCK_B, HELD)
+                batch_tile, unit_tile = tile
+                unit, sequence, place, cells = tile_at(
+                    tile, step, lengths_ptr, resets_ptr, T, B, width, REVERSE, BLOCK_B, BLOCK_H,
                     PARTS if round < SPLIT else 1,
                 )  # fmt: skip
                 batch, in_batch, length = sequence
                 time, row, valid, continues = place
                 at, gates_at, state_at, in_tile, valid_tile, continues_tile, reset_tile = cells
+                row_prev = indexing.row_before(step, time, batch, B, REVERSE)[:, None]
                 if HELD and back > 0:
-                    poll_limit = wait_for_tile(arrivals_ptr, number, back, poll_limit, error_ptr, step, B, BLOCK_B)
+                    poll_limit = wait_for_tile(arrivals_ptr, batch_tile, back, poll_limit, error_ptr, step)
+                if HELD:
+                    gates, c, c_prev = indexing.load_saved(
+                        gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[None, :], cells, H
+                    )
 
                 # Product with dgates of the step after, whose [*, 4H] are [PARTS *, K] here.
                 part = unit_tile % PARTS
@@ -346,12 +375,16 @@ def lstm_step_backward_kernel(
                         sum_d, sum_d_unit = sums_of_tiles(pairs_at, batch, valid, B, H, BLOCK_H)
                         scale = tl.load(scale_hh_ptr + row_next, mask=next_continues, other=0.0)
                         norm = (unit_hh_ptr, gain_hh_ptr + part * K, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
-                    rows = indexing.rows_of_product((row_next * PARTS + part, next_continues), not NORM_HH)
-                    dm = product(
-                        dgates_ptr, *rows, None, row_next, norm, weight_hh_ptr + tl.cast(part, tl.int64) * (K * P),
-                        unit, unit < P, P, held, K, BLOCK_K, PRECISION,
-                    )  # fmt: skip
-                    dm = indexing.rows_of_tile(dm, not NORM_HH)
+                    if HELD:
+                        rows = dgates_ptr, row_next, next_continues, None, row_next
+                        dm = product_of_held(held, *rows, K, BLOCK_K, PRECISION)
+                    else:
+                        rows = indexing.rows_of_product((row_next * PARTS + part, next_continues), not NORM_HH)
+                        dm = product(
+                            dgates_ptr, *rows, None, row_next, norm, weight_hh_ptr + tl.cast(part, tl.int64) * (K * P),
+                            unit, unit < P, P, K, BLOCK_K, PRECISION,
+                        )  # fmt: skip
+                        dm = indexing.rows_of_tile(dm, not NORM_HH)
                 elif round == SPLIT:
                     sum_at, dm = sums_ptr + state_at, tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
                     for _ in tl.static_range(PARTS):
@@ -360,7 +393,7 @@ def lstm_step_backward_kernel(
                 elif PROJECT:
                     dm = product(
                         dh_total_ptr, row, valid, None, row, None,
-                        weight_hr_ptr, unit, unit < H, H, None, P, BLOCK_K, PRECISION,
+                        weight_hr_ptr, unit, unit < H, H, P, BLOCK_K, PRECISION,
                     )  # fmt: skip
                 elif NORM_C:
                     dm = tl.load(dh_total_ptr + at, mask=valid_tile, other=0.0).to(tl.float32)
@@ -391,10 +424,10 @@ def lstm_step_backward_kernel(
 
                 # Cell.
                 if round + 1 == ROUNDS:
-                    row_prev = indexing.row_before(step, time, batch, B, REVERSE)[:, None]
-                    gates, c, c_prev = indexing.load_saved(
-                        gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[None, :], cells, H
-                    )
+                    if not HELD:
+                        gates, c, c_prev = indexing.load_saved(
+                            gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[None, :], cells, H
+                        )
                     dc = tl.load(dc_ptr + state_at, mask=valid_tile, other=0.0)
                     dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
                     if NORM_C:
@@ -423,7 +456,7 @@ def lstm_step_backward_kernel(
                     if dreset_c_ptr is not None:
                         tl.store(dreset_c_ptr + at, dc_prev, mask=reset_tile)
                 if HELD and step > 0:
-                    arrive(arrivals_ptr + number % tl.cdiv(B, BLOCK_B), poll_limit)
+                    arrive(arrivals_ptr + batch_tile, poll_limit)
             if (arrivals_ptr is not None and not HELD) and (step > 0 or round + 1 < ROUNDS):
                 poll_limit = grid_barrier(arrivals_ptr, ROUNDS * back + round + 1, poll_limit, error_ptr, step)
 
@@ -457,26 +490,32 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
     )  # fmt: skip
 
 
-def held_plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
-    """Plans whose programs hold the weights of 32 or 16 units in shared memory, and multiply all of K at once.
+def held_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
+    """The best three plans, by expected time, whose programs hold W_hh of some units in shared memory.
 
-    For products of half precision by wgmma, whose operands are there; and for more units than a resident program has.
+    For products by wgmma, whose operands are there; in TF32 forward only, as backward there is no room. A resident
+    program holds up to 128 units, and beyond 512 these plans gain nothing.
     """
     rounds = problem.normalised or (problem.projected and problem.regularised)
-    if device.architecture != 90 or problem.size != 2 or problem.hidden <= 128 or rounds:
-        return
-    rows, k = 64, power_of_two(problem.hidden * (4 if backward else 1))
-    multiprocessors, batch_tiles = device.multiprocessors // problem.side_by_side, ceil(problem.batch / rows)
-    for columns in (32, 16):
-        programs, shared = ceil(problem.hidden / columns), (rows + columns * (1 if backward else 4)) * k * problem.size
+    able = device.architecture == 90 and not problem.exact_float32
+    if not able or not 128 < problem.hidden <= 512 or rounds:
+        return []
+    found, multiprocessors = [], device.multiprocessors // problem.side_by_side
+    k = power_of_two(problem.hidden * (4 if backward else 1))
+    # wgmma takes 64 columns of the product, or a multiple.
+    for rows, columns in itertools.product((16, 32) if backward else (16, 32, 64), (64,) if backward else (16, 32)):
+        batch_tiles, programs = ceil(problem.batch / rows), ceil(problem.hidden / columns)
+        shared = (rows + columns * (1 if backward else 4)) * k * problem.size
         # While one block of a multiprocessor waits another one computes. The system takes 1 KB of each.
         blocks = 2 if programs * batch_tiles > multiprocessors and 2 * (shared + KB) <= device.shared + KB else 1
         groups = min(batch_tiles, blocks * multiprocessors // programs)
+        warps = 4 if rows * columns == 256 else 16 if (rows, columns, blocks) == (64, 32, 1) else 8
         if groups > 0 and shared <= device.shared:
-            yield Plan(
-                Family.STEP, rows, columns, k, programs, groups, 8, 1, shared, "programs hold W_hh in shared memory",
+            found.append(Plan(
+                Family.STEP, rows, columns, k, programs, groups, warps, 1, shared, "programs hold W_hh in shared memory",
                 tiles_per_group=ceil(batch_tiles / groups), side_by_side=problem.side_by_side, held=blocks,
-            )  # fmt: skip
+            ))  # fmt: skip
+    return sorted(found, key=lambda plan: expected(problem, device, plan, backward).seconds)[:3]
 
 
 def split_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
