@@ -129,7 +129,7 @@ def sequence_cases() -> list[Case]:
     """Hidden sizes and batches for the families that hold W_hh; regularised, with masks and with rates; variants."""
     plain = (False, False, True, False, False)
     kinds = [(batch, hidden, *plain) for hidden, batch in itertools.product(HIDDEN, BATCHES)]
-    kinds.append((1024, 256, *plain))  # where programs of the step family hold W_hh
+    kinds += [(batch, 256, *plain) for batch in (512, 1024)]  # where programs of the step family hold W_hh
     kinds += itertools.product((16,), (64, 768), (False, True), (True,), (True, False), (False,), (False,))
     kinds += [(16, hidden, True, False, True, False, False) for hidden in HIDDEN]
     kinds += [(16, hidden, False, False, True, True, False) for hidden in (128, 768, 1536)]

@@ -108,6 +108,7 @@ CASES = [  # a family and its problem: each dtype, and each option, forward and 
     ("pointwise", Problem(2, 5, 32, F32, **RAGGED, **MASKS)),
     ("pointwise", Problem(2, 5, 32, BF16, **RATES, peepholes=True)),
     ("step", Problem(2, 5, 32, F32)),
+    ("step", Problem(2, 70, 256, BF16)),  # holds W_hh
     ("step", Problem(2, 5, 32, F16, projected=16, **RAGGED, **RATES)),
     ("step", Problem(2, 5, 32, F32, **MASKS, **NORMS, **TF32, peepholes=True, lengths=torch.int32)),
 ]

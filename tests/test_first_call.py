@@ -46,6 +46,17 @@ def test_the_first_plan_that_loads_is_chosen_and_kept(an_h100, monkeypatch):
     assert _choose(monkeypatch)[1] == [PLANS[0].columns]
 
 
+@pytest.mark.parametrize(("shared", "fits"), [(112 * 1024, True), (113 * 1024, True), (114 * 1024, False)])
+def test_two_blocks_of_a_multiprocessor_must_have_room_in_its_shared_memory(monkeypatch, shared, fits):
+    """Whatever was planned: other versions of Triton take more. A multiprocessor of an H100 has 228 KB."""
+    metadata = SimpleNamespace(shared=shared, target=SimpleNamespace(arch=90))
+    monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0, metadata=metadata))
+    launches = [(SimpleNamespace(__name__="kernel"), (1,), {})]
+    assert choose.why_it_does_not_fit(launches, 1) is None
+    reason = choose.why_it_does_not_fit(launches, 2)
+    assert reason is None if fits else f"2 blocks of kernel want {shared} bytes" in reason
+
+
 def test_every_fact_of_a_call_is_in_its_problem():
     """What is compiled separately is chosen separately; a sequence of another length from 2 on is not."""
     batch, hidden, steps = 3, 8, 4

@@ -189,7 +189,7 @@ def test_a_log_line_for_each_plan_says_how_far_it_is(an_h100, monkeypatch, caplo
     proposed = plans(PROBLEM, H100, False)
     monkeypatch.setattr(autotune, "time_plan", lambda plan, call: 1.2345)
     monkeypatch.setattr(autotune, "recorded_launches", lambda problem, which, plan: plan)
-    monkeypatch.setattr(autotune, "why_it_does_not_fit", lambda plan: "it spills" if plan == proposed[0] else None)
+    monkeypatch.setattr(autotune, "why_it_does_not_fit", lambda plan, _: "it spills" if plan == proposed[0] else None)
     with caplog.at_level(logging.INFO, "gpu_lstm"):
         autotune.autotune(PROBLEM, CUDA)
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("forward")]

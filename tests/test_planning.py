@@ -95,7 +95,7 @@ def test_large_steps_are_products_by_cublas(dtype, precision, backward):
 
 @pytest.mark.parametrize(("batch", "dtype", "options", "rows", "warps"), [
     (7, BF16, {}, 16, 4), (17, BF16, {}, 32, 4), (100, BF16, {}, MOST_ROWS, 4),
-    (100, torch.float32, dict(precision="tf32"), MOST_ROWS, 4), (100, torch.float32, {}, MOST_ROWS // 2, 4),
+    (100, torch.float32, dict(precision="tf32"), MOST_ROWS, 4), (100, torch.float32, {}, MOST_ROWS // 2, 8),
     (100, BF16, dict(dropout_h=True), 32, 4), (100, torch.float32, dict(dropout_h=True), 16, 8),
 ])  # fmt: skip
 def test_tiles_of_the_step_family(batch, dtype, options, rows, warps):

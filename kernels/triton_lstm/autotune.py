@@ -33,7 +33,7 @@ def autotune(problem: Problem, device: torch.device) -> dict[str, Plan]:
             proposed = plans(problem, card, which.backward)
             milliseconds = {}
             for number, plan in enumerate(proposed, start=1):
-                refused = why_it_does_not_fit(recorded_launches(problem, which, plan))
+                refused = why_it_does_not_fit(recorded_launches(problem, which, plan), plan.held)
                 if refused is None:
                     milliseconds[plan] = time_plan(plan, call)
                 logger.info(

@@ -18,6 +18,7 @@ import torch
 import triton
 
 from .. import cache
+from ..architectures import KB, shared_memory_of
 from ..layer import Verify
 from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
@@ -165,7 +166,7 @@ def choose_plan(
     with _log_if_slow():
         refused = []
         for plan in (*proposed[:MOST], *last_resort):
-            reason = why_it_does_not_fit(launches(plan))
+            reason = why_it_does_not_fit(launches(plan), plan.held)
             if reason is None and verify is not None:
                 reason = verify(plan, problem, which, device)
             if reason is None:
@@ -177,13 +178,17 @@ def choose_plan(
     raise RuntimeError(f"no Triton kernel can run this layer on this card: {'; '.join(refused)}")
 
 
-def why_it_does_not_fit(launches: Iterable[RecordedLaunch]) -> str | None:
-    """Why launches cannot be made on the current device; None if they can."""
+def why_it_does_not_fit(launches: Iterable[RecordedLaunch], blocks: int) -> str | None:
+    """Why launches cannot be made on the current device, so many blocks to a multiprocessor; None if they can."""
     try:
         for kernel, grid, arguments in launches:
-            spills = load(kernel, grid, arguments).n_spills
-            if spills:
-                raise DoesNotFit(f"{kernel.__name__} spills {4 * spills} bytes a thread")
+            loaded = load(kernel, grid, arguments)
+            if loaded.n_spills:
+                raise DoesNotFit(f"{kernel.__name__} spills {4 * loaded.n_spills} bytes a thread")
+            if blocks > 1:  # Triton only looks whether one fits; the system takes 1 KB of each
+                shared, most = loaded.metadata.shared, shared_memory_of(loaded.metadata.target.arch)
+                if blocks * (shared + KB) > most + KB:
+                    raise DoesNotFit(f"{blocks} blocks of {kernel.__name__} want {shared} bytes of {most} each")
     except DEVICE_ERRORS:
         raise
     except Exception as error:  # of many kinds: from Triton's front end, LLVM, ptxas, the driver

@@ -19,8 +19,45 @@ import triton.language as tl
 from .assembly import operands, types
 from .features import constexpr_function
 
-POLLS_BETWEEN_CHECKS = tl.constexpr(64)  # a power of two
-"""How often a program that waits checks whether another timed out: the error word is in host memory."""
+AGAIN = tl.constexpr("""
+add.s32 polls, polls, 1;
+and.b32 rest, polls, 63;
+setp.ne.s32 any, rest, 0;
+@any bra POLL;
+ld.relaxed.sys.global.b32 rest, [error];
+setp.ne.s32 any, rest, 0;
+vote.sync.any.pred any, any, -1;
+@any bra TIMED_OUT;
+ld.relaxed.sys.global.b32 rest, [error + 4];
+setp.lt.s32 any, polls, rest;
+vote.sync.all.pred any, any, -1;
+@any bra POLL;
+st.relaxed.sys.global.b32 [error], step;
+TIMED_OUT:
+""")
+"""PTX after a poll in vain: polls again, or goes on once another program timed out, or this one does. Every 64 polls it
+checks whether another one did: the error word is in host memory."""
+
+WAIT = tl.constexpr(f"""{{
+.reg .pred any, missing; .reg .b32 seen, polls, rest, step; .reg .b64 error;
+mov.b64 error, $4; mov.b32 step, $5; mov.b32 polls, 0;
+mov.u32 rest, %tid.x;
+setp.ge.u32 any, rest, 32;
+setp.le.s32 missing, $3, 0;
+@any bra DONE;
+@missing bra DONE;
+POLL:
+ld.acquire.gpu.global.b32 seen, [$1];
+sub.s32 seen, seen, $2;
+setp.lt.s32 missing, seen, 0;
+vote.sync.any.pred missing, missing, -1;
+@!missing bra DONE;
+{AGAIN.value}
+DONE:
+bar.red.or.pred missing, 0, missing;
+selp.b32 $0, 0, $3, missing;
+}}""")
+"""PTX of `wait_for`, whose result and arguments are its operands."""
 
 
 @triton.jit
@@ -87,7 +124,7 @@ def wait_for(arrivals_ptr, expected, poll_limit, error_ptr, step):
     acquire. Past 2^31 arrivals the count wraps around below zero, which the difference ignores.
     """
     return tl.inline_asm_elementwise(
-        waiting_loop(), "=r,l,r,r,l,r", [arrivals_ptr, expected, poll_limit, error_ptr, step + 1],
+        WAIT, "=r,l,r,r,l,r", [arrivals_ptr, expected, poll_limit, error_ptr, step + 1],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -146,9 +183,10 @@ def polling_loop(
     firsts = range(0, count, together)  # the first words of all loads
     offset = {n: n // size * stride + n % size for n in firsts}
     lines = [
-        ".reg .pred any, yes, " + ", ".join(f"missing{n}" for n in firsts) + ";", ".reg .b32 seen, polls, rest;",
-        "mov.b32 polls, 0;",
+        ".reg .pred any, yes, " + ", ".join(f"missing{n}" for n in firsts) + ";",
+        ".reg .b32 seen, polls, rest, step;", ".reg .b64 error;", "mov.b32 polls, 0;",
     ]  # fmt: skip
+    lines += [] if once else [f"mov.b64 error, {error};", f"mov.b32 step, {step};"]
     for n in firsts:
         lines.append(f"setp.gt.s32 missing{n}, {left}, {offset[n]};")
         lines += [f"mov.b32 ${n + i}, {f'${count + 5 + n + i}' if seen else 0};" for i in range(together)]
@@ -173,34 +211,6 @@ def polling_loop(
             lines += [f"max.u32 seen, seen, ${n + i};" for i in range(1, together)]
             lines.append(f"setp.eq.u32 missing{n}, seen, -1;")
         lines.append(f"or.pred any, any, missing{n};")
-    lines += ["vote.sync.any.pred any, any, -1;", "@!any bra DONE;", *_polling_again(error, step)]
+    lines += ["vote.sync.any.pred any, any, -1;", "@!any bra DONE;", AGAIN.value]
     lines += [f"@missing{n} mov.b32 ${n + i}, -1;" for n in firsts for i in range(together)] if phased else []
     return "\n".join(["{", *lines, "DONE:", "}"])
-
-
-@constexpr_function
-def waiting_loop() -> str:
-    """PTX of `wait_for`, whose results and arguments are its operands."""
-    return "\n".join([
-        "{", ".reg .pred any, missing;", ".reg .b32 seen, polls, rest;",
-        "mov.u32 rest, %tid.x;", "setp.ge.u32 any, rest, 32;", "setp.le.s32 missing, $3, 0;",
-        "@any bra DONE;", "@missing bra DONE;", "mov.b32 polls, 0;",
-        "POLL:", "ld.acquire.gpu.global.b32 seen, [$1];", "sub.s32 seen, seen, $2;", "setp.lt.s32 missing, seen, 0;",
-        "vote.sync.any.pred missing, missing, -1;", "@!missing bra DONE;", *_polling_again("$4", "$5"),
-        "DONE:", "bar.red.or.pred missing, 0, missing;", "selp.b32 $0, 0, $3, missing;", "}",
-    ])  # fmt: skip
-
-
-@constexpr_function
-def _polling_again(error: str, step: str) -> list[str]:
-    """PTX after a poll in vain: back to POLL, or on once another program timed out, or this one does."""
-    return [
-        "add.s32 polls, polls, 1;", f"and.b32 rest, polls, {POLLS_BETWEEN_CHECKS.value - 1};",
-        "setp.ne.s32 any, rest, 0;", "@any bra POLL;",
-        f"ld.relaxed.sys.global.b32 rest, [{error}];",
-        "setp.ne.s32 any, rest, 0;", "vote.sync.any.pred any, any, -1;", "@any bra TIMED_OUT;",
-        f"ld.relaxed.sys.global.b32 rest, [{error} + 4];",
-        "setp.lt.s32 any, polls, rest;", "vote.sync.all.pred any, any, -1;", "@any bra POLL;",
-        f"st.relaxed.sys.global.b32 [{error}], {step};",
-        "TIMED_OUT:",
-    ]  # fmt: skip

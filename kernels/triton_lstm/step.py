@@ -11,7 +11,6 @@ the sequences of its group. Before the product a tile waits for the other units'
 """
 
 import itertools
-from collections.abc import Iterator
 from math import ceil
 
 import torch
@@ -334,6 +333,7 @@ def lstm_step_backward_kernel(
     DTYPE: tl.constexpr = dgates_ptr.dtype.element_ty
     SPLIT: tl.constexpr = PARTS > 1
     ROUNDS: tl.constexpr = SPLIT + (2 if PROJECT or NORM_C else 1)
+    EARLY: tl.constexpr = HELD > 0 and BLOCK_B * BLOCK_H <= 1024  # for more cells a thread has no registers left
     tl.static_assert(4 * H % PARTS == 0, "parts of K are equal")
     K: tl.constexpr = 4 * H // PARTS
     poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
@@ -360,7 +360,7 @@ def lstm_step_backward_kernel(
                 row_prev = indexing.row_before(step, time, batch, B, REVERSE)[:, None]
                 if HELD and back > 0:
                     poll_limit = wait_for_tile(arrivals_ptr, batch_tile, back, poll_limit, error_ptr, step)
-                if HELD:
+                if EARLY:
                     gates, c, c_prev = indexing.load_saved(
                         gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[None, :], cells, H
                     )
@@ -424,7 +424,7 @@ def lstm_step_backward_kernel(
 
                 # Cell.
                 if round + 1 == ROUNDS:
-                    if not HELD:
+                    if not EARLY:
                         gates, c, c_prev = indexing.load_saved(
                             gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[None, :], cells, H
                         )
@@ -474,7 +474,7 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
         most = min(most, MOST_ROWS // 2)  # with more, Triton 3.4 spills
     if problem.exact_float32:
         most //= 2  # and products without tensor cores do, too
-    rows = min(rows, most)
+    rows = max(16, min(rows, most))
     columns = 16  # of which a forward product has four gates
     tiles = ceil(problem.batch / rows) * ceil(max(problem.hidden, problem.projected) / columns)
     programs = max(1, min(tiles, device.multiprocessors // problem.side_by_side))
@@ -484,7 +484,7 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
     if problem.normalised:
         why += "; layer norms need sums over all units, for one or two more grid-wide barriers"
     return Plan(
-        Family.STEP, rows, columns, k, programs, 1, 8 if problem.exact_float32 and heavy else 4,
+        Family.STEP, rows, columns, k, programs, 1, 8 if problem.exact_float32 else 4,
         stages, 2 * stage, why,
         tiles_per_group=ceil(tiles / programs), side_by_side=problem.side_by_side,
     )  # fmt: skip
@@ -512,8 +512,9 @@ def held_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
         warps = 4 if rows * columns == 256 else 16 if (rows, columns, blocks) == (64, 32, 1) else 8
         if groups > 0 and shared <= device.shared:
             found.append(Plan(
-                Family.STEP, rows, columns, k, programs, groups, warps, 1, shared, "programs hold W_hh in shared memory",
-                tiles_per_group=ceil(batch_tiles / groups), side_by_side=problem.side_by_side, held=blocks,
+                Family.STEP, rows, columns, k, programs, groups, warps, 1, shared,
+                "programs hold W_hh in shared memory", tiles_per_group=ceil(batch_tiles / groups),
+                side_by_side=problem.side_by_side, held=blocks,
             ))  # fmt: skip
     return sorted(found, key=lambda plan: expected(problem, device, plan, backward).seconds)[:3]
 
