@@ -18,7 +18,7 @@ from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
 from gpu_lstm.kernels.triton_lstm.features import MOST_ROWS
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, KB, Family, Plan, expected
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
-from gpu_lstm.kernels.triton_lstm.step import split_plans, step_plan
+from gpu_lstm.kernels.triton_lstm.step import held_plans, split_plans, step_plan
 
 H100, BF16 = DEVICES["h100"], torch.bfloat16
 RESIDENT, COOPERATIVE, STEP, POINTWISE = Family.RESIDENT, Family.COOPERATIVE, Family.STEP, Family.POINTWISE
@@ -149,6 +149,27 @@ def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
     for change in (dict(projected=64), dict(norms=(False, True, False)), dict(dtype=torch.float32), dict(hidden=66)):
         assert split_plans(problem._replace(**change), H100, True) == []
     assert {plan.parts for plan in split_plans(problem._replace(hidden=hidden - 8), H100, True)} == {4}
+
+
+@pytest.mark.parametrize(("hidden", "batch", "dtype", "backward", "tile"), [
+    (256, 256, BF16, False, (16, 16, 4, 2)), (256, 512, BF16, False, (16, 32, 8, 2)),
+    (256, 1024, BF16, False, (32, 32, 8, 2)), (256, 4096, BF16, False, (64, 32, 8, 2)),
+    (512, 256, BF16, False, (32, 16, 8, 2)), (512, 512, BF16, False, (64, 32, 16, 1)),
+    (256, 1024, torch.float32, False, (64, 32, 16, 1)), (256, 512, BF16, True, (16, 64, 8, 1)),
+    (256, 1024, BF16, True, (32, 64, 8, 1)),
+])  # fmt: skip
+def test_where_programs_hold_w_hh_in_shared_memory(hidden, batch, dtype, backward, tile):
+    """First on an H100: rows, columns, warps, programs of a multiprocessor. Never where wgmma or W_hh have no place."""
+    problem = Problem(128, batch, hidden, dtype, precision="tf32")
+    first, *others = held_plans(problem, H100, backward)
+    assert ((first.rows, first.columns, first.num_warps, first.held), plans(problem, H100, backward)[0]) == (tile, first)
+    assert len(others) <= 2
+    assert held_plans(problem, DEVICES["b200"], backward) == []
+    norms, noise = (False, True, False), dict(projected=64, dropout_h=True)
+    exact = dict(dtype=torch.float32, precision="ieee")
+    for change in (dict(norms=norms), noise, exact, dict(hidden=128), dict(hidden=520)):
+        assert held_plans(problem._replace(**change), H100, backward) == []
+    assert held_plans(problem._replace(dtype=torch.float32), H100, True) == []
 
 
 def test_a_projection_with_noise_and_a_single_step_use_the_step_family():
