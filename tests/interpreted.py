@@ -10,7 +10,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-from gpu_lstm.kernels.triton_lstm import cooperative, exchange, features, fragments, resident, step
+from gpu_lstm.kernels.triton_lstm import cooperative, exchange, features, fragments, resident
 
 FLOATS = {tl.float32: np.float32, tl.float16: np.float16}  # bfloat16 is wrong in the interpreter
 rounded_to_tf32 = fragments.to_tf32
@@ -87,17 +87,6 @@ def collect(at, left, phase, error_ptr, step, GROUPS, SIZE, STRIDE, TOGETHER, PH
     return _tensors(np.where(there, [word.handle.data for word in words], np.int32(-1)), tl.int32)
 
 
-def wait_for(arrivals_ptr, expected, poll_limit, error_ptr, step):
-    polls = 0
-    while tl.atomic_add(arrivals_ptr, 0, sem="acquire") - expected < 0:
-        polls += 1
-        if polls >= poll_limit or tl.load(error_ptr, volatile=True) != 0:
-            if poll_limit > 0:
-                tl.store(error_ptr, step + 1)
-            return poll_limit * 0
-    return poll_limit
-
-
 def count_missing(*awaited):
     return are_missing(*awaited).sum()
 
@@ -110,9 +99,7 @@ def are_missing(words, left, phase, SIZE, STRIDE, PHASED):
     return absent & (left.handle.data > n // SIZE * STRIDE + n % SIZE)
 
 
-if features.INTERPRETED:
-    for _module in (exchange, fragments, cooperative, resident):
-        for _function in (to_tf32, product, sum_over_warps, share, take, of_the_next_thread, publish, look, collect):
-            if hasattr(_module, _function.__name__):
-                setattr(_module, _function.__name__, _function)
-    exchange.wait_for = step.wait_for = wait_for
+for _module in (exchange, fragments, cooperative, resident):
+    for _function in (to_tf32, product, sum_over_warps, share, take, of_the_next_thread, publish, look, collect):
+        if features.INTERPRETED and hasattr(_module, _function.__name__):
+            setattr(_module, _function.__name__, _function)

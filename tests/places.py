@@ -87,14 +87,20 @@ def split(monkeypatch, parts=4, yield_rate=0.05) -> None:
     _force(monkeypatch, plan, yield_rate)
 
 
-def held(monkeypatch, groups=2, yield_rate=0.05) -> None:
-    """Every launch is of the step family, of groups of programs that hold W_hh of 16 units."""
+def held(monkeypatch, yield_rate=0.05, asks_ahead=False) -> None:
+    """Every launch is of the step family, of two groups of programs that hold W_hh of 16 units."""
 
     def plan(problem, backward):
         k, programs, tiles = (4 if backward else 1) * problem.hidden, -(-problem.hidden // 16), -(-problem.batch // 16)
-        return Plan(Family.STEP, 16, 16, power_of_two(max(16, k)), programs, min(groups, tiles), 4, 1, 0, "", held=1)
+        sizes = (16, 16, power_of_two(max(16, k)), programs, min(2, tiles), 4, 1, 0)
+        return Plan(Family.STEP, *sizes, "", held=1, ahead=asks_ahead)
 
     _force(monkeypatch, plan, yield_rate)
+
+
+def ahead(monkeypatch, yield_rate=0.05) -> None:
+    """The same, and programs ask ahead for what the next batch tile needs."""
+    held(monkeypatch, yield_rate, asks_ahead=True)
 
 
 def cooperative(monkeypatch, units=4, groups=8, parts=4, yield_rate=0.05) -> None:
@@ -192,7 +198,8 @@ PLAN = "units", "groups", "parts"
 KERNELS = {
     "torch": Kernels("torch"), "torch/two": Kernels("torch", two_copies), "reference": Kernels("reference"),
     "triton": Kernels("triton"),
-    "step": Kernels("triton", step), "held": Kernels("triton", held), "resident": Kernels("triton", resident),
+    "step": Kernels("triton", step), "held": Kernels("triton", held),
+    "held/ahead": Kernels("triton", ahead), "resident": Kernels("triton", resident),
     "split/4": Kernels("triton", split), "split/8": Kernels("triton", partial(split, parts=8)),
     "pointwise": Kernels("triton", pointwise),
     **{f"cooperative/{'/'.join(map(str, plan))}": Kernels("triton", partial(cooperative, **dict(zip(PLAN, plan))))

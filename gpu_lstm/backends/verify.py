@@ -27,7 +27,7 @@ KIND = "checks"
 STEPS, FEATURES = 4, 8  # T, I
 FORMAT = 5  # raised whenever the small problem or the rule changes
 RATE = 0.25  # of zoneout, where it is the same for all elements
-TILES = ("rows", "columns", "k", "num_warps", "num_stages", "parts", "held")  # of a plan
+TILES = ("rows", "columns", "k", "num_warps", "num_stages", "parts", "held", "ahead")  # of a plan
 logger = logging.getLogger("gpu_lstm")
 COMPARED = ("x", "h0", "c0", "weight_hh", "reset_h", "reset_c")  # whose gradients come from the recurrence
 
@@ -76,7 +76,7 @@ def _verdict(plan: Any, problem: Problem, which: Pass, device: torch.device) -> 
     batch = 2 * plan.rows + 3
     if plan.family.value in ("resident", "pointwise"):
         plan = dataclasses.replace(plan, groups=3)  # a program, or several, for each batch tile
-    elif plan.family.value == "cooperative":
+    elif plan.family.value == "cooperative" or plan.ahead:
         plan = dataclasses.replace(plan, groups=min(2, plan.groups))  # one of them computes two
     with alone(grad=True), torch.autocast(device.type, enabled=False):
         small = Small(problem._replace(steps=2, batch=batch), which, device)

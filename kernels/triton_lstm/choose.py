@@ -31,7 +31,7 @@ MOST = 3  # plans that a first call compiles before it falls back on the step fa
 MOST_LONGER = 1.25  # a plan that is compiled already may take so many times the best plan's estimated time
 SLOW_S = 2.0  # after which a log line says what is happening
 KIND = "plans"  # of cached results
-FORMAT = 9  # raised whenever a field of Plan or of the key changes its name or meaning
+FORMAT = 10  # raised whenever a field of Plan or of the key changes its name or meaning
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES: dict[Family, ModuleType] = {

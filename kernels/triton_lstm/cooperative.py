@@ -444,6 +444,7 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
                 candidates.append(Plan(
                     Family.COOPERATIVE, 8, units, chunks, programs, groups, warps, 1, shared, why,
                     tiles_per_group=ceil(tiles / groups), side_by_side=problem.side_by_side, parts=parts,
+                    ahead=tiles > groups and not backward,
                 ))  # fmt: skip
     yield from sorted(candidates, key=lambda plan: expected(problem, device, plan, backward).seconds)
 

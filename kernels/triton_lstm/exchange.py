@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .assembly import operands, types
-from .features import constexpr_function
+from .features import INTERPRETED, constexpr_function
 
 AGAIN = tl.constexpr("""
 add.s32 polls, polls, 1;
@@ -123,10 +123,20 @@ def wait_for(arrivals_ptr, expected, poll_limit, error_ptr, step):
     The first warp polls, and a barrier tells the others whether they are there: what is loaded after it comes after the
     acquire. Past 2^31 arrivals the count wraps around below zero, which the difference ignores.
     """
-    return tl.inline_asm_elementwise(
-        WAIT, "=r,l,r,r,l,r", [arrivals_ptr, expected, poll_limit, error_ptr, step + 1],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    if INTERPRETED:
+        arrived, polls = tl.atomic_add(arrivals_ptr, 0, sem="acquire"), 0
+        while (arrived - expected < 0) & (polls < poll_limit):
+            arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
+            polls = tl.where(tl.load(error_ptr, volatile=True) != 0, poll_limit, polls + 1)
+        failed = arrived - expected < 0
+        tl.store(error_ptr, step + 1, mask=failed & (poll_limit > 0))
+        limit = tl.where(failed, 0, poll_limit)
+    else:
+        limit = tl.inline_asm_elementwise(
+            WAIT, "=r,l,r,r,l,r", [arrivals_ptr, expected, poll_limit, error_ptr, step + 1],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return limit
 
 
 @triton.jit

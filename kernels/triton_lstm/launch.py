@@ -148,7 +148,7 @@ def _constants(problem: Problem, which: Pass, plan: Plan) -> dict[str, Any]:
         H=problem.hidden, P=problem.width, REVERSE=problem.reverse, SAVE=which.save, PROJECT=problem.projected > 0,
         PEEPHOLES=problem.peepholes, PRECISION=problem.precision,
         BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k,
-        UNITS=plan.columns, CHUNKS=plan.k, WARPS=plan.num_warps, PARTS=plan.parts, AHEAD=plan.tiles_per_group > 1,
+        UNITS=plan.columns, CHUNKS=plan.k, WARPS=plan.num_warps, PARTS=plan.parts, AHEAD=plan.ahead,
         HELD=plan.held > 0,
     )  # fmt: skip
 

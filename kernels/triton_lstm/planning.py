@@ -71,6 +71,7 @@ class Plan:
     side_by_side: int = 1  # launches of this plan that fit the card at once
     parts: int = 1  # backward: how many cooperative programs share the gates of a unit; of the step family, parts of K
     held: int = 0  # of the step family: how many programs of a multiprocessor hold W_hh of their units; or none does
+    ahead: bool = False  # a program asks for what its next batch tile multiplies before the cells of this one
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -211,8 +212,7 @@ def _cooperative_clocks(problem: Problem, device: Device, plan: Plan, backward: 
     }
     # With several batch tiles, forward requests the words of the next one ahead. In backward they arrive in time, too,
     # but gates from memory, and words from L2, take as long.
-    ahead = plan.tiles_per_group > 1 and not backward
-    turn["exchange"] = max(0.0, TURN_AHEAD - sum(turn.values())) if ahead else EXCHANGE
+    turn["exchange"] = max(0.0, TURN_AHEAD - sum(turn.values())) if plan.ahead else EXCHANGE
     if backward and plan.parts > 1:
         turn["exchange of partial sums"] = PARTIAL_SUMS
     if problem.normalised:  # of W_hh h and of c, whose sums over all units nothing hides
@@ -248,7 +248,7 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
     if backward:
         instructions += 245 + 42 * sums if plan.parts > 1 else 211
     else:
-        instructions += 210 + 1.5 * units + 8 * plan.k * (plan.tiles_per_group > 1)  # words are requested ahead
+        instructions += 210 + 1.5 * units + 8 * plan.k * plan.ahead  # words are requested ahead
     return instructions, 2 * plan.k * rows // 16, rows + 4 * sums * warps
 
 
@@ -297,7 +297,9 @@ def _held_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -
     """W_hh is in shared memory, and each tile waits for those of the same sequences."""
     of_tile, of_cell, beyond_four = HELD_CELL[backward]
     cells, gates = plan.rows * plan.columns, 1 if backward else 4
-    read = plan.rows * plan.k * problem.size + cells * (5 * problem.size + 16 if backward else 4 * problem.size + 8)
+    read = cells * (5 * problem.size + 16 if backward else 4 * problem.size + 8)
+    if not plan.ahead:  # else h or dgates are loaded while the cells before are computed
+        read += plan.rows * plan.k * problem.size
     tile: dict[str, float] = {
         "L2: states, gates": l2_clocks(read, device, plan) * (HELD_BESIDE if plan.held > 1 else 1),
         "products": cells * gates * plan.k / (FASTER[90] * 4 * 4096 / problem.size / product_clocks(device)),

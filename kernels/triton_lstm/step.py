@@ -60,13 +60,44 @@ def product(
 
 
 @triton.jit
-def product_of_held(
-    held,  # [columns, BLOCK_K] weights
-    a_ptr, row, mask, factors_ptr, factors_row, K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The same, all of K at once; computed as held (factors * a)^T, as wgmma takes 64 rows, and 8 columns or more."""
-    a, _, _ = load_rows(a_ptr, row, mask, factors_ptr, factors_row, tl.arange(0, BLOCK_K), K)
+def product_of_held(held, a, PRECISION: tl.constexpr):
+    """a @ held^T of weights `held` [columns, K] and rows of a [rows, K] -> [rows, columns] float32.
+
+    Computed as held a^T: wgmma takes 64 rows, or a multiple, and 8 columns or more.
+    """
     return tl.trans(tl.dot(held, tl.trans(a), input_precision=PRECISION))
+
+
+@triton.jit
+def h_before(
+    batch_tile, poll_limit, arrivals_ptr, error_ptr, h_prev_ptr, dropout_h_ptr, step, lengths_ptr, resets_ptr, T, B,
+    P: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(The poll limit after the wait for it, h before a step of a tile's sequences, all units, with dropout [BB, BK]).
+
+    There is nothing to wait for, and all is zero, past the last tile.
+    """
+    if batch_tile < tl.cdiv(B, BLOCK_B):
+        poll_limit = wait_for_tile(arrivals_ptr, batch_tile, step, poll_limit, error_ptr, step)
+    sequence = indexing.sequences(batch_tile * BLOCK_B + tl.arange(0, BLOCK_B), lengths_ptr, T, B)
+    time, _, _, continues = indexing.position(step, *sequence, resets_ptr, B, REVERSE)
+    row, batch = indexing.row_before(step, time, sequence[0], B, REVERSE), sequence[0].to(tl.int64)
+    h, _, _ = load_rows(h_prev_ptr, row, continues, dropout_h_ptr, batch, tl.arange(0, BLOCK_K), P)
+    return poll_limit, h
+
+
+@triton.jit
+def dgates_after(
+    batch_tile, poll_limit, arrivals_ptr, error_ptr, dgates_ptr, step, lengths_ptr, resets_ptr, T, B,
+    H: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same of dgates of the step after, for backward."""
+    if batch_tile < tl.cdiv(B, BLOCK_B):
+        poll_limit = wait_for_tile(arrivals_ptr, batch_tile, T - 1 - step, poll_limit, error_ptr, step)
+    sequence = indexing.sequences(batch_tile * BLOCK_B + tl.arange(0, BLOCK_B), lengths_ptr, T, B)
+    _, row, _, continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
+    dgates, _, _ = load_rows(dgates_ptr, row, continues, None, row, tl.arange(0, BLOCK_K), 4 * H)
+    return poll_limit, dgates
 
 
 @triton.jit
@@ -191,7 +222,7 @@ def lstm_step_forward_kernel(
     arrivals_ptr,  # [tiles of sequences] int32 zero, see exchange.grid_barrier; None if there is only one round
     error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
     PROJECT: tl.constexpr, PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """All steps. A step has up to three rounds over the tiles, each ended by a grid-wide barrier.
 
@@ -213,6 +244,9 @@ def lstm_step_forward_kernel(
         for round in tl.static_range(ROUNDS):
             width = P if round > NORM_HH else H
             first, end, stride = tiles_of_program(B, width, BLOCK_B, BLOCK_H, HELD)
+            given = arrivals_ptr, error_ptr, h_prev_ptr, dropout_h_ptr, step, lengths_ptr, resets_ptr, T, B
+            if AHEAD:
+                poll_limit, h_prev = h_before(first, poll_limit, *given, P, REVERSE, BLOCK_B, BLOCK_K)
             for number in range(first, end, stride):
                 tile = tile_of(number, B, BLOCK_B, HELD)
                 batch_tile, unit_tile = tile
@@ -227,22 +261,23 @@ def lstm_step_forward_kernel(
                 count = tl.minimum(H - unit_tile * BLOCK_H, BLOCK_H)  # units of the tile
 
                 # Load.
-                if HELD and step > 0:
-                    poll_limit = wait_for_tile(arrivals_ptr, batch_tile, step, poll_limit, error_ptr, step)
+                if HELD and not AHEAD:
+                    poll_limit, h_prev = h_before(batch_tile, poll_limit, *given, P, REVERSE, BLOCK_B, BLOCK_K)
                 if HELD:
                     x, c_prev = load_cells(gates_ptr, c_prev_ptr, reset_c_ptr, cells, H)
 
                 # Product: all four gates of the tile's units, [BB, 4 BH].
                 if round == 0:
-                    rows = h_prev_ptr, row_prev, continues, dropout_h_ptr, batch.to(tl.int64)
                     if HELD:
-                        z = product_of_held(held, *rows, P, BLOCK_K, PRECISION)
+                        z = product_of_held(held, h_prev, PRECISION)
                     else:
                         z = product(
-                            *rows, None,
+                            h_prev_ptr, row_prev, continues, dropout_h_ptr, batch.to(tl.int64), None,
                             weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, P, BLOCK_K, PRECISION,
                         )  # fmt: skip
                     z = unless_timed_out(z, poll_limit)
+                if AHEAD:  # the cells of this tile are computed while h of the next one is loaded
+                    poll_limit, h_prev = h_before(number + stride, poll_limit, *given, P, REVERSE, BLOCK_B, BLOCK_K)
                 if NORM_HH and round < 2:
                     z_at = product_ptr + product_place(batch, unit_tile, H, BLOCK_H)
                 if NORM_HH and round == 0:
@@ -320,7 +355,7 @@ def lstm_step_backward_kernel(
     arrivals_ptr,  # [tiles of sequences] int32 zero, see exchange.grid_barrier; None if there is only one round
     error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PROJECT: tl.constexpr,
     PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr, HELD: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_K: tl.constexpr, HELD: tl.constexpr, AHEAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """All steps, from the last to the first. A step has two rounds over the tiles if there is a projection, or a layer
     norm of c, which needs sums over all units; each ends with a grid-wide barrier. HELD: as forward.
@@ -347,6 +382,9 @@ def lstm_step_backward_kernel(
             width = H if round + 1 == ROUNDS else P
             rounded = tl.cdiv(P, PARTS * BLOCK_H) * PARTS * BLOCK_H if round < SPLIT else width
             first, end, stride = tiles_of_program(B, rounded, BLOCK_B, BLOCK_H, HELD)
+            given = arrivals_ptr, error_ptr, dgates_ptr, step, lengths_ptr, resets_ptr, T, B
+            if AHEAD:
+                poll_limit, dgates = dgates_after(first, poll_limit, *given, H, REVERSE, BLOCK_B, BLOCK_K)
             for number in range(first, end, stride):
                 tile = tile_of(number, B, BLOCK_B, HELD)
                 batch_tile, unit_tile = tile
@@ -358,8 +396,8 @@ def lstm_step_backward_kernel(
                 time, row, valid, continues = place
                 at, gates_at, state_at, in_tile, valid_tile, continues_tile, reset_tile = cells
                 row_prev = indexing.row_before(step, time, batch, B, REVERSE)[:, None]
-                if HELD and back > 0:
-                    poll_limit = wait_for_tile(arrivals_ptr, batch_tile, back, poll_limit, error_ptr, step)
+                if HELD and not AHEAD:
+                    poll_limit, dgates = dgates_after(batch_tile, poll_limit, *given, H, REVERSE, BLOCK_B, BLOCK_K)
                 if EARLY:
                     gates, c, c_prev = indexing.load_saved(
                         gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[None, :], cells, H
@@ -368,17 +406,16 @@ def lstm_step_backward_kernel(
                 # Product with dgates of the step after, whose [*, 4H] are [PARTS *, K] here.
                 part = unit_tile % PARTS
                 if round == 0:
-                    _, row_next, _, next_continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
-                    norm = None
-                    if NORM_HH:
-                        pairs_at = sums_hh_ptr + pairs_of_step(step + 1, H, BLOCK_H, B)
-                        sum_d, sum_d_unit = sums_of_tiles(pairs_at, batch, valid, B, H, BLOCK_H)
-                        scale = tl.load(scale_hh_ptr + row_next, mask=next_continues, other=0.0)
-                        norm = (unit_hh_ptr, gain_hh_ptr + part * K, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
                     if HELD:
-                        rows = dgates_ptr, row_next, next_continues, None, row_next
-                        dm = product_of_held(held, *rows, K, BLOCK_K, PRECISION)
+                        dm = product_of_held(held, dgates, PRECISION)
                     else:
+                        _, row_next, _, next_continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
+                        norm = None
+                        if NORM_HH:
+                            pairs_at = sums_hh_ptr + pairs_of_step(step + 1, H, BLOCK_H, B)
+                            sum_d, sum_d_unit = sums_of_tiles(pairs_at, batch, valid, B, H, BLOCK_H)
+                            scale = tl.load(scale_hh_ptr + row_next, mask=next_continues, other=0.0)
+                            norm = (unit_hh_ptr, gain_hh_ptr + part * K, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
                         rows = indexing.rows_of_product((row_next * PARTS + part, next_continues), not NORM_HH)
                         dm = product(
                             dgates_ptr, *rows, None, row_next, norm, weight_hh_ptr + tl.cast(part, tl.int64) * (K * P),
@@ -398,6 +435,8 @@ def lstm_step_backward_kernel(
                 elif NORM_C:
                     dm = tl.load(dh_total_ptr + at, mask=valid_tile, other=0.0).to(tl.float32)
                 dm = unless_timed_out(dm, poll_limit)
+                if AHEAD:
+                    poll_limit, dgates = dgates_after(number + stride, poll_limit, *given, H, REVERSE, BLOCK_B, BLOCK_K)
 
                 # The gradient of h.
                 if round < SPLIT:
@@ -501,7 +540,8 @@ def held_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     if not able or not 128 < problem.hidden <= 512 or rounds:
         return []
     found, multiprocessors = [], device.multiprocessors // problem.side_by_side
-    k = power_of_two(problem.hidden * (4 if backward else 1))
+    inner = problem.hidden * (4 if backward else 1)
+    k = power_of_two(inner)
     # wgmma takes 64 columns of the product, or a multiple.
     for rows, columns in itertools.product((16, 32) if backward else (16, 32, 64), (64,) if backward else (16, 32)):
         batch_tiles, programs = ceil(problem.batch / rows), ceil(problem.hidden / columns)
@@ -510,11 +550,14 @@ def held_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
         blocks = 2 if programs * batch_tiles > multiprocessors and 2 * (shared + KB) <= device.shared + KB else 1
         groups = min(batch_tiles, blocks * multiprocessors // programs)
         warps = 4 if rows * columns == 256 else 16 if (rows, columns, blocks) == (64, 32, 1) else 8
+        # A thread has registers for 128 bytes more, beside four cells. Where K is padded nothing is gained.
+        room = rows * k * problem.size <= 128 * 32 * warps and rows * columns <= 4 * 32 * warps
+        ahead = batch_tiles > groups and blocks == 1 and room and k == inner
         if groups > 0 and shared <= device.shared:
             found.append(Plan(
                 Family.STEP, rows, columns, k, programs, groups, warps, 1, shared,
                 "programs hold W_hh in shared memory", tiles_per_group=ceil(batch_tiles / groups),
-                side_by_side=problem.side_by_side, held=blocks,
+                side_by_side=problem.side_by_side, held=blocks, ahead=ahead,
             ))  # fmt: skip
     return sorted(found, key=lambda plan: expected(problem, device, plan, backward).seconds)[:3]
 
