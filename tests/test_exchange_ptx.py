@@ -44,7 +44,7 @@ def compiled(family, name, card, backward, parts=1):
     (launch,) = recorded_launches(problem, Pass(backward), plan)
     arguments = [n for n, p in zip(launch.kernel.arg_names, launch.kernel.params)
                  if not p.is_constexpr and launch.arguments[n] is not None]
-    ahead = plan.tiles_per_group > 1 and not backward  # a look before the loop, and one for the next turn
+    ahead = plan.ahead  # a look before the loop, and one for the next turn
     words = {"load words": 4 * plan.k * (3 if ahead else 1), "store words": 4 if backward else 1}  # of a thread
     if plan.parts > 1:
         words |= {"load partials": parts, "store partials": -(-parts * plan.columns // (4 * plan.num_warps))}
@@ -147,8 +147,9 @@ def _of_barriers(kernel: dict) -> list[str]:
                 problems.append(f"{text} does not {'release' if released else 'acquire'}")
             if before == "memory" if released else after == "memory":
                 problems.append(f"{text} without a barrier")
-    expected = 1 if kernel["held"] else 2  # of the two rounds of a step with a projection, or of products and cells
-    for access, what in (("load", "waits"), (ARRIVE, "arrivals")):
+    rounds = 1 if kernel["held"] else 2  # two: with a projection, or of products and cells
+    waits = rounds + (kernel["held"] and kernel["ahead"])  # for the first tile, and for the next one
+    for access, what, expected in (("load", "waits", waits), (ARRIVE, "arrivals", rounds)):
         count = sum(kind.startswith(access) and kind.endswith("arrivals") for kind, _ in events)
         if count != expected:
             problems.append(f"{count} {what}, not {expected}")
