@@ -148,9 +148,7 @@ def line(case: str, mode: str, place: tuple[str, str], found: dict[str, list[Any
     cells = {"case": case, "mode": mode, "provider": place[1]}
     for side, turns in found.items():
         mine, torchs = (np.concatenate([turn[of] for turn in turns]) for of in (place, (place[0], YARDSTICK)))
-        us = {"us": np.median(mine), "least": mine.min()}
-        if len(found) == 1:
-            us |= {"nn us": np.median(torchs), "nn least": torchs.min()}
+        us = {"us": np.median(mine)} | ({"nn us": np.median(torchs)} if len(found) == 1 else {})
         ratios = {"ratio": np.median(mine / torchs), "of least": mine.min() / torchs.min()}
         cells |= {side + name: f"{1e6 * value:.1f}" for name, value in us.items()}
         cells |= {side + name: f"{value:.2f}" for name, value in ratios.items()}
