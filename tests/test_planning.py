@@ -227,6 +227,8 @@ def test_the_terms_of_a_step():
     assert clocks["instructions, shared memory, or words from L2"] == pytest.approx(8 * 768 * 2 / (28.7 * 132 / 128))
     assert clocks["exchange"] == pytest.approx(planning.EXCHANGE)
     twice = expected(problem, H100, dataclasses.replace(best, tiles_per_group=2, ahead=True), False)
+    alone = dataclasses.replace(best, ahead=True)  # a plan for more sequences
+    assert expected(problem, H100, alone, False).seconds == found.seconds
     turn = sum(clocks.values()) - planning.EXCHANGE
     assert twice.seconds * H100.clock == pytest.approx(2 * max(planning.TURN_AHEAD, turn))
     of_step = expected(problem, H100, step, False)

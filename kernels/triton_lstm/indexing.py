@@ -109,8 +109,7 @@ def cells_at(row, batch, unit, in_batch, valid, continues, H):
 
 # Tensor cores leave a product [rows, columns] in threads of which each has two rows, 8 apart, of its warp's 16, and of
 # every 8 columns two neighbours. Memory is read and written by threads that have 16 neighbouring bytes of rows farther
-# apart. Which row is which sequence, and which column which unit, is free: if ORDERED both are such that (with 32 units
-# in half precision) a thread's products are those of the cells that it reads, and none go to another thread.
+# apart. Which row is which sequence is free: if ORDERED it is such that fewer products go to another thread.
 
 
 @triton.jit

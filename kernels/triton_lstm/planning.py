@@ -152,8 +152,8 @@ LOAD = 270  # from L2
 L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 per clock: when all do, and at most
 SHARED_BYTES = 128  # that a multiprocessor reads or writes in shared memory per clock
 EXCHANGE = 800  # from a store until all readers have it; 650 to 850, from two latencies of L2 and a poll
-TURN_AHEAD = 1050  # the shortest turn where words are requested a turn ahead; fitted
 PARTIAL_SUMS = 1050  # the same for the second exchange of a step, of which more polls come too early; fitted
+TURN_AHEAD = 1050  # the shortest turn where words are requested a turn ahead; fitted
 SHUFFLES = 145  # a sum over the threads of a warp: five, one after another, and an addition each
 GRID_BARRIER = 1500  # of all programs: a barrier, a fence, an atomic, and as long until all have seen it
 ISSUE = 0.6  # of an instruction, which takes a clock; the rest falls into the waits of other warps; fitted
@@ -212,12 +212,17 @@ def _cooperative_clocks(problem: Problem, device: Device, plan: Plan, backward: 
     }
     # With several batch tiles, forward requests the words of the next one ahead. In backward they arrive in time, too,
     # but gates from memory, and words from L2, take as long.
-    turn["exchange"] = max(0.0, TURN_AHEAD - sum(turn.values())) if plan.ahead else EXCHANGE
+    turn["exchange"] = max(0.0, TURN_AHEAD - sum(turn.values())) if _asks_ahead(plan) else EXCHANGE
     if backward and plan.parts > 1:
         turn["exchange of partial sums"] = PARTIAL_SUMS
     if problem.normalised:  # of W_hh h and of c, whose sums over all units nothing hides
         turn["exchanges of layer norms"] = 2 * (EXCHANGE + (2 if backward else 3) * SHUFFLES)
     return {name: plan.tiles_per_group * clocks for name, clocks in turn.items()}
+
+
+def _asks_ahead(plan: Plan) -> bool:
+    """A plan for a larger batch may have one batch tile."""
+    return plan.ahead and plan.tiles_per_group > 1
 
 
 def _on_chip(problem: Problem, device: Device, plan: Plan, backward: bool) -> tuple[float, float, float]:
@@ -298,7 +303,7 @@ def _held_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -
     of_tile, of_cell, beyond_four = HELD_CELL[backward]
     cells, gates = plan.rows * plan.columns, 1 if backward else 4
     read = cells * (5 * problem.size + 16 if backward else 4 * problem.size + 8)
-    if not plan.ahead:  # else h or dgates are loaded while the cells before are computed
+    if not _asks_ahead(plan):  # else h or dgates are loaded while the cells before are computed
         read += plan.rows * plan.k * problem.size
     tile: dict[str, float] = {
         "L2: states, gates": l2_clocks(read, device, plan) * (HELD_BESIDE if plan.held > 1 else 1),
