@@ -165,6 +165,7 @@ STEP_CELL = (0, 535), (1000, 150)  # of a tile, and of each cell of a thread
 STEP_PART = 1400  # of a tile's product of a part of K: until its first operands are there, and after the last; fitted
 # The same where W_hh is held: of a tile, of each of its cells, and of each cell of a thread beyond four.
 HELD_CELL = (1430, 0.73, 150), (1760, 0.73, 225)
+HELD_PARTS = 2050  # of a tile, where the product is split into parts of K; fitted
 HELD_BESIDE = 0.75  # of what two blocks of a multiprocessor read, as one loads while the other computes; fitted
 HELD_ARRIVALS = 700  # of GRID_BARRIER, what is not in them
 
@@ -301,16 +302,20 @@ def _step_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -
 def _held_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
     """W_hh is in shared memory, and each tile waits for those of the same sequences."""
     of_tile, of_cell, beyond_four = HELD_CELL[backward]
-    cells, gates = plan.rows * plan.columns, 1 if backward else 4
+    cells, times = plan.rows * plan.columns, plan.parts if backward else 4
     read = cells * (5 * problem.size + 16 if backward else 4 * problem.size + 8)
     if not _asks_ahead(plan):  # else h or dgates are loaded while the cells before are computed
         read += plan.rows * plan.k * problem.size
+    if plan.parts > 1:  # sums in float32, written and read
+        of_tile, read = HELD_PARTS, read + 8 * plan.parts * cells
     tile: dict[str, float] = {
         "L2: states, gates": l2_clocks(read, device, plan) * (HELD_BESIDE if plan.held > 1 else 1),
-        "products": cells * gates * plan.k / (FASTER[90] * 4 * 4096 / problem.size / product_clocks(device)),
+        "products": cells * times * plan.k / (FASTER[90] * 4 * 4096 / problem.size / product_clocks(device)),
         "gates and cell": of_tile + of_cell * cells + beyond_four * max(0, cells / plan.threads - 4),
     }
-    return {name: plan.tiles_per_group * clocks for name, clocks in tile.items()} | {"arrivals": HELD_ARRIVALS}
+    return {name: plan.tiles_per_group * clocks for name, clocks in tile.items()} | {
+        "arrivals": HELD_ARRIVALS * (2 if plan.parts > 1 else 1)
+    }
 
 
 # For a step by cuBLAS and a kernel.

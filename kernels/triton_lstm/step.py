@@ -89,14 +89,16 @@ def h_before(
 @triton.jit
 def dgates_after(
     batch_tile, poll_limit, arrivals_ptr, error_ptr, dgates_ptr, step, lengths_ptr, resets_ptr, T, B,
-    H: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+    H: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The same of dgates of the step after, for backward."""
+    """The same of dgates of the step after, for backward; of the program's part of K."""
     if batch_tile < tl.cdiv(B, BLOCK_B):
-        poll_limit = wait_for_tile(arrivals_ptr, batch_tile, T - 1 - step, poll_limit, error_ptr, step)
+        rounds = (T - 1 - step) * (2 if PARTS > 1 else 1)
+        poll_limit = wait_for_tile(arrivals_ptr, batch_tile, rounds, poll_limit, error_ptr, step)
     sequence = indexing.sequences(batch_tile * BLOCK_B + tl.arange(0, BLOCK_B), lengths_ptr, T, B)
     _, row, _, continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
-    dgates, _, _ = load_rows(dgates_ptr, row, continues, None, row, tl.arange(0, BLOCK_K), 4 * H)
+    row = row * PARTS + tl.program_id(0) % PARTS
+    dgates, _, _ = load_rows(dgates_ptr, row, continues, None, row, tl.arange(0, BLOCK_K), 4 * H // PARTS)
     return poll_limit, dgates
 
 
@@ -374,8 +376,9 @@ def lstm_step_backward_kernel(
     poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
     held = None
     if HELD:
-        unit = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-        held = tl.trans(load_weights(weight_hh_ptr, unit, unit < P, P, 0, 4 * H, BLOCK_K))
+        of_part = weight_hh_ptr + tl.cast(tl.program_id(0) % PARTS, tl.int64) * (K * P)
+        column = tl.program_id(0) // PARTS * (PARTS * BLOCK_H) + tl.arange(0, PARTS * BLOCK_H)
+        held = tl.trans(load_weights(of_part, column, column < P, P, 0, K, BLOCK_K))
     for back in range(T):
         step = T - 1 - back
         for round in tl.static_range(ROUNDS):
@@ -384,7 +387,7 @@ def lstm_step_backward_kernel(
             first, end, stride = tiles_of_program(B, rounded, BLOCK_B, BLOCK_H, HELD)
             given = arrivals_ptr, error_ptr, dgates_ptr, step, lengths_ptr, resets_ptr, T, B
             if AHEAD:
-                poll_limit, dgates = dgates_after(first, poll_limit, *given, H, REVERSE, BLOCK_B, BLOCK_K)
+                poll_limit, dgates = dgates_after(first, poll_limit, *given, H, REVERSE, BLOCK_B, BLOCK_K, PARTS)
             for number in range(first, end, stride):
                 tile = tile_of(number, B, BLOCK_B, HELD)
                 batch_tile, unit_tile = tile
@@ -396,9 +399,11 @@ def lstm_step_backward_kernel(
                 time, row, valid, continues = place
                 at, gates_at, state_at, in_tile, valid_tile, continues_tile, reset_tile = cells
                 row_prev = indexing.row_before(step, time, batch, B, REVERSE)[:, None]
-                if HELD and not AHEAD:
-                    poll_limit, dgates = dgates_after(batch_tile, poll_limit, *given, H, REVERSE, BLOCK_B, BLOCK_K)
-                if EARLY:
+                if HELD and not AHEAD and round == 0:
+                    poll_limit, dgates = dgates_after(
+                        batch_tile, poll_limit, *given, H, REVERSE, BLOCK_B, BLOCK_K, PARTS
+                    )
+                if EARLY and round + 1 == ROUNDS:
                     gates, c, c_prev = indexing.load_saved(
                         gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[None, :], cells, H
                     )
@@ -423,6 +428,8 @@ def lstm_step_backward_kernel(
                         )  # fmt: skip
                         dm = indexing.rows_of_tile(dm, not NORM_HH)
                 elif round == SPLIT:
+                    if HELD:
+                        poll_limit = wait_for_tile(arrivals_ptr, batch_tile, 2 * back + 1, poll_limit, error_ptr, step)
                     sum_at, dm = sums_ptr + state_at, tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
                     for _ in tl.static_range(PARTS):
                         dm += tl.load(sum_at, mask=valid_tile, other=0.0, cache_modifier=".cg")
@@ -436,7 +443,9 @@ def lstm_step_backward_kernel(
                     dm = tl.load(dh_total_ptr + at, mask=valid_tile, other=0.0).to(tl.float32)
                 dm = unless_timed_out(dm, poll_limit)
                 if AHEAD:
-                    poll_limit, dgates = dgates_after(number + stride, poll_limit, *given, H, REVERSE, BLOCK_B, BLOCK_K)
+                    poll_limit, dgates = dgates_after(
+                        number + stride, poll_limit, *given, H, REVERSE, BLOCK_B, BLOCK_K, PARTS
+                    )
 
                 # The gradient of h.
                 if round < SPLIT:
@@ -494,7 +503,7 @@ def lstm_step_backward_kernel(
                     tl.store(dc_ptr + state_at, tl.where(continues_tile, dc_prev, 0.0), mask=valid_tile)
                     if dreset_c_ptr is not None:
                         tl.store(dreset_c_ptr + at, dc_prev, mask=reset_tile)
-                if HELD and step > 0:
+                if HELD and (step > 0 or round + 1 < ROUNDS):
                     arrive(arrivals_ptr + batch_tile, poll_limit)
             if (arrivals_ptr is not None and not HELD) and (step > 0 or round + 1 < ROUNDS):
                 poll_limit = grid_barrier(arrivals_ptr, ROUNDS * back + round + 1, poll_limit, error_ptr, step)
@@ -532,34 +541,38 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
 def held_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     """The best three plans, by expected time, whose programs hold W_hh of some units in shared memory.
 
-    For products by wgmma, whose operands are there; in TF32 forward only, as backward there is no room. A resident
-    program holds up to 128 units, and beyond 512 these plans gain nothing.
+    For products by wgmma, whose operands are there; backward, also of parts of K. A resident program holds up to 128
+    units, and beyond 512 these plans gain nothing.
     """
     rounds = problem.normalised or (problem.projected and problem.regularised)
     able = device.architecture == 90 and not problem.exact_float32
     if not able or not 128 < problem.hidden <= 512 or rounds:
         return []
     found, multiprocessors = [], device.multiprocessors // problem.side_by_side
-    inner = problem.hidden * (4 if backward else 1)
-    k = power_of_two(inner)
-    # wgmma takes 64 columns of the product, or a multiple.
-    for rows, columns in itertools.product((16, 32) if backward else (16, 32, 64), (64,) if backward else (16, 32)):
-        batch_tiles, programs = ceil(problem.batch / rows), ceil(problem.hidden / columns)
-        shared = (rows + columns * (1 if backward else 4)) * k * problem.size
+    for rows, columns, parts in HELD_BACKWARD if backward else HELD_FORWARD:
+        inner = problem.hidden * (4 if backward else 1) // parts
+        k = power_of_two(inner)
+        batch_tiles, programs = ceil(problem.batch / rows), parts * ceil(problem.hidden / (parts * columns))
+        shared = (rows + columns * (parts if backward else 4)) * k * problem.size
         # While one block of a multiprocessor waits another one computes. The system takes 1 KB of each.
         blocks = 2 if programs * batch_tiles > multiprocessors and 2 * (shared + KB) <= device.shared + KB else 1
         groups = min(batch_tiles, blocks * multiprocessors // programs)
         warps = 4 if rows * columns == 256 else 16 if (rows, columns, blocks) == (64, 32, 1) else 8
         # A thread has registers for 128 bytes more, beside four cells. Where K is padded nothing is gained.
         room = rows * k * problem.size <= 128 * 32 * warps and rows * columns <= 4 * 32 * warps
-        ahead = batch_tiles > groups and blocks == 1 and room and k == inner
+        ahead = batch_tiles > groups and blocks == parts == 1 and room and k == inner
         if groups > 0 and shared <= device.shared:
             found.append(Plan(
                 Family.STEP, rows, columns, k, programs, groups, warps, 1, shared,
                 "programs hold W_hh in shared memory", tiles_per_group=ceil(batch_tiles / groups),
-                side_by_side=problem.side_by_side, held=blocks, ahead=ahead,
+                side_by_side=problem.side_by_side, parts=parts, held=blocks, ahead=ahead,
             ))  # fmt: skip
     return sorted(found, key=lambda plan: expected(problem, device, plan, backward).seconds)[:3]
+
+
+# Sequences, units, parts of K: wgmma takes 64 columns of the product, or a multiple; forward a unit has four.
+HELD_FORWARD = [(rows, columns, 1) for rows in (16, 32, 64) for columns in (16, 32)]
+HELD_BACKWARD = [(16, 64, 1), (32, 64, 1), (32, 32, 2), (16, 16, 4), (32, 16, 4), (64, 32, 4)]
 
 
 def split_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
