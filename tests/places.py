@@ -87,13 +87,14 @@ def split(monkeypatch, parts=4, yield_rate=0.05) -> None:
     _force(monkeypatch, plan, yield_rate)
 
 
-def held(monkeypatch, yield_rate=0.05, asks_ahead=False) -> None:
-    """Every launch is of the step family, of two groups of programs that hold W_hh of 16 units."""
+def held(monkeypatch, yield_rate=0.05, parts=1, asks_ahead=False) -> None:
+    """Every launch is of the step family, of two groups of programs that hold W_hh of 16 units; backward in parts."""
 
     def plan(problem, backward):
-        k, programs, tiles = (4 if backward else 1) * problem.hidden, -(-problem.hidden // 16), -(-problem.batch // 16)
-        sizes = (16, 16, power_of_two(max(16, k)), programs, min(2, tiles), 4, 1, 0)
-        return Plan(Family.STEP, *sizes, "", held=1, ahead=asks_ahead)
+        count, inner = (parts, 4 * problem.hidden // parts) if backward else (1, problem.hidden)
+        programs, tiles = count * -(-problem.hidden // (16 * count)), -(-problem.batch // 16)
+        sizes = (16, 16, power_of_two(max(16, inner)), programs, min(2, tiles), 4, 1, 0)
+        return Plan(Family.STEP, *sizes, "", parts=count, held=1, ahead=asks_ahead)
 
     _force(monkeypatch, plan, yield_rate)
 
@@ -101,6 +102,11 @@ def held(monkeypatch, yield_rate=0.05, asks_ahead=False) -> None:
 def ahead(monkeypatch, yield_rate=0.05) -> None:
     """The same, and programs ask ahead for what the next batch tile needs."""
     held(monkeypatch, yield_rate, asks_ahead=True)
+
+
+def parts(monkeypatch, yield_rate=0.05) -> None:
+    """The same, of parts of K backward."""
+    held(monkeypatch, yield_rate, parts=2)
 
 
 def cooperative(monkeypatch, units=4, groups=8, parts=4, yield_rate=0.05) -> None:
@@ -199,7 +205,8 @@ KERNELS = {
     "torch": Kernels("torch"), "torch/two": Kernels("torch", two_copies), "reference": Kernels("reference"),
     "triton": Kernels("triton"),
     "step": Kernels("triton", step), "held": Kernels("triton", held),
-    "held/ahead": Kernels("triton", ahead), "resident": Kernels("triton", resident),
+    "held/ahead": Kernels("triton", ahead), "held/2": Kernels("triton", parts),
+    "held/4": Kernels("triton", partial(held, parts=4)), "resident": Kernels("triton", resident),
     "split/4": Kernels("triton", split), "split/8": Kernels("triton", partial(split, parts=8)),
     "pointwise": Kernels("triton", pointwise),
     **{f"cooperative/{'/'.join(map(str, plan))}": Kernels("triton", partial(cooperative, **dict(zip(PLAN, plan))))

@@ -59,6 +59,7 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     # And with W_hh in shared memory: two groups, of which one has two tiles of sequences; and three programs
     ("held", F32, (1, "4,35,3,18 4,3,3,40", *DIFFER), (1, "4,18,3,18,7", "plain", MOST)),
     ("held", F16, (1, "4,18,3,40", *both([MOST], ("masks", "expected")))),
+    ("held/2 held/4", F32, (1, "4,35,3,18", *DIFFER)), ("held/4", F16, (1, "4,18,3,40", f"{MOST} masks")),
     ("held/ahead", F32, (1, "4,35,3,18", *DIFFER)), ("held/ahead", F16, (1, "4,50,3,18", f"{MOST} masks")),
     # Whole sequences in one launch of programs that need nobody
     ("resident", F32, (2, "5,3,4,6", "ragged", MIX), (2, "4,3,3,20,7", "plain", "resets"), (4, "1,1,3,1", MIX),

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import threading
 import time
 from functools import partial
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from comparing import assert_as_good_as_torch, check, example
 from interpreted import rounded_to_tf32
-from places import INTERPRETED, ahead, cooperative, forget, held, pointwise, resident, split, step
+from places import INTERPRETED, ahead, cooperative, forget, held, parts, pointwise, resident, split, step
 from standing_in import few_polls
 
 from gpu_lstm.functional import lstm_layer
@@ -163,13 +164,13 @@ FAULTS_OF_TILES = {  # of those that hold W_hh
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("force", [held, ahead], ids=lambda force: force.__name__)
+@pytest.mark.parametrize("force", [held, ahead, parts], ids=lambda force: force.__name__)
 @pytest.mark.parametrize("fault", FAULTS_OF_TILES)
 def test_a_tile_that_does_not_wait_for_those_of_its_sequences_is_detected(monkeypatch, fault, force):
     force(monkeypatch, yield_rate=0.3)
     monkeypatch.setattr(step_kernels, "wait_for_tile", FAULTS_OF_TILES[fault])
     with pytest.raises(AssertionError):
-        check((5, 18 if force is held else 35, 3, 40), "plain", "triton", F32, seeds=5)  # in one order or another
+        check((5, 35 if force is ahead else 18, 3, 40), "plain", "triton", F32, seeds=5)  # in one order or another
 
 
 FAULTS_OF_WORDS = {
@@ -217,13 +218,14 @@ def test_a_program_that_a_norm_leaves_out_is_detected(monkeypatch, norm, directi
         compare(example(3, 2, 3, 8, norms=(norm,)))
 
 
+HELD_WAYS = itertools.product(("forward", "backward"), ("held", "ahead", "parts"))
 FAULTS_OF_WAITS = {  # the module, the function, and what stands in its place
     "lstm_cooperative_forward_kernel": (cooperative_kernels, "publish", lambda *_: None),
     "lstm_cooperative_backward_kernel": (cooperative_kernels, "in_phase", lambda words, phase: words & -2),
     **dict.fromkeys(("lstm_step_forward_kernel", "lstm_step_backward_kernel", "lstm_step_backward_kernel split"), (
         step_kernels, "grid_barrier", lambda arrivals_ptr, times, *given: (
             exchange.grid_barrier(arrivals_ptr, times + 1, *given)))),
-    **dict.fromkeys((f"lstm_step_{way}_kernel {how}" for way in ("forward", "backward") for how in ("held", "ahead")), (
+    **dict.fromkeys(itertools.starmap("lstm_step_{}_kernel {}".format, HELD_WAYS), (
         step_kernels, "wait_for_tile", lambda arrivals_ptr, batch_tile, times, *given: (
             wait_for_tile(arrivals_ptr, batch_tile, times + 1, *given)))),
 }  # fmt: skip
@@ -242,7 +244,7 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, 
     def gradients(h):
         return torch.autograd.grad(h.sum(), (x, h0, c0))
 
-    of_step = {"held": held, "ahead": ahead, "split": split}.get(how, step)
+    of_step = {"held": held, "ahead": ahead, "parts": parts, "split": split}.get(how, step)
     force = of_step if family is step_kernels else partial(cooperative, units=4)
     force(monkeypatch)
     h, states = call()
@@ -267,7 +269,7 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, 
 
 @pytest.mark.parametrize("tiles_per_group", [1, 2])
 @pytest.mark.parametrize(
-    "family", [resident, cooperative, pointwise, step, split, held, ahead], ids=lambda f: f.__name__
+    "family", [resident, cooperative, pointwise, step, split, held, ahead, parts], ids=lambda f: f.__name__
 )
 def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles_per_group):
     """Programs, or whole groups, have no sequence then; the last batch of an epoch runs so."""
