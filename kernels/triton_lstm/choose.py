@@ -18,7 +18,7 @@ import torch
 import triton
 
 from .. import cache
-from ..architectures import KB, shared_memory_of
+from ..architectures import have_room, shared_memory_of
 from ..layer import Verify
 from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
@@ -185,9 +185,9 @@ def why_it_does_not_fit(launches: Iterable[RecordedLaunch], blocks: int) -> str 
             loaded = load(kernel, grid, arguments)
             if loaded.n_spills:
                 raise DoesNotFit(f"{kernel.__name__} spills {4 * loaded.n_spills} bytes a thread")
-            if blocks > 1:  # Triton only looks whether one fits; the system takes 1 KB of each
+            if blocks > 1:  # Triton only looks whether one fits
                 shared, most = loaded.metadata.shared, shared_memory_of(loaded.metadata.target.arch)
-                if blocks * (shared + KB) > most + KB:
+                if not have_room(blocks, shared, most):
                     raise DoesNotFit(f"{blocks} blocks of {kernel.__name__} want {shared} bytes of {most} each")
     except DEVICE_ERRORS:
         raise

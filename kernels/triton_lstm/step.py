@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..architectures import have_room
 from ..problem import Problem, Recurrence
 from . import indexing
 from .cell import cell_forward, gates_backward, normed_output_backward, output, output_backward
 from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
 from .features import MOST_ROWS
 from .norm import gates_of_unit, moments, moments_of_tiles, normalise, normalise_backward, store_pair, sums_of_tiles
-from .planning import KB, Device, Family, Plan, expected, power_of_two
+from .planning import Device, Family, Plan, expected, power_of_two
 
 
 @triton.jit
@@ -88,13 +89,12 @@ def h_before(
 
 @triton.jit
 def dgates_after(
-    batch_tile, poll_limit, arrivals_ptr, error_ptr, dgates_ptr, step, lengths_ptr, resets_ptr, T, B,
+    batch_tile, poll_limit, times, arrivals_ptr, error_ptr, dgates_ptr, step, lengths_ptr, resets_ptr, T, B,
     H: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The same of dgates of the step after, for backward; of the program's part of K."""
+    """The same of dgates of the step after, for backward: of the program's part of K, after so many `times`."""
     if batch_tile < tl.cdiv(B, BLOCK_B):
-        rounds = (T - 1 - step) * (2 if PARTS > 1 else 1)
-        poll_limit = wait_for_tile(arrivals_ptr, batch_tile, rounds, poll_limit, error_ptr, step)
+        poll_limit = wait_for_tile(arrivals_ptr, batch_tile, times, poll_limit, error_ptr, step)
     sequence = indexing.sequences(batch_tile * BLOCK_B + tl.arange(0, BLOCK_B), lengths_ptr, T, B)
     _, row, _, continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
     row = row * PARTS + tl.program_id(0) % PARTS
@@ -370,7 +370,7 @@ def lstm_step_backward_kernel(
     DTYPE: tl.constexpr = dgates_ptr.dtype.element_ty
     SPLIT: tl.constexpr = PARTS > 1
     ROUNDS: tl.constexpr = SPLIT + (2 if PROJECT or NORM_C else 1)
-    EARLY: tl.constexpr = HELD > 0 and BLOCK_B * BLOCK_H <= 1024  # for more cells a thread has no registers left
+    EARLY: tl.constexpr = HELD and BLOCK_B * BLOCK_H <= 1024  # for more cells a thread has no registers left
     tl.static_assert(4 * H % PARTS == 0, "parts of K are equal")
     K: tl.constexpr = 4 * H // PARTS
     poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
@@ -385,7 +385,8 @@ def lstm_step_backward_kernel(
             width = H if round + 1 == ROUNDS else P
             rounded = tl.cdiv(P, PARTS * BLOCK_H) * PARTS * BLOCK_H if round < SPLIT else width
             first, end, stride = tiles_of_program(B, rounded, BLOCK_B, BLOCK_H, HELD)
-            given = arrivals_ptr, error_ptr, dgates_ptr, step, lengths_ptr, resets_ptr, T, B
+            times = ROUNDS * back  # arrivals of each program, for a tile, before this step
+            given = times, arrivals_ptr, error_ptr, dgates_ptr, step, lengths_ptr, resets_ptr, T, B
             if AHEAD:
                 poll_limit, dgates = dgates_after(first, poll_limit, *given, H, REVERSE, BLOCK_B, BLOCK_K, PARTS)
             for number in range(first, end, stride):
@@ -429,7 +430,7 @@ def lstm_step_backward_kernel(
                         dm = indexing.rows_of_tile(dm, not NORM_HH)
                 elif round == SPLIT:
                     if HELD:
-                        poll_limit = wait_for_tile(arrivals_ptr, batch_tile, 2 * back + 1, poll_limit, error_ptr, step)
+                        poll_limit = wait_for_tile(arrivals_ptr, batch_tile, times + 1, poll_limit, error_ptr, step)
                     sum_at, dm = sums_ptr + state_at, tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
                     for _ in tl.static_range(PARTS):
                         dm += tl.load(sum_at, mask=valid_tile, other=0.0, cache_modifier=".cg")
@@ -506,7 +507,7 @@ def lstm_step_backward_kernel(
                 if HELD and (step > 0 or round + 1 < ROUNDS):
                     arrive(arrivals_ptr + batch_tile, poll_limit)
             if (arrivals_ptr is not None and not HELD) and (step > 0 or round + 1 < ROUNDS):
-                poll_limit = grid_barrier(arrivals_ptr, ROUNDS * back + round + 1, poll_limit, error_ptr, step)
+                poll_limit = grid_barrier(arrivals_ptr, times + round + 1, poll_limit, error_ptr, step)
 
 
 def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
@@ -538,6 +539,11 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
     )  # fmt: skip
 
 
+# Sequences, units, parts of K: wgmma takes 64 columns of the product, or a multiple; forward a unit has four.
+HELD_FORWARD = [(rows, columns, 1) for rows in (16, 32, 64) for columns in (16, 32)]
+HELD_BACKWARD = [(16, 64, 1), (32, 64, 1), (32, 32, 2), (16, 16, 4), (32, 16, 4), (64, 32, 4)]
+
+
 def held_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
     """The best three plans, by expected time, whose programs hold W_hh of some units in shared memory.
 
@@ -554,8 +560,8 @@ def held_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
         k = power_of_two(inner)
         batch_tiles, programs = ceil(problem.batch / rows), parts * ceil(problem.hidden / (parts * columns))
         shared = (rows + columns * (parts if backward else 4)) * k * problem.size
-        # While one block of a multiprocessor waits another one computes. The system takes 1 KB of each.
-        blocks = 2 if programs * batch_tiles > multiprocessors and 2 * (shared + KB) <= device.shared + KB else 1
+        # While one block of a multiprocessor waits another one computes.
+        blocks = 2 if programs * batch_tiles > multiprocessors and have_room(2, shared, device.shared) else 1
         groups = min(batch_tiles, blocks * multiprocessors // programs)
         warps = 4 if rows * columns == 256 else 16 if (rows, columns, blocks) == (64, 32, 1) else 8
         # A thread has registers for 128 bytes more, beside four cells. Where K is padded nothing is gained.
@@ -568,11 +574,6 @@ def held_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
                 side_by_side=problem.side_by_side, parts=parts, held=blocks, ahead=ahead,
             ))  # fmt: skip
     return sorted(found, key=lambda plan: expected(problem, device, plan, backward).seconds)[:3]
-
-
-# Sequences, units, parts of K: wgmma takes 64 columns of the product, or a multiple; forward a unit has four.
-HELD_FORWARD = [(rows, columns, 1) for rows in (16, 32, 64) for columns in (16, 32)]
-HELD_BACKWARD = [(16, 64, 1), (32, 64, 1), (32, 32, 2), (16, 16, 4), (32, 16, 4), (64, 32, 4)]
 
 
 def split_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
