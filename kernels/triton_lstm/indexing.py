@@ -215,14 +215,21 @@ def load_state(state_ptr, state_at, continues, reset_ptr, at, reset):
 @triton.jit
 def load_saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H: tl.constexpr):
     """What forward saved of a step: (its activated gates, c, c before it). `row_prev` is the `row_before`."""
-    at, gates_at, _, _, valid, continues, reset = cells
+    at, gates_at, _, _, valid, _, _ = cells
     gates = load_gates(gates_ptr, gates_at, valid, H)
     c = tl.load(c_ptr + at, mask=valid, other=0.0)
+    return gates, c, load_c_before(c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H)
+
+
+@triton.jit
+def load_c_before(c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H: tl.constexpr):
+    """c before a step, as forward saved it."""
+    at, _, _, _, _, continues, reset = cells
     prev_at = row_prev * H + unit
     is_first = tl.zeros(prev_at.shape, tl.int32) + step == 0
     c_prev = tl.load(c0_ptr + prev_at, mask=continues & is_first, other=0.0)
     c_prev += tl.load(c_ptr + prev_at, mask=continues & ~is_first, other=0.0)
-    return gates, c, reset_to(c_prev, reset_c_ptr, at, reset)
+    return reset_to(c_prev, reset_c_ptr, at, reset)
 
 
 @triton.jit

@@ -179,8 +179,9 @@ def expected(problem: Problem, device: Device, plan: Plan, backward: bool) -> Ex
 
 
 def memory_seconds(problem: Problem, device: Device, plan: Plan, backward: bool) -> float:
-    """Of memory traffic: x W_ih^T and h, c and the gates forward; the gates, c twice, dh and dgates backward."""
-    moved = problem.batch * problem.hidden * (13 * problem.size + 8 if backward else 9 * problem.size + 4)
+    """Of memory traffic: x W_ih^T and h, c and the gates forward; the gates, c, dh and dgates backward."""
+    c = 8 if backward and plan.family is not Family.POINTWISE else 4  # bytes of a cell: of two steps, or of one
+    moved = problem.batch * problem.hidden * ((13 if backward else 9) * problem.size + c)
     return moved * plan.side_by_side / device.memory
 
 
@@ -335,8 +336,8 @@ def _pointwise_clocks(problem: Problem, device: Device, plan: Plan, backward: bo
     rate = CUBLAS[1] * 128  # multiply-adds a clock
     if not problem.exact_float32:
         rate = CUBLAS[0] * FASTER.get(device.architecture, 1) * 4 * 4096 / size / product_clocks(device)
-    # The gates twice, h, c thrice and forward what the next product reads; backward dh twice, c before and dc, too.
-    moved = batch * hidden * (10 * size + (16 if backward else 12)) * problem.side_by_side
+    # The gates twice, c twice, h and what the next product reads; backward dh twice, c before, and dc twice.
+    moved = batch * hidden * (10 * size + (12 if backward else 8)) * problem.side_by_side
     step = {
         "product": ceil(tiles / multiprocessors) * CUBLAS_TILE**2 * k / rate,
         "memory": device.clock * moved / device.memory,

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..problem import Problem, Recurrence
 from ..projection import products_in
 from . import indexing
-from .cell import cell_forward, gates_backward, output_backward
+from .cell import cell_forward, gates_backward, next_cell, output_backward
 from .planning import Family, Plan, power_of_two
 from .step import store_hidden, tile_at, tile_of
 
@@ -31,7 +31,7 @@ def lstm_pointwise_forward_kernel(
     h_next_ptr,  # [B, H] out: what the next step multiplies with W_hh, zero where it does not continue; None: as h
     c_ptr,
     h_n_ptr,  # [B, H] out where a sequence has a step
-    c_n_ptr,  # [B, H] float32 out: c after every step
+    c_n_ptr,  # [B, H] float32 out: c after every step, or if SAVE where a sequence ends
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr,
     step, T, B, H: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr, PEEPHOLES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -46,20 +46,20 @@ def lstm_pointwise_forward_kernel(
     z = (0.0, 0.0, 0.0, 0.0)
     if z_ptr is not None:
         z = indexing.load_gates(z_ptr, batch[:, None].to(tl.int64) * (4 * H) + unit[None, :], valid, H)
-    c_prev_ptr = c0_ptr if step == 0 else c_n_ptr
-    c_prev = indexing.load_state(c_prev_ptr, state_at, continues, reset_c_ptr, at, reset)
+    row_prev, is_last = indexing.row_before(step, place[0], batch, B, REVERSE), step == length - 1
+    if SAVE:
+        c_prev = indexing.load_c_before(c_ptr, c0_ptr, reset_c_ptr, step, row_prev[:, None], unit[None, :], cells, H)
+    else:
+        c_prev = indexing.load_state(c0_ptr if step == 0 else c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
     peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
     gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)  # zero in padding, where all was loaded as zero
     c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
-    tl.store(c_n_ptr + state_at, c, mask=valid)
+    tl.store(c_n_ptr + state_at, c, mask=valid & is_last[:, None] if SAVE else valid)
     if SAVE:
         tl.store(c_ptr + at, tl.where(valid, c, 0.0), mask=in_tile)
         indexing.store_gates(gates_ptr, gates_at, valid, gates, H)
     h_prev_ptr = h0_ptr if step == 0 else h_ptr
-    row_prev = indexing.row_before(step, place[0], batch, B, REVERSE)
-    h = store_hidden(
-        h, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells, step == length - 1, H
-    )
+    h = store_hidden(h, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells, is_last, H)
     if h_next_ptr is not None:
         _, _, _, next_continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
         h = h.to(h_ptr.dtype.element_ty)
@@ -93,9 +93,9 @@ def lstm_pointwise_backward_kernel(
     dh = indexing.add_gradients_given(dh, dh_ptr, dh_n_ptr, (step == length - 1)[:, None], cells)
     dh = indexing.zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
     row_prev = indexing.row_before(step, place[0], batch, B, REVERSE)[:, None]
-    gates, c, c_prev = indexing.load_saved(
-        gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[None, :], cells, H
-    )
+    gates = indexing.load_gates(gates_ptr, gates_at, valid, H)
+    c_prev = indexing.load_c_before(c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[None, :], cells, H)
+    c = next_cell(gates, c_prev)  # not loaded: memory is what large batches wait for
     dc = tl.load(dc_ptr + state_at, mask=valid, other=0.0)
     dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
     dz_o, dc_of_h = output_backward(gates[3], c, dh)
