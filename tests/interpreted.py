@@ -73,7 +73,7 @@ def look(at, left, GROUPS, SIZE, STRIDE, TOGETHER):
     return tuple(tl.load(at + offset, mask=left > offset, other=0, volatile=True) for offset in offsets)
 
 
-def collect(at, left, phase, error_ptr, step, GROUPS, SIZE, STRIDE, TOGETHER, PHASED, seen=None):
+def collect(at, left, phase, error_ptr, step, GROUPS, SIZE, STRIDE, TOGETHER, PHASED, seen=None, delay=None):
     place, awaited = (at, left, GROUPS, SIZE, STRIDE, TOGETHER), (left, phase, SIZE, STRIDE, PHASED)
     words = seen or look(*place)
     polls, poll_limit = 0, tl.load(error_ptr + 1)
@@ -84,7 +84,8 @@ def collect(at, left, phase, error_ptr, step, GROUPS, SIZE, STRIDE, TOGETHER, PH
     if count_missing(words, *awaited) > 0:
         tl.store(error_ptr, step + 1)
     there = ~are_missing(words, *awaited)
-    return _tensors(np.where(there, [word.handle.data for word in words], np.int32(-1)), tl.int32)
+    words = _tensors(np.where(there, [word.handle.data for word in words], np.int32(-1)), tl.int32)
+    return words if delay is None else (*words, delay)
 
 
 def count_missing(*awaited):

@@ -216,7 +216,7 @@ def lstm_cooperative_forward_kernel(
     affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H) if NORM_C else None
 
     step, tile = 0, tl.program_id(1)
-    seen = None
+    seen, delay = None, None if AHEAD else tl.zeros_like(thread)
     if AHEAD:
         words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
         seen = look(words[0], words[1], CHUNKS, 4, STRIDE, TOGETHER)
@@ -226,15 +226,16 @@ def lstm_cooperative_forward_kernel(
         _, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
         cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
         at, gates_at, state_at, in_tile, valid, continues, reset = cells
-        # With one batch tile the conversion of x waits for it before the poll, which would come too early otherwise.
-        x = indexing.load_gates(gates_ptr, gates_at, valid, H, AHEAD)
+        x = indexing.load_gates(gates_ptr, gates_at, valid, H, True)
         c_prev = indexing.load_state(c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
         if not AHEAD:
             words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
         words_at, left, of_column, from_h = words
-        h_prev = collect(words_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, seen)
+        h_prev = collect(words_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, seen, delay)
+        if not AHEAD:
+            h_prev, delay = h_prev[: 4 * CHUNKS], h_prev[4 * CHUNKS]
         if PADDING:
             collected, h_prev = h_prev, ()
             for n in tl.static_range(4 * CHUNKS):
@@ -335,6 +336,7 @@ def lstm_cooperative_backward_kernel(
     affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H) if NORM_C else None
 
     step, tile = T - 1, tl.program_id(1)
+    delay, delay_of_sums = tl.zeros_like(thread), tl.zeros_like(thread)
     lost = tl.zeros((32 * WARPS,), tl.int1)  # a program timed out: what depends on it is NaN, past resets, too
     for turn in range(T * tiles_of_group(B)):
         # Load before waiting: the data arrive meanwhile.
@@ -361,8 +363,8 @@ def lstm_cooperative_backward_kernel(
         row_next = indexing.row_of(indexing.time_of(step + 1, length, REVERSE), of_column, B)
         dgates_at = words_ptr + row_next * (4 * W) + part * K + first_word
         left = tl.where(in_column & (step < T - 1), K - first_word, 0)
-        dz = collect(dgates_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False)
-        parts = product(weights, dz, DTYPE)
+        dz = collect(dgates_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, None, delay)
+        parts, delay = product(weights, dz[: 4 * CHUNKS], DTYPE), dz[4 * CHUNKS]
         has_sums = thread < SEQUENCES * SUM_ROW
         sums = sum_over_warps(parts, sum_rows, sum_sequences, has_sums, turn % 2, WARPS)
         phase = (T - 1 - step) % 2
@@ -375,7 +377,8 @@ def lstm_cooperative_backward_kernel(
                 publish(to_at, in_phase(pack(sums[n], tl.float32), phase), wanted)
             parts_at = partials_ptr + batch.to(tl.int64) * (PARTS * H) + unit
             left = tl.where(in_tile, PARTS * H, 0)  # at every step: no phase is skipped
-            words = collect(parts_at, left, phase, error_ptr, step, PARTS, 1, H, 1, True)
+            words = collect(parts_at, left, phase, error_ptr, step, PARTS, 1, H, 1, True, None, delay_of_sums)
+            delay_of_sums = words[PARTS]
             dh_next = words[0].to(tl.float32, bitcast=True)
             for n in tl.static_range(1, PARTS):
                 dh_next += words[n].to(tl.float32, bitcast=True)

@@ -19,6 +19,11 @@ import triton.language as tl
 from .assembly import operands, types
 from .features import INTERPRETED, constexpr_function
 
+# How long a warp waits before it polls first, in sixteenths of a turn of a loop, which takes some 30 clocks. A poll in
+# vain costs as much as what it loads, ten turns or more; so next time it waits two turns longer, and each time that
+# words are there at once a sixteenth of a turn less.
+LONGER, SHORTER, LONGEST = 32, 1, 4096
+
 AGAIN = tl.constexpr("""
 add.s32 polls, polls, 1;
 and.b32 rest, polls, 63;
@@ -156,16 +161,20 @@ def collect(
     TOGETHER: tl.constexpr,  # 1, 2 or 4: neighbours of one load; they lie at a multiple of as many words
     PHASED: tl.constexpr,
     seen=None,  # what `look` returned for the same place, instead of a first poll
+    delay=None,  # or how long to wait before the first poll, [THREADS]; see LONGER
 ):  # fmt: skip
     """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32; others are zero. Relaxed loads of
-    gpu scope, repeated while a word is the sentinel or, if PHASED, of the other phase; each warp polls for itself."""
-    COUNT: tl.constexpr = GROUPS * SIZE
-    SEEN: tl.constexpr = 0 if seen is None else COUNT
+    gpu scope, repeated while a word is the sentinel or, if PHASED, of the other phase; each warp polls for itself.
+    If a delay is given, that of the next wait for the same words follows them."""
+    SEEN: tl.constexpr = seen is not None
+    DELAYED: tl.constexpr = delay is not None
+    RESULTS: tl.constexpr = GROUPS * SIZE + DELAYED
     given = (at, left, phase, error_ptr, step + 1)
+    given = given + seen if SEEN else given + (delay,) if DELAYED else given
     return tl.inline_asm_elementwise(
-        polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, SEEN > 0),
-        operands("=&r", COUNT, "l", 1, "r", 2, "l", 1, "r", 1 + SEEN),
-        given + seen if SEEN else given, dtype=types(tl.int32, COUNT), is_pure=False, pack=1,
+        polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, SEEN, delayed=DELAYED),
+        operands("=&r", RESULTS, "l", 1, "r", 2, "l", 1, "r", len(given) - 4),
+        given, dtype=types(tl.int32, RESULTS), is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -180,16 +189,19 @@ def look(at, left, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexp
 
 @constexpr_function
 def polling_loop(
-    groups: int, size: int, stride: int, together: int, phased: bool = False, seen: bool = False, once: bool = False
-) -> str:
+    groups: int, size: int, stride: int, together: int,
+    phased: bool = False, seen: bool = False, once: bool = False, delayed: bool = False,
+) -> str:  # fmt: skip
     """PTX that loads words until all are there, or a program timed out; missing words become the sentinel, a NaN.
 
-    Operands: the words, the place of the first, how many are left; unless they are loaded `once`, the phase, the error
-    word, its value, and if `seen` the words of a first look. A pass loads at once all groups of neighbours of which one
-    is still missing. The lanes of a warp loop together, by vote.
+    Operands: the words and, if `delayed`, the next delay; the place of the first, how many are left; unless they are
+    loaded `once`, the phase, the error word, its value, and the words of a first look if they were `seen`, or the
+    delay. A pass loads at once all groups of neighbours of which one is still missing. The lanes of a warp loop
+    together, by vote.
     """
     count = groups * size
-    at, left, phase, error, step = (f"${count + n}" for n in range(5))
+    results = count + delayed
+    at, left, phase, error, step, delay = (f"${results + n}" for n in range(6))
     firsts = range(0, count, together)  # the first words of all loads
     offset = {n: n // size * stride + n % size for n in firsts}
     lines = [
@@ -199,7 +211,12 @@ def polling_loop(
     lines += [] if once else [f"mov.b64 error, {error};", f"mov.b32 step, {step};"]
     for n in firsts:
         lines.append(f"setp.gt.s32 missing{n}, {left}, {offset[n]};")
-        lines += [f"mov.b32 ${n + i}, {f'${count + 5 + n + i}' if seen else 0};" for i in range(together)]
+        lines += [f"mov.b32 ${n + i}, {f'${results + 5 + n + i}' if seen else 0};" for i in range(together)]
+    if delayed:  # the vote keeps the compiler from leaving out a loop that computes nothing
+        lines += [
+            f"shr.s32 rest, {delay}, 4;", "DELAY:", "add.s32 rest, rest, -1;", "setp.ge.s32 any, rest, 0;",
+            "vote.sync.any.pred any, any, -1;", "@any bra DELAY;",
+        ]  # fmt: skip
     lines += ["bra SEEN;"] * seen + ["POLL:"] * (not once)
     for n in firsts:
         words = ", ".join(f"${n + i}" for i in range(together))
@@ -223,4 +240,10 @@ def polling_loop(
         lines.append(f"or.pred any, any, missing{n};")
     lines += ["vote.sync.any.pred any, any, -1;", "@!any bra DONE;", AGAIN.value]
     lines += [f"@missing{n} mov.b32 ${n + i}, -1;" for n in firsts for i in range(together)] if phased else []
-    return "\n".join(["{", *lines, "DONE:", "}"])
+    lines.append("DONE:")
+    if delayed:
+        lines += [
+            "setp.eq.s32 any, polls, 0;", f"selp.b32 rest, -{SHORTER}, {LONGER}, any;", f"add.s32 rest, rest, {delay};",
+            "max.s32 rest, rest, 0;", f"min.s32 ${count}, rest, {LONGEST};",
+        ]  # fmt: skip
+    return "\n".join(["{", *lines, "}"])
