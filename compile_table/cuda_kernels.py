@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, plans
-from gpu_lstm.kernels.cupy_lstm.source import KERNELS, OPTIONS, join, name_expression, parts
+from gpu_lstm.kernels.cupy_lstm.source import KERNELS, OPTIONS, join, name_expression, optional, parts
 from gpu_lstm.kernels.problem import Problem
 
 from .report import PRECISIONS, Report, read
@@ -102,8 +102,8 @@ def _nvrtc() -> ctypes.CDLL:
 
 
 @functools.cache
-def compile_for(case: Case) -> Binary:
-    """The kernel of a case, compiled for its card as the launcher does it.
+def compile_for(case: Case, given: frozenset[str] | None = None) -> Binary:
+    """The kernel of a case, compiled for its card as the launcher does it: for all optional arguments, or those given.
 
     Raises:
         ImportError: NVRTC is missing.
@@ -127,7 +127,9 @@ def compile_for(case: Case) -> Binary:
         return "\n".join(line for line in lines if not re.match("nvrtc: warning: Architectures prior to", line))
 
     template = case.plan.template(case.backward)
-    expression = name_expression(KERNELS[case.backward], case.problem.dtype, template).encode()
+    kernel = KERNELS[case.backward]
+    given = frozenset(optional(kernel)) if given is None else given
+    expression = name_expression(kernel, case.problem.dtype, template, given).encode()
     options = [o.encode() for o in (*OPTIONS, f"--gpu-architecture=sm_{case.card.architecture}")]
     check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), join(parts()).encode(), b"lstm.cu", 0, None, None))
     try:

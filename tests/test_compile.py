@@ -204,8 +204,8 @@ COUNTS = {
     ("cooperative_backward", PLAIN): Loop(450, barriers=1, products=24, shared=48, loads=24, stores=6),
     ("resident_forward", MANY): Loop(400, barriers=1, products=32, shared=72, loads=16, stores=24),
     ("resident_backward", MANY): Loop(470, barriers=1, products=32, shared=288, loads=32, stores=16),
-    ("cooperative_forward", NORMED): Loop(610, barriers=1, products=18, shared=176, loads=18, stores=13),
-    ("cooperative_backward", NORMED): Loop(730, barriers=1, products=24, shared=48, loads=40, stores=15),
+    ("cooperative_forward", NORMED): Loop(620, barriers=1, products=18, shared=176, loads=18, stores=13),
+    ("cooperative_backward", NORMED): Loop(740, barriers=1, products=24, shared=48, loads=40, stores=15),
 }
 
 

@@ -180,11 +180,12 @@ def test_a_planted_fault_is_detected(monkeypatch, faults, change):
         cuda(monkeypatch, choose, seeds=itertools.repeat(seed), changes=changes)
         try:
             check(size, words, "cupy", dtype, seeds=1)
-        except AssertionError:
+        except (AssertionError, RuntimeError):  # wrong numbers, or words that never come
             return True
         return False
 
-    assert any(map(is_detected, range(4))) == (change is not None)
+    seeds = range(300 if change else 4)  # few let a warp get far ahead
+    assert any(map(is_detected, seeds)) == (change is not None)
 
 
 def test_a_launch_whose_blocks_are_not_all_there_ends_and_is_reported(monkeypatch):

@@ -10,6 +10,8 @@
 //            together. Each holds W_hh^T of all of these for its own part of the gates, reads that part of dgates, and
 //            publishes its partial sums of dh in a second, small exchange, which PARTS = 1 does not need.
 //
+// WITH_...: false where an argument is known to be null, or false, so that nothing is compiled for it.
+//
 // CHUNKS > 0 keeps the weights in registers and multiplies on tensor cores (sm_80 and newer); 0 reads them every step.
 //
 // A row of H elements is padded to W words, a multiple of 16 bytes: W is a multiple of 4. All beyond H is zero.
@@ -42,7 +44,8 @@ struct Walk {
     }
 };
 
-template <typename E, int H, int UNITS, int WARPS, int CHUNKS>
+template <typename E, int H, int UNITS, int WARPS, int CHUNKS, bool WITH_C, bool WITH_LENGTHS, bool WITH_RESETS,
+          bool WITH_RESET_C, bool WITH_REVERSE>
 __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     E* gates,                 // [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, where c is given: activated gates
     const unsigned* weights,  // [4H, W] W_hh
@@ -55,6 +58,11 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     const float* reset_c,     // [T*B, H] what c is reset to; null: zeros
     int* error,               // [1]
     int T, int B, bool reverse) {
+    if (!WITH_C) c = nullptr;
+    if (!WITH_LENGTHS) lengths = nullptr;
+    if (!WITH_RESETS) resets = nullptr;
+    if (!WITH_RESET_C) reset_c = nullptr;
+    if (!WITH_REVERSE) reverse = false;
     constexpr int W = WORDS<E, H>;
     using Rows = Product<E, 4 * UNITS, W, WARPS, CHUNKS>;  // pairs are the gates i and f, then g and o, of a unit
     const Own<UNITS, WARPS> own;
@@ -70,6 +78,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     load_rows_of(begin.row);
 
     int turn = 0;
+    Delay delay;
     for (int step = 0; step < T; ++step)
         for (auto walk = begin; walk.tile < B; walk.next(), turn ^= 1) {
             if (CHUNKS == 0) load_rows_of(walk.row);
@@ -91,9 +100,10 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
 
             // Product with h of the step before.
             const int time_before = step == 0 ? T : time_of(step - 1, its_length, reverse);
+            delay.pass();
             typename Rows::Words h_prev(h + row_of(time_before, of_column, B) * W + product.lane.first_word,
                                         of_column < B ? W - product.lane.first_word : 0);
-            product.multiply(h_prev, turn, {error, step});
+            delay.learn(product.multiply(h_prev, turn, {error, step}));
 
             // Gates and cell.
             const float2 z_if = Rows::sum(own.unit, own.sequence, turn);
@@ -121,7 +131,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
         }
 }
 
-template <typename E, int H, int UNITS, int WARPS, int CHUNKS, int PARTS>
+template <typename E, int H, int UNITS, int WARPS, int CHUNKS, int PARTS, bool WITH_DH, bool WITH_DH_N, bool WITH_LENGTHS,
+          bool WITH_RESETS, bool WITH_RESET_C, bool WITH_DRESET_C, bool WITH_REVERSE>
 __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     const E* dh,              // [T*B, H] or null
     const E* dh_n,            // [B, H] or null
@@ -138,6 +149,13 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     float* dreset_c,          // [T*B, H] its gradient, out where there is a reset; null where reset_c is
     int* error,               // [1]
     int T, int B, bool reverse) {
+    if (!WITH_DH) dh = nullptr;
+    if (!WITH_DH_N) dh_n = nullptr;
+    if (!WITH_LENGTHS) lengths = nullptr;
+    if (!WITH_RESETS) resets = nullptr;
+    if (!WITH_RESET_C) reset_c = nullptr;
+    if (!WITH_DRESET_C) dreset_c = nullptr;
+    if (!WITH_REVERSE) reverse = false;
     constexpr int W = WORDS<E, H>;
     constexpr int ROWS = PARTS * UNITS;  // pairs are the units n and n + ROWS / 2
     constexpr int K = 4 / PARTS * W;
@@ -156,6 +174,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     load_rows_of(begin.row);
 
     int turn = 0;
+    Delay delay, delay_of_sums;
     for (int step = T - 1; step >= 0; --step)
         for (auto walk = begin; walk.tile < B; walk.next(), turn ^= 1) {
             if (CHUNKS == 0) load_rows_of(walk.row);
@@ -183,9 +202,10 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             // Product with dgates of the step after. It waits in padding and at resets, too: otherwise it could
             // overwrite partial sums that another block still waits for.
             const long long row_after = row_of(time_of(step + 1, its_length, reverse), of_column, B);
+            delay.pass();
             typename Rows::Words dz(dgates + (row_after * 4 + 4 / PARTS * part) * W + product.lane.first_word,
                                     step < T - 1 & of_column < B ? K - product.lane.first_word : 0);
-            product.multiply(dz, turn, {error, step});
+            delay.learn(product.multiply(dz, turn, {error, step}));
 
             // The gradient through the step after, for the thread's cell.
             float from_next;
@@ -206,8 +226,9 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
                     store_relaxed_if(wanted & high < H, to + high, in_phase(sums.y, phase));
                 }
                 float parts[PARTS];
-                await_phase(parts, partials + static_cast<long long>(batch) * PARTS * H + unit, H, in_batch, phase,
-                            {error, step});
+                delay_of_sums.pass();
+                delay_of_sums.learn(await_phase(parts, partials + static_cast<long long>(batch) * PARTS * H + unit, H,
+                                                in_batch, phase, {error, step}));
                 from_next = parts[0];
 #pragma unroll
                 for (int n = 1; n < PARTS; ++n) from_next += parts[n];

@@ -11,6 +11,22 @@ constexpr unsigned SENTINEL = 0xFFFFFFFF;
 constexpr unsigned A_NAN = 0x7FC00000;    // not the sentinel
 constexpr int POLLS_BETWEEN_CHECKS = 64;  // the error word is in host memory
 
+// How long a warp waits before it polls first, in sixteenths of a turn of a loop, which takes some 30 clocks. A poll in
+// vain costs as much as what it loads, ten turns or more; so next time it waits two turns longer, and each time that
+// words are there at once a sixteenth of a turn less.
+struct Delay {
+    static constexpr int LONGER = 32, SHORTER = 1, LONGEST = 4096;
+    int sixteenths = 0;
+
+    __device__ void pass() const {
+        for (int turns = sixteenths / 16; any_of_warp(turns > 0); --turns) {}  // the vote keeps it from being left out
+    }
+
+    __device__ void learn(bool in_vain) {
+        sixteenths = min(max(sixteenths + (in_vain ? LONGER : -SHORTER), 0), LONGEST);
+    }
+};
+
 // With two-byte elements, an even thread's word has its own element in the low half and the next thread's in the high
 // half; an odd thread's word is not used.
 template <typename E>
@@ -68,9 +84,9 @@ struct Quads {
     }
 };
 
-// Floats of a phase at from[0], from[stride], ...; zeros if they are not wanted.
+// Floats of a phase at from[0], from[stride], ...; zeros if they are not wanted. Whether a poll was in vain.
 template <int COUNT>
-__device__ void await_phase(float (&x)[COUNT], const unsigned* from, int stride, bool wanted, int phase,
+__device__ bool await_phase(float (&x)[COUNT], const unsigned* from, int stride, bool wanted, int phase,
                             Polling polling) {
     unsigned word[COUNT];
     bool missing;
@@ -91,4 +107,5 @@ __device__ void await_phase(float (&x)[COUNT], const unsigned* from, int stride,
             if ((word[n] & 1) != phase) word[n] = A_NAN;
 #pragma unroll
     for (int n = 0; n < COUNT; ++n) x[n] = wanted ? __uint_as_float(word[n]) : 0.0f;
+    return polling.polls > 0;
 }

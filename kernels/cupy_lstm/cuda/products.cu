@@ -98,7 +98,7 @@ struct Product : Parts<ROWS / 2, WARPS> {
                 }
     }
 
-    __device__ void multiply(Words& x, int turn, Polling polling) const {
+    __device__ bool multiply(Words& x, int turn, Polling polling) const {
         x.await(polling);
         float even[TILES][4] = {}, odd[TILES][4] = {};  // two chains of dependent products
 #pragma unroll
@@ -118,6 +118,7 @@ struct Product : Parts<ROWS / 2, WARPS> {
                 parts[(2 * lane.quarter + n) * Sums::PITCH + 8 * tile + lane.column] = {
                     even[tile][n] + odd[tile][n], even[tile][2 + n] + odd[tile][2 + n]};
         __syncthreads();
+        return polling.polls > 0;
     }
 };
 
@@ -146,7 +147,7 @@ struct Product<E, ROWS, W, WARPS, 0> : Parts<ROWS / 2, WARPS> {
 
     __device__ static int mine(int n) { return threadIdx.x % 32 + 32 * n; }
 
-    __device__ void multiply(Words& x, int turn, Polling polling) const {
+    __device__ bool multiply(Words& x, int turn, Polling polling) const {
         uint4* const stage = reinterpret_cast<uint4*>(Sums::of_warp(0, 2)) + lane.warp * AHEAD * SEQUENCES * 4;
         float sums[MINE][SEQUENCES] = {};
         for (int first = 0; first < W; first += AHEAD * STRIDE) {
@@ -178,5 +179,6 @@ struct Product<E, ROWS, W, WARPS, 0> : Parts<ROWS / 2, WARPS> {
             for (int s = 0; s < SEQUENCES; ++s)
                 parts[2 * (s * Sums::PITCH + mine(n) % PAIRS) + mine(n) / PAIRS] = sums[n][s];
         __syncthreads();
+        return polling.polls > 0;
     }
 };
