@@ -226,7 +226,7 @@ def lstm_cooperative_forward_kernel(
         _, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
         cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
         at, gates_at, state_at, in_tile, valid, continues, reset = cells
-        x = indexing.load_gates(gates_ptr, gates_at, valid, H, True)
+        x = indexing.load_gates(gates_ptr, gates_at, valid, H, True)  # converted here, they would be waited for first
         c_prev = indexing.load_state(c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
@@ -345,7 +345,9 @@ def lstm_cooperative_backward_kernel(
         cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
         at, gates_at, state_at, in_tile, valid, continues, reset = cells
         row_prev = indexing.row_before(step, time, batch, B, REVERSE)
-        gates, c, c_prev = indexing.load_saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H)
+        gates = indexing.load_gates(gates_ptr, gates_at, valid, H, True)  # as forward
+        c = tl.load(c_ptr + at, mask=valid, other=0.0)
+        c_prev = indexing.load_c_before(c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H)
         dc = tl.load(dc_ptr + state_at, mask=valid, other=0.0)
         if NORM_HH:
             unit_hh = indexing.load_gates(unit_hh_ptr, gates_at, valid, H)
@@ -353,8 +355,7 @@ def lstm_cooperative_backward_kernel(
         if NORM_C:
             unit_c = tl.load(unit_c_ptr + at, mask=valid, other=0.0)
             scale_c = tl.load(scale_c_ptr + row, mask=valid, other=0.0)
-        zeros = tl.zeros((32 * WARPS,), tl.float32)
-        dh = indexing.add_gradients_given(zeros, dh_ptr, dh_n_ptr, step == length - 1, cells)
+        dh_given = indexing.load_gradients_given(dh_ptr, dh_n_ptr, step == length - 1, cells)
         _, _, _, next_continues = indexing.position(step + 1, batch, in_batch, length, resets_ptr, B, REVERSE)
 
         # Product: dh of the partners' units, as far as it comes from the part's gates. Words of padding and after
@@ -385,10 +386,12 @@ def lstm_cooperative_backward_kernel(
         dh_next = tl.where(next_continues, dh_next, 0.0)
         if dropout_h_ptr is not None:
             dh_next *= tl.load(dropout_h_ptr + state_at, mask=valid, other=0.0).to(tl.float32)
-        dh = indexing.zoneout_h_backward(dh + dh_next, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
+        dh = indexing.add_as_float(dh_next, dh_given)
+        dh = indexing.zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
 
         # Cell.
         exchanged = (batch, in_batch, phase, error_ptr, step)
+        gates = indexing.as_float(gates)
         dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
         if NORM_C:
             dz_o, d_unit = normed_output_backward(gates[3], unit_c, dh, *affine_c)

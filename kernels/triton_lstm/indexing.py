@@ -170,6 +170,13 @@ def load_gates(gates_ptr, at, mask, H: tl.constexpr, AS_STORED: tl.constexpr = F
 
 
 @triton.jit
+def as_float(gates):
+    """What load_gates loaded AS_STORED."""
+    i, f, g, o = gates
+    return i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
+
+
+@triton.jit
 def store_gates(gates_ptr, at, mask, gates, H: tl.constexpr):
     """The reverse of load_gates, rounded to the tensor's dtype."""
     for n in tl.static_range(4):
@@ -233,14 +240,29 @@ def load_c_before(c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H: tl
 
 
 @triton.jit
-def add_gradients_given(dh, dh_ptr, dh_n_ptr, is_last, cells):
-    """dh and the gradients that backward is given: of the step's h and, where it `is_last`, of h_n."""
+def load_gradients_given(dh_ptr, dh_n_ptr, is_last, cells):
+    """The gradients that backward is given, as they are stored: of the step's h and, where it `is_last`, of h_n."""
     at, _, state_at, _, valid, _, _ = cells
+    given = ()
     if dh_ptr is not None:
-        dh += tl.load(dh_ptr + at, mask=valid, other=0.0).to(tl.float32)
+        given = given + (tl.load(dh_ptr + at, mask=valid, other=0.0),)
     if dh_n_ptr is not None:
-        dh += tl.load(dh_n_ptr + state_at, mask=valid & is_last, other=0.0).to(tl.float32)
-    return dh
+        given = given + (tl.load(dh_n_ptr + state_at, mask=valid & is_last, other=0.0),)
+    return given
+
+
+@triton.jit
+def add_as_float(x, others):
+    """x and all others."""
+    for n in tl.static_range(len(others)):
+        x += others[n].to(tl.float32)
+    return x
+
+
+@triton.jit
+def add_gradients_given(dh, dh_ptr, dh_n_ptr, is_last, cells):
+    """dh and the gradients that backward is given."""
+    return add_as_float(dh, load_gradients_given(dh_ptr, dh_n_ptr, is_last, cells))
 
 
 @triton.jit
