@@ -4,6 +4,7 @@ import collections
 import itertools
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from math import ceil, prod
 from types import SimpleNamespace
@@ -295,6 +296,22 @@ def test_no_kernel_spills_weights_stay_in_registers_and_a_step_has_one_barrier(r
             assert row.loop.barriers == 1
             products = 2 * case.plan.chunks * case.plan.units * (case.plan.parts if case.backward else 4) // 16
             assert row.loop.products == products
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_kernel_reads_no_argument_that_is_not_given(rows, backward):
+    """As the PTX says, in which every parameter has its number; so nothing of it is in the time loop either."""
+    case = next(case for case, _ in rows if case.backward == backward and case.plan.chunks)
+    kernel = source.KERNELS[backward]
+    numbers, names = {name: n for n, name in enumerate(source.parameters(kernel))}, source.optional(kernel)
+
+    def read(given: Iterable[str]) -> set[str]:
+        ptx = cuda_kernels.compile_for(case, frozenset(given)).ptx
+        return {name for name in names if re.search(rf"ld\.param\S* [^;]*_param_{numbers[name]}\]", ptx)}
+
+    assert read(names) == set(names)
+    for given in ((), *zip(names)):
+        assert read(given) == set(given)
 
 
 def test_a_kernel_that_spills_does_not_fit():

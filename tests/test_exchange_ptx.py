@@ -205,3 +205,30 @@ def test_words_are_loaded_from_where_they_lie_and_only_as_many_as_there_are(size
     places = [int(place) for place in re.findall(r"ld\.relaxed\.gpu\.[^\[]*\[\$\d+ \+ (\d+)\]", text)]
     counts = [int(count) for count in re.findall(r"setp\.gt\.s32 missing\d+, \$\d+, (\d+);", text)]
     assert (places, counts) == ([4 * word for word in words], words)
+
+
+def delays_of(text: str) -> list[str]:
+    """Labels and branches of a polling loop with a delay, in their order."""
+    return re.findall(r"^(?:DELAY|POLL|DONE):|(?<=bra )(?:DELAY|POLL|DONE)(?=;)", text, re.MULTILINE)
+
+
+def test_only_the_first_poll_is_delayed():
+    """Its loop stands before the first poll, and a poll in vain does not go back to it."""
+    text = exchange.polling_loop(3, 4, 128, 4, delayed=True)
+    text = getattr(text, "value", text)
+    assert delays_of(text) == ["DELAY:", "DELAY", "POLL:", "DONE", "POLL", "POLL", "DONE:"]
+    assert delays_of(text.replace("bra POLL", "bra DELAY")) != delays_of(text)
+
+
+@pytest.mark.parametrize(("polls", "before", "after"), [
+    (0, 100, 99), (0, 0, 0), (1, 0, 32), (5, 100, 132), (1, 4090, 4096)])  # fmt: skip
+def test_a_wait_learns_its_delay(polls, before, after):
+    """Two turns of its loop longer after a poll in vain, a sixteenth of one shorter where words were there at once."""
+    text = exchange.polling_loop(1, 1, 1, 1, delayed=True)
+    last = getattr(text, "value", text).partition("DONE:")[2]
+    values = {"polls": polls, "$7": before}  # the operands: the word, the next delay, and after five more this
+    for name, target, *given in re.findall(r"(\w+)[.\w]* ([$\w]+), ([$\w-]+), ([$\w-]+)(?:, (\w+))?;", last):
+        a, b = (values[x] if x in values else int(x) for x in given[:2])
+        values[target] = {"setp": a == b, "selp": a if values.get(given[2]) else b, "add": a + b,
+                          "max": max(a, b), "min": min(a, b)}[name]  # fmt: skip
+    assert values["$1"] == after
