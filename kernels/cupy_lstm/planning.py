@@ -25,7 +25,7 @@ SHARED_BYTES = 128  # that it reads or writes in shared memory per clock
 MULTIPLY_ADDS = 128  # per clock and multiprocessor
 PRODUCTS = 2.0  # clocks per product of 16 rows by 8 words by 8 sequences on tensor cores
 TURN = 1240  # per batch tile: until words arrive, gates and cell, the barrier
-PARTIAL_SUMS = 1050  # from a store until all that share gates have it
+PARTIAL_SUMS = 950  # from a store until all that share gates have it
 
 
 @dataclass(frozen=True)
