@@ -184,7 +184,7 @@ def test_a_planted_fault_is_detected(monkeypatch, faults, change):
             return True
         return False
 
-    seeds = range(300 if change else 4)  # few let a warp get far ahead
+    seeds = range(300 if change else 4)  # in few of them a warp gets far ahead
     assert any(map(is_detected, seeds)) == (change is not None)
 
 

@@ -226,7 +226,7 @@ def lstm_cooperative_forward_kernel(
         _, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
         cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
         at, gates_at, state_at, in_tile, valid, continues, reset = cells
-        x = indexing.load_gates(gates_ptr, gates_at, valid, H, True)  # converted here, they would be waited for first
+        x = indexing.load_gates(gates_ptr, gates_at, valid, H, True)  # as stored: to convert them is to wait for them
         c_prev = indexing.load_state(c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
