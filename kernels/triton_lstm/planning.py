@@ -212,6 +212,8 @@ def _cooperative_clocks(problem: Problem, device: Device, plan: Plan, backward: 
         "gates and cell": COOPERATIVE_CELL,
         "barriers": BARRIER,
     }
+    if not (backward or problem.normalised) and 32 % plan.columns:  # two sums of a warp's cells lie in the same bank
+        turn["bank conflicts"] = 4 * plan.num_warps * ceil(plan.rows * plan.columns / 32)
     # With several batch tiles, forward requests the words of the next one ahead. In backward they arrive in time, too,
     # but gates from memory, and words from L2, take as long.
     turn["exchange"] = max(0.0, TURN_AHEAD - sum(turn.values())) if _asks_ahead(plan) else EXCHANGE
