@@ -103,7 +103,7 @@ def _nvrtc() -> ctypes.CDLL:
 
 @functools.cache
 def compile_for(case: Case, given: frozenset[str] | None = None) -> Binary:
-    """The kernel of a case, compiled for its card as the launcher does it: for all optional arguments, or those given.
+    """The kernel of a case, compiled for its card as the launcher does it, for all optional arguments or those given.
 
     Raises:
         ImportError: NVRTC is missing.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpu_lstm.kernels.cupy_lstm.planning import Plan
-from gpu_lstm.kernels.cupy_lstm.source import given, in_order, join, name_expression, parts
+from gpu_lstm.kernels.cupy_lstm.source import given_of, in_order, join, name_expression, parts
 
 HEADER = Path(__file__).with_name("host_cuda.h")
 FLAGS = (
@@ -56,7 +56,7 @@ def launcher(changes: dict[str, str] | None = None, seed: int = 0) -> Callable[.
         values = [_by_value(a) for a in in_order(kernel, arguments)]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         run = _function(
-            source, name_expression(kernel, dtype, plan.template("backward" in kernel), given(kernel, arguments))
+            source, name_expression(kernel, dtype, plan.template("backward" in kernel), given_of(kernel, arguments))
         )
         failure = run((ctypes.c_int * 2)(*plan.grid), plan.threads, plan.shared, seed, addresses)
         assert not failure, f"{kernel}: {FAILURES[failure]}"

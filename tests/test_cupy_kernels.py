@@ -180,8 +180,10 @@ def test_a_planted_fault_is_detected(monkeypatch, faults, change):
         cuda(monkeypatch, choose, seeds=itertools.repeat(seed), changes=changes)
         try:
             check(size, words, "cupy", dtype, seeds=1)
-        except (AssertionError, RuntimeError):  # wrong numbers, or words that never come
+        except AssertionError:
             return True
+        except RuntimeError as error:  # words that never come
+            return "timed out" in str(error)
         return False
 
     seeds = range(300 if change else 4)  # in few of them a warp gets far ahead

@@ -125,12 +125,16 @@ def test_a_projection_or_noise_has_the_plans_of_the_plain_cell(backward, change)
 
 @both_ways
 def test_layer_norms_use_the_plans_of_the_plain_cell_unless_their_exchanges_are_too_dear(backward):
-    def first(hidden, batch, norms):
-        return plans(Problem(128, batch, hidden, BF16, norms=(norms,) * 3), H100, backward)[0]
+    def found(hidden, batch, norms):
+        return plans(Problem(128, batch, hidden, BF16, norms=(norms,) * 3), H100, backward)
 
-    for hidden in (64, 768):
-        best, of_plain = first(hidden, 16, True), first(hidden, 16, False)
-        assert best.family is of_plain.family is not STEP
+    def first(hidden, batch, norms):
+        return found(hidden, batch, norms)[0]
+
+    for hidden in (64, 768):  # perhaps not the first: with norms sums have no bank conflicts
+        best, of_plain = first(hidden, 16, True), found(hidden, 16, False)
+        assert (best.columns, best.programs) in {(p.columns, p.programs) for p in of_plain if p.family is best.family}
+        assert best.family is of_plain[0].family is not STEP
     if not backward:
         assert (first(640, 288, False).family, first(640, 288, True).family) == (COOPERATIVE, STEP)
 

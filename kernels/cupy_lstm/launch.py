@@ -16,7 +16,7 @@ from ..operands import as_words, transposed_gates
 from ..problem import Pass, Problem, Recurrence
 from ..timeouts import error_word
 from .planning import Plan, card_of, choose_plan
-from .source import ELEMENTS, KERNELS, OPTIONS, given, in_order, join, name_expression, parts
+from .source import ELEMENTS, KERNELS, OPTIONS, given_of, in_order, join, name_expression, parts
 
 PACK = 16  # bytes that a thread reads at once
 SENTINEL = -1  # the word, as int32, for data that are not there yet
@@ -125,19 +125,19 @@ def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tens
 
     values = tuple(by_value(a) for a in in_order(kernel, arguments))
     device = arguments["gates"].device
-    function = _kernel(device, kernel, dtype, plan.template("backward" in kernel), given(kernel, arguments))
+    function = _kernel(device, kernel, dtype, plan.template("backward" in kernel), given_of(kernel, arguments))
     with _stream(device):
         function(plan.grid, (plan.threads,), values, shared_mem=plan.shared)
 
 
 @functools.cache
 def _kernel(
-    device: torch.device, name: str, dtype: torch.dtype, template: tuple[int, ...], known: frozenset[str]
+    device: torch.device, name: str, dtype: torch.dtype, template: tuple[int, ...], given: frozenset[str]
 ) -> Any:
     """A kernel, loaded on a device, which is the current one, for the optional arguments that are given."""
     import cupy
 
-    name = name_expression(name, dtype, template, known)
+    name = name_expression(name, dtype, template, given)
     module = cupy.RawModule(
         code=join(parts()), options=OPTIONS, name_expressions=[name], enable_cooperative_groups=True
     )

@@ -42,7 +42,7 @@ def optional(kernel: str) -> tuple[str, ...]:
     return tuple(name.lower() for name in re.findall(r"WITH_(\w+)", template[1]))
 
 
-def given(kernel: str, arguments: dict[str, Any]) -> frozenset[str]:
+def given_of(kernel: str, arguments: dict[str, Any]) -> frozenset[str]:
     """The optional arguments that are neither None nor False."""
     return frozenset(name for name in optional(kernel) if arguments[name] is not None and arguments[name] is not False)
 

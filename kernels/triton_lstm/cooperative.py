@@ -345,9 +345,8 @@ def lstm_cooperative_backward_kernel(
         cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
         at, gates_at, state_at, in_tile, valid, continues, reset = cells
         row_prev = indexing.row_before(step, time, batch, B, REVERSE)
-        gates = indexing.load_gates(gates_ptr, gates_at, valid, H, True)  # as forward
-        c = tl.load(c_ptr + at, mask=valid, other=0.0)
-        c_prev = indexing.load_c_before(c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H)
+        saved = gates_ptr, c_ptr, c0_ptr, reset_c_ptr
+        gates, c, c_prev = indexing.load_saved(*saved, step, row_prev, unit, cells, H, True)  # as stored, as forward
         dc = tl.load(dc_ptr + state_at, mask=valid, other=0.0)
         if NORM_HH:
             unit_hh = indexing.load_gates(unit_hh_ptr, gates_at, valid, H)

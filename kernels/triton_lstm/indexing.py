@@ -220,10 +220,13 @@ def load_state(state_ptr, state_at, continues, reset_ptr, at, reset):
 
 
 @triton.jit
-def load_saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H: tl.constexpr):
+def load_saved(
+    gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H: tl.constexpr,
+    AS_STORED: tl.constexpr = False,  # as for `load_gates`
+):  # fmt: skip
     """What forward saved of a step: (its activated gates, c, c before it). `row_prev` is the `row_before`."""
     at, gates_at, _, _, valid, _, _ = cells
-    gates = load_gates(gates_ptr, gates_at, valid, H)
+    gates = load_gates(gates_ptr, gates_at, valid, H, AS_STORED)
     c = tl.load(c_ptr + at, mask=valid, other=0.0)
     return gates, c, load_c_before(c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H)
 
