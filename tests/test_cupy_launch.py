@@ -22,6 +22,7 @@ from gpu_lstm.dispatch import available
 from gpu_lstm.kernels.cupy_lstm import launch, planning, source
 from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, choose_plan, plans
 from gpu_lstm.kernels.problem import Problem, Recurrence, problem_of
+from gpu_lstm.kernels.triton_lstm import exchange
 
 SOURCE = source.join(source.parts())
 DTYPES = tuple(source.ELEMENTS)
@@ -312,6 +313,22 @@ def test_a_kernel_reads_no_argument_that_is_not_given(rows, backward):
     assert read(names) == set(names)
     for given in ((), *zip(names)):
         assert read(given) == set(given)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_warp_waits_before_its_first_poll(rows, monkeypatch, backward):
+    """As long as in Triton's kernels, by a loop with a vote; without it nothing votes before words are loaded."""
+    case = next(case for case, _ in rows if case.backward == backward and case.plan.chunks)
+    texts, found = source.parts(), re.search(r"LONGER = (\d+), SHORTER = (\d+), LONGEST = (\d+)", SOURCE)
+    assert tuple(map(int, found.groups())) == (exchange.LONGER, exchange.SHORTER, exchange.LONGEST)
+
+    def votes_before() -> bool:
+        return "vote.sync.any" in cuda_kernels.compile_for.__wrapped__(case).ptx.partition("ld.relaxed.gpu")[0]
+
+    assert votes_before()
+    without = texts | {"cooperative": texts["cooperative"].replace(" delay.pass();", "")}
+    monkeypatch.setattr(cuda_kernels, "parts", lambda: without)
+    assert not votes_before()
 
 
 def test_a_kernel_that_spills_does_not_fit():
