@@ -46,7 +46,7 @@ def pair(kind: str, backend: str, **arguments) -> tuple[nn.Module, nn.Module]:
     arguments = dict(input_size=I) | sizes | arguments
     torch.manual_seed(1)
     theirs = cls(**arguments).double()
-    ours = getattr(gpu_lstm, kind)(**arguments, backend=backend, **PLACES[backend])
+    ours = getattr(gpu_lstm, kind)(**arguments, backend=backend, **PLACES.get(backend, PLACES["triton"]))
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 

@@ -33,7 +33,7 @@ class Prepared:
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As layer.Layer.forward."""
         steps, batch, _ = gates.shape
-        hidden = r.c0.shape[1]
+        hidden = r.c0.shape[-1]
         h = _rows_of_words(gates, steps + 1, batch)
         h[-1].zero_()
         h[-1, :, :hidden] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the sentinel
@@ -47,7 +47,7 @@ class Prepared:
     ) -> Gradients:
         """As layer.Layer.backward."""
         steps, batch, _ = gates.shape
-        hidden, count = r.c0.shape[1], self.plan.parts
+        hidden, count = r.c0.shape[-1], self.plan.parts
         dgates = _rows_of_words(gates, steps, batch, 4)
         partials = None
         if count > 1:

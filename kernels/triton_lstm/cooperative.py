@@ -477,7 +477,7 @@ def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, 
     steps, batch, _ = gates.shape
     exchanged = _rows_of_words(gates, steps, batch, 4)  # what W_hh^T is multiplied with
     dgates = None if r.gain_hh is None else torch.empty_like(gates)
-    of_parts = batch, plan.parts, r.c0.shape[1]
+    of_parts = batch, plan.parts, r.c0.shape[-1]
     partials = r.c0.new_full(of_parts, SENTINEL.value, dtype=torch.int32) if plan.parts > 1 else None
     return exchanged if dgates is None else dgates, {
         "weights_ptr": transposed_gates(r.weight_hh, plan.parts),
