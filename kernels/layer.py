@@ -1,17 +1,17 @@
 """One layer in one direction on one card, prepared once and then only launched: the launcher of both backends."""
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import layer_norm, projection
+from .memory import ALIGNMENT, allocate, gradients_of, results_of
 from .ordering import await_others, record_launch
-from .problem import MOST, TENSORS, Pass, Problem, Recurrence, end_index
+from .problem import MOST, Inputs, Pass, Problem, Recurrence, end_index, in_the_loop, steps_of
 from .timeouts import raise_if_timed_out
-
-ALIGNMENT = 16  # bytes, which compiled kernels assume
 
 
 class Gradients(NamedTuple):
@@ -23,6 +23,12 @@ class Gradients(NamedTuple):
     dh_total: Tensor | None = None  # [T, B, P] of W_hr m with a projection, of m with a layer norm of c
     dreset_h: Tensor | None = None  # [T, B, P] float32, through zoneout; zero but at resets
     dreset_c: Tensor | None = None  # [T, B, H] float32, zero but at resets
+
+
+def gradients_in(memory: dict[str, Tensor], dgates: Tensor) -> Gradients:
+    """Those that a launch wrote, from its memory, see memory.gradients_of."""
+    names = "dh_from_zoneout_ptr", "dc_ptr", "dh_total_ptr", "dreset_h_ptr", "dreset_c_ptr"
+    return Gradients(dgates, *map(memory.get, names))  # type: ignore[arg-type]
 
 
 class Chosen(NamedTuple):
@@ -48,17 +54,29 @@ class Prepared(Protocol):
         """As Layer.backward, except for dh0."""
 
 
-Verify = Callable[[Any, Problem, Pass, torch.device], str | None]
-"""verify(plan, problem, which, device): why a plan's numbers are not right on the device; None if they are."""
+class Launcher(Protocol):
+    """What a backend does for a Layer: the functions of its module launch.py."""
+
+    def choose(self, layer: "Layer", which: Pass, given: Inputs) -> Any:
+        """The plan for a pass; `given` are the tensors of the call that asks first."""
+
+    def prepare(self, problem: Problem, which: Pass, plan: Any, device: torch.device, trial: bool = False) -> Prepared:
+        """A plan, ready to be launched. In a trial its waits are short, and what it writes is checked for bounds."""
+
+    def describe(self, layer: "Layer", which: Pass, plan: Any) -> Chosen:
+        """What `Layer.chosen` returns for a plan; for None, of the plan that would be tried first."""
+
+
+Verify = Callable[["Layer", Pass, Inputs, Any], str | None]
+"""verify(layer, which, given, plan): why a plan's numbers are not right on the layer's device; None if they are."""
 
 
 class Layer:
     """One problem on one card. Its plan is chosen once for each Pass, by the first call that needs it.
 
     Args:
-        prepare: prepare(layer, which) chooses a plan; what it returns while a CUDA graph is captured is not kept.
-        describe: describe(layer, which, plan) is what `chosen` returns for a plan, or for the first one to be tried.
         verify: asked once for each plan that is chosen, and never while a CUDA graph is captured.
+        trial: a plan that is used without being chosen or verified.
 
     Raises:
         ValueError: more sequences or units than kernels can count; a projection together with a layer norm in the loop.
@@ -68,17 +86,19 @@ class Layer:
         self,
         problem: Problem,
         device: torch.device,
-        prepare: "Callable[[Layer, Pass], Prepared]",
-        describe: "Callable[[Layer, Pass, Any], Chosen]",
+        launcher: Launcher,
         verify: Verify | None = None,
+        trial: Any = None,
     ) -> None:
         _check_count("sequences", problem.batch)
         _check_count("gates of all units", 4 * problem.hidden)
         if problem.projected and problem.normalised:  # a step would need grid-wide barriers for both
             raise ValueError("expected no projection combined with a layer norm inside the time loop")
         self.problem, self.device, self.verify = problem, device, verify
-        self._prepare, self._describe = prepare, describe
+        self._launcher, self._trial = launcher, trial
         self._prepared: dict[Pass, Prepared] = {}
+        self._names = tuple(in_the_loop(problem, problem.steps))
+        self._tensors = attrgetter(*self._names)
 
     def forward(self, gates: Tensor, r: Recurrence, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The recurrence.
@@ -90,7 +110,7 @@ class Layer:
             save: keep what backward needs.
 
         Returns:
-            h [T, B, P], h_n as h0, c_n as c0, and c: float32 [T, B, H] if `save`, else None.
+            h [T, B, P], h_n [B, P], c_n [B, H] float32, and c: float32 [T, B, H] if `save`, else None.
 
         Raises:
             RuntimeError: an earlier launch timed out; or no kernel can run the problem.
@@ -100,15 +120,19 @@ class Layer:
             with torch.cuda.device(self.device):
                 return self.forward(gates, r, save)
         raise_if_timed_out(self.device)
-        _check_count("steps", gates.shape[0])
+        steps = steps_of(gates)
+        _check_count("steps", steps)
         if self.problem.batch == 0:
-            h, c = (s.new_empty(len(gates), 0, s.shape[-1]) for s in (r.h0, r.c0))
-            return h, torch.empty_like(r.h0), torch.empty_like(r.c0), c if save else None
-        prepared = self.prepared(SAVE if save else NO_SAVE)
-        r, own = _aligned_tensors(r), aligned(gates)
+            empty = allocate(results_of(self.problem), steps, self.device)
+            return empty["h_ptr"], empty["h_n_ptr"], empty["c_n_ptr"], empty["c_ptr"] if save else None
+        prepared = self.prepared(SAVE if save else NO_SAVE, r.given)
+        r, own = self._aligned(r), aligned(gates)
         if prepared.at_once is not None:
             await_others(prepared.at_once, self.device)
-        results = projection.forward(prepared, own, r) if prepared.projects_outside else prepared.forward(own, r)
+        if prepared.projects_outside:
+            results = projection.forward(prepared, self.problem, own, r)
+        else:
+            results = prepared.forward(own, r)
         if prepared.at_once is not None:
             record_launch(self.device)
         if own is not gates:
@@ -134,34 +158,42 @@ class Layer:
             with torch.cuda.device(self.device):
                 return self.backward(dh, dh_n, dc_n, gates, c, r, of_h0)
         raise_if_timed_out(self.device)
-        if self.problem.batch == 0:
-            dh_total = None if r.weight_hr is r.gain_c is None else r.h0.new_empty(len(gates), 0, r.h0.shape[-1])
-            empty = (torch.empty_like(t) for t in (gates, r.h0, r.c0))
-            return Gradients(*empty, dh_total, *zeros_for_resets(r))
-        prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None))
-        r = _aligned_tensors(r)
+        p = self.problem
+        if p.batch == 0:
+            empty = allocate(results_of(p) | gradients_of(p), steps_of(gates), self.device)
+            return gradients_in(empty, empty["dgates_ptr"])._replace(dh0=empty["h_n_ptr"])
+        prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None), r.given)
+        r = self._aligned(r)
         dh, dh_n, dc_n, gates, c = (None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c))
         if prepared.at_once is not None:
             await_others(prepared.at_once, self.device)
-        given = dh, dh_n, dc_n, gates, c, r
-        found = projection.backward(prepared, *given) if prepared.projects_outside else prepared.backward(*given)
+        if prepared.projects_outside:
+            found = projection.backward(prepared, p, dh, dh_n, dc_n, gates, c, r)
+        else:
+            found = prepared.backward(dh, dh_n, dc_n, gates, c, r)
         if prepared.at_once is not None:
             record_launch(self.device)
-        return found._replace(dh0=_initial_hidden_gradient(found, dh_n, r) if of_h0 else None)
+        return found._replace(dh0=_initial_hidden_gradient(p, found, dh_n, r) if of_h0 else None)
 
-    def prepared(self, which: Pass) -> Prepared:
-        """The plan of a pass, chosen now if it was not before."""
+    def prepared(self, which: Pass, given: Inputs) -> Prepared:
+        """The plan of a pass, chosen now if it was not before, by a call with these tensors."""
         if (prepared := self._prepared.get(which)) is None:
-            prepared = self._prepare(self, which)
+            on_trial = self._trial is not None
+            plan = self._trial if on_trial else self._launcher.choose(self, which, given)
+            prepared = self._launcher.prepare(self.problem, which, plan, self.device, on_trial)
             if not self.is_capturing():
                 self._prepared[which] = prepared
         return prepared
+
+    def with_plan(self, plan: Any, problem: Problem | None = None) -> "Layer":
+        """The layer, or one of a similar problem, with a given plan, in order to try it."""
+        return Layer(problem or self.problem, self.device, self._launcher, trial=plan)
 
     def chosen(self, which: Pass) -> Chosen:
         """The plan chosen for a pass, or another in its direction; else the first to be tried. Nothing is compiled."""
         known = (p for each, p in self._prepared.items() if each.backward == which.backward)
         prepared = self._prepared.get(which) or next(known, None)
-        return self._describe(self, which, None if prepared is None else prepared.plan)
+        return self._launcher.describe(self, which, None if prepared is None else prepared.plan)
 
     def is_capturing(self) -> bool:
         """Whether what is run now becomes part of a CUDA graph."""
@@ -170,6 +202,14 @@ class Layer:
     def _is_elsewhere(self) -> bool:
         """Kernels are launched on the current device, which may be another."""
         return self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device())
+
+    def _aligned(self, r: Recurrence) -> Recurrence:
+        """The tensors that the loop reads, aligned."""
+        if all([t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 for t in self._tensors(r.given)]):
+            return r
+        return r._replace(
+            given=r.given._replace(**{n: aligned(t) for n, t in zip(self._names, self._tensors(r.given))})
+        )
 
 
 SAVE, NO_SAVE = Pass(), Pass(save=False)
@@ -182,39 +222,24 @@ def aligned(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def _aligned_tensors(r: Recurrence) -> Recurrence:
-    for t in r[:TENSORS]:
-        if t is not None and not (t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0):
-            break
-    else:
-        return r
-    return Recurrence(*(None if t is None else aligned(t) for t in r[:TENSORS]), *r[TENSORS:])
-
-
 def _check_count(of: str, count: int) -> None:
     if count > MOST:
         raise ValueError(f"expected at most {MOST} {of}, got {count}")
 
 
-def zeros_for_resets(r: Recurrence) -> list[Tensor | None]:
-    """Zeros for the gradients of reset_h (through zoneout) and reset_c, float32; None where there is none."""
-    return [None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in (r.reset_h, r.reset_c)]
-
-
-def _initial_hidden_gradient(found: Gradients, dh_n: Tensor | None, r: Recurrence) -> Tensor:
-    """dh0, as h0: through the first step, unless it is reset; dh_n [B, P] where a sequence has no step."""
-    at = end_index(r, first=True)
+def _initial_hidden_gradient(p: Problem, found: Gradients, dh_n: Tensor | None, r: Recurrence) -> Tensor:
+    """dh0 [B, P]: through the first step, unless it is reset; dh_n [B, P] where a sequence has no step."""
+    given, at = r.given, end_index(p, r.given.lengths, first=True)
     first = found.dgates[at]  # [B, 4H]; zero where length is 0
-    if r.gain_hh is not None:
-        first = layer_norm.gradient(first, r.gain_hh, r.unit_hh[at], r.scale_hh[at])
-    if r.resets is not None and not r.reverse:
-        first = first.masked_fill(r.resets[0, :, None], 0)
-    dh0 = first @ r.weight_hh
-    if r.dropout_h is not None:
-        dh0 = r.dropout_h * dh0
+    if given.gain_hh is not None:
+        first = layer_norm.gradient(first, given.gain_hh, r.unit_hh.unit[at], r.unit_hh.scale[at])
+    if given.resets is not None and not p.reverse:
+        first = first.masked_fill(given.resets[0, :, None], 0)
+    dh0 = first @ given.weight_hh
+    if given.dropout_h is not None:
+        dh0 = given.dropout_h * dh0
     if found.dh0 is not None:
         dh0 = dh0 + found.dh0.to(dh0.dtype)
-    dh0 = dh0.view(r.h0.shape)
-    if r.lengths is not None and dh_n is not None:
-        dh0 = torch.where((r.lengths == 0)[:, None], dh_n, dh0)
+    if given.lengths is not None and dh_n is not None:
+        dh0 = torch.where((given.lengths == 0)[:, None], dh_n, dh0)
     return dh0

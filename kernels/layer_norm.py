@@ -4,28 +4,18 @@ LN(v) = gain * unit + bias, where unit = (v - mean(v)) * scale and scale = 1 / s
 dimension.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
+
+from .problem import Unit
 
 EPS = 1e-5  # as torch.nn.LayerNorm
 
 
-class Unit(NamedTuple):
-    """What was normalised, before the gain."""
-
-    unit: Tensor | None  # [..., N] in the dtype of v
-    scale: Tensor | None  # [...] float32, or float64
-
-
-NO_UNIT = Unit(None, None)
-
-
-def unit_of(v: Tensor) -> Unit:
-    """The Unit of v [..., N]."""
+def unit_of(v: Tensor, features: int) -> Unit:
+    """The Unit of v [..., N], N = `features`."""
     exact = torch.promote_types(v.dtype, torch.float32)
-    unit, _, scale = torch.native_layer_norm(v.to(exact), v.shape[-1:], None, None, EPS)
+    unit, _, scale = torch.native_layer_norm(v.to(exact), (features,), None, None, EPS)
     return Unit(unit.to(v.dtype), scale[..., 0])
 
 

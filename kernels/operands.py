@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 
-def as_words(x: Tensor, size: int = 4) -> Tensor:
+def as_words(x: Tensor, hidden: int, size: int = 4) -> Tensor:
     """[*, H] -> [*, W] int32, with zeros past H; row lengths and row addresses are multiples of `size` bytes."""
-    missing = -x.shape[-1] * x.itemsize % size // x.itemsize
+    missing = -hidden * x.itemsize % size // x.itemsize
     if missing:
         x = torch.nn.functional.pad(x, (0, missing))
     if not x.is_contiguous() or x.storage_offset() * x.itemsize % size:
@@ -14,7 +14,6 @@ def as_words(x: Tensor, size: int = 4) -> Tensor:
     return x.view(torch.int32)
 
 
-def transposed_gates(weight_hh: Tensor, parts: int = 4, size: int = 4) -> Tensor:
+def transposed_gates(weight_hh: Tensor, hidden: int, parts: int = 4, size: int = 4) -> Tensor:
     """W_hh [4H, H] -> the words of W_hh^T of each part's gates, [parts, H, 4 / parts, W] int32."""
-    hidden = weight_hh.shape[1]
-    return as_words(weight_hh.view(parts, 4 // parts, hidden, hidden).permute(0, 3, 1, 2), size)
+    return as_words(weight_hh.view(parts, 4 // parts, hidden, hidden).permute(0, 3, 1, 2), hidden, size)

@@ -1,4 +1,4 @@
-"""What every backend is given: a problem, which decides the kernels, and the tensors of one call."""
+"""The contract of a layer: a Problem, which decides the kernels and has all sizes, and the tensors of one call."""
 
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     dropout_h: bool = False
     zoneout_h: int | None = None  # dimensions of the tensor: 0 for a rate, 3 for a mask
     zoneout_c: int | None = None
-    reset_h: bool = False  # states to reset to
+    reset_h: bool = False  # h to reset to, for zoneout_h; without it, it is in the gates
     reset_c: bool = False
     peepholes: bool = False
     norms: tuple[bool, bool, bool] = (False, False, False)  # gain_hh, gain_c, bias_c
@@ -70,57 +70,112 @@ class Pass(NamedTuple):
     dh_n: bool = True  # of h_n
 
 
-class Recurrence(NamedTuple):
-    """The tensors of one call, except for the input product, and what else defines its problem.
+class Inputs(NamedTuple):
+    """The tensors of one layer in one direction, under the names that everyone gives them; gradients have them, too.
 
-    Layer norms are those inside the time loop, of W_hh h and of c in tanh(c); that of W_ih x is outside. A reset step
-    begins with h = 0 and c = 0, or with `reset_c`. For another h, its product with W_hh is in the gates.
+    I input features; None: there is no such tensor. W_hh, W_hr, states, lengths and resets may be strided in any way.
     """
 
+    x: Tensor  # [T, B, I]
+    h0: Tensor  # [B, P]
+    c0: Tensor  # [B, H]
+    weight_ih: Tensor  # [4H, I]
     weight_hh: Tensor  # [4H, P]
-    h0: Tensor  # [B, P]; or [1, B, P], where there is no projection
-    c0: Tensor  # [B, H] or [1, B, H], float32
+    bias_ih: Tensor | None = None  # [4H]
+    bias_hh: Tensor | None = None  # [4H]
     weight_hr: Tensor | None = None  # [P, H]; None without projection, then P = H
-    lengths: Tensor | None = None  # [B]
-    resets: Tensor | None = None  # [T, B] bool
-    dropout_h: Tensor | None = None  # [B, P] factors of h in the recurrent product
-    zoneout_h: Tensor | None = None  # the share of h that stays as it was: bool [T, B, P], or float32 [] for all
-    zoneout_c: Tensor | None = None  # of c: bool [T, B, H], or float32 [] for all
-    reset_h: Tensor | None = None  # [T, B, P] h before the steps that are reset, by the step's time; for zoneout_h
-    reset_c: Tensor | None = None  # [T, B, H] float32 c before them
     weight_peephole: Tensor | None = None  # [3H] to the gates i, f and o
+    gain_ih: Tensor | None = None  # [4H]
     gain_hh: Tensor | None = None  # [4H]
     gain_c: Tensor | None = None  # [H]
     bias_c: Tensor | None = None  # [H]
-    # What was normalised at every step, before the gains, for backward: with mean 0 and variance 1, and by what scaled.
-    unit_hh: Tensor | None = None  # [T, B, 4H]
-    scale_hh: Tensor | None = None  # [T, B] float32
-    unit_c: Tensor | None = None  # [T, B, H] float32
-    scale_c: Tensor | None = None  # [T, B] float32
-    reverse: bool = False  # the first field that is not a tensor
-    precision: str = "ieee"
-    side_by_side: int = 1
+    reset_h: Tensor | None = None  # [T, B, P] h that reset steps begin with, by the time of the step; None: zeros
+    reset_c: Tensor | None = None  # [T, B, H] c; float32, or float64 with an x of float64
+    dropout_h: Tensor | None = None  # [B, P] factors of h in the recurrent product
+    zoneout_h: Tensor | None = None  # the share of h that stays as it was: bool [T, B, P], or float32 [] for all
+    zoneout_c: Tensor | None = None  # of c: bool [T, B, H], or float32 [] for all
+    lengths: Tensor | None = None  # [B]
+    resets: Tensor | None = None  # [T, B] bool
 
 
-TENSORS = Recurrence._fields.index("reverse")  # how many of a Recurrence's fields, the first ones
+class Unit(NamedTuple):
+    """What a layer norm normalised at every step, before its gain: with mean 0 and variance 1, and by what scaled."""
+
+    unit: Tensor | None  # [..., N] in the dtype of what was normalised
+    scale: Tensor | None  # [...] float32, or float64
 
 
-def problem_of(gates: Tensor, r: Recurrence) -> Problem:
-    """The problem of a call with `gates` [T, B, 4H]."""
-    steps, batch, _ = gates.shape
-    dimensions = [None if t is None else t.dim() for t in (r.zoneout_h, r.zoneout_c)]
+NO_UNIT = Unit(None, None)
+
+
+class Recurrence(NamedTuple):
+    """What the time loop reads. Of the Inputs those that `in_the_loop` names; x, W_ih and biases are in the gates.
+
+    States are [B, P] and [B, H], c0 float32. Layer norms are those inside the loop, of W_hh h and of c in tanh(c). A
+    reset step begins with h = 0, and with c = 0 or `reset_c`; for another h, its product with W_hh is in the gates.
+    """
+
+    given: Inputs
+    unit_hh: Unit = NO_UNIT  # for backward: [T, B, 4H], and scale [T, B]
+    unit_c: Unit = NO_UNIT  # for backward: [T, B, H] float32, and scale [T, B]
+
+
+class Like(NamedTuple):
+    """Shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def in_the_loop(p: Problem, steps: int) -> dict[str, Like]:
+    """The Inputs of a problem that its time loop reads, T = `steps`."""
+    half, f32 = p.dtype, torch.float32
+    batch, hidden, width = p.batch, p.hidden, p.width
+    gain_hh, gain_c, bias_c = p.norms
+
+    def share(dimensions: int | None, features: int) -> Like | None:
+        if dimensions is None:
+            return None
+        return Like((steps, batch, features), torch.bool) if dimensions else Like((), f32)
+
+    every = dict(
+        h0=Like((batch, width), half), c0=Like((batch, hidden), f32), weight_hh=Like((4 * hidden, width), half),
+        weight_hr=Like((width, hidden), half) if p.projected else None,
+        weight_peephole=Like((3 * hidden,), half) if p.peepholes else None,
+        gain_hh=Like((4 * hidden,), half) if gain_hh else None,
+        gain_c=Like((hidden,), half) if gain_c else None, bias_c=Like((hidden,), half) if bias_c else None,
+        reset_h=Like((steps, batch, width), half) if p.reset_h else None,
+        reset_c=Like((steps, batch, hidden), f32) if p.reset_c else None,
+        dropout_h=Like((batch, width), half) if p.dropout_h else None,
+        zoneout_h=share(p.zoneout_h, width), zoneout_c=share(p.zoneout_c, hidden),
+        lengths=None if p.lengths is None else Like((batch,), p.lengths),
+        resets=Like((steps, batch), torch.bool) if p.resets else None,
+    )  # fmt: skip
+    return {name: like for name, like in every.items() if like is not None}
+
+
+def problem_of(given: Inputs, reverse: bool, precision: str, side_by_side: int = 1) -> Problem:
+    """The problem of a call with these tensors."""
+    g, (steps, batch, _), (hidden,) = given, given.x.shape, given.c0.shape[-1:]
+    dimensions = [None if t is None else t.dim() for t in (g.zoneout_h, g.zoneout_c)]
     return Problem(
-        1 if steps == 1 else 2, batch, r.c0.shape[-1], gates.dtype, 0 if r.weight_hr is None else r.h0.shape[-1],
-        r.precision, r.side_by_side, r.reverse, None if r.lengths is None else r.lengths.dtype, r.resets is not None,
-        r.dropout_h is not None, *dimensions, r.reset_h is not None, r.reset_c is not None,
-        r.weight_peephole is not None, (r.gain_hh is not None, r.gain_c is not None, r.bias_c is not None),
+        1 if steps == 1 else 2, batch, hidden, g.x.dtype, 0 if g.weight_hr is None else g.h0.shape[-1],
+        precision, side_by_side, reverse, None if g.lengths is None else g.lengths.dtype, g.resets is not None,
+        g.dropout_h is not None, *dimensions, g.reset_h is not None and g.zoneout_h is not None,
+        g.reset_c is not None, g.weight_peephole is not None,
+        (g.gain_hh is not None, g.gain_c is not None, g.bias_c is not None),
     )  # fmt: skip
 
 
-def end_index(r: Recurrence, first: bool) -> Any:
+def steps_of(gates: Tensor) -> int:
+    """T of a call, the one size that no Problem has."""
+    return gates.shape[0]
+
+
+def end_index(p: Problem, lengths: Tensor | None, first: bool) -> Any:
     """Index into [T, B, *] of every sequence's first or last step; of an arbitrary time if a sequence has no step."""
-    if first != r.reverse:
+    if first != p.reverse:
         return 0
-    if r.lengths is None:
+    if lengths is None:
         return -1
-    return (r.lengths.long() - 1).clamp(min=0), torch.arange(len(r.lengths), device=r.lengths.device)
+    return (lengths.long() - 1).clamp(min=0), torch.arange(p.batch, device=lengths.device)

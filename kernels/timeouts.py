@@ -87,8 +87,8 @@ def spare_multiprocessors(count: int) -> int:
     return int(text)
 
 
-def error_word(device: torch.device, kernel: str, tried: bool = False) -> Tensor:
-    """The word of one of the KERNELS on a device, for a user's call or for a plan that is `tried`.
+def error_word(device: torch.device, kernel: str, trial: bool = False) -> Tensor:
+    """The word of one of the KERNELS on a device, for a user's call or for a plan on `trial`.
 
     int32 [APART]: the error, and how many polls a wait may take.
     """
@@ -96,7 +96,7 @@ def error_word(device: torch.device, kernel: str, tried: bool = False) -> Tensor
         return torch.empty(APART, dtype=torch.int32, device=device)
     if device not in _words:
         _words[device] = _Words(device)
-    return _words[device].tensor[int(tried), KERNELS.index(kernel)]
+    return _words[device].tensor[int(trial), KERNELS.index(kernel)]
 
 
 def raise_if_timed_out(device: torch.device) -> None:

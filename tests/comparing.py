@@ -52,8 +52,8 @@ def one_layer(x, state, weights, *, lengths, resets, reset_states, reverse, back
     given = x, state, Weights(*weights), traversal, Noise(*(noise.get(name) for name in MASKS))
     if backend == "reference":
         return reference.layer(*given)
-    r = fused.recurrence_of(fused.inputs_of(*given), reverse, recurrent_precision(x.dtype))
-    return autograd.layer(kernels.layer_of(Backend(backend), problem_of(x, r), x.device), *given, recompute)
+    problem = problem_of(fused.inputs_of(*given), reverse, recurrent_precision(x.dtype))
+    return autograd.layer(kernels.layer_of(Backend(backend), problem, x.device), *given, recompute)
 
 
 @dataclass

@@ -112,7 +112,7 @@ def an_h100(monkeypatch, nothing_cached):
         monkeypatch.setattr(module, "card_of", lambda device: H100)
     monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
     monkeypatch.setattr(autotune, "_call", lambda *_: None)
-    monkeypatch.setattr(launch, "error_word", lambda device, kernel, tried=False: None)
+    monkeypatch.setattr(launch, "error_word", lambda device, kernel, trial=False: None)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -25,7 +25,7 @@ from gpu_lstm.backends import kernels, verify
 from gpu_lstm.dispatch import available, race
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import Layer
-from gpu_lstm.kernels.problem import TENSORS, Pass, Problem
+from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import choose, launch
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
@@ -66,11 +66,10 @@ def be_a_card() -> None:
     ).items():  # fmt: skip
         setattr(torch.cuda, name, value)
     torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDriverVersion = lambda device: 0, lambda: 13000
-    unavailable, layer_of, small = available.why_unavailable, kernels.layer_of, verify.Small
+    unavailable, layer_of = available.why_unavailable, kernels.layer_of
     available.KERNEL_DEVICES = ("cpu",)
     available.why_unavailable = lambda choice, device, dtype: unavailable(choice, CUDA, dtype)
     kernels.layer_of = lambda backend, problem, device: layer_of(backend, problem, CUDA)
-    verify.Small = lambda problem, which, device: small(problem, which, CPU)
     race.race = lambda runs, now: {name: [1.0 + (name == "torch")] * 3 for name in runs}
     timeouts._words[CPU] = timeouts._words[CUDA] = timeouts._Words(CPU)
 
@@ -118,11 +117,13 @@ WAITING = "cooperative", "step"  # whose programs wait for each other
 def one_pass(problem: Problem, which: Pass, steps: int, layer: Layer) -> dict:
     """Run it; return what the kernel must be passed, by the name of its parameter, and None where it is passed none."""
     gates, r = launch.call_of(problem._replace(steps=steps), CPU)
-    named = {f"{name}_ptr".replace("weight_peephole", "peephole"): t for name, t in zip(r._fields, r[:TENSORS])}
+    named = {f"{name}_ptr": t for name, t in r.given._asdict().items()}
+    named |= zip(("unit_hh_ptr", "scale_hh_ptr", "unit_c_ptr", "scale_c_ptr"), (*r.unit_hh, *r.unit_c))
     named |= {"gates_ptr": gates, "T": steps, "B": problem.batch}
     if which.backward:
-        dh, dh_n, saved = r.h0.new_zeros(steps, *r.h0.shape), r.h0.clone(), r.c0.new_zeros(steps, *r.c0.shape)
-        found = layer.backward(dh, dh_n, r.c0.clone(), gates, saved, r, of_h0=False)
+        h0, c0 = r.given.h0, r.given.c0
+        dh, dh_n, saved = h0.new_zeros(steps, *h0.shape), h0.clone(), c0.new_zeros(steps, *c0.shape)
+        found = layer.backward(dh, dh_n, c0.clone(), gates, saved, r, of_h0=False)
         named |= dict(dh_ptr=dh, dh_n_ptr=dh_n, c_ptr=saved, dc_ptr=found.dc0, dh_total_ptr=found.dh_total)
         return named | dict(dreset_h_ptr=found.dreset_h, dreset_c_ptr=found.dreset_c)
     names = "h_ptr", "h_n_ptr", "c_n_ptr", "c_ptr"
@@ -152,7 +153,7 @@ def arguments(swapped: bool = False) -> list[dict]:
         for steps in (5, 16):  # of which Triton may make different kernels
             before = compiled()
             given.clear()
-            named = one_pass(problem, which, steps, launch.layer_by(problem, CUDA, plan))
+            named = one_pass(problem, which, steps, launch.layer_of(problem, CUDA).with_plan(plan))
             kernel, asked = given[0][0], events()
             named["error_ptr"] = launch.error_word(CUDA, kernel.__name__, True) if family in WAITING else None
             launches = [event for event in asked if event["event"] == "launch"]

@@ -13,7 +13,7 @@ from gpu_lstm.backends import kernels
 from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.layer import Layer
-from gpu_lstm.kernels.problem import Problem, problem_of
+from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, problem_of
 from gpu_lstm.kernels.triton_lstm import choose, launch
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Device, Plan
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
@@ -41,6 +41,12 @@ def stand_in(kernel, grid, **arguments):
             arguments[name].fill_(number)
 
 
+def recurrence(gates: torch.Tensor, **tensors: torch.Tensor) -> Recurrence:
+    """What a Layer is given with `gates` [T, B, 4H]; it reads neither x nor W_ih, which have no features here."""
+    steps, batch, rows = gates.shape
+    return Recurrence(Inputs(x=gates.new_zeros(steps, batch, 0), weight_ih=gates.new_zeros(rows, 0), **tensors))
+
+
 def as_a_card(monkeypatch):
     """Make the CPU one, with `stand_in` for its kernels: a list of (way, problem of its tensors) of layers launched."""
     monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
@@ -50,10 +56,12 @@ def as_a_card(monkeypatch):
 
     def recorded(run, way, gates, recurrence):
         def wrapper(layer, *given):
-            problem = problem_of(given[gates], given[recurrence])
+            of_layer, given_to_it = layer.problem, given[recurrence].given
+            facts = of_layer.reverse, of_layer.precision, of_layer.side_by_side
+            problem = problem_of(given_to_it._replace(x=given[gates]), *facts)
             launched.append((way, problem))
             # A chunk may have one step of several.
-            assert layer.problem == problem._replace(steps=layer.problem.steps), "kernels for other tensors"
+            assert of_layer == problem._replace(steps=of_layer.steps), "kernels for other tensors"
             return run(layer, *given)
 
         monkeypatch.setattr(Layer, way, wrapper)
@@ -78,9 +86,9 @@ def flat(results):
 
 
 @contextlib.contextmanager
-def few_polls(kernel: str, polls: int = 20, tried: bool = False) -> Iterator[None]:
+def few_polls(kernel: str, polls: int = 20, trial: bool = False) -> Iterator[None]:
     """A kernel on the CPU waits for this many polls, where it would otherwise wait for seconds."""
-    word = timeouts.error_word(torch.device("cpu"), kernel, tried)
+    word = timeouts.error_word(torch.device("cpu"), kernel, trial)
     before, word[1] = int(word[1]), polls
     yield
     word[1] = before

@@ -12,6 +12,7 @@ from unittest.mock import MagicMock, Mock, call
 
 import pytest
 import torch
+from standing_in import recurrence
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +22,7 @@ from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
 from gpu_lstm.kernels.cupy_lstm import launch, planning, source
 from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, choose_plan, plans
-from gpu_lstm.kernels.problem import Problem, Recurrence, problem_of
+from gpu_lstm.kernels.problem import Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import exchange
 
 SOURCE = source.join(source.parts())
@@ -65,17 +66,15 @@ def _call(dtype, projected=0, ragged=False, backward=False, precision="ieee") ->
     width, c = projected or H, torch.zeros(T, B, H)
     sizes = (T, B, 4 * H), (T, B, width), (B, width), (4 * H, width), (projected, H)
     gates, h, h0, weight_hh, weight_hr = (torch.zeros(size, dtype=dtype) for size in sizes)
-    recurrence = Recurrence(weight_hh=weight_hh, h0=h0, c0=c[0], precision=precision)
-    if projected:
-        recurrence = recurrence._replace(weight_hr=weight_hr)
+    more = dict(weight_hr=weight_hr) if projected else {}
     if ragged:
-        lengths, resets = torch.tensor([3, 0, 1, 2, 3]), torch.zeros(T, B).bool()
-        recurrence = recurrence._replace(lengths=lengths, resets=resets, reverse=True, reset_c=c)
-    layer = launch.layer_of(problem_of(gates, recurrence), gates.device)
+        more |= dict(lengths=torch.tensor([3, 0, 1, 2, 3]), resets=torch.zeros(T, B).bool(), reset_c=c)
+    r = recurrence(gates, weight_hh=weight_hh, h0=h0, c0=c[0], **more)
+    layer = launch.layer_of(problem_of(r.given, ragged, precision), gates.device)
     if backward:
-        layer.backward(*((h, h0, c[0]) if ragged else (None, None, None)), gates, c, recurrence)
+        layer.backward(*((h, h0, c[0]) if ragged else (None, None, None)), gates, c, r)
     else:
-        layer.forward(gates, recurrence, save=ragged)
+        layer.forward(gates, r, save=ragged)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

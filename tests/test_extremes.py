@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from comparing import BACKENDS, PLACES, every_backend
-from standing_in import plan_of
+from standing_in import plan_of, recurrence
 from subjects import SUBJECTS
 from torch import Tensor, zeros
 from torch.nn.functional import pad
@@ -23,7 +23,7 @@ from triton.runtime import interpreter
 import gpu_lstm
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
-from gpu_lstm.kernels.problem import MOST, Pass, Problem, Recurrence, problem_of
+from gpu_lstm.kernels.problem import MOST, Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import indexing, launch
 
 T, I, H = 3, 3, 4
@@ -139,10 +139,10 @@ def test_a_layer_without_features(backend):
 def test_more_than_kernels_can_count_to_is_refused(launcher, name, steps, batch, hidden):
     """The projection, to one feature, keeps W_hh small."""
     of = dict(weight_hh=(4 * hidden, 1), weight_hr=(1, hidden), h0=(batch, 1), c0=(batch, hidden))
-    recurrence = Recurrence(**{name: zeros(size, device="meta") for name, size in of.items()})
     gates = zeros(steps, batch, 4 * hidden, device="meta")
+    r = recurrence(gates, **{name: zeros(size, device="meta") for name, size in of.items()})
     with pytest.raises(ValueError, match=f"^expected at most {2**31 - 2**16} {name}, got {2**31}$"):
-        launcher.layer_of(problem_of(gates, recurrence), gates.device).forward(gates, recurrence, save=True)
+        launcher.layer_of(problem_of(r.given, False, "ieee"), gates.device).forward(gates, r, save=True)
 
 
 F16 = torch.float16

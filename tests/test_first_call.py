@@ -4,17 +4,17 @@ import logging
 import math
 import warnings
 from types import SimpleNamespace
-from unittest.mock import Mock, call
+from unittest.mock import ANY, Mock, call
 
 import pytest
 import torch
-from standing_in import H100, plan_of
+from standing_in import H100, plan_of, recurrence
 
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
 from gpu_lstm.dispatch.available import select, why_unavailable
 from gpu_lstm.kernels.layer import aligned
-from gpu_lstm.kernels.problem import Pass, Problem, Recurrence, problem_of
+from gpu_lstm.kernels.problem import Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import binary, choose, launch
 from gpu_lstm.kernels.triton_lstm.planning import Family
 
@@ -22,6 +22,7 @@ CUDA = torch.device("cuda", 0)
 PROBLEM = Problem(2, 64, 256, torch.float16)  # many plans of the cooperative family
 PLANS = choose.plans(PROBLEM, H100, False)
 FORWARD = Pass()
+GIVEN = launch.call_of(PROBLEM, torch.device("meta"))[1].given
 
 
 def _choose(monkeypatch, load=lambda *_: None, which=FORWARD, verify=None):
@@ -33,7 +34,7 @@ def _choose(monkeypatch, load=lambda *_: None, which=FORWARD, verify=None):
         return SimpleNamespace(n_spills=load(kernel, tried[-1]) or 0)
 
     monkeypatch.setattr(choose, "load", loaded)
-    return launch.layer_of(PROBLEM, CUDA, verify).prepared(which).plan, tried
+    return launch.layer_of(PROBLEM, CUDA, verify).prepared(which, GIVEN).plan, tried
 
 
 def test_the_first_plan_that_loads_is_chosen_and_kept(an_h100, monkeypatch):
@@ -61,20 +62,24 @@ def test_every_fact_of_a_call_is_in_its_problem():
     """What is compiled separately is chosen separately; a sequence of another length from 2 on is not."""
     batch, hidden, steps = 3, 8, 4
     gates, h, c = (torch.zeros(steps, batch, n) for n in (4 * hidden, hidden, hidden))
-    plain = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden), h0=h[0], c0=c[0])
+    plain = recurrence(gates, weight_hh=torch.zeros(4 * hidden, hidden), h0=h[0], c0=c[0]).given
     rate, mask = torch.tensor(0.1), h > 1
     changes = [
-        dict(), dict(reverse=True), dict(lengths=torch.full((batch,), steps)), dict(resets=mask[..., 0]),
+        dict(), dict(lengths=torch.full((batch,), steps)), dict(resets=mask[..., 0]),
         dict(lengths=torch.full((batch,), steps, dtype=torch.int32)), dict(dropout_h=h[0]), dict(zoneout_h=rate),
-        dict(zoneout_c=rate), dict(zoneout_h=mask), dict(zoneout_c=mask), dict(precision="tf32"), dict(side_by_side=2),
-        dict(dropout_h=h[0], zoneout_h=rate), dict(dropout_h=h[0], zoneout_c=rate), dict(reset_h=h), dict(reset_c=c),
+        dict(zoneout_c=rate), dict(zoneout_h=mask), dict(zoneout_c=mask),
+        dict(dropout_h=h[0], zoneout_h=rate), dict(dropout_h=h[0], zoneout_c=rate), dict(zoneout_h=rate, reset_h=h),
+        dict(reset_c=c),
         dict(weight_peephole=h[0, 0]), dict(gain_hh=h[0, 0]), dict(gain_c=h[0, 0]),
         dict(gain_c=h[0, 0], bias_c=h[0, 0]), dict(weight_hr=h[0], h0=h[0, :, :2]),
     ]  # fmt: skip
-    problems = [problem_of(gates, plain._replace(**change)) for change in changes]
-    problems += [problem_of(gates[:1], plain), problem_of(gates.half(), plain)]
-    assert len(set(problems)) == len(changes) + 2
-    assert problem_of(gates[:2], plain) == problem_of(gates[:3], plain) == problems[0]
+    problems = [problem_of(plain._replace(**change), False, "ieee") for change in changes]
+    others = (True, "ieee"), (False, "tf32"), (False, "ieee", 2)
+    problems += [problem_of(plain, *facts) for facts in others]
+    one_step, of_two, of_three, half = (plain._replace(x=x) for x in (gates[:1], gates[:2], gates[:3], gates.half()))
+    problems += [problem_of(each, False, "ieee") for each in (one_step, half)]
+    assert len(set(problems)) == len(changes) + len(others) + 2
+    assert problem_of(of_two, False, "ieee") == problem_of(of_three, False, "ieee") == problems[0]
     assert {str(p.as_json()) for p in problems} == {str(p.as_json()) for p in set(problems)}
     keys = (problems[0], h.device), (problems[1], h.device), (problems[0], CUDA)
     assert len({id(launch.layer_of(*key)) for key in 2 * keys}) == 3
@@ -82,7 +87,7 @@ def test_every_fact_of_a_call_is_in_its_problem():
 
 def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(an_h100, monkeypatch):
     """Its work would become part of the graph; and what was not verified must not count as verified later."""
-    verify = Mock(side_effect=lambda plan, *_: "wrong" if plan == PLANS[0] else None)
+    verify = Mock(side_effect=lambda *given: "wrong" if given[-1] == PLANS[0] else None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for _ in range(2):
         assert _choose(monkeypatch, verify=verify) == (PLANS[0], [PLANS[0].columns])
@@ -90,7 +95,8 @@ def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(an_h1
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for _ in range(2):
         assert _choose(monkeypatch, verify=verify)[0] == PLANS[1]
-    assert verify.mock_calls == [call(plan, PROBLEM, Pass(), CUDA) for plan in PLANS[:2]]
+    assert verify.mock_calls == [call(ANY, Pass(), GIVEN, plan) for plan in PLANS[:2]]
+    assert {each.args[0].problem for each in verify.call_args_list} == {PROBLEM}
     _choose(monkeypatch, which=Pass(True, dh=False, dh_n=False), verify=verify)
     assert verify.call_count == 2, "without a gradient of h there is nothing to verify"
 
@@ -115,8 +121,9 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     of = problem._replace(hidden=256) if family is Family.COOPERATIVE else problem
     plan = plan_of(family.value, of, backward)
     gates, h, c = (torch.zeros(steps, batch, n, dtype=torch.float16) for n in (4 * hidden, hidden, hidden))
-    r, record = Recurrence(weight_hh=torch.zeros(4 * hidden, hidden).half(), h0=h[0], c0=c[0].float()), Mock()
-    layer = launch.layer_by(problem, gates.device, plan, record)
+    r, record = recurrence(gates, weight_hh=torch.zeros(4 * hidden, hidden).half(), h0=h[0], c0=c[0].float()), Mock()
+    monkeypatch.setattr(launch, "launch_kernel", record)
+    layer = launch.layer_of(problem, gates.device).with_plan(plan)
     if backward:
         layer.backward(h, h[0], None, gates, c.float(), r)
     else:

@@ -70,13 +70,14 @@ def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypat
 def test_the_last_smaller_batch_of_an_epoch_compiles_nothing(monkeypatch, hidden, backward):
     """It uses the plan of the others, unless that is estimated to be much slower."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(launch, "error_word", lambda device, kernel, tried=False: None)
+    monkeypatch.setattr(launch, "error_word", lambda device, kernel, trial=False: None)
     monkeypatch.setattr(choose, "card_of", lambda device: H100)
     monkeypatch.setattr(launch, "card_of", lambda device: H100)
     monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
     launch.forget()
     problem, which = Problem(2, 64, hidden, torch.bfloat16), Pass(backward)
-    plan = launch.layer_of(problem, CUDA).prepared(which).plan
+    given = launch.call_of(problem, torch.device("meta"))[1].given
+    plan = launch.layer_of(problem, CUDA).prepared(which, given).plan
     ours = [launch.layer_of(problem._replace(batch=batch), CUDA).chosen(which).plan for batch in range(1, 64)]
     least = 33 if (hidden, backward) == (1024, True) else 9  # there a cooperative plan is faster for half the batch
     assert ours[least - 1 :] == [plan] * (64 - least)

@@ -5,7 +5,8 @@ import torch
 from comparing import example_of
 
 from gpu_lstm.backends import graph
-from gpu_lstm.backends.fused import DIFFERENTIABLE, Inputs
+from gpu_lstm.backends.verify import LEARNT
+from gpu_lstm.kernels.problem import Inputs
 
 T, B, I, H = 2, 2, 3, 5
 NORMS, MASKS = "norms expected", "no-bias ragged states peepholes masks"
@@ -25,6 +26,11 @@ def _given(words, device) -> tuple[list, bool]:
     return [None if t is None else t.to(device) for t in given], made.reverse
 
 
+def learnt(given) -> list[bool]:
+    """Which of the tensors are there and may have a gradient."""
+    return [t is not None and name.removesuffix("_reverse") in LEARNT for name, t in zip(graph.NAMES, given)]
+
+
 @pytest.mark.parametrize(("words", "backend"), [
     ("plain", "torch"), ("ragged resets reverse", "torch"), ("both directions", "torch"),
     ("ragged resets reverse", "triton"), ("ragged states peepholes reverse norms masks", "triton"),
@@ -33,7 +39,7 @@ def test_a_layer(words, backend, device):
     """Forward with and without what backward reads; backward of all, of the output alone, of the states alone."""
     (given, reverse), recompute = _given(words, device), (words, backend) == ("ragged resets reverse", "triton")
     torch.library.opcheck(graph.OPERATOR, (reverse, backend, False, recompute, *given))
-    there = [t is not None and (k < DIFFERENTIABLE or k >= graph.SECOND) for k, t in enumerate(given)]
+    there = learnt(given)
     leaves = [t.clone().requires_grad_() if learns else t for t, learns in zip(given, there)]
     torch.library.opcheck(graph.OPERATOR, (reverse, backend, True, recompute, *leaves))
     h, h_n, c_n, *kept = graph.OPERATOR(reverse, backend, True, recompute, *given)
@@ -47,7 +53,7 @@ def test_backward_leaves_what_was_saved_alone_and_accepts_expanded_gradients(dev
     given, reverse = _given("ragged resets reverse", device)
     h, h_n, c_n, *kept = graph.OPERATOR(reverse, "triton", True, recompute, *given)
     # In padding nothing was ever written, so NaN stands for whatever the memory held.
-    before, needed = [t.nan_to_num() for t in kept], [k < DIFFERENTIABLE and t is not None for k, t in enumerate(given)]
+    before, needed = [t.nan_to_num() for t in kept], learnt(given)
     ones = torch.ones_like(h), torch.ones_like(h), torch.ones((), device=device).expand_as(h)  # the last as of sum()
     first, *others = (graph.BACKWARD(reverse, "triton", [dh, h_n, c_n], [h, *kept], needed, given) for dh in ones)
     assert all(torch.equal(t.nan_to_num(), b) for t, b in zip(kept, before))

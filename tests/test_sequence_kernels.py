@@ -16,10 +16,10 @@ import triton.language as tl
 from comparing import assert_as_good_as_torch, check, example
 from interpreted import rounded_to_tf32
 from places import INTERPRETED, ahead, cooperative, forget, held, parts, pointwise, resident, split, step
-from standing_in import few_polls
+from standing_in import few_polls, recurrence
 
 from gpu_lstm.functional import lstm_layer
-from gpu_lstm.kernels.problem import Recurrence, problem_of
+from gpu_lstm.kernels.problem import problem_of
 from gpu_lstm.kernels.triton_lstm import cooperative as cooperative_kernels
 from gpu_lstm.kernels.triton_lstm import exchange, fragments, launch
 from gpu_lstm.kernels.triton_lstm import step as step_kernels
@@ -58,10 +58,10 @@ def test_the_cell_is_kept_in_float32(monkeypatch, family):
     gates, h0, c0 = (t.float() for t in given.tensors[:3])
     tensors = [gates, h0, c0, torch.eye(4 * hidden), torch.zeros(4 * hidden, hidden)]
     _, _, expected, tape = oracle.layer(*(t.double().numpy() for t in tensors), lengths=lengths)
-    recurrence = Recurrence(weight_hh=tensors[-1].half(), h0=h0.half(), c0=c0, lengths=lengths)
-    layer = launch.layer_of(problem_of(gates.half(), recurrence), gates.device)
-    _, _, c_n, c = layer.forward(gates.half(), recurrence, save=True)
-    unsaved = layer.forward(gates.half(), recurrence, save=False)[2]
+    r = recurrence(gates.half(), weight_hh=tensors[-1].half(), h0=h0.half(), c0=c0, lengths=lengths)
+    layer = launch.layer_of(problem_of(r.given, False, "ieee"), gates.device)
+    _, _, c_n, c = layer.forward(gates.half(), r, save=True)
+    unsaved = layer.forward(gates.half(), r, save=False)[2]
     found = [c_n, unsaved, *(c[t, b] for b, t, *_ in tape)]
     for ours, true in zip(found, [expected, expected, *(c_new for *_, c_new, _, _, _ in tape)], strict=True):
         torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)

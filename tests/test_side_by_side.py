@@ -10,7 +10,7 @@ from unittest.mock import MagicMock, Mock, call
 
 import pytest
 import torch
-from standing_in import H100
+from standing_in import H100, recurrence
 
 import gpu_lstm
 from gpu_lstm.__main__ import main
@@ -21,7 +21,7 @@ from gpu_lstm.dispatch import route
 from gpu_lstm.dispatch.kind import kind_of, size_class
 from gpu_lstm.kernels import layer as launcher
 from gpu_lstm.kernels import ordering
-from gpu_lstm.kernels.problem import Pass, Problem, Recurrence
+from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
 from gpu_lstm.kernels.triton_lstm.planning import Family
@@ -75,8 +75,10 @@ def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypat
     problem = Problem(2, 16, hidden, torch.bfloat16, side_by_side=2)
     plan = plans(problem, H100, backward)[0]
     gates, weights, h0, c0 = (torch.zeros(*size, hidden) for size in ((2, 16, 4), (4 * hidden,), (16,), (16,)))
-    gates, r = gates.bfloat16().flatten(2), Recurrence(weight_hh=weights.bfloat16(), h0=h0.bfloat16(), c0=c0)
-    layer = launch.layer_by(problem, c0.device, plan, lambda *_, **__: seen.launched())
+    gates = gates.bfloat16().flatten(2)
+    r = recurrence(gates, weight_hh=weights.bfloat16(), h0=h0.bfloat16(), c0=c0)
+    monkeypatch.setattr(launch, "launch_kernel", lambda *_, **__: seen.launched())
+    layer = launch.layer_of(problem, c0.device).with_plan(plan)
     if backward:
         layer.backward(None, h0.bfloat16(), None, gates, torch.zeros(2, 16, hidden), r, of_h0=False)
     else:

@@ -36,9 +36,19 @@ MASKS, RATES = (dict(zoneout_h=n, zoneout_c=n) for n in (3, 0))
 NORMS = dict(norms=(True, True, True))
 
 
+def _given(problem):
+    """The tensors of a call, whose x has some features."""
+    given, rows = launch.call_of(problem, CPU)[1].given, 4 * problem.hidden
+    states = {} if given.reset_c is None else dict(reset_h=torch.zeros(problem.steps, problem.batch, problem.width))
+    x, weight_ih = torch.zeros(problem.steps, problem.batch, 3), torch.zeros(rows, 3)
+    floats = {name: t.to(problem.dtype) for name, t in dict(x=x, weight_ih=weight_ih, **states).items()}
+    return given._replace(**floats)
+
+
 def _verify(problem, which=None, plan=None):
     which = which or Pass()
-    return verify.verify(plan or plans(problem, INTERPRETER, which.backward)[-1], problem, which, CPU)
+    layer = launch.layer_of(problem, CPU)
+    return verify.verify(layer, which, _given(problem), plan or plans(problem, INTERPRETER, which.backward)[-1])
 
 
 @pytest.mark.parametrize(("problem", "gradients"), [
@@ -78,18 +88,18 @@ def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):
     HALF._replace(**RATES, **NORMS, peepholes=True, reverse=True), HALF._replace(zoneout_h=3),
 ])  # fmt: skip
 def test_the_small_problem_has_all_that_its_kind_has(problem):
-    inputs = verify.Small(problem, Pass(), CPU).inputs
-    found = problem_of(inputs.x, fused.recurrence_of(inputs, problem.reverse, problem.precision))
+    inputs = verify.Small(problem, Pass(), _given(problem)).inputs
+    found = problem_of(inputs, problem.reverse, problem.precision)
     assert found._replace(steps=problem.steps) == problem
 
 
 @pytest.mark.parametrize("name", ["x", "h0", "c0", "weight_hh", "reset_h", "reset_c"])
 def test_every_gradient_of_a_recurrence_is_verified(monkeypatch, name):
-    right, place = fused.gradients, fused.Inputs._fields.index(name)
+    right = fused.gradients
 
     def twice(*given):
         found = right(*given)
-        return [d if k != place or d is None else 2 * d for k, d in enumerate(found)]
+        return found | {name: 2 * found[name]}
 
     monkeypatch.setattr(fused, "gradients", twice)
     assert f"gradient of {name} " in _verify(HALF._replace(**RAGGED, reset_c=True), Pass(True))
@@ -97,7 +107,7 @@ def test_every_gradient_of_a_recurrence_is_verified(monkeypatch, name):
 
 @pytest.mark.parametrize(("times", "wrong"), [(1.9, False), (2.1, True)])
 def test_an_error_of_twice_torchs_or_of_the_last_place_is_allowed(monkeypatch, times, wrong):
-    def by_kernels(small, plan, gates):
+    def by_kernels(small, layer, gates):
         truth, _ = small.by_reference(torch.float64)
         return {name: t + times * torch.finfo(torch.half).eps * t.abs().max() for name, t in truth.items()}
 
@@ -107,10 +117,14 @@ def test_an_error_of_twice_torchs_or_of_the_last_place_is_allowed(monkeypatch, t
 
 def test_the_numbers_of_the_small_problem_shut_no_gate():
     """Products are of the size of their factors: in gates that are shut or wide open no fault would show."""
-    inputs = verify.Small(PLAIN._replace(projected=5), Pass(), CPU).inputs
+
+    def small(problem):
+        return verify.Small(problem, Pass(), _given(problem)).inputs
+
+    inputs = small(PLAIN._replace(projected=5))
     for weight in (inputs.weight_ih, inputs.weight_hh, inputs.weight_hr):
         assert 0.75 < weight.std() * weight.shape[1] ** 0.5 < 1.25
-    inputs = verify.Small(PLAIN._replace(**NORMS), Pass(), CPU).inputs
+    inputs = small(PLAIN._replace(**NORMS))
     for gain in (inputs.gain_hh, inputs.gain_c, inputs.bias_c):
         assert 0.2 < gain.std() < 0.4
 
@@ -196,8 +210,7 @@ def card(monkeypatch):
     choose_plan = choose.choose_plan
 
     def as_on_a_card(problem, device, which, launches, verify=None):
-        verify_here = verify and (lambda plan, problem, which, _: verify(plan, problem, which, device))
-        return choose_plan(problem, CUDA, which, launches, verify_here)
+        return choose_plan(problem, CUDA, which, launches, verify)
 
     monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setattr(launch, "choose_plan", as_on_a_card)

@@ -3,7 +3,8 @@
 The kernels compute only the recurrence. The input product and every weight gradient are products over all steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -15,50 +16,23 @@ from ..call.sequences import Traversal, valid_steps
 from ..call.weights import State, Weights
 from ..cells import lstm as cell
 from ..kernels import layer_norm  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
-from ..kernels.layer_norm import NO_UNIT, Unit  # type: ignore[import-not-found]
-from ..kernels.problem import Recurrence  # type: ignore[import-not-found]
+from ..kernels.problem import NO_UNIT, Inputs, Recurrence, Unit  # type: ignore[import-not-found]
 
 
-class Inputs(NamedTuple):
-    """The tensors that a layer is given; gradients have the same names, up to reset_c."""
-
-    x: Tensor  # [T, B, I]
-    h0: Tensor  # [B, P]; the only row of an LSTM may be [1, B, P]
-    c0: Tensor  # [B, H], likewise
-    weight_ih: Tensor  # [4H, I] and below: a layer's Weights
-    weight_hh: Tensor  # [4H, P]
-    bias_ih: Tensor | None = None  # [4H]
-    bias_hh: Tensor | None = None  # [4H]
-    weight_hr: Tensor | None = None  # [P, H]
-    weight_peephole: Tensor | None = None  # [3H]
-    gain_ih: Tensor | None = None  # [4H]
-    gain_hh: Tensor | None = None  # [4H]
-    gain_c: Tensor | None = None  # [H]
-    bias_c: Tensor | None = None  # [H]
-    reset_h: Tensor | None = None  # [T, B, P] the h that reset steps begin with, indexed by the time of the step
-    reset_c: Tensor | None = None  # [T, B, H] float32; float64 with an x of float64
-    dropout_h: Tensor | None = None  # [B, P] and below: its Noise
-    zoneout_h: Tensor | None = None  # [T, B, P] or []
-    zoneout_c: Tensor | None = None  # [T, B, H] or []
-    lengths: Tensor | None = None  # [B]
-    resets: Tensor | None = None  # [T, B]
-
-    def weights(self) -> Weights:
-        """The weights of the layer."""
-        return Weights(*self[3:13])
-
-    def noise(self) -> Noise:
-        """Its noise."""
-        return Noise(*self[15:18])
-
-    def traversal(self, reverse: bool) -> Traversal:
-        """How it goes through the batch."""
-        states = None if self.reset_h is None or self.reset_c is None else [(self.reset_h, self.reset_c)]
-        return Traversal(self.lengths, self.resets, reverse, states)
+def weights_of(given: Inputs) -> Weights:
+    """The weights of a layer."""
+    return Weights(*attrgetter(*Weights._fields)(given))
 
 
-DIFFERENTIABLE = 15
-"""The first of Inputs, which have gradients."""
+def noise_of(given: Inputs) -> Noise:
+    """Its noise."""
+    return Noise(given.dropout_h, given.zoneout_h, given.zoneout_c)
+
+
+def traversal_of(given: Inputs, reverse: bool) -> Traversal:
+    """How it goes through the batch."""
+    states = None if given.reset_h is None or given.reset_c is None else [(given.reset_h, given.reset_c)]
+    return Traversal(given.lengths, given.resets, reverse, states)
 
 
 def inputs_of(x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise) -> Inputs:
@@ -68,7 +42,7 @@ def inputs_of(x: Tensor, state: State, weights: Weights, traversal: Traversal, n
     if reset_states is not None:
         reset_h, reset_c = reset_states[0][0].to(x.dtype), reset_states[0][1]
         reset_c = reset_c if x.dtype is torch.float64 else reset_c.float()
-    return Inputs(x, *state, *weights, reset_h, reset_c, *noise, lengths, resets)  # type: ignore[arg-type]
+    return Inputs(x, *state, *weights, reset_h, reset_c, *noise, lengths, resets)
 
 
 def forward(kernels: Any, given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -76,24 +50,17 @@ def forward(kernels: Any, given: Inputs, save: bool) -> tuple[Tensor, Tensor, Te
 
     `kernels` is the Layer of a backend, kernels/layer.py.
     """
-    problem, of_resets = kernels.problem, None
+    of_resets = None
     if given.reset_h is not None:  # known before the time loop, which has h = 0 at resets
-        of_resets = _at_resets(_with_dropout(given.reset_h, given), given.traversal(problem.reverse))
+        of_resets = _at_resets(_with_dropout(given.reset_h, given), traversal_of(given, kernels.problem.reverse))
     gates = _products(given, of_resets)
-    h, h_n, c_n, c = kernels.forward(gates, recurrence_of(given, problem.reverse, problem.precision), save)
+    h, h_n, c_n, c = kernels.forward(gates, Recurrence(_with_exact_c0(given)), save)
     return h, h_n, c_n, gates, c
 
 
-def recurrence_of(
-    given: Inputs, reverse: bool, precision: str, of_hh: Unit = NO_UNIT, of_c: Unit = NO_UNIT
-) -> Recurrence:
-    """What the kernels are given."""
-    g = given
-    return Recurrence(
-        g.weight_hh, g.h0, g.c0.float(), g.weight_hr, g.lengths, g.resets, g.dropout_h, g.zoneout_h, g.zoneout_c,
-        None if g.zoneout_h is None else g.reset_h, g.reset_c,
-        g.weight_peephole, g.gain_hh, g.gain_c, g.bias_c, *of_hh, *of_c, reverse, precision,
-    )  # fmt: skip
+def _with_exact_c0(given: Inputs) -> Inputs:
+    """The same with c0 in float32, as kernels keep cell states."""
+    return given if given.c0.dtype is torch.float32 else given._replace(c0=given.c0.float())
 
 
 def _products(given: Inputs, h: Tensor | None) -> Tensor:
@@ -143,59 +110,63 @@ class Saved(NamedTuple):
 
 
 def gradients(
-    kernels: Any, saved: Saved, output_gradients: Sequence[Tensor | None], needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients of the first Inputs, where `needed`, from those of h, h_n and c_n, of which None means zero."""
-    given, need, problem = saved.given, Inputs(*needed), kernels.problem  # type: ignore[arg-type]
-    traversal = given.traversal(problem.reverse)
+    kernels: Any, saved: Saved, output_gradients: Sequence[Tensor | None], needed: Set[str]
+) -> dict[str, Tensor | None]:
+    """Gradients of the Inputs that are `needed`, by name, from those of h, h_n and c_n, of which None means zero."""
+    given, problem = saved.given, kernels.problem
+    traversal = traversal_of(given, problem.reverse)
     gates_were_dropped = saved.gates.dim() < saved.c.dim()  # not by elements: an empty batch has none
     h_prev = saved.h  # [T, B, P] the operand of W_hh at each step; anything finite in padding
-    if gates_were_dropped or need.weight_hh or given.gain_hh is not None:
+    if gates_were_dropped or "weight_hh" in needed or given.gain_hh is not None:
         h_prev = _with_dropout(traversal.states_before(saved.h, given.h0, given.reset_h), given)
     if gates_were_dropped:  # all h are known by now, so that one product serves all steps
         z, peephole = _products(given, h_prev), given.weight_peephole
         c_prev = None if peephole is None else saved.cell_before(traversal)
         saved = saved._replace(gates=cell.activate_in_place(z, peephole, c_prev))
-    of_hh = NO_UNIT if given.gain_hh is None else layer_norm.unit_of(h_prev @ given.weight_hh.T)
-    of_c = NO_UNIT if given.gain_c is None else layer_norm.unit_of(saved.cell_after(traversal))
+    of_hh = of_c = NO_UNIT
+    if given.gain_hh is not None:
+        of_hh = layer_norm.unit_of(h_prev @ given.weight_hh.T, 4 * problem.hidden)
+    if given.gain_c is not None:
+        of_c = layer_norm.unit_of(saved.cell_after(traversal), problem.hidden)
     dh, dh_n, dc_n = output_gradients
-    r = recurrence_of(given, problem.reverse, problem.precision, of_hh, of_c)
-    d = kernels.backward(dh, dh_n, None if dc_n is None else dc_n.float(), saved.gates, saved.c, r, need.h0)
+    r = Recurrence(_with_exact_c0(given), of_hh, of_c)
+    dc_n = None if dc_n is None else dc_n.float()
+    d = kernels.backward(dh, dh_n, dc_n, saved.gates, saved.c, r, "h0" in needed)
 
-    found: dict[str, Tensor | None] = dict.fromkeys(Inputs._fields[:DIFFERENTIABLE])
+    found: dict[str, Tensor | None] = {}
     of_x = of_h = d.dgates  # of W_ih x and W_hh h; zero in padding, but zero times a NaN in there is NaN
-    if given.gain_ih is not None and (need.x or need.weight_ih or need.gain_ih):
-        of_ih = layer_norm.unit_of(_without_padding(given.x, given.lengths) @ given.weight_ih.T)
-        of_x, found["gain_ih"] = _through_norm(d.dgates, given.gain_ih, of_ih)
-    if given.gain_hh is not None and (need.weight_hh or need.gain_hh or need.reset_h):
+    if given.gain_ih is not None and not needed.isdisjoint(("x", "weight_ih", "gain_ih")):
+        z = _without_padding(given.x, given.lengths) @ given.weight_ih.T
+        of_x, found["gain_ih"] = _through_norm(d.dgates, given.gain_ih, layer_norm.unit_of(z, 4 * problem.hidden))
+    if given.gain_hh is not None and not needed.isdisjoint(("weight_hh", "gain_hh", "reset_h")):
         of_h, found["gain_hh"] = _through_norm(d.dgates, given.gain_hh, of_hh)
-    if given.gain_c is not None and (need.gain_c or need.bias_c):
+    if given.gain_c is not None and not needed.isdisjoint(("gain_c", "bias_c")):
         found["gain_c"], found["bias_c"] = _gradients_of_norm_of_c(saved, d.dh_total, given.gain_c, of_c.unit)
     columns_of_x = of_x.flatten(0, 1).T  # [4H, T*B]
     columns_of_h = columns_of_x if of_h is of_x else of_h.flatten(0, 1).T
-    if need.x:
+    if "x" in needed:
         found["x"] = of_x @ given.weight_ih
-    if need.h0:
+    if "h0" in needed:
         found["h0"] = d.dh0
-    if need.c0:
+    if "c0" in needed:
         found["c0"] = d.dc0.to(given.c0.dtype)
-    if need.weight_ih:
+    if "weight_ih" in needed:
         found["weight_ih"] = columns_of_x @ _without_padding(given.x, given.lengths).flatten(0, 1)
-    if need.weight_hh:
+    if "weight_hh" in needed:
         found["weight_hh"] = columns_of_h @ h_prev.flatten(0, 1)
-    if need.bias_ih or need.bias_hh:
+    if "bias_ih" in needed or "bias_hh" in needed:
         found["bias_ih"] = found["bias_hh"] = d.dgates.sum((0, 1))
-    if need.weight_hr:
+    if "weight_hr" in needed:
         m = cell.output(saved.gates.chunk(4, dim=2)[3], saved.cell_after(traversal), None, None)  # [T, B, H]
         found["weight_hr"] = d.dh_total.flatten(0, 1).T @ _without_padding(m, given.lengths).flatten(0, 1)
-    if need.weight_peephole:
+    if "weight_peephole" in needed:
         found["weight_peephole"] = _gradient_of_peepholes(saved, d.dgates, traversal)
-    if need.reset_h:
+    if "reset_h" in needed:
         dreset_h = _with_dropout(_at_resets(of_h, traversal) @ given.weight_hh, given)
         found["reset_h"] = dreset_h if d.dreset_h is None else dreset_h + d.dreset_h.to(dreset_h.dtype)
-    if need.reset_c:
+    if "reset_c" in needed:
         found["reset_c"] = d.dreset_c
-    return list(found.values())
+    return found
 
 
 def _through_norm(d: Tensor, gain: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:

@@ -26,14 +26,15 @@ from ..call.noise import Noise
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from ..kernels.problem import problem_of  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from ..kernels.problem import Inputs, problem_of  # type: ignore[import-not-found]  # a folder next to gpu_lstm/
 from . import fused, kernels, reference, torch_lstm
-from .fused import DIFFERENTIABLE, Inputs, Saved
+from .fused import Saved, traversal_of, weights_of
 from .layers import cast, one_after_another, without_autocast
 
 _LIBRARY = torch.library.Library("gpu_lstm", "FRAGMENT")
 SECOND = len(Inputs._fields)  # among the tensors that are given, where the Weights of torch's second direction begin
-_GIVEN = ", ".join(f"Tensor? {name}=None" for name in (*Inputs._fields, *(f"{w}_reverse" for w in Weights._fields)))
+NAMES = *Inputs._fields, *(f"{name}_reverse" for name in Weights._fields)
+_GIVEN = ", ".join(f"Tensor? {name}=None" for name in NAMES)
 try:
     for _schema in (
         f"layer(bool reverse, str backend, bool save, bool recompute, {_GIVEN}) "
@@ -101,20 +102,20 @@ def gradients_of(
 
 
 def _kernels_for(given: Inputs, reverse: bool, backend: Backend) -> Any:
-    r = fused.recurrence_of(given, reverse, recurrent_precision(given.x.dtype))
-    return kernels.layer_of(backend, problem_of(given.x, r), given.x.device)
+    problem = problem_of(given, reverse, recurrent_precision(given.x.dtype))
+    return kernels.layer_of(backend, problem, given.x.device)
 
 
 def _without_kernels(given: Sequence[Any], reverse: bool, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
     """h, h_n and c_n, by torch's operators, which autograd records."""
     inputs, second = Inputs(*given[:SECOND]), given[SECOND:]
-    directions = [inputs.weights(), *([Weights(*second)] if second and second[0] is not None else [])]
+    directions = [weights_of(inputs), *([Weights(*second)] if second and second[0] is not None else [])]
     x, h0, c0, *_ = inputs
     if backend is Backend.TORCH:
         if h0.dim() == 3:
             h, (h_n, c_n) = torch_lstm.stack(x, (h0, c0), [directions])
         else:
-            h, (h_n, c_n) = torch_lstm.layer(x, (h0, c0), inputs.weights(), inputs.traversal(reverse))
+            h, (h_n, c_n) = torch_lstm.layer(x, (h0, c0), weights_of(inputs), traversal_of(inputs, reverse))
         return h, h_n, c_n
     if len(directions) == 1:
         return reference.run_inputs(inputs, reverse)
@@ -172,8 +173,9 @@ def _backward(reverse, backend, gradients, saved, needed, given):
     if way in KERNEL_BACKENDS:
         inputs = Inputs(*given[:SECOND])
         layer = _kernels_for(inputs, reverse, way)
-        every = fused.gradients(layer, Saved(inputs, h, gates, c), gradients, needed[:DIFFERENTIABLE])
-        found = [d for d, need in zip(every, needed) if need]
+        names = [name for name, need in zip(NAMES, needed) if need]
+        every = fused.gradients(layer, Saved(inputs, h, gates, c), gradients, set(names))
+        found = [every[name] for name in names]
     else:
         leaves, results = gates.graph if hasattr(gates, "graph") else _with_autograd(given, reverse, way)
         pairs = [(result, d) for result, d in zip(results, gradients) if d is not None]

@@ -42,9 +42,7 @@ def _run(call: Call, backend: Backend, layers: list[Any], plan: Schedule) -> tup
     if not plan.in_one_piece(call.steps):
         y, rows = schedule.run(call, direction, plan, backend.value)
     else:
-        only = call.options.rows == 1 and not call.options.sizes[0].projected  # then [1, B, *] works too
-        rows = call.states if only else call.state_rows()
-        y, rows = one_after_another(call, direction, backend.value, call.x.dtype, rows)
+        y, rows = one_after_another(call, direction, backend.value, call.x.dtype, call.state_rows())
     return y, call.pack_rows(rows)
 
 

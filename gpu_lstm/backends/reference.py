@@ -17,7 +17,8 @@ from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..cells.lstm import linear, output, step
-from .fused import Inputs
+from ..kernels.problem import Inputs  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from .fused import noise_of, traversal_of, weights_of
 from .layers import cast, one_after_another, without_autocast
 
 
@@ -48,10 +49,10 @@ def run(call: Call, dtype: torch.dtype, record: list[Gates] | None = None) -> tu
 
 def run_inputs(inputs: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """h, h_n and c_n of one layer in one direction, from its Inputs."""
-    given = Inputs(*inputs)  # type: ignore[arg-type]
-    state = given.h0.flatten(0, -2), given.c0.flatten(0, -2)  # [B, *] each
-    h, (h_n, c_n) = layer(given.x, state, given.weights(), given.traversal(reverse), given.noise())
-    return h, h_n.view_as(given.h0), c_n.view_as(given.c0)
+    given = Inputs(*inputs)
+    traversal, noise = traversal_of(given, reverse), noise_of(given)
+    h, (h_n, c_n) = layer(given.x, (given.h0, given.c0), weights_of(given), traversal, noise)
+    return h, h_n, c_n
 
 
 def gradients(

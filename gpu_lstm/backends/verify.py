@@ -1,52 +1,58 @@
 """Kernels are verified on the present card before their results are used.
 
-The very kernel that a call launches first runs a small problem: several batch tiles, the last one partial, and, where
-the call has them, lengths from 0 to T, resets and noise. Each result and gradient is compared with the reference in
-float64: its error may be at most twice that of torch's own LSTM in the same dtype. The verdict is cached on disk.
+The very kernel that a call launches first runs a smaller one: of the call's own layer and plan, of its dtypes, strides
+and optional tensors, few steps, and of a large batch so many sequences that a program has several batch tiles if it has
+them in the call. Lengths are from 0 to T, and there are resets and noise where the call has them. Each result and
+gradient is compared with the reference in float64: its error may be at most twice that of torch's own LSTM in the same
+dtype. Nothing may be written outside of a launch's tensors. The verdict is cached on disk.
 """
 
-import dataclasses
 import functools
-import importlib
 import logging
 from collections.abc import Callable
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..call.modes import alone
+from ..call.weights import Weights
 from ..kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
-from ..kernels.problem import Pass, Problem  # type: ignore[import-not-found]
+from ..kernels.memory import WroteOutside, checked  # type: ignore[import-not-found]
+from ..kernels.problem import Inputs, Pass, Problem, in_the_loop  # type: ignore[import-not-found]
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out  # type: ignore[import-not-found]
 from . import fused, reference, torch_lstm
-from .fused import DIFFERENTIABLE, Inputs, Saved
+from .fused import Saved, noise_of, traversal_of, weights_of
 from .reference import Gates
 
 KIND = "checks"
-STEPS, FEATURES = 4, 8  # T, I
-FORMAT = 5  # raised whenever the small problem or the rule changes
+STEPS = 4  # T, where there is more than one
+FORMAT = 6  # raised whenever the small problem or the rule changes
 RATE = 0.25  # of zoneout, where it is the same for all elements
-TILES = ("rows", "columns", "k", "num_warps", "num_stages", "parts", "held", "ahead")  # of a plan
+TILES = ("rows", "columns", "k", "programs", "num_warps", "num_stages", "parts", "held", "ahead")  # of a plan
 logger = logging.getLogger("gpu_lstm")
 COMPARED = ("x", "h0", "c0", "weight_hh", "reset_h", "reset_c")  # whose gradients come from the recurrence
+LEARNT = ("x", "h0", "c0", *Weights._fields, "reset_h", "reset_c")  # what may have a gradient
 
 
-def verify(plan: Any, problem: Problem, which: Pass, device: torch.device) -> str | None:
-    """Why a plan's kernel is not used for a pass of a problem on a device; None if it computes the right numbers.
+def verify(layer: Any, which: Pass, given: Inputs, plan: Any) -> str | None:
+    """Why a plan's kernel is not used for a pass of a layer; None if it computes the right numbers.
 
-    Only verdicts about numbers are cached: any other failure may not happen again.
+    `given` are the tensors of the call that asks first. Only verdicts about the kernel are cached: no other failure
+    need happen again.
 
     Raises:
         RuntimeError: an earlier launch timed out.
         torch.AcceleratorError: an error of the device, of an earlier operation or by the kernel.
     """
+    problem, device = layer.problem, layer.device
     verdict = cached_verdict(plan, problem, which, device)
     report = f" Please report this, with what `python -m gpu_lstm` prints and the plan: {plan}"
     if verdict is None:
         _raise_earlier_errors(device)
         try:
-            verdict = _verdict(plan, problem, which, device)
+            verdict = _verdict(layer, which, given, plan)
             cache.write(KIND, _key(plan, problem, which, device), verdict)
         except DEVICE_ERRORS:
             raise
@@ -67,24 +73,35 @@ def cached_verdict(plan: Any, problem: Problem, which: Pass, device: torch.devic
 
 def _key(plan: Any, problem: Problem, which: Pass, device: torch.device) -> cache.Key:
     kernel = {name: getattr(plan, name) for name in TILES} | {"family": plan.family.value}
-    problem = problem._replace(batch=0, steps=0, side_by_side=1)  # they do not change the kernel
+    kernel |= {"several groups": plan.groups > 1, "several tiles": plan.tiles_per_group > 1}
+    problem = problem._replace(batch=0, side_by_side=1)  # the kernel's launch depends on no more than that of them
     return cache.machine(device) | {"format": FORMAT} | kernel | problem.as_json() | which._asdict()
 
 
-def _verdict(plan: Any, problem: Problem, which: Pass, device: torch.device) -> str:
+def batch_for(plan: Any, problem: Problem) -> int:
+    """How many of a call's sequences are enough: two batch tiles and part of a third, or more where programs, or groups
+    of them, have several tiles.
+    """
+    tiles = 2
+    if plan.tiles_per_group > 1:
+        tiles = max(tiles, plan.groups, plan.programs // ceil(problem.hidden / plan.columns))
+    return min(problem.batch, (tiles + 1) * plan.rows - plan.rows // 2)
+
+
+def _verdict(layer: Any, which: Pass, given: Inputs, plan: Any) -> str:
     """ "right", or what is wrong."""
-    batch = 2 * plan.rows + 3
-    if plan.family.value in ("resident", "pointwise"):
-        plan = dataclasses.replace(plan, groups=3)  # a program, or several, for each batch tile
-    elif plan.family.value == "cooperative" or plan.ahead:
-        plan = dataclasses.replace(plan, groups=min(2, plan.groups))  # one of them computes two
+    problem, device = layer.problem, layer.device
+    problem = problem._replace(batch=batch_for(plan, problem))
     with alone(grad=True), torch.autocast(device.type, enabled=False):
-        small = Small(problem._replace(steps=2, batch=batch), which, device)
+        small = Small(problem, which, given)
         truth, gates = small.by_reference(torch.float64)
         theirs = small.yardstick()
-    with alone(grad=False):
-        ours = small.by_kernels(plan, gates)
-        _raise_earlier_errors(device)
+    try:
+        with alone(grad=False), checked():
+            ours = small.by_kernels(layer.with_plan(plan, problem), gates)
+            _raise_earlier_errors(device)
+    except WroteOutside as error:
+        return str(error)
     last_place = 2.0**-10 if problem.precision == "tf32" else torch.finfo(problem.dtype).eps  # of products
     for name, true in truth.items():
         found = _rms(ours[name].double() - true)
@@ -105,53 +122,52 @@ def _rms(t: Tensor) -> float:
 
 
 class Small:
-    """A small problem: the inputs of a layer in one direction, random numbers that are exact in its dtype."""
+    """The inputs of a small `problem` like those `given` to a call: random numbers that are exact in its dtype."""
 
-    def __init__(self, problem: Problem, which: Pass, device: torch.device) -> None:
-        self.problem, self.which, self.device = problem, which, device
-        p, batch, hidden, width = problem, problem.batch, problem.hidden, problem.width
+    def __init__(self, problem: Problem, which: Pass, given: Inputs) -> None:
+        self.problem, self.which = p, _ = problem, which
+        batch, hidden, device = p.batch, p.hidden, given.x.device
         generator = torch.Generator().manual_seed(0)
 
         def normal(*size: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*size, generator=generator) * scale).to(device, p.dtype)
 
-        tensors = dict(
-            x=normal(STEPS, batch, FEATURES), h0=normal(batch, width), c0=normal(batch, hidden).float(),
-            weight_ih=normal(4 * hidden, FEATURES, scale=FEATURES**-0.5),
-            weight_hh=normal(4 * hidden, width, scale=width**-0.5),
-        )  # fmt: skip
-        if p.projected:
-            tensors["weight_hr"] = normal(width, hidden, scale=hidden**-0.5)
-        if p.reset_c:
-            tensors |= dict(reset_h=normal(STEPS, batch, width), reset_c=normal(STEPS, batch, hidden).float())
-        if p.peepholes:
-            tensors["weight_peephole"] = normal(3 * hidden)
-        for name, size, there in zip(("gain_hh", "gain_c", "bias_c"), (4 * hidden, hidden, hidden), p.norms):
-            if there:
-                tensors[name] = 1 + normal(size, scale=0.3)
-        number = torch.arange(batch, device=device)
-        if p.lengths is not None:
-            tensors["lengths"] = (number % (STEPS + 1)).flip(0).to(p.lengths)
-        if p.resets:
-            tensors["resets"] = (torch.arange(STEPS, device=device)[:, None] + number) % 3 == 1
-        if p.dropout_h:
-            tensors["dropout_h"] = (normal(batch, width) > 0).to(p.dtype) * 2
-        for name, dimensions, size in (("zoneout_h", p.zoneout_h, width), ("zoneout_c", p.zoneout_c, hidden)):
-            if dimensions is not None:
-                tensors[name] = normal(STEPS, batch, size) > 0 if dimensions else torch.tensor(RATE, device=device)
+        steps, features = (1 if p.steps == 1 else STEPS), given.weight_ih.shape[1]
+        sizes = {name: like.shape for name, like in in_the_loop(p, steps).items()}
+        sizes |= dict(x=(steps, batch, features), weight_ih=(4 * hidden, features), gain_ih=(4 * hidden,))
+        sizes |= dict(bias_ih=(4 * hidden,), bias_hh=(4 * hidden,), reset_h=(steps, batch, p.width))
+        tensors = {}
+        for name, like in given._asdict().items():
+            if like is None:
+                continue
+            if name.startswith("weight") and like.dim() == 2:
+                values = normal(*sizes[name], scale=max(1, sizes[name][1]) ** -0.5)
+            elif name.startswith("gain") or name == "bias_c":
+                values = 1 + normal(*sizes[name], scale=0.3)
+            elif name == "lengths":
+                values = (torch.arange(batch, device=device) % (steps + 1)).flip(0)
+            elif name == "resets":
+                values = (torch.arange(steps, device=device)[:, None] + torch.arange(batch, device=device)) % 3 == 1
+            elif name == "dropout_h":
+                values = (normal(*sizes[name]) > 0) * 2
+            elif name.startswith("zoneout"):
+                values = normal(*sizes[name]) > 0 if like.dim() else torch.tensor(RATE, device=device)
+            else:
+                values = normal(*sizes[name])
+            tensors[name] = laid_out(values.to(like.dtype), like)
         self.inputs = Inputs(**tensors)
-        of_h, of_h_n = normal(STEPS, batch, width), normal(batch, width)
+        of_h, of_h_n = normal(steps, batch, p.width), normal(batch, p.width)
         self.output_gradients = of_h if which.dh else None, of_h_n if which.dh_n else None
 
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Gates]:
         record: list[Gates] = []
-        run = functools.partial(reference.layer, noise=self.inputs.noise(), record=record)
+        run = functools.partial(reference.layer, noise=noise_of(self.inputs), record=record)
         return self.results(run, dtype), record[0]
 
     def yardstick(self) -> dict[str, Tensor]:
         """Results of torch's own LSTM; of the reference where torch has no such cell, or cuDNN fails."""
         p = self.problem
-        if not (p.regularised or p.reset_c or p.peepholes or p.normalised):
+        if not (p.regularised or p.reset_c or p.peepholes or p.normalised or self.inputs.gain_ih is not None):
             try:
                 return self.results(torch_lstm.layer)
             except DEVICE_ERRORS:
@@ -163,9 +179,9 @@ class Small:
     def results(self, run: Callable[..., Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Results of forward, or gradients of backward, by run(x, state, weights, traversal); in any dtype."""
         learns, dtype = self.which.backward, dtype or self.problem.dtype
-        own = [None if t is None else t.to(dtype).requires_grad_(learns) for t in self.inputs[:DIFFERENTIABLE]]
-        g = Inputs(*own, *self.inputs[DIFFERENTIABLE:])  # type: ignore[arg-type]
-        h, (h_n, c_n) = run(g.x, (g.h0, g.c0), g.weights(), g.traversal(self.problem.reverse))
+        learnt = {name: t for name in LEARNT if (t := getattr(self.inputs, name)) is not None}
+        g = self.inputs._replace(**{name: t.to(dtype).requires_grad_(learns) for name, t in learnt.items()})
+        h, (h_n, c_n) = run(g.x, (g.h0, g.c0), weights_of(g), traversal_of(g, self.problem.reverse))
         if not learns:
             return dict(h=h, h_n=h_n, c_n=c_n)
         pairs = [(y, d.to(dtype)) for y, d in zip((h, h_n), self.output_gradients) if d is not None]
@@ -173,16 +189,25 @@ class Small:
         found = torch.autograd.grad([y for y, _ in pairs], list(wanted.values()), [d for _, d in pairs])
         return {f"the gradient of {name}": gradient for name, gradient in zip(wanted, found)}
 
-    def by_kernels(self, plan: Any, gates: Gates) -> dict[str, Tensor]:
-        """The same by the kernel of a plan; backward reads the reference's gates and cell states."""
-        launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
-        layer = launch.layer_by(self.problem, self.device, plan)
+    def by_kernels(self, layer: Any, gates: Gates) -> dict[str, Tensor]:
+        """The same by a Layer; backward reads the reference's gates and cell states."""
         dtype, inputs = self.problem.dtype, self.inputs
         if not self.which.backward:
             h, h_n, c_n, *_ = fused.forward(layer, inputs, self.which.save)
             return dict(h=h, h_n=h_n, c_n=c_n)
         activated = torch.cat([gates.input, gates.forget, gates.candidate, gates.output], dim=2).to(dtype)
         saved = Saved(inputs, gates.hidden.to(dtype), activated, gates.cell.float())
-        needed = [name in COMPARED and t is not None for name, t in zip(Inputs._fields, inputs)]
-        found = fused.gradients(layer, saved, (*self.output_gradients, None), needed[:DIFFERENTIABLE])
-        return {f"the gradient of {name}": d for name, d in zip(Inputs._fields, found) if d is not None}
+        needed = {name for name in COMPARED if getattr(inputs, name) is not None}
+        found = fused.gradients(layer, saved, (*self.output_gradients, None), needed)
+        return {f"the gradient of {name}": found[name] for name in needed}
+
+
+def laid_out(values: Tensor, like: Tensor) -> Tensor:
+    """The values with strides in the order of those of `like`; where these are 0, the first values for all."""
+    for dim, stride in enumerate(like.stride()):
+        if stride == 0 and values.shape[dim] > 1:
+            values = values.narrow(dim, 0, 1).expand_as(values)
+    order = sorted(range(like.dim()), key=like.stride, reverse=True)
+    if 0 in like.stride() or order == sorted(order):
+        return values
+    return values.permute(order).contiguous().permute(*(order.index(dim) for dim in range(like.dim())))

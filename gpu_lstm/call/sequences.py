@@ -134,9 +134,9 @@ class Traversal(NamedTuple):
     def states_before(self, states: Tensor, initial: Tensor, reset_to: Tensor | None) -> Tensor:
         """[T, B, F]: the state that the step at each time started from; anything finite in padding.
 
-        `states` [T, B, F]: h or c of every time, zero in padding; `initial` [B, F] or [1, B, F]; `reset_to` [T, B, F].
+        `states` [T, B, F]: h or c of every time, zero in padding; `initial` [B, F]; `reset_to` [T, B, F].
         """
-        first = initial.view(1, *states.shape[1:])
+        first = initial[None]
         if len(states) == 1:
             before = first
         elif not self.reverse:

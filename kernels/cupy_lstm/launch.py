@@ -3,7 +3,9 @@
 The kernels are in cuda/, compiled at first use, when CuPy is imported. torch allocates memory and computes products.
 """
 
+import contextlib
 import functools
+import sys
 from math import ceil
 from typing import Any
 
@@ -11,71 +13,79 @@ import torch
 from torch import Tensor
 
 from ..architectures import shared_memory_of
-from ..layer import Chosen, Gradients, Layer, Verify, zeros_for_resets
+from ..layer import Chosen, Gradients, Layer, Verify, gradients_in
+from ..memory import EVERY_BIT, Buffer, allocate, checking, gradients_of, margins
 from ..operands import as_words, transposed_gates
-from ..problem import Pass, Problem, Recurrence
+from ..problem import Inputs, Pass, Problem, Recurrence, steps_of
 from ..timeouts import error_word
-from .planning import Plan, card_of, choose_plan
+from .planning import Plan, card_of, choose_plan, words_of
 from .source import ELEMENTS, KERNELS, OPTIONS, given_of, in_order, join, name_expression, parts
 
 PACK = 16  # bytes that a thread reads at once
-SENTINEL = -1  # the word, as int32, for data that are not there yet
 
 
 class Prepared:
     """A plan of one problem and pass; see layer.Prepared. With a projection it runs the recurrence of m."""
 
     def __init__(self, problem: Problem, which: Pass, plan: Plan) -> None:
-        self.plan, self._which = plan, which
-        self.at_once = plan.side_by_side
-        self.projects_outside = problem.projected > 0
+        self.plan, self.at_once, self.projects_outside = plan, plan.side_by_side, problem.projected > 0
+        self._problem = p = problem._replace(projected=0)
+        self._kernel = KERNELS[which.backward]
+        row, size = 4 * words_of(p) // p.size, (p.batch, p.hidden)  # elements of a row of words
+        if which.backward:
+            self._buffers = gradients_of(p) | {"dgates_ptr": Buffer(p.dtype, (p.batch, 4, row), 0, EVERY_BIT)}
+            if plan.parts > 1:
+                partials = Buffer(torch.int32, (p.batch, plan.parts, p.hidden), fill=EVERY_BIT)
+                self._buffers["partials_ptr"] = partials
+        else:
+            self._buffers = {"h_ptr": Buffer(p.dtype, (p.batch, row), 1, EVERY_BIT)}  # and h0 at its end
+            if which.save:
+                self._buffers["c_ptr"] = Buffer(torch.float32, size, 0)
 
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As layer.Layer.forward."""
-        steps, batch, _ = gates.shape
-        hidden = r.c0.shape[-1]
-        h = _rows_of_words(gates, steps + 1, batch)
+        p, h0, steps = self._problem, r.given.h0, steps_of(gates)
+        memory = allocate(self._buffers, steps, gates.device)
+        h = memory["h_ptr"]
+        _clear_words_without_unit(h, p)
         h[-1].zero_()
-        h[-1, :, :hidden] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the sentinel
-        h_n, c_n = r.h0.clone(), r.c0.clone()  # what a sequence of length 0 ends with
-        c = r.c0.new_empty(steps, batch, hidden) if self._which.save else None
-        self._launch(gates, r, weights=as_words(r.weight_hh, PACK), h=h, h_n=h_n, c=c, c_n=c_n)
-        return h[:-1, :, :hidden].contiguous(), h_n, c_n, c
+        h[-1, :, : p.hidden] = torch.where(h0.isnan(), torch.nan, h0)  # any NaN but the sentinel
+        h_n, c_n = h0.clone(), r.given.c0.clone()  # what a sequence of length 0 ends with
+        c = memory.get("c_ptr")
+        self._launch(gates, r, weights=as_words(r.given.weight_hh, p.hidden, PACK), h=h, h_n=h_n, c=c, c_n=c_n)
+        return h[:-1, :, : p.hidden].contiguous(), h_n, c_n, c
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
     ) -> Gradients:
         """As layer.Layer.backward."""
-        steps, batch, _ = gates.shape
-        hidden, count = r.c0.shape[-1], self.plan.parts
-        dgates = _rows_of_words(gates, steps, batch, 4)
-        partials = None
-        if count > 1:
-            partials = torch.full((batch, count, hidden), SENTINEL, dtype=torch.int32, device=gates.device)
-        dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
-        _, dreset_c = zeros_for_resets(r)
+        p, given, steps = self._problem, r.given, steps_of(gates)
+        memory = allocate(self._buffers, steps, gates.device)
+        dgates = memory["dgates_ptr"]
+        _clear_words_without_unit(dgates, p)
+        if dc_n is not None:  # the kernel makes it the gradient of c0
+            memory["dc_ptr"].copy_(dc_n)
         self._launch(
-            gates, r, dh=dh, dh_n=dh_n, c=c, c0=r.c0, weights=transposed_gates(r.weight_hh, count, PACK),
-            dgates=dgates, partials=partials, dc=dc, dreset_c=dreset_c,
+            gates, r, dh=dh, dh_n=dh_n, c=c, c0=given.c0, dgates=dgates, partials=memory.get("partials_ptr"),
+            weights=transposed_gates(given.weight_hh, p.hidden, self.plan.parts, PACK), dc=memory["dc_ptr"],
+            dreset_c=memory.get("dreset_c_ptr"),
         )  # fmt: skip
-        return Gradients(dgates[..., :hidden].reshape(gates.shape), None, dc, dreset_c=dreset_c)
+        return gradients_in(memory, dgates[..., : p.hidden].reshape(steps, p.batch, 4 * p.hidden))
 
-    def _launch(self, gates: Tensor, r: Recurrence, **arguments: Tensor | None) -> None:
-        kernel = KERNELS[self._which.backward]
-        launch_kernel(
-            kernel, gates.dtype, self.plan, gates=gates, resets=r.resets, reset_c=r.reset_c,
-            lengths=None if r.lengths is None else r.lengths.int(), error=error_word(gates.device, kernel),
-            T=gates.shape[0], B=gates.shape[1], reverse=r.reverse, **arguments,
+    def _launch(self, gates: Tensor, r: Recurrence, **own: Tensor | None) -> None:
+        given, p = r.given, self._problem
+        arguments = own | dict(
+            gates=gates, resets=given.resets, reset_c=given.reset_c,
+            lengths=None if given.lengths is None else given.lengths.int(),
+            error=error_word(gates.device, self._kernel), T=steps_of(gates), B=p.batch, reverse=p.reverse,
         )  # fmt: skip
+        with margins(self._kernel, arguments) if checking.on else contextlib.nullcontext(arguments) as inside:
+            launch_kernel(self._kernel, p.dtype, self.plan, **inside)
 
 
-def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:
-    """[*rows, H and up to 16 bytes] of the dtype of `gates` [T, B, 4H]: sentinels; zeros in words without a unit."""
-    hidden, size = gates.shape[-1] // 4, PACK // gates.itemsize
-    filled = gates.new_empty(*rows, ceil(hidden / size) * size)
-    words = filled.view(torch.int32).fill_(SENTINEL)
-    words[..., ceil(hidden * gates.itemsize / 4) :] = 0
-    return filled
+def _clear_words_without_unit(rows: Tensor, p: Problem) -> None:
+    """Zeros in the words past the last unit of rows [*, H and up to 16 bytes], where nobody publishes."""
+    rows.view(torch.int32)[..., ceil(p.hidden * p.size / 4) :] = 0
 
 
 @functools.cache
@@ -94,18 +104,26 @@ def layer_of(problem: Problem, device: torch.device, verify: Verify | None = Non
         raise ValueError("backend 'cupy' supports neither recurrent dropout nor zoneout")
     if problem.peepholes or problem.normalised:
         raise ValueError("backend 'cupy' supports neither peepholes nor layer norms")
-
-    def plan(which: Pass) -> Plan:
-        return choose_plan(problem, card_of(device), which.backward)
-
-    return Layer(
-        problem, device, lambda _, which: Prepared(problem, which, plan(which)),
-        lambda _, which, __: Chosen(plan(which), False),
-    )  # fmt: skip
+    return Layer(problem, device, sys.modules[__name__])
 
 
 forget = layer_of.cache_clear
 """Choose all plans again."""
+
+
+def choose(layer: Layer, which: Pass, given: Inputs) -> Plan:
+    """The plan of a layer's pass; see layer.Launcher."""
+    return choose_plan(layer.problem, card_of(layer.device), which.backward)
+
+
+def prepare(problem: Problem, which: Pass, plan: Plan, device: torch.device, trial: bool = False) -> Prepared:
+    """A plan, ready to be launched; see layer.Launcher."""
+    return Prepared(problem, which, plan)
+
+
+def describe(layer: Layer, which: Pass, plan: Plan | None) -> Chosen:
+    """A plan, and how it was chosen; see layer.Launcher."""
+    return Chosen(choose_plan(layer.problem, card_of(layer.device), which.backward), False)
 
 
 def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tensor | int | None) -> None:

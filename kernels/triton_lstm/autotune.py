@@ -9,7 +9,7 @@ import triton
 
 from ..problem import Pass, Problem
 from .choose import card_of, keep_measured, plans, why_it_does_not_fit
-from .launch import call_of, forget, layer_by, recorded_launches
+from .launch import call_of, forget, layer_of, recorded_launches
 from .planning import Plan
 
 logger = logging.getLogger("gpu_lstm")
@@ -60,14 +60,14 @@ def _call(
     """
     gates, r = call_of(problem, device)
     gates.normal_()
-    for weight, width in ((r.weight_hh, problem.width), (r.weight_hr, problem.hidden)):
+    for weight, width in ((r.given.weight_hh, problem.width), (r.given.weight_hr, problem.hidden)):
         if weight is not None:
             weight.normal_(std=width**-0.5)
     if forward is not None:
-        h, _, _, c = layer_by(problem, device, forward).forward(gates, r, save=True)
+        h, _, _, c = layer_of(problem, device).with_plan(forward).forward(gates, r, save=True)
 
     def call(plan: Plan) -> Callable[[], object]:
-        layer = layer_by(problem, device, plan)
+        layer = layer_of(problem, device).with_plan(plan)
         if forward is not None:
             return partial(layer.backward, h, None, None, gates, c, r)
         return partial(layer.forward, gates, r, save=True)

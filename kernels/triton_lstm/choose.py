@@ -19,7 +19,6 @@ import triton
 
 from .. import cache
 from ..architectures import have_room, shared_memory_of
-from ..layer import Verify
 from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
 from . import cooperative, pointwise, resident, step
@@ -145,7 +144,11 @@ def candidates(problem: Problem, card: Device, which: Pass) -> list[Plan]:
 
 
 def choose_plan(
-    problem: Problem, device: torch.device, which: Pass, launches: Launches, verify: Verify | None = None
+    problem: Problem,
+    device: torch.device,
+    which: Pass,
+    launches: Launches,
+    verify: Callable[[Plan], str | None] | None = None,
 ) -> Plan:
     """The best plan whose kernels the device can run.
 
@@ -168,7 +171,7 @@ def choose_plan(
         for plan in (*proposed[:MOST], *last_resort):
             reason = why_it_does_not_fit(launches(plan), plan.held)
             if reason is None and verify is not None:
-                reason = verify(plan, problem, which, device)
+                reason = verify(plan)
             if reason is None:
                 if not torch.cuda.is_current_stream_capturing():
                     plans_in_use.setdefault((problem._replace(batch=0), card, which), {})[problem.batch] = plan

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..architectures import KB
+from ..memory import EVERY_BIT, Buffer
 from ..operands import as_words, transposed_gates
 from ..problem import Problem, Recurrence
 from . import indexing
@@ -42,7 +43,7 @@ from .norm import (
 )
 from .planning import Device, Family, Plan, expected
 
-SENTINEL = tl.constexpr(-1)  # as int32: the word for data that are not there yet, which `pack` never returns
+SENTINEL = tl.constexpr(EVERY_BIT)  # as int32: the word for data that are not there yet, which `pack` never returns
 
 
 @triton.jit
@@ -166,7 +167,7 @@ def h_before(
 def lstm_cooperative_forward_kernel(
     gates_ptr,
     weights_ptr,  # [4H, W] int32: W_hh
-    peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr,
+    weight_peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr,
     words_ptr,  # [T*B + B, W] int32: h of every step, out and the exchange, sentinels beforehand; then h0
     pairs_hh_ptr, pairs_c_ptr,  # see `exchange_pairs`, for the layer norms of W_hh h and of c; or None
     c_ptr, h0_ptr,
@@ -211,7 +212,7 @@ def lstm_cooperative_forward_kernel(
     place %= UNITS
     z_rows = (place, place + UNITS, place + 2 * UNITS, place + 3 * UNITS)
 
-    peepholes = indexing.load_peepholes(peephole_ptr, unit, H)
+    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit, H)
     gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H) if NORM_HH else None
     affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H) if NORM_C else None
 
@@ -284,7 +285,7 @@ def lstm_cooperative_forward_kernel(
 def lstm_cooperative_backward_kernel(
     dh_ptr, dh_n_ptr, gates_ptr, c_ptr, c0_ptr,
     weights_ptr,  # [PARTS, H, 4 / PARTS * W] int32: W_hh^T of each part's gates
-    peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
+    weight_peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
     words_ptr,  # [T*B, 4, W] int32: dgates, or their gradient through the norm of W_hh h; sentinels beforehand
     dgates_ptr,  # None without that norm, where they are the words
     pairs_hh_ptr, pairs_c_ptr,  # see `exchange_pairs`, for the layer norms of W_hh h and of c; or None
@@ -331,7 +332,7 @@ def lstm_cooperative_backward_kernel(
         sum_rows = sum_rows + ((thread + n * 32 * WARPS) % SUM_ROW % ROWS,)
         sum_sequences = sum_sequences + ((thread + n * 32 * WARPS) // SUM_ROW % SEQUENCES,)
 
-    peepholes = indexing.load_peepholes(peephole_ptr, unit, H)
+    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit, H)
     gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H) if NORM_HH else None
     affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H) if NORM_C else None
 
@@ -460,45 +461,49 @@ STATIC_SHARED = 48 * KB  # that a kernel may declare (CUDA C++ Programming Guide
 KERNELS = lstm_cooperative_forward_kernel, lstm_cooperative_backward_kernel
 
 
-def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """What forward needs beyond what all families share: h, as words with h0 at their end, and more arguments."""
-    steps, batch, gates_of_all = gates.shape
-    h_then_h0 = _rows_of_words(gates, steps + 1, batch)
-    words = h_then_h0.view(torch.int32).fill_(SENTINEL.value)
-    h_then_h0[-1].zero_()
-    h_then_h0[-1, :, : gates_of_all // 4] = torch.where(r.h0.isnan(), torch.nan, r.h0)  # any NaN but the sentinel
-    dropout_h = None if r.dropout_h is None else as_words(r.dropout_h)
-    own = {"weights_ptr": as_words(r.weight_hh), "words_ptr": words, "dropout_h_ptr": dropout_h}
-    return h_then_h0, own | _pairs(r, plan)
+def forward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
+    """What forward writes besides the results that all families share; h is one of those, but in rows of words."""
+    return {"h_ptr": Buffer(p.dtype, (p.batch, _row(p)), 1, EVERY_BIT)} | _pairs(p, plan)  # and h0 at its end
 
 
-def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """As forward_buffers, for backward: dgates, or their words, and more arguments."""
-    steps, batch, _ = gates.shape
-    exchanged = _rows_of_words(gates, steps, batch, 4)  # what W_hh^T is multiplied with
-    dgates = None if r.gain_hh is None else torch.empty_like(gates)
-    of_parts = batch, plan.parts, r.c0.shape[-1]
-    partials = r.c0.new_full(of_parts, SENTINEL.value, dtype=torch.int32) if plan.parts > 1 else None
-    return exchanged if dgates is None else dgates, {
-        "weights_ptr": transposed_gates(r.weight_hh, plan.parts),
-        "words_ptr": exchanged.view(torch.int32).fill_(SENTINEL.value),
-        "dgates_ptr": dgates,
-        "partials_ptr": partials,
-        **_pairs(r, plan),
-    }
+def backward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
+    """As forward_buffers, for backward, where dgates are the words, or come from them through the norm of W_hh h."""
+    # What W_hh^T is multiplied with.
+    buffers = {EXCHANGED: Buffer(p.dtype, (p.batch, 4, _row(p)), 0, EVERY_BIT)} | _pairs(p, plan)
+    if plan.parts > 1:
+        buffers["partials_ptr"] = Buffer(torch.int32, (p.batch, plan.parts, p.hidden), fill=EVERY_BIT)
+    return buffers
 
 
-def _pairs(r: Recurrence, plan: Plan) -> dict[str, Tensor | None]:
+BUFFERS = forward_buffers, backward_buffers
+EXCHANGED = "exchanged"  # among the buffers: passed as words
+
+
+def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What forward reads besides the tensors of a call."""
+    h0, h = r.given.h0, memory["h_ptr"][-1]  # [B, H], [B, H or one more]
+    if _row(p) > p.hidden:
+        h.zero_()
+    h[:, : p.hidden] = torch.where(h0.isnan(), torch.nan, h0)  # any NaN but the sentinel
+    found = {"weights_ptr": as_words(r.given.weight_hh, p.hidden), "words_ptr": memory["h_ptr"].view(torch.int32)}
+    return found | ({"dropout_h_ptr": as_words(r.given.dropout_h, p.hidden)} if p.dropout_h else {})
+
+
+def backward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As forward_operands, for backward."""
+    weights = transposed_gates(r.given.weight_hh, p.hidden, plan.parts)
+    return {"weights_ptr": weights, "words_ptr": memory[EXCHANGED].view(torch.int32)}
+
+
+OPERANDS = forward_operands, backward_operands
+
+
+def _pairs(p: Problem, plan: Plan) -> dict[str, Buffer]:
     """Buffers of `exchange_pairs`, one for each layer norm."""
-    of_programs = r.c0.shape[-2], ceil(r.c0.shape[-1] / plan.columns), 2
-    pairs_hh, pairs_c = (
-        None if gain is None else r.c0.new_full(of_programs, SENTINEL.value, dtype=torch.int32)
-        for gain in (r.gain_hh, r.gain_c)
-    )
-    return {"pairs_hh_ptr": pairs_hh, "pairs_c_ptr": pairs_c}
+    pairs = Buffer(torch.int32, (p.batch, ceil(p.hidden / plan.columns), 2), fill=EVERY_BIT)
+    return {name: pairs for name, there in zip(("pairs_hh_ptr", "pairs_c_ptr"), p.norms) if there}
 
 
-def _rows_of_words(gates: Tensor, *rows: int) -> Tensor:
-    """[*rows, H or one more] of the dtype of `gates` [T, B, 4H], so that a row is a whole number of words."""
-    hidden = gates.shape[-1] // 4
-    return gates.new_empty(*rows, hidden + hidden * gates.itemsize % 4 // gates.itemsize)
+def _row(p: Problem) -> int:
+    """Elements of a row of H units that is a whole number of words."""
+    return p.hidden + p.hidden * p.size % 4 // p.size

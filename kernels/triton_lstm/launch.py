@@ -1,16 +1,18 @@
 """The launches of the Triton backend: a plan of one problem and pass, prepared once and then only launched."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from math import ceil
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..layer import Chosen, Gradients, Layer, Verify, zeros_for_resets
-from ..problem import TENSORS, Pass, Problem, Recurrence
+from ..layer import Chosen, Gradients, Layer, Verify, gradients_in
+from ..memory import Buffer, allocate, checking, gradients_of, margins, results_of
+from ..problem import NO_UNIT, Inputs, Pass, Problem, Recurrence, Unit, in_the_loop, steps_of
 from ..timeouts import KERNELS, error_word
 from . import features, pointwise
 from .binary import RecordedLaunch
@@ -24,6 +26,7 @@ from .choose import (
     measured_plan,
     plans_in_use,
 )
+from .cooperative import EXCHANGED
 from .planning import Family, Launch, Plan
 
 INTERPRETED: bool = features.INTERPRETED.value
@@ -43,103 +46,121 @@ class Kernel:
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], options: dict[str, Any]) -> None:
         self._kernel, self._grid = kernel, grid
-        self._given = tuple(name for name in kernel.arg_names if name not in constants)
-        constants = {name: constants[name] for name in kernel.arg_names[len(self._given) :]}  # they come last
-        self._values, self._constants, self._fixed = itemgetter(*self._given), constants.values(), constants | options
+        self._names = tuple(name for name in kernel.arg_names if name not in constants)
+        constants = {name: constants[name] for name in kernel.arg_names[len(self._names) :]}  # they come last
+        self._constants, self._fixed = constants.values(), constants | options
         self._run: Callable[..., None] | None = None  # of the compiled kernel
 
-    def __call__(self, launch: Launch | None, given: dict[str, Any]) -> None:
-        """Launch it with those of the given arguments that it has parameters for."""
-        values, launch = self._values(given), launch or launch_kernel
-        if launch is None and self._run is not None:
-            self._run(*values, *self._constants)
-            return
-        arguments = dict(zip(self._given, values)) | self._fixed
-        if launch is None:
-            self._run = load(self._kernel, self._grid, arguments)[(*self._grid, 1, 1)[:3]]
-            with errors_as_of_torch():
-                self._run(*values, *self._constants)
+    def __call__(self, launch: Launch | None, arguments: dict[str, Any]) -> None:
+        """Launch it with those of the arguments that it has parameters for; what is absent is None."""
+        if checking.on:
+            with margins(self._kernel.__name__, arguments) as inside:
+                self._launch(launch or launch_kernel, inside)
         else:
-            launch(self._kernel, self._grid, **arguments)
+            self._launch(launch or launch_kernel, arguments)
 
-
-# The parameters of kernels that are given the tensors of a Recurrence.
-_POINTERS = tuple(f"{name}_ptr".replace("weight_peephole", "peephole") for name in Recurrence._fields[:TENSORS])
+    def _launch(self, launch: Launch | None, arguments: dict[str, Any]) -> None:
+        values = map(arguments.get, self._names)
+        if launch is not None:
+            launch(self._kernel, self._grid, **dict(zip(self._names, values)), **self._fixed)
+        elif self._run is not None:
+            self._run(*values, *self._constants)
+        else:
+            own = dict(zip(self._names, values))
+            self._run = load(self._kernel, self._grid, own | self._fixed)[(*self._grid, 1, 1)[:3]]
+            with errors_as_of_torch():
+                self._run(*own.values(), *self._constants)
 
 
 class Prepared:
     """A plan of one problem and pass; see layer.Prepared. `launch` makes its launches, by default `launch_kernel`.
 
-    A plan that is only `tried` waits a second for other programs, not as long as the user's calls.
+    On `trial` it waits a second for other programs, not as long as the user's calls.
     """
 
     def __init__(
         self, problem: Problem, which: Pass, plan: Plan, device: torch.device, launch: Launch | None = None,
-        tried: bool = False,
+        trial: bool = False,
     ) -> None:  # fmt: skip
-        self.plan, self._launch, self._family = plan, launch, FAMILIES[plan.family]
+        self.plan, self._launch, family, way = plan, launch, FAMILIES[plan.family], which.backward
         one_round = problem.steps == 1 and plan.parts == 1 and not problem.projected and not problem.normalised
         waits = plan.family is Family.COOPERATIVE or (plan.family is Family.STEP and not one_round)
         self.at_once = plan.side_by_side if waits else None
         self.projects_outside = problem.projected > 0 and (plan.family is not Family.STEP or plan.held > 0)
         if self.projects_outside:
             problem = problem._replace(projected=0)
-        self._batch_tiles = ceil(problem.batch / plan.rows)
-        self._batch, self._hidden, self._width, self._save = problem.batch, problem.hidden, problem.width, which.save
-        self._total_width = problem.width if problem.projected or problem.norms[1] else None
-        kernel = self._family.KERNELS[which.backward]
+        kernel = family.KERNELS[way]
         options = dict(num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.registers,
                        launch_cooperative_grid=waits, **features.OPTIONS)  # fmt: skip
         self._kernel = Kernel(kernel, plan.grid, _constants(problem, which, plan), options)
-        self._loop = pointwise.LOOPS[which.backward] if plan.family is Family.POINTWISE else None
-        self._error = error_word(device, kernel.__name__, tried) if kernel.__name__ in KERNELS else None
+        self._loop = pointwise.LOOPS[way] if plan.family is Family.POINTWISE else None
+        names = tuple(in_the_loop(problem, problem.steps))
+        self._problem, self._tensors, self._pointers = problem, attrgetter(*names), [f"{name}_ptr" for name in names]
+        self._operands, buffers = family.OPERANDS[way], family.BUFFERS[way]
+        self._error = error_word(device, kernel.__name__, trial) if kernel.__name__ in KERNELS else None
+
+        self._buffers = gradients_of(problem) if way else results_of(problem)
+        if buffers is not None:
+            self._buffers |= buffers(problem, plan)
+        if waits:  # the programs of each batch tile count themselves in
+            self._buffers["arrivals_ptr"] = Buffer(torch.int32, (ceil(problem.batch / plan.rows),), fill=0)
+        if not which.save:
+            del self._buffers["c_ptr"]
+        if EXCHANGED in self._buffers and not problem.norms[0]:  # then dgates are what is exchanged
+            del self._buffers["dgates_ptr"]
+        # Final states are written at every step, except for sequences of length 0; cooperative kernels read c there.
+        self._starts: dict[str, str] = {}
+        if not way and problem.lengths is not None:
+            self._starts = {"h_n_ptr": "h0", "c_n_ptr": "c0"}
+        elif not way and plan.family is Family.COOPERATIVE:
+            self._starts = {"c_n_ptr": "c0"}
+        for name in self._starts:
+            del self._buffers[name]
 
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As layer.Layer.forward, without a projection unless it is in the time loop."""
-        c = r.c0.new_empty(gates.shape[0], self._batch, self._hidden) if self._save else None
-        # Kernels write them at every step, except for sequences of length 0; cooperative ones read c there, too.
-        copied = r.lengths is not None
-        h_n = r.h0.clone() if copied else torch.empty_like(r.h0)
-        c_n = r.c0.clone() if copied or self.plan.family is Family.COOPERATIVE else torch.empty_like(r.c0)
-        h, buffers = self._family.forward_buffers(gates, r, self.plan)
-        self._run(gates, r, {"c_ptr": c, "h_n_ptr": h_n, "c_n_ptr": c_n, **buffers})
-        steps, _, width = h.shape
-        if width > self._width:  # rows of words
-            h = h[: gates.shape[0], :, : self._width].contiguous()
-        elif steps > gates.shape[0]:  # h0 at its end; not a view, since autograd forbids changing one in place
-            h.resize_(gates.shape[0], self._batch, width)
-        return h, h_n, c_n, c
+        p, steps = self._problem, steps_of(gates)
+        memory = allocate(self._buffers, steps, gates.device)
+        for name, state in self._starts.items():
+            memory[name] = getattr(r.given, state).clone()
+        self._run(gates, r, steps, memory, {})
+        h = memory["h_ptr"]
+        if self._buffers["h_ptr"].shape != (p.batch, p.width):  # rows of words
+            h = h[:steps, :, : p.width].contiguous()
+        elif self._buffers["h_ptr"].times:  # h0 at its end; not a view, since autograd forbids changing one in place
+            h.resize_(steps, p.batch, p.width)
+        return h, memory["h_n_ptr"], memory["c_n_ptr"], memory.get("c_ptr")
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
     ) -> Gradients:
         """As layer.Layer.backward."""
-        dc = torch.zeros_like(r.c0) if dc_n is None else dc_n.clone()  # of c_n; the kernel makes it that of c0
-        dh_from_zoneout = None if r.zoneout_h is None else torch.zeros_like(r.h0, dtype=torch.float32)
-        width = self._total_width
-        dh_total = None if width is None else gates.new_empty(gates.shape[0], self._batch, width)
-        dreset_h, dreset_c = zeros_for_resets(r)
-        dgates, buffers = self._family.backward_buffers(gates, r, self.plan)
-        self._run(gates, r, {
-            "c_ptr": c, "dh_ptr": dh, "dh_n_ptr": dh_n, "dc_ptr": dc, "dh_from_zoneout_ptr": dh_from_zoneout,
-            "dh_total_ptr": dh_total, "dreset_h_ptr": dreset_h, "dreset_c_ptr": dreset_c, **buffers,
-        })  # fmt: skip
-        if dgates.dim() == 4:  # [T, B, 4, H or more], rows of words
-            dgates = dgates[..., : self._hidden].reshape(gates.shape)
-        return Gradients(dgates, dh_from_zoneout, dc, dh_total, dreset_h, dreset_c)
+        p, steps = self._problem, steps_of(gates)
+        memory = allocate(self._buffers, steps, gates.device)
+        if dc_n is not None:  # the kernel makes it the gradient of c0
+            memory["dc_ptr"].copy_(dc_n)
+        read = {"dh_ptr": dh, "dh_n_ptr": dh_n, "c_ptr": c}
+        if p.normalised:
+            read |= zip(("unit_hh_ptr", "scale_hh_ptr", "unit_c_ptr", "scale_c_ptr"), (*r.unit_hh, *r.unit_c))
+        self._run(gates, r, steps, memory, read)
+        dgates = memory.get("dgates_ptr")
+        if dgates is None:  # [T, B, 4, H or one more]
+            dgates = memory[EXCHANGED][..., : p.hidden].reshape(steps, p.batch, 4 * p.hidden)
+        return gradients_in(memory, dgates)
 
-    def _run(self, gates: Tensor, r: Recurrence, own: dict[str, Any]) -> None:
-        """One launch, or one per step, with `own` arguments besides those of all families and both directions."""
-        given: dict[str, Any] = dict(zip(_POINTERS, r))
-        given |= {
-            "gates_ptr": gates, "error_ptr": self._error, "T": gates.shape[0], "B": self._batch,
-            "arrivals_ptr": None if self.at_once is None else r.c0.new_zeros(self._batch_tiles, dtype=torch.int32),
-        }  # fmt: skip
-        given |= own
+    def _run(
+        self, gates: Tensor, r: Recurrence, steps: int, memory: dict[str, Tensor], read: dict[str, Tensor | None]
+    ) -> None:
+        """One launch, or one per step, of what it writes and what it reads."""
+        arguments: dict[str, Any] = dict(zip(self._pointers, self._tensors(r.given)))
+        arguments |= memory | read
+        if self._operands is not None:
+            arguments |= self._operands(self._problem, self.plan, r, memory)
+        arguments |= {"gates_ptr": gates, "error_ptr": self._error, "T": steps, "B": self._problem.batch}
         if self._loop is None:
-            self._kernel(self._launch, given)
+            self._kernel(self._launch, arguments)
         else:
-            self._loop(partial(self._kernel, self._launch), given, r)
+            self._loop(partial(self._kernel, self._launch), arguments, self._problem)
 
 
 def _constants(problem: Problem, which: Pass, plan: Plan) -> dict[str, Any]:
@@ -160,7 +181,7 @@ def layer_of(problem: Problem, device: torch.device, verify: Verify | None = Non
     """The layer of a problem on a device; every call returns the same one."""
     layer = _layers.get((problem, device))
     if layer is None:
-        layer = _layers.setdefault((problem, device), Layer(problem, device, _prepare, _describe, verify))
+        layer = _layers.setdefault((problem, device), Layer(problem, device, sys.modules[__name__], verify))
     return layer
 
 
@@ -170,28 +191,26 @@ def forget() -> None:
     plans_in_use.clear()
 
 
-def _prepare(layer: Layer, which: Pass) -> Prepared:
+def choose(layer: Layer, which: Pass, given: Inputs) -> Plan:
+    """The plan of a layer's pass; see layer.Launcher."""
     # With neither gradient, backward returns zeros except for what dc_n contributes, which all plans compute alike.
     has_results = not which.backward or which.dh or which.dh_n
-    verify = layer.verify if has_results and not layer.is_capturing() else None
-    launches = partial(recorded_launches, layer.problem, which)
-    plan = choose_plan(layer.problem, layer.device, which, launches, verify)
-    return Prepared(layer.problem, which, plan, layer.device)
+    verify = None
+    if layer.verify is not None and has_results and not layer.is_capturing():
+        verify = partial(layer.verify, layer, which, given)
+    return choose_plan(layer.problem, layer.device, which, partial(recorded_launches, layer.problem, which), verify)
 
 
-def _describe(layer: Layer, which: Pass, plan: Plan | None) -> Chosen:
+def prepare(problem: Problem, which: Pass, plan: Plan, device: torch.device, trial: bool = False) -> Prepared:
+    """A plan, ready to be launched; see layer.Launcher."""
+    return Prepared(problem, which, plan, device, trial=trial)
+
+
+def describe(layer: Layer, which: Pass, plan: Plan | None) -> Chosen:
+    """A plan, and how it was chosen; see layer.Launcher."""
     card = card_of(layer.device)
     plan = plan or candidates(layer.problem, card, which)[0]
     return Chosen(plan, plan == measured_plan(layer.problem, card, which.backward))
-
-
-def layer_by(problem: Problem, device: torch.device, plan: Plan, launch: Launch | None = None) -> Layer:
-    """A layer that uses a given plan, in order to try it."""
-
-    def prepare(layer: Layer, which: Pass) -> Prepared:
-        return Prepared(problem, which, plan, device, launch, tried=True)
-
-    return Layer(problem, device, prepare, lambda *_: Chosen(plan, False))
 
 
 def recorded_launches(problem: Problem, which: Pass, plan: Plan) -> list[RecordedLaunch]:
@@ -208,38 +227,28 @@ def recorded_launches(problem: Problem, which: Pass, plan: Plan) -> list[Recorde
         problem, which = problem._replace(projected=0), which._replace(dh=True, dh_n=False)
     gates, r = call_of(problem, meta)
     if which.backward:
-        dh = r.h0.new_empty(problem.steps, *r.h0.shape) if which.dh else None
-        c = r.c0.new_empty(problem.steps, *r.c0.shape)
-        prepared.backward(dh, r.h0 if which.dh_n else None, None, gates, c, r)
+        results = allocate(results_of(problem), problem.steps, meta)
+        dh, dh_n = (results[name] if there else None for name, there in (("h_ptr", which.dh), ("h_n_ptr", which.dh_n)))
+        prepared.backward(dh, dh_n, None, gates, results["c_ptr"], r)
     else:
         prepared.forward(gates, r)
     return launches
 
 
 def call_of(problem: Problem, device: torch.device) -> tuple[Tensor, Recurrence]:
-    """The gates and tensors of a call; zeros."""
-    p, f32 = problem, torch.float32
+    """The gates and tensors of a call; zeros. What kernels do not read, x and W_ih, has no features."""
+    p = problem
 
-    def zeros(there: bool, *shape: int, dtype: torch.dtype = p.dtype) -> Any:
-        return torch.zeros(shape, dtype=dtype, device=device) if there else None
+    def zeros(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
 
-    def share(dimensions: int | None, features: int) -> Any:
-        shape, dtype = ((p.steps, p.batch, features), torch.bool) if dimensions else ((), f32)
-        return zeros(dimensions is not None, *shape, dtype=dtype)
-
-    steps, batch, hidden, width = p.steps, p.batch, p.hidden, p.width
-    gain_hh, gain_c, bias_c = p.norms
-    return zeros(True, steps, batch, 4 * hidden), Recurrence(
-        weight_hh=zeros(True, 4 * hidden, width), weight_hr=zeros(p.projected > 0, width, hidden),
-        weight_peephole=zeros(p.peepholes, 3 * hidden),
-        h0=zeros(True, batch, width), c0=zeros(True, batch, hidden, dtype=f32),
-        lengths=zeros(p.lengths is not None, batch, dtype=p.lengths or f32),
-        resets=zeros(p.resets, steps, batch, dtype=torch.bool),
-        dropout_h=zeros(p.dropout_h, batch, width),
-        zoneout_h=share(p.zoneout_h, width), zoneout_c=share(p.zoneout_c, hidden),
-        reset_h=zeros(p.reset_h, steps, batch, width), reset_c=zeros(p.reset_c, steps, batch, hidden, dtype=f32),
-        gain_hh=zeros(gain_hh, 4 * hidden), gain_c=zeros(gain_c, hidden), bias_c=zeros(bias_c, hidden),
-        unit_hh=zeros(gain_hh, steps, batch, 4 * hidden), scale_hh=zeros(gain_hh, steps, batch, dtype=f32),
-        unit_c=zeros(gain_c, steps, batch, hidden, dtype=f32), scale_c=zeros(gain_c, steps, batch, dtype=f32),
-        reverse=p.reverse, precision=p.precision, side_by_side=p.side_by_side,
-    )  # fmt: skip
+    given = {name: zeros(*like.shape, dtype=like.dtype) for name, like in in_the_loop(p, p.steps).items()}
+    unit_hh = unit_c = NO_UNIT
+    if p.norms[0]:
+        unit_hh = Unit(zeros(p.steps, p.batch, 4 * p.hidden), zeros(p.steps, p.batch, dtype=torch.float32))
+    if p.norms[1]:
+        unit_c = Unit(
+            *(zeros(*size, dtype=torch.float32) for size in ((p.steps, p.batch, p.hidden), (p.steps, p.batch)))
+        )
+    inputs = Inputs(x=zeros(p.steps, p.batch, 0), weight_ih=zeros(4 * p.hidden, 0), **given)
+    return zeros(p.steps, p.batch, 4 * p.hidden), Recurrence(inputs, unit_hh, unit_c)

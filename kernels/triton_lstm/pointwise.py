@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..problem import Problem, Recurrence
+from ..memory import Buffer
+from ..problem import Problem
 from ..projection import products_in
 from . import indexing
 from .cell import cell_forward, gates_backward, next_cell, output_backward
@@ -26,7 +26,7 @@ from .step import store_hidden, tile_at, tile_of
 def lstm_pointwise_forward_kernel(
     gates_ptr,  # with W_hh h added, unless z_ptr has it
     z_ptr,  # [B, 4H] W_hh h of the step, or None
-    h0_ptr, c0_ptr, peephole_ptr,
+    h0_ptr, c0_ptr, weight_peephole_ptr,
     h_ptr,  # [T*B, H] out
     h_next_ptr,  # [B, H] out: what the next step multiplies with W_hh, zero where it does not continue; None: as h
     c_ptr,
@@ -51,7 +51,7 @@ def lstm_pointwise_forward_kernel(
         c_prev = indexing.load_c_before(c_ptr, c0_ptr, reset_c_ptr, step, row_prev[:, None], unit[None, :], cells, H)
     else:
         c_prev = indexing.load_state(c0_ptr if step == 0 else c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
-    peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
+    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit[None, :], H)
     gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)  # zero in padding, where all was loaded as zero
     c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
     tl.store(c_n_ptr + state_at, c, mask=valid & is_last[:, None] if SAVE else valid)
@@ -72,7 +72,7 @@ def lstm_pointwise_forward_kernel(
 def lstm_pointwise_backward_kernel(
     dh_ptr, dh_n_ptr,
     dh_next_ptr,  # [B, H]: dgates of the step after, times W_hh
-    gates_ptr, c_ptr, c0_ptr, peephole_ptr, dgates_ptr,
+    gates_ptr, c_ptr, c0_ptr, weight_peephole_ptr, dgates_ptr,
     dz_ptr,  # [B, 4H] out: dgates of the step, or None
     dc_ptr, lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, H] float32 or None, see indexing.zoneout_h_backward
@@ -99,7 +99,7 @@ def lstm_pointwise_backward_kernel(
     dc = tl.load(dc_ptr + state_at, mask=valid, other=0.0)
     dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
     dz_o, dc_of_h = output_backward(gates[3], c, dh)
-    peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
+    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit[None, :], H)
     dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc + dc_of_h, peepholes, PEEPHOLES)
     dc_prev += dc_from_zoneout
     # In padding every factor was loaded as zero, so its gradients are zero.
@@ -126,60 +126,56 @@ def pointwise_plan(problem: Problem) -> Plan | None:
 KERNELS = lstm_pointwise_forward_kernel, lstm_pointwise_backward_kernel
 
 
-def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """What forward needs beyond what all families share: h, and more arguments."""
-    (steps, batch, _), hidden, scattered = gates.shape, r.c0.shape[-1], _is_scattered(r)
-    h, h_is_operand = gates.new_empty(steps, batch, hidden), not scattered and r.resets is r.dropout_h is None
-    return h, {
-        "z_ptr": gates.new_empty(gates.shape[1:]) if scattered else None,
-        "h_ptr": h,
-        "h_next_ptr": None if h_is_operand else gates.new_empty(batch, hidden),
-    }
+def forward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
+    """What forward writes besides the results that all families share."""
+    h_is_operand = not (_is_scattered(p) or p.resets or p.dropout_h)
+    scratch = {} if h_is_operand else {"h_next_ptr": Buffer(p.dtype, (p.batch, p.hidden))}
+    return scratch | ({"z_ptr": Buffer(p.dtype, (p.batch, 4 * p.hidden))} if _is_scattered(p) else {})
 
 
-def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """As forward_buffers, for backward: dgates, and more arguments."""
-    dgates = torch.empty_like(gates)
-    return dgates, {
-        "dgates_ptr": dgates,
-        "dz_ptr": gates.new_empty(gates.shape[1:]) if _is_scattered(r) else None,
-        "dh_next_ptr": gates.new_empty(gates.shape[1], r.c0.shape[-1]),
-    }
+def backward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
+    """As forward_buffers, for backward."""
+    scratch = {"dh_next_ptr": Buffer(p.dtype, (p.batch, p.hidden))}
+    return scratch | ({"dz_ptr": Buffer(p.dtype, (p.batch, 4 * p.hidden))} if _is_scattered(p) else {})
 
 
-def _is_scattered(r: Recurrence) -> bool:
+BUFFERS = forward_buffers, backward_buffers
+OPERANDS = None, None
+
+
+def _is_scattered(p: Problem) -> bool:
     """Whether sequences visit different times at the same step."""
-    return r.reverse and r.lengths is not None
+    return p.reverse and p.lengths is not None
 
 
-def forward_steps(launch: Callable[[dict[str, Any]], None], given: dict[str, Any], r: Recurrence) -> None:
+def forward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str, Any], p: Problem) -> None:
     """Run all steps; launch(arguments) launches the kernel."""
-    gates, z, h, h_next = (given[name] for name in ("gates_ptr", "z_ptr", "h_ptr", "h_next_ptr"))
-    operand = r.h0.view(h.shape[1:])
-    if r.dropout_h is not None:
-        operand = r.dropout_h * operand
-    if r.resets is not None and not r.reverse:  # in reverse none is before the first step
-        operand = operand.masked_fill(r.resets[0, :, None], 0)
-    times, weight = range(len(gates)), r.weight_hh.T
-    with products_in(r.precision):
-        for step, time in enumerate(reversed(times) if r.reverse else times):
+    gates, z, h, h_next = (arguments.get(name) for name in ("gates_ptr", "z_ptr", "h_ptr", "h_next_ptr"))
+    operand, weight = arguments["h0_ptr"], arguments["weight_hh_ptr"].T
+    if p.dropout_h:
+        operand = arguments["dropout_h_ptr"] * operand
+    if p.resets and not p.reverse:  # in reverse none is before the first step
+        operand = operand.masked_fill(arguments["resets_ptr"][0, :, None], 0)
+    times = range(arguments["T"])
+    with products_in(p.precision):
+        for step, time in enumerate(reversed(times) if p.reverse else times):
             if z is None:
                 gates[time].addmm_(operand, weight)
             else:
                 torch.mm(operand, weight, out=z)
-            launch(given | {"step": step})
+            launch(arguments | {"step": step})
             operand = h[time] if h_next is None else h_next
 
 
-def backward_steps(launch: Callable[[dict[str, Any]], None], given: dict[str, Any], r: Recurrence) -> None:
+def backward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str, Any], p: Problem) -> None:
     """As forward_steps, from the last to the first."""
-    dgates, dz, dh_next = (given[name] for name in ("dgates_ptr", "dz_ptr", "dh_next_ptr"))
-    times = range(len(dgates))
-    with products_in(r.precision):
-        for step, time in zip(reversed(times), times if r.reverse else reversed(times)):
-            launch(given | {"step": step})
+    dgates, dz, dh_next = (arguments.get(name) for name in ("dgates_ptr", "dz_ptr", "dh_next_ptr"))
+    times = range(arguments["T"])
+    with products_in(p.precision):
+        for step, time in zip(reversed(times), times if p.reverse else reversed(times)):
+            launch(arguments | {"step": step})
             if step:
-                torch.mm(dgates[time] if dz is None else dz, r.weight_hh, out=dh_next)
+                torch.mm(dgates[time] if dz is None else dz, arguments["weight_hh_ptr"], out=dh_next)
 
 
 LOOPS = forward_steps, backward_steps

@@ -10,7 +10,6 @@ sequence 2 quarter + n % 2.
 from collections.abc import Iterator
 from math import ceil
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -87,7 +86,7 @@ def moments(v, unit, H: tl.constexpr, WARPS: tl.constexpr):
 def lstm_resident_forward_kernel(
     gates_ptr,
     weights_ptr,  # [4H, W] int32: W_hh
-    peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr, h0_ptr, c0_ptr,
+    weight_peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr, h0_ptr, c0_ptr,
     h_ptr,  # [T*B, H] out
     c_ptr,
     h_n_ptr, c_n_ptr,  # [B, H] out, the latter float32
@@ -116,7 +115,7 @@ def lstm_resident_forward_kernel(
     h, c, peepholes, gain_hh, affine_c = (), (), (), (), ()
     states = cells_at_step(0, unit, sequence, None, B, H, REVERSE)[1]
     for n in tl.static_range(CELLS):
-        peepholes = peepholes + (indexing.load_peepholes(peephole_ptr, unit[n], H),)
+        peepholes = peepholes + (indexing.load_peepholes(weight_peephole_ptr, unit[n], H),)
         if NORM_HH:
             gain_hh = gain_hh + (indexing.load_gates(gain_hh_ptr, unit[n], unit[n] < H, H),)
         if NORM_C:
@@ -191,7 +190,7 @@ def lstm_resident_forward_kernel(
 def lstm_resident_backward_kernel(
     dh_ptr, dh_n_ptr, gates_ptr, c_ptr, c0_ptr,
     weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
-    peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
+    weight_peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
     dh_total_ptr, dgates_ptr,
     dc_ptr,  # in: the gradient of c_n; out: of c0
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
@@ -224,7 +223,7 @@ def lstm_resident_backward_kernel(
     dh, dc, peepholes = (), (), ()
     states = cells_at_step(0, unit, sequence, None, B, H, REVERSE)[1]
     for n in tl.static_range(CELLS):
-        peepholes = peepholes + (indexing.load_peepholes(peephole_ptr, unit[n], H),)
+        peepholes = peepholes + (indexing.load_peepholes(weight_peephole_ptr, unit[n], H),)
         state_at, in_tile = states[n][2], states[n][3]
         of_h = tl.zeros((32 * WARPS,), tl.float32)
         if dh_n_ptr is not None:
@@ -351,16 +350,17 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
 
 
 KERNELS = lstm_resident_forward_kernel, lstm_resident_backward_kernel
+BUFFERS = None, None
 
 
-def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """What forward needs beyond what all families share: h, and more arguments."""
-    steps, batch, gates_of_all = gates.shape
-    h = gates.new_empty(steps, batch, gates_of_all // 4)
-    return h, {"weights_ptr": as_words(r.weight_hh), "h_ptr": h}
+def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What forward reads besides the tensors of a call."""
+    return {"weights_ptr": as_words(r.given.weight_hh, p.hidden)}
 
 
-def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """As forward_buffers, for backward: dgates, and more arguments."""
-    dgates = torch.empty_like(gates)
-    return dgates, {"weights_ptr": transposed_gates(r.weight_hh), "dgates_ptr": dgates}
+def backward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As forward_operands, for backward."""
+    return {"weights_ptr": transposed_gates(r.given.weight_hh, p.hidden)}
+
+
+OPERANDS = forward_operands, backward_operands

@@ -16,10 +16,10 @@ from math import ceil
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..architectures import have_room
-from ..problem import Problem, Recurrence
+from ..memory import Buffer
+from ..problem import Problem
 from . import indexing
 from .cell import cell_forward, gates_backward, normed_output_backward, output, output_backward
 from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
@@ -208,7 +208,7 @@ def store_hidden(
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_step_forward_kernel(
     gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
-    h0_ptr, c0_ptr, weight_hh_ptr, weight_hr_ptr, peephole_ptr,
+    h0_ptr, c0_ptr, weight_hh_ptr, weight_hr_ptr, weight_peephole_ptr,
     h_ptr,  # [T*B, P] out
     m_ptr,  # [B, H] of the step, None without a projection
     gain_hh_ptr,
@@ -298,7 +298,7 @@ def lstm_step_forward_kernel(
                         z = normalise(z, mean[:, None], scale[:, None], gain[None, :], 0.0)
                         z = unless_timed_out(z, poll_limit)
                     z = indexing.split_gates(z, BLOCK_B, BLOCK_H)
-                    peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
+                    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit[None, :], H)
                     gates, c, m = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
                     m = tl.where(valid_tile, m, 0.0)  # padding gets zeros
                     if NORM_C:
@@ -343,7 +343,7 @@ def lstm_step_forward_kernel(
 def lstm_step_backward_kernel(
     dh_ptr, dh_n_ptr,
     gates_ptr,  # [T*B, 4H] activated
-    c_ptr, c0_ptr, weight_hh_ptr, weight_hr_ptr, peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr,
+    c_ptr, c0_ptr, weight_hh_ptr, weight_hr_ptr, weight_peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr,
     sums_hh_ptr,  # [2, tiles, B, 2] float32: as sums_c, of unit_hh, for even and odd steps alternately; or None
     gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
     sums_c_ptr,  # [tiles, B, 2] float32: the sums of the gradient of unit_c, and of it times unit_c; or None
@@ -488,7 +488,7 @@ def lstm_step_backward_kernel(
                     else:
                         dz_o, dc_of_m = output_backward(gates[3], c, dm)
                         dc += dc_of_m
-                    peepholes = indexing.load_peepholes(peephole_ptr, unit[None, :], H)
+                    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit[None, :], H)
                     dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES)
                     if NORM_HH:
                         unit_hh = indexing.load_gates(unit_hh_ptr, gates_at, valid_tile, H)
@@ -601,28 +601,33 @@ def split_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
 KERNELS = lstm_step_forward_kernel, lstm_step_backward_kernel
 
 
-def forward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """What forward needs beyond what all families share: h, and more arguments."""
-    steps, batch, _ = gates.shape
-    h = gates.new_empty(steps, batch, r.h0.shape[-1])
-    f32, hidden = r.c0, r.c0.shape[-1]
-    tiles, norm_hh, norm_c = ceil(hidden / plan.columns), r.gain_hh is not None, r.gain_c is not None
-    return h, {
-        "h_ptr": h,
-        "m_ptr": None if r.weight_hr is None else gates.new_empty(batch, hidden),
-        "product_ptr": f32.new_empty(batch, tiles, 4 * plan.columns) if norm_hh else None,
-        "moments_hh_ptr": f32.new_empty(tiles, batch, 2) if norm_hh else None,
-        "cell_ptr": f32.new_empty(2, batch, hidden) if norm_c else None,
-        "moments_c_ptr": f32.new_empty(tiles, batch, 2) if norm_c else None,
-    }
+def forward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
+    """What forward writes besides the results that all families share."""
+    f32, tiles = torch.float32, ceil(p.hidden / plan.columns)
+    buffers = {}
+    if p.projected:
+        buffers["m_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
+    if p.norms[0]:
+        buffers["product_ptr"] = Buffer(f32, (p.batch, tiles, 4 * plan.columns))
+        buffers["moments_hh_ptr"] = Buffer(f32, (tiles, p.batch, 2))
+    if p.norms[1]:
+        buffers["cell_ptr"] = Buffer(f32, (2, p.batch, p.hidden))
+        buffers["moments_c_ptr"] = Buffer(f32, (tiles, p.batch, 2))
+    return buffers
 
 
-def backward_buffers(gates: Tensor, r: Recurrence, plan: Plan) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """As forward_buffers, for backward: dgates, and more arguments."""
-    dgates, tiles, batch = torch.empty_like(gates), ceil(r.c0.shape[-1] / plan.columns), gates.shape[1]
-    return dgates, {
-        "dgates_ptr": dgates,
-        "sums_ptr": r.c0.new_empty(plan.parts, *r.h0.shape) if plan.parts > 1 else None,
-        "sums_hh_ptr": None if r.gain_hh is None else r.c0.new_zeros(2, tiles, batch, 2),
-        "sums_c_ptr": None if r.gain_c is None else r.c0.new_empty(tiles, batch, 2),
-    }
+def backward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
+    """As forward_buffers, for backward."""
+    f32, tiles = torch.float32, ceil(p.hidden / plan.columns)
+    buffers = {}
+    if plan.parts > 1:
+        buffers["sums_ptr"] = Buffer(f32, (plan.parts, p.batch, p.width))
+    if p.norms[0]:
+        buffers["sums_hh_ptr"] = Buffer(f32, (2, tiles, p.batch, 2), fill=0)
+    if p.norms[1]:
+        buffers["sums_c_ptr"] = Buffer(f32, (tiles, p.batch, 2))
+    return buffers
+
+
+BUFFERS = forward_buffers, backward_buffers
+OPERANDS = None, None

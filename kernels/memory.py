@@ -1,0 +1,128 @@
+"""The memory of a launch: where results, gradients and scratch are allocated, and the check that nothing lies outside.
+
+Sizes come from a Problem and a plan. A launch that is checked gets a copy of every tensor with a margin on both sides,
+which holds a pattern that must still be there afterwards.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .problem import Problem
+
+EVERY_BIT = -1  # of a Buffer's fill: also the sentinel of the exchanges
+PATTERN = 0x5A  # of each byte of a margin: in no dtype a number that kernels compute by chance
+LEAST = 1 << 12  # bytes of a margin, which is as large as the tensor if that is larger, up to
+MOST = 1 << 20
+ALIGNMENT = 16  # bytes, which compiled kernels assume
+
+
+class Buffer(NamedTuple):
+    """A tensor that a launch writes to: [T + times, *shape], or without `times` [*shape]."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    times: int | None = None
+    fill: int | None = None  # 0 or EVERY_BIT; None: what happens to be there
+
+
+def results_of(p: Problem) -> dict[str, Buffer]:
+    """What forward returns, by the names that kernels have for it."""
+    f32 = torch.float32
+    return {
+        "h_ptr": Buffer(p.dtype, (p.batch, p.width), 0), "c_ptr": Buffer(f32, (p.batch, p.hidden), 0),
+        "h_n_ptr": Buffer(p.dtype, (p.batch, p.width)), "c_n_ptr": Buffer(f32, (p.batch, p.hidden)),
+    }  # fmt: skip
+
+
+def gradients_of(p: Problem) -> dict[str, Buffer]:
+    """What backward returns, likewise; see layer.Gradients."""
+    f32, of_h, of_c = torch.float32, (p.batch, p.width), (p.batch, p.hidden)
+    buffers = {"dgates_ptr": Buffer(p.dtype, (p.batch, 4 * p.hidden), 0), "dc_ptr": Buffer(f32, of_c, fill=0)}
+    if p.zoneout_h is not None:
+        buffers["dh_from_zoneout_ptr"] = Buffer(f32, of_h, fill=0)
+    if p.projected or p.norms[1]:
+        buffers["dh_total_ptr"] = Buffer(p.dtype, of_h, 0)
+    if p.reset_h:
+        buffers["dreset_h_ptr"] = Buffer(f32, of_h, 0, fill=0)
+    if p.reset_c:
+        buffers["dreset_c_ptr"] = Buffer(f32, of_c, 0, fill=0)
+    return buffers
+
+
+def allocate(buffers: dict[str, Buffer], steps: int, device: torch.device) -> dict[str, Tensor]:
+    """The buffers of a launch over T = `steps`."""
+    tensors = {}
+    for name, (dtype, shape, times, fill) in buffers.items():
+        t = torch.empty(shape if times is None else (steps + times, *shape), dtype=dtype, device=device)
+        if fill == 0:
+            t.zero_()
+        elif fill is not None:
+            t.view(torch.int32).fill_(fill)
+        tensors[name] = t
+    return tensors
+
+
+class _Checking(threading.local):
+    on = False
+
+
+checking = _Checking()
+"""Whether this thread's launches are made within `margins`."""
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """A block whose launches are checked; see `margins`."""
+    before, checking.on = checking.on, True
+    try:
+        yield
+    finally:
+        checking.on = before
+
+
+class WroteOutside(RuntimeError):
+    """A kernel wrote outside a tensor that it was given."""
+
+
+@contextlib.contextmanager
+def margins(kernel: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Around a launch: its arguments with copies of tensors that have margins; what was written is copied back.
+
+    Error words are passed as they are: the host reads them at any time.
+
+    Raises:
+        WroteOutside: a margin has changed; with the kernel, the buffer, its size, and how far outside it was written.
+    """
+    tensors = {n: t for n, t in arguments.items() if isinstance(t, Tensor) and not t.is_meta and "error" not in n}
+    wide = {name: _with_margins(t.detach()) for name, t in tensors.items()}
+    yield arguments | {name: inner for name, (_, inner) in wide.items()}
+    found = [text for name, (outer, inner) in wide.items() if (text := _outside(name, outer, inner))]
+    if found:
+        raise WroteOutside(f"{kernel} wrote {'; '.join(found)}")
+    for name, t in tensors.items():
+        t.data.copy_(wide[name][1])  # as data, since autograd counts the versions of what it saved
+
+
+def _with_margins(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes with a margin at both ends, and the copy of a contiguous t between them."""
+    margin = min(max(LEAST, t.nbytes), MOST) // ALIGNMENT * ALIGNMENT
+    outer = torch.full((2 * margin + t.nbytes,), PATTERN, dtype=torch.uint8, device=t.device)
+    inner = outer[margin : margin + t.nbytes].view(t.dtype).view(t.shape)
+    return outer, inner.copy_(t)
+
+
+def _outside(name: str, outer: Tensor, inner: Tensor) -> str | None:
+    """What was written into the margins around a buffer; None: nothing."""
+    margin = (outer.numel() - inner.nbytes) // 2
+    before, after = (side != PATTERN for side in (outer[:margin], outer[margin + inner.nbytes :]))
+    where = f"{name.removesuffix('_ptr')} {list(inner.shape)}, {inner.nbytes:,} bytes of {inner.dtype}"
+    if after.any():
+        return f"up to {int(after.nonzero().max()) + 1:,} bytes past the end of {where}"
+    if before.any():
+        return f"from {margin - int(before.nonzero().min()):,} bytes before the start of {where}"
+    return None
