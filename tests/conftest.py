@@ -60,6 +60,14 @@ def quick_interpreter():
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def margins_around_all_that_kernels_are_given():
+    """Of every launch of these processes: what is written there raises."""
+    from gpu_lstm.kernels import memory
+
+    memory._Checking.on = True
+
+
 @pytest.fixture
 def device() -> str:
     """Where the kernels run: CUDA if available, else the CPU, in the interpreter."""

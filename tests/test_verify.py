@@ -9,7 +9,7 @@ import pytest
 import torch
 from comparing import example
 from concurrent_interpreter import ConcurrentRun
-from standing_in import few_polls, plan_of
+from standing_in import H100, few_polls, plan_of
 from test_faults import FAULTS, FAULTS_OF_NORMS, plant
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +30,7 @@ pytestmark = [
 ]
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+FORWARD = Pass()
 PLAIN, HALF = (Problem(2, 3, 20, dtype) for dtype in (torch.float32, torch.float16))
 RAGGED = dict(lengths=torch.int64, resets=True)
 MASKS, RATES = (dict(zoneout_h=n, zoneout_c=n) for n in (3, 0))
@@ -47,8 +48,12 @@ def _given(problem):
 
 def _verify(problem, which=None, plan=None):
     which = which or Pass()
+    return _verify_given(problem, _given(problem), which, plan)
+
+
+def _verify_given(problem, given, which=FORWARD, plan=None):
     layer = launch.layer_of(problem, CPU)
-    return verify.verify(layer, which, _given(problem), plan or plans(problem, INTERPRETER, which.backward)[-1])
+    return verify.verify(layer, which, given, plan or plans(problem, INTERPRETER, which.backward)[-1])
 
 
 @pytest.mark.parametrize(("problem", "gradients"), [
@@ -133,15 +138,68 @@ def test_the_numbers_of_the_small_problem_shut_no_gate():
 def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, projected):
     run = Mock(side_effect=ConcurrentRun(seed=0))
     monkeypatch.setattr(launch, "launch_kernel", run)
-    problem = HALF._replace(**RAGGED, projected=projected, peepholes=True)
+    problem = HALF._replace(**RAGGED, batch=99, projected=projected, peepholes=True)
     for which in (Pass(), Pass(True)):
-        plan = plan_of(family, HALF._replace(batch=64), which.backward)
+        plan = plan_of(family, HALF._replace(batch=99), which.backward)
+        if family == "cooperative":
+            plan = dataclasses.replace(plan, groups=2, tiles_per_group=7)
         assert _verify(problem, which, plan) is None
+        assert run.call_args.args[1] == plan.grid, "the call's own"
+        assert run.call_args.kwargs["B"] == 3 * plan.rows - plan.rows // 2, "one of two groups has two batch tiles"
     kernels = dict.fromkeys(each.args[0].__name__ for each in run.call_args_list)
     assert list(kernels) == [f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")]
-    if family == "cooperative":
-        grids = [each.args[1] for each in run.call_args_list]
-        assert {groups for _, groups in grids} == {2}, "one group has two of the three batch tiles"
+
+
+def test_a_batch_is_cut_where_programs_do_the_same_with_fewer_sequences():
+    """A group, or a program of the step family, that has several batch tiles has two, one of which is partial."""
+    step_plan = step.step_plan(HALF._replace(batch=4096), H100, False)
+    cooperative = dataclasses.replace(plan_of("cooperative", HALF._replace(hidden=768, batch=64), False), groups=3)
+    for tiles_per_group, tiles in ((2, 3), (1, 2)):
+        plan = dataclasses.replace(cooperative, tiles_per_group=tiles_per_group)
+        assert verify.batch_for(plan, HALF._replace(batch=4096)) == (tiles + 1) * plan.rows - plan.rows // 2
+        assert verify.batch_for(plan, HALF._replace(batch=5)) == 5
+    programs = dataclasses.replace(step_plan, programs=9, tiles_per_group=8)  # of two tiles of units
+    assert verify.batch_for(programs, HALF._replace(batch=4096)) == 5 * step_plan.rows - step_plan.rows // 2
+
+
+def test_a_single_step_is_verified_by_the_kernel_of_a_single_step(monkeypatch):
+    """Which waits for nobody, and is compiled without arrivals."""
+    recorded = Mock(side_effect=launch.launch_kernel)
+    monkeypatch.setattr(launch, "launch_kernel", recorded)
+    for steps in (1, 2):
+        assert _verify(PLAIN._replace(steps=steps), Pass(save=False)) is None
+    arguments = [each.kwargs for each in recorded.call_args_list]
+    assert [a["arrivals_ptr"] is None for a in arguments] == [True, False]
+    assert [a["T"] for a in arguments] == [1, verify.STEPS]
+
+
+def test_the_small_problem_is_laid_out_as_the_call_is():
+    """x of batch_first, a row of a stack's states, the states to reset to that are one a sequence."""
+    problem = PLAIN._replace(**RAGGED, reset_c=True)
+    x, state = torch.zeros(3, 2, 3).transpose(0, 1), torch.zeros(3, 20).expand(2, 3, 20)
+    given = _given(problem)._replace(x=x, reset_h=state, reset_c=state, h0=torch.zeros(20, 3).T)
+    inputs = verify.Small(problem, Pass(), given).inputs
+    assert inputs.x.transpose(0, 1).is_contiguous()
+    assert inputs.h0.T.is_contiguous()
+    for t in (inputs.reset_h, inputs.reset_c):
+        assert t.stride(0) == 0
+        assert t[0].std() > 0.5
+    assert _verify_given(problem, given) is None
+
+
+def test_a_kernel_that_writes_outside_of_its_tensors_is_found(monkeypatch):
+    """With the buffer, and how far outside."""
+    run = launch.launch_kernel
+
+    def writes(kernel, grid, h_ptr, **arguments):
+        run(kernel, grid, h_ptr=h_ptr, **arguments)
+        h_ptr.as_strided((3,), (1,), h_ptr.storage_offset() + h_ptr.numel()).fill_(1)
+
+    monkeypatch.setattr(launch, "launch_kernel", writes)
+    with pytest.warns(UserWarning, match="failed its verification"):
+        assert _verify(PLAIN) == (
+            "lstm_step_forward_kernel wrote up to 12 bytes past the end of h [4, 3, 20], 960 bytes of torch.float32"
+        )
 
 
 @pytest.mark.parametrize("fault", FAULTS | FAULTS_OF_NORMS)
@@ -159,7 +217,7 @@ def test_a_kernel_that_times_out_is_found(monkeypatch):
     run = launch.launch_kernel
 
     def one_arrival_is_lost(kernel, grid, arrivals_ptr, **arguments):
-        with few_polls(kernel.__name__, tried=True):
+        with few_polls(kernel.__name__, trial=True):
             run(kernel, grid, arrivals_ptr=arrivals_ptr.sub_(1), **arguments)
 
     monkeypatch.setattr(launch, "launch_kernel", one_arrival_is_lost)
@@ -176,26 +234,27 @@ def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
         _verify(PLAIN, plan=plan)
         cache._read.cache_clear()  # as another process
     assert len(verdicts) == 1
-    tiles = ("rows", "columns", "k", "num_warps", "num_stages")
+    tiles = ("rows", "columns", "k", "programs", "num_warps", "num_stages", "groups")
     problems = [
         dict(hidden=33), dict(dtype=torch.float16), dict(projected=5), dict(projected=6), dict(precision="tf32"),
         dict(reverse=True), dict(lengths=torch.int64), dict(lengths=torch.int32), dict(resets=True), MASKS, RATES,
-        dict(dropout_h=True), dict(reset_h=True), dict(reset_c=True), dict(peepholes=True), NORMS,
+        dict(dropout_h=True), dict(reset_h=True), dict(reset_c=True), dict(peepholes=True), NORMS, dict(steps=1),
     ]  # fmt: skip
     passes = Pass(save=False), Pass(True), Pass(True, dh=False), Pass(True, dh_n=False)
     others = [
         *((PLAIN, which, plan) for which in passes),
         *((PLAIN, Pass(), dataclasses.replace(plan, **{name: 2 * getattr(plan, name) + 1})) for name in tiles),
         (PLAIN, Pass(), dataclasses.replace(plan, family=Family.RESIDENT)),
+        (PLAIN, Pass(), dataclasses.replace(plan, tiles_per_group=1)),
         *((PLAIN._replace(**change), Pass(), plan) for change in problems),
     ]
     for number, (problem, which, other) in enumerate(others, start=2):
         assert verify.cached_verdict(other, problem, which, CPU) is None
         _verify(problem, which, other)
         assert (len(verdicts), verify.cached_verdict(other, problem, which, CPU)) == (number, "right")
-    other_grid = dataclasses.replace(plan, programs=7, groups=3, tiles_per_group=2)
-    _verify(PLAIN._replace(batch=99, steps=1, side_by_side=2), plan=other_grid)
-    assert len(verdicts) == len(others) + 1, "neither the grid nor sizes in time are part of a kernel"
+    more_tiles = dataclasses.replace(plan, tiles_per_group=99)
+    _verify(PLAIN._replace(batch=999, side_by_side=2), plan=more_tiles)
+    assert len(verdicts) == len(others) + 1, "how many sequences there are does not change what is launched"
     for other in ({"format": 0}, {"card": "another"}):
         machine = cache.machine(CPU) | other
         with monkeypatch.context() as patch:

@@ -83,8 +83,10 @@ def batch_for(plan: Any, problem: Problem) -> int:
     of them, have several tiles.
     """
     tiles = 2
-    if plan.tiles_per_group > 1:
-        tiles = max(tiles, plan.groups, plan.programs // ceil(problem.hidden / plan.columns))
+    if plan.tiles_per_group > 1 and plan.family.value == "step" and not plan.held:
+        tiles = max(tiles, plan.programs // ceil(problem.hidden / plan.columns))
+    elif plan.tiles_per_group > 1:
+        tiles = max(tiles, plan.groups)
     return min(problem.batch, (tiles + 1) * plan.rows - plan.rows // 2)
 
 
@@ -145,7 +147,7 @@ class Small:
             elif name.startswith("gain") or name == "bias_c":
                 values = 1 + normal(*sizes[name], scale=0.3)
             elif name == "lengths":
-                values = (torch.arange(batch, device=device) % (steps + 1)).flip(0)
+                values = (steps - torch.arange(batch, device=device)) % (steps + 1)
             elif name == "resets":
                 values = (torch.arange(steps, device=device)[:, None] + torch.arange(batch, device=device)) % 3 == 1
             elif name == "dropout_h":
