@@ -69,10 +69,13 @@ def data_flow() -> Figure:
         "gradients of weights: products over all steps", PYTHON)  # fmt: skip
     arrow(axes, (61, 52), (81, 43))
     axes.text(74, 50, "gradients of gradients", va="center", size=7, color=INK)
-    arrow(axes, (37, 56), (37, 60), "gates_x [T, B, 4H], Recurrence")
+    arrow(axes, (37, 56), (37, 60), "gates_x [T, B, 4H], Recurrence of the Inputs, states [B, P] and [B, H]")
     box(axes, 13, 60, (48, 7), "kernels/layer.py",
-        "a Layer for each problem and card: forward, backward\n"
+        "a Layer for each Problem, which has all sizes, and card\n"
         "its plan is chosen and verified once", KERNEL)  # fmt: skip
+    box(axes, 66, 60, (25, 7), "kernels/memory.py",
+        "results, gradients, scratch;\nmargins around all of them", KERNEL)  # fmt: skip
+    arrow(axes, (61, 63.5), (66, 63.5))
     arrow(axes, (30, 67), (24, 71))
     arrow(axes, (50, 67), (67, 71))
     box(axes, 1, 71, (46, 8), "kernels/triton_lstm/launch.py",

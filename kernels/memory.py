@@ -22,10 +22,10 @@ ALIGNMENT = 16  # bytes, which compiled kernels assume
 
 
 class Buffer(NamedTuple):
-    """A tensor that a launch writes to: [T + times, *shape], or without `times` [*shape]."""
+    """A tensor that a launch writes to: [T + times, *size], or without `times` [*size]."""
 
     dtype: torch.dtype
-    shape: tuple[int, ...]
+    size: tuple[int, ...]
     times: int | None = None
     fill: int | None = None  # 0 or EVERY_BIT; None: what happens to be there
 
@@ -57,8 +57,8 @@ def gradients_of(p: Problem) -> dict[str, Buffer]:
 def allocate(buffers: dict[str, Buffer], steps: int, device: torch.device) -> dict[str, Tensor]:
     """The buffers of a launch over T = `steps`."""
     tensors = {}
-    for name, (dtype, shape, times, fill) in buffers.items():
-        t = torch.empty(shape if times is None else (steps + times, *shape), dtype=dtype, device=device)
+    for name, (dtype, size, times, fill) in buffers.items():
+        t = torch.empty(size if times is None else (steps + times, *size), dtype=dtype, device=device)
         if fill == 0:
             t.zero_()
         elif fill is not None:

@@ -121,9 +121,9 @@ class Recurrence(NamedTuple):
 
 
 class Like(NamedTuple):
-    """Shape and dtype of a tensor."""
+    """Size and dtype of a tensor."""
 
-    shape: tuple[int, ...]
+    size: tuple[int, ...]
     dtype: torch.dtype
 
 

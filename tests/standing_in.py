@@ -13,7 +13,7 @@ from gpu_lstm.backends import kernels
 from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.layer import Layer
-from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, problem_of
+from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, in_the_loop, problem_of
 from gpu_lstm.kernels.triton_lstm import choose, launch
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Device, Plan
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
@@ -45,6 +45,23 @@ def recurrence(gates: torch.Tensor, **tensors: torch.Tensor) -> Recurrence:
     """What a Layer is given with `gates` [T, B, 4H]; it reads neither x nor W_ih, which have no features here."""
     steps, batch, rows = gates.shape
     return Recurrence(Inputs(x=gates.new_zeros(steps, batch, 0), weight_ih=gates.new_zeros(rows, 0), **tensors))
+
+
+def assert_contract(layer: Layer, gates: torch.Tensor, r: Recurrence) -> None:
+    """A layer is given the tensors that its Problem says, in the loop and outside of it."""
+    p, steps = layer.problem, len(gates)
+    assert gates.shape == (steps, p.batch, 4 * p.hidden)
+    assert (p.steps == 1) <= (steps == 1)
+    wanted = in_the_loop(p, steps)
+    for name, like in wanted.items():
+        t = getattr(r.given, name)
+        assert (tuple(t.shape), t.dtype) == like, f"{name}: expected {like}, got {list(t.shape)} of {t.dtype}"
+    absent = [n for n in r.given._fields if n in EVERY and n not in wanted and getattr(r.given, n) is not None]
+    assert absent == (["reset_h"] if p.reset_c and not p.reset_h else []), "that the Problem does not know"
+
+
+EVERY = in_the_loop(Problem(2, 1, 1, torch.float32, 1, lengths=torch.int64, resets=True, dropout_h=True, zoneout_h=0,
+                            zoneout_c=0, reset_h=True, reset_c=True, peepholes=True, norms=(True,) * 3), 2)  # fmt: skip
 
 
 def as_a_card(monkeypatch):

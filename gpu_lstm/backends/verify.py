@@ -135,7 +135,7 @@ class Small:
             return (torch.randn(*size, generator=generator) * scale).to(device, p.dtype)
 
         steps, features = (1 if p.steps == 1 else STEPS), given.weight_ih.shape[1]
-        sizes = {name: like.shape for name, like in in_the_loop(p, steps).items()}
+        sizes = {name: like.size for name, like in in_the_loop(p, steps).items()}
         sizes |= dict(x=(steps, batch, features), weight_ih=(4 * hidden, features), gain_ih=(4 * hidden,))
         sizes |= dict(bias_ih=(4 * hidden,), bias_hh=(4 * hidden,), reset_h=(steps, batch, p.width))
         tensors = {}

@@ -125,7 +125,7 @@ class Prepared:
             memory[name] = getattr(r.given, state).clone()
         self._run(gates, r, steps, memory, {})
         h = memory["h_ptr"]
-        if self._buffers["h_ptr"].shape != (p.batch, p.width):  # rows of words
+        if self._buffers["h_ptr"].size != (p.batch, p.width):  # rows of words
             h = h[:steps, :, : p.width].contiguous()
         elif self._buffers["h_ptr"].times:  # h0 at its end; not a view, since autograd forbids changing one in place
             h.resize_(steps, p.batch, p.width)
@@ -242,7 +242,7 @@ def call_of(problem: Problem, device: torch.device) -> tuple[Tensor, Recurrence]
     def zeros(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    given = {name: zeros(*like.shape, dtype=like.dtype) for name, like in in_the_loop(p, p.steps).items()}
+    given = {name: zeros(*like.size, dtype=like.dtype) for name, like in in_the_loop(p, p.steps).items()}
     unit_hh = unit_c = NO_UNIT
     if p.norms[0]:
         unit_hh = Unit(zeros(p.steps, p.batch, 4 * p.hidden), zeros(p.steps, p.batch, dtype=torch.float32))

@@ -1,0 +1,111 @@
+"""The contract of a layer: whoever calls kernels sends what their Problem says, and its sizes are in one place."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from standing_in import as_a_card, recurrence
+from subjects import SUBJECTS, states_for
+
+import gpu_lstm
+from gpu_lstm.kernels import memory, problem
+from gpu_lstm.kernels.problem import Problem, problem_of
+from gpu_lstm.kernels.triton_lstm import launch
+
+KERNELS = Path(problem.__file__).parent
+F16, F32 = torch.float16, torch.float32
+MAY_ASK = {  # functions that may read a size from a tensor: to make the Problem, and to copy tensors as they are
+    "problem.py": {"problem_of", "steps_of"}, "memory.py": {"_with_margins", "_outside"}, "timeouts.py": {"__init__"},
+}  # fmt: skip
+OF_TENSORS = {"shape", "numel", "ndim"}  # attributes; and methods
+ASKED = {"size", "dim", "stride"}
+
+
+def sizes_read(source: str) -> list[tuple[str, int]]:
+    """The function and line of every read of a tensor's size in host code, where len() of anything counts, too."""
+    found = []
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, ast.FunctionDef) or any("jit" in ast.unparse(d) for d in function.decorator_list):
+            continue
+        for node in ast.walk(function):
+            called = node.func if isinstance(node, ast.Call) else None
+            reads = isinstance(node, ast.Attribute) and node.attr in OF_TENSORS
+            asks = isinstance(called, ast.Attribute) and called.attr in ASKED
+            counts = isinstance(called, ast.Name) and called.id == "len" and "gates" in ast.unparse(node)
+            if reads or asks or counts:
+                found.append((function.name, node.lineno))
+    return found
+
+
+def test_sizes_come_from_the_problem_and_never_from_a_tensor():
+    for path in KERNELS.rglob("*.py"):
+        for function, line in sizes_read(path.read_text()):
+            assert function in MAY_ASK.get(path.name, ()), f"{path.name}:{line}"
+    faulty = "def buffers(r): return r.c0.new_empty(r.h0.size(0), len(gates), r.c0.shape[1])"
+    assert len(sizes_read(faulty)) == 3
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_every_module_sends_what_the_contract_says(monkeypatch, subject):
+    """With states and without, lengths, resets, states to reset to; forward and backward. conftest.py compares."""
+    launched = as_a_card(monkeypatch)
+    module = SUBJECTS[subject]()
+    module.backend = "triton"
+    is_cell = isinstance(module, gpu_lstm.LSTMCell)
+    x = torch.randn(3, 2) if is_cell else torch.randn(5, 3, 2)
+    states = states_for(module, [3], torch.randn)
+    ragged = dict(lengths=torch.tensor([5, 0, 2]), resets=torch.rand(5, 3) < 0.5, reset_states=states)
+    calls = [((x,), {}), ((x, states), {})] if is_cell else [((x,), {}), ((x, states), ragged), ((x[:1],), {})]
+    for given, how in calls:
+        found = module(*given, **how)
+        sum(t.sum() for t in torch.utils._pytree.tree_leaves(found)).backward()
+    assert {way for way, _ in launched} == {"forward", "backward"}
+
+
+def test_states_of_another_shape_are_no_states_of_a_layer():
+    """As they were sent by a module of one layer and one direction: [1, B, H], whose first size is not B."""
+    gates = torch.zeros(2, 3, 20)
+    r = recurrence(gates, weight_hh=torch.zeros(20, 5), h0=torch.zeros(3, 5), c0=torch.zeros(3, 5))
+    layer = launch.layer_of(problem_of(r.given, False, "ieee"), gates.device)
+    layer.forward(gates, r, save=False)
+    with pytest.raises(AssertionError, match="h0"):
+        layer.forward(gates, r._replace(given=r.given._replace(h0=torch.zeros(1, 3, 5))), save=False)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize(("first", "count", "said"), [
+    (6, 0, None), (6, 1, "past the end of c [2, 3]"), (8, 2, "past the end of c [2, 3]"),
+    (-1, 1, "before the start of c [2, 3]"), (-9, 2, "before the start of c [2, 3]"),
+])  # fmt: skip
+def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
+    """And nothing else changes: what a launch wrote is in the tensor afterwards, except if it wrote outside."""
+    c = torch.zeros(2, 3, dtype=dtype)
+
+    def run():
+        with memory.margins("kernel", dict(c_ptr=c, T=2, absent_ptr=None)) as inside:
+            own = inside["c_ptr"]
+            assert (inside["T"], inside["absent_ptr"], own.data_ptr() % 16) == (2, None, 0)
+            own.fill_(1)
+            own.as_strided((count,), (1,), own.storage_offset() + first).fill_(1)
+
+    if said is None:
+        run()
+        assert (c == 1).all()
+        return
+    far = c.itemsize * (first + count - 6 if first > 0 else -first)
+    way = "up to" if first > 0 else "from"
+    with pytest.raises(memory.WroteOutside) as error:
+        run()
+    assert str(error.value) == f"kernel wrote {way} {far} bytes {said}, {c.nbytes} bytes of {dtype}"
+
+
+def test_results_of_a_batch_without_sequences():
+    """They have the sizes of any other batch."""
+    p = Problem(2, 0, 5, F16, projected=2, reset_h=True, reset_c=True, zoneout_h=0)
+    layer = launch.layer_of(p, torch.device("cpu"))
+    gates, r = launch.call_of(p, torch.device("cpu"))
+    h, h_n, c_n, c = layer.forward(gates, r, save=True)
+    assert [t.shape for t in (h, h_n, c_n, c)] == [(2, 0, 2), (0, 2), (0, 5), (2, 0, 5)]
+    found = layer.backward(h, h_n, c_n, gates, c, r)
+    assert [t.shape for t in found] == [(2, 0, 20), (0, 2), (0, 5), (2, 0, 2), (2, 0, 2), (2, 0, 5)]
