@@ -103,3 +103,25 @@ def test_a_long_sequence_needs_a_fixed_workspace(monkeypatch, two_steps, device,
     largest = sorted(allocations.sizes, reverse=True)
     assert largest[:outputs] == [output] * outputs
     assert largest[outputs] <= schedule.WORKSPACE < output
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="launches are recorded in the interpreter")
+@pytest.mark.parametrize(("recompute", "training", "steps"), [
+    (True, True, [2, 2, 1]), (False, True, [5]), (False, False, [2, 2, 1]), (True, False, [2, 2, 1]),
+])  # fmt: skip
+def test_a_sequence_is_cut_into_chunks_wherever_its_gates_are_not_kept(
+    monkeypatch, two_steps, recompute, training, steps
+):
+    """With recompute in training, too: its gates are temporary, forward."""
+    run, launched = launch.launch_kernel, []
+
+    def launch_kernel(kernel, grid, **arguments):
+        launched.append(arguments["T"])
+        run(kernel, grid, **arguments)
+
+    monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
+    two_steps(batch=3, hidden=6)
+    lstm = _stack("cpu", recompute=recompute)
+    with torch.set_grad_enabled(training):
+        lstm(torch.randn(5, 3, 4))
+    assert launched == steps

@@ -403,3 +403,13 @@ def test_more_steps_than_cudnn_runs_are_not_given_to_it(stubbed, monkeypatch, st
     stubbed(triton=2e-3, torch=1e-3)
     call = _call(x=torch.zeros(steps, 1, 4))
     assert race.decide(call, kind_of(call), Backend.TRITON).backend.value == winner
+
+
+def test_another_number_of_multiprocessors_left_free_is_another_race(stubbed, monkeypatch):
+    """Plans have another part of the card then."""
+    ran = stubbed()
+    for spare in ("", "1", "1", "2"):
+        monkeypatch.setattr(race, "spare_multiprocessors", lambda count, spare=spare: int(spare or 0))
+        _forget_all_but_files()
+        _backend_of()
+    assert ran.count("race") == 3

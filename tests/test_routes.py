@@ -324,3 +324,37 @@ def test_all_layers_have_the_same_cell(name):
     setattr(lstm, name, None)
     with pytest.raises(RuntimeError, match=f"{name[:-3]} should be given in every layer and direction, or in none"):
         lstm(X)
+
+
+FLOAT16, LIKE = dict(dtype=torch.float16), torch.rand(5, 2, 2, dtype=torch.float16)
+PAIRS = {  # two calls that differ in one fact: how the module is changed in between, and x of the second
+    "dtype": (lambda lstm: lstm.double(), LIKE.double()),  # for neither there is TF32
+    "recompute": (lambda lstm: setattr(lstm, "recompute", True), LIKE),
+    "batch": (None, LIKE[:, :1]), "steps": (None, LIKE[:1]), "packed": (None, pack_padded_sequence(LIKE, [5, 2])),
+    "learns": (lambda lstm: lstm.requires_grad_(False), LIKE), "backend": (None, LIKE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fact", PAIRS)
+def test_two_calls_that_differ_in_one_fact_have_routes_of_their_own(monkeypatch, fact):
+    as_a_card(monkeypatch)
+    monkeypatch.setattr(race, "expected_winner", lambda kind, able, device: Decision(able, "expected"))
+    monkeypatch.setattr(race, "requested_racing", lambda: race.Racing.OFF)
+    (change, x), lstm = PAIRS[fact], gpu_lstm.LSTM(2, 2, **FLOAT16)
+
+    def route(x):
+        return dispatch.route_of(prepare(lstm._options(), lstm._weights(), x))
+
+    def facts(found):
+        return found.backend, found.dtype, [layer.problem for layer in found.layers], found.schedule
+
+    dispatch.forget()
+    first = route(LIKE)
+    if change is not None:
+        change(lstm)
+    with gpu_lstm.backend("torch") if fact == "backend" else contextlib.nullcontext():
+        cached = route(x)
+        dispatch.forget()
+        fresh = route(x)
+    assert facts(cached) == facts(fresh)
+    assert cached is not first

@@ -8,6 +8,7 @@ from comparing import BACKENDS, PLACES, every_backend
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
+from gpu_lstm.kernels import timeouts
 from gpu_lstm.tools import stream as stream_module
 from gpu_lstm.tools.stream import Stream
 
@@ -188,3 +189,21 @@ def test_a_step_is_replayed_from_a_graph(hidden):
     stream, x = Stream(lstm, 4), torch.randn(50, 4, 32, device="cuda", dtype=torch.bfloat16)
     steps = torch.stack([stream(x_t) for x_t in x])
     torch.testing.assert_close(steps, lstm(x)[0], rtol=0, atol=8 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_a_replay_reports_that_an_earlier_one_timed_out(monkeypatch):
+    """A graph asks nobody, so that the stream looks before each replay."""
+
+    def captured(step, device):
+        y = step()
+        return lambda: y  # nothing of ours runs
+
+    monkeypatch.setattr(stream_module, "on_cuda", lambda x: True)
+    monkeypatch.setattr(stream_module, "captured", captured)
+    stream, x = Stream(gpu_lstm.LSTM(I, H, backend="reference"), B), torch.randn(B, I)
+    stream(x)
+    word = timeouts.error_word(x.device, "lstm_step_forward_kernel")
+    word[0] = 1
+    with pytest.raises(RuntimeError, match="lstm_step_forward_kernel timed out at step 0 on cpu"):
+        stream(x)
+    stream(x)  # it is raised once

@@ -201,7 +201,7 @@ class Small:
         saved = Saved(inputs, gates.hidden.to(dtype), activated, gates.cell.float())
         needed = {name for name in COMPARED if getattr(inputs, name) is not None}
         found = fused.gradients(layer, saved, (*self.output_gradients, None), needed)
-        return {f"the gradient of {name}": found[name] for name in needed}
+        return {f"the gradient of {name}": d for name, d in found.items() if name in needed and d is not None}
 
 
 def laid_out(values: Tensor, like: Tensor) -> Tensor:
