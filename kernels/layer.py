@@ -123,7 +123,7 @@ class Layer:
         steps = steps_of(gates)
         _check_count("steps", steps)
         if self.problem.batch == 0:
-            empty = allocate(results_of(self.problem), steps, self.device)
+            empty = allocate(results_of(self.problem), steps, gates)
             return empty["h_ptr"], empty["h_n_ptr"], empty["c_n_ptr"], empty["c_ptr"] if save else None
         prepared = self.prepared(SAVE if save else NO_SAVE, r.given)
         r, own = self._aligned(r), aligned(gates)
@@ -160,7 +160,7 @@ class Layer:
         raise_if_timed_out(self.device)
         p = self.problem
         if p.batch == 0:
-            empty = allocate(results_of(p) | gradients_of(p), steps_of(gates), self.device)
+            empty = allocate(results_of(p) | gradients_of(p), steps_of(gates), gates)
             return gradients_in(empty, empty["dgates_ptr"])._replace(dh0=empty["h_n_ptr"])
         prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None), r.given)
         r = self._aligned(r)
@@ -205,7 +205,10 @@ class Layer:
 
     def _aligned(self, r: Recurrence) -> Recurrence:
         """The tensors that the loop reads, aligned."""
-        if all([t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 for t in self._tensors(r.given)]):
+        for t in self._tensors(r.given):
+            if t.data_ptr() % ALIGNMENT or not t.is_contiguous():
+                break
+        else:
             return r
         return r._replace(
             given=r.given._replace(**{n: aligned(t) for n, t in zip(self._names, self._tensors(r.given))})

@@ -54,11 +54,13 @@ def gradients_of(p: Problem) -> dict[str, Buffer]:
     return buffers
 
 
-def allocate(buffers: dict[str, Buffer], steps: int, device: torch.device) -> dict[str, Tensor]:
-    """The buffers of a launch over T = `steps`."""
-    tensors = {}
+def allocate(buffers: dict[str, Buffer], steps: int, like: Tensor) -> dict[str, Tensor]:
+    """The buffers of a launch over T = `steps`, on the device of a tensor."""
+    tensors, own = {}, like.dtype
     for name, (dtype, size, times, fill) in buffers.items():
-        t = torch.empty(size if times is None else (steps + times, *size), dtype=dtype, device=device)
+        if times is not None:
+            size = (steps + times, *size)
+        t = like.new_empty(*size) if dtype is own else like.new_empty(*size, dtype=dtype)  # numbers are read faster
         if fill == 0:
             t.zero_()
         elif fill is not None:

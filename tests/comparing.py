@@ -53,7 +53,7 @@ def one_layer(x, state, weights, *, lengths, resets, reset_states, reverse, back
     if backend == "reference":
         return reference.layer(*given)
     problem = problem_of(fused.inputs_of(*given), reverse, recurrent_precision(x.dtype))
-    return autograd.layer(kernels.layer_of(Backend(backend), problem, x.device), *given, recompute)
+    return autograd.layer(kernels.layer_of(Backend(backend), problem, x.device), *given, recompute, False)
 
 
 @dataclass

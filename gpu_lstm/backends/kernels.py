@@ -32,14 +32,15 @@ def run(
 
 
 def _run(call: Call, backend: Backend, layers: list[Any], plan: Schedule) -> tuple[Tensor, list[State]]:
-    recompute = call.options.recompute
+    recompute, whole = call.options.recompute, plan.in_one_piece(call.steps)
+    leading = whole and call.options.rows == 1 and call.options.leading
 
     def direction(
         row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
     ) -> tuple[Tensor, State]:
-        return autograd.layer(layers[row], x, state, weights, traversal, noise, recompute)
+        return autograd.layer(layers[row], x, state, weights, traversal, noise, recompute, leading)
 
-    if not plan.in_one_piece(call.steps):
+    if not whole:
         y, rows = schedule.run(call, direction, plan, backend.value)
     else:
         y, rows = one_after_another(call, direction, backend.value, call.x.dtype, call.state_rows())

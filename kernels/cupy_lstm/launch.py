@@ -45,7 +45,7 @@ class Prepared:
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As layer.Layer.forward."""
         p, h0, steps = self._problem, r.given.h0, steps_of(gates)
-        memory = allocate(self._buffers, steps, gates.device)
+        memory = allocate(self._buffers, steps, gates)
         h = memory["h_ptr"]
         _clear_words_without_unit(h, p)
         h[-1].zero_()
@@ -60,7 +60,7 @@ class Prepared:
     ) -> Gradients:
         """As layer.Layer.backward."""
         p, given, steps = self._problem, r.given, steps_of(gates)
-        memory = allocate(self._buffers, steps, gates.device)
+        memory = allocate(self._buffers, steps, gates)
         dgates = memory["dgates_ptr"]
         _clear_words_without_unit(dgates, p)
         if dc_n is not None:  # the kernel makes it the gradient of c0

@@ -1,5 +1,6 @@
 """The launches of the Triton backend: a plan of one problem and pass, prepared once and then only launched."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -53,23 +54,18 @@ class Kernel:
 
     def __call__(self, launch: Launch | None, arguments: dict[str, Any]) -> None:
         """Launch it with those of the arguments that it has parameters for; what is absent is None."""
-        if checking.on:
-            with margins(self._kernel.__name__, arguments) as inside:
-                self._launch(launch or launch_kernel, inside)
-        else:
-            self._launch(launch or launch_kernel, arguments)
-
-    def _launch(self, launch: Launch | None, arguments: dict[str, Any]) -> None:
-        values = map(arguments.get, self._names)
-        if launch is not None:
-            launch(self._kernel, self._grid, **dict(zip(self._names, values)), **self._fixed)
-        elif self._run is not None:
-            self._run(*values, *self._constants)
-        else:
-            own = dict(zip(self._names, values))
-            self._run = load(self._kernel, self._grid, own | self._fixed)[(*self._grid, 1, 1)[:3]]
+        launch = launch or launch_kernel
+        if launch is None and self._run is not None and not checking.on:
+            self._run(*map(arguments.get, self._names), *self._constants)
+            return
+        own = {name: arguments.get(name) for name in self._names}
+        with margins(self._kernel.__name__, own) if checking.on else contextlib.nullcontext(own) as given:
+            if launch is not None:
+                launch(self._kernel, self._grid, **given, **self._fixed)
+                return
+            self._run = self._run or load(self._kernel, self._grid, given | self._fixed)[(*self._grid, 1, 1)[:3]]
             with errors_as_of_torch():
-                self._run(*own.values(), *self._constants)
+                self._run(*given.values(), *self._constants)
 
 
 class Prepared:
@@ -95,6 +91,7 @@ class Prepared:
         self._kernel = Kernel(kernel, plan.grid, _constants(problem, which, plan), options)
         self._loop = pointwise.LOOPS[way] if plan.family is Family.POINTWISE else None
         names = tuple(in_the_loop(problem, problem.steps))
+        self._batch = problem.batch
         self._problem, self._tensors, self._pointers = problem, attrgetter(*names), [f"{name}_ptr" for name in names]
         self._operands, buffers = family.OPERANDS[way], family.BUFFERS[way]
         self._error = error_word(device, kernel.__name__, trial) if kernel.__name__ in KERNELS else None
@@ -116,19 +113,20 @@ class Prepared:
             self._starts = {"c_n_ptr": "c0"}
         for name in self._starts:
             del self._buffers[name]
+        own, of_h = results_of(problem)["h_ptr"], self._buffers.get("h_ptr")
+        self._h_is_cut = None if of_h in (own, None) else of_h.size != own.size  # rows of words; else h0 at its end
 
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As layer.Layer.forward, without a projection unless it is in the time loop."""
-        p, steps = self._problem, steps_of(gates)
-        memory = allocate(self._buffers, steps, gates.device)
+        steps = steps_of(gates)
+        memory = allocate(self._buffers, steps, gates)
         for name, state in self._starts.items():
             memory[name] = getattr(r.given, state).clone()
         self._run(gates, r, steps, memory, {})
         h = memory["h_ptr"]
-        if self._buffers["h_ptr"].size != (p.batch, p.width):  # rows of words
-            h = h[:steps, :, : p.width].contiguous()
-        elif self._buffers["h_ptr"].times:  # h0 at its end; not a view, since autograd forbids changing one in place
-            h.resize_(steps, p.batch, p.width)
+        if self._h_is_cut is not None:  # not a view, since autograd forbids changing one in place
+            p = self._problem
+            h = h[:-1, :, : p.width].contiguous() if self._h_is_cut else h.resize_(steps, p.batch, p.width)
         return h, memory["h_n_ptr"], memory["c_n_ptr"], memory.get("c_ptr")
 
     def backward(
@@ -136,7 +134,7 @@ class Prepared:
     ) -> Gradients:
         """As layer.Layer.backward."""
         p, steps = self._problem, steps_of(gates)
-        memory = allocate(self._buffers, steps, gates.device)
+        memory = allocate(self._buffers, steps, gates)
         if dc_n is not None:  # the kernel makes it the gradient of c0
             memory["dc_ptr"].copy_(dc_n)
         read = {"dh_ptr": dh, "dh_n_ptr": dh_n, "c_ptr": c}
@@ -152,11 +150,12 @@ class Prepared:
         self, gates: Tensor, r: Recurrence, steps: int, memory: dict[str, Tensor], read: dict[str, Tensor | None]
     ) -> None:
         """One launch, or one per step, of what it writes and what it reads."""
-        arguments: dict[str, Any] = dict(zip(self._pointers, self._tensors(r.given)))
-        arguments |= memory | read
+        arguments: dict[str, Any] = {
+            **dict(zip(self._pointers, self._tensors(r.given))), **memory, **read, "gates_ptr": gates,
+            "error_ptr": self._error, "T": steps, "B": self._batch,
+        }  # fmt: skip
         if self._operands is not None:
             arguments |= self._operands(self._problem, self.plan, r, memory)
-        arguments |= {"gates_ptr": gates, "error_ptr": self._error, "T": steps, "B": self._problem.batch}
         if self._loop is None:
             self._kernel(self._launch, arguments)
         else:
@@ -227,7 +226,7 @@ def recorded_launches(problem: Problem, which: Pass, plan: Plan) -> list[Recorde
         problem, which = problem._replace(projected=0), which._replace(dh=True, dh_n=False)
     gates, r = call_of(problem, meta)
     if which.backward:
-        results = allocate(results_of(problem), problem.steps, meta)
+        results = allocate(results_of(problem), problem.steps, gates)
         dh, dh_n = (results[name] if there else None for name, there in (("h_ptr", which.dh), ("h_n_ptr", which.dh_n)))
         prepared.backward(dh, dh_n, None, gates, results["c_ptr"], r)
     else:
