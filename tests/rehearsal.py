@@ -170,11 +170,11 @@ def arguments(swapped: bool = False) -> list[dict]:
 def _mistakes(kernel: Any, given: dict, got: list[int], meant: dict) -> list[str]:
     """Of one launch: what the library passed by name, and the driver got by position, against what is meant."""
     runtime = [p.name for p in kernel.params if not p.is_constexpr]
-    names = [name for name in runtime if given[name] is not None]
+    names = [name for name in runtime if given.get(name) is not None]
     there = dict(zip(names, got))
     found = [] if len(got) >= len(names) and not any(got[len(names) :]) else [f"{names} became {got}"]  # and scratch: 0
     for name in runtime:
-        for value in (given[name], meant.get(name, given[name])):
+        for value in (given.get(name), meant.get(name, given.get(name))):
             value = value.data_ptr() if isinstance(value, torch.Tensor) else value
             if there.get(name) != value or (name.endswith("_ptr") and value == 0):
                 found.append(f"{name} is {there.get(name)}, not {value}")
@@ -237,7 +237,7 @@ def fewer_multiprocessors() -> list[dict]:
 def words_that_never_arrive() -> list[dict]:
     """In a kernel that is verified; and in a call, of which its backward tells."""
     kernel = "lstm_cooperative_forward_kernel"
-    plant(late_word=launch.error_word(CUDA, kernel, tried=True).data_ptr())
+    plant(late_word=launch.error_word(CUDA, kernel, trial=True).data_ptr())
     tried = attempt(None, 256, F16)
     believe()
     plant(late_word=launch.error_word(CUDA, kernel).data_ptr())

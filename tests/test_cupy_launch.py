@@ -20,6 +20,7 @@ from compile_table import cuda_kernels
 from compile_table.report import Report
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
+from gpu_lstm.kernels import memory
 from gpu_lstm.kernels.cupy_lstm import launch, planning, source
 from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, choose_plan, plans
 from gpu_lstm.kernels.problem import Problem, problem_of
@@ -155,7 +156,7 @@ def test_the_launcher_and_the_source_agree():
     assert tuple(re.findall(r"__global__ void __\w+__\([^)]*\) (\w+)\(", SOURCE)) == source.KERNELS
     for name in ("SEQUENCES", "CHUNK", "AHEAD"):
         assert f"constexpr int {name} = {getattr(planning, name)};" in SOURCE
-    assert int(re.search(r"SENTINEL = (0x\w+);", SOURCE)[1], 16) == launch.SENTINEL & 0xFFFFFFFF
+    assert int(re.search(r"SENTINEL = (0x\w+);", SOURCE)[1], 16) == memory.EVERY_BIT & 0xFFFFFFFF
     assert "enum Gate { I, F, G, O, GATES };" in SOURCE
     assert "#include" not in SOURCE, "CuPy brings no headers along"
     assert set(source.PARTS) == {file.stem for file in source.FOLDER.iterdir()}
