@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import triton
+from memory_checks import ADDRESS
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
@@ -167,7 +168,7 @@ class _Program(threading.Thread):
 
 def _chunks(ptrs: interpreter.TensorHandle) -> np.ndarray:
     """The 16-byte chunks that pointers point into, the same for pointers of different types to the same memory."""
-    return ptrs.data >> np.uint64(4)
+    return (ptrs.data & ADDRESS) >> np.uint64(4)
 
 
 class _ConcurrentBuilder(interpreter.InterpreterBuilder):

@@ -1,0 +1,111 @@
+"""What compute-sanitizer's memcheck says of kernels on a card, said of interpreted ones: where they leave their tensors.
+
+A pointer's upper bits, which no address uses, are the number of the argument that it comes from. Offsets leave them as
+they are, so whatever lies behind a tensor, another one of the launch included, is outside. A memory operation checks the
+addresses whose mask is on, and takes the number off.
+"""
+
+import itertools
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+ADDRESS_BITS = 48
+ADDRESS = np.uint64(2**ADDRESS_BITS - 1)
+ARGUMENTS = 2**15  # that have a number of their own at any time: a pointer remains a positive int64
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A tensor of a launch: what the interpreter takes in its place."""
+
+    kernel: str
+    name: str
+    start: int  # with its number; so is the end
+    end: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def data_ptr(self) -> int:
+        return self.start
+
+
+_numbers = itertools.count()
+_arguments: dict[int, Argument] = {}
+
+
+def extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last one."""
+    steps = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.itemsize * (steps + 1) if tensor.numel() else 0
+
+
+def refusal(access: str, size: int, first: int, bytes_of_tensor: int, name: str, shape: tuple[int, ...]) -> str:
+    """What is said of an access of some bytes, the first of which lies so far behind the tensor's first."""
+    where = f"{-first} bytes before" if first < 0 else f"{first + size - bytes_of_tensor} bytes past the end of"
+    return f"a {access} of {size} bytes, {where} {name} {tuple(shape)}"
+
+
+def _numbered(kernel: str, name: str, argument: Any) -> Any:
+    if not isinstance(argument, Tensor):
+        return argument
+    number = next(_numbers) % ARGUMENTS
+    start = (number << ADDRESS_BITS) + argument.data_ptr()
+    _arguments[number] = Argument(kernel, name, start, start + extent(argument), argument.dtype, argument.shape)
+    return _arguments[number]
+
+
+def _number_arguments(executor: interpreter.GridExecutor, args: tuple, named: dict[str, Any]) -> tuple[list, dict]:
+    kernel = executor.fn.__name__
+    positional = [_numbered(kernel, name, argument) for name, argument in zip(executor.arg_names, args)]
+    return positional, {name: _numbered(kernel, name, argument) for name, argument in named.items()}
+
+
+def _checked(access: str, at: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
+    """The addresses of pointers, which lie in their tensors where the mask is on."""
+    touched = at[mask]
+    if touched.size:
+        first, last = int(touched.min()), int(touched.max())
+        argument = _arguments.get(first >> ADDRESS_BITS)
+        if argument is None or first < argument.start or last + size > argument.end:
+            _check_each(access, touched, size)
+    return at & ADDRESS
+
+
+def _check_each(access: str, touched: np.ndarray, size: int) -> None:
+    """A tile may have pointers to several tensors."""
+    for address in touched.tolist():
+        argument = _arguments.get(address >> ADDRESS_BITS)
+        assert argument is not None, f"a {access} by a pointer that no argument is"
+        first, all_bytes = address - argument.start, argument.end - argument.start
+        said = refusal(access, size, first, all_bytes, argument.name, argument.shape)
+        assert 0 <= first <= all_bytes - size, f"{argument.kernel}: {said}"
+
+
+def check_interpreted_kernels() -> None:
+    """From now on, in every launch of this process."""
+    native = interpreter._interpreter
+
+    def load(at, mask, other, dtype):
+        return native.load(_checked("load", at, mask, np.dtype(dtype).itemsize), mask, other, dtype)
+
+    def store(at, value, mask):
+        return native.store(_checked("store", at, mask, value.itemsize), value, mask)
+
+    def atomic_rmw(op, at, value, mask, order):
+        return native.atomic_rmw(op, _checked("atomic", at, mask, value.itemsize), value, mask, order)
+
+    def atomic_cas(at, expected, value, order):
+        everywhere = np.ones_like(at, bool)
+        return native.atomic_cas(_checked("atomic", at, everywhere, value.itemsize), expected, value, order)
+
+    functions = {name: getattr(native, name) for name in dir(native)}
+    functions |= dict(load=load, store=store, atomic_rmw=atomic_rmw, atomic_cas=atomic_cas)
+    interpreter._interpreter = SimpleNamespace(**functions)
+    interpreter.GridExecutor._init_args_hst = _number_arguments
+    interpreter.GridExecutor._restore_args_dev = lambda *_: None  # tensors are on the CPU, where kernels write them
