@@ -102,6 +102,65 @@ struct Random {  // Marsaglia's xorshift
     }
 };
 
+constexpr std::size_t APART = 1 << 26;  // bytes from one argument of a launch to the next
+
+struct Access {
+    long long argument, first, size, stores;  // of which argument, from which of its bytes on, how many
+};
+
+// Copies of a launch's tensors, with nothing near any of them. The compiler calls a function at every access of the
+// kernel's and of this file's (-fsanitize=kernel-address); of those to the copies, the first outside a tensor is kept.
+struct Tensors {
+    void** const given;
+    const long long* const bytes;  // of each argument; -1 if it is no tensor
+    const std::size_t count;
+    char* const memory;
+    std::vector<char*> copies;
+    std::vector<void*> arguments;
+    char** const starts;
+    Access outside{-1};
+
+    Tensors(void** given, const long long* bytes, std::size_t count)
+        : given(given), bytes(bytes), count(count),
+          memory(static_cast<char*>(mmap(nullptr, count * APART, PROT_READ | PROT_WRITE,
+                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))),
+          copies(count), arguments(given, given + count), starts(copies.data()) {
+        for (std::size_t n = 0; n < count; ++n) {
+            if (bytes[n] < 0) continue;
+            copies[n] = memory + n * APART + APART / 2 + reinterpret_cast<std::uintptr_t>(original(n)) % 64;
+            std::memcpy(copies[n], original(n), bytes[n]);
+            arguments[n] = &copies[n];
+        }
+    }
+    Tensors(const Tensors&) = delete;
+    ~Tensors() {
+        for (std::size_t n = 0; n < count; ++n)
+            if (bytes[n] >= 0) std::memcpy(original(n), copies[n], bytes[n]);
+        munmap(memory, count * APART);
+    }
+
+    char* original(std::size_t n) const { return *static_cast<char**>(given[n]); }
+
+    __attribute__((no_sanitize_address)) void check(const char* address, long long size, bool stores) {
+        const std::size_t n = static_cast<std::size_t>(address - memory) / APART;
+        if (n >= count || outside.argument >= 0) return;  // shared memory, or a thread's own
+        const long long first = address - starts[n];
+        if (first < 0 || first + size > bytes[n]) outside = {static_cast<long long>(n), first, size, stores};
+    }
+};
+
+inline Tensors* tensors;  // while there is a launch
+
+#define CHECK(NAME, STORES, SIZE, ...)                                                                             \
+    extern "C" __attribute__((no_sanitize_address)) void __asan_##NAME##_noabort(const char* address __VA_ARGS__) { \
+        if (tensors) tensors->check(address, SIZE, STORES);                                                        \
+    }
+#define CHECKS(SIZE) CHECK(load##SIZE, false, SIZE) CHECK(store##SIZE, true, SIZE)
+CHECKS(1) CHECKS(2) CHECKS(4) CHECKS(8) CHECKS(16)
+CHECK(loadN, false, size, , std::size_t size)
+CHECK(storeN, true, size, , std::size_t size)
+extern "C" void __asan_handle_no_return() {}
+
 struct Launch {
     Random random;
     std::vector<Block> blocks;
@@ -157,6 +216,7 @@ struct Launch {
     void run() {
         std::vector<int> asleep;
         while (!ready.empty() || !asleep.empty()) {
+            if (tensors->outside.argument >= 0) return;
             ++turns;
             if (ready.empty()) {  // of those left alone, the first
                 ready.swap(asleep);
@@ -308,10 +368,12 @@ inline void first_turn() {
     setcontext(&launch->scheduler);
 }
 
-// Like cuLaunchCooperativeKernel: args holds the address of each argument. 0; or 1: a block wrote past its shared memory,
-// 2: threads of a warp did different things, 3: they waited in vain.
-inline int run(void (*kernel)(void**), const int (&grid)[2], int threads, int shared_bytes, unsigned seed, void** args) {
+// Like cuLaunchCooperativeKernel: args holds the address of each argument, of `count`. 0; or 1: a block wrote past its
+// shared memory, 2: threads of a warp did different things, 3: they waited in vain, 4: an access is `outside` its tensor.
+inline int run(void (*kernel)(void**), const int (&grid)[2], int threads, int shared_bytes, unsigned seed, void** args,
+               const long long* bytes, int count, Access& outside) {
     static std::vector<char*> stacks;  // kept
+    Tensors copied(args, bytes, count);
     Launch all;
     all.random = {seed * 2654435761ull + 88172645463325252ull};
     const int blocks = grid[0] * grid[1];
@@ -319,7 +381,7 @@ inline int run(void (*kernel)(void**), const int (&grid)[2], int threads, int sh
     all.threads.resize(blocks * threads);
     gridDim = {static_cast<unsigned>(grid[0]), static_cast<unsigned>(grid[1]), 1};
     blockDim = {static_cast<unsigned>(threads), 1, 1};
-    launch = &all, entry = kernel, arguments = args;
+    launch = &all, tensors = &copied, entry = kernel, arguments = copied.arguments.data();
     for (int b = 0; b < blocks; ++b) {
         all.blocks.emplace_back(threads, shared_bytes);
         for (int t = 0; t < threads; ++t) {
@@ -338,6 +400,9 @@ inline int run(void (*kernel)(void**), const int (&grid)[2], int threads, int sh
         }
     }
     all.run();
+    tensors = nullptr;
+    outside = copied.outside;
+    if (outside.argument >= 0) return 4;
     for (const auto& block : all.blocks)
         if (!block.kept_to_its_memory()) return 1;
     return all.apart ? 2 : all.stuck ? 3 : 0;

@@ -6,23 +6,27 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from memory_checks import extent, refusal
 from torch import Tensor
 
 from gpu_lstm.kernels.cupy_lstm.planning import Plan
-from gpu_lstm.kernels.cupy_lstm.source import given_of, in_order, join, name_expression, parts
+from gpu_lstm.kernels.cupy_lstm.source import given_of, in_order, join, name_expression, parameters, parts
 
 HEADER = Path(__file__).with_name("host_cuda.h")
 FLAGS = (
     "-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-w",
     "-fsanitize=bounds", "-fno-sanitize-recover=bounds",  # a thread's own arrays: what is past their end is not NaN
+    # Every other access is a call of a function of host_cuda.h, which no library has to come before.
+    "-fsanitize=kernel-address", *(f"--param=asan-{name}" for name in (
+        "instrumentation-with-call-threshold=0", "stack=0", "globals=0")),
 )  # fmt: skip
 FAILURES = (
     "", "a block wrote past its shared memory", "threads of a warp did different things",
-    "threads waited in vain for each other",
+    "threads waited in vain for each other", "",
 )  # fmt: skip
 
 
@@ -30,8 +34,10 @@ FAILURES = (
 def _function(source: str, expression: str) -> Callable[..., int]:
     """One kernel of a version of the source; kept for the next process."""
     entry = (
-        'extern "C" int run(const int* grid, int threads, int shared, unsigned seed, void** args) '
-        f"{{ return host::run(host::Entry<{expression}>::with, {{grid[0], grid[1]}}, threads, shared, seed, args); }}"
+        'extern "C" int run(const int* grid, int threads, int shared, unsigned seed, void** args, '
+        "const long long* bytes, int count, host::Access* outside) "
+        f"{{ return host::run(host::Entry<{expression}>::with, {{grid[0], grid[1]}}, threads, shared, seed, args, bytes, "
+        "count, *outside); }"
     )
     text = "\n".join((HEADER.read_text(), source, entry))
     digest = hashlib.sha256("\0".join((text, *FLAGS)).encode()).hexdigest()[:16]
@@ -53,15 +59,26 @@ def launcher(changes: dict[str, str] | None = None, seed: int = 0) -> Callable[.
     source = join({name: text for name, text in (parts() | (changes or {})).items() if name != "instructions"})
 
     def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tensor | int | None) -> None:
-        values = [_by_value(a) for a in in_order(kernel, arguments)]
-        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        given, count = in_order(kernel, arguments), len(arguments)
+        values = [_by_value(a) for a in given]
+        addresses = (ctypes.c_void_p * count)(*(ctypes.addressof(v) for v in values))
+        sizes = (ctypes.c_longlong * count)(*(extent(a) if isinstance(a, Tensor) else -1 for a in given))
+        outside = (ctypes.c_longlong * 4)()
         run = _function(
             source, name_expression(kernel, dtype, plan.template("backward" in kernel), given_of(kernel, arguments))
         )
-        failure = run((ctypes.c_int * 2)(*plan.grid), plan.threads, plan.shared, seed, addresses)
-        assert not failure, f"{kernel}: {FAILURES[failure]}"
+        failure = run(
+            (ctypes.c_int * 2)(*plan.grid), plan.threads, plan.shared, seed, addresses, sizes, count, outside
+        )
+        assert not failure, f"{kernel}: {FAILURES[failure] or _what_is(outside, parameters(kernel), given)}"
 
     return launch_kernel
+
+
+def _what_is(outside: ctypes.Array, names: Sequence[str], given: Sequence[Tensor]) -> str:
+    number, first, size, stores = outside
+    tensor = given[number]
+    return refusal("store" if stores else "load", size, first, extent(tensor), names[number], tensor.shape)
 
 
 def _by_value(argument: Tensor | int | None) -> ctypes._SimpleCData:
