@@ -3,9 +3,13 @@
 //
 // A thread is a coroutine, and all threads of all blocks are alive at once. Whose turn it is, a seed decides; a turn ends
 // where threads wait for each other. Now and then a warp is left alone for long. What is published becomes visible late, and out of order.
+//
+// A kernel's pointers have the number of their argument in the upper bits, which no address uses. The functions below
+// look up that tensor's extent, and take the number off; whatever goes round them is stopped by the processor.
 
 #pragma once
 
+#include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -41,6 +45,7 @@ inline dim3 blockIdx, threadIdx, blockDim, gridDim;
 
 namespace host {
 
+constexpr int ADDRESS_BITS = 48;
 constexpr int WARP = 32;
 constexpr int STACK = 1 << 16;
 constexpr unsigned char NAN_BYTE = 0xFF;  // all of whose repetitions are NaN, in every element type
@@ -94,6 +99,10 @@ struct Published {
     std::uint32_t *to, word;
 };
 
+struct Access {
+    long long argument, first, size, is_store;  // to which argument, from which of its bytes on, how many
+};
+
 struct Random {  // Marsaglia's xorshift
     std::uint64_t state;
     std::uint64_t operator()() {
@@ -101,65 +110,6 @@ struct Random {  // Marsaglia's xorshift
         return state;
     }
 };
-
-constexpr std::size_t APART = 1 << 26;  // bytes from one argument of a launch to the next
-
-struct Access {
-    long long argument, first, size, stores;  // of which argument, from which of its bytes on, how many
-};
-
-// Copies of a launch's tensors, with nothing near any of them. The compiler calls a function at every access of the
-// kernel's and of this file's (-fsanitize=kernel-address); of those to the copies, the first outside a tensor is kept.
-struct Tensors {
-    void** const given;
-    const long long* const bytes;  // of each argument; -1 if it is no tensor
-    const std::size_t count;
-    char* const memory;
-    std::vector<char*> copies;
-    std::vector<void*> arguments;
-    char** const starts;
-    Access outside{-1};
-
-    Tensors(void** given, const long long* bytes, std::size_t count)
-        : given(given), bytes(bytes), count(count),
-          memory(static_cast<char*>(mmap(nullptr, count * APART, PROT_READ | PROT_WRITE,
-                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))),
-          copies(count), arguments(given, given + count), starts(copies.data()) {
-        for (std::size_t n = 0; n < count; ++n) {
-            if (bytes[n] < 0) continue;
-            copies[n] = memory + n * APART + APART / 2 + reinterpret_cast<std::uintptr_t>(original(n)) % 64;
-            std::memcpy(copies[n], original(n), bytes[n]);
-            arguments[n] = &copies[n];
-        }
-    }
-    Tensors(const Tensors&) = delete;
-    ~Tensors() {
-        for (std::size_t n = 0; n < count; ++n)
-            if (bytes[n] >= 0) std::memcpy(original(n), copies[n], bytes[n]);
-        munmap(memory, count * APART);
-    }
-
-    char* original(std::size_t n) const { return *static_cast<char**>(given[n]); }
-
-    __attribute__((no_sanitize_address)) void check(const char* address, long long size, bool stores) {
-        const std::size_t n = static_cast<std::size_t>(address - memory) / APART;
-        if (n >= count || outside.argument >= 0) return;  // shared memory, or a thread's own
-        const long long first = address - starts[n];
-        if (first < 0 || first + size > bytes[n]) outside = {static_cast<long long>(n), first, size, stores};
-    }
-};
-
-inline Tensors* tensors;  // while there is a launch
-
-#define CHECK(NAME, STORES, SIZE, ...)                                                                             \
-    extern "C" __attribute__((no_sanitize_address)) void __asan_##NAME##_noabort(const char* address __VA_ARGS__) { \
-        if (tensors) tensors->check(address, SIZE, STORES);                                                        \
-    }
-#define CHECKS(SIZE) CHECK(load##SIZE, false, SIZE) CHECK(store##SIZE, true, SIZE)
-CHECKS(1) CHECKS(2) CHECKS(4) CHECKS(8) CHECKS(16)
-CHECK(loadN, false, size, , std::size_t size)
-CHECK(storeN, true, size, , std::size_t size)
-extern "C" void __asan_handle_no_return() {}
 
 struct Launch {
     Random random;
@@ -170,7 +120,11 @@ struct Launch {
     ucontext_t scheduler;
     int current = 0;
     long turns = 0, progress = 0;  // the turn of the last word or barrier
-    bool stuck = false, apart = false;
+    bool stuck = false, apart = false, strayed = false;
+    Access outside{-1};
+    long long count;         // of arguments
+    char** starts;           // of each
+    const long long* bytes;  // of each; -1 if it is no tensor
 
     Thread& thread() { return threads[current]; }
     Warp& warp() { return thread().block->warps[threadIdx.x / WARP]; }
@@ -178,6 +132,27 @@ struct Launch {
 
     // The end of a turn. The thread is in `ready`, or waits.
     void yield() { swapcontext(&thread().context, &scheduler); }
+
+    [[noreturn]] void leave() {  // a thread that goes astray ends the launch
+        strayed = true;
+        setcontext(&scheduler);
+        __builtin_unreachable();
+    }
+
+    // What a pointer to some bytes points to, which lies in its tensor.
+    template <typename T>
+    T* checked(T* pointer, long long size, bool is_store) {
+        const auto word = reinterpret_cast<std::uintptr_t>(pointer);
+        const auto n = static_cast<long long>(word >> ADDRESS_BITS) - 1;
+        auto* const address = reinterpret_cast<char*>(word & ((std::uintptr_t{1} << ADDRESS_BITS) - 1));
+        if (n < 0 || n >= count) leave();
+        const long long first = address - starts[n];
+        if (first < 0 || first + size > bytes[n]) {
+            outside = {n, first, size, is_store};
+            leave();
+        }
+        return reinterpret_cast<T*>(address);
+    }
 
     void meet(Meeting& meeting) {
         if (--meeting.missing > 0) {
@@ -202,7 +177,7 @@ struct Launch {
         return slots;
     }
 
-    void publish(std::uint32_t* to, std::uint32_t word) { pending.push_back({to, word}); }
+    void publish(std::uint32_t* to, std::uint32_t word) { pending.push_back({checked(to, sizeof word, true), word}); }
 
     void make_visible(std::size_t n) {  // but what went to the same place before comes first
         const auto* const to = pending[n].to;
@@ -216,7 +191,7 @@ struct Launch {
     void run() {
         std::vector<int> asleep;
         while (!ready.empty() || !asleep.empty()) {
-            if (tensors->outside.argument >= 0) return;
+            if (strayed) return;
             ++turns;
             if (ready.empty()) {  // of those left alone, the first
                 ready.swap(asleep);
@@ -248,6 +223,11 @@ struct Launch {
 };
 
 inline Launch* launch;
+
+template <typename T>
+const T* to_load(const T* from, std::size_t size = sizeof(T)) { return launch->checked(from, size, false); }
+template <typename T>
+T* to_store(T* to) { return launch->checked(to, sizeof(T), true); }
 
 }  // namespace host
 
@@ -306,23 +286,23 @@ inline float choose(bool yes, float a, float b) { return yes ? a : b; }
 
 template <typename T>
 T load_if(bool yes, const T* from) {
-    return yes ? *from : T{};
+    return yes ? *host::to_load(from) : T{};
 }
 template <typename T>
 void store_if(bool yes, T* to, float x) {
-    if (yes) round_to(*to, x);
+    if (yes) round_to(*host::to_store(to), x);
 }
 
 template <typename T>
 void load_relaxed_if(bool yes, T& x, const unsigned* from) {
-    if (yes) std::memcpy(&x, from, sizeof x);
+    if (yes) std::memcpy(&x, host::to_load(from, sizeof x), sizeof x);
 }
 inline void store_relaxed_if(bool yes, unsigned* to, unsigned x) {
     if (yes) host::launch->publish(to, x);
 }
 
-inline int load_from_host(const int* from) { return host::launch->stuck ? 1 : *from; }
-inline void store_to_host(int* to, int x) { *to = x; }
+inline int load_from_host(const int* from) { return host::launch->stuck ? 1 : *host::to_load(from); }
+inline void store_to_host(int* to, int x) { *host::to_store(to) = x; }
 
 inline bool any_of_warp(bool yes) {
     const auto* const slots = host::launch->exchange(0, {yes});
@@ -368,20 +348,32 @@ inline void first_turn() {
     setcontext(&launch->scheduler);
 }
 
+inline void stopped(int) { launch->leave(); }
+
 // Like cuLaunchCooperativeKernel: args holds the address of each argument, of `count`. 0; or 1: a block wrote past its
-// shared memory, 2: threads of a warp did different things, 3: they waited in vain, 4: an access is `outside` its tensor.
+// shared memory, 2: threads of a warp did different things, 3: they waited in vain, 4: an access is `outside` of a
+// tensor, 5: an access is to no tensor, or by none of the functions of this file.
 inline int run(void (*kernel)(void**), const int (&grid)[2], int threads, int shared_bytes, unsigned seed, void** args,
-               const long long* bytes, int count, Access& outside) {
+               const long long* bytes, int count, Access* outside) {
     static std::vector<char*> stacks;  // kept
-    Tensors copied(args, bytes, count);
     Launch all;
+    std::vector<std::uintptr_t> numbered(count);
+    std::vector<void*> numbered_args(args, args + count);
+    std::vector<char*> starts(count);
+    all.count = count, all.starts = starts.data(), all.bytes = bytes;
+    for (int n = 0; n < count; ++n)
+        if (bytes[n] >= 0) {
+            starts[n] = *static_cast<char**>(args[n]);
+            numbered[n] = reinterpret_cast<std::uintptr_t>(starts[n]) | (n + std::uintptr_t{1}) << ADDRESS_BITS;
+            numbered_args[n] = &numbered[n];
+        }
     all.random = {seed * 2654435761ull + 88172645463325252ull};
     const int blocks = grid[0] * grid[1];
     all.blocks.reserve(blocks);
     all.threads.resize(blocks * threads);
     gridDim = {static_cast<unsigned>(grid[0]), static_cast<unsigned>(grid[1]), 1};
     blockDim = {static_cast<unsigned>(threads), 1, 1};
-    launch = &all, tensors = &copied, entry = kernel, arguments = copied.arguments.data();
+    launch = &all, entry = kernel, arguments = numbered_args.data();
     for (int b = 0; b < blocks; ++b) {
         all.blocks.emplace_back(threads, shared_bytes);
         for (int t = 0; t < threads; ++t) {
@@ -399,10 +391,13 @@ inline int run(void (*kernel)(void**), const int (&grid)[2], int threads, int sh
             all.ready.push_back(static_cast<int>(n));
         }
     }
+    struct sigaction then = {}, before;
+    then.sa_handler = stopped;
+    sigaction(SIGSEGV, &then, &before);
     all.run();
-    tensors = nullptr;
-    outside = copied.outside;
-    if (outside.argument >= 0) return 4;
+    sigaction(SIGSEGV, &before, nullptr);
+    *outside = all.outside;
+    if (all.strayed) return outside->argument < 0 ? 5 : 4;
     for (const auto& block : all.blocks)
         if (!block.kept_to_its_memory()) return 1;
     return all.apart ? 2 : all.stuck ? 3 : 0;
