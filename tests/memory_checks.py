@@ -1,8 +1,8 @@
-"""What compute-sanitizer's memcheck says of kernels on a card, said of interpreted ones: where they leave their tensors.
+"""What compute-sanitizer's memcheck says of kernels on a card, said of interpreted ones: they keep to their tensors.
 
-A pointer's upper bits, which no address uses, are the number of the argument that it comes from. Offsets leave them as
-they are, so whatever lies behind a tensor, another one of the launch included, is outside. A memory operation checks the
-addresses whose mask is on, and takes the number off.
+The upper bits of a pointer, which no address uses, are the number of the argument that it comes from. Offsets leave
+them as they are, so that whatever lies behind a tensor is outside, even if it is another one of the same launch. Every
+memory operation checks the addresses whose mask is on, and takes the number off.
 """
 
 import itertools
@@ -39,16 +39,16 @@ _numbers = itertools.count()
 _arguments: dict[int, Argument] = {}
 
 
-def extent(tensor: Tensor) -> int:
+def bytes_of(tensor: Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last one."""
     steps = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
     return tensor.itemsize * (steps + 1) if tensor.numel() else 0
 
 
-def refusal(access: str, size: int, first: int, bytes_of_tensor: int, name: str, shape: tuple[int, ...]) -> str:
-    """What is said of an access of some bytes, the first of which lies so far behind the tensor's first."""
-    where = f"{-first} bytes before" if first < 0 else f"{first + size - bytes_of_tensor} bytes past the end of"
-    return f"a {access} of {size} bytes, {where} {name} {tuple(shape)}"
+def refusal(access: str, size: int, first: int, bytes_there: int, name: str, shape: tuple[int, ...]) -> str:
+    """What is said of an access that begins at some byte of a tensor, or before."""
+    where = f"begins {-first} bytes before" if first < 0 else f"ends {first + size - bytes_there} bytes past the end of"
+    return f"a {size}-byte {access} {where} {name} {tuple(shape)}"
 
 
 def _numbered(kernel: str, name: str, argument: Any) -> Any:
@@ -56,7 +56,7 @@ def _numbered(kernel: str, name: str, argument: Any) -> Any:
         return argument
     number = next(_numbers) % ARGUMENTS
     start = (number << ADDRESS_BITS) + argument.data_ptr()
-    _arguments[number] = Argument(kernel, name, start, start + extent(argument), argument.dtype, argument.shape)
+    _arguments[number] = Argument(kernel, name, start, start + bytes_of(argument), argument.dtype, argument.shape)
     return _arguments[number]
 
 
@@ -81,10 +81,10 @@ def _check_each(access: str, touched: np.ndarray, size: int) -> None:
     """A tile may have pointers to several tensors."""
     for address in touched.tolist():
         argument = _arguments.get(address >> ADDRESS_BITS)
-        assert argument is not None, f"a {access} by a pointer that no argument is"
-        first, all_bytes = address - argument.start, argument.end - argument.start
-        said = refusal(access, size, first, all_bytes, argument.name, argument.shape)
-        assert 0 <= first <= all_bytes - size, f"{argument.kernel}: {said}"
+        assert argument is not None, f"a {size}-byte {access} at no tensor of the launch"
+        first, bytes_there = address - argument.start, argument.end - argument.start
+        said = refusal(access, size, first, bytes_there, argument.name, argument.shape)
+        assert 0 <= first <= bytes_there - size, f"{argument.kernel}: {said}"
 
 
 def check_interpreted_kernels() -> None:
