@@ -176,26 +176,37 @@ def check(size: tuple[int, ...], words: str, backend: str, dtype: torch.dtype, d
                 torch.testing.assert_close(our.detach(), torch.from_numpy(true), rtol=1e-12, atol=1e-12, msg=name)
 
 
+Errors = dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]  # by NAMES, of each example: ours, theirs, truth
+
+
 def assert_as_good_as_torch(
     make_example: Callable[[int], Example], backend: str, dtype: torch.dtype, device="cpu", seeds=3, yardstick="torch"
 ) -> None:
-    """Every result and gradient: its RMS error is at most twice that of torch's own LSTM in the same dtype.
+    """Every result and gradient of `seeds` examples, so that one lucky rounding decides nothing; see `judge`.
 
-    Or that of another backend, the `yardstick`, where torch's LSTM does not support the example; over `seeds` examples,
-    so that one lucky rounding decides nothing. An RMS below the unit in the last place of the largest element counts as
-    that unit; in half precision, where torch's LSTM rounds at every step as the kernels do, below the RMS of the
-    truth's own rounding. And errors must not be biased, as they are where results are truncated, not rounded.
+    `yardstick`: another backend than torch's LSTM, where that does not support the example.
     """
-    errors: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+    errors: Errors = {}
     for seed in range(seeds):
         given = make_example(seed).rounded(dtype)
         runs = (given.run(name, dtype, device) for name in (backend, yardstick))
         for name, true, our, their in zip(NAMES, given.truth_for(device), *runs):
             if true is not None:
                 our_error, their_error = (t.detach().double().cpu().numpy() - true for t in (our, their))
-                assert np.isfinite(our_error).all(), f"{name}: not finite at {np.argwhere(~np.isfinite(our_error))[0]}"
                 errors.setdefault(name, []).append((our_error, their_error, true))
+    judge(errors, dtype, yardstick)
+
+
+def judge(errors: Errors, dtype: torch.dtype, yardstick: str = "torch") -> None:
+    """The RMS error of every result and gradient is at most twice that of the yardstick in the same dtype.
+
+    An RMS below the unit in the last place of the largest element counts as that unit; in half precision, where
+    torch's LSTM rounds at every step as the kernels do, below the RMS of the truth's own rounding. And errors must not
+    be biased, as they are where results are truncated, not rounded.
+    """
     for name, found in errors.items():
+        for our_error, _, _ in found:
+            assert np.isfinite(our_error).all(), f"{name}: not finite at {np.argwhere(~np.isfinite(our_error))[0]}"
         ours, theirs, true = (np.concatenate([parts[i].ravel() for parts in found]) for i in range(3))
         least = torch.finfo(dtype).eps * np.abs(true).max(initial=0.0)
         if dtype.itemsize == 2:
