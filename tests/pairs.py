@@ -57,13 +57,13 @@ def seeded(call, *arguments, **options):
     return call(*arguments, **options)
 
 
-def random_inputs(module: nn.Module, *batch: int, seed: int = 2) -> tuple[Tensor, tuple | list]:
+def random_inputs(module: nn.Module, *batch: int, seed: int = 2, steps: int = T) -> tuple[Tensor, tuple | list]:
     """x and hx for a module, float32; unbatched without `batch`."""
     torch.manual_seed(seed)
     if isinstance(module, nn.RNNCellBase):
         x, shapes = (*batch, module.input_size), [(*batch, module.hidden_size)] * 2
         return torch.randn(x), tuple(map(torch.randn, shapes))
-    time_and_batch = (*batch, T) if getattr(module, "batch_first", False) else (T, *batch)
+    time_and_batch = (*batch, steps) if getattr(module, "batch_first", False) else (steps, *batch)
     if isinstance(module, nn.RNNBase):
         rows = module.num_layers * (1 + module.bidirectional), *batch
         hx = torch.randn(*rows, module.proj_size or module.hidden_size), torch.randn(*rows, module.hidden_size)
@@ -86,7 +86,10 @@ def states_left(module: nn.Module, hx: tuple | list, steps: int, a_step: bool) -
 
 
 def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragged) -> dict[str, Tensor]:
-    """Output, final states, the gradients of a random weighted sum of them by x, hx, reset_states and parameters."""
+    """Output, final states, the gradients of a random weighted sum of them by x, hx, reset_states and parameters.
+
+    Without gradients where the call records none.
+    """
     parameters = dict(module.named_parameters())
     like = next(iter(parameters.values()))
     given = x, hx, reset_states
@@ -97,9 +100,11 @@ def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragge
     found = (module if call is None else call)(x, *([] if hx is None else [hx]), **ragged)
     found = tree_leaves(found, is_leaf=lambda t: isinstance(t, PackedSequence))
     found = [t.data if isinstance(t, PackedSequence) else t for t in found]
+    names = ["output"] * (len(found) % 2) + names_of(found)  # a cell has none
+    if not found[0].requires_grad:
+        return dict(zip(names, found, strict=True))
     states, left = (tree_leaves(given) if given else [] for given in (hx, left))
     gradients = torch.autograd.grad(found, [x, *states, *left, *parameters.values()], weighing(found))
-    names = ["output"] * (len(found) % 2) + names_of(found)  # a cell has none
     names += ["dx", *names_of(states, "d"), *names_of(left, "dreset_"), *(f"d{name}" for name in parameters)]
     return dict(zip(names, (t.detach() for t in (*found, *gradients)), strict=True))
 
@@ -115,10 +120,10 @@ def assert_alike(ours, theirs, *batch: int, given: bool = True, **how) -> None:
     assert_same(*(results(module, x, hx if given else None, **how) for module in (ours, theirs)))
 
 
-def weighing(found: list) -> list[Tensor]:
-    """Random gradients of the results of a call."""
+def weighing(found: list, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Random gradients of the results of a call; of the truth of one in `dtype`, what these are in float64."""
     torch.manual_seed(3)
-    return [torch.randn(tuple(t.shape)).to(t if isinstance(t, Tensor) else torch.float64) for t in found]
+    return [torch.randn(tuple(t.shape)).to(t if dtype is None else dtype) for t in found]
 
 
 def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, noises=None) -> dict[str, Tensor]:
@@ -135,12 +140,13 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
     if reset_states is not None:
         forms = [vjp(partial(each_step, module, len(x)), t.double()) for t in tree_leaves(reset_states)]
         left = rows_of(module, [t.numpy() for t, _ in forms])
-        noises = [[dict(reset_h=h, reset_c=c) for h, c in layer] for layer in left]
+        noises = noises or [[{} for _ in layer] for layer in left]
+        noises = [[of | dict(reset_h=h, reset_c=c) for of, (h, c) in zip(*layer)] for layer in zip(noises, left)]
     ragged = dict(lengths=lengths, resets=None if resets is None else turned(resets))
     residual = getattr(module, "residual", False)
     y, finals, tapes = oracle.stack(x, states, layers, **ragged, noises=noises, residual=residual)
     found = [turned(y), *leaves_of(module, finals)]
-    dy, *dfinals = (t.numpy() for t in weighing(found))
+    dy, *dfinals = (t.double().numpy() for t in weighing(found, next(module.parameters()).dtype))
     dx, dstates, dweights, dleft = oracle.stack_gradients(tapes, turned(dy), rows_of(module, dfinals))
 
     named = dict(zip(["output", *names_of(found), "dx"], [*found, turned(dx)]))
@@ -154,23 +160,25 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in named.items()}
 
 
-def noises_of(module: nn.Module, seed: int) -> list[list[dict]]:
+def noises_of(module: nn.Module, seed: int, steps: int = T, batch: int = B) -> list[list[dict]]:
     """What a call of an LSTM or StackedLSTM draws after torch.manual_seed(seed), as the oracle accepts it, [L][D].
 
     Dropout's factors of h, then where h and c stay as they were; in eval() only the probabilities of the latter.
     """
     like = next(module.parameters())
     torch.manual_seed(seed)
+    rates = module.zoneout if isinstance(module.zoneout, tuple) else (module.zoneout,) * 2
 
     def drawn(weight_hh):
         width, hidden = weight_hh.shape[1], len(weight_hh) // 4
         noise = {}
-        if module.training:
-            noise["dropout_h"] = nn.functional.dropout(like.new_ones(B, width), module.recurrent_dropout)
-        for state, rate, size in zip("hc", module.zoneout, (width, hidden)):
-            noise[f"zoneout_{state}"] = torch.full((T, B, size), rate, dtype=torch.float64)
-            if module.training:
-                noise[f"zoneout_{state}"] = torch.rand(T, B, size, device=like.device) < rate
+        if module.training and module.recurrent_dropout:
+            noise["dropout_h"] = nn.functional.dropout(like.new_ones(batch, width), module.recurrent_dropout)
+        for state, rate, size in zip("hc", rates, (width, hidden)):
+            if rate and module.training:
+                noise[f"zoneout_{state}"] = torch.rand(steps, batch, size, device=like.device) < rate
+            elif rate:
+                noise[f"zoneout_{state}"] = torch.full((steps, batch, size), rate, dtype=torch.float64)
         return {name: t.double().cpu().numpy() for name, t in noise.items()}
 
     return [[drawn(weight_hh) for _, weight_hh, *_ in layer] for layer in weights_of(module)[1]]

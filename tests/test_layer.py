@@ -1,114 +1,126 @@
-"""One layer in one direction on every backend and family of kernels, against the NumPy oracle: a table of cases.
+"""The public modules on every backend and family of kernels, against the NumPy oracle: a table of cases.
+
+What is tested is what users call: an LSTM of one layer hands down states [1, B, H], one of several [B, H], and so on.
+Kernels on the CPU get copies of their tensors between margins, where nothing may be written (guarded.py).
 
 Without a GPU the Triton kernels run in Triton's interpreter, where bfloat16 products are wrong (so bfloat16 is in
-test_gpu.py), and those in CUDA C++ are compiled by g++. On a GPU:
+test_gpu.py), and those in CUDA C++ are compiled by g++. On a GPU, where Triton's are those that are chosen there:
 
     pytest tests/test_layer.py --require-gpu
     compute-sanitizer --tool memcheck   python -m pytest tests/test_layer.py -k cuda
     compute-sanitizer --tool racecheck  python -m pytest tests/test_layer.py -k cuda
 """
 
-import dataclasses
-
 import pytest
 import torch
-from comparing import DEVICE, MASKS, PLACES, check, example_of
+from cases import built, call_of, check, with_random_parameters
+from comparing import PLACES, example_of
+from guarded import guard
+from pairs import assert_identical, results
 from places import INTERPRETED, KERNELS, tf32
+
+from gpu_lstm.backends import schedule
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 NAN, INF = float("nan"), float("inf")
 
-MIX = "ragged resets reverse"
-MOST = "ragged states peepholes reverse"
-TORCHS = ("plain", "reverse", "ragged", "ragged reverse", "resets", MIX, "no-bias ragged resets")
-DIFFER = ("plain", MIX)
-CELLS = ("plain", "reverse", "ragged resets", MIX, "no-bias ragged resets", "states", "ragged states reverse",
-         "peepholes", MOST)  # fmt: skip
+MIX, MOST = "ragged resets both", "ragged states peepholes both"
 # With states to reset to, since the norm of a W_hh h that is almost zero multiplies every error.
-OF_HH, OF_C, OF_ALL = "norm-hh no-bias ragged states", "norm-c no-bias ragged resets reverse", f"{MOST} norms"
-NORMS = ("norms", OF_HH, OF_C, OF_ALL)
+OF_HH, OF_C, OF_ALL = "norm-hh no-bias ragged states", "norm-c no-bias ragged resets", "ragged states peepholes norms"
+ONCE = "ragged states peepholes"
 KEPT, READ = "4,17,3,33", "3,9,3,75"  # more tiles, and more rows, than blocks of CUPY_PLANS
-WITH_NORMS, FAMILIES = "step resident cooperative/4/1/4", "step resident cooperative/4/1/4 pointwise"
-
-
-def both(cells, noises=("masks",)) -> tuple[str, ...]:
-    return tuple(f"{cell} {noise}" for cell in cells for noise in noises)
-
-
-# Pairs of options, not products: each cell with all noise and with none, and each kind of noise with one cell.
-NOISY = both([MIX], (*MASKS, "expected"))
-FEWER = ("plain", "no-bias ragged resets", "states", MOST)  # that have all options of CELLS
+# How a module is built and called. Kernels depend on little of it, so all of it is on the backends with the least work.
+MODULES = ("", "deep both ragged resets", "both batch-first states", "batch-first state both", "no-bias resets",
+           "stack ragged states both", "residual ragged", "deep packed batch-first resets", "both packed", "no-hx deep",
+           "layer states ragged both", "layer no-hx deep", "stream deep no-hx")  # fmt: skip
+# Pairs of options, not products.
 TABLE = [  # places, dtype, and cases: how many problems, more of the small, whose errors vary more; sizes; options
-    ("reference", F64, (3, "6,4,3,5", *CELLS, *NORMS, *NOISY, *both((*CELLS, *NORMS), ("masks", "expected"))),
-     (2, "6,4,3,5,2", *CELLS, *NOISY, *both(FEWER, ("masks", "expected"))),
-     (2, "1,1,1,3", MIX, *both((*FEWER, *NORMS)), f"{MOST} expected")),
-    ("torch torch/two", F64, (3, "6,4,3,5 6,4,3,5,2", *TORCHS)), ("torch", F64, (3, "1,1,1,1 2,1,2,130", *DIFFER)),
+    ("reference", F64, (2, "6,4,3,5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states",
+                        f"{MOST} masks", f"{OF_ALL} both masks", f"{OF_ALL} expected", OF_HH, f"{OF_C} both",
+                        "norms stream peepholes", "dropout_h both ragged", "zoneout_h deep states", "expected state",
+                        "zoneout_c both ragged resets", "residual masks resets", "stream expected deep",
+                        "layer norms peepholes states both"),
+     (2, "6,4,3,5,2", MIX, "deep both states", f"{MOST} masks", f"{MOST} expected", "layer both ragged states",
+      "stream deep", "packed both"),
+     (2, "1,1,1,3", f"{MIX} masks", f"{OF_ALL} masks both", f"{MOST} expected deep", "unbatched both states", "cell"),
+     (2, "5,1,3,4,2", "unbatched both batch-first ragged states", "unbatched state", "unbatched deep no-hx resets")),
+    ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES if "state" not in words)),
+     (2, "6,4,3,5,2", MIX, "deep packed", "both no-bias resets"), (2, "1,1,1,3", MIX, "cell", "unbatched")),
     # The plans that are chosen, on a GPU too: steps of one sequence; more than one tile of 16 sequences and of 32 units
-    ("triton", F32, (24, "1,1,3,1", *DIFFER), (8, "2,3,4,5", *TORCHS), (2, "3,3,3,9", f"{OF_ALL} recompute"),
-     (2, "3,4,3,33,7", "plain", "ragged reverse", MIX, "no-bias ragged resets"),
-     (2, "3,3,3,9", f"{MOST} masks recompute")),
-    ("triton", F16, (2, "4,5,8,40", *DIFFER), (2, "4,3,4,20,7", *both([MOST], ("masks", "expected")))),
-    ("triton read/4", F32, (2, "3,3,3,9,4", f"{MIX} recompute")),
+    ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "deep ragged resets", "no-bias packed both"),
+     (2, "3,3,4,5", "cell", "stream deep", "layer ragged states both", "batch-first state", "chunks deep states"),
+     (2, "3,4,3,33,7", MIX), (2, "3,3,3,9", f"{OF_ALL} recompute", "states peepholes both masks recompute")),
+    ("triton", F16, (2, "4,5,8,40", "no-hx"), (1, "4,5,8,40", MIX), (1, "4,3,4,20,7", f"{MOST} masks", "expected")),
     # Several programs with a grid-wide barrier: 3 tiles; 4 tiles, and 6 of h
-    ("step", F32, (1, "4,3,3,40 3,18,3,20,33", *DIFFER)), ("step", F16, (1, "4,3,3,40 4,3,3,40,5", *both([MOST]))),
+    ("step", F32, (1, "4,3,3,40", "", "deep states peepholes masks"), (1, "3,18,3,20,33", "layer ragged resets both"),
+     (1, "1,3,3,40", "both"), (1, "3,1,3,20", "unbatched expected state"), (1, "3,18,3,5", "no-hx packed recompute"),
+     (1, "5,3,3,11", f"{OF_ALL} both")),
+    ("step", F16, (1, "4,3,3,40", f"{ONCE} expected"), (1, "4,3,3,40,5", f"{ONCE} masks")),
     # And with one more for products of parts of K: two tiles of sequences, and of 64 units; of h alone; a single step
-    ("split/4", F32, (1, "3,18,3,70", *DIFFER), (1, "4,3,3,20,70", "plain", *both([MOST])), (1, "1,3,3,40", MIX),
-     (1, "5,3,3,11", OF_HH, OF_C)),
-    ("split/8", F16, (1, "4,18,3,40", *both([MOST], ("masks", "expected"))), (1, "5,3,3,10", OF_ALL)),
+    ("split/4", F32, (1, "3,18,3,70", "ragged resets"), (1, "4,3,3,20,70", "layer", "layer states peepholes both"),
+     (1, "1,3,3,40", MIX), (1, "5,3,3,11", OF_HH, OF_C), (1, "3,18,3,11", "no-hx deep")),
+    ("split/8", F16, (1, "4,18,3,40", f"{ONCE} masks"), (1, "3,1,3,40", "unbatched expected both"),
+     (2, "5,3,3,10", OF_ALL)),
     # And with W_hh in shared memory: two groups, of which one has two tiles of sequences; and three programs
-    ("held", F32, (1, "4,35,3,18 4,3,3,40", *DIFFER), (1, "4,18,3,18,7", "plain", MOST)),
-    ("held", F16, (1, "4,18,3,40", *both([MOST], ("masks", "expected")))),
-    ("held/2 held/4", F32, (1, "4,35,3,18", *DIFFER)), ("held/4", F16, (1, "4,18,3,40", f"{MOST} masks")),
-    ("held/ahead", F32, (1, "4,35,3,18", *DIFFER)), ("held/ahead", F16, (1, "4,50,3,18", f"{MOST} masks")),
+    ("held", F32, (1, "4,35,3,18", MIX), (1, "4,3,3,40", ""), (1, "4,18,3,18,7", "deep states")),
+    ("held", F16, (1, "4,18,3,40", f"{ONCE} masks"), (1, "3,1,3,18", "unbatched expected both")),
+    ("held/2", F32, (1, "4,35,3,18", ""), (1, "4,3,3,18", "no-hx packed both")),
+    ("held/4", F32, (1, "4,35,3,18", "ragged resets")), ("held/4", F16, (1, "4,18,3,40", f"{ONCE} masks")),
+    ("held/ahead", F32, (1, "4,35,3,18", MIX), (1, "3,3,3,18", "deep no-hx expected")),
+    ("held/ahead", F16, (1, "4,50,3,18", f"{ONCE} masks")),
     # Whole sequences in one launch of programs that need nobody
-    ("resident", F32, (2, "5,3,4,6", "ragged", MIX), (2, "4,3,3,20,7", "plain", "resets"), (4, "1,1,3,1", MIX),
-     (1, "3,11,3,33", "plain"), (1, "4,2,3,60", MIX)),
-    ("resident", F16, (1, "5,3,3,7 5,3,3,33,12", MIX), (1, "3,9,3,40", "plain")),
+    ("resident", F32, (1, "5,3,4,6", "deep ragged"), (2, "4,3,3,20,7", "both resets"), (2, "1,1,3,1", MIX),
+     (1, "3,11,3,33", ""), (1, "4,2,3,60", MIX), (1, "3,11,3,5", "no-hx packed"), (1, "5,3,3,11", f"{ONCE} masks"),
+     (1, "5,3,3,11,5", "ragged states both")),
+    ("resident", F16, (1, "5,3,3,7", MIX), (1, "5,3,3,33,12", "deep states"), (1, "3,9,3,40", ""),
+     (1, "5,3,3,11", "peepholes expected", "both ragged states masks"), (2, "5,3,3,11", f"{OF_ALL} both"),
+     (1, "3,1,3,11,5", "unbatched peepholes")),
     # And of programs that exchange words of one unit, or of two in half precision: of 2 to 9, backward 4 to 12
-    ("cooperative/4/1/4", F32, (2, "6,3,3,8", "ragged", "resets"), (1, "3,3,3,36", "plain"), (1, "12,2,2,6", MIX),
+    ("cooperative/4/1/4", F32, (1, "6,3,3,8", "deep ragged"), (1, "3,3,3,36", ""), (1, "12,2,2,6", "ragged resets"),
      (1, "6,3,3,11", OF_HH),  # 3 and 4, of which one has no units
-     (1, "3,2,3,36", "norms")),  # more programs, 9, than threads of a row, 8
-    ("cooperative/4/1/4", F16, (1, "3,9,3,20", "plain"), (1, "4,9,3,20", OF_HH),  # two batch tiles in one group
-     (1, "5,3,3,20,7", "ragged")),
+     (1, "3,2,3,36", "norms"),  # more programs, 9, than threads of a row, 8
+     (1, "3,9,3,8", "no-hx", "both states"), (1, "3,1,3,8", "unbatched recompute"), (1, "4,3,3,8", "chunks resets"),
+     (1, "5,3,3,11", f"{MOST} masks"), (1, "5,3,3,11,5", "ragged states")),
+    ("cooperative/4/1/4", F16, (1, "3,9,3,20", ""), (1, "4,9,3,20", OF_HH),  # two batch tiles in one group
+     (1, "5,3,3,20,7", "ragged"), (1, "5,3,3,11", "masks ragged states", "peepholes expected deep"),
+     (2, "5,3,3,11", OF_ALL)),
     ("cooperative/8/2/4", F32, (1, "3,17,3,20", MIX, OF_C)),  # three batch tiles in two groups
-    ("cooperative/8/1/4", F32, (1, "4,3,3,20,7", "plain")),
-    ("cooperative/8/1/4", F16, (1, "4,3,3,33 4,3,3,33,12", MIX), (1, "4,3,3,33", OF_C)),  # a row ends in half a word
+    ("cooperative/8/1/4", F32, (1, "4,3,3,20,7", "packed")),
+    ("cooperative/8/1/4", F16, (1, "4,3,3,33", MIX, OF_C), (1, "4,3,3,33,12", "")),  # a row ends in half a word
     # Backward in one piece, and by two programs that share gates
-    ("cooperative/16/1/1", F16, (1, "4,3,3,33 3,9,3,20", MIX)),
-    ("cooperative/16/1/1", F32, (1, "5,3,3,20", "plain", OF_HH), (1, "4,9,3,36", OF_C)),
-    ("cooperative/8/1/2", F16, (1, "4,9,3,33", MIX)), ("cooperative/8/1/2", F32, (1, "4,3,3,20", OF_ALL)),
+    ("cooperative/16/1/1", F16, (1, "4,3,3,33", MIX), (1, "3,9,3,20", "deep")),
+    ("cooperative/16/1/1", F32, (1, "5,3,3,20", OF_HH), (1, "4,9,3,36", OF_C), (1, "5,3,3,11", f"{ONCE} masks")),
+    ("cooperative/8/1/2", F16, (1, "4,9,3,33", "ragged resets")), ("cooperative/8/1/2", F32, (1, "4,3,3,20", OF_ALL)),
     # And of a launch a step, after a product
-    ("pointwise", F32, (2, "5,3,4,6 4,9,3,20,7", *DIFFER, "ragged"), (2, "3,4,3,300", *DIFFER),
-     (2, "1,1,3,1 4,3,3,33", MIX, *both((*FEWER, "ragged", "reverse")), *NOISY)),
-    ("pointwise", F16, (1, "5,3,3,40 3,9,3,33,12", *DIFFER, "reverse"),
-     (1, "4,5,3,20", *both([MOST, "ragged states reverse"], ("masks", "expected")))),
-    # What torch's LSTM has not, in every family
-    ("resident cooperative/4/1/4", F16, (1, "5,3,3,11", "ragged states reverse masks", f"{MOST} expected")),
-    ("resident cooperative/4/1/4 cooperative/16/1/1", F32, (1, "5,3,3,11", *both([MOST]))),
-    (FAMILIES, F16, (1, "5,3,3,11", "states"), (1, "5,3,3,11,5", "peepholes")),
-    (FAMILIES, F32, (1, "5,3,3,11", MOST), (1, "5,3,3,11,5", "ragged states reverse")),
-    (WITH_NORMS, F16, (1, "5,3,3,11", OF_ALL)),
+    ("pointwise", F32, (1, "5,3,4,6", MIX), (1, "4,9,3,20,7", "deep ragged"), (1, "3,4,3,300", ""), (2, "1,1,3,1", MIX),
+     (1, "4,3,3,33", "dropout_h both", "zoneout_h ragged", "zoneout_c states", f"{ONCE} masks", "expected states"),
+     (1, "3,9,3,5", "no-hx packed", "cell")),
+    ("pointwise", F16, (1, "5,3,3,40", ""), (1, "3,9,3,33,12", MIX), (1, "4,5,3,20", f"{MOST} expected", "masks state"),
+     (1, "3,1,3,8", "unbatched deep recompute")),
     # CUDA C++, with W_hh in registers and read at every step
-    ("kept/4", BF16, (8, "2,3,4,5", *TORCHS, "ragged states reverse"), (2, "3,3,3,9,4", f"{MIX} recompute"),
-     (3, "5,4,3,13,7 5,4,3,13,1", "ragged states reverse"), (1, KEPT, "ragged states reverse"), (2, KEPT, MIX)),
-    ("kept/4", F16, (3, "5,4,3,13,7", *DIFFER, "no-bias ragged resets"), (2, KEPT, MIX)),
-    ("kept/1", F16, (8, "2,3,4,5", *DIFFER), (1, KEPT, "plain", "ragged states reverse")),
-    ("kept/2", F16, (2, KEPT, MIX)), ("read/1", F16, (2, READ, MIX)), ("read/4", BF16, (2, READ, MIX)),
-    ("read/4", F32, (8, "2,3,4,5", *TORCHS, "ragged states reverse"), (1, READ, "plain", "ragged states reverse"),
-     (3, "5,4,3,13,7", "reverse", "ragged", "ragged states reverse"), (3, "5,4,3,13,1", *DIFFER),
-     (1, "2,1,2,520", "plain")),  # more words than are on their way at once
+    ("kept/4", BF16, (4, "2,3,4,5", "", "ragged states both"), (2, "3,3,3,9,4", f"{MIX} recompute"),
+     (2, "5,4,3,13,7", "ragged states both"), (3, "5,4,3,13,1", "ragged states"), (1, KEPT, MIX, "ragged states")),
+    ("kept/4", F16, (3, "5,4,3,13,7", MIX), (1, KEPT, MIX), (2, "3,9,3,8", "no-hx deep", "both packed", "chunks"),
+     (4, "1,3,3,8", "both"), (4, "3,1,3,8", "unbatched"), (2, "3,3,3,8", "stream no-hx", "cell")),
+    ("kept/1", F16, (4, "2,3,4,5", ""), (1, KEPT, "", "ragged states both")),
+    ("kept/2", F16, (1, KEPT, MIX)), ("read/1", F16, (1, READ, "ragged resets")),
+    ("read/4", BF16, (1, READ, "ragged resets")),
+    ("read/4", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, READ, "", "ragged states"),
+     (2, "5,4,3,13,7", "deep no-hx"), (2, "5,4,3,13,1", "", MIX), (2, "3,9,3,5", "no-bias", "both packed"),
+     (4, "3,1,3,5", "unbatched both"), (4, "1,3,3,5", "deep"), (2, "3,3,3,5", "layer both", "recompute"),
+     (1, "2,1,2,520", "")),  # more words than are on their way at once
 ]  # fmt: skip
-SLOW = [("triton", F32, (2, "1,17,5,33 2,1,2,130 3,4,3,33,1", *DIFFER), (1, "9,17,1,33 3,4,3,33,32", MIX),
-         (1, "3,17,3,33", *both((*FEWER, *NORMS[1:])), "peepholes"),
-         (1, "4,4,3,33,7", *both(FEWER), *NOISY))]  # fmt: skip
+SLOW = [("triton", F32, (1, "1,17,5,33 3,4,3,33,1", "both"), (2, "2,1,2,130", ""), (1, "9,17,1,33", MIX),
+         (1, "3,17,3,33", OF_ALL, ONCE),
+         (1, "4,4,3,33,7", f"{MIX} expected", "dropout_h deep", "zoneout_h", "zoneout_c"))]  # fmt: skip
 
 
 def cases(*backends: str) -> pytest.MarkDecorator:
     """The cases of these backends or places."""
     return pytest.mark.parametrize(("place", "dtype", "seeds", "size", "words"), [
         pytest.param(place, dtype, seeds, tuple(map(int, size.split(","))), words, marks=marks,
-                     id=f"{place}-{dtype}-{size}-{words}".replace("torch.", ""))
+                     id=f"{place}-{dtype}-{size}-{words or 'plain'}".replace("torch.", ""))
         for table, marks in ((TABLE, ()), (SLOW, pytest.mark.slow)) for places, dtype, *rows in table
         for place in places.split() if place.partition("/")[0] in backends
         for seeds, sizes, *options in rows for size in sizes.split() for words in options
@@ -121,6 +133,10 @@ def every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, dev
     if place.startswith("cooperative") and "norm" in words:
         options = dict(yield_rate=0.2)
     force(monkeypatch, **options)
+    if device == "cpu":
+        guard(monkeypatch)
+    if "chunks" in words:  # of two steps
+        monkeypatch.setattr(schedule, "WORKSPACE", 2 * size[1] * 4 * size[3] * dtype.itemsize)
     check(size, words, backend, dtype, device, seeds=seeds, **how)
 
 
@@ -154,19 +170,20 @@ def test_cuda(monkeypatch, place, dtype, seeds, size, words, host_or_card):
 @pytest.mark.parametrize("place", ["kept/4", "kept/1"])
 def test_cuda_in_tf32(monkeypatch, place, host_or_card):
     tf32(monkeypatch, inputs=3)
-    every_result_and_gradient(monkeypatch, place, F32, 2, (4, 17, 3, 33), MIX, host_or_card, yardstick="reference")
+    every_result_and_gradient(monkeypatch, place, F32, 1, (4, 17, 3, 33), MIX, host_or_card, yardstick="reference")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
-@pytest.mark.parametrize("words", [*TORCHS, "ragged states reverse"])
+@pytest.mark.parametrize("words", ["", MIX, "deep ragged", "no-bias resets both", "ragged states both"])
 @pytest.mark.parametrize("size", [(64, 32, 128, 256), (33, 70, 100, 513), (50, 16, 64, 768)], ids=str)
 def test_larger_sizes_in_cuda(size, words, dtype):
     check(size, words, "cupy", dtype, "cuda")
 
 
 @pytest.mark.parametrize(("projected", "words"), [
-    (0, "no-bias ragged resets"), (2, f"{MOST} masks"), (2, f"{MOST} expected"), (0, f"{OF_ALL} masks"),
+    (0, "no-bias ragged resets"), (2, "ragged states peepholes reverse masks"),
+    (2, "ragged states peepholes reverse expected"), (0, "ragged states peepholes reverse norms masks"),
 ])  # fmt: skip
 def test_second_derivatives_of_the_reference_by_finite_differences(projected, words):
     given = example_of((2, 2, 2, 3, projected), words, 0)
@@ -179,24 +196,28 @@ def test_second_derivatives_of_the_reference_by_finite_differences(projected, wo
     assert torch.autograd.gradgradcheck(layer, [t.requires_grad_() for t in every if t is not None])
 
 
-NOISY_CELLS = f"{MOST} masks", "ragged states peepholes norms masks"
-OTHERS = "torch", "torch/two", "kept/4", "read/4"
 EVERYWHERE = [
-    *((place, *case) for place in OTHERS for case in ((MIX, None), ("resets", F16))),
-    *((place, *case) for place in ("reference", "triton") for case in zip(NOISY_CELLS, (None, F16))),
-    *(pytest.param(place, NOISY_CELLS[0], F16, marks=forced) for place in FAMILIES.split()),
-    *(pytest.param(place, NOISY_CELLS[1], None, marks=forced) for place in WITH_NORMS.split()),
-]
+    ("torch", "resets both", None), ("torch/two", "resets", None), ("kept/4", "resets both", F16),
+    ("read/4", "resets", F32), ("reference", "states peepholes norms zoneout both", None),
+    ("triton", "states peepholes zoneout", F16),
+    *(pytest.param(*case, marks=forced) for case in (
+        ("pointwise", "states peepholes zoneout both", F16), ("resident", "states peepholes norms zoneout both", None),
+        ("step", "states peepholes norms zoneout", None), ("cooperative/4/1/4", "states peepholes zoneout both", F16),
+        ("cooperative/4/1/4", "states peepholes norms zoneout", None))),
+]  # fmt: skip
 
 
-def run(place, given, dtype=None):
-    backend = KERNELS[place].backend
-    dtype, device = dtype or PLACES.get(backend, dict(dtype=BF16))["dtype"], DEVICE if backend == "triton" else "cpu"
-    return [None if t is None else t.detach().cpu() for t in given.run(backend, dtype, device)]
+def everywhere(place, words, dtype, size):
+    """A module, and a call of it."""
+    named, backend = set(words.split()), KERNELS[place].backend
+    where = PLACES.get(backend, dict(device="cpu")) | ({} if dtype is None else dict(dtype=dtype))
+    module = with_random_parameters(built(size, named, backend=backend), 0).to(**where)
+    return module, call_of(module, size, named, 0)
 
 
-def identical(some, others) -> bool:
-    return all(a is b is None or torch.equal(a, b) for a, b in zip(some, others, strict=True))
+def nan_or_inf(t: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """t, with NaN and infinity where [T, B] says so."""
+    return torch.where(where[..., None], torch.where(torch.rand(t.shape) < 0.5, NAN, INF).to(t), t)
 
 
 @fresh_memory_is_nan
@@ -205,18 +226,28 @@ def identical(some, others) -> bool:
 def test_padding_and_what_no_reset_leaves_change_no_bit(monkeypatch, place, words, dtype):
     """NaN and infinity there, of the output's gradient too: the same bits, as without gradients. Padding's are zero."""
     KERNELS[place].force(monkeypatch)
-    given = example_of((5, 3, 3, 12), f"ragged {words}", 0)
-    padding = torch.arange(5)[:, None] >= given.lengths  # [T, B]
-    clean = run(place, given, dtype)
-    assert (clean[0][padding] == 0).all()
-    assert (clean[3][padding] == 0).all()
+    module, (x, hx, rest) = everywhere(place, f"ragged {words}", dtype, (5, 3, 3, 8))
+    padding = torch.arange(5)[:, None] >= rest["lengths"]  # [T, B]
+
+    def run(x, rest, garbage=False):
+        def call(*given, **options):
+            output, states = module(*given, **options)
+            if garbage and output.requires_grad:
+                output.register_hook(lambda g: nan_or_inf(g, padding.to(g.device)))
+            return output, states
+
+        return {name: t.cpu() for name, t in results(module, x, hx, call=call, **rest).items()}
+
+    clean = run(x, rest)
+    assert (clean["output"][padding] == 0).all()
+    assert (clean["dx"][padding] == 0).all()
     with torch.no_grad():
-        assert identical(run(place, given, dtype)[:3], clean[:3])
-    unread = padding, padding, *[padding | ~given.resets] * 2
-    for t, where in zip((given.tensors[0], given.output_gradients[0], *given.reset_states), unread):
-        if t is not None:
-            t[where] = torch.where(torch.rand(t.shape) < 0.5, NAN, INF)[where].double()
-    assert identical(run(place, given, dtype), clean)
+        alone = run(x, rest)
+    assert_identical(alone, {name: clean[name] for name in alone})
+    left = {}
+    if "reset_states" in rest:
+        left["reset_states"] = tuple(nan_or_inf(t, padding | ~rest["resets"]) for t in rest["reset_states"])
+    assert_identical(run(nan_or_inf(x, padding), rest | left, garbage=True), clean)
 
 
 @fresh_memory_is_nan
@@ -225,22 +256,28 @@ def test_padding_and_what_no_reset_leaves_change_no_bit(monkeypatch, place, word
 def test_nan_does_not_pass_a_reset(monkeypatch, place, words, dtype):
     """Nor into another sequence: x, h0 and c0 with NaN or infinity change no bit of what does not follow them."""
     KERNELS[place].force(monkeypatch)
-    given = example_of((5, 4, 3, 12), words.replace("ragged ", "").replace("masks", "zoneout_h zoneout_c"), 0)
-    given = dataclasses.replace(given, resets=torch.zeros(5, 4, dtype=torch.bool))
-    given.resets[[1, 3, 2, 4, 0], [0, 0, 1, 2, 3]] = True  # the last before the first step
-    dtype = None if place.startswith("torch") else dtype  # whose float16 on the CPU rounds otherwise next to NaN
-    clean = run(place, given, dtype)
-    first = 2 if given.reverse else 1  # step of an episode in the middle
-    given.tensors[0][first, 0, 1], given.tensors[1][1, 0], given.tensors[2][2, 0] = NAN, NAN, INF
-    if not given.reverse:
-        given.tensors[1][3], given.tensors[2][3] = NAN, INF
-    behind = torch.zeros(5, 4, dtype=torch.bool)  # [T, B] between NaN and the reset
-    behind[1:3, 0] = True
-    for b, reset in ((1, 2), (2, 4)):
-        behind[slice(reset, None) if given.reverse else slice(reset), b] = True
-    dirty = run(place, given, dtype)
-    assert (dirty[0] != clean[0]).any(2)[behind].all()
-    assert dirty[7].isnan().any(), "of weight_hh"
-    for k in (0, 3):  # h and dx, in time
-        assert torch.equal(dirty[k][~behind], clean[k][~behind])
-    assert identical([*dirty[1:3], dirty[4][3], dirty[5][3]], [*clean[1:3], clean[4][3], clean[5][3]])
+    module, (x, hx, rest) = everywhere(place, words, dtype, (5, 4, 3, 8))
+    rest["resets"] = torch.zeros(5, 4, dtype=torch.bool)
+    rest["resets"][[1, 3, 2, 4, 0], [0, 0, 1, 2, 3]] = True  # the last before the first step
+
+    def run():
+        return {name: t.cpu() for name, t in results(module, x, hx, **rest).items()}
+
+    clean = run()
+    x[1, 0, 1], hx[0][0, 1], hx[1][-1, 2] = NAN, NAN, INF  # in an episode; of the first direction, and of the last
+    hx[0][0, 3], hx[1][0, 3] = NAN, INF
+    dirty = run()
+    behind = torch.zeros(len(hx[0]), 5, 4, dtype=torch.bool)  # [D, T, B] between NaN and the reset
+    behind[0, 1:3, 0], behind[0, :2, 1] = True, True
+    if module.bidirectional:
+        behind[1, 1, 0], behind[1, 4:, 2] = True, True
+    else:
+        behind[0, :4, 2] = True
+    for d, (ours, theirs) in enumerate(zip(*(found["output"].split(8, dim=2) for found in (dirty, clean)))):
+        assert (ours != theirs).any(2)[behind[d]].all()
+        assert torch.equal(ours[~behind[d]], theirs[~behind[d]])
+    assert dirty["dweight_hh_l0"].isnan().any()
+    apart = ~behind.any(0)
+    assert torch.equal(dirty["dx"][apart], clean["dx"][apart])
+    assert all(torch.equal(dirty[name], clean[name]) for name in ("h0", "c0"))
+    assert all(torch.equal(dirty[name][:, 3], clean[name][:, 3]) for name in ("dh0", "dc0"))

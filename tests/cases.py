@@ -1,0 +1,229 @@
+"""Cases of the public modules, in words ("ragged resets both"), and their comparison with the float64 oracle.
+
+A case is a module, by default a gpu_lstm.LSTM of one layer, a call, and a size "T,B,I,H" or "T,B,I,H,P". What other
+entries compute (lstm_layer, LSTMCell, Stream) is what an LSTM of the same weights computes, so they are words, too.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from comparing import LARGE, judge
+from pairs import Chain, noises_of, random_inputs, results, rows_of, states_left, truth, weights_of
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+import gpu_lstm
+from gpu_lstm.functional import lstm_layer
+
+OF_TORCH = {  # the words for arguments of a module, those of nn.LSTM
+    "deep": dict(num_layers=2), "both": dict(bidirectional=True), "batch-first": dict(batch_first=True),
+    "no-bias": dict(bias=False),
+}  # fmt: skip
+ARGUMENTS = OF_TORCH | {  # and ours
+    "recompute": dict(recompute=True), "peepholes": dict(peepholes=True), "norms": dict(layer_norm=True),
+    "norm-hh": dict(layer_norm=("hh",)), "norm-c": dict(layer_norm=("c",)),
+    "masks": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)), "dropout_h": dict(recurrent_dropout=0.3),
+    "zoneout": dict(zoneout=(0.3, 0.45)), "zoneout_h": dict(zoneout=(0.3, 0.0)), "zoneout_c": dict(zoneout=(0.0, 0.45)),
+    "expected": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)),  # in eval()
+    "stack": {}, "residual": {},  # StackedLSTMs
+}  # fmt: skip
+UNITS = 16  # in the last place: what a yardstick may be off; 8 in these cases
+
+
+def built(size: tuple[int, ...], words: set[str], own: bool = False, **how: Any) -> nn.Module:
+    """The module of a case; `own`: torch's."""
+    _, _, inputs, hidden, *projected = size
+    table = OF_TORCH if own else ARGUMENTS
+    how |= {name: value for word in words if word in table for name, value in table[word].items()}
+    if "residual" in words:
+        return gpu_lstm.StackedLSTM(inputs, [hidden, hidden], residual=True, **how)
+    if "stack" in words:
+        return (Chain if own else gpu_lstm.StackedLSTM)(inputs, [hidden, hidden // 2 + 1], **how)
+    cls, width = nn.LSTM if own else gpu_lstm.LSTM, projected[0] if projected else 0
+    if width < hidden:
+        return cls(inputs, hidden, proj_size=width, **how)
+    module = cls(inputs, hidden, proj_size=1, **how)  # and wider, as only lstm_layer accepts it
+    module.proj_size = width
+    for name, _ in module.named_parameters():
+        if name.startswith(("weight_hh", "weight_hr")):
+            setattr(module, name, nn.Parameter(torch.empty((4 * hidden, width) if "hh" in name else (width, hidden))))
+    return module
+
+
+def yardstick_of(size: tuple[int, ...], words: set[str]) -> tuple[str, nn.Module]:
+    """What errors are measured by, and its module: torch's own, if need be cut at resets by us, else the reference."""
+    own = {*OF_TORCH, "recompute", "chunks", "no-hx", "stack", *FORMS}
+    if words <= own:
+        return "torch", built(size, words, own=True)
+    backend = "torch" if words <= own | {"ragged", "resets", "residual"} else "reference"
+    return backend, built(size, words, backend=backend)
+
+
+class Call(NamedTuple):
+    """What a module is called with: x, hx, and the rest of its arguments."""
+
+    x: Tensor
+    hx: tuple | list | None
+    rest: dict[str, Any]
+
+
+def call_of(module: nn.Module, size: tuple[int, ...], words: set[str], seed: int) -> Call:
+    """A random call. Lengths are from 0 to T, both among them where B allows."""
+    steps, batch, *_ = size
+    x, hx = random_inputs(module, batch, seed=seed, steps=steps)
+    rest: dict[str, Any] = {}
+    if words & {"ragged", "packed"}:
+        rest["lengths"] = torch.randint(int("packed" in words), steps + 1, (batch,))
+        rest["lengths"][0], rest["lengths"][-1] = int("packed" in words), steps
+    if words & {"resets", "state", "states"}:
+        resets = torch.rand(steps, batch) < 0.4
+        rest["resets"] = resets.T if module.batch_first else resets
+    if words & {"state", "states"}:
+        rest["reset_states"] = states_left(module, hx, steps, "states" in words)
+    return Call(x, None if "no-hx" in words else hx, rest)
+
+
+def packed(module: nn.Module, x: Tensor, *hx: Any, lengths: Tensor, **rest: Any) -> tuple:
+    """The call with a PackedSequence."""
+    first = module.batch_first
+    y, states = module(pack_padded_sequence(x, lengths.cpu(), batch_first=first, enforce_sorted=False), *hx, **rest)
+    return pad_packed_sequence(y, batch_first=first)[0], states
+
+
+def unbatched(module: nn.Module, x: Tensor, *hx: Any, lengths: Tensor | None = None, resets: Tensor | None = None,
+              reset_states: Any = None) -> tuple:  # fmt: skip
+    """The call of an only sequence, without an axis for it."""
+    axis = 0 if module.batch_first else 1
+
+    def alone(t: Tensor) -> Tensor:
+        a_step = t.dim() > tree_leaves(hx)[0].dim()
+        return t.squeeze(-3 if a_step and module.batch_first else -2)
+
+    left = tree_map_only(Tensor, alone, reset_states)
+    lengths, resets = lengths if lengths is None else lengths[0], resets if resets is None else resets.squeeze(axis)
+    given = dict(lengths=lengths, resets=resets, reset_states=left)
+    y, states = module(x.squeeze(axis), *tree_map(lambda t: t.squeeze(-2), hx), **given)
+    return y.unsqueeze(axis), tree_map(lambda t: t.unsqueeze(-2), states)
+
+
+def by_layers(module: nn.Module, x: Tensor, hx: Any = None, *, reset_states: Any = None, **ragged: Any) -> tuple:
+    """The call by lstm_layer, a layer and direction at a time."""
+    parameters, finals = dict(module.named_parameters()), []
+    states, left = (None if s is None else rows_of(module, tree_leaves(s)) for s in (hx, reset_states))
+    for k, names in enumerate(weights_of(module)[0]):
+        outputs, final = [], []
+        for d, own in enumerate(names):
+            given = ragged | dict(reverse=d == 1, backend=module.backend, hx=states and states[k][d])
+            weights = [parameters.get(name) for name in own]
+            y, state = lstm_layer(x, weights, reset_states=left and left[k][d], **given)
+            outputs.append(y)
+            final.append(state)
+        x = torch.cat(outputs, 2)
+        finals.append(final)
+    return x, tuple(torch.stack(t) for t in zip(*(state for final in finals for state in final)))
+
+
+def by_cell(module: nn.Module, x: Tensor, hx: Any = None) -> tuple:
+    """The call by an LSTMCell with the same parameters, a step at a time."""
+    options = dict(peepholes=module.peepholes, layer_norm=module.layer_norm, backend=module.backend)
+    cell = gpu_lstm.LSTMCell(module.input_size, module.hidden_size, module.bias, x.device, x.dtype, **options)
+    for name, parameter in module.named_parameters():
+        setattr(cell, name.removesuffix("_l0"), parameter)
+    state, outputs = None if hx is None else (hx[0][0], hx[1][0]), []
+    for x_t in x:
+        state = cell(x_t, state)
+        outputs.append(state[0])
+    return torch.stack(outputs), tuple(t[None] for t in state)
+
+
+def by_stream(module: nn.Module, x: Tensor, hx: Any = None) -> tuple:
+    """The call by a Stream, in a chunk of two steps and in steps."""
+    stream = gpu_lstm.Stream(module, x.shape[1], hx)
+    return torch.cat([stream(x[:2]), *(stream(x_t)[None] for x_t in x[2:])]), stream.state
+
+
+FORMS: dict[str, Callable] = {
+    "packed": packed, "unbatched": unbatched, "layer": by_layers, "cell": by_cell, "stream": by_stream,
+}  # fmt: skip
+
+
+def with_random_parameters(module: nn.Module, seed: int) -> nn.Module:
+    """Products of the size of their factors, which shut no gate; gains of about 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            values = torch.randn(p.shape, generator=generator)
+            p.copy_(1 + 0.3 * values if "gain" in name else values * (p.shape[1] ** -0.5 if p.dim() == 2 else 1))
+    return module
+
+
+def check(
+    size: tuple[int, ...], words: str, backend: str, dtype: torch.dtype, device: str = "cpu", seeds: int = 3,
+    yardstick: str | None = None,
+) -> None:  # fmt: skip
+    """Every result and gradient of such calls: in float64 to 1e-12; else at most twice the yardstick's errors.
+
+    That is torch's own module, where it can run the call; else our backend "torch" or "reference", whose own numbers
+    must be right within some units in the last place: a fault that it shares with ours would not show otherwise.
+    """
+    named, errors = set(words.split()), {}
+    module_cannot = len(size) > 4 and size[4] >= size[3]
+    form = next((FORMS[word] for word in named if word in FORMS), None)
+    for seed in range(seeds):
+        ours = with_random_parameters(built(size, named, backend=backend), seed).to(device, dtype)
+        call = call_of(ours, size, named, seed)
+        found, true = result_of(ours, call, named, seed, form), truth_of(ours, call, named, seed)
+        names = list(true)[: 3 if "stream" in named else None]
+        assert list(found) == names
+        if dtype is torch.float64:
+            for name in names:
+                torch.testing.assert_close(found[name], true[name], rtol=1e-12, atol=1e-12, msg=name)
+            continue
+        kind, theirs = yardstick_of(size, named) if yardstick is None else (yardstick, built(size, named))
+        theirs.backend = kind
+        theirs.to(device, dtype).load_state_dict(ours.state_dict())
+        measured = result_of(theirs, call, named, seed, form if "packed" in named or module_cannot else None)
+        for name in names:
+            our_error, their_error = (t[name].double().cpu().numpy() - true[name].numpy() for t in (found, measured))
+            errors.setdefault(name, []).append((our_error, their_error, true[name].numpy()))
+    if errors:
+        for name, of_seeds in errors.items():
+            assert_right(name, of_seeds, torch.finfo(dtype).eps if yardstick is None else 2.0**-10)
+        judge(errors, dtype, kind)
+
+
+NOISE = {"masks", "zoneout", "dropout_h", "zoneout_h", "zoneout_c", "expected"}
+
+
+def assert_right(name: str, errors: list, last_place: float) -> None:
+    """The yardstick's errors are those of rounding."""
+    _, theirs, true = (np.concatenate([each[k].ravel() for each in errors]) for k in range(3))
+    unit = last_place * np.abs(true).max(initial=1.0)
+    assert np.abs(theirs).max(initial=0.0) <= UNITS * unit, f"{name} of the yardstick is wrong itself"
+
+
+def result_of(module: nn.Module, call: Call, words: set[str], seed: int, form: Callable | None) -> dict[str, Tensor]:
+    """Every result and gradient."""
+    module.train(not words & {"expected", "stream"})
+    x, hx, rest = call
+    return results(module, x, hx, call=form and partial(form, module), seed=seed, **rest)
+
+
+def truth_of(module: nn.Module, call: Call, words: set[str], seed: int) -> dict[str, Tensor]:
+    """What `result_of` should be, by the oracle, from the numbers of the module's dtype.
+
+    For a large call on a GPU by the float64 reference there, since NumPy's loops would be slow.
+    """
+    like = next(module.parameters())
+    exact = tree_map_only(Tensor, lambda t: t.to(like.dtype).double() if t.is_floating_point() else t, call)
+    if like.is_cuda and exact.x.numel() > LARGE:
+        twin = copy.deepcopy(module).double()
+        twin.backend = "reference"
+        return {name: t.cpu() for name, t in result_of(twin, exact, words, seed, None).items()}
+    noises = noises_of(module, seed, *exact.x.shape[:2]) if words & NOISE else None
+    return truth(module, exact.x, exact.hx, noises=noises, **exact.rest)

@@ -1,0 +1,76 @@
+"""`auto` as on a card, through the modules: kernels are verified, raced and used, and the numbers are the oracle's.
+
+The CPU counts as a card on which one plan is proposed; the interpreter runs its kernels, and of the race only the clock
+is a stub.
+"""
+
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from cases import check
+from guarded import guard
+from places import INTERPRETED, KERNELS
+
+import gpu_lstm
+from gpu_lstm.backends import verify
+from gpu_lstm.dispatch import available, race, run
+from gpu_lstm.kernels.triton_lstm import choose, launch
+from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER
+
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
+    pytest.mark.usefixtures("nothing_cached", "exact_float32_products", "nan_in_fresh_memory"),
+]
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """card(place): the CPU is one that proposes the plans of this place. A list of what is verified from then on."""
+
+    def card(place):
+        KERNELS[place].force(monkeypatch)
+        forced, choose_plan, verified = launch.choose_plan, choose.choose_plan, []
+
+        def as_on_a_card(problem, device, which, launches, verify=None):
+            def verify_here(plan, problem, which, _):
+                verified.append((plan.family.value, problem.batch, problem.hidden, which.backward))
+                return verify(plan, problem, which, device)
+
+            return choose_plan(problem, torch.device("cuda", 0), which, launches, verify and verify_here)
+
+        monkeypatch.setattr(launch, "choose_plan", as_on_a_card)
+        monkeypatch.setattr(choose, "card_of", lambda device: INTERPRETER)
+        monkeypatch.setattr(choose, "candidates", lambda problem, card, which: [forced(problem, None, which)])
+        monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+        monkeypatch.setattr(verify, "STEPS", 2)  # the interpreter is slow
+        monkeypatch.setattr(race, "race", raced)
+        return verified
+
+    def raced(rivals, now):
+        for call in rivals.values():
+            call()
+        return {name: [1e-3 if name == "triton" else 2e-3] * 9 for name in rivals}
+
+    return card
+
+
+@pytest.mark.filterwarnings("error:gpu_lstm", "error:a kernel failed")
+@pytest.mark.parametrize(("place", "dtype", "size", "words"), [
+    ("step", torch.float32, (3, 3, 3, 8), ""), ("resident", torch.float16, (3, 9, 3, 8), "no-hx"),
+    ("cooperative/4/1/4", torch.float32, (3, 9, 3, 8), ""), ("cooperative/4/1/4", torch.float32, (3, 3, 3, 8), "no-hx"),
+    ("cooperative/4/1/4", torch.float16, (3, 9, 3, 8), "ragged states peepholes deep"),
+    ("pointwise", torch.float32, (3, 3, 3, 8), "ragged resets"),
+], ids=str)  # fmt: skip
+def test_kernels_that_are_verified_and_win_the_race_give_right_numbers(monkeypatch, card, place, dtype, size, words):
+    verified, chosen = card(place), Mock(side_effect=run.run_by)
+    guard(monkeypatch)
+    monkeypatch.setattr(run, "run_by", chosen)
+    check(size, words, None, dtype, seeds=1)
+    family, (_, batch, _, hidden) = place.partition("/")[0], size
+    assert {*verified} == {(family, batch, hidden, False), (family, batch, hidden, True)}
+    assert "triton" in [each.args[0].backend.value for each in chosen.call_args_list]
+    gpu_lstm.check()
