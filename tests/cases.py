@@ -25,14 +25,16 @@ OF_TORCH = {  # the words for arguments of a module, those of nn.LSTM
     "no-bias": dict(bias=False),
 }  # fmt: skip
 ARGUMENTS = OF_TORCH | {  # and ours
-    "recompute": dict(recompute=True), "peepholes": dict(peepholes=True), "norms": dict(layer_norm=True),
+    "recompute": dict(recompute=True), "chunks": dict(recompute=True),  # without it autograd keeps whole sequences
+    "peepholes": dict(peepholes=True), "norms": dict(layer_norm=True),
     "norm-hh": dict(layer_norm=("hh",)), "norm-c": dict(layer_norm=("c",)),
     "masks": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)), "dropout_h": dict(recurrent_dropout=0.3),
     "zoneout": dict(zoneout=(0.3, 0.45)), "zoneout_h": dict(zoneout=(0.3, 0.0)), "zoneout_c": dict(zoneout=(0.0, 0.45)),
     "expected": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)),  # in eval()
     "stack": {}, "residual": {},  # StackedLSTMs
 }  # fmt: skip
-UNITS = 16  # in the last place: what a yardstick may be off; 8 in these cases
+NOISE = {"masks", "zoneout", "dropout_h", "zoneout_h", "zoneout_c", "expected"}
+UNITS = 16  # in the last place: what a yardstick may be off; at most 8 in the cases of test_layer.py
 
 
 def built(size: tuple[int, ...], words: set[str], own: bool = False, **how: Any) -> nn.Module:
@@ -44,10 +46,10 @@ def built(size: tuple[int, ...], words: set[str], own: bool = False, **how: Any)
         return gpu_lstm.StackedLSTM(inputs, [hidden, hidden], residual=True, **how)
     if "stack" in words:
         return (Chain if own else gpu_lstm.StackedLSTM)(inputs, [hidden, hidden // 2 + 1], **how)
-    cls, width = nn.LSTM if own else gpu_lstm.LSTM, projected[0] if projected else 0
-    if width < hidden:
+    cls, width = nn.LSTM if own else gpu_lstm.LSTM, sum(projected)
+    if not is_wide(size):
         return cls(inputs, hidden, proj_size=width, **how)
-    module = cls(inputs, hidden, proj_size=1, **how)  # and wider, as only lstm_layer accepts it
+    module = cls(inputs, hidden, proj_size=1, **how)
     module.proj_size = width
     for name, _ in module.named_parameters():
         if name.startswith(("weight_hh", "weight_hr")):
@@ -56,12 +58,17 @@ def built(size: tuple[int, ...], words: set[str], own: bool = False, **how: Any)
 
 
 def yardstick_of(size: tuple[int, ...], words: set[str]) -> tuple[str, nn.Module]:
-    """What errors are measured by, and its module: torch's own, if need be cut at resets by us, else the reference."""
+    """What errors are measured by, and its module: torch's own, or our backend "torch" or "reference"."""
     own = {*OF_TORCH, "recompute", "chunks", "no-hx", "stack", *FORMS}
-    if words <= own:
-        return "torch", built(size, words, own=True)
     backend = "torch" if words <= own | {"ragged", "resets", "residual"} else "reference"
+    if words <= own and not is_wide(size):
+        return backend, built(size, words, own=True)
     return backend, built(size, words, backend=backend)
+
+
+def is_wide(size: tuple[int, ...]) -> bool:
+    """P >= H, which only lstm_layer accepts."""
+    return size[3] <= sum(size[4:])
 
 
 class Call(NamedTuple):
@@ -163,7 +170,7 @@ def with_random_parameters(module: nn.Module, seed: int) -> nn.Module:
 
 
 def check(
-    size: tuple[int, ...], words: str, backend: str, dtype: torch.dtype, device: str = "cpu", seeds: int = 3,
+    size: tuple[int, ...], words: str, backend: str | None, dtype: torch.dtype, device: str = "cpu", seeds: int = 3,
     yardstick: str | None = None,
 ) -> None:  # fmt: skip
     """Every result and gradient of such calls: in float64 to 1e-12; else at most twice the yardstick's errors.
@@ -172,7 +179,6 @@ def check(
     must be right within some units in the last place: a fault that it shares with ours would not show otherwise.
     """
     named, errors = set(words.split()), {}
-    module_cannot = len(size) > 4 and size[4] >= size[3]
     form = next((FORMS[word] for word in named if word in FORMS), None)
     for seed in range(seeds):
         ours = with_random_parameters(built(size, named, backend=backend), seed).to(device, dtype)
@@ -184,10 +190,13 @@ def check(
             for name in names:
                 torch.testing.assert_close(found[name], true[name], rtol=1e-12, atol=1e-12, msg=name)
             continue
-        kind, theirs = yardstick_of(size, named) if yardstick is None else (yardstick, built(size, named))
-        theirs.backend = kind
+        if yardstick is None:
+            kind, theirs = yardstick_of(size, named)
+        else:
+            kind, theirs = yardstick, built(size, named, backend=yardstick)
         theirs.to(device, dtype).load_state_dict(ours.state_dict())
-        measured = result_of(theirs, call, named, seed, form if "packed" in named or module_cannot else None)
+        theirs_form = form if "packed" in named or is_wide(size) else None
+        measured = result_of(theirs, call, named, seed, theirs_form)
         for name in names:
             our_error, their_error = (t[name].double().cpu().numpy() - true[name].numpy() for t in (found, measured))
             errors.setdefault(name, []).append((our_error, their_error, true[name].numpy()))
@@ -195,9 +204,6 @@ def check(
         for name, of_seeds in errors.items():
             assert_right(name, of_seeds, torch.finfo(dtype).eps if yardstick is None else 2.0**-10)
         judge(errors, dtype, kind)
-
-
-NOISE = {"masks", "zoneout", "dropout_h", "zoneout_h", "zoneout_c", "expected"}
 
 
 def assert_right(name: str, errors: list, last_place: float) -> None:
@@ -225,5 +231,6 @@ def truth_of(module: nn.Module, call: Call, words: set[str], seed: int) -> dict[
         twin = copy.deepcopy(module).double()
         twin.backend = "reference"
         return {name: t.cpu() for name, t in result_of(twin, exact, words, seed, None).items()}
-    noises = noises_of(module, seed, *exact.x.shape[:2]) if words & NOISE else None
+    sizes = exact.x.shape[1::-1] if module.batch_first else exact.x.shape[:2]
+    noises = noises_of(module, seed, *sizes) if words & NOISE else None
     return truth(module, exact.x, exact.hx, noises=noises, **exact.rest)

@@ -74,3 +74,17 @@ def test_kernels_that_are_verified_and_win_the_race_give_right_numbers(monkeypat
     assert {*verified} == {(family, batch, hidden, False), (family, batch, hidden, True)}
     assert "triton" in [each.args[0].backend.value for each in chosen.call_args_list]
     gpu_lstm.check()
+
+
+def test_a_kernel_that_is_wrong_for_more_sequences_than_units_is_refused(monkeypatch, card):
+    """Sequence b begins with the state of sequence b % H. The numbers are those of torch's LSTM, which are right."""
+    card("cooperative/4/1/4")
+    forward = launch.Prepared.forward
+
+    def with_states_of_others(prepared, gates, r):
+        batch, hidden = r.c0.shape[-2:]
+        return forward(prepared, gates, r._replace(h0=r.h0[..., torch.arange(batch) % hidden, :].contiguous()))
+
+    monkeypatch.setattr(launch.Prepared, "forward", with_states_of_others)
+    with pytest.warns(UserWarning, match="the RMS error of h.*Backend 'auto' does without it"):
+        check((3, 9, 3, 8), "", None, torch.float32, seeds=1)

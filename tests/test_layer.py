@@ -32,58 +32,63 @@ ONCE = "ragged states peepholes"
 KEPT, READ = "4,17,3,33", "3,9,3,75"  # more tiles, and more rows, than blocks of CUPY_PLANS
 # How a module is built and called. Kernels depend on little of it, so all of it is on the backends with the least work.
 MODULES = ("", "deep both ragged resets", "both batch-first states", "batch-first state both", "no-bias resets",
-           "stack ragged states both", "residual ragged", "deep packed batch-first resets", "both packed", "no-hx deep",
+           "stack ragged states both", "deep packed batch-first resets", "both packed", "no-hx deep",
            "layer states ragged both", "layer no-hx deep", "stream deep no-hx")  # fmt: skip
 # Pairs of options, not products.
 TABLE = [  # places, dtype, and cases: how many problems, more of the small, whose errors vary more; sizes; options
     ("reference", F64, (2, "6,4,3,5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states",
                         f"{MOST} masks", f"{OF_ALL} both masks", f"{OF_ALL} expected", OF_HH, f"{OF_C} both",
                         "norms stream peepholes", "dropout_h both ragged", "zoneout_h deep states", "expected state",
-                        "zoneout_c both ragged resets", "residual masks resets", "stream expected deep",
+                        "zoneout_c both ragged resets", "stream expected deep",
                         "layer norms peepholes states both"),
      (2, "6,4,3,5,2", MIX, "deep both states", f"{MOST} masks", f"{MOST} expected", "layer both ragged states",
       "stream deep", "packed both"),
      (2, "1,1,1,3", f"{MIX} masks", f"{OF_ALL} masks both", f"{MOST} expected deep", "unbatched both states", "cell"),
      (2, "5,1,3,4,2", "unbatched both batch-first ragged states", "unbatched state", "unbatched deep no-hx resets")),
+    ("reference torch", F64, (2, "6,4,5,5", "residual ragged", "residual resets")),
+    ("reference", F64, (2, "6,4,5,5", "residual masks ragged")),
     ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES if "state" not in words)),
      (2, "6,4,3,5,2", MIX, "deep packed", "both no-bias resets"), (2, "1,1,1,3", MIX, "cell", "unbatched")),
     # The plans that are chosen, on a GPU too: steps of one sequence; more than one tile of 16 sequences and of 32 units
     ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "deep ragged resets", "no-bias packed both"),
      (2, "3,3,4,5", "cell", "stream deep", "layer ragged states both", "batch-first state", "chunks deep states"),
-     (2, "3,4,3,33,7", MIX), (2, "3,3,3,9", f"{OF_ALL} recompute", "states peepholes both masks recompute")),
-    ("triton", F16, (2, "4,5,8,40", "no-hx"), (1, "4,5,8,40", MIX), (1, "4,3,4,20,7", f"{MOST} masks", "expected")),
+     (2, "3,4,3,33,7", MIX), (2, "3,9,3,4", "ragged"),
+     (2, "3,3,3,9", f"{OF_ALL} both recompute", f"{MOST} masks recompute")),
+    ("triton", F16, (2, "4,5,8,40", "no-hx"), (1, "4,5,8,40", MIX),
+     (1, "4,3,4,20,7", f"{MOST} masks", "states expected")),
     # Several programs with a grid-wide barrier: 3 tiles; 4 tiles, and 6 of h
-    ("step", F32, (1, "4,3,3,40", "", "deep states peepholes masks"), (1, "3,18,3,20,33", "layer ragged resets both"),
-     (1, "1,3,3,40", "both"), (1, "3,1,3,20", "unbatched expected state"), (1, "3,18,3,5", "no-hx packed recompute"),
-     (1, "5,3,3,11", f"{OF_ALL} both")),
+    ("step", F32, (1, "4,3,3,40", "", "no-hx deep states peepholes masks"), (1, "1,3,3,40", "both"),
+     (1, "3,18,3,20,33", "layer ragged resets both"), (1, "3,1,3,20", "unbatched expected state"),
+     (1, "3,18,3,5", "packed recompute"), (1, "3,3,3,5", "stream"), (1, "5,3,3,11", f"{OF_ALL} both")),
     ("step", F16, (1, "4,3,3,40", f"{ONCE} expected"), (1, "4,3,3,40,5", f"{ONCE} masks")),
     # And with one more for products of parts of K: two tiles of sequences, and of 64 units; of h alone; a single step
     ("split/4", F32, (1, "3,18,3,70", "ragged resets"), (1, "4,3,3,20,70", "layer", "layer states peepholes both"),
-     (1, "1,3,3,40", MIX), (1, "5,3,3,11", OF_HH, OF_C), (1, "3,18,3,11", "no-hx deep")),
-    ("split/8", F16, (1, "4,18,3,40", f"{ONCE} masks"), (1, "3,1,3,40", "unbatched expected both"),
+     (1, "1,3,3,40", MIX), (1, "5,3,3,11", OF_HH, f"{OF_C} both"), (1, "3,18,3,11", "no-hx")),
+    ("split/8", F16, (1, "4,18,3,40", f"{ONCE} masks"), (1, "3,1,3,40", "unbatched expected states both"),
      (2, "5,3,3,10", OF_ALL)),
     # And with W_hh in shared memory: two groups, of which one has two tiles of sequences; and three programs
     ("held", F32, (1, "4,35,3,18", MIX), (1, "4,3,3,40", ""), (1, "4,18,3,18,7", "deep states")),
-    ("held", F16, (1, "4,18,3,40", f"{ONCE} masks"), (1, "3,1,3,18", "unbatched expected both")),
+    ("held", F16, (1, "4,18,3,40", f"{ONCE} masks"), (1, "3,1,3,18", "unbatched expected states both"),
+     (1, "3,3,3,18", "stream")),
     ("held/2", F32, (1, "4,35,3,18", ""), (1, "4,3,3,18", "no-hx packed both")),
     ("held/4", F32, (1, "4,35,3,18", "ragged resets")), ("held/4", F16, (1, "4,18,3,40", f"{ONCE} masks")),
     ("held/ahead", F32, (1, "4,35,3,18", MIX), (1, "3,3,3,18", "deep no-hx expected")),
     ("held/ahead", F16, (1, "4,50,3,18", f"{ONCE} masks")),
     # Whole sequences in one launch of programs that need nobody
     ("resident", F32, (1, "5,3,4,6", "deep ragged"), (2, "4,3,3,20,7", "both resets"), (2, "1,1,3,1", MIX),
-     (1, "3,11,3,33", ""), (1, "4,2,3,60", MIX), (1, "3,11,3,5", "no-hx packed"), (1, "5,3,3,11", f"{ONCE} masks"),
-     (1, "5,3,3,11,5", "ragged states both")),
+     (1, "3,11,3,33", ""), (1, "4,2,3,60", MIX), (1, "3,11,3,5", "packed", "no-hx deep"),
+     (1, "5,3,3,11", f"{ONCE} masks"), (1, "5,3,3,11,5", "ragged states both")),
     ("resident", F16, (1, "5,3,3,7", MIX), (1, "5,3,3,33,12", "deep states"), (1, "3,9,3,40", ""),
-     (1, "5,3,3,11", "peepholes expected", "both ragged states masks"), (2, "5,3,3,11", f"{OF_ALL} both"),
-     (1, "3,1,3,11,5", "unbatched peepholes")),
+     (1, "5,3,3,11", "peepholes states expected", "stream", "both ragged states masks"),
+     (2, "5,3,3,11", f"{OF_ALL} both"), (1, "3,1,3,11,5", "unbatched peepholes")),
     # And of programs that exchange words of one unit, or of two in half precision: of 2 to 9, backward 4 to 12
     ("cooperative/4/1/4", F32, (1, "6,3,3,8", "deep ragged"), (1, "3,3,3,36", ""), (1, "12,2,2,6", "ragged resets"),
-     (1, "6,3,3,11", OF_HH),  # 3 and 4, of which one has no units
+     (1, "6,3,3,11", f"{OF_HH} both"),  # 3 and 4, of which one has no units
      (1, "3,2,3,36", "norms"),  # more programs, 9, than threads of a row, 8
      (1, "3,9,3,8", "no-hx", "both states"), (1, "3,1,3,8", "unbatched recompute"), (1, "4,3,3,8", "chunks resets"),
-     (1, "5,3,3,11", f"{MOST} masks"), (1, "5,3,3,11,5", "ragged states")),
+     (1, "5,3,3,11", f"{MOST} masks"), (1, "5,3,3,11,5", "ragged states"), (1, "3,3,3,11", "stream deep")),
     ("cooperative/4/1/4", F16, (1, "3,9,3,20", ""), (1, "4,9,3,20", OF_HH),  # two batch tiles in one group
-     (1, "5,3,3,20,7", "ragged"), (1, "5,3,3,11", "masks ragged states", "peepholes expected deep"),
+     (1, "5,3,3,20,7", "ragged"), (1, "5,3,3,11", "masks ragged states", "states peepholes expected deep"),
      (2, "5,3,3,11", OF_ALL)),
     ("cooperative/8/2/4", F32, (1, "3,17,3,20", MIX, OF_C)),  # three batch tiles in two groups
     ("cooperative/8/1/4", F32, (1, "4,3,3,20,7", "packed")),
@@ -95,14 +100,14 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     # And of a launch a step, after a product
     ("pointwise", F32, (1, "5,3,4,6", MIX), (1, "4,9,3,20,7", "deep ragged"), (1, "3,4,3,300", ""), (2, "1,1,3,1", MIX),
      (1, "4,3,3,33", "dropout_h both", "zoneout_h ragged", "zoneout_c states", f"{ONCE} masks", "expected states"),
-     (1, "3,9,3,5", "no-hx packed", "cell")),
+     (1, "3,9,3,5", "packed", "no-hx deep", "cell", "stream")),
     ("pointwise", F16, (1, "5,3,3,40", ""), (1, "3,9,3,33,12", MIX), (1, "4,5,3,20", f"{MOST} expected", "masks state"),
      (1, "3,1,3,8", "unbatched deep recompute")),
     # CUDA C++, with W_hh in registers and read at every step
     ("kept/4", BF16, (4, "2,3,4,5", "", "ragged states both"), (2, "3,3,3,9,4", f"{MIX} recompute"),
      (2, "5,4,3,13,7", "ragged states both"), (3, "5,4,3,13,1", "ragged states"), (1, KEPT, MIX, "ragged states")),
-    ("kept/4", F16, (3, "5,4,3,13,7", MIX), (1, KEPT, MIX), (2, "3,9,3,8", "no-hx deep", "both packed", "chunks"),
-     (4, "1,3,3,8", "both"), (4, "3,1,3,8", "unbatched"), (2, "3,3,3,8", "stream no-hx", "cell")),
+    ("kept/4", F16, (3, "5,4,3,13,7", MIX), (1, KEPT, MIX), (2, "3,9,3,8", "", "both packed", "chunks"),
+     (4, "1,3,3,8", "both"), (4, "3,1,3,8", "unbatched"), (2, "3,3,3,8", "no-hx deep", "stream", "cell")),
     ("kept/1", F16, (4, "2,3,4,5", ""), (1, KEPT, "", "ragged states both")),
     ("kept/2", F16, (1, KEPT, MIX)), ("read/1", F16, (1, READ, "ragged resets")),
     ("read/4", BF16, (1, READ, "ragged resets")),
