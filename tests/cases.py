@@ -59,7 +59,7 @@ def built(size: tuple[int, ...], words: set[str], own: bool = False, **how: Any)
 
 def yardstick_of(size: tuple[int, ...], words: set[str]) -> tuple[str, nn.Module]:
     """What errors are measured by, and its module: torch's own, or our backend "torch" or "reference"."""
-    own = {*OF_TORCH, "recompute", "chunks", "no-hx", "stack", *FORMS}
+    own = {*OF_TORCH, "recompute", "chunks", "no-hx", "no-grad", "stack", *FORMS}
     backend = "torch" if words <= own | {"ragged", "resets", "residual"} else "reference"
     if words <= own and not is_wide(size):
         return backend, built(size, words, own=True)
@@ -89,6 +89,7 @@ def call_of(module: nn.Module, size: tuple[int, ...], words: set[str], seed: int
         rest["lengths"][0], rest["lengths"][-1] = int("packed" in words), steps
     if words & {"resets", "state", "states"}:
         resets = torch.rand(steps, batch) < 0.4
+        resets[0, -1] |= batch > 2  # of the longest: states and gradients end before the first step, too
         rest["resets"] = resets.T if module.batch_first else resets
     if words & {"state", "states"}:
         rest["reset_states"] = states_left(module, hx, steps, "states" in words)
@@ -184,7 +185,7 @@ def check(
         ours = with_random_parameters(built(size, named, backend=backend), seed).to(device, dtype)
         call = call_of(ours, size, named, seed)
         found, true = result_of(ours, call, named, seed, form), truth_of(ours, call, named, seed)
-        names = list(true)[: 3 if "stream" in named else None]
+        names = list(true)[: 3 if named & {"stream", "no-grad"} else None]
         assert list(found) == names
         if dtype is torch.float64:
             for name in names:
@@ -214,10 +215,11 @@ def assert_right(name: str, errors: list, last_place: float) -> None:
 
 
 def result_of(module: nn.Module, call: Call, words: set[str], seed: int, form: Callable | None) -> dict[str, Tensor]:
-    """Every result and gradient."""
+    """Every result and, unless the call is without, every gradient."""
     module.train(not words & {"expected", "stream"})
     x, hx, rest = call
-    return results(module, x, hx, call=form and partial(form, module), seed=seed, **rest)
+    with torch.set_grad_enabled("no-grad" not in words):
+        return results(module, x, hx, call=form and partial(form, module), seed=seed, **rest)
 
 
 def truth_of(module: nn.Module, call: Call, words: set[str], seed: int) -> dict[str, Tensor]:
