@@ -15,7 +15,7 @@ from torch import Tensor
 from .problem import Problem
 
 EVERY_BIT = -1  # of a Buffer's fill: also the sentinel of the exchanges
-PATTERN = 0x5A  # of each byte of a margin: in no dtype a number that kernels compute by chance
+PATTERN = 0x7FFF  # of two bytes of a margin: NaN in every dtype, so that what is read there shows, too; no sentinel
 LEAST = 1 << 12  # bytes of a margin, which is as large as the tensor if that is larger, up to
 MOST = 1 << 20
 ALIGNMENT = 16  # bytes, which compiled kernels assume
@@ -113,18 +113,24 @@ def margins(kernel: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _with_margins(t: Tensor) -> tuple[Tensor, Tensor]:
     """Bytes with a margin at both ends, and the copy of a contiguous t between them."""
     margin = min(max(LEAST, t.nbytes), MOST) // ALIGNMENT * ALIGNMENT
-    outer = torch.full((2 * margin + t.nbytes,), PATTERN, dtype=torch.uint8, device=t.device)
+    outer = _pattern(2 * margin + t.nbytes, t.device)
     inner = outer[margin : margin + t.nbytes].view(t.dtype).view(t.shape)
     return outer, inner.copy_(t)
 
 
+def _pattern(count: int, device: torch.device) -> Tensor:
+    """At least so many bytes."""
+    return torch.full(((count + 1) // 2,), PATTERN, dtype=torch.int16, device=device).view(torch.uint8)
+
+
 def _outside(name: str, outer: Tensor, inner: Tensor) -> str | None:
     """What was written into the margins around a buffer; None: nothing."""
-    margin = (outer.numel() - inner.nbytes) // 2
-    before, after = (side != PATTERN for side in (outer[:margin], outer[margin + inner.nbytes :]))
+    start = inner.data_ptr() - outer.data_ptr()
+    changed = outer != _pattern(outer.numel(), outer.device)
+    before, after = changed[:start], changed[start + inner.nbytes :]
     where = f"{name.removesuffix('_ptr')} {list(inner.shape)}, {inner.nbytes:,} bytes of {inner.dtype}"
     if after.any():
         return f"up to {int(after.nonzero().max()) + 1:,} bytes past the end of {where}"
     if before.any():
-        return f"from {margin - int(before.nonzero().min()):,} bytes before the start of {where}"
+        return f"from {start - int(before.nonzero().min()):,} bytes before the start of {where}"
     return None

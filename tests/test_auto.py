@@ -4,13 +4,13 @@ The CPU counts as a card on which one plan is proposed; the interpreter runs its
 is a stub.
 """
 
+import contextlib
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 from cases import check
-from guarded import guard
 from places import INTERPRETED, KERNELS
 
 import gpu_lstm
@@ -34,9 +34,9 @@ def card(monkeypatch):
         forced, choose_plan, verified = launch.choose_plan, choose.choose_plan, []
 
         def as_on_a_card(problem, device, which, launches, verify=None):
-            def verify_here(plan, problem, which, _):
+            def verify_here(plan):
                 verified.append((plan.family.value, problem.batch, problem.hidden, which.backward))
-                return verify(plan, problem, which, device)
+                return verify(plan)
 
             return choose_plan(problem, torch.device("cuda", 0), which, launches, verify and verify_here)
 
@@ -67,7 +67,6 @@ def card(monkeypatch):
 ], ids=str)  # fmt: skip
 def test_kernels_that_are_verified_and_win_the_race_give_right_numbers(monkeypatch, card, place, dtype, size, words):
     verified, chosen = card(place), Mock(side_effect=run.run_by)
-    guard(monkeypatch)
     monkeypatch.setattr(run, "run_by", chosen)
     check(size, words, None, dtype, seeds=1)
     family, (_, batch, _, hidden) = place.partition("/")[0], size
@@ -76,15 +75,24 @@ def test_kernels_that_are_verified_and_win_the_race_give_right_numbers(monkeypat
     gpu_lstm.check()
 
 
-def test_a_kernel_that_is_wrong_for_more_sequences_than_units_is_refused(monkeypatch, card):
-    """Sequence b begins with the state of sequence b % H. The numbers are those of torch's LSTM, which are right."""
+@pytest.mark.parametrize(("batch", "words", "wrong"), [
+    (9, "", lambda batch, hidden: torch.arange(batch) % hidden), (3, "no-hx deep", None),
+    (3, "", lambda batch, hidden: torch.arange(batch) * (batch >= hidden)),
+])  # fmt: skip
+def test_a_kernel_that_is_wrong_for_more_or_for_fewer_sequences_than_units_is_refused(
+    monkeypatch, card, batch, words, wrong
+):
+    """Sequences begin with the states of others. The numbers are those of torch's LSTM, which are right."""
     card("cooperative/4/1/4")
     forward = launch.Prepared.forward
 
     def with_states_of_others(prepared, gates, r):
-        batch, hidden = r.c0.shape[-2:]
-        return forward(prepared, gates, r._replace(h0=r.h0[..., torch.arange(batch) % hidden, :].contiguous()))
+        batch, hidden = r.given.c0.shape
+        if wrong is not None:
+            r = r._replace(given=r.given._replace(h0=r.given.h0[wrong(batch, hidden)].contiguous()))
+        return forward(prepared, gates, r)
 
     monkeypatch.setattr(launch.Prepared, "forward", with_states_of_others)
-    with pytest.warns(UserWarning, match="the RMS error of h.*Backend 'auto' does without it"):
-        check((3, 9, 3, 8), "", None, torch.float32, seeds=1)
+    refused = pytest.warns(UserWarning, match="the RMS error of h.*Backend 'auto' does without it")
+    with refused if wrong is not None else contextlib.nullcontext():
+        check((3, batch, 3, 8), words, None, torch.float32, seeds=1)

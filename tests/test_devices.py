@@ -9,7 +9,7 @@ from standing_in import plan_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpu_lstm.backends import graph
-from gpu_lstm.kernels import layer
+from gpu_lstm.kernels import layer, memory
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
 from gpu_lstm.kernels.cupy_lstm import planning
 from gpu_lstm.kernels.triton_lstm import launch as triton_launch
@@ -52,7 +52,7 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
     backend, launcher, choose_plan = "triton", triton_launch, of_family
     if family == "cupy":
         backend, launcher, choose_plan = "cupy", cupy_launch, planning.choose_plan
-        monkeypatch.setattr(cupy_launch, "as_words", lambda weights, size: weights)  # padding asks the driver
+        monkeypatch.setattr(cupy_launch, "as_words", lambda weights, hidden, size: weights)  # padding asks the driver
         monkeypatch.setattr(cupy_launch, "card_of", lambda device: planning.Card(90, 132))
     current: list[int] = []
     monkeypatch.setattr(launcher, "choose_plan", choose_plan)
@@ -60,6 +60,7 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
     monkeypatch.setattr(launcher, "error_word", lambda device, kernel, trial=False: None)  # it would be kept
     monkeypatch.setattr(layer, "await_others", lambda side_by_side, device: None)  # test_side_by_side looks at that
     monkeypatch.setattr(layer, "aligned", lambda t: t)  # fake tensors have no address
+    monkeypatch.setattr(memory.checking, "on", False)
     monkeypatch.setattr(torch.Tensor, "__getitem__", _indexed)
     monkeypatch.setattr(torch.Tensor, "__setitem__", lambda *_: None)
     with FakeTensorMode():
