@@ -57,7 +57,6 @@ def _in_dtype(call: Call, dtype: torch.dtype) -> Call:
 def layer_of(backend: Backend, problem: Any, device: torch.device) -> Any:
     """The kernels of a problem on a device: the one place where a launcher is imported."""
     launcher = importlib.import_module(f"gpu_lstm.kernels.{backend.value}_lstm.launch")
-    # Kernels in CUDA C++ are compiled from one source for all problems; Triton's differ by plan.
-    layer = launcher.layer_of(problem, device, verify if backend is Backend.TRITON else None)
+    layer = launcher.layer_of(problem, device, verify)
     layer.backend = backend.value  # as the operators of graph.py name it
     return layer

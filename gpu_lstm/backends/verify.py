@@ -10,7 +10,6 @@ dtype. Nothing may be written outside of a launch's tensors. The verdict is cach
 import functools
 import logging
 from collections.abc import Callable
-from math import ceil
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ KIND = "checks"
 STEPS = 4  # T, where there is more than one
 FORMAT = 6  # raised whenever the small problem or the rule changes
 RATE = 0.25  # of zoneout, where it is the same for all elements
-TILES = ("rows", "columns", "k", "programs", "num_warps", "num_stages", "parts", "held", "ahead")  # of a plan
 logger = logging.getLogger("gpu_lstm")
 COMPARED = ("x", "h0", "c0", "weight_hh", "reset_h", "reset_c")  # whose gradients come from the recurrence
 LEARNT = ("x", "h0", "c0", *Weights._fields, "reset_h", "reset_c")  # what may have a gradient
@@ -72,28 +70,14 @@ def cached_verdict(plan: Any, problem: Problem, which: Pass, device: torch.devic
 
 
 def _key(plan: Any, problem: Problem, which: Pass, device: torch.device) -> cache.Key:
-    kernel = {name: getattr(plan, name) for name in TILES} | {"family": plan.family.value}
-    kernel |= {"several groups": plan.groups > 1, "several tiles": plan.tiles_per_group > 1}
-    problem = problem._replace(batch=0, side_by_side=1)  # the kernel's launch depends on no more than that of them
-    return cache.machine(device) | {"format": FORMAT} | kernel | problem.as_json() | which._asdict()
-
-
-def batch_for(plan: Any, problem: Problem) -> int:
-    """How many of a call's sequences are enough: two batch tiles and part of a third, or more where programs, or groups
-    of them, have several tiles.
-    """
-    tiles = 2
-    if plan.tiles_per_group > 1 and plan.family.value == "step" and not plan.held:
-        tiles = max(tiles, plan.programs // ceil(problem.hidden / plan.columns))
-    elif plan.tiles_per_group > 1:
-        tiles = max(tiles, plan.groups)
-    return min(problem.batch, (tiles + 1) * plan.rows - plan.rows // 2)
+    problem = problem._replace(batch=0, side_by_side=1)  # a plan's identity has what the launch depends on of them
+    return cache.machine(device) | {"format": FORMAT} | plan.identity | problem.as_json() | which._asdict()
 
 
 def _verdict(layer: Any, which: Pass, given: Inputs, plan: Any) -> str:
     """ "right", or what is wrong."""
     problem, device = layer.problem, layer.device
-    problem = problem._replace(batch=batch_for(plan, problem))
+    problem = problem._replace(batch=plan.sequences_enough(problem))
     with alone(grad=True), torch.autocast(device.type, enabled=False):
         small = Small(problem, which, given)
         truth, gates = small.by_reference(torch.float64)

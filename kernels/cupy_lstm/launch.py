@@ -27,10 +27,10 @@ PACK = 16  # bytes that a thread reads at once
 class Prepared:
     """A plan of one problem and pass; see layer.Prepared. With a projection it runs the recurrence of m."""
 
-    def __init__(self, problem: Problem, which: Pass, plan: Plan) -> None:
+    def __init__(self, problem: Problem, which: Pass, plan: Plan, trial: bool = False) -> None:
         self.plan, self.at_once, self.projects_outside = plan, plan.side_by_side, problem.projected > 0
         self._problem = p = problem._replace(projected=0)
-        self._kernel = KERNELS[which.backward]
+        self._kernel, self._trial = KERNELS[which.backward], trial
         row, size = 4 * words_of(p) // p.size, (p.batch, p.hidden)  # elements of a row of words
         if which.backward:
             self._buffers = gradients_of(p) | {"dgates_ptr": Buffer(p.dtype, (p.batch, 4, row), 0, EVERY_BIT)}
@@ -77,7 +77,7 @@ class Prepared:
         arguments = own | dict(
             gates=gates, resets=given.resets, reset_c=given.reset_c,
             lengths=None if given.lengths is None else given.lengths.int(),
-            error=error_word(gates.device, self._kernel), T=steps_of(gates), B=p.batch, reverse=p.reverse,
+            error=error_word(gates.device, self._kernel, self._trial), T=steps_of(gates), B=p.batch, reverse=p.reverse,
         )  # fmt: skip
         with margins(self._kernel, arguments) if checking.on else contextlib.nullcontext(arguments) as inside:
             launch_kernel(self._kernel, p.dtype, self.plan, **inside)
@@ -92,8 +92,6 @@ def _clear_words_without_unit(rows: Tensor, p: Problem) -> None:
 def layer_of(problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
     """The layer of a problem on a device; every call returns the same one.
 
-    Plans are not verified: one source is compiled for all problems.
-
     Raises:
         TypeError: a dtype that the kernels do not accept.
         ValueError: recurrent dropout, zoneout, peepholes or layer norms; or as Layer.
@@ -104,7 +102,7 @@ def layer_of(problem: Problem, device: torch.device, verify: Verify | None = Non
         raise ValueError("backend 'cupy' supports neither recurrent dropout nor zoneout")
     if problem.peepholes or problem.normalised:
         raise ValueError("backend 'cupy' supports neither peepholes nor layer norms")
-    return Layer(problem, device, sys.modules[__name__])
+    return Layer(problem, device, sys.modules[__name__], verify)
 
 
 forget = layer_of.cache_clear
@@ -112,13 +110,23 @@ forget = layer_of.cache_clear
 
 
 def choose(layer: Layer, which: Pass, given: Inputs) -> Plan:
-    """The plan of a layer's pass; see layer.Launcher."""
-    return choose_plan(layer.problem, card_of(layer.device), which.backward)
+    """The plan of a layer's pass; see layer.Launcher.
+
+    Raises:
+        RuntimeError: none of the first plans computes the right numbers.
+    """
+    plan = choose_plan(layer.problem, card_of(layer.device), which.backward)
+    has_results = not which.backward or which.dh or which.dh_n
+    if layer.verify is None or not has_results or layer.is_capturing() or layer.device.type != "cuda":
+        return plan
+    if reason := layer.verify(layer, which, given, plan):
+        raise RuntimeError(f"no kernel in CUDA C++ can run this layer on this card: {reason}")
+    return plan
 
 
 def prepare(problem: Problem, which: Pass, plan: Plan, device: torch.device, trial: bool = False) -> Prepared:
     """A plan, ready to be launched; see layer.Launcher."""
-    return Prepared(problem, which, plan)
+    return Prepared(problem, which, plan, trial)
 
 
 def describe(layer: Layer, which: Pass, plan: Plan | None) -> Chosen:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import ceil
+from typing import Any
 
 import torch
 
@@ -66,6 +67,19 @@ class Plan:
     shared: int  # bytes of a block
     clocks: float  # per step, estimated by a model that is meant for ranking plans
     side_by_side: int = 1  # launches of this plan that fit the card at once
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells its launch from others that may compute other numbers, as JSON values: not how many groups it has."""
+        names = "hidden", "units", "warps", "chunks", "parts"
+        return {name: getattr(self, name) for name in names} | {"blocks": self.grid[0], "several": self.grid[1] > 1}
+
+    def sequences_enough(self, problem: Problem) -> int:
+        """How many of a problem's sequences show all that its blocks do: a group has two batch tiles if it has several
+        in the problem, and one tile is not full.
+        """
+        tiles = max(2, self.grid[1])
+        return min(problem.batch, (tiles + 1) * SEQUENCES - SEQUENCES // 2)
 
     @property
     def threads(self) -> int:

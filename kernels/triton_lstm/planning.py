@@ -87,6 +87,24 @@ class Plan:
                 return (self.programs, self.groups) if self.held else (self.programs,)
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What tells its launch from others that may compute other numbers, as JSON values: not how large the grid is."""
+        names = "rows", "columns", "k", "programs", "num_warps", "num_stages", "parts", "held", "ahead"
+        several = {"several groups": self.groups > 1, "several tiles": self.tiles_per_group > 1}
+        return {"family": self.family.value} | {name: getattr(self, name) for name in names} | several
+
+    def sequences_enough(self, problem: Problem) -> int:
+        """How many of a problem's sequences show all that its programs do: two batch tiles and part of a third, or more
+        where programs, or groups of them, have several tiles.
+        """
+        tiles = 2
+        if self.tiles_per_group > 1 and self.family is Family.STEP and not self.held:
+            tiles = max(tiles, self.programs // ceil(problem.hidden / self.columns))
+        elif self.tiles_per_group > 1:
+            tiles = max(tiles, self.groups)
+        return min(problem.batch, (tiles + 1) * self.rows - self.rows // 2)
+
+    @property
     def threads(self) -> int:
         """Threads per block."""
         return 32 * self.num_warps
