@@ -1,6 +1,6 @@
 """Examples of one layer in one direction, and the comparison of a backend with the float64 oracle."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from roundings import rounding_by
 from torch import Tensor
 
 from gpu_lstm.backends import autograd, fused, kernels, reference
@@ -29,6 +30,8 @@ PLACES = {  # of a module's parameters, by backend
 BACKENDS = tuple(PLACES)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 LARGE = 20_000  # elements of h
+FEW = 64  # independent errors, of which the RMS is a matter of chance
+FAR = 1000  # times what is allowed: further than chance goes, and nearer than a fault of 1 % in float32
 RAGGED = "lengths", "resets"
 DEFAULTS = dict(bias=True, ragged=False, resets=0.0, states=False, peepholes=False, norms=(), noise=(), reverse=False,
                 recompute=False)  # fmt: skip
@@ -80,9 +83,10 @@ class Example:
         noise = {name: through(t) if name == "dropout_h" else t for name, t in self.noise.items()}
         return replace(self, noise=noise, **lists)
 
-    def truth(self) -> list[np.ndarray | None]:
-        """Results and gradients in the order of NAMES, from the NumPy oracle."""
-        *inputs, reset_h, reset_c = (None if t is None else t.numpy() for t in (*self.tensors, *self.reset_states))
+    def truth(self, kind: type[np.ndarray] = np.ndarray) -> list[np.ndarray | None]:
+        """Results and gradients in the order of NAMES, from the NumPy oracle, which computes with arrays of a kind."""
+        given = *self.tensors, *self.reset_states
+        *inputs, reset_h, reset_c = (None if t is None else t.numpy().view(kind) for t in given)
         x, h0, c0, *_ = inputs
         sizes = dict(zip(MASKS, (h0.shape, (len(x), *h0.shape), (len(x), *c0.shape))))
         noise = {name: np.broadcast_to(t.double().numpy(), sizes[name]) for name, t in self.noise.items()}
@@ -187,23 +191,29 @@ def assert_as_good_as_torch(
     `yardstick`: another backend than torch's LSTM, where that does not support the example.
     """
     errors: Errors = {}
-    for seed in range(seeds):
-        given = make_example(seed).rounded(dtype)
+    examples = [make_example(seed).rounded(dtype) for seed in range(seeds)]
+    for given in examples:
         runs = (given.run(name, dtype, device) for name in (backend, yardstick))
         for name, true, our, their in zip(NAMES, given.truth_for(device), *runs):
             if true is not None:
                 our_error, their_error = (t.detach().double().cpu().numpy() - true for t in (our, their))
                 errors.setdefault(name, []).append((our_error, their_error, true))
-    judge(errors, dtype, yardstick)
+    judge(errors, dtype, yardstick, examples)
 
 
-def judge(errors: Errors, dtype: torch.dtype, yardstick: str = "torch") -> None:
+def judge(errors: Errors, dtype: torch.dtype, yardstick: str = "torch", examples: Sequence[Example] = ()) -> None:
     """The RMS error of every result and gradient is at most twice that of the yardstick in the same dtype.
 
     An RMS below the unit in the last place of the largest element counts as that unit; in half precision, where
     torch's LSTM rounds at every step as the kernels do, below the RMS of the truth's own rounding. And errors must not
     be biased, as they are where results are truncated, not rounded.
+
+    Where a few errors decide the yardstick's RMS, it is chance: now and then one library rounds them all luckily.
+    There float32's results may be wrong by 4 times what `counted` makes of the roundings on the way to them in
+    `examples`; without those, and in half precision, where torch's LSTM rounds more often than the kernels do, the rule
+    is the same as elsewhere.
     """
+    limits: dict[str, tuple[float, float]] = {}
     for name, found in errors.items():
         for our_error, _, _ in found:
             assert np.isfinite(our_error).all(), f"{name}: not finite at {np.argwhere(~np.isfinite(our_error))[0]}"
@@ -218,12 +228,43 @@ def judge(errors: Errors, dtype: torch.dtype, yardstick: str = "torch") -> None:
                 f"({yardstick}'s own {their_leans:.2f}): is something cut off, not rounded?"
             )
         allowed = 2 * max(_rms(theirs), least)
+        small = bool(examples) and examples[0].output_gradients[0].numel() <= LARGE
+        if small and dtype is torch.float32 and allowed < _rms(ours) < FAR * allowed:
+            limits = limits or counted(examples)
+            rms, independent = limits[name]
+            allowed = max(allowed, 4 * rms) if independent < FEW else allowed
         worst = max((parts[0] for parts in found), key=lambda error: np.abs(error).max(initial=0.0))
         where = tuple(map(int, np.unravel_index(np.abs(worst).argmax(), worst.shape)))
         assert _rms(ours) <= allowed, (
             f"{name}: RMS error {_rms(ours):.3g}, allowed {allowed:.3g} ({yardstick}'s own {_rms(theirs):.3g}); "
             f"worst {worst[where]:.3g} at {where} of {worst.shape}"
         )
+
+
+def counted(examples: Sequence[Example], draws: int = 16) -> dict[str, tuple[float, float]]:
+    """By NAMES: the RMS error that the roundings on the way to a result in float32 make of it, and of how many errors.
+
+    They are as many as the formulas have: the oracle rounds after each of its operations (roundings.py). So a K-long
+    product counts sqrt(K), a step's cell about 20, and those of T steps, with what gates' slopes, cancellations and
+    norms make of them, add up as they do in a kernel. They are random, hence independent, and no machine's own.
+
+    The RMS over draws is one sigma of an error: 4 are allowed even for one, which passes them once in 16,000 if it is
+    normal and every rounding as large as it can be. The number of independent errors follows from how much the mean
+    square varies from draw to draw: by 2 / n of its own square, if n normal errors decide it. For two times 64 of them
+    a factor of 2 between RMS errors is 5 in 10^8.
+    """
+    generator, squares = np.random.default_rng(0), {}
+    for given in examples:
+        truth = given.truth()
+        for draw in range(draws):
+            for name, true, found in zip(NAMES, truth, given.truth(rounding_by(generator))):
+                if true is not None:
+                    squares.setdefault(name, [[] for _ in range(draws)])[draw].append(
+                        (np.asarray(found) - true).ravel() ** 2
+                    )
+    of_draws = {name: np.array([np.concatenate(parts).mean() for parts in found]) for name, found in squares.items()}
+    return {name: (float(found.mean() ** 0.5), float(2 * found.mean() ** 2 / max(found.var(), np.finfo(float).tiny)))
+            for name, found in of_draws.items()}  # fmt: skip
 
 
 def _rms(error: np.ndarray) -> float:
