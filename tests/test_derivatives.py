@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from comparing import BACKENDS, PLACES, assert_same, every_backend
+from comparing import BACKENDS, PLACES, SECOND, assert_same, every_backend
 from pairs import B, I, T, pair, random_inputs
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
@@ -49,7 +49,7 @@ def test_gradient_penalty(backend, kind, arguments):
         penalty = (torch.cat([g.flatten() for g in first]).norm() - 1).square()
         return dict(enumerate(torch.autograd.grad(penalty, [x, *tree_leaves(hx), *module.parameters()])))
 
-    assert_same(*(penalised(module) for module in pair(kind, backend, **arguments)[::-1]))
+    assert_same(*(penalised(module) for module in pair(kind, backend, **arguments)[::-1]), condition=SECOND)
 
 
 @pytest.mark.parametrize(("recompute", "names"), [(False, ()), (True, ("x", "bias_hh_l0"))], ids=["kept", "recomputed"])
@@ -84,7 +84,7 @@ def inputs(module, *shape, seed=1):
 def assert_close(*found):
     ours, theirs = (dict(enumerate(tree_leaves(each))) for each in found)
     assert ours
-    assert_same(ours, theirs, condition=4)
+    assert_same(ours, theirs, condition=SECOND)
 
 
 def gradients(module, loss):
