@@ -12,7 +12,7 @@ import oracle
 import pytest
 import torch
 from comparing import NAMES, Example, counted, example_of, judge
-from roundings import rounding_by
+from roundings import rounding_as
 
 F32 = torch.float32
 FORMULAS = ast.parse(inspect.getsource(oracle)).body
@@ -49,12 +49,12 @@ def problem() -> tuple[list[Example], list[list]]:
     return found, [given.truth() for given in found]
 
 
-limits = functools.cache(lambda: counted(problem()[0]))
+limits = functools.cache(lambda: counted(problem()[0], F32))
 
 
 def judged(monkeypatch, ours: list[list], theirs: list[list]) -> None:
     """As `assert_as_good_as_torch` does, of results that are given."""
-    monkeypatch.setattr(comparing, "counted", lambda examples: limits())
+    monkeypatch.setattr(comparing, "counted", lambda *_: limits())
     errors: comparing.Errors = {}
     for found in zip(ours, theirs, problem()[1]):
         for name, our, their, true in zip(NAMES, *found):
@@ -85,5 +85,5 @@ def test_a_fault_of_one_percent_in_any_term_is_detected(monkeypatch, term):
 def test_roundings_are_no_faults_where_torch_rounds_luckily(monkeypatch, seed):
     """Whose errors are none at all here."""
     examples, truth = problem()
-    rounding = rounding_by(np.random.default_rng(1 + seed))
+    rounding = rounding_as(F32, np.random.default_rng(1 + seed))
     judged(monkeypatch, [given.truth(rounding) for given in examples], truth)
