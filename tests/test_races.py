@@ -1,5 +1,6 @@
 """`auto` races the kernels against torch's own LSTM: the CPU counts as a card, with a stubbed clock."""
 
+import contextlib
 import itertools
 import json
 import logging
@@ -24,7 +25,7 @@ from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import available, race, run
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.route import Decision
-from gpu_lstm.kernels import cache
+from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import Chosen
 from gpu_lstm.kernels.triton_lstm import choose, launch
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES
@@ -413,3 +414,36 @@ def test_another_number_of_multiprocessors_left_free_is_another_race(stubbed, mo
         _forget_all_but_files()
         _backend_of()
     assert ran.count("race") == 3
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+@pytest.mark.parametrize("rival", ["triton", "torch"])
+def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, at):
+    """Launches are asynchronous: the run after a timeout raises, not the one that timed out."""
+    calls = itertools.count()
+
+    def race_in_which_one_fails(rivals, now):
+        def run(name):
+            if name == rival and next(calls) >= at:
+                raise RuntimeError("lstm_step_forward_kernel timed out at step 3")
+
+        return REAL_RACE({name: partial(run, name) for name in rivals}, itertools.count().__next__)
+
+    monkeypatch.setattr(race, "race", race_in_which_one_fails)
+    other = "torch" if rival == "triton" else "triton"
+    said = pytest.warns(UserWarning, match="timed out at step 3") if rival == "triton" else contextlib.nullcontext()
+    with said:
+        assert _backend_of() == other
+
+
+def test_a_timeout_of_the_last_call_of_a_race_is_the_kernels(stubbed, monkeypatch):
+    """Which no later call of theirs reports, as none follows: nor does the user's."""
+
+    def race_with_a_late_timeout(rivals, now):
+        timeouts.error_word(X.device, "lstm_step_forward_kernel")[0] = 4
+        return {name: [1e-3 if name == "triton" else 2e-3] * 9 for name in rivals}
+
+    monkeypatch.setattr(race, "race", race_with_a_late_timeout)
+    with pytest.warns(UserWarning, match="lstm_step_forward_kernel timed out at step 3"):
+        assert _backend_of() == "torch"
+    gpu_lstm.check()

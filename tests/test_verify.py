@@ -9,6 +9,7 @@ import pytest
 import torch
 from comparing import example
 from concurrent_interpreter import ConcurrentRun
+from places import cuda
 from standing_in import H100, few_polls, plan_of
 from test_faults import FAULTS, FAULTS_OF_NORMS, plant
 from torch.overrides import BaseTorchFunctionMode
@@ -16,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
 from gpu_lstm.backends import fused, torch_lstm, verify
-from gpu_lstm.dispatch import available
+from gpu_lstm.dispatch import available, race
 from gpu_lstm.functional import lstm_layer
-from gpu_lstm.kernels import cache
+from gpu_lstm.kernels import cache, timeouts
+from gpu_lstm.kernels.cupy_lstm import launch as cupy
+from gpu_lstm.kernels.cupy_lstm.planning import Card
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import choose, launch, step
 from gpu_lstm.kernels.triton_lstm.choose import plans
@@ -156,10 +159,10 @@ def test_a_batch_is_cut_where_programs_do_the_same_with_fewer_sequences():
     cooperative = dataclasses.replace(plan_of("cooperative", HALF._replace(hidden=768, batch=64), False), groups=3)
     for tiles_per_group, tiles in ((2, 3), (1, 2)):
         plan = dataclasses.replace(cooperative, tiles_per_group=tiles_per_group)
-        assert verify.batch_for(plan, HALF._replace(batch=4096)) == (tiles + 1) * plan.rows - plan.rows // 2
-        assert verify.batch_for(plan, HALF._replace(batch=5)) == 5
+        assert plan.sequences_enough(HALF._replace(batch=4096)) == (tiles + 1) * plan.rows - plan.rows // 2
+        assert plan.sequences_enough(HALF._replace(batch=5)) == 5
     programs = dataclasses.replace(step_plan, programs=9, tiles_per_group=8)  # of two tiles of units
-    assert verify.batch_for(programs, HALF._replace(batch=4096)) == 5 * step_plan.rows - step_plan.rows // 2
+    assert programs.sequences_enough(HALF._replace(batch=4096)) == 5 * step_plan.rows - step_plan.rows // 2
 
 
 def test_a_single_step_is_verified_by_the_kernel_of_a_single_step(monkeypatch):
@@ -372,3 +375,71 @@ def test_where_torchs_lstm_fails_the_reference_is_the_yardstick(monkeypatch):
     plant(monkeypatch, "gates i and f swapped", step)
     with pytest.warns(UserWarning, match="RMS error"):
         assert _verify(PLAIN, Pass(save=False))
+
+
+@pytest.fixture
+def a_v100(monkeypatch):
+    """The CPU as a card on which only the kernels in CUDA C++ run, compiled by g++."""
+    cuda(monkeypatch, cupy.choose_plan)
+    monkeypatch.setattr(cupy, "card_of", lambda device: Card(70, 80))
+    monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(available, "_triton_obstacle", lambda *_: RuntimeError("too old"))
+    monkeypatch.setattr(race, "race", lambda rivals, now: {name: [1.0 + (name == "torch")] * 9 for name in rivals})
+
+
+def calls_of_a_kind(resets):
+    lstm, x = gpu_lstm.LSTM(4, 5), torch.randn(6, 3, 4)
+    starts = torch.zeros(6, 3, dtype=torch.bool).bernoulli_(0.3) if resets else None
+    found = []
+    for backend in (None, "reference"):
+        lstm.backend = backend
+        y, _ = lstm(x, resets=starts)
+        found.append([y, *torch.autograd.grad(y.square().sum(), list(lstm.parameters()))])
+    return found
+
+
+@pytest.mark.filterwarnings("error:gpu_lstm")
+@pytest.mark.parametrize("resets", [False, True])
+def test_kernels_in_cuda_are_verified_too_and_win_where_they_are_right(a_v100, monkeypatch, resets):
+    launched = Mock(side_effect=cupy.launch_kernel)
+    monkeypatch.setattr(cupy, "launch_kernel", launched)
+    torch.testing.assert_close(*calls_of_a_kind(resets))
+    assert launched.call_count > 0
+    assert len(list((cache.folder() / verify.KIND).iterdir())) == 2, "forward and backward"
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("how", ["computes nothing", "times out", "writes outside"])
+def test_wrong_kernels_in_cuda_are_found(a_v100, monkeypatch, how, resets):
+    """And `auto` does without them."""
+    run = cupy.launch_kernel
+
+    def launch_kernel(kernel, dtype, plan, **arguments):
+        if how == "times out":
+            arguments["error"][0] = 5
+        elif how == "writes outside":
+            run(kernel, dtype, plan, **arguments)
+            weights = arguments["weights"]
+            weights.as_strided((1,), (1,), weights.storage_offset() + weights.numel()).fill_(1)
+
+    monkeypatch.setattr(cupy, "launch_kernel", launch_kernel)
+    with pytest.warns(UserWarning, match=r"failed its verification on cpu: .*Backend 'auto' does without it"):
+        torch.testing.assert_close(*calls_of_a_kind(resets))
+    gpu_lstm.check()
+
+
+def test_kernels_in_cuda_wait_a_second_where_they_are_on_trial(a_v100, monkeypatch):
+    """And two minutes in users' calls."""
+    limits, run = [], cupy.launch_kernel
+
+    def launch_kernel(kernel, dtype, plan, **arguments):
+        limits.append(int(arguments["error"][1]))
+        run(kernel, dtype, plan, **arguments)
+
+    monkeypatch.setattr(cupy, "launch_kernel", launch_kernel)
+    lstm = gpu_lstm.LSTM(4, 5, backend="cupy")
+    with torch.no_grad():
+        lstm(torch.randn(6, 3, 4))
+    *on_trial, of_the_call = limits
+    assert set(on_trial) == {int(timeouts.SECONDS_OF_TRIALS * timeouts.POLLS_A_SECOND)}
+    assert of_the_call == timeouts.SECONDS * timeouts.POLLS_A_SECOND

@@ -48,7 +48,7 @@ def layer(
 
 
 def _final(h_n: Tensor, c_n: Tensor, dtype: torch.dtype, leading: bool) -> State:
-    """Final states [B, *], c in `dtype`; [1, B, *] if `leading`: no views, which autograd lets nobody change in place."""
+    """Final states [B, *], c in `dtype`; [1, B, *] if `leading`, without a view, which nobody may change in place."""
     if c_n.dtype is not dtype:
         c_n = c_n.to(dtype)
     if leading:

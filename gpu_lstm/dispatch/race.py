@@ -28,7 +28,11 @@ from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 from ..kernels.problem import Pass, Problem  # type: ignore[import-not-found]
-from ..kernels.timeouts import DEVICE_ERRORS, spare_multiprocessors  # type: ignore[import-not-found]
+from ..kernels.timeouts import (  # type: ignore[import-not-found]
+    DEVICE_ERRORS,
+    raise_if_timed_out,
+    spare_multiprocessors,
+)
 from .kind import Kind, describe, size_class
 from .route import Decision, build, run_by
 
@@ -118,24 +122,45 @@ def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
 def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
     """Decide by a race, if one is allowed; else the expected winner, once the kernels have run at all."""
     other, expected = _other(kind), expected_winner(kind, able, call.x.device)
+
+    def lost(who: Backend, error: BaseException | None) -> Decision:
+        """Whatever a rival raises, it has lost."""
+        if who is other:
+            return Decision(able, f"torch's LSTM fails: {error}")
+        cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {error}")
+        return Decision(other, f"{FAILED}: {error}")
+
     try:
         runs = {backend.value: _sample(call, kind, backend) for backend in (able, other)}
         with alone(grad=kind.training):
             if error := _error_of(runs[able.value]):  # which compiles, and verifies
-                cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {error}")
-                return Decision(other, f"{FAILED}: {error}")
+                return lost(able, error)
             if mode is not Racing.ON or kind.only_ours:
                 return expected
             if error := _error_of(runs[other.value]):  # say cuDNN cannot be initialised
-                return Decision(able, f"torch's LSTM fails: {error}")
+                return lost(other, error)
             times = race(runs, partial(clock, call.x.device))
+            raise_if_timed_out(call.x.device)  # in the kernels' last call
     except torch.OutOfMemoryError:
         return expected
+    except RivalFailed as failure:
+        return lost(able if failure.name == able.value else other, failure.__cause__)
+    except DEVICE_ERRORS:
+        raise
+    except RuntimeError as error:  # kernels time out, which shows after the launch
+        return lost(able, error)
     decision, is_certain = judge(times, expected)
     if is_certain and not (profiler._is_profiler_enabled or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"):
         value = decision._asdict() | {"backend": decision.backend.value}
         cache.write(KIND, _key(kind, able, call.x.device), value)
     return decision
+
+
+class RivalFailed(Exception):
+    """A rival raised, for the reason that is the cause."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
 
 def _error_of(run: Callable[[], None]) -> RuntimeError | None:
@@ -188,12 +213,15 @@ def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -
     """Seconds per call of each rival, timed in turn until the budget is spent; at least three times each.
 
     The first call of each, which may compile, does not count.
+
+    Raises:
+        RivalFailed: a rival raised, and no error of the device.
     """
     calls = {}
     for name, run in rivals.items():
-        run()
+        _attempt(name, run)
         start = now()
-        run()
+        _attempt(name, run)
         calls[name] = min(MOST_CALLS, max(1, ceil(ROUND / max(now() - start, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in rivals}
     end = now() + BUDGET
@@ -201,11 +229,20 @@ def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -
         for name, run in rivals.items():
             start = now()
             for _ in range(calls[name]):
-                run()
+                _attempt(name, run)
             times[name].append((now() - start) / calls[name])
         if turn >= 2 and now() >= end:
             break
     return times
+
+
+def _attempt(name: str, run: Callable[[], object]) -> None:
+    try:
+        run()
+    except DEVICE_ERRORS:
+        raise
+    except RuntimeError as error:
+        raise RivalFailed(name) from error
 
 
 def judge(times: dict[str, list[float]], expected: Decision) -> tuple[Decision, bool]:

@@ -18,7 +18,7 @@ from ..memory import EVERY_BIT, Buffer, allocate, checking, gradients_of, margin
 from ..operands import as_words, transposed_gates
 from ..problem import Inputs, Pass, Problem, Recurrence, steps_of
 from ..timeouts import error_word
-from .planning import Plan, card_of, choose_plan, words_of
+from .planning import HOST, Plan, card_of, choose_plan, words_of
 from .source import ELEMENTS, KERNELS, OPTIONS, given_of, in_order, join, name_expression, parts
 
 PACK = 16  # bytes that a thread reads at once
@@ -113,11 +113,11 @@ def choose(layer: Layer, which: Pass, given: Inputs) -> Plan:
     """The plan of a layer's pass; see layer.Launcher.
 
     Raises:
-        RuntimeError: none of the first plans computes the right numbers.
+        RuntimeError: its numbers are not right.
     """
-    plan = choose_plan(layer.problem, card_of(layer.device), which.backward)
-    has_results = not which.backward or which.dh or which.dh_n
-    if layer.verify is None or not has_results or layer.is_capturing() or layer.device.type != "cuda":
+    card = card_of(layer.device)
+    plan, has_results = choose_plan(layer.problem, card, which.backward), not which.backward or which.dh or which.dh_n
+    if layer.verify is None or not has_results or layer.is_capturing() or card is HOST:
         return plan
     if reason := layer.verify(layer, which, given, plan):
         raise RuntimeError(f"no kernel in CUDA C++ can run this layer on this card: {reason}")

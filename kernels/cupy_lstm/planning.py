@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells its launch from others that may compute other numbers, as JSON values: not how many groups it has."""
+        """What tells its launch from those that may compute other numbers, as JSON values; not the number of groups."""
         names = "hidden", "units", "warps", "chunks", "parts"
         return {name: getattr(self, name) for name in names} | {"blocks": self.grid[0], "several": self.grid[1] > 1}
 

@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells its launch from others that may compute other numbers, as JSON values: not how large the grid is."""
+        """What tells its launch from those that may compute other numbers, as JSON values; not the number of groups."""
         names = "rows", "columns", "k", "programs", "num_warps", "num_stages", "parts", "held", "ahead"
         several = {"several groups": self.groups > 1, "several tiles": self.tiles_per_group > 1}
         return {"family": self.family.value} | {name: getattr(self, name) for name in names} | several
