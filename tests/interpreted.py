@@ -73,19 +73,21 @@ def look(at, left, GROUPS, SIZE, STRIDE, TOGETHER):
     return tuple(tl.load(at + offset, mask=left > offset, other=0, volatile=True) for offset in offsets)
 
 
-def collect(at, left, phase, error_ptr, step, GROUPS, SIZE, STRIDE, TOGETHER, PHASED, seen=None, delay=None):
+def collect(at, left, phase, error_ptr, step, delay, GROUPS, SIZE, STRIDE, TOGETHER, PHASED, seen=None):
     place, awaited = (at, left, GROUPS, SIZE, STRIDE, TOGETHER), (left, phase, SIZE, STRIDE, PHASED)
     words = seen or look(*place)
-    polls, poll_limit = 0, tl.load(error_ptr + 1)
+    lost = bool((delay.handle.data < 0).all())
+    polls, poll_limit = 0, 0 if lost else tl.load(error_ptr + 1)
     while count_missing(words, *awaited) > 0 and polls < poll_limit:
         words, polls = look(*place), polls + 1
         if tl.load(error_ptr, volatile=True) != 0:
             break
-    if count_missing(words, *awaited) > 0:
+    if count_missing(words, *awaited) > 0 and not lost:
         tl.store(error_ptr, step + 1)
+        lost = True
     there = ~are_missing(words, *awaited)
     words = _tensors(np.where(there, [word.handle.data for word in words], np.int32(-1)), tl.int32)
-    return words if delay is None else (*words, delay)
+    return (*words, tl.zeros_like(delay) - int(lost))
 
 
 def count_missing(*awaited):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import gpu_lstm
 from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.cupy_lstm import launch, source
+from gpu_lstm.kernels.cupy_lstm.planning import Card
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Problem, Recurrence, problem_of
 
@@ -201,3 +202,21 @@ def test_a_launch_whose_blocks_are_not_all_there_ends_and_is_reported(monkeypatc
         _layer_of(gates, r).forward(gates, r, save=False)
     with pytest.raises(RuntimeError, match="lstm_cooperative_forward timed out at step 1 on cpu"):
         timeouts.raise_if_timed_out(gates.device)
+
+
+def test_blocks_that_timed_out_remember_it_where_nobody_sees_the_error_word(monkeypatch):
+    """Another thread may clear it, in host memory, before the launch ends: later waits take one look each."""
+    count = "store_to_host(error + 2, load_from_host(error + 2) + 1);"
+    text = source.parts()["exchange"].replace("store_to_host(error, step + 1);", "")
+    changes = {"exchange": text.replace("if (lost) return false;", f"if (lost) return false;\n{count}")}
+    plan = CUPY_PLANS["kept/4"](Problem(2, 3, 33, torch.float16), Card(80, 16), False)
+    lacking, polls = replace(plan, grid=(plan.grid[0] - 1, 1)), []
+    cuda(monkeypatch, lambda *_: lacking, changes=changes)
+    for steps in (3, 12):
+        gates, r = _given("cpu", torch.float16, T=steps, H=33)
+        word = timeouts.error_word(gates.device, "lstm_cooperative_forward")
+        word[2] = 0
+        with few_polls("lstm_cooperative_forward", 1 << 7):
+            _layer_of(gates, r).forward(gates, r, save=False)
+        polls.append(int(word[2]))
+    assert 0 < polls[1] < 1.5 * polls[0], "four times as many steps"

@@ -214,19 +214,24 @@ def delays_of(text: str) -> list[str]:
 
 def test_only_the_first_poll_is_delayed():
     """Its loop stands before the first poll, and a poll in vain does not go back to it."""
-    text = exchange.polling_loop(3, 4, 128, 4, delayed=True)
+    text = exchange.polling_loop(3, 4, 128, 4)
     text = getattr(text, "value", text)
     assert delays_of(text) == ["DELAY:", "DELAY", "POLL:", "DONE", "POLL", "POLL", "DONE:"]
     assert delays_of(text.replace("bra POLL", "bra DELAY")) != delays_of(text)
 
 
 @pytest.mark.parametrize(("polls", "before", "after"), [
-    (0, 100, 99), (0, 0, 0), (1, 0, 32), (5, 100, 132), (1, 4090, 4096)])  # fmt: skip
+    (0, 100, 99), (0, 0, 0), (1, 0, 32), (5, 100, 132), (1, 4090, 4096), (0, -1, -1), (1, -1, -1)])  # fmt: skip
 def test_a_wait_learns_its_delay(polls, before, after):
-    """Two turns of its loop longer after a poll in vain, a sixteenth of one shorter where words were there at once."""
-    text = exchange.polling_loop(1, 1, 1, 1, delayed=True)
-    last = getattr(text, "value", text).partition("DONE:")[2]
-    values = {"polls": polls, "$7": before}  # the operands: the word, the next delay, and after five more this
+    """Two turns of its loop longer after a poll in vain, a sixteenth of one shorter where words were there at once; and
+    that a wait timed out, which it knows from then on."""
+    text = exchange.polling_loop(1, 1, 1, 1)
+    text = getattr(text, "value", text)
+    first, last = text.partition("setp.lt.s32 lost, $7, 0;")[1], text.partition("DONE:")[2]
+    assert first, "the operands: the word, the next delay, and after five more this"
+    assert "setp.eq.s32 lost, polls, polls;\nDONE:" in text, "after a timeout"
+    assert text.index("@lost bra TIMED_OUT;") < text.index("add.s32 polls"), "and then it polls no more"
+    values = {"polls": polls, "$7": before, "rest": 0, "lost": before < 0}
     for name, target, *given in re.findall(r"(\w+)[.\w]* ([$\w]+), ([$\w-]+), ([$\w-]+)(?:, (\w+))?;", last):
         a, b = (values[x] if x in values else int(x) for x in given[:2])
         values[target] = {"setp": a == b, "selp": a if values.get(given[2]) else b, "add": a + b,

@@ -3,15 +3,20 @@
 import os
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
+import interpreted
 import pytest
 import torch
+from places import cooperative
+from standing_in import few_polls
 
 import gpu_lstm
 from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.cupy_lstm import planning
 from gpu_lstm.kernels.triton_lstm import choose, launch
+from gpu_lstm.kernels.triton_lstm import cooperative as cooperative_kernels
 
 CPU = torch.device("cpu")
 EXPECTED = (
@@ -134,3 +139,37 @@ def test_a_forked_child_does_not_report_at_exit(monkeypatch, capsys):
     words.process -= 1
     timeouts._report_at_exit()
     assert "timed out at step 2 on cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_programs_that_timed_out_remember_it_where_nobody_sees_the_error_word(monkeypatch, direction):
+    """Another thread may clear it before the launch ends: later waits take one look each, not their whole limit."""
+    cooperative(monkeypatch, units=8, parts=2)
+    looks, polls, look, run = [], 20, interpreted.look, launch.launch_kernel
+
+    def cleared(*place):
+        looks.append(1)
+        timeouts.error_word(torch.device("cpu"), f"lstm_cooperative_{direction}_kernel")[0] = 0
+        return look(*place)
+
+    def publish_but_for_the_first(at, words, mask):
+        if threading.current_thread().index[0] > 0:
+            interpreted.publish(at, words, mask)
+
+    def launch_kernel(kernel, grid, **arguments):
+        if direction not in kernel.__name__:
+            return run(kernel, grid, **arguments)
+        with monkeypatch.context() as patch, few_polls(kernel.__name__, polls):
+            patch.setattr(interpreted, "look", cleared)
+            patch.setattr(cooperative_kernels, "publish", publish_but_for_the_first)
+            run(kernel, grid, **arguments)
+        return None
+
+    monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
+    lstm, steps = gpu_lstm.LSTM(3, 16, backend="triton"), 9
+    h, _ = lstm(torch.randn(steps, 3, 3))
+    if direction == "backward":
+        h.sum().backward()
+    programs, waits = 2, 1 + (direction == "backward")  # kinds of waits
+    assert polls < len(looks) <= programs * waits * (polls + 2 * steps)
+    timeouts.error_word(torch.device("cpu"), f"lstm_cooperative_{direction}_kernel")[0] = 0

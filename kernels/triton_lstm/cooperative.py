@@ -71,12 +71,12 @@ def sum_of_row(x, WARPS: tl.constexpr):
 def exchange_pairs(
     first, second,  # [THREADS] float32, the same in a sequence's whole row: of the program's units
     pairs_ptr,  # [B, programs, 2] int32: float32 words, whose last bits are one beforehand
-    exchanged,  # the thread's sequence and whether there is one, [THREADS], the phase of the step, error_ptr, the step
+    exchanged,  # a thread's sequence, whether there is one, the delay of `collect`, [THREADS]; phase, error_ptr, step
     H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Of each of a thread's programs, place + n ROW: (first number, second number, number of its units); zeros where
     there is none. Programs without units do nothing. It is called at every step: no phase is skipped."""
-    batch, in_batch, phase, error_ptr, step = exchanged
+    batch, in_batch, delay, phase, error_ptr, step = exchanged
     ROW: tl.constexpr = 4 * WARPS
     PROGRAMS: tl.constexpr = (H + UNITS - 1) // UNITS
     COUNT: tl.constexpr = (PROGRAMS + ROW - 1) // ROW
@@ -87,7 +87,8 @@ def exchange_pairs(
     own = in_phase(pack(tl.where(place == 0, first, second), tl.float32), phase)
     publish(pairs_at + 2 * program + place, own, here & (place < 2))
     left = tl.where(here, 2 * (PROGRAMS - place), 0)
-    words = collect(pairs_at + 2 * place, left, phase, error_ptr, step, COUNT, 2, 2 * ROW, 2, True)
+    delay = tl.where(delay < 0, -1, 0)  # no delay, but what timed out before is no more waited for
+    words = collect(pairs_at + 2 * place, left, phase, error_ptr, step, delay, COUNT, 2, 2 * ROW, 2, True)
     found = ()
     for n in tl.static_range(COUNT):
         one, other = words[2 * n].to(tl.float32, bitcast=True), words[2 * n + 1].to(tl.float32, bitcast=True)
@@ -217,7 +218,7 @@ def lstm_cooperative_forward_kernel(
     affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H) if NORM_C else None
 
     step, tile = 0, tl.program_id(1)
-    seen, delay = None, None if AHEAD else tl.zeros_like(thread)
+    seen, delay = None, tl.zeros_like(thread)
     if AHEAD:
         words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
         seen = look(words[0], words[1], CHUNKS, 4, STRIDE, TOGETHER)
@@ -234,9 +235,8 @@ def lstm_cooperative_forward_kernel(
         if not AHEAD:
             words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
         words_at, left, of_column, from_h = words
-        h_prev = collect(words_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, seen, delay)
-        if not AHEAD:
-            h_prev, delay = h_prev[: 4 * CHUNKS], h_prev[4 * CHUNKS]
+        h_prev = collect(words_at, left, 0, error_ptr, step, delay, CHUNKS, 4, STRIDE, TOGETHER, False, seen)
+        h_prev, delay = h_prev[: 4 * CHUNKS], h_prev[4 * CHUNKS]
         if PADDING:
             collected, h_prev = h_prev, ()
             for n in tl.static_range(4 * CHUNKS):
@@ -254,7 +254,7 @@ def lstm_cooperative_forward_kernel(
             seen = look(words[0], words[1], CHUNKS, 4, STRIDE, TOGETHER)
 
         # Gates and cell.
-        exchanged = (batch, in_batch, step % 2, error_ptr, step)
+        exchanged = (batch, in_batch, delay, step % 2, error_ptr, step)
         if NORM_HH:
             mean, scale_hh = moments_of_group(z, is_cell, pairs_hh_ptr, exchanged, H, UNITS, WARPS)
             z = normalise_gates(z, mean, scale_hh, gain_hh)
@@ -364,7 +364,7 @@ def lstm_cooperative_backward_kernel(
         row_next = indexing.row_of(indexing.time_of(step + 1, length, REVERSE), of_column, B)
         dgates_at = words_ptr + row_next * (4 * W) + part * K + first_word
         left = tl.where(in_column & (step < T - 1), K - first_word, 0)
-        dz = collect(dgates_at, left, 0, error_ptr, step, CHUNKS, 4, STRIDE, TOGETHER, False, None, delay)
+        dz = collect(dgates_at, left, 0, error_ptr, step, delay, CHUNKS, 4, STRIDE, TOGETHER, False)
         parts, delay = product(weights, dz[: 4 * CHUNKS], DTYPE), dz[4 * CHUNKS]
         has_sums = thread < SEQUENCES * SUM_ROW
         sums = sum_over_warps(parts, sum_rows, sum_sequences, has_sums, turn % 2, WARPS)
@@ -378,7 +378,7 @@ def lstm_cooperative_backward_kernel(
                 publish(to_at, in_phase(pack(sums[n], tl.float32), phase), wanted)
             parts_at = partials_ptr + batch.to(tl.int64) * (PARTS * H) + unit
             left = tl.where(in_tile, PARTS * H, 0)  # at every step: no phase is skipped
-            words = collect(parts_at, left, phase, error_ptr, step, PARTS, 1, H, 1, True, None, delay_of_sums)
+            words = collect(parts_at, left, phase, error_ptr, step, delay_of_sums, PARTS, 1, H, 1, True)
             delay_of_sums = words[PARTS]
             dh_next = words[0].to(tl.float32, bitcast=True)
             for n in tl.static_range(1, PARTS):
@@ -390,7 +390,7 @@ def lstm_cooperative_backward_kernel(
         dh = indexing.zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
 
         # Cell.
-        exchanged = (batch, in_batch, phase, error_ptr, step)
+        exchanged = (batch, in_batch, delay, phase, error_ptr, step)
         gates = indexing.as_float(gates)
         dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
         if NORM_C:

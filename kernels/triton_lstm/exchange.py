@@ -10,7 +10,7 @@ No memory is overwritten while a program may still read it, and none is reset in
 
 Waits are bounded. A poll is one load of a counter or of words, and the word after the error word limits the polls of a
 wait (timeouts.py). A longer wait times out: the error word is set to step + 1, and the missing values count as NaN.
-Later steps do not wait for long, so that the launch ends.
+A program remembers that, since the host may have cleared the error word by then, and looks once where it would wait.
 """
 
 import triton
@@ -155,24 +155,24 @@ def collect(
     at,  # [THREADS] pointers to words: of the first group
     left,  # [THREADS] how many words there are from here on; none where not positive
     phase,  # 0 or 1, if PHASED
-    error_ptr, step, GROUPS: tl.constexpr,
+    error_ptr, step,
+    delay,  # [THREADS] how long to wait before the first poll, see LONGER; -1 once a wait of the program timed out
+    GROUPS: tl.constexpr,
     SIZE: tl.constexpr,  # words of a group, neighbours
     STRIDE: tl.constexpr,  # words from one group to the next
     TOGETHER: tl.constexpr,  # 1, 2 or 4: neighbours of one load; they lie at a multiple of as many words
     PHASED: tl.constexpr,
-    seen=None,  # what `look` returned for the same place, instead of a first poll
-    delay=None,  # or how long to wait before the first poll, [THREADS]; see LONGER
+    seen=None,  # what `look` returned for the same place, instead of a delay and a first poll
 ):  # fmt: skip
     """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32; others are zero. Relaxed loads of
     gpu scope, repeated while a word is the sentinel or, if PHASED, of the other phase; each warp polls for itself.
-    If a delay is given, that of the next wait for the same words follows them."""
+    The delay of the next wait for the same words follows them."""
     SEEN: tl.constexpr = seen is not None
-    DELAYED: tl.constexpr = delay is not None
-    RESULTS: tl.constexpr = GROUPS * SIZE + DELAYED
-    given = (at, left, phase, error_ptr, step + 1)
-    given = given + seen if SEEN else given + (delay,) if DELAYED else given
+    RESULTS: tl.constexpr = GROUPS * SIZE + 1
+    given = (at, left, phase, error_ptr, step + 1, delay)
+    given = given + seen if SEEN else given
     return tl.inline_asm_elementwise(
-        polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, SEEN, delayed=DELAYED),
+        polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, SEEN),
         operands("=&r", RESULTS, "l", 1, "r", 2, "l", 1, "r", len(given) - 4),
         given, dtype=types(tl.int32, RESULTS), is_pure=False, pack=1,
     )  # fmt: skip
@@ -190,29 +190,29 @@ def look(at, left, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexp
 @constexpr_function
 def polling_loop(
     groups: int, size: int, stride: int, together: int,
-    phased: bool = False, seen: bool = False, once: bool = False, delayed: bool = False,
+    phased: bool = False, seen: bool = False, once: bool = False,
 ) -> str:  # fmt: skip
     """PTX that loads words until all are there, or a program timed out; missing words become the sentinel, a NaN.
 
-    Operands: the words and, if `delayed`, the next delay; the place of the first, how many are left; unless they are
-    loaded `once`, the phase, the error word, its value, and the words of a first look if they were `seen`, or the
-    delay. A pass loads at once all groups of neighbours of which one is still missing. The lanes of a warp loop
-    together, by vote.
+    Operands: the words and, unless they are loaded `once`, the next delay; the place of the first, how many are left;
+    unless `once` the phase, the error word, its value, the delay, and the words of a first look if they were `seen`.
+    A pass loads at once all groups of neighbours of which one is still missing. A warp's lanes loop together, by vote.
     """
     count = groups * size
-    results = count + delayed
+    results = count + (not once)
     at, left, phase, error, step, delay = (f"${results + n}" for n in range(6))
     firsts = range(0, count, together)  # the first words of all loads
     offset = {n: n // size * stride + n % size for n in firsts}
     lines = [
-        ".reg .pred any, yes, " + ", ".join(f"missing{n}" for n in firsts) + ";",
+        ".reg .pred any, yes, lost, " + ", ".join(f"missing{n}" for n in firsts) + ";",
         ".reg .b32 seen, polls, rest, step;", ".reg .b64 error;", "mov.b32 polls, 0;",
     ]  # fmt: skip
-    lines += [] if once else [f"mov.b64 error, {error};", f"mov.b32 step, {step};"]
+    if not once:
+        lines += [f"mov.b64 error, {error};", f"mov.b32 step, {step};", f"setp.lt.s32 lost, {delay}, 0;"]
     for n in firsts:
         lines.append(f"setp.gt.s32 missing{n}, {left}, {offset[n]};")
-        lines += [f"mov.b32 ${n + i}, {f'${results + 5 + n + i}' if seen else 0};" for i in range(together)]
-    if delayed:  # the vote keeps the compiler from leaving out a loop that computes nothing
+        lines += [f"mov.b32 ${n + i}, {f'${results + 6 + n + i}' if seen else 0};" for i in range(together)]
+    if not (once or seen):  # the vote keeps the compiler from leaving out a loop that computes nothing
         lines += [
             f"shr.s32 rest, {delay}, 4;", "DELAY:", "add.s32 rest, rest, -1;", "setp.ge.s32 any, rest, 0;",
             "vote.sync.any.pred any, any, -1;", "@any bra DELAY;",
@@ -238,12 +238,13 @@ def polling_loop(
             lines += [f"max.u32 seen, seen, ${n + i};" for i in range(1, together)]
             lines.append(f"setp.eq.u32 missing{n}, seen, -1;")
         lines.append(f"or.pred any, any, missing{n};")
-    lines += ["vote.sync.any.pred any, any, -1;", "@!any bra DONE;", AGAIN.value]
+    lines += ["vote.sync.any.pred any, any, -1;", "@!any bra DONE;", "@lost bra TIMED_OUT;", AGAIN.value]
+    lines.append("setp.eq.s32 lost, polls, polls;")
     lines += [f"@missing{n} mov.b32 ${n + i}, -1;" for n in firsts for i in range(together)] if phased else []
-    lines.append("DONE:")
-    if delayed:
+    lines += ["DONE:", "mov.b32 rest, 0;"]
+    if not seen:
         lines += [
             "setp.eq.s32 any, polls, 0;", f"selp.b32 rest, -{SHORTER}, {LONGER}, any;", f"add.s32 rest, rest, {delay};",
-            "max.s32 rest, rest, 0;", f"min.s32 ${count}, rest, {LONGEST};",
+            "max.s32 rest, rest, 0;", f"min.s32 rest, rest, {LONGEST};",
         ]  # fmt: skip
-    return "\n".join(["{", *lines, "}"])
+    return "\n".join(["{", *lines, f"selp.b32 ${count}, -1, rest, lost;", "}"])

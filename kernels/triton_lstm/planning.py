@@ -273,7 +273,7 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
     sums = ceil(rows / (4 * warps)) if backward else 4
     instructions = 18 * plan.k + 270 * problem.normalised
     if backward:
-        instructions += 245 + 42 * sums if plan.parts > 1 else 211
+        instructions += 245 + 42 * sums if plan.parts > 1 else 218
     else:
         instructions += 210 + 1.5 * units + 8 * plan.k * plan.ahead  # words are requested ahead
     return instructions, 2 * plan.k * rows // 16, rows + 4 * sums * warps

@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     load_rows_of(begin.row);
 
     int turn = 0;
+    bool lost = false;
     Delay delay;
     for (int step = 0; step < T; ++step)
         for (auto walk = begin; walk.tile < B; walk.next(), turn ^= 1) {
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
             delay.pass();
             typename Rows::Words h_prev(h + row_of(time_before, of_column, B) * W + product.lane.first_word,
                                         of_column < B ? W - product.lane.first_word : 0);
-            delay.learn(product.multiply(h_prev, turn, {error, step}));
+            delay.learn(product.multiply(h_prev, turn, {error, step, lost}));
 
             // Gates and cell.
             const float2 z_if = Rows::sum(own.unit, own.sequence, turn);
@@ -174,6 +175,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     load_rows_of(begin.row);
 
     int turn = 0;
+    bool lost = false;
     Delay delay, delay_of_sums;
     for (int step = T - 1; step >= 0; --step)
         for (auto walk = begin; walk.tile < B; walk.next(), turn ^= 1) {
@@ -205,7 +207,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             delay.pass();
             typename Rows::Words dz(dgates + (row_after * 4 + 4 / PARTS * part) * W + product.lane.first_word,
                                     step < T - 1 & of_column < B ? K - product.lane.first_word : 0);
-            delay.learn(product.multiply(dz, turn, {error, step}));
+            delay.learn(product.multiply(dz, turn, {error, step, lost}));
 
             // The gradient through the step after, for the thread's cell.
             float from_next;
@@ -228,7 +230,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
                 float parts[PARTS];
                 delay_of_sums.pass();
                 delay_of_sums.learn(await_phase(parts, partials + static_cast<long long>(batch) * PARTS * H + unit, H,
-                                                in_batch, phase, {error, step}));
+                                                in_batch, phase, {error, step, lost}));
                 from_next = parts[0];
 #pragma unroll
                 for (int n = 1; n < PARTS; ++n) from_next += parts[n];

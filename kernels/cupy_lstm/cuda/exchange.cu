@@ -5,7 +5,8 @@
 // last bit is its step's phase. A reader loads a word until it is the one it waits for.
 //
 // The word after the error word says how often a warp may poll. A warp beyond this limit times out: it writes step + 1
-// into the error word, and the missing values count as NaN. Later steps do not wait for long, so that the launch ends.
+// into the error word, and the missing values count as NaN. It remembers that, since the host may have cleared the error
+// word by then, and looks once where it would wait, so that the launch ends.
 
 constexpr unsigned SENTINEL = 0xFFFFFFFF;
 constexpr unsigned A_NAN = 0x7FC00000;    // not the sentinel
@@ -38,19 +39,23 @@ __device__ unsigned pack(float x) {
 // A float whose last bit is a phase, 0 or 1: it costs half a unit in the last place.
 __device__ inline unsigned in_phase(float x, int phase) { return (pack<float>(x) & ~1u) | phase; }
 
-// Limits how long a warp polls.
+// Limits how long a warp polls. `lost`, of the whole launch: whether it timed out, or saw that another one did.
 struct Polling {
     int* error;
     int step;
+    bool& lost;
     int polls = 0;
 
     // Whether to poll again.
     __device__ bool goes_on() {
+        if (lost) return false;
         if (++polls % POLLS_BETWEEN_CHECKS) return true;
-        if (any_of_warp(load_from_host(error) != 0)) return false;
-        if (!any_of_warp(polls >= load_from_host(error + 1))) return true;
-        store_to_host(error, step + 1);
-        return false;
+        lost = any_of_warp(load_from_host(error) != 0);
+        if (!lost && any_of_warp(polls >= load_from_host(error + 1))) {
+            store_to_host(error, step + 1);
+            lost = true;
+        }
+        return !lost;
     }
 };
 
