@@ -271,7 +271,7 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
         return instructions, products, shared
     rows = units * (plan.parts if backward else 4)  # of weights
     sums = ceil(rows / (4 * warps)) if backward else 4
-    instructions = 18 * plan.k + 270 * problem.normalised
+    instructions = 18 * plan.k + 290 * problem.normalised
     if backward:
         instructions += 245 + 42 * sums if plan.parts > 1 else 218
     else:
