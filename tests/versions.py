@@ -14,7 +14,7 @@ FOLDERS = ROOT / ".venv-versions"
 VERSIONS = (["triton==3.4.0", "numpy<2.4"], ["triton==3.6.0", "numpy<2.4"], ["triton"])
 TESTS = (
     "layer", "sequence_kernels", "faults", "planning", "compile", "first_call", "devices", "plan_cache",
-    "ops", "concurrent_interpreter", "extremes", "exchange_ptx",
+    "ops", "concurrent_interpreter", "extremes", "exchange_ptx", "contract", "memory_checks",
 )  # fmt: skip
 
 
