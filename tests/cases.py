@@ -179,12 +179,13 @@ def check(
     That is torch's own module, where it can run the call; else our backend "torch" or "reference", whose own numbers
     must be right within some units in the last place: a fault that it shares with ours would not show otherwise.
     """
-    named, errors = set(words.split()), {}
+    named, errors, truths = set(words.split()), {}, []
     form = next((FORMS[word] for word in named if word in FORMS), None)
     for seed in range(seeds):
         ours = with_random_parameters(built(size, named, backend=backend), seed).to(device, dtype)
         call = call_of(ours, size, named, seed)
         found, true = result_of(ours, call, named, seed, form), truth_of(ours, call, named, seed)
+        truths.append(partial(arrays_of, ours, call, named, seed))
         names = list(true)[: 3 if named & {"stream", "no-grad"} else None]
         assert list(found) == names
         if dtype is torch.float64:
@@ -204,7 +205,7 @@ def check(
     if errors:
         for name, of_seeds in errors.items():
             assert_right(name, of_seeds, torch.finfo(dtype).eps if yardstick is None else 2.0**-10)
-        judge(errors, dtype, kind)
+        judge(errors, dtype, kind, truths, size[0])
 
 
 def assert_right(name: str, errors: list, last_place: float) -> None:
@@ -222,8 +223,15 @@ def result_of(module: nn.Module, call: Call, words: set[str], seed: int, form: C
         return results(module, x, hx, call=form and partial(form, module), seed=seed, **rest)
 
 
-def truth_of(module: nn.Module, call: Call, words: set[str], seed: int) -> dict[str, Tensor]:
-    """What `result_of` should be, by the oracle, from the numbers of the module's dtype.
+def arrays_of(module: nn.Module, call: Call, words: set[str], seed: int, kind: type[np.ndarray]) -> dict:
+    """As comparing.Truth."""
+    return {name: t.numpy() for name, t in truth_of(module, call, words, seed, kind).items()}
+
+
+def truth_of(
+    module: nn.Module, call: Call, words: set[str], seed: int, kind: type[np.ndarray] = np.ndarray
+) -> dict[str, Tensor]:
+    """What `result_of` should be, by the oracle, from the numbers of the module's dtype, with arrays of a kind.
 
     For a large call on a GPU by the float64 reference there, since NumPy's loops would be slow.
     """
@@ -235,4 +243,4 @@ def truth_of(module: nn.Module, call: Call, words: set[str], seed: int) -> dict[
         return {name: t.cpu() for name, t in result_of(twin, exact, words, seed, None).items()}
     sizes = exact.x.shape[1::-1] if module.batch_first else exact.x.shape[:2]
     noises = noises_of(module, seed, *sizes) if words & NOISE else None
-    return truth(module, exact.x, exact.hx, noises=noises, **exact.rest)
+    return truth(module, exact.x, exact.hx, noises=noises, kind=kind, **exact.rest)

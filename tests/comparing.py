@@ -98,6 +98,10 @@ class Example:
         dh, dh_n, dc_n = (g.numpy() for g in self.output_gradients)
         return [*results, *oracle.layer_gradients(*inputs, tape=tape, dh=dh, dh_n=dh_n, dc_n=dc_n, **noise)]
 
+    def named_truth(self, kind: type[np.ndarray]) -> dict[str, np.ndarray | None]:
+        """The same by NAMES."""
+        return dict(zip(NAMES, self.truth(kind)))
+
     def truth_for(self, device: str) -> list[np.ndarray | None]:
         """The same; for a large example on a GPU by the float64 reference there, since NumPy's loops would be slow."""
         if device == "cpu" or self.output_gradients[0].numel() <= LARGE:
@@ -201,10 +205,16 @@ def assert_as_good_as_torch(
             if true is not None:
                 our_error, their_error = (t.detach().double().cpu().numpy() - true for t in (our, their))
                 errors.setdefault(name, []).append((our_error, their_error, true))
-    judge(errors, dtype, yardstick, examples)
+    judge(errors, dtype, yardstick, [given.named_truth for given in examples], len(examples[0].tensors[0]))
 
 
-def judge(errors: Errors, dtype: torch.dtype, yardstick: str = "torch", examples: Sequence[Example] = ()) -> None:
+Truth = Callable[[type[np.ndarray]], dict[str, np.ndarray | None]]
+"""truth(kind): the results of an example, by the oracle, which computes with arrays of a kind."""
+
+
+def judge(
+    errors: Errors, dtype: torch.dtype, yardstick: str = "torch", truths: Sequence[Truth] = (), steps: int = 1
+) -> None:
     """The RMS error of every result and gradient is at most twice that of the yardstick in the same dtype.
 
     An RMS below the unit in the last place of the largest element counts as that unit; in half precision, where
@@ -215,8 +225,8 @@ def judge(errors: Errors, dtype: torch.dtype, yardstick: str = "torch", examples
     biased, as they are where results are truncated, not rounded.
 
     Where a few errors decide the yardstick's RMS, it is chance: now and then one library rounds them all luckily.
-    There results may be wrong by 4 times what `counted` makes of the roundings on the way to them in `examples`, or by
-    2 times in half precision, where kernels round less than half as many numbers as the formulas have.
+    There results may be wrong by 4 times what `counted` makes of the roundings on the way to the `truths`, or by 2 times
+    in half precision, where kernels round less than half as many numbers as the formulas have.
     """
     limits: dict[str, tuple[float, float]] = {}
     for name, found in errors.items():
@@ -228,17 +238,17 @@ def judge(errors: Errors, dtype: torch.dtype, yardstick: str = "torch", examples
             own = _rms(torch.from_numpy(true).to(dtype).double().numpy() - true)
             if yardstick == "torch":
                 least = own
-            elif examples and ours.size >= FEW:
-                least = min(least, (OF_A_STEP * len(examples[0].tensors[0])) ** 0.5 * own)
+            elif truths and ours.size >= FEW:
+                least = min(least, (OF_A_STEP * steps) ** 0.5 * own)
             (leans, chance), (their_leans, _) = (_leaning(error, true, dtype) for error in (ours, theirs))
             assert abs(leans) <= max(0.25, 2 * abs(their_leans)) + chance, (
                 f"{name}: errors are {leans:.2f} units in the last place away from zero on average "
                 f"({yardstick}'s own {their_leans:.2f}): is something cut off, not rounded?"
             )
         allowed = 2 * max(_rms(theirs), least)
-        small = bool(examples) and examples[0].output_gradients[0].numel() <= LARGE
-        if small and dtype is not torch.float64 and allowed < _rms(ours) < FAR * allowed:
-            limits = limits or counted(examples, dtype)
+        small = next(iter(errors.values()))[0][2].size <= LARGE
+        if truths and small and dtype is not torch.float64 and allowed < _rms(ours) < FAR * allowed:
+            limits = limits or counted(truths, dtype)
             rms, independent = limits[name]
             allowed = max(allowed, SIGMAS[dtype.itemsize] * rms) if independent < FEW else allowed
         worst = max((parts[0] for parts in found), key=lambda error: np.abs(error).max(initial=0.0))
@@ -249,8 +259,8 @@ def judge(errors: Errors, dtype: torch.dtype, yardstick: str = "torch", examples
         )
 
 
-def counted(examples: Sequence[Example], dtype: torch.dtype, draws: int = 16) -> dict[str, tuple[float, float]]:
-    """By NAMES: the RMS error that the roundings on the way to a result make of it, and of how many errors.
+def counted(truths: Sequence[Truth], dtype: torch.dtype, draws: int = 16) -> dict[str, tuple[float, float]]:
+    """By name: the RMS error that the roundings on the way to a result make of it, and of how many errors.
 
     They are as many as the formulas have: the oracle rounds after each of its operations (roundings.py). So a K-long
     product counts sqrt(K), a step's cell about 20, and those of T steps, with what gates' slopes, cancellations and
@@ -262,14 +272,13 @@ def counted(examples: Sequence[Example], dtype: torch.dtype, draws: int = 16) ->
     a factor of 2 between RMS errors is 5 in 10^8.
     """
     generator, squares = np.random.default_rng(0), {}
-    for given in examples:
-        truth = given.truth()
+    for truth in truths:
+        exact = truth(np.ndarray)
         for draw in range(draws):
-            for name, true, found in zip(NAMES, truth, given.truth(rounding_as(dtype, generator))):
-                if true is not None:
-                    squares.setdefault(name, [[] for _ in range(draws)])[draw].append(
-                        (np.asarray(found) - true).ravel() ** 2
-                    )
+            for name, found in truth(rounding_as(dtype, generator)).items():
+                if found is not None:
+                    error = np.asarray(found) - np.asarray(exact[name])
+                    squares.setdefault(name, [[] for _ in range(draws)])[draw].append(error.ravel() ** 2)
     of_draws = {name: np.array([np.concatenate(parts).mean() for parts in found]) for name, found in squares.items()}
     return {name: (float(found.mean() ** 0.5), float(2 * found.mean() ** 2 / max(found.var(), np.finfo(float).tiny)))
             for name, found in of_draws.items()}  # fmt: skip

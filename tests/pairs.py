@@ -126,20 +126,34 @@ def weighing(found: list, dtype: torch.dtype | None = None) -> list[Tensor]:
     return [torch.randn(tuple(t.shape)).to(t if dtype is None else dtype) for t in found]
 
 
-def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, noises=None) -> dict[str, Tensor]:
-    """What `results` of an LSTM or StackedLSTM, batched, should be: by the oracle, with `noises` [L][D] of a call."""
+def truth(
+    module,
+    x,
+    hx=None,
+    *,
+    lengths=None,
+    resets=None,
+    reset_states=None,
+    noises=None,
+    kind: type[np.ndarray] = np.ndarray,
+) -> dict[str, Tensor]:
+    """What `results` of an LSTM or StackedLSTM, batched, should be: by the oracle, with `noises` [L][D] of a call.
+
+    It computes with arrays of a `kind`.
+    """
     names, layers = weights_of(module)
+    layers = tree_map_only(np.ndarray, lambda a: a.view(kind), layers)
 
     def turned(t):  # between the user's layout and time-major
         return t.swapaxes(0, 1) if module.batch_first else t
 
-    x = turned(x.double().numpy())
+    x = turned(x.double().numpy().view(kind))
     states = zeros_for(layers, x.shape[1])
     if hx is not None:
-        states = rows_of(module, [t.double().numpy() for t in tree_leaves(hx)])
+        states = rows_of(module, [t.double().numpy().view(kind) for t in tree_leaves(hx)])
     if reset_states is not None:
         forms = [vjp(partial(each_step, module, len(x)), t.double()) for t in tree_leaves(reset_states)]
-        left = rows_of(module, [t.numpy() for t, _ in forms])
+        left = rows_of(module, [t.numpy().view(kind) for t, _ in forms])
         noises = noises or [[{} for _ in layer] for layer in left]
         noises = [[of | dict(reset_h=h, reset_c=c) for of, (h, c) in zip(*layer)] for layer in zip(noises, left)]
     ragged = dict(lengths=lengths, resets=None if resets is None else turned(resets))
@@ -153,11 +167,13 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
     if hx is not None:
         named |= zip(names_of(found, "d"), leaves_of(module, dstates))
     if reset_states is not None:
-        pulled = (pull(torch.from_numpy(d))[0].numpy() for (_, pull), d in zip(forms, leaves_of(module, dleft)))
+        pulled = (
+            pull(torch.from_numpy(np.asarray(d)))[0].numpy() for (_, pull), d in zip(forms, leaves_of(module, dleft))
+        )
         named |= zip(names_of(found, "dreset_"), pulled)
     of_weights = dict(zip(*([t for layer in every for row in layer for t in row] for every in (names, dweights))))
     named |= {f"d{name}": of_weights[name] for name, _ in module.named_parameters()}
-    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in named.items()}
+    return {name: torch.from_numpy(np.asarray(value, order="C")) for name, value in named.items()}
 
 
 def noises_of(module: nn.Module, seed: int, steps: int = T, batch: int = B) -> list[list[dict]]:

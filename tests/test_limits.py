@@ -49,7 +49,7 @@ def problem() -> tuple[list[Example], list[list]]:
     return found, [given.truth() for given in found]
 
 
-limits = functools.cache(lambda: counted(problem()[0], F32))
+limits = functools.cache(lambda: counted([given.named_truth for given in problem()[0]], F32))
 
 
 def judged(monkeypatch, ours: list[list], theirs: list[list]) -> None:
@@ -60,7 +60,7 @@ def judged(monkeypatch, ours: list[list], theirs: list[list]) -> None:
         for name, our, their, true in zip(NAMES, *found):
             if true is not None:
                 errors.setdefault(name, []).append((np.asarray(our) - true, their - true, true))
-    judge(errors, F32, "reference", problem()[0])
+    judge(errors, F32, "reference", [given.named_truth for given in problem()[0]], 2)
 
 
 @pytest.mark.parametrize("term", TERMS)
