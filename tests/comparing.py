@@ -225,8 +225,8 @@ def judge(
     biased, as they are where results are truncated, not rounded.
 
     Where a few errors decide the yardstick's RMS, it is chance: now and then one library rounds them all luckily.
-    There results may be wrong by 4 times what `counted` makes of the roundings on the way to the `truths`, or by 2 times
-    in half precision, where kernels round less than half as many numbers as the formulas have.
+    There results may be wrong by 4 times what `counted` makes of the roundings on the way to the `truths`, or by 2
+    times in half precision, where kernels round less than half as many numbers as the formulas have.
     """
     limits: dict[str, tuple[float, float]] = {}
     for name, found in errors.items():
