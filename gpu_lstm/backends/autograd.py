@@ -61,9 +61,7 @@ class LSTMLayer(torch.autograd.Function):
     """Forward saves gates and cell states for backward; gradients of gradients are computed by reference.py."""
 
     @staticmethod
-    def forward(
-        ctx: Any, kernels: Any, recompute: bool, leading: bool, *given: Tensor | None
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    def forward(ctx: Any, kernels: Any, recompute: bool, leading: bool, *given: Tensor | None) -> tuple[Tensor, ...]:
         """h, h_n and c_n in the dtypes of h0 and c0."""
         inputs = Inputs(*given)
         h, h_n, c_n, gates, c = fused.forward(kernels, inputs, save=True)
@@ -81,13 +79,8 @@ class LSTMLayer(torch.autograd.Function):
             output_gradients = dh, *(None if d is None else d[0] for d in of_states)
         kernels, names = ctx.kernels, Inputs._fields[: len(given)]
         if is_transformed() or gradients_are_differentiated(h, [h, gates, c, *given, *output_gradients]):
-            kept, reverse = (h, gates, c), kernels.problem.reverse
-            return (
-                None,
-                None,
-                None,
-                *graph.gradients_of(reverse, kernels.backend, output_gradients, kept, needed, given),
-            )
+            kept, how = (h, gates, c), (kernels.problem.reverse, kernels.backend)
+            return None, None, None, *graph.gradients_of(*how, output_gradients, kept, needed, given)
         wanted = {name for name, need in zip(names, needed) if need}
         with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
             found = fused.gradients(kernels, Saved(Inputs(*given), h, gates, c), output_gradients, wanted)
