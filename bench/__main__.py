@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from gpu_lstm.__main__ import cuda_devices, why_no_cuda
+
 from . import cases, compare, gpu, host, measure, plots, ppo, report, results
 from .isolated import ROOT, checkout
 from .providers import OURS, PROVIDERS
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 case "host":
                     return host.run(options.cases, options.base)
                 case "gpu" if not torch.cuda.is_available():
-                    raise ValueError("there is no CUDA device here")
+                    raise ValueError(why_no_cuda())
             out = options.out or ROOT / "out" / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}"
             if options.command != "gpu":
                 chosen = cases.choose(torch.device(options.device).type, options.cases)
@@ -68,7 +70,7 @@ def show(file: Path) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    devices = ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+    devices = ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(cuda_devices())] + ["cpu"]
     device: Any = dict(choices=devices, default=devices[0], help="default here: %(default)s")
     base: Any = dict(metavar="REV", help="measure gpu_lstm in this commit, too, in turns, and compare")
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)

@@ -17,6 +17,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import torch
 
 import gpu_lstm
+from gpu_lstm.kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 
 from .cases import Case
 
@@ -66,7 +67,7 @@ def provenance(device: str) -> dict[str, Any]:
         "gpu_lstm": gpu_lstm.__version__, "python": platform.python_version(), "torch": torch.__version__,
         "triton": versions.get("triton"),
         "cupy": versions.get("cupy-cuda13x") or versions.get("cupy-cuda12x") or versions.get("cupy"),
-        "cuda": torch.version.cuda if cuda else None, "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "cuda": torch.version.cuda if cuda else None, "cudnn": cache.cudnn_version() if cuda else None,
         "driver": driver or None, "clock_mhz": clock or None, "schema": SCHEMA,
     }  # fmt: skip
 

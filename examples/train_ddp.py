@@ -162,7 +162,7 @@ def start() -> torch.device:
     """Join the other processes that torchrun has started, if any; returns the device of this one."""
     torch.set_num_threads(1)  # the processes share the cores
     device = torch.device("cpu")
-    if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+    if torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     alone = {} if dist.is_torchelastic_launched() else {"rank": 0, "world_size": 1, "store": dist.HashStore()}

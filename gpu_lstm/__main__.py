@@ -82,19 +82,37 @@ def _positive(text: str) -> int:
     return count
 
 
+def cuda_devices() -> int:
+    """How many CUDA devices torch can use; device_count() also counts those whose driver is too old for it."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def why_no_cuda() -> str:
+    """Why torch uses no CUDA device here, in its own words, and what helps."""
+    problem = "torch.cuda.is_available() is False"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the latter if it is built without CUDA
+        problem = " ".join(str(error).split()).removesuffix(".")
+    if "too old" in problem:
+        older = "a torch for CUDA 12: pip install torch --index-url https://download.pytorch.org/whl/cu126"
+        problem += f". This torch is for CUDA {torch.version.cuda}; a newer driver helps, or {older}"
+    return f"there is no CUDA device that torch can use: {problem}"
+
+
 # A command returns what --json prints, and the text without it.
 
 
 def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What a user gets, versions, environment and each device's backends: None where available, else why not."""
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(cuda_devices()))]
     variables = (BACKEND_VARIABLE, RACE_VARIABLE, cache.SHARED, "TRITON_INTERPRET")
     found: dict[str, Any] = {
         "summary": _summary(devices[:2][-1]),
         "versions": {
             "gpu_lstm": __version__, "python": platform.python_version(), "torch": torch.__version__,
             **{package: cache.version_of(package) for package in ("triton", "numpy", "cupy-cuda12x", "cupy-cuda13x")},
-            "CUDA of torch": torch.version.cuda,
+            "CUDA of torch": torch.version.cuda, "cuDNN of torch": cache.cudnn_version(),
         },
         "environment": {name: os.environ.get(name) for name in variables},
         "devices": [_diagnosis(device) for device in devices],
@@ -120,7 +138,7 @@ def _summary(device: torch.device) -> str:
     on_cpu, start = device.type == "cpu", "On this machine gpu_lstm.LSTM runs"
     where = "the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if backend not in KERNEL_BACKENDS:
-        why = "there is no CUDA device" if on_cpu else why_unavailable(Backend.TRITON, device, torch.float32)
+        why = why_no_cuda() if on_cpu else why_unavailable(Backend.TRITON, device, torch.float32)
         return f"{start} torch's own LSTM on {where}: {why}"
     verdicts, decisions = (
         [value for _, key, value in cache.entries(kind) if key.items() >= cache.machine(device).items()]

@@ -44,9 +44,17 @@ def machine(device: torch.device) -> Key:
     if device.type == "cuda":
         card, driver = torch.cuda.get_device_name(device), torch._C._cuda_getDriverVersion()
     return {
-        "card": card, "driver": driver, "torch": torch.__version__, "cuDNN": torch.backends.cudnn.version(),
+        "card": card, "driver": driver, "torch": torch.__version__, "cuDNN": cudnn_version(),
         "triton": version_of("triton"), "gpu_lstm": version_of("gpu-lstm"),
     }  # fmt: skip
+
+
+def cudnn_version() -> int | str | None:
+    """The version of cuDNN, or what torch says of one that it cannot use: another's library, or too new for a card."""
+    try:
+        return torch.backends.cudnn.version()
+    except RuntimeError as error:
+        return str(error)
 
 
 def version_of(package: str) -> str | None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import gpu_lstm
+from bench import __main__ as bench_main
+from bench import results
 from gpu_lstm.__main__ import main
 from gpu_lstm.backends import verify
 from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend, Racing
@@ -81,7 +83,7 @@ def test_the_doctor_names_versions_devices_and_backends_and_prints_no_secrets(mo
     assert next(iter(found)) == "summary"
     assert found["versions"]["torch"] == torch.__version__
     devices = {device["device"]: device for device in found["devices"]}
-    assert set(devices) == {"cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
+    assert set(devices) == {"cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() * torch.cuda.is_available()))}
     assert set(devices["cpu"]["backends"]) == {backend.value for backend in Backend} - {"auto"}
     assert (devices["cpu"]["auto"], devices["cpu"]["backends"]["torch"]) == ("torch", None)
 
@@ -109,14 +111,66 @@ def test_cached_results_are_the_users_alone(nothing_cached):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_the_doctor_says_why_a_backend_is_not_available():
     command = [sys.executable, "-m", "gpu_lstm"]
-    printed = subprocess.run(command, env={"TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=True).stdout
+    env = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     for pattern in (
-        r"^On this machine gpu_lstm.LSTM runs torch's own LSTM on the CPU: there is no CUDA device\n",
+        r"^On this machine gpu_lstm.LSTM runs torch's own LSTM on the CPU: there is no CUDA device that torch can "
+        r"use: \w",
         r"triton +not available: backend 'triton' runs on CUDA tensors, got cpu; with TRITON_INTERPRET=1 in the "
         r"environment it runs CPU tensors in Triton's interpreter\n",
         r"cupy +not available: ", r"reference +available",
     ):  # fmt: skip
         assert re.search(pattern, printed), pattern
+
+
+@pytest.fixture
+def old_driver(monkeypatch):
+    """A driver of CUDA 12.4 under a torch for CUDA 13: one card is counted, and not to be used. What torch says."""
+    told = "The NVIDIA driver on your system is too old (found version 12040).\nPlease update your GPU driver."
+
+    def refuse(*_):
+        raise RuntimeError(told)
+
+    for name, function in {"init": refuse, "get_device_capability": refuse, "get_device_name": refuse,
+                           "is_available": lambda: False, "device_count": lambda: 1}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    return told.replace("\n", " ").removesuffix(".")
+
+
+def test_under_a_driver_that_is_too_old_for_torch_the_doctor_says_so_and_what_helps(old_driver, capsys):
+    found = printed_by(capsys, "--json")
+    assert [device["device"] for device in found["devices"]] == ["cpu"]
+    said = (
+        f"on the CPU: there is no CUDA device that torch can use: {old_driver}. This torch is for CUDA 13.2; a newer "
+    )
+    assert said in found["summary"]
+    assert "pip install torch --index-url https://download.pytorch.org/whl/cu126" in printed_by(capsys)[0]
+
+
+def test_under_a_driver_that_is_too_old_the_benchmark_takes_the_cpu_and_says_why(old_driver, capsys, tmp_path):
+    assert bench_main._parser().parse_args([]).device == "cpu"
+    assert bench_main.main(["gpu", "--out", str(tmp_path / "out")]) == 2
+    assert old_driver in capsys.readouterr().err
+
+
+def test_a_cudnn_that_torch_refuses_is_named_and_stops_neither_the_doctor_nor_the_cache(monkeypatch, capsys):
+    told = "cuDNN version incompatibility: PyTorch was compiled against (9, 26, 0) but found runtime version (9, 1, 0)."
+
+    def refuse():
+        raise RuntimeError(told)
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", refuse)
+    cache.machine.cache_clear()
+    results.provenance.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    try:
+        assert cache.machine(CPU)["cuDNN"] == told
+        assert printed_by(capsys, "--json")["versions"]["cuDNN of torch"] == told
+        assert results.provenance("cuda")["cudnn"] == told
+    finally:
+        cache.machine.cache_clear()
+        results.provenance.cache_clear()
 
 
 @pytest.mark.parametrize("mode", ["on", "read"])

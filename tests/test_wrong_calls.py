@@ -215,7 +215,8 @@ COMMANDS = [
     (OURS, ["races", "--clear", "--export", "file"], "argument --export: not allowed with argument --clear$"),
     *((BENCH, ["compare", file, file], text + "; expected what `python -m bench` writes$") for file, text in (
         ("{binary}", "binary.csv: .*"), ("{results}", "results.zip: .*"), ("{empty}", "empty.csv: No columns .*"))),
-    (BENCH, ["readme"], "old.csv: schema 1.*"), (BENCH, ["gpu", "--out", "{absent}"], "there is no CUDA device here$"),
+    (BENCH, ["readme"], "old.csv: schema 1.*"),
+    (BENCH, ["gpu", "--out", "{absent}"], "there is no CUDA device that torch can use: "),
     *((BENCH, ["gpu", "--minutes", minutes, "--out", "{absent}"],
        f"argument --minutes: expected more than 0 minutes, got '{minutes}'$") for minutes in ("-3", "nan")),
     *((BENCH, line.split(), text) for line, text in (
