@@ -156,7 +156,9 @@ def test_more_than_65535_steps():
     y[-1].sum().backward()
     torchs.load_state_dict(lstm.state_dict())
     with torch.no_grad():
-        theirs, _ = torchs(x)
+        first, states = torchs(x[:40_000])  # in two calls, as cuDNN refuses more than 65,535 steps
+        second, _ = torchs(x[40_000:], states)
+    theirs = torch.cat([first, second])
     torch.testing.assert_close(y, theirs, rtol=1e-3, atol=1e-3)  # torch's takes TF32 by default, and so does ours
     assert x.grad[-50:].abs().sum() > 0
 

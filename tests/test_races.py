@@ -397,13 +397,26 @@ def test_a_cached_race_that_lies_is_ignored_with_one_line_and_written_again(card
             assert cache.merge([exported]) == 0
 
 
-@pytest.mark.parametrize(("steps", "winner"), [(65_000, "torch"), (70_000, "triton")])
+@pytest.mark.parametrize(("steps", "winner"), [(65_535, "torch"), (65_536, "triton"), (70_000, "triton")])
 def test_more_steps_than_cudnn_runs_are_not_given_to_it(stubbed, monkeypatch, steps, winner):
     """Though a race is of fewer steps, which torch would win."""
     monkeypatch.setattr(race, "LONGEST", 3)  # the interpreter is slow
     stubbed(triton=2e-3, torch=1e-3)
     call = _call(x=torch.zeros(steps, 1, 4))
     assert race.decide(call, kind_of(call), Backend.TRITON).backend.value == winner
+
+
+def test_a_part_of_a_card_is_another_card(monkeypatch):
+    """As MIG makes it, by the same name."""
+    monkeypatch.setattr(cache, "machine", lambda device: {"card": "a card"})
+    kind, cuda = kind_of(_call()), torch.device("cuda", 0)
+
+    def key(count):
+        properties = SimpleNamespace(multi_processor_count=count)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        return race._key(kind, Backend.TRITON, cuda)
+
+    assert key(132) == key(132) != key(60)
 
 
 def test_another_number_of_multiprocessors_left_free_is_another_race(stubbed, monkeypatch):

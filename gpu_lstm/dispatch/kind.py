@@ -9,7 +9,7 @@ from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels.problem import Problem  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 
-MOST_OF_CUDNN = 65_536  # steps of a sequence, as Kind.steps counts them: cuDNN refuses more than 65,535
+MOST_OF_CUDNN = 65_535  # steps of a sequence
 
 
 class Kind(NamedTuple):
@@ -19,7 +19,7 @@ class Kind(NamedTuple):
     directions: int
     training: bool  # forward and backward
     recompute: bool
-    steps: int  # T, rounded up to a power of two
+    steps: int  # T, rounded up to a power of two; more than MOST_OF_CUDNN + 1 where cuDNN refuses it
     norm_ih: bool  # a layer norm of W_ih x, which is outside the time loop
     like: Problem  # of the first layer; in the key of a race B is rounded up to a power of two
 
@@ -38,7 +38,7 @@ class Kind(NamedTuple):
         """What torch's own LSTM lacks; None: it can run all of it."""
         if self.like.regularised:
             return "recurrent dropout or zoneout"
-        if self.steps > MOST_OF_CUDNN:
+        if self.steps > MOST_OF_CUDNN + 1:
             return f"sequences of more than {MOST_OF_CUDNN:,} steps"
         return "states to reset to" if self.like.reset_c else self.variant and self.variant.replace("_", " ")
 
@@ -70,7 +70,8 @@ def kind_of(call: Call) -> Kind:
         lengths = traversal.lengths.dtype
     zoneout_h, zoneout_c = ((3 if options.training else 0) if p else None for p in options.zoneout)
     reset_c, norm_ih, *norms = traversal.reset_states is not None, *(t is not None for t in weights[6:])
-    steps = size_class(int(call.steps))
+    steps = int(call.steps)
+    steps = size_class(steps + (steps == MOST_OF_CUDNN + 1))
     like = Problem(
         min(steps, 2), int(call.batch), hidden, dtype, projected,
         call.modes.precision if dtype is torch.float32 else "ieee", reverse=options.reverse, lengths=lengths,
