@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import cache
+
 KERNELS = (
     "lstm_cooperative_forward_kernel",
     "lstm_cooperative_backward_kernel",
@@ -77,14 +79,33 @@ def spare_multiprocessors(count: int) -> int:
     Raises:
         ValueError: the environment does not name a number below `count`.
     """
+    global _whole_card
     text = os.environ.get(SPARE)
     if not text:
-        distributed = torch.distributed
-        ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-        return int(count * SPARE_OF_RANKS) if ranks > 1 else 0
+        several = _several_ranks()
+        _whole_card |= count > 0 and not several and torch.distributed.is_available()
+        return int(count * SPARE_OF_RANKS) if several else 0
     if not text.isdecimal() or int(text) >= count:
         raise ValueError(f"expected a number below {count} in the environment variable {SPARE}, got {text!r}")
     return int(text)
+
+
+_whole_card = False  # whether a plan may have been chosen for it, since there was one rank
+
+
+def _several_ranks() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _warn_of_ranks() -> None:
+    """Plans that are in use keep the multiprocessors that they were chosen for: graphs and saved tensors hold them."""
+    global _whole_card
+    _whole_card = False
+    cache.warn_once(
+        "kernels were chosen for the whole card before torch.distributed had several ranks, and leave none of it to "
+        f"those of NCCL: call init_process_group before the first call of a layer, or set {SPARE}"
+    )
 
 
 def error_word(device: torch.device, kernel: str, trial: bool = False) -> Tensor:
@@ -105,6 +126,8 @@ def raise_if_timed_out(device: torch.device) -> None:
     Raises:
         RuntimeError: with the kernel, the step and the device. It is raised once.
     """
+    if _whole_card and torch.distributed.is_initialized() and _several_ranks():
+        _warn_of_ranks()
     words = _words.get(device)
     if words is None or words.as_bytes.raw == words.none:
         return

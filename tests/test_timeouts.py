@@ -13,7 +13,7 @@ from places import cooperative
 from standing_in import few_polls
 
 import gpu_lstm
-from gpu_lstm.kernels import timeouts
+from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.cupy_lstm import planning
 from gpu_lstm.kernels.triton_lstm import choose, launch
 from gpu_lstm.kernels.triton_lstm import cooperative as cooperative_kernels
@@ -59,7 +59,7 @@ import gpu_lstm.kernels.cupy_lstm.launch
 gpu_lstm.LSTM(3, 4)(torch.zeros(5, 2, 3))
 gpu_lstm.check()
 assert not [name for name in sys.modules if "triton_lstm" in name or name.startswith("cupy")]
-from gpu_lstm.kernels import timeouts
+from gpu_lstm.kernels import cache, timeouts
 timeouts.error_word(torch.device("cpu"), "lstm_cooperative_backward_kernel")[0] = 8
 """
     environment, run = os.environ | {"TRITON_INTERPRET": "1"}, [sys.executable, "-c", script]
@@ -127,6 +127,23 @@ def test_multiprocessors_are_left_where_there_are_several_ranks_or_the_environme
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # where the driver is not asked
     cuda = torch.device("cuda", 0)
     assert choose.card_of(cuda).multiprocessors == planning.card_of(cuda).multiprocessors == 129
+
+
+def test_a_plan_for_the_whole_card_that_came_before_several_ranks_is_warned_of_in_the_next_call(monkeypatch, recwarn):
+    monkeypatch.setattr(timeouts, "_whole_card", False)
+    cache.warn_once.cache_clear()
+    ranks = iter([1, 1, 2, 2])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: next(ranks))
+    assert timeouts.spare_multiprocessors(0) == 0, "on a CPU nothing is planned"
+    timeouts.raise_if_timed_out(CPU)
+    ranks = iter([1, 1, 2])
+    assert timeouts.spare_multiprocessors(132) == 0
+    timeouts.raise_if_timed_out(CPU)
+    assert not recwarn
+    with pytest.warns(UserWarning, match="call init_process_group before the first call of a layer"):
+        timeouts.raise_if_timed_out(CPU)
+    timeouts.raise_if_timed_out(CPU)  # which asks nobody any more
 
 
 def test_a_forked_child_does_not_report_at_exit(monkeypatch, capsys):
