@@ -280,7 +280,7 @@ def rows() -> list:
         return sm in known and (on_h100 or (is_bf16 and is_large and (case.plan.chunks or sm in (70, 75))))
 
     cases = list(filter(is_wanted, cuda_kernels.cases(h100=False)))
-    assert {80, 86, 89, 90, 100, 120} <= {case.card.architecture for case in cases}
+    assert set(known) == {case.card.architecture for case in cases} >= {80, 86, 89, 90}  # 100 and 120 from CUDA 12.8 on
     assert {cuda_kernels.compile_for(case).log for case in cases} == {""}
     return list(zip(cases, cuda_kernels.reports(cases)))
 
