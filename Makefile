@@ -8,6 +8,8 @@ FOR_DOCS := .venv/.for-docs
 # A worker begins with half of the tests, file by file, so that what a file builds is built once, and takes from the other
 # in the end.
 ON_ALL_CORES := -n auto --dist worksteal
+# Kernels are interpreted only where no GPU is visible.
+NO_GPU := CUDA_VISIBLE_DEVICES=
 
 .PHONY: demo lesson lesson-page docs kernels-page bounds-page test test-quick test-versions mutants soak bench lint clean
 
@@ -35,26 +37,31 @@ kernels-page: $(INSTALLED)
 bounds-page: $(INSTALLED)
 	$(BIN)/python docs/bounds.py
 
+# As on a machine without a GPU; then, if there is one, what runs on it. A GPU that torch cannot use is an error.
+test: NONE_IS_FINE := $(if $(PYTEST),|| test $$? = 5)  # if a choice of tests has none for a GPU
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ON_ALL_CORES) $(PYTEST)
+	$(NO_GPU) $(BIN)/python -m pytest $(ON_ALL_CORES) $(PYTEST)
+	@if nvidia-smi -L 2> /dev/null; then \
+		$(BIN)/python -m pytest $(ON_ALL_CORES) -m "gpu or device" --require-gpu $(PYTEST) $(NONE_IS_FINE); \
+	else echo "There is no GPU here: tests that need one were skipped"; fi
 
 # The inner loop leaves out what takes most: whole files of kernels in the interpreter, compiling, the benchmark's runs.
 SLOW_FILES := layer sequence_kernels cupy_kernels extremes bench bench_providers concurrent_interpreter exchange_ptx \
 	compile cupy_launch
 
 test-quick: $(INSTALLED)
-	$(BIN)/python -m pytest $(ON_ALL_CORES) -m "not slow" $(SLOW_FILES:%=--ignore tests/test_%.py) $(PYTEST)
+	$(NO_GPU) $(BIN)/python -m pytest $(ON_ALL_CORES) -m "not slow" $(SLOW_FILES:%=--ignore tests/test_%.py) $(PYTEST)
 
 test-versions: $(INSTALLED)
-	$(BIN)/python tests/versions.py $(PYTEST)
+	$(NO_GPU) $(BIN)/python tests/versions.py $(PYTEST)
 
 # Plants single faults in copies of the tree and asks the tests. An hour and more; it goes on where it was stopped.
 mutants: $(INSTALLED)
-	$(BIN)/python tests/mutants.py $(MUTANTS)
+	$(NO_GPU) $(BIN)/python tests/mutants.py $(MUTANTS)
 
 # Ten minutes of random calls, each against the oracle; nothing may grow.
 soak: $(INSTALLED)
-	PYTHONPATH=tests TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(SOAK)
+	$(NO_GPU) PYTHONPATH=tests TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(SOAK)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench

@@ -21,12 +21,27 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+BYTES_OF_A_WORKER = 4 << 30  # on a card: its context, what Triton loads, and the tensors of most tests
+
+
 def pytest_addoption(parser):
     parser.addoption("--require-gpu", action="store_true", help="fail, rather than skip, what needs a GPU")
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for -n auto
+def pytest_xdist_auto_num_workers(config):
+    """On a card no more than its free memory holds."""
+    if torch.cuda.is_available():
+        return max(1, min(os.cpu_count() or 1, torch.cuda.mem_get_info()[0] // BYTES_OF_A_WORKER))
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else ()
+        is_ours = "device" in item.fixturenames and "device" not in parameters  # the fixture below
+        if is_ours or vars(item.module).keys() & {"DEVICE", "PLACES", "every_backend"}:
+            item.add_marker(pytest.mark.device)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             if config.getoption("--require-gpu"):
                 item.add_marker(pytest.mark.usefixtures("no_gpu_is_an_error"))

@@ -1,5 +1,6 @@
 """What .github has, and docs/ci.md: valid, safe, and every command, file, input and version that they name exists."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import check_jsonschema
 import pytest
+import torch
 import yaml
+from installed import load
 
 import gpu_lstm
 from bench.__main__ import main as bench_main
@@ -109,6 +112,43 @@ def test_scripts_are_bash_without_expressions_and_name_files_and_make_targets_th
     for name in named:
         made = name.startswith((".venv/", "bench/results/"))  # by the workflow; by whoever stores a run
         assert made or (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("cards", [0, 1])
+@pytest.mark.parametrize("chosen", ["", "tests/test_main.py"])
+def test_make_test_hides_a_gpu_from_what_is_interpreted_and_then_runs_what_needs_it(tmp_path, cards, chosen):
+    """By a python that says what it is given, and ends as where no test was chosen if there are cards."""
+    for name, lines in {
+        "python": f'echo "${{CUDA_VISIBLE_DEVICES-visible}}: $@"; case "$*" in *require-gpu*) exit {5 * cards};; esac',
+        "nvidia-smi": f"exit {1 - cards}", "installed": "",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "0"}
+    settings = f"BIN={tmp_path}", f"INSTALLED={tmp_path / 'installed'}", f"PYTEST={chosen}"
+    done = run("make", "--silent", *settings, "test", env=environment)
+    hidden, then, *_ = done.stdout.splitlines()
+    assert hidden.startswith(": -m pytest -n auto")
+    assert "gpu" not in hidden
+    if cards:
+        assert then == f"0: -m pytest -n auto --dist worksteal -m gpu or device --require-gpu {chosen}".rstrip()
+    else:
+        assert then == "There is no GPU here: tests that need one were skipped"
+    assert (done.returncode == 0) == (not cards or bool(chosen)), done.stderr
+
+
+def test_on_a_card_there_are_no_more_workers_than_its_memory_holds_and_what_runs_there_is_marked(monkeypatch, request):
+    conftest = load(ROOT / "tests" / "conftest.py")
+    assert conftest.pytest_xdist_auto_num_workers(request.config) is None or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    for gigabytes, workers in {1: 1, 15: 3, 23: 5, 79: 16}.items():
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=gigabytes << 30: (free, 80 << 30))
+        assert conftest.pytest_xdist_auto_num_workers(request.config) == workers
+    chosen = "test_gpu", "test_ops", "test_lstm", "test_planning"
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu or device"]
+    said = run(*command, *(f"tests/{name}.py" for name in chosen)).stdout
+    assert set(re.findall(r"^tests/(\w+)\.py::", said, flags=re.MULTILINE)) == {"test_gpu", "test_ops", "test_lstm"}
 
 
 def test_inputs_of_this_repositorys_action_exist_and_so_do_commands_and_their_options(capsys):
