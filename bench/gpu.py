@@ -1,8 +1,8 @@
 """The whole check of a CUDA machine in one command, the most informative parts first: see docs/first_gpu_run.md."""
 
-import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,14 +11,15 @@ from pathlib import Path
 from . import cases, measure
 from .isolated import ROOT
 
-FIRST, HELD, STREAM = (f"tests/test_{name}.py" for name in ("gpu", "hog", "stream"))
+FIRST, HELD, STREAM, *OF_CUPY = (f"tests/test_{name}.py" for name in ("gpu", "hog", "stream", "layer", "cupy_kernels"))
 PYTEST = ["pytest", "-v", "-m", "gpu", "--require-gpu", "-rfE"]
-# Name, arguments (several processes compile kernels at once), and when it ends, of the time. First one problem, alone,
-# since a fault in it explains all others; and the same beside a kernel that holds multiprocessors.
-HEADLINE = "headline", [FIRST, HELD, "-k", "headline or hog"], 0.15
-FAMILIES = "families", [FIRST, STREAM, "-k", "not headline", "-n", "4"], 0.35
-GRID_UNTIL = 0.75
-CUPY = "cupy", [*(f"--ignore={file}" for file in (FIRST, HELD, STREAM)), "-n", "4"], 1.0  # which may not be there
+# Name, arguments (with -n auto as many processes compile kernels at once as the machine can hold), and when it ends, of
+# the time. First one problem, alone, since a fault in it explains all others; and the same beside a kernel that holds
+# multiprocessors. The families compile some hundred kernels, of several seconds each.
+HEADLINE = "headline", [FIRST, HELD, "-k", "headline or hog"], 0.2
+FAMILIES = "families", [FIRST, STREAM, "-k", "not headline", "-n", "auto"], 0.6
+GRID_UNTIL = 0.85
+CUPY = "cupy", [*OF_CUPY, "-n", "auto"], 1.0  # which may not be there
 
 
 def run(minutes: float, out: Path, device: str = "cuda") -> int:
@@ -45,7 +46,7 @@ def tests(name: str, arguments: list[str], deadline: float, out: Path) -> list[s
     if code is None:
         passed, failed = (len(re.findall(rf"\b{outcome}\b", said)) for outcome in ("PASSED", "FAILED"))
         counts = f"{passed} passed and {failed} failed before"
-        failures.append(f"HUNG {name}: stopped after {limit_s:.0f} s; {counts}; the last line was: {last}")
+        failures.append(f"STOPPED {name}: after {limit_s:.0f} s; {counts}; the last line was: {last}")
     elif code:
         failures.append(f"{name}: pytest ended with {code}")
     return failures
@@ -55,6 +56,13 @@ def command(module: list[str], limit_s: float, log: Path) -> tuple[str, int | No
     """Run a module in the checkout; return its output, also in `log`, and exit code, None if it took too long."""
     env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "2")
     words, code = [sys.executable, "-m", *module], None
-    with log.open("w") as out, contextlib.suppress(subprocess.TimeoutExpired):
-        code = subprocess.run(words, cwd=ROOT, stdout=out, stderr=out, env=env, timeout=limit_s).returncode
+    with log.open("w") as out:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=out, env=env, start_new_session=True)
+        try:
+            code = process.wait(limit_s)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # with the workers of pytest, of which one may hold the card
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
     return log.read_text(errors="replace"), code

@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
+import os
 import re
+import select
 import shutil
 import subprocess
 import time
@@ -399,10 +401,14 @@ def test_bench_gpu_rehearsed_on_a_cpu(capsys, tmp_path, monkeypatch):
     assert headline[-4:] == ["tests/test_gpu.py", "tests/test_hog.py", "-k", "headline or hog"]
     assert re.findall(r"def (test_\w*headline\w*)", (ROOT / "tests/test_gpu.py").read_text()) == ["test_the_headline"]
     assert "not headline" in families
-    ignored = {word.removeprefix("--ignore=") for word in cupy if word.startswith("--ignore")}
-    assert ignored == {word for word in (*headline, *families) if word.startswith("tests/")}
+    marks = r"^(@|pytestmark = )pytest\.mark\.gpu|^def .*host_or_card"
+    marked = {path for path in (ROOT / "tests").glob("test_*.py") if re.search(marks, path.read_text(), re.MULTILINE)}
+    ran = {word for word in (*headline, *families, *cupy) if word.startswith("tests/")}
+    assert ran == {f"tests/{path.name}" for path in marked}
     assert all({"--require-gpu", "gpu"} <= set(words) for words in (headline, families, cupy))
     assert asked[1][1] == pytest.approx(gpu.HEADLINE[2] * 40, abs=1)
+    families_s = (gpu.FAMILIES[2] - gpu.HEADLINE[2]) * (60 * 8 - 20)
+    assert families_s > 180, "some hundred kernels of several seconds each, in four processes"
     assert all(asking[1] >= 1 for asking in asked)
 
 
@@ -412,3 +418,25 @@ def test_elsewhere_those_for_every_case_take_part_and_a_command_that_hangs_is_st
     assert providers.taking_part(["cell-loop"], headline=False) == ["torch", "torch-flat", "cell-loop"]
     assert gpu.command(["timeit", "-n", "1", "import time; time.sleep(600)"], 0.5, tmp_path / "log")[1] is None
     assert gpu.command(["platform"], 60.0, tmp_path / "log")[1] == 0
+
+
+@pytest.mark.parametrize("error", [subprocess.TimeoutExpired("", 1), KeyboardInterrupt()], ids=["limit", "user"])
+def test_what_a_stopped_command_has_started_is_stopped_too(tmp_path, monkeypatch, error):
+    """As pytest's workers, one of which may hold the card beside what is timed next. Here it holds a pipe."""
+    os.mkfifo(path := tmp_path / "pipe")
+    wait, pipe = subprocess.Popen.wait, os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+    def once_it_has_begun(process, timeout=None):
+        if timeout is None:
+            return wait(process)
+        assert select.select([pipe], [], [], 60)[0]
+        assert os.read(pipe, 9) == b"begun\n"
+        raise error
+
+    monkeypatch.setattr(subprocess.Popen, "wait", once_it_has_begun)
+    code = f"import subprocess; subprocess.run(['sh', '-c', 'exec > {path}; echo begun; sleep 600'])"
+    with contextlib.suppress(KeyboardInterrupt):
+        gpu.command(["timeit", "-n", "1", code], 600.0, tmp_path / "log")
+    assert select.select([pipe], [], [], 20)[0]
+    assert os.read(pipe, 9) == b"", "nobody can write any more"
+    os.close(pipe)
