@@ -7,6 +7,8 @@ Tensors are on the CPU, and layers are told that they run on cuda:0. Kernels com
 
 import contextlib
 import ctypes
+import importlib
+import io
 import json
 import os
 import sys
@@ -58,7 +60,7 @@ def be_a_card() -> None:
     """Stub torch.cuda as far as Triton's driver and the library need it; calls on CPU tensors count as on a card."""
     stream = mock.Mock(cuda_stream=0)
     for name, value in dict(
-        is_available=lambda: True, current_device=lambda: 0, set_device=lambda device: None,
+        is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, set_device=lambda device: None,
         device=lambda device: contextlib.nullcontext(), current_stream=lambda device=None: stream,
         get_device_properties=lambda device=None: PROPERTIES, get_device_name=lambda device=None: PROPERTIES.name,
         get_device_capability=lambda device=None: (9, 0), is_current_stream_capturing=_capturing,
@@ -266,6 +268,36 @@ def capture() -> list:
     plant(capturing=0)
     one_pass(problem, Pass(save=False), 5, layer)
     return [*results, events()]
+
+
+def notebook() -> dict:
+    """examples/colab_gpu.ipynb on Colab, its tensors on the CPU, by kernels that leave NaN: what it runs and says."""
+    believe()
+    cells = json.loads((Path(__file__).parents[1] / "examples/colab_gpu.ipynb").read_text())["cells"]
+    first, *others = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    names, ran, said = {}, [], io.StringIO()
+    colab = mock.patch.dict(sys.modules, {"google.colab": mock.Mock()})
+    with colab, mock.patch("subprocess.run", lambda command, check: ran.append(command)):
+        for version in ("12.6", "13.2"):
+            torch.version.cuda = version
+            exec(first, names)
+    main = importlib.import_module("gpu_lstm.__main__").main
+
+    def doctor(command: list[str]) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert (command[:3], main(command[3:])) == ([sys.executable, "-m", "gpu_lstm"], 0)
+        return printed.getvalue().replace('"device": "cuda:0"', '"device": "cpu:0"')
+
+    source = "\n".join(others)
+    for there, smaller in {
+        "[(512, 16, 128), (512, 64, 256), (256, 16, 768), (128, 256, 512)]": "[(6, 3, 32)]", "rounds=15": "rounds=2",
+    }.items():  # fmt: skip
+        assert there in source
+        source = source.replace(there, smaller)
+    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    with contextlib.redirect_stdout(said):
+        exec(source, names | {"subprocess": SimpleNamespace(check_output=doctor)})
+    return dict(ran=ran, said=said.getvalue())
 
 
 def training(believed: int) -> dict:

@@ -1,14 +1,29 @@
 """What a card, its driver and its machine can do to a first call: what the user sees, and that the numbers survive."""
 
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from installed import ROOT
 
+import gpu_lstm
+from bench import __main__ as bench_main
+from bench import cases
+from gpu_lstm.__main__ import main
+from gpu_lstm.backends import schedule
+from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
+from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm import choose, launch
+from gpu_lstm.kernels.triton_lstm import choose, exchange, launch
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 
 CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
@@ -84,3 +99,59 @@ def test_the_last_smaller_batch_of_an_epoch_compiles_nothing(monkeypatch, hidden
     larger = launch.layer_of(problem._replace(batch=4096), CUDA)
     assert larger.chosen(which).plan == choose.plans(larger.problem, H100, backward)[0], "it may not fit a larger one"
     launch.forget()
+
+
+PAGE = (ROOT / "docs" / "first_gpu_run.md").read_text()
+SPANS = [*re.findall(r"```\n(.*?)\n```", PAGE, re.DOTALL), *re.findall(r"`([^`\n]+)`", PAGE)]
+COLLECT = """
+import json, pytest, sys
+options = "--collect-only", "-q", "-p", "no:cacheprovider"
+print(json.dumps([int(pytest.main([*words, *options])) for words in json.loads(sys.argv[1])]))
+"""
+
+
+def commands(module: str) -> list[list[str]]:
+    """The arguments of each command of a module on the page of the first run."""
+    start = f"python -m {module}"
+    return [shlex.split(span)[3:] for span in dict.fromkeys(SPANS) if f"{span} ".startswith(f"{start} ")]
+
+
+def test_every_command_of_the_page_of_the_first_run_is_understood(capsys):
+    for words in commands("bench"):
+        options = bench_main._parser().parse_args(words)
+        assert cases.choose("cuda", options.cases)
+    for words in commands("gpu_lstm"):
+        plan = [*words, "--hidden", "768", "--batch", "16", "--device", "h100"]  # of which the page speaks
+        assert main(plan if words == ["plan"] else words) == 0
+    capsys.readouterr()
+    assert all(len(commands(module)) > 2 for module in ("bench", "gpu_lstm", "pytest"))
+    with mock.patch("gpu_lstm.autotune", mock.create_autospec(gpu_lstm.autotune)) as autotune:
+        eval(next(span for span in SPANS if span.startswith("gpu_lstm.autotune(")))
+    autotune.assert_called_once()
+
+
+@pytest.mark.slow
+def test_every_pytest_command_of_the_page_of_the_first_run_finds_tests():
+    found = commands("pytest")
+    for words in found:
+        assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
+    command = [sys.executable, "-c", COLLECT, json.dumps(found)]
+    said = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True).stdout
+    assert json.loads(said.splitlines()[-1]) == [0] * len(found)
+
+
+def test_every_name_on_the_page_of_the_first_run_exists():
+    folders = ROOT / "gpu_lstm", ROOT / "kernels", ROOT / "tests"
+    files = [path.as_posix() for folder in folders for path in folder.rglob("*.py")]
+    for name in (span for span in SPANS if span.endswith(".py") and " " not in span):
+        assert any(file.endswith(f"/{name}") for file in files), name
+    extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    for names in re.findall(r"\.\[([\w,]+)\]", PAGE):
+        assert set(names.split(",")) <= extras, names
+    variables = {timeouts.TIMEOUT, timeouts.SPARE, choices.BACKEND_VARIABLE}
+    assert set(re.findall(r"GPU_LSTM_\w+", PAGE)) == variables
+    assert callable(schedule.schedule_of)
+    assert callable(choose.plans)
+    assert "`LONGER = 0` in `exchange.py`" in PAGE
+    assert "LONGER" in vars(exchange)
+    assert "def test_two_grids_at_once" in (ROOT / "tests" / "test_gpu.py").read_text()

@@ -3,12 +3,16 @@
 Each scenario is a function of rehearsal.py, in a process of its own, where kernels are compiled.
 """
 
+import contextlib
 import json
 import math
 import os
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -38,20 +42,33 @@ def driver(tmp_path_factory):
 @pytest.fixture
 def start(driver, tmp_path):
     """start(scenario): its process, with results of its own on disk; those of a test share them."""
-    numbers = iter(range(9))
+    with starting(driver, tmp_path) as start:
+        yield start
+
+
+@contextlib.contextmanager
+def starting(driver, tmp_path):
+    """No process outlives it, nor a compiler that one has started, however the test ends."""
+    numbers, started = iter(range(9)), []
 
     def start(*scenario, **environment):
-        settings = os.environ | {
+        names = "TRITON_INTERPRET", "GPU_LSTM_BACKEND", "GPU_LSTM_RACE", "GPU_LSTM_CACHE", "CC"
+        settings = {name: value for name, value in os.environ.items() if name not in names} | {
             "TRITON_LIBCUDA_PATH": str(driver), "TRITON_CACHE_DIR": str(driver / "triton"), "OMP_NUM_THREADS": "1",
             "XDG_CACHE_HOME": str(tmp_path), "DRIVER_STUB_LOG": str(tmp_path / f"log{next(numbers)}"),
             "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, sys.path)]),
         } | environment  # fmt: skip
-        for name in ("TRITON_INTERPRET", "GPU_LSTM_BACKEND", "GPU_LSTM_RACE", "GPU_LSTM_CACHE", "CC"):
-            settings.pop(name, None)
-        command = [sys.executable, HERE / "rehearsal.py", *scenario]
-        return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command, pipes = [sys.executable, HERE / "rehearsal.py", *scenario], dict.fromkeys(("stdout", "stderr"), PIPE)
+        started.append(subprocess.Popen(command, env=settings, text=True, start_new_session=True, **pipes))
+        return started[-1]
 
-    return start
+    try:
+        yield start
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
 
 
 @pytest.fixture
@@ -64,6 +81,21 @@ def results_of(process):
     said, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, errors
     return json.loads(said.splitlines()[-1])
+
+
+def test_a_compiler_that_hangs_does_not_outlive_its_test(driver, tmp_path):
+    """It holds a pipe here, at whose end nobody can write to it any more."""
+    os.mkfifo(path := tmp_path / "pipe")
+    compiler, pipe = tmp_path / "cc", os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    compiler.write_text(f"#!/bin/sh\nexec > {path}; echo begun; sleep 600\n")
+    compiler.chmod(0o755)
+    with starting(driver, tmp_path) as start:
+        start("training", "believed=1", CC=str(compiler), TRITON_CACHE_DIR=str(tmp_path / "triton"))
+        assert select.select([pipe], [], [], SECONDS)[0]
+        assert os.read(pipe, 9) == b"begun\n"
+    assert select.select([pipe], [], [], 20)[0]
+    assert os.read(pipe, 9) == b""
+    os.close(pipe)
 
 
 def test_kernels_get_what_they_are_meant_to_by_one_compilation_of_each_kind(rehearse, tmp_path):
@@ -157,6 +189,20 @@ def test_a_word_that_never_arrives(rehearse):
     assert call["error"].startswith("RuntimeError: lstm_cooperative_forward_kernel timed out at step 4 on cuda:0")
     assert "the results of that launch, and of all launches since, are wrong" in call["error"]
     assert later["error"] is None, "it is raised once"
+
+
+def test_the_notebook_for_a_card_installs_what_there_is_and_calls_nan_wrong(rehearse):
+    """All of its cells, as on Colab, up to the line to send back."""
+    found = rehearse("notebook", MPLBACKEND="Agg")
+    (clone, *_), installs = found["ran"], found["ran"][1::2]
+    project = (HERE.parent / "pyproject.toml").read_text()
+    assert f'"{clone[-1]}"' in project
+    assert [install[-2] for install in installs] == ["./gpu_lstm[cupy12]", "./gpu_lstm[cupy13]"]
+    assert all(f"\n{extra} = [" in project for extra in ("cupy12", "cupy13"))
+    assert "T6 B3 H32: error inf of what is allowed   WRONG" in found["said"]
+    line = json.loads(found["said"].splitlines()[-1])
+    assert (line["device"], line["backend"]) == ("a stub, compute capability 9.0", "triton")
+    assert [row[:4] for row in line["rows"]] == [[6, 3, 32, math.inf]]
 
 
 def test_a_second_process_compiles_verifies_and_races_nothing(start):
