@@ -25,7 +25,14 @@ BYTES_OF_A_WORKER = 4 << 30  # on a card: its context, what Triton loads, and th
 
 
 def pytest_addoption(parser):
-    parser.addoption("--require-gpu", action="store_true", help="fail, rather than skip, what needs a GPU")
+    parser.addoption("--require-gpu", action="store_true", help="an error where there is no GPU, not skipped tests")
+
+
+def pytest_configure(config):
+    if config.getoption("--require-gpu") and not torch.cuda.is_available():
+        from gpu_lstm.__main__ import why_no_cuda
+
+        raise pytest.UsageError(f"--require-gpu: {why_no_cuda()}")
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for -n auto
@@ -43,15 +50,7 @@ def pytest_collection_modifyitems(config, items):
         if is_ours or vars(item.module).keys() & {"DEVICE", "PLACES", "every_backend"}:
             item.add_marker(pytest.mark.device)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            if config.getoption("--require-gpu"):
-                item.add_marker(pytest.mark.usefixtures("no_gpu_is_an_error"))
-            else:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-@pytest.fixture
-def no_gpu_is_an_error():
-    pytest.fail("needs a CUDA device, and --require-gpu was given")
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def pytest_collection_finish():

@@ -135,7 +135,9 @@ def test_every_pytest_command_of_the_page_of_the_first_run_finds_tests():
     found = commands("pytest")
     for words in found:
         assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
-    command = [sys.executable, "-c", COLLECT, json.dumps(found)]
+    there = [[word for word in words if word != "--require-gpu"] for words in found]
+    assert [len(words) for words in there] == [len(words) - 1 for words in found]
+    command = [sys.executable, "-c", COLLECT, json.dumps(there)]
     said = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True).stdout
     assert json.loads(said.splitlines()[-1]) == [0] * len(found)
 

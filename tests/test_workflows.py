@@ -137,6 +137,13 @@ def test_make_test_hides_a_gpu_from_what_is_interpreted_and_then_runs_what_needs
     assert (done.returncode == 0) == (not cards or bool(chosen)), done.stderr
 
 
+def test_a_gpu_that_is_required_and_cannot_be_used_is_an_error_at_once_with_torchs_reason():
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--require-gpu", "tests/test_hog.py"]
+    done = run(*command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--require-gpu: there is no CUDA device that torch can use: " in done.stderr
+
+
 def test_on_a_card_there_are_no_more_workers_than_its_memory_holds_and_what_runs_there_is_marked(monkeypatch, request):
     conftest = load(ROOT / "tests" / "conftest.py")
     assert conftest.pytest_xdist_auto_num_workers(request.config) is None or torch.cuda.is_available()
