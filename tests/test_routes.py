@@ -316,6 +316,25 @@ def test_what_a_race_is_about_is_in_its_key():
     assert len(keys) == len(calls)
 
 
+def test_the_bias_of_a_layer_norm_is_in_a_route(monkeypatch):
+    """The only tensor of lstm_layer that its options say nothing about."""
+    launched, layer = as_a_card(monkeypatch), Function(normed=True)
+    layer.backend = "triton"
+    for layer.bias_c in (True, False):
+        layer(X)
+    assert [problem.norms for _, problem in launched] == [(False, True, True), (False, True, False)]
+
+
+def test_kernels_under_autocast_are_those_of_a_module_in_half_precision(monkeypatch):
+    """Whatever float32 is multiplied in: what was measured and verified for one of them is found for the other."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    lstm = gpu_lstm.LSTM(2, 2)
+    with torch.autocast("cpu", torch.float16):
+        kind = kind_of(prepare(lstm._options(), lstm._weights(), X))
+    lstm.half()
+    assert kind == kind_of(prepare(lstm._options(), lstm._weights(), X.half()))
+
+
 @pytest.mark.parametrize("name", ["gain_hh_l1", "bias_c_l0", "weight_peephole_l1"])
 def test_all_layers_have_the_same_cell(name):
     """A kind of call, and so a route, has one cell: what is None in one layer alone would choose another's kernels."""
