@@ -124,6 +124,20 @@ def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch
     assert all(map(torch.equal, lstm.parameters(), before))
 
 
+def test_the_race_of_a_long_call_is_about_its_first_steps(stubbed, monkeypatch):
+    """With its lengths and resets up to there: with longer ones the kernels would fail, and lose."""
+    samples, run_by = [], race.run_by
+    monkeypatch.setattr(race, "LONGEST", 2)
+    monkeypatch.setattr(race, "run_by", lambda route, call: samples.append(call) or run_by(route, call))
+    ran, resets = stubbed(), torch.rand(3, 3) < 0.5
+    LSTM(X, lengths=torch.tensor([3, 0, 1]), resets=resets)
+    assert ran == ["race", "triton", "torch"]
+    for sample in samples:
+        assert (sample.steps, sample.x.shape) == (2, (2, 3, 4))
+        assert sample.traversal.lengths.tolist() == [2, 0, 1]
+        assert torch.equal(sample.traversal.resets, resets[:2])
+
+
 def test_each_kind_has_a_race_of_its_own_and_sizes_count_by_classes(stubbed):
     ran, others = stubbed(), (gpu_lstm.LSTM(4, 6), gpu_lstm.LSTM(4, 5, 2), gpu_lstm.StackedLSTM(4, [5, 6]))
     calls = [
