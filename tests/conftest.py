@@ -93,9 +93,9 @@ def kernels_are_given_what_they_expect_and_write_nowhere_else():
         assert_contract(layer, gates, r)
         return forward(layer, gates, r, save)
 
-    def checked_backward(layer, dh, dh_n, dc_n, gates, c, r, *of_h0):
+    def checked_backward(layer, dh, dh_n, dc_n, gates, c, r, of_h0=True):
         assert_contract(layer, gates, r)
-        return backward(layer, dh, dh_n, dc_n, gates, c, r, *of_h0)
+        return backward(layer, dh, dh_n, dc_n, gates, c, r, of_h0)
 
     Layer.forward, Layer.backward = checked_forward, checked_backward
 
