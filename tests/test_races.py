@@ -324,6 +324,16 @@ def test_the_expected_winner(monkeypatch, family, tiles_per_group, options, winn
     assert race.expected_winner(kind, able, X.device).backend.value == winner
 
 
+def test_the_expected_winner_depends_on_every_layer_as_it_shares_the_card(monkeypatch):
+    """Once for both of its directions, whose kernels are alike."""
+    asked, plan = [], SimpleNamespace(family=SimpleNamespace(value="resident"), tiles_per_group=1, held=0)
+    layer = SimpleNamespace(chosen=lambda which: Chosen(plan, False))
+    monkeypatch.setattr(kernels, "layer_of", lambda backend, problem, device: asked.append(problem) or layer)
+    kind = kind_of(_call(gpu_lstm.StackedLSTM(4, [5, 6], bidirectional=True)))
+    race.expected_winner(kind, Backend.TRITON, X.device)
+    assert [(problem.hidden, problem.side_by_side) for problem in asked] == [(5, 2), (6, 2)]
+
+
 @pytest.mark.parametrize(("hidden", "options", "winner"), [
     (5, {}, "triton"), (2048, {}, "torch"), (2048, dict(lengths=torch.tensor([3, 1, 2])), "triton"),
 ])  # fmt: skip
