@@ -101,6 +101,14 @@ def test_the_small_problem_has_all_that_its_kind_has(problem):
     assert found._replace(steps=problem.steps) == problem
 
 
+def test_the_sequences_of_the_small_problem_have_every_length_and_some_a_reset_at_every_step():
+    problem = PLAIN._replace(**RAGGED, batch=6)
+    inputs = verify.Small(problem, Pass(), _given(problem)).inputs
+    assert set(inputs.lengths.tolist()) == set(range(len(inputs.x) + 1))
+    assert inputs.resets.any(1).all()  # the first and the last one, too
+    assert not inputs.resets.all(1).any()
+
+
 @pytest.mark.parametrize("name", ["x", "h0", "c0", "weight_hh", "reset_h", "reset_c"])
 def test_every_gradient_of_a_recurrence_is_verified(monkeypatch, name):
     right = fused.gradients
@@ -187,6 +195,7 @@ def test_the_small_problem_is_laid_out_as_the_call_is():
     for t in (inputs.reset_h, inputs.reset_c):
         assert t.stride(0) == 0
         assert t[0].std() > 0.5
+    assert verify.laid_out(torch.rand(2, 3), torch.zeros(3).expand(2, 3)).stride() == (0, 1)
     assert _verify_given(problem, given) is None
 
 
