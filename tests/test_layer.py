@@ -42,6 +42,7 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
                         "layer norms peepholes states both"),
      (2, "6,4,3,5,2", MIX, "deep both states", f"{MOST} masks", f"{MOST} expected", "layer both ragged states",
       "stream deep", "packed both"),
+     (2, "1,4,3,5", "deep both ragged resets", "stack both ragged resets"),  # as initial states that are zero
      (2, "1,1,1,3", f"{MIX} masks", f"{OF_ALL} masks both", f"{MOST} expected deep", "unbatched both states", "cell"),
      (2, "5,1,3,4,2", "unbatched both batch-first ragged states", "unbatched state", "unbatched deep no-hx resets")),
     ("reference torch", F64, (2, "6,4,5,5", "residual ragged", "residual resets")),
