@@ -296,7 +296,7 @@ def test_a_kind_and_explain_name_the_kernels_that_run(monkeypatch, case, mode):
         assert told.launches == len(launched)
 
 
-def test_what_a_race_is_about_is_in_its_key():
+def test_what_a_race_is_about_is_in_its_key(monkeypatch):
     """Two kinds of calls that differ in one of these are raced on their own."""
     given: dict = dict(lengths=torch.tensor([3, 1, 2]), resets=torch.zeros(4, 3, dtype=torch.bool))
     states = given | dict(reset_states=(torch.zeros(1, 3, 2), torch.zeros(1, 3, 2)))
@@ -307,13 +307,24 @@ def test_what_a_race_is_about_is_in_its_key():
         (dict(zoneout=0.5), {}),
         (dict(peepholes=True), {}),
         (dict(recompute=True), {}),
+        (dict(bidirectional=True), {}),
+        (dict(proj_size=1), {}),
+        (dict(dtype=torch.float64), {}),
     ]
     keys = set()
-    for arguments, own in calls:
-        lstm = gpu_lstm.LSTM(2, 2, **arguments)
-        call = prepare(lstm._options(), lstm._weights(), torch.zeros(4, 3, 2), **own)
+
+    def add_key(lstm, **own):
+        call = prepare(lstm._options(), lstm._weights(), torch.zeros(4, 3, 2, dtype=lstm.weight_ih_l0.dtype), **own)
         keys.add(str(kind_of(call).as_json()))
-    assert len(keys) == len(calls)
+
+    for arguments, own in calls:
+        add_key(gpu_lstm.LSTM(2, 2, **arguments), **own)
+    with torch.no_grad():
+        add_key(gpu_lstm.LSTM(2, 2))
+    for precision in ("tf32", "ieee"):  # of which one is that of the calls above
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+        add_key(gpu_lstm.LSTM(2, 2))
+    assert len(keys) == len(calls) + 2
 
 
 def test_the_bias_of_a_layer_norm_is_in_a_route(monkeypatch):
