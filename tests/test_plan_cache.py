@@ -90,6 +90,12 @@ def test_a_plan_is_for_one_kind_of_problem(change):
     assert measured_plan(PROBLEM, H100, False) == (PLAN if change in KEYS else another)
 
 
+@pytest.mark.parametrize("change", [dict(name="another"), dict(multiprocessors=66)], ids=str)
+def test_a_plan_is_for_one_card_and_what_a_context_has_of_it(change):
+    keep_measured(PROBLEM, H100, False, PLAN)
+    assert measured_plan(PROBLEM, dataclasses.replace(H100, **change), False) is None
+
+
 @pytest.mark.parametrize("change", ["card", "driver", "torch", "cuDNN", "triton", "gpu_lstm"])
 def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch, change):
     """Each may change who is faster, or which kernel is right: what was found with another does not count."""
