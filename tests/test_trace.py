@@ -105,6 +105,7 @@ def test_the_picture_shows_one_sequence():
             assert panel.title.get_color() == HUES[panel.get_title()]
     with pytest.raises(ValueError, match="sequence 1 has no steps"):
         traced.plot(1)
+    assert gpu_lstm.trace(lstm, inputs()[:1].float()).plot(B - 1)  # of more sequences than steps
     panels = gpu_lstm.trace(gpu_lstm.LSTM(I, H, proj_size=2), inputs().float()).plot().axes
     assert [axes.images[0].get_array().shape for axes in panels[:6]] == [(H, T)] * 5 + [(2, T)]  # h's own units
     assert [bool(axes.yaxis.get_tick_params()["labelleft"]) for axes in panels[:6]] == [True, *[False] * 4, True]
