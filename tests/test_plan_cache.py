@@ -1,6 +1,7 @@
 """Measured plans: autotuning finds the fastest; what is broken on disk stops no call, and nothing written is lost."""
 
 import dataclasses
+import importlib
 import json
 import logging
 import multiprocessing
@@ -220,6 +221,15 @@ def test_not_while_a_graph_is_captured(an_h100, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
         autotune.autotune(PROBLEM, CUDA)
+
+
+def test_what_is_measured_is_a_layer_of_the_sizes_given(monkeypatch):
+    tool, measure = importlib.import_module("gpu_lstm.tools.autotune"), Mock(return_value={})
+    monkeypatch.setattr(tool, "why_unavailable", lambda *_: None)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(autotune, "autotune", measure)
+    gpu_lstm.autotune(64, 3, steps=7, dtype=torch.float16, proj_size=16, device="cpu")
+    measure.assert_called_once_with(Problem(7, 3, 64, torch.float16, 16), torch.device("cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
