@@ -191,15 +191,29 @@ def test_a_step_is_replayed_from_a_graph(hidden):
     torch.testing.assert_close(steps, lstm(x)[0], rtol=0, atol=8 * torch.finfo(torch.bfloat16).eps)
 
 
-def test_a_replay_reports_that_an_earlier_one_timed_out(monkeypatch):
-    """A graph asks nobody, so that the stream looks before each replay."""
+@pytest.fixture
+def replayed(monkeypatch):
+    """A step is a graph, whose replay runs nothing."""
 
     def captured(step, device):
         y = step()
-        return lambda: y  # nothing of ours runs
+        return lambda: y
 
     monkeypatch.setattr(stream_module, "on_cuda", lambda x: True)
     monkeypatch.setattr(stream_module, "captured", captured)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(B, 1), torch.zeros(B, I, dtype=torch.float64)], ids=["size", "dtype"])
+def test_a_step_that_the_lstm_refuses_is_refused_after_a_capture(replayed, x):
+    """What the graph reads would be filled by it: one feature for all, numbers of another dtype."""
+    stream = Stream(gpu_lstm.LSTM(I, H, backend="reference"), B)
+    stream(torch.zeros(B, I))
+    with pytest.raises((RuntimeError, ValueError)):  # as torch raises
+        stream(x)
+
+
+def test_a_replay_reports_that_an_earlier_one_timed_out(replayed):
+    """A graph asks nobody, so that the stream looks before each replay."""
     stream, x = Stream(gpu_lstm.LSTM(I, H, backend="reference"), B), torch.randn(B, I)
     stream(x)
     word = timeouts.error_word(x.device, "lstm_step_forward_kernel")
