@@ -60,7 +60,7 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("step", F32, (1, "4,3,3,40", "", "no-hx deep states peepholes masks"), (1, "1,3,3,40", "both"),
      (1, "3,18,3,20,33", "layer ragged resets both"), (1, "3,1,3,20", "unbatched expected state"),
      (1, "3,18,3,5", "packed recompute"), (1, "3,3,3,5", "stream"), (1, "5,3,3,11", f"{OF_ALL} both"),
-     (1, "3,2,3,20", "norms")),  # of two tiles of units
+     (1, "3,3,3,20", "norms")),  # of two tiles of units
     ("step", F16, (1, "4,3,3,40", f"{ONCE} expected"), (1, "4,3,3,40,5", f"{ONCE} masks")),
     # And with one more for products of parts of K: two tiles of sequences, and of 64 units; of h alone; a single step
     ("split/4", F32, (1, "3,18,3,70", "ragged resets"), (1, "4,3,3,20,70", "layer", "layer states peepholes"),
