@@ -9,6 +9,7 @@ import gpu_lstm
 from gpu_lstm.backends import schedule
 from gpu_lstm.call import modes
 from gpu_lstm.call.prepare import prepare
+from gpu_lstm.dispatch.run import forget
 from gpu_lstm.kernels import memory
 from gpu_lstm.kernels.triton_lstm import launch
 
@@ -18,8 +19,13 @@ STACKS = {"one layer": {}, "both directions": dict(num_layers=2, bidirectional=T
 
 @pytest.fixture
 def two_steps(monkeypatch):
-    """two_steps(batch, hidden): from now on a chunk has two steps."""
-    return lambda batch, hidden: monkeypatch.setattr(schedule, "WORKSPACE", 2 * batch * 4 * hidden * 4)
+    """two_steps(batch, hidden): from now on a chunk has two steps, in calls of a kind that was decided before, too."""
+
+    def two_steps(batch: int, hidden: int) -> None:
+        monkeypatch.setattr(schedule, "WORKSPACE", 2 * batch * 4 * hidden * 4)
+        forget()
+
+    return two_steps
 
 
 def _stack(device, backend="triton", **options):
