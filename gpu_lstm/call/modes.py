@@ -20,7 +20,7 @@ from .choices import BACKEND_VARIABLE, RACE_VARIABLE, chosen_backend, chosen_rac
 F = TypeVar("F", bound=Callable)
 
 _ONLY_BY_REFERENCE = (_functorch.TransformType.Vmap, _functorch.TransformType.Jvp)
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 # The dict inside os.environ: os.environ.get raises and catches at every call for a variable that is not set.
 _environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
@@ -64,7 +64,7 @@ class Modes(NamedTuple):
 
 
 def modes(x: Tensor) -> Modes:
-    """The modes as they are now, for a call on x."""
+    """The modes as they are now, for a call on x; of its other tensors `prepare` knows whether they are plain."""
     if _is_compiling():
         # Precision and choices are read where the decision is made, so that no graph is bound to them.
         recording = Recording.ONNX if torch.onnx.is_in_onnx_export() else Recording.COMPILED
@@ -74,7 +74,7 @@ def modes(x: Tensor) -> Modes:
     if _interpreter() is not None or forward_ad._current_level >= 0:
         transforms = Transforms.REFERENCE if need_the_reference() else Transforms.GRAD
     backends, races = chosen_backend.blocks, chosen_racing.blocks
-    watched = _dispatch_modes() > 0 or type(x) not in _PLAIN or _is_tracing()
+    watched = _dispatch_modes() > 0 or type(x) not in PLAIN or _is_tracing()
     return Modes(
         _is_grad_enabled(),
         _autocast_dtype(x) if _any_autocast() else None,

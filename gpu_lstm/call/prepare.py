@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks
 from .forms import Form, Packed, Padded
-from .modes import Modes, Recording, modes
+from .modes import PLAIN, Modes, Recording, modes
 from .options import RESET_STATES, Options
 from .sequences import EVERY_STEP, Traversal
 from .weights import State, Weights
@@ -91,13 +92,18 @@ def prepare(
         traversal = _traversal(form, x, (steps, batch), lengths, resets)
     states = _zeros(options, x, batch) if hx is None else _states(options, form, x, batch, hx)
     now = modes(x)
-    learns = _check_tensors(options, form, x, states, weights, now.grad)
+    learns, plain = _check_tensors(options, form, x, states, weights, now.grad)
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if reset_states is not None:
         given = _reset_states(options, form, x, (steps, batch), traversal, reset_states)
         traversal = traversal._replace(reset_states=given)
         learns = learns or (now.grad and any(t.requires_grad for pair in given for t in pair))
+        plain = plain and all(type(t) in PLAIN for pair in given for t in pair)
+    if traversal is not EVERY_STEP:
+        plain = plain and type(lengths) in _OPTIONAL and type(resets) in _OPTIONAL
+    if not plain and now.recording == Recording.NOBODY:
+        now = now._replace(recording=Recording.WATCHED)
     if options.reverse:
         traversal = traversal.backwards()
     elif resets is not None and steps == 1 and reset_states is None and now.recording < Recording.COMPILED:
@@ -105,6 +111,7 @@ def prepare(
     return Call(x, steps, batch, states, weights, traversal, options, form, now, learns)
 
 
+_OPTIONAL = (*PLAIN, type(None))
 _UNBATCHED, _TIME_FIRST, _BATCH_FIRST = Padded(False, False), Padded(True, False), Padded(True, True)
 
 
@@ -201,9 +208,13 @@ def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> lis
 
 def _check_tensors(
     options: Options, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]], grad: bool
-) -> bool:
-    """Raise unless all tensors fit together; return whether autograd, which records if `grad`, has to."""
-    dtype, device, learns, alike = x.dtype, x.device, grad and x.requires_grad, True
+) -> tuple[bool, bool]:
+    """Raise unless all tensors fit together.
+
+    Returns:
+        Whether autograd, which records if `grad`, has to; and whether no weight or state is of a subclass of Tensor.
+    """
+    dtype, device, learns, alike, plain = x.dtype, x.device, grad and x.requires_grad, True, True
     asks = grad and not learns
     for layer, sizes in zip(weights, options.weight_sizes):
         for one in layer:
@@ -211,6 +222,8 @@ def _check_tensors(
             for tensor, size in zip(one, sizes):
                 if tensor is not None:
                     present += 1
+                    if type(tensor) is not Parameter and type(tensor) is not Tensor:
+                        plain = False
                     if tensor.shape != size:
                         fits = False
                     if tensor.dtype is not dtype or tensor.device != device:
@@ -224,6 +237,8 @@ def _check_tensors(
     for h, c in states:
         if h.dtype is not dtype or c.dtype is not dtype or h.device != device or c.device != device:
             alike = False
+        if type(h) not in PLAIN or type(c) not in PLAIN:
+            plain = False
         if asks and (h.requires_grad or c.requires_grad):
             learns = True
     if options.kind == "LSTMCell":
@@ -233,7 +248,7 @@ def _check_tensors(
         checks.check_alike(x, states, weights)
     elif x.shape[-1] != options.input_size:
         checks.check_input(options, form, x, weights)
-    return learns
+    return learns, plain
 
 
 def _reset_states(
