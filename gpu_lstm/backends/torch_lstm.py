@@ -12,6 +12,7 @@ cuDNN needs all weights in one buffer. Parameters of an LSTM are put there once 
 weights, which may have changed, are put there at every call.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -140,23 +141,57 @@ def layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -> tu
 
 
 def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor) -> tuple:
-    """As _with_gates_shut, from x [T, B, I], in a grid of steps [S, K*B]; those into which no step of x is put, clear.
+    """As _with_gates_shut, from x [T, B, I], with the state zero before the steps that `reset`, bool [T, B].
 
-    On the CPU every reset gets a step of its own, K = 1. How many these are is not known on CUDA without a
-    synchronisation, which no graph allows, nor for fake tensors. There episodes alternate between two copies of the
-    batch, K = 2, S = T: steps run one after another, sequences in parallel. Zero times NaN is NaN, and would persist.
-    So x and initial states that are not finite become zeros, and the results after them in the episode NaN.
+    A step that clears multiplies c by zero, and NaN times zero is NaN, in all episodes that follow. On the CPU such
+    results are computed again, from one reset to the next. On CUDA nothing may depend on a result, which would be a
+    synchronisation, that no graph allows; nor for fake tensors. There inputs and states that make NaN become zeros, and
+    the results after them in the episode NaN.
     """
-    (steps, batch, inputs), host = x.shape, x.is_cpu and modes(x).recording == Recording.NOBODY
-    before, broken, lost = ~torch.cat(state, 1).isfinite().all(1), ~x.isfinite().all(2), None  # [B], [T, B]
-    if not host or before.any() or broken.any():
-        count = before + broken.cumsum(0)  # up to each step
-        lost = count > torch.where(reset, count - broken.long(), 0).cummax(0).values  # more than before the episode
-        x = torch.where(lost[:, :, None], 0, x)
-        state = torch.where(state[0].isfinite(), state[0], 0), torch.where(state[1].isfinite(), state[1], 0)
+    if x.is_cpu and modes(x).recording == Recording.NOBODY:
+        h, c_n = _in_a_grid(x, state, weights, valid, reset, on_host=True)
+        if (h.detach().sum() + c_n.detach().sum()).isfinite():
+            return h, c_n
+        return _from_reset_to_reset(x, state, weights, valid, reset)
+    # An infinity opens or shuts gates. It makes a NaN where its weight is zero and, nearly always, where there are two.
+    infinite, zero = x.isinf(), (weights.weight_ih == 0).any(0)
+    broken = x.isnan().any(2) | (infinite.sum(2) > 1) | (infinite & zero).any(2)  # [T, B]
+    before = ~torch.cat(state, 1).isfinite().all(1)  # [B]
+    count = before + broken.cumsum(0)  # up to each step
+    lost = count > torch.where(reset, count - broken.long(), 0).cummax(0).values  # more than before the episode
+    x = torch.where(lost[:, :, None], 0, x)
+    state = torch.where(state[0].isfinite(), state[0], 0), torch.where(state[1].isfinite(), state[1], 0)
+    h, c_n = _in_a_grid(x, state, weights, valid, reset, on_host=False)
+    # Differentiable, so that W_hh's gradient is NaN too, and checks of gradients detect it.
+    nan = torch.where(lost.any(), torch.nan, 0.0) * weights.weight_hh.sum()
+    return tuple(torch.where(at[..., None], nan.to(t.dtype), t) for at, t in ((lost, h), (lost[-1], c_n)))
 
+
+def _from_reset_to_reset(x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor) -> tuple:
+    """_with_resets by a call for each span of steps in which no state is reset and no sequence ends."""
+    zeroed = reset if valid is None else reset | ~valid  # what comes after the end of a sequence starts from zeros, too
+    changes = zeroed if valid is None else reset | (valid != valid.roll(1, 0))
+    starts = {0, *changes.any(1).nonzero().flatten().tolist()}
+    parts, ends = [], state
+    for start, end in itertools.pairwise(sorted({*starts, len(x)})):
+        h, c = (torch.where(zeroed[start, :, None], 0, t) for t in ends)
+        y, (h, c) = stack(x[start:end], (h[None], c[None]), [[weights]])
+        parts.append(y)
+        ends = h[0], c[0] if valid is None else torch.where(valid[start, :, None], c[0], ends[1])
+    return torch.cat(parts), ends[1]
+
+
+def _in_a_grid(
+    x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor, on_host: bool
+) -> tuple:  # fmt: skip
+    """_with_resets, in a grid of steps [S, K*B]; those into which no step of x is put, clear.
+
+    On the host every reset gets a step of its own, K = 1. Where nobody knows how many these are, episodes alternate
+    between two copies of the batch, K = 2, S = T: steps run one after another, sequences in parallel.
+    """
+    steps, batch, inputs = x.shape
     episode, row = reset.cumsum(0), torch.arange(steps, device=x.device)[:, None]  # [T, B], [T, 1]
-    if host:
+    if on_host:
         row, copy, copies = row + episode, 0 * episode, 1
         rows = steps + (int(episode[-1].max()) if batch else 0)
     else:
@@ -166,19 +201,15 @@ def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None
     nowhere = torch.zeros(rows * copies * batch, dtype=torch.bool, device=x.device)
     opens = nowhere.index_fill(0, place, 1).view(grid)  # [S, K*B]
     clears = ~opens
-    if host:
-        clears &= torch.arange(rows)[:, None] < row[-1]  # what comes after the last step holds
+    if on_host:
+        clears = clears & (torch.arange(rows, device=x.device)[:, None] < row[-1])  # after the last step hold
     if valid is not None:
         opens = nowhere.index_copy(0, place, valid.flatten()).view(grid)
     x = x.new_zeros(len(nowhere), inputs).index_copy(0, place, x.flatten(0, 1)).view(*grid, inputs)
     h0, c0 = (F.pad(t, (0, 0, 0, (copies - 1) * batch)) for t in state)
     y, c_n = _with_gates_shut(x, (h0, c0), weights, ~(opens | clears), clears)
     h = y.flatten(0, 1).index_select(0, place).unflatten(0, (steps, batch))
-    c_n = c_n.index_select(0, column[-1])
-    if lost is not None:  # differentiable, so that W_hh's gradient is NaN too, and checks of gradients detect it
-        nan = torch.where(lost.any(), torch.nan, 0.0) * weights.weight_hh.sum()
-        h, c_n = (torch.where(at[..., None], nan.to(t.dtype), t) for at, t in ((lost, h), (lost[-1], c_n)))
-    return h, c_n
+    return h, c_n.index_select(0, column[-1])
 
 
 def _with_gates_shut(x: Tensor, state: State, weights: Weights, holds: Tensor | None, clears: Tensor | None) -> tuple:

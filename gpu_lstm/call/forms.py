@@ -67,7 +67,7 @@ class Packed(NamedTuple):
     def inside(self) -> Tensor:
         """Bool [T, B], on the CPU: whether a sequence has that step."""
         sizes = self.packed.batch_sizes
-        return torch.arange(int(sizes[0])) < sizes[:, None]
+        return torch.arange(int(sizes[0]), device=sizes.device) < sizes[:, None]
 
     def lengths(self) -> Tensor:
         """The lengths of the sequences, [B]."""

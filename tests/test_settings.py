@@ -1,0 +1,158 @@
+"""What a user has set for the whole process does not get into a call: it computes the same numbers as without it."""
+
+import ast
+import contextlib
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+from comparing import PLACES, every_backend
+from subjects import HasteLSTM
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+import gpu_lstm
+from gpu_lstm.functional import lstm_layer
+
+T, B, I, H = 3, 2, 3, 4
+LENGTHS = torch.tensor([1, 3])
+RESETS = torch.tensor([[1, 0], [0, 1], [0, 0]]).bool()
+NOISE = dict(recurrent_dropout=0.5, zoneout=(0.5, 0.2), weight_drop=0.5)
+DEEP = dict(num_layers=2, bidirectional=True)
+
+
+def made(cls, *sizes, seed=0, **arguments):
+    torch.manual_seed(seed)
+    return cls(*sizes, **arguments)
+
+
+def calls_of(backend: str) -> dict:
+    """Calls of every kind, of modules and tensors that are made here: each returns what it computes."""
+    place = PLACES[backend]
+    by, device = dict(backend=backend, **place), place["device"]
+    variants = by if backend != "torch" else by | dict(backend="reference")  # of what torch's own LSTM lacks
+    lstm, deep = made(gpu_lstm.LSTM, I, H, **by), made(gpu_lstm.LSTM, I, H, **DEEP, dropout=0.5, **by)
+    noisy = made(gpu_lstm.LSTM, I, H, **NOISE, peepholes=True, layer_norm=True, **variants)
+    stack = made(gpu_lstm.StackedLSTM, I, [H, H], residual=True, bidirectional=True, batch_first=True, **by)
+    cell, other = made(gpu_lstm.LSTMCell, I, H, **by), made(gpu_lstm.LSTM, I, H, **variants)
+    sliding = (
+        gpu_lstm.Stream(made(gpu_lstm.LSTM, I, H, **by), B),
+        gpu_lstm.Stream(made(gpu_lstm.StackedLSTM, I, [H], **by), B),
+    )
+    x = made(torch.randn, T, B, I).to(**place)
+    h, c, *_ = hx = made(torch.randn, 2, 1, B, H).to(**place)
+    lengths, resets = LENGTHS.to(device), RESETS.to(device)
+    packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
+    theirs, haste = made(nn.LSTM, I, H, **place), made(HasteLSTM, I, H)
+
+    def streamed():
+        found = []
+        for stream in sliding:
+            stream.reset()
+            found += [stream(x), stream(x[0], active=resets[1])]
+            stream.reorder(lengths // 2)
+            stream.reset(resets[0])
+            found += [stream(x[1]), stream.state]
+        return found
+
+    return {
+        "LSTM": (deep, lambda: deep(x)),
+        "hx": (lstm, lambda: lstm(x, tuple(hx))),
+        "unbatched": (lstm, lambda: lstm(x[:, 0], resets=resets[:, 0])),
+        "batch first": (stack, lambda: stack(x.transpose(0, 1), lengths=lengths)),
+        "packed": (deep, lambda: deep(packed)),
+        "packed, resets": (lstm, lambda: lstm(packed, tuple(hx), resets=resets)),
+        "lengths": (deep, lambda: deep(x, lengths=lengths)),
+        "resets": (deep, lambda: deep(x, resets=resets)),
+        "both": (deep, lambda: deep(x, lengths=lengths, resets=resets)),
+        "one step": (deep, lambda: deep(x[:1], lengths=lengths // 2, resets=resets[:1])),
+        "reset_states": (other, lambda: other(x, resets=resets, reset_states=tuple(hx))),
+        "noise": (noisy, lambda: noisy(x)),
+        "noise, packed": (noisy, lambda: noisy(packed)),
+        "cell": (cell, lambda: cell(x[0], (h[0], c[0]))),
+        "cell without states": (cell, lambda: cell(x[0])),
+        "lstm_layer": (
+            lstm,
+            lambda: lstm_layer(x, lstm._weights()[0][0], resets=resets, reverse=True, backend=backend),
+        ),
+        "Stream": (lstm, streamed),
+        "trace": (
+            deep,
+            lambda: [(t.output, *t.layers) for t in (gpu_lstm.trace(deep, packed), gpu_lstm.trace(deep, x))],
+        ),
+        "convert": (theirs, lambda: gpu_lstm.convert(theirs)(x)),
+        "to_torch": (lstm, lambda: gpu_lstm.to_torch(lstm)(x)),
+        "from_haste": (haste, lambda: gpu_lstm.from_haste(haste)(x.float().cpu())[0]),
+        "resets_from_dones": (lstm, lambda: gpu_lstm.resets_from_dones(resets)),
+    }
+
+
+def results(backend: str, around=contextlib.nullcontext) -> dict[str, list[torch.Tensor]]:
+    """What all calls compute, and gradients where autograd records, each inside of `around()`."""
+    found = {}
+    for name, (module, call) in calls_of(backend).items():
+        torch.manual_seed(5)
+        with around():
+            leaves = [t for t in tree_leaves(call()) if isinstance(t, torch.Tensor)]
+            learns = [t for t in leaves if t.requires_grad]
+            if learns:
+                wanted = list(module.parameters())
+                leaves += torch.autograd.grad([t.square().sum() for t in learns], wanted, allow_unused=True)
+        found[name] = [t for t in leaves if t is not None]
+    return found
+
+
+expected = cache(results)
+
+
+@contextlib.contextmanager
+def switched(switch, inside, outside):
+    switch(inside)
+    try:
+        yield
+    finally:
+        switch(outside)
+
+
+SETTINGS = {
+    "default device": partial(torch.device, "meta"),
+    "default dtype float64": partial(switched, torch.set_default_dtype, torch.float64, torch.float32),
+    "default dtype float16": partial(switched, torch.set_default_dtype, torch.float16, torch.float32),
+    "deterministic": partial(switched, torch.use_deterministic_algorithms, True, False),
+    "flush denormal": partial(switched, torch.set_flush_denormal, True, False),
+    "matmul precision": partial(switched, torch.set_float32_matmul_precision, "high", "highest"),
+    "function mode": BaseTorchFunctionMode, "no_grad": torch.no_grad, "inference": torch.inference_mode,
+    "anomaly": torch.autograd.detect_anomaly, 
+    "saved tensors": partial(torch.autograd.graph.saved_tensors_hooks, torch.clone, torch.clone),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("setting", SETTINGS)
+@every_backend
+def test_a_setting_changes_no_number(backend, setting):
+    """To the bit: results, and gradients where they are recorded."""
+    got = results(backend, SETTINGS[setting])
+    for name, tensors in expected(backend).items():
+        ours = got[name]
+        assert len(ours) == len(tensors) or setting in ("no_grad", "inference")
+        assert [(t.dtype, t.device) for t in ours] == [(t.dtype, t.device) for t in tensors[: len(ours)]], name
+        assert all(map(torch.equal, ours, tensors)), name
+
+
+DEPEND = {"arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand",
+          "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"}  # fmt: skip
+MAY = {("backends/verify.py", "randn")}  # within `alone`, where no setting of the caller is on
+
+
+def test_every_tensor_that_the_library_makes_has_a_device():
+    for file in Path(gpu_lstm.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            match node:
+                case ast.Call(ast.Attribute(ast.Name("torch"), name), _, keywords) if name in DEPEND:
+                    given = {keyword.arg for keyword in keywords}
+                    where = "/".join(file.parts[-2:])
+                    assert given & {"device", None} or (where, name) in MAY, (file, node.lineno)
