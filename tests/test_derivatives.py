@@ -117,6 +117,41 @@ def test_jacobians_both_ways_and_forward_mode(lstms):
         assert_close(forward_ad.unpack_dual(ours(forward_ad.make_dual(x, direction))[0]).tangent, true)
 
 
+def test_several_gradients_at_once(lstms):
+    """By autograd's own vmap over backward, not torch.func's; of one result, of all, and of a gradient."""
+
+    def found(module, batched):
+        x = inputs(module).requires_grad_()
+        y, (h, c) = module(x)
+        wanted, several = [x, *module.parameters()], [inputs(module, 5, *t.shape, seed=2) for t in (y, h, c)]
+        for results, ds in (([y], several[:1]), ([y, h, c], several)):
+            if batched:
+                yield torch.autograd.grad(results, wanted, ds, is_grads_batched=True, retain_graph=True)
+            else:
+                each = [torch.autograd.grad(results, wanted, list(d), retain_graph=True) for d in zip(*ds)]
+                yield [torch.stack(t) for t in zip(*each)]
+        for derivative in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian):
+            by_x = inputs(module, 2, 1, I)
+            if derivative is torch.autograd.functional.hessian:
+                yield derivative(lambda x: module(x)[0][-1].square().sum(), by_x, vectorize=batched)
+            else:
+                yield derivative(lambda x: module(x)[0][-1], by_x, vectorize=batched)
+
+    theirs, ours = lstms
+    assert_close(list(found(ours, True)), list(found(theirs, False)))
+
+
+def test_functionalize(lstms):
+    theirs, ours = lstms
+    x, device = inputs(ours), next(ours.parameters()).device
+    ragged = {
+        name: t.to(device) for name, t in dict(lengths=torch.tensor([4, 0, 2]), resets=torch.eye(T, B) > 0).items()
+    }
+    for given in ({}, ragged):
+        found = torch.func.functionalize(lambda x, given=given: ours(x, **given)[0])(x)
+        assert_close(found, ours(x, **given)[0] if given else theirs(inputs(theirs))[0])
+
+
 def test_second_derivatives(lstms):
     theirs, ours = lstms
     true = torch.autograd.functional.hessian(lambda x: theirs(x)[0][-1].square().sum(), inputs(theirs, 2, 1, I))

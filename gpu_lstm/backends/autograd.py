@@ -78,7 +78,8 @@ class LSTMLayer(torch.autograd.Function):
             dh, *of_states = output_gradients
             output_gradients = dh, *(None if d is None else d[0] for d in of_states)
         kernels, names = ctx.kernels, Inputs._fields[: len(given)]
-        if is_transformed() or gradients_are_differentiated(h, [h, gates, c, *given, *output_gradients]):
+        tensors = h, gates, c, *given, *output_gradients
+        if is_transformed() or graph.are_batched(output_gradients) or gradients_are_differentiated(h, tensors):
             kept, how = (h, gates, c), (kernels.problem.reverse, kernels.backend)
             return None, None, None, *graph.gradients_of(*how, output_gradients, kept, needed, given)
         wanted = {name for name, need in zip(names, needed) if need}

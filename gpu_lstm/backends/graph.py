@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import _broadcast_to_and_flatten, tree_flatten, tree_unflatten
 
@@ -91,14 +92,19 @@ def gradients_of(
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the given tensors where `needed`, from those of h, h_n and c_n; `saved`: h, gates and c.
 
-    By the operator; where they may be differentiated, by the reference, which is differentiable to any order.
+    By the operator; by the reference where they may be differentiated, to any order, or several of each come at once.
     """
-    if gradients_are_differentiated(saved[0], [*saved, *given, *gradients]):
+    if are_batched(gradients) or gradients_are_differentiated(saved[0], [*saved, *given, *gradients]):
         run = partial(_without_kernels, reverse=reverse, backend=Backend.REFERENCE)
         return reference.gradients(run, [*map(alive, given)], gradients, needed)
     with torch.no_grad():
         found = iter(BACKWARD(reverse, backend, list(gradients), list(saved), list(needed), list(given)))
     return [next(found) if need else None for need in needed]
+
+
+def are_batched(gradients: Sequence[Tensor | None]) -> bool:
+    """Whether autograd propagates several at once (`is_grads_batched`): by a vmap of its own, not torch.func's."""
+    return any([d is not None and _functorch.is_legacy_batchedtensor(d) for d in gradients])
 
 
 def _kernels_for(given: Inputs, reverse: bool, backend: Backend) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import _VF, Tensor
 from torch.nn.modules.rnn import RNNBase
+from torch.nn.utils.rnn import PackedSequence
 
 from .forms import Form
 from .modes import autocasts, need_the_reference
@@ -63,9 +64,20 @@ def check_pair(hx: object, function: str = "lstm") -> None:
     if not isinstance(hx, tuple | list):
         kind = type(hx).__name__
         what = f"argument 'hx' (position 2) must be tuple of Tensors, not {kind}"
-        raise TypeError(f"{function}(): {what}{_cure_of_one(hx)}")
+        raise TypeError(f"{function}(): {what}{_cure_of_one(hx, function)}")
     if len(hx) != 2:
         raise RuntimeError(f"{function} expects two hidden states")
+
+
+def check_packed(input: PackedSequence) -> None:
+    """Raise unless a PackedSequence, which anyone may make, has a row for each step of each sequence."""
+    sizes, data = input.batch_sizes.tolist(), input.data
+    if data.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+    if sum(sizes) != len(data):
+        raise RuntimeError(f"Expected data of {sum(sizes)} rows, the sum of batch_sizes, got {len(data)}")
+    if sizes != sorted(sizes, reverse=True) or min(sizes, default=0) < 0:
+        raise RuntimeError(f"Expected batch_sizes that never grow and are never negative, got {sizes}")
 
 
 def check_rank_of_states(rank: int, hx: State) -> None:
@@ -74,15 +86,18 @@ def check_rank_of_states(rank: int, hx: State) -> None:
         kind = "batched" if rank == 3 else "unbatched"
         raise RuntimeError(
             f"For {kind} {rank}-D input, hx and cx should also be {rank}-D "
-            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{_cure_of_one(hx)}"
+            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{_cure_of_one(hx, 'lstm')}"
         )
     if rank == 3:  # torch uses the first two states of an unbatched hx
         check_pair(hx)
 
 
-def _cure_of_one(hx: object) -> str:
-    """What to do where a user passes lengths, or one state, as hx."""
-    return "; hx is one tensor: lengths and resets are given by keyword" if isinstance(hx, Tensor) else ""
+def _cure_of_one(hx: object, function: str) -> str:
+    """What to do where a user passes one state as hx, or to what has them, lengths."""
+    if not isinstance(hx, Tensor):
+        return ""
+    cure = "a cell expects (h, c)" if function == "lstm_cell" else "lengths and resets are given by keyword"
+    return f"; hx is one tensor: {cure}"
 
 
 def check_states_of_a_cell(hx: Any, batched: bool) -> None:

@@ -1,7 +1,7 @@
 """What decides how a call is run, read from the process once per call: autograd, autocast, tracing, transforms, TF32.
 
 torch.func.grad and vjp run through the fused kernels, except in a graph of torch.compile. There, and everywhere for
-vmap and forward-mode derivatives, an LSTM in torch's own operators is needed, which the reference is.
+vmap, forward-mode derivatives and functionalize, an LSTM in torch's own operators is needed, which the reference is.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from .choices import BACKEND_VARIABLE, RACE_VARIABLE, chosen_backend, chosen_rac
 
 F = TypeVar("F", bound=Callable)
 
-_ONLY_BY_REFERENCE = (_functorch.TransformType.Vmap, _functorch.TransformType.Jvp)
+_ONLY_BY_REFERENCE = tuple(getattr(_functorch.TransformType, name) for name in ("Vmap", "Jvp", "Functionalize"))
 PLAIN = (Tensor, torch.nn.Parameter)
 
 # The dict inside os.environ: os.environ.get raises and catches at every call for a variable that is not set.
@@ -48,7 +48,7 @@ class Transforms:
 
     NONE = 0
     GRAD = 1  # grad and vjp, which kernels can take part in
-    REFERENCE = 2  # vmap and forward-mode derivatives; in a compiled graph any
+    REFERENCE = 2  # vmap, forward-mode derivatives, functionalize; in a compiled graph any
 
 
 class Modes(NamedTuple):

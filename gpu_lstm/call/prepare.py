@@ -121,9 +121,7 @@ def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -
     if isinstance(input, PackedSequence):
         if kind == "LSTM" and hx is not None:
             checks.check_pair(hx)
-        rows, given = int(input.batch_sizes.sum()), input.data.shape[0]
-        if rows != given:
-            raise RuntimeError(f"Expected data of {rows} rows, the sum of batch_sizes, got {given}")
+        checks.check_packed(input)
         return Packed(input, options.batch_first), input.data
     if kind == "LSTMCell":
         rank = checks.check_rank_and_layout(input, kind, (1, 2))
@@ -186,7 +184,7 @@ def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> lis
         case "LSTMCell":
             if type(hx) is not tuple or len(hx) != 2:
                 checks.check_states_of_a_cell(hx, form.batched)
-            h, c = hx
+            h, c = hx[0], hx[1]  # as torch does with an unbatched hx, of which it ignores the rest
             return [(h, c) if form.batched else (h.unsqueeze(0), c.unsqueeze(0))]
         case "lstm_layer":
             checks.check_pair(hx)

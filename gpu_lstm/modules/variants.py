@@ -32,7 +32,7 @@ class HasVariants:
 
         So the same seed gives the weights that the constructor drew.
         """
-        bound = self.hidden_size**-0.5
+        bound = self.hidden_size**-0.5 if self.hidden_size else 0  # a cell may have none
         for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
             if name.startswith(("gain_", "bias_c")):
                 nn.init.constant_(parameter, float(name.startswith("gain_")))
