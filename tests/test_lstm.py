@@ -106,6 +106,17 @@ def test_states_in_lists_and_those_of_a_cell_in_one_tensor(backend):
         assert all(map(torch.equal, tree_leaves(ours(x, form(hx))), tree_leaves(ours(x, hx))))
 
 
+@every_backend
+def test_a_cell_ignores_states_and_has_no_units_where_torchs_does(backend):
+    theirs, ours = pair("LSTMCell", backend)
+    x, hx = random_inputs(ours)
+    got, true = (module(*moved(module, x, (*hx, hx[0]))) for module in (ours, theirs))
+    assert_same(*(dict(h=h.detach(), c=c.detach()) for h, c in (got, true)))
+    theirs, ours = pair("LSTMCell", backend, hidden_size=0)
+    assert_alike(ours, theirs, B)
+    assert gpu_lstm.LSTMCell(I, 0, peepholes=True, layer_norm=True).weight_peephole.shape == (0,)
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @every_kind
 def test_shapes_of_meta_tensors(backend, kind):

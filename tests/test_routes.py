@@ -6,6 +6,7 @@ of call alone; kernels are stubbed.
 
 import contextlib
 import dataclasses
+import gc
 import os
 import zlib
 from unittest.mock import patch
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import gpu_lstm
 from gpu_lstm.backends import schedule
 from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend
+from gpu_lstm.call.options import Options
 from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch import run as dispatch
@@ -393,3 +395,26 @@ def test_two_calls_that_differ_in_one_fact_have_routes_of_their_own(monkeypatch,
         fresh = route(x)
     assert facts(cached) == facts(fresh)
     assert cached is not first
+
+
+def test_rates_that_are_annealed_leave_little_behind(monkeypatch):
+    """And one that comes back after all was forgotten gives the numbers that it gave."""
+    monkeypatch.setattr(dispatch, "MOST_ROUTES", 100)
+    dispatch.forget()
+    lstm, x = gpu_lstm.LSTM(2, 2, 2, dropout=0.5, backend="torch"), X[:1]
+
+    def alive():
+        gc.collect()
+        return sum(type(each) is Options for each in gc.get_objects())
+
+    def output(rate):
+        lstm.dropout = rate
+        torch.manual_seed(0)
+        return lstm(x)[0]
+
+    first, before = output(0.5), alive()
+    for k in range(1500):
+        output(k / 1500)
+    assert alive() - before <= 1024 + 100
+    assert len(dispatch._routes) <= 100
+    assert torch.equal(output(0.5), first)

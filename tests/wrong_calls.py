@@ -239,6 +239,11 @@ CALLS = [
      "gpu_lstm.explain(m.lstm, X.to_sparse())"),
     *(("RuntimeError: Expected data of 5 rows, the sum of batch_sizes, got 4",
        f"m.{module}(PackedSequence(zeros(4, 3), tensor([2, 2, 1])))") for module in ("lstm", "triton")),
+    *((f"RuntimeError: Expected batch_sizes that never grow and are never negative, got {sizes}",
+       f"m.{module}(PackedSequence(zeros(2, 3), tensor({sizes})))") for module in ("lstm", "triton", "stack")
+      for sizes in ([0, 2], [1, 0, 1], [3, -1])),
+    *((f"RuntimeError: input must have 2 dimensions, got {rank}", f"m.{module}(PackedSequence({data}, tensor([2, 1])))")
+      for module in ("lstm", "triton") for rank, data in ((1, "zeros(3)"), (3, "zeros(3, 1, 3)"))),
     *((FEATURES, f"m.{module}(packed(4))") for module in ("lstm", "triton")),
     *((size(name, "(1, 2, 4)", f"{[*got]}"), f"m.{module}(PACKED, (zeros({h}), zeros({c})))")
       for module in ("lstm", "triton") for name, got, h, c in (

@@ -48,7 +48,7 @@ class Arguments(NamedTuple):
 
 
 class Options:
-    """Arguments and what follows from them. There is one object for equal arguments, so that it can be a key."""
+    """Arguments and what follows from them. There is one object for equal arguments while it is in use: a quick key."""
 
     def __init__(self, a: Arguments) -> None:
         self.kind, self.batch_first, self.training, self.backend = a.kind, a.batch_first, a.training, a.backend
@@ -110,8 +110,9 @@ def _weight_sizes(size: Size) -> tuple[tuple[int, ...], ...]:
 
 
 def options_of(*fields: Any) -> Options:
-    """The Options of these Arguments: the same object for equal ones, except in a graph of torch.compile."""
+    """The Options of these Arguments: the same object for equal ones, of the last 1024, except in a graph."""
     return Options(Arguments(*fields)) if torch.compiler.is_compiling() else _cached(*fields)
 
 
-_cached = functools.cache(lambda *fields: Options(Arguments(*fields)))
+# An Options that was dropped is made again; as a key it is another one, of which the table of routes keeps so many.
+_cached = functools.lru_cache(1024)(lambda *fields: Options(Arguments(*fields)))

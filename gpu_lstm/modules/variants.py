@@ -32,19 +32,23 @@ class HasVariants:
 
         So the same seed gives the weights that the constructor drew.
         """
-        bound = self.hidden_size**-0.5 if self.hidden_size else 0  # a cell may have none
+        bound = self._bound()
         for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
             if name.startswith(("gain_", "bias_c")):
                 nn.init.constant_(parameter, float(name.startswith("gain_")))
             else:
                 nn.init.uniform_(parameter, -bound, bound)
 
+    def _bound(self) -> float:
+        """Of initial weights, as torch's; a cell may have no units."""
+        return self.hidden_size**-0.5 if self.hidden_size > 0 else 0.0
+
     def _add_variants(self: Any, suffix: str, peepholes: bool, norms: tuple[str, ...]) -> None:
         """The parameters of one layer and direction, where its others are: peepholes initialised as weights are."""
         like, hidden = next(self.parameters()), self.hidden_size
         if peepholes:
             self._peepholes = True
-            weight = like.new_empty(3 * hidden).uniform_(-(hidden**-0.5), hidden**-0.5)
+            weight = like.new_empty(3 * hidden).uniform_(-self._bound(), self._bound())
             self.register_parameter("weight_peephole" + suffix, nn.Parameter(weight))
         for norm in norms:
             self._norms = norms
