@@ -4,6 +4,8 @@ import contextlib
 import copy
 import io
 import itertools
+import subprocess
+import sys
 from collections import Counter
 from unittest.mock import Mock
 
@@ -241,6 +243,40 @@ def test_an_exported_program_is_for_all_sizes_and_can_be_trained(kind, strict, b
         x, options = call_of(ours, *size, ragged=True)
         expected = results(twin, twin.parameters(), x, options)
         assert_same(results(loaded, parameters, x, options), expected)
+
+
+LOADS = """import sys, torch
+assert "gpu_lstm" not in sys.modules
+for name in "alone", "ours":
+    torch.export.load(f"{name}.pt2")
+    print(name)"""
+NEEDS = (
+    "the exported program calls operators of gpu_lstm: it loads only where that was imported before; export "
+    "gpu_lstm.to_torch(model) for one that needs torch alone"
+)
+
+
+def test_an_export_says_once_that_the_program_needs_the_package(tmp_path, caplog):
+    """Which is true; one of torch's own module loads without, for the steps of its example."""
+    graph._log_once.cache_clear()
+    lstm, x = gpu_lstm.LSTM(I, H), torch.randn(5, 2, I)
+    programs = [torch.export.export(lstm, (x,), strict=strict) for strict in (True, False)]
+    torch.export.save(programs[0], tmp_path / "ours.pt2")
+    torch.export.save(torch.export.export(gpu_lstm.to_torch(copy.deepcopy(lstm)), (x,)), tmp_path / "alone.pt2")
+    assert [record.message for record in caplog.records if record.name == "gpu_lstm"] == [NEEDS]
+    ran = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True, cwd=tmp_path)
+    assert (ran.returncode, ran.stdout) == (1, "alone\n")
+    assert "failed to resolve torch.ops.gpu_lstm.layer" in ran.stderr
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_each_way_to_export_says_so_and_a_compiled_function_does_not(caplog, strict):
+    graph._log_once.cache_clear()
+    lstm, x = gpu_lstm.LSTM(I, H), torch.randn(5, 2, I)
+    torch.compile(lstm, backend="eager", fullgraph=True)(x)
+    assert [record for record in caplog.records if record.name == "gpu_lstm"] == []
+    torch.export.export(lstm, (x,), strict=strict)
+    assert NEEDS in caplog.messages
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ saved (by hooks that copy, in CUDA graphs, in an exported program), backward rec
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
 import contextlib
+import functools
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +24,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import _broadcast_to_and_flatten, tree_flatten, tree_unflatten
 
 from ..call.choices import KERNEL_BACKENDS, Backend
-from ..call.modes import Recording, alive, gradients_are_differentiated, recurrent_precision
+from ..call.modes import Recording, alive, constant_when_traced, gradients_are_differentiated, recurrent_precision
 from ..call.noise import Noise
 from ..call.prepare import Call
 from ..call.sequences import Traversal
@@ -32,6 +34,7 @@ from . import fused, kernels, reference, torch_lstm
 from .fused import Saved, traversal_of, weights_of
 from .layers import cast, one_after_another, without_autocast
 
+_log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
 _LIBRARY = torch.library.Library("gpu_lstm", "FRAGMENT")
 SECOND = len(Inputs._fields)  # among the tensors that are given, where the Weights of torch's second direction begin
 NAMES = *Inputs._fields, *(f"{name}_reverse" for name in Weights._fields)
@@ -61,6 +64,9 @@ def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[
             "or with backend 'torch'"
         )
 
+    if torch.compiler.is_exporting():
+        _tell_what_a_program_needs()
+
     def direction(
         row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
     ) -> tuple[Tensor, State]:
@@ -77,6 +83,15 @@ def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[
         return torch_lstm.layer_by_layer(call._replace(x=call.x.to(dtype)), dtype, both_directions)
     y, rows = one_after_another(call, direction, backend.value, dtype, call.state_rows())
     return y, call.pack_rows(rows)
+
+
+@constant_when_traced
+def _tell_what_a_program_needs() -> None:
+    """Once a process, and no warning, since nothing is wrong."""
+    _log_once(
+        "the exported program calls operators of gpu_lstm: it loads only where that was imported before; export "
+        "gpu_lstm.to_torch(model) for one that needs torch alone"
+    )
 
 
 def _run_operator(call: Call, inputs: Sequence[Tensor | None], reverse: bool, backend: Backend) -> tuple[Tensor, State]:
