@@ -144,7 +144,7 @@ def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None
     """As _with_gates_shut, from x [T, B, I], with the state zero before the steps that `reset`, bool [T, B].
 
     A step that clears multiplies c by zero, and NaN times zero is NaN, in all episodes that follow. On the CPU such
-    results are computed again, from one reset to the next. On CUDA nothing may depend on a result, which would be a
+    sequences are computed again, from one reset to the next. On CUDA nothing may depend on a result, which would be a
     synchronisation, that no graph allows; nor for fake tensors. There inputs and states that make NaN become zeros, and
     the results after them in the episode NaN.
     """
@@ -152,7 +152,13 @@ def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None
         h, c_n = _in_a_grid(x, state, weights, valid, reset, on_host=True)
         if (h.detach().sum() + c_n.detach().sum()).isfinite():
             return h, c_n
-        return _from_reset_to_reset(x, state, weights, valid, reset)
+        spoilt = ~(h.isfinite().all(2).all(0) & c_n.isfinite().all(1))[:, None]  # [B, 1]
+        of_zeros = torch.where(spoilt, 0, x), (torch.where(spoilt, 0, state[0]), torch.where(spoilt, 0, state[1]))
+        h, c_n = _in_a_grid(*of_zeros, weights, valid, reset, on_host=True)  # whose gradients are not NaN
+        rows = spoilt.nonzero()[:, 0]
+        own = [None if t is None else t.index_select(1, rows) for t in (valid, reset)]
+        again = x.index_select(1, rows), (state[0].index_select(0, rows), state[1].index_select(0, rows)), weights, *own
+        return tuple(t.index_copy(t.dim() - 2, rows, its) for t, its in zip((h, c_n), _from_reset_to_reset(*again)))
     # An infinity opens or shuts gates. It makes a NaN where its weight is zero and, nearly always, where there are two.
     infinite, zero = x.isinf(), (weights.weight_ih == 0).any(0)
     broken = x.isnan().any(2) | (infinite.sum(2) > 1) | (infinite & zero).any(2)  # [T, B]
