@@ -156,9 +156,10 @@ def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None
         of_zeros = torch.where(spoilt, 0, x), (torch.where(spoilt, 0, state[0]), torch.where(spoilt, 0, state[1]))
         h, c_n = _in_a_grid(*of_zeros, weights, valid, reset, on_host=True)  # whose gradients are not NaN
         rows = spoilt.nonzero()[:, 0]
-        own = [None if t is None else t.index_select(1, rows) for t in (valid, reset)]
-        again = x.index_select(1, rows), (state[0].index_select(0, rows), state[1].index_select(0, rows)), weights, *own
-        return tuple(t.index_copy(t.dim() - 2, rows, its) for t, its in zip((h, c_n), _from_reset_to_reset(*again)))
+        h0, c0 = (t.index_select(0, rows) for t in state)
+        valid = None if valid is None else valid.index_select(1, rows)
+        again = _from_reset_to_reset(x.index_select(1, rows), (h0, c0), weights, valid, reset.index_select(1, rows))
+        return tuple(t.index_copy(t.dim() - 2, rows, its) for t, its in zip((h, c_n), again))
     # An infinity opens or shuts gates. It makes a NaN where its weight is zero and, nearly always, where there are two.
     infinite, zero = x.isinf(), (weights.weight_ih == 0).any(0)
     broken = x.isnan().any(2) | (infinite.sum(2) > 1) | (infinite & zero).any(2)  # [T, B]
