@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import itertools
 import json
 from types import SimpleNamespace
@@ -112,7 +111,7 @@ def test_the_plans_of_a_call_are_those_that_the_plan_command_shows(nothing_cache
 def schedule_of(monkeypatch):
     """Of an LSTM with options and a call of so many steps; objects stand in for streams."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
-    monkeypatch.setattr(schedule, "_streams", functools.cache(schedule._streams.__wrapped__))
+    monkeypatch.setattr(schedule, "_made", {})
 
     def schedule_of(options, steps, is_cuda=True, **facts):
         x = SimpleNamespace(is_cuda=is_cuda, device=CUDA)
@@ -151,26 +150,43 @@ def test_chunks_of_layers_side_by_side(schedule_of, monkeypatch, steps, workspac
     assert found.spans(steps, 1) == (chunks if len(chunks) > 1 else [None])
 
 
-def test_a_stream_waits_before_it_reads_and_holds_what_it_reads(monkeypatch):
+def test_a_stream_waits_before_it_reads_and_the_caller_for_all(monkeypatch):
     log = MagicMock()  # of what is called on streams and tensors, its attributes
     main, below, above, x, h = log.main, log.below, log.above, log.x, log.h
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    with schedule.on(below, None, [x]):
+    schedule.hold(below, [x, None])
+    with schedule.on(below, None):
         pass
-    with schedule.on(above, below, [x, h]):
+    with schedule.on(above, below):
         pass
-    with schedule.on(None, None, [x]):  # as on the CPU
+    schedule.hold(None, [x])  # as on the CPU
+    with schedule.on(None, None):
         pass
     schedule.join((below, None, above), [h])
     assert [each for each in log.mock_calls if not each[0].endswith("__bool__")] == [
-        call.below.wait_stream(main), call.x.record_stream(below),
+        call.x.record_stream(below), call.below.wait_stream(main),
         call.below.__enter__(), call.below.__exit__(None, None, None),
-        call.above.wait_stream(below), call.x.record_stream(above), call.h.record_stream(above),
+        call.above.wait_stream(below),
         call.above.__enter__(), call.above.__exit__(None, None, None),
         call.main.wait_stream(below), call.h.record_stream(main),
         call.main.wait_stream(above), call.h.record_stream(main),
     ]  # fmt: skip
+
+
+def test_all_threads_have_the_same_streams(monkeypatch):
+    """Also where another one asks for them while they are made: twice as many would not fit the card together."""
+    devices = [CUDA, CUDA]  # for the first stream that is made
+
+    def made(device):
+        return others.append(schedule._streams(devices.pop(), 2)) or object() if devices else object()
+
+    others = []
+    monkeypatch.setattr(schedule, "_made", {})
+    monkeypatch.setattr(torch.cuda, "Stream", made)
+    streams = schedule._streams(CUDA, 2)
+    assert len(others) == 2
+    assert [streams, *others] == [schedule._streams(CUDA, 2)] * 3
 
 
 @pytest.mark.parametrize(
@@ -185,12 +201,14 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
     alive = []  # so that no address is given twice
 
     @contextlib.contextmanager
-    def on(stream, after, reads):
+    def on(stream, after):
         waited[stream] |= {after or "caller"} | waited[after or "caller"]
         current.append(stream)
-        held[stream].update(t.data_ptr() for t in reads if t is not None)
         yield
         current.pop()
+
+    def hold(stream, tensors):
+        held[stream].update(t.data_ptr() for t in tensors if t is not None)
 
     def join(joined, results):
         waited["caller"].update(joined)
@@ -207,7 +225,7 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
         return found
 
     monkeypatch.setattr(route, "schedule_of", lambda *_: schedule.Schedule(2**31, names, len(names)))
-    for module, function in (schedule, on), (schedule, join), (autograd, layer):
+    for module, function in (schedule, on), (schedule, hold), (schedule, join), (autograd, layer):
         monkeypatch.setattr(module, function.__name__, function)
     lstm(torch.zeros(200, 2, 3), lengths=torch.tensor([200, 150]))
     assert waited["caller"] == set(names)

@@ -1,12 +1,13 @@
 """Layers run by kernels, in chunks of time and side by side on CUDA streams.
 
 Chunks bound the memory for pre-activations, and let layers run side by side; cell states go from chunk to chunk in
-float32. A tensor that is read on another stream is recorded there, so that its memory is not reused too early.
+float32. A tensor that is read on another stream is held for it, so that its memory is not reused too early: in backward
+autograd releases what was saved as soon as a node is queued.
 """
 
 import contextlib
-import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -92,6 +93,11 @@ def _through(
         # Chunks are copied into place as they come, so that there is never a second output. It is allocated here, on
         # the stream that all others wait for, since several of them write to it.
         whole = x.new_empty(*x.shape[:2], directions * width)
+    for k in layers:  # whatever was made on the current stream; views share the memory
+        for d, weights in enumerate(call.weights[k]):
+            n, (lengths, resets, *_) = directions * k + d, call.traversal
+            given = *states[n], *weights, lengths, resets, *call.traversal.of(n).reset_to(), *noise[k][d], kept[k]
+            hold(streams[d if directions == 2 else k], (whole, *given))
     for spans in zip(all_spans, reversed(all_spans)):
         parts = [call.traversal.within(span) for span in spans[:directions]]
         h = x
@@ -100,8 +106,9 @@ def _through(
                 n, span = directions * k + d, spans[d]
                 part, own, mask = parts[d].of(n), noise[k][d].within(span), cut(kept[k], span)
                 y = cut(x, span) if k == layers[0] else h
-                reads = y, *states[n], part.lengths, *part.reset_to(), *own, mask
-                with on(streams[d if directions == 2 else k], streams[k - 1] if k > layers[0] else None, reads):
+                stream = streams[d if directions == 2 else k]
+                hold(stream, (y, part.lengths))  # those of a chunk
+                with on(stream, streams[k - 1] if k > layers[0] else None):
                     if d:
                         part = part.backwards()
                         states[n] = call.traversal.of(n).reset_at_end_of(span, *states[n])
@@ -114,8 +121,7 @@ def _through(
                     elif k == layers[-1]:
                         pieces[d].insert(0 if d else len(pieces[d]), h)
     finals = states[directions * layers[0] : directions * (layers[-1] + 1)]
-    held = [h for each in pieces for h in each] if whole is None else [whole]
-    join(streams, [*held, *(t for state in finals for t in state)])
+    join(streams, [*itertools.chain(*pieces), *itertools.chain(*finals)])
     return _cat([_cat(each, 0) for each in pieces], 2) if whole is None else whole
 
 
@@ -128,30 +134,38 @@ def cut(t: Any, span: Span) -> Any:
     return t if t is None or span is None else t[span]
 
 
-@functools.cache
+_made: dict[tuple[torch.device, int], Streams] = {}
+
+
 def _streams(device: torch.device, count: int) -> Streams:
-    return tuple(torch.cuda.Stream(device) for _ in range(count))
+    """The same at every call, in all threads: launches that share the card are planned for so many streams."""
+    if (device, count) not in _made:
+        _made.setdefault((device, count), tuple(torch.cuda.Stream(device) for _ in range(count)))
+    return _made[device, count]
 
 
 @contextlib.contextmanager
-def on(stream: Stream, after: Stream, reads: Sequence[Tensor | None]) -> Iterator[None]:
+def on(stream: Stream, after: Stream) -> Iterator[None]:
     """Work on `stream`, once what is queued on `after` (by default the current stream) is done."""
     if stream is None:
         yield
         return
     stream.wait_stream(after or torch.cuda.current_stream(stream.device))
-    for tensor in reads:
-        if tensor is not None:
-            tensor.record_stream(stream)
     with torch.cuda.stream(stream):
         yield
 
 
+def hold(stream: Stream, tensors: Iterable[Tensor | None]) -> None:
+    """Keep the memory of tensors, once they are released, until what is queued on `stream` by then is done."""
+    for tensor in tensors if stream is not None else ():
+        if tensor is not None:
+            tensor.record_stream(stream)
+
+
 def join(streams: Streams, results: Sequence[Tensor]) -> None:
-    """Make the current stream wait for all others, and record that it reads their results."""
+    """Make the current stream wait for all others, and hold their results for it."""
     for stream in streams:
         if stream is not None:
             current = torch.cuda.current_stream(stream.device)
             current.wait_stream(stream)
-            for tensor in results:
-                tensor.record_stream(current)
+            hold(current, results)
