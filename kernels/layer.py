@@ -1,6 +1,7 @@
 """One layer in one direction on one card, prepared once and then only launched: the launcher of both backends."""
 
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from . import layer_norm, projection
 from .memory import ALIGNMENT, allocate, gradients_of, results_of
-from .ordering import await_others, record_launch
+from .ordering import in_order
 from .problem import MOST, Inputs, Pass, Problem, Recurrence, end_index, in_the_loop, steps_of
 from .timeouts import raise_if_timed_out
 
@@ -127,14 +128,8 @@ class Layer:
             return empty["h_ptr"], empty["h_n_ptr"], empty["c_n_ptr"], empty["c_ptr"] if save else None
         prepared = self.prepared(SAVE if save else NO_SAVE, r.given)
         r, own = self._aligned(r), aligned(gates)
-        if prepared.at_once is not None:
-            await_others(prepared.at_once, self.device)
-        if prepared.projects_outside:
-            results = projection.forward(prepared, self.problem, own, r)
-        else:
-            results = prepared.forward(own, r)
-        if prepared.at_once is not None:
-            record_launch(self.device)
+        run = partial(projection.forward, prepared, self.problem) if prepared.projects_outside else prepared.forward
+        results = in_order(prepared.at_once, self.device, run, own, r)
         if own is not gates:
             gates.copy_(own)
         return results
@@ -165,14 +160,8 @@ class Layer:
         prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None), r.given)
         r = self._aligned(r)
         dh, dh_n, dc_n, gates, c = (None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c))
-        if prepared.at_once is not None:
-            await_others(prepared.at_once, self.device)
-        if prepared.projects_outside:
-            found = projection.backward(prepared, p, dh, dh_n, dc_n, gates, c, r)
-        else:
-            found = prepared.backward(dh, dh_n, dc_n, gates, c, r)
-        if prepared.at_once is not None:
-            record_launch(self.device)
+        run = partial(projection.backward, prepared, p) if prepared.projects_outside else prepared.backward
+        found = in_order(prepared.at_once, self.device, run, dh, dh_n, dc_n, gates, c, r)
         return found._replace(dh0=_initial_hidden_gradient(p, found, dh_n, r) if of_h0 else None)
 
     def prepared(self, which: Pass, given: Inputs) -> Prepared:

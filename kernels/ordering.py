@@ -6,10 +6,13 @@ card; all others wait for those before them. In a graph that is being captured a
 """
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
+
+R = TypeVar("R")
 
 
 @dataclass
@@ -19,41 +22,39 @@ class _Launched:  # on a device
     streams: dict[torch.cuda.Stream, torch.cuda.Event | None] = field(default_factory=dict)
     before: list[torch.cuda.Event] = field(default_factory=list)  # after the groups before it
     several: bool = False  # whether there was more than one group, so that events are recorded
+    # From the look at others to the event that they look for: another thread must not launch in between.
+    lock: Any = field(default_factory=threading.RLock)
 
 
 _launched: dict[torch.device, _Launched] = {}
-_lock = threading.Lock()
 
 
-def await_others(side_by_side: int, device: torch.device) -> None:
-    """Have the current stream wait for launches that must not run at the same time as the next one.
+def in_order(at_once: int | None, device: torch.device, launch: Callable[..., R], *given: Any) -> R:
+    """launch(*given) on the current stream, which first waits for launches that must not run at the same time.
 
-    That one was planned as one of `side_by_side` that share the card; `record_launch` follows it.
+    It was planned as one of `at_once` that share the card; None: its programs do not wait for each other.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return
+    if at_once is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return launch(*given)
+    latest = _launched.get(device) or _launched.setdefault(device, _Launched())
     stream = torch.cuda.current_stream(device)
-    group = stream if side_by_side == 1 else side_by_side
-    with _lock:
-        latest = _launched.setdefault(device, _Launched())
-        if group != latest.group:
-            events = [event for earlier, event in latest.streams.items() if earlier != stream]
-            if None in events:  # the first switch of a program; the stream may be gone by now
-                torch.cuda.synchronize(device)
-            latest.before = [event for event in events if event is not None]
-            latest.several = latest.several or latest.group is not None
-            latest.group, latest.streams = group, {}
-        if stream not in latest.streams:
-            for event in latest.before:
-                stream.wait_event(event)
-            latest.streams[stream] = None  # last: a call that is interrupted must not count as having waited
+    with latest.lock:
+        _await_others(latest, stream if at_once == 1 else at_once, stream, device)
+        results = launch(*given)
+        if latest.several:
+            latest.streams[stream] = stream.record_event()
+    return results
 
 
-def record_launch(device: torch.device) -> None:
-    """Note that a launch was made on the current stream, where others may have to wait for it."""
-    latest = _launched.get(device)
-    if latest is not None and latest.several and not torch.cuda.is_current_stream_capturing():
-        stream = torch.cuda.current_stream(device)
-        with _lock:
-            if stream in latest.streams:
-                latest.streams[stream] = stream.record_event()
+def _await_others(latest: _Launched, group: Hashable, stream: torch.cuda.Stream, device: torch.device) -> None:
+    if group != latest.group:
+        events = [event for earlier, event in latest.streams.items() if earlier != stream]
+        if None in events:  # the first switch of a program, or a launch that raised; the stream may be gone by now
+            torch.cuda.synchronize(device)
+        latest.before = [event for event in events if event is not None]
+        latest.several = latest.several or latest.group is not None
+        latest.group, latest.streams = group, {}
+    if stream not in latest.streams:
+        for event in latest.before:
+            stream.wait_event(event)
+    latest.streams[stream] = None  # last: a call that is interrupted must not count as having waited

@@ -58,7 +58,7 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
     monkeypatch.setattr(launcher, "choose_plan", choose_plan)
     monkeypatch.setattr(launcher, "launch_kernel", lambda *_, **__: current.append(driver.current))
     monkeypatch.setattr(launcher, "error_word", lambda device, kernel, trial=False: None)  # it would be kept
-    monkeypatch.setattr(layer, "await_others", lambda side_by_side, device: None)  # test_side_by_side looks at that
+    monkeypatch.setattr(layer, "in_order", lambda _, __, run, *given: run(*given))  # test_side_by_side looks at that
     monkeypatch.setattr(layer, "aligned", lambda t: t)  # fake tensors have no address
     monkeypatch.setattr(memory.checking, "on", False)
     monkeypatch.setattr(torch.Tensor, "__getitem__", _indexed)

@@ -4,6 +4,8 @@ import collections
 import contextlib
 import itertools
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest.mock import MagicMock, Mock, call
 
@@ -36,41 +38,107 @@ class Stream:
         self.record_event, self.wait_event = self.done.copy, self.done.update
 
 
+@pytest.fixture
+def streams(monkeypatch):
+    """launched(number, stream, ...), of which each thread has a current one; what was synchronised."""
+
+    def synchronize(device):
+        launched = set().union(*[stream.done for stream in found.values()])
+        for stream in found.values():
+            stream.done |= launched
+
+    found, local = {name: Stream() for name in "abc"}, threading.local()
+    synchronised = Mock(side_effect=synchronize)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronised)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: found[local.name])
+    monkeypatch.setattr(ordering, "_launched", {})
+
+    def launched(number, name, at_once=1, meanwhile=lambda: None):
+        """The launches that are over when this one begins; then `meanwhile` happens."""
+
+        def launch():
+            before = set(found[name].done)
+            meanwhile()
+            found[name].done.add(number)
+            return before
+
+        local.name = name
+        return ordering.in_order(at_once, CUDA, launch)
+
+    return SimpleNamespace(launched=launched, synchronised=synchronised)
+
+
 @pytest.mark.parametrize("launches", [
     [("a", 1, set()), ("b", 1, {1}), ("b", 1, {1, 2}), ("a", 1, {1, 2, 3})],
     # Those that share the card run at once: the second on b not after the first on a; three shares are not two.
     [("c", 1, set()), ("a", 2, {1}), ("b", 2, {1}), ("a", 2, {1, 2}), ("c", 1, {1, 2, 3, 4}),
      ("b", 3, {1, 2, 3, 4, 5})],
 ], ids=["whole", "shares"])  # fmt: skip
-def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_share_it(monkeypatch, launches):
+def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_share_it(streams, launches):
     """Which earlier launches, by their numbers, are over when one begins. Nothing is recorded before there are two."""
-
-    def synchronize(device):
-        for stream in streams.values():
-            stream.done.update(range(1, number))
-
-    synchronised = Mock(side_effect=synchronize)
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronised)
-    monkeypatch.setattr(ordering, "_launched", {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    streams = {name: Stream() for name in "abc"}
     for number, (name, side_by_side, expected) in enumerate(launches, 1):
         (plan, *_) = plans(Problem(8, 16, 768, torch.bfloat16, side_by_side=side_by_side), H100, False)
         assert (plan.family, plan.side_by_side) == (Family.COOPERATIVE, side_by_side)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=streams[name]: stream)
-        ordering.await_others(plan.side_by_side, CUDA)
-        assert streams[name].done == expected
-        streams[name].done.add(number)
-        ordering.record_launch(CUDA)
-    assert synchronised.mock_calls == [call(CUDA)]  # at the first switch, since that stream may be gone
+        assert streams.launched(number, name, plan.side_by_side) == expected
+    assert streams.synchronised.mock_calls == [call(CUDA)]  # at the first switch, since that stream may be gone
+
+
+def test_of_two_threads_the_second_waits_for_what_the_first_launches(streams):
+    """It asks while the first one launches."""
+    with ThreadPoolExecutor(1) as thread:
+        streams.launched(1, "a")
+        assert streams.launched(2, "b") == {1}
+        state, asked = ordering._launched[CUDA], threading.Event()
+        state.lock = Announced(state.lock, asked)
+        second = []
+
+        def meanwhile():
+            asked.clear()
+            second.append(thread.submit(streams.launched, 4, "b", meanwhile=asked.set))
+            asked.wait()  # until it waits, or has launched
+
+        assert streams.launched(3, "a", meanwhile=meanwhile) == {1, 2}
+        assert second[0].result() == {1, 2, 3}
+
+
+class Announced:
+    """A lock that sets an event when a thread asks for it."""
+
+    def __init__(self, lock, asked):
+        self.lock, self.asked = lock, asked
+
+    def __enter__(self):
+        self.asked.set()
+        self.lock.__enter__()
+
+    def __exit__(self, *error):
+        self.lock.__exit__(*error)
+
+
+def test_a_launch_that_raises_lets_others_launch_which_wait_for_it(streams):
+    """Something may have been launched."""
+    streams.launched(1, "a")
+    streams.launched(2, "b")
+    for number, name in ((3, "b"), (4, "c")):
+        with pytest.raises(RuntimeError, match="planted"):
+            streams.launched(number, name, meanwhile=Mock(side_effect=RuntimeError("planted")))
+    count = len(streams.synchronised.mock_calls)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(streams.launched, 5, "a").result()
+    assert len(streams.synchronised.mock_calls) == count + 1
 
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(("hidden", "family"), [(64, Family.RESIDENT), (768, Family.COOPERATIVE)])
 def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypatch, hidden, family, backward):
-    seen = Mock()
-    monkeypatch.setattr(launcher, "await_others", seen.waits)
-    monkeypatch.setattr(launcher, "record_launch", seen.recorded)
+    seen, in_order = Mock(), ordering.in_order
+
+    def asked(at_once, *given):
+        seen.asked(at_once)
+        return in_order(at_once, *given)
+
+    monkeypatch.setattr(launcher, "in_order", asked)
     problem = Problem(2, 16, hidden, torch.bfloat16, side_by_side=2)
     plan = plans(problem, H100, backward)[0]
     gates, weights, h0, c0 = (torch.zeros(*size, hidden) for size in ((2, 16, 4), (4 * hidden,), (16,), (16,)))
@@ -79,11 +147,11 @@ def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypat
     monkeypatch.setattr(launch, "launch_kernel", lambda *_, **__: seen.launched())
     layer = launch.layer_of(problem, c0.device).with_plan(plan)
     if backward:
-        layer.backward(None, h0.bfloat16(), None, gates, torch.zeros(2, 16, hidden), r, of_h0=False)
+        layer.backward(None, h0.bfloat16(), None, gates, torch.zeros(2, 16, hidden), r, False)
     else:
         layer.forward(gates, r, save=False)
-    waits = [call.waits(2, c0.device), call.launched(), call.recorded(c0.device)]
-    assert (plan.family, seen.mock_calls) == (family, waits if family is Family.COOPERATIVE else [call.launched()])
+    at_once = 2 if family is Family.COOPERATIVE else None
+    assert (plan.family, seen.mock_calls) == (family, [call.asked(at_once), call.launched()])
 
 
 def _call(lstm, steps, **facts):
