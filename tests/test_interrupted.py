@@ -19,9 +19,10 @@ from comparing import PLACES
 from subjects import SUBJECTS
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
-from gpu_lstm.call import choices
+from gpu_lstm.call import choices, modes
 from gpu_lstm.call.choices import Backend, Racing, requested_backend, requested_racing
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.triton_lstm import launch as launcher
@@ -115,7 +116,7 @@ def test_after_an_interrupt_the_next_call_is_right(backend, kind):
 
     before, expected, names = copy.deepcopy(module.state_dict()), call(), sorted(vars(module))
     for _ in interrupted_at(call, most=4 if backend == "triton" else 15):  # the interpreter is slow where it is traced
-        assert (sorted(vars(module)), choices.chosen_backend.blocks) == (names, [])
+        assert (sorted(vars(module)), choices.chosen_backend.now) == (names, None)
         assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")) == (True, False)
         assert_equal(call(), expected)
     assert_equal(module.state_dict(), before)
@@ -234,25 +235,24 @@ def test_a_result_that_is_written_in_part_leaves_no_file(error, nothing_cached, 
 class Interrupted(list):
     """A list that is interrupted after its changes, if its `interrupt` raises."""
 
-    def append(self, element):
-        super().append(element)
+    def insert(self, k, element):
+        super().insert(k, element)
         self.interrupt()
 
-    def __delitem__(self, k):
-        super().__delitem__(k)
+    def remove(self, element):
+        super().remove(element)
         self.interrupt()
 
 
 @pytest.mark.parametrize("at", range(8))
 def test_blocks_that_are_interrupted_as_they_open_or_close_leave_nothing_behind(monkeypatch, at):
     """Of four, of which two are the same, entered again while it is open: each as it opens, each as it closes."""
-    blocks, block = Interrupted(), gpu_lstm.backend("reference")
+    blocks, block = Interrupted(choices.chosen_backend.blocks), gpu_lstm.backend("reference")
     blocks.interrupt = Mock(side_effect=[*[None] * at, KeyboardInterrupt, *[None] * 8])
     monkeypatch.setattr(choices.chosen_backend, "blocks", blocks)
     with pytest.raises(KeyboardInterrupt), gpu_lstm.backend("torch"), block, gpu_lstm.backend("torch"), block:
         pass
-    assert choices.chosen_backend.blocks == []
-    assert requested_backend(None) is Backend.AUTO
+    assert (len(blocks), requested_backend(None)) == (1, Backend.AUTO)
 
 
 def test_a_function_in_a_block_may_call_itself_within_another():
@@ -291,3 +291,76 @@ def test_overlapping_blocks_leave_nothing_behind(chooser, values, now, run):
     assert run(now) is values[1]
     del second  # never run to its end
     assert run(now) is by_default
+
+
+def with_another_thread(act: Callable[[], object], other: Callable[[int], object]) -> int:
+    """act() again and again, each time with other(number) in a thread before another instruction of choices or modes."""
+    count = number = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        if frame.f_code.co_filename not in (choices.__file__, modes.__file__):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            count += 1
+            if count == number:
+                with traced(None):
+                    in_a_thread(other, number)
+        return trace
+
+    while count >= number:
+        count, number = 0, number + 1
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            act()
+        finally:
+            sys.settrace(before)
+    return number
+
+
+@pytest.mark.parametrize("way", ["opens and closes", "opens", "closes"])
+def test_blocks_of_several_threads_do_not_disturb_each_other(way):
+    """Another thread opens a block, or closes one, between any two instructions of what opens, reads and closes one."""
+    held, x = [], torch.zeros(1)
+
+    def opened():
+        with gpu_lstm.backend("reference"):
+            yield
+
+    def act():
+        if way == "closes":
+            held.append(opened())
+            with traced(None):
+                next(held[-1])
+        with gpu_lstm.backend("torch"):
+            assert requested_backend(None) in (Backend.TORCH, Backend.REFERENCE)
+        modes.modes(x)
+
+    def other(number):
+        block = held[-1] if way == "closes" else opened()
+        held.append(block)
+        if way != "closes":
+            next(block)
+        if way != "opens":
+            block.close()
+
+    assert with_another_thread(act, other) > 50
+    for block in held:
+        block.close()
+    assert choices.chosen_backend.now is None
+
+
+def test_a_block_holds_for_the_backward_that_runs_in_it():
+    """In whatever thread autograd runs it: a checkpoint is computed again by the backend that it was computed by."""
+    lstm, x, seen = gpu_lstm.LSTM(I, H), torch.zeros(T, B, I, requires_grad=True), []
+
+    def checkpointed(x):
+        seen.append(requested_backend(None))
+        return lstm(x)[0]
+
+    with gpu_lstm.backend("reference"):
+        y = checkpoint(checkpointed, x, use_reentrant=False)
+        in_a_thread(y.sum().backward)
+    assert seen == [Backend.REFERENCE] * 2

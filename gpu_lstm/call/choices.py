@@ -39,15 +39,18 @@ KERNEL_BACKENDS = (Backend.TRITON, Backend.CUPY)
 
 
 class Choice(Generic[E]):
-    """What the open `with` blocks chose: the last opened counts, in whatever order they close."""
+    """What the open `with` blocks of the process chose: the last opened counts, in whatever order they close."""
 
     def __init__(self) -> None:
-        self.blocks: list[Block[E]] = []  # that are open
+        # Those that are open, the last opened first; at the end one that chooses nothing, and stays. Threads read and
+        # change it at once: every access is one call of a list's method, which no other one can interrupt.
+        self.blocks: list[Block[E]] = [Block(self, None, "")]
+        self.blocks[0]._used = True
 
     @property
     def now(self) -> E | None:
         """What the last opened block chose; None: no block is open."""
-        return self.blocks[-1].value if self.blocks else None
+        return self.blocks[0].value
 
 
 class Block(contextlib.ContextDecorator, Generic[E]):
@@ -55,23 +58,20 @@ class Block(contextlib.ContextDecorator, Generic[E]):
 
     _used = True  # for those that torch.compile makes without __init__
 
-    def __init__(self, choice: Choice[E], value: E, call: str) -> None:
+    def __init__(self, choice: Choice[E], value: E | None, call: str) -> None:
         self.value, self._choice, self._call, self._used = value, choice, call, False
 
     def __enter__(self) -> None:
         self._used = True
         try:
-            self._choice.blocks.append(self)
+            self._choice.blocks.insert(0, self)
         except BaseException:  # an interrupt leaves nothing behind
             self.__exit__()
             raise
 
     def __exit__(self, *_: object) -> None:
-        blocks = self._choice.blocks
-        for k in reversed(range(len(blocks))):  # the last entry of this block, if there is one
-            if blocks[k] is self:
-                del blocks[k]
-                return
+        if self in self._choice.blocks:
+            self._choice.blocks.remove(self)  # the last entry of this block
 
     def __call__(self, function: F) -> F:
         self._used = True
@@ -89,8 +89,8 @@ chosen_racing: Choice[Racing] = Choice()
 def backend(name: BackendName | Backend) -> Block:
     """Choose the backend within a `with` block, for every module and function that was not given one itself.
 
-    It holds for the whole process, as torch.backends' flags do; of blocks in several threads, the last opened counts.
-    Without `with` nothing is chosen, and a RuntimeWarning says so.
+    It holds for the whole process, as torch.backends' flags do, so also in the threads in which autograd runs backward;
+    of blocks in several threads, the last opened counts. Without `with` nothing is chosen, and a RuntimeWarning says so.
 
     Raises:
         ValueError: there is no backend of that name.

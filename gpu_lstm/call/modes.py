@@ -73,7 +73,6 @@ def modes(x: Tensor) -> Modes:
     transforms = Transforms.NONE
     if _interpreter() is not None or forward_ad._current_level >= 0:
         transforms = Transforms.REFERENCE if need_the_reference() else Transforms.GRAD
-    backends, races = chosen_backend.blocks, chosen_racing.blocks
     watched = _dispatch_modes() > 0 or type(x) not in PLAIN or _is_tracing()
     return Modes(
         _is_grad_enabled(),
@@ -82,8 +81,8 @@ def modes(x: Tensor) -> Modes:
         transforms,
         recurrent_precision(x.dtype),
         (
-            backends[-1].value if backends else _environment.get(_BACKEND),
-            races[-1].value if races else _environment.get(_RACE),
+            chosen_backend.blocks[0].value or _environment.get(_BACKEND),
+            chosen_racing.blocks[0].value or _environment.get(_RACE),
         ),
         x.is_cuda and torch.cuda.is_current_stream_capturing(),
     )
