@@ -24,6 +24,7 @@ from gpu_lstm.kernels.triton_lstm.launch import INTERPRETED, recorded_launches
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Device, Family, Plan
 from gpu_lstm.kernels.triton_lstm.step import split_plans, step_plan
 
+from .placement import misplaced
 from .report import PRECISIONS, Report, read
 
 STEP_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -187,7 +188,20 @@ def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
     return Report(
         launch.kernel.__name__, str(case), architecture, plan, plan.threads, tiles, **resources,
         tensor_core=tensor_core, weight_loads=weight_loads,
+        misplaced=_misplaced(compiled.asm["ptx"], launch, case, plan) if plan.held else 0,
     )  # fmt: skip
+
+
+def _given(launch: RecordedLaunch) -> list[str]:
+    """The parameters that a compiled kernel has. Constants and None are not among them."""
+    return [p.name for p in launch.kernel.params if not p.is_constexpr and launch.arguments[p.name] is not None]
+
+
+def _misplaced(ptx: str, launch: RecordedLaunch, case: Case, plan: Plan) -> int:
+    """As `misplaced`, of W_hh [4H, P], whose k are the features of h, or the gates in backward."""
+    size, blocks = case.problem.size, plan.columns * (plan.parts if case.backward else 4) // 64
+    apart = size * (launch.arguments["P"] if case.backward else 1)
+    return misplaced(ptx, _given(launch).index("weight_hh_ptr"), apart, size, blocks)
 
 
 # Operations whose result points where their operand does.
@@ -198,11 +212,10 @@ def _weight_loads_in_loops(ttgir: str, launch: RecordedLaunch) -> int:
     """Loads inside a loop from pointers that come from an argument named weight*, in Triton's GPU dialect."""
     depth, loads = 0, 0
     loops: list[int] = []  # for each open loop, the depth outside it
-    # By position, since Triton 3.4 does not keep the names. Constants and None are not arguments there.
-    given = [p.name for p in launch.kernel.params if not p.is_constexpr and launch.arguments[p.name] is not None]
     (function,) = (line for line in ttgir.splitlines() if "tt.func public" in line)
     arguments = re.findall(r"(%\w+): (?:!tt\.ptr|i32)", function)
-    of_weights = {argument for argument, name in zip(arguments, given, strict=True) if name.startswith("weight")}
+    named = zip(arguments, _given(launch), strict=True)  # by position, since Triton 3.4 does not keep the names
+    of_weights = {argument for argument, name in named if name.startswith("weight")}
     for line in ttgir.splitlines():
         names = set(re.findall(r"%[\w#]+", line.split(" loc(")[0]))
         result = re.match(r"\s*(%\w+)(?::\d+)? = (\S+)", line)

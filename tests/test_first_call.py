@@ -10,9 +10,11 @@ import pytest
 import torch
 from standing_in import H100, plan_of, recurrence
 
+from gpu_lstm.backends import verify
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
 from gpu_lstm.dispatch.available import select, why_unavailable
+from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.layer import aligned
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import binary, choose, launch
@@ -150,6 +152,24 @@ def test_a_plan_that_does_not_compile_does_not_fit_and_a_log_line_says_why(an_h1
         found = _choose(monkeypatch, Mock(side_effect=[failure, None]))
     assert found == (PLANS[1], [plan.columns for plan in PLANS[:2]])
     assert said in caplog.text
+
+
+def test_a_plan_that_holds_w_hh_and_computes_wrong_numbers_costs_one_warning_and_the_next_one_runs(
+    an_h100, monkeypatch
+):  # fmt: skip
+    problem, passes = Problem(2, 512, 512, torch.bfloat16), [Pass(backward=True), Pass(backward=True, dh_n=False)]
+    first, second, *_ = choose.plans(problem, H100, True)
+    assert first.held
+    metadata = SimpleNamespace(shared=first.shared, target=SimpleNamespace(arch=90))
+    monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0, metadata=metadata))
+    monkeypatch.setattr(verify, "_raise_earlier_errors", lambda device: None)
+    monkeypatch.setattr(verify, "_verdict", lambda *given: "right" if given[-1] != first else "the RMS error is 1")
+    monkeypatch.setattr(cache, "machine", lambda device: {"card": H100.name})
+    given = launch.call_of(problem, torch.device("meta"))[1].given
+    chosen = []
+    with pytest.warns(UserWarning, match=f"failed its verification on {H100.name}: the RMS error is 1") as warned:
+        chosen.extend(launch.layer_of(problem, CUDA, verify.verify).prepared(each, given).plan for each in passes)
+    assert (chosen, len(warned)) == ([second, second], 1)
 
 
 def test_hopeless_plans_are_not_all_compiled(an_h100, monkeypatch):

@@ -161,7 +161,7 @@ def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
     (512, 256, BF16, False, (32, 16, 8, 2)), (512, 1024, BF16, False, (64, 32, 16, 1)),
     (256, 4096, torch.float32, False, (64, 32, 16, 1)), (256, 512, BF16, True, (16, 64, 8, 1)),
     (256, 1024, BF16, True, (32, 32, 8, 2, 2)), (512, 256, BF16, True, (32, 16, 8, 2, 4)),
-    (512, 512, BF16, True, (64, 32, 16, 1, 4)), (256, 512, torch.float32, True, (32, 16, 8, 2, 4)),
+    (512, 512, BF16, True, (32, 16, 8, 2, 4)), (256, 512, torch.float32, True, (32, 16, 8, 2, 4)),
 ])  # fmt: skip
 def test_where_programs_hold_w_hh_in_shared_memory(hidden, batch, dtype, backward, tile):
     """First on an H100: rows, columns, warps, programs of a multiprocessor, parts. Never without wgmma, or room."""
@@ -176,6 +176,19 @@ def test_where_programs_hold_w_hh_in_shared_memory(hidden, batch, dtype, backwar
     exact = dict(dtype=torch.float32, precision="ieee")
     for change in (dict(norms=norms), noise, exact, dict(hidden=128), dict(hidden=520)):
         assert held_plans(problem._replace(**change), H100, backward) == []
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
+def test_no_plan_holds_two_blocks_of_64_units_with_more_than_256_rows_of_k(dtype):
+    """Backward, where Triton's products read such an operand wrongly, see test_compile.py."""
+    found, card = set(), dataclasses.replace(H100, multiprocessors=2 * H100.multiprocessors)
+    for hidden, batch in itertools.product(range(132, 513, 4), (64, 256, 320, 384, 448, 512, 768, 4096)):
+        problem = Problem(2, batch, hidden, dtype, precision="tf32")
+        for device in (H100, card):
+            proposed = plans(problem, device, True)
+            found |= {(plan.columns * plan.parts, plan.k) for plan in proposed if plan.held}
+    assert (128, 256) in found
+    assert [(units, k) for units, k in found if units > 64 and k > 256] == []
 
 
 def test_a_projection_with_noise_and_a_single_step_use_the_step_family():

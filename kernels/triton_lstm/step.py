@@ -542,6 +542,10 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
 # Sequences, units, parts of K: wgmma takes 64 columns of the product, or a multiple; forward a unit has four.
 HELD_FORWARD = [(rows, columns, 1) for rows in (16, 32, 64) for columns in (16, 32)]
 HELD_BACKWARD = [(16, 64, 1), (32, 64, 1), (32, 32, 2), (16, 16, 4), (32, 16, 4), (64, 32, 4)]
+# Backward, in half precision, W_hh of a tile is [K, units] in shared memory, in blocks of 64 units. From Triton 3.6 on
+# a kernel stores each block whole, one after another, but wgmma looks for 256 rows of every block before the next 256
+# (compile_table/triton_issue.md). Those are the same for one block, or up to 256 rows: nothing else is proposed.
+BLOCK_UNITS, BLOCK_ROWS = 64, 256
 
 
 def held_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
@@ -567,7 +571,8 @@ def held_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
         # A thread has registers for 128 bytes more, beside four cells. Where K is padded nothing is gained.
         room = rows * k * problem.size <= 128 * 32 * warps and rows * columns <= 4 * 32 * warps
         ahead = batch_tiles > groups and blocks == parts == 1 and room and k == inner
-        if groups > 0 and shared <= device.shared:
+        as_stored = not backward or columns * parts <= BLOCK_UNITS or k <= BLOCK_ROWS
+        if groups > 0 and shared <= device.shared and as_stored:
             found.append(Plan(
                 Family.STEP, rows, columns, k, programs, groups, warps, 1, shared,
                 "programs hold W_hh in shared memory", tiles_per_group=ceil(batch_tiles / groups),
