@@ -30,6 +30,8 @@ three bounds, and the estimate as a multiple of that bound (*x*). The bounds:
 - **latency**: of one exchange between programs, or of one grid-wide barrier in the step family; where one program runs
   a sequence alone (resident), of the gates and the cell; of two launches in the pointwise family.
 
+Where all multiprocessors read from L2, each reads {planning.L2_BYTES} bytes a clock, and {planning.L2_ALONE} at most.
+The {1e6 * planning.HOST_SECONDS:.0f} us that the host needs for two launches are in them, as without a CUDA graph.
 Where *x* is over {FAR}, the largest term of the estimate is named. `python -m gpu_lstm plan` prints all terms."""
 
 

@@ -140,7 +140,7 @@ def test_layer_norms_use_the_plans_of_the_plain_cell_unless_their_exchanges_are_
 
 
 @pytest.mark.parametrize(("hidden", "batch", "tiles"), [
-    (2048, 16, (16, 16, 8)), (2048, 64, (64, 16, 8)), (1024, 64, (64, 16, 8)), (1024, 256, (128, 16, 8)),
+    (2048, 16, (16, 16, 8)), (1536, 64, (64, 16, 8)), (1024, 128, (64, 16, 8)), (768, 192, (64, 32, 4)),
     (768, 256, (64, 32, 4)),
 ])  # fmt: skip
 def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
@@ -159,7 +159,7 @@ def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
     (256, 256, BF16, False, (16, 16, 4, 2)), (256, 512, BF16, False, (16, 32, 8, 2)),
     (256, 1024, BF16, False, (32, 32, 8, 2)), (256, 4096, BF16, False, (64, 32, 8, 2)),
     (512, 256, BF16, False, (32, 16, 8, 2)), (512, 1024, BF16, False, (64, 32, 16, 1)),
-    (256, 4096, torch.float32, False, (64, 32, 16, 1)), (256, 512, BF16, True, (16, 64, 8, 1)),
+    (256, 4096, torch.float32, False, (64, 32, 16, 1)), (256, 512, BF16, True, (32, 16, 8, 2, 4)),
     (256, 1024, BF16, True, (32, 32, 8, 2, 2)), (512, 256, BF16, True, (32, 16, 8, 2, 4)),
     (512, 512, BF16, True, (32, 16, 8, 2, 4)), (256, 512, torch.float32, True, (32, 16, 8, 2, 4)),
 ])  # fmt: skip
@@ -189,6 +189,22 @@ def test_no_plan_holds_two_blocks_of_64_units_with_more_than_256_rows_of_k(dtype
             found |= {(plan.columns * plan.parts, plan.k) for plan in proposed if plan.held}
     assert (128, 256) in found
     assert [(units, k) for units, k in found if units > 64 and k > 256] == []
+
+
+@pytest.mark.parametrize(("hidden", "backward", "tile", "clocks"), [
+    (256, True, (16, 64, 8, 1), 64 * 2 * 18),  # of K, instructions side by side, clocks of each
+    (256, False, (16, 16, 4, 1), 16 * 20), (512, False, (64, 32, 16, 1), 32 * 4 * 24),
+    (256, False, (64, 32, 8, 1), 16 * 2 * 32), (512, True, (32, 32, 8, 2), 64 * 2 * 20),
+])  # fmt: skip
+def test_the_products_of_a_tile_that_holds_w_hh(hidden, backward, tile, clocks):
+    """wgmma reads 64 rows of W_hh and 8 to 64 sequences from shared memory: 18 to 32 clocks for 32 bytes of K."""
+    rows, columns, warps, parts = tile
+    k = hidden * (4 if backward else 1) // parts
+    for dtype, size in ((BF16, 2), (torch.float32, 4)):
+        problem = Problem(2, rows, hidden, dtype, precision="tf32")
+        plan = Plan(STEP, rows, columns, k, 4, 1, warps, 1, 0, "", parts=parts, held=1)
+        products = expected(problem, H100, plan, backward).terms["products"] * H100.clock
+        assert products == pytest.approx(clocks * size / 2)
 
 
 def test_a_projection_with_noise_and_a_single_step_use_the_step_family():
@@ -277,10 +293,14 @@ def test_the_terms_of_a_step_by_a_product(dtype, rate):
         assert found["product"] * H100.clock == pytest.approx(tiles * products)
         assert found["memory"] == pytest.approx(4096 * 1024 * bytes_of_cell / 3.35e12)
         assert found["launches"] == pytest.approx(4.4e-6)
-        assert found["host, beyond the rest"] == 0
+        assert found["host, but in a CUDA graph"] == 0
         assert sum(found.values()) < 1.5 * 142e-6
         short = expected(problem._replace(batch=8, hidden=64), H100, pointwise_plan(problem), backward)
         assert short.seconds == pytest.approx(10e-6)
+        few = expected(problem._replace(batch=64), H100, pointwise_plan(problem), backward).terms
+        parts = 8 if backward else 2  # of K: 16 or 64 tiles, for 132 multiprocessors
+        from_l2 = 4 * 1024**2 * dtype.itemsize / (28.7 * 132)
+        assert few["product"] * H100.clock == pytest.approx(max(products / parts, from_l2))
 
 
 def test_memory_bounds_what_is_otherwise_fast():

@@ -170,7 +170,7 @@ LOAD = 270  # from L2
 L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 per clock: when all do, and at most
 SHARED_BYTES = 128  # that a multiprocessor reads or writes in shared memory per clock
 EXCHANGE = 800  # from a store until all readers have it; 650 to 850, from two latencies of L2 and a poll
-PARTIAL_SUMS = 900  # the same for the second exchange of a step, of which more polls come too early; fitted
+PARTIAL_SUMS = 900, 600  # the same for the second exchange of a step, with one batch tile and with several; fitted
 TURN_AHEAD = 1050  # the shortest turn where words are requested a turn ahead; fitted
 SHUFFLES = 145  # a sum over the threads of a warp: five, one after another, and an addition each
 GRID_BARRIER = 1500  # of all programs: a barrier, a fence, an atomic, and as long until all have seen it
@@ -180,11 +180,11 @@ TURN = 145  # of the step family's loop over K: barriers, fragments, and product
 RESIDENT_CELL = 470, 820
 COOPERATIVE_CELL = 400
 STEP_CELL = (0, 535), (1000, 150)  # of a tile, and of each cell of a thread
-STEP_PART = 1400  # of a tile's product of a part of K: until its first operands are there, and after the last; fitted
+STEP_PART = 2400  # of a tile's product of a part of K: until its first operands are there, and after the last; fitted
 # The same where W_hh is held: of a tile, of each of its cells, and of each cell of a thread beyond four.
-HELD_CELL = (1430, 0.73, 150), (1760, 0.73, 225)
-HELD_PARTS = 2050  # of a tile, where the product is split into parts of K; fitted
-HELD_BESIDE = 0.75  # of what two blocks of a multiprocessor read, as one loads while the other computes; fitted
+HELD_CELL = (1120, 0.87, 110), (1780, 0.27, 370)
+HELD_PARTS = 2060  # of a tile, where the product is split into parts of K; fitted
+HELD_BESIDE = 0.65  # of what two blocks of a multiprocessor read, as one loads while the other computes; fitted
 HELD_ARRIVALS = 700  # of GRID_BARRIER, what is not in them
 
 
@@ -236,7 +236,7 @@ def _cooperative_clocks(problem: Problem, device: Device, plan: Plan, backward: 
     # but gates from memory, and words from L2, take as long.
     turn["exchange"] = max(0.0, TURN_AHEAD - sum(turn.values())) if _asks_ahead(plan) else EXCHANGE
     if backward and plan.parts > 1:
-        turn["exchange of partial sums"] = PARTIAL_SUMS
+        turn["exchange of partial sums"] = PARTIAL_SUMS[plan.tiles_per_group > 1]
     if problem.normalised:  # of W_hh h and of c, whose sums over all units nothing hides
         turn["exchanges of layer norms"] = 2 * (EXCHANGE + (2 if backward else 3) * SHUFFLES)
     return {name: plan.tiles_per_group * clocks for name, clocks in turn.items()}
@@ -325,45 +325,63 @@ def _held_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -
     of_tile, of_cell, beyond_four = HELD_CELL[backward]
     cells, times = plan.rows * plan.columns, plan.parts if backward else 4
     read = cells * (5 * problem.size + 16 if backward else 4 * problem.size + 8)
-    if not _asks_ahead(plan):  # else h or dgates are loaded while the cells before are computed
-        read += plan.rows * plan.k * problem.size
+    operand, ahead = plan.rows * plan.k * problem.size, _asks_ahead(plan)
+    if not ahead:  # else h or dgates are loaded while the cells before are computed, but for the first tile
+        read += operand
     if plan.parts > 1:  # sums in float32, written and read
         of_tile, read = HELD_PARTS, read + 8 * plan.parts * cells
+    beside = HELD_BESIDE if plan.held > 1 else 1
     tile: dict[str, float] = {
-        "L2: states, gates": l2_clocks(read, device, plan) * (HELD_BESIDE if plan.held > 1 else 1),
-        "products": cells * times * plan.k / (FASTER[90] * 4 * 4096 / problem.size / product_clocks(device)),
+        "L2: states, gates": l2_clocks(read, device, plan) * beside,
+        "products": _wgmma_clocks(problem, plan, plan.columns * times),
         "gates and cell": of_tile + of_cell * cells + beyond_four * max(0, cells / plan.threads - 4),
     }
-    return {name: plan.tiles_per_group * clocks for name, clocks in tile.items()} | {
-        "arrivals": HELD_ARRIVALS * (2 if plan.parts > 1 else 1)
-    }
+    step = {name: plan.tiles_per_group * clocks for name, clocks in tile.items()}
+    step["L2: states, gates"] += l2_clocks(operand, device, plan) * ahead
+    return step | {"arrivals": HELD_ARRIVALS * (2 if plan.parts > 1 else 1)}
+
+
+def _wgmma_clocks(problem: Problem, plan: Plan, columns: int) -> float:
+    """Of products with so many columns of W_hh that a program holds, for a tile of sequences.
+
+    An instruction takes 64 columns, 32 bytes of K, and the sequences of a warpgroup: of fewer than 64, it takes as long
+    as its operands in shared memory. Warpgroups share the columns out before they share the sequences.
+    """
+    blocks, warpgroups = columns // 64, plan.num_warps // 4
+    sequences = plan.rows * min(blocks, warpgroups) // warpgroups  # of one instruction
+    each = max(sequences / 2, 32 * (64 + sequences) / SHARED_BYTES)
+    return each * blocks * (plan.rows // sequences) * plan.k * problem.size / 32
 
 
 # For a step by cuBLAS and a kernel.
 CUBLAS = (0.65, 0.85)  # the fraction that large products reach of the rate of tensor cores, and of that of float32
 CUBLAS_TILE = 64  # rows and columns of a product that a multiprocessor computes at a time, or more
+CUBLAS_K = 512  # where tiles are few, K is split among multiprocessors, in parts of so many or more
 FASTER = {90: 2, 100: 4, 103: 4}  # how many times as fast as mma.sync cuBLAS's products are there (data sheets)
 LAUNCH_SECONDS = 2.2e-6  # of a short kernel
 HOST_SECONDS = 10e-6  # of a product and a launch, which nothing shorter hides
 
 
 def _pointwise_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
-    """The product, then what its kernel moves through memory."""
+    """The product, then what its kernel moves through memory. Plans are chosen as if there were no CUDA graph."""
     batch, hidden, size = problem.batch, problem.hidden, problem.size
     multiprocessors = max(1, device.multiprocessors // problem.side_by_side)
     outputs, k = (hidden, 4 * hidden) if backward else (4 * hidden, hidden)
     tiles = ceil(batch / CUBLAS_TILE) * ceil(outputs / CUBLAS_TILE)
+    parts = max(1, min(multiprocessors // tiles, k // CUBLAS_K))
     rate = CUBLAS[1] * 128  # multiply-adds a clock
     if not problem.exact_float32:
         rate = CUBLAS[0] * FASTER.get(device.architecture, 1) * 4 * 4096 / size / product_clocks(device)
+    of_tiles = ceil(tiles * parts / multiprocessors) * CUBLAS_TILE**2 * k / parts / rate
+    weights = outputs * k * size * problem.side_by_side  # from L2, which is assumed to hold them
     # The gates twice, c twice, h and what the next product reads; backward dh twice, c before, and dc twice.
     moved = batch * hidden * (10 * size + (12 if backward else 8)) * problem.side_by_side
     step = {
-        "product": ceil(tiles / multiprocessors) * CUBLAS_TILE**2 * k / rate,
+        "product": max(of_tiles, weights / (L2_BYTES * device.multiprocessors)),
         "memory": device.clock * moved / device.memory,
         "launches": 2 * device.clock * LAUNCH_SECONDS,
     }
-    return step | {"host, beyond the rest": max(0.0, device.clock * HOST_SECONDS - sum(step.values()))}
+    return step | {"host, but in a CUDA graph": max(0.0, device.clock * HOST_SECONDS - sum(step.values()))}
 
 
 CLOCKS = {
