@@ -87,7 +87,9 @@ def misplaced(ptx: str, weights: int, apart: int, size: int, blocks: int) -> int
             begin = ((block.value(descriptor) & 0x3FFF) << 4) + 0 * block.threads
             for warpgroup, at in enumerate(begin[::128].tolist()):
                 chains.setdefault((sums, warpgroup), []).append(at)
-    first = {stored[chain[0]] for chain in chains.values()}
-    step = _K_BYTES // size * apart
-    wrong = sum(stored[at] != stored[chain[0]] + j * step for chain in chains.values() for j, at in enumerate(chain))
+    first, wrong, step = set(), 0, _K_BYTES // size * apart
+    for chain in chains.values():
+        source = stored[chain[0]]
+        first.add(source)
+        wrong += sum(stored.get(at) != source + j * step for j, at in enumerate(chain))
     return wrong + abs(len(first) - blocks)
