@@ -294,7 +294,7 @@ def test_overlapping_blocks_leave_nothing_behind(chooser, values, now, run):
 
 
 def with_another_thread(act: Callable[[], object], other: Callable[[int], object]) -> int:
-    """act() again and again, each time with other(number) in a thread before another instruction of choices or modes."""
+    """act() again and again, each time with other(number) in a thread before another instruction of choices, modes."""
     count = number = 0
 
     def trace(frame, event, argument):

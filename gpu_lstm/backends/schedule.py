@@ -157,7 +157,9 @@ def on(stream: Stream, after: Stream) -> Iterator[None]:
 
 def hold(stream: Stream, tensors: Iterable[Tensor | None]) -> None:
     """Keep the memory of tensors, once they are released, until what is queued on `stream` by then is done."""
-    for tensor in tensors if stream is not None else ():
+    if stream is None:
+        return
+    for tensor in tensors:
         if tensor is not None:
             tensor.record_stream(stream)
 
