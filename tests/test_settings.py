@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparing import PLACES, every_backend
+from comparing import BACKENDS, PLACES
 from subjects import HasteLSTM
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -131,8 +131,9 @@ SETTINGS = {
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-@pytest.mark.parametrize("setting", SETTINGS)
-@every_backend
+@pytest.mark.parametrize(("backend", "setting"), [
+    pytest.param(backend, setting, marks=[pytest.mark.slow] * (backend == "triton" and "default" not in setting))
+    for backend in BACKENDS for setting in SETTINGS])  # fmt: skip
 def test_a_setting_changes_no_number(backend, setting):
     """To the bit: results, and gradients where they are recorded."""
     got = results(backend, SETTINGS[setting])

@@ -232,3 +232,22 @@ def test_what_is_not_finite_gives_in_an_episode_what_torchs_own_gives(monkeypatc
         torch.testing.assert_close(*there, rtol=1e-9, atol=1e-9, msg=name)
     if expected["dweight_hh_l0"].isnan().any():  # checks of gradients find it
         assert got["dweight_hh_l0"].isnan().any()
+
+
+@pytest.mark.parametrize("how", ["autocast", "bfloat16", "float32 cell state"])
+@pytest.mark.parametrize("ragged", [dict(resets=RESETS), RAGGED], ids=["resets", "lengths and resets"])
+def test_what_is_computed_again_has_the_dtypes_of_the_rest(how, ragged):
+    lstm, (x, hx) = gpu_lstm.LSTM(3, 4, backend="torch"), random_inputs(nn.LSTM(3, 4), B)
+    if how != "autocast":
+        lstm, x, hx = (
+            lstm.to(BF16),
+            x.to(BF16),
+            (hx[0].to(BF16), hx[1].to(BF16 if how == "bfloat16" else torch.float32)),
+        )
+    with torch.autocast("cpu", BF16, enabled=how == "autocast"):
+        expected = tree_leaves(lstm(x, hx, **ragged))
+        x[0, 0, 0] = torch.nan
+        found = tree_leaves(lstm(x, hx, **ragged))
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    assert found[0][0, 0].isnan().all()
+    assert all(map(torch.equal, [t[:, 1:] for t in found], [t[:, 1:] for t in expected]))

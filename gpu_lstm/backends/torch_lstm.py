@@ -184,7 +184,7 @@ def _from_reset_to_reset(x: Tensor, state: State, weights: Weights, valid: Tenso
         h, c = (torch.where(zeroed[start, :, None], 0, t) for t in ends)
         y, (h, c) = stack(x[start:end], (h[None], c[None]), [[weights]])
         parts.append(y)
-        ends = h[0], c[0] if valid is None else torch.where(valid[start, :, None], c[0], ends[1])
+        ends = h[0], c[0] if valid is None else torch.where(valid[start, :, None], c[0], ends[1].to(c.dtype))
     return torch.cat(parts), ends[1]
 
 
