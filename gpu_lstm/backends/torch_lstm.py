@@ -152,14 +152,8 @@ def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None
         h, c_n = _in_a_grid(x, state, weights, valid, reset, on_host=True)
         if (h.detach().sum() + c_n.detach().sum()).isfinite():
             return h, c_n
-        spoilt = ~(h.isfinite().all(2).all(0) & c_n.isfinite().all(1))[:, None]  # [B, 1]
-        of_zeros = torch.where(spoilt, 0, x), (torch.where(spoilt, 0, state[0]), torch.where(spoilt, 0, state[1]))
-        h, c_n = _in_a_grid(*of_zeros, weights, valid, reset, on_host=True)  # whose gradients are not NaN
-        rows = spoilt.nonzero()[:, 0]
-        h0, c0 = (t.index_select(0, rows) for t in state)
-        valid = None if valid is None else valid.index_select(1, rows)
-        again = _from_reset_to_reset(x.index_select(1, rows), (h0, c0), weights, valid, reset.index_select(1, rows))
-        return tuple(t.index_copy(t.dim() - 2, rows, its) for t, its in zip((h, c_n), again))
+        spoilt = ~(h.isfinite().all(2).all(0) & c_n.isfinite().all(1))  # [B]
+        return _with_spoilt_apart(spoilt, x, state, weights, valid, reset)
     # An infinity opens or shuts gates. It makes a NaN where its weight is zero and, nearly always, where there are two.
     infinite, zero = x.isinf(), (weights.weight_ih == 0).any(0)
     broken = x.isnan().any(2) | (infinite.sum(2) > 1) | (infinite & zero).any(2)  # [T, B]
@@ -172,6 +166,19 @@ def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None
     # Differentiable, so that W_hh's gradient is NaN too, and checks of gradients detect it.
     nan = torch.where(lost.any(), torch.nan, 0.0) * weights.weight_hh.sum()
     return tuple(torch.where(at[..., None], nan.to(t.dtype), t) for at, t in ((lost, h), (lost[-1], c_n)))
+
+
+def _with_spoilt_apart(
+    spoilt: Tensor, x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor
+) -> tuple:  # fmt: skip
+    """_with_resets with the sequences that are `spoilt`, bool [B], apart: no gradient of the others meets their NaN."""
+    h0, c0 = (torch.where(spoilt[:, None], 0, t) for t in state)
+    h, c_n = _in_a_grid(torch.where(spoilt[:, None], 0, x), (h0, c0), weights, valid, reset, on_host=True)
+    own = spoilt.nonzero()[:, 0]
+    h0, c0 = (t.index_select(0, own) for t in state)
+    its_valid = None if valid is None else valid.index_select(1, own)
+    again = _from_reset_to_reset(x.index_select(1, own), (h0, c0), weights, its_valid, reset.index_select(1, own))
+    return h.index_copy(1, own, again[0]), c_n.index_copy(0, own, again[1])
 
 
 def _from_reset_to_reset(x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor) -> tuple:
