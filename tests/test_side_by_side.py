@@ -207,7 +207,8 @@ def test_layers_run_at_once_where_that_helps_and_never_in_a_graph(schedule_of, m
 
 
 @pytest.mark.parametrize(("steps", "workspace", "length"), [
-    (128, 1 << 30, 128), (129, 1 << 30, 64), (512, 1 << 30, 64), (1000, 1 << 30, 125), (1000, 20 * 2 * 16 * 4, 20),
+    (128, 1 << 30, 128), (129, 1 << 30, 64), (512, 1 << 30, 64), (1000, 1 << 30, 125), (1001, 1 << 30, 126),
+    (1000, 20 * 2 * 16 * 4, 20),
 ])  # fmt: skip
 def test_chunks_of_layers_side_by_side(schedule_of, monkeypatch, steps, workspace, length):
     """An eighth of the sequence, though no fewer than 64 steps, and no more than the workspace holds."""
