@@ -1,6 +1,7 @@
 """The contract of a layer: whoever calls kernels sends what their Problem says, and its sizes are in one place."""
 
 import ast
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from subjects import SUBJECTS, states_for
 
 import gpu_lstm
 from gpu_lstm.kernels import memory, problem
-from gpu_lstm.kernels.problem import Problem, problem_of
+from gpu_lstm.kernels.layer import Layer
+from gpu_lstm.kernels.problem import Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import launch
 
 KERNELS = Path(problem.__file__).parent
@@ -71,6 +73,16 @@ def test_states_of_another_shape_are_no_states_of_a_layer():
     layer.forward(gates, r, save=False)
     with pytest.raises(AssertionError, match="h0"):
         layer.forward(gates, r._replace(given=r.given._replace(h0=torch.zeros(1, 3, 5))), save=False)
+
+
+def test_backward_is_prepared_for_the_gradients_that_it_is_given():
+    """Each combination is a kernel of its own, which is verified for it."""
+    gates, state = torch.zeros(2, 3, 20), torch.zeros(3, 5)
+    r = recurrence(gates, weight_hh=torch.zeros(20, 5), h0=state, c0=state)
+    layer = Layer(problem_of(r.given, False, "ieee"), gates.device, launch)
+    for dh, dh_n in itertools.product((None, state), repeat=2):
+        layer.backward(dh if dh is None else torch.zeros(2, 3, 5), dh_n, state, gates, torch.zeros(2, 3, 5), r)
+        assert list(layer._prepared)[-1] == Pass(True, True, dh is not None, dh_n is not None)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, torch.bool, torch.int64], ids=str)
