@@ -15,7 +15,7 @@ from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
 from gpu_lstm.dispatch.available import select, why_unavailable
 from gpu_lstm.kernels import cache
-from gpu_lstm.kernels.layer import aligned
+from gpu_lstm.kernels.layer import Layer, aligned
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import binary, choose, launch
 from gpu_lstm.kernels.triton_lstm.planning import Family
@@ -112,6 +112,24 @@ def test_a_tensor_is_copied_unless_it_is_contiguous_and_aligned(shift):
     for each in (t, t.T, t[:, ::2]):
         assert torch.equal(aligned(each), each)
         assert (aligned(each).is_contiguous(), aligned(each).data_ptr() % 16) == (True, 0)
+
+
+@pytest.mark.parametrize("dh_n", [None, torch.zeros(3, 4).half()], ids=["no dh_n", "dh_n"])
+@pytest.mark.parametrize("dh", [None, torch.zeros(2, 3, 4).half()], ids=["no dh", "dh"])
+def test_what_is_compiled_for_a_projection_outside_the_loop_is_what_is_launched(monkeypatch, dh, dh_n):
+    """Whichever gradients there are, the recurrence of m is given that of every m."""
+    problem, record = Problem(2, 3, 16, torch.float16, 4), Mock()
+    plan, gates = plan_of("resident", problem, True), torch.zeros(2, 3, 64).half()
+    weights = dict(weight_hh=torch.zeros(64, 4).half(), weight_hr=torch.zeros(4, 16).half())
+    r = recurrence(gates, h0=torch.zeros(3, 4).half(), c0=torch.zeros(3, 16), **weights)
+    monkeypatch.setattr(launch, "launch_kernel", record)
+    Layer(problem, gates.device, launch, trial=plan).backward(dh, dh_n, None, gates, torch.zeros(2, 3, 16), r)
+    [compiled] = launch.recorded_launches(problem, Pass(True, True, dh is not None, dh_n is not None), plan)
+    of_compiled, of_launched = (
+        {name for name, each in arguments.items() if each is None}
+        for arguments in (compiled.arguments, record.call_args.kwargs)
+    )
+    assert of_compiled == of_launched
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

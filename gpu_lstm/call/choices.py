@@ -90,7 +90,7 @@ def backend(name: BackendName | Backend) -> Block:
     """Choose the backend within a `with` block, for every module and function that was not given one itself.
 
     It holds for the whole process, as torch.backends' flags do, so also in the threads in which autograd runs backward;
-    of blocks in several threads, the last opened counts. Without `with` nothing is chosen, and a RuntimeWarning says it.
+    of blocks in several threads the last opened counts. Without `with` nothing is chosen, as a RuntimeWarning says.
 
     Raises:
         ValueError: there is no backend of that name.
