@@ -142,6 +142,7 @@ def test_each_kind_has_a_race_of_its_own_and_sizes_count_by_classes(stubbed):
     ran, others = stubbed(), (gpu_lstm.LSTM(4, 6), gpu_lstm.LSTM(4, 5, 2), gpu_lstm.StackedLSTM(4, [5, 6]))
     calls = [
         *(partial(lstm, X) for lstm in (LSTM, *others)), partial(LSTM, torch.zeros(5, 4, 4)),
+        partial(LSTM, torch.zeros(3, 5, 4)),
         partial(LSTM, X, lengths=torch.tensor([3, 2, 1])), partial(LSTM, X, resets=torch.zeros(3, 3).bool()),
         partial(gpu_lstm.LSTMCell(4, 5), X[0]),
         partial(gpu_lstm.functional.lstm_layer, X, gpu_lstm.LSTM(4, 7)._weights()[0][0], reverse=True),
