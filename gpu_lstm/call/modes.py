@@ -6,6 +6,7 @@ vmap, forward-mode derivatives and functionalize, an LSTM in torch's own operato
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -92,6 +93,41 @@ def _same(t: Tensor) -> Tensor:
     return t
 
 
+class Setting:
+    """Something of the whole process that blocks change, and that is as before once the last of them is left.
+
+    Each would otherwise set back what it found, and of two threads the last one what the other had set.
+    """
+
+    def __init__(self, get: Callable[[], Any], set: Callable[..., Any]) -> None:
+        self._get, self._set, self._lock = get, set, threading.Lock()
+        self._open, self._before = 0, None
+
+    @contextlib.contextmanager
+    def changed(self, *value: Any) -> Iterator[None]:
+        """A block with another value; none: the block itself changes it."""
+        with self._lock:
+            if not self._open:
+                self._before = self._get()
+            self._open += 1
+        try:
+            if value:
+                self._set(*value)
+            yield
+        finally:
+            with self._lock:
+                self._open -= 1
+                if not self._open:
+                    self._set(self._before)
+
+
+_default_dtype = Setting(torch.get_default_dtype, torch.set_default_dtype)
+_anomalies = Setting(
+    lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+    lambda mode: torch.set_anomaly_enabled(*mode),
+)
+
+
 @contextlib.contextmanager
 def alone(grad: bool) -> Iterator[None]:
     """A block for computations of our own inside a user's call: none of the caller's contexts acts on them.
@@ -99,18 +135,13 @@ def alone(grad: bool) -> Iterator[None]:
     That is, no hooks of saved tensors (such as torch.utils.checkpoint's), anomaly detection, function modes (such as a
     default device), default dtype or inference mode; autograd is on if `grad`.
     """
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
     is_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
     hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same) if is_enabled() else contextlib.nullcontext()
-    try:
-        with (
-            torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.set_grad_enabled(grad),
-            torch.autograd.set_detect_anomaly(False), hooks,
-        ):  # fmt: skip
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
+    with (
+        _default_dtype.changed(torch.float32), _anomalies.changed((False, True)), torch._C.DisableTorchFunction(),
+        torch.inference_mode(False), torch.set_grad_enabled(grad), hooks,
+    ):  # fmt: skip
+        yield
 
 
 def recurrent_precision(dtype: torch.dtype) -> str:

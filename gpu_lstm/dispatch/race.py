@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import statistics
-import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,7 +21,7 @@ from ..backends import kernels
 from ..call import choices
 from ..call.choices import KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
 from ..call.forms import Padded
-from ..call.modes import Recording, Transforms, alone, recurrent_precision
+from ..call.modes import Recording, Setting, Transforms, alone, recurrent_precision
 from ..call.options import Size
 from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
@@ -48,7 +47,7 @@ UNCERTAIN = 0.5  # if a rival's quartiles differ by more than this share of its 
 
 logger = logging.getLogger("gpu_lstm")
 
-_lock = threading.RLock()
+_generators: dict[torch.device, Setting] = {}
 # What this process decided. It holds more than the cache (noisy races, kernels that fail, expected winners), so that
 # neither a batch of another size nor a capture decides again.
 _decided: dict[tuple, Decision] = {}
@@ -75,11 +74,22 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
         expected = expected_winner(kind, able, device)
         then = "; the first call races it" if dry and mode is Racing.ON and not kind.only_ours else ""
         return expected._replace(why=expected.why + then)
-    with _lock, torch.random.fork_rng([device] if call.x.is_cuda else []):
+    # Without a lock: a race waits for autograd's thread, which may be about to decide, too, in a checkpoint that it
+    # computes again. Of threads that decide at once each does so for itself, and the first result is kept.
+    with _generator(torch.device("cpu")).changed(), _generator(device).changed():
         decision = _cached(kind, able, device, mode) or _judge(call, kind, able, mode)
-        _decided[key] = decision = _agreed(decision, _key(kind, able, device))
+    decision = _decided.setdefault(key, _agreed(decision, _key(kind, able, device)))
     logger.info("%s: %s", describe(kind.as_json()), decision)
     return decision
+
+
+def _generator(device: torch.device) -> Setting:
+    """The state of a device's random numbers, which a race draws."""
+    if device not in _generators:
+        cuda = device.type == "cuda"
+        generator = torch.cuda.default_generators[device.index] if cuda else torch.default_generator
+        _generators.setdefault(device, Setting(generator.get_state, generator.set_state))
+    return _generators[device]
 
 
 def forget() -> None:
