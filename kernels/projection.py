@@ -6,6 +6,7 @@ zoneout of h or recurrent dropout the step is not linear in m, and this does not
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -74,12 +75,20 @@ def _of_sequences_with_steps(t: Tensor, given: Inputs) -> Tensor:
     return t if given.lengths is None else t.masked_fill((given.lengths == 0)[:, None], 0)
 
 
+_lock = threading.RLock()
+
+
 @contextlib.contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """Products of float32 tensors by cuBLAS in `precision`, whatever torch's own setting is."""
+    """Products of float32 tensors by cuBLAS in `precision`, whatever torch's own setting is.
+
+    That setting is the whole process's: one thread at a time has it, and the user's products in others obey it, too.
+    """
     matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    with _lock:
+        before = matmul.fp32_precision
+        try:
+            matmul.fp32_precision = precision
+            yield
+        finally:
+            matmul.fp32_precision = before

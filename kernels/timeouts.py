@@ -116,7 +116,7 @@ def error_word(device: torch.device, kernel: str, trial: bool = False) -> Tensor
     if device.type == "meta":  # a launch that is only recorded
         return torch.empty(APART, dtype=torch.int32, device=device)
     if device not in _words:
-        _words[device] = _Words(device)
+        _words.setdefault(device, _Words(device))  # a word that another thread has given to a kernel stays
     return _words[device].tensor[int(trial), KERNELS.index(kernel)]
 
 
@@ -150,7 +150,7 @@ def check() -> None:
     Raises:
         RuntimeError: with the kernel, the step and the device.
     """
-    for device in _words:
+    for device in list(_words):
         _check(device)
 
 

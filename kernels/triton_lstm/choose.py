@@ -134,7 +134,7 @@ def candidates(problem: Problem, card: Device, which: Pass) -> list[Plan]:
     if measured in proposed:  # whatever a file says, only a proposed and verified plan runs
         return [measured, *proposed]
     in_use = plans_in_use.get((problem._replace(batch=0), card, which), {})
-    if larger := [batch for batch in in_use if batch > problem.batch]:
+    if larger := [batch for batch in list(in_use) if batch > problem.batch]:
         plan = in_use[min(larger)]
         tiles_per_group = ceil(ceil(problem.batch / plan.rows) / plan.groups)  # of this batch
         asked = proposed[0], dataclasses.replace(plan, tiles_per_group=tiles_per_group)
