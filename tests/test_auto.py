@@ -93,6 +93,6 @@ def test_a_kernel_that_is_wrong_for_more_or_for_fewer_sequences_than_units_is_re
         return forward(prepared, gates, r)
 
     monkeypatch.setattr(launch.Prepared, "forward", with_states_of_others)
-    refused = pytest.warns(UserWarning, match="the RMS error of h.*Backend 'auto' does without it")
+    refused = pytest.warns(UserWarning, match="the RMS error of h.*It is not used")
     with refused if wrong is not None else contextlib.nullcontext():
         check((3, batch, 3, 8), words, None, torch.float32, seeds=1)

@@ -61,7 +61,8 @@ def verify(layer: Any, which: Pass, given: Inputs, plan: Any) -> str | None:
     if verdict == "right":
         return None
     card = cache.machine(device)["card"]
-    cache.warn_once(f"a kernel failed its verification on {card}: {verdict}. Backend 'auto' does without it.{report}")
+    instead = "It is not used: another one is, or with backend 'auto' torch's LSTM."
+    cache.warn_once(f"a kernel failed its verification on {card}: {verdict}. {instead}{report}")
     return verdict
 
 
