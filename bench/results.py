@@ -17,7 +17,6 @@ import pandas as pd  # type: ignore[import-untyped]
 import torch
 
 import gpu_lstm
-from gpu_lstm.kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 
 from .cases import Case
 
@@ -51,6 +50,14 @@ NUMBERS = [*(field.name for field in fields(Case) if field.type is not str), *FI
 
 
 @functools.cache
+def _cudnn_version() -> int | str | None:
+    """Or what torch says of one that it cannot use. Not gpu_lstm's: the commit that is measured may be older."""
+    try:
+        return torch.backends.cudnn.version()
+    except RuntimeError as error:
+        return str(error)
+
+
 def provenance(device: str) -> dict[str, Any]:
     """The columns that are the same for a whole run on `device`, "cpu" or a CUDA device."""
     cuda, threads, cpuinfo = device != "cpu", torch.get_num_threads(), Path("/proc/cpuinfo")
@@ -67,7 +74,7 @@ def provenance(device: str) -> dict[str, Any]:
         "gpu_lstm": gpu_lstm.__version__, "python": platform.python_version(), "torch": torch.__version__,
         "triton": versions.get("triton"),
         "cupy": versions.get("cupy-cuda13x") or versions.get("cupy-cuda12x") or versions.get("cupy"),
-        "cuda": torch.version.cuda if cuda else None, "cudnn": cache.cudnn_version() if cuda else None,
+        "cuda": torch.version.cuda if cuda else None, "cudnn": _cudnn_version() if cuda else None,
         "driver": driver or None, "clock_mhz": clock or None, "schema": SCHEMA,
     }  # fmt: skip
 

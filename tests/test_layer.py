@@ -259,9 +259,17 @@ def test_padding_and_what_no_reset_leaves_change_no_bit(monkeypatch, place, word
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize(("place", "words", "dtype"), EVERYWHERE)
 def test_nan_does_not_pass_a_reset(monkeypatch, place, words, dtype):
-    """Nor into another sequence: x, h0 and c0 with NaN or infinity change no bit of what does not follow them."""
+    """Nor into another sequence: x, h0 and c0 with NaN or infinity change no bit of what does not follow them.
+
+    Except on torch's own LSTM, where other episodes of these sequences are computed again, by other calls.
+    """
     KERNELS[place].force(monkeypatch)
     module, (x, hx, rest) = everywhere(place, words, dtype, (5, 4, 3, 8))
+    of_torch = place.startswith("torch")
+
+    def same(ours, theirs):
+        return torch.allclose(ours, theirs, rtol=0, atol=1e-14) if of_torch else torch.equal(ours, theirs)
+
     rest["resets"] = torch.zeros(5, 4, dtype=torch.bool)
     rest["resets"][[1, 3, 2, 4, 0], [0, 0, 1, 2, 3]] = True  # the last before the first step
 
@@ -280,9 +288,9 @@ def test_nan_does_not_pass_a_reset(monkeypatch, place, words, dtype):
         behind[0, :4, 2] = True
     for d, (ours, theirs) in enumerate(zip(*(found["output"].split(8, dim=2) for found in (dirty, clean)))):
         assert (ours != theirs).any(2)[behind[d]].all()
-        assert torch.equal(ours[~behind[d]], theirs[~behind[d]])
+        assert same(ours[~behind[d]], theirs[~behind[d]])
     assert dirty["dweight_hh_l0"].isnan().any()
     apart = ~behind.any(0)
-    assert torch.equal(dirty["dx"][apart], clean["dx"][apart])
-    assert all(torch.equal(dirty[name], clean[name]) for name in ("h0", "c0"))
-    assert all(torch.equal(dirty[name][:, 3], clean[name][:, 3]) for name in ("dh0", "dc0"))
+    assert same(dirty["dx"][apart], clean["dx"][apart])
+    assert all(same(dirty[name], clean[name]) for name in ("h0", "c0"))
+    assert all(same(dirty[name][:, 3], clean[name][:, 3]) for name in ("dh0", "dc0"))

@@ -75,6 +75,7 @@ def test_right_kernels_are_used(problem, gradients):
 
 def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):
     """Kernels are compiled for the dtypes of their arguments, and for those that are None."""
+    monkeypatch.setattr(verify, "ENOUGH", 1)
     recorded = Mock(side_effect=launch.launch_kernel)
     monkeypatch.setattr(launch, "launch_kernel", recorded)
     given = example(3, 3, 3, 20, ragged=True, resets=0.4, states=True, peepholes=True, norms=("hh", "c"))
@@ -123,6 +124,8 @@ def test_every_gradient_of_a_recurrence_is_verified(monkeypatch, name):
 
 @pytest.mark.parametrize(("times", "wrong"), [(1.9, False), (2.1, True)])
 def test_an_error_of_twice_torchs_or_of_the_last_place_is_allowed(monkeypatch, times, wrong):
+    monkeypatch.setattr(verify, "ENOUGH", 1)
+
     def by_kernels(small, layer, gates):
         truth, _ = small.by_reference(torch.float64)
         return {name: t + times * torch.finfo(torch.half).eps * t.abs().max() for name, t in truth.items()}
@@ -175,6 +178,7 @@ def test_a_batch_is_cut_where_programs_do_the_same_with_fewer_sequences():
 
 def test_a_single_step_is_verified_by_the_kernel_of_a_single_step(monkeypatch):
     """Which waits for nobody, and is compiled without arrivals."""
+    monkeypatch.setattr(verify, "ENOUGH", 1)
     recorded = Mock(side_effect=launch.launch_kernel)
     monkeypatch.setattr(launch, "launch_kernel", recorded)
     for steps in (1, 2):

@@ -138,7 +138,7 @@ def _without_kernels(given: Sequence[Any], reverse: bool, backend: Backend) -> t
         else:
             h, (h_n, c_n) = torch_lstm.layer(x, (h0, c0), weights_of(inputs), traversal_of(inputs, reverse))
         return h, h_n, c_n
-    if len(directions) == 1:
+    if h0.dim() == 2:
         return reference.run_inputs(inputs, reverse)
     parts = [reference.run_inputs(Inputs(x, h0[d], c0[d], *each), d == 1) for d, each in enumerate(directions)]
     hs, h_ns, c_ns = zip(*parts)
