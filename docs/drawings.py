@@ -69,7 +69,7 @@ def data_flow() -> Figure:
         "gradients of weights: products over all steps", PYTHON)  # fmt: skip
     arrow(axes, (61, 52), (81, 43))
     axes.text(74, 50, "gradients of gradients", va="center", size=7, color=INK)
-    arrow(axes, (37, 56), (37, 60), "gates_x [T, B, 4H], Recurrence of the Inputs, states [B, P] and [B, H]")
+    arrow(axes, (37, 56), (37, 60), "gates_x [T, B, 4H], Recurrence of the Inputs, states [1, B, P] and [1, B, H]")
     box(axes, 13, 60, (48, 7), "kernels/layer.py",
         "a Layer for each Problem, which has all sizes, and card\n"
         "its plan is chosen and verified once", KERNEL)  # fmt: skip

@@ -19,8 +19,8 @@ class Gradients(NamedTuple):
     """What backward returns; None where there is none."""
 
     dgates: Tensor  # [T, B, 4H] of the pre-activations; zero in padding
-    dh0: Tensor | None  # [B, P]; from Prepared.backward: float32, and through zoneout of the first step only
-    dc0: Tensor  # [B, H] float32
+    dh0: Tensor | None  # [1, B, P]; from Prepared.backward: float32, and through zoneout of the first step only
+    dc0: Tensor  # [1, B, H] float32
     dh_total: Tensor | None = None  # [T, B, P] of W_hr m with a projection, of m with a layer norm of c
     dreset_h: Tensor | None = None  # [T, B, P] float32, through zoneout; zero but at resets
     dreset_c: Tensor | None = None  # [T, B, H] float32, zero but at resets
@@ -111,7 +111,7 @@ class Layer:
             save: keep what backward needs.
 
         Returns:
-            h [T, B, P], h_n [B, P], c_n [B, H] float32, and c: float32 [T, B, H] if `save`, else None.
+            h [T, B, P], h_n [1, B, P], c_n [1, B, H] float32, and c: float32 [T, B, H] if `save`, else None.
 
         Raises:
             RuntimeError: an earlier launch timed out; or no kernel can run the problem.
@@ -220,14 +220,14 @@ def _check_count(of: str, count: int) -> None:
 
 
 def _initial_hidden_gradient(p: Problem, found: Gradients, dh_n: Tensor | None, r: Recurrence) -> Tensor:
-    """dh0 [B, P]: through the first step, unless it is reset; dh_n [B, P] where a sequence has no step."""
+    """dh0 [1, B, P]: through the first step, unless it is reset; dh_n [1, B, P] where a sequence has no step."""
     given, at = r.given, end_index(p, r.given.lengths, first=True)
     first = found.dgates[at]  # [B, 4H]; zero where length is 0
     if given.gain_hh is not None:
         first = layer_norm.gradient(first, given.gain_hh, r.unit_hh.unit[at], r.unit_hh.scale[at])
     if given.resets is not None and not p.reverse:
         first = first.masked_fill(given.resets[0, :, None], 0)
-    dh0 = first @ given.weight_hh
+    dh0 = (first @ given.weight_hh)[None]
     if given.dropout_h is not None:
         dh0 = given.dropout_h * dh0
     if found.dh0 is not None:

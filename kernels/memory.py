@@ -35,16 +35,16 @@ def results_of(p: Problem) -> dict[str, Buffer]:
     f32 = torch.float32
     return {
         "h_ptr": Buffer(p.dtype, (p.batch, p.width), 0), "c_ptr": Buffer(f32, (p.batch, p.hidden), 0),
-        "h_n_ptr": Buffer(p.dtype, (p.batch, p.width)), "c_n_ptr": Buffer(f32, (p.batch, p.hidden)),
+        "h_n_ptr": Buffer(p.dtype, (1, p.batch, p.width)), "c_n_ptr": Buffer(f32, (1, p.batch, p.hidden)),
     }  # fmt: skip
 
 
 def gradients_of(p: Problem) -> dict[str, Buffer]:
     """What backward returns, likewise; see layer.Gradients."""
     f32, of_h, of_c = torch.float32, (p.batch, p.width), (p.batch, p.hidden)
-    buffers = {"dgates_ptr": Buffer(p.dtype, (p.batch, 4 * p.hidden), 0), "dc_ptr": Buffer(f32, of_c, fill=0)}
+    buffers = {"dgates_ptr": Buffer(p.dtype, (p.batch, 4 * p.hidden), 0), "dc_ptr": Buffer(f32, (1, *of_c), fill=0)}
     if p.zoneout_h is not None:
-        buffers["dh_from_zoneout_ptr"] = Buffer(f32, of_h, fill=0)
+        buffers["dh_from_zoneout_ptr"] = Buffer(f32, (1, *of_h), fill=0)
     if p.projected or p.norms[1]:
         buffers["dh_total_ptr"] = Buffer(p.dtype, of_h, 0)
     if p.reset_h:

@@ -77,8 +77,8 @@ class Inputs(NamedTuple):
     """
 
     x: Tensor  # [T, B, I]
-    h0: Tensor  # [B, P]
-    c0: Tensor  # [B, H]
+    h0: Tensor  # [1, B, P], as torch.nn.LSTM has it for one layer and direction
+    c0: Tensor  # [1, B, H]
     weight_ih: Tensor  # [4H, I]
     weight_hh: Tensor  # [4H, P]
     bias_ih: Tensor | None = None  # [4H]
@@ -111,7 +111,7 @@ NO_UNIT = Unit(None, None)
 class Recurrence(NamedTuple):
     """What the time loop reads. Of the Inputs those that `in_the_loop` names; x, W_ih and biases are in the gates.
 
-    States are [B, P] and [B, H], c0 float32. Layer norms are those inside the loop, of W_hh h and of c in tanh(c). A
+    States are [1, B, P] and [1, B, H], c0 float32. Layer norms are those in the loop, of W_hh h and of c in tanh(c). A
     reset step begins with h = 0, and with c = 0 or `reset_c`; for another h, its product with W_hh is in the gates.
     """
 
@@ -139,7 +139,7 @@ def in_the_loop(p: Problem, steps: int) -> dict[str, Like]:
         return Like((steps, batch, features), torch.bool) if dimensions else Like((), f32)
 
     every = dict(
-        h0=Like((batch, width), half), c0=Like((batch, hidden), f32), weight_hh=Like((4 * hidden, width), half),
+        h0=Like((1, batch, width), half), c0=Like((1, batch, hidden), f32), weight_hh=Like((4 * hidden, width), half),
         weight_hr=Like((width, hidden), half) if p.projected else None,
         weight_peephole=Like((3 * hidden,), half) if p.peepholes else None,
         gain_hh=Like((4 * hidden,), half) if gain_hh else None,

@@ -25,13 +25,13 @@ def forward(
     """As layer.Layer.forward, with a plan that runs the recurrence of m; gates of the first steps are overwritten."""
     given = r.given
     with products_in(p.precision):
-        share = given.h0 @ given.weight_hh.T  # [B, 4H], unless a reset is before the first step
+        share = given.h0[0] @ given.weight_hh.T  # [B, 4H], unless a reset is before the first step
         if given.resets is not None and not p.reverse:
             share = share.masked_fill(given.resets[0, :, None], 0)
         gates[end_index(p, given.lengths, first=True)] += _of_sequences_with_steps(share, given)
         m, _, c_n, c = prepared.forward(gates, _recurrence_of_m(p, r))  # [T, B, H]
         h = m @ given.weight_hr.T  # [T, B, P]
-    h_n = h[end_index(p, given.lengths, first=False)]
+    h_n = h[end_index(p, given.lengths, first=False)][None]
     if given.lengths is not None:
         h_n = torch.where((given.lengths == 0)[:, None], given.h0, h_n)
     return h, h_n, c_n, c
@@ -49,7 +49,7 @@ def backward(
         padding = (torch.arange(steps, device=dh.device)[:, None] >= given.lengths)[..., None]  # [T, B, 1]
         dh.masked_fill_(padding, 0)
     if dh_n is not None:
-        dh[end_index(p, given.lengths, first=False)] += _of_sequences_with_steps(dh_n, given)
+        dh[end_index(p, given.lengths, first=False)] += _of_sequences_with_steps(dh_n[0], given)
     with products_in(p.precision):
         found = prepared.backward(dh @ given.weight_hr, None, dc_n, gates, c, _recurrence_of_m(p, r))
         from_next = found.dgates @ given.weight_hh  # and through the step after
@@ -66,7 +66,7 @@ def backward(
 def _recurrence_of_m(p: Problem, r: Recurrence) -> Recurrence:
     """The recurrence of m, starting from zeros."""
     given = r.given
-    zeros = given.h0.new_zeros(p.batch, p.hidden)
+    zeros = given.h0.new_zeros(1, p.batch, p.hidden)
     return r._replace(given=given._replace(weight_hh=given.weight_hh @ given.weight_hr, weight_hr=None, h0=zeros))
 
 

@@ -59,7 +59,9 @@ def one_layer(x, state, weights, *, lengths, resets, reset_states, reverse, back
     if backend == "reference":
         return reference.layer(*given)
     problem = problem_of(fused.inputs_of(*given), reverse, recurrent_precision(x.dtype))
-    return autograd.layer(kernels.layer_of(Backend(backend), problem, x.device), *given, recompute, False)
+    of_kernels = given[0], tuple(t[None] for t in state), *given[2:]  # states [1, B, *]
+    h, final = autograd.layer(kernels.layer_of(Backend(backend), problem, x.device), *of_kernels, recompute)
+    return h, tuple(t[0] for t in final)
 
 
 @dataclass

@@ -124,7 +124,7 @@ def one_pass(problem: Problem, which: Pass, steps: int, layer: Layer) -> dict:
     named |= {"gates_ptr": gates, "T": steps, "B": problem.batch}
     if which.backward:
         h0, c0 = r.given.h0, r.given.c0
-        dh, dh_n, saved = h0.new_zeros(steps, *h0.shape), h0.clone(), c0.new_zeros(steps, *c0.shape)
+        dh, dh_n, saved = h0.new_zeros(steps, *h0.shape[1:]), h0.clone(), c0.new_zeros(steps, *c0.shape[1:])
         found = layer.backward(dh, dh_n, c0.clone(), gates, saved, r, of_h0=False)
         named |= dict(dh_ptr=dh, dh_n_ptr=dh_n, c_ptr=saved, dc_ptr=found.dc0, dh_total_ptr=found.dh_total)
         return named | dict(dreset_h_ptr=found.dreset_h, dreset_c_ptr=found.dreset_c)

@@ -44,6 +44,7 @@ def stand_in(kernel, grid, **arguments):
 def recurrence(gates: torch.Tensor, **tensors: torch.Tensor) -> Recurrence:
     """What a Layer is given with `gates` [T, B, 4H]; it reads neither x nor W_ih, which have no features here."""
     steps, batch, rows = gates.shape
+    tensors |= {name: tensors[name].view(1, batch, tensors[name].shape[-1]) for name in ("h0", "c0")}
     return Recurrence(Inputs(x=gates.new_zeros(steps, batch, 0), weight_ih=gates.new_zeros(rows, 0), **tensors))
 
 

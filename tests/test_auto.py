@@ -87,9 +87,9 @@ def test_a_kernel_that_is_wrong_for_more_or_for_fewer_sequences_than_units_is_re
     forward = launch.Prepared.forward
 
     def with_states_of_others(prepared, gates, r):
-        batch, hidden = r.given.c0.shape
+        batch, hidden = r.given.c0.shape[1:]
         if wrong is not None:
-            r = r._replace(given=r.given._replace(h0=r.given.h0[wrong(batch, hidden)].contiguous()))
+            r = r._replace(given=r.given._replace(h0=r.given.h0[:, wrong(batch, hidden)].contiguous()))
         return forward(prepared, gates, r)
 
     monkeypatch.setattr(launch.Prepared, "forward", with_states_of_others)

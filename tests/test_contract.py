@@ -66,13 +66,13 @@ def test_every_module_sends_what_the_contract_says(monkeypatch, subject):
 
 
 def test_states_of_another_shape_are_no_states_of_a_layer():
-    """As they were sent by a module of one layer and one direction: [1, B, H], whose first size is not B."""
+    """[B, H], as they are where there are several: its last but one size is not the first."""
     gates = torch.zeros(2, 3, 20)
     r = recurrence(gates, weight_hh=torch.zeros(20, 5), h0=torch.zeros(3, 5), c0=torch.zeros(3, 5))
     layer = launch.layer_of(problem_of(r.given, False, "ieee"), gates.device)
     layer.forward(gates, r, save=False)
     with pytest.raises(AssertionError, match="h0"):
-        layer.forward(gates, r._replace(given=r.given._replace(h0=torch.zeros(1, 3, 5))), save=False)
+        layer.forward(gates, r._replace(given=r.given._replace(h0=torch.zeros(3, 5))), save=False)
 
 
 def test_backward_is_prepared_for_the_gradients_that_it_is_given():
@@ -118,6 +118,6 @@ def test_results_of_a_batch_without_sequences():
     layer = launch.layer_of(p, torch.device("cpu"))
     gates, r = launch.call_of(p, torch.device("cpu"))
     h, h_n, c_n, c = layer.forward(gates, r, save=True)
-    assert [t.shape for t in (h, h_n, c_n, c)] == [(2, 0, 2), (0, 2), (0, 5), (2, 0, 5)]
+    assert [t.shape for t in (h, h_n, c_n, c)] == [(2, 0, 2), (1, 0, 2), (1, 0, 5), (2, 0, 5)]
     found = layer.backward(h, h_n, c_n, gates, c, r)
-    assert [t.shape for t in found] == [(2, 0, 20), (0, 2), (0, 5), (2, 0, 2), (2, 0, 2), (2, 0, 5)]
+    assert [t.shape for t in found] == [(2, 0, 20), (1, 0, 2), (1, 0, 5), (2, 0, 2), (2, 0, 2), (2, 0, 5)]

@@ -77,7 +77,7 @@ def test_an_empty_batch(device):
     gates, r = _given(device, B=0)
     layer = _layer_of(gates, r)
     h, h_n, c_n, c = layer.forward(gates, r, save=True)
-    assert (h.shape, h_n.shape, c_n.shape, c.shape) == ((4, 0, 8), (0, 8), (0, 8), (4, 0, 8))
+    assert (h.shape, h_n.shape, c_n.shape, c.shape) == ((4, 0, 8), (1, 0, 8), (1, 0, 8), (4, 0, 8))
     assert layer.backward(h, None, None, gates, c, r)[0].shape == gates.shape
 
 

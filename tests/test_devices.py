@@ -65,7 +65,7 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
     monkeypatch.setattr(torch.Tensor, "__getitem__", _indexed)
     monkeypatch.setattr(torch.Tensor, "__setitem__", lambda *_: None)
     with FakeTensorMode():
-        sizes = (T, B, I), (B, H), (B, H), (4 * H, I), (4 * H, H)
+        sizes = (T, B, I), (1, B, H), (1, B, H), (4 * H, I), (4 * H, H)
         given = [torch.empty(size, device=device) for size in sizes]
         h, _, _, gates, c = graph._forward(False, backend, True, False, *given)
         needed = [k == 1 for k in range(len(sizes))]

@@ -12,7 +12,7 @@ T, B, I, H = 2, 2, 3, 5
 NORMS, MASKS = "norms expected", "no-bias ragged states peepholes masks"
 
 
-def _given(words, device) -> tuple[list, bool]:
+def _given(words, device, backend) -> tuple[list, bool]:
     """The inputs of a layer, and whether it is reverse; or of torch's own layer with two directions."""
     if words == "both directions":
         lstm = torch.nn.LSTM(I, H, bidirectional=True, device=device).requires_grad_(False)
@@ -23,6 +23,8 @@ def _given(words, device) -> tuple[list, bool]:
     floats = {name: t.float() if name == "dropout_h" else t for name, t in made.noise.items()}
     tensors = [None if t is None else t.float() for t in (*made.tensors, *made.reset_states)]
     given = Inputs(*tensors)._replace(lengths=made.lengths, resets=made.resets, **floats)
+    if backend == "triton":  # states are [1, B, *]
+        given = given._replace(h0=given.h0[None], c0=given.c0[None])
     return [None if t is None else t.to(device) for t in given], made.reverse
 
 
@@ -37,7 +39,10 @@ def learnt(given) -> list[bool]:
     (NORMS, "reference"), (NORMS, "triton"), (MASKS, "reference"), (MASKS, "triton")])  # fmt: skip
 def test_a_layer(words, backend, device):
     """Forward with and without what backward reads; backward of all, of the output alone, of the states alone."""
-    (given, reverse), recompute = _given(words, device), (words, backend) == ("ragged resets reverse", "triton")
+    (given, reverse), recompute = (
+        _given(words, device, backend),
+        (words, backend) == ("ragged resets reverse", "triton"),
+    )
     torch.library.opcheck(graph.OPERATOR, (reverse, backend, False, recompute, *given))
     there = learnt(given)
     leaves = [t.clone().requires_grad_() if learns else t for t, learns in zip(given, there)]
@@ -50,7 +55,7 @@ def test_a_layer(words, backend, device):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_backward_leaves_what_was_saved_alone_and_accepts_expanded_gradients(device, recompute):
-    given, reverse = _given("ragged resets reverse", device)
+    given, reverse = _given("ragged resets reverse", device, "triton")
     h, h_n, c_n, *kept = graph.OPERATOR(reverse, "triton", True, recompute, *given)
     # In padding nothing was ever written, so NaN stands for whatever the memory held.
     before, needed = [t.nan_to_num() for t in kept], learnt(given)

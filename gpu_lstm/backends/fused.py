@@ -46,7 +46,9 @@ def inputs_of(x: Tensor, state: State, weights: Weights, traversal: Traversal, n
 
 
 def forward(kernels: Any, given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """h [T, B, P], h_n [B, P], c_n [B, H] float32; gates [T, B, 4H], activated if `save`; c [T, B, H] float32, or None.
+    """h [T, B, P], h_n [1, B, P], c_n [1, B, H]; gates [T, B, 4H], activated if `save`; c [T, B, H], or None.
+
+    c and c_n are float32.
 
     `kernels` is the Layer of a backend, kernels/layer.py.
     """

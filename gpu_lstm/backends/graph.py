@@ -70,9 +70,13 @@ def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[
     def direction(
         row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
     ) -> tuple[Tensor, State]:
-        x, state, weights = cast(x, state, weights, dtype)
-        given = fused.inputs_of(x, state, weights, traversal, noise)
-        return _run_operator(call, given, traversal.reverse, backend)
+        x, (h0, c0), weights = cast(x, state, weights, dtype)
+        if backend not in KERNEL_BACKENDS:
+            given = fused.inputs_of(x, (h0, c0), weights, traversal, noise)
+            return _run_operator(call, given, traversal.reverse, backend)
+        given = fused.inputs_of(x, (h0[None], c0[None]), weights, traversal, noise)
+        h, (h_n, c_n) = _run_operator(call, given, traversal.reverse, backend)
+        return h, (h_n[0], c_n[0])
 
     def both_directions(x: Tensor, state: State, layer: list[Weights]) -> tuple[Tensor, State]:
         x, state, first = cast(x, state, layer[0], dtype)
@@ -138,7 +142,7 @@ def _without_kernels(given: Sequence[Any], reverse: bool, backend: Backend) -> t
         else:
             h, (h_n, c_n) = torch_lstm.layer(x, (h0, c0), weights_of(inputs), traversal_of(inputs, reverse))
         return h, h_n, c_n
-    if h0.dim() == 2:
+    if len(directions) == 1:
         return reference.run_inputs(inputs, reverse)
     parts = [reference.run_inputs(Inputs(x, h0[d], c0[d], *each), d == 1) for d, each in enumerate(directions)]
     hs, h_ns, c_ns = zip(*parts)
@@ -185,7 +189,7 @@ def _forward_fake(reverse, backend, save, recompute, x, h0, c0, *_):
     h = x.new_empty(*x.shape[:-1], directions * h0.shape[-1])
     by_kernels = Backend(backend) in KERNEL_BACKENDS and save
     gates = x.new_empty((*x.shape[:2], 4 * c0.shape[-1]) if by_kernels and not recompute else (0,))
-    c = c0.new_empty((x.shape[0], *c0.shape) if by_kernels else (0,), dtype=torch.float32)
+    c = c0.new_empty((*x.shape[:2], c0.shape[-1]) if by_kernels else (0,), dtype=torch.float32)
     return h, torch.empty_like(h0), torch.empty_like(c0), gates, c
 
 

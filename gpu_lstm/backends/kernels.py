@@ -38,12 +38,17 @@ def _run(call: Call, backend: Backend, layers: list[Any], plan: Schedule) -> tup
     def direction(
         row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
     ) -> tuple[Tensor, State]:
-        return autograd.layer(layers[row], x, state, weights, traversal, noise, recompute, leading)
+        if leading:
+            return autograd.layer(layers[row], x, state, weights, traversal, noise, recompute)
+        h0, c0 = state  # [B, P], [B, H]
+        h, (h_n, c_n) = autograd.layer(layers[row], x, (h0[None], c0[None]), weights, traversal, noise, recompute)
+        return h, (h_n[0], c_n[0])
 
+    rows = call.states if leading else call.state_rows()  # those of a single row are [1, B, *], as kernels have them
     if not whole:
         y, rows = schedule.run(call, direction, plan, backend.value)
     else:
-        y, rows = one_after_another(call, direction, backend.value, call.x.dtype, call.state_rows())
+        y, rows = one_after_another(call, direction, backend.value, call.x.dtype, rows)
     return y, call.pack_rows(rows)
 
 

@@ -51,8 +51,9 @@ def run_inputs(inputs: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, 
     """h, h_n and c_n of one layer in one direction, from its Inputs."""
     given = Inputs(*inputs)
     traversal, noise = traversal_of(given, reverse), noise_of(given)
-    h, (h_n, c_n) = layer(given.x, (given.h0, given.c0), weights_of(given), traversal, noise)
-    return h, h_n, c_n
+    state = given.h0.flatten(0, -2), given.c0.flatten(0, -2)  # [B, *] each, of [1, B, *] too
+    h, (h_n, c_n) = layer(given.x, state, weights_of(given), traversal, noise)
+    return h, h_n.view_as(given.h0), c_n.view_as(given.c0)
 
 
 def gradients(

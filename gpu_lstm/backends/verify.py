@@ -148,7 +148,7 @@ class Small:
                 values = normal(*sizes[name])
             tensors[name] = laid_out(values.to(like.dtype), like)
         self.inputs = Inputs(**tensors)
-        of_h, of_h_n = normal(steps, batch, p.width), normal(batch, p.width)
+        of_h, of_h_n = normal(steps, batch, p.width), normal(1, batch, p.width)
         self.output_gradients = of_h if which.dh else None, of_h_n if which.dh_n else None
 
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Gates]:
@@ -173,10 +173,10 @@ class Small:
         learns, dtype = self.which.backward, dtype or self.problem.dtype
         learnt = {name: t for name in LEARNT if (t := getattr(self.inputs, name)) is not None}
         g = self.inputs._replace(**{name: t.to(dtype).requires_grad_(learns) for name, t in learnt.items()})
-        h, (h_n, c_n) = run(g.x, (g.h0, g.c0), weights_of(g), traversal_of(g, self.problem.reverse))
+        h, (h_n, c_n) = run(g.x, (g.h0[0], g.c0[0]), weights_of(g), traversal_of(g, self.problem.reverse))
         if not learns:
             return dict(h=h, h_n=h_n, c_n=c_n)
-        pairs = [(y, d.to(dtype)) for y, d in zip((h, h_n), self.output_gradients) if d is not None]
+        pairs = [(y, d.to(dtype)) for y, d in zip((h, h_n[None]), self.output_gradients) if d is not None]
         wanted = {name: t for name in COMPARED if (t := getattr(g, name)) is not None}
         found = torch.autograd.grad([y for y, _ in pairs], list(wanted.values()), [d for _, d in pairs])
         return {f"the gradient of {name}": gradient for name, gradient in zip(wanted, found)}

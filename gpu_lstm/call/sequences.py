@@ -134,19 +134,18 @@ class Traversal(NamedTuple):
     def states_before(self, states: Tensor, initial: Tensor, reset_to: Tensor | None) -> Tensor:
         """[T, B, F]: the state that the step at each time started from; anything finite in padding.
 
-        `states` [T, B, F]: h or c of every time, zero in padding; `initial` [B, F]; `reset_to` [T, B, F].
+        `states` [T, B, F]: h or c of every time, zero in padding; `initial` [1, B, F]; `reset_to` [T, B, F].
         """
-        first = initial[None]
         if len(states) == 1:
-            before = first
+            before = initial
         elif not self.reverse:
-            before = torch.cat([first, states[:-1]])
+            before = torch.cat([initial, states[:-1]])
         elif self.lengths is None:
-            before = torch.cat([states[1:], first])
+            before = torch.cat([states[1:], initial])
         else:
             time = torch.arange(states.shape[0], device=states.device)[:, None]  # [T, 1]
             before = torch.cat([states[1:], states.new_zeros(1, *states.shape[1:])])
-            before = torch.where((time == self.lengths - 1)[:, :, None], first, before)
+            before = torch.where((time == self.lengths - 1)[:, :, None], initial, before)
         reset = self.resets_in_time()
         if reset is None:
             return before

@@ -481,7 +481,7 @@ EXCHANGED = "exchanged"  # among the buffers: passed as words
 
 def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
     """What forward reads besides the tensors of a call."""
-    h0, h = r.given.h0, memory["h_ptr"][-1]  # [B, H], [B, H or one more]
+    h0, h = r.given.h0[0], memory["h_ptr"][-1]  # [B, H], [B, H or one more]
     if _row(p) > p.hidden:
         h.zero_()
     h[:, : p.hidden] = torch.where(h0.isnan(), torch.nan, h0)  # any NaN but the sentinel

@@ -151,7 +151,7 @@ def _is_scattered(p: Problem) -> bool:
 def forward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str, Any], p: Problem) -> None:
     """Run all steps; launch(arguments) launches the kernel."""
     gates, z, h, h_next = (arguments.get(name) for name in ("gates_ptr", "z_ptr", "h_ptr", "h_next_ptr"))
-    operand, weight = arguments["h0_ptr"], arguments["weight_hh_ptr"].T
+    operand, weight = arguments["h0_ptr"][0], arguments["weight_hh_ptr"].T
     if p.dropout_h:
         operand = arguments["dropout_h_ptr"] * operand
     if p.resets and not p.reverse:  # in reverse none is before the first step
