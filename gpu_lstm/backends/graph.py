@@ -70,13 +70,9 @@ def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[
     def direction(
         row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
     ) -> tuple[Tensor, State]:
-        x, (h0, c0), weights = cast(x, state, weights, dtype)
-        if backend not in KERNEL_BACKENDS:
-            given = fused.inputs_of(x, (h0, c0), weights, traversal, noise)
-            return _run_operator(call, given, traversal.reverse, backend)
-        given = fused.inputs_of(x, (h0[None], c0[None]), weights, traversal, noise)
-        h, (h_n, c_n) = _run_operator(call, given, traversal.reverse, backend)
-        return h, (h_n[0], c_n[0])
+        x, state, weights = cast(x, state, weights, dtype)
+        given = fused.inputs_of(x, state, weights, traversal, noise)
+        return _run_operator(call, given, traversal.reverse, backend)
 
     def both_directions(x: Tensor, state: State, layer: list[Weights]) -> tuple[Tensor, State]:
         x, state, first = cast(x, state, layer[0], dtype)
@@ -85,7 +81,8 @@ def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[
 
     if backend is Backend.TORCH and call.traversal.is_plain() and call.options.kind != "lstm_layer":
         return torch_lstm.layer_by_layer(call._replace(x=call.x.to(dtype)), dtype, both_directions)
-    y, rows = one_after_another(call, direction, backend.value, dtype, call.state_rows())
+    rows = call.kernel_rows() if backend in KERNEL_BACKENDS else call.state_rows()
+    y, rows = one_after_another(call, direction, backend.value, dtype, rows)
     return y, call.pack_rows(rows)
 
 

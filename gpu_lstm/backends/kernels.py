@@ -32,23 +32,17 @@ def run(
 
 
 def _run(call: Call, backend: Backend, layers: list[Any], plan: Schedule) -> tuple[Tensor, list[State]]:
-    recompute, whole = call.options.recompute, plan.in_one_piece(call.steps)
-    leading = whole and call.options.rows == 1 and call.options.leading
+    recompute = call.options.recompute
 
     def direction(
         row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
     ) -> tuple[Tensor, State]:
-        if leading:
-            return autograd.layer(layers[row], x, state, weights, traversal, noise, recompute)
-        h0, c0 = state  # [B, P], [B, H]
-        h, (h_n, c_n) = autograd.layer(layers[row], x, (h0[None], c0[None]), weights, traversal, noise, recompute)
-        return h, (h_n[0], c_n[0])
+        return autograd.layer(layers[row], x, state, weights, traversal, noise, recompute)
 
-    rows = call.states if leading else call.state_rows()  # those of a single row are [1, B, *], as kernels have them
-    if not whole:
+    if not plan.in_one_piece(call.steps):
         y, rows = schedule.run(call, direction, plan, backend.value)
     else:
-        y, rows = one_after_another(call, direction, backend.value, call.x.dtype, rows)
+        y, rows = one_after_another(call, direction, backend.value, call.x.dtype, call.kernel_rows())
     return y, call.pack_rows(rows)
 
 

@@ -53,7 +53,7 @@ def one_after_another(
     run: Direction,
     backend: str,
     dtype: torch.dtype,
-    rows: list[State],  # [L*D] initial states, as Call.state_rows
+    rows: list[State],  # [L*D] initial states, of Call.state_rows or kernel_rows
 ) -> tuple[Tensor, list[State]]:
     """Layers in order, and the directions of each, dropout between: output [T, B, D*P] and final states [L*D]."""
     options, traversal, x = call.options, call.traversal, call.x

@@ -66,7 +66,7 @@ def schedule_of(call: Call, steps: int, size: int) -> Schedule:
 def run(call: Call, direction: Direction, schedule: Schedule, backend: str) -> tuple[Tensor, list[State]]:
     """As layers.one_after_another."""
     noise, kept = draw(call.weights, (call.steps, call.batch), call.x.dtype, call.options)
-    layers, x, states = range(len(call.weights)), call.x, list(call.state_rows())
+    layers, x, states = range(len(call.weights)), call.x, list(call.kernel_rows())
     given = call, direction, schedule, backend, (noise, kept)
     if call.options.directions == 1:
         return _through(*given, layers, x, states), states
@@ -82,11 +82,12 @@ def _through(
 ) -> Tensor:  # fmt: skip
     """x [T, B, I] -> [T, B, D*P], chunk by chunk, through several layers of one direction or one layer of two.
 
-    `drawn` is what noise.draw returns; `states` [L*D] are updated. Where each layer has a stream, it computes a chunk
-    while the layer above computes the previous one; where each direction has one, the reverse one starts at the end.
+    `drawn` is what noise.draw returns; `states` [L*D] of ([1, B, P], [1, B, H]) are updated. Where
+    each layer has a stream, it computes a chunk while the layer above computes the previous one; where each direction
+    has one, the reverse one starts at the end.
     """
     directions, (noise, kept), streams = call.options.directions, drawn, schedule.streams
-    all_spans, width = schedule.spans(call.steps, directions), states[directions * layers[-1]][0].shape[1]
+    all_spans, width = schedule.spans(call.steps, directions), states[directions * layers[-1]][0].shape[2]
     pieces: list[list[Tensor]] = [[] for _ in range(directions)]
     whole = None
     if not torch.is_grad_enabled() and len(all_spans) > 1:

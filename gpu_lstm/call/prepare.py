@@ -49,17 +49,25 @@ class Call(NamedTuple):
             return [(h[0], c[0])]
         return [row for h, c in self.states for row in zip(h.unbind(0), c.unbind(0))]
 
+    def kernel_rows(self) -> list[State]:
+        """([1, B, P], [1, B, H]) of each, as kernels have them."""
+        if self.states[0][0].dim() == 2:
+            return [(h.unsqueeze(0), c.unsqueeze(0)) for h, c in self.states]
+        if self.options.rows == 1:
+            return self.states
+        return [row for h, c in self.states for row in zip(h.split(1), c.split(1))]
+
     def pack_rows(self, rows: list[State]) -> list[State]:
-        """The reverse of `state_rows`."""
-        if self.states[0][0].dim() == rows[0][0].dim():
-            return rows
-        if len(rows) == 1:
-            h, c = rows[0]
-            return [(h.unsqueeze(0), c.unsqueeze(0))]
-        packed, left = [], iter(rows)
+        """The reverse of `state_rows`, and of `kernel_rows`."""
+        wanted, found = self.states[0][0].dim(), rows[0][0].dim()
+        if wanted < found:
+            return [(h.squeeze(0), c.squeeze(0)) for h, c in rows]
+        if len(rows) == 1 or wanted == 2:
+            return rows if wanted == found else [(h.unsqueeze(0), c.unsqueeze(0)) for h, c in rows]
+        join, packed, left = torch.cat if wanted == found else torch.stack, [], iter(rows)
         for count in self.options.blocks:
             hs, cs = zip(*itertools.islice(left, count))
-            packed.append((torch.stack(hs), torch.stack(cs)))
+            packed.append((join(hs), join(cs)))
         return packed
 
     def states_out(self, states: list[State]) -> Any:
