@@ -49,7 +49,6 @@ SMI = "nvidia-smi", "--format=csv,noheader,nounits"
 NUMBERS = [*(field.name for field in fields(Case) if field.type is not str), *FIGURES]
 
 
-@functools.cache
 def _cudnn_version() -> int | str | None:
     """Or what torch says of one that it cannot use. Not gpu_lstm's: the commit that is measured may be older."""
     try:
@@ -58,6 +57,7 @@ def _cudnn_version() -> int | str | None:
         return str(error)
 
 
+@functools.cache
 def provenance(device: str) -> dict[str, Any]:
     """The columns that are the same for a whole run on `device`, "cpu" or a CUDA device."""
     cuda, threads, cpuinfo = device != "cpu", torch.get_num_threads(), Path("/proc/cpuinfo")

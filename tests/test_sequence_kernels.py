@@ -60,8 +60,8 @@ def test_the_cell_is_kept_in_float32(monkeypatch, family):
     _, _, expected, tape = oracle.layer(*(t.double().numpy() for t in tensors), lengths=lengths)
     r = recurrence(gates.half(), weight_hh=tensors[-1].half(), h0=h0.half(), c0=c0, lengths=lengths)
     layer = launch.layer_of(problem_of(r.given, False, "ieee"), gates.device)
-    _, _, c_n, c = layer.forward(gates.half(), r, save=True)
-    unsaved = layer.forward(gates.half(), r, save=False)[2]
+    _, _, (c_n,), c = layer.forward(gates.half(), r, save=True)
+    (unsaved,) = layer.forward(gates.half(), r, save=False)[2]
     found = [c_n, unsaved, *(c[t, b] for b, t, *_ in tape)]
     for ours, true in zip(found, [expected, expected, *(c_new for *_, c_new, _, _, _ in tape)], strict=True):
         torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)
