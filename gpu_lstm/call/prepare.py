@@ -52,7 +52,7 @@ class Call(NamedTuple):
     def kernel_rows(self) -> list[State]:
         """([1, B, P], [1, B, H]) of each, as kernels have them."""
         if self.states[0][0].dim() == 2:
-            return [(h.unsqueeze(0), c.unsqueeze(0)) for h, c in self.states]
+            return [(h[None], c[None]) for h, c in self.states]
         if self.options.rows == 1:
             return self.states
         return [row for h, c in self.states for row in zip(h.split(1), c.split(1))]
