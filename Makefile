@@ -11,7 +11,7 @@ ON_ALL_CORES := -n auto --dist worksteal
 # Kernels are interpreted only where no GPU is visible.
 NO_GPU := CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo lesson lesson-page docs kernels-page bounds-page test test-quick test-versions mutants soak bench lint clean
+.PHONY: demo lesson lesson-page docs kernels-page bounds-page test test-deep test-versions mutants soak bench lint clean
 
 demo: $(or $(wildcard $(INSTALLED)),$(FOR_DEMO))
 	$(BIN)/python examples/weather.py
@@ -40,17 +40,14 @@ bounds-page: $(INSTALLED)
 # As on a machine without a GPU; then, if there is one, what runs on it. A GPU that torch cannot use is an error.
 test: NONE_IS_FINE := $(if $(PYTEST),|| test $$? = 5)  # if a choice of tests has none for a GPU
 test: $(INSTALLED)
-	$(NO_GPU) $(BIN)/python -m pytest $(ON_ALL_CORES) $(PYTEST)
+	$(NO_GPU) $(BIN)/python -m pytest $(ON_ALL_CORES) -m "not deep" $(PYTEST)
 	@if nvidia-smi -L 2> /dev/null; then \
 		$(BIN)/python -m pytest $(ON_ALL_CORES) -m "gpu or device" --require-gpu $(PYTEST) $(NONE_IS_FINE); \
 	else echo "There is no GPU here: tests that need one were skipped"; fi
 
-# The inner loop leaves out what takes most: whole files of kernels in the interpreter, compiling, the benchmark's runs.
-SLOW_FILES := layer sequence_kernels cupy_kernels extremes bench bench_providers concurrent_interpreter exchange_ptx \
-	compile cupy_launch
-
-test-quick: $(INSTALLED)
-	$(NO_GPU) $(BIN)/python -m pytest $(ON_ALL_CORES) -m "not slow" $(SLOW_FILES:%=--ignore tests/test_%.py) $(PYTEST)
+# What takes longest and tells least: larger tables of the interpreter, every kind compiled, other libraries.
+test-deep: $(INSTALLED)
+	$(NO_GPU) $(BIN)/python -m pytest $(ON_ALL_CORES) -m deep $(PYTEST)
 
 test-versions: $(INSTALLED)
 	$(NO_GPU) $(BIN)/python tests/versions.py $(PYTEST)

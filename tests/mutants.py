@@ -370,7 +370,7 @@ def _pytest(tree: Path, log: Path, files: list[str], plugin: Callable[[], object
     with log.open("w") as out:
         os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
     os.chdir(tree)
-    options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:randomly", "--tb=line"]
+    options = ["-q", "-x", "-m", "not deep", "-p", "no:cacheprovider", "-p", "no:randomly", "--tb=line"]
     sys.exit(pytest.main([*options, *files], plugins=[plugin()]))
 
 

@@ -193,7 +193,7 @@ def train(lstm: nn.Module, seed: int, skipped: list[int] | None = None) -> tuple
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning", "ignore:invalid value:RuntimeWarning")
-@pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("triton", marks=pytest.mark.deep)])
 def test_training_with_a_grad_scaler_is_as_exact_as_with_torchs_lstm(backend):
     errors = []
     with torch.backends.mkldnn.flags(enabled=False):  # oneDNN has no LSTM in float16 on every CPU

@@ -97,7 +97,7 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", STACKS.values(), ids=STACKS)
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_long_sequence_needs_a_fixed_workspace(monkeypatch, two_steps, device, options):
     """Without autograd only one chunk's pre-activations are there: next to outputs no tensor exceeds the workspace."""
     two_steps(batch=1, hidden=6)

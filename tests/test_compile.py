@@ -148,7 +148,7 @@ if __name__ == "__main__":
 def compiled(request, tmp_path_factory) -> dict:
     """What REPORTS prints: of many cases; where slow tests are left out, of few; where versions.py asks, of more."""
     path = tmp_path_factory.mktemp("compile") / "script.py"  # a file, since the processes of reports import it
-    quick, whole = "not slow" in request.config.getoption("markexpr"), "WHOLE_TABLE" in os.environ
+    quick, whole = "not deep" in request.config.getoption("markexpr"), "WHOLE_TABLE" in os.environ
     path.write_text(f"QUICK, WHOLE = {quick}, {whole}\n{REPORTS}")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return json.loads(subprocess.check_output([sys.executable, path], env=environment))
@@ -223,7 +223,7 @@ def test_products_read_held_weights_where_they_were_stored(compiled):
     assert (of_256, of_512 > 0) == (0, TRITON >= (3, 6))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_products_of_parts_of_k_are_compiled_in_every_kind_of_tiles(rows):
     split = {tuple(row["plan"][name] for name in ("rows", "columns", "parts")) for row in rows
              if row["kernel"] == "lstm_step_backward_kernel" and row["plan"]["parts"] > 1}  # fmt: skip
@@ -265,7 +265,7 @@ def test_the_model_of_planning_knows_the_counts(rows):
         assert row["loop"]["instructions"] == pytest.approx(instructions, rel=0.12), row
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_step_kernels_architectures_and_dtypes_are_combined_in_pairs(rows):
     """All at once: `python -m compile_table --all`."""
     names = [f"lstm_step_{direction}_kernel" for direction in ("forward", "backward")]
@@ -279,7 +279,7 @@ VARIANTS = "ragged", "peepholes", "layer norm", "masks", "rates", "P="
 LACKS = {"step": [], "resident": ["P="], "cooperative": ["P="], "pointwise": ["layer norm", "P="]}
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("family", LACKS)
 def test_every_family_is_compiled_in_both_directions_and_with_every_variant(rows, family):
     cases = {(row["kernel"], row["case"]) for row in rows if row["plan"]["family"] == family}
@@ -287,7 +287,7 @@ def test_every_family_is_compiled_in_both_directions_and_with_every_variant(rows
     assert [name for name in VARIANTS if not any(f" {name}" in case for _, case in cases)] == LACKS[family]
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize(("hidden", "family"), [
     (128, "resident cooperative"), (512, "cooperative"), (1536, "cooperative pointwise"), (4096, "step pointwise"),
 ])  # fmt: skip
@@ -299,7 +299,7 @@ def test_the_families_on_an_h100(rows, hidden, family):
     assert set() < families <= {*family.split(), *others}
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize(("hidden", "family"), [(64, "resident"), (768, "cooperative")])
 def test_regularised_problems_use_the_families_of_the_plain_cell(rows, hidden, family):
     regularised = [row for row in rows if re.search(f" H={hidden} .*(masks|rates)", row["case"])]

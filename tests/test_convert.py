@@ -283,7 +283,7 @@ def to_onnx(model, x, file, free):
     torch.onnx.export(model, (x,), file, dynamo=True, dynamic_shapes=shapes)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize(("model", "swap", "inputs", "free", "nodes"), [
     (Reader(), to_torch, TEXTS, {0: "batch", 1: "time"}, 2),
     (gpu_lstm.LSTM(3, 4), nn.Module.eval, [torch.randn(5, n, 3) for n in (2, 7)], {1: "batch"}, 1),
@@ -301,7 +301,7 @@ def test_onnx_computes_the_same_for_any_size(tmp_path, model, swap, inputs, free
         np.testing.assert_allclose(found, true, rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_a_module_of_ours_with_a_free_number_of_steps_is_refused():
     """torch's exporter would fix them inside the file, whose input says that they are free."""

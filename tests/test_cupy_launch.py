@@ -285,7 +285,7 @@ def rows() -> list:
     return list(zip(cases, cuda_kernels.reports(cases)))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_no_kernel_spills_weights_stay_in_registers_and_a_step_has_one_barrier(rows):
     assert [row for _, row in rows if not row.fits] == []
     for case, row in rows:

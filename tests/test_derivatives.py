@@ -19,7 +19,7 @@ RAGGED = dict(lengths=torch.tensor([2, 1]), resets=torch.tensor([[0, 1], [1, 0]]
 
 @pytest.mark.parametrize(("kind", "arguments", "ragged"), [
     ("LSTM", dict(proj_size=1), {}), ("LSTMCell", {}, {}),
-    pytest.param("LSTM", dict(bidirectional=True), RAGGED, marks=pytest.mark.slow),
+    pytest.param("LSTM", dict(bidirectional=True), RAGGED, marks=pytest.mark.deep),
 ], ids=["projection", "cell", "both directions, ragged"])  # fmt: skip
 def test_derivatives_of_torchs_own_by_finite_differences(kind, arguments, ragged):
     """Those of the reference are in test_layer.py."""
@@ -242,7 +242,7 @@ def bits(backend, dtype):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_the_same_seed_gives_the_same_bits_in_every_process():
     calls, names = [f"bits({backend!r}, {place['dtype']})" for backend, place in PLACES.items()], {}
     exec(BITS, names)

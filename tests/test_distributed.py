@@ -161,7 +161,7 @@ def found(folder: Path, task: Callable, backend: str) -> dict[str, Tensor]:
     return first
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @every_backend
 def test_ddp_and_fsdp2_are_as_one_process_on_the_joint_batch(folder, backend):
     model, true = Tagger("torch"), {}
@@ -175,7 +175,7 @@ def test_ddp_and_fsdp2_are_as_one_process_on_the_joint_batch(folder, backend):
     assert_same(found(folder, fsdp, backend), model.state_dict())
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_distributed_checkpoint_resumes_in_two_processes_and_in_one_and_loads_into_torchs_lstm(folder):
     expected = found(folder, fsdp, "torch")
     assert_same(found(folder, resumed, "torch"), expected)
@@ -213,6 +213,6 @@ def test_activation_checkpointing_changes_no_bit(backend, dtype, use_reentrant):
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_ranks_run_the_same_backend_and_none_waits_for_another(folder):
     assert len(found(folder, agreed, "auto")) == 2

@@ -98,7 +98,7 @@ def kinds(cell):
     return {output["name"] if output.output_type == "stream" else frozenset(output.data) for output in cell.outputs}
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_every_cell_and_answer_of_the_lesson_runs_and_the_kinds_of_output_are_stored(tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)  # a kernel chooses its own
     examples = shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("out", "__pycache__"))
@@ -120,7 +120,7 @@ def test_every_cell_and_answer_of_the_lesson_runs_and_the_kinds_of_output_are_st
     assert sum(ran.source != stored.source for ran, stored in zip(code(executed), kept)) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_the_notebook_for_a_card_runs_on_a_cpu_too_and_ends_in_the_line_to_send_back(monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -191,7 +191,7 @@ def test_the_stored_page_of_bounds_is_that_of_the_model_and_no_estimate_is_below
         assert all(row.ratio > 1 - 1e-9 for row in bounds.rows(card, dtype, direction))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_nothing_from_elsewhere(tmp_path):
     """With three links that lead nowhere, which are all that it complains of."""
     for name in ("README.md", "mkdocs.yml"):

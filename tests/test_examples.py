@@ -126,7 +126,7 @@ def test_advantages_are_the_discounted_errors_up_to_the_end_of_the_episode():
     torch.testing.assert_close(example.estimate(rewards, values, starts), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_it_learns_and_only_with_memory(tmp_path):
     returns = example.main(updates=20, seed=0, out=tmp_path)
     assert returns["remembers"] > 150  # 217 to 258 with seeds 0 to 4, from about 20
@@ -178,7 +178,7 @@ def sb3():
     return load(EXAMPLES / "sb3_recurrent_ppo.py")
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_it_learns_checks_times_and_draws_with_sb3(sb3, clock, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sb3, "time", clock)
     measured = sb3.main(rollouts=2, hidden=8, epochs=1, out=tmp_path)
@@ -189,7 +189,7 @@ def test_it_learns_checks_times_and_draws_with_sb3(sb3, clock, tmp_path, capsys,
     assert "updates a second" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_resets_a_step_late_are_detected(sb3, tmp_path, monkeypatch):
     one_call = sb3.OneCall._process_sequence
     late = lambda x, states, starts, lstm: one_call(x, states, starts.roll(1), lstm)  # noqa: E731
@@ -254,7 +254,7 @@ def contents(checkpoint: Path, tmp_path: Path) -> dict:
     return {str(path): leaf for path, leaf in tree_leaves_with_path(whole)}
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @QUIET
 @pytest.mark.parametrize(("run", "processes"), [(ddp.main, 1), (in_two_processes, 2)], ids=["one", "two"])
 def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(run, processes, tmp_path):
@@ -273,7 +273,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(run, processe
     assert processes == 1 or not torch.equal(*dropped)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @QUIET
 def test_it_learns_more_than_the_frequencies_of_bytes(tmp_path):
     bits = ddp.main(["--steps", "60", "--out", str(tmp_path)])
@@ -290,7 +290,7 @@ def test_there_is_nothing_to_resume(tmp_path):
 # weather.py
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_weather_beats_both_baselines_on_the_held_out_year_and_a_linear_forecast_of_two_days_is_as_good(tmp_path):
     errors = load(EXAMPLES / "weather.py").main(epochs=12, out=tmp_path)
     ours, linear = errors.pop("StackedLSTM"), errors.pop("ridge, last 2 days")

@@ -130,7 +130,7 @@ def test_every_command_of_the_page_of_the_first_run_is_understood(capsys):
     autotune.assert_called_once()
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_every_pytest_command_of_the_page_of_the_first_run_finds_tests():
     found = commands("pytest")
     for words in found:

@@ -22,7 +22,7 @@ from gpu_lstm.tools.convert import to_torch
 N, T, I, H = 12, 4, 3, 5
 Found = list[Tensor]
 THEIRS = "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("exact_float32_products"), pytest.mark.filterwarnings(*THEIRS)]
+pytestmark = [pytest.mark.deep, pytest.mark.usefixtures("exact_float32_products"), pytest.mark.filterwarnings(*THEIRS)]
 
 
 class Classifier(nn.Module):

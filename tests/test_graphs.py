@@ -109,7 +109,7 @@ def test_a_layer_of_torch_is_one_operator_and_steps_are_none():
     assert operators[0][graph.OPERATOR] == 3
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_by_inductor_a_training_step_of_two_layers(quick_gpp):
     ours, twin = module("LSTM", "torch", num_layers=2)
     compiled = torch.compile(ours, fullgraph=True, dynamic=True)
@@ -279,7 +279,7 @@ def test_each_way_to_export_says_so_and_a_compiled_function_does_not(caplog, str
     assert NEEDS in caplog.messages
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_ahead_of_time_by_inductor(tmp_path, quick_gpp):
     lstm = gpu_lstm.LSTM(I, H, 2, bidirectional=True).eval()
     with torch.no_grad():

@@ -101,7 +101,7 @@ assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equ
 
 @pytest.mark.parametrize(("backend", "kind"), [
     *itertools.product(["torch", "reference"], ["deep", "stack", "cell"]), ("triton", "cell"),
-    pytest.param("triton", "stack", marks=pytest.mark.slow),
+    pytest.param("triton", "stack", marks=pytest.mark.deep),
 ])  # fmt: skip
 def test_after_an_interrupt_the_next_call_is_right(backend, kind):
     """Of a step of training: results and gradients."""

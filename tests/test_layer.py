@@ -128,7 +128,7 @@ def cases(*backends: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("place", "dtype", "seeds", "size", "words"), [
         pytest.param(place, dtype, seeds, tuple(map(int, size.split(","))), words, marks=marks,
                      id=f"{place}-{dtype}-{size}-{words or 'plain'}".replace("torch.", ""))
-        for table, marks in ((TABLE, ()), (SLOW, pytest.mark.slow)) for places, dtype, *rows in table
+        for table, marks in ((TABLE, ()), (SLOW, pytest.mark.deep)) for places, dtype, *rows in table
         for place in places.split() if place.partition("/")[0] in backends
         for seeds, sizes, *options in rows for size in sizes.split() for words in options
     ])  # fmt: skip

@@ -61,7 +61,7 @@ def test_the_sdist_has_all_that_is_in_git_and_both_pass_the_checks_of_the_index(
     assert "kernels/cupy_lstm/cuda/cooperative.cu" in names
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_checkout_on_pythonpath_works_and_for_a_package_that_is_missing_names_the_command_of_pip(tmp_path):
     """Where gpu_lstm is not installed."""
     missing = ["gpu_lstm", "__editable__", "triton", "cupy", "matplotlib", "rich"]
@@ -187,7 +187,7 @@ MISTAKES = [
     'gpu_lstm.autotune("64", 16)', "gpu_lstm.from_haste(3)"]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize(("checker", "interpreter", "install"), [
     (f"mypy --strict --cache-dir {CACHE}", "--python-executable", "wheel"), ("pyright", "--pythonpath", "editable"),
 ], ids=["mypy", "pyright"])  # fmt: skip

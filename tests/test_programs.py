@@ -45,7 +45,7 @@ def derivatives(program: nn.Module, x: Tensor, parameters: list[Tensor]) -> list
     return [result, *first, *second]
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("way", ["compiled", "exported"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -112,7 +112,7 @@ FAULTS = {  # where, the function, what stands in its place, norms
 }
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 def test_a_broken_exchange_is_detected(monkeypatch, fault, dtype):

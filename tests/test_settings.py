@@ -132,7 +132,7 @@ SETTINGS = {
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize(("backend", "setting"), [
-    pytest.param(backend, setting, marks=[pytest.mark.slow] * (backend == "triton" and "default" not in setting))
+    pytest.param(backend, setting, marks=[pytest.mark.deep] * (backend == "triton" and "default" not in setting))
     for backend in BACKENDS for setting in SETTINGS])  # fmt: skip
 def test_a_setting_changes_no_number(backend, setting):
     """To the bit: results, and gradients where they are recorded."""

@@ -51,7 +51,7 @@ def test_of_two_kernels_that_timed_out_both_are_reported():
     gpu_lstm.check()
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_the_end_of_the_program_reports_it_and_no_kernels_are_imported_before_first_use():
     script = """
 import sys, gpu_lstm, torch

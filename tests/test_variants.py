@@ -230,7 +230,7 @@ def test_weight_drop_runs_everywhere(backend, kind, rate):
 
 
 # test_graphs.py has LSTM and StackedLSTM without variants, test_programs.py LSTM with those that draw no noise.
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize(("kind", "option", "backend"), [
     *(("LSTMCell", "plain", backend) for backend in BACKENDS), ("projected", "all noise", "triton"),
     ("projected", "all noise in eval", "reference")])  # fmt: skip

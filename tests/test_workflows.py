@@ -200,7 +200,7 @@ def test_the_action_compares_with_the_run_of_this_card_if_any_and_ends_as_that(t
     assert done.returncode == (0 if baseline is None else status)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_the_pages_conftest_and_test_do_as_it_says(tmp_path):
     """In a user's project: pass without a GPU, and fail where one or a chosen backend is required and cannot run."""
     conftest, test = (text for kind, text in BLOCKS if kind == "python")
