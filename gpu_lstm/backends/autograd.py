@@ -22,7 +22,7 @@ def layer(
     weights: Weights,
     traversal: Traversal,
     noise: Noise,
-    recompute: bool,
+    recompute: bool = False,
 ) -> tuple[Tensor, State]:
     """h [T, B, P], and h_n and c_n as `state`, in its dtypes; differentiable to any order.
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..call.checks import is_exact
 from ..call.choices import Backend
-from ..call.noise import Noise
+from ..call.noise import NO_NOISE, Noise
 from ..call.prepare import Call
-from ..call.sequences import Traversal
+from ..call.sequences import EVERY_STEP, Traversal
 from ..call.weights import State, Weights
 from . import autograd, schedule
 from .layers import one_after_another, without_autocast
@@ -32,7 +32,11 @@ def run(
 
 
 def _run(call: Call, backend: Backend, layers: list[Any], plan: Schedule) -> tuple[Tensor, list[State]]:
-    recompute = call.options.recompute
+    if call.options.kind == "LSTMCell":  # one step: there is nothing to schedule
+        h, c = call.states[0]
+        y, state = autograd.layer(layers[0], call.x[None], (h[None], c[None]), call.weights[0][0], EVERY_STEP, NO_NOISE)
+        return y, [(state[0].squeeze(0), state[1].squeeze(0))]
+    call, recompute = call.padded(), call.options.recompute
 
     def direction(
         row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise

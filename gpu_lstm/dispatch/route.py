@@ -61,4 +61,4 @@ def run_by(route: Route, call: Call, record: list[reference.Gates] | None = None
         case Backend.REFERENCE:
             return reference.run(call.padded(), route.dtype, record)
     assert route.schedule is not None
-    return kernels.run(call.padded(), route.dtype, route.backend, route.layers, route.schedule)
+    return kernels.run(call, route.dtype, route.backend, route.layers, route.schedule)
