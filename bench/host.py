@@ -31,7 +31,7 @@ from .cases import Case
 from .inputs import Inputs
 from .isolated import ProviderFailed, Worker, checkout
 from .providers import PROVIDERS, ours
-from .providers.engine import Engine
+from .providers.engine import Engine, module_like_torchs
 
 TRITON = "gpu_lstm.kernels.triton_lstm"
 CARD = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,10 +59,14 @@ def made(case: str, mode: str, device: str, provider: str) -> Callable[[], Any]:
         kind: Any = nn.LSTMCell if torchs else functools.partial(gpu_lstm.LSTMCell, backend=backend)
         cell = kind(H, H, device=device)
         engine = Engine(lambda x, state: cell(x[0], (state[0][0], state[1][0])), dict(cell.named_parameters()))
+    elif case == "Stream" and not torchs:
+        lstm = module_like_torchs(gpu_lstm.LSTM, inputs, backend=backend)
+        stream = gpu_lstm.Stream(lstm.eval(), inputs.case.batch)
+        return lambda: stream(inputs.x[0])
     elif torchs:
         engine = PROVIDERS[INSTEAD.get(case, "torch")].build(inputs.plain() if case == "resets" else inputs)
     else:
-        engine = (ours.build_stream if case == "Stream" else ours.build)(backend, inputs)
+        engine = ours.build(backend, inputs)
     x, state, parameters = inputs.x, (inputs.h0, inputs.c0), list(engine.parameters.values())
     dy = inputs.dy[0] if case == "LSTMCell" else inputs.dy
     if mode == "training":
