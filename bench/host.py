@@ -60,8 +60,8 @@ def made(case: str, mode: str, device: str, provider: str) -> Callable[[], Any]:
         cell = kind(H, H, device=device)
         engine = Engine(lambda x, state: cell(x[0], (state[0][0], state[1][0])), dict(cell.named_parameters()))
     elif case == "Stream" and not torchs:
-        lstm = module_like_torchs(gpu_lstm.LSTM, inputs, backend=backend)
-        stream = gpu_lstm.Stream(lstm.eval(), inputs.case.batch)
+        lstm: Any = module_like_torchs(gpu_lstm.LSTM, inputs, backend=backend)
+        stream = gpu_lstm.Stream(lstm, inputs.case.batch)
         return lambda: stream(inputs.x[0])
     elif torchs:
         engine = PROVIDERS[INSTEAD.get(case, "torch")].build(inputs.plain() if case == "resets" else inputs)

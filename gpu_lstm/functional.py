@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .call.checks import check_bool, check_tensor, named_weights
 from .call.choices import Backend, BackendName, parse_backend_name
-from .call.options import NORMS, options_of
+from .call.options import NORMS, Arguments, options_of
 from .call.prepare import prepare
 from .call.weights import State, Weights
 from .dispatch.run import run
@@ -53,11 +53,12 @@ def lstm_layer(
         if size == 0:
             raise ValueError(f"{name} must be greater than zero")
     gains = named.gain_ih, named.gain_hh, named.gain_c
-    options = options_of(
-        "lstm_layer", features, (hidden,), projected or 0, named.bias_ih is not None, False, False,
-        named.weight_peephole is not None, tuple([n for n, gain in zip(NORMS, gains) if gain is not None]), False,
-        0.0, 0.0, 0.0, 0.0, False, None if backend is None else parse_backend_name(backend), False, reverse,
+    norms = tuple([norm for norm, gain in zip(NORMS, gains) if gain is not None])
+    asked = Arguments(
+        "lstm_layer", (hidden,), named.weight_peephole is not None, norms, features, named.bias_ih is not None,
+        None if backend is None else parse_backend_name(backend), proj_size=projected or 0, reverse=reverse,
     )  # fmt: skip
+    options = options_of(*asked)
     call = prepare(options, [[named]], x, hx, lengths, resets, reset_states)
     y, states = run(call)
     return y, states[0]

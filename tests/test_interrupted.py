@@ -116,7 +116,7 @@ def test_after_an_interrupt_the_next_call_is_right(backend, kind):
 
     before, expected, names = copy.deepcopy(module.state_dict()), call(), sorted(vars(module))
     for _ in interrupted_at(call, most=4 if backend == "triton" else 15):  # the interpreter is slow where it is traced
-        assert (sorted(vars(module)), choices.chosen_backend.now) == (names, None)
+        assert (sorted(vars(module)), choices.chosen_backends[0].value) == (names, None)
         assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")) == (True, False)
         assert_equal(call(), expected)
     assert_equal(module.state_dict(), before)
@@ -247,9 +247,10 @@ class Interrupted(list):
 @pytest.mark.parametrize("at", range(8))
 def test_blocks_that_are_interrupted_as_they_open_or_close_leave_nothing_behind(monkeypatch, at):
     """Of four, of which two are the same, entered again while it is open: each as it opens, each as it closes."""
-    blocks, block = Interrupted(choices.chosen_backend.blocks), gpu_lstm.backend("reference")
+    blocks = Interrupted(choices.chosen_backends)
     blocks.interrupt = Mock(side_effect=[*[None] * at, KeyboardInterrupt, *[None] * 8])
-    monkeypatch.setattr(choices.chosen_backend, "blocks", blocks)
+    monkeypatch.setattr(choices, "chosen_backends", blocks)
+    block = gpu_lstm.backend("reference")
     with pytest.raises(KeyboardInterrupt), gpu_lstm.backend("torch"), block, gpu_lstm.backend("torch"), block:
         pass
     assert (len(blocks), requested_backend(None)) == (1, Backend.AUTO)
@@ -349,7 +350,7 @@ def test_blocks_of_several_threads_do_not_disturb_each_other(way):
     assert with_another_thread(act, other) > 50
     for block in held:
         block.close()
-    assert choices.chosen_backend.now is None
+    assert choices.chosen_backends[0].value is None
 
 
 def test_a_block_holds_for_the_backward_that_runs_in_it():

@@ -44,7 +44,7 @@ def picture(m):
     for stream in (m.stream, m.stream_of_stack):
         found[stream] = values(t for state in stream._state for t in state)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    found["chosen"] = *(list(choice.blocks) for choice in (choices.chosen_backend, choices.chosen_racing)), environment
+    found["chosen"] = *(list(opened) for opened in (choices.chosen_backends, choices.chosen_racings)), environment
     return found
 
 

@@ -38,40 +38,30 @@ class Racing(enum.Enum):
 KERNEL_BACKENDS = (Backend.TRITON, Backend.CUPY)
 
 
-class Choice(Generic[E]):
-    """What the open `with` blocks of the process chose: the last opened counts, in whatever order they close."""
-
-    def __init__(self) -> None:
-        # Those that are open, the last opened first; at the end one that chooses nothing, and stays. Threads read and
-        # change it at once: every access is one call of a list's method, which no other one can interrupt.
-        self.blocks: list[Block[E]] = [Block(self, None, "")]
-        self.blocks[0]._used = True
-
-    @property
-    def now(self) -> E | None:
-        """What the last opened block chose; None: no block is open."""
-        return self.blocks[0].value
-
-
 class Block(contextlib.ContextDecorator, Generic[E]):
-    """A choice that holds within a `with` block, or while a function that it decorates runs."""
+    """A choice that holds within a `with` block, or while a function that it decorates runs.
+
+    `opened` are all such blocks of the process that are open, the last opened first: that one counts, in whatever order
+    they close. At the end is one that chooses nothing, and stays. Threads read and change the list at once: every
+    access is one call of a list's method, which no other one can interrupt.
+    """
 
     _used = True  # for those that torch.compile makes without __init__
 
-    def __init__(self, choice: Choice[E], value: E | None, call: str) -> None:
-        self.value, self._choice, self._call, self._used = value, choice, call, False
+    def __init__(self, opened: list["Block[E]"], value: E | None, call: str) -> None:
+        self.value, self._opened, self._call, self._used = value, opened, call, False
 
     def __enter__(self) -> None:
         self._used = True
         try:
-            self._choice.blocks.insert(0, self)
+            self._opened.insert(0, self)
         except BaseException:  # an interrupt leaves nothing behind
             self.__exit__()
             raise
 
     def __exit__(self, *_: object) -> None:
-        if self in self._choice.blocks:
-            self._choice.blocks.remove(self)  # the last entry of this block
+        if self in self._opened:
+            self._opened.remove(self)  # the last entry of this block
 
     def __call__(self, function: F) -> F:
         self._used = True
@@ -82,8 +72,10 @@ class Block(contextlib.ContextDecorator, Generic[E]):
             warnings.warn(f"{self._call} chose nothing: write `with {self._call}:`", RuntimeWarning, stacklevel=2)
 
 
-chosen_backend: Choice[Backend] = Choice()
-chosen_racing: Choice[Racing] = Choice()
+_nothing: Block[Any] = Block([], None, "")
+_nothing._used = True
+chosen_backends: list[Block[Backend]] = [_nothing]
+chosen_racings: list[Block[Racing]] = [_nothing]
 
 
 def backend(name: BackendName | Backend) -> Block:
@@ -96,7 +88,7 @@ def backend(name: BackendName | Backend) -> Block:
         ValueError: there is no backend of that name.
     """
     found = _parse(Backend, name, "backend")
-    return Block(chosen_backend, found, f"gpu_lstm.backend({found.value!r})")
+    return Block(chosen_backends, found, f"gpu_lstm.backend({found.value!r})")
 
 
 def racing(mode: Literal["on", "read", "off"]) -> Block:
@@ -109,7 +101,7 @@ def racing(mode: Literal["on", "read", "off"]) -> Block:
         ValueError: another mode.
     """
     found = _parse(Racing, mode, "mode of racing")
-    return Block(chosen_racing, found, f"gpu_lstm.racing({found.value!r})")
+    return Block(chosen_racings, found, f"gpu_lstm.racing({found.value!r})")
 
 
 def parse_backend_name(name: str | Backend) -> BackendName:
@@ -131,15 +123,15 @@ def requested_backend(argument: str | Backend | None) -> Backend:
     """What the user asked for: by argument, else by `with backend(...)`, else by environment variable, else auto."""
     if argument is not None:
         return _parse(Backend, argument, "backend")
-    if chosen_backend.now is not None:
-        return chosen_backend.now
+    if chosen_backends[0].value is not None:
+        return chosen_backends[0].value
     name = os.environ.get(BACKEND_VARIABLE) or Backend.AUTO
     return _parse(Backend, name, "backend", f" in the environment variable {BACKEND_VARIABLE}")
 
 
 def requested_racing() -> Racing:
     """The mode: by `with racing(...)`, else by environment variable, else on."""
-    if chosen_racing.now is not None:
-        return chosen_racing.now
+    if chosen_racings[0].value is not None:
+        return chosen_racings[0].value
     name = os.environ.get(RACE_VARIABLE) or Racing.ON.value
     return _parse(Racing, name, "mode of racing", f" in the environment variable {RACE_VARIABLE}")

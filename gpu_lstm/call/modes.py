@@ -16,7 +16,7 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
-from .choices import BACKEND_VARIABLE, RACE_VARIABLE, chosen_backend, chosen_racing
+from .choices import BACKEND_VARIABLE, RACE_VARIABLE, chosen_backends, chosen_racings
 
 F = TypeVar("F", bound=Callable)
 
@@ -82,8 +82,8 @@ def modes(x: Tensor) -> Modes:
         transforms,
         recurrent_precision(x.dtype),
         (
-            chosen_backend.blocks[0].value or _environment.get(_BACKEND),
-            chosen_racing.blocks[0].value or _environment.get(_RACE),
+            chosen_backends[0].value or _environment.get(_BACKEND),
+            chosen_racings[0].value or _environment.get(_RACE),
         ),
         x.is_cuda and torch.cuda.is_current_stream_capturing(),
     )

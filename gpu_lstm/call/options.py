@@ -28,21 +28,21 @@ class Arguments(NamedTuple):
     """What a module asks of every call, from its attributes as they are now."""
 
     kind: str  # "LSTM", "StackedLSTM", "LSTMCell" or "lstm_layer", as errors name it
-    input_size: int
     hidden_sizes: tuple[int, ...]  # [L]
-    proj_size: int = 0
-    bias: bool = True
+    peepholes: bool
+    norms: tuple[str, ...]
+    input_size: int
+    bias: bool
+    backend: str | None  # up to here what a cell has, too
     bidirectional: bool = False
     batch_first: bool = False
-    peepholes: bool = False
-    norms: tuple[str, ...] = ()
     training: bool = False
     dropout: float = 0.0  # between layers
     recurrent_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0  # of h and c
     weight_drop: float = 0.0
     recompute: bool = False  # kernels save no gates for backward
-    backend: str | None = None
+    proj_size: int = 0
     residual: bool = False  # a layer whose output is as wide as its input adds the two
     reverse: bool = False  # only for lstm_layer
 
@@ -109,10 +109,10 @@ def _weight_sizes(size: Size) -> tuple[tuple[int, ...], ...]:
     )  # fmt: skip
 
 
-def options_of(*fields: Any) -> Options:
+def options_of(*arguments: Any) -> Options:
     """The Options of these Arguments: the same object for equal ones, of the last 1024, except in a graph."""
-    return Options(Arguments(*fields)) if torch.compiler.is_compiling() else _cached(*fields)
+    return Options(Arguments(*arguments)) if torch.compiler.is_compiling() else _cached(*arguments)
 
 
 # An Options that was dropped is made again; as a key it is another one, of which the table of routes keeps so many.
-_cached = functools.lru_cache(1024)(lambda *fields: Options(Arguments(*fields)))
+_cached = functools.lru_cache(1024)(lambda *arguments: Options(Arguments(*arguments)))

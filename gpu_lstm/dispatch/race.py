@@ -58,7 +58,9 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     if call.modes.transforms == Transforms.REFERENCE:
         return Decision(able, "only it runs inside vmap and forward-mode derivatives")
     if requested_backend(call.options.backend) is not Backend.AUTO:
-        who = "gpu_lstm.backend(...)" if choices.chosen_backend.now else f"the variable {choices.BACKEND_VARIABLE}"
+        who = (
+            "gpu_lstm.backend(...)" if choices.chosen_backends[0].value else f"the variable {choices.BACKEND_VARIABLE}"
+        )
         return Decision(able, f"asked for by {who if call.options.backend is None else 'the argument `backend`'}")
     if able not in KERNEL_BACKENDS:
         return Decision(able, "backend 'auto' chooses it where no kernels run")

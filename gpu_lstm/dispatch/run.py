@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import graph
-from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backend
+from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends
 from ..call.modes import Recording, Transforms, constant_when_traced
 from ..call.options import RESET_STATES
 from ..call.prepare import Call
@@ -104,7 +104,7 @@ def _route_in_a_graph(call: Call) -> Route:
         for w, *_ in call.weights
     ])  # fmt: skip
     # What a `with backend(...)` block chose is passed so that the graph is bound to it.
-    given = options.backend, chosen_backend.now, call.x.device, dtype, feature_of(call), transformed
+    given = options.backend, chosen_backends[0].value, call.x.device, dtype, feature_of(call), transformed
     name, problem = _decided_in_a_graph(*given, sizes, asked)
     if problem:
         raise _ERRORS[name](problem)

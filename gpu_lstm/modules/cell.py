@@ -15,7 +15,7 @@ from ..call.prepare import prepare
 from ..call.weights import LAYER_NORM, PEEPHOLES, State
 from ..dispatch.run import run
 from .arguments import Checked, accepted, norms_of, repr_of, scriptable
-from .variants import HasVariants, weights_of
+from .variants import OF_CELLS, HasVariants, weights_of
 
 
 class LSTMCell(Checked, HasVariants, RNNCellBase):
@@ -80,9 +80,8 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
     def _options(self) -> Options:
         """From the attributes as they are now."""
         return options_of(
-            "LSTMCell", self.input_size, (self.hidden_size,), 0, self.bias, False, False, self._peepholes, self._norms,
-            False, 0.0, 0.0, 0.0, 0.0, False, self.backend,
-        )  # fmt: skip
+            "LSTMCell", (self.hidden_size,), self._peepholes, self._norms, *[getattr(self, name) for name in OF_CELLS]
+        )
 
     def extra_repr(self) -> str:
         """As torch.nn.LSTMCell, and the backend if one was chosen."""

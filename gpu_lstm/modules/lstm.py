@@ -17,7 +17,7 @@ from ..call.prepare import prepare
 from ..call.weights import PEEPHOLES, State, Weights
 from ..dispatch.run import run
 from .arguments import NOT_OF_TORCH, Called, Checked, accepted, norms_of, repr_of, scriptable
-from .variants import HasVariants, weights_of
+from .variants import OF_LAYERS, HasVariants, weights_of
 
 # torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
 
@@ -178,11 +178,10 @@ class LSTM(Checked, HasVariants, RNNBase):
 
     def _options(self) -> Options:
         """From the attributes as they are now."""
+        sizes = (self.hidden_size,) * self.num_layers
         return options_of(
-            "LSTM", self.input_size, (self.hidden_size,) * self.num_layers, self.proj_size, self.bias,
-            self.bidirectional, self.batch_first, self._peepholes, self._norms, self.training, self.dropout,
-            self.recurrent_dropout, self.zoneout, self.weight_drop, self.recompute, self.backend,
-        )  # fmt: skip
+            "LSTM", sizes, self._peepholes, self._norms, *[getattr(self, name) for name in OF_LAYERS], self.proj_size
+        )
 
     def _weights(self) -> list[list[Weights]]:
         """[L][D], as the module has them now."""

@@ -16,7 +16,7 @@ from ..call.weights import PEEPHOLES, State, Weights
 from ..dispatch.run import run
 from .arguments import REGULARISERS, Called, Checked, check_size, layer_sizes, norms_of
 from .lstm import LSTM
-from .variants import weights_of
+from .variants import OF_LAYERS, weights_of
 
 
 class StackedLSTM(Checked, nn.Module):
@@ -133,12 +133,9 @@ class StackedLSTM(Checked, nn.Module):
 
     def _options(self) -> Options:
         """From the attributes as they are now."""
-        first: Any = self.layers[0]
-        return options_of(
-            "StackedLSTM", self.input_size, tuple(self.hidden_sizes), 0, self.bias, self.bidirectional,
-            self.batch_first, first._peepholes, first._norms, self.training, self.dropout, self.recurrent_dropout,
-            self.zoneout, self.weight_drop, self.recompute, self.backend, self.residual,
-        )  # fmt: skip
+        first, sizes = cast(LSTM, self.layers[0]), tuple(self.hidden_sizes)
+        of_layers = [getattr(self, name) for name in OF_LAYERS]
+        return options_of("StackedLSTM", sizes, first._peepholes, first._norms, *of_layers, 0, self.residual)
 
     def _weights(self) -> list[list[Weights]]:
         """[L][D], as the layers have them now."""

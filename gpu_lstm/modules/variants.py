@@ -1,10 +1,13 @@
-"""What peepholes and layer norms add to a module: parameters, which come after all others, and two properties."""
+"""What peepholes and layer norms add to a module: parameters, which come after all others, and two properties.
+
+And how a call reads a module: Arguments from its attributes, Weights from its parameters.
+"""
 
 from typing import Any
 
 from torch import nn
 
-from ..call.options import NORMS
+from ..call.options import NORMS, Arguments
 from ..call.weights import Weights
 
 
@@ -56,6 +59,13 @@ class HasVariants:
             self.register_parameter(f"gain_{norm}{suffix}", nn.Parameter(gain))
         if "c" in norms and self.bias:
             self.register_parameter("bias_c" + suffix, nn.Parameter(like.new_zeros(hidden)))
+
+
+_FIELDS = Arguments._fields
+OF_CELLS = _FIELDS[_FIELDS.index("input_size") : _FIELDS.index("bidirectional")]
+"""The Arguments that every module has as attributes."""
+OF_LAYERS = _FIELDS[_FIELDS.index("input_size") : _FIELDS.index("proj_size")]
+"""Those that LSTM and StackedLSTM have."""
 
 
 def weights_of(module: Any, names: tuple) -> list[list[Weights]]:

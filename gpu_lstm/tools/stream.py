@@ -186,7 +186,7 @@ class Stream:
         return graph.replay().clone()
 
     def _update(self, state: list[State]) -> None:
-        """All at once, so that an interrupt leaves the states of one step; in place on CUDA, where a graph reads them."""
+        """At once, so that an interrupt leaves the states of one step; in place on CUDA, where a graph reads them."""
         before, after = [t for pair in self._state for t in pair], [t for pair in state for t in pair]
         if on_cuda(before[0]) or [t.dtype for t in before] != [t.dtype for t in after]:
             with torch.no_grad():
