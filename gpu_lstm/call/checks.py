@@ -34,9 +34,9 @@ def _cure_of(value: object) -> str:
     return "; use torch.as_tensor" if isinstance(value, list | tuple) or hasattr(value, "__array__") else ""
 
 
-def _other_way_round(given: Sequence[int], wanted: Sequence[int]) -> str:
-    """What to do where the sizes of `given` would fit if the first two dimensions of the input were swapped."""
-    return "; it fits if the input's first two dimensions change places, see batch_first" if given == wanted else ""
+def _other_way_round(shape: Sequence[int], swapped: Sequence[int]) -> str:
+    """What to do where a tensor would fit if the first two dimensions of the input were swapped."""
+    return "; it fits if the input's first two dimensions change places, see batch_first" if shape == swapped else ""
 
 
 def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> int:
@@ -220,9 +220,9 @@ def check_alike(x: Tensor, states: Sequence[State], weights: list[list[Weights]]
     Under autocast dtypes may differ, and a cell state may be float32 with half precision.
     """
     mixed_allowed = autocasts(x)
-    given = [("parameter", tensor, False) for layer in weights for one in layer for tensor in one.present()]
-    given += [("hidden", tensor, is_cell) for state in states for tensor, is_cell in zip(state, (False, True))]
-    for kind, tensor, is_cell in given:
+    tensors = [("parameter", tensor, False) for layer in weights for one in layer for tensor in one.present()]
+    tensors += [("hidden", tensor, is_cell) for state in states for tensor, is_cell in zip(state, (False, True))]
+    for kind, tensor, is_cell in tensors:
         if tensor.device != x.device:
             raise RuntimeError(
                 f"Input and {kind} tensors are not at the same device, "
@@ -268,13 +268,13 @@ def check_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -
 
 
 def _check_place(
-    name: str, given: Tensor, shape: tuple[int, ...], device: torch.device, other_way_round: tuple[int, ...]
+    name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, swapped: tuple[int, ...]
 ) -> None:
-    if given.shape != shape:
-        hint = _other_way_round(given.shape, other_way_round)
-        raise ValueError(f"Expected {name} of shape {list(shape)}, got {list(given.shape)}{hint}")
-    if given.device != device:
-        raise ValueError(f"Expected {name} on {device}, where the input is, got {given.device}")
+    if tensor.shape != shape:
+        hint = _other_way_round(tensor.shape, swapped)
+        raise ValueError(f"Expected {name} of shape {list(shape)}, got {list(tensor.shape)}{hint}")
+    if tensor.device != device:
+        raise ValueError(f"Expected {name} on {device}, where the input is, got {tensor.device}")
 
 
 def check_reset_pair(pair: object, name: str) -> None:
@@ -285,12 +285,12 @@ def check_reset_pair(pair: object, name: str) -> None:
         raise ValueError(f"Expected {name} of two states (h, c), got {len(pair)}")
 
 
-def check_reset_pairs(given: object, layers: int) -> None:
+def check_reset_pairs(pairs: object, layers: int) -> None:
     """Raise unless states to reset to are [(h, c), ...], a pair for each layer of a StackedLSTM."""
-    if not isinstance(given, list | tuple):
-        raise TypeError(f"{RESET_STATES} should be a list of pairs (h, c), got: {type(given).__name__}")
-    if len(given) != layers:
-        raise ValueError(f"Expected {RESET_STATES} of {layers} pairs, one a layer, got {len(given)}")
+    if not isinstance(pairs, list | tuple):
+        raise TypeError(f"{RESET_STATES} should be a list of pairs (h, c), got: {type(pairs).__name__}")
+    if len(pairs) != layers:
+        raise ValueError(f"Expected {RESET_STATES} of {layers} pairs, one a layer, got {len(pairs)}")
 
 
 def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_cell: bool) -> None:

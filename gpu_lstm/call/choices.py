@@ -87,8 +87,8 @@ def backend(name: BackendName | Backend) -> Block:
     Raises:
         ValueError: there is no backend of that name.
     """
-    found = _parse(Backend, name, "backend")
-    return Block(chosen_backends, found, f"gpu_lstm.backend({found.value!r})")
+    choice = _parse(Backend, name, "backend")
+    return Block(chosen_backends, choice, f"gpu_lstm.backend({choice.value!r})")
 
 
 def racing(mode: Literal["on", "read", "off"]) -> Block:
@@ -100,8 +100,8 @@ def racing(mode: Literal["on", "read", "off"]) -> Block:
     Raises:
         ValueError: another mode.
     """
-    found = _parse(Racing, mode, "mode of racing")
-    return Block(chosen_racings, found, f"gpu_lstm.racing({found.value!r})")
+    choice = _parse(Racing, mode, "mode of racing")
+    return Block(chosen_racings, choice, f"gpu_lstm.racing({choice.value!r})")
 
 
 def parse_backend_name(name: str | Backend) -> BackendName:

@@ -212,8 +212,8 @@ def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None
     if not torch.is_grad_enabled():
         return False
     interpreters = retrieve_all_functorch_interpreters()
-    own = _functorch.maybe_get_level(output) == len(interpreters)
-    others = interpreters[:-1] if own else interpreters
+    is_around_forward = _functorch.maybe_get_level(output) == len(interpreters)
+    others = interpreters[:-1] if is_around_forward else interpreters
     if any(interpreter.key() == _functorch.TransformType.Grad for interpreter in others):
         return True
     wrapped = _functorch.is_functorch_wrapped_tensor

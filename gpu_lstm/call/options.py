@@ -94,8 +94,8 @@ def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...],
         suffix = "" if a.kind == "LSTMCell" else "_l0" if a.kind == "StackedLSTM" else f"_l{k}"
         layer = []
         for d in range(directions):
-            own = suffix + "_reverse" * d
-            layer.append(tuple([name + own if is_there else None for name, is_there in zip(NAMES, there[:count])]))
+            ending = suffix + "_reverse" * d
+            layer.append(tuple([name + ending if is_there else None for name, is_there in zip(NAMES, there[:count])]))
         layers.append(tuple(layer))
     return tuple(layers)
 

@@ -59,12 +59,12 @@ class Call(NamedTuple):
 
     def pack_rows(self, rows: list[State]) -> list[State]:
         """The reverse of `state_rows`, and of `kernel_rows`."""
-        wanted, found = self.states[0][0].dim(), rows[0][0].dim()
-        if wanted < found:
+        dims, of_rows = self.states[0][0].dim(), rows[0][0].dim()
+        if dims < of_rows:
             return [(h.squeeze(0), c.squeeze(0)) for h, c in rows]
-        if len(rows) == 1 or wanted == 2:
-            return rows if wanted == found else [(h.unsqueeze(0), c.unsqueeze(0)) for h, c in rows]
-        join, packed, left = torch.cat if wanted == found else torch.stack, [], iter(rows)
+        if len(rows) == 1 or dims == 2:
+            return rows if dims == of_rows else [(h.unsqueeze(0), c.unsqueeze(0)) for h, c in rows]
+        join, packed, left = torch.cat if dims == of_rows else torch.stack, [], iter(rows)
         for count in self.options.blocks:
             hs, cs = zip(*itertools.islice(left, count))
             packed.append((join(hs), join(cs)))
@@ -104,10 +104,10 @@ def prepare(
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if reset_states is not None:
-        given = _reset_states(options, form, x, (steps, batch), traversal, reset_states)
-        traversal = traversal._replace(reset_states=given)
-        learns = learns or (now.grad and any(t.requires_grad for pair in given for t in pair))
-        plain = plain and all(type(t) in PLAIN for pair in given for t in pair)
+        pairs = _reset_states(options, form, x, (steps, batch), traversal, reset_states)
+        traversal = traversal._replace(reset_states=pairs)
+        learns = learns or (now.grad and any(t.requires_grad for pair in pairs for t in pair))
+        plain = plain and all(type(t) in PLAIN for pair in pairs for t in pair)
     if traversal is not EVERY_STEP:
         plain = plain and type(lengths) in _OPTIONAL and type(resets) in _OPTIONAL
     if not plain and now.recording == Recording.NOBODY:
@@ -258,14 +258,14 @@ def _check_tensors(
 
 
 def _reset_states(
-    options: Options, form: Form, x: Tensor, sizes: tuple[int, int], traversal: Traversal, given: Any
+    options: Options, form: Form, x: Tensor, sizes: tuple[int, int], traversal: Traversal, reset_states: Any
 ) -> list[State]:
     """A user's states to reset to, checked: (h [T, B, P], c [T, B, H]) of each layer and direction, [L*D]."""
     if options.kind == "StackedLSTM":
-        checks.check_reset_pairs(given, len(options.sizes))
-        pairs = [(pair, f"{RESET_STATES} of layer {k}") for k, pair in enumerate(given)]
+        checks.check_reset_pairs(reset_states, len(options.sizes))
+        pairs = [(pair, f"{RESET_STATES} of layer {k}") for k, pair in enumerate(reset_states)]
     else:
-        pairs = [(given, RESET_STATES)]
+        pairs = [(reset_states, RESET_STATES)]
     if traversal.resets is None:
         raise ValueError(f"Expected resets together with {RESET_STATES}, which say what they leave, got None")
     rows: list[State] = []

@@ -137,8 +137,8 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     dropped = ["_flat_weights", "_compiled_call_impl"]  # torch's cache; Module.compile()'s, which would call `module`
     dropped += ["backend", "recompute", *(name for name in REGULARISERS if not module.__dict__.get(name))]
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in dropped})
-    for own in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[own] = twin.__dict__[own].copy()
+    for registry in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[registry] = twin.__dict__[registry].copy()
     if isinstance(twin, RNNBase):
         twin._init_flat_weights()
     return twin

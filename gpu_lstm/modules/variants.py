@@ -72,6 +72,6 @@ def weights_of(module: Any, names: tuple) -> list[list[Weights]]:
     """[L][D] of a module by the names of its parameters, see Options.names: as they are now."""
     parameters = module._parameters
     try:
-        return [[Weights(*[n and parameters[n] for n in own]) for own in layer] for layer in names]
+        return [[Weights(*[n and parameters[n] for n in tensors]) for tensors in layer] for layer in names]
     except KeyError:  # another tensor has taken a parameter's place, as weight_norm's does
-        return [[Weights(*[n and getattr(module, n) for n in own]) for own in layer] for layer in names]
+        return [[Weights(*[n and getattr(module, n) for n in tensors]) for tensors in layer] for layer in names]
