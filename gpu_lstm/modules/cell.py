@@ -15,6 +15,7 @@ from ..call.prepare import prepare
 from ..call.weights import LAYER_NORM, PEEPHOLES, State
 from ..dispatch.run import run
 from .arguments import Checked, accepted, norms_of, repr_of, scriptable
+from .tracing import traced
 from .variants import OF_CELLS, HasVariants, weights_of
 
 
@@ -73,6 +74,8 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
                 that supports no peepholes or layer norm.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
+        if type(input) is not Tensor and (instead := traced(self, input, hx)) is not None:
+            return instead
         options = self._options()
         call = prepare(options, weights_of(self, options.names), input, hx)
         return call.states_out(run(call)[1])

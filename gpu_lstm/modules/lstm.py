@@ -17,6 +17,7 @@ from ..call.prepare import prepare
 from ..call.weights import PEEPHOLES, State, Weights
 from ..dispatch.run import run
 from .arguments import NOT_OF_TORCH, Called, Checked, accepted, norms_of, repr_of, scriptable
+from .tracing import traced
 from .variants import OF_LAYERS, HasVariants, weights_of
 
 # torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
@@ -166,6 +167,10 @@ class LSTM(Checked, HasVariants, RNNBase):
                 these, recurrent dropout, zoneout or peepholes. TypeError for a mask.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
+        if type(input) is not Tensor:
+            instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states, mask=mask)
+            if instead is not None:
+                return instead
         if mask is not None:
             raise TypeError(
                 "LSTM accepts lengths, and no mask as TorchRL's LSTMModule gives to what is no torch.nn.LSTM: hand it "

@@ -16,6 +16,7 @@ from ..call.weights import PEEPHOLES, State, Weights
 from ..dispatch.run import run
 from .arguments import REGULARISERS, Called, Checked, check_size, layer_sizes, norms_of
 from .lstm import LSTM
+from .tracing import traced
 from .variants import OF_LAYERS, weights_of
 
 
@@ -127,6 +128,10 @@ class StackedLSTM(Checked, nn.Module):
             ValueError, RuntimeError, ImportError, TypeError: as `LSTM.forward`; TypeError for hx that is not a list of
                 pairs, such as torch's (h_0, c_0); RuntimeError for a wrong number of them, or wrong sizes.
         """
+        if type(input) is not Tensor:
+            instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states)
+            if instead is not None:
+                return instead
         call = prepare(self._options(), self._weights(), input, hx, lengths, resets, reset_states)
         y, states = run(call)
         return call.form.output(y), call.states_out(states)
