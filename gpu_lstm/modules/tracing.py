@@ -19,7 +19,7 @@ def traced(module: nn.Module, input: Any, *hx: Any, **arguments: Any) -> Any:
             return _in_eager_mode(module, input, *hx, **arguments)
     elif isinstance(input, torch.fx.Proxy):
         arguments = {name: value for name, value in arguments.items() if value is not None}
-        path = input.tracer.path_of_module(module)
+        path = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
         return input.tracer.create_proxy("call_module", path, (input, *hx), arguments)
     return None
 
