@@ -1,4 +1,4 @@
-"""python -m compile_table compiles the kernels, without a GPU, and writes compile_table/README.md from what they became.
+"""python -m compile_table compiles the kernels, without a GPU, and writes README.md here from what they became.
 
 With --all it prints a table of every architecture and dtype instead. The exit status is 1 if a kernel spills or does
 not fit.

@@ -35,7 +35,7 @@ greatest of three bounds:
   (step), or two launches (pointwise).
 
 Where all multiprocessors read from L2, each reads {planning.L2_BYTES} bytes a clock, and at most {planning.L2_ALONE}.
-The estimate includes the {1e6 * planning.HOST_SECONDS:.0f} us that the host needs for two launches without a CUDA graph.
+The estimate has the {1e6 * planning.HOST_SECONDS:.0f} us that the host needs for two launches without a CUDA graph.
 
 In a clone `python docs/bounds.py h100` prints every size on one card, and `python -m gpu_lstm plan` all terms of one
 problem.
