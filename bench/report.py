@@ -188,11 +188,13 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
     if len(around):
         written.append(_markdown(_over_ours(around, lines) if every_case else around[AROUND]))
     if not every_case:
-        plain, beyond = (f"{digits(speed.min())} to {digits(speed.max())}" if len(speed) else ""
-                         for speed in (lines["speed"][which].dropna() for which in (~starred, starred)))  # fmt: skip
-        text = f"Calls that nn.LSTM can do too run at {plain} of its speed"
-        text += f"; with lengths, resets or a variant, at {beyond} of nn.LSTM's without them" * (beyond != "")
-        return "\n".join([*written, "", wrapped(f"{text}.")])
+        plain, beyond = (1 / lines["speed"][which].dropna() for which in (~starred, starred))
+        low, high = (digits(bound(plain)) if len(plain) else "" for bound in (min, max))
+        text = f"A call that nn.LSTM can make too takes {low} to {high} times as long."
+        if len(beyond):
+            with_more = "With lengths, resets or a variant it takes"
+            text += f" {with_more} up to {digits(max(beyond))} times as long as nn.LSTM's call that ignores them."
+        return "\n".join([*written, "", wrapped(text)])
     lines = lines[~_names(lines).isin(around["case"])]
     cells = {"case": _names(lines),
              "torch.nn.LSTM, ms": lines["torch ms"].str.replace("*", r"\*"), "gpu_lstm, ms": lines["ours ms"],
