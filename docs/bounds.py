@@ -42,8 +42,8 @@ problem.
 
 ## All cards
 
-Of {len(HIDDEN) * len(BATCH)} sizes, H {HIDDEN[0]} to {HIDDEN[-1]} and B {BATCH[0]} to {BATCH[-1]}: the median of *x*,
-how many are over {FAR}, and where *x* is greatest, with the largest term of the estimate there."""
+The sizes are {len(HIDDEN) * len(BATCH)}, with H from {HIDDEN[0]} to {HIDDEN[-1]} and B from {BATCH[0]} to {BATCH[-1]}. The columns are the median of
+*x*, how many are over {FAR}, and where *x* is greatest, with the largest term of the estimate there."""
 
 
 class Row(NamedTuple):
@@ -119,11 +119,11 @@ def in_full(card: planning.Device) -> str:
 def summary() -> str:
     """A line for each card, dtype and direction: the middle and the greatest ratio, and why."""
     lines = []
-    for card, dtype, direction in product(planning.DEVICES.values(), DTYPES, DIRECTIONS):
-        found = rows(card, DTYPES[dtype], direction)
+    for card, dtype, direction in product(planning.DEVICES, DTYPES, DIRECTIONS):
+        found = rows(planning.DEVICES[card], DTYPES[dtype], direction)
         far, worst = [row for row in found if row.ratio > FAR], max(found, key=lambda row: row.ratio)
         ratios = f"{median(row.ratio for row in found):.1f}", str(len(far)), f"{worst.ratio:.1f}"
-        lines.append([card.name, f"{dtype}, {direction}", *ratios, worst.size, worst.family, worst.largest])
+        lines.append([f"`{card}`", f"{dtype}, {direction}", *ratios, worst.size, worst.family, worst.largest])
     return table(f"card | case | median x | over {FAR} | greatest x | H | B | family | largest term", lines)
 
 
