@@ -42,8 +42,8 @@ problem.
 
 ## All cards
 
-The sizes are {len(HIDDEN) * len(BATCH)}, with H from {HIDDEN[0]} to {HIDDEN[-1]} and B from {BATCH[0]} to {BATCH[-1]}. The columns are the median of
-*x*, how many are over {FAR}, and where *x* is greatest, with the largest term of the estimate there."""
+{len(HIDDEN) * len(BATCH)} sizes, with H from {HIDDEN[0]} to {HIDDEN[-1]} and B from {BATCH[0]} to {BATCH[-1]}:
+the median of *x*, how many are over {FAR}, and where *x* is greatest, with the largest term of the estimate there."""
 
 
 class Row(NamedTuple):
