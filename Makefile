@@ -29,7 +29,7 @@ docs: $(or $(wildcard $(INSTALLED)),$(FOR_DOCS))
 	$(BIN)/python docs/website.py
 	$(BIN)/python -m zensical build --clean --strict
 
-# Compiles the kernels and writes docs/kernels.md from what they became.
+# Compiles the kernels and writes compile_table/README.md from what they became.
 kernels-page: $(INSTALLED)
 	$(BIN)/python -m compile_table
 

@@ -26,6 +26,12 @@ WRITTEN = {  # the usual workaround where torch.nn.LSTM lacks a feature, by its 
     "rl_games-pieces": "nn.LSTM called between any two resets, its state masked",
     "rsl_rl-padded": "trajectories padded to T, from reset to reset",
 }
+COLUMN = {
+    "cleanrl-loop": "step by step",
+    "torch-packed": "packed",
+    "rl_games-pieces": "in pieces",
+    "rsl_rl-padded": "padded",
+}
 AROUND = ["case", "usual workaround", "ms", "gpu_lstm, ms", "times as fast"]
 STARRED = "* nn.LSTM timed without the lengths, resets or variant, which it does not support"
 BEYOND = "ignoring gate arithmetic, launches and the dependency between steps"
@@ -100,8 +106,7 @@ def instead(rows: pd.DataFrame, every_case: bool = False) -> pd.DataFrame:
     its = its if every_case else its.drop_duplicates(["group", "provider"])
     speed = texts(its["over_ours"].fillna(its["median_s"] / its["ours_s"]))
     interval = (" (" + texts(its["over_ours_low"]) + "-" + texts(its["over_ours_high"]) + ")").replace(" (-)", "")
-    names = its["mode"] + " " + its["object"].map(sizes)
-    columns = names, its["provider"].map(WRITTEN), texts(1e3 * its["median_s"]), texts(1e3 * its["ours_s"])
+    columns = _names(its), its["provider"].map(WRITTEN), texts(1e3 * its["median_s"]), texts(1e3 * its["ours_s"])
     return its.assign(**dict(zip(AROUND, (*columns, speed + interval))))
 
 
@@ -181,17 +186,34 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
         text += f' "Of the bound": the fraction of {roofline}, {BEYOND}.'
     written = [wrapped(text)]
     if len(around):
-        written.append(_markdown(around[AROUND]))
+        written.append(_markdown(_over_ours(around, lines) if every_case else around[AROUND]))
     if not every_case:
-        plain, beyond = (f"{digits(speed.min())} to {digits(speed.max())}" if len(speed) else ""
-                         for speed in (lines["speed"][which].dropna() for which in (~starred, starred)))  # fmt: skip
-        text = f"Calls that nn.LSTM can do too run at {plain} of its speed"
-        text += f"; with lengths, resets or a variant, at {beyond} of nn.LSTM's without them" * (beyond != "")
-        return "\n".join([*written, "", wrapped(f"{text}.")])
-    cells = {"case": lines["mode"] + " " + lines["object"].map(sizes),
+        plain, beyond = (1 / lines["speed"][which].dropna() for which in (~starred, starred))
+        low, high = (digits(bound(plain)) if len(plain) else "" for bound in (min, max))
+        text = f"A call that nn.LSTM can make too takes {low} to {high} times as long."
+        if len(beyond):
+            with_more = "With lengths, resets or a variant it takes"
+            text += f" {with_more} up to {digits(max(beyond))} times as long as nn.LSTM's call that ignores them."
+        return "\n".join([*written, "", wrapped(text)])
+    lines = lines[~_names(lines).isin(around["case"])]
+    cells = {"case": _names(lines),
              "torch.nn.LSTM, ms": lines["torch ms"].str.replace("*", r"\*"), "gpu_lstm, ms": lines["ours ms"],
              "times as fast": lines["times as fast"].str.split(" ").str[0], "of the bound": lines["bound"]}  # fmt: skip
     return "\n".join([*written, _markdown(pd.DataFrame(cells).replace("-", "not run"))])
+
+
+def _names(lines: pd.DataFrame) -> pd.Series:
+    return lines["mode"] + " " + lines["object"].map(sizes)
+
+
+def _over_ours(around: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
+    """A line for each case with a workaround: our time; how many times as long nn.LSTM and each workaround take."""
+    cells = around.drop_duplicates("case").set_index("case")[["gpu_lstm, ms"]]
+    cells[r"nn.LSTM\*"] = texts(lines.set_index(_names(lines))["speed"])
+    for provider, column in COLUMN.items():
+        its = around[around["provider"] == provider].set_index("case")["times as fast"]
+        cells[column] = its.reindex(cells.index).fillna("")
+    return cells.reset_index()
 
 
 def _markdown(cells: pd.DataFrame) -> str:

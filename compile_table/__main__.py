@@ -1,4 +1,4 @@
-"""python -m compile_table compiles the kernels, without a GPU, and writes docs/kernels.md from what they became.
+"""python -m compile_table compiles the kernels, without a GPU, and writes README.md here from what they became.
 
 With --all it prints a table of every architecture and dtype instead. The exit status is 1 if a kernel spills or does
 not fit.
@@ -17,7 +17,7 @@ from rich.progress import track
 from . import cuda_kernels, triton_kernels
 from .report import Report
 
-PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
+PAGE = Path(__file__).with_name("README.md")
 HEAD = """<!-- make kernels-page writes this page: change compile_table/__main__.py. -->
 
 # What the kernels compile to

@@ -1,5 +1,9 @@
-"""What a step could take at best, as a page: python docs/bounds.py writes docs/bounds.md."""
+"""What a step could take at best: python docs/bounds.py writes docs/bounds.md, python docs/bounds.py h100 every size.
 
+The second prints the sizes of one card, as planning.DEVICES names it, instead of writing the page.
+"""
+
+import sys
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
@@ -21,18 +25,25 @@ HEAD = f"""<!-- make bounds-page writes this page: change docs/bounds.py. -->
 
 # How far a step is from its bound
 
-All figures here are estimated by the model that orders plans (`planning.py` of the Triton kernels), and nothing was
-measured. They are of a plain layer in training: of the plan that comes first, microseconds a step, the greatest of
-three bounds, and the estimate as a multiple of that bound (*x*). The bounds:
+Nothing here was measured: the model that orders plans (`kernels/triton_lstm/planning.py`) estimates all figures. They
+are for training a plain layer by the first plan of the list. *x* is the estimated time of a step, divided by the
+greatest of three bounds:
 
 - **memory**: what a step reads and writes, at the data sheet's rate;
 - **products**: those with W_hh on the tensor cores of all multiprocessors, at the data sheet's rate;
-- **latency**: of one exchange between programs, or of one grid-wide barrier in the step family; where one program runs
-  a sequence alone (resident), of the gates and the cell; of two launches in the pointwise family.
+- **latency**: of the gates and the cell (resident), one exchange between programs (cooperative), one grid-wide barrier
+  (step), or two launches (pointwise).
 
-Where all multiprocessors read from L2, each reads {planning.L2_BYTES} bytes a clock, and {planning.L2_ALONE} at most.
-The {1e6 * planning.HOST_SECONDS:.0f} us that the host needs for two launches are in them, as without a CUDA graph.
-Where *x* is over {FAR}, the largest term of the estimate is named. `python -m gpu_lstm plan` prints all terms."""
+Where all multiprocessors read from L2, each reads {planning.L2_BYTES} bytes a clock, and at most {planning.L2_ALONE}.
+The estimate has the {1e6 * planning.HOST_SECONDS:.0f} us that the host needs for two launches without a CUDA graph.
+
+In a clone `python docs/bounds.py h100` prints every size on one card, and `python -m gpu_lstm plan` all terms of one
+problem.
+
+## All cards
+
+{len(HIDDEN) * len(BATCH)} sizes, with H from {HIDDEN[0]} to {HIDDEN[-1]} and B from {BATCH[0]} to {BATCH[-1]}:
+the median of *x*, how many are over {FAR}, and where *x* is greatest, with the largest term of the estimate there."""
 
 
 class Row(NamedTuple):
@@ -85,40 +96,44 @@ def bounds(problem: Problem, card: planning.Device, plan: planning.Plan, backwar
 def table(titles: str, lines: Iterable[Iterable[str]]) -> str:
     """In Markdown; numbers are aligned to the right."""
     columns = titles.split(" | ")
-    right = ["--:" if t in ("H", "B", "us", "bound") or t.endswith("x") else "---" for t in columns]
+    right = ["--:" if t in ("H", "B", "us", "bound", f"over {FAR}") or t.endswith("x") else "---" for t in columns]
     head = [f"| {titles} |", f"|{'|'.join(right)}|"]
     return "\n".join([*head, *(f"| {' | '.join(cells)} |" for cells in lines)])
 
 
-def in_full(card: planning.Device, dtype: torch.dtype, direction: str) -> str:
-    """A line for each size."""
-    lines = []
-    for row in rows(card, dtype, direction):
-        figures = f"{1e6 * row.seconds:.2f}", f"{1e6 * row.bound:.2f}", row.bound_by, f"{row.ratio:.1f}"
-        lines.append([row.size, row.family, *figures, row.largest if row.ratio > FAR else ""])
-    return table("H | B | family | us | bound | bound by | x | largest term", lines)
+def in_full(card: planning.Device) -> str:
+    """A table for each dtype and direction, with a line for each size."""
+    parts = []
+    for dtype, direction in product(DTYPES, DIRECTIONS):
+        lines = []
+        for row in rows(card, DTYPES[dtype], direction):
+            figures = f"{1e6 * row.seconds:.2f}", f"{1e6 * row.bound:.2f}", row.bound_by, f"{row.ratio:.1f}"
+            lines.append([row.size, row.family, *figures, row.largest if row.ratio > FAR else ""])
+        parts += [
+            f"## {card.name}: {dtype}, {direction}",
+            table("H | B | family | us | bound | bound by | x | largest term", lines),
+        ]
+    return "\n\n".join(parts)
 
 
 def summary() -> str:
     """A line for each card, dtype and direction: the middle and the greatest ratio, and why."""
     lines = []
-    for card, dtype, direction in product(planning.DEVICES.values(), DTYPES, DIRECTIONS):
-        found = rows(card, DTYPES[dtype], direction)
+    for card, dtype, direction in product(planning.DEVICES, DTYPES, DIRECTIONS):
+        found = rows(planning.DEVICES[card], DTYPES[dtype], direction)
         far, worst = [row for row in found if row.ratio > FAR], max(found, key=lambda row: row.ratio)
-        ratios = f"{median(row.ratio for row in found):.1f}", f"{len(far)} of {len(found)}", f"{worst.ratio:.1f}"
-        lines.append([card.name, f"{dtype}, {direction}", *ratios, worst.size, worst.family, worst.largest])
+        ratios = f"{median(row.ratio for row in found):.1f}", str(len(far)), f"{worst.ratio:.1f}"
+        lines.append([f"`{card}`", f"{dtype}, {direction}", *ratios, worst.size, worst.family, worst.largest])
     return table(f"card | case | median x | over {FAR} | greatest x | H | B | family | largest term", lines)
 
 
 def page() -> str:
-    """The Markdown: all cards in short, then an H100."""
-    h100, parts = planning.DEVICES["h100"], [HEAD]
-    parts += ["## All cards", f"Over the sizes of the tables below: *x*, how often it is over {FAR}, and the"
-              " size where it is greatest.", summary()]  # fmt: skip
-    for dtype, direction in product(DTYPES, DIRECTIONS):
-        parts += [f"## {h100.name}: {dtype}, {direction}", in_full(h100, DTYPES[dtype], direction)]
-    return "\n\n".join(parts) + "\n"
+    """The Markdown, for all cards."""
+    return f"{HEAD}\n\n{summary()}\n"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    if sys.argv[1:]:
+        print(in_full(planning.DEVICES[sys.argv[1]]))
+    else:
+        PAGE.write_text(page())

@@ -160,26 +160,3 @@ def forecast(dates: np.ndarray, truth: np.ndarray, today: np.ndarray, ours: np.n
     axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator(), show_offset=False))
     axes.legend(frameon=False, ncols=3, loc="upper right")
     return figure
-
-
-def keeping(forget: np.ndarray, half_lives: np.ndarray, others: np.ndarray) -> Figure:
-    """Forget gates [T, H] of units in the order of their half-lives [H], and those of a second network."""
-    figure, ((left, right),) = panels(1, 4.2, columns=2, width_ratios=[2.4, 1], sharey=True)
-    drawn = left.imshow(
-        forget.T, cmap=colour_map("forget"), vmin=0, vmax=1, aspect="auto", interpolation="nearest", origin="lower"
-    )
-    left.set(xlabel="day", ylabel="unit")
-    left.set_title("forget gate", color=HUES["forget"], fontsize=11)
-    bar = figure.colorbar(drawn, ax=left, ticks=[0, 1], pad=0.01)
-    bar.ax.set_yticklabels(["0 shut", "1 open"])
-    for lives, colour, name, height in (
-        (half_lives, HUES["forget"], "2 to 30 days", 0.3),
-        (others, GREY, "bias 0", 0.75),
-    ):
-        unit = int(height * len(lives))
-        right.plot(lives, np.arange(len(lives)), color=colour, linewidth=2)
-        right.annotate(f"start: {name}", (lives[unit], unit), (8, -4), textcoords="offset points", color=colour)
-    right.set(xscale="log", xlabel="half-life in days")
-    right.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
-    right.minorticks_off()
-    return figure

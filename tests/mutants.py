@@ -6,8 +6,8 @@
 First all tests run without a fault, under coverage.py, which records the lines that each of them executes; then, for
 each fault, the tests that execute its statement. Each worker has a copy of the tree, in which it plants a fault; the
 checkout itself is never touched. Results go to files, a line for each fault, so that a run that was stopped continues
-where it was. Faults that survived are planted again, since tests may have been added. docs/testing.md has a table of a
-run, what survived it, and why this is neither mutmut nor cosmic-ray.
+where it was. Faults that survived are planted again, since tests may have been added. docs/testing.md says
+how runs ended.
 """
 
 import argparse

@@ -184,7 +184,7 @@ def test_the_table_of_a_gpu_has_every_case_that_of_a_cpu_has_workarounds_only(up
     assert f"\\{report.STARRED}." in text.replace("\n", " ")
     text = updated(gpu=[], cpu=whole_grid("cpu", **CPU))
     assert "\n| " not in text  # without workarounds there is no table
-    assert "Calls that nn.LSTM can do too run at 0.500 to 0.500 of its speed." in text.replace("\n", " ")
+    assert "A call that nn.LSTM can make too takes 2.00 to 2.00 times as long." in text.replace("\n", " ")
 
 
 def test_readme_and_page_are_those_of_the_stored_results(tmp_path):

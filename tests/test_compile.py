@@ -346,7 +346,7 @@ def test_the_page_has_fewer_columns_and_is_not_written_if_a_kernel_does_not_fit(
     for compiler, those in ((command.triton_kernels, rows), (command.cuda_kernels, [of_cuda])):
         monkeypatch.setattr(compiler, "cases", lambda h100, those=those: those)
         monkeypatch.setattr(compiler, "reports", iter)
-    monkeypatch.setattr(command, "PAGE", tmp_path / "kernels.md")
+    monkeypatch.setattr(command, "PAGE", tmp_path / "README.md")
     counted = "| `lstm_step_forward` | B=1 | 90 | 100 | 0 | 1024 | 300 | 1 | 18 | 0 |"
     assert command.main([]) == command.main(["--all"]) == 0
     assert f"{counted}\n" in command.PAGE.read_text()
