@@ -19,8 +19,8 @@ from .dispatch import race
 from .dispatch.available import select, triton_import_problem, why_unavailable, without_triton
 from .dispatch.kind import describe
 from .dispatch.route import Decision
-from .kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
-from .kernels.problem import Problem  # type: ignore[import-not-found]
+from .kernels import cache
+from .kernels.problem import Problem
 from .modules import LSTM
 from .tools.explain import explain, terms_of, tiles_of
 

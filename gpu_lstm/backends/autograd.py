@@ -9,7 +9,7 @@ from ..call.modes import gradients_are_differentiated, is_transformed
 from ..call.noise import Noise
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from ..kernels.problem import Inputs  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from ..kernels.problem import Inputs
 from . import fused, graph
 from .fused import Saved, inputs_of
 from .layers import NOTHING

@@ -15,8 +15,8 @@ from ..call.noise import Noise
 from ..call.sequences import Traversal, valid_steps
 from ..call.weights import State, Weights
 from ..cells import lstm as cell
-from ..kernels import layer_norm  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
-from ..kernels.problem import NO_UNIT, Inputs, Recurrence, Unit  # type: ignore[import-not-found]
+from ..kernels import layer_norm
+from ..kernels.problem import NO_UNIT, Inputs, Recurrence, Unit
 
 
 def weights_of(given: Inputs) -> Weights:

@@ -29,7 +29,7 @@ from ..call.noise import Noise
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from ..kernels.problem import Inputs, problem_of  # type: ignore[import-not-found]  # a folder next to gpu_lstm/
+from ..kernels.problem import Inputs, problem_of
 from . import fused, kernels, reference, torch_lstm
 from .fused import Saved, traversal_of, weights_of
 from .layers import cast, one_after_another, without_autocast

@@ -17,7 +17,7 @@ from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..cells.lstm import linear, output, step
-from ..kernels.problem import Inputs  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from ..kernels.problem import Inputs
 from .fused import noise_of, traversal_of, weights_of
 from .layers import cast, one_after_another, without_autocast
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..call.modes import alone
 from ..call.weights import Weights
-from ..kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
-from ..kernels.memory import WroteOutside, checked  # type: ignore[import-not-found]
-from ..kernels.problem import Inputs, Pass, Problem, in_the_loop  # type: ignore[import-not-found]
-from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out  # type: ignore[import-not-found]
+from ..kernels import cache
+from ..kernels.memory import WroteOutside, checked
+from ..kernels.problem import Inputs, Pass, Problem, in_the_loop
+from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out
 from . import fused, reference, torch_lstm
 from .fused import Saved, noise_of, traversal_of, weights_of
 from .reference import Gates

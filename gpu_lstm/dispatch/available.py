@@ -8,7 +8,7 @@ import torch
 
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
 from ..call.options import RESET_STATES
-from ..kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from ..kernels import cache
 
 KERNEL_DEVICES = ("cuda",)  # whose tensors AUTO gives to kernels
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -7,7 +7,7 @@ import torch
 from ..call.options import Size
 from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
-from ..kernels.problem import Problem  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from ..kernels.problem import Problem
 
 MOST_OF_CUDNN = 65_535  # steps of a sequence
 

@@ -25,9 +25,9 @@ from ..call.modes import Recording, Setting, Transforms, alone, recurrent_precis
 from ..call.options import Size
 from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
-from ..kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
-from ..kernels.problem import Pass, Problem  # type: ignore[import-not-found]
-from ..kernels.timeouts import (  # type: ignore[import-not-found]
+from ..kernels import cache
+from ..kernels.problem import Pass, Problem
+from ..kernels.timeouts import (
     DEVICE_ERRORS,
     raise_if_timed_out,
     spare_multiprocessors,

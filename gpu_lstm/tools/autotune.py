@@ -8,7 +8,7 @@ from ..call.choices import Backend
 from ..call.modes import recurrent_precision
 from ..dispatch.available import why_unavailable
 from ..dispatch.run import forget
-from ..kernels.problem import Problem  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from ..kernels.problem import Problem
 
 
 def autotune(

@@ -19,7 +19,7 @@ from ..dispatch import available, race
 from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.route import Decision, Route, build
 from ..dispatch.run import able_to_run, feature_of
-from ..kernels.problem import Pass  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from ..kernels.problem import Pass
 from ..modules import LSTM, StackedLSTM
 
 

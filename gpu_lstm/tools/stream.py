@@ -9,7 +9,7 @@ from torch import Tensor
 from ..call.checks import check_pair, check_pairs, check_tensor
 from ..call.prepare import prepare
 from ..call.weights import State
-from ..kernels.timeouts import raise_if_timed_out  # type: ignore[import-not-found]  # a folder next to gpu_lstm/
+from ..kernels.timeouts import raise_if_timed_out
 from ..modules import LSTM, StackedLSTM
 
 States = State | list[State]
