@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import graph, kernels, reference, torch_lstm
+from ..backends import graph, kernels, reference, schedule, torch_lstm
 from ..backends.schedule import Schedule, schedule_of
 from ..call.choices import KERNEL_BACKENDS, Backend
 from ..call.noise import with_weight_drop
@@ -54,11 +54,11 @@ def run_by(route: Route, call: Call, record: list[reference.Gates] | None = None
     if call.options.weight_drop:
         call = call._replace(weights=with_weight_drop(call.weights, call.options.weight_drop))
     if route.as_operators:
-        return graph.run(call.padded(), route.dtype, route.backend)
+        return graph.run_call(call.padded(), route.dtype, route.backend)
     match route.backend:
         case Backend.TORCH:
-            return torch_lstm.run(call, route.dtype)
+            return torch_lstm.run_call(call, route.dtype)
         case Backend.REFERENCE:
-            return reference.run(call.padded(), route.dtype, record)
+            return reference.run_call(call.padded(), route.dtype, record)
     assert route.schedule is not None
-    return kernels.run(call.padded(), route.dtype, route.backend, route.layers, route.schedule)
+    return schedule.run_call(call.padded(), route.dtype, route.backend, route.layers, route.schedule)
