@@ -66,7 +66,7 @@ def schedule_of(call: Call, steps: int, size: int) -> Schedule:
 
 
 def run_call(
-    call: Call, dtype: torch.dtype, backend: Backend, layers: list[Layer], schedule: Schedule
+    call: Call, dtype: torch.dtype, backend: Backend, layers: Sequence[Layer], schedule: Schedule
 ) -> tuple[Tensor, list[State]]:
     """All layers of a call, in `dtype`, by kernels, `layers` [L*D]: output [T, B, D*P], final states as Call.states."""
     if dtype is torch.float32 and call.modes.autocast is None:
@@ -80,7 +80,7 @@ def run_call(
     return y, [(h, c.to(c0.dtype)) for (h, c), (_, c0) in zip(finals, states)]
 
 
-def _run(call: Call, backend: Backend, layers: list[Layer], schedule: Schedule) -> tuple[Tensor, list[State]]:
+def _run(call: Call, backend: Backend, layers: Sequence[Layer], schedule: Schedule) -> tuple[Tensor, list[State]]:
     recompute, rows = call.options.recompute, call.kernel_rows()
 
     def direction(

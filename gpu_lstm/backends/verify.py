@@ -37,7 +37,7 @@ COMPARED = ("x", "h0", "c0", "weight_hh", "reset_h", "reset_c")  # whose gradien
 LEARNT = ("x", "h0", "c0", *Weights._fields, "reset_h", "reset_c")  # what may have a gradient
 
 
-def verify(layer: Layer, one_pass: Pass, inputs: Inputs, plan: Any) -> str | None:
+def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
     """Why a plan's kernel is not used for a pass of a layer; None if it computes the right numbers.
 
     `inputs` are those of the call that asks first. Only verdicts about the kernel are cached: no other failure need
@@ -48,13 +48,13 @@ def verify(layer: Layer, one_pass: Pass, inputs: Inputs, plan: Any) -> str | Non
         torch.AcceleratorError: an error of the device, of an earlier operation or by the kernel.
     """
     problem, device = layer.problem, layer.device
-    verdict = cached_verdict(plan, problem, one_pass, device)
+    verdict = cached_verdict(plan, problem, pass_, device)
     report = f" Please report this, with what `python -m gpu_lstm` prints and the plan: {plan}"
     if verdict is None:
         _raise_earlier_errors(device)
         try:
-            verdict = _verdict(layer, one_pass, inputs, plan)
-            cache.write(KIND, _key(plan, problem, one_pass, device), verdict)
+            verdict = _verdict(layer, pass_, inputs, plan)
+            cache.write(KIND, _key(plan, problem, pass_, device), verdict)
         except DEVICE_ERRORS:
             raise
         except RuntimeError as error:  # it timed out, say next to another process, or cannot be launched
@@ -67,24 +67,24 @@ def verify(layer: Layer, one_pass: Pass, inputs: Inputs, plan: Any) -> str | Non
     return verdict
 
 
-def cached_verdict(plan: Any, problem: Problem, one_pass: Pass, device: torch.device) -> str | None:
+def cached_verdict(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> str | None:
     """The cached verdict on a kernel on a device: "right", or what is wrong; None: it was not verified yet."""
-    verdict: str | None = cache.read(KIND, _key(plan, problem, one_pass, device))
+    verdict: str | None = cache.read(KIND, _key(plan, problem, pass_, device))
     return verdict
 
 
-def _key(plan: Any, problem: Problem, one_pass: Pass, device: torch.device) -> cache.Key:
+def _key(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> cache.Key:
     problem = problem._replace(batch=0, side_by_side=1)  # a plan's identity has what the launch depends on of them
-    return cache.machine(device) | {"format": FORMAT} | plan.identity | problem.as_json() | one_pass._asdict()
+    return cache.machine(device) | {"format": FORMAT} | plan.identity | problem.as_json() | pass_._asdict()
 
 
-def _verdict(layer: Layer, one_pass: Pass, inputs: Inputs, plan: Any) -> str:
+def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
     """ "right", or what is wrong."""
     device, problem = layer.device, layer.problem._replace(batch=plan.sequences_enough(layer.problem))
     on_trial, runs = layer.with_plan(plan, problem), []
     for seed in range(min(MOST_SEEDS, ceil(ENOUGH / (problem.batch * problem.width)))):
         with alone(grad=True), torch.autocast(device.type, enabled=False):
-            small = Small(problem, one_pass, inputs, seed)
+            small = Small(problem, pass_, inputs, seed)
             truth, gates = small.by_reference(torch.float64)
             theirs = small.yardstick()
         try:
@@ -96,10 +96,10 @@ def _verdict(layer: Layer, one_pass: Pass, inputs: Inputs, plan: Any) -> str:
     last_place = 2.0**-10 if problem.precision == "tf32" else torch.finfo(problem.dtype).eps  # of products
     for name in truth:
         true, their, our = (torch.cat([run[name].double().flatten() for run in each]) for each in zip(*runs))
-        error = _rms(our - true)
+        ours = _rms(our - true)
         allowed = 2 * max(_rms(their - true), last_place * float(true.abs().max()))
-        if not error <= allowed:  # also where it is NaN
-            return f"the RMS error of {name} is {error:.2g}, where {allowed:.2g} is allowed"
+        if not ours <= allowed:  # also where it is NaN
+            return f"the RMS error of {name} is {ours:.2g}, where {allowed:.2g} is allowed"
     return "right"
 
 
@@ -116,8 +116,8 @@ def _rms(t: Tensor) -> float:
 class Small:
     """Inputs of a small `problem` like those of a call (`like`): random numbers that are exact in its dtype."""
 
-    def __init__(self, problem: Problem, one_pass: Pass, like: Inputs, seed: int = 0) -> None:
-        self.problem, self.one_pass = p, _ = problem, one_pass
+    def __init__(self, problem: Problem, pass_: Pass, like: Inputs, seed: int = 0) -> None:
+        self.problem, self.pass_ = p, _ = problem, pass_
         batch, hidden, device = p.batch, p.hidden, like.x.device
         generator = torch.Generator().manual_seed(seed)
 
@@ -149,7 +149,7 @@ class Small:
             tensors[name] = laid_out(values.to(tensor.dtype), tensor)
         self.inputs = Inputs(**tensors)
         dh, dh_n = normal(steps, batch, p.width), normal(1, batch, p.width)
-        self.output_gradients = dh if one_pass.dh else None, dh_n if one_pass.dh_n else None
+        self.output_gradients = dh if pass_.dh else None, dh_n if pass_.dh_n else None
 
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Gates]:
         record: list[Gates] = []
@@ -170,7 +170,7 @@ class Small:
 
     def results(self, run: Callable[..., Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Results of forward, or gradients of backward, by run(x, state, weights, traversal); in any dtype."""
-        learns, dtype = self.one_pass.backward, dtype or self.problem.dtype
+        learns, dtype = self.pass_.backward, dtype or self.problem.dtype
         learnt = {name: t for name in LEARNT if (t := getattr(self.inputs, name)) is not None}
         g = self.inputs._replace(**{name: t.to(dtype).requires_grad_(learns) for name, t in learnt.items()})
         h, (h_n, c_n) = run(g.x, (g.h0[0], g.c0[0]), weights_of(g), traversal_of(g, self.problem.reverse))
@@ -184,8 +184,8 @@ class Small:
     def by_kernels(self, layer: Layer, gates: Gates) -> dict[str, Tensor]:
         """The same by a Layer; backward reads the reference's gates and cell states."""
         dtype, inputs = self.problem.dtype, self.inputs
-        if not self.one_pass.backward:
-            h, h_n, c_n, *_ = fused.forward(layer, inputs, self.one_pass.save)
+        if not self.pass_.backward:
+            h, h_n, c_n, *_ = fused.forward(layer, inputs, self.pass_.save)
             return dict(h=h, h_n=h_n, c_n=c_n)
         activated = torch.cat([gates.input, gates.forget, gates.candidate, gates.output], dim=2).to(dtype)
         saved = Saved(inputs, gates.hidden.to(dtype), activated, gates.cell.float())

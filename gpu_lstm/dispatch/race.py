@@ -271,8 +271,8 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
         return Decision(Backend.TORCH, f"expected: {able.value}'s kernels are slower")
     for row in range(0, len(kind.layers) * kind.directions, kind.directions):
         layer = kernels.layer_of(able, kind.problem(row, kind.directions), device)
-        for one_pass in kind.passes:
-            plan = layer.chosen(one_pass).plan
+        for pass_ in kind.passes:
+            plan = layer.chosen(pass_).plan
             read_every_step = plan.family.value == "pointwise" or (plan.family.value == "step" and not plan.held)
             if read_every_step or plan.tiles_per_group > 1:
                 return Decision(Backend.TORCH, f"expected: a kernel of the {plan.family.value} family is slower")

@@ -40,7 +40,8 @@ def route_of(call: Call) -> Route:
     )  # fmt: skip
     route = _routes.get(key)
     if route is None:
-        route = _resolve(call)
+        able, kind = able_to_run(call), kind_of(call)
+        route = build(call, kind, race.decide(call, kind, able).backend)
         if not call.modes.capturing:  # when nothing is verified or raced
             if len(_routes) >= MOST_ROUTES:
                 _routes.clear()
@@ -52,12 +53,6 @@ def forget() -> None:
     """Drop all decisions, so that later calls decide again: more is known."""
     _routes.clear()
     race.forget()
-
-
-def _resolve(call: Call) -> Route:
-    able = able_to_run(call)
-    kind = kind_of(call)
-    return build(call, kind, race.decide(call, kind, able).backend)
 
 
 def able_to_run(call: Call) -> Backend:
@@ -80,7 +75,7 @@ def _route_while_watched(call: Call) -> Route:
     backend = able_to_run(call)
     if backend in KERNEL_BACKENDS:
         graph.count_flops()
-    return Route(backend, dtype_of(call), backend in KERNEL_BACKENDS, [], None)
+    return Route(backend, dtype_of(call), backend in KERNEL_BACKENDS)
 
 
 def _route_in_a_graph(call: Call) -> Route:
@@ -110,7 +105,7 @@ def _route_in_a_graph(call: Call) -> Route:
         raise getattr(builtins, name)(problem)
     backend, compiled = Backend(name), call.modes.recording == Recording.COMPILED
     as_operators = not question.transformed and (compiled or backend in KERNEL_BACKENDS)
-    return Route(backend, dtype, as_operators, [], None)
+    return Route(backend, dtype, as_operators)
 
 
 @constant_when_traced

@@ -30,7 +30,7 @@ class PassPlan:
     family: str
     tiles: str  # of its plan
     why: str
-    origin: str  # how the plan was found
+    origin: str  # whether the plan was measured
     verdict: str | None  # of the verification on this card: "right", or what is wrong; None: it was not verified yet
     launches: int  # of the kernel of the recurrence
     bounds: dict[str, float]  # seconds of a step, by cause: estimated, not measured; {} in the interpreter
@@ -144,16 +144,16 @@ def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
     layer, launches = route.layers[row], len(route.schedule.spans(call.steps, kind.directions))
     card = importlib.import_module("gpu_lstm.kernels.triton_lstm.choose").card_of(layer.device)
     passes = []
-    for one_pass in kind.passes:
-        plan, measured = layer.chosen(one_pass)
+    for pass_ in kind.passes:
+        plan, measured = layer.chosen(pass_)
         # Backward is verified for each set of gradients that it may be given.
-        others = [one_pass._replace(dh_n=False), one_pass._replace(dh=False)] if one_pass.backward else []
-        verdicts = [cached_verdict(plan, layer.problem, each, layer.device) for each in (one_pass, *others)]
+        others = [pass_._replace(dh_n=False), pass_._replace(dh=False)] if pass_.backward else []
+        verdicts = [cached_verdict(plan, layer.problem, each, layer.device) for each in (pass_, *others)]
         bounds = {}
         if card is not planning.INTERPRETER:
-            bounds = planning.expected(layer.problem, card, plan, one_pass.backward).terms
+            bounds = planning.expected(layer.problem, card, plan, pass_.backward).terms
         passes.append(PassPlan(
-            "backward" if one_pass.backward else "forward", plan.family.value, tiles_of(plan), plan.why,
+            "backward" if pass_.backward else "forward", plan.family.value, tiles_of(plan), plan.why,
             "measured by autotune" if measured else "expected to be the fastest",
             min(filter(None, verdicts), key="right".__eq__, default=None),  # what is wrong, if anything is
             call.steps if plan.family.value == "pointwise" else launches,
@@ -169,8 +169,7 @@ def _why_not(call: Call, kind: Kind, decision: Decision, other: Backend) -> str:
         return str(problem)
     if feature is not None and other not in available.backends_with(feature):
         return f"it does not support {feature}"
-    asked = requested_backend(call.options.backend) is not Backend.AUTO
-    if asked or call.modes.transforms == Transforms.REFERENCE:
+    if requested_backend(call.options.backend) is not Backend.AUTO or call.modes.transforms == Transforms.REFERENCE:
         return f"{decision.backend.value!r} is {decision.why}"
     if {other.value, decision.backend.value} <= times.keys():
         return f"{times[other.value] / times[decision.backend.value]:.2f} times the time in the race"
