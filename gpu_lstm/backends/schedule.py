@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..call.checks import is_exact
 from ..call.choices import Backend
-from ..call.noise import Noise, draw
+from ..call.noise import NO_NOISE, Noise, draw
 from ..call.prepare import Call
-from ..call.sequences import Traversal
+from ..call.sequences import EVERY_STEP, Traversal
 from ..call.weights import State, Weights
 from ..kernels.layer import Layer
 from . import autograd
@@ -81,7 +81,14 @@ def run_call(
 
 
 def _run(call: Call, backend: Backend, layers: Sequence[Layer], schedule: Schedule) -> tuple[Tensor, list[State]]:
-    recompute, rows = call.options.recompute, call.kernel_rows()
+    if call.options.kind == "LSTMCell":  # one step: there is nothing to schedule
+        (h, c), weights = call.states[0], call.weights[0][0]
+        y, (h_n, c_n) = autograd.run_layer(
+            layers[0], call.x[None], (h[None], c[None]), weights, EVERY_STEP, NO_NOISE, False, call.modes
+        )
+        return y, [(h_n.squeeze(0), c_n.squeeze(0))]
+    call, recompute = call.padded(), call.options.recompute
+    rows = call.kernel_rows()
 
     def direction(
         row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise

@@ -63,4 +63,4 @@ def run_by(route: Route, call: Call, record: list[reference.Gates] | None = None
         case Backend.REFERENCE:
             return reference.run_call(call.padded(), route.dtype, record)
     assert route.schedule is not None
-    return schedule.run_call(call.padded(), route.dtype, route.backend, route.layers, route.schedule)
+    return schedule.run_call(call, route.dtype, route.backend, route.layers, route.schedule)

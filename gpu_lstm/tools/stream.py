@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.layers import NOTHING
 from ..call.checks import check_pair, check_pairs, check_tensor
 from ..call.prepare import prepare
 from ..call.weights import State
@@ -88,7 +89,7 @@ class Stream:
                 ):  # fmt: skip
                     if actual != expected:
                         raise RuntimeError(f"Expected {name} {what} {expected}, got {actual}")
-        self._update(pairs)
+        self._update([(h.clone(), c.clone()) for h, c in pairs])
 
     def __call__(self, x: Tensor, active: Tensor | None = None) -> Tensor:
         """Run one step, x (N, I), or a chunk of T steps, (T, N, I) or with batch_first (N, T, I).
@@ -115,7 +116,7 @@ class Stream:
             raise ValueError("the LSTM drops out in training mode; call eval() on it first")
         if active is not None:
             self._check_for_each("active", active, torch.bool)
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
             return self._replay(x, active) if x.dim() == 2 and on_cuda(x) else self._advance(x, active)
 
     def reset(self, which: Tensor | None = None) -> None:
@@ -155,7 +156,7 @@ class Stream:
     def _advance(self, x: Tensor, active: Tensor | None) -> Tensor:
         """A step or a chunk of the sequences that are active; the states are updated in place."""
         time_axis = 1 if self.lstm.batch_first else 0
-        chunk = x if x.dim() == 3 else x.unsqueeze(time_axis)
+        chunk = x if x.dim() == 3 else x[:, None] if time_axis else x[None]
         y, after = self.lstm(chunk, self._as_hx(self._state))
         states: Any = after if isinstance(self.lstm, StackedLSTM) else [after]
         if active is not None:
@@ -184,10 +185,14 @@ class Stream:
             graph.active.fill_(True) if active is None else graph.active.copy_(active)
         return graph.replay().clone()
 
-    @torch.no_grad()
     def _update(self, states: list[State]) -> None:
-        """In place, where a graph reads them; all at once, so that an interrupt leaves the states of one step."""
-        torch._foreach_copy_([t for pair in self._state for t in pair], [t for pair in states for t in pair])
+        """At once, so that an interrupt leaves the states of one step; in place on CUDA, where a graph reads them."""
+        before, after = [t for pair in self._state for t in pair], [t for pair in states for t in pair]
+        if on_cuda(before[0]) or [t.dtype for t in before] != [t.dtype for t in after]:
+            with torch.no_grad():
+                torch._foreach_copy_(before, after)
+        else:
+            self._state = states
 
     def _as_hx(self, states: list[State]) -> Any:
         """As `lstm` accepts and returns them."""
