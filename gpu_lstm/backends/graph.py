@@ -2,10 +2,10 @@
 
 Traced by itself, torch's LSTM would be decomposed into its steps, and lose dropout and autocast's dtype.
 
-What oneDNN and cuDNN save for backward has a size that only they know, so it cannot be part of a graph of tensors. On
-the backends without kernels of their own, forward therefore runs with its own autograd graph, and returns instead of
-the gates an empty tensor that has this graph as an attribute, and is saved for backward. Where only the elements were
-saved (by hooks that copy, in CUDA graphs, in an exported program), backward recomputes the layer.
+What oneDNN and cuDNN save for backward has a size that only they know, so a graph of tensors cannot hold it. On the
+backends without kernels of ours, forward therefore records an autograd graph of its own. Instead of the gates it
+returns an empty tensor with this graph as an attribute, which is saved for backward. Where only elements were saved (by
+hooks that copy, in CUDA graphs, in an exported program), backward recomputes the layer.
 """
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
@@ -93,7 +93,7 @@ def run_call(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, 
 
 @constant_when_traced
 def _tell_what_a_program_needs() -> None:
-    """Once a process, and no warning, since nothing is wrong."""
+    """Log it once a process; not as a warning, since nothing is wrong."""
     _log_once(
         "the exported program calls operators of gpu_lstm: it loads only where that was imported before; export "
         "gpu_lstm.to_torch(model) for one that needs torch alone"

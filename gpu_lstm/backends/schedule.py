@@ -60,8 +60,8 @@ def schedule_of(call: Call, steps: int, size: int) -> Schedule:
     count = len(options.sizes) if options.directions == 1 else options.directions
     if not call.x.is_cuda or count == 1 or (options.directions == 1 and steps <= 2 * SHORTEST):
         return Schedule(longest, (None,) * count, 1)
-    # While a graph is captured, what was launched before it cannot be waited for. So all goes to one stream, with the
-    # plans of the calls before: older drivers load no other kernel into a capture.
+    # A graph that is being captured cannot wait for earlier launches, so everything goes to one stream, with the plans
+    # of earlier calls: older drivers cannot load another kernel during a capture.
     return Schedule(longest, (None,) * count if call.modes.capturing else _streams(call.x.device, count), count)
 
 
@@ -131,8 +131,8 @@ def _through(
     pieces: list[list[Tensor]] = [[] for _ in range(directions)]
     whole = None
     if not torch.is_grad_enabled() and len(all_spans) > 1:
-        # Chunks are copied into place as they come, so that there is never a second output. It is allocated here, on
-        # the stream that all others wait for, since several of them write to it.
+        # Chunks are copied into place as they come, so that there is never a second output. It is allocated on the
+        # stream that all others wait for, since several of them write to it.
         whole = x.new_empty(*x.shape[:2], directions * width)
     for k in layers:  # whatever was made on the current stream; views share the memory
         for d, weights in enumerate(call.weights[k]):

@@ -147,9 +147,9 @@ def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None
     """As _with_gates_shut, from x [T, B, I], with the state zero before the steps that `reset`, bool [T, B].
 
     A step that clears multiplies c by zero, and NaN times zero is NaN, in all episodes that follow. On the CPU such
-    sequences are computed again, from one reset to the next. On CUDA nothing may depend on a result, which would be a
-    synchronisation, that no graph allows; nor for fake tensors. There inputs and states that make NaN become zeros, and
-    the results after them in the episode NaN.
+    sequences are computed again, from one reset to the next. On CUDA nothing may depend on a result, since that is a
+    synchronisation, which no graph allows; nor with fake tensors. There, inputs and states that make NaN are replaced
+    by zeros, and the results after them, up to the end of the episode, by NaN.
     """
     if x.is_cpu and modes(x).recording == Recording.NOBODY:
         h, c_n = _in_a_grid(x, state, weights, valid, reset, on_host=True)
@@ -203,7 +203,7 @@ def _in_a_grid(
 ) -> tuple:  # fmt: skip
     """_with_resets, in a grid of steps [S, K*B]; those into which no step of x is put, clear.
 
-    On the host every reset gets a step of its own, K = 1. Where nobody knows how many these are, episodes alternate
+    On the host every reset gets a step of its own, K = 1. Where the number of resets is not known, episodes alternate
     between two copies of the batch, K = 2, S = T: steps run one after another, sequences in parallel.
     """
     steps, batch, inputs = x.shape

@@ -1,10 +1,10 @@
 """Kernels are verified on the present card before their results are used.
 
-The very kernel that a call launches first runs a smaller one: of the call's own layer and plan, of its dtypes, strides
-and optional tensors, few steps, and of a large batch so many sequences that a program has several batch tiles if it has
-them in the call. Lengths are from 0 to T, and there are resets and noise where the call has them. Each result and
+Before a call first launches a kernel, that kernel runs a small problem: with the call's layer, plan, dtypes, strides
+and optional tensors, but few steps, and of a large batch only enough sequences for several batch tiles a program, where
+the call has them. Lengths are from 0 to T, and there are resets and noise where the call has them. Each result and
 gradient is compared with the reference in float64: its error may be at most twice that of torch's own LSTM in the same
-dtype. Nothing may be written outside of a launch's tensors. The verdict is cached on disk.
+dtype. Nothing may be written outside a launch's tensors. The verdict is cached on disk.
 """
 
 import functools

@@ -49,8 +49,8 @@ UNCERTAIN = 0.5  # if a rival's quartiles differ by more than this share of its 
 logger = logging.getLogger("gpu_lstm")
 
 _generators: dict[torch.device, Setting] = {}
-# What this process decided. It holds more than the cache (noisy races, kernels that fail, expected winners), so that
-# neither a batch of another size nor a capture decides again.
+# What this process decided. The cache has less (no noisy races, kernels that fail, or expected winners), and neither a
+# batch of another size nor a capture may decide again.
 _decided: dict[tuple, Decision] = {}
 
 
@@ -75,8 +75,8 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
         expected = expected_winner(kind, able, device)
         then = "; the first call races it" if dry and mode is Racing.ON and not kind.only_ours else ""
         return expected._replace(why=expected.why + then)
-    # Without a lock: a race waits for autograd's thread, which may be about to decide, too, in a checkpoint that it
-    # computes again. Of threads that decide at once each does so for itself, and the first result is kept.
+    # No lock: a race waits for autograd's thread, which may be deciding as well, in a checkpoint that it recomputes.
+    # Threads that decide at the same time each do so for themselves, and the first result is kept.
     with _generator(torch.device("cpu")).changed(), _generator(device).changed():
         decision = _cached(kind, able, device, mode) or _judge(call, kind, able, mode)
     decision = _decided.setdefault(key, _agreed(decision, _key(kind, able, device)))
@@ -101,7 +101,7 @@ def forget() -> None:
 def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
     """The decision of the rank of torch.distributed that decided first, except on a rank whose kernels fail.
 
-    It is read from the store of the process group, where no rank waits for another, whatever calls they make.
+    It is in the store of the process group, so no rank waits for another, whatever calls they make.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or decision.why.startswith(FAILED):

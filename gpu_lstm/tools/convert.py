@@ -25,7 +25,7 @@ _THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, compat.LSTM:
 Model = TypeVar("Model", bound=nn.Module)
 
 
-# No type means "of exactly this class": to a type checker a subclass, which is left alone, is converted too.
+# Types cannot say "exactly this class": a type checker takes a subclass, which is left alone, as converted too.
 @overload
 def convert(model: TorchLSTM) -> LSTM: ...  # type: ignore[overload-overlap]
 @overload
