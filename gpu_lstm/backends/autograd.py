@@ -36,11 +36,11 @@ def run_layer(
         return h, (h_n, c_n if c_n.dtype is state[1].dtype else c_n.to(state[1].dtype))
     if modes.transforms != Transforms.NONE:
         h, h_n, c_n, *_ = graph.InTransforms.apply(layer.problem.reverse, layer.backend, True, recompute, *inputs)
-        return h, (h_n, c_n)
-    count = len(inputs)
-    while inputs[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
-        count -= 1
-    h, h_n, c_n = _apply(layer, recompute, *inputs[:count])
+    else:
+        count = len(inputs)
+        while inputs[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
+            count -= 1
+        h, h_n, c_n = _apply(layer, recompute, *inputs[:count])
     return h, (h_n, c_n)
 
 

@@ -24,7 +24,7 @@ RunDirection = Callable[..., tuple[Tensor, State]]
 number among [L*D]."""
 
 NOTHING = contextlib.nullcontext()
-_SILENT = (NO_NOISE, NO_NOISE)
+_WITHOUT_NOISE = (NO_NOISE, NO_NOISE)  # of both directions
 
 
 def one_after_another(call: Call, dtype: torch.dtype, run: RunLayer) -> tuple[Tensor, list[State]]:
@@ -33,7 +33,7 @@ def one_after_another(call: Call, dtype: torch.dtype, run: RunLayer) -> tuple[Te
     finals: list[State] = []
     noise, kept = draw(call.weights, (call.steps, call.batch), dtype, options) if options.noisy else (None, None)
     for k in range(len(call.weights)):
-        y, states = run(k, x, noise[k] if noise else _SILENT)
+        y, states = run(k, x, noise[k] if noise else _WITHOUT_NOISE)
         x = connect(x, y, call.traversal.lengths, kept[k] if kept else None, options) if options.connects else y
         finals += states
     return x, finals

@@ -70,17 +70,19 @@ def run_call(
 ) -> tuple[Tensor, list[State]]:
     """All layers of a call, in `dtype`, by kernels, `layers` [L*D]: output [T, B, D*P], final states as Call.states."""
     if dtype is torch.float32 and call.modes.autocast is None:
-        return _run(call, backend, layers, schedule)
+        return _run_layers(call, backend, layers, schedule)
     with without_autocast(call):  # everything is cast once, rather than for every chunk
         states = [(h.to(dtype), c if is_exact(c, call.x) else c.to(dtype)) for h, c in call.states]
         weights = [[one.to(dtype) for one in layer] for layer in call.weights]
         # Cell states are float32, also from chunk to chunk.
         cast = call._replace(x=call.x.to(dtype), states=[(h, c.float()) for h, c in states], weights=weights)
-        y, finals = _run(cast, backend, layers, schedule)
+        y, finals = _run_layers(cast, backend, layers, schedule)
     return y, [(h, c.to(c0.dtype)) for (h, c), (_, c0) in zip(finals, states)]
 
 
-def _run(call: Call, backend: Backend, layers: Sequence[Layer], schedule: Schedule) -> tuple[Tensor, list[State]]:
+def _run_layers(
+    call: Call, backend: Backend, layers: Sequence[Layer], schedule: Schedule
+) -> tuple[Tensor, list[State]]:
     if call.options.kind == "LSTMCell":  # one step: there is nothing to schedule
         (h, c), weights = call.states[0], call.weights[0][0]
         y, (h_n, c_n) = autograd.run_layer(

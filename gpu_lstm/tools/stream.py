@@ -154,7 +154,7 @@ class Stream:
             raise ValueError(f"Expected {name} on {self._state[0][0].device}, got {value.device}")
 
     def _advance(self, x: Tensor, active: Tensor | None) -> Tensor:
-        """A step or a chunk of the sequences that are active; the states are updated in place."""
+        """A step or a chunk of the sequences that are active, and the states after it."""
         time_axis = 1 if self.lstm.batch_first else 0
         chunk = x if x.dim() == 3 else x[:, None] if time_axis else x[None]
         y, after = self.lstm(chunk, self._as_hx(self._state))
