@@ -84,13 +84,13 @@ def results_in(dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
 def _direction(inputs: Inputs, x: Tensor, state: Any, row: int, weights: list[Tensor]) -> tuple[Tensor, ...]:
     """Outputs [T, B, H] and final states of a layer in one direction, that of a `row` of the states."""
     (h, c), (factor, stays), lengths, steps = state, _noise(inputs), inputs.lengths, range(len(x))
-    given = [each[row].to(x.dtype) for each in inputs.reset_states or ()]  # [T, B, H]
+    left = [each[row].to(x.dtype) for each in inputs.reset_states or ()]  # [T, B, H]
     reverse, outputs = row % inputs.case.directions == 1, [x] * len(x)  # of which every one is replaced
     for t in reversed(steps) if reverse else steps:
         boundary = t + reverse  # a reset there separates this step from the one before
         if inputs.resets is not None and boundary in steps:
             reset = (inputs.resets[boundary] & (True if lengths is None else boundary < lengths))[:, None]
-            to: Any = [each[boundary] for each in given] or [0, 0]
+            to: Any = [each[boundary] for each in left] or [0, 0]
             h, c = (torch.where(reset, *each) for each in zip(to, (h, c)))
         before = h, c
         h, c = _cell(inputs.case.variant, x[t], factor * h, c, weights)

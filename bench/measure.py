@@ -118,8 +118,8 @@ def run_case(
 
 
 def _row(case: Case, provider: str, device: str, graph: bool = False, **columns: Any) -> Row:
-    given = {"case": case.name, **asdict(case), "provider": provider, "graph": graph}
-    return results.provenance(device) | given | columns
+    columns_of_case = {"case": case.name, **asdict(case), "provider": provider, "graph": graph}
+    return results.provenance(device) | columns_of_case | columns
 
 
 class Trial:
@@ -137,8 +137,8 @@ class Trial:
         self.inputs = inputs
         self.form = inputs.packed(inputs.dy) if inputs.case.sequences == "packed" else None
         x, self.dy = (t if self.form is None else inputs.packed(t).data for t in (inputs.x, inputs.dy))
-        given = (t.detach().clone().requires_grad_(self.training) for t in (x, inputs.h0, inputs.c0))
-        self.leaves = [*given, *self.engine.parameters.values()]
+        copies = (t.detach().clone().requires_grad_(self.training) for t in (x, inputs.h0, inputs.c0))
+        self.leaves = [*copies, *self.engine.parameters.values()]
 
     def forward(self) -> tuple[Any, Any]:
         x, *states = self.leaves[:3]
@@ -152,20 +152,20 @@ class Trial:
             return (y, *finals), torch.autograd.grad(y, self.leaves, self.dy) if self.training else ()
 
     def memory(self, device: str) -> Row:
-        found: Row = {} if device == "cpu" else {"peak_bytes": timing.peak_bytes(self.call, device)}
+        peak: Row = {} if device == "cpu" else {"peak_bytes": timing.peak_bytes(self.call, device)}
         with self.engine.within():
-            return found | ({"kept_bytes": timing.kept_bytes(self.forward, self.leaves)} if self.training else {})
+            return peak | ({"kept_bytes": timing.kept_bytes(self.forward, self.leaves)} if self.training else {})
 
     def results(self) -> dict[str, Tensor]:
         """As `inputs.results_in` names them."""
         torch.manual_seed(NOISE_SEED)
         (y, h_n, c_n), gradients = self.call()
-        found = {"output": y, "h_n": h_n, "c_n": c_n} | dict(zip(("dx", "dh0", "dc0"), gradients))
+        named = {"output": y, "h_n": h_n, "c_n": c_n} | dict(zip(("dx", "dh0", "dc0"), gradients))
         if self.form is not None:
-            for name in found.keys() & {"output", "dx"}:
-                packed = self.form._replace(data=found[name])
-                found[name] = pad_packed_sequence(packed, total_length=self.inputs.case.steps)[0]
-        return found | (self.engine.named(gradients[3:]) if self.training else {})
+            for name in named.keys() & {"output", "dx"}:
+                packed = self.form._replace(data=named[name])
+                named[name] = pad_packed_sequence(packed, total_length=self.inputs.case.steps)[0]
+        return named | (self.engine.named(gradients[3:]) if self.training else {})
 
 
 class Gate:
@@ -176,12 +176,12 @@ class Gate:
         self._torchs: dict[str, float] = {}  # errors of torch.nn.LSTM
 
     def judge(self, trial: Trial) -> Row:
-        case, dtype, found = trial.inputs.case, trial.inputs.case.torch_dtype, trial.results()
+        case, dtype, values = trial.inputs.case, trial.inputs.case.torch_dtype, trial.results()
         if case not in self._truths:
             true = results_in(torch.float64, trial.inputs)
             self._truths[case] = true, relative_errors(results_in(dtype, trial.inputs), true)
         true, cells = self._truths[case]
-        errors = relative_errors(found, {name: t for name, t in true.items() if found.get(name, t) is not None})
+        errors = relative_errors(values, {name: t for name, t in true.items() if values.get(name, t) is not None})
         factor, torchs = (SANITY, {}) if trial.name == YARDSTICK else (ALLOWED, self._torchs)
         least = torch.finfo(dtype).eps / ALLOWED  # an error that nothing can be blamed for
         over = {name: errors[name] / (factor * max(cells[name], torchs.get(name, 0.0), least)) for name in errors}
@@ -194,10 +194,10 @@ class Gate:
         return {"status": status, "note": note, "error": over[worst]}
 
 
-def relative_errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
-    """Of every true result: relative, in the Euclidean norm; absolute where it is zero; NaN where none was found."""
+def relative_errors(values: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
+    """Of every true result: relative, in the Euclidean norm; absolute where it is zero; NaN where none was computed."""
     errors = dict.fromkeys(true, math.nan)
     for name, truth in true.items():
-        if name in found and found[name].shape == truth.shape:
-            errors[name] = (found[name].detach().double() - truth).norm().item() / (truth.norm().item() or 1.0)
+        if name in values and values[name].shape == truth.shape:
+            errors[name] = (values[name].detach().double() - truth).norm().item() / (truth.norm().item() or 1.0)
     return errors

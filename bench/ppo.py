@@ -57,8 +57,8 @@ def measure(device: str, T: int, N: int, H: int) -> dict[str, np.ndarray]:
     agents["loop"].lstm = StepLoop(H, H, device=device)
     agents["loop"].load_state_dict(agents["one_call"].state_dict())
     batch = random_batch(example, T, N, H, device)
-    found, true = (loss_and_gradients(example, agent, batch) for agent in agents.values())
-    for name, error in relative_errors(found, {name: value.double() for name, value in true.items()}).items():
+    one_call, loop = (loss_and_gradients(example, agent, batch) for agent in agents.values())
+    for name, error in relative_errors(one_call, {name: value.double() for name, value in loop.items()}).items():
         if not error <= TOLERANCE:
             raise RuntimeError(f"{name}: one call and the loop differ by {error:.2g}, expected {TOLERANCE:g}")
     calls = {}

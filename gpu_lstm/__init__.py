@@ -9,7 +9,7 @@ if not Path(__file__).with_name("kernels").exists():
 from . import compat, functional, keras, races  # noqa: F401
 from .call.choices import Backend, backend, racing
 from .call.sequences import resets_from_dones
-from .kernels.timeouts import check  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from .kernels.timeouts import check
 from .modules import LSTM, LSTMCell, StackedLSTM
 from .tools.autotune import autotune
 from .tools.convert import convert, from_haste, to_torch

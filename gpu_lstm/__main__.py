@@ -19,8 +19,8 @@ from .dispatch import race
 from .dispatch.available import select, triton_import_problem, why_unavailable, without_triton
 from .dispatch.kind import describe
 from .dispatch.route import Decision
-from .kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
-from .kernels.problem import Problem  # type: ignore[import-not-found]
+from .kernels import cache
+from .kernels.problem import Problem
 from .modules import LSTM
 from .tools.explain import explain, terms_of, tiles_of
 
@@ -65,11 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"python -m gpu_lstm plan {without_triton(problem)}", file=sys.stderr)
         return 1
     try:
-        found, text = options.run(options)
+        as_json, text = options.run(options)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    print(json.dumps(found, indent=2) if options.json else text)
+    print(json.dumps(as_json, indent=2) if options.json else text)
     return 0
 
 
@@ -107,7 +107,7 @@ def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What a user gets, versions, environment and each device's backends: None where available, else why not."""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(cuda_devices()))]
     variables = (BACKEND_VARIABLE, RACE_VARIABLE, cache.SHARED, "TRITON_INTERPRET")
-    found: dict[str, Any] = {
+    state: dict[str, Any] = {
         "summary": _summary(devices[:2][-1]),
         "versions": {
             "gpu_lstm": __version__, "python": platform.python_version(), "torch": torch.__version__,
@@ -117,15 +117,15 @@ def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "environment": {name: os.environ.get(name) for name in variables},
         "devices": [_diagnosis(device) for device in devices],
     }  # fmt: skip
-    lines = [found["summary"]]
+    lines = [state["summary"]]
     for title in ("versions", "environment"):
-        lines += ["", title, *(f"  {name:<22} {value or '-'}" for name, value in found[title].items())]
+        lines += ["", title, *(f"  {name:<22} {value or '-'}" for name, value in state[title].items())]
     lines += ["", "devices"]
-    for device in found["devices"]:
+    for device in state["devices"]:
         lines.append(f"  {device['device']:<22} {device['name']}; float32 goes to {device['auto']!r} by default")
         for name, why_not in device["backends"].items():
             lines.append(f"    {name:<20} {'available' if why_not is None else 'not available: ' + why_not}")
-    return found, "\n".join(lines)
+    return state, "\n".join(lines)
 
 
 def _summary(device: torch.device) -> str:
@@ -206,8 +206,8 @@ def _explain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     x = torch.empty(options.steps, options.batch, options.hidden, **made)
     tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32")
     with torch.set_grad_enabled(not options.inference), tf32:
-        found = explain(lstm, x)
-    return dataclasses.asdict(found), str(found)
+        explanation = explain(lstm, x)
+    return dataclasses.asdict(explanation), str(explanation)
 
 
 def _races(options: argparse.Namespace) -> tuple[Any, str]:
@@ -233,9 +233,9 @@ _KINDS = {
 def _cached() -> tuple[list[dict[str, Any]], str]:
     rows, lines = [], []
     for kind in cache.KINDS:
-        found = list(cache.entries(kind))
-        lines.append(f"{kind}: {len(found) or f'none yet; {_KINDS[kind]}'}")
-        for file, key, value in found:
+        entries = list(cache.entries(kind))
+        lines.append(f"{kind}: {len(entries) or f'none yet; {_KINDS[kind]}'}")
+        for file, key, value in entries:
             rows.append(dict(kind=kind, file=str(file), key=key, value=value))
             try:
                 text = _in_words(kind, key, value)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .dispatch.run import forget
-from .kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from .kernels import cache
 
 
 def merge(*paths: str | Path) -> int:

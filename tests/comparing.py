@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpu_lstm.backends import autograd, fused, kernels, reference
 from gpu_lstm.call.choices import Backend
-from gpu_lstm.call.modes import recurrent_precision
+from gpu_lstm.call.modes import modes, recurrent_precision
 from gpu_lstm.call.noise import Noise
 from gpu_lstm.call.sequences import Traversal
 from gpu_lstm.call.weights import Weights
@@ -57,10 +57,10 @@ def one_layer(x, state, weights, *, lengths, resets, reset_states, reverse, back
     traversal = traversal.backwards() if reverse else traversal
     given = x, state, Weights(*weights), traversal, Noise(*(noise.get(name) for name in MASKS))
     if backend == "reference":
-        return reference.layer(*given)
+        return reference.run_layer(*given)
     problem = problem_of(fused.inputs_of(*given), reverse, recurrent_precision(x.dtype))
     of_kernels = given[0], tuple(t[None] for t in state), *given[2:]  # states [1, B, *]
-    h, final = autograd.layer(kernels.layer_of(Backend(backend), problem, x.device), *of_kernels, recompute)
+    h, final = autograd.run_layer(kernels.layer_of(Backend(backend), problem, x.device), *of_kernels, recompute, modes(x))
     return h, tuple(t[0] for t in final)
 
 

@@ -102,25 +102,10 @@ def test_three_digits():
 def test_all_figures_are_written_for_each_device_and_none_of_fewer_than_two_points(tmp_path):
     rows = [*pair(), *pair(ONE), *pair(RESETS), *(row(case, "cleanrl-loop", 15.0) for case in (RESETS, ONE))]
     paths = plots.draw(frame(rows + pair(**CPU)), tmp_path / "new")
-    stems = [f"{name}-nvidia-imaginary-9000" for name in ("headline", "speed", "instead")]
-    assert [path.stem for path in paths] == [*stems, "headline-imaginary-cpu-2-threads"]
+    assert [path.stem for path in paths] == [f"{name}-nvidia-imaginary-9000" for name in ("speed", "instead")]
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000 for path in paths)
     for rows in ([], [row()]):
         assert plots.draw(frame(rows), tmp_path) == []
-
-
-def test_the_headline_is_a_line_of_numbers_for_each_provider_the_fastest_on_top():
-    forward = replace(HEADLINE, mode="forward")
-    rows = [*pair(), row(provider="x", ms=5.0), row(ms=9.0, graph=True), *pair(forward), row(ONE, ms=1.0)]
-    figure = plots.figures(frame(rows))["headline"]
-    assert [axes.get_title() for axes in figure.axes] == ["training", "forward"]
-    axes = figure.axes[0]
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["x", "ours (graph)", "ours", "torch"]
-    assert [t.get_text() for t in axes.texts] == ["5.00", "9.00", "10.0", "20.0"]
-    assert axes.get_xlabel() == "time a call (ms)"
-    for (_, _, (bars,)), ms in zip(axes.containers, (5.0, 9.0, 10.0, 20.0), strict=True):
-        assert bars.get_segments()[0][:, 0].tolist() == pytest.approx([0.99 * ms, 1.02 * ms])
-    assert ORIGIN in figure.get_supxlabel().replace("\n", " ")
 
 
 def test_the_heat_map_has_a_number_for_every_speed_a_word_for_what_is_wrong_and_a_star_for_a_yardstick():

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -235,6 +236,24 @@ def test_conversions_and_a_symbolic_call():
     expected, (output, (h, c)) = one(x), from_keras(one)(x)
     close((output, h[0], c[0]), expected, 1e-6)
     assert keras.layers.Lambda(lambda x: one(x)[0])(keras.Input((T, I))).shape == (None, T, H)
+
+
+@pytest.mark.parametrize("use_cudnn", [True, False, "auto"])
+def test_use_cudnn_reads_back_as_given_and_a_bidirectional_calls_its_layers(use_cudnn, monkeypatch, calls):
+    """Also where Keras would call cuDNN instead of them."""
+    called = Mock(side_effect=AssertionError("cuDNN instead of the layers"))
+    monkeypatch.setattr(keras.src.backend, "bidirectional_lstm", called)
+    both = keras.layers.Bidirectional(LSTM(H, use_cudnn=use_cudnn))
+    both(draw(B, T, I))
+    both(draw(B, T, I))  # built
+    assert len(calls) == 4
+    assert [one.use_cudnn for one in (LSTM(H, use_cudnn=use_cudnn), both.forward_layer, both.backward_layer)] == [
+        use_cudnn
+    ] * 3
+    if use_cudnn:
+        theirs = keras.layers.Bidirectional(KERAS(H, use_cudnn=use_cudnn))
+        with pytest.raises(AssertionError, match="instead of the layers"):
+            theirs(draw(B, T, I))
 
 
 def test_what_is_refused(monkeypatch):

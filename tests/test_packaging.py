@@ -1,6 +1,8 @@
 """What is built and installed, packages that are missing or broken, and what type checkers make of a user's program."""
 
+import ast
 import email
+import graphlib
 import inspect
 import re
 import runpy
@@ -226,3 +228,29 @@ def test_forward_says_what_it_accepts_and_raises(cls):
     for name in inspect.signature(cls.forward).parameters:
         assert name == "self" or re.search(rf"^ +(\w+, )*{name}(, \w+)*: ", said, re.MULTILINE), name
     assert all(title in said for title in ("Args:", "Returns:", "Raises:"))
+
+
+def imported_by(path: Path, modules: dict[str, Path]) -> set[str]:
+    """The modules of the checkout that a file imports."""
+    (name,) = (each for each, file in modules.items() if file == path)
+    package, found = name.split(".")[: None if path.name == "__init__.py" else -1], set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) + 1 - node.level] if node.level else []
+            source = ".".join([*parents, *filter(None, [node.module])])
+            found |= {inner if (inner := f"{source}.{alias.name}") in modules else source for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return (found & modules.keys()) - {name}
+
+
+def test_imports_have_no_circle():
+    files = [
+        path for folder in ("gpu_lstm", "kernels", "bench", "compile_table") for path in (ROOT / folder).rglob("*.py")
+    ]
+    modules = {}
+    for path in files:
+        place = path.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init__").replace("/", ".")
+        modules[f"gpu_lstm.{place}" if place.startswith("kernels") else place] = path
+    assert imported_by(ROOT / "gpu_lstm/races.py", modules) == {"gpu_lstm.dispatch.run", "gpu_lstm.kernels.cache"}
+    graphlib.TopologicalSorter({name: imported_by(path, modules) for name, path in modules.items()}).prepare()

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
-from gpu_lstm.backends import kernels, torch_lstm
+from gpu_lstm.backends import autograd, kernels, torch_lstm
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.options import Size
@@ -274,7 +274,7 @@ def test_ranks_follow_the_one_that_decided_first_and_none_waits(stubbed, monkeyp
         assert [_backend_of(lstm) for lstm in (small, large)] == ["triton", "torch"]
         assert ran.count("race") == 2
         _as_another_rank(monkeypatch, tmp_path / "3")
-        monkeypatch.setattr(kernels.autograd, "layer", lambda *_: exec('raise RuntimeError("no")'))
+        monkeypatch.setattr(autograd, "run_layer", lambda *_: exec('raise RuntimeError("no")'))
         with pytest.warns(UserWarning, match="uses 'torch' for LSTM 4 -> 5"):
             assert _backend_of(small) == "torch"
 
@@ -367,7 +367,7 @@ def test_torch_gets_a_packed_sequence_as_it_is(stubbed, monkeypatch):
 
 def test_a_rival_that_fails_has_lost(stubbed, monkeypatch):
     fails = Mock(side_effect=RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
-    monkeypatch.setattr(torch_lstm, "run", fails)
+    monkeypatch.setattr(torch_lstm, "run_call", fails)
     ran = stubbed()
     LSTM(X)
     (decision,) = race._decided.values()

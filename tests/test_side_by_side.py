@@ -283,7 +283,7 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
         waited["caller"].update(joined)
         held["caller"].update(t.data_ptr() for t in results)
 
-    def layer(kernels, x, state, weights, traversal, *_):
+    def run_layer(its_kernels, x, state, weights, traversal, *_):
         alive.append(traversal.lengths)  # of this chunk
         for tensor in (x, *state, traversal.lengths):
             source, here = made_on.get(tensor.data_ptr(), "caller"), current[-1]
@@ -294,7 +294,7 @@ def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options
         return found
 
     monkeypatch.setattr(route, "schedule_of", lambda *_: schedule.Schedule(2**31, names, len(names)))
-    for module, function in (schedule, on), (schedule, hold), (schedule, join), (autograd, layer):
+    for module, function in (schedule, on), (schedule, hold), (schedule, join), (autograd, run_layer):
         monkeypatch.setattr(module, function.__name__, function)
     lstm(torch.zeros(200, 2, 3), lengths=torch.tensor([200, 150]))
     assert waited["caller"] == set(names)

@@ -51,8 +51,8 @@ def faults(monkeypatch):
         contexts = torch.autograd.set_detect_anomaly(True, check_nan=False), torch.set_grad_enabled(learns)
         autocast = torch.autocast("cpu", torch.float16, enabled=case == "autocast")
         if way == "raises":
-            layers = iter([autograd.layer] * 5)  # of the second layer or, of one layer, the third chunk
-            monkeypatch.setattr(autograd, "layer", lambda *given: next(layers)(*given))
+            layers = iter([autograd.run_layer] * 5)  # of the second layer or, of one layer, the third chunk
+            monkeypatch.setattr(autograd, "run_layer", lambda *given: next(layers)(*given))
         with model, contexts[0], contexts[1], autocast, contextlib.suppress(StopIteration):
             # Nobody but the call keeps what it is given.
             if case == "weights of the caller":

@@ -36,8 +36,8 @@ class Engine:
 
     def named(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
         """The gradients of the parameters, by "d" and torch's names; a single bias stands for both of torch's."""
-        found = self.to_torch(dict(zip(self.parameters, gradients)))
-        return {"d" + name.replace("bias_l", f"bias_{of}_l"): found[name] for name in found for of in ("ih", "hh")}
+        named = self.to_torch(dict(zip(self.parameters, gradients)))
+        return {"d" + name.replace("bias_l", f"bias_{of}_l"): named[name] for name in named for of in ("ih", "hh")}
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Provider:
 
 def expect(case: Case, *features: str) -> Case:
     """The case. Unable if it has features but these: "layers", "directions", "resets", its sequences, its variant."""
-    asked = ["layers"] * (case.layers > 1) + ["directions"] * (case.directions > 1) + ["resets"] * (case.reset_rate > 0)
-    if beyond := {*asked, case.sequences, case.variant} - {*features, "full", "plain"}:
+    has = ["layers"] * (case.layers > 1) + ["directions"] * (case.directions > 1) + ["resets"] * (case.reset_rate > 0)
+    if beyond := {*has, case.sequences, case.variant} - {*features, "full", "plain"}:
         raise Unable(f"does not do {' or '.join(sorted(beyond))}")
     return case
 

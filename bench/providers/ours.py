@@ -31,18 +31,21 @@ def build(backend: str | None, inputs: Inputs) -> Engine:
     case = expect(inputs.case, *SUPPORTED.get(backend or "auto", (*PLAIN, "reset_states", *VARIANTS)))
     on = {case.variant: VARIANTS[case.variant][0]} if case.variant in VARIANTS else {}
     lstm: Any = module_like_torchs(gpu_lstm.LSTM, inputs, backend=backend, **on)
-    given: dict[str, Any] = {"resets": inputs.resets, "lengths": None if case.sequences == "packed" else inputs.lengths}
+    options: dict[str, Any] = {
+        "resets": inputs.resets,
+        "lengths": None if case.sequences == "packed" else inputs.lengths,
+    }
     if inputs.reset_states is not None:  # which another commit may not accept
-        given["reset_states"] = inputs.reset_states
+        options["reset_states"] = inputs.reset_states
 
     def families() -> str | None:
         x = inputs.packed(inputs.x) if case.sequences == "packed" else inputs.x
         try:
-            return " / ".join(each.family for each in gpu_lstm.explain(lstm, x, **given).layers[0].passes) or None
+            return " / ".join(each.family for each in gpu_lstm.explain(lstm, x, **options).layers[0].passes) or None
         except AttributeError:  # of another commit
             return None
 
-    return replace(Engine.of(lstm, **given), kernels=families)
+    return replace(Engine.of(lstm, **options), kernels=families)
 
 
 def build_stream(backend: str | None, inputs: Inputs) -> Engine:

@@ -89,8 +89,8 @@ def torchrl(backend: str, inputs: Inputs) -> Engine:
         return torch.cat([first[:, None], stored[:, 1:]], dim=1)
 
     def call(x, state):
-        given = {"x": x.transpose(0, 1).to(dtype)} | dict(zip("hc", map(for_every_step, state, stored)))
-        done = module(tensordict.TensorDict({**given, "is_init": is_init}, [case.batch, case.steps]))
+        entries = {"x": x.transpose(0, 1).to(dtype)} | dict(zip("hc", map(for_every_step, state, stored)))
+        done = module(tensordict.TensorDict({**entries, "is_init": is_init}, [case.batch, case.steps]))
         finals = tuple(done["next", name][:, -1].transpose(0, 1) for name in "hc")
         return done["y"].transpose(0, 1).to(case.torch_dtype), finals
 

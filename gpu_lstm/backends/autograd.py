@@ -5,41 +5,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call.modes import gradients_are_differentiated, is_transformed
+from ..call.modes import Modes, Transforms, gradients_are_differentiated, is_transformed
 from ..call.noise import Noise
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from ..kernels.problem import Inputs  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from ..kernels.layer import Layer
+from ..kernels.problem import Inputs
 from . import fused, graph
 from .fused import Saved, inputs_of
 from .layers import NOTHING
 
 
-def layer(
-    kernels: Any,  # the Layer of a backend, kernels/layer.py
+def run_layer(
+    layer: Layer,
     x: Tensor,  # [T, B, I]
     state: State,  # ([1, B, P], [1, B, H])
     weights: Weights,
     traversal: Traversal,
     noise: Noise,
-    recompute: bool = False,
+    recompute: bool,
+    modes: Modes,  # as `prepare` found them: autograd is off inside Function.forward
 ) -> tuple[Tensor, State]:
     """h [T, B, P], and h_n and c_n as `state`, in its dtypes; differentiable to any order.
 
     The activated gates [T, B, 4H] are saved for backward; with `recompute` they are recomputed from x and h.
     """
-    given = inputs_of(x, state, weights, traversal, noise)
-    # Asked here, since autograd is off inside Function.forward.
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
-        h, h_n, c_n, *_ = fused.forward(kernels, given, save=False)
+    inputs = inputs_of(x, state, weights, traversal, noise)
+    if not modes.grad or not any(t is not None and t.requires_grad for t in inputs):
+        h, h_n, c_n, *_ = fused.forward(layer, inputs, save=False)
         return h, (h_n, c_n if c_n.dtype is state[1].dtype else c_n.to(state[1].dtype))
-    if is_transformed():
-        h, h_n, c_n, *_ = graph.InTransforms.apply(kernels.problem.reverse, kernels.backend, True, recompute, *given)
+    if modes.transforms != Transforms.NONE:
+        h, h_n, c_n, *_ = graph.InTransforms.apply(layer.problem.reverse, layer.backend, True, recompute, *inputs)
     else:
-        count = len(given)
-        while given[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
+        count = len(inputs)
+        while inputs[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
             count -= 1
-        h, h_n, c_n = _apply(kernels, recompute, *given[:count])
+        h, h_n, c_n = _apply(layer, recompute, *inputs[:count])
     return h, (h_n, c_n)
 
 
@@ -47,28 +48,28 @@ class LSTMLayer(torch.autograd.Function):
     """Forward saves gates and cell states for backward; gradients of gradients are computed by reference.py."""
 
     @staticmethod
-    def forward(ctx: Any, kernels: Any, recompute: bool, *given: Tensor | None) -> tuple[Tensor, ...]:
-        """h, h_n and c_n in the dtypes of h0 and c0."""
-        inputs = Inputs(*given)
-        h, h_n, c_n, gates, c = fused.forward(kernels, inputs, save=True)
+    def forward(ctx: Any, layer: Layer, recompute: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """h, h_n and c_n in the dtypes of h0 and c0, from the first of the Inputs."""
+        inputs = Inputs(*tensors)
+        h, h_n, c_n, gates, c = fused.forward(layer, inputs, save=True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(h, gates.new_empty(0) if recompute else gates, c, *given)
-        ctx.kernels = kernels
+        ctx.save_for_backward(h, gates.new_empty(0) if recompute else gates, c, *tensors)
+        ctx.layer = layer
         return h, h_n, c_n if c_n.dtype is inputs.c0.dtype else c_n.to(inputs.c0.dtype)
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple:
         """None where no gradient is needed."""
-        (h, gates, c, *given), (_, _, *needed) = ctx.saved_tensors, ctx.needs_input_grad
-        kernels, names = ctx.kernels, Inputs._fields[: len(given)]
-        tensors = h, gates, c, *given, *output_gradients
-        if is_transformed() or graph.are_batched(output_gradients) or gradients_are_differentiated(h, tensors):
-            kept, how = (h, gates, c), (kernels.problem.reverse, kernels.backend)
-            return None, None, *graph.gradients_of(*how, output_gradients, kept, needed, given)
+        (h, gates, c, *tensors), (_, _, *needed), layer = ctx.saved_tensors, ctx.needs_input_grad, ctx.layer
+        every, kept = (h, gates, c, *tensors, *output_gradients), (h, gates, c)
+        if is_transformed() or graph.are_batched(output_gradients) or gradients_are_differentiated(h, every):
+            reverse, backend = layer.problem.reverse, layer.backend
+            return None, None, *graph.gradients_of(reverse, backend, output_gradients, kept, needed, tensors)
+        names = Inputs._fields[: len(tensors)]
         wanted = {name for name, need in zip(names, needed) if need}
         with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
-            found = fused.gradients(kernels, Saved(Inputs(*given), h, gates, c), output_gradients, wanted)
-        return None, None, *map(found.get, names)
+            gradients = fused.gradients(layer, Saved(Inputs(*tensors), *kept), output_gradients, wanted)
+        return None, None, *map(gradients.get, names)
 
 
 # Skips what Function.apply does for transforms, argument by argument.

@@ -2,10 +2,10 @@
 
 Traced by itself, torch's LSTM would be decomposed into its steps, and lose dropout and autocast's dtype.
 
-What oneDNN and cuDNN save for backward has a size that only they know, so it cannot be part of a graph of tensors. On
-the backends without kernels of their own, forward therefore runs with its own autograd graph, and returns instead of
-the gates an empty tensor that has this graph as an attribute, and is saved for backward. Where only the elements were
-saved (by hooks that copy, in CUDA graphs, in an exported program), backward recomputes the layer.
+What oneDNN and cuDNN save for backward has a size that only they know, so a graph of tensors cannot hold it. On the
+backends without kernels of ours, forward therefore records an autograd graph of its own. Instead of the gates it
+returns an empty tensor with this graph as an attribute, which is saved for backward. Where only elements were saved (by
+hooks that copy, in CUDA graphs, in an exported program), backward recomputes the layer.
 """
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
@@ -29,22 +29,24 @@ from ..call.noise import Noise
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from ..kernels.problem import Inputs, problem_of  # type: ignore[import-not-found]  # a folder next to gpu_lstm/
+from ..kernels.layer import Layer
+from ..kernels.problem import Inputs, problem_of
 from . import fused, kernels, reference, torch_lstm
 from .fused import Saved, traversal_of, weights_of
-from .layers import cast, one_after_another, without_autocast
+from .layers import by_direction, cast, one_after_another, without_autocast
 
 _log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
 _LIBRARY = torch.library.Library("gpu_lstm", "FRAGMENT")
-SECOND = len(Inputs._fields)  # among the tensors that are given, where the Weights of torch's second direction begin
+# An operator takes the Inputs of a layer and, for torch's second direction, the Weights of that.
 NAMES = *Inputs._fields, *(f"{name}_reverse" for name in Weights._fields)
-_GIVEN = ", ".join(f"Tensor? {name}=None" for name in NAMES)
+SECOND = len(Inputs._fields)
+_TENSORS = ", ".join(f"Tensor? {name}=None" for name in NAMES)
 try:
     for _schema in (
-        f"layer(bool reverse, str backend, bool save, bool recompute, {_GIVEN}) "
+        f"layer(bool reverse, str backend, bool save, bool recompute, {_TENSORS}) "
         "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)",
         "layer_backward(bool reverse, str backend, Tensor?[] gradients, Tensor[] saved, bool[] needed, "
-        "Tensor?[] given) -> Tensor[]",
+        "Tensor?[] tensors) -> Tensor[]",
     ):
         _LIBRARY.define(_schema, tags=(torch.Tag.needs_exact_strides,))
 except RuntimeError as error:
@@ -55,67 +57,63 @@ OPERATOR = torch.ops.gpu_lstm.layer.default
 BACKWARD = torch.ops.gpu_lstm.layer_backward.default
 
 
-def run(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[State]]:
+def run_call(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[State]]:
     """All layers of a call, in `dtype`, by operators: output [T, B, D*P] and the final states as Call.states."""
-    learns = any(one.weight_hh.requires_grad for layer in call.weights for one in layer)
-    if call.modes.recording == Recording.WATCHED and torch.jit.is_tracing() and call.modes.grad and learns:
+    learns = call.modes.grad and any(one.weight_hh.requires_grad for layer in call.weights for one in layer)
+    if learns and call.modes.recording == Recording.WATCHED and torch.jit.is_tracing():
         raise RuntimeError(
             f"torch.jit.trace cannot record the gradients of backend {backend.value!r}: trace within torch.no_grad(), "
             "or with backend 'torch'"
         )
-
     if torch.compiler.is_exporting():
         _tell_what_a_program_needs()
 
-    def direction(
-        row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
-    ) -> tuple[Tensor, State]:
-        x, state, weights = cast(x, state, weights, dtype)
-        given = fused.inputs_of(x, state, weights, traversal, noise)
-        return _run_operator(call, given, traversal.reverse, backend)
+    def operator(tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, State]:
+        save = call.modes.grad and any([t is not None and t.requires_grad for t in tensors])
+        with without_autocast(call):
+            h, h_n, c_n, *_ = OPERATOR(reverse, backend.value, save, call.options.recompute, *tensors)
+        return h, (h_n, c_n)
 
-    def both_directions(x: Tensor, state: State, layer: list[Weights]) -> tuple[Tensor, State]:
-        x, state, first = cast(x, state, layer[0], dtype)
-        second = [t for weights in layer[1:] for t in weights.to(dtype)]
-        return _run_operator(call, [*Inputs(x, *state, *first), *second], False, backend)  # type: ignore[arg-type]
+    def direction(
+        _: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
+    ) -> tuple[Tensor, State]:
+        return operator(fused.inputs_of(*cast(x, state, weights, dtype), traversal, noise), traversal.reverse)
+
+    def both_directions(x: Tensor, state: State, weights: list[Weights]) -> tuple[Tensor, State]:
+        x, state, first = cast(x, state, weights[0], dtype)
+        second = [t for of_second in weights[1:] for t in of_second.to(dtype)]
+        return operator([*Inputs(x, *state, *first), *second], False)  # type: ignore[arg-type]
 
     if backend is Backend.TORCH and call.traversal.is_plain() and call.options.kind != "lstm_layer":
         return torch_lstm.layer_by_layer(call._replace(x=call.x.to(dtype)), dtype, both_directions)
     rows = call.kernel_rows() if backend in KERNEL_BACKENDS else call.state_rows()
-    y, rows = one_after_another(call, direction, backend.value, dtype, rows)
+    y, rows = one_after_another(call, dtype, by_direction(call, backend.value, rows, direction))
     return y, call.pack_rows(rows)
 
 
 @constant_when_traced
 def _tell_what_a_program_needs() -> None:
-    """Once a process, and no warning, since nothing is wrong."""
+    """Log it once a process; not as a warning, since nothing is wrong."""
     _log_once(
         "the exported program calls operators of gpu_lstm: it loads only where that was imported before; export "
         "gpu_lstm.to_torch(model) for one that needs torch alone"
     )
 
 
-def _run_operator(call: Call, inputs: Sequence[Tensor | None], reverse: bool, backend: Backend) -> tuple[Tensor, State]:
-    save = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
-    with without_autocast(call):
-        h, h_n, c_n, *_ = OPERATOR(reverse, backend.value, save, call.options.recompute, *inputs)
-    return h, (h_n, c_n)
-
-
 def gradients_of(
     reverse: bool, backend: str, gradients: Sequence[Tensor | None], saved: Sequence[Tensor], needed: Sequence[bool],
-    given: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of the given tensors where `needed`, from those of h, h_n and c_n; `saved`: h, gates and c.
+    """Gradients of the operator's `tensors` where `needed`, from those of h, h_n and c_n; `saved`: h, gates and c.
 
     By the operator; by the reference where they may be differentiated, to any order, or several of each come at once.
     """
-    if are_batched(gradients) or gradients_are_differentiated(saved[0], [*saved, *given, *gradients]):
+    if are_batched(gradients) or gradients_are_differentiated(saved[0], [*saved, *tensors, *gradients]):
         run = partial(_without_kernels, reverse=reverse, backend=Backend.REFERENCE)
-        return reference.gradients(run, [*map(alive, given)], gradients, needed)
+        return reference.gradients(run, [*map(alive, tensors)], gradients, needed)
     with torch.no_grad():
-        found = iter(BACKWARD(reverse, backend, list(gradients), list(saved), list(needed), list(given)))
-    return [next(found) if need else None for need in needed]
+        those_needed = iter(BACKWARD(reverse, backend, list(gradients), list(saved), list(needed), list(tensors)))
+    return [next(those_needed) if need else None for need in needed]
 
 
 def are_batched(gradients: Sequence[Tensor | None]) -> bool:
@@ -123,35 +121,35 @@ def are_batched(gradients: Sequence[Tensor | None]) -> bool:
     return any([d is not None and _functorch.is_legacy_batchedtensor(d) for d in gradients])
 
 
-def _kernels_for(given: Inputs, reverse: bool, backend: Backend) -> Any:
-    problem = problem_of(given, reverse, recurrent_precision(given.x.dtype))
-    return kernels.layer_of(backend, problem, given.x.device)
+def _kernels_for(inputs: Inputs, reverse: bool, backend: Backend) -> Layer:
+    problem = problem_of(inputs, reverse, recurrent_precision(inputs.x.dtype))
+    return kernels.layer_of(backend, problem, inputs.x.device)
 
 
-def _without_kernels(given: Sequence[Any], reverse: bool, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
+def _without_kernels(tensors: Sequence[Any], reverse: bool, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
     """h, h_n and c_n, by torch's operators, which autograd records."""
-    inputs, second = Inputs(*given[:SECOND]), given[SECOND:]
-    directions = [weights_of(inputs), *([Weights(*second)] if second and second[0] is not None else [])]
+    inputs, second = Inputs(*tensors[:SECOND]), tensors[SECOND:]
     x, h0, c0, *_ = inputs
+    directions = [weights_of(inputs), *([Weights(*second)] if second and second[0] is not None else [])]
     if backend is Backend.TORCH:
         if h0.dim() == 3:
             h, (h_n, c_n) = torch_lstm.stack(x, (h0, c0), [directions])
         else:
-            h, (h_n, c_n) = torch_lstm.layer(x, (h0, c0), weights_of(inputs), traversal_of(inputs, reverse))
+            h, (h_n, c_n) = torch_lstm.run_layer(x, (h0, c0), directions[0], traversal_of(inputs, reverse))
         return h, h_n, c_n
     if len(directions) == 1:
         return reference.run_inputs(inputs, reverse)
-    parts = [reference.run_inputs(Inputs(x, h0[d], c0[d], *each), d == 1) for d, each in enumerate(directions)]
+    parts = [reference.run_inputs(Inputs(x, h0[d], c0[d], *weights), d == 1) for d, weights in enumerate(directions)]
     hs, h_ns, c_ns = zip(*parts)
     return torch.cat(hs, 2), torch.stack(h_ns), torch.stack(c_ns)
 
 
 def _with_autograd(
-    given: Sequence[Any], reverse: bool, backend: Backend, record: bool = True
+    tensors: Sequence[Any], reverse: bool, backend: Backend, record: bool = True
 ) -> tuple[list[Tensor | None], tuple[Tensor, ...]]:
-    """Forward, with its own autograd graph if `record`: the leaves (the given tensors, detached), and h, h_n, c_n."""
-    with _apart(given[0], record):
-        leaves = [t if t is None else t.detach().requires_grad_(record and t.is_floating_point()) for t in given]
+    """Forward, with its own autograd graph if `record`: the leaves (the tensors, detached), and h, h_n, c_n."""
+    with _apart(tensors[0], record):
+        leaves = [t if t is None else t.detach().requires_grad_(record and t.is_floating_point()) for t in tensors]
         return leaves, _without_kernels(leaves, reverse, backend)
 
 
@@ -167,14 +165,14 @@ def _apart(x: Tensor, record: bool) -> Iterator[None]:
         yield
 
 
-def _forward(reverse, backend, save, recompute, *given):
-    inputs, way = Inputs(*given[:SECOND]), Backend(backend)
+def _forward(reverse, backend, save, recompute, *tensors):
+    inputs, backend = Inputs(*tensors[:SECOND]), Backend(backend)
     x, _, c0, *_ = inputs
     nothing, no_c = x.new_empty(0), c0.new_empty(0, dtype=torch.float32)
-    if way in KERNEL_BACKENDS:
-        h, h_n, c_n, gates, c = fused.forward(_kernels_for(inputs, reverse, way), inputs, save)
+    if backend in KERNEL_BACKENDS:
+        h, h_n, c_n, gates, c = fused.forward(_kernels_for(inputs, reverse, backend), inputs, save)
         return h, h_n, c_n.to(c0.dtype), nothing if recompute or not save else gates, no_c if c is None else c
-    leaves, results = _with_autograd(given, reverse, way, save)
+    leaves, results = _with_autograd(tensors, reverse, backend, save)
     if save:
         nothing.graph = leaves, results
     h, h_n, c_n = (t.detach() for t in results)
@@ -190,44 +188,40 @@ def _forward_fake(reverse, backend, save, recompute, x, h0, c0, *_):
     return h, torch.empty_like(h0), torch.empty_like(c0), gates, c
 
 
-def _backward(reverse, backend, gradients, saved, needed, given):
-    (h, gates, c), way = saved, Backend(backend)
-    if way in KERNEL_BACKENDS:
-        inputs = Inputs(*given[:SECOND])
-        layer = _kernels_for(inputs, reverse, way)
-        names = [name for name, need in zip(NAMES, needed) if need]
-        every = fused.gradients(layer, Saved(inputs, h, gates, c), gradients, set(names))
-        found = [every[name] for name in names]
+def _backward(reverse, backend, gradients, saved, needed, tensors):
+    (h, gates, c), backend = saved, Backend(backend)
+    if backend in KERNEL_BACKENDS:
+        inputs, wanted = Inputs(*tensors[:SECOND]), [name for name, need in zip(NAMES, needed) if need]
+        layer = _kernels_for(inputs, reverse, backend)
+        by_name = fused.gradients(layer, Saved(inputs, h, gates, c), gradients, set(wanted))
+        results = [by_name[name] for name in wanted]
     else:
-        leaves, results = gates.graph if hasattr(gates, "graph") else _with_autograd(given, reverse, way)
-        pairs = [(result, d) for result, d in zip(results, gradients) if d is not None]
+        leaves, outputs = gates.graph if hasattr(gates, "graph") else _with_autograd(tensors, reverse, backend)
+        outputs = [y for y, d in zip(outputs, gradients) if d is not None]
+        gradients = [d for d in gradients if d is not None]
         wanted = [t for t, need in zip(leaves, needed) if need]
-        with _apart(given[0], record=False):
-            found = torch.autograd.grad(
-                [result for result, _ in pairs], wanted, [d for _, d in pairs], retain_graph=True,
-                materialize_grads=True,
-            )  # fmt: skip
+        with _apart(tensors[0], record=False):
+            results = torch.autograd.grad(outputs, wanted, gradients, retain_graph=True, materialize_grads=True)
     # The gradients of both biases may be the same tensor.
-    return [d.clone() if d.dim() == 1 else d.contiguous() for d in found]
+    return [d.clone() if d.dim() == 1 else d.contiguous() for d in results]
 
 
-def _backward_fake(reverse, backend, gradients, saved, needed, given):
-    wanted = (t for t, need in zip(given, needed) if need)
+def _backward_fake(reverse, backend, gradients, saved, needed, tensors):
+    wanted = (t for t, need in zip(tensors, needed) if need)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.reverse, ctx.backend, _, _, *given = inputs
+    ctx.reverse, ctx.backend, _, _, *tensors = inputs
     h, _, _, gates, c = output
     ctx.mark_non_differentiable(gates, c)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(h, gates, c, *given)
+    ctx.save_for_backward(h, gates, c, *tensors)
 
 
 def _gradients(ctx: Any, *output_gradients: Tensor | None) -> tuple:
-    saved, given, needed = ctx.saved_tensors[:3], ctx.saved_tensors[3:], ctx.needs_input_grad[4:]
-    found = gradients_of(ctx.reverse, ctx.backend, output_gradients[:3], saved, needed, given)
-    return None, None, None, None, *found
+    saved, tensors, needed = ctx.saved_tensors[:3], ctx.saved_tensors[3:], ctx.needs_input_grad[4:]
+    return *[None] * 4, *gradients_of(ctx.reverse, ctx.backend, output_gradients[:3], saved, needed, tensors)
 
 
 class InTransforms(torch.autograd.Function):
@@ -241,13 +235,13 @@ class InTransforms(torch.autograd.Function):
 def _one_after_another(operator: Any, info: Any, in_dims: tuple, *arguments: Any) -> tuple:
     """How an operator is vmapped: one call after another, say for Jacobians row by row."""
     flat, spec = tree_flatten(arguments)
-    given = list(zip(flat, _broadcast_to_and_flatten(in_dims, spec)))  # type: ignore[arg-type]
-    each = []
+    dims = _broadcast_to_and_flatten(in_dims, spec)
+    every = []
     for k in range(info.batch_size):
-        own = [t if dim is None else t.select(dim, k) for t, dim in given]
-        each.append(operator(*tree_unflatten(own, spec)))
-    kind = type(each[0])  # a tuple or a list
-    results = kind(torch.stack(tensors) for tensors in zip(*each))
+        one = [t if dim is None else t.select(dim, k) for t, dim in zip(flat, dims)]  # type: ignore[arg-type]
+        every.append(operator(*tree_unflatten(one, spec)))
+    kind = type(every[0])  # a tuple or a list
+    results = kind(torch.stack(tensors) for tensors in zip(*every))
     return results, kind([0]) * len(results)
 
 
@@ -259,31 +253,26 @@ for _operator, _run, _fake in (OPERATOR, _forward, _forward_fake), (BACKWARD, _b
 torch.library.register_autograd(OPERATOR, _gradients, setup_context=_setup_context, lib=_LIBRARY)
 
 
-_MATRICES = {
-    first + Weights._fields.index(name): name
-    for name in ("weight_ih", "weight_hh", "weight_hr") for first in (Inputs._fields.index("weight_ih"), SECOND)
-}  # fmt: skip
+def _products(tensors: Sequence[Any]) -> dict[str, int]:
+    """Operations of each matrix's product over all steps, by its name; a multiply-add counts as two, as in torch."""
+    rows = tensors[0].shape[0] * tensors[0].shape[1]  # T B
+    names = [name if name.startswith(("weight_ih", "weight_hh", "weight_hr")) else None for name in NAMES]
+    return {name: 2 * rows * t.numel() for name, t in zip(names, tensors) if name is not None and t is not None}
 
 
-def _products(given: Sequence[Any]) -> dict[int, int]:
-    """Operations of each matrix's product over all steps, by its place; a multiply-add counts as two, as in torch."""
-    rows = given[0].shape[0] * given[0].shape[1]  # T B
-    return {k: 2 * rows * t.numel() for k, t in enumerate(given) if k in _MATRICES and t is not None}
-
-
-def _forward_flops(reverse: bool, backend: str, save: bool, recompute: bool, *given: Any, **_: Any) -> int:
-    return sum(_products(given).values())
+def _forward_flops(reverse: bool, backend: str, save: bool, recompute: bool, *tensors: Any, **_: Any) -> int:
+    return sum(_products(tensors).values())
 
 
 def _backward_flops(
-    reverse: bool, backend: str, gradients: list, saved: list, needed: list[bool], given: list, **_: Any
+    reverse: bool, backend: str, gradients: list, saved: list, needed: list[bool], tensors: list, **_: Any
 ) -> int:
     """One product for each weight's gradient, one for that of its operand, and those that are recomputed."""
-    (_, gates, c), total = saved, 0
-    recomputed = ("weight_ih", "weight_hh") if gates.dim() < c.dim() else ()
-    for k, operations in _products(given).items():
-        name = _MATRICES[k]
-        total += operations * (needed[k] + (name != "weight_ih" or needed[0]) + (name in recomputed))
+    (_, gates, c), total, needs = saved, 0, dict(zip(NAMES, needed))
+    for name, operations in _products(tensors).items():
+        of_operand = needs["x"] if name.startswith("weight_ih") else True
+        recomputed = gates.dim() < c.dim() and name in ("weight_ih", "weight_hh")
+        total += operations * (needs[name] + of_operand + recomputed)
     return total
 
 

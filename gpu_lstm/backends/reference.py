@@ -17,9 +17,9 @@ from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..cells.lstm import linear, output, step
-from ..kernels.problem import Inputs  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from ..kernels.problem import Inputs
 from .fused import noise_of, traversal_of, weights_of
-from .layers import cast, one_after_another, without_autocast
+from .layers import by_direction, cast, one_after_another, without_autocast
 
 
 class Gates(NamedTuple):
@@ -33,7 +33,7 @@ class Gates(NamedTuple):
     hidden: Tensor  # [T, B, P] h, after the step; P = H without a projection
 
 
-def run(call: Call, dtype: torch.dtype, record: list[Gates] | None = None) -> tuple[Tensor, list[State]]:
+def run_call(call: Call, dtype: torch.dtype, record: list[Gates] | None = None) -> tuple[Tensor, list[State]]:
     """All layers of a call, in `dtype`: output [T, B, D*P] and the final states as Call.states."""
 
     def direction(
@@ -41,45 +41,45 @@ def run(call: Call, dtype: torch.dtype, record: list[Gates] | None = None) -> tu
     ) -> tuple[Tensor, State]:
         x, state, weights = cast(x, state, weights, dtype)
         with without_autocast(call):
-            return layer(x, state, weights, traversal, noise, record)
+            return run_layer(x, state, weights, traversal, noise, record)
 
-    y, rows = one_after_another(call, direction, "reference", dtype, call.state_rows())
+    y, rows = one_after_another(call, dtype, by_direction(call, "reference", call.state_rows(), direction))
     return y, call.pack_rows(rows)
 
 
-def run_inputs(inputs: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+def run_inputs(tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """h, h_n and c_n of one layer in one direction, from its Inputs."""
-    given = Inputs(*inputs)
-    traversal, noise = traversal_of(given, reverse), noise_of(given)
-    state = given.h0.flatten(0, -2), given.c0.flatten(0, -2)  # [B, *] each, of [1, B, *] too
-    h, (h_n, c_n) = layer(given.x, state, weights_of(given), traversal, noise)
-    return h, h_n.view_as(given.h0), c_n.view_as(given.c0)
+    inputs = Inputs(*tensors)
+    state = inputs.h0.flatten(0, -2), inputs.c0.flatten(0, -2)  # [B, *] each, of [1, B, *] too
+    traversal = traversal_of(inputs, reverse)
+    h, (h_n, c_n) = run_layer(inputs.x, state, weights_of(inputs), traversal, noise_of(inputs))
+    return h, h_n.view_as(inputs.h0), c_n.view_as(inputs.c0)
 
 
 def gradients(
     run: Callable[[list[Any]], tuple[Tensor, ...]],
-    given: Sequence[Tensor | None],  # what `run` accepts
+    tensors: Sequence[Tensor | None],  # what `run` accepts
     output_gradients: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of the first given tensors, where `needed`, themselves differentiable: run(given) is recomputed."""
+    """Gradients of the first `tensors`, where `needed`, themselves differentiable: run(tensors) is recomputed."""
     wanted = [k for k, need in enumerate(needed) if need]
-    there = [k for k, gradient in enumerate(output_gradients) if gradient is not None]
+    present = [k for k, gradient in enumerate(output_gradients) if gradient is not None]
 
-    def recomputed(*tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs: list[Any] = list(given)
-        for k, tensor in zip(wanted, tensors):
-            inputs[k] = tensor
-        outputs = run(inputs)
-        return tuple(outputs[k] for k in there)
+    def recomputed(*those_wanted: Tensor) -> tuple[Tensor, ...]:
+        every: list[Any] = list(tensors)
+        for k, tensor in zip(wanted, those_wanted):
+            every[k] = tensor
+        outputs = run(every)
+        return tuple(outputs[k] for k in present)
 
     # torch.func.vjp, not autograd.grad: inputs may be one tensor, depend on each other, or belong to a transform.
-    _, pull = torch.func.vjp(recomputed, *(given[k] for k in wanted))[:2]
-    found = dict(zip(wanted, pull(tuple(output_gradients[k] for k in there))))
-    return [found.get(k) for k in range(len(needed))]
+    _, pull = torch.func.vjp(recomputed, *(tensors[k] for k in wanted))[:2]
+    by_place = dict(zip(wanted, pull(tuple(output_gradients[k] for k in present))))
+    return [by_place.get(k) for k in range(len(needed))]
 
 
-def layer(
+def run_layer(
     x: Tensor, state: State, weights: Weights, traversal: Traversal,
     noise: Noise = NO_NOISE, record: list[Gates] | None = None,
 ) -> tuple[Tensor, State]:  # fmt: skip
@@ -119,15 +119,15 @@ def layer(
         if reset is not None:
             h_prev = torch.where(reset[t, :, None], 0 if reset_h is None else reset_h[t], h)
             c_prev = torch.where(reset[t, :, None], 0 if reset_c is None else reset_c[t], c)
-        own = Noise(dropout_h, *(None if each is None else each[t] for each in zoneout))
-        found = _step(x[t], h_prev, c_prev, weights, own)
+        noise_now = Noise(dropout_h, *(None if each is None else each[t] for each in zoneout))
+        after = _step(x[t], h_prev, c_prev, weights, noise_now)
         if record is not None:
-            gates.append(found)
-        outputs.append(found.hidden)
+            gates.append(after)
+        outputs.append(after.hidden)
         if valid is None:
-            h, c = found.hidden, found.cell
+            h, c = after.hidden, after.cell
         else:
-            h, c = (torch.where(valid[t, :, None], *both) for both in ((found.hidden, h), (found.cell, c)))
+            h, c = (torch.where(valid[t, :, None], *both) for both in ((after.hidden, h), (after.cell, c)))
 
     if record is not None:
         record.append(Gates(*(inside(reordered(torch.stack(every)).to(dtype)) for every in zip(*gates))))

@@ -1,4 +1,4 @@
-"""Layers run by kernels, in chunks of time and side by side on CUDA streams.
+"""All layers of a call by kernels: in one piece, or in chunks of time and side by side on CUDA streams.
 
 Chunks bound the memory for pre-activations, and let layers run side by side; cell states go from chunk to chunk in
 float32. A tensor that is read on another stream is held for it, so that its memory is not reused too early: in backward
@@ -8,16 +8,22 @@ autograd releases what was saved as soon as a node is queued.
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from math import ceil
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..call.noise import Noise, draw
+from ..call.checks import is_exact
+from ..call.choices import Backend
+from ..call.noise import NO_NOISE, Noise, draw
 from ..call.prepare import Call
-from ..call.weights import State
-from .layers import Direction, connect, named
+from ..call.sequences import EVERY_STEP, Traversal
+from ..call.weights import State, Weights
+from ..kernels.layer import Layer
+from . import autograd
+from .layers import RunDirection, by_direction, connect, named, one_after_another, without_autocast
 
 WORKSPACE = 64 << 20  # bytes of pre-activations at once, where they are not saved for backward
 WAVEFRONT = 8  # chunks of a sequence where layers run side by side
@@ -34,10 +40,6 @@ class Schedule(NamedTuple):
     longest: int  # steps of a chunk
     streams: Streams  # one for each layer or, where layers have two directions, for each direction
     side_by_side: int  # layers or directions that share the card
-
-    def in_one_piece(self, steps: int) -> bool:
-        """Whether a sequence is one chunk on the current stream."""
-        return steps <= self.longest and self.streams[0] is None
 
     def spans(self, steps: int, directions: int) -> list[Span]:
         """The times of each chunk, in order."""
@@ -58,70 +60,109 @@ def schedule_of(call: Call, steps: int, size: int) -> Schedule:
     count = len(options.sizes) if options.directions == 1 else options.directions
     if not call.x.is_cuda or count == 1 or (options.directions == 1 and steps <= 2 * SHORTEST):
         return Schedule(longest, (None,) * count, 1)
-    # While a graph is captured, what was launched before it cannot be waited for. So all goes to one stream, with the
-    # plans of the calls before: older drivers load no other kernel into a capture.
+    # A graph that is being captured cannot wait for earlier launches, so everything goes to one stream, with the plans
+    # of earlier calls: older drivers cannot load another kernel during a capture.
     return Schedule(longest, (None,) * count if call.modes.capturing else _streams(call.x.device, count), count)
 
 
-def run(call: Call, direction: Direction, schedule: Schedule, backend: str) -> tuple[Tensor, list[State]]:
-    """As layers.one_after_another."""
-    noise, kept = draw(call.weights, (call.steps, call.batch), call.x.dtype, call.options)
-    layers, x, states = range(len(call.weights)), call.x, list(call.kernel_rows())
-    given = call, direction, schedule, backend, (noise, kept)
+def run_call(
+    call: Call, dtype: torch.dtype, backend: Backend, layers: Sequence[Layer], schedule: Schedule
+) -> tuple[Tensor, list[State]]:
+    """All layers of a call, in `dtype`, by kernels, `layers` [L*D]: output [T, B, D*P], final states as Call.states."""
+    if dtype is torch.float32 and call.modes.autocast is None:
+        return _run_layers(call, backend, layers, schedule)
+    with without_autocast(call):  # everything is cast once, rather than for every chunk
+        states = [(h.to(dtype), c if is_exact(c, call.x) else c.to(dtype)) for h, c in call.states]
+        weights = [[one.to(dtype) for one in layer] for layer in call.weights]
+        # Cell states are float32, also from chunk to chunk.
+        cast = call._replace(x=call.x.to(dtype), states=[(h, c.float()) for h, c in states], weights=weights)
+        y, finals = _run_layers(cast, backend, layers, schedule)
+    return y, [(h, c.to(c0.dtype)) for (h, c), (_, c0) in zip(finals, states)]
+
+
+def _run_layers(
+    call: Call, backend: Backend, layers: Sequence[Layer], schedule: Schedule
+) -> tuple[Tensor, list[State]]:
+    if call.options.kind == "LSTMCell":  # one step: there is nothing to schedule
+        (h, c), weights = call.states[0], call.weights[0][0]
+        y, (h_n, c_n) = autograd.run_layer(
+            layers[0], call.x[None], (h[None], c[None]), weights, EVERY_STEP, NO_NOISE, False, call.modes
+        )
+        return y, [(h_n.squeeze(0), c_n.squeeze(0))]
+    call, recompute = call.padded(), call.options.recompute
+    rows = call.kernel_rows()
+
+    def direction(
+        row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
+    ) -> tuple[Tensor, State]:
+        return autograd.run_layer(layers[row], x, state, weights, traversal, noise, recompute, call.modes)
+
+    if schedule.longest >= call.steps and schedule.streams[0] is None:
+        y, rows = one_after_another(call, call.x.dtype, by_direction(call, backend.value, rows, direction))
+    else:
+        y, rows = _in_chunks(call, direction, schedule, backend.value, list(rows))
+    return y, call.pack_rows(rows)
+
+
+def _in_chunks(
+    call: Call, direction: RunDirection, schedule: Schedule, backend: str, states: list[State]
+) -> tuple[Tensor, list[State]]:
+    """As one_after_another; `states` [L*D] are updated."""
+    through = partial(_through, call, direction, schedule, backend, states)
     if call.options.directions == 1:
-        return _through(*given, layers, x, states), states
-    for k in layers:
-        y = _through(*given, layers[k : k + 1], x, states)
-        x = connect(x, y, call.traversal.lengths, kept[k], call.options)
-    return x, states
+        drawn = draw(call.weights, (call.steps, call.batch), call.x.dtype, call.options)
+        return through(range(len(call.weights)), call.x, drawn), states
+
+    def both_directions(k: int, x: Tensor, noise: Sequence[Noise]) -> tuple[Tensor, list[State]]:
+        return through([k], x, ({k: noise}, {k: None})), states[2 * k : 2 * k + 2]
+
+    return one_after_another(call, call.x.dtype, both_directions)
 
 
 def _through(
-    call: Call, direction: Direction, schedule: Schedule, backend: str,
-    drawn: tuple[list[list[Noise]], list[Tensor | None]], layers: range, x: Tensor, states: list[State],
+    call: Call, direction: RunDirection, schedule: Schedule, backend: str, states: list[State],
+    layers: Sequence[int], x: Tensor, drawn: tuple[Any, Any],
 ) -> Tensor:  # fmt: skip
     """x [T, B, I] -> [T, B, D*P], chunk by chunk, through several layers of one direction or one layer of two.
 
-    `drawn` is what noise.draw returns; `states` [L*D] of ([1, B, P], [1, B, H]) are updated. Where
-    each layer has a stream, it computes a chunk while the layer above computes the previous one; where each direction
-    has one, the reverse one starts at the end.
+    `drawn`, by layer: as noise.draw returns it. Where each layer has a stream, it computes a chunk while the layer
+    above computes the previous one; where each direction has one, the reverse one starts at the end.
     """
-    directions, (noise, kept), streams = call.options.directions, drawn, schedule.streams
-    all_spans, width = schedule.spans(call.steps, directions), states[directions * layers[-1]][0].shape[2]
+    directions, streams, last, (noise, kept) = call.options.directions, schedule.streams, layers[-1], drawn
+    all_spans, width = schedule.spans(call.steps, directions), states[directions * last][0].shape[2]
     pieces: list[list[Tensor]] = [[] for _ in range(directions)]
     whole = None
     if not torch.is_grad_enabled() and len(all_spans) > 1:
-        # Chunks are copied into place as they come, so that there is never a second output. It is allocated here, on
-        # the stream that all others wait for, since several of them write to it.
+        # Chunks are copied into place as they come, so that there is never a second output. It is allocated on the
+        # stream that all others wait for, since several of them write to it.
         whole = x.new_empty(*x.shape[:2], directions * width)
     for k in layers:  # whatever was made on the current stream; views share the memory
         for d, weights in enumerate(call.weights[k]):
-            n, (lengths, resets, *_) = directions * k + d, call.traversal
-            given = *states[n], *weights, lengths, resets, *call.traversal.of(n).reset_to(), *noise[k][d], kept[k]
-            hold(streams[d if directions == 2 else k], (whole, *given))
+            row, (lengths, resets, *_) = directions * k + d, call.traversal
+            read = *states[row], *weights, lengths, resets, *call.traversal.of(row).reset_to(), *noise[k][d], kept[k]
+            hold(streams[d if directions == 2 else k], (whole, *read))
     for spans in zip(all_spans, reversed(all_spans)):
         parts = [call.traversal.within(span) for span in spans[:directions]]
         h = x
         for k in layers:
             for d, weights in enumerate(call.weights[k]):
-                n, span = directions * k + d, spans[d]
-                part, own, mask = parts[d].of(n), noise[k][d].within(span), cut(kept[k], span)
-                y = cut(x, span) if k == layers[0] else h
-                stream = streams[d if directions == 2 else k]
-                hold(stream, (y, part.lengths))  # those of a chunk
+                row, span = directions * k + d, spans[d]
+                part, stream = parts[d].of(row), streams[d if directions == 2 else k]
+                below = cut(x, span) if k == layers[0] else h
+                hold(stream, (below, part.lengths))  # those of a chunk
                 with on(stream, streams[k - 1] if k > layers[0] else None):
                     if d:
                         part = part.backwards()
-                        states[n] = call.traversal.of(n).reset_at_end_of(span, *states[n])
+                        states[row] = call.traversal.of(row).reset_at_end_of(span, *states[row])
                     with named(k, d, backend):
-                        h, states[n] = direction(n, y, states[n], weights, part, own)
+                        h, states[row] = direction(row, below, states[row], weights, part, noise[k][d].within(span))
                     if directions == 1:
-                        h = connect(y, h, part.lengths, mask, call.options)
-                    if k == layers[-1] and whole is not None:
+                        h = connect(below, h, part.lengths, cut(kept[k], span), call.options)
+                    if k == last and whole is not None:
                         whole[span, :, d * width : (d + 1) * width] = h
-                    elif k == layers[-1]:
+                    elif k == last:
                         pieces[d].insert(0 if d else len(pieces[d]), h)
-    finals = states[directions * layers[0] : directions * (layers[-1] + 1)]
+    finals = states[directions * layers[0] : directions * (last + 1)]
     join(streams, [*itertools.chain(*pieces), *itertools.chain(*finals)])
     return _cat([_cat(each, 0) for each in pieces], 2) if whole is None else whole
 

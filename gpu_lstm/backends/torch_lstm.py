@@ -12,6 +12,8 @@ cuDNN needs all weights in one buffer. Parameters of an LSTM are put there once 
 weights, which may have changed, are put there at every call.
 """
 
+from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
+
 import itertools
 from collections.abc import Callable
 
@@ -21,16 +23,15 @@ from torch.nn import functional as F
 
 from ..call.checks import is_exact
 from ..call.modes import Recording, is_transformed, modes
-from ..call.noise import draw
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from .layers import cast, connect, named, one_after_another, without_autocast
+from .layers import by_direction, cast, named, one_after_another, without_autocast
 
 lstm, lstm_cell = _VF.lstm, _VF.lstm_cell  # here, since looking up an attribute of _VF takes a microsecond
 
 
-def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
+def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """All layers of a call, computed in `dtype`: the output and the final states, both as the call has them."""
     options = call.options
     if options.kind == "LSTMCell":
@@ -42,38 +43,40 @@ def run(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
         y, state = stack(call.x, call.states[0], call.weights, options.dropout, options.training, batch_sizes)
         return y, [state]
     call = call.padded()
-    if not call.traversal.is_plain() or options.kind == "lstm_layer":
-
-        def direction(_: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: object) -> tuple:
-            if not x.is_cuda:
-                return layer(x, state, weights.to(dtype), traversal)
-            with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
-                return layer(*cast(x, state, weights, dtype), traversal)
-
-        y, rows = one_after_another(call, direction, "torch", dtype, call.state_rows())
-        return y, call.pack_rows(rows)
-    if options.in_one_call:
-        y, final = stack(call.x, stacked(call.state_rows()), call.weights, options.dropout, options.training)
+    if call.traversal.is_plain() and options.kind != "lstm_layer":
+        if not options.in_one_call:
+            return layer_by_layer(
+                call, dtype, lambda x, state, layer: stack(x, state, [layer], training=options.training)
+            )
+        y, final = stack(call.x, _stacked(call.state_rows()), call.weights, options.dropout, options.training)
         return y, call.pack_rows(list(zip(*final)))
-    return layer_by_layer(call, dtype, lambda x, state, layer: stack(x, state, [layer], training=options.training))
+
+    def direction(_: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: object) -> tuple:
+        if not x.is_cuda:
+            return run_layer(x, state, weights.to(dtype), traversal)
+        with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
+            return run_layer(*cast(x, state, weights, dtype), traversal)
+
+    y, rows = one_after_another(call, dtype, by_direction(call, "torch", call.state_rows(), direction))
+    return y, call.pack_rows(rows)
 
 
 def layer_by_layer(
     call: Call, dtype: torch.dtype, run: Callable[[Tensor, State, list[Weights]], tuple[Tensor, State]]
 ) -> tuple[Tensor, list[State]]:
-    """Layers in order, each by run(x, ([D, B, P], [D, B, H]), weights [D])."""
-    _, kept = draw(call.weights, (call.steps, call.batch), dtype, call.options)
-    x, rows, count = call.x, call.state_rows(), call.options.directions
-    finals: list[State] = []  # [L*D]
-    for k, layer in enumerate(call.weights):
+    """Layers in order, both directions at once, each by run(x, ([D, B, P], [D, B, H]), weights [D])."""
+    rows, directions = call.state_rows(), call.options.directions
+
+    def layer(k: int, x: Tensor, _: object) -> tuple[Tensor, list[State]]:
         with named(k, None, "torch"):
-            y, final = run(x, stacked(rows[k * count : (k + 1) * count]), layer)
-        x = connect(x, y, None, kept[k], call.options)
-        finals += zip(*final)
-    return x, call.pack_rows(finals)
+            y, final = run(x, _stacked(rows[k * directions : (k + 1) * directions]), call.weights[k])
+        return y, list(zip(*final))
+
+    y, finals = one_after_another(call, dtype, layer)
+    return y, call.pack_rows(finals)
 
 
-def stacked(rows: list[State]) -> State:
+def _stacked(rows: list[State]) -> State:
     """([n, B, P], [n, B, H]) of n layers and directions."""
     h, c = zip(*rows)
     return torch.stack(h), torch.stack(c)
@@ -116,7 +119,7 @@ def packed(weights: list[Tensor]) -> list[Tensor]:
     return [views[t] for t in weights]
 
 
-def layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -> tuple[Tensor, State]:
+def run_layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -> tuple[Tensor, State]:
     """One layer, one direction, in one call: x [T, B, I] -> h [T, B, P] and (h_n [B, P], c_n [B, H]), as `state` is.
 
     torch runs the reverse direction only together with the forward one, so here time is reversed before and after.
@@ -144,9 +147,9 @@ def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None
     """As _with_gates_shut, from x [T, B, I], with the state zero before the steps that `reset`, bool [T, B].
 
     A step that clears multiplies c by zero, and NaN times zero is NaN, in all episodes that follow. On the CPU such
-    sequences are computed again, from one reset to the next. On CUDA nothing may depend on a result, which would be a
-    synchronisation, that no graph allows; nor for fake tensors. There inputs and states that make NaN become zeros, and
-    the results after them in the episode NaN.
+    sequences are computed again, from one reset to the next. On CUDA nothing may depend on a result, since that is a
+    synchronisation, which no graph allows; nor with fake tensors. There, inputs and states that make NaN are replaced
+    by zeros, and the results after them, up to the end of the episode, by NaN.
     """
     if x.is_cpu and modes(x).recording == Recording.NOBODY:
         h, c_n = _in_a_grid(x, state, weights, valid, reset, on_host=True)
@@ -174,11 +177,11 @@ def _with_spoilt_apart(
     """_with_resets with the sequences that are `spoilt`, bool [B], apart: no gradient of the others meets their NaN."""
     h0, c0 = (torch.where(spoilt[:, None], 0, t) for t in state)
     h, c_n = _in_a_grid(torch.where(spoilt[:, None], 0, x), (h0, c0), weights, valid, reset, on_host=True)
-    own = spoilt.nonzero()[:, 0]
-    h0, c0 = (t.index_select(0, own) for t in state)
-    its_valid = None if valid is None else valid.index_select(1, own)
-    again = _from_reset_to_reset(x.index_select(1, own), (h0, c0), weights, its_valid, reset.index_select(1, own))
-    return h.index_copy(1, own, again[0]), c_n.index_copy(0, own, again[1])
+    rows = spoilt.nonzero()[:, 0]
+    h0, c0 = (t.index_select(0, rows) for t in state)
+    x, valid, reset = (None if t is None else t.index_select(1, rows) for t in (x, valid, reset))  # type: ignore[assignment]
+    again = _from_reset_to_reset(x, (h0, c0), weights, valid, reset)
+    return h.index_copy(1, rows, again[0]), c_n.index_copy(0, rows, again[1])
 
 
 def _from_reset_to_reset(x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor) -> tuple:
@@ -200,7 +203,7 @@ def _in_a_grid(
 ) -> tuple:  # fmt: skip
     """_with_resets, in a grid of steps [S, K*B]; those into which no step of x is put, clear.
 
-    On the host every reset gets a step of its own, K = 1. Where nobody knows how many these are, episodes alternate
+    On the host every reset gets a step of its own, K = 1. Where the number of resets is not known, episodes alternate
     between two copies of the batch, K = 2, S = T: steps run one after another, sequences in parallel.
     """
     steps, batch, inputs = x.shape

@@ -1,10 +1,10 @@
 """Kernels are verified on the present card before their results are used.
 
-The very kernel that a call launches first runs a smaller one: of the call's own layer and plan, of its dtypes, strides
-and optional tensors, few steps, and of a large batch so many sequences that a program has several batch tiles if it has
-them in the call. Lengths are from 0 to T, and there are resets and noise where the call has them. Each result and
+Before a call first launches a kernel, that kernel runs a small problem: with the call's layer, plan, dtypes, strides
+and optional tensors, but few steps, and of a large batch only enough sequences for several batch tiles a program, where
+the call has them. Lengths are from 0 to T, and there are resets and noise where the call has them. Each result and
 gradient is compared with the reference in float64: its error may be at most twice that of torch's own LSTM in the same
-dtype. Nothing may be written outside of a launch's tensors. The verdict is cached on disk.
+dtype. Nothing may be written outside a launch's tensors. The verdict is cached on disk.
 """
 
 import functools
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ..call.modes import alone
 from ..call.weights import Weights
-from ..kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
-from ..kernels.memory import WroteOutside, checked  # type: ignore[import-not-found]
-from ..kernels.problem import Inputs, Pass, Problem, in_the_loop  # type: ignore[import-not-found]
-from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out  # type: ignore[import-not-found]
+from ..kernels import cache
+from ..kernels.layer import Layer
+from ..kernels.memory import WroteOutside, checked
+from ..kernels.problem import Inputs, Pass, Problem, in_the_loop
+from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out
 from . import fused, reference, torch_lstm
 from .fused import Saved, noise_of, traversal_of, weights_of
 from .reference import Gates
@@ -36,24 +37,24 @@ COMPARED = ("x", "h0", "c0", "weight_hh", "reset_h", "reset_c")  # whose gradien
 LEARNT = ("x", "h0", "c0", *Weights._fields, "reset_h", "reset_c")  # what may have a gradient
 
 
-def verify(layer: Any, which: Pass, given: Inputs, plan: Any) -> str | None:
+def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
     """Why a plan's kernel is not used for a pass of a layer; None if it computes the right numbers.
 
-    `given` are the tensors of the call that asks first. Only verdicts about the kernel are cached: no other failure
-    need happen again.
+    `inputs` are those of the call that asks first. Only verdicts about the kernel are cached: no other failure need
+    happen again.
 
     Raises:
         RuntimeError: an earlier launch timed out.
         torch.AcceleratorError: an error of the device, of an earlier operation or by the kernel.
     """
     problem, device = layer.problem, layer.device
-    verdict = cached_verdict(plan, problem, which, device)
+    verdict = cached_verdict(plan, problem, pass_, device)
     report = f" Please report this, with what `python -m gpu_lstm` prints and the plan: {plan}"
     if verdict is None:
         _raise_earlier_errors(device)
         try:
-            verdict = _verdict(layer, which, given, plan)
-            cache.write(KIND, _key(plan, problem, which, device), verdict)
+            verdict = _verdict(layer, pass_, inputs, plan)
+            cache.write(KIND, _key(plan, problem, pass_, device), verdict)
         except DEVICE_ERRORS:
             raise
         except RuntimeError as error:  # it timed out, say next to another process, or cannot be launched
@@ -66,25 +67,24 @@ def verify(layer: Any, which: Pass, given: Inputs, plan: Any) -> str | None:
     return verdict
 
 
-def cached_verdict(plan: Any, problem: Problem, which: Pass, device: torch.device) -> str | None:
+def cached_verdict(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> str | None:
     """The cached verdict on a kernel on a device: "right", or what is wrong; None: it was not verified yet."""
-    verdict: str | None = cache.read(KIND, _key(plan, problem, which, device))
+    verdict: str | None = cache.read(KIND, _key(plan, problem, pass_, device))
     return verdict
 
 
-def _key(plan: Any, problem: Problem, which: Pass, device: torch.device) -> cache.Key:
+def _key(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> cache.Key:
     problem = problem._replace(batch=0, side_by_side=1)  # a plan's identity has what the launch depends on of them
-    return cache.machine(device) | {"format": FORMAT} | plan.identity | problem.as_json() | which._asdict()
+    return cache.machine(device) | {"format": FORMAT} | plan.identity | problem.as_json() | pass_._asdict()
 
 
-def _verdict(layer: Any, which: Pass, given: Inputs, plan: Any) -> str:
+def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
     """ "right", or what is wrong."""
-    problem, device = layer.problem, layer.device
-    problem = problem._replace(batch=plan.sequences_enough(problem))
+    device, problem = layer.device, layer.problem._replace(batch=plan.sequences_enough(layer.problem))
     on_trial, runs = layer.with_plan(plan, problem), []
     for seed in range(min(MOST_SEEDS, ceil(ENOUGH / (problem.batch * problem.width)))):
         with alone(grad=True), torch.autocast(device.type, enabled=False):
-            small = Small(problem, which, given, seed)
+            small = Small(problem, pass_, inputs, seed)
             truth, gates = small.by_reference(torch.float64)
             theirs = small.yardstick()
         try:
@@ -96,10 +96,10 @@ def _verdict(layer: Any, which: Pass, given: Inputs, plan: Any) -> str:
     last_place = 2.0**-10 if problem.precision == "tf32" else torch.finfo(problem.dtype).eps  # of products
     for name in truth:
         true, their, our = (torch.cat([run[name].double().flatten() for run in each]) for each in zip(*runs))
-        found = _rms(our - true)
+        ours = _rms(our - true)
         allowed = 2 * max(_rms(their - true), last_place * float(true.abs().max()))
-        if not found <= allowed:  # also where it is NaN
-            return f"the RMS error of {name} is {found:.2g}, where {allowed:.2g} is allowed"
+        if not ours <= allowed:  # also where it is NaN
+            return f"the RMS error of {name} is {ours:.2g}, where {allowed:.2g} is allowed"
     return "right"
 
 
@@ -114,46 +114,46 @@ def _rms(t: Tensor) -> float:
 
 
 class Small:
-    """The inputs of a small `problem` like those `given` to a call: random numbers that are exact in its dtype."""
+    """Inputs of a small `problem` like those of a call (`like`): random numbers that are exact in its dtype."""
 
-    def __init__(self, problem: Problem, which: Pass, given: Inputs, seed: int = 0) -> None:
-        self.problem, self.which = p, _ = problem, which
-        batch, hidden, device = p.batch, p.hidden, given.x.device
+    def __init__(self, problem: Problem, pass_: Pass, like: Inputs, seed: int = 0) -> None:
+        self.problem, self.pass_ = p, _ = problem, pass_
+        batch, hidden, device = p.batch, p.hidden, like.x.device
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*size: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*size, generator=generator) * scale).to(device, p.dtype)
 
-        steps, features = (1 if p.steps == 1 else STEPS), given.weight_ih.shape[1]
-        sizes = {name: like.size for name, like in in_the_loop(p, steps).items()}
+        steps, features = (1 if p.steps == 1 else STEPS), like.weight_ih.shape[1]
+        sizes = {name: tensor.size for name, tensor in in_the_loop(p, steps).items()}
         sizes |= dict(x=(steps, batch, features), weight_ih=(4 * hidden, features), gain_ih=(4 * hidden,))
         sizes |= dict(bias_ih=(4 * hidden,), bias_hh=(4 * hidden,), reset_h=(steps, batch, p.width))
+        row, column = torch.arange(steps, device=device)[:, None], torch.arange(batch, device=device)
         tensors = {}
-        for name, like in given._asdict().items():
-            if like is None:
+        for name, tensor in like._asdict().items():
+            if tensor is None:
                 continue
-            if name.startswith("weight") and like.dim() == 2:
-                values = normal(*sizes[name], scale=max(1, sizes[name][1]) ** -0.5)
-            elif name.startswith("gain") or name == "bias_c":
-                values = 1 + normal(*sizes[name], scale=0.3)
-            elif name == "lengths":
-                values = (steps - torch.arange(batch, device=device)) % (steps + 1)
+            if name == "lengths":
+                values = (steps - column) % (steps + 1)
             elif name == "resets":
-                values = (torch.arange(steps, device=device)[:, None] + torch.arange(batch, device=device)) % 3 == 1
+                values = (row + column) % 3 == 1
+            elif name.startswith("zoneout"):
+                values = normal(*sizes[name]) > 0 if tensor.dim() else torch.tensor(RATE, device=device)
             elif name == "dropout_h":
                 values = (normal(*sizes[name]) > 0) * 2
-            elif name.startswith("zoneout"):
-                values = normal(*sizes[name]) > 0 if like.dim() else torch.tensor(RATE, device=device)
+            elif name.startswith("gain") or name == "bias_c":
+                values = 1 + normal(*sizes[name], scale=0.3)
             else:
-                values = normal(*sizes[name])
-            tensors[name] = laid_out(values.to(like.dtype), like)
+                is_matrix = name.startswith("weight") and tensor.dim() == 2
+                values = normal(*sizes[name], scale=max(1, sizes[name][1]) ** -0.5 if is_matrix else 1.0)
+            tensors[name] = laid_out(values.to(tensor.dtype), tensor)
         self.inputs = Inputs(**tensors)
-        of_h, of_h_n = normal(steps, batch, p.width), normal(1, batch, p.width)
-        self.output_gradients = of_h if which.dh else None, of_h_n if which.dh_n else None
+        dh, dh_n = normal(steps, batch, p.width), normal(1, batch, p.width)
+        self.output_gradients = dh if pass_.dh else None, dh_n if pass_.dh_n else None
 
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Gates]:
         record: list[Gates] = []
-        run = functools.partial(reference.layer, noise=noise_of(self.inputs), record=record)
+        run = functools.partial(reference.run_layer, noise=noise_of(self.inputs), record=record)
         return self.results(run, dtype), record[0]
 
     def yardstick(self) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ class Small:
         p = self.problem
         if not (p.regularised or p.reset_c or p.peepholes or p.normalised or self.inputs.gain_ih is not None):
             try:
-                return self.results(torch_lstm.layer)
+                return self.results(torch_lstm.run_layer)
             except DEVICE_ERRORS:
                 raise
             except RuntimeError as error:
@@ -170,7 +170,7 @@ class Small:
 
     def results(self, run: Callable[..., Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Results of forward, or gradients of backward, by run(x, state, weights, traversal); in any dtype."""
-        learns, dtype = self.which.backward, dtype or self.problem.dtype
+        learns, dtype = self.pass_.backward, dtype or self.problem.dtype
         learnt = {name: t for name in LEARNT if (t := getattr(self.inputs, name)) is not None}
         g = self.inputs._replace(**{name: t.to(dtype).requires_grad_(learns) for name, t in learnt.items()})
         h, (h_n, c_n) = run(g.x, (g.h0[0], g.c0[0]), weights_of(g), traversal_of(g, self.problem.reverse))
@@ -178,20 +178,20 @@ class Small:
             return dict(h=h, h_n=h_n, c_n=c_n)
         pairs = [(y, d.to(dtype)) for y, d in zip((h, h_n[None]), self.output_gradients) if d is not None]
         wanted = {name: t for name in COMPARED if (t := getattr(g, name)) is not None}
-        found = torch.autograd.grad([y for y, _ in pairs], list(wanted.values()), [d for _, d in pairs])
-        return {f"the gradient of {name}": gradient for name, gradient in zip(wanted, found)}
+        gradients = torch.autograd.grad([y for y, _ in pairs], list(wanted.values()), [d for _, d in pairs])
+        return {f"the gradient of {name}": gradient for name, gradient in zip(wanted, gradients)}
 
-    def by_kernels(self, layer: Any, gates: Gates) -> dict[str, Tensor]:
+    def by_kernels(self, layer: Layer, gates: Gates) -> dict[str, Tensor]:
         """The same by a Layer; backward reads the reference's gates and cell states."""
         dtype, inputs = self.problem.dtype, self.inputs
-        if not self.which.backward:
-            h, h_n, c_n, *_ = fused.forward(layer, inputs, self.which.save)
+        if not self.pass_.backward:
+            h, h_n, c_n, *_ = fused.forward(layer, inputs, self.pass_.save)
             return dict(h=h, h_n=h_n, c_n=c_n)
         activated = torch.cat([gates.input, gates.forget, gates.candidate, gates.output], dim=2).to(dtype)
         saved = Saved(inputs, gates.hidden.to(dtype), activated, gates.cell.float())
         needed = {name for name in COMPARED if getattr(inputs, name) is not None}
-        found = fused.gradients(layer, saved, (*self.output_gradients, None), needed)
-        return {f"the gradient of {name}": d for name, d in found.items() if name in needed and d is not None}
+        gradients = fused.gradients(layer, saved, (*self.output_gradients, None), needed)
+        return {f"the gradient of {name}": gradients[name] for name in needed}  # type: ignore[misc]
 
 
 def laid_out(values: Tensor, like: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ c'; the biases of the first two are b_ih and b_hh.
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.layer_norm import EPS  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from ..kernels.layer_norm import EPS
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:

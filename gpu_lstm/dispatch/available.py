@@ -8,7 +8,7 @@ import torch
 
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
 from ..call.options import RESET_STATES
-from ..kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from ..kernels import cache
 
 KERNEL_DEVICES = ("cuda",)  # whose tensors AUTO gives to kernels
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -92,8 +92,7 @@ def _problem_with(package: str, load: Callable[[], object]) -> str | None:
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
-    problem = triton_import_problem()
-    if problem is not None:
+    if (problem := triton_import_problem()) is not None:
         return ImportError(f"backend 'triton' {without_triton(problem)}")
     launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
     if launch.INTERPRETED:
@@ -109,12 +108,11 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
         return too_old
     major, minor = torch.cuda.get_device_capability(device)
     choose = importlib.import_module("gpu_lstm.kernels.triton_lstm.choose")
-    problem = choose.launch_problem(device, 10 * major + minor)
-    if problem is not None:
-        text = f"Triton launches nothing on {device}, compute capability {major}.{minor}: {problem}"
-        cache.warn_once(f"{text}. Backend 'auto' does without it.")
-        return RuntimeError(f"backend 'triton': {text}")
-    return None
+    if (problem := choose.launch_problem(device, 10 * major + minor)) is None:
+        return None
+    text = f"Triton launches nothing on {device}, compute capability {major}.{minor}: {problem}"
+    cache.warn_once(f"{text}. Backend 'auto' does without it.")
+    return RuntimeError(f"backend 'triton': {text}")
 
 
 def _too_old(choice: Backend, device: torch.device, needed: tuple[int, int]) -> Exception | None:
@@ -126,8 +124,7 @@ def _too_old(choice: Backend, device: torch.device, needed: tuple[int, int]) -> 
 
 
 def _cupy_obstacle(device: torch.device) -> Exception | None:
-    problem = cupy_import_problem()
-    if problem is not None:
+    if (problem := cupy_import_problem()) is not None:
         extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
         return ImportError(f"backend 'cupy' needs CuPy and NVRTC: pip install \".[{extra}]\" in a clone ({problem})")
     if device.type != "cuda":

@@ -7,7 +7,7 @@ import torch
 from ..call.options import Size
 from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
-from ..kernels.problem import Problem  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from ..kernels.problem import Pass, Problem
 
 MOST_OF_CUDNN = 65_535  # steps of a sequence
 
@@ -27,6 +27,11 @@ class Kind(NamedTuple):
     def dtype(self) -> torch.dtype:
         """The dtype that layers compute in."""
         return self.like.dtype
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """What its layers run."""
+        return (Pass(), Pass(True)) if self.training else (Pass(save=False),)
 
     @property
     def variant(self) -> str | None:
@@ -84,8 +89,8 @@ def kind_of(call: Call) -> Kind:
 
 def dtype_of(call: Call) -> torch.dtype:
     """The dtype that layers compute in: the input's own or, for float32 and narrower, autocast's where that is on."""
-    autocast, own = call.modes.autocast, call.x.dtype
-    return own if autocast is None or own is torch.float64 else autocast
+    autocast, dtype = call.modes.autocast, call.x.dtype
+    return dtype if autocast is None or dtype is torch.float64 else autocast
 
 
 def size_class(n: int) -> int:
@@ -101,5 +106,6 @@ def describe(key: dict[str, Any]) -> str:
     words += [name for name in ("lengths", "resets", "noise", "reset_states", "recompute") if key[name]]
     words += [key["variant"]] if key["variant"] else []
     words.append("training" if key["training"] else "inference")
-    dtype = key["dtype"].removeprefix("torch.") + f" ({key['precision']})" * (key["dtype"] == "torch.float32")
+    dtype, precision = key["dtype"].removeprefix("torch."), key["precision"] if key["dtype"] == "torch.float32" else ""
+    dtype += f" ({precision})" * bool(precision)
     return f"LSTM {sizes}, T <= {key['steps']}, B <= {key['batch']}, {dtype}, {', '.join(words)}"

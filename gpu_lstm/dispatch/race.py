@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.profiler as profiler
@@ -25,13 +25,14 @@ from ..call.modes import Recording, Setting, Transforms, alone, recurrent_precis
 from ..call.options import Size
 from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
-from ..kernels import cache  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
-from ..kernels.problem import Pass, Problem  # type: ignore[import-not-found]
-from ..kernels.timeouts import (  # type: ignore[import-not-found]
+from ..kernels import cache
+from ..kernels.problem import Problem
+from ..kernels.timeouts import (
     DEVICE_ERRORS,
     raise_if_timed_out,
     spare_multiprocessors,
 )
+from . import available
 from .kind import Kind, describe, size_class
 from .route import Decision, build, run_by
 
@@ -48,8 +49,8 @@ UNCERTAIN = 0.5  # if a rival's quartiles differ by more than this share of its 
 logger = logging.getLogger("gpu_lstm")
 
 _generators: dict[torch.device, Setting] = {}
-# What this process decided. It holds more than the cache (noisy races, kernels that fail, expected winners), so that
-# neither a batch of another size nor a capture decides again.
+# What this process decided. The cache has less (no noisy races, kernels that fail, or expected winners), and neither a
+# batch of another size nor a capture may decide again.
 _decided: dict[tuple, Decision] = {}
 
 
@@ -76,8 +77,8 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
         expected = expected_winner(kind, able, device)
         then = "; the first call races it" if dry and mode is Racing.ON and not kind.only_ours else ""
         return expected._replace(why=expected.why + then)
-    # Without a lock: a race waits for autograd's thread, which may be about to decide, too, in a checkpoint that it
-    # computes again. Of threads that decide at once each does so for itself, and the first result is kept.
+    # No lock: a race waits for autograd's thread, which may be deciding as well, in a checkpoint that it recomputes.
+    # Threads that decide at the same time each do so for themselves, and the first result is kept.
     with _generator(torch.device("cpu")).changed(), _generator(device).changed():
         decision = _cached(kind, able, device, mode) or _judge(call, kind, able, mode)
     decision = _decided.setdefault(key, _agreed(decision, _key(kind, able, device)))
@@ -102,14 +103,14 @@ def forget() -> None:
 def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
     """The decision of the rank of torch.distributed that decided first, except on a rank whose kernels fail.
 
-    It is read from the store of the process group, where no rank waits for another, whatever calls they make.
+    It is in the store of the process group, so no rank waits for another, whatever calls they make.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or decision.why.startswith(FAILED):
         return decision
     store = distributed.distributed_c10d._get_default_store()
-    own = json.dumps((decision.backend.value, *decision[1:]))
-    backend, *rest = json.loads(store.compare_set(f"gpu_lstm/{json.dumps(key, sort_keys=True)}", "", own))
+    ours = json.dumps((decision.backend.value, *decision[1:]))
+    backend, *rest = json.loads(store.compare_set(f"gpu_lstm/{json.dumps(key, sort_keys=True)}", "", ours))
     return Decision(Backend(backend), *rest)
 
 
@@ -136,32 +137,29 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
     """Decide by a race, if one is allowed; else the expected winner, once the kernels have run at all."""
     other, expected = _other(kind), expected_winner(kind, able, call.x.device)
 
-    def lost(who: Backend, error: BaseException | None) -> Decision:
-        """Whatever a rival raises, it has lost."""
-        if who is other:
+    def lost(name: str, error: BaseException | None) -> Decision:
+        if name == other.value:
             return Decision(able, f"torch's LSTM fails: {error}")
         cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {error}")
         return Decision(other, f"{FAILED}: {error}")
 
     try:
-        runs = {backend.value: _sample(call, kind, backend) for backend in (able, other)}
+        rivals = {backend.value: _sample(call, kind, backend) for backend in (able, other)}
         with alone(grad=kind.training):
-            if error := _error_of(runs[able.value]):  # which compiles, and verifies
-                return lost(able, error)
+            _attempt(able.value, rivals[able.value])  # which compiles, and verifies
             if mode is not Racing.ON or kind.only_ours:
                 return expected
-            if error := _error_of(runs[other.value]):  # say cuDNN cannot be initialised
-                return lost(other, error)
-            times = race(runs, partial(clock, call.x.device))
+            _attempt(other.value, rivals[other.value])  # say cuDNN cannot be initialised
+            times = race(rivals, partial(clock, call.x.device))
             raise_if_timed_out(call.x.device)  # in the kernels' last call
     except torch.OutOfMemoryError:
         return expected
     except RivalFailed as failure:
-        return lost(able if failure.name == able.value else other, failure.__cause__)
+        return lost(failure.args[0], failure.__cause__)
     except DEVICE_ERRORS:
         raise
     except RuntimeError as error:  # kernels time out, which shows after the launch
-        return lost(able, error)
+        return lost(able.value, error)
     decision, is_certain = judge(times, expected)
     if is_certain and not (profiler._is_profiler_enabled or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"):
         value = decision._asdict() | {"backend": decision.backend.value}
@@ -170,21 +168,17 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
 
 
 class RivalFailed(Exception):
-    """A rival raised, for the reason that is the cause."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
+    """A rival, of this name, raised; its error is the cause."""
 
 
-def _error_of(run: Callable[[], None]) -> RuntimeError | None:
-    """What a run raises, except for errors of the device."""
+def _attempt(name: str, run: Callable[[], object]) -> None:
+    """Run a rival: RivalFailed unless it succeeds, or the device has an error."""
     try:
         run()
     except DEVICE_ERRORS:
         raise
     except RuntimeError as error:
-        return error
-    return None
+        raise RivalFailed(name) from error
 
 
 def _other(kind: Kind) -> Backend:
@@ -200,16 +194,16 @@ def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
     # Uniform numbers; the caller has forked the generators.
     data = torch.rand(shape, dtype=torch.float32, device=call.x.device).to(call.x.dtype)
     data.requires_grad_(kind.training and call.x.requires_grad)
-    own = [[one.detached(kind.training) for one in layer] for layer in call.weights]
+    weights = [[one.detached(kind.training) for one in layer] for layer in call.weights]
     part = call.traversal.within(None if steps == call.steps else slice(0, steps))
     states = [(torch.zeros_like(h).detach(), torch.zeros_like(c).detach()) for h, c in call.states]
-    sample = call._replace(x=data, steps=steps, states=states, weights=own, traversal=part)
+    sample = call._replace(x=data, steps=steps, states=states, weights=weights, traversal=part)
     route = build(sample, kind, backend)
 
     def run() -> None:
         y, _ = run_by(route, sample)
         if kind.training:
-            inputs = [t for layer in own for one in layer for t in one.present()] + [data] * data.requires_grad
+            inputs = [t for layer in weights for one in layer for t in one.present()] + [data] * data.requires_grad
             torch.autograd.grad(y, inputs, torch.ones_like(y))
 
     return run
@@ -249,15 +243,6 @@ def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -
     return times
 
 
-def _attempt(name: str, run: Callable[[], object]) -> None:
-    try:
-        run()
-    except DEVICE_ERRORS:
-        raise
-    except RuntimeError as error:
-        raise RivalFailed(name) from error
-
-
 def judge(times: dict[str, list[float]], expected: Decision) -> tuple[Decision, bool]:
     """The winner, and whether it is certain enough to be cached. A difference within the times' spread is a tie."""
     quartiles = {name: statistics.quantiles(seconds, n=4) for name, seconds in times.items()}
@@ -288,28 +273,41 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
         return Decision(Backend.TORCH, f"expected: {able.value}'s kernels are slower")
     for row in range(0, len(kind.layers) * kind.directions, kind.directions):
         layer = kernels.layer_of(able, kind.problem(row, kind.directions), device)
-        for which in (Pass(), Pass(True)) if kind.training else (Pass(save=False),):
-            plan = layer.chosen(which).plan
+        for pass_ in kind.passes:
+            plan = layer.chosen(pass_).plan
             read_every_step = plan.family.value == "pointwise" or (plan.family.value == "step" and not plan.held)
             if read_every_step or plan.tiles_per_group > 1:
                 return Decision(Backend.TORCH, f"expected: a kernel of the {plan.family.value} family is slower")
     return Decision(able, "expected: W_hh stays on chip")
 
 
-def winner_in_a_graph(
-    argument: str | None, able: Backend, device: torch.device, dtype: torch.dtype, sizes: tuple, asked: tuple
-) -> Backend:
-    """The expected winner for long sequences: a graph of torch.compile is for all sizes, and nothing is raced there.
+class GraphQuestion(NamedTuple):
+    """What decides which backend runs in a graph of torch.compile, which is for all sizes: constants."""
 
-    `asked`: directions; whether there are lengths, resets, reset_states; noise; variant.
-    """
-    if able not in KERNEL_BACKENDS or requested_backend(argument) is not Backend.AUTO:
-        return able
-    directions, lengths, resets, reset_states, noise, variant = asked
-    layers, normed = tuple([Size(*size) for size in sizes]), variant == LAYER_NORM
-    like = Problem(
-        2, BATCH_OF_A_GRAPH, layers[0].hidden, dtype, layers[0].projected, recurrent_precision(dtype),
-        lengths=torch.int64 if lengths else None, resets=resets, dropout_h=noise, reset_c=reset_states,
-        peepholes=variant == PEEPHOLES, norms=(normed,) * 3,
-    )  # fmt: skip
-    return expected_winner(Kind(layers, directions, True, False, LONGEST, normed, like), able, device).backend
+    argument: str | None  # `backend` of the module
+    chosen: Backend | None  # by an open block, to which this binds the graph
+    device: torch.device
+    dtype: torch.dtype  # that layers compute in
+    feature: str | None  # that the fewest backends support
+    transformed: bool  # only the reference runs it
+    sizes: tuple[tuple[int, int, int], ...]  # [L] of Size
+    directions: int
+    lengths: bool
+    resets: bool
+    reset_states: bool
+    noise: bool
+    variant: str | None  # of the cell
+
+    def answer(self) -> Backend:
+        """The expected winner for long sequences. Raises as available.select."""
+        able = available.select(self.argument, self.device, self.dtype, self.feature, self.transformed)
+        if able not in KERNEL_BACKENDS or requested_backend(self.argument) is not Backend.AUTO:
+            return able
+        layers, normed = tuple(Size(*size) for size in self.sizes), self.variant == LAYER_NORM
+        like = Problem(
+            2, BATCH_OF_A_GRAPH, layers[0].hidden, self.dtype, layers[0].projected, recurrent_precision(self.dtype),
+            lengths=torch.int64 if self.lengths else None, resets=self.resets, dropout_h=self.noise,
+            reset_c=self.reset_states, peepholes=self.variant == PEEPHOLES, norms=(normed,) * 3,
+        )  # fmt: skip
+        kind = Kind(layers, self.directions, True, False, LONGEST, normed, like)
+        return expected_winner(kind, able, self.device).backend

@@ -1,16 +1,18 @@
 """How a call is run: what was decided for its kind."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import graph, kernels, reference, torch_lstm
+from ..backends import graph, kernels, reference, schedule, torch_lstm
 from ..backends.schedule import Schedule, schedule_of
 from ..call.choices import KERNEL_BACKENDS, Backend
 from ..call.noise import with_weight_drop
 from ..call.prepare import Call
 from ..call.weights import State
+from ..kernels.layer import Layer
 from .kind import Kind
 
 
@@ -19,9 +21,9 @@ class Route(NamedTuple):
 
     backend: Backend
     dtype: torch.dtype  # that layers compute in
-    as_operators: bool  # for graphs and dispatch modes
-    layers: list[Any]  # [L*D] of kernels/layer.py, where kernels run in eager mode
-    schedule: Schedule | None  # likewise
+    as_operators: bool = False  # for graphs and dispatch modes
+    layers: Sequence[Layer] = ()  # [L*D], where kernels run in eager mode
+    schedule: Schedule | None = None  # likewise
 
 
 class Decision(NamedTuple):
@@ -39,7 +41,7 @@ class Decision(NamedTuple):
 def build(call: Call, kind: Kind, backend: Backend) -> Route:
     """The route of a call by a backend."""
     if backend not in KERNEL_BACKENDS:
-        return Route(backend, kind.dtype, False, [], None)
+        return Route(backend, kind.dtype)
     schedule = schedule_of(call, kind.steps, kind.dtype.itemsize)
     problems = [kind.problem(row, schedule.side_by_side) for row in range(call.options.rows)]
     layers = [kernels.layer_of(backend, problem, call.x.device) for problem in problems]
@@ -54,11 +56,11 @@ def run_by(route: Route, call: Call, record: list[reference.Gates] | None = None
     if call.options.weight_drop:
         call = call._replace(weights=with_weight_drop(call.weights, call.options.weight_drop))
     if route.as_operators:
-        return graph.run(call.padded(), route.dtype, route.backend)
+        return graph.run_call(call.padded(), route.dtype, route.backend)
     match route.backend:
         case Backend.TORCH:
-            return torch_lstm.run(call, route.dtype)
+            return torch_lstm.run_call(call, route.dtype)
         case Backend.REFERENCE:
-            return reference.run(call.padded(), route.dtype, record)
+            return reference.run_call(call.padded(), route.dtype, record)
     assert route.schedule is not None
-    return kernels.run(call, route.dtype, route.backend, route.layers, route.schedule)
+    return schedule.run_call(call, route.dtype, route.backend, route.layers, route.schedule)

@@ -1,5 +1,6 @@
 """The one path of every call: its route, decided once per kind of call and state of the process, then looked up."""
 
+import builtins
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from ..call.prepare import Call
 from ..call.weights import State
 from . import available, race
 from .kind import dtype_of, kind_of, size_class
+from .race import GraphQuestion
 from .route import Route, build, run_by
 
-_ERRORS = {error.__name__: error for error in (ValueError, ImportError, RuntimeError, TypeError)}
 MOST_ROUTES = 4096  # that are kept; a program with more kinds of calls decides again
 
 _routes: dict[tuple, Route] = {}
@@ -39,7 +40,8 @@ def route_of(call: Call) -> Route:
     )  # fmt: skip
     route = _routes.get(key)
     if route is None:
-        route = _resolve(call)
+        able, kind = able_to_run(call), kind_of(call)
+        route = build(call, kind, race.decide(call, kind, able).backend)
         if not call.modes.capturing:  # when nothing is verified or raced
             if len(_routes) >= MOST_ROUTES:
                 _routes.clear()
@@ -51,12 +53,6 @@ def forget() -> None:
     """Drop all decisions, so that later calls decide again: more is known."""
     _routes.clear()
     race.forget()
-
-
-def _resolve(call: Call) -> Route:
-    able = able_to_run(call)
-    kind = kind_of(call)
-    return build(call, kind, race.decide(call, kind, able).backend)
 
 
 def able_to_run(call: Call) -> Backend:
@@ -79,7 +75,7 @@ def _route_while_watched(call: Call) -> Route:
     backend = able_to_run(call)
     if backend in KERNEL_BACKENDS:
         graph.count_flops()
-    return Route(backend, dtype_of(call), backend in KERNEL_BACKENDS, [], None)
+    return Route(backend, dtype_of(call), backend in KERNEL_BACKENDS)
 
 
 def _route_in_a_graph(call: Call) -> Route:
@@ -91,34 +87,31 @@ def _route_in_a_graph(call: Call) -> Route:
     if call.modes.recording == Recording.ONNX and isinstance(call.steps, torch.SymInt):
         # The file would say that T is free, and fail for any T but the example's.
         raise RuntimeError("ONNX: the number of steps is free only in a model that gpu_lstm.to_torch has converted")
-    lengths = traversal.lengths is not None or call.form.packed is not None
-    noise = options.feature in ("zoneout", "recurrent_dropout")  # a comparison of rates would be a symbol
-    asked = (
-        len(call.weights[0]), lengths, traversal.resets is not None, traversal.reset_states is not None, noise,
-        call.weights[0][0].variant,
+    question = GraphQuestion(
+        options.backend, chosen_backends[0].value, call.x.device, dtype, feature_of(call),
+        transformed=call.modes.transforms == Transforms.REFERENCE,
+        # From the weights, whose sizes are constants; a module's attributes are symbols with dynamic=True.
+        sizes=tuple([
+            (w.weight_ih.shape[1], w.weight_hh.shape[0] // 4, 0 if w.weight_hr is None else w.weight_hh.shape[1])
+            for w, *_ in call.weights
+        ]),
+        directions=len(call.weights[0]), lengths=traversal.lengths is not None or call.form.packed is not None,
+        resets=traversal.resets is not None, reset_states=traversal.reset_states is not None,
+        noise=options.feature in ("zoneout", "recurrent_dropout"),  # a comparison of rates would be a symbol
+        variant=call.weights[0][0].variant,
     )  # fmt: skip
-    transformed = call.modes.transforms == Transforms.REFERENCE
-    # From the weights, whose sizes are constants; a module's attributes are symbols with dynamic=True.
-    sizes = tuple([
-        (w.weight_ih.shape[1], w.weight_hh.shape[0] // 4, 0 if w.weight_hr is None else w.weight_hh.shape[1])
-        for w, *_ in call.weights
-    ])  # fmt: skip
-    # What a `with backend(...)` block chose is passed so that the graph is bound to it.
-    given = options.backend, chosen_backends[0].value, call.x.device, dtype, feature_of(call), transformed
-    name, problem = _decided_in_a_graph(*given, sizes, asked)
+    name, problem = _answer(*question)
     if problem:
-        raise _ERRORS[name](problem)
-    backend = Backend(name)
-    compiled = call.modes.recording == Recording.COMPILED
-    return Route(backend, dtype, not transformed and (compiled or backend in KERNEL_BACKENDS), [], None)
+        raise getattr(builtins, name)(problem)
+    backend, compiled = Backend(name), call.modes.recording == Recording.COMPILED
+    as_operators = not question.transformed and (compiled or backend in KERNEL_BACKENDS)
+    return Route(backend, dtype, as_operators)
 
 
 @constant_when_traced
-def _decided_in_a_graph(*facts: Any) -> tuple[str, str]:
-    """The name of the backend and "", or the class and text of the error. Not traced."""
-    argument, _, device, dtype, feature, transformed, sizes, asked = facts
+def _answer(*question: Any) -> tuple[str, str]:
+    """The backend's name and "", or the error's and its text: torch.compile carries strings, but no exception."""
     try:
-        able = available.select(argument, device, dtype, feature, transformed)
+        return GraphQuestion(*question).answer().value, ""
     except (ValueError, ImportError, RuntimeError, TypeError) as error:
         return type(error).__name__, str(error)
-    return race.winner_in_a_graph(argument, able, device, dtype, sizes, asked).value, ""

@@ -5,8 +5,8 @@ Importing this does not import Keras. from_keras, to_keras and the name LSTM do.
 
 from typing import TYPE_CHECKING, Any
 
+from .checks import import_keras as _import_keras
 from .convert import GoBackwards, forget_bias, from_keras, keras_init, lengths_of, to_keras
-from .convert import import_keras as _import_keras
 
 if TYPE_CHECKING:
     from .layer import LSTM as LSTM

@@ -3,7 +3,6 @@
 Both have the gates in the order i, f, g, o; Keras's matrices are transposed, and it has one bias where torch has two.
 """
 
-import importlib
 import math
 import numbers
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from ..call.choices import Backend, BackendName
 from ..call.sequences import times_of_steps
 from ..modules import LSTM, LSTMCell, StackedLSTM
 from ..modules.arguments import NOT_OF_TORCH, recast
+from .checks import check_activations, import_keras
 
 Module = TypeVar("Module", bound=nn.Module)
 BIASES = ("bias_ih", "bias_hh")
@@ -275,17 +275,6 @@ def _lstms(module: nn.Module) -> list[LSTM | LSTMCell | TorchLSTM | TorchLSTMCel
     return lstms
 
 
-def import_keras() -> ModuleType:
-    """Keras; an ImportError says what to install."""
-    try:
-        return importlib.import_module("keras")
-    except ImportError as error:
-        raise ImportError(
-            f'this needs Keras 3 and a backend of it ({error}): pip install ".[keras]" from a clone of gpu_lstm, and '
-            "to let Keras run on torch set KERAS_BACKEND=torch in the environment before it is imported"
-        ) from error
-
-
 def _check_cell(keras: ModuleType, cell: Any) -> None:
     if type(cell) is not keras.layers.LSTMCell:
         raise TypeError(f"Expected cells of type LSTMCell, got {type(cell).__name__}")
@@ -294,15 +283,6 @@ def _check_cell(keras: ModuleType, cell: Any) -> None:
     check_activations(keras, cell)
     for name in ("dropout", "recurrent_dropout"):
         _refuse(name, getattr(cell, name), "; set it to 0 in the layer's cell for the numbers of inference")
-
-
-def check_activations(keras: ModuleType, cell: Any) -> None:
-    """Raise ValueError unless those of a cell are tanh and sigmoid."""
-    for name, expected in (("activation", "tanh"), ("recurrent_activation", "sigmoid")):
-        function = getattr(cell, name)
-        if function not in (getattr(keras.activations, expected), getattr(keras.ops, expected)):
-            actual = getattr(function, "__name__", function)
-            raise ValueError(f"{name}={actual!r} has no counterpart; expected {expected!r}")
 
 
 def _refuse(argument: str, value: Any, hint: str) -> None:

@@ -1,12 +1,13 @@
 """Keras's LSTM layer, computed by lstm_layer. Importing this imports Keras. Written against Keras 3.15."""
 
+import sys
 from typing import Any
 
 import keras
 import torch
 
 from ..functional import lstm_layer
-from .convert import check_activations
+from .checks import check_activations
 
 
 @keras.saving.register_keras_serializable("gpu_lstm")
@@ -40,7 +41,15 @@ class LSTM(keras.layers.LSTM):
             )
         super().__init__(units, *args, **kwargs)
         check_activations(keras, self.cell)
-        self.use_cudnn = False  # Bidirectional would call cuDNN instead of its layers
+
+    @property
+    def use_cudnn(self) -> Any:
+        """As it was set; but False where Bidirectional asks whether it may call cuDNN instead of its layers."""
+        return False if sys._getframe(1).f_code.co_name == "_can_attempt_fused_lstm" else self._use_cudnn
+
+    @use_cudnn.setter
+    def use_cudnn(self, value: Any) -> None:
+        self._use_cudnn = value
 
     def inner_loop(self, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> tuple:
         """What Keras calls: (last output [B, H], outputs [B, T, H], [h, c]) of sequences [B, T, I]."""

@@ -8,7 +8,7 @@ from ..call.choices import Backend
 from ..call.modes import recurrent_precision
 from ..dispatch.available import why_unavailable
 from ..dispatch.run import forget
-from ..kernels.problem import Problem  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
+from ..kernels.problem import Problem
 
 
 def autotune(
@@ -34,11 +34,12 @@ def autotune(
         ImportError, RuntimeError, TypeError: the Triton kernels cannot run on this device or dtype, and why.
         RuntimeError: a CUDA graph is being captured.
     """
-    sizes = dict(hidden_size=hidden_size, batch=batch, steps=steps, proj_size=proj_size)
-    for name, size in sizes.items():
+    for name, size, least in (
+        ("hidden_size", hidden_size, 1), ("batch", batch, 1), ("steps", steps, 1), ("proj_size", proj_size, 0),
+    ):  # fmt: skip
         if not isinstance(size, int):
             raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
-        if size < (least := 0 if name == "proj_size" else 1):
+        if size < least:
             raise ValueError(f"{name} must be at least {least}, got {size}")
     if proj_size >= hidden_size:
         raise ValueError(f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}")

@@ -25,7 +25,7 @@ _THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, compat.LSTM:
 Model = TypeVar("Model", bound=nn.Module)
 
 
-# No type means "of exactly this class": to a type checker a subclass, which is left alone, is converted too.
+# Types cannot say "exactly this class": a type checker takes a subclass, which is left alone, as converted too.
 @overload
 def convert(model: TorchLSTM) -> LSTM: ...  # type: ignore[overload-overlap]
 @overload
@@ -76,14 +76,14 @@ def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], 
     twins: dict[nn.Module, nn.Module] = {}
     # TorchRL's modules check isinstance(lstm, torch.nn.LSTM), and behave differently if it is False.
     of_torchrl = (m for m in modules.values() if any(c.__module__.split(".")[0] == "torchrl" for c in type(m).__mro__))
-    asked = {child for owner in of_torchrl for child in owner.children()}
+    checked = {child for owner in of_torchrl for child in owner.children()}
     swapped, left, done = [], [], False
     for path, module in modules.items():
         where, cls = path or "the model itself", type(module)
         if classes is _THEIRS:
             _check_that_torch_has_it(repr(path) if path else where, module)
         if goal := classes.get(cls):
-            twins[module] = recast(module, compat.LSTM if goal is LSTM and module in asked else goal)
+            twins[module] = recast(module, compat.LSTM if goal is LSTM and module in checked else goal)
             in_place = "" if path else ", which cannot be swapped in place: the one that is returned is new"
             swapped.append(f"{where} ({_name(cls)}){in_place}")
         elif isinstance(module, tuple(classes.values())):
@@ -99,8 +99,7 @@ def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], 
                     children[name] = twins[child]
         undo.pop_all()
     nothing = f"nothing: there is no {' or '.join(map(_name, classes))} in the {_name(type(model))}"
-    text = f"{function} swapped {', '.join(swapped) or nothing}"
-    text += f"; left as it is: {'; '.join(left)}" if left else ""
+    text = f"{function} swapped {', '.join(swapped) or nothing}" + f"; left as it is: {'; '.join(left)}" * bool(left)
     if swapped or done:
         _log.info(text)
     else:
@@ -141,8 +140,8 @@ def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
             recurrent weights).
     """
     if not isinstance(source, nn.Module | Mapping):
-        name = type(source).__name__
-        raise TypeError(f"from_haste accepts a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got {name}")
+        cls = type(source).__name__
+        raise TypeError(f"from_haste accepts a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got {cls}")
     state = source.state_dict() if isinstance(source, nn.Module) else source
     plain, norms = ("kernel", "recurrent_kernel", "bias"), ("gamma", "gamma_h", "beta_h")
     names = plain if set(state) == set(plain) else (*plain, *norms)

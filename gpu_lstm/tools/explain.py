@@ -19,7 +19,6 @@ from ..dispatch import available, race
 from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.route import Decision, Route, build
 from ..dispatch.run import able_to_run, feature_of
-from ..kernels.problem import Pass  # type: ignore[import-not-found]  # a folder next to gpu_lstm/ in a checkout
 from ..modules import LSTM, StackedLSTM
 
 
@@ -31,7 +30,7 @@ class PassPlan:
     family: str
     tiles: str  # of its plan
     why: str
-    origin: str  # how the plan was found
+    origin: str  # whether the plan was measured
     verdict: str | None  # of the verification on this card: "right", or what is wrong; None: it was not verified yet
     launches: int  # of the kernel of the recurrence
     bounds: dict[str, float]  # seconds of a step, by cause: estimated, not measured; {} in the interpreter
@@ -118,8 +117,9 @@ def explain(
     rows = [(k, way, *size) for k, size in enumerate(kind.layers) for way in ("forward", "reverse")[: kind.directions]]
     layers = [Direction(*row, _passes(call, kind, route, number)) for number, row in enumerate(rows)]
     launches = sum(each.launches for d in layers for each in d.passes) if backend is Backend.TRITON else None
+    sizes = {"steps": call.steps, "batch": call.batch} | ({} if call.x.is_cuda else {"precision": ""})
     return Explanation(
-        describe(kind.as_json() | {"steps": call.steps, "batch": call.batch}).replace("<=", "="),
+        describe(kind.as_json() | sizes).replace("<=", "="),
         backend.value, decision.why, decision.seconds, _how(call, backend), _precision(kind, call.x.device, backend),
         {b.value: _why_not(call, kind, decision, b) for b in Backend if b not in (Backend.AUTO, backend)},
         launches, layers,
@@ -144,17 +144,20 @@ def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
     layer, launches = route.layers[row], len(route.schedule.spans(call.steps, kind.directions))
     card = importlib.import_module("gpu_lstm.kernels.triton_lstm.choose").card_of(layer.device)
     passes = []
-    for which in (Pass(), Pass(True)) if kind.training else (Pass(save=False),):
-        plan, measured = layer.chosen(which)
+    for pass_ in kind.passes:
+        plan, measured = layer.chosen(pass_)
         # Backward is verified for each set of gradients that it may be given.
-        verified = [which, which._replace(dh_n=False), which._replace(dh=False)] if which.backward else [which]
-        verdicts = [v for each in verified if (v := cached_verdict(plan, layer.problem, each, layer.device))]
+        others = [pass_._replace(dh_n=False), pass_._replace(dh=False)] if pass_.backward else []
+        verdicts = [cached_verdict(plan, layer.problem, each, layer.device) for each in (pass_, *others)]
+        bounds = {}
+        if card is not planning.INTERPRETER:
+            bounds = planning.expected(layer.problem, card, plan, pass_.backward).terms
         passes.append(PassPlan(
-            "backward" if which.backward else "forward", plan.family.value, tiles_of(plan), plan.why,
+            "backward" if pass_.backward else "forward", plan.family.value, tiles_of(plan), plan.why,
             "measured by autotune" if measured else "expected to be the fastest",
-            min(verdicts, key="right".__eq__, default=None),  # what is wrong, if anything is
+            min(filter(None, verdicts), key="right".__eq__, default=None),  # what is wrong, if anything is
             call.steps if plan.family.value == "pointwise" else launches,
-            {} if card is planning.INTERPRETER else planning.expected(layer.problem, card, plan, which.backward).terms,
+            bounds,
         ))  # fmt: skip
     return passes
 
@@ -166,8 +169,7 @@ def _why_not(call: Call, kind: Kind, decision: Decision, other: Backend) -> str:
         return str(problem)
     if feature is not None and other not in available.backends_with(feature):
         return f"it does not support {feature}"
-    asked = requested_backend(call.options.backend) is not Backend.AUTO
-    if asked or call.modes.transforms == Transforms.REFERENCE:
+    if requested_backend(call.options.backend) is not Backend.AUTO or call.modes.transforms == Transforms.REFERENCE:
         return f"{decision.backend.value!r} is {decision.why}"
     if {other.value, decision.backend.value} <= times.keys():
         return f"{times[other.value] / times[decision.backend.value]:.2f} times the time in the race"

@@ -10,7 +10,7 @@ from ..backends.layers import NOTHING
 from ..call.checks import check_pair, check_pairs, check_tensor
 from ..call.prepare import prepare
 from ..call.weights import State
-from ..kernels.timeouts import raise_if_timed_out  # type: ignore[import-not-found]  # a folder next to gpu_lstm/
+from ..kernels.timeouts import raise_if_timed_out
 from ..modules import LSTM, StackedLSTM
 
 States = State | list[State]
@@ -71,24 +71,24 @@ class Stream:
     @property
     def state(self) -> States:
         """A copy of the state after the last step, as `lstm` returns it. To continue from another, set it, as hx."""
-        return self._as_given(_each(torch.clone, self._state))
+        return self._as_hx(_each(torch.clone, self._state))
 
     @state.setter
     def state(self, hx: States) -> None:
         stacked = isinstance(self.lstm, StackedLSTM)
         check_pairs(hx, len(self._state)) if stacked else check_pair(hx)
         pairs: list[Any] = list(hx) if stacked else [hx]
-        for k, (held, given) in enumerate(zip(self._state, pairs)):
-            for letter, ours, state in zip("hc", held, given):
+        for k, (pair, held_pair) in enumerate(zip(pairs, self._state)):
+            for letter, state, held in zip("hc", pair, held_pair):
                 name = f"{letter} of layer {k}" if stacked else f"{letter}_0"
                 check_tensor(state, name)
-                dtype = ours.dtype if state.dtype is ours.dtype else held[0].dtype  # c may be of either
-                for what, found, expected in (
-                    ("of size", list(state.shape), list(ours.shape)), ("of dtype", state.dtype, dtype),
-                    ("on", state.device, ours.device),
+                for what, actual, expected in (
+                    ("of size", list(state.shape), list(held.shape)), ("on", state.device, held.device),
+                    # c may be of either dtype
+                    ("of dtype", state.dtype, held.dtype if state.dtype is held.dtype else held_pair[0].dtype),
                 ):  # fmt: skip
-                    if found != expected:
-                        raise RuntimeError(f"Expected {name} {what} {expected}, got {found}")
+                    if actual != expected:
+                        raise RuntimeError(f"Expected {name} {what} {expected}, got {actual}")
         self._update([(h.clone(), c.clone()) for h, c in pairs])
 
     def __call__(self, x: Tensor, active: Tensor | None = None) -> Tensor:
@@ -137,36 +137,36 @@ class Stream:
             ValueError: it has a wrong shape, dtype, device or values (on CUDA asserted on the device).
         """
         self._check_for_each("index", index, torch.int64, torch.int32)
-        outside = (index < 0) | (index >= self.batch)
+        outside = ((index < 0) | (index >= self.batch)).any()
         if index.is_cuda:
-            torch._assert_async(~outside.any(), f"Expected index from 0 to {self.batch - 1}")
-        elif outside.any():
+            torch._assert_async(~outside, f"Expected index from 0 to {self.batch - 1}")
+        elif outside:
             raise ValueError(f"Expected index from 0 to {self.batch - 1}, got {index.tolist()}")
         self._update(_each(lambda t: t.index_select(-2, index), self._state))
 
-    def _check_for_each(self, name: str, given: Tensor, *dtypes: torch.dtype) -> None:
-        """Raise unless `given` has an element for each sequence, on the device of the states."""
-        check_tensor(given, name)
-        if given.shape != (self.batch,) or given.dtype not in dtypes:
+    def _check_for_each(self, name: str, value: Tensor, *dtypes: torch.dtype) -> None:
+        """Raise unless `value` has an element for each sequence, on the device of the states."""
+        check_tensor(value, name)
+        if value.shape != (self.batch,) or value.dtype not in dtypes:
             kind = str(dtypes[0]).removeprefix("torch.")
-            raise ValueError(f"expected {kind} of shape ({self.batch},), got {given.dtype} {tuple(given.shape)}")
-        if given.device != self._state[0][0].device:
-            raise ValueError(f"Expected {name} on {self._state[0][0].device}, got {given.device}")
+            raise ValueError(f"expected {kind} of shape ({self.batch},), got {value.dtype} {tuple(value.shape)}")
+        if value.device != self._state[0][0].device:
+            raise ValueError(f"Expected {name} on {self._state[0][0].device}, got {value.device}")
 
     def _advance(self, x: Tensor, active: Tensor | None) -> Tensor:
-        """A step or a chunk of the sequences that are active; the states are updated in place."""
+        """A step or a chunk of the sequences that are active, and the states after it."""
         time_axis = 1 if self.lstm.batch_first else 0
-        of_chunk = x if x.dim() == 3 else x[:, None] if time_axis else x[None]
-        y, after = self.lstm(of_chunk, self._as_given(self._state))
-        state: Any = after if isinstance(self.lstm, StackedLSTM) else [after]
+        chunk = x if x.dim() == 3 else x[:, None] if time_axis else x[None]
+        y, after = self.lstm(chunk, self._as_hx(self._state))
+        states: Any = after if isinstance(self.lstm, StackedLSTM) else [after]
         if active is not None:
             mask = active[:, None]  # [N, 1]
             y = torch.where(mask[:, None] if self.lstm.batch_first else mask, y, 0)
-            state = [
-                (torch.where(mask, h, h_before), torch.where(mask, c, c_before))
-                for (h, c), (h_before, c_before) in zip(state, self._state)
+            states = [
+                tuple(torch.where(mask, *both) for both in zip(pair, before))
+                for pair, before in zip(states, self._state)
             ]
-        self._update(state)
+        self._update(states)
         return y if x.dim() == 3 else y.squeeze(time_axis)
 
     def _replay(self, x: Tensor, active: Tensor | None) -> Tensor:
@@ -174,9 +174,9 @@ class Stream:
         lstm, graph = self.lstm, self._graph
         key = x.shape, x.dtype, lstm.training, lstm.zoneout, tuple(p.data_ptr() for p in lstm.parameters())
         if graph is None or graph.key != key or (graph.active is None and active is not None):
-            before, own = _each(torch.clone, self._state), (x.clone(), None if active is None else active.clone())
+            before, read = _each(torch.clone, self._state), (x.clone(), None if active is None else active.clone())
             try:
-                graph = self._graph = _StepGraph(key, *own, captured(lambda: self._advance(*own), x.device))
+                graph = self._graph = _StepGraph(key, *read, captured(lambda: self._advance(*read), x.device))
             finally:
                 self._update(before)  # warm-up steps do not count
         raise_if_timed_out(x.device)  # in the replays so far
@@ -185,18 +185,18 @@ class Stream:
             graph.active.fill_(True) if active is None else graph.active.copy_(active)
         return graph.replay().clone()
 
-    def _update(self, state: list[State]) -> None:
+    def _update(self, states: list[State]) -> None:
         """At once, so that an interrupt leaves the states of one step; in place on CUDA, where a graph reads them."""
-        before, after = [t for pair in self._state for t in pair], [t for pair in state for t in pair]
+        before, after = [t for pair in self._state for t in pair], [t for pair in states for t in pair]
         if on_cuda(before[0]) or [t.dtype for t in before] != [t.dtype for t in after]:
             with torch.no_grad():
                 torch._foreach_copy_(before, after)
         else:
-            self._state = state
+            self._state = states
 
-    def _as_given(self, state: list[State]) -> Any:
-        """As `lstm` accepts and returns it."""
-        return state if isinstance(self.lstm, StackedLSTM) else state[0]
+    def _as_hx(self, states: list[State]) -> Any:
+        """As `lstm` accepts and returns them."""
+        return states if isinstance(self.lstm, StackedLSTM) else states[0]
 
 
 def on_cuda(x: Tensor) -> bool:

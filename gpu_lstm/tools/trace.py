@@ -132,7 +132,7 @@ def trace(
         check_tensor(x, "x")
     record: list[Gates] = []
     call = prepare(lstm._options(), lstm._weights(), x, hx, lengths, resets, reset_states)
-    y, states = run_by(Route(Backend.REFERENCE, dtype_of(call), False, [], None), call, record)
+    y, states = run_by(Route(Backend.REFERENCE, dtype_of(call)), call, record)
     directions = call.options.directions
     layers = [record[k : k + directions] for k in range(0, len(record), directions)]
     if isinstance(x, PackedSequence):
