@@ -60,7 +60,8 @@ def one_layer(x, state, weights, *, lengths, resets, reset_states, reverse, back
         return reference.run_layer(*given)
     problem = problem_of(fused.inputs_of(*given), reverse, recurrent_precision(x.dtype))
     of_kernels = given[0], tuple(t[None] for t in state), *given[2:]  # states [1, B, *]
-    h, final = autograd.run_layer(kernels.layer_of(Backend(backend), problem, x.device), *of_kernels, recompute, modes(x))
+    layer = kernels.layer_of(Backend(backend), problem, x.device)
+    h, final = autograd.run_layer(layer, *of_kernels, recompute, modes(x))
     return h, tuple(t[0] for t in final)
 
 

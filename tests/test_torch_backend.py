@@ -251,3 +251,20 @@ def test_what_is_computed_again_has_the_dtypes_of_the_rest(how, ragged):
     assert [t.dtype for t in found] == [t.dtype for t in expected]
     assert found[0][0, 0].isnan().all()
     assert all(map(torch.equal, [t[:, 1:] for t in found], [t[:, 1:] for t in expected]))
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "lengths"])
+@pytest.mark.parametrize(("places", "calls"), [
+    ([], 1), ([(0, 1)], 1), ([(0, 1), (2, 0)], 2), ([(2, 0), (2, 2)], 2), ([(1, 0), (2, 2), (3, 0)], 1),
+])  # fmt: skip
+def test_on_the_host_few_resets_part_a_call_and_many_shut_gates(monkeypatch, places, calls, lengths):
+    resets, sizes, stack = torch.zeros(T, B, dtype=torch.bool), [], torch_lstm.stack
+    for place in places:
+        resets[place] = True
+    monkeypatch.setattr(torch_lstm, "stack", lambda x, *rest: sizes.append(len(x)) or stack(x, *rest))
+    _, ours = pair("LSTM", "torch")
+    x, hx = random_inputs(ours, B)
+    expected = truth(ours, x, hx, resets=resets, lengths=lengths)
+    torch.testing.assert_close(results(ours, x, hx, resets=resets, lengths=lengths), expected, rtol=1e-9, atol=1e-12)
+    if lengths is None:  # the end of a sequence parts a call, too
+        assert len(sizes) == calls
