@@ -383,7 +383,7 @@ def test_what_says_nothing_about_numbers_is_not_cached(monkeypatch, nothing_cach
 
 def test_where_torchs_lstm_fails_the_reference_is_the_yardstick(monkeypatch):
     fails = Mock(side_effect=RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
-    monkeypatch.setattr(torch_lstm, "layer", fails)
+    monkeypatch.setattr(torch_lstm, "run_layer", fails)
     assert _verify(PLAIN) is None
     plant(monkeypatch, "gates i and f swapped", step)
     with pytest.warns(UserWarning, match="RMS error"):
