@@ -82,3 +82,34 @@ def test_a_packed_batch_breaks_the_graph_once_for_all_sizes(kind):
     graphs, said = graphs_of_packed_batches(kind)
     assert graphs <= 2
     assert said == graphs_of_packed_batches(nn.LSTM)[1] == []
+
+
+class Recurrent(nn.Module):
+    """As pfrl's RecurrentSequential and joeynmt's decoder are."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(5, 5), nn.LSTM(5, 6)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)[0] if isinstance(layer, nn.LSTM) else layer(x)
+        return x
+
+
+def test_convert_makes_instances_of_torchs_lstm_or_warns_of_a_model_that_asks_for_them():
+    x = torch.randn(4, 3, 5)
+    with pytest.warns(UserWarning, match=r"Recurrent asks isinstance.*convert\(model, compat=True\)"):
+        model = gpu_lstm.convert(Recurrent())
+    with pytest.raises((AttributeError, TypeError)):
+        model(x).sum()
+    model = Recurrent()
+    expected = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert type(gpu_lstm.convert(model, compat=True).layers[1]) is gpu_lstm.compat.LSTM
+        gpu_lstm.convert(Tagger(nn.LSTM))
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    assert type(gpu_lstm.to_torch(model).layers[1]) is nn.LSTM
+    with pytest.raises(TypeError, match="compat should be of type bool, got: int"):
+        gpu_lstm.convert(model, compat=1)

@@ -1,6 +1,7 @@
 """Swap torch's LSTMs inside a model for ours and back, and read the weights of Haste's."""
 
 import contextlib
+import inspect
 import logging
 import re
 import warnings
@@ -12,27 +13,27 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
-from .. import compat
-from ..call.checks import check_tensor
+from .. import compat as drop_in
+from ..call.checks import check_bool, check_tensor
 from ..modules import LSTM, LSTMCell, StackedLSTM
 from ..modules.arguments import NOT_OF_TORCH, recast
 
 _log = logging.getLogger("gpu_lstm")
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell}
-_THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, compat.LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}
+_THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, drop_in.LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 # Types cannot say "exactly this class": a type checker takes a subclass, which is left alone, as converted too.
 @overload
-def convert(model: TorchLSTM) -> LSTM: ...  # type: ignore[overload-overlap]
+def convert(model: TorchLSTM, compat: bool = False) -> LSTM: ...  # type: ignore[overload-overlap]
 @overload
-def convert(model: TorchLSTMCell) -> LSTMCell: ...  # type: ignore[overload-overlap]
+def convert(model: TorchLSTMCell, compat: bool = False) -> LSTMCell: ...  # type: ignore[overload-overlap]
 @overload
-def convert(model: Model) -> Model: ...
-def convert(model: nn.Module) -> nn.Module:
+def convert(model: Model, compat: bool = False) -> Model: ...
+def convert(model: nn.Module, compat: bool = False) -> nn.Module:
     """Swap every torch.nn.LSTM and torch.nn.LSTMCell in `model`, in place, for gpu_lstm's.
 
     Only these exact classes: a subclass may do anything in its forward, and is left alone. Parameters stay the same
@@ -40,13 +41,41 @@ def convert(model: nn.Module) -> nn.Module:
     LSTMModule, which needs an instance of torch.nn.LSTM, an LSTM becomes a compat.LSTM. The logger "gpu_lstm" reports
     at INFO what was swapped or left; a UserWarning says if nothing was, and no module of gpu_lstm was there before.
 
+    Args:
+        compat: every LSTM becomes a compat.LSTM, which is an instance of torch.nn.LSTM. Without it a UserWarning names
+            the classes of the model whose source asks isinstance(..., LSTM).
+
     Returns:
         `model`; where it is itself one of these classes, a new module that shares its parameters.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `compat` no bool.
     """
-    return _swap(model, _OURS, "convert")
+    check_bool("compat", compat)
+    converted = _swap(model, _OURS | {TorchLSTM: drop_in.LSTM} if compat else _OURS, "convert")
+    if not compat and (asking := sorted({cls.__qualname__ for m in model.modules() for cls in _that_ask(type(m))})):
+        warnings.warn(
+            f"gpu_lstm: {', '.join(asking)} asks isinstance(..., LSTM) of modules, and a gpu_lstm.LSTM is no instance "
+            "of torch.nn.LSTM: convert(model, compat=True) makes them such",
+            stacklevel=2,
+        )
+    return converted
+
+
+def _that_ask(cls: type) -> list[type]:
+    """Those among a class and its bases, of a user's, whose source asks isinstance(..., LSTM)."""
+    theirs = [c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("torch", "torchrl", "gpu_lstm", "builtins")]
+    return [c for c in theirs if _ASKS.search(_source_of(c))]
+
+
+_ASKS = re.compile(r"\bisinstance\([^\n]*\bLSTM\b")
+
+
+def _source_of(cls: type) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):  # typed into an interpreter, or compiled: there is none to look at
+        return ""
 
 
 @overload
@@ -83,7 +112,7 @@ def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], 
         if classes is _THEIRS:
             _check_that_torch_has_it(repr(path) if path else where, module)
         if goal := classes.get(cls):
-            twins[module] = recast(module, compat.LSTM if goal is LSTM and module in checked else goal)
+            twins[module] = recast(module, drop_in.LSTM if goal is LSTM and module in checked else goal)
             in_place = "" if path else ", which cannot be swapped in place: the one that is returned is new"
             swapped.append(f"{where} ({_name(cls)}){in_place}")
         elif isinstance(module, tuple(classes.values())):
