@@ -3,7 +3,7 @@
 Ships as ``gpu_lstm.kernels``: another distribution owns the top-level name ``kernels``.
 """
 
-if __name__ != "gpu_lstm.kernels":
+if "." not in __name__:
     # Imported as `kernels` from the root of a checkout, e.g. by transformers, which looks for the other distribution.
     # It must find nothing here: a second copy of the kernels would be a mistake.
     __path__ = []

@@ -12,6 +12,7 @@ from __future__ import annotations  # torch.compile tries to evaluate those of n
 
 import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -36,25 +37,24 @@ from .fused import Saved, traversal_of, weights_of
 from .layers import by_direction, cast, one_after_another, without_autocast
 
 _log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
-_LIBRARY = torch.library.Library("gpu_lstm", "FRAGMENT")
+
+# As the package is named, so that a copy within another package, or one that is imported again, has its own operators.
+_names = (__name__.split(".backends")[0].replace(".", "_") + f"_{n}" * (n > 1) for n in itertools.count(1))
+NAMESPACE = next(name for name in _names if not torch._C._jit_get_schemas_for_operator(f"{name}::layer"))
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 # An operator takes the Inputs of a layer and, for torch's second direction, the Weights of that.
 NAMES = *Inputs._fields, *(f"{name}_reverse" for name in Weights._fields)
 SECOND = len(Inputs._fields)
 _TENSORS = ", ".join(f"Tensor? {name}=None" for name in NAMES)
-try:
-    for _schema in (
-        f"layer(bool reverse, str backend, bool save, bool recompute, {_TENSORS}) "
-        "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)",
-        "layer_backward(bool reverse, str backend, Tensor?[] gradients, Tensor[] saved, bool[] needed, "
-        "Tensor?[] tensors) -> Tensor[]",
-    ):
-        _LIBRARY.define(_schema, tags=(torch.Tag.needs_exact_strides,))
-except RuntimeError as error:
-    raise ImportError(
-        "gpu_lstm was imported twice, say from two folders, and its operators can be registered once: restart Python"
-    ) from error
-OPERATOR = torch.ops.gpu_lstm.layer.default
-BACKWARD = torch.ops.gpu_lstm.layer_backward.default
+for _schema in (
+    f"layer(bool reverse, str backend, bool save, bool recompute, {_TENSORS}) "
+    "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)",
+    "layer_backward(bool reverse, str backend, Tensor?[] gradients, Tensor[] saved, bool[] needed, "
+    "Tensor?[] tensors) -> Tensor[]",
+):
+    _LIBRARY.define(_schema, tags=(torch.Tag.needs_exact_strides,))
+OPERATOR = getattr(torch.ops, NAMESPACE).layer.default
+BACKWARD = getattr(torch.ops, NAMESPACE).layer_backward.default
 
 
 def run_call(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[State]]:

@@ -12,7 +12,7 @@ from .verify import verify
 
 def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
     """The kernels of a problem on a device: the one place where a launcher is imported."""
-    launcher = importlib.import_module(f"gpu_lstm.kernels.{backend.value}_lstm.launch")
+    launcher = importlib.import_module(f"..kernels.{backend.value}_lstm.launch", __package__)
     layer: Layer = launcher.layer_of(problem, device, verify)
     layer.backend = backend.value  # as the operators of graph.py name it
     return layer

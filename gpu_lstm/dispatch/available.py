@@ -63,7 +63,7 @@ def why_unavailable(choice: Backend, device: torch.device, dtype: torch.dtype) -
 @functools.cache
 def triton_import_problem() -> str | None:
     """Why the Triton kernels cannot be imported; None if they can."""
-    return _problem_with("Triton", lambda: importlib.import_module("gpu_lstm.kernels.triton_lstm.launch"))
+    return _problem_with("Triton", lambda: importlib.import_module("..kernels.triton_lstm.launch", __package__))
 
 
 @functools.cache
@@ -94,7 +94,7 @@ def _problem_with(package: str, load: Callable[[], object]) -> str | None:
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
     if (problem := triton_import_problem()) is not None:
         return ImportError(f"backend 'triton' {without_triton(problem)}")
-    launch = importlib.import_module("gpu_lstm.kernels.triton_lstm.launch")
+    launch = importlib.import_module("..kernels.triton_lstm.launch", __package__)
     if launch.INTERPRETED:
         if dtype is torch.bfloat16:
             return TypeError("backend 'triton': Triton's interpreter computes wrong bfloat16 products; use float32")
@@ -107,7 +107,7 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
     if (too_old := _too_old(Backend.TRITON, device, (8, 0))) is not None:
         return too_old
     major, minor = torch.cuda.get_device_capability(device)
-    choose = importlib.import_module("gpu_lstm.kernels.triton_lstm.choose")
+    choose = importlib.import_module("..kernels.triton_lstm.choose", __package__)
     if (problem := choose.launch_problem(device, 10 * major + minor)) is None:
         return None
     text = f"Triton launches nothing on {device}, compute capability {major}.{minor}: {problem}"

@@ -97,7 +97,8 @@ class Checked:
     def _get_name(self) -> str:
         """The name in a model's repr, which shows whose LSTM it is; a user's subclass keeps its own name."""
         cls = type(self)
-        return f"gpu_lstm.{cls.__name__}" if cls.__module__.startswith("gpu_lstm.") else cls.__name__
+        ours = cls.__module__.startswith(__package__.rsplit(".", 1)[0] + ".")
+        return f"gpu_lstm.{cls.__name__}" if ours else cls.__name__
 
 
 Given = TypeVar("Given", contravariant=True)

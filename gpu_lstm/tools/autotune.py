@@ -50,9 +50,9 @@ def autotune(
         raise RuntimeError("autotune times kernels on a CUDA device, and torch finds none here")
     if (problem := why_unavailable(Backend.TRITON, device, dtype)) is not None:
         raise problem
-    if importlib.import_module("gpu_lstm.kernels.triton_lstm.launch").INTERPRETED:
+    if importlib.import_module("..kernels.triton_lstm.launch", __package__).INTERPRETED:
         raise RuntimeError("autotune times compiled kernels: TRITON_INTERPRET=1 is in the environment")
     layer = Problem(steps, batch, hidden_size, dtype, proj_size, recurrent_precision(dtype))
-    fastest = importlib.import_module("gpu_lstm.kernels.triton_lstm.autotune").autotune(layer, device)
+    fastest = importlib.import_module("..kernels.triton_lstm.autotune", __package__).autotune(layer, device)
     forget()
     return {name: f"{plan.family.value}: {plan.why}" for name, plan in fastest.items()}
