@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comparing import BACKENDS
+from comparing import every_backend
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -39,28 +39,20 @@ class Quantised(Tensor):
         return function(*tree_map_only(cls, cls.plain, args), **tree_map_only(cls, cls.plain, kwargs or {}))
 
 
-def lstm_of(kind, backend):
+MODULES = {
+    "LSTM": gpu_lstm.LSTM, "LSTMCell": gpu_lstm.LSTMCell,
+    "StackedLSTM": lambda inputs, hidden, **how: gpu_lstm.StackedLSTM(inputs, [hidden, hidden], **how),
+}  # fmt: skip
+
+
+def made(kind, backend, weight_hh=lambda weight: weight):
+    """A module that learns nothing, with weight_hh(W_hh) in the place of each W_hh."""
     torch.manual_seed(0)
-    if kind == "StackedLSTM":
-        return gpu_lstm.StackedLSTM(I, [H, H], backend=backend).requires_grad_(False)
-    return getattr(gpu_lstm, kind)(I, H, backend=backend).requires_grad_(False)
-
-
-def quantised(lstm):
-    """With the weights W_hh quantised."""
+    lstm = MODULES[kind](I, H, backend=backend)
     for owner in lstm.modules():
         for name, weight in list(owner._parameters.items()):
-            if name.startswith("weight_hh"):
-                setattr(owner, name, nn.Parameter(Quantised.of(weight), requires_grad=False))
-    return lstm
-
-
-def in_float32(lstm):
-    """The same numbers as plain tensors."""
-    for owner in lstm.modules():
-        for name, weight in list(owner._parameters.items()):
-            if isinstance(weight, Quantised):
-                setattr(owner, name, nn.Parameter(weight.plain(), requires_grad=False))
+            new = weight_hh(weight) if name.startswith("weight_hh") else weight
+            setattr(owner, name, nn.Parameter(new.detach(), requires_grad=False))
     return lstm
 
 
@@ -77,46 +69,42 @@ def assert_close(ours, theirs):
 
 
 @pytest.fixture
-def routes():
-    """Backends and kinds of recording of the calls, in order."""
+def routes(monkeypatch):
+    """Of the calls, in order: the backend, and whether kernels ran as operators."""
     found, run_by = [], dispatch.run_by
 
     def recorded(route, call):
         found.append((route.backend.value, route.as_operators))
         return run_by(route, call)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "run_by", recorded)
-        yield found
+    monkeypatch.setattr(dispatch, "run_by", recorded)
+    return found
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell", "StackedLSTM"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", MODULES)
+@every_backend
 def test_weights(routes, backend, kind):
     """Before and after a call of the same kind with plain weights, which goes to the kernels as ever."""
     x, hx = given(kind)
-    plain = lstm_of(kind, backend)
-    of_weights = quantised(lstm_of(kind, backend))
-    expected = in_float32(quantised(lstm_of(kind, "reference")))(x, hx)
-    plain(x, hx)
+    plain, of_weights = made(kind, backend), made(kind, backend, Quantised.of)
+    true = made(kind, "reference")(x, hx), made(kind, "reference", lambda w: Quantised.of(w).plain())(x, hx)
     routes.clear()
-    for _ in range(2):
-        assert_close(of_weights(x, hx), expected)
-        assert_close(plain(x, hx), lstm_of(kind, "reference")(x, hx))
-    assert routes[::3] == [(backend, backend == "triton")] * 2
-    assert routes[1::3] == [(backend, False)] * 2
+    for lstm, expected in 2 * [*zip((plain, of_weights), true)]:
+        assert_close(lstm(x, hx), expected)
+    assert routes == 2 * [(backend, False), (backend, backend == "triton")]
 
 
 @pytest.mark.parametrize("how", ["hx", "reset_states", "lstm_layer"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_states(routes, backend, how):
     if (backend, how) == ("torch", "reset_states"):
         return
     x, hx = given("LSTM")
     hx = tuple(Quantised.of(t if how != "lstm_layer" else t[0]) for t in hx)
+    plain = tuple(t.plain() for t in hx)
 
     def call(backend, hx):
-        lstm = lstm_of("LSTM", backend)
+        lstm = made("LSTM", backend)
         match how:
             case "hx":
                 return lstm(x, hx, resets=RESETS)
@@ -124,10 +112,9 @@ def test_states(routes, backend, how):
                 return lstm(x, resets=RESETS, reset_states=hx)
         return lstm_layer(x, list(lstm.parameters()), hx, backend=backend)
 
-    plain = tuple(t.plain() for t in hx)
-    for _ in range(2):
-        assert_close(call(backend, hx), call("reference", plain))
-        assert_close(call(backend, plain), call("reference", plain))
-    kernels = backend == "triton" and how != "reset_states"  # a view of one of ours is plain
-    assert routes[::4] == [(backend, kernels)] * 2
-    assert routes[2::4] == [(backend, False)] * 2
+    expected = call("reference", plain)
+    routes.clear()
+    for states in 2 * [plain, hx]:
+        assert_close(call(backend, states), expected)
+    as_operators = backend == "triton" and how != "reset_states"  # a view of one of ours is plain
+    assert routes == 2 * [(backend, False), (backend, as_operators)]
