@@ -60,7 +60,7 @@ def test_programs_have_the_derivatives_of_eager_mode(exact_float32_products, var
     if backend == "torch" and variant in ("variants", "reset states", "noise"):
         backend = "reference"
     program = Program(variant, backend)
-    x = torch.randn(T, B, I, dtype=program.lstm.weight_hh_l0.dtype, requires_grad=True)
+    x = torch.randn(T, B, I, dtype=next(program.parameters()).dtype, requires_grad=True)
     true = derivatives(program, x, list(program.parameters()))
     if way == "compiled":
         torch._dynamo.reset()

@@ -114,8 +114,7 @@ def test_scripts_are_bash_without_expressions_and_name_files_and_make_targets_th
         assert made or (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("cards", [0, 1])
-@pytest.mark.parametrize("chosen", ["", "tests/test_main.py"])
+@pytest.mark.parametrize(("cards", "chosen"), [(0, ""), (1, ""), (1, "tests/test_main.py")])
 def test_make_test_hides_a_gpu_from_what_is_interpreted_and_then_runs_what_needs_it(tmp_path, cards, chosen):
     """By a python that says what it is given, and ends as where no test was chosen if there are cards."""
     for name, lines in {
@@ -130,13 +129,12 @@ def test_make_test_hides_a_gpu_from_what_is_interpreted_and_then_runs_what_needs
     hidden, then, *_ = done.stdout.splitlines()
     assert hidden.startswith(": -m pytest -n auto")
     assert "gpu" not in hidden
-    if cards:
-        assert then == f"0: -m pytest -n auto --dist worksteal -m gpu or device --require-gpu {chosen}".rstrip()
-    else:
-        assert then == "There is no GPU here: tests that need one were skipped"
+    on_a_card = f"0: -m pytest -n auto --dist worksteal -m gpu or device --require-gpu {chosen}".rstrip()
+    assert then == (on_a_card if cards else "There is no GPU here: tests that need one were skipped")
     assert (done.returncode == 0) == (not cards or bool(chosen)), done.stderr
 
 
+@pytest.mark.deep
 def test_a_gpu_that_is_required_and_cannot_be_used_is_an_error_at_once_with_torchs_reason():
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--require-gpu", "tests/test_hog.py"]
     done = run(*command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
@@ -144,7 +142,7 @@ def test_a_gpu_that_is_required_and_cannot_be_used_is_an_error_at_once_with_torc
     assert "--require-gpu: there is no CUDA device that torch can use: " in done.stderr
 
 
-def test_on_a_card_there_are_no_more_workers_than_its_memory_holds_and_what_runs_there_is_marked(monkeypatch, request):
+def test_on_a_card_there_are_no_more_workers_than_its_memory_holds(monkeypatch, request):
     conftest = load(ROOT / "tests" / "conftest.py")
     assert conftest.pytest_xdist_auto_num_workers(request.config) is None or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -152,9 +150,12 @@ def test_on_a_card_there_are_no_more_workers_than_its_memory_holds_and_what_runs
     for gigabytes, workers in {1: 1, 15: 3, 23: 5, 79: 16}.items():
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=gigabytes << 30: (free, 80 << 30))
         assert conftest.pytest_xdist_auto_num_workers(request.config) == workers
-    chosen = "test_gpu", "test_ops", "test_lstm", "test_planning"
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu or device"]
-    said = run(*command, *(f"tests/{name}.py" for name in chosen)).stdout
+
+
+@pytest.mark.deep
+def test_what_runs_on_a_card_is_marked():
+    chosen = (f"tests/test_{name}.py" for name in ("gpu", "ops", "lstm", "planning"))
+    said = run(sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu or device", *chosen).stdout
     assert set(re.findall(r"^tests/(\w+)\.py::", said, flags=re.MULTILINE)) == {"test_gpu", "test_ops", "test_lstm"}
 
 
@@ -175,7 +176,7 @@ def test_inputs_of_this_repositorys_action_exist_and_so_do_commands_and_their_op
             assert re.search(rf"{option}\b", usage), f"{module} {word} {option}"
 
 
-@pytest.mark.parametrize(("status", "baseline"), [(0, ""), (1, ""), (2, "ci/mine.csv"), (1, None)])
+@pytest.mark.parametrize(("status", "baseline"), [(1, ""), (2, "ci/mine.csv"), (0, None)])
 def test_the_action_compares_with_the_run_of_this_card_if_any_and_ends_as_that(tmp_path, status, baseline):
     """The run of this card is stored, or another `baseline` is given; None: neither."""
     (script,) = (script for script in SCRIPTS if "bench compare" in script)
@@ -192,12 +193,12 @@ def test_the_action_compares_with_the_run_of_this_card_if_any_and_ends_as_that(t
         "GITHUB_WORKSPACE": "/project", "GITHUB_STEP_SUMMARY": str(summary), "RUNNER_TEMP": str(tmp_path),
     }  # fmt: skip
     done, path = run(*BASH, script, cwd=tmp_path, env=environment), f"/project/{baseline}" if baseline else file
+    assert done.returncode == status
     if baseline is None:
         assert f"no earlier run on NVIDIA H100 80GB HBM3, no {file}" in done.stdout == summary.read_text()
     else:
         assert done.stdout == f"-m bench compare {path} {tmp_path}/gpu-lstm/results.csv --fail-under 0.9\n"
         assert summary.read_text() == f"```\n{done.stdout}```\n"
-    assert done.returncode == (0 if baseline is None else status)
 
 
 @pytest.mark.deep
