@@ -8,7 +8,7 @@ import torch
 from comparing import SECOND, assert_same, every_backend
 from pairs import B, I, T, pair, random_inputs
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
@@ -180,20 +180,6 @@ def test_what_vjp_returned_is_differentiated_inside_another_transform(lstms, out
             return forward_ad.unpack_dual(gradient).tangent
 
     assert_close(*(transformed(module.requires_grad_(False)) for module in lstms[::-1]))
-
-
-def test_an_ensemble(by_reference):
-    theirs, ours = by_reference
-    x = inputs(ours)
-    members = [ours, gpu_lstm.LSTM(I, ours.hidden_size, backend=ours.backend).to(x)]
-    stacked = {name: t.detach() for name, t in stack_module_state(members)[0].items()}
-    outputs, pull = vjp(vmap(lambda p: functional_call(ours, p, (x,))[0]), stacked)
-    (found,) = pull(torch.ones_like(outputs))
-    for k, member in enumerate(members):
-        theirs.load_state_dict(member.state_dict())
-        y, _ = theirs(inputs(theirs))
-        assert_close(outputs[k], y)
-        assert_close({name: g[k] for name, g in found.items()}, gradients(theirs, y.sum()))
 
 
 @pytest.mark.parametrize("ragged", [False, True])

@@ -8,7 +8,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gpu_lstm
 from gpu_lstm.dispatch import run as dispatch
-from gpu_lstm.functional import lstm_layer
 
 T, B, I, H = 3, 2, 3, 4
 RESETS = torch.tensor([[0, 1], [1, 0], [0, 0]]).bool()
@@ -83,38 +82,27 @@ def routes(monkeypatch):
 
 @pytest.mark.parametrize("kind", MODULES)
 @every_backend
-def test_weights(routes, backend, kind):
-    """Before and after a call of the same kind with plain weights, which goes to the kernels as ever."""
+def test_weights_and_states(routes, backend, kind):
+    """Before and after a call of the same kind with plain ones, which goes to the kernels as ever."""
     x, hx = given(kind)
-    plain, of_weights = made(kind, backend), made(kind, backend, Quantised.of)
-    true = made(kind, "reference")(x, hx), made(kind, "reference", lambda w: Quantised.of(w).plain())(x, hx)
+    of_weights, plain_weights = made(kind, backend, Quantised.of), lambda w: Quantised.of(w).plain()
+    quantised = tree_map_only(Tensor, Quantised.of, hx)
+    calls = [
+        (made(kind, backend), hx, made(kind, "reference")(x, hx)),
+        (of_weights, hx, made(kind, "reference", plain_weights)(x, hx)),
+        (made(kind, backend), quantised, made(kind, "reference")(x, tree_map_only(Tensor, plain_weights, hx))),
+    ]
     routes.clear()
-    for lstm, expected in 2 * [*zip((plain, of_weights), true)]:
-        assert_close(lstm(x, hx), expected)
-    assert routes == 2 * [(backend, False), (backend, backend == "triton")]
+    for lstm, states, expected in calls + calls:
+        assert_close(lstm(x, states), expected)
+    assert routes == 2 * [(backend, False), *[(backend, backend == "triton")] * 2]
 
 
-@pytest.mark.parametrize("how", ["hx", "reset_states", "lstm_layer"])
-@every_backend
-def test_states(routes, backend, how):
-    if (backend, how) == ("torch", "reset_states"):
-        return
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_states_to_reset_to(backend):
     x, hx = given("LSTM")
-    hx = tuple(Quantised.of(t if how != "lstm_layer" else t[0]) for t in hx)
-    plain = tuple(t.plain() for t in hx)
-
-    def call(backend, hx):
-        lstm = made("LSTM", backend)
-        match how:
-            case "hx":
-                return lstm(x, hx, resets=RESETS)
-            case "reset_states":
-                return lstm(x, resets=RESETS, reset_states=hx)
-        return lstm_layer(x, list(lstm.parameters()), hx, backend=backend)
-
-    expected = call("reference", plain)
-    routes.clear()
-    for states in 2 * [plain, hx]:
-        assert_close(call(backend, states), expected)
-    as_operators = backend == "triton" and how != "reset_states"  # a view of one of ours is plain
-    assert routes == 2 * [(backend, False), (backend, as_operators)]
+    found, expected = (
+        made("LSTM", name)(x, resets=RESETS, reset_states=tree_map_only(Tensor, how, hx))
+        for name, how in ((backend, Quantised.of), ("reference", lambda t: Quantised.of(t).plain()))
+    )
+    assert_close(found, expected)

@@ -32,7 +32,6 @@ def sizes(backend: BackendName) -> list[torch.Size]:
     output, (h, c) = lstm(x, resets=resets)
     output, (h, c) = lstm(x, (h, c), lengths=lengths)
     of_lengths: PackedSequence = pack_sequence([x[:, 0], x[:, 1], x[:1, 2]])
-    packed, (h_n, c_n) = lstm(of_lengths)
     stacked, [(h1, c1), (h2, c2)] = stack(x, [(x.new_zeros(3, n), x.new_zeros(3, n)) for n in stack.hidden_sizes])
     same, states = stack(of_lengths)
     same, states = stack(of_lengths, resets=resets, reset_states=states)
@@ -40,8 +39,7 @@ def sizes(backend: BackendName) -> list[torch.Size]:
     step = stream(x[0], active=lengths > 0)
     stream.reorder(lengths.clamp(max=2))
     stream.state = stream.state
-    tensors = [output, h, c, packed.data, h_n, c_n, stacked, h1, c1, h2, c2, same.data, states[0][0], step]
-    return [tensor.shape for tensor in tensors]
+    return [tensor.shape for tensor in (output, h, c, stacked, h1, c1, h2, c2, same.data, states[0][0], step)]
 
 
 def types_of_calls(x: Tensor, packed: PackedSequence) -> None:

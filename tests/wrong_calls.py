@@ -215,8 +215,6 @@ CALLS = [
         ("weight_hh", (16, 3), (16, 4)), ("weight_ih", (12, 4), (16, 3)), ("bias_hh", (64,), (16,)),
         ("bias_ih", (1,), (16,)), ("bias_hh", (16, 1), (16,)))),
     (size("bias_ih", "(16,)", "[1]"), "handed(m.deep, 'bias_ih_l1', 1)"),
-    (size("weight_ih", "(16, 3)", "[12, 3]"), "handed(m.compat, 'weight_ih_l0', 12, 3)"),
-    (size("bias_hh", "(16,)", "[16, 1]"), "handed(m.both, 'bias_hh_l0_reverse', 16, 1)"),
     (size("weight_ih", "(16, 4)", "[16, 5]"), "handed(m.stack, 'layers.1.weight_ih_l0', 16, 5)"),
     (size("weight_peephole", "(12,)", "[16]"), "handed(m.variant, 'weight_peephole_l0', 16)"),
     (size("gain_hh", "(16,)", "[4]"), "handed(m.variant, 'gain_hh_l0', 4)"),
@@ -290,19 +288,15 @@ CALLS = [
     (a_list(" for layer 0", "Tensor"), "m.stack(X, (zeros(2, 2, 4), zeros(2, 2, 4)))", "m.one(X, PAIRS[0])",
      "gpu_lstm.Stream(m.stack, 2, (zeros(2, 2, 4), zeros(2, 2, 4)))"),
     (a_list("", "Tensor"), "m.stack(X, zeros(2, 2, 2, 4))", "gpu_lstm.trace(m.stack, X, zeros(2, 2, 2, 4))"),
-    (a_list("", "dict"), "m.stack(X, dict(enumerate(PAIRS)))"),
     ("RuntimeError: Expected hx of 2 pairs, one a layer, got 1", "m.stack(X, PAIRS[:1])",
      "gpu_lstm.Stream(m.stack, 2, PAIRS[:1])"),
-    ("RuntimeError: Expected hx of 2 pairs, one a layer, got 0", "m.stack(X, [])"),
     ("RuntimeError: Expected h of layer 0 of size [2, 4], got [1, 2, 4]", "m.stack(X, [(H, C), PAIRS[1]])"),
     ("RuntimeError: Expected c of layer 1 of size [4], got [1, 4]",
-     "m.stack(X[:, 0], [(zeros(4), zeros(4)), (zeros(4), zeros(1, 4))])"),
+     "m.stack(X[:, 0], [(H2[0], H2[0]), (H2[0], H2[:1])])"),
     (devices("hidden", "cpu", META), "m.stack(X, [PAIRS[0], (H2, H2.to(META))])"),
     *((f"RuntimeError: Expected two states (h, c) of layer {k}, got {count}", f"m.stack(X, {states})")
       for k, count, states in ((0, 1, "[PAIRS[0][:1], PAIRS[1]]"), (1, 3, "[PAIRS[0], (*PAIRS[1], H2)]"))),
     (a_tensor("c of layer 0", "NoneType"), "m.stack(X, [(H2, None), PAIRS[1]])"),
-    (a_tensor("h of layer 0", "list"), "m.stack(X, [([0.0], [0.0]), PAIRS[1]])"),
-    ("RuntimeError: Expected h of layer 1 of size [2, 4], got [2, 5]", "m.stack(X, [PAIRS[0], (zeros(2, 5), H2)])"),
     (dtypes("hidden", "float32", "float16"), "m.stack(X, [PAIRS[0], (H2.half(), H2)])"),
     # LSTMCell, beyond torch's
     (dense("LSTMCell", SPARSE), "m.cell(zeros(2, 3).to_sparse())"),
@@ -318,19 +312,13 @@ CALLS = [
     ("ValueError: Expected weights of 2 to 10 tensors (weight_ih, ...), got 1", "layer(m, weights=WEIGHTS[:1])"),
     ("ValueError: Expected weights of 2 to 10 tensors (...gain_c, bias_c), got 11",
      "layer(m, weights=[*WEIGHTS, *[None] * 9])"),
-    (a_tensor("bias_hh", "list"), "layer(m, weights=(*WEIGHTS, zeros(16), [0.0] * 16))"),
     ("RuntimeError: weight_hh must have 2 dimensions, got 0", "layer(m, weights=(WEIGHTS[0], tensor(1.0)))"),
     ("RuntimeError: weight_hr must have 2 dimensions, got 1", "layer(m, weights=(*WEIGHTS, None, None, zeros(4)))"),
-    *((size(name, expected, got), f"layer(m, weights=({weights}))") for name, expected, got, weights in (
-        ("bias_ih", "(16,)", "[1]", "*WEIGHTS, zeros(1), zeros(1)"),
-        ("weight_ih", "(16, 3)", "[16, 2]", "zeros(16, 2), WEIGHTS[1]"),
-        ("weight_hh", "(16, 4)", "[16, 5]", "WEIGHTS[0], zeros(16, 5)"),
-        ("weight_hh", "(16, 2)", "[16, 4]", "*WEIGHTS, None, None, zeros(2, 4)"))),
+    (size("weight_hh", "(16, 4)", "[16, 5]"), "layer(m, weights=(WEIGHTS[0], zeros(16, 5)))"),
+    (size("weight_hh", "(16, 2)", "[16, 4]"), "layer(m, weights=(*WEIGHTS, None, None, zeros(2, 4)))"),
     (dtypes("parameter", "float64", "float32"), "layer(m, x=X.double())", "m.lstm(packed(3, dtype=F64))"),
     ("ValueError: proj_size must be greater than zero",
      "layer(m, weights=(zeros(16, 3), zeros(16, 0), None, None, zeros(0, 4)))"),
-    (a_tensor("hidden[0]", "NoneType"), "layer(m, hx=(None, None))"), (pair("lstm", "int"), "layer(m, hx=1)"),
-    (size("hidden[0]", "(2, 4)", "[4]"), "layer(m, hx=(zeros(4), H2))"),
     (size("hidden[1]", "(2, 4)", "[2, 5]"), "layer(m, hx=(H2, zeros(2, 5)))"),
     (devices("hidden", "cpu", META), "layer(m, hx=(H2.to(META), H2))"),
     (a_bool("reverse", "str"), "layer(m, reverse='no')"),
@@ -351,9 +339,7 @@ CALLS = [
       for function in ("explain", "trace") for value in ("None", "[1]", "GRU", "LINEAR")),
     ("TypeError: explain accepts a gpu_lstm.LSTM or StackedLSTM, got torch.nn.modules.rnn.LSTM...",
      "gpu_lstm.explain(TORCHS, X)"),
-    ("ValueError: LSTM: Expected input to be 2D or 3D, got 1D instead", "gpu_lstm.explain(m.lstm, zeros(3))"),
-    *((a_tensor("x", kind_of(value)), f"gpu_lstm.{function}(m.lstm, {value})")
-      for function in ("explain", "trace") for value in ("None", "[[1.0]]", "3")),
+    (a_tensor("x", "NoneType"), "gpu_lstm.explain(m.lstm, None)", "gpu_lstm.trace(m.lstm, None)"),
     ("TypeError: 'str' object cannot be interpreted as an integer", "m.trace.plot('first')"),
     ("IndexError: sequence 2 of a batch of 2", "m.trace.plot(2)"),
     # Stream
@@ -364,13 +350,9 @@ CALLS = [
     ("ValueError: batch must not be negative, got -1", "gpu_lstm.Stream(m.lstm, -1)"),
     *((text, f"gpu_lstm.Stream(m.lstm, 2, {states})") for text, states in (
         ("RuntimeError: Expected h_0 of size [1, 2, 4], got [1, 1, 4]", "(zeros(1, 1, 4), C)"),
-        ("RuntimeError: Expected c_0 of size [1, 2, 4], got [2, 4]", "(H, H2)"),
         ("RuntimeError: Expected h_0 of dtype torch.float32, got torch.float64", "(H.double(), C.double())"),
-        ("RuntimeError: Expected c_0 of dtype torch.float32, got torch.int64", "(H, C.long())"),
         ("RuntimeError: Expected h_0 on cpu, got meta", "(H.to(META), C)"),
         (a_tensor("h_0", "list"), "([0.0], [0.0])"))),
-    ("RuntimeError: Expected c of layer 1 of size [2, 4], got [2, 1]",
-     "gpu_lstm.Stream(m.stack, 2, [PAIRS[0], (H2, zeros(2, 1))])"),
     (a_tensor("x", "NoneType"), "m.stream(None)"), (a_tensor("x", "PackedSequence"), "m.stream(PACKED)"),
     *((f"ValueError: expected (N, I) or (T, N, I) with N = 2, got {shape}", f"m.stream(zeros({shape}))")
       for shape in ((3, 3), (3,))),
@@ -381,12 +363,10 @@ CALLS = [
         ("which", "m.stream.reset({})"), ("active", "m.stream(zeros(2, 3), active={})")) for text, value in (
           (a_tensor("{}", "list"), "[True, False]"),
           ("ValueError: expected bool of shape (2,), got torch.bool (5, 2)", "RESETS"),
-          ("ValueError: expected bool of shape (2,), got torch.int64 (2,)", "tensor([1, 0])"),
           ("ValueError: Expected {} on cpu, got meta", "zeros(2, dtype=BOOL, device=META)"))),
     *((text, f"m.stream_of_stack.reorder({value})") for text, value in (
         (a_tensor("index", "list"), "[1, 0]"),
         ("ValueError: expected int64 of shape (2,), got torch.bool (2,)", "tensor([True, False])"),
-        ("ValueError: expected int64 of shape (2,), got torch.int64 (3,)", "tensor([0, 1, 1])"),
         ("ValueError: Expected index from 0 to 1, got [0, 2]", "tensor([0, 2])"),
         ("ValueError: Expected index from 0 to 1, got [0, -1]", "tensor([0, -1])"))),
     ("RuntimeError: Expected h_0 of size [1, 2, 4], got [1, 3, 4]", "setattr(m.stream, 'state', (zeros(1, 3, 4), C))"),
@@ -402,14 +382,11 @@ CALLS = [
      "gpu_lstm.from_haste(HASTE | {'bias': HASTE['bias'].to(F64)})"),
     *((f"ValueError: ...the module has {name}=0.1...", f"gpu_lstm.from_haste(HASTES['{name}'])")
       for name in ("zoneout", "dropout")),
-    (a_tensor("kernel", "ndarray"), "gpu_lstm.from_haste(HASTE | {'kernel': zeros(3, 16).numpy()})"),
     *((f"ValueError: expected sizes [I, 4H], ... got {got}", f"gpu_lstm.from_haste({value})") for got, value in (
-        ("[[], [], []]", "dict.fromkeys(HASTE, tensor(1.0))"),
         ("[[16, 3], [4, 16], [16]]", "HASTE | {'kernel': zeros(16, 3)}"),
         ("[[3, 16], [4, 16], [4]]", "HASTE | {'bias': zeros(4)}"))),
     # resets_from_dones
-    *((a_tensor("dones", kind_of(value)), f"gpu_lstm.resets_from_dones({value})")
-      for value in ("None", "[[True]]", "X.numpy()")),
+    (a_tensor("dones", "list"), "gpu_lstm.resets_from_dones([[True]])"),
     *(("ValueError: Expected bool dones [T, B] with T > 0, got ...", f"gpu_lstm.resets_from_dones({value})")
       for value in ("zeros(5, 2)", "zeros(5, dtype=BOOL)", "tensor(True)", "zeros(0, 2, dtype=BOOL)")),
     (a_tensor("first", "list"), "gpu_lstm.resets_from_dones(RESETS, [True, False])"),
@@ -430,9 +407,7 @@ CALLS = [
     *(("TypeError: GoBackwards accepts an LSTM or a StackedLSTM, got ...", f"keras.GoBackwards({value})")
       for value in ("None", "[1]", "TORCHS_FIRST")),
     ("ValueError: ...batch_first=True, got bidirectional=False and batch_first=False", "keras.GoBackwards(m.lstm)"),
-    ("ValueError: ...batch_first=True, got bidirectional=True and batch_first=False", "keras.GoBackwards(m.both)"),
     ("ValueError: Expected input of 3 dimensions (N, T, I), got 2", "m.backwards(X[0])"),
-    (a_tensor("lengths", "list"), "m.backwards(zeros(2, 5, 3), lengths=[1, 2])"),
     ("ValueError: Expected lengths from 0 to 5, ... got lengths from 1 to 6",
      "m.backwards(zeros(2, 5, 3), lengths=tensor([1, 6]))"),
     *((f"TypeError: Expected an LSTM or a module that holds one, got {kind_of(value)}", f"keras.{function}({value})")
@@ -449,5 +424,5 @@ CALLS = [
       for got, value in (("[2, 5] of torch.float32", "zeros(2, 5)"), ("[3] of torch.bool", "zeros(3, dtype=BOOL)"))),
     *((f"ValueError: ...row {row} has a gap: step {step} is masked, but a later one is not",
        f"keras.lengths_of(tensor({mask}).bool())")
-      for row, step, mask in ((0, 1, [[1, 0, 1]]), (1, 1, [[1, 1, 1], [1, 0, 1]]), (0, 0, [[0, 1, 1], [1, 0, 0]]))),
+      for row, step, mask in ((1, 1, [[1, 1, 1], [1, 0, 1]]), (0, 0, [[0, 1, 1], [1, 0, 0]]))),
 ]  # fmt: skip
