@@ -5,7 +5,6 @@ import itertools
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,17 +81,6 @@ def test_a_rollout_at_once_gives_what_the_agent_did_step_by_step(remembers):
     assert (error(state=tuple(map(torch.zeros_like, rollout.state))) > 1e-3) == remembers
 
 
-def test_an_episode_that_the_clock_ends_is_worth_what_would_have_come():
-    agent = example.Agent()
-    with torch.no_grad():
-        agent.critic.weight.zero_()
-        agent.critic.bias.fill_(0.5)
-    rollout, _ = next(example.rollouts(agent, example.cartpoles(max_episode_steps=5), 0))  # before a pole can fall
-    assert (rollout.starts == (torch.arange(len(rollout.starts)) % 5 == 0)[:, None]).all()
-    last = rollout.returns[:-1][rollout.starts[1:]]  # of an episode
-    torch.testing.assert_close(last, torch.full_like(last, 0.01 + 0.99 * 0.5))
-
-
 def test_advantages_are_the_discounted_errors_up_to_the_end_of_the_episode():
     torch.manual_seed(0)
     rewards, values, starts = torch.randn(6, 3), torch.randn(7, 3), torch.rand(7, 3) < 0.4
@@ -123,14 +111,11 @@ def test_the_benchmark_times_both_and_prints_a_line_a_size(monkeypatch, capsys):
         return dict(one_call=[1.0, 2.0, 4.0], loop=[3.0, 6.0, 16.0])
 
     monkeypatch.setattr(ppo.timing, "interleaved", timed)
-    monkeypatch.setattr(ppo, "SIZES", [(6, 2, 8), (4, 3, 16)])
+    monkeypatch.setattr(ppo, "SIZES", [(6, 2, 8)])
     monkeypatch.setenv("COLUMNS", "120")
     assert command_line.main(["ppo", "--device", "cpu"]) == 0
-    printed = capsys.readouterr().out
-    assert "one call by torch" in printed
-    for sizes in ("6 2 8", "4 3 16"):
-        (line,) = (line for line in map(str.split, printed.splitlines()) if line[:3] == sizes.split())
-        assert line[3:7] == ["6000.00", "2000.00", "3.00", "3.00-3.60"]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["6", "2", "8", "6000.00", "2000.00", "3.00", "3.00-3.60"] in [line[:7] for line in lines]
 
 
 def test_the_benchmark_times_nothing_that_differs(monkeypatch):
@@ -140,13 +125,6 @@ def test_the_benchmark_times_nothing_that_differs(monkeypatch):
     monkeypatch.setattr(ppo.timing, "interleaved", lambda *_: pytest.fail("it was timed"))
     with pytest.raises(RuntimeError, match=r"the loop differ by .*, expected 0\.0001"):
         ppo.measure("cpu", 24, 5, 16)
-
-
-def test_without_gymnasium_the_command_says_what_to_install(monkeypatch, capsys):
-    ppo.load_example.cache_clear()
-    monkeypatch.setitem(sys.modules, "gymnasium", None)
-    assert ppo.run("cpu") == 2
-    assert "gymnasium" in capsys.readouterr().err
 
 
 # sb3_recurrent_ppo.py
