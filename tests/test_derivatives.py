@@ -154,26 +154,20 @@ def test_second_derivatives(by_reference):
         assert_close(way(lambda x: ours(x)[0][-1].square().sum())(inputs(ours, 2, 1, I)), true)
 
 
-@pytest.mark.parametrize("outer", ["vjp", "vjp around both", "vmap", "dual numbers"])
+@pytest.mark.parametrize("outer", ["vjp", "vmap", "dual numbers"])
 def test_what_vjp_returned_is_differentiated_inside_another_transform(lstms, outer):
     """The transform that forward ran in is over by then."""
 
     def transformed(module):
-        def pulled(dy):
-            return pull(dy)[0]
-
         x, dx, dy = inputs(module), inputs(module, seed=3), inputs(module, T, B, module.hidden_size, seed=2)
         _, pull = vjp(lambda x: module(x)[0], x)
-        match outer:
-            case "vjp":
-                _, again = vjp(pulled, dy)
-                return [*again(dx), *vjp(lambda dx: again(dx)[0], dx)[1](dy)]
-            case "vjp around both":
-                return vjp(lambda x, dy: vjp(lambda x: module(x)[0], x)[1](dy)[0], x, dy)[1](dx)
-            case "vmap":
-                return vmap(pulled)(torch.stack([dy, dy.cos()]))
+        if outer == "vjp":
+            _, again = vjp(lambda dy: pull(dy)[0], dy)
+            return [*again(dx), *vjp(lambda dx: again(dx)[0], dx)[1](dy)]
+        if outer == "vmap":
+            return vmap(lambda dy: pull(dy)[0])(torch.stack([dy, dy.cos()]))
         if module is lstms[0]:  # torch has no forward mode there: but gradients are linear in dy
-            return pulled(dy.cos())
+            return pull(dy.cos())
         y, _ = module(x.requires_grad_())
         with forward_ad.dual_level():
             (gradient,) = torch.autograd.grad(y, x, forward_ad.make_dual(dy, dy.cos()))

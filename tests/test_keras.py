@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from pairs import seeded
 from torch import nn
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -246,27 +245,26 @@ def assert_uniform(values, limit):
 def test_keras_init_and_forget_bias(name):
     module = copy.deepcopy(INITIALIZED[name]).double()
     before, values = dict(module.named_parameters()), copy.deepcopy(module.state_dict())
-    assert seeded(keras_init, module) is module
-    assert dict(module.named_parameters()).items() == before.items()
-    for path, parameter in before.items():
-        kind, rows = path.split(".")[-1], len(parameter)
-        if kind.startswith("weight_hh"):
-            identity = torch.eye(parameter.shape[1], dtype=torch.float64)
-            torch.testing.assert_close(parameter.T @ parameter, identity, rtol=0, atol=1e-12)
-        elif kind.startswith(("weight_ih", "weight_hr")):
+    assert keras_init(module) is module
+    for path, parameter in module.named_parameters():
+        assert parameter is before[path]
+        kind, rows = path.split(".")[-1][:9], len(parameter)
+        if kind == "weight_hh":
+            assert_equal([parameter.T @ parameter], [torch.eye(parameter.shape[1], dtype=torch.float64)], 1e-12)
+        elif kind in ("weight_ih", "weight_hr"):
             assert_uniform(parameter.detach(), (6 / (rows + parameter.shape[1])) ** 0.5)
-        elif kind.startswith("bias_ih"):
-            assert parameter.tolist() == [0.0] * (rows // 4) + [1.0] * (rows // 4) + [0.0] * (rows // 2)
-        elif kind.startswith("bias_hh"):
-            assert not parameter.any()
+        elif kind.startswith("bias_"):
+            expected = torch.zeros_like(parameter) if kind[5] != "c" else values[path]
+            expected[rows // 4 : rows // 2] += float(kind == "bias_ih_l")
+            assert torch.equal(parameter, expected)
         else:  # what Keras does not have
             assert torch.equal(parameter, values[path])
+    values = copy.deepcopy(module.state_dict())
     if "no bias" not in name:
-        values = copy.deepcopy(module.state_dict())
         assert forget_bias(module, 2.5) is module
-        for path, parameter in before.items():
-            if "bias_ih" in path or "bias_hh" in path:
-                values[path][len(parameter) // 4 : len(parameter) // 2] = 2.5 if "bias_ih" in path else 0.0
+        for path, parameter in module.named_parameters():
+            if "bias_ih" in path:
+                values[path][len(parameter) // 4 : len(parameter) // 2] = 2.5
             assert torch.equal(parameter, values[path])
 
 

@@ -125,24 +125,20 @@ def of_arguments():
     both, a_rate, rates = [*made[:2], *later[:2]], f"ValueError: {{0}} {DROPOUT}, got {{v!r}}", ("2.0", "-0.5")
     for text, templates, name, values in (
         (unknown("..."), made, "backend", NAMES), (unknown("'cuda'"), later, "backend", ("'cuda'",)),
-        (a_bool("{0}", "{k}"), made[:3], "recompute", ("'yes'", "1", "None")),
-        (a_bool("{0}", "{k}"), made, "peepholes", ("'yes'", "1", "None")),
-        ("TypeError: layer_norm should be of type bool, or a tuple of names, got: {k}", made, "layer_norm",
-         ("'hh'", "1")),
+        (a_bool("{0}", "{k}"), [*made[:3], *later[1::2]], "recompute", ("'yes'", "1", "None")),
+        (a_bool("{0}", "{k}"), made, "peepholes", ("'yes'",)),
+        ("TypeError: layer_norm should be of type bool, or a tuple of names, got: {k}", made, "layer_norm", ("'hh'",)),
         ("ValueError: layer_norm should be a bool, or name some of ... got ...'x'...", made, "layer_norm",
          ("('hh', 'x')",)),
-        (a_rate, both, "recurrent_dropout", (*rates, "'0.5'", "None", "[0.1]", "math.nan", "True")),
-        (a_rate, both, "weight_drop", ("1.5", "-1", "(0.1, 0.2)", "'a'")),
-        (a_rate, made[2:3], "recurrent_dropout", rates),
-        (ZONEOUT + "{v!r}", both, "zoneout", (*rates, "[0.1, 0.1]", "(0.1,)", "(0.1, 0.2, 0.3)", "(0.1, 2)", "'0.1'",
-                                              "None", "math.nan", "True", "{'h': 0.1}")),
+        (a_rate, [*both, made[2]], "recurrent_dropout", (*rates, "'0.5'", "None", "[0.1]", "math.nan", "True")),
+        (a_rate, both, "weight_drop", ("1.5", "(0.1, 0.2)")),
+        (ZONEOUT + "{v!r}", both, "zoneout", (*rates, "(0.1,)", "(0.1, 2)", "'0.1'", "None", "math.nan", "{'h': 0.1}")),
         (f"ValueError: dropout {DROPOUT}", both[1:], "dropout", (*rates, "'half'", "None", "True", "[0.5]")),
-        *((a_bool("{0}", "{k}"), made[1:2], name, ("'no'",)) for name in ("residual", "batch_first", "bidirectional")),
-        (a_bool("{0}", "{k}"), made[1:2], "bias", ("1",)), (a_bool("{0}", "{k}"), later[1:2], "residual", ("'yes'",)),
-        (a_bool("{0}", "{k}"), later[1::2], "recompute", ("'yes'",)),
+        *((a_bool("{0}", "{k}"), made[1:2], name, ("'no'",)) for name in ("batch_first", "bidirectional", "bias")),
+        (a_bool("{0}", "{k}"), [made[1], later[1]], "residual", ("'yes'",)),
         ("TypeError: hidden_sizes should be a sequence of ints, got: {k}", ["gpu_lstm.StackedLSTM(3, {1})"], "",
-         ("4", "{4, 5}", "'44'", "None", "{4: 1}", "4.0", "(size for size in (4, 5))")),
-        (an_int("hidden_size", "{k}"), ["gpu_lstm.StackedLSTM(3, [4, {1}])"], "", ("2.0", "None", "'4'", "[4, 5]")),
+         ("4", "{4, 5}", "'44'", "(size for size in (4, 5))")),
+        (an_int("hidden_size", "{k}"), ["gpu_lstm.StackedLSTM(3, [4, {1}])"], "", ("2.0", "None", "'4'")),
     ):  # fmt: skip
         for value in values:
             found = text.format(name, k=kind_of(value), v=eval(value))
@@ -157,18 +153,15 @@ def of_lengths_and_resets():
     a_dtype = "ValueError: lengths should be of dtype torch.int32 or torch.int64, got torch."
     for text, argument in (
         (f"{limits} 2 to 6", "lengths=tensor([6, 2])"), (f"{limits} -1 to 3", "lengths=tensor([3, -1])"),
-        *((f"ValueError: Expected lengths of shape [2], got {shape}", f"lengths={value}") for value, shape in (
-            ("tensor([3])", [1]), ("tensor(3)", []), ("tensor([[1, 2]])", [1, 2]), ("tensor([5, 2, 1])", [3]))),
+        ("ValueError: Expected lengths of shape [2], got [1]", "lengths=tensor([3])"),
+        ("ValueError: Expected lengths of shape [2], got []", "lengths=tensor(3)"),
         (a_dtype + "float32", "lengths=tensor([1.0, 2.0])"), (a_dtype + "bool", "lengths=tensor([True, False])"),
-        (a_dtype + "int16", "lengths=tensor([1, 2], dtype=torch.int16)"),
         ("ValueError: Expected lengths on cpu, where the input is, got meta", "lengths=tensor([1, 2], device=META)"),
         (a_tensor("lengths", "list"), "lengths=[5, 2]"),
-        *((f"ValueError: Expected resets of shape [5, 2], got {list(shape)}", f"resets=zeros({shape}, dtype=BOOL)")
-          for shape in ((2, 5), (5,), (5, 2, 1))),
+        ("ValueError: Expected resets of shape [5, 2], got [5]", "resets=zeros(5, dtype=BOOL)"),
         ("ValueError: resets should be of dtype torch.bool, got torch.float32", "resets=zeros(5, 2)"),
-        ("ValueError: resets should be of dtype torch.bool, got torch.uint8", "resets=zeros(5, 2, dtype=torch.uint8)"),
         ("ValueError: Expected resets on cpu, where the input is, got meta", "resets=RESETS.to(META)"),
-        (a_tensor("resets", "int"), "resets=3"), (a_tensor("resets", "bool"), "resets=True")):  # fmt: skip
+        (a_tensor("resets", "bool"), "resets=True")):  # fmt: skip
         yield text, *(call.format(argument) for call in calls)
 
 
@@ -179,17 +172,15 @@ def of_reset_states():
     yield "ValueError: Expected resets together with reset_states, ..., got None", *alone
     sizes = "ValueError: Expected {0} of reset_states of size [{1}2, 4], one a sequence, or [{1}5, 2, 4], one a step, "
     sizes = f"{sizes}got {{2}}".format
-    dtype = "ValueError: Expected {} of reset_states of dtype torch.float32, got torch.{}"
     a_pair = "TypeError: reset_states{} should be a pair of tensors (h, c), got: {}"
     for text, call, states in (
         (sizes("c", "1, ", [1, 2, 5]), "lstm", "(H, zeros(1, 2, 5))"), (sizes("h", "1, ", [2, 4]), "lstm", "(H[0], C)"),
-        (dtype.format("h", "float64"), "lstm", "(H.double(), C)"),
-        (dtype.format("c", "int64"), "lstm", "(H, C.long())"),
+        ("ValueError: Expected c of reset_states of dtype torch.float32, got torch.int64", "lstm", "(H, C.long())"),
         ("ValueError: Expected h of ... on cpu, ..., got meta", "lstm", "(H.to(META), C)"),
         (a_tensor("c of reset_states", "NoneType"), "lstm", "(H, None)"),
         (a_pair.format("", "Tensor"), "lstm", "torch.stack([H, C])"),
         ("ValueError: Expected reset_states of two states (h, c), got 1", "lstm", "(H,)"),
-        (sizes("h", "", [1, 2, 4]), "layer", "(H, C)"), (a_pair.format("", "int"), "layer", "1"),
+        (sizes("h", "", [1, 2, 4]), "layer", "(H, C)"),
         (a_pair.format(" of layer 0", "Tensor"), "stack", "(H, C)"),
         ("TypeError: reset_states should be a list of pairs (h, c), got: Tensor", "stack", "H"),
         ("ValueError: Expected reset_states of 2 pairs, one a layer, got 1", "stack", "PAIRS[:1]"),
@@ -217,8 +208,6 @@ CALLS = [
     (size("bias_ih", "(16,)", "[1]"), "handed(m.deep, 'bias_ih_l1', 1)"),
     (size("weight_ih", "(16, 4)", "[16, 5]"), "handed(m.stack, 'layers.1.weight_ih_l0', 16, 5)"),
     (size("weight_peephole", "(12,)", "[16]"), "handed(m.variant, 'weight_peephole_l0', 16)"),
-    (size("gain_hh", "(16,)", "[4]"), "handed(m.variant, 'gain_hh_l0', 4)"),
-    (a_tensor("weight_ih", "NoneType"), "assigned(m.lstm, 'weight_ih_l0')"),
     (a_tensor("weight_hh", "NoneType"), "assigned(m.lstm, 'weight_hh_l0')", "layer(m, weights=(WEIGHTS[0], None))"),
     ("AttributeError: ...weight_hh_l0...", "delattr(lstm := copy.deepcopy(m.lstm), 'weight_hh_l0'), lstm(X)"),
     ("RuntimeError: bias_ih and bias_hh should be given together", "assigned(m.lstm, 'bias_hh_l0')",
@@ -299,7 +288,6 @@ CALLS = [
     ("ValueError: Expected weights of 2 to 10 tensors (...gain_c, bias_c), got 11",
      "layer(m, weights=[*WEIGHTS, *[None] * 9])"),
     ("RuntimeError: weight_hh must have 2 dimensions, got 0", "layer(m, weights=(WEIGHTS[0], tensor(1.0)))"),
-    ("RuntimeError: weight_hr must have 2 dimensions, got 1", "layer(m, weights=(*WEIGHTS, None, None, zeros(4)))"),
     (size("weight_hh", "(16, 2)", "[16, 4]"), "layer(m, weights=(*WEIGHTS, None, None, zeros(2, 4)))"),
     (dtypes("parameter", "float64", "float32"), "layer(m, x=X.double())", "m.lstm(packed(3, dtype=F64))"),
     ("ValueError: proj_size must be greater than zero",
