@@ -8,7 +8,6 @@ from torch.utils._pytree import tree_leaves
 import gpu_lstm
 from gpu_lstm.backends import schedule
 from gpu_lstm.call import modes
-from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch.run import forget
 from gpu_lstm.kernels import memory
 from gpu_lstm.kernels.triton_lstm import launch
@@ -86,13 +85,6 @@ def test_a_long_sequence_needs_a_fixed_workspace(monkeypatch, two_steps, device,
     largest = sorted(allocations.sizes, reverse=True)
     assert largest[:outputs] == [output] * outputs
     assert largest[outputs] <= schedule.WORKSPACE < output
-
-
-def test_the_widest_layer_of_a_stack_decides_how_long_a_chunk_is(two_steps):
-    two_steps(batch=3, hidden=6)
-    stack = gpu_lstm.StackedLSTM(4, [2, 6, 3]).requires_grad_(False)
-    call = prepare(stack._options(), stack._weights(), torch.zeros(5, 3, 4))
-    assert schedule.schedule_of(call, call.steps, call.x.itemsize).longest == 2
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="launches are recorded in the interpreter")

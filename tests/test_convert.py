@@ -261,28 +261,6 @@ def test_a_module_of_ours_with_a_free_number_of_steps_is_refused():
         to_onnx(gpu_lstm.LSTM(3, 4).eval(), torch.randn(5, 2, 3), None, {0: "time"})
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_dynamic_quantization_finds_the_lstm():
-    model = Reader().eval()
-    expected = model(TEXTS[0])
-    quantized = torch.ao.quantization.quantize_dynamic(to_torch(model), {nn.LSTM, nn.LSTMCell})
-    assert isinstance(quantized.lstm, torch.ao.nn.quantized.dynamic.LSTM)
-    assert isinstance(quantized.cell, torch.ao.nn.quantized.dynamic.LSTMCell)
-    assert 0 < (quantized(TEXTS[0]) - expected).abs().max() < 0.02
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("kind", [gpu_lstm.LSTM, gpu_lstm.compat.LSTM])
-def test_a_model_is_scripted_and_traced_as_it_is(tmp_path, kind):
-    model = Reader(kind)
-    torch.jit.script(copy.deepcopy(model)).save(tmp_path / "model.pt")
-    scripted, traced = torch.jit.load(tmp_path / "model.pt"), torch.jit.trace(model, (TEXTS[0],))
-    for text in TEXTS:
-        assert torch.equal(scripted(text), model(text))
-        assert torch.equal(traced(text), model(text))
-    assert not any("gpu_lstm" in module.code for module in scripted.modules() if hasattr(module, "code"))
-
-
 @pytest.mark.parametrize("norm", [False, True])
 def test_haste_weights_give_hastes_numbers(norm):
     theirs = HasteLSTM(3, 4, norm=norm).double()

@@ -82,8 +82,8 @@ def test_lengths_of_a_mask_are_right_whatever_the_default_device():
         assert lengths_of(mask).tolist() == [2, 0, 3]
 
 
-def check(layer, module, mask=None, initial=True, seen=None):
-    """Results and gradients of the two; of the output, of what is `seen` [N, T]."""
+def check(layer, module, mask=None, initial=True):
+    """Results and gradients of the two. Masks that repeat the output are in docs/keras.md."""
     dtype = next(module.parameters()).dtype
     # Keras's cells multiply in float32 on torch whatever their dtype, and so do its layers that have a mask.
     exact = dtype is torch.float64 and mask is None and type(getattr(layer, "forward_layer", layer)) is LSTM
@@ -98,8 +98,6 @@ def check(layer, module, mask=None, initial=True, seen=None):
         hx = list(map(tuple, states)) if of_cells else (torch.stack(states[0::2]), torch.stack(states[1::2]))
     actual = in_keras_order(*module(x, hx, lengths=lengths))
     expected = keras.tree.flatten(layer(x, initial_state=states, mask=mask))
-    if seen is not None:
-        actual[0], expected[0] = actual[0][seen], expected[0][seen]
     assert_equal(actual, expected, 1e-13 if exact else 1e-6)
     ours = [parameter for name, parameter in module.named_parameters() if "bias_hh" not in name]
     kernels, dy = [variable.value for variable in layer.trainable_variables], drawn(3, *(r.shape for r in expected))
@@ -122,16 +120,6 @@ ZERO, BACK = dict(zero_output_for_mask=True), dict(go_backwards=True)
 def test_results_and_gradients_are_equal(kind, use_bias, initial, masked, options):
     layer = build(kind, "float64", use_bias, **options)
     check(layer, from_keras(layer), MASK if masked and kind in MASKED else None, initial)
-
-
-@pytest.mark.parametrize("kind", ["LSTM", "StackedRNNCells"])
-def test_masks_that_repeat_the_output(kind):
-    layer = build(kind, "float64")
-    module = from_keras(layer)
-    check(layer, module, MASK, seen=MASK)
-    output = layer(inputs(torch.float64), mask=MASK)[0]
-    assert torch.equal(output[0, 3], output[0, 2])  # Keras repeats
-    assert not module(inputs(torch.float64), lengths=LENGTHS)[0][0, 3].any()
 
 
 @pytest.mark.parametrize("kind", ["Bidirectional LSTM", "cells"])

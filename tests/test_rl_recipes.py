@@ -210,14 +210,3 @@ def test_benchmarl(recipes, starts):
 
     weights, is_init = list(stacked.values()), starts.t()[:, :, None, None].expand(N, T, 3, 1)
     check(call, weights, expected, weights, is_init, 1)
-
-
-def test_dones_that_are_starts_are_shifted_twice():
-    """What the page and the docstring of resets_from_dones warn of."""
-    starts, x, lstm = torch.rand(128, 8) < 0.05, torch.randn(128, 8, I), gpu_lstm.LSTM(I, H)
-    starts[0] = True
-    right, _ = lstm(x, resets=starts)
-    ends = torch.cat([starts[1:], torch.zeros_like(starts[:1])])
-    torch.testing.assert_close(lstm(x, resets=gpu_lstm.resets_from_dones(ends, first=starts[0]))[0], right)
-    wrong, _ = lstm(x, resets=gpu_lstm.resets_from_dones(starts))
-    assert (~torch.isclose(wrong, right)).double().mean() > 0.3

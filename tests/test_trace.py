@@ -64,18 +64,6 @@ def test_other_inputs_and_modules():
     assert type(first) is nn.LSTM
 
 
-def test_every_gate_is_differentiable():
-    traced, lengths = nn.Sequential(gpu_lstm.LSTM(2, 2, bidirectional=True).double()), torch.tensor([2, 0, 1])
-    traced.forward = lambda x: gpu_lstm.trace(traced[0], x, lengths=lengths)  # for functional_call
-
-    def call(x, *weights):
-        found = torch.func.functional_call(traced, dict(zip(traced.state_dict(), weights, strict=True)), x)
-        return tuple(gate for direction in found.layers[0] for gate in direction)
-
-    x = inputs()[:2, :, :2].clone().requires_grad_()
-    assert torch.autograd.gradcheck(call, (x, *traced.parameters()))
-
-
 def test_the_picture_shows_one_sequence():
     lstm = gpu_lstm.LSTM(I, H, 2, bidirectional=True)
     traced = gpu_lstm.trace(lstm, inputs().float(), lengths=LENGTHS)

@@ -215,53 +215,44 @@ def test_per_sample_noise_under_vmap():
     assert len({tuple(o.flatten().tolist()) for o in outputs}) == 5
 
 
-@pytest.mark.parametrize(("cls", "variant"), [
-    (gpu_lstm.LSTM, "peepholes"), (gpu_lstm.LSTM, "layer_norm"), (gpu_lstm.LSTM, "both"), (gpu_lstm.LSTMCell, "both"),
+@pytest.mark.parametrize(("cls", "variant", "names"), [
+    (gpu_lstm.LSTM, "peepholes", ["weight_peephole"]), 
+    (gpu_lstm.LSTMCell, "both", ["weight_peephole", "gain_hh", "gain_c"]),
+    (gpu_lstm.LSTM, "layer_norm", ["gain_ih", "gain_hh", "gain_c", "bias_c"]),
 ])  # fmt: skip
-def test_parameters(cls, variant):
+def test_parameters(cls, variant, names):
     """Those of an LSTM without a variant first, from the same random numbers; all are saved, copied and shown."""
-    bias = OPTIONS[variant].get("bias", True)
-    plain, lstm = pairs.seeded(cls, I, H, bias=bias), pairs.seeded(cls, I, H, **OPTIONS[variant])
+    plain = pairs.seeded(cls, I, H, bias=OPTIONS[variant].get("bias", True))
+    lstm = pairs.seeded(cls, I, H, **OPTIONS[variant])
     count = len(list(plain.parameters()))
-    assert lstm.layer_norm in (False, True, ("hh", "c")), "in the order of the parameters"
     assert list(lstm.state_dict())[:count] == list(plain.state_dict())
     assert all(map(torch.equal, plain.parameters(), lstm.parameters()))
-    added = list(lstm.named_parameters())[count:]
-    norms = lstm.layer_norm if isinstance(lstm.layer_norm, tuple) else ("ih", "hh", "c") * lstm.layer_norm
-    names = ["weight_peephole"] * lstm.peepholes + [f"gain_{norm}" for norm in norms]
-    names += ["bias_c"] * (bias and "c" in norms)
-    assert {name.removesuffix("_l0"): len(t) // H for name, t in added} == {name: ADDED[name] for name in names}
-    for name, parameter in added:
+    added = dict([*lstm.named_parameters()][count:])
+    assert {name.removesuffix("_l0"): len(t) // H for name, t in added.items()} == {n: ADDED[n] for n in names}
+    for name, parameter in added.items():
         assert 0 < parameter.abs().max() <= H**-0.5 if "weight" in name else (parameter == ("gain" in name)).all()
-    x = torch.randn(2, 1, I) if cls is gpu_lstm.LSTM else torch.randn(1, I)
+    x = torch.randn(1, I)
     assert torch.equal(pickle.loads(pickle.dumps(lstm))(x)[0], lstm(x)[0])
     shown = [f"{name}={getattr(lstm, name)!r}" for name in ("peepholes", "layer_norm") if getattr(lstm, name)]
     assert repr(lstm) == ", ".join([repr(plain)[:-1], *shown]) + ")"
-    for sizes in ([I, H], [I, H, 2])[: 1 + (cls is gpu_lstm.LSTM)]:  # the same seed gives the constructor's weights
-        lstm = pairs.seeded(cls, *sizes, **OPTIONS[variant], **dict(bidirectional=True) if len(sizes) == 3 else {})
-        before = copy.deepcopy(lstm.state_dict())
-        for parameter in lstm.parameters():
-            nn.init.constant_(parameter, 2.0)
-        pairs.seeded(lstm.reset_parameters)
-        assert_identical(lstm.state_dict(), before)
+    before = copy.deepcopy(lstm.state_dict())
+    for parameter in lstm.parameters():
+        nn.init.constant_(parameter, 2.0)
+    pairs.seeded(lstm.reset_parameters)
+    assert_identical(lstm.state_dict(), before)
 
 
-@pytest.mark.parametrize(("kind", "name"), [
-    ("LSTMCell", "peepholes"), ("StackedLSTM", "layer_norm"), *(("LSTM", name) for name in ("peepholes", *NOISE)),
-])  # fmt: skip
-@pytest.mark.parametrize("backend", ["torch", "cupy"])
-def test_a_backend_that_cannot_says_so(kind, name, backend):
-    module, said = made(kind, backend, name).float(), f"does not support {name}"
-    refused = partial(pytest.raises, ValueError, match=f"^backend '{backend}' {said}; use 'triton' or 'reference'$")
-    with refused():
+@pytest.mark.parametrize(("kind", "name"), [("StackedLSTM", "layer_norm"), *(("LSTM", name) for name in NOISE)])
+def test_a_backend_that_cannot_says_so(kind, name):
+    module, said = made(kind, "torch", name).float(), f"does not support {name}"
+    with pytest.raises(ValueError, match=f"^backend 'torch' {said}; use 'triton' or 'reference'$"):
         module(*random_inputs(module, B))
-    module.eval()
-    if name == "recurrent_dropout" and backend == "torch":
-        module(*random_inputs(module, B))  # in eval() it is off
-    elif kind == "LSTM" and backend == "torch":
-        module.backend = None
-        explained = gpu_lstm.explain(module, torch.zeros(T, 1, I))
-        assert (explained.backend, explained.others["torch"]) == ("reference", f"it {said}")
+    module.backend = None
+    explained = gpu_lstm.explain(module, torch.zeros(T, 1, I))
+    assert (explained.backend, explained.others["torch"]) == ("reference", f"it {said}")
+    if name == "recurrent_dropout":  # in eval() it is off
+        module.backend = "torch"
+        module.eval()(*random_inputs(module, B))
 
 
 @pytest.mark.parametrize("kind", ["recomputed", "one of a stack"])
