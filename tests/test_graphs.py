@@ -1,4 +1,7 @@
-"""Graphs of torch.compile and torch.export: one operator per layer, few graphs for all sizes, the right numbers."""
+"""Graphs of torch.compile and torch.export: one operator a layer, few graphs for all sizes, eager mode's derivatives.
+
+And the operators as torch.library checks them.
+"""
 
 import contextlib
 import copy
@@ -10,9 +13,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import PLACES, assert_same
-from pairs import H, I, pair, random_inputs, results, states_left
-from torch import nn
+from comparing import PLACES, assert_same, example_of
+from pairs import LENGTHS, RESETS, B, H, I, T, pair, random_inputs, results, states_left
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.export import Dim
 from torch.func import functional_call, grad, jacrev, jvp, vmap
@@ -21,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
 from gpu_lstm.backends import graph, torch_lstm
+from gpu_lstm.backends.verify import LEARNT
+from gpu_lstm.kernels.problem import Inputs
 
 SIZES = ((5, 2), (3, 4), (12, 3))  # T, B
 
@@ -197,7 +202,7 @@ def test_a_choice_is_kept_by_the_graph_and_a_new_choice_makes_a_new_one(chosen, 
     assert calls.call_count == (0 if chosen == "argument" else 1)
 
 
-T, B = Dim("T"), Dim("B")
+STEPS, BATCH = Dim("T"), Dim("B")
 
 
 @pytest.mark.parametrize(("kind", "strict", "backend"), [
@@ -206,7 +211,7 @@ def test_an_exported_program_is_for_all_sizes_and_can_be_trained(kind, strict, b
     ours, twin = module(kind, backend, bidirectional=kind == "LSTM")
     x, options = call_of(ours, 5, 2, ragged=True)
     x, options = x.to(next(ours.parameters())), {name: t.to(PLACES[backend]["device"]) for name, t in options.items()}
-    sizes, file = dict(input={0: T, 1: B}, lengths={0: B}, resets={0: T, 1: B}), io.BytesIO()
+    sizes, file = dict(input={0: STEPS, 1: BATCH}, lengths={0: BATCH}, resets={0: STEPS, 1: BATCH}), io.BytesIO()
     torch.export.save(torch.export.export(ours, (x,), options, dynamic_shapes=sizes, strict=strict), file)
     loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
     for size in SIZES[:2]:
@@ -253,7 +258,7 @@ def test_a_program_of_torchs_own_module_loads_without_the_package_and_one_of_our
 def test_ahead_of_time_by_inductor(tmp_path, quick_gpp):
     lstm = gpu_lstm.LSTM(I, H, 2, bidirectional=True).eval()
     with torch.no_grad():
-        program = torch.export.export(lstm, (torch.randn(5, 2, I),), dynamic_shapes=({0: T, 1: B},))
+        program = torch.export.export(lstm, (torch.randn(5, 2, I),), dynamic_shapes=({0: STEPS, 1: BATCH},))
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "lstm.pt2"))
         loaded = torch._inductor.aoti_load_package(package)
         for x in (torch.randn(*size, I) for size in SIZES[:2]):
@@ -268,3 +273,123 @@ def test_torch_jit_trace_runs_kernels_only_without_gradients():
         torch.jit.trace(ours, (example,))
     with torch.no_grad():
         torch.testing.assert_close(tree_leaves(torch.jit.trace(ours, (example,))(x)), tree_leaves(twin(x)))
+
+
+# Every result, gradient and gradient of a gradient is that of eager mode
+STATES = tuple(torch.randn(1, T, B, H, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
+VARIANTS = {  # of a module, and of a call
+    "plain": ({}, {}), "chain": (dict(num_layers=2, bidirectional=True, proj_size=2), {}),
+    "lengths": (dict(recompute=True), dict(lengths=LENGTHS)), "resets": ({}, dict(resets=RESETS)),
+    "variants": (dict(peepholes=True, layer_norm=True), {}),
+    "reset states": ({}, dict(resets=RESETS, reset_states=STATES)),
+    "noise": (dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45), weight_drop=0.25), {}),
+    "cell": ({}, {}),
+}  # fmt: skip
+
+
+class Program(nn.Module):
+    """A module with the arguments of its call."""
+
+    def __init__(self, variant: str, backend: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        options, self.given = VARIANTS[variant]
+        dtype = torch.float32 if backend == "triton" else torch.float64
+        kind = gpu_lstm.LSTMCell if variant == "cell" else gpu_lstm.LSTM
+        self.lstm = kind(I, H, backend=backend, dtype=dtype, **options)
+        states = [state.to(dtype) for state in self.given.get("reset_states", ())]
+        self.reset_states = nn.ParameterList(states)  # whose gradients are compared, too
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.given | ({"reset_states": tuple(self.reset_states)} if len(self.reset_states) else {})
+        if isinstance(self.lstm, gpu_lstm.LSTMCell):
+            h, c = self.lstm(x[1], self.lstm(x[0]))
+            return h.square().sum() + c.square().sum()
+        y, (h_n, c_n) = self.lstm(x, **given)
+        return y.square().sum() + h_n.sum() + c_n.square().sum()
+
+
+def derivatives(program: nn.Module, x: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    """The result, all gradients, and the gradients of their squares."""
+    torch.manual_seed(5)
+    result = program(x)
+    leaves = [x, *parameters]
+    first = torch.autograd.grad(result, leaves, create_graph=True)
+    second = torch.autograd.grad(sum(t.square().sum() for t in first), leaves)
+    assert all(t.any() for t in second)
+    return [result, *first, *second]
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("way", ["compiled", "exported"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_programs_have_the_derivatives_of_eager_mode(exact_float32_products, variant, backend, way):
+    if backend == "torch" and variant in ("variants", "reset states", "noise"):
+        backend = "reference"
+    program = Program(variant, backend)
+    x = torch.randn(T, B, I, dtype=next(program.parameters()).dtype, requires_grad=True)
+    true = derivatives(program, x, list(program.parameters()))
+    if way == "compiled":
+        other = torch.compile(program, backend="eager")
+    else:
+        other = torch.export.export(program, (x.detach(),)).module()
+    found = derivatives(other, x, list(other.parameters()))
+    for one, its in zip(true, found, strict=True):
+        torch.testing.assert_close(its, one)
+
+
+# The operators: schemas, fakes, gradients
+NORMS, MASKS = "norms expected", "no-bias ragged states peepholes masks"
+
+
+def given_to(words, device, backend) -> tuple[list, bool]:
+    """The inputs of a layer, and whether it is reverse; or of torch's own layer with two directions."""
+    if words == "both directions":
+        lstm = nn.LSTM(3, 5, bidirectional=True, device=device).requires_grad_(False)
+        states = (torch.randn(2, 2, 5, device=device) for _ in range(2))
+        first, second = (list(lstm.parameters())[k : k + 4] for k in (0, 4))
+        return [*Inputs(torch.randn(2, 2, 3, device=device), *states, *first), *second], False
+    made = example_of((2, 2, 3, 5, 0 if "norm" in words or words == "plain" else 2), words, 0)
+    floats = {name: t.float() if name == "dropout_h" else t for name, t in made.noise.items()}
+    tensors = [None if t is None else t.float() for t in (*made.tensors, *made.reset_states)]
+    given = Inputs(*tensors)._replace(lengths=made.lengths, resets=made.resets, **floats)
+    if backend == "triton":  # states are [1, B, *]
+        given = given._replace(h0=given.h0[None], c0=given.c0[None])
+    return [None if t is None else t.to(device) for t in given], made.reverse
+
+
+def learnt(given) -> list[bool]:
+    """Which of the tensors are there and may have a gradient."""
+    return [t is not None and name.removesuffix("_reverse") in LEARNT for name, t in zip(graph.NAMES, given)]
+
+
+@pytest.mark.parametrize(("words", "backend"), [
+    ("ragged resets reverse", "torch"), (NORMS, "reference"), ("ragged resets reverse", "triton"),
+    *(pytest.param(*case, marks=pytest.mark.deep) for case in (
+        ("plain", "torch"), ("both directions", "torch"), (MASKS, "triton"),
+        ("ragged states peepholes reverse norms masks", "triton"))),
+])  # fmt: skip
+def test_an_operator(words, backend, device):
+    """Forward with and without what backward reads; backward of all, of the output alone, of the states alone."""
+    (given, reverse), recompute = given_to(words, device, backend), backend == "triton" and "norm" not in words
+    torch.library.opcheck(graph.OPERATOR, (reverse, backend, False, recompute, *given))
+    there = learnt(given)
+    leaves = [t.clone().requires_grad_() if learns else t for t, learns in zip(given, there)]
+    torch.library.opcheck(graph.OPERATOR, (reverse, backend, True, recompute, *leaves))
+    h, h_n, c_n, *kept = graph.OPERATOR(reverse, backend, True, recompute, *given)
+    one = [k == 1 for k in range(len(given))]
+    for needed, gradients in ((there, [h, h_n, c_n]), (there, [h, None, None]), (one, [None, h_n, c_n])):
+        torch.library.opcheck(graph.BACKWARD, (reverse, backend, gradients, [h, *kept], needed, given))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_backward_leaves_what_was_saved_alone_and_accepts_expanded_gradients(device, recompute):
+    given, reverse = given_to("ragged resets reverse", device, "triton")
+    h, h_n, c_n, *kept = graph.OPERATOR(reverse, "triton", True, recompute, *given)
+    # In padding nothing was ever written, so NaN stands for whatever the memory held.
+    before, needed = [t.nan_to_num() for t in kept], learnt(given)
+    ones = torch.ones_like(h), torch.ones_like(h), torch.ones((), device=device).expand_as(h)  # the last as of sum()
+    first, *others = (graph.BACKWARD(reverse, "triton", [dh, h_n, c_n], [h, *kept], needed, given) for dh in ones)
+    assert all(torch.equal(t.nan_to_num(), b) for t, b in zip(kept, before))
+    assert all(torch.equal(a, b) for again in others for a, b in zip(again, first, strict=True))

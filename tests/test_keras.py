@@ -243,7 +243,7 @@ def test_keras_init_and_forget_bias(name):
             assert_uniform(parameter.detach(), (6 / (rows + parameter.shape[1])) ** 0.5)
         elif kind.startswith("bias_"):
             expected = torch.zeros_like(parameter) if kind[5] != "c" else values[path]
-            expected[rows // 4 : rows // 2] += float(kind == "bias_ih_l")
+            expected[rows // 4 : rows // 2] += float(kind.startswith("bias_ih"))
             assert torch.equal(parameter, expected)
         else:  # what Keras does not have
             assert torch.equal(parameter, values[path])

@@ -84,16 +84,6 @@ def test_a_cell_has_no_units_and_ignores_states_where_torchs_does(backend):
     assert_same(*(dict(h=h.detach(), c=c.detach()) for h, c in (got, true)))
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@every_kind
-def test_shapes_of_meta_tensors(backend, kind):
-    theirs, ours = (module.to("meta") for module in pair(kind, backend))
-    x = random_inputs(ours, B)[0].to("meta", torch.float64)
-    got = tree_leaves(ours(x))
-    assert [t.shape for t in got] == [t.shape for t in tree_leaves(theirs(x))]
-    assert all(t.is_meta for t in got)
-
-
 @every_backend
 def test_gradients_of_one_result_alone_twice_from_one_graph(backend):
     def gradients(module):
