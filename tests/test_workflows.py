@@ -87,9 +87,8 @@ def test_actions_of_others_are_pinned_to_commits_with_their_versions():
 
 def test_versions_agree():
     matrix, project = JOBS["ci", "test"]["strategy"]["matrix"], (ROOT / "pyproject.toml").read_text()
-    first, last = matrix["python"][0], matrix["python"][-1]
-    assert f'requires-python = ">={first}"' in project
-    assert f"Python {first} to {last}" in (ROOT / "Makefile").read_text()
+    assert f'requires-python = ">={matrix["python"][0]}"' in project
+    assert f"Python {matrix['python'][0]} to {matrix['python'][-1]}" in (ROOT / "Makefile").read_text()
     (oldest,) = {each["torch"] for each in matrix["include"]}
     assert f'"torch>={oldest}"' in project
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == gpu_lstm.__version__
