@@ -29,7 +29,7 @@ KINDS = {
     "projected": partial(LSTM, proj_size=2, bidirectional=True, recompute=True),
     "recomputed": partial(LSTM, recompute=True), "LSTMCell": partial(gpu_lstm.LSTMCell, I, H),
     "StackedLSTM": partial(Stack, [H, H]), "one of a stack": partial(Stack, [H]),
-    "residual": partial(Stack, [I, I, 2, 2], residual=True)}  # fmt: skip
+    "residual": partial(Stack, [I, I], residual=True)}  # fmt: skip
 NOISE = dict(recurrent_dropout=0.3, zoneout=(0.2, 0.4))
 ALL = dict(**NOISE, weight_drop=0.25)
 OPTIONS = {
