@@ -128,9 +128,9 @@ def test_gradients_of_gradients_by_the_kernels(kind, option, frozen):
 
 
 @pytest.mark.parametrize(("kind", "option", "how"), [
-    ("LSTM", "all noise", "ragged"), ("residual", "plain", "ragged"), ("projected", "plain", "states"),
+    ("deep", "all noise", "ragged"), ("residual", "plain", "ragged"), ("projected", "plain", "states"),
     *(pytest.param(*case, "ragged", marks=pytest.mark.deep) for case in (
-        ("recomputed", "both"), ("deep", "all noise in eval"), ("projected", "all noise"))),
+        ("recomputed", "both"), ("LSTM", "all noise"), ("deep", "all noise in eval"), ("projected", "all noise"))),
 ])  # fmt: skip
 def test_a_seed_means_the_same_on_every_backend_and_in_chunks_of_time(monkeypatch, kind, option, how):
     """Each chunk gets its part of the noise, of lengths, resets and states to reset to."""
