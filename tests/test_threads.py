@@ -93,7 +93,7 @@ def test_random_numbers_are_as_if_nobody_had_raced_where_races_overlap(another):
 def test_products_have_their_precision_though_another_thread_asks_for_another_one(another, monkeypatch):
     matmul, asked, seen = torch.backends.cuda.matmul, threading.Event(), threading.Event()
     lock, announced = threading.RLock(), MagicMock()
-    announced.__enter__.side_effect = lambda _: (asked.set(), lock.acquire())
+    announced.__enter__.side_effect = lambda: (asked.set(), lock.acquire())
     announced.__exit__.side_effect = lambda *_: lock.release()
     monkeypatch.setattr(projection, "_lock", announced)
 
