@@ -119,6 +119,7 @@ def test_dropout_drops_as_much_as_it_should():
     assert torch.equal(compiled(x)[0], compiled(x)[0])
 
 
+@pytest.mark.deep
 def test_autocast_and_packed_sequences_which_break_the_graph():
     lstm, x = gpu_lstm.LSTM(I, H, 2), torch.randn(6, 2, I)
     compiled = torch.compile(lstm, backend="aot_eager")
