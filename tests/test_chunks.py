@@ -8,7 +8,6 @@ from torch.utils._pytree import tree_leaves
 import gpu_lstm
 from gpu_lstm.backends import schedule
 from gpu_lstm.call import modes
-from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch.run import forget
 from gpu_lstm.kernels import memory
 from gpu_lstm.kernels.triton_lstm import launch
@@ -28,28 +27,7 @@ def two_steps(monkeypatch):
     return two_steps
 
 
-def _stack(device, backend="triton", **options):
-    torch.manual_seed(0)
-    return gpu_lstm.LSTM(4, 6, device=device, backend=backend, **options)
-
-
-def _residual(device, **options):
-    return gpu_lstm.StackedLSTM(4, [4, 4], residual=True, device=device, backend="triton", **options)
-
-
-def test_a_residual_connection_ends_with_each_sequence_in_every_chunk(two_steps, device):
-    """Padding, NaN here, is added in no chunk: neither the one where a sequence ends, nor those after it."""
-    stack, x = _residual(device), torch.randn(7, 4, 4, device=device)
-    lengths = torch.tensor([7, 3, 0, 5], device=device)
-    x = x.masked_fill(torch.arange(7, device=device)[:, None, None] >= lengths[:, None], float("nan"))
-    with torch.no_grad():
-        whole = stack(x, lengths=lengths)
-        two_steps(batch=4, hidden=4)
-        torch.testing.assert_close(stack(x, lengths=lengths), whole, rtol=1e-6, atol=5e-7)
-    assert whole[0].isfinite().all()
-
-
-def _kept_elements(lstm, x) -> int:
+def kept_elements(module, x) -> int:
     """Elements that autograd keeps, next to input and parameters; a float32 of a half-precision layer is one."""
     kept = {}
 
@@ -58,26 +36,21 @@ def _kept_elements(lstm, x) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        lstm(x)
-    known = {t.untyped_storage().data_ptr() for t in (x, *lstm.parameters())}
+        module(x)
+    known = {t.untyped_storage().data_ptr() for t in (x, *module.parameters())}
     return sum(count for place, count in kept.items() if place not in known)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_what_is_saved_for_backward(device, dtype):
-    steps, batch, inputs, hidden = 20, 3, 8, 16
-    x = torch.randn(steps, batch, inputs, dtype=dtype, device=device, requires_grad=True)
-    for recompute, elements in ((False, 6 * hidden), (True, 2 * hidden)):
-        lstm = gpu_lstm.LSTM(inputs, hidden, dtype=dtype, device=device, backend="triton", recompute=recompute)
-        assert 0 <= _kept_elements(lstm, x) - elements * steps * batch <= 4 * batch * hidden + 64  # of h0 and c0
-
-
-@pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both directions"])
-def test_every_layer_of_a_stack_recomputes(device, bidirectional):
-    x = torch.randn(3, 2, 4, device=device, requires_grad=True)
-    stacks = (_residual(device, recompute=recompute, bidirectional=bidirectional) for recompute in (False, True))
-    kept, less = (_kept_elements(stack, x) for stack in stacks)
-    assert kept - less == 4 * (4 + 4) * (1 + bidirectional) * 3 * 2  # gates of all layers
+def test_what_is_saved_for_backward_and_less_where_every_layer_of_a_stack_recomputes(device, dtype):
+    how = dict(dtype=dtype, device=device, backend="triton")
+    x = torch.randn(6, 3, 4, dtype=dtype, device=device, requires_grad=True)
+    for recompute, elements in ((False, 6 * 4), (True, 2 * 4)):
+        lstm = gpu_lstm.LSTM(4, 4, recompute=recompute, **how)
+        assert 0 <= kept_elements(lstm, x) - elements * 6 * 3 <= 4 * 3 * 4 + 64  # of h0 and c0
+    stacks = (gpu_lstm.StackedLSTM(4, [4, 4], bidirectional=True, recompute=again, **how) for again in (False, True))
+    kept, less = (kept_elements(stack, x) for stack in stacks)
+    assert kept - less == 2 * 2 * 4 * 4 * 6 * 3  # gates of both layers and directions
 
 
 class Allocations(TorchDispatchMode):
@@ -105,20 +78,13 @@ def test_a_long_sequence_needs_a_fixed_workspace(monkeypatch, two_steps, device,
     monkeypatch.setattr(memory.checking, "on", False)  # margins are memory, too
     if launch.INTERPRETED:
         monkeypatch.setattr(launch, "launch_kernel", _disable_current_modes()(launch.launch_kernel))  # which copies
-    lstm, x = _stack(device, **options), torch.randn(17, 1, 4, device=device)
+    lstm, x = gpu_lstm.LSTM(4, 6, device=device, backend="triton", **options), torch.randn(17, 1, 4, device=device)
     with torch.no_grad(), Allocations() as allocations:
         y, _ = lstm(x)
     output, outputs = y.numel() * y.element_size(), lstm.num_layers if lstm.bidirectional else 1
     largest = sorted(allocations.sizes, reverse=True)
     assert largest[:outputs] == [output] * outputs
     assert largest[outputs] <= schedule.WORKSPACE < output
-
-
-def test_the_widest_layer_of_a_stack_decides_how_long_a_chunk_is(two_steps):
-    two_steps(batch=3, hidden=6)
-    stack = gpu_lstm.StackedLSTM(4, [2, 6, 3]).requires_grad_(False)
-    call = prepare(stack._options(), stack._weights(), torch.zeros(5, 3, 4))
-    assert schedule.schedule_of(call, call.steps, call.x.itemsize).longest == 2
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="launches are recorded in the interpreter")
@@ -137,7 +103,7 @@ def test_a_sequence_is_cut_into_chunks_wherever_its_gates_are_not_kept(
 
     monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
     two_steps(batch=3, hidden=6)
-    lstm = _stack("cpu", recompute=recompute)
+    lstm = gpu_lstm.LSTM(4, 6, backend="triton", recompute=recompute)
     with torch.set_grad_enabled(training):
         lstm(torch.randn(5, 3, 4))
     assert launched == steps

@@ -39,7 +39,7 @@ def test_what_chooses_the_backend(call, monkeypatch):
         call(**arguments)
         return layer.called
 
-    for backend in ("triton", "cupy", gpu_lstm.Backend.TRITON, gpu_lstm.Backend.CUPY):
+    for backend in ("triton", gpu_lstm.Backend.CUPY):
         with refuses_float64(gpu_lstm.Backend(backend).value):
             call(backend=backend)
     monkeypatch.setenv("GPU_LSTM_BACKEND", "triton")
@@ -51,9 +51,8 @@ def test_what_chooses_the_backend(call, monkeypatch):
         assert found is (backend == "reference")
     monkeypatch.setenv("GPU_LSTM_BACKEND", "reference")
     assert by_reference()
-    for block, arguments in (("triton", {}), ("torch", dict(backend="triton"))):
-        with gpu_lstm.backend(block), refuses_float64():
-            call(**arguments)
+    with gpu_lstm.backend("torch"), refuses_float64():
+        call(backend="triton")
     monkeypatch.setenv("GPU_LSTM_BACKEND", "")
     assert not by_reference()
 
@@ -63,13 +62,10 @@ def test_with_ends_with_its_block(monkeypatch):
     call = CALLABLES["LSTM"]
     with gpu_lstm.backend("triton"):
         gpu_lstm.backend("torch")(call)()
-        with refuses_float64():
-            call()
         with pytest.raises(ValueError, match="unknown backend 'none'"), gpu_lstm.backend("none"):
             pytest.fail("the block was entered")
         with refuses_float64():
             call()
-    call()
     with pytest.raises(ZeroDivisionError), gpu_lstm.backend("triton"):
         raise ZeroDivisionError
     call()
@@ -78,9 +74,9 @@ def test_with_ends_with_its_block(monkeypatch):
 def test_a_backend_that_is_chosen_without_with_is_told():
     with pytest.warns(RuntimeWarning, match=r"^gpu_lstm.backend\('triton'\) chose nothing: write `with gpu_lstm.backe"):
         gpu_lstm.backend("triton")
-    decorated = gpu_lstm.backend("triton")(CALLABLES["LSTM"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        decorated = gpu_lstm.backend("triton")(CALLABLES["LSTM"])
         for _ in range(2):
             with refuses_float64():
                 decorated()
@@ -88,7 +84,6 @@ def test_a_backend_that_is_chosen_without_with_is_told():
         with block, block:
             pass
         del block
-        CALLABLES["LSTM"]()
 
 
 def test_a_block_inside_a_compiled_function():
@@ -101,7 +96,7 @@ def test_a_block_inside_a_compiled_function():
     torch.testing.assert_close(torch.compile(inside, backend="eager", fullgraph=True)(x), inside(x))
 
 
-def import_twice(answer):
+def import_twice():
     for module in (graph, gpu_lstm):
         importlib.reload(module)
     torch.compile(gpu_lstm.LSTM(3, 4), backend="eager", fullgraph=True)(zeros(2, 1, 3))
@@ -110,16 +105,12 @@ def import_twice(answer):
     try:
         importlib.import_module("gpu_lstm")
     except ImportError as error:
-        answer.send(str(error))
+        return str(error)
 
 
 def test_the_package_may_be_reloaded_and_a_second_copy_is_refused_in_words():
-    fork = multiprocessing.get_context("fork")  # which has torch
-    found, answer = fork.Pipe(duplex=False)
-    process = fork.Process(target=import_twice, args=(answer,))
-    process.start()
-    answer.close()
-    assert found.recv() == (
-        "gpu_lstm was imported twice, say from two folders, and its operators can be registered once: restart Python"
-    )
-    process.join()
+    with multiprocessing.get_context("fork").Pool(1) as another:  # which has torch
+        assert another.apply(import_twice) == (
+            "gpu_lstm was imported twice, say from two folders, and its operators can be registered once: restart "
+            "Python"
+        )

@@ -5,7 +5,6 @@ import itertools
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +21,6 @@ from bench import ppo
 EXAMPLES = ROOT / "examples"
 example, ddp = ppo.load_example(), load(EXAMPLES / "train_ddp.py")
 QUIET = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-LIMITS = torch.tensor([2.4, 0.2095])  # position and angle, in m and rad, at which CartPole-v1 ends an episode
 
 
 @pytest.fixture
@@ -40,10 +38,6 @@ def _differing(found, expected):
     return {name for name, value in expected.items() if (found[name] - value).abs().max() > 1e-10 * value.abs().max()}
 
 
-def _rollouts(agent, count, **options):
-    return [rollout for rollout, _ in itertools.islice(example.rollouts(agent, example.cartpoles(**options), 0), count)]
-
-
 def test_the_update_in_one_call_is_that_of_a_loop_over_steps():
     """In float64, of a random rollout: an episode starts within each environment, and some of the policy is clipped."""
     batch = ppo.random_batch(example, 24, 5, 16, "cpu")
@@ -59,9 +53,7 @@ def test_the_update_in_one_call_is_that_of_a_loop_over_steps():
     by_steps.load_state_dict(agent.state_dict())
     expected = ppo.loss_and_gradients(example, by_steps, batch)
     assert all(value.abs().max() > 1e-6 for value in expected.values())
-    for backend in ("torch", "reference"):
-        agent.lstm.backend = backend
-        assert not _differing(ppo.loss_and_gradients(example, agent, batch), expected)
+    assert not _differing(ppo.loss_and_gradients(example, agent, batch), expected)
     for shift in (1, -1):  # a step late or early makes every gradient another
         shifted = batch._replace(starts=batch.starts.roll(shift, dims=0))
         assert _differing(ppo.loss_and_gradients(example, agent, shifted), expected) == set(expected)
@@ -76,41 +68,17 @@ def test_a_rollout_at_once_gives_what_the_agent_did_step_by_step(remembers):
     agent = example.Agent(remembers=remembers)
     with torch.no_grad():
         agent.actor.weight.mul_(100)
-    _, rollout = _rollouts(agent, 2)  # the second begins in the middle of episodes
+    (_, _), (rollout, _) = itertools.islice(example.rollouts(agent, example.cartpoles(), 0), 2)
 
     def error(**changed):
         given = rollout._replace(**changed)
         policy, _, _ = agent(given.observations, given.state, given.starts)
         return (policy.log_prob(given.actions) - given.log_probs).abs().max()
 
-    assert not rollout.starts[0].all()
+    assert not rollout.starts[0].all()  # it begins in the middle of episodes
     assert error() < 1e-5
     assert (error(starts=rollout.starts.roll(1, dims=0)) > 1e-3) == remembers
     assert (error(state=tuple(map(torch.zeros_like, rollout.state))) > 1e-3) == remembers
-
-
-def test_an_episode_starts_where_the_pole_is_put_upright():
-    torch.manual_seed(0)
-    rollout, _ = next(example.rollouts(example.Agent(), example.cartpoles(), 0))
-    assert rollout.starts[0].all()
-    assert (rollout.observations[rollout.starts].abs() * LIMITS < 0.05 + 1e-4).all()  # as CartPole puts it
-    moves = rollout.observations.diff(dim=0)[..., 1].abs()
-    starts = rollout.starts[1:]
-    assert moves[starts].min() > 0.5  # of the angle that ends an episode
-    assert moves[~starts].max() < 0.3
-
-
-def test_an_episode_that_the_clock_ends_is_worth_what_would_have_come():
-    agent = example.Agent()
-    with torch.no_grad():
-        agent.critic.weight.zero_()
-        agent.critic.bias.fill_(0.5)
-    (cut,) = _rollouts(agent, 1, max_episode_steps=5)  # before a pole can fall
-    (fallen,) = _rollouts(agent, 1)
-    assert (cut.starts == (torch.arange(len(cut.starts)) % 5 == 0)[:, None]).all()
-    for rollout, worth in ((cut, 0.01 + 0.99 * 0.5), (fallen, 0.01)):
-        last = rollout.returns[:-1][rollout.starts[1:]]  # of an episode
-        torch.testing.assert_close(last, torch.full_like(last, worth))
 
 
 def test_advantages_are_the_discounted_errors_up_to_the_end_of_the_episode():
@@ -143,14 +111,11 @@ def test_the_benchmark_times_both_and_prints_a_line_a_size(monkeypatch, capsys):
         return dict(one_call=[1.0, 2.0, 4.0], loop=[3.0, 6.0, 16.0])
 
     monkeypatch.setattr(ppo.timing, "interleaved", timed)
-    monkeypatch.setattr(ppo, "SIZES", [(6, 2, 8), (4, 3, 16)])
+    monkeypatch.setattr(ppo, "SIZES", [(6, 2, 8)])
     monkeypatch.setenv("COLUMNS", "120")
     assert command_line.main(["ppo", "--device", "cpu"]) == 0
-    printed = capsys.readouterr().out
-    assert "one call by torch" in printed
-    for sizes in ("6 2 8", "4 3 16"):
-        (line,) = (line for line in map(str.split, printed.splitlines()) if line[:3] == sizes.split())
-        assert line[3:7] == ["6000.00", "2000.00", "3.00", "3.00-3.60"]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["6", "2", "8", "6000.00", "2000.00", "3.00", "3.00-3.60"] in [line[:7] for line in lines]
 
 
 def test_the_benchmark_times_nothing_that_differs(monkeypatch):
@@ -160,13 +125,6 @@ def test_the_benchmark_times_nothing_that_differs(monkeypatch):
     monkeypatch.setattr(ppo.timing, "interleaved", lambda *_: pytest.fail("it was timed"))
     with pytest.raises(RuntimeError, match=r"the loop differ by .*, expected 0\.0001"):
         ppo.measure("cpu", 24, 5, 16)
-
-
-def test_without_gymnasium_the_command_says_what_to_install(monkeypatch, capsys):
-    ppo.load_example.cache_clear()
-    monkeypatch.setitem(sys.modules, "gymnasium", None)
-    assert ppo.run("cpu") == 2
-    assert "gymnasium" in capsys.readouterr().err
 
 
 # sb3_recurrent_ppo.py

@@ -17,7 +17,6 @@ import gpu_lstm
 
 T, N, I, H, L = 12, 5, 3, 4, 2
 PAGE = (ROOT / "docs" / "reinforcement_learning.md").read_text()
-TOLERANCE = 1e-12
 
 
 @pytest.fixture(scope="module")
@@ -72,66 +71,64 @@ def pair(**options):
 
 
 def loop(lstm, x, state, starts, left=None):
-    """A call for each step of x [T, N, I]; an episode starts from zeros, or from the states `left` [T, L, N, H]."""
+    """[output, h, c] of a call for each step of x [T, N, I]; an episode starts from 0, or from `left` [T, L, N, H]."""
     outputs = []
     for t, start in enumerate(starts[..., None]):
         state = [torch.where(start, of[t] if left else 0.0, each) for of, each in zip(left or state, state)]
         y, state = lstm(x[t : t + 1], tuple(state))
         outputs.append(y)
-    return torch.cat(outputs), state
-
-
-def with_gradients(results, parameters):
-    """The results, and the gradients of a weighted sum of the first one."""
-    weighting = torch.randn(results[0].shape, generator=torch.Generator().manual_seed(1))
-    return [*(each.detach() for each in results), *torch.autograd.grad((results[0] * weighting).sum(), parameters)]
+    return [torch.cat(outputs), *state]
 
 
 def close(found, expected):
-    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(list(found), list(expected), rtol=0, atol=1e-12)
 
 
-def check(found, expected, resets, steps=0):
-    """That found(resets) is as expected, and nothing of the kind where they are a step late."""
+def check(call, parameters, expected, of_theirs, resets, steps=0):
+    """call(resets) is as expected, and the gradients of its output; with resets a step late, nothing of the kind is."""
+
+    def with_gradients(results, parameters):
+        weighting = torch.randn(results[0].shape, generator=torch.Generator().manual_seed(1))
+        return [*results, *torch.autograd.grad((results[0] * weighting).sum(), parameters)]
+
+    expected = with_gradients(expected, of_theirs)
     assert all(each.abs().max() > 1e-6 for each in expected)
-    close(found(resets), expected)
+    close(with_gradients(call(resets), parameters), expected)
     with pytest.raises(AssertionError, match="not close"):
-        close(found(resets.roll(1, steps)), expected)
+        close(with_gradients(call(resets.roll(1, steps)), parameters), expected)
 
 
 def test_cleanrl(recipes, starts, state):
     """x, dones and outputs are flat, [T*N, ...]; dones are starts, as floats."""
     theirs, ours = pair()
-    agent = SimpleNamespace(network=nn.Linear(I, I), lstm=ours)
-    images = 255 * torch.rand(T * N, I)
-    y, states = loop(theirs, agent.network(images / 255).view(T, N, I), state, starts)
-    expected = with_gradients([y.flatten(0, 1), *states], [*agent.network.parameters(), *theirs.parameters()])
+    agent, images = SimpleNamespace(network=nn.Linear(I, I), lstm=ours), 255 * torch.rand(T * N, I)
+    y, *states = loop(theirs, agent.network(images / 255).view(T, N, I), state, starts)
 
-    def found(starts):
+    def call(starts):
         y, states = recipes.get_states(agent, images, state, starts.double().flatten())
-        return with_gradients([y, *states], [*agent.network.parameters(), *ours.parameters()])
+        return [y, *states]
 
-    check(found, expected, starts)
-    close(recipes.get_states(agent, images[:N], state, starts[0].double())[:1], y[:1].detach())  # acting
+    of_network = list(agent.network.parameters())
+    given = [*of_network, *ours.parameters()], [y.flatten(0, 1), *states], [*of_network, *theirs.parameters()]
+    check(call, *given, starts)
+    close(recipes.get_states(agent, images[:N], state, starts[0].double())[:1], y[:1])  # acting
 
 
 def test_rl_games(recipes, starts, state):
     """dones [T, N, 1] are starts, of bytes."""
     module = recipes.LSTMWithDones(input_size=I, hidden_size=H, num_layers=L)
     assert next(iter(module.state_dict())) == "rnn.weight_ih_l0"
-    theirs, x = nn.LSTM(I, H, L), torch.randn(T, N, I)
+    theirs, x, dones = nn.LSTM(I, H, L), torch.randn(T, N, I), starts.byte().unsqueeze(-1)
     theirs.load_state_dict(module.rnn.state_dict())
-    y, states = loop(theirs, x, state, starts)
-    expected = with_gradients([y, *states], list(theirs.parameters()))
-    dones = starts.byte().unsqueeze(-1)
+    expected = loop(theirs, x, state, starts)
 
-    def found(dones):
+    def call(dones):
         y, states = module(x, list(state), dones, bptt_len=T)
         assert type(states) is tuple
-        return with_gradients([y, *states], list(module.parameters()))
+        return [y, *states]
 
-    check(found, expected, dones)
-    close(found(dones.transpose(0, 1).contiguous().transpose(0, 1)), expected)  # as rl_games transposes its flat batch
+    check(call, list(module.parameters()), expected, list(theirs.parameters()), dones)
+    close(call(dones.transpose(0, 1).contiguous().transpose(0, 1)), expected)  # as rl_games transposes its flat batch
     for states in ([], list(state)):  # acting; at first without states
         close(module(x[:1], states)[:1], theirs(x[:1], states or None)[:1])
 
@@ -139,7 +136,7 @@ def test_rl_games(recipes, starts, state):
 def test_rsl_rl(recipes, ends, state):
     """dones [T, N] are ends. Acting zeroes the state in place where an episode ended; minibatches are of some of N."""
     (theirs, ours), x = pair(), torch.randn(T, N, I)
-    y, _ = loop(theirs, x, state, after(ends))
+    y, *_ = loop(theirs, x, state, after(ends))
     memory = SimpleNamespace(rnn=ours, hidden_state=tuple(each.clone() for each in state))
     with torch.no_grad():
         for x_t, done, y_t in zip(x, ends, y):
@@ -149,14 +146,9 @@ def test_rsl_rl(recipes, ends, state):
     found = list(recipes.minibatches(x, ends.byte(), state, 2))
     assert [each.shape for each, _, _ in found] == [(T, 3, I), (T, 2, I)]
     for some, (part, resets, first) in zip(([0, 1, 2], [3, 4]), found):
-        y, _ = loop(theirs, x[:, some], [each[:, some] for each in state], after(ends)[:, some])
-        expected = with_gradients([y], list(theirs.parameters()))
-
-        def of_part(resets, part=part, first=first):
-            y = recipes.forward(memory, part, masks=resets, hidden_state=first)
-            return with_gradients([y], list(ours.parameters()))
-
-        check(of_part, expected, resets)
+        y, *_ = loop(theirs, x[:, some], [each[:, some] for each in state], after(ends)[:, some])
+        call = lambda resets: [recipes.forward(memory, part, masks=resets, hidden_state=first)]  # noqa: B023, E731
+        check(call, list(ours.parameters()), [y], list(theirs.parameters()), resets)
 
 
 def test_skrl(recipes, ends, state):
@@ -166,18 +158,18 @@ def test_skrl(recipes, ends, state):
     """
     theirs, ours = pair(batch_first=True)
     model, x = SimpleNamespace(lstm=ours, sequence_length=T, training=True), torch.randn(N, T, I)
-    y, states = loop(theirs, x.transpose(0, 1), state, after(ends))
-    expected = with_gradients([y.transpose(0, 1).flatten(0, 1), *states], list(theirs.parameters()))
+    y, *states = loop(theirs, x.transpose(0, 1), state, after(ends))
+    expected = [y.transpose(0, 1).flatten(0, 1), *states]
     stored = [torch.cat([each[:, :, None], torch.randn(L, N, T - 1, H)], 2).flatten(1, 2) for each in state]
 
-    def found(ends, **others):
+    def call(ends, **others):
         ends = {name: each.t().reshape(-1, 1) for name, each in dict(terminated=ends, **others).items()}
         y, rest = recipes.remember(model, x.flatten(0, 1), {"rnn": stored, **ends})
-        return with_gradients([y, *rest["rnn"]], list(ours.parameters()))
+        return [y, *rest["rnn"]]
 
-    check(found, expected, ends)
+    check(call, list(ours.parameters()), expected, list(theirs.parameters()), ends)
     by_clock = torch.rand(T, N) < 0.5
-    close(found(ends & ~by_clock, truncated=ends & by_clock), expected)
+    close(call(ends & ~by_clock, truncated=ends & by_clock), expected)
     model.training = False  # acting: a step of every environment
     y, rest = recipes.remember(model, x[:, 0], {"rnn": list(state)})
     acted, states = theirs(x[None, :, 0], state)
@@ -189,52 +181,32 @@ def test_torchrl(recipes, starts):
     theirs, ours = pair(batch_first=True)
     x, stored = torch.randn(N, T, I), [torch.randn(N, T, L, H, requires_grad=True) for _ in "hc"]
     left = [each.permute(1, 2, 0, 3) for each in stored]
-    y, _ = loop(theirs, x.transpose(0, 1), [each[0] for each in left], starts, left)
-    expected = with_gradients([y.transpose(0, 1)], [*stored, *theirs.parameters()])
+    y, *_ = loop(theirs, x.transpose(0, 1), [each[0] for each in left], starts, left)
 
-    def found(is_init):
-        y = recipes.all_trajectories(ours, {"x": x, "is_init": is_init, "h": stored[0], "c": stored[1]})
-        return with_gradients([y], [*stored, *ours.parameters()])
+    def call(is_init):
+        return [recipes.all_trajectories(ours, {"x": x, "is_init": is_init, "h": stored[0], "c": stored[1]})]
 
-    check(found, expected, starts.t()[:, :, None], 1)
-
-
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own_weights"])
-def test_benchmarl(recipes, starts, shared):
-    """Agents by torch.vmap, with weights of their own or the same: x [N, T, agents, I], states [N, agents, L, H]."""
-    agents = 3
-    x, states = torch.randn(N, T, agents, I), torch.randn(2, N, agents, L, H).unbind()
-    is_init = starts.t()[:, :, None, None].expand(N, T, agents, 1)
-    networks = [recipes.AgentsLSTM(I, H, "cpu", L, 0.0, True) for _ in range(1 if shared else agents)]
-    theirs = [nn.LSTM(I, H, L) for _ in networks]
-    for network, own in zip(networks, theirs):
-        network.lstm.load_state_dict(own.state_dict())
-    found_of = [loop(own, x[:, :, agent].transpose(0, 1), [each[:, agent].transpose(0, 1) for each in states], starts)
-                for agent, own in enumerate(theirs * (agents // len(theirs)))]  # fmt: skip
-    y, rest = torch.stack([y for y, _ in found_of], 2).transpose(0, 1), zip(*(own for _, own in found_of))
-    results = [y, *(torch.stack(each).permute(2, 0, 1, 3) for each in rest)]
-    in_turn = zip(*(own.parameters() for own in theirs))  # each weight, of every network
-    expected = with_gradients(results, [weight for weights in in_turn for weight in weights])
-
-    def found(is_init):
-        if shared:
-            vmapped = torch.vmap(networks[0], in_dims=(-2, -2, -3, -3), out_dims=(-2, -3, -3))
-            return with_gradients(vmapped(x, is_init, *states), list(networks[0].parameters()))
-        stacked, _ = stack_module_state(networks)
-        call = lambda weights, *inputs: functional_call(networks[0], weights, inputs)  # noqa: E731
-        vmapped = torch.vmap(call, in_dims=(0, -2, -2, -3, -3), out_dims=(-2, -3, -3))
-        results = with_gradients(vmapped(stacked, x, is_init, *states), list(stacked.values()))
-        return [*results[:3], *(one for each in results[3:] for one in each)]
-
-    check(found, expected, is_init, 1)
+    given = [*stored, *ours.parameters()], [y.transpose(0, 1)], [*stored, *theirs.parameters()]
+    check(call, *given, starts.t()[:, :, None], 1)
 
 
-def test_dones_that_are_starts_are_shifted_twice():
-    """What the page and the docstring of resets_from_dones warn of."""
-    starts, x, lstm = torch.rand(128, 8) < 0.05, torch.randn(128, 8, I), gpu_lstm.LSTM(I, H)
-    starts[0] = True
-    right, _ = lstm(x, resets=starts)
-    ends = torch.cat([starts[1:], torch.zeros_like(starts[:1])])
-    torch.testing.assert_close(lstm(x, resets=gpu_lstm.resets_from_dones(ends, first=starts[0]))[0], right)
-    wrong, _ = lstm(x, resets=gpu_lstm.resets_from_dones(starts))
-    assert (~torch.isclose(wrong, right)).double().mean() > 0.3
+def test_benchmarl(recipes, starts):
+    """Agents by torch.vmap, with weights of their own: x [N, T, agents, I], states [N, agents, L, H]."""
+    x, states = torch.randn(N, T, 3, I), torch.randn(2, N, 3, L, H).unbind()
+    networks, theirs = [recipes.AgentsLSTM(I, H, "cpu", L, 0.0, True) for _ in range(3)], nn.LSTM(I, H, L)
+    stacked, _ = stack_module_state(networks)
+    found = []
+    for agent in range(3):
+        weights = {name.removeprefix("lstm."): weight[agent] for name, weight in stacked.items()}
+        one = lambda *given: functional_call(theirs, weights, given)  # noqa: B023, E731
+        found.append(loop(one, x[:, :, agent].transpose(0, 1), [s[:, agent].transpose(0, 1) for s in states], starts))
+    y, *finals = (torch.stack(each, 2) for each in zip(*found))
+    expected = [y.transpose(0, 1), *(each.permute(1, 2, 0, 3) for each in finals)]
+
+    def call(is_init):
+        one = lambda weights, *given: functional_call(networks[0], weights, given)  # noqa: E731
+        vmapped = torch.vmap(one, in_dims=(0, -2, -2, -3, -3), out_dims=(-2, -3, -3))
+        return vmapped(stacked, x, is_init, *states)
+
+    weights, is_init = list(stacked.values()), starts.t()[:, :, None, None].expand(N, T, 3, 1)
+    check(call, weights, expected, weights, is_init, 1)

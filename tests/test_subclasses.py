@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from comparing import BACKENDS
+from comparing import every_backend
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gpu_lstm
 from gpu_lstm.dispatch import run as dispatch
-from gpu_lstm.functional import lstm_layer
 
 T, B, I, H = 3, 2, 3, 4
 RESETS = torch.tensor([[0, 1], [1, 0], [0, 0]]).bool()
@@ -39,28 +38,20 @@ class Quantised(Tensor):
         return function(*tree_map_only(cls, cls.plain, args), **tree_map_only(cls, cls.plain, kwargs or {}))
 
 
-def lstm_of(kind, backend):
+MODULES = {
+    "LSTM": gpu_lstm.LSTM, "LSTMCell": gpu_lstm.LSTMCell,
+    "StackedLSTM": lambda inputs, hidden, **how: gpu_lstm.StackedLSTM(inputs, [hidden, hidden], **how),
+}  # fmt: skip
+
+
+def made(kind, backend, weight_hh=lambda weight: weight):
+    """A module that learns nothing, with weight_hh(W_hh) in the place of each W_hh."""
     torch.manual_seed(0)
-    if kind == "StackedLSTM":
-        return gpu_lstm.StackedLSTM(I, [H, H], backend=backend).requires_grad_(False)
-    return getattr(gpu_lstm, kind)(I, H, backend=backend).requires_grad_(False)
-
-
-def quantised(lstm):
-    """With the weights W_hh quantised."""
+    lstm = MODULES[kind](I, H, backend=backend)
     for owner in lstm.modules():
         for name, weight in list(owner._parameters.items()):
-            if name.startswith("weight_hh"):
-                setattr(owner, name, nn.Parameter(Quantised.of(weight), requires_grad=False))
-    return lstm
-
-
-def in_float32(lstm):
-    """The same numbers as plain tensors."""
-    for owner in lstm.modules():
-        for name, weight in list(owner._parameters.items()):
-            if isinstance(weight, Quantised):
-                setattr(owner, name, nn.Parameter(weight.plain(), requires_grad=False))
+            new = weight_hh(weight) if name.startswith("weight_hh") else weight
+            setattr(owner, name, nn.Parameter(new.detach(), requires_grad=False))
     return lstm
 
 
@@ -77,57 +68,41 @@ def assert_close(ours, theirs):
 
 
 @pytest.fixture
-def routes():
-    """Backends and kinds of recording of the calls, in order."""
+def routes(monkeypatch):
+    """Of the calls, in order: the backend, and whether kernels ran as operators."""
     found, run_by = [], dispatch.run_by
 
     def recorded(route, call):
         found.append((route.backend.value, route.as_operators))
         return run_by(route, call)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "run_by", recorded)
-        yield found
+    monkeypatch.setattr(dispatch, "run_by", recorded)
+    return found
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell", "StackedLSTM"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_weights(routes, backend, kind):
-    """Before and after a call of the same kind with plain weights, which goes to the kernels as ever."""
+@pytest.mark.parametrize("kind", MODULES)
+@every_backend
+def test_weights_and_states(routes, backend, kind):
+    """Before and after a call of the same kind with plain ones, which goes to the kernels as ever."""
     x, hx = given(kind)
-    plain = lstm_of(kind, backend)
-    of_weights = quantised(lstm_of(kind, backend))
-    expected = in_float32(quantised(lstm_of(kind, "reference")))(x, hx)
-    plain(x, hx)
+    of_weights, plain_weights = made(kind, backend, Quantised.of), lambda w: Quantised.of(w).plain()
+    quantised = tree_map_only(Tensor, Quantised.of, hx)
+    calls = [
+        (made(kind, backend), hx, made(kind, "reference")(x, hx)),
+        (of_weights, hx, made(kind, "reference", plain_weights)(x, hx)),
+        (made(kind, backend), quantised, made(kind, "reference")(x, tree_map_only(Tensor, plain_weights, hx))),
+    ]
     routes.clear()
-    for _ in range(2):
-        assert_close(of_weights(x, hx), expected)
-        assert_close(plain(x, hx), lstm_of(kind, "reference")(x, hx))
-    assert routes[::3] == [(backend, backend == "triton")] * 2
-    assert routes[1::3] == [(backend, False)] * 2
+    for lstm, states, expected in calls + calls:
+        assert_close(lstm(x, states), expected)
+    assert routes == 2 * [(backend, False), *[(backend, backend == "triton")] * 2]
 
 
-@pytest.mark.parametrize("how", ["hx", "reset_states", "lstm_layer"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_states(routes, backend, how):
-    if (backend, how) == ("torch", "reset_states"):
-        return
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_states_to_reset_to(backend):
     x, hx = given("LSTM")
-    hx = tuple(Quantised.of(t if how != "lstm_layer" else t[0]) for t in hx)
-
-    def call(backend, hx):
-        lstm = lstm_of("LSTM", backend)
-        match how:
-            case "hx":
-                return lstm(x, hx, resets=RESETS)
-            case "reset_states":
-                return lstm(x, resets=RESETS, reset_states=hx)
-        return lstm_layer(x, list(lstm.parameters()), hx, backend=backend)
-
-    plain = tuple(t.plain() for t in hx)
-    for _ in range(2):
-        assert_close(call(backend, hx), call("reference", plain))
-        assert_close(call(backend, plain), call("reference", plain))
-    kernels = backend == "triton" and how != "reset_states"  # a view of one of ours is plain
-    assert routes[::4] == [(backend, kernels)] * 2
-    assert routes[2::4] == [(backend, False)] * 2
+    found, expected = (
+        made("LSTM", name)(x, resets=RESETS, reset_states=tree_map_only(Tensor, how, hx))
+        for name, how in ((backend, Quantised.of), ("reference", lambda t: Quantised.of(t).plain()))
+    )
+    assert_close(found, expected)

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -91,7 +92,10 @@ def test_random_numbers_are_as_if_nobody_had_raced_where_races_overlap(another):
 
 def test_products_have_their_precision_though_another_thread_asks_for_another_one(another, monkeypatch):
     matmul, asked, seen = torch.backends.cuda.matmul, threading.Event(), threading.Event()
-    monkeypatch.setattr(projection, "_lock", Announced(asked))
+    lock, announced = threading.RLock(), MagicMock()
+    announced.__enter__.side_effect = lambda: (asked.set(), lock.acquire())
+    announced.__exit__.side_effect = lambda *_: lock.release()
+    monkeypatch.setattr(projection, "_lock", announced)
 
     def in_another():
         with projection.products_in("tf32"):
@@ -107,20 +111,6 @@ def test_products_have_their_precision_though_another_thread_asks_for_another_on
         during = matmul.fp32_precision
         seen.set()
     assert (during, other.result(), matmul.fp32_precision) == ("ieee", "tf32", before)
-
-
-class Announced:
-    """A lock that sets an event when a thread asks for it."""
-
-    def __init__(self, asked):
-        self.lock, self.asked = threading.RLock(), asked
-
-    def __enter__(self):
-        self.asked.set()
-        self.lock.__enter__()
-
-    def __exit__(self, *error):
-        self.lock.__exit__(*error)
 
 
 def test_the_word_that_a_kernel_has_is_the_one_that_is_read(monkeypatch):

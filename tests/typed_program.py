@@ -25,23 +25,18 @@ class Tagger(nn.Module):
         return logits
 
 
-def sizes(backend: BackendName) -> list[torch.Size]:
+def shape(backend: BackendName) -> torch.Size:
     x, lengths = torch.randn(5, 3, 6), torch.tensor([5, 0, 4])
-    resets = gpu_lstm.resets_from_dones(torch.zeros(5, 3, dtype=torch.bool))
     lstm, stack = gpu_lstm.LSTM(6, 8, num_layers=2), gpu_lstm.StackedLSTM(6, [4, 5], backend=backend)
-    output, (h, c) = lstm(x, resets=resets)
+    output, (h, c) = lstm(x, resets=gpu_lstm.resets_from_dones(torch.zeros(5, 3, dtype=torch.bool)))
     output, (h, c) = lstm(x, (h, c), lengths=lengths)
-    of_lengths: PackedSequence = pack_sequence([x[:, 0], x[:, 1], x[:1, 2]])
-    packed, (h_n, c_n) = lstm(of_lengths)
-    stacked, [(h1, c1), (h2, c2)] = stack(x, [(x.new_zeros(3, n), x.new_zeros(3, n)) for n in stack.hidden_sizes])
-    same, states = stack(of_lengths)
-    same, states = stack(of_lengths, resets=resets, reset_states=states)
+    stacked, states = stack(x, [(x.new_zeros(3, n), x.new_zeros(3, n)) for n in stack.hidden_sizes])
+    stacked, [(h1, c1), (h2, c2)] = stack(x, resets=x[..., 0] > 0, reset_states=states)
     stream = gpu_lstm.Stream(lstm, batch=3)
     step = stream(x[0], active=lengths > 0)
     stream.reorder(lengths.clamp(max=2))
     stream.state = stream.state
-    tensors = [output, h, c, packed.data, h_n, c_n, stacked, h1, c1, h2, c2, same.data, states[0][0], step]
-    return [tensor.shape for tensor in tensors]
+    return torch.cat([each.flatten() for each in (output, h, c, stacked, h1, c1, h2, c2, step)]).shape
 
 
 def types_of_calls(x: Tensor, packed: PackedSequence) -> None:
@@ -74,7 +69,7 @@ def main() -> None:
     haste = {"kernel": torch.zeros(6, 32), "recurrent_kernel": torch.zeros(8, 32), "bias": torch.zeros(32)}
     read: gpu_lstm.LSTM = gpu_lstm.keras.forget_bias(gpu_lstm.keras.keras_init(gpu_lstm.from_haste(haste)))
     with gpu_lstm.backend("torch"), gpu_lstm.racing("read"):
-        print(sizes("reference"), len(mixed), read.hidden_size)
+        print(shape("reference"), len(mixed), read.hidden_size)
         print(dataclasses.asdict(gpu_lstm.explain(ours, torch.randn(5, 2, 6)))["backend"])
     gpu_lstm.check()
     if torch.cuda.is_available():

@@ -125,24 +125,20 @@ def of_arguments():
     both, a_rate, rates = [*made[:2], *later[:2]], f"ValueError: {{0}} {DROPOUT}, got {{v!r}}", ("2.0", "-0.5")
     for text, templates, name, values in (
         (unknown("..."), made, "backend", NAMES), (unknown("'cuda'"), later, "backend", ("'cuda'",)),
-        (a_bool("{0}", "{k}"), made[:3], "recompute", ("'yes'", "1", "None")),
-        (a_bool("{0}", "{k}"), made, "peepholes", ("'yes'", "1", "None")),
-        ("TypeError: layer_norm should be of type bool, or a tuple of names, got: {k}", made, "layer_norm",
-         ("'hh'", "1")),
+        (a_bool("{0}", "{k}"), [*made[:3], *later[1::2]], "recompute", ("'yes'", "1", "None")),
+        (a_bool("{0}", "{k}"), made, "peepholes", ("'yes'",)),
+        ("TypeError: layer_norm should be of type bool, or a tuple of names, got: {k}", made, "layer_norm", ("'hh'",)),
         ("ValueError: layer_norm should be a bool, or name some of ... got ...'x'...", made, "layer_norm",
          ("('hh', 'x')",)),
-        (a_rate, both, "recurrent_dropout", (*rates, "'0.5'", "None", "[0.1]", "math.nan", "True")),
-        (a_rate, both, "weight_drop", ("1.5", "-1", "(0.1, 0.2)", "'a'")),
-        (a_rate, made[2:3], "recurrent_dropout", rates),
-        (ZONEOUT + "{v!r}", both, "zoneout", (*rates, "[0.1, 0.1]", "(0.1,)", "(0.1, 0.2, 0.3)", "(0.1, 2)", "'0.1'",
-                                              "None", "math.nan", "True", "{'h': 0.1}")),
+        (a_rate, [*both, made[2]], "recurrent_dropout", (*rates, "'0.5'", "None", "[0.1]", "math.nan", "True")),
+        (a_rate, both, "weight_drop", ("1.5", "(0.1, 0.2)")),
+        (ZONEOUT + "{v!r}", both, "zoneout", (*rates, "(0.1,)", "(0.1, 2)", "'0.1'", "None", "math.nan", "{'h': 0.1}")),
         (f"ValueError: dropout {DROPOUT}", both[1:], "dropout", (*rates, "'half'", "None", "True", "[0.5]")),
-        *((a_bool("{0}", "{k}"), made[1:2], name, ("'no'",)) for name in ("residual", "batch_first", "bidirectional")),
-        (a_bool("{0}", "{k}"), made[1:2], "bias", ("1",)), (a_bool("{0}", "{k}"), later[1:2], "residual", ("'yes'",)),
-        (a_bool("{0}", "{k}"), later[1::2], "recompute", ("'yes'",)),
+        *((a_bool("{0}", "{k}"), made[1:2], name, ("'no'",)) for name in ("batch_first", "bidirectional", "bias")),
+        (a_bool("{0}", "{k}"), [made[1], later[1]], "residual", ("'yes'",)),
         ("TypeError: hidden_sizes should be a sequence of ints, got: {k}", ["gpu_lstm.StackedLSTM(3, {1})"], "",
-         ("4", "{4, 5}", "'44'", "None", "{4: 1}", "4.0", "(size for size in (4, 5))")),
-        (an_int("hidden_size", "{k}"), ["gpu_lstm.StackedLSTM(3, [4, {1}])"], "", ("2.0", "None", "'4'", "[4, 5]")),
+         ("4", "{4, 5}", "'44'", "(size for size in (4, 5))")),
+        (an_int("hidden_size", "{k}"), ["gpu_lstm.StackedLSTM(3, [4, {1}])"], "", ("2.0", "None", "'4'")),
     ):  # fmt: skip
         for value in values:
             found = text.format(name, k=kind_of(value), v=eval(value))
@@ -157,18 +153,15 @@ def of_lengths_and_resets():
     a_dtype = "ValueError: lengths should be of dtype torch.int32 or torch.int64, got torch."
     for text, argument in (
         (f"{limits} 2 to 6", "lengths=tensor([6, 2])"), (f"{limits} -1 to 3", "lengths=tensor([3, -1])"),
-        *((f"ValueError: Expected lengths of shape [2], got {shape}", f"lengths={value}") for value, shape in (
-            ("tensor([3])", [1]), ("tensor(3)", []), ("tensor([[1, 2]])", [1, 2]), ("tensor([5, 2, 1])", [3]))),
+        ("ValueError: Expected lengths of shape [2], got [1]", "lengths=tensor([3])"),
+        ("ValueError: Expected lengths of shape [2], got []", "lengths=tensor(3)"),
         (a_dtype + "float32", "lengths=tensor([1.0, 2.0])"), (a_dtype + "bool", "lengths=tensor([True, False])"),
-        (a_dtype + "int16", "lengths=tensor([1, 2], dtype=torch.int16)"),
         ("ValueError: Expected lengths on cpu, where the input is, got meta", "lengths=tensor([1, 2], device=META)"),
         (a_tensor("lengths", "list"), "lengths=[5, 2]"),
-        *((f"ValueError: Expected resets of shape [5, 2], got {list(shape)}", f"resets=zeros({shape}, dtype=BOOL)")
-          for shape in ((2, 5), (5,), (5, 2, 1))),
+        ("ValueError: Expected resets of shape [5, 2], got [5]", "resets=zeros(5, dtype=BOOL)"),
         ("ValueError: resets should be of dtype torch.bool, got torch.float32", "resets=zeros(5, 2)"),
-        ("ValueError: resets should be of dtype torch.bool, got torch.uint8", "resets=zeros(5, 2, dtype=torch.uint8)"),
         ("ValueError: Expected resets on cpu, where the input is, got meta", "resets=RESETS.to(META)"),
-        (a_tensor("resets", "int"), "resets=3"), (a_tensor("resets", "bool"), "resets=True")):  # fmt: skip
+        (a_tensor("resets", "bool"), "resets=True")):  # fmt: skip
         yield text, *(call.format(argument) for call in calls)
 
 
@@ -179,17 +172,15 @@ def of_reset_states():
     yield "ValueError: Expected resets together with reset_states, ..., got None", *alone
     sizes = "ValueError: Expected {0} of reset_states of size [{1}2, 4], one a sequence, or [{1}5, 2, 4], one a step, "
     sizes = f"{sizes}got {{2}}".format
-    dtype = "ValueError: Expected {} of reset_states of dtype torch.float32, got torch.{}"
     a_pair = "TypeError: reset_states{} should be a pair of tensors (h, c), got: {}"
     for text, call, states in (
         (sizes("c", "1, ", [1, 2, 5]), "lstm", "(H, zeros(1, 2, 5))"), (sizes("h", "1, ", [2, 4]), "lstm", "(H[0], C)"),
-        (dtype.format("h", "float64"), "lstm", "(H.double(), C)"),
-        (dtype.format("c", "int64"), "lstm", "(H, C.long())"),
+        ("ValueError: Expected c of reset_states of dtype torch.float32, got torch.int64", "lstm", "(H, C.long())"),
         ("ValueError: Expected h of ... on cpu, ..., got meta", "lstm", "(H.to(META), C)"),
         (a_tensor("c of reset_states", "NoneType"), "lstm", "(H, None)"),
         (a_pair.format("", "Tensor"), "lstm", "torch.stack([H, C])"),
         ("ValueError: Expected reset_states of two states (h, c), got 1", "lstm", "(H,)"),
-        (sizes("h", "", [1, 2, 4]), "layer", "(H, C)"), (a_pair.format("", "int"), "layer", "1"),
+        (sizes("h", "", [1, 2, 4]), "layer", "(H, C)"),
         (a_pair.format(" of layer 0", "Tensor"), "stack", "(H, C)"),
         ("TypeError: reset_states should be a list of pairs (h, c), got: Tensor", "stack", "H"),
         ("ValueError: Expected reset_states of 2 pairs, one a layer, got 1", "stack", "PAIRS[:1]"),
@@ -204,8 +195,7 @@ CALLS = [
     *of_reset_states(),
     ("ValueError: hidden_sizes must have at least one layer", "gpu_lstm.StackedLSTM(3, [])"),
     ("ValueError: hidden_size must be greater than zero", "gpu_lstm.StackedLSTM(3, [4, 0])",
-     "gpu_lstm.StackedLSTM(3, [4, -1])", "layer(m, weights=(zeros(0, 3), zeros(0, 0)))",
-     "gpu_lstm.from_haste(dict(kernel=zeros(3, 0), recurrent_kernel=zeros(0, 0), bias=zeros(0)))"),
+     "layer(m, weights=(zeros(0, 3), zeros(0, 0)))"),
     ("ValueError: input_size must be greater than zero", "gpu_lstm.StackedLSTM(0, [4, 4])"),
     (an_int("input_size", "str"), "gpu_lstm.StackedLSTM('3', [4, 4])"),
     # Weights: kernels would read beyond one that is too small; some would be broadcast
@@ -215,16 +205,11 @@ CALLS = [
         ("weight_hh", (16, 3), (16, 4)), ("weight_ih", (12, 4), (16, 3)), ("bias_hh", (64,), (16,)),
         ("bias_ih", (1,), (16,)), ("bias_hh", (16, 1), (16,)))),
     (size("bias_ih", "(16,)", "[1]"), "handed(m.deep, 'bias_ih_l1', 1)"),
-    (size("weight_ih", "(16, 3)", "[12, 3]"), "handed(m.compat, 'weight_ih_l0', 12, 3)"),
-    (size("bias_hh", "(16,)", "[16, 1]"), "handed(m.both, 'bias_hh_l0_reverse', 16, 1)"),
     (size("weight_ih", "(16, 4)", "[16, 5]"), "handed(m.stack, 'layers.1.weight_ih_l0', 16, 5)"),
     (size("weight_peephole", "(12,)", "[16]"), "handed(m.variant, 'weight_peephole_l0', 16)"),
-    (size("gain_hh", "(16,)", "[4]"), "handed(m.variant, 'gain_hh_l0', 4)"),
-    (a_tensor("weight_ih", "NoneType"), "assigned(m.lstm, 'weight_ih_l0')"),
     (a_tensor("weight_hh", "NoneType"), "assigned(m.lstm, 'weight_hh_l0')", "layer(m, weights=(WEIGHTS[0], None))"),
     ("AttributeError: ...weight_hh_l0...", "delattr(lstm := copy.deepcopy(m.lstm), 'weight_hh_l0'), lstm(X)"),
-    ("RuntimeError: bias_ih and bias_hh should be given together", "assigned(m.lstm, 'bias_hh_l0')",
-     "layer(m, weights=(*WEIGHTS, zeros(16)))"),
+    ("RuntimeError: bias_ih and bias_hh should be given together", "assigned(m.lstm, 'bias_hh_l0')"),
     *((f"ValueError: backend '{backend}' does not support {name}; use 'triton' or 'reference'",
        f"lstm_layer(X, {weights}, backend='{backend}')") for backend in ("torch", "cupy")
       for name, weights in (("peepholes", "[*PLAIN, zeros(12)]"), ("layer_norm", "NORMED"))),
@@ -235,36 +220,27 @@ CALLS = [
     *((f"AttributeError: ...{name}...", f"setattr(m.lstm, '{name}', True)") for name in ("peepholes", "layer_norm")),
     # Input of LSTM, and hx, where torch's own words are no guide
     (dense("LSTM", A_NESTED), "m.lstm(NESTED)"),
-    (dense("LSTM", SPARSE), "m.lstm(X.to_sparse())", "m.compat(X.to_sparse())", "m.stream(X.to_sparse())",
-     "gpu_lstm.explain(m.lstm, X.to_sparse())"),
-    *(("RuntimeError: Expected data of 5 rows, the sum of batch_sizes, got 4",
-       f"m.{module}(PackedSequence(zeros(4, 3), tensor([2, 2, 1])))") for module in ("lstm", "triton")),
-    *((f"RuntimeError: Expected batch_sizes that never grow and are never negative, got {sizes}",
-       f"m.{module}(PackedSequence(zeros(2, 3), tensor({sizes})))") for module in ("lstm", "triton", "stack")
-      for sizes in ([0, 2], [1, 0, 1], [3, -1])),
-    *((f"RuntimeError: input must have 2 dimensions, got {rank}", f"m.{module}(PackedSequence({data}, tensor([2, 1])))")
-      for module in ("lstm", "triton") for rank, data in ((1, "zeros(3)"), (3, "zeros(3, 1, 3)"))),
-    *((FEATURES, f"m.{module}(packed(4))") for module in ("lstm", "triton")),
-    *((size(name, "(1, 2, 4)", f"{[*got]}"), f"m.{module}(PACKED, (zeros({h}), zeros({c})))")
-      for module in ("lstm", "triton") for name, got, h, c in (
-        ("hidden[0]", (1, 3, 4), (1, 3, 4), (1, 3, 4)), ("hidden[0]", (1, 2, 5), (1, 2, 5), (1, 2, 4)),
-        ("hidden[0]", (2, 2, 4), (2, 2, 4), (2, 2, 4)), ("hidden[0]", (2, 4), (2, 4), (2, 4)))),
+    (dense("LSTM", SPARSE), "m.lstm(X.to_sparse())", "m.stream(X.to_sparse())"),
+    *((f"RuntimeError: {text}", f"m.{module}(PackedSequence({data}, tensor({sizes})))") for module in ("lstm", "triton")
+      for text, data, sizes in (
+        ("Expected data of 5 rows, the sum of batch_sizes, got 4", "zeros(4, 3)", [2, 2, 1]),
+        ("Expected batch_sizes that never grow and are never negative, got [0, 2]", "zeros(2, 3)", [0, 2]),
+        ("Expected batch_sizes that never grow and are never negative, got [3, -1]", "zeros(2, 3)", [3, -1]),
+        ("input must have 2 dimensions, got 3", "zeros(3, 1, 3)", [2, 1]))),
+    (FEATURES, "m.lstm(packed(4))", "m.triton(packed(4))"),
+    (size("hidden[0]", "(1, 2, 4)", "[2, 4]"), "m.lstm(PACKED, (H2, H2))", "m.triton(PACKED, (H2, H2))"),
     (FLOAT64, "m.deep(X.double())", "m.stream(zeros(2, 3, dtype=F64))"),
-    (pair("lstm", "Tensor"), "m.lstm(X, torch.stack([H, C]))", "m.deep(X, zeros(2, 2, 2, 4))",
-     "m.lstm(X, torch.stack([H, C]), lengths=tensor([5, 3]))", "m.lstm(PACKED, torch.stack([H, C]))",
-     "m.compat(X, torch.stack([H, C]))", "layer(m, hx=zeros(2, 2, 4))", "gpu_lstm.Stream(m.lstm, 2, X)"),
-    (TWO, "m.lstm(PACKED, (H, C, C))", "m.lstm(PACKED, (H,))", "layer(m, hx=(H2,))", "layer(m, hx=())",
-     "gpu_lstm.Stream(m.lstm, 2, (H,))"),
+    (pair("lstm", "Tensor"), "m.deep(X, zeros(2, 2, 2, 4))", "m.lstm(PACKED, X)", "layer(m, hx=X)",
+     "gpu_lstm.Stream(m.lstm, 2, X)"),
+    (TWO, "m.lstm(PACKED, (H, C, C))", "m.lstm(PACKED, (H,))", "layer(m, hx=())", "gpu_lstm.Stream(m.lstm, 2, (H,))"),
     (dtypes("hidden", "float32", "float64"), "m.deep(X, (zeros(2, 2, 4, dtype=F64), zeros(2, 2, 4)))",
-     "m.deep(PACKED, (zeros(2, 2, 4, dtype=F64), zeros(2, 2, 4)))",
      "m.lstm(PACKED, (H.double(), C.double()))", "layer(m, hx=(H2.double(), H2))"),
     ("ValueError: lengths should not be given together with a PackedSequence...",
      "m.deep(PACKED, lengths=tensor([5, 3]))"),
     ("ValueError: Expected resets of shape [2, 5], got [5, 2]", "m.first(zeros(2, 5, 3), resets=RESETS)"),
     ("ValueError: Expected lengths of shape [], got [1]", "m.lstm(X[:, 0], lengths=tensor([3]))"),
     ("ValueError: Expected resets of shape [5], got [5, 1]", "m.first(X[:, 0], resets=RESETS[:, :1])"),
-    *((f"ValueError: Expected resets of shape [{shape}], got [8]", f"m.{module}(PACKED, resets=zeros(8, dtype=BOOL))")
-      for module, shape in (("lstm", "5, 2"), ("first", "2, 5"))),
+    ("ValueError: Expected resets of shape [2, 5], got [8]", "m.first(PACKED, resets=zeros(8, dtype=BOOL))"),
     ("ValueError: Expected c of reset_states of size [1, 2, 4], ..., or [1, 2, 5, 4], one a step, got [1, 5, 2, 4]",
      "m.first(zeros(2, 5, 3), resets=RESETS.T, reset_states=(H, zeros(1, 5, 2, 4)))"),
     ("ValueError: backend 'torch' does not support reset_states; use 'triton' or 'cupy' or 'reference'",
@@ -274,35 +250,25 @@ CALLS = [
      "m.first(zeros(2, 5, 3), mask=zeros(2, 5, dtype=BOOL))"),
     # No steps, which torch refuses in these words
     ("RuntimeError: Expected sequence length to be larger than 0 in RNN", "m.stack(zeros(0, 2, 3))",
-     "m.stack(zeros(0, 0, 3))", "m.stream(zeros(0, 2, 3))", "gpu_lstm.Stream(m.lstm, 0)(zeros(0, 0, 3))",
-     *(f"layer(m, x=zeros(0, {n}, 3){by})" for n in (0, 2) for by in ("", ", backend='triton'"))),
+     "m.stack(zeros(0, 0, 3))", "m.stream(zeros(0, 2, 3))", "layer(m, x=zeros(0, 0, 3), backend='triton')"),
     # StackedLSTM
-    *((a_tensor("input", kind_of(value)), f"m.stack({value})") for value in ("None", "[[1.0, 2.0, 3.0]]", "X.numpy()")),
+    (a_tensor("input", "ndarray"), "m.stack(X.numpy())"),
     (dense("StackedLSTM", A_NESTED), "m.stack(NESTED)"), (dense("StackedLSTM", SPARSE), "m.stack(X.to_sparse())"),
-    *((f"ValueError: StackedLSTM: Expected input to be 2D or 3D, got {rank}D instead", f"m.stack(zeros([3] * {rank}))")
-      for rank in (1, 4)),
-    (FEATURES, "m.stack(zeros(5, 2, 4))", "gpu_lstm.explain(m.stack, zeros(5, 2, 4))", "m.stream_of_stack(zeros(2, 4))",
-     "gpu_lstm.explain(m.lstm, zeros(5, 2, 4))"),
+    ("ValueError: StackedLSTM: Expected input to be 2D or 3D, got 4D instead", "m.stack(zeros(3, 3, 3, 3))"),
+    (FEATURES, "m.stack(zeros(5, 2, 4))", "m.stream_of_stack(zeros(2, 4))", "gpu_lstm.explain(m.lstm, zeros(5, 2, 4))"),
     ("ValueError: RNN input dtype (torch.float64) does not match weight dtype ...float32). ...", "m.stack(X.double())"),
     (devices("parameter", META, "cpu"), "m.stack(X.to(META))"),
     ("ValueError: residual=True needs ... got inputs of [3, 4] and outputs of [4, 5] ...",
      "gpu_lstm.StackedLSTM(3, [4, 5], residual=True)"),
-    (a_list(" for layer 0", "Tensor"), "m.stack(X, (zeros(2, 2, 4), zeros(2, 2, 4)))", "m.one(X, PAIRS[0])",
-     "gpu_lstm.Stream(m.stack, 2, (zeros(2, 2, 4), zeros(2, 2, 4)))"),
+    (a_list(" for layer 0", "Tensor"), "m.one(X, PAIRS[0])", "gpu_lstm.Stream(m.stack, 2, PAIRS[0])"),
     (a_list("", "Tensor"), "m.stack(X, zeros(2, 2, 2, 4))", "gpu_lstm.trace(m.stack, X, zeros(2, 2, 2, 4))"),
-    (a_list("", "dict"), "m.stack(X, dict(enumerate(PAIRS)))"),
-    ("RuntimeError: Expected hx of 2 pairs, one a layer, got 1", "m.stack(X, PAIRS[:1])",
-     "gpu_lstm.Stream(m.stack, 2, PAIRS[:1])"),
-    ("RuntimeError: Expected hx of 2 pairs, one a layer, got 0", "m.stack(X, [])"),
+    ("RuntimeError: Expected hx of 2 pairs, one a layer, got 1", "m.stack(X, PAIRS[:1])"),
     ("RuntimeError: Expected h of layer 0 of size [2, 4], got [1, 2, 4]", "m.stack(X, [(H, C), PAIRS[1]])"),
     ("RuntimeError: Expected c of layer 1 of size [4], got [1, 4]",
-     "m.stack(X[:, 0], [(zeros(4), zeros(4)), (zeros(4), zeros(1, 4))])"),
+     "m.stack(X[:, 0], [(H2[0], H2[0]), (H2[0], H2[:1])])"),
     (devices("hidden", "cpu", META), "m.stack(X, [PAIRS[0], (H2, H2.to(META))])"),
-    *((f"RuntimeError: Expected two states (h, c) of layer {k}, got {count}", f"m.stack(X, {states})")
-      for k, count, states in ((0, 1, "[PAIRS[0][:1], PAIRS[1]]"), (1, 3, "[PAIRS[0], (*PAIRS[1], H2)]"))),
+    ("RuntimeError: Expected two states (h, c) of layer 1, got 3", "m.stack(X, [PAIRS[0], (*PAIRS[1], H2)])"),
     (a_tensor("c of layer 0", "NoneType"), "m.stack(X, [(H2, None), PAIRS[1]])"),
-    (a_tensor("h of layer 0", "list"), "m.stack(X, [([0.0], [0.0]), PAIRS[1]])"),
-    ("RuntimeError: Expected h of layer 1 of size [2, 4], got [2, 5]", "m.stack(X, [PAIRS[0], (zeros(2, 5), H2)])"),
     (dtypes("hidden", "float32", "float16"), "m.stack(X, [PAIRS[0], (H2.half(), H2)])"),
     # LSTMCell, beyond torch's
     (dense("LSTMCell", SPARSE), "m.cell(zeros(2, 3).to_sparse())"),
@@ -313,29 +279,19 @@ CALLS = [
     (a_tensor("input", "PackedSequence"), "layer(m, x=PACKED)"), (dense("lstm_layer", A_NESTED), "layer(m, x=NESTED)"),
     (dense("lstm_layer", SPARSE), "layer(m, x=X.to_sparse())"),
     ("RuntimeError: input must have 3 dimensions, got 2", "layer(m, x=zeros(5, 3))"),
-    *((f"TypeError: weights should be a tuple or list of tensors, got: {kind_of(value)}", f"layer(m, weights={value})")
-      for value in ("zeros(2, 16, 4)", "None")),
+    ("TypeError: weights should be a tuple or list of tensors, got: Tensor", "layer(m, weights=zeros(2, 16, 4))"),
     ("ValueError: Expected weights of 2 to 10 tensors (weight_ih, ...), got 1", "layer(m, weights=WEIGHTS[:1])"),
     ("ValueError: Expected weights of 2 to 10 tensors (...gain_c, bias_c), got 11",
      "layer(m, weights=[*WEIGHTS, *[None] * 9])"),
-    (a_tensor("bias_hh", "list"), "layer(m, weights=(*WEIGHTS, zeros(16), [0.0] * 16))"),
     ("RuntimeError: weight_hh must have 2 dimensions, got 0", "layer(m, weights=(WEIGHTS[0], tensor(1.0)))"),
-    ("RuntimeError: weight_hr must have 2 dimensions, got 1", "layer(m, weights=(*WEIGHTS, None, None, zeros(4)))"),
-    *((size(name, expected, got), f"layer(m, weights=({weights}))") for name, expected, got, weights in (
-        ("bias_ih", "(16,)", "[1]", "*WEIGHTS, zeros(1), zeros(1)"),
-        ("weight_ih", "(16, 3)", "[16, 2]", "zeros(16, 2), WEIGHTS[1]"),
-        ("weight_hh", "(16, 4)", "[16, 5]", "WEIGHTS[0], zeros(16, 5)"),
-        ("weight_hh", "(16, 2)", "[16, 4]", "*WEIGHTS, None, None, zeros(2, 4)"))),
+    (size("weight_hh", "(16, 2)", "[16, 4]"), "layer(m, weights=(*WEIGHTS, None, None, zeros(2, 4)))"),
     (dtypes("parameter", "float64", "float32"), "layer(m, x=X.double())", "m.lstm(packed(3, dtype=F64))"),
     ("ValueError: proj_size must be greater than zero",
      "layer(m, weights=(zeros(16, 3), zeros(16, 0), None, None, zeros(0, 4)))"),
-    (a_tensor("hidden[0]", "NoneType"), "layer(m, hx=(None, None))"), (pair("lstm", "int"), "layer(m, hx=1)"),
-    (size("hidden[0]", "(2, 4)", "[4]"), "layer(m, hx=(zeros(4), H2))"),
     (size("hidden[1]", "(2, 4)", "[2, 5]"), "layer(m, hx=(H2, zeros(2, 5)))"),
     (devices("hidden", "cpu", META), "layer(m, hx=(H2.to(META), H2))"),
     (a_bool("reverse", "str"), "layer(m, reverse='no')"),
-    *((f"TypeError: input should be of a floating point dtype, got: {dtype}", f"layer(m, x=X.to({name}))")
-      for name, dtype in (("INT", INT), ("COMPLEX", COMPLEX))),
+    ("TypeError: input should be of a floating point dtype, got: torch.complex64", "layer(m, x=X.to(COMPLEX))"),
     (unknown("'none'"), "layer(m, backend='none')"),
     # backend, racing, Backend, the environment
     *((unknown("..."), f"gpu_lstm.backend({name})") for name in (*NAMES, "None")),
@@ -348,32 +304,24 @@ CALLS = [
      "patch.dict(os.environ, GPU_LSTM_RACE='yes')(requested_racing)()"),
     # explain, trace
     *((f"TypeError: {function} accepts a...LSTM... got ...{kind_of(value)}", f"gpu_lstm.{function}({value}, X)")
-      for function in ("explain", "trace") for value in ("None", "[1]", "GRU", "LINEAR")),
+      for function in ("explain", "trace") for value in ("None", "GRU")),
     ("TypeError: explain accepts a gpu_lstm.LSTM or StackedLSTM, got torch.nn.modules.rnn.LSTM...",
      "gpu_lstm.explain(TORCHS, X)"),
-    ("ValueError: LSTM: Expected input to be 2D or 3D, got 1D instead", "gpu_lstm.explain(m.lstm, zeros(3))"),
-    *((a_tensor("x", kind_of(value)), f"gpu_lstm.{function}(m.lstm, {value})")
-      for function in ("explain", "trace") for value in ("None", "[[1.0]]", "3")),
+    (a_tensor("x", "NoneType"), "gpu_lstm.explain(m.lstm, None)", "gpu_lstm.trace(m.lstm, None)"),
     ("TypeError: 'str' object cannot be interpreted as an integer", "m.trace.plot('first')"),
     ("IndexError: sequence 2 of a batch of 2", "m.trace.plot(2)"),
     # Stream
-    *((f"TypeError: Stream accepts an LSTM or a StackedLSTM, got {kind_of(value)}", f"gpu_lstm.Stream({value}, 2)")
-      for value in ("None", "[1]", "TORCHS")),
+    ("TypeError: Stream accepts an LSTM or a StackedLSTM, got LSTM", "gpu_lstm.Stream(TORCHS, 2)"),
     ("ValueError: Stream runs one direction, got bidirectional=True...", "gpu_lstm.Stream(m.both, 2)"),
-    *((an_int("batch", kind_of(value)), f"gpu_lstm.Stream(m.lstm, {value})") for value in ("None", "2.0")),
+    (an_int("batch", "float"), "gpu_lstm.Stream(m.lstm, 2.0)"),
     ("ValueError: batch must not be negative, got -1", "gpu_lstm.Stream(m.lstm, -1)"),
     *((text, f"gpu_lstm.Stream(m.lstm, 2, {states})") for text, states in (
         ("RuntimeError: Expected h_0 of size [1, 2, 4], got [1, 1, 4]", "(zeros(1, 1, 4), C)"),
-        ("RuntimeError: Expected c_0 of size [1, 2, 4], got [2, 4]", "(H, H2)"),
         ("RuntimeError: Expected h_0 of dtype torch.float32, got torch.float64", "(H.double(), C.double())"),
-        ("RuntimeError: Expected c_0 of dtype torch.float32, got torch.int64", "(H, C.long())"),
         ("RuntimeError: Expected h_0 on cpu, got meta", "(H.to(META), C)"),
         (a_tensor("h_0", "list"), "([0.0], [0.0])"))),
-    ("RuntimeError: Expected c of layer 1 of size [2, 4], got [2, 1]",
-     "gpu_lstm.Stream(m.stack, 2, [PAIRS[0], (H2, zeros(2, 1))])"),
     (a_tensor("x", "NoneType"), "m.stream(None)"), (a_tensor("x", "PackedSequence"), "m.stream(PACKED)"),
-    *((f"ValueError: expected (N, I) or (T, N, I) with N = 2, got {shape}", f"m.stream(zeros({shape}))")
-      for shape in ((3, 3), (3,))),
+    ("ValueError: expected (N, I) or (T, N, I) with N = 2, got (3, 3)", "m.stream(zeros(3, 3))"),
     ("ValueError: expected (N, I) or (N, T, I) with N = 2, got (5, 2, 3)", "gpu_lstm.Stream(m.first, 2)(X)"),
     *(("ValueError: ...drops out in training mode; call eval()...",
        f"gpu_lstm.Stream(m.dropping['{name}'], 2)(zeros(2, 3))") for name in DROPS),
@@ -381,35 +329,27 @@ CALLS = [
         ("which", "m.stream.reset({})"), ("active", "m.stream(zeros(2, 3), active={})")) for text, value in (
           (a_tensor("{}", "list"), "[True, False]"),
           ("ValueError: expected bool of shape (2,), got torch.bool (5, 2)", "RESETS"),
-          ("ValueError: expected bool of shape (2,), got torch.int64 (2,)", "tensor([1, 0])"),
           ("ValueError: Expected {} on cpu, got meta", "zeros(2, dtype=BOOL, device=META)"))),
     *((text, f"m.stream_of_stack.reorder({value})") for text, value in (
         (a_tensor("index", "list"), "[1, 0]"),
         ("ValueError: expected int64 of shape (2,), got torch.bool (2,)", "tensor([True, False])"),
-        ("ValueError: expected int64 of shape (2,), got torch.int64 (3,)", "tensor([0, 1, 1])"),
-        ("ValueError: Expected index from 0 to 1, got [0, 2]", "tensor([0, 2])"),
         ("ValueError: Expected index from 0 to 1, got [0, -1]", "tensor([0, -1])"))),
     ("RuntimeError: Expected h_0 of size [1, 2, 4], got [1, 3, 4]", "setattr(m.stream, 'state', (zeros(1, 3, 4), C))"),
     # convert, to_torch, from_haste
-    *((f"TypeError: {function} accepts a torch.nn.Module, got {kind_of(value)}", f"gpu_lstm.{function}({value})")
-      for function in ("convert", "to_torch") for value in ("None", "[TORCHS]", "{'a': 1}", "nn.LSTM")),
-    *((f"TypeError: from_haste accepts a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got {kind_of(value)}",
-       f"gpu_lstm.from_haste({value})") for value in ("None", "[1]", "'haste'", "zeros(3, 16)")),
+    ("TypeError: convert accepts a torch.nn.Module, got list", "gpu_lstm.convert([TORCHS])"),
+    ("TypeError: to_torch accepts a torch.nn.Module, got type", "gpu_lstm.to_torch(nn.LSTM)"),
+    ("TypeError: from_haste accepts a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got str",
+     "gpu_lstm.from_haste('haste')"),
     *((f"ValueError: expected the parameters ...recurrent_kernel... got {got}", f"gpu_lstm.from_haste({value})")
-      for got, value in (("['bias_hh_l0', ...", "m.of_another"), ("['1', '2']", "{1: 1, '2': 2}"),
-                         ("['bias', 'kernel']", "{name: HASTE[name] for name in ('kernel', 'bias')}"))),
+      for got, value in (("['bias_hh_l0', ...", "m.of_another"), ("['1', '2']", "{1: 1, '2': 2}"))),
     ("ValueError: expected parameters of one dtype, got ['torch.float32', 'torch.float64']",
      "gpu_lstm.from_haste(HASTE | {'bias': HASTE['bias'].to(F64)})"),
     *((f"ValueError: ...the module has {name}=0.1...", f"gpu_lstm.from_haste(HASTES['{name}'])")
       for name in ("zoneout", "dropout")),
-    (a_tensor("kernel", "ndarray"), "gpu_lstm.from_haste(HASTE | {'kernel': zeros(3, 16).numpy()})"),
-    *((f"ValueError: expected sizes [I, 4H], ... got {got}", f"gpu_lstm.from_haste({value})") for got, value in (
-        ("[[], [], []]", "dict.fromkeys(HASTE, tensor(1.0))"),
-        ("[[16, 3], [4, 16], [16]]", "HASTE | {'kernel': zeros(16, 3)}"),
-        ("[[3, 16], [4, 16], [4]]", "HASTE | {'bias': zeros(4)}"))),
+    ("ValueError: expected sizes [I, 4H], ... got [[3, 16], [4, 16], [4]]",
+     "gpu_lstm.from_haste(HASTE | {'bias': zeros(4)})"),
     # resets_from_dones
-    *((a_tensor("dones", kind_of(value)), f"gpu_lstm.resets_from_dones({value})")
-      for value in ("None", "[[True]]", "X.numpy()")),
+    (a_tensor("dones", "list"), "gpu_lstm.resets_from_dones([[True]])"),
     *(("ValueError: Expected bool dones [T, B] with T > 0, got ...", f"gpu_lstm.resets_from_dones({value})")
       for value in ("zeros(5, 2)", "zeros(5, dtype=BOOL)", "tensor(True)", "zeros(0, 2, dtype=BOOL)")),
     (a_tensor("first", "list"), "gpu_lstm.resets_from_dones(RESETS, [True, False])"),
@@ -427,27 +367,21 @@ CALLS = [
      "gpu_lstm.autotune(4, 1, dtype=F64, device='cpu')"),
     ("TypeError: ...takes 0 positional arguments but 1 was given", "gpu_lstm.check('cuda')"),
     # keras, where Keras is not needed
-    *(("TypeError: GoBackwards accepts an LSTM or a StackedLSTM, got ...", f"keras.GoBackwards({value})")
-      for value in ("None", "[1]", "TORCHS_FIRST")),
+    ("TypeError: GoBackwards accepts an LSTM or a StackedLSTM, got ...", "keras.GoBackwards(TORCHS_FIRST)"),
     ("ValueError: ...batch_first=True, got bidirectional=False and batch_first=False", "keras.GoBackwards(m.lstm)"),
-    ("ValueError: ...batch_first=True, got bidirectional=True and batch_first=False", "keras.GoBackwards(m.both)"),
     ("ValueError: Expected input of 3 dimensions (N, T, I), got 2", "m.backwards(X[0])"),
-    (a_tensor("lengths", "list"), "m.backwards(zeros(2, 5, 3), lengths=[1, 2])"),
     ("ValueError: Expected lengths from 0 to 5, ... got lengths from 1 to 6",
      "m.backwards(zeros(2, 5, 3), lengths=tensor([1, 6]))"),
     *((f"TypeError: Expected an LSTM or a module that holds one, got {kind_of(value)}", f"keras.{function}({value})")
-      for function in ("keras_init", "forget_bias") for value in ("None", "[TORCHS]", "LINEAR", "GRU")),
+      for function in ("keras_init", "forget_bias") for value in ("None", "GRU")),
     ("ValueError: Expected an LSTM with a bias, got bias=False", "keras.forget_bias(m.without_bias)"),
     ("ValueError: value should be finite, got nan", "keras.forget_bias(m.lstm, float('nan'))"),
-    *((f"TypeError: value should be a number, got: {kind_of(value)}", f"keras.forget_bias(m.lstm, {value})")
-      for value in ("'1'", "None")),
-    *((f"TypeError: to_keras accepts an LSTM, StackedLSTM or GoBackwards, got {kind_of(value)}",
-       f"keras.to_keras({value})") for value in ("None", "[1]", "GRU", "CELL")),
+    ("TypeError: value should be a number, got: str", "keras.forget_bias(m.lstm, '1')"),
+    ("TypeError: to_keras accepts an LSTM, StackedLSTM or GoBackwards, got LSTMCell", "keras.to_keras(CELL)"),
     (a_bool("freeze_second_bias", "str"), "keras.from_keras(None, freeze_second_bias='no')"),
     (a_tensor("mask", "list"), "keras.lengths_of([[True]])"),
-    *((f"ValueError: Expected a mask [N, T] of dtype torch.bool, got {got}", f"keras.lengths_of({value})")
-      for got, value in (("[2, 5] of torch.float32", "zeros(2, 5)"), ("[3] of torch.bool", "zeros(3, dtype=BOOL)"))),
-    *((f"ValueError: ...row {row} has a gap: step {step} is masked, but a later one is not",
-       f"keras.lengths_of(tensor({mask}).bool())")
-      for row, step, mask in ((0, 1, [[1, 0, 1]]), (1, 1, [[1, 1, 1], [1, 0, 1]]), (0, 0, [[0, 1, 1], [1, 0, 0]]))),
+    ("ValueError: Expected a mask [N, T] of dtype torch.bool, got [2, 5] of torch.float32",
+     "keras.lengths_of(zeros(2, 5))"),
+    ("ValueError: ...row 1 has a gap: step 1 is masked, but a later one is not",
+     "keras.lengths_of(tensor([[1, 1, 1], [1, 0, 1]]).bool())"),
 ]  # fmt: skip
