@@ -1,8 +1,5 @@
 """Which backend is chosen, by whom, and what it says when it cannot run: with float64 "triton" raises a TypeError."""
 
-import importlib
-import multiprocessing
-import sys
 import warnings
 from unittest.mock import Mock
 
@@ -11,7 +8,7 @@ import torch
 from torch import zeros
 
 import gpu_lstm
-from gpu_lstm.backends import graph, reference
+from gpu_lstm.backends import reference
 from gpu_lstm.functional import lstm_layer
 
 F64 = torch.float64
@@ -94,23 +91,3 @@ def test_a_block_inside_a_compiled_function():
             return lstm(x)[0]
 
     torch.testing.assert_close(torch.compile(inside, backend="eager", fullgraph=True)(x), inside(x))
-
-
-def import_twice():
-    for module in (graph, gpu_lstm):
-        importlib.reload(module)
-    torch.compile(gpu_lstm.LSTM(3, 4), backend="eager", fullgraph=True)(zeros(2, 1, 3))
-    for name in [name for name in sys.modules if name.startswith("gpu_lstm")]:
-        del sys.modules[name]
-    try:
-        importlib.import_module("gpu_lstm")
-    except ImportError as error:
-        return str(error)
-
-
-def test_the_package_may_be_reloaded_and_a_second_copy_is_refused_in_words():
-    with multiprocessing.get_context("fork").Pool(1) as another:  # which has torch
-        assert another.apply(import_twice) == (
-            "gpu_lstm was imported twice, say from two folders, and its operators can be registered once: restart "
-            "Python"
-        )
