@@ -1,13 +1,11 @@
 """Options and the environment of the tests."""
 
-import contextlib
 import dataclasses
 import functools
 import gc
 import importlib.util
 import os
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,18 +139,9 @@ def nothing_cached(monkeypatch, tmp_path):
 @pytest.fixture
 def an_h100(monkeypatch, nothing_cached):
     """As if a card were here, on which no plan was measured or chosen yet, and kernels that all load."""
-    from standing_in import H100
+    from standing_in import a_card
 
-    from gpu_lstm.kernels.triton_lstm import autotune, choose, launch
-
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    for module in (launch, choose, autotune):
-        monkeypatch.setattr(module, "card_of", lambda device: H100)
-    monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
-    monkeypatch.setattr(autotune, "_call", lambda *_: None)
-    monkeypatch.setattr(launch, "error_word", lambda device, kernel, trial=False: None)
+    a_card(monkeypatch)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

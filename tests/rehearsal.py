@@ -5,10 +5,8 @@
 Tensors are on the CPU, and layers are told that they run on cuda:0. Kernels compute nothing.
 """
 
-import contextlib
 import ctypes
-import importlib
-import io
+import dataclasses
 import json
 import os
 import sys
@@ -16,11 +14,12 @@ import warnings
 from functools import partial
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
+from unittest.mock import Mock
 
+import pytest
 import torch
+from standing_in import CUDA, H100, plan_of, the_cpu_is_a_card, torch_finds
 
 import gpu_lstm
 from gpu_lstm.backends import kernels, verify
@@ -29,15 +28,11 @@ from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import choose, launch
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES
-from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 
 DRIVER = ctypes.CDLL(f"{os.environ['TRITON_LIBCUDA_PATH']}/libcuda.so.1")  # which Triton finds by its name from now on
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU = torch.device("cpu")
+STREAM = Mock(cuda_stream=0)
 LOG = Path(os.environ["DRIVER_STUB_LOG"])
-PROPERTIES = SimpleNamespace(
-    name="a stub", major=9, minor=0, multi_processor_count=132, max_threads_per_multi_processor=2048
-)
 
 
 def plant(**values: int) -> None:
@@ -47,29 +42,20 @@ def plant(**values: int) -> None:
         kind.in_dll(DRIVER, name).value = value
 
 
-def _capturing() -> bool:
-    return ctypes.c_int.in_dll(DRIVER, "capturing").value != 0
-
-
-def _synchronize(device=None) -> None:
+def _synchronize(device: Any = None) -> None:
     if ctypes.c_int.in_dll(DRIVER, "failed").value:
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
 
 def be_a_card() -> None:
     """Stub torch.cuda as far as Triton's driver and the library need it; calls on CPU tensors count as on a card."""
-    stream = mock.Mock(cuda_stream=0)
-    for name, value in dict(
-        is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, set_device=lambda device: None,
-        device=lambda device: contextlib.nullcontext(), current_stream=lambda device=None: stream,
-        get_device_properties=lambda device=None: PROPERTIES, get_device_name=lambda device=None: PROPERTIES.name,
-        get_device_capability=lambda device=None: (9, 0), is_current_stream_capturing=_capturing,
-        synchronize=_synchronize,
-    ).items():  # fmt: skip
-        setattr(torch.cuda, name, value)
+    patch = pytest.MonkeyPatch()
+    torch_finds(patch, dataclasses.replace(H100, name="a stub"), is_available=True, device_count=1, current_device=0,
+                set_device=None, current_stream=lambda _=None: STREAM, synchronize=_synchronize,
+                is_current_stream_capturing=lambda: ctypes.c_int.in_dll(DRIVER, "capturing").value != 0)  # fmt: skip
+    the_cpu_is_a_card(patch)
     torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDriverVersion = lambda device: 0, lambda: 13000
     unavailable, layer_of = available.why_unavailable, kernels.layer_of
-    available.KERNEL_DEVICES = ("cpu",)
     available.why_unavailable = lambda choice, device, dtype: unavailable(choice, CUDA, dtype)
     kernels.layer_of = lambda backend, problem, device: layer_of(backend, problem, CUDA)
     race.race = lambda runs, now: {name: [1.0 + (name == "torch")] * 3 for name in runs}
@@ -150,8 +136,7 @@ def arguments(swapped: bool = False) -> list[dict]:
     for (family, problem), which in product(CASES[:1] if swapped else CASES, (Pass(), Pass(True), Pass(save=False))):
         if not which.save and family != "resident":
             continue
-        every = [*choose.plans(problem, DEVICES["h100"], which.backward), pointwise_plan(problem)]
-        plan = next(plan for plan in every if plan is not None and plan.family.value == family)
+        plan = plan_of(family, problem, which.backward)
         for steps in (5, 16):  # of which Triton may make different kernels
             before = compiled()
             given.clear()
@@ -268,36 +253,6 @@ def capture() -> list:
     plant(capturing=0)
     one_pass(problem, Pass(save=False), 5, layer)
     return [*results, events()]
-
-
-def notebook() -> dict:
-    """examples/colab_gpu.ipynb on Colab, its tensors on the CPU, by kernels that leave NaN: what it runs and says."""
-    believe()
-    cells = json.loads((Path(__file__).parents[1] / "examples/colab_gpu.ipynb").read_text())["cells"]
-    first, *others = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    names, ran, said = {}, [], io.StringIO()
-    colab = mock.patch.dict(sys.modules, {"google.colab": mock.Mock()})
-    with colab, mock.patch("subprocess.run", lambda command, check: ran.append(command)):
-        for version in ("12.6", "13.2"):
-            torch.version.cuda = version
-            exec(first, names)
-    main = importlib.import_module("gpu_lstm.__main__").main
-
-    def doctor(command: list[str]) -> str:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            assert (command[:3], main(command[3:])) == ([sys.executable, "-m", "gpu_lstm"], 0)
-        return printed.getvalue().replace('"device": "cuda:0"', '"device": "cpu:0"')
-
-    source = "\n".join(others)
-    for there, smaller in {
-        "[(512, 16, 128), (512, 64, 256), (256, 16, 768), (128, 256, 512)]": "[(6, 3, 32)]", "rounds=15": "rounds=2",
-    }.items():  # fmt: skip
-        assert there in source
-        source = source.replace(there, smaller)
-    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
-    with contextlib.redirect_stdout(said):
-        exec(source, names | {"subprocess": SimpleNamespace(check_output=doctor)})
-    return dict(ran=ran, said=said.getvalue())
 
 
 def training(believed: int) -> dict:

@@ -1,8 +1,10 @@
-"""The CPU as a card with kernels that need no time: tests look at what a call launches, not at what it computes."""
+"""Cards that are not here: one that torch and the planner see, and the CPU as one, whose kernels may need no time."""
 
 import contextlib
 import zlib
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import interpreted  # noqa: F401  # puts functions in the place of assembly
 import torch
@@ -12,13 +14,53 @@ from torch.utils._pytree import tree_leaves
 from gpu_lstm.backends import kernels
 from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import timeouts
+from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, in_the_loop, problem_of
-from gpu_lstm.kernels.triton_lstm import choose, launch
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Device, Plan
+from gpu_lstm.kernels.triton_lstm import autotune, choose, launch
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Device, Plan
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 
-H100 = DEVICES["h100"]
+CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
+
+
+def torch_finds(patch, card: Device = H100, **others: Any) -> None:
+    """What torch.cuda answers where cuda:0 is this card, current and idle; and `others`, functions or values."""
+    major, minor = divmod(card.architecture, 10)
+    properties = SimpleNamespace(name=card.name, major=major, minor=minor, multi_processor_count=card.multiprocessors,
+                                 max_threads_per_multi_processor=2048)  # fmt: skip
+    facts = dict(get_device_properties=properties, get_device_capability=(major, minor), get_device_name=card.name,
+                 is_current_stream_capturing=False, device=contextlib.nullcontext())  # fmt: skip
+    for name, answer in (facts | others).items():
+        patch.setattr(torch.cuda, name, answer if callable(answer) else lambda *_, answer=answer, **__: answer)
+
+
+def a_card(patch, card: Device = H100, **others: Any) -> None:
+    """cuda:0 is this card, also for planning; kernels all load on it, and nothing is launched."""
+    torch_finds(patch, card, **others)
+    for module in (launch, choose, autotune, cupy):
+        patch.setattr(module, "card_of", lambda _: card)
+    loaded = SimpleNamespace(shared=0, target=SimpleNamespace(arch=card.architecture))
+    patch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0, metadata=loaded))
+    patch.setattr(autotune, "_call", lambda *_: None)
+    patch.setattr(launch, "error_word", lambda device, kernel, trial=False: None)
+
+
+def the_cpu_is_a_card(patch) -> None:
+    """`auto` gives tensors on the CPU to kernels, which are interpreted."""
+    patch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+
+
+def plans_are_verified_on_the_cpu(patch) -> None:
+    """It is a card on which the interpreter's plan is chosen as on any: loaded, and verified."""
+    choose_plan = choose.choose_plan
+    the_cpu_is_a_card(patch)
+    torch_finds(patch)
+    patch.setattr(launch, "choose_plan", lambda problem, _, *given: choose_plan(problem, CUDA, *given))
+    patch.setattr(choose, "card_of", lambda _: INTERPRETER)
+    patch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
+
+
 RESULTS = {
     False: ("h_ptr", "c_ptr", "h_n_ptr", "c_n_ptr"),
     True: ("dgates_ptr", "dc_ptr", "dh_total_ptr", "dh_from_zoneout_ptr", "dreset_h_ptr", "dreset_c_ptr"),
@@ -67,7 +109,7 @@ EVERY = in_the_loop(Problem(2, 1, 1, torch.float32, 1, lengths=torch.int64, rese
 
 def as_a_card(monkeypatch):
     """Make the CPU one, with `stand_in` for its kernels: a list of (way, problem of its tensors) of layers launched."""
-    monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+    the_cpu_is_a_card(monkeypatch)
     monkeypatch.setattr(launch, "launch_kernel", stand_in)
     monkeypatch.setattr(kernels, "verify", lambda *_: None)
     launched = []

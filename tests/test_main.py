@@ -3,11 +3,11 @@
 import json
 import os
 import re
-import subprocess
-import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
+from standing_in import H100, the_cpu_is_a_card, torch_finds
 
 import gpu_lstm
 from bench import __main__ as bench_main
@@ -20,8 +20,9 @@ from gpu_lstm.dispatch import available, race
 from gpu_lstm.dispatch.kind import Kind
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
+from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import keep_measured, plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER
+from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER
 
 CPU = torch.device("cpu")
 KIND = Kind(
@@ -40,7 +41,7 @@ def findings(nothing_cached, tmp_path):
     cache.write("checks", CHECK, "right")
     cache.write("checks", CHECK | {"reverse": False}, "the RMS error of h is 1")
     problem = Problem(2, 16, 768, torch.bfloat16)
-    keep_measured(problem, DEVICES["h100"], True, plans(problem, DEVICES["h100"], True)[0])
+    keep_measured(problem, H100, True, plans(problem, H100, True)[0])
     return tmp_path
 
 
@@ -66,12 +67,6 @@ def test_explain_says_of_a_layer_of_these_sizes_what_the_function_says(capsys, d
     assert (found["problem"], lines[0]) == (said, said)
     assert lines[1].split()[:2] == ["backend", f"{found['backend']}:"]
     assert torch.backends.cudnn.allow_tf32 == switch
-
-
-def test_the_version_is_printed(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
-    assert capsys.readouterr().out == f"gpu_lstm {gpu_lstm.__version__}\n"
 
 
 def test_the_doctor_names_versions_devices_and_backends_and_prints_no_secrets(monkeypatch, capsys):
@@ -111,16 +106,13 @@ def test_cached_results_are_the_users_alone(nothing_cached):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_the_doctor_says_why_a_backend_is_not_available():
-    command = [sys.executable, "-m", "gpu_lstm"]
-    env = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
-    printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+def test_the_doctor_says_why_a_backend_is_not_available(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    printed = "\n".join(printed_by(capsys))
     for pattern in (
-        r"^On this machine gpu_lstm.LSTM runs torch's own LSTM on the CPU: there is no CUDA device that torch can "
-        r"use: \w",
+        r"^On this machine gpu_lstm.LSTM runs torch's own LSTM on the CPU: there is no CUDA device that torch can u",
         r"triton +not available: backend 'triton' runs on CUDA tensors, got cpu; with TRITON_INTERPRET=1 in the "
-        r"environment it runs CPU tensors in Triton's interpreter\n",
-        r"cupy +not available: ", r"reference +available",
+        r"environment it runs CPU tensors in Triton's interpreter\n", r"cupy +not available: ", r"reference +available",
     ):  # fmt: skip
         assert re.search(pattern, printed), pattern
 
@@ -129,28 +121,18 @@ def test_the_doctor_says_why_a_backend_is_not_available():
 def old_driver(monkeypatch):
     """A driver of CUDA 12.4 under a torch for CUDA 13: one card is counted, and not to be used. What torch says."""
     told = "The NVIDIA driver on your system is too old (found version 12040).\nPlease update your GPU driver."
-
-    def refuse(*_):
-        raise RuntimeError(told)
-
-    for name, function in {"init": refuse, "get_device_capability": refuse, "get_device_name": refuse,
-                           "is_available": lambda: False, "device_count": lambda: 1}.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, function)
+    refuse = Mock(side_effect=RuntimeError(told))
+    torch_finds(monkeypatch, init=refuse, get_device_capability=refuse, get_device_name=refuse, is_available=False,
+                device_count=1)  # fmt: skip
     monkeypatch.setattr(torch.version, "cuda", "13.2")
     return told.replace("\n", " ").removesuffix(".")
 
 
-def test_under_a_driver_that_is_too_old_for_torch_the_doctor_says_so_and_what_helps(old_driver, capsys):
+def test_under_a_driver_that_is_too_old_for_torch_the_doctor_and_the_benchmark_say_so(old_driver, capsys, tmp_path):
     found = printed_by(capsys, "--json")
     assert [device["device"] for device in found["devices"]] == ["cpu"]
-    said = (
-        f"on the CPU: there is no CUDA device that torch can use: {old_driver}. This torch is for CUDA 13.2; a newer "
-    )
-    assert said in found["summary"]
+    assert f"there is no CUDA device that torch can use: {old_driver}. This torch is for CUDA 13.2" in found["summary"]
     assert "pip install torch --index-url https://download.pytorch.org/whl/cu126" in printed_by(capsys)[0]
-
-
-def test_under_a_driver_that_is_too_old_the_benchmark_takes_the_cpu_and_says_why(old_driver, capsys, tmp_path):
     assert bench_main._parser().parse_args([]).device == "cpu"
     assert bench_main.main(["gpu", "--out", str(tmp_path / "out")]) == 2
     assert old_driver in capsys.readouterr().err
@@ -158,26 +140,17 @@ def test_under_a_driver_that_is_too_old_the_benchmark_takes_the_cpu_and_says_why
 
 def test_a_cudnn_that_torch_refuses_is_named_and_stops_neither_the_doctor_nor_the_cache(monkeypatch, capsys):
     told = "cuDNN version incompatibility: PyTorch was compiled against (9, 26, 0) but found runtime version (9, 1, 0)."
-
-    def refuse():
-        raise RuntimeError(told)
-
-    monkeypatch.setattr(torch.backends.cudnn, "version", refuse)
-    cache.machine.cache_clear()
-    results.provenance.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    try:
-        assert cache.machine(CPU)["cuDNN"] == told
-        assert printed_by(capsys, "--json")["versions"]["cuDNN of torch"] == told
-        assert results.provenance("cuda")["cudnn"] == told
-    finally:
-        cache.machine.cache_clear()
-        results.provenance.cache_clear()
+    monkeypatch.setattr(torch.backends.cudnn, "version", Mock(side_effect=RuntimeError(told)))
+    monkeypatch.setattr(cache, "machine", cache.machine.__wrapped__)
+    assert cache.machine(CPU)["cuDNN"] == told
+    assert printed_by(capsys, "--json")["versions"]["cuDNN of torch"] == told
+    torch_finds(monkeypatch)
+    assert results.provenance.__wrapped__("cuda")["cudnn"] == told
 
 
 @pytest.mark.parametrize("mode", ["on", "read"])
 def test_the_doctor_begins_with_what_was_checked_and_raced_on_a_card(findings, monkeypatch, capsys, mode):
-    monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+    the_cpu_is_a_card(monkeypatch)
     monkeypatch.setattr(available, "why_unavailable", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv(RACE_VARIABLE, mode)

@@ -1,7 +1,5 @@
-"""Layers and directions at once, on stubbed streams: what waits for what, and which share of the card each gets."""
+"""Streams and devices, with a stubbed driver: what waits for what, which share of a card each gets, and which card."""
 
-import collections
-import contextlib
 import itertools
 import json
 import threading
@@ -11,23 +9,25 @@ from unittest.mock import MagicMock, Mock, call
 
 import pytest
 import torch
-from standing_in import H100, recurrence
+from standing_in import CUDA, H100, plan_of, torch_finds
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpu_lstm
 from gpu_lstm.__main__ import main
-from gpu_lstm.backends import autograd, schedule
+from gpu_lstm.backends import graph, kernels, schedule
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import route
 from gpu_lstm.dispatch.kind import kind_of, size_class
 from gpu_lstm.kernels import layer as launcher
-from gpu_lstm.kernels import ordering
+from gpu_lstm.kernels import memory, ordering
+from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
+from gpu_lstm.kernels.cupy_lstm import planning
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
 from gpu_lstm.kernels.triton_lstm.planning import Family
-
-CUDA = torch.device("cuda", 0)
+from gpu_lstm.tools.stream import captured
 
 
 class Stream:
@@ -49,9 +49,7 @@ def streams(monkeypatch):
 
     found, local = {name: Stream() for name in "abc"}, threading.local()
     synchronised = Mock(side_effect=synchronize)
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronised)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: found[local.name])
+    torch_finds(monkeypatch, synchronize=synchronised, current_stream=lambda device: found[local.name])
     monkeypatch.setattr(ordering, "_launched", {})
 
     def launched(number, name, at_once=1, meanwhile=lambda: None):
@@ -90,7 +88,9 @@ def test_of_two_threads_the_second_waits_for_what_the_first_launches(streams):
         streams.launched(1, "a")
         assert streams.launched(2, "b") == {1}
         state, asked = ordering._launched[CUDA], threading.Event()
-        state.lock = Announced(state.lock, asked)
+        lock, state.lock = state.lock, MagicMock()  # which tells when a thread asks for it
+        state.lock.__enter__.side_effect = lambda: asked.set() or lock.acquire()
+        state.lock.__exit__.side_effect = lambda *_: lock.release()
         second = []
 
         def meanwhile():
@@ -100,20 +100,6 @@ def test_of_two_threads_the_second_waits_for_what_the_first_launches(streams):
 
         assert streams.launched(3, "a", meanwhile=meanwhile) == {1, 2}
         assert second[0].result() == {1, 2, 3}
-
-
-class Announced:
-    """A lock that sets an event when a thread asks for it."""
-
-    def __init__(self, lock, asked):
-        self.lock, self.asked = lock, asked
-
-    def __enter__(self):
-        self.asked.set()
-        self.lock.__enter__()
-
-    def __exit__(self, *error):
-        self.lock.__exit__(*error)
 
 
 def test_a_launch_that_raises_lets_others_launch_which_wait_for_it(streams):
@@ -129,29 +115,19 @@ def test_a_launch_that_raises_lets_others_launch_which_wait_for_it(streams):
     assert len(streams.synchronised.mock_calls) == count + 1
 
 
-@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(("hidden", "family"), [(64, Family.RESIDENT), (768, Family.COOPERATIVE)])
-def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypatch, hidden, family, backward):
-    seen, in_order = Mock(), ordering.in_order
-
-    def asked(at_once, *given):
-        seen.asked(at_once)
-        return in_order(at_once, *given)
-
+def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypatch, hidden, family):
+    asked = Mock(side_effect=lambda at_once, device, run, *given: run(*given))
     monkeypatch.setattr(launcher, "in_order", asked)
+    monkeypatch.setattr(launch, "launch_kernel", lambda *_, **__: None)
     problem = Problem(2, 16, hidden, torch.bfloat16, side_by_side=2)
-    plan = plans(problem, H100, backward)[0]
-    gates, weights, h0, c0 = (torch.zeros(*size, hidden) for size in ((2, 16, 4), (4 * hidden,), (16,), (16,)))
-    gates = gates.bfloat16().flatten(2)
-    r = recurrence(gates, weight_hh=weights.bfloat16(), h0=h0.bfloat16(), c0=c0)
-    monkeypatch.setattr(launch, "launch_kernel", lambda *_, **__: seen.launched())
-    layer = launch.layer_of(problem, c0.device).with_plan(plan)
-    if backward:
-        layer.backward(None, h0.bfloat16(), None, gates, torch.zeros(2, 16, hidden), r, False)
-    else:
-        layer.forward(gates, r, save=False)
-    at_once = 2 if family is Family.COOPERATIVE else None
-    assert (plan.family, seen.mock_calls) == (family, [call.asked(at_once), call.launched()])
+    (gates, r), c = launch.call_of(problem, torch.device("cpu")), torch.zeros(2, 16, hidden)
+    plans_of = [plans(problem, H100, backward)[0] for backward in (False, True)]
+    forward, backward = (launch.layer_of(problem, c.device).with_plan(plan) for plan in plans_of)
+    forward.forward(gates, r, save=False)
+    backward.backward(None, c[:1].bfloat16(), None, gates, c, r, False)
+    assert [plan.family for plan in plans_of] == [family] * 2
+    assert [each.args[0] for each in asked.call_args_list] == [2 if family is Family.COOPERATIVE else None] * 2
 
 
 def _call(lstm, steps, **facts):
@@ -219,30 +195,6 @@ def test_chunks_of_layers_side_by_side(schedule_of, monkeypatch, steps, workspac
     assert found.spans(steps, 1) == (chunks if len(chunks) > 1 else [None])
 
 
-def test_a_stream_waits_before_it_reads_and_the_caller_for_all(monkeypatch):
-    log = MagicMock()  # of what is called on streams and tensors, its attributes
-    main, below, above, x, h = log.main, log.below, log.above, log.x, log.h
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    schedule.hold(below, [x, None])
-    with schedule.on(below, None):
-        pass
-    with schedule.on(above, below):
-        pass
-    schedule.hold(None, [x])  # as on the CPU
-    with schedule.on(None, None):
-        pass
-    schedule.join((below, None, above), [h])
-    assert [each for each in log.mock_calls if not each[0].endswith("__bool__")] == [
-        call.x.record_stream(below), call.below.wait_stream(main),
-        call.below.__enter__(), call.below.__exit__(None, None, None),
-        call.above.wait_stream(below),
-        call.above.__enter__(), call.above.__exit__(None, None, None),
-        call.main.wait_stream(below), call.h.record_stream(main),
-        call.main.wait_stream(above), call.h.record_stream(main),
-    ]  # fmt: skip
-
-
 def test_all_threads_have_the_same_streams(monkeypatch):
     """Also where another one asks for them while they are made: twice as many would not fit the card together."""
     devices = [CUDA, CUDA]  # for the first stream that is made
@@ -258,46 +210,69 @@ def test_all_threads_have_the_same_streams(monkeypatch):
     assert [streams, *others] == [schedule._streams(CUDA, 2)] * 3
 
 
-@pytest.mark.parametrize(
-    "options", [dict(num_layers=3), dict(num_layers=3, dropout=0.5), dict(bidirectional=True)], ids=str
-)
-def test_layers_wait_for_those_below_and_the_caller_for_all(monkeypatch, options):
-    """As if the CPU had streams: whatever one of them reads was made on it, is waited for, and is held for it."""
-    lstm = gpu_lstm.LSTM(3, 4, backend="triton", **options)
-    names = tuple(f"stream {k}" for k in range(max(lstm.num_layers, 1 + lstm.bidirectional)))
-    made_on, current = {}, ["caller"]  # by address
-    waited, held = (collections.defaultdict(set) for _ in range(2))  # whose work a stream has waited for; addresses
-    alive = []  # so that no address is given twice
+# Which device is current when a kernel is launched on fake tensors of cuda:1
 
-    @contextlib.contextmanager
-    def on(stream, after):
-        waited[stream] |= {after or "caller"} | waited[after or "caller"]
-        current.append(stream)
-        yield
-        current.pop()
 
-    def hold(stream, tensors):
-        held[stream].update(t.data_ptr() for t in tensors if t is not None)
+@pytest.fixture
+def driver(monkeypatch):
+    """What torch.cuda asks the driver for; it knows which device is current."""
+    driver = SimpleNamespace(current=0)
 
-    def join(joined, results):
-        waited["caller"].update(joined)
-        held["caller"].update(t.data_ptr() for t in results)
+    def exchange(device: int) -> int:
+        before, driver.current = driver.current, device if device >= 0 else driver.current
+        return before
 
-    def run_layer(its_kernels, x, state, weights, traversal, *_):
-        alive.append(traversal.lengths)  # of this chunk
-        for tensor in (x, *state, traversal.lengths):
-            source, here = made_on.get(tensor.data_ptr(), "caller"), current[-1]
-            assert source == here or (source in waited[here] and tensor.data_ptr() in held[here])
-        found = x.new_zeros(*x.shape[:2], state[0].shape[-1]), tuple(torch.zeros_like(t) for t in state)
-        made_on.update({tensor.data_ptr(): current[-1] for tensor in (found[0], *found[1])})
-        alive.extend((found[0], *found[1]))
-        return found
+    names = dict(_exchange_device=exchange, _maybe_exchange_device=exchange, current_device=lambda: driver.current)
+    torch_finds(monkeypatch, device=torch.cuda.device, **names)
+    return driver
 
-    monkeypatch.setattr(route, "schedule_of", lambda *_: schedule.Schedule(2**31, names, len(names)))
-    for module, function in (schedule, on), (schedule, hold), (schedule, join), (autograd, run_layer):
-        monkeypatch.setattr(module, function.__name__, function)
-    lstm(torch.zeros(200, 2, 3), lengths=torch.tensor([200, 150]))
-    assert waited["caller"] == set(names)
-    assert set(made_on.values()) == set(names), "each layer, or direction, on its own"
-    finals = [tensor.data_ptr() for tensor in alive if len(tensor) == 1][-2 * len(names) :]
-    assert set(finals) <= held["caller"]
+
+def _indexed(t, key):
+    """t[0], t[:-1] and t[..., :H] as the launchers use them: Python's own indexing of a CUDA tensor asks the driver."""
+    if isinstance(key, int):
+        return t.select(0, key)
+    first = key[0] if isinstance(key, tuple) else key
+    return t.narrow(0, 0, t.shape[0] - 1) if isinstance(first, slice) else t
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+@pytest.mark.parametrize("family", [*(family.value for family in Family), "cupy"])
+def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, monkeypatch, family, device):
+    def of_family(problem, _, which, *__):
+        return plan_of(family, problem, which.backward)
+
+    backend, module, choose_plan = "triton", launch, of_family
+    if family == "cupy":
+        backend, module, choose_plan = "cupy", cupy_launch, planning.choose_plan
+        monkeypatch.setattr(cupy_launch, "as_words", lambda weights, hidden, size: weights)  # padding asks the driver
+        monkeypatch.setattr(cupy_launch, "card_of", lambda device: H100)
+        monkeypatch.setattr(kernels, "verify", None)  # it computes
+    current: list[int] = []
+    monkeypatch.setattr(module, "choose_plan", choose_plan)
+    monkeypatch.setattr(module, "launch_kernel", lambda *_, **__: current.append(driver.current))
+    monkeypatch.setattr(module, "error_word", lambda device, kernel, trial=False: None)  # it would be kept
+    monkeypatch.setattr(launcher, "in_order", lambda _, __, run, *given: run(*given))
+    monkeypatch.setattr(launcher, "aligned", lambda t: t)  # fake tensors have no address
+    monkeypatch.setattr(memory.checking, "on", False)
+    monkeypatch.setattr(torch.Tensor, "__getitem__", _indexed)
+    monkeypatch.setattr(torch.Tensor, "__setitem__", lambda *_: None)
+    T, B, I, H = 3, 2, 4, 16
+    with FakeTensorMode():
+        sizes = (T, B, I), (1, B, H), (1, B, H), (4 * H, I), (4 * H, H)
+        given = [torch.empty(size, device=device) for size in sizes]
+        h, _, _, gates, c = graph._forward(False, backend, True, False, *given)
+        needed = [k == 1 for k in range(len(sizes))]
+        graph._backward(False, backend, [h, None, None], [h, gates, c], needed, given)
+    assert current == [torch.device(device).index] * (2 * T if family == "pointwise" else 2)
+    assert driver.current == 0, "and afterwards it is the one before"
+
+
+def test_a_step_of_a_stream_is_captured_on_the_device_of_its_input(driver, monkeypatch):
+    """torch.cuda.Stream() and CUDAGraph() belong to the device that is current when they are made."""
+    made, steps = [], set()
+    for name in ("Stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: made.append((name, driver.current)) or MagicMock())
+    for name in ("current_stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    captured(lambda: steps.add(driver.current), torch.device("cuda", 1))
+    assert (made, steps, driver.current) == ([("Stream", 1), ("CUDAGraph", 1)], {1}, 0)
