@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gpu_lstm.kernels.architectures import REGISTERS, shared_memory_of
+from gpu_lstm.kernels.cards import REGISTERS, shared_memory_of
 
 PRECISIONS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
 

@@ -60,7 +60,7 @@ def rows(card: planning.Device, dtype: torch.dtype, direction: str) -> list[Row]
         expected = planning.expected(problem, card, plan, backward)
         bound_by, bound = max(bounds(problem, card, plan, backward).items(), key=lambda item: item[1])
         largest = max(expected.terms, key=expected.terms.__getitem__)
-        found.append(Row(f"{hidden} | {batch}", plan.family.value, expected.seconds, bound, bound_by, largest))
+        found.append(Row(f"{hidden} | {batch}", plan.family.name, expected.seconds, bound, bound_by, largest))
     return found
 
 

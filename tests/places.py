@@ -24,7 +24,7 @@ from gpu_lstm.backends import reference, torch_lstm
 from gpu_lstm.call.modes import Recording
 from gpu_lstm.dispatch import available, run
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
-from gpu_lstm.kernels.cupy_lstm.planning import Card
+from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cupy_lstm.planning import Plan as CupyPlan
 from gpu_lstm.kernels.cupy_lstm.planning import plans as cupy_plans
 from gpu_lstm.kernels.triton_lstm import launch

@@ -119,11 +119,11 @@ WAITING = "cooperative", "step"  # whose programs wait for each other
 def one_pass(problem: Problem, which: Pass, steps: int, layer: Layer) -> dict:
     """Run it; return what the kernel must be passed, by the name of its parameter, and None where it is passed none."""
     gates, r = launch.call_of(problem._replace(steps=steps), CPU)
-    named = {f"{name}_ptr": t for name, t in r.given._asdict().items()}
+    named = {f"{name}_ptr": t for name, t in r.inputs._asdict().items()}
     named |= zip(("unit_hh_ptr", "scale_hh_ptr", "unit_c_ptr", "scale_c_ptr"), (*r.unit_hh, *r.unit_c))
     named |= {"gates_ptr": gates, "T": steps, "B": problem.batch}
     if which.backward:
-        h0, c0 = r.given.h0, r.given.c0
+        h0, c0 = r.inputs.h0, r.inputs.c0
         dh, dh_n, saved = h0.new_zeros(steps, *h0.shape[1:]), h0.clone(), c0.new_zeros(steps, *c0.shape[1:])
         found = layer.backward(dh, dh_n, c0.clone(), gates, saved, r, of_h0=False)
         named |= dict(dh_ptr=dh, dh_n_ptr=dh_n, c_ptr=saved, dc_ptr=found.dc0, dh_total_ptr=found.dh_total)
@@ -151,7 +151,7 @@ def arguments(swapped: bool = False) -> list[dict]:
         if not which.save and family != "resident":
             continue
         every = [*choose.plans(problem, DEVICES["h100"], which.backward), pointwise_plan(problem)]
-        plan = next(plan for plan in every if plan is not None and plan.family.value == family)
+        plan = next(plan for plan in every if plan is not None and plan.family.name == family)
         for steps in (5, 16):  # of which Triton may make different kernels
             before = compiled()
             given.clear()

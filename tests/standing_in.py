@@ -55,9 +55,9 @@ def assert_contract(layer: Layer, gates: torch.Tensor, r: Recurrence) -> None:
     assert (p.steps == 1) <= (steps == 1)
     wanted = in_the_loop(p, steps)
     for name, like in wanted.items():
-        t = getattr(r.given, name)
+        t = getattr(r.inputs, name)
         assert (tuple(t.shape), t.dtype) == like, f"{name}: expected {like}, got {list(t.shape)} of {t.dtype}"
-    more = {name for name in EVERY if name not in wanted and getattr(r.given, name) is not None}
+    more = {name for name in EVERY if name not in wanted and getattr(r.inputs, name) is not None}
     assert more <= ({"reset_h"} if p.reset_c else set()), "of which the Problem says nothing"
 
 
@@ -74,7 +74,7 @@ def as_a_card(monkeypatch):
 
     def recorded(run, way, gates, recurrence):
         def wrapper(layer, *given):
-            of_layer, given_to_it = layer.problem, given[recurrence].given
+            of_layer, given_to_it = layer.problem, given[recurrence].inputs
             facts = of_layer.reverse, of_layer.precision, of_layer.side_by_side
             problem = problem_of(given_to_it._replace(x=given[gates]), *facts)
             launched.append((way, problem))
@@ -94,7 +94,7 @@ def plan_of(family: str, problem: Problem, backward: bool, device: Device = H100
     every = [*choose.plans(problem, device, backward), pointwise_plan(problem)]
     in_parts = family == "split" and backward
     family = "step" if family == "split" else family
-    return next(p for p in every if p.family.value == family and (family != "step" or (p.parts > 1) == in_parts))
+    return next(p for p in every if p.family.name == family and (family != "step" or (p.parts > 1) == in_parts))
 
 
 def flat(results):

@@ -58,7 +58,7 @@ SLOWER = {  # or no two of their facts are new
 }
 
 def wanted(case):
-    p, sm, backward = case.problem, case.device.architecture, case.backward
+    p, sm, backward = case.problem, case.card.architecture, case.backward
     if sm not in ARCHITECTURES:
         return False
     dtype, name = re.split(" (?=B=)", str(case))
@@ -79,7 +79,7 @@ def wanted(case):
 def quick(case):
     p = case.problem
     small = p.batch == 16 and p.hidden in (128, 768) and not p.regularised
-    large = p.batch in (1024, 4096) and case.device.architecture == 90
+    large = p.batch in (1024, 4096) and case.card.architecture == 90
     return p.dtype is torch.bfloat16 and (small or large or p.hidden == 4096)
 
 def as_json(rows):
@@ -87,7 +87,7 @@ def as_json(rows):
 
 def with_32_registers():  # a thread may have no more: its report, and the one without that limit
     case = Case(Problem(2, 16, 64, torch.float32), False, triton_kernels.SEQUENCE_DEVICES[0])
-    plan = step_plan(case.problem, case.device, False)
+    plan = step_plan(case.problem, case.card, False)
     launch = recorded_launches(case.problem, Pass(), plan)[0]
     few = launch._replace(arguments=launch.arguments | dict(maxnreg=32))
     return as_json(triton_kernels.report(each, case, plan) for each in (few, launch))
@@ -102,7 +102,7 @@ def kinds_of_held():  # of whatever is proposed: every kind of tile, and of K
     for dtype, backward, hidden, batch in itertools.product(dtypes, (False, True), (256, 384, 512), batches):
         problem = Problem(2, batch, hidden, dtype, precision="tf32")
         for plan in held_plans(problem, DEVICES["h100"], backward):
-            found.setdefault((dtype, backward, plan.rows, plan.columns, plan.k), (problem, backward, plan))
+            found.setdefault((dtype, backward, plan.rows, plan.units, plan.k), (problem, backward, plan))
     kinds = list(found.values())[::8 if QUICK else 1]
     with triton_kernels.ProcessPoolExecutor() as pool:
         return as_json(pool.map(report_of_plan, *zip(*kinds)))
@@ -140,7 +140,7 @@ if __name__ == "__main__":
         rows=as_json(triton_kernels.reports(cases)), with_32_registers=with_32_registers(),
         parameters=parameters(), with_loads_in_the_loop=with_loads_in_the_loop(),
         held=kinds_of_held(), in_two_blocks=in_two_blocks(),
-    ), default=lambda family: family.value))
+    ), default=lambda family: family.name))
 """
 
 

@@ -44,7 +44,7 @@ def _indexed(t, key):
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
-@pytest.mark.parametrize("family", [*(family.value for family in Family), "cupy"])
+@pytest.mark.parametrize("family", [*(family.name for family in Family), "cupy"])
 def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, monkeypatch, family, device):
     def of_family(problem, _, which, *__):
         return plan_of(family, problem, which.backward)
@@ -53,7 +53,7 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
     if family == "cupy":
         backend, launcher, choose_plan = "cupy", cupy_launch, planning.choose_plan
         monkeypatch.setattr(cupy_launch, "as_words", lambda weights, hidden, size: weights)  # padding asks the driver
-        monkeypatch.setattr(cupy_launch, "card_of", lambda device: planning.Card(90, 132))
+        monkeypatch.setattr(cupy_launch, "card_of", lambda device: Card(90, 132))
         monkeypatch.setattr(kernels, "verify", None)  # it computes
     current: list[int] = []
     monkeypatch.setattr(launcher, "choose_plan", choose_plan)

@@ -48,9 +48,9 @@ def compiled(family, name, card, backward, parts=1):
     ahead = plan.ahead  # a look before the loop, and one for the next turn
     words = {"load words": 4 * plan.k * (3 if ahead else 1), "store words": 4 if backward else 1}  # of a thread
     if plan.parts > 1:
-        words |= {"load partials": parts, "store partials": -(-parts * plan.columns // (4 * plan.num_warps))}
+        words |= {"load partials": parts, "store partials": -(-parts * plan.units // (4 * plan.num_warps))}
     if problem.normalised:  # two numbers of each program, which 32 threads share
-        programs = -(-problem.hidden // plan.columns)
+        programs = -(-problem.hidden // plan.units)
         words |= {f"{access} pairs_{norm}": 2 * -(-programs // 32) if access == "load" else 1
                   for access in ("load", "store") for norm in ("hh", "c")}
     ptx = compile_for(launch, device.architecture).asm["ptx"]

@@ -24,7 +24,7 @@ CUDA = torch.device("cuda", 0)
 PROBLEM = Problem(2, 64, 256, torch.float16)  # many plans of the cooperative family
 PLANS = choose.plans(PROBLEM, H100, False)
 FORWARD = Pass()
-GIVEN = launch.call_of(PROBLEM, torch.device("meta"))[1].given
+GIVEN = launch.call_of(PROBLEM, torch.device("meta"))[1].inputs
 
 
 def _choose(monkeypatch, load=lambda *_: None, which=FORWARD, verify=None):
@@ -41,12 +41,12 @@ def _choose(monkeypatch, load=lambda *_: None, which=FORWARD, verify=None):
 
 def test_the_first_plan_that_loads_is_chosen_and_kept(an_h100, monkeypatch):
     assert launch.layer_of(PROBLEM, CUDA).chosen(Pass()) == (PLANS[0], False), "before there is a choice"
-    assert _choose(monkeypatch) == (PLANS[0], [PLANS[0].columns])
+    assert _choose(monkeypatch) == (PLANS[0], [PLANS[0].units])
     assert _choose(monkeypatch) == (PLANS[0], []), "from the second call on nothing is tried"
     for which in (Pass(save=False), Pass(True), Pass(True, dh=False), Pass(True, dh_n=False)):
         assert len(_choose(monkeypatch, which=which)[1]) == 1, "but other kernels are"
     launch.forget()
-    assert _choose(monkeypatch)[1] == [PLANS[0].columns]
+    assert _choose(monkeypatch)[1] == [PLANS[0].units]
 
 
 @pytest.mark.parametrize(("shared", "fits"), [(112 * 1024, True), (113 * 1024, True), (114 * 1024, False)])
@@ -64,7 +64,7 @@ def test_every_fact_of_a_call_is_in_its_problem():
     """What is compiled separately is chosen separately; a sequence of another length from 2 on is not."""
     batch, hidden, steps = 3, 8, 4
     gates, h, c = (torch.zeros(steps, batch, n) for n in (4 * hidden, hidden, hidden))
-    plain = recurrence(gates, weight_hh=torch.zeros(4 * hidden, hidden), h0=h[0], c0=c[0]).given
+    plain = recurrence(gates, weight_hh=torch.zeros(4 * hidden, hidden), h0=h[0], c0=c[0]).inputs
     rate, mask = torch.tensor(0.1), h > 1
     changes = [
         dict(), dict(lengths=torch.full((batch,), steps)), dict(resets=mask[..., 0]),
@@ -92,7 +92,7 @@ def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(an_h1
     verify = Mock(side_effect=lambda *given: "wrong" if given[-1] == PLANS[0] else None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for _ in range(2):
-        assert _choose(monkeypatch, verify=verify) == (PLANS[0], [PLANS[0].columns])
+        assert _choose(monkeypatch, verify=verify) == (PLANS[0], [PLANS[0].units])
     assert verify.mock_calls == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for _ in range(2):
@@ -139,7 +139,7 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     batch, hidden, steps = 40, 64, 4
     problem = Problem(2, batch, hidden, torch.float16)
     of = problem._replace(hidden=256) if family is Family.COOPERATIVE else problem
-    plan = plan_of(family.value, of, backward)
+    plan = plan_of(family.name, of, backward)
     gates, h, c = (torch.zeros(steps, batch, n, dtype=torch.float16) for n in (4 * hidden, hidden, hidden))
     r, record = recurrence(gates, weight_hh=torch.zeros(4 * hidden, hidden).half(), h0=h[0], c0=c[0].float()), Mock()
     monkeypatch.setattr(launch, "launch_kernel", record)
@@ -152,12 +152,12 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     order = [*range(steps)][::-1] if backward else [*range(steps)]
     assert calls == (order if family is Family.POINTWISE else [None])
     (kernel, grid), arguments = record.call_args
-    assert kernel.__name__ == f"lstm_{family.value}_{'backward' if backward else 'forward'}_kernel"
+    assert kernel.__name__ == f"lstm_{family.name}_{'backward' if backward else 'forward'}_kernel"
     assert math.prod(grid) == plan.programs * plan.groups
     options = dict(num_warps=plan.num_warps, maxnreg=plan.registers, enable_fp_fusion=True)
     options["launch_cooperative_grid"] = family in (Family.COOPERATIVE, Family.STEP)
     if family is Family.STEP:
-        options |= dict(num_stages=plan.num_stages, BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k)
+        options |= dict(num_stages=plan.num_stages, BLOCK_B=plan.rows, BLOCK_H=plan.units, BLOCK_K=plan.k)
     assert {name: arguments.get(name, False) for name in options} == options
 
 
@@ -168,7 +168,7 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
 def test_a_plan_that_does_not_compile_does_not_fit_and_a_log_line_says_why(an_h100, monkeypatch, caplog, failure, said):
     with caplog.at_level(logging.INFO, "gpu_lstm"):
         found = _choose(monkeypatch, Mock(side_effect=[failure, None]))
-    assert found == (PLANS[1], [plan.columns for plan in PLANS[:2]])
+    assert found == (PLANS[1], [plan.units for plan in PLANS[:2]])
     assert said in caplog.text
 
 
@@ -183,7 +183,7 @@ def test_a_plan_that_holds_w_hh_and_computes_wrong_numbers_costs_one_warning_and
     monkeypatch.setattr(verify, "_raise_earlier_errors", lambda device: None)
     monkeypatch.setattr(verify, "_verdict", lambda *given: "right" if given[-1] != first else "the RMS error is 1")
     monkeypatch.setattr(cache, "machine", lambda device: {"card": H100.name})
-    given = launch.call_of(problem, torch.device("meta"))[1].given
+    given = launch.call_of(problem, torch.device("meta"))[1].inputs
     chosen = []
     with pytest.warns(UserWarning, match=f"failed its verification on {H100.name}: the RMS error is 1") as warned:
         chosen.extend(launch.layer_of(problem, CUDA, verify.verify).prepared(each, given).plan for each in passes)

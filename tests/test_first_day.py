@@ -91,7 +91,7 @@ def test_the_last_smaller_batch_of_an_epoch_compiles_nothing(monkeypatch, hidden
     monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
     launch.forget()
     problem, which = Problem(2, 64, hidden, torch.bfloat16), Pass(backward)
-    given = launch.call_of(problem, torch.device("meta"))[1].given
+    given = launch.call_of(problem, torch.device("meta"))[1].inputs
     plan = launch.layer_of(problem, CUDA).prepared(which, given).plan
     ours = [launch.layer_of(problem._replace(batch=batch), CUDA).chosen(which).plan for batch in range(1, 64)]
     least = 33 if (hidden, backward) == (1024, True) else 9  # there a cooperative plan is faster for half the batch

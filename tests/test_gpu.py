@@ -38,7 +38,7 @@ def test_the_headline():
     gpu_lstm.check()
     layers = [layer for (problem, _), layer in launch._layers.items() if problem.hidden == 768]
     chosen = [layer.chosen(Pass(backward)).plan.family for layer in layers for backward in (False, True)]
-    assert {family.value for family in chosen} == {"cooperative"}
+    assert {family.name for family in chosen} == {"cooperative"}
 
 
 @every_dtype

@@ -34,7 +34,7 @@ def folder(nothing_cached) -> Path:
 
 
 def _entry(without: str = "", **changes) -> str:
-    fields = dataclasses.asdict(PLAN) | {"family": PLAN.family.value} | changes
+    fields = dataclasses.asdict(PLAN) | {"family": PLAN.family.name} | changes
     fields.pop(without, None)
     return json.dumps({"key": choose._key(PROBLEM, H100, False), "value": fields})
 
@@ -117,7 +117,7 @@ def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch, chan
 @pytest.mark.parametrize("text", [
     "", _entry()[:-40], "[]", "null", "7", "{}", '{"key": 1, "value": {}}', "\udcff\udcfe",
     _entry(surprise=1), _entry(without="rows"), _entry(rows="16"), _entry(rows=16.0), _entry(rows=True),
-    _entry(family="odd"), _entry(tiles_per_group=1.0), _entry().replace("768", "769"),
+    _entry(family="odd"), _entry(tiles_per_program=1.0), _entry().replace("768", "769"),
 ])  # fmt: skip
 def test_a_broken_entry_is_ignored_with_a_warning_and_written_again(folder, text):
     keep_measured(PROBLEM, H100, False, PLAN)
@@ -171,7 +171,7 @@ def test_many_who_write_at_once_lose_nothing(folder, pool):
 def _chosen(problem, backward):
     launch.forget()  # as another process would
     cache._read.cache_clear()
-    given = launch.call_of(problem, torch.device("meta"))[1].given
+    given = launch.call_of(problem, torch.device("meta"))[1].inputs
     return launch.layer_of(problem, CUDA).prepared(Pass(backward), given).plan
 
 
@@ -179,7 +179,7 @@ def test_the_fastest_plan_is_found_and_used_from_then_on(an_h100, monkeypatch):
     """As if the widest tiles of the cooperative family were the fastest."""
 
     def seconds(plan, call=None):
-        return 1000 * (plan.family is Family.STEP) - plan.columns
+        return 1000 * (plan.family is Family.STEP) - plan.units
 
     before = _chosen(PROBLEM, False)
     monkeypatch.setattr(autotune, "time_plan", seconds)
@@ -202,11 +202,11 @@ def test_a_log_line_for_each_plan_says_how_far_it_is(an_h100, monkeypatch, caplo
         autotune.autotune(PROBLEM, CUDA)
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("forward")]
     for number, (plan, line) in enumerate(zip(proposed, lines, strict=True), start=1):
-        named = f"{number} of {len(proposed)}: {plan.family.value} {plan.rows}x{plan.columns}"
+        named = f"{number} of {len(proposed)}: {plan.family.name} {plan.rows}x{plan.units}"
         assert line == f"forward, plan {named}: {'it spills' if number == 1 else '1.23 ms'}"
 
 
-@pytest.mark.parametrize("change", [dict(programs=1), dict(groups=9), dict(tiles_per_group=7), dict(rows=16)], ids=str)
+@pytest.mark.parametrize("change", [dict(programs=1), dict(groups=9), dict(tiles_per_program=7), dict(rows=16)], ids=str)
 def test_a_plan_in_a_file_that_nobody_proposes_is_not_used(an_h100, change):
     """Its numbers may fit no problem, and its kernel was verified with others."""
     best, other, *_ = plans(PROBLEM, H100, False)

@@ -45,15 +45,15 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
         assert of_step == [step_plan(problem, device, backward)], "what always works is always there"
         for plan in proposed:
             assert plan.shared <= device.shared
-            at_a_time = plan.programs * plan.groups * plan.rows * plan.columns
-            assert at_a_time * plan.tiles_per_group >= problem.batch * problem.hidden, (
+            at_a_time = plan.programs * plan.groups * plan.rows * plan.units
+            assert at_a_time * plan.tiles_per_program >= problem.batch * problem.hidden, (
                 "every unit of every sequence has a tile"
             )
             if plan.family is STEP and not plan.held:
                 assert plan.programs * plan.side_by_side <= max(device.multiprocessors, problem.side_by_side)
                 continue
-            assert plan.programs * plan.columns >= problem.hidden, "every unit has a program"
-            assert plan.rows * plan.groups * plan.tiles_per_group >= problem.batch, "every sequence has a tile"
+            assert plan.programs * plan.units >= problem.hidden, "every unit has a program"
+            assert plan.rows * plan.groups * plan.tiles_per_program >= problem.batch, "every sequence has a tile"
             if plan.held:
                 at_once = plan.programs * plan.groups * plan.side_by_side
                 assert at_once <= plan.held * device.multiprocessors, "and so are these"
@@ -104,10 +104,10 @@ def test_tiles_of_the_step_family(batch, dtype, options, rows, warps):
     plan, back = (step_plan(problem, H100, backward) for backward in (False, True))
     # Of two stages 128 bytes for each row, and each column of each of four gates
     assert (plan.rows, plan.shared) == (rows, 2 * 128 * (rows + 64))
-    assert back.shared == plan.shared - 2 * 128 * 3 * plan.columns
+    assert back.shared == plan.shared - 2 * 128 * 3 * plan.units
     assert plan.num_warps == back.num_warps == warps
-    tiles = -(-problem.batch // plan.rows) * (64 // plan.columns)
-    assert (plan.programs, plan.tiles_per_group) == (min(tiles, 132), -(-tiles // 132))
+    tiles = -(-problem.batch // plan.rows) * (64 // plan.units)
+    assert (plan.programs, plan.tiles_per_program) == (min(tiles, 132), -(-tiles // 132))
 
 
 @both_ways
@@ -133,7 +133,7 @@ def test_layer_norms_use_the_plans_of_the_plain_cell_unless_their_exchanges_are_
 
     for hidden in (64, 768):  # perhaps not the first: with norms sums have no bank conflicts
         best, of_plain = first(hidden, 16, True), found(hidden, 16, False)
-        assert (best.columns, best.programs) in {(p.columns, p.programs) for p in of_plain if p.family is best.family}
+        assert (best.units, best.programs) in {(p.units, p.programs) for p in of_plain if p.family is best.family}
         assert best.family is of_plain[0].family is not STEP
     if not backward:
         assert (first(640, 288, False).family, first(640, 288, True).family) == (COOPERATIVE, STEP)
@@ -147,7 +147,7 @@ def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
     """First on an H100. Never forward, with more rounds, without tensor cores, or where a part is not read in words."""
     problem = Problem(128, batch, hidden, BF16)
     first, second = split_plans(problem, H100, True)
-    assert ((first.rows, first.columns, first.parts), plans(problem, H100, True)[0]) == (tiles, first)
+    assert ((first.rows, first.units, first.parts), plans(problem, H100, True)[0]) == (tiles, first)
     assert second in plans(problem, H100, True)
     assert split_plans(problem, H100, False) == []
     for change in (dict(projected=64), dict(norms=(False, True, False)), dict(dtype=torch.float32), dict(hidden=66)):
@@ -167,7 +167,7 @@ def test_where_programs_hold_w_hh_in_shared_memory(hidden, batch, dtype, backwar
     """First on an H100: rows, columns, warps, programs of a multiprocessor, parts. Never without wgmma, or room."""
     problem = Problem(128, batch, hidden, dtype, precision="tf32")
     first, *others = held_plans(problem, H100, backward)
-    found = (first.rows, first.columns, first.num_warps, first.held, first.parts)
+    found = (first.rows, first.units, first.num_warps, first.held, first.parts)
     assert found == (*tile, 1)[:5]
     assert plans(problem, H100, backward)[0] == first
     assert len(others) <= 2
@@ -186,7 +186,7 @@ def test_no_plan_holds_two_blocks_of_64_units_with_more_than_256_rows_of_k(dtype
         problem = Problem(2, batch, hidden, dtype, precision="tf32")
         for device in (H100, card):
             proposed = plans(problem, device, True)
-            found |= {(plan.columns * plan.parts, plan.k) for plan in proposed if plan.held}
+            found |= {(plan.units * plan.parts, plan.k) for plan in proposed if plan.held}
     assert (128, 256) in found
     assert [(units, k) for units, k in found if units > 64 and k > 256] == []
 
@@ -237,12 +237,12 @@ def test_the_models_agree_with_cycles_estimated_from_sass(row):
     backward = bool(row["backward"])
     problem = Problem(1024, row["batch"], row["hidden"], BF16)
     if family == "cuda":
-        found = cupy.plans(problem, cupy.Card(90, 132), backward)
+        found = cupy.plans(problem, Card(90, 132), backward)
         sizes = [row[name] for name in ("columns", "warps", "k", "parts")]
         (cycles,) = (plan.clocks for plan in found if [plan.units, plan.warps, plan.chunks, plan.parts] == sizes)
     else:
         names = ("rows", "columns", "k", "programs", "groups", "warps", "stages")
-        turns = {name: row[name] for name in ("tiles_per_group", "parts", "held")}
+        turns = {name: row[name] for name in ("tiles_per_program", "parts", "held")}
         ahead = row["ahead"] > 0
         plan = Plan(Family(family), *(row[name] for name in names), shared=0, why="", **turns, ahead=ahead)
         cycles = expected(problem, H100, plan, backward).seconds * H100.clock
@@ -253,7 +253,7 @@ def test_the_terms_of_a_step():
     """Counted by hand: H=768, B=16, bf16 on an H100."""
     problem = Problem(1024, 16, 768, BF16)
     best, step = plans(problem, H100, False)[0], step_plan(problem, H100, False)
-    assert (best.columns, best.programs * best.groups) == (16, 96)
+    assert (best.units, best.programs * best.groups) == (16, 96)
     found = expected(problem, H100, best, False)
     assert found.seconds == pytest.approx(sum(found.terms.values()))
     clocks = {term: seconds * H100.clock for term, seconds in found.terms.items()}
@@ -263,7 +263,7 @@ def test_the_terms_of_a_step():
     narrow = expected(problem, H100, dataclasses.replace(best, columns=12, programs=64), False).terms
     assert narrow["bank conflicts"] * H100.clock == pytest.approx(3 * 4 * 8)  # of three warps with cells
     assert clocks["exchange"] == pytest.approx(planning.EXCHANGE)
-    twice = expected(problem, H100, dataclasses.replace(best, tiles_per_group=2, ahead=True), False)
+    twice = expected(problem, H100, dataclasses.replace(best, tiles_per_program=2, ahead=True), False)
     alone = dataclasses.replace(best, ahead=True)  # a plan for more sequences
     assert expected(problem, H100, alone, False).seconds == found.seconds
     turn = sum(clocks.values()) - planning.EXCHANGE
@@ -315,7 +315,7 @@ def test_a_real_card_with_and_without_its_rates():
 
     def device(**facts):
         named = dict(name=H100.name, major=9, minor=0, multi_processor_count=132) | facts
-        return planning.device_of(SimpleNamespace(**named))
+        return planning.card_with(SimpleNamespace(**named))
 
     rates = dict(clock_rate=1_755_000, memory_clock_rate=2_619_000, memory_bus_width=5120)
     plain, full = device(), device(**rates)

@@ -21,7 +21,7 @@ from gpu_lstm.dispatch import available, race
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
-from gpu_lstm.kernels.cupy_lstm.planning import Card
+from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import choose, launch, step
 from gpu_lstm.kernels.triton_lstm.choose import plans
@@ -42,7 +42,7 @@ NORMS = dict(norms=(True, True, True))
 
 def _given(problem):
     """The tensors of a call, whose x has some features."""
-    given, rows = launch.call_of(problem, CPU)[1].given, 4 * problem.hidden
+    given, rows = launch.call_of(problem, CPU)[1].inputs, 4 * problem.hidden
     states = {} if given.reset_c is None else dict(reset_h=torch.zeros(problem.steps, problem.batch, problem.width))
     x, weight_ih = torch.zeros(problem.steps, problem.batch, 3), torch.zeros(rows, 3)
     floats = {name: t.to(problem.dtype) for name, t in dict(x=x, weight_ih=weight_ih, **states).items()}
@@ -156,7 +156,7 @@ def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, project
     for which in (Pass(), Pass(True)):
         plan = plan_of(family, HALF._replace(batch=99), which.backward)
         if family == "cooperative":
-            plan = dataclasses.replace(plan, groups=2, tiles_per_group=7)
+            plan = dataclasses.replace(plan, groups=2, tiles_per_program=7)
         assert _verify(problem, which, plan) is None
         assert run.call_args.args[1] == plan.grid, "the call's own"
         assert run.call_args.kwargs["B"] == 3 * plan.rows - plan.rows // 2, "one of two groups has two batch tiles"
@@ -168,11 +168,11 @@ def test_a_batch_is_cut_where_programs_do_the_same_with_fewer_sequences():
     """A group, or a program of the step family, that has several batch tiles has two, one of which is partial."""
     step_plan = step.step_plan(HALF._replace(batch=4096), H100, False)
     cooperative = dataclasses.replace(plan_of("cooperative", HALF._replace(hidden=768, batch=64), False), groups=3)
-    for tiles_per_group, tiles in ((2, 3), (1, 2)):
-        plan = dataclasses.replace(cooperative, tiles_per_group=tiles_per_group)
+    for tiles_per_program, tiles in ((2, 3), (1, 2)):
+        plan = dataclasses.replace(cooperative, tiles_per_program=tiles_per_program)
         assert plan.sequences_enough(HALF._replace(batch=4096)) == (tiles + 1) * plan.rows - plan.rows // 2
         assert plan.sequences_enough(HALF._replace(batch=5)) == 5
-    programs = dataclasses.replace(step_plan, programs=9, tiles_per_group=8)  # of two tiles of units
+    programs = dataclasses.replace(step_plan, programs=9, tiles_per_program=8)  # of two tiles of units
     assert programs.sequences_enough(HALF._replace(batch=4096)) == 5 * step_plan.rows - step_plan.rows // 2
 
 
@@ -261,14 +261,14 @@ def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
         *((PLAIN, which, plan) for which in passes),
         *((PLAIN, Pass(), dataclasses.replace(plan, **{name: 2 * getattr(plan, name) + 1})) for name in tiles),
         (PLAIN, Pass(), dataclasses.replace(plan, family=Family.RESIDENT)),
-        (PLAIN, Pass(), dataclasses.replace(plan, tiles_per_group=1)),
+        (PLAIN, Pass(), dataclasses.replace(plan, tiles_per_program=1)),
         *((PLAIN._replace(**change), Pass(), plan) for change in problems),
     ]
     for number, (problem, which, other) in enumerate(others, start=2):
         assert verify.cached_verdict(other, problem, which, CPU) is None
         _verify(problem, which, other)
         assert (len(verdicts), verify.cached_verdict(other, problem, which, CPU)) == (number, "right")
-    more_tiles = dataclasses.replace(plan, tiles_per_group=99)
+    more_tiles = dataclasses.replace(plan, tiles_per_program=99)
     _verify(PLAIN._replace(batch=999, side_by_side=2), plan=more_tiles)
     assert len(verdicts) == len(others) + 1, "how many sequences there are does not change what is launched"
     for other in ({"format": 0}, {"card": "another"}):

@@ -54,4 +54,4 @@ def autotune(
     layer = Problem(steps, batch, hidden_size, dtype, proj_size, recurrent_precision(dtype))
     fastest = importlib.import_module("gpu_lstm.kernels.triton_lstm.autotune").autotune(layer, device)
     forget()
-    return {name: f"{plan.family.value}: {plan.why}" for name, plan in fastest.items()}
+    return {name: f"{plan.family.name}: {plan.why}" for name, plan in fastest.items()}

@@ -128,7 +128,7 @@ def explain(
 
 def tiles_of(plan: Any) -> str:
     """How the programs of a plan share a layer, in words."""
-    return f"{plan.rows} sequences x {plan.columns} units, {plan.programs} programs x {plan.groups} groups"
+    return f"{plan.rows} sequences x {plan.units} units, {plan.programs} programs x {plan.groups} groups"
 
 
 def terms_of(terms: dict[str, float]) -> list[str]:
@@ -150,10 +150,10 @@ def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
         verified = [which, which._replace(dh_n=False), which._replace(dh=False)] if which.backward else [which]
         verdicts = [v for each in verified if (v := cached_verdict(plan, layer.problem, each, layer.device))]
         passes.append(PassPlan(
-            "backward" if which.backward else "forward", plan.family.value, tiles_of(plan), plan.why,
+            "backward" if which.backward else "forward", plan.family.name, tiles_of(plan), plan.why,
             "measured by autotune" if measured else "expected to be the fastest",
             min(verdicts, key="right".__eq__, default=None),  # what is wrong, if anything is
-            call.steps if plan.family.value == "pointwise" else launches,
+            call.steps if plan.family.name == "pointwise" else launches,
             {} if card is planning.INTERPRETER else planning.expected(layer.problem, card, plan, which.backward).terms,
         ))  # fmt: skip
     return passes

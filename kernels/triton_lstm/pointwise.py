@@ -18,7 +18,7 @@ from ..problem import Problem
 from ..projection import products_in
 from . import indexing
 from .cell import cell_forward, gates_backward, next_cell, output_backward
-from .planning import Family, Plan, power_of_two
+from .planning import Plan, Pointwise, power_of_two
 from .step import store_hidden, tile_at, tile_of
 
 
@@ -115,11 +115,11 @@ def pointwise_plan(problem: Problem) -> Plan | None:
     """16 bytes of every tensor for each of 128 threads; None where a step has something between product and cells."""
     if problem.normalised or (problem.projected and problem.regularised) or problem.batch == 0:
         return None  # see kernels/projection.py
-    columns = min(256, power_of_two(problem.hidden))
-    rows = max(1, 2048 // problem.size // columns)
+    units = min(256, power_of_two(problem.hidden))
+    rows = max(1, 2048 // problem.size // units)
     return Plan(
-        Family.POINTWISE, rows, columns, 0, ceil(problem.hidden / columns), ceil(problem.batch / rows), 4, 1, 0,
-        "a product by cuBLAS and one more launch for each step, where a step takes much longer than two launches",
+        Pointwise(), rows, units, ceil(problem.hidden / units), ceil(problem.batch / rows), num_warps=4, shared=0,
+        why="a product by cuBLAS and one more launch for each step, where a step takes much longer than two launches",
     )  # fmt: skip
 
 
