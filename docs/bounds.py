@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from gpu_lstm.kernels.cards import L2_ALONE, L2_BYTES, Card
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm import planning
 from gpu_lstm.kernels.triton_lstm.choose import plans
@@ -30,7 +31,7 @@ three bounds, and the estimate as a multiple of that bound (*x*). The bounds:
 - **latency**: of one exchange between programs, or of one grid-wide barrier in the step family; where one program runs
   a sequence alone (resident), of the gates and the cell; of two launches in the pointwise family.
 
-Where all multiprocessors read from L2, each reads {planning.L2_BYTES} bytes a clock, and {planning.L2_ALONE} at most.
+Where all multiprocessors read from L2, each reads {L2_BYTES} bytes a clock, and {L2_ALONE} at most.
 The {1e6 * planning.HOST_SECONDS:.0f} us that the host needs for two launches are in them, as without a CUDA graph.
 Where *x* is over {FAR}, the largest term of the estimate is named. `python -m gpu_lstm plan` prints all terms."""
 
@@ -51,7 +52,7 @@ class Row(NamedTuple):
         return self.seconds / self.bound
 
 
-def rows(card: planning.Device, dtype: torch.dtype, direction: str) -> list[Row]:
+def rows(card: Card, dtype: torch.dtype, direction: str) -> list[Row]:
     """Of every size."""
     found, backward = [], direction == "backward"
     for hidden, batch in product(HIDDEN, BATCH):
@@ -64,21 +65,22 @@ def rows(card: planning.Device, dtype: torch.dtype, direction: str) -> list[Row]
     return found
 
 
-def bounds(problem: Problem, card: planning.Device, plan: planning.Plan, backward: bool) -> dict[str, float]:
+def bounds(problem: Problem, card: Card, plan: planning.Plan, backward: bool) -> dict[str, float]:
     """Seconds that no step can be below, each for a reason of its own."""
     of_mma = 4 * 4096 / problem.size / planning.product_clocks(card)  # multiply-adds a clock of a multiprocessor
     of_a_multiprocessor = of_mma * planning.FASTER.get(card.architecture, 1)
     clocks = {
-        planning.Family.RESIDENT: planning.RESIDENT_CELL[backward],
-        planning.Family.COOPERATIVE: planning.EXCHANGE,
-        planning.Family.STEP: planning.GRID_BARRIER,
-        planning.Family.POINTWISE: 2 * planning.LAUNCH_SECONDS * card.clock,
+        planning.Resident: planning.RESIDENT_CELL[backward],
+        planning.Cooperative: planning.EXCHANGE,
+        planning.Step: planning.GRID_BARRIER,
+        planning.Held: planning.GRID_BARRIER,
+        planning.Pointwise: 2 * planning.LAUNCH_SECONDS * card.clock,
     }
     products = 4 * problem.batch * problem.hidden**2 / of_a_multiprocessor / card.multiprocessors
     return {
         "memory": planning.memory_seconds(problem, card, plan, backward),
         "products": products / card.clock,
-        "latency": clocks[plan.family] / card.clock,
+        "latency": clocks[type(plan.family)] / card.clock,
     }
 
 
@@ -90,7 +92,7 @@ def table(titles: str, lines: Iterable[Iterable[str]]) -> str:
     return "\n".join([*head, *(f"| {' | '.join(cells)} |" for cells in lines)])
 
 
-def in_full(card: planning.Device, dtype: torch.dtype, direction: str) -> str:
+def in_full(card: Card, dtype: torch.dtype, direction: str) -> str:
     """A line for each size."""
     lines = []
     for row in rows(card, dtype, direction):

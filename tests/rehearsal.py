@@ -163,7 +163,7 @@ def arguments(swapped: bool = False) -> list[dict]:
             mistakes += [m for (_, a), e in zip(given, launches) for m in _mistakes(kernel, a, e["arguments"], named)]
             results.append(dict(
                 case=f"{kernel.__name__} {problem}", family=family, precision=f"{problem.dtype} {problem.precision}",
-                steps=steps, size=[*(*plan.grid, 1, 1)[:3], plan.threads], launches=launches,
+                steps=steps, size=[*(*plan.grid, 1, 1)[:3], 32 * plan.num_warps], launches=launches,
                 loads=len(asked) - len(launches), compiled=compiled() - before, mistakes=mistakes,
             ))  # fmt: skip
     return results

@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves
 from gpu_lstm.backends import kernels
 from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import timeouts
+from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, in_the_loop, problem_of
 from gpu_lstm.kernels.triton_lstm import choose, launch
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Device, Plan
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Plan
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 
 H100 = DEVICES["h100"]
@@ -89,12 +90,12 @@ def as_a_card(monkeypatch):
     return launched
 
 
-def plan_of(family: str, problem: Problem, backward: bool, device: Device = H100) -> Plan:
+def plan_of(family: str, problem: Problem, backward: bool, card: Card = H100) -> Plan:
     """The first plan of a family of kernels; split: of the step family, backward with products of parts of K."""
-    every = [*choose.plans(problem, device, backward), pointwise_plan(problem)]
+    every = [*choose.plans(problem, card, backward), pointwise_plan(problem)]
     in_parts = family == "split" and backward
     family = "step" if family == "split" else family
-    return next(p for p in every if p.family.name == family and (family != "step" or (p.parts > 1) == in_parts))
+    return next(p for p in every if p.family.name == family and (family != "step" or (p.family.parts > 1) == in_parts))
 
 
 def flat(results):

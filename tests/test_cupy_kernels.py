@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import gpu_lstm
 from gpu_lstm.kernels import timeouts
-from gpu_lstm.kernels.cupy_lstm import launch, source
 from gpu_lstm.kernels.cards import Card
+from gpu_lstm.kernels.cupy_lstm import launch, source
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Problem, Recurrence, problem_of
 

@@ -10,10 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpu_lstm.backends import graph, kernels
 from gpu_lstm.kernels import layer, memory
+from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
 from gpu_lstm.kernels.cupy_lstm import planning
 from gpu_lstm.kernels.triton_lstm import launch as triton_launch
-from gpu_lstm.kernels.triton_lstm.planning import Family
 from gpu_lstm.tools import stream
 
 T, B, I, H = 3, 2, 4, 16
@@ -44,7 +44,7 @@ def _indexed(t, key):
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
-@pytest.mark.parametrize("family", [*(family.name for family in Family), "cupy"])
+@pytest.mark.parametrize("family", ["resident", "cooperative", "pointwise", "step", "cupy"])
 def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, monkeypatch, family, device):
     def of_family(problem, _, which, *__):
         return plan_of(family, problem, which.backward)

@@ -25,6 +25,7 @@ from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
 from gpu_lstm.kernels.problem import MOST, Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import indexing, launch
+from gpu_lstm.kernels.triton_lstm.planning import Step
 
 T, I, H = 3, 3, 4
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernels have the GPU's memory")
@@ -174,7 +175,7 @@ def _launches(name: str, backward: bool) -> list:
     if family in ("step", "split"):
         tiles = ceil(problem.batch / plan.rows) * ceil(max(problem.hidden, problem.projected) / plan.units)
         parts = 4 if family == "split" and backward else 1
-        plan = dataclasses.replace(plan, k=4096, programs=tiles, parts=parts)
+        plan = dataclasses.replace(plan, family=Step(4096, parts), programs=tiles)
     else:
         plan = dataclasses.replace(plan, groups=plan.groups * plan.tiles_per_program)
     ragged = dict(lengths=torch.int64, resets=True, reset_h=problem.regularised, reset_c=True, reverse=not backward)

@@ -20,7 +20,6 @@ from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import autotune, choose, launch
 from gpu_lstm.kernels.triton_lstm.choose import keep_measured, measured_plan, plans
-from gpu_lstm.kernels.triton_lstm.planning import Family
 from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 CUDA = torch.device("cuda", 0)
@@ -34,7 +33,7 @@ def folder(nothing_cached) -> Path:
 
 
 def _entry(without: str = "", **changes) -> str:
-    fields = dataclasses.asdict(PLAN) | {"family": PLAN.family.name} | changes
+    fields = PLAN.as_json() | changes
     fields.pop(without, None)
     return json.dumps({"key": choose._key(PROBLEM, H100, False), "value": fields})
 
@@ -74,8 +73,8 @@ def test_what_is_timed_runs_the_given_plans_and_is_used_by_no_call(monkeypatch):
     forward, backward = (
         dataclasses.replace(plan, programs=1) for plan in (step_plan(problem, H100, way) for way in (False, True))
     )
-    autotune._call(problem, Pass(True, dh_n=False), cpu, dataclasses.replace(forward, columns=32))(backward)()
-    autotune._call(problem, Pass(), cpu, None)(forward)()
+    autotune._call(problem, cpu, dataclasses.replace(forward, units=32))(backward)()
+    autotune._call(problem, cpu, None)(forward)()
     assert [(each.args[0].__name__.split("_")[2], each.kwargs["BLOCK_H"]) for each in run.mock_calls] == [
         ("forward", 32), ("backward", 16), ("forward", 16)
     ]  # fmt: skip
@@ -117,7 +116,8 @@ def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch, chan
 @pytest.mark.parametrize("text", [
     "", _entry()[:-40], "[]", "null", "7", "{}", '{"key": 1, "value": {}}', "\udcff\udcfe",
     _entry(surprise=1), _entry(without="rows"), _entry(rows="16"), _entry(rows=16.0), _entry(rows=True),
-    _entry(family="odd"), _entry(tiles_per_program=1.0), _entry().replace("768", "769"),
+    _entry(family="odd"), _entry(family="step"), _entry(without="chunks"), _entry(chunks="3"),
+    _entry(tiles_per_program=1.0), _entry().replace("768", "769"),
 ])  # fmt: skip
 def test_a_broken_entry_is_ignored_with_a_warning_and_written_again(folder, text):
     keep_measured(PROBLEM, H100, False, PLAN)
@@ -179,7 +179,7 @@ def test_the_fastest_plan_is_found_and_used_from_then_on(an_h100, monkeypatch):
     """As if the widest tiles of the cooperative family were the fastest."""
 
     def seconds(plan, call=None):
-        return 1000 * (plan.family is Family.STEP) - plan.units
+        return 1000 * (plan.family.name == "step") - plan.units
 
     before = _chosen(PROBLEM, False)
     monkeypatch.setattr(autotune, "time_plan", seconds)
@@ -206,7 +206,7 @@ def test_a_log_line_for_each_plan_says_how_far_it_is(an_h100, monkeypatch, caplo
         assert line == f"forward, plan {named}: {'it spills' if number == 1 else '1.23 ms'}"
 
 
-@pytest.mark.parametrize("change", [dict(programs=1), dict(groups=9), dict(tiles_per_program=7), dict(rows=16)], ids=str)
+@pytest.mark.parametrize("change", [dict(programs=1), dict(groups=9), dict(tiles_per_program=7), dict(rows=16)])
 def test_a_plan_in_a_file_that_nobody_proposes_is_not_used(an_h100, change):
     """Its numbers may fit no problem, and its kernel was verified with others."""
     best, other, *_ = plans(PROBLEM, H100, False)

@@ -11,17 +11,28 @@ import pytest
 import torch
 
 from gpu_lstm.__main__ import main
+from gpu_lstm.kernels.cards import KB, Card
 from gpu_lstm.kernels.cupy_lstm import planning as cupy
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import planning
 from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
 from gpu_lstm.kernels.triton_lstm.features import MOST_ROWS
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, KB, Family, Plan, expected
+from gpu_lstm.kernels.triton_lstm.planning import (
+    DEVICES,
+    INTERPRETER,
+    Cooperative,
+    Held,
+    Plan,
+    Pointwise,
+    Resident,
+    Step,
+    expected,
+)
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 from gpu_lstm.kernels.triton_lstm.step import held_plans, split_plans, step_plan
 
 H100, BF16 = DEVICES["h100"], torch.bfloat16
-RESIDENT, COOPERATIVE, STEP, POINTWISE = Family.RESIDENT, Family.COOPERATIVE, Family.STEP, Family.POINTWISE
+RESIDENT, COOPERATIVE, STEP, POINTWISE = "resident", "cooperative", "step", "pointwise"
 PROBLEMS = [
     Problem(steps, batch, hidden, dtype, precision="tf32", side_by_side=directions)
     for steps, batch, hidden, dtype, directions in itertools.product(
@@ -38,10 +49,10 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
         proposed = plans(problem, device, backward)
         seconds = []
         for plan in proposed:
-            times = problem.side_by_side // plan.side_by_side if plan.family is COOPERATIVE else 1
+            times = problem.side_by_side // plan.side_by_side if plan.family.name == COOPERATIVE else 1
             seconds.append(times * expected(problem, device, plan, backward).seconds)
         assert seconds == sorted(seconds)
-        of_step = [plan for plan in proposed if plan.family is STEP and not plan.held and plan.parts == 1]
+        of_step = [plan for plan in proposed if isinstance(plan.family, Step) and plan.family.parts == 1]
         assert of_step == [step_plan(problem, device, backward)], "what always works is always there"
         for plan in proposed:
             assert plan.shared <= device.shared
@@ -49,21 +60,22 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
             assert at_a_time * plan.tiles_per_program >= problem.batch * problem.hidden, (
                 "every unit of every sequence has a tile"
             )
-            if plan.family is STEP and not plan.held:
+            if isinstance(plan.family, Step):
                 assert plan.programs * plan.side_by_side <= max(device.multiprocessors, problem.side_by_side)
                 continue
             assert plan.programs * plan.units >= problem.hidden, "every unit has a program"
             assert plan.rows * plan.groups * plan.tiles_per_program >= problem.batch, "every sequence has a tile"
-            if plan.held:
+            if isinstance(plan.family, Held):
                 at_once = plan.programs * plan.groups * plan.side_by_side
-                assert at_once <= plan.held * device.multiprocessors, "and so are these"
-                assert plan.held * (plan.shared + KB) <= device.shared + KB, "and have the shared memory"
-                assert plan.registers >= 128
-            if plan.family is COOPERATIVE:
+                assert at_once <= plan.blocks * device.multiprocessors, "and so are these"
+                assert plan.blocks * (plan.shared + KB) <= device.shared + KB, "and have the shared memory"
+                assert 65536 // (32 * plan.num_warps * plan.blocks) >= 128, "registers"
+            if isinstance(plan.family, Cooperative):
                 at_once = plan.programs * plan.groups * plan.side_by_side
                 assert at_once <= device.multiprocessors, "programs that wait for each other are resident at once"
-                assert plan.programs % plan.parts == 0, "programs that share gates are all there"
-                assert (plan.side_by_side in (1, problem.side_by_side), plan.parts == 1 or backward) == (True, True)
+                assert plan.programs % plan.family.partners == 0, "programs that share gates are all there"
+                assert plan.side_by_side in (1, problem.side_by_side)
+                assert plan.family.partners == 1 or backward
 
 
 FAMILIES = {  # by hidden size
@@ -79,7 +91,7 @@ FAMILIES = {  # by hidden size
 def test_the_family_by_hidden_size(device, backward):
     for hidden, family in FAMILIES[device].items():
         first = plans(Problem(1024, 16, hidden, BF16), DEVICES[device], backward)[0]
-        assert first.family is family, hidden
+        assert first.family.name == family, hidden
 
 
 @both_ways
@@ -88,9 +100,9 @@ def test_large_steps_are_products_by_cublas(dtype, precision, backward):
     """Of many sequences and units, also a single one; not where something is between products and cells."""
     for (batch, hidden), steps in itertools.product(((4096, 1024), (1024, 1024), (1024, 2048)), (1, 4)):
         problem = Problem(steps, batch, hidden, dtype, precision=precision)
-        assert plans(problem, H100, backward)[0].family is POINTWISE
+        assert plans(problem, H100, backward)[0].family.name == POINTWISE
         for change in (dict(norms=(True, False, False)), dict(projected=hidden // 2, dropout_h=True)):
-            assert POINTWISE not in [plan.family for plan in plans(problem._replace(**change), H100, backward)]
+            assert POINTWISE not in [plan.family.name for plan in plans(problem._replace(**change), H100, backward)]
 
 
 @pytest.mark.parametrize(("batch", "dtype", "options", "rows", "warps"), [
@@ -118,7 +130,8 @@ def test_a_projection_or_noise_has_the_plans_of_the_plain_cell(backward, change)
         plain = Problem(128, 16, hidden, BF16)
         changed = plain._replace(**change)
         one, other = (
-            [plan for plan in plans(problem, H100, backward) if plan.family is not STEP] for problem in (changed, plain)
+            [plan for plan in plans(problem, H100, backward) if not isinstance(plan.family, Step | Held)]
+            for problem in (changed, plain)
         )
         assert one == other != []
 
@@ -133,10 +146,11 @@ def test_layer_norms_use_the_plans_of_the_plain_cell_unless_their_exchanges_are_
 
     for hidden in (64, 768):  # perhaps not the first: with norms sums have no bank conflicts
         best, of_plain = first(hidden, 16, True), found(hidden, 16, False)
-        assert (best.units, best.programs) in {(p.units, p.programs) for p in of_plain if p.family is best.family}
-        assert best.family is of_plain[0].family is not STEP
+        alike = [plan for plan in of_plain if plan.family.name == best.family.name]
+        assert (best.units, best.programs) in {(plan.units, plan.programs) for plan in alike}
+        assert best.family.name == of_plain[0].family.name != STEP
     if not backward:
-        assert (first(640, 288, False).family, first(640, 288, True).family) == (COOPERATIVE, STEP)
+        assert (first(640, 288, False).family.name, first(640, 288, True).family.name) == (COOPERATIVE, STEP)
 
 
 @pytest.mark.parametrize(("hidden", "batch", "tiles"), [
@@ -147,12 +161,12 @@ def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
     """First on an H100. Never forward, with more rounds, without tensor cores, or where a part is not read in words."""
     problem = Problem(128, batch, hidden, BF16)
     first, second = split_plans(problem, H100, True)
-    assert ((first.rows, first.units, first.parts), plans(problem, H100, True)[0]) == (tiles, first)
+    assert ((first.rows, first.units, first.family.parts), plans(problem, H100, True)[0]) == (tiles, first)
     assert second in plans(problem, H100, True)
     assert split_plans(problem, H100, False) == []
     for change in (dict(projected=64), dict(norms=(False, True, False)), dict(dtype=torch.float32), dict(hidden=66)):
         assert split_plans(problem._replace(**change), H100, True) == []
-    assert {plan.parts for plan in split_plans(problem._replace(hidden=hidden - 8), H100, True)} == {4}
+    assert {plan.family.parts for plan in split_plans(problem._replace(hidden=hidden - 8), H100, True)} == {4}
 
 
 @pytest.mark.parametrize(("hidden", "batch", "dtype", "backward", "tile"), [
@@ -167,7 +181,7 @@ def test_where_programs_hold_w_hh_in_shared_memory(hidden, batch, dtype, backwar
     """First on an H100: rows, columns, warps, programs of a multiprocessor, parts. Never without wgmma, or room."""
     problem = Problem(128, batch, hidden, dtype, precision="tf32")
     first, *others = held_plans(problem, H100, backward)
-    found = (first.rows, first.units, first.num_warps, first.held, first.parts)
+    found = (first.rows, first.units, first.num_warps, first.blocks, first.family.parts)
     assert found == (*tile, 1)[:5]
     assert plans(problem, H100, backward)[0] == first
     assert len(others) <= 2
@@ -186,7 +200,8 @@ def test_no_plan_holds_two_blocks_of_64_units_with_more_than_256_rows_of_k(dtype
         problem = Problem(2, batch, hidden, dtype, precision="tf32")
         for device in (H100, card):
             proposed = plans(problem, device, True)
-            found |= {(plan.units * plan.parts, plan.k) for plan in proposed if plan.held}
+            held = [plan for plan in proposed if isinstance(plan.family, Held)]
+            found |= {(plan.units * plan.family.parts, plan.family.k) for plan in held}
     assert (128, 256) in found
     assert [(units, k) for units, k in found if units > 64 and k > 256] == []
 
@@ -198,11 +213,11 @@ def test_no_plan_holds_two_blocks_of_64_units_with_more_than_256_rows_of_k(dtype
 ])  # fmt: skip
 def test_the_products_of_a_tile_that_holds_w_hh(hidden, backward, tile, clocks):
     """wgmma reads 64 rows of W_hh and 8 to 64 sequences from shared memory: 18 to 32 clocks for 32 bytes of K."""
-    rows, columns, warps, parts = tile
+    rows, units, warps, parts = tile
     k = hidden * (4 if backward else 1) // parts
     for dtype, size in ((BF16, 2), (torch.float32, 4)):
         problem = Problem(2, rows, hidden, dtype, precision="tf32")
-        plan = Plan(STEP, rows, columns, k, 4, 1, warps, 1, 0, "", parts=parts, held=1)
+        plan = Plan(Held(k, parts), rows, units, 4, 1, warps, shared=0, why="")
         products = expected(problem, H100, plan, backward).terms["products"] * H100.clock
         assert products == pytest.approx(clocks * size / 2)
 
@@ -210,14 +225,14 @@ def test_the_products_of_a_tile_that_holds_w_hh(hidden, backward, tile, clocks):
 def test_a_projection_with_noise_and_a_single_step_use_the_step_family():
     noisy = Problem(128, 16, 128, BF16, projected=64, dropout_h=True)
     for problem in (noisy, Problem(1, 16, 128, BF16)):
-        assert [plan.family for plan in plans(problem, H100, False)] == [STEP]
+        assert [plan.family.name for plan in plans(problem, H100, False)] == [STEP]
 
 
 def test_one_program_in_the_interpreter():
     """It runs programs one after another, so that none may wait for another."""
     for problem in PROBLEMS:
         (plan,) = candidates(problem, INTERPRETER, Pass())
-        assert (plan.family, plan.programs * plan.groups) == (STEP, 1)
+        assert (plan.family.name, plan.programs * plan.groups) == (STEP, 1)
 
 
 def test_a_plan_does_not_depend_on_the_number_of_steps():
@@ -239,12 +254,19 @@ def test_the_models_agree_with_cycles_estimated_from_sass(row):
     if family == "cuda":
         found = cupy.plans(problem, Card(90, 132), backward)
         sizes = [row[name] for name in ("columns", "warps", "k", "parts")]
-        (cycles,) = (plan.clocks for plan in found if [plan.units, plan.warps, plan.chunks, plan.parts] == sizes)
+        (cycles,) = (plan.clocks for plan in found if [plan.units, plan.warps, plan.chunks, plan.partners] == sizes)
     else:
-        names = ("rows", "columns", "k", "programs", "groups", "warps", "stages")
-        turns = {name: row[name] for name in ("tiles_per_program", "parts", "held")}
-        ahead = row["ahead"] > 0
-        plan = Plan(Family(family), *(row[name] for name in names), shared=0, why="", **turns, ahead=ahead)
+        family = {
+            "resident": Resident(row["k"]), "cooperative": Cooperative(row["k"], row["parts"], row["ahead"] > 0),
+            "pointwise": Pointwise(), "step": Step(row["k"], row["parts"]),
+        }[family]  # fmt: skip
+        if row["held"]:
+            family = Held(row["k"], row["parts"], row["ahead"] > 0)
+        sizes = (row[name] for name in ("rows", "columns", "programs", "groups", "warps"))
+        plan = Plan(
+            family, *sizes, shared=0, why="", num_stages=row["stages"], blocks=max(1, row["held"]),
+            tiles_per_program=row["tiles_per_program"],
+        )  # fmt: skip
         cycles = expected(problem, H100, plan, backward).seconds * H100.clock
     assert cycles == pytest.approx(row["cycles"], rel=0.25)
 
@@ -260,18 +282,18 @@ def test_the_terms_of_a_step():
     assert clocks["products"] == pytest.approx(24 * 8 * 2)  # of a warp, their clocks, warps a scheduler
     in_shared = 8 * 32 * (64 + 4 * 4 * 8)  # bytes: products of 64 rows, and of four sums those of 8 warps
     assert clocks["instructions, shared memory, or words from L2"] == pytest.approx(in_shared / 128)
-    narrow = expected(problem, H100, dataclasses.replace(best, columns=12, programs=64), False).terms
+    narrow = expected(problem, H100, dataclasses.replace(best, units=12, programs=64), False).terms
     assert narrow["bank conflicts"] * H100.clock == pytest.approx(3 * 4 * 8)  # of three warps with cells
     assert clocks["exchange"] == pytest.approx(planning.EXCHANGE)
-    twice = expected(problem, H100, dataclasses.replace(best, tiles_per_program=2, ahead=True), False)
-    alone = dataclasses.replace(best, ahead=True)  # a plan for more sequences
+    alone = dataclasses.replace(best, family=dataclasses.replace(best.family, ahead=True))  # a plan for more sequences
+    twice = expected(problem, H100, dataclasses.replace(alone, tiles_per_program=2), False)
     assert expected(problem, H100, alone, False).seconds == found.seconds
     turn = sum(clocks.values()) - planning.EXCHANGE
     assert twice.seconds * H100.clock == pytest.approx(2 * max(planning.TURN_AHEAD, turn))
     of_step = expected(problem, H100, step, False)
     assert of_step.terms["L2: weights, states"] * H100.clock == pytest.approx((16 + 64) * 768 * 2 / 64)  # 48 programs
     assert of_step.terms["grid-wide barriers"] * H100.clock == pytest.approx(planning.GRID_BARRIER)
-    split = dataclasses.replace(step_plan(problem, H100, True), parts=4)
+    split = dataclasses.replace(step_plan(problem, H100, True), family=Step(64, 4))
     of_parts = expected(problem, H100, split, True).terms
     assert of_parts["L2: weights, states"] * H100.clock == pytest.approx((16 + 64) * 768 * 2 / 64)  # K is 768, too
     assert of_parts["grid-wide barriers"] * H100.clock == pytest.approx(2 * planning.GRID_BARRIER)

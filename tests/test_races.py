@@ -306,7 +306,7 @@ NOISE, RESETS = dict(dropout_h=True), dict(resets=True)
 
 @pytest.mark.parametrize(("family", "tiles_per_program", "options", "winner"), [
     ("resident", 1, {}, "triton"), ("cooperative", 1, {}, "triton"), ("cooperative", 2, {}, "torch"),
-    ("step", 1, {}, "torch"), ("step held 2", 1, {}, "triton"), ("step held 1", 2, {}, "torch"),
+    ("step", 1, {}, "torch"), ("step held", 1, {}, "triton"), ("step held", 2, {}, "torch"),
     ("pointwise", 1, {}, "torch"), ("step", 1, dict(lengths=torch.int64), "triton"), ("step", 1, RESETS, "triton"),
     ("step", 1, dict(layers=(Size(4, 5, 3),)), "triton"), ("step", 1, NOISE, "triton"),
     ("step", 1, dict(peepholes=True), "triton"), ("step", 1, dict(reset_c=True), "triton"),
@@ -315,7 +315,8 @@ NOISE, RESETS = dict(dropout_h=True), dict(resets=True)
 def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, winner):
     """Kernels of no family of Triton's are CuPy's."""
     family, _, held = family.partition(" held")
-    plan = SimpleNamespace(family=SimpleNamespace(value=family), tiles_per_program=tiles_per_program, held=int(held or 0))
+    on_chip = bool(held) or family in ("resident", "cooperative")
+    plan = SimpleNamespace(family=SimpleNamespace(name=family), tiles_per_program=tiles_per_program, on_chip=on_chip)
     layer = SimpleNamespace(chosen=lambda which: Chosen(plan, False))
     monkeypatch.setattr(kernels, "layer_of", lambda backend, problem, device: layer)
     kind, like = kind_of(_call()), dict(options)
@@ -327,7 +328,7 @@ def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, wi
 
 def test_the_expected_winner_depends_on_every_layer_as_it_shares_the_card(monkeypatch):
     """Once for both of its directions, whose kernels are alike."""
-    asked, plan = [], SimpleNamespace(family=SimpleNamespace(value="resident"), tiles_per_program=1, held=0)
+    asked, plan = [], SimpleNamespace(family=SimpleNamespace(name="resident"), tiles_per_program=1, on_chip=True)
     layer = SimpleNamespace(chosen=lambda which: Chosen(plan, False))
     monkeypatch.setattr(kernels, "layer_of", lambda backend, problem, device: asked.append(problem) or layer)
     kind = kind_of(_call(gpu_lstm.StackedLSTM(4, [5, 6], bidirectional=True)))

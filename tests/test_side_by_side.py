@@ -25,7 +25,6 @@ from gpu_lstm.kernels import ordering
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
-from gpu_lstm.kernels.triton_lstm.planning import Family
 
 CUDA = torch.device("cuda", 0)
 
@@ -79,7 +78,7 @@ def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_
     """Which earlier launches, by their numbers, are over when one begins. Nothing is recorded before there are two."""
     for number, (name, side_by_side, expected) in enumerate(launches, 1):
         (plan, *_) = plans(Problem(8, 16, 768, torch.bfloat16, side_by_side=side_by_side), H100, False)
-        assert (plan.family, plan.side_by_side) == (Family.COOPERATIVE, side_by_side)
+        assert (plan.family.name, plan.side_by_side) == ("cooperative", side_by_side)
         assert streams.launched(number, name, plan.side_by_side) == expected
     assert streams.synchronised.mock_calls == [call(CUDA)]  # at the first switch, since that stream may be gone
 
@@ -130,7 +129,7 @@ def test_a_launch_that_raises_lets_others_launch_which_wait_for_it(streams):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize(("hidden", "family"), [(64, Family.RESIDENT), (768, Family.COOPERATIVE)])
+@pytest.mark.parametrize(("hidden", "family"), [(64, "resident"), (768, "cooperative")])
 def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypatch, hidden, family, backward):
     seen, in_order = Mock(), ordering.in_order
 
@@ -150,8 +149,8 @@ def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypat
         layer.backward(None, h0.bfloat16(), None, gates, torch.zeros(2, 16, hidden), r, False)
     else:
         layer.forward(gates, r, save=False)
-    at_once = 2 if family is Family.COOPERATIVE else None
-    assert (plan.family, seen.mock_calls) == (family, [call.asked(at_once), call.launched()])
+    at_once = 2 if family == "cooperative" else None
+    assert (plan.family.name, seen.mock_calls) == (family, [call.asked(at_once), call.launched()])
 
 
 def _call(lstm, steps, **facts):
@@ -172,7 +171,7 @@ def test_the_plans_of_a_call_are_those_that_the_plan_command_shows(nothing_cache
     for (which, plan), row in itertools.product(zip((Pass(), Pass(True)), shown, strict=True), range(2)):
         ours = candidates(kind.problem(row, side_by_side=2), H100, which)[0]
         assert plan == ours.__dict__ | {"family": ours.family.name}
-        assert (ours.family, ours.side_by_side) == (Family.COOPERATIVE, 2 if hidden == 768 else 1)
+        assert (ours.family.name, ours.side_by_side) == ("cooperative", 2 if hidden == 768 else 1)
 
 
 @pytest.fixture

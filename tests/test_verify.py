@@ -20,12 +20,12 @@ from gpu_lstm.backends import fused, torch_lstm, verify
 from gpu_lstm.dispatch import available, race
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache, timeouts
-from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.cards import Card
+from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import choose, launch, step
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family
+from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Held, Step
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels"),
@@ -250,7 +250,7 @@ def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
         _verify(PLAIN, plan=plan)
         cache._read.cache_clear()  # as another process
     assert len(verdicts) == 1
-    tiles = ("rows", "columns", "k", "programs", "num_warps", "num_stages", "groups")
+    tiles = ("rows", "units", "programs", "num_warps", "num_stages", "blocks", "groups")
     problems = [
         dict(hidden=33), dict(dtype=torch.float16), dict(projected=5), dict(projected=6), dict(precision="tf32"),
         dict(reverse=True), dict(lengths=torch.int64), dict(lengths=torch.int32), dict(resets=True), MASKS, RATES,
@@ -260,7 +260,7 @@ def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
     others = [
         *((PLAIN, which, plan) for which in passes),
         *((PLAIN, Pass(), dataclasses.replace(plan, **{name: 2 * getattr(plan, name) + 1})) for name in tiles),
-        (PLAIN, Pass(), dataclasses.replace(plan, family=Family.RESIDENT)),
+        *((PLAIN, Pass(), dataclasses.replace(plan, family=each)) for each in (Step(7), Held(7), Held(7, ahead=True))),
         (PLAIN, Pass(), dataclasses.replace(plan, tiles_per_program=1)),
         *((PLAIN._replace(**change), Pass(), plan) for change in problems),
     ]
