@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gpu_lstm.kernels.cards import REGISTERS, shared_memory_of
+from gpu_lstm.kernels.cards import REGISTERS, Card
 
 PRECISIONS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
 
@@ -57,7 +57,7 @@ class Report:
     def fits(self) -> bool:
         """Whether nothing spills, and a block needs no more registers and shared memory than it may use."""
         registers = -(-self.registers // 8) * 8 * self.threads  # allocated in units of 256 per warp
-        return self.spills == 0 and registers <= REGISTERS and self.shared <= shared_memory_of(self.architecture)
+        return self.spills == 0 and registers <= REGISTERS and self.shared <= Card(self.architecture, 1).shared
 
 
 def read(cubin: bytes, architecture: int, dynamic: int) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm.binary import RecordedLaunch
-from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.triton_lstm.choose import RecordedLaunch, plans
 from gpu_lstm.kernels.triton_lstm.launch import INTERPRETED, recorded_launches
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Held, Plan, Step
 from gpu_lstm.kernels.triton_lstm.step import split_plans, step_plan

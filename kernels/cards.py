@@ -30,18 +30,12 @@ class Card:
     @property
     def shared(self) -> int:
         """Bytes of shared memory that a block may use."""
-        return shared_memory_of(self.architecture)
+        return _SHARED.get(self.architecture, 99) * KB
+
+    def has_room(self, blocks: int, shared: int) -> bool:
+        """Whether blocks of a multiprocessor fit its shared memory, of each of which the system takes 1 KB."""
+        return blocks * (shared + KB) <= self.shared + KB
 
     def l2_bytes(self, programs: int) -> float:
         """Bytes a clock that each of so many programs reads from L2."""
         return min(L2_ALONE, L2_BYTES * self.multiprocessors / programs)
-
-
-def shared_memory_of(architecture: int) -> int:
-    """Bytes of shared memory that a block may use."""
-    return _SHARED.get(architecture, 99) * KB
-
-
-def have_room(blocks: int, shared: int, most: int) -> bool:
-    """Whether blocks of a multiprocessor fit its shared memory, of which one may use `most` bytes, the system 1 KB."""
-    return blocks * (shared + KB) <= most + KB

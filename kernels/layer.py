@@ -35,7 +35,7 @@ class Launcher(Protocol):
         """The plan for a pass, the best one that `refuses` does not refuse."""
 
     def prepare(self, problem: Problem, pass_: Pass, plan: Any, device: torch.device, trial: bool = False) -> Prepared:
-        """A plan, ready to be launched. In a trial its waits are short, and what it writes is checked for bounds."""
+        """A plan, ready to be launched. In a trial it waits for other programs only briefly."""
 
     def describe(self, problem: Problem, device: torch.device, pass_: Pass, plan: Any) -> Chosen:
         """What `Layer.chosen` returns for a plan; for None, of the plan that would be tried first."""
@@ -96,11 +96,11 @@ class Layer:
             empty = allocate(results_of(self.problem), steps, gates)
             return empty["h_ptr"], empty["h_n_ptr"], empty["c_n_ptr"], empty["c_ptr"] if save else None
         prepared = self.prepared(SAVE if save else NO_SAVE, r.inputs)
-        r, in_place = self._aligned(r), aligned(gates)
         launch = partial(projection.forward, prepared, self.problem) if prepared.projects_outside else prepared.forward
-        results = in_order(prepared.at_once, self.device, launch, in_place, r)
-        if in_place is not gates:
-            gates.copy_(in_place)
+        overwritten = aligned(gates)
+        results = in_order(prepared.at_once, self.device, launch, overwritten, self._aligned(r))
+        if overwritten is not gates:
+            gates.copy_(overwritten)
         return results
 
     def backward(
@@ -136,19 +136,16 @@ class Layer:
     def prepared(self, pass_: Pass, inputs: Inputs) -> Prepared:
         """The plan of a pass, chosen now if it was not before, by a call with these inputs."""
         if (prepared := self._prepared.get(pass_)) is None:
-            on_trial = self._trial is not None
-            plan = self._trial if on_trial else self._choose(pass_, inputs)
-            prepared = self._launcher.prepare(self.problem, pass_, plan, self.device, on_trial)
-            if not self.is_capturing():
+            plan, capturing = self._trial, self.is_capturing()
+            if plan is None:
+                # Without dh and dh_n backward is zero but for what dc_n contributes, which all plans compute alike.
+                verifies = self.verify is not None and (not pass_.backward or pass_.dh or pass_.dh_n) and not capturing
+                refuses = partial(self.verify, self, pass_, inputs) if verifies else None
+                plan = self._launcher.choose(self.problem, self.device, pass_, refuses)
+            prepared = self._launcher.prepare(self.problem, pass_, plan, self.device, self._trial is not None)
+            if not capturing:
                 self._prepared[pass_] = prepared
         return prepared
-
-    def _choose(self, pass_: Pass, inputs: Inputs) -> Any:
-        refuses = None
-        # With neither gradient, backward returns zeros except for what dc_n contributes, which all plans compute alike.
-        if self.verify is not None and (not pass_.backward or pass_.dh or pass_.dh_n) and not self.is_capturing():
-            refuses = partial(self.verify, self, pass_, inputs)
-        return self._launcher.choose(self.problem, self.device, pass_, refuses)
 
     def with_plan(self, plan: Any, problem: Problem | None = None) -> "Layer":
         """The layer, or one of a similar problem, with this plan, in order to try it."""
@@ -156,7 +153,7 @@ class Layer:
 
     def chosen(self, pass_: Pass) -> Chosen:
         """The plan chosen for a pass, or another in its direction; else the first to be tried. Nothing is compiled."""
-        alike = (prepared for each, prepared in self._prepared.items() if each.backward == pass_.backward)
+        alike = (prepared for other, prepared in self._prepared.items() if other.backward == pass_.backward)
         prepared = self._prepared.get(pass_) or next(alike, None)
         return self._launcher.describe(self.problem, self.device, pass_, prepared and prepared.plan)
 

@@ -29,18 +29,18 @@ class _Launched:  # on a device
 _launched: dict[torch.device, _Launched] = {}
 
 
-def in_order(at_once: int | None, device: torch.device, launch: Callable[..., R], *given: Any) -> R:
-    """launch(*given) on the current stream, which first waits for launches that must not run at the same time.
+def in_order(at_once: int | None, device: torch.device, launch: Callable[..., R], *arguments: Any) -> R:
+    """launch(*arguments) on the current stream, which first waits for launches that must not run at the same time.
 
     It was planned as one of `at_once` that share the card; None: its programs do not wait for each other.
     """
     if at_once is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return launch(*given)
+        return launch(*arguments)
     latest = _launched.get(device) or _launched.setdefault(device, _Launched())
     stream = torch.cuda.current_stream(device)
     with latest.lock:
         _await_others(latest, stream if at_once == 1 else at_once, stream, device)
-        results = launch(*given)
+        results = launch(*arguments)
         if latest.several:
             latest.streams[stream] = stream.record_event()
     return results

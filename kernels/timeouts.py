@@ -98,16 +98,6 @@ def _several_ranks() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def _warn_of_ranks() -> None:
-    """Plans that are in use keep the multiprocessors that they were chosen for: graphs and saved tensors hold them."""
-    global _whole_card
-    _whole_card = False
-    cache.warn_once(
-        "kernels were chosen for the whole card before torch.distributed had several ranks, and leave none of it to "
-        f"those of NCCL: call init_process_group before the first call of a layer, or set {SPARE}"
-    )
-
-
 def error_word(device: torch.device, kernel: str, trial: bool = False) -> Tensor:
     """The word of one of the KERNELS on a device, for a user's call or for a plan on `trial`.
 
@@ -126,21 +116,26 @@ def raise_if_timed_out(device: torch.device) -> None:
     Raises:
         RuntimeError: with the kernel, the step and the device. It is raised once.
     """
+    global _whole_card
     if _whole_card and torch.distributed.is_initialized() and _several_ranks():
-        _warn_of_ranks()
+        _whole_card = False  # plans that are in use keep theirs: graphs and saved tensors hold them
+        cache.warn_once(
+            "kernels were chosen for the whole card before torch.distributed had several ranks, and leave none of it "
+            f"to those of NCCL: call init_process_group before the first call of a layer, or set {SPARE}"
+        )
     words = _words.get(device)
     if words is None or words.as_bytes.raw == words.none:
         return
-    found = []
+    timeouts = []
     for k in range(2 * len(KERNELS)):
         if step := words.memory[k * APART]:
             words.memory[k * APART] = 0  # and no others: one may be written at this moment
-            found.append(f"{KERNELS[k % len(KERNELS)]} timed out at step {step - 1}")
-    if found:  # else another thread was faster
+            timeouts.append(f"{KERNELS[k % len(KERNELS)]} timed out at step {step - 1}")
+    if timeouts:  # else another thread was faster
         raise RuntimeError(
-            f"{' and '.join(found)} on {device}: its programs wait for each other, and were not all resident at once; "
-            f"the results of that launch, and of all launches since, are wrong. If other kernels hold the card for "
-            f"long, {TIMEOUT} (seconds, now {timeout_seconds():g}) and {SPARE} in the environment help"
+            f"{' and '.join(timeouts)} on {device}: its programs wait for each other, and were not all resident at "
+            "once; the results of that launch, and of all launches since, are wrong. If other kernels hold the card "
+            f"for long, {TIMEOUT} (seconds, now {timeout_seconds():g}) and {SPARE} in the environment help"
         )
 
 

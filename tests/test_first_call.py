@@ -17,7 +17,7 @@ from gpu_lstm.dispatch.available import select, why_unavailable
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.layer import Layer, aligned
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
-from gpu_lstm.kernels.triton_lstm import binary, choose, launch
+from gpu_lstm.kernels.triton_lstm import choose, launch
 from gpu_lstm.kernels.triton_lstm.planning import Held
 
 CUDA = torch.device("cuda", 0)
@@ -226,8 +226,8 @@ def _selected(asked: str | None = None) -> Backend:
 
 @pytest.mark.skipif(launch.INTERPRETED, reason="kernels are interpreted here")
 def test_the_triton_at_hand_compiles_for_a_card_and_not_for_one_that_is_unknown():
-    assert binary.compile_problem(90) is None
-    assert "sm_999" in binary.compile_problem(999)
+    assert choose.compile_problem(90) is None
+    assert "sm_999" in choose.compile_problem(999)
 
 
 def test_a_card_that_triton_cannot_compile_for_goes_to_torch_and_an_explicit_choice_raises(an_h100, monkeypatch):

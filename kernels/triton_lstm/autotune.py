@@ -33,13 +33,14 @@ def autotune(problem: Problem, device: torch.device) -> dict[str, Plan]:
             proposed = plans(problem, card, pass_.backward)
             milliseconds = {}
             for number, plan in enumerate(proposed, start=1):
-                refused = why_it_does_not_fit(recorded_launches(problem, pass_, plan), plan.blocks)
-                if refused is None:
+                result = why_it_does_not_fit(recorded_launches(problem, pass_, plan), plan.blocks)
+                if result is None:
                     milliseconds[plan] = time_plan(plan, call)
-                logger.info(
-                    "%s, plan %d of %d: %s %dx%d: %s", name, number, len(proposed), plan.family.name, plan.rows,
-                    plan.units, f"{milliseconds[plan]:.3g} ms" if refused is None else refused,
-                )  # fmt: skip
+                    result = f"{milliseconds[plan]:.3g} ms"
+                tile = f"{plan.family.name} {plan.rows}x{plan.units}"
+                logger.info("%s, plan %d of %d: %s: %s", name, number, len(proposed), tile, result)
+            if not milliseconds:
+                raise RuntimeError(f"no plan for the {name} pass of this layer can be compiled on this card: {result}")
             fastest[name] = min(milliseconds, key=milliseconds.__getitem__)
             keep_measured(problem, card, pass_.backward, fastest[name])
     forget()

@@ -7,22 +7,24 @@ import bisect
 import contextlib
 import dataclasses
 import functools
+import io
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from math import ceil
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from .. import cache
-from ..cards import Card, have_room, shared_memory_of
+from ..cards import Card
 from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
 from . import cooperative, pointwise, resident, step
-from .binary import RecordedLaunch, compile_problem, empty_kernel
 from .features import OPTIONS
 from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected, plan_of
 
@@ -36,7 +38,7 @@ EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the e
 FAMILIES: dict[type, ModuleType] = {
     Resident: resident, Cooperative: cooperative, Pointwise: pointwise, Step: step, Held: step
 }  # fmt: skip
-"""Each module has KERNELS, forward and backward, and for each BUFFERS that it writes and OPERANDS that it reads."""
+"""Each module has KERNELS, forward and backward, the buffers that they write and the OPERANDS that they read."""
 
 logger = logging.getLogger("gpu_lstm")
 
@@ -51,8 +53,17 @@ CURES = {  # remedies for Triton's errors where nothing can be launched, by a pa
 }
 
 
-class DoesNotFit(Exception):
-    """A compiled kernel needs more than a thread or a block may use."""
+class RecordedLaunch(NamedTuple):
+    """One kernel launch as the launcher would make it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by the names of the kernel's parameters, and Triton's options
+
+
+@triton.jit
+def empty_kernel():
+    pass
 
 
 def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
@@ -75,9 +86,8 @@ def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 
 def expected_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
     """Estimated time of a step of all layers or directions that run at once, by the model."""
-    cooperative = isinstance(plan.family, Cooperative)
-    one_after_another = problem.side_by_side // plan.side_by_side if cooperative else 1
-    return one_after_another * expected(problem, card, plan, backward).seconds
+    turns = problem.side_by_side // plan.side_by_side if isinstance(plan.family, Cooperative) else 1
+    return turns * expected(problem, card, plan, backward).seconds
 
 
 def card_of(device: torch.device) -> Card:
@@ -104,11 +114,11 @@ def _multiprocessors_of_context(device: torch.device, count: int, threads: int) 
             try:
                 with errors_as_of_torch():
                     empty[(multiprocessors * blocks, 1, 1)]()
+                return False
             except RuntimeError as error:
-                if "too many blocks" in str(error):
-                    return True
-                raise
-            return False
+                if "too many blocks" not in str(error):
+                    raise
+                return True
 
         if not is_too_large(count):
             return count
@@ -138,18 +148,15 @@ def candidates(problem: Problem, card: Card, pass_: Pass) -> list[Plan]:
 
 
 def choose_plan(
-    problem: Problem,
-    device: torch.device,
-    pass_: Pass,
-    launches: Callable[[Plan], Iterable[RecordedLaunch]],
-    verify: Callable[[Plan], str | None] | None = None,
-) -> Plan:
+    problem: Problem, device: torch.device, pass_: Pass, launches: Callable[[Plan], Iterable[RecordedLaunch]],
+    refuses: Callable[[Plan], str | None] | None = None,
+) -> Plan:  # fmt: skip
     """The best plan whose kernels the device can run.
 
     Args:
         problem, device, pass_: what to run.
         launches: launches(plan) is what a plan would launch.
-        verify: verify(plan) says why a plan that compiles is refused all the same; None if it is not.
+        refuses: refuses(plan) says why a plan that compiles is not used all the same; None if it is.
 
     Raises:
         RuntimeError: no kernel can be compiled, or none computes the right numbers.
@@ -163,8 +170,8 @@ def choose_plan(
     with _log_if_slow():
         for plan in (*proposed[:MOST], *(plan for plan in proposed[MOST:] if plan == always)):
             reason = why_it_does_not_fit(launches(plan), plan.blocks)
-            if reason is None and verify is not None:
-                reason = verify(plan)
+            if reason is None and refuses is not None:
+                reason = refuses(plan)
             if reason is None:
                 if not torch.cuda.is_current_stream_capturing():
                     plans_in_use.setdefault((problem._replace(batch=0), card, pass_), {})[problem.batch] = plan
@@ -180,11 +187,11 @@ def why_it_does_not_fit(launches: Iterable[RecordedLaunch], blocks: int) -> str 
         for kernel, grid, arguments in launches:
             loaded = load(kernel, grid, arguments)
             if loaded.n_spills:
-                raise DoesNotFit(f"{kernel.__name__} spills {4 * loaded.n_spills} bytes a thread")
+                return f"{kernel.__name__} spills {4 * loaded.n_spills} bytes a thread"
             if blocks > 1:  # Triton only looks whether one fits
-                shared, most = loaded.metadata.shared, shared_memory_of(loaded.metadata.target.arch)
-                if not have_room(blocks, shared, most):
-                    raise DoesNotFit(f"{blocks} blocks of {kernel.__name__} want {shared} bytes of {most} each")
+                card, shared = Card(loaded.metadata.target.arch, 1), loaded.metadata.shared
+                if not card.has_room(blocks, shared):
+                    return f"{blocks} blocks of {kernel.__name__} want {shared} bytes of {card.shared} each"
     except DEVICE_ERRORS:
         raise
     except Exception as error:  # of many kinds: from Triton's front end, LLVM, ptxas, the driver
@@ -223,6 +230,19 @@ def errors_as_of_torch() -> Iterator[None]:
             raise torch.AcceleratorError(f"{error}, {text}") from error
         torch.cuda.synchronize()
         raise
+
+
+@functools.cache
+def compile_problem(architecture: int) -> str | None:
+    """Why the installed Triton cannot compile for an architecture, e.g. one newer than its ptxas; None if it can."""
+    target = GPUTarget("cuda", architecture, 32)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # where Triton would print the whole kernel
+            triton.compile(ASTSource(empty_kernel, {}), target=target, options=OPTIONS)
+    except Exception as error:  # of many kinds: from LLVM, ptxas, or the folder of Triton's cache
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return next((line for line in lines if "fatal" in line), f"{type(error).__name__}: {lines[0] if lines else ''}")
+    return None
 
 
 def launch_problem(device: torch.device, architecture: int) -> str | None:

@@ -461,22 +461,20 @@ STATIC_SHARED = 48 * KB  # that a kernel may declare (CUDA C++ Programming Guide
 KERNELS = lstm_cooperative_forward_kernel, lstm_cooperative_backward_kernel
 
 
-def forward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
-    """What forward writes besides the results that all families share; h is one of those, but in rows of words."""
-    return {"h_ptr": Buffer(p.dtype, (p.batch, _row(p)), 1, EVERY_BIT)} | _pairs(p, plan)  # and h0 at its end
+EXCHANGED = "exchanged"  # among the buffers: what W_hh^T is multiplied with, passed as words
 
 
-def backward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
-    """As forward_buffers, for backward, where dgates are the words, or come from them through the norm of W_hh h."""
-    # What W_hh^T is multiplied with.
-    buffers = {EXCHANGED: Buffer(p.dtype, (p.batch, 4, _row(p)), 0, EVERY_BIT)} | _pairs(p, plan)
+def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
+    """What a pass writes besides the results that all families share; forward h is one of those, but in rows of words.
+    Backward dgates are the words, or come from them through the norm of W_hh h.
+    """
+    pairs = Buffer(torch.int32, (p.batch, ceil(p.hidden / plan.units), 2), fill=EVERY_BIT)  # of exchange_pairs
+    scratch = {name: pairs for name, there in zip(("pairs_hh_ptr", "pairs_c_ptr"), p.norms) if there}
+    if not backward:
+        return scratch | {"h_ptr": Buffer(p.dtype, (p.batch, _row(p)), 1, EVERY_BIT)}  # and h0 at its end
     if plan.family.partners > 1:
-        buffers["partials_ptr"] = Buffer(torch.int32, (p.batch, plan.family.partners, p.hidden), fill=EVERY_BIT)
-    return buffers
-
-
-BUFFERS = forward_buffers, backward_buffers
-EXCHANGED = "exchanged"  # among the buffers: passed as words
+        scratch["partials_ptr"] = Buffer(torch.int32, (p.batch, plan.family.partners, p.hidden), fill=EVERY_BIT)
+    return scratch | {EXCHANGED: Buffer(p.dtype, (p.batch, 4, _row(p)), 0, EVERY_BIT)}
 
 
 def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -496,12 +494,6 @@ def backward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, T
 
 
 OPERANDS = forward_operands, backward_operands
-
-
-def _pairs(p: Problem, plan: Plan) -> dict[str, Buffer]:
-    """Buffers of `exchange_pairs`, one for each layer norm."""
-    pairs = Buffer(torch.int32, (p.batch, ceil(p.hidden / plan.units), 2), fill=EVERY_BIT)
-    return {name: pairs for name, there in zip(("pairs_hh_ptr", "pairs_c_ptr"), p.norms) if there}
 
 
 def _row(p: Problem) -> int:

@@ -18,8 +18,17 @@ from ..memory import Buffer, allocate, checking, gradients_in, gradients_of, mar
 from ..problem import NO_UNIT, Gradients, Inputs, Pass, Problem, Recurrence, Unit, in_the_loop, steps_of
 from ..timeouts import KERNELS, error_word
 from . import features, pointwise
-from .binary import RecordedLaunch
-from .choose import FAMILIES, candidates, card_of, choose_plan, errors_as_of_torch, load, measured_plan, plans_in_use
+from .choose import (
+    FAMILIES,
+    RecordedLaunch,
+    candidates,
+    card_of,
+    choose_plan,
+    errors_as_of_torch,
+    load,
+    measured_plan,
+    plans_in_use,
+)  # fmt: skip
 from .cooperative import EXCHANGED
 from .planning import Cooperative, Held, Plan, Pointwise, Step
 
@@ -29,12 +38,7 @@ Launch = Callable[..., None]
 """launch(kernel, grid, **arguments), every argument by the name of the kernel's parameter."""
 
 
-def interpret(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Run a kernel in Triton's interpreter."""
-    kernel[grid](**arguments)
-
-
-launch_kernel: Launch | None = interpret if INTERPRETED else None
+launch_kernel: Launch | None = (lambda kernel, grid, **arguments: kernel[grid](**arguments)) if INTERPRETED else None
 """What makes every launch; None: the compiled kernel itself. Tests replace it."""
 
 
@@ -97,11 +101,10 @@ class Prepared:
         names = tuple(in_the_loop(problem, problem.steps))
         self._tensors, self._pointers = attrgetter(*names), [f"{name}_ptr" for name in names]
 
-        self._operands, buffers = module.OPERANDS[backward], module.BUFFERS[backward]
+        self._operands = module.OPERANDS[backward]
         self._buffers = gradients_of(problem) if backward else results_of(problem)
         h = self._buffers.get("h_ptr")
-        if buffers is not None:
-            self._buffers |= buffers(problem, plan)
+        self._buffers |= module.buffers(problem, plan, backward)
         if waits:  # the programs of each batch tile count themselves in
             self._buffers["arrivals_ptr"] = Buffer(torch.int32, (ceil(problem.batch / plan.rows),), fill=0)
         if not pass_.save:

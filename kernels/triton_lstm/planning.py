@@ -6,7 +6,7 @@ kernel compiles without spills on the Triton and card at hand; that of the step 
 
 from dataclasses import asdict, dataclass, fields
 from math import ceil
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -26,7 +26,7 @@ INTERPRETER = Card(0, 1, "Triton's interpreter")
 """It runs programs one after another, so that one cannot wait for another."""
 
 
-# How the time loop is run, and the sizes that only kernels of that family have.
+# How the time loop is run, with the sizes that only the kernels of this family have.
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Cooperative:
     name: ClassVar = "cooperative"
     chunks: int  # of K, which a warp multiplies
     partners: int = 1  # backward: programs that share the gates of their units
-    ahead: bool = False  # a program requests the words of its next batch tile before the cells of this one
+    ahead: bool = False  # whether words of the next batch tile are requested before the cells of this one
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,18 @@ class Step:
     """One launch; programs read W_hh at every step, which a grid-wide barrier ends."""
 
     name: ClassVar = "step"
-    k: int  # of K, that are multiplied at a time
-    parts: int = 1  # backward: of K, each for programs of its own
+    k: int  # how much of K is multiplied at a time
+    parts: int = 1  # of K, backward, each for programs of its own
 
 
 @dataclass(frozen=True)
 class Held:
-    """The step family, where a program holds W_hh of its units in shared memory."""
+    """The step family, where programs hold W_hh of their units in shared memory."""
 
     name: ClassVar = "step"
-    k: int  # of K or of a part of it, all at a time; a power of two
-    parts: int = 1  # backward: of K, each for programs of its own
-    ahead: bool = False  # a program loads what its next batch tile multiplies before the cells of this one
+    k: int  # of a part of K, all of which is multiplied at a time; a power of two
+    parts: int = 1  # of K, backward, each for programs of its own
+    ahead: bool = False  # whether the next batch tile's operand is loaded before the cells of this one
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ class Plan:
     family: Resident | Cooperative | Pointwise | Step | Held
     rows: int  # sequences of a batch tile
     units: int  # hidden units whose cells a program computes
-    programs: int  # of a group, which share the units
-    groups: int  # each with batch tiles of its own
+    programs: int  # of a group; together they have all units
+    groups: int  # each with batch tiles of its own; one group has all of them in Step
     num_warps: int
     shared: int  # estimated bytes of a program
     why: str
-    num_stages: int = 1
+    num_stages: int = 1  # of a product's loads
     blocks: int = 1  # programs of a multiprocessor, which must have room for them
-    tiles_per_program: int = 1  # processed one after another at every step
+    tiles_per_program: int = 1  # which it processes one after another at every step
     side_by_side: int = 1  # launches of this plan that fit the card at once
 
     @property
@@ -166,16 +166,11 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(NamedTuple):
     """The estimated time of one step of a plan. None of it was measured."""
 
-    terms: dict[str, float]  # seconds; they add up
-
-    @property
-    def seconds(self) -> float:
-        """Seconds per step."""
-        return sum(self.terms.values())
+    seconds: float
+    terms: dict[str, float]  # what they are made of
 
 
 # Clocks of an H100. Latencies are published ones, see cards.py. Fitted values are fitted to the cycles of
@@ -207,7 +202,7 @@ def expected(problem: Problem, card: Card, plan: Plan, backward: bool) -> Expect
     clocks = CLOCKS[type(plan.family)](problem, card, plan, backward)
     terms = {name: each / card.clock for name, each in clocks.items()}
     terms["memory, beyond the rest"] = max(0.0, memory_seconds(problem, card, plan, backward) - sum(terms.values()))
-    return Expected(terms)
+    return Expected(sum(terms.values()), terms)
 
 
 def memory_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:

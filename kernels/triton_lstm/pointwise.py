@@ -124,28 +124,18 @@ def pointwise_plan(problem: Problem) -> Plan | None:
 
 
 KERNELS = lstm_pointwise_forward_kernel, lstm_pointwise_backward_kernel
-
-
-def forward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
-    """What forward writes besides the results that all families share."""
-    h_is_operand = not (_is_scattered(p) or p.resets or p.dropout_h)
-    scratch = {} if h_is_operand else {"h_next_ptr": Buffer(p.dtype, (p.batch, p.hidden))}
-    return scratch | ({"z_ptr": Buffer(p.dtype, (p.batch, 4 * p.hidden))} if _is_scattered(p) else {})
-
-
-def backward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
-    """As forward_buffers, for backward."""
-    scratch = {"dh_next_ptr": Buffer(p.dtype, (p.batch, p.hidden))}
-    return scratch | ({"dz_ptr": Buffer(p.dtype, (p.batch, 4 * p.hidden))} if _is_scattered(p) else {})
-
-
-BUFFERS = forward_buffers, backward_buffers
 OPERANDS = None, None
 
 
-def _is_scattered(p: Problem) -> bool:
-    """Whether sequences visit different times at the same step."""
-    return p.reverse and p.lengths is not None
+def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
+    """What a pass writes besides the results that all families share."""
+    scattered = p.reverse and p.lengths is not None  # sequences visit different times at the same step
+    scratch = {}
+    if scattered:
+        scratch["dz_ptr" if backward else "z_ptr"] = Buffer(p.dtype, (p.batch, 4 * p.hidden))
+    if backward or scattered or p.resets or p.dropout_h:  # else the next product's operand is h
+        scratch["dh_next_ptr" if backward else "h_next_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
+    return scratch
 
 
 def forward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str, Any], p: Problem) -> None:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cards import Card
+from ..memory import Buffer
 from ..operands import as_words, transposed_gates
 from ..problem import Problem, Recurrence
 from . import indexing
@@ -351,7 +352,11 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
 
 
 KERNELS = lstm_resident_forward_kernel, lstm_resident_backward_kernel
-BUFFERS = None, None
+
+
+def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
+    """What a pass writes besides the results that all families share: nothing."""
+    return {}
 
 
 def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..cards import Card, have_room
+from ..cards import Card
 from ..memory import Buffer
 from ..problem import Problem
 from . import indexing
@@ -564,7 +564,7 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
         batch_tiles, programs = ceil(problem.batch / rows), parts * ceil(problem.hidden / (parts * units))
         shared = (rows + units * (parts if backward else 4)) * k * problem.size
         # While one block of a multiprocessor waits another one computes.
-        blocks = 2 if programs * batch_tiles > multiprocessors and have_room(2, shared, card.shared) else 1
+        blocks = 2 if programs * batch_tiles > multiprocessors and card.has_room(2, shared) else 1
         groups = min(batch_tiles, blocks * multiprocessors // programs)
         warps = 4 if rows * units == 256 else 16 if (rows, units, blocks) == (64, 32, 1) else 8
         # A thread has registers for 128 bytes more, beside four cells. Where K is padded nothing is gained.
@@ -605,33 +605,25 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 KERNELS = lstm_step_forward_kernel, lstm_step_backward_kernel
 
 
-def forward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
-    """What forward writes besides the results that all families share."""
-    f32, tiles = torch.float32, ceil(p.hidden / plan.units)
-    buffers = {}
-    if p.projected:
-        buffers["m_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
-    if p.norms[0]:
-        buffers["product_ptr"] = Buffer(f32, (p.batch, tiles, 4 * plan.units))
-        buffers["moments_hh_ptr"] = Buffer(f32, (tiles, p.batch, 2))
-    if p.norms[1]:
-        buffers["cell_ptr"] = Buffer(f32, (2, p.batch, p.hidden))
-        buffers["moments_c_ptr"] = Buffer(f32, (tiles, p.batch, 2))
-    return buffers
-
-
-def backward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
-    """As forward_buffers, for backward."""
-    f32, tiles = torch.float32, ceil(p.hidden / plan.units)
-    buffers = {}
-    if plan.family.parts > 1:
-        buffers["sums_ptr"] = Buffer(f32, (plan.family.parts, p.batch, p.width))
-    if p.norms[0]:
-        buffers["sums_hh_ptr"] = Buffer(f32, (2, tiles, p.batch, 2), fill=0)
-    if p.norms[1]:
-        buffers["sums_c_ptr"] = Buffer(f32, (tiles, p.batch, 2))
-    return buffers
-
-
-BUFFERS = forward_buffers, backward_buffers
 OPERANDS = None, None
+
+
+def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
+    """What a pass writes besides the results that all families share."""
+    f32, tiles = torch.float32, ceil(p.hidden / plan.units)
+    scratch = {}
+    if backward and plan.family.parts > 1:
+        scratch["sums_ptr"] = Buffer(f32, (plan.family.parts, p.batch, p.width))
+    if backward and p.norms[0]:
+        scratch["sums_hh_ptr"] = Buffer(f32, (2, tiles, p.batch, 2), fill=0)
+    if backward and p.norms[1]:
+        scratch["sums_c_ptr"] = Buffer(f32, (tiles, p.batch, 2))
+    if not backward and p.projected:
+        scratch["m_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
+    if not backward and p.norms[0]:
+        scratch["product_ptr"] = Buffer(f32, (p.batch, tiles, 4 * plan.units))
+        scratch["moments_hh_ptr"] = Buffer(f32, (tiles, p.batch, 2))
+    if not backward and p.norms[1]:
+        scratch["cell_ptr"] = Buffer(f32, (2, p.batch, p.hidden))
+        scratch["moments_c_ptr"] = Buffer(f32, (tiles, p.batch, 2))
+    return scratch
