@@ -26,12 +26,11 @@ PACK = 16  # bytes that a thread reads at once
 class Prepared:
     """A plan of one problem and pass; see problem.Prepared. With a projection it runs the recurrence of m."""
 
-    def __init__(
-        self, problem: Problem, pass_: Pass, plan: Plan, device: torch.device, trial: bool = False
-    ) -> None:  # fmt: skip
+    def __init__(self, problem: Problem, pass_: Pass, plan: Plan, device: torch.device, trial: bool = False) -> None:
         self.plan, self.at_once, self.projects_outside = plan, plan.side_by_side, problem.projected > 0
         self._problem = p = problem._replace(projected=0)
-        self._kernel, self._trial = KERNELS[pass_.backward], trial
+        self._kernel = KERNELS[pass_.backward]
+        self._error = error_word(device, self._kernel, trial)
         row = 4 * words_of(p) // p.size  # elements of a row of words
         if pass_.backward:
             self._buffers = gradients_of(p) | {"dgates_ptr": Buffer(p.dtype, (p.batch, 4, row), 0, EVERY_BIT)}
@@ -77,7 +76,7 @@ class Prepared:
         arguments = of_pass | dict(
             gates=gates, resets=inputs.resets, reset_c=inputs.reset_c,
             lengths=None if inputs.lengths is None else inputs.lengths.int(),
-            error=error_word(gates.device, self._kernel, self._trial), T=steps_of(gates), B=p.batch, reverse=p.reverse,
+            error=self._error, T=steps_of(gates), B=p.batch, reverse=p.reverse,
         )  # fmt: skip
         with margins(self._kernel, arguments) if checking.on else contextlib.nullcontext(arguments) as inside:
             launch_kernel(self._kernel, p.dtype, self.plan, **inside)
