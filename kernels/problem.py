@@ -46,6 +46,11 @@ class Problem(NamedTuple):
         return self.dropout_h or self.zoneout_h is not None or self.zoneout_c is not None
 
     @property
+    def projects_in_loop(self) -> bool:
+        """Whether a step needs its projection at once, see projection.py."""
+        return self.projected > 0 and self.regularised
+
+    @property
     def normalised(self) -> bool:
         """Whether there is a layer norm inside the time loop."""
         return self.norms[0] or self.norms[1]

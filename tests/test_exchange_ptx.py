@@ -20,6 +20,7 @@ import json
 import torch
 from compile_table.triton_kernels import compile_for
 from gpu_lstm.kernels.triton_lstm import cooperative, step
+from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Held
@@ -41,7 +42,8 @@ def compiled(family, name, card, backward, parts=1):
         plan = [*step.held_plans(problem, device, backward), step.step_plan(problem, device, backward)][0]
         plan = step.split_plans(problem, device, backward)[0] if parts > 1 else plan
     else:
-        plan = next(p for p in cooperative.plans(problem, device, backward) if p.family.partners == parts)
+        proposed = [p for p in plans(problem, device, backward) if p.family.name == "cooperative"]
+        plan = next(p for p in proposed if p.family.partners == parts)
     (launch,) = recorded_launches(problem, Pass(backward), plan)
     arguments = [n for n, p in zip(launch.kernel.arg_names, launch.kernel.params)
                  if not p.is_constexpr and launch.arguments[n] is not None]

@@ -41,7 +41,7 @@ from .norm import (
     squares_about,
     units_of,
 )
-from .planning import Cooperative, Plan, expected
+from .planning import Cooperative, Plan
 
 SENTINEL = tl.constexpr(EVERY_BIT)  # as int32: the word for data that are not there yet, which `pack` never returns
 
@@ -429,10 +429,8 @@ def lstm_cooperative_backward_kernel(
 
 def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
     """Where the registers of all multiprocessors together hold W_hh as operands of tensor cores."""
-    in_the_loop = problem.projected and problem.regularised  # see kernels/projection.py
-    if in_the_loop or problem.batch == 0 or problem.exact_float32:
+    if problem.projects_in_loop or problem.batch == 0 or problem.exact_float32:
         return
-    candidates = []
     for partners in (1, 2, 4) if backward else (1,):
         words = ceil(problem.hidden * problem.size / 4) * (4 // partners if backward else 1)
         warps = 8 if words > 64 else 4
@@ -448,19 +446,16 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
                 what = ("dgates" if backward else "h") + ", and sums for layer norms" * problem.normalised
                 why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange {what}"
                 family = Cooperative(chunks, partners, ahead=tiles > groups and not backward)
-                candidates.append(Plan(
+                yield Plan(
                     family, 8, units, programs, groups, warps, shared, why, tiles_per_program=ceil(tiles / groups),
                     side_by_side=problem.side_by_side,
-                ))  # fmt: skip
-    yield from sorted(candidates, key=lambda plan: expected(problem, card, plan, backward).seconds)
+                )  # fmt: skip
 
 
 MOST_REGISTERS = 190  # of a thread's 255 that may hold weights, words and sums
 STATIC_SHARED = 48 * KB  # that a kernel may declare (CUDA C++ Programming Guide)
 
 KERNELS = lstm_cooperative_forward_kernel, lstm_cooperative_backward_kernel
-
-
 EXCHANGED = "exchanged"  # among the buffers: what W_hh^T is multiplied with, passed as words
 
 

@@ -113,8 +113,8 @@ def lstm_pointwise_backward_kernel(
 
 def pointwise_plan(problem: Problem) -> Plan | None:
     """16 bytes of every tensor for each of 128 threads; None where a step has something between product and cells."""
-    if problem.normalised or (problem.projected and problem.regularised) or problem.batch == 0:
-        return None  # see kernels/projection.py
+    if problem.normalised or problem.projects_in_loop or problem.batch == 0:
+        return None
     units = min(256, power_of_two(problem.hidden))
     rows = max(1, 2048 // problem.size // units)
     return Plan(

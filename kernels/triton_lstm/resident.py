@@ -336,8 +336,7 @@ MOST_REGISTERS = 160  # of a thread's 255 that may hold weights
 
 def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
     """Where the registers of one block hold W_hh as operands of tensor cores."""
-    in_the_loop = problem.projected and problem.regularised  # see kernels/projection.py
-    if in_the_loop or problem.batch == 0 or problem.exact_float32:
+    if problem.projects_in_loop or problem.batch == 0 or problem.exact_float32:
         return
     units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` requires
     warps = units // 16 if backward else min(8, units // 8)

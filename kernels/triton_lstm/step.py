@@ -553,9 +553,8 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     For products by wgmma, whose operands are there; backward, also of parts of K. A resident program holds up to 128
     units, and beyond 512 these plans gain nothing.
     """
-    rounds = problem.normalised or (problem.projected and problem.regularised)
     able = card.architecture == 90 and not problem.exact_float32
-    if not able or not 128 < problem.hidden <= 512 or rounds:
+    if not able or not 128 < problem.hidden <= 512 or problem.normalised or problem.projects_in_loop:
         return []
     plans, multiprocessors = [], card.multiprocessors // problem.side_by_side
     for rows, units, parts in HELD_BACKWARD if backward else HELD_FORWARD:
@@ -603,8 +602,6 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 
 
 KERNELS = lstm_step_forward_kernel, lstm_step_backward_kernel
-
-
 OPERANDS = None, None
 
 
