@@ -18,7 +18,7 @@ from gpu_lstm.kernels.cards import REGISTERS, Card
 PRECISIONS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
 
 # Bytes of shared memory per block that the system reserves. From compute capability 9.0 on, ptxas counts them, but the
-# limit per block (architectures.py) does not.
+# limit per block (cards.py) does not.
 RESERVED = 1024
 READABLE = 75  # the oldest architecture that the disassembler of CUDA 13, shipped with recent Tritons, reads
 

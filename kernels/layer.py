@@ -134,7 +134,7 @@ class Layer:
         return gradients._replace(dh0=_initial_hidden_gradient(p, gradients, dh_n, r) if of_h0 else None)
 
     def prepared(self, pass_: Pass, inputs: Inputs) -> Prepared:
-        """The plan of a pass, chosen now if it was not before, by a call with these inputs."""
+        """A pass, ready to be launched. Its plan is chosen by the first call, whose inputs are these."""
         if (prepared := self._prepared.get(pass_)) is None:
             plan, capturing = self._trial, self.is_capturing()
             if plan is None:
@@ -148,11 +148,11 @@ class Layer:
         return prepared
 
     def with_plan(self, plan: Any, problem: Problem | None = None) -> "Layer":
-        """The layer, or one of a similar problem, with this plan, in order to try it."""
+        """The same layer, or that of a similar problem, with a plan that is to be tried."""
         return Layer(problem or self.problem, self.device, self._launcher, trial=plan)
 
     def chosen(self, pass_: Pass) -> Chosen:
-        """The plan chosen for a pass, or another in its direction; else the first to be tried. Nothing is compiled."""
+        """The plan of a pass, else of another in its direction, else the first to be tried. Nothing is compiled."""
         alike = (prepared for other, prepared in self._prepared.items() if other.backward == pass_.backward)
         prepared = self._prepared.get(pass_) or next(alike, None)
         return self._launcher.describe(self.problem, self.device, pass_, prepared and prepared.plan)
@@ -162,7 +162,7 @@ class Layer:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _is_elsewhere(self) -> bool:
-        """Kernels are launched on the current device, which may be another."""
+        """Whether the current device, on which kernels are launched, is another."""
         return self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device())
 
     def _aligned(self, r: Recurrence) -> Recurrence:

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from .problem import Gradients, Problem
 
-EVERY_BIT = -1  # of a Buffer's fill: also the sentinel of the exchanges
-PATTERN = 0x7FFF  # of two bytes of a margin: NaN in every dtype, so that what is read there shows, too; no sentinel
-LEAST = 1 << 12  # bytes of a margin, which is as large as the tensor if that is larger, up to
-MOST = 1 << 20
+EVERY_BIT = -1  # fills a Buffer; it is also the sentinel of the exchanges
+PATTERN = 0x7FFF  # two bytes of a margin: NaN in every dtype, so that a read there shows too; never the sentinel
+LEAST, MOST = 1 << 12, 1 << 20  # bytes of a margin, which is as large as the tensor between these limits
 ALIGNMENT = 16  # bytes, which compiled kernels assume
 
 
@@ -55,7 +54,7 @@ def gradients_of(p: Problem) -> dict[str, Buffer]:
 
 
 def gradients_in(memory: dict[str, Tensor], dgates: Tensor) -> Gradients:
-    """Those that a launch wrote."""
+    """The gradients that a launch wrote, from its memory."""
     names = "dh_from_zoneout_ptr", "dc_ptr", "dh_total_ptr", "dreset_h_ptr", "dreset_c_ptr"
     return Gradients(dgates, *map(memory.get, names))
 
@@ -66,7 +65,9 @@ def allocate(buffers: dict[str, Buffer], steps: int, like: Tensor) -> dict[str, 
     for name, (dtype, size, times, fill) in buffers.items():
         if times is not None:
             size = (steps + times, *size)
-        t = like.new_empty(*size) if dtype is usual else like.new_empty(*size, dtype=dtype)  # numbers are read faster
+        t = (
+            like.new_empty(*size) if dtype is usual else like.new_empty(*size, dtype=dtype)
+        )  # torch parses sizes given one by one faster
         if fill == 0:
             t.zero_()
         elif fill is not None:
@@ -125,12 +126,12 @@ def _with_margins(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pattern(count: int, device: torch.device) -> Tensor:
-    """At least so many bytes."""
+    """At least `count` bytes of the pattern."""
     return torch.full(((count + 1) // 2,), PATTERN, dtype=torch.int16, device=device).view(torch.uint8)
 
 
 def _outside(name: str, outer: Tensor, inner: Tensor) -> str | None:
-    """What was written into the margins around a buffer; None: nothing."""
+    """Where a buffer's margins were written to, in words; None: nowhere."""
     start = inner.data_ptr() - outer.data_ptr()
     changed = outer != _pattern(outer.numel(), outer.device)
     before, after = changed[:start], changed[start + inner.nbytes :]

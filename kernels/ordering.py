@@ -16,13 +16,15 @@ R = TypeVar("R")
 
 
 @dataclass
-class _Launched:  # on a device
+class _Launched:
+    """What was launched on a device."""
+
     group: Hashable = None  # of the latest launch
     # The streams that the group's launches went to, with an event after the latest of each; None: none was recorded.
     streams: dict[torch.cuda.Stream, torch.cuda.Event | None] = field(default_factory=dict)
     before: list[torch.cuda.Event] = field(default_factory=list)  # after the groups before it
     several: bool = False  # whether there was more than one group, so that events are recorded
-    # From the look at others to the event that they look for: another thread must not launch in between.
+    # Held from waiting for others to recording the event: no other thread may launch in between.
     lock: Any = field(default_factory=threading.RLock)
 
 

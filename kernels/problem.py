@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
     @property
     def projects_in_loop(self) -> bool:
-        """Whether a step needs its projection at once, see projection.py."""
+        """Whether the projection cannot be moved out of the time loop, see projection.py."""
         return self.projected > 0 and self.regularised
 
     @property
@@ -67,7 +67,7 @@ class Problem(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Forward or backward, and what there is in it."""
+    """Forward or backward, and which tensors come with it."""
 
     backward: bool = False
     save: bool = True  # forward: keep what backward reads
@@ -76,7 +76,7 @@ class Pass(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors of one layer in one direction, under the names that everyone gives them; gradients have them, too.
+    """The tensors of one layer in one direction. Everyone uses these names, for their gradients too.
 
     I input features; None: there is no such tensor. W_hh, W_hr, states, lengths and resets may be strided in any way.
     """
@@ -104,7 +104,7 @@ class Inputs(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What a layer norm normalised at every step, before its gain: with mean 0 and variance 1, and by what scaled."""
+    """What a layer norm computes at every step before its gain: values of mean 0 and variance 1, and their scale."""
 
     unit: Tensor | None  # [..., N] in the dtype of what was normalised
     scale: Tensor | None  # [...] float32, or float64
@@ -114,7 +114,7 @@ NO_UNIT = Unit(None, None)
 
 
 class Recurrence(NamedTuple):
-    """What the time loop reads. Of the Inputs those that `in_the_loop` names; x, W_ih and biases are in the gates.
+    """What the time loop reads: the Inputs that `in_the_loop` names, since x, W_ih and biases are in the gates.
 
     States are [1, B, P] and [1, B, H], c0 float32. Layer norms are those in the loop, of W_hh h and of c in tanh(c). A
     reset step begins with h = 0, and with c = 0 or `reset_c`; for another h, its product with W_hh is in the gates.

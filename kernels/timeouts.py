@@ -29,7 +29,10 @@ DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 TIMEOUT = "GPU_LSTM_TIMEOUT"  # environment variable: about how many seconds programs wait for each other
 SPARE = "GPU_LSTM_SPARE_MULTIPROCESSORS"  # environment variable: how many of them plans leave to other kernels
-SECONDS, SECONDS_OF_TRIALS = 120.0, 1.0  # a kernel of NCCL waits as long for a slow rank, and holds multiprocessors
+SECONDS, SECONDS_OF_TRIALS = (
+    120.0,
+    1.0,
+)  # NCCL's kernels may hold multiprocessors as long, while they wait for a slow rank
 POLLS_A_SECOND = 4_000_000  # a poll takes an estimated 0.2 to 0.35 us
 SPARE_OF_RANKS = 1 / 8  # of the card, where torch.distributed has several ranks
 
@@ -90,7 +93,7 @@ def spare_multiprocessors(count: int) -> int:
     return int(text)
 
 
-_whole_card = False  # whether a plan may have been chosen for it, since there was one rank
+_whole_card = False  # whether a plan may have been made for all of it, as there was one rank
 
 
 def _several_ranks() -> bool:
@@ -106,7 +109,7 @@ def error_word(device: torch.device, kernel: str, trial: bool = False) -> Tensor
     if device.type == "meta":  # a launch that is only recorded
         return torch.empty(APART, dtype=torch.int32, device=device)
     if device not in _words:
-        _words.setdefault(device, _Words(device))  # a word that another thread has given to a kernel stays
+        _words.setdefault(device, _Words(device))  # not replaced: another thread may have passed it to a kernel
     return _words[device].tensor[int(trial), KERNELS.index(kernel)]
 
 

@@ -83,7 +83,7 @@ class Prepared:
 
 
 def _clear_words_without_unit(rows: Tensor, p: Problem) -> None:
-    """Zeros in the words past the last unit of rows [*, H and up to 16 bytes], where nobody publishes."""
+    """Zero what is past the last unit's word in rows [*, H and up to 16 bytes]: no block publishes it."""
     rows.view(torch.int32)[..., ceil(p.hidden * p.size / 4) :] = 0
 
 

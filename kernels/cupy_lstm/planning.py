@@ -16,7 +16,7 @@ from ..timeouts import spare_multiprocessors
 SEQUENCES = 8  # per batch tile
 CHUNK = 16  # words of K that a warp multiplies at once
 AHEAD = 4  # chunks that are loaded at once, where weights are not kept
-MOST_REGISTERS = 192  # of a thread's 255, that may hold weights, words and sums
+MOST_REGISTERS = 192  # of a thread's 255 that may hold weights, words and sums
 
 # Clocks of an H100, for the order of plans. Rates are published ones, see cards.py; the last two are fitted to the
 # cycles of tests/cycles.csv, which were estimated instruction by instruction from SASS.
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells its launch from those that may compute other numbers, as JSON values; not the number of groups."""
+        """What its numbers may depend on, as JSON values; how many groups there are is not among it."""
         names = "hidden", "units", "warps", "chunks", "partners"
         return {name: getattr(self, name) for name in names} | {"blocks": self.grid[0], "several": self.grid[1] > 1}
 

@@ -182,7 +182,7 @@ def choose_plan(
 
 
 def why_it_does_not_fit(launches: Iterable[RecordedLaunch], blocks: int) -> str | None:
-    """Why launches cannot be made on the current device, so many blocks to a multiprocessor; None if they can."""
+    """Why launches cannot be made on the current device, with `blocks` to a multiprocessor; None if they can."""
     try:
         for kernel, grid, arguments in launches:
             loaded = load(kernel, grid, arguments)
@@ -214,7 +214,7 @@ def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def errors_as_of_torch() -> Iterator[None]:
-    """A context for calls of Triton's driver, whose errors are all RuntimeErrors, and may come from another kernel.
+    """Around calls of Triton's driver, whose errors are all RuntimeErrors, and may come from another kernel.
 
     Raises:
         torch.OutOfMemoryError: memory is full.
@@ -267,7 +267,7 @@ def _load_problem(device: torch.device) -> str | None:
 
 @contextlib.contextmanager
 def _log_if_slow() -> Iterator[None]:
-    """Kernels take seconds to compile, once for each kind of layer: tell the user who waits."""
+    """Tell a user who waits that kernels are compiled, which takes seconds."""
     text = "compiling the kernels of a layer; this happens once for each kind of layer, and Triton keeps the result"
     timer = threading.Timer(SLOW_S, logger.warning, (text,))
     timer.daemon = True

@@ -53,7 +53,7 @@ class Kernel:
         self._compiled: Callable[..., None] | None = None
 
     def __call__(self, launch: Launch | None, arguments: dict[str, Any]) -> None:
-        """Launch it with those of the arguments that it has parameters for; what is absent is None."""
+        """Launch it with the arguments that it has parameters for, and None for absent ones."""
         launch = launch or launch_kernel
         if launch is None and self._compiled is not None and not checking.on:
             self._compiled(*map(arguments.get, self._names), *self._constants)
@@ -105,7 +105,7 @@ class Prepared:
         self._buffers = gradients_of(problem) if backward else results_of(problem)
         h = self._buffers.get("h_ptr")
         self._buffers |= module.buffers(problem, plan, backward)
-        if waits:  # the programs of each batch tile count themselves in
+        if waits:  # counts the programs of each batch tile that have arrived
             self._buffers["arrivals_ptr"] = Buffer(torch.int32, (ceil(problem.batch / plan.rows),), fill=0)
         if not pass_.save:
             del self._buffers["c_ptr"]
@@ -173,7 +173,7 @@ CONSTANTS = {"k": "BLOCK_K", "chunks": "CHUNKS", "parts": "PARTS", "partners": "
 
 
 def _constants(problem: Problem, pass_: Pass, plan: Plan) -> dict[str, Any]:
-    """What problem, pass and plan fix, for kernels of all families."""
+    """The constants of all families' kernels, by problem, pass and plan."""
     return dict(
         H=problem.hidden, P=problem.width, REVERSE=problem.reverse, SAVE=pass_.save, PROJECT=problem.projected > 0,
         PEEPHOLES=problem.peepholes, PRECISION=problem.precision, WARPS=plan.num_warps,

@@ -103,7 +103,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells its launch from those that may compute other numbers, as JSON values; not the number of groups."""
+        """What its numbers may depend on, as JSON values; how many groups there are is not among it."""
         names = "rows", "units", "programs", "num_warps", "num_stages", "blocks"
         several = {"several groups": self.groups > 1, "several tiles": self.tiles_per_program > 1}
         return {name: getattr(self, name) for name in names} | several | _as_json(self.family)
@@ -119,7 +119,7 @@ class Plan:
         return min(problem.batch, (tiles + 1) * self.rows - self.rows // 2)
 
     def as_json(self) -> dict[str, Any]:
-        """All fields, those of the family among them."""
+        """All fields, with those of the family among them."""
         return asdict(self) | _as_json(self.family)
 
 
@@ -175,26 +175,26 @@ class Expected(NamedTuple):
 
 # Clocks of an H100. Latencies are published ones, see cards.py. Fitted values are fitted to the cycles of
 # tests/cycles.csv, which were estimated instruction by instruction from SASS.
-BARRIER = 30  # of a block, from the last warp's arrival
+BARRIER = 30  # a block's, from the arrival of its last warp
 PRODUCT = 33  # until the next product of a chain can start
 LOAD = 270  # from L2
 EXCHANGE = 800  # from a store until all readers have it; 650 to 850, from two latencies of L2 and a poll
 PARTIAL_SUMS = 900, 600  # the same for the second exchange of a step, with one batch tile and with several; fitted
 TURN_AHEAD = 1050  # the shortest turn where words are requested a turn ahead; fitted
 SHUFFLES = 145  # a sum over the threads of a warp: five, one after another, and an addition each
-GRID_BARRIER = 1500  # of all programs: a barrier, a fence, an atomic, and as long until all have seen it
-ISSUE = 0.6  # of an instruction, which takes a clock; the rest falls into the waits of other warps; fitted
-TURN = 145  # of the step family's loop over K: barriers, fragments, and products; fitted
-# Waits for loads, gates and cell that nothing hides, fitted; those of a tuple are of forward and backward.
+GRID_BARRIER = 1500  # a barrier, a fence and an atomic of all programs, and as long until all have seen it
+ISSUE = 0.6  # of each instruction's clock; the rest falls into waits of other warps; fitted
+TURN = 145  # one of the step family's loop over K: barriers, fragments and products; fitted
+# Gates and cell, and waits for loads that nothing hides; fitted. Of a tuple, forward and backward.
 RESIDENT_CELL = 470, 820
 COOPERATIVE_CELL = 400
-STEP_CELL = (0, 535), (1000, 150)  # of a tile, and of each cell of a thread
-STEP_PART = 2400  # of a tile's product of a part of K: until its first operands are there, and after the last; fitted
-# The same where W_hh is held: of a tile, of each of its cells, and of each cell of a thread beyond four.
+STEP_CELL = (0, 535), (1000, 150)  # for each tile, and for each cell of a thread
+STEP_PART = 2400  # a tile of a part of K: until its first operands are there, and after the last; fitted
+# The same where W_hh is held: for each tile, each of its cells, and each cell of a thread beyond four.
 HELD_CELL = (1120, 0.87, 110), (1780, 0.27, 370)
-HELD_PARTS = 2060  # of a tile, where the product is split into parts of K; fitted
-HELD_BESIDE = 0.65  # of what two blocks of a multiprocessor read, as one loads while the other computes; fitted
-HELD_ARRIVALS = 700  # of GRID_BARRIER, what is not in them
+HELD_PARTS = 2060  # for each tile, where the product is split into parts of K; fitted
+HELD_BESIDE = 0.65  # the share of reads that shows where a multiprocessor has two blocks, one of which computes; fitted
+HELD_ARRIVALS = 700  # the part of GRID_BARRIER that is not in these
 
 
 def expected(problem: Problem, card: Card, plan: Plan, backward: bool) -> Expected:
@@ -206,7 +206,7 @@ def expected(problem: Problem, card: Card, plan: Plan, backward: bool) -> Expect
 
 
 def memory_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
-    """Of memory traffic: x W_ih^T and h, c and the gates forward; the gates, c, dh and dgates backward."""
+    """Time of a step's memory traffic: forward x W_ih^T, h, c and the gates; backward the gates, c, dh and dgates."""
     c = 8 if backward and not isinstance(plan.family, Pointwise) else 4  # bytes of a cell: of two steps, or of one
     moved = problem.batch * problem.hidden * ((13 if backward else 9) * problem.size + c)
     return moved * plan.side_by_side / card.memory
@@ -263,9 +263,9 @@ def _on_chip(problem: Problem, card: Card, plan: Plan, backward: bool) -> tuple[
 
 
 def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float, int, int]:
-    """(instructions, products, bytes in shared memory) of a thread's pass of the time loop: those of the compile table.
+    """(instructions, products, bytes in shared memory) of a thread's pass of the time loop, as in the compile table.
 
-    The first is fitted to it, to 10 %, and the others are exact.
+    Instructions are fitted to it, to 10 %; the others are exact.
     """
     units, warps, chunks = plan.units, plan.num_warps, plan.family.chunks
     if isinstance(plan.family, Resident):
@@ -349,7 +349,7 @@ def _held_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> di
 
 
 def _wgmma_clocks(problem: Problem, plan: Plan, columns: int) -> float:
-    """Of products with so many columns of W_hh that a program holds, for a tile of sequences.
+    """Clocks of the products of a tile with the columns of W_hh that a program holds.
 
     An instruction takes 64 columns, 32 bytes of K, and the sequences of a warpgroup: of fewer than 64, it takes as long
     as its operands in shared memory. Warpgroups share the columns out before they share the sequences.
