@@ -75,17 +75,21 @@ class Case:
         return name + (" masks" if p.dropout_h else " rates") * p.regularised
 
 
-def problem_with(
-    problem: Problem, ragged: bool = False, regularised: bool = False, training: bool = True, peepholes: bool = False,
-    normalised: bool = False,
-) -> Problem:  # fmt: skip
-    """A problem with lengths and resets to given states in reverse, with noise, or with a variant of the cell."""
-    zoneout = (3 if training else 0) if regularised else None
-    return problem._replace(
-        lengths=torch.int64 if ragged else None, resets=ragged, reset_h=ragged and regularised, reset_c=ragged,
-        reverse=ragged, dropout_h=regularised and training, zoneout_h=zoneout, zoneout_c=zoneout, peepholes=peepholes,
-        norms=(normalised,) * 3,
-    )  # fmt: skip
+VARIANTS = {
+    "ragged": dict(lengths=torch.int64, resets=True, reset_c=True, reverse=True),
+    "masks": dict(dropout_h=True, zoneout_h=3, zoneout_c=3),  # noise in training
+    "rates": dict(zoneout_h=0, zoneout_c=0),  # and in eval()
+    "peepholes": dict(peepholes=True),
+    "norms": dict(norms=(True,) * 3),
+}
+
+
+def problem_with(problem: Problem, words: str) -> Problem:
+    """A problem with some of the VARIANTS; resets are to a given h, too, where that is not in the gates."""
+    fields = {"reset_h": "ragged" in words and ("masks" in words or "rates" in words)}
+    for word in words.split():
+        fields |= VARIANTS[word]
+    return problem._replace(**fields)
 
 
 def cases(h100: bool) -> list[Case]:
@@ -97,58 +101,52 @@ def cases(h100: bool) -> list[Case]:
 def step_cases() -> list[Case]:
     """Every dtype, precision and architecture; with a projection and without; regularised and not; and variants."""
     cards = [Card(architecture, 1) for architecture in STEP_ARCHITECTURES]
-    kinds = (  # B, H, P, ragged; whether regularised, and in training; peepholes; layer norms
-        (16, 768, 0, False, False, True, False, False),
-        (64, 130, 33, True, False, True, False, False),
-        (64, 130, 0, True, True, True, False, False),
-        (64, 130, 33, True, True, True, False, False),
-        (64, 130, 0, True, True, False, False, False),
-        (16, 768, 0, False, False, True, True, False),
-        (64, 130, 33, True, True, True, True, False),
-        (16, 768, 0, False, False, True, False, True),
-        (64, 130, 0, True, True, True, True, True),
-    )
+    kinds = (
+        (16, 768, 0, ""), (64, 130, 33, "ragged"), (64, 130, 0, "ragged masks"), (64, 130, 33, "ragged masks"),
+        (64, 130, 0, "ragged rates"), (16, 768, 0, "peepholes"), (64, 130, 33, "ragged masks peepholes"),
+        (16, 768, 0, "norms"), (64, 130, 0, "ragged masks peepholes norms"),
+    )  # fmt: skip
     return [
-        Case(problem_with(Problem(2, batch, hidden, dtype, projected, precision), *kind), backward, card, True)
-        for (dtype, precision), (batch, hidden, projected, *kind), backward, card
+        Case(problem_with(Problem(2, batch, hidden, dtype, projected, precision), words), backward, card, True)
+        for (dtype, precision), (batch, hidden, projected, words), backward, card
         in itertools.product(PRECISIONS, kinds, (False, True), cards)
     ]  # fmt: skip
 
 
 def split_cases() -> list[Case]:
     """Sizes whose products of parts of K are in every kind of tiles; and ragged, with noise and peepholes."""
-    kinds = [(batch, hidden, False) for hidden, batch in ((2048, 16), (1024, 64), (1024, 256), (1000, 256))]
+    kinds = (16, 2048, ""), (64, 1024, ""), (256, 1024, ""), (256, 1000, ""), (256, 1024, "ragged masks peepholes")
     return [
-        Case(problem_with(Problem(2, batch, hidden, dtype, 0, precision), *4 * (more,)), True, card, True, True)
-        for (dtype, precision), (batch, hidden, more), card
-        in itertools.product(PRECISIONS[:3], [*kinds, (256, 1024, True)], SEQUENCE_CARDS)
+        Case(problem_with(Problem(2, batch, hidden, dtype, 0, precision), words), True, card, True, True)
+        for (dtype, precision), (batch, hidden, words), card
+        in itertools.product(PRECISIONS[:3], kinds, SEQUENCE_CARDS)
     ]  # fmt: skip
 
 
 def sequence_cases() -> list[Case]:
     """Hidden sizes and batches for the families that hold W_hh; regularised, with masks and with rates; variants."""
-    plain = (False, False, True, False, False)
-    kinds = [(batch, hidden, *plain) for hidden, batch in itertools.product(HIDDEN, BATCHES)]
-    kinds += [(batch, 256, *plain) for batch in (512, 1024)]  # where programs of the step family hold W_hh
-    kinds += itertools.product((16,), (64, 768), (False, True), (True,), (True, False), (False,), (False,))
-    kinds += [(16, hidden, True, False, True, False, False) for hidden in HIDDEN]
-    kinds += [(16, hidden, False, False, True, True, False) for hidden in (128, 768, 1536)]
-    kinds += [(16, 768, True, True, True, True, False), (16, 64, True, True, True, True, True)]
-    kinds += [(16, hidden, False, False, True, False, True) for hidden in (32, 64, 128, 256, 768)]
-    kinds += [(64, 768, True, True, True, True, True)]
+    every = "ragged masks peepholes norms"
+    kinds = [(batch, hidden, "") for hidden, batch in itertools.product(HIDDEN, BATCHES)]
+    kinds += [(512, 256, ""), (1024, 256, "")]  # where programs of the step family hold W_hh
+    kinds += itertools.product((16,), (64, 768), ("masks", "rates", "ragged masks", "ragged rates"))
+    kinds += itertools.product((16,), HIDDEN, ("ragged",))
+    kinds += itertools.product((16,), (128, 768, 1536), ("peepholes",))
+    kinds += [(16, 768, "ragged masks peepholes"), (16, 64, every)]
+    kinds += itertools.product((16,), (32, 64, 128, 256, 768), ("norms",))
+    kinds += [(64, 768, every)]
     return [
-        Case(problem_with(Problem(2, batch, hidden, dtype, 0, precision), *kind), backward, card)
-        for (dtype, precision), (batch, hidden, *kind), backward, card
+        Case(problem_with(Problem(2, batch, hidden, dtype, 0, precision), words), backward, card)
+        for (dtype, precision), (batch, hidden, words), backward, card
         in itertools.product(PRECISIONS[:3], kinds, (False, True), SEQUENCE_CARDS)
     ]  # fmt: skip
 
 
 def large_cases() -> list[Case]:
     """For the pointwise family; and ragged, with noise and peepholes."""
-    kinds = ((False,) * 2, (True, False), (False, True), (True, True, True, True), (True, True, False, True))
+    kinds = "", "ragged", "masks", "ragged masks peepholes", "ragged rates peepholes"
     return [
-        Case(problem_with(Problem(2, 4096, 1024, dtype, 0, precision), *kind), backward, card)
-        for (dtype, precision), kind, backward, card
+        Case(problem_with(Problem(2, 4096, 1024, dtype, 0, precision), words), backward, card)
+        for (dtype, precision), words, backward, card
         in itertools.product(PRECISIONS, kinds, (False, True), SEQUENCE_CARDS)
     ]  # fmt: skip
 

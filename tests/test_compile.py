@@ -132,9 +132,9 @@ def parameters():  # of each kernel: the numbers that it takes, and those whose 
     }
 
 if __name__ == "__main__":
-    more = (16, 4096, {}), (4096, 128, {}), (4096, 128, dict(ragged=True, peepholes=True))
-    more = [Case(problem_with(Problem(2, batch, hidden, torch.bfloat16), **kind), backward, DEVICES["h100"])
-            for batch, hidden, kind in more for backward in (False, True)]
+    more = (16, 4096, ""), (4096, 128, ""), (4096, 128, "ragged peepholes")
+    more = [Case(problem_with(Problem(2, batch, hidden, torch.bfloat16), words), backward, DEVICES["h100"])
+            for batch, hidden, words in more for backward in (False, True)]
     cases = [case for case in triton_kernels.cases(False) + more if wanted(case) and (not QUICK or quick(case))]
     print(json.dumps(dict(
         rows=as_json(triton_kernels.reports(cases)), with_32_registers=with_32_registers(),
