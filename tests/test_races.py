@@ -28,7 +28,7 @@ from gpu_lstm.dispatch.route import Decision
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import Chosen
 from gpu_lstm.kernels.triton_lstm import choose, launch
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Cooperative, Held, Plan, Pointwise, Resident, Step
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter")
 
@@ -314,9 +314,8 @@ NOISE, RESETS = dict(dropout_h=True), dict(resets=True)
 ])  # fmt: skip
 def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, winner):
     """Kernels of no family of Triton's are CuPy's."""
-    family, _, held = family.partition(" held")
-    on_chip = bool(held) or family in ("resident", "cooperative")
-    plan = SimpleNamespace(family=SimpleNamespace(name=family), tiles_per_program=tiles_per_program, on_chip=on_chip)
+    families = {"resident": Resident(2), "cooperative": Cooperative(3), "step held": Held(64), "step": Step(64)}
+    plan = Plan(families.get(family, Pointwise()), 8, 8, 1, 1, 4, 0, "", tiles_per_program=tiles_per_program)
     layer = SimpleNamespace(chosen=lambda which: Chosen(plan, False))
     monkeypatch.setattr(kernels, "layer_of", lambda backend, problem, device: layer)
     kind, like = kind_of(_call()), dict(options)
@@ -328,7 +327,7 @@ def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, wi
 
 def test_the_expected_winner_depends_on_every_layer_as_it_shares_the_card(monkeypatch):
     """Once for both of its directions, whose kernels are alike."""
-    asked, plan = [], SimpleNamespace(family=SimpleNamespace(name="resident"), tiles_per_program=1, on_chip=True)
+    asked, plan = [], Plan(Resident(2), 8, 8, 1, 1, 4, 0, "")
     layer = SimpleNamespace(chosen=lambda which: Chosen(plan, False))
     monkeypatch.setattr(kernels, "layer_of", lambda backend, problem, device: asked.append(problem) or layer)
     kind = kind_of(_call(gpu_lstm.StackedLSTM(4, [5, 6], bidirectional=True)))
