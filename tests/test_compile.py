@@ -19,7 +19,7 @@ import triton
 
 from compile_table.report import Loop, Report, time_loop
 from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.kernels.triton_lstm.planning import counts_of_turn, plan_of
+from gpu_lstm.kernels.triton_lstm.planning import Cooperative, Plan, Resident, counts_of_turn
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 OLDER_TRITON = TRITON < (3, 9)
@@ -259,7 +259,11 @@ def test_the_model_of_planning_knows_the_counts(rows):
     held = [row for row in plain if row["plan"]["family"] in HELD and not (OLDER_TRITON and _barriers(row) > 1)]
     assert held
     for row in held:
-        plan = plan_of(row["plan"])
+        sizes = row["plan"]
+        holds = Resident(sizes["chunks"])
+        if sizes["family"] == "cooperative":
+            holds = Cooperative(sizes["chunks"], sizes["partners"], sizes["ahead"])
+        plan = Plan(holds, 8, sizes["units"], sizes["programs"], sizes["groups"], sizes["num_warps"], 0, "")
         dtype = torch.float32 if "float32" in row["case"] else torch.bfloat16
         problem = Problem(2, 16, 1, dtype, norms=("layer norm" in row["case"],) * 3)
         instructions, products, shared = counts_of_turn(problem, plan, "backward" in row["kernel"])

@@ -26,7 +26,7 @@ from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
 from . import cooperative, pointwise, resident, step
 from .features import OPTIONS
-from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected, plan_of
+from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected
 
 MOST = 3  # plans that a first call compiles before it falls back on the step family's
 MOST_LONGER = 1.25  # a plan that is compiled already may take so many times the best plan's estimated time
@@ -135,8 +135,9 @@ def candidates(problem: Problem, card: Card, pass_: Pass) -> list[Plan]:
     if card is INTERPRETER:
         return [step.step_plan(problem, card, pass_.backward)]  # others are written thread by thread: slow there
     measured, proposed = measured_plan(problem, card, pass_.backward), plans(problem, card, pass_.backward)
-    if measured in proposed:  # whatever a file says, only a proposed and verified plan runs
-        return [measured, *proposed]
+    for plan in proposed:  # whatever a file says, only a proposed and verified plan runs
+        if plan.as_json() == measured:
+            return [plan, *proposed]
     in_use = plans_in_use.get((problem._replace(batch=0), card, pass_), {})
     if larger := [batch for batch in list(in_use) if batch > problem.batch]:
         plan = in_use[min(larger)]
@@ -278,10 +279,10 @@ def _log_if_slow() -> Iterator[None]:
         timer.cancel()
 
 
-def measured_plan(problem: Problem, card: Card, backward: bool) -> Plan | None:
-    """The plan that was fastest for problems like this on this card, if it was measured."""
-    value = cache.read(KIND, _key(problem, card, backward))
-    return None if value is None else plan_of(value)
+def measured_plan(problem: Problem, card: Card, backward: bool) -> dict[str, Any] | None:
+    """The plan that was fastest for problems like this on this card, as JSON; None if none was measured."""
+    plan: dict[str, Any] | None = cache.read(KIND, _key(problem, card, backward))
+    return plan
 
 
 def keep_measured(problem: Problem, card: Card, backward: bool, plan: Plan) -> None:

@@ -82,9 +82,9 @@ class Prepared:
     ) -> None:  # fmt: skip
         family, backward = plan.family, pass_.backward
         module = FAMILIES[type(family)]
-        waits = isinstance(family, Cooperative | Step | Held)
-        if waits and problem.steps == 1 and not isinstance(family, Cooperative):  # for other rounds, if there are any
-            waits = family.parts > 1 or problem.projected > 0 or problem.normalised
+        waits = isinstance(family, Cooperative)
+        if isinstance(family, Step | Held):  # unless the launch is one round of tiles
+            waits = problem.steps > 1 or family.parts > 1 or problem.projected > 0 or problem.normalised
         self.plan, self.at_once = plan, plan.side_by_side if waits else None
         self.projects_outside = problem.projected > 0 and not isinstance(family, Step)
         if self.projects_outside:
@@ -209,7 +209,7 @@ def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses
 def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | None) -> Chosen:
     card = card_of(device)
     plan = plan or candidates(problem, card, pass_)[0]
-    return Chosen(plan, plan == measured_plan(problem, card, pass_.backward))
+    return Chosen(plan, plan.as_json() == measured_plan(problem, card, pass_.backward))
 
 
 def recorded_launches(problem: Problem, pass_: Pass, plan: Plan) -> list[RecordedLaunch]:

@@ -4,7 +4,7 @@ A plan is a proposal. Registers depend on the Triton version, so the launcher us
 kernel compiles without spills on the Triton and card at hand; that of the step family always works.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any, ClassVar, NamedTuple
 
@@ -101,12 +101,16 @@ class Plan:
         """Whether W_hh stays there from step to step."""
         return isinstance(self.family, Resident | Cooperative | Held)
 
+    def as_json(self) -> dict[str, Any]:
+        """All fields, with those of the family among them."""
+        return asdict(self) | asdict(self.family) | {"family": type(self.family).__name__.lower()}
+
     @property
     def identity(self) -> dict[str, Any]:
         """What its numbers may depend on, as JSON values; how many groups there are is not among it."""
-        names = "rows", "units", "programs", "num_warps", "num_stages", "blocks"
+        others = "groups", "tiles_per_program", "side_by_side", "shared", "why"
         several = {"several groups": self.groups > 1, "several tiles": self.tiles_per_program > 1}
-        return {name: getattr(self, name) for name in names} | several | _as_json(self.family)
+        return {name: value for name, value in self.as_json().items() if name not in others} | several
 
     def sequences_enough(self, problem: Problem) -> int:
         """How many of a problem's sequences show all that its programs do: two batch tiles and part of a third, or more
@@ -117,34 +121,6 @@ class Plan:
             of_one = ceil(problem.hidden / self.units) if isinstance(self.family, Step) else self.programs
             tiles = max(tiles, self.programs * self.groups // of_one)
         return min(problem.batch, (tiles + 1) * self.rows - self.rows // 2)
-
-    def as_json(self) -> dict[str, Any]:
-        """All fields, with those of the family among them."""
-        return asdict(self) | _as_json(self.family)
-
-
-def _as_json(family: Any) -> dict[str, Any]:
-    return asdict(family) | {"family": type(family).__name__.lower()}
-
-
-def plan_of(value: Any) -> Plan:
-    """The plan whose `as_json` was written to a file, with every field checked.
-
-    Raises:
-        ValueError: a field is missing, unknown, or of another type.
-    """
-    kinds = {kind.__name__.lower(): kind for kind in (Resident, Cooperative, Pointwise, Step, Held)}
-    kind = kinds.get(str(value.get("family"))) if isinstance(value, dict) else None
-    if kind is None:
-        raise ValueError(f"expected a plan of a family, one of {[*kinds]}, got {value!r}")
-    of_plan, of_family = ({f.name: f.type for f in fields(each) if f.name != "family"} for each in (Plan, kind))
-    types = of_plan | of_family
-    if value.keys() != {"family", *types}:
-        raise ValueError(f"expected the fields {sorted(types)} of a plan, got {value!r}")
-    for name, needed in types.items():
-        if type(value[name]) is not needed:
-            raise ValueError(f"expected {name} of type {needed.__name__}, got {value[name]!r}")
-    return Plan(kind(**{name: value[name] for name in of_family}), **{name: value[name] for name in of_plan})
 
 
 def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:
