@@ -217,6 +217,13 @@ def test_a_plan_in_a_file_that_nobody_proposes_is_not_used(an_h100, change):
     assert _chosen(PROBLEM, False) == best
 
 
+def test_where_no_plan_can_be_compiled_autotune_says_why(an_h100, monkeypatch):
+    monkeypatch.setattr(autotune, "recorded_launches", lambda *given: given)
+    monkeypatch.setattr(autotune, "why_it_does_not_fit", lambda *_: "it spills")
+    with pytest.raises(RuntimeError, match="no plan for the forward pass of this layer can be compiled .*: it spills"):
+        autotune.autotune(PROBLEM, CUDA)
+
+
 def test_not_while_a_graph_is_captured(an_h100, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
