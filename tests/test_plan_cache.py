@@ -220,7 +220,7 @@ def test_a_plan_in_a_file_that_nobody_proposes_is_not_used(an_h100, change):
 def test_where_no_plan_can_be_compiled_autotune_says_why(an_h100, monkeypatch):
     monkeypatch.setattr(autotune, "recorded_launches", lambda *given: given)
     monkeypatch.setattr(autotune, "why_it_does_not_fit", lambda *_: "it spills")
-    with pytest.raises(RuntimeError, match="no plan for the forward pass of this layer can be compiled .*: it spills"):
+    with pytest.raises(RuntimeError, match=r"no plan for the forward pass of this layer can be compiled .*: it spills"):
         autotune.autotune(PROBLEM, CUDA)
 
 
