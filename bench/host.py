@@ -87,7 +87,7 @@ def stub() -> None:
         patch.multiple("gpu_lstm.dispatch.available", KERNEL_DEVICES=("cpu",), why_unavailable=nothing).start()
         patch.multiple(
             f"{TRITON}.launch", launch_kernel=None, load=lambda *_: defaultdict(lambda: nothing),
-            choose_plan=lambda problem, device, which, *_: plans(problem, h100, which.backward)[0],
+            choose_plan=lambda problem, device, pass_, *_: plans(problem, h100, pass_.backward)[0],
         ).start()  # fmt: skip
 
 

@@ -74,12 +74,12 @@ def tables(rows: Iterable[Report], count: int) -> list[str]:
     """Titles and tables of all families, in Markdown, with the first `count` columns."""
     columns = list(COLUMNS)[:count]
     head = f"| {' | '.join(columns)} |\n|---|---|{'--:|' * (count - 2)}"
-    found = {title: [head] for title in (*FAMILIES.values(), CUDA)}
+    lines = {title: [head] for title in (*FAMILIES.values(), CUDA)}
     for row in rows:
         (title,) = (title for begin, title in FAMILIES.items() if row.kernel.startswith(begin))
         cells = [str(COLUMNS[column](row)) for column in columns]
-        found[title if row.kernel.endswith("_kernel") else CUDA].append(f"| {' | '.join(cells)} |")
-    return [part for title, lines in found.items() for part in (f"## {title}", "\n".join(lines))]
+        lines[title if row.kernel.endswith("_kernel") else CUDA].append(f"| {' | '.join(cells)} |")
+    return [part for title, table in lines.items() for part in (f"## {title}", "\n".join(table))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,14 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compile_table", description=__doc__)
     parser.add_argument("--all", action="store_true", help="print the table of every architecture and dtype")
     options = parser.parse_args(arguments)
-    found = list(rows(h100=not options.all))
-    unfit = [row for row in found if not row.fits]
+    reports = list(rows(h100=not options.all))
+    unfit = [row for row in reports if not row.fits]
     if options.all or unfit:
-        print("\n\n".join(tables(found, len(COLUMNS))))
+        print("\n\n".join(tables(reports, len(COLUMNS))))
     else:
         head = HEAD.format(triton=version("triton"), nvrtc=version("nvidia-cuda-nvrtc-cu12"))
-        PAGE.write_text("\n\n".join([head, *tables(found, OF_PAGE), NOTES]) + "\n")
-    print(f"{len(found)} kernels; {len(unfit)} do not fit")
+        PAGE.write_text("\n\n".join([head, *tables(reports, OF_PAGE), NOTES]) + "\n")
+    print(f"{len(reports)} kernels; {len(unfit)} do not fit")
     return int(bool(unfit))
 
 

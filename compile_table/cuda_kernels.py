@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, plans
+from gpu_lstm.kernels.cards import Card
+from gpu_lstm.kernels.cupy_lstm.planning import Plan, plans
 from gpu_lstm.kernels.cupy_lstm.source import KERNELS, OPTIONS, join, name_expression, optional, parts
 from gpu_lstm.kernels.problem import Problem
 
@@ -49,7 +50,7 @@ def cases(h100: bool) -> list[Case]:
 
     If `h100`, only for an H100 and in bfloat16.
     """
-    found: dict[tuple, Case] = {}
+    different: dict[tuple, Case] = {}
     for card, (dtype, precision), (batch, hidden), backward in product(CARDS, PRECISIONS, SIZES, (False, True)):
         if h100 and (card.architecture != 90 or dtype is not torch.bfloat16):
             continue
@@ -58,8 +59,9 @@ def cases(h100: bool) -> list[Case]:
             of_kind = [plan for plan in plans(problem, card, backward) if (plan.chunks > 0) == kept]
             if of_kind:
                 plan = min(of_kind, key=lambda plan: plan.clocks)
-                found.setdefault((card, dtype, backward, plan.template(backward)), Case(problem, backward, card, plan))
-    return list(found.values())
+                key = card, dtype, backward, plan.template(backward)
+                different.setdefault(key, Case(problem, backward, card, plan))
+    return list(different.values())
 
 
 def reports(cases: Iterable[Case]) -> Iterator[Report]:
@@ -95,15 +97,15 @@ def _nvrtc() -> ctypes.CDLL:
     """
     spec = importlib.util.find_spec("nvidia")
     folders = [] if spec is None else spec.submodule_search_locations or []
-    found = [path for folder in folders for path in Path(folder).glob("*/lib/libnvrtc.so.*")]
-    if not found:
+    libraries = [path for folder in folders for path in Path(folder).glob("*/lib/libnvrtc.so.*")]
+    if not libraries:
         raise ImportError("NVRTC is missing: pip install nvidia-cuda-nvrtc-cu12")
-    return ctypes.CDLL(str(min(found, key=lambda path: path.name)))
+    return ctypes.CDLL(str(min(libraries, key=lambda path: path.name)))
 
 
 @functools.cache
-def compile_for(case: Case, given: frozenset[str] | None = None) -> Binary:
-    """The kernel of a case, compiled for its card as the launcher does it, for all optional arguments or those given.
+def compile_for(case: Case, present: frozenset[str] | None = None) -> Binary:
+    """The kernel of a case, compiled for its card as the launcher does it, for all optional arguments or those present.
 
     Raises:
         ImportError: NVRTC is missing.
@@ -128,8 +130,8 @@ def compile_for(case: Case, given: frozenset[str] | None = None) -> Binary:
 
     template = case.plan.template(case.backward)
     kernel = KERNELS[case.backward]
-    given = frozenset(optional(kernel)) if given is None else given
-    expression = name_expression(kernel, case.problem.dtype, template, given).encode()
+    present = frozenset(optional(kernel)) if present is None else present
+    expression = name_expression(kernel, case.problem.dtype, template, present).encode()
     options = [o.encode() for o in (*OPTIONS, f"--gpu-architecture=sm_{case.card.architecture}")]
     check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), join(parts()).encode(), b"lstm.cu", 0, None, None))
     try:

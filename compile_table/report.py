@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from gpu_lstm.kernels.architectures import REGISTERS, shared_memory_of
+from gpu_lstm.kernels.cards import REGISTERS, Card
 
 PRECISIONS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
 
 # Bytes of shared memory per block that the system reserves. From compute capability 9.0 on, ptxas counts them, but the
-# limit per block (architectures.py) does not.
+# limit per block (cards.py) does not.
 RESERVED = 1024
 READABLE = 75  # the oldest architecture that the disassembler of CUDA 13, shipped with recent Tritons, reads
 
@@ -57,7 +57,7 @@ class Report:
     def fits(self) -> bool:
         """Whether nothing spills, and a block needs no more registers and shared memory than it may use."""
         registers = -(-self.registers // 8) * 8 * self.threads  # allocated in units of 256 per warp
-        return self.spills == 0 and registers <= REGISTERS and self.shared <= shared_memory_of(self.architecture)
+        return self.spills == 0 and registers <= REGISTERS and self.shared <= Card(self.architecture, 1).shared
 
 
 def read(cubin: bytes, architecture: int, dynamic: int) -> dict[str, Any]:

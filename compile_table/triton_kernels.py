@@ -16,12 +16,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from gpu_lstm.kernels.architectures import shared_memory_of
+from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm.binary import RecordedLaunch
-from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.triton_lstm.choose import RecordedLaunch, plans
 from gpu_lstm.kernels.triton_lstm.launch import INTERPRETED, recorded_launches
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Device, Family, Plan
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Held, Plan, Step
 from gpu_lstm.kernels.triton_lstm.step import split_plans, step_plan
 
 from .placement import misplaced
@@ -29,7 +28,7 @@ from .report import PRECISIONS, Report, read
 
 STEP_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
-SEQUENCE_DEVICES = [DEVICES[name] for name in ("a100", "h100", "b200", "rtx5090")]
+SEQUENCE_CARDS = [DEVICES[name] for name in ("a100", "h100", "b200", "rtx5090")]
 HIDDEN = (64, 128, 256, 512, 768, 1024, 1536)
 BATCHES = (16, 64, 256)
 
@@ -64,7 +63,7 @@ class Case:
 
     problem: Problem
     backward: bool
-    device: Device
+    card: Card
     step: bool = False  # by the step family, whatever else is proposed
     split: bool = False  # and its products of parts of K
 
@@ -76,81 +75,79 @@ class Case:
         return name + (" masks" if p.dropout_h else " rates") * p.regularised
 
 
-def problem_with(
-    problem: Problem, ragged: bool = False, regularised: bool = False, training: bool = True, peepholes: bool = False,
-    normalised: bool = False,
-) -> Problem:  # fmt: skip
-    """A problem with lengths and resets to given states in reverse, with noise, or with a variant of the cell."""
-    zoneout = (3 if training else 0) if regularised else None
-    return problem._replace(
-        lengths=torch.int64 if ragged else None, resets=ragged, reset_h=ragged and regularised, reset_c=ragged,
-        reverse=ragged, dropout_h=regularised and training, zoneout_h=zoneout, zoneout_c=zoneout, peepholes=peepholes,
-        norms=(normalised,) * 3,
-    )  # fmt: skip
+VARIANTS = {
+    "ragged": dict(lengths=torch.int64, resets=True, reset_c=True, reverse=True),
+    "masks": dict(dropout_h=True, zoneout_h=3, zoneout_c=3),  # noise in training
+    "rates": dict(zoneout_h=0, zoneout_c=0),  # and in eval()
+    "peepholes": dict(peepholes=True),
+    "norms": dict(norms=(True,) * 3),
+}
+
+
+def problem_with(problem: Problem, words: str) -> Problem:
+    """A problem with some of the VARIANTS; resets are to a given h, too, where that is not in the gates."""
+    fields = {"reset_h": "ragged" in words and ("masks" in words or "rates" in words)}
+    for word in words.split():
+        fields |= VARIANTS[word]
+    return problem._replace(**fields)
 
 
 def cases(h100: bool) -> list[Case]:
     """All of them; if `h100`, those of an H100 in bfloat16."""
     every = [*step_cases(), *split_cases(), *sequence_cases(), *large_cases()]
-    return [c for c in every if not h100 or (c.device.architecture == 90 and c.problem.dtype is torch.bfloat16)]
+    return [c for c in every if not h100 or (c.card.architecture == 90 and c.problem.dtype is torch.bfloat16)]
 
 
 def step_cases() -> list[Case]:
     """Every dtype, precision and architecture; with a projection and without; regularised and not; and variants."""
-    devices = [Device(f"sm_{sm}", sm, 1, shared_memory_of(sm)) for sm in STEP_ARCHITECTURES]
-    kinds = (  # B, H, P, ragged; whether regularised, and in training; peepholes; layer norms
-        (16, 768, 0, False, False, True, False, False),
-        (64, 130, 33, True, False, True, False, False),
-        (64, 130, 0, True, True, True, False, False),
-        (64, 130, 33, True, True, True, False, False),
-        (64, 130, 0, True, True, False, False, False),
-        (16, 768, 0, False, False, True, True, False),
-        (64, 130, 33, True, True, True, True, False),
-        (16, 768, 0, False, False, True, False, True),
-        (64, 130, 0, True, True, True, True, True),
-    )
+    cards = [Card(architecture, 1) for architecture in STEP_ARCHITECTURES]
+    kinds = (
+        (16, 768, 0, ""), (64, 130, 33, "ragged"), (64, 130, 0, "ragged masks"), (64, 130, 33, "ragged masks"),
+        (64, 130, 0, "ragged rates"), (16, 768, 0, "peepholes"), (64, 130, 33, "ragged masks peepholes"),
+        (16, 768, 0, "norms"), (64, 130, 0, "ragged masks peepholes norms"),
+    )  # fmt: skip
     return [
-        Case(problem_with(Problem(2, batch, hidden, dtype, projected, precision), *kind), backward, device, True)
-        for (dtype, precision), (batch, hidden, projected, *kind), backward, device
-        in itertools.product(PRECISIONS, kinds, (False, True), devices)
+        Case(problem_with(Problem(2, batch, hidden, dtype, projected, precision), words), backward, card, True)
+        for (dtype, precision), (batch, hidden, projected, words), backward, card
+        in itertools.product(PRECISIONS, kinds, (False, True), cards)
     ]  # fmt: skip
 
 
 def split_cases() -> list[Case]:
     """Sizes whose products of parts of K are in every kind of tiles; and ragged, with noise and peepholes."""
-    kinds = [(batch, hidden, False) for hidden, batch in ((2048, 16), (1024, 64), (1024, 256), (1000, 256))]
+    kinds = (16, 2048, ""), (64, 1024, ""), (256, 1024, ""), (256, 1000, ""), (256, 1024, "ragged masks peepholes")
     return [
-        Case(problem_with(Problem(2, batch, hidden, dtype, 0, precision), *4 * (more,)), True, device, True, True)
-        for (dtype, precision), (batch, hidden, more), device
-        in itertools.product(PRECISIONS[:3], [*kinds, (256, 1024, True)], SEQUENCE_DEVICES)
+        Case(problem_with(Problem(2, batch, hidden, dtype, 0, precision), words), True, card, True, True)
+        for (dtype, precision), (batch, hidden, words), card
+        in itertools.product(PRECISIONS[:3], kinds, SEQUENCE_CARDS)
     ]  # fmt: skip
 
 
 def sequence_cases() -> list[Case]:
     """Hidden sizes and batches for the families that hold W_hh; regularised, with masks and with rates; variants."""
-    plain = (False, False, True, False, False)
-    kinds = [(batch, hidden, *plain) for hidden, batch in itertools.product(HIDDEN, BATCHES)]
-    kinds += [(batch, 256, *plain) for batch in (512, 1024)]  # where programs of the step family hold W_hh
-    kinds += itertools.product((16,), (64, 768), (False, True), (True,), (True, False), (False,), (False,))
-    kinds += [(16, hidden, True, False, True, False, False) for hidden in HIDDEN]
-    kinds += [(16, hidden, False, False, True, True, False) for hidden in (128, 768, 1536)]
-    kinds += [(16, 768, True, True, True, True, False), (16, 64, True, True, True, True, True)]
-    kinds += [(16, hidden, False, False, True, False, True) for hidden in (32, 64, 128, 256, 768)]
-    kinds += [(64, 768, True, True, True, True, True)]
+    every = "ragged masks peepholes norms"
+    kinds = [(batch, hidden, "") for hidden, batch in itertools.product(HIDDEN, BATCHES)]
+    kinds += [(512, 256, ""), (1024, 256, "")]  # where programs of the step family hold W_hh
+    kinds += itertools.product((16,), (64, 768), ("masks", "rates", "ragged masks", "ragged rates"))
+    kinds += itertools.product((16,), HIDDEN, ("ragged",))
+    kinds += itertools.product((16,), (128, 768, 1536), ("peepholes",))
+    kinds += [(16, 768, "ragged masks peepholes"), (16, 64, every)]
+    kinds += itertools.product((16,), (32, 64, 128, 256, 768), ("norms",))
+    kinds += [(64, 768, every)]
     return [
-        Case(problem_with(Problem(2, batch, hidden, dtype, 0, precision), *kind), backward, device)
-        for (dtype, precision), (batch, hidden, *kind), backward, device
-        in itertools.product(PRECISIONS[:3], kinds, (False, True), SEQUENCE_DEVICES)
+        Case(problem_with(Problem(2, batch, hidden, dtype, 0, precision), words), backward, card)
+        for (dtype, precision), (batch, hidden, words), backward, card
+        in itertools.product(PRECISIONS[:3], kinds, (False, True), SEQUENCE_CARDS)
     ]  # fmt: skip
 
 
 def large_cases() -> list[Case]:
     """For the pointwise family; and ragged, with noise and peepholes."""
-    kinds = ((False,) * 2, (True, False), (False, True), (True, True, True, True), (True, True, False, True))
+    kinds = "", "ragged", "masks", "ragged masks peepholes", "ragged rates peepholes"
     return [
-        Case(problem_with(Problem(2, 4096, 1024, dtype, 0, precision), *kind), backward, device)
-        for (dtype, precision), kind, backward, device
-        in itertools.product(PRECISIONS, kinds, (False, True), SEQUENCE_DEVICES)
+        Case(problem_with(Problem(2, 4096, 1024, dtype, 0, precision), words), backward, card)
+        for (dtype, precision), words, backward, card
+        in itertools.product(PRECISIONS, kinds, (False, True), SEQUENCE_CARDS)
     ]  # fmt: skip
 
 
@@ -164,10 +161,12 @@ def reports(cases: Iterable[Case]) -> Iterator[Report]:
 
 def report_of(case: Case) -> Report:
     """For the first plan whose kernels fit; families that hold W_hh come first, but may lack registers."""
-    asked = case.problem, case.device, case.backward
-    proposed = sorted(plans(*asked), key=lambda plan: plan.family is Family.STEP and not plan.held)
-    of_step = split_plans(*asked) if case.split else [step_plan(*asked)]
-    for plan in of_step if case.step else proposed:
+    of = case.problem, case.card, case.backward
+    if case.step:
+        proposed = split_plans(*of) if case.split else [step_plan(*of)]
+    else:
+        proposed = sorted(plans(*of), key=lambda plan: isinstance(plan.family, Step))
+    for plan in proposed:
         launch, *_ = recorded_launches(case.problem, Pass(case.backward), plan)  # those of other steps are alike
         row = report(launch, case, plan)
         if row.fits:
@@ -177,31 +176,31 @@ def report_of(case: Case) -> Report:
 
 def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
     """Compile a launch, and report the result."""
-    architecture = case.device.architecture
+    architecture = case.card.architecture
     compiled = compile_for(launch, architecture)
-    found = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])
-    tensor_core = found[1] if found else ""
-    tiles = f"{plan.rows}x{plan.columns}, {plan.programs} programs, {tensor_core or 'no tensor core'}"
+    instruction = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])
+    tensor_core = instruction[1] if instruction else ""
+    tiles = f"{plan.rows}x{plan.units}, {plan.programs} programs, {tensor_core or 'no tensor core'}"
     # Triton's metadata omit what inline assembly declares.
     resources = read(compiled.asm["cubin"], architecture, compiled.metadata.shared)
     weight_loads = _weight_loads_in_loops(compiled.asm["ttgir"], launch)
     return Report(
-        launch.kernel.__name__, str(case), architecture, plan, plan.threads, tiles, **resources,
+        launch.kernel.__name__, str(case), architecture, plan, 32 * plan.num_warps, tiles, **resources,
         tensor_core=tensor_core, weight_loads=weight_loads,
-        misplaced=_misplaced(compiled.asm["ptx"], launch, case, plan) if plan.held else 0,
+        misplaced=_misplaced(compiled.asm["ptx"], launch, case, plan) if isinstance(plan.family, Held) else 0,
     )  # fmt: skip
 
 
-def _given(launch: RecordedLaunch) -> list[str]:
+def _parameters(launch: RecordedLaunch) -> list[str]:
     """The parameters that a compiled kernel has. Constants and None are not among them."""
     return [p.name for p in launch.kernel.params if not p.is_constexpr and launch.arguments[p.name] is not None]
 
 
 def _misplaced(ptx: str, launch: RecordedLaunch, case: Case, plan: Plan) -> int:
     """As `misplaced`, of W_hh [4H, P], whose k are the features of h, or the gates in backward."""
-    size, blocks = case.problem.size, plan.columns * (plan.parts if case.backward else 4) // 64
+    size, blocks = case.problem.size, plan.units * (plan.family.parts if case.backward else 4) // 64
     apart = size * (launch.arguments["P"] if case.backward else 1)
-    return misplaced(ptx, _given(launch).index("weight_hh_ptr"), apart, size, blocks)
+    return misplaced(ptx, _parameters(launch).index("weight_hh_ptr"), apart, size, blocks)
 
 
 # Operations whose result points where their operand does.
@@ -214,7 +213,7 @@ def _weight_loads_in_loops(ttgir: str, launch: RecordedLaunch) -> int:
     loops: list[int] = []  # for each open loop, the depth outside it
     (function,) = (line for line in ttgir.splitlines() if "tt.func public" in line)
     arguments = re.findall(r"(%\w+): (?:!tt\.ptr|i32)", function)
-    named = zip(arguments, _given(launch), strict=True)  # by position, since Triton 3.4 does not keep the names
+    named = zip(arguments, _parameters(launch), strict=True)  # by position, since Triton 3.4 does not keep the names
     of_weights = {argument for argument, name in named if name.startswith("weight")}
     for line in ttgir.splitlines():
         names = set(re.findall(r"%[\w#]+", line.split(" loc(")[0]))

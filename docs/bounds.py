@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from gpu_lstm.kernels.cards import L2_ALONE, L2_BYTES, Card
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm import planning
 from gpu_lstm.kernels.triton_lstm.choose import plans
@@ -34,7 +35,7 @@ greatest of three bounds:
 - **latency**: of the gates and the cell (resident), one exchange between programs (cooperative), one grid-wide barrier
   (step), or two launches (pointwise).
 
-Where all multiprocessors read from L2, each reads {planning.L2_BYTES} bytes a clock, and at most {planning.L2_ALONE}.
+Where all multiprocessors read from L2, each reads {L2_BYTES} bytes a clock, and at most {L2_ALONE}.
 The estimate has the {1e6 * planning.HOST_SECONDS:.0f} us that the host needs for two launches without a CUDA graph.
 
 In a clone `python docs/bounds.py h100` prints every size on one card, and `python -m gpu_lstm plan` all terms of one
@@ -62,7 +63,7 @@ class Row(NamedTuple):
         return self.seconds / self.bound
 
 
-def rows(card: planning.Device, dtype: torch.dtype, direction: str) -> list[Row]:
+def rows(card: Card, dtype: torch.dtype, direction: str) -> list[Row]:
     """Of every size."""
     found, backward = [], direction == "backward"
     for hidden, batch in product(HIDDEN, BATCH):
@@ -71,25 +72,26 @@ def rows(card: planning.Device, dtype: torch.dtype, direction: str) -> list[Row]
         expected = planning.expected(problem, card, plan, backward)
         bound_by, bound = max(bounds(problem, card, plan, backward).items(), key=lambda item: item[1])
         largest = max(expected.terms, key=expected.terms.__getitem__)
-        found.append(Row(f"{hidden} | {batch}", plan.family.value, expected.seconds, bound, bound_by, largest))
+        found.append(Row(f"{hidden} | {batch}", plan.family.name, expected.seconds, bound, bound_by, largest))
     return found
 
 
-def bounds(problem: Problem, card: planning.Device, plan: planning.Plan, backward: bool) -> dict[str, float]:
+def bounds(problem: Problem, card: Card, plan: planning.Plan, backward: bool) -> dict[str, float]:
     """Seconds that no step can be below, each for a reason of its own."""
     of_mma = 4 * 4096 / problem.size / planning.product_clocks(card)  # multiply-adds a clock of a multiprocessor
     of_a_multiprocessor = of_mma * planning.FASTER.get(card.architecture, 1)
     clocks = {
-        planning.Family.RESIDENT: planning.RESIDENT_CELL[backward],
-        planning.Family.COOPERATIVE: planning.EXCHANGE,
-        planning.Family.STEP: planning.GRID_BARRIER,
-        planning.Family.POINTWISE: 2 * planning.LAUNCH_SECONDS * card.clock,
+        planning.Resident: planning.RESIDENT_CELL[backward],
+        planning.Cooperative: planning.EXCHANGE,
+        planning.Step: planning.GRID_BARRIER,
+        planning.Held: planning.GRID_BARRIER,
+        planning.Pointwise: 2 * planning.LAUNCH_SECONDS * card.clock,
     }
     products = 4 * problem.batch * problem.hidden**2 / of_a_multiprocessor / card.multiprocessors
     return {
         "memory": planning.memory_seconds(problem, card, plan, backward),
         "products": products / card.clock,
-        "latency": clocks[plan.family] / card.clock,
+        "latency": clocks[type(plan.family)] / card.clock,
     }
 
 
@@ -101,7 +103,7 @@ def table(titles: str, lines: Iterable[Iterable[str]]) -> str:
     return "\n".join([*head, *(f"| {' | '.join(cells)} |" for cells in lines)])
 
 
-def in_full(card: planning.Device) -> str:
+def in_full(card: Card) -> str:
     """A table for each dtype and direction, with a line for each size."""
     parts = []
     for dtype, direction in product(DTYPES, DIRECTIONS):

@@ -171,7 +171,7 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The plans of a problem, forward and backward, and the estimated time of a step."""
     planning = importlib.import_module(".kernels.triton_lstm.planning", __package__)
     choose = importlib.import_module(".kernels.triton_lstm.choose", __package__)
-    if (device := planning.DEVICES.get(options.device)) is None:
+    if (card := planning.DEVICES.get(options.device)) is None:
         raise ValueError(f"unknown device {options.device!r}; known: {', '.join(planning.DEVICES)}")
     dtype, precision = _DTYPES[options.dtype]
     problem = Problem(
@@ -180,21 +180,22 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if (weights := 4 * problem.hidden**2 * problem.size) > LARGEST_MEMORY:
         takes = f"W_hh of {problem.hidden} units takes {weights / 1e9:.0f} GB"
         raise ValueError(f"{takes}, more than any known card has")
-    found, lines = {}, [f"{device.name}: T={options.steps} B={options.batch} H={options.hidden} {options.dtype}"]
+    found, lines = {}, [f"{card.name}: T={options.steps} B={options.batch} H={options.hidden} {options.dtype}"]
     for name, backward in (("forward", False), ("backward", True)):
-        plan, *others = choose.plans(problem, device, backward)
-        expected, *of_others = (planning.expected(problem, device, each, backward) for each in (plan, *others))
-        as_json = dataclasses.asdict(plan) | {"family": plan.family.value}
+        plan, *others = choose.plans(problem, card, backward)
+        expected, *of_others = (planning.expected(problem, card, each, backward) for each in (plan, *others))
+        as_json = plan.as_json() | {"family": plan.family.name}
         found[name] = dict(plan=as_json, expected_seconds=expected.seconds, expected_terms=expected.terms)
         lines += [
-            f"\n{name}: {plan.family.value}, {plan.why}",
-            f"  tiles    {tiles_of(plan)}, K by {plan.k}; batch tiles per group: {plan.tiles_per_group}",
-            f"  program  {plan.num_warps} warps, shared memory {plan.shared >> 10} KB of {device.shared >> 10} KB",
+            f"\n{name}: {plan.family.name}, {plan.why}",
+            f"  tiles    {tiles_of(plan)}; one after another in a program: {plan.tiles_per_program}",
+            *(f"  {size:8} {value}" for size, value in dataclasses.asdict(plan.family).items()),
+            f"  program  {plan.num_warps} warps, shared memory {plan.shared >> 10} KB of {card.shared >> 10} KB",
             f"  a step   {expected.seconds * 1e6:.2f} us (expected, not measured):",
             *(f"           {term}" for term in terms_of(expected.terms)),
         ]
         for each, its in zip(others, of_others):
-            lines.append(f"  else     {its.seconds * 1e6:.2f} us: {each.family.value}, {tiles_of(each)}")
+            lines.append(f"  else     {its.seconds * 1e6:.2f} us: {each.family.name}, {tiles_of(each)}")
     return found, "\n".join(lines)
 
 
@@ -251,7 +252,7 @@ def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
         return f"{describe(key)}: {Decision(**value)._replace(backend=Backend(value['backend']))}"
     of = key | value if kind == "plans" else key
     direction, dtype = "backward" if of["backward"] else "forward", of["dtype"].removeprefix("torch.")
-    tiles = f"{of['family']} {of['rows']}x{of['columns']} {direction}, H = {of['hidden']}, {dtype}"
+    tiles = f"{of['family']} {of['rows']}x{of['units']} {direction}, H = {of['hidden']}, {dtype}"
     if kind == "plans":
         return f"B = {of['batch']}: {tiles}"
     names = ("projected", "reverse", "lengths", "resets", "dropout_h", "reset_c", "peepholes")

@@ -9,27 +9,10 @@ import torch
 from torch import Tensor
 
 from . import layer_norm, projection
-from .memory import ALIGNMENT, allocate, gradients_of, results_of
+from .memory import ALIGNMENT, allocate, gradients_in, gradients_of, results_of
 from .ordering import in_order
-from .problem import MOST, Inputs, Pass, Problem, Recurrence, end_index, in_the_loop, steps_of
+from .problem import MOST, Gradients, Inputs, Pass, Prepared, Problem, Recurrence, end_index, in_the_loop, steps_of
 from .timeouts import raise_if_timed_out
-
-
-class Gradients(NamedTuple):
-    """What backward returns; None where there is none."""
-
-    dgates: Tensor  # [T, B, 4H] of the pre-activations; zero in padding
-    dh0: Tensor | None  # [1, B, P]; from Prepared.backward: float32, and through zoneout of the first step only
-    dc0: Tensor  # [1, B, H] float32
-    dh_total: Tensor | None = None  # [T, B, P] of W_hr m with a projection, of m with a layer norm of c
-    dreset_h: Tensor | None = None  # [T, B, P] float32, through zoneout; zero but at resets
-    dreset_c: Tensor | None = None  # [T, B, H] float32, zero but at resets
-
-
-def gradients_in(memory: dict[str, Tensor], dgates: Tensor) -> Gradients:
-    """Those that a launch wrote, from its memory, see memory.gradients_of."""
-    names = "dh_from_zoneout_ptr", "dc_ptr", "dh_total_ptr", "dreset_h_ptr", "dreset_c_ptr"
-    return Gradients(dgates, *map(memory.get, names))  # type: ignore[arg-type]
 
 
 class Chosen(NamedTuple):
@@ -39,37 +22,23 @@ class Chosen(NamedTuple):
     measured: bool  # by autotune; else the first that fits in the order of estimated times
 
 
-class Prepared(Protocol):
-    """A plan of one problem and pass, ready to be launched."""
-
-    plan: Any
-    at_once: int | None  # launches of it that fit the card together; None: programs do not wait for each other
-    projects_outside: bool  # it runs the recurrence of m, see projection.py
-
-    def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As Layer.forward."""
-
-    def backward(
-        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
-    ) -> Gradients:
-        """As Layer.backward, except for dh0."""
+Verify = Callable[["Layer", Pass, Inputs, Any], str | None]
+"""verify(layer, pass_, inputs, plan): why a plan's numbers are not right on the layer's device; None if they are."""
+Refuses = Callable[[Any], str | None]
+"""refuses(plan): the same for one layer, pass and call."""
 
 
 class Launcher(Protocol):
     """What a backend does for a Layer: the functions of its module launch.py."""
 
-    def choose(self, layer: "Layer", which: Pass, given: Inputs) -> Any:
-        """The plan for a pass; `given` are the tensors of the call that asks first."""
+    def choose(self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Any:
+        """The plan for a pass, the best one that `refuses` does not refuse."""
 
-    def prepare(self, problem: Problem, which: Pass, plan: Any, device: torch.device, trial: bool = False) -> Prepared:
-        """A plan, ready to be launched. In a trial its waits are short, and what it writes is checked for bounds."""
+    def prepare(self, problem: Problem, pass_: Pass, plan: Any, device: torch.device, trial: bool = False) -> Prepared:
+        """A plan, ready to be launched. In a trial it waits for other programs only briefly."""
 
-    def describe(self, layer: "Layer", which: Pass, plan: Any) -> Chosen:
+    def describe(self, problem: Problem, device: torch.device, pass_: Pass, plan: Any) -> Chosen:
         """What `Layer.chosen` returns for a plan; for None, of the plan that would be tried first."""
-
-
-Verify = Callable[["Layer", Pass, Inputs, Any], str | None]
-"""verify(layer, which, given, plan): why a plan's numbers are not right on the layer's device; None if they are."""
 
 
 class Layer:
@@ -126,12 +95,12 @@ class Layer:
         if self.problem.batch == 0:
             empty = allocate(results_of(self.problem), steps, gates)
             return empty["h_ptr"], empty["h_n_ptr"], empty["c_n_ptr"], empty["c_ptr"] if save else None
-        prepared = self.prepared(SAVE if save else NO_SAVE, r.given)
-        r, own = self._aligned(r), aligned(gates)
-        run = partial(projection.forward, prepared, self.problem) if prepared.projects_outside else prepared.forward
-        results = in_order(prepared.at_once, self.device, run, own, r)
-        if own is not gates:
-            gates.copy_(own)
+        prepared = self.prepared(SAVE if save else NO_SAVE, r.inputs)
+        launch = partial(projection.forward, prepared, self.problem) if prepared.projects_outside else prepared.forward
+        overwritten = aligned(gates)
+        results = in_order(prepared.at_once, self.device, launch, overwritten, self._aligned(r))
+        if overwritten is not gates:
+            gates.copy_(overwritten)
         return results
 
     def backward(
@@ -157,51 +126,52 @@ class Layer:
         if p.batch == 0:
             empty = allocate(results_of(p) | gradients_of(p), steps_of(gates), gates)
             return gradients_in(empty, empty["dgates_ptr"])._replace(dh0=empty["h_n_ptr"])
-        prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None), r.given)
+        prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None), r.inputs)
         r = self._aligned(r)
         dh, dh_n, dc_n, gates, c = (None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c))
-        run = partial(projection.backward, prepared, p) if prepared.projects_outside else prepared.backward
-        found = in_order(prepared.at_once, self.device, run, dh, dh_n, dc_n, gates, c, r)
-        return found._replace(dh0=_initial_hidden_gradient(p, found, dh_n, r) if of_h0 else None)
+        launch = partial(projection.backward, prepared, p) if prepared.projects_outside else prepared.backward
+        gradients = in_order(prepared.at_once, self.device, launch, dh, dh_n, dc_n, gates, c, r)
+        return gradients._replace(dh0=_initial_hidden_gradient(p, gradients, dh_n, r) if of_h0 else None)
 
-    def prepared(self, which: Pass, given: Inputs) -> Prepared:
-        """The plan of a pass, chosen now if it was not before, by a call with these tensors."""
-        if (prepared := self._prepared.get(which)) is None:
-            on_trial = self._trial is not None
-            plan = self._trial if on_trial else self._launcher.choose(self, which, given)
-            prepared = self._launcher.prepare(self.problem, which, plan, self.device, on_trial)
-            if not self.is_capturing():
-                self._prepared[which] = prepared
+    def prepared(self, pass_: Pass, inputs: Inputs) -> Prepared:
+        """A pass, ready to be launched. Its plan is chosen by the first call, whose inputs are these."""
+        if (prepared := self._prepared.get(pass_)) is None:
+            plan, capturing = self._trial, self.is_capturing()
+            if plan is None:
+                # Without dh and dh_n backward is zero but for what dc_n contributes, which all plans compute alike.
+                verifies = self.verify is not None and (not pass_.backward or pass_.dh or pass_.dh_n) and not capturing
+                refuses = partial(self.verify, self, pass_, inputs) if verifies else None
+                plan = self._launcher.choose(self.problem, self.device, pass_, refuses)
+            prepared = self._launcher.prepare(self.problem, pass_, plan, self.device, self._trial is not None)
+            if not capturing:
+                self._prepared[pass_] = prepared
         return prepared
 
     def with_plan(self, plan: Any, problem: Problem | None = None) -> "Layer":
-        """The layer, or one of a similar problem, with a given plan, in order to try it."""
+        """The same layer, or that of a similar problem, with a plan that is to be tried."""
         return Layer(problem or self.problem, self.device, self._launcher, trial=plan)
 
-    def chosen(self, which: Pass) -> Chosen:
-        """The plan chosen for a pass, or another in its direction; else the first to be tried. Nothing is compiled."""
-        known = (p for each, p in self._prepared.items() if each.backward == which.backward)
-        prepared = self._prepared.get(which) or next(known, None)
-        return self._launcher.describe(self, which, None if prepared is None else prepared.plan)
+    def chosen(self, pass_: Pass) -> Chosen:
+        """The plan of a pass, else of another in its direction, else the first to be tried. Nothing is compiled."""
+        alike = (prepared for other, prepared in self._prepared.items() if other.backward == pass_.backward)
+        prepared = self._prepared.get(pass_) or next(alike, None)
+        return self._launcher.describe(self.problem, self.device, pass_, prepared and prepared.plan)
 
     def is_capturing(self) -> bool:
         """Whether what is run now becomes part of a CUDA graph."""
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _is_elsewhere(self) -> bool:
-        """Kernels are launched on the current device, which may be another."""
+        """Whether the current device, on which kernels are launched, is another."""
         return self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device())
 
     def _aligned(self, r: Recurrence) -> Recurrence:
         """The tensors that the loop reads, aligned."""
-        for t in self._tensors(r.given):
+        tensors = self._tensors(r.inputs)
+        for t in tensors:
             if t.data_ptr() % ALIGNMENT or not t.is_contiguous():
-                break
-        else:
-            return r
-        return r._replace(
-            given=r.given._replace(**{n: aligned(t) for n, t in zip(self._names, self._tensors(r.given))})
-        )
+                return r._replace(inputs=r.inputs._replace(**dict(zip(self._names, map(aligned, tensors)))))
+        return r
 
 
 SAVE, NO_SAVE = Pass(), Pass(save=False)
@@ -219,19 +189,19 @@ def _check_count(of: str, count: int) -> None:
         raise ValueError(f"expected at most {MOST} {of}, got {count}")
 
 
-def _initial_hidden_gradient(p: Problem, found: Gradients, dh_n: Tensor | None, r: Recurrence) -> Tensor:
+def _initial_hidden_gradient(p: Problem, gradients: Gradients, dh_n: Tensor | None, r: Recurrence) -> Tensor:
     """dh0 [1, B, P]: through the first step, unless it is reset; dh_n [1, B, P] where a sequence has no step."""
-    given, at = r.given, end_index(p, r.given.lengths, first=True)
-    first = found.dgates[at]  # [B, 4H]; zero where length is 0
-    if given.gain_hh is not None:
-        first = layer_norm.gradient(first, given.gain_hh, r.unit_hh.unit[at], r.unit_hh.scale[at])
-    if given.resets is not None and not p.reverse:
-        first = first.masked_fill(given.resets[0, :, None], 0)
-    dh0 = (first @ given.weight_hh)[None]
-    if given.dropout_h is not None:
-        dh0 = given.dropout_h * dh0
-    if found.dh0 is not None:
-        dh0 = dh0 + found.dh0.to(dh0.dtype)
-    if given.lengths is not None and dh_n is not None:
-        dh0 = torch.where((given.lengths == 0)[:, None], dh_n, dh0)
+    inputs, at = r.inputs, end_index(p, r.inputs.lengths, first=True)
+    first = gradients.dgates[at]  # [B, 4H]; zero where length is 0
+    if inputs.gain_hh is not None:
+        first = layer_norm.gradient(first, inputs.gain_hh, r.unit_hh.unit[at], r.unit_hh.scale[at])
+    if inputs.resets is not None and not p.reverse:
+        first = first.masked_fill(inputs.resets[0, :, None], 0)
+    dh0 = (first @ inputs.weight_hh)[None]
+    if inputs.dropout_h is not None:
+        dh0 = inputs.dropout_h * dh0
+    if gradients.dh0 is not None:
+        dh0 = dh0 + gradients.dh0.to(dh0.dtype)
+    if inputs.lengths is not None and dh_n is not None:
+        dh0 = torch.where((inputs.lengths == 0)[:, None], dh_n, dh0)
     return dh0

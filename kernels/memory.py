@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Problem
+from .problem import Gradients, Problem
 
-EVERY_BIT = -1  # of a Buffer's fill: also the sentinel of the exchanges
-PATTERN = 0x7FFF  # of two bytes of a margin: NaN in every dtype, so that what is read there shows, too; no sentinel
-LEAST = 1 << 12  # bytes of a margin, which is as large as the tensor if that is larger, up to
-MOST = 1 << 20
+EVERY_BIT = -1  # fills a Buffer; it is also the sentinel of the exchanges
+PATTERN = 0x7FFF  # two bytes of a margin: NaN in every dtype, so that a read there shows too; never the sentinel
+LEAST, MOST = 1 << 12, 1 << 20  # bytes of a margin, which is as large as the tensor between these limits
 ALIGNMENT = 16  # bytes, which compiled kernels assume
 
 
@@ -40,7 +39,7 @@ def results_of(p: Problem) -> dict[str, Buffer]:
 
 
 def gradients_of(p: Problem) -> dict[str, Buffer]:
-    """What backward returns, likewise; see layer.Gradients."""
+    """What backward returns, likewise; see problem.Gradients."""
     f32, of_h, of_c = torch.float32, (p.batch, p.width), (p.batch, p.hidden)
     buffers = {"dgates_ptr": Buffer(p.dtype, (p.batch, 4 * p.hidden), 0), "dc_ptr": Buffer(f32, (1, *of_c), fill=0)}
     if p.zoneout_h is not None:
@@ -54,13 +53,21 @@ def gradients_of(p: Problem) -> dict[str, Buffer]:
     return buffers
 
 
+def gradients_in(memory: dict[str, Tensor], dgates: Tensor) -> Gradients:
+    """The gradients that a launch wrote, from its memory."""
+    names = "dh_from_zoneout_ptr", "dc_ptr", "dh_total_ptr", "dreset_h_ptr", "dreset_c_ptr"
+    return Gradients(dgates, *map(memory.get, names))
+
+
 def allocate(buffers: dict[str, Buffer], steps: int, like: Tensor) -> dict[str, Tensor]:
     """The buffers of a launch over T = `steps`, on the device of a tensor."""
-    tensors, own = {}, like.dtype
+    tensors, usual = {}, like.dtype
     for name, (dtype, size, times, fill) in buffers.items():
         if times is not None:
             size = (steps + times, *size)
-        t = like.new_empty(*size) if dtype is own else like.new_empty(*size, dtype=dtype)  # numbers are read faster
+        t = (
+            like.new_empty(*size) if dtype is usual else like.new_empty(*size, dtype=dtype)
+        )  # torch parses sizes given one by one faster
         if fill == 0:
             t.zero_()
         elif fill is not None:
@@ -103,9 +110,9 @@ def margins(kernel: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     tensors = {n: t for n, t in arguments.items() if isinstance(t, Tensor) and not t.is_meta and "error" not in n}
     wide = {name: _with_margins(t.detach()) for name, t in tensors.items()}
     yield arguments | {name: inner for name, (_, inner) in wide.items()}
-    found = [text for name, (outer, inner) in wide.items() if (text := _outside(name, outer, inner))]
-    if found:
-        raise WroteOutside(f"{kernel} wrote {'; '.join(found)}")
+    written = [text for name, (outer, inner) in wide.items() if (text := _outside(name, outer, inner))]
+    if written:
+        raise WroteOutside(f"{kernel} wrote {'; '.join(written)}")
     for name, t in tensors.items():
         t.data.copy_(wide[name][1])  # as data, since autograd counts the versions of what it saved
 
@@ -119,12 +126,12 @@ def _with_margins(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pattern(count: int, device: torch.device) -> Tensor:
-    """At least so many bytes."""
+    """At least `count` bytes of the pattern."""
     return torch.full(((count + 1) // 2,), PATTERN, dtype=torch.int16, device=device).view(torch.uint8)
 
 
 def _outside(name: str, outer: Tensor, inner: Tensor) -> str | None:
-    """What was written into the margins around a buffer; None: nothing."""
+    """Where a buffer's margins were written to, in words; None: nowhere."""
     start = inner.data_ptr() - outer.data_ptr()
     changed = outer != _pattern(outer.numel(), outer.device)
     before, after = changed[:start], changed[start + inner.nbytes :]

@@ -9,7 +9,8 @@ def as_words(x: Tensor, hidden: int, size: int = 4) -> Tensor:
     missing = -hidden * x.itemsize % size // x.itemsize
     if missing:
         x = torch.nn.functional.pad(x, (0, missing))
-    if not x.is_contiguous() or x.storage_offset() * x.itemsize % size:
+    # With H = 1 a tensor counts as contiguous whatever its strides are, which must be multiples of a word.
+    if hidden == 1 or not x.is_contiguous() or x.storage_offset() * x.itemsize % size:
         x = x.clone(memory_format=torch.contiguous_format)
     return x.view(torch.int32)
 

@@ -16,31 +16,33 @@ R = TypeVar("R")
 
 
 @dataclass
-class _Launched:  # on a device
+class _Launched:
+    """What was launched on a device."""
+
     group: Hashable = None  # of the latest launch
     # The streams that the group's launches went to, with an event after the latest of each; None: none was recorded.
     streams: dict[torch.cuda.Stream, torch.cuda.Event | None] = field(default_factory=dict)
     before: list[torch.cuda.Event] = field(default_factory=list)  # after the groups before it
     several: bool = False  # whether there was more than one group, so that events are recorded
-    # From the look at others to the event that they look for: another thread must not launch in between.
+    # Held from waiting for others to recording the event: no other thread may launch in between.
     lock: Any = field(default_factory=threading.RLock)
 
 
 _launched: dict[torch.device, _Launched] = {}
 
 
-def in_order(at_once: int | None, device: torch.device, launch: Callable[..., R], *given: Any) -> R:
-    """launch(*given) on the current stream, which first waits for launches that must not run at the same time.
+def in_order(at_once: int | None, device: torch.device, launch: Callable[..., R], *arguments: Any) -> R:
+    """launch(*arguments) on the current stream, which first waits for launches that must not run at the same time.
 
     It was planned as one of `at_once` that share the card; None: its programs do not wait for each other.
     """
     if at_once is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return launch(*given)
+        return launch(*arguments)
     latest = _launched.get(device) or _launched.setdefault(device, _Launched())
     stream = torch.cuda.current_stream(device)
     with latest.lock:
         _await_others(latest, stream if at_once == 1 else at_once, stream, device)
-        results = launch(*given)
+        results = launch(*arguments)
         if latest.several:
             latest.streams[stream] = stream.record_event()
     return results

@@ -1,6 +1,6 @@
 """The contract of a layer: a Problem, which decides the kernels and has all sizes, and the tensors of one call."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +46,11 @@ class Problem(NamedTuple):
         return self.dropout_h or self.zoneout_h is not None or self.zoneout_c is not None
 
     @property
+    def projects_in_loop(self) -> bool:
+        """Whether the projection cannot be moved out of the time loop, see projection.py."""
+        return self.projected > 0 and self.regularised
+
+    @property
     def normalised(self) -> bool:
         """Whether there is a layer norm inside the time loop."""
         return self.norms[0] or self.norms[1]
@@ -62,7 +67,7 @@ class Problem(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Which part of a problem is run: forward, or backward and which gradients are given."""
+    """Forward or backward, and which tensors come with it."""
 
     backward: bool = False
     save: bool = True  # forward: keep what backward reads
@@ -71,7 +76,7 @@ class Pass(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors of one layer in one direction, under the names that everyone gives them; gradients have them, too.
+    """The tensors of one layer in one direction. Everyone uses these names, for their gradients too.
 
     I input features; None: there is no such tensor. W_hh, W_hr, states, lengths and resets may be strided in any way.
     """
@@ -99,7 +104,7 @@ class Inputs(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What a layer norm normalised at every step, before its gain: with mean 0 and variance 1, and by what scaled."""
+    """What a layer norm computes at every step before its gain: values of mean 0 and variance 1, and their scale."""
 
     unit: Tensor | None  # [..., N] in the dtype of what was normalised
     scale: Tensor | None  # [...] float32, or float64
@@ -109,15 +114,42 @@ NO_UNIT = Unit(None, None)
 
 
 class Recurrence(NamedTuple):
-    """What the time loop reads. Of the Inputs those that `in_the_loop` names; x, W_ih and biases are in the gates.
+    """What the time loop reads: the Inputs that `in_the_loop` names, since x, W_ih and biases are in the gates.
 
     States are [1, B, P] and [1, B, H], c0 float32. Layer norms are those in the loop, of W_hh h and of c in tanh(c). A
     reset step begins with h = 0, and with c = 0 or `reset_c`; for another h, its product with W_hh is in the gates.
     """
 
-    given: Inputs
+    inputs: Inputs
     unit_hh: Unit = NO_UNIT  # for backward: [T, B, 4H], and scale [T, B]
     unit_c: Unit = NO_UNIT  # for backward: [T, B, H] float32, and scale [T, B]
+
+
+class Gradients(NamedTuple):
+    """What backward returns; None where there is none."""
+
+    dgates: Tensor  # [T, B, 4H] of the pre-activations; zero in padding
+    dh0: Tensor | None  # [1, B, P]; from Prepared.backward: float32, and through zoneout of the first step only
+    dc0: Tensor  # [1, B, H] float32
+    dh_total: Tensor | None = None  # [T, B, P] of W_hr m with a projection, of m with a layer norm of c
+    dreset_h: Tensor | None = None  # [T, B, P] float32, through zoneout; zero but at resets
+    dreset_c: Tensor | None = None  # [T, B, H] float32, zero but at resets
+
+
+class Prepared(Protocol):
+    """A plan of one problem and pass, ready to be launched."""
+
+    plan: Any
+    at_once: int | None  # launches of it that fit the card together; None: programs do not wait for each other
+    projects_outside: bool  # it runs the recurrence of m, see projection.py
+
+    def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As layer.Layer.forward."""
+
+    def backward(
+        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
+    ) -> Gradients:
+        """As layer.Layer.backward, except for dh0."""
 
 
 class Like(NamedTuple):
@@ -154,16 +186,16 @@ def in_the_loop(p: Problem, steps: int) -> dict[str, Like]:
     return {name: like for name, like in every.items() if like is not None}
 
 
-def problem_of(given: Inputs, reverse: bool, precision: str, side_by_side: int = 1) -> Problem:
+def problem_of(inputs: Inputs, reverse: bool, precision: str, side_by_side: int = 1) -> Problem:
     """The problem of a call with these tensors."""
-    g, (steps, batch, _), (hidden,) = given, given.x.shape, given.c0.shape[-1:]
-    dimensions = [None if t is None else t.dim() for t in (g.zoneout_h, g.zoneout_c)]
+    i, (steps, batch, _), (hidden,) = inputs, inputs.x.shape, inputs.c0.shape[-1:]
+    dimensions = [None if t is None else t.dim() for t in (i.zoneout_h, i.zoneout_c)]
     return Problem(
-        1 if steps == 1 else 2, batch, hidden, g.x.dtype, 0 if g.weight_hr is None else g.h0.shape[-1],
-        precision, side_by_side, reverse, None if g.lengths is None else g.lengths.dtype, g.resets is not None,
-        g.dropout_h is not None, *dimensions, g.reset_h is not None and g.zoneout_h is not None,
-        g.reset_c is not None, g.weight_peephole is not None,
-        (g.gain_hh is not None, g.gain_c is not None, g.bias_c is not None),
+        1 if steps == 1 else 2, batch, hidden, i.x.dtype, 0 if i.weight_hr is None else i.h0.shape[-1],
+        precision, side_by_side, reverse, None if i.lengths is None else i.lengths.dtype, i.resets is not None,
+        i.dropout_h is not None, *dimensions, i.reset_h is not None and i.zoneout_h is not None,
+        i.reset_c is not None, i.weight_peephole is not None,
+        (i.gain_hh is not None, i.gain_c is not None, i.bias_c is not None),
     )  # fmt: skip
 
 

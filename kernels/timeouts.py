@@ -29,7 +29,10 @@ DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 TIMEOUT = "GPU_LSTM_TIMEOUT"  # environment variable: about how many seconds programs wait for each other
 SPARE = "GPU_LSTM_SPARE_MULTIPROCESSORS"  # environment variable: how many of them plans leave to other kernels
-SECONDS, SECONDS_OF_TRIALS = 120.0, 1.0  # a kernel of NCCL waits as long for a slow rank, and holds multiprocessors
+SECONDS, SECONDS_OF_TRIALS = (
+    120.0,
+    1.0,
+)  # NCCL's kernels may hold multiprocessors as long, while they wait for a slow rank
 POLLS_A_SECOND = 4_000_000  # a poll takes an estimated 0.2 to 0.35 us
 SPARE_OF_RANKS = 1 / 8  # of the card, where torch.distributed has several ranks
 
@@ -90,22 +93,12 @@ def spare_multiprocessors(count: int) -> int:
     return int(text)
 
 
-_whole_card = False  # whether a plan may have been chosen for it, since there was one rank
+_whole_card = False  # whether a plan may have been made for all of it, as there was one rank
 
 
 def _several_ranks() -> bool:
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def _warn_of_ranks() -> None:
-    """Plans that are in use keep the multiprocessors that they were chosen for: graphs and saved tensors hold them."""
-    global _whole_card
-    _whole_card = False
-    cache.warn_once(
-        "kernels were chosen for the whole card before torch.distributed had several ranks, and leave none of it to "
-        f"those of NCCL: call init_process_group before the first call of a layer, or set {SPARE}"
-    )
 
 
 def error_word(device: torch.device, kernel: str, trial: bool = False) -> Tensor:
@@ -116,7 +109,7 @@ def error_word(device: torch.device, kernel: str, trial: bool = False) -> Tensor
     if device.type == "meta":  # a launch that is only recorded
         return torch.empty(APART, dtype=torch.int32, device=device)
     if device not in _words:
-        _words.setdefault(device, _Words(device))  # a word that another thread has given to a kernel stays
+        _words.setdefault(device, _Words(device))  # not replaced: another thread may have passed it to a kernel
     return _words[device].tensor[int(trial), KERNELS.index(kernel)]
 
 
@@ -126,21 +119,26 @@ def raise_if_timed_out(device: torch.device) -> None:
     Raises:
         RuntimeError: with the kernel, the step and the device. It is raised once.
     """
+    global _whole_card
     if _whole_card and torch.distributed.is_initialized() and _several_ranks():
-        _warn_of_ranks()
+        _whole_card = False  # plans that are in use keep theirs: graphs and saved tensors hold them
+        cache.warn_once(
+            "kernels were chosen for the whole card before torch.distributed had several ranks, and leave none of it "
+            f"to those of NCCL: call init_process_group before the first call of a layer, or set {SPARE}"
+        )
     words = _words.get(device)
     if words is None or words.as_bytes.raw == words.none:
         return
-    found = []
+    timeouts = []
     for k in range(2 * len(KERNELS)):
         if step := words.memory[k * APART]:
             words.memory[k * APART] = 0  # and no others: one may be written at this moment
-            found.append(f"{KERNELS[k % len(KERNELS)]} timed out at step {step - 1}")
-    if found:  # else another thread was faster
+            timeouts.append(f"{KERNELS[k % len(KERNELS)]} timed out at step {step - 1}")
+    if timeouts:  # else another thread was faster
         raise RuntimeError(
-            f"{' and '.join(found)} on {device}: its programs wait for each other, and were not all resident at once; "
-            f"the results of that launch, and of all launches since, are wrong. If other kernels hold the card for "
-            f"long, {TIMEOUT} (seconds, now {timeout_seconds():g}) and {SPARE} in the environment help"
+            f"{' and '.join(timeouts)} on {device}: its programs wait for each other, and were not all resident at "
+            "once; the results of that launch, and of all launches since, are wrong. If other kernels hold the card "
+            f"for long, {TIMEOUT} (seconds, now {timeout_seconds():g}) and {SPARE} in the environment help"
         )
 
 

@@ -14,7 +14,7 @@ from memory_checks import bytes_of, refusal
 from torch import Tensor
 
 from gpu_lstm.kernels.cupy_lstm.planning import Plan
-from gpu_lstm.kernels.cupy_lstm.source import given_of, in_order, join, name_expression, parameters, parts
+from gpu_lstm.kernels.cupy_lstm.source import in_order, join, name_expression, parameters, parts, present_in
 
 HEADER = Path(__file__).with_name("host_cuda.h")
 FLAGS = (
@@ -62,7 +62,7 @@ def launcher(changes: dict[str, str] | None = None, seed: int = 0) -> Callable[.
         sizes = (ctypes.c_longlong * count)(*(bytes_of(a) if isinstance(a, Tensor) else -1 for a in given))
         outside = (ctypes.c_longlong * 4)()
         run = _function(
-            source, name_expression(kernel, dtype, plan.template("backward" in kernel), given_of(kernel, arguments))
+            source, name_expression(kernel, dtype, plan.template("backward" in kernel), present_in(kernel, arguments))
         )
         failure = run((ctypes.c_int * 2)(*plan.grid), plan.threads, plan.shared, seed, addresses, sizes, count, outside)
         assert not failure, f"{kernel}: {FAILURES[failure] or _what_is(outside, parameters(kernel), given)}"

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from gpu_lstm.backends import reference, torch_lstm
 from gpu_lstm.call.modes import Recording
 from gpu_lstm.dispatch import available, run
+from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
-from gpu_lstm.kernels.cupy_lstm.planning import Card
 from gpu_lstm.kernels.cupy_lstm.planning import Plan as CupyPlan
 from gpu_lstm.kernels.cupy_lstm.planning import plans as cupy_plans
 from gpu_lstm.kernels.triton_lstm import launch
-from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family, Plan, power_of_two
+from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Cooperative, Held, Plan, Step, power_of_two
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 from gpu_lstm.kernels.triton_lstm.resident import plans as resident_plans
 from gpu_lstm.kernels.triton_lstm.step import step_plan
@@ -47,7 +47,7 @@ def _force(monkeypatch, plan: Callable, yield_rate: float | None = None) -> None
 
     float32 products are in TF32, without which no plan is resident; the interpreter computes them exactly.
     """
-    monkeypatch.setattr(launch, "choose_plan", lambda problem, device, which, *_: plan(problem, which.backward))
+    monkeypatch.setattr(launch, "choose_plan", lambda problem, device, pass_, *_: plan(problem, pass_.backward))
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
     seeds = itertools.count()
 
@@ -82,7 +82,8 @@ def split(monkeypatch, parts=4, yield_rate=0.05) -> None:
 
     def plan(problem, backward):
         found = step_plan(problem, INTERPRETER, backward)
-        return dataclasses.replace(found, programs=3, rows=16, parts=parts if backward else 1)
+        family = Step(found.family.k, parts if backward else 1)
+        return dataclasses.replace(found, family=family, programs=3, rows=16)
 
     _force(monkeypatch, plan, yield_rate)
 
@@ -93,8 +94,8 @@ def held(monkeypatch, yield_rate=0.05, parts=1, asks_ahead=False) -> None:
     def plan(problem, backward):
         count, inner = (parts, 4 * problem.hidden // parts) if backward else (1, problem.hidden)
         programs, tiles = count * -(-problem.hidden // (16 * count)), -(-problem.batch // 16)
-        sizes = (16, 16, power_of_two(max(16, inner)), programs, min(2, tiles), 4, 1, 0)
-        return Plan(Family.STEP, *sizes, "", parts=count, held=1, ahead=asks_ahead)
+        family = Held(power_of_two(max(16, inner)), count, asks_ahead)
+        return Plan(family, 16, 16, programs, min(2, tiles), num_warps=4, shared=0, why="")
 
     _force(monkeypatch, plan, yield_rate)
 
@@ -118,7 +119,7 @@ def cooperative(monkeypatch, units=4, groups=8, parts=4, yield_rate=0.05) -> Non
         programs = partners * -(-problem.hidden // (partners * units))
         tiles, words = -(-problem.batch // 8), gates * -(-problem.hidden * problem.size // 4)
         chunks = -(-words // (16 * warps))
-        return Plan(Family.COOPERATIVE, 8, units, chunks, programs, min(groups, tiles), warps, 1, 0, "", parts=partners)
+        return Plan(Cooperative(chunks, partners), 8, units, programs, min(groups, tiles), warps, shared=0, why="")
 
     _force(monkeypatch, plan, yield_rate)
 
@@ -142,7 +143,7 @@ def cupy_plan(kept: bool, parts: int, multiprocessors: int = 16) -> Callable[...
     def choose(problem, card, backward) -> CupyPlan:
         wanted = kept, 4 if kept else 8, parts if backward else 1
         found = cupy_plans(problem, Card(card.architecture, multiprocessors), backward)
-        fitting = [plan for plan in found if (plan.chunks > 0, plan.warps, plan.parts) == wanted]
+        fitting = [plan for plan in found if (plan.chunks > 0, plan.warps, plan.partners) == wanted]
         if not fitting and card.architecture < 80:
             pytest.skip("weights in registers need tensor cores")
         return min(fitting, key=lambda plan: plan.clocks)

@@ -102,20 +102,20 @@ CASES = [  # a family and its problem: each dtype, and each option, forward and 
 WAITING = "cooperative", "step"  # whose programs wait for each other
 
 
-def one_pass(problem: Problem, which: Pass, steps: int, layer: Layer) -> dict:
+def one_pass(problem: Problem, pass_: Pass, steps: int, layer: Layer) -> dict:
     """Run it; return what the kernel must be passed, by the name of its parameter, and None where it is passed none."""
     gates, r = launch.call_of(problem._replace(steps=steps), CPU)
-    named = {f"{name}_ptr": t for name, t in r.given._asdict().items()}
+    named = {f"{name}_ptr": t for name, t in r.inputs._asdict().items()}
     named |= zip(("unit_hh_ptr", "scale_hh_ptr", "unit_c_ptr", "scale_c_ptr"), (*r.unit_hh, *r.unit_c))
     named |= {"gates_ptr": gates, "T": steps, "B": problem.batch}
-    if which.backward:
-        h0, c0 = r.given.h0, r.given.c0
+    if pass_.backward:
+        h0, c0 = r.inputs.h0, r.inputs.c0
         dh, dh_n, saved = h0.new_zeros(steps, *h0.shape[1:]), h0.clone(), c0.new_zeros(steps, *c0.shape[1:])
         found = layer.backward(dh, dh_n, c0.clone(), gates, saved, r, of_h0=False)
         named |= dict(dh_ptr=dh, dh_n_ptr=dh_n, c_ptr=saved, dc_ptr=found.dc0, dh_total_ptr=found.dh_total)
         return named | dict(dreset_h_ptr=found.dreset_h, dreset_c_ptr=found.dreset_c)
     names = "h_ptr", "h_n_ptr", "c_n_ptr", "c_ptr"
-    return named | dict(zip(names, layer.forward(gates, r, which.save)))
+    return named | dict(zip(names, layer.forward(gates, r, pass_.save)))
 
 
 def arguments(swapped: bool = False) -> list[dict]:
@@ -133,14 +133,14 @@ def arguments(swapped: bool = False) -> list[dict]:
 
     launch.Kernel.__call__ = recorded
     results = []
-    for (family, problem), which in product(CASES[:1] if swapped else CASES, (Pass(), Pass(True), Pass(save=False))):
-        if not which.save and family != "resident":
+    for (family, problem), pass_ in product(CASES[:1] if swapped else CASES, (Pass(), Pass(True), Pass(save=False))):
+        if not pass_.save and family != "resident":
             continue
-        plan = plan_of(family, problem, which.backward)
+        plan = plan_of(family, problem, pass_.backward)
         for steps in (5, 16):  # of which Triton may make different kernels
             before = compiled()
             given.clear()
-            named = one_pass(problem, which, steps, launch.layer_of(problem, CUDA).with_plan(plan))
+            named = one_pass(problem, pass_, steps, launch.layer_of(problem, CUDA).with_plan(plan))
             kernel, asked = given[0][0], events()
             named["error_ptr"] = launch.error_word(CUDA, kernel.__name__, True) if family in WAITING else None
             launches = [event for event in asked if event["event"] == "launch"]
@@ -148,7 +148,7 @@ def arguments(swapped: bool = False) -> list[dict]:
             mistakes += [m for (_, a), e in zip(given, launches) for m in _mistakes(kernel, a, e["arguments"], named)]
             results.append(dict(
                 case=f"{kernel.__name__} {problem}", family=family, precision=f"{problem.dtype} {problem.precision}",
-                steps=steps, size=[*(*plan.grid, 1, 1)[:3], plan.threads], launches=launches,
+                steps=steps, size=[*(*plan.grid, 1, 1)[:3], 32 * plan.num_warps], launches=launches,
                 loads=len(asked) - len(launches), compiled=compiled() - before, mistakes=mistakes,
             ))  # fmt: skip
     return results
@@ -239,12 +239,12 @@ def capture() -> list:
     """Events of a capture after a call like it; the error of one without; and events of that call outside."""
     problem = CASES[0][1]
     layer = launch.layer_of(problem, CUDA)
-    for which in (Pass(), Pass(True)):
-        one_pass(problem, which, 5, layer)
+    for pass_ in (Pass(), Pass(True)):
+        one_pass(problem, pass_, 5, layer)
     events()
     plant(capturing=1)
-    for which in (Pass(), Pass(True)):
-        one_pass(problem, which, 16, layer)
+    for pass_ in (Pass(), Pass(True)):
+        one_pass(problem, pass_, 16, layer)
     results = [events()]
     try:
         one_pass(problem, Pass(save=False), 5, layer)

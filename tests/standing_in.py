@@ -14,17 +14,18 @@ from torch.utils._pytree import tree_leaves
 from gpu_lstm.backends import kernels
 from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import timeouts
+from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, in_the_loop, problem_of
 from gpu_lstm.kernels.triton_lstm import autotune, choose, launch
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Device, Plan
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Plan
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 
 CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
 
 
-def torch_finds(patch, card: Device = H100, **others: Any) -> None:
+def torch_finds(patch, card: Card = H100, **others: Any) -> None:
     """What torch.cuda answers where cuda:0 is this card, current and idle; and `others`, functions or values."""
     major, minor = divmod(card.architecture, 10)
     properties = SimpleNamespace(name=card.name, major=major, minor=minor, multi_processor_count=card.multiprocessors,
@@ -35,7 +36,7 @@ def torch_finds(patch, card: Device = H100, **others: Any) -> None:
         patch.setattr(torch.cuda, name, answer if callable(answer) else lambda *_, answer=answer, **__: answer)
 
 
-def a_card(patch, card: Device = H100, **others: Any) -> None:
+def a_card(patch, card: Card = H100, **others: Any) -> None:
     """cuda:0 is this card, also for planning; kernels all load on it, and nothing is launched."""
     torch_finds(patch, card, **others)
     for module in (launch, choose, autotune, cupy):
@@ -97,9 +98,9 @@ def assert_contract(layer: Layer, gates: torch.Tensor, r: Recurrence) -> None:
     assert (p.steps == 1) <= (steps == 1)
     wanted = in_the_loop(p, steps)
     for name, like in wanted.items():
-        t = getattr(r.given, name)
+        t = getattr(r.inputs, name)
         assert (tuple(t.shape), t.dtype) == like, f"{name}: expected {like}, got {list(t.shape)} of {t.dtype}"
-    more = {name for name in EVERY if name not in wanted and getattr(r.given, name) is not None}
+    more = {name for name in EVERY if name not in wanted and getattr(r.inputs, name) is not None}
     assert more <= ({"reset_h"} if p.reset_c else set()), "of which the Problem says nothing"
 
 
@@ -116,7 +117,7 @@ def as_a_card(monkeypatch):
 
     def recorded(run, way, gates, recurrence):
         def wrapper(layer, *given):
-            of_layer, given_to_it = layer.problem, given[recurrence].given
+            of_layer, given_to_it = layer.problem, given[recurrence].inputs
             facts = of_layer.reverse, of_layer.precision, of_layer.side_by_side
             problem = problem_of(given_to_it._replace(x=given[gates]), *facts)
             launched.append((way, problem))
@@ -131,12 +132,12 @@ def as_a_card(monkeypatch):
     return launched
 
 
-def plan_of(family: str, problem: Problem, backward: bool, device: Device = H100) -> Plan:
+def plan_of(family: str, problem: Problem, backward: bool, card: Card = H100) -> Plan:
     """The first plan of a family of kernels; split: of the step family, backward with products of parts of K."""
-    every = [*choose.plans(problem, device, backward), pointwise_plan(problem)]
+    every = [*choose.plans(problem, card, backward), pointwise_plan(problem)]
     in_parts = family == "split" and backward
     family = "step" if family == "split" else family
-    return next(p for p in every if p.family.value == family and (family != "step" or (p.parts > 1) == in_parts))
+    return next(p for p in every if p.family.name == family and (family != "step" or (p.family.parts > 1) == in_parts))
 
 
 def flat(results):

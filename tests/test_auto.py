@@ -33,16 +33,16 @@ def card(monkeypatch):
         KERNELS[place].force(monkeypatch)
         forced, choose_plan, verified = launch.choose_plan, choose.choose_plan, []
 
-        def as_on_a_card(problem, device, which, launches, verify=None):
+        def as_on_a_card(problem, device, pass_, launches, verify=None):
             def verify_here(plan):
-                verified.append((plan.family.value, problem.batch, problem.hidden, which.backward))
+                verified.append((plan.family.name, problem.batch, problem.hidden, pass_.backward))
                 return verify(plan)
 
-            return choose_plan(problem, torch.device("cuda", 0), which, launches, verify and verify_here)
+            return choose_plan(problem, torch.device("cuda", 0), pass_, launches, verify and verify_here)
 
         monkeypatch.setattr(launch, "choose_plan", as_on_a_card)
         monkeypatch.setattr(choose, "card_of", lambda device: INTERPRETER)
-        monkeypatch.setattr(choose, "candidates", lambda problem, card, which: [forced(problem, None, which)])
+        monkeypatch.setattr(choose, "candidates", lambda problem, card, pass_: [forced(problem, None, pass_)])
         monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
@@ -87,9 +87,9 @@ def test_a_kernel_that_is_wrong_for_more_or_for_fewer_sequences_than_units_is_re
     forward = launch.Prepared.forward
 
     def with_states_of_others(prepared, gates, r):
-        batch, hidden = r.given.c0.shape[1:]
+        batch, hidden = r.inputs.c0.shape[1:]
         if wrong is not None:
-            r = r._replace(given=r.given._replace(h0=r.given.h0[:, wrong(batch, hidden)].contiguous()))
+            r = r._replace(inputs=r.inputs._replace(h0=r.inputs.h0[:, wrong(batch, hidden)].contiguous()))
         return forward(prepared, gates, r)
 
     monkeypatch.setattr(launch.Prepared, "forward", with_states_of_others)

@@ -19,7 +19,7 @@ import triton
 
 from compile_table.report import Loop, Report, time_loop
 from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.kernels.triton_lstm.planning import Family, Plan, counts_of_turn
+from gpu_lstm.kernels.triton_lstm.planning import Cooperative, Plan, Resident, counts_of_turn
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 OLDER_TRITON = TRITON < (3, 9)
@@ -38,7 +38,7 @@ from compile_table.triton_kernels import PRECISIONS, Case, problem_with
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import cooperative, launch, pointwise, resident, step
 from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Cooperative
 from gpu_lstm.kernels.triton_lstm.step import held_plans, step_plan
 
 ARCHITECTURES = 80, 90, 100, 120  # sm_86 and sm_89: the instructions of sm_80 and the shared memory of sm_120
@@ -58,7 +58,7 @@ SLOWER = {  # or no two of their facts are new
 }
 
 def wanted(case):
-    p, sm, backward = case.problem, case.device.architecture, case.backward
+    p, sm, backward = case.problem, case.card.architecture, case.backward
     if sm not in ARCHITECTURES:
         return False
     dtype, name = re.split(" (?=B=)", str(case))
@@ -79,15 +79,15 @@ def wanted(case):
 def quick(case):
     p = case.problem
     small = p.batch == 16 and p.hidden in (128, 768) and not p.regularised
-    large = p.batch in (1024, 4096) and case.device.architecture == 90
+    large = p.batch in (1024, 4096) and case.card.architecture == 90
     return p.dtype is torch.bfloat16 and (small or large or p.hidden == 4096)
 
 def as_json(rows):
-    return [dataclasses.asdict(row) | {"fits": row.fits} for row in rows]
+    return [dataclasses.asdict(row) | {"fits": row.fits, "plan": row.plan.as_json()} for row in rows]
 
 def with_32_registers():  # a thread may have no more: its report, and the one without that limit
-    case = Case(Problem(2, 16, 64, torch.float32), False, triton_kernels.SEQUENCE_DEVICES[0])
-    plan = step_plan(case.problem, case.device, False)
+    case = Case(Problem(2, 16, 64, torch.float32), False, triton_kernels.SEQUENCE_CARDS[0])
+    plan = step_plan(case.problem, case.card, False)
     launch = recorded_launches(case.problem, Pass(), plan)[0]
     few = launch._replace(arguments=launch.arguments | dict(maxnreg=32))
     return as_json(triton_kernels.report(each, case, plan) for each in (few, launch))
@@ -102,7 +102,7 @@ def kinds_of_held():  # of whatever is proposed: every kind of tile, and of K
     for dtype, backward, hidden, batch in itertools.product(dtypes, (False, True), (256, 384, 512), batches):
         problem = Problem(2, batch, hidden, dtype, precision="tf32")
         for plan in held_plans(problem, DEVICES["h100"], backward):
-            found.setdefault((dtype, backward, plan.rows, plan.columns, plan.k), (problem, backward, plan))
+            found.setdefault((dtype, backward, plan.rows, plan.units, plan.family.k), (problem, backward, plan))
     kinds = list(found.values())[::8 if QUICK else 1]
     with triton_kernels.ProcessPoolExecutor() as pool:
         return as_json(pool.map(report_of_plan, *zip(*kinds)))
@@ -120,7 +120,7 @@ def with_loads_in_the_loop():  # a copy of the cooperative family that loads its
     product = next(line for line in text.splitlines() if "= product(" in line)
     path = pathlib.Path(__file__).with_name("faulty.py")
     path.write_text(text.replace(product, f"        tl.debug_barrier()\\n    {load}\\n{product}"))
-    launch.FAMILIES[Family.COOPERATIVE] = importlib.import_module("faulty")
+    launch.FAMILIES[Cooperative] = importlib.import_module("faulty")
     return as_json([triton_kernels.report_of(Case(Problem(2, 16, 256, torch.bfloat16), False, DEVICES["h100"]))])
 
 def parameters():  # of each kernel: the numbers that it takes, and those whose values make no kernel of their own
@@ -132,15 +132,15 @@ def parameters():  # of each kernel: the numbers that it takes, and those whose 
     }
 
 if __name__ == "__main__":
-    more = (16, 4096, {}), (4096, 128, {}), (4096, 128, dict(ragged=True, peepholes=True))
-    more = [Case(problem_with(Problem(2, batch, hidden, torch.bfloat16), **kind), backward, DEVICES["h100"])
-            for batch, hidden, kind in more for backward in (False, True)]
+    more = (16, 4096, ""), (4096, 128, ""), (4096, 128, "ragged peepholes")
+    more = [Case(problem_with(Problem(2, batch, hidden, torch.bfloat16), words), backward, DEVICES["h100"])
+            for batch, hidden, words in more for backward in (False, True)]
     cases = [case for case in triton_kernels.cases(False) + more if wanted(case) and (not QUICK or quick(case))]
     print(json.dumps(dict(
         rows=as_json(triton_kernels.reports(cases)), with_32_registers=with_32_registers(),
         parameters=parameters(), with_loads_in_the_loop=with_loads_in_the_loop(),
         held=kinds_of_held(), in_two_blocks=in_two_blocks(),
-    ), default=lambda family: family.value))
+    )))
 """
 
 
@@ -178,14 +178,16 @@ MUST_NOT_BE = {  # what no row may say of a kernel; `held`: of the families that
     "more shared memory than the architecture has": lambda row, held: row["shared"] > LIMITS[row["architecture"]],
     "it does not fit": lambda row, held: not row["fits"],
     "other shared memory than was planned": lambda row, held: (
-        (held or (row["plan"]["held"] and not OLDER_TRITON)) and row["shared"] != row["plan"]["shared"]
+        (held or (row["plan"]["family"] == "held" and not OLDER_TRITON)) and row["shared"] != row["plan"]["shared"]
     ),
     "no tensor cores, and not exact": lambda row, _: (
         row["loop"] and not row["loop"]["products"] and "ieee" not in row["case"]
     ),
     "exact float32 by tensor cores": lambda row, _: row["tensor_core"] and "ieee" in row["case"],
     "products read weights elsewhere than they were stored": lambda row, _: row["misplaced"],
-    "weights are loaded inside the time loop": lambda row, held: (held or row["plan"]["held"]) and row["weight_loads"],
+    "weights are loaded inside the time loop": lambda row, held: (
+        (held or row["plan"]["family"] == "held") and row["weight_loads"]
+    ),
     "no time loop, or one where a launch is a step": lambda row, _: (
         (row["loop"] is None) is not (row["plan"]["family"] == "pointwise")
     ),
@@ -207,11 +209,11 @@ def test_the_step_kernels_do_load_weights_and_have_barriers_in_a_loop(rows):
 
 def test_the_step_family_holds_weights_where_that_is_planned(rows):
     """For 64 sequences by wgmma, of as many registers as two programs of a multiprocessor may have."""
-    held = [row for row in rows if row["plan"]["held"]]
+    held = [row for row in rows if row["plan"]["family"] == "held"]
     assert {row["kernel"] for row in held} == {"lstm_step_forward_kernel", "lstm_step_backward_kernel"}
     for row in held:
         assert row["tensor_core"] == "wgmma.mma_async"
-        assert row["registers"] * row["threads"] * row["plan"]["held"] <= 65536
+        assert row["registers"] * row["threads"] * row["plan"]["blocks"] <= 65536
 
 
 def test_products_read_held_weights_where_they_were_stored(compiled):
@@ -225,7 +227,7 @@ def test_products_read_held_weights_where_they_were_stored(compiled):
 
 @pytest.mark.deep
 def test_products_of_parts_of_k_are_compiled_in_every_kind_of_tiles(rows):
-    split = {tuple(row["plan"][name] for name in ("rows", "columns", "parts")) for row in rows
+    split = {tuple(row["plan"][name] for name in ("rows", "units", "parts")) for row in rows
              if row["kernel"] == "lstm_step_backward_kernel" and row["plan"]["parts"] > 1}  # fmt: skip
     assert split >= {(16, 16, 8), (64, 16, 8), (128, 16, 8), (64, 32, 4)}
 
@@ -257,7 +259,11 @@ def test_the_model_of_planning_knows_the_counts(rows):
     held = [row for row in plain if row["plan"]["family"] in HELD and not (OLDER_TRITON and _barriers(row) > 1)]
     assert held
     for row in held:
-        plan = Plan(**row["plan"] | {"family": Family(row["plan"]["family"])})
+        sizes = row["plan"]
+        holds = Resident(sizes["chunks"])
+        if sizes["family"] == "cooperative":
+            holds = Cooperative(sizes["chunks"], sizes["partners"], sizes["ahead"])
+        plan = Plan(holds, 8, sizes["units"], sizes["programs"], sizes["groups"], sizes["num_warps"], 0, "")
         dtype = torch.float32 if "float32" in row["case"] else torch.bfloat16
         problem = Problem(2, 16, 1, dtype, norms=("layer norm" in row["case"],) * 3)
         instructions, products, shared = counts_of_turn(problem, plan, "backward" in row["kernel"])
@@ -311,7 +317,7 @@ def test_the_checks_can_fail(compiled):
     """Weights and a barrier in the loop are detected, and a kernel that spills, where a thread has 32 registers."""
     (row,) = compiled["with_loads_in_the_loop"]
     assert (row["plan"]["family"], row["loop"]["barriers"]) == ("cooperative", 2)
-    assert row["weight_loads"] == 8 * (row["plan"]["columns"] // 4) * row["plan"]["k"]
+    assert row["weight_loads"] == 8 * (row["plan"]["units"] // 4) * row["plan"]["chunks"]
     assert row["loop"]["loads"] > row["weight_loads"]
     few, enough = compiled["with_32_registers"]
     assert (enough["spills"], enough["fits"], few["fits"]) == (0, True, False)

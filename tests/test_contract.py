@@ -69,17 +69,17 @@ def test_states_of_another_shape_are_no_states_of_a_layer():
     """[B, H], as they are where there are several: its last but one size is not the first."""
     gates = torch.zeros(2, 3, 20)
     r = recurrence(gates, weight_hh=torch.zeros(20, 5), h0=torch.zeros(3, 5), c0=torch.zeros(3, 5))
-    layer = launch.layer_of(problem_of(r.given, False, "ieee"), gates.device)
+    layer = launch.layer_of(problem_of(r.inputs, False, "ieee"), gates.device)
     layer.forward(gates, r, save=False)
     with pytest.raises(AssertionError, match="h0"):
-        layer.forward(gates, r._replace(given=r.given._replace(h0=torch.zeros(3, 5))), save=False)
+        layer.forward(gates, r._replace(inputs=r.inputs._replace(h0=torch.zeros(3, 5))), save=False)
 
 
 def test_backward_is_prepared_for_the_gradients_that_it_is_given():
     """Each combination is a kernel of its own, which is verified for it."""
     gates, state = torch.zeros(2, 3, 20), torch.zeros(3, 5)
     r = recurrence(gates, weight_hh=torch.zeros(20, 5), h0=state, c0=state)
-    layer = Layer(problem_of(r.given, False, "ieee"), gates.device, launch)
+    layer = Layer(problem_of(r.inputs, False, "ieee"), gates.device, launch)
     for dh, dh_n in itertools.product((None, state), repeat=2):
         layer.backward(dh if dh is None else torch.zeros(2, 3, 5), dh_n, state, gates, torch.zeros(2, 3, 5), r)
         assert list(layer._prepared)[-1] == Pass(True, True, dh is not None, dh_n is not None)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import gpu_lstm
 from gpu_lstm.kernels import timeouts
+from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cupy_lstm import launch, source
-from gpu_lstm.kernels.cupy_lstm.planning import Card
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Problem, Recurrence, problem_of
 
@@ -42,7 +42,7 @@ def _given(device: str, dtype=torch.float32, T=4, B=3, H=8) -> tuple[Tensor, Rec
 
 
 def _layer_of(gates: Tensor, r: Recurrence, precision: str = "ieee") -> Layer:
-    return launch.layer_of(problem_of(r.given, False, precision), gates.device)
+    return launch.layer_of(problem_of(r.inputs, False, precision), gates.device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -53,8 +53,8 @@ def test_tensors_that_are_not_aligned_give_the_same_bits(device, dtype):
 
     def results(move):
         gates, r = _given(device, dtype)
-        of_loop = {name: move(getattr(r.given, name)) for name in ("weight_hh", "h0", "c0")}
-        gates, r = move(gates), r._replace(given=r.given._replace(**of_loop))
+        of_loop = {name: move(getattr(r.inputs, name)) for name in ("weight_hh", "h0", "c0")}
+        gates, r = move(gates), r._replace(inputs=r.inputs._replace(**of_loop))
         layer = _layer_of(gates, r)
         h, h_n, c_n, c = layer.forward(gates, r, save=True)
         return gates, h, h_n, c_n, *layer.backward(move(h), move(h_n), None, gates, move(c), r)
@@ -66,7 +66,7 @@ def test_a_nan_is_data_and_stays_in_its_sequence(monkeypatch, device):
     """Nobody waits for it for ever, although the sentinel is a NaN."""
     monkeypatch.setattr(launch, "choose_plan", CUPY_PLANS["kept/4"])
     gates, r = _given(device, torch.float16)
-    r.given.h0.view(torch.int16)[0, 0] = -1  # the sentinel's bits
+    r.inputs.h0.view(torch.int16)[0, 0] = -1  # the sentinel's bits
     gates[1, 1] = float("nan")
     h, *_ = _layer_of(gates, r).forward(gates, r, save=True)
     assert (h[:, 0].isnan().all(), h[1:, 1].isnan().all()) == (True, True)
@@ -87,7 +87,7 @@ def test_more_elements_than_32_bits_count():
     gates = torch.zeros(T, B, 4 * H, dtype=torch.float16, device="cuda")  # 2.3e9 elements
     gates[-1, -1] = 1
     r = _given("cuda", torch.float16, 1, B, H)[1]
-    g = r.given
+    g = r.inputs
     zeros = recurrence(gates, weight_hh=0 * g.weight_hh, h0=0 * g.h0, c0=0 * g.c0)
     h, *_ = _layer_of(gates, zeros).forward(gates, zeros, save=False)
     one = torch.ones((), device="cuda")
@@ -100,10 +100,10 @@ def test_tf32_rounds_the_weights_where_tensor_cores_would_cut_them_off(monkeypat
     """The same bits as from weights that were rounded before, but not from weights that were cut off."""
     cuda(monkeypatch, CUPY_PLANS["kept/1"], host_or_card)
     gates, r = _given(host_or_card, torch.float32, H=9)
-    words = r.given.weight_hh.view(torch.int32)
+    words = r.inputs.weight_hh.view(torch.int32)
     found = []
     for weights in (words, (words + 0x1000) & -0x2000, words & -0x2000):
-        given = r._replace(given=r.given._replace(weight_hh=weights.view(torch.float32)))
+        given = r._replace(inputs=r.inputs._replace(weight_hh=weights.view(torch.float32)))
         layer, own = _layer_of(gates, given, "tf32"), gates.clone()
         h, _, _, c = layer.forward(own, given, save=True)
         found.append(torch.stack([h.sum(), layer.backward(h, None, None, own, c, given).dgates.sum()]))

@@ -66,7 +66,7 @@ def _call(dtype, projected=0, ragged=False, backward=False, precision="ieee") ->
     if ragged:
         more |= dict(lengths=torch.tensor([3, 0, 1, 2, 3]), resets=torch.zeros(T, B).bool(), reset_c=c)
     r = recurrence(gates, weight_hh=weight_hh, h0=h0, c0=c[0], **more)
-    layer = launch.layer_of(problem_of(r.given, ragged, precision), gates.device)
+    layer = launch.layer_of(problem_of(r.inputs, ragged, precision), gates.device)
     if backward:
         layer.backward(*((h, h0, c[0]) if ragged else (None, None, None)), gates, c, r)
     else:
@@ -81,7 +81,7 @@ def test_every_argument_is_as_the_kernel_declares_it(launched, backward, ragged,
     _call(dtype, projected, ragged, backward)
     (kernel, of_dtype, plan), arguments = launched.call_args
     assert (launched.call_count, kernel, of_dtype) == (1, source.KERNELS[backward], dtype)
-    sizes = {"T": T, "B": B, "H": H, "W": planning.words_of(Problem(2, B, H, dtype)), "PARTS": plan.parts}
+    sizes = {"T": T, "B": B, "H": H, "W": planning.words_of(Problem(2, B, H, dtype)), "PARTS": plan.partners}
     types = {"E*": dtype, "float*": torch.float32, "int*": torch.int32, "bool*": torch.bool}
     parameters = _parameters(kernel)
     assert source.parameters(kernel) == tuple(parameter.name for parameter in parameters)
@@ -115,11 +115,12 @@ def test_there_is_a_plan_for_every_problem_and_its_blocks_cover_everything_once(
         for plan in found:
             blocks, groups = plan.grid
             assert blocks * groups * side_by_side <= card.multiprocessors, "all resident at once"
-            assert (blocks % plan.parts, groups <= ceil(batch / 8), plan.units * 8 <= plan.threads) == (0, True, True)
+            assert (blocks % plan.partners, groups <= ceil(batch / 8)) == (0, True)
+            assert plan.units * 8 <= plan.threads
             if plan.chunks:
                 assert (card.architecture >= 80, dtype.itemsize) == (True, 2)
-                assert blocks * plan.units >= hidden > (blocks - plan.parts) * plan.units
-                k = planning.words_of(problem) * (4 // plan.parts if backward else 1)
+                assert blocks * plan.units >= hidden > (blocks - plan.partners) * plan.units
+                k = planning.words_of(problem) * (4 // plan.partners if backward else 1)
                 assert plan.chunks * plan.warps * 16 >= k > (plan.chunks - 1) * plan.warps * 16
 
 
@@ -174,9 +175,9 @@ def test_a_launch_is_what_cupy_is_asked_for(monkeypatch):
     asked, device = MagicMock(), torch.device("cpu")
     monkeypatch.setitem(sys.modules, "cupy", asked.cupy)
     monkeypatch.setattr(launch, "_stream", asked.stream)
-    monkeypatch.setattr(launch, "_kernel", launch._kernel.__wrapped__)
+    monkeypatch.setattr(launch, "_loaded", launch._loaded.__wrapped__)
     tensor, kernel = torch.zeros(3), source.KERNELS[0]
-    plan = Plan(hidden=768, units=12, warps=8, chunks=3, parts=1, grid=(64, 2), shared=1234, clocks=0)
+    plan = Plan(hidden=768, units=12, warps=8, chunks=3, partners=1, grid=(64, 2), shared=1234, clocks=0)
     arguments = dict.fromkeys(source.parameters(kernel), tensor) | dict(c=None, T=7, B=5, reverse=True)
     launch.launch_kernel(kernel, torch.float16, plan, **arguments)
     *before, made, after = asked.mock_calls
@@ -227,7 +228,7 @@ def test_no_kernel_spills_weights_stay_in_registers_and_a_step_has_one_barrier(r
         assert found == (kept, kept, row.architecture < 75)
         if row.loop is not None:
             assert row.loop.barriers == 1
-            products = 2 * case.plan.chunks * case.plan.units * (case.plan.parts if case.backward else 4) // 16
+            products = 2 * case.plan.chunks * case.plan.units * (case.plan.partners if case.backward else 4) // 16
             assert row.loop.products == products
 
 

@@ -20,9 +20,10 @@ import json
 import torch
 from compile_table.triton_kernels import compile_for
 from gpu_lstm.kernels.triton_lstm import cooperative, step
+from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Held
 
 PROBLEMS = {  # of which one load takes four words of a row, two, and one
     "bf16 H=768 B=16": (16, 768, torch.bfloat16), "bf16 H=100 B=9": (9, 100, torch.bfloat16),
@@ -41,21 +42,25 @@ def compiled(family, name, card, backward, parts=1):
         plan = [*step.held_plans(problem, device, backward), step.step_plan(problem, device, backward)][0]
         plan = step.split_plans(problem, device, backward)[0] if parts > 1 else plan
     else:
-        plan = next(plan for plan in cooperative.plans(problem, device, backward) if plan.parts == parts)
+        proposed = [p for p in plans(problem, device, backward) if p.family.name == "cooperative"]
+        plan = next(p for p in proposed if p.family.partners == parts)
     (launch,) = recorded_launches(problem, Pass(backward), plan)
     arguments = [n for n, p in zip(launch.kernel.arg_names, launch.kernel.params)
                  if not p.is_constexpr and launch.arguments[n] is not None]
-    ahead = plan.ahead  # a look before the loop, and one for the next turn
-    words = {"load words": 4 * plan.k * (3 if ahead else 1), "store words": 4 if backward else 1}  # of a thread
-    if plan.parts > 1:
-        words |= {"load partials": parts, "store partials": -(-parts * plan.columns // (4 * plan.num_warps))}
+    ahead = getattr(plan.family, "ahead", False)  # a look before the loop, and one for the next turn
+    words = {"store words": 4 if backward else 1}  # of a thread
+    if family is cooperative:
+        words |= {"load words": 4 * plan.family.chunks * (3 if ahead else 1)}
+    held, parts = isinstance(plan.family, Held), getattr(plan.family, "parts", parts)
+    if parts > 1:
+        words |= {"load partials": parts, "store partials": -(-parts * plan.units // (4 * plan.num_warps))}
     if problem.normalised:  # two numbers of each program, which 32 threads share
-        programs = -(-problem.hidden // plan.columns)
+        programs = -(-problem.hidden // plan.units)
         words |= {f"{access} pairs_{norm}": 2 * -(-programs // 32) if access == "load" else 1
                   for access in ("load", "store") for norm in ("hh", "c")}
     ptx = compile_for(launch, device.architecture).asm["ptx"]
     return dict(name=f"{launch.kernel.__name__} {name} {card}", ptx=ptx, arguments=arguments, words=words,
-                ahead=ahead, held=plan.held, rounds=1 if plan.held and plan.parts == 1 else 2)
+                ahead=ahead, held=held, rounds=1 if held and parts == 1 else 2)
 
 *held, of_tiles, of_next, last = PROBLEMS
 forward = [*zip(held, 3 * ("h100", "a100")), ("tf32 H=33 B=3", "h100")]

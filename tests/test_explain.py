@@ -92,8 +92,8 @@ def test_plans_and_what_bounds_a_step(card, monkeypatch):
     (direction,), lines = found.layers, re.findall("(?<=most of it: ).*", str(found))
     for each, line, backward in zip(direction.passes, lines, (False, True), strict=True):
         plan = plans(Problem(2, 16, 768, torch.bfloat16), H100, backward)[0]
-        assert each.family == plan.family.value == "cooperative"
-        assert each.tiles.startswith(f"{plan.rows} sequences x {plan.columns} units, {plan.programs} programs")
+        assert each.family == plan.family.name == "cooperative"
+        assert each.tiles.startswith(f"{plan.rows} sequences x {plan.units} units, {plan.programs} programs")
         assert "exchange" in each.bounds
         most = sorted(each.bounds, key=each.bounds.get, reverse=True)[:3]
         assert line == "; ".join(f"{each.bounds[name] * 1e6:.2f} us {name}" for name in most)

@@ -25,6 +25,7 @@ from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
 from gpu_lstm.kernels.problem import MOST, Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import indexing, launch
+from gpu_lstm.kernels.triton_lstm.planning import Step
 
 T, I, H = 3, 3, 4
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernels have the GPU's memory")
@@ -142,7 +143,7 @@ def test_more_than_kernels_can_count_to_is_refused(launcher, name, steps, batch,
     gates = zeros(steps, batch, 4 * hidden, device="meta")
     r = recurrence(gates, **{name: zeros(size, device="meta") for name, size in of.items()})
     with pytest.raises(ValueError, match=f"^expected at most {2**31 - 2**16} {name}, got {2**31}$"):
-        launcher.layer_of(problem_of(r.given, False, "ieee"), gates.device).forward(gates, r, save=True)
+        launcher.layer_of(problem_of(r.inputs, False, "ieee"), gates.device).forward(gates, r, save=True)
 
 
 F16 = torch.float16
@@ -172,11 +173,11 @@ def _launches(name: str, backward: bool) -> list:
     plan = plan_of("step" if family == "split" else family, problem, backward)  # whose tiles are those of parts, too
     # No more than a tile for each program, and wide tiles of K, so that the interpreter is soon done.
     if family in ("step", "split"):
-        tiles = ceil(problem.batch / plan.rows) * ceil(max(problem.hidden, problem.projected) / plan.columns)
+        tiles = ceil(problem.batch / plan.rows) * ceil(max(problem.hidden, problem.projected) / plan.units)
         parts = 4 if family == "split" and backward else 1
-        plan = dataclasses.replace(plan, k=4096, programs=tiles, parts=parts)
+        plan = dataclasses.replace(plan, family=Step(4096, parts), programs=tiles)
     else:
-        plan = dataclasses.replace(plan, groups=plan.groups * plan.tiles_per_group)
+        plan = dataclasses.replace(plan, groups=plan.groups * plan.tiles_per_program)
     ragged = dict(lengths=torch.int64, resets=True, reset_h=problem.regularised, reset_c=True, reverse=not backward)
     return launch.recorded_launches(problem._replace(**ragged), Pass(backward), plan)
 

@@ -92,7 +92,7 @@ of_families = partial(pytest.mark.parametrize, indirect=["family"])
 def family(request, monkeypatch):
     """The module of a kernel family by its name, whose plans every launch uses."""
     by = request.param
-    monkeypatch.setattr(launch, "choose_plan", lambda problem, device, which, *_: plan_of(by, problem, which.backward))
+    monkeypatch.setattr(launch, "choose_plan", lambda problem, device, pass_, *_: plan_of(by, problem, pass_.backward))
     return MODULES[by]
 
 

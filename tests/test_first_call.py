@@ -16,15 +16,14 @@ from gpu_lstm.dispatch.available import select, why_unavailable
 from gpu_lstm.kernels.layer import aligned
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import choose, launch
-from gpu_lstm.kernels.triton_lstm.planning import Family
 
 PROBLEM = Problem(2, 64, 256, torch.float16)  # many plans of the cooperative family
 PLANS = choose.plans(PROBLEM, H100, False)
 FORWARD = Pass()
-GIVEN = launch.call_of(PROBLEM, torch.device("meta"))[1].given
+GIVEN = launch.call_of(PROBLEM, torch.device("meta"))[1].inputs
 
 
-def _choose(monkeypatch, load=lambda *_: None, which=FORWARD, verify=None):
+def _choose(monkeypatch, load=lambda *_: None, pass_=FORWARD, verify=None):
     """The plan, and the columns of those tried, which tell them apart; load(kernel, columns) says what spills."""
     tried = []
 
@@ -33,17 +32,17 @@ def _choose(monkeypatch, load=lambda *_: None, which=FORWARD, verify=None):
         return SimpleNamespace(n_spills=load(kernel, tried[-1]) or 0)
 
     monkeypatch.setattr(choose, "load", loaded)
-    return launch.layer_of(PROBLEM, CUDA, verify).prepared(which, GIVEN).plan, tried
+    return launch.layer_of(PROBLEM, CUDA, verify).prepared(pass_, GIVEN).plan, tried
 
 
 def test_the_first_plan_that_loads_is_chosen_and_kept(an_h100, monkeypatch):
     assert launch.layer_of(PROBLEM, CUDA).chosen(Pass()) == (PLANS[0], False), "before there is a choice"
-    assert _choose(monkeypatch) == (PLANS[0], [PLANS[0].columns])
+    assert _choose(monkeypatch) == (PLANS[0], [PLANS[0].units])
     assert _choose(monkeypatch) == (PLANS[0], []), "from the second call on nothing is tried"
-    for which in (Pass(save=False), Pass(True), Pass(True, dh=False), Pass(True, dh_n=False)):
-        assert len(_choose(monkeypatch, which=which)[1]) == 1, "but other kernels are"
+    for pass_ in (Pass(save=False), Pass(True), Pass(True, dh=False), Pass(True, dh_n=False)):
+        assert len(_choose(monkeypatch, pass_=pass_)[1]) == 1, "but other kernels are"
     launch.forget()
-    assert _choose(monkeypatch)[1] == [PLANS[0].columns]
+    assert _choose(monkeypatch)[1] == [PLANS[0].units]
 
 
 def test_two_blocks_of_a_multiprocessor_must_have_room_in_its_shared_memory(monkeypatch):
@@ -61,14 +60,14 @@ def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(an_h1
     verify = Mock(side_effect=lambda *given: "wrong" if given[-1] == PLANS[0] else None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for _ in range(2):
-        assert _choose(monkeypatch, verify=verify) == (PLANS[0], [PLANS[0].columns])
+        assert _choose(monkeypatch, verify=verify) == (PLANS[0], [PLANS[0].units])
     assert verify.mock_calls == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for _ in range(2):
         assert _choose(monkeypatch, verify=verify)[0] == PLANS[1]
     assert verify.mock_calls == [call(ANY, Pass(), GIVEN, plan) for plan in PLANS[:2]]
     assert {each.args[0].problem for each in verify.call_args_list} == {PROBLEM}
-    _choose(monkeypatch, which=Pass(True, dh=False, dh_n=False), verify=verify)
+    _choose(monkeypatch, pass_=Pass(True, dh=False, dh_n=False), verify=verify)
     assert verify.call_count == 2, "without a gradient of h there is nothing to verify"
 
 
@@ -84,27 +83,27 @@ def test_a_tensor_is_copied_unless_it_is_contiguous_and_aligned(shift):
 
 
 @pytest.mark.parametrize("which", [Pass(True, True, dh, dh_n) for dh in (True, False) for dh_n in (True, False)])
-def test_what_is_compiled_for_a_projection_outside_the_loop_is_what_is_launched(monkeypatch, which):
+def test_what_is_compiled_for_a_projection_outside_the_loop_is_what_is_launched(monkeypatch, pass_):
     """Whichever gradients there are, the recurrence of m is given that of every m."""
     problem, record = Problem(2, 3, 16, torch.float16, 4), Mock()
     plan, (gates, r) = plan_of("resident", problem, True), launch.call_of(problem, torch.device("cpu"))
     monkeypatch.setattr(launch, "launch_kernel", record)
     h = torch.zeros(2, 3, 4).half()
-    given = h if which.dh else None, h[:1] if which.dh_n else None, None
+    given = h if pass_.dh else None, h[:1] if pass_.dh_n else None, None
     launch.layer_of(problem, gates.device).with_plan(plan).backward(*given, gates, torch.zeros(2, 3, 16), r)
-    [compiled] = launch.recorded_launches(problem, which, plan)
+    [compiled] = launch.recorded_launches(problem, pass_, plan)
     absent = [{name for name, each in a.items() if each is None} for a in (compiled.arguments, record.call_args.kwargs)]
     assert absent[0] == absent[1]
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("family", Family)
+@pytest.mark.parametrize("family", ["resident", "cooperative", "pointwise", "step"])
 def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     """Its warps, stages, registers, programs; and cooperatively wherever programs wait for each other."""
     batch, hidden, steps = 40, 64, 4
     problem = Problem(steps, batch, hidden, torch.float16)
-    of = problem._replace(hidden=256) if family is Family.COOPERATIVE else problem
-    plan = plan_of(family.value, of, backward)
+    of = problem._replace(hidden=256) if family == "cooperative" else problem
+    plan = plan_of(family, of, backward)
     h, record = torch.zeros(steps, batch, hidden).half(), Mock()
     gates, r = launch.call_of(problem, torch.device("cpu"))
     monkeypatch.setattr(launch, "launch_kernel", record)
@@ -115,14 +114,14 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
         layer.forward(gates, r, save=True)
     calls = [each.kwargs.get("step") for each in record.call_args_list]
     order = [*range(steps)][::-1] if backward else [*range(steps)]
-    assert calls == (order if family is Family.POINTWISE else [None])
+    assert calls == (order if family == "pointwise" else [None])
     (kernel, grid), arguments = record.call_args
-    assert kernel.__name__ == f"lstm_{family.value}_{'backward' if backward else 'forward'}_kernel"
+    assert kernel.__name__ == f"lstm_{family}_{'backward' if backward else 'forward'}_kernel"
     assert math.prod(grid) == plan.programs * plan.groups
-    options = dict(num_warps=plan.num_warps, maxnreg=plan.registers, enable_fp_fusion=True)
-    options["launch_cooperative_grid"] = family in (Family.COOPERATIVE, Family.STEP)
-    if family is Family.STEP:
-        options |= dict(num_stages=plan.num_stages, BLOCK_B=plan.rows, BLOCK_H=plan.columns, BLOCK_K=plan.k)
+    options = dict(num_warps=plan.num_warps, maxnreg=min(255, 65536 // (32 * plan.num_warps)), enable_fp_fusion=True)
+    options["launch_cooperative_grid"] = family in ("cooperative", "step")
+    if family == "step":
+        options |= dict(num_stages=plan.num_stages, BLOCK_B=plan.rows, BLOCK_H=plan.units, BLOCK_K=plan.family.k)
     assert {name: arguments.get(name, False) for name in options} == options
 
 
@@ -133,7 +132,7 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
 def test_a_plan_that_does_not_compile_does_not_fit_and_a_log_line_says_why(an_h100, monkeypatch, caplog, failure, said):
     with caplog.at_level(logging.INFO, "gpu_lstm"):
         found = _choose(monkeypatch, Mock(side_effect=[failure, None]))
-    assert found == (PLANS[1], [plan.columns for plan in PLANS[:2]])
+    assert found == (PLANS[1], [plan.units for plan in PLANS[:2]])
     assert said in caplog.text
 
 
@@ -151,7 +150,7 @@ def test_where_no_kernel_compiles_the_error_names_every_reason_but_out_of_memory
         _choose(monkeypatch, Mock(side_effect=torch.OutOfMemoryError("80 GB")))
     assert len(PLANS) > choose.MOST + 1
     plan, tried = _choose(monkeypatch, lambda kernel, _: "step" not in kernel.__name__)
-    assert (plan.family, len(tried)) == (Family.STEP, choose.MOST + 1)
+    assert (plan.family.name, len(tried)) == ("step", choose.MOST + 1)
 
 
 def test_a_line_says_what_takes_long(an_h100, monkeypatch, caplog):
@@ -229,14 +228,14 @@ def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypat
 @pytest.mark.parametrize("hidden", [64, 768, 1024])
 def test_the_last_smaller_batch_of_an_epoch_compiles_nothing(an_h100, hidden, backward):
     """It uses the plan of the others, unless that is estimated to be much slower."""
-    problem, which = Problem(2, 64, hidden, torch.bfloat16), Pass(backward)
-    given = launch.call_of(problem, torch.device("meta"))[1].given
-    plan = launch.layer_of(problem, CUDA).prepared(which, given).plan
-    ours = [launch.layer_of(problem._replace(batch=batch), CUDA).chosen(which).plan for batch in range(1, 64)]
+    problem, pass_ = Problem(2, 64, hidden, torch.bfloat16), Pass(backward)
+    given = launch.call_of(problem, torch.device("meta"))[1].inputs
+    plan = launch.layer_of(problem, CUDA).prepared(pass_, given).plan
+    ours = [launch.layer_of(problem._replace(batch=batch), CUDA).chosen(pass_).plan for batch in range(1, 64)]
     least = 33 if (hidden, backward) == (1024, True) else 9  # there a cooperative plan is faster for half the batch
     assert ours[least - 1 :] == [plan] * (64 - least)
     larger = launch.layer_of(problem._replace(batch=4096), CUDA)
-    assert larger.chosen(which).plan == choose.plans(larger.problem, H100, backward)[0], "it may not fit a larger one"
+    assert larger.chosen(pass_).plan == choose.plans(larger.problem, H100, backward)[0], "it may not fit a larger one"
 
 
 def test_a_torch_for_amd_is_named(monkeypatch):

@@ -38,7 +38,7 @@ def test_the_headline():
     gpu_lstm.check()
     layers = [layer for (problem, _), layer in launch._layers.items() if problem.hidden == 768]
     chosen = [layer.chosen(Pass(backward)).plan.family for layer in layers for backward in (False, True)]
-    assert {family.value for family in chosen} == {"cooperative"}
+    assert {family.name for family in chosen} == {"cooperative"}
 
 
 @every_dtype
@@ -52,8 +52,8 @@ def test_what_is_chosen_is_right(size, variant, dtype):
     ("resident", 100), ("split", 304), *itertools.product(("cooperative", "step", "pointwise"), (100, 300)),
 ])  # fmt: skip
 def test_every_family(monkeypatch, family, hidden):
-    def of_family(problem, device, which, *_):
-        return plan_of(family, problem, which.backward, card_of(device))
+    def of_family(problem, device, pass_, *_):
+        return plan_of(family, problem, pass_.backward, card_of(device))
 
     monkeypatch.setattr(launch, "choose_plan", of_family)
     check((20, 9, 32, hidden), "ragged resets reverse", "triton", torch.float16, "cuda", seeds=1)

@@ -96,7 +96,7 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     # A row ends in half a word
     ("cooperative/8/1/4", F16, (1, "4,3,3,33", "ragged resets", OF_C), (1, "4,3,3,33,12", "")),
     # Backward in one piece, and by two programs that share gates
-    ("cooperative/16/1/1", F16, (1, "4,3,3,33", MIX), (1, "3,9,3,20", "deep")),
+    ("cooperative/16/1/1", F16, (1, "4,3,3,33", MIX), (1, "3,9,3,20", "deep"), (2, "3,3,3,1", "")),
     ("cooperative/16/1/1", F32, (1, "5,3,3,20", OF_HH), (1, "4,9,3,36", OF_C), (1, "5,3,3,11", f"{ONCE} masks")),
     ("cooperative/8/1/2", F16, (1, "4,9,3,33", "ragged resets")), ("cooperative/8/1/2", F32, (1, "4,3,3,20", OF_ALL)),
     # And of a launch a step, after a product
@@ -110,7 +110,7 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
      (2, "5,4,3,13,7", "ragged states both"), (3, "5,4,3,13,1", "ragged states"), (1, KEPT, MIX, "ragged states")),
     ("kept/4", F16, (3, "5,4,3,13,7", MIX), (1, KEPT, MIX), (2, "3,9,3,8", "", "both packed", "chunks"),
      (4, "1,3,3,8", "both"), (4, "3,1,3,8", "unbatched"), (2, "3,3,3,8", "no-hx deep", "stream", "cell")),
-    ("kept/1", F16, (4, "2,3,4,5", ""), (1, KEPT, "", "ragged states both")),
+    ("kept/1", F16, (4, "2,3,4,5", ""), (4, "2,3,4,1", ""), (1, KEPT, "", "ragged states both")),
     ("kept/2", F16, (1, KEPT, MIX)), ("read/1", F16, (1, READ, "ragged resets")),
     ("read/4", BF16, (1, READ, "ragged resets")),
     ("read/4", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, READ, "", "ragged states"),

@@ -19,7 +19,6 @@ from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import autotune, choose, launch
 from gpu_lstm.kernels.triton_lstm.choose import keep_measured, measured_plan, plans
-from gpu_lstm.kernels.triton_lstm.planning import Family
 from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 PROBLEM = Problem(2, 16, 768, torch.bfloat16)
@@ -32,7 +31,7 @@ def folder(nothing_cached) -> Path:
 
 
 def _entry(without: str = "", **changes) -> str:
-    fields = dataclasses.asdict(PLAN) | {"family": PLAN.family.value} | changes
+    fields = PLAN.as_json() | changes
     fields.pop(without, None)
     return json.dumps({"key": choose._key(PROBLEM, H100, False), "value": fields})
 
@@ -53,7 +52,7 @@ def test_a_measured_plan_is_read_until_it_is_measured_again_or_forgotten(monkeyp
     assert measured_plan(PROBLEM, H100, False) is None
     for plan in (PLAN, dataclasses.replace(PLAN, why="measured again")):
         keep_measured(PROBLEM, H100, False, plan)
-        assert measured_plan(PROBLEM, H100, False) == plan
+        assert measured_plan(PROBLEM, H100, False) == plan.as_json()
     assert measured_plan(PROBLEM, H100, True) is None
     for change in (dict(name="another"), dict(multiprocessors=66)):
         assert measured_plan(PROBLEM, dataclasses.replace(H100, **change), False) is None
@@ -73,8 +72,8 @@ def test_what_is_timed_runs_the_given_plans_and_is_used_by_no_call(monkeypatch):
     forward, backward = (
         dataclasses.replace(plan, programs=1) for plan in (step_plan(problem, H100, way) for way in (False, True))
     )
-    autotune._call(problem, Pass(True, dh_n=False), cpu, dataclasses.replace(forward, columns=32))(backward)()
-    autotune._call(problem, Pass(), cpu, None)(forward)()
+    autotune._call(problem, cpu, dataclasses.replace(forward, units=32))(backward)()
+    autotune._call(problem, cpu, None)(forward)()
     assert [(each.args[0].__name__.split("_")[2], each.kwargs["BLOCK_H"]) for each in run.mock_calls] == [
         ("forward", 32), ("backward", 16), ("forward", 16)
     ]  # fmt: skip
@@ -84,7 +83,9 @@ def test_what_is_timed_runs_the_given_plans_and_is_used_by_no_call(monkeypatch):
 def test_a_plan_is_for_one_kind_of_problem():
     keep_measured(PROBLEM, H100, False, PLAN)
     for change in (*KEYS, *NO_KEYS):
-        assert measured_plan(PROBLEM._replace(**change), H100, False) == (None if change in KEYS else PLAN), change
+        assert measured_plan(PROBLEM._replace(**change), H100, False) == (None if change in KEYS else PLAN.as_json()), (
+            change
+        )
 
 
 def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch):
@@ -106,8 +107,8 @@ def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch):
 
 
 @pytest.mark.parametrize("text", [
-    "", _entry()[:-40], "[]", "null", "{}", '{"key": 1, "value": {}}', "\udcff\udcfe", _entry(surprise=1),
-    _entry(without="rows"), _entry(rows=16.0), _entry(rows=True), _entry(family="odd"), _entry().replace("768", "769"),
+    "", _entry()[:-40], "[]", "null", "7", "{}", '{"key": 1, "value": {}}', "\udcff\udcfe",
+    _entry(without="rows"), _entry(without="units"), _entry(without="family"), _entry().replace("768", "769"),
 ])  # fmt: skip
 def test_a_broken_entry_is_ignored_with_a_warning_and_written_again(folder, text):
     keep_measured(PROBLEM, H100, False, PLAN)
@@ -116,7 +117,7 @@ def test_a_broken_entry_is_ignored_with_a_warning_and_written_again(folder, text
     with pytest.warns(UserWarning, match="is ignored"):
         assert measured_plan(PROBLEM, H100, False) is None
     keep_measured(PROBLEM, H100, False, PLAN)
-    assert measured_plan(PROBLEM, H100, False) == PLAN
+    assert measured_plan(PROBLEM, H100, False) == PLAN.as_json()
 
 
 def test_a_folder_that_is_a_file_stops_nobody_and_is_named_once(folder):
@@ -143,7 +144,7 @@ def test_many_who_write_at_once_lose_nothing(folder, pool):
     with pool(6) as executor:
         list(executor.map(_keep_many, range(0, 90, 15)))
     cache._read.cache_clear()
-    assert [measured_plan(PROBLEM._replace(batch=batch), H100, False) for batch in range(90)] == [PLAN] * 90
+    assert [measured_plan(PROBLEM._replace(batch=batch), H100, False) for batch in range(90)] == [PLAN.as_json()] * 90
     assert list(folder.glob("*.unfinished")) == []
 
 
@@ -153,7 +154,7 @@ def test_many_who_write_at_once_lose_nothing(folder, pool):
 def _chosen(problem, backward):
     launch.forget()  # as another process would
     cache._read.cache_clear()
-    given = launch.call_of(problem, torch.device("meta"))[1].given
+    given = launch.call_of(problem, torch.device("meta"))[1].inputs
     return launch.layer_of(problem, CUDA).prepared(Pass(backward), given).plan
 
 
@@ -161,7 +162,7 @@ def test_the_fastest_plan_is_found_and_used_from_then_on(an_h100, monkeypatch):
     """As if the widest tiles of the cooperative family were the fastest."""
 
     def seconds(plan, call=None):
-        return 1000 * (plan.family is Family.STEP) - plan.columns
+        return 1000 * (plan.family.name == "step") - plan.units
 
     before = _chosen(PROBLEM, False)
     monkeypatch.setattr(autotune, "time_plan", seconds)
@@ -180,9 +181,17 @@ def test_a_plan_in_a_file_that_nobody_proposes_is_not_used(an_h100):
     best, other, *_ = plans(PROBLEM, H100, False)
     keep_measured(PROBLEM, H100, False, other)
     assert _chosen(PROBLEM, False) == other
-    for change in (dict(programs=1), dict(groups=9), dict(tiles_per_group=7), dict(rows=16)):
-        keep_measured(PROBLEM, H100, False, dataclasses.replace(other, **change))
+    odd = dict(rows="8"), dict(family="odd"), dict(family="step"), dict(chunks=None), dict(surprise=1)
+    for change in (dict(programs=1), dict(groups=9), dict(tiles_per_program=7), dict(rows=16), *odd):
+        cache.write(choose.KIND, choose._key(PROBLEM, H100, False), other.as_json() | change)
         assert _chosen(PROBLEM, False) == best
+
+
+def test_where_no_plan_can_be_compiled_autotune_says_why(an_h100, monkeypatch):
+    monkeypatch.setattr(autotune, "recorded_launches", lambda *given: given)
+    monkeypatch.setattr(autotune, "why_it_does_not_fit", lambda *_: "it spills")
+    with pytest.raises(RuntimeError, match=r"no plan for the forward pass of this layer can be compiled .*: it spills"):
+        autotune.autotune(PROBLEM, CUDA)
 
 
 def test_not_while_a_graph_is_captured(an_h100, monkeypatch):

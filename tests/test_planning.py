@@ -10,16 +10,17 @@ import pytest
 import torch
 from standing_in import H100
 
+from gpu_lstm.kernels.cards import KB, Card
 from gpu_lstm.kernels.cupy_lstm import planning as cupy
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm import planning
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.features import MOST_ROWS
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, KB, Family, Plan, expected
+from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Cooperative, Held, Plan, Pointwise, Resident, Step, expected
 from gpu_lstm.kernels.triton_lstm.step import held_plans, split_plans, step_plan
 
 BF16 = torch.bfloat16
-RESIDENT, COOPERATIVE, STEP, POINTWISE = Family.RESIDENT, Family.COOPERATIVE, Family.STEP, Family.POINTWISE
+RESIDENT, COOPERATIVE, STEP, POINTWISE = "resident", "cooperative", "step", "pointwise"
 PROBLEMS = [
     Problem(steps, batch, hidden, dtype, precision="tf32", side_by_side=directions)
     for steps, batch, hidden, dtype, directions in itertools.product(
@@ -36,32 +37,33 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
         proposed = plans(problem, device, backward)
         seconds = []
         for plan in proposed:
-            times = problem.side_by_side // plan.side_by_side if plan.family is COOPERATIVE else 1
+            times = problem.side_by_side // plan.side_by_side if plan.family.name == COOPERATIVE else 1
             seconds.append(times * expected(problem, device, plan, backward).seconds)
         assert seconds == sorted(seconds)
-        of_step = [plan for plan in proposed if plan.family is STEP and not plan.held and plan.parts == 1]
+        of_step = [plan for plan in proposed if isinstance(plan.family, Step) and plan.family.parts == 1]
         assert of_step == [step_plan(problem, device, backward)], "what always works is always there"
         for plan in proposed:
             assert plan.shared <= device.shared
-            at_a_time = plan.programs * plan.groups * plan.rows * plan.columns
-            assert at_a_time * plan.tiles_per_group >= problem.batch * problem.hidden, (
+            at_a_time = plan.programs * plan.groups * plan.rows * plan.units
+            assert at_a_time * plan.tiles_per_program >= problem.batch * problem.hidden, (
                 "every unit of every sequence has a tile"
             )
-            if plan.family is STEP and not plan.held:
+            if isinstance(plan.family, Step):
                 assert plan.programs * plan.side_by_side <= max(device.multiprocessors, problem.side_by_side)
                 continue
-            assert plan.programs * plan.columns >= problem.hidden, "every unit has a program"
-            assert plan.rows * plan.groups * plan.tiles_per_group >= problem.batch, "every sequence has a tile"
-            if plan.held:
+            assert plan.programs * plan.units >= problem.hidden, "every unit has a program"
+            assert plan.rows * plan.groups * plan.tiles_per_program >= problem.batch, "every sequence has a tile"
+            if isinstance(plan.family, Held):
                 at_once = plan.programs * plan.groups * plan.side_by_side
-                assert at_once <= plan.held * device.multiprocessors, "and so are these"
-                assert plan.held * (plan.shared + KB) <= device.shared + KB, "and have the shared memory"
-                assert plan.registers >= 128
-            if plan.family is COOPERATIVE:
+                assert at_once <= plan.blocks * device.multiprocessors, "and so are these"
+                assert plan.blocks * (plan.shared + KB) <= device.shared + KB, "and have the shared memory"
+                assert 65536 // (32 * plan.num_warps * plan.blocks) >= 128, "registers"
+            if isinstance(plan.family, Cooperative):
                 at_once = plan.programs * plan.groups * plan.side_by_side
                 assert at_once <= device.multiprocessors, "programs that wait for each other are resident at once"
-                assert plan.programs % plan.parts == 0, "programs that share gates are all there"
-                assert (plan.side_by_side in (1, problem.side_by_side), plan.parts == 1 or backward) == (True, True)
+                assert plan.programs % plan.family.partners == 0, "programs that share gates are all there"
+                assert plan.side_by_side in (1, problem.side_by_side)
+                assert plan.family.partners == 1 or backward
 
 
 @both_ways
@@ -70,9 +72,9 @@ def test_large_steps_are_products_by_cublas(dtype, precision, backward):
     """Of many sequences and units, also a single one; not where something is between products and cells."""
     for (batch, hidden), steps in itertools.product(((4096, 1024), (1024, 1024), (1024, 2048)), (1, 4)):
         problem = Problem(steps, batch, hidden, dtype, precision=precision)
-        assert plans(problem, H100, backward)[0].family is POINTWISE
+        assert plans(problem, H100, backward)[0].family.name == POINTWISE
         for change in (dict(norms=(True, False, False)), dict(projected=hidden // 2, dropout_h=True)):
-            assert POINTWISE not in [plan.family for plan in plans(problem._replace(**change), H100, backward)]
+            assert POINTWISE not in [plan.family.name for plan in plans(problem._replace(**change), H100, backward)]
 
 
 @pytest.mark.parametrize(("batch", "dtype", "options", "rows", "warps"), [
@@ -85,10 +87,10 @@ def test_tiles_of_the_step_family(batch, dtype, options, rows, warps):
     plan, back = (step_plan(problem, H100, backward) for backward in (False, True))
     # Of two stages 128 bytes for each row, and each column of each of four gates
     assert (plan.rows, plan.shared) == (rows, 2 * 128 * (rows + 64))
-    assert back.shared == plan.shared - 2 * 128 * 3 * plan.columns
+    assert back.shared == plan.shared - 2 * 128 * 3 * plan.units
     assert plan.num_warps == back.num_warps == warps
-    tiles = -(-problem.batch // plan.rows) * (64 // plan.columns)
-    assert (plan.programs, plan.tiles_per_group) == (min(tiles, 132), -(-tiles // 132))
+    tiles = -(-problem.batch // plan.rows) * (64 // plan.units)
+    assert (plan.programs, plan.tiles_per_program) == (min(tiles, 132), -(-tiles // 132))
 
 
 @both_ways
@@ -98,7 +100,9 @@ def test_a_projection_or_noise_has_the_plans_of_the_plain_cell(backward, change)
     for hidden in (64, 768):
         plain = Problem(128, 16, hidden, BF16)
         both = (plans(problem, H100, backward) for problem in (plain, plain._replace(**change)))
-        of_plain, others = ([plan for plan in proposed if plan.family is not STEP] for proposed in both)
+        of_plain, others = (
+            [plan for plan in proposed if not isinstance(plan.family, Step | Held)] for proposed in both
+        )
         assert of_plain == others != []
 
 
@@ -109,12 +113,12 @@ def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
     """First on an H100. Never forward, with more rounds, without tensor cores, or where a part is not read in words."""
     problem = Problem(128, batch, hidden, BF16)
     first, second = split_plans(problem, H100, True)
-    assert ((first.rows, first.columns, first.parts), plans(problem, H100, True)[0]) == (tiles, first)
+    assert ((first.rows, first.units, first.family.parts), plans(problem, H100, True)[0]) == (tiles, first)
     assert second in plans(problem, H100, True)
     assert split_plans(problem, H100, False) == []
     for change in (dict(projected=64), dict(norms=(False, True, False)), dict(dtype=torch.float32), dict(hidden=66)):
         assert split_plans(problem._replace(**change), H100, True) == []
-    assert {plan.parts for plan in split_plans(problem._replace(hidden=hidden - 8), H100, True)} == {4}
+    assert {plan.family.parts for plan in split_plans(problem._replace(hidden=hidden - 8), H100, True)} == {4}
 
 
 @pytest.mark.parametrize(("hidden", "batch", "dtype", "backward", "tile"), [
@@ -127,7 +131,7 @@ def test_where_programs_hold_w_hh_in_shared_memory(hidden, batch, dtype, backwar
     """First on an H100: rows, columns, warps, programs of a multiprocessor, parts. Never without wgmma, or room."""
     problem = Problem(128, batch, hidden, dtype, precision="tf32")
     first, *others = held_plans(problem, H100, backward)
-    found = (first.rows, first.columns, first.num_warps, first.held, first.parts)
+    found = (first.rows, first.units, first.num_warps, first.blocks, first.family.parts)
     assert (found, plans(problem, H100, backward)[0]) == ((*tile, 1)[:5], first)
     assert len(others) <= 2
     assert held_plans(problem, DEVICES["b200"], backward) == []
@@ -142,7 +146,8 @@ def test_no_plan_holds_two_blocks_of_64_units_with_more_than_256_rows_of_k():
     found, sizes = set(), (range(132, 513, 12), (64, 256, 320, 448, 768, 4096), (BF16, torch.float32))
     for hidden, batch, dtype in itertools.product(*sizes):
         proposed = plans(Problem(2, batch, hidden, dtype, precision="tf32"), H100, True)
-        found |= {(plan.columns * plan.parts, plan.k) for plan in proposed if plan.held}
+        held = [plan for plan in proposed if isinstance(plan.family, Held)]
+        found |= {(plan.units * plan.family.parts, plan.family.k) for plan in held}
     assert (128, 256) in found
     assert [(units, k) for units, k in found if units > 64 and k > 256] == []
 
@@ -150,7 +155,7 @@ def test_no_plan_holds_two_blocks_of_64_units_with_more_than_256_rows_of_k():
 def test_a_projection_with_noise_and_a_single_step_use_the_step_family():
     noisy = Problem(128, 16, 128, BF16, projected=64, dropout_h=True)
     for problem in (noisy, Problem(1, 16, 128, BF16)):
-        assert [plan.family for plan in plans(problem, H100, False)] == [STEP]
+        assert [plan.family.name for plan in plans(problem, H100, False)] == [STEP]
 
 
 def test_a_plan_does_not_depend_on_the_number_of_steps():
@@ -170,14 +175,21 @@ def test_the_models_agree_with_cycles_estimated_from_sass(row):
     backward = bool(row["backward"])
     problem = Problem(1024, row["batch"], row["hidden"], BF16)
     if family == "cuda":
-        found = cupy.plans(problem, cupy.Card(90, 132), backward)
+        found = cupy.plans(problem, Card(90, 132), backward)
         sizes = [row[name] for name in ("columns", "warps", "k", "parts")]
-        (cycles,) = (plan.clocks for plan in found if [plan.units, plan.warps, plan.chunks, plan.parts] == sizes)
+        (cycles,) = (plan.clocks for plan in found if [plan.units, plan.warps, plan.chunks, plan.partners] == sizes)
     else:
-        names = ("rows", "columns", "k", "programs", "groups", "warps", "stages")
-        turns = {name: row[name] for name in ("tiles_per_group", "parts", "held")}
-        ahead = row["ahead"] > 0
-        plan = Plan(Family(family), *(row[name] for name in names), shared=0, why="", **turns, ahead=ahead)
+        family = {
+            "resident": Resident(row["k"]), "cooperative": Cooperative(row["k"], row["parts"], row["ahead"] > 0),
+            "pointwise": Pointwise(), "step": Step(row["k"], row["parts"]),
+        }[family]  # fmt: skip
+        if row["held"]:
+            family = Held(row["k"], row["parts"], row["ahead"] > 0)
+        sizes = (row[name] for name in ("rows", "columns", "programs", "groups", "warps"))
+        plan = Plan(
+            family, *sizes, shared=0, why="", num_stages=row["stages"], blocks=max(1, row["held"]),
+            tiles_per_program=row["tiles_per_program"],
+        )  # fmt: skip
         cycles = expected(problem, H100, plan, backward).seconds * H100.clock
     assert cycles == pytest.approx(row["cycles"], rel=0.25)
 
@@ -187,7 +199,7 @@ def test_a_real_card_with_and_without_its_rates():
 
     def device(**facts):
         named = dict(name=H100.name, major=9, minor=0, multi_processor_count=132) | facts
-        return planning.device_of(SimpleNamespace(**named))
+        return planning.card_with(SimpleNamespace(**named))
 
     rates = dict(clock_rate=1_755_000, memory_clock_rate=2_619_000, memory_bus_width=5120)
     unknown = dict.fromkeys(rates, 0), rates | dict(memory_bus_width=0, clock_rate=0)

@@ -27,6 +27,7 @@ from gpu_lstm.dispatch.route import Decision
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import Chosen
 from gpu_lstm.kernels.triton_lstm import choose, launch
+from gpu_lstm.kernels.triton_lstm.planning import Cooperative, Held, Plan, Pointwise, Resident, Step
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter")
 
@@ -242,22 +243,22 @@ def layers_of(monkeypatch, plan):
     """Kernels whose layers have the plan(problem). A list of their problems."""
     asked = []
     monkeypatch.setattr(kernels, "layer_of", lambda backend, problem, device: asked.append(problem) or SimpleNamespace(
-        chosen=lambda which: Chosen(plan(problem), False)))  # fmt: skip
+        chosen=lambda pass_: Chosen(plan(problem), False)))  # fmt: skip
     return asked
 
 
-@pytest.mark.parametrize(("family", "tiles_per_group", "options", "winner"), [
+@pytest.mark.parametrize(("family", "tiles_per_program", "options", "winner"), [
     ("resident", 1, {}, "triton"), ("cooperative", 1, {}, "triton"), ("cooperative", 2, {}, "torch"),
-    ("step", 1, {}, "torch"), ("step held 2", 1, {}, "triton"), ("step held 1", 2, {}, "torch"),
+    ("step", 1, {}, "torch"), ("step held", 1, {}, "triton"), ("step held", 2, {}, "torch"),
     ("pointwise", 1, {}, "torch"), ("step", 1, dict(lengths=torch.int64), "triton"), ("step", 1, RESETS, "triton"),
     ("step", 1, dict(layers=(Size(4, 5, 3),)), "triton"), ("step", 1, NOISE, "triton"),
     ("step", 1, dict(peepholes=True), "triton"), ("step", 1, dict(reset_c=True), "triton"),
     ("", 1, {}, "torch"), ("", 1, RESETS, "cupy"),
 ])  # fmt: skip
-def test_the_expected_winner(monkeypatch, family, tiles_per_group, options, winner):
+def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, winner):
     """Kernels of no family of Triton's are CuPy's. Of two directions, whose kernels are alike, one is asked about."""
-    family, _, held = family.partition(" held")
-    plan = SimpleNamespace(family=SimpleNamespace(value=family), tiles_per_group=tiles_per_group, held=int(held or 0))
+    families = {"resident": Resident(2), "cooperative": Cooperative(3), "step held": Held(64), "step": Step(64)}
+    plan = Plan(families.get(family, Pointwise()), 8, 8, 1, 1, 4, 0, "", tiles_per_program=tiles_per_program)
     asked = layers_of(monkeypatch, lambda problem: plan)
     kind, like = kind_of(_call(gpu_lstm.LSTM(4, 5, bidirectional=True))), dict(options)
     kind = kind._replace(layers=like.pop("layers", kind.layers), like=kind.like._replace(**like))
@@ -281,7 +282,7 @@ def test_a_graph_for_all_sizes_runs_the_expected_winner(stubbed, monkeypatch, hi
 
 def test_a_rival_that_fails_has_lost(stubbed, monkeypatch):
     fails = Mock(side_effect=RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
-    monkeypatch.setattr(torch_lstm, "run_call", fails)
+    monkeypatch.setattr(torch_lstm, "run", fails)
     ran = stubbed()
     LSTM(X)
     (decision,) = race._decided.values()

@@ -95,11 +95,11 @@ class Routes(RuleBasedStateMachine):
             self.facts[name] = values[(first + k) % len(values)]
             self.hold_to_a_fresh_decision()
 
-    @rule(which=st.sampled_from(range(1000)), first=st.integers(0, 9))
-    def change_the_rest(self, which, first):
+    @rule(pass_=st.sampled_from(range(1000)), first=st.integers(0, 9))
+    def change_the_rest(self, pass_, first):
         module = self.module()
         there = [name for name in FACTS if hasattr(module, name) or name not in (*ATTRIBUTES, *OF_A_CALL)]
-        self.change_the_call(there[which % len(there)], first)
+        self.change_the_call(there[pass_ % len(there)], first)
 
     def hold_to_a_fresh_decision(self):
         note(str({name: value for name, value in self.facts.items() if value is not FACTS[name][0]}))

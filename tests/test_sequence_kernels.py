@@ -59,7 +59,7 @@ def test_the_cell_is_kept_in_float32(monkeypatch, family):
     tensors = [gates, h0, c0, torch.eye(4 * hidden), torch.zeros(4 * hidden, hidden)]
     _, _, expected, tape = oracle.layer(*(t.double().numpy() for t in tensors), lengths=lengths)
     r = recurrence(gates.half(), weight_hh=tensors[-1].half(), h0=h0.half(), c0=c0, lengths=lengths)
-    layer = launch.layer_of(problem_of(r.given, False, "ieee"), gates.device)
+    layer = launch.layer_of(problem_of(r.inputs, False, "ieee"), gates.device)
     _, _, (c_n,), c = layer.forward(gates.half(), r, save=True)
     (unsaved,) = layer.forward(gates.half(), r, save=False)[2]
     found = [c_n, unsaved, *(c[t, b] for b, t, *_ in tape)]
@@ -267,18 +267,18 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, 
     call()
 
 
-@pytest.mark.parametrize("tiles_per_group", [1, 2])
+@pytest.mark.parametrize("tiles_per_program", [1, 2])
 @pytest.mark.parametrize(
     "family", [resident, cooperative, pointwise, step, split, held, ahead, parts], ids=lambda f: f.__name__
 )
-def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles_per_group):
+def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles_per_program):
     """Programs, or whole groups, have no sequence then; the last batch of an epoch runs so."""
     family(monkeypatch)
     choose_plan = launch.choose_plan
 
     def for_more(problem, *given):
         plan = choose_plan(problem._replace(batch=27), *given)
-        return dataclasses.replace(plan, tiles_per_group=tiles_per_group)
+        return dataclasses.replace(plan, tiles_per_program=tiles_per_program)
 
     monkeypatch.setattr(launch, "choose_plan", for_more)
     check((4, 5, 3, 8), "ragged resets", "triton", torch.float32, seeds=1)

@@ -26,7 +26,6 @@ from gpu_lstm.kernels.cupy_lstm import planning
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
-from gpu_lstm.kernels.triton_lstm.planning import Family
 from gpu_lstm.tools.stream import captured
 
 
@@ -77,7 +76,7 @@ def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_
     """Which earlier launches, by their numbers, are over when one begins. Nothing is recorded before there are two."""
     for number, (name, side_by_side, expected) in enumerate(launches, 1):
         (plan, *_) = plans(Problem(8, 16, 768, torch.bfloat16, side_by_side=side_by_side), H100, False)
-        assert (plan.family, plan.side_by_side) == (Family.COOPERATIVE, side_by_side)
+        assert (plan.family.name, plan.side_by_side) == ("cooperative", side_by_side)
         assert streams.launched(number, name, plan.side_by_side) == expected
     assert streams.synchronised.mock_calls == [call(CUDA)]  # at the first switch, since that stream may be gone
 
@@ -115,7 +114,7 @@ def test_a_launch_that_raises_lets_others_launch_which_wait_for_it(streams):
     assert len(streams.synchronised.mock_calls) == count + 1
 
 
-@pytest.mark.parametrize(("hidden", "family"), [(64, Family.RESIDENT), (768, Family.COOPERATIVE)])
+@pytest.mark.parametrize(("hidden", "family"), [(64, "resident"), (768, "cooperative")])
 def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypatch, hidden, family):
     asked = Mock(side_effect=lambda at_once, device, run, *given: run(*given))
     monkeypatch.setattr(launcher, "in_order", asked)
@@ -126,8 +125,8 @@ def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypat
     forward, backward = (launch.layer_of(problem, c.device).with_plan(plan) for plan in plans_of)
     forward.forward(gates, r, save=False)
     backward.backward(None, c[:1].bfloat16(), None, gates, c, r, False)
-    assert [plan.family for plan in plans_of] == [family] * 2
-    assert [each.args[0] for each in asked.call_args_list] == [2 if family is Family.COOPERATIVE else None] * 2
+    assert [plan.family.name for plan in plans_of] == [family] * 2
+    assert [each.args[0] for each in asked.call_args_list] == [2 if family == "cooperative" else None] * 2
 
 
 def _call(lstm, steps, **facts):
@@ -145,10 +144,10 @@ def test_the_plans_of_a_call_are_those_that_the_plan_command_shows(nothing_cache
     shown = [each["plan"] for each in json.loads(capsys.readouterr().out).values()]
     lstm = gpu_lstm.LSTM(8, hidden, bidirectional=True, dtype=torch.bfloat16, device="meta")
     kind = kind_of(_call(lstm, 1024, batch=16))
-    for (which, plan), row in itertools.product(zip((Pass(), Pass(True)), shown, strict=True), range(2)):
-        ours = candidates(kind.problem(row, side_by_side=2), H100, which)[0]
-        assert plan == ours.__dict__ | {"family": ours.family.value}
-        assert (ours.family, ours.side_by_side) == (Family.COOPERATIVE, 2 if hidden == 768 else 1)
+    for (pass_, plan), row in itertools.product(zip((Pass(), Pass(True)), shown, strict=True), range(2)):
+        ours = candidates(kind.problem(row, side_by_side=2), H100, pass_)[0]
+        assert plan == ours.as_json() | {"family": ours.family.name}
+        assert (ours.family.name, ours.side_by_side) == ("cooperative", 2 if hidden == 768 else 1)
 
 
 @pytest.fixture
@@ -236,10 +235,10 @@ def _indexed(t, key):
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
-@pytest.mark.parametrize("family", [*(family.value for family in Family), "cupy"])
+@pytest.mark.parametrize("family", ["resident", "cooperative", "pointwise", "step", "cupy"])
 def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, monkeypatch, family, device):
-    def of_family(problem, _, which, *__):
-        return plan_of(family, problem, which.backward)
+    def of_family(problem, _, pass_, *__):
+        return plan_of(family, problem, pass_.backward)
 
     backend, module, choose_plan = "triton", launch, of_family
     if family == "cupy":

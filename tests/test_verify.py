@@ -21,12 +21,11 @@ from gpu_lstm.backends import fused, torch_lstm, verify
 from gpu_lstm.dispatch import available, race
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache, timeouts
-from gpu_lstm.kernels.cupy_lstm import launch as cupy
-from gpu_lstm.kernels.cupy_lstm.planning import Card
+from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import launch, step
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Family
+from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Held, Step
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels"),
@@ -43,16 +42,16 @@ NORMS = dict(norms=(True, True, True))
 
 def _given(problem):
     """The tensors of a call, whose x has some features."""
-    given, rows = launch.call_of(problem, CPU)[1].given, 4 * problem.hidden
+    given, rows = launch.call_of(problem, CPU)[1].inputs, 4 * problem.hidden
     states = {} if given.reset_c is None else dict(reset_h=torch.zeros(problem.steps, problem.batch, problem.width))
     x, weight_ih = torch.zeros(problem.steps, problem.batch, 3), torch.zeros(rows, 3)
     floats = {name: t.to(problem.dtype) for name, t in dict(x=x, weight_ih=weight_ih, **states).items()}
     return given._replace(**floats)
 
 
-def _verify(problem, which=FORWARD, plan=None, given=None):
-    plan = plan or plans(problem, INTERPRETER, which.backward)[-1]
-    return verify.verify(launch.layer_of(problem, CPU), which, given or _given(problem), plan)
+def _verify(problem, pass_=FORWARD, plan=None, given=None):
+    plan = plan or plans(problem, INTERPRETER, pass_.backward)[-1]
+    return verify.verify(launch.layer_of(problem, CPU), pass_, given or _given(problem), plan)
 
 
 @pytest.mark.parametrize(("problem", "gradients"), [
@@ -77,8 +76,8 @@ def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):
     states = [t.half().requires_grad_() for t in given.reset_states]
     traversal = dict(lengths=given.lengths, resets=given.resets, reset_states=states)
     lstm_layer(x, weights, (h0, c0), **traversal, backend="triton")[0].sum().backward()
-    for which in (Pass(), Pass(True, dh_n=False)):
-        _verify(HALF._replace(**RAGGED, **NORMS, peepholes=True, reset_c=True), which)
+    for pass_ in (Pass(), Pass(True, dh_n=False)):
+        _verify(HALF._replace(**RAGGED, **NORMS, peepholes=True, reset_c=True), pass_)
     *calls, forward, backward = [
         (each.args[0], {name: t.dtype if isinstance(t, torch.Tensor) else t is None for name, t in each.kwargs.items()})
         for each in recorded.call_args_list
@@ -117,11 +116,11 @@ def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, project
     run = Mock(side_effect=ConcurrentRun(seed=0))
     monkeypatch.setattr(launch, "launch_kernel", run)
     problem = HALF._replace(**RAGGED, batch=99, projected=projected, peepholes=True)
-    for which in (Pass(), Pass(True)):
-        plan = plan_of(family, HALF._replace(batch=99), which.backward)
+    for pass_ in (Pass(), Pass(True)):
+        plan = plan_of(family, HALF._replace(batch=99), pass_.backward)
         if family == "cooperative":
-            plan = dataclasses.replace(plan, groups=2, tiles_per_group=7)
-        assert _verify(problem, which, plan) is None
+            plan = dataclasses.replace(plan, groups=2, tiles_per_program=7)
+        assert _verify(problem, pass_, plan) is None
         assert run.call_args.args[1] == plan.grid, "the call's own"
         assert run.call_args.kwargs["B"] == 3 * plan.rows - plan.rows // 2, "one of two groups has two batch tiles"
     kernels = dict.fromkeys(each.args[0].__name__ for each in run.call_args_list)
@@ -132,11 +131,11 @@ def test_a_batch_is_cut_where_programs_do_the_same_with_fewer_sequences():
     """A group, or a program of the step family, that has several batch tiles has two, one of which is partial."""
     step_plan = step.step_plan(HALF._replace(batch=4096), H100, False)
     cooperative = plan_of("cooperative", HALF._replace(hidden=768, batch=64), False)
-    for tiles_per_group, tiles in ((2, 3), (1, 2)):
-        plan = dataclasses.replace(cooperative, groups=3, tiles_per_group=tiles_per_group)
+    for tiles_per_program, tiles in ((2, 3), (1, 2)):
+        plan = dataclasses.replace(cooperative, groups=3, tiles_per_program=tiles_per_program)
         assert plan.sequences_enough(HALF._replace(batch=4096)) == (tiles + 1) * plan.rows - plan.rows // 2
         assert plan.sequences_enough(HALF._replace(batch=5)) == 5
-    programs = dataclasses.replace(step_plan, programs=9, tiles_per_group=8)  # of two tiles of units
+    programs = dataclasses.replace(step_plan, programs=9, tiles_per_program=8)  # of two tiles of units
     assert programs.sequences_enough(HALF._replace(batch=4096)) == 5 * step_plan.rows - step_plan.rows // 2
 
 
@@ -221,18 +220,23 @@ def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
         dict(lengths=torch.int64), dict(lengths=torch.int32), dict(resets=True), MASKS, RATES, dict(dropout_h=True),
         dict(reset_h=True), dict(reset_c=True), dict(peepholes=True), NORMS, dict(steps=1),
     ]  # fmt: skip
-    changes = dict(family=Family.RESIDENT), dict(tiles_per_group=1), *({n: 99} for n in ("rows", "columns", "programs"))
+    families = Step(7), Held(7), Held(7, ahead=True)
+    changes = (
+        *(dict(family=each) for each in families),
+        *({n: 99} for n in ("rows", "units", "programs", "groups")),
+        dict(tiles_per_program=1),
+    )
     passes = Pass(save=False), Pass(True), Pass(True, dh=False), Pass(True, dh_n=False)
     others = [
-        *((PLAIN, which, plan) for which in passes),
+        *((PLAIN, pass_, plan) for pass_ in passes),
         *((PLAIN._replace(**change), FORWARD, plan) for change in problems),
         *((PLAIN, FORWARD, dataclasses.replace(plan, **change)) for change in changes),
     ]  # fmt: skip
-    for number, (problem, which, other) in enumerate(others, start=2):
-        assert verify.cached_verdict(other, problem, which, CPU) is None
-        _verify(problem, which, other)
-        assert (len(verdicts), verify.cached_verdict(other, problem, which, CPU)) == (number, "right")
-    more_tiles = dataclasses.replace(plan, tiles_per_group=99)
+    for number, (problem, pass_, other) in enumerate(others, start=2):
+        assert verify.cached_verdict(other, problem, pass_, CPU) is None
+        _verify(problem, pass_, other)
+        assert (len(verdicts), verify.cached_verdict(other, problem, pass_, CPU)) == (number, "right")
+    more_tiles = dataclasses.replace(plan, tiles_per_program=99)
     _verify(PLAIN._replace(batch=999, side_by_side=2), plan=more_tiles)
     assert len(verdicts) == len(others) + 1, "how many sequences there are does not change what is launched"
     for other in ({"format": 0}, {"card": "another"}):
@@ -328,7 +332,7 @@ def test_what_says_nothing_about_numbers_is_not_cached(monkeypatch, nothing_cach
 
 def test_where_torchs_lstm_fails_the_reference_is_the_yardstick(monkeypatch):
     fails = Mock(side_effect=RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
-    monkeypatch.setattr(torch_lstm, "run_layer", fails)
+    monkeypatch.setattr(torch_lstm, "layer", fails)
     assert _verify(PLAIN) is None
     plant(monkeypatch, "gates i and f swapped", step)
     with pytest.warns(UserWarning, match="RMS error"):

@@ -55,4 +55,4 @@ def autotune(
     layer = Problem(steps, batch, hidden_size, dtype, proj_size, recurrent_precision(dtype))
     fastest = importlib.import_module("..kernels.triton_lstm.autotune", __package__).autotune(layer, device)
     forget()
-    return {name: f"{plan.family.value}: {plan.why}" for name, plan in fastest.items()}
+    return {name: f"{plan.family.name}: {plan.why}" for name, plan in fastest.items()}

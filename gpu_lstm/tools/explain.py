@@ -128,7 +128,7 @@ def explain(
 
 def tiles_of(plan: Any) -> str:
     """How the programs of a plan share a layer, in words."""
-    return f"{plan.rows} sequences x {plan.columns} units, {plan.programs} programs x {plan.groups} groups"
+    return f"{plan.rows} sequences x {plan.units} units, {plan.programs} programs x {plan.groups} groups"
 
 
 def terms_of(terms: dict[str, float]) -> list[str]:
@@ -153,10 +153,10 @@ def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
         if card is not planning.INTERPRETER:
             bounds = planning.expected(layer.problem, card, plan, pass_.backward).terms
         passes.append(PassPlan(
-            "backward" if pass_.backward else "forward", plan.family.value, tiles_of(plan), plan.why,
+            "backward" if pass_.backward else "forward", plan.family.name, tiles_of(plan), plan.why,
             "measured by autotune" if measured else "expected to be the fastest",
             min(filter(None, verdicts), key="right".__eq__, default=None),  # what is wrong, if anything is
-            call.steps if plan.family.value == "pointwise" else launches,
+            call.steps if plan.family.name == "pointwise" else launches,
             bounds,
         ))  # fmt: skip
     return passes

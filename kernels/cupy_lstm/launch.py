@@ -12,79 +12,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures import shared_memory_of
-from ..layer import Chosen, Gradients, Layer, Verify, gradients_in
-from ..memory import EVERY_BIT, Buffer, allocate, checking, gradients_of, margins
+from ..layer import Chosen, Layer, Refuses, Verify
+from ..memory import EVERY_BIT, Buffer, allocate, checking, gradients_in, gradients_of, margins
 from ..operands import as_words, transposed_gates
-from ..problem import Inputs, Pass, Problem, Recurrence, steps_of
+from ..problem import Gradients, Pass, Problem, Recurrence, steps_of
 from ..timeouts import error_word
 from .planning import HOST, Plan, card_of, choose_plan, words_of
-from .source import ELEMENTS, KERNELS, OPTIONS, given_of, in_order, join, name_expression, parts
+from .source import ELEMENTS, KERNELS, OPTIONS, in_order, join, name_expression, parts, present_in
 
 PACK = 16  # bytes that a thread reads at once
 
 
 class Prepared:
-    """A plan of one problem and pass; see layer.Prepared. With a projection it runs the recurrence of m."""
+    """A plan of one problem and pass; see problem.Prepared. With a projection it runs the recurrence of m."""
 
-    def __init__(self, problem: Problem, which: Pass, plan: Plan, trial: bool = False) -> None:
+    def __init__(self, problem: Problem, pass_: Pass, plan: Plan, device: torch.device, trial: bool = False) -> None:
         self.plan, self.at_once, self.projects_outside = plan, plan.side_by_side, problem.projected > 0
         self._problem = p = problem._replace(projected=0)
-        self._kernel, self._trial = KERNELS[which.backward], trial
-        row, size = 4 * words_of(p) // p.size, (p.batch, p.hidden)  # elements of a row of words
-        if which.backward:
+        self._kernel = KERNELS[pass_.backward]
+        self._error = error_word(device, self._kernel, trial)
+        row = 4 * words_of(p) // p.size  # elements of a row of words
+        if pass_.backward:
             self._buffers = gradients_of(p) | {"dgates_ptr": Buffer(p.dtype, (p.batch, 4, row), 0, EVERY_BIT)}
-            if plan.parts > 1:
-                partials = Buffer(torch.int32, (p.batch, plan.parts, p.hidden), fill=EVERY_BIT)
+            if plan.partners > 1:
+                partials = Buffer(torch.int32, (p.batch, plan.partners, p.hidden), fill=EVERY_BIT)
                 self._buffers["partials_ptr"] = partials
         else:
             self._buffers = {"h_ptr": Buffer(p.dtype, (p.batch, row), 1, EVERY_BIT)}  # and h0 at its end
-            if which.save:
-                self._buffers["c_ptr"] = Buffer(torch.float32, size, 0)
+            if pass_.save:
+                self._buffers["c_ptr"] = Buffer(torch.float32, (p.batch, p.hidden), 0)
 
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As layer.Layer.forward."""
-        p, h0, steps = self._problem, r.given.h0, steps_of(gates)
-        memory = allocate(self._buffers, steps, gates)
-        h = memory["h_ptr"]
+        p, h0 = self._problem, r.inputs.h0
+        memory = allocate(self._buffers, steps_of(gates), gates)
+        h, c = memory["h_ptr"], memory.get("c_ptr")
         _clear_words_without_unit(h, p)
         h[-1].zero_()
         h[-1, :, : p.hidden] = torch.where(h0.isnan(), torch.nan, h0)  # any NaN but the sentinel
-        h_n, c_n = h0.clone(), r.given.c0.clone()  # what a sequence of length 0 ends with
-        c = memory.get("c_ptr")
-        self._launch(gates, r, weights=as_words(r.given.weight_hh, p.hidden, PACK), h=h, h_n=h_n, c=c, c_n=c_n)
+        h_n, c_n = h0.clone(), r.inputs.c0.clone()  # what a sequence of length 0 ends with
+        self._launch(gates, r, weights=as_words(r.inputs.weight_hh, p.hidden, PACK), h=h, h_n=h_n, c=c, c_n=c_n)
         return h[:-1, :, : p.hidden].contiguous(), h_n, c_n, c
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
     ) -> Gradients:
         """As layer.Layer.backward."""
-        p, given, steps = self._problem, r.given, steps_of(gates)
+        p, steps = self._problem, steps_of(gates)
         memory = allocate(self._buffers, steps, gates)
-        dgates = memory["dgates_ptr"]
+        dgates, dc = memory["dgates_ptr"], memory["dc_ptr"]
         _clear_words_without_unit(dgates, p)
         if dc_n is not None:  # the kernel makes it the gradient of c0
-            memory["dc_ptr"].copy_(dc_n)
+            dc.copy_(dc_n)
         self._launch(
-            gates, r, dh=dh, dh_n=dh_n, c=c, c0=given.c0, dgates=dgates, partials=memory.get("partials_ptr"),
-            weights=transposed_gates(given.weight_hh, p.hidden, self.plan.parts, PACK), dc=memory["dc_ptr"],
+            gates, r, dh=dh, dh_n=dh_n, c=c, c0=r.inputs.c0, dgates=dgates, partials=memory.get("partials_ptr"),
+            weights=transposed_gates(r.inputs.weight_hh, p.hidden, self.plan.partners, PACK), dc=dc,
             dreset_c=memory.get("dreset_c_ptr"),
         )  # fmt: skip
         return gradients_in(memory, dgates[..., : p.hidden].reshape(steps, p.batch, 4 * p.hidden))
 
-    def _launch(self, gates: Tensor, r: Recurrence, **own: Tensor | None) -> None:
-        given, p = r.given, self._problem
-        arguments = own | dict(
-            gates=gates, resets=given.resets, reset_c=given.reset_c,
-            lengths=None if given.lengths is None else given.lengths.int(),
-            error=error_word(gates.device, self._kernel, self._trial), T=steps_of(gates), B=p.batch, reverse=p.reverse,
+    def _launch(self, gates: Tensor, r: Recurrence, **of_pass: Tensor | None) -> None:
+        inputs, p = r.inputs, self._problem
+        arguments = of_pass | dict(
+            gates=gates, resets=inputs.resets, reset_c=inputs.reset_c,
+            lengths=None if inputs.lengths is None else inputs.lengths.int(),
+            error=self._error, T=steps_of(gates), B=p.batch, reverse=p.reverse,
         )  # fmt: skip
         with margins(self._kernel, arguments) if checking.on else contextlib.nullcontext(arguments) as inside:
             launch_kernel(self._kernel, p.dtype, self.plan, **inside)
 
 
 def _clear_words_without_unit(rows: Tensor, p: Problem) -> None:
-    """Zeros in the words past the last unit of rows [*, H and up to 16 bytes], where nobody publishes."""
+    """Zero what is past the last unit's word in rows [*, H and up to 16 bytes]: no block publishes it."""
     rows.view(torch.int32)[..., ceil(p.hidden * p.size / 4) :] = 0
 
 
@@ -108,30 +107,20 @@ def layer_of(problem: Problem, device: torch.device, verify: Verify | None = Non
 forget = layer_of.cache_clear
 """Choose all plans again."""
 
+prepare = Prepared
+"""See layer.Launcher; as choose and describe."""
 
-def choose(layer: Layer, which: Pass, given: Inputs) -> Plan:
-    """The plan of a layer's pass; see layer.Launcher.
 
-    Raises:
-        RuntimeError: its numbers are not right.
-    """
-    card = card_of(layer.device)
-    plan, has_results = choose_plan(layer.problem, card, which.backward), not which.backward or which.dh or which.dh_n
-    if layer.verify is None or not has_results or layer.is_capturing() or card is HOST:
-        return plan
-    if reason := layer.verify(layer, which, given, plan):
+def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Plan:
+    card = card_of(device)
+    plan = choose_plan(problem, card, pass_.backward)
+    if refuses is not None and card is not HOST and (reason := refuses(plan)):
         raise RuntimeError(f"no kernel in CUDA C++ can run this layer on this card: {reason}")
     return plan
 
 
-def prepare(problem: Problem, which: Pass, plan: Plan, device: torch.device, trial: bool = False) -> Prepared:
-    """A plan, ready to be launched; see layer.Launcher."""
-    return Prepared(problem, which, plan, trial)
-
-
-def describe(layer: Layer, which: Pass, plan: Plan | None) -> Chosen:
-    """A plan, and how it was chosen; see layer.Launcher."""
-    return Chosen(choose_plan(layer.problem, card_of(layer.device), which.backward), False)
+def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | None) -> Chosen:
+    return Chosen(choose_plan(problem, card_of(device), pass_.backward), False)
 
 
 def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tensor | int | None) -> None:
@@ -149,27 +138,27 @@ def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tens
             return (numpy.bool_ if isinstance(argument, bool) else numpy.int32)(argument)
         return numpy.uint64(0 if argument is None else argument.data_ptr())
 
-    values = tuple(by_value(a) for a in in_order(kernel, arguments))
+    values = tuple(map(by_value, in_order(kernel, arguments)))
     device = arguments["gates"].device
-    function = _kernel(device, kernel, dtype, plan.template("backward" in kernel), given_of(kernel, arguments))
+    function = _loaded(device, kernel, dtype, plan.template("backward" in kernel), present_in(kernel, arguments))
     with _stream(device):
         function(plan.grid, (plan.threads,), values, shared_mem=plan.shared)
 
 
 @functools.cache
-def _kernel(
-    device: torch.device, name: str, dtype: torch.dtype, template: tuple[int, ...], given: frozenset[str]
+def _loaded(
+    device: torch.device, kernel: str, dtype: torch.dtype, template: tuple[int, ...], present: frozenset[str]
 ) -> Any:
-    """A kernel, loaded on a device, which is the current one, for the optional arguments that are given."""
+    """A kernel with these optional arguments, loaded on a device, which is the current one."""
     import cupy
 
-    name = name_expression(name, dtype, template, given)
+    name = name_expression(kernel, dtype, template, present)
     module = cupy.RawModule(
         code=join(parts()), options=OPTIONS, name_expressions=[name], enable_cooperative_groups=True
     )
-    kernel = module.get_function(name)
-    kernel.max_dynamic_shared_size_bytes = shared_memory_of(card_of(device).architecture)
-    return kernel
+    function = module.get_function(name)
+    function.max_dynamic_shared_size_bytes = card_of(device).shared
+    return function
 
 
 def _stream(device: torch.device) -> Any:

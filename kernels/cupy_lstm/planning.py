@@ -9,32 +9,21 @@ from typing import Any
 
 import torch
 
-from ..architectures import shared_memory_of
+from ..cards import SHARED_BYTES, Card
 from ..problem import Problem
 from ..timeouts import spare_multiprocessors
 
 SEQUENCES = 8  # per batch tile
 CHUNK = 16  # words of K that a warp multiplies at once
 AHEAD = 4  # chunks that are loaded at once, where weights are not kept
-MOST_REGISTERS = 192  # of a thread's 255, that may hold weights, words and sums
+MOST_REGISTERS = 192  # of a thread's 255 that may hold weights, words and sums
 
-# Clocks of an H100, for the order of plans. Rates are published ones (Luo et al., "Benchmarking and Dissecting the
-# Nvidia Hopper GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide). The last two are fitted to
-# the cycles of tests/cycles.csv, which were estimated instruction by instruction from SASS.
-L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 per clock: when all do, and at most
-SHARED_BYTES = 128  # that it reads or writes in shared memory per clock
+# Clocks of an H100, for the order of plans. Rates are published ones, see cards.py; the last two are fitted to the
+# cycles of tests/cycles.csv, which were estimated instruction by instruction from SASS.
 MULTIPLY_ADDS = 128  # per clock and multiprocessor
 PRODUCTS = 2.0  # clocks per product of 16 rows by 8 words by 8 sequences on tensor cores
 TURN = 1240  # per batch tile: until words arrive, gates and cell, the barrier
 PARTIAL_SUMS = 950  # from a store until all that share gates have it
-
-
-@dataclass(frozen=True)
-class Card:
-    """What planning needs to know of a GPU."""
-
-    architecture: int  # compute capability, 90 for 9.0
-    multiprocessors: int
 
 
 HOST = Card(80, 8)  # stands in where the tensors are on the CPU
@@ -62,7 +51,7 @@ class Plan:
     units: int
     warps: int
     chunks: int  # of K whose weights a warp keeps; 0: they are read at every step
-    parts: int  # blocks that share the gates of a unit, backward; 1 forward
+    partners: int  # blocks that share the gates of a unit, backward; 1 forward
     grid: tuple[int, int]  # blocks of a group, groups
     shared: int  # bytes of a block
     clocks: float  # per step, estimated by a model that is meant for ranking plans
@@ -70,8 +59,8 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells its launch from those that may compute other numbers, as JSON values; not the number of groups."""
-        names = "hidden", "units", "warps", "chunks", "parts"
+        """What its numbers may depend on, as JSON values; how many groups there are is not among it."""
+        names = "hidden", "units", "warps", "chunks", "partners"
         return {name: getattr(self, name) for name in names} | {"blocks": self.grid[0], "several": self.grid[1] > 1}
 
     def sequences_enough(self, problem: Problem) -> int:
@@ -88,7 +77,7 @@ class Plan:
 
     def template(self, backward: bool) -> tuple[int, ...]:
         """The arguments of the kernel, after the element type."""
-        return self.hidden, self.units, self.warps, self.chunks, *((self.parts,) if backward else ())
+        return self.hidden, self.units, self.warps, self.chunks, *((self.partners,) if backward else ())
 
 
 @functools.cache
@@ -99,17 +88,17 @@ def choose_plan(problem: Problem, card: Card, backward: bool) -> Plan:
 
 def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
     """All possible plans."""
-    for parts, warps in product((1, 2, 4) if backward else (1,), (4, 8)):
+    for partners, warps in product((1, 2, 4) if backward else (1,), (4, 8)):
         for units, kept in product(range(4, 4 * warps + 1, 4), (True, False)):
-            yield from _plan(problem, card, backward, parts, warps, units, kept)
+            yield from _plan(problem, card, backward, partners, warps, units, kept)
 
 
 def _plan(
-    problem: Problem, card: Card, backward: bool, parts: int, warps: int, units: int, kept: bool
+    problem: Problem, card: Card, backward: bool, partners: int, warps: int, units: int, kept: bool
 ) -> Iterator[Plan]:
     """The plan of these sizes, if there are kernels for them, and all blocks can be resident at once."""
     # Rows: gates of a block's units; backward units of all the blocks that it shares gates with.
-    rows, k = units * (parts if backward else 4), words_of(problem) * (4 // parts if backward else 1)
+    rows, k = units * (partners if backward else 4), words_of(problem) * (4 // partners if backward else 1)
     chunks = ceil(k / (CHUNK * warps)) if kept else 0
     if kept:
         tensor_cores = card.architecture >= 80 and not problem.exact_float32
@@ -119,15 +108,15 @@ def _plan(
     multiprocessors = card.multiprocessors // problem.side_by_side
     shared = 16 * warps * SEQUENCES * (rows // 2 + 2)
     shared += 0 if kept else 4 * warps * AHEAD * SEQUENCES * CHUNK
-    wanted, most = parts * ceil(problem.hidden / (parts * units)), multiprocessors // parts * parts
+    wanted, most = partners * ceil(problem.hidden / (partners * units)), multiprocessors // partners * partners
     blocks = wanted if kept else min(wanted, most)
-    if not (possible and 0 < blocks <= most and shared <= shared_memory_of(card.architecture)):
+    if not (possible and 0 < blocks <= most and shared <= card.shared):
         return
     tiles = ceil(problem.batch / SEQUENCES)
     groups = max(1, min(tiles, multiprocessors // blocks))
     turns = ceil(tiles / groups) * ceil(wanted / blocks)  # of a step
-    l2 = min(L2_ALONE, L2_BYTES * card.multiprocessors / (blocks * groups * problem.side_by_side))
-    turn = TURN + PARTIAL_SUMS * (parts > 1) + SEQUENCES * 4 * k / l2
+    l2 = card.l2_bytes(blocks * groups * problem.side_by_side)
+    turn = TURN + PARTIAL_SUMS * (partners > 1) + SEQUENCES * 4 * k / l2
     in_shared = SEQUENCES * 8 * warps * rows / SHARED_BYTES
     if kept:
         turn += (in_shared + PRODUCTS * rows / 16 * k / 8) / 2  # which overlap
@@ -135,4 +124,4 @@ def _plan(
         multiply_adds = rows * k * 4 // problem.size * SEQUENCES
         turn += in_shared + max(4 * rows * k / l2, 1.5 * multiply_adds / MULTIPLY_ADDS)
     grid = blocks, groups
-    yield Plan(problem.hidden, units, warps, chunks, parts, grid, shared, turns * turn, problem.side_by_side)
+    yield Plan(problem.hidden, units, warps, chunks, partners, grid, shared, turns * turn, problem.side_by_side)

@@ -28,21 +28,21 @@ def parts() -> dict[str, str]:
     return {name: FOLDER.joinpath(f"{name}.cu").read_text() for name in PARTS}
 
 
-def name_expression(kernel: str, dtype: torch.dtype, template: tuple[int, ...], given: Container[str]) -> str:
-    """The C++ name of a kernel for one dtype, the template arguments of a plan, and the optional arguments `given`."""
-    known = (str(name in given).lower() for name in optional(kernel))
-    return f"{kernel}<{', '.join((ELEMENTS[dtype], *map(str, template), *known))}>"
+def name_expression(kernel: str, dtype: torch.dtype, template: tuple[int, ...], present: Container[str]) -> str:
+    """The C++ name of a kernel for one dtype, template arguments of a plan, and the optional arguments there are."""
+    flags = (str(name in present).lower() for name in optional(kernel))
+    return f"{kernel}<{', '.join((ELEMENTS[dtype], *map(str, template), *flags))}>"
 
 
 @functools.cache
 def optional(kernel: str) -> tuple[str, ...]:
-    """The names of a kernel's optional arguments, in the order in which its template says whether each is given."""
+    """The names of a kernel's optional arguments, in the order in which its template has a flag for each."""
     template = re.search(rf"template <([^>]*)>\s+__global__ void \w+\([^)]*\) {kernel}\(", join(parts()))
     assert template is not None
     return tuple(name.lower() for name in re.findall(r"WITH_(\w+)", template[1]))
 
 
-def given_of(kernel: str, arguments: dict[str, Any]) -> frozenset[str]:
+def present_in(kernel: str, arguments: dict[str, Any]) -> frozenset[str]:
     """The optional arguments that are neither None nor False."""
     return frozenset(name for name in optional(kernel) if arguments[name] is not None and arguments[name] is not False)
 

@@ -28,20 +28,21 @@ def autotune(problem: Problem, device: torch.device) -> dict[str, Plan]:
     card = card_of(device)
     fastest = {}
     with torch.cuda.device(device):
-        for name, which in (("forward", Pass()), ("backward", Pass(backward=True, dh_n=False))):
-            call = _call(problem, which, device, fastest.get("forward"))
-            proposed = plans(problem, card, which.backward)
+        for name, pass_ in (("forward", Pass()), ("backward", Pass(backward=True, dh_n=False))):
+            call = _call(problem, device, fastest.get("forward"))
+            proposed = plans(problem, card, pass_.backward)
             milliseconds = {}
             for number, plan in enumerate(proposed, start=1):
-                refused = why_it_does_not_fit(recorded_launches(problem, which, plan), plan.held)
-                if refused is None:
+                result = why_it_does_not_fit(recorded_launches(problem, pass_, plan), plan.blocks)
+                if result is None:
                     milliseconds[plan] = time_plan(plan, call)
-                logger.info(
-                    "%s, plan %d of %d: %s %dx%d: %s", name, number, len(proposed), plan.family.value, plan.rows,
-                    plan.columns, f"{milliseconds[plan]:.3g} ms" if refused is None else refused,
-                )  # fmt: skip
+                    result = f"{milliseconds[plan]:.3g} ms"
+                tile = f"{plan.family.name} {plan.rows}x{plan.units}"
+                logger.info("%s, plan %d of %d: %s: %s", name, number, len(proposed), tile, result)
+            if not milliseconds:
+                raise RuntimeError(f"no plan for the {name} pass of this layer can be compiled on this card: {result}")
             fastest[name] = min(milliseconds, key=milliseconds.__getitem__)
-            keep_measured(problem, card, which.backward, fastest[name])
+            keep_measured(problem, card, pass_.backward, fastest[name])
     forget()
     return fastest
 
@@ -51,16 +52,13 @@ def time_plan(plan: Plan, call: Callable[[Plan], Callable[[], object]]) -> float
     return triton.testing.do_bench(call(plan), return_mode="median")
 
 
-def _call(
-    problem: Problem, which: Pass, device: torch.device, forward: Plan | None
-) -> Callable[[Plan], Callable[[], object]]:  # fmt: skip
-    """call(plan)() runs a plan on random data, with everything saved and the gradient of every h given.
-
-    Backward is of what the plan `forward` computes.
+def _call(problem: Problem, device: torch.device, forward: Plan | None) -> Callable[[Plan], Callable[[], object]]:
+    """call(plan)() runs a plan on random data, with everything saved; with a plan `forward`, backward of what it
+    computes, with a gradient of every h.
     """
     gates, r = call_of(problem, device)
     gates.normal_()
-    for weight, width in ((r.given.weight_hh, problem.width), (r.given.weight_hr, problem.hidden)):
+    for weight, width in ((r.inputs.weight_hh, problem.width), (r.inputs.weight_hr, problem.hidden)):
         if weight is not None:
             weight.normal_(std=width**-0.5)
     if forward is not None:

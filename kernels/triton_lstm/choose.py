@@ -7,48 +7,43 @@ import bisect
 import contextlib
 import dataclasses
 import functools
+import io
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from math import ceil
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from .. import cache
-from ..architectures import have_room, shared_memory_of
+from ..cards import Card
 from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
 from . import cooperative, pointwise, resident, step
-from .binary import RecordedLaunch, compile_problem, empty_kernel
 from .features import OPTIONS
-from .planning import INTERPRETER, Device, Family, Plan, device_of, expected, plan_of
+from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected
 
 MOST = 3  # plans that a first call compiles before it falls back on the step family's
 MOST_LONGER = 1.25  # a plan that is compiled already may take so many times the best plan's estimated time
 SLOW_S = 2.0  # after which a log line says what is happening
 KIND = "plans"  # of cached results
-FORMAT = 10  # raised whenever a field of Plan or of the key changes its name or meaning
+FORMAT = 11  # raised whenever a field of Plan or of the key changes its name or meaning
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
-FAMILIES: dict[Family, ModuleType] = {
-    Family.RESIDENT: resident,
-    Family.COOPERATIVE: cooperative,
-    Family.POINTWISE: pointwise,
-    Family.STEP: step,
-}
-"""Each has KERNELS, forward and backward, and for each of them the buffers that it needs and how its result is read."""
+FAMILIES: dict[type, ModuleType] = {
+    Resident: resident, Cooperative: cooperative, Pointwise: pointwise, Step: step, Held: step
+}  # fmt: skip
+"""Each module has KERNELS, forward and backward, the buffers that they write and the OPERANDS that they read."""
 
 logger = logging.getLogger("gpu_lstm")
 
-Launches = Callable[[Plan], Iterable[RecordedLaunch]]
-"""launches(plan): what a plan would launch."""
-
-
-# Plans in use, by problem without its batch, card and pass; then by batch.
-plans_in_use: dict[tuple[Problem, Device, Pass], dict[int, Plan]] = {}
+plans_in_use: dict[tuple[Problem, Card, Pass], dict[int, Plan]] = {}
+"""By problem without its batch, card and pass; then by batch."""
 
 CURES = {  # remedies for Triton's errors where nothing can be launched, by a part of the message
     "C compiler": "Triton builds its launchers with a C compiler: install gcc, or name one in CC",
@@ -58,40 +53,49 @@ CURES = {  # remedies for Triton's errors where nothing can be launched, by a pa
 }
 
 
-class DoesNotFit(Exception):
-    """A compiled kernel needs more than a thread or a block may use."""
+class RecordedLaunch(NamedTuple):
+    """One kernel launch as the launcher would make it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by the names of the kernel's parameters, and Triton's options
 
 
-def plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
+@triton.jit
+def empty_kernel():
+    pass
+
+
+def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     """The plans to try, the best estimate first, before any is measured. The step family's is always among them."""
 
     def seconds(plan: Plan) -> float:
-        return expected_seconds(problem, device, plan, backward)
+        return expected_seconds(problem, card, plan, backward)
 
-    always, by_product = [step.step_plan(problem, device, backward)], pointwise.pointwise_plan(problem)
+    always, by_product = [step.step_plan(problem, card, backward)], pointwise.pointwise_plan(problem)
     if by_product is not None and seconds(by_product) < seconds(always[0]):
         always = [by_product, *always]
     if problem.steps == 1:
         return always  # holding W_hh on chip pays off from the second step on
-    shared = list(cooperative.plans(problem, device, backward))
+    shared = list(cooperative.plans(problem, card, backward))
     if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
-        shared = list(cooperative.plans(problem._replace(side_by_side=1), device, backward))
-    of_step = [*step.held_plans(problem, device, backward), *step.split_plans(problem, device, backward)]
-    return sorted([*resident.plans(problem, device, backward), *shared, *of_step, *always], key=seconds)
+        shared = list(cooperative.plans(problem._replace(side_by_side=1), card, backward))
+    of_step = [*step.held_plans(problem, card, backward), *step.split_plans(problem, card, backward)]
+    return sorted([*resident.plans(problem, card, backward), *shared, *of_step, *always], key=seconds)
 
 
-def expected_seconds(problem: Problem, device: Device, plan: Plan, backward: bool) -> float:
+def expected_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
     """Estimated time of a step of all layers or directions that run at once, by the model."""
-    one_after_another = problem.side_by_side // plan.side_by_side if plan.family is Family.COOPERATIVE else 1
-    return one_after_another * expected(problem, device, plan, backward).seconds
+    turns = problem.side_by_side // plan.side_by_side if isinstance(plan.family, Cooperative) else 1
+    return turns * expected(problem, card, plan, backward).seconds
 
 
-def card_of(device: torch.device) -> Device:
+def card_of(device: torch.device) -> Card:
     """What planning knows of a device, without what is left to other kernels. Tests replace this to simulate a card."""
     if device.type != "cuda":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
-    card, count = device_of(properties), properties.multi_processor_count
+    card, count = card_with(properties), properties.multi_processor_count
     if not torch.cuda.is_current_stream_capturing():
         count = _multiprocessors_of_context(device, count, properties.max_threads_per_multi_processor)
     return dataclasses.replace(card, multiprocessors=count - spare_multiprocessors(count))
@@ -110,88 +114,85 @@ def _multiprocessors_of_context(device: torch.device, count: int, threads: int) 
             try:
                 with errors_as_of_torch():
                     empty[(multiprocessors * blocks, 1, 1)]()
+                return False
             except RuntimeError as error:
-                if "too many blocks" in str(error):
-                    return True
-                raise
-            return False
+                if "too many blocks" not in str(error):
+                    raise
+                return True
 
         if not is_too_large(count):
             return count
-        found = max(1, bisect.bisect(range(1, count), False, key=is_too_large))
-    cache.warn_once(f"kernels use {found} of the {count} multiprocessors of {device}: the context has no more")
-    return found
+        largest = max(1, bisect.bisect(range(1, count), False, key=is_too_large))
+    cache.warn_once(f"kernels use {largest} of the {count} multiprocessors of {device}: the context has no more")
+    return largest
 
 
-def candidates(problem: Problem, card: Device, which: Pass) -> list[Plan]:
+def candidates(problem: Problem, card: Card, pass_: Pass) -> list[Plan]:
     """The plans of a pass: first the measured one, if there is one; or one that is already in use for a larger batch.
 
     Every plan can run smaller batches, too. So nothing is compiled for the last, smaller batch of an epoch.
     """
     if card is INTERPRETER:
-        return [step.step_plan(problem, card, which.backward)]  # others are written thread by thread: slow there
-    measured, proposed = measured_plan(problem, card, which.backward), plans(problem, card, which.backward)
-    if measured in proposed:  # whatever a file says, only a proposed and verified plan runs
-        return [measured, *proposed]
-    in_use = plans_in_use.get((problem._replace(batch=0), card, which), {})
+        return [step.step_plan(problem, card, pass_.backward)]  # others are written thread by thread: slow there
+    measured, proposed = measured_plan(problem, card, pass_.backward), plans(problem, card, pass_.backward)
+    for plan in proposed:  # whatever a file says, only a proposed and verified plan runs
+        if plan.as_json() == measured:
+            return [plan, *proposed]
+    in_use = plans_in_use.get((problem._replace(batch=0), card, pass_), {})
     if larger := [batch for batch in list(in_use) if batch > problem.batch]:
         plan = in_use[min(larger)]
-        tiles_per_group = ceil(ceil(problem.batch / plan.rows) / plan.groups)  # of this batch
-        asked = proposed[0], dataclasses.replace(plan, tiles_per_group=tiles_per_group)
-        best, its = (expected_seconds(problem, card, each, which.backward) for each in asked)
-        proposed = [plan, *proposed] if its <= MOST_LONGER * best else proposed
+        here = dataclasses.replace(plan, tiles_per_program=ceil(ceil(problem.batch / plan.rows) / plan.groups))
+        seconds, best = (expected_seconds(problem, card, each, pass_.backward) for each in (here, proposed[0]))
+        if seconds <= MOST_LONGER * best:
+            return [plan, *proposed]
     return proposed
 
 
 def choose_plan(
-    problem: Problem,
-    device: torch.device,
-    which: Pass,
-    launches: Launches,
-    verify: Callable[[Plan], str | None] | None = None,
-) -> Plan:
+    problem: Problem, device: torch.device, pass_: Pass, launches: Callable[[Plan], Iterable[RecordedLaunch]],
+    refuses: Callable[[Plan], str | None] | None = None,
+) -> Plan:  # fmt: skip
     """The best plan whose kernels the device can run.
 
     Args:
-        problem, device, which: what to run.
-        launches: what a plan would launch.
-        verify: says why a plan that compiles is refused all the same.
+        problem, device, pass_: what to run.
+        launches: launches(plan) is what a plan would launch.
+        refuses: refuses(plan) says why a plan that compiles is not used all the same; None if it is.
 
     Raises:
         RuntimeError: no kernel can be compiled, or none computes the right numbers.
     """
     card = card_of(device)
-    proposed = candidates(problem, card, which)
+    proposed = candidates(problem, card, pass_)
     if device.type != "cuda":
         return proposed[0]
-    always = step.step_plan(problem, card, which.backward)
-    last_resort = [plan for plan in proposed[MOST:] if plan == always]
+    always = step.step_plan(problem, card, pass_.backward)
+    refused = []
     with _log_if_slow():
-        refused = []
-        for plan in (*proposed[:MOST], *last_resort):
-            reason = why_it_does_not_fit(launches(plan), plan.held)
-            if reason is None and verify is not None:
-                reason = verify(plan)
+        for plan in (*proposed[:MOST], *(plan for plan in proposed[MOST:] if plan == always)):
+            reason = why_it_does_not_fit(launches(plan), plan.blocks)
+            if reason is None and refuses is not None:
+                reason = refuses(plan)
             if reason is None:
                 if not torch.cuda.is_current_stream_capturing():
-                    plans_in_use.setdefault((problem._replace(batch=0), card, which), {})[problem.batch] = plan
+                    plans_in_use.setdefault((problem._replace(batch=0), card, pass_), {})[problem.batch] = plan
                 return plan
-            refused.append(f"{plan.family.value} {plan.rows}x{plan.columns}: {reason}")
+            refused.append(f"{plan.family.name} {plan.rows}x{plan.units}: {reason}")
             logger.info("a plan does not fit: %s", refused[-1])
     raise RuntimeError(f"no Triton kernel can run this layer on this card: {'; '.join(refused)}")
 
 
 def why_it_does_not_fit(launches: Iterable[RecordedLaunch], blocks: int) -> str | None:
-    """Why launches cannot be made on the current device, so many blocks to a multiprocessor; None if they can."""
+    """Why launches cannot be made on the current device, with `blocks` to a multiprocessor; None if they can."""
     try:
         for kernel, grid, arguments in launches:
             loaded = load(kernel, grid, arguments)
             if loaded.n_spills:
-                raise DoesNotFit(f"{kernel.__name__} spills {4 * loaded.n_spills} bytes a thread")
+                return f"{kernel.__name__} spills {4 * loaded.n_spills} bytes a thread"
             if blocks > 1:  # Triton only looks whether one fits
-                shared, most = loaded.metadata.shared, shared_memory_of(loaded.metadata.target.arch)
-                if not have_room(blocks, shared, most):
-                    raise DoesNotFit(f"{blocks} blocks of {kernel.__name__} want {shared} bytes of {most} each")
+                card, shared = Card(loaded.metadata.target.arch, 1), loaded.metadata.shared
+                if not card.has_room(blocks, shared):
+                    return f"{blocks} blocks of {kernel.__name__} want {shared} bytes of {card.shared} each"
     except DEVICE_ERRORS:
         raise
     except Exception as error:  # of many kinds: from Triton's front end, LLVM, ptxas, the driver
@@ -214,7 +215,7 @@ def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def errors_as_of_torch() -> Iterator[None]:
-    """A context for calls of Triton's driver, whose errors are all RuntimeErrors, and may come from another kernel.
+    """Around calls of Triton's driver, whose errors are all RuntimeErrors, and may come from another kernel.
 
     Raises:
         torch.OutOfMemoryError: memory is full.
@@ -230,6 +231,19 @@ def errors_as_of_torch() -> Iterator[None]:
             raise torch.AcceleratorError(f"{error}, {text}") from error
         torch.cuda.synchronize()
         raise
+
+
+@functools.cache
+def compile_problem(architecture: int) -> str | None:
+    """Why the installed Triton cannot compile for an architecture, e.g. one newer than its ptxas; None if it can."""
+    target = GPUTarget("cuda", architecture, 32)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # where Triton would print the whole kernel
+            triton.compile(ASTSource(empty_kernel, {}), target=target, options=OPTIONS)
+    except Exception as error:  # of many kinds: from LLVM, ptxas, or the folder of Triton's cache
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return next((line for line in lines if "fatal" in line), f"{type(error).__name__}: {lines[0] if lines else ''}")
+    return None
 
 
 def launch_problem(device: torch.device, architecture: int) -> str | None:
@@ -254,7 +268,7 @@ def _load_problem(device: torch.device) -> str | None:
 
 @contextlib.contextmanager
 def _log_if_slow() -> Iterator[None]:
-    """Kernels take seconds to compile, once for each kind of layer: tell the user who waits."""
+    """Tell a user who waits that kernels are compiled, which takes seconds."""
     text = "compiling the kernels of a layer; this happens once for each kind of layer, and Triton keeps the result"
     timer = threading.Timer(SLOW_S, logger.warning, (text,))
     timer.daemon = True
@@ -265,18 +279,18 @@ def _log_if_slow() -> Iterator[None]:
         timer.cancel()
 
 
-def measured_plan(problem: Problem, card: Device, backward: bool) -> Plan | None:
-    """The plan that was fastest for problems like this on this card, if it was measured."""
-    fields = cache.read(KIND, _key(problem, card, backward))
-    return None if fields is None else plan_of(fields)
+def measured_plan(problem: Problem, card: Card, backward: bool) -> dict[str, Any] | None:
+    """The plan that was fastest for problems like this on this card, as JSON; None if none was measured."""
+    plan: dict[str, Any] | None = cache.read(KIND, _key(problem, card, backward))
+    return plan
 
 
-def keep_measured(problem: Problem, card: Device, backward: bool, plan: Plan) -> None:
+def keep_measured(problem: Problem, card: Card, backward: bool, plan: Plan) -> None:
     """Write a measured plan to the cache."""
-    cache.write(KIND, _key(problem, card, backward), dataclasses.asdict(plan) | {"family": plan.family.value})
+    cache.write(KIND, _key(problem, card, backward), plan.as_json())
 
 
-def _key(problem: Problem, card: Device, backward: bool) -> cache.Key:
+def _key(problem: Problem, card: Card, backward: bool) -> cache.Key:
     """What decides which plan is fastest. Direction, lengths, resets and the like do not change the order of plans."""
     return dict(
         format=FORMAT, triton=triton.__version__, card=card.name, multiprocessors=card.multiprocessors,

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..architectures import KB
+from ..cards import KB, Card
 from ..memory import EVERY_BIT, Buffer
 from ..operands import as_words, transposed_gates
 from ..problem import Problem, Recurrence
@@ -41,7 +41,7 @@ from .norm import (
     squares_about,
     units_of,
 )
-from .planning import Device, Family, Plan, expected
+from .planning import Cooperative, Plan
 
 SENTINEL = tl.constexpr(EVERY_BIT)  # as int32: the word for data that are not there yet, which `pack` never returns
 
@@ -427,81 +427,68 @@ def lstm_cooperative_backward_kernel(
         step, tile = next_turn(step, tile, -1, B)
 
 
-def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
+def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
     """Where the registers of all multiprocessors together hold W_hh as operands of tensor cores."""
-    in_the_loop = problem.projected and problem.regularised  # see kernels/projection.py
-    if in_the_loop or problem.batch == 0 or problem.exact_float32:
+    if problem.projects_in_loop or problem.batch == 0 or problem.exact_float32:
         return
-    candidates = []
-    for parts in (1, 2, 4) if backward else (1,):
-        words = ceil(problem.hidden * problem.size / 4) * (4 // parts if backward else 1)
+    for partners in (1, 2, 4) if backward else (1,):
+        words = ceil(problem.hidden * problem.size / 4) * (4 // partners if backward else 1)
         warps = 8 if words > 64 else 4
         chunks = ceil(words / (16 * warps))
         for units in range(4, 4 * warps + 1, 4):
-            rows = units * (parts if backward else 4)  # of weights; see the top of this file
-            programs = parts * ceil(problem.hidden / (parts * units))
+            rows = units * (partners if backward else 4)  # of weights; see the top of this file
+            programs = partners * ceil(problem.hidden / (partners * units))
             registers = (rows // 2 + 4) * chunks + rows // 4  # of a thread: weights, words, sums
             tiles = ceil(problem.batch / 8)
-            groups = min(tiles, device.multiprocessors // (programs * problem.side_by_side))
+            groups = min(tiles, card.multiprocessors // (programs * problem.side_by_side))
             shared = 2 * warps * rows * 8 * 4  # twice the sums of all warps
             if rows % 16 == 0 and groups and registers <= MOST_REGISTERS and shared <= STATIC_SHARED:
                 what = ("dgates" if backward else "h") + ", and sums for layer norms" * problem.normalised
                 why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange {what}"
-                candidates.append(Plan(
-                    Family.COOPERATIVE, 8, units, chunks, programs, groups, warps, 1, shared, why,
-                    tiles_per_group=ceil(tiles / groups), side_by_side=problem.side_by_side, parts=parts,
-                    ahead=tiles > groups and not backward,
-                ))  # fmt: skip
-    yield from sorted(candidates, key=lambda plan: expected(problem, device, plan, backward).seconds)
+                family = Cooperative(chunks, partners, ahead=tiles > groups and not backward)
+                yield Plan(
+                    family, 8, units, programs, groups, warps, shared, why, tiles_per_program=ceil(tiles / groups),
+                    side_by_side=problem.side_by_side,
+                )  # fmt: skip
 
 
 MOST_REGISTERS = 190  # of a thread's 255 that may hold weights, words and sums
 STATIC_SHARED = 48 * KB  # that a kernel may declare (CUDA C++ Programming Guide)
 
 KERNELS = lstm_cooperative_forward_kernel, lstm_cooperative_backward_kernel
+EXCHANGED = "exchanged"  # among the buffers: what W_hh^T is multiplied with, passed as words
 
 
-def forward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
-    """What forward writes besides the results that all families share; h is one of those, but in rows of words."""
-    return {"h_ptr": Buffer(p.dtype, (p.batch, _row(p)), 1, EVERY_BIT)} | _pairs(p, plan)  # and h0 at its end
-
-
-def backward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
-    """As forward_buffers, for backward, where dgates are the words, or come from them through the norm of W_hh h."""
-    # What W_hh^T is multiplied with.
-    buffers = {EXCHANGED: Buffer(p.dtype, (p.batch, 4, _row(p)), 0, EVERY_BIT)} | _pairs(p, plan)
-    if plan.parts > 1:
-        buffers["partials_ptr"] = Buffer(torch.int32, (p.batch, plan.parts, p.hidden), fill=EVERY_BIT)
-    return buffers
-
-
-BUFFERS = forward_buffers, backward_buffers
-EXCHANGED = "exchanged"  # among the buffers: passed as words
+def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
+    """What a pass writes besides the results that all families share; forward h is one of those, but in rows of words.
+    Backward dgates are the words, or come from them through the norm of W_hh h.
+    """
+    pairs = Buffer(torch.int32, (p.batch, ceil(p.hidden / plan.units), 2), fill=EVERY_BIT)  # of exchange_pairs
+    scratch = {name: pairs for name, there in zip(("pairs_hh_ptr", "pairs_c_ptr"), p.norms) if there}
+    if not backward:
+        return scratch | {"h_ptr": Buffer(p.dtype, (p.batch, _row(p)), 1, EVERY_BIT)}  # and h0 at its end
+    if plan.family.partners > 1:
+        scratch["partials_ptr"] = Buffer(torch.int32, (p.batch, plan.family.partners, p.hidden), fill=EVERY_BIT)
+    return scratch | {EXCHANGED: Buffer(p.dtype, (p.batch, 4, _row(p)), 0, EVERY_BIT)}
 
 
 def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
     """What forward reads besides the tensors of a call."""
-    h0, h = r.given.h0[0], memory["h_ptr"][-1]  # [B, H], [B, H or one more]
+    h0, h = r.inputs.h0[0], memory["h_ptr"][-1]  # [B, H], [B, H or one more]
     if _row(p) > p.hidden:
         h.zero_()
     h[:, : p.hidden] = torch.where(h0.isnan(), torch.nan, h0)  # any NaN but the sentinel
-    found = {"weights_ptr": as_words(r.given.weight_hh, p.hidden), "words_ptr": memory["h_ptr"].view(torch.int32)}
-    return found | ({"dropout_h_ptr": as_words(r.given.dropout_h, p.hidden)} if p.dropout_h else {})
+    operands = {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden), "words_ptr": memory["h_ptr"].view(torch.int32)}
+    return operands | ({"dropout_h_ptr": as_words(r.inputs.dropout_h, p.hidden)} if p.dropout_h else {})
 
 
 def backward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
     """As forward_operands, for backward."""
-    weights = transposed_gates(r.given.weight_hh, p.hidden, plan.parts)
+    weights = transposed_gates(r.inputs.weight_hh, p.hidden, plan.family.partners)
     return {"weights_ptr": weights, "words_ptr": memory[EXCHANGED].view(torch.int32)}
 
 
 OPERANDS = forward_operands, backward_operands
-
-
-def _pairs(p: Problem, plan: Plan) -> dict[str, Buffer]:
-    """Buffers of `exchange_pairs`, one for each layer norm."""
-    pairs = Buffer(torch.int32, (p.batch, ceil(p.hidden / plan.columns), 2), fill=EVERY_BIT)
-    return {name: pairs for name, there in zip(("pairs_hh_ptr", "pairs_c_ptr"), p.norms) if there}
 
 
 def _row(p: Problem) -> int:

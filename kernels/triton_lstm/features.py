@@ -1,4 +1,4 @@
-"""What depends on Triton's version: probed here, and nowhere else."""
+"""What depends on Triton's version, which only this file asks for."""
 
 import triton
 import triton.language as tl

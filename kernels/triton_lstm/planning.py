@@ -4,144 +4,137 @@ A plan is a proposal. Registers depend on the Triton version, so the launcher us
 kernel compiles without spills on the Triton and card at hand; that of the step family always works.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
-from math import ceil, inf
-from typing import Any, get_type_hints
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ..architectures import KB, REGISTERS, shared_memory_of
+from ..cards import L2_BYTES, SHARED_BYTES, Card
 from ..problem import Problem
 
-Launch = Callable[..., None]
-"""launch(kernel, grid, **arguments), every argument by the name of the kernel's parameter: `launch.launch_kernel`."""
+# Data sheets.
+DEVICES = {
+    "h100": Card(90, 132, "NVIDIA H100 SXM", 1.755e9, 3.35e12),
+    "a100": Card(80, 108, "NVIDIA A100 SXM 80 GB", 1.41e9, 2.04e12),
+    "l4": Card(89, 58, "NVIDIA L4", 2.04e9, 0.3e12),
+    "rtx4090": Card(89, 128, "NVIDIA GeForce RTX 4090", 2.52e9, 1.008e12),
+    "rtx5090": Card(120, 170, "NVIDIA GeForce RTX 5090", 2.407e9, 1.792e12),
+    "b200": Card(100, 148, "NVIDIA B200", 1.85e9, 8.0e12),
+}
+INTERPRETER = Card(0, 1, "Triton's interpreter")
+"""It runs programs one after another, so that one cannot wait for another."""
 
 
-class Family(Enum):
-    """How the time loop is run."""
-
-    RESIDENT = "resident"  # one launch; a program runs the whole sequence alone
-    COOPERATIVE = "cooperative"  # one launch; programs share W_hh and exchange h
-    POINTWISE = "pointwise"  # a product by cuBLAS and a launch for each step
-    STEP = "step"  # one launch; programs read W_hh at every step, which a grid-wide barrier ends
+# How the time loop is run, with the sizes that only the kernels of this family have.
 
 
 @dataclass(frozen=True)
-class Device:
-    """What planning needs to know of a card."""
+class Resident:
+    """One launch; a program runs the whole sequence alone, with W_hh in its registers."""
 
-    name: str
-    architecture: int  # compute capability, 90 for 9.0
-    multiprocessors: int
-    shared: int  # bytes of shared memory a block may have
-    clock: float = 1.5e9  # Hz
-    memory: float = inf  # bytes a second
+    name: ClassVar = "resident"
+    chunks: int  # of K, which a warp multiplies
 
 
-# Data sheets and CUDA C++ Programming Guide (shared memory per block: table of compute capabilities).
-DEVICES = {
-    "h100": Device("NVIDIA H100 SXM", 90, 132, 227 * KB, 1.755e9, 3.35e12),
-    "a100": Device("NVIDIA A100 SXM 80 GB", 80, 108, 163 * KB, 1.41e9, 2.04e12),
-    "l4": Device("NVIDIA L4", 89, 58, 99 * KB, 2.04e9, 0.3e12),
-    "rtx4090": Device("NVIDIA GeForce RTX 4090", 89, 128, 99 * KB, 2.52e9, 1.008e12),
-    "rtx5090": Device("NVIDIA GeForce RTX 5090", 120, 170, 99 * KB, 2.407e9, 1.792e12),
-    "b200": Device("NVIDIA B200", 100, 148, 227 * KB, 1.85e9, 8.0e12),
-}
-INTERPRETER = Device("Triton's interpreter", 0, 1, 227 * KB)
-"""It runs programs one after another, so that one cannot wait for another."""
+@dataclass(frozen=True)
+class Cooperative:
+    """One launch; programs hold W_hh in their registers, and exchange h."""
+
+    name: ClassVar = "cooperative"
+    chunks: int  # of K, which a warp multiplies
+    partners: int = 1  # backward: programs that share the gates of their units
+    ahead: bool = False  # whether words of the next batch tile are requested before the cells of this one
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """A product by cuBLAS and a launch for each step."""
+
+    name: ClassVar = "pointwise"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch; programs read W_hh at every step, which a grid-wide barrier ends."""
+
+    name: ClassVar = "step"
+    k: int  # how much of K is multiplied at a time
+    parts: int = 1  # of K, backward, each for programs of its own
+
+
+@dataclass(frozen=True)
+class Held:
+    """The step family, where programs hold W_hh of their units in shared memory."""
+
+    name: ClassVar = "step"
+    k: int  # of a part of K, all of which is multiplied at a time; a power of two
+    parts: int = 1  # of K, backward, each for programs of its own
+    ahead: bool = False  # whether the next batch tile's operand is loaded before the cells of this one
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A family with its tiles."""
+    """A family with its tiles, warps and grid."""
 
-    family: Family
-    rows: int  # batch tile
-    columns: int  # hidden units of a program
-    k: int  # inner dimension of one product; in registers: chunks of K that a warp multiplies
-    programs: int  # that share W_hh
-    groups: int  # of programs, each with batch tiles of its own
+    family: Resident | Cooperative | Pointwise | Step | Held
+    rows: int  # sequences of a batch tile
+    units: int  # hidden units whose cells a program computes
+    programs: int  # of a group; together they have all units
+    groups: int  # each with batch tiles of its own; one group has all of them in Step
     num_warps: int
-    num_stages: int
-    shared: int  # estimated bytes per block
+    shared: int  # estimated bytes of a program
     why: str
-    tiles_per_group: int = 1  # batch tiles of a group, processed one after another at every step
+    num_stages: int = 1  # of a product's loads
+    blocks: int = 1  # programs of a multiprocessor, which must have room for them
+    tiles_per_program: int = 1  # which it processes one after another at every step
     side_by_side: int = 1  # launches of this plan that fit the card at once
-    parts: int = 1  # backward: how many cooperative programs share the gates of a unit; of the step family, parts of K
-    held: int = 0  # of the step family: how many programs of a multiprocessor hold W_hh of their units; or none does
-    ahead: bool = False  # a program asks for what its next batch tile multiplies before the cells of this one
 
     @property
     def grid(self) -> tuple[int, ...]:
         """The grid of a launch."""
-        match self.family:
-            case Family.RESIDENT:
-                return (self.groups,)
-            case Family.COOPERATIVE:
-                return self.programs, self.groups
-            case Family.POINTWISE:
-                return (self.programs * self.groups,)
-            case Family.STEP:
-                return (self.programs, self.groups) if self.held else (self.programs,)
+        in_groups = isinstance(self.family, Cooperative | Held)
+        return (self.programs, self.groups) if in_groups else (self.programs * self.groups,)
+
+    @property
+    def on_chip(self) -> bool:
+        """Whether W_hh stays there from step to step."""
+        return isinstance(self.family, Resident | Cooperative | Held)
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields, with those of the family among them."""
+        return asdict(self) | asdict(self.family) | {"family": type(self.family).__name__.lower()}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells its launch from those that may compute other numbers, as JSON values; not the number of groups."""
-        names = "rows", "columns", "k", "programs", "num_warps", "num_stages", "parts", "held", "ahead"
-        several = {"several groups": self.groups > 1, "several tiles": self.tiles_per_group > 1}
-        return {"family": self.family.value} | {name: getattr(self, name) for name in names} | several
+        """What its numbers may depend on, as JSON values; how many groups there are is not among it."""
+        others = "groups", "tiles_per_program", "side_by_side", "shared", "why"
+        several = {"several groups": self.groups > 1, "several tiles": self.tiles_per_program > 1}
+        return {name: value for name, value in self.as_json().items() if name not in others} | several
 
     def sequences_enough(self, problem: Problem) -> int:
         """How many of a problem's sequences show all that its programs do: two batch tiles and part of a third, or more
         where programs, or groups of them, have several tiles.
         """
         tiles = 2
-        if self.tiles_per_group > 1 and self.family is Family.STEP and not self.held:
-            tiles = max(tiles, self.programs // ceil(problem.hidden / self.columns))
-        elif self.tiles_per_group > 1:
-            tiles = max(tiles, self.groups)
+        if self.tiles_per_program > 1:
+            of_one = ceil(problem.hidden / self.units) if isinstance(self.family, Step) else self.programs
+            tiles = max(tiles, self.programs * self.groups // of_one)
         return min(problem.batch, (tiles + 1) * self.rows - self.rows // 2)
 
-    @property
-    def threads(self) -> int:
-        """Threads per block."""
-        return 32 * self.num_warps
 
-    @property
-    def registers(self) -> int:
-        """The most that a thread may use, where a multiprocessor has as many blocks as planned."""
-        return min(255, REGISTERS // self.threads // max(1, self.held))
-
-
-def plan_of(fields: Any) -> Plan:
-    """A plan read from a file, with every field checked.
-
-    Raises:
-        ValueError: a field is missing, unknown, or of another type.
-    """
-    types = get_type_hints(Plan)
-    if not isinstance(fields, dict) or set(fields) != set(types):
-        raise ValueError(f"expected the fields {sorted(types)}, got {fields!r}")
-    for name, needed in types.items():
-        if type(fields[name]) is not (str if needed is Family else needed):
-            raise ValueError(f"expected {name} of type {needed.__name__}, got {fields[name]!r}")
-    return Plan(**fields | {"family": Family(fields["family"])})
-
-
-def device_of(properties: "torch.cuda._CudaDeviceProperties") -> Device:
+def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:
     """A real card. Rates that torch does not know, or the card reports as 0, are those of the most similar card."""
     architecture, multiprocessors = properties.major * 10 + properties.minor, properties.multi_processor_count
 
-    def unlike(other: Device) -> tuple[int, int]:
+    def unlike(other: Card) -> tuple[int, int]:
         return abs(other.architecture - architecture), abs(other.multiprocessors - multiprocessors)
 
     alike = min(DEVICES.values(), key=unlike)
     names = "clock_rate", "memory_clock_rate", "memory_bus_width"  # kHz, with two transfers a clock; bits
     clock, memory_clock, bits = (getattr(properties, name, 0) for name in names)
     rates = 1e3 * clock or alike.clock, 2e3 * memory_clock * bits / 8 or alike.memory
-    return Device(properties.name, architecture, multiprocessors, shared_memory_of(architecture), *rates)
+    return Card(architecture, multiprocessors, properties.name, *rates)
 
 
 def power_of_two(n: int) -> int:
@@ -149,200 +142,190 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(NamedTuple):
     """The estimated time of one step of a plan. None of it was measured."""
 
-    terms: dict[str, float]  # seconds; they add up
-
-    @property
-    def seconds(self) -> float:
-        """Seconds per step."""
-        return sum(self.terms.values())
+    seconds: float
+    terms: dict[str, float]  # what they are made of
 
 
-# Clocks of an H100. Latencies and rates are published ones (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper
-# GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide). Fitted values are fitted to the cycles of
+# Clocks of an H100. Latencies are published ones, see cards.py. Fitted values are fitted to the cycles of
 # tests/cycles.csv, which were estimated instruction by instruction from SASS.
-BARRIER = 30  # of a block, from the last warp's arrival
+BARRIER = 30  # a block's, from the arrival of its last warp
 PRODUCT = 33  # until the next product of a chain can start
 LOAD = 270  # from L2
-L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 per clock: when all do, and at most
-SHARED_BYTES = 128  # that a multiprocessor reads or writes in shared memory per clock
 EXCHANGE = 800  # from a store until all readers have it; 650 to 850, from two latencies of L2 and a poll
 PARTIAL_SUMS = 900, 600  # the same for the second exchange of a step, with one batch tile and with several; fitted
 TURN_AHEAD = 1050  # the shortest turn where words are requested a turn ahead; fitted
 SHUFFLES = 145  # a sum over the threads of a warp: five, one after another, and an addition each
-GRID_BARRIER = 1500  # of all programs: a barrier, a fence, an atomic, and as long until all have seen it
-ISSUE = 0.6  # of an instruction, which takes a clock; the rest falls into the waits of other warps; fitted
-TURN = 145  # of the step family's loop over K: barriers, fragments, and products; fitted
-# Waits for loads, gates and cell that nothing hides, fitted; those of a tuple are of forward and backward.
+GRID_BARRIER = 1500  # a barrier, a fence and an atomic of all programs, and as long until all have seen it
+ISSUE = 0.6  # of each instruction's clock; the rest falls into waits of other warps; fitted
+TURN = 145  # one of the step family's loop over K: barriers, fragments and products; fitted
+# Gates and cell, and waits for loads that nothing hides; fitted. Of a tuple, forward and backward.
 RESIDENT_CELL = 470, 820
 COOPERATIVE_CELL = 400
-STEP_CELL = (0, 535), (1000, 150)  # of a tile, and of each cell of a thread
-STEP_PART = 2400  # of a tile's product of a part of K: until its first operands are there, and after the last; fitted
-# The same where W_hh is held: of a tile, of each of its cells, and of each cell of a thread beyond four.
+STEP_CELL = (0, 535), (1000, 150)  # for each tile, and for each cell of a thread
+STEP_PART = 2400  # a tile of a part of K: until its first operands are there, and after the last; fitted
+# The same where W_hh is held: for each tile, each of its cells, and each cell of a thread beyond four.
 HELD_CELL = (1120, 0.87, 110), (1780, 0.27, 370)
-HELD_PARTS = 2060  # of a tile, where the product is split into parts of K; fitted
-HELD_BESIDE = 0.65  # of what two blocks of a multiprocessor read, as one loads while the other computes; fitted
-HELD_ARRIVALS = 700  # of GRID_BARRIER, what is not in them
+HELD_PARTS = 2060  # for each tile, where the product is split into parts of K; fitted
+HELD_BESIDE = 0.65  # the share of reads that shows where a multiprocessor has two blocks, one of which computes; fitted
+HELD_ARRIVALS = 700  # the part of GRID_BARRIER that is not in these
 
 
-def expected(problem: Problem, device: Device, plan: Plan, backward: bool) -> Expected:
+def expected(problem: Problem, card: Card, plan: Plan, backward: bool) -> Expected:
     """The estimated time of a step of `plan` on a card, by a model that is meant for ranking plans."""
-    clocks = CLOCKS[plan.family](problem, device, plan, backward)
-    terms = {name: each / device.clock for name, each in clocks.items()}
-    terms["memory, beyond the rest"] = max(0.0, memory_seconds(problem, device, plan, backward) - sum(terms.values()))
-    return Expected(terms)
+    clocks = CLOCKS[type(plan.family)](problem, card, plan, backward)
+    terms = {name: each / card.clock for name, each in clocks.items()}
+    terms["memory, beyond the rest"] = max(0.0, memory_seconds(problem, card, plan, backward) - sum(terms.values()))
+    return Expected(sum(terms.values()), terms)
 
 
-def memory_seconds(problem: Problem, device: Device, plan: Plan, backward: bool) -> float:
-    """Of memory traffic: x W_ih^T and h, c and the gates forward; the gates, c, dh and dgates backward."""
-    c = 8 if backward and plan.family is not Family.POINTWISE else 4  # bytes of a cell: of two steps, or of one
+def memory_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
+    """Time of a step's memory traffic: forward x W_ih^T, h, c and the gates; backward the gates, c, dh and dgates."""
+    c = 8 if backward and not isinstance(plan.family, Pointwise) else 4  # bytes of a cell: of two steps, or of one
     moved = problem.batch * problem.hidden * ((13 if backward else 9) * problem.size + c)
-    return moved * plan.side_by_side / device.memory
+    return moved * plan.side_by_side / card.memory
 
 
-def l2_clocks(count: float, device: Device, plan: Plan) -> float:
-    """Clocks until each program has read `count` bytes from L2, which all share."""
-    return count / min(L2_ALONE, L2_BYTES * device.multiprocessors / (plan.programs * plan.groups * plan.side_by_side))
+def _l2_clocks(count: float, card: Card, plan: Plan) -> float:
+    """Clocks until each program has read `count` bytes from L2."""
+    return count / card.l2_bytes(plan.programs * plan.groups * plan.side_by_side)
 
 
-def _resident_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
-    count, products, shared = _on_chip(problem, device, plan, backward)
-    turns = ceil(plan.groups / device.multiprocessors)  # of programs, where not all are resident at once
+def _resident_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
+    count, products, shared = _on_chip(problem, card, plan, backward)
+    waves = ceil(plan.groups / card.multiprocessors)  # of programs, where not all are resident at once
     return {
-        "instructions or shared memory": turns * max(count, shared),
-        "products": turns * products,
-        "gates and cell": turns * RESIDENT_CELL[backward],
-        "barriers": turns * (9 if problem.normalised else 1) * BARRIER,
+        "instructions or shared memory": waves * max(count, shared),
+        "products": waves * products,
+        "gates and cell": waves * RESIDENT_CELL[backward],
+        "barriers": waves * (9 if problem.normalised else 1) * BARRIER,
     }
 
 
-def _cooperative_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
-    """A program processes its batch tiles one after another."""
-    count, products, shared = _on_chip(problem, device, plan, backward)
-    gates = 4 // plan.parts if backward else 1
-    words = l2_clocks(gates * plan.rows * problem.hidden * problem.size, device, plan)
+def _cooperative_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
+    """A program processes its batch tiles one after another, each in a turn."""
+    count, products, shared = _on_chip(problem, card, plan, backward)
+    partners, several_tiles = plan.family.partners, plan.tiles_per_program > 1
+    gates = 4 // partners if backward else 1
+    words = _l2_clocks(gates * plan.rows * problem.hidden * problem.size, card, plan)
     turn: dict[str, float] = {
         "instructions, shared memory, or words from L2": max(count, shared, words),
         "products": products,
         "gates and cell": COOPERATIVE_CELL,
         "barriers": BARRIER,
     }
-    if not (backward or problem.normalised) and 32 % plan.columns:  # two sums of a warp's cells lie in the same bank
-        turn["bank conflicts"] = 4 * plan.num_warps * ceil(plan.rows * plan.columns / 32)
+    if not (backward or problem.normalised) and 32 % plan.units:  # two sums of a warp's cells lie in the same bank
+        turn["bank conflicts"] = 4 * plan.num_warps * ceil(plan.rows * plan.units / 32)
     # With several batch tiles, forward requests the words of the next one ahead. In backward they arrive in time, too,
     # but gates from memory, and words from L2, take as long.
-    turn["exchange"] = max(0.0, TURN_AHEAD - sum(turn.values())) if _asks_ahead(plan) else EXCHANGE
-    if backward and plan.parts > 1:
-        turn["exchange of partial sums"] = PARTIAL_SUMS[plan.tiles_per_group > 1]
+    ahead = plan.family.ahead and several_tiles
+    turn["exchange"] = max(0.0, TURN_AHEAD - sum(turn.values())) if ahead else EXCHANGE
+    if backward and partners > 1:
+        turn["exchange of partial sums"] = PARTIAL_SUMS[several_tiles]
     if problem.normalised:  # of W_hh h and of c, whose sums over all units nothing hides
         turn["exchanges of layer norms"] = 2 * (EXCHANGE + (2 if backward else 3) * SHUFFLES)
-    return {name: plan.tiles_per_group * clocks for name, clocks in turn.items()}
+    return {name: plan.tiles_per_program * clocks for name, clocks in turn.items()}
 
 
-def _asks_ahead(plan: Plan) -> bool:
-    """A plan for a larger batch may have one batch tile."""
-    return plan.ahead and plan.tiles_per_group > 1
-
-
-def _on_chip(problem: Problem, device: Device, plan: Plan, backward: bool) -> tuple[float, float, float]:
-    """Clocks of a turn of families that hold W_hh: its instructions, products, and shared memory."""
+def _on_chip(problem: Problem, card: Card, plan: Plan, backward: bool) -> tuple[float, float, float]:
+    """Clocks of a turn of families that hold W_hh in registers: its instructions, products, and shared memory."""
     share = plan.num_warps / 4  # warps of each of a multiprocessor's four schedulers
     count, products, shared = counts_of_turn(problem, plan, backward)
-    of_products = max(min(2 * plan.k, products // 2) * PRODUCT, products * product_clocks(device) * share)
+    chain = min(2 * plan.family.chunks, products // 2) * PRODUCT
+    of_products = max(chain, products * product_clocks(card) * share)
     return ISSUE * count * share, of_products, 32 * plan.num_warps * shared / SHARED_BYTES
 
 
 def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float, int, int]:
-    """(instructions, products, bytes in shared memory) of a thread's pass of the time loop: those of the compile table.
+    """(instructions, products, bytes in shared memory) of a thread's pass of the time loop, as in the compile table.
 
-    The first is fitted to it, to 10 %, and the others are exact.
+    Instructions are fitted to it, to 10 %; the others are exact.
     """
-    units, warps = plan.columns, plan.num_warps
-    if plan.family is Family.RESIDENT:
+    units, warps, chunks = plan.units, plan.num_warps, plan.family.chunks
+    if isinstance(plan.family, Resident):
         cells = units // (4 * warps)  # of a thread
-        products, gates = 2 * plan.k * cells, 4 if backward else 1
+        products, gates = 2 * chunks * cells, 4 if backward else 1
         instructions = (100 if backward else 95) * cells + products
-        shared = gates * (cells * problem.size + 16 * plan.k)
+        shared = gates * (cells * problem.size + 16 * chunks)
         if problem.normalised:  # eight sums over the block, of a word written and read each
             instructions, shared = instructions + (400 if backward else 170), shared + 8 * 8
         return instructions, products, shared
-    rows = units * (plan.parts if backward else 4)  # of weights
+    partners = plan.family.partners
+    rows = units * (partners if backward else 4)  # of weights
     sums = ceil(rows / (4 * warps)) if backward else 4
-    instructions = 18 * plan.k + 290 * problem.normalised
+    instructions = 18 * chunks + 290 * problem.normalised
     if backward:
-        instructions += 245 + 42 * sums if plan.parts > 1 else 218
+        instructions += 245 + 42 * sums if partners > 1 else 218
     else:
-        instructions += 210 + 1.5 * units + 8 * plan.k * plan.ahead  # words are requested ahead
-    return instructions, 2 * plan.k * rows // 16, rows + 4 * sums * warps
+        instructions += 210 + 1.5 * units + 8 * chunks * plan.family.ahead
+    return instructions, 2 * chunks * rows // 16, rows + 4 * sums * warps
 
 
-def product_clocks(device: Device) -> int:
+def product_clocks(card: Card) -> int:
     """From one product on a tensor core to the next: mma.sync of 16 x 8 x 16 half precision, or 16 x 8 x 8 TF32.
 
     By the data sheets' rates; with sums in float32 that of GeForce cards is a quarter.
     """
-    return 8 if device.architecture in (80, 90, 100, 103) else 32
+    return 8 if card.architecture in (80, 90, 100, 103) else 32
 
 
-def _step_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
+def _step_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
     """W_hh is read tile by tile from L2, which is assumed to hold it; a barrier ends each round."""
-    if plan.held:
-        return _held_clocks(problem, device, plan, backward)
-    hidden, width = problem.hidden, problem.width
+    hidden, width, parts = problem.hidden, problem.width, plan.family.parts
     # Units of each round, columns of the product for each, and K.
-    rounds = [(width, plan.parts, 4 * hidden // plan.parts)] if backward else [(hidden, 4, width)]
+    rounds = [(width, parts, 4 * hidden // parts)] if backward else [(hidden, 4, width)]
     if problem.projected:
         rounds.append((hidden, 1, width) if backward else (width, 1, hidden))
-    barriers = len(rounds) + (plan.parts > 1) + problem.normalised * (1 if backward else 2)
+    barriers = len(rounds) + (parts > 1) + problem.normalised * (1 if backward else 2)
     step: dict[str, float] = {"grid-wide barriers": barriers * GRID_BARRIER}
     of_tile, of_cell = STEP_CELL[backward]
     for units, gates, k in rounds:
-        tiles = ceil(ceil(problem.batch / plan.rows) * ceil(units / plan.columns) / plan.programs)
-        columns, turns = gates * plan.columns, ceil(k / plan.k)
+        tiles = ceil(ceil(problem.batch / plan.rows) * ceil(units / plan.units) / plan.programs)
+        columns, turns = gates * plan.units, ceil(k / plan.family.k)
         # Multiply-adds a clock, without tensor cores by the CUDA C++ Programming Guide.
-        rate = 128 if problem.exact_float32 else 4 * 4096 / problem.size / product_clocks(device)
-        products = plan.rows * columns * plan.k / rate
-        l2 = l2_clocks((plan.rows + columns) * plan.k * problem.size, device, plan)
+        rate = 128 if problem.exact_float32 else 4 * 4096 / problem.size / product_clocks(card)
+        products = plan.rows * columns * plan.family.k / rate
+        l2 = _l2_clocks((plan.rows + columns) * plan.family.k * problem.size, card, plan)
         turn = max(l2, products, (LOAD + l2) / (plan.num_stages - 1) + TURN)  # loads of so many turns are in flight
         clocks = {
             "L2: weights, states": turns * l2,
             "products, and loads in flight": turns * (turn - l2),
-            "gates and cell": of_tile + of_cell * plan.rows * plan.columns / plan.threads,
+            "gates and cell": of_tile + of_cell * plan.rows * plan.units / (32 * plan.num_warps),
         }
         for name, each in clocks.items():
             step[name] = step.get(name, 0) + tiles * each
-    if plan.parts > 1:  # float32, written and read; and there what cells read and write hides behind nothing
-        of_sums = l2_clocks((8 * plan.parts + 10 * problem.size) * plan.rows * plan.columns, device, plan)
-        step["partial sums"] = plan.tiles_per_group * (of_sums + STEP_PART)
+    if parts > 1:  # float32, written and read; and there what cells read and write hides behind nothing
+        of_sums = _l2_clocks((8 * parts + 10 * problem.size) * plan.rows * plan.units, card, plan)
+        step["partial sums"] = plan.tiles_per_program * (of_sums + STEP_PART)
     return step
 
 
-def _held_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
+def _held_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
     """W_hh is in shared memory, and each tile waits for those of the same sequences."""
     of_tile, of_cell, beyond_four = HELD_CELL[backward]
-    cells, times = plan.rows * plan.columns, plan.parts if backward else 4
+    cells, parts = plan.rows * plan.units, plan.family.parts
     read = cells * (5 * problem.size + 16 if backward else 4 * problem.size + 8)
-    operand, ahead = plan.rows * plan.k * problem.size, _asks_ahead(plan)
+    operand = plan.rows * plan.family.k * problem.size
+    ahead = plan.family.ahead and plan.tiles_per_program > 1
     if not ahead:  # else h or dgates are loaded while the cells before are computed, but for the first tile
         read += operand
-    if plan.parts > 1:  # sums in float32, written and read
-        of_tile, read = HELD_PARTS, read + 8 * plan.parts * cells
-    beside = HELD_BESIDE if plan.held > 1 else 1
+    if parts > 1:  # sums in float32, written and read
+        of_tile, read = HELD_PARTS, read + 8 * parts * cells
+    beside = HELD_BESIDE if plan.blocks > 1 else 1
     tile: dict[str, float] = {
-        "L2: states, gates": l2_clocks(read, device, plan) * beside,
-        "products": _wgmma_clocks(problem, plan, plan.columns * times),
-        "gates and cell": of_tile + of_cell * cells + beyond_four * max(0, cells / plan.threads - 4),
+        "L2: states, gates": _l2_clocks(read, card, plan) * beside,
+        "products": _wgmma_clocks(problem, plan, plan.units * (parts if backward else 4)),
+        "gates and cell": of_tile + of_cell * cells + beyond_four * max(0, cells / (32 * plan.num_warps) - 4),
     }
-    step = {name: plan.tiles_per_group * clocks for name, clocks in tile.items()}
-    step["L2: states, gates"] += l2_clocks(operand, device, plan) * ahead
-    return step | {"arrivals": HELD_ARRIVALS * (2 if plan.parts > 1 else 1)}
+    step = {name: plan.tiles_per_program * clocks for name, clocks in tile.items()}
+    step["L2: states, gates"] += _l2_clocks(operand, card, plan) * ahead
+    return step | {"arrivals": HELD_ARRIVALS * (2 if parts > 1 else 1)}
 
 
 def _wgmma_clocks(problem: Problem, plan: Plan, columns: int) -> float:
-    """Of products with so many columns of W_hh that a program holds, for a tile of sequences.
+    """Clocks of the products of a tile with the columns of W_hh that a program holds.
 
     An instruction takes 64 columns, 32 bytes of K, and the sequences of a warpgroup: of fewer than 64, it takes as long
     as its operands in shared memory. Warpgroups share the columns out before they share the sequences.
@@ -350,7 +333,7 @@ def _wgmma_clocks(problem: Problem, plan: Plan, columns: int) -> float:
     blocks, warpgroups = columns // 64, plan.num_warps // 4
     sequences = plan.rows * min(blocks, warpgroups) // warpgroups  # of one instruction
     each = max(sequences / 2, 32 * (64 + sequences) / SHARED_BYTES)
-    return each * blocks * (plan.rows // sequences) * plan.k * problem.size / 32
+    return each * blocks * (plan.rows // sequences) * plan.family.k * problem.size / 32
 
 
 # For a step by cuBLAS and a kernel.
@@ -362,30 +345,30 @@ LAUNCH_SECONDS = 2.2e-6  # of a short kernel
 HOST_SECONDS = 10e-6  # of a product and a launch, which nothing shorter hides
 
 
-def _pointwise_clocks(problem: Problem, device: Device, plan: Plan, backward: bool) -> dict[str, float]:
+def _pointwise_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
     """The product, then what its kernel moves through memory. Plans are chosen as if there were no CUDA graph."""
     batch, hidden, size = problem.batch, problem.hidden, problem.size
-    multiprocessors = max(1, device.multiprocessors // problem.side_by_side)
+    multiprocessors = max(1, card.multiprocessors // problem.side_by_side)
     outputs, k = (hidden, 4 * hidden) if backward else (4 * hidden, hidden)
     tiles = ceil(batch / CUBLAS_TILE) * ceil(outputs / CUBLAS_TILE)
     parts = max(1, min(multiprocessors // tiles, k // CUBLAS_K))
     rate = CUBLAS[1] * 128  # multiply-adds a clock
     if not problem.exact_float32:
-        rate = CUBLAS[0] * FASTER.get(device.architecture, 1) * 4 * 4096 / size / product_clocks(device)
+        rate = CUBLAS[0] * FASTER.get(card.architecture, 1) * 4 * 4096 / size / product_clocks(card)
     of_tiles = ceil(tiles * parts / multiprocessors) * CUBLAS_TILE**2 * k / parts / rate
     weights = outputs * k * size * problem.side_by_side  # from L2, which is assumed to hold them
     # The gates twice, c twice, h and what the next product reads; backward dh twice, c before, and dc twice.
     moved = batch * hidden * (10 * size + (12 if backward else 8)) * problem.side_by_side
     step = {
-        "product": max(of_tiles, weights / (L2_BYTES * device.multiprocessors)),
-        "memory": device.clock * moved / device.memory,
-        "launches": 2 * device.clock * LAUNCH_SECONDS,
+        "product": max(of_tiles, weights / (L2_BYTES * card.multiprocessors)),
+        "memory": card.clock * moved / card.memory,
+        "launches": 2 * card.clock * LAUNCH_SECONDS,
     }
-    return step | {"host, but in a CUDA graph": max(0.0, device.clock * HOST_SECONDS - sum(step.values()))}
+    return step | {"host, but in a CUDA graph": max(0.0, card.clock * HOST_SECONDS - sum(step.values()))}
 
 
 CLOCKS = {
-    Family.RESIDENT: _resident_clocks, Family.COOPERATIVE: _cooperative_clocks, Family.STEP: _step_clocks,
-    Family.POINTWISE: _pointwise_clocks,
+    Resident: _resident_clocks, Cooperative: _cooperative_clocks, Pointwise: _pointwise_clocks, Step: _step_clocks,
+    Held: _held_clocks,
 }  # fmt: skip
 """What each family's step is made of, by name; it adds up."""

@@ -18,7 +18,7 @@ from ..problem import Problem
 from ..projection import products_in
 from . import indexing
 from .cell import cell_forward, gates_backward, next_cell, output_backward
-from .planning import Family, Plan, power_of_two
+from .planning import Plan, Pointwise, power_of_two
 from .step import store_hidden, tile_at, tile_of
 
 
@@ -113,39 +113,29 @@ def lstm_pointwise_backward_kernel(
 
 def pointwise_plan(problem: Problem) -> Plan | None:
     """16 bytes of every tensor for each of 128 threads; None where a step has something between product and cells."""
-    if problem.normalised or (problem.projected and problem.regularised) or problem.batch == 0:
-        return None  # see kernels/projection.py
-    columns = min(256, power_of_two(problem.hidden))
-    rows = max(1, 2048 // problem.size // columns)
+    if problem.normalised or problem.projects_in_loop or problem.batch == 0:
+        return None
+    units = min(256, power_of_two(problem.hidden))
+    rows = max(1, 2048 // problem.size // units)
     return Plan(
-        Family.POINTWISE, rows, columns, 0, ceil(problem.hidden / columns), ceil(problem.batch / rows), 4, 1, 0,
-        "a product by cuBLAS and one more launch for each step, where a step takes much longer than two launches",
+        Pointwise(), rows, units, ceil(problem.hidden / units), ceil(problem.batch / rows), num_warps=4, shared=0,
+        why="a product by cuBLAS and one more launch for each step, where a step takes much longer than two launches",
     )  # fmt: skip
 
 
 KERNELS = lstm_pointwise_forward_kernel, lstm_pointwise_backward_kernel
-
-
-def forward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
-    """What forward writes besides the results that all families share."""
-    h_is_operand = not (_is_scattered(p) or p.resets or p.dropout_h)
-    scratch = {} if h_is_operand else {"h_next_ptr": Buffer(p.dtype, (p.batch, p.hidden))}
-    return scratch | ({"z_ptr": Buffer(p.dtype, (p.batch, 4 * p.hidden))} if _is_scattered(p) else {})
-
-
-def backward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
-    """As forward_buffers, for backward."""
-    scratch = {"dh_next_ptr": Buffer(p.dtype, (p.batch, p.hidden))}
-    return scratch | ({"dz_ptr": Buffer(p.dtype, (p.batch, 4 * p.hidden))} if _is_scattered(p) else {})
-
-
-BUFFERS = forward_buffers, backward_buffers
 OPERANDS = None, None
 
 
-def _is_scattered(p: Problem) -> bool:
-    """Whether sequences visit different times at the same step."""
-    return p.reverse and p.lengths is not None
+def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
+    """What a pass writes besides the results that all families share."""
+    scattered = p.reverse and p.lengths is not None  # sequences visit different times at the same step
+    scratch = {}
+    if scattered:
+        scratch["dz_ptr" if backward else "z_ptr"] = Buffer(p.dtype, (p.batch, 4 * p.hidden))
+    if backward or scattered or p.resets or p.dropout_h:  # else the next product's operand is h
+        scratch["dh_next_ptr" if backward else "h_next_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
+    return scratch
 
 
 def forward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str, Any], p: Problem) -> None:

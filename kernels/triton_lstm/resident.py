@@ -14,13 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cards import Card
+from ..memory import Buffer
 from ..operands import as_words, transposed_gates
 from ..problem import Problem, Recurrence
 from . import indexing
 from .cell import cell_forward, gates_backward, mix_backward, normed_output_backward, output, output_backward
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
 from .norm import EPS, gates_of_unit, normalise, normalise_backward, normalise_gates, normalise_gates_backward
-from .planning import Device, Family, Plan, power_of_two
+from .planning import Plan, Resident, power_of_two
 
 
 @triton.jit
@@ -332,10 +334,9 @@ def lstm_resident_backward_kernel(
 MOST_REGISTERS = 160  # of a thread's 255 that may hold weights
 
 
-def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
+def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
     """Where the registers of one block hold W_hh as operands of tensor cores."""
-    in_the_loop = problem.projected and problem.regularised  # see kernels/projection.py
-    if in_the_loop or problem.batch == 0 or problem.exact_float32:
+    if problem.projects_in_loop or problem.batch == 0 or problem.exact_float32:
         return
     units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` requires
     warps = units // 16 if backward else min(8, units // 8)
@@ -344,23 +345,27 @@ def plans(problem: Problem, device: Device, backward: bool) -> Iterator[Plan]:
         shared = 2 * 8 * units * problem.size * (4 if backward else 1)
         shared += 32 * warps * problem.normalised  # sums of 8 sequences that each warp hands the others
         yield Plan(
-            Family.RESIDENT, 8, units, units * problem.size // 64, 1, ceil(problem.batch / 8), warps, 1, shared,
+            Resident(units * problem.size // 64), 8, units, 1, ceil(problem.batch / 8), warps, shared,
             f"one block holds W_hh in registers, {registers} a thread, so that no exchange is needed",
         )  # fmt: skip
 
 
 KERNELS = lstm_resident_forward_kernel, lstm_resident_backward_kernel
-BUFFERS = None, None
+
+
+def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
+    """What a pass writes besides the results that all families share: nothing."""
+    return {}
 
 
 def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
     """What forward reads besides the tensors of a call."""
-    return {"weights_ptr": as_words(r.given.weight_hh, p.hidden)}
+    return {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden)}
 
 
 def backward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
     """As forward_operands, for backward."""
-    return {"weights_ptr": transposed_gates(r.given.weight_hh, p.hidden)}
+    return {"weights_ptr": transposed_gates(r.inputs.weight_hh, p.hidden)}
 
 
 OPERANDS = forward_operands, backward_operands

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..architectures import have_room
+from ..cards import Card
 from ..memory import Buffer
 from ..problem import Problem
 from . import indexing
@@ -25,7 +25,7 @@ from .cell import cell_forward, gates_backward, normed_output_backward, output, 
 from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
 from .features import MOST_ROWS
 from .norm import gates_of_unit, moments, moments_of_tiles, normalise, normalise_backward, store_pair, sums_of_tiles
-from .planning import Device, Family, Plan, expected, power_of_two
+from .planning import Held, Plan, Step, expected, power_of_two
 
 
 @triton.jit
@@ -510,7 +510,7 @@ def lstm_step_backward_kernel(
                 poll_limit = grid_barrier(arrivals_ptr, times + round + 1, poll_limit, error_ptr, step)
 
 
-def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
+def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
     """A plan that works for every problem: no more programs than fit the card at once, and tiles that fill them.
 
     The product of a step is small, so many programs must share it: tiles are the narrowest that still fill tensor-core
@@ -524,23 +524,22 @@ def step_plan(problem: Problem, device: Device, backward: bool) -> Plan:
     if problem.exact_float32:
         most //= 2  # and products without tensor cores do, too
     rows = max(16, min(rows, most))
-    columns = 16  # of which a forward product has four gates
-    tiles = ceil(problem.batch / rows) * ceil(max(problem.hidden, problem.projected) / columns)
-    programs = max(1, min(tiles, device.multiprocessors // problem.side_by_side))
+    units = 16  # of which a forward product has four gates
+    tiles = ceil(problem.batch / rows) * ceil(max(problem.hidden, problem.projected) / units)
+    programs = max(1, min(tiles, card.multiprocessors // problem.side_by_side))
     k = 128 // problem.size  # 128 bytes of each row at a time
-    stage = (rows + columns * (1 if backward else 4)) * k * problem.size
+    stage = (rows + units * (1 if backward else 4)) * k * problem.size
     why = "W_hh is read from L2 at every step"
     if problem.normalised:
         why += "; layer norms need sums over all units, for one or two more grid-wide barriers"
     return Plan(
-        Family.STEP, rows, columns, k, programs, 1, 8 if problem.exact_float32 else 4,
-        stages, 2 * stage, why,
-        tiles_per_group=ceil(tiles / programs), side_by_side=problem.side_by_side,
+        Step(k), rows, units, programs, 1, 8 if problem.exact_float32 else 4, 2 * stage, why, num_stages=stages,
+        tiles_per_program=ceil(tiles / programs), side_by_side=problem.side_by_side,
     )  # fmt: skip
 
 
 # Sequences, units, parts of K: wgmma takes 64 columns of the product, or a multiple; forward a unit has four.
-HELD_FORWARD = [(rows, columns, 1) for rows in (16, 32, 64) for columns in (16, 32)]
+HELD_FORWARD = [(rows, units, 1) for rows in (16, 32, 64) for units in (16, 32)]
 HELD_BACKWARD = [(16, 64, 1), (32, 64, 1), (32, 32, 2), (16, 16, 4), (32, 16, 4), (64, 32, 4)]
 # Backward, in half precision, W_hh of a tile is [K, units] in shared memory, in blocks of 64 units. From Triton 3.6 on
 # a kernel stores each block whole, one after another, but wgmma looks for 256 rows of every block before the next 256
@@ -548,91 +547,80 @@ HELD_BACKWARD = [(16, 64, 1), (32, 64, 1), (32, 32, 2), (16, 16, 4), (32, 16, 4)
 BLOCK_UNITS, BLOCK_ROWS = 64, 256
 
 
-def held_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
+def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     """The best three plans, by expected time, whose programs hold W_hh of some units in shared memory.
 
     For products by wgmma, whose operands are there; backward, also of parts of K. A resident program holds up to 128
     units, and beyond 512 these plans gain nothing.
     """
-    rounds = problem.normalised or (problem.projected and problem.regularised)
-    able = device.architecture == 90 and not problem.exact_float32
-    if not able or not 128 < problem.hidden <= 512 or rounds:
+    able = card.architecture == 90 and not problem.exact_float32
+    if not able or not 128 < problem.hidden <= 512 or problem.normalised or problem.projects_in_loop:
         return []
-    found, multiprocessors = [], device.multiprocessors // problem.side_by_side
-    for rows, columns, parts in HELD_BACKWARD if backward else HELD_FORWARD:
+    plans, multiprocessors = [], card.multiprocessors // problem.side_by_side
+    for rows, units, parts in HELD_BACKWARD if backward else HELD_FORWARD:
         inner = problem.hidden * (4 if backward else 1) // parts
         k = power_of_two(inner)
-        batch_tiles, programs = ceil(problem.batch / rows), parts * ceil(problem.hidden / (parts * columns))
-        shared = (rows + columns * (parts if backward else 4)) * k * problem.size
+        batch_tiles, programs = ceil(problem.batch / rows), parts * ceil(problem.hidden / (parts * units))
+        shared = (rows + units * (parts if backward else 4)) * k * problem.size
         # While one block of a multiprocessor waits another one computes.
-        blocks = 2 if programs * batch_tiles > multiprocessors and have_room(2, shared, device.shared) else 1
+        blocks = 2 if programs * batch_tiles > multiprocessors and card.has_room(2, shared) else 1
         groups = min(batch_tiles, blocks * multiprocessors // programs)
-        warps = 4 if rows * columns == 256 else 16 if (rows, columns, blocks) == (64, 32, 1) else 8
+        warps = 4 if rows * units == 256 else 16 if (rows, units, blocks) == (64, 32, 1) else 8
         # A thread has registers for 128 bytes more, beside four cells. Where K is padded nothing is gained.
-        room = rows * k * problem.size <= 128 * 32 * warps and rows * columns <= 4 * 32 * warps
+        room = rows * k * problem.size <= 128 * 32 * warps and rows * units <= 4 * 32 * warps
         ahead = batch_tiles > groups and blocks == parts == 1 and room and k == inner
-        as_stored = not backward or columns * parts <= BLOCK_UNITS or k <= BLOCK_ROWS
-        if groups > 0 and shared <= device.shared and as_stored:
-            found.append(Plan(
-                Family.STEP, rows, columns, k, programs, groups, warps, 1, shared,
-                "programs hold W_hh in shared memory", tiles_per_group=ceil(batch_tiles / groups),
-                side_by_side=problem.side_by_side, parts=parts, held=blocks, ahead=ahead,
+        as_stored = not backward or units * parts <= BLOCK_UNITS or k <= BLOCK_ROWS
+        if groups > 0 and shared <= card.shared and as_stored:
+            plans.append(Plan(
+                Held(k, parts, ahead), rows, units, programs, groups, warps, shared,
+                "programs hold W_hh in shared memory", blocks=blocks,
+                tiles_per_program=ceil(batch_tiles / groups), side_by_side=problem.side_by_side,
             ))  # fmt: skip
-    return sorted(found, key=lambda plan: expected(problem, device, plan, backward).seconds)[:3]
+    return sorted(plans, key=lambda plan: expected(problem, card, plan, backward).seconds)[:3]
 
 
-def split_plans(problem: Problem, device: Device, backward: bool) -> list[Plan]:
+def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     """The best two plans, by expected time, whose backward splits the product into parts of K.
 
     A program has a part for more units: for 16 units and all of K it would read far more of dgates than of W_hh.
     """
     if not backward or problem.projected or problem.normalised or problem.exact_float32:
         return []
-    found = []
-    for rows, (columns, parts) in itertools.product((16, 32, 64, 128), ((8, 8), (16, 4), (16, 8), (32, 4))):
-        tiles, shared = ceil(problem.batch / rows) * ceil(problem.hidden / columns), 3 * 128 * (rows + parts * columns)
-        programs = max(1, min(tiles, device.multiprocessors // problem.side_by_side))
+    plans = []
+    for rows, (units, parts) in itertools.product((16, 32, 64, 128), ((8, 8), (16, 4), (16, 8), (32, 4))):
+        tiles, shared = ceil(problem.batch / rows) * ceil(problem.hidden / units), 3 * 128 * (rows + parts * units)
+        programs = max(1, min(tiles, card.multiprocessors // problem.side_by_side))
         in_words = 4 * problem.hidden * problem.size % (16 * parts) == 0  # of 16 bytes, in which a part is loaded
-        fits = rows <= max(16, power_of_two(problem.batch)) and rows * columns <= 2048 and shared <= device.shared
+        fits = rows <= max(16, power_of_two(problem.batch)) and rows * units <= 2048 and shared <= card.shared
         if in_words and fits:
-            found.append(Plan(
-                Family.STEP, rows, columns, 128 // problem.size, programs, 1, max(4, rows * columns // 128), 3, shared,
-                "W_hh is read from L2 at every step, for products of parts of K",
-                tiles_per_group=ceil(tiles / programs), side_by_side=problem.side_by_side, parts=parts,
+            plans.append(Plan(
+                Step(128 // problem.size, parts), rows, units, programs, 1, max(4, rows * units // 128), shared,
+                "W_hh is read from L2 at every step, for products of parts of K", num_stages=3,
+                tiles_per_program=ceil(tiles / programs), side_by_side=problem.side_by_side,
             ))  # fmt: skip
-    return sorted(found, key=lambda plan: expected(problem, device, plan, backward).seconds)[:2]
+    return sorted(plans, key=lambda plan: expected(problem, card, plan, backward).seconds)[:2]
 
 
 KERNELS = lstm_step_forward_kernel, lstm_step_backward_kernel
-
-
-def forward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
-    """What forward writes besides the results that all families share."""
-    f32, tiles = torch.float32, ceil(p.hidden / plan.columns)
-    buffers = {}
-    if p.projected:
-        buffers["m_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
-    if p.norms[0]:
-        buffers["product_ptr"] = Buffer(f32, (p.batch, tiles, 4 * plan.columns))
-        buffers["moments_hh_ptr"] = Buffer(f32, (tiles, p.batch, 2))
-    if p.norms[1]:
-        buffers["cell_ptr"] = Buffer(f32, (2, p.batch, p.hidden))
-        buffers["moments_c_ptr"] = Buffer(f32, (tiles, p.batch, 2))
-    return buffers
-
-
-def backward_buffers(p: Problem, plan: Plan) -> dict[str, Buffer]:
-    """As forward_buffers, for backward."""
-    f32, tiles = torch.float32, ceil(p.hidden / plan.columns)
-    buffers = {}
-    if plan.parts > 1:
-        buffers["sums_ptr"] = Buffer(f32, (plan.parts, p.batch, p.width))
-    if p.norms[0]:
-        buffers["sums_hh_ptr"] = Buffer(f32, (2, tiles, p.batch, 2), fill=0)
-    if p.norms[1]:
-        buffers["sums_c_ptr"] = Buffer(f32, (tiles, p.batch, 2))
-    return buffers
-
-
-BUFFERS = forward_buffers, backward_buffers
 OPERANDS = None, None
+
+
+def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
+    """What a pass writes besides the results that all families share."""
+    f32, tiles = torch.float32, ceil(p.hidden / plan.units)
+    scratch = {}
+    if backward and plan.family.parts > 1:
+        scratch["sums_ptr"] = Buffer(f32, (plan.family.parts, p.batch, p.width))
+    if backward and p.norms[0]:
+        scratch["sums_hh_ptr"] = Buffer(f32, (2, tiles, p.batch, 2), fill=0)
+    if backward and p.norms[1]:
+        scratch["sums_c_ptr"] = Buffer(f32, (tiles, p.batch, 2))
+    if not backward and p.projected:
+        scratch["m_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
+    if not backward and p.norms[0]:
+        scratch["product_ptr"] = Buffer(f32, (p.batch, tiles, 4 * plan.units))
+        scratch["moments_hh_ptr"] = Buffer(f32, (tiles, p.batch, 2))
+    if not backward and p.norms[1]:
+        scratch["cell_ptr"] = Buffer(f32, (2, p.batch, p.hidden))
+        scratch["moments_c_ptr"] = Buffer(f32, (tiles, p.batch, 2))
+    return scratch

@@ -1,0 +1,41 @@
+"""What planning needs to know of a card, for both backends. Architectures are compute capabilities: 90 stands for 9.0.
+
+Rates are those of an H100 (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
+Microbenchmarking", 2024; CUDA C++ Programming Guide).
+"""
+
+from dataclasses import dataclass
+from math import inf
+
+KB = 1024
+REGISTERS = 65536  # of a multiprocessor; one block may use all of them
+L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 per clock: when all do, and at most
+SHARED_BYTES = 128  # that a multiprocessor reads or writes in shared memory per clock
+
+# KB of shared memory that a block may use, where it is not 99 (CUDA C++ Programming Guide, table of compute
+# capabilities); 0 is Triton's interpreter.
+_SHARED = {0: 227, 60: 48, 70: 96, 75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU, as far as plans depend on it."""
+
+    architecture: int
+    multiprocessors: int
+    name: str = ""
+    clock: float = 1.5e9  # Hz
+    memory: float = inf  # bytes a second
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that a block may use."""
+        return _SHARED.get(self.architecture, 99) * KB
+
+    def has_room(self, blocks: int, shared: int) -> bool:
+        """Whether blocks of a multiprocessor fit its shared memory, of each of which the system takes 1 KB."""
+        return blocks * (shared + KB) <= self.shared + KB
+
+    def l2_bytes(self, programs: int) -> float:
+        """Bytes a clock that each of so many programs reads from L2."""
+        return min(L2_ALONE, L2_BYTES * self.multiprocessors / programs)
