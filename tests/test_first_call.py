@@ -82,7 +82,7 @@ def test_a_tensor_is_copied_unless_it_is_contiguous_and_aligned(shift):
         assert (aligned(each).is_contiguous(), aligned(each).data_ptr() % 16) == (True, 0)
 
 
-@pytest.mark.parametrize("which", [Pass(True, True, dh, dh_n) for dh in (True, False) for dh_n in (True, False)])
+@pytest.mark.parametrize("pass_", [Pass(True, True, dh, dh_n) for dh in (True, False) for dh_n in (True, False)])
 def test_what_is_compiled_for_a_projection_outside_the_loop_is_what_is_launched(monkeypatch, pass_):
     """Whichever gradients there are, the recurrence of m is given that of every m."""
     problem, record = Problem(2, 3, 16, torch.float16, 4), Mock()

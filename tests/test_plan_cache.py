@@ -83,9 +83,8 @@ def test_what_is_timed_runs_the_given_plans_and_is_used_by_no_call(monkeypatch):
 def test_a_plan_is_for_one_kind_of_problem():
     keep_measured(PROBLEM, H100, False, PLAN)
     for change in (*KEYS, *NO_KEYS):
-        assert measured_plan(PROBLEM._replace(**change), H100, False) == (None if change in KEYS else PLAN.as_json()), (
-            change
-        )
+        expected = None if change in KEYS else PLAN.as_json()
+        assert measured_plan(PROBLEM._replace(**change), H100, False) == expected, change
 
 
 def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch):

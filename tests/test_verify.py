@@ -22,6 +22,7 @@ from gpu_lstm.dispatch import available, race
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.cards import Card
+from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import launch, step
 from gpu_lstm.kernels.triton_lstm.choose import plans
@@ -220,12 +221,8 @@ def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
         dict(lengths=torch.int64), dict(lengths=torch.int32), dict(resets=True), MASKS, RATES, dict(dropout_h=True),
         dict(reset_h=True), dict(reset_c=True), dict(peepholes=True), NORMS, dict(steps=1),
     ]  # fmt: skip
-    families = Step(7), Held(7), Held(7, ahead=True)
-    changes = (
-        *(dict(family=each) for each in families),
-        *({n: 99} for n in ("rows", "units", "programs", "groups")),
-        dict(tiles_per_program=1),
-    )
+    families, sizes = (Step(7), Held(7), Held(7, ahead=True)), ("rows", "units", "programs", "num_warps", "groups")
+    changes = [dict(tiles_per_program=1), *(dict(family=each) for each in families), *({name: 99} for name in sizes)]
     passes = Pass(save=False), Pass(True), Pass(True, dh=False), Pass(True, dh_n=False)
     others = [
         *((PLAIN, pass_, plan) for pass_ in passes),
@@ -332,7 +329,7 @@ def test_what_says_nothing_about_numbers_is_not_cached(monkeypatch, nothing_cach
 
 def test_where_torchs_lstm_fails_the_reference_is_the_yardstick(monkeypatch):
     fails = Mock(side_effect=RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
-    monkeypatch.setattr(torch_lstm, "layer", fails)
+    monkeypatch.setattr(torch_lstm, "run_layer", fails)
     assert _verify(PLAIN) is None
     plant(monkeypatch, "gates i and f swapped", step)
     with pytest.warns(UserWarning, match="RMS error"):
