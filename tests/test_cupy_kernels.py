@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comparing import check
+from cases import check
 from places import CUPY_PLANS, cuda, cupy_plan
 from standing_in import few_polls, recurrence
 from torch import Tensor, nn

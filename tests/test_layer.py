@@ -14,7 +14,7 @@ test_gpu.py), and those in CUDA C++ are compiled by g++. On a GPU, where Triton'
 import pytest
 import torch
 from cases import built, call_of, check, with_random_parameters
-from comparing import PLACES, example_of
+from comparing import PLACES
 from pairs import assert_identical, results
 from places import INTERPRETED, KERNELS, tf32
 
@@ -186,19 +186,24 @@ def test_larger_sizes_in_cuda(size, words, dtype):
     check(size, words, "cupy", dtype, "cuda")
 
 
-@pytest.mark.parametrize(("projected", "words"), [
-    (0, "no-bias ragged resets"), (2, "ragged states peepholes reverse masks"),
-    (2, "ragged states peepholes reverse expected"), (0, "ragged states peepholes reverse norms masks"),
+@pytest.mark.parametrize(("size", "words"), [
+    ((2, 2, 2, 2), "no-bias ragged resets both"), ((2, 2, 2, 3, 2), f"{MOST} masks"),
+    ((2, 2, 2, 3, 2), "ragged states peepholes expected"), ((2, 2, 2, 3), f"{OF_ALL} masks"),
 ])  # fmt: skip
-def test_second_derivatives_of_the_reference_by_finite_differences(projected, words):
-    given = example_of((2, 2, 2, 3, projected), words, 0)
-    every = *given.tensors, *given.reset_states
+def test_second_derivatives_of_the_reference_by_finite_differences(size, words):
+    module, (x, hx, rest) = everywhere("reference", words, F64, size)
+    names, parameters = zip(*module.train("expected" not in words).named_parameters())
+    left = rest.pop("reset_states", ())
 
-    def layer(*tensors):
-        remaining = iter(tensors)
-        return tuple(given.call("reference", [None if t is None else next(remaining) for t in every]))
+    def call(x, h, c, *tensors):
+        torch.manual_seed(0)  # the same masks
+        given, left = dict(zip(names, tensors)), tensors[len(names) :]
+        options = rest | (dict(reset_states=left) if left else {})
+        y, states = torch.func.functional_call(module, given, (x, (h, c)), options)
+        return y, *states
 
-    assert torch.autograd.gradgradcheck(layer, [t.requires_grad_() for t in every if t is not None])
+    inputs = [t.detach().double().requires_grad_() for t in (x, *hx, *parameters, *left)]
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
 EVERYWHERE = [
