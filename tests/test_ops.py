@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comparing import example_of
+from cases import inputs_of
 
 from gpu_lstm.backends import graph
 from gpu_lstm.backends.verify import LEARNT
@@ -19,13 +19,10 @@ def _given(words, device, backend) -> tuple[list, bool]:
         states = (torch.randn(2, B, H, device=device) for _ in range(2))
         first, second = (list(lstm.parameters())[k : k + 4] for k in (0, 4))
         return [*Inputs(torch.randn(T, B, I, device=device), *states, *first), *second], False
-    made = example_of((T, B, I, H, 0 if "norm" in words or words == "plain" else 2), words, 0)
-    floats = {name: t.float() if name == "dropout_h" else t for name, t in made.noise.items()}
-    tensors = [None if t is None else t.float() for t in (*made.tensors, *made.reset_states)]
-    given = Inputs(*tensors)._replace(lengths=made.lengths, resets=made.resets, **floats)
+    given = inputs_of((T, B, I, H, *[2] * ("norm" not in words and bool(words))), words)
     if backend == "triton":  # states are [1, B, *]
         given = given._replace(h0=given.h0[None], c0=given.c0[None])
-    return [None if t is None else t.to(device) for t in given], made.reverse
+    return [None if t is None else t.to(device) for t in given], "reverse" in words
 
 
 def learnt(given) -> list[bool]:
@@ -34,7 +31,7 @@ def learnt(given) -> list[bool]:
 
 
 @pytest.mark.parametrize(("words", "backend"), [
-    ("plain", "torch"), ("ragged resets reverse", "torch"), ("both directions", "torch"),
+    ("", "torch"), ("ragged resets reverse", "torch"), ("both directions", "torch"),
     ("ragged resets reverse", "triton"), ("ragged states peepholes reverse norms masks", "triton"),
     (NORMS, "reference"), (NORMS, "triton"), (MASKS, "reference"), (MASKS, "triton")])  # fmt: skip
 def test_a_layer(words, backend, device):
