@@ -61,8 +61,8 @@ class Progress:
             self.told, seconds = now, now - self.start
             left = seconds * (self.total - self.done) / self.done
             terminal = self.config.pluginmanager.get_plugin("terminalreporter")
-            terminal.ensure_newline()
-            terminal.write_line(f"{self.done} of {self.total} tests in {seconds:.0f} s, about {left:.0f} s left")
+            said = f"{self.done} of {self.total} tests in {seconds:.0f} s, about {left:.0f} s left"
+            terminal.write(f"\n{said}\n", flush=True)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for -n auto
