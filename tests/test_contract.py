@@ -114,17 +114,6 @@ def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
     assert str(error.value) == f"kernel wrote {way} {far} bytes {said}, {c.nbytes} bytes of {dtype}"
 
 
-def test_results_of_a_batch_without_sequences():
-    """They have the sizes of any other batch."""
-    p = Problem(2, 0, 5, F16, projected=2, reset_h=True, reset_c=True, zoneout_h=0)
-    layer = launch.layer_of(p, torch.device("cpu"))
-    gates, r = launch.call_of(p, torch.device("cpu"))
-    h, h_n, c_n, c = layer.forward(gates, r, save=True)
-    assert [t.shape for t in (h, h_n, c_n, c)] == [(2, 0, 2), (1, 0, 2), (1, 0, 5), (2, 0, 5)]
-    found = layer.backward(h, h_n, c_n, gates, c, r)
-    assert [t.shape for t in found] == [(2, 0, 20), (1, 0, 2), (1, 0, 5), (2, 0, 2), (2, 0, 2), (2, 0, 5)]
-
-
 @pytest.mark.skipif(not launch.INTERPRETED, reason="plans of the interpreter")
 @pytest.mark.parametrize("projected", [0, 3])
 @pytest.mark.parametrize("family", ["step", "resident", "pointwise"])
