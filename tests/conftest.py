@@ -60,9 +60,9 @@ class Progress:
         if now - self.told >= self.EVERY and self.done:
             self.told, seconds = now, now - self.start
             left = seconds * (self.total - self.done) / self.done
-            terminal = self.config.pluginmanager.get_plugin("terminalreporter")
-            said = f"{self.done} of {self.total} tests in {seconds:.0f} s, about {left:.0f} s left"
-            terminal.write(f"\n{said}\n", flush=True)
+            said = f"{self.done} of {self.total} tests in {seconds:.0f} s"
+            said += f", about {left:.0f} s left" if self.done > self.total / 20 else ""
+            self.config.pluginmanager.get_plugin("terminalreporter").write(f"\n{said}\n", flush=True)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for -n auto
