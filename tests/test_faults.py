@@ -91,8 +91,10 @@ def family(request, monkeypatch):
     return MODULES[by]
 
 
-@pytest.mark.parametrize(("family", "fault"), [*product(MODULES, FAULTS), *product(NORMED, FAULTS_OF_NORMS)],
-                         indirect=["family"])  # fmt: skip
+@pytest.mark.parametrize(("family", "fault"), [
+    pytest.param(*each, marks=() if each[0] == "resident" else pytest.mark.deep)
+    for each in (*product(MODULES, FAULTS), *product(NORMED, FAULTS_OF_NORMS))
+], indirect=["family"])  # fmt: skip
 def test_a_planted_fault_is_detected(monkeypatch, family, fault):
     normed = plant(monkeypatch, fault, family)
     with pytest.raises(AssertionError):
