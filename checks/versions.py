@@ -1,6 +1,6 @@
 """`make test-versions`: the kernels' tests on the oldest supported Triton, one in between, and the newest.
 
-Each version lies in a folder of its own, before the environment's packages.
+Each version lies in a folder of its own, before the environment's packages. test_compile.py compiles its whole table.
 """
 
 import os
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     failed, lines = False, []
     for packages in VERSIONS:
         folder = FOLDERS / packages[0].replace("==", "-")
-        environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+        environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "WHOLE_TABLE": "1"}
         if "==" not in packages[0] or not folder.exists():
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder)]
             subprocess.run([*pip, *packages], check=True)

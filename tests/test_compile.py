@@ -1,8 +1,8 @@
 """The kernels, compiled ahead of time for every architecture. It needs no GPU.
 
-In processes of their own, since in this one the kernels may belong to Triton's interpreter. `make test` compiles a few
-for an H100; `make test-deep` so many that any two of dtype, architecture, direction and family are combined, and every
-variant; `python -m compile_table --all` all.
+In processes of their own, since in this one the kernels may belong to Triton's interpreter. `make test` compiles what
+is counted, `make test-deep` what is needed so that any two of dtype, architecture, direction and family are combined,
+and every variant; `make test-versions` compiles more, and `python -m compile_table --all` all.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ import pathlib
 import re
 import torch
 from compile_table import triton_kernels
-from compile_table.triton_kernels import Case
+from compile_table.triton_kernels import PRECISIONS, Case, problem_with
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import cooperative, launch, pointwise, resident, step
 from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
@@ -42,22 +42,45 @@ from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Family
 from gpu_lstm.kernels.triton_lstm.step import held_plans, step_plan
 
 ARCHITECTURES = 80, 90, 100, 120  # sm_86 and sm_89: the instructions of sm_80 and the shared memory of sm_120
-ON_H100 = [*(f"B=16 H={case}" for case in ("768", "768 layer norm", "4096")), "B=1024 H=256", "B=4096 H=128"]
-ON_H100 += [] if QUICK else ["B=16 H=128", "B=16 H=1536", "B=512 H=256"]  # in bf16, both ways
+STEP, PRODUCT = "B=64 H=130 P=33 ragged peepholes masks", "B=4096 H=1024"
+IN_BOTH = [*(f"B=16 H={case}" for case in ("128", "768", "768 layer norm", "4096")), "B=512 H=256", "B=1024 H=256",
+           "B=4096 H=128", "B=64 H=130 ragged rates"]
+OF_H100 = {  # in bf16, by whether it is backward
+    False: [*IN_BOTH, "B=16 H=512", "B=16 H=64 ragged masks", "B=16 H=64 ragged peepholes layer norm masks",
+            "B=16 H=768 ragged peepholes masks"],
+    True: [*IN_BOTH, "B=16 H=1536", "B=16 H=64 ragged rates", "B=16 H=768 ragged rates", "B=16 H=768 peepholes",
+           "B=4096 H=128 ragged peepholes"],
+}
+SLOWER = {  # or no two of their facts are new
+    False: ["B=16 H=128 layer norm", "B=256 H=768", "B=16 H=1536", "B=16 H=768 peepholes",
+            "B=64 H=768 ragged peepholes layer norm masks", "B=4096 H=128 ragged peepholes"],
+    True: ["B=16 H=128 layer norm", "B=256 H=768", "B=16 H=512"],
+}
 
-def chosen(every):  # those ON_H100; and if all are asked for, others of which two facts were not together before
-    seen, found = set(), []
-    for case in sorted(every, key=lambda case: (case.problem.dtype, case.device.architecture) != (torch.bfloat16, 90)):
-        architecture, is_backward = case.device.architecture, case.backward
-        dtype, name = re.split(" (?=B=)", str(case))
-        family = "split" if case.split else "step" if case.step else "sequence"
-        variant = name if case.split else re.sub("B=[0-9]+ H=[0-9]+", "", name)
-        facts = {*itertools.combinations((dtype, architecture, is_backward, family), 2), (family, is_backward, variant)}
-        named = (dtype, architecture) == ("bfloat16", 90) and name in ON_H100
-        if architecture in ARCHITECTURES and (named or (not QUICK and facts - seen)):
-            seen |= facts
-            found.append(case)
-    return found
+def wanted(case):
+    p, sm, backward = case.problem, case.device.architecture, case.backward
+    if sm not in ARCHITECTURES:
+        return False
+    dtype, name = re.split(" (?=B=)", str(case))
+    precision, turn = PRECISIONS.index((p.dtype, p.precision)), ARCHITECTURES.index(sm)
+    direction, masks = (precision + turn) % 2, (precision // 2 + turn) % 2  # so that any two facts meet
+    if case.split:
+        return WHOLE or (dtype, sm) == ("bfloat16", 90) or (name[:12] == "B=256 H=1024" and precision == turn % 3)
+    if name in (STEP, PRODUCT):
+        return backward == direction or (WHOLE and name == PRODUCT)
+    if name.startswith(PRODUCT):
+        return p.peepholes and turn < 2 and (WHOLE or (backward, p.dropout_h) == (direction, masks))
+    if name == "B=1024 H=256" and not backward and dtype == "float32 tf32":
+        return sm == 90
+    if name == "B=16 H=768 ragged":
+        return (dtype, sm) in (("float16", 120), ("float32 tf32", 120 if backward else 90))
+    return (dtype, sm) == ("bfloat16", 90) and name in OF_H100[backward] + SLOWER[backward] * WHOLE
+
+def quick(case):
+    p = case.problem
+    small = p.batch == 16 and p.hidden in (128, 768) and not p.regularised
+    large = p.batch in (1024, 4096) and case.device.architecture == 90
+    return p.dtype is torch.bfloat16 and (small or large or p.hidden == 4096)
 
 def as_json(rows):
     return [dataclasses.asdict(row) | {"fits": row.fits} for row in rows]
@@ -109,9 +132,10 @@ def parameters():  # of each kernel: the numbers that it takes, and those whose 
     }
 
 if __name__ == "__main__":
-    more = [Case(Problem(2, batch, hidden, torch.bfloat16), backward, DEVICES["h100"])
-            for batch, hidden in ((16, 4096), (4096, 128)) for backward in (False, True)]
-    cases = chosen(triton_kernels.cases(False) + more)
+    more = (16, 4096, {}), (4096, 128, {}), (4096, 128, dict(ragged=True, peepholes=True))
+    more = [Case(problem_with(Problem(2, batch, hidden, torch.bfloat16), **kind), backward, DEVICES["h100"])
+            for batch, hidden, kind in more for backward in (False, True)]
+    cases = [case for case in triton_kernels.cases(False) + more if wanted(case) and (not QUICK or quick(case))]
     print(json.dumps(dict(
         rows=as_json(triton_kernels.reports(cases)), with_32_registers=with_32_registers(),
         parameters=parameters(), with_loads_in_the_loop=with_loads_in_the_loop(),
@@ -122,9 +146,10 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def compiled(request, tmp_path_factory) -> dict:
-    """What REPORTS prints: of many cases; where deep tests are left out, of few."""
+    """What REPORTS prints: of many cases; where slow tests are left out, of few; where versions.py asks, of more."""
     path = tmp_path_factory.mktemp("compile") / "script.py"  # a file, since the processes of reports import it
-    path.write_text(f"QUICK = {'not deep' in request.config.getoption('markexpr')}\n{REPORTS}")
+    quick, whole = "not deep" in request.config.getoption("markexpr"), "WHOLE_TABLE" in os.environ
+    path.write_text(f"QUICK, WHOLE = {quick}, {whole}\n{REPORTS}")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return json.loads(subprocess.check_output([sys.executable, path], env=environment))
 
@@ -251,7 +276,7 @@ def test_what_is_compiled(rows):
 
 @pytest.mark.deep
 @pytest.mark.parametrize(("hidden", "family"), [
-    (128, "resident cooperative"), (1536, "cooperative pointwise"), (4096, "step pointwise"),
+    (128, "resident cooperative"), (512, "cooperative"), (1536, "cooperative pointwise"), (4096, "step pointwise"),
 ])  # fmt: skip
 def test_the_families_on_an_h100(rows, hidden, family):
     """In bf16 no hidden size up to 1,536 is left to the step family, whatever the batch."""

@@ -6,6 +6,7 @@ Without a GPU the very same source is compiled by g++ (host_cuda.py). On a GPU:
     compute-sanitizer --tool memcheck   python -m pytest tests/test_cupy_kernels.py -k cuda
 """
 
+import contextlib
 import itertools
 from dataclasses import replace
 
@@ -184,7 +185,10 @@ def test_a_planted_fault_is_detected(monkeypatch, faults, change):
         return False
 
     seeds = range(300 if change else 4)  # in few of them a warp gets far ahead
-    assert any(map(is_detected, seeds)) == (change is not None)
+    found = any(map(is_detected, seeds))
+    with contextlib.suppress(RuntimeError):  # where a launch also timed out
+        timeouts.check()
+    assert found == (change is not None)
 
 
 def test_a_launch_whose_blocks_are_not_all_there_ends_and_is_reported(monkeypatch):

@@ -96,6 +96,7 @@ ENDS = {
 }  # fmt: skip
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(("body", "found"), ENDS.values(), ids=ENDS)
 def test_a_failure_is_a_test_that_fails_and_nothing_else(tmp_path, capfd, body, found):
     (tmp_path / "tests").mkdir()
