@@ -50,15 +50,15 @@ test-deep: $(INSTALLED)
 	$(NO_GPU) $(BIN)/python -m pytest $(ON_ALL_CORES) -m deep $(PYTEST)
 
 test-versions: $(INSTALLED)
-	$(NO_GPU) $(BIN)/python tests/versions.py $(PYTEST)
+	$(NO_GPU) $(BIN)/python checks/versions.py $(PYTEST)
 
 # Plants single faults in copies of the tree and asks the tests. An hour and more; it goes on where it was stopped.
 mutants: $(INSTALLED)
-	$(NO_GPU) $(BIN)/python tests/mutants.py $(MUTANTS)
+	$(NO_GPU) $(BIN)/python checks/mutants.py $(MUTANTS)
 
 # Ten minutes of random calls, each against the oracle; nothing may grow.
 soak: $(INSTALLED)
-	$(NO_GPU) PYTHONPATH=tests TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(SOAK)
+	$(NO_GPU) PYTHONPATH=tests TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python checks/soak.py $(SOAK)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from comparing import LARGE, judge
-from pairs import Chain, noises_of, random_inputs, results, rows_of, states_left, truth, weights_of
+from pairs import Chain, is_of_steps, noises_of, random_inputs, results, rows_of, states_left, truth, weights_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import gpu_lstm
 from gpu_lstm.functional import lstm_layer
+from gpu_lstm.kernels.problem import Inputs
 
 OF_TORCH = {  # the words for arguments of a module, those of nn.LSTM
     "deep": dict(num_layers=2), "both": dict(bidirectional=True), "batch-first": dict(batch_first=True),
@@ -59,8 +60,8 @@ def built(size: tuple[int, ...], words: set[str], own: bool = False, **how: Any)
 
 def yardstick_of(size: tuple[int, ...], words: set[str]) -> tuple[str, nn.Module]:
     """What errors are measured by, and its module: torch's own, or our backend "torch" or "reference"."""
-    own = {*OF_TORCH, "recompute", "chunks", "no-hx", "no-grad", "stack", *FORMS}
-    backend = "torch" if words <= own | {"ragged", "resets", "residual"} else "reference"
+    own = {*OF_TORCH, "recompute", "chunks", "no-hx", "no-grad", "stack", *FORMS} - {"reverse"}
+    backend = "torch" if words <= own | {"reverse", "ragged", "resets", "always", "residual"} else "reference"
     if words <= own and not is_wide(size):
         return backend, built(size, words, own=True)
     return backend, built(size, words, backend=backend)
@@ -86,9 +87,12 @@ def call_of(module: nn.Module, size: tuple[int, ...], words: set[str], seed: int
     rest: dict[str, Any] = {}
     if words & {"ragged", "packed"}:
         rest["lengths"] = torch.randint(int("packed" in words), steps + 1, (batch,))
-        rest["lengths"][0], rest["lengths"][-1] = int("packed" in words), steps
-    if words & {"resets", "state", "states"}:
-        resets = torch.rand(steps, batch) < 0.4
+        if batch > 1:
+            rest["lengths"][0] = int("packed" in words)
+        if batch > 1 or "packed" in words:
+            rest["lengths"][-1] = steps
+    if words & {"resets", "always", "state", "states"}:
+        resets = torch.rand(steps, batch) < (1 if "always" in words else 0.4)
         resets[0, -1] |= batch > 2  # of the longest: states and gradients end before the first step, too
         rest["resets"] = resets.T if module.batch_first else resets
     if words & {"state", "states"}:
@@ -109,8 +113,7 @@ def unbatched(module: nn.Module, x: Tensor, *hx: Any, lengths: Tensor | None = N
     axis = 0 if module.batch_first else 1
 
     def alone(t: Tensor) -> Tensor:
-        a_step = t.dim() > tree_leaves(hx)[0].dim()
-        return t.squeeze(-3 if a_step and module.batch_first else -2)
+        return t.squeeze(-3 if is_of_steps(module, t) and module.batch_first else -2)
 
     left = tree_map_only(Tensor, alone, reset_states)
     lengths, resets = lengths if lengths is None else lengths[0], resets if resets is None else resets.squeeze(axis)
@@ -119,14 +122,16 @@ def unbatched(module: nn.Module, x: Tensor, *hx: Any, lengths: Tensor | None = N
     return y.unsqueeze(axis), tree_map(lambda t: t.unsqueeze(-2), states)
 
 
-def by_layers(module: nn.Module, x: Tensor, hx: Any = None, *, reset_states: Any = None, **ragged: Any) -> tuple:
-    """The call by lstm_layer, a layer and direction at a time."""
+def by_layers(
+    module: nn.Module, x: Tensor, hx: Any = None, *, reset_states: Any = None, reverse: bool = False, **ragged: Any
+) -> tuple:
+    """The call by lstm_layer, a layer and direction at a time; `reverse`: the first direction, too."""
     parameters, finals = dict(module.named_parameters()), []
     states, left = (None if s is None else rows_of(module, tree_leaves(s)) for s in (hx, reset_states))
     for k, names in enumerate(weights_of(module)[0]):
         outputs, final = [], []
         for d, own in enumerate(names):
-            given = ragged | dict(reverse=d == 1, backend=module.backend, hx=states and states[k][d])
+            given = ragged | dict(reverse=reverse or d == 1, backend=module.backend, hx=states and states[k][d])
             weights = [parameters.get(name) for name in own]
             y, state = lstm_layer(x, weights, reset_states=left and left[k][d], **given)
             outputs.append(y)
@@ -157,6 +162,7 @@ def by_stream(module: nn.Module, x: Tensor, hx: Any = None) -> tuple:
 
 FORMS: dict[str, Callable] = {
     "packed": packed, "unbatched": unbatched, "layer": by_layers, "cell": by_cell, "stream": by_stream,
+    "reverse": partial(by_layers, reverse=True),
 }  # fmt: skip
 
 
@@ -172,7 +178,7 @@ def with_random_parameters(module: nn.Module, seed: int) -> nn.Module:
 
 def check(
     size: tuple[int, ...], words: str, backend: str | None, dtype: torch.dtype, device: str = "cpu", seeds: int = 3,
-    yardstick: str | None = None,
+    yardstick: str | None = None, first_seed: int = 0,
 ) -> None:  # fmt: skip
     """Every result and gradient of such calls: in float64 to 1e-12; else at most twice the yardstick's errors.
 
@@ -181,24 +187,24 @@ def check(
     """
     named, errors, truths = set(words.split()), {}, []
     form = next((FORMS[word] for word in named if word in FORMS), None)
-    for seed in range(seeds):
+    their_form = form if named & {"packed", "reverse"} or is_wide(size) else None
+    for seed in range(first_seed, first_seed + seeds):
         ours = with_random_parameters(built(size, named, backend=backend), seed).to(device, dtype)
         call = call_of(ours, size, named, seed)
         found, true = result_of(ours, call, named, seed, form), truth_of(ours, call, named, seed)
-        truths.append(partial(arrays_of, ours, call, named, seed))
         names = list(true)[: 3 if named & {"stream", "no-grad"} else None]
         assert list(found) == names
         if dtype is torch.float64:
             for name in names:
                 torch.testing.assert_close(found[name], true[name], rtol=1e-12, atol=1e-12, msg=name)
             continue
+        truths.append(partial(arrays_of, ours, call, named, seed))
         if yardstick is None:
             kind, theirs = yardstick_of(size, named)
         else:
             kind, theirs = yardstick, built(size, named, backend=yardstick)
         theirs.to(device, dtype).load_state_dict(ours.state_dict())
-        theirs_form = form if "packed" in named or is_wide(size) else None
-        measured = result_of(theirs, call, named, seed, theirs_form)
+        measured = result_of(theirs, call, named, seed, their_form)
         for name in names:
             our_error, their_error = (t[name].double().cpu().numpy() - true[name].numpy() for t in (found, measured))
             errors.setdefault(name, []).append((our_error, their_error, true[name].numpy()))
@@ -235,12 +241,29 @@ def truth_of(
 
     For a large call on a GPU by the float64 reference there, since NumPy's loops would be slow.
     """
-    like = next(module.parameters())
+    like, reverse = next(module.parameters()), "reverse" in words
     exact = tree_map_only(Tensor, lambda t: t.to(like.dtype).double() if t.is_floating_point() else t, call)
     if like.is_cuda and exact.x.numel() > LARGE:
         twin = copy.deepcopy(module).double()
         twin.backend = "reference"
-        return {name: t.cpu() for name, t in result_of(twin, exact, words, seed, None).items()}
+        found = result_of(twin, exact, words, seed, FORMS["reverse"] if reverse else None)
+        return {name: t.cpu() for name, t in found.items()}
     sizes = exact.x.shape[1::-1] if module.batch_first else exact.x.shape[:2]
     noises = noises_of(module, seed, *sizes) if words & NOISE else None
-    return truth(module, exact.x, exact.hx, noises=noises, kind=kind, **exact.rest)
+    return truth(module, exact.x, exact.hx, noises=noises, reverse=reverse, kind=kind, **exact.rest)
+
+
+def inputs_of(size: tuple[int, ...], words: str, seed: int = 0) -> Inputs:
+    """The tensors of such a call of one layer in one direction, in float32, with states [B, *]."""
+    named = set(words.split())
+    module = with_random_parameters(built(size, named), seed).train("expected" not in named)
+    x, hx, rest = call_of(module, size, named, seed)
+    left = rest.pop("reset_states", ([None], [None]))
+    (((h0, c0),),), (((reset_h, reset_c),),) = (rows_of(module, t) for t in (hx, left))
+    (names,), ((noise,),) = weights_of(module)[0], noises_of(module, seed, *size[:2])
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    masks = {name: torch.from_numpy(a) for name, a in noise.items()}
+    for name in masks.keys() & {"zoneout_h", "zoneout_c"}:
+        masks[name] = masks[name].flatten()[0].float() if "expected" in named else masks[name].bool()
+    masks |= {name: t.float() for name, t in masks.items() if name == "dropout_h"}
+    return Inputs(x, h0, c0, *map(parameters.get, names[0]), reset_h, reset_c, **masks, **rest)

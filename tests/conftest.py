@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import os
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -31,6 +32,35 @@ def pytest_configure(config):
         from gpu_lstm.__main__ import why_no_cuda
 
         raise pytest.UsageError(f"--require-gpu: {why_no_cuda()}")
+    if not hasattr(config, "workerinput"):  # of pytest-xdist's workers
+        config.pluginmanager.register(Progress(config))
+
+
+class Progress:
+    """Every 30 seconds a line says how many tests are done, and how long the others will take at this rate."""
+
+    EVERY = 30
+
+    def __init__(self, config):
+        self.config, self.done, self.total = config, 0, 0
+        self.start = self.told = time.monotonic()
+
+    def pytest_collection_finish(self, session):
+        self.total = len(session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids):
+        self.total = len(ids)
+
+    def pytest_runtest_logreport(self, report):
+        self.done += report.when == "teardown"
+        now = time.monotonic()
+        if now - self.told >= self.EVERY and self.done:
+            self.told, seconds = now, now - self.start
+            left = seconds * (self.total - self.done) / self.done
+            said = f"{self.done} of {self.total} tests in {seconds:.0f} s"
+            said += f", about {left:.0f} s left" if self.done > self.total / 20 else ""
+            self.config.pluginmanager.get_plugin("terminalreporter").write(f"\n{said}\n", flush=True)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for -n auto

@@ -66,7 +66,7 @@ def _number_arguments(executor: interpreter.GridExecutor, args: tuple, named: di
     return positional, {name: _numbered(kernel, name, argument) for name, argument in named.items()}
 
 
-def _checked(access: str, at: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
+def checked(access: str, at: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
     """The addresses of pointers, which lie in their tensors where the mask is on."""
     touched = at[mask]
     if touched.size:
@@ -92,17 +92,17 @@ def check_interpreted_kernels() -> None:
     native = interpreter._interpreter
 
     def load(at, mask, other, dtype):
-        return native.load(_checked("load", at, mask, np.dtype(dtype).itemsize), mask, other, dtype)
+        return native.load(checked("load", at, mask, np.dtype(dtype).itemsize), mask, other, dtype)
 
     def store(at, value, mask):
-        return native.store(_checked("store", at, mask, value.itemsize), value, mask)
+        return native.store(checked("store", at, mask, value.itemsize), value, mask)
 
     def atomic_rmw(op, at, value, mask, order):
-        return native.atomic_rmw(op, _checked("atomic", at, mask, value.itemsize), value, mask, order)
+        return native.atomic_rmw(op, checked("atomic", at, mask, value.itemsize), value, mask, order)
 
     def atomic_cas(at, expected, value, order):
         everywhere = np.ones_like(at, bool)
-        return native.atomic_cas(_checked("atomic", at, everywhere, value.itemsize), expected, value, order)
+        return native.atomic_cas(checked("atomic", at, everywhere, value.itemsize), expected, value, order)
 
     functions = {name: getattr(native, name) for name in dir(native)}
     functions |= dict(load=load, store=store, atomic_rmw=atomic_rmw, atomic_cas=atomic_cas)

@@ -123,11 +123,11 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
     return dx, dh0, dc0, *dweights, dreset_h, dreset_c
 
 
-def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual=False):
+def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual=False, reverse=False):
     """Layers on top of each other: (y [T, B, D*P], final states [L][D], tapes [L] for `stack_gradients`).
 
     For every layer and direction, [L][D]: `states` (h0, c0), `layers` the weights, `noises` the masks and zones, and
-    what resets leave.
+    what resets leave. `reverse`: the first direction, too.
     """
     valid = np.arange(len(x))[:, None] < (len(x) if lengths is None else np.asarray(lengths))  # [T, B] or [T, 1]
     finals, tapes = [], []
@@ -135,7 +135,7 @@ def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual
         outputs, final, taken = [], [], []
         for d, weights in enumerate(directions):
             noise, inputs = {} if noises is None else noises[k][d], (x, *states[k][d], *weights)
-            h, h_n, c_n, tape = layer(*inputs, lengths=lengths, resets=resets, reverse=d == 1, **noise)
+            h, h_n, c_n, tape = layer(*inputs, lengths=lengths, resets=resets, reverse=reverse or d == 1, **noise)
             outputs.append(h)
             final.append((h_n, c_n))
             taken.append((inputs, noise, tape))

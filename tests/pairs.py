@@ -135,11 +135,12 @@ def truth(
     resets=None,
     reset_states=None,
     noises=None,
+    reverse=False,
     kind: type[np.ndarray] = np.ndarray,
 ) -> dict[str, Tensor]:
     """What `results` of an LSTM or StackedLSTM, batched, should be: by the oracle, with `noises` [L][D] of a call.
 
-    It computes with arrays of a `kind`.
+    `reverse`: the first direction, too. It computes with arrays of a `kind`.
     """
     names, layers = weights_of(module)
     layers = tree_map_only(np.ndarray, lambda a: a.view(kind), layers)
@@ -158,7 +159,7 @@ def truth(
         noises = [[of | dict(reset_h=h, reset_c=c) for of, (h, c) in zip(*layer)] for layer in zip(noises, left)]
     ragged = dict(lengths=lengths, resets=None if resets is None else turned(resets))
     residual = getattr(module, "residual", False)
-    y, finals, tapes = oracle.stack(x, states, layers, **ragged, noises=noises, residual=residual)
+    y, finals, tapes = oracle.stack(x, states, layers, **ragged, noises=noises, residual=residual, reverse=reverse)
     found = [turned(y), *leaves_of(module, finals)]
     dy, *dfinals = (t.double().numpy() for t in weighing(found, next(module.parameters()).dtype))
     dx, dstates, dweights, dleft = oracle.stack_gradients(tapes, turned(dy), rows_of(module, dfinals))
@@ -200,9 +201,14 @@ def noises_of(module: nn.Module, seed: int, steps: int = T, batch: int = B) -> l
     return [[drawn(weight_hh) for _, weight_hh, *_ in layer] for layer in weights_of(module)[1]]
 
 
+def is_of_steps(module: nn.Module, t: Tensor) -> bool:
+    """Whether a state to reset to, of a batch, is one per step and not one per sequence."""
+    return t.dim() - int(not hasattr(module, "layers") or module.bidirectional) == 3
+
+
 def each_step(module: nn.Module, steps: int, t: Tensor) -> Tensor:
     """A state to reset to, as a user passes it -> one per step, time-major."""
-    if t.dim() - int(not hasattr(module, "layers") or module.bidirectional) == 2:
+    if not is_of_steps(module, t):
         return t.unsqueeze(-3).expand(*t.shape[:-2], steps, *t.shape[-2:])
     return t.transpose(-2, -3) if module.batch_first else t
 

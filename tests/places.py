@@ -100,16 +100,6 @@ def held(monkeypatch, yield_rate=0.05, parts=1, asks_ahead=False) -> None:
     _force(monkeypatch, plan, yield_rate)
 
 
-def ahead(monkeypatch, yield_rate=0.05) -> None:
-    """The same, and programs ask ahead for what the next batch tile needs."""
-    held(monkeypatch, yield_rate, asks_ahead=True)
-
-
-def parts(monkeypatch, yield_rate=0.05) -> None:
-    """The same, of parts of K backward."""
-    held(monkeypatch, yield_rate, parts=2)
-
-
 def cooperative(monkeypatch, units=4, groups=8, parts=4, yield_rate=0.05) -> None:
     """Every launch is cooperative, with `units` units per program; backward, `parts` share the gates of a unit."""
     warps = max(2, units // 4)
@@ -205,9 +195,9 @@ PLAN = "units", "groups", "parts"
 KERNELS = {
     "torch": Kernels("torch"), "torch/two": Kernels("torch", two_copies), "reference": Kernels("reference"),
     "triton": Kernels("triton"),
-    "step": Kernels("triton", step), "held": Kernels("triton", held),
-    "held/ahead": Kernels("triton", ahead), "held/2": Kernels("triton", parts),
-    "held/4": Kernels("triton", partial(held, parts=4)), "resident": Kernels("triton", resident),
+    "step": Kernels("triton", step), "held": Kernels("triton", held), "resident": Kernels("triton", resident),
+    "held/ahead": Kernels("triton", partial(held, asks_ahead=True)),
+    **{f"held/{parts}": Kernels("triton", partial(held, parts=parts)) for parts in (2, 4)},
     "split/4": Kernels("triton", split), "split/8": Kernels("triton", partial(split, parts=8)),
     "pointwise": Kernels("triton", pointwise),
     **{f"cooperative/{'/'.join(map(str, plan))}": Kernels("triton", partial(cooperative, **dict(zip(PLAN, plan))))

@@ -60,10 +60,11 @@ def card(monkeypatch):
 
 @pytest.mark.filterwarnings("error:gpu_lstm", "error:a kernel failed")
 @pytest.mark.parametrize(("place", "dtype", "size", "words"), [
-    ("step", torch.float32, (3, 3, 3, 8), ""), ("resident", torch.float16, (3, 9, 3, 8), "no-hx"),
-    ("cooperative/4/1/4", torch.float32, (3, 9, 3, 8), ""), ("cooperative/4/1/4", torch.float32, (3, 3, 3, 8), "no-hx"),
-    ("cooperative/4/1/4", torch.float16, (3, 9, 3, 8), "ragged states peepholes deep"),
-    ("pointwise", torch.float32, (3, 3, 3, 8), "ragged resets"),
+    ("resident", torch.float16, (3, 9, 3, 8), "no-hx"), ("pointwise", torch.float32, (3, 3, 3, 8), "ragged resets"),
+    ("cooperative/4/1/4", torch.float32, (3, 3, 3, 8), "no-hx"),
+    *(pytest.param(*case, marks=pytest.mark.deep) for case in (
+        ("step", torch.float32, (3, 3, 3, 8), ""), ("cooperative/4/1/4", torch.float32, (3, 9, 3, 8), ""),
+        ("cooperative/4/1/4", torch.float16, (3, 9, 3, 8), "ragged states peepholes deep"))),
 ], ids=str)  # fmt: skip
 def test_kernels_that_are_verified_and_win_the_race_give_right_numbers(monkeypatch, card, place, dtype, size, words):
     verified, chosen = card(place), Mock(side_effect=run.run_by)

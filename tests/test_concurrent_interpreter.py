@@ -3,8 +3,6 @@
 That a missing wait is detected, and one that looks at too little, is in test_sequence_kernels.py.
 """
 
-import sys
-import threading
 from functools import partial
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from concurrent_interpreter import ConcurrentRun
-from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
 STEPS, WIDTH = 4, 8
@@ -21,20 +18,11 @@ _zeros = partial(torch.zeros, dtype=torch.int32)
 
 
 @triton.jit
-def who_kernel(out_ptr, READINGS: tl.constexpr):
-    """out[program] = the sum of READINGS readings of the program's number, from 1 on."""
-    for _ in range(READINGS):
-        number = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
-        at = out_ptr + number
-        tl.store(at, tl.load(at) + number + 1)
-
-
-pytestmark = pytest.mark.skipif(isinstance(who_kernel, triton.JITFunction), reason="kernels are compiled")
-
-
-@triton.jit
 def next_tile(tile, q):
     return tile * (q + 1)
+
+
+pytestmark = pytest.mark.skipif(isinstance(next_tile, triton.JITFunction), reason="kernels are compiled")
 
 
 @triton.jit
@@ -92,27 +80,6 @@ def _is_right(programs: int, seed: int, rate: float, sem: str) -> bool:
     options = dict(arrivals_ptr=_zeros(1), SEM=sem, T=STEPS, N=WIDTH)
     ConcurrentRun(seed, rate)(counter_kernel, (programs,), x_ptr=x, **options)
     return torch.equal(x, truth)
-
-
-@pytest.fixture(autouse=True)
-def the_stock_interpreter_is_as_before():
-    def state():
-        function, builder = interpreter.InterpretedFunction.__call__, type(interpreter.interpreter_builder)
-        return sys.getswitchinterval(), function, builder
-
-    before, threads = state(), set(threading.enumerate())
-    yield
-    assert state() == before
-    assert set(threading.enumerate()) <= threads  # others', from before, may have ended
-    out = _zeros(12)
-    who_kernel[2, 3, 2](out, READINGS=2)
-    assert out.tolist() == [*range(2, 26, 2)]
-
-
-def test_program_ids_and_the_options_of_a_stock_launch():
-    out, options = _zeros(12), dict(num_warps=4, num_stages=2, launch_cooperative_grid=True)
-    ConcurrentRun()(who_kernel, (2, 3, 2), out_ptr=out, READINGS=20, **options)
-    assert out.tolist() == [*range(20, 260, 20)]
 
 
 @pytest.mark.parametrize(("programs", "rate", "seeds", "sem"), [

@@ -4,16 +4,18 @@ import ast
 import itertools
 from pathlib import Path
 
+import numpy as np
+import oracle
 import pytest
 import torch
-from standing_in import as_a_card, recurrence
+from standing_in import as_a_card, plan_of, recurrence
 from subjects import SUBJECTS, states_for
 
 import gpu_lstm
 from gpu_lstm.kernels import memory, problem
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
-from gpu_lstm.kernels.triton_lstm import launch
+from gpu_lstm.kernels.triton_lstm import autotune, launch
 
 KERNELS = Path(problem.__file__).parent
 F16, F32 = torch.float16, torch.float32
@@ -112,12 +114,34 @@ def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
     assert str(error.value) == f"kernel wrote {way} {far} bytes {said}, {c.nbytes} bytes of {dtype}"
 
 
-def test_results_of_a_batch_without_sequences():
-    """They have the sizes of any other batch."""
-    p = Problem(2, 0, 5, F16, projected=2, reset_h=True, reset_c=True, zoneout_h=0)
-    layer = launch.layer_of(p, torch.device("cpu"))
-    gates, r = launch.call_of(p, torch.device("cpu"))
-    h, h_n, c_n, c = layer.forward(gates, r, save=True)
-    assert [t.shape for t in (h, h_n, c_n, c)] == [(2, 0, 2), (1, 0, 2), (1, 0, 5), (2, 0, 5)]
-    found = layer.backward(h, h_n, c_n, gates, c, r)
-    assert [t.shape for t in found] == [(2, 0, 20), (1, 0, 2), (1, 0, 5), (2, 0, 2), (2, 0, 2), (2, 0, 5)]
+@pytest.mark.skipif(not launch.INTERPRETED, reason="plans of the interpreter")
+@pytest.mark.parametrize("projected", [0, 3])
+@pytest.mark.parametrize("family", ["step", "resident", "pointwise"])
+def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, projected):
+    """Forward, and backward of what it computed, where dh is h and nothing else is given; numbers are the oracle's."""
+    problem, cpu, sent = Problem(2, 3, 8, F32, projected, "tf32"), torch.device("cpu"), []
+    plans, forward = [plan_of(family, problem, backward) for backward in (False, True)], Layer.forward
+
+    def recorded(layer, gates, r, save):
+        sent.append((gates.clone(), r.inputs))
+        return forward(layer, gates, r, save)
+
+    monkeypatch.setattr(Layer, "forward", recorded)
+    found = autotune._call(problem, Pass(), cpu, None)(plans[0])()
+    backward = autotune._call(problem, Pass(True, dh_n=False), cpu, plans[0])(plans[1])
+    (gates, given), (its_gates, its_given) = sent
+    assert (gates.shape, gates.std() > 0.5, given.weight_hh.std() > 0.1) == ((2, 3, 32), True, True)
+
+    def inputs_of(gates, given):  # of the oracle: gates as x, times the unit matrix
+        tensors = gates, given.h0[0], given.c0[0], torch.eye(32), given.weight_hh, None, None, given.weight_hr
+        return [None if t is None else t.double().numpy() for t in tensors]
+
+    h, h_n, c_n, tape = oracle.layer(*inputs_of(gates, given))
+    cells = np.array([c for *_, c, _, _, _ in tape]).reshape(3, 2, 8).swapaxes(0, 1)  # by sequence, then by step
+    inputs = inputs_of(its_gates, its_given)
+    h_of_backward, *_, tape = oracle.layer(*inputs)
+    zeros = np.zeros_like(h_n), np.zeros_like(c_n)
+    gradients = oracle.layer_gradients(*inputs, tape=tape, dh=h_of_backward, dh_n=zeros[0], dc_n=zeros[1])
+    expected = h, h_n[None], c_n[None], cells, gradients[0], gradients[1][None], gradients[2][None]
+    for ours, true in zip((*found, *backward()[:3]), expected, strict=True):
+        torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)

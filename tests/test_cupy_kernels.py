@@ -6,15 +6,16 @@ Without a GPU the very same source is compiled by g++ (host_cuda.py). On a GPU:
     compute-sanitizer --tool memcheck   python -m pytest tests/test_cupy_kernels.py -k cuda
 """
 
+import contextlib
 import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from comparing import check
+from cases import check
 from places import CUPY_PLANS, cuda, cupy_plan
 from standing_in import few_polls, recurrence
-from torch import Tensor, nn
+from torch import Tensor
 
 import gpu_lstm
 from gpu_lstm.kernels import timeouts
@@ -111,19 +112,11 @@ def test_tf32_rounds_the_weights_where_tensor_cores_would_cut_them_off(monkeypat
     assert (found[0] != found[2]).all()
 
 
-def test_modules(device):
+def test_a_compiled_module_computes_what_eager_does(device):
     torch.manual_seed(0)
-    theirs = nn.LSTM(3, 5, 2, bidirectional=True).to(device)
-    ours = gpu_lstm.LSTM(3, 5, 2, bidirectional=True, backend="cupy").to(device)
-    ours.load_state_dict(theirs.state_dict())
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    x = torch.randn(6, 2, 3, device=device)
-    found = []
-    for module in (ours, theirs):
-        y, _ = module(x)
-        found.append([y, *torch.autograd.grad(y.square().sum(), list(module.parameters()))])
-    torch.testing.assert_close(*found)
-    torch.testing.assert_close(compiled(x)[0], found[1][0])
+    lstm = gpu_lstm.LSTM(3, 5, 2, bidirectional=True, backend="cupy", device=device)
+    x, compiled = torch.randn(6, 2, 3, device=device), torch.compile(lstm, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x)[0], lstm(x)[0])
 
 
 # A check that cannot fail is no check: faults are planted in the source, and the comparison must detect each.
@@ -160,10 +153,13 @@ READ_FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("faults", "change"), [(faults, fault) for faults in (FAULTS, READ_FAULTS) for fault in (*faults, None)],
-    ids=lambda value: value if isinstance(value, str | None) else ["kept", "read"][value is READ_FAULTS],
-)  # fmt: skip
+QUICK = {None, "h of the wrong step", "a stale word is taken for new", "a missing barrier", "published too early"}
+
+
+@pytest.mark.parametrize(("faults", "change"), [
+    pytest.param(faults, fault, id=f"{name}-{fault}", marks=() if fault in QUICK else pytest.mark.deep)
+    for name, faults in (("kept", FAULTS), ("read", READ_FAULTS)) for fault in (*faults, None)
+])  # fmt: skip
 def test_a_planted_fault_is_detected(monkeypatch, faults, change):
     """By the comparison, in at least one order of turns."""
     changes = {}
@@ -189,7 +185,10 @@ def test_a_planted_fault_is_detected(monkeypatch, faults, change):
         return False
 
     seeds = range(300 if change else 4)  # in few of them a warp gets far ahead
-    assert any(map(is_detected, seeds)) == (change is not None)
+    found = any(map(is_detected, seeds))
+    with contextlib.suppress(RuntimeError):  # where a launch also timed out
+        timeouts.check()
+    assert found == (change is not None)
 
 
 def test_a_launch_whose_blocks_are_not_all_there_ends_and_is_reported(monkeypatch):

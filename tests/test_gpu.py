@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from comparing import check
+from cases import check
 from standing_in import plan_of
 
 import gpu_lstm
@@ -34,7 +34,7 @@ def results(lstm, x, **given):
 
 def test_the_headline():
     """H=768, B=16 in bfloat16, all steps in one cooperative launch: first of all, and alone."""
-    check((64, 16, 256, 768), "plain", "triton", torch.bfloat16, "cuda", seeds=1)
+    check((64, 16, 256, 768), "", "triton", torch.bfloat16, "cuda", seeds=1)
     gpu_lstm.check()
     layers = [layer for (problem, _), layer in launch._layers.items() if problem.hidden == 768]
     chosen = [layer.chosen(Pass(backward)).plan.family for layer in layers for backward in (False, True)]
@@ -42,7 +42,7 @@ def test_the_headline():
 
 
 @every_dtype
-@pytest.mark.parametrize("variant", ["plain", "reverse", "no-bias ragged resets", "ragged resets reverse"])
+@pytest.mark.parametrize("variant", ["", "reverse", "no-bias ragged resets", "ragged resets reverse"])
 @pytest.mark.parametrize("size", [(32, 16, 64, 64), (32, 16, 64, 128), (24, 17, 100, 513), (16, 70, 64, 768)], ids=str)
 def test_what_is_chosen_is_right(size, variant, dtype):
     check(size, variant, "triton", dtype, "cuda", seeds=1)

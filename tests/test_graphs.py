@@ -13,7 +13,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import PLACES, assert_same, example_of
+from cases import inputs_of
+from comparing import PLACES, assert_same
 from pairs import LENGTHS, RESETS, B, H, I, T, pair, random_inputs, results, states_left
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
@@ -351,13 +352,10 @@ def given_to(words, device, backend) -> tuple[list, bool]:
         states = (torch.randn(2, 2, 5, device=device) for _ in range(2))
         first, second = (list(lstm.parameters())[k : k + 4] for k in (0, 4))
         return [*Inputs(torch.randn(2, 2, 3, device=device), *states, *first), *second], False
-    made = example_of((2, 2, 3, 5, 0 if "norm" in words or words == "plain" else 2), words, 0)
-    floats = {name: t.float() if name == "dropout_h" else t for name, t in made.noise.items()}
-    tensors = [None if t is None else t.float() for t in (*made.tensors, *made.reset_states)]
-    given = Inputs(*tensors)._replace(lengths=made.lengths, resets=made.resets, **floats)
+    given = inputs_of((2, 2, 3, 5, *[2] * ("norm" not in words and bool(words))), words)
     if backend == "triton":  # states are [1, B, *]
         given = given._replace(h0=given.h0[None], c0=given.c0[None])
-    return [None if t is None else t.to(device) for t in given], made.reverse
+    return [None if t is None else t.to(device) for t in given], "reverse" in words
 
 
 def learnt(given) -> list[bool]:
@@ -368,7 +366,7 @@ def learnt(given) -> list[bool]:
 @pytest.mark.parametrize(("words", "backend"), [
     ("ragged resets reverse", "torch"), (NORMS, "reference"), ("ragged resets reverse", "triton"),
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
-        ("plain", "torch"), ("both directions", "torch"), (MASKS, "triton"),
+        ("", "torch"), ("both directions", "torch"), (MASKS, "triton"),
         ("ragged states peepholes reverse norms masks", "triton"))),
 ])  # fmt: skip
 def test_an_operator(words, backend, device):

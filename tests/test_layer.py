@@ -14,7 +14,7 @@ test_gpu.py), and those in CUDA C++ are compiled by g++. On a GPU, where Triton'
 import pytest
 import torch
 from cases import built, call_of, check, with_random_parameters
-from comparing import PLACES, example_of
+from comparing import PLACES
 from pairs import assert_identical, results
 from places import INTERPRETED, KERNELS, tf32
 
@@ -50,77 +50,78 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES if "state" not in words)),
      (2, "6,4,3,5,2", MIX, "deep packed", "both no-bias resets"), (2, "1,1,1,3", MIX, "cell", "unbatched")),
     # The plans that are chosen, on a GPU too: steps of one sequence; more than one tile of 16 sequences and of 32 units
-    ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "deep ragged resets", "no-bias packed both"),
+    ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "deep ragged resets"),
      (2, "3,3,4,5", "cell", "stream deep", "layer ragged states both", "batch-first state", "chunks deep states"),
-     (2, "3,4,3,33,7", MIX), (2, "3,9,3,4", "ragged"),
-     (2, "3,3,3,9", f"{OF_ALL} both recompute", f"{MOST} masks recompute")),
-    ("triton", F16, (2, "4,5,8,40", "no-hx"), (1, "4,5,8,40", MIX),
-     (1, "4,3,4,20,7", f"{MOST} masks", "states expected")),
-    # Several programs with a grid-wide barrier: 3 tiles; 4 tiles, and 6 of h
+     (2, "3,4,3,33,7", MIX), (2, "3,3,3,9", f"{OF_ALL} both recompute", f"{MOST} masks recompute"),
+     (1, "3,1,3,8", "unbatched states")),
+    ("triton", F16, (1, "4,5,8,40", MIX), (1, "4,3,4,20,7", f"{MOST} masks")),
+    # Several programs with a grid-wide barrier: 3 tiles; 4 tiles, and 6 of h; two tiles of units
     ("step", F32, (1, "4,3,3,40", "", "no-hx deep states peepholes masks"), (1, "1,3,3,40", "both"),
-     (1, "3,18,3,20,33", "layer ragged resets both"), (1, "3,1,3,20", "unbatched expected state"),
-     (1, "3,18,3,5", "packed recompute"), (1, "3,3,3,5", "stream"), (1, "5,3,3,11", f"{OF_ALL} both"),
-     (1, "3,3,3,20", "norms")),  # of two tiles of units
-    ("step", F16, (1, "4,3,3,40", f"{ONCE} expected"), (1, "4,3,3,40,5", f"{ONCE} masks")),
-    # And with one more for products of parts of K: two tiles of sequences, and of 64 units; of h alone; a single step
-    ("split/4", F32, (1, "3,18,3,70", "ragged resets"), (1, "4,3,3,20,70", "layer", "layer states peepholes"),
-     (1, "1,3,3,40", MIX), (1, "5,3,3,11", OF_HH, f"{OF_C} both"), (1, "3,18,3,11", "no-hx")),
-    ("split/8", F16, (1, "4,18,3,40", f"{ONCE} masks"), (1, "3,1,3,40", "unbatched expected states"),
-     (1, "5,3,3,10", OF_ALL)),
+     (1, "3,18,3,20,33", "layer ragged resets both"), (1, "5,3,3,11", OF_ALL)),
+    ("step", F16, (1, "4,3,3,40,5", f"{ONCE} masks")),
+    # And with one more for products of parts of K: two tiles of sequences, and of 64 units; of h alone
+    ("split/4", F32, (1, "3,18,3,70", "ragged resets"), (1, "4,3,3,20,70", "layer states peepholes"),
+     (1, "5,3,3,11", OF_HH)),
     # And with W_hh in shared memory: two groups, of which one has two tiles of sequences; and three programs
-    ("held", F32, (1, "4,35,3,18", MIX), (1, "4,3,3,40", ""), (1, "4,18,3,18,7", "deep states")),
-    ("held", F16, (1, "4,18,3,40", f"{ONCE} masks"), (1, "3,1,3,18", "unbatched expected states both"),
-     (1, "3,3,3,18", "no-grad both")),
-    ("held/2", F32, (1, "4,35,3,18", ""), (1, "4,3,3,18", "no-hx packed both")),
-    ("held/4", F32, (1, "4,35,3,18", "ragged resets")), ("held/4", F16, (1, "4,18,3,40", f"{ONCE} masks")),
-    ("held/ahead", F32, (1, "4,35,3,18", MIX), (1, "3,3,3,18", "deep no-hx expected")),
-    ("held/ahead", F16, (1, "4,50,3,18", f"{ONCE} masks")),
+    ("held", F32, (1, "4,35,3,18", MIX)),
+    ("held", F16, (1, "4,18,3,40", f"{ONCE} masks"), (1, "3,3,3,18", "no-grad both")),
+    ("held/2", F32, (1, "4,3,3,18", "no-hx packed both")),
+    ("held/ahead", F32, (1, "4,35,3,18", MIX)),
     # Whole sequences in one launch of programs that need nobody
-    ("resident", F32, (1, "5,3,4,6", "deep ragged"), (2, "4,3,3,20,7", "both resets"), (2, "1,1,3,1", MIX),
-     (1, "3,11,3,33", ""), (1, "4,2,3,60", MIX), (1, "3,11,3,5", "packed", "no-hx deep"),
-     (1, "5,3,3,11", f"{ONCE} masks"), (1, "5,3,3,11,5", "ragged states both")),
-    ("resident", F16, (1, "5,3,3,7", MIX), (1, "5,3,3,33,12", "deep states"), (1, "3,9,3,40", ""),
-     (1, "5,3,3,11", "peepholes states expected", "stream", "both ragged states masks"),
-     (2, "5,3,3,11", f"{OF_ALL} both"), (1, "3,1,3,11,5", "unbatched peepholes")),
+    ("resident", F32, (2, "4,3,3,20,7", "both resets"), (2, "1,1,3,1", MIX), (1, "3,11,3,33", "no-hx deep"),
+     (1, "5,3,3,11", f"{ONCE} masks")),
+    ("resident", F16, (1, "5,3,3,7", MIX), (2, "5,3,3,11", f"{OF_ALL} both")),
     # And of programs that exchange words of one unit, or of two in half precision: of 2 to 9, backward 4 to 12
-    ("cooperative/4/1/4", F32, (1, "6,3,3,8", "deep ragged"), (1, "3,3,3,36", ""), (1, "12,2,2,6", "ragged resets"),
-     (1, "6,3,3,11", f"{OF_HH} both"),  # 3 and 4, of which one has no units
-     (1, "3,2,3,36", "norms"),  # more programs, 9, than threads of a row, 8
-     (1, "3,9,3,8", "no-hx", "both states"), (1, "3,1,3,8", "unbatched recompute"), (1, "4,3,3,8", "chunks resets"),
-     (1, "5,3,3,11", f"{MOST} masks"), (1, "5,3,3,11,5", "ragged states"), (1, "3,3,3,11", "stream deep")),
-    ("cooperative/4/1/4", F16, (1, "3,9,3,20", ""), (1, "4,9,3,20", OF_HH),  # two batch tiles in one group
-     (1, "5,3,3,20,7", "ragged"), (1, "5,3,3,11", "masks ragged states", "states peepholes expected"),
-     (1, "5,3,3,11", OF_ALL)),
-    ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets", OF_C)),  # three batch tiles in two groups
-    ("cooperative/8/1/4", F32, (1, "4,3,3,20,7", "packed")),
-    # A row ends in half a word
-    ("cooperative/8/1/4", F16, (1, "4,3,3,33", "ragged resets", OF_C), (1, "4,3,3,33,12", "")),
-    # Backward in one piece, and by two programs that share gates
-    ("cooperative/16/1/1", F16, (1, "4,3,3,33", MIX), (1, "3,9,3,20", "deep"), (2, "3,3,3,1", "")),
-    ("cooperative/16/1/1", F32, (1, "5,3,3,20", OF_HH), (1, "4,9,3,36", OF_C), (1, "5,3,3,11", f"{ONCE} masks")),
-    ("cooperative/8/1/2", F16, (1, "4,9,3,33", "ragged resets")), ("cooperative/8/1/2", F32, (1, "4,3,3,20", OF_ALL)),
+    ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "4,3,3,8", "chunks resets")),
+    ("cooperative/4/1/4", F16, (1, "5,3,3,11", OF_ALL)),  # 3 and 4 programs, of which one has no units
+    ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets")),  # three batch tiles in two groups
+    ("cooperative/8/1/4", F16, (1, "4,3,3,33", "ragged resets")),  # a row ends in half a word
+    ("cooperative/16/1/1", F16, (1, "4,3,3,33", MIX), (2, "3,3,3,1", "")),  # backward in one piece
+    ("cooperative/16/1/1", F32, (1, "5,3,3,11", f"{ONCE} masks")),
     # And of a launch a step, after a product
-    ("pointwise", F32, (1, "5,3,4,6", MIX), (1, "4,9,3,20,7", "deep ragged"), (1, "3,4,3,300", ""), (2, "1,1,3,1", MIX),
-     (1, "4,3,3,33", "dropout_h both", "zoneout_h ragged", "zoneout_c states", f"{ONCE} masks", "expected states"),
-     (1, "3,9,3,5", "packed", "no-hx deep", "cell", "stream")),
-    ("pointwise", F16, (1, "5,3,3,40", ""), (1, "3,9,3,33,12", MIX), (1, "4,5,3,20", f"{MOST} expected", "masks state"),
-     (1, "3,1,3,8", "unbatched deep recompute")),
+    ("pointwise", F32, (1, "5,3,4,6", MIX), (1, "4,9,3,20,7", "deep ragged"), (1, "3,4,3,300", ""),
+     (1, "4,3,3,33", f"{ONCE} masks")),
+    ("pointwise", F16, (1, "5,3,3,40", ""), (1, "4,5,3,20", f"{MOST} expected")),
     # CUDA C++, with W_hh in registers and read at every step
     ("kept/4", BF16, (4, "2,3,4,5", "", "ragged states both"), (2, "3,3,3,9,4", f"{MIX} recompute"),
-     (2, "5,4,3,13,7", "ragged states both"), (3, "5,4,3,13,1", "ragged states"), (1, KEPT, MIX, "ragged states")),
-    ("kept/4", F16, (3, "5,4,3,13,7", MIX), (1, KEPT, MIX), (2, "3,9,3,8", "", "both packed", "chunks"),
-     (4, "1,3,3,8", "both"), (4, "3,1,3,8", "unbatched"), (2, "3,3,3,8", "no-hx deep", "stream", "cell")),
-    ("kept/1", F16, (4, "2,3,4,5", ""), (4, "2,3,4,1", ""), (1, KEPT, "", "ragged states both")),
-    ("kept/2", F16, (1, KEPT, MIX)), ("read/1", F16, (1, READ, "ragged resets")),
-    ("read/4", BF16, (1, READ, "ragged resets")),
-    ("read/4", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, READ, "", "ragged states"),
-     (2, "5,4,3,13,7", "deep no-hx"), (2, "5,4,3,13,1", "", MIX), (2, "3,9,3,5", "no-bias", "both packed"),
-     (4, "3,1,3,5", "unbatched both"), (4, "1,3,3,5", "deep"), (2, "3,3,3,5", "layer both", "recompute"),
-     (1, "2,1,2,520", "")),  # more words than are on their way at once
+     (2, "5,4,3,13,7", "ragged states both")),
+    ("kept/4", F16, (3, "5,4,3,13,7", MIX), (1, KEPT, MIX)), ("kept/1", F16, (1, KEPT, "")),
+    ("read/1", F16, (1, READ, "ragged resets")),
+    ("read/4", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, READ, "ragged states"),
+     (2, "5,4,3,13,1", MIX), (1, "2,1,2,520", "")),  # more words than are on their way at once
 ]  # fmt: skip
-SLOW = [("triton", F32, (1, "1,17,5,33 3,4,3,33,1", "both"), (2, "2,1,2,130", ""), (1, "9,17,1,33", "ragged resets"),
-         (1, "3,17,3,33", OF_ALL, ONCE),
-         (1, "4,4,3,33,7", f"{MIX} expected", "dropout_h deep", "zoneout_h", "zoneout_c"))]  # fmt: skip
+DEEP = [
+    ("triton", F32, (1, "1,17,5,33 3,4,3,33,1", "both"), (2, "2,1,2,130", ""), (1, "9,17,1,33", "ragged resets"),
+     (1, "3,17,3,33", OF_ALL, ONCE), (1, "4,4,3,33,7", f"{MIX} expected", "dropout_h deep", "zoneout_h", "zoneout_c")),
+    ("triton", F16, (1, "4,3,4,20,7", "states expected")),
+    ("step", F32, (1, "3,1,3,20", "unbatched expected state"), (1, "3,3,3,20", "norms")),
+    ("step", F16, (1, "4,3,3,40", f"{ONCE} expected")),
+    ("split/4", F32, (1, "1,3,3,40", MIX), (1, "5,3,3,11", f"{OF_C} both")),
+    ("split/8", F16, (1, "5,3,3,10", OF_ALL), (1, "4,18,3,40", f"{ONCE} masks")),
+    ("held", F32, (1, "4,18,3,18,7", "deep states")), ("held/2", F32, (1, "4,35,3,18", "")),
+    ("held/4", F32, (1, "4,35,3,18", "ragged resets")), ("held/4", F16, (1, "4,18,3,40", f"{ONCE} masks")),
+    ("held/ahead", F16, (1, "4,50,3,18", f"{ONCE} masks")),
+    ("held/ahead", F32, (1, "3,3,3,18", "deep no-hx expected")),
+    ("resident", F32, (1, "4,2,3,60", MIX), (1, "5,3,3,11,5", "ragged states both")),
+    ("resident", F16, (1, "5,3,3,33,12", "deep states"), (1, "3,9,3,40", ""),
+     (1, "5,3,3,11", "peepholes states expected", "both ragged states masks")),
+    ("cooperative/4/1/4", F32, (1, "3,9,3,8", "both states"), (1, "5,3,3,11,5", "ragged states"),
+     (1, "3,2,3,36", "norms"),  # more programs, 9, than threads of a row, 8
+     (1, "12,2,2,6", "ragged resets"), (1, "6,3,3,11", f"{OF_HH} both"), (1, "5,3,3,11", f"{MOST} masks")),
+    ("cooperative/4/1/4", F16, (1, "4,9,3,20", "", OF_HH), (1, "5,3,3,20,7", "ragged"),
+     (1, "5,3,3,11", "masks ragged states", "states peepholes expected")),
+    ("cooperative/8/2/4", F32, (1, "3,17,3,20", OF_C)), ("cooperative/8/1/4", F32, (1, "4,3,3,20,7", "packed")),
+    ("cooperative/8/1/4", F16, (1, "4,3,3,33", OF_C), (1, "4,3,3,33,12", "")),
+    ("cooperative/16/1/1", F32, (1, "5,3,3,20", OF_HH), (1, "4,9,3,36", OF_C)),
+    ("cooperative/8/1/2", F32, (1, "4,3,3,20", OF_ALL)), ("cooperative/8/1/2", F16, (1, "4,9,3,33", "ragged resets")),
+    ("pointwise", F32, (1, "4,3,3,33", "dropout_h both", "zoneout_h ragged", "zoneout_c states", "expected states")),
+    ("pointwise", F16, (1, "3,9,3,33,12", MIX)),
+    ("kept/4", BF16, (3, "5,4,3,13,1", "ragged states"), (1, KEPT, MIX, "ragged states")),
+    ("kept/2", F16, (1, KEPT, MIX)),
+    ("kept/4", F16, (2, "3,9,3,8", "chunks"), (4, "1,3,3,8", "both"), (2, "3,3,3,8", "no-hx deep")),
+    ("kept/1", F16, (1, KEPT, "ragged states both")), ("read/4", BF16, (1, READ, "ragged resets")),
+    ("read/4", F32, (1, READ, ""), (2, "5,4,3,13,7", "deep no-hx"), (2, "3,3,3,5", "recompute")),
+]  # fmt: skip
 
 
 def cases(*backends: str) -> pytest.MarkDecorator:
@@ -128,7 +129,7 @@ def cases(*backends: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("place", "dtype", "seeds", "size", "words"), [
         pytest.param(place, dtype, seeds, tuple(map(int, size.split(","))), words, marks=marks,
                      id=f"{place}-{dtype}-{size}-{words or 'plain'}".replace("torch.", ""))
-        for table, marks in ((TABLE, ()), (SLOW, pytest.mark.deep)) for places, dtype, *rows in table
+        for table, marks in ((TABLE, ()), (DEEP, pytest.mark.deep)) for places, dtype, *rows in table
         for place in places.split() if place.partition("/")[0] in backends
         for seeds, sizes, *options in rows for size in sizes.split() for words in options
     ])  # fmt: skip
@@ -172,7 +173,7 @@ def test_cuda(monkeypatch, place, dtype, seeds, size, words, host_or_card):
     every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, host_or_card)
 
 
-@pytest.mark.parametrize("place", ["kept/4", "kept/1"])
+@pytest.mark.parametrize("place", ["kept/4", pytest.param("kept/1", marks=pytest.mark.deep)])
 def test_cuda_in_tf32(monkeypatch, place, host_or_card):
     tf32(monkeypatch, inputs=3)
     every_result_and_gradient(monkeypatch, place, F32, 1, (4, 17, 3, 33), MIX, host_or_card, yardstick="reference")
@@ -186,19 +187,24 @@ def test_larger_sizes_in_cuda(size, words, dtype):
     check(size, words, "cupy", dtype, "cuda")
 
 
-@pytest.mark.parametrize(("projected", "words"), [
-    (0, "no-bias ragged resets"), (2, "ragged states peepholes reverse masks"),
-    (2, "ragged states peepholes reverse expected"), (0, "ragged states peepholes reverse norms masks"),
+@pytest.mark.parametrize(("size", "words"), [
+    ((2, 2, 2, 2), "no-bias ragged resets both"), ((2, 2, 2, 3, 2), f"{MOST} masks"),
+    ((2, 2, 2, 3, 2), "ragged states peepholes expected"), ((2, 2, 2, 3), f"{OF_ALL} masks"),
 ])  # fmt: skip
-def test_second_derivatives_of_the_reference_by_finite_differences(projected, words):
-    given = example_of((2, 2, 2, 3, projected), words, 0)
-    every = *given.tensors, *given.reset_states
+def test_second_derivatives_of_the_reference_by_finite_differences(size, words):
+    module, (x, hx, rest) = everywhere("reference", words, F64, size)
+    names, parameters = zip(*module.train("expected" not in words).named_parameters())
+    left = rest.pop("reset_states", ())
 
-    def layer(*tensors):
-        remaining = iter(tensors)
-        return tuple(given.call("reference", [None if t is None else next(remaining) for t in every]))
+    def call(x, h, c, *tensors):
+        torch.manual_seed(0)  # the same masks
+        given, left = dict(zip(names, tensors)), tensors[len(names) :]
+        options = rest | (dict(reset_states=left) if left else {})
+        y, states = torch.func.functional_call(module, given, (x, (h, c)), options)
+        return y, *states
 
-    assert torch.autograd.gradgradcheck(layer, [t.requires_grad_() for t in every if t is not None])
+    inputs = [t.detach().double().requires_grad_() for t in (x, *hx, *parameters, *left)]
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
 EVERYWHERE = [
@@ -206,9 +212,10 @@ EVERYWHERE = [
     ("read/4", "resets", F32), ("reference", "states peepholes norms zoneout both", None),
     ("triton", "states peepholes zoneout", F16),
     *(pytest.param(*case, marks=forced) for case in (
-        ("pointwise", "states peepholes zoneout both", F16), ("resident", "states peepholes norms zoneout both", None),
-        ("step", "states peepholes norms zoneout", None), ("cooperative/4/1/4", "states peepholes norms zoneout", None),
-        ("cooperative/4/1/4", "states zoneout", F16))),
+        ("resident", "states peepholes norms zoneout both", None), ("cooperative/4/1/4", "states zoneout", F16))),
+    *(pytest.param(*case, marks=[forced, pytest.mark.deep]) for case in (
+        ("pointwise", "states peepholes zoneout both", F16), ("step", "states peepholes norms zoneout", None),
+        ("cooperative/4/1/4", "states peepholes norms zoneout", None))),
 ]  # fmt: skip
 
 
@@ -227,7 +234,8 @@ def nan_or_inf(t: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 
 @fresh_memory_is_nan
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in Triton's interpreter
-@pytest.mark.parametrize(("place", "words", "dtype"), EVERYWHERE)
+@pytest.mark.parametrize(("place", "words", "dtype"), [*EVERYWHERE, ("torch", "residual", None),
+                                                       ("reference", "residual resets", None)])  # fmt: skip
 def test_padding_and_what_no_reset_leaves_change_no_bit(monkeypatch, place, words, dtype):
     """NaN and infinity there, of the output's gradient too: the same bits, as without gradients. Padding's are zero."""
     KERNELS[place].force(monkeypatch)

@@ -3,7 +3,6 @@
 import ast
 import functools
 import inspect
-from dataclasses import replace
 from types import ModuleType
 
 import comparing
@@ -11,13 +10,17 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from comparing import NAMES, Example, counted, example_of, judge
-from roundings import rounding_as
 
 F32 = torch.float32
-FORMULAS = ast.parse(inspect.getsource(oracle)).body
-OF_A_LAYER = [f for f in FORMULAS if isinstance(f, ast.FunctionDef) and "stack" not in f.name]
+OF_A_LAYER = [f for f in ast.parse(inspect.getsource(oracle)).body
+              if isinstance(f, ast.FunctionDef) and "stack" not in f.name]  # fmt: skip
 NO_TERMS = "1", "1.0", "1e-05", "t"
+T, B, I, H, P = 2, 1, 3, 3, 2
+INPUTS = dict(x=(T, B, I), h0=(B, P), c0=(B, H), weight_ih=(4 * H, I), weight_hh=(4 * H, P), bias_ih=(4 * H,),
+              bias_hh=(4 * H,), weight_hr=(P, H), peephole=(3 * H,), gain_ih=(4 * H,), gain_hh=(4 * H,), gain_c=(H,),
+              bias_c=(H,))  # fmt: skip
+LEFT, GRADIENTS = dict(reset_h=(T, B, P), reset_c=(T, B, H)), dict(dh=(T, B, P), dh_n=(B, P), dc_n=(B, H))
+NAMES = "h", "h_n", "c_n", *(f"d{name}" for name in (*INPUTS, *LEFT))
 
 
 def terms() -> dict[str, tuple[ast.AST, str]]:
@@ -37,36 +40,40 @@ def terms() -> dict[str, tuple[ast.AST, str]]:
 TERMS = terms()
 
 
-@functools.cache
-def problem() -> tuple[list[Example], list[list]]:
-    """Two examples of few elements with every option that a layer has; their truth."""
-    found = []
-    for seed in range(2):
-        given = example_of((2, 1, 3, 3, 2), "states peepholes reverse norms expected", seed)
-        given.resets[:] = True
-        dropped = dict(dropout_h=torch.tensor([[0.5, 1.5]], dtype=torch.float64))
-        found.append(replace(given, noise=given.noise | dropped).rounded(F32))
-    return found, [given.truth() for given in found]
+def results(seed: int, kind: type[np.ndarray] = np.ndarray, formulas: ModuleType = oracle) -> dict[str, np.ndarray]:
+    """Results and gradients of an example of few elements with every option that a layer has, in arrays of a kind."""
+    generator = np.random.default_rng(seed)
+
+    def random(name, shape):
+        scale, mean = (0.3, 1) if "gain" in name else (shape[1] ** -0.5 if "weight" in name else 1, 0)
+        return (mean + scale * generator.standard_normal(shape)).astype(np.float32).astype(float).view(kind)
+
+    given, left, gradients = ({name: random(name, shape) for name, shape in each.items()}
+                              for each in (INPUTS, LEFT, GRADIENTS))  # fmt: skip
+    stays = dict(zoneout_h=np.full((T, B, P), 0.3), zoneout_c=np.full((T, B, H), 0.45))
+    noise = stays | dict(dropout_h=np.array([[0.5, 1.5]]))
+    *found, tape = formulas.layer(**given, **left, **noise, resets=np.ones((T, B), bool), reverse=True)
+    found += formulas.layer_gradients(**given, **left, **noise, tape=tape, **gradients)
+    return dict(zip(NAMES, found, strict=True))
 
 
-limits = functools.cache(lambda: counted([given.named_truth for given in problem()[0]], F32))
+SEEDS = range(2)
+TRUTHS = [functools.partial(results, seed) for seed in SEEDS]
+limits = functools.cache(functools.partial(comparing.counted, TRUTHS, F32))
+truth = functools.cache(lambda seed: results(seed))
 
 
-def judged(monkeypatch, ours: list[list], theirs: list[list]) -> None:
-    """As `assert_as_good_as_torch` does, of results that are given."""
+def judged(monkeypatch, ours: list[dict], theirs: list[dict]) -> None:
+    """By the limits of this problem, which are counted once."""
     monkeypatch.setattr(comparing, "counted", lambda *_: limits())
-    errors: comparing.Errors = {}
-    for found in zip(ours, theirs, problem()[1]):
-        for name, our, their, true in zip(NAMES, *found):
-            if true is not None:
-                errors.setdefault(name, []).append((np.asarray(our) - true, their - true, true))
-    judge(errors, F32, "reference", [given.named_truth for given in problem()[0]], 2)
+    errors = {name: [(np.asarray(our[name]) - true[name], their[name] - true[name], true[name])
+                     for our, their, true in zip(ours, theirs, map(truth, SEEDS))] for name in NAMES}  # fmt: skip
+    comparing.judge(errors, F32, "reference", TRUTHS, T)
 
 
 @pytest.mark.parametrize("term", TERMS)
 def test_a_fault_of_one_percent_in_any_term_is_detected(monkeypatch, term):
     node, field = TERMS[term]
-    examples, truth = problem()
     faulty, right = ModuleType("faulty"), getattr(node, field)
     vars(faulty).update(vars(oracle))
     setattr(node, field, ast.BinOp(right, ast.Mult(), ast.Constant(1.01)))
@@ -74,16 +81,13 @@ def test_a_fault_of_one_percent_in_any_term_is_detected(monkeypatch, term):
         exec(compile(ast.fix_missing_locations(ast.Module(OF_A_LAYER, [])), oracle.__file__, "exec"), vars(faulty))
     finally:
         setattr(node, field, right)
-    with monkeypatch.context() as patch:
-        patch.setattr(comparing, "oracle", faulty)
-        ours = [given.truth() for given in examples]
+    ours = [results(seed, formulas=faulty) for seed in SEEDS]
     with pytest.raises(AssertionError, match="RMS error"):
-        judged(monkeypatch, ours, truth)
+        judged(monkeypatch, ours, [*map(truth, SEEDS)])
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_roundings_are_no_faults_where_torch_rounds_luckily(monkeypatch, seed):
     """Whose errors are none at all here."""
-    examples, truth = problem()
-    rounding = rounding_as(F32, np.random.default_rng(1 + seed))
-    judged(monkeypatch, [given.truth(rounding) for given in examples], truth)
+    rounding = comparing.rounding_as(F32, np.random.default_rng(1 + seed))
+    judged(monkeypatch, [results(seed, rounding) for seed in SEEDS], [*map(truth, SEEDS)])

@@ -96,6 +96,7 @@ ENDS = {
 }  # fmt: skip
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(("body", "found"), ENDS.values(), ids=ENDS)
 def test_a_failure_is_a_test_that_fails_and_nothing_else(tmp_path, capfd, body, found):
     (tmp_path / "tests").mkdir()
@@ -103,11 +104,8 @@ def test_a_failure_is_a_test_that_fails_and_nothing_else(tmp_path, capfd, body, 
     with capfd.disabled():  # a fork's output goes where the fork sends it
         seconds = 0.5 if found == "time" else 60
         assert mutants.first_failure(tmp_path, ["tests/test_a.py"], seconds, object) == found
-
-
-def test_what_does_not_run_is_no_failure_of_a_test(tmp_path, capfd):
-    with capfd.disabled(), pytest.raises(RuntimeError, match=r"tests/test_a.py did not run"):
-        mutants.first_failure(tmp_path, ["tests/test_a.py"], 60, object)
+        with pytest.raises(RuntimeError, match=r"tests/test_b.py did not run"):
+            mutants.first_failure(tmp_path, ["tests/test_b.py"], 60, object)
 
 
 def test_what_tests_and_their_processes_execute_is_recorded_and_those_that_are_chosen_run_alone(tmp_path, capfd):

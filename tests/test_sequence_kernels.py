@@ -13,12 +13,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from comparing import assert_as_good_as_torch, check, example
+from cases import check
 from interpreted import rounded_to_tf32
-from places import INTERPRETED, ahead, cooperative, forget, held, parts, pointwise, resident, split, step
+from places import INTERPRETED, KERNELS, cooperative, forget, held, split, step
 from standing_in import few_polls, recurrence
 
-from gpu_lstm.functional import lstm_layer
+import gpu_lstm
 from gpu_lstm.kernels.problem import problem_of
 from gpu_lstm.kernels.triton_lstm import cooperative as cooperative_kernels
 from gpu_lstm.kernels.triton_lstm import exchange, fragments, launch
@@ -29,10 +29,6 @@ pytestmark = [
     pytest.mark.usefixtures("nan_in_fresh_memory"),
 ]
 F32, F16 = torch.float32, torch.float16
-
-
-def compare(given, dtype=F32, yardstick="reference") -> None:
-    assert_as_good_as_torch(lambda seed: given, "triton", dtype, seeds=1, yardstick=yardstick)
 
 
 def test_programs_of_a_norm_wait_for_each_other_where_every_step_is_reset(monkeypatch):
@@ -46,22 +42,24 @@ def test_programs_of_a_norm_wait_for_each_other_where_every_step_is_reset(monkey
         return look(at, left, GROUPS, SIZE, *strides)
 
     monkeypatch.setattr(interpreted, "look", look_late)
-    compare(example(4, 2, 3, 11, resets=1.0, norms=("c",)))
+    check((4, 2, 3, 11), "always norm-c", "triton", F32, seeds=1)
 
 
-@pytest.mark.parametrize("family", [step, split, held, resident, cooperative], ids=lambda family: family.__name__)
+@pytest.mark.parametrize("family", ["step", "split/4", "held", "resident", "cooperative/4/1/4"])
 def test_the_cell_is_kept_in_float32(monkeypatch, family):
     """c, saved and final, is that of a recurrence in float32; W_hh is zero, so that the rounding of h plays no part."""
-    family(monkeypatch)
+    KERNELS[family].force(monkeypatch)
+    torch.manual_seed(0)
     steps, batch, hidden = 12, 3, 8
-    given, lengths = example(steps, batch, 4 * hidden, hidden).rounded(F16), torch.tensor([steps, 5, 0])
-    gates, h0, c0 = (t.float() for t in given.tensors[:3])
-    tensors = [gates, h0, c0, torch.eye(4 * hidden), torch.zeros(4 * hidden, hidden)]
+    sizes = (steps, batch, 4 * hidden), (batch, hidden), (batch, hidden)
+    gates, h0, c0 = (torch.randn(size).half() for size in sizes)
+    lengths, weight_hh = torch.tensor([steps, 5, 0]), torch.zeros(4 * hidden, hidden)
+    tensors = gates, h0, c0, torch.eye(4 * hidden), weight_hh
     _, _, expected, tape = oracle.layer(*(t.double().numpy() for t in tensors), lengths=lengths)
-    r = recurrence(gates.half(), weight_hh=tensors[-1].half(), h0=h0.half(), c0=c0, lengths=lengths)
+    r = recurrence(gates, weight_hh=weight_hh.half(), h0=h0, c0=c0.float(), lengths=lengths)
     layer = launch.layer_of(problem_of(r.inputs, False, "ieee"), gates.device)
-    _, _, (c_n,), c = layer.forward(gates.half(), r, save=True)
-    (unsaved,) = layer.forward(gates.half(), r, save=False)[2]
+    _, _, (c_n,), c = layer.forward(gates.clone(), r, save=True)
+    (unsaved,) = layer.forward(gates.clone(), r, save=False)[2]
     found = [c_n, unsaved, *(c[t, b] for b, t, *_ in tape)]
     for ours, true in zip(found, [expected, expected, *(c_new for *_, c_new, _, _, _ in tape)], strict=True):
         torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)
@@ -71,17 +69,21 @@ def test_the_cell_is_kept_in_float32(monkeypatch, family):
 def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, dtype, bits):
     """A NaN is data, also one with the bit pattern that stands for data which is not there: in h0; the usual in x."""
     cooperative(monkeypatch, units=4)
-    x, h0, c0, *weights = (None if t is None else t.to(dtype) for t in example(4, 3, 3, 8).tensors)
-    h0.view(bits)[0, :2], x[1, 1, 0] = -1, float("nan")
-    ours, _ = lstm_layer(x, weights, (h0, c0), backend="triton")
-    theirs, _ = lstm_layer(x, weights, (h0, c0), backend="torch")
-    torch.testing.assert_close(ours, theirs, equal_nan=True, atol=8 * torch.finfo(dtype).eps, rtol=0)
-    assert not ours[:, 2].isnan().any()
+    torch.manual_seed(0)
+    ours = gpu_lstm.LSTM(3, 8, dtype=dtype, backend="triton")
+    theirs = torch.nn.LSTM(3, 8, dtype=dtype)
+    theirs.load_state_dict(ours.state_dict())
+    x, h0, c0 = (torch.randn(size, dtype=dtype) for size in ((4, 3, 3), (1, 3, 8), (1, 3, 8)))
+    h0.view(bits)[0, 0, :2], x[1, 1, 0] = -1, float("nan")
+    (found, _), (expected, _) = (module(x, (h0, c0)) for module in (ours, theirs))
+    torch.testing.assert_close(found, expected, equal_nan=True, atol=8 * torch.finfo(dtype).eps, rtol=0)
+    assert not found[:, 2].isnan().any()
 
 
 # A broken exchange must be detected. Faults are plain functions: what calls them runs in the interpreter, where
 # constants are numbers.
 count_missing, exchange_pairs, pack = interpreted.count_missing, cooperative_kernels.exchange_pairs, exchange.pack
+wait_for_tile = step_kernels.wait_for_tile
 
 
 def announce_early(at, words, mask):
@@ -101,91 +103,20 @@ def any_phase(*words_and_constants):
     return count_missing(*words_and_constants[:-1], False)
 
 
-FAULTS = {  # where, the function, what stands in its place, norms
-    "none": (interpreted, "count_missing", count_missing, ()),
-    "published before the data": (cooperative_kernels, "publish", announce_early, ()),
-    "no repeated load": (interpreted, "count_missing", lambda *_: 0, ()),
-    "one word is looked at": (interpreted, "count_missing", missing_in_the_last_word, ()),
-    "the phase is not looked at": (interpreted, "count_missing", any_phase, ()),
-    "nor that of a norm of W_hh h": (interpreted, "count_missing", any_phase, ("hh",)),
-    "nor that of a norm of c": (interpreted, "count_missing", any_phase, ("c",)),
-}
+def no_barrier(arrivals_ptr, times, poll_limit, *_):
+    return poll_limit
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
-def test_a_broken_exchange_is_detected(monkeypatch, fault, dtype):
-    module, name, function, norms = FAULTS[fault]
-    cooperative(monkeypatch, units=4, yield_rate=0.3)
-    monkeypatch.setattr(module, name, function)
-
-    def is_detected(seed: int) -> bool:
-        try:
-            compare(example(6, 3, 3, 8, norms=norms, seed=seed), dtype, "reference" if norms else "torch")
-        except AssertionError:
-            return True
-        return False
-
-    there = fault != "none"
-    assert any(map(is_detected, range(12 if there else 1))) is there, "programs run in another order at each"
-
-
-@pytest.mark.parametrize("projected", [0, 5])
-def test_a_barrier_that_does_not_wait_is_detected(monkeypatch, projected):
-    step(monkeypatch, yield_rate=0.3)
-    monkeypatch.setattr(step_kernels, "grid_barrier", lambda arrivals_ptr, times, poll_limit, *_: poll_limit)
-    with pytest.raises(AssertionError):
-        check((5, 3, 3, 40, projected), "plain", "triton", F32, seeds=5)  # in one order or another
-
-
-@pytest.mark.parametrize("after", ["products", "cells"])
-def test_a_barrier_that_does_not_wait_after_half_of_the_rounds_is_detected(monkeypatch, after):
+def barrier_after_some(even):
     """All count themselves in. By turns a round is one of products of parts of K, and one of cells."""
 
     def grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
-        if int(times) % 2 == (after == "products"):
+        if int(times) % 2 == even:
             exchange.arrive(arrivals_ptr, poll_limit)
             return poll_limit
         return exchange.grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step)
 
-    split(monkeypatch, yield_rate=0.3)
-    launch_with(monkeypatch, step_kernels, "grid_barrier", grid_barrier, "backward")
-    with pytest.raises(AssertionError):
-        check((5, 3, 3, 40), "plain", "triton", F32, seeds=5)  # in one order or another
-
-
-wait_for_tile = step_kernels.wait_for_tile
-FAULTS_OF_TILES = {  # of those that hold W_hh
-    "no wait": lambda arrivals_ptr, batch_tile, times, poll_limit, *_: poll_limit,
-    "a step too few": lambda arrivals_ptr, batch_tile, times, *given: wait_for_tile(
-        arrivals_ptr, batch_tile, times - 1, *given),
-    "of other sequences": lambda arrivals_ptr, batch_tile, *given: wait_for_tile(arrivals_ptr, 0, *given),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("force", [held, ahead, parts], ids=lambda force: force.__name__)
-@pytest.mark.parametrize("fault", FAULTS_OF_TILES)
-def test_a_tile_that_does_not_wait_for_those_of_its_sequences_is_detected(monkeypatch, fault, force):
-    force(monkeypatch, yield_rate=0.3)
-    monkeypatch.setattr(step_kernels, "wait_for_tile", FAULTS_OF_TILES[fault])
-    with pytest.raises(AssertionError):
-        check((5, 35 if force is ahead else 18, 3, 40), "plain", "triton", F32, seeds=5)  # in one order or another
-
-
-FAULTS_OF_WORDS = {
-    "halves in the other order": lambda x, DTYPE: (pack(x, DTYPE) << 16) | ((pack(x, DTYPE) >> 16) & 0xFFFF),
-    "NaN for zero, which only units past H are": lambda x, DTYPE: pack(tl.where(x == 0.0, float("nan"), x), DTYPE),
-    "high halves lost": lambda x, DTYPE: pack(x, DTYPE) & 0xFFFF,
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS_OF_WORDS)
-def test_a_fault_in_a_word_is_detected(monkeypatch, fault):
-    cooperative(monkeypatch, units=8)
-    monkeypatch.setattr(cooperative_kernels, "pack", FAULTS_OF_WORDS[fault])
-    with pytest.raises(AssertionError):
-        check((3, 3, 3, 13), "plain", "triton", F16, seeds=1)
+    return grid_barrier
 
 
 def one_program_left_out(*given):
@@ -193,6 +124,70 @@ def one_program_left_out(*given):
     is_first = tl.arange(0, 32 * WARPS) % (4 * WARPS) == 0
     (one, other, units), *rest = found
     return ((tl.where(is_first, 0.0, one), tl.where(is_first, 0.0, other), units), *rest)
+
+
+HELD = {"held": {}, "ahead": dict(asks_ahead=True), "parts": dict(parts=2)}
+BARRIER, TILE = (step_kernels, "grid_barrier"), (step_kernels, "wait_for_tile")
+COUNT, PACK, PAIRS = (
+    (interpreted, "count_missing"),
+    (cooperative_kernels, "pack"),
+    (cooperative_kernels, "exchange_pairs"),
+)
+OF_EXCHANGES = {  # where, what stands there, and a layer in which it shows
+    "published before the data": ((cooperative_kernels, "publish"), announce_early, ""),
+    "no repeated load": (COUNT, lambda *_: 0, ""),
+    "one word is looked at": (COUNT, missing_in_the_last_word, ""),
+    "the phase is not looked at": (COUNT, any_phase, ""),
+    "nor that of a norm of W_hh h": (COUNT, any_phase, "norm-hh"),
+    "nor that of a norm of c": (COUNT, any_phase, "norm-c"),
+    "none": (COUNT, count_missing, ""),
+}
+OF_TILES = {  # of those that hold W_hh
+    "no wait": lambda arrivals_ptr, batch_tile, times, poll_limit, *_: poll_limit,
+    "a step too few": lambda arrivals_ptr, batch_tile, times, *given: wait_for_tile(
+        arrivals_ptr, batch_tile, times - 1, *given),
+    "of other sequences": lambda arrivals_ptr, batch_tile, *given: wait_for_tile(arrivals_ptr, 0, *given),
+}  # fmt: skip
+OF_WORDS = {
+    "halves in the other order": lambda x, DTYPE: (pack(x, DTYPE) << 16) | ((pack(x, DTYPE) >> 16) & 0xFFFF),
+    "NaN for zero, which only units past H are": lambda x, DTYPE: pack(tl.where(x == 0.0, float("nan"), x), DTYPE),
+    "high halves lost": lambda x, DTYPE: pack(x, DTYPE) & 0xFFFF,
+}
+deep = pytest.mark.deep
+four_units, eight_units = (partial(cooperative, units=units, yield_rate=0.3) for units in (4, 8))
+often, by_parts = partial(step, yield_rate=0.3), partial(split, yield_rate=0.3)
+FAULTS = [  # how kernels are forced, which of them are faulty, where the fault is and what, a layer in which it shows
+    *(pytest.param(four_units, "", where, fault, (6, 3, 3, 8), words, dtype, id=f"{name}-{dtype}", marks=deep)
+      for name, (where, fault, words) in OF_EXCHANGES.items() for dtype in (F32, F16)),
+    pytest.param(often, "", BARRIER, no_barrier, (5, 3, 3, 40), "", F32, id="no barrier"),
+    pytest.param(often, "", BARRIER, no_barrier, (5, 3, 3, 40, 5), "", F32, id="no barrier, projection"),
+    *(pytest.param(by_parts, "backward", BARRIER, barrier_after_some(after == "products"), (5, 3, 3, 40), "", F32,
+                   id=f"no barrier after {after}") for after in ("products", "cells")),
+    *(pytest.param(partial(held, yield_rate=0.3, **HELD[way]), "", TILE, fault,
+                   (5, 35 if way == "ahead" else 18, 3, 40), "", F32, id=f"{name}-{way}",
+                   marks=() if way == "held" else deep)
+      for name, fault in OF_TILES.items() for way in HELD),
+    *(pytest.param(eight_units, "", PACK, fault, (3, 3, 3, 13), "", F16, id=name) for name, fault in OF_WORDS.items()),
+    *(pytest.param(four_units, way, PAIRS, one_program_left_out, (3, 2, 3, 8), f"norm-{norm}", F32, id=f"{norm}-{way}")
+      for norm in ("hh", "c") for way in ("forward", "backward")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("force", "kernels", "where", "fault", "size", "words", "dtype"), FAULTS)
+def test_a_planted_fault_is_detected(monkeypatch, force, kernels, where, fault, size, words, dtype):
+    """In one order of programs or another."""
+    force(monkeypatch)
+    launch_with(monkeypatch, *where, fault, kernels)
+    there = fault is not count_missing
+
+    def is_detected(seed: int) -> bool:
+        try:
+            check(size, words, "triton", dtype, seeds=1, first_seed=seed)
+        except AssertionError:
+            return True
+        return False
+
+    assert any(map(is_detected, range(12 if there else 1))) is there
 
 
 def launch_with(monkeypatch, module, name, fault, kernels: str, around=lambda kernel: contextlib.nullcontext()) -> None:
@@ -209,48 +204,43 @@ def launch_with(monkeypatch, module, name, fault, kernels: str, around=lambda ke
     monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("norm", ["hh", "c"])
-def test_a_program_that_a_norm_leaves_out_is_detected(monkeypatch, norm, direction):
-    cooperative(monkeypatch, units=4)
-    launch_with(monkeypatch, cooperative_kernels, "exchange_pairs", one_program_left_out, direction)
-    with pytest.raises(AssertionError):
-        compare(example(3, 2, 3, 8, norms=(norm,)))
+def one_arrival_more(arrivals_ptr, times, *given):
+    return exchange.grid_barrier(arrivals_ptr, times + 1, *given)
 
 
-HELD_WAYS = itertools.product(("forward", "backward"), ("held", "ahead", "parts"))
-FAULTS_OF_WAITS = {  # the module, the function, and what stands in its place
-    "lstm_cooperative_forward_kernel": (cooperative_kernels, "publish", lambda *_: None),
-    "lstm_cooperative_backward_kernel": (cooperative_kernels, "in_phase", lambda words, phase: words & -2),
-    **dict.fromkeys(("lstm_step_forward_kernel", "lstm_step_backward_kernel", "lstm_step_backward_kernel split"), (
-        step_kernels, "grid_barrier", lambda arrivals_ptr, times, *given: (
-            exchange.grid_barrier(arrivals_ptr, times + 1, *given)))),
-    **dict.fromkeys(itertools.starmap("lstm_step_{}_kernel {}".format, HELD_WAYS), (
-        step_kernels, "wait_for_tile", lambda arrivals_ptr, batch_tile, times, *given: (
-            wait_for_tile(arrivals_ptr, batch_tile, times + 1, *given)))),
-}  # fmt: skip
+def one_tile_more(arrivals_ptr, batch_tile, times, *given):
+    return wait_for_tile(arrivals_ptr, batch_tile, times + 1, *given)
 
 
-@pytest.mark.parametrize(("kernel", "projected"), [*((kernel, 0) for kernel in FAULTS_OF_WAITS), *(
-    (kernel, 4) for kernel, (family, *_) in FAULTS_OF_WAITS.items() if family is step_kernels)])  # fmt: skip
-def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, projected):
+WAYS_OF_STEP = {"": step, "split": split} | {way: partial(held, **options) for way, options in HELD.items()}
+LATE_BARRIER, LATE_TILE = (*BARRIER, one_arrival_more), (*TILE, one_tile_more)
+FAULTS_OF_WAITS = [  # the kernel and how it is forced, the size of a projection, and the fault
+    ("lstm_cooperative_forward_kernel", 0, (cooperative_kernels, "publish", lambda *_: None)),
+    ("lstm_cooperative_backward_kernel", 0, (cooperative_kernels, "in_phase", lambda words, phase: words & -2)),
+    ("lstm_step_backward_kernel split", 0, LATE_BARRIER), ("lstm_step_backward_kernel split", 4, LATE_BARRIER),
+    *((f"lstm_step_{direction}_kernel {way}".rstrip(), projected, LATE_TILE if way else LATE_BARRIER)
+      for direction, way in itertools.product(("forward", "backward"), ("", *HELD))
+      for projected in ((0,) if way in ("ahead", "parts") else (0, 4))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "projected", "fault"), FAULTS_OF_WAITS)
+def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, projected, fault):
     """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
-    family, name, fault = FAULTS_OF_WAITS[kernel]
-    kernel, _, how = kernel.partition(" ")
-    given = [None if t is None else t.float().requires_grad_() for t in example(5, 3, 3, 8, projected).tensors]
-    x, h0, c0, *weights = given
-    call = partial(lstm_layer, x, weights, (h0, c0), backend="triton")
+    kernel, _, way = kernel.partition(" ")
+    torch.manual_seed(0)
+    lstm = gpu_lstm.LSTM(3, 8, proj_size=projected, backend="triton")
+    x, h0, c0 = (torch.randn(size, requires_grad=True) for size in ((5, 3, 3), (1, 3, projected or 8), (1, 3, 8)))
 
     def gradients(h):
         return torch.autograd.grad(h.sum(), (x, h0, c0))
 
-    of_step = {"held": held, "ahead": ahead, "parts": parts, "split": split}.get(how, step)
-    force = of_step if family is step_kernels else partial(cooperative, units=4)
+    force = WAYS_OF_STEP[way] if "step" in kernel else partial(cooperative, units=4)
     force(monkeypatch)
-    h, states = call()
+    h, states = lstm(x, (h0, c0))
     right = h, *states, *gradients(h)
-    launch_with(monkeypatch, family, name, fault, kernel, few_polls)
-    h, states = call()
+    launch_with(monkeypatch, *fault, kernel, few_polls)
+    h, states = lstm(x, (h0, c0))
     forward, report = "forward" in kernel, pytest.raises(RuntimeError, match=rf"{kernel} timed out at step \d")
     if forward:
         with report:  # once
@@ -263,17 +253,17 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, 
     forget()
     if not forward:
         with report:
-            call()
-    call()
+            lstm(x)
+    lstm(x)
 
 
-@pytest.mark.parametrize("tiles_per_program", [1, 2])
-@pytest.mark.parametrize(
-    "family", [resident, cooperative, pointwise, step, split, held, ahead, parts], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize(("family", "tiles_per_program"), [
+    ("cooperative/4/1/4", 1), ("resident", 1), ("pointwise", 1), ("step", 1), ("split/4", 1),
+    ("cooperative/4/1/4", 2), ("held", 2), ("held/ahead", 2), ("held/2", 1),
+])  # fmt: skip
 def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles_per_program):
     """Programs, or whole groups, have no sequence then; the last batch of an epoch runs so."""
-    family(monkeypatch)
+    KERNELS[family].force(monkeypatch)
     choose_plan = launch.choose_plan
 
     def for_more(problem, *given):
@@ -281,7 +271,7 @@ def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles
         return dataclasses.replace(plan, tiles_per_program=tiles_per_program)
 
     monkeypatch.setattr(launch, "choose_plan", for_more)
-    check((4, 5, 3, 8), "ragged resets", "triton", torch.float32, seeds=1)
+    check((4, 5, 3, 8), "ragged resets", "triton", F32, seeds=1)
 
 
 @triton.jit

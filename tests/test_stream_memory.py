@@ -13,6 +13,7 @@ from gpu_lstm.kernels import timeouts
 
 T, B, I, H = 8, 2, 8, 8
 KINDS = {"layers": dict(num_layers=3), "directions": dict(num_layers=2, bidirectional=True)}
+every_kind = pytest.mark.parametrize("kind", ["directions", pytest.param("layers", marks=pytest.mark.deep)])
 
 
 def states(lstm, *lead):
@@ -74,19 +75,19 @@ def faults(monkeypatch):
 
 @pytest.mark.parametrize("way", ["training", "inference", "raises"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_whatever_a_stream_reads_is_waited_for_and_held(faults, kind, case, way):
     assert faults(kind, case, way) == []
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_what_is_not_held_shows(faults, monkeypatch, kind, case):
     monkeypatch.setattr(schedule, "hold", lambda stream, tensors: None)
     assert any("given away" in fault for fault in faults(kind, case))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_a_stream_that_does_not_wait_shows(faults, monkeypatch, kind):
     monkeypatch.setattr(schedule, "on", lambda stream, after: torch.cuda.stream(stream))
     assert any("does not wait" in fault for fault in faults(kind, "plain"))

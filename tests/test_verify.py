@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import example
+from cases import inputs_of
 from concurrent_interpreter import ConcurrentRun
 from places import cuda
 from standing_in import H100, few_polls, plan_of, plans_are_verified_on_the_cpu, the_cpu_is_a_card
@@ -72,9 +72,9 @@ def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):
     monkeypatch.setattr(verify, "ENOUGH", 1)
     recorded = Mock(side_effect=launch.launch_kernel)
     monkeypatch.setattr(launch, "launch_kernel", recorded)
-    given = example(3, 3, 3, 20, ragged=True, resets=0.4, states=True, peepholes=True, norms=("hh", "c"))
-    x, h0, c0, *weights = (None if t is None else t.half().requires_grad_() for t in given.tensors)
-    states = [t.half().requires_grad_() for t in given.reset_states]
+    given = inputs_of((3, 3, 3, 20), "ragged states peepholes norms")
+    x, h0, c0, *weights = (None if t is None else t.half().requires_grad_() for t in given[:13])
+    states = [t.half().requires_grad_() for t in (given.reset_h, given.reset_c)]
     traversal = dict(lengths=given.lengths, resets=given.resets, reset_states=states)
     lstm_layer(x, weights, (h0, c0), **traversal, backend="triton")[0].sum().backward()
     for pass_ in (Pass(), Pass(True, dh_n=False)):

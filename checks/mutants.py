@@ -233,7 +233,8 @@ def own_copy(snapshot: Path) -> Path:
     shutil.copytree(snapshot, tree)
     os.environ |= dict(PYTHONPATH=str(tree), XDG_CACHE_HOME=str(tree / "out" / "cache"))
     os.environ |= dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    sys.path[:] = [str(tree), *(p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests"))]
+    own = ROOT, ROOT / "checks", ROOT / "tests"
+    sys.path[:] = [str(tree), *(path for path in sys.path if path and Path(path).resolve() not in own)]
     for name in ("hypothesis", "torch._dynamo", "triton.language"):
         importlib.import_module(name)
     return tree

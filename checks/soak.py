@@ -18,11 +18,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparing import OF_TORCH, OPTIONS, check
+from cases import check
 from places import KERNELS, forget
 
-SHAPES = [(1, 1, 3, 5), (1, 9, 4, 8), (4, 3, 3, 8), (7, 2, 5, 6), (3, 10, 2, 9), (5, 0, 3, 4), (4, 3, 3, 8, 5)]
-CONFLICTS = [{"norms", "norm-hh", "norm-c"}, {"masks", "expected", "dropout_h", "zoneout_h", "zoneout_c"}]
+SHAPES = [(1, 1, 3, 5), (1, 9, 4, 8), (4, 3, 3, 8), (7, 2, 5, 6), (3, 10, 2, 9), (4, 3, 3, 8, 5)]
+OF_TORCH = ["reverse", "ragged", "resets", "no-bias", "no-hx", "deep", "both", "batch-first"]  # words of cases.py
+OURS = [*OF_TORCH, "states", "peepholes", "norms", "norm-hh", "norm-c", "masks", "dropout_h", "zoneout_h", "zoneout_c",
+        "expected", "recompute"]  # fmt: skip
+NORMS, NOISE = {"norms", "norm-hh", "norm-c"}, {"masks", "expected", "dropout_h", "zoneout_h", "zoneout_c"}
+CONFLICTS = [NORMS, NOISE | {"reverse"}, {"reverse", "batch-first"}]  # "reverse" is of lstm_layer
 WARM = 0.3  # of the time, in which caches fill
 GROWTH = 32 << 20  # bytes that an allocator may still take after it
 
@@ -30,21 +34,18 @@ GROWTH = 32 << 20  # bytes that an allocator may still take after it
 def words_of(rng: random.Random, place: str, shape: tuple[int, ...]) -> list[str]:
     """Random options of an example that a place supports, at most one of each conflict."""
     (backend, _), (family, *_) = KERNELS[place], place.split("/")
-    known = OF_TORCH if backend in ("torch", "cupy") else list(OPTIONS)
+    known = OF_TORCH if backend in ("torch", "cupy") else OURS
     words = rng.sample(known, rng.randint(1, min(4, len(known))))
     for conflict in CONFLICTS:
         for word in [word for word in words if word in conflict][1:]:
             words.remove(word)
-    norms, noise = CONFLICTS
     # A layer norm is not defined with a projection. Of few units that are alike it multiplies rounding errors, and in
     # kernels up to twenty times as much as in the reference: test_layer compares kernels, of other numbers.
     if len(shape) == 5 or backend == "triton":
-        words = [word for word in words if word not in norms]
+        words = [word for word in words if word not in NORMS]
     if len(shape) == 5 and family in ("held", "resident", "cooperative", "pointwise"):
-        words = [word for word in words if word not in noise]
-    if shape[1] == 0:
-        words = [word for word in words if word != "ragged"]  # whose first sequence has no steps
-    return words or ["plain"]
+        words = [word for word in words if word not in NOISE]
+    return words
 
 
 def call(rng: random.Random) -> str:
