@@ -85,7 +85,7 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     # CUDA C++, with W_hh in registers and read at every step
     ("kept/4", BF16, (4, "2,3,4,5", "", "ragged states both"), (2, "3,3,3,9,4", f"{MIX} recompute"),
      (2, "5,4,3,13,7", "ragged states both")),
-    ("kept/4", F16, (3, "5,4,3,13,7", MIX), (1, KEPT, MIX)), ("kept/1", F16, (1, KEPT, "")),
+    ("kept/4", F16, (3, "5,4,3,13,7", MIX), (1, KEPT, MIX)), ("kept/1", F16, (1, KEPT, ""), (4, "2,3,4,1", "")),
     ("read/1", F16, (1, READ, "ragged resets")),
     ("read/4", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, READ, "ragged states"),
      (2, "5,4,3,13,1", MIX), (1, "2,1,2,520", "")),  # more words than are on their way at once
