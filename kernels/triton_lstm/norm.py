@@ -4,11 +4,22 @@ A tile contributes two numbers a sequence, in a tensor [tiles, B, 2] that all ca
 forward the mean and the sum of squares about it, backward two sums. They are combined in the same order every time.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-5)  # as torch.nn.LayerNorm, and kernels/layer_norm.py
 AT_ONCE = tl.constexpr(16)  # tiles whose numbers are loaded together
+
+
+class Norm(NamedTuple):
+    """What backward needs of a layer norm: its parameters, and `kernels.problem.Unit`."""
+
+    gain_ptr: tl.tensor
+    bias_ptr: tl.tensor
+    unit_ptr: tl.tensor
+    scale_ptr: tl.tensor
 
 
 @triton.jit
